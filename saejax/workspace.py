@@ -1,0 +1,213 @@
+"""The folder of one run: units of work that appear whole, are found again, and never overwrite silently.
+
+A *unit* is one output folder, ``DIR/<stage>/`` or ``DIR/<stage>/<name>/``. Its ``started.json`` says
+which work is being done there, its ``summary.json``, written last, that it is done. Both carry the
+unit's *fingerprint*: a hash of everything its result depends on. A unit whose fingerprint has changed is
+moved to ``DIR/superseded/``, never deleted.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from saejax.errors import UserError
+
+SCHEMA_VERSION = 1
+SUMMARY, STARTED = "summary.json", "started.json"
+_PACKAGES = ("saejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
+
+
+def fingerprint(data: Any) -> str:
+    """A hash, 16 hexadecimal digits, of JSON data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside ``path`` to write to; it becomes ``path`` if the block succeeds, and goes if not."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file, or nothing."""
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes a whole JSON file, or nothing. NaN is refused (``ValueError``): JSON has none."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON; a missing or damaged file is a ``UserError`` that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path} is not valid JSON: it is damaged; delete its folder and run the stage again") from None
+
+
+class Workspace:
+    """The folder of one run.
+
+    Args:
+      root: the folder; made if it does not exist.
+
+    Raises:
+      UserError: it cannot be made or written to.
+    """
+
+    def __init__(self, root: str | os.PathLike):
+        self.root = Path(root)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"--workdir={root} cannot be written to ({error.strerror}): name a writable folder"
+            ) from None
+
+    def folder(self, stage: str, name: str = "") -> Path:
+        """The unit's folder."""
+        return self.root / stage / name
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the workdir; a second run at the same time is a ``UserError``. Freed when the process dies."""
+        with open(self.root / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(f"{self.root} is in use by {holder}: wait for it, or use another --workdir") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    def finished(self, stage: str, name: str, mark: str) -> bool:
+        """Whether the unit is done with this fingerprint and all the files it listed are there whole."""
+        folder = self.folder(stage, name)
+        if not (folder / SUMMARY).exists():
+            return False
+        summary = read_json(folder / SUMMARY)
+        if summary["fingerprint"] != mark:
+            return False
+        for file, size in summary["files"].items():
+            path = folder / file
+            if not path.exists() or path.stat().st_size != size:
+                raise UserError(
+                    f"{path} is missing or not {size} bytes, though {folder / SUMMARY} says it is done: "
+                    f"delete {folder} to make it again"
+                )
+        return True
+
+    def begin(self, stage: str, name: str, mark: str) -> tuple[Path, str]:
+        """Prepares the unit's folder for work with this fingerprint.
+
+        Returns:
+          The folder, and what was found there: "" (nothing), "resumed" (the same work, unfinished), or
+          where other work was moved to.
+        """
+        folder, found = self.folder(stage, name), ""
+        if (folder / STARTED).exists():
+            old = read_json(folder / STARTED)["fingerprint"]
+            found = "resumed" if old == mark else str(self._set_aside(folder, stage, name, old))
+        elif folder.exists() and any(folder.iterdir()) and not _holds_units(folder):
+            raise UserError(f"{folder} holds files that saejax did not write: move them away, or use another --workdir")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SUMMARY).unlink(missing_ok=True)
+        write_json(folder / STARTED, dict(fingerprint=mark))
+        return folder, found
+
+    def _set_aside(self, folder: Path, stage: str, name: str, mark: str) -> Path:
+        target = self.root / "superseded" / f"{stage}{'-' + name if name else ''}-{mark}"
+        for suffix in ("", *(f".{i}" for i in range(1, 1000))):
+            free = target.with_name(target.name + suffix)
+            if not free.exists():
+                free.parent.mkdir(exist_ok=True)
+                os.replace(folder, free)
+                return free
+        raise UserError(f"{target.parent} holds a thousand copies of {target.name}: delete some")
+
+    def finish(self, stage: str, name: str, mark: str, summary: Mapping[str, Any]) -> None:
+        """Writes the unit's ``summary.json``, last."""
+        folder = self.folder(stage, name)
+        files = {
+            str(path.relative_to(folder)): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in (STARTED, SUMMARY)
+        }
+        write_json(
+            folder / SUMMARY,
+            dict(schema_version=SCHEMA_VERSION, stage=stage, name=name, fingerprint=mark, **summary, files=files),
+        )
+
+
+def _holds_units(folder: Path) -> bool:
+    return any((child / STARTED).exists() for child in folder.iterdir() if child.is_dir())
+
+
+def package_versions() -> dict[str, str]:
+    """The installed versions of what results depend on."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a stage is given.
+
+    Attributes:
+      stage: its name.
+      name: the unit's name where a stage has several, such as "topk"; otherwise "".
+      folder: where it writes; holds what an interrupted run of the same work left there.
+      configs: the groups of configuration by name.
+      inputs: the folders of the finished units it reads, by "stage" or "stage/name".
+      say: prints one line of progress.
+      stopping: whether the process was asked to stop; the stage then saves and raises ``Interrupted``.
+    """
+
+    stage: str
+    name: str
+    folder: Path
+    configs: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    say: Callable[[str], None] = print
+    stopping: Callable[[], bool] = lambda: False
