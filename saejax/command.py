@@ -1,0 +1,140 @@
+"""What every binary does: parse flags, run stages, and say in one line what went wrong.
+
+Exit status: 0 done; 2 bad input (one line says what); 143 stopped by SIGTERM with the work saved; 1 a bug,
+with its traceback.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from absl import flags
+
+from saejax import config
+from saejax.errors import Interrupted, UserError
+from saejax.settings import GROUPS
+
+_DISK = {
+    errno.ENOSPC: "the disk is full: free space, then run again",
+    errno.EDQUOT: "the disk quota is used up: free space, then run again",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "permission denied",
+}
+
+
+def main(stages: Sequence[str], about: str, argv: Sequence[str] | None = None) -> None:
+    """Runs a binary and exits with its status.
+
+    Args:
+      stages: the stages it runs.
+      about: what it does, for ``--help``.
+      argv: program name and arguments; default ``sys.argv``.
+    """
+    sys.exit(run(stages, about, sys.argv if argv is None else argv))
+
+
+def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
+    """Like ``main``, but returns the exit status."""
+    flag_values = flags.FlagValues()
+    config.define_flags(GROUPS, flag_values)
+    flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
+    flags.DEFINE_bool("debug", False, "show the traceback of bad input too", flag_values=flag_values)
+    flags.DEFINE_bool(
+        "deterministic", False, "the same bits on a GPU at every run, at some speed", flag_values=flag_values
+    )
+    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
+    try:
+        rest = flag_values(list(argv), known_only=False)
+        if flag_values["help"].value:
+            print(help_text(stages, about, flag_values))
+            return 0
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r} is not a flag: flags are --group.field=value; --help lists them")
+        if not flag_values["workdir"].value:
+            raise UserError("--workdir=DIR is missing: name the folder of this run")
+        configs = config.from_flags(GROUPS, flag_values)
+        _environment(flag_values["deterministic"].value)
+        from saejax import pipeline
+
+        pipeline.run_stages(stages, configs, flag_values["workdir"].value, _timed_say(), _sigterm())
+        return 0
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except flags.Error as error:
+        return _refuse(f"{error}; --help lists the flags", flag_values)
+    except UserError as error:
+        return _refuse(str(error), flag_values)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        return _refuse(f"{error.filename or 'writing'}: {_DISK[error.errno]}", flag_values)
+
+
+def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
+    """What the binary does, and every flag that its stages read, with its default."""
+    from saejax.pipeline import STAGES
+
+    read = [
+        group for group in GROUPS if any(group in (*STAGES[stage].groups, *STAGES[stage].placement) for stage in stages)
+    ]
+    lines = [
+        about,
+        "",
+        "  --workdir=DIR  folder of this run (required)",
+        "  --flagfile=FILE  read flags from a file, one a line",
+    ]
+    lines += [
+        "  --debug  show the traceback of bad input too",
+        "  --deterministic  the same bits on a GPU at every run",
+    ]
+    for group in read:
+        lines += ["", f"{group}: {(GROUPS[group].__doc__ or '').strip()}"]
+        for field in dataclasses.fields(GROUPS[group]):
+            flag = flag_values[f"{group}.{field.name}"]
+            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            lines.append(f"  --{flag.name}  {flag.help} (default: {default if default != '' else 'empty'})")
+    unread = [group for group in GROUPS if group not in read]
+    if unread:
+        lines += ["", f"Flags of other stages are accepted too, so that stages can share a file: {', '.join(unread)}."]
+    return "\n".join(lines)
+
+
+def _refuse(message: str, flag_values: flags.FlagValues) -> int:
+    if flag_values["debug"].value:
+        import traceback
+
+        traceback.print_exc()
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _environment(deterministic: bool) -> None:
+    """Settings that libraries read when they are first imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if deterministic:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+
+
+def _timed_say():
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
+
+    return say
+
+
+def _sigterm():
+    """Catches SIGTERM; returns a function that tells whether it came."""
+    asked: list[int] = []
+    with contextlib.suppress(ValueError):  # not the main thread (a test or a notebook): nobody signals it
+        signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    return lambda: bool(asked)

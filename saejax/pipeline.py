@@ -1,0 +1,285 @@
+"""The graph of stages, and how they are run: found finished, resumed, or done anew.
+
+preflight   baseline ──► capture ──► train/<kind> ──► evaluate/<kind>
+                │           │             │                │
+                └───────────┴─► ablate ◄──┘                │
+                                   └──────► report ◄───────┘
+"""
+
+import dataclasses
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saejax import config as configuration
+from saejax.errors import UserError, one_of
+from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions, read_json
+
+Configs = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+      summary: what it does, one line.
+      function: "module:function" that does it; imported only when it runs.
+      groups: the groups of configuration its result depends on.
+      placement: groups it reads that change only where and how fast it is computed.
+      needs: the units it reads, given the configuration, as "stage" or "stage/name".
+      names: its units' names, given the configuration; [""] for one unit.
+      sources: what it reads from outside the workdir: "model", "corpus".
+    """
+
+    summary: str
+    function: str
+    groups: tuple[str, ...]
+    placement: tuple[str, ...] = ()
+    needs: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
+    names: Callable[[Configs], Sequence[str]] = lambda configs: ("",)
+    sources: tuple[str, ...] = ()
+
+
+def _kinds(configs: Configs) -> Sequence[str]:
+    return configs["train"].kinds
+
+
+def _report_needs(configs: Configs, name: str) -> Sequence[str]:
+    trained = [f"{stage}/{kind}" for stage in ("train", "evaluate") for kind in _kinds(configs)]
+    return ("baseline", "capture", *trained, f"ablate/{configs['ablate'].dictionary}")
+
+
+STAGES = {
+    "preflight": Stage(
+        "says what will run, whether it fits, and roughly how long it takes",
+        "saejax.preflight:run_preflight",
+        ("model", "mesh", "task", "corpus", "capture", "train", "evaluate", "ablate", "report"),
+        sources=("model", "corpus"),
+    ),
+    "baseline": Stage(
+        "measures the behaviours: accuracy and logit differences on train and test prompts",
+        "saejax.tasks.baseline:run_baseline",
+        ("model", "task"),
+        sources=("model",),
+    ),
+    "capture": Stage(
+        "records activations of the model at the wanted sites",
+        "saejax.activations.torch_capture:run_capture",
+        ("model", "corpus", "capture"),
+        needs=lambda configs, name: ("baseline",),
+        sources=("model", "corpus"),
+    ),
+    "train": Stage(
+        "trains sparse dictionaries on the captured activations",
+        "saejax.training.train:run_train",
+        ("train",),
+        ("mesh",),
+        needs=lambda configs, name: ("capture",),
+        names=_kinds,
+    ),
+    "evaluate": Stage(
+        "scores dictionaries on held-out text: fidelity, sparsity, cross-entropy recovered",
+        "saejax.evaluation.evaluate:run_evaluate",
+        ("model", "evaluate"),
+        ("mesh",),
+        needs=lambda configs, name: ("capture", f"train/{name}"),
+        names=_kinds,
+        sources=("model",),
+    ),
+    "ablate": Stage(
+        "ablates top features against matched random ones and says which features cause the behaviours",
+        "saejax.causal.ablate:run_ablate",
+        ("model", "ablate"),
+        ("mesh",),
+        needs=lambda configs, name: ("baseline", f"train/{name}"),
+        names=lambda configs: (configs["ablate"].dictionary,),
+        sources=("model",),
+    ),
+    "report": Stage(
+        "writes the report: index.html, report.md, figures",
+        "saejax.reporting.report:run_report",
+        ("report",),
+        needs=_report_needs,
+    ),
+}
+
+
+class Plan:
+    """The units of a configuration and their fingerprints.
+
+    Args:
+      configs: the groups of configuration.
+    """
+
+    def __init__(self, configs: Configs):
+        self.configs = configs
+        self._marks: dict[str, str] = {}
+
+    def units(self, stage: str) -> list[str]:
+        """The stage's units, as "stage" or "stage/name"."""
+        return [f"{stage}/{name}" if name else stage for name in STAGES[stage].names(self.configs)]
+
+    def needs(self, unit: str) -> list[str]:
+        """The units that a unit reads."""
+        stage, _, name = unit.partition("/")
+        needs = list(STAGES[stage].needs(self.configs, name))
+        for need in needs:
+            needed_stage, _, needed_name = need.partition("/")
+            if needed_name:
+                one_of(needed_name, STAGES[needed_stage].names(self.configs), f"dictionary for {stage} (--train.kinds)")
+        return needs
+
+    def mark(self, unit: str) -> str:
+        """The unit's fingerprint: a hash of its settings, of the units it reads and of the files from outside."""
+        if unit not in self._marks:
+            stage = unit.partition("/")[0]
+            data = dict(
+                unit=unit,
+                settings={group: configuration.identity(self.configs[group]) for group in STAGES[stage].groups},
+                needs={need: self.mark(need) for need in self.needs(unit)},
+                sources={source: self._source(source) for source in STAGES[stage].sources},
+            )
+            self._marks[unit] = fingerprint(data)
+        return self._marks[unit]
+
+    def _source(self, source: str) -> str:
+        key = f"<{source}>"
+        if key not in self._marks:
+            if source == "model":
+                self._marks[key] = (
+                    importlib.import_module("saejax.models.source").resolve(self.configs[source]).fingerprint
+                )
+            else:
+                self._marks[key] = importlib.import_module("saejax.tasks.corpora").identity(self.configs[source])
+        return self._marks[key]
+
+
+def run_stages(
+    stages: Sequence[str],
+    configs: Configs,
+    workdir: str,
+    say: Callable[[str], None] = print,
+    stopping: Callable[[], bool] = lambda: False,
+) -> None:
+    """Runs the units of ``stages``, in order; what is finished and unchanged is left as it is.
+
+    Args:
+      stages: names from ``STAGES``.
+      configs: every group of configuration.
+      workdir: the folder of the run.
+      say: prints a line.
+      stopping: whether the process was asked to stop.
+
+    Raises:
+      UserError: bad input, or a stage's input has not been made.
+      Interrupted: asked to stop, and saved.
+    """
+    for stage in stages:
+        one_of(stage, STAGES, "stage")
+    workspace, plan = Workspace(workdir), Plan(configs)
+    with workspace.lock() if configs["mesh"].process_id == 0 else _no_lock():
+        for stage in stages:
+            for unit in plan.units(stage):
+                _run_unit(workspace, plan, unit, say, stopping)
+
+
+class _no_lock:
+    """Processes after the first rely on the first one's lock."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return None
+
+
+def _run_unit(workspace: Workspace, plan: Plan, unit: str, say: Callable, stopping: Callable) -> None:
+    stage, _, name = unit.partition("/")
+    mark = plan.mark(unit)
+    if workspace.finished(stage, name, mark):
+        say(f"{unit}: done before, unchanged")
+        return
+    inputs = {need: _input_folder(workspace, plan, unit, need) for need in plan.needs(unit)}
+    _join_processes(stage, plan.configs)
+    folder, found = workspace.begin(stage, name, mark) if _first(plan) else (workspace.folder(stage, name), "")
+    if found and found != "resumed":
+        say(f"{unit}: settings or inputs changed; the old result was moved to {found}")
+    say(f"{unit}: {'going on' if found == 'resumed' else 'started'}")
+    started, clock = now(), time.monotonic()
+    module, function = STAGES[stage].function.split(":")
+    run = Run(stage, name, folder, plan.configs, inputs, lambda line: say(f"  {unit}: {line}"), stopping)
+    results = getattr(importlib.import_module(module), function)(run)
+    seconds = round(time.monotonic() - clock, 2)
+    if _first(plan):
+        read = (*STAGES[stage].groups, *STAGES[stage].placement)
+        summary = dict(
+            config={group: configuration.to_json(plan.configs[group]) for group in read},
+            inputs={need: plan.mark(need) for need in inputs},
+            packages=package_versions(),
+            **_machine(),
+            seeds={
+                group: plan.configs[group].seed
+                for group in STAGES[stage].groups
+                if hasattr(plan.configs[group], "seed")
+            },
+            start=started,
+            seconds=seconds,
+            results=results,
+        )
+        workspace.finish(stage, name, mark, summary)
+    say(f"{unit}: done in {seconds:.1f} s")
+
+
+def _first(plan: Plan) -> bool:
+    return plan.configs["mesh"].process_id == 0
+
+
+def _input_folder(workspace: Workspace, plan: Plan, unit: str, need: str) -> Path:
+    stage, _, name = need.partition("/")
+    if not workspace.finished(stage, name, plan.mark(need)):
+        exists = (workspace.folder(stage, name) / SUMMARY).exists()
+        state = "was made with other settings" if exists else "has not been made"
+        raise UserError(
+            f"{unit} reads {need}, which {state} in {workspace.root}: run experiments.{stage} with the same flags first"
+        )
+    return workspace.folder(stage, name)
+
+
+def _join_processes(stage: str, configs: Configs) -> None:
+    mesh = configs["mesh"]
+    if mesh.processes == 1:
+        return
+    if stage != "train":
+        raise UserError(
+            f"{stage} runs in one process: run it with --mesh.processes=1, and experiments.train with {mesh.processes}"
+        )
+    import jax
+
+    if not jax.distributed.is_initialized():
+        from saejax.parallel import start_processes
+
+        start_processes(mesh)
+
+
+def _machine() -> dict:
+    """The devices as JAX sees them; a stage without JAX has none to tell."""
+    import sys
+
+    if "jax" not in sys.modules:
+        return dict(devices=None)
+    import jax
+
+    devices = jax.devices()
+    return dict(
+        devices=dict(count=len(devices), kinds=sorted({d.device_kind for d in devices}), processes=jax.process_count())
+    )
+
+
+def describe_units(workdir: str) -> dict[str, dict]:
+    """The summaries of every finished unit in a workdir, by unit."""
+    root = Path(workdir)
+    paths = sorted([*root.glob(f"*/{SUMMARY}"), *root.glob(f"*/*/{SUMMARY}")])
+    return {str(path.parent.relative_to(root)): read_json(path) for path in paths if "superseded" not in path.parts}
