@@ -1,0 +1,73 @@
+"""Our own format: an Orbax checkpoint of the arrays and ``dictionary.json`` that describes them.
+
+arrays/             Orbax checkpoint of {W_enc_DxF, b_enc_F, W_dec_FxD, b_dec_D}
+dictionary.json     the DictionaryConfig; shape, dtype and SHA-256 of every array. Written last.
+"""
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from saejax.config import from_json, to_json
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig
+from saejax.errors import UserError
+from saejax.parallel import is_first_process
+from saejax.workspace import read_json, write_json
+
+DESCRIPTION, ARRAYS = "dictionary.json", "arrays"
+NAMES = ("W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D")
+logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every save at INFO
+
+
+def save(folder: Path, dictionary: Dictionary) -> None:
+    """Writes a dictionary; every process of a run must call it.
+
+    Args:
+      folder: where to; made if missing. A dictionary that is already described there is a ``UserError``.
+    """
+    folder = Path(folder).absolute()
+    if (folder / DESCRIPTION).exists():
+        raise UserError(f"{folder} already holds a dictionary: delete it or name another folder")
+    if is_first_process():
+        shutil.rmtree(folder / ARRAYS, ignore_errors=True)  # what a killed save left, never described
+        folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: getattr(dictionary, name)[...] for name in NAMES}
+    ocp.save(folder / ARRAYS, arrays)
+    if is_first_process():
+        write_json(
+            folder / DESCRIPTION,
+            dict(config=to_json(dictionary.config), arrays={k: _facts(v) for k, v in arrays.items()}),
+        )
+
+
+def load(folder: Path, operands: str = "float32") -> Dictionary:
+    """Reads what ``save`` wrote, and checks shape, dtype and checksum of every array."""
+    folder = Path(folder).absolute()
+    description = read_json(folder / DESCRIPTION)
+    config = from_json(DictionaryConfig, description["config"])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+        name: jax.ShapeDtypeStruct(facts["shape"], facts["dtype"], sharding=device)
+        for name, facts in description["arrays"].items()
+    }
+    try:
+        arrays = ocp.load(folder / ARRAYS, target)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged or missing checkpoint
+        raise UserError(f"{folder / ARRAYS} cannot be restored ({type(error).__name__}): damaged or missing") from error
+    for name in NAMES:
+        if name not in arrays or _facts(arrays[name]) != description["arrays"][name]:
+            raise UserError(f"{folder / ARRAYS}: {name} does not match {DESCRIPTION}: the files are damaged")
+    return Dictionary(config, *(arrays[name] for name in NAMES), operands=operands)
+
+
+def _facts(array: jax.Array) -> dict:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    host = np.ascontiguousarray(array)
+    return dict(shape=list(host.shape), dtype=host.dtype.name, sha256=hashlib.sha256(host).hexdigest())
