@@ -1,0 +1,154 @@
+"""The preflight stage: what will run, whether it fits, and roughly how long it takes, before hours are spent."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+from saejax.errors import UserError
+from saejax.models import source
+from saejax.models.config import DecoderConfig
+from saejax.models.decoder import parameter_table
+from saejax.models.families import read_config
+from saejax.models.sites import Site
+from saejax.parallel import describe, make_mesh
+from saejax.settings import CaptureConfig, TrainConfig
+from saejax.tasks.corpora import read_corpus
+from saejax.workspace import Run, read_json
+
+_CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
+_EFFICIENCY = dict(baseline=0.4, capture=0.35, train=0.5, evaluate=0.4, ablate=0.3)  # of the measured matmul rate
+
+
+def run_preflight(run: Run) -> dict:
+    """Checks model, sites, corpus, memory and disk; prints a table of stages.
+
+    Raises:
+      UserError: something is missing or does not fit; the message says what to change.
+    """
+    configs = run.configs
+    mesh = make_mesh(configs["mesh"])
+    found = source.resolve(configs["model"])
+    config_file = found.folder / "config.json"
+    model = read_config(read_json(config_file), str(config_file))
+    for site in (*configs["capture"].sites, configs["train"].site):
+        Site.parse(site).check(model)
+    if configs["train"].site not in configs["capture"].sites:
+        raise UserError(
+            f"--train.site={configs['train'].site} is not captured: add it to --capture.sites={','.join(configs['capture'].sites)}"
+        )
+    documents = read_corpus(configs["corpus"])
+    tokens = round(sum(len(document.text) for document in documents) / _CHARACTERS_PER_TOKEN)
+    tokens = min(tokens, configs["corpus"].max_tokens or tokens)
+    memory, disk = (
+        memory_bytes(model, configs["train"]),
+        disk_bytes(model, configs["capture"], configs["train"], tokens),
+    )
+    rate = matmul_rate()
+    seconds = {stage: flops / rate for stage, flops in stage_flops(model, configs, tokens).items()}
+    results = dict(
+        model=dict(
+            name=found.name, family=model.family, layers=model.n_layers, d=model.d_model, parameters=parameters(model)
+        ),
+        mesh=describe(mesh),
+        documents=len(documents),
+        tokens=tokens,
+        memory_bytes=memory,
+        memory_free_bytes=psutil.virtual_memory().available,
+        disk_bytes=disk,
+        disk_free_bytes=psutil.disk_usage(str(run.folder)).free,
+        matmul_flops_per_second=rate,
+        seconds=seconds,
+    )
+    for line in _lines(results):
+        run.say(line)
+    _check_fits(results, run.folder)
+    return results
+
+
+def parameters(model: DecoderConfig) -> int:
+    """Number of parameters of the decoder."""
+    total = 0
+    for shape, _ in parameter_table(model).values():
+        size = 1
+        for length in shape:
+            size *= length
+        total += size
+    return total
+
+
+def memory_bytes(model: DecoderConfig, train: TrainConfig) -> int:
+    """Host memory of the largest stage: the model twice in fp32 (torch and JAX), or the training state and its batch."""
+    features = train.expansion * model.d_model
+    training = 4 * (4 * 2 * features * model.d_model + 6 * train.batch * features)
+    return max(2 * 4 * parameters(model), training)
+
+
+def disk_bytes(model: DecoderConfig, capture: CaptureConfig, train: TrainConfig, tokens: int) -> int:
+    """What the run writes: the store, and for every dictionary two checkpoints and the arrays."""
+    width = 2 if capture.store_dtype == "bfloat16" else 4
+    store = tokens * len(capture.sites) * (model.d_model * width + 16)
+    dictionary = 4 * 2 * train.expansion * model.d_model**2
+    return store + len(train.kinds) * 7 * dictionary
+
+
+def stage_flops(model: DecoderConfig, configs: Any, tokens: int) -> dict[str, float]:
+    """Floating-point operations of the main stages, divided by the share of the matmul rate they usually reach."""
+    task, train, ablate = configs["task"], configs["train"], configs["ablate"]
+    per_token, prompt = 2.0 * parameters(model), 24
+    deepest = max(Site.parse(site).layer for site in configs["capture"].sites) + 1
+    prompts = len(task.behaviours) * (task.train_prompts + task.test_prompts)
+    rows = len(task.behaviours) * task.test_prompts * (ablate.draws + 6 * ablate.top)
+    tail = 1 - Site.parse(train.site).layer / model.n_layers
+    steps = min(train.epochs * tokens, train.max_steps * train.batch or train.epochs * tokens)
+    flops = dict(
+        baseline=prompts * prompt * per_token,
+        capture=tokens * per_token * deepest / model.n_layers,
+        train=len(train.kinds) * steps * 12.0 * model.d_model * train.expansion * model.d_model,
+        evaluate=len(train.kinds) * configs["evaluate"].ce_documents * 200 * per_token * (1 + 3 * tail),
+        ablate=rows * prompt * per_token * tail,
+    )
+    return {stage: value / _EFFICIENCY[stage] for stage, value in flops.items()}
+
+
+def matmul_rate(size: int = 1536, repeats: int = 4) -> float:
+    """Measured rate of a fp32 matrix product of this size on one device, FLOP/s times the number of devices."""
+    a = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        product(a, a).block_until_ready()
+    rate = repeats * 2 * size**3 / (time.perf_counter() - start)
+    return rate * (1 if jax.devices()[0].platform == "cpu" else jax.device_count())
+
+
+def _lines(results: dict) -> list[str]:
+    model, mesh = results["model"], results["mesh"]
+    gib = 2**30
+    lines = [
+        f"model {model['name']}: {model['family']}, {model['parameters'] / 1e6:,.0f} M parameters, {model['layers']} layers, width {model['d']}",
+        f"devices: {mesh['devices']} x {', '.join(mesh['kinds'])}, mesh {mesh['axes']}, {results['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s in fp32",
+        f"text: {results['documents']:,} documents, about {results['tokens']:,} tokens",
+        f"memory: about {results['memory_bytes'] / gib:.1f} GiB needed, {results['memory_free_bytes'] / gib:.1f} free; "
+        f"disk: about {results['disk_bytes'] / gib:.1f} GiB needed, {results['disk_free_bytes'] / gib:.1f} free",
+    ]
+    times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items())
+    lines.append(f"roughly {sum(results['seconds'].values()) / 60:.0f} minutes if nothing is done yet: {times}")
+    return lines
+
+
+def _check_fits(results: dict, folder: Path) -> None:
+    gib = 2**30
+    for kind, change in (
+        ("memory", "use a smaller --train.batch or model"),
+        ("disk", "use another --workdir or a smaller --corpus.max_tokens"),
+    ):
+        needed, free = results[f"{kind}_bytes"], results[f"{kind}_free_bytes"]
+        if needed > free:
+            raise UserError(
+                f"the run needs about {needed / gib:.1f} GiB of {kind}, but {free / gib:.1f} are free for {folder}: {change}"
+            )

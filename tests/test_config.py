@@ -1,0 +1,76 @@
+"""Configuration and the flags made from it."""
+
+import dataclasses
+
+import pytest
+from absl import flags
+
+from saejax import config
+from saejax.config import Config, setting
+from saejax.errors import UserError
+from saejax.settings import GROUPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Example(Config):
+    """A group."""
+
+    number: int = setting(3, "a number", low=1, high=9)
+    share: float = setting(0.5, "a share", low=0.0, high=1.0)
+    kinds: tuple[str, ...] = setting(("a", "b"), "kinds", choices=("a", "b", "c"))
+    sizes: tuple[int, ...] = setting((), "sizes", low=0)
+    on: bool = setting(False, "a switch")
+    speed: int = setting(1, "only speed", changes_results=False)
+
+
+def parse(*arguments: str) -> Example:
+    values = flags.FlagValues()
+    config.define_flags(dict(ex=Example), values)
+    values(["program", *arguments])
+    return config.from_flags(dict(ex=Example), values)["ex"]
+
+
+def test_defaults_and_every_type():
+    assert parse() == Example()
+    got = parse("--ex.number=7", "--ex.share=0.25", "--ex.kinds=c,a", "--ex.sizes=1, 2", "--ex.on")
+    assert got == Example(number=7, share=0.25, kinds=("c", "a"), sizes=(1, 2), on=True)
+    assert parse("--ex.kinds=").kinds == ()
+    assert parse("--noex.on").on is False
+
+
+@pytest.mark.parametrize(
+    "argument,message",
+    [
+        ("--ex.number=0", "--ex.number is 0: expected at least 1"),
+        ("--ex.number=10", "--ex.number is 10: expected at most 9"),
+        ("--ex.share=nan", "--ex.share is NaN"),
+        ("--ex.kinds=a,d", "--ex.kinds is 'd': expected one of a, b, c"),
+        ("--ex.sizes=3,-1", "--ex.sizes is -1: expected at least 0"),
+    ],
+)
+def test_values_out_of_range_name_the_flag(argument, message):
+    with pytest.raises(UserError, match=message):
+        parse(argument)
+
+
+def test_misspelt_flags_and_wrong_types_are_flag_errors():
+    with pytest.raises(flags.Error, match=r"ex\.nmber.*ex\.number"):
+        parse("--ex.nmber=3")
+    with pytest.raises(flags.Error, match=r"ex\.number"):
+        parse("--ex.number=three")
+
+
+def test_json_round_trip_and_identity():
+    example = Example(kinds=("c",), sizes=(4, 5), speed=9)
+    data = config.to_json(example)
+    assert data["kinds"] == ["c"] and config.from_json(Example, data) == example
+    assert "speed" not in config.identity(example) and config.identity(example)["number"] == 3
+    with pytest.raises(UserError, match="unknown or missing"):
+        config.from_json(Example, dict(data, other=1))
+
+
+def test_every_setting_is_explained_and_every_default_is_valid():
+    for cls in GROUPS.values():
+        cls()
+        for field in dataclasses.fields(cls):
+            assert len(field.metadata["help"]) > 10, f"{cls.__name__}.{field.name}"

@@ -1,0 +1,78 @@
+"""Imports go one way, and torch stays where it belongs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A module imports only from what stands to its right.
+ORDER = [
+    "experiments",
+    "command",
+    "pipeline",
+    "preflight",
+    "ground_truth",
+    "reporting",
+    "analysis",
+    "attribution",
+    "causal",
+    "training",
+    "evaluation",
+    "activations",
+    "tasks",
+    "dictionaries",
+    "models",
+    "parallel",
+    "workspace",
+    "settings",
+    "config",
+    "errors",
+]
+TORCH_MAY_BE_IN = {"saejax/activations/torch_capture.py", "saejax/models/source.py"}
+SOURCES = sorted(p for top in ("saejax", "experiments") for p in (ROOT / top).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part(name: str) -> str | None:
+    """The part of ORDER that a module name belongs to."""
+    pieces = name.split(".")
+    if pieces[0] == "experiments":
+        return "experiments"
+    return pieces[1] if pieces[0] == "saejax" and len(pieces) > 1 and pieces[1] in ORDER else None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    own = part(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own is None:
+        assert path.parent.name == "saejax" and path.name == "__init__.py", f"{path} belongs to no part"
+        return
+    for name in imported(path):
+        target = part(name)
+        if target and target != own:
+            assert ORDER.index(own) < ORDER.index(target), f"{path}: {own} must not import {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_torch_is_imported_in_two_places(path):
+    uses = any(name.split(".")[0] == "torch" for name in imported(path))
+    assert not uses or str(path.relative_to(ROOT)) in TORCH_MAY_BE_IN
+
+
+def test_importing_saejax_is_light():
+    code = "import sys, saejax; print(sorted({'jax', 'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -1,0 +1,104 @@
+"""Units appear whole, are found again, and never overwrite silently."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from saejax import workspace
+from saejax.errors import UserError
+from saejax.workspace import Workspace
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), workspace.whole_file(path) as beside:
+        beside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    workspace.write_text(path, "new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_nan_is_no_json(tmp_path):
+    with pytest.raises(ValueError):
+        workspace.write_json(tmp_path / "a.json", dict(x=float("nan")))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1', "\xff"])
+def test_damaged_json_is_named(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.json is not valid JSON"):
+        workspace.read_json(path)
+    with pytest.raises(UserError, match="does not exist"):
+        workspace.read_json(tmp_path / "b.json")
+
+
+def finish(space: Workspace, mark: str, content: str = "x") -> None:
+    folder, _ = space.begin("train", "topk", mark)
+    (folder / "result.txt").write_text(content)
+    space.finish("train", "topk", mark, dict(results={}))
+
+
+def test_a_finished_unit_is_found_by_its_fingerprint(tmp_path):
+    space = Workspace(tmp_path)
+    assert not space.finished("train", "topk", "m1")
+    folder, found = space.begin("train", "topk", "m1")
+    assert found == "" and not space.finished("train", "topk", "m1")
+    (folder / "result.txt").write_text("abc")
+    assert space.begin("train", "topk", "m1")[1] == "resumed"
+    space.finish("train", "topk", "m1", dict(results=dict(a=1)))
+    assert space.finished("train", "topk", "m1") and not space.finished("train", "topk", "m2")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["files"] == {"result.txt": 3} and summary["results"] == {"a": 1}
+
+
+def test_other_work_is_moved_aside_and_never_lost(tmp_path):
+    space = Workspace(tmp_path)
+    for content in ("first", "second"):
+        finish(space, "m1", content)
+        finish(space, "m2", "other")
+    kept = sorted(path.read_text() for path in (tmp_path / "superseded").glob("*/result.txt"))
+    assert kept == ["first", "other", "second"]
+    assert space.finished("train", "topk", "m2")
+
+
+def test_missing_and_truncated_files_of_a_finished_unit_are_named(tmp_path):
+    space = Workspace(tmp_path)
+    finish(space, "m", "long content")
+    (tmp_path / "train/topk/result.txt").write_text("long")
+    with pytest.raises(UserError, match=r"result\.txt is missing or not 12 bytes"):
+        space.finished("train", "topk", "m")
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files that saejax did not write"):
+        Workspace(tmp_path).begin("baseline", "", "m")
+
+
+def test_two_runs_at_once_are_refused_and_a_dead_one_frees_the_lock(tmp_path):
+    code = (
+        f"from saejax.workspace import Workspace; import sys, time\n"
+        f"with Workspace({str(tmp_path)!r}).lock():\n print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline().strip() == "held"
+    with pytest.raises(UserError, match=f"in use by process {holder.pid}"), Workspace(tmp_path).lock():
+        pass
+    holder.kill()
+    holder.wait()
+    with Workspace(tmp_path).lock():
+        pass
+
+
+def test_an_unwritable_workdir_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written to"):
+        Workspace(tmp_path / "file" / "run")
