@@ -48,13 +48,15 @@ class Metrics:
         self._warm: tuple[int, float] | None = None
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the step just dispatched; reads those of the one before."""
+        """Takes the metrics of the step just dispatched; reads those of the one before, if they are due."""
         self.flush()
-        if step % self.every == 0 or step == self.steps or self._warm is None:
-            self._pending = (step, metrics)
+        self._pending = (step, metrics)
 
-    def flush(self) -> None:
-        """Reads what is pending.
+    def flush(self, check: bool = False) -> None:
+        """Reads what is pending and due for a record.
+
+        Args:
+          check: read it in any case, to know that it is finite.
 
         Raises:
           UserError: a metric is not finite; the message names it and the step.
@@ -62,6 +64,9 @@ class Metrics:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
+        due = step % self.every == 0 or step == self.steps or self._warm is None
+        if not due and not check:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         for name, value in values.items():
             if not math.isfinite(value):
@@ -69,12 +74,12 @@ class Metrics:
                     f"{name} is {value} at step {step}: lower --train.learning_rate; the last checkpoint is kept"
                 )
         seconds = time.monotonic() - self._start
-        self.records.append(
-            dict(step=step, tokens=step * self.batch, seconds=round(self._before + seconds, 3), **values)
-        )
         if self._warm is None:
             self._warm = (step, seconds)  # the first step compiled: it says nothing about speed
-        self._progress(step, seconds, values)
+        if step % self.every == 0 or step == self.steps:
+            record = dict(step=step, tokens=step * self.batch, seconds=round(self._before + seconds, 3), **values)
+            self.records.append(record)
+            self._progress(step, seconds, values)
 
     def _progress(self, step: int, seconds: float, values: dict[str, float]) -> None:
         now = time.monotonic()
@@ -144,7 +149,7 @@ def train(
 
 
 def _save(step: int, state: Any, metrics: Metrics, checkpoints: Checkpoints) -> None:
-    metrics.flush()  # a state whose loss is not finite must not become the newest checkpoint
+    metrics.flush(check=True)  # a state whose loss is not finite must not become the newest checkpoint
     metrics.write()
     checkpoints.save(step, state)
 
