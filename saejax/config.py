@@ -17,7 +17,16 @@ from absl import flags
 from saejax.errors import UserError
 
 
-def setting(default: Any, help: str, *, low=None, high=None, choices=None, changes_results: bool = True) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low=None,
+    high=None,
+    choices=None,
+    changes_results: bool = True,
+    only: tuple[str, ...] = (),
+) -> Any:
     """A dataclass field that becomes a flag.
 
     Args:
@@ -26,10 +35,11 @@ def setting(default: Any, help: str, *, low=None, high=None, choices=None, chang
       low: smallest allowed value, inclusive (of each element, for a tuple).
       high: largest allowed value, inclusive.
       choices: the allowed values.
-      changes_results: False for what only affects speed or logging; such a field does not make a
-        finished stage run again.
+      changes_results: False for what only affects speed, logging or which units there are; such a field does not
+        make a finished unit run again.
+      only: names of the units whose results it changes, such as ("topk",); empty: of all.
     """
-    metadata = dict(help=help, low=low, high=high, choices=choices, changes_results=changes_results)
+    metadata = dict(help=help, low=low, high=high, choices=choices, changes_results=changes_results, only=only)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -60,9 +70,13 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def identity(config: Any) -> dict[str, Any]:
-    """The part of ``to_json`` that a result depends on."""
-    return {f.name: to_json(config)[f.name] for f in dataclasses.fields(config) if f.metadata["changes_results"]}
+def identity(config: Any, unit: str = "") -> dict[str, Any]:
+    """The part of ``to_json`` that the results of the unit of this name depend on."""
+    return {
+        field.name: to_json(config)[field.name]
+        for field in dataclasses.fields(config)
+        if field.metadata["changes_results"] and (not field.metadata["only"] or unit in field.metadata["only"])
+    }
 
 
 def from_json(cls: type, data: Mapping[str, Any]) -> Any:
@@ -88,15 +102,15 @@ def _define(name: str, hint: Any, field: dataclasses.Field, flag_values: flags.F
         int: (flags.IntegerParser(), flags.ArgumentSerializer()),
         float: (flags.FloatParser(), flags.ArgumentSerializer()),
     }
-    help_text = field.metadata["help"]
+    help_text, default = field.metadata["help"], typing.cast(Any, field.default)
     if hint is bool:
-        flags.DEFINE_bool(name, field.default, help_text, flag_values=flag_values)
+        flags.DEFINE_bool(name, default, help_text, flag_values=flag_values)
     elif isinstance(hint, types.GenericAlias):
-        parser = _TupleParser(parsers[typing.get_args(hint)[0]][0])
-        flags.DEFINE(parser, name, field.default, help_text, flag_values, flags.CsvListSerializer(","))
+        parser: flags.ArgumentParser = _TupleParser(parsers[typing.get_args(hint)[0]][0])
+        flags.DEFINE(parser, name, default, help_text, flag_values, flags.CsvListSerializer(","))
     else:
         parser, serializer = parsers[hint]
-        flags.DEFINE(parser, name, field.default, help_text, flag_values, serializer)
+        flags.DEFINE(parser, name, default, help_text, flag_values, serializer)
 
 
 class _TupleParser(flags.ArgumentParser):

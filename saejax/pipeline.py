@@ -135,10 +135,10 @@ class Plan:
     def mark(self, unit: str) -> str:
         """The unit's fingerprint: a hash of its settings, of the units it reads and of the files from outside."""
         if unit not in self._marks:
-            stage = unit.partition("/")[0]
+            stage, _, name = unit.partition("/")
             data = dict(
                 unit=unit,
-                settings={group: configuration.identity(self.configs[group]) for group in STAGES[stage].groups},
+                settings={group: configuration.identity(self.configs[group], name) for group in STAGES[stage].groups},
                 needs={need: self.mark(need) for need in self.needs(unit)},
                 sources={source: self._source(source) for source in STAGES[stage].sources},
             )

@@ -1,5 +1,6 @@
 """The preflight stage: what will run, whether it fits, and roughly how long it takes, before hours are spent."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def run_preflight(run: Run) -> dict:
         Site.parse(site).check(model)
     if configs["train"].site not in configs["capture"].sites:
         raise UserError(
-            f"--train.site={configs['train'].site} is not captured: add it to --capture.sites={','.join(configs['capture'].sites)}"
+            f"--train.site={configs['train'].site} is not captured: add it to "
+            f"--capture.sites={','.join(configs['capture'].sites)}"
         )
     documents = read_corpus(configs["corpus"])
     tokens = round(sum(len(document.text) for document in documents) / _CHARACTERS_PER_TOKEN)
@@ -71,17 +73,11 @@ def run_preflight(run: Run) -> dict:
 
 def parameters(model: DecoderConfig) -> int:
     """Number of parameters of the decoder."""
-    total = 0
-    for shape, _ in parameter_table(model).values():
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total
+    return sum(math.prod(shape) for shape, _ in parameter_table(model).values())
 
 
 def memory_bytes(model: DecoderConfig, train: TrainConfig) -> int:
-    """Host memory of the largest stage: the model twice in fp32 (torch and JAX), or the training state and its batch."""
+    """Host memory of the largest stage: the model twice in fp32 (torch, JAX), or the training state and its batch."""
     features = train.expansion * model.d_model
     training = 4 * (4 * 2 * features * model.d_model + 6 * train.batch * features)
     return max(2 * 4 * parameters(model), training)
@@ -130,8 +126,11 @@ def _lines(results: dict) -> list[str]:
     model, mesh = results["model"], results["mesh"]
     gib = 2**30
     lines = [
-        f"model {model['name']}: {model['family']}, {model['parameters'] / 1e6:,.0f} M parameters, {model['layers']} layers, width {model['d']}",
-        f"devices: {mesh['devices']} x {', '.join(mesh['kinds'])}, mesh {mesh['axes']}, {results['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s in fp32",
+        f"model {model['name']}: {model['family']}, {model['parameters'] / 1e6:,.0f} M parameters, "
+        f"{model['layers']} layers, width {model['d']}",
+        f"devices: {mesh['devices']} x {', '.join(mesh['kinds'])}, "
+        f"mesh {' x '.join(f'{axis} {size}' for axis, size in mesh['axes'].items())}, "
+        f"{results['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s in fp32",
         f"text: {results['documents']:,} documents, about {results['tokens']:,} tokens",
         f"memory: about {results['memory_bytes'] / gib:.1f} GiB needed, {results['memory_free_bytes'] / gib:.1f} free; "
         f"disk: about {results['disk_bytes'] / gib:.1f} GiB needed, {results['disk_free_bytes'] / gib:.1f} free",
@@ -150,5 +149,6 @@ def _check_fits(results: dict, folder: Path) -> None:
         needed, free = results[f"{kind}_bytes"], results[f"{kind}_free_bytes"]
         if needed > free:
             raise UserError(
-                f"the run needs about {needed / gib:.1f} GiB of {kind}, but {free / gib:.1f} are free for {folder}: {change}"
+                f"the run needs about {needed / gib:.1f} GiB of {kind}, but {free / gib:.1f} are free for {folder}: "
+                f"{change}"
             )

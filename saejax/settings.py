@@ -94,14 +94,17 @@ class CaptureConfig(Config):
 class TrainConfig(Config):
     """The dictionaries and how they are trained."""
 
-    kinds: tuple[str, ...] = setting(KINDS, "dictionaries to train, one after the other", choices=KINDS)
+    kinds: tuple[str, ...] = setting(
+        KINDS, "dictionaries to train, one after the other", choices=KINDS, changes_results=False
+    )
     site: str = setting("resid_post.15", "captured site to train on")
     expansion: int = setting(8, "features per input dimension", low=1)
-    k: int = setting(32, "active features per token (topk)", low=1)
+    k: int = setting(32, "active features per token (topk)", low=1, only=("topk",))
     l1: float = setting(
         2.0,
         "L1 coefficient on decoder-norm-weighted activations, inputs scaled to mean norm sqrt(d) (standard)",
         low=0.0,
+        only=("standard",),
     )
     learning_rate: float = setting(1e-3, "peak learning rate of Adam", low=0.0)
     warmup: float = setting(0.05, "share of the steps over which learning rate and L1 rise from 0", low=0.0, high=1.0)
@@ -137,7 +140,7 @@ class EvaluateConfig(Config):
 class AblateConfig(Config):
     """Causal tests of features."""
 
-    dictionary: str = setting("topk", "which trained dictionary to test")
+    dictionary: str = setting("topk", "which trained dictionary to test", changes_results=False)
     top: int = setting(20, "features, ranked on train prompts, that are ablated one by one and together", low=1)
     draws: int = setting(100, "draws of as many matched random features", low=2)
     matches: int = setting(

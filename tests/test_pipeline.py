@@ -1,0 +1,111 @@
+"""Which units run: new ones, unfinished ones, and those that depend on what changed; nothing else."""
+
+import dataclasses
+import json
+
+import pytest
+
+from saejax import pipeline
+from saejax.errors import Interrupted, UserError
+from saejax.settings import GROUPS
+
+ALL = ["preflight", "baseline", "capture", "train/topk", "train/standard", "evaluate/topk", "evaluate/standard"]
+ALL += ["ablate/topk", "report"]
+ran: list[str] = []
+failing: set[str] = set()
+
+
+def fake_stage(run) -> dict:
+    unit = f"{run.stage}/{run.name}" if run.name else run.stage
+    if unit in failing:
+        (run.folder / "half.txt").write_text("half")
+        raise Interrupted("stopped")
+    for folder in run.inputs.values():
+        assert (folder / "summary.json").exists()
+    ran.append(unit)
+    (run.folder / "out.txt").write_text(unit)
+    return dict(unit=unit)
+
+
+@pytest.fixture(autouse=True)
+def fake_stages(monkeypatch):
+    stages = {
+        name: dataclasses.replace(stage, function=f"{__name__}:fake_stage", sources=())
+        for name, stage in pipeline.STAGES.items()
+    }
+    monkeypatch.setattr(pipeline, "STAGES", stages)
+    ran.clear()
+    failing.clear()
+
+
+def go(workdir, stages=tuple(pipeline.STAGES), **changes) -> list[str]:
+    """Runs stages with settings changed, such as train__k=3; gives the units that ran."""
+    ran.clear()
+    configs = {group: cls() for group, cls in GROUPS.items()}
+    for key, value in changes.items():
+        group, field = key.split("__")
+        configs[group] = dataclasses.replace(configs[group], **{field: value})
+    pipeline.run_stages(stages, configs, str(workdir), say=lambda line: None)
+    return list(ran)
+
+
+def test_a_second_run_does_nothing(tmp_path):
+    assert go(tmp_path) == ALL
+    assert go(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "change,again",
+    [
+        (dict(report__examples=9), ["report"]),
+        (dict(ablate__top=9), ["ablate/topk", "report"]),
+        (dict(evaluate__dense_above=0.5), ["evaluate/topk", "evaluate/standard", "report"]),
+        (dict(train__k=9), ["train/topk", "evaluate/topk", "ablate/topk", "report"]),
+        (dict(train__l1=9.0), ["train/standard", "evaluate/standard", "report"]),
+        (dict(train__batch=9), [u for u in ALL if u.split("/")[0] in ("train", "evaluate", "ablate", "report")]),
+        (dict(task__seed=9), [u for u in ALL if u != "preflight"]),
+        (dict(model__dtype="bfloat16"), [u for u in ALL if u != "preflight"]),
+        (dict(train__log_every=7, capture__batch_tokens=9, mesh__model=2), []),
+        (dict(ablate__dictionary="standard"), ["ablate/standard", "report"]),
+        (dict(train__kinds=("topk",)), ["report"]),
+    ],
+    ids=str,
+)
+def test_a_changed_flag_runs_again_only_what_depends_on_it(tmp_path, change, again):
+    go(tmp_path)
+    assert [unit for unit in go(tmp_path, **change) if unit != "preflight"] == again
+    assert go(tmp_path, **change) == []
+
+
+def test_superseded_results_are_kept(tmp_path):
+    go(tmp_path)
+    go(tmp_path, ablate__top=9)
+    assert len(list((tmp_path / "superseded").glob("ablate-topk-*/out.txt"))) == 1
+
+
+def test_an_interrupted_unit_goes_on_and_finished_ones_stay(tmp_path):
+    failing.add("train/standard")
+    with pytest.raises(Interrupted):
+        go(tmp_path)
+    assert ran == ["preflight", "baseline", "capture", "train/topk"]
+    failing.clear()
+    assert go(tmp_path) == ALL[4:]
+    assert (tmp_path / "train/standard/half.txt").exists(), "its unfinished files are for the stage to use"
+
+
+def test_a_stage_without_its_inputs_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"capture reads baseline, which has not been made"):
+        go(tmp_path, ["capture"])
+    go(tmp_path, ["baseline"])
+    with pytest.raises(UserError, match=r"which was made with other settings"):
+        go(tmp_path, ["capture"], task__seed=1)
+
+
+def test_summaries_say_what_was_done(tmp_path):
+    go(tmp_path)
+    summary = json.loads((tmp_path / "train" / "topk" / "summary.json").read_text())
+    assert summary["schema_version"] == 1 and summary["stage"] == "train" and summary["name"] == "topk"
+    assert summary["config"]["train"]["k"] == 32 and summary["config"]["mesh"]["model"] == 1
+    assert list(summary["inputs"]) == ["capture"] and summary["seeds"] == {"train": 123}
+    assert summary["packages"]["jax"] and summary["devices"]["count"] == 8
+    assert summary["results"] == {"unit": "train/topk"} and summary["files"] == {"out.txt": 10}
