@@ -58,7 +58,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         if not flag_values["workdir"].value:
             raise UserError("--workdir=DIR is missing: name the folder of this run")
         configs = config.from_flags(GROUPS, flag_values)
-        _environment(flag_values["deterministic"].value)
+        _environment(bool(flag_values["deterministic"].value))
         from saejax import pipeline
 
         pipeline.run_stages(stages, configs, flag_values["workdir"].value, _timed_say(), _sigterm())

@@ -6,16 +6,18 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
                                    └──────► report ◄───────┘
 """
 
+import contextlib
 import dataclasses
 import importlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saejax import config as configuration
-from saejax.errors import UserError, one_of
-from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions, read_json
+from saejax.errors import Interrupted, UserError, one_of
+from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
 
 Configs = Mapping[str, Any]
 
@@ -180,20 +182,12 @@ def run_stages(
     for stage in stages:
         one_of(stage, STAGES, "stage")
     workspace, plan = Workspace(workdir), Plan(configs)
-    with workspace.lock() if configs["mesh"].process_id == 0 else _no_lock():
+    with workspace.lock() if configs["mesh"].process_id == 0 else contextlib.nullcontext():  # the first one holds it
         for stage in stages:
             for unit in plan.units(stage):
+                if stopping():
+                    raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
                 _run_unit(workspace, plan, unit, say, stopping)
-
-
-class _no_lock:
-    """Processes after the first rely on the first one's lock."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        return None
 
 
 def _run_unit(workspace: Workspace, plan: Plan, unit: str, say: Callable, stopping: Callable) -> None:
@@ -214,23 +208,31 @@ def _run_unit(workspace: Workspace, plan: Plan, unit: str, say: Callable, stoppi
     results = getattr(importlib.import_module(module), function)(run)
     seconds = round(time.monotonic() - clock, 2)
     if _first(plan):
-        read = (*STAGES[stage].groups, *STAGES[stage].placement)
-        summary = dict(
-            config={group: configuration.to_json(plan.configs[group]) for group in read},
-            inputs={need: plan.mark(need) for need in inputs},
-            packages=package_versions(),
-            **_machine(),
-            seeds={
-                group: plan.configs[group].seed
-                for group in STAGES[stage].groups
-                if hasattr(plan.configs[group], "seed")
-            },
-            start=started,
-            seconds=seconds,
-            results=results,
-        )
+        summary = _describe(plan, stage, inputs) | dict(start=started, seconds=seconds, results=results)
         workspace.finish(stage, name, mark, summary)
     say(f"{unit}: done in {seconds:.1f} s")
+
+
+def _describe(plan: Plan, stage: str, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """What a summary says of settings, inputs, versions and devices."""
+    read = (*STAGES[stage].groups, *STAGES[stage].placement)
+    return dict(
+        config={group: configuration.to_json(plan.configs[group]) for group in read},
+        inputs={need: plan.mark(need) for need in inputs},
+        packages=package_versions(),
+        devices=_devices(),
+        seeds={group: plan.configs[group].seed for group in read if hasattr(plan.configs[group], "seed")},
+    )
+
+
+def _devices() -> dict[str, Any] | None:
+    """The devices as JAX sees them; None if the stages so far have not used JAX."""
+    if "jax" not in sys.modules:
+        return None
+    import jax
+
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    return dict(count=jax.device_count(), kinds=kinds, processes=jax.process_count())
 
 
 def _first(plan: Plan) -> bool:
@@ -262,24 +264,3 @@ def _join_processes(stage: str, configs: Configs) -> None:
         from saejax.parallel import start_processes
 
         start_processes(mesh)
-
-
-def _machine() -> dict:
-    """The devices as JAX sees them; a stage without JAX has none to tell."""
-    import sys
-
-    if "jax" not in sys.modules:
-        return dict(devices=None)
-    import jax
-
-    devices = jax.devices()
-    return dict(
-        devices=dict(count=len(devices), kinds=sorted({d.device_kind for d in devices}), processes=jax.process_count())
-    )
-
-
-def describe_units(workdir: str) -> dict[str, dict]:
-    """The summaries of every finished unit in a workdir, by unit."""
-    root = Path(workdir)
-    paths = sorted([*root.glob(f"*/{SUMMARY}"), *root.glob(f"*/*/{SUMMARY}")])
-    return {str(path.parent.relative_to(root)): read_json(path) for path in paths if "superseded" not in path.parts}

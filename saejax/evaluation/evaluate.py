@@ -36,7 +36,7 @@ def run_evaluate(run: Run) -> dict:
     model = run.configs["model"]
     lm = load_model(model.path, model.revision, model.dtype, mesh)
     store.check_model(lm.source)
-    documents = store.documents("held_out")
+    documents = store.documents.of("held_out")
     if config.ce_documents:
         documents = documents[: config.ce_documents]
     ce = cross_entropies(lm, dictionary, documents, _mean(store, site, config.batch_tokens), config.batch_tokens)

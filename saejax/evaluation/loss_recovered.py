@@ -53,7 +53,7 @@ def cross_entropies(
         length = -(-len(documents[0]) // 32) * 32
         count = max(1, batch_tokens // length)
         batch, documents = documents[:count], documents[count:]
-        padded = pad([*batch, *[np.zeros(1, np.int32)] * (count - len(batch))])
+        padded = pad([*(ids.tolist() for ids in batch), *[[0]] * (count - len(batch))])
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
         placed = jax.device_put(ids_BxT, fitting_sharding(lm.mesh, ids_BxT.shape, "data", None))
         lengths_B = jax.device_put(padded.lengths_B, fitting_sharding(lm.mesh, (count,), "data"))

@@ -63,11 +63,11 @@ def load(folder: Path, operands: str = "float32") -> Dictionary:
     for name in NAMES:
         if name not in arrays or _facts(arrays[name]) != description["arrays"][name]:
             raise UserError(f"{folder / ARRAYS}: {name} does not match {DESCRIPTION}: the files are damaged")
-    return Dictionary(config, *(arrays[name] for name in NAMES), operands=operands)
+    return Dictionary(config, **arrays, operands=operands)
 
 
 def _facts(array: jax.Array) -> dict:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
     host = np.ascontiguousarray(array)
-    return dict(shape=list(host.shape), dtype=host.dtype.name, sha256=hashlib.sha256(host).hexdigest())
+    return dict(shape=list(host.shape), dtype=host.dtype.name, sha256=hashlib.sha256(host.data).hexdigest())
