@@ -65,6 +65,7 @@ STAGES = {
         "measures the behaviours: accuracy and logit differences on train and test prompts",
         "saejax.tasks.baseline:run_baseline",
         ("model", "task"),
+        ("mesh",),
         sources=("model",),
     ),
     "capture": Stage(

@@ -1,0 +1,98 @@
+"""Small whole runs for tests: a tiny random model that reads real prompts, flags, and processes."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny_models import save_tiny_llama
+
+ROOT = Path(__file__).parent.parent
+
+
+def save_model(folder: Path, **changes) -> Path:
+    """A random two-layer Llama with SmolLM2's tokenizer, so that the behaviours' answers have their usual tokens."""
+    from transformers import AutoTokenizer
+
+    from saejax.models import source
+    from saejax.settings import ModelConfig
+
+    sizes = dict(
+        vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=256
+    )
+    save_tiny_llama(folder, **sizes | changes)
+    AutoTokenizer.from_pretrained(source.resolve(ModelConfig()).folder).save_pretrained(folder)
+    return folder
+
+
+def save_corpus(path: Path, documents: int = 40) -> Path:
+    """Documents of a few sentences, each of a group of its own."""
+    subjects = ["river", "teacher", "garden", "engine", "winter", "letter", "market", "window", "doctor", "village"]
+    verbs = ["follows", "carries", "finds", "remembers", "changes"]
+    lines = []
+    for i in range(documents):
+        words = [
+            f"The {subjects[(i + j) % 10]} {verbs[(i * j) % 5]} the {subjects[(3 * i + j) % 10]}."
+            for j in range(4 + i % 5)
+        ]
+        lines.append(json.dumps(dict(text=" ".join(words), group=f"g/{i}")))
+    with gzip.open(path, "wt") as file:
+        file.write("\n".join(lines))
+    return path
+
+
+def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str]:
+    """Flags of a run of seconds; ``changes`` such as train__k=3 override them."""
+    values = {
+        "workdir": workdir,
+        "model.path": model,
+        "task.train_prompts": 4,
+        "task.test_prompts": 3,
+        "task.bootstrap": 200,
+        "corpus.path": corpus,
+        "corpus.held_out": 0.3,
+        "capture.sites": "resid_post.0",
+        "capture.shard_rows": 300,
+        "capture.max_sink_share": 0.5,
+        "capture.store_dtype": "float32",
+        "train.site": "resid_post.0",
+        "train.expansion": 4,
+        "train.k": 8,
+        "train.batch": 64,
+        "train.epochs": 6,
+        "train.checkpoint_every": 5,
+        "train.l1": 0.05,
+        "evaluate.ce_documents": 3,
+        "ablate.top": 2,
+        "ablate.draws": 3,
+        "ablate.bootstrap": 200,
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen:
+    """Starts ``python -m experiments.<binary>`` on one CPU device."""
+    variables = os.environ | dict(JAX_NUM_CPU_DEVICES="1", JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1") | environment
+    command = [sys.executable, "-m", f"experiments.{binary}", *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    """Waits, checks the exit status, gives the output."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
+    return output
+
+
+def checksums(workdir: Path) -> dict:
+    """The dictionaries' and the store's checksums."""
+    found = {}
+    for path in sorted(workdir.glob("train/*/dictionary/dictionary.json")):
+        found[path.parts[-3]] = json.loads(path.read_text())["arrays"]
+    found["store"] = json.loads((workdir / "capture" / "manifest.json").read_text())["files"]
+    return found

@@ -1,0 +1,164 @@
+"""The stage baseline: against PyTorch on a small random model, on SmolLM2, and on what it must refuse."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from saejax.errors import Interrupted, UserError
+from saejax.models import source
+from saejax.models.language_model import LanguageModel, load_model
+from saejax.settings import BEHAVIOURS, GROUPS, ModelConfig, TaskConfig
+from saejax.tasks import baseline
+from saejax.tasks.behaviours import SCORES, make_prompts, read_prompts
+from saejax.workspace import Run
+
+TASK = TaskConfig(train_prompts=15, test_prompts=6, bootstrap=300)
+
+
+def make_run(folder, path, task=TASK, lines=None, stopping=lambda: False):
+    configs = {name: group() for name, group in GROUPS.items()} | dict(model=ModelConfig(path=str(path)), task=task)
+    return Run("baseline", "", folder, configs, {}, [].append if lines is None else lines.append, stopping)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run on a small random model: its model folder, its own folder, its results and what it said."""
+    model = runs.save_model(tmp_path_factory.mktemp("model"))
+    folder, lines = tmp_path_factory.mktemp("baseline"), []
+    return model, folder, baseline.run_baseline(make_run(folder, model, lines=lines)), lines
+
+
+def test_scores_are_those_of_pytorch(finished):
+    import torch
+
+    model, folder, _, _ = finished
+    found = source.resolve(ModelConfig(path=str(model)))
+    tokenizer, torch_model = source.load_tokenizer(found), source.load_torch_model(found, "float32")
+    lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    assert len(lines) == len(BEHAVIOURS) * 21
+    for line in lines:
+        correct, wrong = (tokenizer(line[key])["input_ids"][0] for key in ("correct", "wrong"))
+        texts = torch.tensor(tokenizer([line["text"], line["counterpart"]])["input_ids"])
+        with torch.no_grad():
+            logits, counterpart = torch_model(texts).logits[:, -1]
+        np.testing.assert_allclose(line["logit_diff"], float(logits[correct] - logits[wrong]), atol=2e-5)
+        np.testing.assert_allclose(
+            line["counterpart_logit_diff"], float(counterpart[wrong] - counterpart[correct]), atol=2e-5
+        )
+        assert line["top1"] == (int(logits.argmax()) == correct)
+
+
+def test_results_sum_up_the_scores(finished):
+    _, folder, results, lines = finished
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    assert list(results["behaviours"]) == list(BEHAVIOURS) and len(lines) == len(BEHAVIOURS)
+    json.dumps(results, allow_nan=False)
+    for (name, result), line in zip(results["behaviours"].items(), lines, strict=True):
+        for split, n in (("train", 15), ("test", 6)):
+            own = [row for row in rows if row["behaviour"] == name and row["split"] == split]
+            diffs = np.array([row["logit_diff"] for row in own])
+            expected = dict(
+                accuracy=(diffs > 0).mean(),
+                top1=np.mean([row["top1"] for row in own]),
+                logit_diff=diffs.mean(),
+                separation=diffs.mean() / diffs.std(),
+                counterpart_accuracy=np.mean([row["counterpart_logit_diff"] > 0 for row in own]),
+            )
+            assert result[split].pop("n") == n == len(own)
+            assert {key: score["mean"] for key, score in result[split].items()} == pytest.approx(expected)
+            assert all(score["low"] <= score["mean"] <= score["high"] for score in result[split].values())
+        # A random model has no behaviour, and the line says so.
+        assert any(flag.startswith("separation") for flag in result["flags"])
+        assert line.startswith(f"{name}: on 6 test prompts accuracy") and result["flags"][0] in line
+        tests = [row for row in rows if row["behaviour"] == name and row["split"] == "test"]
+        assert result["examples"] == [
+            {key: row[key] for key in ("text", "correct", "wrong", "logit_diff")} for row in tests[:3]
+        ]
+
+
+def test_prompts_are_those_of_the_task(finished):
+    model, folder, _, _ = finished
+    prompts = read_prompts(folder / "prompts.jsonl")
+    tokenizer = source.load_tokenizer(source.resolve(ModelConfig(path=str(model))))
+    first_token = lambda text: tokenizer(text)["input_ids"][0]  # noqa: E731
+    assert prompts == [p for name in BEHAVIOURS for p in make_prompts(name, 15, 6, TASK.seed, first_token)]
+
+
+def test_smollm2_has_the_behaviours(smollm2):
+    for name in BEHAVIOURS:
+        prompts = make_prompts(name, 2, 14, 42, smollm2.token_id)
+        scores = baseline.score_prompts(smollm2, prompts)
+        assert all(tuple(score) == SCORES for score in scores)
+        assert np.mean([score["logit_diff"] > 0 for score in scores]) >= 0.85
+        assert np.mean([score["counterpart_logit_diff"] > 0 for score in scores]) >= 0.85
+
+
+def summary_of(diffs, **changes):
+    prompts = make_prompts("agreement", 2, len(diffs), 42, hash)
+    scores = [dict(logit_diff=diff, top1=True, counterpart_logit_diff=1.0) for diff in (1.0, 2.0, *diffs)]
+    return baseline.summarize(prompts, scores, dataclasses.replace(TASK, **changes))
+
+
+def test_weak_behaviours_are_flagged_in_words():
+    assert summary_of([2.0, 2.1, 1.9, 2.0, 1.0])["flags"] == []
+    assert summary_of([2.0, 2.1, 1.9, 2.0, -0.1])["flags"] == []  # 0.80 is not below 0.80
+    assert summary_of([2.0, 2.1, 1.9, 2.0, -0.1], min_accuracy=0.81)["flags"] == [
+        "accuracy 0.800 on test prompts is below 0.810"
+    ]
+    assert summary_of([2.0, 0.1, -0.1, 2.0])["flags"] == [
+        "accuracy 0.750 on test prompts is below 0.800",
+        "separation 0.998 on test prompts is below 1.000",
+    ]
+    assert summary_of([0.0] * 4)["test"]["accuracy"]["mean"] == 0  # a tie is not a correct answer
+    json.dumps(summary_of([3.0] * 4), allow_nan=False)
+
+
+def test_a_model_that_ignores_the_content_is_flagged():
+    prompts = make_prompts("agreement", 2, 2, 42, hash)
+    scores = [dict(logit_diff=x, top1=True, counterpart_logit_diff=-x) for x in (1.0, 1.5, 1.0, 1.5)]
+    flags = baseline.summarize(prompts, scores, TASK)["flags"]
+    assert flags == [f"counterpart accuracy 0.000 on {split} prompts is below 0.800" for split in ("train", "test")]
+
+
+def test_answers_that_begin_with_the_same_token_are_refused(tiny_llama, tmp_path):
+    # Its byte-level tokenizer has no word for a city: every answer begins with the space.
+    task = dataclasses.replace(TASK, behaviours=("capital",))
+    with pytest.raises(UserError, match="The capital of .* begin with the same token"):
+        baseline.run_baseline(make_run(tmp_path, tiny_llama, task))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
+    model = runs.save_model(tmp_path / "model", max_position_embeddings=20)
+    with pytest.raises(UserError, match="has 26 tokens, more than the model's context of 20"):
+        baseline.run_baseline(make_run(tmp_path, model, dataclasses.replace(TASK, behaviours=("addition",))))
+    assert not (tmp_path / "prompts.jsonl").exists()
+
+
+def test_logits_that_are_not_finite_are_refused(smollm2):
+    params = smollm2.params | dict(final_norm_D=jnp.full_like(smollm2.params["final_norm_D"], jnp.nan))
+    broken = LanguageModel(smollm2.config, params, smollm2.tokenizer, smollm2.source, smollm2.mesh)
+    prompts = make_prompts("capital", 2, 2, 42, smollm2.token_id)
+    with pytest.raises(UserError, match=f"not finite on '{prompts[0].text}'"):
+        baseline.score_prompts(broken, prompts)
+
+
+def test_it_stops_when_asked(finished, tmp_path):
+    with pytest.raises(Interrupted):
+        baseline.run_baseline(make_run(tmp_path, finished[0], stopping=lambda: True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_have_one_shape(finished, one_device):
+    model = load_model(str(finished[0]), mesh=one_device)
+    prompts = make_prompts("capital", 20, 20, 42, model.token_id)
+    alone = baseline.score_prompts(model, prompts[:2])
+    before = baseline._last_logits._cache_size()
+    together = baseline.score_prompts(model, prompts)  # 80 texts: two full batches and a half one
+    assert baseline._last_logits._cache_size() == before
+    assert len(together) == 40
+    np.testing.assert_allclose([s["logit_diff"] for s in together[:2]], [s["logit_diff"] for s in alone], atol=1e-5)

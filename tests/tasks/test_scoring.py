@@ -1,0 +1,131 @@
+"""Bootstrap intervals against closed forms, their coverage, and odd cases."""
+
+import dataclasses
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+from saejax.tasks import scoring
+from saejax.tasks.scoring import (
+    SEPARATION_LIMIT,
+    Interval,
+    bootstrap,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_separation,
+    separation,
+)
+
+
+def binomial_quantile(n: int, share: float, level: float) -> float:
+    """The smallest k/n whose binomial distribution function reaches ``level``."""
+    total = 0.0
+    for k in range(n + 1):
+        total += math.comb(n, k) * share**k * (1 - share) ** (n - k)
+        if total >= level:
+            return k / n
+    raise AssertionError
+
+
+@pytest.mark.parametrize("n, right", [(20, 12), (20, 19), (80, 71)])
+def test_interval_of_a_share_is_the_binomial_one(n, right):
+    # Resampling n answers of which a share is right draws from a binomial distribution.
+    interval = bootstrap_mean(np.arange(n) < right, 40_000, seed=3)
+    assert interval.mean == pytest.approx(right / n)
+    assert interval.low == pytest.approx(binomial_quantile(n, right / n, 0.025))
+    assert interval.high == pytest.approx(binomial_quantile(n, right / n, 0.975))
+
+
+def test_interval_of_a_mean_is_near_the_normal_one():
+    values_N = np.random.default_rng(0).normal(3, 2, 400)
+    interval = bootstrap_mean(values_N, 20_000, seed=1)
+    half = 1.96 * values_N.std() / 20
+    assert interval.mean == pytest.approx(values_N.mean())
+    assert interval.low == pytest.approx(values_N.mean() - half, abs=0.03 * half)
+    assert interval.high == pytest.approx(values_N.mean() + half, abs=0.03 * half)
+
+
+@pytest.mark.parametrize("of, truth", [(bootstrap_mean, 1.5), (bootstrap_separation, 0.75)])
+def test_intervals_cover_the_truth(of, truth):
+    rng = np.random.default_rng(0)
+    intervals = [of(rng.normal(1.5, 2.0, 60), 500, seed=i) for i in range(400)]
+    covered = np.mean([i.low <= truth <= i.high for i in intervals])
+    assert 0.91 <= covered <= 0.98
+
+
+def test_separation_is_mean_over_standard_deviation():
+    rows = np.random.default_rng(0).normal(1, 2, (5, 9))
+    expected = [statistics.fmean(row) / statistics.pstdev(row) for row in rows.tolist()]
+    np.testing.assert_allclose(separation(rows), expected, rtol=1e-12)
+    assert bootstrap_separation(rows[0], 100, seed=0).mean == pytest.approx(expected[0])
+
+
+@pytest.mark.parametrize(
+    "values, mean, separated",
+    [
+        ([2.5], 2.5, SEPARATION_LIMIT),
+        ([-2.5], -2.5, -SEPARATION_LIMIT),
+        ([0.0], 0.0, 0.0),
+        ([0.1] * 7, 0.1, SEPARATION_LIMIT),  # the mean of seven times 0.1 is not 0.1 to the last bit
+        ([0.0, 0.0, 0.0], 0.0, 0.0),
+        ([1.0, 1.0 + 1e-15], 1.0, SEPARATION_LIMIT),
+    ],
+)
+def test_one_prompt_and_equal_prompts(values, mean, separated):
+    assert bootstrap_mean(np.array(values), 200, seed=0).mean == pytest.approx(mean)
+    interval = bootstrap_separation(np.array(values), 200, seed=0)
+    assert interval == Interval(separated, separated, separated)
+    json.dumps(dataclasses.asdict(interval), allow_nan=False)
+
+
+def test_a_resample_may_have_no_spread():
+    interval = bootstrap_separation(np.array([1.0, 2.0]), 1000, seed=0)
+    assert interval.mean == pytest.approx(3.0) and interval.high == SEPARATION_LIMIT
+    json.dumps(dataclasses.asdict(interval), allow_nan=False)
+
+
+def test_pairs_are_kept_together():
+    rng = np.random.default_rng(0)
+    first_N = rng.normal(0, 10, 50)
+    second_N = first_N - 1 + rng.normal(0, 0.1, 50)
+    interval = bootstrap_difference(first_N, second_N, 2000, seed=0)
+    assert interval == bootstrap_mean(first_N - second_N, 2000, seed=0)
+    assert 0.9 < interval.low < interval.mean < interval.high < 1.1
+    right, wrong = np.array([True, True, False]), np.array([False, True, True])
+    assert bootstrap_difference(right, wrong, 100, seed=0).mean == 0
+    with pytest.raises(ValueError, match=r"shapes \(50,\) and \(1,\)"):
+        bootstrap_difference(first_N, second_N[:1], 100, seed=0)
+
+
+def test_any_statistic():
+    values_N = np.random.default_rng(0).exponential(1, 101)
+    interval = bootstrap(values_N, lambda values_RxN: np.median(values_RxN, axis=1), 2000, seed=0)
+    assert interval.mean == np.median(values_N) and interval.low < interval.mean < interval.high
+
+
+def test_the_seed_decides():
+    values_N = np.random.default_rng(0).normal(size=30)
+    assert bootstrap_mean(values_N, 300, seed=5) == bootstrap_mean(values_N, 300, seed=5)
+    assert bootstrap_mean(values_N, 300, seed=5) != bootstrap_mean(values_N, 300, seed=6)
+
+
+def test_memory_is_bounded(monkeypatch):
+    seen = []
+
+    def statistic(values_RxN):
+        seen.append(values_RxN.shape)
+        return values_RxN.mean(axis=1)
+
+    monkeypatch.setattr(scoring, "_CHUNK", 1000)
+    bootstrap(np.arange(90.0), statistic, 105, seed=0)
+    assert [rows for rows, _ in seen] == [11] * 9 + [6] + [1]  # the last is the statistic of the values themselves
+    assert len(seen) == 11 and all(n == 90 for _, n in seen)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")], [[1.0, 2.0]]])
+def test_what_has_no_interval_is_refused(values):
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        bootstrap_mean(np.array(values), 100, seed=0)
