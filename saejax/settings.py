@@ -59,7 +59,7 @@ class CorpusConfig(Config):
     path: str = setting(
         "", "text: a .jsonl, .jsonl.gz (field 'text', optional 'group') or .txt file; empty: the embedded corpus"
     )
-    max_tokens: int = setting(0, "use documents, in order, until this many tokens; 0: all", low=0)
+    max_tokens: int = setting(0, "use documents, in seeded random order, until this many tokens; 0: all", low=0)
     held_out: float = setting(0.1, "share of the documents' groups that is held out from training", low=0.01, high=0.5)
     context: int = setting(256, "longest document piece in tokens; longer documents are cut into pieces", low=2)
     seed: int = setting(789, "seed of the held-out split and of the order of documents", low=0)
@@ -75,7 +75,7 @@ class CaptureConfig(Config):
     last: int = setting(0, "record only the last n positions of every document; 0: every position", low=0)
     dtype: str = setting("float32", "dtype in which the HF model runs", choices=("float32", "bfloat16"))
     store_dtype: str = setting("bfloat16", "dtype on disk", choices=("float32", "bfloat16"))
-    batch_tokens: int = setting(4096, "tokens per forward pass, padding included", low=1, changes_results=False)
+    batch_tokens: int = setting(2048, "tokens per forward pass, padding included", low=1, changes_results=False)
     shard_rows: int = setting(65_536, "rows (tokens) per shard file", low=1)
     sink_factor: float = setting(
         10.0,

@@ -12,12 +12,15 @@ import datetime
 import fcntl
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from saejax.errors import UserError
 
@@ -60,6 +63,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Writes a whole JSON file, or nothing. NaN is refused (``ValueError``): JSON has none."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes a whole ``.npy`` file, or nothing."""
+    buffer = io.BytesIO()  # numpy writing to a file itself loses the error number of a full disk
+    np.save(buffer, array)
+    with whole_file(path) as beside:
+        beside.write_bytes(buffer.getbuffer())
 
 
 def read_json(path: Path) -> Any:

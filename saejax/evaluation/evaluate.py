@@ -11,7 +11,7 @@ from saejax.evaluation.reconstruction import reconstruct
 from saejax.models.language_model import load_model
 from saejax.parallel import make_mesh
 from saejax.settings import EvaluateConfig
-from saejax.workspace import Run, whole_file
+from saejax.workspace import Run, write_array
 
 
 def run_evaluate(run: Run) -> dict:
@@ -30,8 +30,7 @@ def run_evaluate(run: Run) -> dict:
         f"on {scores.tokens:,} held-out tokens"
     )
     for name, values in (("firing_rate", scores.firing_rate_F), ("mean_activation", scores.mean_activation_F)):
-        with whole_file(run.folder / f"{name}.npy") as beside, open(beside, "wb") as file:
-            np.save(file, values.astype(np.float32))
+        write_array(run.folder / f"{name}.npy", values.astype(np.float32))
 
     model = run.configs["model"]
     lm = load_model(model.path, model.revision, model.dtype, mesh)

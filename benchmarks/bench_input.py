@@ -1,0 +1,108 @@
+"""How fast training batches are read: a store of random vectors, its gathers, and the Grain pipeline over them.
+
+Run: python benchmarks/bench_input.py [--rows 300000] [--d 576] [--batch 1024] [--dtype bfloat16]
+Prints a table of milliseconds per batch and, last, one line of JSON. Every figure is over a page cache that holds
+the store ("warm"), except "first epoch", in which each page is mapped for the first time.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from saejax.activations.batches import steps_per_epoch, training_batches
+from saejax.activations.documents import COLUMNS, SPLITS, Documents
+from saejax.activations.plan import Plan
+from saejax.activations.store import DTYPES, Store
+from saejax.activations.writer import StoreWriter
+
+SITE = "resid_post.15"
+
+
+def random_store(folder: Path, rows: int, d: int, dtype: str, shard_rows: int) -> Store:
+    """A store of normal vectors in documents of 100 tokens, every tenth held out."""
+    count = -(-rows // 100)
+    offsets_N = np.minimum(np.arange(count + 1, dtype=np.int64) * 100, rows)
+    table_Nx5 = np.zeros((count, len(COLUMNS)), np.int32)
+    table_Nx5[::10, COLUMNS.index("split")] = SPLITS.index("held_out")
+    documents = Documents(np.zeros(rows, np.int32), offsets_N, table_Nx5, ("random",))
+    plan = Plan(documents, shard_rows, batch_tokens=4096, last=0, seed=0)
+    writer = StoreWriter(folder, [SITE], "benchmark")
+    writer.write_documents(documents)
+    rng = np.random.default_rng(0)
+    for shard in range(plan.shards):
+        vectors_RxD = rng.standard_normal((plan.size(shard), d), np.float32)
+        stored_RxD = vectors_RxD.astype(DTYPES[dtype])
+        on_disk_RxD = stored_RxD.view(np.uint16) if dtype == "bfloat16" else stored_RxD
+        norms_R = np.linalg.norm(vectors_RxD, axis=1)
+        writer.write_shard(shard, {"index": plan.index(shard), SITE: on_disk_RxD, f"{SITE} norms": norms_R})
+    statistics = writer.site_statistics(plan.shards, documents, sink_factor=10.0)
+    writer.finish(
+        dict(
+            sites={SITE: dict(d=d, **statistics[SITE])},
+            dtype=dtype,
+            rows=plan.rows,
+            shards=plan.shards,
+            shard_rows=shard_rows,
+            model=dict(name="none", revision="", fingerprint="0" * 16, dtype="float32"),
+            documents=dict(groups=documents.groups),
+        )
+    )
+    return Store.open(folder)
+
+
+def median_ms(work: Callable[[int], object], repeats: int) -> float:
+    """Median wall-clock time of ``work(i)``, in milliseconds."""
+    times = []
+    for i in range(repeats):
+        start = time.perf_counter()
+        work(i)
+        times.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(times))
+
+
+def epoch_ms(store: Store, batch: int, epoch_seed: int) -> float:
+    """Mean time per batch of one epoch through the pipeline, its start included."""
+    start = time.perf_counter()
+    count = sum(1 for _ in training_batches(store, SITE, batch, epoch_seed, epochs=1))
+    return 1e3 * (time.perf_counter() - start) / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=300_000)
+    parser.add_argument("--d", type=int, default=576)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--shard_rows", type=int, default=65_536)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(Path(folder), args.rows, args.d, args.dtype, args.shard_rows)
+        results = measure(store, args.batch)
+    print(f"{args.rows:,} rows of {args.d} {args.dtype}, shards of {args.shard_rows:,}, batches of {args.batch}")
+    for name, value in results.items():
+        print(f"{name:40s} {value:9.3f} ms per batch {1e3 / value:12,.0f} batches/s")
+    print(json.dumps(dict(vars(args), **{f"{name} (ms)": round(value, 4) for name, value in results.items()})))
+
+
+def measure(store: Store, batch: int) -> dict[str, float]:
+    """Milliseconds per batch of every way to read one."""
+    results = {"pipeline, first epoch": epoch_ms(store, batch, 0), "pipeline, later epochs": epoch_ms(store, batch, 1)}
+    rows_R = np.random.default_rng(2).permutation(store.rows("train", SITE))
+    steps = steps_per_epoch(store, SITE, batch)
+
+    def batch_rows(i: int) -> np.ndarray:
+        return rows_R[i * batch : (i + 1) * batch]
+
+    results["gather alone"] = median_ms(lambda i: store.read(SITE, batch_rows(i)), steps)
+    in_memory_RxD = store.read(SITE, np.arange(store.manifest["rows"]))
+    results["gather from an array in memory (floor)"] = median_ms(lambda i: in_memory_RxD[batch_rows(i)], steps)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Training batches from a store, through Grain.
+
+One element of the Grain dataset is one batch, and its index is the step's number. So the position in the data is
+the step, and a run that resumes at step n asks for element n: no state of an iterator has to be saved.
+
+Epoch e visits the rows in the order ``numpy.random.default_rng([seed, e]).permutation(rows)``, which takes 8 bytes
+a row, of two epochs at most. The order does not depend on the number of processes: batch i is a stretch of it, of
+which each process reads its own part. What does not fill a batch at the end of an epoch is left out of it.
+"""
+
+import threading
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from saejax.activations.store import Store
+from saejax.errors import UserError
+
+# Two threads keep two gathers going, which hides the disk; more would take the processor from the training step.
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+class _Batches:
+    """Random access to the batches of all epochs; a Grain data source."""
+
+    def __init__(self, store: Store, site: str, batch: int, seed: int, epochs: int, process: int, processes: int):
+        self._store, self._site, self._seed, self._batch = store, site, seed, batch
+        self._rows_R = store.rows("train", site)
+        self._per_epoch = len(self._rows_R) // batch
+        self._length = self._per_epoch * epochs
+        share = batch // processes
+        self._own = slice(process * share, (process + 1) * share)
+        self._orders: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        epoch, index = divmod(int(step), self._per_epoch)
+        rows_B = self._order(epoch)[index * self._batch : (index + 1) * self._batch]
+        return self._store.read(self._site, rows_B[self._own])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        with self._lock:  # threads that read ahead into the next epoch would each draw its order
+            if epoch not in self._orders:
+                self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+                self._orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(self._rows_R)
+            return self._orders[epoch]
+
+
+def steps_per_epoch(store: Store, site: str, batch: int) -> int:
+    """Number of whole batches in the training rows of a site, sinks left out."""
+    return len(store.rows("train", site)) // batch
+
+
+def training_batches(
+    store: Store,
+    site: str,
+    batch: int,
+    seed: int,
+    epochs: int,
+    first_step: int = 0,
+    process: int = 0,
+    processes: int = 1,
+) -> Iterator[np.ndarray]:
+    """The batches of all epochs from a step on, read ahead in threads.
+
+    Args:
+      store: the store.
+      site: one of its sites.
+      batch: rows per step, over all processes.
+      seed: of the order of rows.
+      epochs: passes over the training rows, each in another order; every row comes once in each.
+      first_step: number of the first batch wanted, from 0.
+      process: which of the processes this is, from 0.
+      processes: how many share each batch, in equal parts.
+
+    Returns:
+      An iterator over arrays [batch / processes, d], of the store's dtype.
+
+    Raises:
+      UserError: the processes do not divide the batch.
+    """
+    if batch % processes:
+        raise UserError(f"--train.batch={batch} is not divisible by the {processes} processes: make it a multiple")
+    source = _Batches(store, site, batch, seed, epochs, process, processes)
+    return iter(grain.MapDataset.source(source)[first_step:].to_iter_dataset(_READ_OPTIONS))

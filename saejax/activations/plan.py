@@ -1,0 +1,156 @@
+"""Which rows go into which shard, and in which batches a shard's documents go through the model.
+
+Rows follow the documents' random order and are cut into shards of ``shard_rows``. A shard is worked on by
+itself: its batches hold only its own rows, so that it comes out the same whether or not the shards before it
+were made in the same process. A document that is cut between two shards is read for both.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from saejax.activations.documents import Documents
+
+_PERMUTATION = 3  # stream of random numbers, apart from those of the documents
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Documents that go through the model together.
+
+    Attributes:
+      ids_BxT: int32 token ids, padded on the right with 0.
+      documents_B: index of each in the store.
+      first_B, stop_B: the recorded positions of each are first to stop - 1; its tokens here are 0 to stop - 1.
+      rows_B: for each, the rows of the shard, [stop - first], that its recorded positions become.
+    """
+
+    ids_BxT: np.ndarray
+    documents_B: np.ndarray
+    first_B: np.ndarray
+    stop_B: np.ndarray
+    rows_B: tuple[np.ndarray, ...]
+
+    @property
+    def mask_BxT(self) -> np.ndarray:
+        """1 at real tokens, 0 at padding; int64."""
+        return (np.arange(self.ids_BxT.shape[1])[None, :] < self.stop_B[:, None]).astype(np.int64)
+
+    @property
+    def rows(self) -> int:
+        """Number of recorded tokens."""
+        return sum(map(len, self.rows_B))
+
+
+class Plan:
+    """The work of a capture.
+
+    Args:
+      documents: in the order in which they are captured.
+      shard_rows: rows per shard; the last shard has what is left.
+      batch_tokens: most tokens of a batch, padding included; a longer document is a batch of its own.
+      last: record only the last n positions of every text; 0: all.
+      seed: of the order of rows within a shard.
+    """
+
+    def __init__(self, documents: Documents, shard_rows: int, batch_tokens: int, last: int, seed: int):
+        self.documents, self.shard_rows, self.batch_tokens, self.seed = documents, shard_rows, batch_tokens, seed
+        self._first_N = _first_recorded(documents, last)
+        self._ends_N = np.cumsum(documents.lengths_N - self._first_N)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the store."""
+        return int(self._ends_N[-1])
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.rows // self.shard_rows)
+
+    @property
+    def recorded_N(self) -> np.ndarray:
+        """Number of recorded tokens of each document."""
+        return self.documents.lengths_N - self._first_N
+
+    def size(self, shard: int) -> int:
+        """Rows of a shard."""
+        return min(self.shard_rows, self.rows - shard * self.shard_rows)
+
+    def index(self, shard: int) -> np.ndarray:
+        """Document, position and token id of every row of a shard; int32 [rows, 3]."""
+        index_Rx3 = np.empty((self.size(shard), 3), np.int32)
+        spans = self._spans(shard)
+        for document, first, stop, rows in zip(*spans, self._rows(shard, spans), strict=True):
+            index_Rx3[rows, 0] = document
+            index_Rx3[rows, 1] = np.arange(first, stop)
+            index_Rx3[rows, 2] = self.documents[document][first:stop]
+        return index_Rx3
+
+    def batches(self, shard: int) -> list[Batch]:
+        """The batches of a shard, longest documents first: what does not fit into memory fails at once."""
+        documents_S, first_S, stop_S = spans = self._spans(shard)
+        rows = self._rows(shard, spans)
+        batches = []
+        for chosen in self._groups(stop_S):
+            ids_BxT = np.zeros((len(chosen), stop_S[chosen[0]]), np.int32)
+            for row, document, stop in zip(ids_BxT, documents_S[chosen], stop_S[chosen], strict=True):
+                row[:stop] = self.documents[document][:stop]
+            taken = tuple(rows[i] for i in chosen)
+            batches.append(Batch(ids_BxT, documents_S[chosen], first_S[chosen], stop_S[chosen], taken))
+        return batches
+
+    @functools.cached_property
+    def padding_share(self) -> float:
+        """Share of padding in all tokens that go through the model."""
+        real = padded = 0
+        for shard in range(self.shards):
+            _, _, stop_S = self._spans(shard)
+            real += int(stop_S.sum())
+            padded += sum(len(chosen) * int(stop_S[chosen[0]]) for chosen in self._groups(stop_S))
+        return 1 - real / padded
+
+    def _spans(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a shard records: documents, in order, with the first and one past the last position of each."""
+        start, stop = shard * self.shard_rows, shard * self.shard_rows + self.size(shard)
+        from_document, to_document = np.searchsorted(self._ends_N, [start, stop - 1], side="right")
+        documents_S = np.arange(from_document, to_document + 1)
+        documents_S = documents_S[self.recorded_N[documents_S] > 0]
+        begin_S = self._ends_N[documents_S] - self.recorded_N[documents_S]  # each document's first row in the store
+        first_S, stop_S = np.maximum(begin_S, start), np.minimum(self._ends_N[documents_S], stop)
+        shift_S = self._first_N[documents_S] - begin_S
+        return documents_S, first_S + shift_S, stop_S + shift_S
+
+    def _rows(self, shard: int, spans: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[np.ndarray]:
+        """The rows of the shard that each span becomes: a random permutation, cut up."""
+        order_R = np.random.default_rng([self.seed, _PERMUTATION, shard]).permutation(self.size(shard))
+        return np.split(order_R, np.cumsum(spans[2] - spans[1])[:-1])
+
+    def _groups(self, stop_S: np.ndarray) -> list[np.ndarray]:
+        """Spans of like length that go through the model together, the longest first."""
+        order_S = np.argsort(-stop_S, kind="stable")
+        groups, begin = [], 0
+        while begin < len(order_S):
+            count = max(1, self.batch_tokens // int(stop_S[order_S[begin]]))
+            groups.append(order_S[begin : begin + count])
+            begin += count
+        return groups
+
+
+def _first_recorded(documents: Documents, last: int) -> np.ndarray:
+    """The first recorded position of each document, its length where none is.
+
+    The last positions are counted from the end of the text that a document is a piece of, so that they may lie in
+    its last pieces only.
+    """
+    lengths_N = documents.lengths_N
+    if not last:
+        return np.zeros_like(lengths_N)
+    ends: dict[tuple[int, int], int] = {}
+    keys = list(zip(documents.column("kind").tolist(), documents.column("source").tolist(), strict=True))
+    starts = documents.column("start").tolist()
+    for key, start, length in zip(keys, starts, lengths_N.tolist(), strict=True):
+        ends[key] = max(ends.get(key, 0), start + length)
+    from_N = np.array([ends[key] - last - start for key, start in zip(keys, starts, strict=True)])
+    return np.clip(from_N, 0, lengths_N)

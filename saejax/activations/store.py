@@ -1,0 +1,224 @@
+"""The activation store: vectors of several sites, row by row, and what each row is.
+
+    manifest.json               written last: a folder without it is not a store
+    <site>/shard-00000.npy      [rows, d] float32, or bfloat16 kept as uint16 (npy has no bfloat16)
+    <site>/norms-00000.npy      [rows] float32, Euclidean norms of those vectors
+    index/shard-00000.npy       [rows, 3] int32: document, position in it, token id
+    index/record-00000.json     checksums of the shard's files, written after them: the shard is done
+    documents/                  the token ids of every document and where it comes from
+
+A *row* is one token: row r of every site is the same token, in shard ``r // shard_rows``. Rows stand in random
+order within a shard. Attention *sinks* are rows whose norm exceeds ``sink_factor`` times the median norm of the
+site's training rows; every site has its own, and ``rows`` leaves them out.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+
+from saejax.activations.documents import SPLITS, Documents
+from saejax.errors import UserError, one_of
+from saejax.models.source import ModelSource
+from saejax.workspace import file_sha256, read_json
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_ON_DISK: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+_DOCUMENTS = ("ids.npy", "offsets.npy", "table.npy")
+
+
+def shard_files(sites: Sequence[str], shard: int) -> dict[str, str]:
+    """Files of a shard by their part: "index", and "SITE" and "SITE norms" of every site."""
+    vectors = {site: f"{site}/shard-{shard:05d}.npy" for site in sites}
+    norms = {f"{site} norms": f"{site}/norms-{shard:05d}.npy" for site in sites}
+    return dict(index=f"index/shard-{shard:05d}.npy", **vectors, **norms)
+
+
+class Store:
+    """A finished store, read through memory maps. Made by ``Store.open``.
+
+    Attributes:
+      folder: where it is.
+      manifest: its description; every file with its bytes and SHA-256 under "files".
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+        self.folder, self.manifest = folder, manifest
+        self._maps: dict[str, np.ndarray] = {}
+        self._rows: dict[tuple[str, str], np.ndarray] = {}
+        self._documents: Documents | None = None
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Self:
+        """Opens the store in a folder.
+
+        Raises:
+          UserError: there is none, it was not finished, or a file is missing or of the wrong size.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).exists():
+            raise UserError(f"{folder} holds no finished activation store ({MANIFEST} is missing): run capture first")
+        manifest = read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+            raise UserError(f"{folder / MANIFEST} is not of schema version {SCHEMA_VERSION}: run capture again")
+        store = cls(folder, manifest)
+        for name in manifest["files"]:
+            store._check_size(name)
+        return store
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites, such as "resid_post.15"."""
+        return tuple(self.manifest["sites"])
+
+    @property
+    def model(self) -> dict[str, str]:
+        """The model it was captured from: "name", "revision", "fingerprint", "dtype"."""
+        return dict(self.manifest["model"])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What ``read`` returns: float32 or ml_dtypes.bfloat16."""
+        return DTYPES[self.manifest["dtype"]]
+
+    def d(self, site: str) -> int:
+        """Width of a site's vectors."""
+        return self._site(site)["d"]
+
+    def median_norm(self, site: str) -> float:
+        """Median norm of the site's training rows, sinks included."""
+        return self._site(site)["median_norm"]
+
+    def max_norm(self, site: str) -> float:
+        """The sink rule: rows with a larger norm are attention sinks."""
+        return self._site(site)["max_norm"]
+
+    def sinks(self, site: str) -> dict[str, float]:
+        """What the sink rule drops, both splits together.
+
+        Returns:
+          "position_0" and "beyond" (numbers of rows at and after position 0), "share_beyond" (of all rows after
+          position 0) and "max_norm".
+        """
+        return dict(self._site(site)["sinks"], max_norm=self.max_norm(site))
+
+    @property
+    def documents(self) -> Documents:
+        """The documents: ``documents[i]`` is the token ids of document i, ``documents.of(split)`` those of a split."""
+        if self._documents is None:
+            for name in _DOCUMENTS:
+                self._check_content(f"documents/{name}")
+            self._documents = Documents.read(self.folder / "documents", self.manifest["documents"]["groups"])
+        return self._documents
+
+    def rows(self, split: str, site: str) -> np.ndarray:
+        """Ids, int64, ascending, of a split's rows that are no sinks at the site. Takes 8 bytes a row.
+
+        Args:
+          split: "train" or "held_out".
+          site: one of ``sites``.
+        """
+        one_of(split, SPLITS, "split")
+        key = (split, self._known(site))
+        if key not in self._rows:
+            parts = []
+            for shard in range(self.manifest["shards"]):
+                document_R = self._part(shard, "index")[:, 0]
+                wanted_R = self.documents.split_N[document_R] == SPLITS.index(split)
+                wanted_R &= self._part(shard, f"{site} norms") <= np.float32(self.max_norm(site))
+                parts.append(np.flatnonzero(wanted_R) + shard * self.manifest["shard_rows"])
+            self._rows[key] = np.concatenate(parts).astype(np.int64)
+            self._rows[key].setflags(write=False)
+        return self._rows[key]
+
+    def read(self, site: str, rows: np.ndarray) -> np.ndarray:
+        """The vectors [n, d] of rows, in the order asked for; float32 or bfloat16, as stored.
+
+        Safe to call from several threads. Each shard is checked against its checksum when it is first used.
+        """
+        return self._gather(self._known(site), rows).view(self.dtype)
+
+    def tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Document, position in it and token id of rows; int32 each."""
+        index_Nx3 = self._gather("index", rows)
+        return index_Nx3[:, 0], index_Nx3[:, 1], index_Nx3[:, 2]
+
+    def norms(self, site: str, rows: np.ndarray) -> np.ndarray:
+        """Euclidean norms of the vectors of rows, float32."""
+        return self._gather(f"{self._known(site)} norms", rows)
+
+    def check_model(self, source: ModelSource) -> None:
+        """A ``UserError`` if the store was captured from another model."""
+        if self.model["fingerprint"] != source.fingerprint:
+            raise UserError(
+                f"{self.folder} was captured from the model {_name(self.model)}, not from {source.name} "
+                f"({source.fingerprint}): give that model by --model.path, or capture again"
+            )
+
+    def verify(self) -> None:
+        """Checks every file against its checksum; a ``UserError`` names the first that differs."""
+        for name in self.manifest["files"]:
+            self._check_content(name)
+
+    def _site(self, site: str) -> dict[str, Any]:
+        return self.manifest["sites"][self._known(site)]
+
+    def _known(self, site: str) -> str:
+        return one_of(site, self.sites, "site in this store")
+
+    def _gather(self, part: str, rows: np.ndarray) -> np.ndarray:
+        rows = np.asarray(rows, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.manifest["rows"]:
+            raise IndexError(f"rows are 0 to {self.manifest['rows'] - 1}; asked for {rows.min()} to {rows.max()}")
+        shard_N, local_N = np.divmod(rows, self.manifest["shard_rows"])
+        order_N = np.argsort(shard_N, kind="stable")
+        shards, starts = np.unique(shard_N[order_N], return_index=True)
+        first = self._part(0, part)
+        out = np.empty((len(rows), *first.shape[1:]), first.dtype)
+        for shard, start, stop in zip(shards.tolist(), starts, [*starts[1:], len(rows)], strict=False):
+            wanted = order_N[start:stop]
+            out[wanted] = self._part(shard, part)[local_N[wanted]]
+        return out
+
+    def _part(self, shard: int, part: str) -> np.ndarray:
+        name = shard_files(self.sites, shard)[part]
+        if name not in self._maps:
+            self._check_content(name)
+            array = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+            shape, dtype = self._expected(shard, part)
+            if (array.shape, array.dtype) != (shape, dtype):
+                raise UserError(f"{self.folder / name} is {array.dtype} {array.shape}, expected {dtype} {shape}")
+            self._maps[name] = array
+        return self._maps[name]
+
+    def _expected(self, shard: int, part: str) -> tuple[tuple[int, ...], np.dtype]:
+        rows = min(self.manifest["shard_rows"], self.manifest["rows"] - shard * self.manifest["shard_rows"])
+        if part == "index":
+            return (rows, 3), np.dtype(np.int32)
+        if part in self.sites:
+            return (rows, self.d(part)), _ON_DISK[self.manifest["dtype"]]
+        return (rows,), np.dtype(np.float32)
+
+    def _check_size(self, name: str) -> None:
+        path, size = self.folder / name, self.manifest["files"][name]["bytes"]
+        found = path.stat().st_size if path.exists() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes, expected {size}"
+            raise UserError(f"{path} {state}: delete {self.folder} and run capture again")
+
+    def _check_content(self, name: str) -> None:
+        self._check_size(name)
+        if file_sha256(self.folder / name) != self.manifest["files"][name]["sha256"]:
+            raise UserError(
+                f"{self.folder / name} is damaged (its checksum differs from the manifest's): delete {self.folder} and "
+                "run capture again"
+            )
+
+
+def _name(model: Mapping[str, str]) -> str:
+    revision = f" at {model['revision']}" if model["revision"] else ""
+    return f"{model['name']}{revision} ({model['fingerprint']})"

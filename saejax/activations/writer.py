@@ -1,0 +1,139 @@
+"""Writing a store: shards that appear whole, the sink rule, and the manifest that ends the work."""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.activations.documents import SPLITS, Documents
+from saejax.activations.store import MANIFEST, SCHEMA_VERSION, shard_files
+from saejax.errors import UserError
+from saejax.workspace import file_sha256, whole_file, write_json
+
+
+class StoreWriter:
+    """Writes a store, shard by shard; finished shards of the same work are found again.
+
+    Args:
+      folder: where.
+      sites: names of the sites.
+      work: identifies the work: shards that were written for other work are not taken for finished.
+    """
+
+    def __init__(self, folder: Path, sites: Sequence[str], work: str):
+        self.folder, self.sites, self.work = Path(folder), tuple(sites), work
+        self._files: dict[str, dict[str, Any]] = {}
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        for leftover in self.folder.rglob(".*.writing-*"):  # of a process that was killed as it wrote
+            leftover.unlink()
+
+    def has(self, shard: int) -> bool:
+        """Whether the shard is there, whole and of this work."""
+        try:
+            record = json.loads((self.folder / _record(shard)).read_text(encoding="utf-8"))
+            files = {name: record["files"][name] for name in shard_files(self.sites, shard).values()}
+            whole = all(file_sha256(self.folder / name) == facts["sha256"] for name, facts in files.items())
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if not whole or record["work"] != self.work:
+            return False
+        self._files |= files
+        return True
+
+    def write_shard(self, shard: int, parts: Mapping[str, np.ndarray]) -> None:
+        """Writes the parts of a shard (keys as in ``shard_files``), then its record.
+
+        Raises:
+          UserError: the disk is full; what was finished is kept.
+        """
+        names = shard_files(self.sites, shard)
+        record = self.folder / _record(shard)
+        files = {name: self._write(name, parts[part]) for part, name in names.items()}
+        with _disk_room(record):
+            write_json(record, dict(work=self.work, files=files))
+        self._files |= files
+
+    def write_documents(self, documents: Documents) -> None:
+        """Writes the documents. See ``write_shard`` for errors."""
+        for name, array in documents.arrays().items():
+            self._files[f"documents/{name}"] = self._write(f"documents/{name}", array)
+
+    def site_statistics(self, shards: int, documents: Documents, sink_factor: float) -> dict[str, dict[str, Any]]:
+        """The norms of every site and what the sink rule drops there.
+
+        A row is a sink where its norm exceeds ``sink_factor`` times the median norm of all training rows.
+
+        Returns:
+          Per site: "median_norm", "largest_norm", "max_norm" (the rule) and "sinks": "position_0", "beyond",
+          "share_beyond" (of rows after position 0).
+        """
+        index_Rx3 = np.concatenate([self._read(shard, "index") for shard in range(shards)])
+        train_R = documents.split_N[index_Rx3[:, 0]] == SPLITS.index("train")
+        beyond_R = index_Rx3[:, 1] > 0
+        statistics = {}
+        for site in self.sites:
+            norm_R = np.concatenate([self._read(shard, f"{site} norms") for shard in range(shards)])
+            median = np.median(norm_R[train_R])
+            max_norm = np.float32(sink_factor * float(median))
+            sink_R = norm_R > max_norm
+            sinks = dict(
+                position_0=int((sink_R & ~beyond_R).sum()),
+                beyond=int((sink_R & beyond_R).sum()),
+                share_beyond=float((sink_R & beyond_R).sum() / max(beyond_R.sum(), 1)),
+            )
+            statistics[site] = dict(
+                median_norm=float(median), largest_norm=float(norm_R.max()), max_norm=float(max_norm), sinks=sinks
+            )
+        return statistics
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Writes the manifest, last: now the folder is a store."""
+        files = dict(sorted(self._files.items()))
+        with _disk_room(self.folder / MANIFEST):
+            write_json(self.folder / MANIFEST, dict(schema_version=SCHEMA_VERSION, **manifest, files=files))
+
+    def _read(self, shard: int, part: str) -> np.ndarray:
+        return np.load(self.folder / shard_files(self.sites, shard)[part], allow_pickle=False)
+
+    def _write(self, name: str, data: np.ndarray) -> dict[str, Any]:
+        path = self.folder / name
+        # Written by hand: numpy's own writer loses the error number, so that a full disk looks like a bug.
+        chunks = (_npy_header(data), np.ascontiguousarray(data).data.cast("B"))
+        digest = hashlib.sha256()
+        with _disk_room(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as beside, open(beside, "wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                    digest.update(chunk)
+        return dict(bytes=sum(map(len, chunks)), sha256=digest.hexdigest())
+
+
+@contextlib.contextmanager
+def _disk_room(path: Path) -> Iterator[None]:
+    """Turns a full disk into a ``UserError`` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the disk is full: {path} could not be written; finished shards are kept: free space, then run the same "
+            "command to go on"
+        ) from None
+
+
+def _record(shard: int) -> str:
+    return f"index/record-{shard:05d}.json"
+
+
+def _npy_header(array: np.ndarray) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return header.getvalue()

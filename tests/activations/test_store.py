@@ -1,0 +1,194 @@
+"""The store gives back what was written, leaves sinks out, and refuses what is damaged or not its own."""
+
+import errno
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import known_store
+import ml_dtypes
+import numpy as np
+import pytest
+
+from saejax.activations import writer as writer_module
+from saejax.activations.store import Store
+from saejax.activations.writer import StoreWriter
+from saejax.errors import UserError
+from saejax.models.source import ModelSource
+
+SITES = ("resid_post.1", "mlp_out.0")
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    """Writes a store of known vectors: ``make_store(dtype, shard_rows)`` gives a ``known_store.Known``."""
+    return functools.partial(known_store.write, tmp_path / "store")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shard_rows", [16, 7, 1000])
+def test_every_vector_is_read_back_under_its_document_and_position(make_store, dtype, shard_rows):
+    known = make_store(dtype, shard_rows)
+    store = known.store
+    rows = np.random.default_rng(0).permutation(store.manifest["rows"])
+    places = known.places(rows)
+    assert sorted(places) == sorted(known.vectors["mlp_out.0"])
+    for site in SITES:
+        values = store.read(site, rows)
+        assert values.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+        assert values.tobytes() == np.stack([known.vectors[site][place] for place in places]).tobytes()
+        np.testing.assert_allclose(
+            store.norms(site, rows), np.linalg.norm(values.astype(np.float64), axis=1), rtol=1e-6
+        )
+    _, _, token_N = store.tokens(rows)
+    assert token_N.tolist() == [known.documents[i][position] for i, position in places]
+
+
+def test_rows_are_those_of_the_split_without_the_sites_sinks(make_store):
+    known = make_store()
+    for site in SITES:
+        for split, index in (("train", 0), ("held_out", 1)):
+            rows = known.store.rows(split, site)
+            assert rows.dtype == np.int64 and (np.diff(rows) > 0).all()
+            expected = {place for place in known.vectors[site] if known.documents.split_N[place[0]] == index}
+            assert set(known.places(rows)) == expected - known.sinks[site]
+    sinks = known.store.sinks("resid_post.1")
+    assert (sinks["position_0"], sinks["beyond"], sinks["share_beyond"]) == (12, 0, 0.0)
+    sinks = known.store.sinks("mlp_out.0")
+    assert (sinks["position_0"], sinks["beyond"]) == (0, 1)
+    assert sinks["share_beyond"] == pytest.approx(1 / (93 - 12))
+
+
+def test_the_sink_rule_is_the_median_of_the_training_rows(make_store):
+    known = make_store("float32")
+    for site in SITES:
+        norms = [
+            np.linalg.norm(vector) for (i, _), vector in known.vectors[site].items() if known.documents.split_N[i] == 0
+        ]
+        assert known.store.median_norm(site) == pytest.approx(np.median(norms), rel=1e-6)
+        assert known.store.max_norm(site) == pytest.approx(10 * np.median(norms), rel=1e-6)
+
+
+def test_rows_of_a_shard_are_not_in_the_order_of_the_text(make_store):
+    known = make_store(shard_rows=1000)
+    places = known.places(np.arange(93))
+    neighbours = sum(a[0] == b[0] and a[1] + 1 == b[1] for a, b in itertools.pairwise(places))
+    assert neighbours < 10  # of 81 in the order of the text
+
+
+def test_documents_are_read_back(make_store):
+    known = make_store()
+    assert len(known.store.documents) == 12
+    for found, written in zip(known.store.documents, known.documents, strict=True):
+        assert found.tolist() == written.tolist()
+    assert [len(ids) for ids in known.store.documents.of("held_out")] == [4, 1, 11]
+    with pytest.raises(IndexError):
+        known.store.documents[12]
+
+
+def test_a_folder_without_manifest_is_not_a_store(make_store, tmp_path):
+    folder = make_store().store.folder
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"no finished activation store.*run capture"):
+        Store.open(folder)
+    with pytest.raises(UserError, match="no finished activation store"):
+        Store.open(tmp_path / "nowhere")
+
+
+def test_another_schema_version_is_refused(make_store):
+    folder = make_store().store.folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | dict(schema_version=99)))
+    with pytest.raises(UserError, match="schema version"):
+        Store.open(folder)
+
+
+FILES = ["mlp_out.0/shard-00002.npy", "mlp_out.0/norms-00001.npy", "index/shard-00003.npy", "documents/ids.npy"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncated_and_missing_files_are_found_when_it_is_opened(make_store, name):
+    path = make_store().store.folder / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"{name} has {len(content) - 1} bytes, expected {len(content)}"):
+        Store.open(path.parent.parent)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        Store.open(path.parent.parent)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found_before_the_file_is_used(make_store, name):
+    folder = make_store().store.folder
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        Store.open(folder).verify()
+    store = Store.open(folder)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        store.read("mlp_out.0", store.rows("train", "mlp_out.0"))
+
+
+def test_an_intact_store_passes_verification(make_store):
+    make_store().store.verify()
+
+
+def test_a_store_of_another_model_is_refused_with_both_names(make_store):
+    store = make_store().store
+    store.check_model(ModelSource("known/model", "abc", Path("."), "0123456789abcdef"))
+    with pytest.raises(UserError, match=r"known/model at abc \(0123456789abcdef\).*not from other/one \(f{16}\)"):
+        store.check_model(ModelSource("other/one", "", Path("."), "f" * 16))
+
+
+def test_unknown_sites_splits_and_rows_are_refused(make_store):
+    store = make_store().store
+    for ask in (
+        lambda: store.read("resid_post.2", [0]),
+        lambda: store.d("x"),
+        lambda: store.rows("train", "mlp_out.1"),
+    ):
+        with pytest.raises(UserError, match="expected one of resid_post.1, mlp_out.0"):
+            ask()
+    with pytest.raises(UserError, match="train, held_out"):
+        store.rows("test", "mlp_out.0")
+    for row in (-1, 93):
+        with pytest.raises(IndexError):
+            store.read("mlp_out.0", [row])
+    assert store.read("mlp_out.0", []).shape == (0, 3)
+
+
+def test_a_finished_shard_is_found_again_only_if_it_is_whole_and_of_the_same_work(make_store):
+    folder = make_store().store.folder
+    assert all(StoreWriter(folder, SITES, "known").has(shard) for shard in range(6))
+    assert not StoreWriter(folder, SITES, "known").has(6)
+    assert not StoreWriter(folder, SITES, "other").has(0)
+    assert not StoreWriter(folder, (*SITES, "resid_pre.0"), "known").has(0)
+    shard = folder / "mlp_out.0" / "shard-00001.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    assert not StoreWriter(folder, SITES, "known").has(1)
+    (folder / "index" / "record-00002.json").write_text("{")
+    assert not StoreWriter(folder, SITES, "known").has(2)
+
+
+def test_a_full_disk_is_said_and_leaves_no_part_of_a_file(make_store, monkeypatch):
+    folder = make_store().store.folder
+    before = {path: path.read_bytes() for path in folder.rglob("*.npy")}
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    writer = StoreWriter(folder, SITES, "known")
+    parts = {part: np.ones(3, np.float32) for part in ("index", *SITES, *(f"{site} norms" for site in SITES))}
+    with pytest.raises(UserError, match=r"disk is full: .*index/shard-00009.npy"):
+        writer.write_shard(9, parts)
+    assert {path: path.read_bytes() for path in folder.rglob("*.npy")} == before
+    assert not list(folder.rglob("*.writing*"))
+
+
+def test_other_errors_of_the_disk_are_not_taken_for_a_full_one():
+    with pytest.raises(PermissionError), writer_module._disk_room(Path("x")):
+        raise PermissionError(errno.EACCES, "denied")
