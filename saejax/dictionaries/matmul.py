@@ -4,6 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -35,7 +37,26 @@ def _forward(a, b, operands):
 def _backward(operands, saved, cotangent_BxN):
     a_BxK, b_KxN = saved
     flat_a, flat_g = a_BxK.reshape(-1, a_BxK.shape[-1]), cotangent_BxN.reshape(-1, cotangent_BxN.shape[-1])
-    return _product(cotangent_BxN, b_KxN.T, operands), _product(flat_a.T, flat_g, operands)
+    return (
+        _product(cotangent_BxN, _transposed(b_KxN, operands), operands),
+        _product(_transposed(flat_a, operands), flat_g, operands),
+    )
+
+
+def _transposed(a_KxN: jax.Array, operands: str) -> jax.Array:
+    """The transpose, on a CPU written out in memory for bfloat16.
+
+    XLA:CPU multiplies bfloat16 matrices that are stored transposed at half the speed (measured on 1024 x 576 by
+    576 x 4608: 50 ms against 27 ms, of which the copy is 4); GPUs and TPUs read either order.
+    """
+    if operands != "bfloat16":
+        return a_KxN.T
+    rows_first = Layout(major_to_minor=(0, 1))
+    return lax.platform_dependent(
+        a_KxN.astype(jnp.bfloat16),
+        cpu=lambda a: with_layout_constraint(a.T, rows_first),
+        default=lambda a: a.T,
+    )
 
 
 matmul.defvjp(_forward, _backward)

@@ -3,6 +3,8 @@
 Every function takes ``pre_BxF`` and returns ``acts_BxF >= 0`` of the same shape; leading dimensions are free.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -50,13 +52,14 @@ def kth_largest_below(acts_BxF: jax.Array, k: int) -> jax.Array:
     if k >= acts_BxF.shape[-1]:
         return jnp.zeros_like(acts_BxF[..., :1])
     integer = jnp.int64 if acts_BxF.dtype == jnp.float64 else jnp.int32
-    bits_BxF = lax.bitcast_convert_type(acts_BxF, integer)
-    high_Bx1 = bits_BxF.max(-1, keepdims=True)
-    low_Bx1 = _lower_bound(bits_BxF, k)
+    to_bits = functools.partial(lax.bitcast_convert_type, new_dtype=integer)
+    to_float = functools.partial(lax.bitcast_convert_type, new_dtype=acts_BxF.dtype)
+    high_Bx1 = to_bits(acts_BxF.max(-1, keepdims=True))
+    low_Bx1 = jnp.maximum(to_bits(_lower_bound(acts_BxF, k)) - 1, 0)
 
     def count_above(threshold_Bx1):
-        # A sum of float32 is exact up to 2^24 features, and XLA:CPU vectorises it, unlike a sum of integers.
-        return jnp.sum((bits_BxF > threshold_Bx1).astype(jnp.float32), axis=-1, keepdims=True)
+        # Floats, because XLA:CPU vectorises neither comparisons nor sums of integers; exact up to 2^24 features.
+        return jnp.sum((acts_BxF > to_float(threshold_Bx1)).astype(jnp.float32), axis=-1, keepdims=True)
 
     def unsettled(carry):
         low, high, count_low = carry
@@ -77,17 +80,16 @@ def kth_largest_below(acts_BxF: jax.Array, k: int) -> jax.Array:
         )
 
     low_Bx1, _, _ = lax.while_loop(unsettled, halve, (low_Bx1, high_Bx1, count_above(low_Bx1)))
-    return lax.bitcast_convert_type(low_Bx1, acts_BxF.dtype)
+    return to_float(low_Bx1)
 
 
-def _lower_bound(bits_BxF: jax.Array, k: int, block: int = 32) -> jax.Array:
-    """One less than the k-th largest of the maxima of blocks; 0 where there are too few blocks.
+def _lower_bound(acts_BxF: jax.Array, k: int, block: int = 32) -> jax.Array:
+    """The k-th largest of the maxima of blocks of features, [B, 1]; 0 where there are too few blocks.
 
-    At least k values are as large as the k-th largest block maximum, so the k-th largest value is too.
+    At least k values are as large as it, so the k-th largest value is too.
     """
-    features = bits_BxF.shape[-1]
+    features = acts_BxF.shape[-1]
     if features % block or features // block <= k:
-        return jnp.zeros_like(bits_BxF[..., :1])
-    maxima_BxM = bits_BxF.reshape(*bits_BxF.shape[:-1], features // block, block).max(-1)
-    kth_Bx1 = lax.top_k(maxima_BxM, k)[0][..., -1:]
-    return jnp.maximum(kth_Bx1 - 1, 0)
+        return jnp.zeros_like(acts_BxF[..., :1])
+    maxima_BxM = acts_BxF.reshape(*acts_BxF.shape[:-1], features // block, block).max(-1)
+    return lax.top_k(maxima_BxM, k)[0][..., -1:]
