@@ -76,10 +76,10 @@ class Trainer:
 
         ReLU and top-k are homogeneous, so the input scale leaves by dividing the biases by it.
         """
-        dictionary = nnx.merge(self._graph, state.params)
-        for bias in (dictionary.b_enc_F, dictionary.b_dec_D):
-            bias[...] = bias[...] / self.scale
-        return dictionary
+        arrays = {name: state.params[name][...] for name in _SPECS}
+        for bias in ("b_enc_F", "b_dec_D"):
+            arrays[bias] = arrays[bias] / self.scale
+        return Dictionary(self._dictionary, **arrays, operands=self.config.matmul)
 
     def _initial(self) -> TrainState:
         config = self.config

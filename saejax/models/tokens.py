@@ -1,0 +1,98 @@
+"""Prompts as token ids."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A batch of prompts, padded on the right.
+
+    Attributes:
+      ids_BxT: int32 token ids; what stands after a prompt's end is without effect.
+      lengths_B: int32 number of tokens of each prompt, 1 to T.
+    """
+
+    ids_BxT: np.ndarray
+    lengths_B: np.ndarray
+
+    @property
+    def mask_BxT(self) -> np.ndarray:
+        """True at real positions."""
+        return np.arange(self.ids_BxT.shape[1])[None, :] < self.lengths_B[:, None]
+
+    @property
+    def last_B(self) -> np.ndarray:
+        """Index of each prompt's last token."""
+        return self.lengths_B - 1
+
+    def check(self, vocab: int, context: int) -> None:
+        """A ``UserError`` unless the prompts fit a model of this vocabulary and context, in tokens."""
+        ids_BxT, lengths_B = self.ids_BxT, self.lengths_B
+        if ids_BxT.ndim != 2 or lengths_B.shape != ids_BxT.shape[:1] or 0 in ids_BxT.shape:
+            raise UserError(f"tokens have the shapes {ids_BxT.shape} and {lengths_B.shape}: expected [B, T] and [B]")
+        if lengths_B.min() < 1 or lengths_B.max() > min(ids_BxT.shape[1], context):
+            raise UserError(
+                f"prompts have {lengths_B.min()} to {lengths_B.max()} tokens: expected 1 to "
+                f"{min(ids_BxT.shape[1], context)}"
+            )
+        real = ids_BxT[self.mask_BxT]
+        if real.min() < 0 or real.max() >= vocab:
+            raise UserError(
+                f"token ids are {real.min()} to {real.max()}: expected 0 to {vocab - 1}, the ids of this model"
+            )
+
+
+def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> Tokens:
+    """Puts token id sequences of any length above 0 into one batch."""
+    lengths_B = np.array([len(sequence) for sequence in sequences], np.int32)
+    ids_BxT = np.full((len(sequences), int(lengths_B.max())), fill, np.int32)
+    for row, sequence in zip(ids_BxT, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return Tokens(ids_BxT, lengths_B)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], context: int) -> Tokens:
+    """Tokenises texts as the model expects them, special tokens included.
+
+    Args:
+      tokenizer: of the model.
+      texts: at least one.
+      context: longest prompt in tokens.
+
+    Raises:
+      UserError: a text is empty or longer than the context; the message says which.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts is one string: expected a list of them")
+    if not texts:
+        raise UserError("there are no texts to tokenize: expected at least one")
+    sequences = [_ids(tokenizer, text) for text in texts]
+    for number, (text, sequence) in enumerate(zip(texts, sequences, strict=True)):
+        start = text if len(text) <= 40 else text[:40] + "..."
+        if not text or not sequence:
+            raise UserError(f"text {number} of {len(texts)} ({start!r}) has no tokens: expected at least one")
+        if len(sequence) > context:
+            raise UserError(
+                f"text {number} of {len(texts)} ({start!r}) has {len(sequence)} tokens, more than the model's context "
+                f"of {context}: shorten it"
+            )
+    return pad(sequences)
+
+
+def first_token(tokenizer: Any, text: str) -> int:
+    """Id of the first token of an answer, which is taken as it is written, leading space and all."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"the answer {text!r} has no tokens: expected at least one")
+    return ids[0]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    # verbose=False: the tokenizer's own warning about long texts goes to the log; ours is an error.
+    return tokenizer(text, verbose=False)["input_ids"]

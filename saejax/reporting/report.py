@@ -1,0 +1,94 @@
+"""The report stage: gathers what the other stages found and writes it for a reader.
+
+Written to the unit's folder: ``index.html`` (complete in itself), ``report.md`` (the same content), and
+``figures/`` (each figure as PNG and SVG).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from saejax.activations.store import Store
+from saejax.analysis.examples import Example, top_examples
+from saejax.config import to_json
+from saejax.dictionaries import load_dictionary
+from saejax.models.source import load_tokenizer, resolve
+from saejax.reporting import details, figures, sections
+from saejax.reporting.document import Picture, to_html, to_markdown
+from saejax.reporting.findings import read_findings
+from saejax.workspace import Run, package_versions, write_text
+
+
+def run_report(run: Run) -> dict[str, Any]:
+    """Writes the report.
+
+    Reads ``run.inputs``: "baseline", "capture", "train/NAME" and "evaluate/NAME" of every dictionary, and
+    "ablate" (or "ablate/NAME").
+
+    Returns:
+      ``verdicts`` (behaviour -> bool), ``figures`` (names), ``contexts`` (feature, as text -> how many are
+      shown) and ``html_bytes``.
+
+    Raises:
+      UserError: a file of an input is missing or damaged.
+    """
+    config = run.configs["report"]
+    found = read_findings(run.inputs, {"report": to_json(config)})
+    tested = found.ablate["behaviours"]
+    wanted = [item["feature"] for result in tested.values() for item in result["top"][: config.features]]
+    run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
+    found = dataclasses.replace(found, examples=contexts(run, found.ablate["dictionary"], wanted, config.examples))
+
+    (run.folder / "figures").mkdir(exist_ok=True)
+    names: list[str] = []
+
+    def draw(name: str, figure: Figure, caption: str, alt: str) -> Picture:
+        names.append(name)
+        svg = figures.save(figure, run.folder / "figures", name)
+        return Picture(name, figures.inline(svg, name, alt), caption, alt)
+
+    parts = [
+        sections.answer(found, draw),
+        sections.behaviours(found, draw),
+        sections.dictionaries(found, draw),
+        *details.features(found, draw, config.features),
+        details.left_out(found),
+        details.limits(found),
+        details.reproduce(found),
+    ]
+    footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
+    page = to_html(config.title, sections.lead(found), parts, footer)
+    write_text(run.folder / "report.md", to_markdown(config.title, sections.lead(found), parts, footer))
+    write_text(run.folder / "index.html", page)
+    run.say(f"read {run.folder / 'index.html'}")
+    return dict(
+        verdicts={name: result["verdict"] for name, result in tested.items()},
+        figures=names,
+        contexts={str(feature): len(found.examples.get(feature, ())) for feature in wanted},
+        html_bytes=len(page.encode()),
+    )
+
+
+def contexts(run: Run, name: str, features: Sequence[int], count: int) -> dict[int, list[Example]]:
+    """The strongest contexts of features of the dictionary ``name`` in the captured text."""
+    if not features:
+        return {}
+    store = Store.open(run.inputs["capture"])
+    dictionary = load_dictionary(run.inputs[f"train/{name}"])
+    tokenizer = load_tokenizer(resolve(run.configs["model"]))
+    return top_examples(store, dictionary, features, count, token_text(tokenizer))
+
+
+def token_text(tokenizer) -> Callable[[int], str]:
+    """A function from a token id to the token's text, the leading space included."""
+
+    def text(token: int) -> str:
+        piece = tokenizer.convert_ids_to_tokens(token)
+        decoded = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        # SentencePiece tokenizers drop the space at the start of what they decode.
+        dropped = isinstance(piece, str) and piece.startswith("▁") and not decoded.startswith(" ")
+        return f" {decoded}" if dropped else decoded
+
+    return text

@@ -1,0 +1,127 @@
+"""Tables and figures' numbers as text: one description of a table, written as Markdown and as HTML.
+
+A cell is plain text. Escaping is done here, on the way out, so that a token such as ``<b>`` or ``|`` arrives
+on the page as itself. Numbers use a true minus sign and intervals read ``mean [low, high]``.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+from markupsafe import Markup, escape
+
+MISSING = "–"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with ``digits`` decimals; None and NaN are a dash. ``number(-0.5)`` is "−0.50"."""
+    if value is None or math.isnan(value):
+        return MISSING
+    text = f"{value:,.{digits}f}"
+    return (text[1:] if float(text.replace(",", "")) == 0 and text.startswith("-") else text).replace("-", "−")
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number with ``digits`` significant digits: ``significant(0.00123456)`` is "0.00123"."""
+    if value is None or math.isnan(value) or value == 0 or math.isinf(value):
+        return number(value, 0)
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return number(value, max(decimals, 0)) if decimals <= 6 else f"{value:.{digits - 1}e}".replace("-", "−")
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share as a percentage: ``percent(0.875, 1)`` is "87.5 %", with a space that does not break."""
+    return MISSING if share is None or math.isnan(share) else number(100 * share, digits) + "\u00a0%"
+
+
+def interval(value: Mapping[str, float], digits: int = 2, scale: float = 1.0) -> str:
+    """An interval ``{"mean", "low", "high"}``, each times ``scale``: "3.10 [2.80, 3.40]"; brackets stay on one line."""
+    mean, low, high = (number(value[key] * scale, digits) for key in ("mean", "low", "high"))
+    return f"{mean} [{low},\u00a0{high}]"
+
+
+def visible(text: str) -> str:
+    """The text on one line: a line break becomes ↵, a tab ⇥, any other control character ·."""
+    text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", "⇥")
+    return "".join("·" if ord(char) < 32 or ord(char) == 127 else char for char in text)
+
+
+def escape_markdown(text: str) -> str:
+    """The text on one line, so that CommonMark shows it literally, in a paragraph or in a table's cell."""
+    text = re.sub(r"([\\`*\[\]<>|~$])", r"\\\1", visible(text).replace("&", "&amp;"))
+    text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+    # At the start of a line # + - = would open a heading or a list, and so would "1. ".
+    text = re.sub(r"^(\s*)([#+\-=])", r"\1\\\2", text)
+    return re.sub(r"^(\s*\d+)([.)])(?=\s|$)", r"\1\\\2", text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+      caption: what it shows, one line.
+      columns: the headings.
+      rows: plain text, as many cells in each as there are columns. The first cell names the row.
+      words: the indices of the columns that hold words and are set flush left; the others are numbers. The
+        first always holds words.
+      stack: on a narrow screen each row becomes a card of labelled lines; otherwise the table scrolls sideways
+        and its first column stays. Cards suit a table of a few rows.
+      note: a line below it.
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: frozenset[int] = frozenset()
+    stack: bool = True
+    note: str = ""
+    kind = "table"
+
+    def __post_init__(self):
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.caption!r}: {len(self.columns)} columns, but a row of {len(row)}: {row}")
+
+    def _is_words(self, column: int) -> bool:
+        return column == 0 or column in self.words
+
+    def markdown(self) -> str:
+        """The table in GitHub's Markdown, caption above and note below."""
+        rules = [":--" if self._is_words(i) else "--:" for i in range(len(self.columns))]
+        lines = [[escape_markdown(cell) for cell in row] for row in (self.columns, *self.rows)]
+        lines.insert(1, rules)
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        note = f"\n\n{escape_markdown(self.note)}" if self.note else ""
+        return f"**{escape_markdown(self.caption)}**\n\n{table}{note}"
+
+    def html(self) -> Markup:
+        """The table as HTML; every cell carries its column's heading, which the page shows where rows are stacked.
+
+        The roles are spelt out because browsers drop a table's own ones when its rows are laid out as cards.
+        """
+        kinds = ["" if self._is_words(i) else ' class="number"' for i in range(len(self.columns))]
+        head = "".join(
+            f'<th role="columnheader" scope="col"{kind}>{escape(column)}</th>'
+            for column, kind in zip(self.columns, kinds, strict=True)
+        )
+        body = "".join(
+            '<tr role="row">'
+            + "".join(
+                f'<th role="rowheader" scope="row">{escape(visible(cell))}</th>'
+                if i == 0
+                else f'<td role="cell"{kinds[i]} data-label="{escape(self.columns[i])}">{escape(visible(cell))}</td>'
+                for i, cell in enumerate(row)
+            )
+            + "</tr>"
+            for row in self.rows
+        )
+        note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
+        return Markup(
+            f'<div class="table {"stack" if self.stack else "scroll"}" tabindex="0" role="region" '
+            f'aria-label="{escape(self.caption)}"><table role="table">'
+            f"<caption><span>{escape(self.caption)}</span></caption>"
+            f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+            f'<tbody role="rowgroup">{body}</tbody></table></div>{note}'
+        )

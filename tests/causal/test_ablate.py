@@ -1,0 +1,81 @@
+"""The stage: every figure can be derived again, and a run that is stopped goes on to the same result."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from saejax.causal import ablate
+from saejax.dictionaries import save_dictionary
+from saejax.errors import Interrupted, UserError
+from saejax.settings import AblateConfig, MeshConfig, ModelConfig
+from saejax.tasks.behaviours import read_prompts, write_prompts
+from saejax.tasks.scoring import bootstrap_mean
+from saejax.workspace import Run
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
+    baseline, train = tmp_path / "baseline", tmp_path / "train" / "topk"
+    baseline.mkdir()
+    prompts = [
+        make_prompt(i, "train" if i < 10 else "test", behaviour) for behaviour in ("first", "second") for i in range(18)
+    ]
+    write_prompts(baseline / "prompts.jsonl", prompts)
+    save_dictionary(train, make_dictionary("resid_post.1"))
+
+    def make(name, **changes):
+        (tmp_path / name).mkdir(exist_ok=True)
+        said = []
+        configs = dict(
+            model=ModelConfig(path=str(tiny_llama)),
+            mesh=MeshConfig(),
+            ablate=AblateConfig(top=4, draws=12, matches=6, bootstrap=500, batch_rows=32),
+        )
+        inputs = {"baseline": baseline, "train/topk": train}
+        return Run("ablate", "topk", tmp_path / name, configs, inputs, say=said.append, **changes), said
+
+    return make
+
+
+def test_the_stage_end_to_end_killed_and_resumed(make_run):
+    whole, said = make_run("whole")
+    results = ablate.run_ablate(whole)
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert list(results["behaviours"]) == ["first", "second"]
+    assert (results["dictionary"], results["site"], results["top"], results["draws"]) == ("topk", "resid_post.1", 4, 12)
+    assert any(line.startswith("ablate: second (2 of 2): ") for line in said)
+
+    # Every figure can be derived again from the saved logit differences.
+    for name, entry in results["behaviours"].items():
+        lines = [json.loads(line) for line in (whole.folder / f"{name}-prompts.jsonl").read_text().splitlines()]
+        tested = [p for p in read_prompts(whole.inputs["baseline"] / "prompts.jsonl") if p.behaviour == name]
+        assert [line["text"] for line in lines] == [p.text for p in tested if p.split == "test"]
+        clean_P, joint_P = (np.array([line[key] for line in lines]) for key in ("clean", "joint"))
+        again = bootstrap_mean(clean_P - joint_P, 500, whole.configs["ablate"].seed)
+        assert entry["joint"]["logit_diff_drop"] == dataclasses.asdict(again)
+        controls_PxN = np.array([line["controls"] for line in lines])
+        np.testing.assert_allclose(
+            entry["controls"]["logit_diff_drop"], (clean_P[:, None] - controls_PxN).mean(axis=0), atol=1e-12
+        )
+        drawn = [json.loads(line) for line in (whole.folder / f"{name}-controls.jsonl").read_text().splitlines()]
+        assert len(drawn) == 12 and all(len(line["features"]) == entry["joint"]["firing"] for line in drawn)
+
+    # Asked to stop once the first behaviour is there: it is kept, and what comes then is the same to the bit.
+    folder = whole.folder.parent / "stopped"
+    stopped, _ = make_run("stopped", stopping=lambda: (folder / "first.json").exists())
+    with pytest.raises(Interrupted, match="second .2 of 2.: stopped"):
+        ablate.run_ablate(stopped)
+    assert not (folder / "second.json").exists()
+    written = (folder / "first.json").stat().st_mtime_ns
+    resumed, said = make_run("stopped")
+    assert ablate.run_ablate(resumed) == results
+    assert (folder / "first.json").stat().st_mtime_ns == written
+    assert said[0] == "ablate: kept from an earlier run: first"
+
+
+def test_prompts_of_one_split_only(tiny, make_dictionary, make_prompt):
+    split = ablate.SplitModel(tiny, make_dictionary("resid_post.1"))
+    with pytest.raises(UserError, match="behaviour tiny has 3 train and 0 test prompts"):
+        ablate.ModelExperiment(split, "tiny", [make_prompt(i, "train") for i in range(3)], AblateConfig())

@@ -1,0 +1,213 @@
+"""Exact effects of removing features: against a plain loop with PyTorch hooks, and what they are by construction."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax import load_model
+from saejax.causal import ablation
+from saejax.causal.split import PROMPTS, SplitModel
+from saejax.dictionaries import Dictionary
+from saejax.errors import Interrupted, UserError
+
+
+@pytest.fixture(scope="module")
+def dictionary(make_dictionary):
+    return make_dictionary("resid_post.1", dead=5)
+
+
+@pytest.fixture(scope="module")
+def split(tiny, dictionary):
+    return SplitModel(tiny, dictionary)
+
+
+@pytest.fixture(scope="module")
+def batches(split, prompts):
+    return split.run(prompts)
+
+
+def sets_of(rng, features, singles=12, pairs=4, large=2):
+    draw = rng.permutation(features)
+    return (
+        [[i] for i in draw[:singles]]
+        + [draw[k : k + 2].tolist() for k in range(pairs)]
+        + [rng.permutation(features)[:20].tolist() for _ in range(large)]
+    )
+
+
+@pytest.mark.parametrize("site", ["resid_post.1", "resid_pre.2", "resid_post.3", "mlp_in.1", "attn_out.3"])
+def test_effects_equal_a_plain_loop_with_torch_hooks(tiny, prompts, make_dictionary, plain, site):
+    dictionary = make_dictionary(site)
+    split = SplitModel(tiny, dictionary)
+    n = dictionary.config.n_features
+    sets = [*sets_of(np.random.default_rng(3), n, singles=5, pairs=2, large=1), list(range(n))]
+    few = prompts[:12]
+    diffs = ablation.ablate_sets(split, split.run(few), sets, batch_rows=32)
+    for p in range(0, len(few), 3):
+        run = plain(dictionary, few[p])
+        np.testing.assert_allclose(diffs.clean_P[p], run.ablated([]), atol=1e-4)
+        np.testing.assert_allclose(diffs.ablated_SxP[:, p], [run.ablated(s) for s in sets], atol=1e-4)
+    assert np.median(np.abs(diffs.drop_SxP[-1])) > 0.05 and len(np.unique(diffs.clean_P)) > 8
+
+
+def test_equal_to_the_edit_of_a_full_forward_pass(tiny, prompts, dictionary, split, batches):
+    sets = np.random.default_rng(4).permutation(dictionary.config.n_features)[:60].reshape(3, 20)
+    diffs = ablation.ablate_sets(split, batches, sets)
+    tokens = tiny.tokenize([prompt.text for prompt in prompts])
+    answers = np.array([[tiny.token_id(prompt.correct), tiny.token_id(prompt.wrong)] for prompt in prompts])
+    for s, features in enumerate(sets):
+        logits_BxTxV = np.asarray(tiny(tokens, edits=[dictionary.ablate(features.tolist())]).logits_BxTxV)
+        last_BxV = logits_BxTxV[np.arange(len(prompts)), tokens.last_B]
+        wanted_P = np.take_along_axis(last_BxV, answers, axis=1) @ [1.0, -1.0]
+        np.testing.assert_allclose(diffs.ablated_SxP[s], wanted_P, atol=1e-4)
+
+
+def test_what_does_not_fire_has_no_effect_to_the_bit_and_is_not_run(split, batches, dictionary):
+    n, prompts = dictionary.config.n_features, sum(len(batch.index_P) for batch in batches)
+    dead = list(range(n - 5, n))
+    diffs = ablation.ablate_sets(split, batches, [[i] for i in dead] + [dead, []])
+    assert diffs.rows == prompts
+    assert (diffs.drop_SxP == 0.0).all()
+    everything = ablation.ablate_sets(split, batches, [[i] for i in range(n)])
+    silent_SxP = np.zeros((n, prompts), bool)
+    for batch in batches:
+        f_BxTxF = np.asarray(dictionary.encode(batch.value_BxTxD)) * np.asarray(batch.domain_BxT)[:, :, None]
+        silent_SxP[:, batch.index_P] = ~(f_BxTxF > 0).any(axis=1)[: len(batch.index_P)].T
+    assert 0.1 < silent_SxP.mean() < 0.95
+    assert everything.rows == prompts + (~silent_SxP).sum()
+    assert (everything.drop_SxP[silent_SxP] == 0.0).all()
+    assert (everything.drop_SxP[~silent_SxP] != 0.0).mean() > 0.95
+
+
+def test_removing_all_features_leaves_the_error_and_the_bias(split, batches, dictionary):
+    diffs = ablation.ablate_sets(split, batches, [list(range(dictionary.config.n_features))])
+    for batch in batches:
+        x_BxTxD = batch.value_BxTxD
+        without_bias_BxTxD = dictionary.decode(dictionary.encode(x_BxTxD)) - dictionary.b_dec_D[...][None, None, :]
+        left_BxTxD = jnp.where(batch.domain_BxT[:, :, None], x_BxTxD - without_bias_BxTxD, x_BxTxD)
+        wanted_B = split.cut.tail(split.params, batch.stream_BxTxD, left_BxTxD, batch.last_B, batch.answers_Bx2)
+        count = len(batch.index_P)
+        np.testing.assert_allclose(diffs.ablated_SxP[0, batch.index_P], np.asarray(wanted_B)[:count], atol=1e-4)
+
+
+def test_sinks_and_padding_are_never_edited(split, batches, dictionary):
+    sinks = 0
+    for batch in batches:
+        norm_BxT = np.linalg.norm(np.asarray(batch.value_BxTxD), axis=2)
+        real_BxT = np.arange(norm_BxT.shape[1])[None, :] <= batch.last_B[:, None]
+        domain_BxT = real_BxT & (norm_BxT <= dictionary.config.max_norm)
+        np.testing.assert_array_equal(np.asarray(batch.domain_BxT), domain_BxT)
+        sinks += (real_BxT & ~domain_BxT).sum()
+    assert sinks > 10
+
+
+def test_neither_batch_size_nor_mesh_matter(split, batches, dictionary, prompts, tiny_llama):
+    sets = sets_of(np.random.default_rng(5), dictionary.config.n_features)
+    wanted = ablation.ablate_sets(split, batches, sets, batch_rows=64)
+    odd = ablation.ablate_sets(split, batches, sets, batch_rows=7)
+    over_8 = SplitModel(load_model(str(tiny_llama)), dictionary)
+    assert over_8.cut.mesh.shape["data"] == 8
+    spread = ablation.ablate_sets(over_8, over_8.run(prompts), sets, batch_rows=64)
+    for other in (odd, spread):
+        assert other.rows == wanted.rows
+        np.testing.assert_allclose(other.ablated_SxP, wanted.ablated_SxP, atol=1e-5)
+        np.testing.assert_allclose(other.clean_P, wanted.clean_P, atol=1e-5)
+
+
+def test_batches_hold_every_prompt_once_sorted_by_length(batches, prompts, tiny):
+    assert sorted(np.concatenate([batch.index_P for batch in batches]).tolist()) == list(range(len(prompts)))
+    lengths_P = tiny.tokenize([prompt.text for prompt in prompts]).lengths_B
+    for batch in batches:
+        np.testing.assert_array_equal(batch.last_B[: len(batch.index_P)] + 1, lengths_P[batch.index_P])
+        assert batch.value_BxTxD.shape[0] == PROMPTS
+        assert 0 <= batch.value_BxTxD.shape[1] - lengths_P[batch.index_P].max() < 2
+    assert max(batches[0].last_B) <= min(batches[1].last_B)
+
+
+def test_one_compilation_for_each_length(split, batches, dictionary):
+    n = dictionary.config.n_features
+    ablation.ablate_sets(split, batches, [[i] for i in range(n // 2)], batch_rows=48)
+    before = ablation._tail._cache_size()
+    ablation.ablate_sets(split, batches, [[i] for i in range(n)] + [list(range(n))], batch_rows=48)
+    assert ablation._tail._cache_size() == before
+
+
+def test_statistics_are_those_of_the_positions_that_change(split, batches, dictionary):
+    rows = []
+    for batch in batches:
+        f_BxTxF, domain_BxT = np.asarray(dictionary.encode(batch.value_BxTxD), np.float64), np.asarray(batch.domain_BxT)
+        rows += [f_BxTxF[p][domain_BxT[p]] for p in range(len(batch.index_P))]
+    f_NxF = np.concatenate(rows)
+    statistics = ablation.statistics(split, batches)
+    assert statistics.positions == len(f_NxF)
+    np.testing.assert_array_equal(statistics.fires_F, (f_NxF > 0).sum(axis=0))
+    np.testing.assert_allclose(statistics.sum_F, f_NxF.sum(axis=0), rtol=1e-5)
+
+
+def test_tick_counts_rows_and_may_stop(split, batches, dictionary):
+    sets = [[i] for i in range(dictionary.config.n_features)]
+    seen = []
+    diffs = ablation.ablate_sets(split, batches, sets, 32, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (diffs.rows, diffs.rows) and [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+    def stop(done, total):
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        ablation.ablate_sets(split, batches, sets, 32, stop)
+
+
+def test_a_feature_twice_in_a_set_is_refused(split, batches):
+    with pytest.raises(ValueError, match="twice"):
+        ablation.ablate_sets(split, batches, [[1, 2, 1]])
+
+
+def with_arrays(dictionary, **changes):
+    arrays = {n: getattr(dictionary, n)[...] for n in ("W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D")}
+    return Dictionary(dictionary.config, **{**arrays, **changes})
+
+
+def test_nan_in_the_dictionary(tiny, prompts, dictionary):
+    broken = SplitModel(tiny, with_arrays(dictionary, b_enc_F=dictionary.b_enc_F[...].at[7].set(jnp.nan)))
+    with pytest.raises(UserError, match="feature 7 has an activation that is not finite"):
+        ablation.statistics(broken, broken.run(prompts))
+    fires = int(np.argmax(ablation.statistics(SplitModel(tiny, dictionary), broken.run(prompts)).fires_F))
+    broken = SplitModel(tiny, with_arrays(dictionary, W_dec_FxD=dictionary.W_dec_FxD[...].at[fires].set(jnp.inf)))
+    with pytest.raises(UserError, match="logit difference after an edit at resid_post.1 is not finite"):
+        ablation.ablate_sets(broken, broken.run(prompts), [[fires]])
+
+
+def test_nan_in_the_model_names_the_prompt(tiny, prompts, dictionary):
+    broken = SplitModel(tiny, dictionary)
+    war = int(tiny.tokenize([prompts[4].text]).ids_BxT[0, 1])
+    assert war not in tiny.tokenize([prompts[5].text]).ids_BxT
+    broken.params = {**tiny.params, "embed_VxD": tiny.params["embed_VxD"].at[war].set(jnp.nan)}
+    with pytest.raises(UserError, match=r"resid_post\.1 is not finite in the prompt 'The war"):
+        broken.run([prompts[5], prompts[4]])
+
+
+def test_a_dictionary_of_another_model_site_or_width(tiny, dictionary):
+    def changed(**changes):
+        return Dictionary(
+            dataclasses.replace(dictionary.config, **changes),
+            *(getattr(dictionary, n)[...] for n in ("W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D")),
+        )
+
+    with pytest.raises(UserError, match="was trained on .*use the model it was trained on"):
+        SplitModel(tiny, changed(fingerprint="0" * 16))
+    with pytest.raises(UserError, match="no site resid_post.4"):
+        SplitModel(tiny, changed(site="resid_post.4"))
+    with pytest.raises(UserError, match="reads 63 dimensions, but resid_post.1 has 64"):
+        SplitModel(tiny, changed(d_in=63))
+
+
+def test_in_bfloat16_the_effects_are_nearly_the_same(tiny_llama, one_device, prompts, dictionary, split, batches):
+    half = SplitModel(load_model(str(tiny_llama), dtype="bfloat16", mesh=one_device), dictionary)
+    sets = [list(range(0, dictionary.config.n_features, 2))]
+    wanted_P = ablation.ablate_sets(split, batches, sets).drop_SxP[0]
+    drop_P = ablation.ablate_sets(half, half.run(prompts), sets).drop_SxP[0]
+    assert np.corrcoef(drop_P, wanted_P)[0, 1] > 0.9
+    assert jax.tree.leaves(half.params)[0].dtype == jnp.bfloat16

@@ -1,0 +1,282 @@
+"""The decoder against transformers: logits, every site, gradients with respect to every site."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from tiny_models import save_tiny_llama
+from transformers import AutoModelForCausalLM
+
+from saejax.models import decoder
+from saejax.models.families import read_config
+from saejax.models.sites import KINDS, Site
+from saejax.models.weights import load_params
+from saejax.workspace import read_json
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def run_torch(model, ids_BxT) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits and the values at all sites of a transformers Llama; the values keep their gradients."""
+    model.requires_grad_(False)
+    values, handles = {}, []
+
+    def keep(name, module, args, output=None):
+        value = args[0] if output is None else output
+        value = value[0] if isinstance(value, tuple) else value
+        if not value.requires_grad:
+            value.requires_grad_()
+        value.retain_grad()
+        values[name] = value
+
+    for index, layer in enumerate(model.model.layers):
+        handles += [
+            layer.input_layernorm.register_forward_pre_hook(partial(keep, f"resid_pre.{index}")),
+            layer.self_attn.register_forward_hook(partial(keep, f"attn_out.{index}")),
+            layer.post_attention_layernorm.register_forward_pre_hook(partial(keep, f"resid_mid.{index}")),
+            layer.mlp.register_forward_pre_hook(partial(keep, f"mlp_in.{index}")),
+            layer.mlp.register_forward_hook(partial(keep, f"mlp_out.{index}")),
+            layer.register_forward_hook(partial(keep, f"resid_post.{index}")),
+        ]
+    logits = model(torch.tensor(ids_BxT, dtype=torch.long)).logits
+    for handle in handles:
+        handle.remove()
+    return logits, values
+
+
+def fifty_prompts() -> list[str]:
+    """Prompts of different lengths and kinds."""
+    nouns = ["key", "teacher", "river", "engine", "captain", "window", "poem", "cabinet", "merchant", "violin"]
+    shapes = (
+        "The {0} near the {1}s",
+        "Question: is every {0} also a {1}? Answer:",
+        "3 + {2} = {3}\n7 + {2} =",
+        "Nobody could say why the {0} was sold for {3} coins, or what",
+        "def {0}({1}):\n    return",
+    )
+    return [
+        shape.format(noun, nouns[(3 * index + 1) % 10], index, 9 - index)
+        for index, noun in enumerate(nouns)
+        for shape in shapes
+    ]
+
+
+def all_logits(config, params, ids_BxT):
+    x_BxTxD = decoder.run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, config.n_layers)
+    return decoder.unembed(config, params, x_BxTxD)
+
+
+def all_sites(n_layers: int) -> list[str]:
+    return [str(Site(kind, layer)) for layer in range(n_layers) for kind in KINDS]
+
+
+def test_smollm2_equals_transformers(smollm2, smollm2_torch):
+    tokens = smollm2.tokenize(fifty_prompts())
+    ours = smollm2(tokens, capture=all_sites(30))
+    logits, theirs = run_torch(smollm2_torch, tokens.ids_BxT)
+    mask = tokens.mask_BxT
+    assert len(mask) == 50
+    difference = np.abs(np.asarray(ours.logits_BxTxV) - logits.detach().numpy())[mask].max()
+    errors = {
+        name: relative_error(np.asarray(value)[mask], theirs[name].detach().numpy()[mask])
+        for name, value in ours.sites.items()
+    }
+    worst = max(errors, key=errors.get)
+    print(f"largest logit difference {difference:.2e}; largest error {errors[worst]:.2e}, at {worst}")
+    assert len(errors) == 180
+    assert difference < 1e-3
+    assert errors[worst] < 1e-5, worst
+
+
+def test_smollm2_is_as_close_to_fp64_as_transformers(smollm2, smollm2_torch):
+    """Where fp32 itself is not good to 1e-5: the space before a year is a sink that layer 10 all but cancels."""
+    tokens = smollm2.tokenize(["The war lasted from the year 17"])
+    ours = smollm2(tokens, capture=all_sites(30))
+    with torch.no_grad():
+        theirs = {name: value.numpy() for name, value in run_torch(smollm2_torch, tokens.ids_BxT)[1].items()}
+        smollm2_torch.double()
+        try:
+            exact = {name: value.numpy() for name, value in run_torch(smollm2_torch, tokens.ids_BxT)[1].items()}
+        finally:
+            smollm2_torch.float()
+    our_errors = [relative_error(ours.sites[name], exact[name]) for name in exact]
+    their_errors = [relative_error(theirs[name], exact[name]) for name in exact]
+    print(f"largest errors against fp64: ours {max(our_errors):.2e}, transformers' {max(their_errors):.2e}")
+    assert max(our_errors) < max(2e-5, 1.5 * max(their_errors))
+
+
+def test_smollm2_gradient_equals_autograd(smollm2, smollm2_torch):
+    tokens = smollm2.tokenize(["The capital of France is the city of", "The keys near the cabinet", "3 + 4 ="])
+    right, wrong = smollm2.token_id(" Paris"), smollm2.token_id(" the")
+    rows, last = np.arange(3), tokens.last_B
+
+    @jax.jit
+    @jax.grad
+    def gradient(x_BxTxD, params):  # parameters are arguments: XLA would take hours over them as constants
+        x_BxTxD = decoder.run_layers(smollm2.config, params, x_BxTxD, 16, 30)
+        logits_BxV = decoder.unembed(smollm2.config, params, x_BxTxD[rows, last])
+        return (logits_BxV[:, right] - logits_BxV[:, wrong]).sum()
+
+    ours = gradient(smollm2(tokens, ["resid_post.15"], logits=False).sites["resid_post.15"], smollm2.params)
+    logits, values = run_torch(smollm2_torch, tokens.ids_BxT)
+    (logits[rows, last, right] - logits[rows, last, wrong]).sum().backward()
+    theirs = values["resid_post.15"].grad.numpy()
+    smollm2_torch.zero_grad()
+    # Each prompt for itself: their gradients differ in size.
+    errors = [relative_error(a[:n], b[:n]) for a, b, n in zip(ours, theirs, tokens.lengths_B, strict=True)]
+    print(f"largest gradient error {max(errors):.2e}")
+    assert max(errors) < 1e-4
+
+
+ODD = dict(hidden_size=63, num_attention_heads=3, num_key_value_heads=1, intermediate_size=50, vocab_size=391)
+VARIANTS = {
+    "grouped": {},
+    "multi_query_tied": dict(num_key_value_heads=1, tie_word_embeddings=True, rope_theta=500_000.0, hidden_act="relu"),
+    "biases": dict(attention_bias=True, mlp_bias=True, num_key_value_heads=4, hidden_act="gelu", rms_norm_eps=1e-3),
+    "wide_heads_odd_sizes": ODD | dict(head_dim=26, hidden_act="gelu_pytorch_tanh"),
+}
+
+
+def load_both(folder, mesh, **changes):
+    save_tiny_llama(folder, **changes)
+    config = read_config(read_json(folder / "config.json"), "config.json")
+    return config, load_params(folder, config, mesh, "float32"), AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_tiny_logits_sites_and_gradients(changes, tmp_path, one_device):
+    config, params, model = load_both(tmp_path, one_device, num_hidden_layers=2, **changes)
+    ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (3, 21))
+    weights_BxTxV = np.random.default_rng(1).normal(size=(3, 21, config.vocab)).astype(np.float32)
+    names = all_sites(config.n_layers)
+
+    def run(added):
+        """A scalar of the logits, with something added at every site; the logits and the values at the sites."""
+        values = {}
+
+        def hook(site, value_BxTxD):
+            values[str(site)] = value_BxTxD + added[str(site)]
+            return values[str(site)]
+
+        x_BxTxD = decoder.embed(config, params, ids_BxT)
+        x_BxTxD = decoder.run_layers(config, params, x_BxTxD, 0, 2, hook, hook_layers=range(2))
+        logits_BxTxV = decoder.unembed(config, params, x_BxTxD)
+        return (logits_BxTxV * weights_BxTxV).sum(), (logits_BxTxV, values)
+
+    zeros = {name: jnp.zeros((3, 21, config.d_model)) for name in names}
+    ours, (our_logits, our_values) = jax.jit(jax.grad(run, has_aux=True))(zeros)
+    logits, values = run_torch(model, ids_BxT)
+    (logits * torch.tensor(weights_BxTxV)).sum().backward()
+
+    assert relative_error(our_logits, logits.detach().numpy()) < 1e-5
+    for name in names:
+        assert relative_error(our_values[name], values[name].detach().numpy()) < 1e-5, name
+        assert relative_error(ours[name], values[name].grad.numpy()) < 1e-4, name
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, one_device):
+    """Config and parameters of a tiny Llama, and a stream [3, 12, D] that enters it."""
+    config, params, _ = load_both(tmp_path_factory.mktemp("tiny"), one_device)
+    return config, params, jax.random.normal(jax.random.key(0), (3, 12, config.d_model))
+
+
+def test_scanned_unrolled_and_split_runs_agree(tiny):
+    config, params, x_BxTxD = tiny
+    run = jax.jit(partial(decoder.run_layers, config), static_argnums=(2, 3, 4, 5))
+    whole = run(params, x_BxTxD, 0, 4)
+    seen = []
+
+    def hook(site, value_BxTxD):
+        seen.append(str(site))
+        return value_BxTxD
+
+    mixed = run(params, x_BxTxD, 0, 4, hook, (2, 0, 9))
+    tail = run(params, run(params, x_BxTxD, 0, 3), 3, 4)
+    np.testing.assert_allclose(mixed, whole, atol=1e-4)
+    np.testing.assert_allclose(tail, whole, atol=1e-4)
+    assert seen == [f"{kind}.{layer}" for layer in (0, 2) for kind in KINDS]
+    np.testing.assert_array_equal(run(params, x_BxTxD, 4, 4), x_BxTxD)
+
+    scan = jax.jit(partial(decoder.scan_layers, config), static_argnums=(2, 3, 4))
+    final, stacked = scan(params, x_BxTxD, 1, 4, ("resid_post", "mlp_in"))
+    assert {kind: value.shape for kind, value in stacked.items()} == {
+        "resid_post": (3, 3, 12, 64),
+        "mlp_in": (3, 3, 12, 64),
+    }
+    np.testing.assert_array_equal(stacked["resid_post"][-1], final)
+
+
+def test_vmap_over_perturbations_and_scan_gradient(tiny):
+    config, params, x_BxTxD = tiny
+    direction = jax.random.normal(jax.random.key(1), x_BxTxD.shape)
+
+    def f(x_BxTxD, scale):
+        x_BxTxD = decoder.run_layers(config, params, x_BxTxD + scale * direction, 1, 4)
+        return decoder.unembed(config, params, x_BxTxD[:, -1:])[..., 5].sum()
+
+    scales = jnp.array([0.0, 0.3, -2.0])
+    together = jax.jit(jax.vmap(f, in_axes=(None, 0)))(x_BxTxD, scales)
+    one = jax.jit(f)
+    np.testing.assert_allclose(together, [one(x_BxTxD, scale) for scale in scales], rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_through_a_scan_is_the_slope(tiny):
+    """In fp64, in which a central difference is exact enough to judge by."""
+    config, params, x_BxTxD = tiny
+    with jax.enable_x64(True):
+        params = {name: jnp.asarray(np.asarray(value), jnp.float64) for name, value in params.items()}
+        x_BxTxD = jnp.asarray(np.asarray(x_BxTxD), jnp.float64)
+        step_BxTxD = jnp.asarray(np.random.default_rng(0).normal(size=x_BxTxD.shape) * 1e-5)
+
+        @jax.jit
+        def f(x_BxTxD):
+            x_BxTxD = decoder.run_layers(config, params, x_BxTxD, 1, 4)
+            return decoder.unembed(config, params, x_BxTxD[:, -1:])[..., 5].sum()
+
+        slope = (f(x_BxTxD + step_BxTxD) - f(x_BxTxD - step_BxTxD)) / 2
+        np.testing.assert_allclose((jax.jit(jax.grad(f))(x_BxTxD) * step_BxTxD).sum(), slope, rtol=1e-6)
+
+
+def test_later_positions_and_padding_do_not_reach_earlier_ones(tiny):
+    config, params, x_BxTxD = tiny
+    changed = x_BxTxD.at[:, 7:].add(100.0)
+    run = jax.jit(partial(decoder.run_layers, config, params, start=0, stop=4))
+    np.testing.assert_array_equal(run(changed)[:, :7], run(x_BxTxD)[:, :7])
+    assert not np.allclose(run(changed)[:, 7:], run(x_BxTxD)[:, 7:])
+
+
+def test_a_gradient_keeps_no_copy_of_the_parameters(tiny):
+    config, params, x_BxTxD = tiny
+    config_bytes = sum(value.nbytes for name, value in params.items() if name.startswith("layers."))
+    tail = jax.grad(lambda params, x: decoder.run_layers(config, params, x, 0, 4)[:, -1].sum(), argnums=1)
+    compiled = jax.jit(tail).lower(params, x_BxTxD[:1, :2]).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * config_bytes
+
+
+def test_bfloat16_is_as_exact_as_transformers_is(tmp_path, one_device):
+    config, _, model = load_both(tmp_path, one_device)
+    params = load_params(tmp_path, config, one_device, "bfloat16")
+    ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (2, 30))
+    assert {value.dtype for value in params.values()} == {jnp.dtype("bfloat16")}
+    logits = jax.jit(partial(all_logits, config))(params, ids_BxT)
+    assert logits.dtype == jnp.float32
+    with torch.no_grad():
+        theirs = run_torch(model.bfloat16(), ids_BxT)[0].float().numpy()
+        exact = run_torch(model.float(), ids_BxT)[0].numpy()  # fp32 arithmetic on the rounded weights
+    assert relative_error(logits, exact) < 1.3 * relative_error(theirs, exact) < 0.1
+
+
+def test_positions_up_to_the_context(tmp_path, one_device):
+    config, params, model = load_both(tmp_path, one_device, max_position_embeddings=2048, num_hidden_layers=1)
+    ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (1, 2048))
+    with torch.no_grad():
+        theirs = run_torch(model, ids_BxT)[0].numpy()
+    assert relative_error(jax.jit(partial(all_logits, config))(params, ids_BxT), theirs) < 1e-5

@@ -1,0 +1,212 @@
+"""Running a model with sites captured and edits on."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from tiny_models import save_tiny_llama, save_tiny_tokenizer
+
+from saejax import load_model
+from saejax.errors import UserError
+from saejax.models import language_model
+from saejax.models.sites import KINDS, Site
+from saejax.models.tokens import Tokens, pad
+from saejax.parallel import AXES
+
+TEXTS = ["The capital of France is", "3 + 4 =", "One day, she said that there was a way to see where the water went"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """Adds a vector at the real positions of a site."""
+
+    vector_D: jax.Array
+    site: Site = dataclasses.field(metadata=dict(static=True))
+
+    def __call__(self, value_BxTxD, mask_BxT):
+        return value_BxTxD + mask_BxT[..., None] * self.vector_D[None, None, :]
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_llama, one_device):
+    return load_model(str(tiny_llama), mesh=one_device)
+
+
+@pytest.fixture(scope="module")
+def tokens(lm):
+    return lm.tokenize(TEXTS)
+
+
+def test_tokens_are_padded_on_the_right(lm, tokens):
+    assert tokens.ids_BxT.dtype == np.int32
+    assert tokens.ids_BxT.shape == (3, tokens.lengths_B.max())
+    for row, length, text in zip(tokens.ids_BxT, tokens.lengths_B, TEXTS, strict=True):
+        assert lm.tokenizer.decode(row[:length]) == text
+    np.testing.assert_array_equal(tokens.mask_BxT.sum(1), tokens.lengths_B)
+    assert all(mask[last] and not mask[last + 1 :].any() for mask, last in zip(tokens.mask_BxT, tokens.last_B))
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        ([], "no texts"),
+        (["fine", ""], r"text 1 of 2 \(''\) has no tokens"),
+        (["fine", "a b " * 100], r"text 1 of 2 \('a b a b .*\.\.\.'\) has 301 tokens, more than .* context of 128"),
+    ],
+)
+def test_texts_that_cannot_be_run(lm, texts, message):
+    with pytest.raises(UserError, match=message):
+        lm.tokenize(texts)
+
+
+def test_a_single_string_is_a_mistake(lm):
+    with pytest.raises(TypeError, match="one string"):
+        lm.tokenize("The capital")
+
+
+@pytest.mark.parametrize(
+    "ids, lengths, message",
+    [
+        ([[1, 384]], [2], "token ids are 1 to 384: expected 0 to 383"),
+        ([[-1, 3]], [2], "token ids are -1 to 3"),
+        ([[1, 2]], [3], "expected 1 to 2"),
+        ([[1, 2]], [0], "expected 1 to 2"),
+        ([[1] * 129], [129], "expected 1 to 128"),
+        ([[1, 2]], [2, 2], "shapes"),
+    ],
+)
+def test_tokens_of_another_model(lm, ids, lengths, message):
+    with pytest.raises(UserError, match=message):
+        lm(Tokens(np.array(ids, np.int32), np.array(lengths, np.int32)))
+
+
+def test_a_batch_gives_what_each_prompt_gives(lm, tokens):
+    together = lm(tokens, capture=["mlp_out.2"])
+    assert together.logits_BxTxV.shape == (*tokens.ids_BxT.shape, lm.config.vocab)
+    for row, text in enumerate(TEXTS):
+        alone, length = lm(lm.tokenize([text]), capture=["mlp_out.2"]), tokens.lengths_B[row]
+        np.testing.assert_allclose(together.logits_BxTxV[row, :length], alone.logits_BxTxV[0], atol=1e-4)
+        np.testing.assert_allclose(together.sites["mlp_out.2"][row, :length], alone.sites["mlp_out.2"][0], atol=1e-4)
+        np.testing.assert_allclose(together.logit("water")[row], alone.logit("water"), atol=1e-4)
+
+
+def test_logit_reads_a_word_as_the_text_going_on(lm, tokens):
+    output = lm(tokens)
+    for answer, token in (("water", lm.token_id(" water")), (" water", lm.token_id(" water")), (77, 77)):
+        for row, last in enumerate(tokens.last_B):
+            assert output.logit(answer)[row] == output.logits_BxTxV[row, last, token]
+    assert lm.token_id(" water") == lm.tokenizer(" water")["input_ids"][0] != lm.token_id("water")
+    assert np.ndim(lm(lm.tokenize(TEXTS[:1])).logit("water")) == 0
+    with pytest.raises(UserError, match="no tokens"):
+        lm.token_id("")
+
+
+def test_captured_sites_fit_together(lm, tokens):
+    few = lm(tokens, capture=[f"{kind}.2" for kind in KINDS]).sites
+    assert list(few) == [f"{kind}.2" for kind in KINDS]
+    np.testing.assert_allclose(few["resid_pre.2"] + few["attn_out.2"], few["resid_mid.2"], atol=1e-5)
+    np.testing.assert_allclose(few["resid_mid.2"] + few["mlp_out.2"], few["resid_post.2"], atol=1e-5)
+
+
+def test_many_layers_are_captured_as_few_are(lm, tokens, monkeypatch):
+    names = [f"{kind}.{layer}" for layer in (3, 1, 0) for kind in KINDS]
+    few = lm(tokens, capture=names, logits=False)
+    monkeypatch.setattr(language_model, "_UNROLLED", 0)
+    many = lm(tokens, capture=names[::-1], logits=False)  # in another order, so that it is compiled anew
+    assert few.logits_BxTxV is many.logits_BxTxV is None
+    for name in names:
+        np.testing.assert_allclose(few.sites[name], many.sites[name], atol=1e-4, err_msg=name)
+    with pytest.raises(ValueError, match="logits=False"):
+        few.logit("water")
+
+
+def test_edits_change_what_comes_after_them_at_real_positions(lm, tokens):
+    vector = jnp.arange(64.0)
+    names = ["resid_mid.1", "mlp_out.1", "resid_post.2"]
+    clean = lm(tokens, capture=names)
+    edited = lm(tokens, capture=names, edits=[Add(vector, Site("mlp_out", 1)), Add(-vector, Site("mlp_out", 1))])
+    np.testing.assert_allclose(edited.logits_BxTxV, clean.logits_BxTxV, atol=1e-4)
+    edited = lm(tokens, capture=names, edits=[Add(vector, Site("mlp_out", 1))])
+    np.testing.assert_array_equal(edited.sites["resid_mid.1"], clean.sites["resid_mid.1"])
+    change = np.asarray(edited.sites["mlp_out.1"] - clean.sites["mlp_out.1"])
+    mask = tokens.mask_BxT
+    np.testing.assert_allclose(change[mask], np.broadcast_to(vector, change[mask].shape), atol=1e-4)
+    assert not change[~mask].any()
+    assert np.abs(np.asarray(edited.sites["resid_post.2"] - clean.sites["resid_post.2"]))[mask].max() > 10
+
+
+def test_one_compilation_per_sites_edits_and_padded_length(lm):
+    forward = language_model._forward
+    run = lambda n, **kwargs: lm(pad([[5] * n, [6]]), **kwargs)  # noqa: E731
+    site = Site("mlp_out", 1)
+    run(3), run(3, capture=["mlp_in.1"]), run(3, edits=[Add(jnp.zeros(64), site)])
+    before = forward._cache_size()
+    run(9), run(16), run(16, capture=["mlp_in.1"]), run(7, edits=[Add(jnp.ones(64), site)])
+    assert forward._cache_size() == before
+    run(17)
+    assert forward._cache_size() == before + 1
+
+
+@pytest.mark.parametrize(
+    "shape, texts",
+    # Eight prompts are split over "data"; three are not divided by it and go to every device.
+    [((1, 1, 8), TEXTS), ((1, 4, 2), TEXTS), ((1, 4, 2), [*TEXTS, *TEXTS, "a", "b"])],
+)
+def test_meshes_agree(lm, tiny_llama, shape, texts):
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    spread, tokens = load_model(str(tiny_llama), mesh=mesh), lm.tokenize(texts)
+    edits = [Add(jnp.ones(64), Site("resid_post", 1))]  # on the default device, not on the mesh
+    one, many = (model(tokens, capture=["resid_post.2"], edits=edits) for model in (lm, spread))
+    assert many.logits_BxTxV.sharding.device_set == set(jax.devices())
+    np.testing.assert_allclose(many.logits_BxTxV, one.logits_BxTxV, atol=1e-4)
+    np.testing.assert_allclose(many.sites["resid_post.2"], one.sites["resid_post.2"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("resid_post.4", "4 layers, 0 to 3"),
+        ("resid_post", "there is no site 'resid_post'"),
+        ("mlp.1", "no site 'mlp.1'"),
+    ],
+)
+def test_no_such_site(lm, tokens, name, message):
+    with pytest.raises(UserError, match=message):
+        lm(tokens, capture=[name])
+
+
+def test_no_such_site_of_an_edit(lm, tokens):
+    with pytest.raises(UserError, match="there is no site mlp_in.9"):
+        lm(tokens, edits=[Add(jnp.zeros(64), Site("mlp_in", 9))])
+
+
+def test_bfloat16(tiny_llama, one_device, lm, tokens):
+    half = load_model(str(tiny_llama), dtype="bfloat16", mesh=one_device)(tokens, capture=["resid_post.3"])
+    assert half.sites["resid_post.3"].dtype == jnp.bfloat16
+    error = np.abs(np.asarray(half.logits_BxTxV - lm(tokens).logits_BxTxV))[tokens.mask_BxT].max()
+    assert error < 0.1 * np.abs(lm(tokens).logits_BxTxV).max()
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings(tmp_path):
+    save_tiny_llama(tmp_path, vocab_size=300)
+    save_tiny_tokenizer(tmp_path, 310)
+    with pytest.raises(UserError, match="has 310 ids, but the model has embeddings for 300"):
+        load_model(str(tmp_path))
+
+
+def test_import_is_quick_and_starts_no_device():
+    code = (
+        "import sys, saejax; assert 'jax' not in sys.modules and 'torch' not in sys.modules\n"
+        "import saejax.models.language_model; assert 'torch' not in sys.modules\n"
+        "from jax._src import xla_bridge; assert not xla_bridge._backends\n"
+        "assert 'load_model' in dir(saejax)\n"
+        "try: saejax.nonsense\nexcept AttributeError: print('fine')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "fine\n", result.stderr

@@ -1,0 +1,235 @@
+"""A made-up workspace with the files that a report reads. Its numbers mean nothing; no model was run for them."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from saejax import settings
+from saejax.analysis.examples import Example
+from saejax.config import to_json
+from saejax.workspace import SUMMARY, Run, write_json
+
+FEATURES = 512
+NAMES = ("agreement", "capital", "greater_than", "addition")
+PROMPTS = {
+    "agreement": ("The key to the cabinets", " is", " are"),
+    "capital": ("The capital of France is the city of", " Paris", " Rome"),
+    "greater_than": ("The war lasted from the year 1732 to the year 17", "54", "12"),
+    "addition": ("2 + 3 = 5\n4 + 1 = 5\n<b>6 & 2</b> |\n7 + 1 =", " 8", " 9"),
+}
+
+
+def interval(mean: float, half: float) -> dict:
+    return dict(mean=mean, low=mean - half, high=mean + half)
+
+
+def made_up_baseline() -> dict:
+    scores = {}
+    for name, accuracy in zip(NAMES, (0.97, 0.99, 1.0, 0.7), strict=True):
+        splits = {
+            split: dict(
+                n=n,
+                accuracy=dict(mean=accuracy, low=accuracy - 0.1 * (accuracy < 1), high=min(accuracy + 0.06, 1.0)),
+                top1=interval(accuracy - 0.2, 0.08),
+                logit_diff=interval(6 * accuracy - 3, 0.6),
+                separation=interval(2 * accuracy, 0.3),
+            )
+            for split, n in (("train", 80), ("test", 20))
+        }
+        text, correct, wrong = PROMPTS[name]
+        example = dict(text=text, correct=correct, wrong=wrong, logit_diff=3.21)
+        scores[name] = dict(**splits, flags=[], examples=[example] * 3)
+    scores["addition"]["flags"] = ["accuracy 0.70 on test prompts is below 0.80", "separation -0.1 is below 1.00"]
+    scores["addition"]["train"]["separation"] = dict(mean=-0.1, low=-1e6, high=1.2)
+    return dict(behaviours=scores)
+
+
+def made_up_evaluation(kind: str, rng) -> dict:
+    edges = np.linspace(-6, 0, 25)
+    counts = (900 * np.exp(-((edges[:-1] + 2.3) ** 2) / 0.8)).astype(int)
+    return dict(
+        dictionary=kind,
+        kind=kind,
+        site="resid_post.15",
+        tokens=24_990,
+        explained_variance=0.86 if kind == "topk" else 0.79,
+        l0=32.0 if kind == "topk" else 58.7,
+        dead_fraction=0.071,
+        dense_fraction=0.0123,
+        ce=dict(clean=3.211, reconstructed=3.268, mean_ablated=9.82, zero_ablated=11.3, tokens=24_000),
+        ce_recovered_mean=0.991,
+        ce_recovered_zero=0.993,
+        density_histogram=dict(log10_edges=edges.tolist(), counts=counts.tolist(), never=327),
+        sinks=dict(position_0=1017, beyond=41, share_beyond=0.0016, max_norm=1778.0),
+    )
+
+
+def made_up_effects(name: str, rng, top: int, draws: int) -> dict:
+    strong = name in ("agreement", "capital")
+    features = rng.permutation(FEATURES)[:top].tolist()
+    features[1] = 7  # among the top features of every behaviour
+    singles = [
+        dict(
+            feature=feature,
+            attribution=float(3.0 / (i + 1)),
+            firing_rate=float(rng.uniform(0, 0.6)),
+            mean_activation=float(rng.uniform(1, 30)),
+            logit_diff_drop=interval((2.2 if strong else 0.1) / (i + 1), 0.15),
+            accuracy_drop=interval(0.05 if strong and i < 2 else 0.0, 0.05),
+            control_drop=float(rng.normal(0, 0.02)),
+        )
+        for i, feature in enumerate(features)
+    ]
+    singles[-1] |= dict(firing_rate=0.0, mean_activation=0.0, logit_diff_drop=interval(0.0, 0.0), control_drop=None)
+    if name == "greater_than":  # a control without any spread
+        controls, drop, accuracy_drop = [0.0] * draws, interval(0.05, 0.11), interval(0.0, 0.0)
+        accuracy = [0.0] * draws
+    else:
+        controls = rng.normal(0.1 if strong else -12.1, 0.25, draws).tolist()
+        accuracy = (rng.integers(-1, 3, draws) * 0.05).tolist()
+        drop = interval(4.3 if strong else -10.9, 0.7)
+        accuracy_drop = dict(mean=0.55, low=0.35, high=0.75) if strong else interval(0.05, 0.1)
+    if name == "capital":  # a yes whose loss of accuracy could be chance
+        accuracy_drop = dict(mean=0.1, low=0.0, high=0.25)
+    mean = float(np.mean(controls))
+    return dict(
+        top=singles,
+        joint=dict(
+            n=top,
+            firing=top - 1,
+            clean_accuracy=0.95,
+            ablated_accuracy=0.95 - accuracy_drop["mean"],
+            accuracy_drop=accuracy_drop,
+            clean_logit_diff=4.1,
+            logit_diff_drop=drop,
+        ),
+        controls=dict(
+            draws=draws,
+            logit_diff_drop=controls,
+            accuracy_drop=accuracy,
+            match=dict(firing_rate_ratio=0.97, activation_ratio=None if name == "addition" else 1.04),
+        ),
+        difference={key: value - mean for key, value in drop.items()},
+        percentile=1.0 if strong else 0.93,
+        verdict=strong,
+        reason=(
+            "Yes: without the 20 features accuracy goes from 95 % to 40 %, a drop of 55.0 points (more than 5), and "
+            "the logit difference falls by 4.30, which beyond matched random features is 4.19 [3.49, 4.89]."
+            if strong
+            else "No: without the 20 features accuracy goes from 95 % to 90 %, a drop of 5.0 points (not more than 5)"
+        ),
+    )
+
+
+def make_workspace(root: Path, kinds=("topk", "standard"), top: int = 20, draws: int = 100) -> dict[str, Path]:
+    """Writes the units' folders; returns them as a report's inputs."""
+    rng = np.random.default_rng(0)
+    ablate = dict(
+        dictionary=kinds[0],
+        site="resid_post.15",
+        top=top,
+        draws=draws,
+        rule="Yes if removing the top 20 features together lowers accuracy by more than 5 percentage points.",
+        behaviours={name: made_up_effects(name, rng, top, draws) for name in NAMES},
+    )
+    results = {"baseline": made_up_baseline(), "capture": {}}
+    for kind in kinds:
+        results[f"train/{kind}"] = dict(
+            kind=kind,
+            site="resid_post.15",
+            steps=1300,
+            tokens=1_331_200,
+            tokens_per_second=14_021.5,
+            dead_fraction=0.07,
+            final={},
+        )
+        results[f"evaluate/{kind}"] = made_up_evaluation(kind, rng)
+    results[f"ablate/{kinds[0]}"] = ablate
+    groups = dict(
+        baseline=("model", "task"),
+        capture=("model", "corpus", "capture"),
+        train=("train",),
+        evaluate=("model", "evaluate"),
+        ablate=("model", "ablate"),
+    )
+    inputs = {}
+    for unit, result in results.items():
+        inputs[unit] = root / "inputs" / unit
+        inputs[unit].mkdir(parents=True)
+        config = {group: to_json(settings.GROUPS[group]()) for group in groups[unit.split("/")[0]]}
+        devices = None if unit == "capture" else dict(count=1, kinds=["cpu"], processes=1)
+        summary = dict(
+            stage=unit,
+            config=config,
+            packages=dict(jax="0.10.2", numpy="2.4.6"),
+            devices=devices,
+            seeds=dict(task=42),
+            start="2025-01-01T00:00:00+00:00",
+            seconds=12.34,
+            results=result,
+        )
+        write_json(inputs[unit] / SUMMARY, summary)
+    for kind in kinds:
+        steps = np.arange(20, 1301, 20)
+        lines = [
+            dict(
+                step=int(step),
+                tokens=int(step) * 1024,
+                seconds=float(step) / 10,
+                loss=1.0,
+                mse=1.0,
+                sparsity=0.0,
+                l0=32.0 if kind == "topk" else 60 + 3000 * math.exp(-step / 100),
+                explained_variance=0.87 - 0.9 * math.exp(-step / 150),
+                learning_rate=1e-3,
+            )
+            for step in steps
+        ]
+        (inputs[f"train/{kind}"] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rate = rng.uniform(0, 0.02, FEATURES)
+        rate[7] = 0.0
+        np.save(inputs[f"evaluate/{kind}"] / "firing_rate.npy", rate)
+        np.save(inputs[f"evaluate/{kind}"] / "mean_activation.npy", rng.uniform(1, 30, FEATURES) * (rate > 0))
+    return inputs
+
+
+def made_up_contexts(features, count: int) -> dict[int, list[Example]]:
+    """Contexts with awkward tokens; feature 7 has none."""
+    tokens = (
+        "Once",
+        " upon",
+        " <b>",
+        "&amp;",
+        "\n",
+        "\n\n",
+        " *",
+        "|",
+        "key",
+        "s",
+        " to",
+        " the",
+        " cabinets",
+        "\ufffd",
+        " ",
+        " the",
+        " end",
+    )
+    examples = {}
+    for feature in features:
+        examples[feature] = []
+        for i in range(count if feature != 7 else 0):
+            peak = (feature + 5 * i) % len(tokens)
+            values = [max(0.0, 9.0 - i - 2.5 * abs(j - peak)) for j in range(len(tokens))]
+            values[0] = math.nan if peak else values[0]
+            place = f"document {40 + i} of the corpus, position {11 + peak}"
+            examples[feature].append(Example(40 + i, 11 + peak, tokens, tuple(values), peak, place))
+    return examples
+
+
+def make_run(root: Path, inputs: dict[str, Path], **own) -> Run:
+    """A run of the report stage over the inputs, with settings of its own."""
+    configs = {group: cls() for group, cls in settings.GROUPS.items()} | dict(report=settings.ReportConfig(**own))
+    (root / "report").mkdir()
+    return Run("report", "", root / "report", configs, inputs, say=lambda line: None)

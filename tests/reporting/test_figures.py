@@ -1,0 +1,185 @@
+"""What the figures show is what they were given; nothing is cut off; the files are the same every time."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import ErrorbarContainer
+
+from saejax.reporting import figures
+
+
+def interval(mean, half=0.1):
+    return dict(mean=mean, low=mean - half, high=mean + half)
+
+
+NAMES = ("Subject-verb agreement", "Capital of a country", "A behaviour with quite a long name indeed", "x")
+
+
+def baselines_figure():
+    split = dict(accuracy=dict(mean=0.95, low=0.85, high=1.0), logit_diff=interval(-3.1, 2.0))
+    return figures.baselines({name: dict(test=split, train=split) for name in NAMES}, 0.8)
+
+
+def training_figure():
+    curve = dict(tokens=[1e4, 1e6], explained_variance=[-0.2, 0.9], l0=[3000, 40])
+    return figures.training({"topk": curve, "standard": curve})
+
+
+def density_figure(edges=(-6, -4, -2, 0), counts=(0, 5, 9)):
+    histogram = dict(log10_edges=list(edges), counts=list(counts), never=1234)
+    return figures.density({"topk": histogram, "standard": histogram}, 0.1)
+
+
+def effects(controls, scale=1.0):
+    return {name: figures.Effect(interval(2.0 * scale, scale), [c * scale for c in controls]) for name in NAMES}
+
+
+def ablation_figure(controls=(0.1, -0.2, 0.3), draws=3):
+    return figures.ablation(effects(controls), effects(controls, 0.05), 20, draws, 0.05)
+
+
+def features_figure(count=20, control=0.1):
+    return figures.single_features(
+        range(1000, 1000 + count), [interval(i / 10) for i in range(count)], [control] * count
+    )
+
+
+DRAWN = [
+    baselines_figure,
+    training_figure,
+    density_figure,
+    lambda: density_figure(counts=(0, 0, 0)),
+    lambda: density_figure(edges=np.linspace(-9, 0, 4)),
+    ablation_figure,
+    lambda: ablation_figure([0.0] * 5, 5),  # a control without spread
+    features_figure,
+    lambda: features_figure(1, None),
+    lambda: figures.training({"topk": dict(tokens=[], explained_variance=[], l0=[])}),
+    lambda: figures.single_features([3], [interval(0.0, 0.0)], [0.0]),
+]
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+def test_nothing_is_cut_off_and_row_labels_do_not_overlap(draw):
+    figure = draw()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = [figure.get_tightbbox(canvas.get_renderer()).transformed(figure.dpi_scale_trans)]
+    titles = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+    width, height = canvas.get_width_height()
+    assert len(titles) == len(figure.axes)
+    for box in drawn + titles:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            labels = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+            boxes = [label.get_window_extent() for place, label in labels if low <= place <= high]
+            assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+
+
+def bars(axes):
+    """Error bars of the axes, in order: (mean, low, high)."""
+    found = []
+    for container in axes.containers:
+        if isinstance(container, ErrorbarContainer):
+            (line,), _, (segments,) = container.lines[:1], container.lines[1], container.lines[2]
+            (start, end) = segments.get_segments()[0]
+            found.append((line.get_xdata()[0], start[0], end[0]))
+    return found
+
+
+def test_baselines_show_percent_and_logits():
+    upper, lower = baselines_figure().axes
+    assert np.allclose(bars(upper), [(95, 85, 100)] * 8)
+    assert np.allclose(bars(lower), [(-3.1, -5.1, -1.1)] * 8)
+    assert upper.get_xlim()[0] < 85 and any(np.allclose(line.get_xdata(), 80) for line in upper.lines)
+
+
+def test_ablation_shows_every_draw_their_mean_and_the_interval():
+    upper, lower = ablation_figure().axes
+    assert np.allclose(bars(upper), [(2, 1, 3)] * 4)
+    assert np.allclose(bars(lower), [(10, 5, 15)] * 4)  # percentage points
+    clouds = [line for line in upper.lines if line.get_marker() == "o"]
+    assert len(clouds) == 4 and all(np.allclose(np.sort(line.get_xdata()), [-0.2, 0.1, 0.3]) for line in clouds)
+    for row, line in enumerate(clouds):
+        assert np.all(np.abs(line.get_ydata() - row) < 0.5)  # within its behaviour's row
+    means = [
+        line for line in upper.lines if len(line.get_xdata()) == 2 and np.ptp(line.get_ydata()) == pytest.approx(0.66)
+    ]
+    assert np.allclose([line.get_xdata() for line in means], 0.2 / 3)
+    assert any(np.allclose(line.get_xdata(), 5) for line in lower.lines)  # the rule's bound
+
+
+def test_single_features_stand_in_order_from_the_top():
+    (axes,) = features_figure(3).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1000", "1001", "1002"]
+    assert axes.yaxis_inverted()
+    assert np.allclose([mean for mean, _, _ in bars(axes)], [0, 0.1, 0.2])
+
+
+def test_density_counts_and_axis():
+    (axes,) = density_figure().axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.01 %", "0.1 %", "1 %", "10 %", "100 %"]
+    assert any(np.allclose(line.get_xdata(), -1) for line in axes.lines)
+    assert list(axes.patches[0].get_data().values) == [0, 5, 9]
+
+
+def test_files_are_the_same_every_time_and_carry_no_date(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        figures.save(ablation_figure(), tmp_path / folder, "x")
+    for name in ("x.svg", "x.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    svg = (tmp_path / "a" / "x.svg").read_text()
+    assert "dc:date" not in svg and len(svg) < 150_000
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["x.png", "x.svg"]
+
+
+def test_many_points_are_pixels_in_an_svg(tmp_path):
+    few = figures.save(ablation_figure(), tmp_path, "few")
+    many = figures.save(ablation_figure(np.linspace(-1, 1, 1000), 1000), tmp_path, "many")
+    assert "<image" not in few and "<image" in many
+    assert len(many) < len(few) + 80_000
+
+
+def test_the_callers_style_changes_nothing(tmp_path):
+    import matplotlib
+
+    plain = figures.save(features_figure(3), tmp_path, "plain")
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "lines.linewidth": 9}):
+        assert figures.save(features_figure(3), tmp_path, "styled") == plain
+
+
+def test_inline_svgs_share_a_page(tmp_path):
+    svg = figures.save(ablation_figure(), tmp_path, "x")
+    parts = [figures.inline(svg, name, 'A "quoted" <text>') for name in ("one", "two")]
+    ids = re.findall(r'\bid="([^"]+)"', "".join(parts))
+    assert len(ids) == len(set(ids)) > 10
+    references = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', parts[0])
+    assert references and {a or b for a, b in references} <= set(ids)
+    assert 'role="img" aria-label="A &#34;quoted&#34; &lt;text&gt;"' in parts[0]
+    assert figures.INK not in parts[0] and "currentColor" in parts[0]
+    assert figures.PAPER not in parts[0] and "<?xml" not in parts[0]
+    assert not re.search(r"<svg[^>]* width=", parts[0]) and "viewBox" in parts[0]
+
+
+@pytest.mark.parametrize("color", [figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK, figures.GREY])
+@pytest.mark.parametrize("paper", ["#ffffff", "#14181d"])
+def test_colours_stand_out_on_light_and_dark(color, paper):
+    assert contrast(color, paper) >= 3  # what WCAG asks of graphics
+
+
+def contrast(a: str, b: str) -> float:
+    """WCAG 2 contrast ratio of two colours "#rrggbb"."""
+    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

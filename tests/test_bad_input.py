@@ -1,0 +1,164 @@
+"""Every kind of bad input: one clear line, exit status 2, nothing half-written."""
+
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import runs
+
+from saejax import command
+from saejax.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return runs.save_model(folder / "model"), runs.save_corpus(folder / "corpus.jsonl.gz")
+
+
+@pytest.fixture(scope="module")
+def captured(inputs, tmp_path_factory):
+    """A workdir with baseline and capture done."""
+    workdir = tmp_path_factory.mktemp("captured") / "run"
+    assert command.run(["baseline", "capture"], "", ["program", *runs.small_flags(*inputs, workdir)]) == 0
+    return workdir
+
+
+@pytest.fixture
+def refuse(inputs, tmp_path, capsys):
+    """Runs stages that must be refused; gives the line that says why."""
+
+    def run(stages, *extra, workdir=tmp_path / "run", model=inputs[0], corpus=inputs[1], **changes):
+        capsys.readouterr()
+        flags = [*runs.small_flags(model, corpus, workdir, **changes), *extra]
+        assert command.run(stages, "", ["program", *flags]) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and error[0].startswith("error: "), error
+        for stage in stages[-1:]:
+            assert not (tmp_path / "run" / stage / "summary.json").exists()
+        return error[0]
+
+    return run
+
+
+def copy_of(captured, tmp_path):
+    shutil.copytree(captured, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_no_such_model_or_folder(refuse, tmp_path):
+    assert "there is no model folder" in refuse(["baseline"], model=tmp_path / "nowhere")
+    assert "someone/nothing" in refuse(["preflight"], model="someone/nothing")
+
+
+def test_an_unsupported_family_is_named_with_the_supported_ones(refuse, inputs, tmp_path):
+    shutil.copytree(inputs[0], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | dict(model_type="rwkv")))
+    line = refuse(["preflight"], model=tmp_path / "model")
+    assert "rwkv" in line and "llama" in line
+
+
+def test_a_site_or_layer_that_does_not_exist(refuse):
+    assert "there is no site 'resid_last.0'" in refuse(["baseline", "capture"], capture__sites="resid_last.0")
+    line = refuse(["preflight"], capture__sites="resid_post.7", train__site="resid_post.7")
+    assert "resid_post.7" in line and "0 to 1" in line
+    assert "is not captured" in refuse(["preflight"], train__site="mlp_out.0")
+
+
+def test_truncated_and_corrupted_shards(refuse, captured, tmp_path):
+    workdir = copy_of(captured, tmp_path)
+    shard = workdir / "capture" / "resid_post.0" / "shard-00000.npy"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    assert "shard-00000.npy" in refuse(["train"], workdir=workdir)
+    shard.write_bytes(content[:-100] + bytes(100))
+    assert "shard-00000.npy" in refuse(["train"], workdir=workdir)
+
+
+def test_a_store_from_another_model(refuse, captured, tmp_path):
+    other = runs.save_model(tmp_path / "other", hidden_size=64)
+    line = refuse(["train"], workdir=copy_of(captured, tmp_path), model=other)
+    assert "was made with other settings" in line
+
+
+def test_nan_in_activations_is_located(refuse, inputs, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(inputs[0], tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] = weights["model.layers.0.mlp.down_proj.weight"].copy()
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = np.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata=dict(format="pt"))
+    line = refuse(["baseline", "capture"], model=tmp_path / "model")
+    assert "nan" in line.lower()
+
+
+def test_a_full_disk(refuse, captured, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("this user cannot mount a tmpfs")
+    try:
+        line = refuse(["baseline", "capture"], workdir=small / "run")
+        assert "disk is full" in line
+        assert not (small / "run" / "capture" / "manifest.json").exists()
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_a_disk_that_fills_during_a_checkpoint(refuse, captured, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    size = sum(path.stat().st_size for path in captured.rglob("*") if path.is_file()) // 1024 + 250
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("this user cannot mount a tmpfs")
+    try:
+        shutil.copytree(captured, small / "run")
+        assert "disk is full" in refuse(["train"], workdir=small / "run")
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_an_unwritable_workdir(refuse, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written to" in refuse(["baseline"], workdir=tmp_path / "file" / "run")
+
+
+def test_flags(refuse, tmp_path):
+    assert "Did you mean: train.batch" in refuse(["train"], "--train.bach=3")
+    assert "--train.batch is 0: expected at least 1" in refuse(["train"], train__batch=0)
+    assert "is not a flag" in refuse(["train"], "batch=3")
+    assert "--workdir=DIR is missing" in refuse(["train"], workdir="")
+    assert "nowhere.flags" in refuse(["train"], "--flagfile=nowhere.flags")
+
+
+def test_corpora(refuse, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert "empty.jsonl" in refuse(["preflight"], corpus=empty)
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
+    assert "2" in refuse(["preflight"], corpus=tmp_path / "bad.jsonl")
+
+
+def test_a_prompt_longer_than_the_context(refuse, tmp_path):
+    short = runs.save_model(tmp_path / "short", max_position_embeddings=8)
+    assert "context" in refuse(["baseline"], model=short)
+
+
+def test_two_runs_in_one_workdir(refuse, tmp_path):
+    with Workspace(tmp_path / "run").lock():
+        assert "is in use by process" in refuse(["baseline"])
+
+
+def test_stages_out_of_order_and_settings_that_do_not_fit(refuse, captured, tmp_path):
+    assert "run experiments.capture with the same flags first" in refuse(["train"])
+    workdir = copy_of(captured, tmp_path)
+    assert "fewer than one batch" in refuse(["train"], workdir=workdir, train__batch=80000)
+    assert "is more than the 128 features" in refuse(["train"], workdir=workdir, train__k=129)
+    assert "not divisible by the 8 devices" in refuse(["train"], workdir=workdir, train__batch=63)
+    assert "make the product 8" in refuse(["train"], workdir=workdir, mesh__model=3)
+    assert "site in this store" in refuse(["train"], workdir=workdir, train__site="mlp_out.0")
+    assert "unknown dictionary" in refuse(["ablate"], workdir=workdir, ablate__dictionary="standart")

@@ -1,0 +1,106 @@
+"""Real processes: killed and resumed, asked to stop, and two that train together."""
+
+import random
+import shutil
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import runs
+
+from saejax.dictionaries import load_dictionary
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return runs.save_model(folder / "model"), runs.save_corpus(folder / "corpus.jsonl.gz")
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """An uninterrupted run: its workdir and how long it took."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    clock = time.monotonic()
+    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, workdir)))
+    return workdir, time.monotonic() - clock
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_run_ends_with_the_same_bits(inputs, whole, tmp_path, kills):
+    workdir, seconds = whole
+    moments = random.Random(kills)
+    folder, number, killed = tmp_path / "run0", 0, 0
+    while killed < kills:
+        process = runs.start("pipeline", runs.small_flags(*inputs, folder))
+        time.sleep(moments.uniform(0.1, 1.0) * seconds)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        else:  # it was done before the moment came: the next kill strikes a fresh run
+            assert runs.checksums(folder) == runs.checksums(workdir)
+            number += 1
+            folder = tmp_path / f"run{number}"
+        process.communicate()
+    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, folder)))
+    assert runs.checksums(folder) == runs.checksums(workdir)
+    again = runs.finish(runs.start("pipeline", runs.small_flags(*inputs, folder)))
+    assert again.count("done before, unchanged") == 9 and "started" not in again
+
+
+def test_sigterm_saves_and_exits_cleanly(inputs, whole, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    for stage in ("baseline", "capture"):
+        shutil.copytree(whole[0] / stage, workdir / stage)
+    flags = runs.small_flags(*inputs, workdir, train__epochs=400, train__checkpoint_every=100000, train__kinds="topk")
+    process = runs.start("train", flags)
+    for line in process.stdout:
+        if "training topk" in line:
+            break
+    time.sleep(6)
+    process.send_signal(signal.SIGTERM)
+    output = runs.finish(process, 128 + signal.SIGTERM)
+    assert "run the same command to go on" in output and "Traceback" not in output
+    resumed = runs.start("train", flags)
+    for line in resumed.stdout:
+        if "resuming topk at step" in line:
+            assert int(line.split("at step ")[1].split(":")[0]) > 0
+            break
+    else:
+        pytest.fail("it did not resume")
+    resumed.kill()
+    resumed.communicate()
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float64", 1e-9), ("float32", 1e-4)])
+def test_two_processes_train_as_one(inputs, whole, tmp_path, dtype, tolerance):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        for stage in ("baseline", "capture"):
+            shutil.copytree(whole[0] / stage, folder / stage)
+    changes = dict(train__max_steps=50, train__epochs=20, train__state_dtype=dtype, train__kinds="topk")
+    x64 = dict(JAX_ENABLE_X64="1") if dtype == "float64" else {}
+    one = runs.start("train", runs.small_flags(*inputs, folders[0], **changes), **x64)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    pair = [
+        runs.start(
+            "train",
+            runs.small_flags(*inputs, folders[1], mesh__processes=2, mesh__process_id=i, mesh__model=2, **changes)
+            + [f"--mesh.coordinator=localhost:{port}"],
+            JAX_NUM_CPU_DEVICES="4",
+            **x64,
+        )
+        for i in range(2)
+    ]
+    for process in (one, *pair):
+        runs.finish(process)
+    first, second = (load_dictionary(folder / "train" / "topk") for folder in folders)
+    for name in ("W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D"):
+        a, b = (np.asarray(getattr(dictionary, name)[...], np.float64) for dictionary in (first, second))
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), name
