@@ -97,7 +97,7 @@ def stage_flops(model: DecoderConfig, configs: Any, tokens: int) -> dict[str, fl
     per_token, prompt = 2.0 * parameters(model), 24
     deepest = max(Site.parse(site).layer for site in configs["capture"].sites) + 1
     prompts = len(task.behaviours) * (task.train_prompts + task.test_prompts)
-    rows = len(task.behaviours) * task.test_prompts * (ablate.draws + 6 * ablate.top)
+    rows = len(task.behaviours) * task.test_prompts * (ablate.draws + 4 * ablate.top + 1)
     tail = 1 - Site.parse(train.site).layer / model.n_layers
     steps = min(train.epochs * tokens, train.max_steps * train.batch or train.epochs * tokens)
     flops = dict(

@@ -44,8 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "build" / "corpus"
 CORPUS = ROOT / "saejax" / "tasks" / "data" / "corpus.jsonl.gz"
 
-TEMPERATURES = (0.9, 1.0)
-TOP_P, CANDIDATES = 0.95, 256
+TEMPERATURES = (0.5, 0.7)
+TOP_P, CANDIDATES = 0.9, 256
 LENGTH_LIMITS = dict(arithmetic=112, sentence=128, list=144, year=144)
 LENGTH_LIMIT = 192
 SHORTEST = 16  # tokens

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
+import runs
 from saejax.parallel import AXES
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -49,3 +50,10 @@ def tiny_llama(tmp_path_factory) -> Path:
     save_tiny_llama(folder)
     save_tiny_tokenizer(folder, 384)
     return folder
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> tuple[Path, Path]:
+    """What a small whole run reads: a tiny model with SmolLM2's tokenizer, and a corpus."""
+    folder = tmp_path_factory.mktemp("inputs")
+    return runs.save_model(folder / "model"), runs.save_corpus(folder / "corpus.jsonl.gz")

@@ -6,16 +6,10 @@ import subprocess
 
 import numpy as np
 import pytest
-import runs
 
+import runs
 from saejax import command
 from saejax.workspace import Workspace
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    return runs.save_model(folder / "model"), runs.save_corpus(folder / "corpus.jsonl.gz")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +93,7 @@ def test_nan_in_activations_is_located(refuse, inputs, tmp_path):
 def test_a_full_disk(refuse, captured, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", small], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150k", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("this user cannot mount a tmpfs")
     try:
         line = refuse(["baseline", "capture"], workdir=small / "run")

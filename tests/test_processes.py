@@ -8,15 +8,9 @@ import time
 
 import numpy as np
 import pytest
+
 import runs
-
 from saejax.dictionaries import load_dictionary
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    return runs.save_model(folder / "model"), runs.save_corpus(folder / "corpus.jsonl.gz")
 
 
 @pytest.fixture(scope="module")

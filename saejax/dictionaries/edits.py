@@ -1,15 +1,11 @@
 """Edits of features inside a forward pass of the language model."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from saejax.dictionaries.modules import Dictionary
-from saejax.errors import UserError, one_of
 from saejax.models.sites import Site
 
 POSITIONS = ("all", "last")
@@ -18,7 +14,7 @@ POSITIONS = ("all", "last")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FeatureEdit:
-    """Multiplies features by a factor at a dictionary's site; factor 0 ablates them.
+    """Multiplies features by a factor at a dictionary's site; factor 0 ablates them. Made by ``Dictionary.ablate``.
 
         x' = x + sum_i (factor - 1) f_i(x) W_dec_i
 
@@ -40,21 +36,6 @@ class FeatureEdit:
     site: Site = dataclasses.field(metadata=dict(static=True))
     graph: nnx.GraphDef = dataclasses.field(metadata=dict(static=True))
     positions: str = dataclasses.field(metadata=dict(static=True), default="all")
-
-    @classmethod
-    def make(
-        cls, dictionary: Dictionary, features: Sequence[int], factor: float, positions: str = "all"
-    ) -> "FeatureEdit":
-        """Builds the edit; indices out of range and unknown positions are a ``UserError``."""
-        one_of(positions, POSITIONS, "positions")
-        wrong = [i for i in features if not 0 <= i < dictionary.config.n_features]
-        if wrong:
-            raise UserError(
-                f"features {wrong[:5]} do not exist: the dictionary has 0 to {dictionary.config.n_features - 1}"
-            )
-        graph, state = nnx.split(dictionary)
-        chosen_K = jnp.asarray(np.asarray(features, np.int32))
-        return cls(state, chosen_K, jnp.float32(factor), Site.parse(dictionary.site), graph, positions)
 
     def __call__(self, value_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
         """The edited site.

@@ -13,11 +13,15 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from saejax.config import Config, setting
 from saejax.dictionaries import sparsity
+from saejax.dictionaries.edits import POSITIONS, FeatureEdit
 from saejax.dictionaries.matmul import matmul
+from saejax.errors import UserError, one_of
+from saejax.models.sites import Site
 from saejax.settings import KINDS
 
 
@@ -107,16 +111,23 @@ class Dictionary(nnx.Module):
         """True where ``x`` is not an attention sink; the shape of ``x`` without its last axis."""
         return jnp.linalg.norm(x_BxD.astype(jnp.float32), axis=-1) <= self.config.max_norm
 
-    def ablate(self, features: Sequence[int], positions: str = "all"):
+    def ablate(self, features: Sequence[int], positions: str = "all") -> FeatureEdit:
         """The edit that sets these features to zero and keeps everything else, the error term included.
 
         Args:
           features: feature indices, 0 <= i < n_features.
           positions: "all", or "last" (each prompt's last token).
-        """
-        from saejax.dictionaries.edits import FeatureEdit  # edits know dictionaries, not the other way round
 
-        return FeatureEdit.make(self, features, factor=0.0, positions=positions)
+        Raises:
+          UserError: a feature does not exist, or the positions are unknown.
+        """
+        one_of(positions, POSITIONS, "positions")
+        wrong = [i for i in features if not 0 <= i < self.config.n_features]
+        if wrong:
+            raise UserError(f"features {wrong[:5]} do not exist: there are 0 to {self.config.n_features - 1}")
+        graph, state = nnx.split(self)
+        chosen_K = jnp.asarray(np.asarray(features, np.int32))
+        return FeatureEdit(state, chosen_K, jnp.float32(0.0), Site.parse(self.site), graph, positions)
 
 
 def _row(vector_N: jax.Array, ndim: int) -> jax.Array:

@@ -94,11 +94,18 @@ def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
     Args:
       source: its files.
       dtype: "float32" or "bfloat16".
+
+    Raises:
+      UserError: the checkpoint lacks weights. (transformers would draw them at random, and only warn.)
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=getattr(torch, dtype), local_files_only=True)
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+    )
+    if loaded["missing_keys"]:
+        raise UserError(f"{source.folder} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:5])}")
     return model.eval()
 
 
@@ -113,7 +120,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _content(path: Path) -> str:
-    """SHA-256 of a file; of a large one, of its first 16 MiB / 256 and evenly spaced samples up to its end."""
+    """SHA-256 of a file; of one above 16 MiB, of its safetensors header and 256 samples, the last one at its end."""
     size = path.stat().st_size
     if size <= _WHOLE_BELOW:
         return file_sha256(path)
