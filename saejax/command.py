@@ -74,6 +74,10 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         if error.errno not in _DISK:
             raise
         return _refuse(f"{error.filename or 'writing'}: {_DISK[error.errno]}", flag_values)
+    except Exception as error:
+        if "No space left on device" not in str(error):  # so TensorStore says it, as a ValueError
+            raise
+        return _refuse(f"{flag_values['workdir'].value}: {_DISK[errno.ENOSPC]}", flag_values)
 
 
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:

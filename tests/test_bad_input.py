@@ -38,7 +38,7 @@ def refuse(inputs, tmp_path, capsys):
 
 
 def copy_of(captured, tmp_path):
-    shutil.copytree(captured, tmp_path / "run")
+    shutil.copytree(captured, tmp_path / "run", dirs_exist_ok=True)
     return tmp_path / "run"
 
 
@@ -100,7 +100,7 @@ def test_a_full_disk(refuse, captured, tmp_path):
         assert "disk is full" in line
         assert not (small / "run" / "capture" / "manifest.json").exists()
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", "--lazy", small], check=True)
 
 
 def test_a_disk_that_fills_during_a_checkpoint(refuse, captured, tmp_path):
@@ -113,7 +113,7 @@ def test_a_disk_that_fills_during_a_checkpoint(refuse, captured, tmp_path):
         shutil.copytree(captured, small / "run")
         assert "disk is full" in refuse(["train"], workdir=small / "run")
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", "--lazy", small], check=True)
 
 
 def test_an_unwritable_workdir(refuse, tmp_path):

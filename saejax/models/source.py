@@ -99,8 +99,9 @@ def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
       UserError: the checkpoint lacks weights. (transformers would draw them at random, and only warn.)
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, logging
 
+    logging.disable_progress_bar()
     model, loaded = AutoModelForCausalLM.from_pretrained(
         source.folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
     )
@@ -251,8 +252,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Saves the model and the tokenizer of a GGUF file in the hub's format, in fp32."""
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
+    logging.disable_progress_bar()
     where = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
     try:
         model = AutoModelForCausalLM.from_pretrained(

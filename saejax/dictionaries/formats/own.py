@@ -22,7 +22,8 @@ from saejax.workspace import read_json, write_json
 
 DESCRIPTION, ARRAYS = "dictionary.json", "arrays"
 NAMES = ("W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D")
-logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every save at INFO
+# Orbax logs every save, and every failure that it raises as well, with its traceback.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def save(folder: Path, dictionary: Dictionary) -> None:
