@@ -4,6 +4,8 @@ import os
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Eight devices' threads meet on few cores: a loaded machine must not make XLA give up on them (after 40 s).
+os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path

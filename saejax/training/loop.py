@@ -48,7 +48,13 @@ class Metrics:
         self._warm: tuple[int, float] | None = None
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the step just dispatched; reads those of the one before, if they are due."""
+        """Takes the metrics of the step just dispatched; reads those of the one before, if they are due.
+
+        Waits for the step before, so that the host runs one step ahead of the device and no further: batches
+        do not pile up in the device's memory.
+        """
+        if self._pending is not None:
+            jax.block_until_ready(self._pending[1])
         self.flush()
         self._pending = (step, metrics)
 

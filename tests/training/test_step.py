@@ -35,6 +35,7 @@ def run(trainer: Trainer, data: np.ndarray):
     state = trainer.initial_state()
     for batch in data:
         state, metrics = trainer.step(state, jax.device_put(batch, trainer.batch_sharding))
+        jax.block_until_ready(metrics)  # eight devices on two cores must not queue up steps
     return state, metrics
 
 

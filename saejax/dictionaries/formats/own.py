@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -67,7 +68,10 @@ def load(folder: Path, operands: str = "float32") -> Dictionary:
     for name in NAMES:
         if name not in arrays or _facts(arrays[name]) != description["arrays"][name]:
             raise UserError(f"{folder / ARRAYS}: {name} does not match {DESCRIPTION}: the files are damaged")
-    return Dictionary(config, **arrays, operands=operands)
+    # From the host, and so committed to no device: it goes with activations on whatever devices they are.
+    return Dictionary(
+        config, **{name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}, operands=operands
+    )
 
 
 def _facts(array: jax.Array) -> dict:
