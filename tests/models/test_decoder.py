@@ -80,7 +80,8 @@ def all_sites(n_layers: int) -> list[str]:
 def test_smollm2_equals_transformers(smollm2, smollm2_torch):
     tokens = smollm2.tokenize(fifty_prompts())
     ours = smollm2(tokens, capture=all_sites(30))
-    logits, theirs = run_torch(smollm2_torch, tokens.ids_BxT)
+    with torch.no_grad():
+        logits, theirs = run_torch(smollm2_torch, tokens.ids_BxT)
     mask = tokens.mask_BxT
     assert len(mask) == 50
     difference = np.abs(np.asarray(ours.logits_BxTxV) - logits.detach().numpy())[mask].max()
