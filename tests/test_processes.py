@@ -95,8 +95,11 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, dtype, tolerance):
     ]
     for process in (one, *pair):
         runs.finish(process)
-    with jax.enable_x64(dtype == "float64"):
+    jax.config.update("jax_enable_x64", dtype == "float64")  # not the context: Orbax reads in threads of its own
+    try:
         first, second = (load_dictionary(folder / "train" / "topk") for folder in folders)
         for name in ("W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D"):
             a, b = (np.asarray(getattr(dictionary, name)[...], np.float64) for dictionary in (first, second))
             assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), name
+    finally:
+        jax.config.update("jax_enable_x64", False)
