@@ -13,10 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import runs
 from jax.sharding import AxisType, Mesh
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
-import runs
 from saejax.parallel import AXES
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -6,8 +6,8 @@ import subprocess
 
 import numpy as np
 import pytest
-
 import runs
+
 from saejax import command
 from saejax.workspace import Workspace
 

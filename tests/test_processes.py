@@ -9,8 +9,8 @@ import time
 import jax
 import numpy as np
 import pytest
-
 import runs
+
 from saejax.dictionaries import load_dictionary
 
 
