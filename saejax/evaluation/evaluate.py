@@ -9,6 +9,7 @@ from saejax.dictionaries import load_dictionary
 from saejax.evaluation.loss_recovered import cross_entropies, recovered
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.models.language_model import load_model
+from saejax.models.sites import Site
 from saejax.parallel import make_mesh
 from saejax.settings import EvaluateConfig
 from saejax.workspace import Run, write_array
@@ -22,7 +23,7 @@ def run_evaluate(run: Run) -> dict:
     config: EvaluateConfig = run.configs["evaluate"]
     store = Store.open(run.inputs["capture"])
     dictionary = load_dictionary(run.inputs[f"train/{run.name}"])
-    site = dictionary.site
+    site = str(Site.parse(dictionary.site))  # cross-entropy is measured in the decoder
     mesh = make_mesh(run.configs["mesh"])
     scores = reconstruct(dictionary, _blocks(store, "held_out", site, config.batch_tokens), mesh, config.batch_tokens)
     run.say(

@@ -57,7 +57,7 @@ def cross_entropies(
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
         placed = jax.device_put(ids_BxT, fitting_sharding(lm.mesh, ids_BxT.shape, "data", None))
         lengths_B = jax.device_put(padded.lengths_B, fitting_sharding(lm.mesh, (count,), "data"))
-        sums_VxB = _losses(lm.config, site, graph, lm.params, state, mean_D, placed, lengths_B)
+        sums_VxB = document_losses(lm.config, site, graph, lm.params, state, mean_D, placed, lengths_B)
         sums += np.asarray(sums_VxB, np.float64).sum(1)
         tokens += int(sum(len(document) - 1 for document in batch))
     means = sums / max(tokens, 1)
@@ -74,7 +74,7 @@ def recovered(ce: dict[str, float], floor: str) -> float | None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _losses(config, site, graph, params, state, mean_D, ids_BxT, lengths_B) -> jax.Array:
+def document_losses(config, site, graph, params, state, mean_D, ids_BxT, lengths_B) -> jax.Array:
     """Summed cross-entropy of each document under each variant, [4, B]. Layers below the site run once."""
     dictionary = nnx.merge(graph, state)
     stand_ins = (

@@ -63,7 +63,8 @@ def read_findings(inputs: Mapping[str, Path], own: Mapping[str, Mapping[str, Any
     """Reads the units' files.
 
     Args:
-      inputs: unit -> folder: "baseline", "capture", "train/NAME", "evaluate/NAME" and "ablate" or "ablate/NAME".
+      inputs: unit -> folder: "baseline", "benchmark/NAME", "capture", "train/NAME", "evaluate/NAME" and "ablate" or
+        "ablate/NAME".
       own: the report's own settings, group -> field -> value.
 
     Raises:

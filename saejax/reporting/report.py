@@ -24,8 +24,8 @@ from saejax.workspace import Run, package_versions, write_text
 def run_report(run: Run) -> dict[str, Any]:
     """Writes the report.
 
-    Reads ``run.inputs``: "baseline", "capture", "train/NAME" and "evaluate/NAME" of every dictionary, and
-    "ablate" (or "ablate/NAME").
+    Reads ``run.inputs``: "baseline", "capture", "train/NAME" and "evaluate/NAME" of every dictionary, "ablate" (or
+    "ablate/NAME"), and "benchmark/NAME" of every benchmark.
 
     Returns:
       ``verdicts`` (behaviour -> bool), ``figures`` (names), ``contexts`` (feature, as text -> how many are
@@ -52,6 +52,7 @@ def run_report(run: Run) -> dict[str, Any]:
     parts = [
         sections.answer(found, draw),
         sections.behaviours(found, draw),
+        *sections.benchmarks(found),
         sections.dictionaries(found, draw),
         *details.features(found, draw, config.features),
         details.left_out(found),

@@ -53,7 +53,7 @@ class Trainer:
         self._dictionary, self._mean_D = dictionary, mean_D
         self._learning_rate = schedules.learning_rate(config, steps)
         self._l1 = schedules.l1_coefficient(config, steps)
-        self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self._learning_rate))
+        self._optimizer = _optimizer(config, self._learning_rate)
         self.batch_sharding = sharding(mesh, "data", None)
         abstract = jax.eval_shape(self._initial)
         self.shardings = self._state_shardings(abstract)
@@ -129,6 +129,23 @@ class Trainer:
         params["W_dec_FxD"][...] = _unit_rows(params["W_dec_FxD"][...])
         silent_F = jnp.where(fired_F, 0, state.silent_F + x_BxD.shape[0])
         return TrainState(params, optimizer, silent_F, state.step + 1), metrics
+
+
+def _optimizer(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Adam after clipping to global norm 1, with decoupled weight decay (Loshchilov and Hutter, 2019) of the encoder.
+
+    The decoder's rows have unit norm and its bias starts at the data's mean: to decay those would undo that.
+    """
+    clip = optax.clip_by_global_norm(1.0)
+    if not config.weight_decay:
+        return optax.chain(clip, optax.adam(learning_rate))
+
+    def encoder_only(params: nnx.State) -> nnx.State:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: any(getattr(key, "key", None) == "W_enc_DxF" for key in path), params
+        )
+
+    return optax.chain(clip, optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=encoder_only))
 
 
 def _tangent(grad_FxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:

@@ -1,10 +1,12 @@
 """The train stage: one dictionary on one site of a captured store."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.activations.batches import steps_per_epoch, training_batches
 from saejax.activations.store import Store
@@ -33,7 +35,7 @@ def run_train(run: Run) -> dict:
     mesh = make_mesh(run.configs["mesh"])
     dictionary = describe_dictionary(config, run.name, store)
     steps = _steps(config, store)
-    _check_divides(config, dictionary, mesh)
+    check_divides(config, dictionary, mesh)
     mean_D, scale = _statistics(store, config)
     trainer = Trainer(config, dictionary, mesh, steps, scale, mean_D)
 
@@ -84,20 +86,22 @@ def run_train(run: Run) -> dict:
 
 def describe_dictionary(config: TrainConfig, kind: str, store: Store) -> DictionaryConfig:
     """The dictionary that this configuration trains on this store."""
-    d_in = store.d(config.site)
-    if config.k > config.expansion * d_in:
-        raise UserError(f"--train.k={config.k} is more than the {config.expansion * d_in} features: lower it")
-    return DictionaryConfig(
-        kind=kind,
-        site=config.site,
-        d_in=d_in,
-        n_features=config.expansion * d_in,
-        k=config.k if kind == "topk" else 0,
+    return dataclasses.replace(
+        dictionary_shape(config, kind, store.d(config.site)),
         max_norm=store.max_norm(config.site),
         model=store.model["name"],
         revision=store.model["revision"],
         fingerprint=store.model["fingerprint"],
     )
+
+
+def dictionary_shape(config: TrainConfig, kind: str, d_in: int) -> DictionaryConfig:
+    """The dictionary that this configuration trains on a site of this width, before there are activations."""
+    features = config.expansion * d_in
+    if config.k > features:
+        raise UserError(f"--train.k={config.k} is more than the {features} features: lower it")
+    k = config.k if kind == "topk" else 0
+    return DictionaryConfig(kind=kind, site=config.site, d_in=d_in, n_features=features, k=k)
 
 
 def _epoch_tokens(config: TrainConfig, store: Store) -> int:
@@ -115,7 +119,8 @@ def _steps(config: TrainConfig, store: Store) -> int:
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def _check_divides(config: TrainConfig, dictionary: DictionaryConfig, mesh) -> None:
+def check_divides(config: TrainConfig, dictionary: DictionaryConfig, mesh: Mesh) -> None:
+    """A ``UserError`` unless the mesh divides the batch and the features."""
     if config.batch % mesh.shape["data"]:
         raise UserError(
             f"--train.batch={config.batch} is not divisible by the {mesh.shape['data']} devices on the data axis"

@@ -95,6 +95,17 @@ def test_silent_features_are_counted_in_tokens():
     assert (silent == 3 * B).any() and (silent == 0).any()
 
 
+def test_weight_decay_shrinks_the_encoder_and_nothing_else():
+    data = batches(1)
+    plain, decayed = (make_trainer(warmup=0.0, decay=0.0, weight_decay=value) for value in (0.0, 0.5))
+    before = np.asarray(plain.initial_state().params["W_enc_DxF"][...])
+    (one, _), (other, _) = (run(trainer, data) for trainer in (plain, decayed))
+    for name in ("b_enc_F", "W_dec_FxD", "b_dec_D"):
+        np.testing.assert_array_equal(one.params[name][...], other.params[name][...])
+    difference = np.asarray(one.params["W_enc_DxF"][...]) - np.asarray(other.params["W_enc_DxF"][...])
+    np.testing.assert_allclose(difference, 3e-3 * 0.5 * before, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", ["topk", "standard"])
 def test_the_finished_dictionary_takes_raw_activations(kind):
     trainer = make_trainer(kind, scale=0.25)
