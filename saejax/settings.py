@@ -107,11 +107,11 @@ class TrainConfig(Config):
     )
     expansion: int = setting(8, "features per input dimension", low=1)
     k: tuple[int, ...] = setting(
-        (32,), "active features per token (a list makes a sweep)", low=1, only=("topk", "batchtopk", "matryoshka")
+        (32,), "active features per token (or a list)", low=1, only=("topk", "batchtopk", "matryoshka")
     )
     l1: tuple[float, ...] = setting(
         (2.0,),
-        "L1 coefficient on decoder-norm-weighted activations, inputs scaled to mean norm sqrt(d) (a list makes a sweep)",
+        "L1 coefficient on decoder-norm-weighted activations, inputs scaled to mean norm sqrt(d) (or a list)",
         low=0.0,
         only=("standard", "linear", "gated"),
     )
@@ -122,7 +122,7 @@ class TrainConfig(Config):
         only=("standard", "linear", "gated"),
     )
     l0_coefficient: tuple[float, ...] = setting(
-        (1.0,), "coefficient of the L0 penalty (a list makes a sweep)", low=0.0, only=("jumprelu",)
+        (1.0,), "coefficient of the L0 penalty (or a list)", low=0.0, only=("jumprelu",)
     )
     l0_penalty: str = setting(
         "step",
@@ -131,7 +131,7 @@ class TrainConfig(Config):
         only=("jumprelu",),
     )
     target_l0: tuple[float, ...] = setting(
-        (64.0,), "L0 aimed at by the penalty 'target' (a list makes a sweep)", low=1.0, only=("jumprelu",)
+        (64.0,), "L0 aimed at by the penalty 'target' (or a list)", low=1.0, only=("jumprelu",)
     )
     bandwidth: float = setting(
         0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6, only=("jumprelu",)
@@ -176,21 +176,23 @@ class TrainConfig(Config):
     freeze: str = setting(
         "none", "leave the random decoder or encoder as it is, as a control", choices=("none", "decoder", "encoder")
     )
-    learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (a list makes a sweep)", low=0.0)
+    learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0)
     clip: float = setting(1.0, "largest global norm of a member's gradient", low=0.0)
-    warmup: float = setting(0.05, "share of the steps over which learning rate and penalty rise from 0", low=0.0, high=1.0)
+    warmup: float = setting(
+        0.05, "share of the steps over which learning rate and penalty rise from 0", low=0.0, high=1.0
+    )
     decay: float = setting(
         0.2, "share of the steps, at the end, over which the learning rate falls to 0", low=0.0, high=1.0
     )
     weight_decay: float = setting(
         0.0,
-        "decay of the encoder's weights per step, times the learning rate; on little text about 1 helps held-out scores",
+        "decay of the encoder's weights per step, times the learning rate; on little text about 1 helps",
         low=0.0,
     )
     batch: int = setting(1024, "tokens per step, over all devices", low=1)
     epochs: int = setting(6, "passes over the training tokens", low=1)
     seed: tuple[int, ...] = setting(
-        (123,), "seed of initialisation (a list makes a sweep); the first is also that of the order of tokens", low=0
+        (123,), "seed of initialisation (or a list); the first is also that of the order of tokens", low=0
     )
     matmul: str = setting(
         "float32", "operand dtype of matrix products; sums are in float32", choices=("float32", "bfloat16")

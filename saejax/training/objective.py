@@ -109,7 +109,9 @@ class Objective:
         if self.dictionary.kind != "matryoshka":
             return losses.squared_error(y_BxD, y_hat_BxD)
         W_dec_FxD, start = member.W_dec_FxD[...], 0
-        partial_BxD = member.decode(jnp.zeros_like(f_BxF), x_BxD) if self.dictionary.skip else row(member.b_dec_D[...], 2)
+        partial_BxD = row(member.b_dec_D[...], 2)
+        if self.dictionary.skip:
+            partial_BxD += matmul(x_BxD, member.W_skip_DxD[...], self.config.matmul)
         total = jnp.zeros((), y_BxD.dtype)
         for stop in self.dictionary.groups:
             added_BxD = matmul(f_BxF[:, start:stop], W_dec_FxD[start:stop], self.config.matmul)

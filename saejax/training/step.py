@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
@@ -53,11 +53,13 @@ class SiteScale:
     Attributes:
       input: factor that brings inputs to a mean norm of sqrt(d); ``output``: the same for targets.
       bias_D: where the decoder's bias starts, in raw units.
+      max_norm: norm of an input above which it is an attention sink, in raw units.
     """
 
     input: float
     output: float
     bias_D: np.ndarray
+    max_norm: float = 3.4e38
 
 
 class Trainer:
@@ -123,6 +125,7 @@ class Trainer:
             target="" if member.target == member.site else member.target,
             k=member.k if self.dictionary.k else 0,
             fires_above=self.dictionary.fires_above / scale.output,
+            max_norm=scale.max_norm,
         )
         return Dictionary(described, self.config.matmul, **arrays)
 
@@ -164,9 +167,8 @@ class Trainer:
         """Args: the state, and inputs [S, B, D] of every site, with targets of the same shape unless these are SAEs."""
         dtype = self.config.state_dtype
         raw = tuple(values_SxBxD.astype(dtype) for values_SxBxD in raw)
-        scales = [
-            jnp.asarray([getattr(scale, name) for scale in self.scales], dtype) for name in ("input", "output")[: len(raw)]
-        ]
+        names = ("input", "output")[: len(raw)]
+        scales = [jnp.asarray([getattr(scale, name) for scale in self.scales], dtype) for name in names]
 
         def one(own: Any, *shared: jax.Array) -> tuple[TrainState, Arrays]:
             state, hyper, scales, values, site = own
@@ -208,7 +210,7 @@ class Trainer:
         return grads
 
     def _constrained(self, params: Arrays, before: Arrays) -> Arrays:
-        """What holds after every step: unit rows where asked for, thresholds of at least 0, frozen arrays as they were."""
+        """What holds after every step: unit rows if asked for, thresholds of at least 0, frozen arrays as they were."""
         if self.config.decoder_norm == "unit":
             W_dec_FxD = params["W_dec_FxD"]
             params["W_dec_FxD"] = W_dec_FxD / jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
@@ -257,7 +259,9 @@ def unit_decoder(arrays: Arrays) -> Arrays:
     """The same dictionary with decoder rows of length 1: feature activations take over the length."""
     length_F = jnp.linalg.norm(arrays["W_dec_FxD"], axis=-1)
     length_F = jnp.where(length_F > 0, length_F, jnp.ones_like(length_F))
-    arrays = dict(arrays, W_dec_FxD=arrays["W_dec_FxD"] / length_F[:, None], W_enc_DxF=arrays["W_enc_DxF"] * length_F[None])
+    arrays = dict(
+        arrays, W_dec_FxD=arrays["W_dec_FxD"] / length_F[:, None], W_enc_DxF=arrays["W_enc_DxF"] * length_F[None]
+    )
     for name in ("b_enc_F", "b_mag_F", "threshold_F"):
         if name in arrays:
             arrays[name] = arrays[name] * length_F
