@@ -3,9 +3,10 @@
     f = sparsity((x - b_dec) W_enc + b_enc)        features, F of them, mostly 0
     y_hat = f W_dec + b_dec                        reconstruction of x, or a transcoder's prediction of another site
 
-Rows of ``W_dec`` are the features' directions and have unit norm, so ``f_i`` is the length of what
-feature i adds. Positions whose norm exceeds ``max_norm`` are attention sinks: the dictionary was not
-trained on them, is not scored on them, and its edits leave them as they are.
+Rows of ``W_dec`` are the features' directions. Those of dictionaries trained here have unit norm, so ``f_i`` is the
+length of what feature i adds; a dictionary loaded from another tool's file keeps the lengths that it has. Positions
+whose norm exceeds ``max_norm`` are attention sinks: the dictionary was not trained on them, is not scored on them, and
+its edits leave them as they are.
 
 The kinds differ in ``sparsity``: ``standard`` max(pre, 0); ``linear`` pre itself; ``gated`` a gate and a magnitude
 (Rajamanoharan et al., 2024); ``jumprelu`` pre where it exceeds a learnt threshold; ``topk`` the k largest;
@@ -47,6 +48,7 @@ class DictionaryConfig(Config):
       fires_above: |f| above which a feature of a linear dictionary counts as firing.
       max_norm: norm of ``x`` above which a position is an attention sink.
       model, revision, fingerprint: the language model whose activations it was trained on.
+      origin: what a file in another tool's format that it was loaded from says besides (JSON), to be written back.
     """
 
     kind: str = setting("topk", "kind", choices=KINDS)
@@ -63,6 +65,7 @@ class DictionaryConfig(Config):
     model: str = setting("", "language model")
     revision: str = setting("", "its revision")
     fingerprint: str = setting("", "its fingerprint")
+    origin: str = setting("", "what the file that it was loaded from says besides")
 
     @property
     def has_threshold(self) -> bool:

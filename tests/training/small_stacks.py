@@ -2,10 +2,11 @@
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from saejax.dictionaries import DictionaryConfig
-from saejax.parallel import make_mesh
-from saejax.settings import MeshConfig, TrainConfig
+from saejax.parallel import AXES
+from saejax.settings import TrainConfig
 from saejax.training.members import members
 from saejax.training.step import SiteScale, Trainer
 
@@ -15,7 +16,13 @@ TOPK_KINDS = ("topk", "batchtopk", "matryoshka")
 
 def make_config(**changes) -> TrainConfig:
     usual = dict(
-        sites=("resid_post.1",), batch=B, k=(4,), learning_rate=(3e-3,), l1=(0.05,), l0_coefficient=(0.01,), dead_tokens=200
+        sites=("resid_post.1",),
+        batch=B,
+        k=(4,),
+        learning_rate=(3e-3,),
+        l1=(0.05,),
+        l0_coefficient=(0.01,),
+        dead_tokens=200,
     )
     return TrainConfig(**usual | changes)
 
@@ -36,8 +43,13 @@ def make_trainer(kind="topk", mesh=None, scale=0.5, steps=STEPS, **changes) -> T
         centred=config.form == "sae",
         fires_above=config.fires_above if kind == "linear" else 0.0,
     )
-    mesh = mesh or make_mesh(MeshConfig(data=8))
+    mesh = mesh or first_device()
     return Trainer(config, dictionary, stack, mesh, steps, [SiteScale(scale, scale, np.full(D, 0.7))] * len(stack))
+
+
+def first_device() -> Mesh:
+    """A mesh of one device."""
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def batches(count=STEPS, seed=0) -> np.ndarray:

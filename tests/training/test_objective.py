@@ -20,7 +20,7 @@ def float64():
 
 def setting(kind, form="sae", **changes):
     """A trainer in fp64, its member's arrays (moved off their symmetric start), one batch, and hyperparameters."""
-    trainer = make_trainer(kind, one_mesh(), form=form, sites=("mlp_in.1",), state_dtype="float64", **changes)
+    trainer = make_trainer(kind, None, form=form, sites=("mlp_in.1",), state_dtype="float64", **changes)
     rng = np.random.default_rng(1)
     params = {name: jnp.asarray(array[0]) for name, array in trainer.initial_state().params.items()}
     params = {name: array + 0.1 * rng.normal(size=array.shape) for name, array in params.items()}
@@ -30,14 +30,6 @@ def setting(kind, form="sae", **changes):
     y = x if form == "sae" else x[:, ::-1]
     hyper = jax.tree.map(lambda array: jnp.asarray(array[0]), trainer._hyper)
     return trainer, params, x, y, hyper
-
-
-def one_mesh():
-    from saejax.parallel import AXES
-
-    return jax.sharding.Mesh(
-        np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
-    )
 
 
 def loss_of(trainer, x, y, hyper, dead=None):

@@ -65,9 +65,7 @@ def test_the_first_step_is_adam_on_the_projected_gradient(one_device):
 
 def test_weight_decay_shrinks_the_encoder_and_nothing_else(one_device):
     data = batches(1)
-    plain, decayed = (
-        make_trainer(mesh=one_device, warmup=0.0, decay=0.0, weight_decay=value) for value in (0.0, 0.5)
-    )
+    plain, decayed = (make_trainer(mesh=one_device, warmup=0.0, decay=0.0, weight_decay=value) for value in (0.0, 0.5))
     before = host(plain.initial_state())["W_enc_DxF"]
     one, other = (host(run(trainer, data)[0]) for trainer in (plain, decayed))
     for name in ("b_enc_F", "W_dec_FxD", "b_dec_D"):
