@@ -38,8 +38,10 @@ def loss_of(trainer, x, y, hyper, dead=None):
 
 
 def slope(function, params, direction, step=1e-6):
-    ahead, behind = (jax.tree.map(lambda p, d: p + sign * step * d, params, direction) for sign in (1, -1))
-    return (function(ahead) - function(behind)) / (2 * step)
+    def moved(by):
+        return jax.tree.map(lambda p, d: p + by * d, params, direction)
+
+    return (function(moved(step)) - function(moved(-step))) / (2 * step)
 
 
 @pytest.mark.parametrize("form", ["sae", "skip_transcoder"])
