@@ -61,7 +61,7 @@ def batches(count=STEPS, seed=0) -> np.ndarray:
 
 
 def parts(trainer: Trainer, batch: np.ndarray) -> tuple[np.ndarray, ...]:
-    """A batch as the trainer takes it: the same inputs at every site, and for a transcoder these reversed as targets."""
+    """A batch as the trainer takes it: the same inputs at every site; a transcoder has them reversed as targets."""
     inputs = np.stack([batch] * len(trainer.sites))
     return (inputs,) if trainer.config.form == "sae" else (inputs, np.ascontiguousarray(inputs[..., ::-1]))
 

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from saejax.dictionaries.formats import origin
-from saejax.dictionaries.modules import Dictionary, parameter_table
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
 from saejax.models.weights import Tensor, read_header
 
@@ -24,9 +24,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
 
 
-def plain_names(dictionary_table: Mapping[str, object]) -> dict[str, str]:
-    """Our names of arrays by the names that other tools give them: "W_enc" for "W_enc_DxF"."""
-    return {name.rpartition("_")[0]: name for name in dictionary_table}
+def plain_names(config: DictionaryConfig) -> dict[str, str]:
+    """A dictionary's names of arrays by the names that other tools give them: "W_enc" for "W_enc_DxF"."""
+    return {name.rpartition("_")[0]: name for name in parameter_table(config)}
 
 
 def find(file: Path) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def widened(tensor: Tensor) -> np.ndarray:
     Raises:
       UserError: they are in float64, which JAX is not set to keep.
     """
-    dtype = np.promote_types(np.float32, np.float64 if tensor.dtype == np.float64 else np.float32)
+    dtype = np.float64 if tensor.dtype == np.float64 else np.float32
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UserError(f"{tensor.file} is in float64, which JAX reads only with JAX_ENABLE_X64=1: set it")
     return np.array(tensor.map(), dtype)
@@ -95,6 +95,8 @@ def whole_folder(folder: Path, description: str, *others: str) -> Iterator[Path]
       UserError: the folder holds such files already.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder")
     present = [path.name for pattern in (description, *others) for path in sorted(folder.glob(pattern))]
     if present:
         raise UserError(f"{folder} already holds {present[0]}: delete it or name another folder")
@@ -109,8 +111,3 @@ def whole_folder(folder: Path, description: str, *others: str) -> Iterator[Path]
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
-
-def expected_shapes(names: Mapping[str, str], config) -> dict[str, tuple[int, ...]]:
-    """Shapes by the file's names, for arrays that are stored as we have them."""
-    table = parameter_table(config)
-    return {name: table[own][0] for name, own in names.items()}
