@@ -159,6 +159,13 @@ class TrainConfig(Config):
         0.0, "coefficient of AuxK: dead features learn what the living leave unexplained; 0: off", low=0.0
     )
     auxk_features: int = setting(0, "dead features that act on each token in AuxK; 0: half the width", low=0)
+    whiten_error: float = setting(
+        0.0,
+        "how far directions of small variance count as much as large ones: errors are measured after covariance^(-w/2); "
+        "0: as they are, 1: fully whitened. 0.5 helps cross-entropy where a few directions dominate",
+        low=0.0,
+        high=1.0,
+    )
     dead_tokens: int = setting(100_000, "a feature silent for this many tokens is dead", low=1)
     decorrelation: float = setting(
         0.0, "coefficient of the mean squared covariance between features, on 512 tokens of each batch", low=0.0
@@ -235,6 +242,23 @@ class AblateConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig(Config):
+    """Trained dictionaries in the formats of other tools."""
+
+    format: str = setting(
+        "saelens",
+        "saelens (a folder for each dictionary) or circuit_tracer (transcoders of all layers in one set)",
+        choices=("saelens", "circuit_tracer"),
+    )
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "kinds of trained dictionaries to export, each with all members of its stack; empty: none",
+        choices=KINDS,
+        changes_results=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportConfig(Config):
     """The written report."""
 
@@ -252,5 +276,6 @@ GROUPS = dict(
     train=TrainConfig,
     evaluate=EvaluateConfig,
     ablate=AblateConfig,
+    export=ExportConfig,
     report=ReportConfig,
 )

@@ -57,7 +57,7 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
         "capture.shard_rows": 300,
         "capture.max_sink_share": 0.5,
         "capture.store_dtype": "float32",
-        "train.site": "resid_post.0",
+        "train.sites": "resid_post.0",
         "train.expansion": 4,
         "train.k": 8,
         "train.batch": 64,

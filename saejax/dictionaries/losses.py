@@ -2,15 +2,40 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from saejax.dictionaries import sparsity
 from saejax.dictionaries.matmul import matmul
 
 
-def squared_error(y_BxD: jax.Array, y_hat_BxD: jax.Array) -> jax.Array:
-    """Sum over the width of the squared error, mean over tokens (the convention of SAELens)."""
-    return jnp.mean(jnp.sum(jnp.square(y_BxD - y_hat_BxD), axis=-1))
+def squared_error(
+    y_BxD: jax.Array, y_hat_BxD: jax.Array, metric_DxD: jax.Array | None = None, operands: str = "float32"
+) -> jax.Array:
+    """Sum over the width of the squared error, mean over tokens (the convention of SAELens).
+
+    Args:
+      metric_DxD: what errors are multiplied with first, such as ``whitening``.
+      operands: dtype of the operands of that product.
+    """
+    error_BxD = y_BxD - y_hat_BxD
+    if metric_DxD is not None:
+        error_BxD = matmul(error_BxD, metric_DxD, operands)
+    return jnp.mean(jnp.sum(jnp.square(error_BxD), axis=-1))
+
+
+def whitening(acts_NxD: np.ndarray, power: float) -> np.ndarray:
+    """The matrix C^(-power/2) of the covariance C of some activations, [D, D] fp64, times a factor.
+
+    The squared error of ``error @ whitening`` weighs directions of small variance up: of C's eigenvalues v it makes
+    v^(1 - power), the same for all at power 1. The factor keeps the total variance as it was. Eigenvalues
+    below a thousandth of their mean count as that.
+    """
+    covariance_DxD = np.atleast_2d(np.cov(acts_NxD.T))
+    values_D, vectors_DxD = np.linalg.eigh(covariance_DxD)
+    floored_D = np.maximum(values_D, 1e-3 * values_D.mean())
+    matrix_DxD = (vectors_DxD * floored_D ** (-power / 2)) @ vectors_DxD.T
+    return matrix_DxD * np.sqrt(np.trace(covariance_DxD) / np.trace(matrix_DxD @ covariance_DxD @ matrix_DxD))
 
 
 def l1_norm_weighted(f_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:

@@ -41,9 +41,8 @@ def load_member(unit: Path, name: str, flag: str) -> Dictionary:
     Raises:
       UserError: the unit has no such member, or is a stack and the flag names none of its members.
     """
-    kind, member = kind_and_member(name)
     check_member(name, [entry["name"] for entry in members(unit)], flag)
-    return load_dictionary(Path(unit) / member)
+    return load_dictionary(Path(unit) / kind_and_member(name)[1])
 
 
 def check_member(name: str, known: list[str], flag: str) -> None:

@@ -1,8 +1,8 @@
 """What the model loses when a dictionary's output stands in for its target site: cross-entropy, and KL divergence.
 
-The target of an SAE is the site that it reads; a transcoder reads ``mlp_in.L`` and its prediction replaces ``mlp_out.L``
-in the same forward pass. Beside the clean model and the stand-in are two floors: the target replaced by its mean
-over training tokens, and by zero. Attention sinks keep their own value in all of them, as in every edit.
+The target of an SAE is the site that it reads; a transcoder reads ``mlp_in.L``, and its prediction replaces
+``mlp_out.L`` in the same forward pass. Beside the clean model and the stand-in are two floors: the target replaced by
+its mean over training tokens, and by zero. Attention sinks keep their own value in all of them, as in every edit.
 
     recovered = (floor - reconstructed) / (floor - clean)
 

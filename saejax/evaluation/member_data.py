@@ -50,9 +50,7 @@ class MemberData:
         if len(common) > 1 or len({dictionary.operands for dictionary in dictionaries}) > 1:
             raise ValueError(f"dictionaries of one program must have one kind and shape: {sorted(map(str, common))}")
         shared = common.pop()
-        places = {
-            name: fitting_sharding(mesh, shape, *axes) for name, (shape, axes) in parameter_table(shared).items()
-        }
+        places = {name: fitting_sharding(mesh, shape, *axes) for name, (shape, axes) in parameter_table(shared).items()}
         return [
             cls(
                 arrays={name: jax.device_put(array, places[name]) for name, array in dictionary.arrays.items()},

@@ -1,9 +1,9 @@
 """The compiled programs of an evaluation on the language model: the model cut at a dictionary's target.
 
-    head      token ids -> the stream entering the target's layer, the values of site and target    once per batch
-    constant, stand_in    another value of the target                                             once per variant
-    tail      a value of the target -> the stream leaving the last layer                            once per variant
-    compare   those streams -> cross-entropies and KL divergences                                    once per batch
+head                 token ids -> the stream entering the target's layer, values of site and target    once per batch
+constant, stand_in   the site's value -> another value of the target                                   once per variant
+tail                 a value of the target -> the stream leaving the last layer                        once per variant
+compare              those streams -> cross-entropies and KL divergences                               once per batch
 """
 
 import functools
@@ -105,11 +105,11 @@ def compare(
         def cut(values: jax.Array, axis: int) -> jax.Array:
             return lax.dynamic_slice_in_dim(values, start, size, axis)
 
-        next_BxCx1, predicts_BxC, part_ExBxCxD = cut(next_BxT, 1)[..., None], cut(predicts_BxT, 1), cut(stream_ExBxTxD, 2)
+        next_BxC, predicts_BxC, part_ExBxCxD = cut(next_BxT, 1), cut(predicts_BxT, 1), cut(stream_ExBxTxD, 2)
         clean_BxCxV = _log_probabilities(config, params, part_ExBxCxD[0])
 
         def sums(edited_BxCxV: jax.Array) -> tuple[jax.Array, jax.Array]:
-            ce_BxC = -jnp.take_along_axis(edited_BxCxV, next_BxCx1, -1)[..., 0]
+            ce_BxC = -jnp.take_along_axis(edited_BxCxV, next_BxC[..., None], -1)[..., 0]
             kl_BxC = jnp.sum(jnp.exp(clean_BxCxV) * (clean_BxCxV - edited_BxCxV), -1)
             ce_B, kl_B = (jnp.sum(jnp.where(predicts_BxC, part_BxC, 0.0), -1) for part_BxC in (ce_BxC, kl_BxC))
             return ce_B, kl_B

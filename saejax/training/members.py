@@ -46,29 +46,66 @@ class Member:
     seed: int
 
 
+@dataclasses.dataclass(frozen=True)
+class SiteScale:
+    """What the trainer knows of the activations of a member's site.
+
+    Attributes:
+      input: factor that brings inputs to a mean norm of sqrt(d); ``output``: the same for targets.
+      bias_D: where the decoder's bias starts, in raw units.
+      max_norm: norm of an input above which it is an attention sink, in raw units.
+      metric_DxD: what errors are multiplied with before they are squared; None: they are taken as they are.
+    """
+
+    input: float
+    output: float
+    bias_D: np.ndarray
+    max_norm: float = 3.4e38
+    metric_DxD: np.ndarray | None = None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hyper:
-    """What the step reads of its members: arrays [M], or scalars for one member. Named as in ``Member``."""
+    """What the step reads of its members: arrays with a leading axis M, or without it for one member.
+
+    Attributes:
+      learning_rate, k, l1, l0_coefficient, target_l0: as in ``Member``.
+      input_scale, output_scale: as in ``SiteScale``.
+      site: place in the batch of what the member reads.
+      metric_DxD: as in ``SiteScale``; None if no member has one.
+    """
 
     learning_rate: jax.Array
     k: jax.Array
     l1: jax.Array
     l0_coefficient: jax.Array
     target_l0: jax.Array
-    seed: jax.Array
+    input_scale: jax.Array
+    output_scale: jax.Array
+    site: jax.Array
+    metric_DxD: jax.Array | None
 
     @classmethod
-    def of(cls, members: Sequence[Member], dtype: str) -> "Hyper":
-        """The arrays of these members, on the host."""
-        whole = ("k", "seed")
+    def of(
+        cls, members: Sequence[Member], scales: Sequence[SiteScale], sites: Sequence[tuple[str, str]], dtype: str
+    ) -> "Hyper":
+        """The arrays of these members, on the host; ``sites`` are the (input, target) pairs of a batch."""
+
+        def column(name: str) -> np.ndarray:
+            return np.array([getattr(member, name) for member in members], dtype)
+
+        metrics = [scale.metric_DxD for scale in scales if scale.metric_DxD is not None]
         return cls(
-            **{
-                field.name: np.array(
-                    [getattr(member, field.name) for member in members], np.int32 if field.name in whole else dtype
-                )
-                for field in dataclasses.fields(cls)
-            }
+            learning_rate=column("learning_rate"),
+            k=column("k").astype(np.int32),
+            l1=column("l1"),
+            l0_coefficient=column("l0_coefficient"),
+            target_l0=column("target_l0"),
+            input_scale=np.array([scale.input for scale in scales], dtype),
+            output_scale=np.array([scale.output for scale in scales], dtype),
+            site=np.array([sites.index((member.site, member.target)) for member in members], np.int32),
+            metric_DxD=np.stack(metrics).astype(dtype) if metrics else None,
         )
 
 

@@ -1,6 +1,6 @@
 """What one member of a stack minimises on one batch.
 
-    loss = squared error
+    loss = squared error                            (whitened if asked for)
          + penalty of its kind                      (L1, or a function of L0 for JumpReLU)
          + the gate's own error                     (gated)
          + dead_pre_activation * pull on dead features' pre-activations   (jumprelu)
@@ -61,7 +61,7 @@ class Objective:
         y_hat_BxD = member.decode(f_BxF, x_BxD)
         W_dec_FxD = params["W_dec_FxD"]
 
-        parts = dict(mse=self._error(member, f_BxF, y_BxD, y_hat_BxD, x_BxD))
+        parts = dict(error=self._error(member, f_BxF, y_BxD, y_hat_BxD, x_BxD, hyper))
         penalty = self._penalty(member, f_BxF, pre_BxF, hyper)
         if penalty is not None:
             parts["sparsity"] = penalty * schedules.rising(config, self.steps, step)
@@ -76,7 +76,7 @@ class Objective:
             parts["auxk"] = config.auxk * aux
         if config.decorrelation:
             parts["decorrelation"] = config.decorrelation * losses.decorrelation(f_BxF)
-        loss = sum(parts.values(), jnp.zeros((), parts["mse"].dtype))
+        loss = sum(parts.values(), jnp.zeros((), y_BxD.dtype))
 
         fires_BxF = member.fires(f_BxF)
         metrics = parts | dict(
@@ -103,11 +103,17 @@ class Objective:
         return (pre_BxF if kind == "linear" else sparsity.relu(pre_BxF)), none
 
     def _error(
-        self, member: Dictionary, f_BxF: jax.Array, y_BxD: jax.Array, y_hat_BxD: jax.Array, x_BxD: jax.Array
+        self,
+        member: Dictionary,
+        f_BxF: jax.Array,
+        y_BxD: jax.Array,
+        y_hat_BxD: jax.Array,
+        x_BxD: jax.Array,
+        hyper: Hyper,
     ) -> jax.Array:
         """The squared error; for matryoshka the sum over the nested groups of their own (Bussmann et al., 2025)."""
         if self.dictionary.kind != "matryoshka":
-            return losses.squared_error(y_BxD, y_hat_BxD)
+            return losses.squared_error(y_BxD, y_hat_BxD, hyper.metric_DxD, self.config.matmul)
         W_dec_FxD, start = member.W_dec_FxD[...], 0
         partial_BxD = row(member.b_dec_D[...], 2)
         if self.dictionary.skip:
@@ -116,7 +122,7 @@ class Objective:
         for stop in self.dictionary.groups:
             added_BxD = matmul(f_BxF[:, start:stop], W_dec_FxD[start:stop], self.config.matmul)
             partial_BxD, start = partial_BxD + added_BxD, stop
-            total += losses.squared_error(y_BxD, partial_BxD)
+            total += losses.squared_error(y_BxD, partial_BxD, hyper.metric_DxD, self.config.matmul)
         return total
 
     def _penalty(self, member: Dictionary, f_BxF: jax.Array, pre_BxF: jax.Array, hyper: Hyper) -> jax.Array | None:

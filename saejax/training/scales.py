@@ -7,10 +7,10 @@ import numpy as np
 
 from saejax.activations.batches import Parts, sites_of
 from saejax.activations.store import Store
+from saejax.dictionaries import losses
 from saejax.errors import UserError
 from saejax.settings import TrainConfig
-from saejax.training.members import Member
-from saejax.training.step import SiteScale
+from saejax.training.members import Member, SiteScale
 
 _SAMPLE = 65_536  # rows from which they are estimated
 
@@ -20,7 +20,7 @@ def site_scales(store: Store, config: TrainConfig, stack: Sequence[Member], part
     rows = store.rows("train", *sites_of(parts))
     if len(rows) > _SAMPLE:
         rows = np.sort(np.random.default_rng(config.seed[0]).choice(rows, _SAMPLE, replace=False))
-    factor, bias_D = {}, {}
+    factor, bias_D, metric = {}, {}, {}
     for site in sites_of(parts):
         acts_NxD = store.read(site, rows).astype(np.float64)
         norm = float(np.linalg.norm(acts_NxD, axis=1).mean())
@@ -29,7 +29,12 @@ def site_scales(store: Store, config: TrainConfig, stack: Sequence[Member], part
         factor[site] = math.sqrt(acts_NxD.shape[1]) / norm
         if any(site == member.target for member in stack):
             bias_D[site] = _initial_bias(config.initial_bias, acts_NxD)
-    return [SiteScale(factor[m.site], factor[m.target], bias_D[m.target], store.max_norm(m.site)) for m in stack]
+            if config.whiten_error:
+                metric[site] = losses.whitening(acts_NxD, config.whiten_error)
+    return [
+        SiteScale(factor[m.site], factor[m.target], bias_D[m.target], store.max_norm(m.site), metric.get(m.target))
+        for m in stack
+    ]
 
 
 def _initial_bias(kind: str, acts_NxD: np.ndarray) -> np.ndarray:

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 from saejax.parallel import fitting_sharding, sharding
 from saejax.settings import TrainConfig
 from saejax.training import schedules
-from saejax.training.members import Hyper, Member
+from saejax.training.members import Hyper, Member, SiteScale
 from saejax.training.objective import Arrays, Objective
 
 
@@ -44,22 +44,6 @@ class TrainState:
     silent_MxF: jax.Array
     kept_M: jax.Array
     step_M: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class SiteScale:
-    """What the trainer knows of the activations of a member's site.
-
-    Attributes:
-      input: factor that brings inputs to a mean norm of sqrt(d); ``output``: the same for targets.
-      bias_D: where the decoder's bias starts, in raw units.
-      max_norm: norm of an input above which it is an attention sink, in raw units.
-    """
-
-    input: float
-    output: float
-    bias_D: np.ndarray
-    max_norm: float = 3.4e38
 
 
 class Trainer:
@@ -88,15 +72,29 @@ class Trainer:
         self._steps = steps
         self._objective = Objective(config, dictionary, steps)
         self._optimizer = _optimizer(config)
-        self._hyper = Hyper.of(members, config.state_dtype)
-        inputs = [(member.site, member.target) for member in members]
-        self.sites = list(dict.fromkeys(inputs))  # of the batch, in its order: (input, target)
-        self._site_M = np.array([self.sites.index(pair) for pair in inputs], np.int32)
+        self.sites = list(dict.fromkeys((member.site, member.target) for member in members))  # of the batch, in order
+        hyper = Hyper.of(members, scales, self.sites, config.state_dtype)
+        self.hyper = jax.tree.map(lambda array: jax.device_put(array, self._by_member(array.shape)), hyper)
         by_member = "member" if len(self.sites) == len(members) else None
         self.batch_sharding = fitting_sharding(mesh, (len(self.sites), config.batch, 1), by_member, "data", None)
         self.abstract_state = self._abstract()
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, sharding(mesh)))
+        self.compiled = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, sharding(mesh)))
+
+    def step(self, state: TrainState, batch: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
+        """One step of all members.
+
+        Args:
+          state: donated.
+          batch: inputs [S, B, D] of the sites in ``self.sites``, raw; and for transcoders their targets.
+
+        Returns:
+          The next state, and metrics [M].
+        """
+        return self.compiled(state, self.hyper, batch)
+
+    def _by_member(self, shape: Sequence[int]) -> NamedSharding:
+        return fitting_sharding(self.mesh, shape, "member", *[None] * (len(shape) - 1))
 
     def initial_state(self) -> TrainState:
         """The state before the first step, sharded over the mesh."""
@@ -140,8 +138,9 @@ class Trainer:
             return arrays
 
         bias_MxD = np.stack([scale.bias_D * scale.output for scale in self.scales]).astype(config.state_dtype)
+        seed_M = jnp.array([member.seed for member in self.members], jnp.int32)
         # One by one, so that a member starts with the same bits alone and in a stack.
-        params = lax.map(lambda args: one(*args), (jnp.asarray(self._hyper.seed), jnp.asarray(bias_MxD)))
+        params = lax.map(lambda args: one(*args), (seed_M, jnp.asarray(bias_MxD)))
         members, features = len(self.members), self.dictionary.n_features
         return TrainState(
             params,
@@ -163,24 +162,20 @@ class Trainer:
 
         return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._initial))
 
-    def _step(self, state: TrainState, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
-        """Args: the state, and inputs [S, B, D] of every site, with targets of the same shape unless these are SAEs."""
-        dtype = self.config.state_dtype
-        raw = tuple(values_SxBxD.astype(dtype) for values_SxBxD in raw)
-        names = ("input", "output")[: len(raw)]
-        scales = [jnp.asarray([getattr(scale, name) for scale in self.scales], dtype) for name in names]
+    def _step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
+        raw = tuple(values_SxBxD.astype(self.config.state_dtype) for values_SxBxD in raw)
 
         def one(own: Any, *shared: jax.Array) -> tuple[TrainState, Arrays]:
-            state, hyper, scales, values, site = own
+            state, hyper, values = own
             if values is None:
-                values = [lax.dynamic_index_in_dim(values_SxBxD, site, keepdims=False) for values_SxBxD in shared]
-            scaled = [values_BxD * scale for values_BxD, scale in zip(values, scales, strict=True)]
-            return self._member_step(state, hyper, scaled[0], scaled[-1])
+                values = [lax.dynamic_index_in_dim(values_SxBxD, hyper.site, keepdims=False) for values_SxBxD in shared]
+            x_BxD = values[0] * hyper.input_scale
+            y_BxD = values[1] * hyper.output_scale if len(values) > 1 else x_BxD
+            return self._member_step(state, hyper, x_BxD, y_BxD)
 
-        own = (state, self._hyper, scales)
         if len(self.sites) == len(self.members):  # each member has its own values, on its own devices
-            return over_members(one, (*own, raw, None), (), self.mesh)
-        return over_members(one, (*own, None, jnp.asarray(self._site_M)), raw, self.mesh)
+            return over_members(one, (state, hyper, raw), (), self.mesh)
+        return over_members(one, (state, hyper, None), raw, self.mesh)
 
     def _member_step(
         self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array

@@ -1,5 +1,7 @@
 """The train stage: a stack of dictionaries of one kind on sites of a captured store."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ def run_train(run: Run) -> dict:
     """
     config: TrainConfig = run.configs["train"]
     store = Store.open(run.inputs["capture"])
-    stack = members(config, run.name, _sites(config, store))
+    stack = members(config, run.name, chosen_sites(config, store.sites))
     mesh = make_mesh(run.configs["mesh"])
     dictionary = describe_stack(config, run.name, store, stack)
     parts = batch_parts(stack)
@@ -94,20 +96,20 @@ def run_train(run: Run) -> dict:
     )
 
 
-def _sites(config: TrainConfig, store: Store) -> list[str]:
-    """The sites that ``--train.sites`` names, checked; "all" are those of one kind, in the order of layers."""
+def chosen_sites(config: TrainConfig, captured: Sequence[str]) -> list[str]:
+    """The sites that ``--train.sites`` names, all of them captured; "all" are those of one kind, in order of layers."""
     if config.sites == ("all",):
         reads = "mlp_in" if config.form != "sae" else None
-        kinds = {site.partition(".")[0] for site in store.sites} & set(SITE_KINDS)
+        kinds = {site.partition(".")[0] for site in captured} & set(SITE_KINDS)
         kind = reads or (kinds.pop() if len(kinds) == 1 else "resid_post")
-        found = [site for site in store.sites if site.partition(".")[0] == kind]
+        found = [site for site in captured if site.partition(".")[0] == kind]
         if not found:
-            raise UserError(f"the store has no {kind} sites for --train.sites=all: it has {', '.join(store.sites)}")
+            raise UserError(f"the store has no {kind} sites for --train.sites=all: it has {', '.join(captured)}")
         return sorted(found, key=lambda site: int(site.rpartition(".")[2]))
     if not config.sites:
         raise UserError("--train.sites is empty: name at least one captured site, such as resid_post.15")
     for site in config.sites:
-        one_of(site, store.sites, "site in this store (--train.sites)")
+        one_of(site, captured, "site in this store (--train.sites)")
     return list(config.sites)
 
 

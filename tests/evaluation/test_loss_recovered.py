@@ -139,8 +139,9 @@ def test_members_are_scored_as_they_are_alone_by_one_program(lm):
 
 
 def test_members_of_different_sites_are_not_scored_together(lm):
+    stack = [random_dictionary(lm), random_dictionary(lm, site="resid_post.1")]
     with pytest.raises(ValueError, match="one site, target and sink rule"):
-        stand_in_losses(lm, [random_dictionary(lm), random_dictionary(lm, site="resid_post.1")], documents(), np.zeros(64))
+        stand_in_losses(lm, stack, documents(), np.zeros(64))
 
 
 def test_sinks_keep_their_value(lm, model):

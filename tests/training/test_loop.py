@@ -81,7 +81,7 @@ def test_the_stand_in_catches_a_stall(tmp_path, monkeypatch):
 def test_one_compilation(tmp_path):
     trainer = make_trainer()
     go(tmp_path, trainer)
-    assert trainer.step._cache_size() == 1
+    assert trainer.compiled._cache_size() == 1
 
 
 @pytest.mark.parametrize(("kind", "stop_after"), [*((kind, 7) for kind in KINDS), ("topk", 1), ("topk", 11)])

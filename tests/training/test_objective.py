@@ -1,5 +1,7 @@
 """Gradients of every term against finite differences in fp64, or the written formula of a straight-through one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def setting(kind, form="sae", **changes):
         params["threshold_F"] = jnp.abs(params["threshold_F"]) + 0.2
     x = jnp.asarray(batches(1)[0], jnp.float64) * 0.5
     y = x if form == "sae" else x[:, ::-1]
-    hyper = jax.tree.map(lambda array: jnp.asarray(array[0]), trainer._hyper)
+    hyper = jax.tree.map(lambda array: jnp.asarray(array[0]), trainer.hyper)
     return trainer, params, x, y, hyper
 
 
@@ -111,7 +113,7 @@ def test_the_l0_penalty_moves_thresholds_only(penalty):
     trainer, params, x, y, hyper = setting("jumprelu", l0_penalty=penalty, bandwidth=0.5, target_l0=(8.0,))
     with_penalty = jax.grad(loss_of(trainer, x, y, hyper))(params)
     without, *_ = setting("jumprelu", l0_penalty=penalty, bandwidth=0.5, l0_coefficient=(0.0,), target_l0=(8.0,))
-    plain = jax.grad(loss_of(without, x, y, jax.tree.map(lambda a: jnp.asarray(a[0]), without._hyper)))(params)
+    plain = jax.grad(loss_of(without, x, y, jax.tree.map(lambda a: jnp.asarray(a[0]), without.hyper)))(params)
     for name in params:
         assert np.array_equal(with_penalty[name], plain[name]) == (name != "threshold_F"), name
     pre = np.asarray(_member(trainer, params).pre_activations(x) + params["b_enc_F"][None])
@@ -179,3 +181,23 @@ def test_matryoshka_sums_the_errors_of_its_groups():
     nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in (16, 32, F)]
     np.testing.assert_allclose(metrics["loss"], sum(nested), rtol=1e-10)
     np.testing.assert_allclose(metrics["mse"], nested[-1], rtol=1e-10)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_whitening_evens_out_the_variances_and_keeps_their_sum(power):
+    rng = np.random.default_rng(7)
+    acts = rng.normal(size=(4000, D)) @ rng.normal(size=(D, D)) + 3
+    before, after = (np.linalg.eigvalsh(np.cov(a.T)) for a in (acts, acts @ losses.whitening(acts, power)))
+    np.testing.assert_allclose(after.sum(), before.sum(), rtol=1e-9)
+    expected = np.sort(np.maximum(before, 1e-3 * before.mean()) ** -power * before)
+    np.testing.assert_allclose(after, expected * before.sum() / expected.sum(), rtol=1e-6)
+
+
+def test_a_whitened_error_is_measured_after_its_matrix():
+    trainer, params, x, y, hyper = setting("topk")
+    metric = np.random.default_rng(8).normal(size=(D, D))
+    hyper = dataclasses.replace(hyper, metric_DxD=jnp.asarray(metric))
+    loss, (metrics, _, _) = trainer._objective(params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    error = np.asarray(y) - np.asarray(_member(trainer, params)(x))
+    np.testing.assert_allclose(loss, np.square(error @ metric).sum(1).mean(), rtol=1e-10)
+    np.testing.assert_allclose(metrics["mse"], np.square(error).sum(1).mean(), rtol=1e-10)

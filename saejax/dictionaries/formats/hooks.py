@@ -4,8 +4,8 @@ TransformerLens, which SAELens and circuit-tracer build on, names hooks: ``block
 the transformers library SAELens names modules, whose output is meant: ``model.layers.15``; sparsify names them without
 the model's prefix: ``layers.15``.
 
-Two names need care. ``blocks.L.mlp.hook_out`` and a module ``...L.mlp`` are what the MLP gives, which is what it adds to
-the stream (``mlp_out.L``) only in models that do not normalise it first. And ``blocks.L.ln2.hook_normalized`` is the
+Some names need care. ``blocks.L.mlp.hook_out`` and a module ``...L.mlp`` are what the MLP gives, which is what it adds
+to the stream (``mlp_out.L``) only in models that do not normalise it first. And ``blocks.L.ln2.hook_normalized`` is the
 norm's output before its gain, ``blocks.L.hook_mlp_in`` the stream before the norm: neither is ``mlp_in.L``, which is
 ``blocks.L.mlp.hook_in``.
 """

@@ -47,11 +47,15 @@ def save(folder: Path, dictionary: Dictionary) -> None:
         )
 
 
+def read_config(folder: Path) -> DictionaryConfig:
+    """What the dictionary in a folder is, of which no array is read."""
+    return from_json(DictionaryConfig, read_json(Path(folder) / DESCRIPTION)["config"])
+
+
 def load(folder: Path, operands: str = "float32") -> Dictionary:
     """Reads what ``save`` wrote, and checks shape, dtype and checksum of every array."""
     folder = Path(folder).absolute()
-    description = read_json(folder / DESCRIPTION)
-    config = from_json(DictionaryConfig, description["config"])
+    config, description = read_config(folder), read_json(folder / DESCRIPTION)
     dtype = description["arrays"]["W_enc_DxF"]["dtype"]
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UserError(f"{folder} is in {dtype}, which JAX reads only with JAX_ENABLE_X64=1: set it")

@@ -1,19 +1,17 @@
 """SAELens folders, version 6: ``cfg.json`` and ``sae_weights.safetensors``.
 
 Read are the architectures standard, topk, jumprelu, gated, transcoder, jumprelu_transcoder, skip_transcoder and
-jumprelu_skip_transcoder. Every setting is honoured, or folded into the arrays, or refused by name. Folded: decoder norms
-by which a topk scales its pre-activations (``rescale_acts_by_decoder_norm``), and thresholds below 0, which act like 0.
+jumprelu_skip_transcoder. Every setting is honoured, or folded into the arrays, or refused by name. Folded: decoder
+norms by which a topk scales its pre-activations (``rescale_acts_by_decoder_norm``), and thresholds below 0, which act
+like 0.
 
-Written are all kinds but linear. batchtopk and matryoshka become jumprelu, as SAELens itself saves them, and ``metadata``
-says what they were trained as. Gated transcoders, of which SAELens has none, become the equal jumprelu_transcoder. A
-folder that came from SAELens is written with all it said.
+Written are all kinds but linear. batchtopk and matryoshka become jumprelu, as SAELens itself saves them, and
+``metadata`` says what they were trained as. Gated transcoders, of which SAELens has none, become the equal
+jumprelu_transcoder. A folder that came from SAELens is written with all it said.
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +24,7 @@ from saejax.workspace import read_json, write_json
 
 DESCRIPTION, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _FORMAT = "saelens"
+_UNIT = 1e-6  # how far from 1 a length is by rounding alone
 
 
 def load(folder: Path, operands: str = "float32", site: str = "", target: str = "") -> Dictionary:
@@ -50,7 +49,9 @@ def load(folder: Path, operands: str = "float32", site: str = "", target: str = 
     if config.skip:
         arrays["W_skip_DxD"] = arrays["W_skip_DxD"].T
     if settings.get("rescale_acts_by_decoder_norm"):
-        arrays = folding.scale_features(arrays, folding.decoder_lengths(arrays["W_dec_FxD"]))
+        length_F = folding.decoder_lengths(arrays["W_dec_FxD"])
+        if np.abs(length_F - 1).max() > _UNIT:  # SAELens trains with the setting, and saves rows of length 1
+            arrays = folding.scale_features(arrays, length_F)
     if config.has_threshold:  # SAELens multiplies max(pre, 0) by the gate
         arrays["threshold_F"] = np.maximum(arrays["threshold_F"], 0)
     described = origin.describe(_FORMAT, found["W_enc"].dtype, settings)

@@ -69,25 +69,22 @@ def understand(file: Path, settings: Any, site: str = "", target: str = "") -> D
         site = hooks.to_site(metadata.get("hook_name") or metadata.get("hf_hook_name"), model)
     if transcoder and not target:
         target = hooks.to_site(metadata.get("hook_name_out") or metadata.get("hf_hook_name_out"), model)
-    if kind == "jumprelu":
-        kind, k, groups = _trained_as(metadata, features)
-    else:
-        groups = ()
-    ours = metadata.get("saejax") or {}
+    try:
+        facts = _facts(metadata, features) if kind == "jumprelu" else dict(k=k)
+        ours = metadata.get("saejax") or {}
+        facts |= dict(max_norm=float(ours.get("max_norm", DictionaryConfig.max_norm)))
+        facts |= {key: str(ours.get(key, "")) for key in ("revision", "fingerprint")}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: metadata.saejax or metadata.training_architecture_details is damaged") from error
     return DictionaryConfig(
-        kind=kind,
+        **dict(kind=kind) | facts,
         site=site,
         target=target if transcoder else "",
         d_in=width,
         n_features=features,
-        k=k,
-        groups=groups,
         skip=skip,
         centred=not transcoder and bool(settings.get("apply_b_dec_to_input", True)),
-        max_norm=float(ours.get("max_norm", DictionaryConfig.max_norm)),
         model=model,
-        revision=str(ours.get("revision", "")),
-        fingerprint=str(ours.get("fingerprint", "")),
     )
 
 
@@ -123,7 +120,8 @@ def describe(config: DictionaryConfig, dtype: str, before: Mapping[str, Any]) ->
     own |= dict(apply_b_dec_to_input=config.centred, normalize_activations="none", reshape_activations="none")
     own["metadata"] = _metadata(config, before.get("metadata", {}))
     if name == "topk":
-        own |= dict(k=config.k, rescale_acts_by_decoder_norm=False)
+        # Where the folder that it came from had it set, decoder rows have length 1 now, and it makes no difference.
+        own |= dict(k=config.k, rescale_acts_by_decoder_norm=before.get("rescale_acts_by_decoder_norm", False))
     if config.target:
         own["d_out"] = config.d_in
     own["architecture"] = name
@@ -177,38 +175,42 @@ def _architecture(file: Path, settings: Mapping[str, Any]) -> str:
 
 def _check_settings(file: Path, settings: Mapping[str, Any], transcoder: bool) -> None:
     """Refuses settings that would change what is computed and that no dictionary here has."""
-    own_activation = "topk" if settings["architecture"] == "topk" else "relu"
-    neutral = _NEUTRAL | {"activation_fn": (own_activation, None)}
-    wrong = [f"{key} is {settings[key]!r}, expected {neutral[key][0]!r}" for key in neutral if key in settings]
-    wrong = [text for key, text in zip([k for k in neutral if k in settings], wrong) if settings[key] not in neutral[key]]
+    activation = "topk" if settings["architecture"] == "topk" else "relu"
+    neutral = _NEUTRAL | dict(activation_fn=(activation, None))
+    wrong = [
+        f"{key} is {settings[key]!r}, expected {values[0]!r}"
+        for key, values in neutral.items()
+        if key in settings and settings[key] not in values
+    ]
     if transcoder and settings.get("apply_b_dec_to_input", True):
         wrong.append("apply_b_dec_to_input is True, expected False for a transcoder")
-    metadata = settings["metadata"]
-    wrong += [f"metadata.{key} is {metadata[key]!r}, expected null" for key in _WHOLE_HOOK if metadata.get(key) is not None]
+    heads = {key: settings["metadata"].get(key) for key in _WHOLE_HOOK}
+    wrong += [f"metadata.{key} is {head!r}, expected null" for key, head in heads.items() if head is not None]
     unknown = sorted(set(settings) - _USED - _OF_TRAINING - set(neutral))
-    if unknown:
-        wrong.append(f"{', '.join(unknown)} not known here")
+    wrong += [f"{key} is not known" for key in unknown]
     if wrong:
         raise UserError(f"{file} has settings that a dictionary here cannot follow: {'; '.join(wrong)}")
 
 
 def _check_width(file: Path, settings: Mapping[str, Any], transcoder: bool, width: int) -> None:
     if transcoder and (out := _number(file, settings, "d_out")) != width:
-        raise UserError(f"{file}: d_out is {out} and d_in {width}: transcoders here predict what has their input's width")
+        raise UserError(f"{file}: d_out is {out} but d_in {width}: here a transcoder's output is as wide as its input")
 
 
 def _number(file: Path, settings: Mapping[str, Any], key: str) -> int:
     value = settings.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{file}: {key} is {'missing' if value is None else repr(value)}: expected a whole number above 0")
+        told = "missing" if value is None else repr(value)
+        raise UserError(f"{file}: {key} is {told}: expected a whole number above 0")
     return value
 
 
-def _trained_as(metadata: Mapping[str, Any], features: int) -> tuple[str, int, tuple[int, ...]]:
+def _facts(metadata: Mapping[str, Any], features: int) -> dict[str, Any]:
     """Kind, k and groups of what is saved as jumprelu."""
-    kinds = {name: kind for kind, name in _TRAINED_AS.items()}
-    kind = kinds.get(metadata.get("training_architecture"), "jumprelu")
+    trained_as = metadata.get("training_architecture")
+    kind = next((kind for kind, name in _TRAINED_AS.items() if name == trained_as), "jumprelu")
+    if kind == "jumprelu":
+        return dict(kind=kind)
     details = metadata.get("training_architecture_details") or {}
-    k = details.get("k", 0) if kind in _TRAINED_AS else 0
-    widths = details.get("matryoshka_widths", ()) if kind == "matryoshka" else ()
-    return kind, round(k), tuple(sorted({*widths, features})) if widths else ()
+    widths = details.get("matryoshka_widths") or () if kind == "matryoshka" else ()
+    return dict(kind=kind, k=round(details.get("k") or 0), groups=tuple(sorted({*widths, features})) if widths else ())

@@ -110,4 +110,3 @@ def whole_folder(folder: Path, description: str, *others: str) -> Iterator[Path]
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
