@@ -197,6 +197,13 @@ def _plain_log(axis: Axis) -> None:
     axis.set_minor_formatter(lambda value, _: f"{value:,.10g}" if f"{value:.0e}"[0] in "25" else "")
 
 
+def _log_limits(values: Sequence[float], least: float = 6.0) -> tuple[float, float]:
+    """Limits a little beyond the values, and at least this factor apart, so that some ticks have numbers."""
+    low, high = min(values, default=1.0) / 1.15, max(values, default=1.0) * 1.15
+    widen = max(least * low / high, 1.0) ** 0.5
+    return low / widen, high * widen
+
+
 @_styled
 def frontier(members: Mapping[str, Sequence[Sequence[Mapping[str, float | None]]]]) -> Figure:
     """Sparsity against fidelity, on held-out text: the higher and the further left, the better.
@@ -208,6 +215,7 @@ def frontier(members: Mapping[str, Sequence[Sequence[Mapping[str, float | None]]
     """
     titles = ("Share of variance explained", "Cross-entropy recovered, against the mean")
     figure, panels = _panels((2.5, 2.8), titles)
+    reached: list[float] = []
     for axes, key in zip(panels, ("explained_variance", "ce_recovered"), strict=True):
         for (name, sites), (color, line, marker) in zip(members.items(), _LINES, strict=False):
             for of_site in sites:
@@ -216,20 +224,14 @@ def frontier(members: Mapping[str, Sequence[Sequence[Mapping[str, float | None]]
                     continue
                 l0_N, value_N = points_Nx2.T
                 best_N = value_N >= np.maximum.accumulate(value_N)
-                axes.plot(l0_N[best_N], value_N[best_N], color=color, linestyle=line, linewidth=1.4)
-                for kept_N, alpha in ((best_N, 1.0), (~best_N, 0.4)):
-                    axes.plot(
-                        l0_N[kept_N],
-                        value_N[kept_N],
-                        linestyle="none",
-                        marker=marker,
-                        markersize=5.5,
-                        color=color,
-                        alpha=alpha,
-                        label=name,
-                    )
+                dots = dict(color=color, marker=marker, markersize=5.5)
+                axes.plot(l0_N[best_N], value_N[best_N], linestyle=line, linewidth=1.4, label=name, **dots)
+                axes.plot(l0_N[~best_N], value_N[~best_N], linestyle="none", alpha=0.4, **dots)
+                reached += l0_N.tolist()
         axes.set_xscale("log")
+        axes.set_xlim(*_log_limits(reached))
         _plain_log(axes.xaxis)
+        axes.tick_params(axis="x", which="both", length=3, pad=3)
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
         axes.grid(color=INK, alpha=0.13, linewidth=0.7)
     panels[1].set_xlabel("features active per token (L0)")
