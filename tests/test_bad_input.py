@@ -57,9 +57,9 @@ def test_an_unsupported_family_is_named_with_the_supported_ones(refuse, inputs, 
 
 def test_a_site_or_layer_that_does_not_exist(refuse):
     assert "there is no site 'resid_last.0'" in refuse(["baseline", "capture"], capture__sites="resid_last.0")
-    line = refuse(["preflight"], capture__sites="resid_post.7", train__site="resid_post.7")
+    line = refuse(["preflight"], capture__sites="resid_post.7", train__sites="resid_post.7")
     assert "resid_post.7" in line and "0 to 1" in line
-    assert "is not captured" in refuse(["preflight"], train__site="mlp_out.0")
+    assert "is not captured" in refuse(["preflight"], train__sites="mlp_out.0")
 
 
 def test_truncated_and_corrupted_shards(refuse, captured, tmp_path):
@@ -154,5 +154,5 @@ def test_stages_out_of_order_and_settings_that_do_not_fit(refuse, captured, tmp_
     assert "is more than the 128 features" in refuse(["train"], workdir=workdir, train__k=129)
     assert "not divisible by the 8 devices" in refuse(["train"], workdir=workdir, train__batch=63)
     assert "make the product 8" in refuse(["train"], workdir=workdir, mesh__model=3)
-    assert "site in this store" in refuse(["train"], workdir=workdir, train__site="mlp_out.0")
+    assert "site in this store" in refuse(["train"], workdir=workdir, train__sites="mlp_out.0")
     assert "unknown dictionary" in refuse(["ablate"], workdir=workdir, ablate__dictionary="standart")
