@@ -105,7 +105,7 @@ def test_summaries_say_what_was_done(tmp_path):
     go(tmp_path)
     summary = json.loads((tmp_path / "train" / "topk" / "summary.json").read_text())
     assert summary["schema_version"] == 1 and summary["stage"] == "train" and summary["name"] == "topk"
-    assert summary["config"]["train"]["k"] == 32 and summary["config"]["mesh"]["model"] == 1
-    assert list(summary["inputs"]) == ["capture"] and summary["seeds"] == {"train": 123}
+    assert summary["config"]["train"]["k"] == [32] and summary["config"]["mesh"]["model"] == 1
+    assert list(summary["inputs"]) == ["capture"] and summary["seeds"] == {"train": [123]}
     assert summary["packages"]["jax"] and summary["devices"]["count"] == 8
     assert summary["results"] == {"unit": "train/topk"} and summary["files"] == {"out.txt": 10}
