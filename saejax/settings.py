@@ -287,7 +287,9 @@ class EvaluateConfig(Config):
 class AblateConfig(Config):
     """Causal tests of features."""
 
-    dictionary: str = setting("topk", "which trained dictionary to test", changes_results=False)
+    dictionary: str = setting(
+        "topk", "which trained dictionary to test: topk, or a member of a stack as in topk/k32", changes_results=False
+    )
     top: int = setting(20, "features, ranked on train prompts, that are ablated one by one and together", low=1)
     draws: int = setting(100, "draws of as many matched random features", low=2)
     matches: int = setting(

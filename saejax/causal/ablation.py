@@ -76,7 +76,7 @@ def _count(
     domain_BxT = domain_BxT & kept_B[:, None]
     f_BxTxF = active_features(graph, state, value_BxTxD, domain_BxT)
     fires_BxTxF = nnx.merge(graph, state).fires(f_BxTxF)
-    size_BxTxF = jnp.where(fires_BxTxF, jnp.abs(f_BxTxF), 0.0)
+    size_BxTxF = jnp.where(fires_BxTxF, jnp.abs(f_BxTxF), 0.0 * f_BxTxF)  # 0, or NaN where it is NaN
     counts = domain_BxT.sum(), fires_BxTxF.sum(axis=(0, 1)), size_BxTxF.sum(axis=(0, 1))
     return jax.lax.with_sharding_constraint(counts, sharding(cut.mesh))
 

@@ -106,15 +106,18 @@ def compare(
             return lax.dynamic_slice_in_dim(values, start, size, axis)
 
         next_BxC, predicts_BxC, part_ExBxCxD = cut(next_BxT, 1), cut(predicts_BxT, 1), cut(stream_ExBxTxD, 2)
-        clean_BxCxV = _log_probabilities(config, params, part_ExBxCxD[0])
+        clean_BxCxV = decoder.unembed(config, params, part_ExBxCxD[0])
+        normaliser_BxC = jax.nn.logsumexp(clean_BxCxV, axis=-1)
+        p_BxCxV = jnp.exp(clean_BxCxV - normaliser_BxC[..., None])
 
         def sums(edited_BxCxV: jax.Array) -> tuple[jax.Array, jax.Array]:
-            ce_BxC = -jnp.take_along_axis(edited_BxCxV, next_BxC[..., None], -1)[..., 0]
-            kl_BxC = jnp.sum(jnp.exp(clean_BxCxV) * (clean_BxCxV - edited_BxCxV), -1)
+            own_BxC = jax.nn.logsumexp(edited_BxCxV, axis=-1)
+            ce_BxC = own_BxC - jnp.take_along_axis(edited_BxCxV, next_BxC[..., None], -1)[..., 0]
+            kl_BxC = jnp.sum(p_BxCxV * (clean_BxCxV - edited_BxCxV), -1) - (normaliser_BxC - own_BxC)
             ce_B, kl_B = (jnp.sum(jnp.where(predicts_BxC, part_BxC, 0.0), -1) for part_BxC in (ce_BxC, kl_BxC))
             return ce_B, kl_B
 
-        others = lax.map(lambda part_BxCxD: sums(_log_probabilities(config, params, part_BxCxD)), part_ExBxCxD[1:])
+        others = lax.map(lambda part_BxCxD: sums(decoder.unembed(config, params, part_BxCxD)), part_ExBxCxD[1:])
         first = (values_B[None] for values_B in sums(clean_BxCxV))
         ce_ExB, kl_ExB = (jnp.concatenate(pair) for pair in zip(first, others, strict=True))
         return ce_ExB, kl_ExB
@@ -124,7 +127,3 @@ def compare(
 
 def _norm(value_BxTxD: jax.Array) -> jax.Array:
     return jnp.linalg.norm(value_BxTxD.astype(jnp.float32), axis=-1)
-
-
-def _log_probabilities(config: DecoderConfig, params: decoder.Params, x_BxCxD: jax.Array) -> jax.Array:
-    return jax.nn.log_softmax(decoder.unembed(config, params, x_BxCxD), axis=-1)

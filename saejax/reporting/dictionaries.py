@@ -48,23 +48,23 @@ def _terms(dense_above: float) -> tuple[tuple[str, str], ...]:
             "Explained variance",
             "share of the activations' variance that the reconstruction accounts for; 1 is perfect.",
         ),
-        ("Cosine", "of the angle between the activations and their reconstruction, mean over tokens."),
+        (
+            "Cosine",
+            "similarity of the activations and their reconstruction, mean over tokens; 1 is the same direction.",
+        ),
         ("L0", "features active per token, on average."),
         ("Dead", "share of features that fire on no held-out token."),
         ("Dense", f"share of features that fire on more than {percent(dense_above)} of the tokens."),
         (
             "Nearest neighbour",
-            "cosine of the angle between a feature's direction and the closest other one; near 1, the two are copies.",
+            "cosine similarity of a feature's direction and the closest other one; near 1, the two are copies.",
         ),
         (
             "Cross-entropy recovered",
             "how well the model predicts text when the reconstruction stands in for the activations: 1 is as well as "
             "untouched, 0 as badly as with the activations' mean (or zeros) in their place.",
         ),
-        (
-            "KL recovered",
-            "the same of how far the model's predictions move from the untouched ones.",
-        ),
+        ("KL recovered", "the same for the KL divergence of the model's predictions from the untouched model's."),
     )
 
 

@@ -41,6 +41,14 @@ def test_a_dictionary_is_written_as_what_it_computes_and_comes_back(kind, form, 
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["standard", "gated", "jumprelu"])
+def test_a_transcoder_that_centres_its_input_is_written_as_one_that_does_not(kind, tmp_path):
+    dictionary, x = known.make(kind, "transcoder", centred=True), known.activations()
+    save_dictionary(tmp_path / "a", dictionary, "saelens")
+    f, y = known.saelens_by_formula(tmp_path / "a", x)
+    assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
+
+
 def test_the_layout_is_that_of_saelens(tmp_path):
     save_dictionary(tmp_path / "sae", known.make("batchtopk"), "saelens")
     save_dictionary(tmp_path / "plt", known.make("standard", "skip_transcoder"), "saelens")
