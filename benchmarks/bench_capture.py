@@ -1,10 +1,11 @@
 """How fast activations are captured, JAX decoder against hooks in PyTorch, and what the cache is worth in generation.
 
-Run: python -m benchmarks.bench_capture [--model smollm2] [--layer 15] [--tokens 6144] [--pairs 5]
+Run: python -m benchmarks.bench_capture [--model smollm2] [--layer 15] [--batches 4] [--pairs 5]
 Both backends' readers, the ones that `experiments.capture` uses, take three sites (resid_post, mlp_in, mlp_out) of one
-layer from the same batches of the embedded corpus into the buffers of a shard, and stop after the last site. The sides
-take turns in one process, so that their threads never run at once; ratios are medians over pairs of neighbouring runs,
-because the speed of a shared machine drifts. Prints a table and, last, one line of JSON.
+layer into the buffers of a shard, and stop after the last site. They read the same batches, evenly chosen from those of
+the first shard of the embedded corpus. The sides take turns in one process, so that their threads never run at once;
+ratios are medians over pairs of neighbouring runs, because the speed of a shared machine drifts. Compiling is not
+counted. Prints a table and, last, one line of JSON.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from saejax.models.families import read_config
 from saejax.models.parameters import parameter_table
 from saejax.models.sites import Site
 from saejax.parallel import make_mesh
-from saejax.settings import CorpusConfig, ModelConfig
+from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig
 
 DTYPES = ("float32", "bfloat16")
 NEW_TOKENS = 128
@@ -68,31 +69,33 @@ class Capture:
     Args:
       model: as ``--model.path``.
       layer: whose sites are captured.
-      tokens: how many are captured in a run.
+      batches: how many are read in a run.
       batch_tokens: tokens of a batch.
     """
 
-    def __init__(self, model: str, layer: int, tokens: int, batch_tokens: int):
+    def __init__(self, model: str, layer: int, batches: int, batch_tokens: int):
         found = source.resolve(ModelConfig(path=model))
         self.config = read_config(source.read_model_config(found.folder), model)
         self.sites = tuple(Site(kind, layer).check(self.config) for kind in ("resid_post", "mlp_in", "mlp_out"))
-        text = CorpusConfig(max_tokens=tokens)
-        documents = make_documents(text, {}, source.load_tokenizer(found), self.config.context)
-        self.plan = Plan(documents, shard_rows=tokens, batch_tokens=batch_tokens, last=0, seed=0)
+        documents = make_documents(CorpusConfig(), {}, source.load_tokenizer(found), self.config.context)
+        plan = Plan(documents, CaptureConfig().shard_rows, batch_tokens, last=0, seed=CorpusConfig().seed)
+        whole = plan.batches(0)
+        self.batches = [whole[int(i)] for i in np.linspace(0, len(whole) - 2, batches)]  # the last one is not full
+        self.tokens = sum(batch.rows for batch in self.batches)
         widths = {site: site.width(self.config) for site in self.sites}
-        self._buffers = ShardBuffers(widths, self.plan.size(0), "bfloat16")
+        self._buffers = ShardBuffers(widths, plan.size(0), "bfloat16")
         self.readers: dict[Side, Reader] = {}
         for dtype in DTYPES:
             self.readers["torch", dtype] = SiteReader(source.load_torch_model(found, dtype), self.sites)
             self.readers["jax", dtype] = DecoderReader(
-                found, self.config, self.sites, self.plan.padded_shape, make_mesh(), dtype, "bfloat16"
+                found, self.config, self.sites, plan.padded_shape, make_mesh(), dtype, "bfloat16"
             )
 
     def run(self, side: Side) -> float:
         """Tokens per second of one run over all batches."""
         start = time.perf_counter()
-        self.readers[side].read(self.plan.batches(0), lambda batch, site, value: self._buffers.take(site, value, batch))
-        return self.plan.size(0) / (time.perf_counter() - start)
+        self.readers[side].read(self.batches, lambda batch, site, value: self._buffers.take(site, value, batch))
+        return self.tokens / (time.perf_counter() - start)
 
 
 def measure_capture(capture: Capture, pairs: int) -> tuple[dict[Side, np.ndarray], dict[str, np.ndarray]]:
@@ -132,11 +135,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--layer", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=6144)
+    parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--batch_tokens", type=int, default=2048)
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
-    capture = Capture(args.model, args.layer, args.tokens, args.batch_tokens)
+    capture = Capture(args.model, args.layer, args.batches, args.batch_tokens)
     speeds, rates = measure_capture(capture, args.pairs)
     best = {backend: max(DTYPES, key=lambda dtype: np.median(speeds[backend, dtype])) for backend in ("jax", "torch")}
     ratio = {
@@ -144,7 +147,7 @@ def main() -> None:
         "best": np.median(speeds["jax", best["jax"]] / speeds["torch", best["torch"]]),
     }
     work = flops_per_token(capture.config, args.layer + 1)
-    print(f"Capture of {', '.join(map(str, capture.sites))} of {args.model}, {capture.plan.size(0):,} tokens")
+    print(f"Capture of {', '.join(map(str, capture.sites))} of {args.model}, {capture.tokens:,} tokens")
     print(f"{'backend':8} {'dtype':9} {'tokens/s':>9} {'of the matmul rate':>20}")
     for (backend, dtype), values in sorted(speeds.items()):
         share = np.median(values * work / rates[dtype])

@@ -59,7 +59,17 @@ def test_a_site_or_layer_that_does_not_exist(refuse):
     assert "there is no site 'resid_last.0'" in refuse(["baseline", "capture"], capture__sites="resid_last.0")
     line = refuse(["preflight"], capture__sites="resid_post.7", train__sites="resid_post.7")
     assert "resid_post.7" in line and "0 to 1" in line
-    assert "not captured" in refuse(["preflight"], train__sites="mlp_out.0")
+    assert "mlp_out.0 of --train.sites=mlp_out.0 is not captured" in refuse(["preflight"], train__sites="mlp_out.0")
+    line = refuse(["preflight"], capture__sites="mlp_in.0", train__sites="mlp_in.0", train__form="transcoder")
+    assert "mlp_out.0 of --train.sites=mlp_in.0 is not captured" in line
+    assert "has no mlp_in sites" in refuse(["preflight"], train__sites="all", train__form="skip_transcoder")
+
+
+def test_a_stack_of_which_no_member_is_named(refuse):
+    line = refuse(["preflight"], train__k="4,8")
+    assert "--ablate.dictionary=topk: topk is a stack of 2" in line and "of k4, k8" in line
+    assert "there is no member k9" in refuse(["preflight"], train__k="4,8", ablate__dictionary="topk/k9")
+    assert "unknown dictionary" in refuse(["preflight"], ablate__dictionary="gated")
 
 
 def test_truncated_and_corrupted_shards(refuse, captured, tmp_path):

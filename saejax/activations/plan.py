@@ -13,7 +13,7 @@ import numpy as np
 from saejax.activations.documents import Documents
 
 _PERMUTATION = 3  # stream of random numbers, apart from those of the documents
-_PROGRAM = 8192  # tokens that run in the time in which a program of another shape is compiled, roughly
+_PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +123,8 @@ class Plan:
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
-        """The lengths of ``padded_shape``, rising: multiples of 8, the last at least as long as any document."""
-        length_U, count_U = np.unique(-(-self.documents.lengths_N // 8) * 8, return_counts=True)
+        """The lengths of ``padded_shape``, rising, the last that of the longest document."""
+        length_U, count_U = np.unique(self.documents.lengths_N, return_counts=True)
         below_U = np.concatenate([[0], np.cumsum(count_U)])  # number of shorter documents
         cost_U, before_U = np.zeros(len(length_U) + 1), np.zeros(len(length_U), np.int64)
         for i, length in enumerate(length_U):  # the least cost of all documents up to this length, by the one before

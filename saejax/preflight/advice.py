@@ -32,7 +32,7 @@ def advice(work: Work, axes: Axes, limit: int, devices: str, needed: int) -> lis
     found = [change for change in found if change][:2]
     on_tpu = dataclasses.replace(work, backend="jax")
     for name, (number, gib) in SLICES.items():
-        if split := _smallest_split(on_tpu, number, int(gib * GIB), scale):
+        if name not in devices and (split := _smallest_split(on_tpu, number, int(gib * GIB), scale)):
             size, peak = split
             found.append(f"the TPU slice {name} with --mesh.model={size} ({peak / GIB:.1f} of {gib:.1f} GiB each)")
     return found

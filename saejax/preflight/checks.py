@@ -87,6 +87,8 @@ def _compile(run: Run, work: Work, place: Place) -> list[dict[str, Any]]:
         compiled = compile_for(program, place.limit)
         run.say(tables.program_line(program, compiled, place))
         rows.append(dict(name=program.name, size=program.size, flops=program.flops, **dataclasses.asdict(compiled)))
+    largest = max(rows, key=lambda row: row["memory"])
+    run.say(tables.verdict_line(work, largest["name"], largest["memory"], all(row["fits"] for row in rows), place))
     return rows
 
 
@@ -128,8 +130,9 @@ def _plan(run: Run, work: Work) -> dict[str, Any]:
     documents = read_corpus(configs["corpus"])
     tokens = times.corpus_tokens(documents, configs["corpus"])
     rates = times.matmul_rates()
-    seconds = times.stage_seconds(work, configs, tokens, rates)
-    needed, free = times.disk_bytes(work, tokens), psutil.disk_usage(str(run.folder)).free
+    seconds = times.stage_seconds(work, configs, len(documents), tokens, rates)
+    rows = times.recorded_rows(work, len(documents), tokens, configs["capture"].last)
+    needed, free = times.disk_bytes(work, rows), psutil.disk_usage(str(run.folder)).free
     shown = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
     run.say(f"text: {len(documents):,} documents, about {tokens:,} tokens; matrix products: {shown}")
     run.say(f"disk: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} free in {run.folder}")

@@ -40,6 +40,12 @@ def _row(cells: Sequence[str]) -> str:
     return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
+def verdict_line(work: Work, program: str, needed: int, fits: bool, place: Place) -> str:
+    """What a model needs, by the compiler."""
+    sizes = f"{needed / GIB:.2f} of {place.limit / GIB:.2f} GiB per device"
+    return f"{work.name}: at the peak ({program}) {sizes}: {'fits' if fits else 'does not fit'}"
+
+
 def programs_header(work: Work, topology: str) -> str:
     """What the lines of a model's programs mean."""
     return (

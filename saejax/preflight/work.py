@@ -132,7 +132,7 @@ def _stacks(train: TrainConfig, captured: Sequence[str], model: DecoderConfig) -
         missing = [site for site in needed if site not in captured]
         if missing:
             raise UserError(
-                f"{', '.join(missing)} is needed for --train.sites and not captured: add it to "
+                f"{', '.join(missing)} of --train.sites={','.join(train.sites)} is not captured: add it to "
                 f"--capture.sites={','.join(captured)}"
             )
         trained[kind] = Stack(stack_shape(train, kind, stack, widths), tuple(stack))

@@ -16,12 +16,12 @@ from saejax.tasks.benchmark_scores import score_items
 from saejax.tasks.benchmarks import read_items
 
 DATA = Path(os.environ.get("SAEJAX_DATA") or Path(__file__).parents[3] / "shared" / "data")
-SHOTS = 1
+GSM8K_SHOTS, LOGIC_SHOTS = 1, 0
 NEW_TOKENS = 128
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(3600),
+    pytest.mark.timeout(7200),
     pytest.mark.skipif(
         not DATA.is_dir(), reason=f"real benchmarks are not in {DATA}; name their folder in SAEJAX_DATA"
     ),
@@ -60,7 +60,7 @@ def judged(harness, folder: Path, definitions: dict) -> dict[str, list[dict]]:
 
 def test_gsm8k(smollm2, harness, tmp_path):
     task = TaskConfig(
-        benchmarks=("gsm8k",), path=str(DATA), examples=20, shots=SHOTS, max_new_tokens=NEW_TOKENS, batch=10
+        benchmarks=("gsm8k",), path=str(DATA), examples=20, shots=GSM8K_SHOTS, max_new_tokens=NEW_TOKENS, batch=10
     )
     items = read_items("gsm8k", task)
     rows = score_items(smollm2, "gsm8k", items, task)
@@ -68,7 +68,7 @@ def test_gsm8k(smollm2, harness, tmp_path):
     changes = dict(
         training_split=None,
         fewshot_split=None,
-        num_fewshot=SHOTS,
+        num_fewshot=GSM8K_SHOTS,
         fewshot_config=dict(sampler="first_n", samples=[dict(question=q, answer=a) for q, a in exemplars.GSM8K]),
         generation_kwargs=dict(
             until=["Question:", "</s>", "<|im_end|>"], do_sample=False, temperature=0.0, max_gen_toks=NEW_TOKENS
@@ -90,7 +90,7 @@ def test_gsm8k(smollm2, harness, tmp_path):
 
 
 def test_logic(smollm2, harness, tmp_path):
-    task = TaskConfig(benchmarks=("logic",), path=str(DATA), examples=100, shots=SHOTS)
+    task = TaskConfig(benchmarks=("logic",), path=str(DATA), examples=100, shots=LOGIC_SHOTS)
     items = read_items("logic", task)
     rows = score_items(smollm2, "logic", items, task)
     parts = sorted({item.task for item in items})
@@ -104,7 +104,7 @@ def test_logic(smollm2, harness, tmp_path):
             ],
             dict(
                 doc_to_choice="{{options}}",
-                num_fewshot=SHOTS,
+                num_fewshot=LOGIC_SHOTS,
                 fewshot_config=dict(
                     sampler="first_n",
                     samples=[
