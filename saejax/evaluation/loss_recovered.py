@@ -117,9 +117,11 @@ def _batches(
     """Token ids [B, T], lengths [B] and the number of tokens that are predicted, all on the model's devices."""
     # Longest first: documents of like length share a batch, and the largest program is compiled first.
     documents = sorted((document for document in documents if len(document) > 1), key=len, reverse=True)
+    shares = lm.mesh.shape["data"]
     while documents:
         length = -(-len(documents[0]) // _LENGTH_STEP) * _LENGTH_STEP
-        count = max(1, batch_tokens // length)
+        left = -(-len(documents) // shares) * shares  # rows that are filled up are few in the last batch, too
+        count = max(1, min(batch_tokens // length, left))
         batch, documents = documents[:count], documents[count:]
         padded = pad([*(ids.tolist() for ids in batch), *[[0]] * (count - len(batch))])
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))

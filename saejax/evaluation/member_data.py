@@ -17,6 +17,8 @@ from saejax.dictionaries.modules import parameter_table
 from saejax.dictionaries.sparsity import row
 from saejax.parallel import fitting_sharding, sharding
 
+_COMPILED_IN = ("kind", "d_in", "n_features", "groups", "skip", "centred")  # beside the largest k
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +46,11 @@ class MemberData:
         Raises:
           ValueError: they differ in kind or shape.
         """
-        largest = max(dictionary.config.k for dictionary in dictionaries)
-        neutral = dict(site="", target="", k=largest, fires_above=0.0, max_norm=0.0)
-        common = {dataclasses.replace(dictionary.config, **neutral) for dictionary in dictionaries}
+        configs = [dictionary.config for dictionary in dictionaries]
+        largest = max(config.k for config in configs)
+        common = {
+            DictionaryConfig(k=largest, **{name: getattr(config, name) for name in _COMPILED_IN}) for config in configs
+        }
         if len(common) > 1 or len({dictionary.operands for dictionary in dictionaries}) > 1:
             raise ValueError(f"dictionaries of one program must have one kind and shape: {sorted(map(str, common))}")
         shared = common.pop()

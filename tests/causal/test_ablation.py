@@ -236,8 +236,9 @@ def test_a_dictionary_of_another_model_site_or_width(tiny, dictionary):
         SplitModel(tiny, changed(fingerprint="0" * 16))
     with pytest.raises(UserError, match="no site resid_post.4"):
         SplitModel(tiny, changed(site="resid_post.4"))
+    narrow = Dictionary.initial(dataclasses.replace(dictionary.config, d_in=63), jax.random.key(0))
     with pytest.raises(UserError, match="reads 63 dimensions, but resid_post.1 has 64"):
-        SplitModel(tiny, changed(d_in=63))
+        SplitModel(tiny, narrow)
 
 
 def test_in_bfloat16_the_effects_are_nearly_the_same(tiny_llama, one_device, prompts, dictionary, split, batches):

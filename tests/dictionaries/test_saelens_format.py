@@ -45,8 +45,19 @@ def test_a_dictionary_is_written_as_what_it_computes_and_comes_back(kind, form, 
 def test_a_transcoder_that_centres_its_input_is_written_as_one_that_does_not(kind, tmp_path):
     dictionary, x = known.make(kind, "transcoder", centred=True), known.activations()
     save_dictionary(tmp_path / "a", dictionary, "saelens")
+    assert cfg_of(tmp_path / "a")["apply_b_dec_to_input"] is False
     f, y = known.saelens_by_formula(tmp_path / "a", x)
     assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+def test_an_sae_that_does_not_centre_its_input(architecture, tmp_path):
+    folder, x = known.write_saelens(tmp_path / "a", architecture, apply_b_dec_to_input=False), known.activations()
+    dictionary = load_dictionary(folder)
+    f, y = known.saelens_by_formula(folder, x)
+    assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
+    save_dictionary(tmp_path / "b", dictionary, "saelens")
+    assert cfg_of(tmp_path / "b") == cfg_of(folder)
 
 
 def test_the_layout_is_that_of_saelens(tmp_path):
