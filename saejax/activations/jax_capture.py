@@ -33,7 +33,7 @@ class DecoderReader:
 
     Attributes:
       widths: width of the values at every site.
-      params: parameters of ``decoder.parameter_table``, with only the layers that are needed.
+      params: parameters of ``parameters.parameter_table``, with only the layers that are needed.
     """
 
     def __init__(

@@ -21,7 +21,6 @@ from saejax.models.cache import Cache
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import like, mlp, norm, soft_cap, wide
 from saejax.models.parameters import LAYERS
-from saejax.models.parameters import parameter_table as parameter_table
 from saejax.models.sites import Site
 
 Params = Mapping[str, Any]

@@ -181,7 +181,7 @@ def forward(
     Args:
       config, capture, logits: static; as in ``LanguageModel``. Without logits, no layer after the last captured site is
         needed, neither its parameters.
-      params: of ``decoder.parameter_table``.
+      params: of ``parameters.parameter_table``.
       ids_BxT: int32, padded on the right.
       lengths_B: number of tokens of each prompt.
       edits: see ``Edit``.

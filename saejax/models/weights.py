@@ -19,7 +19,7 @@ from saejax.parallel import fitting_sharding
 def load_params(
     folder: Path, config: DecoderConfig, mesh: Mesh, dtype: str, layers: int | None = None
 ) -> dict[str, jax.Array]:
-    """Reads the checkpoint in ``folder`` into the parameters of ``decoder.parameter_table``.
+    """Reads the checkpoint in ``folder`` into the parameters of ``parameters.parameter_table``.
 
     Each process reads what its devices hold. Beside what it keeps, host memory holds one tensor of the checkpoint at a
     time; the largest come first, while little else is there.

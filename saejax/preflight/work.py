@@ -104,7 +104,7 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
     prompt = min(configs["preflight"].prompt_tokens, model.context)
     return Work(
         name=name,
-        model=model,
+        model=dataclasses.replace(model, remat=configs["model"].remat),
         dtype=configs["model"].dtype,
         capture=capture.dtype,
         backend=capture.backend,

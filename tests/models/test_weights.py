@@ -13,8 +13,8 @@ from tiny_models import save_tiny, save_tiny_llama
 
 from saejax.errors import UserError
 from saejax.models.checkpoint import safetensors_files
-from saejax.models.decoder import parameter_table
 from saejax.models.families import read_config
+from saejax.models.parameters import parameter_table
 from saejax.models.weights import load_params
 from saejax.parallel import AXES
 from saejax.workspace import read_json

@@ -85,6 +85,8 @@ def test_advice():
     assert memory.device_memory(sharded, axes(4, 2)).peak > limit, "a smaller split would not do"
     assert lines[1].startswith("--model.dtype=bfloat16 --capture.dtype=bfloat16")
     assert any("v5p:2x2x2 with --mesh.model=1" in line for line in lines)
+    on_slice = advice(sharded, axes(8, 1), limit, "devices of a v5e:2x4", need.peak)
+    assert not any("slice v5e:2x4" in line for line in on_slice), "it is the one at hand"
     # The compiler needs twice the estimate: so would it elsewhere.
     assert "--mesh.model=8" in advice(sharded, axes(8, 1), limit, "GPUs", 2 * need.peak)[0]
     # A narrower dtype alone will do; nothing will; 3 tokens a step cannot be split.

@@ -1,35 +1,32 @@
 """How long a run takes, against whole runs that were timed; and what it writes."""
 
 import pytest
-from absl import flags
-from preflight_setup import CONFIGS, make_work, settings, shape
+from preflight_setup import make_work, settings, shape
 
-from saejax import config
 from saejax.preflight import times
-from saejax.preflight.work import plan_work
-from saejax.settings import GROUPS
 
-# Two runs of configs/demo.flags on two cores, one of them beside other work: rates measured at the start, then seconds.
+# Two runs of the demo on two cores, one of them beside other work: rates at the start, then seconds by stage.
 RUNS = [
     (dict(float32=198e9, bfloat16=445e9), dict(baseline=30, capture=127, train=304)),
     (dict(float32=138e9, bfloat16=310e9), dict(baseline=41, capture=163, train=451, evaluate=222, ablate=179)),
 ]
 
 
-def demo() -> dict:
-    values = flags.FlagValues()
-    config.define_flags(GROUPS, values)
-    # The settings of the day on which it was timed.
-    timed = ["--train.epochs=3", "--train.kinds=topk,standard", "--evaluate.ce_documents=40", "--ablate.draws=100"]
-    values(["binary", f"--flagfile={CONFIGS / 'demo.flags'}", *timed])
-    return config.from_flags(GROUPS, values)
+# What they ran: the demo's settings then, on 2,319 documents of 288,888 tokens.
+TIMED = dict(
+    capture__dtype="bfloat16",
+    train__batch=1024,
+    train__epochs=3,
+    train__matmul="bfloat16",
+    train__k=64,
+    evaluate__ce_documents=40,
+)
 
 
 @pytest.mark.parametrize("rates,measured", RUNS)
 def test_estimates_against_timed_runs(rates, measured):
-    configs = demo()
-    work = plan_work("smollm2", shape("smollm2-135m"), configs)
-    seconds = times.stage_seconds(work, configs, 2319, 288_888, rates)
+    work = make_work(shape("smollm2-135m"), **TIMED)
+    seconds = times.stage_seconds(work, settings(**TIMED), 2319, 288_888, rates)
     for stage, real in measured.items():
         assert 1 / 1.5 < seconds[stage] / real < 1.5, (stage, seconds[stage], real)
 

@@ -22,18 +22,12 @@ def _gemma_decoder(fields: Fields, family: str, **differences: Any) -> DecoderCo
 
 
 def _read_gemma(fields: Fields) -> DecoderConfig:
-    # The first releases say "gelu" and mean its tanh approximation.
-    first, second = (_activation(fields, name) for name in ("hidden_act", "hidden_activation"))
-    if first and second and first != second:
+    activation = fields.activation("hidden_act")
+    if activation == "gelu":  # what the first releases say, meaning its tanh approximation
+        activation = "gelu_tanh"
+    if "hidden_activation" in fields and fields.activation("hidden_activation") != activation:
         raise fields.contradiction("'hidden_act'", "'hidden_activation'")
-    return _gemma_decoder(fields, "gemma", activation=second or first)
-
-
-def _activation(fields: Fields, name: str) -> str | None:
-    if name not in fields:
-        return None
-    activation = fields.activation(name)
-    return "gelu_tanh" if activation == "gelu" else activation
+    return _gemma_decoder(fields, "gemma", activation=activation)
 
 
 def _read_later(fields: Fields, family: str, **differences: Any) -> DecoderConfig:
