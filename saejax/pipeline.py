@@ -55,7 +55,12 @@ def _kinds(configs: Configs) -> Sequence[str]:
 def _report_needs(configs: Configs, name: str) -> Sequence[str]:
     trained = [f"{stage}/{kind}" for stage in ("train", "evaluate") for kind in _kinds(configs)]
     benchmarks = [f"benchmark/{benchmark}" for benchmark in configs["task"].benchmarks]
-    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{configs['ablate'].dictionary}")
+    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}")
+
+
+def _tested(configs: Configs) -> str:
+    """The name of the unit that tests the dictionary "topk", or "topk/k16": it has a folder of its own, "topk-k16"."""
+    return configs["ablate"].dictionary.replace("/", "-")
 
 
 STAGES = {
@@ -110,9 +115,16 @@ STAGES = {
         "saejax.causal.ablate:run_ablate",
         ("model", "ablate"),
         ("mesh",),
-        needs=lambda configs, name: ("baseline", f"train/{name}"),
-        names=lambda configs: (configs["ablate"].dictionary,),
+        needs=lambda configs, name: ("baseline", f"train/{configs['ablate'].dictionary.partition('/')[0]}"),
+        names=lambda configs: (_tested(configs),),
         sources=("model",),
+    ),
+    "export": Stage(
+        "writes trained dictionaries in the formats of other tools: SAELens folders, circuit-tracer sets",
+        "saejax.dictionaries.export:run_export",
+        ("export",),
+        needs=lambda configs, name: (f"train/{name.partition('-')[2]}",),
+        names=lambda configs: [f"{configs['export'].format}-{kind}" for kind in configs["export"].dictionaries],
     ),
     "report": Stage(
         "writes the report: index.html, report.md, figures",
@@ -201,6 +213,8 @@ def run_stages(
     for stage in stages:
         one_of(stage, STAGES, "stage")
     workspace, plan = Workspace(workdir), Plan(configs)
+    if not any(plan.units(stage) for stage in stages):
+        raise UserError(f"{', '.join(stages)} has nothing to do with these settings: --help says what to name")
     with workspace.lock() if configs["mesh"].process_id == 0 else contextlib.nullcontext():  # the first one holds it
         for stage in stages:
             for unit in plan.units(stage):

@@ -10,7 +10,7 @@ from saejax.config import Config, setting
 
 BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
 BENCHMARKS = ("gsm8k", "math", "logic")
-KINDS = ("topk", "standard")
+KINDS = ("standard", "linear", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,22 +152,102 @@ class CaptureConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
-    """The dictionaries and how they are trained."""
+    """The dictionaries and how they are trained. What may be a list makes a stack: one member for every combination."""
 
     kinds: tuple[str, ...] = setting(
-        KINDS, "dictionaries to train, one after the other", choices=KINDS, changes_results=False
+        ("topk", "standard"), "kinds to train, one after the other", choices=KINDS, changes_results=False
     )
-    site: str = setting("resid_post.15", "captured site to train on")
+    sites: tuple[str, ...] = setting(
+        ("resid_post.15",), "captured sites to train on, each its own member; 'all': every captured site of one kind"
+    )
+    form: str = setting(
+        "sae",
+        "sae rebuilds its site; transcoder reads mlp_in.L and predicts mlp_out.L; skip_transcoder adds a linear path",
+        choices=("sae", "transcoder", "skip_transcoder"),
+    )
     expansion: int = setting(8, "features per input dimension", low=1)
-    k: int = setting(32, "active features per token (topk)", low=1, only=("topk",))
-    l1: float = setting(
-        2.0,
-        "L1 coefficient on decoder-norm-weighted activations, inputs scaled to mean norm sqrt(d) (standard)",
-        low=0.0,
-        only=("standard",),
+    k: tuple[int, ...] = setting(
+        (32,), "active features per token (or a list)", low=1, only=("topk", "batchtopk", "matryoshka")
     )
-    learning_rate: float = setting(1e-3, "peak learning rate of Adam", low=0.0)
-    warmup: float = setting(0.05, "share of the steps over which learning rate and L1 rise from 0", low=0.0, high=1.0)
+    l1: tuple[float, ...] = setting(
+        (2.0,),
+        "L1 coefficient on decoder-norm-weighted activations, inputs scaled to mean norm sqrt(d) (or a list)",
+        low=0.0,
+        only=("standard", "linear", "gated"),
+    )
+    l1_by_depth: tuple[float, ...] = setting(
+        (),
+        "L1 coefficients of early, middle and late layers (thirds of the sites' layers); replaces l1",
+        low=0.0,
+        only=("standard", "linear", "gated"),
+    )
+    l0_coefficient: tuple[float, ...] = setting(
+        (1.0,), "coefficient of the L0 penalty (or a list)", low=0.0, only=("jumprelu",)
+    )
+    l0_penalty: str = setting(
+        "step",
+        "penalty: the number of active features (step), a tanh of their size (tanh), or (L0 / target - 1)^2 (target)",
+        choices=("step", "tanh", "target"),
+        only=("jumprelu",),
+    )
+    target_l0: tuple[float, ...] = setting(
+        (64.0,), "L0 aimed at by the penalty 'target' (or a list)", low=1.0, only=("jumprelu",)
+    )
+    bandwidth: float = setting(
+        0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6, only=("jumprelu",)
+    )
+    initial_threshold: float = setting(0.01, "thresholds at the start", low=0.0, only=("jumprelu",))
+    dead_pre_activation: float = setting(
+        0.0, "coefficient of the loss that pulls dead features' pre-activations up", low=0.0, only=("jumprelu",)
+    )
+    threshold_rate: float = setting(
+        0.01,
+        "weight of each batch in the running mean of the smallest kept activation, the threshold at inference",
+        low=0.0,
+        high=1.0,
+        only=("batchtopk", "matryoshka"),
+    )
+    groups: tuple[float, ...] = setting(
+        (0.0625, 0.125, 0.25, 0.5, 1.0),
+        "shares of the features, ascending to 1, that must reconstruct by themselves",
+        low=0.0,
+        high=1.0,
+        only=("matryoshka",),
+    )
+    fires_above: float = setting(1e-3, "|f| above which a feature counts as firing", low=0.0, only=("linear",))
+    auxk: float = setting(
+        0.0, "coefficient of AuxK: dead features learn what the living leave unexplained; 0: off", low=0.0
+    )
+    auxk_features: int = setting(0, "dead features that act on each token in AuxK; 0: half the width", low=0)
+    whiten_error: float = setting(
+        0.0,
+        "how far directions of small variance count as much as large ones: errors are measured after "
+        "covariance^(-w/2); 0: as they are, 1: fully whitened. 0.5 helps where a few directions dominate",
+        low=0.0,
+        high=1.0,
+    )
+    dead_tokens: int = setting(100_000, "a feature silent for this many tokens is dead", low=1)
+    decorrelation: float = setting(
+        0.0, "coefficient of the mean squared covariance between features, on 512 tokens of each batch", low=0.0
+    )
+    decoder_norm: str = setting(
+        "unit",
+        "decoder rows are kept at length 1 (unit) or grow freely under the norm-weighted penalty (free)",
+        choices=("unit", "free"),
+    )
+    initial_bias: str = setting(
+        "mean",
+        "decoder bias at the start: mean or geometric median of the target, or zero",
+        choices=("mean", "median", "zero"),
+    )
+    freeze: str = setting(
+        "none", "leave the random decoder or encoder as it is, as a control", choices=("none", "decoder", "encoder")
+    )
+    learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0)
+    clip: float = setting(1.0, "largest global norm of a member's gradient", low=0.0)
+    warmup: float = setting(
+        0.05, "share of the steps over which learning rate and penalty rise from 0", low=0.0, high=1.0
+    )
     decay: float = setting(
         0.2, "share of the steps, at the end, over which the learning rate falls to 0", low=0.0, high=1.0
     )
@@ -178,7 +258,9 @@ class TrainConfig(Config):
     )
     batch: int = setting(1024, "tokens per step, over all devices", low=1)
     epochs: int = setting(6, "passes over the training tokens", low=1)
-    seed: int = setting(123, "seed of initialisation and of the order of tokens", low=0)
+    seed: tuple[int, ...] = setting(
+        (123,), "seed of initialisation (or a list); the first is also that of the order of tokens", low=0
+    )
     matmul: str = setting(
         "float32", "operand dtype of matrix products; sums are in float32", choices=("float32", "bfloat16")
     )
@@ -205,7 +287,9 @@ class EvaluateConfig(Config):
 class AblateConfig(Config):
     """Causal tests of features."""
 
-    dictionary: str = setting("topk", "which trained dictionary to test", changes_results=False)
+    dictionary: str = setting(
+        "topk", "which trained dictionary to test: topk, or a member of a stack as in topk/k32", changes_results=False
+    )
     top: int = setting(20, "features, ranked on train prompts, that are ablated one by one and together", low=1)
     draws: int = setting(100, "draws of as many matched random features", low=2)
     matches: int = setting(
@@ -217,6 +301,23 @@ class AblateConfig(Config):
         0.05, "verdict: joint ablation must cost more than this share of test accuracy", low=0.0, high=1.0
     )
     batch_rows: int = setting(64, "edited prompts per batch of the tail program", low=1, changes_results=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig(Config):
+    """Trained dictionaries in the formats of other tools."""
+
+    format: str = setting(
+        "saelens",
+        "saelens (a folder for each dictionary) or circuit_tracer (transcoders of all layers in one set)",
+        choices=("saelens", "circuit_tracer"),
+    )
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "kinds of trained dictionaries to export, each with all members of its stack; empty: none",
+        choices=KINDS,
+        changes_results=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,5 +363,6 @@ GROUPS = dict(
     train=TrainConfig,
     evaluate=EvaluateConfig,
     ablate=AblateConfig,
+    export=ExportConfig,
     report=ReportConfig,
 )

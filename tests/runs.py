@@ -57,7 +57,7 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
         "capture.shard_rows": 300,
         "capture.max_sink_share": 0.5,
         "capture.store_dtype": "float32",
-        "train.site": "resid_post.0",
+        "train.sites": "resid_post.0",
         "train.expansion": 4,
         "train.k": 8,
         "train.batch": 64,
@@ -92,7 +92,8 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
 def checksums(workdir: Path) -> dict:
     """The dictionaries' and the store's checksums."""
     found = {}
-    for path in sorted(workdir.glob("train/*/dictionary/dictionary.json")):
-        found[path.parts[-3]] = json.loads(path.read_text())["arrays"]
+    for path in sorted((workdir / "train").rglob("dictionary/dictionary.json")):
+        member = path.parent.parent.relative_to(workdir / "train")
+        found[str(member)] = json.loads(path.read_text())["arrays"]
     found["store"] = json.loads((workdir / "capture" / "manifest.json").read_text())["files"]
     return found

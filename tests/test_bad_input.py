@@ -57,9 +57,19 @@ def test_an_unsupported_family_is_named_with_the_supported_ones(refuse, inputs, 
 
 def test_a_site_or_layer_that_does_not_exist(refuse):
     assert "there is no site 'resid_last.0'" in refuse(["baseline", "capture"], capture__sites="resid_last.0")
-    line = refuse(["preflight"], capture__sites="resid_post.7", train__site="resid_post.7")
+    line = refuse(["preflight"], capture__sites="resid_post.7", train__sites="resid_post.7")
     assert "resid_post.7" in line and "0 to 1" in line
-    assert "is not captured" in refuse(["preflight"], train__site="mlp_out.0")
+    assert "mlp_out.0 of --train.sites=mlp_out.0 is not captured" in refuse(["preflight"], train__sites="mlp_out.0")
+    line = refuse(["preflight"], capture__sites="mlp_in.0", train__sites="mlp_in.0", train__form="transcoder")
+    assert "mlp_out.0 of --train.sites=mlp_in.0 is not captured" in line
+    assert "has no mlp_in sites" in refuse(["preflight"], train__sites="all", train__form="skip_transcoder")
+
+
+def test_a_stack_of_which_no_member_is_named(refuse):
+    line = refuse(["preflight"], train__k="4,8")
+    assert "--ablate.dictionary=topk: topk is a stack of 2" in line and "of k4, k8" in line
+    assert "there is no member k9" in refuse(["preflight"], train__k="4,8", ablate__dictionary="topk/k9")
+    assert "unknown dictionary" in refuse(["preflight"], ablate__dictionary="gated")
 
 
 def test_truncated_and_corrupted_shards(refuse, captured, tmp_path):
@@ -122,7 +132,7 @@ def test_an_unwritable_workdir(refuse, tmp_path):
 
 
 def test_flags(refuse, tmp_path):
-    assert "Did you mean: train.batch" in refuse(["train"], "--train.bach=3")
+    assert "Did you mean: train.bandwidth, train.batch" in refuse(["train"], "--train.bach=3")
     assert "--train.batch is 0: expected at least 1" in refuse(["train"], train__batch=0)
     assert "is not a flag" in refuse(["train"], "batch=3")
     assert "--workdir=DIR is missing" in refuse(["train"], workdir="")
@@ -154,5 +164,5 @@ def test_stages_out_of_order_and_settings_that_do_not_fit(refuse, captured, tmp_
     assert "is more than the 128 features" in refuse(["train"], workdir=workdir, train__k=129)
     assert "not divisible by the 8 devices" in refuse(["train"], workdir=workdir, train__batch=63)
     assert "make the product 8" in refuse(["train"], workdir=workdir, mesh__model=3)
-    assert "site in this store" in refuse(["train"], workdir=workdir, train__site="mlp_out.0")
+    assert "site in this store" in refuse(["train"], workdir=workdir, train__sites="mlp_out.0")
     assert "unknown dictionary" in refuse(["ablate"], workdir=workdir, ablate__dictionary="standart")

@@ -60,13 +60,15 @@ def test_a_second_run_does_nothing(tmp_path):
         (dict(report__examples=9), ["report"]),
         (dict(ablate__top=9), ["ablate/topk", "report"]),
         (dict(evaluate__dense_above=0.5), ["evaluate/topk", "evaluate/standard", "report"]),
-        (dict(train__k=9), ["train/topk", "evaluate/topk", "ablate/topk", "report"]),
-        (dict(train__l1=9.0), ["train/standard", "evaluate/standard", "report"]),
+        (dict(train__k=(9,)), ["train/topk", "evaluate/topk", "ablate/topk", "report"]),
+        (dict(train__l1=(9.0,)), ["train/standard", "evaluate/standard", "report"]),
         (dict(train__batch=9), [u for u in ALL if u.split("/")[0] in ("train", "evaluate", "ablate", "report")]),
         (dict(task__seed=9), [u for u in ALL if u != "preflight"]),
         (dict(model__dtype="bfloat16"), [u for u in ALL if u != "preflight"]),
         (dict(train__log_every=7, capture__batch_tokens=9, mesh__model=2), []),
         (dict(ablate__dictionary="standard"), ["ablate/standard", "report"]),
+        (dict(ablate__dictionary="topk/k9"), ["ablate/topk-k9", "report"]),
+        (dict(evaluate__batch_tokens=9, ablate__batch_rows=9), []),
         (dict(train__kinds=("topk",)), ["report"]),
     ],
     ids=str,
@@ -105,7 +107,7 @@ def test_summaries_say_what_was_done(tmp_path):
     go(tmp_path)
     summary = json.loads((tmp_path / "train" / "topk" / "summary.json").read_text())
     assert summary["schema_version"] == 1 and summary["stage"] == "train" and summary["name"] == "topk"
-    assert summary["config"]["train"]["k"] == 32 and summary["config"]["mesh"]["model"] == 1
-    assert list(summary["inputs"]) == ["capture"] and summary["seeds"] == {"train": 123}
+    assert summary["config"]["train"]["k"] == [32] and summary["config"]["mesh"]["model"] == 1
+    assert list(summary["inputs"]) == ["capture"] and summary["seeds"] == {"train": [123]}
     assert summary["packages"]["jax"] and summary["devices"]["count"] == 8
     assert summary["results"] == {"unit": "train/topk"} and summary["files"] == {"out.txt": 10}

@@ -9,7 +9,7 @@ which each process reads its own part. What does not fill a batch at the end of 
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from saejax.activations.store import Store
 from saejax.errors import UserError
 
+Parts = Sequence[Sequence[str]]
 # Two threads keep two gathers going, which hides the disk; more would take the processor from the training step.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
@@ -24,9 +25,9 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 class _Batches:
     """Random access to the batches of all epochs; a Grain data source."""
 
-    def __init__(self, store: Store, site: str, batch: int, seed: int, epochs: int, process: int, processes: int):
-        self._store, self._site, self._seed, self._batch = store, site, seed, batch
-        self._rows_R = store.rows("train", site)
+    def __init__(self, store: Store, parts: Parts, batch: int, seed: int, epochs: int, process: int, processes: int):
+        self._store, self._parts, self._seed, self._batch = store, parts, seed, batch
+        self._rows_R = store.rows("train", *sites_of(parts))
         self._per_epoch = len(self._rows_R) // batch
         self._length = self._per_epoch * epochs
         share = batch // processes
@@ -37,10 +38,10 @@ class _Batches:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, step: int) -> np.ndarray:
+    def __getitem__(self, step: int) -> tuple[np.ndarray, ...]:
         epoch, index = divmod(int(step), self._per_epoch)
-        rows_B = self._order(epoch)[index * self._batch : (index + 1) * self._batch]
-        return self._store.read(self._site, rows_B[self._own])
+        rows_B = self._order(epoch)[index * self._batch : (index + 1) * self._batch][self._own]
+        return tuple(np.stack([self._store.read(site, rows_B) for site in part]) for part in self._parts)
 
     def _order(self, epoch: int) -> np.ndarray:
         with self._lock:  # threads that read ahead into the next epoch would each draw its order
@@ -50,26 +51,31 @@ class _Batches:
             return self._orders[epoch]
 
 
-def steps_per_epoch(store: Store, site: str, batch: int) -> int:
-    """Number of whole batches in the training rows of a site, sinks left out."""
-    return len(store.rows("train", site)) // batch
+def sites_of(parts: Parts) -> list[str]:
+    """The sites that are read, each once."""
+    return list(dict.fromkeys(site for part in parts for site in part))
+
+
+def steps_per_epoch(store: Store, parts: Parts, batch: int) -> int:
+    """Number of whole batches in the training rows, those that are sinks at any of the sites left out."""
+    return len(store.rows("train", *sites_of(parts))) // batch
 
 
 def training_batches(
     store: Store,
-    site: str,
+    parts: Parts,
     batch: int,
     seed: int,
     epochs: int,
     first_step: int = 0,
     process: int = 0,
     processes: int = 1,
-) -> Iterator[np.ndarray]:
+) -> Iterator[tuple[np.ndarray, ...]]:
     """The batches of all epochs from a step on, read ahead in threads.
 
     Args:
       store: the store.
-      site: one of its sites.
+      parts: the sites of every part of a batch: of the inputs, and for transcoders of the targets.
       batch: rows per step, over all processes.
       seed: of the order of rows.
       epochs: passes over the training rows, each in another order; every row comes once in each.
@@ -78,12 +84,13 @@ def training_batches(
       processes: how many share each batch, in equal parts.
 
     Returns:
-      An iterator over arrays [batch / processes, d], of the store's dtype.
+      An iterator over batches: for every part an array [sites, batch / processes, d], of the store's dtype. All
+      sites give the same rows.
 
     Raises:
       UserError: the processes do not divide the batch.
     """
     if batch % processes:
         raise UserError(f"--train.batch={batch} is not divisible by the {processes} processes: make it a multiple")
-    source = _Batches(store, site, batch, seed, epochs, process, processes)
+    source = _Batches(store, parts, batch, seed, epochs, process, processes)
     return iter(grain.MapDataset.source(source)[first_step:].to_iter_dataset(_READ_OPTIONS))

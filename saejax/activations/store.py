@@ -49,7 +49,7 @@ class Store:
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
         self.folder, self.manifest = folder, manifest
         self._maps: dict[str, np.ndarray] = {}
-        self._rows: dict[tuple[str, str], np.ndarray] = {}
+        self._rows: dict[tuple[str, ...], np.ndarray] = {}
         self._documents: Documents | None = None
 
     @classmethod
@@ -115,21 +115,22 @@ class Store:
             self._documents = Documents.read(self.folder / "documents", self.manifest["documents"]["groups"])
         return self._documents
 
-    def rows(self, split: str, site: str) -> np.ndarray:
-        """Ids, int64, ascending, of a split's rows that are no sinks at the site. Takes 8 bytes a row.
+    def rows(self, split: str, *sites: str) -> np.ndarray:
+        """Ids, int64, ascending, of a split's rows that are sinks at none of the sites. Takes 8 bytes a row.
 
         Args:
           split: "train" or "held_out".
-          site: one of ``sites``.
+          sites: at least one of ``sites``.
         """
         one_of(split, SPLITS, "split")
-        key = (split, self._known(site))
+        key = (split, *map(self._known, sites))
         if key not in self._rows:
             parts = []
             for shard in range(self.manifest["shards"]):
                 document_R = self._part(shard, "index")[:, 0]
                 wanted_R = self.documents.split_N[document_R] == SPLITS.index(split)
-                wanted_R &= self._part(shard, f"{site} norms") <= np.float32(self.max_norm(site))
+                for site in sites:
+                    wanted_R &= self._part(shard, f"{site} norms") <= np.float32(self.max_norm(site))
                 parts.append(np.flatnonzero(wanted_R) + shard * self.manifest["shard_rows"])
             self._rows[key] = np.concatenate(parts).astype(np.int64)
             self._rows[key].setflags(write=False)

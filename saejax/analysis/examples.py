@@ -5,7 +5,7 @@ activations; memory does not grow with the store. Whether a feature is active ca
 but no sparsity function raises an activation above max(pre-activation, 0), and that bound takes one column of the
 encoder only. So only the rows whose bound could still make it are encoded, and the result is exact. The second
 pass encodes the neighbours of the rows found, so that each example shows the feature's activation on every token
-around its maximum.
+around its maximum. In a linear dictionary, whose activations have both signs, an activation here is its size.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -129,14 +130,25 @@ class _Encoder:
         graph, self._state = nnx.split(dictionary)
         index_K = np.asarray(features)
         self._W_enc_DxK = np.asarray(dictionary.W_enc_DxF[...][:, index_K], np.float32)
-        b_dec_D = np.asarray(dictionary.b_dec_D[...], np.float32)
-        self._b_enc_K = np.asarray(dictionary.b_enc_F[...][index_K], np.float32) - b_dec_D @ self._W_enc_DxK
-        self._exact = jax.jit(lambda state, x_NxD: nnx.merge(graph, state).encode(x_NxD)[:, index_K])
+        self._b_enc_K = np.asarray(dictionary.b_enc_F[...][index_K], np.float32)
+        if dictionary.config.kind == "gated":  # its activations are magnitudes
+            self._W_enc_DxK = self._W_enc_DxK * np.exp(np.asarray(dictionary.r_mag_F[...][index_K], np.float32))[None]
+            self._b_enc_K = np.asarray(dictionary.b_mag_F[...][index_K], np.float32)
+        if dictionary.config.centred:
+            self._b_enc_K = self._b_enc_K - np.asarray(dictionary.b_dec_D[...], np.float32) @ self._W_enc_DxK
+        self._linear = dictionary.config.kind == "linear"
+
+        def exact(state: nnx.State, x_NxD: jax.Array) -> jax.Array:
+            own = nnx.merge(graph, state)
+            f_NxF = own.encode(x_NxD)
+            return jnp.where(own.fires(f_NxF), jnp.abs(f_NxF), 0.0)[:, index_K]
+
+        self._exact = jax.jit(exact)
 
     def bound(self, rows_B: np.ndarray) -> np.ndarray:
         """What the activations [B, K] cannot exceed."""
         pre_BxK = self._read(rows_B) @ self._W_enc_DxK + self._b_enc_K[None, :]
-        return np.maximum(pre_BxK, 0) * _SLACK
+        return np.maximum(np.abs(pre_BxK) if self._linear else pre_BxK, 0) * _SLACK
 
     def exact(self, rows_R: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Pairs (rows_N, activations_NxK) that cover the rows."""

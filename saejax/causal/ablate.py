@@ -17,7 +17,7 @@ from saejax.causal import ablation, screening, verdict
 from saejax.causal.ablation import LogitDiffs
 from saejax.causal.controls import FeatureStatistics
 from saejax.causal.split import SplitModel
-from saejax.dictionaries import load_dictionary
+from saejax.dictionaries import stacks
 from saejax.errors import Interrupted, UserError
 from saejax.models.language_model import load_model
 from saejax.parallel import is_first_process, make_mesh
@@ -42,7 +42,8 @@ def run_ablate(run: Run) -> dict:
     by_behaviour: dict[str, list[Prompt]] = {}
     for prompt in read_prompts(run.inputs["baseline"] / "prompts.jsonl"):
         by_behaviour.setdefault(prompt.behaviour, []).append(prompt)
-    dictionary = load_dictionary(run.inputs[f"train/{config.dictionary}"])
+    kind, _ = stacks.kind_and_member(config.dictionary)
+    dictionary = stacks.load_member(run.inputs[f"train/{kind}"], config.dictionary, "--ablate.dictionary")
     behaviours = {name: read_json(_file(run, name)) for name in by_behaviour if _file(run, name).exists()}
     if behaviours:
         run.say(f"ablate: kept from an earlier run: {', '.join(behaviours)}")

@@ -75,7 +75,9 @@ def _count(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     domain_BxT = domain_BxT & kept_B[:, None]
     f_BxTxF = active_features(graph, state, value_BxTxD, domain_BxT)
-    counts = domain_BxT.sum(), (f_BxTxF > 0).sum(axis=(0, 1)), f_BxTxF.sum(axis=(0, 1))
+    fires_BxTxF = nnx.merge(graph, state).fires(f_BxTxF)
+    size_BxTxF = jnp.where(fires_BxTxF, jnp.abs(f_BxTxF), 0.0 * f_BxTxF)  # 0, or NaN where it is NaN
+    counts = domain_BxT.sum(), fires_BxTxF.sum(axis=(0, 1)), size_BxTxF.sum(axis=(0, 1))
     return jax.lax.with_sharding_constraint(counts, sharding(cut.mesh))
 
 

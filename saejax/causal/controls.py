@@ -4,8 +4,9 @@ A set of features that fires often and strongly moves the output whatever it mea
 test is compared with features that were not picked, matched on the very prompts and positions on which the
 effect is measured, in
 
-- *firing rate*: the share of positions at which the activation is above zero, and
-- *mean activation*: the mean over the positions at which it fires.
+- *firing rate*: the share of positions at which the feature fires (activation above zero; in a linear dictionary, its
+  size above the dictionary's threshold), and
+- *mean activation*: the mean of the activation's size over the positions at which it fires.
 
 The distance between two features is Euclidean in the logarithms of both, each divided by its standard
 deviation over all features that fire.
@@ -25,8 +26,8 @@ class FeatureStatistics:
 
     Attributes:
       positions: how many positions were counted.
-      fires_F: at how many of them each feature is above zero, int64.
-      sum_F: each feature's activations summed over them, float64.
+      fires_F: at how many of them each feature fires, int64.
+      sum_F: the sizes of each feature's activations summed over those, float64.
     """
 
     positions: int

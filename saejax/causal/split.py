@@ -143,10 +143,15 @@ class SplitModel:
       graph, state: the dictionary, split; its arrays are on the model's devices.
 
     Raises:
-      UserError: the dictionary belongs to another model, or its site does not exist there.
+      UserError: the dictionary belongs to another model, its site does not exist there, or it is a transcoder.
     """
 
     def __init__(self, model: LanguageModel, dictionary: Dictionary):
+        if dictionary.config.target:
+            raise UserError(
+                f"the dictionary is a transcoder from {dictionary.site} to {dictionary.config.target}: features of "
+                "transcoders cannot be ablated yet, name an SAE"
+            )
         site = Site.parse(dictionary.site).check(model.config)
         width = site.width(model.config)
         if dictionary.config.d_in != width:

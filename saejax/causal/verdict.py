@@ -3,8 +3,9 @@
 A *drop* is clean minus ablated, of logit(correct) - logit(wrong) or of accuracy (1 where the correct answer's logit is
 above the wrong one's, else 0). Intervals are 95 % bootstrap intervals over test prompts.
 
-A top feature that never fires on the test prompts has an effect of exactly 0. Its matched control fires as
-rarely, so never, and has an effect of exactly 0, too; the control sets leave it out.
+A top feature that never fires on the test prompts has an effect of exactly 0 (in a linear dictionary, whose small
+activations do not count as firing, of nearly 0). Its matched control fires as rarely, so never, and has no effect
+either; the control sets leave it out.
 """
 
 import dataclasses

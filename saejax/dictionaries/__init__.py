@@ -1,6 +1,13 @@
 """Sparse dictionaries: modules, sparsity functions, losses, edits of features, file formats."""
 
-from saejax.dictionaries.formats import load_dictionary, save_dictionary
+from saejax.dictionaries.formats import load_dictionary, load_transcoders, save_dictionary, save_transcoders
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 
-__all__ = ["Dictionary", "DictionaryConfig", "load_dictionary", "save_dictionary"]
+__all__ = [
+    "Dictionary",
+    "DictionaryConfig",
+    "load_dictionary",
+    "load_transcoders",
+    "save_dictionary",
+    "save_transcoders",
+]

@@ -1,21 +1,108 @@
-"""What dictionaries minimise. All are means over the tokens of a batch."""
+"""What dictionaries minimise: means over the tokens of a batch, each a scalar."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from saejax.dictionaries import sparsity
+from saejax.dictionaries.matmul import matmul
 
 
-def squared_error(x_BxD: jax.Array, x_hat_BxD: jax.Array) -> jax.Array:
-    """Sum over the width of the squared error, mean over tokens (the convention of SAELens)."""
-    return jnp.mean(jnp.sum(jnp.square(x_BxD - x_hat_BxD), axis=-1))
+def squared_error(
+    y_BxD: jax.Array, y_hat_BxD: jax.Array, metric_DxD: jax.Array | None = None, operands: str = "float32"
+) -> jax.Array:
+    """Sum over the width of the squared error, mean over tokens (the convention of SAELens).
+
+    Args:
+      metric_DxD: what errors are multiplied with first, such as ``whitening``.
+      operands: dtype of the operands of that product.
+    """
+    error_BxD = y_BxD - y_hat_BxD
+    if metric_DxD is not None:
+        error_BxD = matmul(error_BxD, metric_DxD, operands)
+    return jnp.mean(jnp.sum(jnp.square(error_BxD), axis=-1))
+
+
+def whitening(acts_NxD: np.ndarray, power: float) -> np.ndarray:
+    """The matrix C^(-power/2) of the covariance C of some activations, [D, D] fp64, times a factor.
+
+    The squared error of ``error @ whitening`` weighs directions of small variance up: of C's eigenvalues v it makes
+    v^(1 - power), the same for all at power 1. The factor keeps the total variance as it was. Eigenvalues
+    below a thousandth of their mean count as that.
+    """
+    covariance_DxD = np.atleast_2d(np.cov(acts_NxD.T))
+    values_D, vectors_DxD = np.linalg.eigh(covariance_DxD)
+    floored_D = np.maximum(values_D, 1e-3 * values_D.mean())
+    matrix_DxD = (vectors_DxD * floored_D ** (-power / 2)) @ vectors_DxD.T
+    return matrix_DxD * np.sqrt(np.trace(covariance_DxD) / np.trace(matrix_DxD @ covariance_DxD @ matrix_DxD))
 
 
 def l1_norm_weighted(f_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """Mean over tokens of sum_i f_i |W_dec_i|, so that shrinking f and growing the decoder gains nothing."""
-    norms_1xF = jnp.linalg.norm(W_dec_FxD, axis=-1)[None]
-    return jnp.mean(jnp.sum(f_BxF * norms_1xF, axis=-1))
+    """Mean over tokens of sum_i |f_i| |W_dec_i|, so that shrinking f and growing the decoder gains nothing."""
+    return jnp.mean(jnp.sum(jnp.abs(f_BxF) * norms(W_dec_FxD)[None], axis=-1))
 
 
-def explained_variance(x_BxD: jax.Array, x_hat_BxD: jax.Array) -> jax.Array:
+def tanh_norm_weighted(f_BxF: jax.Array, W_dec_FxD: jax.Array, slope: float = 4.0) -> jax.Array:
+    """Mean over tokens of sum_i tanh(slope f_i |W_dec_i|), a smooth stand-in for L0 (Conerly et al., 2025)."""
+    return jnp.mean(jnp.sum(jnp.tanh(slope * f_BxF * norms(W_dec_FxD)[None]), axis=-1))
+
+
+def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
+    """Mean over pairs i != j of the squared covariance of the activations of features i and j.
+
+    Taken over at most ``tokens`` tokens, spread evenly over the batch, and through the Gram matrix: with Z the centred
+    activations of n tokens, |Z' Z|^2 = |Z Z'|^2, which costs n^2 F instead of n F^2.
+    """
+    n_tokens, features = f_BxF.shape
+    f_NxF = f_BxF[:: max(1, n_tokens // tokens)][:tokens]
+    centred_NxF = f_NxF - jnp.mean(f_NxF, axis=0, keepdims=True)
+    degrees = max(f_NxF.shape[0] - 1, 1)
+    all_pairs = jnp.sum(jnp.square(centred_NxF @ centred_NxF.T)) / degrees**2
+    variance_F = jnp.sum(jnp.square(centred_NxF), axis=0) / degrees
+    return (all_pairs - jnp.sum(jnp.square(variance_F))) / max(features * (features - 1), 1)
+
+
+def auxk(
+    pre_BxF: jax.Array, dead_F: jax.Array, W_dec_FxD: jax.Array, error_BxD: jax.Array, k: int, operands: str = "float32"
+) -> jax.Array:
+    """How badly the k strongest dead features explain what the living leave over (after Gao et al., 2024).
+
+    The error is a constant here, so that this moves dead features and no others:
+
+        min(dead / k, 1) * mean over tokens of |error - sum_i f_i W_dec_i|^2,   f = top-k of the dead pre-activations
+
+    Args:
+      pre_BxF: pre-activations.
+      dead_F: True for dead features. Where none is dead the result is 0 and nothing is computed.
+      error_BxD: y - y_hat.
+      k: how many dead features act on each token, at least 1.
+      operands: dtype of the operands of the product.
+    """
+    dead = jnp.sum(dead_F)
+
+    def explain(pre_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
+        f_BxF = sparsity.topk(jnp.where(dead_F[None], pre_BxF, jnp.zeros_like(pre_BxF)), k)
+        share = jnp.minimum(dead.astype(pre_BxF.dtype) / k, 1.0)
+        return share * squared_error(lax.stop_gradient(error_BxD), matmul(f_BxF, W_dec_FxD, operands))
+
+    return lax.cond(dead > 0, explain, lambda *_: jnp.zeros((), pre_BxF.dtype), pre_BxF, W_dec_FxD)
+
+
+def dead_pre_activation(
+    pre_BxF: jax.Array, threshold_F: jax.Array, dead_F: jax.Array, W_dec_FxD: jax.Array
+) -> jax.Array:
+    """Mean over tokens of sum over dead features of max(threshold - pre, 0) |W_dec|: pulls dead ones back to firing."""
+    short_BxF = jax.nn.relu(threshold_F[None] - pre_BxF) * norms(W_dec_FxD)[None]
+    return jnp.mean(jnp.sum(jnp.where(dead_F[None], short_BxF, jnp.zeros_like(short_BxF)), axis=-1))
+
+
+def explained_variance(y_BxD: jax.Array, y_hat_BxD: jax.Array) -> jax.Array:
     """1 - sum of squared errors / sum of squared deviations from the batch mean; a progress figure."""
-    deviations_BxD = x_BxD - jnp.mean(x_BxD, axis=0, keepdims=True)
-    return 1 - jnp.sum(jnp.square(x_BxD - x_hat_BxD)) / jnp.sum(jnp.square(deviations_BxD))
+    deviations_BxD = y_BxD - jnp.mean(y_BxD, axis=0, keepdims=True)
+    return 1 - jnp.sum(jnp.square(y_BxD - y_hat_BxD)) / jnp.sum(jnp.square(deviations_BxD))
+
+
+def norms(W_dec_FxD: jax.Array) -> jax.Array:
+    """Length of every feature's direction, [F]."""
+    return jnp.linalg.norm(W_dec_FxD, axis=-1)

@@ -1,11 +1,16 @@
 """A sparse dictionary as a Flax module: encoder, sparsity function, decoder.
 
     f = sparsity((x - b_dec) W_enc + b_enc)        features, F of them, mostly 0
-    x_hat = f W_dec + b_dec                        reconstruction
+    y_hat = f W_dec + b_dec                        reconstruction of x, or a transcoder's prediction of another site
 
-Rows of ``W_dec`` are the features' directions and have unit norm, so ``f_i`` is the length of what
-feature i adds. Positions whose norm exceeds ``max_norm`` are attention sinks: the dictionary was not
-trained on them, is not scored on them, and its edits leave them as they are.
+Rows of ``W_dec`` are the features' directions. Those of dictionaries trained here have unit norm, so ``f_i`` is the
+length of what feature i adds; a dictionary loaded from another tool's file keeps the lengths that it has. Positions
+whose norm exceeds ``max_norm`` are attention sinks: the dictionary was not trained on them, is not scored on them, and
+its edits leave them as they are.
+
+The kinds differ in ``sparsity``: ``standard`` max(pre, 0); ``linear`` pre itself; ``gated`` a gate and a magnitude
+(Rajamanoharan et al., 2024); ``jumprelu`` pre where it exceeds a learnt threshold; ``topk`` the k largest;
+``batchtopk`` and ``matryoshka`` are trained with the B k largest of a batch and read with a threshold.
 """
 
 import dataclasses
@@ -20,6 +25,7 @@ from saejax.config import Config, setting
 from saejax.dictionaries import sparsity
 from saejax.dictionaries.edits import POSITIONS, FeatureEdit
 from saejax.dictionaries.matmul import matmul
+from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError, one_of
 from saejax.models.sites import Site
 from saejax.settings import KINDS
@@ -30,82 +36,145 @@ class DictionaryConfig(Config):
     """What a dictionary is, apart from its arrays.
 
     Attributes:
-      kind: "topk" or "standard" (ReLU, trained with L1).
-      site: the site it reads and rebuilds, such as "resid_post.15".
-      d_in: width of the site.
+      kind: its sparsity, one of ``settings.KINDS``.
+      site: the site it reads, such as "resid_post.15".
+      target: the site it predicts: a transcoder reads "mlp_in.15" and predicts "mlp_out.15"; "" for an SAE.
+      d_in: width of both.
       n_features: number of features F.
-      k: active features per token (topk; else 0).
+      k: active features per token (topk; mean over tokens for batchtopk and matryoshka; else 0).
+      groups: numbers of leading features that reconstruct by themselves, ascending, the last is F (matryoshka).
+      skip: whether a linear map of the input is added to what it predicts (skip transcoder).
+      centred: whether the decoder's bias is subtracted from the input, as in an SAE.
+      fires_above: |f| above which a feature of a linear dictionary counts as firing.
       max_norm: norm of ``x`` above which a position is an attention sink.
       model, revision, fingerprint: the language model whose activations it was trained on.
+      origin: what a file in another tool's format that it was loaded from says besides (JSON), to be written back.
     """
 
     kind: str = setting("topk", "kind", choices=KINDS)
     site: str = setting("", "site")
-    d_in: int = setting(1, "input width", low=1)
+    target: str = setting("", "site that it predicts")
+    d_in: int = setting(1, "width", low=1)
     n_features: int = setting(1, "features", low=1)
     k: int = setting(0, "active features per token", low=0)
+    groups: tuple[int, ...] = setting((), "nested numbers of features", low=1)
+    skip: bool = setting(False, "linear path from input to output")
+    centred: bool = setting(True, "subtract the decoder's bias from the input")
+    fires_above: float = setting(0.0, "firing threshold of a linear dictionary", low=0.0)
     max_norm: float = setting(3.4e38, "largest norm of a position that is not a sink", low=0.0)
     model: str = setting("", "language model")
     revision: str = setting("", "its revision")
     fingerprint: str = setting("", "its fingerprint")
+    origin: str = setting("", "what the file that it was loaded from says besides")
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether a feature is active where its pre-activation exceeds a stored threshold."""
+        return self.kind in ("jumprelu", "batchtopk", "matryoshka")
+
+
+def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
+    """Every array of a dictionary: its shape, and the mesh axis over which each dimension is split."""
+    d, f = config.d_in, config.n_features
+    by_feature: tuple[tuple[int, ...], tuple[str | None, ...]] = ((f,), ("model",))
+    table: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {
+        "W_enc_DxF": ((d, f), (None, "model")),
+        "b_enc_F": by_feature,
+        "W_dec_FxD": ((f, d), ("model", None)),
+        "b_dec_D": ((d,), (None,)),
+    }
+    if config.has_threshold:
+        table["threshold_F"] = by_feature
+    if config.kind == "gated":
+        table |= {"r_mag_F": by_feature, "b_mag_F": by_feature}
+    if config.skip:
+        table["W_skip_DxD"] = ((d, d), (None, None))
+    return table
 
 
 class Dictionary(nnx.Module):
-    """A sparse autoencoder of one site.
+    """A sparse autoencoder of one site, or a transcoder from one site to another.
 
     Args:
       config: what it is.
-      W_enc_DxF, b_enc_F, W_dec_FxD, b_dec_D: its arrays.
       operands: dtype of the operands of matrix products (sums are in the arrays' dtype).
+      arrays: those of ``parameter_table``.
     """
 
-    def __init__(
-        self,
-        config: DictionaryConfig,
-        W_enc_DxF: jax.Array,
-        b_enc_F: jax.Array,
-        W_dec_FxD: jax.Array,
-        b_dec_D: jax.Array,
-        operands: str = "float32",
-    ):
+    def __init__(self, config: DictionaryConfig, operands: str = "float32", **arrays: jax.Array):
         self.config = nnx.static(config)
         self.operands = nnx.static(operands)
-        self.W_enc_DxF = nnx.Param(W_enc_DxF)
-        self.b_enc_F = nnx.Param(b_enc_F)
-        self.W_dec_FxD = nnx.Param(W_dec_FxD)
-        self.b_dec_D = nnx.Param(b_dec_D)
+        for name, (shape, _) in parameter_table(config).items():
+            if arrays[name].shape != shape:
+                raise ValueError(f"{name} has the shape {arrays[name].shape}, expected {shape}")
+            setattr(self, name, nnx.Param(arrays[name]))
 
     @classmethod
     def initial(
         cls, config: DictionaryConfig, key: jax.Array, operands: str = "float32", dtype: str = "float32"
     ) -> "Dictionary":
-        """A dictionary of random unit directions; the encoder is the decoder's transpose, biases are 0."""
+        """A dictionary of random unit directions; the encoder is the decoder's transpose, all else is 0."""
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
         directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
-        b_enc_F, b_dec_D = jnp.zeros(config.n_features, dtype), jnp.zeros(config.d_in, dtype)
-        return cls(config, directions_FxD.T, b_enc_F, directions_FxD, b_dec_D, operands)
+        arrays = {name: jnp.zeros(shape, dtype) for name, (shape, _) in parameter_table(config).items()}
+        return cls(config, operands, **arrays | dict(W_enc_DxF=directions_FxD.T, W_dec_FxD=directions_FxD))
+
+    @property
+    def arrays(self) -> dict[str, jax.Array]:
+        """Its arrays by name."""
+        return {name: getattr(self, name)[...] for name in parameter_table(self.config)}
 
     @property
     def site(self) -> str:
         """The site it reads and rebuilds."""
         return self.config.site
 
-    def encode(self, x_BxD: jax.Array) -> jax.Array:
-        """Feature activations ``f_BxF >= 0`` of ``x_BxD`` (any leading dimensions)."""
-        centred_BxD = x_BxD.astype(self.b_dec_D.dtype) - _row(self.b_dec_D[...], x_BxD.ndim)
-        pre_BxF = matmul(centred_BxD, self.W_enc_DxF[...], self.operands)
-        pre_BxF += _row(self.b_enc_F[...], x_BxD.ndim)
-        if self.config.kind == "topk":
-            return sparsity.topk(pre_BxF, self.config.k)
-        return sparsity.relu(pre_BxF)
+    def pre_activations(self, x_BxD: jax.Array) -> jax.Array:
+        """What the encoder gives before its bias, ``[..., F]``."""
+        x_BxD = x_BxD.astype(self.b_dec_D.dtype)
+        if self.config.centred:
+            x_BxD = x_BxD - row(self.b_dec_D[...], x_BxD.ndim)
+        return matmul(x_BxD, self.W_enc_DxF[...], self.operands)
 
-    def decode(self, f_BxF: jax.Array) -> jax.Array:
-        """The reconstruction ``x_BxD`` from feature activations."""
-        return matmul(f_BxF, self.W_dec_FxD[...], self.operands) + _row(self.b_dec_D[...], f_BxF.ndim)
+    def encode(self, x_BxD: jax.Array) -> jax.Array:
+        """Feature activations ``f_BxF`` of ``x_BxD`` (any leading dimensions); 0 or above unless the kind is linear."""
+        config = self.config
+        projected_BxF = self.pre_activations(x_BxD)
+        pre_BxF = projected_BxF + row(self.b_enc_F[...], x_BxD.ndim)
+        if config.kind == "topk":
+            return sparsity.topk(pre_BxF, config.k)
+        if config.has_threshold:
+            return sparsity.threshold(pre_BxF, self.threshold_F[...])
+        if config.kind == "gated":
+            return sparsity.gated(pre_BxF, self.magnitudes(projected_BxF))
+        return pre_BxF if config.kind == "linear" else sparsity.relu(pre_BxF)
+
+    def magnitudes(self, projected_BxF: jax.Array) -> jax.Array:
+        """Pre-activations of a gated dictionary's magnitude path, which shares the encoder's directions."""
+        scale_F, bias_F = jnp.exp(self.r_mag_F[...]), self.b_mag_F[...]
+        return projected_BxF * row(scale_F, projected_BxF.ndim) + row(bias_F, projected_BxF.ndim)
+
+    def decode(self, f_BxF: jax.Array, x_BxD: jax.Array | None = None) -> jax.Array:
+        """The reconstruction, or the prediction of the target, from feature activations.
+
+        Args:
+          f_BxF: feature activations.
+          x_BxD: the input, which a skip transcoder needs.
+        """
+        y_BxD = matmul(f_BxF, self.W_dec_FxD[...], self.operands) + row(self.b_dec_D[...], f_BxF.ndim)
+        if not self.config.skip:
+            return y_BxD
+        if x_BxD is None:
+            raise ValueError("a skip transcoder decodes with its input: give x_BxD")
+        return y_BxD + matmul(x_BxD.astype(y_BxD.dtype), self.W_skip_DxD[...], self.operands)
 
     def __call__(self, x_BxD: jax.Array) -> jax.Array:
         """Encodes and decodes."""
-        return self.decode(self.encode(x_BxD))
+        return self.decode(self.encode(x_BxD), x_BxD)
+
+    def fires(self, f_BxF: jax.Array) -> jax.Array:
+        """Where features fire: above 0; for linear dictionaries, |f| above ``fires_above``."""
+        return jnp.abs(f_BxF) > self.config.fires_above if self.config.kind == "linear" else f_BxF > 0
 
     def in_domain(self, x_BxD: jax.Array) -> jax.Array:
         """True where ``x`` is not an attention sink; the shape of ``x`` without its last axis."""
@@ -128,8 +197,3 @@ class Dictionary(nnx.Module):
         graph, state = nnx.split(self)
         chosen_K = jnp.asarray(np.asarray(features, np.int32))
         return FeatureEdit(state, chosen_K, jnp.float32(0.0), Site.parse(self.site), graph, positions)
-
-
-def _row(vector_N: jax.Array, ndim: int) -> jax.Array:
-    """A vector as an array of ``ndim`` dimensions, so that adding it promotes no rank silently."""
-    return vector_N.reshape((1,) * (ndim - 1) + vector_N.shape)

@@ -1,9 +1,10 @@
 """From pre-activations to sparse feature activations.
 
-Every function takes ``pre_BxF`` and returns ``acts_BxF >= 0`` of the same shape; leading dimensions are free.
+Every function takes ``pre_BxF`` and returns ``acts_BxF`` of the same shape; leading dimensions are free.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,17 @@ def relu(pre_BxF: jax.Array) -> jax.Array:
     return jax.nn.relu(pre_BxF)
 
 
-def topk(pre_BxF: jax.Array, k: int) -> jax.Array:
+def gated(gate_BxF: jax.Array, magnitude_BxF: jax.Array) -> jax.Array:
+    """max(magnitude, 0) where the gate is above 0, else 0 (Gated SAE; Rajamanoharan et al., 2024)."""
+    return jnp.where(gate_BxF > 0, jax.nn.relu(magnitude_BxF), jnp.zeros_like(magnitude_BxF))
+
+
+def threshold(pre_BxF: jax.Array, threshold_F: jax.Array) -> jax.Array:
+    """pre where it exceeds the feature's threshold, else 0 (JumpReLU; Rajamanoharan et al., 2024)."""
+    return jnp.where(pre_BxF > row(threshold_F, pre_BxF.ndim), pre_BxF, jnp.zeros_like(pre_BxF))
+
+
+def topk(pre_BxF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
     """Keeps the k largest positive pre-activations of each token; the rest are 0.
 
     A token with fewer than k positive pre-activations keeps those. Values that tie with the k-th largest
@@ -24,72 +35,122 @@ def topk(pre_BxF: jax.Array, k: int) -> jax.Array:
 
     Args:
       pre_BxF: pre-activations, float32 or wider (a bfloat16 input is widened for the comparison).
-      k: 1 <= k; k >= F keeps every positive one.
+      k: 1 <= k; k >= F keeps every positive one. May be traced; then
+      most: is the largest k there can be, as a Python number.
     """
     acts_BxF = jax.nn.relu(pre_BxF)
-    return jnp.where(acts_BxF > kth_largest_below(lax.stop_gradient(acts_BxF), k), acts_BxF, jnp.zeros_like(acts_BxF))
+    below_Bx1 = kth_largest_below(lax.stop_gradient(acts_BxF), k, most)
+    return jnp.where(acts_BxF > below_Bx1, acts_BxF, jnp.zeros_like(acts_BxF))
 
 
-def kth_largest_below(acts_BxF: jax.Array, k: int) -> jax.Array:
+def batch_topk(pre_BxF: jax.Array, k: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keeps the B k largest positive pre-activations of a whole batch (Bussmann et al., 2024), of any tokens.
+
+    Returns:
+      The activations, and the smallest that was kept (0 if none is positive): what an inference threshold averages.
+    """
+    acts_BxF = jax.nn.relu(pre_BxF)
+    values_BxF = lax.stop_gradient(acts_BxF)
+    highest_1x1 = values_BxF.max(keepdims=True)
+    keep = jnp.asarray(k, jnp.int32) * values_BxF.shape[0]
+    low_1x1 = jnp.zeros_like(highest_1x1)
+    maxima_BxM = _block_maxima(values_BxF)
+    if maxima_BxM is not None:  # as many values as maxima lie above what is found here, at a small part of the work
+        low_1x1 = _bisect(maxima_BxM, keep, low_1x1, highest_1x1, _count_all)
+    kept_BxF = values_BxF > _bisect(values_BxF, keep, low_1x1, highest_1x1, _count_all)
+    smallest = jnp.min(jnp.where(kept_BxF, values_BxF, jnp.inf))
+    return jnp.where(kept_BxF, acts_BxF, jnp.zeros_like(acts_BxF)), jnp.where(jnp.isfinite(smallest), smallest, 0.0)
+
+
+def kth_largest_below(acts_BxF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
     """A threshold just below the k-th largest activation of each token.
 
     XLA's own top-k sorts, which on a CPU takes ten times as long as the matrix products of the step
     and on a GPU is slow for k > 16. Counting how many values lie above a threshold is one pass over
-    memory, so the threshold is bisected. It starts from a tight lower bound, the k-th largest of the
-    maxima of blocks of features, and stops when every token has exactly k above it. Floats that are not
-    negative order as their bits do, so bisecting the bits ends, ties included, after at most as
-    many passes as a float has bits.
+    memory, so the threshold is bisected, from a tight lower bound: the k-th largest of the maxima of blocks of
+    features.
 
     Args:
       acts_BxF: not negative.
-      k: how many to keep.
+      k: how many to keep; may be traced.
+      most: the largest k there can be; k itself where that is a Python number.
 
     Returns:
       threshold_Bx1, such that ``acts > threshold`` keeps the k largest (all positive ones if fewer).
     """
-    if acts_BxF.dtype == jnp.bfloat16:
-        acts_BxF = acts_BxF.astype(jnp.float32)
-    if k >= acts_BxF.shape[-1]:
-        return jnp.zeros_like(acts_BxF[..., :1])
-    integer = jnp.int64 if acts_BxF.dtype == jnp.float64 else jnp.int32
-    to_bits = functools.partial(lax.bitcast_convert_type, new_dtype=integer)
-    to_float = functools.partial(lax.bitcast_convert_type, new_dtype=acts_BxF.dtype)
-    high_Bx1 = to_bits(acts_BxF.max(-1, keepdims=True))
-    low_Bx1 = jnp.maximum(to_bits(_lower_bound(acts_BxF, k)) - 1, 0)
+    acts_BxF = acts_BxF.astype(jnp.promote_types(acts_BxF.dtype, jnp.float32))
+    most = min(int(k) if most is None else most, acts_BxF.shape[-1])
+    low_Bx1 = _lower_bound(acts_BxF, most)
+    return _bisect(acts_BxF, jnp.asarray(k, jnp.int32), low_Bx1, acts_BxF.max(-1, keepdims=True), _count_each)
 
-    def count_above(threshold_Bx1):
-        # Floats, because XLA:CPU vectorises neither comparisons nor sums of integers; exact up to 2^24 features.
-        return jnp.sum((acts_BxF > to_float(threshold_Bx1)).astype(jnp.float32), axis=-1, keepdims=True)
+
+def _bisect(acts: jax.Array, keep: jax.Array, low: jax.Array, high: jax.Array, count: Callable) -> jax.Array:
+    """The largest threshold found above which ``keep`` values lie, or more where they tie.
+
+    Floats that are not negative order as their bits do, so bisecting the bits ends, ties included, after
+    at most as many passes as a float has bits; it stops as soon as every threshold has exactly ``keep`` above it.
+
+    Args:
+      acts: not negative.
+      keep: how many are to lie above.
+      low, high: that many lie at or above ``low``; no value lies above ``high``.
+      count: (acts, threshold) to the number above, of the threshold's shape, int32.
+    """
+    integer = jnp.int64 if acts.dtype == jnp.float64 else jnp.int32
+    to_bits = functools.partial(lax.bitcast_convert_type, new_dtype=integer)
+    to_float = functools.partial(lax.bitcast_convert_type, new_dtype=acts.dtype)
+    low_bits = jnp.maximum(to_bits(low) - 1, 0)
 
     def unsettled(carry):
-        low, high, count_low = carry
-        return jnp.any((count_low > k) & (high - low > 1))
+        low, high, above_low = carry
+        return jnp.any((above_low > keep) & (high - low > 1))
 
-    # Invariant: more than k, or all that can be told apart, lie above low; fewer than k above high.
+    # Invariant: more than ``keep``, or all that can be told apart, lie above low; fewer above high.
     def halve(carry):
-        low, high, count_low = carry
+        low, high, above_low = carry
         middle = low + (high - low) // 2
-        count = count_above(middle)
-        keep = count_low <= k  # this token is settled: leave its threshold where it is
-        raise_low = ~keep & (count >= k)
-        lower_high = ~keep & (count < k)
+        above = count(acts, to_float(middle))
+        settled = above_low <= keep  # leave that threshold where it is
+        raise_low = ~settled & (above >= keep)
+        lower_high = ~settled & (above < keep)
         return (
             jnp.where(raise_low, middle, low),
             jnp.where(lower_high, middle, high),
-            jnp.where(raise_low, count, count_low),
+            jnp.where(raise_low, above, above_low),
         )
 
-    low_Bx1, _, _ = lax.while_loop(unsettled, halve, (low_Bx1, high_Bx1, count_above(low_Bx1)))
-    return to_float(low_Bx1)
+    start = (low_bits, to_bits(high), count(acts, to_float(low_bits)))
+    return to_float(lax.while_loop(unsettled, halve, start)[0])
 
 
-def _lower_bound(acts_BxF: jax.Array, k: int, block: int = 32) -> jax.Array:
+def _count_each(acts_BxF: jax.Array, threshold_Bx1: jax.Array) -> jax.Array:
+    # Floats, because XLA:CPU vectorises neither comparisons nor sums of integers; exact up to 2^24 features.
+    above_Bx1 = jnp.sum((acts_BxF > threshold_Bx1).astype(jnp.float32), axis=-1, keepdims=True)
+    return above_Bx1.astype(jnp.int32)
+
+
+def _count_all(acts_BxF: jax.Array, threshold_1x1: jax.Array) -> jax.Array:
+    return jnp.sum(_count_each(acts_BxF, threshold_1x1), axis=0, keepdims=True, dtype=jnp.int32)
+
+
+def _lower_bound(acts_BxF: jax.Array, k: int) -> jax.Array:
     """The k-th largest of the maxima of blocks of features, [B, 1]; 0 where there are too few blocks.
 
     At least k values are as large as it, so the k-th largest value is too.
     """
-    features = acts_BxF.shape[-1]
-    if features % block or features // block <= k:
+    maxima_BxM = _block_maxima(acts_BxF)
+    if maxima_BxM is None or maxima_BxM.shape[-1] <= k:
         return jnp.zeros_like(acts_BxF[..., :1])
-    maxima_BxM = acts_BxF.reshape(*acts_BxF.shape[:-1], features // block, block).max(-1)
     return lax.top_k(maxima_BxM, k)[0][..., -1:]
+
+
+def _block_maxima(acts_BxF: jax.Array, block: int = 32) -> jax.Array | None:
+    """The maximum of every block of features, [B, F / block]; None where the blocks do not divide the features."""
+    if acts_BxF.shape[-1] % block:
+        return None
+    return acts_BxF.reshape(*acts_BxF.shape[:-1], -1, block).max(-1)
+
+
+def row(vector_N: jax.Array, ndim: int) -> jax.Array:
+    """A vector as an array of ``ndim`` dimensions, so that adding it promotes no rank silently."""
+    return vector_N.reshape((1,) * (ndim - 1) + vector_N.shape)

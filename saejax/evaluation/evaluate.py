@@ -1,73 +1,128 @@
-"""The evaluate stage: held-out scores of one dictionary."""
+"""The evaluate stage: held-out scores of the members of a train unit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.activations.store import Store
-from saejax.dictionaries import load_dictionary
-from saejax.evaluation.loss_recovered import cross_entropies, recovered
-from saejax.evaluation.reconstruction import reconstruct
-from saejax.models.language_model import load_model
-from saejax.models.sites import Site
+from saejax.dictionaries import Dictionary, load_dictionary, stacks
+from saejax.errors import Interrupted
+from saejax.evaluation import neighbours
+from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
+from saejax.evaluation.reconstruction import Reconstruction, reconstruct
+from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel import make_mesh
 from saejax.settings import EvaluateConfig
-from saejax.workspace import Run, write_array
+from saejax.workspace import Run, read_json, write_array, write_json
+
+SCORES = "scores.json"
 
 
-def run_evaluate(run: Run) -> dict:
-    """Scores the dictionary ``run.name`` on the store's held-out split.
+def run_evaluate(run: Run) -> dict[str, Any]:
+    """Scores the dictionaries of the train unit ``run.name`` on the store's held-out split.
 
-    Writes ``firing_rate.npy`` and ``mean_activation.npy`` [F], fp32.
+    Writes for each member, in a folder of its name if there are several: ``firing_rate.npy`` and
+    ``mean_activation.npy`` [F], fp32, and ``scores.json``, by which a run that was killed goes on with the others.
     """
     config: EvaluateConfig = run.configs["evaluate"]
     store = Store.open(run.inputs["capture"])
-    dictionary = load_dictionary(run.inputs[f"train/{run.name}"])
-    site = str(Site.parse(dictionary.site))  # cross-entropy is measured in the decoder
-    mesh = make_mesh(run.configs["mesh"])
-    scores = reconstruct(dictionary, _blocks(store, "held_out", site, config.batch_tokens), mesh, config.batch_tokens)
-    run.say(
-        f"explained variance {scores.explained_variance:.3f}, L0 {scores.l0:.1f}, dead {scores.dead_fraction:.1%} "
-        f"on {scores.tokens:,} held-out tokens"
-    )
-    for name, values in (("firing_rate", scores.firing_rate_F), ("mean_activation", scores.mean_activation_F)):
-        write_array(run.folder / f"{name}.npy", values.astype(np.float32))
+    trained = run.inputs[f"train/{run.name}"]
+    stack = stacks.members(trained)
+    waiting: dict[tuple[str, str], list[str]] = {}
+    for member in stack:
+        if not (run.folder / member["name"] / SCORES).exists():
+            waiting.setdefault((member["site"], member["target"]), []).append(member["name"])
+    if waiting:
+        mesh, model = make_mesh(run.configs["mesh"]), run.configs["model"]
+        lm = load_model(model.path, model.revision, model.dtype, mesh)
+        store.check_model(lm.source)
+        for sites, names in waiting.items():
+            if run.stopping():
+                raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
+            _score_site(run, config, store, lm, mesh, sites, {name: trained / name for name in names})
+    return dict(kind=run.name, members=[read_json(run.folder / member["name"] / SCORES) for member in stack])
 
-    model = run.configs["model"]
-    lm = load_model(model.path, model.revision, model.dtype, mesh)
-    store.check_model(lm.source)
+
+def _score_site(
+    run: Run,
+    config: EvaluateConfig,
+    store: Store,
+    lm: LanguageModel,
+    mesh: Mesh,
+    sites: tuple[str, str],
+    folders: dict[str, Path],
+) -> None:
+    """Scores the members that read one site and predict one target, and writes what there is to say of each."""
+    site, target = sites
+    dictionaries = [load_dictionary(folder) for folder in folders.values()]
+    held_out = _blocks(store, "held_out", sites, config.batch_tokens)
+    scores = reconstruct(dictionaries, held_out, mesh, config.batch_tokens)
     documents = store.documents.of("held_out")
-    if config.ce_documents:
-        documents = documents[: config.ce_documents]
-    ce = cross_entropies(lm, dictionary, documents, _mean(store, site, config.batch_tokens), config.batch_tokens)
-    results = dict(
-        dictionary=run.name,
-        kind=dictionary.config.kind,
-        site=site,
-        tokens=scores.tokens,
-        explained_variance=scores.explained_variance,
-        l0=scores.l0,
-        dead_fraction=scores.dead_fraction,
-        dense_fraction=scores.dense_fraction(config.dense_above),
-        ce=ce,
-        ce_recovered_mean=recovered(ce, "mean_ablated"),
-        ce_recovered_zero=recovered(ce, "zero_ablated"),
-        density_histogram=scores.density_histogram(),
-        sinks=store.sinks(site),
+    losses = stand_in_losses(
+        lm,
+        dictionaries,
+        documents[: config.ce_documents] if config.ce_documents else documents,
+        _target_mean(store, sites, config.batch_tokens),
+        config.batch_tokens,
+        store.max_norm(target),
     )
-    run.say(f"cross-entropy recovered {results['ce_recovered_mean']} against the mean, on {ce['tokens']:,} tokens")
-    return results
+    sinks = dict(sinks=store.sinks(site)) | (dict(target_sinks=store.sinks(target)) if target != site else {})
+    for name, dictionary, score, loss in zip(folders, dictionaries, scores, losses, strict=True):
+        folder = run.folder / name
+        folder.mkdir(exist_ok=True)
+        write_array(folder / "firing_rate.npy", score.firing_rate_F.astype(np.float32))
+        write_array(folder / "mean_activation.npy", score.mean_activation_F.astype(np.float32))
+        described = dict(name=name, site=site, target=target) | _describe(config, dictionary, score, loss) | sinks
+        write_json(folder / SCORES, described)
+        run.say(_line(described))
 
 
-def _blocks(store: Store, split: str, site: str, size: int) -> Iterator[np.ndarray]:
-    rows = store.rows(split, site)
+def _describe(config: EvaluateConfig, dictionary: Dictionary, score: Reconstruction, loss: Losses) -> dict[str, Any]:
+    return dict(
+        tokens=score.tokens,
+        explained_variance=score.explained_variance,
+        fvu=score.fvu,
+        cosine=score.cosine,
+        l0=score.l0,
+        dead_fraction=score.dead_fraction,
+        dense_fraction=score.dense_fraction(config.dense_above),
+        decoder_neighbours=neighbours.summary(neighbours.neighbour_cosines(dictionary.W_dec_FxD[...])),
+        ce=dict(loss.ce, tokens=loss.tokens),
+        kl=loss.kl,
+        ce_recovered_mean=recovered(loss.ce, "mean_ablated"),
+        ce_recovered_zero=recovered(loss.ce, "zero_ablated"),
+        kl_recovered_mean=recovered(loss.kl, "mean_ablated"),
+        kl_recovered_zero=recovered(loss.kl, "zero_ablated"),
+        density_histogram=score.density_histogram(),
+    )
+
+
+def _line(scores: dict[str, Any]) -> str:
+    ce, kl = (scores[f"{loss}_recovered_mean"] for loss in ("ce", "kl"))
+    of_floor = [f"{value:.3f}" if value is not None else "nothing to recover" for value in (ce, kl)]
+    name = f"{scores['name']}: " if scores["name"] else ""
+    return (
+        f"{name}explained variance {scores['explained_variance']:.3f}, L0 {scores['l0']:.1f}, "
+        f"dead {scores['dead_fraction']:.1%} on {scores['tokens']:,} held-out tokens; recovered against the mean: "
+        f"cross-entropy {of_floor[0]}, KL {of_floor[1]}, on {scores['ce']['tokens']:,}"
+    )
+
+
+def _blocks(store: Store, split: str, sites: Sequence[str], size: int) -> Iterator[list[np.ndarray]]:
+    """Activations of the sites, each named once, row by row the same tokens; those that are sinks at one left out."""
+    sites = list(dict.fromkeys(sites))
+    rows = store.rows(split, *sites)
     for start in range(0, len(rows), size):
-        yield store.read(site, rows[start : start + size])
+        yield [store.read(site, rows[start : start + size]) for site in sites]
 
 
-def _mean(store: Store, site: str, size: int) -> np.ndarray:
-    total_D, count = np.zeros(store.d(site)), 0
-    for block in _blocks(store, "train", site, size):
-        total_D += block.astype(np.float64).sum(0)
-        count += len(block)
+def _target_mean(store: Store, sites: Sequence[str], size: int) -> np.ndarray:
+    """Mean of the target over training tokens, fp64 [d]."""
+    total_D, count = np.zeros(store.d(sites[-1])), 0
+    for *_, y_NxD in _blocks(store, "train", sites, size):
+        total_D += y_NxD.astype(np.float64).sum(0)
+        count += len(y_NxD)
     return total_D / max(count, 1)

@@ -1,102 +1,130 @@
-"""Cross-entropy of the model when a dictionary's reconstruction stands in for its site.
+"""What the model loses when a dictionary's output stands in for its target site: cross-entropy, and KL divergence.
 
-Beside the clean model and the reconstruction stand two floors: the site replaced by its mean over training tokens,
-and by zero. Attention sinks keep their own value in all of them, as in every edit.
+The target of an SAE is the site that it reads; a transcoder reads ``mlp_in.L``, and its prediction replaces
+``mlp_out.L`` in the same forward pass. Beside the clean model and the stand-in are two floors: the target replaced by
+its mean over training tokens, and by zero. Attention sinks keep their own value in all of them, as in every edit.
 
-    recovered = (CE_floor - CE_reconstructed) / (CE_floor - CE_clean)
+    recovered = (floor - reconstructed) / (floor - clean)
 
-1 is a perfect stand-in; 0 is no better than the floor. The mean is the stricter floor of the two, because
-zero is far from anything the model has seen.
+of the mean next-token cross-entropy, or of the mean KL divergence of the clean model's predictions from the edited
+one's, KL(clean || edited), which is 0 for the clean model. 1 is a perfect stand-in; 0 is no better than the floor. The
+mean is the stricter floor of the two, because zero is far from anything the model has seen.
 """
 
-import functools
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from saejax.dictionaries import Dictionary
-from saejax.models import decoder
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.evaluation import programs
+from saejax.evaluation.member_data import MemberData
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.tokens import pad
 from saejax.parallel import fitting_sharding, sharding
 
-VARIANTS = ("clean", "reconstructed", "mean_ablated", "zero_ablated")
+VARIANTS = ("clean", "mean_ablated", "zero_ablated", "reconstructed")
+_LENGTH_STEP = 32  # documents are padded to a multiple of this, so that few lengths are compiled
 
 
-def cross_entropies(
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Means over predicted tokens under each of ``VARIANTS``, nats.
+
+    Attributes:
+      tokens: how many tokens were predicted.
+      ce: next-token cross-entropy.
+      kl: KL(clean || variant).
+    """
+
+    tokens: int
+    ce: dict[str, float]
+    kl: dict[str, float]
+
+    @classmethod
+    def of(cls, tokens: int, ce_V: np.ndarray, kl_V: np.ndarray) -> Self:
+        """From values in the order of ``VARIANTS``."""
+        return cls(tokens, *(dict(zip(VARIANTS, values_V.tolist(), strict=True)) for values_V in (ce_V, kl_V)))
+
+
+def recovered(values: dict[str, float], floor: str) -> float | None:
+    """Share of the loss between ``floor`` ("mean_ablated" or "zero_ablated") and the clean model that is recovered.
+
+    None where the floor is no worse than the clean model: then there is nothing to recover.
+    """
+    gap = values[floor] - values["clean"]
+    return (values[floor] - values["reconstructed"]) / gap if gap > 0 else None
+
+
+def stand_in_losses(
     lm: LanguageModel,
-    dictionary: Dictionary,
+    dictionaries: Sequence[Dictionary],
     documents: Sequence[np.ndarray],
     mean_D: np.ndarray,
     batch_tokens: int = 4096,
-) -> dict[str, float]:
-    """Mean next-token cross-entropy, nats, under each of ``VARIANTS``, and the number of tokens predicted.
+    target_max_norm: float = 3.4e38,
+) -> list[Losses]:
+    """The losses of dictionaries that read one site and have one target.
+
+    The layers below, the clean model and the floors run once for all of them.
 
     Args:
       lm: the model.
-      dictionary: whose site is replaced.
+      dictionaries: of one kind and shape, with the same site, target and sink rule.
       documents: token ids; those of one token predict nothing.
-      mean_D: the site's mean over training tokens.
+      mean_D: the target's mean over training tokens.
       batch_tokens: tokens per program, padding included.
+      target_max_norm: norm above which a position is a sink at a transcoder's target, beside those at its site.
     """
-    site = Site.parse(dictionary.site).check(lm.config)
-    graph, state = nnx.split(dictionary)
-    state, mean_D = jax.device_put((state, jnp.asarray(mean_D, jnp.float32)), sharding(lm.mesh))
-    sums, tokens = np.zeros(len(VARIANTS)), 0
+    members = MemberData.of(dictionaries, lm.mesh)
+    config = _same_rule(dictionaries)
+    site = Site.parse(config.site).check(lm.config)
+    target = Site.parse(config.target or config.site).check(lm.config)
+    site_limit, target_limit, floor_D, zero_D = jax.device_put(
+        tuple(np.asarray(a, np.float32) for a in (config.max_norm, target_max_norm, mean_D, np.zeros_like(mean_D))),
+        sharding(lm.mesh),
+    )
+    ce_E, kl_E, tokens = np.zeros(3 + len(members)), np.zeros(3 + len(members)), 0
+    for ids_BxT, lengths_B, predicted in _batches(lm, documents, batch_tokens):
+        stream_BxTxD, x_BxTxD, y_BxTxD, inside_BxT = programs.head(
+            lm.config, site, target, lm.params, ids_BxT, site_limit, target_limit
+        )
+        values = [y_BxTxD, *(programs.constant(y_BxTxD, inside_BxT, value_D) for value_D in (floor_D, zero_D))]
+        values += [programs.stand_in(member, x_BxTxD, y_BxTxD, inside_BxT) for member in members]
+        left = [programs.tail(lm.config, target, lm.params, stream_BxTxD, value_BxTxD) for value_BxTxD in values]
+        ce_CxExB, kl_CxExB = programs.compare(lm.config, lm.params, jnp.stack(left), ids_BxT, lengths_B)
+        ce_E += np.asarray(ce_CxExB, np.float64).sum((0, 2))
+        kl_E += np.asarray(kl_CxExB, np.float64).sum((0, 2))
+        tokens += predicted
+    ce_E, kl_E = ce_E / max(tokens, 1), kl_E / max(tokens, 1)
+    return [Losses.of(tokens, ce_E[[0, 1, 2, own]], kl_E[[0, 1, 2, own]]) for own in range(3, 3 + len(members))]
+
+
+def _same_rule(dictionaries: Sequence[Dictionary]) -> DictionaryConfig:
+    """The configuration of the first, after a check that all have its site, target and sink rule."""
+    if len({(d.config.site, d.config.target, d.config.max_norm) for d in dictionaries}) > 1:
+        raise ValueError("dictionaries that are scored together must have one site, target and sink rule")
+    return dictionaries[0].config
+
+
+def _batches(
+    lm: LanguageModel, documents: Sequence[np.ndarray], batch_tokens: int
+) -> Iterator[tuple[jax.Array, jax.Array, int]]:
+    """Token ids [B, T], lengths [B] and the number of tokens that are predicted, all on the model's devices."""
     # Longest first: documents of like length share a batch, and the largest program is compiled first.
     documents = sorted((document for document in documents if len(document) > 1), key=len, reverse=True)
+    shares = lm.mesh.shape["data"]
     while documents:
-        length = -(-len(documents[0]) // 32) * 32
-        count = max(1, batch_tokens // length)
+        length = -(-len(documents[0]) // _LENGTH_STEP) * _LENGTH_STEP
+        left = -(-len(documents) // shares) * shares  # rows that are filled up are few in the last batch, too
+        count = max(1, min(batch_tokens // length, left))
         batch, documents = documents[:count], documents[count:]
         padded = pad([*(ids.tolist() for ids in batch), *[[0]] * (count - len(batch))])
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
         placed = jax.device_put(ids_BxT, fitting_sharding(lm.mesh, ids_BxT.shape, "data", None))
         lengths_B = jax.device_put(padded.lengths_B, fitting_sharding(lm.mesh, (count,), "data"))
-        sums_VxB = document_losses(lm.config, site, graph, lm.params, state, mean_D, placed, lengths_B)
-        sums += np.asarray(sums_VxB, np.float64).sum(1)
-        tokens += int(sum(len(document) - 1 for document in batch))
-    means = sums / max(tokens, 1)
-    return dict(zip(VARIANTS, means.tolist(), strict=True), tokens=tokens)
-
-
-def recovered(ce: dict[str, float], floor: str) -> float | None:
-    """Share of the loss between ``floor`` ("mean_ablated" or "zero_ablated") and the clean model that is recovered.
-
-    None where the floor is no worse than the clean model: then there is nothing to recover.
-    """
-    gap = ce[floor] - ce["clean"]
-    return (ce[floor] - ce["reconstructed"]) / gap if gap > 0 else None
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def document_losses(config, site, graph, params, state, mean_D, ids_BxT, lengths_B) -> jax.Array:
-    """Summed cross-entropy of each document under each variant, [4, B]. Layers below the site run once."""
-    dictionary = nnx.merge(graph, state)
-    stand_ins = (
-        lambda value: value,
-        dictionary,
-        lambda value: jnp.broadcast_to(mean_D[None, None], value.shape),
-        jnp.zeros_like,
-    )
-    x_BxTxD = decoder.run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, site.layer)
-    predicts_BxT = jnp.arange(ids_BxT.shape[1] - 1)[None] < lengths_B[:, None] - 1
-
-    def loss(stand_in) -> jax.Array:
-        def hook(where, value_BxTxD):
-            if where != site:
-                return value_BxTxD
-            inside_BxTx1 = dictionary.in_domain(value_BxTxD)[..., None]
-            return jnp.where(inside_BxTx1, stand_in(value_BxTxD).astype(value_BxTxD.dtype), value_BxTxD)
-
-        y_BxTxD = decoder.run_layers(config, params, x_BxTxD, site.layer, config.n_layers, hook, {site.layer})
-        logits_BxTxV = decoder.unembed(config, params, y_BxTxD[:, :-1])
-        chosen_BxT = jnp.take_along_axis(logits_BxTxV, ids_BxT[:, 1:, None], -1)[..., 0]
-        losses_BxT = jax.nn.logsumexp(logits_BxTxV, -1) - chosen_BxT
-        return jnp.sum(jnp.where(predicts_BxT, losses_BxT, 0.0), -1)
-
-    return jnp.stack([loss(stand_in) for stand_in in stand_ins])
+        yield placed, lengths_B, sum(len(document) - 1 for document in batch)

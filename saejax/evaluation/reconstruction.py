@@ -1,37 +1,44 @@
-"""How well a dictionary rebuilds held-out activations, and how sparsely."""
+"""How well dictionaries rebuild held-out activations, and how sparsely."""
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.parallel import fitting_sharding, sharding
+from saejax.evaluation.member_data import MemberData
+from saejax.parallel import fitting_sharding
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """Scores over N tokens.
+    """Scores over N tokens. y is what the dictionary rebuilds: its input, or a transcoder's target.
 
     Attributes:
       tokens: N.
-      explained_variance: 1 - sum |x - x_hat|^2 / sum |x - mean|^2 (R^2 over all dimensions, sums in fp64).
+      explained_variance: 1 - sum |y - y_hat|^2 / sum |y - mean|^2 (R^2 over all dimensions, sums in fp64).
+      cosine: mean over tokens of the cosine of y and y_hat; 0 where either is 0.
       l0: mean number of features that fire on a token.
       firing_rate_F: share of tokens on which each feature fires.
-      mean_activation_F: mean activation of each feature over the tokens on which it fires; 0 if it never does.
+      mean_activation_F: mean activation of each feature over the tokens on which it fires, of its size in a linear
+        dictionary; 0 if it never does.
     """
 
     tokens: int
     explained_variance: float
+    cosine: float
     l0: float
     firing_rate_F: np.ndarray
     mean_activation_F: np.ndarray
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of variance unexplained: 1 - explained variance."""
+        return 1 - self.explained_variance
 
     @property
     def dead_fraction(self) -> float:
@@ -51,58 +58,104 @@ class Reconstruction:
         return dict(log10_edges=edges.tolist(), counts=counts.tolist(), never=int(np.sum(self.firing_rate_F == 0)))
 
 
-def reconstruct(dictionary: Dictionary, blocks: Iterable[np.ndarray], mesh: Mesh, batch: int = 4096) -> Reconstruction:
-    """Scores a dictionary in one pass over activations.
+def reconstruct(
+    dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence[np.ndarray]], mesh: Mesh, batch: int = 4096
+) -> list[Reconstruction]:
+    """Scores dictionaries that read the same activations, in one pass over these.
 
     Args:
-      dictionary: what to score.
-      blocks: activations [n, d], any n, attention sinks left out.
-      mesh: tokens are split over ``data``.
-      batch: tokens per program; the last batch is filled up with rows that do not count.
+      dictionaries: of one kind and shape; one program scores them all.
+      blocks: activations, attention sinks left out: (inputs [n, d],), or (inputs, targets) for transcoders; any n.
+      mesh: tokens are split over ``data``, features over ``model``.
+      batch: tokens per run of the program; the last batch is filled up with rows that do not count.
+
+    Returns:
+      The scores of each dictionary.
 
     Raises:
-      UserError: there are no activations.
+      UserError: there are no activations, or a reconstruction is not finite.
     """
-    graph, state = nnx.split(dictionary)
-    state = jax.device_put(state, sharding(mesh))
-    features = dictionary.config.n_features
-    tokens, error, square = 0, 0.0, 0.0
-    total_D = np.zeros(dictionary.config.d_in)
-    fired_F, active_F = np.zeros(features, np.int64), np.zeros(features)
-    for x_BxD, count in _batches(blocks, batch):
-        placed = jax.device_put(x_BxD, fitting_sharding(mesh, x_BxD.shape, "data", None))
-        batch_error_B, batch_fired_F, batch_active_F = jax.device_get(_score(graph, state, placed, count))
-        wide_NxD = x_BxD[:count].astype(np.float64)
-        tokens += count
-        error += batch_error_B.astype(np.float64).sum()
-        square += np.square(wide_NxD).sum()
-        total_D += wide_NxD.sum(0)
-        fired_F += batch_fired_F
-        active_F += batch_active_F
-    if not tokens:
+    members = MemberData.of(dictionaries, mesh)
+    spread = _Spread(dictionaries[0].config.d_in)
+    sums = [_Sums(dictionary.config.n_features) for dictionary in dictionaries]
+    for parts, count in _batches(blocks, batch):
+        placed = [jax.device_put(part, fitting_sharding(mesh, part.shape, "data", None)) for part in parts]
+        scores = [_score(member, placed[0], placed[-1], count) for member in members]
+        spread.add(parts[-1][:count])  # on the host, while the devices work
+        for own, score in zip(sums, scores, strict=True):
+            own.add(*jax.device_get(score))
+    if not spread.tokens:
         raise UserError("there are no held-out activations to score: raise --corpus.held_out or give more text")
-    variance = square - np.square(total_D).sum() / tokens
-    return Reconstruction(
-        tokens=tokens,
-        explained_variance=float(1 - error / variance) if variance > 0 else 0.0,
-        l0=float(fired_F.sum() / tokens),
-        firing_rate_F=fired_F / tokens,
-        mean_activation_F=active_F / np.maximum(fired_F, 1),
+    return [own.scores(spread) for own in sums]
+
+
+class _Spread:
+    """How far the targets lie from their mean, added up in fp64."""
+
+    def __init__(self, width: int):
+        self.tokens, self._square, self._total_D = 0, 0.0, np.zeros(width)
+
+    def add(self, y_NxD: np.ndarray) -> None:
+        wide_NxD = y_NxD.astype(np.float64)
+        self.tokens += len(wide_NxD)
+        self._square += np.square(wide_NxD).sum()
+        self._total_D += wide_NxD.sum(0)
+
+    @property
+    def variance(self) -> float:
+        """Sum over tokens of |y - mean|^2."""
+        return self._square - np.square(self._total_D).sum() / self.tokens
+
+
+class _Sums:
+    """What is added up for one dictionary."""
+
+    def __init__(self, features: int):
+        self._error, self._cosine = 0.0, 0.0
+        self._fired_F, self._active_F = np.zeros(features, np.int64), np.zeros(features)
+
+    def add(self, error_B: np.ndarray, cosine_B: np.ndarray, fired_F: np.ndarray, active_F: np.ndarray) -> None:
+        self._error += error_B.astype(np.float64).sum()
+        self._cosine += cosine_B.astype(np.float64).sum()
+        self._fired_F += fired_F
+        self._active_F += active_F
+
+    def scores(self, spread: _Spread) -> Reconstruction:
+        if not np.isfinite(self._error):
+            raise UserError("a reconstruction is not finite: the dictionary holds NaN or overflows; train it again")
+        return Reconstruction(
+            tokens=spread.tokens,
+            explained_variance=float(1 - self._error / spread.variance) if spread.variance > 0 else 0.0,
+            cosine=float(self._cosine / spread.tokens),
+            l0=float(self._fired_F.sum() / spread.tokens),
+            firing_rate_F=self._fired_F / spread.tokens,
+            mean_activation_F=self._active_F / np.maximum(self._fired_F, 1),
+        )
+
+
+@jax.jit
+def _score(member: MemberData, x_BxD: jax.Array, y_BxD: jax.Array, count: int) -> tuple[jax.Array, ...]:
+    """Squared error and cosine [B] of each token; how often [F] and how strongly, summed [F], each feature fires."""
+    counts_Bx1 = jnp.arange(x_BxD.shape[0])[:, None] < count
+    f_BxF = member.encode(x_BxD)
+    y_hat_BxD = member.decode(f_BxF, x_BxD)
+    y_BxD = y_BxD.astype(y_hat_BxD.dtype)
+    error_BxD = jnp.where(counts_Bx1, y_BxD - y_hat_BxD, 0.0)
+    lengths_B = jnp.linalg.norm(y_BxD, axis=-1) * jnp.linalg.norm(y_hat_BxD, axis=-1)
+    cosine_B = jnp.sum(y_BxD * y_hat_BxD, -1) / jnp.where(lengths_B > 0, lengths_B, 1.0)
+    fires_BxF = member.fires(f_BxF) & counts_Bx1
+    return (
+        jnp.sum(jnp.square(error_BxD), -1),
+        jnp.where(counts_Bx1[:, 0], cosine_B, 0.0),
+        jnp.sum(fires_BxF, 0, dtype=jnp.int32),
+        jnp.sum(jnp.where(fires_BxF, jnp.abs(f_BxF), 0.0), 0),
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score(graph, state, x_BxD, count):
-    dictionary = nnx.merge(graph, state)
-    counts_Bx1 = jnp.arange(x_BxD.shape[0])[:, None] < count
-    f_BxF = jnp.where(counts_Bx1, dictionary.encode(x_BxD), 0.0)
-    error_BxD = jnp.where(counts_Bx1, x_BxD.astype(f_BxF.dtype) - dictionary.decode(f_BxF), 0.0)
-    return jnp.sum(jnp.square(error_BxD), -1), jnp.sum(f_BxF > 0, 0, dtype=jnp.int32), jnp.sum(f_BxF, 0)
-
-
-def _batches(blocks: Iterable[np.ndarray], batch: int) -> Iterator[tuple[np.ndarray, int]]:
+def _batches(blocks: Iterable[Sequence[np.ndarray]], batch: int) -> Iterator[tuple[list[np.ndarray], int]]:
     """Cuts blocks into batches of one shape; gives each with the number of rows that count."""
     for block in blocks:
-        for start in range(0, len(block), batch):
-            rows = block[start : start + batch]
-            yield np.pad(rows, ((0, batch - len(rows)), (0, 0))), len(rows)
+        for start in range(0, len(block[0]), batch):
+            parts = [part[start : start + batch] for part in block]
+            count = len(parts[0])
+            yield [np.pad(part, ((0, batch - count), (0, 0))) for part in parts], count

@@ -67,8 +67,8 @@ def _works(run: Run, shapes: Sequence[Shape], place: Place) -> list[Work]:
                 raise
             run.say(f"memory is not counted: {error}")
             continue
-        for dictionary in work.dictionaries:
-            check_divides(work.train, dictionary, place.mesh)
+        for stack in work.stacks:
+            check_divides(work.train, stack.dictionary, len(stack.members), place.mesh)
         works.append(work if place.shares_host else dataclasses.replace(work, backend="jax"))
     return works
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from math import prod
 
 from saejax.causal.split import PROMPTS
+from saejax.dictionaries.modules import parameter_table as dictionary_table
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.parallel import fitting_spec, part_size
@@ -35,7 +36,7 @@ class Memory:
       model: the weights in the dtype of ``--model.dtype``.
       captured: the weights in the dtype of ``--capture.dtype``: up to the last captured layer if JAX captures; torch
         reads all of them, onto one device.
-      dictionary: one dictionary while it is trained, its features split over ``model``.
+      dictionary: the largest stack while it is trained, its features split over ``model``, its members over ``member``.
       whole_dictionary: the same where it is used: every device has all of it.
       optimizer: Adam's two moments, and the gradient.
       activations: what comes and goes, by stage: capture, train, evaluate, ablate, and benchmark where answers are
@@ -88,6 +89,7 @@ def device_memory(work: Work, axes: Axes) -> Memory:
     arrays = _dictionary_arrays(work)
     state = _WIDTH[work.train.state_dtype]
     split = state * sum(part_size(axes, shape, *spec) for shape, spec in arrays)
+    members = -(-max(len(stack.members) for stack in work.stacks) // axes["member"])
     activations = dict(
         capture=_capture(work, axes),
         train=_train(work, axes),
@@ -100,9 +102,9 @@ def device_memory(work: Work, axes: Axes) -> Memory:
         model=_WIDTH[work.dtype] * _weights(work, axes, work.model.n_layers),
         captured=_WIDTH[work.capture]
         * (_weights(work, axes, layers) if work.backend == "jax" else parameters(work.model)),
-        dictionary=split,
+        dictionary=members * split,
         whole_dictionary=state * sum(prod(shape) for shape, _ in arrays),
-        optimizer=3 * split,
+        optimizer=3 * members * split,
         activations=activations,
     )
 
@@ -151,8 +153,7 @@ def _weights(work: Work, axes: Axes, layers: int) -> int:
 
 
 def _dictionary_arrays(work: Work) -> list[tuple[tuple[int, ...], tuple[str | None, ...]]]:
-    d, f = work.tested.d_in, work.tested.n_features
-    return [((d, f), (None, "model")), ((f,), ("model",)), ((f, d), ("model", None)), ((d,), (None,))]
+    return list(dictionary_table(work.tested).values())
 
 
 def _layer(work: Work, axes: Axes, rows: int, length: int, dtype: str, kept: int = 0) -> int:

@@ -15,15 +15,20 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from saejax.causal import ablation, screening, split
-from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.evaluation import loss_recovered
+from saejax.dictionaries import Dictionary
+from saejax.dictionaries.modules import parameter_table as dictionary_table
+from saejax.evaluation import programs as evaluation
+from saejax.evaluation.loss_recovered import VARIANTS
+from saejax.evaluation.member_data import MemberData
 from saejax.models import decoding
 from saejax.models.generation import make_choice
 from saejax.models.language_model import forward
 from saejax.models.parameters import LAYERS, parameter_table
+from saejax.models.sites import Site
 from saejax.parallel import fitting_sharding, sharding
 from saejax.preflight.costs import head_flops, pass_flops, step_flops
-from saejax.preflight.work import Work
+from saejax.preflight.work import Stack, Work
+from saejax.training.members import SiteScale
 from saejax.training.step import Trainer
 from saejax.training.train import check_divides
 
@@ -65,9 +70,9 @@ def stage_programs(work: Work, mesh: Mesh) -> list[Program]:
     Raises:
       UserError: the mesh does not divide the training batch or the features.
     """
-    trained = [_train(work, dictionary, mesh) for dictionary in work.dictionaries]
+    trained = [_train(work, stack, mesh) for stack in work.stacks]
     generated = [_generate(work, mesh, *work.generated)] if work.generated else []
-    return [*generated, _capture(work, mesh), *trained, _evaluate(work, mesh), *_ablate(work, mesh)]
+    return [*generated, _capture(work, mesh), *trained, *_evaluate(work, mesh), *_ablate(work, mesh)]
 
 
 def abstract_params(work: Work, mesh: Mesh, dtype: str, layers: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -132,39 +137,86 @@ def _capture(work: Work, mesh: Mesh) -> Program:
     )
 
 
-def _train(work: Work, dictionary: DictionaryConfig, mesh: Mesh) -> Program:
-    config, d_in = work.train, dictionary.d_in
-    check_divides(config, dictionary, mesh)
-    trainer = Trainer(config, dictionary, mesh, _STEPS, 1.0, np.zeros(d_in, np.float32))
-    batch = jax.ShapeDtypeStruct((config.batch, d_in), work.stored, sharding=trainer.batch_sharding)
+def _train(work: Work, stack: Stack, mesh: Mesh) -> Program:
+    config, dictionary, members = work.train, stack.dictionary, stack.members
+    d_in = dictionary.d_in
+    check_divides(config, dictionary, len(members), mesh)
+    metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
+    scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
+    trainer = Trainer(config, dictionary, members, mesh, _STEPS, [scale] * len(members))
+    shape = (len(trainer.sites), config.batch, d_in)
+    batch = jax.ShapeDtypeStruct(shape, work.stored, sharding=trainer.batch_sharding)
+    many = f"{len(members)} members, " if len(members) > 1 else ""
     return Program(
         f"train: {dictionary.kind} step",
-        f"{config.batch} tokens, {d_in} -> {dictionary.n_features:,}",
-        trainer.step,
-        (trainer.abstract_state, batch),
+        f"{many}{config.batch} tokens, {d_in} -> {dictionary.n_features:,}",
+        trainer.compiled,
+        (trainer.abstract_state, trainer.abstract_hyper, (batch,) if config.form == "sae" else (batch, batch)),
         (),
-        step_flops(config.batch, d_in, dictionary.n_features),
+        len(members) * step_flops(config.batch, d_in, dictionary.n_features),
     )
 
 
-def _evaluate(work: Work, mesh: Mesh) -> Program:
+def _evaluate(work: Work, mesh: Mesh) -> list[Program]:
     rows, length = work.scored
-    model, site = work.model, work.site
-    graph, state = abstract_dictionary(work, mesh)
-    mean_D = _whole(mesh, (work.tested.d_in,), jnp.float32)
+    model, site, d, f = work.model, work.site, work.tested.d_in, work.tested.n_features
+    target = Site.parse(work.tested.target or work.tested.site)
+    tokens, variants = rows * length, len(VARIANTS)
+    params, member = abstract_params(work, mesh, work.dtype), _abstract_member(work, mesh)
     ids_BxT, lengths_B = _by_row(mesh, (rows, length), jnp.int32), _by_row(mesh, (rows,), jnp.int32)
-    tokens, above = rows * length, model.n_layers - site.layer
-    variants = len(loss_recovered.VARIANTS)
-    return Program(
-        "evaluate: losses",
-        f"{rows} x {length} tokens, {variants} variants",
-        loss_recovered.document_losses,
-        (model, site, graph, abstract_params(work, mesh, work.dtype), state, mean_D, ids_BxT, lengths_B),
-        (),
-        pass_flops(model, tokens, length, site.layer + variants * above)
-        + variants * head_flops(model, tokens - rows)
-        + 4.0 * tokens * work.tested.d_in * work.tested.n_features,
+    value_BxTxD = _by_row(mesh, (rows, length, d), work.dtype)
+    inside_BxT, limit = _by_row(mesh, (rows, length), bool), _whole(mesh, (), jnp.float32)
+    streams = jax.ShapeDtypeStruct(
+        (variants, rows, length, d),
+        work.dtype,
+        sharding=fitting_sharding(mesh, (variants, rows, length, d), None, "data", None, None),
     )
+    size = f"{rows} x {length} tokens"
+    return [
+        Program(
+            "evaluate: head",
+            size,
+            evaluation.head,
+            (model, site, target, params, ids_BxT, limit, limit),
+            member,
+            pass_flops(model, tokens, length, target.layer + 1),
+        ),
+        Program(
+            "evaluate: stand-in",
+            size,
+            evaluation.stand_in,
+            (member, value_BxTxD, value_BxTxD, inside_BxT),
+            params,
+            4.0 * tokens * d * f,
+        ),
+        Program(
+            "evaluate: tail",
+            size,
+            evaluation.tail,
+            (model, target, params, value_BxTxD, value_BxTxD),
+            member,
+            pass_flops(model, tokens, length, model.n_layers - target.layer),
+        ),
+        Program(
+            "evaluate: compare",
+            f"{size}, {variants} variants",
+            evaluation.compare,
+            (model, params, streams, ids_BxT, lengths_B),
+            member,
+            variants * head_flops(model, tokens),
+        ),
+    ]
+
+
+def _abstract_member(work: Work, mesh: Mesh) -> MemberData:
+    """The tested dictionary as evaluate places it."""
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape, work.train.state_dtype, sharding=fitting_sharding(mesh, shape, *axes))
+        for name, (shape, axes) in dictionary_table(work.tested).items()
+    }
+    k, fires_above = _whole(mesh, (), jnp.int32), _whole(mesh, (), jnp.float32)
+    common = dataclasses.replace(work.tested, site="", target="", fires_above=0.0, max_norm=0.0)
+    return MemberData(arrays, k, fires_above, common, "float32")
 
 
 def _ablate(work: Work, mesh: Mesh) -> list[Program]:

@@ -51,7 +51,7 @@ def disk_bytes(work: Work, rows: int) -> int:
     width = 2 if work.stored == "bfloat16" else 4
     store = rows * sum(site.width(work.model) * width + 16 for site in work.sites)
     dictionary = 4 * 2 * work.tested.n_features * work.tested.d_in
-    return store + len(work.dictionaries) * 7 * dictionary
+    return store + work.dictionaries * 7 * dictionary
 
 
 def stage_seconds(
@@ -66,7 +66,7 @@ def stage_seconds(
       rates: FLOP/s of matrix products, by dtype.
     """
     model, task, train = work.model, configs["task"], work.train
-    kinds = len(work.dictionaries)
+    kinds, dictionaries = len(work.stacks), work.dictionaries
     rows = recorded_rows(work, documents, tokens, configs["capture"].last)
     steps_rows = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
     texts = 2 * len(task.behaviours) * (task.train_prompts + task.test_prompts)  # each with its counterpart
@@ -76,11 +76,11 @@ def stage_seconds(
         baseline=(work.dtype, 1, pass_flops(model, texts * _PROMPT, _PROMPT, model.n_layers)),
         benchmark=(work.dtype, len(task.benchmarks), _benchmark_flops(work, configs)),
         capture=(work.capture, 1, pass_flops(model, tokens, length, deepest)),
-        train=(train.matmul, kinds, kinds * step_flops(steps_rows, work.tested.d_in, work.tested.n_features)),
+        train=(train.matmul, kinds, dictionaries * step_flops(steps_rows, work.tested.d_in, work.tested.n_features)),
         evaluate=(
             work.dtype,
             kinds,
-            kinds * _evaluate_flops(work, configs["evaluate"].ce_documents or documents // 10),
+            _evaluate_flops(work, configs["evaluate"].ce_documents or documents // 10),
         ),
         ablate=(work.dtype, 1, _ablate_flops(work, configs)),
     )
@@ -103,11 +103,12 @@ def _benchmark_flops(work: Work, configs: Mapping[str, Any]) -> float:
 
 
 def _evaluate_flops(work: Work, documents: int) -> float:
-    """Cross-entropy of full batches of held-out documents."""
+    """Cross-entropy of full batches of held-out documents: the clean model and the floors once for each stack."""
     rows, length = work.scored
     tokens = -(-documents // rows) * rows * length
-    layers = work.site.layer + len(VARIANTS) * (work.model.n_layers - work.site.layer)
-    return pass_flops(work.model, tokens, length, layers) + len(VARIANTS) * head_flops(work.model, tokens)
+    tails = (len(VARIANTS) - 1) * len(work.stacks) + work.dictionaries
+    layers = len(work.stacks) * work.site.layer + tails * (work.model.n_layers - work.site.layer)
+    return pass_flops(work.model, tokens, length, layers) + tails * head_flops(work.model, tokens)
 
 
 def _ablate_flops(work: Work, configs: Mapping[str, Any]) -> float:

@@ -1,17 +1,31 @@
 """The sizes of what the stages run for one model: batches, lengths, dictionaries."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saejax.causal.split import LENGTH_STEP
-from saejax.dictionaries import DictionaryConfig
-from saejax.errors import UserError
+from saejax.dictionaries import DictionaryConfig, stacks
+from saejax.errors import UserError, one_of
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import ModuleSite, Site
 from saejax.settings import TrainConfig
 from saejax.tasks.benchmark_scores import way
-from saejax.training.train import dictionary_shape
+from saejax.training.members import Member, members
+from saejax.training.train import chosen_sites, stack_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Dictionaries that one program trains.
+
+    Attributes:
+      dictionary: what its members have in common.
+      members: who they are.
+    """
+
+    dictionary: DictionaryConfig
+    members: tuple[Member, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +41,7 @@ class Work:
       stored: dtype of the stored activations, which training reads.
       sites: captured in one pass.
       train: how dictionaries are trained.
-      dictionaries: one for each kind.
+      stacks: one for each kind.
       tested: the one whose features are ablated.
       batch: [rows, length] of a batch of documents in capture.
       scored: [rows, length] of a batch of documents in evaluate.
@@ -45,7 +59,7 @@ class Work:
     stored: str
     sites: tuple[Site, ...]
     train: TrainConfig
-    dictionaries: tuple[DictionaryConfig, ...]
+    stacks: tuple[Stack, ...]
     tested: DictionaryConfig
     batch: tuple[int, int]
     scored: tuple[int, int]
@@ -56,8 +70,13 @@ class Work:
 
     @property
     def site(self) -> Site:
-        """The site of the dictionaries."""
+        """The site of the tested dictionary."""
         return Site.parse(self.tested.site)
+
+    @property
+    def dictionaries(self) -> int:
+        """How many are trained."""
+        return sum(len(stack.members) for stack in self.stacks)
 
 
 def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Work:
@@ -69,21 +88,19 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
       configs: the groups of configuration.
 
     Raises:
-      UserError: a site does not exist in this model, or is trained on and not captured; k is above the features.
+      UserError: a site does not exist in this model, or is trained on and not captured; k is above the features; no
+        such dictionary is trained as the one that is to be tested.
     """
     capture, train, ablate = configs["capture"], configs["train"], configs["ablate"]
     try:
         # Modules of the PyTorch model, which may be captured beside the sites, have sizes that only it knows.
         sites = tuple(Site.parse(site).check(model) for site in capture.sites if not ModuleSite.names(site))
-        site = Site.parse(train.site).check(model)
+        trained = _stacks(train, capture.sites, model)
     except UserError as error:
-        raise UserError(f"{name}: {error}: choose --capture.sites and --train.site for this model") from None
-    if site not in sites:
-        raise UserError(f"--train.site={site} is not captured: add it to --capture.sites={','.join(capture.sites)}")
+        raise UserError(f"{name}: {error}: choose --capture.sites and --train.sites for this model") from None
     length = min(configs["corpus"].context, model.context)
     scored = -(-length // 32) * 32
-    dictionaries = tuple(dictionary_shape(train, kind, site.width(model)) for kind in train.kinds)
-    tested = dictionary_shape(train, ablate.dictionary, site.width(model))
+    tested = _tested(ablate.dictionary, trained)
     prompt = min(configs["preflight"].prompt_tokens, model.context)
     return Work(
         name=name,
@@ -94,7 +111,7 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
         stored=capture.store_dtype,
         sites=sites,
         train=train,
-        dictionaries=dictionaries,
+        stacks=tuple(trained.values()),
         tested=tested,
         batch=(max(1, capture.batch_tokens // length), length),
         scored=(max(1, configs["evaluate"].batch_tokens // scored), scored),
@@ -103,6 +120,31 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
         rows=ablate.batch_rows,
         features=min(tested.n_features, ablate.top * (1 + ablate.matches)),
     )
+
+
+def _stacks(train: TrainConfig, captured: Sequence[str], model: DecoderConfig) -> dict[str, Stack]:
+    sites = chosen_sites(train, captured if train.sites == ("all",) else train.sites)
+    trained = {}
+    for kind in train.kinds:
+        stack = members(train, kind, sites)
+        needed = list(dict.fromkeys(site for member in stack for site in (member.site, member.target)))
+        widths = {site: Site.parse(site).check(model).width(model) for site in needed}
+        missing = [site for site in needed if site not in captured]
+        if missing:
+            raise UserError(
+                f"{', '.join(missing)} of --train.sites={','.join(train.sites)} is not captured: add it to "
+                f"--capture.sites={','.join(captured)}"
+            )
+        trained[kind] = Stack(stack_shape(train, kind, stack, widths), tuple(stack))
+    return trained
+
+
+def _tested(name: str, trained: Mapping[str, Stack]) -> DictionaryConfig:
+    kind, member = stacks.kind_and_member(name)
+    stack = trained[one_of(kind, trained, "dictionary for ablate (--train.kinds)")]
+    stacks.check_member(name, [entry.name for entry in stack.members], "--ablate.dictionary")
+    site = next(entry.site for entry in stack.members if entry.name == member)
+    return dataclasses.replace(stack.dictionary, site=site)
 
 
 def _generated(model: DecoderConfig, configs: Mapping[str, Any]) -> tuple[int, int, int] | None:

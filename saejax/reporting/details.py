@@ -107,7 +107,7 @@ def _strips(found: Findings, name: str, item: Mapping) -> Strips:
 def left_out(found: Findings) -> Section:
     """What the scores do not cover, by which rule, and how much it is."""
     capture = found.settings()["capture"]
-    sinks = found.named("evaluate")[found.ablate["dictionary"]]["sinks"]
+    sinks = found.tested["sinks"]
     text = (
         "Attention sinks: on a few tokens, the first of every text above all, the activations are many times longer "
         "than elsewhere. A dictionary trained with them would learn little else. The rule: a position whose norm "
@@ -173,7 +173,7 @@ def reproduce(found: Findings) -> Section:
             unit,
             number(summary.get("seconds"), 1),
             _devices(summary.get("devices")),
-            ", ".join(f"{group} {seed}" for group, seed in (summary.get("seeds") or {}).items()) or MISSING,
+            ", ".join(f"{group} {_flag(seed)}" for group, seed in (summary.get("seeds") or {}).items()) or MISSING,
             summary.get("start", MISSING).replace("T", " ").replace("+00:00", ""),
         )
         for unit, summary in found.summaries.items()

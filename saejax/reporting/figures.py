@@ -15,12 +15,13 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
@@ -32,9 +33,18 @@ P = ParamSpec("P")
 
 INK, PAPER = "#1b1f24", "#ffffff"
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#b8628f", "#7f7f7f"
+VIOLET, OCHRE = "#7a5cc4", "#a07800"
 MANY_POINTS = 300  # above this, a cloud of points is drawn as pixels also in an SVG
 _WIDTH = 4.4  # inches
-_LINES = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D"))
+_LINES: tuple[tuple[str, Any, str], ...] = (
+    (BLUE, "-", "o"),
+    (ORANGE, "--", "s"),
+    (GREEN, "-.", "^"),
+    (PINK, ":", "D"),
+    (VIOLET, (0, (8, 2)), "v"),
+    (OCHRE, (0, (5, 1, 1, 1, 1, 1)), "P"),
+    (INK, (0, (3, 1)), "X"),
+)
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -150,43 +160,102 @@ def baselines(scores: Mapping[str, Mapping[str, Mapping[str, Interval]]], min_ac
 
 
 @_styled
-def training(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+def training(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> Figure:
     """How training went: explained variance and L0 on training batches.
 
     Args:
-      curves: dictionary -> {"tokens", "explained_variance", "l0"}, of equal lengths.
+      curves: kind -> for each member {"tokens", "explained_variance", "l0"}, of equal lengths; none if there is no
+        record. Of several members the median is drawn, and a band from the least to the greatest.
     """
     figure, (upper, lower) = _panels(
         (2.0, 2.3), ("Share of variance explained, on training batches", "Features active per token (L0)")
     )
-    for (name, curve), (color, line, _) in zip(curves.items(), _LINES * 9, strict=False):
-        tokens = np.asarray(curve["tokens"]) / 1e6
-        upper.plot(tokens, curve["explained_variance"], color=color, linestyle=line, label=name)
-        lower.plot(tokens, curve["l0"], color=color, linestyle=line, label=name)
-    finite = [value for curve in curves.values() for value in curve["explained_variance"]]
-    upper.set_ylim(max(np.floor(10 * min(finite, default=0.0)) / 10, 0.0), 1.0)
+    for (name, members), (color, line, _) in zip(curves.items(), _LINES, strict=False):
+        if not members:
+            continue
+        tokens = np.asarray(members[0]["tokens"]) / 1e6
+        label = f"{name}, {len(members)} members" if len(members) > 1 else name
+        for axes, key in ((upper, "explained_variance"), (lower, "l0")):
+            values_MxP = np.array([member[key] for member in members], float)
+            axes.plot(tokens, np.median(values_MxP, axis=0), color=color, linestyle=line, label=label)
+            if len(members) > 1:
+                band = dict(color=color, alpha=0.18, linewidth=0)
+                axes.fill_between(tokens, values_MxP.min(axis=0), values_MxP.max(axis=0), **band)
+    reached = [value for members in curves.values() for member in members for value in member["explained_variance"]]
+    upper.set_ylim(max(np.floor(10 * min(reached, default=0.0)) / 10, 0.0), 1.0)
     lower.set(yscale="log", xlabel="training tokens, millions, repeats counted")
-    lower.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    lower.yaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "25" else "")
+    _plain_log(lower.yaxis)
     for axes in (upper, lower):
         axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
-    _legend(lower, 3)
+    _legend(lower, 1 if any(len(members) > 1 for members in curves.values()) else 3)
+    return figure
+
+
+def _plain_log(axis: Axis) -> None:
+    """Plain numbers at 1, 2, 5, 10, ... on a logarithmic axis."""
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:,.10g}" if f"{value:.0e}"[0] in "25" else "")
+
+
+def _log_limits(values: Sequence[float], least: float = 6.0) -> tuple[float, float]:
+    """Limits a little beyond the values, and at least this factor apart, so that some ticks have numbers."""
+    low, high = min(values, default=1.0) / 1.15, max(values, default=1.0) * 1.15
+    widen = max(least * low / high, 1.0) ** 0.5
+    return low / widen, high * widen
+
+
+@_styled
+def frontier(members: Mapping[str, Sequence[Sequence[Mapping[str, float | None]]]]) -> Figure:
+    """Sparsity against fidelity, on held-out text: the higher and the further left, the better.
+
+    Args:
+      members: kind -> for each site its members {"l0", "explained_variance", "ce_recovered"}. A point is a member; the
+        line of a site joins those that no other of its members beats in both. Members without L0 or without the
+        measure are not drawn.
+    """
+    titles = ("Share of variance explained", "Cross-entropy recovered, against the mean")
+    figure, panels = _panels((2.5, 2.8), titles)
+    reached: list[float] = []
+    for axes, key in zip(panels, ("explained_variance", "ce_recovered"), strict=True):
+        for (name, sites), (color, line, marker) in zip(members.items(), _LINES, strict=False):
+            for of_site in sites:
+                points_Nx2 = np.array(sorted((m["l0"], m[key]) for m in of_site if m["l0"] and m[key] is not None))
+                if not len(points_Nx2):
+                    continue
+                l0_N, value_N = points_Nx2.T
+                best_N = value_N >= np.maximum.accumulate(value_N)
+                dots = dict(color=color, marker=marker, markersize=5.5)
+                axes.plot(l0_N[best_N], value_N[best_N], linestyle=line, linewidth=1.4, label=name, **dots)
+                axes.plot(l0_N[~best_N], value_N[~best_N], linestyle="none", alpha=0.4, **dots)
+                reached += l0_N.tolist()
+        axes.set_xscale("log")
+        axes.set_xlim(*_log_limits(reached))
+        _plain_log(axes.xaxis)
+        axes.tick_params(axis="x", which="both", length=3, pad=3)
+        axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
+        axes.grid(color=INK, alpha=0.13, linewidth=0.7)
+    panels[1].set_xlabel("features active per token (L0)")
+    _legend(panels[1], 3)
     return figure
 
 
 @_styled
-def density(histograms: Mapping[str, Mapping], dense_above: float) -> Figure:
+def density(histograms: Mapping[str, Sequence[Mapping]], dense_above: float) -> Figure:
     """On what share of held-out tokens features fire.
 
     Args:
-      histograms: dictionary -> {"log10_edges": [n + 1], "counts": [n], "never": features that never fire}.
+      histograms: kind -> for each member {"log10_edges": [n + 1] up to 0, "counts": [n], "never": features that never
+        fire}, in bins of one width. Of several members the mean is drawn.
       dense_above: the firing rate above which a feature counts as dense, drawn as a line; 0 to 1.
     """
     figure, (axes,) = _panels((2.9,), ("How often each feature fires, on held-out text",))
     reached = []
-    for (name, histogram), (color, line, _) in zip(histograms.items(), _LINES * 9, strict=False):
-        counts, edges = np.asarray(histogram["counts"]), np.asarray(histogram["log10_edges"])
-        label = f"{name} ({histogram['never']:,} never fire)"
+    for (name, members), (color, line, _) in zip(histograms.items(), _LINES, strict=False):
+        edges = np.asarray(max((member["log10_edges"] for member in members), key=len))
+        padded = [[0] * (len(edges) - 1 - len(member["counts"])) + list(member["counts"]) for member in members]
+        counts = np.mean(padded, axis=0)
+        never = np.mean([member["never"] for member in members])
+        label = f"{name}{f', mean of {len(members)}' if len(members) > 1 else ''} ({never:,.0f} never fire)"
         axes.stairs(counts, edges, color=color, linestyle=line, linewidth=1.8, label=label)
         axes.stairs(counts, edges, color=color, fill=True, alpha=0.18)
         reached += [*edges[:-1][counts > 0], *edges[1:][counts > 0]]
@@ -200,7 +269,7 @@ def density(histograms: Mapping[str, Mapping], dense_above: float) -> Figure:
     axes.set_xlim(min(low, decades[0]) - 0.1, max(high, decades[-1]) + 0.1)
     axes.set(xlabel="share of tokens on which the feature fires", ylabel="features", ylim=(0, None))
     axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
-    _legend(axes, 2)
+    _legend(axes, 1 if any(len(members) > 1 for members in histograms.values()) else 2)
     return figure
 
 

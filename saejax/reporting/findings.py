@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from saejax.analysis.examples import Example
+from saejax.dictionaries import stacks
 from saejax.errors import UserError
 from saejax.workspace import SUMMARY, read_json
 
 _CURVES = ("tokens", "explained_variance", "l0")
+Curve = Mapping[str, Sequence[float]]
 _POINTS = 400  # of a training curve; a longer one is thinned, its ends kept
 
 
@@ -23,7 +25,7 @@ class Findings:
     Attributes:
       summaries: unit -> its summary.
       own: the report's own settings.
-      curves: dictionary -> {"tokens", "explained_variance", "l0"}, lists of equal length.
+      curves: kind -> for each of its members {"tokens", "explained_variance", "l0"}, lists of equal length.
       firing_rate_F: of the tested dictionary, on held-out text.
       mean_activation_F: the same; over the tokens where the feature fires.
       examples: feature of the tested dictionary -> its strongest contexts.
@@ -31,7 +33,7 @@ class Findings:
 
     summaries: Mapping[str, Mapping[str, Any]]
     own: Mapping[str, Mapping[str, Any]]
-    curves: Mapping[str, Mapping[str, Sequence[float]]]
+    curves: Mapping[str, Sequence[Curve]]
     firing_rate_F: np.ndarray
     mean_activation_F: np.ndarray
     examples: Mapping[int, Sequence[Example]] = dataclasses.field(default_factory=dict)
@@ -46,8 +48,33 @@ class Findings:
         """Results of the causal tests."""
         return next(summary for unit, summary in self.summaries.items() if unit.split("/")[0] == "ablate")["results"]
 
-    def named(self, stage: str) -> dict[str, Mapping[str, Any]]:
-        """Results of a stage that has a unit per dictionary, by dictionary."""
+    @property
+    def scores(self) -> dict[str, list[Mapping[str, Any]]]:
+        """Held-out scores of the members of each kind."""
+        return {kind: results["members"] for kind, results in self._units("evaluate").items()}
+
+    @property
+    def tested(self) -> Mapping[str, Any]:
+        """Held-out scores of the dictionary that was tested causally."""
+        kind, member = stacks.kind_and_member(self.ablate["dictionary"])
+        return next(entry for entry in self.scores[kind] if entry["name"] == member)
+
+    @property
+    def trained(self) -> dict[str, Mapping[str, Any]]:
+        """Results of training each kind."""
+        return self._units("train")
+
+    @property
+    def benchmarks(self) -> dict[str, Mapping[str, Any]]:
+        """Results of each benchmark."""
+        return self._units("benchmark")
+
+    @property
+    def has_stacks(self) -> bool:
+        """Whether a kind has more than one member."""
+        return any(len(members) > 1 for members in self.scores.values())
+
+    def _units(self, stage: str) -> dict[str, Mapping[str, Any]]:
         units = (unit.partition("/") for unit in self.summaries)
         return {name: self.summaries[f"{stage}/{name}"]["results"] for part, _, name in units if part == stage and name}
 
@@ -63,7 +90,7 @@ def read_findings(inputs: Mapping[str, Path], own: Mapping[str, Mapping[str, Any
     """Reads the units' files.
 
     Args:
-      inputs: unit -> folder: "baseline", "benchmark/NAME", "capture", "train/NAME", "evaluate/NAME" and "ablate" or
+      inputs: unit -> folder: "baseline", "benchmark/NAME", "capture", "train/KIND", "evaluate/KIND" and "ablate" or
         "ablate/NAME".
       own: the report's own settings, group -> field -> value.
 
@@ -72,12 +99,13 @@ def read_findings(inputs: Mapping[str, Path], own: Mapping[str, Mapping[str, Any
     """
     summaries = {unit: read_json(folder / SUMMARY) for unit, folder in inputs.items()}
     curves = {
-        unit.partition("/")[2]: _curve(folder / "metrics.jsonl")
+        unit.partition("/")[2]: _curves(folder / "metrics.jsonl")
         for unit, folder in inputs.items()
         if unit.startswith("train/")
     }
     findings = Findings(summaries, own, curves, np.zeros(0), np.zeros(0))
-    tested = inputs[f"evaluate/{findings.ablate['dictionary']}"]
+    kind, member = stacks.kind_and_member(findings.ablate["dictionary"])
+    tested = inputs[f"evaluate/{kind}"] / member
     return dataclasses.replace(
         findings,
         firing_rate_F=_array(tested / "firing_rate.npy"),
@@ -94,14 +122,21 @@ def _array(path: Path) -> np.ndarray:
         ) from None
 
 
-def _curve(path: Path) -> dict[str, list[float]]:
+def _curves(path: Path) -> list[Curve]:
+    """The training curve of every member."""
+    points: dict[str, list[list[float]]] = {}
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        values = {key: [float(line[key]) for line in lines] for key in _CURVES}
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            points.setdefault(line["member"], []).append([float(line[key]) for key in _CURVES])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path} is missing or damaged: expected one JSON object with {', '.join(_CURVES)} per line; "
+            f"{path} is missing or damaged: expected one JSON object with member, {', '.join(_CURVES)} per line; "
             f"delete {path.parent} and run the train stage again"
         ) from None
-    keep = np.unique(np.linspace(0, len(lines) - 1, min(len(lines), _POINTS)).round().astype(int))
-    return {key: [column[i] for i in keep] for key, column in values.items()}
+    return [_thinned(own) for own in points.values()]
+
+
+def _thinned(points: list[list[float]]) -> Curve:
+    keep = np.unique(np.linspace(0, len(points) - 1, min(len(points), _POINTS)).round().astype(int))
+    return {key: [points[i][column] for i in keep] for column, key in enumerate(_CURVES)}

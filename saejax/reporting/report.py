@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from saejax.activations.store import Store
 from saejax.analysis.examples import Example, top_examples
 from saejax.config import to_json
-from saejax.dictionaries import load_dictionary
+from saejax.dictionaries import stacks
 from saejax.models.source import load_tokenizer, resolve
-from saejax.reporting import details, figures, sections
+from saejax.reporting import details, dictionaries, figures, sections
 from saejax.reporting.document import Picture, to_html, to_markdown
 from saejax.reporting.findings import read_findings
 from saejax.workspace import Run, package_versions, write_text
@@ -24,8 +24,8 @@ from saejax.workspace import Run, package_versions, write_text
 def run_report(run: Run) -> dict[str, Any]:
     """Writes the report.
 
-    Reads ``run.inputs``: "baseline", "capture", "train/NAME" and "evaluate/NAME" of every dictionary, "ablate" (or
-    "ablate/NAME"), and "benchmark/NAME" of every benchmark.
+    Reads ``run.inputs``: "baseline", "benchmark/NAME" of every benchmark, "capture", "train/KIND" and "evaluate/KIND"
+    of every kind, and "ablate" (or "ablate/NAME").
 
     Returns:
       ``verdicts`` (behaviour -> bool), ``figures`` (names), ``contexts`` (feature, as text -> how many are
@@ -53,7 +53,7 @@ def run_report(run: Run) -> dict[str, Any]:
         sections.answer(found, draw),
         sections.behaviours(found, draw),
         *sections.benchmarks(found),
-        sections.dictionaries(found, draw),
+        dictionaries.section(found, draw),
         *details.features(found, draw, config.features),
         details.left_out(found),
         details.limits(found),
@@ -77,7 +77,8 @@ def contexts(run: Run, name: str, features: Sequence[int], count: int) -> dict[i
     if not features:
         return {}
     store = Store.open(run.inputs["capture"])
-    dictionary = load_dictionary(run.inputs[f"train/{name}"])
+    kind, _ = stacks.kind_and_member(name)
+    dictionary = stacks.load_member(run.inputs[f"train/{kind}"], name, "--ablate.dictionary")
     tokenizer = load_tokenizer(resolve(run.configs["model"]))
     return top_examples(store, dictionary, features, count, token_text(tokenizer))
 

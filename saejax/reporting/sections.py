@@ -1,4 +1,4 @@
-"""The first half of the report: what was done, the answer, the behaviours, the dictionaries.
+"""The first half of the report: what was done, the answer, the behaviours.
 
 Every figure in the text comes from ``Findings``; nothing is claimed here that the stages did not find.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from saejax.reporting import figures
-from saejax.reporting.document import Block, Picture, Section, Terms, Text, Verdict, anchor
+from saejax.reporting.document import Block, Picture, Section, Text, Verdict, anchor
 from saejax.reporting.findings import Findings
 from saejax.reporting.tables import MISSING, Table, interval, number, percent
 from saejax.tasks.scoring import SEPARATION_LIMIT
@@ -31,10 +31,6 @@ _SITES = {
     "attn_out": "the output of attention in layer {}",
     "mlp_in": "the input of the MLP in layer {}",
     "mlp_out": "the output of the MLP in layer {}",
-}
-_KINDS = {
-    "topk": "keeps the k largest activations of each token",
-    "standard": "is a ReLU with an L1 penalty on the activations",
 }
 _MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
 
@@ -223,7 +219,7 @@ def _baseline_table(scores_of: Mapping[str, Mapping]) -> Table:
 
 def benchmarks(found: Findings) -> list[Section]:
     """The model's scores on benchmarks; no section if none was asked for."""
-    results = found.named("benchmark")
+    results = found.benchmarks
     if not results:
         return []
     rows = [row for name, figures in results.items() for row in _benchmark_rows(name, figures)]
@@ -254,64 +250,3 @@ def _benchmark_rows(name: str, figures: Mapping) -> list[tuple[str, ...]]:
         (name, f"exact match, {rule}, %", interval(value, 1, 100), str(figures["unparsed"][rule]), n)
         for rule, value in figures["accuracy"].items()
     ]
-
-
-def dictionaries(found: Findings, draw: Draw) -> Section:
-    """How well the dictionaries rebuild what they read."""
-    scores, dense_above = found.named("evaluate"), found.settings()["evaluate"]["dense_above"]
-    kinds = "; ".join(f"{name}, which {_KINDS.get(score['kind'], score['kind'])}" for name, score in scores.items())
-    intro = f"Trained: {kinds}. The causal tests use {found.ablate['dictionary']}."
-    terms = (
-        (
-            "Explained variance",
-            "share of the activations' variance that the reconstruction accounts for; 1 is perfect.",
-        ),
-        ("L0", "features active per token, on average."),
-        ("Dead", "share of features that fire on no held-out token."),
-        ("Dense", f"share of features that fire on more than {percent(dense_above)} of the tokens."),
-        (
-            "Cross-entropy recovered",
-            "how well the model predicts text when the reconstruction stands in for the activations: 1 is as well as "
-            "untouched, 0 as badly as with the activations' mean (or zeros) in their place.",
-        ),
-    )
-    final = " ".join(
-        f"{name}: {number(curve['explained_variance'][-1])}." for name, curve in found.curves.items() if curve["tokens"]
-    )
-    training = draw(
-        "training",
-        figures.training(found.curves),
-        "Training curves, on training batches; L0 on a logarithmic axis.",
-        f"Explained variance rises with training tokens. On the last batch: {final}",
-    )
-    never = " ".join(f"{name}: {score['density_histogram']['never']:,} never fire." for name, score in scores.items())
-    density = draw(
-        "density",
-        figures.density({name: score["density_histogram"] for name, score in scores.items()}, dense_above),
-        "Feature density: how many features fire on what share of held-out tokens.",
-        f"Histogram of the features' firing rates on held-out tokens. {never}",
-    )
-    blocks = (Text(intro), Terms(terms), _dictionary_table(found), training, density)
-    return Section("The dictionaries", blocks)
-
-
-def _dictionary_table(found: Findings) -> Table:
-    scores, trained = found.named("evaluate").values(), found.named("train").values()
-    rows = (
-        ("Explained variance", *(number(score["explained_variance"], 3) for score in scores)),
-        ("L0", *(number(score["l0"], 1) for score in scores)),
-        ("Dead", *(percent(score["dead_fraction"], 1) for score in scores)),
-        ("Dense", *(percent(score["dense_fraction"], 1) for score in scores)),
-        ("Cross-entropy recovered (mean)", *(number(score["ce_recovered_mean"], 3) for score in scores)),
-        ("Cross-entropy recovered (zeros)", *(number(score["ce_recovered_zero"], 3) for score in scores)),
-        ("Cross-entropy: untouched", *(number(score["ce"]["clean"], 3) for score in scores)),
-        ("Cross-entropy: reconstruction", *(number(score["ce"]["reconstructed"], 3) for score in scores)),
-        ("Cross-entropy: mean", *(number(score["ce"]["mean_ablated"], 3) for score in scores)),
-        ("Cross-entropy: zeros", *(number(score["ce"]["zero_ablated"], 3) for score in scores)),
-        ("Held-out tokens", *(f"{score['tokens']:,}" for score in scores)),
-        ("Training tokens (repeats counted)", *(f"{train['tokens']:,}" for train in trained)),
-        ("Training, tokens per second", *(number(train["tokens_per_second"], 0) for train in trained)),
-    )
-    columns = ("Measure", *found.named("evaluate"))
-    note = "Cross-entropy in nats per token. Attention sinks are left out (see below)."
-    return Table("The dictionaries on held-out text", columns, rows, stack=False, note=note)

@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,13 @@ class Metrics:
     """Records the step's metrics one step late, so that reading them never holds up the device.
 
     Args:
-      path: ``metrics.jsonl``; lines after ``first_step`` that a killed run wrote are dropped.
+      path: ``metrics.jsonl``: a line for each recorded step and member. Lines after ``first_step``, which a killed run
+        wrote, are dropped.
       first_step: the step training starts or resumes at.
       batch: tokens per step.
       every: steps between records.
       steps: steps of the whole run, for the time to go.
+      members: their names; "" for a stack of one.
       say: prints a progress line.
     """
 
@@ -37,18 +38,29 @@ class Metrics:
     batch: int
     every: int
     steps: int
+    members: Sequence[str]
     say: Callable[[str], None]
 
     def __post_init__(self):
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.records = [record for record in map(json.loads, lines) if record["step"] <= self.first_step]
-        self._before = self.records[-1]["seconds"] if self.records else 0.0
+        self._before = self.seconds
         self._start = self._said = time.monotonic()
         self._warm: tuple[int, float] | None = None
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of training up to the newest record, over all runs that led to it."""
+        return self.records[-1]["seconds"] if self.records else 0.0
+
+    def last(self, member: str) -> dict[str, float]:
+        """The newest metrics of a member."""
+        record = next(record for record in reversed(self.records) if record["member"] == member)
+        return {key: value for key, value in record.items() if key not in ("step", "tokens", "seconds", "member")}
+
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the step just dispatched; reads those of the one before, if they are due.
+        """Takes the metrics [M] of the step just dispatched; reads those of the one before, if they are due.
 
         Waits for the step before, so that the host runs one step ahead of the device and no further: batches
         do not pile up in the device's memory.
@@ -65,7 +77,7 @@ class Metrics:
           check: read it in any case, to know that it is finite.
 
         Raises:
-          UserError: a metric is not finite; the message names it and the step.
+          UserError: a metric is not finite; the message names it, the member and the step.
         """
         if self._pending is None:
             return
@@ -73,21 +85,25 @@ class Metrics:
         due = step % self.every == 0 or step == self.steps or self._warm is None
         if not due and not check:
             return
-        values = {name: float(value) for name, value in metrics.items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
+        values = {name: np.asarray(value_M, np.float64) for name, value_M in metrics.items()}
+        for name, value_M in values.items():
+            for index in np.flatnonzero(~np.isfinite(value_M))[:1]:
+                member = f" of member {self.members[index]}" if self.members[index] else ""
                 raise UserError(
-                    f"{name} is {value} at step {step}: lower --train.learning_rate; the last checkpoint is kept"
+                    f"{name}{member} is {value_M[index]} at step {step}: lower --train.learning_rate; the last "
+                    "checkpoint is kept"
                 )
         seconds = time.monotonic() - self._start
         if self._warm is None:
             self._warm = (step, seconds)  # the first step compiled: it says nothing about speed
         if step % self.every == 0 or step == self.steps:
-            record = dict(step=step, tokens=step * self.batch, seconds=round(self._before + seconds, 3), **values)
-            self.records.append(record)
-            self._progress(step, seconds, values)
+            head = dict(step=step, tokens=step * self.batch, seconds=round(self._before + seconds, 3))
+            for index, member in enumerate(self.members):
+                own = {name: float(value_M[index]) for name, value_M in values.items()}
+                self.records.append(head | dict(member=member) | own)
+            self._progress(step, seconds, {name: float(value_M.mean()) for name, value_M in values.items()})
 
-    def _progress(self, step: int, seconds: float, values: dict[str, float]) -> None:
+    def _progress(self, step: int, seconds: float, means: dict[str, float]) -> None:
         now = time.monotonic()
         if now - self._said < 5 and step != self.steps:
             return
@@ -95,14 +111,14 @@ class Metrics:
         rate = self.tokens_per_second(step, seconds)
         left = f"{(self.steps - step) * self.batch / rate:.0f} s to go" if rate else "timing"
         self.say(
-            f"step {step}/{self.steps}  {rate:,.0f} tokens/s  {left}  loss {values['loss']:.1f}  "
-            f"L0 {values['l0']:.1f}  explained variance {values['explained_variance']:.3f}"
+            f"step {step}/{self.steps}  {rate:,.0f} tokens/s  {left}  loss {means['loss']:.1f}  "
+            f"L0 {means['l0']:.1f}  explained variance {means['explained_variance']:.3f}"
         )
 
     def tokens_per_second(self, step: int | None = None, seconds: float | None = None) -> float:
-        """Speed since the first step of this process, compilation left out; 0 before there is any."""
+        """Speed since the first step of this process, compilation left out; 0 before there is any. Each member's."""
         step = self.records[-1]["step"] if step is None else step
-        seconds = self.records[-1]["seconds"] - self._before if seconds is None else seconds
+        seconds = self.seconds - self._before if seconds is None else seconds
         if self._warm is None or step <= self._warm[0] or seconds <= self._warm[1]:
             return 0.0
         return (step - self._warm[0]) * self.batch / (seconds - self._warm[1])
@@ -117,7 +133,7 @@ class Metrics:
 def train(
     trainer: Trainer,
     state: TrainState,
-    batches: Iterable[np.ndarray],
+    batches: Iterable[tuple[np.ndarray, ...]],
     first_step: int,
     steps: int,
     metrics: Metrics,
@@ -130,7 +146,8 @@ def train(
     Args:
       trainer: gives the step and the batch's sharding.
       state: the state after ``first_step`` steps; donated.
-      batches: this process's rows of each batch, [batch / processes, d], the first for step ``first_step``.
+      batches: this process's rows of each batch, arrays [sites, batch / processes, d], the first for step
+        ``first_step``.
       first_step, steps: where to start, and the number of steps of the whole run.
       metrics: takes the metrics.
       checkpoints: takes the state every ``every`` steps, at the end, and when stopping.
@@ -141,7 +158,7 @@ def train(
     """
     step = first_step
     for step, batch in enumerate(batches, first_step + 1):
-        global_batch = jax.make_array_from_process_local_data(trainer.batch_sharding, batch)
+        global_batch = tuple(jax.make_array_from_process_local_data(trainer.batch_sharding, part) for part in batch)
         state, values = trainer.step(state, global_batch)
         metrics.push(step, values)
         stop = _agreed_stop(step, stopping)

@@ -11,6 +11,7 @@ from saejax.activations.batches import steps_per_epoch, training_batches
 from saejax.errors import UserError
 
 SITE, BATCH = "resid_post.1", 10
+PARTS = ((SITE,),)
 TRAIN_ROWS = 93 - 16 - 9  # without held-out documents and the first position of every training document
 
 
@@ -26,7 +27,12 @@ def store(make_store):
 
 
 def read(store, seed=3, epochs=3, **options):
-    return list(training_batches(store, SITE, BATCH, seed, epochs, **options))
+    return rows_of(training_batches(store, PARTS, BATCH, seed, epochs, **options))
+
+
+def rows_of(batches):
+    """The vectors [batch, d] of batches of one part and one site."""
+    return [part[0] for (part,) in batches]
 
 
 def row_ids(store, batches):
@@ -37,7 +43,7 @@ def row_ids(store, batches):
 
 
 def test_every_row_comes_once_in_each_epoch(store):
-    steps = steps_per_epoch(store, SITE, BATCH)
+    steps = steps_per_epoch(store, PARTS, BATCH)
     assert steps == TRAIN_ROWS // BATCH
     batches = row_ids(store, read(store))
     assert len(batches) == 3 * steps and all(len(batch) == BATCH for batch in batches)
@@ -50,7 +56,7 @@ def test_every_row_comes_once_in_each_epoch(store):
 
 
 def test_a_batch_that_divides_the_rows_leaves_none_out(store):
-    batches = row_ids(store, training_batches(store, SITE, 17, 3, 2))
+    batches = row_ids(store, rows_of(training_batches(store, PARTS, 17, 3, 2)))
     for epoch in (batches[:4], batches[4:]):
         assert sorted(itertools.chain(*epoch)) == store.rows("train", SITE).tolist()
 
@@ -78,14 +84,33 @@ def test_reading_goes_on_at_any_step(store):
 
 def test_bfloat16_stays_bfloat16(make_store):
     store = make_store("bfloat16").store
-    assert next(training_batches(store, SITE, BATCH, 0, 1)).dtype == store.dtype == "bfloat16"
+    assert next(training_batches(store, PARTS, BATCH, 0, 1))[0].dtype == store.dtype == "bfloat16"
 
 
 def test_fewer_rows_than_a_batch_give_no_step(store):
-    assert steps_per_epoch(store, SITE, 1000) == 0
-    assert list(training_batches(store, SITE, 1000, 0, 3)) == []
+    assert steps_per_epoch(store, PARTS, 1000) == 0
+    assert list(training_batches(store, PARTS, 1000, 0, 3)) == []
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(store):
     with pytest.raises(UserError, match=r"--train.batch=10 is not divisible by the 4 processes"):
-        training_batches(store, SITE, BATCH, 0, 1, processes=4)
+        training_batches(store, PARTS, BATCH, 0, 1, processes=4)
+
+
+def test_consecutive_tokens_are_not_consecutive_in_training(store):
+    for batch in row_ids(store, read(store)):
+        documents, positions, _ = store.tokens(np.array(batch))
+        follows = (np.diff(positions) == 1) & (np.diff(documents) == 0)
+        assert follows.sum() <= 2
+
+
+def test_all_sites_of_a_batch_give_the_same_rows(make_store):
+    store = make_store("float32").store
+    other = next(site for site in store.sites if site != SITE)
+    both = store.rows("train", SITE, other)
+    assert set(both) == set(store.rows("train", SITE)) & set(store.rows("train", other))
+    inputs, targets = next(training_batches(store, ((SITE, SITE), (other,)), BATCH, 3, 1))
+    assert inputs.shape == (2, BATCH, store.d(SITE)) and targets.shape == (1, BATCH, store.d(other))
+    (rows,) = row_ids(store, [inputs[1]])
+    np.testing.assert_array_equal(targets[0], store.read(other, np.array(rows)))
+    assert set(rows) <= set(both)

@@ -157,7 +157,7 @@ def test_from_capture_to_training_and_no_further(bloom_setup, tmp_path):
         tmp_path / "run",
         task__behaviours="",
         capture__sites=SITES[0],
-        train__site=SITES[0],
+        train__sites=SITES[0],
         train__kinds="topk",
     )
     values = FlagValues()

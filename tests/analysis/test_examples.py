@@ -9,6 +9,7 @@ import pytest
 from saejax.analysis import examples
 from saejax.analysis.examples import top_examples
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.settings import KINDS
 
 SITE, WIDTH, FEATURES = "resid_post.3", 16, 32
 
@@ -60,15 +61,23 @@ class MemoryStore:
 
 
 def random_dictionary(kind: str) -> Dictionary:
-    config = DictionaryConfig(kind=kind, site=SITE, d_in=WIDTH, n_features=FEATURES, k=4 if kind == "topk" else 0)
-    return Dictionary.initial(config, jax.random.key(0))
+    """Directions at random; biases, thresholds and magnitudes too, where the kind has them."""
+    own = dict(topk=dict(k=4), linear=dict(fires_above=0.5), jumprelu=dict(centred=False)).get(kind, {})
+    config = DictionaryConfig(kind=kind, site=SITE, d_in=WIDTH, n_features=FEATURES, **own)
+    arrays = Dictionary.initial(config, jax.random.key(0)).arrays
+    rng = np.random.default_rng(0)
+    for name in ("b_enc_F", "b_dec_D", "threshold_F", "r_mag_F", "b_mag_F"):
+        if name in arrays and kind not in ("topk", "standard"):
+            arrays[name] = np.float32(0.3 * np.abs(rng.normal(size=arrays[name].shape)))
+    return Dictionary(config, **{name: jax.numpy.asarray(array) for name, array in arrays.items()})
 
 
 def identity_dictionary() -> Dictionary:
     """Feature i is coordinate i of the input, so that a test can write activations by hand."""
     config = DictionaryConfig(kind="standard", site=SITE, d_in=WIDTH, n_features=WIDTH)
     eye = np.eye(WIDTH, dtype=np.float32)
-    return Dictionary(config, eye, np.zeros(WIDTH, np.float32), eye, np.zeros(WIDTH, np.float32))
+    zeros = np.zeros(WIDTH, np.float32)
+    return Dictionary(config, W_enc_DxF=eye, b_enc_F=zeros, W_dec_FxD=eye, b_dec_D=zeros)
 
 
 def random_store(seed=1, documents=40, **options) -> MemoryStore:
@@ -85,7 +94,7 @@ def written_store(activations, ids=None, **options) -> MemoryStore:
     return MemoryStore(ids, vectors, **options)
 
 
-@pytest.mark.parametrize("kind", ["topk", "standard"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_passed_over_would_not_have_been_shown(kind, monkeypatch):
     stores = [random_store(documents=300) for _ in range(2)]
     some = top_examples(stores[0], random_dictionary(kind), [5, 0, 31], 1, str, batch=512)
@@ -97,14 +106,16 @@ def test_what_is_passed_over_would_not_have_been_shown(kind, monkeypatch):
     assert stores[0].rows_read < 0.8 * stores[1].rows_read
 
 
-@pytest.mark.parametrize("kind", ["topk", "standard"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_agrees_with_brute_force(kind):
     store = random_store(held_out={3, 4, 5})
     dictionary = random_dictionary(kind)
     features = [5, 0, 31]
     found = top_examples(store, dictionary, features, 7, str, before=3, after=2, batch=64)
     assert list(found) == features
-    all_RxF = np.asarray(dictionary.encode(store.vector_RxD))
+    f_RxF = dictionary.encode(store.vector_RxD)
+    all_RxF = np.abs(np.where(dictionary.fires(f_RxF), f_RxF, 0))  # of a linear dictionary, the size
+    assert kind != "linear" or (np.asarray(f_RxF) < -0.5).any()
     by_place = {tuple(place): row for row, place in enumerate(store.place_Rx2.tolist())}
     for feature in features:
         best = {}  # document -> (activation, position) of its maximum

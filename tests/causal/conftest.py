@@ -88,8 +88,8 @@ def make_dictionary(tiny, prompts):
             model=tiny.source.name,
             fingerprint=tiny.source.fingerprint,
         )
-        arrays = (np.asarray(a, np.float32) for a in (W_enc_DxF, b_enc_F, W_dec_FxD, b_dec_D))
-        return Dictionary(config, *map(jax.numpy.asarray, arrays))
+        arrays = dict(W_enc_DxF=W_enc_DxF, b_enc_F=b_enc_F, W_dec_FxD=W_dec_FxD, b_dec_D=b_dec_D)
+        return Dictionary(config, **{name: jax.numpy.asarray(a, np.float32) for name, a in arrays.items()})
 
     return make
 

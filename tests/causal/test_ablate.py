@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from saejax.causal import ablate
-from saejax.dictionaries import save_dictionary
+from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.settings import AblateConfig, MeshConfig, ModelConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.tasks.scoring import bootstrap_mean
-from saejax.workspace import Run
+from saejax.workspace import Run, write_json
 
 
 @pytest.fixture
@@ -24,6 +24,7 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
     ]
     write_prompts(baseline / "prompts.jsonl", prompts)
     save_dictionary(train, make_dictionary("resid_post.1"))
+    write_json(train / "summary.json", dict(results=dict(members=[dict(name="")])))
 
     def make(name, **changes):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -73,6 +74,41 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
     assert ablate.run_ablate(resumed) == results
     assert (folder / "first.json").stat().st_mtime_ns == written
     assert said[0] == "ablate: kept from an earlier run: first"
+
+
+def test_a_stack_asks_which_of_its_members(make_run):
+    run, _ = make_run("refused")
+    members = [dict(name=name) for name in ("k16", "k32")]
+    write_json(run.inputs["train/topk"] / "summary.json", dict(results=dict(members=members)))
+    with pytest.raises(UserError, match=r"topk is a stack of 2 .* --ablate.dictionary=topk/k16, of k16, k32"):
+        ablate.run_ablate(run)
+    for name, told in (("topk/k8", "there is no member k8: name one, .* of k16, k32"), ("topk/", "is a stack of 2")):
+        run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], dictionary=name)
+        with pytest.raises(UserError, match=told):
+            ablate.run_ablate(run)
+
+
+def test_one_dictionary_has_no_members(make_run):
+    run, _ = make_run("refused")
+    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], dictionary="topk/k8")
+    with pytest.raises(UserError, match="topk is one dictionary and no stack: give --ablate.dictionary=topk"):
+        ablate.run_ablate(run)
+
+
+def test_a_member_of_a_stack_is_tested(make_run, make_dictionary):
+    run, _ = make_run("member")
+    save_dictionary(run.inputs["train/topk"] / "k16" / "dictionary", make_dictionary("resid_post.1"))
+    write_json(run.inputs["train/topk"] / "summary.json", dict(results=dict(members=[dict(name="k16")])))
+    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], dictionary="topk/k16", top=1, draws=2)
+    results = ablate.run_ablate(run)
+    assert (results["dictionary"], results["site"]) == ("topk/k16", "resid_post.1")
+
+
+def test_transcoders_are_refused(tiny, make_dictionary):
+    sae = make_dictionary("mlp_in.1")
+    transcoder = Dictionary(dataclasses.replace(sae.config, target="mlp_out.1", centred=False), **sae.arrays)
+    with pytest.raises(UserError, match="is a transcoder from mlp_in.1 to mlp_out.1"):
+        ablate.SplitModel(tiny, transcoder)
 
 
 def test_prompts_of_one_split_only(tiny, make_dictionary, make_prompt):

@@ -65,6 +65,46 @@ def test_equal_to_the_edit_of_a_full_forward_pass(tiny, prompts, dictionary, spl
         np.testing.assert_allclose(diffs.ablated_SxP[s], wanted_P, atol=1e-4)
 
 
+def of_kind(dictionary, kind):
+    """A dictionary of another kind with the same directions."""
+    arrays, b_enc_F = dictionary.arrays, dictionary.b_enc_F[...]
+    own = dict(jumprelu=dict(threshold_F=jnp.full_like(b_enc_F, 0.2)), gated=dict(r_mag_F=0 * b_enc_F + 0.3))
+    if kind == "gated":
+        own["gated"]["b_mag_F"] = b_enc_F + 0.1
+    config = dataclasses.replace(dictionary.config, kind=kind, k=12 * (kind == "topk"), fires_above=0.5)
+    return Dictionary(config, **arrays | own.get(kind, {}))
+
+
+@pytest.mark.parametrize("kind", ["linear", "gated", "jumprelu", "topk"])
+def test_other_kinds_equal_the_edit_of_a_full_forward_pass(tiny, prompts, dictionary, kind):
+    other, few = of_kind(dictionary, kind), prompts[:4]
+    split = SplitModel(tiny, other)
+    features = np.random.default_rng(4).permutation(150)[:40].tolist()
+    diffs = ablation.ablate_sets(split, split.run(few), [features])
+    tokens = tiny.tokenize([prompt.text for prompt in few])
+    logits_BxTxV = np.asarray(tiny(tokens, edits=[other.ablate(features)]).logits_BxTxV)
+    for p, prompt in enumerate(few):
+        last_V = logits_BxTxV[p, tokens.last_B[p]]
+        wanted = last_V[tiny.token_id(prompt.correct)] - last_V[tiny.token_id(prompt.wrong)]
+        np.testing.assert_allclose(diffs.ablated_SxP[0, p], wanted, atol=1e-4)
+    assert (diffs.drop_SxP != 0).any()
+
+
+def test_a_linear_feature_fires_by_size(tiny, prompts, dictionary):
+    linear = of_kind(dictionary, "linear")
+    split = SplitModel(tiny, linear)
+    batches = split.run(prompts)
+    statistics = ablation.statistics(split, batches)
+    rows = []
+    for batch in batches:
+        f_BxTxF, domain_BxT = np.asarray(linear.encode(batch.value_BxTxD)), np.asarray(batch.domain_BxT)
+        rows += [f_BxTxF[p][domain_BxT[p]] for p in range(len(batch.index_P))]
+    size_NxF = np.abs(np.concatenate(rows))
+    np.testing.assert_array_equal(statistics.fires_F, (size_NxF > 0.5).sum(axis=0))
+    wanted_F = np.where(size_NxF > 0.5, size_NxF, 0).sum(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(statistics.sum_F, wanted_F, rtol=1e-5)
+
+
 def test_what_does_not_fire_has_no_effect_to_the_bit_and_is_not_run(split, batches, dictionary):
     n, prompts = dictionary.config.n_features, sum(len(batch.index_P) for batch in batches)
     dead = list(range(n - 5, n))
@@ -166,8 +206,7 @@ def test_a_feature_twice_in_a_set_is_refused(split, batches):
 
 
 def with_arrays(dictionary, **changes):
-    arrays = {n: getattr(dictionary, n)[...] for n in ("W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D")}
-    return Dictionary(dictionary.config, **{**arrays, **changes})
+    return Dictionary(dictionary.config, **dictionary.arrays | changes)
 
 
 def test_nan_in_the_dictionary(tiny, prompts, dictionary):
@@ -191,17 +230,15 @@ def test_nan_in_the_model_names_the_prompt(tiny, prompts, dictionary):
 
 def test_a_dictionary_of_another_model_site_or_width(tiny, dictionary):
     def changed(**changes):
-        return Dictionary(
-            dataclasses.replace(dictionary.config, **changes),
-            *(getattr(dictionary, n)[...] for n in ("W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D")),
-        )
+        return Dictionary(dataclasses.replace(dictionary.config, **changes), **dictionary.arrays)
 
     with pytest.raises(UserError, match="was trained on .*use the model it was trained on"):
         SplitModel(tiny, changed(fingerprint="0" * 16))
     with pytest.raises(UserError, match="no site resid_post.4"):
         SplitModel(tiny, changed(site="resid_post.4"))
+    narrow = Dictionary.initial(dataclasses.replace(dictionary.config, d_in=63), jax.random.key(0))
     with pytest.raises(UserError, match="reads 63 dimensions, but resid_post.1 has 64"):
-        SplitModel(tiny, changed(d_in=63))
+        SplitModel(tiny, narrow)
 
 
 def test_in_bfloat16_the_effects_are_nearly_the_same(tiny_llama, one_device, prompts, dictionary, split, batches):

@@ -53,8 +53,8 @@ def test_leaders_are_positive_and_in_order():
 
 def test_a_gradient_that_is_not_finite(tiny, prompts, make_dictionary):
     dictionary = make_dictionary("resid_post.1")
-    arrays = [getattr(dictionary, n)[...] for n in ("W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D")]
-    arrays[2] = arrays[2].at[3].set(jnp.nan)
-    split = SplitModel(tiny, Dictionary(dictionary.config, *arrays))
+    arrays = dictionary.arrays
+    arrays["W_dec_FxD"] = arrays["W_dec_FxD"].at[3].set(jnp.nan)
+    split = SplitModel(tiny, Dictionary(dictionary.config, **arrays))
     with pytest.raises(UserError, match="gradient .* resid_post.1 is not finite"):
         screening.attribution(split, split.run(prompts))

@@ -1,5 +1,8 @@
-"""Cross-entropies against transformers' own loss."""
+"""Cross-entropies and KL divergences against transformers' own losses."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +10,8 @@ import torch
 
 from saejax import load_model
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.evaluation.loss_recovered import cross_entropies, recovered
+from saejax.evaluation import programs
+from saejax.evaluation.loss_recovered import recovered, stand_in_losses
 from saejax.models import source
 
 
@@ -16,73 +20,177 @@ def lm(tiny_llama, one_device):
     return load_model(str(tiny_llama), mesh=one_device)
 
 
+@pytest.fixture(scope="module")
+def model(lm):
+    """The same weights in PyTorch, fp64."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them only wait for each other on a model this small
+    yield source.load_torch_model(lm.source, "float32").double()
+    torch.set_num_threads(threads)
+
+
 def identity(lm, max_norm=1e9) -> Dictionary:
     """A dictionary that rebuilds its input: every direction and its opposite."""
     d = lm.config.d_model
     config = DictionaryConfig(kind="standard", site="resid_post.2", d_in=d, n_features=2 * d, max_norm=max_norm)
     both = jnp.concatenate([jnp.eye(d), -jnp.eye(d)])
-    return Dictionary(config, both.T, jnp.zeros(2 * d), both, jnp.zeros(d))
+    return Dictionary(config, W_enc_DxF=both.T, b_enc_F=jnp.zeros(2 * d), W_dec_FxD=both, b_dec_D=jnp.zeros(d))
 
 
-def documents(lm) -> list[np.ndarray]:
+def random_dictionary(lm, seed=0, **changes) -> Dictionary:
+    fields = dict(kind="topk", site="resid_post.2", d_in=lm.config.d_model, n_features=96, k=8, max_norm=1e9)
+    start = Dictionary.initial(DictionaryConfig(**fields | changes), jax.random.key(seed))
+    noise = {name: 0.1 * jax.random.normal(jax.random.key(seed + 1), a.shape) for name, a in start.arrays.items()}
+    return Dictionary(start.config, **{name: a + noise[name] for name, a in start.arrays.items()})
+
+
+def documents() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.integers(1, 384, size=n).astype(np.int32) for n in (5, 40, 1, 17, 33, 2)]
 
 
-def torch_ce(lm, change) -> float:
-    """Mean loss over all predicted tokens, one unpadded document at a time, layer 2's output changed by a hook."""
-    model = source.load_torch_model(lm.source, "float32")
+def log_probabilities(model, hooks=()) -> list[torch.Tensor]:
+    """Of each predicted token's distribution, one unpadded document at a time, with forward hooks in place."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        with torch.no_grad():
+            ids = [torch.tensor(d[None].astype(np.int64)) for d in documents() if len(d) > 1]
+            return [torch.log_softmax(model(i).logits[0, :-1].double(), -1) for i in ids]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def change_stream(model, change):
+    """A hook that changes what layer 2 gives out."""
 
     def hook(module, inputs, output):
         return change(output) if torch.is_tensor(output) else (change(output[0]), *output[1:])
 
-    model.model.layers[2].register_forward_hook(hook)
-    losses = []
-    with torch.no_grad():
-        for ids in documents(lm):
-            if len(ids) > 1:
-                logits = model(torch.tensor(ids[None].astype(np.int64))).logits[0, :-1].double()
-                losses.append(
-                    torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:].astype(np.int64)), reduction="none")
-                )
-    return float(torch.cat(losses).mean())
+    return [(model.model.layers[2], hook)]
+
+
+def ce_and_kl(clean, edited) -> tuple[float, float]:
+    next_ids = torch.cat([torch.tensor(d[1:].astype(np.int64)) for d in documents() if len(d) > 1])
+    p, q = torch.cat(clean), torch.cat(edited)
+    ce = -q[torch.arange(len(q)), next_ids].mean()
+    return float(ce), float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def as_torch(function):
+    """A function of arrays as one of tensors."""
+    return lambda x: torch.tensor(np.asarray(function(jnp.asarray(x.numpy(), jnp.float32)), np.float64))
 
 
 @pytest.mark.parametrize("batch_tokens", [64, 4096])
-def test_every_variant_against_transformers(lm, batch_tokens):
+def test_every_variant_against_transformers(lm, model, batch_tokens):
     mean = np.random.default_rng(1).normal(size=64).astype(np.float32)
-    ce = cross_entropies(lm, identity(lm), documents(lm), mean, batch_tokens)
-    assert ce["tokens"] == 4 + 39 + 16 + 32 + 1
-    np.testing.assert_allclose(ce["clean"], torch_ce(lm, lambda x: x), rtol=1e-5)
-    np.testing.assert_allclose(ce["reconstructed"], ce["clean"], rtol=1e-5)
-    np.testing.assert_allclose(ce["mean_ablated"], torch_ce(lm, lambda x: torch.tensor(mean).expand_as(x)), rtol=1e-5)
-    np.testing.assert_allclose(ce["zero_ablated"], torch_ce(lm, torch.zeros_like), rtol=1e-5)
-    np.testing.assert_allclose(recovered(ce, "mean_ablated"), 1, rtol=1e-3)
+    dictionary = random_dictionary(lm)
+    (losses,) = stand_in_losses(lm, [dictionary], documents(), mean, batch_tokens)
+    assert losses.tokens == 4 + 39 + 16 + 32 + 1
+    clean = log_probabilities(model)
+    changes = dict(
+        clean=lambda x: x,
+        mean_ablated=lambda x: torch.tensor(mean, dtype=x.dtype).expand_as(x),
+        zero_ablated=torch.zeros_like,
+        reconstructed=as_torch(dictionary),
+    )
+    for name, change in changes.items():
+        ce, kl = ce_and_kl(clean, log_probabilities(model, change_stream(model, change)))
+        np.testing.assert_allclose(losses.ce[name], ce, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(losses.kl[name], kl, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert losses.kl["clean"] == 0
 
 
-def test_sinks_keep_their_value(lm):
+def test_a_perfect_stand_in_recovers_everything(lm):
+    (losses,) = stand_in_losses(lm, [identity(lm)], documents(), np.zeros(64, np.float32))
+    np.testing.assert_allclose(losses.ce["reconstructed"], losses.ce["clean"], rtol=1e-6)
+    np.testing.assert_allclose(recovered(losses.kl, "mean_ablated"), 1, rtol=1e-5)
+    assert 0 <= losses.kl["reconstructed"] < 1e-6
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoders_prediction_replaces_its_target(lm, model, skip):
+    transcoder = random_dictionary(lm, site="mlp_in.1", target="mlp_out.1", centred=False, skip=skip)
+    mean = np.random.default_rng(1).normal(size=64).astype(np.float32)
+    (losses,) = stand_in_losses(lm, [transcoder], documents(), mean)
+    mlp = model.model.layers[1].mlp
+    predict = as_torch(transcoder)
+    clean = log_probabilities(model)
+    for name, hook in (
+        ("reconstructed", lambda module, inputs, output: predict(inputs[0])),
+        ("mean_ablated", lambda module, inputs, output: torch.tensor(mean, dtype=output.dtype).expand_as(output)),
+    ):
+        ce, kl = ce_and_kl(clean, log_probabilities(model, [(mlp, hook)]))
+        np.testing.assert_allclose(losses.ce[name], ce, rtol=1e-5)
+        np.testing.assert_allclose(losses.kl[name], kl, rtol=1e-4)
+
+
+def test_members_are_scored_as_they_are_alone_by_one_program(lm):
+    stack = [random_dictionary(lm, seed, k=k) for seed, k in ((0, 4), (5, 8), (9, 30))]
+    before = programs.stand_in._cache_size()
+    together = stand_in_losses(lm, stack, documents(), np.zeros(64, np.float32))
+    assert programs.stand_in._cache_size() == before + 1
+    alone = [stand_in_losses(lm, [member], documents(), np.zeros(64, np.float32))[0] for member in stack]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(list(one.ce.values()), list(other.ce.values()), rtol=1e-6)
+        np.testing.assert_allclose(list(one.kl.values()), list(other.kl.values()), rtol=1e-5, atol=1e-7)
+    assert len({losses.ce["reconstructed"] for losses in together}) == 3
+
+
+def test_members_of_different_sites_are_not_scored_together(lm):
+    stack = [random_dictionary(lm), random_dictionary(lm, site="resid_post.1")]
+    with pytest.raises(ValueError, match="one site, target and sink rule"):
+        stand_in_losses(lm, stack, documents(), np.zeros(64))
+
+
+def test_sinks_keep_their_value(lm, model):
     limit = 8.0
 
     def change(x):
         return torch.where(x.norm(dim=-1, keepdim=True) <= limit, torch.zeros_like(x), x)
 
-    ce = cross_entropies(lm, identity(lm, limit), documents(lm), np.zeros(64, np.float32))
-    np.testing.assert_allclose(ce["zero_ablated"], torch_ce(lm, change), rtol=1e-5)
-    everything = torch_ce(lm, torch.zeros_like)
-    assert abs(ce["zero_ablated"] - everything) > 1e-3, "the limit must leave some positions as they are"
+    (losses,) = stand_in_losses(lm, [identity(lm, limit)], documents(), np.zeros(64, np.float32))
+    clean = log_probabilities(model)
+    ce, kl = ce_and_kl(clean, log_probabilities(model, change_stream(model, change)))
+    np.testing.assert_allclose([losses.ce["zero_ablated"], losses.kl["zero_ablated"]], [ce, kl], rtol=1e-4)
+    everything, _ = ce_and_kl(clean, log_probabilities(model, change_stream(model, torch.zeros_like)))
+    assert abs(losses.ce["zero_ablated"] - everything) > 1e-3, "the limit must leave some positions as they are"
+
+
+def test_sinks_of_a_transcoders_target_keep_their_value(lm, model):
+    transcoder = random_dictionary(lm, site="mlp_in.1", target="mlp_out.1", centred=False)
+    mlp, norms = model.model.layers[1].mlp, []
+    log_probabilities(model, [(mlp, lambda module, inputs, output: norms.append(output.norm(dim=-1).flatten()))])
+    limit = float(torch.cat(norms).quantile(0.7))
+
+    def hook(module, inputs, output):
+        return torch.where(output.norm(dim=-1, keepdim=True) <= limit, torch.zeros_like(output), output)
+
+    (losses,) = stand_in_losses(lm, [transcoder], documents(), np.zeros(64), target_max_norm=limit)
+    ce, _ = ce_and_kl(log_probabilities(model), log_probabilities(model, [(mlp, hook)]))
+    np.testing.assert_allclose(losses.ce["zero_ablated"], ce, rtol=1e-5)
 
 
 def test_nothing_to_recover_is_none():
     assert recovered(dict(clean=3.0, mean_ablated=2.9, reconstructed=3.1), "mean_ablated") is None
 
 
+def test_no_document_predicts_anything(lm):
+    (losses,) = stand_in_losses(lm, [identity(lm)], [np.array([3], np.int32)], np.zeros(64))
+    assert losses.tokens == 0 and recovered(losses.ce, "mean_ablated") is None
+
+
 def test_works_on_eight_devices(lm, tiny_llama):
-    ce = cross_entropies(lm, identity(lm), documents(lm), np.zeros(64, np.float32), 512)
-    eight = cross_entropies(load_model(str(tiny_llama)), identity(lm), documents(lm), np.zeros(64, np.float32), 512)
-    np.testing.assert_allclose(list(ce.values()), list(eight.values()), rtol=1e-5)
+    everywhere = load_model(str(tiny_llama))
+    dictionary = random_dictionary(lm)
+    one, eight = (stand_in_losses(m, [dictionary], documents(), np.zeros(64), 512)[0] for m in (lm, everywhere))
+    np.testing.assert_allclose(list(one.ce.values()), list(eight.ce.values()), rtol=1e-5)
+    np.testing.assert_allclose(list(one.kl.values()), list(eight.kl.values()), rtol=1e-4, atol=1e-7)
 
 
 def test_bfloat16_model(tiny_llama, one_device, lm):
     low = load_model(str(tiny_llama), dtype="bfloat16", mesh=one_device)
-    ce, ce_low = (cross_entropies(model, identity(lm), documents(lm), np.zeros(64, np.float32)) for model in (lm, low))
-    np.testing.assert_allclose(ce_low["clean"], ce["clean"], rtol=0.03)
+    one, other = (stand_in_losses(m, [identity(lm)], documents(), np.zeros(64))[0] for m in (lm, low))
+    np.testing.assert_allclose(other.ce["clean"], one.ce["clean"], rtol=0.03)
+    assert dataclasses.asdict(other)["kl"]["reconstructed"] < 0.01

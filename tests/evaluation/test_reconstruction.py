@@ -1,53 +1,146 @@
 """Held-out scores against a plain fp64 computation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
+from saejax.evaluation import reconstruction
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.parallel import make_mesh
+from saejax.settings import KINDS, MeshConfig
+
+D, F = 12, 48
 
 
-def make(kind: str) -> Dictionary:
-    config = DictionaryConfig(kind=kind, site="resid_post.1", d_in=12, n_features=48, k=5)
-    dictionary = Dictionary.initial(config, jax.random.key(0))
-    dictionary.b_enc_F[...] = jnp.where(jnp.arange(48) < 3, -1e6, 0.1)  # features that never fire
-    dictionary.b_enc_F[...] = dictionary.b_enc_F[...].at[5].set(100.0)  # one that always does
-    return dictionary
+def make(kind: str, seed: int = 0, **changes) -> Dictionary:
+    """A random dictionary with features that never fire (0 to 2) and one that always does (5)."""
+    topk = dict(k=5) if kind == "topk" else {}
+    linear = dict(fires_above=0.4) if kind == "linear" else {}
+    config = DictionaryConfig(**dict(kind=kind, site="resid_post.1", d_in=D, n_features=F) | topk | linear | changes)
+    rng = np.random.default_rng(seed)
+    arrays = {name: 0.3 * rng.normal(size=shape) for name, (shape, _) in parameter_table(config).items()}
+    arrays["W_dec_FxD"] /= np.linalg.norm(arrays["W_dec_FxD"], axis=1, keepdims=True)
+    arrays["W_enc_DxF"] = arrays["W_dec_FxD"].T.copy()
+    arrays["W_enc_DxF"][:, :3] = 0
+    low = 0.0 if kind == "linear" else -1e6
+    for name in ("b_enc_F", "b_mag_F"):
+        if name in arrays:
+            arrays[name][:3], arrays[name][5] = low, 100.0
+    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
 
 
-@pytest.mark.parametrize("kind", ["topk", "standard"])
-@pytest.mark.parametrize("sizes", [(100,), (64, 1, 35), (7,) * 14 + (2,)])
-def test_scores_by_formula_whatever_the_blocks(kind, sizes):
-    dictionary = make(kind)
-    x = np.random.default_rng(1).normal(size=(100, 12)).astype(np.float32) + 3
-    blocks = np.split(x, np.cumsum(sizes)[:-1])
-    scores = reconstruct(dictionary, blocks, make_mesh(), batch=32)
+def activations(seed: int = 1, tokens: int = 100) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(tokens, D)).astype(np.float32) + 3
+
+
+def check(scores, dictionary: Dictionary, x, y):
+    """Every score against its definition, in fp64, from the dictionary's own activations."""
     f = np.asarray(dictionary.encode(x), np.float64)
-    x_hat = np.asarray(dictionary.decode(jnp.asarray(f, jnp.float32)), np.float64)
-    expected = 1 - np.square(x - x_hat).sum() / np.square(x - x.mean(0, dtype=np.float64)).sum()
-    np.testing.assert_allclose(scores.explained_variance, expected, rtol=1e-5)
-    assert scores.tokens == 100
-    np.testing.assert_allclose(scores.l0, (f > 0).sum(1).mean())
-    np.testing.assert_allclose(scores.firing_rate_F, (f > 0).mean(0))
-    np.testing.assert_allclose(scores.mean_activation_F, f.sum(0) / np.maximum((f > 0).sum(0), 1), rtol=1e-5)
-    assert scores.dead_fraction == np.mean((f > 0).sum(0) == 0) >= 3 / 48
-    assert scores.dense_fraction(0.99) == np.mean((f > 0).mean(0) > 0.99) > 0
+    fires = np.abs(f) > dictionary.config.fires_above if dictionary.config.kind == "linear" else f > 0
+    y_hat = f @ np.asarray(dictionary.W_dec_FxD[...], np.float64) + np.asarray(dictionary.b_dec_D[...], np.float64)
+    if dictionary.config.skip:
+        y_hat += x.astype(np.float64) @ np.asarray(dictionary.W_skip_DxD[...], np.float64)
+    error = np.square(y - y_hat).sum() / np.square(y - y.mean(0, dtype=np.float64)).sum()
+    np.testing.assert_allclose(scores.explained_variance, 1 - error, rtol=1e-5)
+    np.testing.assert_allclose(scores.fvu, error, rtol=1e-5)
+    cosine = (y * y_hat).sum(1) / np.linalg.norm(y.astype(np.float64), axis=1) / np.linalg.norm(y_hat, axis=1)
+    np.testing.assert_allclose(scores.cosine, cosine.mean(), rtol=1e-5)
+    assert scores.tokens == len(x)
+    np.testing.assert_allclose(scores.l0, fires.sum(1).mean())
+    np.testing.assert_allclose(scores.firing_rate_F, fires.mean(0))
+    mean = (np.abs(f) * fires).sum(0) / np.maximum(fires.sum(0), 1)
+    np.testing.assert_allclose(scores.mean_activation_F, mean, rtol=1e-5)
+    assert scores.dead_fraction == np.mean(fires.sum(0) == 0) >= 3 / F
+    assert scores.dense_fraction(0.99) == np.mean(fires.mean(0) > 0.99) > 0
     histogram = scores.density_histogram()
-    assert sum(histogram["counts"]) + histogram["never"] == 48
+    assert sum(histogram["counts"]) + histogram["never"] == F
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(100,), (64, 1, 35)])
+def test_scores_by_formula_whatever_the_blocks(kind, sizes):
+    dictionary, x = make(kind), activations()
+    blocks = [[block] for block in np.split(x, np.cumsum(sizes)[:-1])]
+    (scores,) = reconstruct([dictionary], blocks, make_mesh(), batch=32)
+    check(scores, dictionary, x, x)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoder_is_scored_against_its_target(skip):
+    dictionary = make("jumprelu", site="mlp_in.1", target="mlp_out.1", centred=False, skip=skip)
+    x, y = activations(), activations(2) - 2
+    (scores,) = reconstruct([dictionary], [(x, y)], make_mesh(), batch=32)
+    check(scores, dictionary, x, y)
+    if not skip:
+        assert scores.explained_variance < 0  # it knows nothing of y, and says so
+
+
+@pytest.mark.parametrize("kind", ["topk", "linear", "batchtopk"])
+def test_members_of_a_stack_share_one_program_and_nothing_else(kind):
+    own = [dict(k=k) for k in (2, 5, 9)] if kind == "topk" else [dict()] * 3
+    own = [dict(fires_above=limit) for limit in (0.1, 0.4, 2.0)] if kind == "linear" else own
+    stack = [make(kind, seed, **changes) for seed, changes in enumerate(own)]
+    x = activations()
+    before = reconstruction._score._cache_size()
+    together = reconstruct(stack, [[x]], make_mesh(MeshConfig(data=4, model=2)), batch=64)
+    assert reconstruction._score._cache_size() == before + 1
+    for dictionary, scores in zip(stack, together, strict=True):
+        check(scores, dictionary, x, x)
+    if kind != "batchtopk":
+        assert len({scores.l0 for scores in together}) == 3
+
+
+def test_dictionaries_of_different_shapes_are_not_one_program():
+    with pytest.raises(ValueError, match="one kind and shape"):
+        reconstruct([make("topk"), make("standard")], [[activations()]], make_mesh())
 
 
 def test_a_large_mean_costs_no_precision():
-    x = np.random.default_rng(2).normal(size=(5000, 12)).astype(np.float32) + 1000
+    x = np.random.default_rng(2).normal(size=(5000, D)).astype(np.float32) + 1000
     dictionary = make("standard")
-    dictionary.W_dec_FxD[...] = jnp.zeros((48, 12))
+    dictionary.W_dec_FxD[...] = jnp.zeros((F, D))
     dictionary.b_dec_D[...] = jnp.asarray(x.mean(0, dtype=np.float64), jnp.float32)
-    assert abs(reconstruct(dictionary, [x], make_mesh(), batch=512).explained_variance) < 1e-6
+    (scores,) = reconstruct([dictionary], [[x]], make_mesh(), batch=512)
+    assert abs(scores.explained_variance) < 1e-6
+
+
+def test_bfloat16_activations_and_a_token_of_zeros():
+    dictionary, x = make("topk"), activations(tokens=3)
+    x[1] = 0
+    low = np.asarray(jnp.asarray(x, jnp.bfloat16))
+    (scores,) = reconstruct([dictionary], [[low]], make_mesh(), batch=8)
+    y_hat = np.asarray(dictionary(low), np.float64)
+    wide = low.astype(np.float64)
+    cosine = [(wide[i] @ y_hat[i]) / np.linalg.norm(wide[i]) / np.linalg.norm(y_hat[i]) for i in (0, 2)]
+    np.testing.assert_allclose(scores.cosine, sum(cosine) / 3, rtol=1e-4)
+
+
+def test_one_token_has_no_variance_to_explain():
+    (scores,) = reconstruct([make("standard")], [[activations(tokens=1)]], make_mesh(), batch=8)
+    assert (scores.tokens, scores.explained_variance) == (1, 0.0)
 
 
 def test_nothing_to_score_is_an_error():
     with pytest.raises(UserError, match="no held-out activations"):
-        reconstruct(make("topk"), [], make_mesh())
+        reconstruct([make("topk")], [], make_mesh())
+
+
+def test_a_dictionary_with_nan_is_an_error():
+    dictionary = make("standard")
+    dictionary.b_dec_D[...] = dictionary.b_dec_D[...].at[0].set(jnp.nan)
+    with pytest.raises(UserError, match="not finite"):
+        reconstruct([dictionary], [[activations()]], make_mesh())
+
+
+def test_dead_features_and_members_keep_their_own_sink_rule_out_of_the_program():
+    one = make("standard")
+    two = Dictionary(dataclasses.replace(one.config, site="resid_post.2", max_norm=3.0), **one.arrays)
+    first, second = reconstruct([one, two], [[activations()]], make_mesh(), batch=64)
+    assert first.explained_variance == second.explained_variance
+    assert jax.tree.all(jax.tree.map(np.array_equal, first.firing_rate_F, second.firing_rate_F))

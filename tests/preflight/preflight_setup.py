@@ -5,10 +5,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jax.sharding import Mesh
+
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
 from saejax.preflight.work import Work, plan_work
 from saejax.settings import GROUPS
+from saejax.training.members import SiteScale
+from saejax.training.step import Trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -29,4 +34,11 @@ def shape(name: str) -> DecoderConfig:
 
 def make_work(model: DecoderConfig, site: str = "resid_post.15", **changes: Any) -> Work:
     """The work of a model with its dictionary at a site."""
-    return plan_work("model", model, settings(capture__sites=(site,), train__site=site, **changes))
+    return plan_work("model", model, settings(capture__sites=(site,), train__sites=(site,), **changes))
+
+
+def make_trainer(work: Work, mesh: Mesh) -> Trainer:
+    """The trainer of the work's first stack."""
+    stack = work.stacks[0]
+    scale = SiteScale(1.0, 1.0, np.zeros(stack.dictionary.d_in, np.float32))
+    return Trainer(work.train, stack.dictionary, stack.members, mesh, 10, [scale] * len(stack.members))

@@ -45,10 +45,11 @@ def test_the_studies_models_and_layers():
     }
     for name, layer in layers.items():
         configs = found[name]
-        assert configs["train"].site == f"resid_post.{layer}" == configs["capture"].sites[0]
+        assert configs["train"].sites == (f"resid_post.{layer}",) == configs["capture"].sites
         assert configs["task"].benchmarks == (name.rpartition("-")[2],)
         train = configs["train"]
-        assert (train.expansion, train.l1, train.batch, train.epochs) == (8, 1e-4, 32, 20)
+        assert (train.kinds, train.expansion, train.l1, train.decorrelation) == (("linear",), 8, (1e-4,), 0.01)
+        assert (train.batch, train.epochs) == (32, 20)
     circuit = found["qwen3-4b-instruct-2507-behaviours"]
     assert circuit["capture"].last == 5
     assert circuit["capture"].sites == tuple(f"mlp_{end}.{layer}" for layer in range(10, 25) for end in ("in", "out"))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from preflight_setup import make_work, shape
+from preflight_setup import make_trainer, make_work, shape
 
 from saejax import load_model
 from saejax.models.config import DecoderConfig, Rope
@@ -15,7 +15,6 @@ from saejax.preflight import memory
 from saejax.preflight.advice import advice
 from saejax.preflight.memory import GIB
 from saejax.preflight.programs import abstract_dictionary, stage_programs
-from saejax.training.step import Trainer
 
 
 def make_mesh(data: int, model: int) -> Mesh:
@@ -39,7 +38,7 @@ def test_what_stays_is_counted_to_the_byte(tiny_llama, data, model):
     work = make_work(lm.config, "resid_post.1", train__batch=64)
     need = memory.device_memory(work, axes(data, model))
     assert need.model == held(lm.params)
-    trainer = Trainer(work.train, work.dictionaries[0], mesh, 10, 1.0, np.zeros(64, np.float32))
+    trainer = make_trainer(work, mesh)
     state = trainer.initial_state()
     assert need.dictionary == held(state.params)
     moments = held(state.optimizer)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from preflight_setup import make_work, settings
+from preflight_setup import make_trainer, make_work, settings
 
 from saejax import load_model
 from saejax.activations import jax_capture
@@ -14,6 +14,7 @@ from saejax.activations.documents import Documents
 from saejax.causal import ablation, screening, split
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation import loss_recovered
+from saejax.evaluation import programs as evaluation
 from saejax.models import decoding, language_model
 from saejax.models.families import read_config
 from saejax.models.sites import Site
@@ -138,11 +139,12 @@ def test_generation(programs, lm, spy):
 
 
 def test_evaluation(programs, work, lm, spy):
-    calls = spy(loss_recovered, "document_losses")
+    calls = {name: spy(evaluation, name.replace("-", "_")) for name in ("head", "stand-in", "tail", "compare")}
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 384, 32) for _ in range(8)]
-    loss_recovered.cross_entropies(lm, make_dictionary(lm, work), documents, np.zeros(work.tested.d_in), 256)
-    assert_same_call(programs["evaluate: losses"], calls[-1])
+    loss_recovered.stand_in_losses(lm, [make_dictionary(lm, work)], documents, np.zeros(work.tested.d_in), 256)
+    for name, seen in calls.items():
+        assert_same_call(programs[f"evaluate: {name}"], seen[-1])
 
 
 def test_capture(programs, work, lm, mesh, spy, tiny_llama):
@@ -164,14 +166,14 @@ def _documents(count: int, length: int) -> Documents:
 
 
 def test_training(programs, work, mesh):
-    trainer = Trainer(work.train, work.dictionaries[0], mesh, 10, 1.0, np.zeros(64, np.float32))
-    batch = jax.make_array_from_process_local_data(trainer.batch_sharding, np.ones((64, 64), np.float32))
-    assert_same_call(programs["train: topk step"], (trainer.initial_state(), batch))
+    trainer = make_trainer(work, mesh)
+    batch = jax.make_array_from_process_local_data(trainer.batch_sharding, np.ones((1, 64, 64), np.float32))
+    assert_same_call(programs["train: topk step"], (trainer.initial_state(), trainer.hyper, (batch,)))
 
 
 def test_they_are_the_stages_own_functions(programs):
     assert programs["capture: forward"].function is language_model.forward is jax_capture.forward
-    assert programs["evaluate: losses"].function is loss_recovered.document_losses
+    assert programs["evaluate: tail"].function is evaluation.tail
     assert programs["ablate: tail"].function is ablation.run_tail
     assert programs["train: standard step"].function.__wrapped__.__func__ is Trainer._step
 

@@ -46,21 +46,29 @@ def made_up_baseline() -> dict:
     return dict(behaviours=scores)
 
 
-def made_up_evaluation(kind: str, rng) -> dict:
+def made_up_member(kind: str, name: str, place: int) -> dict:
+    """Scores of a member; those of later places are denser and better."""
     edges = np.linspace(-6, 0, 25)
     counts = (900 * np.exp(-((edges[:-1] + 2.3) ** 2) / 0.8)).astype(int)
+    explained_variance = 0.86 if kind == "topk" else 0.79
     return dict(
-        dictionary=kind,
-        kind=kind,
+        name=name,
         site="resid_post.15",
+        target="resid_post.15",
         tokens=24_990,
-        explained_variance=0.86 if kind == "topk" else 0.79,
-        l0=32.0 if kind == "topk" else 58.7,
+        explained_variance=1 - (1 - explained_variance) * 0.8**place,
+        fvu=(1 - explained_variance) * 0.8**place,
+        cosine=0.9312,
+        l0=(32.0 if kind == "topk" else 58.7) * 1.8**place,
         dead_fraction=0.071,
         dense_fraction=0.0123,
+        decoder_neighbours=dict(mean=0.33, median=0.31, p90=0.52, p99=0.93, max=0.99, near=0.02),
         ce=dict(clean=3.211, reconstructed=3.268, mean_ablated=9.82, zero_ablated=11.3, tokens=24_000),
-        ce_recovered_mean=0.991,
+        kl=dict(clean=0.0, reconstructed=0.061, mean_ablated=6.1, zero_ablated=8.2),
+        ce_recovered_mean=1 - (0.009 if kind == "topk" else 0.015) * 0.7**place,
         ce_recovered_zero=0.993,
+        kl_recovered_mean=0.9876,
+        kl_recovered_zero=0.9921,
         density_histogram=dict(log10_edges=edges.tolist(), counts=counts.tolist(), never=327),
         sinks=dict(position_0=1017, beyond=41, share_beyond=0.0016, max_norm=1778.0),
     )
@@ -123,11 +131,13 @@ def made_up_effects(name: str, rng, top: int, draws: int) -> dict:
     )
 
 
-def make_workspace(root: Path, kinds=("topk", "standard"), top: int = 20, draws: int = 100) -> dict[str, Path]:
-    """Writes the units' folders; returns them as a report's inputs."""
+def make_workspace(
+    root: Path, kinds=("topk", "standard"), top: int = 20, draws: int = 100, members=("",)
+) -> dict[str, Path]:
+    """Writes the units' folders; returns them as a report's inputs. Each kind has these members."""
     rng = np.random.default_rng(0)
     ablate = dict(
-        dictionary=kinds[0],
+        dictionary=f"{kinds[0]}/{members[-1]}".rstrip("/"),
         site="resid_post.15",
         top=top,
         draws=draws,
@@ -138,14 +148,14 @@ def make_workspace(root: Path, kinds=("topk", "standard"), top: int = 20, draws:
     for kind in kinds:
         results[f"train/{kind}"] = dict(
             kind=kind,
-            site="resid_post.15",
             steps=1300,
             tokens=1_331_200,
             tokens_per_second=14_021.5,
-            dead_fraction=0.07,
-            final={},
+            members=[dict(name=name, site="resid_post.15", target="resid_post.15", final={}) for name in members],
         )
-        results[f"evaluate/{kind}"] = made_up_evaluation(kind, rng)
+        results[f"evaluate/{kind}"] = dict(
+            kind=kind, members=[made_up_member(kind, name, place) for place, name in enumerate(members)]
+        )
     results[f"ablate/{kinds[0]}"] = ablate
     groups = dict(
         baseline=("model", "task"),
@@ -165,7 +175,7 @@ def make_workspace(root: Path, kinds=("topk", "standard"), top: int = 20, draws:
             config=config,
             packages=dict(jax="0.10.2", numpy="2.4.6"),
             devices=devices,
-            seeds=dict(task=42),
+            seeds=dict(task=42, train=[123]),
             start="2025-01-01T00:00:00+00:00",
             seconds=12.34,
             results=result,
@@ -178,20 +188,24 @@ def make_workspace(root: Path, kinds=("topk", "standard"), top: int = 20, draws:
                 step=int(step),
                 tokens=int(step) * 1024,
                 seconds=float(step) / 10,
+                member=name,
                 loss=1.0,
                 mse=1.0,
                 sparsity=0.0,
-                l0=32.0 if kind == "topk" else 60 + 3000 * math.exp(-step / 100),
-                explained_variance=0.87 - 0.9 * math.exp(-step / 150),
+                l0=(32.0 if kind == "topk" else 60 + 3000 * math.exp(-step / 100)) * 1.8**place,
+                explained_variance=0.87 + 0.02 * place - 0.9 * math.exp(-step / 150),
                 learning_rate=1e-3,
             )
             for step in steps
+            for place, name in enumerate(members)
         ]
         (inputs[f"train/{kind}"] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         rate = rng.uniform(0, 0.02, FEATURES)
         rate[7] = 0.0
-        np.save(inputs[f"evaluate/{kind}"] / "firing_rate.npy", rate)
-        np.save(inputs[f"evaluate/{kind}"] / "mean_activation.npy", rng.uniform(1, 30, FEATURES) * (rate > 0))
+        for folder in (inputs[f"evaluate/{kind}"] / name for name in members):
+            folder.mkdir(exist_ok=True)
+            np.save(folder / "firing_rate.npy", rate)
+            np.save(folder / "mean_activation.npy", rng.uniform(1, 30, FEATURES) * (rate > 0))
     return inputs
 
 

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
 from saejax.reporting import figures
+from saejax.settings import KINDS
 
 
 def interval(mean, half=0.1):
@@ -23,14 +24,31 @@ def baselines_figure():
     return figures.baselines({name: dict(test=split, train=split) for name in NAMES}, 0.8)
 
 
-def training_figure():
-    curve = dict(tokens=[1e4, 1e6], explained_variance=[-0.2, 0.9], l0=[3000, 40])
-    return figures.training({"topk": curve, "standard": curve})
+def training_figure(members=1):
+    curves = [
+        dict(tokens=[1e4, 1e6], explained_variance=[-0.2, 0.9 - 0.1 * i], l0=[3000, 40 * (i + 1)])
+        for i in range(members)
+    ]
+    return figures.training({"topk": curves, "standard": curves})
 
 
 def density_figure(edges=(-6, -4, -2, 0), counts=(0, 5, 9)):
     histogram = dict(log10_edges=list(edges), counts=list(counts), never=1234)
-    return figures.density({"topk": histogram, "standard": histogram}, 0.1)
+    return figures.density({"topk": [histogram], "standard": [histogram]}, 0.1)
+
+
+def point(l0, explained_variance, ce_recovered):
+    return dict(l0=l0, explained_variance=explained_variance, ce_recovered=ce_recovered)
+
+
+SWEEP = [point(16, 0.7, 0.9), point(64, 0.8, 0.97), point(32, 0.75, 0.95), point(40, 0.6, 0.96)]
+
+
+def frontier_figure():
+    stand_alone = [[point(50.5, -0.3, 0.5)]]
+    return figures.frontier(
+        dict(topk=[SWEEP], standard=[SWEEP[:2], SWEEP[2:]], gated=stand_alone, linear=[[point(0.0, 0.0, None)]])
+    )
 
 
 def effects(controls, scale=1.0):
@@ -57,7 +75,10 @@ DRAWN = [
     lambda: ablation_figure([0.0] * 5, 5),  # a control without spread
     features_figure,
     lambda: features_figure(1, None),
-    lambda: figures.training({"topk": dict(tokens=[], explained_variance=[], l0=[])}),
+    lambda: figures.training({"topk": []}),
+    lambda: training_figure(3),
+    frontier_figure,
+    lambda: figures.frontier({kind: [SWEEP] for kind in KINDS}),
     lambda: figures.single_features([3], [interval(0.0, 0.0)], [0.0]),
 ]
 
@@ -128,6 +149,34 @@ def test_density_counts_and_axis():
     assert list(axes.patches[0].get_data().values) == [0, 5, 9]
 
 
+def test_density_of_a_stack_is_the_mean_bin_by_bin():
+    few = dict(log10_edges=[-4, -2, 0], counts=[4, 6], never=10)
+    more = dict(log10_edges=[-6, -4, -2, 0], counts=[2, 2, 2], never=20)  # more tokens reach further down
+    (axes,) = figures.density({"topk": [few, more]}, 0.1).axes
+    assert list(axes.patches[0].get_data().values) == [1, 3, 4]
+    assert axes.get_legend_handles_labels()[1][0] == "topk, mean of 2 (15 never fire)"
+
+
+def test_training_of_a_stack_is_the_median_in_a_band():
+    upper, lower = training_figure(3).axes
+    assert list(upper.lines[0].get_ydata()) == [-0.2, 0.8] and list(lower.lines[0].get_ydata()) == [3000, 80]
+    assert np.ptp(lower.collections[0].get_paths()[0].vertices[:, 1]) == 2960
+    assert len(training_figure().axes[0].collections) == 0
+
+
+def test_the_frontier_joins_what_is_not_beaten():
+    upper, lower = frontier_figure().axes
+    topk = [line for line in upper.lines if line.get_color() == figures.BLUE]
+    assert [list(line.get_xdata()) for line in topk] == [[16, 32, 64], [40]]
+    assert topk[0].get_alpha() is None and topk[1].get_alpha() == 0.4 and topk[1].get_linestyle() == "None"
+    assert list(topk[0].get_ydata()) == [0.7, 0.75, 0.8]
+    recovered = [line for line in lower.lines if line.get_color() == figures.BLUE]
+    assert list(recovered[0].get_xdata()) == [16, 32, 40, 64]
+    standard = [line for line in upper.lines if line.get_color() == figures.ORANGE]
+    assert [list(line.get_xdata()) for line in standard[::2]] == [[16, 64], [32]]  # a line for each site
+    assert upper.get_legend_handles_labels()[1].count("linear") == 0  # no feature of it is ever active
+
+
 def test_files_are_the_same_every_time_and_carry_no_date(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -167,7 +216,7 @@ def test_inline_svgs_share_a_page(tmp_path):
     assert not re.search(r"<svg[^>]* width=", parts[0]) and "viewBox" in parts[0]
 
 
-@pytest.mark.parametrize("color", [figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK, figures.GREY])
+@pytest.mark.parametrize("color", [*{line[0] for line in figures._LINES} - {figures.INK}, figures.GREY])
 @pytest.mark.parametrize("paper", ["#ffffff", "#14181d"])
 def test_colours_stand_out_on_light_and_dark(color, paper):
     assert contrast(color, paper) >= 3  # what WCAG asks of graphics

@@ -149,7 +149,8 @@ def test_both_say_scores_sinks_and_settings(made):
         assert "1,017 captured tokens at position 0 and 41 beyond it, which is 0.16 %" in text
         assert "here 1,778," in text
         assert "jax==0.10.2" in text
-        assert "12.3" in text and "1 × cpu" in text
+        assert "12.3" in text and "1 × cpu" in text and "task 42, train 123" in text
+        assert "0.931" in text and "0.988" in text and "0.31" in text  # cosine, KL recovered, neighbours
 
 
 def test_the_settings_can_be_used_as_a_flag_file(made, tmp_path):
@@ -165,6 +166,25 @@ def test_the_settings_can_be_used_as_a_flag_file(made, tmp_path):
     assert {group: config for group, config in configs.items() if group != "task"} == {
         group: cls() for group, cls in settings.GROUPS.items() if group != "task"
     }
+
+
+def test_a_run_with_stacks_lists_their_members_and_draws_the_frontier(tmp_path):
+    inputs = make_workspace(tmp_path, members=("k16", "k32", "k64"))
+    run = make_run(tmp_path, inputs)
+    results = run_report(run)
+    assert "frontier" in results["figures"]
+    page = Page((run.folder / "index.html").read_text(encoding="utf-8"))
+    both_texts = [page.text, (run.folder / "report.md").read_text(encoding="utf-8")]
+    for text in (" ".join(text.split()) for text in both_texts):
+        assert "topk (3 of them), which keeps the k largest activations of each token" in text
+        assert "The causal tests use topk/k64." in text and "with one dictionary (topk/k64)" in text
+        assert "The members of topk" in text and "The members of standard" in text
+        assert text.count("k16") == 2 and "103.7" in text  # L0 of topk/k64
+        assert "line joins the dictionaries of one kind and site" in text
+    header = re.search(r"\| Measure \|.*", both_texts[1]).group()
+    assert header == "| Measure | topk/k64 |"
+    described = {attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"}
+    assert any("topk: explained variance 0.860 to 0.910 at L0 32 to 104." in text for text in described)
 
 
 def test_tokens_arrive_as_they_are(made):

@@ -20,7 +20,7 @@ def test_benchmarks_are_shown_by_their_kind_of_score():
         logic=dict(score="choice", n=30, chance=0.31, accuracy=dict(raw=interval(0.4), normalised=interval(0.5))),
         math=dict(score="likelihood", n=40, log_likelihood_per_token=interval(-1.25), token_accuracy=interval(0.6)),
     )
-    (section,) = sections.benchmarks(types.SimpleNamespace(named=lambda stage: results if stage == "benchmark" else {}))
+    (section,) = sections.benchmarks(types.SimpleNamespace(benchmarks=results))
     text = section.blocks[0].markdown()
     for row in [
         "| gsm8k | exact match, strict, % | 25.0 \\[15.0,\u00a035.0\\] | 7 | 20 |",
@@ -34,4 +34,4 @@ def test_benchmarks_are_shown_by_their_kind_of_score():
 
 
 def test_without_benchmarks_there_is_no_section():
-    assert sections.benchmarks(types.SimpleNamespace(named=lambda stage: {})) == []
+    assert sections.benchmarks(types.SimpleNamespace(benchmarks={})) == []

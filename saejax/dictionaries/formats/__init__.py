@@ -1,29 +1,140 @@
-"""File formats of dictionaries, told apart by their files."""
+"""File formats of dictionaries, told apart by their files.
 
+dictionary.json, arrays/                      our own (``own``)
+cfg.json, sae_weights.safetensors             SAELens, version 6 (``saelens``)
+cfg.json, sae.safetensors                     sparsify (``sparsify``), read only
+config.yaml, layer_0.safetensors, ...         circuit-tracer (``circuit_tracer``): a set of transcoders
+
+Nothing is unpickled.
+"""
+
+import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from saejax.dictionaries.formats import own
+from saejax.dictionaries import folding
+from saejax.dictionaries.formats import circuit_tracer, own, saelens, sparsify
+from saejax.dictionaries.formats.circuit_tracer_settings import DESCRIPTION as SET
 from saejax.dictionaries.modules import Dictionary
-from saejax.errors import UserError
+from saejax.errors import UserError, one_of
+from saejax.models.sites import Site
 
-save_dictionary = own.save
+FORMATS = {"saejax": own.save, "saelens": saelens.save}
 
 
-def load_dictionary(path: str | os.PathLike, operands: str = "float32") -> Dictionary:
-    """Loads a dictionary from its folder, such as ``runs/demo/train/topk``.
+def load_dictionary(
+    path: str | os.PathLike, operands: str = "float32", site: str = "", target: str = "", unit_norm: bool = False
+) -> Dictionary:
+    """Loads a dictionary from its folder, such as ``runs/demo/train/topk``, or one of SAELens or sparsify.
+
+    Features, their activations and the lengths of decoder rows are those of the file.
 
     Args:
-      path: a folder that ``save_dictionary`` or the train stage wrote.
+      path: the folder.
       operands: dtype of the operands of its matrix products.
+      site, target: what it reads and predicts, in place of what its files say; for files that name a place of which
+        there is none here.
+      unit_norm: bring decoder rows to length 1, so that activations become the lengths of what features add, as they
+        are for dictionaries trained here. Not possible for topk where the lengths differ.
 
     Raises:
-      UserError: no dictionary is there, or its files are damaged.
+      UserError: no dictionary is there, its files are damaged, or they ask for what no dictionary here does.
     """
     folder = Path(path)
+    load = _reader(folder)
+    if load is None:
+        raise UserError(f"{folder} holds no dictionary {_instead(folder)}")
+    dictionary = load(operands, site, target)
+    return folding.unit_decoder(dictionary) if unit_norm else dictionary
+
+
+def load_transcoders(
+    path: str | os.PathLike, operands: str = "float32", site: str = "", target: str = ""
+) -> list[Dictionary]:
+    """Loads the transcoders of several layers, in the order of layers.
+
+    Args:
+      path: a circuit-tracer set, or a folder of folders that ``load_dictionary`` loads, such as the stack
+        ``runs/plt/train/standard``.
+      operands: dtype of the operands of their matrix products.
+      site, target: kinds of site in place of those that a set's description names, such as "mlp_in".
+
+    Raises:
+      UserError: no transcoders are there, or two of one layer, or they are damaged.
+    """
+    folder = Path(path)
+    if (folder / SET).exists():
+        return circuit_tracer.load(folder, operands, site, target)
+    inside = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
+    readers = [load for load in map(_reader, (folder, *inside)) if load]
+    loaded = [load(operands, "", "") for load in readers]
+    if not loaded:
+        raise UserError(f"{folder} holds no transcoders: name a circuit-tracer set or a stack that was trained")
+    layers = [Site.parse(dictionary.config.target or dictionary.config.site).layer for dictionary in loaded]
+    for dictionary, layer in zip(loaded, layers, strict=True):
+        if not dictionary.config.target:
+            raise UserError(f"{folder} holds an SAE of {dictionary.site}: expected transcoders only")
+        if layers.count(layer) > 1:
+            raise UserError(f"{folder} holds several transcoders of layer {layer}: name a folder with one for each")
+    return [dictionary for _, dictionary in sorted(zip(layers, loaded, strict=True), key=lambda pair: pair[0])]
+
+
+def save_dictionary(folder: str | os.PathLike, dictionary: Dictionary, format: str = "saejax") -> None:
+    """Writes a dictionary; it appears whole or not at all, and nothing is replaced.
+
+    Args:
+      folder: where to; made if missing.
+      dictionary: what to write.
+      format: "saejax" (every process of a run must call it) or "saelens".
+
+    Raises:
+      UserError: the folder holds a dictionary already, or the format has nothing like this one.
+    """
+    if format == "circuit_tracer":
+        raise UserError("circuit_tracer is a format of sets with one transcoder for every layer: use save_transcoders")
+    FORMATS[one_of(format, FORMATS, "format")](Path(folder), dictionary)
+
+
+def save_transcoders(folder: str | os.PathLike, transcoders: Sequence[Dictionary]) -> None:
+    """Writes a circuit-tracer set; it appears whole or not at all, and nothing is replaced.
+
+    Args:
+      folder: where to; made if missing.
+      transcoders: one for every layer from 0.
+
+    Raises:
+      UserError: the folder holds a set already, or these do not make one.
+    """
+    circuit_tracer.save(Path(folder), transcoders)
+
+
+def _reader(folder: Path) -> Callable[[str, str, str], Dictionary] | None:
+    """What reads the dictionary in a folder, given operands, site and target; None if there is none."""
     for candidate in (folder, folder / "dictionary"):
         if (candidate / own.DESCRIPTION).exists():
-            return own.load(candidate, operands)
-    raise UserError(
-        f"{folder} holds no dictionary ({own.DESCRIPTION} is missing): name a folder that the train stage finished"
-    )
+            return lambda operands, site, target: _replaced(own.load(candidate, operands), site, target)
+    for format in (saelens, sparsify):
+        if (folder / format.WEIGHTS).exists():
+            return lambda operands, site, target: format.load(folder, operands, site, target)
+    return None
+
+
+def _replaced(dictionary: Dictionary, site: str, target: str) -> Dictionary:
+    if not site and not target:
+        return dictionary
+    config = dictionary.config
+    config = dataclasses.replace(config, site=site or config.site, target=target or config.target)
+    return Dictionary(config, dictionary.operands, **dictionary.arrays)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a dictionary holds, and what to name instead."""
+    if (folder / SET).exists():
+        return "but a set of transcoders: use load_transcoders"
+    if (folder / saelens.DESCRIPTION).exists():
+        return f"but its description alone: {saelens.WEIGHTS} or {sparsify.WEIGHTS} is missing"
+    inside = sorted(child.name for child in folder.iterdir() if _reader(child)) if folder.is_dir() else []
+    if inside:
+        return f"but folders of such: name one, such as {folder / inside[0]}, of {', '.join(inside)}"
+    return f"({own.DESCRIPTION} is missing): name a folder that the train stage finished, or one of SAELens or sparsify"

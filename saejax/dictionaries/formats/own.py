@@ -1,6 +1,6 @@
 """Our own format: an Orbax checkpoint of the arrays and ``dictionary.json`` that describes them.
 
-arrays/             Orbax checkpoint of {W_enc_DxF, b_enc_F, W_dec_FxD, b_dec_D}
+arrays/             Orbax checkpoint of the arrays of ``modules.parameter_table``, by name
 dictionary.json     the DictionaryConfig; shape, dtype and SHA-256 of every array. Written last.
 """
 
@@ -16,13 +16,12 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from saejax.config import from_json, to_json
-from saejax.dictionaries.modules import Dictionary, DictionaryConfig
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
 from saejax.parallel import is_first_process
 from saejax.workspace import read_json, write_json
 
 DESCRIPTION, ARRAYS = "dictionary.json", "arrays"
-NAMES = ("W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D")
 # Orbax logs every save, and every failure that it raises as well, with its traceback.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
@@ -39,7 +38,7 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     if is_first_process():
         shutil.rmtree(folder / ARRAYS, ignore_errors=True)  # what a killed save left, never described
         folder.mkdir(parents=True, exist_ok=True)
-    arrays = {name: getattr(dictionary, name)[...] for name in NAMES}
+    arrays = dictionary.arrays
     ocp.save(folder / ARRAYS, arrays)
     if is_first_process():
         write_json(
@@ -48,12 +47,16 @@ def save(folder: Path, dictionary: Dictionary) -> None:
         )
 
 
+def read_config(folder: Path) -> DictionaryConfig:
+    """What the dictionary in a folder is, of which no array is read."""
+    return from_json(DictionaryConfig, read_json(Path(folder) / DESCRIPTION)["config"])
+
+
 def load(folder: Path, operands: str = "float32") -> Dictionary:
     """Reads what ``save`` wrote, and checks shape, dtype and checksum of every array."""
     folder = Path(folder).absolute()
-    description = read_json(folder / DESCRIPTION)
-    config = from_json(DictionaryConfig, description["config"])
-    dtype = description["arrays"][NAMES[0]]["dtype"]
+    config, description = read_config(folder), read_json(folder / DESCRIPTION)
+    dtype = description["arrays"]["W_enc_DxF"]["dtype"]
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UserError(f"{folder} is in {dtype}, which JAX reads only with JAX_ENABLE_X64=1: set it")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -65,13 +68,11 @@ def load(folder: Path, operands: str = "float32") -> Dictionary:
         arrays = ocp.load(folder / ARRAYS, target)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged or missing checkpoint
         raise UserError(f"{folder / ARRAYS} cannot be restored ({type(error).__name__}): damaged or missing") from error
-    for name in NAMES:
+    for name in parameter_table(config):
         if name not in arrays or _facts(arrays[name]) != description["arrays"][name]:
             raise UserError(f"{folder / ARRAYS}: {name} does not match {DESCRIPTION}: the files are damaged")
     # From the host, and so committed to no device: it goes with activations on whatever devices they are.
-    return Dictionary(
-        config, **{name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}, operands=operands
-    )
+    return Dictionary(config, operands, **{name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()})
 
 
 def _facts(array: jax.Array) -> dict:

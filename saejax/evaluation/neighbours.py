@@ -1,0 +1,58 @@
+"""How close the directions of a dictionary's features lie: two that coincide are one feature counted twice."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_BLOCK_VALUES = 2**25  # cosines at once: 128 MiB in fp32
+NEAR = 0.9  # a feature with a neighbour above this cosine has nearly a copy
+
+
+def neighbour_cosines(W_dec_FxD: jax.Array) -> np.ndarray:
+    """The largest cosine of each row with another row, [F]; a row of zeros has cosine 0 with every other.
+
+    Rows are compared in blocks, so that memory stays bounded however many features there are.
+    """
+    features = W_dec_FxD.shape[0]
+    if features < 2:
+        return np.zeros(0, np.float32)
+    block = max(1, min(_BLOCK_VALUES // features, features))
+    starts_N = np.minimum(np.arange(0, features, block), features - block)  # the last block reaches back
+    largest_NxB = np.asarray(_largest(block, W_dec_FxD, starts_N))
+    cosine_F = np.empty(features, np.float32)
+    for start, largest_B in zip(starts_N.tolist(), largest_NxB, strict=True):
+        cosine_F[start : start + block] = largest_B
+    return cosine_F
+
+
+def summary(cosine_F: np.ndarray) -> dict[str, Any] | None:
+    """The distribution of the neighbours' cosines; None for a dictionary of one feature.
+
+    Returns:
+      "mean", "median", "p90", "p99", "max", and "near", the share of features whose neighbour is above ``NEAR``.
+    """
+    if not len(cosine_F):
+        return None
+    median, p90, p99 = np.quantile(cosine_F.astype(np.float64), [0.5, 0.9, 0.99]).tolist()
+    mean, largest = float(cosine_F.mean(dtype=np.float64)), float(cosine_F.max())
+    return dict(mean=mean, median=median, p90=p90, p99=p99, max=largest, near=float(np.mean(cosine_F > NEAR)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _largest(block: int, W_dec_FxD: jax.Array, starts_N: jax.Array) -> jax.Array:
+    """[N, block], the rows' largest cosines with others; block n begins at row starts_N[n]."""
+    length_Fx1 = jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
+    unit_FxD = W_dec_FxD / jnp.where(length_Fx1 > 0, length_Fx1, 1.0)
+    other_F = jnp.arange(unit_FxD.shape[0])
+
+    def of_block(start: jax.Array) -> jax.Array:
+        rows_BxD = lax.dynamic_slice_in_dim(unit_FxD, start, block)
+        cosine_BxF = jnp.matmul(rows_BxD, unit_FxD.T, precision="highest")
+        itself_BxF = other_F[None] == (start + jnp.arange(block))[:, None]
+        return jnp.max(jnp.where(itself_BxF, -jnp.inf, cosine_BxF), axis=-1)
+
+    return lax.map(of_block, starts_N)

@@ -1,0 +1,129 @@
+"""The compiled programs of an evaluation on the language model: the model cut at a dictionary's target.
+
+head                 token ids -> the stream entering the target's layer, values of site and target    once per batch
+constant, stand_in   the site's value -> another value of the target                                   once per variant
+tail                 a value of the target -> the stream leaving the last layer                        once per variant
+compare              those streams -> cross-entropies and KL divergences                               once per batch
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from saejax.evaluation.member_data import MemberData
+from saejax.models import decoder
+from saejax.models.config import DecoderConfig
+from saejax.models.sites import Site
+
+_LOGITS_AT_ONCE = 512  # tokens whose logits are held at a time
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def head(
+    config: DecoderConfig,
+    site: Site,
+    target: Site,
+    params: decoder.Params,
+    ids_BxT: jax.Array,
+    site_limit: jax.Array,
+    target_limit: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Runs up to the target's layer.
+
+    Args:
+      site, target: in one layer, or the target in a later one.
+      site_limit, target_limit: norms above which a position is an attention sink there.
+
+    Returns:
+      The stream entering the target's layer, the site's value, the target's value, each [B, T, D], and bool [B, T]:
+      where neither value is a sink.
+    """
+    seen: dict[Site, jax.Array] = {}
+
+    def look(where: Site, value_BxTxD: jax.Array) -> jax.Array:
+        seen[where] = value_BxTxD
+        return value_BxTxD
+
+    x_BxTxD = decoder.embed(config, params, ids_BxT)
+    decoder.run_layers(config, params, x_BxTxD, 0, target.layer + 1, look, {site.layer, target.layer})
+    inside_BxT = (_norm(seen[site]) <= site_limit) & (_norm(seen[target]) <= target_limit)
+    return seen[Site("resid_pre", target.layer)], seen[site], seen[target], inside_BxT
+
+
+@jax.jit
+def constant(y_BxTxD: jax.Array, inside_BxT: jax.Array, value_D: jax.Array) -> jax.Array:
+    """``value_D`` in place of the target's value, except at sinks."""
+    return jnp.where(inside_BxT[..., None], value_D[None, None].astype(y_BxTxD.dtype), y_BxTxD)
+
+
+@jax.jit
+def stand_in(member: MemberData, x_BxTxD: jax.Array, y_BxTxD: jax.Array, inside_BxT: jax.Array) -> jax.Array:
+    """What the dictionary makes of the site's value in place of the target's, except at sinks."""
+    y_hat_BxTxD = member.decode(member.encode(x_BxTxD), x_BxTxD)
+    return jnp.where(inside_BxT[..., None], y_hat_BxTxD.astype(y_BxTxD.dtype), y_BxTxD)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def tail(
+    config: DecoderConfig, target: Site, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array
+) -> jax.Array:
+    """The stream [B, T, D] leaving the last layer, with ``value_BxTxD`` as the target's value."""
+
+    def put(where: Site, own_BxTxD: jax.Array) -> jax.Array:
+        return value_BxTxD if where == target else own_BxTxD
+
+    return decoder.run_layers(config, params, stream_BxTxD, target.layer, config.n_layers, put, {target.layer})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compare(
+    config: DecoderConfig, params: decoder.Params, stream_ExBxTxD: jax.Array, ids_BxT: jax.Array, lengths_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy and KL divergence of E variants, the first of which is the clean model.
+
+    The logits of a few positions are made at a time: those of whole documents under all variants would take
+    gigabytes.
+
+    Args:
+      stream_ExBxTxD: the streams leaving the last layer.
+      ids_BxT: the tokens.
+      lengths_B: how many of them are real.
+
+    Returns:
+      Next-token cross-entropy and KL(clean || variant), nats, each summed over the predicted tokens of a chunk of
+      positions: [C, E, B].
+    """
+    rows, length = ids_BxT.shape
+    most = min(length, max(1, _LOGITS_AT_ONCE // rows))
+    size = max(divisor for divisor in range(1, most + 1) if length % divisor == 0)
+    next_BxT = jnp.pad(ids_BxT[:, 1:], ((0, 0), (0, 1)))
+    predicts_BxT = jnp.arange(length)[None] < lengths_B[:, None] - 1
+
+    def chunk(start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def cut(values: jax.Array, axis: int) -> jax.Array:
+            return lax.dynamic_slice_in_dim(values, start, size, axis)
+
+        next_BxC, predicts_BxC, part_ExBxCxD = cut(next_BxT, 1), cut(predicts_BxT, 1), cut(stream_ExBxTxD, 2)
+        clean_BxCxV = decoder.unembed(config, params, part_ExBxCxD[0])
+        normaliser_BxC = jax.nn.logsumexp(clean_BxCxV, axis=-1)
+        p_BxCxV = jnp.exp(clean_BxCxV - normaliser_BxC[..., None])
+
+        def sums(edited_BxCxV: jax.Array) -> tuple[jax.Array, jax.Array]:
+            own_BxC = jax.nn.logsumexp(edited_BxCxV, axis=-1)
+            ce_BxC = own_BxC - jnp.take_along_axis(edited_BxCxV, next_BxC[..., None], -1)[..., 0]
+            kl_BxC = jnp.sum(p_BxCxV * (clean_BxCxV - edited_BxCxV), -1) - (normaliser_BxC - own_BxC)
+            ce_B, kl_B = (jnp.sum(jnp.where(predicts_BxC, part_BxC, 0.0), -1) for part_BxC in (ce_BxC, kl_BxC))
+            return ce_B, kl_B
+
+        others = lax.map(lambda part_BxCxD: sums(decoder.unembed(config, params, part_BxCxD)), part_ExBxCxD[1:])
+        first = (values_B[None] for values_B in sums(clean_BxCxV))
+        ce_ExB, kl_ExB = (jnp.concatenate(pair) for pair in zip(first, others, strict=True))
+        return ce_ExB, kl_ExB
+
+    return lax.map(chunk, jnp.arange(0, length, size))
+
+
+def _norm(value_BxTxD: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(value_BxTxD.astype(jnp.float32), axis=-1)

@@ -1,0 +1,161 @@
+"""The members of a stack: which dictionaries one training program trains, and what differs between them.
+
+All members of a stack have one shape and kind. What differs is data, not program: the site, the seed and the
+hyperparameters are arrays with a leading axis over members, so a sweep compiles once.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from saejax.errors import UserError
+from saejax.settings import TrainConfig
+
+SWEPT = {
+    "standard": ("l1",),
+    "linear": ("l1",),
+    "gated": ("l1",),
+    "jumprelu": ("l0_coefficient", "target_l0"),
+    "topk": ("k",),
+    "batchtopk": ("k",),
+    "matryoshka": ("k",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One dictionary of a stack.
+
+    Attributes:
+      name: what tells it from the others: its site and swept settings, such as "resid_post.15-k32"; "" if it is alone.
+      site, target: what it reads and predicts; the same for an SAE.
+      learning_rate, k, l1, l0_coefficient, target_l0, seed: its own of the settings of these names.
+    """
+
+    name: str
+    site: str
+    target: str
+    learning_rate: float
+    k: int
+    l1: float
+    l0_coefficient: float
+    target_l0: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteScale:
+    """What the trainer knows of the activations of a member's site.
+
+    Attributes:
+      input: factor that brings inputs to a mean norm of sqrt(d); ``output``: the same for targets.
+      bias_D: where the decoder's bias starts, in raw units.
+      max_norm: norm of an input above which it is an attention sink, in raw units.
+      metric_DxD: what errors are multiplied with before they are squared; None: they are taken as they are.
+    """
+
+    input: float
+    output: float
+    bias_D: np.ndarray
+    max_norm: float = 3.4e38
+    metric_DxD: np.ndarray | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hyper:
+    """What the step reads of its members: arrays with a leading axis M, or without it for one member.
+
+    Attributes:
+      learning_rate, k, l1, l0_coefficient, target_l0: as in ``Member``.
+      input_scale, output_scale: as in ``SiteScale``.
+      site: place in the batch of what the member reads.
+      metric_DxD: as in ``SiteScale``; None if no member has one.
+    """
+
+    learning_rate: jax.Array
+    k: jax.Array
+    l1: jax.Array
+    l0_coefficient: jax.Array
+    target_l0: jax.Array
+    input_scale: jax.Array
+    output_scale: jax.Array
+    site: jax.Array
+    metric_DxD: jax.Array | None
+
+    @classmethod
+    def of(
+        cls, members: Sequence[Member], scales: Sequence[SiteScale], sites: Sequence[tuple[str, str]], dtype: str
+    ) -> "Hyper":
+        """The arrays of these members, on the host; ``sites`` are the (input, target) pairs of a batch."""
+
+        def column(name: str) -> np.ndarray:
+            return np.array([getattr(member, name) for member in members], dtype)
+
+        metrics = [scale.metric_DxD for scale in scales if scale.metric_DxD is not None]
+        return cls(
+            learning_rate=column("learning_rate"),
+            k=column("k").astype(np.int32),
+            l1=column("l1"),
+            l0_coefficient=column("l0_coefficient"),
+            target_l0=column("target_l0"),
+            input_scale=np.array([scale.input for scale in scales], dtype),
+            output_scale=np.array([scale.output for scale in scales], dtype),
+            site=np.array([sites.index((member.site, member.target)) for member in members], np.int32),
+            metric_DxD=np.stack(metrics).astype(dtype) if metrics else None,
+        )
+
+
+def members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member]:
+    """The members that a configuration makes of a kind: one for every site and combination of the swept settings.
+
+    Args:
+      config: the settings.
+      kind: of the dictionaries.
+      sites: the sites that they read, such as those of ``config.sites``.
+
+    Raises:
+      UserError: a transcoder's site is not "mlp_in.L", or ``l1_by_depth`` does not have three values.
+    """
+    names = ("learning_rate", "seed", *SWEPT[kind])
+    swept = [name for name in names if len(getattr(config, name)) > 1]
+    depth_l1 = _l1_by_depth(config, kind, sites)
+    made = []
+    for site in sites:
+        for values in itertools.product(*(getattr(config, name) for name in names)):
+            own = dict(zip(names, values, strict=True))
+            settings = {
+                name: own.get(name, getattr(config, name)[0])
+                for name in ("learning_rate", "k", "l1", "l0_coefficient", "target_l0", "seed")
+            }
+            settings |= depth_l1.get(site, {})
+            parts = [site] if len(sites) > 1 else []
+            parts += [f"{name}{own[name]:g}" for name in swept]
+            made.append(Member("-".join(parts), site, _target(config, site), **settings))
+    names_made = [member.name for member in made]
+    if len(set(names_made)) < len(made):
+        twice = next(name for name in names_made if names_made.count(name) > 1)
+        raise UserError(f"the stack has two members {twice or 'with the same settings'}: name each value once")
+    return made
+
+
+def _target(config: TrainConfig, site: str) -> str:
+    if config.form == "sae":
+        return site
+    kind, _, layer = site.partition(".")
+    if kind != "mlp_in":
+        raise UserError(f"a transcoder reads mlp_in.L, but --train.sites names {site}: name sites such as mlp_in.15")
+    return f"mlp_out.{layer}"
+
+
+def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[str, dict[str, float]]:
+    if not config.l1_by_depth or kind not in ("standard", "linear", "gated"):
+        return {}
+    if len(config.l1_by_depth) != 3 or len(config.l1) > 1:
+        raise UserError("--train.l1_by_depth takes three values (early, middle, late), and no list in --train.l1")
+    layers = sorted({int(site.rpartition(".")[2]) for site in sites})
+    third = {layer: min(3 * place // len(layers), 2) for place, layer in enumerate(layers)}
+    return {site: dict(l1=config.l1_by_depth[third[int(site.rpartition(".")[2])]]) for site in sites}

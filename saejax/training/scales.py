@@ -1,0 +1,56 @@
+"""What the trainer knows of the activations before it starts: their scale, and where the decoder's bias begins."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from saejax.activations.batches import Parts, sites_of
+from saejax.activations.store import Store
+from saejax.dictionaries import losses
+from saejax.errors import UserError
+from saejax.settings import TrainConfig
+from saejax.training.members import Member, SiteScale
+
+_SAMPLE = 65_536  # rows from which they are estimated
+
+
+def site_scales(store: Store, config: TrainConfig, stack: Sequence[Member], parts: Parts) -> list[SiteScale]:
+    """For each member, the factors that bring its activations to a mean norm of sqrt(d), and its first bias."""
+    rows = store.rows("train", *sites_of(parts))
+    if len(rows) > _SAMPLE:
+        rows = np.sort(np.random.default_rng(config.seed[0]).choice(rows, _SAMPLE, replace=False))
+    factor, bias_D, metric = {}, {}, {}
+    for site in sites_of(parts):
+        acts_NxD = store.read(site, rows).astype(np.float64)
+        norm = float(np.linalg.norm(acts_NxD, axis=1).mean())
+        if norm == 0:
+            raise UserError(f"all activations at {site} are zero: nothing can be learned from this store")
+        factor[site] = math.sqrt(acts_NxD.shape[1]) / norm
+        if any(site == member.target for member in stack):
+            bias_D[site] = _initial_bias(config.initial_bias, acts_NxD)
+            if config.whiten_error:
+                metric[site] = losses.whitening(acts_NxD, config.whiten_error)
+    return [
+        SiteScale(factor[m.site], factor[m.target], bias_D[m.target], store.max_norm(m.site), metric.get(m.target))
+        for m in stack
+    ]
+
+
+def _initial_bias(kind: str, acts_NxD: np.ndarray) -> np.ndarray:
+    if kind == "zero":
+        return np.zeros(acts_NxD.shape[1])
+    mean_D = acts_NxD.mean(0)
+    return mean_D if kind == "mean" else geometric_median(acts_NxD, mean_D)
+
+
+def geometric_median(acts_NxD: np.ndarray, start_D: np.ndarray, rounds: int = 50) -> np.ndarray:
+    """The point with the smallest sum of distances to all rows, by Weiszfeld's iteration."""
+    point_D = start_D
+    for _ in range(rounds):
+        distance_N = np.maximum(np.linalg.norm(acts_NxD - point_D, axis=1), 1e-12)
+        moved_D = (acts_NxD / distance_N[:, None]).sum(0) / (1 / distance_N).sum()
+        if np.linalg.norm(moved_D - point_D) <= 1e-6 * np.linalg.norm(point_D):
+            return moved_D
+        point_D = moved_D
+    return point_D

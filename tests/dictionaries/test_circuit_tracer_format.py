@@ -1,0 +1,271 @@
+"""Transcoder sets of circuit-tracer: layout, the function they describe, real sets, and what is refused."""
+
+import os
+from pathlib import Path
+
+import jax
+import known_dictionaries as known
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+from known_dictionaries import D, F
+from safetensors.numpy import load_file
+
+from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary, save_transcoders
+from saejax.dictionaries.formats import circuit_tracer
+from saejax.errors import UserError
+
+REFERENCE = Path(os.environ.get("SAEJAX_REFERENCE", Path(__file__).parents[3] / "shared" / "reference")) / "graphs"
+SETS = sorted(path.parent.parent for path in REFERENCE.glob("*/transcoders/config.yaml"))
+needs_reference = pytest.mark.skipif(not SETS, reason=f"no reference graphs in {REFERENCE} (SAEJAX_REFERENCE)")
+EXPORTED = [(kind, form) for kind, form in known.EVERY if form != "sae" and kind != "linear"]
+
+
+def make_set(kind="standard", form="transcoder", layers=3, **changes):
+    return [known.make(kind, form, layer=layer, seed=layer, **changes) for layer in range(layers)]
+
+
+def change(folder, **changes):
+    """Rewrites config.yaml; the value ... removes a key."""
+    settings = yaml.safe_load((folder / "config.yaml").read_text()) | changes
+    (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not ...}))
+
+
+@pytest.mark.parametrize("kind,form", EXPORTED)
+def test_a_set_is_written_as_what_it_computes_and_comes_back(kind, form, tmp_path):
+    transcoders, x = make_set(kind, form), known.activations()
+    save_transcoders(tmp_path / "a", transcoders[::-1])
+    loaded = load_transcoders(tmp_path / "a")
+    for layer, (before, after) in enumerate(zip(transcoders, loaded, strict=True)):
+        f, y = known.circuit_tracer_by_formula(tmp_path / "a", layer, x)
+        assert known.relative(before.encode(x), f) < 1e-5 and known.relative(before(x), y) < 1e-5
+        assert known.relative(after.encode(x), f) < 1e-5 and known.relative(after(x), y) < 1e-5
+        assert (after.config.site, after.config.target) == (f"mlp_in.{layer}", f"mlp_out.{layer}")
+        assert (after.config.k, after.config.skip, after.config.model) == (
+            4 if kind == "topk" else 0,
+            form == "skip_transcoder",
+            "some/model",
+        )
+    save_transcoders(tmp_path / "b", loaded)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["config.yaml", *(f"layer_{i}.safetensors" for i in range(3))]
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_layout_is_that_of_circuit_tracer(tmp_path):
+    save_transcoders(tmp_path, make_set("jumprelu", "skip_transcoder", layers=1))
+    shapes = {name: array.shape for name, array in load_file(tmp_path / "layer_0.safetensors").items()}
+    assert shapes == {
+        "W_enc": (F, D), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), "activation_function.threshold": (F,),
+        "W_skip": (D, D),
+    }  # fmt: skip
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == dict(
+        model_name="some/model",
+        model_kind="transcoder_set",
+        feature_input_hook="mlp.hook_in",
+        feature_output_hook="mlp.hook_out",
+    )
+
+
+def test_layers_are_in_the_order_of_their_numbers_and_read_one_by_one(tmp_path):
+    save_transcoders(tmp_path, make_set(layers=12))
+    opened = circuit_tracer.open_set(tmp_path)
+    assert len(opened) == 12 and opened.configs[10].site == "mlp_in.10"
+    rows = opened.tensors[10]["W_dec"].map()[[3, 5]]
+    np.testing.assert_array_equal(rows, opened.load(10).W_dec_FxD[...][np.array([3, 5])])
+
+
+def test_a_model_with_norms_after_the_mlp_has_another_output_hook(tmp_path):
+    save_transcoders(tmp_path, make_set(model="google/gemma-2-2b"))
+    assert "feature_output_hook: hook_mlp_out" in (tmp_path / "config.yaml").read_text()
+    change(tmp_path, feature_output_hook="mlp.hook_out")
+    with pytest.raises(UserError, match="the hook blocks.0.mlp.hook_out is none of the sites"):
+        load_transcoders(tmp_path)
+
+
+def test_a_set_in_bfloat16_keeps_its_dtype_hooks_and_other_facts(tmp_path):
+    save_transcoders(tmp_path / "a", make_set())
+    for file in (tmp_path / "a").glob("layer_*"):
+        known.change_tensors(file, **{k: v.astype(ml_dtypes.bfloat16) for k, v in load_file(file).items()})
+    change(tmp_path / "a", feature_input_hook="hook_resid_mid", scan="a name", activation="relu")
+    loaded = load_transcoders(tmp_path / "a")
+    assert loaded[1].site == "resid_mid.1" and loaded[1].b_dec_D.dtype == np.float32
+    save_transcoders(tmp_path / "b", loaded)
+    for name in ("config.yaml", "layer_0.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_files_can_be_listed(tmp_path):
+    save_transcoders(tmp_path, make_set(layers=2))
+    (tmp_path / "layer_1.safetensors").rename(tmp_path / "second.safetensors")
+    change(tmp_path, transcoders=["layer_0.safetensors", "second.safetensors"])
+    assert [transcoder.site for transcoder in load_transcoders(tmp_path)] == ["mlp_in.0", "mlp_in.1"]
+    change(tmp_path, transcoders=["layer_0.safetensors", "third.safetensors"])
+    with pytest.raises(UserError, match=r"third.safetensors is missing"):
+        load_transcoders(tmp_path)
+
+
+def test_hooks_can_be_replaced_by_sites(tmp_path):
+    save_transcoders(tmp_path, make_set(layers=2))
+    change(tmp_path, feature_input_hook="ln2.hook_normalized")
+    with pytest.raises(UserError, match=r"the hook blocks.0.ln2.hook_normalized is none of the sites"):
+        load_transcoders(tmp_path)
+    assert [transcoder.site for transcoder in load_transcoders(tmp_path, site="mlp_in")] == ["mlp_in.0", "mlp_in.1"]
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (
+            dict(model_kind="cross_layer_transcoder"),
+            "model_kind is 'cross_layer_transcoder', expected 'transcoder_set'",
+        ),
+        (dict(feature_input_hook=...), "lacks feature_input_hook or feature_output_hook"),
+        (dict(activation="gelu"), "activation is 'gelu': expected one of relu"),
+        (dict(activation="jumprelu"), "layer 0 has no activation_function.threshold"),
+        (dict(activation="topk"), "activation is topk, but k is None"),
+        (dict(activation="topk", k=F + 1), "k is 41, more than the 40 features"),
+        (dict(transcoders=["hf://a/b/c.safetensors"]), r"files on the hub \(hf://a/b/c.safetensors"),
+        (dict(transcoders="layer_0.safetensors"), "expected a list of files"),
+    ],
+    ids=str,
+)
+def test_descriptions_that_cannot_be_followed_are_refused(changes, message, tmp_path):
+    save_transcoders(tmp_path, make_set(layers=1))
+    change(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        load_transcoders(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(b_enc=...), "layer_1.safetensors does not fit its description: b_enc is missing"),
+        (dict(log_thresholds=np.ones(F, np.float32)), "log_thresholds is not known"),
+        (dict(b_dec=np.zeros(F, np.float32)), r"b_dec has the shape \(40,\), expected \(12,\)"),
+        (dict(W_dec=np.zeros((F, D + 1), np.float32)), "reads width 12 and predicts 13"),
+        (dict(W_enc=...), "lacks matrices W_enc and W_dec"),
+        (dict.fromkeys(("W_enc", "W_dec"), np.zeros((F + 1, D), np.float32)) | dict(b_enc=np.zeros(F + 1, np.float32)),
+         r"layers of different sizes \(12 to 40, 12 to 41\)"),
+    ],
+    ids=lambda value: str(list(value)) if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_refused_by_name(changes, message, tmp_path):
+    save_transcoders(tmp_path, make_set(layers=2))
+    known.change_tensors(tmp_path / "layer_1.safetensors", **changes)
+    with pytest.raises(UserError, match=message):
+        load_transcoders(tmp_path)
+
+
+def test_missing_layers_and_damaged_files_are_refused(tmp_path):
+    save_transcoders(tmp_path, make_set(layers=3))
+    (tmp_path / "layer_1.safetensors").unlink()
+    with pytest.raises(UserError, match=r"lacks layer_1.safetensors"):
+        load_transcoders(tmp_path)
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="is damaged"):
+        load_transcoders(tmp_path)
+    (tmp_path / "config.yaml").write_text("!!python/object/apply:os.system ['true']")
+    with pytest.raises(UserError, match="is damaged"):
+        load_transcoders(tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(UserError, match="holds no transcoders"):
+        load_transcoders(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "transcoders,message",
+    [
+        (lambda: [], "none was given"),
+        (lambda: make_set()[1:], r"layers \[0\] are missing"),
+        (lambda: [*make_set(), known.make("standard", "transcoder", layer=4)], r"layers \[3\] are missing"),
+        (lambda: [*make_set(layers=1), *make_set(layers=1)], r"the layers are \[0, 0\]"),
+        (lambda: [known.make("standard", layer=0)], "holds no SAEs, but one of resid_post.0"),
+        (lambda: make_set("linear"), "no linear transcoders"),
+        (lambda: [known.make("gated", "transcoder", 0), known.make("gated", "skip_transcoder", 1)], "one skip path"),
+        (lambda: [known.make("topk", "transcoder", 0), known.make("topk", "transcoder", 1, k=5)], "one sparsity"),
+        (lambda: [known.make("standard", "transcoder", 0, target="mlp_out.1")], "predicts mlp_out.1 of mlp_in.0"),
+        (lambda: make_set(layers=1, site="module:model.layers.0.mlp.act"), "there is no site 'module:"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_set_is_refused(transcoders, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        save_transcoders(tmp_path / "a", transcoders())
+    assert not (tmp_path / "a").exists()
+
+
+def test_nothing_is_replaced_or_half_written(tmp_path, monkeypatch):
+    save_transcoders(tmp_path / "a", make_set())
+    with pytest.raises(UserError, match=r"already holds config.yaml"):
+        save_transcoders(tmp_path / "a", make_set())
+    (tmp_path / "a" / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"already holds layer_0.safetensors"):
+        save_transcoders(tmp_path / "a", make_set(layers=1))
+    monkeypatch.setattr(circuit_tracer, "write_text", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_transcoders(tmp_path / "b", make_set())
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_a_stack_of_folders_is_a_set_too(tmp_path):
+    for layer in (2, 10, 1):
+        save_dictionary(tmp_path / "own" / f"mlp_in.{layer}" / "dictionary", known.make("topk", "transcoder", layer))
+        save_dictionary(tmp_path / "sl" / f"mlp_in.{layer}", known.make("standard", "transcoder", layer), "saelens")
+    for name in ("own", "sl"):
+        assert [t.site for t in load_transcoders(tmp_path / name)] == ["mlp_in.1", "mlp_in.2", "mlp_in.10"]
+    with pytest.raises(UserError, match=r"holds no dictionary but folders of such: name one, such as .*mlp_in.1"):
+        load_dictionary(tmp_path / "own")
+    save_dictionary(tmp_path / "own" / "again", known.make("topk", "transcoder", 2))
+    with pytest.raises(UserError, match="several transcoders of layer 2"):
+        load_transcoders(tmp_path / "own")
+    save_dictionary(tmp_path / "sae" / "a", known.make("topk"))
+    with pytest.raises(UserError, match="an SAE of resid_post.3: expected transcoders"):
+        load_transcoders(tmp_path / "sae")
+
+
+def test_a_set_is_no_dictionary(tmp_path):
+    save_transcoders(tmp_path, make_set())
+    with pytest.raises(UserError, match="a set of transcoders: use load_transcoders"):
+        load_dictionary(tmp_path)
+
+
+@needs_reference
+@pytest.mark.parametrize("graph", SETS, ids=lambda path: path.name)
+def test_published_sets_come_back_byte_for_byte(graph, tmp_path):
+    loaded, x = (
+        load_transcoders(graph / "transcoders"),
+        np.random.default_rng(0).normal(size=(20, 32)).astype(np.float32),
+    )
+    for layer, transcoder in enumerate(loaded):
+        f, y = known.circuit_tracer_by_formula(graph / "transcoders", layer, x)
+        assert known.relative(transcoder.encode(x), f) < 1e-5 and known.relative(transcoder(x), y) < 1e-5
+    save_transcoders(tmp_path / "a", loaded)
+    for file in (graph / "transcoders").iterdir():
+        assert file.read_bytes() == (tmp_path / "a" / file.name).read_bytes(), file.name
+
+
+@needs_reference
+@pytest.mark.parametrize("graph", SETS, ids=lambda path: path.name)
+def test_activations_are_those_that_circuit_tracer_found(graph):
+    """Its graphs list the active features of a prompt: (layer, position, feature), without position 0."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    reference = np.load(graph / "reference.npz")
+    model = AutoModelForCausalLM.from_pretrained(graph / "hf_model", dtype=torch.float32)
+    inputs = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: inputs.append(args[0][0].numpy()))
+    with torch.inference_mode():
+        model(torch.from_numpy(reference["ids"].astype(np.int64))[None])
+    found, values = [], []
+    for layer, transcoder in enumerate(load_transcoders(graph / "transcoders")):
+        acts_TxF = np.array(transcoder.encode(jax.numpy.asarray(inputs[layer])))
+        acts_TxF[0] = 0
+        positions, features = np.nonzero(acts_TxF)
+        found += [(layer, t, i) for t, i in zip(positions, features, strict=True)]
+        values += acts_TxF[positions, features].tolist()
+    assert len(found) > 100 and np.array_equal(found, reference["active_features"])
+    assert known.relative(values, reference["activation_values"]) < 1e-5

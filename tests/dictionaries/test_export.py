@@ -1,0 +1,108 @@
+"""The export stage: whole stacks, sweeps, and what is refused."""
+
+import known_dictionaries as known
+import pytest
+
+from saejax import command
+from saejax.dictionaries import export, load_dictionary, load_transcoders, save_dictionary
+from saejax.errors import UserError
+from saejax.settings import ExportConfig
+from saejax.workspace import STARTED, Run, write_json
+
+
+def unit(folder, dictionaries):
+    """A finished train unit; ``dictionaries`` by member."""
+    entries = []
+    for name, dictionary in dictionaries.items():
+        save_dictionary(folder / name / "dictionary", dictionary)
+        entries.append(dict(name=name, site=dictionary.config.site, target=dictionary.config.target or dictionary.site))
+    write_json(folder / "summary.json", dict(results=dict(members=entries)))
+    return folder
+
+
+def run(tmp_path, source, format="saelens"):
+    folder = tmp_path / "export" / f"{format}-{source.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STARTED, {})
+    configs = dict(export=ExportConfig(format=format, dictionaries=("topk",)))
+    made = Run("export", folder.name, folder, configs, {f"train/{source.name}": source}, say=lambda line: None)
+    return folder, lambda: export.run_export(made)
+
+
+def test_one_dictionary_is_in_a_folder_of_its_sites_name(tmp_path):
+    source = unit(tmp_path / "topk", {"": known.make("topk")})
+    folder, go = run(tmp_path, source)
+    assert [entry["folder"] for entry in go()["members"]] == ["resid_post.3"]
+    x = known.activations()
+    assert (load_dictionary(folder / "resid_post.3")(x) == load_dictionary(source)(x)).all()
+
+
+def test_every_member_of_a_stack_is_exported(tmp_path):
+    members = {f"resid_post.{layer}-k{k}": known.make("topk", layer=layer, k=k) for layer in (1, 2) for k in (2, 3)}
+    folder, go = run(tmp_path, unit(tmp_path / "topk", members))
+    go()
+    for name, dictionary in members.items():
+        config = load_dictionary(folder / name).config
+        assert (config.site, config.k, config.max_norm) == (dictionary.config.site, dictionary.config.k, 123.5)
+
+
+def test_transcoders_of_all_layers_become_a_set(tmp_path):
+    members = {f"mlp_in.{layer}": known.make("jumprelu", "transcoder", layer, seed=layer) for layer in range(12)}
+    folder, go = run(tmp_path, unit(tmp_path / "jumprelu", members), "circuit_tracer")
+    assert {entry["folder"] for entry in go()["members"]} == {"."}
+    x = known.activations()
+    for layer, transcoder in enumerate(load_transcoders(folder)):
+        assert (transcoder.encode(x) == members[f"mlp_in.{layer}"].encode(x)).all()
+
+
+def test_a_sweep_becomes_a_set_for_each_setting(tmp_path):
+    members = {f"mlp_in.{layer}-k{k}": known.make("topk", "transcoder", layer, k=k) for layer in (0, 1) for k in (2, 3)}
+    folder, go = run(tmp_path, unit(tmp_path / "topk", members), "circuit_tracer")
+    go()
+    for k in (2, 3):
+        assert [transcoder.config.k for transcoder in load_transcoders(folder / f"k{k}")] == [k, k]
+
+
+def test_all_of_a_stack_or_nothing(tmp_path):
+    members = {"resid_post.0": known.make("linear", layer=0), "resid_post.1": known.make("linear", layer=1)}
+    folder, go = run(tmp_path, unit(tmp_path / "linear", members))
+    with pytest.raises(UserError, match="SAELens has no architecture for a linear SAE"):
+        go()
+    below = known.make("jumprelu", layer=1)
+    below.threshold_F[...] = below.threshold_F[...] - 1
+    folder, go = run(tmp_path, unit(tmp_path / "jumprelu", {"a": known.make("jumprelu"), "b": below}))
+    with pytest.raises(UserError, match="thresholds below 0"):
+        go()
+    assert [path.name for path in folder.iterdir()] == [STARTED]
+    members = {f"mlp_in.{layer}": known.make("standard", "transcoder", layer) for layer in (0, 2)}
+    folder, go = run(tmp_path, unit(tmp_path / "standard", members), "circuit_tracer")
+    with pytest.raises(UserError, match=r"layers \[1\] are missing"):
+        go()
+
+
+def test_what_a_killed_export_left_is_cleared(tmp_path):
+    folder, go = run(tmp_path, unit(tmp_path / "topk", {"": known.make("topk")}))
+    save_dictionary(folder / "resid_post.3", known.make("standard"), "saelens")
+    (folder / ".writing-1").mkdir()
+    go()
+    assert load_dictionary(folder / "resid_post.3").config.kind == "topk" and not (folder / ".writing-1").exists()
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ([], "export has nothing to do with these settings"),
+        (["--export.dictionaries=sparse"], "--export.dictionaries is 'sparse': expected one of standard"),
+        (["--export.dictionaries=topk", "--export.format=pt"], "--export.format is 'pt': expected one of saelens"),
+        (
+            ["--export.dictionaries=gated"],
+            "unknown dictionary for export (--train.kinds) 'gated': expected one of topk",
+        ),
+        (["--export.dictionaries=topk"], "export/saelens-topk reads train/topk, which has not been made"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(flags, message, tmp_path, capsys, tiny_llama):
+    usual = [f"--workdir={tmp_path}", f"--model.path={tiny_llama}", *flags]
+    assert command.run(["export"], "export", ["export", *usual]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()

@@ -1,0 +1,52 @@
+"""The same function in other parameters."""
+
+import known_dictionaries as known
+import numpy as np
+import pytest
+
+from saejax.dictionaries import folding
+
+
+@pytest.mark.parametrize("form", known.FORMS)
+def test_a_gated_dictionary_is_a_jumprelu(form):
+    gated, x = known.make("gated", form), known.activations(400)
+    jumprelu = folding.as_jumprelu(gated)
+    assert jumprelu.config.kind == "jumprelu" and float(jumprelu.threshold_F[...].max()) > 0.1
+    f = np.asarray(gated.encode(x))
+    np.testing.assert_array_equal(np.asarray(jumprelu.encode(x)) > 0, f > 0)
+    assert 0.05 < (f > 0).mean() < 0.6
+    assert known.relative(jumprelu.encode(x), f) < 1e-6 and known.relative(jumprelu(x), gated(x)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", known.KINDS)
+def test_the_encoders_bias_can_centre_the_input(kind):
+    centred, x = known.make(kind), known.activations()
+    uncentred = folding.uncentred(centred)
+    assert not uncentred.config.centred and folding.uncentred(uncentred) is uncentred
+    assert known.relative(uncentred.encode(x), centred.encode(x)) < 1e-5
+    assert known.relative(uncentred(x), centred(x)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [kind for kind in known.KINDS if kind != "topk"])
+def test_decoder_rows_of_any_length(kind):
+    dictionary, x = known.make(kind), known.activations()
+    factor_F = np.linspace(0.2, 5, known.F)
+    dictionary.W_dec_FxD[...] = dictionary.W_dec_FxD[...] * factor_F[:, None].astype(np.float32)
+    dictionary.W_dec_FxD[...] = dictionary.W_dec_FxD[...].at[7].set(0)
+    unit = folding.unit_decoder(dictionary)
+    lengths = np.linalg.norm(unit.W_dec_FxD[...], axis=1)
+    np.testing.assert_allclose(np.delete(lengths, 7), 1, rtol=1e-6)
+    assert lengths[7] == 0
+    factor_F[7] = 1
+    assert known.relative(unit.encode(x), dictionary.encode(x) * factor_F[None].astype(np.float32)) < 1e-5
+    assert known.relative(unit(x), dictionary(x)) < 1e-5
+
+
+def test_a_topk_with_rows_of_one_length():
+    dictionary, x = known.make("topk"), known.activations()
+    dictionary.W_dec_FxD[...] = dictionary.W_dec_FxD[...] * 3
+    unit = folding.unit_decoder(dictionary)
+    assert (
+        known.relative(unit.encode(x), 3 * dictionary.encode(x)) < 1e-5
+        and known.relative(unit(x), dictionary(x)) < 1e-5
+    )

@@ -1,0 +1,57 @@
+"""Hook names of other tools and the sites that they mean."""
+
+import pytest
+
+from saejax.dictionaries.formats import hooks
+from saejax.errors import UserError
+from saejax.models.sites import KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_site_has_a_hook_that_means_it(kind):
+    hook = hooks.to_hook(f"{kind}.15")
+    assert hook.startswith("blocks.15.") and hooks.to_site(hook) == f"{kind}.15"
+
+
+@pytest.mark.parametrize(
+    "hook,site",
+    [
+        ("blocks.15.hook_resid_post", "resid_post.15"),
+        ("blocks.3.hook_mlp_out", "mlp_out.3"),
+        ("blocks.3.mlp.hook_out", "mlp_out.3"),
+        ("blocks.3.mlp.hook_in", "mlp_in.3"),
+        ("model.layers.7", "resid_post.7"),
+        ("transformer.h.7", "resid_post.7"),
+        ("model.layers.7.mlp", "mlp_out.7"),
+        ("model.layers.7.self_attn", "attn_out.7"),
+        ("gpt_neox.layers.7.attention", "attn_out.7"),
+        ("model.layers.7.mlp.act_fn", "module:model.layers.7.mlp.act_fn"),
+        ("vision.embed", "module:vision.embed"),
+        (None, "unknown"),
+    ],
+)
+def test_hooks_and_modules_mean_sites(hook, site):
+    assert hooks.to_site(hook) == site
+
+
+@pytest.mark.parametrize(
+    "hook", ["blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_in", "blocks.0.attn.hook_z", "hook_embed"]
+)
+def test_hooks_that_are_no_site_are_refused_by_name(hook):
+    with pytest.raises(UserError, match=f"the hook {hook} is none of the sites"):
+        hooks.to_site(hook)
+
+
+def test_norms_after_the_mlp_make_its_module_another_place():
+    assert hooks.to_site("blocks.3.hook_mlp_out", "google/gemma-2-2b") == "mlp_out.3"
+    assert hooks.to_site("model.layers.3.mlp", "google/gemma-2-2b") == "module:model.layers.3.mlp"
+    assert hooks.to_site("model.layers.3", "google/gemma-2-2b") == "resid_post.3"
+    with pytest.raises(UserError, match="none of the sites"):
+        hooks.to_site("blocks.3.mlp.hook_out", "google/gemma-3-4b")
+
+
+def test_sites_that_have_no_name_elsewhere():
+    assert hooks.to_hook("module:model.layers.3.mlp.act_fn") == "model.layers.3.mlp.act_fn"
+    assert hooks.to_hook("unknown") is None
+    with pytest.raises(UserError, match="no name for the site module_in:"):
+        hooks.to_hook("module_in:model.layers.3.mlp")

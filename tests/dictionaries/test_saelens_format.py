@@ -1,0 +1,281 @@
+"""SAELens folders: layout, the function they describe, what is folded, and what is refused."""
+
+import json
+
+import jax.numpy as jnp
+import known_dictionaries as known
+import ml_dtypes
+import numpy as np
+import pytest
+from known_dictionaries import D, F
+from safetensors.numpy import load_file
+
+from saejax.dictionaries import load_dictionary, save_dictionary
+from saejax.dictionaries.formats import saelens, saelens_settings
+from saejax.errors import UserError
+
+ARCHITECTURES = list(saelens_settings.ARCHITECTURES)
+CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+
+
+def cfg_of(folder) -> dict:
+    return json.loads((folder / CFG).read_text())
+
+
+@pytest.mark.parametrize("kind,form", known.IN_SAELENS)
+def test_a_dictionary_is_written_as_what_it_computes_and_comes_back(kind, form, tmp_path):
+    dictionary, x = known.make(kind, form), known.activations()
+    save_dictionary(tmp_path / "a", dictionary, "saelens")
+    f, y = known.saelens_by_formula(tmp_path / "a", x)
+    assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
+    assert (f > 0).mean() > 0.02
+    loaded = load_dictionary(tmp_path / "a")
+    folded = kind == "gated" and form != "sae"  # to a JumpReLU
+    if not folded:
+        assert loaded.config == saelens.dataclasses.replace(dictionary.config, origin=loaded.config.origin)
+        for name, array in dictionary.arrays.items():
+            np.testing.assert_array_equal(loaded.arrays[name], array, name)
+    assert known.relative(loaded(x), dictionary(x)) < 1e-5
+    save_dictionary(tmp_path / "b", loaded, "saelens")
+    assert cfg_of(tmp_path / "a") == cfg_of(tmp_path / "b")
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["standard", "gated", "jumprelu"])
+def test_a_transcoder_that_centres_its_input_is_written_as_one_that_does_not(kind, tmp_path):
+    dictionary, x = known.make(kind, "transcoder", centred=True), known.activations()
+    save_dictionary(tmp_path / "a", dictionary, "saelens")
+    assert cfg_of(tmp_path / "a")["apply_b_dec_to_input"] is False
+    f, y = known.saelens_by_formula(tmp_path / "a", x)
+    assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+def test_an_sae_that_does_not_centre_its_input(architecture, tmp_path):
+    folder, x = known.write_saelens(tmp_path / "a", architecture, apply_b_dec_to_input=False), known.activations()
+    dictionary = load_dictionary(folder)
+    f, y = known.saelens_by_formula(folder, x)
+    assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
+    save_dictionary(tmp_path / "b", dictionary, "saelens")
+    assert cfg_of(tmp_path / "b") == cfg_of(folder)
+
+
+def test_the_layout_is_that_of_saelens(tmp_path):
+    save_dictionary(tmp_path / "sae", known.make("batchtopk"), "saelens")
+    save_dictionary(tmp_path / "plt", known.make("standard", "skip_transcoder"), "saelens")
+    sae, plt = cfg_of(tmp_path / "sae"), cfg_of(tmp_path / "plt")
+    usual = {"d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations"}
+    assert set(sae) == usual | {"metadata", "architecture"} and set(plt) == set(sae) | {"d_out"}
+    assert (sae["architecture"], sae["d_in"], sae["d_sae"], sae["dtype"]) == ("jumprelu", D, F, "float32")
+    assert sae["apply_b_dec_to_input"] is True and plt["apply_b_dec_to_input"] is False
+    assert sae["metadata"]["hook_name"] == "blocks.3.hook_resid_post" and sae["metadata"]["model_name"] == "some/model"
+    assert sae["metadata"]["training_architecture"] == "batchtopk"
+    assert plt["metadata"]["hook_name"] == "blocks.3.mlp.hook_in"
+    assert plt["metadata"]["hook_name_out"] == "blocks.3.hook_mlp_out" and plt["d_out"] == D
+    shapes = {name: array.shape for name, array in load_file(tmp_path / "plt" / WEIGHTS).items()}
+    assert shapes == {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), "W_skip": (D, D)}
+    assert sorted(path.name for path in (tmp_path / "sae").iterdir()) == [CFG, WEIGHTS]
+
+
+@pytest.mark.parametrize("kind,form", known.NOT_IN_SAELENS)
+def test_what_saelens_has_nothing_like_is_refused_by_name(kind, form, tmp_path):
+    with pytest.raises(UserError, match=f"SAELens has no architecture for a {kind} "):
+        save_dictionary(tmp_path / "a", known.make(kind, form), "saelens")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_folder_of_saelens_comes_back_the_same(architecture, dtype, tmp_path):
+    folder, x = known.write_saelens(tmp_path / "theirs", architecture, dtype=dtype), known.activations()
+    dictionary = load_dictionary(folder)
+    f, y = known.saelens_by_formula(folder, x)
+    assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
+    assert dictionary.b_dec_D.dtype == jnp.float32
+    save_dictionary(tmp_path / "own", dictionary)
+    save_dictionary(tmp_path / "ours", load_dictionary(tmp_path / "own"), "saelens")
+    assert list(cfg_of(tmp_path / "ours").items()) == list(cfg_of(folder).items())
+    theirs, ours = load_file(folder / WEIGHTS), load_file(tmp_path / "ours" / WEIGHTS)
+    assert theirs.keys() == ours.keys()
+    for name, array in theirs.items():
+        assert ours[name].dtype == array.dtype
+        np.testing.assert_array_equal(ours[name], array, name)
+
+
+def test_values_that_the_files_dtype_cannot_hold_are_written_in_float32(tmp_path):
+    dictionary = load_dictionary(known.write_saelens(tmp_path / "a", "standard", dtype=ml_dtypes.bfloat16))
+    dictionary.b_dec_D[...] = dictionary.b_dec_D[...] + 1e-4
+    save_dictionary(tmp_path / "b", dictionary, "saelens")
+    assert cfg_of(tmp_path / "b")["dtype"] == "float32"
+    np.testing.assert_array_equal(load_file(tmp_path / "b" / WEIGHTS)["b_dec"], dictionary.b_dec_D[...])
+
+
+def test_a_topk_that_scales_by_decoder_norms_is_folded(tmp_path):
+    folder, x = known.write_saelens(tmp_path, "topk", rescale_acts_by_decoder_norm=True), known.activations()
+    dictionary = load_dictionary(folder)
+    f, y = known.saelens_by_formula(folder, x)
+    assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
+    np.testing.assert_allclose(np.linalg.norm(dictionary.W_dec_FxD[...], axis=1), 1, rtol=1e-6)
+    save_dictionary(tmp_path / "b", dictionary, "saelens")
+    assert cfg_of(tmp_path / "b") == cfg_of(folder)
+    assert known.relative(known.saelens_by_formula(tmp_path / "b", x)[0], f) < 1e-5
+    save_dictionary(tmp_path / "c", load_dictionary(tmp_path / "b"), "saelens")
+    assert (tmp_path / "c" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+
+
+def test_thresholds_below_zero_act_like_zero(tmp_path):
+    folder, x = known.write_saelens(tmp_path, "jumprelu"), known.activations()
+    known.change_tensors(folder / WEIGHTS, threshold=np.linspace(-2, 1, F, dtype=np.float32))
+    dictionary = load_dictionary(folder)
+    assert known.relative(dictionary.encode(x), known.saelens_by_formula(folder, x)[0]) < 1e-5
+    assert float(dictionary.encode(x).min()) == 0
+    dictionary.threshold_F[...] = jnp.full(F, -1.0)
+    with pytest.raises(UserError, match="thresholds below 0"):
+        save_dictionary(tmp_path / "b", dictionary, "saelens")
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "topk"])
+def test_unit_norm_brings_rows_to_length_one_and_keeps_the_output(architecture, tmp_path):
+    folder, x = known.write_saelens(tmp_path, architecture), known.activations()
+    plain, unit = load_dictionary(folder), load_dictionary(folder, unit_norm=True)
+    lengths = np.linalg.norm(plain.W_dec_FxD[...], axis=1)
+    np.testing.assert_allclose(np.linalg.norm(unit.W_dec_FxD[...], axis=1), 1, rtol=1e-6)
+    assert known.relative(unit.encode(x), plain.encode(x) * lengths[None]) < 1e-5
+    assert known.relative(unit(x), plain(x)) < 1e-5
+
+
+def test_unit_norm_is_refused_where_it_would_change_a_topk(tmp_path):
+    with pytest.raises(UserError, match="rows of different lengths"):
+        load_dictionary(known.write_saelens(tmp_path / "a", "topk"), unit_norm=True)
+    save_dictionary(tmp_path / "b", known.make("topk"), "saelens")
+    assert load_dictionary(tmp_path / "b", unit_norm=True).config.k == 4
+
+
+def test_what_was_trained_as_something_else_says_so(tmp_path):
+    metadata = dict(
+        metadata__training_architecture="matryoshka_batchtopk",
+        metadata__training_architecture_details=dict(k=16.0, matryoshka_widths=[10, 20], decoder_init_norm=0.1),
+    )
+    config = load_dictionary(known.write_saelens(tmp_path, "jumprelu", **metadata)).config
+    assert (config.kind, config.k, config.groups) == ("matryoshka", 16, (10, 20, F))
+
+
+@pytest.mark.parametrize(
+    "architecture,changes,message",
+    [
+        ("standard", dict(normalize_activations="layer_norm"), "normalize_activations is 'layer_norm', expected"),
+        ("topk", dict(normalize_activations="expected_average_only_in"), "normalize_activations is 'expected_average"),
+        ("standard", dict(reshape_activations="hook_z"), "reshape_activations is 'hook_z', expected 'none'"),
+        ("standard", dict(finetuning_scaling_factor=True), "finetuning_scaling_factor is True"),
+        ("standard", dict(activation_fn="tanh-relu"), "activation_fn is 'tanh-relu', expected 'relu'"),
+        ("topk", dict(activation_fn="topk", activation_fn_kwargs=dict(k=5)), "activation_fn_kwargs is {'k': 5}"),
+        ("standard", dict(soft_cap=3.0), "soft_cap is not known"),
+        ("standard", dict(metadata__hook_head_index=2), "metadata.hook_head_index is 2, expected null"),
+        ("transcoder", dict(apply_b_dec_to_input=True), "apply_b_dec_to_input is True, expected False"),
+        ("transcoder", dict(d_out=D + 4), r"d_out is 16 but d_in 12"),
+        ("topk", dict(k=F + 1), "k is 41, more than the 40 features"),
+        ("topk", dict(k=...), "k is missing"),
+        ("standard", dict(d_sae="many"), "d_sae is 'many'"),
+        ("standard", dict(architecture="temporal"), "unknown architecture in .* 'temporal': expected one of standard"),
+        ("standard", dict(architecture="batchtopk"), "checkpoint of training"),
+        ("standard", dict(metadata__sae_lens_version="5.9.1"), "before SAELens 6"),
+        ("standard", dict(metadata=...), "before SAELens 6"),
+        ("standard", dict(metadata__hook_name="blocks.0.attn.hook_z"), "the hook blocks.0.attn.hook_z is none of the"),
+        ("jumprelu", dict(metadata__training_architecture="batchtopk", metadata__training_architecture_details=[3]),
+         "training_architecture_details is damaged"),
+        ("standard", dict(metadata__saejax=dict(max_norm="big")), "metadata.saejax .* is damaged"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_cannot_be_followed_are_refused_by_name(architecture, changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_dictionary(known.write_saelens(tmp_path, architecture, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(activation_fn="relu", activation_fn_kwargs={}), dict(l1_coefficient=1.0)], ids=str
+)
+def test_settings_that_change_nothing_are_kept(changes, tmp_path):
+    folder = known.write_saelens(tmp_path / "a", "standard", **changes)
+    save_dictionary(tmp_path / "b", load_dictionary(folder), "saelens")
+    assert cfg_of(tmp_path / "b") == cfg_of(folder)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(b_enc=...), "b_enc is missing"),
+        (dict(scaling_factor=np.ones(F, np.float32)), "scaling_factor is not known"),
+        (dict(W_enc=np.zeros((F, D), np.float32)), r"W_enc has the shape \(40, 12\), expected \(12, 40\)"),
+        (dict(W_dec=np.zeros((F, D)), b_dec=...), "b_dec is missing"),
+        (dict(b_dec=np.zeros(D, np.float64)), "is in float64, which JAX reads only with JAX_ENABLE_X64=1"),
+    ],
+    ids=lambda value: str(list(value)) if isinstance(value, dict) else None,
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(changes, message, tmp_path):
+    folder = known.write_saelens(tmp_path, "standard")
+    known.change_tensors(folder / WEIGHTS, **changes)
+    with pytest.raises(UserError, match=message):
+        load_dictionary(folder)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    folder = known.write_saelens(tmp_path, "standard")
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-5])
+    with pytest.raises(UserError, match="truncated"):
+        load_dictionary(folder)
+    (folder / CFG).write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_dictionary(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(UserError, match="description alone: sae_weights.safetensors"):
+        load_dictionary(folder)
+    known.write_saelens(tmp_path, "standard")
+    (folder / CFG).unlink()
+    with pytest.raises(UserError, match=r"cfg.json does not exist"):
+        load_dictionary(folder)
+
+
+def test_sites_can_be_given_where_the_file_names_no_site(tmp_path):
+    hook = dict(metadata__hook_name="blocks.0.ln2.hook_normalized")
+    folder = known.write_saelens(tmp_path / "a", "transcoder", **hook)
+    config = load_dictionary(folder, site="mlp_in.0").config
+    assert (config.site, config.target) == ("mlp_in.0", "mlp_out.2")
+    nameless = known.write_saelens(tmp_path / "b", "transcoder", metadata__hook_name=..., metadata__hook_name_out=...)
+    dictionary = load_dictionary(nameless)
+    assert (dictionary.config.site, dictionary.config.target) == ("unknown", "unknown")
+    save_dictionary(tmp_path / "c", dictionary, "saelens")
+    assert cfg_of(tmp_path / "c") == cfg_of(nameless)
+
+
+def test_a_changed_site_is_what_is_written(tmp_path):
+    dictionary = load_dictionary(known.write_saelens(tmp_path / "a", "standard"), site="resid_post.7")
+    save_dictionary(tmp_path / "b", dictionary, "saelens")
+    assert cfg_of(tmp_path / "b")["metadata"]["hook_name"] == "blocks.7.hook_resid_post"
+    assert load_dictionary(tmp_path / "b").site == "resid_post.7"
+
+
+def test_nothing_is_replaced_or_half_written(tmp_path, monkeypatch):
+    save_dictionary(tmp_path / "a", known.make(), "saelens")
+    with pytest.raises(UserError, match=r"already holds cfg.json"):
+        save_dictionary(tmp_path / "a", known.make(), "saelens")
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saelens, "write_json", fail)
+    with pytest.raises(OSError):
+        save_dictionary(tmp_path / "b", known.make(), "saelens")
+    assert list((tmp_path / "b").iterdir()) == []
+    monkeypatch.undo()
+    save_dictionary(tmp_path / "b", known.make(), "saelens")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        save_dictionary(tmp_path / "file", known.make(), "saelens")
+
+
+def test_formats_are_named(tmp_path):
+    with pytest.raises(UserError, match="unknown format 'pickle': expected one of saejax, saelens"):
+        save_dictionary(tmp_path, known.make(), "pickle")
+    with pytest.raises(UserError, match="use save_transcoders"):
+        save_dictionary(tmp_path, known.make(), "circuit_tracer")

@@ -1,0 +1,121 @@
+"""sae-lens itself on our folders, and we on its: run with SAEJAX_SAELENS_PYTHON=/a/venv/with/sae-lens/bin/python."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import known_dictionaries as known
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from saejax.dictionaries import load_dictionary, save_dictionary
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+import small_stacks
+
+PYTHON = os.environ.get("SAEJAX_SAELENS_PYTHON") or (sys.executable if importlib.util.find_spec("sae_lens") else "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="sae-lens is not installed, and SAEJAX_SAELENS_PYTHON names no interpreter"),
+]
+
+
+def judge(task: str, folder: Path) -> None:
+    script = Path(__file__).with_name("saelens_judge.py")
+    done = subprocess.run(
+        [PYTHON, script, task, folder], capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE="1")
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def trained(kind: str, form: str, mesh):
+    """A dictionary after some steps, and inputs."""
+    sites = dict(sites=("resid_post.1",) if form == "sae" else ("mlp_in.1",))
+    trainer = small_stacks.make_trainer(kind, mesh, steps=20, form=form, **sites)
+    data = small_stacks.batches(20)
+    state, _ = small_stacks.run(trainer, data)
+    return trainer.finish(state, 0), data[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, one_device) -> Path:
+    """Everything that the judge made and read."""
+    folder = tmp_path_factory.mktemp("judge")
+    np.save(folder / "x.npy", np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32) * 2)
+    (folder / "features").write_text("384")
+    judge("make", folder)
+    for path in (folder / "theirs").iterdir():
+        save_dictionary(folder / "returned" / path.name, load_dictionary(path), "saelens")
+    for kind, form in known.IN_SAELENS:
+        dictionary, x = trained(kind, form, one_device)
+        save_dictionary(folder / "own" / f"{kind}-{form}", dictionary)
+        save_dictionary(folder / "ours" / f"{kind}-{form}", dictionary, "saelens")
+        np.save(folder / "ours" / f"{kind}-{form}" / "x.npy", x)
+    judge("read", folder)
+    return folder
+
+
+def compare(theirs: Path, dictionary, x: np.ndarray) -> tuple[float, float]:
+    """Relative differences of activations and outputs."""
+    result = np.load(theirs)
+    assert (result["f"] > 0).any()
+    return known.relative(dictionary.encode(jnp.asarray(x)), result["f"]), known.relative(
+        dictionary(jnp.asarray(x)), result["y"]
+    )
+
+
+@pytest.mark.parametrize("kind,form", known.IN_SAELENS)
+def test_sae_lens_computes_the_same_with_what_we_trained(kind, form, folder):
+    name = f"{kind}-{form}"
+    f, y = compare(
+        folder / "read" / f"ours-{name}.npz",
+        load_dictionary(folder / "own" / name),
+        np.load(folder / "ours" / name / "x.npy"),
+    )
+    print(f"ours {name}: encode {f:.1e}, decode {y:.1e}")
+    assert f < 1e-5 and y < 1e-5
+
+
+def test_we_compute_the_same_with_what_it_saved(folder):
+    x, names = np.load(folder / "x.npy"), sorted(path.name for path in (folder / "theirs").iterdir())
+    assert len(names) == 18
+    for name in names:
+        f, y = compare(folder / "read" / f"theirs-{name}.npz", load_dictionary(folder / "theirs" / name), x)
+        print(f"theirs {name}: encode {f:.1e}, decode {y:.1e}")
+        assert f < 1e-5 and y < 1e-5, name
+
+
+def test_a_folder_that_it_saved_comes_back_the_same(folder):
+    """Written by sae-lens, read and written by us, read and written by sae-lens again."""
+    for path in (folder / "theirs").iterdir():
+        before, weights = json.loads((path / "cfg.json").read_text()), load_file(path / "sae_weights.safetensors")
+        for other in (folder / "returned" / path.name, folder / "resaved" / f"returned-{path.name}"):
+            assert json.loads((other / "cfg.json").read_text()) == before
+            if "rescale" in path.name:  # folded: the same function, as the next test finds
+                continue
+            after = load_file(other / "sae_weights.safetensors")
+            assert after.keys() == weights.keys()
+            for name, array in weights.items():
+                assert after[name].dtype == array.dtype and after[name].tobytes() == array.tobytes(), (path.name, name)
+
+
+def test_it_computes_the_same_with_what_comes_back(folder):
+    for path in (folder / "theirs").iterdir():
+        before, after = (np.load(folder / "read" / f"{source}-{path.name}.npz") for source in ("theirs", "returned"))
+        for key in ("f", "y"):
+            assert known.relative(after[key], before[key]) < 1e-5, path.name
+
+
+@pytest.mark.parametrize("kind,form", known.IN_SAELENS)
+def test_what_sae_lens_saves_again_is_still_ours(kind, form, folder):
+    ours, again = (
+        load_dictionary(folder / source) for source in (f"ours/{kind}-{form}", f"resaved/ours-{kind}-{form}")
+    )
+    for name, array in ours.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], array, name)
+    assert (again.config.kind, again.config.max_norm, again.site) == (ours.config.kind, ours.config.max_norm, ours.site)

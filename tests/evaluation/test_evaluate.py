@@ -1,0 +1,119 @@
+"""The stage on small runs: stacks over sites and settings, transcoders, and going on after a stop."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from saejax import command
+from saejax.activations.store import Store
+from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
+from saejax.errors import Interrupted
+from saejax.evaluation import evaluate
+from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
+from saejax.workspace import Run, write_json
+
+NAMES = ["resid_post.0-k4", "resid_post.0-k8", "resid_post.1-k4", "resid_post.1-k8"]
+
+
+@pytest.fixture(scope="module")
+def workdir(inputs, tmp_path_factory):
+    """A store of a small model, and train units of random dictionaries: a stack, a linear one, a skip transcoder."""
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    flags = runs.small_flags(*inputs, folder, capture__sites="resid_post.0,resid_post.1,mlp_in.1,mlp_out.1")
+    assert command.run(["baseline", "capture"], "", ["program", *flags]) == 0
+    for name in NAMES:
+        save(folder, "topk", name, site=name.partition("-")[0], k=int(name[-1]))
+    save(folder, "linear", "", site="resid_post.0", fires_above=0.3)
+    save(folder, "jumprelu", "", site="mlp_in.1", target="mlp_out.1", skip=True, centred=False)
+    for kind, names in dict(topk=NAMES, linear=[""], jumprelu=[""]).items():
+        configs = [load_dictionary(folder / "train" / kind / name).config for name in names]
+        members = [dict(name=n, site=c.site, target=c.target or c.site) for n, c in zip(names, configs, strict=True)]
+        write_json(folder / "train" / kind / "summary.json", dict(results=dict(kind=kind, members=members)))
+    return folder
+
+
+def save(workdir, kind, name, **fields):
+    store = Store.open(workdir / "capture")
+    limit = store.max_norm(fields["site"])
+    config = DictionaryConfig(kind=kind, d_in=store.d(fields["site"]), n_features=64, max_norm=limit, **fields)
+    arrays = Dictionary.initial(config, jax.random.key(len(name))).arrays
+    noise = {n: 0.1 * jax.random.normal(jax.random.key(7), a.shape) for n, a in arrays.items()}
+    dictionary = Dictionary(config, **{n: a + noise[n] for n, a in arrays.items()})
+    save_dictionary(workdir / "train" / kind / name / "dictionary", dictionary)
+
+
+@pytest.fixture(scope="module")
+def make_run(workdir, inputs):
+    """make_run(kind, folder): a run of the stage."""
+
+    def make(kind, folder, **changes):
+        configs = dict(
+            model=ModelConfig(path=str(inputs[0])), mesh=MeshConfig(), evaluate=EvaluateConfig(ce_documents=1)
+        )
+        units = {"capture": workdir / "capture", f"train/{kind}": workdir / "train" / kind}
+        return Run("evaluate", kind, folder, configs, units, say=lambda line: None, **changes)
+
+    return make
+
+
+def check(workdir, kind, entry, written):
+    """Figures of one member against its dictionary and the store, the plain way."""
+    store = Store.open(workdir / "capture")
+    dictionary = load_dictionary(workdir / "train" / kind / entry["name"])
+    rows = store.rows("held_out", *{entry["site"], entry["target"]})
+    x, y = (store.read(entry[key], rows).astype(np.float32) for key in ("site", "target"))
+    fires = np.asarray(dictionary.fires(dictionary.encode(x)))
+    np.testing.assert_allclose(np.load(written / "firing_rate.npy"), fires.mean(0), atol=1e-6)
+    assert len(np.load(written / "mean_activation.npy")) == dictionary.config.n_features
+    error = np.square(y - np.asarray(dictionary(x), np.float64)).sum() / np.square(y - y.mean(0)).sum()
+    np.testing.assert_allclose(entry["explained_variance"], 1 - error, rtol=1e-3)
+    assert entry["tokens"] == len(rows) and entry["sinks"]["max_norm"] == store.max_norm(entry["site"])
+    assert 0 < entry["ce"]["clean"] < 12 and entry["kl"]["clean"] == 0 < entry["kl"]["reconstructed"]
+    assert {"mean", "near", "max"} < set(entry["decoder_neighbours"])
+
+
+def test_a_stack_stopped_and_gone_on_with(workdir, make_run, tmp_path, monkeypatch):
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    with pytest.raises(Interrupted):
+        evaluate.run_evaluate(make_run("topk", stopped, stopping=(stopped / NAMES[1] / evaluate.SCORES).exists))
+    assert [(stopped / name / evaluate.SCORES).exists() for name in NAMES] == [True, True, False, False]
+    (stopped / NAMES[0] / evaluate.SCORES).unlink()  # as if killed before it was written
+    scored = []
+    reconstruct = evaluate.reconstruct
+    monkeypatch.setattr(
+        evaluate, "reconstruct", lambda own, *rest: scored.extend(d.config.site for d in own) or reconstruct(own, *rest)
+    )
+    results = evaluate.run_evaluate(make_run("topk", stopped))
+    assert scored == ["resid_post.0", "resid_post.1", "resid_post.1"]
+    assert json.loads(json.dumps(results)) == results
+    assert results["kind"] == "topk" and [entry["name"] for entry in results["members"]] == NAMES
+    for entry in results["members"]:
+        check(workdir, "topk", entry, stopped / entry["name"])
+        assert entry["name"].startswith(entry["site"]) and entry["target"] == entry["site"]
+        assert entry["l0"] <= int(entry["name"][-1])
+    first, second, third, _ = results["members"]
+    for key in ("clean", "mean_ablated"):  # scored alone or together
+        np.testing.assert_allclose(first["ce"][key], second["ce"][key], rtol=1e-6)
+    assert first["ce"]["mean_ablated"] != third["ce"]["mean_ablated"]
+    monkeypatch.setattr(evaluate, "load_model", None)  # nothing is left that needs it
+    assert evaluate.run_evaluate(make_run("topk", stopped)) == results
+
+
+def test_a_linear_dictionary_alone_has_no_folder_of_its_own(workdir, make_run, tmp_path):
+    (entry,) = evaluate.run_evaluate(make_run("linear", tmp_path))["members"]
+    assert entry["name"] == ""
+    check(workdir, "linear", entry, tmp_path)
+    rate = np.load(tmp_path / "firing_rate.npy")
+    np.testing.assert_allclose(entry["l0"], rate.sum(dtype=np.float64), rtol=1e-5)
+    assert entry["l0"] < 0.9 * len(rate)  # by size, not by being other than zero
+
+
+def test_a_transcoder_is_scored_against_its_target(workdir, make_run, tmp_path):
+    (entry,) = evaluate.run_evaluate(make_run("jumprelu", tmp_path))["members"]
+    assert (entry["site"], entry["target"]) == ("mlp_in.1", "mlp_out.1")
+    check(workdir, "jumprelu", entry, tmp_path)
+    assert entry["target_sinks"]["max_norm"] == Store.open(workdir / "capture").max_norm("mlp_out.1")

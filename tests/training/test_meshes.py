@@ -1,0 +1,76 @@
+"""The same training on every mesh: one device, eight devices in five shapes, alone or in a stack."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from small_stacks import STEPS, D, F, batches, make_trainer, run
+
+from saejax.parallel import make_mesh
+from saejax.settings import KINDS, MeshConfig
+
+SHAPES = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
+SWEEP = dict(learning_rate=(3e-3, 1e-3), seed=(1, 2))  # four members
+EXTRAS = dict(auxk=0.03, decorrelation=0.01)
+
+
+@functools.cache
+def on_one_device(kind, dtype, one_device):
+    return run(make_trainer(kind, one_device, state_dtype=dtype, **SWEEP, **EXTRAS), batches())[0]
+
+
+def check(kind, shape, dtype, tolerance, one_device):
+    with jax.enable_x64(dtype == "float64"):
+        expected = on_one_device(kind, dtype, one_device)
+        mesh = make_mesh(MeshConfig(**dict(zip(("member", "data", "model"), shape, strict=True))))
+        state, _ = run(make_trainer(kind, mesh, state_dtype=dtype, **SWEEP, **EXTRAS), batches())
+        shard = state.params["W_enc_DxF"].sharding.shard_shape((4, D, F))
+        assert shard == (4 // shape[0], D, F // shape[2])
+        for name, value in expected.params.items():
+            a, b = np.asarray(value, np.float64), np.asarray(state.params[name], np.float64)
+            assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_of_all_axes_agrees_in_fp64(kind, one_device):
+    check(kind, (2, 2, 2), "float64", 1e-9, one_device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_five_meshes_agree(kind, shape, one_device):
+    check(kind, shape, "float64", 1e-9, one_device)
+    check(kind, shape, "float32", 1e-4, one_device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stack_of_four_equals_four_single_runs(kind, one_device):
+    with jax.enable_x64(True):
+        together = on_one_device(kind, "float64", one_device)
+        pairs = [(rate, seed) for rate in SWEEP["learning_rate"] for seed in SWEEP["seed"]]
+        for index, (rate, seed) in enumerate(pairs):
+            alone = make_trainer(kind, one_device, state_dtype="float64", learning_rate=(rate,), seed=(seed,), **EXTRAS)
+            state, _ = run(alone, batches())
+            for name, value in state.params.items():
+                np.testing.assert_allclose(
+                    together.params[name][index], value[0], rtol=1e-9, atol=1e-12, err_msg=f"{name} of member {index}"
+                )
+    assert STEPS == 50
+
+
+def test_layers_of_a_stack_train_on_their_own_values(one_device):
+    """Members with their own sites, split over `member`: each equals a single run on its site."""
+    trainer = make_trainer(
+        mesh=make_mesh(MeshConfig(member=4, data=2)), sites=tuple(f"resid_post.{i}" for i in range(4))
+    )
+    data = np.stack([batches(6, seed) for seed in range(4)], axis=1)  # [steps, sites, B, D]
+    state = trainer.initial_state()
+    for batch in data:
+        state, metrics = trainer.step(state, (jax.device_put(batch, trainer.batch_sharding),))
+        jax.block_until_ready(metrics)
+    for index in range(4):
+        alone, _ = run(make_trainer(mesh=one_device), data[:, index])
+        for name, value in alone.params.items():
+            np.testing.assert_allclose(state.params[name][index], value[0], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,203 @@
+"""Gradients of every term against finite differences in fp64, or the written formula of a straight-through one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_stacks import B, D, F, batches, make_trainer
+
+from saejax.dictionaries import losses, sparsity, straight_through
+from saejax.settings import KINDS
+
+DECODER = ("W_dec_FxD", "b_dec_D")
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def setting(kind, form="sae", **changes):
+    """A trainer in fp64, its member's arrays (moved off their symmetric start), one batch, and hyperparameters."""
+    trainer = make_trainer(kind, None, form=form, sites=("mlp_in.1",), state_dtype="float64", **changes)
+    rng = np.random.default_rng(1)
+    params = {name: jnp.asarray(array[0]) for name, array in trainer.initial_state().params.items()}
+    params = {name: array + 0.1 * rng.normal(size=array.shape) for name, array in params.items()}
+    if "threshold_F" in params:
+        params["threshold_F"] = jnp.abs(params["threshold_F"]) + 0.2
+    x = jnp.asarray(batches(1)[0], jnp.float64) * 0.5
+    y = x if form == "sae" else x[:, ::-1]
+    hyper = jax.tree.map(lambda array: jnp.asarray(array[0]), trainer.hyper)
+    return trainer, params, x, y, hyper
+
+
+def loss_of(trainer, x, y, hyper, dead=None):
+    dead = jnp.zeros(F, bool) if dead is None else dead
+    return lambda params: trainer._objective(params, x, y, hyper, jnp.int32(1000), dead)[0]
+
+
+def slope(function, params, direction, step=1e-6):
+    def moved(by):
+        return jax.tree.map(lambda p, d: p + by * d, params, direction)
+
+    return (function(moved(step)) - function(moved(-step))) / (2 * step)
+
+
+@pytest.mark.parametrize("form", ["sae", "skip_transcoder"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_falls_as_its_gradient_says(kind, form):
+    """Along random directions; thresholds, whose gradients are straight-through, stay where they are here."""
+    trainer, params, x, y, hyper = setting(kind, form, decorrelation=0.1)
+    function = jax.jit(loss_of(trainer, x, y, hyper))
+    gradient = jax.grad(function)(params)
+    rng = np.random.default_rng(2)
+    for name in params:
+        if name == "threshold_F":
+            continue
+        direction = {key: jnp.zeros_like(value) for key, value in params.items()}
+        direction[name] = jnp.asarray(rng.normal(size=params[name].shape))
+        expected = float(jnp.vdot(gradient[name], direction[name]))
+        if kind == "gated" and name in (*DECODER, "W_skip_DxD"):  # the gate's own error sees these as constants
+            continue
+        np.testing.assert_allclose(slope(function, params, direction), expected, rtol=2e-5, atol=1e-7, err_msg=name)
+
+
+def _member(trainer, params):
+    from saejax.dictionaries import Dictionary
+
+    return Dictionary(trainer.dictionary, **params)
+
+
+@pytest.mark.parametrize("name", ["W_dec_FxD", "b_dec_D"])
+def test_the_gates_own_error_reaches_the_encoder_only(name):
+    trainer, params, x, y, _ = setting("gated")
+
+    def gate_error(params):
+        member = _member(trainer, params)
+        pre = member.pre_activations(x) + params["b_enc_F"][None]
+        return trainer._objective._gate_error(member, pre, x, y)
+
+    gradient = jax.grad(gate_error)(params)
+    centred = np.asarray(x) - np.asarray(params["b_dec_D"])
+    pre = centred @ np.asarray(params["W_enc_DxF"]) + np.asarray(params["b_enc_F"])
+    error = np.maximum(pre, 0) @ np.asarray(params["W_dec_FxD"]) + np.asarray(params["b_dec_D"]) - np.asarray(y)
+    back = np.where(pre > 0, (2 / B) * error @ np.asarray(params["W_dec_FxD"]).T, 0)
+    np.testing.assert_allclose(gradient["W_enc_DxF"], centred.T @ back, rtol=1e-9)
+    np.testing.assert_allclose(gradient["b_enc_F"], back.sum(0), rtol=1e-9)
+    # Only by way of the centred input does the decoder's bias matter here.
+    expected = dict(W_dec_FxD=np.zeros((F, D)), b_dec_D=-(back @ np.asarray(params["W_enc_DxF"]).T).sum(0))
+    np.testing.assert_allclose(gradient[name], expected[name], rtol=1e-9, atol=1e-15)
+    assert not np.any(gradient["r_mag_F"]) and not np.any(gradient["b_mag_F"])
+
+
+def test_jumprelu_gradients_are_the_written_formula():
+    rng = np.random.default_rng(3)
+    pre, theta = rng.normal(size=(B, F)), np.abs(rng.normal(size=F)) * 0.5
+    g, width = rng.normal(size=(B, F)), 0.3
+    near = np.abs(pre - theta) < width / 2
+    _, back = jax.vjp(lambda p, t: straight_through.jumprelu(p, t, width), jnp.asarray(pre), jnp.asarray(theta))
+    to_pre, to_theta = back(jnp.asarray(g))
+    np.testing.assert_allclose(to_pre, np.where(pre > theta, g, 0))
+    np.testing.assert_allclose(to_theta, -(theta / width) * (near * g).sum(0), rtol=1e-12)
+    _, back = jax.vjp(lambda p, t: straight_through.step(p, t, width), jnp.asarray(pre), jnp.asarray(theta))
+    to_pre, to_theta = back(jnp.asarray(g))
+    assert not np.any(to_pre)
+    np.testing.assert_allclose(to_theta, -(near * g).sum(0) / width, rtol=1e-12)
+
+
+@pytest.mark.parametrize("penalty", ["step", "target"])
+def test_the_l0_penalty_moves_thresholds_only(penalty):
+    trainer, params, x, y, hyper = setting("jumprelu", l0_penalty=penalty, bandwidth=0.5, target_l0=(8.0,))
+    with_penalty = jax.grad(loss_of(trainer, x, y, hyper))(params)
+    without, *_ = setting("jumprelu", l0_penalty=penalty, bandwidth=0.5, l0_coefficient=(0.0,), target_l0=(8.0,))
+    plain = jax.grad(loss_of(without, x, y, jax.tree.map(lambda a: jnp.asarray(a[0]), without.hyper)))(params)
+    for name in params:
+        assert np.array_equal(with_penalty[name], plain[name]) == (name != "threshold_F"), name
+    pre = np.asarray(_member(trainer, params).pre_activations(x) + params["b_enc_F"][None])
+    theta = np.asarray(params["threshold_F"])
+    per_feature = -(np.abs(pre - theta) < 0.25).sum(0) / 0.5 / B
+    l0 = (pre > theta).sum(1).mean()
+    factor = 0.01 if penalty == "step" else 0.01 * 2 * (l0 / 8 - 1) / 8
+    np.testing.assert_allclose(
+        np.asarray(with_penalty["threshold_F"]) - np.asarray(plain["threshold_F"]), factor * per_feature, rtol=1e-8
+    )
+
+
+def test_auxk_reaches_dead_features_and_no_others():
+    rng = np.random.default_rng(4)
+    pre, W_dec, error = rng.normal(size=(B, F)), rng.normal(size=(F, D)), rng.normal(size=(B, D))
+    dead = np.zeros(F, bool)
+    dead[[3, 17, 40, 41, 42]] = True
+
+    def aux(pre, W_dec, error):
+        return losses.auxk(pre, jnp.asarray(dead), W_dec, error, 3)
+
+    to_pre, to_W, to_error = jax.grad(aux, argnums=(0, 1, 2))(*map(jnp.asarray, (pre, W_dec, error)))
+    assert not np.any(to_error), "the error is a constant"
+    assert not np.any(np.asarray(to_pre)[:, ~dead]) and np.any(np.asarray(to_pre)[:, dead])
+    assert not np.any(np.asarray(to_W)[~dead]) and np.any(np.asarray(to_W)[dead])
+    ranked = np.where(dead, pre, -np.inf)
+    kept = (ranked >= np.sort(ranked, axis=1)[:, [-3]]) & (ranked > 0)
+    f = np.where(kept, pre, 0)
+    expected = np.square(error - f @ W_dec).sum(1).mean()
+    np.testing.assert_allclose(aux(*map(jnp.asarray, (pre, W_dec, error))), expected, rtol=1e-12)
+    np.testing.assert_allclose(to_W, (2 / B) * f.T @ (f @ W_dec - error), rtol=1e-9)
+
+
+def test_auxk_is_nothing_while_no_feature_is_dead():
+    pre, W_dec, error = jnp.ones((B, F)), jnp.ones((F, D)), jnp.ones((B, D))
+    value, gradient = jax.value_and_grad(losses.auxk)(pre, jnp.zeros(F, bool), W_dec, error, 3)
+    assert value == 0 and not np.any(gradient)
+
+
+def test_decorrelation_is_the_mean_squared_covariance_of_pairs():
+    f = np.random.default_rng(5).exponential(size=(40, 12))
+    covariance = np.cov(f.T)
+    pairs = ~np.eye(12, dtype=bool)
+    np.testing.assert_allclose(losses.decorrelation(jnp.asarray(f)), np.square(covariance[pairs]).mean(), rtol=1e-10)
+    thinned = losses.decorrelation(jnp.asarray(f), tokens=10)
+    np.testing.assert_allclose(thinned, np.square(np.cov(f[::4].T)[pairs]).mean(), rtol=1e-10)
+    assert losses.decorrelation(jnp.ones((1, 12))) == 0
+
+
+def test_the_pull_on_dead_features_is_its_formula():
+    rng = np.random.default_rng(6)
+    pre, theta, W_dec = rng.normal(size=(B, F)), rng.random(F), rng.normal(size=(F, D))
+    dead = rng.random(F) < 0.3
+    expected = (np.maximum(theta - pre, 0) * np.linalg.norm(W_dec, axis=1) * dead).sum(1).mean()
+    got = losses.dead_pre_activation(*map(jnp.asarray, (pre, theta, dead, W_dec)))
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_matryoshka_sums_the_errors_of_its_groups():
+    trainer, params, x, y, hyper = setting("matryoshka")
+    _, (metrics, _, _) = trainer._objective(params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    member = _member(trainer, params)
+    f, _ = sparsity.batch_topk(member.pre_activations(x) + params["b_enc_F"][None], 4)
+    f, W_dec = np.asarray(f), np.asarray(params["W_dec_FxD"])
+    nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in (16, 32, F)]
+    np.testing.assert_allclose(metrics["loss"], sum(nested), rtol=1e-10)
+    np.testing.assert_allclose(metrics["mse"], nested[-1], rtol=1e-10)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_whitening_evens_out_the_variances_and_keeps_their_sum(power):
+    rng = np.random.default_rng(7)
+    acts = rng.normal(size=(4000, D)) @ rng.normal(size=(D, D)) + 3
+    before, after = (np.linalg.eigvalsh(np.cov(a.T)) for a in (acts, acts @ losses.whitening(acts, power)))
+    np.testing.assert_allclose(after.sum(), before.sum(), rtol=1e-9)
+    expected = np.sort(np.maximum(before, 1e-3 * before.mean()) ** -power * before)
+    np.testing.assert_allclose(after, expected * before.sum() / expected.sum(), rtol=1e-6)
+
+
+def test_a_whitened_error_is_measured_after_its_matrix():
+    trainer, params, x, y, hyper = setting("topk")
+    metric = np.random.default_rng(8).normal(size=(D, D))
+    hyper = dataclasses.replace(hyper, metric_DxD=jnp.asarray(metric))
+    loss, (metrics, _, _) = trainer._objective(params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    error = np.asarray(y) - np.asarray(_member(trainer, params)(x))
+    np.testing.assert_allclose(loss, np.square(error @ metric).sum(1).mean(), rtol=1e-10)
+    np.testing.assert_allclose(metrics["mse"], np.square(error).sum(1).mean(), rtol=1e-10)
