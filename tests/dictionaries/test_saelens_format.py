@@ -11,7 +11,7 @@ from known_dictionaries import D, F
 from safetensors.numpy import load_file
 
 from saejax.dictionaries import load_dictionary, save_dictionary
-from saejax.dictionaries.formats import saelens, saelens_settings
+from saejax.dictionaries.formats import saelens, saelens_settings, tensors
 from saejax.errors import UserError
 
 ARCHITECTURES = list(saelens_settings.ARCHITECTURES)
@@ -272,6 +272,14 @@ def test_nothing_is_replaced_or_half_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         save_dictionary(tmp_path / "file", known.make(), "saelens")
+
+
+def test_the_description_appears_last(tmp_path, monkeypatch):
+    """So that a folder that was being written when the process was killed is not taken for a whole one."""
+    order, replace = [], tensors.os.replace
+    monkeypatch.setattr(tensors.os, "replace", lambda a, b: (order.append(b), replace(a, b)))
+    save_dictionary(tmp_path / "a", known.make(), "saelens")
+    assert [path for path in order if path.parent == tmp_path / "a"] == [tmp_path / "a" / WEIGHTS, tmp_path / "a" / CFG]
 
 
 def test_formats_are_named(tmp_path):
