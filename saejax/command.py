@@ -1,7 +1,7 @@
 """What every binary does: parse flags, run stages, and say in one line what went wrong.
 
-Exit status: 0 done; 2 bad input (one line says what); 143 stopped by SIGTERM with the work saved; 1 a bug,
-with its traceback.
+Exit status: 0 done; 2 bad input (one line says what); 143 stopped by SIGTERM with the work saved; 1 a check that was
+asked for failed (one line says which), or a bug, with its traceback.
 """
 
 import contextlib
@@ -12,11 +12,12 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
 from saejax import config
-from saejax.errors import Interrupted, UserError
+from saejax.errors import CheckFailed, Interrupted, UserError
 from saejax.settings import GROUPS
 
 _DISK = {
@@ -58,11 +59,15 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         if not flag_values["workdir"].value:
             raise UserError("--workdir=DIR is missing: name the folder of this run")
         configs = config.from_flags(GROUPS, flag_values)
-        _environment(bool(flag_values["deterministic"].value))
+        shares_gpu = "capture" in stages and configs["capture"].backend == "torch"
+        _environment(bool(flag_values["deterministic"].value), shares_gpu)
         from saejax import pipeline
 
         pipeline.run_stages(stages, configs, flag_values["workdir"].value, _timed_say(), _sigterm())
         return 0
+    except CheckFailed as failed:
+        print("failed:", failed, file=sys.stderr)
+        return 1
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + signal.SIGTERM
@@ -118,13 +123,31 @@ def _refuse(message: str, flag_values: flags.FlagValues) -> int:
     return 2
 
 
-def _environment(deterministic: bool) -> None:
-    """Settings that libraries read when they are first imported."""
+def _environment(deterministic: bool, shares_gpu: bool) -> None:
+    """Settings that libraries read when they are first imported.
+
+    Args:
+      deterministic: the same bits on a GPU at every run.
+      shares_gpu: whether torch uses the GPU beside JAX, which then takes memory as it needs it, not most of it at once.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not _may_have_tpu():  # then libtpu, if it is installed for preflight, is told what it would complain to miss
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    if shares_gpu:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if deterministic:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+
+
+def _may_have_tpu() -> bool:
+    """Whether a device of Google's is on the PCI bus."""
+    with contextlib.suppress(OSError):
+        vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+        return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
+    return True
 
 
 def _timed_say():

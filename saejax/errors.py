@@ -12,6 +12,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class CheckFailed(Exception):
+    """A check that was asked for did not hold; the message is one line. Binaries exit with status 1."""
+
+
 class Interrupted(Exception):
     """The process was asked to stop (SIGTERM) and has saved what it had."""
 

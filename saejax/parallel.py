@@ -6,7 +6,7 @@ and on many hosts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -24,17 +24,18 @@ def start_processes(config: MeshConfig) -> None:
         jax.distributed.initialize(config.coordinator or None, config.processes, config.process_id)
 
 
-def make_mesh(config: MeshConfig | None = None) -> Mesh:
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a run.
 
     Args:
       config: the axis sizes; ``data=0`` takes the devices that the other axes leave. None: all devices on ``data``.
+      devices: None: all that there are.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     config = config or MeshConfig()
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     rest = config.member * config.model
     data = config.data or max(1, len(devices) // rest)
     if rest * data != len(devices):
@@ -53,8 +54,18 @@ def sharding(mesh: Mesh, *spec: str | None) -> NamedSharding:
 
 def fitting_sharding(mesh: Mesh, shape: Sequence[int], *spec: str | None) -> NamedSharding:
     """Like ``sharding``, but what a mesh axis does not divide is replicated."""
-    fits = [axis if axis and size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, spec, strict=True)]
-    return NamedSharding(mesh, PartitionSpec(*fits))
+    return NamedSharding(mesh, PartitionSpec(*fitting_spec(mesh.shape, shape, *spec)))
+
+
+def fitting_spec(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) -> list[str | None]:
+    """``spec`` with None for every dimension that its mesh axis, of a size in ``axes``, does not divide."""
+    return [axis if axis and size % axes[axis] == 0 else None for size, axis in zip(shape, spec, strict=True)]
+
+
+def part_size(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) -> int:
+    """Number of elements that each device holds of an array placed by ``fitting_sharding``."""
+    fits = fitting_spec(axes, shape, *spec)
+    return math.prod(size // axes[axis] if axis else size for size, axis in zip(shape, fits, strict=True))
 
 
 def is_first_process() -> bool:

@@ -4,6 +4,7 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
                 │           │             │                │
                 └───────────┴─► ablate ◄──┘                │
                                    └──────► report ◄───────┘
+            benchmark/<name> ─────────────────┘
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from typing import Any
 
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
+from saejax.models.sites import ModuleSite
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
 
 Configs = Mapping[str, Any]
@@ -33,7 +35,8 @@ class Stage:
       placement: groups it reads that change only where and how fast it is computed.
       needs: the units it reads, given the configuration, as "stage" or "stage/name".
       names: its units' names, given the configuration; [""] for one unit.
-      sources: what it reads from outside the workdir: "model", "corpus".
+      sources: what it reads from outside the workdir: "model", "corpus", "benchmark" (the unit's own),
+        "shapes" (the sizes of the models that preflight checks).
     """
 
     summary: str
@@ -51,7 +54,8 @@ def _kinds(configs: Configs) -> Sequence[str]:
 
 def _report_needs(configs: Configs, name: str) -> Sequence[str]:
     trained = [f"{stage}/{kind}" for stage in ("train", "evaluate") for kind in _kinds(configs)]
-    return ("baseline", "capture", *trained, f"ablate/{_tested(configs)}")
+    benchmarks = [f"benchmark/{benchmark}" for benchmark in configs["task"].benchmarks]
+    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}")
 
 
 def _tested(configs: Configs) -> str:
@@ -62,9 +66,9 @@ def _tested(configs: Configs) -> str:
 STAGES = {
     "preflight": Stage(
         "says what will run, whether it fits, and roughly how long it takes",
-        "saejax.preflight:run_preflight",
-        ("model", "mesh", "task", "corpus", "capture", "train", "evaluate", "ablate", "report"),
-        sources=("model", "corpus"),
+        "saejax.preflight.checks:run_preflight",
+        ("preflight", "model", "mesh", "task", "corpus", "capture", "train", "evaluate", "ablate", "report"),
+        sources=("shapes", "corpus"),
     ),
     "baseline": Stage(
         "measures the behaviours: accuracy and logit differences on train and test prompts",
@@ -73,11 +77,20 @@ STAGES = {
         ("mesh",),
         sources=("model",),
     ),
+    "benchmark": Stage(
+        "scores the model on benchmarks, if --task.benchmarks names any: gsm8k, math, logic",
+        "saejax.tasks.benchmark_stage:run_benchmark",
+        ("model", "task"),
+        ("mesh",),
+        names=lambda configs: configs["task"].benchmarks,
+        sources=("model", "benchmark"),
+    ),
     "capture": Stage(
         "records activations of the model at the wanted sites",
-        "saejax.activations.torch_capture:run_capture",
+        "saejax.activations.capture:run_capture",
         ("model", "corpus", "capture"),
-        needs=lambda configs, name: ("baseline",),
+        ("mesh",),
+        needs=lambda configs, name: ("baseline",) if configs["task"].behaviours else (),
         sources=("model", "corpus"),
     ),
     "train": Stage(
@@ -155,20 +168,25 @@ class Plan:
                 unit=unit,
                 settings={group: configuration.identity(self.configs[group], name) for group in STAGES[stage].groups},
                 needs={need: self.mark(need) for need in self.needs(unit)},
-                sources={source: self._source(source) for source in STAGES[stage].sources},
+                sources={source: self._source(source, name) for source in STAGES[stage].sources},
             )
             self._marks[unit] = fingerprint(data)
         return self._marks[unit]
 
-    def _source(self, source: str) -> str:
-        key = f"<{source}>"
+    def _source(self, source: str, name: str) -> str:
+        key = f"<{source}/{name}>" if source == "benchmark" else f"<{source}>"
         if key not in self._marks:
             if source == "model":
-                self._marks[key] = (
-                    importlib.import_module("saejax.models.source").resolve(self.configs[source]).fingerprint
-                )
+                decoder = not all(map(ModuleSite.names, self.configs["capture"].sites))
+                resolve = importlib.import_module("saejax.models.source").resolve
+                mark = resolve(self.configs[source], decoder).fingerprint
+            elif source == "shapes":
+                mark = importlib.import_module("saejax.preflight.shapes").identity(self.configs)
+            elif source == "benchmark":
+                mark = importlib.import_module("saejax.tasks.benchmarks").identity(name, self.configs["task"])
             else:
-                self._marks[key] = importlib.import_module("saejax.tasks.corpora").identity(self.configs[source])
+                mark = importlib.import_module("saejax.tasks.corpora").identity(self.configs[source])
+            self._marks[key] = mark
         return self._marks[key]
 
 

@@ -9,6 +9,7 @@ import dataclasses
 from saejax.config import Config, setting
 
 BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
+BENCHMARKS = ("gsm8k", "math", "logic")
 KINDS = ("standard", "linear", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 
 
@@ -21,6 +22,12 @@ class ModelConfig(Config):
     )
     revision: str = setting("main", "revision (branch, tag or commit) of a hub model")
     dtype: str = setting("float32", "dtype of the JAX decoder's weights and products", choices=("float32", "bfloat16"))
+    remat: bool = setting(
+        False,
+        "where gradients are taken (ablate), compute each layer again instead of keeping its matrix products: less "
+        "memory, about a third more time",
+        changes_results=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +44,59 @@ class MeshConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig(Config):
-    """The behaviours to explain."""
+    """The behaviours to explain, and the benchmarks to score the model on."""
 
-    behaviours: tuple[str, ...] = setting(BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS)
-    train_prompts: int = setting(80, "prompts per behaviour that choose features", low=2)
-    test_prompts: int = setting(20, "prompts per behaviour that judge them", low=2)
-    seed: int = setting(42, "seed of the choice of prompts", low=0)
+    behaviours: tuple[str, ...] = setting(BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS, only=("",))
+    train_prompts: int = setting(80, "prompts per behaviour that choose features", low=2, only=("",))
+    test_prompts: int = setting(20, "prompts per behaviour that judge them", low=2, only=("",))
+    seed: int = setting(42, "seed of the choice of prompts, of benchmark examples and of the bootstrap", low=0)
     min_accuracy: float = setting(
-        0.8, "a behaviour below this share of correct above wrong is flagged as too weak", low=0.0, high=1.0
+        0.8,
+        "a behaviour below this share of correct above wrong is flagged as too weak",
+        low=0.0,
+        high=1.0,
+        only=("",),
     )
     min_separation: float = setting(
-        1.0, "a behaviour whose mean logit difference over its standard deviation is below this is flagged"
+        1.0,
+        "a behaviour whose mean logit difference over its standard deviation is below this is flagged",
+        only=("",),
     )
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
+    benchmarks: tuple[str, ...] = setting(
+        (), "benchmarks to score the model on: gsm8k, math, logic", choices=BENCHMARKS, changes_results=False
+    )
+    path: str = setting(
+        "",
+        "where benchmark items are: a .jsonl, .jsonl.gz, .parquet or .arrow file, a folder of them (of several "
+        "benchmarks: with a file or folder named after each), or the hub id of a data set; empty: the benchmark's own "
+        "hub id",
+        changes_results=False,  # what is found there counts, not its place
+    )
+    revision: str = setting("main", "revision (branch, tag or commit) of a benchmark on the hub", only=BENCHMARKS)
+    examples: int = setting(
+        0, "examples per benchmark, chosen by seed; 0: 500 of gsm8k, 100 of math, 200 of logic", low=0, only=BENCHMARKS
+    )
+    shots: int = setting(
+        -1,
+        "worked examples, made for this project, before each benchmark question; -1: as is usual, 5 for gsm8k, 4 for "
+        "math, 3 for logic",
+        low=-1,
+        only=BENCHMARKS,
+    )
+    chat_template: bool = setting(
+        False, "put benchmark prompts into the tokenizer's chat template, with an instruction", only=BENCHMARKS
+    )
+    score: str = setting(
+        "auto",
+        "how benchmarks are scored: 'generate' (exact match of the generated answer), 'choice' (the likeliest of the "
+        "given answers), 'likelihood' (log-likelihood per token of the reference, for weak models); 'auto': generate "
+        "for gsm8k and math, choice for logic",
+        choices=("auto", "generate", "choice", "likelihood"),
+        only=BENCHMARKS,
+    )
+    max_new_tokens: int = setting(256, "longest generated answer in tokens", low=1, only=BENCHMARKS)
+    batch: int = setting(16, "benchmark answers generated at the same time", low=1, changes_results=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +117,23 @@ class CaptureConfig(Config):
     """What is recorded from the model."""
 
     sites: tuple[str, ...] = setting(
-        ("resid_post.15",), "sites to record in one pass, such as resid_post.15,mlp_in.15,mlp_out.15"
+        ("resid_post.15",),
+        "sites to record in one pass, such as resid_post.15,mlp_in.15,mlp_out.15; with the torch backend also modules "
+        "of any transformers model: module:transformer.h.3.mlp (its output), module_in:transformer.h.3.mlp (its input)",
     )
     last: int = setting(0, "record only the last n positions of every document; 0: every position", low=0)
-    dtype: str = setting("float32", "dtype in which the HF model runs", choices=("float32", "bfloat16"))
+    backend: str = setting(
+        "torch",
+        "what runs the model: 'torch' (hooks in the transformers model, on a GPU if torch has one) or 'jax' (our "
+        "decoder, on the mesh); both make the same rows, with values equal within rounding",
+        choices=("torch", "jax"),
+    )
+    dtype: str = setting(
+        "float32",
+        "dtype in which the model runs while it is captured, with either backend (--model.dtype is that of the other "
+        "stages)",
+        choices=("float32", "bfloat16"),
+    )
     store_dtype: str = setting("bfloat16", "dtype on disk", choices=("float32", "bfloat16"))
     batch_tokens: int = setting(2048, "tokens per forward pass, padding included", low=1, changes_results=False)
     shard_rows: int = setting(65_536, "rows (tokens) per shard file", low=1)
@@ -161,8 +221,8 @@ class TrainConfig(Config):
     auxk_features: int = setting(0, "dead features that act on each token in AuxK; 0: half the width", low=0)
     whiten_error: float = setting(
         0.0,
-        "how far directions of small variance count as much as large ones: errors are measured after covariance^(-w/2); "
-        "0: as they are, 1: fully whitened. 0.5 helps cross-entropy where a few directions dominate",
+        "how far directions of small variance count as much as large ones: errors are measured after "
+        "covariance^(-w/2); 0: as they are, 1: fully whitened. 0.5 helps where a few directions dominate",
         low=0.0,
         high=1.0,
     )
@@ -269,9 +329,34 @@ class ReportConfig(Config):
     features: int = setting(4, "top features shown per behaviour", low=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class PreflightConfig(Config):
+    """What is checked before anything runs."""
+
+    models: tuple[str, ...] = setting(
+        (),
+        "models to check: hub ids (of which only config.json is fetched), folders, or .json files of their shape, "
+        "such as configs/shapes/llama-3-8b.json; empty: --model.path",
+    )
+    topology: str = setting(
+        "",
+        "compile the stages' programs for this TPU slice, such as v5e:2x4, and say what they need there; takes the "
+        "package libtpu, but no TPU; empty: the devices at hand, nothing compiled",
+    )
+    prompt_tokens: int = setting(32, "tokens per prompt of a behaviour assumed for baseline and ablate", low=2)
+    benchmark_tokens: int = setting(
+        1024, "tokens per benchmark prompt, worked examples included, assumed where answers are generated", low=2
+    )
+    parity: bool = setting(False, "run the decoder against transformers, in the dtype of --model.dtype")
+    tolerance: float = setting(
+        1e-4, "largest relative error of a site or the logits that passes (in bfloat16, about 2e-2 is usual)", low=0.0
+    )
+
+
 GROUPS = dict(
     model=ModelConfig,
     mesh=MeshConfig,
+    preflight=PreflightConfig,
     task=TaskConfig,
     corpus=CorpusConfig,
     capture=CaptureConfig,

@@ -36,6 +36,66 @@ def save_tiny_llama(folder: Path, seed: int = 0, **changes) -> None:
     model.save_pretrained(folder)
 
 
+_TINY = dict(vocab_size=131, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+_TINY_ROTARY = _TINY | dict(
+    hidden_size=40,
+    intermediate_size=56,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+TINY_FIELDS = {
+    "gpt2": _TINY | dict(n_embd=40, n_layer=3, n_head=4, n_positions=64),
+    "gpt_neox": {name: value for name, value in _TINY_ROTARY.items() if name != "num_key_value_heads"},
+    "gemma": _TINY_ROTARY | dict(head_dim=12),
+    "gemma2": _TINY_ROTARY | dict(head_dim=12, sliding_window=5, query_pre_attn_scalar=9),
+    "gemma3_text": _TINY_ROTARY
+    | dict(head_dim=12, sliding_window=5, num_hidden_layers=4, sliding_window_pattern=3, query_pre_attn_scalar=9),
+    "phi": _TINY_ROTARY | dict(hidden_size=48),
+    "llama": _TINY_ROTARY,
+    "mistral": _TINY_ROTARY | dict(sliding_window=6),
+    "qwen2": _TINY_ROTARY,
+    "qwen3": _TINY_ROTARY | dict(head_dim=12),
+}
+
+
+def save_tiny(folder: Path, family: str, seed: int = 0, **changes) -> None:
+    """Saves a random model (3 or 4 layers, d 40, context 64, 131 ids) of a family, with config fields changed.
+
+    Everything is random, norms and biases too, but mild: sums stay in a range where bfloat16 is good to 1 %.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if family == "gemma3":
+        text = TINY_FIELDS["gemma3_text"] | changes
+        vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+        special = dict(mm_tokens_per_image=4, boi_token_index=1, eoi_token_index=2, image_token_index=3)
+        config = AutoConfig.for_model(family, text_config=text, vision_config=vision, **special)
+    else:
+        config = AutoConfig.for_model(family, **TINY_FIELDS[family] | changes)
+    model = AutoModelForCausalLM.from_config(config)
+    _randomise(model, seed, plus_one=family.startswith("gemma"), post_norms=family.startswith(("gemma2", "gemma3")))
+    model.save_pretrained(folder)
+
+
+def _randomise(model, seed: int, plus_one: bool, post_norms: bool) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("bias"):
+                parameter.copy_(0.1 * noise)
+            elif any(part in name for part in ("norm", "ln_1", "ln_2", "ln_f")):
+                small = post_norms and ("post_attention" in name or "post_feedforward" in name)
+                centre = 0.15 if small else 0.6 if "q_norm" in name or "k_norm" in name else 1.0
+                parameter.copy_(centre - plus_one + (0.1 if small else 0.2) * noise)
+            else:
+                parameter.copy_(0.1 * noise)
+
+
 def save_tiny_tokenizer(folder: Path, vocab: int) -> None:
     """Saves a byte-level BPE tokenizer of at most ``vocab`` ids, which can read any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -13,6 +13,7 @@ import numpy as np
 from saejax.activations.documents import Documents
 
 _PERMUTATION = 3  # stream of random numbers, apart from those of the documents
+_PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Plan:
     Args:
       documents: in the order in which they are captured.
       shard_rows: rows per shard; the last shard has what is left.
-      batch_tokens: most tokens of a batch, padding included; a longer document is a batch of its own.
+      batch_tokens: most tokens of a batch, padding to ``padded_shape`` included; a longer document is a batch of its
+        own.
       last: record only the last n positions of every text; 0: all.
       seed: of the order of rows within a shard.
     """
@@ -73,6 +75,14 @@ class Plan:
     def recorded_N(self) -> np.ndarray:
         """Number of recorded tokens of each document."""
         return self.documents.lengths_N - self._first_N
+
+    def padded_shape(self, length: int) -> tuple[int, int]:
+        """[B, T] of a program with fixed shapes for batches whose longest document has this length.
+
+        There are few such shapes: as many as make padding and compiling take the least time together.
+        """
+        padded = int(self._lengths[np.searchsorted(self._lengths, length)])
+        return max(1, self.batch_tokens // padded), padded
 
     def size(self, shard: int) -> int:
         """Rows of a shard."""
@@ -111,6 +121,22 @@ class Plan:
             padded += sum(len(chosen) * int(stop_S[chosen[0]]) for chosen in self._groups(stop_S))
         return 1 - real / padded
 
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        """The lengths of ``padded_shape``, rising, the last that of the longest document."""
+        length_U, count_U = np.unique(self.documents.lengths_N, return_counts=True)
+        below_U = np.concatenate([[0], np.cumsum(count_U)])  # number of shorter documents
+        cost_U, before_U = np.zeros(len(length_U) + 1), np.zeros(len(length_U), np.int64)
+        for i, length in enumerate(length_U):  # the least cost of all documents up to this length, by the one before
+            costs = cost_U[: i + 1] + (below_U[i + 1] - below_U[: i + 1]) * length + _PROGRAM
+            before_U[i] = np.argmin(costs)
+            cost_U[i + 1] = costs[before_U[i]]
+        chosen, i = [], len(length_U)
+        while i:
+            chosen.append(length_U[i - 1])
+            i = int(before_U[i - 1])
+        return np.array(chosen[::-1])
+
     def _spans(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What a shard records: documents, in order, with the first and one past the last position of each."""
         start, stop = shard * self.shard_rows, shard * self.shard_rows + self.size(shard)
@@ -132,7 +158,7 @@ class Plan:
         order_S = np.argsort(-stop_S, kind="stable")
         groups, begin = [], 0
         while begin < len(order_S):
-            count = max(1, self.batch_tokens // int(stop_S[order_S[begin]]))
+            count, _ = self.padded_shape(int(stop_S[order_S[begin]]))
             groups.append(order_S[begin : begin + count])
             begin += count
         return groups

@@ -1,55 +1,26 @@
-"""The capture stage: activations by hooks in the transformers PyTorch model, into a store.
+"""The torch backend of capture: hooks in a transformers PyTorch model.
 
-All sites are recorded in one pass, which ends at the last of them: later layers are dropped, and what follows
-the last site in its layer is not run.
+All sites are recorded in one pass, which ends at the last of them: what follows it is not run. Where the sites are
+those of the decoder, later layers are dropped and take no memory.
 """
 
 import contextlib
-import dataclasses
-import hashlib
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 
-from saejax.activations.documents import COLUMNS, SPLITS, Documents, make_documents
-from saejax.activations.plan import Batch, Plan
-from saejax.activations.store import DTYPES
-from saejax.activations.writer import StoreWriter
-from saejax.config import identity
-from saejax.errors import Interrupted, UserError
-from saejax.models import source
-from saejax.models.config import DecoderConfig
-from saejax.models.families import read_config
-from saejax.models.sites import KINDS, Site
-from saejax.settings import CaptureConfig
-from saejax.tasks import corpora
-from saejax.tasks.behaviours import read_prompts
-from saejax.workspace import Run, fingerprint, read_json
+from saejax.activations.capture import Take
+from saejax.activations.plan import Batch
+from saejax.activations.torch_modules import modules_of, places
+from saejax.errors import UserError
+from saejax.models.sites import AnySite, Site
 
-_SAY_EVERY = 5.0  # seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Modules:
-    """Where a family keeps its modules: names below the model without its head.
-
-    Attributes:
-      layers: the list of layers.
-      attention, mlp_norm, mlp: parts of a layer; ``mlp_norm`` reads the stream between attention and MLP.
-    """
-
-    layers: str
-    attention: str
-    mlp_norm: str
-    mlp: str
-
-
-MODULES = {"llama": Modules("layers", "self_attn", "post_attention_layernorm", "mlp")}
+_PROBE = (1, 2)  # shape of the pass that finds out in which order the sites come, and how wide they are
 
 
 class _Reached(Exception):
@@ -60,291 +31,145 @@ class SiteReader:
     """Runs a model up to the last of some sites and hands over the value at each.
 
     Args:
-      model: a transformers causal language model; layers after the last site are dropped from it, and with them go
-        their memory. It is moved to a GPU if torch has one.
+      model: a transformers causal language model; if all sites are those of the decoder, layers after the last one are
+        dropped from it, and with them goes their memory. It is moved to a GPU if torch has one.
       sites: what to read, at least one.
+
+    Attributes:
+      widths: width of the values at each site.
+
+    Raises:
+      UserError: the model has no such module, or a forward pass does not run it once and to a vector for each token.
     """
 
-    def __init__(self, model: Any, sites: Sequence[Site]):
-        self._names = MODULES[model.config.model_type]
-        self._body, self._sites = model.base_model, tuple(sites)
-        self._last = max(self._sites, key=lambda site: (site.layer, KINDS.index(site.kind)))
-        self._layers = self._body.get_submodule(self._names.layers)[: self._last.layer + 1]
-        self._body.set_submodule(self._names.layers, self._layers)
+    def __init__(self, model: Any, sites: Sequence[AnySite]):
+        self._model = model
+        layers = [site.layer for site in sites if isinstance(site, Site)]
+        if len(layers) == len(sites):
+            path = modules_of(model).layers
+            model.set_submodule(path, model.get_submodule(path)[: 1 + max(layers)])
+            self._model = model.base_model  # without the head, which may be large
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._body.to(self._device)
+        self._model.to(self._device)
+        self._accepted = inspect.signature(self._model.forward).parameters
+        self._places = {site: places(model, site) for site in sites}
+        self._sites, self.widths = self._probe(sites)
 
-    def read(self, batch: Batch, take: Callable[[Site, torch.Tensor], None]) -> None:
-        """Runs a batch; calls ``take(site, value_BxTxD)`` at every site, in the order of the forward pass."""
-        arrays = (batch.ids_BxT.astype(np.int64), batch.mask_BxT)
-        ids_BxT, mask_BxT = (torch.from_numpy(array).to(self._device) for array in arrays)
-        with self._hooks(take), torch.inference_mode():
-            try:
-                self._body(input_ids=ids_BxT, attention_mask=mask_BxT, use_cache=False)
-            except _Reached:
-                return
-        raise RuntimeError(f"the forward pass of {type(self._body).__name__} did not come by {self._last}")
+    def read(self, batches: Iterable[Batch], take: Take) -> None:
+        """See ``capture.Reader``. Sites of a batch come in the order of the forward pass."""
+        for batch in batches:
+            self._read(batch, take)
+
+    def close(self) -> None:
+        """Gives the model's memory back; the reader cannot be used afterwards."""
+        del self._model, self._places
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # torch would keep it for itself, and JAX could not have it
+
+    def _read(self, batch: Batch, take: Take) -> None:
+        last = self._sites[-1]
+
+        def taken(site: AnySite, value: torch.Tensor) -> None:
+            take(batch, site, _array(_vectors(site, value, batch.ids_BxT.shape)))
+            if site == last:
+                raise _Reached
+
+        with contextlib.suppress(_Reached), self._hooks(self._sites, taken):
+            self._forward(batch.ids_BxT, batch.mask_BxT)
+            raise RuntimeError(f"the forward pass of {type(self._model).__name__} did not come by {last}")
+
+    def _probe(self, sites: Sequence[AnySite]) -> tuple[list[AnySite], dict[AnySite, int]]:
+        """The sites in the order in which a forward pass comes by them, and their widths."""
+        seen: list[AnySite] = []
+        widths: dict[AnySite, int] = {}
+
+        def look(site: AnySite, value: torch.Tensor) -> None:
+            seen.append(site)
+            widths[site] = _vectors(site, value, _PROBE).shape[-1]
+
+        with self._hooks(sites, look):
+            self._forward(np.zeros(_PROBE, np.int32), np.ones(_PROBE, np.int64))
+        for site in sites:
+            if seen.count(site) != 1:
+                raise UserError(
+                    f"a forward pass runs the module of {site} {seen.count(site)} times, expected once: name another"
+                )
+        return seen, {site: widths[site] for site in sites}
+
+    def _forward(self, ids_BxT: np.ndarray, mask_BxT: np.ndarray) -> None:
+        inputs = dict(input_ids=ids_BxT.astype(np.int64), attention_mask=mask_BxT)
+        options: dict[str, Any] = {
+            name: torch.from_numpy(array).to(self._device)
+            for name, array in inputs.items()
+            if name in self._accepted  # recurrent models know no mask, and need none: padding is on the right
+        }
+        if "use_cache" in self._accepted:
+            options["use_cache"] = False
+        with torch.inference_mode():
+            self._model(**options)
 
     @contextlib.contextmanager
-    def _hooks(self, take: Callable[[Site, torch.Tensor], None]) -> Iterator[None]:
-        def reader(site: Site, after: bool) -> Callable:
-            def hook(module, args, kwargs, output=None):
-                value = output if after else (args[0] if args else kwargs["hidden_states"])
-                take(site, value[0] if isinstance(value, tuple) else value)
-                if site == self._last:
-                    raise _Reached
-
-            return hook
-
+    def _hooks(self, sites: Sequence[AnySite], take: Callable[[AnySite, Any], None]) -> Iterator[None]:
+        """Calls ``take`` at every site; where a pass comes by several at once, in the order of ``sites``."""
         handles = []
         try:
-            for site in self._sites:
-                module, after = self._place(site)
-                register = module.register_forward_hook if after else module.register_forward_pre_hook
-                handles.append(register(reader(site, after), with_kwargs=True))
+            for site in sites:
+                collect = _sum_of(len(self._places[site]), functools.partial(take, site))
+                handles += [_hook(module, after, collect) for module, after in self._places[site]]
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _place(self, site: Site) -> tuple[torch.nn.Module, bool]:
-        """The module at whose input (False) or output (True) the site is read."""
-        layer, names = self._layers[site.layer], self._names
-        part, after = {
-            "resid_pre": ("", False),
-            "attn_out": (names.attention, True),
-            "resid_mid": (names.mlp_norm, False),
-            "mlp_in": (names.mlp, False),
-            "mlp_out": (names.mlp, True),
-            "resid_post": ("", True),
-        }[site.kind]
-        return layer.get_submodule(part), after
+
+def _hook(module: torch.nn.Module, after: bool, use: Callable[[Any], None]) -> Any:
+    """Calls ``use`` with the module's output, or with its first input before it runs."""
+
+    def look(module: Any, args: tuple, kwargs: dict, output: Any = None) -> None:
+        use(output if after else args[0] if args else next(iter(kwargs.values())))
+
+    register = module.register_forward_hook if after else module.register_forward_pre_hook
+    return register(look, with_kwargs=True)
 
 
-class ShardBuffers:
-    """The vectors and norms of the shard that is being made.
+def _sum_of(count: int, use: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A function that calls ``use`` with the sum of ``count`` values when it was called with so many."""
+    parts: list[Any] = []
 
-    Args:
-      widths: width of every site.
-      rows: rows of the largest shard.
-      dtype: "float32" or "bfloat16", as stored.
-    """
+    def collect(value: Any) -> None:
+        parts.append(_tensor(value))
+        if len(parts) == count:
+            total = functools.reduce(torch.add, parts)
+            parts.clear()
+            use(total)
 
-    def __init__(self, widths: dict[Site, int], rows: int, dtype: str):
-        self._dtype = getattr(torch, dtype)
-        self._vectors = {site: torch.empty(rows, width, dtype=self._dtype) for site, width in widths.items()}
-        self._norms = {site: torch.empty(rows, dtype=torch.float32) for site in widths}
-
-    def take(self, site: Site, value_BxTxD: torch.Tensor, batch: Batch) -> tuple[int, int] | None:
-        """Takes the recorded positions of a batch; padding is not among them.
-
-        Returns:
-          Index in the batch and position of the first vector that is not finite, or None.
-        """
-        stored_BxTxD = value_BxTxD.to(device="cpu", dtype=self._dtype)
-        # In fp64 a finite vector has a finite norm, so that the norm tells whether the vector is.
-        norm_BxT = torch.linalg.vector_norm(stored_BxTxD, dim=-1, dtype=torch.float64)
-        for i, (first, stop, rows) in enumerate(zip(batch.first_B, batch.stop_B, batch.rows_B, strict=True)):
-            norm_N = norm_BxT[i, first:stop]
-            if not torch.isfinite(norm_N).all():
-                return i, int(first) + int(torch.argmin(torch.isfinite(norm_N).int()))
-            # The one copy between the model and the store: from torch's own memory to the row's random place in the
-            # buffer, whose memory the file is written from. JAX reads that file through a memory map.
-            place_N = torch.from_numpy(rows)
-            self._vectors[site].index_copy_(0, place_N, stored_BxTxD[i, first:stop])
-            self._norms[site].index_copy_(0, place_N, norm_N.float())
-        return None
-
-    def parts(self, rows: int) -> dict[str, np.ndarray]:
-        """Views of the first rows, for ``StoreWriter.write_shard``; bfloat16 as uint16."""
-        parts = {}
-        for site, vectors in self._vectors.items():
-            parts[str(site)] = (vectors.view(torch.uint16) if self._dtype == torch.bfloat16 else vectors)[:rows].numpy()
-            parts[f"{site} norms"] = self._norms[site][:rows].numpy()
-        return parts
+    return collect
 
 
-class _Progress:
-    """Says how far the capture is, every few seconds."""
-
-    def __init__(self, say: Callable[[str], None], left: int):
-        self._say, self._left, self._done = say, left, 0
-        self._start = self._said = time.monotonic()
-
-    def add(self, tokens: int) -> None:
-        self._done += tokens
-        now = time.monotonic()
-        if now - self._said >= _SAY_EVERY:
-            self._said, rate = now, self.rate
-            left = self._left - self._done
-            self._say(f"{self._done:,} of {self._left:,} tokens  {rate:,.0f} tokens/s  {left / rate:.0f} s to go")
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second, padding left out; 0 before there are any."""
-        return self._done / (time.monotonic() - self._start) if self._done else 0.0
+def _tensor(value: Any) -> Any:
+    """The first of what a module takes or gives, where it is several."""
+    while isinstance(value, tuple | list | Mapping):
+        value = next(iter(value.values() if isinstance(value, Mapping) else value), None)
+    return value
 
 
-def run_capture(run: Run) -> dict:
-    """Records activations of the corpus and of the behaviours' train prompts into a store in ``run.folder``.
-
-    Finished shards of a run that was stopped or killed are kept; the store comes out the same.
-
-    Raises:
-      UserError: a site, the corpus or the model is not usable; activations are not finite; too many positions are
-        attention sinks; the disk is full.
-      Interrupted: asked to stop; finished shards are kept.
-    """
-    config: CaptureConfig = run.configs["capture"]
-    model_source = source.resolve(run.configs["model"])
-    config_file = model_source.folder / "config.json"
-    decoder = read_config(read_json(config_file), str(config_file))
-    sites = parse_sites(config.sites, decoder)
-    documents = _documents(run, model_source, decoder)
-    plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
-    widths = {site: site.width(decoder) for site in sites}
-    writer = StoreWriter(run.folder, [str(site) for site in sites], _work(run, model_source, documents))
-    missing = [shard for shard in range(plan.shards) if not writer.has(shard)]
-    _check_disk(run.folder, plan, missing, widths, config)
-    writer.write_documents(documents)
-    run.say(
-        f"{len(documents):,} documents, {plan.rows:,} tokens at {', '.join(config.sites)}; "
-        f"{plan.shards - len(missing)} of {plan.shards} shards are done"
-    )
-    rate = _capture(run, model_source, plan, writer, widths, missing) if missing else 0.0
-    statistics = writer.site_statistics(plan.shards, documents, config.sink_factor)
-    _check_sinks(statistics, config)
-    counts = _counts(documents, plan)
-    described = {str(site): dict(d=width, **statistics[str(site)]) for site, width in widths.items()}
-    writer.finish(_manifest(run, model_source, plan, described, counts))
-    for name, facts in described.items():
-        run.say(
-            f"{name}: median norm {facts['median_norm']:.4g}; norms above {facts['max_norm']:.4g} are attention sinks: "
-            f"{facts['sinks']['position_0']:,} at position 0, {facts['sinks']['share_beyond']:.2%} of the others"
-        )
-    size = DTYPES[config.store_dtype].itemsize
-    return dict(
-        sites={
-            name: dict(rows=plan.rows, bytes=plan.rows * facts["d"] * size, **facts)
-            for name, facts in described.items()
-        },
-        **counts,
-        tokens_per_second=round(rate, 1),
-        padding_share=plan.padding_share,
+def _vectors(site: AnySite, value: Any, shape: tuple[int, int]) -> torch.Tensor:
+    """The value as [B, T, width]. Some modules have documents and tokens in one dimension."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        if value.ndim == 2 and value.shape[0] == shape[0] * shape[1]:
+            return value.reshape(*shape, -1)
+        if value.ndim == 3 and value.shape[:2] == shape:
+            return value
+    found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    raise UserError(
+        f"the value at {site} is {found} for {shape[0]} documents of {shape[1]} tokens: expected one vector of "
+        "floating-point numbers for each token; name another module"
     )
 
 
-def parse_sites(names: Sequence[str], decoder: DecoderConfig) -> list[Site]:
-    """The sites that ``--capture.sites`` names; a ``UserError`` if one does not exist or is named twice."""
-    if not names:
-        raise UserError("--capture.sites is empty: name at least one site, such as resid_post.15")
-    sites = [Site.parse(name).check(decoder) for name in names]
-    for site in sites:
-        if sites.count(site) > 1:
-            raise UserError(f"--capture.sites names {site} twice: name each site once")
-    return sites
-
-
-def _documents(run: Run, model_source: source.ModelSource, decoder: DecoderConfig) -> Documents:
-    prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl")
-    chosen = {index: prompt for index, prompt in enumerate(prompts) if prompt.split == "train"}
-    return make_documents(run.configs["corpus"], chosen, source.load_tokenizer(model_source), decoder.context)
-
-
-def _work(run: Run, model_source: source.ModelSource, documents: Documents) -> str:
-    """Identifies what the shards depend on."""
-    hashes = [hashlib.sha256(array.tobytes()).hexdigest() for array in documents.arrays().values()]
-    return fingerprint([identity(run.configs["capture"]), model_source.fingerprint, run.configs["corpus"].seed, hashes])
-
-
-def _check_disk(
-    folder: Path, plan: Plan, missing: Sequence[int], widths: dict[Site, int], config: CaptureConfig
-) -> None:
-    size = DTYPES[config.store_dtype].itemsize
-    needed = sum(plan.size(shard) for shard in missing) * (12 + sum(width * size + 4 for width in widths.values()))
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"the disk is full: the store needs {needed / 2**20:,.0f} MiB more and {free / 2**20:,.0f} are free in "
-            f"{folder}: free space, use another --workdir or a smaller --corpus.max_tokens"
-        )
-
-
-def _capture(
-    run: Run,
-    model_source: source.ModelSource,
-    plan: Plan,
-    writer: StoreWriter,
-    widths: dict[Site, int],
-    shards: Sequence[int],
-) -> float:
-    """Makes the shards; returns the speed in tokens per second."""
-    config: CaptureConfig = run.configs["capture"]
-    reader = SiteReader(source.load_torch_model(model_source, config.dtype), list(widths))
-    buffers = ShardBuffers(widths, max(map(plan.size, shards)), config.store_dtype)
-    progress = _Progress(run.say, sum(map(plan.size, shards)))
-    for done, shard in enumerate(shards):
-        for batch in plan.batches(shard):
-            if run.stopping():
-                kept = f"{plan.shards - len(shards) + done} of {plan.shards} shards"
-                raise Interrupted(f"stopped; {kept} are finished and kept: run the same command to go on")
-
-            def take(site: Site, value_BxTxD: torch.Tensor, batch: Batch = batch) -> None:
-                bad = buffers.take(site, value_BxTxD, batch)
-                if bad is not None:
-                    place = plan.documents.place(int(batch.documents_B[bad[0]]), bad[1])
-                    raise UserError(
-                        f"activations at {site} are NaN or infinite: {place}, token id {batch.ids_BxT[bad]}: expected "
-                        f"finite numbers; check the model's weights, or use --capture.dtype=float32; nothing of this "
-                        "shard was stored"
-                    )
-
-            reader.read(batch, take)
-            progress.add(batch.rows)
-        writer.write_shard(shard, dict(index=plan.index(shard), **buffers.parts(plan.size(shard))))
-    return progress.rate
-
-
-def _check_sinks(statistics: dict[str, dict[str, Any]], config: CaptureConfig) -> None:
-    for site, facts in statistics.items():
-        share = facts["sinks"]["share_beyond"]
-        if share > config.max_sink_share:
-            raise UserError(
-                f"at {site}, {share:.2%} of the tokens beyond position 0 have a norm above {facts['max_norm']:.4g}, "
-                f"{config.sink_factor:g} times the median, and would be dropped as attention sinks; expected at most "
-                f"{config.max_sink_share:.2%}: raise --capture.sink_factor, or allow more by --capture.max_sink_share"
-            )
-
-
-def _manifest(
-    run: Run, model_source: source.ModelSource, plan: Plan, sites: dict[str, dict], counts: dict[str, dict]
-) -> dict[str, Any]:
-    """The manifest but for its files. It holds no times, so that it is the same for every run of the same work."""
-    config: CaptureConfig = run.configs["capture"]
-    return dict(
-        sites=sites,
-        dtype=config.store_dtype,
-        rows=plan.rows,
-        shards=plan.shards,
-        shard_rows=config.shard_rows,
-        model=dict(
-            name=model_source.name,
-            revision=model_source.revision,
-            fingerprint=model_source.fingerprint,
-            dtype=config.dtype,
-        ),
-        corpus=corpora.identity(run.configs["corpus"]),
-        sink_factor=config.sink_factor,
-        last=config.last,
-        documents=dict(counts["documents"], columns=COLUMNS, groups=plan.documents.groups),
-        tokens=counts["tokens"],
-    )
-
-
-def _counts(documents: Documents, plan: Plan) -> dict[str, dict[str, int]]:
-    """Documents, and recorded tokens, of each split."""
-    inside = {name: documents.split_N == index for index, name in enumerate(SPLITS)}
-    return dict(
-        documents={name: int(inside_N.sum()) for name, inside_N in inside.items()},
-        tokens={name: int(plan.recorded_N[inside_N].sum()) for name, inside_N in inside.items()},
-    )
+def _array(value: torch.Tensor) -> np.ndarray:
+    """The values on the host; numpy has bfloat16 through ml_dtypes only."""
+    value = value.to("cpu")
+    if value.dtype == torch.bfloat16:
+        return value.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return value.numpy()

@@ -50,7 +50,7 @@ def run_ablate(run: Run) -> dict:
     if len(behaviours) < len(by_behaviour):
         model_config = run.configs["model"]
         mesh = make_mesh(run.configs.get("mesh"))
-        model = load_model(model_config.path, model_config.revision, model_config.dtype, mesh)
+        model = load_model(model_config.path, model_config.revision, model_config.dtype, mesh, model_config.remat)
         split = SplitModel(model, dictionary)
         for number, (name, prompts) in enumerate(by_behaviour.items(), 1):
             if name not in behaviours:

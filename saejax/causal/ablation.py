@@ -106,10 +106,10 @@ def ablate_sets(
     members_SxK = _members(sets, features_K)
     banks, work = [], []
     for batch in batches:
-        f_BxTxK, W_dec_KxD, fires_BxK = _bank(
+        f_BxTxK, W_dec_KxD, fires_BxK = make_bank(
             split.cut, split.graph, split.state, batch.value_BxTxD, batch.domain_BxT, features_K
         )
-        banks.append(_Bank(batch.stream_BxTxD, batch.value_BxTxD, f_BxTxK, W_dec_KxD))
+        banks.append(Bank(batch.stream_BxTxD, batch.value_BxTxD, f_BxTxK, W_dec_KxD))
         work.append(_rows_to_run(np.asarray(fires_BxK), batch, members_SxK))
     total = sum(len(rows_Rx2) for rows_Rx2 in work)
 
@@ -132,7 +132,7 @@ def ablate_sets(
     return LogitDiffs(clean_P, ablated_SxP, total)
 
 
-class _Bank(NamedTuple):
+class Bank(NamedTuple):
     """What the rows of one batch of prompts are built from: K is the number of features in any set."""
 
     stream_BxTxD: jax.Array
@@ -159,7 +159,7 @@ def _rows_to_run(fires_BxK: np.ndarray, batch: PromptBatch, members_SxK: np.ndar
 def _dispatched(
     split: SplitModel,
     batches: Sequence[PromptBatch],
-    banks: Sequence[_Bank],
+    banks: Sequence[Bank],
     work: Sequence[np.ndarray],
     members_SxK: np.ndarray,
     batch_rows: int,
@@ -172,8 +172,8 @@ def _dispatched(
             set_R, place_R = np.zeros((2, batch_rows), np.int32)
             set_R[:], set_R[: len(rows_Rx2)] = len(members_SxK) - 1, rows_Rx2[:, 0]
             place_R[: len(rows_Rx2)] = rows_Rx2[:, 1]
-            stream_RxTxD, value_RxTxD = _edited(split.cut, bank, *split.by_row(place_R, members_SxK[set_R]))
-            diff_R = _tail(
+            stream_RxTxD, value_RxTxD = edit_rows(split.cut, bank, *split.by_row(place_R, members_SxK[set_R]))
+            diff_R = run_tail(
                 split.cut,
                 split.params,
                 stream_RxTxD,
@@ -194,7 +194,7 @@ def _lagging(items: Iterator) -> Iterator:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _bank(
+def make_bank(
     cut: Cut,
     graph: nnx.GraphDef,
     state: nnx.State,
@@ -209,7 +209,7 @@ def _bank(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _edited(cut: Cut, bank: _Bank, place_R: jax.Array, members_RxK: jax.Array) -> tuple[jax.Array, jax.Array]:
+def edit_rows(cut: Cut, bank: Bank, place_R: jax.Array, members_RxK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The stream entering the tail and the edited value of the site, each [R, T, D]."""
     f_RxTxK = jnp.where(members_RxK[:, None, :], bank.f_BxTxK[place_R], 0.0)
     removed_RxTxD = jnp.matmul(f_RxTxK, bank.W_dec_KxD, precision="highest")
@@ -220,7 +220,7 @@ def _edited(cut: Cut, bank: _Bank, place_R: jax.Array, members_RxK: jax.Array) -
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _tail(
+def run_tail(
     cut: Cut,
     params: decoder.Params,
     stream_RxTxD: jax.Array,
@@ -228,5 +228,6 @@ def _tail(
     last_R: jax.Array,
     answers_Rx2: jax.Array,
 ) -> jax.Array:
+    """The program of the tail: the rows' logit differences [R]."""
     diff_R = cut.tail(params, stream_RxTxD, value_RxTxD, last_R, answers_Rx2)
     return jax.lax.with_sharding_constraint(diff_R, sharding(cut.mesh))

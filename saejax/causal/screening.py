@@ -38,7 +38,7 @@ def attribution(split: SplitModel, batches: Sequence[PromptBatch]) -> np.ndarray
     """
     attribution_NxF = np.zeros((sum(len(batch.index_P) for batch in batches), _n_features(split)), np.float32)
     for batch in batches:
-        attribution_BxF = _attribution(
+        attribution_BxF = score_features(
             split.cut,
             split.graph,
             split.params,
@@ -65,7 +65,7 @@ def _n_features(split: SplitModel) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _attribution(
+def score_features(
     cut: Cut,
     graph: nnx.GraphDef,
     params: decoder.Params,
@@ -76,6 +76,7 @@ def _attribution(
     last_B: jax.Array,
     answers_Bx2: jax.Array,
 ) -> jax.Array:
+    """The program behind ``attribution``, for one batch: [B, F]."""
     # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
     slope_BxTxD = jax.grad(lambda value: cut.tail(params, stream_BxTxD, value, last_B, answers_Bx2).sum())(value_BxTxD)
     f_BxTxF = active_features(graph, state, value_BxTxD, domain_BxT)

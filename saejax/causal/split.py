@@ -107,11 +107,9 @@ class Cut:
 
     def _logits(self, params: decoder.Params, x_BxD: jax.Array, ids_BxN: jax.Array) -> jax.Array:
         """The logits of ``ids_BxN`` only: the rest of the head's columns are not multiplied."""
-        head, axis = ("embed_VxD", 0) if self.config.tied else ("unembed_DxV", 1)
 
         def one(x_D: jax.Array, ids_N: jax.Array) -> jax.Array:
-            columns = jnp.take(params[head], ids_N, axis=axis)
-            return decoder.unembed(self.config, {**params, head: columns}, x_D[None, :])[0]
+            return decoder.unembed(self.config, decoder.head_of(self.config, params, ids_N), x_D[None, :])[0]
 
         return jax.vmap(one)(x_BxD, ids_BxN)
 
@@ -192,7 +190,7 @@ class SplitModel:
             kept = min(length, tokens.ids_BxT.shape[1])
             ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
             last_B = tokens.last_B[rows_B]
-            stream_BxTxD, value_BxTxD, domain_BxT, finite_B = _head(
+            stream_BxTxD, value_BxTxD, domain_BxT, finite_B = run_head(
                 self.cut, self.graph, self.params, self.state, *self.by_row(ids_BxT, last_B)
             )
             for row in np.flatnonzero(~np.asarray(finite_B)[: len(index_P)])[:1]:
@@ -211,9 +209,10 @@ class SplitModel:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _head(
+def run_head(
     cut: Cut, graph: nnx.GraphDef, params: decoder.Params, state: nnx.State, ids_BxT: jax.Array, last_B: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The program of the head: stream and value [B, T, D], where the dictionary reads [B, T], which are finite [B]."""
     stream_BxTxD, value_BxTxD = cut.head(params, ids_BxT)
     real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
     domain_BxT = real_BxT & nnx.merge(graph, state).in_domain(value_BxTxD)

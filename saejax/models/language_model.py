@@ -3,17 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.errors import UserError
-from saejax.models import decoder, source, tokens, weights
+from saejax.models import decoder, generation, source, tokens, weights
 from saejax.models.config import DecoderConfig
+from saejax.models.edits import Edit as Edit
+from saejax.models.edits import edited
 from saejax.models.families import read_config
+from saejax.models.generation import Generated
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens
 from saejax.parallel import fitting_sharding, make_mesh, sharding
@@ -22,17 +24,6 @@ from saejax.workspace import read_json
 
 _LENGTH_STEP = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
 _UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile
-
-
-class Edit(Protocol):
-    """A change to the values at a site: a registered pytree whose ``site`` is static."""
-
-    @property
-    def site(self) -> Site:
-        """Where it acts."""
-
-    def __call__(self, value_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-        """The new value; ``mask_BxT`` is True at real positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +113,47 @@ class LanguageModel:
         ids_BxT, lengths_B = jax.device_put(
             (ids_BxT, tokens.lengths_B), (on_data, fitting_sharding(self.mesh, tokens.lengths_B.shape, "data"))
         )
-        logits_BxTxV, values = _forward(
+        logits_BxTxV, values = forward(
             self.config, sites, logits, self.params, ids_BxT, lengths_B, self._placed(tuple(edits))
         )
         if ids_BxT.shape[1] > length:
             logits_BxTxV, values = jax.tree.map(lambda value: value[:, :length], (logits_BxTxV, values))
         return Output(logits_BxTxV, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
+
+    def generate(
+        self,
+        tokens: Tokens,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 789,
+        stop: Sequence[str] = (),
+        edits: Sequence[Edit] = (),
+        cache: bool = True,
+    ) -> list[Generated]:
+        """Continues the prompts, each until the model or a stop string ends it.
+
+        Args:
+          tokens: the prompts, padded on the right.
+          max_new_tokens: most new tokens of each.
+          temperature: tokens are drawn from the softmax of logits / temperature; 0: the most probable one is taken.
+          top_p: draws are from the most probable tokens only, as few as have this probability together.
+          seed: of the draws; each prompt of a batch has draws of its own.
+          stop: strings that end the text where they first stand, wherever tokens begin; they are not part of it.
+          edits: changes that act on the prompt's positions and on those of new tokens as they are read. To an edit of
+            the last position, every new token is the last one when it is read.
+          cache: False computes all positions anew for each token: slow, for checks.
+
+        Raises:
+          UserError: a site does not exist, the context is too short, a setting is out of range, or logits are not
+            finite.
+        """
+        for edit in edits:
+            edit.site.check(self.config)
+        tokens.check(self.config.vocab, self.config.context)
+        choice = generation.make_choice(temperature, top_p, seed)
+        return generation.generate(self, tokens, max_new_tokens, choice, stop, self._placed(tuple(edits)), cache)
 
     def _placed(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
         """The edits with their arrays on this model's devices."""
@@ -141,22 +167,33 @@ class LanguageModel:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _forward(
+def forward(
     config: DecoderConfig,
     capture: tuple[Site, ...],
     logits: bool,
     params: dict[str, jax.Array],
     ids_BxT: jax.Array,
     lengths_B: jax.Array,
-    edits: tuple[Edit, ...],
+    edits: tuple[Edit, ...] = (),
 ) -> tuple[jax.Array | None, list[jax.Array]]:
+    """The program that runs a model, compiled once for each combination of static arguments, kinds of edits and shapes.
+
+    Args:
+      config, capture, logits: static; as in ``LanguageModel``. Without logits, no layer after the last captured site is
+        needed, neither its parameters.
+      params: of ``parameters.parameter_table``.
+      ids_BxT: int32, padded on the right.
+      lengths_B: number of tokens of each prompt.
+      edits: see ``Edit``.
+
+    Returns:
+      Logits [B, T, V] or None, and the values [B, T, D] at the sites of ``capture``, in their order.
+    """
     mask_BxT = jnp.arange(ids_BxT.shape[1])[None, :] < lengths_B[:, None]
     captured: dict[Site, jax.Array] = {}
 
     def hook(site: Site, value_BxTxD: jax.Array) -> jax.Array:
-        for edit in edits:
-            if edit.site == site:
-                value_BxTxD = edit(value_BxTxD, mask_BxT)
+        value_BxTxD = edited(edits, site, value_BxTxD, mask_BxT)
         if site in capture:
             captured[site] = value_BxTxD
         return value_BxTxD
@@ -173,7 +210,11 @@ def _forward(
 
 
 def load_model(
-    path: str = "smollm2", revision: str = "main", dtype: str = "float32", mesh: Mesh | None = None
+    path: str = "smollm2",
+    revision: str = "main",
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    remat: bool = False,
 ) -> LanguageModel:
     """Loads a language model.
 
@@ -183,20 +224,15 @@ def load_model(
       dtype: "float32" or "bfloat16", of weights and products.
       mesh: the devices, with the axes of ``saejax.parallel``; heads, MLP and vocabulary are split over ``model`` where
         it divides them, prompts over ``data``. None: all devices on ``data``.
+      remat: see ``DecoderConfig``.
 
     Raises:
       UserError: the model cannot be found or read, is not of a supported family, or does not fit its tokenizer.
     """
-    model_source = source.resolve(ModelConfig(path=path, revision=revision, dtype=dtype))
+    model_source = source.resolve(ModelConfig(path=path, revision=revision, dtype=dtype), decoder=True)
     config_file = model_source.folder / "config.json"
-    config = read_config(read_json(config_file), str(config_file))
+    config = dataclasses.replace(read_config(read_json(config_file), str(config_file)), remat=remat)
     tokenizer = source.load_tokenizer(model_source)
-    ids = max(tokenizer.get_vocab().values()) + 1
-    if ids > config.vocab:
-        raise UserError(
-            f"the tokenizer in {model_source.folder} has {ids} ids, but the model has embeddings for {config.vocab}: "
-            "the two do not belong together"
-        )
     mesh = mesh or make_mesh()
     return LanguageModel(
         config, weights.load_params(model_source.folder, config, mesh, dtype), tokenizer, model_source, mesh

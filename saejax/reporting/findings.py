@@ -65,6 +65,11 @@ class Findings:
         return self._units("train")
 
     @property
+    def benchmarks(self) -> dict[str, Mapping[str, Any]]:
+        """Results of each benchmark."""
+        return self._units("benchmark")
+
+    @property
     def has_stacks(self) -> bool:
         """Whether a kind has more than one member."""
         return any(len(members) > 1 for members in self.scores.values())
@@ -85,7 +90,8 @@ def read_findings(inputs: Mapping[str, Path], own: Mapping[str, Mapping[str, Any
     """Reads the units' files.
 
     Args:
-      inputs: unit -> folder: "baseline", "capture", "train/KIND", "evaluate/KIND" and "ablate" or "ablate/NAME".
+      inputs: unit -> folder: "baseline", "benchmark/NAME", "capture", "train/KIND", "evaluate/KIND" and "ablate" or
+        "ablate/NAME".
       own: the report's own settings, group -> field -> value.
 
     Raises:

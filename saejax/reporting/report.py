@@ -24,8 +24,8 @@ from saejax.workspace import Run, package_versions, write_text
 def run_report(run: Run) -> dict[str, Any]:
     """Writes the report.
 
-    Reads ``run.inputs``: "baseline", "capture", "train/KIND" and "evaluate/KIND" of every kind, and
-    "ablate" (or "ablate/NAME").
+    Reads ``run.inputs``: "baseline", "benchmark/NAME" of every benchmark, "capture", "train/KIND" and "evaluate/KIND"
+    of every kind, and "ablate" (or "ablate/NAME").
 
     Returns:
       ``verdicts`` (behaviour -> bool), ``figures`` (names), ``contexts`` (feature, as text -> how many are
@@ -52,6 +52,7 @@ def run_report(run: Run) -> dict[str, Any]:
     parts = [
         sections.answer(found, draw),
         sections.behaviours(found, draw),
+        *sections.benchmarks(found),
         dictionaries.section(found, draw),
         *details.features(found, draw, config.features),
         details.left_out(found),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from saejax.reporting import figures
 from saejax.reporting.document import Block, Picture, Section, Text, Verdict, anchor
 from saejax.reporting.findings import Findings
-from saejax.reporting.tables import Table, interval, number, percent
+from saejax.reporting.tables import MISSING, Table, interval, number, percent
 from saejax.tasks.scoring import SEPARATION_LIMIT
 
 Draw = Callable[[str, Figure, str, str], Picture]  # name, figure, caption, alt
@@ -215,3 +215,38 @@ def _baseline_table(scores_of: Mapping[str, Mapping]) -> Table:
     )
     columns = ("Behaviour", "Accuracy, %", "Logit difference", "Separation", "Top-1, %", "Prompts")
     return Table("The behaviours before anything is removed", columns, rows, stack=False, note=note)
+
+
+def benchmarks(found: Findings) -> list[Section]:
+    """The model's scores on benchmarks; no section if none was asked for."""
+    results = found.benchmarks
+    if not results:
+        return []
+    rows = [row for name, figures in results.items() for row in _benchmark_rows(name, figures)]
+    note = (
+        "Exact match: the strict rule takes the answer from the place where it should stand, the flexible one the last "
+        "number or formula of the text. An answer that was not found counts as wrong. Multiple choice: the likeliest "
+        "of the given answers; normalised: per character. Square brackets: 95 % bootstrap intervals over items."
+    )
+    columns = ("Benchmark", "Measure", "Value", "No answer found", "Items")
+    return [Section("Benchmarks", (Table("The model on benchmarks", columns, tuple(rows), frozenset({1}), note=note),))]
+
+
+def _benchmark_rows(name: str, figures: Mapping) -> list[tuple[str, ...]]:
+    n = str(figures["n"])
+    if figures["score"] == "likelihood":
+        nats, share = figures["log_likelihood_per_token"], figures["token_accuracy"]
+        return [
+            (name, "log-likelihood of the solution, nats per token", interval(nats, 3), MISSING, n),
+            (name, "tokens of the solution predicted, %", interval(share, 1, 100), MISSING, n),
+        ]
+    if figures["score"] == "choice":
+        chance = f"chance {percent(figures['chance'])}"
+        return [
+            (name, f"multiple choice, {rule}, % ({chance})", interval(value, 1, 100), MISSING, n)
+            for rule, value in figures["accuracy"].items()
+        ]
+    return [
+        (name, f"exact match, {rule}, %", interval(value, 1, 100), str(figures["unparsed"][rule]), n)
+        for rule, value in figures["accuracy"].items()
+    ]

@@ -7,17 +7,15 @@ held-out text keeps every group on one side, so that nothing held out continues 
 
 import collections
 import dataclasses
-import gzip
 import hashlib
-import json
 import random
 import re
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from saejax.errors import UserError
 from saejax.settings import CorpusConfig
+from saejax.tasks.files import decode, json_lines, read_bytes, shown
 
 EMBEDDED = Path(__file__).parent / "data" / "corpus.jsonl.gz"
 _FORMATS = (".jsonl", ".jsonl.gz", ".txt")
@@ -50,10 +48,7 @@ def read_corpus(config: CorpusConfig) -> list[Document]:
         is not JSON, or its fields are missing or of the wrong type (with the line's number).
     """
     path = _path(config)
-    try:
-        content = _content(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}: expected text in UTF-8; convert it") from None
+    content = decode(_content(path), path)
     pairs = list(_from_text(content) if path.name.endswith(".txt") else _from_json_lines(content, path))
     if not pairs:
         raise UserError(f"{path} holds no document: expected text; name another file with --corpus.path")
@@ -147,18 +142,7 @@ def _path(config: CorpusConfig) -> Path:
 
 def _content(path: Path) -> bytes:
     """The file's bytes, uncompressed."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"--corpus.path={path} does not exist: name a file, or leave it empty") from None
-    except OSError as error:
-        raise UserError(f"--corpus.path={path} cannot be read ({error.strerror}): name a readable file") from None
-    if path.suffix != ".gz":
-        return content
-    try:
-        return gzip.decompress(content)
-    except (EOFError, OSError, zlib.error):
-        raise UserError(f"{path} is not a whole gzip file: it is damaged; copy or compress it again") from None
+    return read_bytes(path, "--corpus.path", "name a file, or leave it empty")
 
 
 def _from_text(content: str) -> Iterable[tuple[str, str]]:
@@ -167,30 +151,19 @@ def _from_text(content: str) -> Iterable[tuple[str, str]]:
 
 
 def _from_json_lines(content: str, path: Path) -> Iterable[tuple[str, str]]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, record in json_lines(content, path, '{"text": "..."}'):
         where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f'{where} is not JSON: expected an object such as {{"text": "..."}}') from None
         if not isinstance(record, dict) or "text" not in record:
             raise UserError(f'{where} has no field \'text\': expected an object such as {{"text": "..."}}')
         text, group = record["text"], record.get("group")
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: 'text' is {_shown(text)}: expected a string that is not blank; fix or remove it")
+            raise UserError(f"{where}: 'text' is {shown(text)}: expected a string that is not blank; fix or remove it")
         if _unencodable(text):
             raise UserError(f"{where}: 'text' holds half of a surrogate pair: expected whole characters; fix it")
         if group is not None and (not isinstance(group, str) or not group):
-            raise UserError(f"{where}: 'group' is {_shown(group)}: expected a string that is not empty, or no 'group'")
+            raise UserError(f"{where}: 'group' is {shown(group)}: expected a string that is not empty, or no 'group'")
         yield text, group or ""
 
 
 def _unencodable(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -74,7 +74,10 @@ class Trainer:
         self._optimizer = _optimizer(config)
         self.sites = list(dict.fromkeys((member.site, member.target) for member in members))  # of the batch, in order
         hyper = Hyper.of(members, scales, self.sites, config.state_dtype)
-        self.hyper = jax.tree.map(lambda array: jax.device_put(array, self._by_member(array.shape)), hyper)
+        self.abstract_hyper = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._by_member(array.shape)), hyper
+        )
+        self._host_hyper = hyper
         by_member = "member" if len(self.sites) == len(members) else None
         self.batch_sharding = fitting_sharding(mesh, (len(self.sites), config.batch, 1), by_member, "data", None)
         self.abstract_state = self._abstract()
@@ -92,6 +95,13 @@ class Trainer:
           The next state, and metrics [M].
         """
         return self.compiled(state, self.hyper, batch)
+
+    @functools.cached_property
+    def hyper(self) -> Hyper:
+        """What the step reads of the members, on the devices."""
+        return jax.tree.map(
+            lambda array, abstract: jax.device_put(array, abstract.sharding), self._host_hyper, self.abstract_hyper
+        )
 
     def _by_member(self, shape: Sequence[int]) -> NamedSharding:
         return fitting_sharding(self.mesh, shape, "member", *[None] * (len(shape) - 1))

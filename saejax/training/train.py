@@ -1,10 +1,12 @@
 """The train stage: a stack of dictionaries of one kind on sites of a captured store."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.activations.batches import Parts, sites_of, steps_per_epoch, training_batches
 from saejax.activations.store import Store
@@ -36,7 +38,7 @@ def run_train(run: Run) -> dict:
     dictionary = describe_stack(config, run.name, store, stack)
     parts = batch_parts(stack)
     steps = _steps(config, store, parts)
-    _check_divides(config, dictionary, stack, mesh)
+    check_divides(config, dictionary, len(stack), mesh)
     trainer = Trainer(config, dictionary, stack, mesh, steps, site_scales(store, config, stack, parts))
 
     checkpoints = Checkpoints(run.folder / "checkpoints")
@@ -113,21 +115,35 @@ def chosen_sites(config: TrainConfig, captured: Sequence[str]) -> list[str]:
     return list(config.sites)
 
 
-def batch_parts(stack: list[Member]) -> Parts:
+def batch_parts(stack: Sequence[Member]) -> Parts:
     """The sites of each part of a batch: of the inputs, and of the targets if these are not the same."""
     pairs = list(dict.fromkeys((member.site, member.target) for member in stack))
     inputs, targets = zip(*pairs, strict=True)
     return (inputs,) if inputs == targets else (inputs, targets)
 
 
-def describe_stack(config: TrainConfig, kind: str, store: Store, stack: list[Member]) -> DictionaryConfig:
-    """What the members have in common, with the largest of their k.
+def describe_stack(config: TrainConfig, kind: str, store: Store, stack: Sequence[Member]) -> DictionaryConfig:
+    """What the members have in common, with the largest of their k and the model of the store."""
+    sites = dict.fromkeys(site for member in stack for site in (member.site, member.target))
+    widths = {site: store.d(one_of(site, store.sites, "site in this store")) for site in sites}
+    return dataclasses.replace(
+        stack_shape(config, kind, stack, widths),
+        max_norm=store.max_norm(stack[0].site),
+        model=store.model["name"],
+        revision=store.model["revision"],
+        fingerprint=store.model["fingerprint"],
+    )
+
+
+def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths: Mapping[str, int]) -> DictionaryConfig:
+    """What the members have in common before there are activations.
+
+    Args:
+      widths: of all their sites.
 
     Raises:
       UserError: their sites differ in width, or k or the groups do not fit the features.
     """
-    sites = dict.fromkeys(site for member in stack for site in (member.site, member.target))
-    widths = {site: store.d(one_of(site, store.sites, "site in this store")) for site in sites}
     if len(set(widths.values())) > 1:
         raise UserError(f"the sites of a stack must have one width, but have {widths}: train them in several runs")
     d_in = next(iter(widths.values()))
@@ -153,10 +169,6 @@ def describe_stack(config: TrainConfig, kind: str, store: Store, stack: list[Mem
         skip=config.form == "skip_transcoder",
         centred=config.form == "sae",
         fires_above=config.fires_above if kind == "linear" else 0.0,
-        max_norm=store.max_norm(stack[0].site),
-        model=store.model["name"],
-        revision=store.model["revision"],
-        fingerprint=store.model["fingerprint"],
     )
 
 
@@ -171,16 +183,17 @@ def _steps(config: TrainConfig, store: Store, parts: Parts) -> int:
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def _check_divides(config: TrainConfig, dictionary: DictionaryConfig, stack: list[Member], mesh) -> None:
+def check_divides(config: TrainConfig, dictionary: DictionaryConfig, members: int, mesh: Mesh) -> None:
+    """A ``UserError`` unless the mesh divides the batch, the features and the members of a stack."""
     if config.batch % mesh.shape["data"]:
         raise UserError(
             f"--train.batch={config.batch} is not divisible by the {mesh.shape['data']} devices on the data axis"
         )
     if dictionary.n_features % mesh.shape["model"]:
         raise UserError(f"{dictionary.n_features} features are not divisible by --mesh.model={mesh.shape['model']}")
-    if len(stack) % mesh.shape["member"]:
-        fitting = [n for n in range(1, mesh.devices.size + 1) if len(stack) % n == 0 and mesh.devices.size % n == 0]
+    if members % mesh.shape["member"]:
+        fitting = [n for n in range(1, mesh.devices.size + 1) if members % n == 0 and mesh.devices.size % n == 0]
         raise UserError(
-            f"--mesh.member={mesh.shape['member']} does not divide the stack's {len(stack)} members: with "
+            f"--mesh.member={mesh.shape['member']} does not divide the stack's {members} members: with "
             f"{mesh.devices.size} devices it can be {', '.join(map(str, fitting))}"
         )

@@ -170,9 +170,9 @@ def test_batches_hold_every_prompt_once_sorted_by_length(batches, prompts, tiny)
 def test_one_compilation_for_each_length(split, batches, dictionary):
     n = dictionary.config.n_features
     ablation.ablate_sets(split, batches, [[i] for i in range(n // 2)], batch_rows=48)
-    before = ablation._tail._cache_size()
+    before = ablation.run_tail._cache_size()
     ablation.ablate_sets(split, batches, [[i] for i in range(n)] + [list(range(n))], batch_rows=48)
-    assert ablation._tail._cache_size() == before
+    assert ablation.run_tail._cache_size() == before
 
 
 def test_statistics_are_those_of_the_positions_that_change(split, batches, dictionary):

@@ -1,5 +1,6 @@
 """The decoder against transformers: logits, every site, gradients with respect to every site."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import save_tiny_llama
+from torch_sites import run_torch
 from transformers import AutoModelForCausalLM
 
 from saejax.models import decoder
+from saejax.models.cache import empty_cache
 from saejax.models.families import read_config
 from saejax.models.sites import KINDS, Site
 from saejax.models.weights import load_params
@@ -21,34 +24,6 @@ def relative_error(ours, theirs) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
-def run_torch(model, ids_BxT) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits and the values at all sites of a transformers Llama; the values keep their gradients."""
-    model.requires_grad_(False)
-    values, handles = {}, []
-
-    def keep(name, module, args, output=None):
-        value = args[0] if output is None else output
-        value = value[0] if isinstance(value, tuple) else value
-        if not value.requires_grad:
-            value.requires_grad_()
-        value.retain_grad()
-        values[name] = value
-
-    for index, layer in enumerate(model.model.layers):
-        handles += [
-            layer.input_layernorm.register_forward_pre_hook(partial(keep, f"resid_pre.{index}")),
-            layer.self_attn.register_forward_hook(partial(keep, f"attn_out.{index}")),
-            layer.post_attention_layernorm.register_forward_pre_hook(partial(keep, f"resid_mid.{index}")),
-            layer.mlp.register_forward_pre_hook(partial(keep, f"mlp_in.{index}")),
-            layer.mlp.register_forward_hook(partial(keep, f"mlp_out.{index}")),
-            layer.register_forward_hook(partial(keep, f"resid_post.{index}")),
-        ]
-    logits = model(torch.tensor(ids_BxT, dtype=torch.long)).logits
-    for handle in handles:
-        handle.remove()
-    return logits, values
 
 
 def fifty_prompts() -> list[str]:
@@ -136,23 +111,14 @@ def test_smollm2_gradient_equals_autograd(smollm2, smollm2_torch):
     assert max(errors) < 1e-4
 
 
-ODD = dict(hidden_size=63, num_attention_heads=3, num_key_value_heads=1, intermediate_size=50, vocab_size=391)
-VARIANTS = {
-    "grouped": {},
-    "multi_query_tied": dict(num_key_value_heads=1, tie_word_embeddings=True, rope_theta=500_000.0, hidden_act="relu"),
-    "biases": dict(attention_bias=True, mlp_bias=True, num_key_value_heads=4, hidden_act="gelu", rms_norm_eps=1e-3),
-    "wide_heads_odd_sizes": ODD | dict(head_dim=26, hidden_act="gelu_pytorch_tanh"),
-}
-
-
 def load_both(folder, mesh, **changes):
     save_tiny_llama(folder, **changes)
     config = read_config(read_json(folder / "config.json"), "config.json")
     return config, load_params(folder, config, mesh, "float32"), AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_tiny_logits_sites_and_gradients(changes, tmp_path, one_device):
+def test_gradients_at_every_site_equal_autograd(tmp_path, one_device):
+    changes = dict(attention_bias=True, mlp_bias=True, num_key_value_heads=4, hidden_act="gelu", rms_norm_eps=1e-3)
     config, params, model = load_both(tmp_path, one_device, num_hidden_layers=2, **changes)
     ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (3, 21))
     weights_BxTxV = np.random.default_rng(1).normal(size=(3, 21, config.vocab)).astype(np.float32)
@@ -260,6 +226,55 @@ def test_a_gradient_keeps_no_copy_of_the_parameters(tiny):
     tail = jax.grad(lambda params, x: decoder.run_layers(config, params, x, 0, 4)[:, -1].sum(), argnums=1)
     compiled = jax.jit(tail).lower(params, x_BxTxD[:1, :2]).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * config_bytes
+
+
+def test_remat_takes_less_memory_for_the_same_gradient(tiny):
+    config, params, x_BxTxD = tiny
+    x_BxTxD = jnp.tile(x_BxTxD, (4, 2, 1))
+    gradients, memory = [], []
+    for remat in (False, True):
+        this = dataclasses.replace(config, remat=remat)
+        gradient = jax.grad(lambda x, params, this=this: decoder.run_layers(this, params, x, 0, 4)[:, -1].sum())
+        compiled = jax.jit(gradient).lower(x_BxTxD, params).compile()
+        gradients.append(compiled(x_BxTxD, params))
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+    np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-5)
+    assert memory[1] < 0.6 * memory[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_of_some_ids_gives_their_logits(tiny, tied):
+    config, params, x_BxTxD = tiny
+    config = dataclasses.replace(config, tied=tied, unembed_bias=True, logit_cap=5.0)
+    params = params | dict(unembed_bias_V=jnp.linspace(-1.0, 1.0, config.vocab))
+    ids_N = jnp.array([7, 300, 7])
+    few = decoder.unembed(config, decoder.head_of(config, params, ids_N), x_BxTxD)
+    np.testing.assert_allclose(few, decoder.unembed(config, params, x_BxTxD)[..., ids_N], atol=1e-5)
+
+
+def test_a_cached_run_equals_a_whole_one(tiny):
+    """Prompts of 9, 5 and 1 tokens, padded on the left, and then three tokens one by one."""
+    config, params, _ = tiny
+    lengths, prompt, new = [9, 5, 1], 9, 3
+    ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (3, prompt + new))
+    pad_B = prompt - np.array(lengths)
+    run = jax.jit(decoder.run_cached, static_argnums=0)
+    cache = empty_cache(config, 3, prompt + new + 2, jnp.float32, pad_B)
+    np.testing.assert_array_equal(cache.positions_BxT(3), [[0, 1, 2], [0, 0, 0], [0, 0, 0]])
+    parts = []
+    for part_BxT in (ids_BxT[:, :prompt], *np.split(ids_BxT[:, prompt:], new, axis=1)):
+        x_BxTxD, cache = run(config, params, decoder.embed(config, params, part_BxT), cache)
+        parts.append(x_BxTxD)
+    cached_BxTxD = np.concatenate(parts, axis=1)
+    assert np.isfinite(cached_BxTxD).all()
+    assert int(cache.length) == prompt + new
+    right_BxT = np.stack([np.roll(row, -pad) for row, pad in zip(ids_BxT, pad_B, strict=True)])
+    whole_BxTxD = jax.jit(partial(decoder.run_layers, config, start=0, stop=4))(
+        params, decoder.embed(config, params, right_BxT)
+    )
+    for pad, cached_TxD, whole_TxD in zip(pad_B, cached_BxTxD, whole_BxTxD, strict=True):
+        whole_TxD = whole_TxD[: len(whole_TxD) - pad]
+        np.testing.assert_allclose(cached_TxD[pad:], whole_TxD, atol=2e-5 * np.abs(whole_TxD).max())
 
 
 def test_bfloat16_is_as_exact_as_transformers_is(tmp_path, one_device):

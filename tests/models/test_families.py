@@ -1,11 +1,16 @@
 """Reading config.json: what is honoured, and what is refused by name."""
 
+import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
+from tiny_models import TINY_FIELDS
 
 from saejax.errors import UserError
-from saejax.models.families import read_config
+from saejax.models.families import FAMILIES, read_config
+from saejax.models.parameters import parameter_table
 
 LLAMA = dict(
     model_type="llama",
@@ -16,32 +21,77 @@ LLAMA = dict(
     vocab_size=384,
     hidden_act="silu",
 )
+GPT2 = dict(model_type="gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=384)
+ROTARY = {name: value for name, value in LLAMA.items() if name != "hidden_act"} | dict(num_key_value_heads=2)
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 def read(**changes):
     return read_config(LLAMA | changes, "config.json")
 
 
-def test_defaults_are_those_of_transformers():
-    from transformers import LlamaConfig
+def read_family(family, **changes):
+    """With the smallest config that the family can do with."""
+    smallest = GPT2 if family == "gpt2" else ROTARY | dict(model_type=family)
+    if family == "gpt_neox":
+        smallest = {name: value for name, value in smallest.items() if name != "num_key_value_heads"}
+    return read_config(smallest | changes, "config.json")
 
-    ours, theirs = read(), LlamaConfig(**{key: value for key, value in LLAMA.items() if key != "model_type"})
-    assert (ours.n_kv_heads, ours.d_head) == (theirs.num_key_value_heads, theirs.head_dim)
-    assert (ours.context, ours.norm_eps) == (theirs.max_position_embeddings, theirs.rms_norm_eps)
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert (ours.tied, ours.attention_bias, ours.mlp_bias) == (
-        theirs.tie_word_embeddings,
-        theirs.attention_bias,
-        theirs.mlp_bias,
+
+def plain_frequencies(theta, width):
+    return [theta ** -(i / width) for i in range(0, width, 2)]
+
+
+@pytest.mark.parametrize("family", TINY_FIELDS)
+def test_absent_fields_are_read_as_transformers_reads_them(family, tmp_path):
+    """A config with only its sizes, and the whole one that transformers makes of it."""
+    from transformers import AutoConfig
+
+    smallest = {name: value for name, value in TINY_FIELDS[family].items() if not name.endswith("token_id")}
+    whole = AutoConfig.for_model(family, **smallest)
+    whole.save_pretrained(tmp_path)
+    ours = read_config(smallest | dict(model_type=family), "config.json")
+    theirs = read_config(json.loads((tmp_path / "config.json").read_text()), "config.json")
+    assert ours == theirs
+    assert ours.context == whole.max_position_embeddings
+    assert ours.tied == whole.tie_word_embeddings
+
+
+def test_every_family_is_tested():
+    assert {*TINY_FIELDS, "gemma3"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_has_a_place(family):
+    """Whatever a config can switch on, of what its family has."""
+    weights = FAMILIES[family].weights
+    config = read_family("gemma3_text" if family == "gemma3" else family)
+    table = parameter_table(dataclasses.replace(config, tied=False))
+    assert set(table) <= set(weights)
+    assert {"embed_VxD", "unembed_DxV"} <= set(weights)
+
+
+def test_a_model_that_also_reads_images_is_read_as_its_text_part():
+    """The hub's files leave out what equals the defaults."""
+    text = dict(
+        hidden_size=2560,
+        intermediate_size=10240,
+        model_type="gemma3_text",
+        num_hidden_layers=34,
+        rope_scaling=dict(factor=8.0, rope_type="linear"),
+        sliding_window=1024,
     )
-
-
-def test_what_transformers_writes_is_read(tmp_path):
-    from transformers import LlamaConfig
-
-    LlamaConfig(hidden_size=96, num_attention_heads=6, head_dim=20, tie_word_embeddings=True).save_pretrained(tmp_path)
-    config = read_config(json.loads((tmp_path / "config.json").read_text()), "config.json")
-    assert (config.d_model, config.n_heads, config.d_head, config.tied) == (96, 6, 20, True)
+    vision = dict(hidden_size=1152, model_type="siglip_vision_model")
+    data = dict(model_type="gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=256)
+    config = read_config(data, "config.json")
+    assert (config.n_heads, config.n_kv_heads, config.d_head, config.context) == (8, 4, 256, 131_072)
+    assert (config.window, config.local[:7]) == (1024, (True,) * 5 + (False, True))
+    np.testing.assert_allclose(config.rope.frequencies, np.array(plain_frequencies(1e6, 256)) / 8)
+    np.testing.assert_allclose(config.local_rope.frequencies, plain_frequencies(1e4, 256))
+    with pytest.raises(UserError, match=r"could change the result: text_config\.altup"):
+        read_config(data | dict(text_config=text | dict(altup=4)), "config.json")
+    with pytest.raises(UserError, match="'text_config.tie_word_embeddings' contradict"):
+        read_config(data | dict(tie_word_embeddings=False), "config.json")
 
 
 @pytest.mark.parametrize(
@@ -50,11 +100,65 @@ def test_what_transformers_writes_is_read(tmp_path):
         dict(rope_theta=5e5),
         dict(rope_theta=500_000, rope_scaling=None),
         dict(rope_parameters=dict(rope_theta=5e5, rope_type="default")),
+        dict(rope_parameters=dict(rope_theta=5e5, partial_rotary_factor=1.0)),
         dict(rope_theta=5e5, rope_scaling=dict(type="default")),
+        dict(rope_theta=5e5, rope_scaling=dict(type="dynamic", factor=4.0)),  # no prompt is beyond the context
     ],
 )
-def test_rope_theta_of_old_and_new_files(fields):
-    assert read(**fields).rope_theta == 5e5
+def test_rotary_base_of_old_and_new_files(fields):
+    np.testing.assert_allclose(read(**fields).rope.frequencies, plain_frequencies(5e5, 16))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(rotary_pct=0.5, rotary_emb_base=500),
+        dict(partial_rotary_factor=0.5, rope_theta=500.0),
+        dict(rotary_pct=0.5, partial_rotary_factor=0.5, rotary_emb_base=500, rope_theta=500, rope_scaling=None),
+        dict(rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5)),
+        dict(rope_scaling=dict(type="linear", factor=1.0), rotary_pct=0.5, rotary_emb_base=500),
+    ],
+)
+def test_partial_rotary_of_old_and_new_files(fields):
+    np.testing.assert_allclose(read_family("gpt_neox", **fields).rope.frequencies, plain_frequencies(500, 8))
+
+
+def test_yarn_and_llama3_leave_fast_pairs_and_slow_down_slow_ones():
+    """The formulas themselves are held against transformers with whole models."""
+    plain = np.array(plain_frequencies(1e4, 16))
+    common = dict(rope_theta=1e4, factor=4.0, original_max_position_embeddings=512)
+    yarn = read(rope_parameters=common | dict(rope_type="yarn")).rope
+    llama3 = read(rope_parameters=common | dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)).rope
+    for rope in (yarn, llama3):
+        np.testing.assert_allclose(rope.frequencies[0], plain[0])
+        np.testing.assert_allclose(rope.frequencies[-1], plain[-1] / 4)
+        assert np.all(np.diff(rope.frequencies) < 0)
+    assert yarn.gain == pytest.approx(0.1 * math.log(4) + 1) and llama3.gain == 1
+    assert read(rope_parameters=common | dict(rope_type="yarn", attention_factor=0.7)).rope.gain == 0.7
+    scaled = dict(rope_type="yarn", mscale=1.0, mscale_all_dim=0.5)
+    gain = (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    assert read(rope_parameters=common | scaled).rope.gain == pytest.approx(gain)
+
+
+def test_windows():
+    assert read_family("mistral").window == 4096
+    assert read_family("mistral", sliding_window=None).window is None
+    assert read_family("gemma2").local == (True, False, True, False)
+    assert read_family("gemma3_text", sliding_window_pattern=2).local == (True, False, True, False)
+    assert read_family("gemma3_text", layer_types=[GLOBAL] * 4).local == ()
+    windows = dict(use_sliding_window=True, sliding_window=8)
+    for family in ("qwen2", "qwen3"):
+        assert read_family(family, sliding_window=8).window is None
+        assert read_family(family, max_window_layers=1, **windows).local == (False, True, True, True)
+        assert read_family(family, **windows).window is None  # only from layer 28 on
+        types = [LOCAL, GLOBAL, GLOBAL, LOCAL]
+        assert read_family(family, layer_types=types, **windows).local == (True, False, False, True)
+
+
+def test_caps_that_are_null_are_off_and_absent_ones_are_the_defaults():
+    assert (read_family("gemma2").score_cap, read_family("gemma2").logit_cap) == (50.0, 30.0)
+    config = read_family("gemma2", attn_logit_softcapping=None, final_logit_softcapping=20)
+    assert (config.score_cap, config.logit_cap) == (None, 20.0)
 
 
 @pytest.mark.parametrize(
@@ -64,26 +168,95 @@ def test_rope_theta_of_old_and_new_files(fields):
         (dict(model_type=None), "family None"),
         (dict(sliding_window=128, logit_scale=2.0), "could change the result: logit_scale, sliding_window"),
         (dict(quantization_config=dict(bits=4)), "quantised"),
-        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "rope_type 'llama3' is not supported"),
-        (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_type 'linear' is not supported"),
-        (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)), "partial_rotary_factor"),
-        (dict(rope_theta=1e4, rope_parameters=dict(rope_theta=5e5)), "contradict"),
-        (dict(rope_scaling=dict(rope_theta=1e4), rope_parameters=dict(rope_theta=5e5)), "contradict"),
+        (dict(rope_scaling=dict(rope_type="longrope", factor=8.0)), "rope_scaling.rope_type 'longrope' is not supp"),
+        (dict(rope_scaling=dict(rope_type="mrope", type="linear")), "'type' .linear. and 'rope_type' .mrope. contra"),
+        (dict(rope_scaling=dict(type="linear")), "no field 'rope_scaling.factor'"),
+        (dict(rope_scaling=dict(type="linear", factor=-2.0)), "'rope_scaling.factor' is -2.0, expected above 0"),
+        (dict(rope_scaling=dict(type="linear", factor=2.0, base=1)), "could change the result: rope_scaling.base"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "no field 'rope_scaling.low_freq_factor'"),
+        (
+            dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=4, high_freq_factor=4)),
+            "'low_freq_factor' .4. and 'high_freq_factor' .4. contradict",
+        ),
+        (
+            dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)),
+            "rope_parameters.partial_rotary_factor",
+        ),
+        (dict(partial_rotary_factor=0.5), "could change the result: partial_rotary_factor"),
+        (dict(rope_parameters={GLOBAL: dict(rope_theta=1e4)}), "change the result: rope_parameters.full_attention"),
+        (dict(rope_theta=1e4, rope_parameters=dict(rope_theta=5e5)), "rope_parameters.rope_theta .* contradict"),
+        (dict(rope_scaling=dict(rope_theta=1e4), rope_parameters=dict(rope_theta=5e5)), "'rope_scaling' and .*contrad"),
         (dict(rope_interleaved=True), "rope_interleaved True is not supported"),
         (dict(hidden_act="relu2"), "hidden_act 'relu2' is not supported, expected one of gelu"),
+        (dict(hidden_act="quick_gelu"), "hidden_act 'quick_gelu' is not supported"),
         (dict(hidden_size=None), "no field 'hidden_size'"),
         (dict(hidden_size="64"), "'hidden_size' is '64', expected int"),
         (dict(vocab_size=True), "'vocab_size' is True, expected int"),
         (dict(num_hidden_layers=0), "'num_hidden_layers' is 0, expected at least 1"),
+        (dict(rms_norm_eps=float("nan")), "'rms_norm_eps' is nan, expected above 0"),
         (dict(attention_bias=1), "'attention_bias' is 1, expected bool"),
         (dict(num_key_value_heads=3), "4 attention heads are not a multiple of 3"),
-        (dict(num_attention_heads=5), "5 heads do not divide the width 64"),
+        (dict(num_attention_heads=5), "'num_attention_heads' .5. does not divide 'hidden_size' .64."),
         (dict(head_dim=7), "even width"),
+        (dict(add_cross_attention=True), "add_cross_attention True is not supported"),
+        (dict(is_encoder_decoder=True), "is_encoder_decoder True is not supported"),
     ],
 )
 def test_refused(fields, message):
     with pytest.raises(UserError, match=message):
         read(**fields)
+
+
+@pytest.mark.parametrize(
+    "family, fields, message",
+    [
+        ("gpt2", dict(n_ctx=512), "'n_ctx' and 'n_positions' contradict"),
+        ("gpt2", dict(n_head=5), "'n_head' .5. does not divide 'n_embd' .64."),
+        ("gpt2", dict(rope_theta=1e4), "could change the result: rope_theta"),
+        ("gpt2", dict(scale_attn_weights=1), "'scale_attn_weights' is 1, expected bool"),
+        ("gpt2", dict(activation_function="gelu_10"), "activation_function 'gelu_10' is not supported"),
+        ("gpt_neox", dict(num_key_value_heads=2), "num_key_value_heads 2 is not supported, expected 4"),
+        ("gpt_neox", dict(head_dim=20), "could change the result: head_dim"),
+        ("gpt_neox", dict(rotary_pct=0.3125), "heads are 16 wide and a share of 0.3125 of that turns"),
+        ("gpt_neox", dict(rotary_pct=0.5, partial_rotary_factor=0.25), "rotary_pct .0.5. and partial_rotary_.*contra"),
+        ("gpt_neox", dict(rotary_emb_base=500, rope_theta=600.0), "rotary_emb_base .500. and rope_theta .600. contr"),
+        ("phi", dict(partial_rotary_factor=1.5), "a share of 1.5 of that turns"),
+        ("phi", dict(attention_bias=False), "could change the result: attention_bias"),
+        ("gemma", dict(hidden_act="gelu", hidden_activation="relu"), "'hidden_act' and 'hidden_activation' contradict"),
+        ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention True is not supported"),
+        ("gemma", dict(sliding_window=4), "could change the result: sliding_window"),
+        ("gemma2", dict(hidden_act="relu"), "'hidden_act' and 'hidden_activation' contradict"),
+        ("gemma2", dict(sliding_window=None), "'sliding_window' .null or switched off. contradict"),
+        ("gemma2", dict(layer_types=[LOCAL]), "'layer_types' .1 of them. and 'num_hidden_layers' .4. contradict"),
+        (
+            "gemma2",
+            dict(layer_types=[LOCAL, "linear_attention"] * 2),
+            "layer_types 'linear_attention' is not",
+        ),
+        ("gemma2", dict(final_logit_softcapping=0.0), "'final_logit_softcapping' is 0.0, expected above 0"),
+        ("gemma2", dict(query_pre_attn_scalar=-1), "'query_pre_attn_scalar' is -1, expected above 0"),
+        ("gemma3_text", dict(attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0 is not supported"),
+        (
+            "gemma3_text",
+            dict(rope_local_base_freq=1e4, rope_parameters={LOCAL: dict(rope_theta=2e4)}),
+            "rope_parameters.sliding_attention.rope_theta .20000. and rope_local_base_freq .10000. contradict",
+        ),
+        (
+            "gemma3_text",
+            dict(rope_parameters={GLOBAL: dict(rope_type="longrope")}),
+            "rope_parameters.full_attention.rope_type 'longrope' is not supported",
+        ),
+        ("mistral", dict(sliding_window=0), "'sliding_window' is 0, expected at least 1"),
+        ("mistral", dict(layer_types=[GLOBAL] * 4), "could change the result: layer_types"),
+        ("mistral", dict(attention_bias=True), "could change the result: attention_bias"),
+        ("qwen2", dict(use_mrope=True), "use_mrope True is not supported"),
+        ("qwen2", dict(layer_types=[LOCAL] * 4), "'layer_types' .with 'sliding_attention'. and 'sliding_window'"),
+        ("qwen3", dict(mlp_bias=True), "could change the result: mlp_bias"),
+    ],
+)
+def test_refused_by_family(family, fields, message):
+    with pytest.raises(UserError, match=message):
+        read_family(family, **fields)
 
 
 def test_inert_and_null_fields_are_no_obstacle():

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
-from tiny_models import save_tiny_llama
+from tiny_models import save_tiny, save_tiny_llama
 
 from saejax.errors import UserError
-from saejax.models.decoder import parameter_table
+from saejax.models.checkpoint import safetensors_files
 from saejax.models.families import read_config
-from saejax.models.weights import load_params, read_header, safetensors_files
+from saejax.models.parameters import parameter_table
+from saejax.models.weights import load_params
 from saejax.parallel import AXES
 from saejax.workspace import read_json
 
@@ -135,20 +136,54 @@ def test_tied_models_may_repeat_the_embedding_but_not_contradict_it(copy):
     assert "unembed_DxV" not in load_params(copy, config_of(copy), mesh_of(1, 1, 1), "float32")
 
 
-@pytest.mark.parametrize("cut", [0, 5, 100, -1])
-def test_truncated_files(copy, cut):
-    file = copy / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(UserError, match="truncated or not a safetensors file"):
+def test_the_first_layers_alone(tiny):
+    config, mesh = config_of(tiny), mesh_of(1, 1, 2)
+    whole, part = (load_params(tiny, config, mesh, "float32", layers) for layers in (None, 3))
+    assert whole.keys() == part.keys()
+    for name, value in part.items():
+        np.testing.assert_array_equal(value, whole[name][:3] if name.startswith("layers.") else whole[name])
+        assert value.sharding == whole[name].sharding
+
+
+def test_the_first_layers_of_a_checkpoint_that_lacks_a_later_one(copy):
+    change(copy, lambda tensors: tensors.pop("model.layers.3.mlp.up_proj.weight"))
+    with pytest.raises(UserError, match=r"model.layers.3.mlp.up_proj.weight is missing"):
+        load_params(copy, config_of(copy), mesh_of(1, 1, 1), "float32", layers=2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_checkpoint_saved_without_the_head_leaves_its_prefix_away(tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    save_tiny(tmp_path / "whole", family, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole").base_model.save_pretrained(tmp_path / "body")
+    assert not set(load_file(tmp_path / "body/model.safetensors")) & set(
+        load_file(tmp_path / "whole/model.safetensors")
+    )
+    whole, body = (
+        load_params(folder, config_of(folder), mesh_of(1, 1, 1), "float32")
+        for folder in (tmp_path / "whole", tmp_path / "body")
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, body)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 4, 2)])
+def test_every_device_holds_its_shard_only(tiny, shape):
+    params = load_params(tiny, config_of(tiny), mesh_of(*shape), "bfloat16")
+    on_one = load_params(tiny, config_of(tiny), mesh_of(1, 1, 1), "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, params, on_one)
+    model = shape[2]
+    for name, split in {"embed_VxD": 384, "layers.gate_DxF": 96, "layers.down_FxD": 96, "layers.q_DxHxK": 4}.items():
+        part = model if split % model == 0 else 1
+        shards = params[name].addressable_shards
+        assert len(shards) == np.prod(shape)
+        assert {shard.data.size for shard in shards} == {params[name].size // part}
+
+
+def test_a_tensor_in_two_files_is_refused(tiny, copy):
+    half = load_file(tiny / "model.safetensors")
+    save_file({"model.norm.weight": half["model.norm.weight"]}, copy / "extra.safetensors")
+    index = {name: "model.safetensors" for name in half} | {"model.norm.weight": "extra.safetensors"}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
+    with pytest.raises(UserError, match="model.norm.weight is both in extra.safetensors and model.safetensors"):
         load_params(copy, config_of(copy), mesh_of(1, 1, 1), "float32")
-
-
-def test_not_safetensors(tmp_path):
-    for content in (b"\x10" + bytes(7) + b"not json at all.", b"\x02" + bytes(7) + b"[]", b"\xff" * 64):
-        (tmp_path / "model.safetensors").write_bytes(content)
-        with pytest.raises(UserError, match="truncated or not a safetensors file"):
-            read_header(tmp_path / "model.safetensors")
-    header = json.dumps({"x": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]}}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(UserError, match="dtype I8"):
-        read_header(tmp_path / "model.safetensors")

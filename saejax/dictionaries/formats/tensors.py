@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from saejax.dictionaries.formats import origin
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
-from saejax.models.weights import Tensor, read_header
+from saejax.models.checkpoint import Tensor, read_header
 
 Shapes = Mapping[str, tuple[int, ...]]
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}

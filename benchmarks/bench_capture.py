@@ -1,0 +1,168 @@
+"""How fast activations are captured, JAX decoder against hooks in PyTorch, and what the cache is worth in generation.
+
+Run: python -m benchmarks.bench_capture [--model smollm2] [--layer 15] [--batches 4] [--pairs 5]
+Both backends' readers, the ones that `experiments.capture` uses, take three sites (resid_post, mlp_in, mlp_out) of one
+layer into the buffers of a shard, and stop after the last site. They read the same batches, evenly chosen from those of
+the first shard of the embedded corpus. The sides take turns in one process, so that their threads never run at once;
+ratios are medians over pairs of neighbouring runs, because the speed of a shared machine drifts. Compiling is not
+counted. Prints a table and, last, one line of JSON.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax import load_model
+from saejax.activations.buffers import ShardBuffers
+from saejax.activations.capture import Reader
+from saejax.activations.documents import make_documents
+from saejax.activations.jax_capture import DecoderReader
+from saejax.activations.plan import Plan
+from saejax.activations.torch_capture import SiteReader
+from saejax.models import source
+from saejax.models.config import DecoderConfig
+from saejax.models.families import read_config
+from saejax.models.parameters import parameter_table
+from saejax.models.sites import Site
+from saejax.parallel import make_mesh
+from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig
+
+DTYPES = ("float32", "bfloat16")
+NEW_TOKENS = 128
+Side = tuple[str, str]  # backend and dtype
+
+
+def matmul_rate(dtype: str, size: int = 2048) -> float:
+    """FLOP/s of a matrix product with operands of a dtype and sums in fp32."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    return 2 * size**3 / seconds(lambda: product(a, a).block_until_ready())
+
+
+def seconds(work: Callable[[], object], least: float = 0.5) -> float:
+    """Mean time of ``work()``, repeated for at least so many seconds."""
+    start, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - start < least:
+        work()
+        count += 1
+    return (time.perf_counter() - start) / count
+
+
+def flops_per_token(config: DecoderConfig, layers: int) -> float:
+    """Of the products with the layers' weights; attention's own products, a few per cent more, are not counted."""
+    matrices = [
+        np.prod(shape[1:])
+        for name, (shape, _) in parameter_table(config).items()
+        if name.startswith("layers.") and len(shape) > 2
+    ]
+    return 2.0 * layers * float(sum(matrices))
+
+
+class Capture:
+    """The work of both backends.
+
+    Args:
+      model: as ``--model.path``.
+      layer: whose sites are captured.
+      batches: how many are read in a run.
+      batch_tokens: tokens of a batch.
+    """
+
+    def __init__(self, model: str, layer: int, batches: int, batch_tokens: int):
+        found = source.resolve(ModelConfig(path=model))
+        self.config = read_config(source.read_model_config(found.folder), model)
+        self.sites = tuple(Site(kind, layer).check(self.config) for kind in ("resid_post", "mlp_in", "mlp_out"))
+        documents = make_documents(CorpusConfig(), {}, source.load_tokenizer(found), self.config.context)
+        plan = Plan(documents, CaptureConfig().shard_rows, batch_tokens, last=0, seed=CorpusConfig().seed)
+        whole = plan.batches(0)
+        self.batches = [whole[int(i)] for i in np.linspace(0, len(whole) - 2, batches)]  # the last one is not full
+        self.tokens = sum(batch.rows for batch in self.batches)
+        widths = {site: site.width(self.config) for site in self.sites}
+        self._buffers = ShardBuffers(widths, plan.size(0), "bfloat16")
+        self.readers: dict[Side, Reader] = {}
+        for dtype in DTYPES:
+            self.readers["torch", dtype] = SiteReader(source.load_torch_model(found, dtype), self.sites)
+            self.readers["jax", dtype] = DecoderReader(
+                found, self.config, self.sites, plan.padded_shape, make_mesh(), dtype, "bfloat16"
+            )
+
+    def run(self, side: Side) -> float:
+        """Tokens per second of one run over all batches."""
+        start = time.perf_counter()
+        self.readers[side].read(self.batches, lambda batch, site, value: self._buffers.take(site, value, batch))
+        return self.tokens / (time.perf_counter() - start)
+
+
+def measure_capture(capture: Capture, pairs: int) -> tuple[dict[Side, np.ndarray], dict[str, np.ndarray]]:
+    """Tokens per second of every side, and FLOP/s of a product of every dtype, [pairs] each."""
+    for side in capture.readers:
+        capture.run(side)  # compiles, and touches all memory
+    speeds: dict[Side, list[float]] = {side: [] for side in capture.readers}
+    rates: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+    for pair in range(pairs):
+        for dtype in DTYPES:
+            order = ("torch", "jax") if pair % 2 else ("jax", "torch")
+            for backend in order:
+                speeds[backend, dtype].append(capture.run((backend, dtype)))
+            rates[dtype].append(matmul_rate(dtype))
+    return {side: np.array(values) for side, values in speeds.items()}, {k: np.array(v) for k, v in rates.items()}
+
+
+def cache_ratio(model: str, pairs: int) -> tuple[float, float, float]:
+    """Tokens per second of generation with the cache and without, and the median ratio."""
+    lm = load_model(model)
+    prompt = lm.tokenize(["One, two, three, four, five, six, seven, eight, nine, ten,"])
+
+    def run(cache: bool) -> float:
+        start = time.perf_counter()
+        (done,) = lm.generate(prompt, NEW_TOKENS, cache=cache)
+        if len(done.ids) < NEW_TOKENS:
+            raise RuntimeError(f"the model ended after {len(done.ids)} tokens: this benchmark needs another prompt")
+        return NEW_TOKENS / (time.perf_counter() - start)
+
+    for cache in (True, False):
+        run(cache)  # compiles
+    speeds = np.array([[run(True), run(False)] for _ in range(pairs)])
+    return *np.median(speeds, axis=0), float(np.median(speeds[:, 0] / speeds[:, 1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--layer", type=int, default=15)
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batch_tokens", type=int, default=2048)
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args()
+    capture = Capture(args.model, args.layer, args.batches, args.batch_tokens)
+    speeds, rates = measure_capture(capture, args.pairs)
+    best = {backend: max(DTYPES, key=lambda dtype: np.median(speeds[backend, dtype])) for backend in ("jax", "torch")}
+    ratio = {
+        "fp32": np.median(speeds["jax", "float32"] / speeds["torch", "float32"]),
+        "best": np.median(speeds["jax", best["jax"]] / speeds["torch", best["torch"]]),
+    }
+    work = flops_per_token(capture.config, args.layer + 1)
+    print(f"Capture of {', '.join(map(str, capture.sites))} of {args.model}, {capture.tokens:,} tokens")
+    print(f"{'backend':8} {'dtype':9} {'tokens/s':>9} {'of the matmul rate':>20}")
+    for (backend, dtype), values in sorted(speeds.items()):
+        share = np.median(values * work / rates[dtype])
+        print(f"{backend:8} {dtype:9} {np.median(values):9,.0f} {share:20.0%}")
+    for dtype in DTYPES:
+        print(f"matrix products, {dtype}: {np.median(rates[dtype]) / 1e9:,.0f} GFLOP/s")
+    print(f"JAX to torch: {ratio['fp32']:.2f} in fp32; {ratio['best']:.2f} for {best['jax']} to {best['torch']}")
+    cached, plain, cache = cache_ratio(args.model, max(2, args.pairs // 2))
+    print(
+        f"Greedy decoding of {NEW_TOKENS} tokens: {cached:.1f} tokens/s with the cache, {plain:.1f} without, "
+        f"{cache:.1f} times as fast"
+    )
+    rounded = {name: round(float(value), 2) for name, value in ratio.items()}
+    print(json.dumps(dict(bench="capture", ratio=rounded, cache_ratio=round(cache, 2))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The rows of the shard that is being made."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from saejax.activations.plan import Batch
+from saejax.activations.store import DTYPES
+from saejax.models.sites import AnySite
+
+
+class ShardBuffers:
+    """The vectors and norms of the shard that is being made.
+
+    Args:
+      widths: width of every site.
+      rows: rows of the largest shard.
+      dtype: "float32" or "bfloat16", as stored.
+    """
+
+    def __init__(self, widths: Mapping[AnySite, int], rows: int, dtype: str):
+        self._dtype = DTYPES[dtype]
+        self._vectors = {site: np.empty((rows, width), self._dtype) for site, width in widths.items()}
+        self._norms = {site: np.empty(rows, np.float32) for site in widths}
+
+    def take(self, site: AnySite, value_BxTxD: np.ndarray, batch: Batch) -> tuple[int, int] | None:
+        """Takes the recorded positions of a batch; padding is not among them.
+
+        Returns:
+          Index in the batch and position of the first vector that is not finite, or None.
+        """
+        for i, (first, stop, rows) in enumerate(zip(batch.first_B, batch.stop_B, batch.rows_B, strict=True)):
+            # The one copy between the model and the store: from the backend's memory to the row's random place in the
+            # buffer, whose memory the file is written from. JAX reads that file through a memory map.
+            stored_NxD = value_BxTxD[i, first:stop].astype(self._dtype, copy=False)
+            # In fp64 a finite vector has a finite norm, so that the norm tells whether the vector is.
+            wide_NxD = stored_NxD.astype(np.float64)
+            norm_N = np.sqrt(np.einsum("nd,nd->n", wide_NxD, wide_NxD))
+            if not np.isfinite(norm_N).all():
+                return i, int(first) + int(np.argmin(np.isfinite(norm_N)))
+            self._vectors[site][rows] = stored_NxD
+            self._norms[site][rows] = norm_N
+        return None
+
+    def parts(self, rows: int) -> dict[str, np.ndarray]:
+        """Views of the first rows, for ``StoreWriter.write_shard``; bfloat16 as uint16."""
+        parts = {}
+        for site, vectors in self._vectors.items():
+            parts[str(site)] = (vectors if self._dtype == np.float32 else vectors.view(np.uint16))[:rows]
+            parts[f"{site} norms"] = self._norms[site][:rows]
+        return parts

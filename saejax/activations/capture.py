@@ -1,0 +1,263 @@
+"""The capture stage: activations of the model at the wanted sites, into a store.
+
+What is captured, in which batches and where it is stored does not depend on the backend that runs the model:
+``torch_capture`` (hooks in the transformers model) or ``jax_capture`` (our decoder, on the mesh).
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from saejax.activations.buffers import ShardBuffers
+from saejax.activations.documents import COLUMNS, SPLITS, Documents, make_documents
+from saejax.activations.plan import Batch, Plan
+from saejax.activations.store import DTYPES
+from saejax.activations.wanted import Wanted, read_wanted
+from saejax.activations.writer import StoreWriter
+from saejax.config import identity
+from saejax.errors import Interrupted, UserError
+from saejax.models import source
+from saejax.models.config import DecoderConfig
+from saejax.models.sites import AnySite, Site
+from saejax.settings import CaptureConfig
+from saejax.tasks import corpora
+from saejax.tasks.behaviours import read_prompts
+from saejax.workspace import Run, fingerprint
+
+_SAY_EVERY = 5.0  # seconds
+
+Take = Callable[[Batch, AnySite, np.ndarray], None]
+
+
+class Reader(Protocol):
+    """What a backend has to do.
+
+    Attributes:
+      widths: width of the values at every site.
+    """
+
+    widths: dict[AnySite, int]
+
+    def read(self, batches: Iterable[Batch], take: Take) -> None:
+        """Runs the batches, in their order, up to the last of the wanted sites.
+
+        Calls ``take(batch, site, value_BxTxD)`` once for every batch and site, batches in order. The value is fp32 or
+        bfloat16, may be longer than the batch's T, and is not changed or kept by ``take``.
+        """
+
+    def close(self) -> None:
+        """Gives back the devices' memory."""
+
+
+class _Progress:
+    """Says how far the capture is, every few seconds."""
+
+    def __init__(self, say: Callable[[str], None], left: int):
+        self._say, self._left, self._done = say, left, 0
+        self._start = self._said = time.monotonic()
+
+    def add(self, tokens: int) -> None:
+        self._done += tokens
+        now = time.monotonic()
+        if now - self._said >= _SAY_EVERY:
+            self._said, rate = now, self.rate
+            left = self._left - self._done
+            self._say(f"{self._done:,} of {self._left:,} tokens  {rate:,.0f} tokens/s  {left / rate:.0f} s to go")
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, padding left out; 0 before there are any."""
+        return self._done / (time.monotonic() - self._start) if self._done else 0.0
+
+
+def run_capture(run: Run) -> dict:
+    """Records activations of the corpus and of the behaviours' train prompts into a store in ``run.folder``.
+
+    Finished shards of a run that was stopped or killed are kept; the store comes out the same.
+
+    Raises:
+      UserError: a site, the corpus or the model is not usable; activations are not finite; too many positions are
+        attention sinks; the disk is full.
+      Interrupted: asked to stop; finished shards are kept.
+    """
+    config: CaptureConfig = run.configs["capture"]
+    wanted = read_wanted(run.configs)
+    model_source, names = wanted.source, [str(site) for site in wanted.sites]
+    documents = _documents(run, wanted)
+    plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
+    reader, widths = None, wanted.widths()
+    if widths is None:
+        reader = _load_reader(run, wanted, plan)
+        widths = reader.widths
+    writer = StoreWriter(run.folder, names, _work(run, model_source, documents))
+    missing = [shard for shard in range(plan.shards) if not writer.has(shard)]
+    _check_disk(run.folder, plan, missing, widths, config)
+    writer.write_documents(documents)
+    run.say(
+        f"{len(documents):,} documents, {plan.rows:,} tokens at {', '.join(config.sites)}; "
+        f"{plan.shards - len(missing)} of {plan.shards} shards are done"
+    )
+    rate = _capture(run, wanted, plan, writer, widths, missing, reader) if missing else 0.0
+    statistics = writer.site_statistics(plan.shards, documents, config.sink_factor)
+    _check_sinks(statistics, config)
+    counts = _counts(documents, plan)
+    described = {str(site): dict(d=width, **statistics[str(site)]) for site, width in widths.items()}
+    writer.finish(_manifest(run, model_source, plan, described, counts))
+    _say_sinks(run, described)
+    size = DTYPES[config.store_dtype].itemsize
+    return dict(
+        sites={
+            name: dict(rows=plan.rows, bytes=plan.rows * facts["d"] * size, **facts)
+            for name, facts in described.items()
+        },
+        **counts,
+        tokens_per_second=round(rate, 1),
+        padding_share=plan.padding_share,
+    )
+
+
+def _documents(run: Run, wanted: Wanted) -> Documents:
+    """The documents of the corpus and, where behaviours were asked for, their train prompts."""
+    prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl") if "baseline" in run.inputs else []
+    chosen = {index: prompt for index, prompt in enumerate(prompts) if prompt.split == "train"}
+    tokenizer, config = source.load_tokenizer(wanted.source), run.configs["corpus"]
+    documents = make_documents(config, chosen, tokenizer, wanted.context or config.context)
+    vocabulary = source.vocabulary(wanted.source)
+    if vocabulary is not None and documents.ids_T.max() >= vocabulary:
+        raise UserError(
+            f"the text holds {tokenizer.decode([documents.ids_T.max()])!r}, a special token for which the model has no "
+            "embedding: remove it from the text"
+        )
+    return documents
+
+
+def _work(run: Run, model_source: source.ModelSource, documents: Documents) -> str:
+    """Identifies what the shards depend on."""
+    hashes = [hashlib.sha256(array.tobytes()).hexdigest() for array in documents.arrays().values()]
+    return fingerprint([identity(run.configs["capture"]), model_source.fingerprint, run.configs["corpus"].seed, hashes])
+
+
+def _check_disk(
+    folder: Path, plan: Plan, missing: Sequence[int], widths: dict[AnySite, int], config: CaptureConfig
+) -> None:
+    size = DTYPES[config.store_dtype].itemsize
+    needed = sum(plan.size(shard) for shard in missing) * (12 + sum(width * size + 4 for width in widths.values()))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the disk is full: the store needs {needed / 2**20:,.0f} MiB more and {free / 2**20:,.0f} are free in "
+            f"{folder}: free space, use another --workdir or a smaller --corpus.max_tokens"
+        )
+
+
+def _capture(
+    run: Run,
+    wanted: Wanted,
+    plan: Plan,
+    writer: StoreWriter,
+    widths: dict[AnySite, int],
+    shards: Sequence[int],
+    reader: Reader | None,
+) -> float:
+    """Makes the shards; returns the speed in tokens per second."""
+    config: CaptureConfig = run.configs["capture"]
+    reader = reader or _load_reader(run, wanted, plan)
+    buffers = ShardBuffers(widths, max(map(plan.size, shards)), config.store_dtype)
+    progress = _Progress(run.say, sum(map(plan.size, shards)))
+
+    def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
+        bad = buffers.take(site, value_BxTxD, batch)
+        if bad is not None:
+            place = plan.documents.place(int(batch.documents_B[bad[0]]), bad[1])
+            raise UserError(
+                f"activations at {site} are NaN or infinite: {place}, token id {batch.ids_BxT[bad]}: expected "
+                f"finite numbers; check the model's weights, or use --capture.dtype=float32; nothing of this "
+                "shard was stored"
+            )
+
+    def batches(shard: int, done: int) -> Iterator[Batch]:
+        for batch in plan.batches(shard):
+            if run.stopping():
+                kept = f"{plan.shards - len(shards) + done} of {plan.shards} shards"
+                raise Interrupted(f"stopped; {kept} are finished and kept: run the same command to go on")
+            yield batch
+            progress.add(batch.rows)
+
+    for done, shard in enumerate(shards):
+        reader.read(batches(shard, done), take)
+        writer.write_shard(shard, dict(index=plan.index(shard), **buffers.parts(plan.size(shard))))
+    reader.close()
+    return progress.rate
+
+
+def _load_reader(run: Run, wanted: Wanted, plan: Plan) -> Reader:
+    """The backend, which alone is imported: torch takes seconds to import, and JAX takes the devices."""
+    config: CaptureConfig = run.configs["capture"]
+    if config.backend == "torch":
+        from saejax.activations.torch_capture import SiteReader
+
+        return SiteReader(source.load_torch_model(wanted.source, config.dtype), wanted.sites)
+    from saejax.activations.jax_capture import DecoderReader
+    from saejax.parallel import make_mesh
+
+    mesh, decoder = make_mesh(run.configs["mesh"]), cast(DecoderConfig, wanted.decoder)
+    sites = [site for site in wanted.sites if isinstance(site, Site)]  # which all are: modules were refused
+    return DecoderReader(wanted.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.store_dtype)
+
+
+def _check_sinks(statistics: dict[str, dict[str, Any]], config: CaptureConfig) -> None:
+    for site, facts in statistics.items():
+        share = facts["sinks"]["share_beyond"]
+        if share > config.max_sink_share:
+            raise UserError(
+                f"at {site}, {share:.2%} of the tokens beyond position 0 have a norm above {facts['max_norm']:.4g}, "
+                f"{config.sink_factor:g} times the median, and would be dropped as attention sinks; expected at most "
+                f"{config.max_sink_share:.2%}: raise --capture.sink_factor, or allow more by --capture.max_sink_share"
+            )
+
+
+def _say_sinks(run: Run, sites: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, facts in sites.items():
+        run.say(
+            f"{name}: median norm {facts['median_norm']:.4g}; norms above {facts['max_norm']:.4g} are attention sinks: "
+            f"{facts['sinks']['position_0']:,} at position 0, {facts['sinks']['share_beyond']:.2%} of the others"
+        )
+
+
+def _manifest(
+    run: Run, model_source: source.ModelSource, plan: Plan, sites: dict[str, dict], counts: dict[str, dict]
+) -> dict[str, Any]:
+    """The manifest but for its files. It holds no times, so that it is the same for every run of the same work."""
+    config: CaptureConfig = run.configs["capture"]
+    return dict(
+        sites=sites,
+        dtype=config.store_dtype,
+        rows=plan.rows,
+        shards=plan.shards,
+        shard_rows=config.shard_rows,
+        model=dict(
+            name=model_source.name,
+            revision=model_source.revision,
+            fingerprint=model_source.fingerprint,
+            dtype=config.dtype,
+        ),
+        corpus=corpora.identity(run.configs["corpus"]),
+        sink_factor=config.sink_factor,
+        last=config.last,
+        documents=dict(counts["documents"], columns=COLUMNS, groups=plan.documents.groups),
+        tokens=counts["tokens"],
+    )
+
+
+def _counts(documents: Documents, plan: Plan) -> dict[str, dict[str, int]]:
+    """Documents, and recorded tokens, of each split."""
+    inside = {name: documents.split_N == index for index, name in enumerate(SPLITS)}
+    return dict(
+        documents={name: int(inside_N.sum()) for name, inside_N in inside.items()},
+        tokens={name: int(plan.recorded_N[inside_N].sum()) for name, inside_N in inside.items()},
+    )

@@ -1,0 +1,84 @@
+"""The JAX backend of capture: our decoder, on the mesh, up to the last site that is wanted."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.activations.capture import Take
+from saejax.activations.plan import Batch
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import forward
+from saejax.models.sites import AnySite, Site
+from saejax.models.source import ModelSource
+from saejax.models.weights import load_params
+from saejax.parallel import sharding
+
+
+class DecoderReader:
+    """Runs a model up to the last of some sites and hands over the value at each.
+
+    Batches are padded to few shapes, each of which is compiled once. While the host stores one batch, the devices run
+    the next. Nothing is computed, and no layer's parameters are read, after the last site.
+
+    Args:
+      source: the model's files.
+      config: of the whole model.
+      sites: what to read, at least one.
+      padded_shape: gives the [B, T] of batches whose longest document has some length, see ``Plan.padded_shape``.
+      mesh: the devices; documents are split over ``data``, heads and MLP over ``model``.
+      dtype: "float32" or "bfloat16", of parameters and products.
+      hand_over: dtype of the values that are handed over.
+
+    Attributes:
+      widths: width of the values at every site.
+      params: parameters of ``parameters.parameter_table``, with only the layers that are needed.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        config: DecoderConfig,
+        sites: Sequence[Site],
+        padded_shape: Callable[[int], tuple[int, int]],
+        mesh: Mesh,
+        dtype: str,
+        hand_over: str,
+    ):
+        self._config, self._sites, self._padded_shape = config, tuple(sites), padded_shape
+        self._mesh, self._hand_over = mesh, hand_over
+        self.widths: dict[AnySite, int] = {site: site.width(config) for site in sites}
+        self.params = load_params(source.folder, config, mesh, dtype, layers=1 + max(site.layer for site in sites))
+
+    def read(self, batches: Iterable[Batch], take: Take) -> None:
+        """See ``capture.Reader``."""
+        running: tuple[Batch, list[jax.Array]] | None = None
+        for batch in batches:
+            started = batch, self._start(batch)
+            self._give(running, take)
+            running = started
+        self._give(running, take)
+
+    def close(self) -> None:
+        """Gives back the devices' memory; the reader cannot be used afterwards."""
+        self.params = {}
+
+    def _start(self, batch: Batch) -> list[jax.Array]:
+        """Sends a batch to the devices, without waiting for it."""
+        documents, length = batch.ids_BxT.shape
+        rows, padded = self._padded_shape(length)
+        rows += -rows % self._mesh.shape["data"]
+        ids_BxT = np.pad(batch.ids_BxT, ((0, rows - documents), (0, padded - length)))
+        lengths_B = np.pad(batch.stop_B, (0, rows - documents), constant_values=1).astype(np.int32)
+        placed = jax.device_put(
+            (ids_BxT, lengths_B), (sharding(self._mesh, "data", None), sharding(self._mesh, "data"))
+        )
+        _, values = forward(self._config, self._sites, False, self.params, *placed)
+        return [value.astype(self._hand_over) for value in values]
+
+    def _give(self, running: tuple[Batch, list[jax.Array]] | None, take: Take) -> None:
+        if running is not None:
+            batch, values = running
+            for site, value_BxTxD in zip(self._sites, values, strict=True):
+                take(batch, site, np.asarray(value_BxTxD))

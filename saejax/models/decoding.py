@@ -1,0 +1,192 @@
+"""The programs that make new tokens: one reads the prompts, one decodes with a cache, one computes all anew.
+
+Prompts with a cache are padded on the left, so that all of them end at the same slot and every new token of the
+batch goes to the next one.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from saejax.models import decoder
+from saejax.models.cache import Cache, empty_cache
+from saejax.models.config import DecoderConfig
+from saejax.models.decoder import Params
+from saejax.models.edits import Edit, edited
+from saejax.models.sites import Site
+
+Edits = tuple[Edit, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen. Static: ``sampled``, ``nucleus``.
+
+    Attributes:
+      temperature: fp32 scalar, by which the logits are divided.
+      top_p: fp32 scalar; only the most probable tokens are drawn from, as few as have this probability together.
+      key: of the draws; token n of prompt b has its own.
+      sampled: whether tokens are drawn; otherwise the largest logit is taken.
+      nucleus: whether ``top_p`` is below 1.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    key: jax.Array
+    sampled: bool = dataclasses.field(metadata=dict(static=True))
+    nucleus: bool = dataclasses.field(metadata=dict(static=True))
+
+    def __call__(self, logits_BxV: jax.Array, number: jax.Array) -> jax.Array:
+        """The ids of the new tokens of this number, int32 [B]."""
+        if not self.sampled:
+            return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+        logits_BxV = logits_BxV / self.temperature
+        if self.nucleus:
+            logits_BxV = jnp.where(_nucleus(logits_BxV, self.top_p), logits_BxV, -jnp.inf)
+        rows_B = jnp.arange(logits_BxV.shape[0])
+        keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(self.key, row), number))(rows_B)
+        return jax.vmap(jax.random.categorical)(keys_B, logits_BxV).astype(jnp.int32)
+
+
+def _nucleus(logits_BxV: jax.Array, top_p: jax.Array) -> jax.Array:
+    """True at the most probable tokens, as few as reach ``top_p`` together, at least one (Holtzman et al., 2020)."""
+    order_BxV = jnp.argsort(-logits_BxV, axis=-1)
+    shares_BxV = jnp.take_along_axis(jax.nn.softmax(logits_BxV, axis=-1), order_BxV, axis=-1)
+    more_probable_BxV = jnp.cumsum(shares_BxV, axis=-1) - shares_BxV
+    kept_BxV = (more_probable_BxV < top_p).at[:, 0].set(True)
+    return jnp.put_along_axis(jnp.zeros_like(kept_BxV), order_BxV, kept_BxV, axis=-1, inplace=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A batch that is being continued.
+
+    Attributes:
+      cache: keys and values of all tokens but the newest.
+      new_BxN: int32 new ids; those from ``count`` on are not made yet.
+      count: int32, how many there are.
+      done_B: whether the prompt's text has ended.
+      finite_B: whether all logits so far were finite.
+    """
+
+    cache: Cache
+    new_BxN: jax.Array
+    count: jax.Array
+    done_B: jax.Array
+    finite_B: jax.Array
+
+    def add(self, cache: Cache, logits_BxV: jax.Array, choice: Choice, end_ids_E: jax.Array) -> "State":
+        """The state after the next token was chosen by the logits."""
+        next_B = choice(logits_BxV, self.count)
+        return State(
+            cache,
+            lax.dynamic_update_slice(self.new_BxN, next_B[:, None], (0, self.count)),
+            self.count + 1,
+            self.done_B | (next_B[:, None] == end_ids_E[None, :]).any(axis=1),
+            self.finite_B & jnp.isfinite(logits_BxV.max(axis=-1)),
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def prefill(
+    config: DecoderConfig,
+    room: int,
+    params: Params,
+    ids_BxT: jax.Array,
+    pad_B: jax.Array,
+    end_ids_E: jax.Array,
+    edits: Edits,
+    choice: Choice,
+) -> State:
+    """Reads the prompts and chooses the first new token of each.
+
+    Args:
+      room: most new tokens (static).
+      ids_BxT: int32 prompts, padded on the left.
+      pad_B: int32 number of padding tokens of each.
+      end_ids_E: ids that end a text.
+    """
+    batch, length = ids_BxT.shape
+    cache = empty_cache(config, batch, length, params["embed_VxD"].dtype, pad_B)
+    mask_BxT = jnp.arange(length)[None, :] >= pad_B[:, None]
+    logits_BxV, cache = _run(config, params, ids_BxT, mask_BxT, cache, edits)
+    more = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
+    stores = {name: jnp.pad(getattr(cache, name), more) for name in ("k_LxBxSxNxK", "v_LxBxSxNxK")}
+    none_B = jnp.zeros(batch, bool)
+    state = State(cache, jnp.zeros((batch, room), jnp.int32), jnp.zeros((), jnp.int32), none_B, ~none_B)
+    return state.add(dataclasses.replace(cache, **stores), logits_BxV, choice, end_ids_E)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode(
+    config: DecoderConfig,
+    params: Params,
+    state: State,
+    limit: jax.Array,
+    end_ids_E: jax.Array,
+    edits: Edits,
+    choice: Choice,
+) -> State:
+    """Makes new tokens until there are ``limit`` of them or all texts have ended. The state that goes in is used up."""
+    batch = state.done_B.shape[0]
+
+    def step(state: State) -> State:
+        newest_Bx1 = lax.dynamic_slice(state.new_BxN, (0, state.count - 1), (batch, 1))
+        logits_BxV, cache = _run(config, params, newest_Bx1, jnp.ones((batch, 1), bool), state.cache, edits)
+        return state.add(cache, logits_BxV, choice, end_ids_E)
+
+    return lax.while_loop(lambda state: (state.count < limit) & ~state.done_B.all(), step, state)
+
+
+def _run(
+    config: DecoderConfig, params: Params, ids_BxT: jax.Array, mask_BxT: jax.Array, cache: Cache, edits: Edits
+) -> tuple[jax.Array, Cache]:
+    """Runs new tokens; gives the logits [B, V] after the last of them."""
+    x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(ids_BxT.shape[1]))
+    x_BxTxD, cache = decoder.run_cached(config, params, x_BxTxD, cache, _hook(edits, mask_BxT), _layers(edits))
+    return decoder.unembed(config, params, x_BxTxD[:, -1:])[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def recompute(
+    config: DecoderConfig,
+    params: Params,
+    ids_BxT: jax.Array,
+    lengths_B: jax.Array,
+    number: jax.Array,
+    edits: Edits,
+    choice: Choice,
+) -> tuple[jax.Array, jax.Array]:
+    """The next token by a whole forward pass, without a cache.
+
+    Args:
+      ids_BxT: int32 prompts with all tokens so far, padded on the right.
+      lengths_B: int32 number of those tokens.
+      number: int32 number of the new token, from 0.
+
+    Returns:
+      New ids int32 [B], and whether the logits were finite [B].
+    """
+    mask_BxT = jnp.arange(ids_BxT.shape[1])[None, :] < lengths_B[:, None]
+    x_BxTxD = decoder.embed(config, params, ids_BxT)
+    x_BxTxD = decoder.run_layers(config, params, x_BxTxD, 0, config.n_layers, _hook(edits, mask_BxT), _layers(edits))
+    last_Bx1xD = jnp.take_along_axis(x_BxTxD, (lengths_B - 1)[:, None, None], axis=1)
+    logits_BxV = decoder.unembed(config, params, last_Bx1xD)[:, 0]
+    return choice(logits_BxV, number), jnp.isfinite(logits_BxV.max(axis=-1))
+
+
+def _hook(edits: Edits, mask_BxT: jax.Array) -> Any:
+    def hook(site: Site, value_BxTxD: jax.Array) -> jax.Array:
+        return edited(edits, site, value_BxTxD, mask_BxT)
+
+    return hook if edits else None
+
+
+def _layers(edits: Edits) -> set[int]:
+    return {edit.site.layer for edit in edits}

@@ -1,0 +1,130 @@
+"""The Gemma families: norms that scale by one plus their weight, a scaled embedding, and from Gemma 2 on norms after
+attention and the MLP, local layers and soft caps."""
+
+import math
+from typing import Any
+
+from saejax.models.config import DecoderConfig
+from saejax.models.families.llama import GLOBAL, IGNORED, LOCAL, WEIGHTS, read_local, rms_decoder
+from saejax.models.families.rotary import make_rope, rope_object
+from saejax.models.families.table import Family, Weight
+from saejax.models.fields import Fields
+
+
+def _gemma_decoder(fields: Fields, family: str, **differences: Any) -> DecoderConfig:
+    """What all of them share."""
+    fields.expect("use_bidirectional_attention", False)
+    bias = fields.take("attention_bias", bool)
+    scale = math.sqrt(fields.size("hidden_size"))
+    return rms_decoder(
+        fields, family, norm="rms_plus_one", embed_scale=scale, qkv_bias=bias, o_bias=bias, **differences
+    )
+
+
+def _read_gemma(fields: Fields) -> DecoderConfig:
+    activation = fields.activation("hidden_act")
+    if activation == "gelu":  # what the first releases say, meaning its tanh approximation
+        activation = "gelu_tanh"
+    if "hidden_activation" in fields and fields.activation("hidden_activation") != activation:
+        raise fields.contradiction("'hidden_act'", "'hidden_activation'")
+    return _gemma_decoder(fields, "gemma", activation=activation)
+
+
+def _read_later(fields: Fields, family: str, **differences: Any) -> DecoderConfig:
+    """What Gemma 2 and 3 share."""
+    if "hidden_act" in fields and fields.activation("hidden_act") != fields.activation("hidden_activation"):
+        raise fields.contradiction("'hidden_act'", "'hidden_activation'")
+    return _gemma_decoder(
+        fields,
+        family,
+        activation=fields.activation("hidden_activation"),
+        post_norms=True,
+        score_scale=fields.number("query_pre_attn_scalar") ** -0.5,
+        logit_cap=fields.number_or_null("final_logit_softcapping"),
+        **differences,
+    )
+
+
+def _read_gemma2(fields: Fields) -> DecoderConfig:
+    local = read_local(fields, fields.size_or_null("sliding_window"), lambda layer: GLOBAL if layer % 2 else LOCAL)
+    return _read_later(fields, "gemma2", score_cap=fields.number_or_null("attn_logit_softcapping"), **local)
+
+
+def _read_gemma3_text(fields: Fields, family: str = "gemma3_text") -> DecoderConfig:
+    fields.expect("attn_logit_softcapping", None)  # transformers reads it and then leaves it out of the scores
+    fields.ignore("_sliding_window_pattern")  # transformers 5 writes it and does not read it
+    period = fields.size("sliding_window_pattern")
+    local = read_local(
+        fields, fields.size_or_null("sliding_window"), lambda layer: LOCAL if (layer + 1) % period else GLOBAL
+    )
+    return _read_later(fields, family, qk_norm=True, **local, **_read_ropes(fields))
+
+
+def _read_ropes(fields: Fields) -> dict[str, Any]:
+    """The rotary embeddings of global and of local layers, which transformers 4 writes into different fields."""
+    d_head, context = fields.size("head_dim"), fields.size("max_position_embeddings")
+    rope = rope_object(fields)
+    if GLOBAL in rope or LOCAL in rope:
+        far, near = rope.part(GLOBAL), rope.part(LOCAL)
+        rope.done()
+    else:
+        far, near = rope, Fields({}, fields.where)
+    theta = far.agreeing([(fields, "rope_theta")], "rope_theta", 1_000_000.0)
+    local_theta = near.agreeing([(fields, "rope_local_base_freq")], "rope_theta", 10_000.0)
+    return dict(
+        rope=make_rope(far, theta, 1.0, d_head, context), local_rope=make_rope(near, local_theta, 1.0, d_head, context)
+    )
+
+
+def _read_gemma3(fields: Fields) -> DecoderConfig:
+    """The text part of a model that also reads images."""
+    text = fields.part("text_config", _GEMMA3)
+    fields.ignore("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index")
+    if fields.take("tie_word_embeddings", bool) != text.take("tie_word_embeddings", bool):
+        raise fields.contradiction("'tie_word_embeddings'", "'text_config.tie_word_embeddings'")
+    config = _read_gemma3_text(text, "gemma3")
+    text.done()
+    return config
+
+
+_LATER_WEIGHTS = WEIGHTS | {
+    "layers.attn_post_norm_D": Weight("model.layers.{}.post_attention_layernorm.weight"),
+    "layers.mlp_norm_D": Weight("model.layers.{}.pre_feedforward_layernorm.weight"),
+    "layers.mlp_post_norm_D": Weight("model.layers.{}.post_feedforward_layernorm.weight"),
+}
+
+_SHARED: dict[str, Any] = dict(rms_norm_eps=1e-6, head_dim=256, attention_bias=False, tie_word_embeddings=True)
+_LATER = _SHARED | dict(
+    hidden_activation="gelu_pytorch_tanh", num_key_value_heads=4, query_pre_attn_scalar=256, sliding_window=4096
+)
+_GEMMA2 = _LATER | dict(max_position_embeddings=8192, final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
+_GEMMA3 = _LATER | dict(
+    vocab_size=262_208,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    max_position_embeddings=131_072,
+    sliding_window_pattern=6,
+)
+
+FAMILIES = {
+    "gemma": Family(
+        _read_gemma,
+        WEIGHTS,
+        _SHARED | dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=16, max_position_embeddings=8192),
+        IGNORED,
+    ),
+    "gemma2": Family(_read_gemma2, _LATER_WEIGHTS, _GEMMA2, IGNORED),
+    "gemma3_text": Family(_read_gemma3_text, _LATER_WEIGHTS, _GEMMA3),
+    "gemma3": Family(
+        _read_gemma3,
+        _LATER_WEIGHTS,
+        dict(tie_word_embeddings=True),
+        ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
+        renamed=(
+            (r"^(language_model\.model|model\.language_model)\.", "model."),
+            (r"^language_model\.lm_head", "lm_head"),
+        ),
+    ),
+}

@@ -1,0 +1,101 @@
+"""GPT-2: layer norms, learned positions, a plain MLP, and query, key and value in one matrix."""
+
+import numpy as np
+
+from saejax.models.config import DecoderConfig
+from saejax.models.families.table import Family, View, Weight, expect, linear
+from saejax.models.fields import Fields
+
+
+def _read_gpt2(fields: Fields) -> DecoderConfig:
+    context, d_head = fields.size("n_positions"), fields.quotient("n_embd", "n_head")
+    if fields.size("n_ctx", context) != context:
+        raise fields.contradiction("'n_ctx'", "'n_positions'")
+    fields.ignore("reorder_and_upcast_attn")  # scores in fp32, which they are here in any case
+    return DecoderConfig(
+        family="gpt2",
+        n_layers=fields.size("n_layer"),
+        d_model=fields.size("n_embd"),
+        n_heads=fields.size("n_head"),
+        n_kv_heads=fields.size("n_head"),
+        d_head=d_head,
+        d_mlp=fields.size("n_inner", 4 * fields.size("n_embd")),
+        vocab=fields.size("vocab_size"),
+        context=context,
+        tied=fields.take("tie_word_embeddings", bool),
+        norm="layer",
+        norm_eps=fields.number("layer_norm_epsilon"),
+        activation=fields.activation("activation_function"),
+        gated=False,
+        score_scale=d_head**-0.5 if fields.take("scale_attn_weights", bool) else 1.0,
+        scale_by_layer=fields.take("scale_attn_by_inverse_layer_idx", bool),
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        learned_positions=True,
+    )
+
+
+def _columns(part: int) -> View:
+    """Query (0), key (1) or value (2) of GPT-2's one matrix [in, 3 x heads x width]."""
+
+    def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        width = shape[1] * shape[2]
+        return expect(tensor, (shape[0], 3 * width))[:, part * width : (part + 1) * width].reshape(shape)
+
+    return view
+
+
+def _stretch(part: int) -> View:
+    """The same of its bias, [3 x heads x width]."""
+
+    def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return expect(tensor, (3 * shape[0] * shape[1],)).reshape(3, *shape)[part]
+
+    return view
+
+
+def _heads_out(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """GPT-2's [heads x width, out]."""
+    return expect(tensor, (shape[0] * shape[1], shape[2])).reshape(shape)
+
+
+_GPT2_WEIGHTS = {
+    "embed_VxD": Weight("transformer.wte.weight"),
+    "position_CxD": Weight("transformer.wpe.weight"),
+    "final_norm_D": Weight("transformer.ln_f.weight"),
+    "final_norm_bias_D": Weight("transformer.ln_f.bias"),
+    "unembed_DxV": Weight("lm_head.weight", linear),
+    "layers.attn_norm_D": Weight("transformer.h.{}.ln_1.weight"),
+    "layers.attn_norm_bias_D": Weight("transformer.h.{}.ln_1.bias"),
+    "layers.q_DxHxK": Weight("transformer.h.{}.attn.c_attn.weight", _columns(0)),
+    "layers.k_DxNxK": Weight("transformer.h.{}.attn.c_attn.weight", _columns(1)),
+    "layers.v_DxNxK": Weight("transformer.h.{}.attn.c_attn.weight", _columns(2)),
+    "layers.o_HxKxD": Weight("transformer.h.{}.attn.c_proj.weight", _heads_out),
+    "layers.q_bias_HxK": Weight("transformer.h.{}.attn.c_attn.bias", _stretch(0)),
+    "layers.k_bias_NxK": Weight("transformer.h.{}.attn.c_attn.bias", _stretch(1)),
+    "layers.v_bias_NxK": Weight("transformer.h.{}.attn.c_attn.bias", _stretch(2)),
+    "layers.o_bias_D": Weight("transformer.h.{}.attn.c_proj.bias"),
+    "layers.mlp_norm_D": Weight("transformer.h.{}.ln_2.weight"),
+    "layers.mlp_norm_bias_D": Weight("transformer.h.{}.ln_2.bias"),
+    "layers.up_DxF": Weight("transformer.h.{}.mlp.c_fc.weight"),
+    "layers.up_bias_F": Weight("transformer.h.{}.mlp.c_fc.bias"),
+    "layers.down_FxD": Weight("transformer.h.{}.mlp.c_proj.weight"),
+    "layers.down_bias_D": Weight("transformer.h.{}.mlp.c_proj.bias"),
+}
+
+FAMILIES = {
+    "gpt2": Family(
+        _read_gpt2,
+        _GPT2_WEIGHTS,
+        dict(
+            n_positions=1024,
+            layer_norm_epsilon=1e-5,
+            activation_function="gelu_new",
+            scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False,
+            tie_word_embeddings=True,
+        ),
+        ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),
+    ),
+}

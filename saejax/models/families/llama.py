@@ -1,0 +1,145 @@
+"""Llama and the families built like it: Mistral, Qwen 2 and Qwen 3."""
+
+from collections.abc import Callable
+from typing import Any
+
+from saejax.models.config import DecoderConfig
+from saejax.models.families.rotary import read_rope
+from saejax.models.families.table import Family, Weight, linear, linear_of_heads, vector
+from saejax.models.fields import Fields
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def rms_decoder(fields: Fields, family: str, **differences: Any) -> DecoderConfig:
+    """A decoder with RMS norms, rotary embeddings and a gated MLP, from the fields that all such families share.
+
+    Args:
+      differences: what this family does otherwise.
+    """
+    n_heads, context = fields.size("num_attention_heads"), fields.size("max_position_embeddings")
+    given = "head_dim" in fields
+    d_head = fields.size("head_dim") if given else fields.quotient("hidden_size", "num_attention_heads")
+    shared: dict[str, Any] = dict(
+        n_layers=fields.size("num_hidden_layers"),
+        d_model=fields.size("hidden_size"),
+        n_heads=n_heads,
+        n_kv_heads=fields.size("num_key_value_heads", n_heads),
+        d_head=d_head,
+        d_mlp=fields.size("intermediate_size"),
+        vocab=fields.size("vocab_size"),
+        context=context,
+        tied=fields.take("tie_word_embeddings", bool),
+        norm="rms",
+        norm_eps=fields.number("rms_norm_eps"),
+        gated=True,
+        score_scale=d_head**-0.5,
+    )
+    if "activation" not in differences:
+        shared["activation"] = fields.activation("hidden_act")
+    if "rope" not in differences:
+        shared["rope"] = read_rope(fields, d_head, context)
+    return DecoderConfig(family=family, **shared | differences)
+
+
+def read_local(fields: Fields, window: int | None, kind_of: Callable[[int], str]) -> dict[str, Any]:
+    """Which layers are local, and how far they see.
+
+    Args:
+      window: tokens that a local layer sees; None: there can be no local layers.
+      kind_of: the kind of each layer, where the config does not list them in "layer_types".
+    """
+    n_layers = fields.size("num_hidden_layers")
+    kinds = fields.take("layer_types", list, [kind_of(layer) for layer in range(n_layers)])
+    for kind in kinds:
+        if kind not in (LOCAL, GLOBAL):
+            raise fields.refuse("layer_types", kind, f"'{GLOBAL}' or '{LOCAL}'")
+    if len(kinds) != n_layers:
+        raise fields.contradiction(f"'layer_types' ({len(kinds)} of them)", f"'num_hidden_layers' ({n_layers})")
+    if LOCAL not in kinds:
+        return {}
+    if window is None:
+        raise fields.contradiction(f"'layer_types' (with '{LOCAL}')", "'sliding_window' (null or switched off)")
+    return dict(local=tuple(kind == LOCAL for kind in kinds), window=window)
+
+
+def _read_llama(fields: Fields) -> DecoderConfig:
+    fields.expect("rope_interleaved", False)
+    bias = fields.take("attention_bias", bool)
+    mlp_bias = fields.take("mlp_bias", bool)
+    return rms_decoder(fields, "llama", qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)
+
+
+def _read_mistral(fields: Fields) -> DecoderConfig:
+    window = fields.size_or_null("sliding_window")
+    local = () if window is None else (True,) * fields.size("num_hidden_layers")
+    return rms_decoder(fields, "mistral", local=local, window=window)
+
+
+def _read_qwen2(fields: Fields) -> DecoderConfig:
+    return rms_decoder(fields, "qwen2", qkv_bias=True, **_read_qwen_local(fields))
+
+
+def _read_qwen3(fields: Fields) -> DecoderConfig:
+    bias = fields.take("attention_bias", bool)
+    return rms_decoder(fields, "qwen3", qk_norm=True, qkv_bias=bias, o_bias=bias, **_read_qwen_local(fields))
+
+
+def _read_qwen_local(fields: Fields) -> dict[str, Any]:
+    fields.expect("use_mrope", False)
+    window, first = fields.size_or_null("sliding_window"), fields.take("max_window_layers", int)
+    if not fields.take("use_sliding_window", bool):
+        window = None
+    return read_local(fields, window, lambda layer: GLOBAL if window is None or layer < first else LOCAL)
+
+
+WEIGHTS = {
+    "embed_VxD": Weight("model.embed_tokens.weight"),
+    "final_norm_D": Weight("model.norm.weight"),
+    "unembed_DxV": Weight("lm_head.weight", linear),
+    "layers.attn_norm_D": Weight("model.layers.{}.input_layernorm.weight"),
+    "layers.q_DxHxK": Weight("model.layers.{}.self_attn.q_proj.weight", linear),
+    "layers.k_DxNxK": Weight("model.layers.{}.self_attn.k_proj.weight", linear),
+    "layers.v_DxNxK": Weight("model.layers.{}.self_attn.v_proj.weight", linear),
+    "layers.o_HxKxD": Weight("model.layers.{}.self_attn.o_proj.weight", linear_of_heads),
+    "layers.q_bias_HxK": Weight("model.layers.{}.self_attn.q_proj.bias", vector),
+    "layers.k_bias_NxK": Weight("model.layers.{}.self_attn.k_proj.bias", vector),
+    "layers.v_bias_NxK": Weight("model.layers.{}.self_attn.v_proj.bias", vector),
+    "layers.o_bias_D": Weight("model.layers.{}.self_attn.o_proj.bias"),
+    "layers.q_norm_K": Weight("model.layers.{}.self_attn.q_norm.weight"),
+    "layers.k_norm_K": Weight("model.layers.{}.self_attn.k_norm.weight"),
+    "layers.mlp_norm_D": Weight("model.layers.{}.post_attention_layernorm.weight"),
+    "layers.gate_DxF": Weight("model.layers.{}.mlp.gate_proj.weight", linear),
+    "layers.up_DxF": Weight("model.layers.{}.mlp.up_proj.weight", linear),
+    "layers.down_FxD": Weight("model.layers.{}.mlp.down_proj.weight", linear),
+    "layers.gate_bias_F": Weight("model.layers.{}.mlp.gate_proj.bias"),
+    "layers.up_bias_F": Weight("model.layers.{}.mlp.up_proj.bias"),
+    "layers.down_bias_D": Weight("model.layers.{}.mlp.down_proj.bias"),
+}
+
+_SHARED: dict[str, Any] = dict(rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=False)
+_QWEN = _SHARED | dict(
+    num_key_value_heads=32,
+    max_position_embeddings=32_768,
+    sliding_window=4096,
+    max_window_layers=28,
+    use_sliding_window=False,
+)
+IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+
+FAMILIES = {
+    "llama": Family(
+        _read_llama,
+        WEIGHTS,
+        _SHARED | dict(max_position_embeddings=2048, attention_bias=False, mlp_bias=False),
+        IGNORED,
+    ),
+    "mistral": Family(
+        _read_mistral,
+        WEIGHTS,
+        _SHARED | dict(num_key_value_heads=8, max_position_embeddings=131_072, sliding_window=4096),
+        IGNORED,
+    ),
+    "qwen2": Family(_read_qwen2, WEIGHTS, _QWEN, IGNORED),
+    "qwen3": Family(_read_qwen3, WEIGHTS, _QWEN | dict(head_dim=128, attention_bias=False), IGNORED),
+}

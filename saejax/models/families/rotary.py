@@ -1,0 +1,142 @@
+"""Reading the rotary embedding of a ``config.json``, in the words of transformers 4 and 5, and all its kinds.
+
+Each kind of scaling changes the frequencies of the plain embedding, theta^(-2i/R) for pair i of R dimensions, so that
+positions beyond those of pre-training can be told apart.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from saejax.errors import UserError
+from saejax.models.config import Rope
+from saejax.models.fields import Fields
+
+
+def read_rope(
+    fields: Fields,
+    d_head: int,
+    context: int,
+    theta_names: Sequence[str] = ("rope_theta",),
+    share_names: Sequence[str] = (),
+    default_share: float = 1.0,
+) -> Rope:
+    """The rotary embedding that all layers share.
+
+    transformers 5 writes all of it into "rope_parameters"; transformers 4 writes the base beside it and calls it
+    "rope_scaling".
+
+    Args:
+      fields: of the config.
+      d_head: width of a head.
+      context: longest prompt in tokens.
+      theta_names: fields beside "rope_parameters" that may hold the base.
+      share_names: those that may hold the share of a head that turns; none where the family turns all of it.
+      default_share: what that share is where nothing tells.
+    """
+    rope = rope_object(fields)
+    theta = rope.agreeing([(fields, name) for name in theta_names], "rope_theta", 10_000.0)
+    if share_names:
+        share = rope.agreeing([(fields, name) for name in share_names], "partial_rotary_factor", default_share)
+    else:
+        rope.expect("partial_rotary_factor", 1.0)
+        share = 1.0
+    return make_rope(rope, theta, share, d_head, context)
+
+
+def rope_object(fields: Fields) -> Fields:
+    """The fields of "rope_parameters" or "rope_scaling"; a ``UserError`` if there are both and they differ."""
+    old, new = (fields.take(name, dict, {}) for name in ("rope_scaling", "rope_parameters"))
+    if old and new and old != new:
+        raise fields.contradiction("'rope_scaling'", "'rope_parameters'")
+    return Fields(new or old, fields.where, "rope_parameters." if new else "rope_scaling.")
+
+
+def make_rope(rope: Fields, theta: float, share: float, d_head: int, context: int) -> Rope:
+    """The rotary embedding that an object such as "rope_parameters" describes, once its base and share are known."""
+    old, kind = (rope.take(name, str, "") for name in ("type", "rope_type"))
+    if old and kind and old != kind:
+        raise rope.contradiction(f"'type' ({old})", f"'rope_type' ({kind})")
+    kind = kind or old or "default"
+    if kind not in _KINDS:
+        raise rope.refuse("rope_type", kind, f"one of {', '.join(_KINDS)}")
+    width = int(d_head * share)
+    if width % 2 or not 2 <= width <= d_head:
+        turning = f"a share of {share:g} of that turns" if share != 1 else "all of that turns"
+        raise UserError(
+            f"{rope.where}: heads are {d_head} wide and {turning}, but a rotary embedding needs an even width of at "
+            "least 2: use another model"
+        )
+    frequencies, gain = _KINDS[kind](rope, theta, width, context)
+    rope.done()
+    return Rope(tuple(frequencies.tolist()), gain)
+
+
+_Kind = Callable[[Fields, float, int, int], tuple[np.ndarray, float]]
+
+
+def _plain(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
+    return theta ** -(np.arange(0, width, 2) / width), 1.0
+
+
+def _linear(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
+    """Positions are divided by a factor (Chen et al., 2023)."""
+    frequencies, gain = _plain(rope, theta, width, context)
+    return frequencies / rope.number("factor"), gain
+
+
+def _dynamic(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
+    """A base that grows with the prompt once that is longer than the context, which it never is here."""
+    rope.number("factor")
+    return _plain(rope, theta, width, context)
+
+
+def _llama3(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
+    """Pairs that turn less than ``low`` times over the original context are slowed down by a factor, those that turn
+    more than ``high`` times stay, and in between one goes over into the other (Llama 3.1)."""
+    frequencies, gain = _plain(rope, theta, width, context)
+    factor, low, high = (rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise rope.contradiction(f"'low_freq_factor' ({low:g})", f"'high_freq_factor' ({high:g})")
+    turns = rope.size("original_max_position_embeddings", context) * frequencies / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return frequencies * (kept + (1 - kept) / factor), gain
+
+
+def _yarn(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
+    """YaRN (Peng et al., 2023): pairs that turn often stay, those that turn rarely are slowed down by a factor, with a
+    ramp over the pairs between; and attention is made sharper by a gain."""
+    original = rope.size("original_max_position_embeddings", context)
+    factor = rope.number("factor", context / original)
+
+    def pair(turns: float) -> float:
+        """The pair that turns so many times over the original context."""
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair(rope.number("beta_fast", 32.0)), pair(rope.number("beta_slow", 1.0))
+    if rope.take("truncate", bool, True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    ramp = np.clip((np.arange(width // 2) - first) / max(last - first, 1e-3), 0, 1)
+    frequencies, _ = _plain(rope, theta, width, context)
+    return frequencies * (1 - ramp + ramp / factor), _yarn_gain(rope, factor)
+
+
+def _yarn_gain(rope: Fields, factor: float) -> float:
+    def gain(strength: float) -> float:
+        return 0.1 * strength * math.log(factor) + 1 if factor > 1 else 1.0
+
+    given, one, other = (rope.number_or_null(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if given is not None:
+        return given
+    return gain(one) / gain(other) if one and other else gain(1.0)
+
+
+_KINDS: dict[str, _Kind] = {
+    "default": _plain,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}

@@ -1,0 +1,81 @@
+"""What a family of models is made of: a reader of its configuration and a table of where its weights are."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from saejax.models.config import DecoderConfig
+from saejax.models.fields import Fields
+
+_T = TypeVar("_T")
+View = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+def expect(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor, if it has that shape; otherwise a ``ValueError`` that says which it has."""
+    if tensor.shape != shape:
+        raise ValueError(f"has shape {list(tensor.shape)}, expected {list(shape)}")
+    return tensor
+
+
+def vector(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A bias, whose heads and their width are one dimension."""
+    return expect(tensor, (math.prod(shape),)).reshape(shape)
+
+
+def linear(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A torch Linear, [out, in]; the parameter is [in, out], where out may be heads by width."""
+    return expect(tensor, (math.prod(shape[1:]), shape[0])).T.reshape(shape)
+
+
+def linear_of_heads(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A torch Linear, [out, in]; the parameter is [heads, width, out]."""
+    return expect(tensor, (shape[2], shape[0] * shape[1])).T.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Where a parameter, or its slice of one layer, is found in a checkpoint.
+
+    Attributes:
+      name: the tensor's name; "{}" stands for the layer. Several parameters may be parts of one tensor.
+      view: gives that tensor, or its part, the parameter's shape without copying; a ``ValueError`` if the tensor has
+        another shape than it should.
+    """
+
+    name: str
+    view: View = expect
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one ``model_type`` is read.
+
+    Attributes:
+      read_config: from the fields of its ``config.json``.
+      weights: the place of every parameter of ``parameters.parameter_table``.
+      defaults: what transformers takes for fields that are absent.
+      ignored: patterns of tensors that some checkpoints carry and a forward pass on text does not need.
+      renamed: patterns of tensors that some checkpoints name otherwise, and what stands in the patterns' place here.
+    """
+
+    read_config: Callable[[Fields], DecoderConfig]
+    weights: Mapping[str, Weight]
+    defaults: Mapping[str, Any]
+    ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def needed(self, tensors: Mapping[str, _T]) -> dict[str, _T]:
+        """The tensors of a checkpoint under the names of ``weights``, without those that are ignored."""
+        found = {}
+        for name, tensor in tensors.items():
+            if any(re.fullmatch(pattern, name) for pattern in self.ignored):
+                continue
+            for pattern, replacement in self.renamed:
+                name = re.sub(pattern, replacement, name)
+            found[name] = tensor
+        return found

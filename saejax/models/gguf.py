@@ -1,0 +1,190 @@
+"""GGUF files: de-quantised once by transformers, and kept in the hub's format.
+
+A GGUF file leaves out some of a model's settings, and transformers leaves out some of the file's, without a word. So
+what it made of a file is compared with the file: every setting that it did not read has to agree, every tensor has to
+have been used, and nothing may have been drawn at random.
+
+De-quantised models are kept in ``$SAEJAX_CACHE`` (by default ``~/.cache/saejax``), each in a folder that appears whole
+or not at all and is used only while its content is what was written.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from saejax.errors import UserError
+from saejax.models.identity import MARK, content, fingerprint
+from saejax.workspace import write_json
+
+_CONVERSION = 1  # raise it when the conversion changes, so that old caches are left behind
+# Settings of a file, below its architecture, that cannot change the result: sizes that the tensors show, or facts of
+# the training.
+_INERT = {"vocab_size", "feed_forward_length", "tensor_data_layout", "rope.scaling.finetuned"}
+# The largest Gemmas scale attention scores by another width than their heads', which no file says.
+_OTHER_SCALE = {("gemma2", 46), ("gemma3", 62)}
+
+
+def cache_folder() -> Path:
+    """Where de-quantised models are kept."""
+    return Path(os.environ.get("SAEJAX_CACHE") or Path.home() / ".cache" / "saejax").expanduser()
+
+
+def dequantised(gguf: Path) -> Path:
+    """The model of a GGUF file, from the cache or made now.
+
+    Raises:
+      UserError: transformers cannot read the file, or not all of it; or the cache cannot be written.
+    """
+    folder = cache_folder() / f"{gguf.stem}-{content(gguf)[:16]}-{_CONVERSION}"
+    if _is_whole(folder):
+        return folder
+    try:
+        with _locked(folder):
+            if not _is_whole(folder):  # another process may have made it meanwhile
+                _make(gguf, folder)
+    except OSError as error:
+        raise UserError(
+            f"the model cache {cache_folder()} cannot be written ({error.strerror or error}): set SAEJAX_CACHE to a "
+            "writable folder with room for the model in fp32"
+        ) from None
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder holds what was written into it."""
+    if not folder.is_dir():
+        return False
+    try:
+        return json.loads((folder / MARK).read_text())["fingerprint"] == fingerprint(folder)
+    except (OSError, ValueError, KeyError, UserError):
+        return False
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Waits until no other process makes this folder. A process that dies lets go."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make(gguf: Path, folder: Path) -> None:
+    beside = folder.with_name(f".{folder.name}.writing")
+    for leftover in (beside, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir()
+    try:
+        _convert(gguf, beside)
+        write_json(beside / MARK, dict(gguf=gguf.name, fingerprint=fingerprint(beside)))
+        for path in beside.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.rename(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Saves the model and the tokenizer of a GGUF file in the hub's format, in fp32."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
+
+    logging.disable_progress_bar()
+    where = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+    try:
+        settings, tensors = _read(gguf)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            **where, quantization_config=GgufConfig(dequantize=True), dtype="float32", output_loading_info=True
+        )
+        _check_settings(gguf, settings, model.config)
+        _check_tensors(gguf, tensors, model, loaded["missing_keys"])
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes the parser raise anything
+        raise UserError(f"{gguf} cannot be read by transformers ({error}): expected a whole GGUF model") from error
+    # transformers refuses to save what it believes to be quantised; these weights no longer are.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    vars(model.config).pop("quantization_config", None)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from None
+    tokenizer.save_pretrained(folder)
+
+
+def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The settings below the file's architecture that transformers does not read, and the size of every tensor.
+
+    Raises:
+      UserError: transformers does not read this architecture.
+    """
+    from gguf import GGUFReader
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    reader = GGUFReader(gguf)
+    architecture = reader.fields["general.architecture"].contents()
+    known = {_plain(name): keys for name, keys in GGUF_CONFIG_MAPPING.items() if name not in ("general", "tokenizer")}
+    if _plain(architecture) not in known:
+        raise UserError(
+            f"{gguf} holds a model of the architecture {architecture!r}, which transformers cannot read in this "
+            f"format, expected one of {', '.join(sorted(known))}: use the model's safetensors"
+        )
+    prefix = f"{architecture}."
+    settings = {
+        name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if name.startswith(prefix)
+    }
+    if (architecture, settings.get("block_count")) in _OTHER_SCALE:
+        raise UserError(f"{gguf} does not say how attention scores are scaled: use the model's safetensors")
+    unread = {name: value for name, value in settings.items() if not known[_plain(architecture)].get(name)}
+    return unread, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+
+
+def _plain(architecture: str) -> str:
+    """The name without what the file and transformers write differently: qwen2moe, qwen2_moe."""
+    return architecture.replace("_", "").replace("-", "")
+
+
+def _check_settings(gguf: Path, settings: dict[str, Any], config: Any) -> None:
+    """A ``UserError`` if a setting that transformers did not read is not what its configuration says."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    local = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention") or {}
+    agreed = dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head) | {
+        "attention.sliding_window": getattr(config, "sliding_window", None),
+        "attention.causal": True,
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
+        "rope.freq_base_swa": local.get("rope_theta"),
+        "rope.scaling.type": "none",
+    }
+    missing = object()
+    wrong = [
+        f"{name} = {value}"
+        for name, value in settings.items()
+        if name not in _INERT and agreed.get(name, missing) != value
+    ]
+    if wrong:
+        raise UserError(
+            f"{gguf} has settings that transformers does not read and that change the result: {', '.join(wrong)}: use "
+            "the model's safetensors"
+        )
+
+
+def _check_tensors(gguf: Path, tensors: dict[str, int], model: Any, drawn: set[str]) -> None:
+    """A ``UserError`` if a tensor of the file was not used, or a parameter was not in the file."""
+    if drawn:
+        raise UserError(f"{gguf} lacks the weights {', '.join(sorted(drawn)[:5])}: expected a whole GGUF model")
+    used = sum(parameter.numel() for parameter in model.parameters())  # tied ones count once
+    if used != sum(tensors.values()):
+        sizes = ", ".join(name for name in tensors if name.startswith("rope_") or name.endswith(".bias")) or "unknown"
+        raise UserError(
+            f"{gguf} holds {sum(tensors.values()):,} numbers, of which transformers reads {used:,} (possibly left out: "
+            f"{sizes}): use the model's safetensors"
+        )

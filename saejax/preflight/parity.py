@@ -1,0 +1,125 @@
+"""Whether the decoder gives what transformers gives, on random tokens and on real text, at every site.
+
+The relative error of a site is max |a - b| / max |b| over the real positions of all prompts, b being transformers'.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.models import source
+from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.sites import KINDS, Site
+from saejax.models.tokens import Tokens, pad
+from saejax.settings import ModelConfig
+from saejax.tasks.corpora import read_corpus
+
+LOGITS = "logits"
+_PROMPTS, _LENGTH = 4, 64  # prompts of each kind, and most tokens of one
+_SEED = 789
+
+
+@dataclasses.dataclass(frozen=True)
+class Error:
+    """The largest relative error of a kind of site, or of the logits.
+
+    Attributes:
+      kind: of site, or ``LOGITS``.
+      layer: where; -1 for the logits.
+      value: it; infinite where either side is not finite.
+    """
+
+    kind: str
+    layer: int
+    value: float
+
+
+def measure(configs: Mapping[str, Any], model: ModelConfig, mesh: Mesh) -> dict[str, list[Error]]:
+    """Runs a model both ways, in the dtype of its settings.
+
+    Args:
+      configs: the groups of configuration; the corpus gives the real text.
+      model: which.
+      mesh: for the decoder.
+
+    Returns:
+      For "random tokens" and "real text", the largest error of every kind of site and of the logits.
+    """
+    lm = load_model(model.path, model.revision, model.dtype, mesh)
+    prompts = {"random tokens": _random(lm), "real text": _real(lm, configs)}
+    ours = {name: _decoder(lm, tokens) for name, tokens in prompts.items()}
+    torch_model = source.load_torch_model(lm.source, model.dtype)
+    logits = {
+        name: source.torch_logits(torch_model, tokens.ids_BxT, tokens.lengths_B) for name, tokens in prompts.items()
+    }
+    theirs = _transformers(torch_model, list(ours["real text"][1]), list(prompts.values()))
+    return {
+        name: _errors(tokens, (logits[name], sites), ours[name])
+        for (name, tokens), sites in zip(prompts.items(), theirs, strict=True)
+    }
+
+
+def _random(lm: LanguageModel) -> Tokens:
+    """Token ids drawn from the vocabulary, in prompts of different lengths, one of them a single token."""
+    rng = np.random.default_rng(_SEED)
+    longest = min(_LENGTH, lm.config.context)
+    lengths = [longest, *rng.integers(1, longest + 1, _PROMPTS - 2), 1]
+    return pad([rng.integers(0, lm.config.vocab, length).tolist() for length in lengths])
+
+
+def _real(lm: LanguageModel, configs: Mapping[str, Any]) -> Tokens:
+    """The beginnings of the corpus's first documents."""
+    longest = min(_LENGTH, lm.config.context)
+    texts = [document.text[: 8 * longest] for document in read_corpus(configs["corpus"])[:_PROMPTS]]
+    return pad([lm.tokenizer(text, verbose=False)["input_ids"][:longest] for text in texts])
+
+
+def _decoder(lm: LanguageModel, tokens: Tokens) -> tuple[np.ndarray, dict[Site, np.ndarray]]:
+    sites = [Site(kind, layer) for layer in range(lm.config.n_layers) for kind in KINDS]
+    with jax.default_matmul_precision("highest"):
+        output = lm(tokens, capture=sites)
+    return np.asarray(output.logits_BxTxV), {site: np.asarray(output.sites[str(site)]) for site in sites}
+
+
+def _transformers(model: Any, sites: Sequence[Site], prompts: Sequence[Tokens]) -> list[dict[Site, np.ndarray]]:
+    """The same sites by hooks in the transformers model, for each batch of prompts."""
+    from saejax.activations.plan import Batch
+    from saejax.activations.torch_capture import SiteReader  # imports torch
+
+    values: list[dict[Site, np.ndarray]] = [{} for _ in prompts]
+
+    def take(batch: Batch, site: Any, value_BxTxD: np.ndarray) -> None:
+        values[batch.documents_B[0]][site] = np.array(value_BxTxD)
+
+    batches = []
+    for number, tokens in enumerate(prompts):
+        count = len(tokens.lengths_B)
+        rows_B = tuple(np.arange(length) for length in tokens.lengths_B)
+        batches.append(
+            Batch(tokens.ids_BxT, np.full(count, number), np.zeros(count, np.int32), tokens.lengths_B, rows_B)
+        )
+    SiteReader(model, sites).read(batches, take)
+    return values
+
+
+def _errors(
+    tokens: Tokens,
+    theirs: tuple[np.ndarray, dict[Site, np.ndarray]],
+    ours: tuple[np.ndarray, dict[Site, np.ndarray]],
+) -> list[Error]:
+    """The largest error of every kind, in the order of the forward pass, the logits last."""
+    mask_BxT = tokens.mask_BxT
+
+    def error(mine: np.ndarray, other: np.ndarray) -> float:
+        real, expected = (value[mask_BxT].astype(np.float64) for value in (mine, other))
+        if not (np.isfinite(real).all() and np.isfinite(expected).all()):
+            return float("inf")
+        return float(np.abs(real - expected).max() / max(np.abs(expected).max(), np.finfo(np.float64).tiny))
+
+    found = [Error(site.kind, site.layer, error(ours[1][site], theirs[1][site])) for site in ours[1]]
+    worst = [max((e for e in found if e.kind == kind), key=lambda e: e.value) for kind in KINDS]
+    return [*worst, Error(LOGITS, -1, error(ours[0], theirs[0]))]

@@ -1,0 +1,78 @@
+"""The models to check, known by their ``config.json`` alone: no weights are fetched or read."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from saejax.errors import UserError
+from saejax.models import source
+from saejax.models.config import DecoderConfig
+from saejax.models.families import read_config
+from saejax.settings import ModelConfig
+from saejax.workspace import fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model without its weights.
+
+    Attributes:
+      path: as it was given: a hub id, a folder, or a file of its shape.
+      config: its decoder.
+      has_weights: whether the path leads to weights too, and not only to a shape.
+    """
+
+    path: str
+    config: DecoderConfig
+    has_weights: bool
+
+
+def read_shapes(configs: Mapping[str, Any]) -> list[Shape]:
+    """The models of ``--preflight.models``; where there are none, that of ``--model.path``.
+
+    Raises:
+      UserError: one cannot be found or read, or is of an unsupported family.
+    """
+    return [_read(path, configs["model"]) for path in configs["preflight"].models or (configs["model"].path,)]
+
+
+def identity(configs: Mapping[str, Any]) -> str:
+    """A hash that changes with the shapes, and with the weights where they are looked at."""
+    shapes = read_shapes(configs)
+    data: list[Any] = [dataclasses.asdict(shape) for shape in shapes]
+    if configs["preflight"].parity:
+        model = configs["model"]
+        data += [source.resolve(named(shape.path, model)).fingerprint for shape in shapes if shape.has_weights]
+    return fingerprint(data)
+
+
+def _read(path: str, model: ModelConfig) -> Shape:
+    file = Path(path).expanduser()
+    if file.suffix == ".json":
+        return Shape(path, read_config(_json_object(file), path), has_weights=False)
+    try:
+        config_file = source.find_config(named(path, model))
+    except UserError as error:
+        raise UserError(
+            f"{error}; preflight also takes a file of the shape alone: --preflight.models=FILE.json"
+        ) from None
+    return Shape(path, read_config(_json_object(config_file), str(config_file)), has_weights=True)
+
+
+def named(path: str, model: ModelConfig) -> ModelConfig:
+    """The settings for another model: a revision belongs to the model it was given for."""
+    return dataclasses.replace(model, path=path, revision=model.revision if path == model.path else "main")
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): expected a model's shape, a config.json") from None
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise UserError(f"{file} is not a JSON object: expected a model's shape, a config.json of the hub")
+    return data

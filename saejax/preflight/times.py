@@ -1,0 +1,137 @@
+"""Roughly how long a run takes and how much it writes.
+
+A stage's operations are divided by the measured rate of matrix products and by the share of it that the stage
+reached in whole runs of the demo on two CPU cores, on which the estimates were within a third.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from saejax.evaluation.loss_recovered import VARIANTS
+from saejax.preflight.costs import head_flops, pass_flops, step_flops
+from saejax.preflight.work import Work
+from saejax.settings import CorpusConfig
+from saejax.tasks.benchmark_scores import way
+from saejax.tasks.benchmarks import definition
+from saejax.tasks.corpora import Document
+
+_CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
+_PROMPT = 16  # tokens: the behaviours' prompts have 8 to 26
+_CHOICES = 4  # of a question of the logic benchmark
+_START = 8.0  # seconds to load and compile, for every unit
+_SHARES = dict(
+    benchmark=dict(float32=0.6, bfloat16=0.4),
+    baseline=dict(float32=0.6, bfloat16=0.4),
+    torch=dict(float32=0.8, bfloat16=0.6),
+    jax=dict(float32=0.9, bfloat16=0.5),
+    train=dict(float32=0.7, bfloat16=0.4),
+    evaluate=dict(float32=0.8, bfloat16=0.5),
+    ablate=dict(float32=0.75, bfloat16=0.5),
+)
+
+
+def corpus_tokens(documents: Sequence[Document], config: CorpusConfig) -> int:
+    """About how many tokens of the corpus are used."""
+    tokens = round(sum(len(document.text) for document in documents) / _CHARACTERS_PER_TOKEN)
+    return min(tokens, config.max_tokens or tokens)
+
+
+def recorded_rows(work: Work, documents: int, tokens: int, last: int) -> int:
+    """About how many rows the store gets: all tokens, or the last ones of every document."""
+    pieces = max(documents, -(-tokens // work.batch[1]))
+    return min(tokens, last * pieces) if last else tokens
+
+
+def disk_bytes(work: Work, rows: int) -> int:
+    """What the run writes: the store, and for every dictionary two checkpoints and the arrays."""
+    width = 2 if work.stored == "bfloat16" else 4
+    store = rows * sum(site.width(work.model) * width + 16 for site in work.sites)
+    dictionary = 4 * 2 * work.tested.n_features * work.tested.d_in
+    return store + work.dictionaries * 7 * dictionary
+
+
+def stage_seconds(
+    work: Work, configs: Mapping[str, Any], documents: int, tokens: int, rates: Mapping[str, float]
+) -> dict[str, float]:
+    """Seconds of the stages that take long.
+
+    Args:
+      work: what is run.
+      configs: the groups of configuration.
+      documents, tokens: of the corpus.
+      rates: FLOP/s of matrix products, by dtype.
+    """
+    model, task, train = work.model, configs["task"], work.train
+    kinds, dictionaries = len(work.stacks), work.dictionaries
+    rows = recorded_rows(work, documents, tokens, configs["capture"].last)
+    steps_rows = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
+    texts = 2 * len(task.behaviours) * (task.train_prompts + task.test_prompts)  # each with its counterpart
+    length = min(work.batch[1], -(-tokens // documents))
+    deepest = 1 + max(site.layer for site in work.sites)
+    flops = dict(
+        baseline=(work.dtype, 1, pass_flops(model, texts * _PROMPT, _PROMPT, model.n_layers)),
+        benchmark=(work.dtype, len(task.benchmarks), _benchmark_flops(work, configs)),
+        capture=(work.capture, 1, pass_flops(model, tokens, length, deepest)),
+        train=(train.matmul, kinds, dictionaries * step_flops(steps_rows, work.tested.d_in, work.tested.n_features)),
+        evaluate=(
+            work.dtype,
+            kinds,
+            _evaluate_flops(work, configs["evaluate"].ce_documents or documents // 10),
+        ),
+        ablate=(work.dtype, 1, _ablate_flops(work, configs)),
+    )
+    seconds = {}
+    for stage, (dtype, units, count) in flops.items():
+        shares = _SHARES[work.backend if stage == "capture" else stage]
+        seconds[stage] = units * _START + count / (shares[dtype] * rates[dtype])
+    return {stage: value for stage, value in seconds.items() if value}
+
+
+def _benchmark_flops(work: Work, configs: Mapping[str, Any]) -> float:
+    """The prompts, once or once a choice; of generated answers every token, which costs about as much as four read."""
+    task, length = configs["task"], configs["preflight"].benchmark_tokens
+    tokens = 0
+    for name in task.benchmarks:
+        scoring = way(name, task)
+        each = dict(generate=length + 4 * task.max_new_tokens, choice=_CHOICES * length, likelihood=length)[scoring]
+        tokens += each * (task.examples or definition(name).examples)
+    return pass_flops(work.model, tokens, length, work.model.n_layers)
+
+
+def _evaluate_flops(work: Work, documents: int) -> float:
+    """Cross-entropy of full batches of held-out documents: the clean model and the floors once for each stack."""
+    rows, length = work.scored
+    tokens = -(-documents // rows) * rows * length
+    tails = (len(VARIANTS) - 1) * len(work.stacks) + work.dictionaries
+    layers = len(work.stacks) * work.site.layer + tails * (work.model.n_layers - work.site.layer)
+    return pass_flops(work.model, tokens, length, layers) + tails * head_flops(work.model, tokens)
+
+
+def _ablate_flops(work: Work, configs: Mapping[str, Any]) -> float:
+    """The tail, on every test prompt without each of the sets; about one in six fires nowhere and is not run."""
+    task, ablate = configs["task"], configs["ablate"]
+    sets = 0.85 * (ablate.draws + 4 * ablate.top + 1)  # the top features one by one, each with three of its like
+    tokens = int(len(task.behaviours) * task.test_prompts * sets) * _PROMPT
+    return pass_flops(work.model, tokens, _PROMPT, work.model.n_layers - work.site.layer - 1)
+
+
+def matmul_rates(size: int = 1536, repeats: int = 6) -> dict[str, float]:
+    """FLOP/s of matrix products of this size, the best of some, by dtype of the operands, all devices together."""
+    return {dtype: _rate(dtype, size, repeats) for dtype in ("float32", "bfloat16")}
+
+
+def _rate(dtype: str, size: int, repeats: int) -> float:
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    product(a, a).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    devices = 1 if jax.devices()[0].platform == "cpu" else jax.device_count()  # CPU devices share the cores
+    return devices * 2 * size**3 / best

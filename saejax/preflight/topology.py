@@ -1,0 +1,155 @@
+"""Compiling for a TPU slice that need not be there: libtpu's compiler knows every slice by name.
+
+The memory it states is what a device of the slice would need; where a program does not fit, compilation fails
+and says by how much.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from saejax.errors import UserError
+from saejax.preflight.programs import Program
+
+# The first two keep libtpu from asking a metadata server and from taking the machine's one TPU for itself; the
+# others only keep it quiet about not being on a TPU host.
+_ENVIRONMENT = dict(
+    TPU_SKIP_MDS_QUERY="1",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-8",
+    TPU_WORKER_HOSTNAMES="localhost",
+)
+_EXCEEDED = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
+_UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A TPU slice.
+
+    Attributes:
+      name: as libtpu knows it, such as "v5e:2x4".
+      devices: its devices, which exist in name only.
+      limit: bytes of memory that a program can have on each.
+    """
+
+    name: str
+    devices: Sequence[jax.Device]
+    limit: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler said of a program.
+
+    Attributes:
+      memory: bytes per device of arguments, results and temporaries, and of what else the stage keeps there.
+      fits: whether that is at most what a device has.
+      counted_flops: per device, by XLA, which takes the body of a loop once; None where the program does not fit.
+      seconds: to compile it.
+    """
+
+    memory: int
+    fits: bool
+    counted_flops: float | None
+    seconds: float
+
+
+def find_slice(name: str) -> Slice:
+    """The slice of this name.
+
+    Raises:
+      UserError: libtpu is not installed, or knows no such slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--preflight.topology={name} needs the package libtpu, which is not installed: run "
+            "pip install -e '.[tpu]' (it compiles without a TPU), or leave the flag out"
+        )
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    devices = _devices(name)
+    return Slice(name, devices, _limit(devices[0]))
+
+
+def compile_for(program: Program, limit: int) -> Compiled:
+    """Compiles a program for the devices of its arguments.
+
+    Args:
+      program: what to compile.
+      limit: bytes that a device has.
+    """
+    start = time.monotonic()
+    kept = _bytes_per_device(program.kept)
+    arguments = _bytes_per_device(program.arguments)
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _exceeded(error)
+        if needed is None:
+            raise
+        return Compiled(needed[0] + kept, False, None, time.monotonic() - start)
+    stated = compiled.memory_analysis()
+    # Arguments that the program does not use are not among those that the compiler counts, but they are there.
+    memory = max(arguments, stated.argument_size_in_bytes) + kept
+    memory += stated.output_size_in_bytes + stated.temp_size_in_bytes - stated.alias_size_in_bytes
+    flops = float((compiled.cost_analysis() or {}).get("flops", 0.0))
+    return Compiled(memory, memory <= limit, flops, time.monotonic() - start)
+
+
+def _devices(name: str) -> Sequence[jax.Device]:
+    from jax.experimental import topologies
+
+    def find(**options: Any) -> Sequence[jax.Device]:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+    try:
+        return find()
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        message = " ".join(str(error).split())
+        if name.endswith(":1x1") and "chips_per_host_bounds" in message:
+            return find(chips_per_host_bounds=[1, 1, 1])  # a part of a host, which libtpu takes to be 2x2
+        raise UserError(
+            f"--preflight.topology={name} is not a TPU slice that libtpu knows ({message}): expected a kind and its "
+            "layout, such as v5e:2x4, v5p:2x2x2 or v6e:4x4"
+        ) from None
+
+
+def _limit(device: jax.Device) -> int:
+    """The memory that the compiler has to give on a device: it says so when asked for too much."""
+    where = jax.NamedSharding(Mesh(np.array([device]), ("all",)), PartitionSpec())
+    huge = jax.ShapeDtypeStruct((2**10, 2**30), jnp.int32, sharding=where)
+    try:
+        jax.jit(jnp.negative).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        exceeded = _exceeded(error)
+        if exceeded is None:
+            raise
+        return exceeded[1]
+    raise RuntimeError("the compiler found room for 8 TiB on one device")
+
+
+def _exceeded(error: Exception) -> tuple[int, int] | None:
+    """Bytes needed and bytes available, from the compiler's message; None if it is another error."""
+    found = _EXCEEDED.search(str(error))
+    if not found:
+        return None
+    needed, unit, available, available_unit = found.groups()
+    return int(float(needed) * _UNITS[unit]), int(float(available) * _UNITS[available_unit])
+
+
+def _bytes_per_device(tree: Any) -> int:
+    def size(leaf: Any) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        return int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct))

@@ -1,0 +1,155 @@
+"""The sizes of what the stages run for one model: batches, lengths, dictionaries."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from saejax.causal.split import LENGTH_STEP
+from saejax.dictionaries import DictionaryConfig, stacks
+from saejax.errors import UserError, one_of
+from saejax.models.config import DecoderConfig
+from saejax.models.sites import ModuleSite, Site
+from saejax.settings import TrainConfig
+from saejax.tasks.benchmark_scores import way
+from saejax.training.members import Member, members
+from saejax.training.train import chosen_sites, stack_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Dictionaries that one program trains.
+
+    Attributes:
+      dictionary: what its members have in common.
+      members: who they are.
+    """
+
+    dictionary: DictionaryConfig
+    members: tuple[Member, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the stages run.
+
+    Attributes:
+      name: of the model, for messages.
+      model: its decoder.
+      dtype: of its weights and products in JAX.
+      capture: dtype of the same while it is captured.
+      backend: what captures, "torch" or "jax".
+      stored: dtype of the stored activations, which training reads.
+      sites: captured in one pass.
+      train: how dictionaries are trained.
+      stacks: one for each kind.
+      tested: the one whose features are ablated.
+      batch: [rows, length] of a batch of documents in capture.
+      scored: [rows, length] of a batch of documents in evaluate.
+      generated: [rows, length of prompt, new tokens] of a batch of benchmark answers; None: none are generated.
+      prompt: tokens of a prompt of a behaviour.
+      rows: edited prompts per batch of the ablation's tail.
+      features: most features in the sets of one ablation.
+    """
+
+    name: str
+    model: DecoderConfig
+    dtype: str
+    capture: str
+    backend: str
+    stored: str
+    sites: tuple[Site, ...]
+    train: TrainConfig
+    stacks: tuple[Stack, ...]
+    tested: DictionaryConfig
+    batch: tuple[int, int]
+    scored: tuple[int, int]
+    generated: tuple[int, int, int] | None
+    prompt: int
+    rows: int
+    features: int
+
+    @property
+    def site(self) -> Site:
+        """The site of the tested dictionary."""
+        return Site.parse(self.tested.site)
+
+    @property
+    def dictionaries(self) -> int:
+        """How many are trained."""
+        return sum(len(stack.members) for stack in self.stacks)
+
+
+def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Work:
+    """The work of a configuration on one model.
+
+    Args:
+      name: of the model.
+      model: its decoder.
+      configs: the groups of configuration.
+
+    Raises:
+      UserError: a site does not exist in this model, or is trained on and not captured; k is above the features; no
+        such dictionary is trained as the one that is to be tested.
+    """
+    capture, train, ablate = configs["capture"], configs["train"], configs["ablate"]
+    try:
+        # Modules of the PyTorch model, which may be captured beside the sites, have sizes that only it knows.
+        sites = tuple(Site.parse(site).check(model) for site in capture.sites if not ModuleSite.names(site))
+        trained = _stacks(train, capture.sites, model)
+    except UserError as error:
+        raise UserError(f"{name}: {error}: choose --capture.sites and --train.sites for this model") from None
+    length = min(configs["corpus"].context, model.context)
+    scored = -(-length // 32) * 32
+    tested = _tested(ablate.dictionary, trained)
+    prompt = min(configs["preflight"].prompt_tokens, model.context)
+    return Work(
+        name=name,
+        model=dataclasses.replace(model, remat=configs["model"].remat),
+        dtype=configs["model"].dtype,
+        capture=capture.dtype,
+        backend=capture.backend,
+        stored=capture.store_dtype,
+        sites=sites,
+        train=train,
+        stacks=tuple(trained.values()),
+        tested=tested,
+        batch=(max(1, capture.batch_tokens // length), length),
+        scored=(max(1, configs["evaluate"].batch_tokens // scored), scored),
+        generated=_generated(model, configs),
+        prompt=-(-prompt // LENGTH_STEP) * LENGTH_STEP,
+        rows=ablate.batch_rows,
+        features=min(tested.n_features, ablate.top * (1 + ablate.matches)),
+    )
+
+
+def _stacks(train: TrainConfig, captured: Sequence[str], model: DecoderConfig) -> dict[str, Stack]:
+    sites = chosen_sites(train, captured if train.sites == ("all",) else train.sites)
+    trained = {}
+    for kind in train.kinds:
+        stack = members(train, kind, sites)
+        needed = list(dict.fromkeys(site for member in stack for site in (member.site, member.target)))
+        widths = {site: Site.parse(site).check(model).width(model) for site in needed}
+        missing = [site for site in needed if site not in captured]
+        if missing:
+            raise UserError(
+                f"{', '.join(missing)} of --train.sites={','.join(train.sites)} is not captured: add it to "
+                f"--capture.sites={','.join(captured)}"
+            )
+        trained[kind] = Stack(stack_shape(train, kind, stack, widths), tuple(stack))
+    return trained
+
+
+def _tested(name: str, trained: Mapping[str, Stack]) -> DictionaryConfig:
+    kind, member = stacks.kind_and_member(name)
+    stack = trained[one_of(kind, trained, "dictionary for ablate (--train.kinds)")]
+    stacks.check_member(name, [entry.name for entry in stack.members], "--ablate.dictionary")
+    site = next(entry.site for entry in stack.members if entry.name == member)
+    return dataclasses.replace(stack.dictionary, site=site)
+
+
+def _generated(model: DecoderConfig, configs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    task = configs["task"]
+    if not any(way(name, task) == "generate" for name in task.benchmarks):
+        return None
+    new = min(task.max_new_tokens, model.context - 1)
+    return task.batch, min(configs["preflight"].benchmark_tokens, model.context - new), new

@@ -1,0 +1,125 @@
+"""Final answers in what a model wrote, and whether they are right.
+
+Numbers are found and compared as lm-evaluation-harness does for gsm8k: *strict* takes the number after the first
+"#### ", *flexible* the last number of the text; both are compared as text, without thousands commas, dollar signs, a
+full stop at the end, and case. So "18" and "18.00" are different answers, there and here.
+
+Formulas are compared by the library math-verify, which knows that 1/2 and 0.5 are the same: *strict* takes the last
+``\\boxed{}``, *flexible* what math-verify finds in the whole text.
+
+An answer that cannot be found is None. It counts as wrong, and is counted.
+"""
+
+import dataclasses
+import re
+import threading
+from typing import Any
+
+_STRICT_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
+_ANY_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+_IGNORED = re.compile(r"[,$]")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?=[\s{])\s*")
+_SECONDS = 5  # for one formula; a tower of powers could take for ever
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What one rule says of a generated text.
+
+    Attributes:
+      found: the final answer as it is written there; None if the rule finds none.
+      correct: whether it is right.
+    """
+
+    found: str | None
+    correct: bool
+
+
+def number_verdicts(text: str, answer: str) -> dict[str, Verdict]:
+    """Verdicts by the strict and the flexible rule for numbers.
+
+    Args:
+      text: what the model wrote.
+      answer: the right number, such as "1,250".
+    """
+    return {
+        rule: Verdict(found, found is not None and _normal(found) == _normal(answer))
+        for rule, found in (("strict", strict_number(text)), ("flexible", flexible_number(text)))
+    }
+
+
+def strict_number(text: str) -> str | None:
+    """The number after the first "#### ", as it is written; None if there is none."""
+    found = _STRICT_NUMBER.search(text)
+    return found[1] if found else None
+
+
+def flexible_number(text: str) -> str | None:
+    """The last number of the text, as it is written; None if there is none.
+
+    What counts as a number is as loose as in the harness: two or more digits, dollar signs, commas and points in a
+    row do, so a text that ends in "..." has the answer "...".
+    """
+    found = _ANY_NUMBER.findall(text)
+    return found[-1] if found else None
+
+
+def _normal(number: str) -> str:
+    return _IGNORED.sub("", number).removesuffix(".").lower()
+
+
+def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
+    """Verdicts by the strict and the flexible rule for formulas.
+
+    Args:
+      text: what the model wrote.
+      answer: the right formula in LaTeX, without a box around it.
+    """
+    gold, boxed, anywhere = _parsed(f"\\boxed{{{answer}}}"), last_boxed(text), _parsed(text)
+    in_box = _parsed(f"\\boxed{{{boxed}}}") if boxed else []
+    readings = dict(
+        strict=(boxed if in_box or boxed == answer else None, in_box),
+        flexible=(str(anywhere[-1]) if anywhere else None, anywhere),
+    )
+    return {
+        rule: Verdict(found, found is not None and (found == answer or _same(gold, reading)))
+        for rule, (found, reading) in readings.items()
+    }
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last ``\\boxed{}`` or ``\\fbox{}`` that is closed holds; None if there is none or it holds nothing.
+
+    ``\\boxed 5$``, without braces, holds what stands before the dollar sign.
+    """
+    for box in reversed(list(_BOX.finditer(text))):
+        if text[box.end() : box.end() + 1] != "{":
+            return text[box.end() :].split("$")[0].strip() or None
+        depth = 0
+        for end in range(box.end(), len(text)):
+            depth += (text[end] == "{") - (text[end] == "}")
+            if depth == 0:
+                return text[box.end() + 1 : end].strip() or None
+    return None
+
+
+def _parsed(text: str) -> list[Any]:
+    """math-verify's reading of a text: its formula, and the text of it; empty if there is none."""
+    import math_verify
+    from math_verify.errors import TimeoutException
+
+    try:
+        return math_verify.parse(text, parsing_timeout=_limit())
+    except TimeoutException:  # not an ``Exception``, so that math-verify does not catch it itself
+        return []
+
+
+def _same(gold: list[Any], given: list[Any]) -> bool:
+    import math_verify
+
+    return bool(math_verify.verify(gold, given, timeout_seconds=_limit()))
+
+
+def _limit() -> int | None:
+    """The time limit that math-verify can keep: it uses an alarm, which only the main thread may set."""
+    return _SECONDS if threading.current_thread() is threading.main_thread() else None

@@ -1,0 +1,75 @@
+"""Prompts of benchmark questions: worked examples first, plain or in the tokenizer's chat template."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from saejax.errors import UserError
+from saejax.settings import TaskConfig
+from saejax.tasks import exemplars
+from saejax.tasks.benchmarks import Item, definition
+
+_ENDS = "\n\n"  # between worked examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompter:
+    """Makes the prompts of one benchmark.
+
+    Attributes:
+      name: the benchmark.
+      shots: worked examples before each question.
+      chat: whether the prompt is put into the chat template.
+      tokenizer: of the model.
+    """
+
+    name: str
+    shots: int
+    chat: bool
+    tokenizer: Any
+
+    @property
+    def delimiter(self) -> str:
+        """What stands between a prompt and its answer: a space, or nothing after a chat template."""
+        return "" if self.chat else " "
+
+    def prompt(self, item: Item) -> str:
+        """The text before the answer to a question."""
+        known = definition(self.name)
+        shown = _examples(self.name, item.task)[: self.shots]
+        if not self.chat:
+            worked = "".join(f"{known.question.format(asked)} {answer}{_ENDS}" for asked, answer in shown)
+            return worked + known.question.format(item.question)
+        messages = []
+        for asked, answer in shown:
+            messages += [dict(role="user", content=asked), dict(role="assistant", content=answer)]
+        messages.append(dict(role="user", content=item.question))
+        # Not as a system message, which some templates do not have.
+        messages[0]["content"] = f"{known.instruction}\n\n{messages[0]['content']}"
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt; of a chat template, which writes the special tokens itself, without further ones."""
+        return self.tokenizer(text, add_special_tokens=not self.chat, verbose=False)["input_ids"]
+
+
+def make_prompter(name: str, task: TaskConfig, tokenizer: Any) -> Prompter:
+    """The prompts of a benchmark as the settings want them.
+
+    Raises:
+      UserError: there are not so many worked examples, or the tokenizer has no chat template.
+    """
+    known = definition(name)
+    shots = known.shots if task.shots < 0 else task.shots
+    most = min(len(_examples(name, part)) for part in known.parts)
+    if shots > most:
+        raise UserError(f"--task.shots={shots}: {name} has {most} worked examples; expected 0 to {most}")
+    if task.chat_template and not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "--task.chat_template: the model's tokenizer has no chat template (base models have none): leave it out"
+        )
+    return Prompter(name, shots, task.chat_template, tokenizer)
+
+
+def _examples(name: str, part: str) -> Sequence[tuple[str, str]]:
+    return exemplars.LOGIC[part] if name == "logic" else dict(gsm8k=exemplars.GSM8K, math=exemplars.MATH)[name]

@@ -1,0 +1,226 @@
+"""How benchmarks are scored: what the model answers, item by item, and the figures over all items.
+
+- ``generate``: greedy answers, right by exact match (``answers``), under a strict and a flexible rule.
+- ``choice``: every choice is scored by its log-likelihood after the prompt. The model's answer is the likeliest one
+  (``raw``), or the likeliest one per character of the choice (``normalised``); lm-evaluation-harness calls these
+  accuracies acc and acc_norm.
+- ``likelihood``: log-likelihood per token of the reference solution, and the share of its tokens that were the
+  likeliest where they stand. It tells models apart that are too weak to generate a right answer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax.errors import UserError
+from saejax.models.language_model import Edit, LanguageModel
+from saejax.models.tokens import pad
+from saejax.settings import TaskConfig
+from saejax.tasks.answers import Verdict, formula_verdicts, number_verdicts
+from saejax.tasks.benchmark_prompts import Prompter, make_prompter
+from saejax.tasks.benchmarks import Item, definition
+from saejax.tasks.likelihood import Likelihood, encode_pair, loglikelihoods
+from saejax.tasks.scoring import bootstrap_mean
+
+_VERDICTS: dict[str, Callable[[str, str], dict[str, Verdict]]] = dict(gsm8k=number_verdicts, math=formula_verdicts)
+_SHOWN = 3  # answers without a final answer that are shown
+_TEXT = 300  # characters of them, from the end
+
+Rows = list[dict[str, Any]]
+
+
+def way(name: str, task: TaskConfig) -> str:
+    """How a benchmark is scored: "generate", "choice" or "likelihood"; a ``UserError`` if it cannot be scored so."""
+    ways = definition(name).scores
+    if task.score == "auto":
+        return ways[0]
+    if task.score not in ways:
+        raise UserError(f"--task.score={task.score} does not fit {name}: expected one of {', '.join(('auto', *ways))}")
+    return task.score
+
+
+def score_items(
+    lm: LanguageModel, name: str, items: Sequence[Item], task: TaskConfig, edits: Sequence[Edit] = ()
+) -> Rows:
+    """What the model makes of each item of a benchmark.
+
+    Args:
+      lm: the model.
+      name: of the benchmark.
+      items: as ``benchmarks.read_items`` gives them.
+      task: settings: how to ask and how to score.
+      edits: changes to every forward pass, generation included.
+
+    Returns:
+      A row per item, ready for JSON: "id", "task", "prompt", "reference", and what WORKSPACE.md lists for each score.
+
+    Raises:
+      UserError: a prompt and its answer are longer than the model's context, or an option does not fit.
+    """
+    prompter = make_prompter(name, task, lm.tokenizer)
+    score = dict(generate=_generate, choice=_choose, likelihood=_reference)[way(name, task)]
+    prompts = [prompter.prompt(item) for item in items]
+    rows = [
+        dict(id=item.id, task=item.task, prompt=prompt, reference=item.answer) for item, prompt in zip(items, prompts)
+    ]
+    found = score(lm, prompter, items, prompts, task, tuple(edits)) if items else []
+    return [row | more for row, more in zip(rows, found, strict=True)]
+
+
+def _generate(
+    lm: LanguageModel,
+    prompter: Prompter,
+    items: Sequence[Item],
+    prompts: Sequence[str],
+    task: TaskConfig,
+    edits: tuple[Edit, ...],
+) -> Rows:
+    known, ids = definition(prompter.name), [prompter.encode(prompt) for prompt in prompts]
+    for item, prompt_ids in zip(items, ids):
+        _check_length(lm, prompter, item, len(prompt_ids), task.max_new_tokens, " or --task.max_new_tokens")
+    rows = []
+    for first in range(0, len(items), task.batch):
+        batch = slice(first, first + task.batch)
+        answers = lm.generate(pad(ids[batch]), task.max_new_tokens, stop=known.stop, edits=edits)
+        for item, answer in zip(items[batch], answers, strict=True):
+            verdicts = _VERDICTS[prompter.name](answer.text, item.answer)
+            rows.append(
+                dict(output=answer.text, finished=answer.finished)
+                | {rule: dataclasses.asdict(verdict) for rule, verdict in verdicts.items()}
+            )
+    return rows
+
+
+def _choose(
+    lm: LanguageModel,
+    prompter: Prompter,
+    items: Sequence[Item],
+    prompts: Sequence[str],
+    task: TaskConfig,
+    edits: tuple[Edit, ...],
+) -> Rows:
+    asked = [(item, prompt, choice) for item, prompt in zip(items, prompts) for choice in item.choices]
+    scored = iter(_scored(lm, prompter, asked, edits))
+    rows = []
+    for item in items:
+        totals = [next(scored).total for _ in item.choices]
+        per_character = [total / len(choice) for total, choice in zip(totals, item.choices)]
+        verdicts = {
+            rule: Verdict(chosen, chosen == item.answer)
+            for rule, chosen in (
+                ("raw", item.choices[int(np.argmax(totals))]),
+                ("normalised", item.choices[int(np.argmax(per_character))]),
+            )
+        }
+        rows.append(
+            dict(choices=list(item.choices), log_likelihoods=totals)
+            | {rule: dataclasses.asdict(verdict) for rule, verdict in verdicts.items()}
+        )
+    return rows
+
+
+def _reference(
+    lm: LanguageModel,
+    prompter: Prompter,
+    items: Sequence[Item],
+    prompts: Sequence[str],
+    task: TaskConfig,
+    edits: tuple[Edit, ...],
+) -> Rows:
+    scored = _scored(lm, prompter, [(item, prompt, item.solution) for item, prompt in zip(items, prompts)], edits)
+    return [
+        dict(
+            solution=item.solution,
+            tokens=one.tokens,
+            log_likelihood=one.total,
+            log_likelihood_per_token=one.per_token,
+            token_accuracy=one.correct_tokens / one.tokens,
+        )
+        for item, one in zip(items, scored)
+    ]
+
+
+def _scored(
+    lm: LanguageModel, prompter: Prompter, asked: Sequence[tuple[Item, str, str]], edits: tuple[Edit, ...]
+) -> list[Likelihood]:
+    """The log-likelihood of each answer after its prompt."""
+    contexts, continuations = [], []
+    for item, prompt, answer in asked:
+        pair = encode_pair(lm.tokenizer, prompt, prompter.delimiter + answer, special_tokens=not prompter.chat)
+        _check_length(lm, prompter, item, len(pair[0]), len(pair[1]))
+        contexts.append(pair[0])
+        continuations.append(pair[1])
+    return loglikelihoods(lm, contexts, continuations, edits)
+
+
+def _check_length(
+    lm: LanguageModel, prompter: Prompter, item: Item, prompt: int, answer: int, else_lower: str = ""
+) -> None:
+    if prompt + answer > lm.config.context:
+        raise UserError(
+            f"{prompter.name}, item {item.id}: its prompt has {prompt} tokens, which with {answer} of the answer is "
+            f"more than the model's context of {lm.config.context}: lower --task.shots (now {prompter.shots})"
+            f"{else_lower}"
+        )
+
+
+def summarize(name: str, rows: Sequence[Mapping[str, Any]], task: TaskConfig) -> dict[str, Any]:
+    """The figures over all items of a benchmark, with 95 % bootstrap intervals; WORKSPACE.md describes them.
+
+    Args:
+      name: of the benchmark.
+      rows: what ``score_items`` gave, at least one.
+      task: the settings under which they were made.
+    """
+    score = way(name, task)
+    figures: dict[str, Any] = dict(score=score, n=len(rows))
+    if score == "likelihood":
+        keys = ("log_likelihood_per_token", "token_accuracy")
+        return figures | {key: _interval([row[key] for row in rows], task) for key in keys}
+    rules = ("strict", "flexible") if score == "generate" else ("raw", "normalised")
+    figures["accuracy"] = {rule: _interval([row[rule]["correct"] for row in rows], task) for rule in rules}
+    if score == "choice":
+        parts = dict.fromkeys(row["task"] for row in rows)
+        own = {part: [row for row in rows if row["task"] == part] for part in parts}
+        return figures | dict(
+            chance=float(np.mean([1 / len(row["choices"]) for row in rows])),
+            tasks={
+                part: dict(
+                    n=len(group), **{rule: _interval([row[rule]["correct"] for row in group], task) for rule in rules}
+                )
+                for part, group in own.items()
+            },
+        )
+    unparsed = {rule: [row for row in rows if row[rule]["found"] is None] for rule in rules}
+    return figures | dict(
+        unparsed={rule: len(without) for rule, without in unparsed.items()},
+        unparsed_examples=[dict(id=row["id"], output=row["output"][-_TEXT:]) for row in unparsed["strict"][:_SHOWN]],
+        cut=sum(row["finished"] == "length" for row in rows),
+    )
+
+
+def _interval(values: Sequence[float], task: TaskConfig) -> dict[str, float]:
+    return dataclasses.asdict(bootstrap_mean(np.array(values, np.float64), task.bootstrap, task.seed))
+
+
+def line(figures: Mapping[str, Any]) -> str:
+    """The figures in a line of text."""
+    n = f"{figures['n']} items"
+    if figures["score"] == "likelihood":
+        nats, share = figures["log_likelihood_per_token"], figures["token_accuracy"]
+        return (
+            f"{n}: log-likelihood per token {nats['mean']:.3f} [{nats['low']:.3f}, {nats['high']:.3f}] nats, token "
+            f"accuracy {_percent(share)}"
+        )
+    accuracy = ", ".join(f"{rule} {_percent(value)}" for rule, value in figures["accuracy"].items())
+    if figures["score"] == "choice":
+        return f"{n}: accuracy {accuracy}; chance {100 * figures['chance']:.1f} %"
+    unparsed = ", ".join(f"{rule} {count}" for rule, count in figures["unparsed"].items())
+    return f"{n}: accuracy {accuracy}; no answer found: {unparsed}; cut at the token limit: {figures['cut']}"
+
+
+def _percent(interval: Mapping[str, float]) -> str:
+    mean, low, high = (100 * interval[key] for key in ("mean", "low", "high"))
+    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"

@@ -1,0 +1,194 @@
+"""Log-likelihood of continuations: how probable the model finds a given text after a given context.
+
+    log p(continuation | context) = sum_i log p(token_i | context, tokens before i), in nats
+
+Logits are computed at the positions that predict the continuation and nowhere else: a context of a thousand tokens
+costs no thousand rows of the vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import Edit, LanguageModel
+from saejax.models.tokens import Tokens, pad
+from saejax.parallel import fitting_sharding
+
+_ROWS_OF_LOGITS = 256  # positions whose logits exist at one time: 50 MB for a vocabulary of 49,152
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """What the model makes of one continuation.
+
+    Attributes:
+      total: its log-likelihood in nats, at most 0.
+      tokens: its number of tokens, at least 1.
+      correct_tokens: how many of them had the highest logit of all where they stand.
+    """
+
+    total: float
+    tokens: int
+    correct_tokens: int
+
+    @property
+    def greedy(self) -> bool:
+        """Whether greedy decoding from the context gives the continuation."""
+        return self.correct_tokens == self.tokens
+
+    @property
+    def per_token(self) -> float:
+        """Nats per token."""
+        return self.total / self.tokens
+
+
+def encode_pair(
+    tokenizer: Any, context: str, continuation: str, special_tokens: bool = True
+) -> tuple[list[int], list[int]]:
+    """Token ids of a context and of what follows it, split as lm-evaluation-harness does.
+
+    White space at the end of the context is moved to the continuation, because most vocabularies keep a space with
+    the word after it; then context and continuation are tokenised together, and what is longer than the context
+    alone is the continuation.
+
+    Args:
+      tokenizer: of the model.
+      context: the text before, not empty.
+      continuation: the text to score.
+      special_tokens: False where the context holds them already, as the text of a chat template does.
+    """
+    kept = context.rstrip()
+    context, continuation = kept, context[len(kept) :] + continuation
+    context_ids, whole_ids = (
+        tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+        for text in (context, context + continuation)
+    )
+    return context_ids, whole_ids[len(context_ids) :]
+
+
+def loglikelihoods(
+    lm: LanguageModel,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    edits: Sequence[Edit] = (),
+    batch_tokens: int = 4096,
+) -> list[Likelihood]:
+    """The log-likelihood of each continuation after its context, in the order given.
+
+    Args:
+      lm: the model. Batches are split over the data axis of its mesh.
+      contexts: token ids, at least one each.
+      continuations: token ids, at least one each.
+      edits: changes to the forward passes. "Last position" means the last one of context and continuation together.
+      batch_tokens: tokens per forward pass, padding included.
+
+    Raises:
+      UserError: a context or a continuation is empty, the two are longer than the model's context, or a
+        log-likelihood is not finite.
+    """
+    pairs = [(list(context), list(continuation)) for context, continuation in zip(contexts, continuations, strict=True)]
+    for number, pair in enumerate(pairs):
+        _check(number, *pair, lm.config.context)
+    found: dict[int, Likelihood] = {}
+    # Longest first: pairs of like length share a batch, and what needs the most memory comes first.
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
+    while order:
+        length = _rounded(sum(map(len, pairs[order[0]])), lm.config.context)
+        count = _rows(batch_tokens // length, len(order), lm.mesh.shape["data"])
+        batch, order = order[:count], order[count:]
+        rows = [pairs[i] for i in batch]
+        logp_BxC, hits_BxC = _score(lm, rows + [rows[-1]] * (count - len(rows)), length, tuple(edits))
+        for i, logp_C, hits_C in zip(batch, logp_BxC, hits_BxC):
+            n = len(pairs[i][1])
+            found[i] = Likelihood(float(logp_C[:n].sum()), n, int(hits_C[:n].sum()))
+    for number in range(len(pairs)):
+        if not math.isfinite(found[number].total):
+            raise UserError(
+                f"continuation {number} of {len(pairs)} has the log-likelihood {found[number].total}: the model's "
+                "weights hold NaN or it overflows; try --model.dtype=float32 or another model"
+            )
+    return [found[number] for number in range(len(pairs))]
+
+
+def _check(number: int, context: Sequence[int], continuation: Sequence[int], limit: int) -> None:
+    for name, ids in (("context", context), ("continuation", continuation)):
+        if not ids:
+            raise UserError(f"{name} {number} has no tokens: expected at least one")
+    if len(context) + len(continuation) > limit:
+        raise UserError(
+            f"context {number} has {len(context)} tokens and its continuation {len(continuation)}, together more than "
+            f"the model's context of {limit}: shorten it"
+        )
+
+
+def _rounded(length: int, limit: int) -> int:
+    """A length of the program: at most a quarter longer than asked, so that few lengths are compiled."""
+    step = max(16, 2 ** (length.bit_length() - 3))
+    return min(-(-length // step) * step, limit)
+
+
+def _rows(fitting: int, left: int, data: int) -> int:
+    """Rows of a batch: those that fit, no more than double those left, and a multiple of the data axis."""
+    count = max(1, min(fitting, 1 << (left - 1).bit_length()))
+    return -(-count // data) * data
+
+
+def _score(
+    lm: LanguageModel, rows: Sequence[tuple[list[int], list[int]]], length: int, edits: tuple[Edit, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row the log-likelihood of every continuation token and whether it was the likeliest, both [B, C]."""
+    # The last token is not read: nothing is predicted from it. It is kept for edits, for which it is a position.
+    padded = pad([context + continuation for context, continuation in rows])
+    ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
+    widest = _rounded(max(len(continuation) for _, continuation in rows), length)
+    positions_BxC = np.zeros((len(rows), widest), np.int32)
+    targets_BxC = np.zeros((len(rows), widest), np.int32)
+    for row, (context, continuation) in enumerate(rows):
+        n = len(continuation)
+        positions_BxC[row, :n] = np.arange(n) + len(context) - 1
+        targets_BxC[row, :n] = continuation
+    last = f"resid_post.{lm.config.n_layers - 1}"
+    x_BxTxD = lm(Tokens(ids_BxT, padded.lengths_B), capture=[last], edits=edits, logits=False).sites[last]
+    on_data = fitting_sharding(lm.mesh, positions_BxC.shape, "data", None)
+    placed = jax.device_put((positions_BxC, targets_BxC), on_data)
+    logp_BxC, hits_BxC = _token_scores(lm.config, lm.params, x_BxTxD, *placed)
+    return np.asarray(logp_BxC, np.float64), np.asarray(hits_BxC)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _token_scores(
+    config: DecoderConfig,
+    params: decoder.Params,
+    x_BxTxD: jax.Array,
+    positions_BxC: jax.Array,
+    targets_BxC: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-likelihood of the target after each position, and whether it has the highest logit there, both [B, C]."""
+    rows, columns = positions_BxC.shape
+    piece = math.gcd(columns, 1 << max(0, (_ROWS_OF_LOGITS // rows).bit_length() - 1))
+    chosen_BxCxD = jnp.take_along_axis(x_BxTxD, positions_BxC[..., None], axis=1)
+
+    def pieces(value: jax.Array) -> jax.Array:
+        return jnp.moveaxis(value.reshape(rows, columns // piece, piece, *value.shape[2:]), 1, 0)
+
+    def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_BxPxD, targets_BxP = part
+        logits_BxPxV = decoder.unembed(config, params, x_BxPxD)
+        target_BxP = jnp.take_along_axis(logits_BxPxV, targets_BxP[..., None], axis=-1)[..., 0]
+        return target_BxP - jax.nn.logsumexp(logits_BxPxV, axis=-1), logits_BxPxV.argmax(axis=-1) == targets_BxP
+
+    def whole(value: jax.Array) -> jax.Array:
+        return jnp.moveaxis(value, 0, 1).reshape(rows, columns)
+
+    logp, hits = lax.map(score, (pieces(chosen_BxCxD), pieces(targets_BxC)))
+    return whole(logp), whole(hits)

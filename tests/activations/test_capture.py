@@ -1,0 +1,128 @@
+"""What a capture stores: which tokens, in which order, rounded how, with which description."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from capture_setup import (
+    TRAIN_PROMPTS,
+    check_against_plain_forward,
+    corpus_texts,
+    relative_error,
+    rows_by_place,
+)
+
+from saejax.activations import capture
+from saejax.activations.documents import KINDS as DOCUMENT_KINDS
+from saejax.models import source
+from saejax.settings import ModelConfig
+
+
+def test_every_token_is_stored_once_and_no_padding(captured):
+    store, results = captured
+    expected = {(i, position) for i, ids in enumerate(store.documents) for position in range(len(ids))}
+    assert set(rows_by_place(store)) == expected
+    assert results["padding_share"] > 0  # there was padding to leave out
+    assert 1 in store.documents.lengths_N  # and a document of one token
+    assert results["documents"] == {split: len(store.documents.of(split)) for split in ("train", "held_out")}
+    assert sum(results["tokens"].values()) == len(expected) == results["sites"]["attn_out.0"]["rows"]
+    assert results["sites"]["attn_out.0"] | dict(d=64, bytes=len(expected) * 64 * 4) == results["sites"]["attn_out.0"]
+
+
+def test_documents_are_the_texts_cut_up_and_the_train_prompts(captured, setup):
+    store, _ = captured
+    documents = store.documents
+    tokenizer = source.load_tokenizer(source.resolve(ModelConfig(path=str(setup.model))))
+    pieces = {}
+    for i, ids in enumerate(documents):
+        kind = DOCUMENT_KINDS[documents.column("kind")[i]]
+        pieces.setdefault((kind, documents.column("source")[i]), []).append(
+            (documents.column("start")[i], ids.tolist())
+        )
+        assert len(ids) <= 32
+    for index, text in enumerate(corpus_texts()):
+        joined = [token for _, ids in sorted(pieces.pop(("corpus", index))) for token in ids]
+        assert joined == tokenizer(text)["input_ids"]
+    prompts = {source_index: found for (kind, source_index), found in pieces.items() if kind == "prompt"}
+    assert sorted(prompts) == [0, 2]  # the one between them is a test prompt
+    assert [prompts[i][0][1] for i in (0, 2)] == [tokenizer(text)["input_ids"] for text in TRAIN_PROMPTS]
+    groups = documents.column("group")
+    assert not set(groups[documents.split_N == 0]) & set(groups[documents.split_N == 1])
+    assert set(documents.split_N[documents.column("kind") == 1]) == {0}
+
+
+def test_the_manifest_ties_the_store_to_model_and_corpus(captured, setup):
+    store, _ = captured
+    found = source.resolve(ModelConfig(path=str(setup.model)))
+    assert store.model == dict(name=str(setup.model), revision="", fingerprint=found.fingerprint, dtype="float32")
+    store.check_model(found)
+    store.verify()
+    norms = store.norms("mlp_in.2", np.arange(store.manifest["rows"]))
+    vectors = store.read("mlp_in.2", np.arange(store.manifest["rows"])).astype(np.float64)
+    np.testing.assert_allclose(norms, np.linalg.norm(vectors, axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("last", [1, 5, 50])
+def test_the_last_positions_of_every_text(setup, torch_model, last):
+    store, _ = setup.capture(f"last{last}", last=last, sites=("resid_post.1", "mlp_in.0"))
+    check_against_plain_forward(store, torch_model, 1e-5)
+    texts = {}
+    for i, position in rows_by_place(store):
+        kind, text, start = (int(store.documents.column(name)[i]) for name in ("kind", "source", "start"))
+        texts.setdefault((kind, text), set()).add(start + position)
+    lengths = {}
+    for i, ids in enumerate(store.documents):
+        kind, text, start = (int(store.documents.column(name)[i]) for name in ("kind", "source", "start"))
+        lengths[kind, text] = max(lengths.get((kind, text), 0), start + len(ids))
+    assert max(lengths.values()) > 64  # a text in three pieces
+    assert texts == {key: set(range(max(0, length - last), length)) for key, length in lengths.items()}
+
+
+def test_batch_size_changes_neither_order_nor_values(setup, captured):
+    one, _ = setup.capture("one_by_one", batch_tokens=1, sites=("resid_post.2",))
+    store, _ = captured
+    rows = np.arange(store.manifest["rows"])
+    for a, b in zip(one.tokens(rows), store.tokens(rows), strict=True):
+        assert np.array_equal(a, b)
+    assert relative_error(one.read("resid_post.2", rows), store.read("resid_post.2", rows)) < 1e-5
+
+
+def test_bfloat16_on_disk_is_the_rounded_value(setup, captured):
+    rounded, _ = setup.capture("rounded", store_dtype="bfloat16", sites=("resid_post.2",))
+    rows = np.arange(captured[0].manifest["rows"])
+    exact = torch.tensor(captured[0].read("resid_post.2", rows)).to(torch.bfloat16).float().numpy()
+    # Batches are the same, so that every bit must be.
+    assert np.array_equal(rounded.read("resid_post.2", rows).astype(np.float32), exact)
+
+
+def test_max_tokens_takes_that_many_tokens_of_the_corpus(setup, captured):
+    store, _ = setup.capture("limited", corpus=dict(max_tokens=151), sites=("resid_pre.0",))
+    prompt_N = store.documents.column("kind") == DOCUMENT_KINDS.index("prompt")
+    assert int(store.documents.lengths_N[~prompt_N].sum()) == 151
+    sides = []
+    for documents in (captured[0].documents, store.documents):
+        columns = (documents.column(name).tolist() for name in ("kind", "source", "split"))
+        sides.append(set(zip(*columns, strict=True)))
+    assert sides[1] < sides[0]  # every text that was taken is in the split in which it always is
+
+
+def test_every_piece_begins_with_the_tokenizers_first_token(setup, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    shutil.copytree(setup.model, tmp_path / "model")
+    tokenizer = source.load_tokenizer(source.resolve(ModelConfig(path=str(setup.model))))
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert tokenizer("cat")["input_ids"][0] == 0
+    store, _ = setup.capture("with_front", model=tmp_path / "model", sites=("resid_pre.0",))
+    assert all(ids[0] == 0 and (ids[1:] != 0).all() and len(ids) <= 32 for ids in store.documents)
+    assert len(store.documents[int(np.argmax(store.documents.column("start")))]) > 1
+
+
+def test_progress_tells_speed_and_time_to_go(setup, monkeypatch):
+    monkeypatch.setattr(capture, "_SAY_EVERY", 0.0)
+    lines = []
+    _, results = setup.capture("progress", say=lines.append, sites=("resid_pre.0",))
+    assert sum("tokens/s" in line and "s to go" in line for line in lines) > 3
+    assert results["tokens_per_second"] > 0

@@ -1,0 +1,159 @@
+"""The JAX backend makes the store that the torch backend makes, on any mesh, however often it is interrupted."""
+
+import jax
+import numpy as np
+import pytest
+from capture_setup import RESUMED, Setup, files, make_setup, relative_error
+
+from saejax.activations import capture, jax_capture
+from saejax.activations.jax_capture import DecoderReader
+from saejax.activations.plan import Plan
+from saejax.errors import Interrupted
+from saejax.models import source
+from saejax.models.families import read_config
+from saejax.models.sites import Site
+from saejax.settings import MeshConfig, ModelConfig
+from saejax.workspace import read_json
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_llama, tmp_path_factory) -> Setup:
+    return make_setup(tiny_llama, tmp_path_factory.mktemp("jax_capture"))
+
+
+@pytest.fixture
+def on_one_device(monkeypatch, one_device):
+    """Captures on the first device alone."""
+    monkeypatch.setattr("saejax.parallel.make_mesh", lambda config: one_device)
+
+
+def assert_same_store(found, expected, tolerance=1e-5):
+    """Same tokens in the same rows, same documents, values equal within rounding."""
+    assert found.sites == expected.sites
+    rows = np.arange(expected.manifest["rows"])
+    assert found.manifest["rows"] == len(rows)
+    for a, b in zip(found.tokens(rows), expected.tokens(rows), strict=True):
+        assert np.array_equal(a, b)
+    for name, array in expected.documents.arrays().items():
+        assert np.array_equal(found.documents.arrays()[name], array), name
+    for site in expected.sites:
+        assert relative_error(found.read(site, rows), expected.read(site, rows)) < tolerance, site
+        assert relative_error(found.norms(site, rows), expected.norms(site, rows)) < tolerance, site
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(last=5, sites=("mlp_in.3", "resid_pre.1", "attn_out.0")),
+        dict(batch_tokens=1, sites=("resid_mid.2",)),
+        dict(shard_rows=37, sites=("mlp_out.1", "resid_post.1")),
+    ],
+    ids=["every site", "last positions", "one by one", "many shards"],
+)
+def test_both_backends_make_the_same_store(setup, on_one_device, options):
+    stores = [setup.capture(backend, backend=backend, **options) for backend in ("torch", "jax")]
+    assert_same_store(stores[1][0], stores[0][0])
+    speeds = [results.pop("tokens_per_second") for _, results in stores]
+    assert min(speeds) > 0
+    counts = [{key: results[key] for key in ("documents", "tokens", "padding_share")} for _, results in stores]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("mesh", [dict(), dict(data=2, model=4)], ids=["data 8", "data 2, model 4"])
+def test_a_mesh_of_eight_devices_gives_the_same_rows(setup, mesh):
+    assert jax.device_count() == 8
+    options = dict(sites=("mlp_in.0", "resid_post.2"), shard_rows=100)
+    expected, _ = setup.capture("torch_for_mesh", **options)
+    found, _ = setup.capture("jax_on_mesh", backend="jax", mesh=MeshConfig(**mesh), **options)
+    assert_same_store(found, expected)
+
+
+def test_bfloat16_products_stay_close_and_are_stored_rounded(setup, on_one_device):
+    options = dict(sites=("resid_post.2", "attn_out.1"))
+    exact, _ = setup.capture("exact", **options)
+    found, _ = setup.capture("bfloat16", backend="jax", dtype="bfloat16", store_dtype="bfloat16", **options)
+    assert_same_store(found, exact, tolerance=0.03)
+    assert relative_error(found.read("attn_out.1", np.arange(50)), exact.read("attn_out.1", np.arange(50))) > 1e-4
+
+
+def test_a_stopped_capture_goes_on_to_the_same_files(setup, on_one_device):
+    asked = 0
+
+    def stopping():
+        nonlocal asked
+        asked += 1
+        return asked % 5 == 0
+
+    whole, _ = setup.capture("uninterrupted", backend="jax", **RESUMED)
+    run = setup.make_run("stopped", stopping=stopping, backend="jax", **RESUMED)
+    stops = 0
+    while not (run.folder / "manifest.json").exists():
+        try:
+            capture.run_capture(run)
+        except Interrupted:
+            stops += 1
+    assert stops > 2
+    assert files(run.folder) == files(whole.folder)
+
+
+def test_shards_of_one_backend_are_not_taken_over_by_the_other(setup, on_one_device):
+    setup.capture("both", **RESUMED)
+    said = []
+    setup.capture("both", backend="jax", say=said.append, **RESUMED)
+    assert "; 0 of " in said[0]
+
+
+@pytest.fixture
+def make_reader(setup, one_device):
+    """``make_reader(sites)`` reads a store's documents again, in batches of at most 64 tokens."""
+    store, _ = setup.capture("reader", sites=("resid_pre.0",))
+    plan = Plan(store.documents, shard_rows=10_000, batch_tokens=64, last=0, seed=0)
+
+    def make(*sites):
+        found = source.resolve(ModelConfig(path=str(setup.model)))
+        config = read_config(read_json(found.folder / "config.json"), "config.json")
+        return DecoderReader(found, config, sites, plan.padded_shape, one_device, "float32", "float32"), plan
+
+    return make
+
+
+def test_only_the_layers_up_to_the_last_site_are_read(make_reader):
+    reader, _ = make_reader(Site("resid_post", 1), Site("mlp_in", 2))
+    assert {value.shape[0] for name, value in reader.params.items() if name.startswith("layers.")} == {3}
+
+
+def test_shapes_are_few_and_a_batch_is_read_when_the_next_one_runs(make_reader, monkeypatch):
+    events, shapes, forward = [], set(), jax_capture.forward
+
+    class Running:
+        """Stands for a value on the device."""
+
+        def __init__(self, number, value):
+            self.number, self.value = number, value
+
+        def astype(self, dtype):
+            return Running(self.number, self.value.astype(dtype))
+
+        def __array__(self, dtype=None, copy=None):
+            events.append(("read", self.number))
+            return np.asarray(self.value)
+
+    def watched(config, sites, logits, params, ids_BxT, lengths_B):
+        number = sum(kind == "start" for kind, _ in events)
+        events.append(("start", number))
+        shapes.add(ids_BxT.shape)
+        _, values = forward(config, sites, logits, params, ids_BxT, lengths_B)
+        return None, [Running(number, value) for value in values]
+
+    monkeypatch.setattr(jax_capture, "forward", watched)
+    reader, plan = make_reader(Site("resid_pre", 0))
+    batches, taken = plan.batches(0), []
+    reader.read(batches, lambda batch, site, value: taken.append(batch))
+    assert [id(batch) for batch in taken] == [id(batch) for batch in batches] and len(batches) > 5
+    expected = [("start", 0)]
+    for number in range(1, len(batches)):
+        expected += [("start", number), ("read", number - 1)]
+    assert events == [*expected, ("read", len(batches) - 1)]
+    assert len({batch.ids_BxT.shape for batch in batches}) > 5
+    assert shapes == {(2, 32), (4, 16)}  # at most 64 tokens each

@@ -1,0 +1,170 @@
+"""Modules of any transformers model as sites: captured, trained on, and refused where the decoder is needed."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from absl.flags import FlagValues
+from capture_setup import make_setup, relative_error, rows_by_place
+from runs import small_flags
+from tiny_models import save_tiny_tokenizer
+
+from saejax import pipeline
+from saejax.activations import capture
+from saejax.config import define_flags, from_flags
+from saejax.dictionaries import load_dictionary
+from saejax.errors import UserError
+from saejax.models import source
+from saejax.settings import GROUPS, ModelConfig
+
+SITES = (
+    "module:transformer.h.1.mlp.dense_4h_to_h",
+    "module_in:transformer.h.0.mlp.dense_4h_to_h",
+    "module:transformer.h.0",
+)
+
+
+def save(folder, config) -> None:
+    """Saves a random model of an architecture that the decoder does not know, with a tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_tiny_tokenizer(folder, 384)
+
+
+@pytest.fixture(scope="module")
+def bloom(tmp_path_factory):
+    from transformers import BloomConfig
+
+    folder = tmp_path_factory.mktemp("bloom")
+    save(folder, BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bloom_setup(bloom, tmp_path_factory):
+    return make_setup(bloom, tmp_path_factory.mktemp("bloom_capture"))
+
+
+def test_an_architecture_that_the_decoder_does_not_know(bloom, bloom_setup):
+    store, results = bloom_setup.capture("bloom", sites=SITES)
+    assert store.sites == SITES
+    assert {name: facts["d"] for name, facts in results["sites"].items()} == dict(
+        zip(SITES, (32, 128, 32), strict=True)
+    )
+    model = source.load_torch_model(source.resolve(ModelConfig(path=str(bloom))))
+    values = {}
+
+    def keep(name, module, before=False):
+        def hook(module, args, output):
+            value = args[0] if before else output
+            values[name] = (value[0] if isinstance(value, tuple) else value)[0].numpy()
+
+        module.register_forward_hook(hook)
+
+    blocks = model.transformer.h
+    keep(SITES[0], blocks[1].mlp.dense_4h_to_h)
+    keep(SITES[1], blocks[0].mlp.dense_4h_to_h, before=True)
+    keep(SITES[2], blocks[0])
+    places = rows_by_place(store)
+    for document, ids in enumerate(store.documents):
+        with torch.no_grad():
+            model(torch.tensor(ids[None].astype(np.int64)))
+        rows = np.array([places[document, position] for position in range(len(ids))])
+        for site in SITES:
+            assert relative_error(store.read(site, rows), values[site]) < 1e-5, (site, document)
+
+
+def test_without_behaviours_there_are_no_prompts(bloom_setup):
+    run = dataclasses.replace(bloom_setup.make_run("no_baseline", sites=SITES[:1]), inputs={})
+    capture.run_capture(run)
+    assert json.loads((run.folder / "manifest.json").read_text())["documents"]["groups"][0] == "g0"
+
+
+def test_a_recurrent_model(tmp_path):
+    from transformers import MambaConfig
+
+    save(tmp_path, MambaConfig(vocab_size=384, hidden_size=16, state_size=4, num_hidden_layers=2))
+    sites = ("module:backbone.layers.0", "module:backbone.layers.1.mixer")
+    store, _ = make_setup(tmp_path, tmp_path).capture(sites=sites)
+    # Padding is on the right and states go from left to right, so that a document alone gives the same.
+    alone, _ = make_setup(tmp_path, tmp_path).capture("alone", sites=sites, batch_tokens=1)
+    rows = np.arange(store.manifest["rows"])
+    for site in sites:
+        assert relative_error(alone.read(site, rows), store.read(site, rows)) < 1e-5
+
+
+def test_modules_beside_sites_of_the_decoder(setup, captured):
+    module = "module:model.layers.2.mlp"
+    store, _ = setup.capture("beside", sites=("resid_post.0", module, "module:model.layers.0.mlp.act_fn", "mlp_out.2"))
+    rows = np.arange(store.manifest["rows"])
+    assert np.array_equal(store.read(module, rows), store.read("mlp_out.2", rows))
+    assert relative_error(store.read("resid_post.0", rows), captured[0].read("resid_post.0", rows)) < 1e-5
+    assert store.d("module:model.layers.0.mlp.act_fn") == 96
+
+
+def test_a_pass_ends_after_the_last_module(setup, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    layers, forward = [], LlamaAttention.forward
+
+    def noted(self, *args, **options):
+        layers.append(self.layer_idx)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(LlamaAttention, "forward", noted)
+    setup.capture("ends", sites=("module:model.layers.1.mlp", "module:model.layers.0.mlp"))
+    # All layers are there, but only the pass that looks for the modules runs them.
+    assert layers.count(3) == layers.count(2) == 1 < layers.count(1) == layers.count(0)
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        (
+            "module:transformer.h.1.mlp.dense_h_to_5h",
+            "no such module; expected a path such as transformer.h.1.mlp",
+        ),
+        ("module:", "no such module"),
+        ("module:transformer.word_embedings", "such as transformer.word_embeddings"),
+        ("module_in:transformer.word_embeddings", "is torch.int64 .*: expected one vector of floating-point numbers"),
+        ("module:transformer.h", "a forward pass runs the module of module:transformer.h 0 times, expected once"),
+        (
+            "resid_post.0",
+            "family 'bloom' have no site such as resid_post.0 here: name modules .*: *",
+        ),
+        ("resid_last.0", "there is no site 'resid_last.0'"),
+    ],
+)
+def test_sites_that_a_model_does_not_have(bloom_setup, site, message):
+    with pytest.raises(UserError, match=message):
+        bloom_setup.capture("refused", sites=(site,))
+    assert not list((bloom_setup.folder / "refused").rglob("*.npy"))
+
+
+def test_the_jax_backend_refuses_modules_by_name(setup):
+    with pytest.raises(UserError, match="module:model.layers.0, a module of the PyTorch model: use --capture.b"):
+        setup.capture("refused", sites=("module:model.layers.0",), backend="jax")
+
+
+def test_from_capture_to_training_and_no_further(bloom_setup, tmp_path):
+    flags = small_flags(
+        bloom_setup.model,
+        bloom_setup.folder / "corpus.jsonl",
+        tmp_path / "run",
+        task__behaviours="",
+        capture__sites=SITES[0],
+        train__sites=SITES[0],
+        train__kinds="topk",
+    )
+    values = FlagValues()
+    define_flags(GROUPS, values)
+    values(["program", *(flag for flag in flags if not flag.startswith("--workdir"))])
+    configs = from_flags(GROUPS, values)
+    pipeline.run_stages(["capture", "train"], configs, tmp_path / "run", say=lambda line: None)
+    assert load_dictionary(tmp_path / "run" / "train" / "topk").site == SITES[0]
+    with pytest.raises(UserError, match="the site module:.* is a module of the PyTorch model, which only capture"):
+        pipeline.run_stages(["evaluate"], configs, tmp_path / "run", say=lambda line: None)

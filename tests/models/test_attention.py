@@ -1,0 +1,99 @@
+"""Attention in blocks of queries against its formula in fp64, whole and with a cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax.models import attention
+from saejax.models.attention import cached_reaches, full_reaches
+from saejax.models.cache import empty_cache
+from saejax.models.config import DecoderConfig
+
+CONFIG = DecoderConfig(
+    family="llama",
+    n_layers=1,
+    d_model=24,
+    n_heads=6,
+    n_kv_heads=2,
+    d_head=8,
+    d_mlp=8,
+    vocab=8,
+    context=512,
+    tied=True,
+    norm="rms",
+    norm_eps=1e-6,
+    activation="silu",
+    gated=True,
+    score_scale=0.3,
+)
+CAPPED_LOCAL = dataclasses.replace(CONFIG, local=(True,), window=50, score_cap=2.0)
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def formula(config, q_BxTxHxK, k_BxSxNxK, v_BxSxNxK, seen_BxTxS):
+    """One query, one head at a time."""
+    mixed = np.zeros_like(q_BxTxHxK)
+    for b, t, h in np.ndindex(q_BxTxHxK.shape[:3]):
+        n = h // (config.n_heads // config.n_kv_heads)
+        scores_S = k_BxSxNxK[b, :, n] @ q_BxTxHxK[b, t, h] * config.score_scale
+        if config.score_cap:
+            scores_S = config.score_cap * np.tanh(scores_S / config.score_cap)
+        shares_S = np.where(seen_BxTxS[b, t], np.exp(scores_S), 0)
+        mixed[b, t, h] = shares_S / shares_S.sum() @ v_BxSxNxK[b, :, n]
+    return mixed
+
+
+def mix(config, reaches, q, k, v):
+    return attention._mix(config, *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), reaches.at(config, 0))
+
+
+@pytest.mark.parametrize("config", [CONFIG, CAPPED_LOCAL], ids=["plain", "local, soft cap"])
+@pytest.mark.parametrize("length", [1, 127, 128, 131])
+def test_whole_prompts(config, length):
+    q, k, v = draw(2, length, 6, 8), draw(2, length, 2, 8, seed=1), draw(2, length, 2, 8, seed=2)
+    age_TxT = np.arange(length)[:, None] - np.arange(length)
+    seen_TxT = (age_TxT >= 0) & (age_TxT < (config.window or length))
+    found = mix(config, full_reaches(config, length), q, k, v)
+    expected = formula(config, q, k, v, np.broadcast_to(seen_TxT, (2, length, length)))
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("length", [130, 20])
+@pytest.mark.parametrize("new", [1, 130])
+def test_left_padded_prompts_with_a_cache(new, length):
+    """At first the cache is as long as the prompts; afterwards the new token meets all that went before."""
+    if new > 1 and length != new:
+        pytest.skip("only the prompts come many at a time")
+    slots = new if new > 1 else length
+    pad_B = np.array([0, 13])
+    cache = empty_cache(CONFIG, 2, slots, jnp.float32, pad_B)
+    cache = dataclasses.replace(cache, length=jnp.int32(slots - new))
+    q, k, v = draw(2, new, 6, 8), draw(2, slots, 2, 8, seed=1), draw(2, slots, 2, 8, seed=2)
+    found = mix(CONFIG, cached_reaches(CONFIG, cache, new), q, k, v)
+    age_TxS = np.arange(slots - new, slots)[:, None] - np.arange(slots)
+    seen_BxTxS = (age_TxS >= 0) & (np.arange(slots) >= pad_B[:, None])[:, None] | (age_TxS == 0)
+    expected = formula(CONFIG, q, k, v, seen_BxTxS)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_gradients_of_blocks_equal_those_of_one(monkeypatch):
+    length = 130
+    arrays = draw(1, length, 6, 8), draw(1, length, 2, 8, seed=1), draw(1, length, 2, 8, seed=2)
+    weight = draw(1, length, 6, 8, seed=3)
+
+    def gradients():
+        def loss(q, k, v):
+            return jnp.sum(weight * attention._mix(CONFIG, q, k, v, full_reaches(CONFIG, length).at(CONFIG, 0)))
+
+        return jax.grad(loss, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float32) for x in arrays))
+
+    blocks = gradients()
+    monkeypatch.setattr(attention, "_BLOCKS_FROM", 10_000)
+    for found, expected in zip(blocks, gradients(), strict=True):
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()

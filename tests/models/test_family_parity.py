@@ -1,0 +1,311 @@
+"""Every family against transformers on tiny random checkpoints of unusual shapes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import AxisType, Mesh
+from tiny_models import save_tiny
+from torch_sites import run_torch
+from transformers import AutoModelForCausalLM
+
+from saejax.models import decoder
+from saejax.models.cache import empty_cache
+from saejax.models.families import read_config
+from saejax.models.sites import KINDS
+from saejax.models.weights import load_params
+from saejax.parallel import AXES, fitting_sharding
+from saejax.workspace import read_json
+
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10_000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+YARN = dict(rope_type="yarn", rope_theta=1000.0, factor=4.0, original_max_position_embeddings=16)
+LINEAR = dict(rope_type="linear", rope_theta=10_000.0, factor=3.0)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=5000.0, factor=2.0)
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+# Prompts of 19 tokens, so that every window is shorter.
+CASES = {
+    "gpt2-odd_heads": dict(n_embd=45, n_head=3, n_inner=50, vocab_size=97),
+    "gpt2-scaled_by_layer_untied": dict(
+        scale_attn_by_inverse_layer_idx=True,
+        reorder_and_upcast_attn=True,
+        tie_word_embeddings=False,
+        activation_function="relu",
+    ),
+    "gpt2-unscaled": dict(scale_attn_weights=False, n_head=8, activation_function="gelu", layer_norm_epsilon=1e-2),
+    "gpt_neox-parallel": dict(hidden_size=64, hidden_act="gelu_fast"),
+    "gpt_neox-sequential_odd_heads": dict(
+        hidden_size=39, num_attention_heads=3, use_parallel_residual=False, attention_bias=False, rotary_pct=0.5
+    ),
+    "gpt_neox-tied_linear": dict(
+        tie_word_embeddings=True, rope_parameters=LINEAR | dict(partial_rotary_factor=0.8), hidden_act="gelu_new"
+    ),
+    "gpt_neox-all_turns": dict(rotary_pct=1.0, rotary_emb_base=500, layer_norm_eps=1e-3),
+    "gemma-multi_query": dict(num_key_value_heads=1, head_dim=20, hidden_act="gelu", rms_norm_eps=1e-3),
+    "gemma-biases_untied": dict(attention_bias=True, tie_word_embeddings=False, rope_parameters=LINEAR),
+    "gemma-dynamic_odd_sizes": dict(
+        hidden_size=33, num_attention_heads=3, num_key_value_heads=3, intermediate_size=50, rope_parameters=DYNAMIC
+    ),
+    "gemma2-capped": dict(attn_logit_softcapping=1.5, final_logit_softcapping=3.0),
+    "gemma2-multi_query_untied": dict(
+        num_key_value_heads=1,
+        head_dim=14,
+        tie_word_embeddings=False,
+        layer_types=[GLOBAL, LOCAL, LOCAL],
+        sliding_window=2,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+    ),
+    "gemma2-biases_all_local": dict(attention_bias=True, layer_types=[LOCAL] * 3, rope_parameters=YARN),
+    "gemma3_text-two_ropes": {},
+    "gemma3_text-multi_query_linear": dict(
+        num_key_value_heads=1,
+        head_dim=20,
+        final_logit_softcapping=4.0,
+        rope_parameters={GLOBAL: LINEAR, LOCAL: dict(rope_type="default", rope_theta=300.0)},
+    ),
+    "gemma3_text-biases_untied": dict(
+        attention_bias=True,
+        tie_word_embeddings=False,
+        layer_types=[GLOBAL, LOCAL, GLOBAL, LOCAL],
+        sliding_window=3,
+        rope_parameters={GLOBAL: YARN, LOCAL: DYNAMIC},
+    ),
+    "gemma3-text_part": dict(sliding_window=4, num_hidden_layers=3, sliding_window_pattern=2),
+    "phi-partial": dict(hidden_size=80, rope_parameters=dict(rope_type="default", partial_rotary_factor=0.4)),
+    "phi-multi_query_normed": dict(num_key_value_heads=1, qk_layernorm=True, hidden_act="relu"),
+    "phi-tied_odd_heads": dict(
+        hidden_size=39,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        rope_parameters=LLAMA3 | dict(partial_rotary_factor=0.8),
+    ),
+    "llama-multi_query_llama3": dict(num_key_value_heads=1, rope_parameters=LLAMA3),
+    "llama-tied_yarn": dict(tie_word_embeddings=True, rope_parameters=YARN, head_dim=20, hidden_act="gelu"),
+    "llama-biases_linear_odd_sizes": dict(
+        hidden_size=33,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=14,
+        intermediate_size=50,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters=LINEAR,
+    ),
+    "mistral-window": {},
+    "mistral-multi_query_one_token_window": dict(num_key_value_heads=1, sliding_window=1, tie_word_embeddings=True),
+    "mistral-no_window_wide_heads": dict(sliding_window=None, head_dim=22, rope_parameters=YARN | dict(truncate=False)),
+    "qwen2-late_windows": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen2-tied_multi_query_dynamic": dict(
+        tie_word_embeddings=True, num_key_value_heads=1, rope_parameters=DYNAMIC, rms_norm_eps=1e-3
+    ),
+    "qwen2-listed_windows_odd_sizes": dict(
+        hidden_size=36,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        use_sliding_window=True,
+        sliding_window=3,
+        layer_types=[LOCAL, GLOBAL, LOCAL],
+    ),
+    "qwen3-tied": dict(tie_word_embeddings=True, head_dim=20),
+    "qwen3-biases_windows": dict(
+        attention_bias=True, use_sliding_window=True, sliding_window=4, max_window_layers=2, rope_parameters=YARN
+    ),
+    "qwen3-multi_query_llama3": dict(num_key_value_heads=1, rope_parameters=LLAMA3, hidden_act="gelu_pytorch_tanh"),
+}
+LENGTH, MIDDLE = 19, 1
+# Programs this small are run once or twice, so compiling them is what takes time: this makes it a third.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def mesh_of(*shape) -> Mesh:
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def numpy_of(values):
+    return {name: value.detach().float().numpy() for name, value in values.items()}
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def run_all(config, params, ids_BxT):
+    """Logits, the values at all sites, and the gradients of a logit difference at the sites of the layer ``MIDDLE``."""
+    x_BxTxD = decoder.embed(config, params, ids_BxT)
+    x_BxTxD, sites = decoder.scan_layers(config, params, x_BxTxD, 0, config.n_layers, KINDS)
+    logits_BxTxV = decoder.unembed(config, params, x_BxTxD)
+
+    def difference(added):
+        def hook(site, value_BxTxD):
+            return value_BxTxD + added[site.kind]
+
+        start_BxTxD = sites["resid_pre"][MIDDLE]
+        end_BxTxD = decoder.run_layers(config, params, start_BxTxD, MIDDLE, config.n_layers, hook, {MIDDLE})
+        logits_BxV = decoder.unembed(config, params, end_BxTxD[:, -1])
+        return (logits_BxV[:, 7] - logits_BxV[:, 20]).sum()
+
+    zeros = {kind: jnp.zeros_like(x_BxTxD) for kind in KINDS}
+    return logits_BxTxV, sites, jax.grad(difference)(zeros)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def run_plain(config, params, ids_BxT):
+    x_BxTxD = decoder.embed(config, params, ids_BxT)
+    x_BxTxD, sites = decoder.scan_layers(config, params, x_BxTxD, 0, config.n_layers, KINDS)
+    return decoder.unembed(config, params, x_BxTxD), sites
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def run_chunk(config, params, ids_BxT, cache):
+    """Some new tokens of prompts: logits, the values at the sites of layer 0, and the cache."""
+    seen = {}
+
+    def hook(site, value_BxTxD):
+        seen[site.kind] = value_BxTxD
+        return value_BxTxD
+
+    x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(ids_BxT.shape[1]))
+    x_BxTxD, cache = decoder.run_cached(config, params, x_BxTxD, cache, hook, {0})
+    return decoder.unembed(config, params, x_BxTxD), seen, cache
+
+
+def check_fp32(config, params, model, ids_BxT) -> dict[str, float]:
+    ours, our_sites, our_gradients = run_all(config, params, ids_BxT)
+    theirs, their_sites = run_torch(model, ids_BxT)
+    (theirs[:, -1, 7] - theirs[:, -1, 20]).sum().backward()
+    # A parallel layer has no stream between attention and the MLP, and Phi's attention and MLP read one tensor.
+    skipped = {"resid_mid"} if config.parallel else set()
+    skipped |= {"mlp_in"} if config.shared_norm else set()
+    return dict(
+        logits=relative_error(ours, theirs.detach()),
+        sites=max(
+            relative_error(our_sites[kind][layer], their_sites[f"{kind}.{layer}"].detach())
+            for kind in KINDS
+            for layer in range(config.n_layers)
+        ),
+        gradients=max(
+            relative_error(our_gradients[kind], their_sites[f"{kind}.{MIDDLE}"].grad) for kind in {*KINDS} - skipped
+        ),
+    )
+
+
+def check_cached(config, params, model, ids_BxT) -> float:
+    """Left padded prompts, four tokens at a time, against a pass of transformers with padding on the left."""
+    pad_B = np.array([0, 7, LENGTH - 1])
+    mask_BxT = np.arange(LENGTH) >= pad_B[:, None]
+    positions_BxT = np.maximum(np.arange(LENGTH) - pad_B[:, None], 0)
+    inputs = dict(attention_mask=torch.tensor(mask_BxT.astype(int)), position_ids=torch.tensor(positions_BxT))
+    theirs, their_sites = run_torch(model, ids_BxT, **inputs)
+    cache = empty_cache(config, len(ids_BxT), LENGTH + 5, jnp.float32, pad_B)
+    logits, first = [], []
+    padded = np.pad(ids_BxT, ((0, 0), (0, -LENGTH % 4)))
+    for chunk in np.split(padded, padded.shape[1] // 4, axis=1):
+        chunk_logits, seen, cache = run_chunk(config, params, chunk, cache)
+        logits.append(chunk_logits)
+        first.append(seen["resid_post"])
+    ours, our_first = (np.concatenate(parts, axis=1)[:, :LENGTH] for parts in (logits, first))
+    return max(
+        relative_error(ours[mask_BxT], theirs.detach()[mask_BxT]),
+        relative_error(our_first[mask_BxT], their_sites["resid_post.0"].detach()[mask_BxT]),
+    )
+
+
+def check_bfloat16(config, folder, mesh, model, ids_BxT) -> dict[str, float]:
+    """Against transformers in fp32 with the same (rounded) weights; beside it, what transformers in bf16 gives."""
+    params = load_params(folder, config, mesh, "bfloat16")
+    ours, our_sites = run_plain(config, params, ids_BxT)
+    theirs, _ = run_torch(model.bfloat16(), ids_BxT)
+    exact, exact_sites = run_torch(model.float(), ids_BxT)
+    return dict(
+        bf16_logits=relative_error(ours, exact.detach()),
+        bf16_sites=max(
+            relative_error(our_sites[kind][layer], exact_sites[f"{kind}.{layer}"].detach())
+            for kind in KINDS
+            for layer in range(config.n_layers)
+        ),
+        torch_bf16_logits=relative_error(theirs.detach().float(), exact.detach()),
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_transformers(name, tmp_path, one_device):
+    family = name.partition("-")[0]
+    save_tiny(tmp_path, family, **CASES[name])
+    config = read_config(read_json(tmp_path / "config.json"), "config.json")
+    params = load_params(tmp_path, config, one_device, "float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ids_BxT = np.random.default_rng(0).integers(4, config.vocab, (3, LENGTH))
+
+    errors = check_fp32(config, params, model, ids_BxT)
+    errors["cached"] = check_cached(config, params, model, ids_BxT)
+    errors |= check_bfloat16(config, tmp_path, one_device, model, ids_BxT)
+    print(name, {key: f"{value:.1e}" for key, value in errors.items()})
+    assert errors["logits"] < 1e-5
+    assert errors["sites"] < 1e-5
+    assert errors["cached"] < 1e-5
+    assert errors["gradients"] < 1e-4
+    assert max(errors["bf16_logits"], errors["bf16_sites"]) < 2e-2
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox"])
+def test_long_prompts(family, tmp_path, one_device):
+    """Long enough for attention to go through them in blocks, of which the last is shorter; right padded."""
+    save_tiny(tmp_path, family, max_position_embeddings=150, num_hidden_layers=3)
+    config = read_config(read_json(tmp_path / "config.json"), "config.json")
+    params = load_params(tmp_path, config, one_device, "float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ids_BxT = np.random.default_rng(0).integers(4, config.vocab, (2, 150))
+    logits, sites = run_plain(config, params, ids_BxT)
+    theirs, their_sites = run_torch(model, ids_BxT)
+    assert relative_error(logits, theirs.detach()) < 1e-5
+    assert relative_error(sites["attn_out"][2], their_sites["attn_out.2"].detach()) < 1e-5
+    changed, _ = run_plain(config, params, np.where(np.arange(150) < 101, ids_BxT, 5))
+    np.testing.assert_array_equal(changed[:, :101], logits[:, :101])
+
+
+# On 8 devices: all is split, the MLP is, nothing is. On 2 devices: all is, all is, all but 3 key-value heads is.
+MESH_CASES = {
+    "gpt2": dict(n_embd=48, n_head=8, vocab_size=136),
+    "gemma3_text": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, vocab_size=133),
+    "phi": dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=3, intermediate_size=50, vocab_size=130),
+}
+
+
+@pytest.mark.parametrize("family", MESH_CASES)
+def test_meshes_agree(family, tmp_path):
+    save_tiny(tmp_path, family, **MESH_CASES[family])
+    config = read_config(read_json(tmp_path / "config.json"), "config.json")
+    ids_BxT = np.random.default_rng(0).integers(4, config.vocab, (4, 11)).astype(np.int32)
+    results, split = [], []
+    for mesh in (mesh_of(1, 1, 1), mesh_of(1, 1, 8), mesh_of(1, 4, 2)):
+        params = load_params(tmp_path, config, mesh, "float32")
+        ids = jax.device_put(ids_BxT, fitting_sharding(mesh, ids_BxT.shape, "data", None))
+        logits, sites = run_plain(config, params, ids)
+        results.append({"logits": logits} | sites)
+        split.append({name for name, value in params.items() if not value.sharding.is_fully_replicated})
+    assert split[0] == set()
+    assert ("layers.q_DxHxK" in split[1], "layers.up_DxF" in split[1]) == (family == "gpt2", family != "phi")
+    assert {"layers.q_DxHxK", "layers.up_DxF"} <= split[2]
+    assert ("layers.k_DxNxK" in split[2]) == (family != "phi")
+    errors = {
+        name: max(relative_error(result[name], results[0][name]) for result in results[1:]) for name in results[0]
+    }
+    print(family, {name: f"{error:.1e}" for name, error in errors.items()})
+    assert max(errors.values()) < 3e-6

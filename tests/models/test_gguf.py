@@ -1,0 +1,213 @@
+"""GGUF files: values, what transformers leaves out, and the cache."""
+
+import functools
+import json
+import os
+import threading
+from pathlib import Path
+
+import gguf as gguf_package
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from saejax.errors import UserError
+from saejax.models import gguf, source
+from saejax.settings import ModelConfig
+
+
+def resolve(path):
+    return source.resolve(ModelConfig(path=str(path)))
+
+
+def write_gguf(file, tokenizer, architecture="llama", settings=(), drop=(), add=()):
+    """Writes a one-layer Llama, F32 but for a Q8_0 embedding; returns the tensors it stands for.
+
+    Args:
+      tokenizer: a parsed tokenizer.json.
+      settings: more settings below the architecture, and "block_count".
+      drop, add: tensors to leave out, and sizes of others.
+    """
+    rng = np.random.default_rng(0)
+    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    writer = gguf_package.GGUFWriter(file, architecture)
+    sizes = dict(context_length=64, embedding_length=32, block_count=1, feed_forward_length=48)
+    sizes |= {"attention.head_count": 2, "attention.head_count_kv": 2, "vocab_size": len(tokens)}
+    for key, value in (sizes | dict(settings)).items():
+        add_setting = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add_setting[type(value)](f"{architecture}.{key}", value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    for special in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id, writer.add_pad_token_id):
+        special(0)
+    shapes = dict(attn_q=(32, 32), attn_k=(32, 32), attn_v=(32, 32), attn_output=(32, 32))
+    shapes |= dict(ffn_gate=(48, 32), ffn_up=(48, 32), ffn_down=(32, 48), attn_norm=(32,), ffn_norm=(32,))
+    shapes = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()} | {"output_norm.weight": (32,)}
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (shapes | dict(add)).items()}
+    for name in set(tensors) - set(drop):
+        writer.add_tensor(name, tensors[name])
+    kind = gguf_package.GGMLQuantizationType.Q8_0
+    packed = gguf_package.quants.quantize(rng.normal(size=(len(tokens), 32)).astype(np.float32), kind)
+    writer.add_tensor("token_embd.weight", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors | {"token_embd.weight": gguf_package.quants.dequantize(packed, kind)}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama):
+    return json.loads((tiny_llama / "tokenizer.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tokenizer, tmp_path_factory):
+    """A GGUF file, and its tensors."""
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return file, write_gguf(file, tokenizer)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def conversions(monkeypatch):
+    """A list that grows by one with each conversion that is begun."""
+    begun, real = [], gguf._convert
+
+    @functools.wraps(real)
+    def convert(*args):
+        begun.append(args)
+        real(*args)
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    return begun
+
+
+def test_a_gguf_file_is_dequantised_once(tiny_gguf, cache, conversions):
+    file, tensors = tiny_gguf
+    first = resolve(file)
+    assert first.folder.parent == cache
+    weights = load_file(first.folder / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {np.dtype("float32")}
+    for ours, theirs in {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down.weight",
+        "model.layers.0.self_attn.v_proj.weight": "blk.0.attn_v.weight",
+    }.items():
+        np.testing.assert_array_equal(weights[ours], tensors[theirs])
+    assert "quantization_config" not in json.loads((first.folder / "config.json").read_text())
+    tokenizer = source.load_tokenizer(first)
+    assert tokenizer.decode(tokenizer("The war lasted, 17 years\n")["input_ids"]) == "The war lasted, 17 years\n"
+    assert not hasattr(source.load_torch_model(first), "hf_quantizer")
+    assert resolve(file) == first and len(conversions) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: os.truncate(folder / "model.safetensors", 20_000),
+        lambda folder: os.truncate(folder / "tokenizer.json", 0),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "saejax.json").unlink(),
+        lambda folder: (folder / "saejax.json").write_text("{"),
+    ],
+    ids=["cut weights", "cut tokenizer", "no weights", "no mark", "cut mark"],
+)
+def test_a_damaged_cache_is_not_used(tiny_gguf, cache, conversions, damage):
+    first = resolve(tiny_gguf[0])
+    (cache / f".{first.folder.name}.writing").mkdir()  # as left behind by a killed process
+    (cache / f".{first.folder.name}.writing" / "config.json").write_text("{")
+    damage(first.folder)
+    assert resolve(tiny_gguf[0]) == first
+    assert len(conversions) == 2
+    assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == [first.folder.name]
+
+
+def test_two_at_once_convert_once(tiny_gguf, cache, conversions):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(resolve(tiny_gguf[0]))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(conversions) == 1
+    assert len(found) == 3 and len(set(found)) == 1
+
+
+def test_a_failed_conversion_leaves_nothing(tiny_gguf, cache, monkeypatch):
+    def full(gguf_file, folder):
+        (folder / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "_convert", full)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): set SAEJAX_CACHE"):
+            resolve(tiny_gguf[0])
+    assert [path for path in cache.iterdir() if not path.name.endswith(".lock")] == []
+    resolve(tiny_gguf[0])
+
+
+def test_a_cache_that_cannot_be_written(tiny_gguf, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="file/cache cannot be written"):
+        resolve(tiny_gguf[0])
+
+
+def test_a_damaged_gguf_file(tiny_gguf, cache, tmp_path):
+    whole = tiny_gguf[0].read_bytes()
+    for name, content in (("cut", whole[:5000]), ("cut_late", whole[:-5000]), ("other", b"not a GGUF file")):
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}.gguf cannot be read by transformers"):
+            resolve(tmp_path / f"{name}.gguf")
+
+
+def test_an_architecture_that_transformers_cannot_read(tokenizer, cache, conversions, tmp_path):
+    write_gguf(tmp_path / "model.gguf", tokenizer, architecture="gptneox")
+    with pytest.raises(UserError, match="architecture 'gptneox', which transformers cannot read .* gemma2, .*: use"):
+        resolve(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(settings={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
+         "rope.scaling.type = linear, rope.scaling.factor = 4.0: use the model's safetensors"),
+        (dict(settings={"attention.sliding_window": 16}), "attention.sliding_window = 16"),
+        (dict(settings={"attention.key_length": 8}), "attention.key_length = 8"),
+        (dict(settings={"some.new_switch": True}), "some.new_switch = True"),
+        (dict(add={"rope_freqs.weight": (8,)}), "of which transformers reads .* left out: rope_freqs.weight"),
+        (dict(add={"blk.0.attn_q.bias": (32,)}), "possibly left out: blk.0.attn_q.bias"),
+        (dict(drop=["blk.0.ffn_up.weight"]), "lacks the weights model.layers.0.mlp.up_proj.weight"),
+        (dict(architecture="gemma2", settings=dict(block_count=46)), "how attention scores are scaled"),
+    ],
+)  # fmt: skip
+def test_what_transformers_would_leave_out_is_refused(tokenizer, cache, tmp_path, options, message):
+    write_gguf(tmp_path / "model.gguf", tokenizer, **options)
+    with pytest.raises(UserError, match=message):
+        resolve(tmp_path / "model.gguf")
+    assert [path for path in cache.iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_settings_that_agree_are_accepted(tokenizer, cache, tmp_path):
+    settings = {"attention.key_length": 16, "attention.value_length": 16, "rope.dimension_count": 16}
+    write_gguf(tmp_path / "model.gguf", tokenizer, settings=settings | {"rope.scaling.type": "none"})
+    assert json.loads((resolve(tmp_path / "model.gguf").folder / "config.json").read_text())["head_dim"] == 16
+
+
+def test_the_cache_is_in_the_home_folder_unless_told_otherwise(monkeypatch):
+    monkeypatch.setenv("SAEJAX_CACHE", "~/there")
+    assert gguf.cache_folder() == Path.home() / "there"
+    monkeypatch.delenv("SAEJAX_CACHE")
+    assert gguf.cache_folder() == Path.home() / ".cache" / "saejax"

@@ -1,0 +1,175 @@
+"""Fetching models from the hub, for which a local server stands: huggingface_hub raises what it would raise there."""
+
+import hashlib
+import http.server
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from saejax.errors import UserError
+from saejax.models import identity, source
+from saejax.settings import ModelConfig
+
+COMMIT = "0123456789" * 4
+REFUSALS = {
+    "renew": (401, "", "Invalid credentials in Authorization header"),
+    "disabled": (403, "", "Access to this resource is disabled."),
+    "busy": (429,),
+    "broken": (500,),
+}
+
+
+def resolve(path, revision="main", decoder=False):
+    return source.resolve(ModelConfig(path=path, revision=revision), decoder)
+
+
+@pytest.fixture
+def copy(tiny_llama, tmp_path):
+    return shutil.copytree(tiny_llama, tmp_path / "copy")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the hub's protocol that a download takes, for the files of one folder."""
+
+    folder: Path
+
+    def log_message(self, *args):
+        pass
+
+    def refuse(self, status, code="", message=""):
+        self.send_response(status)
+        for name, value in {"X-Error-Code": code, "X-Error-Message": message}.items():
+            if value:
+                self.send_header(name, value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def reply(self, body, **headers):
+        self.send_response(200)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        parts = self.path.split("?")[0].strip("/").split("/")
+        for name, refusal in REFUSALS.items():
+            if name in parts:
+                return self.refuse(*refusal)
+        if "missing" in parts:
+            return self.refuse(401, "RepoNotFound")
+        if "nosuch" in parts:
+            return self.refuse(404, "RevisionNotFound")
+        if "gated" in parts and "resolve" in parts:
+            return self.refuse(403, "GatedRepo")
+        files = sorted(self.folder.iterdir())
+        if "resolve" in parts:
+            file = self.folder / parts[-1]
+            if not file.exists():
+                return self.refuse(404, "EntryNotFound")
+            body = file.read_bytes()
+            etag = f'"{hashlib.sha1(body).hexdigest()}"'
+            return self.reply(body, **{"ETag": etag, "X-Repo-Commit": COMMIT})
+        if "tree" in parts:
+            listing = [dict(type="file", path=f.name, size=f.stat().st_size, oid="0" * 40) for f in files]
+            return self.reply(json.dumps(listing).encode(), **{"Content-Type": "application/json"})
+        info = dict(_id="1", id="/".join(parts[2:4]), sha=COMMIT, siblings=[dict(rfilename=f.name) for f in files])
+        return self.reply(json.dumps(info).encode(), **{"Content-Type": "application/json"})
+
+
+@pytest.fixture
+def hub(copy, tmp_path, monkeypatch):
+    """A server that has the tiny model under every name but those that ``Hub`` refuses."""
+    from huggingface_hub import constants
+
+    handler = type("Handler", (Hub,), dict(folder=copy))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    yield copy
+    server.shutdown()
+
+
+def test_a_model_from_the_hub(hub):
+    (hub / "consolidated.safetensors").write_bytes(b"the weights again")
+    (hub / "pytorch_model.bin").write_bytes(b"the weights again")
+    found = resolve("org/model")
+    assert (found.name, found.revision) == ("org/model", COMMIT)
+    assert {file.name for file in found.folder.iterdir()} == {
+        file.name for file in hub.iterdir() if file.name not in ("consolidated.safetensors", "pytorch_model.bin")
+    }
+    assert found.fingerprint == identity.fingerprint(found.folder)
+
+
+@pytest.mark.parametrize(
+    "name, revision, message",
+    [
+        ("org/gated", "main", "accept its licence at https://huggingface.co/org/gated, then set the variable HF_TOKEN"),
+        ("org/missing", "main", "there is no model 'org/missing'.*HF_TOKEN"),
+        ("org/model", "nosuch", "org/model has no revision 'nosuch'"),
+        (
+            "org/renew",
+            "main",
+            r"org/renew could not be fetched \(.*401.*\): .* token in .* HF_TOKEN.*: renew",
+        ),
+        ("org/disabled", "main", r"could not be fetched \(.*disabled.*\): try again, or give a local folder"),
+        ("org/busy", "main", r"could not be fetched \(.*429.*\): try again"),
+        ("org/broken", "main", r"could not be fetched \(.*500.*\): try again"),
+    ],
+)
+def test_what_the_hub_refuses(hub, name, revision, message, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
+    with pytest.raises(UserError, match=message) as error:
+        resolve(name, revision)
+    assert "\n" not in str(error.value)
+
+
+def test_a_disk_without_room_for_what_the_hub_sends(hub, monkeypatch):
+    import huggingface_hub
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(UserError, match=r"No space left on device\): free space, or set the variable HF_HOME"):
+        resolve("org/model")
+
+
+def test_the_network_goes_away_while_fetching(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the file listing fails after config.json came
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
+    with pytest.raises(UserError, match="org/model has no safetensors weights in .* the hub cannot be reached"):
+        resolve("org/model")
+
+
+def test_a_fetched_model_is_found_without_network(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    fetched = resolve("org/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve("org/model") == fetched
+
+
+def test_the_family_is_looked_at_before_the_weights_are_fetched(hub, tmp_path):
+    (hub / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(UserError, match="org/model/config.json: models of the family 'mamba'"):
+        resolve("org/model", decoder=True)
+    assert not list((tmp_path / "hub_cache").rglob("*.safetensors"))
+    assert list(resolve("org/model").folder.glob("*.safetensors"))
+    (hub / "config.json").unlink()
+    with pytest.raises(UserError, match="has no config.json at revision 'main'"):
+        resolve("org/model2")

@@ -1,0 +1,71 @@
+"""The flag files of both studies."""
+
+import re
+
+import pytest
+from absl import flags
+from preflight_setup import CONFIGS
+
+from saejax import config
+from saejax.preflight import memory
+from saejax.preflight.advice import SLICES
+from saejax.preflight.memory import GIB
+from saejax.preflight.shapes import read_shapes
+from saejax.preflight.work import plan_work
+from saejax.settings import GROUPS
+
+FILES = sorted(CONFIGS.glob("*.flags"))
+STUDIES = [path for path in FILES if not path.name.startswith("demo")]
+FITS = re.compile(r"^# Fits a TPU slice: --preflight.topology=(\S+)(?: --mesh.model=(\d+))?", re.M)
+
+
+def read(path) -> dict:
+    values = flags.FlagValues()
+    config.define_flags(GROUPS, values)
+    values(["binary", f"--flagfile={path}"])
+    return config.from_flags(GROUPS, values)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_is_valid_and_commented(path):
+    read(path)
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ") and sum(line.startswith("#") for line in lines) >= 2
+
+
+def test_the_studies_models_and_layers():
+    found = {path.stem: read(path) for path in STUDIES}
+    layers = {
+        "gpt2-medium-gsm8k": 12,
+        "pythia-1.4b-gsm8k": 12,
+        "gemma-2b-math": 9,
+        "phi-2-logic": 16,
+        "llama-3-8b-gsm8k": 16,
+        "mistral-7b-gsm8k": 16,
+    }
+    for name, layer in layers.items():
+        configs = found[name]
+        assert configs["train"].sites == (f"resid_post.{layer}",) == configs["capture"].sites
+        assert configs["task"].benchmarks == (name.rpartition("-")[2],)
+        train = configs["train"]
+        assert (train.kinds, train.expansion, train.l1, train.decorrelation) == (("linear",), 8, (1e-4,), 0.01)
+        assert (train.batch, train.epochs) == (32, 20)
+    circuit = found["qwen3-4b-instruct-2507-behaviours"]
+    assert circuit["capture"].last == 5
+    assert circuit["capture"].sites == tuple(f"mlp_{end}.{layer}" for layer in range(10, 25) for end in ("in", "out"))
+    assert {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"} <= {x.rpartition("-")[0] for x in found}
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_each_fits_the_slice_that_it_names(path, monkeypatch):
+    """By the estimate; the compiler's word takes minutes (test_preflight_topology)."""
+    monkeypatch.chdir(CONFIGS.parent)
+    configs = read(path)
+    (shape,) = read_shapes(configs)
+    assert shape.path.endswith(f"{path.stem.rpartition('-')[0]}.json")
+    work = plan_work(shape.path, shape.config, configs)
+    name, model = FITS.search(path.read_text()).groups()
+    devices, gib = SLICES[name]
+    axes = dict(member=1, data=devices // int(model or 1), model=int(model or 1))
+    assert memory.device_memory(work, axes).stages["ablate"] < gib * GIB
+    assert work.train.batch % axes["data"] == 0

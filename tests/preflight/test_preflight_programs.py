@@ -1,0 +1,195 @@
+"""What preflight compiles is what the stages run: the same functions, with arguments of the same shapes and places."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from preflight_setup import make_trainer, make_work, settings
+
+from saejax import load_model
+from saejax.activations import jax_capture
+from saejax.activations.documents import Documents
+from saejax.causal import ablation, screening, split
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.evaluation import loss_recovered
+from saejax.evaluation import programs as evaluation
+from saejax.models import decoding, language_model
+from saejax.models.families import read_config
+from saejax.models.sites import Site
+from saejax.parallel import AXES
+from saejax.preflight.costs import pass_flops, step_flops
+from saejax.preflight.programs import stage_programs
+from saejax.tasks.behaviours import Prompt
+from saejax.training.step import Trainer
+
+K = 30
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    devices = np.array(jax.devices()).reshape(1, 2, 4)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_llama, mesh):
+    return load_model(str(tiny_llama), mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def work(tiny_llama):
+    model = read_config(json.loads((tiny_llama / "config.json").read_text()), "tiny")
+    return make_work(
+        model,
+        "mlp_out.1",
+        corpus__context=32,
+        capture__batch_tokens=256,
+        capture__store_dtype="float32",
+        train__batch=64,
+        train__expansion=4,
+        evaluate__batch_tokens=256,
+        preflight__prompt_tokens=5,
+        preflight__benchmark_tokens=32,
+        task__benchmarks=("gsm8k",),
+        task__max_new_tokens=32,
+        task__batch=4,
+        ablate__top=3,
+        ablate__matches=9,
+        ablate__dictionary="standard",
+    )
+
+
+@pytest.fixture(scope="module")
+def programs(work, mesh):
+    return {program.name: program for program in stage_programs(work, mesh)}
+
+
+def arrays(arguments) -> list[tuple]:
+    """Shape, dtype and, where there is one, placement of every array among the arguments of a call."""
+    leaves = jax.tree.leaves(arguments)
+    leaves = [leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))]
+    return [
+        (leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, True), getattr(leaf, "sharding", None))
+        for leaf in leaves
+    ]
+
+
+def assert_same_call(program, seen) -> None:
+    expected, found = arrays(program.arguments), arrays(seen)
+    assert len(expected) == len(found)
+    for (shape, dtype, place), (seen_shape, seen_dtype, seen_place) in zip(expected, found, strict=True):
+        assert (shape, dtype) == (seen_shape, seen_dtype)
+        if place is not None and seen_place is not None:
+            assert place.is_equivalent_to(seen_place, len(shape)), (program.name, shape)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(module, name): the arguments of the last call, while the function goes on working."""
+
+    def watch(module, name: str) -> list:
+        calls: list = []
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments: calls.append(arguments) or function(*arguments))
+        return calls
+
+    return watch
+
+
+def make_dictionary(lm, work) -> Dictionary:
+    config = DictionaryConfig(
+        kind="standard",
+        site=str(work.site),
+        d_in=work.tested.d_in,
+        n_features=work.tested.n_features,
+        model=lm.source.name,
+        fingerprint=lm.source.fingerprint,
+    )
+    return Dictionary.initial(config, jax.random.key(0))
+
+
+def test_ablation(programs, work, lm, spy):
+    calls = {
+        "ablate: head": spy(split, "run_head"),
+        "ablate: attribution": spy(screening, "score_features"),
+        "ablate: bank": spy(ablation, "make_bank"),
+        "ablate: edit": spy(ablation, "edit_rows"),
+        "ablate: tail": spy(ablation, "run_tail"),
+    }
+    text = "The cat near the dogs"
+    prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * split.PROMPTS
+    assert work.prompt == len(lm.tokenize([text]).ids_BxT[0]) + 1  # an odd length, padded
+    cut_model = split.SplitModel(lm, make_dictionary(lm, work))
+    batches = cut_model.run(prompts)
+    screening.attribution(cut_model, batches)
+    assert work.features == K
+    ablation.ablate_sets(cut_model, batches, [list(range(K))], work.rows)
+    for name, seen in calls.items():
+        assert_same_call(programs[name], seen[-1])
+    functions = [split.run_head, screening.score_features, ablation.make_bank, ablation.edit_rows, ablation.run_tail]
+    assert len(functions) == sum(name.startswith("ablate") for name in programs)
+
+
+def test_generation(programs, lm, spy):
+    calls = spy(decoding, "prefill")
+    lm.generate(lm.tokenize(["The cat near the dogs"] * 4), 32)
+    assert_same_call(programs["benchmark: prefill"], calls[-1])
+
+
+def test_evaluation(programs, work, lm, spy):
+    calls = {name: spy(evaluation, name.replace("-", "_")) for name in ("head", "stand-in", "tail", "compare")}
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 384, 32) for _ in range(8)]
+    loss_recovered.stand_in_losses(lm, [make_dictionary(lm, work)], documents, np.zeros(work.tested.d_in), 256)
+    for name, seen in calls.items():
+        assert_same_call(programs[f"evaluate: {name}"], seen[-1])
+
+
+def test_capture(programs, work, lm, mesh, spy, tiny_llama):
+    from saejax.activations.plan import Plan
+
+    calls = spy(jax_capture, "forward")
+    plan = Plan(_documents(8, 32), 1000, 256, 0, 0)
+    reader = jax_capture.DecoderReader(
+        lm.source, lm.config, [Site("mlp_out", 1)], plan.padded_shape, mesh, "float32", "float32"
+    )
+    reader.read(plan.batches(0), lambda batch, site, value_BxTxD: None)
+    assert_same_call(programs["capture: forward"], calls[-1])
+
+
+def _documents(count: int, length: int) -> Documents:
+    ids_N = np.arange(count * length, dtype=np.int32) % 384
+    offsets_N = np.arange(count + 1, dtype=np.int64) * length
+    return Documents(ids_N, offsets_N, np.zeros((count, 4), np.int32), ["group"])
+
+
+def test_training(programs, work, mesh):
+    trainer = make_trainer(work, mesh)
+    batch = jax.make_array_from_process_local_data(trainer.batch_sharding, np.ones((1, 64, 64), np.float32))
+    assert_same_call(programs["train: topk step"], (trainer.initial_state(), trainer.hyper, (batch,)))
+
+
+def test_they_are_the_stages_own_functions(programs):
+    assert programs["capture: forward"].function is language_model.forward is jax_capture.forward
+    assert programs["evaluate: tail"].function is evaluation.tail
+    assert programs["ablate: tail"].function is ablation.run_tail
+    assert programs["train: standard step"].function.__wrapped__.__func__ is Trainer._step
+
+
+def test_flops_against_xla(work, mesh):
+    """One layer and no loop: then XLA's count is right, and ours is its products."""
+    one = make_work(work.model, "resid_post.0", capture__batch_tokens=256, corpus__context=32, capture__dtype="float32")
+    program = stage_programs(one, mesh)[0]
+    counted = program.lower().compile().cost_analysis()["flops"] * 2  # devices on the data axis; heads: 4 over 4
+    model = work.model
+    assert program.flops == pass_flops(model, 256, 32, 1)
+    by_hand = 2 * 256 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96) + 256 * 4 * 32 * 64
+    assert program.flops == by_hand
+    assert 0.9 * by_hand < counted * 4 < 1.6 * by_hand  # norms and softmax are in XLA's
+
+
+def test_flops_of_a_step():
+    assert step_flops(10, 3, 5) == 10 * 12 * 3 * 5
+    assert settings()["preflight"].tolerance == 1e-4

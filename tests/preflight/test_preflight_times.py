@@ -1,0 +1,65 @@
+"""How long a run takes, against whole runs that were timed; and what it writes."""
+
+import pytest
+from preflight_setup import make_work, settings, shape
+
+from saejax.preflight import times
+
+# Two runs of the demo on two cores, one of them beside other work: rates at the start, then seconds by stage.
+RUNS = [
+    (dict(float32=198e9, bfloat16=445e9), dict(baseline=30, capture=127, train=304)),
+    (dict(float32=138e9, bfloat16=310e9), dict(baseline=41, capture=163, train=451, evaluate=222, ablate=179)),
+]
+
+
+# What they ran: the demo's settings then, on 2,319 documents of 288,888 tokens.
+TIMED = dict(
+    capture__dtype="bfloat16",
+    train__batch=1024,
+    train__epochs=3,
+    train__matmul="bfloat16",
+    train__k=64,
+    evaluate__ce_documents=40,
+)
+
+
+@pytest.mark.parametrize("rates,measured", RUNS)
+def test_estimates_against_timed_runs(rates, measured):
+    work = make_work(shape("smollm2-135m"), **TIMED)
+    seconds = times.stage_seconds(work, settings(**TIMED), 2319, 288_888, rates)
+    for stage, real in measured.items():
+        assert 1 / 1.5 < seconds[stage] / real < 1.5, (stage, seconds[stage], real)
+
+
+def test_what_makes_a_run_longer():
+    model, rates = shape("smollm2-135m"), dict(float32=1e11, bfloat16=2e11)
+
+    def seconds(**changes) -> dict[str, float]:
+        return times.stage_seconds(make_work(model, **changes), settings(**changes), 1000, 100_000, rates)
+
+    base = seconds()
+    assert "benchmark" not in base
+    assert seconds(train__epochs=12)["train"] > 1.9 * base["train"]
+    assert seconds(train__max_steps=1)["train"] < 0.2 * base["train"]
+    assert seconds(capture__dtype="bfloat16")["capture"] < 0.8 * base["capture"]
+    assert seconds(ablate__draws=1000)["ablate"] > 3 * base["ablate"]
+    assert seconds(capture__last=5)["train"] < 0.2 * base["train"]
+    asked = {name: seconds(task__benchmarks=(name,))["benchmark"] for name in ("gsm8k", "math", "logic")}
+    assert asked["gsm8k"] > asked["math"] > 0 and asked["logic"] > 0
+    scored = dict(task__benchmarks=("gsm8k",), task__score="likelihood", task__examples=50)
+    assert seconds(**scored)["benchmark"] < 0.2 * asked["gsm8k"]
+
+
+def test_what_is_written():
+    work = make_work(shape("smollm2-135m"), capture__store_dtype="float32", train__kinds=("topk",))
+    dictionary = 4 * 2 * 576 * 4608
+    assert times.disk_bytes(work, 1000) == 1000 * (4 * 576 + 16) + 7 * dictionary
+    assert times.recorded_rows(work, 100, 20_000, 0) == 20_000
+    assert times.recorded_rows(work, 100, 20_000, 5) == 500
+    assert times.recorded_rows(work, 1, 20_000, 5) == 79 * 5, "one document is cut into 79 pieces of 256 tokens"
+    assert times.recorded_rows(work, 100, 300, 5) == 300
+
+
+def test_rates_are_of_this_machine():
+    rates = times.matmul_rates(256, 2)
+    assert set(rates) == {"float32", "bfloat16"} and all(rate > 1e7 for rate in rates.values())

@@ -1,0 +1,110 @@
+"""Programs compiled for TPU slices that are not there."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+from preflight_setup import CONFIGS, make_work, shape
+
+from saejax import command
+from saejax.errors import UserError
+from saejax.parallel import make_mesh
+from saejax.preflight import topology
+from saejax.preflight.programs import Program, stage_programs
+from saejax.settings import MeshConfig
+
+GIB = 2**30
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed (extra 'tpu')"
+)
+STUDIES = sorted(path for path in CONFIGS.glob("*.flags") if not path.name.startswith("demo"))
+
+
+@pytest.fixture(scope="module")
+def v5e():
+    return topology.find_slice("v5e:2x4")
+
+
+@pytest.fixture
+def quick_compiler():
+    """Compiles with the least effort: a fifth of the time, about as much memory."""
+    before = jax.config.values["jax_exec_time_optimization_effort"]
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield
+    jax.config.update("jax_exec_time_optimization_effort", before)
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package libtpu, which is not installed: run pip install"):
+        topology.find_slice("v5e:2x4")
+
+
+@needs_libtpu
+def test_slices(v5e):
+    assert len(v5e.devices) == 8 and v5e.devices[0].device_kind == "TPU v5 lite"
+    assert v5e.limit == int(15.75 * GIB)
+    assert jax.devices()[0].platform == "cpu", "the devices of the slice are not this process's"
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5e:3x3", "v9z:2x2", "v5e", "nonsense", "v5e:2x2x2x2"])
+def test_no_such_slice(name):
+    with pytest.raises(UserError, match="expected a kind and its layout, such as v5e:2x4"):
+        topology.find_slice(name)
+
+
+@needs_libtpu
+def test_part_of_a_host():
+    assert len(topology.find_slice("v5e:1x1").devices) == 1
+
+
+@needs_libtpu
+def test_a_program_that_does_not_fit(v5e):
+    mesh = make_mesh(MeshConfig(), v5e.devices)
+    whole = jax.ShapeDtypeStruct((16, GIB // 4), jnp.float32, sharding=jax.NamedSharding(mesh, PartitionSpec()))
+    split = jax.ShapeDtypeStruct(
+        whole.shape, whole.dtype, sharding=jax.NamedSharding(mesh, PartitionSpec(None, "data"))
+    )
+    function = jax.jit(lambda x: x + 1)
+
+    def compiled(argument, *kept):
+        return topology.compile_for(Program("a: b", "", function, (argument,), kept, 1.0), v5e.limit)
+
+    too_large, small = compiled(whole), compiled(split)
+    assert not too_large.fits and too_large.counted_flops is None
+    assert too_large.memory == pytest.approx(32 * GIB, rel=0.02)  # argument and result
+    assert small.fits and small.memory == pytest.approx(4 * GIB, rel=0.02)
+    beside = compiled(split, split, split)  # what else the stage keeps there counts
+    assert beside.fits and beside.memory - small.memory == 4 * GIB
+    assert not compiled(split, whole).fits
+
+
+@needs_libtpu
+def test_stages_compile_for_a_slice(v5e, quick_compiler):
+    """A training step sharded over features, and an edit: the quickest of the programs to compile."""
+    work = make_work(shape("llama-3-8b"), "resid_post.16", train__batch=64, model__dtype="bfloat16")
+    mesh = make_mesh(MeshConfig(data=2, model=4), v5e.devices)
+    programs = {program.name: program for program in stage_programs(work, mesh)}
+    step = topology.compile_for(programs["train: standard step"], v5e.limit)
+    state = 3 * 2 * 4096 * 32_768 * 4 / 4  # parameters and two moments, a quarter of the features
+    assert step.fits and state < step.memory < 2 * state
+    assert step.counted_flops == pytest.approx(programs["train: standard step"].flops / 8, rel=0.2)
+    edit = topology.compile_for(programs["ablate: edit"], v5e.limit)
+    assert edit.fits and 16e9 / 4 < edit.memory < 7 * GIB, "the weights stay beside it"
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_config_compiles_for_the_slice_that_it_names(path, tmp_path, monkeypatch, capsys, quick_compiler):
+    monkeypatch.chdir(CONFIGS.parent)  # configs name their shapes from there
+    flags = re.search(r"^# Fits a TPU slice: (--preflight.topology=\S+(?: --mesh.model=\d+)?)", path.read_text(), re.M)
+    argv = ["preflight", f"--workdir={tmp_path}", f"--flagfile={path}", *flags[1].split()]
+    assert command.run(["preflight"], "", argv) == 0, capsys.readouterr().err
+    with capsys.disabled():
+        print()
+        print("\n".join(line.partition("preflight: ")[2] for line in capsys.readouterr().out.splitlines()))

@@ -1,0 +1,56 @@
+"""Small made-up benchmarks for tests, written as files."""
+
+import json
+from pathlib import Path
+
+GSM8K = [
+    dict(
+        question=f"Nora has {n} pears and buys {n + 3} more. How many has she?",
+        answer=f"{n} + {n + 3} = {2 * n + 3}\n#### {2 * n + 3}",
+    )
+    for n in range(1, 13)
+]
+MATH = [
+    dict(
+        problem=f"What is ${n}^2$?",
+        solution=f"It is ${n} \\cdot {n} = \\boxed{{{n * n}}}$.",
+        level="Level 1",
+        type="Algebra",
+    )
+    for n in range(2, 10)
+]
+THREE = (
+    "Three cups stand in a row: a tin cup, a red cup, and a tall cup. The {} cup is the leftmost.\nOptions:\n"
+    "(A) The tin cup is the leftmost\n(B) The red cup is the leftmost\n(C) The tall cup is the leftmost"
+)
+OPTIONS = [dict(input=THREE.format(word), target=f"({letter})") for word, letter in zip(("tin", "red", "tall"), "ABC")]
+LOGIC = {
+    "boolean_expressions": [
+        dict(input="True and not False is", target="True"),
+        dict(input="not True is", target="False"),
+    ],
+    "web_of_lies": [dict(input="Question: Ana lies. Bo says Ana lies. Does Bo tell the truth?", target="Yes")],
+} | {
+    task: OPTIONS
+    for task in (
+        "logical_deduction_three_objects",
+        "logical_deduction_five_objects",
+        "logical_deduction_seven_objects",
+        "date_understanding",
+    )
+}
+
+
+def write_lines(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_all(folder: Path) -> Path:
+    """The three benchmarks as a folder that ``--task.path`` can name."""
+    write_lines(folder / "gsm8k" / "test.jsonl", GSM8K)
+    write_lines(folder / "math.jsonl", MATH)
+    for task, rows in LOGIC.items():
+        write_lines(folder / "logic" / f"{task}.jsonl", rows)
+    return folder

@@ -1,0 +1,175 @@
+"""Rows of benchmarks: every format gives the same ones, and what cannot be read is said in one line."""
+
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from benchmark_rows import GSM8K, LOGIC, write_all, write_lines
+
+from saejax.errors import UserError
+from saejax.settings import TaskConfig
+from saejax.tasks import benchmark_files
+from saejax.tasks.benchmark_files import Origin, find
+from saejax.tasks.benchmarks import LOGIC_TASKS, identity, origin, read_items
+
+ONE = ("",)
+
+
+def fields(path):
+    return [dict(row.fields) for row in Origin(files=find(str(path), "gsm8k", False, ONE)).rows()]
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    table = pyarrow.Table.from_pylist(GSM8K)
+    lines = write_lines(tmp_path / "a.jsonl", GSM8K)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "file.arrow", table.schema) as file:
+        file.write_table(table)
+    with pyarrow.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as file:
+        file.write_table(table)
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "file.arrow", "stream.arrow"):
+        assert fields(tmp_path / name) == GSM8K, name
+
+
+def test_what_datasets_saves_to_disk_is_read(tmp_path):
+    datasets.Dataset.from_list(GSM8K).save_to_disk(tmp_path / "saved")
+    assert fields(tmp_path / "saved") == GSM8K
+
+
+def test_a_row_says_where_it_stands(tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text("\n" + json.dumps(GSM8K[0]) + "\n\n" + json.dumps(GSM8K[1]))
+    rows = list(Origin(files={"": path}).rows())
+    assert [row.name for row in rows] == ["test:2", "test:4"] and rows[1].where == f"{path}, line 4"
+
+
+def test_places(tmp_path):
+    root = write_all(tmp_path / "all")
+    gsm8k = {"": root / "gsm8k" / "test.jsonl"}
+    assert find(str(root), "gsm8k", True, ONE) == find(str(root), "gsm8k", False, ONE) == gsm8k
+    assert find(str(root / "gsm8k"), "gsm8k", False, ONE) == find(str(gsm8k[""]), "gsm8k", False, ONE) == gsm8k
+    assert find(str(root), "math", True, ONE) == {"": root / "math.jsonl"}
+    logic = {task: root / "logic" / f"{task}.jsonl" for task in LOGIC_TASKS}
+    assert (
+        find(str(root), "logic", True, LOGIC_TASKS) == find(str(root / "logic"), "logic", False, LOGIC_TASKS) == logic
+    )
+    one = root / "logic" / "web_of_lies.jsonl"
+    assert find(str(one), "logic", False, LOGIC_TASKS) == {"web_of_lies": one}
+    assert find("openai/gsm8k", "gsm8k", False, ONE) is None
+
+
+def test_of_several_files_the_test_split_is_taken(tmp_path):
+    for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"):
+        write_lines(tmp_path / name, GSM8K)
+    assert find(str(tmp_path), "gsm8k", False, ONE)[""].name == "test-00000-of-00001.jsonl"
+
+
+@pytest.mark.parametrize(
+    "path, benchmark, several, said",
+    [
+        ("missing.jsonl", "gsm8k", False, "missing.jsonl does not exist: expected a file .* a folder .* or the hub id"),
+        ("./a/b", "gsm8k", False, "does not exist"),
+        ("one/notes.txt", "gsm8k", False, "unknown format: expected one of .jsonl"),
+        ("two", "gsm8k", False, "two has 2 data files: expected one named test, or one alone"),
+        ("empty", "gsm8k", False, "empty has 0 data files"),
+        ("one", "math", True, "one has nothing named math"),
+        ("one/gsm8k.jsonl", "gsm8k", True, "is one file, but several benchmarks were asked for"),
+        ("one", "logic", False, "one has 0 files named logical_deduction_three_objects: expected one for each of"),
+        ("one/gsm8k.jsonl", "logic", False, "not named after a task of logic"),
+    ],
+)
+def test_bad_places_are_refused(tmp_path, monkeypatch, path, benchmark, several, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one/gsm8k.jsonl", "two/a.jsonl", "two/b.jsonl"):
+        write_lines(tmp_path / name, GSM8K)
+    (tmp_path / "one" / "notes.txt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=said):
+        find(path, benchmark, several, LOGIC_TASKS if benchmark == "logic" else ONE)
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.jsonl", b'{"question": "a"\n', "a.jsonl, line 1 is not JSON"),
+        ("a.jsonl", b'{"question": "a", "answer": "#### 1"}\n[1]\n', r"a.jsonl, line 2 is \[1\]: expected an object"),
+        ("a.jsonl", b"\xff\xfe\n", "is not UTF-8 at byte 0"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 999)[:-9], "not a whole gzip file"),
+        ("a.parquet", b"PAR1 and no more", "not a whole parquet file"),
+        ("a.arrow", b"ARROW1 and no more", "not a whole arrow file"),
+        ("a.arrow", b"", "not a whole arrow file"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        fields(tmp_path / name)
+
+
+# The hub, which no test can reach
+
+
+def test_without_a_network_the_way_out_is_said():
+    with pytest.raises(UserError, match="openai/gsm8k .revision main. could not be read .* --task.path=FILE") as caught:
+        read_items("gsm8k", TaskConfig())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of three data sets; calls are recorded."""
+    calls = []
+    tables = {
+        "openai/gsm8k": {"main": GSM8K, "socratic": []},
+        "me/copy": {"default": GSM8K[:6], "more": GSM8K[6:]},
+        "me/bbh": {**LOGIC, "snarks": []},
+    }
+
+    def load(name, configuration, split, revision):
+        calls.append((name, configuration, split, revision))
+        return datasets.Dataset.from_list(tables[name][configuration])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name, revision: list(tables[name]))
+    return calls
+
+
+def test_the_hub_is_asked_for_the_test_split_at_the_revision(hub):
+    items = read_items("gsm8k", TaskConfig(examples=12, revision="abc"))
+    assert hub == [("openai/gsm8k", "main", "test", "abc")]
+    assert {item.question for item in items} == {row["question"] for row in GSM8K}
+    assert sorted(int(item.id.removeprefix("main:")) for item in items) == list(range(1, 13))
+
+
+def test_another_data_set_is_read_with_all_its_configurations(hub):
+    assert len(read_items("gsm8k", TaskConfig(path="me/copy", examples=12))) == 12
+    assert len(read_items("logic", TaskConfig(path="me/bbh", examples=15))) == 15
+    assert [call[1] for call in hub] == ["default", "more", *LOGIC_TASKS]
+    with pytest.raises(
+        UserError, match="openai/gsm8k has no configuration logical_deduction_three_objects, .* only main"
+    ):
+        origin("logic", TaskConfig(path="openai/gsm8k"))
+
+
+def test_identity_is_of_the_content(tmp_path, hub):
+    a = write_lines(tmp_path / "a.jsonl", GSM8K)
+    other = write_lines(tmp_path / "other" / "b.jsonl", GSM8K)
+    mark = identity("gsm8k", TaskConfig(path=str(a)))
+    assert len(mark) == 16 and identity("gsm8k", TaskConfig(path=str(other))) == mark
+    write_lines(other, GSM8K[1:])
+    assert identity("gsm8k", TaskConfig(path=str(other))) != mark
+    hubs = [TaskConfig(), TaskConfig(revision="abc"), TaskConfig(path="me/copy")]
+    assert len({identity("gsm8k", task) for task in hubs} | {mark}) == 4
+    assert not hub, "nothing is fetched for it"
+
+
+def test_the_hub_libraries_stay_quiet_about_retries(monkeypatch):
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_warning()
+    assert benchmark_files._fetched("a/b", "main", lambda: 3) == 3
+    assert logging.get_verbosity() == logging.ERROR

@@ -1,0 +1,164 @@
+"""Log-likelihoods against PyTorch, token by token, and where contexts and continuations meet."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax import load_model
+from saejax.errors import UserError
+from saejax.models import source
+from saejax.models.language_model import LanguageModel
+from saejax.models.sites import Site
+from saejax.settings import ModelConfig
+from saejax.tasks import likelihood
+from saejax.tasks.likelihood import encode_pair, loglikelihoods
+
+RNG = np.random.default_rng(0)
+# Lengths on both sides of every padding step, a context and a continuation of one token, and the longest of all.
+SIZES = [(1, 1), (5, 1), (1, 7), (12, 4), (15, 17), (30, 3), (40, 60), (100, 28), (3, 2), (64, 64)]
+PAIRS = [tuple(RNG.integers(1, 380, size=n).tolist() for n in sizes) for sizes in SIZES]
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_llama, one_device):
+    return load_model(str(tiny_llama), mesh=one_device)
+
+
+@pytest.fixture(scope="module")
+def expected(lm):
+    """Of each pair, from transformers in fp64: the log-likelihood, the tokens, and those that were the likeliest."""
+    import torch
+
+    model = source.load_torch_model(lm.source, "float32").double()
+    found = []
+    for context, continuation in PAIRS:
+        with torch.no_grad():
+            logp = torch.log_softmax(model(torch.tensor([context + continuation])).logits[0], -1)
+        predicted = logp[len(context) - 1 : -1]
+        chosen = predicted[torch.arange(len(continuation)), torch.tensor(continuation)]
+        hits = predicted.argmax(-1) == torch.tensor(continuation)
+        found.append((chosen.sum().item(), len(continuation), int(hits.sum())))
+    return found
+
+
+def check(found, expected):
+    assert [(one.tokens, one.correct_tokens) for one in found] == [each[1:] for each in expected]
+    np.testing.assert_allclose([one.total for one in found], [each[0] for each in expected], rtol=2e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [256, 4096])
+def test_they_are_those_of_pytorch(lm, expected, batch_tokens):
+    check(loglikelihoods(lm, *zip(*PAIRS), batch_tokens=batch_tokens), expected)
+
+
+def test_one_pair_alone(lm, expected):
+    for pair, each in list(zip(PAIRS, expected))[:3]:
+        check(loglikelihoods(lm, [pair[0]], [pair[1]], batch_tokens=1), [each])
+
+
+def test_batches_split_over_devices(tiny_llama, expected):
+    eight = load_model(str(tiny_llama))
+    assert eight.mesh.shape["data"] == 8
+    check(loglikelihoods(eight, *zip(*PAIRS), batch_tokens=512), expected)
+
+
+def test_greedy_means_what_greedy_decoding_gives(lm):
+    ids = PAIRS[3][0]
+    for _ in range(3):
+        logits = lm(likelihood.pad([ids])).logits_BxTxV
+        ids = [*ids, int(logits[0, -1].argmax())]
+    (found,) = loglikelihoods(lm, [ids[:-3]], [ids[-3:]])
+    assert found.greedy and found.correct_tokens == 3 and found.per_token == found.total / 3
+    (other,) = loglikelihoods(lm, [ids[:-3]], [[*ids[-3:-1], (ids[-1] + 1) % 384]])
+    assert not other.greedy and other.correct_tokens == 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Zero:
+    """Replaces a site by zero at the real positions."""
+
+    site: Site = dataclasses.field(metadata=dict(static=True))
+
+    def __call__(self, value_BxTxD, mask_BxT):
+        return jnp.where(mask_BxT[..., None], 0.0, value_BxTxD)
+
+
+def test_edits_are_on(lm):
+    contexts, continuations = zip(*PAIRS[:3])
+    found = loglikelihoods(lm, contexts, continuations, edits=[Zero(Site("mlp_out", 1))])
+    for (context, continuation), one in zip(PAIRS, found):
+        tokens = likelihood.pad([context + continuation])
+        logits = np.asarray(lm(tokens, edits=[Zero(Site("mlp_out", 1))]).logits_BxTxV[0], np.float64)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total = logp[np.arange(len(context) - 1, len(context) + len(continuation) - 1), continuation].sum()
+        np.testing.assert_allclose(one.total, total, rtol=2e-5)
+    clean = loglikelihoods(lm, contexts, continuations)
+    assert all(abs(one.total - other.total) > 1e-3 for one, other in zip(found, clean))
+
+
+def test_logits_exist_only_where_they_are_needed(lm):
+    x_BxTxD, positions = jnp.zeros((4, 128, 64)), jnp.zeros((4, 16), jnp.int32)
+    text = str(
+        jax.make_jaxpr(likelihood._token_scores, static_argnums=0)(lm.config, lm.params, x_BxTxD, *[positions] * 2)
+    )
+    assert "4,16,384" in text and "128,384" not in text
+
+
+@pytest.mark.parametrize(
+    "context, continuation, said",
+    [
+        ([1], [], "continuation 1 has no tokens"),
+        ([], [1], "context 1 has no tokens"),
+        ([1] * 100, [1] * 29, "100 tokens and its continuation 29, together more than the model's context of 128"),
+    ],
+)
+def test_bad_pairs_are_refused(lm, context, continuation, said):
+    with pytest.raises(UserError, match=said):
+        loglikelihoods(lm, [[1, 2], context], [[3], continuation])
+
+
+def test_no_pairs_give_nothing(lm):
+    assert loglikelihoods(lm, [], []) == []
+
+
+def test_nan_is_refused(lm):
+    params = lm.params | dict(final_norm_D=jnp.full_like(lm.params["final_norm_D"], jnp.nan))
+    broken = LanguageModel(lm.config, params, lm.tokenizer, lm.source, lm.mesh)
+    with pytest.raises(UserError, match="continuation 0 of 1 has the log-likelihood nan"):
+        loglikelihoods(broken, [[1, 2]], [[3]])
+
+
+def test_lengths_are_padded_by_a_quarter_at_most():
+    for length in range(1, 3000):
+        padded = likelihood._rounded(length, 2048)
+        assert padded == 2048 if length >= 2048 else length <= padded <= max(length * 1.25, length + 15)
+    assert len({likelihood._rounded(length, 2048) for length in range(1, 2048)}) < 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return source.load_tokenizer(source.resolve(ModelConfig()))
+
+
+def test_spaces_between_the_two_belong_to_the_continuation(tokenizer):
+    together = tokenizer("The answer is 42.")["input_ids"]
+    for context, continuation in [("The answer is", " 42."), ("The answer is ", "42."), ("The answer is 42.", "")]:
+        ids = encode_pair(tokenizer, context, continuation)
+        assert ids[0] + ids[1] == together
+    assert encode_pair(tokenizer, "The answer is ", "42.") == encode_pair(tokenizer, "The answer is", " 42.")
+    assert encode_pair(tokenizer, "Q\n", "A")[0] == tokenizer("Q")["input_ids"]
+
+
+def test_special_tokens_come_once(tokenizer):
+    class WithStart:
+        def __call__(self, text, add_special_tokens=True, verbose=True):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return dict(input_ids=[1, *ids] if add_special_tokens else ids)
+
+    assert encode_pair(WithStart(), "a b", " c")[0][0] == 1
+    assert encode_pair(WithStart(), "a b", " c", special_tokens=False) == encode_pair(tokenizer, "a b", " c")
+    assert encode_pair(WithStart(), "a b", " c")[1] == encode_pair(tokenizer, "a b", " c")[1]
