@@ -14,6 +14,7 @@ from saejax.evaluation import neighbours
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.sites import Site
 from saejax.parallel import make_mesh
 from saejax.settings import EvaluateConfig
 from saejax.workspace import Run, read_json, write_array, write_json
@@ -35,6 +36,8 @@ def run_evaluate(run: Run) -> dict[str, Any]:
     for member in stack:
         if not (run.folder / member["name"] / SCORES).exists():
             waiting.setdefault((member["site"], member["target"]), []).append(member["name"])
+    for site in dict.fromkeys(member["site"] for member in stack):
+        Site.parse(site)  # losses are measured in the decoder, which does not have a module of the PyTorch model
     if waiting:
         mesh, model = make_mesh(run.configs["mesh"]), run.configs["model"]
         lm = load_model(model.path, model.revision, model.dtype, mesh)

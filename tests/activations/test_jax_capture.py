@@ -156,4 +156,4 @@ def test_shapes_are_few_and_a_batch_is_read_when_the_next_one_runs(make_reader, 
         expected += [("start", number), ("read", number - 1)]
     assert events == [*expected, ("read", len(batches) - 1)]
     assert len({batch.ids_BxT.shape for batch in batches}) > 5
-    assert shapes == {(2, 32), (4, 16)}  # at most 64 tokens each
+    assert len(shapes) <= 2 and all(rows * length <= 64 for rows, length in shapes)
