@@ -200,10 +200,19 @@ def _block(
 
 def _layer_params(params: Params, layer: int | jax.Array) -> dict[str, jax.Array]:
     return {
-        name.removeprefix(LAYERS): lax.dynamic_index_in_dim(value, layer, keepdims=False)
-        for name, value in params.items()
-        if name.startswith(LAYERS)
+        name.removeprefix(LAYERS): _layer_of(value, layer) for name, value in params.items() if name.startswith(LAYERS)
     }
+
+
+def _layer_of(stacked: jax.Array, layer: int | jax.Array) -> jax.Array:
+    """One layer of a parameter.
+
+    XLA:CPU slices bfloat16 in fp32. Tied to the layer's number, only the slice is widened; otherwise, before the scan,
+    all layers are, which costs their memory twice over and a tenth of the time of a batch of 2,000 tokens.
+    """
+    if stacked.dtype == jnp.bfloat16 and not isinstance(layer, int):
+        stacked, layer = lax.optimization_barrier((stacked, layer))
+    return lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
 def _no_hook(kind: str, value_BxTxD: jax.Array) -> jax.Array:
