@@ -142,7 +142,7 @@ def test_edits_change_what_comes_after_them_at_real_positions(lm, tokens):
 
 
 def test_one_compilation_per_sites_edits_and_padded_length(lm):
-    forward = language_model._forward
+    forward = language_model.forward
     run = lambda n, **kwargs: lm(pad([[5] * n, [6]]), **kwargs)  # noqa: E731
     site = Site("mlp_out", 1)
     run(3), run(3, capture=["mlp_in.1"]), run(3, edits=[Add(jnp.zeros(64), site)])

@@ -18,7 +18,7 @@ TIMED = dict(
     train__batch=1024,
     train__epochs=3,
     train__matmul="bfloat16",
-    train__k=64,
+    train__k=(64,),
     evaluate__ce_documents=40,
 )
 
