@@ -92,7 +92,7 @@ def device_memory(work: Work, axes: Axes) -> Memory:
     members = -(-max(len(stack.members) for stack in work.stacks) // axes["member"])
     activations = dict(
         capture=_capture(work, axes),
-        train=_train(work, axes),
+        train=members * _train(work, axes),
         evaluate=_evaluate(work, axes),
         ablate=_ablate(work, axes),
     )

@@ -70,7 +70,8 @@ def of_kind(dictionary, kind):
     arrays, b_enc_F = dictionary.arrays, dictionary.b_enc_F[...]
     own = dict(jumprelu=dict(threshold_F=jnp.full_like(b_enc_F, 0.2)), gated=dict(r_mag_F=0 * b_enc_F + 0.3))
     if kind == "gated":
-        own["gated"]["b_mag_F"] = b_enc_F + 0.1
+        # Magnitudes are 0 where a gate opens: an activation must not jump on the last bit of a pre-activation.
+        own["gated"]["b_mag_F"] = b_enc_F * np.exp(0.3) - 0.05
     config = dataclasses.replace(dictionary.config, kind=kind, k=12 * (kind == "topk"), fires_above=0.5)
     return Dictionary(config, **arrays | own.get(kind, {}))
 

@@ -187,7 +187,7 @@ def test_missing_layers_and_damaged_files_are_refused(tmp_path):
         (lambda: [known.make("gated", "transcoder", 0), known.make("gated", "skip_transcoder", 1)], "one skip path"),
         (lambda: [known.make("topk", "transcoder", 0), known.make("topk", "transcoder", 1, k=5)], "one sparsity"),
         (lambda: [known.make("standard", "transcoder", 0, target="mlp_out.1")], "predicts mlp_out.1 of mlp_in.0"),
-        (lambda: make_set(layers=1, site="module:model.layers.0.mlp.act"), "there is no site 'module:"),
+        (lambda: make_set(layers=1, site="module:model.layers.0.mlp.act"), "is a module of the PyTorch model"),
     ],
 )  # fmt: skip
 def test_what_makes_no_set_is_refused(transcoders, message, tmp_path):
