@@ -50,7 +50,7 @@ def test_sigterm_saves_and_exits_cleanly(inputs, whole, tmp_path):
     workdir.mkdir()
     for stage in ("baseline", "capture"):
         shutil.copytree(whole[0] / stage, workdir / stage)
-    flags = runs.small_flags(*inputs, workdir, train__epochs=400, train__checkpoint_every=100000, train__kinds="topk")
+    flags = runs.small_flags(*inputs, workdir, train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk")
     process = runs.start("train", flags)
     for line in process.stdout:
         if "training topk" in line:
