@@ -23,6 +23,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drop_programs():
+    """Forget compiled programs after each file: Linux limits a process's memory maps, and each program takes some."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def one_device() -> Mesh:
     """A mesh of the first device alone."""
