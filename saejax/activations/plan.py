@@ -11,9 +11,9 @@ import functools
 import numpy as np
 
 from saejax.activations.documents import Documents
+from saejax.models.tokens import few_lengths
 
 _PERMUTATION = 3  # stream of random numbers, apart from those of the documents
-_PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +77,7 @@ class Plan:
         return self.documents.lengths_N - self._first_N
 
     def padded_shape(self, length: int) -> tuple[int, int]:
-        """[B, T] of a program with fixed shapes for batches whose longest document has this length.
-
-        There are few such shapes: as many as make padding and compiling take the least time together.
-        """
+        """[B, T] of a program with fixed shapes for batches whose longest document has this length; there are few."""
         padded = int(self._lengths[np.searchsorted(self._lengths, length)])
         return max(1, self.batch_tokens // padded), padded
 
@@ -124,18 +121,7 @@ class Plan:
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
         """The lengths of ``padded_shape``, rising, the last that of the longest document."""
-        length_U, count_U = np.unique(self.documents.lengths_N, return_counts=True)
-        below_U = np.concatenate([[0], np.cumsum(count_U)])  # number of shorter documents
-        cost_U, before_U = np.zeros(len(length_U) + 1), np.zeros(len(length_U), np.int64)
-        for i, length in enumerate(length_U):  # the least cost of all documents up to this length, by the one before
-            costs = cost_U[: i + 1] + (below_U[i + 1] - below_U[: i + 1]) * length + _PROGRAM
-            before_U[i] = np.argmin(costs)
-            cost_U[i + 1] = costs[before_U[i]]
-        chosen, i = [], len(length_U)
-        while i:
-            chosen.append(length_U[i - 1])
-            i = int(before_U[i - 1])
-        return np.array(chosen[::-1])
+        return few_lengths(self.documents.lengths_N)
 
     def _spans(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What a shard records: documents, in order, with the first and one past the last position of each."""

@@ -76,7 +76,7 @@ class ModelExperiment:
       name: of the behaviour.
       prompts: of this behaviour, of both splits.
       config: of the stage.
-      tick: called with the rows done and to do; may raise to stop.
+      tick: called with the tokens done and to do; may raise to stop.
 
     Raises:
       UserError: there are no train or no test prompts.
@@ -99,7 +99,7 @@ class ModelExperiment:
                 "each; run the stage baseline again"
             )
         tick(0, 0)
-        self._batches = split.run(self.test)
+        self._runs = split.run(self.test)
 
     def attribution(self) -> np.ndarray:
         attribution_NxF = screening.attribution(self._split, self._split.run(self._train))
@@ -107,10 +107,10 @@ class ModelExperiment:
         return attribution_NxF.mean(axis=0, dtype=np.float64)
 
     def statistics(self) -> FeatureStatistics:
-        return ablation.statistics(self._split, self._batches)
+        return ablation.statistics(self._split, self._runs)
 
     def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
-        return ablation.ablate_sets(self._split, self._batches, sets, self._config.batch_rows, self._tick)
+        return ablation.ablate_sets(self._split, self._runs, sets, self._config.batch_rows, self._tick)
 
 
 def _file(run: Run, behaviour: str, ending: str = ".json") -> Path:
@@ -154,7 +154,7 @@ def _progress(run: Run, label: str) -> Callable[[int, int], None]:
             start = now
         elif now - said > _SAY_EVERY and done < total:
             speed = done / max(now - start, 1e-9)
-            run.say(f"{label}: {done} of {total} edited prompts, {speed:.0f}/s, {(total - done) / speed:.0f} s to go")
+            run.say(f"{label}: {done:,} of {total:,} tokens, {speed:,.0f}/s, {(total - done) / speed:.0f} s to go")
             said = now
 
     return tick

@@ -1,19 +1,24 @@
-"""Exact effects of removing features: sets x prompts as one batched program.
+"""Exact effects of removing features: sets x prompts as few, well filled programs.
 
 Removing the set S from a prompt changes the site's value at every position in the dictionary's domain,
 
     x'_t = x_t - sum_{i in S} f_{t,i} W_dec_i,
 
 where f is computed once, from the clean x; the part of x that the dictionary does not explain (its error
-term), attention sinks and padding stay. One *row* of work is one (set, prompt). The rows' edited values are built on
-the device from the few features in question, and only the tail of the model runs. A row whose set fires nowhere
-on its prompt is not run: its effect is exactly 0.
+term), attention sinks and padding stay. One *row* of work is one (set, prompt). What cannot matter is not computed:
+
+- layers below the site, and the prompt's tokens before the first at which a feature of the set fires, are those of the
+  clean run;
+- a row whose set fires nowhere on its prompt is not run: its effect is exactly 0;
+- of the vocabulary's logits, two are.
+
+Rows are sorted by the number of tokens that are left and run in batches of few different shapes.
 """
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,12 +27,16 @@ import numpy as np
 from flax import nnx
 
 from saejax.causal.controls import FeatureStatistics
-from saejax.causal.split import Cut, PromptBatch, SplitModel, active_features
+from saejax.causal.cut import Cut
+from saejax.causal.rows import RowBatch, batches_of, tokens_needed
+from saejax.causal.split import CleanRun, SplitModel, active_features
 from saejax.errors import UserError
 from saejax.models import decoder
+from saejax.models.incremental import Past
 from saejax.parallel import fitting_sharding, sharding
 
 _IN_FLIGHT = 2  # batches that the device works on while the host waits for an earlier one
+_FEATURES = 1024  # most features that are gathered at once, unless one set has more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +47,13 @@ class LogitDiffs:
       clean_P: float64, P prompts.
       ablated_SxP: float64, S sets; equal to the clean one, to the last bit, where the set fires nowhere.
       rows: how many (set, prompt) pairs were run.
+      tokens: how many tokens went through the tail, padding included.
     """
 
     clean_P: np.ndarray
     ablated_SxP: np.ndarray
     rows: int
+    tokens: int
 
     @property
     def drop_SxP(self) -> np.ndarray:
@@ -50,16 +61,16 @@ class LogitDiffs:
         return self.clean_P[None, :] - self.ablated_SxP
 
 
-def statistics(split: SplitModel, batches: Sequence[PromptBatch]) -> FeatureStatistics:
+def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics:
     """How often and how strongly every feature fires on the prompts, at the positions that an ablation changes.
 
     Raises:
       UserError: a feature's activation is not finite.
     """
     parts = []
-    for batch in batches:
-        kept_B = np.arange(len(batch.last_B)) < len(batch.index_P)  # not the copies that fill up the batch
-        parts.append(_count(split.cut, split.graph, split.state, batch.value_BxTxD, batch.domain_BxT, kept_B))
+    for run in runs:
+        kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
+        parts.append(_count(split.cut, split.graph, split.state, run.value_BxTxD, run.domain_BxT, kept_B))
     total = FeatureStatistics.total((int(n), np.asarray(fires_F), np.asarray(sum_F)) for n, fires_F, sum_F in parts)
     if not np.isfinite(total.sum_F).all():
         raise UserError(
@@ -83,107 +94,91 @@ def _count(
 
 def ablate_sets(
     split: SplitModel,
-    batches: Sequence[PromptBatch],
+    runs: Sequence[CleanRun],
     sets: Sequence[Sequence[int]],
     batch_rows: int = 64,
     tick: Callable[[int, int], None] = lambda done, total: None,
+    plain: bool = False,
 ) -> LogitDiffs:
     """Removes each set of features from each prompt.
 
     Args:
       split: the model, cut at the dictionary's site.
-      batches: prompts that ``split.run`` has run.
+      runs: from ``split.run``.
       sets: feature indices; none twice in a set.
-      batch_rows: rows per run of the tail; split over the mesh's ``data`` axis where that divides it.
-      tick: called after each batch with the number of rows done and of all rows; may raise to stop.
+      batch_rows: whole prompts per run of the tail; of rows with few tokens left, as many as have the same tokens.
+        Split over the mesh's ``data`` axis where that divides them.
+      tick: called after each batch with the tokens done and of all, padding included; may raise to stop.
+      plain: run every row on all its tokens, as a check of what is left out otherwise.
 
     Raises:
       UserError: a logit difference is not finite.
     """
-    features_K = np.unique(np.concatenate([np.zeros(0, np.int64), *(np.asarray(s, np.int64) for s in sets)]))
     if any(len(set(s)) != len(s) for s in sets):
         raise ValueError("a feature is twice in one set")
-    members_SxK = _members(sets, features_K)
-    banks, work = [], []
-    for batch in batches:
-        f_BxTxK, W_dec_KxD, fires_BxK = make_bank(
-            split.cut, split.graph, split.state, batch.value_BxTxD, batch.domain_BxT, features_K
-        )
-        banks.append(Bank(batch.stream_BxTxD, batch.value_BxTxD, f_BxTxK, W_dec_KxD))
-        work.append(_rows_to_run(np.asarray(fires_BxK), batch, members_SxK))
-    total = sum(len(rows_Rx2) for rows_Rx2 in work)
-
-    prompts = sum(len(batch.index_P) for batch in batches)
-    # The last row of the table is the empty set: the clean run, by the same program.
-    diff_SxP = np.full((len(sets) + 1, prompts), np.nan)
-    done = 0
-    for index_Rx2, device_diff_R in _lagging(_dispatched(split, batches, banks, work, members_SxK, batch_rows)):
-        diff_R = np.asarray(device_diff_R, np.float64)[: len(index_Rx2)]
+    all_sets = [np.asarray(s, np.int64) for s in [*sets, ()]]  # the last is the clean run
+    diff_SxP = np.full((len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
+    work = [_work(split, run, all_sets, batch_rows, plain) for run in runs]
+    total = sum(batch.tokens for batches in work for batch in batches)
+    rows = done = 0
+    for batch, index_P, device_diff_R in _lagging(_dispatched(split, runs, work, all_sets)):
+        diff_R = np.asarray(device_diff_R, np.float64)[: len(batch.set_N)]
         if not np.isfinite(diff_R).all():
             raise UserError(
                 f"a logit difference after an edit at {split.cut.site} is not finite: the model or the dictionary "
                 "holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
             )
-        diff_SxP[index_Rx2[:, 0], index_Rx2[:, 1]] = diff_R
-        done += len(index_Rx2)
+        diff_SxP[batch.set_N, index_P[batch.place_N]] = diff_R
+        rows, done = rows + len(batch.set_N), done + batch.tokens
         tick(done, total)
     clean_P = diff_SxP[-1]
     ablated_SxP = np.where(np.isnan(diff_SxP[:-1]), clean_P[None, :], diff_SxP[:-1])
-    return LogitDiffs(clean_P, ablated_SxP, total)
+    return LogitDiffs(clean_P, ablated_SxP, rows, done)
+
+
+def _work(split: SplitModel, run: CleanRun, sets: Sequence[np.ndarray], batch_rows: int, plain: bool) -> list[RowBatch]:
+    """The batches of rows to run on the prompts of one clean run."""
+    prompts, length = len(run.index_P), run.domain_BxT.shape[1]
+    if plain:
+        needed_SxP = np.full((len(sets), prompts), length)
+    else:
+        first_BxF = np.asarray(first_firing(split.cut, split.graph, split.state, run.value_BxTxD, run.domain_BxT))
+        needed_SxP = tokens_needed(first_BxF[:prompts], run.last_B[:prompts], sets)
+        needed_SxP[-1] = 1
+    return batches_of(needed_SxP, sets, length, batch_rows, _FEATURES)
 
 
 class Bank(NamedTuple):
-    """What the rows of one batch of prompts are built from: K is the number of features in any set."""
+    """What the rows on a clean run's prompts are built from: K features."""
 
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
     f_BxTxK: jax.Array
     W_dec_KxD: jax.Array
-
-
-def _members(sets: Sequence[Sequence[int]], features_K: np.ndarray) -> np.ndarray:
-    """Which of the features are in each set, bool [S + 1, K]; the last set is empty."""
-    members_SxK = np.zeros((len(sets) + 1, len(features_K)), bool)
-    for members_K, chosen in zip(members_SxK, sets, strict=False):
-        members_K[np.searchsorted(features_K, np.asarray(chosen, np.int64))] = True
-    return members_SxK
-
-
-def _rows_to_run(fires_BxK: np.ndarray, batch: PromptBatch, members_SxK: np.ndarray) -> np.ndarray:
-    """The (set, place in the batch) pairs that are run, [R, 2]: where something fires, and the empty set."""
-    runs_SxP = members_SxK.astype(np.float32) @ fires_BxK[: len(batch.index_P)].T.astype(np.float32) > 0
-    runs_SxP[-1] = True
-    return np.argwhere(runs_SxP)
+    past: Past
 
 
 def _dispatched(
-    split: SplitModel,
-    batches: Sequence[PromptBatch],
-    banks: Sequence[Bank],
-    work: Sequence[np.ndarray],
-    members_SxK: np.ndarray,
-    batch_rows: int,
-) -> Iterator[tuple[np.ndarray, jax.Array]]:
-    """Starts the tail on all rows, batch by batch; yields the (set, prompt) pairs [R, 2] and their differences."""
-    for batch, bank, rows_Nx2 in zip(batches, banks, work, strict=True):
-        for first in range(0, len(rows_Nx2), batch_rows):
-            rows_Rx2 = rows_Nx2[first : first + batch_rows]
-            # Filled up with the empty set on the first prompt, so that all batches have one shape.
-            set_R, place_R = np.zeros((2, batch_rows), np.int32)
-            set_R[:], set_R[: len(rows_Rx2)] = len(members_SxK) - 1, rows_Rx2[:, 0]
-            place_R[: len(rows_Rx2)] = rows_Rx2[:, 1]
-            stream_RxTxD, value_RxTxD = edit_rows(split.cut, bank, *split.by_row(place_R, members_SxK[set_R]))
-            diff_R = run_tail(
-                split.cut,
-                split.params,
-                stream_RxTxD,
-                value_RxTxD,
-                *split.by_row(batch.last_B[place_R], batch.answers_Bx2[place_R]),
-            )
-            yield np.stack([rows_Rx2[:, 0], batch.index_P[rows_Rx2[:, 1]]], axis=1), diff_R
+    split: SplitModel, runs: Sequence[CleanRun], work: Sequence[Sequence[RowBatch]], sets: Sequence[np.ndarray]
+) -> Iterator[tuple[RowBatch, np.ndarray, jax.Array]]:
+    """Starts the tail on all rows; yields each batch with its prompts' places and its rows' logit differences."""
+    for run, batches in zip(runs, work, strict=True):
+        past, bank, features_K = split.past(run), None, None
+        for batch in batches:
+            if features_K is not batch.features_K:
+                features_K = batch.features_K
+                f_BxTxK, W_dec_KxD = gather(
+                    split.cut, split.graph, split.state, run.value_BxTxD, run.domain_BxT, features_K
+                )
+                bank = Bank(run.stream_BxTxD, run.value_BxTxD, f_BxTxK, W_dec_KxD, past)
+            place_R, members_RxK = batch.filled(sets)
+            last_R = run.last_B[place_R]
+            first_R = np.maximum(last_R - batch.length + 1, 0).astype(np.int32)
+            rows = split.by_row(place_R, first_R, members_RxK, last_R, run.answers_Bx2[place_R])
+            yield batch, run.index_P, run_rows(split.cut, batch.length, split.params, bank, *rows)
 
 
-def _lagging(items: Iterator) -> Iterator:
+def _lagging(items: Iterable) -> Iterator:
     """Runs ``_IN_FLIGHT`` items ahead of its reader."""
     waiting: collections.deque = collections.deque()
     for item in items:
@@ -194,40 +189,53 @@ def _lagging(items: Iterator) -> Iterator:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def make_bank(
+def first_firing(
+    cut: Cut, graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array
+) -> jax.Array:
+    """The first position at which each feature is not 0, int32 [B, F]; T where it always is."""
+    fires_BxTxF = active_features(graph, state, value_BxTxD, domain_BxT) != 0
+    length = fires_BxTxF.shape[1]
+    position_T = jnp.arange(length, dtype=jnp.int32)
+    first_BxF = jnp.min(jnp.where(fires_BxTxF, position_T[None, :, None], jnp.int32(length)), axis=1)
+    return jax.lax.with_sharding_constraint(first_BxF, sharding(cut.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gather(
     cut: Cut,
     graph: nnx.GraphDef,
     state: nnx.State,
     value_BxTxD: jax.Array,
     domain_BxT: jax.Array,
     features_K: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The features' activations [B, T, K] and directions [K, D], and where they fire [B, K]."""
+) -> tuple[jax.Array, jax.Array]:
+    """The features' activations [B, T, K] and directions [K, D]."""
     f_BxTxK = active_features(graph, state, value_BxTxD, domain_BxT)[:, :, features_K]
     W_dec_KxD = nnx.merge(graph, state).W_dec_FxD[...][features_K]
-    return jax.lax.with_sharding_constraint((f_BxTxK, W_dec_KxD, (f_BxTxK != 0).any(axis=1)), sharding(cut.mesh))
+    return jax.lax.with_sharding_constraint((f_BxTxK, W_dec_KxD), sharding(cut.mesh))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def edit_rows(cut: Cut, bank: Bank, place_R: jax.Array, members_RxK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The stream entering the tail and the edited value of the site, each [R, T, D]."""
-    f_RxTxK = jnp.where(members_RxK[:, None, :], bank.f_BxTxK[place_R], 0.0)
-    removed_RxTxD = jnp.matmul(f_RxTxK, bank.W_dec_KxD, precision="highest")
-    stream_RxTxD, value_RxTxD = bank.stream_BxTxD[place_R], bank.value_BxTxD[place_R]
-    edited_RxTxD = (value_RxTxD.astype(removed_RxTxD.dtype) - removed_RxTxD).astype(value_RxTxD.dtype)
-    by_row = fitting_sharding(cut.mesh, edited_RxTxD.shape, "data", None, None)
-    return jax.lax.with_sharding_constraint((stream_RxTxD, edited_RxTxD), by_row)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def run_tail(
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_rows(
     cut: Cut,
+    length: int,
     params: decoder.Params,
-    stream_RxTxD: jax.Array,
-    value_RxTxD: jax.Array,
+    bank: Bank,
+    place_R: jax.Array,
+    first_R: jax.Array,
+    members_RxK: jax.Array,
     last_R: jax.Array,
     answers_Rx2: jax.Array,
 ) -> jax.Array:
-    """The program of the tail: the rows' logit differences [R]."""
-    diff_R = cut.tail(params, stream_RxTxD, value_RxTxD, last_R, answers_Rx2)
+    """The rows' logit differences [R], from ``length`` tokens of each, those from position ``first_R`` on."""
+    row_Rx1, token_RxT = place_R[:, None], first_R[:, None] + jnp.arange(length)[None, :]
+    stream_RxTxD, value_RxTxD, f_RxTxK = (array[row_Rx1, token_RxT] for array in bank[:3])
+    f_RxTxK = jnp.where(members_RxK[:, None, :], f_RxTxK, jnp.zeros_like(f_RxTxK))
+    removed_RxTxD = jnp.matmul(f_RxTxK, bank.W_dec_KxD, precision="highest")
+    edited_RxTxD = (value_RxTxD.astype(removed_RxTxD.dtype) - removed_RxTxD).astype(value_RxTxD.dtype)
+    by_row = fitting_sharding(cut.mesh, edited_RxTxD.shape, "data", None, None)
+    stream_RxTxD, edited_RxTxD = jax.lax.with_sharding_constraint((stream_RxTxD, edited_RxTxD), by_row)
+    diff_R = cut.tail_after(
+        params, bank.past, place_R, first_R, stream_RxTxD, edited_RxTxD, last_R - first_R, answers_Rx2
+    )
     return jax.lax.with_sharding_constraint(diff_R, sharding(cut.mesh))

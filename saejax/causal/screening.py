@@ -16,18 +16,19 @@ import jax
 import numpy as np
 from flax import nnx
 
-from saejax.causal.split import Cut, PromptBatch, SplitModel, active_features
+from saejax.causal.cut import Cut
+from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.parallel import sharding
 
 
-def attribution(split: SplitModel, batches: Sequence[PromptBatch]) -> np.ndarray:
+def attribution(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """Activation x gradient of every feature on every prompt.
 
     Args:
       split: the model, cut at the dictionary's site.
-      batches: prompts that ``split.run`` has run; N of them in all.
+      runs: from ``split.run``; N prompts in all.
 
     Returns:
       fp32 [N, F] in logits; above 0 where removing the feature should lower the logit difference. Attention sinks
@@ -36,16 +37,16 @@ def attribution(split: SplitModel, batches: Sequence[PromptBatch]) -> np.ndarray
     Raises:
       UserError: it is not finite.
     """
-    attribution_NxF = np.zeros((sum(len(batch.index_P) for batch in batches), _n_features(split)), np.float32)
-    for batch in batches:
-        attribution_BxF = score_features(
-            split.cut,
-            split.graph,
-            split.params,
-            split.state,
-            *split.by_row(batch.stream_BxTxD, batch.value_BxTxD, batch.domain_BxT, batch.last_B, batch.answers_Bx2),
-        )
-        attribution_NxF[batch.index_P] = np.asarray(attribution_BxF)[: len(batch.index_P)]
+    attribution_NxF = np.zeros((sum(len(run.index_P) for run in runs), _n_features(split)), np.float32)
+    for run in runs:
+        for first in range(0, len(run.last_B), PROMPTS):
+            own = slice(first, first + PROMPTS)
+            parts = (run.stream_BxTxD, run.value_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2)
+            attribution_BxF = score_features(
+                split.cut, split.graph, split.params, split.state, *split.by_row(*(part[own] for part in parts))
+            )
+            index_P = run.index_P[own]
+            attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
     if not np.isfinite(attribution_NxF).all():
         raise UserError(
             f"the gradient of the logit difference with respect to {split.cut.site} is not finite: the model or the "

@@ -69,11 +69,29 @@ def cached_reaches(config: DecoderConfig, cache: Cache, new: int) -> Reaches:
     return _reaches(config, cache.positions_BxT(new), age_TxS, seen_BxTxS)
 
 
-def _reaches(config: DecoderConfig, positions: jax.Array, age_TxS: jax.Array, seen: jax.Array) -> Reaches:
+def reaches_after(config: DecoderConfig, first_R: jax.Array, new: int, known: int) -> Reaches:
+    """For ``new`` tokens from position ``first_R`` on, beside keys of ``known`` tokens from position 0 on.
+
+    Of the known tokens those before the first new one are attended to; S = known + new.
+    """
+    positions_RxT = first_R[:, None] + jnp.arange(new)[None, :]
+    slots_S = jnp.arange(known)
+    age_RxTxS = (
+        positions_RxT[:, :, None]
+        - jnp.concatenate([jnp.broadcast_to(slots_S[None, :], (len(first_R), known)), positions_RxT], axis=1)[
+            :, None, :
+        ]
+    )
+    earlier_RxS = slots_S[None, :] < first_R[:, None]
+    seen_RxTxS = (age_RxTxS >= 0) & jnp.pad(earlier_RxS, ((0, 0), (0, new)), constant_values=True)[:, None, :]
+    return _reaches(config, positions_RxT, age_RxTxS, seen_RxTxS)
+
+
+def _reaches(config: DecoderConfig, positions: jax.Array, age: jax.Array, seen: jax.Array) -> Reaches:
     everywhere = Reach(_rope_tables(config.rope, positions), seen, config.score_scale)
     if not any(config.local):
         return Reaches(everywhere, everywhere)
-    near = like(age_TxS < config.window, seen) & seen
+    near = like(age < config.window, seen) & seen
     return Reaches(everywhere, Reach(_rope_tables(config.local_rope or config.rope, positions), near, everywhere.scale))
 
 

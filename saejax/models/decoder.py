@@ -2,12 +2,11 @@
 
 Shapes: B prompts, T tokens, D ``d_model``, H query heads, N key-value heads, G = H/N, K head width, F MLP width,
 V vocabulary, C context, L layers. Prompts are padded on the right: attention is causal, so padding never reaches a
-real position; with a cache they are padded on the left (see ``cache``). Everything works under ``jax.jit``,
+real position; with a cache they are padded on the left (see ``incremental``). Everything works under ``jax.jit``,
 ``jax.vmap`` and ``jax.grad``, in the dtype of the parameters; norms, rotary angles, softmax and logits are computed in
 fp32.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -16,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.attention import Extend, Reaches, attention, cached_reaches, full_reaches
-from saejax.models.cache import Cache
+from saejax.models.attention import Extend, Reaches, attention, full_reaches
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import like, mlp, norm, soft_cap, wide
 from saejax.models.parameters import LAYERS
@@ -25,7 +23,7 @@ from saejax.models.sites import Site
 
 Params = Mapping[str, Any]
 Hook = Callable[[Site, jax.Array], jax.Array]
-_LayerHook = Callable[[str, jax.Array], jax.Array]
+LayerHook = Callable[[str, jax.Array], jax.Array]
 
 
 def embed(
@@ -72,7 +70,7 @@ def run_layers(
     if hook is not None:
         for layer in sorted(set(hook_layers) & set(range(start, stop))):
             x_BxTxD, _ = scan_layers(config, params, x_BxTxD, start, layer)
-            x_BxTxD = _block(config, params, layer, x_BxTxD, reaches, functools.partial(_call_hook, hook, layer))
+            x_BxTxD = block(config, params, layer, x_BxTxD, reaches, functools.partial(call_hook, hook, layer))
             start = layer + 1
     return scan_layers(config, params, x_BxTxD, start, stop)[0]
 
@@ -95,63 +93,13 @@ def scan_layers(
                 kept[kind] = value_BxTxD
             return value_BxTxD
 
-        return _block(config, params, layer, x_BxTxD, reaches, keep), kept
+        return block(config, params, layer, x_BxTxD, reaches, keep), kept
 
     # For a gradient, matrix products are kept from the forward pass and the rest is computed again (all of it with
     # remat); otherwise a copy of every layer's parameters would be kept too.
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if config.remat else policies.dots_saveable
     return lax.scan(jax.checkpoint(body, policy=policy, prevent_cse=False), x_BxTxD, jnp.arange(start, stop))
-
-
-def run_cached(
-    config: DecoderConfig,
-    params: Params,
-    x_BxTxD: jax.Array,
-    cache: Cache,
-    hook: Hook | None = None,
-    hook_layers: Collection[int] = (),
-) -> tuple[jax.Array, Cache]:
-    """Runs all layers on T new tokens, which attend to themselves and to the tokens in the cache.
-
-    T is the length of the (left padded) prompts at first and 1 while decoding. The caller sees to it that the cache
-    has room for them.
-
-    Args:
-      x_BxTxD: ``embed`` of the new tokens, at the positions ``cache.positions_BxT(T)``.
-      cache: what went before.
-      hook, hook_layers: as in ``run_layers``.
-
-    Returns:
-      The stream leaving the last layer at the new tokens, [B, T, D], and the cache with these tokens in it. What
-      stands at padding means nothing.
-    """
-    new = x_BxTxD.shape[1]
-    reaches = cached_reaches(config, cache, new)
-    Carry = tuple[jax.Array, jax.Array, jax.Array]
-
-    def step(carry: Carry, layer: int | jax.Array, bound: _LayerHook) -> Carry:
-        x_BxTxD, *stores = carry
-
-        def extend(*new_BxTxNxK: jax.Array) -> list[jax.Array]:
-            for index, (store, value) in enumerate(zip(stores, new_BxTxNxK, strict=True)):
-                start = (layer, 0, cache.length, 0, 0)
-                stores[index] = lax.dynamic_update_slice(store, value[None].astype(store.dtype), start)
-            return [lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in stores]
-
-        x_BxTxD = _block(config, params, layer, x_BxTxD, reaches, bound, extend)
-        return x_BxTxD, *stores
-
-    def scan(carry: Carry, start: int, stop: int) -> Carry:
-        return lax.scan(lambda c, layer: (step(c, layer, _no_hook), None), carry, jnp.arange(start, stop))[0]
-
-    carry, start = (x_BxTxD, cache.k_LxBxSxNxK, cache.v_LxBxSxNxK), 0
-    if hook is not None:
-        for layer in sorted(set(hook_layers) & set(range(config.n_layers))):
-            carry = step(scan(carry, start, layer), layer, functools.partial(_call_hook, hook, layer))
-            start = layer + 1
-    x_BxTxD, k, v = scan(carry, start, config.n_layers)
-    return x_BxTxD, dataclasses.replace(cache, k_LxBxSxNxK=k, v_LxBxSxNxK=v, length=cache.length + new)
 
 
 def unembed(config: DecoderConfig, params: Params, x_BxTxD: jax.Array) -> jax.Array:
@@ -173,13 +121,13 @@ def head_of(config: DecoderConfig, params: Params, ids_N: jax.Array) -> Params:
     return {**params, **part}
 
 
-def _block(
+def block(
     config: DecoderConfig,
     params: Params,
     layer: int | jax.Array,
     x_BxTxD: jax.Array,
     reaches: Reaches,
-    hook: _LayerHook,
+    hook: LayerHook,
     extend: Extend | None = None,
 ) -> jax.Array:
     """One layer, with its sites given to the hook."""
@@ -215,9 +163,9 @@ def _layer_of(stacked: jax.Array, layer: int | jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
-def _no_hook(kind: str, value_BxTxD: jax.Array) -> jax.Array:
+def no_hook(kind: str, value_BxTxD: jax.Array) -> jax.Array:
     return value_BxTxD
 
 
-def _call_hook(hook: Hook, layer: int, kind: str, value_BxTxD: jax.Array) -> jax.Array:
+def call_hook(hook: Hook, layer: int, kind: str, value_BxTxD: jax.Array) -> jax.Array:
     return hook(Site(kind, layer), value_BxTxD)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models import decoder
+from saejax.models import decoder, incremental
 from saejax.models.cache import Cache, empty_cache
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import Params
@@ -149,7 +149,7 @@ def _run(
 ) -> tuple[jax.Array, Cache]:
     """Runs new tokens; gives the logits [B, V] after the last of them."""
     x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(ids_BxT.shape[1]))
-    x_BxTxD, cache = decoder.run_cached(config, params, x_BxTxD, cache, _hook(edits, mask_BxT), _layers(edits))
+    x_BxTxD, cache = incremental.run_cached(config, params, x_BxTxD, cache, _hook(edits, mask_BxT), _layers(edits))
     return decoder.unembed(config, params, x_BxTxD[:, -1:])[:, 0], cache
 
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from saejax.errors import UserError
 
+_PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
@@ -96,3 +98,26 @@ def first_token(tokenizer: Any, text: str) -> int:
 def _ids(tokenizer: Any, text: str) -> list[int]:
     # verbose=False: the tokenizer's own warning about long texts goes to the log; ours is an error.
     return tokenizer(text, verbose=False)["input_ids"]
+
+
+def few_lengths(lengths_N: np.ndarray) -> np.ndarray:
+    """Lengths to pad texts to: as many as make padding and compiling take the least time together.
+
+    Args:
+      lengths_N: of the texts, in tokens.
+
+    Returns:
+      The lengths, rising; a text takes the first that is not shorter. The last is that of the longest text.
+    """
+    length_U, count_U = np.unique(lengths_N, return_counts=True)
+    below_U = np.concatenate([[0], np.cumsum(count_U)])  # number of shorter texts
+    cost_U, before_U = np.zeros(len(length_U) + 1), np.zeros(len(length_U), np.int64)
+    for i, length in enumerate(length_U):  # the least cost of all texts up to this length, by the one before
+        costs = cost_U[: i + 1] + (below_U[i + 1] - below_U[: i + 1]) * length + _PROGRAM
+        before_U[i] = np.argmin(costs)
+        cost_U[i + 1] = costs[before_U[i]]
+    chosen, i = [], len(length_U)
+    while i:
+        chosen.append(length_U[i - 1])
+        i = int(before_U[i - 1])
+    return np.array(chosen[::-1], np.int64)

@@ -14,7 +14,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from saejax.causal import ablation, screening, split
+from saejax.causal import ablation, screening
+from saejax.causal.cut import Cut
+from saejax.causal.split import PROMPTS, run_head
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table as dictionary_table
 from saejax.evaluation import programs as evaluation
@@ -220,37 +222,34 @@ def _abstract_member(work: Work, mesh: Mesh) -> MemberData:
 
 
 def _ablate(work: Work, mesh: Mesh) -> list[Program]:
-    model, prompts, length = work.model, split.PROMPTS, work.prompt
-    cut = split.Cut(model, work.site, mesh)
+    model, prompts, length = work.model, PROMPTS, work.prompt
+    cut = Cut(model, work.site, mesh)
     params, (graph, state) = abstract_params(work, mesh, work.dtype), abstract_dictionary(work, mesh)
     d, f, k, rows = work.tested.d_in, work.tested.n_features, work.features, work.rows
 
-    def values(place: Callable, count: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    def values(place: Callable) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """The stream and the site's value."""
-        shape = (count, length, d)
-        return place(mesh, shape, work.dtype), place(mesh, shape, work.dtype)
+        return place(mesh, (prompts, length, d), work.dtype), place(mesh, (prompts, length, d), work.dtype)
 
     def ends(count: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Last positions and answers."""
         return _by_row(mesh, (count,), jnp.int32), _by_row(mesh, (count, 2), jnp.int32)
 
     domain_BxT, row_domain_BxT = (place(mesh, (prompts, length), bool) for place in (_whole, _by_row))
-    features_K = _whole(mesh, (k,), jnp.int32)
-    bank = ablation.Bank(
-        *values(_whole, prompts),
-        _whole(mesh, (prompts, length, k), work.train.state_dtype),
-        _whole(mesh, (k, d), work.train.state_dtype),
-    )
+    stream_BxTxD, value_BxTxD = values(_whole)
+    past = _placed(jax.eval_shape(cut.record, params, stream_BxTxD), mesh)
+    f_BxTxK = _whole(mesh, (prompts, length, k), work.train.state_dtype)
+    bank = ablation.Bank(stream_BxTxD, value_BxTxD, f_BxTxK, _whole(mesh, (k, d), work.train.state_dtype), past)
     below, above = work.site.layer + 1, model.n_layers - work.site.layer - 1
     encode = 2.0 * prompts * length * d * f
     tail = pass_flops(model, rows * length, length, above)
-    size, rows_size = f"{prompts} prompts of {length} tokens", f"{rows} edited prompts"
+    size = f"{prompts} prompts of {length} tokens"
     place_R, members_RxK = _by_row(mesh, (rows,), jnp.int32), _by_row(mesh, (rows, k), bool)
     return [
         Program(
             "ablate: head",
             size,
-            split.run_head,
+            run_head,
             (cut, graph, params, state, _by_row(mesh, (prompts, length), jnp.int32), ends(prompts)[0]),
             (),
             pass_flops(model, prompts * length, length, below),
@@ -259,32 +258,24 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
             "ablate: attribution",
             size,
             screening.score_features,
-            (cut, graph, params, state, *values(_by_row, prompts), row_domain_BxT, *ends(prompts)),
+            (cut, graph, params, state, *values(_by_row), row_domain_BxT, *ends(prompts)),
             (),
             3.0 * pass_flops(model, prompts * length, length, above) + 2.0 * encode,
         ),
         Program(
-            "ablate: bank",
+            "ablate: features",
             f"{size}, {k} features",
-            ablation.make_bank,
-            (cut, graph, state, values(_whole, prompts)[1], domain_BxT, features_K),
+            ablation.gather,
+            (cut, graph, state, value_BxTxD, domain_BxT, _whole(mesh, (k,), jnp.int32)),
             params,
             encode,
         ),
         Program(
-            "ablate: edit",
-            rows_size,
-            ablation.edit_rows,
-            (cut, bank, place_R, members_RxK),
-            (params, state),
-            2.0 * rows * length * k * d,
-        ),
-        Program(
             "ablate: tail",
-            rows_size,
-            ablation.run_tail,
-            (cut, params, *values(_by_row, rows), *ends(rows)),
-            (state, bank),
-            tail,
+            f"{rows} edited prompts",
+            ablation.run_rows,
+            (cut, length, params, bank, place_R, place_R, members_RxK, *ends(rows)),
+            state,
+            tail + 2.0 * rows * length * k * d,
         ),
     ]

@@ -9,6 +9,7 @@ import pytest
 
 from saejax import load_model
 from saejax.causal import ablation
+from saejax.causal import split as split_module
 from saejax.causal.split import PROMPTS, SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
@@ -25,7 +26,7 @@ def split(tiny, dictionary):
 
 
 @pytest.fixture(scope="module")
-def batches(split, prompts):
+def runs(split, prompts):
     return split.run(prompts)
 
 
@@ -53,9 +54,9 @@ def test_effects_equal_a_plain_loop_with_torch_hooks(tiny, prompts, make_diction
     assert np.median(np.abs(diffs.drop_SxP[-1])) > 0.05 and len(np.unique(diffs.clean_P)) > 8
 
 
-def test_equal_to_the_edit_of_a_full_forward_pass(tiny, prompts, dictionary, split, batches):
+def test_equal_to_the_edit_of_a_full_forward_pass(tiny, prompts, dictionary, split, runs):
     sets = np.random.default_rng(4).permutation(dictionary.config.n_features)[:60].reshape(3, 20)
-    diffs = ablation.ablate_sets(split, batches, sets)
+    diffs = ablation.ablate_sets(split, runs, sets)
     tokens = tiny.tokenize([prompt.text for prompt in prompts])
     answers = np.array([[tiny.token_id(prompt.correct), tiny.token_id(prompt.wrong)] for prompt in prompts])
     for s, features in enumerate(sets):
@@ -94,61 +95,61 @@ def test_other_kinds_equal_the_edit_of_a_full_forward_pass(tiny, prompts, dictio
 def test_a_linear_feature_fires_by_size(tiny, prompts, dictionary):
     linear = of_kind(dictionary, "linear")
     split = SplitModel(tiny, linear)
-    batches = split.run(prompts)
-    statistics = ablation.statistics(split, batches)
+    runs = split.run(prompts)
+    statistics = ablation.statistics(split, runs)
     rows = []
-    for batch in batches:
-        f_BxTxF, domain_BxT = np.asarray(linear.encode(batch.value_BxTxD)), np.asarray(batch.domain_BxT)
-        rows += [f_BxTxF[p][domain_BxT[p]] for p in range(len(batch.index_P))]
+    for run in runs:
+        f_BxTxF, domain_BxT = np.asarray(linear.encode(run.value_BxTxD)), np.asarray(run.domain_BxT)
+        rows += [f_BxTxF[p][domain_BxT[p]] for p in range(len(run.index_P))]
     size_NxF = np.abs(np.concatenate(rows))
     np.testing.assert_array_equal(statistics.fires_F, (size_NxF > 0.5).sum(axis=0))
     wanted_F = np.where(size_NxF > 0.5, size_NxF, 0).sum(axis=0, dtype=np.float64)
     np.testing.assert_allclose(statistics.sum_F, wanted_F, rtol=1e-5)
 
 
-def test_what_does_not_fire_has_no_effect_to_the_bit_and_is_not_run(split, batches, dictionary):
-    n, prompts = dictionary.config.n_features, sum(len(batch.index_P) for batch in batches)
+def test_what_does_not_fire_has_no_effect_to_the_bit_and_is_not_run(split, runs, dictionary):
+    n, prompts = dictionary.config.n_features, sum(len(run.index_P) for run in runs)
     dead = list(range(n - 5, n))
-    diffs = ablation.ablate_sets(split, batches, [[i] for i in dead] + [dead, []])
+    diffs = ablation.ablate_sets(split, runs, [[i] for i in dead] + [dead, []])
     assert diffs.rows == prompts
     assert (diffs.drop_SxP == 0.0).all()
-    everything = ablation.ablate_sets(split, batches, [[i] for i in range(n)])
+    everything = ablation.ablate_sets(split, runs, [[i] for i in range(n)])
     silent_SxP = np.zeros((n, prompts), bool)
-    for batch in batches:
-        f_BxTxF = np.asarray(dictionary.encode(batch.value_BxTxD)) * np.asarray(batch.domain_BxT)[:, :, None]
-        silent_SxP[:, batch.index_P] = ~(f_BxTxF > 0).any(axis=1)[: len(batch.index_P)].T
+    for run in runs:
+        f_BxTxF = np.asarray(dictionary.encode(run.value_BxTxD)) * np.asarray(run.domain_BxT)[:, :, None]
+        silent_SxP[:, run.index_P] = ~(f_BxTxF > 0).any(axis=1)[: len(run.index_P)].T
     assert 0.1 < silent_SxP.mean() < 0.95
     assert everything.rows == prompts + (~silent_SxP).sum()
     assert (everything.drop_SxP[silent_SxP] == 0.0).all()
     assert (everything.drop_SxP[~silent_SxP] != 0.0).mean() > 0.95
 
 
-def test_removing_all_features_leaves_the_error_and_the_bias(split, batches, dictionary):
-    diffs = ablation.ablate_sets(split, batches, [list(range(dictionary.config.n_features))])
-    for batch in batches:
-        x_BxTxD = batch.value_BxTxD
+def test_removing_all_features_leaves_the_error_and_the_bias(split, runs, dictionary):
+    diffs = ablation.ablate_sets(split, runs, [list(range(dictionary.config.n_features))])
+    for run in runs:
+        x_BxTxD = run.value_BxTxD
         without_bias_BxTxD = dictionary.decode(dictionary.encode(x_BxTxD)) - dictionary.b_dec_D[...][None, None, :]
-        left_BxTxD = jnp.where(batch.domain_BxT[:, :, None], x_BxTxD - without_bias_BxTxD, x_BxTxD)
-        wanted_B = split.cut.tail(split.params, batch.stream_BxTxD, left_BxTxD, batch.last_B, batch.answers_Bx2)
-        count = len(batch.index_P)
-        np.testing.assert_allclose(diffs.ablated_SxP[0, batch.index_P], np.asarray(wanted_B)[:count], atol=1e-4)
+        left_BxTxD = jnp.where(run.domain_BxT[:, :, None], x_BxTxD - without_bias_BxTxD, x_BxTxD)
+        wanted_B = split.cut.tail(split.params, run.stream_BxTxD, left_BxTxD, run.last_B, run.answers_Bx2)
+        count = len(run.index_P)
+        np.testing.assert_allclose(diffs.ablated_SxP[0, run.index_P], np.asarray(wanted_B)[:count], atol=1e-4)
 
 
-def test_sinks_and_padding_are_never_edited(split, batches, dictionary):
+def test_sinks_and_padding_are_never_edited(split, runs, dictionary):
     sinks = 0
-    for batch in batches:
-        norm_BxT = np.linalg.norm(np.asarray(batch.value_BxTxD), axis=2)
-        real_BxT = np.arange(norm_BxT.shape[1])[None, :] <= batch.last_B[:, None]
+    for run in runs:
+        norm_BxT = np.linalg.norm(np.asarray(run.value_BxTxD), axis=2)
+        real_BxT = np.arange(norm_BxT.shape[1])[None, :] <= run.last_B[:, None]
         domain_BxT = real_BxT & (norm_BxT <= dictionary.config.max_norm)
-        np.testing.assert_array_equal(np.asarray(batch.domain_BxT), domain_BxT)
+        np.testing.assert_array_equal(np.asarray(run.domain_BxT), domain_BxT)
         sinks += (real_BxT & ~domain_BxT).sum()
     assert sinks > 10
 
 
-def test_neither_batch_size_nor_mesh_matter(split, batches, dictionary, prompts, tiny_llama):
+def test_neither_batch_size_nor_mesh_matter(split, runs, dictionary, prompts, tiny_llama):
     sets = sets_of(np.random.default_rng(5), dictionary.config.n_features)
-    wanted = ablation.ablate_sets(split, batches, sets, batch_rows=64)
-    odd = ablation.ablate_sets(split, batches, sets, batch_rows=7)
+    wanted = ablation.ablate_sets(split, runs, sets, batch_rows=64)
+    odd = ablation.ablate_sets(split, runs, sets, batch_rows=7)
     over_8 = SplitModel(load_model(str(tiny_llama)), dictionary)
     assert over_8.cut.mesh.shape["data"] == 8
     spread = ablation.ablate_sets(over_8, over_8.run(prompts), sets, batch_rows=64)
@@ -158,52 +159,70 @@ def test_neither_batch_size_nor_mesh_matter(split, batches, dictionary, prompts,
         np.testing.assert_allclose(other.clean_P, wanted.clean_P, atol=1e-5)
 
 
-def test_batches_hold_every_prompt_once_sorted_by_length(batches, prompts, tiny):
-    assert sorted(np.concatenate([batch.index_P for batch in batches]).tolist()) == list(range(len(prompts)))
+def test_runs_hold_every_prompt_once_sorted_by_length(split, prompts, tiny, monkeypatch):
+    monkeypatch.setattr(split_module, "GROUP_TOKENS", 20 * PROMPTS)
+    runs = split.run(prompts)
+    assert len(runs) > 1
+    assert sorted(np.concatenate([run.index_P for run in runs]).tolist()) == list(range(len(prompts)))
     lengths_P = tiny.tokenize([prompt.text for prompt in prompts]).lengths_B
-    for batch in batches:
-        np.testing.assert_array_equal(batch.last_B[: len(batch.index_P)] + 1, lengths_P[batch.index_P])
-        assert batch.value_BxTxD.shape[0] == PROMPTS
-        assert 0 <= batch.value_BxTxD.shape[1] - lengths_P[batch.index_P].max() < 2
-    assert max(batches[0].last_B) <= min(batches[1].last_B)
+    for run in runs:
+        np.testing.assert_array_equal(run.last_B[: len(run.index_P)] + 1, lengths_P[run.index_P])
+        rows, length = run.value_BxTxD.shape[:2]
+        assert rows % PROMPTS == 0 and 0 <= rows - len(run.index_P) < PROMPTS
+        assert rows == PROMPTS or rows * length <= split_module.GROUP_TOKENS
+        assert 0 <= length - lengths_P[run.index_P].max() < 2
+    assert max(runs[0].last_B) <= min(runs[1].last_B)
+    sets = sets_of(np.random.default_rng(6), 100)
+    together, apart = (ablation.ablate_sets(split, own, sets) for own in (runs, split.run(prompts)))
+    np.testing.assert_allclose(together.ablated_SxP, apart.ablated_SxP, atol=1e-5)
 
 
-def test_one_compilation_for_each_length(split, batches, dictionary):
+def test_few_programs(split, runs, dictionary):
+    before = ablation.run_rows._cache_size()
     n = dictionary.config.n_features
-    ablation.ablate_sets(split, batches, [[i] for i in range(n // 2)], batch_rows=48)
-    before = ablation.run_tail._cache_size()
-    ablation.ablate_sets(split, batches, [[i] for i in range(n)] + [list(range(n))], batch_rows=48)
-    assert ablation.run_tail._cache_size() == before
+    ablation.ablate_sets(split, runs, [[i] for i in range(n)] + [list(range(n))], batch_rows=48)
+    assert ablation.run_rows._cache_size() - before <= 6
 
 
-def test_statistics_are_those_of_the_positions_that_change(split, batches, dictionary):
+@pytest.mark.parametrize("site", ["resid_post.1", "mlp_in.1", "attn_out.3"])
+def test_the_plain_way_agrees(tiny, prompts, make_dictionary, site):
+    split = SplitModel(tiny, make_dictionary(site))
+    runs = split.run(prompts)
+    sets = sets_of(np.random.default_rng(7), 150, singles=40)
+    plain, fast = (ablation.ablate_sets(split, runs, sets, plain=plain) for plain in (True, False))
+    assert plain.rows == (len(sets) + 1) * len(prompts) and fast.tokens < 0.9 * plain.tokens
+    np.testing.assert_allclose(fast.ablated_SxP, plain.ablated_SxP, atol=1e-5)
+    np.testing.assert_allclose(fast.clean_P, plain.clean_P, atol=1e-5)
+
+
+def test_statistics_are_those_of_the_positions_that_change(split, runs, dictionary):
     rows = []
-    for batch in batches:
-        f_BxTxF, domain_BxT = np.asarray(dictionary.encode(batch.value_BxTxD), np.float64), np.asarray(batch.domain_BxT)
-        rows += [f_BxTxF[p][domain_BxT[p]] for p in range(len(batch.index_P))]
+    for run in runs:
+        f_BxTxF, domain_BxT = np.asarray(dictionary.encode(run.value_BxTxD), np.float64), np.asarray(run.domain_BxT)
+        rows += [f_BxTxF[p][domain_BxT[p]] for p in range(len(run.index_P))]
     f_NxF = np.concatenate(rows)
-    statistics = ablation.statistics(split, batches)
+    statistics = ablation.statistics(split, runs)
     assert statistics.positions == len(f_NxF)
     np.testing.assert_array_equal(statistics.fires_F, (f_NxF > 0).sum(axis=0))
     np.testing.assert_allclose(statistics.sum_F, f_NxF.sum(axis=0), rtol=1e-5)
 
 
-def test_tick_counts_rows_and_may_stop(split, batches, dictionary):
+def test_tick_counts_tokens_and_may_stop(split, runs, dictionary):
     sets = [[i] for i in range(dictionary.config.n_features)]
     seen = []
-    diffs = ablation.ablate_sets(split, batches, sets, 32, lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (diffs.rows, diffs.rows) and [done for done, _ in seen] == sorted({done for done, _ in seen})
+    diffs = ablation.ablate_sets(split, runs, sets, 32, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (diffs.tokens, diffs.tokens) and [done for done, _ in seen] == sorted({done for done, _ in seen})
 
     def stop(done, total):
         raise Interrupted("stopped")
 
     with pytest.raises(Interrupted):
-        ablation.ablate_sets(split, batches, sets, 32, stop)
+        ablation.ablate_sets(split, runs, sets, 32, stop)
 
 
-def test_a_feature_twice_in_a_set_is_refused(split, batches):
+def test_a_feature_twice_in_a_set_is_refused(split, runs):
     with pytest.raises(ValueError, match="twice"):
-        ablation.ablate_sets(split, batches, [[1, 2, 1]])
+        ablation.ablate_sets(split, runs, [[1, 2, 1]])
 
 
 def with_arrays(dictionary, **changes):
@@ -242,10 +261,10 @@ def test_a_dictionary_of_another_model_site_or_width(tiny, dictionary):
         SplitModel(tiny, narrow)
 
 
-def test_in_bfloat16_the_effects_are_nearly_the_same(tiny_llama, one_device, prompts, dictionary, split, batches):
+def test_in_bfloat16_the_effects_are_nearly_the_same(tiny_llama, one_device, prompts, dictionary, split, runs):
     half = SplitModel(load_model(str(tiny_llama), dtype="bfloat16", mesh=one_device), dictionary)
     sets = [list(range(0, dictionary.config.n_features, 2))]
-    wanted_P = ablation.ablate_sets(split, batches, sets).drop_SxP[0]
+    wanted_P = ablation.ablate_sets(split, runs, sets).drop_SxP[0]
     drop_P = ablation.ablate_sets(half, half.run(prompts), sets).drop_SxP[0]
     assert np.corrcoef(drop_P, wanted_P)[0, 1] > 0.9
     assert jax.tree.leaves(half.params)[0].dtype == jnp.bfloat16

@@ -45,7 +45,7 @@ class LinearExperiment:
 
     def ablate(self, sets):
         drop_SxP = np.stack([self.drop(s) for s in sets])
-        return LogitDiffs(self.clean(), self.clean()[None, :] - drop_SxP, drop_SxP.size)
+        return LogitDiffs(self.clean(), self.clean()[None, :] - drop_SxP, drop_SxP.size, drop_SxP.size)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tiny_models import save_tiny_llama
 from torch_sites import run_torch
 from transformers import AutoModelForCausalLM
 
-from saejax.models import decoder
+from saejax.models import decoder, incremental
 from saejax.models.cache import empty_cache
 from saejax.models.families import read_config
 from saejax.models.sites import KINDS, Site
@@ -258,7 +258,7 @@ def test_a_cached_run_equals_a_whole_one(tiny):
     lengths, prompt, new = [9, 5, 1], 9, 3
     ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (3, prompt + new))
     pad_B = prompt - np.array(lengths)
-    run = jax.jit(decoder.run_cached, static_argnums=0)
+    run = jax.jit(incremental.run_cached, static_argnums=0)
     cache = empty_cache(config, 3, prompt + new + 2, jnp.float32, pad_B)
     np.testing.assert_array_equal(cache.positions_BxT(3), [[0, 1, 2], [0, 0, 0], [0, 0, 0]])
     parts = []

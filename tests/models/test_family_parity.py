@@ -12,7 +12,7 @@ from tiny_models import save_tiny
 from torch_sites import run_torch
 from transformers import AutoModelForCausalLM
 
-from saejax.models import decoder
+from saejax.models import decoder, incremental
 from saejax.models.cache import empty_cache
 from saejax.models.families import read_config
 from saejax.models.sites import KINDS
@@ -182,7 +182,7 @@ def run_chunk(config, params, ids_BxT, cache):
         return value_BxTxD
 
     x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(ids_BxT.shape[1]))
-    x_BxTxD, cache = decoder.run_cached(config, params, x_BxTxD, cache, hook, {0})
+    x_BxTxD, cache = incremental.run_cached(config, params, x_BxTxD, cache, hook, {0})
     return decoder.unembed(config, params, x_BxTxD), seen, cache
 
 

@@ -114,22 +114,20 @@ def test_ablation(programs, work, lm, spy):
     calls = {
         "ablate: head": spy(split, "run_head"),
         "ablate: attribution": spy(screening, "score_features"),
-        "ablate: bank": spy(ablation, "make_bank"),
-        "ablate: edit": spy(ablation, "edit_rows"),
-        "ablate: tail": spy(ablation, "run_tail"),
+        "ablate: features": spy(ablation, "gather"),
+        "ablate: tail": spy(ablation, "run_rows"),
     }
     text = "The cat near the dogs"
     prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * split.PROMPTS
     assert work.prompt == len(lm.tokenize([text]).ids_BxT[0]) + 1  # an odd length, padded
     cut_model = split.SplitModel(lm, make_dictionary(lm, work))
-    batches = cut_model.run(prompts)
-    screening.attribution(cut_model, batches)
+    runs = cut_model.run(prompts)
+    screening.attribution(cut_model, runs)
     assert work.features == K
-    ablation.ablate_sets(cut_model, batches, [list(range(K))], work.rows)
+    ablation.ablate_sets(cut_model, runs, [list(range(K))] * 7, work.rows, plain=True)
     for name, seen in calls.items():
         assert_same_call(programs[name], seen[-1])
-    functions = [split.run_head, screening.score_features, ablation.make_bank, ablation.edit_rows, ablation.run_tail]
-    assert len(functions) == sum(name.startswith("ablate") for name in programs)
+    assert len(calls) == sum(name.startswith("ablate") for name in programs)
 
 
 def test_generation(programs, lm, spy):
@@ -174,7 +172,7 @@ def test_training(programs, work, mesh):
 def test_they_are_the_stages_own_functions(programs):
     assert programs["capture: forward"].function is language_model.forward is jax_capture.forward
     assert programs["evaluate: tail"].function is evaluation.tail
-    assert programs["ablate: tail"].function is ablation.run_tail
+    assert programs["ablate: tail"].function is ablation.run_rows
     assert programs["train: standard step"].function.__wrapped__.__func__ is Trainer._step
 
 
