@@ -14,7 +14,7 @@ demo-tiny: $(INSTALLED)
 	@echo "Open runs/demo_tiny/report/index.html"
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

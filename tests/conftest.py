@@ -23,6 +23,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first, so that no process works on it alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_processes.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def drop_programs():
     """Forget compiled programs after each file: Linux limits a process's memory maps, and each program takes some."""
