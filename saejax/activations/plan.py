@@ -14,6 +14,7 @@ from saejax.activations.documents import Documents
 from saejax.models.tokens import few_lengths
 
 _PERMUTATION = 3  # stream of random numbers, apart from those of the documents
+_PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Plan:
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
         """The lengths of ``padded_shape``, rising, the last that of the longest document."""
-        return few_lengths(self.documents.lengths_N)
+        return few_lengths(self.documents.lengths_N, _PROGRAM)
 
     def _spans(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What a shard records: documents, in order, with the first and one past the last position of each."""

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from saejax.models.tokens import few_lengths
+from saejax.models.tokens import even_batches
 
 _STEP = 8  # batches are filled up to a multiple of this many rows
+_PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,21 +71,12 @@ def batches_of(
       features: most features in a batch's sets together, unless one set alone has more.
     """
     batches = []
-    lengths = few_lengths(needed_SxP[needed_SxP > 0])
     for chosen in _chunks(sets, features):
         features_K = np.unique(np.concatenate([sets[s] for s in chosen]))
         pairs_Nx2 = np.argwhere(needed_SxP[chosen] > 0)
         set_N, place_N = np.array(chosen)[pairs_Nx2[:, 0]], pairs_Nx2[:, 1]
-        shape_N = np.searchsorted(lengths, needed_SxP[set_N, place_N])
-        for shape in range(len(lengths) - 1, -1, -1):
-            own = np.flatnonzero(shape_N == shape)
-            if not len(own):
-                continue
-            most = max(batch_rows * length // int(lengths[shape]), 1)
-            count = -(-len(own) // most)
-            size = -(-len(own) // (count * _STEP)) * _STEP
-            for part in np.split(own, range(size, len(own), size)):
-                batches.append(RowBatch(set_N[part], place_N[part], size, int(lengths[shape]), features_K))
+        for part, size, tokens in even_batches(needed_SxP[set_N, place_N], batch_rows * length, _STEP, _PROGRAM):
+            batches.append(RowBatch(set_N[part], place_N[part], size, tokens, features_K))
     return batches
 
 

@@ -24,11 +24,12 @@ from saejax.evaluation import programs
 from saejax.evaluation.member_data import MemberData
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.models.tokens import pad
+from saejax.models.tokens import even_batches, pad
 from saejax.parallel import fitting_sharding, sharding
 
 VARIANTS = ("clean", "mean_ablated", "zero_ablated", "reconstructed")
-_LENGTH_STEP = 32  # documents are padded to a multiple of this, so that few lengths are compiled
+_LENGTH_STEP = 16  # documents are padded to a multiple of this
+_PROGRAM = 1024  # tokens that run in the time in which the programs of another shape are compiled, roughly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +116,12 @@ def _batches(
     lm: LanguageModel, documents: Sequence[np.ndarray], batch_tokens: int
 ) -> Iterator[tuple[jax.Array, jax.Array, int]]:
     """Token ids [B, T], lengths [B] and the number of tokens that are predicted, all on the model's devices."""
-    # Longest first: documents of like length share a batch, and the largest program is compiled first.
-    documents = sorted((document for document in documents if len(document) > 1), key=len, reverse=True)
+    documents = [document for document in documents if len(document) > 1]
     shares = lm.mesh.shape["data"]
-    while documents:
-        length = -(-len(documents[0]) // _LENGTH_STEP) * _LENGTH_STEP
-        left = -(-len(documents) // shares) * shares  # rows that are filled up are few in the last batch, too
-        count = max(1, min(batch_tokens // length, left))
-        batch, documents = documents[:count], documents[count:]
-        padded = pad([*(ids.tolist() for ids in batch), *[[0]] * (count - len(batch))])
+    lengths_N = -(-np.array([len(document) for document in documents], np.int64) // _LENGTH_STEP) * _LENGTH_STEP
+    for chosen, rows, length in even_batches(lengths_N, batch_tokens, shares, _PROGRAM):
+        padded = pad([*(documents[index].tolist() for index in chosen), *[[0]] * (rows - len(chosen))])
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
         placed = jax.device_put(ids_BxT, fitting_sharding(lm.mesh, ids_BxT.shape, "data", None))
-        lengths_B = jax.device_put(padded.lengths_B, fitting_sharding(lm.mesh, (count,), "data"))
-        yield placed, lengths_B, sum(len(document) - 1 for document in batch)
+        lengths_B = jax.device_put(padded.lengths_B, fitting_sharding(lm.mesh, (rows,), "data"))
+        yield placed, lengths_B, sum(len(documents[index]) - 1 for index in chosen)

@@ -8,8 +8,6 @@ import numpy as np
 
 from saejax.errors import UserError
 
-_PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
-
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
@@ -100,11 +98,12 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, verbose=False)["input_ids"]
 
 
-def few_lengths(lengths_N: np.ndarray) -> np.ndarray:
+def few_lengths(lengths_N: np.ndarray, program: int) -> np.ndarray:
     """Lengths to pad texts to: as many as make padding and compiling take the least time together.
 
     Args:
       lengths_N: of the texts, in tokens.
+      program: how many tokens run in the time in which a program of another shape is compiled.
 
     Returns:
       The lengths, rising; a text takes the first that is not shorter. The last is that of the longest text.
@@ -113,7 +112,7 @@ def few_lengths(lengths_N: np.ndarray) -> np.ndarray:
     below_U = np.concatenate([[0], np.cumsum(count_U)])  # number of shorter texts
     cost_U, before_U = np.zeros(len(length_U) + 1), np.zeros(len(length_U), np.int64)
     for i, length in enumerate(length_U):  # the least cost of all texts up to this length, by the one before
-        costs = cost_U[: i + 1] + (below_U[i + 1] - below_U[: i + 1]) * length + _PROGRAM
+        costs = cost_U[: i + 1] + (below_U[i + 1] - below_U[: i + 1]) * length + program
         before_U[i] = np.argmin(costs)
         cost_U[i + 1] = costs[before_U[i]]
     chosen, i = [], len(length_U)
@@ -121,3 +120,26 @@ def few_lengths(lengths_N: np.ndarray) -> np.ndarray:
         chosen.append(length_U[i - 1])
         i = int(before_U[i - 1])
     return np.array(chosen[::-1], np.int64)
+
+
+def even_batches(lengths_N: np.ndarray, most: int, multiple: int, program: int) -> list[tuple[np.ndarray, int, int]]:
+    """Texts in batches of few shapes and even size, the longest first: what does not fit into memory fails at once.
+
+    Args:
+      lengths_N: of the texts, at least 1.
+      most: tokens of a batch, padding included, unless ``multiple`` texts have more.
+      multiple: of which the number of texts in a batch, with those that fill it up, is one.
+      program: as in ``few_lengths``.
+
+    Returns:
+      For each batch the indices of its texts, its rows (at least as many) and its length.
+    """
+    lengths = few_lengths(lengths_N, program)
+    shape_N = np.searchsorted(lengths, lengths_N)
+    batches = []
+    for shape in range(len(lengths) - 1, -1, -1):
+        own, length = np.flatnonzero(shape_N == shape), int(lengths[shape])
+        count = -(-len(own) // max(most // (length * multiple) * multiple, multiple))
+        size = -(-len(own) // (count * multiple)) * multiple
+        batches += [(part, size, length) for part in np.split(own, range(size, len(own), size))]
+    return batches

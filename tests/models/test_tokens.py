@@ -1,0 +1,31 @@
+"""Batches of few shapes."""
+
+import numpy as np
+import pytest
+
+from saejax.models.tokens import even_batches, few_lengths
+
+
+def test_few_lengths_weigh_padding_against_programs():
+    lengths_N = np.array([10, 11, 12, 100, 101] * 50)
+    np.testing.assert_array_equal(few_lengths(lengths_N, program=400), [12, 101])
+    np.testing.assert_array_equal(few_lengths(lengths_N, program=1), [10, 11, 12, 100, 101])
+    np.testing.assert_array_equal(few_lengths(lengths_N, program=10**9), [101])
+    assert len(few_lengths(np.zeros(0, int), 1)) == 0
+
+
+@pytest.mark.parametrize("most", [1, 64, 1000])
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_every_text_is_in_one_batch(most, multiple):
+    lengths_N = np.random.default_rng(0).integers(1, 200, 137)
+    batches = even_batches(lengths_N, most, multiple, program=300)
+    assert sorted(np.concatenate([own for own, _, _ in batches]).tolist()) == list(range(137))
+    for own, rows, length in batches:
+        assert lengths_N[own].max() <= length and 0 < len(own) <= rows and rows % multiple == 0
+        assert rows * length <= most or rows == multiple
+    assert len({(rows, length) for _, rows, length in batches}) <= len(few_lengths(lengths_N, 300)) + 1
+    assert [length for _, _, length in batches] == sorted((length for _, _, length in batches), reverse=True)
+
+
+def test_no_texts():
+    assert even_batches(np.zeros(0, int), 100, 1, 1) == []
