@@ -115,6 +115,7 @@ def test_greedy_on_smollm2_equals_transformers(smollm2, smollm2_torch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("batched", [True, False])
 def test_64_tokens_on_20_prompts_equal_transformers(smollm2, smollm2_torch, batched):
     assert_equals_transformers(smollm2, smollm2_torch, rows(smollm2.tokenize(PROMPTS)), 64, batched)
