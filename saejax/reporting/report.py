@@ -15,7 +15,7 @@ from saejax.analysis.examples import Example, top_examples
 from saejax.config import to_json
 from saejax.dictionaries import stacks
 from saejax.models.source import load_tokenizer, resolve
-from saejax.reporting import details, dictionaries, figures, sections
+from saejax.reporting import details, dictionaries, sections, style
 from saejax.reporting.document import Picture, to_html, to_markdown
 from saejax.reporting.findings import read_findings
 from saejax.workspace import Run, package_versions, write_text
@@ -46,8 +46,8 @@ def run_report(run: Run) -> dict[str, Any]:
 
     def draw(name: str, figure: Figure, caption: str, alt: str) -> Picture:
         names.append(name)
-        svg = figures.save(figure, run.folder / "figures", name)
-        return Picture(name, figures.inline(svg, name, alt), caption, alt)
+        svg = style.save(figure, run.folder / "figures", name)
+        return Picture(name, style.inline(svg, name, alt), caption, alt)
 
     parts = [
         sections.answer(found, draw),

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
-from saejax.reporting import figures
+from saejax.reporting import figures, style
 from saejax.settings import KINDS
 
 
@@ -166,13 +166,13 @@ def test_training_of_a_stack_is_the_median_in_a_band():
 
 def test_the_frontier_joins_what_is_not_beaten():
     upper, lower = frontier_figure().axes
-    topk = [line for line in upper.lines if line.get_color() == figures.BLUE]
+    topk = [line for line in upper.lines if line.get_color() == style.BLUE]
     assert [list(line.get_xdata()) for line in topk] == [[16, 32, 64], [40]]
     assert topk[0].get_alpha() is None and topk[1].get_alpha() == 0.4 and topk[1].get_linestyle() == "None"
     assert list(topk[0].get_ydata()) == [0.7, 0.75, 0.8]
-    recovered = [line for line in lower.lines if line.get_color() == figures.BLUE]
+    recovered = [line for line in lower.lines if line.get_color() == style.BLUE]
     assert list(recovered[0].get_xdata()) == [16, 32, 40, 64]
-    standard = [line for line in upper.lines if line.get_color() == figures.ORANGE]
+    standard = [line for line in upper.lines if line.get_color() == style.ORANGE]
     assert [list(line.get_xdata()) for line in standard[::2]] == [[16, 64], [32]]  # a line for each site
     assert upper.get_legend_handles_labels()[1].count("linear") == 0  # no feature of it is ever active
 
@@ -180,7 +180,7 @@ def test_the_frontier_joins_what_is_not_beaten():
 def test_files_are_the_same_every_time_and_carry_no_date(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        figures.save(ablation_figure(), tmp_path / folder, "x")
+        style.save(ablation_figure(), tmp_path / folder, "x")
     for name in ("x.svg", "x.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     svg = (tmp_path / "a" / "x.svg").read_text()
@@ -189,8 +189,8 @@ def test_files_are_the_same_every_time_and_carry_no_date(tmp_path):
 
 
 def test_many_points_are_pixels_in_an_svg(tmp_path):
-    few = figures.save(ablation_figure(), tmp_path, "few")
-    many = figures.save(ablation_figure(np.linspace(-1, 1, 1000), 1000), tmp_path, "many")
+    few = style.save(ablation_figure(), tmp_path, "few")
+    many = style.save(ablation_figure(np.linspace(-1, 1, 1000), 1000), tmp_path, "many")
     assert "<image" not in few and "<image" in many
     assert len(many) < len(few) + 80_000
 
@@ -198,25 +198,25 @@ def test_many_points_are_pixels_in_an_svg(tmp_path):
 def test_the_callers_style_changes_nothing(tmp_path):
     import matplotlib
 
-    plain = figures.save(features_figure(3), tmp_path, "plain")
+    plain = style.save(features_figure(3), tmp_path, "plain")
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "lines.linewidth": 9}):
-        assert figures.save(features_figure(3), tmp_path, "styled") == plain
+        assert style.save(features_figure(3), tmp_path, "styled") == plain
 
 
 def test_inline_svgs_share_a_page(tmp_path):
-    svg = figures.save(ablation_figure(), tmp_path, "x")
-    parts = [figures.inline(svg, name, 'A "quoted" <text>') for name in ("one", "two")]
+    svg = style.save(ablation_figure(), tmp_path, "x")
+    parts = [style.inline(svg, name, 'A "quoted" <text>') for name in ("one", "two")]
     ids = re.findall(r'\bid="([^"]+)"', "".join(parts))
     assert len(ids) == len(set(ids)) > 10
     references = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', parts[0])
     assert references and {a or b for a, b in references} <= set(ids)
     assert 'role="img" aria-label="A &#34;quoted&#34; &lt;text&gt;"' in parts[0]
-    assert figures.INK not in parts[0] and "currentColor" in parts[0]
-    assert figures.PAPER not in parts[0] and "<?xml" not in parts[0]
+    assert style.INK not in parts[0] and "currentColor" in parts[0]
+    assert style.PAPER not in parts[0] and "<?xml" not in parts[0]
     assert not re.search(r"<svg[^>]* width=", parts[0]) and "viewBox" in parts[0]
 
 
-@pytest.mark.parametrize("color", [*sorted({line[0] for line in figures._LINES} - {figures.INK}), figures.GREY])
+@pytest.mark.parametrize("color", [*sorted({line[0] for line in style.LINES} - {style.INK}), style.GREY])
 @pytest.mark.parametrize("paper", ["#ffffff", "#14181d"])
 def test_colours_stand_out_on_light_and_dark(color, paper):
     assert contrast(color, paper) >= 3  # what WCAG asks of graphics
