@@ -59,7 +59,8 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         if not flag_values["workdir"].value:
             raise UserError("--workdir=DIR is missing: name the folder of this run")
         configs = config.from_flags(GROUPS, flag_values)
-        shares_gpu = "capture" in stages and configs["capture"].backend == "torch"
+        runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
+        shares_gpu = runs_model and configs["capture"].backend == "torch"
         _environment(bool(flag_values["deterministic"].value), shares_gpu)
         from saejax import pipeline
 

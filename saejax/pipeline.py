@@ -36,7 +36,8 @@ class Stage:
       needs: the units it reads, given the configuration, as "stage" or "stage/name".
       names: its units' names, given the configuration; [""] for one unit.
       sources: what it reads from outside the workdir: "model", "corpus", "benchmark" (the unit's own),
-        "shapes" (the sizes of the models that preflight checks).
+        "shapes" (the sizes of the models that preflight checks), "initial" (dictionaries that training starts from),
+        "stream" (model, text and settings of training straight from the model).
     """
 
     summary: str
@@ -98,8 +99,9 @@ STAGES = {
         "saejax.training.train:run_train",
         ("train",),
         ("mesh",),
-        needs=lambda configs, name: ("capture",),
+        needs=lambda configs, name: ("capture",) if configs["train"].source == "store" else (),
         names=_kinds,
+        sources=("initial", "stream"),
     ),
     "evaluate": Stage(
         "scores dictionaries on held-out text: fidelity, sparsity, cross-entropy recovered",
@@ -182,12 +184,25 @@ class Plan:
                 mark = resolve(self.configs[source], decoder).fingerprint
             elif source == "shapes":
                 mark = importlib.import_module("saejax.preflight.shapes").identity(self.configs)
+            elif source == "initial":
+                folder = self.configs["train"].init_from
+                mark = importlib.import_module("saejax.training.initial").identity(folder) if folder else ""
+            elif source == "stream":
+                mark = self._stream() if self.configs["train"].source == "model" else ""
             elif source == "benchmark":
                 mark = importlib.import_module("saejax.tasks.benchmarks").identity(name, self.configs["task"])
             else:
                 mark = importlib.import_module("saejax.tasks.corpora").identity(self.configs[source])
             self._marks[key] = mark
         return self._marks[key]
+
+    def _stream(self) -> str:
+        """What training straight from the model depends on beside its own settings."""
+        capture = dataclasses.replace(self.configs["capture"], sites=())  # those of training are read
+        settings = [
+            configuration.identity(config) for config in (self.configs["model"], self.configs["corpus"], capture)
+        ]
+        return fingerprint([self._source("model", ""), self._source("corpus", ""), settings])
 
 
 def run_stages(

@@ -226,6 +226,12 @@ class TrainConfig(Config):
         low=0.0,
         high=1.0,
     )
+    resample_every: int = setting(
+        0,
+        "steps after which dead features start again at tokens of high loss (Bricken et al., 2023), until the learning "
+        "rate falls; 0: never",
+        low=0,
+    )
     dead_tokens: int = setting(100_000, "a feature silent for this many tokens is dead", low=1)
     decorrelation: float = setting(
         0.0, "coefficient of the mean squared covariance between features, on 512 tokens of each batch", low=0.0
@@ -267,8 +273,46 @@ class TrainConfig(Config):
     state_dtype: str = setting(
         "float32", "dtype of parameters and optimizer state; float64 is for checks", choices=("float32", "float64")
     )
+    source: str = setting(
+        "store",
+        "where activations come from: a captured store, or straight from the model (model), with nothing on disk: the "
+        "corpus's training text goes through it as capture would send it, for the sites of --train.sites",
+        choices=("store", "model"),
+    )
+    buffer_rows: int = setting(
+        262_144, "with --train.source=model, tokens that are shuffled together, and trained on, at a time", low=1
+    )
+    input: str = setting(
+        "auto",
+        "where a store's activations are in training: all on the devices (resident), read from disk as they are needed "
+        "(streamed), or resident if they take at most 40 % of the memory that is free there (auto)",
+        choices=("auto", "resident", "streamed"),
+        changes_results=False,
+    )
+    init_from: str = setting(
+        "",
+        "folder of a dictionary to start from, in any format (ours, SAELens, sparsify); for a stack also a train unit "
+        "with members of the same names, or a circuit-tracer set; empty: random dictionaries",
+        changes_results=False,  # what is found there counts, not its place
+    )
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept", low=1, changes_results=False)
+    best: str = setting(
+        "",
+        "keep the best checkpoint too, by this metric (mean over members and over the steps recorded since the one "
+        "before); the dictionary is that of the last step all the same",
+        choices=("", "loss", "mse", "explained_variance"),
+        changes_results=False,
+    )
     log_every: int = setting(20, "steps between recorded metrics", low=1, changes_results=False)
+    tensorboard: bool = setting(
+        False, "write metrics as TensorBoard event files too (takes saejax[tensorboard])", changes_results=False
+    )
+    wandb: str = setting(
+        "",
+        "project, or entity/project, of Weights & Biases to which metrics go too (takes saejax[wandb]); empty: none",
+        changes_results=False,
+    )
     max_steps: int = setting(0, "stop after this many steps; 0: all epochs", low=0)
 
 

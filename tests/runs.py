@@ -91,9 +91,14 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
 
 def checksums(workdir: Path) -> dict:
     """The dictionaries' and the store's checksums."""
+    store = json.loads((workdir / "capture" / "manifest.json").read_text())["files"]
+    return dictionary_checksums(workdir) | dict(store=store)
+
+
+def dictionary_checksums(workdir: Path) -> dict:
+    """The checksums of every dictionary's arrays, by its folder."""
     found = {}
     for path in sorted((workdir / "train").rglob("dictionary/dictionary.json")):
         member = path.parent.parent.relative_to(workdir / "train")
         found[str(member)] = json.loads(path.read_text())["arrays"]
-    found["store"] = json.loads((workdir / "capture" / "manifest.json").read_text())["files"]
     return found

@@ -166,3 +166,16 @@ def test_stages_out_of_order_and_settings_that_do_not_fit(refuse, captured, tmp_
     assert "make the product 8" in refuse(["train"], workdir=workdir, mesh__model=3)
     assert "site in this store" in refuse(["train"], workdir=workdir, train__sites="mlp_out.0")
     assert "unknown dictionary" in refuse(["ablate"], workdir=workdir, ablate__dictionary="standart")
+
+
+def test_what_training_starts_from(refuse, inputs, captured, tmp_path):
+    workdir = copy_of(captured, tmp_path)
+    assert "holds no dictionary" in refuse(["train"], workdir=workdir, train__init_from=tmp_path / "nowhere")
+    line = refuse(["train"], workdir=workdir, train__resample_every=5, train__freeze="decoder")
+    assert "replaces what --train.freeze=decoder keeps" in line
+    flags = runs.small_flags(*inputs, workdir, train__kinds="topk", train__epochs=1)
+    assert command.run(["train"], "", ["program", *flags]) == 0
+    trained = tmp_path / "trained"
+    shutil.copytree(workdir / "train" / "topk", trained)
+    line = refuse(["train"], workdir=workdir, train__kinds="standard", train__expansion=2, train__init_from=trained)
+    assert "does not fit: kind is topk, expected standard; features is 128, expected 64" in line

@@ -29,7 +29,8 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_bits(inputs, whole,
     moments = random.Random(kills)
     folder, number, killed = tmp_path / "run0", 0, 0
     while killed < kills:
-        process = runs.start("pipeline", runs.small_flags(*inputs, folder))
+        source = moments.choice(["resident", "streamed"])  # a run may go on with the other
+        process = runs.start("pipeline", runs.small_flags(*inputs, folder, train__input=source))
         time.sleep(moments.uniform(0.1, 1.0) * seconds)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)

@@ -3,9 +3,9 @@
 One element of the Grain dataset is one batch, and its index is the step's number. So the position in the data is
 the step, and a run that resumes at step n asks for element n: no state of an iterator has to be saved.
 
-Epoch e visits the rows in the order ``numpy.random.default_rng([seed, e]).permutation(rows)``, which takes 8 bytes
-a row, of two epochs at most. The order does not depend on the number of processes: batch i is a stretch of it, of
-which each process reads its own part. What does not fill a batch at the end of an epoch is left out of it.
+Epoch e visits the training rows in the order ``numpy.random.default_rng([seed, e]).permutation(rows)``, of which two
+epochs are kept at most. The order does not depend on the number of processes, nor on whether the rows are read from
+disk or stand on the devices: batch i is a stretch of it. What does not fill a batch at the end of an epoch is left out.
 """
 
 import threading
@@ -22,33 +22,56 @@ Parts = Sequence[Sequence[str]]
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
-class _Batches:
-    """Random access to the batches of all epochs; a Grain data source."""
+class BatchOrder:
+    """Which training rows make each batch.
 
-    def __init__(self, store: Store, parts: Parts, batch: int, seed: int, epochs: int, process: int, processes: int):
-        self._store, self._parts, self._seed, self._batch = store, parts, seed, batch
-        self._rows_R = store.rows("train", *sites_of(parts))
-        self._per_epoch = len(self._rows_R) // batch
+    Args:
+      rows: number of training rows.
+      batch: rows per batch.
+      seed: of the order.
+      epochs: passes over the rows, each in another order; every row comes once in each.
+    """
+
+    def __init__(self, rows: int, batch: int, seed: int, epochs: int):
+        self._rows, self._batch, self._seed = rows, batch, seed
+        self._per_epoch = rows // batch
         self._length = self._per_epoch * epochs
-        share = batch // processes
-        self._own = slice(process * share, (process + 1) * share)
         self._orders: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
+        """Number of batches of all epochs."""
         return self._length
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, ...]:
-        epoch, index = divmod(int(step), self._per_epoch)
-        rows_B = self._order(epoch)[index * self._batch : (index + 1) * self._batch][self._own]
-        return tuple(np.stack([self._store.read(site, rows_B) for site in part]) for part in self._parts)
+    def places(self, step: int) -> np.ndarray:
+        """Places [batch] among the training rows, from 0, of batch ``step``, from 0."""
+        epoch, index = divmod(step, self._per_epoch)
+        return self._order(epoch)[index * self._batch : (index + 1) * self._batch]
 
     def _order(self, epoch: int) -> np.ndarray:
         with self._lock:  # threads that read ahead into the next epoch would each draw its order
             if epoch not in self._orders:
                 self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-                self._orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(self._rows_R)
+                self._orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(self._rows)
             return self._orders[epoch]
+
+
+class _Batches:
+    """Random access to the batches of all epochs; a Grain data source."""
+
+    def __init__(self, store: Store, parts: Parts, batch: int, seed: int, epochs: int, process: int, processes: int):
+        self._store, self._parts = store, parts
+        self._rows_R = store.rows("train", *sites_of(parts))
+        self._order = BatchOrder(len(self._rows_R), batch, seed, epochs)
+        share = batch // processes
+        self._own = slice(process * share, (process + 1) * share)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, ...]:
+        rows_B = self._rows_R[self._order.places(int(step))[self._own]]
+        return tuple(np.stack([self._store.read(site, rows_B) for site in part]) for part in self._parts)
 
 
 def sites_of(parts: Parts) -> list[str]:

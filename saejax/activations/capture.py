@@ -88,11 +88,11 @@ def run_capture(run: Run) -> dict:
     config: CaptureConfig = run.configs["capture"]
     wanted = read_wanted(run.configs)
     model_source, names = wanted.source, [str(site) for site in wanted.sites]
-    documents = _documents(run, wanted)
+    documents = text_documents(run, wanted)
     plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
     reader, widths = None, wanted.widths()
     if widths is None:
-        reader = _load_reader(run, wanted, plan)
+        reader = load_reader(run, wanted, plan)
         widths = reader.widths
     writer = StoreWriter(run.folder, names, _work(run, model_source, documents))
     missing = [shard for shard in range(plan.shards) if not writer.has(shard)]
@@ -121,7 +121,7 @@ def run_capture(run: Run) -> dict:
     )
 
 
-def _documents(run: Run, wanted: Wanted) -> Documents:
+def text_documents(run: Run, wanted: Wanted) -> Documents:
     """The documents of the corpus and, where behaviours were asked for, their train prompts."""
     prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl") if "baseline" in run.inputs else []
     chosen = {index: prompt for index, prompt in enumerate(prompts) if prompt.split == "train"}
@@ -166,7 +166,7 @@ def _capture(
 ) -> float:
     """Makes the shards; returns the speed in tokens per second."""
     config: CaptureConfig = run.configs["capture"]
-    reader = reader or _load_reader(run, wanted, plan)
+    reader = reader or load_reader(run, wanted, plan)
     buffers = ShardBuffers(widths, max(map(plan.size, shards)), config.store_dtype)
     progress = _Progress(run.say, sum(map(plan.size, shards)))
 
@@ -195,7 +195,7 @@ def _capture(
     return progress.rate
 
 
-def _load_reader(run: Run, wanted: Wanted, plan: Plan) -> Reader:
+def load_reader(run: Run, wanted: Wanted, plan: Plan) -> Reader:
     """The backend, which alone is imported: torch takes seconds to import, and JAX takes the devices."""
     config: CaptureConfig = run.configs["capture"]
     if config.backend == "torch":

@@ -1,49 +1,137 @@
-"""Training checkpoints by Orbax: saved whole, restored onto any mesh, the newest kept."""
+"""Training checkpoints by Orbax: written while training goes on, restored onto any mesh, the newest and best kept."""
 
+import contextlib
 import errno
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from saejax.errors import UserError
+from saejax.parallel import is_first_process
+from saejax.workspace import read_json, write_json
+
+RUN = "run.json"
+_HIGH_IS_GOOD = ("explained_variance",)
+_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 class Checkpoints:
-    """The checkpoints of one training run.
+    """The checkpoints of one training run; a context manager that waits for what is being written.
 
     Args:
       folder: where they are; made if missing. What a killed save left half-written is cleaned up.
       keep: how many of the newest to keep.
+      best: a metric: the checkpoint with the best value of it is kept too. Empty: none.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
-        self._folder = Path(folder).absolute()
+    def __init__(self, folder: Path, keep: int = 2, best: str = ""):
+        self._folder, self._best = Path(folder).absolute(), best
+        policies = ocp.training.preservation_policies
+        preserve: list[Any] = [policies.LatestN(keep)]
+        if best:
+            lowest = best not in _HIGH_IS_GOOD
+            preserve.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[best],
+                    reverse=lowest,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             save_decision_policy=ocp.training.save_decision_policies.ContinuousCheckpointingPolicy(
                 minimum_interval_secs=0
             ),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy(preserve),
             cleanup_tmp_directories=True,
         )
+        self._writing: tuple[int, Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+            self.wait()
+        self.close()
 
     @property
     def latest_step(self) -> int | None:
-        """The newest step that was saved whole; None if there is none."""
+        """The newest step that was saved, or is being written; None if there is none."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, state: Any) -> None:
-        """Saves and waits until it is on disk: the next step donates the state's buffers.
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best value of the metric ``best``; None if none is looked for, or none was saved."""
+        with_metrics = [checkpoint for checkpoint in self._checkpointer.checkpoints if checkpoint.metrics]
+        if not self._best or not with_metrics:
+            return None
+        sign = 1 if self._best in _HIGH_IS_GOOD else -1
+        return max(with_metrics, key=lambda checkpoint: sign * checkpoint.metrics[self._best]).step
+
+    def agree(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """What was recorded of the run whose checkpoints these are; nothing if there are none.
+
+        Args:
+          run: what the run is that is to go on with them, JSON data.
 
         Raises:
-          UserError: the disk is full; earlier checkpoints stay.
+          UserError: it is another one; the message lists the differences.
         """
+        path = self._folder / RUN
+        if self.latest_step is None or not path.exists():
+            return {}
+        recorded = read_json(path)
+        different = list(_differences(recorded, run))
+        if different:
+            raise UserError(
+                f"{self._folder} holds checkpoints of another configuration: {'; '.join(different)}: give those "
+                "settings, or delete the folder to start anew"
+            )
+        return recorded
+
+    def record(self, run: Mapping[str, Any]) -> None:
+        """Records what the run is, for ``agree``; the first process does."""
+        if is_first_process():
+            write_json(self._folder / RUN, run)
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Starts to save; waits only for the save before and until the state's buffers may be donated.
+
+        Args:
+          step: number of the step.
+          state: arrays.
+          metrics: values of this checkpoint, of which ``best`` is one.
+
+        Raises:
+          UserError: the disk is full, now or at the save before; earlier checkpoints stay.
+        """
+        self.wait()
         if self.latest_step == step:
             return
+        if jax.tree.leaves(state)[0].sharding.mesh.devices.flat[0].platform == "cpu":
+            state = _copied(state)  # elsewhere Orbax copies to the host before it returns
+        with self._disk_errors(step):
+            self._writing = step, self._checkpointer.save_async(step, state, force=True, metrics=metrics)
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk; errors as those of ``save``."""
+        if self._writing is not None:
+            (step, response), self._writing = self._writing, None
+            with self._disk_errors(step):
+                response.result()
+
+    @contextlib.contextmanager
+    def _disk_errors(self, step: int) -> Iterator[None]:
+        """Says in one line that the disk is full."""
         try:
-            self._checkpointer.save(step, state, force=True)
+            yield
         except Exception as error:  # TensorStore reports a full disk in words, under several types
             if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
                 raise UserError(
@@ -65,3 +153,13 @@ class Checkpoints:
     def close(self) -> None:
         """Frees the threads."""
         self._checkpointer.close()
+
+
+def _differences(recorded: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """In what the entries of ``wanted`` differ from what was recorded under the same names."""
+    for key, value in wanted.items():
+        before, full = recorded.get(key), f"{name}.{key}" if name else key
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            yield from _differences(before, value, full)
+        elif before != value:
+            yield f"{full} was {before}, is {value}"

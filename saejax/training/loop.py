@@ -3,9 +3,8 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,8 +13,12 @@ from jax.experimental import multihost_utils
 from saejax.errors import Interrupted, UserError
 from saejax.parallel import is_first_process
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.step import Trainer, TrainState
+from saejax.training.inputs import Input
+from saejax.training.step import TrainState
+from saejax.training.writers import Writer
 from saejax.workspace import whole_file
+
+_HEAD = ("step", "tokens", "seconds", "member")  # of a record, before its metrics
 
 
 @dataclasses.dataclass
@@ -31,6 +34,7 @@ class Metrics:
       steps: steps of the whole run, for the time to go.
       members: their names; "" for a stack of one.
       say: prints a progress line.
+      writers: take each record too.
     """
 
     path: Path
@@ -40,13 +44,15 @@ class Metrics:
     steps: int
     members: Sequence[str]
     say: Callable[[str], None]
+    writers: Sequence[Writer] = ()
 
     def __post_init__(self):
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.records = [record for record in map(json.loads, lines) if record["step"] <= self.first_step]
         self._before = self.seconds
         self._start = self._said = time.monotonic()
+        self._read = 0.0  # seconds at which the newest metrics were there
         self._warm: tuple[int, float] | None = None
 
     @property
@@ -57,51 +63,78 @@ class Metrics:
     def last(self, member: str) -> dict[str, float]:
         """The newest metrics of a member."""
         record = next(record for record in reversed(self.records) if record["member"] == member)
-        return {key: value for key, value in record.items() if key not in ("step", "tokens", "seconds", "member")}
+        return {key: value for key, value in record.items() if key not in _HEAD}
 
-    def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics [M] of the step just dispatched; reads those of the one before, if they are due.
+    def means(self, after: int) -> dict[str, float] | None:
+        """Means over the members and over the records of the steps after this one; None if there are none."""
+        records = [record for record in self.records if record["step"] > after]
+        names = [name for name in records[0] if name not in _HEAD] if records else []
+        return {name: float(np.mean([record[name] for record in records])) for name in names} or None
 
-        Waits for the step before, so that the host runs one step ahead of the device and no further: batches
-        do not pile up in the device's memory.
-        """
-        if self._pending is not None:
-            jax.block_until_ready(self._pending[1])
-        self.flush()
-        self._pending = (step, metrics)
+    def push(self, step: int, metrics: dict[str, jax.Array], count: int = 1) -> None:
+        """Takes the metrics of the steps just dispatched; reads those of the steps before, if they are due.
 
-    def flush(self, check: bool = False) -> None:
-        """Reads what is pending and due for a record.
+        Waits for those before, so that the host runs one program ahead of the device and no further: batches do not
+        pile up in the device's memory.
 
         Args:
-          check: read it in any case, to know that it is finite.
+          step: the last of these steps.
+          metrics: [M], or [N, M] with these steps in its first rows.
+          count: number of these steps.
+        """
+        if self._pending is not None:
+            jax.block_until_ready(self._pending[2])
+        self.flush()
+        self._pending = (step, count, metrics)
+
+    def flush(self, check: bool = False) -> None:
+        """Reads what is pending: the losses, and the other metrics if they are due for a record.
+
+        Args:
+          check: read all in any case, to know that they are finite.
 
         Raises:
           UserError: a metric is not finite; the message names it, the member and the step.
         """
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
-        due = step % self.every == 0 or step == self.steps or self._warm is None
-        if not due and not check:
-            return
-        values = {name: np.asarray(value_M, np.float64) for name, value_M in metrics.items()}
-        for name, value_M in values.items():
-            for index in np.flatnonzero(~np.isfinite(value_M))[:1]:
-                member = f" of member {self.members[index]}" if self.members[index] else ""
-                raise UserError(
-                    f"{name}{member} is {value_M[index]} at step {step}: lower --train.learning_rate; the last "
-                    "checkpoint is kept"
-                )
+        (last, count, metrics), self._pending = self._pending, None
+        first = last - count + 1
         seconds = time.monotonic() - self._start
+        due = [step for step in range(first, last + 1) if step % self.every == 0 or step == self.steps]
+        finite = np.isfinite(np.asarray(metrics["loss"])).all()
+        if due or check or self._warm is None or not finite:
+            values = {
+                name: np.asarray(value, np.float64).reshape(-1, len(self.members))[:count]
+                for name, value in metrics.items()
+            }
+            self._check(first, values)
+            for step in due:
+                at = self._read + (step - first + 1) / count * (seconds - self._read)
+                self._record(step, at, {name: value_NxM[step - first] for name, value_NxM in values.items()})
         if self._warm is None:
-            self._warm = (step, seconds)  # the first step compiled: it says nothing about speed
-        if step % self.every == 0 or step == self.steps:
-            head = dict(step=step, tokens=step * self.batch, seconds=round(self._before + seconds, 3))
-            for index, member in enumerate(self.members):
-                own = {name: float(value_M[index]) for name, value_M in values.items()}
-                self.records.append(head | dict(member=member) | own)
-            self._progress(step, seconds, {name: float(value_M.mean()) for name, value_M in values.items()})
+            self._warm = (last, seconds)  # the first step compiled: it says nothing about speed
+        self._read = seconds
+
+    def _check(self, first: int, values: dict[str, np.ndarray]) -> None:
+        """A ``UserError`` for the first value that is not finite, of values [steps, M] from step ``first`` on."""
+        wrong = [(*place, name) for name, value_NxM in values.items() for place in np.argwhere(~np.isfinite(value_NxM))]
+        if wrong:
+            place, index, name = min(wrong)
+            member = f" of member {self.members[index]}" if self.members[index] else ""
+            raise UserError(
+                f"{name}{member} is {values[name][place, index]} at step {first + place}: lower --train.learning_rate; "
+                "the last checkpoint is kept"
+            )
+
+    def _record(self, step: int, seconds: float, values: dict[str, np.ndarray]) -> None:
+        head = dict(step=step, tokens=step * self.batch, seconds=round(self._before + seconds, 3))
+        for index, member in enumerate(self.members):
+            own = {name: float(value_M[index]) for name, value_M in values.items()}
+            self.records.append(head | dict(member=member) | own)
+            for writer in self.writers:
+                writer.write(step, member, own)
+        self._progress(step, seconds, {name: float(value_M.mean()) for name, value_M in values.items()})
 
     def _progress(self, step: int, seconds: float, means: dict[str, float]) -> None:
         now = time.monotonic()
@@ -131,9 +164,8 @@ class Metrics:
 
 
 def train(
-    trainer: Trainer,
+    source: Input,
     state: TrainState,
-    batches: Iterable[tuple[np.ndarray, ...]],
     first_step: int,
     steps: int,
     metrics: Metrics,
@@ -144,10 +176,8 @@ def train(
     """Runs steps ``first_step`` to ``steps``.
 
     Args:
-      trainer: gives the step and the batch's sharding.
+      source: runs the steps.
       state: the state after ``first_step`` steps; donated.
-      batches: this process's rows of each batch, arrays [sites, batch / processes, d], the first for step
-        ``first_step``.
       first_step, steps: where to start, and the number of steps of the whole run.
       metrics: takes the metrics.
       checkpoints: takes the state every ``every`` steps, at the end, and when stopping.
@@ -156,29 +186,33 @@ def train(
     Raises:
       Interrupted: it was asked to stop; the state is saved.
     """
-    step = first_step
-    for step, batch in enumerate(batches, first_step + 1):
-        global_batch = tuple(jax.make_array_from_process_local_data(trainer.batch_sharding, part) for part in batch)
-        state, values = trainer.step(state, global_batch)
-        metrics.push(step, values)
-        stop = _agreed_stop(step, stopping)
-        if step == steps or stop or step % every == 0:
-            _save(step, state, metrics, checkpoints)
-        if step == steps:
-            break
-        if stop:
+    step, call = first_step, 0
+    while step < steps:
+        upto = min(steps, step - step % every + every)
+        state, values, count = source.advance(state, step, upto)
+        step += count
+        if count:
+            metrics.push(step, values, count)
+        stop = _agreed_stop(call, stopping) or not count
+        if step == upto or (stop and step > first_step):
+            metrics.flush(check=True)  # a state whose loss is not finite must not become the newest checkpoint
+            metrics.write()
+            checkpoints.save(step, state, metrics.means(after=(step - 1) // every * every))
+        if stop and step < steps:
+            checkpoints.wait()
             raise Interrupted(f"stopped at step {step} of {steps}; saved: run the same command to go on")
+        call += 1
+    checkpoints.wait()
     return state
 
 
-def _save(step: int, state: Any, metrics: Metrics, checkpoints: Checkpoints) -> None:
-    metrics.flush(check=True)  # a state whose loss is not finite must not become the newest checkpoint
-    metrics.write()
-    checkpoints.save(step, state)
+def _agreed_stop(call: int, stopping: Callable[[], bool]) -> bool:
+    """Whether to stop now; all processes give the same answer, or none could save.
 
-
-def _agreed_stop(step: int, stopping: Callable[[], bool]) -> bool:
-    """Whether to stop after this step; all processes give the same answer, or none could save."""
+    Args:
+      call: how often it was asked before: JAX agrees on one of these numbers, so none may be left out.
+      stopping: whether this process was asked to stop.
+    """
     if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(step)
+        return multihost_utils.reached_preemption_sync_point(call)
     return stopping()

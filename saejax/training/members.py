@@ -73,6 +73,7 @@ class Hyper:
       learning_rate, k, l1, l0_coefficient, target_l0: as in ``Member``.
       input_scale, output_scale: as in ``SiteScale``.
       site: place in the batch of what the member reads.
+      seed: as in ``Member``.
       metric_DxD: as in ``SiteScale``; None if no member has one.
     """
 
@@ -84,6 +85,7 @@ class Hyper:
     input_scale: jax.Array
     output_scale: jax.Array
     site: jax.Array
+    seed: jax.Array
     metric_DxD: jax.Array | None
 
     @classmethod
@@ -105,6 +107,7 @@ class Hyper:
             input_scale=np.array([scale.input for scale in scales], dtype),
             output_scale=np.array([scale.output for scale in scales], dtype),
             site=np.array([sites.index((member.site, member.target)) for member in members], np.int32),
+            seed=np.array([member.seed for member in members], np.int32),
             metric_DxD=np.stack(metrics).astype(dtype) if metrics else None,
         )
 

@@ -87,6 +87,13 @@ class Objective:
         )
         return loss, (metrics, jnp.any(fires_BxF, axis=0), smallest)
 
+    def reconstruction(self, params: Arrays, x_BxD: jax.Array, hyper: Hyper) -> jax.Array:
+        """What one member makes of inputs, features chosen as in training."""
+        member = Dictionary(self.dictionary, self.config.matmul, **params)
+        projected_BxF = member.pre_activations(x_BxD)
+        f_BxF, _ = self._activate(member, projected_BxF + row(member.b_enc_F[...], 2), projected_BxF, hyper)
+        return member.decode(f_BxF, x_BxD)
+
     def _activate(
         self, member: Dictionary, pre_BxF: jax.Array, projected_BxF: jax.Array, hyper: Hyper
     ) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from saejax.activations.batches import Parts, sites_of
 from saejax.activations.store import Store
+from saejax.activations.stream import ModelStream
 from saejax.dictionaries import losses
 from saejax.errors import UserError
 from saejax.settings import TrainConfig
@@ -15,8 +16,13 @@ from saejax.training.members import Member, SiteScale
 _SAMPLE = 65_536  # rows from which they are estimated
 
 
-def site_scales(store: Store, config: TrainConfig, stack: Sequence[Member], parts: Parts) -> list[SiteScale]:
-    """For each member, the factors that bring its activations to a mean norm of sqrt(d), and its first bias."""
+def site_scales(
+    store: Store | ModelStream, config: TrainConfig, stack: Sequence[Member], parts: Parts
+) -> list[SiteScale]:
+    """For each member, the factors that bring its activations to a mean norm of sqrt(d), and its first bias.
+
+    Estimated from a sample of the store's training rows, or from the first buffer of a stream.
+    """
     rows = store.rows("train", *sites_of(parts))
     if len(rows) > _SAMPLE:
         rows = np.sort(np.random.default_rng(config.seed[0]).choice(rows, _SAMPLE, replace=False))

@@ -21,7 +21,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 from saejax.parallel import fitting_sharding, sharding
 from saejax.settings import TrainConfig
-from saejax.training import schedules
+from saejax.training import resampling, schedules
 from saejax.training.members import Hyper, Member, SiteScale
 from saejax.training.objective import Arrays, Objective
 
@@ -82,7 +82,7 @@ class Trainer:
         self.batch_sharding = fitting_sharding(mesh, (len(self.sites), config.batch, 1), by_member, "data", None)
         self.abstract_state = self._abstract()
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        self.compiled = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, sharding(mesh)))
+        self.compiled = jax.jit(self.pure_step, donate_argnums=0, out_shardings=(self.shardings, sharding(mesh)))
 
     def step(self, state: TrainState, batch: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
         """One step of all members.
@@ -172,20 +172,34 @@ class Trainer:
 
         return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._initial))
 
-    def _step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
+    def pure_step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
+        """``step`` before it is compiled, for programs of many steps."""
+        after, metrics = self._each_member(self._member_step, state, hyper, raw)
+        if self.config.resample_every:
+            now = resampling.due(self.config, self._steps, after.step_M[0])
+            resample = functools.partial(self._each_member, self._resample, hyper=hyper, raw=raw)
+            after = lax.cond(now, resample, lambda state: state, after)
+        return after, metrics
+
+    def _each_member(self, apply: Any, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> Any:
+        """``apply(state, hyper, inputs, targets)``, both scaled, for each member."""
         raw = tuple(values_SxBxD.astype(self.config.state_dtype) for values_SxBxD in raw)
 
-        def one(own: Any, *shared: jax.Array) -> tuple[TrainState, Arrays]:
+        def one(own: Any, *shared: jax.Array) -> Any:
             state, hyper, values = own
             if values is None:
                 values = [lax.dynamic_index_in_dim(values_SxBxD, hyper.site, keepdims=False) for values_SxBxD in shared]
             x_BxD = values[0] * hyper.input_scale
             y_BxD = values[1] * hyper.output_scale if len(values) > 1 else x_BxD
-            return self._member_step(state, hyper, x_BxD, y_BxD)
+            return apply(state, hyper, x_BxD, y_BxD)
 
         if len(self.sites) == len(self.members):  # each member has its own values, on its own devices
             return over_members(one, (state, hyper, raw), (), self.mesh)
         return over_members(one, (state, hyper, None), raw, self.mesh)
+
+    def _resample(self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array) -> TrainState:
+        y_hat_BxD = self._objective.reconstruction(state.params, x_BxD, hyper)
+        return resampling.resampled(self.config, self.dictionary, state, hyper, x_BxD, y_BxD, y_hat_BxD)
 
     def _member_step(
         self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array

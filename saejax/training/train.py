@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.activations.batches import Parts, sites_of, steps_per_epoch, training_batches
+from saejax.activations.batches import Parts, sites_of, steps_per_epoch
 from saejax.activations.store import Store
+from saejax.activations.stream import ModelStream
+from saejax.config import identity, to_json
 from saejax.dictionaries import DictionaryConfig, save_dictionary
 from saejax.dictionaries.formats import own
 from saejax.errors import UserError, one_of
@@ -17,10 +19,14 @@ from saejax.models.sites import KINDS as SITE_KINDS
 from saejax.parallel import describe, is_first_process, make_mesh, sharding
 from saejax.settings import TrainConfig
 from saejax.training.checkpoints import Checkpoints
+from saejax.training.initial import initial_state
+from saejax.training.inputs import Input, make_input
 from saejax.training.loop import Metrics, train
 from saejax.training.members import Member, members
+from saejax.training.model_input import FromModel, buffer_order, open_stream
 from saejax.training.scales import site_scales
-from saejax.training.step import Trainer
+from saejax.training.step import Trainer, TrainState
+from saejax.training.writers import make_writers
 from saejax.workspace import Run
 
 
@@ -32,56 +38,21 @@ def run_train(run: Run) -> dict:
     was not.
     """
     config: TrainConfig = run.configs["train"]
-    store = Store.open(run.inputs["capture"])
-    stack = members(config, run.name, chosen_sites(config, store.sites))
-    mesh = make_mesh(run.configs["mesh"])
+    stored = Store.open(run.inputs["capture"]) if config.source == "store" else None
+    stack = members(config, run.name, chosen_sites(config, stored.sites) if stored else named_sites(config))
+    mesh, parts = make_mesh(run.configs["mesh"]), batch_parts(stack)
+    store = stored or open_stream(run, parts)
     dictionary = describe_stack(config, run.name, store, stack)
-    parts = batch_parts(stack)
-    steps = _steps(config, store, parts)
+    per_epoch = _steps_per_epoch(config, store, parts)
+    steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
     check_divides(config, dictionary, len(stack), mesh)
     trainer = Trainer(config, dictionary, stack, mesh, steps, site_scales(store, config, stack, parts))
-
-    checkpoints = Checkpoints(run.folder / "checkpoints")
-    first_step = checkpoints.latest_step or 0
-    state = checkpoints.restore(trainer.abstract_state) if first_step else trainer.initial_state()
-    axes = "x".join(str(size) for size in mesh.shape.values())
-    verb = f"resuming {run.name} at step {first_step}" if first_step else f"training {run.name}"
-    many = f"{len(stack)} members, " if len(stack) > 1 else ""
-    run.say(
-        f"{verb}: {many}{dictionary.d_in} -> {dictionary.n_features}, {steps} steps of {config.batch} tokens, "
-        f"mesh {axes}"
-    )
-    metrics = Metrics(
-        run.folder / "metrics.jsonl",
-        first_step,
-        config.batch,
-        config.log_every,
-        steps,
-        [member.name for member in stack],
-        run.say,
-    )
-    order = (config.seed[0], config.epochs, first_step, jax.process_index(), jax.process_count())
-    batches = training_batches(store, parts, config.batch, *order)
-    state = train(
-        trainer, state, batches, first_step, steps, metrics, checkpoints, config.checkpoint_every, run.stopping
-    )
-    checkpoints.close()
-    silent_for = steps_per_epoch(store, parts, config.batch) * config.batch
+    with Checkpoints(run.folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
+        state, metrics = _train(run, trainer, store, parts, steps, checkpoints)
+        best_step = checkpoints.best_step
+    silent_for = per_epoch * config.batch
     silent = jax.jit(lambda silent_MxF: jnp.mean(silent_MxF >= silent_for, axis=1), out_shardings=sharding(mesh))
-    dead_M = np.asarray(silent(state.silent_MxF))
-    results = [
-        dict(
-            name=member.name,
-            site=member.site,
-            target=member.target,
-            settings={key: getattr(member, key) for key in ("learning_rate", "k", "l1", "target_l0", "seed")},
-            input_scale=scale.input,
-            output_scale=scale.output,
-            dead_fraction=float(dead),
-            final=metrics.last(member.name),
-        )
-        for member, scale, dead in zip(stack, trainer.scales, dead_M, strict=True)
-    ]
+    results = _member_results(trainer, metrics, np.asarray(silent(state.silent_MxF)))
     for index, member in enumerate(stack):
         folder = run.folder / member.name / "dictionary"
         if is_first_process():
@@ -95,7 +66,63 @@ def run_train(run: Run) -> dict:
         seconds=metrics.seconds,
         members=results,
         mesh=describe(mesh),
+        **(dict(best_checkpoint=best_step) if config.best else {}),
     )
+
+
+def _train(
+    run: Run, trainer: Trainer, store: Store | ModelStream, parts: Parts, steps: int, checkpoints: Checkpoints
+) -> tuple[TrainState, Metrics]:
+    """The state after all steps, from the newest checkpoint on, or from the start."""
+    config, dictionary = trainer.config, trainer.dictionary
+    names = [member.name for member in trainer.members]
+    settings = identity(config, run.name)
+    described = dict(settings=settings, dictionary=to_json(dictionary), members=names, steps=steps)
+    recorded, first_step = checkpoints.agree(described), checkpoints.latest_step or 0
+    writers = make_writers(config, run.folder, run.name, first_step)
+    if first_step:
+        state = checkpoints.restore(trainer.abstract_state)
+    else:
+        state = initial_state(trainer, config.init_from) if config.init_from else trainer.initial_state()
+    axes = "x".join(str(size) for size in trainer.mesh.shape.values())
+    verb = f"resuming {run.name} at step {first_step}" if first_step else f"training {run.name}"
+    many = f"{len(names)} members, " if len(names) > 1 else ""
+    run.say(
+        f"{verb}: {many}{dictionary.d_in} -> {dictionary.n_features}, {steps} steps of {config.batch} tokens, "
+        f"mesh {axes}"
+    )
+    if isinstance(store, ModelStream):
+        source: Input = FromModel(trainer, store, parts)
+    else:
+        source = make_input(trainer, store, parts, first_step, recorded.get("input", ""), run.say)
+    checkpoints.record(described | dict(input=source.mode))
+    every, path = config.log_every, run.folder / "metrics.jsonl"
+    metrics = Metrics(path, first_step, config.batch, every, steps, names, run.say, writers)
+    try:
+        state = train(source, state, first_step, steps, metrics, checkpoints, config.checkpoint_every, run.stopping)
+    finally:
+        for writer in writers:
+            writer.close()
+        if isinstance(store, ModelStream):
+            store.close()
+    return state, metrics
+
+
+def _member_results(trainer: Trainer, metrics: Metrics, dead_M: np.ndarray) -> list[dict]:
+    """What the summary says of each member."""
+    return [
+        dict(
+            name=member.name,
+            site=member.site,
+            target=member.target,
+            settings={key: getattr(member, key) for key in ("learning_rate", "k", "l1", "target_l0", "seed")},
+            input_scale=scale.input,
+            output_scale=scale.output,
+            dead_fraction=float(dead),
+            final=metrics.last(member.name),
+        )
+        for member, scale, dead in zip(trainer.members, trainer.scales, dead_M, strict=True)
+    ]
 
 
 def chosen_sites(config: TrainConfig, captured: Sequence[str]) -> list[str]:
@@ -115,6 +142,13 @@ def chosen_sites(config: TrainConfig, captured: Sequence[str]) -> list[str]:
     return list(config.sites)
 
 
+def named_sites(config: TrainConfig) -> list[str]:
+    """The sites that ``--train.sites`` names where there is no store to tell which there are."""
+    if not config.sites or config.sites == ("all",):
+        raise UserError(f"--train.sites={','.join(config.sites)} with --train.source=model: name the sites to read")
+    return list(config.sites)
+
+
 def batch_parts(stack: Sequence[Member]) -> Parts:
     """The sites of each part of a batch: of the inputs, and of the targets if these are not the same."""
     pairs = list(dict.fromkeys((member.site, member.target) for member in stack))
@@ -122,7 +156,9 @@ def batch_parts(stack: Sequence[Member]) -> Parts:
     return (inputs,) if inputs == targets else (inputs, targets)
 
 
-def describe_stack(config: TrainConfig, kind: str, store: Store, stack: Sequence[Member]) -> DictionaryConfig:
+def describe_stack(
+    config: TrainConfig, kind: str, store: Store | ModelStream, stack: Sequence[Member]
+) -> DictionaryConfig:
     """What the members have in common, with the largest of their k and the model of the store."""
     sites = dict.fromkeys(site for member in stack for site in (member.site, member.target))
     widths = {site: store.d(one_of(site, store.sites, "site in this store")) for site in sites}
@@ -142,7 +178,8 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
       widths: of all their sites.
 
     Raises:
-      UserError: their sites differ in width, or k or the groups do not fit the features.
+      UserError: their sites differ in width, k or the groups do not fit the features, or two settings exclude each
+        other.
     """
     if len(set(widths.values())) > 1:
         raise UserError(f"the sites of a stack must have one width, but have {widths}: train them in several runs")
@@ -153,6 +190,8 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
         raise UserError(f"--train.k={k} is more than the {features} features: lower it")
     if k and config.decoder_norm == "free":
         raise UserError(f"--train.decoder_norm=free has no penalty to hold it in a {kind} dictionary: use unit")
+    if config.resample_every and config.freeze != "none":
+        raise UserError(f"--train.resample_every replaces what --train.freeze={config.freeze} keeps: use one of them")
     groups = tuple(round(share * features) for share in config.groups) if kind == "matryoshka" else ()
     if groups and (sorted(set(groups)) != list(groups) or groups[0] < 1 or groups[-1] != features):
         raise UserError(
@@ -172,15 +211,17 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
     )
 
 
-def _steps(config: TrainConfig, store: Store, parts: Parts) -> int:
-    per_epoch = steps_per_epoch(store, parts, config.batch)
+def _steps_per_epoch(config: TrainConfig, store: Store | ModelStream, parts: Parts) -> int:
+    if isinstance(store, ModelStream):
+        rows, per_epoch = sum(map(store.size, range(len(store)))), buffer_order(config, store).per_epoch
+    else:
+        rows, per_epoch = len(store.rows("train", *sites_of(parts))), steps_per_epoch(store, parts, config.batch)
     if per_epoch == 0:
-        rows = len(store.rows("train", *sites_of(parts)))
         raise UserError(
-            f"the store has {rows} training tokens, fewer than one batch: lower --train.batch={config.batch}"
+            f"the {'store' if config.source == 'store' else 'text'} has {rows} training tokens, fewer than one batch: "
+            f"lower --train.batch={config.batch}"
         )
-    steps = per_epoch * config.epochs
-    return min(steps, config.max_steps) if config.max_steps else steps
+    return per_epoch
 
 
 def check_divides(config: TrainConfig, dictionary: DictionaryConfig, members: int, mesh: Mesh) -> None:

@@ -173,7 +173,7 @@ def test_they_are_the_stages_own_functions(programs):
     assert programs["capture: forward"].function is language_model.forward is jax_capture.forward
     assert programs["evaluate: tail"].function is evaluation.tail
     assert programs["ablate: tail"].function is ablation.run_rows
-    assert programs["train: standard step"].function.__wrapped__.__func__ is Trainer._step
+    assert programs["train: standard step"].function.__wrapped__.__func__ is Trainer.pure_step
 
 
 def test_flops_against_xla(work, mesh):

@@ -5,44 +5,21 @@ import json
 import jax
 import numpy as np
 import pytest
-from small_stacks import make_trainer as make_small
-from small_stacks import parts
+from small_runs import ORDER, STEPS, Rows, go, make_trainer
+from small_stacks import D
 
 from saejax.errors import Interrupted, UserError
 from saejax.parallel import make_mesh
 from saejax.settings import KINDS, MeshConfig
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.loop import Metrics, train
-
-D, B, STEPS = 16, 32, 12
+from saejax.training.loop import Metrics
 
 
-def make_trainer(kind="topk", mesh=None, **changes):
-    return make_small(kind, mesh, steps=STEPS, auxk=0.03, dead_tokens=64, **changes)
-
-
-def data(first=0) -> list[np.ndarray]:
-    return list(np.random.default_rng(0).normal(size=(STEPS, B, D)).astype(np.float32))[first:]
-
-
-def go(folder, trainer, batches=None, stop_after=None, every=100, log_every=1):
-    """Trains in ``folder`` from where it was; gives the final state."""
-    checkpoints = Checkpoints(folder / "checkpoints")
-    first = checkpoints.latest_step or 0
-    state = checkpoints.restore(trainer.abstract_state) if first else trainer.initial_state()
-    names = [member.name for member in trainer.members]
-    metrics = Metrics(folder / "metrics.jsonl", first, B, log_every, STEPS, names, say=lambda line: None)
-    seen = []
-
-    def stopping():
-        seen.append(1)
-        return stop_after is not None and first + len(seen) >= stop_after
-
-    batches = [parts(trainer, batch) for batch in (data(first) if batches is None else batches)]
-    try:
-        return train(trainer, state, batches, first, STEPS, metrics, checkpoints, every, stopping)
-    finally:
-        checkpoints.close()
+def rows_with_nan(step):
+    """Rows of which one in the batch of this step, from 1, is not finite."""
+    rows = Rows()
+    rows.values[ORDER.places(step - 1)[0], 2] = np.nan
+    return rows
 
 
 class NotYet:
@@ -73,7 +50,7 @@ def test_metrics_are_read_one_step_late(tmp_path):
 
 
 def test_the_stand_in_catches_a_stall(tmp_path, monkeypatch):
-    monkeypatch.setattr(Metrics, "push", lambda self, step, values: [np.asarray(v) for v in values.values()])
+    monkeypatch.setattr(Metrics, "push", lambda self, step, values, count: [np.asarray(v) for v in values.values()])
     with pytest.raises(AssertionError, match="was read while"):
         test_metrics_are_read_one_step_late(tmp_path)
 
@@ -86,10 +63,11 @@ def test_one_compilation(tmp_path):
 
 @pytest.mark.parametrize(("kind", "stop_after"), [*((kind, 7) for kind in KINDS), ("topk", 1), ("topk", 11)])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, stop_after):
-    whole = go(tmp_path / "whole", make_trainer(kind))
+    trainer = make_trainer(kind)
+    whole = go(tmp_path / "whole", trainer)
     with pytest.raises(Interrupted, match=f"step {stop_after} of {STEPS}"):
-        go(tmp_path / "broken", make_trainer(kind), stop_after=stop_after)
-    resumed = go(tmp_path / "broken", make_trainer(kind))
+        go(tmp_path / "broken", trainer, stop_after=stop_after)
+    resumed = go(tmp_path / "broken", trainer)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed)):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     records = [
@@ -113,20 +91,11 @@ def test_restoring_onto_another_mesh_goes_on_from_the_same_state(tmp_path):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    batches = data()
-    batches[8][3, 2] = np.nan
-    with pytest.raises(UserError, match="at step 9"):
-        go(tmp_path, make_trainer(), batches, every=4)
-    assert Checkpoints(tmp_path / "checkpoints").latest_step == 8
-
-
-def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
-    batches = data()
-    batches[6][0, 0] = np.nan
-    with pytest.raises(UserError, match="is nan at step 8"):
-        go(tmp_path, make_trainer(), batches, every=4, log_every=1000)
-    assert Checkpoints(tmp_path / "checkpoints").latest_step == 4
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, log_every):
+    with pytest.raises(UserError, match="at step 4"):
+        go(tmp_path, make_trainer(), store=rows_with_nan(4), every=3, log_every=log_every)
+    assert Checkpoints(tmp_path / "checkpoints").latest_step == 3
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):

@@ -1,0 +1,179 @@
+"""Activations of the training text, made by the model as they are needed and stored nowhere.
+
+The text goes through the model in *buffers* of ``train.buffer_rows`` tokens, which are planned like the shards of a
+store: documents in seeded random order, the rows of a buffer permuted. One buffer is in memory at a time. Each is made
+by itself, so any of them can be made again, with the same values: a run that goes on needs no more than a number.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from saejax.activations.buffers import ShardBuffers
+from saejax.activations.capture import load_reader, text_documents
+from saejax.activations.documents import SPLITS, Documents
+from saejax.activations.plan import Batch, Plan
+from saejax.activations.store import DTYPES
+from saejax.activations.wanted import read_wanted
+from saejax.errors import UserError
+from saejax.models.sites import AnySite
+from saejax.workspace import Run
+
+
+class _Stopped(Exception):
+    """The process was asked to stop while a buffer was made."""
+
+
+class ModelStream:
+    """The buffers of the corpus's training documents.
+
+    ``rows``, ``read``, ``d``, ``max_norm``, ``model`` and ``dtype`` are those of a ``Store`` that holds the buffer at
+    hand. Sinks are told by the first buffer: ``sink_factor`` times its median norm.
+
+    Args:
+      run: its settings of model, corpus and capture say what goes through which model; the backend is
+        ``capture.backend``, the values are of ``capture.store_dtype``.
+      sites: what to read.
+      rows: of a buffer.
+
+    Raises:
+      UserError: the corpus, the model or a site is not usable.
+    """
+
+    def __init__(self, run: Run, sites: Sequence[str], rows: int):
+        config = dataclasses.replace(run.configs["capture"], sites=tuple(sites))
+        run = dataclasses.replace(run, configs=dict(run.configs) | dict(capture=config), inputs={})
+        wanted = read_wanted(run.configs)
+        self._run, self._source, self.sites = run, wanted.source, tuple(sites)
+        documents = _training(text_documents(run, wanted))
+        self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
+        self._reader = load_reader(run, wanted, self._plan)
+        self._dtype = config.store_dtype
+        self._buffers = ShardBuffers(self._reader.widths, max(map(self.size, range(len(self)))), self._dtype)
+        self._parts: dict[str, np.ndarray] = {}
+        self._max_norms: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        """Number of buffers."""
+        return self._plan.shards
+
+    def size(self, buffer: int) -> int:
+        """Rows of a buffer."""
+        return self._plan.size(buffer)
+
+    @property
+    def model(self) -> dict[str, str]:
+        """The model: "name", "revision", "fingerprint"."""
+        return {name: getattr(self._source, name) for name in ("name", "revision", "fingerprint")}
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the values: float32 or ml_dtypes.bfloat16."""
+        return DTYPES[self._dtype]
+
+    def d(self, site: str) -> int:
+        """Width of a site."""
+        return next(width for known, width in self._reader.widths.items() if str(known) == site)
+
+    def max_norm(self, site: str) -> float:
+        """The sink rule: rows with a larger norm are attention sinks."""
+        return self._max_norms[site]
+
+    def fill(self, buffer: int) -> bool:
+        """Makes a buffer; the first to be made must be number 0. False if the process was asked to stop meanwhile.
+
+        Raises:
+          UserError: activations are not finite.
+        """
+        start = time.monotonic()
+        try:
+            self._reader.read(self._batches(buffer), self._take)
+        except _Stopped:
+            return False
+        self._parts = self._buffers.parts(self.size(buffer))
+        if not self._max_norms:
+            factor = self._run.configs["capture"].sink_factor
+            self._max_norms = {site: factor * float(np.median(self._parts[f"{site} norms"])) for site in self.sites}
+        rate = self.size(buffer) / (time.monotonic() - start)
+        self._run.say(f"buffer {buffer + 1} of {len(self)}: {self.size(buffer):,} tokens, {rate:,.0f} tokens/s")
+        return True
+
+    def rows(self, split: str, *sites: str) -> np.ndarray:
+        """Rows of the buffer at hand that are sinks at none of the sites, ascending. All are of the split "train"."""
+        norms = [self._parts[f"{site} norms"] <= np.float32(self.max_norm(site)) for site in sites]
+        return np.flatnonzero(np.all(norms, axis=0))
+
+    def read(self, site: str, rows: np.ndarray) -> np.ndarray:
+        """The vectors [n, d] of rows of the buffer at hand."""
+        return self._parts[site][rows].view(self.dtype)
+
+    def close(self) -> None:
+        """Gives the model's memory back."""
+        self._reader.close()
+
+    def _batches(self, buffer: int) -> Iterator[Batch]:
+        for batch in self._plan.batches(buffer):
+            if self._run.stopping():
+                raise _Stopped
+            yield batch
+
+    def _take(self, batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
+        bad = self._buffers.take(site, value_BxTxD, batch)
+        if bad is not None:
+            place = self._plan.documents.place(int(batch.documents_B[bad[0]]), bad[1])
+            raise UserError(
+                f"activations at {site} are NaN or infinite: {place}: expected finite numbers; check the model's "
+                "weights, or use --capture.dtype=float32"
+            )
+
+
+class BufferOrder:
+    """Which rows of which buffer make each batch.
+
+    Epoch 0 takes the buffers in their order, each later one in a random order of its own; a buffer gives as many
+    batches as it would without sinks.
+
+    Args:
+      sizes: rows of every buffer.
+      batch: rows per batch.
+      seed: of the orders.
+      epochs: passes over the buffers.
+    """
+
+    def __init__(self, sizes: Sequence[int], batch: int, seed: int, epochs: int):
+        self._batch, self._seed, self._epochs = batch, seed, epochs
+        self._steps_N = np.array(sizes) // batch
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return int(self._steps_N.sum())
+
+    def locate(self, step: int) -> tuple[int, int, int, int]:
+        """Epoch and buffer of batch ``step``, from 0, and the first of the buffer's batches and the one after them."""
+        epoch, inside = divmod(step, self.per_epoch)
+        order_N = np.arange(len(self._steps_N))
+        if epoch:
+            order_N = np.random.default_rng([self._seed, epoch]).permutation(order_N)
+        ends_N = np.cumsum(self._steps_N[order_N])
+        place = int(np.searchsorted(ends_N, inside, side="right"))
+        buffer, stop = int(order_N[place]), epoch * self.per_epoch + int(ends_N[place])
+        return epoch, buffer, stop - int(self._steps_N[buffer]), stop
+
+    def places(self, epoch: int, buffer: int, rows: int) -> np.ndarray:
+        """The batches of a buffer, [batches, batch]: places among its rows that are no sinks.
+
+        Every place comes before one comes twice, which makes up for the sinks.
+        """
+        order_R = np.random.default_rng([self._seed, epoch, buffer]).permutation(rows)
+        return np.resize(order_R, (int(self._steps_N[buffer]), self._batch))
+
+
+def _training(documents: Documents) -> Documents:
+    """The documents of the train split."""
+    kept_N = np.flatnonzero(documents.split_N == SPLITS.index("train"))
+    ids = [documents[int(document)] for document in kept_N]
+    offsets_N = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
+    return Documents(np.concatenate(ids), offsets_N, documents.table_Nx5[kept_N], documents.groups)

@@ -1,0 +1,141 @@
+"""Training that starts from dictionaries of ours or of other tools (``--train.init_from``).
+
+A dictionary reads raw activations, the trainer scaled ones: here the scales go into the arrays, the inverse of
+``Trainer.finish``. Optimizer, counters and the running threshold of batchtopk begin anew.
+"""
+
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from saejax.dictionaries import Dictionary, folding
+from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, load_dictionary, own
+from saejax.errors import UserError
+from saejax.training.members import Member
+from saejax.training.step import Trainer, TrainState
+from saejax.workspace import file_sha256
+
+_HASHED = ("dictionary.json", "cfg.json", "config.yaml", "*.safetensors")  # the first holds checksums of its arrays
+
+
+def initial_state(trainer: Trainer, folder: str) -> TrainState:
+    """The state before the first step, with the parameters of the dictionaries in a folder.
+
+    Args:
+      trainer: of the stack.
+      folder: one dictionary, from which all members start; or a train unit, each of whose members starts its namesake;
+        or a circuit-tracer set, of which each member takes its layer. Sites may be others than the members'.
+
+    Raises:
+      UserError: there is none for a member, or it differs in kind, form, width, number of features or model.
+    """
+    loaded = [_scaled(trainer, index, _load(Path(folder), member)) for index, member in enumerate(trainer.members)]
+    state = trainer.initial_state()
+    for name, array in state.params.items():
+        host_M = np.stack([arrays[name] for arrays in loaded]).astype(array.dtype)
+        state.params[name] = jax.make_array_from_callback(array.shape, array.sharding, host_M.__getitem__)
+    return state
+
+
+def identity(folder: str) -> str:
+    """A hash, 16 hexadecimal digits, of the dictionaries in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _HASHED for path in Path(folder).rglob(pattern)):
+        digest.update(f"{path.relative_to(folder)} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _load(folder: Path, member: Member) -> Dictionary:
+    """The dictionary from which a member starts."""
+    target = "" if member.target == member.site else member.target
+    if (folder / circuit_tracer_settings.DESCRIPTION).exists():
+        kinds = [site.partition(".")[0] for site in (member.site, target)]
+        layers, layer = circuit_tracer.open_set(folder, *kinds), int(member.site.rpartition(".")[2])
+        if layer >= len(layers):
+            raise UserError(
+                f"--train.init_from={folder} has layers 0 to {len(layers) - 1}, not the {layer} of {member.site}"
+            )
+        return layers.load(layer)
+    if member.name and (folder / member.name).is_dir():
+        folder = folder / member.name
+    described_here = any((place / own.DESCRIPTION).exists() for place in (folder, folder / "dictionary"))
+    # Other tools may name places of which there is none here; ours say what they are.
+    return load_dictionary(folder) if described_here else load_dictionary(folder, site=member.site, target=target)
+
+
+def _scaled(trainer: Trainer, index: int, dictionary: Dictionary) -> dict[str, np.ndarray]:
+    """A member's parameters, float64, that ``Trainer.finish`` makes this dictionary of."""
+    _check(trainer, index, dictionary)
+    dictionary = _lengths(trainer, dictionary)
+    arrays = {name: np.asarray(array, np.float64) for name, array in dictionary.arrays.items()}
+    if dictionary.config.centred != trainer.dictionary.centred:  # the encoder's bias makes up for it
+        sign = 1 if trainer.dictionary.centred else -1
+        shift_F = sign * (arrays["b_dec_D"] @ arrays["W_enc_DxF"])
+        arrays["b_enc_F"] += shift_F
+        if "b_mag_F" in arrays:
+            arrays["b_mag_F"] += np.exp(arrays["r_mag_F"]) * shift_F
+    scale = trainer.scales[index]
+    for name in arrays:
+        if name in ("W_enc_DxF", "W_skip_DxD"):
+            arrays[name] *= scale.output / scale.input
+        elif name not in ("W_dec_FxD", "r_mag_F"):
+            arrays[name] *= scale.output
+    if trainer.dictionary.kind in ("batchtopk", "matryoshka"):
+        arrays["threshold_F"] = np.zeros_like(arrays["threshold_F"])  # the state keeps its running mean instead
+    return arrays
+
+
+def _lengths(trainer: Trainer, dictionary: Dictionary) -> Dictionary:
+    """The same dictionary with decoder rows of the length that training keeps them at."""
+    if trainer.config.decoder_norm == "free":
+        return dictionary
+    name = f"--train.init_from={trainer.config.init_from}"
+    length_F = np.linalg.norm(np.asarray(dictionary.W_dec_FxD[...], np.float64), axis=1)
+    if not length_F.all():
+        raise UserError(
+            f"{name}: {np.sum(length_F == 0)} decoder rows are zero, such as {np.argmin(length_F)}, and training keeps "
+            "them at length 1: use --train.decoder_norm=free"
+        )
+    try:
+        return folding.unit_decoder(dictionary)
+    except UserError:
+        raise UserError(
+            f"{name}: its decoder rows have lengths from {length_F.min():.3g} to {length_F.max():.3g}; training keeps "
+            "them at one length, with which a topk dictionary would choose other features"
+        ) from None
+
+
+def _check(trainer: Trainer, index: int, dictionary: Dictionary) -> None:
+    """A ``UserError`` that lists in what the dictionary differs from the member that is to be trained."""
+    found, wanted = dictionary.config, trainer.dictionary
+    pairs = dict(
+        kind=(found.kind, wanted.kind),
+        form=tuple(_form(bool(config.target), config.skip) for config in (found, wanted)),
+        width=(found.d_in, wanted.d_in),
+        features=(found.n_features, wanted.n_features),
+        model=(found.model or "unnamed", wanted.model or "unnamed"),
+    )
+    different = [name for name, (a, b) in pairs.items() if a != b and name != "model"]
+    if found.fingerprint and wanted.fingerprint:
+        same_model = found.fingerprint == wanted.fingerprint
+    else:
+        same_model = not found.model or not wanted.model or _short(found.model) == _short(wanted.model)
+    if not same_model:
+        different.append("model")
+    if different:
+        told = "; ".join(f"{name} is {pairs[name][0]}, expected {pairs[name][1]}" for name in different)
+        member = trainer.members[index].name
+        of = f" for {member}" if member else ""
+        raise UserError(f"--train.init_from={trainer.config.init_from}: the dictionary{of} does not fit: {told}")
+
+
+def _form(transcoder: bool, skip: bool) -> str:
+    return ("skip " if skip else "") + ("transcoder" if transcoder else "SAE")
+
+
+def _short(model: str) -> str:
+    """A model's name as all tools write it: without its owner, and as TransformerLens calls the smallest GPT-2."""
+    name = model.rstrip("/").rpartition("/")[2].lower()
+    return "gpt2" if name == "gpt2-small" else name

@@ -1,0 +1,171 @@
+"""Where the trainer's batches come from: a store, read from disk while it trains or resident on the devices.
+
+Both give the same rows in the same order to the same step. On a CPU they give the same bits, on any mesh; on other
+devices XLA may choose other kernels for a step alone than for one of many in a program, and they agree to rounding.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+
+from saejax.activations.batches import BatchOrder, Parts, sites_of, training_batches
+from saejax.activations.store import Store
+from saejax.errors import UserError
+from saejax.parallel import sharding
+from saejax.training.members import Hyper
+from saejax.training.objective import Arrays
+from saejax.training.placement import free_bytes, placed, resident_bytes
+from saejax.training.step import Trainer, TrainState
+
+_SHARE = 0.4  # of the memory that is free once the state is placed, which "auto" gives to activations
+_LONGEST = 64  # most steps of one program
+_SECONDS = 0.5  # that a program should take, so that a request to stop is heard soon
+
+
+class Input(Protocol):
+    """Runs the trainer's steps on its batches. ``mode`` is its name, as in ``--train.input``."""
+
+    mode: str
+
+    def advance(self, state: TrainState, step: int, last: int) -> tuple[TrainState, Arrays, int]:
+        """Runs at least one step and none beyond the ``last``; does not wait for them.
+
+        Args:
+          state: after ``step`` steps; donated.
+          step, last: step < last.
+
+        Returns:
+          The next state; metrics [M], or [N, M] of which the first rows are the steps that ran; how many ran: 0 only if
+          the process was asked to stop.
+        """
+        ...
+
+
+class Streamed:
+    """Batches that are read ahead by threads, a program for each step.
+
+    Args:
+      trainer: gives the step.
+      batches: this process's rows of each batch, arrays [sites, batch / processes, d], from the first step wanted on.
+    """
+
+    mode = "streamed"
+
+    def __init__(self, trainer: Trainer, batches: Iterable[tuple[np.ndarray, ...]]):
+        self._trainer, self._batches = trainer, iter(batches)
+
+    def advance(self, state: TrainState, step: int, last: int) -> tuple[TrainState, Arrays, int]:
+        """One step, as ``Input.advance`` says."""
+        where, batch = self._trainer.batch_sharding, next(self._batches)
+        placed = tuple(jax.make_array_from_process_local_data(where, part) for part in batch)
+        state, metrics = self._trainer.step(state, placed)
+        return state, metrics, 1
+
+
+class Resident:
+    """Rows that stand on the devices.
+
+    The host sends the places of each batch's rows, and one program runs as many steps as take about half a second. How
+    many is an argument of the program: it compiles once, and the bits do not depend on where a run was interrupted.
+
+    Args:
+      trainer: gives the step.
+      parts: of ``placed``, for each part of a batch.
+      places: gives the places [batch] among those rows of the batch that a step, from 0, takes.
+
+    Attributes:
+      parts: may be replaced by others of the same shapes.
+    """
+
+    mode = "resident"
+
+    def __init__(self, trainer: Trainer, parts: tuple[jax.Array, ...], places: Callable[[int], np.ndarray]):
+        self._trainer, self.parts, self._places = trainer, parts, places
+        self._calls, self._count = 0, 1
+        shardings = (trainer.shardings, sharding(trainer.mesh))
+        self.compiled = jax.jit(self._steps, donate_argnums=0, out_shardings=shardings)
+
+    def advance(self, state: TrainState, step: int, last: int) -> tuple[TrainState, Arrays, int]:
+        """As many steps as take half a second, as ``Input.advance`` says. The first two calls are waited for."""
+        start, count = time.monotonic(), min(self._count, last - step)
+        places_NxB = np.zeros((_LONGEST, self._trainer.config.batch), np.int32)
+        for i in range(count):
+            places_NxB[i] = self._places(step + i)
+        state, metrics = self.compiled(state, self._trainer.hyper, self.parts, places_NxB, np.int32(count))
+        if self._calls < 2:  # the first compiles, the second is timed
+            jax.block_until_ready(metrics)
+            if self._calls == 1:
+                self._count = _agreed(int(np.clip(_SECONDS / (time.monotonic() - start), 1, _LONGEST)))
+            self._calls += 1
+        return state, metrics, count
+
+    def _steps(
+        self, state: TrainState, hyper: Hyper, parts: tuple[jax.Array, ...], places_NxB: jax.Array, count: jax.Array
+    ) -> tuple[TrainState, Arrays]:
+        """The first ``count`` steps, in a loop whose length the compiler does not know."""
+        step = self._trainer.pure_step
+
+        def one(i: jax.Array, carry: tuple[TrainState, Arrays]) -> tuple[TrainState, Arrays]:
+            state, recorded = carry
+            state, metrics = step(state, hyper, self._batch(parts, places_NxB[i]))
+            return state, {name: recorded[name].at[i].set(value_M) for name, value_M in metrics.items()}
+
+        _, metrics = jax.eval_shape(lambda: step(state, hyper, self._batch(parts, places_NxB[0])))
+        empty = {name: jnp.zeros((_LONGEST, *leaf.shape), leaf.dtype) for name, leaf in metrics.items()}
+        return lax.fori_loop(0, count, one, (state, empty))
+
+    def _batch(self, parts: tuple[jax.Array, ...], places_B: jax.Array) -> tuple[jax.Array, ...]:
+        """The rows of a batch, placed as a streamed one is."""
+        picked = (jnp.take(rows_SxRxD, places_B, axis=1, mode="clip") for rows_SxRxD in parts)
+        return tuple(lax.with_sharding_constraint(part, self._trainer.batch_sharding) for part in picked)
+
+
+def make_input(
+    trainer: Trainer,
+    store: Store,
+    parts: Parts,
+    first_step: int,
+    before: str = "",
+    say: Callable[[str], None] = lambda line: None,
+) -> Input:
+    """The input that ``--train.input`` asks for; to be called when the state is on the devices.
+
+    Args:
+      trainer: gives the step and the settings.
+      store: the activations.
+      parts: the sites of every part of a batch.
+      first_step: where training starts or goes on.
+      before: "resident" or "streamed", which "auto" was in the run that goes on: it stays that.
+      say: prints a line.
+
+    Raises:
+      UserError: the activations are to be resident and are more than what is free.
+    """
+    config = trainer.config
+    rows_R = store.rows("train", *sites_of(parts))
+    needed, free = resident_bytes(trainer, store, parts, len(rows_R)), free_bytes(trainer.mesh)
+    mode = config.input
+    if mode == "auto":
+        mode = before or ("resident" if _agreed(int(needed <= _SHARE * free)) else "streamed")
+    if mode == "resident" and not _agreed(int(needed <= free)):
+        raise UserError(
+            f"--train.input=resident would put {needed / 1e9:.2f} GB of activations on each device, of which "
+            f"{free / 1e9:.2f} GB are free: use --train.input=streamed, or more devices on --mesh.data"
+        )
+    if mode == "streamed":
+        order = (config.seed[0], config.epochs, first_step, jax.process_index(), jax.process_count())
+        return Streamed(trainer, training_batches(store, parts, config.batch, *order))
+    say(f"activations are resident: {needed / 1e9:.3f} GB on each device of {free / 1e9:.1f} GB free")
+    held = tuple(placed(trainer, store, part, rows_R) for part in parts)
+    return Resident(trainer, held, BatchOrder(len(rows_R), config.batch, config.seed[0], config.epochs).places)
+
+
+def _agreed(value: int) -> int:
+    """The first process's value, in all processes."""
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))

@@ -1,0 +1,104 @@
+"""Dead features start again at what the dictionary explains worst, as in Bricken et al. (2023), "neuron resampling".
+
+Every ``resample_every`` steps, for each feature that has been silent for ``dead_tokens``:
+
+    a token of the batch is drawn with a probability in proportion to its squared loss
+    decoder row      the direction of the token's target, less the decoder's bias
+    encoder column   the direction of its input, less the bias, 0.2 times as long as the living columns' mean
+    biases           0; a JumpReLU's threshold is what it was at the start
+    Adam's moments   0, of all these
+
+They look at 819,200 tokens, we at one batch.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.modules import parameter_table
+from saejax.settings import TrainConfig
+from saejax.training.members import Hyper
+
+_LENGTH = 0.2  # of an encoder column, in those of the living
+
+
+def due(config: TrainConfig, steps: int, step: jax.Array) -> jax.Array:
+    """Whether dead features start again after ``step`` steps; not while the learning rate falls, nor at the end."""
+    last = steps - max(round(config.decay * steps), 1)
+    return (step % config.resample_every == 0) & (step <= last)
+
+
+def resampled(
+    config: TrainConfig,
+    dictionary: DictionaryConfig,
+    state: Any,
+    hyper: Hyper,
+    x_BxD: jax.Array,
+    y_BxD: jax.Array,
+    y_hat_BxD: jax.Array,
+) -> Any:
+    """A member's state, a ``TrainState`` without member axis, with its dead features started again.
+
+    Args:
+      config: how to train.
+      dictionary: what the member is.
+      state: after the step on this batch.
+      hyper: the member's own settings.
+      x_BxD, y_BxD: scaled inputs and targets.
+      y_hat_BxD: what the member makes of them.
+    """
+    dead_F = state.silent_MxF >= config.dead_tokens
+    params = state.params
+    offset_BxD = x_BxD - params["b_dec_D"][None] if dictionary.centred else x_BxD
+    inputs_BxD, targets_BxD = _directions(offset_BxD), _directions(y_BxD - params["b_dec_D"][None])
+    has_direction_B = jnp.any(inputs_BxD != 0, axis=-1) & jnp.any(targets_BxD != 0, axis=-1)
+    loss_B = jnp.sum(jnp.square(y_BxD - y_hat_BxD), axis=-1) * has_direction_B
+    chosen_F = _drawn(hyper, state.step_M, loss_B, dead_F.shape[0])
+    length = _LENGTH * _mean_length(params["W_enc_DxF"], dead_F)
+    started = {name: jnp.zeros_like(value) for name, value in params.items()}
+    started |= dict(W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=targets_BxD[chosen_F])
+    if dictionary.kind == "jumprelu":
+        started["threshold_F"] = jnp.full_like(params["threshold_F"], config.initial_threshold)
+    table = parameter_table(dictionary)
+    by_feature = {name: spec.index("model") for name, (_, spec) in table.items() if "model" in spec}
+
+    def replaced(name: str, old: jax.Array, new: jax.Array) -> jax.Array:
+        if name not in by_feature:
+            return old
+        shape = [1] * old.ndim
+        shape[by_feature[name]] = dead_F.shape[0]
+        return jnp.where(dead_F.reshape(shape), new, old)
+
+    def forgotten(path: Any, moment: jax.Array) -> jax.Array:
+        name = next((key.key for key in path if getattr(key, "key", None) in by_feature), "")
+        return replaced(name, moment, jnp.zeros_like(moment))
+
+    return dataclasses.replace(
+        state,
+        params={name: replaced(name, value, started[name]) for name, value in params.items()},
+        optimizer=jax.tree_util.tree_map_with_path(forgotten, state.optimizer),
+        silent_MxF=jnp.where(dead_F, 0, state.silent_MxF),
+    )
+
+
+def _drawn(hyper: Hyper, step: jax.Array, loss_B: jax.Array, features: int) -> jax.Array:
+    """For each feature a token, drawn in proportion to the square of its loss; random in the member's seed and step."""
+    share_B = jnp.cumsum(jnp.square(loss_B / jnp.maximum(jnp.max(loss_B), 1e-30)))
+    key = jax.random.fold_in(jax.random.key(hyper.seed), step)
+    level_F = jax.random.uniform(key, (features,), share_B.dtype) * share_B[-1]
+    return jnp.clip(jnp.searchsorted(share_B, level_F, side="right"), 0, loss_B.shape[0] - 1)
+
+
+def _directions(values_BxD: jax.Array) -> jax.Array:
+    """Rows of length 1; 0 where they were."""
+    length_B = jnp.linalg.norm(values_BxD, axis=-1, keepdims=True)
+    return values_BxD / jnp.maximum(length_B, 1e-30)
+
+
+def _mean_length(W_enc_DxF: jax.Array, dead_F: jax.Array) -> jax.Array:
+    """Mean length of the living features' columns; of all where none lives."""
+    living_F = jnp.where(jnp.all(dead_F), True, ~dead_F)
+    return jnp.sum(jnp.linalg.norm(W_enc_DxF, axis=0) * living_F) / jnp.sum(living_F)

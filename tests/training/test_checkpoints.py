@@ -1,0 +1,125 @@
+"""Checkpoints: written while training goes on, the newest and the best kept, of one configuration only."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from small_runs import STEPS, go, make_trainer
+from small_stacks import first_device
+
+from saejax.errors import UserError
+from saejax.parallel import sharding
+from saejax.training.checkpoints import Checkpoints
+
+
+def state_of(value, size=10) -> dict:
+    return dict(values=jax.device_put(np.full(size, value, np.float32), sharding(first_device())))
+
+
+def kept(folder) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.is_dir())
+
+
+class Writing:
+    """In place of Orbax's answer to a save: tells when it is waited for."""
+
+    def __init__(self, told, step, error=None):
+        self.told, self.step, self.error = told, step, error
+
+    def result(self):
+        self.told.append(f"waited for {self.step}")
+        if self.error:
+            raise self.error
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    told = []
+    checkpoints = Checkpoints(tmp_path)
+
+    def save_async(step, state, **rest):
+        told.append(f"began {step}")
+        return Writing(told, step)
+
+    monkeypatch.setattr(checkpoints._checkpointer, "save_async", save_async)
+    for step in (3, 6):
+        checkpoints.save(step, state_of(step))
+        told.append(f"trained after {step}")
+    checkpoints.wait()
+    expected = ["began 3", "trained after 3", "waited for 3", "began 6", "trained after 6", "waited for 6"]
+    assert told == expected
+    checkpoints.close()
+
+
+def test_what_is_saved_is_the_state_before_its_buffers_are_donated(tmp_path, monkeypatch):
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda value: value * 0 - 1, state), donate_argnums=0)
+    state, given = state_of(7.0, 4_000_000), []
+    with Checkpoints(tmp_path) as checkpoints:
+        save_async = checkpoints._checkpointer.save_async
+        monkeypatch.setattr(
+            checkpoints._checkpointer,
+            "save_async",
+            lambda *args, **rest: given.append(args[1]) or save_async(*args, **rest),
+        )
+        checkpoints.save(1, state)
+        jax.block_until_ready(overwrite(state))
+        assert state["values"].is_deleted() and not given[0]["values"].is_deleted(), "on a CPU it is a copy"
+        checkpoints.wait()
+        np.testing.assert_array_equal(checkpoints.restore(state_of(0.0, 4_000_000))["values"], 7.0)
+
+
+def test_a_disk_that_fills_later_is_one_clear_line(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    full = Writing([], 3, ValueError("RESOURCE_EXHAUSTED: ... No space left on device"))
+    monkeypatch.setattr(checkpoints._checkpointer, "save_async", lambda *args, **rest: full)
+    checkpoints.save(3, state_of(0))
+    with pytest.raises(UserError, match="the disk is full while saving step 3 to"):
+        checkpoints.save(6, state_of(0))
+    checkpoints.save(6, state_of(0))
+    with pytest.raises(UserError, match="the disk is full while saving step 6 to"):
+        checkpoints.wait()
+    checkpoints.save(9, state_of(0))
+    with pytest.raises(KeyError), checkpoints:  # another error is not hidden by this one
+        raise KeyError
+
+
+@pytest.mark.parametrize(("best", "left"), [("", [4, 5]), ("loss", [2, 4, 5]), ("explained_variance", [1, 4, 5])])
+def test_the_newest_and_the_best_are_kept(tmp_path, best, left):
+    scores = [dict(loss=loss, explained_variance=ev) for loss, ev in [(5, 0.9), (1, 0.2), (3, 0.4), (4, 0.3), (2, 0.1)]]
+    for step, metrics in enumerate(scores, 1):
+        with Checkpoints(tmp_path, keep=2, best=best) as checkpoints:  # each by a process of its own
+            checkpoints.save(step, state_of(step), metrics)
+            checkpoints.wait()
+    assert kept(tmp_path) == left
+    checkpoints = Checkpoints(tmp_path, keep=2, best=best)
+    assert checkpoints.best_step == (left[0] if best else None) and checkpoints.latest_step == 5
+    assert checkpoints.restore(state_of(0))["values"][0] == 5
+    checkpoints.close()
+
+
+def test_the_loop_gives_means_since_the_checkpoint_before(tmp_path):
+    trainer, given = make_trainer(k=(2, 4)), []
+    save = Checkpoints.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", lambda self, step, state, metrics: given.append((step, metrics)))
+        go(tmp_path, trainer, every=5)
+    assert save is Checkpoints.save and [step for step, _ in given] == [5, 10, STEPS]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for (step, metrics), first in zip(given, (1, 6, 11), strict=True):
+        losses = [record["loss"] for record in records if first <= record["step"] <= step]
+        assert len(losses) == 2 * (step - first + 1) and metrics["loss"] == pytest.approx(np.mean(losses))
+
+
+def test_checkpoints_of_another_configuration(tmp_path):
+    run = dict(settings=dict(k=[32], batch=64), steps=10)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.agree(run) == {}
+        checkpoints.record(run | dict(input="resident"))
+        assert checkpoints.agree(dict(other=1)) == {}, "nothing was saved yet"
+        checkpoints.save(1, state_of(1))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.agree(run)["input"] == "resident"
+        with pytest.raises(
+            UserError, match=r"configuration: settings.k was \[32\], is \[16\]; steps was 10, is 11: giv"
+        ):
+            checkpoints.agree(dict(settings=dict(k=[16], batch=64), steps=11))

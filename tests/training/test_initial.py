@@ -1,0 +1,157 @@
+"""A dictionary of any format becomes the state that training starts from, and comes back as it was."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from small_stacks import D, F, make_trainer
+
+from saejax.dictionaries import Dictionary, save_dictionary
+from saejax.dictionaries.formats import save_transcoders
+from saejax.errors import UserError
+from saejax.settings import KINDS
+from saejax.training.initial import identity, initial_state
+
+SKIP = dict(form="skip_transcoder", sites=("mlp_in.1",))
+
+
+def random_dictionary(kind="topk", seed=0, described=None, **changes) -> Dictionary:
+    """One with decoder rows of length 1, as a trainer of these settings writes it."""
+    made = make_trainer(kind, **changes)
+    blank = made.finish(made.initial_state(), 0)
+    rng = np.random.default_rng(seed)
+    arrays = {name: rng.normal(size=array.shape) for name, array in blank.arrays.items()}
+    arrays["W_dec_FxD"] /= np.linalg.norm(arrays["W_dec_FxD"], axis=1, keepdims=True)
+    if "threshold_F" in arrays:
+        arrays["threshold_F"] = np.abs(arrays["threshold_F"])
+    config = dataclasses.replace(blank.config, **described or {})
+    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
+
+
+def started(kind, folder, index=0, scale=0.3, **changes) -> Dictionary:
+    """What training from a folder would write after no step."""
+    trainer = make_trainer(kind, scale=scale, init_from=str(folder), **changes)
+    if trainer.config.form != "sae":
+        trainer.scales = [dataclasses.replace(one, output=0.7) for one in trainer.scales]
+    state = initial_state(trainer, str(folder))
+    for leaf, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (abstract.shape, abstract.dtype, abstract.sharding)
+    return trainer.finish(state, index)
+
+
+def assert_same(a: Dictionary, b: Dictionary, without=()) -> None:
+    for name in set(a.arrays) - set(without):
+        np.testing.assert_allclose(a.arrays[name], b.arrays[name], rtol=2e-6, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("changes", [{}, SKIP], ids=["sae", "skip_transcoder"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_inverse_of_finish(tmp_path, kind, changes):
+    dictionary = random_dictionary(kind, **changes)
+    save_dictionary(tmp_path / "made", dictionary)
+    running = ("threshold_F",) if kind in ("batchtopk", "matryoshka") else ()
+    assert_same(started(kind, tmp_path / "made", **changes), dictionary, without=running)
+
+
+def test_scaled_parameters_read_scaled_inputs(tmp_path):
+    """By formula: on x times its scale, the parameters give features times the scale of the output."""
+    dictionary = random_dictionary("standard")
+    save_dictionary(tmp_path / "made", dictionary)
+    trainer = make_trainer("standard", scale=0.3, init_from=str(tmp_path / "made"))
+    params = {
+        name: np.asarray(array[0]) for name, array in initial_state(trainer, trainer.config.init_from).params.items()
+    }
+    x = np.random.default_rng(1).normal(size=(20, D)).astype(np.float32)
+    pre = (0.3 * x - params["b_dec_D"]) @ params["W_enc_DxF"] + params["b_enc_F"]
+    np.testing.assert_allclose(np.maximum(pre, 0), 0.3 * dictionary.encode(x), rtol=1e-4, atol=1e-5)
+
+
+def test_formats_of_other_tools(tmp_path):
+    jumprelu = random_dictionary("jumprelu", described=dict(centred=False))
+    save_dictionary(tmp_path / "saelens", jumprelu, "saelens")
+    x = np.random.default_rng(1).normal(size=(20, D)).astype(np.float32)
+    centred = started("jumprelu", tmp_path / "saelens")  # the encoder's bias has taken over the decoder's
+    assert centred.config.centred
+    np.testing.assert_allclose(centred(x), jumprelu(x), rtol=1e-4, atol=1e-4)
+
+    topk = random_dictionary("topk", seed=1)
+    arrays = {name: np.asarray(array) for name, array in topk.arrays.items()}
+    (tmp_path / "layers.1").mkdir()
+    tensors = dict(W_dec=2 * arrays["W_dec_FxD"], b_dec=arrays["b_dec_D"])  # rows of length 2
+    tensors |= {"encoder.weight": arrays["W_enc_DxF"].T.copy(), "encoder.bias": arrays["b_enc_F"]}
+    save_file(tensors, tmp_path / "layers.1" / "sae.safetensors")
+    (tmp_path / "layers.1" / "cfg.json").write_text(json.dumps(dict(d_in=D, num_latents=F, k=4)))
+    found = started("topk", tmp_path / "layers.1")
+    np.testing.assert_allclose(found.W_dec_FxD[...], topk.W_dec_FxD[...], atol=1e-6)
+    np.testing.assert_allclose(found.W_enc_DxF[...], 2 * topk.W_enc_DxF[...], atol=1e-5)
+
+    layers = [
+        random_dictionary("standard", seed=layer, form="transcoder", sites=(f"mlp_in.{layer}",)) for layer in (0, 1)
+    ]
+    save_transcoders(tmp_path / "set", layers)
+    stack = dict(form="transcoder", sites=("mlp_in.1", "mlp_in.0"))
+    for index, layer in enumerate((1, 0)):
+        assert_same(started("standard", tmp_path / "set", index, **stack), layers[layer])
+    with pytest.raises(UserError, match="has layers 0 to 1, not the 2 of mlp_in.2"):
+        started("standard", tmp_path / "set", form="transcoder", sites=("mlp_in.2",))
+
+
+def test_members_start_from_their_namesakes_or_all_from_one(tmp_path):
+    several = [random_dictionary(seed=seed) for seed in (0, 1)]
+    for name, dictionary in zip(("k2", "k4"), several, strict=True):
+        save_dictionary(tmp_path / name / "dictionary", dictionary)
+    for index in (0, 1):
+        assert_same(started("topk", tmp_path, index, k=(2, 4)), several[index])
+        assert_same(started("topk", tmp_path / "k2", index, k=(2, 4)), several[0])
+
+
+def test_what_does_not_fit_is_listed(tmp_path):
+    save_dictionary(tmp_path / "topk", random_dictionary(described=dict(model="some/model", fingerprint="12")))
+    with pytest.raises(UserError, match="does not fit: kind is topk, expected standard; form is SAE, expected transc"):
+        started("standard", tmp_path / "topk", form="transcoder", sites=("mlp_in.1",))
+    with pytest.raises(UserError, match="holds no dictionary"):
+        started("topk", tmp_path / "nowhere")
+    trainer = make_trainer(init_from=str(tmp_path / "topk"))
+    for changes, told in [
+        (dict(n_features=65), "features is 64, expected 65$"),
+        (dict(d_in=8), "width is 16, expected 8$"),
+        (dict(model="some/model", fingerprint="13"), "model is some/model, expected some/model$"),
+    ]:
+        trainer.dictionary = dataclasses.replace(make_trainer().dictionary, **changes)
+        with pytest.raises(UserError, match=told):
+            initial_state(trainer, trainer.config.init_from)
+    for other, fits in (
+        ("SOME/Model/", True),
+        ("gpt2", False),
+        ("", True),
+    ):  # a file of another tool has no fingerprint
+        trainer.dictionary = dataclasses.replace(make_trainer().dictionary, model=other)
+        if fits:
+            initial_state(trainer, trainer.config.init_from)
+        else:
+            with pytest.raises(UserError, match="model is some/model, expected gpt2"):
+                initial_state(trainer, trainer.config.init_from)
+
+
+def test_rows_that_training_could_not_keep(tmp_path):
+    dictionary = random_dictionary()
+    arrays = dictionary.arrays
+    for name, factor, told in (
+        ("zero", 0.0, "1 decoder rows are zero, such as 5"),
+        ("long", 2.0, "lengths from 1 to 2"),
+    ):
+        changed = arrays | dict(W_dec_FxD=arrays["W_dec_FxD"].at[5].multiply(factor))
+        save_dictionary(tmp_path / name, Dictionary(dictionary.config, **changed))
+        with pytest.raises(UserError, match=told):
+            started("topk", tmp_path / name)
+
+
+def test_the_identity_is_of_the_content(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        save_dictionary(tmp_path / name, random_dictionary(seed=seed))
+    a, b, c = (identity(str(tmp_path / name)) for name in "abc")
+    assert a == b != c

@@ -1,0 +1,136 @@
+"""Training straight from the model: nothing on disk, and resumed with the same bits in whatever buffer it was."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import runs
+from small_runs import STEPS, go, make_trainer
+from small_stacks import B, D
+
+from saejax import command
+from saejax.activations.stream import BufferOrder
+from saejax.errors import Interrupted
+from saejax.pipeline import Plan
+from saejax.settings import GROUPS, ModelConfig
+from saejax.training.inputs import Streamed
+from saejax.training.model_input import FromModel
+
+CHANGES = dict(train__source="model", train__buffer_rows=200, train__epochs=2, train__kinds="batchtopk")
+
+
+@pytest.fixture(scope="module")
+def train(inputs, tmp_path_factory):
+    """Trains in a new folder or in one given; gives the exit status and the folder."""
+
+    def run(workdir=None, **changes):
+        workdir = workdir or tmp_path_factory.mktemp("model") / "run"
+        flags = runs.small_flags(*inputs, workdir, **CHANGES | dict(capture__backend="jax") | changes)
+        return command.run(["train"], "", ["program", *flags]), workdir
+
+    return run
+
+
+def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, capsys):
+    status, whole = train()
+    assert status == 0 and not (whole / "capture").exists()
+    output = capsys.readouterr().out
+    assert "buffer 1 of " in output and "buffer 3 of " in output
+    for asked_at, told in ((1, "before the first step"), (7, "of 30; saved")):  # in the first buffer, in a later one
+        asked = itertools.count()
+        monkeypatch.setattr(command, "_sigterm", lambda asked=asked, at=asked_at: lambda: next(asked) >= at)
+        status, broken = train()
+        assert status == 143 and told in capsys.readouterr().err
+    monkeypatch.setattr(command, "_sigterm", lambda: lambda: False)
+    assert train(broken)[0] == 0
+    assert runs.dictionary_checksums(broken) == runs.dictionary_checksums(whole) != {}
+
+
+def test_what_it_depends_on(inputs):
+    def mark(**changes):
+        configs = {group: cls() for group, cls in GROUPS.items()}
+        configs["model"] = ModelConfig(path=str(inputs[0]))
+        for key, value in (dict(train__source="model") | changes).items():
+            group, field = key.split("__")
+            configs[group] = dataclasses.replace(configs[group], **{field: value})
+        return Plan(configs).mark("train/topk")
+
+    assert mark() == mark(capture__sites=("mlp_out.0",), capture__batch_tokens=9, task__seed=9)
+    others = dict(corpus__seed=5, capture__dtype="bfloat16", train__buffer_rows=9, train__sites=("mlp_out.0",))
+    assert len({mark(), *(mark(**{key: value}) for key, value in others.items())}) == 5
+    assert mark(train__source="store") != mark(train__source="store", capture__sites=("mlp_out.0",))
+
+
+def test_bad_input_is_one_line(train, capsys):
+    for changes, told in [
+        (dict(train__buffer_rows=10), "--train.buffer_rows=10 is less than one batch of 64"),
+        (dict(train__sites="all"), "--train.sites=all with --train.source=model: name the sites"),
+        (dict(train__sites="resid_post.9"), "resid_post.9"),
+    ]:
+        capsys.readouterr()
+        assert train(**changes)[0] == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and told in error[0]
+
+
+class Buffers:
+    """A stream of three buffers of known values; every tenth row of the second is a sink."""
+
+    dtype = np.dtype(np.float32)
+    sizes = (2 * B + 6, 2 * B + 6, B + 5)
+
+    def __init__(self, first=0):
+        self.values = [
+            np.random.default_rng(i).normal(size=(size, D)).astype(np.float32) for i, size in enumerate(self.sizes)
+        ]
+        self.filled = [first]
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def size(self, buffer):
+        return self.sizes[buffer]
+
+    def d(self, site):
+        return D
+
+    def fill(self, buffer):
+        self.filled.append(buffer)
+        return True
+
+    def rows(self, split, *sites):
+        rows = np.arange(self.sizes[self.filled[-1]])
+        return rows[rows % 10 > 0] if self.filled[-1] == 1 else rows
+
+    def read(self, site, rows):
+        return self.values[self.filled[-1]][rows]
+
+
+def test_each_step_takes_its_rows_of_its_buffer(tmp_path):
+    trainer, stream = make_trainer(), Buffers()
+    order = BufferOrder(stream.sizes, B, trainer.config.seed[0], trainer.config.epochs)
+
+    def batches(first):
+        for step in range(first, STEPS):
+            epoch, buffer, begin, _ = order.locate(step)
+            at_hand = Buffers(buffer)
+            rows = at_hand.rows("train")
+            places = order.places(epoch, buffer, len(rows))[step - begin]
+            yield (at_hand.read("", rows[places])[None],)
+
+    expected = go(tmp_path / "streamed", trainer, lambda trainer, store, first: Streamed(trainer, batches(first)))
+    sources = []
+
+    def from_model(trainer, store, first):
+        sources.append(FromModel(trainer, Buffers(), (("resid_post.1",),)))
+        return sources[-1]
+
+    with pytest.raises(Interrupted, match="at step 1 of"):
+        go(tmp_path / "model", trainer, from_model, stop_after=1)  # within the first buffer
+    found = go(tmp_path / "model", trainer, from_model)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert sources[1]._stream.filled[:3] == [0, 1, 2], "the first is not made twice"
+    assert sources[1]._runner.compiled._cache_size() == 1
