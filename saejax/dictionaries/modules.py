@@ -24,7 +24,7 @@ from flax import nnx
 from saejax.config import Config, setting
 from saejax.dictionaries import sparsity
 from saejax.dictionaries.edits import POSITIONS, FeatureEdit
-from saejax.dictionaries.matmul import matmul
+from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError, one_of
 from saejax.models.sites import Site
@@ -133,7 +133,7 @@ class Dictionary(nnx.Module):
         """What the encoder gives before its bias, ``[..., F]``."""
         x_BxD = x_BxD.astype(self.b_dec_D.dtype)
         if self.config.centred:
-            x_BxD = x_BxD - row(self.b_dec_D[...], x_BxD.ndim)
+            return centred_matmul(x_BxD, self.b_dec_D[...], self.W_enc_DxF[...], self.operands)
         return matmul(x_BxD, self.W_enc_DxF[...], self.operands)
 
     def encode(self, x_BxD: jax.Array) -> jax.Array:

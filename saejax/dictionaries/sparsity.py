@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+_BLOCK = 32  # features, of which the maximum is taken before the k largest are chosen
+
 
 def relu(pre_BxF: jax.Array) -> jax.Array:
     """max(pre, 0)."""
@@ -31,7 +33,7 @@ def topk(pre_BxF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax
 
     A token with fewer than k positive pre-activations keeps those. Values that tie with the k-th largest
     to the last bit are all kept. The gradient passes through the kept ones unchanged. Exact also where
-    the feature axis is sharded, because it uses nothing but counts and maxima over that axis.
+    the feature axis is sharded.
 
     Args:
       pre_BxF: pre-activations, float32 or wider (a bfloat16 input is widened for the comparison).
@@ -54,10 +56,10 @@ def batch_topk(pre_BxF: jax.Array, k: int | jax.Array) -> tuple[jax.Array, jax.A
     highest_1x1 = values_BxF.max(keepdims=True)
     keep = jnp.asarray(k, jnp.int32) * values_BxF.shape[0]
     low_1x1 = jnp.zeros_like(highest_1x1)
-    maxima_BxM = _block_maxima(values_BxF)
-    if maxima_BxM is not None:  # as many values as maxima lie above what is found here, at a small part of the work
-        low_1x1 = _bisect(maxima_BxM, keep, low_1x1, highest_1x1, _count_all)
-    kept_BxF = values_BxF > _bisect(values_BxF, keep, low_1x1, highest_1x1, _count_all)
+    if values_BxF.shape[-1] % _BLOCK == 0:  # as many values as maxima lie above what is found here, with little work
+        maxima_BxM = _blocks(values_BxF).max(-1)
+        low_1x1 = _search(maxima_BxM, keep, low_1x1, highest_1x1, _count_all)
+    kept_BxF = values_BxF > _search(values_BxF, keep, low_1x1, highest_1x1, _count_all)
     smallest = jnp.min(jnp.where(kept_BxF, values_BxF, jnp.inf))
     return jnp.where(kept_BxF, acts_BxF, jnp.zeros_like(acts_BxF)), jnp.where(jnp.isfinite(smallest), smallest, 0.0)
 
@@ -65,10 +67,10 @@ def batch_topk(pre_BxF: jax.Array, k: int | jax.Array) -> tuple[jax.Array, jax.A
 def kth_largest_below(acts_BxF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
     """A threshold just below the k-th largest activation of each token.
 
-    XLA's own top-k sorts, which on a CPU takes ten times as long as the matrix products of the step
-    and on a GPU is slow for k > 16. Counting how many values lie above a threshold is one pass over
-    memory, so the threshold is bisected, from a tight lower bound: the k-th largest of the maxima of blocks of
-    features.
+    XLA's own top-k sorts, which on a CPU takes ten times as long as the matrix products of the step and on a GPU is
+    slow for k > 16. Instead a threshold is searched above which k values lie. The k-th largest of the maxima of
+    blocks of features is a lower bound for it; and in the k blocks of the largest maxima lie the k largest values,
+    so that on a CPU, where counting all values takes long, only those blocks are looked at.
 
     Args:
       acts_BxF: not negative.
@@ -79,16 +81,39 @@ def kth_largest_below(acts_BxF: jax.Array, k: int | jax.Array, most: int | None 
       threshold_Bx1, such that ``acts > threshold`` keeps the k largest (all positive ones if fewer).
     """
     acts_BxF = acts_BxF.astype(jnp.promote_types(acts_BxF.dtype, jnp.float32))
-    most = min(int(k) if most is None else most, acts_BxF.shape[-1])
-    low_Bx1 = _lower_bound(acts_BxF, most)
-    return _bisect(acts_BxF, jnp.asarray(k, jnp.int32), low_Bx1, acts_BxF.max(-1, keepdims=True), _count_each)
+    keep, features = jnp.asarray(k, jnp.int32), acts_BxF.shape[-1]
+    most = min(int(k) if most is None else most, features)
+    if features % _BLOCK or most >= features // _BLOCK:
+        highest_Bx1 = acts_BxF.max(-1, keepdims=True)
+        return _search(acts_BxF, keep, jnp.zeros_like(highest_Bx1), highest_Bx1, _count_each)
+
+    def all_blocks(acts_BxF: jax.Array) -> jax.Array:
+        maxima_BxM = _blocks(acts_BxF).max(-1)
+        highest_Bx1 = maxima_BxM.max(-1, keepdims=True)
+        low_Bx1 = _search(maxima_BxM, keep, jnp.zeros_like(highest_Bx1), highest_Bx1, _count_each)
+        return _search(acts_BxF, keep, low_Bx1, highest_Bx1, _count_each)
+
+    def best_blocks(acts_BxF: jax.Array) -> jax.Array:
+        blocks_BxMxN = _blocks(acts_BxF)
+        largest_BxK, place_BxK = lax.top_k(blocks_BxMxN.max(-1), most)
+        chosen_BxKxN = jnp.take_along_axis(blocks_BxMxN, place_BxK[..., None], axis=-2)
+        chosen_BxC = chosen_BxKxN.reshape(*acts_BxF.shape[:-1], -1)
+        return _search(chosen_BxC, keep, largest_BxK[..., -1:], largest_BxK[..., :1], _count_each)
+
+    return lax.platform_dependent(acts_BxF, cpu=best_blocks, default=all_blocks)
 
 
-def _bisect(acts: jax.Array, keep: jax.Array, low: jax.Array, high: jax.Array, count: Callable) -> jax.Array:
+def _blocks(acts_BxF: jax.Array) -> jax.Array:
+    return acts_BxF.reshape(*acts_BxF.shape[:-1], -1, _BLOCK)
+
+
+def _search(acts: jax.Array, keep: jax.Array, low: jax.Array, high: jax.Array, count: Callable) -> jax.Array:
     """The largest threshold found above which ``keep`` values lie, or more where they tie.
 
-    Floats that are not negative order as their bits do, so bisecting the bits ends, ties included, after
-    at most as many passes as a float has bits; it stops as soon as every threshold has exactly ``keep`` above it.
+    The logarithm of the count falls about linearly with the threshold, so the next one to try is interpolated; the
+    end that stays where it is loses half its weight each time (the Illinois rule), and every third interval is halved.
+    Floats that are not negative order as their bits do, and it is the bits that are searched, so that it ends, ties
+    included; it stops as soon as every threshold has exactly ``keep`` above it.
 
     Args:
       acts: not negative.
@@ -101,26 +126,34 @@ def _bisect(acts: jax.Array, keep: jax.Array, low: jax.Array, high: jax.Array, c
     to_float = functools.partial(lax.bitcast_convert_type, new_dtype=acts.dtype)
     low_bits = jnp.maximum(to_bits(low) - 1, 0)
 
+    def excess(above: jax.Array) -> jax.Array:  # 0 where it is ``keep``; the half is for counts of 0
+        return jnp.log((above.astype(jnp.float32) + 0.5) / (keep.astype(jnp.float32) + 0.5))
+
     def unsettled(carry):
-        low, high, above_low = carry
+        low, high, above_low, *_ = carry
         return jnp.any((above_low > keep) & (high - low > 1))
 
     # Invariant: more than ``keep``, or all that can be told apart, lie above low; fewer above high.
-    def halve(carry):
-        low, high, above_low = carry
-        middle = low + (high - low) // 2
+    def narrow(carry):
+        low, high, above_low, excess_low, excess_high, turn = carry
+        share = jnp.where(turn % 3 == 2, 0.5, excess_low / (excess_low - excess_high))
+        step = (share * (high - low).astype(jnp.float32)).astype(integer)
+        middle = low + jnp.clip(step, 1, jnp.maximum(high - low - 1, 1))
         above = count(acts, to_float(middle))
-        settled = above_low <= keep  # leave that threshold where it is
-        raise_low = ~settled & (above >= keep)
-        lower_high = ~settled & (above < keep)
+        settled = (above_low <= keep) | (high - low <= 1)  # leave that threshold where it is
+        raise_low, lower_high = ~settled & (above >= keep), ~settled & (above < keep)
         return (
             jnp.where(raise_low, middle, low),
             jnp.where(lower_high, middle, high),
             jnp.where(raise_low, above, above_low),
+            jnp.where(raise_low, excess(above), excess_low / 2),
+            jnp.where(lower_high, excess(above), excess_high / 2),
+            turn + 1,
         )
 
-    start = (low_bits, to_bits(high), count(acts, to_float(low_bits)))
-    return to_float(lax.while_loop(unsettled, halve, start)[0])
+    above_low = count(acts, to_float(low_bits))
+    ends = excess(above_low), excess(jnp.zeros_like(above_low))
+    return to_float(lax.while_loop(unsettled, narrow, (low_bits, to_bits(high), above_low, *ends, jnp.int32(0)))[0])
 
 
 def _count_each(acts_BxF: jax.Array, threshold_Bx1: jax.Array) -> jax.Array:
@@ -131,24 +164,6 @@ def _count_each(acts_BxF: jax.Array, threshold_Bx1: jax.Array) -> jax.Array:
 
 def _count_all(acts_BxF: jax.Array, threshold_1x1: jax.Array) -> jax.Array:
     return jnp.sum(_count_each(acts_BxF, threshold_1x1), axis=0, keepdims=True, dtype=jnp.int32)
-
-
-def _lower_bound(acts_BxF: jax.Array, k: int) -> jax.Array:
-    """The k-th largest of the maxima of blocks of features, [B, 1]; 0 where there are too few blocks.
-
-    At least k values are as large as it, so the k-th largest value is too.
-    """
-    maxima_BxM = _block_maxima(acts_BxF)
-    if maxima_BxM is None or maxima_BxM.shape[-1] <= k:
-        return jnp.zeros_like(acts_BxF[..., :1])
-    return lax.top_k(maxima_BxM, k)[0][..., -1:]
-
-
-def _block_maxima(acts_BxF: jax.Array, block: int = 32) -> jax.Array | None:
-    """The maximum of every block of features, [B, F / block]; None where the blocks do not divide the features."""
-    if acts_BxF.shape[-1] % block:
-        return None
-    return acts_BxF.reshape(*acts_BxF.shape[:-1], -1, block).max(-1)
 
 
 def row(vector_N: jax.Array, ndim: int) -> jax.Array:

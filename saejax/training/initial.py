@@ -20,7 +20,7 @@ from saejax.workspace import file_sha256
 _HASHED = ("dictionary.json", "cfg.json", "config.yaml", "*.safetensors")  # the first holds checksums of its arrays
 
 
-def initial_state(trainer: Trainer, folder: str) -> TrainState:
+def state_from_dictionary(trainer: Trainer, folder: str) -> TrainState:
     """The state before the first step, with the parameters of the dictionaries in a folder.
 
     Args:

@@ -58,10 +58,13 @@ class Objective:
         projected_BxF = member.pre_activations(x_BxD)
         pre_BxF = projected_BxF + row(member.b_enc_F[...], 2)
         f_BxF, smallest = self._activate(member, pre_BxF, projected_BxF, hyper)
-        y_hat_BxD = member.decode(f_BxF, x_BxD)
-        W_dec_FxD = params["W_dec_FxD"]
+        reconstructions = self._reconstructions(member, f_BxF, x_BxD)
+        y_hat_BxD, W_dec_FxD = reconstructions[-1], params["W_dec_FxD"]
 
-        parts = dict(error=self._error(member, f_BxF, y_BxD, y_hat_BxD, x_BxD, hyper))
+        errors = [
+            losses.squared_error(y_BxD, each_BxD, hyper.metric_DxD, config.matmul) for each_BxD in reconstructions
+        ]
+        parts = dict(error=sum(errors[1:], errors[0]))
         penalty = self._penalty(member, f_BxF, pre_BxF, hyper)
         if penalty is not None:
             parts["sparsity"] = penalty * schedules.rising(config, self.steps, step)
@@ -78,14 +81,15 @@ class Objective:
             parts["decorrelation"] = config.decorrelation * losses.decorrelation(f_BxF)
         loss = sum(parts.values(), jnp.zeros((), y_BxD.dtype))
 
-        fires_BxF = member.fires(f_BxF)
+        # In floats, because XLA:CPU vectorises no sums of integers; exact up to 2^24 tokens.
+        firings_F = jnp.sum(member.fires(f_BxF).astype(jnp.float32), axis=0)
         metrics = parts | dict(
             loss=loss,
             mse=losses.squared_error(y_BxD, y_hat_BxD),
-            l0=jnp.mean(jnp.sum(fires_BxF.astype(jnp.float32), axis=-1)),
+            l0=jnp.sum(firings_F) / f_BxF.shape[0],
             explained_variance=losses.explained_variance(y_BxD, y_hat_BxD),
         )
-        return loss, (metrics, jnp.any(fires_BxF, axis=0), smallest)
+        return loss, (metrics, firings_F > 0, smallest)
 
     def reconstruction(self, params: Arrays, x_BxD: jax.Array, hyper: Hyper) -> jax.Array:
         """What one member makes of inputs, features chosen as in training."""
@@ -109,28 +113,22 @@ class Objective:
             return sparsity.gated(pre_BxF, member.magnitudes(projected_BxF)), none
         return (pre_BxF if kind == "linear" else sparsity.relu(pre_BxF)), none
 
-    def _error(
-        self,
-        member: Dictionary,
-        f_BxF: jax.Array,
-        y_BxD: jax.Array,
-        y_hat_BxD: jax.Array,
-        x_BxD: jax.Array,
-        hyper: Hyper,
-    ) -> jax.Array:
-        """The squared error; for matryoshka the sum over the nested groups of their own (Bussmann et al., 2025)."""
+    def _reconstructions(self, member: Dictionary, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
+        """What must be like the targets: the reconstruction; for matryoshka those of the nested groups, ascending.
+
+        The errors are summed over the groups (Bussmann et al., 2025).
+        """
         if self.dictionary.kind != "matryoshka":
-            return losses.squared_error(y_BxD, y_hat_BxD, hyper.metric_DxD, self.config.matmul)
+            return [member.decode(f_BxF, x_BxD)]
         W_dec_FxD, start = member.W_dec_FxD[...], 0
-        partial_BxD = row(member.b_dec_D[...], 2)
+        nested, partial_BxD = [], row(member.b_dec_D[...], 2)
         if self.dictionary.skip:
             partial_BxD += matmul(x_BxD, member.W_skip_DxD[...], self.config.matmul)
-        total = jnp.zeros((), y_BxD.dtype)
         for stop in self.dictionary.groups:
-            added_BxD = matmul(f_BxF[:, start:stop], W_dec_FxD[start:stop], self.config.matmul)
-            partial_BxD, start = partial_BxD + added_BxD, stop
-            total += losses.squared_error(y_BxD, partial_BxD, hyper.metric_DxD, self.config.matmul)
-        return total
+            partial_BxD += matmul(f_BxF[:, start:stop], W_dec_FxD[start:stop], self.config.matmul)
+            nested.append(partial_BxD)
+            start = stop
+        return nested
 
     def _penalty(self, member: Dictionary, f_BxF: jax.Array, pre_BxF: jax.Array, hyper: Hyper) -> jax.Array | None:
         kind, W_dec_FxD = self.dictionary.kind, member.W_dec_FxD[...]

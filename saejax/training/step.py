@@ -5,45 +5,24 @@ members of a device run one after the other (batched matrix products are slower 
 accelerators they are vectorised; over the mesh's ``member`` axis they are split.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.dictionaries.modules import parameter_table
 from saejax.parallel import fitting_sharding, sharding
 from saejax.settings import TrainConfig
 from saejax.training import resampling, schedules
+from saejax.training.finish import finished
 from saejax.training.members import Hyper, Member, SiteScale
 from saejax.training.objective import Arrays, Objective
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that a step changes; every array has a leading axis over the members, M.
-
-    Attributes:
-      params: the dictionaries' arrays.
-      optimizer: optax state.
-      silent_MxF: tokens since each feature last fired, int32.
-      kept_M: running mean of the smallest activation that a batch kept (batchtopk, matryoshka; else 0).
-      step_M: steps done, int32; the same for all.
-    """
-
-    params: Arrays
-    optimizer: Any
-    silent_MxF: jax.Array
-    kept_M: jax.Array
-    step_M: jax.Array
+from saejax.training.state import TrainState, initial_state, placed
+from saejax.training.updates import constrained, make_optimizer, projected
 
 
 class Trainer:
@@ -71,7 +50,7 @@ class Trainer:
         self.scales = list(scales)
         self._steps = steps
         self._objective = Objective(config, dictionary, steps)
-        self._optimizer = _optimizer(config)
+        self._optimizer = make_optimizer(config)
         self.sites = list(dict.fromkeys((member.site, member.target) for member in members))  # of the batch, in order
         hyper = Hyper.of(members, scales, self.sites, config.state_dtype)
         self.abstract_hyper = jax.tree.map(
@@ -80,7 +59,7 @@ class Trainer:
         self._host_hyper = hyper
         by_member = "member" if len(self.sites) == len(members) else None
         self.batch_sharding = fitting_sharding(mesh, (len(self.sites), config.batch, 1), by_member, "data", None)
-        self.abstract_state = self._abstract()
+        self.abstract_state = placed(jax.eval_shape(self._initial), dictionary, mesh)
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.compiled = jax.jit(self.pure_step, donate_argnums=0, out_shardings=(self.shardings, sharding(mesh)))
 
@@ -111,66 +90,13 @@ class Trainer:
         return jax.jit(self._initial, out_shardings=self.shardings)()
 
     def finish(self, state: TrainState, index: int) -> Dictionary:
-        """A member's trained dictionary, for raw activations.
-
-        Every kind is homogeneous, so the scales leave by dividing biases and thresholds by them; where decoder
-        rows have grown freely their lengths move to the encoder.
-        """
-        member, scale = self.members[index], self.scales[index]
+        """A member's trained dictionary, for raw activations."""
         arrays = {name: array[index] for name, array in state.params.items()}
-        if self.dictionary.has_threshold and self.dictionary.kind != "jumprelu":
-            arrays["threshold_F"] = jnp.full_like(arrays["threshold_F"], state.kept_M[index])
-        arrays = unit_decoder(arrays)
-        ratio = scale.input / scale.output
-        for name in arrays:
-            if name in ("W_enc_DxF", "W_skip_DxD"):
-                arrays[name] = arrays[name] * ratio
-            elif name not in ("W_dec_FxD", "r_mag_F"):
-                arrays[name] = arrays[name] / scale.output
-        described = dataclasses.replace(
-            self.dictionary,
-            site=member.site,
-            target="" if member.target == member.site else member.target,
-            k=member.k if self.dictionary.k else 0,
-            fires_above=self.dictionary.fires_above / scale.output,
-            max_norm=scale.max_norm,
-        )
-        return Dictionary(described, self.config.matmul, **arrays)
+        member, scale = self.members[index], self.scales[index]
+        return finished(self.config, self.dictionary, member, scale, arrays, state.kept_M[index])
 
     def _initial(self) -> TrainState:
-        config = self.config
-
-        def one(seed: jax.Array, bias_D: jax.Array) -> Arrays:
-            member = Dictionary.initial(self.dictionary, jax.random.key(seed), config.matmul, config.state_dtype)
-            arrays = member.arrays | dict(b_dec_D=bias_D)
-            if self.dictionary.kind == "jumprelu":
-                arrays["threshold_F"] = jnp.full_like(arrays["threshold_F"], config.initial_threshold)
-            return arrays
-
-        bias_MxD = np.stack([scale.bias_D * scale.output for scale in self.scales]).astype(config.state_dtype)
-        seed_M = jnp.array([member.seed for member in self.members], jnp.int32)
-        # One by one, so that a member starts with the same bits alone and in a stack.
-        params = lax.map(lambda args: one(*args), (seed_M, jnp.asarray(bias_MxD)))
-        members, features = len(self.members), self.dictionary.n_features
-        return TrainState(
-            params,
-            jax.vmap(self._optimizer.init)(params),
-            jnp.zeros((members, features), jnp.int32),
-            jnp.zeros(members, config.state_dtype),
-            jnp.zeros(members, jnp.int32),
-        )
-
-    def _abstract(self) -> TrainState:
-        specs = {name: spec for name, (_, spec) in parameter_table(self.dictionary).items()}
-
-        def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-            spec = next((specs[name] for name in names if name in specs), (None,) * (leaf.ndim - 1))
-            spec = ("model",) if names[0] == "silent_MxF" else spec
-            where = fitting_sharding(self.mesh, leaf.shape, "member", *spec)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-        return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._initial))
+        return initial_state(self.config, self.dictionary, self.members, self.scales)
 
     def pure_step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
         """``step`` before it is compiled, for programs of many steps."""
@@ -209,36 +135,16 @@ class Trainer:
         dead_F = state.silent_MxF >= config.dead_tokens
         gradient = jax.grad(self._objective, has_aux=True)
         grads, (metrics, fired_F, smallest) = gradient(state.params, x_BxD, y_BxD, hyper, state.step_M, dead_F)
-        grads = self._projected(grads, state.params)
+        grads = projected(config, grads, state.params)
         updates, optimizer = self._optimizer.update(grads, state.optimizer, state.params)
         rate = hyper.learning_rate * schedules.learning_rate(config, self._steps, state.step_M).astype(x_BxD.dtype)
         params = {name: value - rate * updates[name] for name, value in state.params.items()}
-        params = self._constrained(params, state.params)
+        params = constrained(config, self.dictionary, params, state.params)
         silent_F = jnp.where(fired_F, 0, state.silent_MxF + x_BxD.shape[0])
         mean = state.kept_M + config.threshold_rate * (smallest - state.kept_M)
         kept = jnp.where(state.step_M == 0, smallest, mean)
         metrics |= dict(learning_rate=rate, dead=jnp.mean(dead_F.astype(jnp.float32)))
         return TrainState(params, optimizer, silent_F, kept, state.step_M + 1), metrics
-
-    def _projected(self, grads: Arrays, params: Arrays) -> Arrays:
-        """Gradients of what may move: none of what is frozen, and of unit rows only the part that turns them."""
-        frozen = {"none": (), "decoder": ("W_dec_FxD",), "encoder": ("W_enc_DxF",)}[self.config.freeze]
-        grads = grads | {name: jnp.zeros_like(grads[name]) for name in frozen}
-        if self.config.decoder_norm == "unit":
-            grads["W_dec_FxD"] = _tangent(grads["W_dec_FxD"], params["W_dec_FxD"])
-        return grads
-
-    def _constrained(self, params: Arrays, before: Arrays) -> Arrays:
-        """What holds after every step: unit rows if asked for, thresholds of at least 0, frozen arrays as they were."""
-        if self.config.decoder_norm == "unit":
-            W_dec_FxD = params["W_dec_FxD"]
-            params["W_dec_FxD"] = W_dec_FxD / jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
-        if self.dictionary.kind == "jumprelu":
-            params["threshold_F"] = jnp.maximum(params["threshold_F"], 0.0)
-        if self.config.freeze != "none":
-            name = {"decoder": "W_dec_FxD", "encoder": "W_enc_DxF"}[self.config.freeze]
-            params[name] = before[name]
-        return params
 
 
 def over_members(one: Any, own: Any, shared: Sequence[jax.Array], mesh: Mesh) -> Any:
@@ -272,39 +178,3 @@ def over_members(one: Any, own: Any, shared: Sequence[jax.Array], mesh: Mesh) ->
         axis_names={"member"},
         check_vma=False,
     )(own, *shared)
-
-
-def unit_decoder(arrays: Arrays) -> Arrays:
-    """The same dictionary with decoder rows of length 1: feature activations take over the length."""
-    length_F = jnp.linalg.norm(arrays["W_dec_FxD"], axis=-1)
-    length_F = jnp.where(length_F > 0, length_F, jnp.ones_like(length_F))
-    arrays = dict(
-        arrays, W_dec_FxD=arrays["W_dec_FxD"] / length_F[:, None], W_enc_DxF=arrays["W_enc_DxF"] * length_F[None]
-    )
-    for name in ("b_enc_F", "b_mag_F", "threshold_F"):
-        if name in arrays:
-            arrays[name] = arrays[name] * length_F
-    return arrays
-
-
-def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam's direction after clipping, with decoupled weight decay (Loshchilov and Hutter, 2019) of the encoder.
-
-    The decoder's rows have unit norm and its bias starts at the data's mean: to decay those would undo that. The
-    learning rate is not in here, because members have their own.
-    """
-    parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    parts.append(optax.scale_by_adam())
-    if config.weight_decay:
-        only_encoder = functools.partial(_named, "W_enc_DxF")
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=only_encoder))
-    return optax.chain(*parts)
-
-
-def _named(name: str, params: Arrays) -> dict[str, bool]:
-    return {key: key == name for key in params}
-
-
-def _tangent(grad_FxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """The part of the gradient that turns the unit rows; the part along them would be undone anyway."""
-    return grad_FxD - jnp.sum(grad_FxD * W_dec_FxD, axis=-1, keepdims=True) * W_dec_FxD

@@ -19,7 +19,7 @@ from saejax.models.sites import KINDS as SITE_KINDS
 from saejax.parallel import describe, is_first_process, make_mesh, sharding
 from saejax.settings import TrainConfig
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.initial import initial_state
+from saejax.training.initial import state_from_dictionary
 from saejax.training.inputs import Input, make_input
 from saejax.training.loop import Metrics, train
 from saejax.training.members import Member, members
@@ -83,7 +83,7 @@ def _train(
     if first_step:
         state = checkpoints.restore(trainer.abstract_state)
     else:
-        state = initial_state(trainer, config.init_from) if config.init_from else trainer.initial_state()
+        state = state_from_dictionary(trainer, config.init_from) if config.init_from else trainer.initial_state()
     axes = "x".join(str(size) for size in trainer.mesh.shape.values())
     verb = f"resuming {run.name} at step {first_step}" if first_step else f"training {run.name}"
     many = f"{len(names)} members, " if len(names) > 1 else ""

@@ -37,6 +37,36 @@ def test_topk_of_odd_rows(values):
         np.testing.assert_array_equal(acts, reference_topk(positive[None], 2)[0])
 
 
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+@pytest.mark.parametrize("values", ["normal", "ties", "few"])
+def test_both_ways_to_find_the_largest_blocks(platform, values, monkeypatch):
+    """A CPU looks at the best blocks only; k may be a traced number below the largest that there can be."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **ways: ways[platform](*arrays))
+    rng = np.random.default_rng(3)
+    pre = rng.normal(size=(40, 640)).astype(np.float32)
+    if values == "ties":
+        pre = np.round(pre * 4)
+    if values == "few":
+        pre -= 2.5
+    acts = np.asarray(jax.jit(lambda pre, k: sparsity.topk(pre, k, 9))(pre, jnp.int32(6)))
+    positive = np.maximum(pre, 0)
+    kth = np.sort(positive, axis=1)[:, [-6]]
+    np.testing.assert_array_equal(acts, np.where(positive >= kth, positive, 0))
+
+
+@pytest.mark.parametrize("features,k", [(64, 3), (33, 5), (640, 9), (64, 64)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_batch_topk_keeps_the_largest_of_all_tokens(features, k, ties):
+    pre = np.random.default_rng(features).normal(size=(50, features)).astype(np.float32)
+    pre[:5] += 3  # tokens that take more than their share
+    pre = np.round(pre * 4) if ties else pre
+    acts, smallest = jax.jit(sparsity.batch_topk, static_argnums=1)(pre, k)
+    positive = np.maximum(pre, 0)
+    kth = np.sort(positive.ravel())[-50 * k]
+    np.testing.assert_array_equal(acts, np.where(positive >= kth, positive, 0))
+    assert smallest == positive[(positive >= kth) & (positive > 0)].min()
+
+
 def test_topk_of_tiny_huge_and_denormal_values():
     pre = np.array([[1e-40, 1e-38, 1e-30, 1e30, 3e38, 2.0, 1.0, -1e30]], np.float32)
     np.testing.assert_array_equal(np.asarray(sparsity.topk(jnp.asarray(pre), 3)), reference_topk(pre, 3))

@@ -14,7 +14,7 @@ from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.dictionaries.formats import save_transcoders
 from saejax.errors import UserError
 from saejax.settings import KINDS
-from saejax.training.initial import identity, initial_state
+from saejax.training.initial import identity, state_from_dictionary
 
 SKIP = dict(form="skip_transcoder", sites=("mlp_in.1",))
 
@@ -22,7 +22,7 @@ SKIP = dict(form="skip_transcoder", sites=("mlp_in.1",))
 def random_dictionary(kind="topk", seed=0, described=None, **changes) -> Dictionary:
     """One with decoder rows of length 1, as a trainer of these settings writes it."""
     made = make_trainer(kind, **changes)
-    blank = made.finish(made.initial_state(), 0)
+    blank = made.finish(made.state_from_dictionary(), 0)
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(size=array.shape) for name, array in blank.arrays.items()}
     arrays["W_dec_FxD"] /= np.linalg.norm(arrays["W_dec_FxD"], axis=1, keepdims=True)
@@ -37,7 +37,7 @@ def started(kind, folder, index=0, scale=0.3, **changes) -> Dictionary:
     trainer = make_trainer(kind, scale=scale, init_from=str(folder), **changes)
     if trainer.config.form != "sae":
         trainer.scales = [dataclasses.replace(one, output=0.7) for one in trainer.scales]
-    state = initial_state(trainer, str(folder))
+    state = state_from_dictionary(trainer, str(folder))
     for leaf, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (abstract.shape, abstract.dtype, abstract.sharding)
     return trainer.finish(state, index)
@@ -63,7 +63,7 @@ def test_scaled_parameters_read_scaled_inputs(tmp_path):
     save_dictionary(tmp_path / "made", dictionary)
     trainer = make_trainer("standard", scale=0.3, init_from=str(tmp_path / "made"))
     params = {
-        name: np.asarray(array[0]) for name, array in initial_state(trainer, trainer.config.init_from).params.items()
+        name: np.asarray(array[0]) for name, array in state_from_dictionary(trainer, trainer.config.init_from).params.items()
     }
     x = np.random.default_rng(1).normal(size=(20, D)).astype(np.float32)
     pre = (0.3 * x - params["b_dec_D"]) @ params["W_enc_DxF"] + params["b_enc_F"]
@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     ]:
         trainer.dictionary = dataclasses.replace(make_trainer().dictionary, **changes)
         with pytest.raises(UserError, match=told):
-            initial_state(trainer, trainer.config.init_from)
+            state_from_dictionary(trainer, trainer.config.init_from)
     for other, fits in (
         ("SOME/Model/", True),
         ("gpt2", False),
@@ -131,10 +131,10 @@ def test_what_does_not_fit_is_listed(tmp_path):
     ):  # a file of another tool has no fingerprint
         trainer.dictionary = dataclasses.replace(make_trainer().dictionary, model=other)
         if fits:
-            initial_state(trainer, trainer.config.init_from)
+            state_from_dictionary(trainer, trainer.config.init_from)
         else:
             with pytest.raises(UserError, match="model is some/model, expected gpt2"):
-                initial_state(trainer, trainer.config.init_from)
+                state_from_dictionary(trainer, trainer.config.init_from)
 
 
 def test_rows_that_training_could_not_keep(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from small_stacks import B, D, F, batches, make_trainer
 
 from saejax.dictionaries import losses, sparsity, straight_through
+from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.settings import KINDS
 
 DECODER = ("W_dec_FxD", "b_dec_D")
@@ -201,3 +202,26 @@ def test_a_whitened_error_is_measured_after_its_matrix():
     error = np.asarray(y) - np.asarray(_member(trainer, params)(x))
     np.testing.assert_allclose(loss, np.square(error @ metric).sum(1).mean(), rtol=1e-10)
     np.testing.assert_allclose(metrics["mse"], np.square(error).sum(1).mean(), rtol=1e-10)
+
+
+def test_the_centre_of_a_product_has_the_gradient_of_the_plain_formula():
+    rng = np.random.default_rng(5)
+    x, centre, W, g = (jnp.asarray(rng.normal(size=shape)) for shape in ((2, B, D), (D,), (D, F), (2, B, F)))
+    plain = jax.vjp(lambda x, centre, W: (x - centre[None, None]) @ W, x, centre, W)
+    ours = jax.vjp(centred_matmul, x, centre, W)
+    np.testing.assert_allclose(ours[0], plain[0], rtol=1e-12)
+    for a, b in zip(ours[1](g), plain[1](g), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [D, 4 * F])
+def test_products_of_bfloat16_operands_have_the_gradient_of_the_rounded_ones(width):
+    """Of wide left operands the transpose of the product is computed."""
+    rng = np.random.default_rng(6)
+    a, b, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, width), (width, F), (B, F)))
+    ours = jax.vjp(lambda a, b: matmul(a, b, "bfloat16"), a, b)
+    rounded_a, rounded_b, rounded_g = (np.asarray(value.astype(jnp.bfloat16), np.float64) for value in (a, b, g))
+    to_a, to_b = ours[1](g)
+    np.testing.assert_allclose(ours[0], rounded_a @ rounded_b, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(to_a, rounded_g @ rounded_b.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(to_b, rounded_a.T @ rounded_g, rtol=1e-4, atol=1e-4)

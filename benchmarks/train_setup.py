@@ -1,0 +1,93 @@
+"""What the training benchmarks share: trainers of any shape, activations to train on, and steps that are timed."""
+
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.dictionaries import DictionaryConfig
+from saejax.parallel import make_mesh
+from saejax.settings import TrainConfig
+from saejax.training.members import SiteScale, members
+from saejax.training.step import Trainer
+
+SITE = "resid_post.0"
+
+
+def make_trainer(
+    kind: str,
+    d: int,
+    features: int,
+    batch: int,
+    k: int,
+    matmul: str,
+    seeds: Sequence[int] = (0,),
+    steps: int = 1000,
+    **settings,
+) -> Trainer:
+    """A trainer of a stack with a member for each seed, on all devices; top-k kinds have AuxK, as in a real run."""
+    topk = kind in ("topk", "batchtopk", "matryoshka")
+    usual = dict(k=(k,), l1=(0.5,), l0_coefficient=(1.0,), auxk=1 / 32 if topk else 0.0, dead_tokens=10_000_000)
+    config = TrainConfig(sites=(SITE,), batch=batch, matmul=matmul, seed=tuple(seeds), **usual | settings)
+    dictionary = DictionaryConfig(
+        kind=kind,
+        site=SITE,
+        d_in=d,
+        n_features=features,
+        k=k if topk else 0,
+        groups=tuple(round(share * features) for share in config.groups) if kind == "matryoshka" else (),
+        fires_above=config.fires_above if kind == "linear" else 0.0,
+    )
+    stack = members(config, kind, config.sites)
+    return Trainer(config, dictionary, stack, make_mesh(), steps, [SiteScale(1.0, 1.0, np.zeros(d))] * len(stack))
+
+
+def sparse_sums(batches: int, batch: int, d: int, directions: int = 2048, seed: int = 0) -> np.ndarray:
+    """Sparse sums of random directions and some noise, of mean norm sqrt(d), [batches, batch, d]."""
+    rng = np.random.default_rng(seed)
+    directions_NxD = rng.standard_normal((directions, d), np.float32) / np.sqrt(d)
+    made = np.empty((batches, batch, d), np.float32)
+    for place in range(batches):
+        codes_BxN = rng.standard_exponential((batch, directions), np.float32) * (rng.random((batch, directions)) < 0.01)
+        made[place] = codes_BxN @ directions_NxD + 0.1 * rng.standard_normal((batch, d), np.float32)
+    return made * np.sqrt(d, dtype=np.float32) / np.linalg.norm(made, axis=-1).mean()
+
+
+def matmul_rate(dtype: str, batch: int, d: int, features: int, repeats: int = 3) -> float:
+    """FLOP/s of the encoder's product [B, D] x [D, F], or of a square one if that is faster; sums are in fp32."""
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    best = 0.0
+    for rows, inner, columns in ((batch, d, features), (1024, 1024, 1024)):
+        a, b = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), dtype)
+        product(a, b).block_until_ready()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            product(a, b).block_until_ready()
+        best = max(best, 2.0 * rows * inner * columns * repeats / (time.perf_counter() - start))
+    return best
+
+
+class Stepper:
+    """A training run on batches in memory.
+
+    Args:
+      trainer: of one site.
+      batches: [N, B, D], taken in turn.
+    """
+
+    def __init__(self, trainer: Trainer, batches: np.ndarray):
+        self._trainer, self._batches = trainer, batches
+        self._state, self._next = trainer.initial_state(), 0
+
+    def run(self, steps: int) -> float:
+        """Seconds of so many steps, the batches' way to the devices included."""
+        start, metrics = time.perf_counter(), None
+        for _ in range(steps):
+            batch = self._batches[self._next % len(self._batches)][None]
+            placed = (jax.make_array_from_process_local_data(self._trainer.batch_sharding, batch),)
+            self._state, metrics = self._trainer.step(self._state, placed)
+            self._next += 1
+        jax.block_until_ready((self._state, metrics))
+        return time.perf_counter() - start

@@ -1,0 +1,81 @@
+"""What a training step changes: its arrays before the first step, and where each of them is on the mesh."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.modules import parameter_table
+from saejax.parallel import fitting_sharding
+from saejax.settings import TrainConfig
+from saejax.training.members import Member, SiteScale
+from saejax.training.objective import Arrays
+from saejax.training.updates import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes; every array has a leading axis over the members, M.
+
+    Attributes:
+      params: the dictionaries' arrays.
+      optimizer: optax state.
+      silent_MxF: tokens since each feature last fired, int32.
+      kept_M: running mean of the smallest activation that a batch kept (batchtopk, matryoshka; else 0).
+      step_M: steps done, int32; the same for all.
+    """
+
+    params: Arrays
+    optimizer: Any
+    silent_MxF: jax.Array
+    kept_M: jax.Array
+    step_M: jax.Array
+
+
+def initial_state(
+    config: TrainConfig, dictionary: DictionaryConfig, members: Sequence[Member], scales: Sequence[SiteScale]
+) -> TrainState:
+    """The state before the first step; to be traced.
+
+    Random directions from each member's seed, the decoder's bias where its site's scale says, everything else 0.
+    """
+
+    def one(seed: jax.Array, bias_D: jax.Array) -> Arrays:
+        member = Dictionary.initial(dictionary, jax.random.key(seed), config.matmul, config.state_dtype)
+        arrays = member.arrays | dict(b_dec_D=bias_D)
+        if dictionary.kind == "jumprelu":
+            arrays["threshold_F"] = jnp.full_like(arrays["threshold_F"], config.initial_threshold)
+        return arrays
+
+    bias_MxD = np.stack([scale.bias_D * scale.output for scale in scales]).astype(config.state_dtype)
+    seed_M = jnp.array([member.seed for member in members], jnp.int32)
+    # One by one, so that a member starts with the same bits alone and in a stack.
+    params = lax.map(lambda args: one(*args), (seed_M, jnp.asarray(bias_MxD)))
+    return TrainState(
+        params,
+        jax.vmap(make_optimizer(config).init)(params),
+        jnp.zeros((len(members), dictionary.n_features), jnp.int32),
+        jnp.zeros(len(members), config.state_dtype),
+        jnp.zeros(len(members), jnp.int32),
+    )
+
+
+def placed(state: TrainState, dictionary: DictionaryConfig, mesh: Mesh) -> TrainState:
+    """The shapes of a state with the sharding of each: members over ``member``, features over ``model``."""
+    specs = {name: spec for name, (_, spec) in parameter_table(dictionary).items()}
+
+    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        spec = next((specs[name] for name in names if name in specs), (None,) * (leaf.ndim - 1))
+        spec = ("model",) if names[0] == "silent_MxF" else spec
+        where = fitting_sharding(mesh, leaf.shape, "member", *spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(place, state)

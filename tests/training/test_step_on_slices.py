@@ -1,0 +1,60 @@
+"""The training step compiled for TPU slices that are not there: a stack of layers, and one large dictionary."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from saejax.dictionaries import DictionaryConfig
+from saejax.parallel import make_mesh
+from saejax.preflight import topology
+from saejax.preflight.costs import step_flops
+from saejax.preflight.programs import Program
+from saejax.settings import MeshConfig, TrainConfig
+from saejax.training.members import SiteScale, members
+from saejax.training.step import Trainer
+
+GIB = 2**30
+LAYERS = 24
+BATCH = 4096
+SHAPES = {
+    "24 layers, 1024 to 8192": (LAYERS, 1024, 8192, MeshConfig(member=8)),
+    "4096 to 131,072": (1, 4096, 131_072, MeshConfig(model=8)),
+}
+
+
+@pytest.fixture
+def quick_compiler():
+    """Compiles with the least effort: a fifth of the time, about as much memory."""
+    before = jax.config.values["jax_exec_time_optimization_effort"]
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield
+    jax.config.update("jax_exec_time_optimization_effort", before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed")
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["standard", "topk"])
+def test_the_step_compiles_and_fits(kind, shape, name, quick_compiler, capsys):
+    count, d, features, mesh_config = SHAPES[shape]
+    found = topology.find_slice(name)
+    mesh = make_mesh(mesh_config, found.devices)
+    config = TrainConfig(sites=tuple(f"resid_post.{i}" for i in range(count)), batch=BATCH, matmul="bfloat16")
+    k = config.k[0] if kind == "topk" else 0
+    dictionary = DictionaryConfig(kind=kind, site=config.sites[0], d_in=d, n_features=features, k=k)
+    stack = members(config, kind, config.sites)
+    trainer = Trainer(config, dictionary, stack, mesh, 1000, [SiteScale(1.0, 1.0, np.zeros(d, np.float32))] * count)
+    batch = jax.ShapeDtypeStruct((count, BATCH, d), "bfloat16", sharding=trainer.batch_sharding)
+    arguments = (trainer.abstract_state, trainer.abstract_hyper, (batch,))
+    flops = count * step_flops(BATCH, d, features)
+    compiled = topology.compile_for(Program(kind, shape, trainer.compiled, arguments, (), flops), found.limit)
+    state = 3 * 2 * count * d * features * 4 / 8  # parameters and two moments, an eighth of them on each device
+    assert compiled.fits and state < compiled.memory
+    with capsys.disabled():
+        print(
+            f"\n{name}, {kind}, {shape}, batch {BATCH:,}: {compiled.memory / GIB:.2f} of {found.limit / GIB:.2f} GiB "
+            f"HBM a device, of which {state / GIB:.2f} are state; compiled in {compiled.seconds:.0f} s"
+        )
