@@ -22,7 +22,7 @@ SKIP = dict(form="skip_transcoder", sites=("mlp_in.1",))
 def random_dictionary(kind="topk", seed=0, described=None, **changes) -> Dictionary:
     """One with decoder rows of length 1, as a trainer of these settings writes it."""
     made = make_trainer(kind, **changes)
-    blank = made.finish(made.state_from_dictionary(), 0)
+    blank = made.finish(made.initial_state(), 0)
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(size=array.shape) for name, array in blank.arrays.items()}
     arrays["W_dec_FxD"] /= np.linalg.norm(arrays["W_dec_FxD"], axis=1, keepdims=True)
@@ -62,9 +62,8 @@ def test_scaled_parameters_read_scaled_inputs(tmp_path):
     dictionary = random_dictionary("standard")
     save_dictionary(tmp_path / "made", dictionary)
     trainer = make_trainer("standard", scale=0.3, init_from=str(tmp_path / "made"))
-    params = {
-        name: np.asarray(array[0]) for name, array in state_from_dictionary(trainer, trainer.config.init_from).params.items()
-    }
+    state = state_from_dictionary(trainer, trainer.config.init_from)
+    params = {name: np.asarray(array[0]) for name, array in state.params.items()}
     x = np.random.default_rng(1).normal(size=(20, D)).astype(np.float32)
     pre = (0.3 * x - params["b_dec_D"]) @ params["W_enc_DxF"] + params["b_enc_F"]
     np.testing.assert_allclose(np.maximum(pre, 0), 0.3 * dictionary.encode(x), rtol=1e-4, atol=1e-5)
