@@ -19,10 +19,10 @@ import numpy as np
 
 from saejax import load_model
 from saejax.activations.buffers import ShardBuffers
-from saejax.activations.capture import Reader
 from saejax.activations.documents import make_documents
 from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Plan
+from saejax.activations.reader import Reader
 from saejax.activations.torch_capture import SiteReader
 from saejax.models import source
 from saejax.models.config import DecoderConfig

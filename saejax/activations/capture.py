@@ -7,15 +7,16 @@ What is captured, in which batches and where it is stored does not depend on the
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 
 from saejax.activations.buffers import ShardBuffers
 from saejax.activations.documents import COLUMNS, SPLITS, Documents, make_documents
 from saejax.activations.plan import Batch, Plan
+from saejax.activations.reader import Reader
 from saejax.activations.store import DTYPES
 from saejax.activations.wanted import Wanted, read_wanted
 from saejax.activations.writer import StoreWriter
@@ -30,28 +31,6 @@ from saejax.tasks.behaviours import read_prompts
 from saejax.workspace import Run, fingerprint
 
 _SAY_EVERY = 5.0  # seconds
-
-Take = Callable[[Batch, AnySite, np.ndarray], None]
-
-
-class Reader(Protocol):
-    """What a backend has to do.
-
-    Attributes:
-      widths: width of the values at every site.
-    """
-
-    widths: dict[AnySite, int]
-
-    def read(self, batches: Iterable[Batch], take: Take) -> None:
-        """Runs the batches, in their order, up to the last of the wanted sites.
-
-        Calls ``take(batch, site, value_BxTxD)`` once for every batch and site, batches in order. The value is fp32 or
-        bfloat16, may be longer than the batch's T, and is not changed or kept by ``take``.
-        """
-
-    def close(self) -> None:
-        """Gives back the devices' memory."""
 
 
 class _Progress:

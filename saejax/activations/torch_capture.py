@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from saejax.activations.capture import Take
 from saejax.activations.plan import Batch
+from saejax.activations.reader import Take
 from saejax.activations.torch_modules import modules_of, places
 from saejax.errors import UserError
 from saejax.models.sites import AnySite, Site
@@ -56,7 +56,7 @@ class SiteReader:
         self._sites, self.widths = self._probe(sites)
 
     def read(self, batches: Iterable[Batch], take: Take) -> None:
-        """See ``capture.Reader``. Sites of a batch come in the order of the forward pass."""
+        """See ``reader.Reader``. Sites of a batch come in the order of the forward pass."""
         for batch in batches:
             self._read(batch, take)
 
