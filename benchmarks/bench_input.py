@@ -21,6 +21,7 @@ from saejax.activations.store import DTYPES, Store
 from saejax.activations.writer import StoreWriter
 
 SITE = "resid_post.15"
+PARTS = ((SITE,),)
 
 
 def random_store(folder: Path, rows: int, d: int, dtype: str, shard_rows: int) -> Store:
@@ -68,7 +69,7 @@ def median_ms(work: Callable[[int], object], repeats: int) -> float:
 def epoch_ms(store: Store, batch: int, epoch_seed: int) -> float:
     """Mean time per batch of one epoch through the pipeline, its start included."""
     start = time.perf_counter()
-    count = sum(1 for _ in training_batches(store, SITE, batch, epoch_seed, epochs=1))
+    count = sum(1 for _ in training_batches(store, PARTS, batch, epoch_seed, epochs=1))
     return 1e3 * (time.perf_counter() - start) / count
 
 
@@ -93,7 +94,7 @@ def measure(store: Store, batch: int) -> dict[str, float]:
     """Milliseconds per batch of every way to read one."""
     results = {"pipeline, first epoch": epoch_ms(store, batch, 0), "pipeline, later epochs": epoch_ms(store, batch, 1)}
     rows_R = np.random.default_rng(2).permutation(store.rows("train", SITE))
-    steps = steps_per_epoch(store, SITE, batch)
+    steps = steps_per_epoch(store, PARTS, batch)
 
     def batch_rows(i: int) -> np.ndarray:
         return rows_R[i * batch : (i + 1) * batch]
