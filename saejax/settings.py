@@ -285,7 +285,7 @@ class TrainConfig(Config):
     input: str = setting(
         "auto",
         "where a store's activations are in training: all on the devices (resident), read from disk as they are needed "
-        "(streamed), or resident if they take at most 40 % of the memory that is free there (auto)",
+        "(streamed), or resident if they take at most 40 % of the memory that is free on a GPU or TPU (auto)",
         choices=("auto", "resident", "streamed"),
         changes_results=False,
     )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from saejax.activations.batches import BatchOrder, Parts, sites_of, training_batches
 from saejax.activations.store import Store
@@ -152,7 +153,8 @@ def make_input(
     needed, free = resident_bytes(trainer, store, parts, len(rows_R)), free_bytes(trainer.mesh)
     mode = config.input
     if mode == "auto":
-        mode = before or ("resident" if _agreed(int(needed <= _SHARE * free)) else "streamed")
+        fits = needed <= _SHARE * free and not _on_cpu(trainer.mesh)
+        mode = before or ("resident" if _agreed(int(fits)) else "streamed")
     if mode == "resident" and not _agreed(int(needed <= free)):
         raise UserError(
             f"--train.input=resident would put {needed / 1e9:.2f} GB of activations on each device, of which "
@@ -164,6 +166,11 @@ def make_input(
     say(f"activations are resident: {needed / 1e9:.3f} GB on each device of {free / 1e9:.1f} GB free")
     held = tuple(placed(trainer, store, part, rows_R) for part in parts)
     return Resident(trainer, held, BatchOrder(len(rows_R), config.batch, config.seed[0], config.epochs).places)
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    """Whether the devices are CPUs: their memory is the host's, and XLA runs a step in a loop more slowly there."""
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _agreed(value: int) -> int:

@@ -83,13 +83,15 @@ def test_nan_stops_at_its_step(tmp_path, step):
 def test_what_fits_is_resident_and_what_does_not_is_streamed_or_refused(monkeypatch):
     store = Rows()
 
-    def made(free, input="auto", before=""):
+    def made(free, input="auto", before="", on_cpu=False):
         monkeypatch.setattr(inputs, "free_bytes", lambda mesh: free)
+        monkeypatch.setattr(inputs, "_on_cpu", lambda mesh: on_cpu)
         trainer = make_trainer(input=input)
         return type(inputs.make_input(trainer, store, site_parts(trainer), 0, before))
 
     size = store.values.nbytes
     assert made(3 * size) is inputs.Resident and made(2 * size) is inputs.Streamed
+    assert made(3 * size, on_cpu=True) is inputs.Streamed
     assert made(2 * size, "resident") is inputs.Resident and made(3 * size, "streamed") is inputs.Streamed
     assert made(2 * size, before="resident") is inputs.Resident and made(3 * size, before="streamed") is inputs.Streamed
     with pytest.raises(UserError, match="would put 0.00 GB of activations on each device"):
