@@ -67,6 +67,25 @@ def test_batch_topk_keeps_the_largest_of_all_tokens(features, k, ties):
     assert smallest == positive[(positive >= kth) & (positive > 0)].min()
 
 
+@pytest.mark.parametrize(
+    "kind", ["normal", "ties", "sampled tokens are unlike the others", "few are positive", "one value"]
+)
+def test_batch_topk_of_many_tokens_that_are_sampled_first(kind):
+    pre = np.random.default_rng(3).normal(size=(515, 64)).astype(np.float32)
+    if kind == "ties":
+        pre = np.round(pre * 2)
+    elif kind == "few are positive":
+        pre -= 3
+    elif kind == "one value":
+        pre[:] = 0.7
+    elif kind != "normal":
+        pre[:: sparsity._SAMPLED] *= 100
+    acts, _ = jax.jit(sparsity.batch_topk, static_argnums=1)(pre, 5)
+    positive = np.maximum(pre, 0)
+    kth = np.sort(positive.ravel())[-515 * 5]
+    np.testing.assert_array_equal(acts, np.where(positive >= kth, positive, 0))
+
+
 def test_topk_of_tiny_huge_and_denormal_values():
     pre = np.array([[1e-40, 1e-38, 1e-30, 1e30, 3e38, 2.0, 1.0, -1e30]], np.float32)
     np.testing.assert_array_equal(np.asarray(sparsity.topk(jnp.asarray(pre), 3)), reference_topk(pre, 3))
