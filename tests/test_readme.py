@@ -1,5 +1,6 @@
 """The README's Python example runs as it stands."""
 
+import json
 import re
 from pathlib import Path
 
@@ -16,12 +17,17 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys, smollm2):
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
     config = DictionaryConfig(kind="topk", site="resid_post.15", d_in=576, n_features=1152, k=48, max_norm=1600.0)
-    save_dictionary(tmp_path / "runs/demo/train/topk/dictionary", Dictionary.initial(config, jax.random.key(0)))
+    dictionary = Dictionary.initial(config, jax.random.key(0))
+    save_dictionary(tmp_path / "runs/demo/train/topk/dictionary", dictionary)
+    (tmp_path / "runs/demo/ablate/topk").mkdir(parents=True)
+    entries = [dict(feature=feature) for feature in range(200)]
+    (tmp_path / "runs/demo/ablate/topk/capital.json").write_text(json.dumps(dict(top=entries)))
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     before, after = map(float, re.findall(r"-?\d+\.\d+", capsys.readouterr().out))
-    assert before == pytest.approx(float(smollm2(names["tokens"]).logit("Paris")), abs=1e-3)
+    output = smollm2(names["tokens"])
+    assert before == pytest.approx(float(output.logit("Paris") - output.logit("Rome")), abs=1e-3)
     assert before != after
 
 

@@ -159,6 +159,12 @@ def limits(found: Findings) -> Section:
             "which holds the behaviours' train prompts besides the corpus.",
         ),
     ]
+    if not found.settings()["corpus"]["path"]:
+        easy = (
+            "the embedded corpus was sampled from SmolLM2-135M-Instruct, so it is text that this model finds easy: "
+            "explained variance and cross-entropy recovered do not compare with those on other corpora."
+        )
+        items.insert(2, ("Text of its own making", easy))
     weak = [behaviour(name) for name, scores in found.behaviours.items() if scores["flags"]]
     if weak:
         unsure = "the model itself is unsure here, so that effects are hard to see and little follows from them."

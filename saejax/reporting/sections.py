@@ -98,6 +98,13 @@ def answer(found: Findings, draw: Draw) -> Section:
         headline += f" The top features do not beat the matched random ones on: {', '.join(unbeaten)}."
     else:
         headline += f" The top features cost more than the matched random ones on all {len(results)}."
+    chance = [
+        behaviour(name)
+        for name, result in results.items()
+        if result["verdict"] and not result["joint"]["accuracy_drop"]["low"] > 0
+    ]
+    if chance:
+        headline += f" Borderline, because the loss of accuracy alone could be chance: {', '.join(chance)}."
     rule = f"The rule, written in the configuration before any data were seen: {sentence(found.ablate['rule'])}"
     brackets = (
         "Points are percentage points of accuracy on the test prompts. Logit difference is the correct answer's logit "
