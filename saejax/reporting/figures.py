@@ -228,15 +228,14 @@ def single_features(features: Sequence[int], drops: Sequence[Interval], controls
             axes.plot(
                 [control],
                 [row],
-                "|",
-                color=INK,
-                markersize=9,
-                markeredgewidth=1.8,
+                "D",
+                color=BLUE,  # stands out on the line at zero
+                markersize=4.5,
                 zorder=4,
                 label="its matched random features, mean",
             )
     axes.axvline(0, color=INK, linewidth=0.8)
     name_rows(axes, [str(feature) for feature in features])
-    axes.set_xlabel("logits (each row: the number of a feature)")
+    axes.set_xlabel("logits (rows: features, largest attribution first)")
     legend(axes, 1)
     return figure
