@@ -59,9 +59,9 @@ def test_a_site_or_layer_that_does_not_exist(refuse):
     assert "there is no site 'resid_last.0'" in refuse(["baseline", "capture"], capture__sites="resid_last.0")
     line = refuse(["preflight"], capture__sites="resid_post.7", train__sites="resid_post.7")
     assert "resid_post.7" in line and "0 to 1" in line
-    assert "mlp_out.0 of --train.sites=mlp_out.0 is not captured" in refuse(["preflight"], train__sites="mlp_out.0")
+    assert "--train.sites needs mlp_out.0, which --capture.sites=" in refuse(["preflight"], train__sites="mlp_out.0")
     line = refuse(["preflight"], capture__sites="mlp_in.0", train__sites="mlp_in.0", train__form="transcoder")
-    assert "mlp_out.0 of --train.sites=mlp_in.0 is not captured" in line
+    assert "--train.sites needs mlp_out.0, which --capture.sites=" in line
     assert "has no mlp_in sites" in refuse(["preflight"], train__sites="all", train__form="skip_transcoder")
 
 

@@ -132,8 +132,7 @@ def _stacks(train: TrainConfig, captured: Sequence[str], model: DecoderConfig) -
         missing = [site for site in needed if site not in captured]
         if missing:
             raise UserError(
-                f"{', '.join(missing)} of --train.sites={','.join(train.sites)} is not captured: add it to "
-                f"--capture.sites={','.join(captured)}"
+                f"--train.sites needs {', '.join(missing)}, which --capture.sites={','.join(captured)} leaves out"
             )
         trained[kind] = Stack(stack_shape(train, kind, stack, widths), tuple(stack))
     return trained

@@ -78,7 +78,7 @@ def test_what_does_not_fit(tmp_path, capsys, host):
             ["--train.sites=resid_post.29", "--capture.sites=resid_post.29"],
             "qwen3-0.6b.json: there is no site resid_post.29",
         ),
-        (["--train.sites=resid_post.3"], "resid_post.3 of --train.sites=resid_post.3 is not captured"),
+        (["--train.sites=resid_post.3"], "--train.sites needs resid_post.3, which --capture.sites="),
         (["--mesh.model=3"], "make the product 8"),
         (["--train.batch=31"], "--train.batch=31 is not divisible by the 8 devices"),
         (["--train.k=10000"], "--train.k=10000 is more than the 8192 features"),
