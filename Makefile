@@ -14,7 +14,7 @@ demo-tiny: $(INSTALLED)
 	@echo "Open runs/demo_tiny/report/index.html"
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -24,8 +24,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first, so that no process works on it alone at the end."""
-    items.sort(key=lambda item: item.path.name != "test_processes.py")
+    """The files that take longest come first, so that no process works on one alone at the end."""
+    longest = ["test_processes.py", "test_meshes.py", "test_loop.py", "test_inputs.py"]
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 @pytest.fixture(scope="module", autouse=True)
