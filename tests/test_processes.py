@@ -23,7 +23,7 @@ def whole(inputs, tmp_path_factory):
     return workdir, time.monotonic() - clock
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_run_ends_with_the_same_bits(inputs, whole, tmp_path, kills):
     workdir, seconds = whole
     moments = random.Random(kills)
