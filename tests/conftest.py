@@ -72,3 +72,12 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
     """What a small whole run reads: a tiny model with SmolLM2's tokenizer, and a corpus."""
     folder = tmp_path_factory.mktemp("inputs")
     return runs.save_model(folder / "model"), runs.save_corpus(folder / "corpus.jsonl.gz")
+
+
+@pytest.fixture
+def quick_compiler():
+    """Compiles with the least effort: a fifth of the time, about as much memory."""
+    before = jax.config.values["jax_exec_time_optimization_effort"]
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield
+    jax.config.update("jax_exec_time_optimization_effort", before)

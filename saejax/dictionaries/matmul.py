@@ -83,7 +83,7 @@ def _over_rows(a_BxK: jax.Array, g_BxN: jax.Array, operands: str) -> jax.Array:
     return _written_transpose(_product(_transposed(g_BxN, operands), a_BxK, operands))
 
 
-def _transposed(a_KxN: jax.Array, operands: str, written: bool = False) -> jax.Array:
+def _transposed(a_KxN: jax.Array, operands: str) -> jax.Array:
     """The transpose, on a CPU written out in memory for bfloat16.
 
     XLA:CPU multiplies bfloat16 matrices that are stored transposed at half the speed (measured on 1024 x 576 by

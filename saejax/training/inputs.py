@@ -64,8 +64,8 @@ class Streamed:
     def advance(self, state: TrainState, step: int, last: int) -> tuple[TrainState, Arrays, int]:
         """One step, as ``Input.advance`` says."""
         where, batch = self._trainer.batch_sharding, next(self._batches)
-        placed = tuple(jax.make_array_from_process_local_data(where, part) for part in batch)
-        state, metrics = self._trainer.step(state, placed)
+        on_devices = tuple(jax.make_array_from_process_local_data(where, part) for part in batch)
+        state, metrics = self._trainer.step(state, on_devices)
         return state, metrics, 1
 
 

@@ -21,6 +21,7 @@ from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
+from saejax.training.state import TrainState
 
 _LENGTH = 0.2  # of an encoder column, in those of the living
 
@@ -34,12 +35,12 @@ def due(config: TrainConfig, steps: int, step: jax.Array) -> jax.Array:
 def resampled(
     config: TrainConfig,
     dictionary: DictionaryConfig,
-    state: Any,
+    state: TrainState,
     hyper: Hyper,
     x_BxD: jax.Array,
     y_BxD: jax.Array,
     y_hat_BxD: jax.Array,
-) -> Any:
+) -> TrainState:
     """A member's state, a ``TrainState`` without member axis, with its dead features started again.
 
     Args:

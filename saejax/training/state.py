@@ -67,7 +67,7 @@ def initial_state(
     )
 
 
-def placed(state: TrainState, dictionary: DictionaryConfig, mesh: Mesh) -> TrainState:
+def with_shardings(state: TrainState, dictionary: DictionaryConfig, mesh: Mesh) -> TrainState:
     """The shapes of a state with the sharding of each: members over ``member``, features over ``model``."""
     specs = {name: spec for name, (_, spec) in parameter_table(dictionary).items()}
 

@@ -21,7 +21,7 @@ from saejax.training import resampling, schedules
 from saejax.training.finish import finished
 from saejax.training.members import Hyper, Member, SiteScale
 from saejax.training.objective import Arrays, Objective
-from saejax.training.state import TrainState, initial_state, placed
+from saejax.training.state import TrainState, initial_state, with_shardings
 from saejax.training.updates import constrained, make_optimizer, projected
 
 
@@ -59,7 +59,7 @@ class Trainer:
         self._host_hyper = hyper
         by_member = "member" if len(self.sites) == len(members) else None
         self.batch_sharding = fitting_sharding(mesh, (len(self.sites), config.batch, 1), by_member, "data", None)
-        self.abstract_state = placed(jax.eval_shape(self._initial), dictionary, mesh)
+        self.abstract_state = with_shardings(jax.eval_shape(self._initial), dictionary, mesh)
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.compiled = jax.jit(self.pure_step, donate_argnums=0, out_shardings=(self.shardings, sharding(mesh)))
 

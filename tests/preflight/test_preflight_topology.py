@@ -28,15 +28,6 @@ def v5e():
     return topology.find_slice("v5e:2x4")
 
 
-@pytest.fixture
-def quick_compiler():
-    """Compiles with the least effort: a fifth of the time, about as much memory."""
-    before = jax.config.values["jax_exec_time_optimization_effort"]
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    yield
-    jax.config.update("jax_exec_time_optimization_effort", before)
-
-
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package libtpu, which is not installed: run pip install"):

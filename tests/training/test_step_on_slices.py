@@ -24,15 +24,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture
-def quick_compiler():
-    """Compiles with the least effort: a fifth of the time, about as much memory."""
-    before = jax.config.values["jax_exec_time_optimization_effort"]
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    yield
-    jax.config.update("jax_exec_time_optimization_effort", before)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed")
 @pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2"])
