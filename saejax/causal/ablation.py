@@ -29,7 +29,7 @@ from flax import nnx
 from saejax.causal.controls import FeatureStatistics
 from saejax.causal.cut import Cut
 from saejax.causal.rows import RowBatch, batches_of, tokens_needed
-from saejax.causal.split import CleanRun, SplitModel, active_features
+from saejax.causal.split import CleanRun, SplitModel, of_features
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.incremental import Past
@@ -85,10 +85,14 @@ def _count(
     cut: Cut, graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     domain_BxT = domain_BxT & kept_B[:, None]
-    f_BxTxF = active_features(graph, state, value_BxTxD, domain_BxT)
-    fires_BxTxF = nnx.merge(graph, state).fires(f_BxTxF)
-    size_BxTxF = jnp.where(fires_BxTxF, jnp.abs(f_BxTxF), 0.0 * f_BxTxF)  # 0, or NaN where it is NaN
-    counts = domain_BxT.sum(), fires_BxTxF.sum(axis=(0, 1)), size_BxTxF.sum(axis=(0, 1))
+
+    def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, jax.Array]:
+        fires_PxTxF = nnx.merge(graph, state).fires(f_PxTxF)
+        size_PxTxF = jnp.where(fires_PxTxF, jnp.abs(f_PxTxF), 0.0 * f_PxTxF)  # 0, or NaN where it is NaN
+        return fires_PxTxF.sum(axis=1), size_PxTxF.sum(axis=1)
+
+    fires_BxF, size_BxF = of_features(graph, state, value_BxTxD, domain_BxT, sums)
+    counts = domain_BxT.sum(), fires_BxF.sum(axis=0), size_BxF.sum(axis=0)
     return jax.lax.with_sharding_constraint(counts, sharding(cut.mesh))
 
 
@@ -193,10 +197,13 @@ def first_firing(
     cut: Cut, graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array
 ) -> jax.Array:
     """The first position at which each feature is not 0, int32 [B, F]; T where it always is."""
-    fires_BxTxF = active_features(graph, state, value_BxTxD, domain_BxT) != 0
-    length = fires_BxTxF.shape[1]
+    length = domain_BxT.shape[1]
     position_T = jnp.arange(length, dtype=jnp.int32)
-    first_BxF = jnp.min(jnp.where(fires_BxTxF, position_T[None, :, None], jnp.int32(length)), axis=1)
+
+    def first(f_PxTxF: jax.Array) -> jax.Array:
+        return jnp.min(jnp.where(f_PxTxF != 0, position_T[None, :, None], jnp.int32(length)), axis=1)
+
+    first_BxF = of_features(graph, state, value_BxTxD, domain_BxT, first)
     return jax.lax.with_sharding_constraint(first_BxF, sharding(cut.mesh))
 
 
@@ -210,7 +217,7 @@ def gather(
     features_K: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The features' activations [B, T, K] and directions [K, D]."""
-    f_BxTxK = active_features(graph, state, value_BxTxD, domain_BxT)[:, :, features_K]
+    f_BxTxK = of_features(graph, state, value_BxTxD, domain_BxT, lambda f_PxTxF: f_PxTxF[:, :, features_K])
     W_dec_KxD = nnx.merge(graph, state).W_dec_FxD[...][features_K]
     return jax.lax.with_sharding_constraint((f_BxTxK, W_dec_KxD), sharding(cut.mesh))
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,23 @@ def run_head(
 def record(cut: Cut, params: decoder.Params, stream_BxTxD: jax.Array) -> Past:
     """The program of ``SplitModel.past``."""
     return jax.lax.with_sharding_constraint(cut.record(params, stream_BxTxD), sharding(cut.mesh))
+
+
+def of_features(
+    graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array, use: Callable
+) -> Any:
+    """``use(f_PxTxF)`` of ``PROMPTS`` prompts at a time, put together: all features of all prompts take gigabytes.
+
+    Args:
+      use: gives arrays with P rows.
+    """
+
+    def chunks(array_B: jax.Array) -> jax.Array:
+        return array_B.reshape(-1, PROMPTS, *array_B.shape[1:])
+
+    pairs = chunks(value_BxTxD), chunks(domain_BxT)
+    found = jax.lax.map(lambda pair: use(active_features(graph, state, *pair)), pairs)
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
 
 
 @functools.partial(jax.jit, static_argnums=0)

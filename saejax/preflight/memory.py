@@ -201,7 +201,9 @@ def _evaluate(work: Work, axes: Axes) -> int:
 
 
 def _ablate(work: Work, axes: Axes) -> int:
-    bank = 4 * PROMPTS * work.prompt * (work.features + 2 * work.tested.d_in)
+    above = work.model.n_layers - work.site.layer - 1
+    past = 2 * _WIDTH[work.dtype] * above * work.model.n_kv_heads * work.model.d_head
+    bank = work.prompts * work.prompt * (4 * (work.features + 2 * work.tested.d_in) + past)
     head = _layer(work, axes, PROMPTS, work.prompt, work.dtype) + _features(work, PROMPTS, work.prompt)
     return bank + max(head, _layer(work, axes, work.rows, work.prompt, work.dtype, kept=4))
 

@@ -222,53 +222,61 @@ def _abstract_member(work: Work, mesh: Mesh) -> MemberData:
 
 
 def _ablate(work: Work, mesh: Mesh) -> list[Program]:
-    model, prompts, length = work.model, PROMPTS, work.prompt
+    model, length = work.model, work.prompt
     cut = Cut(model, work.site, mesh)
     params, (graph, state) = abstract_params(work, mesh, work.dtype), abstract_dictionary(work, mesh)
     d, f, k, rows = work.tested.d_in, work.tested.n_features, work.features, work.rows
 
-    def values(place: Callable) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    def values(place: Callable, count: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """The stream and the site's value."""
-        return place(mesh, (prompts, length, d), work.dtype), place(mesh, (prompts, length, d), work.dtype)
+        return place(mesh, (count, length, d), work.dtype), place(mesh, (count, length, d), work.dtype)
 
     def ends(count: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Last positions and answers."""
         return _by_row(mesh, (count,), jnp.int32), _by_row(mesh, (count, 2), jnp.int32)
 
-    domain_BxT, row_domain_BxT = (place(mesh, (prompts, length), bool) for place in (_whole, _by_row))
-    stream_BxTxD, value_BxTxD = values(_whole)
+    stream_BxTxD, value_BxTxD = values(_whole, work.prompts)
+    domain_BxT = _whole(mesh, (work.prompts, length), bool)
     past = _placed(jax.eval_shape(cut.record, params, stream_BxTxD), mesh)
-    f_BxTxK = _whole(mesh, (prompts, length, k), work.train.state_dtype)
+    f_BxTxK = _whole(mesh, (work.prompts, length, k), work.train.state_dtype)
     bank = ablation.Bank(stream_BxTxD, value_BxTxD, f_BxTxK, _whole(mesh, (k, d), work.train.state_dtype), past)
     below, above = work.site.layer + 1, model.n_layers - work.site.layer - 1
-    encode = 2.0 * prompts * length * d * f
+    encode = 2.0 * length * d * f  # of a prompt
     tail = pass_flops(model, rows * length, length, above)
-    size = f"{prompts} prompts of {length} tokens"
+    size = f"{PROMPTS} prompts of {length} tokens"
     place_R, members_RxK = _by_row(mesh, (rows,), jnp.int32), _by_row(mesh, (rows, k), bool)
     return [
         Program(
             "ablate: head",
             size,
             run_head,
-            (cut, graph, params, state, _by_row(mesh, (prompts, length), jnp.int32), ends(prompts)[0]),
+            (cut, graph, params, state, _by_row(mesh, (PROMPTS, length), jnp.int32), ends(PROMPTS)[0]),
             (),
-            pass_flops(model, prompts * length, length, below),
+            pass_flops(model, PROMPTS * length, length, below),
         ),
         Program(
             "ablate: attribution",
             size,
             screening.score_features,
-            (cut, graph, params, state, *values(_by_row), row_domain_BxT, *ends(prompts)),
+            (
+                cut,
+                graph,
+                params,
+                state,
+                *values(_by_row, PROMPTS),
+                _by_row(mesh, (PROMPTS, length), bool),
+                *ends(PROMPTS),
+            ),
             (),
-            3.0 * pass_flops(model, prompts * length, length, above) + 2.0 * encode,
+            3.0 * pass_flops(model, PROMPTS * length, length, above) + 2.0 * PROMPTS * encode,
         ),
         Program(
             "ablate: features",
-            f"{size}, {k} features",
+            f"{work.prompts} prompts, {k} features",
             ablation.gather,
             (cut, graph, state, value_BxTxD, domain_BxT, _whole(mesh, (k,), jnp.int32)),
             params,
-            encode,
+            work.prompts * encode,
         ),
         Program(
             "ablate: tail",

@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saejax.causal.split import LENGTH_STEP
+from saejax.causal.split import GROUP_TOKENS, LENGTH_STEP, PROMPTS
 from saejax.dictionaries import DictionaryConfig, stacks
 from saejax.errors import UserError, one_of
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import ModuleSite, Site
-from saejax.settings import TrainConfig
+from saejax.settings import TaskConfig, TrainConfig
 from saejax.tasks.benchmark_scores import way
 from saejax.training.members import Member, members
 from saejax.training.train import chosen_sites, stack_shape
@@ -47,6 +47,7 @@ class Work:
       scored: [rows, length] of a batch of documents in evaluate.
       generated: [rows, length of prompt, new tokens] of a batch of benchmark answers; None: none are generated.
       prompt: tokens of a prompt of a behaviour.
+      prompts: prompts whose clean run the ablation keeps at once.
       rows: edited prompts per batch of the ablation's tail.
       features: most features in the sets of one ablation.
     """
@@ -65,6 +66,7 @@ class Work:
     scored: tuple[int, int]
     generated: tuple[int, int, int] | None
     prompt: int
+    prompts: int
     rows: int
     features: int
 
@@ -117,9 +119,16 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
         scored=(max(1, configs["evaluate"].batch_tokens // scored), scored),
         generated=_generated(model, configs),
         prompt=-(-prompt // LENGTH_STEP) * LENGTH_STEP,
+        prompts=_kept_prompts(configs["task"], prompt),
         rows=ablate.batch_rows,
         features=min(tested.n_features, ablate.top * (1 + ablate.matches)),
     )
+
+
+def _kept_prompts(task: TaskConfig, length: int) -> int:
+    """The prompts of a behaviour, filled up to whole runs of the head, or as many as one group holds."""
+    most = max(GROUP_TOKENS // length // PROMPTS, 1)
+    return PROMPTS * min(-(-max(task.train_prompts, task.test_prompts) // PROMPTS), most)
 
 
 def _stacks(train: TrainConfig, captured: Sequence[str], model: DecoderConfig) -> dict[str, Stack]:

@@ -103,7 +103,8 @@ def test_reading_takes_little_more_than_what_is_kept(folder):
     half, whole, spread, part = measure(folder, "bfloat16,1,0", "float32,1,0", "bfloat16,8,0", "bfloat16,1,2")
     assert half["kept"] == size > 100 * MIB and whole["kept"] == 2 * size
     # The head is the largest tensor, a sixth of the model.
-    assert half["kept"] < half["peak"] < 1.1 * half["kept"] + 16 * MIB
+    # A gauge that sees nothing would pass every upper bound; pages freed since it was set may lie below what is kept.
+    assert 0.8 * half["kept"] < half["peak"] < 1.1 * half["kept"] + 16 * MIB
     assert whole["peak"] < 1.1 * whole["kept"] + 16 * MIB
     print([(load["peak"], load["kept"]) for load in (half, whole, spread, part)])
     # Every device holds an eighth, but for the norms, which are replicated.

@@ -118,7 +118,7 @@ def test_ablation(programs, work, lm, spy):
         "ablate: tail": spy(ablation, "run_rows"),
     }
     text = "The cat near the dogs"
-    prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * split.PROMPTS
+    prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * work.prompts
     assert work.prompt == len(lm.tokenize([text]).ids_BxT[0]) + 1  # an odd length, padded
     cut_model = split.SplitModel(lm, make_dictionary(lm, work))
     runs = cut_model.run(prompts)
