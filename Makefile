@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-tiny test test-slow lint bench-input bench-capture bench-train bench-train-gpu clean
+.PHONY: demo demo-tiny test test-slow lint bench-input bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -30,7 +30,11 @@ bench-input: $(INSTALLED)
 bench-capture: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_capture
 
-# sae-lens gets an environment of its own in build/bench_train, made at the first run.
+# TEXT: files of text to train on, in equal parts.
+bench-quality: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_quality $(addprefix --text=,$(TEXT))
+
+# sae-lens gets an environment of its own in build/saelens, made at the first run.
 bench-train: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_train
 

@@ -5,7 +5,7 @@ Ours and sae-lens' own trainer take turns on the same activations in memory, eac
 clipping, schedules and dead counters, each in fp32 and with bf16 products (autocast there); the better one of each
 counts. The floor of a dense kind is 12 d F operations a token, of a top-k kind 2 d F, at the rate of a matrix product
 of the same operands, measured in between. Compiling is not counted, but for the stack. sae-lens is installed into
-build/bench_train/ on first use, or found by --saelens. Prints tables and, last, one line of JSON.
+build/saelens/ on first use, or found by --saelens. Prints tables and, last, one line of JSON.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.bench_input import SITE, random_store  # noqa: E402
+from benchmarks.saelens_environment import saelens_python  # noqa: E402
 from benchmarks.train_setup import Stepper, make_trainer, matmul_rate, sparse_sums  # noqa: E402
 from saejax.activations.batches import training_batches  # noqa: E402
 from saejax.activations.store import Store  # noqa: E402
@@ -36,7 +37,6 @@ KINDS = (*COMPARED, "gated", "linear", "matryoshka")
 # Floating-point operations per token, in d F: encoder and decoder forwards and twice backwards; for gated the decoder
 # of its gate's own error once more, forwards and backwards to the features; top-k kinds need only the encoder densely.
 FLOOR = dict(standard=12, jumprelu=12, linear=12, gated=16, topk=2, batchtopk=2, matryoshka=2)
-ENVIRONMENT = Path(__file__).parent.parent / "build" / "bench_train"
 K = 32
 
 
@@ -67,19 +67,6 @@ class SaeLens:
     def close(self) -> None:
         """Ends its process."""
         self._process.communicate()
-
-
-def saelens_python() -> str:
-    """The interpreter of an environment with sae-lens, which is made on first use."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / ".installed").exists():
-        print(f"installing sae-lens into {ENVIRONMENT}", file=sys.stderr, flush=True)
-        constraints = Path(__file__).parent.parent / "constraints.txt"  # pins torch, whose newest build may need a GPU
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraints), "sae-lens", "torch==2.13.0"]
-        subprocess.run(install, check=True)
-        (ENVIRONMENT / ".installed").touch()
-    return str(python)
 
 
 def measure_kind(kind: str, args: argparse.Namespace, batches: np.ndarray, theirs: SaeLens | None) -> dict:

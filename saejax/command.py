@@ -74,7 +74,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         print(stop, file=sys.stderr)
         return 128 + signal.SIGTERM
     except flags.Error as error:
-        return _refuse(f"{error}; --help lists the flags", flag_values)
+        return _refuse(f"{str(error).removeprefix('ERROR:: ')}; --help lists the flags", flag_values)
     except UserError as error:
         return _refuse(str(error), flag_values)
     except OSError as error:

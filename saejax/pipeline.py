@@ -35,7 +35,7 @@ class Stage:
       placement: groups it reads that change only where and how fast it is computed.
       needs: the units it reads, given the configuration, as "stage" or "stage/name".
       names: its units' names, given the configuration; [""] for one unit.
-      sources: what it reads from outside the workdir: "model", "corpus", "benchmark" (the unit's own),
+      sources: what it reads from outside the workdir: "model", "corpus", "prompts", "benchmark" (the unit's own),
         "shapes" (the sizes of the models that preflight checks), "initial" (dictionaries that training starts from),
         "stream" (model, text and settings of training straight from the model).
     """
@@ -69,14 +69,14 @@ STAGES = {
         "says what will run, whether it fits, and roughly how long it takes",
         "saejax.preflight.checks:run_preflight",
         ("preflight", "model", "mesh", "task", "corpus", "capture", "train", "evaluate", "ablate", "report"),
-        sources=("shapes", "corpus"),
+        sources=("shapes", "corpus", "prompts"),
     ),
     "baseline": Stage(
         "measures the behaviours: accuracy and logit differences on train and test prompts",
         "saejax.tasks.baseline:run_baseline",
         ("model", "task"),
         ("mesh",),
-        sources=("model",),
+        sources=("model", "prompts"),
     ),
     "benchmark": Stage(
         "scores the model on benchmarks, if --task.benchmarks names any: gsm8k, math, logic",
@@ -91,7 +91,7 @@ STAGES = {
         "saejax.activations.capture:run_capture",
         ("model", "corpus", "capture"),
         ("mesh",),
-        needs=lambda configs, name: ("baseline",) if configs["task"].behaviours else (),
+        needs=lambda configs, name: ("baseline",) if configs["task"].behaviours or configs["task"].prompts else (),
         sources=("model", "corpus"),
     ),
     "train": Stage(
@@ -189,6 +189,8 @@ class Plan:
                 mark = importlib.import_module("saejax.training.initial").identity(folder) if folder else ""
             elif source == "stream":
                 mark = self._stream() if self.configs["train"].source == "model" else ""
+            elif source == "prompts":
+                mark = importlib.import_module("saejax.tasks.own_prompts").identity(self.configs["task"])
             elif source == "benchmark":
                 mark = importlib.import_module("saejax.tasks.benchmarks").identity(name, self.configs["task"])
             else:

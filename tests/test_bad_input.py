@@ -136,7 +136,7 @@ def test_flags(refuse, tmp_path):
     assert "--train.batch is 0: expected at least 1" in refuse(["train"], train__batch=0)
     assert "is not a flag" in refuse(["train"], "batch=3")
     assert "--workdir=DIR is missing" in refuse(["train"], workdir="")
-    assert "nowhere.flags" in refuse(["train"], "--flagfile=nowhere.flags")
+    assert "error: Unable to open flagfile" in refuse(["train"], "--flagfile=nowhere.flags")
 
 
 def test_corpora(refuse, tmp_path):

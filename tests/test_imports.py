@@ -31,7 +31,7 @@ ORDER = [
     "config",
     "errors",
 ]
-TORCH_MAY_BE_IN = {"saejax/activations/torch_capture.py", "saejax/models/source.py"}
+TORCH_MAY_BE_IN = {"saejax/activations/torch_capture.py", "saejax/models/source.py", "saejax/models/randomised.py"}
 SOURCES = sorted(p for top in ("saejax", "experiments") for p in (ROOT / top).rglob("*.py"))
 
 
@@ -66,7 +66,7 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_torch_is_imported_in_two_places(path):
+def test_torch_is_imported_in_few_places(path):
     uses = any(name.split(".")[0] == "torch" for name in imported(path))
     assert not uses or str(path.relative_to(ROOT)) in TORCH_MAY_BE_IN
 

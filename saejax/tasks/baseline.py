@@ -7,8 +7,9 @@ first token. Of the prompts of a split are reported, with 95 % bootstrap interva
 - ``top1``: the share whose correct answer has the highest logit of the whole vocabulary;
 - ``logit_diff``: the mean logit difference, in nats;
 - ``separation``: its mean over its standard deviation (``scoring.separation``);
-- ``counterpart_accuracy``: the share whose counterpart prompt prefers its own answer, which is the wrong one here. A
-  model that gives the same answer whatever the prompt says has accuracy and counterpart accuracy of 1 in sum.
+- ``counterpart_accuracy``: the share whose counterpart prompt prefers its own answer, which is the wrong one here, of
+  the prompts that have one; None if none has. A model that gives the same answer whatever the prompt says has accuracy
+  and counterpart accuracy of 1 in sum.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from saejax.models.tokens import Tokens
 from saejax.parallel import make_mesh
 from saejax.settings import TaskConfig
 from saejax.tasks.behaviours import SPLITS, Prompt, make_prompts, write_prompts
+from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation
 from saejax.workspace import Run
 
@@ -50,10 +52,11 @@ def run_baseline(run: Run) -> dict:
     prompts: list[Prompt] = []
     scores: list[dict[str, Any]] = []
     behaviours = {}
-    for name in task.behaviours:
+    own = read_own_prompts(task, model.token_id)
+    for name in (*task.behaviours, *own):
         if run.stopping():
             raise Interrupted("baseline: stopped; it starts anew")
-        drawn = make_prompts(name, task.train_prompts, task.test_prompts, task.seed, model.token_id)
+        drawn = own.get(name) or make_prompts(name, task.train_prompts, task.test_prompts, task.seed, model.token_id)
         scored = score_prompts(model, drawn)
         prompts += drawn
         scores += scored
@@ -70,21 +73,22 @@ def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[dict[
       UserError: a prompt is longer than the model's context, or its logits are not finite.
     """
     ids_Nx2 = np.array([[model.token_id(p.correct), model.token_id(p.wrong)] for p in prompts], np.int32)
-    tokens = model.tokenize([p.text for p in prompts] + [p.counterpart for p in prompts])
-    logits_2Nx2, top_2N = _answer_logits(model, tokens, np.concatenate([ids_Nx2, ids_Nx2]))
+    paired = [row for row, prompt in enumerate(prompts) if prompt.counterpart]
+    texts = [p.text for p in prompts] + [prompts[row].counterpart for row in paired]
+    logits_Tx2, top_T = _answer_logits(model, model.tokenize(texts), np.concatenate([ids_Nx2, ids_Nx2[paired]]))
     n = len(prompts)
-    for row in np.flatnonzero(~np.isfinite(logits_2Nx2).all(axis=1))[:1]:
-        prompt = prompts[row % n]
+    for row in np.flatnonzero(~np.isfinite(logits_Tx2).all(axis=1))[:1]:
         raise UserError(
-            f"the model's logits are not finite on {(prompt.text if row < n else prompt.counterpart)!r} "
-            f"({prompt.behaviour}): its weights hold NaN or it overflows; try --model.dtype=float32 or another model"
+            f"the model's logits are not finite on {texts[row]!r} ({prompts[0].behaviour}): its weights hold NaN or it "
+            "overflows; try --model.dtype=float32 or another model"
         )
-    diff_2N = logits_2Nx2[:, 0] - logits_2Nx2[:, 1]
+    diff_T = logits_Tx2[:, 0] - logits_Tx2[:, 1]
+    counterpart = dict(zip(paired, (-diff_T[n:]).tolist(), strict=True))
     return [
         dict(
-            logit_diff=float(diff_2N[i]),
-            top1=bool(top_2N[i] == ids_Nx2[i, 0]),
-            counterpart_logit_diff=-float(diff_2N[n + i]),
+            logit_diff=float(diff_T[i]),
+            top1=bool(top_T[i] == ids_Nx2[i, 0]),
+            counterpart_logit_diff=counterpart.get(i),
         )
         for i in range(n)
     ]
@@ -95,17 +99,19 @@ def summarize(prompts: Sequence[Prompt], scores: Sequence[Mapping[str, Any]], ta
     splits: dict[str, Any] = {}
     for split in SPLITS:
         rows = [score for prompt, score in zip(prompts, scores, strict=True) if prompt.split == split]
-        diff_N, counterpart_N, top1_N = (
-            np.array([row[key] for row in rows], np.float64) for key in ("logit_diff", "counterpart_logit_diff", "top1")
-        )
+        diff_N, top1_N = (np.array([row[key] for row in rows], np.float64) for key in ("logit_diff", "top1"))
+        paired = [row["counterpart_logit_diff"] for row in rows if row["counterpart_logit_diff"] is not None]
         intervals = dict(
             accuracy=bootstrap_mean(diff_N > 0, task.bootstrap, task.seed),
             top1=bootstrap_mean(top1_N, task.bootstrap, task.seed),
             logit_diff=bootstrap_mean(diff_N, task.bootstrap, task.seed),
             separation=bootstrap_separation(diff_N, task.bootstrap, task.seed),
-            counterpart_accuracy=bootstrap_mean(counterpart_N > 0, task.bootstrap, task.seed),
         )
-        splits[split] = dict(n=len(rows), **{key: dataclasses.asdict(value) for key, value in intervals.items()})
+        if paired:
+            counterpart_M = np.array(paired) > 0
+            intervals["counterpart_accuracy"] = bootstrap_mean(counterpart_M, task.bootstrap, task.seed)
+        described = {key: dataclasses.asdict(value) for key, value in intervals.items()}
+        splits[split] = dict(n=len(rows), counterpart_accuracy=None) | described
     shown = [(p, s) for p, s in zip(prompts, scores, strict=True) if p.split == "test"][:_EXAMPLES]
     examples = [dict(text=p.text, correct=p.correct, wrong=p.wrong, logit_diff=s["logit_diff"]) for p, s in shown]
     return dict(**splits, flags=_flags(splits, task), examples=examples)
@@ -121,7 +127,7 @@ def _flags(splits: Mapping[str, Any], task: TaskConfig) -> list[str]:
         f"{key.replace('_', ' ')} {splits[split][key]['mean']:.3f} on {split} prompts is below {limit:.3f}"
         for split in SPLITS
         for key, limit in least
-        if splits[split][key]["mean"] < limit
+        if splits[split][key] and splits[split][key]["mean"] < limit
     ]
 
 

@@ -35,9 +35,10 @@ class Prompt:
       text: what the model reads.
       correct: the correct answer as it goes on from ``text``, with a leading space where a word follows.
       wrong: a wrong answer, with another first token. It is the counterpart's correct answer.
-      counterpart: the text with other content; in SmolLM2's tokens as long as ``text``.
+      counterpart: the text with other content; in SmolLM2's tokens as long as ``text``. "" if a prompt of the user's
+        own has none.
       counterpart_correct: the better answer to ``counterpart``.
-      items: the content items of the text and of its counterpart.
+      items: the content items of the text and of its counterpart; none of prompts of the user's own.
     """
 
     behaviour: str
@@ -79,8 +80,17 @@ def make_prompts(behaviour: str, train: int, test: int, seed: int, first_token: 
             text, correct, counterpart, wrong, items = draft
             prompts.append(Prompt(behaviour, split, text, correct, wrong, counterpart, wrong, items))
     for prompt in prompts:
-        _check_answers(prompt, first_token)
+        check_answers(prompt, first_token, f"leave {behaviour} out of --task.behaviours, or try another --task.seed")
     return prompts
+
+
+def check_answers(prompt: Prompt, first_token: Callable[[str], int], advice: str) -> None:
+    """A ``UserError``, with what to do about it, if the two answers to a prompt begin with the same token."""
+    if first_token(prompt.correct) == first_token(prompt.wrong):
+        raise UserError(
+            f"{prompt.behaviour}, {prompt.split} prompt {prompt.text!r}: the answers {prompt.correct!r} and "
+            f"{prompt.wrong!r} begin with the same token of this model: {advice}"
+        )
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt], scores: Sequence[Mapping[str, Any]] | None = None) -> None:
@@ -154,12 +164,3 @@ def _check_capacity(behaviour: str, recipe: Recipe, train: int, test: int) -> No
         f"the word lists of {behaviour} give at most {most} prompts in all, but {train} train and {test} test prompts "
         "were asked for: lower --task.train_prompts and --task.test_prompts"
     )
-
-
-def _check_answers(prompt: Prompt, first_token: Callable[[str], int]) -> None:
-    if first_token(prompt.correct) == first_token(prompt.wrong):
-        raise UserError(
-            f"{prompt.behaviour}, {prompt.split} prompt {prompt.text!r}: the answers {prompt.correct!r} and "
-            f"{prompt.wrong!r} begin with the same token of this model: leave {prompt.behaviour} out of "
-            "--task.behaviours, or try another --task.seed"
-        )

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import threading
-from pathlib import Path
 
 import gguf as gguf_package
 import numpy as np
@@ -204,10 +203,3 @@ def test_settings_that_agree_are_accepted(tokenizer, cache, tmp_path):
     settings = {"attention.key_length": 16, "attention.value_length": 16, "rope.dimension_count": 16}
     write_gguf(tmp_path / "model.gguf", tokenizer, settings=settings | {"rope.scaling.type": "none"})
     assert json.loads((resolve(tmp_path / "model.gguf").folder / "config.json").read_text())["head_dim"] == 16
-
-
-def test_the_cache_is_in_the_home_folder_unless_told_otherwise(monkeypatch):
-    monkeypatch.setenv("SAEJAX_CACHE", "~/there")
-    assert gguf.cache_folder() == Path.home() / "there"
-    monkeypatch.delenv("SAEJAX_CACHE")
-    assert gguf.cache_folder() == Path.home() / ".cache" / "saejax"

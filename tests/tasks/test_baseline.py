@@ -162,3 +162,17 @@ def test_batches_have_one_shape(finished, one_device):
     assert baseline._last_logits._cache_size() == before
     assert len(together) == 40
     np.testing.assert_allclose([s["logit_diff"] for s in together[:2]], [s["logit_diff"] for s in alone], atol=1e-5)
+
+
+def test_own_behaviours_need_no_counterparts(finished, tmp_path):
+    lines = [dict(behaviour="plural", text=f"{n}", correct=" cats", wrong=" dog") for n in ("Two", "Ten", "Six", "All")]
+    lines = [dict(line, split=split) for line, split in zip(lines, ("train", "train", "test", "test"), strict=True)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = dataclasses.replace(TASK, behaviours=("capital",), prompts=str(tmp_path / "own.jsonl"))
+    results = baseline.run_baseline(make_run(tmp_path, finished[0], task))["behaviours"]
+    assert list(results) == ["capital", "plural"]
+    assert results["plural"]["test"]["n"] == 2 and results["plural"]["test"]["counterpart_accuracy"] is None
+    assert results["capital"]["test"]["counterpart_accuracy"]["mean"] >= 0
+    assert [p.text for p in read_prompts(tmp_path / "prompts.jsonl") if p.behaviour == "plural"] == [
+        line["text"] for line in lines
+    ]

@@ -1,0 +1,51 @@
+"""A model with random weights in place of its own: the control for what features owe to training.
+
+Published dictionaries of such models score nearly as well on some measures as those of trained ones (Heap et al., 2025,
+arXiv 2501.17727), so that a figure says little until it stands beside theirs.
+"""
+
+import hashlib
+from pathlib import Path
+
+from saejax.errors import UserError
+from saejax.models.made import made_once
+from saejax.workspace import file_sha256
+
+_SEED, _MAKING = 0, 1  # raise _MAKING when what is made changes
+
+
+def randomised(folder: Path) -> Path:
+    """The model of ``folder``, with its configuration and tokenizer and with weights as transformers draws them.
+
+    Args:
+      folder: in the hub's format; its weights are not read and need not be there.
+
+    Raises:
+      UserError: transformers does not know the architecture, or the cache cannot be written.
+    """
+    facts = hashlib.sha256()
+    for path in sorted(path for pattern in ("*.json", "*.model", "*.txt") for path in folder.glob(pattern)):
+        facts.update(f"{path.name} {file_sha256(path)}\n".encode())
+    name = f"random-{_SEED}-{facts.hexdigest()[:16]}-{_MAKING}"
+    return made_once(name, f"random weights, seed {_SEED}", lambda target: _draw(folder, target))
+
+
+def _draw(folder: Path, target: Path) -> None:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    except (ValueError, KeyError, ImportError) as error:
+        raise UserError(f"transformers cannot make a random model of {folder} ({error}): use another model") from error
+    try:
+        model.save_pretrained(target)
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from None
+    tokenizer.save_pretrained(target)

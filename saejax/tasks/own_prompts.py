@@ -1,0 +1,119 @@
+"""Behaviours of the user's own, from a file with a prompt in each line.
+
+    {"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat", "counterpart": "One", "split": "test"}
+
+"counterpart" (the same text with other content, to which the wrong answer is the better one) and "split" may be left
+out. Of a behaviour whose lines have no split, train and test prompts are drawn at random, as many as were asked for.
+That the two splits share no content is up to the user.
+"""
+
+import hashlib
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.errors import UserError
+from saejax.settings import TaskConfig
+from saejax.tasks.behaviours import SPLITS, Prompt, check_answers
+from saejax.tasks.files import decode, json_lines, read_bytes, shown
+
+_FLAG = "--task.prompts"
+_NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split")
+_EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}'
+
+
+def read_own_prompts(task: TaskConfig, first_token: Callable[[str], int]) -> dict[str, list[Prompt]]:
+    """The prompts of each behaviour of ``task.prompts``, train prompts first; none if no file is named.
+
+    Args:
+      task: names the file; its seed draws the splits of behaviours that have none.
+      first_token: the id of an answer's first token, such as ``LanguageModel.token_id``.
+
+    Raises:
+      UserError: the file cannot be read, a line is not such a prompt, a behaviour has too few of them, only some of
+        its lines have a split, it bears the name of one in ``task.behaviours``, or two answers begin alike.
+    """
+    if not task.prompts:
+        return {}
+    path = Path(task.prompts)
+    lines: dict[str, list[dict[str, str]]] = {}
+    for number, record in json_lines(decode(_content(path), path), path, _EXAMPLE):
+        fields = _checked(record, f"{path}, line {number}")
+        lines.setdefault(fields["behaviour"], []).append(fields)
+    if not lines:
+        raise UserError(f"{_FLAG}={path} holds no prompts: expected lines such as {_EXAMPLE}")
+    for name in sorted(set(lines) & set(task.behaviours)):
+        raise UserError(f"{path} has a behaviour {name!r}, as --task.behaviours has: rename it, or leave the other out")
+    prompts = {name: _prompts(name, found, task, path) for name, found in lines.items()}
+    for prompt in (prompt for drawn in prompts.values() for prompt in drawn):
+        check_answers(prompt, first_token, f"take it out of {path}, or give other answers")
+    return prompts
+
+
+def identity(task: TaskConfig) -> str:
+    """A hash of the file's content; "" if none is named."""
+    return hashlib.sha256(_content(Path(task.prompts))).hexdigest() if task.prompts else ""
+
+
+def _content(path: Path) -> bytes:
+    return read_bytes(path, _FLAG, "name a .jsonl or .jsonl.gz file, or leave it empty")
+
+
+def _checked(record: Any, where: str) -> dict[str, str]:
+    """The fields of a line."""
+    if not isinstance(record, dict) or set(_NEEDED) - set(record):
+        missing = ", ".join(name for name in _NEEDED if not isinstance(record, dict) or name not in record)
+        raise UserError(f"{where} lacks {missing}: expected an object such as {_EXAMPLE}")
+    unknown = sorted(set(record) - {*_NEEDED, *_OPTIONAL})
+    if unknown:
+        raise UserError(f"{where} has the unknown field {unknown[0]!r}: expected {', '.join((*_NEEDED, *_OPTIONAL))}")
+    for name, value in record.items():
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: {name!r} is {shown(value)}: expected a string that is not blank")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", record["behaviour"]):
+        raise UserError(
+            f"{where}: the behaviour {shown(record['behaviour'])} names files: use letters, digits, _ and -"
+        )
+    if record.get("split", "train") not in SPLITS:
+        raise UserError(f"{where}: 'split' is {shown(record['split'])}: expected train or test")
+    return record
+
+
+def _prompts(name: str, lines: Sequence[Mapping[str, str]], task: TaskConfig, path: Path) -> list[Prompt]:
+    """A behaviour's prompts, train prompts first."""
+    given = [line.get("split") for line in lines]
+    if any(given) and not all(given):
+        raise UserError(f"{path}: only some prompts of {name!r} have a 'split': give it to all of them, or to none")
+    if all(given):
+        chosen = {split: [line for line in lines if line["split"] == split] for split in SPLITS}
+        for split, found in chosen.items():
+            if len(found) < 2:
+                raise UserError(f"{path} has {len(found)} {split} prompts of {name!r}: expected at least 2")
+    else:
+        wanted = dict(train=task.train_prompts, test=task.test_prompts)
+        if len(lines) < sum(wanted.values()):
+            raise UserError(
+                f"{path} has {len(lines)} prompts of {name!r}, but {wanted['train']} train and {wanted['test']} test "
+                "prompts were asked for: lower --task.train_prompts or --task.test_prompts"
+            )
+        order = iter(np.random.default_rng((task.seed, zlib.crc32(name.encode()))).permutation(len(lines)))
+        chosen = {split: [lines[next(order)] for _ in range(count)] for split, count in wanted.items()}
+    return [_prompt(split, line) for split in SPLITS for line in chosen[split]]
+
+
+def _prompt(split: str, line: Mapping[str, str]) -> Prompt:
+    counterpart = line.get("counterpart", "")
+    return Prompt(
+        behaviour=line["behaviour"],
+        split=split,
+        text=line["text"],
+        correct=line["correct"],
+        wrong=line["wrong"],
+        counterpart=counterpart,
+        counterpart_correct=line["wrong"] if counterpart else "",
+        items=(),
+    )

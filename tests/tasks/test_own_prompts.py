@@ -1,0 +1,96 @@
+"""Behaviours of the user's own, from a file."""
+
+import dataclasses
+import gzip
+import json
+
+import pytest
+
+from saejax.errors import UserError
+from saejax.settings import TaskConfig
+from saejax.tasks.own_prompts import identity, read_own_prompts
+
+LINES = [
+    dict(behaviour="plural", text=f"{number}", correct=" cats", wrong=" dogs", counterpart="One")
+    for number in ("Two", "Three", "Four", "Five", "Six", "Seven")
+]
+SPLIT = [dict(line, split="test" if i < 2 else "train") for i, line in enumerate(LINES)]
+
+
+def first_letter(answer):
+    return ord(answer.strip()[0])
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(lines, name="own.jsonl", **changes):
+        path = tmp_path / name
+        text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        task = TaskConfig(**dict(train_prompts=3, test_prompts=2, prompts=str(path)) | changes)
+        return read_own_prompts(task, first_letter)
+
+    return read
+
+
+def test_none_unless_a_file_is_named():
+    assert read_own_prompts(TaskConfig(), first_letter) == {} and identity(TaskConfig()) == ""
+
+
+@pytest.mark.parametrize("name", ["own.jsonl", "own.jsonl.gz"])
+def test_given_splits_are_kept(read, name):
+    prompts = read(SPLIT, name)["plural"]
+    assert [prompt.split for prompt in prompts] == ["train"] * 4 + ["test"] * 2
+    assert [prompt.text for prompt in prompts] == ["Four", "Five", "Six", "Seven", "Two", "Three"]
+    assert (prompts[0].counterpart, prompts[0].counterpart_correct, prompts[0].items) == ("One", " dogs", ())
+
+
+def test_splits_are_drawn_by_seed_where_none_is_given(read):
+    first, again, other = read(LINES)["plural"], read(LINES)["plural"], read(LINES, seed=7)["plural"]
+    assert first == again != other
+    assert [prompt.split for prompt in first] == ["train"] * 3 + ["test"] * 2
+    assert len({prompt.text for prompt in first}) == 5
+
+
+def test_a_counterpart_may_be_missing(read):
+    line = {key: value for key, value in LINES[0].items() if key != "counterpart"}
+    prompt = next(p for p in read([line, *LINES[1:5]])["plural"] if p.text == "Two")
+    assert prompt.counterpart == prompt.counterpart_correct == ""
+
+
+def test_the_identity_is_of_the_content(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps(LINES[0]))
+    a, b = (TaskConfig(prompts=str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl"))
+    assert identity(a) == identity(b) != ""
+    (tmp_path / "b.jsonl").write_text(json.dumps(LINES[1]))
+    assert identity(a) != identity(b)
+
+
+@pytest.mark.parametrize(
+    ("lines", "changes", "message"),
+    [
+        ([], {}, "holds no prompts"),
+        (["{"], {}, "line 1 is not JSON"),
+        ([*LINES, ["list"]], {}, "line 7 lacks behaviour, text, correct, wrong"),
+        ([dict(behaviour="plural", text="Two", correct=" cats")], {}, "line 1 lacks wrong"),
+        ([LINES[0] | dict(answer="x")], {}, "line 1 has the unknown field 'answer'"),
+        ([LINES[0] | dict(correct=" ")], {}, "'correct' is \" \": expected a string that is not blank"),
+        ([LINES[0] | dict(behaviour="a/b")], {}, "names files: use letters"),
+        ([LINES[0] | dict(split="held_out")], {}, "'split' is \"held_out\": expected train or test"),
+        ([SPLIT[0], *LINES[1:]], {}, "only some prompts of 'plural' have a 'split'"),
+        (SPLIT[1:], {}, "has 1 test prompts of 'plural': expected at least 2"),
+        (LINES[:4], {}, "has 4 prompts of 'plural', but 3 train and 2 test prompts were asked for"),
+        ([line | dict(behaviour="capital") for line in LINES], {}, "has a behaviour 'capital', as --task.behaviours"),
+        ([line | dict(wrong=" cows") for line in LINES], {}, "begin with the same token of this model: take it out of"),
+    ],
+)
+def test_bad_files(read, lines, changes, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        read(lines, **changes)
+
+
+def test_a_missing_file(tmp_path):
+    task = dataclasses.replace(TaskConfig(), prompts=str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="--task.prompts=.*none.jsonl does not exist"):
+        identity(task)
