@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-tiny test test-slow lint bench-input bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-tiny test test-slow lint bench-input bench-ablate bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -26,6 +26,9 @@ lint: $(INSTALLED)
 
 bench-input: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_input
+
+bench-ablate: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_ablate
 
 bench-capture: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_capture

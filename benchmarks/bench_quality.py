@@ -76,8 +76,8 @@ def write_text(paths: Sequence[Path], target: Path, characters: int) -> None:
 def run_stage(stage: str, args: argparse.Namespace, **flags: object) -> None:
     """``experiments.<stage>`` in the folder of the benchmark."""
     asked = dict(model__path="smollm2", corpus__path=args.folder / "text.jsonl", corpus__max_tokens=args.tokens)
-    asked |= dict(corpus__held_out=args.held_out, capture__sites=SITE, capture__dtype="bfloat16") | flags
-    named = [f"--{name.replace('__', '.')}={value}" for name, value in asked.items()]
+    asked |= dict(corpus__held_out=args.held_out, task__behaviours="", capture__sites=SITE, capture__dtype="bfloat16")
+    named = [f"--{name.replace('__', '.')}={value}" for name, value in (asked | flags).items()]
     subprocess.run(
         [sys.executable, "-m", f"experiments.{stage}", f"--workdir={args.folder / 'run'}", *named], cwd=ROOT, check=True
     )

@@ -345,6 +345,12 @@ class AblateConfig(Config):
         "topk", "which trained dictionary to test: topk, or a member of a stack as in topk/k32", changes_results=False
     )
     top: int = setting(20, "features, ranked on train prompts, that are ablated one by one and together", low=1)
+    effects: str = setting(
+        "top",
+        "which features are removed one by one: the top ones and some controls (top), or every feature that fires on "
+        "the test prompts (all), with p- and q-values in <behaviour>-importance.parquet",
+        choices=("top", "all"),
+    )
     draws: int = setting(100, "draws of as many matched random features", low=2)
     matches: int = setting(
         10, "how many nearest features by firing rate and activation size each control is drawn from", low=1

@@ -2,7 +2,8 @@
 
 Train prompts choose the top features by attribution (``screening``); test prompts judge them: they are removed one by
 one and together (``ablation``), beside sets of as many random features matched in firing rate and activation size on
-the same prompts and positions (``controls``), and a rule says yes or no (``verdict``).
+the same prompts and positions (``controls``), and a rule says yes or no (``verdict``). On request every feature that
+fires is removed by itself (``importance``).
 """
 
 import json
@@ -16,7 +17,8 @@ import numpy as np
 from saejax.causal import ablation, screening, verdict
 from saejax.causal.ablation import LogitDiffs
 from saejax.causal.controls import FeatureStatistics
-from saejax.causal.split import SplitModel
+from saejax.causal.importance import importance_file, measure_importance
+from saejax.causal.split import CleanRun, SplitModel
 from saejax.dictionaries import stacks
 from saejax.errors import Interrupted, UserError
 from saejax.models.language_model import load_model
@@ -33,7 +35,8 @@ def run_ablate(run: Run) -> dict:
 
     Each behaviour's results are kept in ``<behaviour>.json`` as soon as they are there, so that a run that was
     killed goes on with the next one; its logit differences, from which every figure can be derived again, are in
-    ``<behaviour>-prompts.jsonl``, and the drawn controls in ``<behaviour>-controls.jsonl``.
+    ``<behaviour>-prompts.jsonl``, the drawn controls in ``<behaviour>-controls.jsonl`` and, if they were asked for, the
+    effects of all features in ``<behaviour>-importance.parquet``.
 
     Returns:
       The results; WORKSPACE.md describes them.
@@ -102,7 +105,13 @@ class ModelExperiment:
         self._runs = split.run(self.test)
 
     def attribution(self) -> np.ndarray:
-        attribution_NxF = screening.attribution(self._split, self._split.run(self._train))
+        return self._attribution(self._split.run(self._train))
+
+    def test_attribution(self) -> np.ndarray:
+        return self._attribution(self._runs)
+
+    def _attribution(self, runs: Sequence[CleanRun]) -> np.ndarray:
+        attribution_NxF = screening.attribution(self._split, runs)
         self._tick(0, 0)
         return attribution_NxF.mean(axis=0, dtype=np.float64)
 
@@ -119,8 +128,13 @@ def _file(run: Run, behaviour: str, ending: str = ".json") -> Path:
 
 def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig) -> dict[str, Any]:
     results, measured = verdict.judge(experiment.name, experiment, config)
+    importance = measure_importance(experiment, config) if config.effects == "all" else None
+    if importance:
+        results["importance"] = importance.summary(config.top)
     if not is_first_process():
         return results
+    if importance:
+        importance.save(importance_file(run.folder, experiment.name))
     by_prompt = [
         dict(
             text=prompt.text,

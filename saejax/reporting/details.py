@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+
+from saejax.causal.importance import DISCOVERY
 from saejax.reporting import figures
 from saejax.reporting.document import Block, Code, Picture, Section, Strips, Terms, Text
 from saejax.reporting.findings import Findings
@@ -24,7 +27,8 @@ def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
     for name, result in found.ablate["behaviours"].items():
         if result["top"]:
             strips = [_strips(found, name, item) for item in result["top"][:shown]]
-            blocks: tuple[Block, ...] = (_singles(name, result, draw), _feature_table(result), *strips)
+            every = [_every(found, name, draw)] if name in found.importance else []
+            blocks: tuple[Block, ...] = (_singles(name, result, draw), *every, _feature_table(result), *strips)
             sections.append(Section(detail_title(name), blocks, level=3))
         else:
             nothing = Text(
@@ -48,6 +52,24 @@ def _singles(name: str, result: Mapping, draw: Draw) -> Picture:
     first = "; ".join(f"feature {item['feature']} {interval(item['logit_diff_drop'])}" for item in top[:5])
     alt = f"{behaviour(name)}: drop of the logit difference when single features are removed. {first}."
     return draw(f"features_{name}", figure, caption, alt)
+
+
+def _every(found: Findings, name: str, draw: Draw) -> Picture:
+    """All features that fire, where each was removed by itself."""
+    measured, result = found.importance[name], found.ablate["behaviours"][name]
+    said = result["importance"]
+    top = [item["feature"] for item in result["top"]]
+    strongest = set(measured.feature[np.argsort(-measured.drop, kind="stable")[: len(top)]].tolist())
+    fits = [f"{kind} {value:.2f}" for kind, value in said["estimate"].items() if value is not None]
+    figure = figures.estimates(measured.attribution, measured.drop, measured.q_value <= DISCOVERY)
+    caption = (
+        f"Each of the {said['features']:,} features that fire on the test prompts was removed by itself. "
+        f"{said['discoveries']:,} effects are discoveries (sign-flip permutations, q at most {DISCOVERY:g} after "
+        f"Benjamini and Hochberg). Correlation of estimate and effect: {', '.join(fits) or 'not defined'}. Of the "
+        f"{len(top)} features chosen on the train prompts, {len(strongest & set(top))} are among the {len(top)} with "
+        "the largest measured effects. Both axes are linear around zero and logarithmic beyond."
+    )
+    return draw(f"every_feature_{name}", figure, caption, f"{behaviour(name)}: estimate against effect. {caption}")
 
 
 def _feature_table(result: Mapping) -> Table:

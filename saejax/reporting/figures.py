@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from saejax.reporting.style import (
     BLUE,
@@ -237,5 +238,39 @@ def single_features(features: Sequence[int], drops: Sequence[Interval], controls
     axes.axvline(0, color=INK, linewidth=0.8)
     name_rows(axes, [str(feature) for feature in features])
     axes.set_xlabel("logits (rows: features, largest attribution first)")
+    legend(axes, 1)
+    return figure
+
+
+@styled
+def estimates(estimate_N: np.ndarray, drop_N: np.ndarray, discovered_N: np.ndarray) -> Figure:
+    """The estimated effect of every feature against its measured one; on the dotted line they are equal.
+
+    Args:
+      estimate_N: attribution of each of N features, in logits.
+      drop_N: by how much the logit difference falls without it.
+      discovered_N: bool, whether its effect is a discovery.
+    """
+    figure, (axes,) = panels((3.4,), ("Every feature's effect, estimated and measured",))
+    many = len(drop_N) > MANY_POINTS
+    for chosen_N, color, size, label in (
+        (~discovered_N, GREY, 3.0, "not distinguishable from nothing"),
+        (discovered_N, ORANGE, 4.2, "q at most 0.05"),
+    ):
+        dots = dict(color=color, alpha=0.6, markersize=size, markeredgewidth=0)
+        label = f"{label} ({int(chosen_N.sum()):,})"
+        axes.plot(estimate_N[chosen_N], drop_N[chosen_N], "o", rasterized=many, label=label, **dots)
+    reach = np.abs(np.concatenate([estimate_N, drop_N])).max(initial=0.0) or 1.0
+    axes.plot([-reach, reach], [-reach, reach], color=INK, linewidth=1, linestyle=":", zorder=1)
+    axes.axhline(0, color=INK, linewidth=0.6)
+    axes.axvline(0, color=INK, linewidth=0.6)
+    axes.set(xlabel="estimate: activation x gradient, logits", ylabel="logit difference lost")
+    decade = 10.0 ** np.floor(np.log10(reach))
+    largest = 3 * decade if reach >= 3 * decade else decade
+    ticks = [-largest, -largest / 10, 0.0, largest / 10, largest]
+    for axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        set_scale("symlog", linthresh=reach / 30)
+        axis.set_ticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+        axis.set_minor_locator(NullLocator())
     legend(axes, 1)
     return figure

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from saejax.analysis.examples import Example
+from saejax.causal.importance import Importance, importance_file
 from saejax.dictionaries import stacks
 from saejax.errors import UserError
 from saejax.workspace import SUMMARY, read_json
@@ -28,6 +29,7 @@ class Findings:
       curves: kind -> for each of its members {"tokens", "explained_variance", "l0"}, lists of equal length.
       firing_rate_F: of the tested dictionary, on held-out text.
       mean_activation_F: the same; over the tokens where the feature fires.
+      importance: behaviour -> the effects of all features, where they were measured.
       examples: feature of the tested dictionary -> its strongest contexts.
     """
 
@@ -36,6 +38,7 @@ class Findings:
     curves: Mapping[str, Sequence[Curve]]
     firing_rate_F: np.ndarray
     mean_activation_F: np.ndarray
+    importance: Mapping[str, Importance] = dataclasses.field(default_factory=dict)
     examples: Mapping[int, Sequence[Example]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -106,8 +109,11 @@ def read_findings(inputs: Mapping[str, Path], own: Mapping[str, Mapping[str, Any
     findings = Findings(summaries, own, curves, np.zeros(0), np.zeros(0))
     kind, member = stacks.kind_and_member(findings.ablate["dictionary"])
     tested = inputs[f"evaluate/{kind}"] / member
+    ablated = next(folder for unit, folder in inputs.items() if unit.split("/")[0] == "ablate")
+    measured = [name for name, result in findings.ablate["behaviours"].items() if "importance" in result]
     return dataclasses.replace(
         findings,
+        importance={name: Importance.load(importance_file(ablated, name)) for name in measured},
         firing_rate_F=_array(tested / "firing_rate.npy"),
         mean_activation_F=_array(tested / "mean_activation.npy"),
     )

@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from saejax.causal import ablate
+from saejax.causal import ablate, ablation
+from saejax.causal.importance import Importance, importance_file
+from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.settings import AblateConfig, MeshConfig, ModelConfig
@@ -74,6 +76,25 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
     assert ablate.run_ablate(resumed) == results
     assert (folder / "first.json").stat().st_mtime_ns == written
     assert said[0] == "ablate: kept from an earlier run: first"
+
+
+def test_every_feature_on_request(make_run, tiny, make_dictionary):
+    run, _ = make_run("every")
+    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], effects="all")
+    results = ablate.run_ablate(run)["behaviours"]
+    assert json.loads((run.folder / "first.json").read_text())["importance"] == results["first"]["importance"]
+    found = Importance.load(importance_file(run.folder, "first"))
+    prompts = [p for p in read_prompts(run.inputs["baseline"] / "prompts.jsonl") if p.behaviour == "first"]
+    split = SplitModel(tiny, make_dictionary("resid_post.1"))
+    runs = split.run([p for p in prompts if p.split == "test"])
+    some = found.feature[:: len(found.feature) // 5]
+    drop_SxP = ablation.ablate_sets(split, runs, [[int(feature)] for feature in some]).drop_SxP
+    np.testing.assert_allclose(found.drop[np.isin(found.feature, some)], drop_SxP.mean(axis=1), atol=1e-5)
+    assert found.feature.tolist() == np.flatnonzero(ablation.statistics(split, runs).fires_at_all_F).tolist()
+    top = {item["feature"]: item["logit_diff_drop"]["mean"] for item in results["first"]["top"]}
+    for feature, drop in zip(found.feature.tolist(), found.drop, strict=True):
+        assert drop == pytest.approx(top.get(feature, drop), abs=1e-5)
+    assert results["first"]["importance"]["features"] == len(found.feature) > 100
 
 
 def test_a_stack_asks_which_of_its_members(make_run):

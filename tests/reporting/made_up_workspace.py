@@ -8,6 +8,7 @@ import numpy as np
 
 from saejax import settings
 from saejax.analysis.examples import Example
+from saejax.causal.importance import Importance, importance_file
 from saejax.config import to_json
 from saejax.workspace import SUMMARY, Run, write_json
 
@@ -131,6 +132,26 @@ def made_up_effects(name: str, rng, top: int, draws: int) -> dict:
     )
 
 
+def made_up_importance(rng) -> Importance:
+    """Effects of 900 features, of which the first 40 have one."""
+    drop_N = np.where(np.arange(900) < 40, rng.uniform(0.1, 1.0, 900), rng.normal(0, 0.01, 900))
+    ones_N = np.ones(900)
+    return Importance(
+        feature=np.arange(900),
+        firing_rate=0.1 * ones_N,
+        mean_activation=ones_N,
+        attribution=drop_N + rng.normal(0, 0.02, 900),
+        drop=drop_N,
+        drop_low=drop_N - 0.02,
+        drop_high=drop_N + 0.02,
+        accuracy_drop=0 * ones_N,
+        effect_size=ones_N,
+        p_value=np.where(drop_N > 0.05, 1e-5, 0.5),
+        q_value=np.where(drop_N > 0.05, 1e-3, 0.9),
+        control_percentile=0.5 * ones_N,
+    )
+
+
 def make_workspace(
     root: Path, kinds=("topk", "standard"), top: int = 20, draws: int = 100, members=("",)
 ) -> dict[str, Path]:
@@ -156,6 +177,8 @@ def make_workspace(
         results[f"evaluate/{kind}"] = dict(
             kind=kind, members=[made_up_member(kind, name, place) for place, name in enumerate(members)]
         )
+    importance = made_up_importance(rng)
+    ablate["behaviours"][NAMES[0]]["importance"] = importance.summary(top)
     results[f"ablate/{kinds[0]}"] = ablate
     groups = dict(
         baseline=("model", "task"),
@@ -181,6 +204,7 @@ def make_workspace(
             results=result,
         )
         write_json(inputs[unit] / SUMMARY, summary)
+    importance.save(importance_file(inputs[f"ablate/{kinds[0]}"], NAMES[0]))
     for kind in kinds:
         steps = np.arange(20, 1301, 20)
         lines = [

@@ -65,6 +65,13 @@ def features_figure(count=20, control=0.1):
     )
 
 
+def estimates_figure(count=500, scale=0.03):
+    rng = np.random.default_rng(0)
+    estimate_N = scale * rng.standard_t(2, count)
+    drop_N = estimate_N * rng.uniform(0.3, 1.6, count)
+    return figures.estimates(estimate_N, drop_N, np.abs(drop_N) > 2 * scale)
+
+
 DRAWN = [
     baselines_figure,
     training_figure,
@@ -80,6 +87,10 @@ DRAWN = [
     frontier_figure,
     lambda: figures.frontier({kind: [SWEEP] for kind in KINDS}),
     lambda: figures.single_features([3], [interval(0.0, 0.0)], [0.0]),
+    estimates_figure,
+    lambda: estimates_figure(3, 40.0),
+    lambda: estimates_figure(0),
+    lambda: estimates_figure(5, 0.0),
 ]
 
 

@@ -89,7 +89,8 @@ def test_the_page_is_complete_in_itself(made):
 
 def test_figures_are_written_embedded_and_described(made):
     folder, results, page = made
-    names = {"ablation", "baselines", "training", "density"} | {f"features_{name}" for name in results["verdicts"]}
+    names = {"ablation", "baselines", "training", "density", "every_feature_agreement"}
+    names |= {f"features_{name}" for name in results["verdicts"]}
     assert set(results["figures"]) == names
     assert {path.name for path in (folder / "figures").iterdir()} == {
         f"{n}.{end}" for n in names for end in ("png", "svg")
@@ -131,6 +132,14 @@ def test_both_say_the_verdicts_and_their_figures(made):
         assert "Yes if removing the top 20 features together" in text  # the rule
         assert text.count("These features cause part of the behaviour.") == 2
         assert text.count("Not shown that these features cause it.") == 2
+
+
+def test_all_features_are_shown_where_they_were_measured(made):
+    for text in both(made):
+        assert "Each of the 900 features that fire on the test prompts was removed by itself." in text
+        assert "40 effects are discoveries" in text
+        assert "Correlation of estimate and effect: pearson 0.99, spearman 0." in text
+    assert "every_feature_agreement" in made[1]["figures"] and "every_feature_capital" not in made[1]["figures"]
 
 
 def test_the_control_stands_beside_the_top_features(made):

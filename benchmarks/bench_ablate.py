@@ -1,0 +1,160 @@
+"""How fast the exact effect of every feature is measured, beside a plain loop with hooks in PyTorch.
+
+Run: python -m benchmarks.bench_ablate [--dictionary runs/demo/train/topk] [--features 200] [--prompts 80]
+Of the features that fire on the prompts of a behaviour, 200 are drawn at random, and 200 are those that fire on most
+prompts. Each is removed from all prompts, in fp32 on both sides: by ``ablation.ablate_sets``, and by a hook on the
+decoder layer of the transformers model, one forward pass over the batch of prompts for each feature. Both sides must
+give the same effects. They take turns in one process; figures are medians over rounds, of which only the first compiles
+(printed apart). Then every feature of the dictionary is measured by ours alone. Prints a table and, last, one line of
+JSON.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from saejax import load_dictionary, load_model
+from saejax.causal import ablation
+from saejax.causal.split import SplitModel
+from saejax.dictionaries import Dictionary
+from saejax.models import source
+from saejax.models.sites import Site
+from saejax.settings import BEHAVIOURS
+from saejax.tasks.behaviours import Prompt, make_prompts
+
+AGREEMENT = 1e-3  # of the two sides' effects, in logits
+
+
+class PlainLoop:
+    """Ablation as it is usually written: a hook on a layer, and a forward pass of the whole model per feature.
+
+    Args:
+      path: of the model.
+      dictionary: at a ``resid_post`` site.
+      prompts: one batch, padded on the right.
+    """
+
+    def __init__(self, path: str, dictionary: Dictionary, prompts: Sequence[Prompt]):
+        site = Site.parse(dictionary.site)
+        if site.kind != "resid_post":
+            raise SystemExit(f"{dictionary.site}: this benchmark takes a dictionary at a resid_post site")
+        found = source.resolve(source.ModelConfig(path=path))
+        self._model, tokenizer = source.load_torch_model(found), source.load_tokenizer(found)
+        tokenizer.padding_side = "right"
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        self._tokens = tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
+        self._last_B = self._tokens["attention_mask"].sum(1) - 1
+        ids = [[tokenizer(answer)["input_ids"][0] for answer in (p.correct, p.wrong)] for p in prompts]
+        self._answers_Bx2 = torch.tensor(ids)
+        self._layer = self._model.model.layers[site.layer]
+        x_BxTxD = self._run(lambda x_BxTxD: None)[1]
+        real_BxT = self._tokens["attention_mask"].bool().numpy()
+        f_BxTxF = np.array(dictionary.encode(x_BxTxD.numpy()))
+        f_BxTxF[~(real_BxT & np.asarray(dictionary.in_domain(x_BxTxD.numpy())))] = 0
+        self._f_BxTxF, self._W_dec_FxD = torch.from_numpy(f_BxTxF), torch.from_numpy(np.array(dictionary.W_dec_FxD))
+        self.clean_B = self._run(lambda x_BxTxD: None)[0]
+
+    def without(self, feature: int) -> np.ndarray:
+        """Logit differences [B] without a feature."""
+        change_BxTxD = self._f_BxTxF[:, :, feature, None] * self._W_dec_FxD[feature]
+        return self._run(lambda x_BxTxD: x_BxTxD - change_BxTxD)[0]
+
+    @torch.inference_mode()
+    def _run(self, edit) -> tuple[np.ndarray, torch.Tensor]:
+        seen = []
+
+        def hook(module, args, output):
+            x_BxTxD = output[0] if isinstance(output, tuple) else output
+            seen.append(x_BxTxD)
+            edited = edit(x_BxTxD)
+            if edited is None:
+                return None
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        handle = self._layer.register_forward_hook(hook)
+        try:
+            logits_BxTxV = self._model(**self._tokens, use_cache=False).logits
+        finally:
+            handle.remove()
+        last_BxV = logits_BxTxV[torch.arange(len(self._last_B)), self._last_B]
+        chosen_Bx2 = last_BxV.gather(1, self._answers_Bx2)
+        return (chosen_Bx2[:, 0] - chosen_Bx2[:, 1]).double().numpy(), seen[0]
+
+
+def measure(split: SplitModel, prompts: Sequence[Prompt], features: Sequence[int]) -> tuple[float, ablation.LogitDiffs]:
+    """Seconds of the effects of some features one by one, the clean run and compiling included."""
+    start = time.perf_counter()
+    diffs = ablation.ablate_sets(split, split.run(prompts), [[int(feature)] for feature in features])
+    return time.perf_counter() - start, diffs
+
+
+def compare(
+    split: SplitModel, plain: PlainLoop, prompts: Sequence[Prompt], features: Sequence[int], rounds: int
+) -> tuple[float, float, float, float, ablation.LogitDiffs]:
+    """Our seconds in the first round, medians of both sides' and of their ratio, and our figures, which agree."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        theirs_SxP = np.stack([plain.without(int(feature)) for feature in features])
+        their_seconds = time.perf_counter() - start
+        own_seconds, diffs = measure(split, prompts, features)
+        times.append((own_seconds, their_seconds, their_seconds / own_seconds))
+    worst = np.abs(diffs.drop_SxP - (plain.clean_B[None, :] - theirs_SxP)).max()
+    if worst > AGREEMENT:
+        raise SystemExit(f"the two sides differ by {worst:.2g} logits: this is a bug")
+    own, theirs, ratio = np.median(times, axis=0)
+    return float(times[0][0]), float(own), float(theirs), float(ratio), diffs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dictionary", default="runs/demo/train/topk", help="of this model; make demo trains it")
+    parser.add_argument("--behaviour", default="agreement", choices=BEHAVIOURS)
+    parser.add_argument("--prompts", type=int, default=80)
+    parser.add_argument("--features", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--all", action=argparse.BooleanOptionalAction, default=True, help="then all features, too")
+    args = parser.parse_args()
+    lm, dictionary = load_model(args.model), load_dictionary(args.dictionary)
+    prompts = make_prompts(args.behaviour, args.prompts, 2, 42, lm.token_id)[: args.prompts]
+    split, plain = SplitModel(lm, dictionary), PlainLoop(args.model, dictionary, prompts)
+    fires_PxF = (plain._f_BxTxF != 0).any(dim=1).numpy()
+    on_P_of_F = fires_PxF.sum(0)
+    drawn = np.random.default_rng(0).permutation(np.flatnonzero(on_P_of_F))[: args.features]
+    frequent = np.argsort(-on_P_of_F, kind="stable")[: args.features]
+    print(
+        f"{args.behaviour}: {args.prompts} prompts; {int((on_P_of_F > 0).sum()):,} of {len(on_P_of_F):,} features fire"
+    )
+    print(
+        f"{'features':>20} {'first s':>8} {'ours s':>8} {'hooks s':>8} {'ratio':>7} {'effects/s':>10} "
+        f"{'rows skipped':>13} {'tokens':>9}"
+    )
+    ratios = {}
+    for name, features in (("ratio", drawn), ("ratio_frequent", frequent)):
+        first, own, theirs, ratios[name], diffs = compare(split, plain, prompts, features, args.rounds)
+        effects = len(features) * args.prompts
+        skipped = 1 - (diffs.rows - args.prompts) / effects
+        label = f"{len(features)} {'at random' if name == 'ratio' else 'most frequent'}"
+        print(
+            f"{label:>20} {first:8.2f} {own:8.2f} {theirs:8.1f} {ratios[name]:7.1f} {effects / own:10,.0f} "
+            f"{skipped:13.0%} {diffs.tokens:9,}",
+            flush=True,
+        )
+    line = dict(bench="ablate", **{name: round(ratio, 1) for name, ratio in ratios.items()})
+    if args.all:
+        seconds, diffs = measure(split, prompts, range(dictionary.config.n_features))
+        line["all_features_s"] = round(seconds, 1)
+        print(
+            f"all {dictionary.config.n_features:,} features: {seconds:.1f} s, {diffs.rows:,} rows, "
+            f"{diffs.tokens:,} tokens"
+        )
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

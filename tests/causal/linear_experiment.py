@@ -1,0 +1,42 @@
+"""A behaviour whose effects are known by construction."""
+
+import numpy as np
+
+from saejax.causal.ablation import LogitDiffs
+from saejax.causal.controls import FeatureStatistics
+
+
+class LinearExperiment:
+    """The logit difference is known: base_p + sum_i gain_pi f_pi, one position per prompt."""
+
+    def __init__(self, gain_F, base=0.0, attribution_F=None, dead=(), seed=0, prompts=20):
+        rng = np.random.default_rng(seed)
+        features = np.shape(gain_F)[-1]
+        rate_F = np.exp(rng.uniform(np.log(0.1), np.log(0.9), features))
+        size_F = np.exp(rng.normal(0, 0.3, features))
+        self.f_PxF = (rng.random((prompts, features)) < rate_F[None, :]) * size_F[None, :]
+        self.f_PxF *= rng.uniform(0.8, 1.2, self.f_PxF.shape)
+        self.f_PxF[0, ~self.f_PxF.any(axis=0)] = 1.0  # all fire somewhere, but for
+        self.f_PxF[:, list(dead)] = 0.0
+        self.gain_PxF = np.broadcast_to(gain_F, self.f_PxF.shape).astype(np.float64)
+        self.base_P = np.full(prompts, base, np.float64)
+        self.attribution_F = rate_F * size_F * gain_F if attribution_F is None else np.asarray(attribution_F)
+
+    def attribution(self):
+        return self.attribution_F
+
+    def test_attribution(self):
+        return self.attribution_F
+
+    def statistics(self):
+        return FeatureStatistics(len(self.f_PxF), (self.f_PxF > 0).sum(axis=0), self.f_PxF.sum(axis=0))
+
+    def drop(self, features):
+        return (self.f_PxF * self.gain_PxF)[:, list(features)].sum(axis=1)
+
+    def clean(self):
+        return self.base_P + (self.f_PxF * self.gain_PxF).sum(axis=1)
+
+    def ablate(self, sets):
+        drop_SxP = np.array([self.drop(s) for s in sets]).reshape(len(sets), len(self.f_PxF))
+        return LogitDiffs(self.clean(), self.clean()[None, :] - drop_SxP, drop_SxP.size, drop_SxP.size)

@@ -1,0 +1,88 @@
+"""Statistics of many effects: against scipy, against the formula, and on what is known to be there."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from saejax.causal import statistics
+
+RNG = np.random.default_rng(5)
+
+
+def test_intervals_are_those_of_the_bootstrap():
+    effect_NxP = RNG.normal(0.3, 1.0, (3, 20)) * np.array([[1.0], [10.0], [0.1]])
+    low_N, high_N = statistics.bootstrap_means(effect_NxP, 100_000, seed=1)
+    for effect_P, low, high in zip(effect_NxP, low_N, high_N, strict=True):
+        theirs = stats.bootstrap(
+            (effect_P,), np.mean, n_resamples=100_000, batch=10_000, method="percentile", rng=np.random.default_rng(2)
+        ).confidence_interval
+        spread = effect_P.std() / 20**0.5
+        np.testing.assert_allclose([low, high], theirs, atol=0.05 * spread)
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    effect_NxP = np.random.default_rng(6).normal(0.5, 1.0, (2000, 40))
+    low_N, high_N = statistics.bootstrap_means(effect_NxP, 500, seed=3)
+    assert 0.91 < np.mean((low_N < 0.5) & (high_N > 0.5)) < 0.96
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 7, 11])
+def test_exact_p_values_count_all_sign_patterns(prompts):
+    effect_NxP = RNG.normal(0.4, 1.0, (4, prompts))
+    effect_NxP[1] = 1.0  # many patterns tie
+    patterns = np.array(list(itertools.product([1.0, -1.0], repeat=prompts)))
+    for effect_P, p in zip(effect_NxP, statistics.sign_flip_p(effect_NxP, 10, seed=0), strict=True):
+        sums = [abs(sum(s * e for s, e in zip(pattern, effect_P, strict=True))) for pattern in patterns]
+        assert p == pytest.approx(np.mean([s >= abs(effect_P.sum()) - 1e-9 for s in sums]))
+
+
+def test_random_patterns_agree_with_scipy():
+    effect_NxP = RNG.normal([[0.0], [0.3], [0.5]], 1.0, (3, 24))
+    p_N = statistics.sign_flip_p(effect_NxP, 40_000, seed=0)
+    for effect_P, p in zip(effect_NxP, p_N, strict=True):
+        theirs = stats.permutation_test(
+            (effect_P,), np.mean, permutation_type="samples", n_resamples=40_000, rng=np.random.default_rng(3)
+        ).pvalue
+        assert p == pytest.approx(theirs, abs=0.012)
+
+
+def test_what_has_no_effect_is_no_discovery():
+    effect_NxP = np.zeros((2, 20))
+    effect_NxP[1, :3] = 2.0  # on three prompts only: the sign patterns of the others make no difference
+    p_N = statistics.sign_flip_p(effect_NxP, 30_000, seed=0)
+    assert p_N[0] == 1.0 and p_N[1] == pytest.approx(2 / 2**3, abs=0.01)
+
+
+def test_p_values_of_nothing_are_uniform_and_discoveries_as_rare_as_promised():
+    rng = np.random.default_rng(8)
+    nothing_NxP = rng.standard_t(3, (2000, 20))
+    p_N = statistics.sign_flip_p(nothing_NxP, 5000, seed=0)
+    assert stats.kstest(p_N, "uniform").pvalue > 1e-3
+    assert not (statistics.false_discovery_rates(p_N) <= 0.05).any()
+    planted_NxP = np.concatenate([rng.normal(1.5, 1.0, (100, 20)), nothing_NxP[:900]])
+    found_N = statistics.false_discovery_rates(statistics.sign_flip_p(planted_NxP, 50_000, seed=0)) <= 0.05
+    assert found_N[:100].mean() > 0.9 and found_N[100:].sum() <= 0.1 * found_N.sum()
+
+
+def test_q_values_are_those_of_scipy():
+    p_N = np.concatenate([RNG.uniform(0, 0.01, 10), RNG.uniform(0, 1, 90), [0.5, 0.5, 1.0, 1e-9]])
+    np.testing.assert_allclose(statistics.false_discovery_rates(p_N), stats.false_discovery_control(p_N))
+    assert len(statistics.false_discovery_rates(np.zeros(0))) == 0
+
+
+def test_chunks_make_no_difference(monkeypatch):
+    effect_NxP = RNG.normal(0.2, 1.0, (50, 18))
+    whole = statistics.bootstrap_means(effect_NxP, 300, 0), statistics.sign_flip_p(effect_NxP, 300, 0)
+    monkeypatch.setattr(statistics, "_CHUNK", 1000)
+    parts = statistics.bootstrap_means(effect_NxP, 300, 0), statistics.sign_flip_p(effect_NxP, 300, 0)
+    np.testing.assert_allclose(whole[0], parts[0])
+    np.testing.assert_array_equal(whole[1], parts[1])
+
+
+@pytest.mark.parametrize("effects", [np.zeros((3, 0)), np.zeros(3), np.array([[1.0, np.nan]])])
+def test_bad_effects(effects):
+    for call in (statistics.bootstrap_means, statistics.sign_flip_p):
+        with pytest.raises(ValueError, match="expected finite effects"):
+            call(effects, 10, 0)
