@@ -10,6 +10,7 @@ from saejax.config import Config, setting
 
 BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
 BENCHMARKS = ("gsm8k", "math", "logic")
+ESTIMATES = ("gradient", "integrated", "relp")
 KINDS = ("standard", "linear", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 
 
@@ -345,6 +346,12 @@ class AblateConfig(Config):
         "topk", "which trained dictionary to test: topk, or a member of a stack as in topk/k32", changes_results=False
     )
     top: int = setting(20, "features, ranked on train prompts, that are ablated one by one and together", low=1)
+    estimate: str = setting(
+        "gradient",
+        "what ranks the features on train prompts: activation x gradient (gradient), x the mean gradient on the way to "
+        "no feature at all (integrated, ten times the work), or x the slope by the rules of relevance patching (relp)",
+        choices=ESTIMATES,
+    )
     effects: str = setting(
         "top",
         "which features are removed one by one: the top ones and some controls (top), or every feature that fires on "

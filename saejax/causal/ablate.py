@@ -105,13 +105,13 @@ class ModelExperiment:
         self._runs = split.run(self.test)
 
     def attribution(self) -> np.ndarray:
-        return self._attribution(self._split.run(self._train))
+        return self._attribution(self._split.run(self._train), self._config.estimate)
 
-    def test_attribution(self) -> np.ndarray:
-        return self._attribution(self._runs)
+    def test_attribution(self, estimate: str) -> np.ndarray:
+        return self._attribution(self._runs, estimate)
 
-    def _attribution(self, runs: Sequence[CleanRun]) -> np.ndarray:
-        attribution_NxF = screening.attribution(self._split, runs)
+    def _attribution(self, runs: Sequence[CleanRun], estimate: str) -> np.ndarray:
+        attribution_NxF = screening.attribution(self._split, runs, estimate)
         self._tick(0, 0)
         return attribution_NxF.mean(axis=0, dtype=np.float64)
 

@@ -4,7 +4,8 @@ Every feature of a dictionary that fires on the test prompts is removed by itsel
 logit difference stand a bootstrap interval, a permutation p-value, a q-value over all these features, and its *control
 percentile*: the share of the 100 features nearest in firing rate and activation size whose removal costs less.
 
-The estimate that chooses candidates elsewhere, activation x gradient, is computed on the same prompts and compared.
+The estimates, of which one chooses the candidates elsewhere (``screening``), are computed on the same prompts and
+compared.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from saejax.causal.ablation import LogitDiffs
 from saejax.causal.controls import FeatureStatistics
 from saejax.causal.statistics import bootstrap_means, false_discovery_rates, sign_flip_p
 from saejax.errors import UserError
-from saejax.settings import AblateConfig
+from saejax.settings import ESTIMATES, AblateConfig
 from saejax.tasks.scoring import separation
 from saejax.workspace import whole_file
 
@@ -37,8 +38,8 @@ class Measurable(Protocol):
     def statistics(self) -> FeatureStatistics:
         """How often and how strongly the features fire."""
 
-    def test_attribution(self) -> np.ndarray:
-        """Each feature's attribution, mean over the test prompts, [F]."""
+    def test_attribution(self, estimate: str) -> np.ndarray:
+        """Each feature's attribution by one of ``settings.ESTIMATES``, mean over the test prompts, [F]."""
 
     def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
         """The logit difference of each prompt without each set of features."""
@@ -51,7 +52,7 @@ class Importance:
     Attributes:
       feature: its number.
       firing_rate, mean_activation: at the positions that an ablation changes.
-      attribution: activation x gradient, mean over the prompts.
+      gradient, integrated, relp: attribution by each estimate, mean over the prompts.
       drop, drop_low, drop_high: by how much the logit difference falls without it, mean over the prompts, and the 95 %
         bootstrap interval.
       accuracy_drop: by how much accuracy falls, 0 to 1.
@@ -64,7 +65,9 @@ class Importance:
     feature: np.ndarray
     firing_rate: np.ndarray
     mean_activation: np.ndarray
-    attribution: np.ndarray
+    gradient: np.ndarray
+    integrated: np.ndarray
+    relp: np.ndarray
     drop: np.ndarray
     drop_low: np.ndarray
     drop_high: np.ndarray
@@ -80,10 +83,13 @@ class Importance:
         return dict(
             features=len(self.feature),
             discoveries=int((self.q_value <= DISCOVERY).sum()),
-            estimate=dict(
-                pearson=_correlation(pearsonr, self.attribution, self.drop),
-                spearman=_correlation(spearmanr, self.attribution, self.drop),
-            ),
+            estimates={
+                name: dict(
+                    pearson=_correlation(pearsonr, getattr(self, name), self.drop),
+                    spearman=_correlation(spearmanr, getattr(self, name), self.drop),
+                )
+                for name in ESTIMATES
+            },
             leaders=[{name: _plain(values_N[n]) for name, values_N in self._columns.items()} for n in order_N],
         )
 
@@ -136,7 +142,7 @@ def measure_importance(experiment: Measurable, config: AblateConfig) -> Importan
         feature=feature_N,
         firing_rate=rate_N,
         mean_activation=size_N,
-        attribution=experiment.test_attribution()[feature_N],
+        **{name: experiment.test_attribution(name)[feature_N] for name in ESTIMATES},
         drop=drop_NxP.mean(axis=1),
         drop_low=low_N,
         drop_high=high_N,

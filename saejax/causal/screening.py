@@ -5,14 +5,19 @@ The attribution of feature i on a prompt is activation x gradient,
     a_i = sum_t f_{t,i} <dL/dx_t, W_dec_i>,    L = logit(correct) - logit(wrong) at the last position,
 
 the first-order estimate of how much L falls when the feature is removed, x_t -> x_t - f_{t,i} W_dec_i
-(attribution patching; Nanda, 2023; for dictionaries, Marks et al., 2024, arXiv 2403.19647). It chooses the
-candidates; their effects are then measured exactly.
+(attribution patching; Nanda, 2023; for dictionaries, Marks et al., 2024, arXiv 2403.19647). Two other estimates have
+the same form and another slope in the gradient's place: ``integrated`` takes the mean gradient on the way from the
+clean value to that without any feature, at the middles of 10 equal steps (integrated gradients; Sundararajan et al.,
+2017); ``relp`` goes back through the model by the rules of relevance patching (``DecoderConfig.backward``). The
+estimate chooses the candidates; their effects are then measured exactly.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,13 +27,21 @@ from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.parallel import sharding
 
+STEPS = 10  # of integrated gradients
 
-def attribution(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
-    """Activation x gradient of every feature on every prompt.
+
+def points(estimate: str) -> int:
+    """At how many values of the site an estimate takes a slope."""
+    return STEPS if estimate == "integrated" else 1
+
+
+def attribution(split: SplitModel, runs: Sequence[CleanRun], estimate: str = "gradient") -> np.ndarray:
+    """Activation x slope of every feature on every prompt.
 
     Args:
       split: the model, cut at the dictionary's site.
       runs: from ``split.run``; N prompts in all.
+      estimate: one of ``settings.ESTIMATES``.
 
     Returns:
       fp32 [N, F] in logits; above 0 where removing the feature should lower the logit difference. Attention sinks
@@ -37,13 +50,20 @@ def attribution(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     Raises:
       UserError: it is not finite.
     """
+    backward = "relp" if estimate == "relp" else "gradient"
+    cut = dataclasses.replace(split.cut, config=dataclasses.replace(split.cut.config, backward=backward))
     attribution_NxF = np.zeros((sum(len(run.index_P) for run in runs), _n_features(split)), np.float32)
     for run in runs:
         for first in range(0, len(run.last_B), PROMPTS):
             own = slice(first, first + PROMPTS)
             parts = (run.stream_BxTxD, run.value_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2)
             attribution_BxF = score_features(
-                split.cut, split.graph, split.params, split.state, *split.by_row(*(part[own] for part in parts))
+                cut,
+                split.graph,
+                points(estimate),
+                split.params,
+                split.state,
+                *split.by_row(*(part[own] for part in parts)),
             )
             index_P = run.index_P[own]
             attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
@@ -65,10 +85,11 @@ def _n_features(split: SplitModel) -> int:
     return nnx.merge(split.graph, split.state).config.n_features
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def score_features(
     cut: Cut,
     graph: nnx.GraphDef,
+    points: int,
     params: decoder.Params,
     state: nnx.State,
     stream_BxTxD: jax.Array,
@@ -78,9 +99,18 @@ def score_features(
     answers_Bx2: jax.Array,
 ) -> jax.Array:
     """The program behind ``attribution``, for one batch: [B, F]."""
-    # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-    slope_BxTxD = jax.grad(lambda value: cut.tail(params, stream_BxTxD, value, last_B, answers_Bx2).sum())(value_BxTxD)
     f_BxTxF = active_features(graph, state, value_BxTxD, domain_BxT)
     W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
+
+    def slope(value_BxTxD: jax.Array) -> jax.Array:
+        # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
+        return jax.grad(lambda value: cut.tail(params, stream_BxTxD, value, last_B, answers_Bx2).sum())(value_BxTxD)
+
+    if points == 1:
+        slope_BxTxD = slope(value_BxTxD)
+    else:
+        all_BxTxD = (f_BxTxF @ W_dec_FxD).astype(value_BxTxD.dtype)
+        shares = (jnp.arange(points, dtype=value_BxTxD.dtype) + 0.5) / points
+        slope_BxTxD = jax.lax.map(lambda share: slope(value_BxTxD - share * all_BxTxD), shares).mean(axis=0)
     along_BxTxF = slope_BxTxD.astype(W_dec_FxD.dtype) @ W_dec_FxD.T  # dL/df
     return jax.lax.with_sharding_constraint((f_BxTxF * along_BxTxF).sum(axis=1), sharding(cut.mesh))

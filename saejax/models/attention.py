@@ -13,7 +13,7 @@ from jax import lax
 
 from saejax.models.cache import Cache
 from saejax.models.config import DecoderConfig, Rope
-from saejax.models.layers import Weights, like, norm, project, soft_cap, wide
+from saejax.models.layers import Weights, held, like, norm, project, soft_cap, wide
 
 Extend = Callable[..., Sequence[jax.Array]]  # from own keys and values to those that are attended to
 _BLOCKS, _BLOCKS_FROM = 4, 128  # prompts of at least so many tokens go through attention in so many blocks of queries
@@ -180,6 +180,7 @@ def _mix_block(
     seen = like(reach.seen[..., None, None, :, :], scores)
     scores = jnp.where(jnp.broadcast_to(seen, scores.shape), scores, -jnp.inf)
     # The softmax's division comes after the product with the values, which are fewer than the scores.
+    scores = held(config, scores)
     shares = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     shares_BxNxRxS = shares.astype(v_BxNxSxK.dtype).reshape(scores_BxNxRxS.shape)
     mixed = jnp.einsum("...rs,...sk->...rk", shares_BxNxRxS, v_BxNxSxK, preferred_element_type=dtype)

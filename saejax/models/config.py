@@ -54,6 +54,9 @@ class DecoderConfig:
       embed_scale: factor on the embedding where the stream begins, not where it ends.
       remat: whether a gradient computes each layer again from the stream that enters it, which takes the least
         memory; otherwise the results of matrix products are kept from the forward pass.
+      backward: what differentiation goes by: "gradient", the function itself; "relp", the rules of relevance patching
+        (Jafari et al., 2025, arXiv 2508.21258): the factors of norms and the attention weights are constants, an
+        activation is a constant ratio of its input, and a gated product passes half to each side. Values stay.
     """
 
     family: str
@@ -89,3 +92,4 @@ class DecoderConfig:
     logit_cap: float | None = None
     embed_scale: float = 1.0
     remat: bool = False
+    backward: str = "gradient"

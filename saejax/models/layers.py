@@ -34,7 +34,7 @@ def norm(config: DecoderConfig, weights: Weights, name: str, x: jax.Array, lette
     y, scale = x.astype(wide(x)), weights[f"{name}_{letter}"]
     if config.norm == "layer":
         y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_eps)
+    y = y * held(config, lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_eps))
     if config.norm == "rms":
         y = y.astype(x.dtype)
         return y * like(scale, y)
@@ -49,9 +49,9 @@ def mlp(config: DecoderConfig, weights: Weights, x_BxTxD: jax.Array) -> jax.Arra
     hidden = _wide_project("...td,df->...tf", x_BxTxD, weights["up_DxF"], weights.get("up_bias_F"))
     if config.gated:
         gate = _wide_project("...td,df->...tf", x_BxTxD, weights["gate_DxF"], weights.get("gate_bias_F"))
-        hidden = ACTIVATIONS[config.activation](gate) * hidden
+        hidden = _product(config, _activation(config, gate), hidden)
     else:
-        hidden = ACTIVATIONS[config.activation](hidden)
+        hidden = _activation(config, hidden)
     hidden = hidden.astype(x_BxTxD.dtype)
     down_FxD, down_bias_D = weights["down_FxD"], weights.get("down_bias_D")
     if config.d_mlp % _PIECES or hidden.dtype != jnp.float32:
@@ -63,6 +63,25 @@ def mlp(config: DecoderConfig, weights: Weights, x_BxTxD: jax.Array) -> jax.Arra
     pieces = jnp.einsum("...tpf,pfd->p...td", hidden, down_FxD.reshape(_PIECES, -1, config.d_model))
     out_BxTxD = functools.reduce(jnp.add, [pieces[i] for i in range(_PIECES)])
     return out_BxTxD if down_bias_D is None else out_BxTxD + like(down_bias_D, out_BxTxD)
+
+
+def held(config: DecoderConfig, value: jax.Array) -> jax.Array:
+    """The value, which under the rules of "relp" is a constant to differentiation."""
+    return lax.stop_gradient(value) if config.backward == "relp" else value
+
+
+def _activation(config: DecoderConfig, x: jax.Array) -> jax.Array:
+    y = ACTIVATIONS[config.activation](x)
+    if config.backward == "gradient":
+        return y
+    share = x * lax.stop_gradient(jnp.where(x == 0, 0.0, y / jnp.where(x == 0, 1.0, x)))
+    return lax.stop_gradient(y - share) + share
+
+
+def _product(config: DecoderConfig, a: jax.Array, b: jax.Array) -> jax.Array:
+    if config.backward == "gradient":
+        return a * b
+    return 0.5 * (a * lax.stop_gradient(b) + lax.stop_gradient(a) * b)
 
 
 def project(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -261,6 +261,7 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
             (
                 cut,
                 graph,
+                screening.points(work.estimate),
                 params,
                 state,
                 *values(_by_row, PROMPTS),
@@ -268,7 +269,8 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
                 *ends(PROMPTS),
             ),
             (),
-            3.0 * pass_flops(model, PROMPTS * length, length, above) + 2.0 * PROMPTS * encode,
+            3.0 * screening.points(work.estimate) * pass_flops(model, PROMPTS * length, length, above)
+            + 2.0 * PROMPTS * encode,
         ),
         Program(
             "ablate: features",

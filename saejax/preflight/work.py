@@ -50,6 +50,7 @@ class Work:
       prompts: prompts whose clean run the ablation keeps at once.
       rows: edited prompts per batch of the ablation's tail.
       features: most features in the sets of one ablation.
+      estimate: what ranks features.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Work:
     prompts: int
     rows: int
     features: int
+    estimate: str
 
     @property
     def site(self) -> Site:
@@ -122,6 +124,7 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
         prompts=_kept_prompts(configs["task"], prompt),
         rows=ablate.batch_rows,
         features=min(tested.n_features, ablate.top * (1 + ablate.matches)),
+        estimate=ablate.estimate,
     )
 
 

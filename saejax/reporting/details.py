@@ -60,14 +60,19 @@ def _every(found: Findings, name: str, draw: Draw) -> Picture:
     said = result["importance"]
     top = [item["feature"] for item in result["top"]]
     strongest = set(measured.feature[np.argsort(-measured.drop, kind="stable")[: len(top)]].tolist())
-    fits = [f"{kind} {value:.2f}" for kind, value in said["estimate"].items() if value is not None]
-    figure = figures.estimates(measured.attribution, measured.drop, measured.q_value <= DISCOVERY)
+    used = found.settings()["ablate"]["estimate"]
+    fits = [
+        f"{name} {fit['pearson']:.2f} (of ranks {fit['spearman']:.2f})"
+        for name, fit in said["estimates"].items()
+        if fit["pearson"] is not None
+    ]
+    figure = figures.estimates(getattr(measured, used), measured.drop, measured.q_value <= DISCOVERY, used)
     caption = (
         f"Each of the {said['features']:,} features that fire on the test prompts was removed by itself. "
         f"{said['discoveries']:,} effects are discoveries (sign-flip permutations, q at most {DISCOVERY:g} after "
-        f"Benjamini and Hochberg). Correlation of estimate and effect: {', '.join(fits) or 'not defined'}. Of the "
-        f"{len(top)} features chosen on the train prompts, {len(strongest & set(top))} are among the {len(top)} with "
-        "the largest measured effects. Both axes are linear around zero and logarithmic beyond."
+        f"Benjamini and Hochberg). Correlation of estimates with the effect: {'; '.join(fits) or 'not defined'}. "
+        f"Of the {len(top)} features chosen on the train prompts, {len(strongest & set(top))} are among the {len(top)} "
+        "with the largest measured effects. Both axes are linear around zero and logarithmic beyond."
     )
     return draw(f"every_feature_{name}", figure, caption, f"{behaviour(name)}: estimate against effect. {caption}")
 

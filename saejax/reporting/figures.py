@@ -243,13 +243,14 @@ def single_features(features: Sequence[int], drops: Sequence[Interval], controls
 
 
 @styled
-def estimates(estimate_N: np.ndarray, drop_N: np.ndarray, discovered_N: np.ndarray) -> Figure:
+def estimates(estimate_N: np.ndarray, drop_N: np.ndarray, discovered_N: np.ndarray, name: str) -> Figure:
     """The estimated effect of every feature against its measured one; on the dotted line they are equal.
 
     Args:
       estimate_N: attribution of each of N features, in logits.
       drop_N: by how much the logit difference falls without it.
       discovered_N: bool, whether its effect is a discovery.
+      name: of the estimate.
     """
     figure, (axes,) = panels((3.4,), ("Every feature's effect, estimated and measured",))
     many = len(drop_N) > MANY_POINTS
@@ -264,7 +265,7 @@ def estimates(estimate_N: np.ndarray, drop_N: np.ndarray, discovered_N: np.ndarr
     axes.plot([-reach, reach], [-reach, reach], color=INK, linewidth=1, linestyle=":", zorder=1)
     axes.axhline(0, color=INK, linewidth=0.6)
     axes.axvline(0, color=INK, linewidth=0.6)
-    axes.set(xlabel="estimate: activation x gradient, logits", ylabel="logit difference lost")
+    axes.set(xlabel=f"estimate ({name}), logits", ylabel="logit difference lost")
     decade = 10.0 ** np.floor(np.log10(reach))
     largest = 3 * decade if reach >= 3 * decade else decade
     ticks = [-largest, -largest / 10, 0.0, largest / 10, largest]

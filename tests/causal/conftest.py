@@ -1,6 +1,8 @@
 """A tiny model, prompts, dictionaries at its sites, and a plain fp64 implementation in PyTorch to compare with."""
 
+import contextlib
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -155,18 +157,52 @@ class PlainRun:
         with torch.no_grad():
             return float(self.run(change))
 
-    def attribution(self):
-        """Activation x gradient of every feature, [F]."""
-        kept = []
+    def attribution(self, shares=(0.0,)):
+        """Activation x gradient of every feature, [F]: the mean gradient where such shares of all features are gone."""
+        import torch
 
-        def change(x_1xTxD):
-            kept.append(x_1xTxD.detach().requires_grad_())
-            return kept[0]
+        W_dec_FxD, slopes, clean = np.asarray(self.dictionary.W_dec_FxD[...], np.float64), [], []
+        for share in shares:
+            kept = []
 
-        self.run(change).backward()
-        slope_TxD = kept[0].grad[0].numpy()
-        f_TxF = self.features(kept[0].detach()[0].numpy())
-        return (f_TxF * (slope_TxD @ np.asarray(self.dictionary.W_dec_FxD[...], np.float64).T)).sum(axis=0)
+            def change(x_1xTxD, kept=kept, share=share):
+                clean.append(x_1xTxD.detach()[0].numpy())
+                removed_TxD = share * self.features(clean[0]) @ W_dec_FxD
+                kept.append((x_1xTxD.detach() - torch.from_numpy(removed_TxD)[None]).requires_grad_())
+                return kept[0]
+
+            self.run(change).backward()
+            slopes.append(kept[0].grad[0].numpy())
+        return (self.features(clean[0]) * (np.mean(slopes, axis=0) @ W_dec_FxD.T)).sum(axis=0)
+
+    @contextlib.contextmanager
+    def relevance_rules(self):
+        """Has the model's backward pass go by the rules of relevance patching."""
+        from torch.nn import functional
+
+        def norm(module, x):
+            return module.weight * x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt().detach()
+
+        def mlp(module, x):
+            gate, up = module.gate_proj(x), module.up_proj(x)
+            a = gate * functional.sigmoid(gate).detach()  # SiLU
+            return module.down_proj((a * up.detach() + a.detach() * up) / 2)
+
+        rules = dict(LlamaRMSNorm=norm, LlamaMLP=mlp)
+        ruled = [module for module in self.model.modules() if type(module).__name__ in rules]
+        attention = [layer.self_attn for layer in self.model.model.layers]
+        hooks = [
+            projection.register_forward_hook(lambda module, inputs, output: output.detach())
+            for module in attention
+            for projection in (module.q_proj, module.k_proj)  # the weights of attention depend on nothing else
+        ]
+        for module in ruled:
+            module.forward = functools.partial(rules[type(module).__name__], module)
+        yield
+        for module in ruled:
+            del module.forward
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ class LinearExperiment:
     def attribution(self):
         return self.attribution_F
 
-    def test_attribution(self):
+    def test_attribution(self, estimate):
         return self.attribution_F
 
     def statistics(self):

@@ -59,7 +59,8 @@ def test_the_summary_is_json(found):
     assert summary["discoveries"] == (found.q_value <= 0.05).sum()
     drops = [leader["drop"] for leader in summary["leaders"]]
     assert drops == sorted(drops, reverse=True) and drops[0] == found.drop.max()
-    assert 0.3 < summary["estimate"]["pearson"] <= 1 and 0 < summary["estimate"]["spearman"] <= 1
+    for fit in summary["estimates"].values():
+        assert 0.3 < fit["pearson"] <= 1 and 0 < fit["spearman"] <= 1
 
 
 def test_it_is_read_as_it_was_written(found, tmp_path):
@@ -94,4 +95,4 @@ def test_hardly_any_features(features):
     summary = json.loads(json.dumps(found.summary(5), allow_nan=False))
     assert summary["features"] == len(summary["leaders"]) == features
     if features == 1:
-        assert summary["leaders"][0]["control_percentile"] is None and summary["estimate"]["pearson"] is None
+        assert summary["leaders"][0]["control_percentile"] is None and summary["estimates"]["relp"]["pearson"] is None

@@ -1,13 +1,16 @@
 """Activation x gradient of every feature, against PyTorch's autograd and against the effects it estimates."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.causal import screening
+from saejax.causal import ablation, screening
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.models import language_model
 
 
 @pytest.mark.parametrize("site", ["resid_post.1", "mlp_in.1"])
@@ -42,6 +45,47 @@ def test_attribution_is_the_slope_of_the_effect(tiny, prompts, make_dictionary, 
 
             slope = -(without(3e-3) - without(-3e-3)) / 6e-3
             np.testing.assert_allclose(attribution_NxF[p, feature], slope, rtol=2e-3)
+
+
+@pytest.mark.parametrize("site", ["resid_post.1", "mlp_in.1", "attn_out.2"])
+def test_relevance_goes_by_its_rules(tiny, prompts, make_dictionary, plain, site):
+    dictionary = make_dictionary(site)
+    split = SplitModel(tiny, dictionary)
+    few = prompts[:12]
+    relevance_NxF = screening.attribution(split, split.run(few), "relp")
+    gradient_NxF = screening.attribution(split, split.run(few))
+    for p in range(0, len(few), 4):
+        run = plain(dictionary, few[p])
+        with run.relevance_rules():
+            wanted_F = run.attribution()
+        np.testing.assert_allclose(relevance_NxF[p], wanted_F, atol=1e-4 * np.abs(wanted_F).max())
+        assert np.abs(gradient_NxF[p] - wanted_F).max() > 0.05 * np.abs(wanted_F).max()
+
+
+def test_the_rules_change_no_value(tiny):
+    tokens = tiny.tokenize(["The cat near the dogs"])
+    ruled = dataclasses.replace(tiny.config, backward="relp")
+    plain, again = (
+        language_model.forward(config, (), True, tiny.params, tokens.ids_BxT, tokens.lengths_B)[0]
+        for config in (tiny.config, ruled)
+    )
+    np.testing.assert_allclose(again, plain, atol=2e-6 * np.abs(plain).max())
+
+
+def test_integrated_gradients_are_means_on_the_way_to_no_feature(tiny, prompts, make_dictionary, plain, monkeypatch):
+    dictionary = make_dictionary("resid_post.1")
+    split = SplitModel(tiny, dictionary)
+    few = prompts[:6]
+    integrated_NxF = screening.attribution(split, split.run(few), "integrated")
+    for p in range(0, len(few), 3):
+        wanted_F = plain(dictionary, few[p]).attribution([(step + 0.5) / 10 for step in range(10)])
+        np.testing.assert_allclose(integrated_NxF[p], wanted_F, atol=1e-4 * np.abs(wanted_F).max())
+    # They share out the effect of all features together among the features.
+    every = list(range(dictionary.config.n_features))
+    joint_P = ablation.ablate_sets(split, split.run(few), [every]).drop_SxP[0]
+    monkeypatch.setattr(screening, "STEPS", 100)
+    shared_P = screening.attribution(split, split.run(few), "integrated").sum(axis=1, dtype=np.float64)
+    np.testing.assert_allclose(shared_P, joint_P, atol=2e-3 * np.abs(joint_P).max())
 
 
 def test_leaders_are_positive_and_in_order():

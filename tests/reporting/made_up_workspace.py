@@ -140,7 +140,7 @@ def made_up_importance(rng) -> Importance:
         feature=np.arange(900),
         firing_rate=0.1 * ones_N,
         mean_activation=ones_N,
-        attribution=drop_N + rng.normal(0, 0.02, 900),
+        **{name: drop_N + rng.normal(0, 0.02, 900) for name in settings.ESTIMATES},
         drop=drop_N,
         drop_low=drop_N - 0.02,
         drop_high=drop_N + 0.02,

@@ -69,7 +69,7 @@ def estimates_figure(count=500, scale=0.03):
     rng = np.random.default_rng(0)
     estimate_N = scale * rng.standard_t(2, count)
     drop_N = estimate_N * rng.uniform(0.3, 1.6, count)
-    return figures.estimates(estimate_N, drop_N, np.abs(drop_N) > 2 * scale)
+    return figures.estimates(estimate_N, drop_N, np.abs(drop_N) > 2 * scale, "gradient")
 
 
 DRAWN = [
