@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saejax.dictionaries.stacks import full_name
-from saejax.reporting import figures
+from saejax.reporting import dictionary_figures
 from saejax.reporting.document import Block, Picture, Section, Terms, Text
 from saejax.reporting.findings import Findings
 from saejax.reporting.sections import Draw
@@ -159,7 +159,7 @@ def _frontier(stacks: Mapping[str, Sequence[Scores]], found: Findings, draw: Dra
         f"{kind}: explained variance {_range(members, 'explained_variance', 3)} at L0 {_range(members, 'l0', 0)}."
         for kind, members in found.scores.items()
     )
-    return draw("frontier", figures.frontier(points), caption, f"Explained variance rises with L0. {best}")
+    return draw("frontier", dictionary_figures.frontier(points), caption, f"Explained variance rises with L0. {best}")
 
 
 def _range(members: Sequence[Scores], key: str, digits: int) -> str:
@@ -172,7 +172,7 @@ def _training(found: Findings, draw: Draw) -> Picture:
     band = " Of a stack: the median of its members, and the band between the least and the greatest."
     caption = "Training curves, on training batches; L0 on a logarithmic axis." + (band if found.has_stacks else "")
     alt = f"Explained variance rises with training tokens. On the last batch: {final}"
-    return draw("training", figures.training(found.curves), caption, alt)
+    return draw("training", dictionary_figures.training(found.curves), caption, alt)
 
 
 def _final(curves: Sequence[Mapping[str, Sequence[float]]]) -> str:
@@ -185,7 +185,7 @@ def _density(found: Findings, draw: Draw, dense_above: float) -> Picture:
     mean = " Of a stack: the mean over its members." if found.has_stacks else ""
     return draw(
         "density",
-        figures.density(histograms, dense_above),
+        dictionary_figures.density(histograms, dense_above),
         f"Feature density: how many features fire on what share of held-out tokens.{mean}",
         f"Histogram of the features' firing rates on held-out tokens. {never}",
     )

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
-from saejax.reporting import figures, style
+from saejax.reporting import dictionary_figures, figures, style
 from saejax.settings import KINDS
 
 
@@ -29,12 +29,12 @@ def training_figure(members=1):
         dict(tokens=[1e4, 1e6], explained_variance=[-0.2, 0.9 - 0.1 * i], l0=[3000, 40 * (i + 1)])
         for i in range(members)
     ]
-    return figures.training({"topk": curves, "standard": curves})
+    return dictionary_figures.training({"topk": curves, "standard": curves})
 
 
 def density_figure(edges=(-6, -4, -2, 0), counts=(0, 5, 9)):
     histogram = dict(log10_edges=list(edges), counts=list(counts), never=1234)
-    return figures.density({"topk": [histogram], "standard": [histogram]}, 0.1)
+    return dictionary_figures.density({"topk": [histogram], "standard": [histogram]}, 0.1)
 
 
 def point(l0, explained_variance, ce_recovered):
@@ -46,7 +46,7 @@ SWEEP = [point(16, 0.7, 0.9), point(64, 0.8, 0.97), point(32, 0.75, 0.95), point
 
 def frontier_figure():
     stand_alone = [[point(50.5, -0.3, 0.5)]]
-    return figures.frontier(
+    return dictionary_figures.frontier(
         dict(topk=[SWEEP], standard=[SWEEP[:2], SWEEP[2:]], gated=stand_alone, linear=[[point(0.0, 0.0, None)]])
     )
 
@@ -82,10 +82,10 @@ DRAWN = [
     lambda: ablation_figure([0.0] * 5, 5),  # a control without spread
     features_figure,
     lambda: features_figure(1, None),
-    lambda: figures.training({"topk": []}),
+    lambda: dictionary_figures.training({"topk": []}),
     lambda: training_figure(3),
     frontier_figure,
-    lambda: figures.frontier({kind: [SWEEP] for kind in KINDS}),
+    lambda: dictionary_figures.frontier({kind: [SWEEP] for kind in KINDS}),
     lambda: figures.single_features([3], [interval(0.0, 0.0)], [0.0]),
     estimates_figure,
     lambda: estimates_figure(3, 40.0),
@@ -163,7 +163,7 @@ def test_density_counts_and_axis():
 def test_density_of_a_stack_is_the_mean_bin_by_bin():
     few = dict(log10_edges=[-4, -2, 0], counts=[4, 6], never=10)
     more = dict(log10_edges=[-6, -4, -2, 0], counts=[2, 2, 2], never=20)  # more tokens reach further down
-    (axes,) = figures.density({"topk": [few, more]}, 0.1).axes
+    (axes,) = dictionary_figures.density({"topk": [few, more]}, 0.1).axes
     assert list(axes.patches[0].get_data().values) == [1, 3, 4]
     assert axes.get_legend_handles_labels()[1][0] == "topk, mean of 2 (15 never fire)"
 
