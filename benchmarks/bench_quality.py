@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.saelens_environment import saelens_python
 from saejax.activations.store import Store
-from saejax.dictionaries import Dictionary, load_dictionary
+from saejax.dictionaries import Dictionary, load_dictionary, stacks
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.parallel import make_mesh
 from saejax.reporting import style
@@ -127,7 +127,7 @@ def measure_ours(kind: str, theirs: Sequence[dict], store: Store, args: argparse
     )
     run_stage("train", args, train__kinds=kind, **{f"train__{name}": value for name, value in flags.items()})
     trained = args.folder / "run" / "train" / kind
-    members = read_json(trained / "summary.json")["members"]
+    members = stacks.members(trained)
     found = [
         dict(setting=member["name"]) | scored(load_dictionary(trained / member["name"]), store) for member in members
     ]

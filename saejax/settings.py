@@ -10,6 +10,7 @@ from saejax.config import Config, setting
 
 BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
 BENCHMARKS = ("gsm8k", "math", "logic")
+REPLACEMENTS = ("zero", "mean", "random", "counterpart")
 ESTIMATES = ("gradient", "integrated", "relp")
 KINDS = ("standard", "linear", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 
@@ -351,6 +352,13 @@ class AblateConfig(Config):
         "what ranks the features on train prompts: activation x gradient (gradient), x the mean gradient on the way to "
         "no feature at all (integrated, ten times the work), or x the slope by the rules of relevance patching (relp)",
         choices=ESTIMATES,
+    )
+    replacement: str = setting(
+        "zero",
+        "what stands in place of a removed feature's activation: nothing (zero), its mean over the train prompts "
+        "(mean), its activation at a random other position at which it fires (random), or at the same position of the "
+        "prompt's counterpart (counterpart)",
+        choices=REPLACEMENTS,
     )
     effects: str = setting(
         "top",

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from saejax.causal import ablation, screening, verdict
+from saejax.causal import ablation, activity, screening, verdict
 from saejax.causal.ablation import LogitDiffs
 from saejax.causal.controls import FeatureStatistics
 from saejax.causal.importance import importance_file, measure_importance
+from saejax.causal.replacements import Replacement
 from saejax.causal.split import CleanRun, SplitModel
 from saejax.dictionaries import stacks
 from saejax.errors import Interrupted, UserError
@@ -65,6 +66,7 @@ def run_ablate(run: Run) -> dict:
         dictionary=config.dictionary,
         site=dictionary.site,
         rule=verdict.rule(config),
+        replacement=config.replacement,
         top=config.top,
         draws=config.draws,
         behaviours={name: behaviours[name] for name in by_behaviour},
@@ -102,10 +104,17 @@ class ModelExperiment:
                 "each; run the stage baseline again"
             )
         tick(0, 0)
-        self._runs = split.run(self.test)
+        self._runs, self._train_runs = split.run(self.test), split.run(self._train)
+        counterpart = config.replacement == "counterpart"
+        self._counterparts = split.run_counterparts(self.test) if counterpart else []
+        self._replacement = Replacement(
+            config.replacement,
+            mean_F=activity.means(split, self._train_runs) if config.replacement == "mean" else None,
+            seed=np.uint32(config.seed) if config.replacement == "random" else None,
+        )
 
     def attribution(self) -> np.ndarray:
-        return self._attribution(self._split.run(self._train), self._config.estimate)
+        return self._attribution(self._train_runs, self._config.estimate)
 
     def test_attribution(self, estimate: str) -> np.ndarray:
         return self._attribution(self._runs, estimate)
@@ -116,10 +125,18 @@ class ModelExperiment:
         return attribution_NxF.mean(axis=0, dtype=np.float64)
 
     def statistics(self) -> FeatureStatistics:
-        return ablation.statistics(self._split, self._runs)
+        return activity.statistics(self._split, self._runs)
 
     def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
-        return ablation.ablate_sets(self._split, self._runs, sets, self._config.batch_rows, self._tick)
+        return ablation.ablate_sets(
+            self._split,
+            self._runs,
+            sets,
+            self._config.batch_rows,
+            self._tick,
+            replacement=self._replacement,
+            counterparts=self._counterparts,
+        )
 
 
 def _file(run: Run, behaviour: str, ending: str = ".json") -> Path:

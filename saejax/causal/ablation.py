@@ -2,14 +2,15 @@
 
 Removing the set S from a prompt changes the site's value at every position in the dictionary's domain,
 
-    x'_t = x_t - sum_{i in S} f_{t,i} W_dec_i,
+    x'_t = x_t - sum_{i in S} (f_{t,i} - g_{t,i}) W_dec_i,
 
-where f is computed once, from the clean x; the part of x that the dictionary does not explain (its error
-term), attention sinks and padding stay. One *row* of work is one (set, prompt). What cannot matter is not computed:
+where f is computed once, from the clean x, and g stands in its place (``replacements``; nothing, unless something else
+is asked for). The part of x that the dictionary does not explain (its error term), attention sinks and padding stay.
+One *row* of work is one (set, prompt). What cannot matter is not computed:
 
-- layers below the site, and the prompt's tokens before the first at which a feature of the set fires, are those of the
-  clean run;
-- a row whose set fires nowhere on its prompt is not run: its effect is exactly 0;
+- layers below the site, and the prompt's tokens before the first at which a feature of the set changes, are those of
+  the clean run;
+- a row whose set changes nothing on its prompt is not run: its effect is exactly 0;
 - of the vocabulary's logits, two are.
 
 Rows are sorted by the number of tokens that are left and run in batches of few different shapes.
@@ -26,16 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from saejax.causal.controls import FeatureStatistics
 from saejax.causal.cut import Cut
+from saejax.causal.replacements import Replacement
 from saejax.causal.rows import RowBatch, batches_of, tokens_needed
-from saejax.causal.split import CleanRun, SplitModel, of_features
+from saejax.causal.split import CleanRun, SplitModel, active_features, of_features
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.incremental import Past
 from saejax.parallel import fitting_sharding, sharding
 
 _IN_FLIGHT = 2  # batches that the device works on while the host waits for an earlier one
+ZERO = Replacement()
 _FEATURES = 1024  # most features that are gathered at once, unless one set has more
 
 
@@ -61,41 +63,6 @@ class LogitDiffs:
         return self.clean_P[None, :] - self.ablated_SxP
 
 
-def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics:
-    """How often and how strongly every feature fires on the prompts, at the positions that an ablation changes.
-
-    Raises:
-      UserError: a feature's activation is not finite.
-    """
-    parts = []
-    for run in runs:
-        kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
-        parts.append(_count(split.cut, split.graph, split.state, run.value_BxTxD, run.domain_BxT, kept_B))
-    total = FeatureStatistics.total((int(n), np.asarray(fires_F), np.asarray(sum_F)) for n, fires_F, sum_F in parts)
-    if not np.isfinite(total.sum_F).all():
-        raise UserError(
-            f"feature {int(np.argmin(np.isfinite(total.sum_F)))} has an activation that is not finite: the dictionary "
-            "holds NaN or overflows; train it again"
-        )
-    return total
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _count(
-    cut: Cut, graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    domain_BxT = domain_BxT & kept_B[:, None]
-
-    def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, jax.Array]:
-        fires_PxTxF = nnx.merge(graph, state).fires(f_PxTxF)
-        size_PxTxF = jnp.where(fires_PxTxF, jnp.abs(f_PxTxF), 0.0 * f_PxTxF)  # 0, or NaN where it is NaN
-        return fires_PxTxF.sum(axis=1), size_PxTxF.sum(axis=1)
-
-    fires_BxF, size_BxF = of_features(graph, state, value_BxTxD, domain_BxT, sums)
-    counts = domain_BxT.sum(), fires_BxF.sum(axis=0), size_BxF.sum(axis=0)
-    return jax.lax.with_sharding_constraint(counts, sharding(cut.mesh))
-
-
 def ablate_sets(
     split: SplitModel,
     runs: Sequence[CleanRun],
@@ -103,6 +70,8 @@ def ablate_sets(
     batch_rows: int = 64,
     tick: Callable[[int, int], None] = lambda done, total: None,
     plain: bool = False,
+    replacement: Replacement = ZERO,
+    counterparts: Sequence[CleanRun] = (),
 ) -> LogitDiffs:
     """Removes each set of features from each prompt.
 
@@ -114,6 +83,8 @@ def ablate_sets(
         Split over the mesh's ``data`` axis where that divides them.
       tick: called after each batch with the tokens done and of all, padding included; may raise to stop.
       plain: run every row on all its tokens, as a check of what is left out otherwise.
+      replacement: what stands in the features' place.
+      counterparts: for the replacement ``counterpart``, from ``split.run_counterparts``.
 
     Raises:
       UserError: a logit difference is not finite.
@@ -122,10 +93,11 @@ def ablate_sets(
         raise ValueError("a feature is twice in one set")
     all_sets = [np.asarray(s, np.int64) for s in [*sets, ()]]  # the last is the clean run
     diff_SxP = np.full((len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
-    work = [_work(split, run, all_sets, batch_rows, plain) for run in runs]
+    sources = [Source(run, other, replacement) for run, other in zip(runs, counterparts or runs, strict=True)]
+    work = [_work(split, source, all_sets, batch_rows, plain) for source in sources]
     total = sum(batch.tokens for batches in work for batch in batches)
     rows = done = 0
-    for batch, index_P, device_diff_R in _lagging(_dispatched(split, runs, work, all_sets)):
+    for batch, index_P, device_diff_R in _lagging(_dispatched(split, sources, work, all_sets)):
         diff_R = np.asarray(device_diff_R, np.float64)[: len(batch.set_N)]
         if not np.isfinite(diff_R).all():
             raise UserError(
@@ -140,13 +112,30 @@ def ablate_sets(
     return LogitDiffs(clean_P, ablated_SxP, rows, done)
 
 
-def _work(split: SplitModel, run: CleanRun, sets: Sequence[np.ndarray], batch_rows: int, plain: bool) -> list[RowBatch]:
+class Source(NamedTuple):
+    """Prompts without an edit, their counterparts (or once more themselves), and what stands in place of features."""
+
+    run: CleanRun
+    other: CleanRun
+    replacement: Replacement
+
+    @property
+    def arrays(self) -> tuple[Replacement, list[jax.Array]]:
+        """What the programs take: the replacement; values and domains of the prompts and, if read, the counterparts."""
+        values = [array for run in (self.run, self.other) for array in (run.value_BxTxD, run.domain_BxT)]
+        return self.replacement, values if self.replacement.kind == "counterpart" else values[:2]
+
+
+def _work(
+    split: SplitModel, source: Source, sets: Sequence[np.ndarray], batch_rows: int, plain: bool
+) -> list[RowBatch]:
     """The batches of rows to run on the prompts of one clean run."""
+    run = source.run
     prompts, length = len(run.index_P), run.domain_BxT.shape[1]
     if plain:
         needed_SxP = np.full((len(sets), prompts), length)
     else:
-        first_BxF = np.asarray(first_firing(split.cut, split.graph, split.state, run.value_BxTxD, run.domain_BxT))
+        first_BxF = np.asarray(first_change(split.cut, split.graph, split.state, *source.arrays))
         needed_SxP = tokens_needed(first_BxF[:prompts], run.last_B[:prompts], sets)
         needed_SxP[-1] = 1
     return batches_of(needed_SxP, sets, length, batch_rows, _FEATURES)
@@ -157,24 +146,25 @@ class Bank(NamedTuple):
 
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
-    f_BxTxK: jax.Array
+    removed_BxTxK: jax.Array
     W_dec_KxD: jax.Array
     past: Past
 
 
 def _dispatched(
-    split: SplitModel, runs: Sequence[CleanRun], work: Sequence[Sequence[RowBatch]], sets: Sequence[np.ndarray]
+    split: SplitModel, sources: Sequence[Source], work: Sequence[Sequence[RowBatch]], sets: Sequence[np.ndarray]
 ) -> Iterator[tuple[RowBatch, np.ndarray, jax.Array]]:
     """Starts the tail on all rows; yields each batch with its prompts' places and its rows' logit differences."""
-    for run, batches in zip(runs, work, strict=True):
+    for source, batches in zip(sources, work, strict=True):
+        run = source.run
         past, bank, features_K = split.past(run), None, None
         for batch in batches:
             if features_K is not batch.features_K:
                 features_K = batch.features_K
-                f_BxTxK, W_dec_KxD = gather(
-                    split.cut, split.graph, split.state, run.value_BxTxD, run.domain_BxT, features_K
+                removed_BxTxK, W_dec_KxD = gather(
+                    split.cut, split.graph, split.state, *source.arrays, features_K, len(run.index_P)
                 )
-                bank = Bank(run.stream_BxTxD, run.value_BxTxD, f_BxTxK, W_dec_KxD, past)
+                bank = Bank(run.stream_BxTxD, run.value_BxTxD, removed_BxTxK, W_dec_KxD, past)
             place_R, members_RxK = batch.filled(sets)
             last_R = run.last_B[place_R]
             first_R = np.maximum(last_R - batch.length + 1, 0).astype(np.int32)
@@ -193,17 +183,23 @@ def _lagging(items: Iterable) -> Iterator:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def first_firing(
-    cut: Cut, graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array
+def first_change(
+    cut: Cut, graph: nnx.GraphDef, state: nnx.State, replacement: Replacement, arrays: Sequence[jax.Array]
 ) -> jax.Array:
-    """The first position at which each feature is not 0, int32 [B, F]; T where it always is."""
-    length = domain_BxT.shape[1]
+    """The first position at which removing each feature changes anything, int32 [B, F]; T where it changes nothing.
+
+    Args:
+      arrays: values [B, T, D] and domains [B, T] of the prompts and, for ``counterpart``, of their counterparts.
+    """
+    length = arrays[1].shape[1]
     position_T = jnp.arange(length, dtype=jnp.int32)
 
-    def first(f_PxTxF: jax.Array) -> jax.Array:
-        return jnp.min(jnp.where(f_PxTxF != 0, position_T[None, :, None], jnp.int32(length)), axis=1)
+    def first(f_PxTxF: jax.Array, domain_PxT: jax.Array, *others: jax.Array) -> jax.Array:
+        other_PxTxF = active_features(graph, state, *others) if others else f_PxTxF
+        changes_PxTxF = replacement.changes(f_PxTxF, other_PxTxF, domain_PxT)
+        return jnp.min(jnp.where(changes_PxTxF, position_T[None, :, None], jnp.int32(length)), axis=1)
 
-    first_BxF = of_features(graph, state, value_BxTxD, domain_BxT, first)
+    first_BxF = of_features(graph, state, [*arrays[:2], *arrays[1:]], first)
     return jax.lax.with_sharding_constraint(first_BxF, sharding(cut.mesh))
 
 
@@ -212,14 +208,26 @@ def gather(
     cut: Cut,
     graph: nnx.GraphDef,
     state: nnx.State,
-    value_BxTxD: jax.Array,
-    domain_BxT: jax.Array,
+    replacement: Replacement,
+    arrays: Sequence[jax.Array],
     features_K: jax.Array,
+    prompts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The features' activations [B, T, K] and directions [K, D]."""
-    f_BxTxK = of_features(graph, state, value_BxTxD, domain_BxT, lambda f_PxTxF: f_PxTxF[:, :, features_K])
+    """By how much the features' activations fall [B, T, K], and their directions [K, D].
+
+    Args:
+      arrays: as for ``first_change``.
+      prompts: how many of the B rows are prompts.
+    """
+
+    def chosen(f_PxTxF: jax.Array) -> jax.Array:
+        return f_PxTxF[:, :, features_K]
+
+    f_BxTxK = of_features(graph, state, arrays[:2], chosen)
+    other_BxTxK = of_features(graph, state, arrays[2:], chosen) if arrays[2:] else f_BxTxK
+    removed_BxTxK = replacement.removed(f_BxTxK, other_BxTxK, arrays[1], features_K, prompts)
     W_dec_KxD = nnx.merge(graph, state).W_dec_FxD[...][features_K]
-    return jax.lax.with_sharding_constraint((f_BxTxK, W_dec_KxD), sharding(cut.mesh))
+    return jax.lax.with_sharding_constraint((removed_BxTxK, W_dec_KxD), sharding(cut.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -236,9 +244,9 @@ def run_rows(
 ) -> jax.Array:
     """The rows' logit differences [R], from ``length`` tokens of each, those from position ``first_R`` on."""
     row_Rx1, token_RxT = place_R[:, None], first_R[:, None] + jnp.arange(length)[None, :]
-    stream_RxTxD, value_RxTxD, f_RxTxK = (array[row_Rx1, token_RxT] for array in bank[:3])
-    f_RxTxK = jnp.where(members_RxK[:, None, :], f_RxTxK, jnp.zeros_like(f_RxTxK))
-    removed_RxTxD = jnp.matmul(f_RxTxK, bank.W_dec_KxD, precision="highest")
+    stream_RxTxD, value_RxTxD, removed_RxTxK = (array[row_Rx1, token_RxT] for array in bank[:3])
+    removed_RxTxK = jnp.where(members_RxK[:, None, :], removed_RxTxK, jnp.zeros_like(removed_RxTxK))
+    removed_RxTxD = jnp.matmul(removed_RxTxK, bank.W_dec_KxD, precision="highest")
     edited_RxTxD = (value_RxTxD.astype(removed_RxTxD.dtype) - removed_RxTxD).astype(value_RxTxD.dtype)
     by_row = fitting_sharding(cut.mesh, edited_RxTxD.shape, "data", None, None)
     stream_RxTxD, edited_RxTxD = jax.lax.with_sharding_constraint((stream_RxTxD, edited_RxTxD), by_row)

@@ -107,6 +107,28 @@ class SplitModel:
             runs.append(CleanRun(index_P, stream, value, domain, last_B, answers_Nx2[rows_B]))
         return runs
 
+    def run_counterparts(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
+        """Runs the prompts' counterparts: row by row those of ``run(prompts)``.
+
+        Raises:
+          UserError: a prompt has no counterpart, or one of another number of tokens; and as ``run``.
+        """
+        for prompt in prompts:
+            if not prompt.counterpart:
+                raise UserError(
+                    f"{prompt.behaviour}, prompt {prompt.text!r}, has no counterpart: give it one in --task.prompts, "
+                    "or use another --ablate.replacement"
+                )
+        texts = [prompt.text for prompt in prompts], [prompt.counterpart for prompt in prompts]
+        lengths, others = (self._model.tokenize(side).lengths_B for side in texts)
+        for row in np.flatnonzero(lengths != others)[:1]:
+            raise UserError(
+                f"{prompts[row].behaviour}: {prompts[row].text!r} has {lengths[row]} tokens and its counterpart "
+                f"{prompts[row].counterpart!r} {others[row]}: --ablate.replacement=counterpart takes pairs of one "
+                "length"
+            )
+        return self.run([dataclasses.replace(prompt, text=prompt.counterpart) for prompt in prompts])
+
     def past(self, run: CleanRun) -> Past:
         """Keys and values of the tail's layers in a clean run."""
         chunks = range(0, len(run.last_B), PROMPTS)
@@ -154,20 +176,15 @@ def record(cut: Cut, params: decoder.Params, stream_BxTxD: jax.Array) -> Past:
     return jax.lax.with_sharding_constraint(cut.record(params, stream_BxTxD), sharding(cut.mesh))
 
 
-def of_features(
-    graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array, use: Callable
-) -> Any:
-    """``use(f_PxTxF)`` of ``PROMPTS`` prompts at a time, put together: all features of all prompts take gigabytes.
+def of_features(graph: nnx.GraphDef, state: nnx.State, arrays: Sequence[jax.Array], use: Callable) -> Any:
+    """``use(f_PxTxF, *rest)`` of ``PROMPTS`` prompts at a time, put together: all features of all take gigabytes.
 
     Args:
+      arrays: value [B, T, D] and domain [B, T], and others with B rows, of which ``use`` is given P at a time.
       use: gives arrays with P rows.
     """
-
-    def chunks(array_B: jax.Array) -> jax.Array:
-        return array_B.reshape(-1, PROMPTS, *array_B.shape[1:])
-
-    pairs = chunks(value_BxTxD), chunks(domain_BxT)
-    found = jax.lax.map(lambda pair: use(active_features(graph, state, *pair)), pairs)
+    chunks = [array.reshape(-1, PROMPTS, *array.shape[1:]) for array in arrays]
+    found = jax.lax.map(lambda chunk: use(active_features(graph, state, *chunk[:2]), *chunk[2:]), chunks)
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from saejax.causal import controls, screening
 from saejax.causal.ablation import LogitDiffs
 from saejax.causal.controls import FeatureStatistics
+from saejax.causal.replacements import WORDS
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_mean
 
@@ -42,7 +43,7 @@ def rule(config: AblateConfig) -> str:
         f"Yes if removing the top {config.top} features together lowers accuracy on the test prompts by more than "
         f"{100 * config.min_accuracy_drop:g} percentage points, and the 95 % bootstrap interval of the drop in logit "
         f"difference minus the mean drop of {config.draws} sets of as many matched random features, paired by prompt, "
-        "lies above zero. Otherwise no."
+        f"lies above zero. Otherwise no. When a feature is removed, {WORDS[config.replacement]}."
     )
 
 

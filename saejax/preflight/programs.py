@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from saejax.causal import ablation, screening
 from saejax.causal.cut import Cut
+from saejax.causal.replacements import Replacement
 from saejax.causal.split import PROMPTS, run_head
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table as dictionary_table
@@ -240,6 +241,12 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
     past = _placed(jax.eval_shape(cut.record, params, stream_BxTxD), mesh)
     f_BxTxK = _whole(mesh, (work.prompts, length, k), work.train.state_dtype)
     bank = ablation.Bank(stream_BxTxD, value_BxTxD, f_BxTxK, _whole(mesh, (k, d), work.train.state_dtype), past)
+    sides = [value_BxTxD, domain_BxT] * (2 if work.replacement == "counterpart" else 1)
+    replacement = Replacement(
+        work.replacement,
+        mean_F=jax.ShapeDtypeStruct((f,), jnp.float32) if work.replacement == "mean" else None,
+        seed=jax.ShapeDtypeStruct((), jnp.uint32) if work.replacement == "random" else None,
+    )
     below, above = work.site.layer + 1, model.n_layers - work.site.layer - 1
     encode = 2.0 * length * d * f  # of a prompt
     tail = pass_flops(model, rows * length, length, above)
@@ -276,9 +283,9 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
             "ablate: features",
             f"{work.prompts} prompts, {k} features",
             ablation.gather,
-            (cut, graph, state, value_BxTxD, domain_BxT, _whole(mesh, (k,), jnp.int32)),
+            (cut, graph, state, replacement, sides, _whole(mesh, (k,), jnp.int32), work.prompts),
             params,
-            work.prompts * encode,
+            len(sides) / 2 * work.prompts * encode,
         ),
         Program(
             "ablate: tail",

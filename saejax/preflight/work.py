@@ -51,6 +51,7 @@ class Work:
       rows: edited prompts per batch of the ablation's tail.
       features: most features in the sets of one ablation.
       estimate: what ranks features.
+      replacement: what stands in the place of removed ones.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Work:
     rows: int
     features: int
     estimate: str
+    replacement: str
 
     @property
     def site(self) -> Site:
@@ -125,6 +127,7 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
         rows=ablate.batch_rows,
         features=min(tested.n_features, ablate.top * (1 + ablate.matches)),
         estimate=ablate.estimate,
+        replacement=ablate.replacement,
     )
 
 

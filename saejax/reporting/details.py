@@ -5,23 +5,27 @@ from collections.abc import Mapping
 import numpy as np
 
 from saejax.causal.importance import DISCOVERY
+from saejax.causal.replacements import WORDS
 from saejax.reporting import figures
 from saejax.reporting.document import Block, Code, Picture, Section, Strips, Terms, Text
 from saejax.reporting.findings import Findings
 from saejax.reporting.sections import Draw, behaviour, detail_title, place, prompt_count
 from saejax.reporting.tables import MISSING, Table, interval, number, percent, significant
 
+_SLOPES = dict(gradient="the gradient", integrated="the integrated gradient", relp="the slope (relevance patching)")
 TABLE_ROWS, FIGURE_ROWS = 50, 30  # longest list of features in a table and in a figure
 
 
 def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
     """The top features of each behaviour, one by one, with the contexts of the first ``shown``."""
+    estimate = found.settings()["ablate"]["estimate"]
     intro = (
-        "Features were ranked by attribution: the activation times the gradient of the logit difference, summed over a "
-        "prompt and averaged over the train prompts, an estimate of the effect. The drop is measured: what is lost on "
-        "the test prompts when this feature alone is removed. Features have numbers and no names. Below are the "
-        "contexts of the captured text in which they fire most strongly; colour shows how strongly a feature fires on "
-        "a token, and the maximum is bold and underlined. ↵ is a line break, ␣ a space, � a piece of a character."
+        f"Features were ranked by attribution: the activation times {_SLOPES[estimate]} of the logit difference, "
+        "summed over a prompt and averaged over the train prompts, an estimate of the effect. The drop is measured: "
+        "what is lost on the test prompts when this feature alone is removed. Features have numbers and no names. "
+        "Below are the contexts of the captured text in which they fire most strongly; colour shows how strongly a "
+        "feature fires on a token, and the maximum is bold and underlined. ↵ is a line break, ␣ a space, � a piece of "
+        "a character."
     )
     sections = [Section("The features", (Text(intro),))]
     for name, result in found.ablate["behaviours"].items():
@@ -168,12 +172,14 @@ def limits(found: Findings) -> Section:
         ),
         (
             "Removing is crude",
-            "a feature set to zero can leave the model in a state that no text leads to, and the rest of the model can "
-            "make up for it. What the dictionary fails to rebuild stays in place, so effects through it are not seen.",
+            f"when a feature is removed, {WORDS[found.ablate['replacement']]}. That can leave the model in a state "
+            "that no text leads to, and the rest of the model can make up for it. What the dictionary fails to rebuild "
+            "stays in place, so effects through it are not seen.",
         ),
         (
             "Ranking is an estimate",
-            "activation times gradient is a first-order estimate; features that matter only together can be missed.",
+            f"features were ranked by activation times {_SLOPES[found.settings()['ablate']['estimate']]}, a "
+            "first-order estimate; features that matter only together can be missed.",
         ),
         (
             "The control",

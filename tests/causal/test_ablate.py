@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from saejax.causal import ablate, ablation
+from saejax.causal import ablate, ablation, activity
 from saejax.causal.importance import Importance, importance_file
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary
@@ -90,7 +90,7 @@ def test_every_feature_on_request(make_run, tiny, make_dictionary):
     some = found.feature[:: len(found.feature) // 5]
     drop_SxP = ablation.ablate_sets(split, runs, [[int(feature)] for feature in some]).drop_SxP
     np.testing.assert_allclose(found.drop[np.isin(found.feature, some)], drop_SxP.mean(axis=1), atol=1e-5)
-    assert found.feature.tolist() == np.flatnonzero(ablation.statistics(split, runs).fires_at_all_F).tolist()
+    assert found.feature.tolist() == np.flatnonzero(activity.statistics(split, runs).fires_at_all_F).tolist()
     top = {item["feature"]: item["logit_diff_drop"]["mean"] for item in results["first"]["top"]}
     for feature, drop in zip(found.feature.tolist(), found.drop, strict=True):
         assert drop == pytest.approx(top.get(feature, drop), abs=1e-5)

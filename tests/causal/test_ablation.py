@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saejax import load_model
-from saejax.causal import ablation
+from saejax.causal import ablation, activity
 from saejax.causal import split as split_module
 from saejax.causal.split import PROMPTS, SplitModel
 from saejax.dictionaries import Dictionary
@@ -96,7 +96,7 @@ def test_a_linear_feature_fires_by_size(tiny, prompts, dictionary):
     linear = of_kind(dictionary, "linear")
     split = SplitModel(tiny, linear)
     runs = split.run(prompts)
-    statistics = ablation.statistics(split, runs)
+    statistics = activity.statistics(split, runs)
     rows = []
     for run in runs:
         f_BxTxF, domain_BxT = np.asarray(linear.encode(run.value_BxTxD)), np.asarray(run.domain_BxT)
@@ -201,7 +201,7 @@ def test_statistics_are_those_of_the_positions_that_change(split, runs, dictiona
         f_BxTxF, domain_BxT = np.asarray(dictionary.encode(run.value_BxTxD), np.float64), np.asarray(run.domain_BxT)
         rows += [f_BxTxF[p][domain_BxT[p]] for p in range(len(run.index_P))]
     f_NxF = np.concatenate(rows)
-    statistics = ablation.statistics(split, runs)
+    statistics = activity.statistics(split, runs)
     assert statistics.positions == len(f_NxF)
     np.testing.assert_array_equal(statistics.fires_F, (f_NxF > 0).sum(axis=0))
     np.testing.assert_allclose(statistics.sum_F, f_NxF.sum(axis=0), rtol=1e-5)
@@ -232,8 +232,8 @@ def with_arrays(dictionary, **changes):
 def test_nan_in_the_dictionary(tiny, prompts, dictionary):
     broken = SplitModel(tiny, with_arrays(dictionary, b_enc_F=dictionary.b_enc_F[...].at[7].set(jnp.nan)))
     with pytest.raises(UserError, match="feature 7 has an activation that is not finite"):
-        ablation.statistics(broken, broken.run(prompts))
-    fires = int(np.argmax(ablation.statistics(SplitModel(tiny, dictionary), broken.run(prompts)).fires_F))
+        activity.statistics(broken, broken.run(prompts))
+    fires = int(np.argmax(activity.statistics(SplitModel(tiny, dictionary), broken.run(prompts)).fires_F))
     broken = SplitModel(tiny, with_arrays(dictionary, W_dec_FxD=dictionary.W_dec_FxD[...].at[fires].set(jnp.inf)))
     with pytest.raises(UserError, match="logit difference after an edit at resid_post.1 is not finite"):
         ablation.ablate_sets(broken, broken.run(prompts), [[fires]])

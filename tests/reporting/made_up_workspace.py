@@ -160,6 +160,7 @@ def make_workspace(
     ablate = dict(
         dictionary=f"{kinds[0]}/{members[-1]}".rstrip("/"),
         site="resid_post.15",
+        replacement="zero",
         top=top,
         draws=draws,
         rule="Yes if removing the top 20 features together lowers accuracy by more than 5 percentage points.",

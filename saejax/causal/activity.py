@@ -1,0 +1,62 @@
+"""How often and how strongly features fire on prompts, at the positions that an ablation changes."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from saejax.causal.controls import FeatureStatistics
+from saejax.causal.cut import Cut
+from saejax.causal.split import CleanRun, SplitModel, of_features
+from saejax.errors import UserError
+from saejax.parallel import sharding
+
+
+def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics:
+    """How often and how strongly every feature fires on the prompts of clean runs.
+
+    Raises:
+      UserError: a feature's activation is not finite.
+    """
+    parts = [_counts(split, run)[:3] for run in runs]
+    total = FeatureStatistics.total(parts)
+    if not np.isfinite(total.sum_F).all():
+        raise UserError(
+            f"feature {int(np.argmin(np.isfinite(total.sum_F)))} has an activation that is not finite: the dictionary "
+            "holds NaN or overflows; train it again"
+        )
+    return total
+
+
+def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
+    """Every feature's mean activation over the positions that it could fire at, fp64 [F]; 0 without such positions."""
+    counts = [_counts(split, run) for run in runs]
+    positions, total_F = sum(count[0] for count in counts), sum(count[3] for count in counts)
+    return np.asarray(total_F) / max(positions, 1)
+
+
+def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """Positions, and of each feature: at how many it fires, the sum of its sizes there, the sum of its activations."""
+    kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
+    n, *sums = _count(split.cut, split.graph, split.state, run.value_BxTxD, run.domain_BxT, kept_B)
+    fires_F, size_F, total_F = (np.asarray(array) for array in sums)
+    return int(n), fires_F, size_F, total_F.astype(np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _count(
+    cut: Cut, graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    domain_BxT = domain_BxT & kept_B[:, None]
+
+    def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, ...]:
+        fires_PxTxF = nnx.merge(graph, state).fires(f_PxTxF)
+        size_PxTxF = jnp.where(fires_PxTxF, jnp.abs(f_PxTxF), 0.0 * f_PxTxF)  # 0, or NaN where it is NaN
+        return tuple(array.sum(axis=1) for array in (fires_PxTxF, size_PxTxF, f_PxTxF))
+
+    sums_BxF = of_features(graph, state, (value_BxTxD, domain_BxT), sums)
+    counts = domain_BxT.sum(), *(array.sum(axis=0) for array in sums_BxF)
+    return jax.lax.with_sharding_constraint(counts, sharding(cut.mesh))
