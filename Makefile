@@ -33,8 +33,9 @@ bench-ablate: $(INSTALLED)
 bench-capture: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_capture
 
-# TEXT: files of text to train on, in equal parts.
+# TEXT: .jsonl or .jsonl.gz files of text to train on, in equal parts.
 bench-quality: $(INSTALLED)
+	@test -n "$(TEXT)" || { echo 'name texts: make bench-quality TEXT="FILE.jsonl FILE.jsonl.gz"'; exit 2; }
 	$(BIN)/python -m benchmarks.bench_quality $(addprefix --text=,$(TEXT))
 
 # sae-lens gets an environment of its own in build/saelens, made at the first run.

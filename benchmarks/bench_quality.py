@@ -83,6 +83,15 @@ def run_stage(stage: str, args: argparse.Namespace, **flags: object) -> None:
     )
 
 
+def check_same(args: argparse.Namespace) -> None:
+    """Ends unless what is in the folder was made of the same activations."""
+    made, used = args.folder / "activations.json", read_json(args.folder / "run" / "capture" / "summary.json")
+    if not made.exists():
+        write_json(made, used["fingerprint"])
+    if read_json(made) != used["fingerprint"]:
+        raise SystemExit(f"{args.folder} holds dictionaries trained on other activations: name another --folder")
+
+
 def train_theirs(kind: str, value: float, rate: float, rows: Path, args: argparse.Namespace) -> Path:
     """The folder of sae-lens' dictionary, trained now unless it is there."""
     name = THEIRS[kind][0]
@@ -162,7 +171,13 @@ def frontiers(measured: Mapping[str, Mapping]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, action="append", required=True, help="texts, taken in equal parts")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        required=True,
+        help="a .jsonl or .jsonl.gz file with 'text', or 'question' and 'answer'; several are taken in equal parts",
+    )
     parser.add_argument("--kinds", default=",".join(THEIRS), help="which to compare")
     parser.add_argument("--rates", default="1e-3,3e-4", help="sae-lens' learning rates, of which it gets the best")
     parser.add_argument("--tokens", type=int, default=322_000, help="tokens captured")
@@ -175,6 +190,7 @@ def main() -> None:
     write_text(args.text, args.folder / "text.jsonl", 5 * args.tokens // len(args.text))
     run_stage("capture", args)
     store = Store.open(args.folder / "run" / "capture")
+    check_same(args)
     train_rows, rows = store.rows("train", SITE), args.folder / "rows.npy"
     if not rows.exists():
         np.save(rows, store.read(SITE, train_rows).astype(np.float32))

@@ -59,6 +59,11 @@ def _report_needs(configs: Configs, name: str) -> Sequence[str]:
     return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}")
 
 
+def _asks(configs: Configs) -> bool:
+    """Whether there are behaviours to test."""
+    return bool(configs["task"].behaviours or configs["task"].prompts)
+
+
 def _tested(configs: Configs) -> str:
     """The name of the unit that tests the dictionary "topk", or "topk/k16": it has a folder of its own, "topk-k16"."""
     return configs["ablate"].dictionary.replace("/", "-")
@@ -91,7 +96,7 @@ STAGES = {
         "saejax.activations.capture:run_capture",
         ("model", "corpus", "capture"),
         ("mesh",),
-        needs=lambda configs, name: ("baseline",) if configs["task"].behaviours or configs["task"].prompts else (),
+        needs=lambda configs, name: ("baseline",) if _asks(configs) else (),
         sources=("model", "corpus"),
     ),
     "train": Stage(
@@ -118,7 +123,7 @@ STAGES = {
         ("model", "ablate"),
         ("mesh",),
         needs=lambda configs, name: ("baseline", f"train/{configs['ablate'].dictionary.partition('/')[0]}"),
-        names=lambda configs: (_tested(configs),),
+        names=lambda configs: (_tested(configs),) if _asks(configs) else (),
         sources=("model",),
     ),
     "export": Stage(
@@ -133,6 +138,7 @@ STAGES = {
         "saejax.reporting.report:run_report",
         ("report",),
         needs=_report_needs,
+        names=lambda configs: ("",) if _asks(configs) else (),
     ),
 }
 

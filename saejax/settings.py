@@ -15,6 +15,9 @@ ESTIMATES = ("gradient", "integrated", "relp")
 KINDS = ("standard", "linear", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 
 
+MOST_TOKENS = 2**31 - 1  # that a feature's silence is counted in
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Config):
     """Which language model."""
@@ -244,7 +247,7 @@ class TrainConfig(Config):
         "rate falls; 0: never",
         low=0,
     )
-    dead_tokens: int = setting(100_000, "a feature silent for this many tokens is dead", low=1)
+    dead_tokens: int = setting(100_000, "a feature silent for this many tokens is dead", low=1, high=MOST_TOKENS)
     decorrelation: float = setting(
         0.0, "coefficient of the mean squared covariance between features, on 512 tokens of each batch", low=0.0
     )
@@ -277,7 +280,10 @@ class TrainConfig(Config):
     batch: int = setting(1024, "tokens per step, over all devices", low=1)
     epochs: int = setting(6, "passes over the training tokens", low=1)
     seed: tuple[int, ...] = setting(
-        (123,), "seed of initialisation (or a list); the first is also that of the order of tokens", low=0
+        (123,),
+        "seed of initialisation (or a list); the first is also that of the order of tokens",
+        low=0,
+        high=2**31 - 1,
     )
     matmul: str = setting(
         "float32", "operand dtype of matrix products; sums are in float32", choices=("float32", "bfloat16")
@@ -370,7 +376,9 @@ class AblateConfig(Config):
     matches: int = setting(
         10, "how many nearest features by firing rate and activation size each control is drawn from", low=1
     )
-    seed: int = setting(456, "seed of the control draws and of the bootstrap", low=0)
+    seed: int = setting(
+        456, "seed of the control draws, the bootstrap, the permutations and random replacements", low=0
+    )
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     min_accuracy_drop: float = setting(
         0.05, "verdict: joint ablation must cost more than this share of test accuracy", low=0.0, high=1.0

@@ -20,7 +20,6 @@ from tiny_models import save_tiny_llama, save_tiny_tokenizer
 from saejax.parallel import AXES
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

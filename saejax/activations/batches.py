@@ -15,7 +15,6 @@ import grain
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.errors import UserError
 
 Parts = Sequence[Sequence[str]]
 # Two threads keep two gathers going, which hides the disk; more would take the processor from the training step.
@@ -59,12 +58,11 @@ class BatchOrder:
 class _Batches:
     """Random access to the batches of all epochs; a Grain data source."""
 
-    def __init__(self, store: Store, parts: Parts, batch: int, seed: int, epochs: int, process: int, processes: int):
+    def __init__(self, store: Store, parts: Parts, batch: int, seed: int, epochs: int, own: slice):
         self._store, self._parts = store, parts
         self._rows_R = store.rows("train", *sites_of(parts))
         self._order = BatchOrder(len(self._rows_R), batch, seed, epochs)
-        share = batch // processes
-        self._own = slice(process * share, (process + 1) * share)
+        self._own = own
 
     def __len__(self) -> int:
         return len(self._order)
@@ -91,29 +89,22 @@ def training_batches(
     seed: int,
     epochs: int,
     first_step: int = 0,
-    process: int = 0,
-    processes: int = 1,
+    own: slice = slice(None),
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """The batches of all epochs from a step on, read ahead in threads.
 
     Args:
       store: the store.
       parts: the sites of every part of a batch: of the inputs, and for transcoders of the targets.
-      batch: rows per step, over all processes.
+      batch: rows per step.
       seed: of the order of rows.
       epochs: passes over the training rows, each in another order; every row comes once in each.
       first_step: number of the first batch wanted, from 0.
-      process: which of the processes this is, from 0.
-      processes: how many share each batch, in equal parts.
+      own: which of the rows of each batch are read.
 
     Returns:
-      An iterator over batches: for every part an array [sites, batch / processes, d], of the store's dtype. All
-      sites give the same rows.
-
-    Raises:
-      UserError: the processes do not divide the batch.
+      An iterator over batches: for every part an array [sites, rows, d], of the store's dtype. All sites give the same
+      rows.
     """
-    if batch % processes:
-        raise UserError(f"--train.batch={batch} is not divisible by the {processes} processes: make it a multiple")
-    source = _Batches(store, parts, batch, seed, epochs, process, processes)
+    source = _Batches(store, parts, batch, seed, epochs, own)
     return iter(grain.MapDataset.source(source)[first_step:].to_iter_dataset(_READ_OPTIONS))

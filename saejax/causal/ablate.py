@@ -17,9 +17,10 @@ import numpy as np
 from saejax.causal import ablation, activity, screening, verdict
 from saejax.causal.ablation import LogitDiffs
 from saejax.causal.controls import FeatureStatistics
-from saejax.causal.importance import importance_file, measure_importance
+from saejax.causal.importance import PERMUTATIONS, importance_file, measure_importance
 from saejax.causal.replacements import Replacement
 from saejax.causal.split import CleanRun, SplitModel
+from saejax.causal.statistics import least_p
 from saejax.dictionaries import stacks
 from saejax.errors import Interrupted, UserError
 from saejax.models.language_model import load_model
@@ -147,7 +148,8 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig) 
     results, measured = verdict.judge(experiment.name, experiment, config)
     importance = measure_importance(experiment, config) if config.effects == "all" else None
     if importance:
-        results["importance"] = importance.summary(config.top)
+        least = least_p(len(experiment.test), PERMUTATIONS)
+        results["importance"] = importance.summary(config.top) | dict(least_p=least)
     if not is_first_process():
         return results
     if importance:

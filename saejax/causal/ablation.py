@@ -31,6 +31,7 @@ from saejax.causal.cut import Cut
 from saejax.causal.replacements import Replacement
 from saejax.causal.rows import RowBatch, batches_of, tokens_needed
 from saejax.causal.split import CleanRun, SplitModel, active_features, of_features
+from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.incremental import Past
@@ -38,7 +39,7 @@ from saejax.parallel import fitting_sharding, sharding
 
 _IN_FLIGHT = 2  # batches that the device works on while the host waits for an earlier one
 ZERO = Replacement()
-_FEATURES = 1024  # most features that are gathered at once, unless one set has more
+FEATURES = 1024  # most features that are gathered at once, unless one set has more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +49,15 @@ class LogitDiffs:
     Attributes:
       clean_P: float64, P prompts.
       ablated_SxP: float64, S sets; equal to the clean one, to the last bit, where the set fires nowhere.
-      rows: how many (set, prompt) pairs were run.
+      rounding_P: how far the clean logit difference of each prompt, computed from all of its tokens, is from that
+        computed from the last one: effects of this size are rounding, and all features share it.
+      rows: how many (set, prompt) pairs were run, the clean ones counted once.
       tokens: how many tokens went through the tail, padding included.
     """
 
     clean_P: np.ndarray
     ablated_SxP: np.ndarray
+    rounding_P: np.ndarray
     rows: int
     tokens: int
 
@@ -81,7 +85,8 @@ def ablate_sets(
       sets: feature indices; none twice in a set.
       batch_rows: whole prompts per run of the tail; of rows with few tokens left, as many as have the same tokens.
         Split over the mesh's ``data`` axis where that divides them.
-      tick: called after each batch with the tokens done and of all, padding included; may raise to stop.
+      tick: called at the start and after each batch with the tokens done and of all, padding included; may raise to
+        stop.
       plain: run every row on all its tokens, as a check of what is left out otherwise.
       replacement: what stands in the features' place.
       counterparts: for the replacement ``counterpart``, from ``split.run_counterparts``.
@@ -91,11 +96,12 @@ def ablate_sets(
     """
     if any(len(set(s)) != len(s) for s in sets):
         raise ValueError("a feature is twice in one set")
-    all_sets = [np.asarray(s, np.int64) for s in [*sets, ()]]  # the last is the clean run
+    all_sets = [np.asarray(s, np.int64) for s in [*sets, (), ()]]  # the clean run, from all tokens and from the last
     diff_SxP = np.full((len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
     sources = [Source(run, other, replacement) for run, other in zip(runs, counterparts or runs, strict=True)]
     work = [_work(split, source, all_sets, batch_rows, plain) for source in sources]
     total = sum(batch.tokens for batches in work for batch in batches)
+    tick(0, total)
     rows = done = 0
     for batch, index_P, device_diff_R in _lagging(_dispatched(split, sources, work, all_sets)):
         diff_R = np.asarray(device_diff_R, np.float64)[: len(batch.set_N)]
@@ -105,11 +111,11 @@ def ablate_sets(
                 "holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
             )
         diff_SxP[batch.set_N, index_P[batch.place_N]] = diff_R
-        rows, done = rows + len(batch.set_N), done + batch.tokens
+        rows, done = rows + int((batch.set_N != len(sets)).sum()), done + batch.tokens
         tick(done, total)
     clean_P = diff_SxP[-1]
-    ablated_SxP = np.where(np.isnan(diff_SxP[:-1]), clean_P[None, :], diff_SxP[:-1])
-    return LogitDiffs(clean_P, ablated_SxP, rows, done)
+    ablated_SxP = np.where(np.isnan(diff_SxP[:-2]), clean_P[None, :], diff_SxP[:-2])
+    return LogitDiffs(clean_P, ablated_SxP, np.abs(diff_SxP[-2] - clean_P), rows, done)
 
 
 class Source(NamedTuple):
@@ -137,8 +143,8 @@ def _work(
     else:
         first_BxF = np.asarray(first_change(split.cut, split.graph, split.state, *source.arrays))
         needed_SxP = tokens_needed(first_BxF[:prompts], run.last_B[:prompts], sets)
-        needed_SxP[-1] = 1
-    return batches_of(needed_SxP, sets, length, batch_rows, _FEATURES)
+        needed_SxP[-2], needed_SxP[-1] = run.last_B[:prompts] + 1, 1
+    return batches_of(needed_SxP, sets, length, batch_rows, FEATURES)
 
 
 class Bank(NamedTuple):
@@ -246,7 +252,7 @@ def run_rows(
     row_Rx1, token_RxT = place_R[:, None], first_R[:, None] + jnp.arange(length)[None, :]
     stream_RxTxD, value_RxTxD, removed_RxTxK = (array[row_Rx1, token_RxT] for array in bank[:3])
     removed_RxTxK = jnp.where(members_RxK[:, None, :], removed_RxTxK, jnp.zeros_like(removed_RxTxK))
-    removed_RxTxD = jnp.matmul(removed_RxTxK, bank.W_dec_KxD, precision="highest")
+    removed_RxTxD = matmul(removed_RxTxK, bank.W_dec_KxD)
     edited_RxTxD = (value_RxTxD.astype(removed_RxTxD.dtype) - removed_RxTxD).astype(value_RxTxD.dtype)
     by_row = fitting_sharding(cut.mesh, edited_RxTxD.shape, "data", None, None)
     stream_RxTxD, edited_RxTxD = jax.lax.with_sharding_constraint((stream_RxTxD, edited_RxTxD), by_row)

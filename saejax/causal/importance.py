@@ -28,7 +28,7 @@ from saejax.tasks.scoring import separation
 from saejax.workspace import whole_file
 
 NEAREST = 100  # features that a control percentile is over
-_PERMUTATIONS = 20_000
+PERMUTATIONS = 20_000
 DISCOVERY = 0.05  # largest q-value of a discovery
 
 
@@ -100,9 +100,7 @@ class Importance:
     def save(self, path: Path) -> None:
         """Writes a Parquet table with a column for each attribute."""
         with whole_file(path) as beside:
-            pq.write_table(
-                pa.table({field.name: getattr(self, field.name) for field in dataclasses.fields(self)}), beside
-            )
+            pq.write_table(pa.table(self._columns), beside)
 
     @classmethod
     def load(cls, path: Path) -> "Importance":
@@ -135,8 +133,10 @@ def measure_importance(experiment: Measurable, config: AblateConfig) -> Importan
     feature_N = np.flatnonzero(statistics.fires_at_all_F)
     diffs = experiment.ablate([[feature] for feature in feature_N.tolist()])
     drop_NxP = diffs.drop_SxP
+    # All features share one error of rounding per prompt, which would make many small effects agree.
+    drop_NxP = np.where(np.abs(drop_NxP) > 4 * diffs.rounding_P[None, :], drop_NxP, 0.0)
     low_N, high_N = bootstrap_means(drop_NxP, config.bootstrap, config.seed)
-    p_N = sign_flip_p(drop_NxP, _PERMUTATIONS, config.seed)
+    p_N = sign_flip_p(drop_NxP, PERMUTATIONS, config.seed)
     rate_N, size_N = statistics.firing_rate_F[feature_N], statistics.mean_activation_F[feature_N]
     return Importance(
         feature=feature_N,

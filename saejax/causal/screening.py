@@ -23,6 +23,7 @@ from flax import nnx
 
 from saejax.causal.cut import Cut
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
+from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.parallel import sharding
@@ -109,8 +110,8 @@ def score_features(
     if points == 1:
         slope_BxTxD = slope(value_BxTxD)
     else:
-        all_BxTxD = (f_BxTxF @ W_dec_FxD).astype(value_BxTxD.dtype)
+        all_BxTxD = matmul(f_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
         shares = (jnp.arange(points, dtype=value_BxTxD.dtype) + 0.5) / points
         slope_BxTxD = jax.lax.map(lambda share: slope(value_BxTxD - share * all_BxTxD), shares).mean(axis=0)
-    along_BxTxF = slope_BxTxD.astype(W_dec_FxD.dtype) @ W_dec_FxD.T  # dL/df
+    along_BxTxF = matmul(slope_BxTxD.astype(W_dec_FxD.dtype), W_dec_FxD.T)  # dL/df
     return jax.lax.with_sharding_constraint((f_BxTxF * along_BxTxF).sum(axis=1), sharding(cut.mesh))

@@ -59,6 +59,11 @@ def sign_flip_p(effect_NxP: np.ndarray, draws: int, seed: int) -> np.ndarray:
     return p_N
 
 
+def least_p(prompts: int, draws: int) -> float:
+    """The smallest p-value that ``sign_flip_p`` can give."""
+    return 2.0 ** (1 - prompts) if prompts <= _EXACT else 1 / (1 + draws)
+
+
 def false_discovery_rates(p_N: np.ndarray) -> np.ndarray:
     """Benjamini and Hochberg's q-values [N]: rejecting all q <= 0.05 keeps false discoveries at 5 % on average.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from saejax.dictionaries.matmul import matmul
 from saejax.models.sites import Site
 
 POSITIONS = ("all", "last")
@@ -46,7 +47,7 @@ class FeatureEdit:
         """
         dictionary = nnx.merge(self.graph, self.state)
         f_BxTxK = dictionary.encode(value_BxTxD)[..., self.features_K]
-        change_BxTxD = ((self.factor - 1) * f_BxTxK) @ dictionary.W_dec_FxD[...][self.features_K]
+        change_BxTxD = matmul((self.factor - 1) * f_BxTxK, dictionary.W_dec_FxD[...][self.features_K])
         where_BxT = mask_BxT & dictionary.in_domain(value_BxTxD)
         if self.positions == "last":
             later_BxT = jnp.cumsum(mask_BxT[:, ::-1], axis=1)[:, ::-1]  # real positions from here on

@@ -53,24 +53,33 @@ def tanh_norm_weighted(f_BxF: jax.Array, W_dec_FxD: jax.Array, slope: float = 4.
 def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
     """Mean over pairs i != j of the squared covariance of the activations of features i and j.
 
-    Taken over at most ``tokens`` tokens, spread evenly over the batch, and through the Gram matrix: with Z the centred
+    Taken over at most ``tokens`` tokens, evenly spaced in the batch, and through the Gram matrix: with Z the centred
     activations of n tokens, |Z' Z|^2 = |Z Z'|^2, which costs n^2 F instead of n F^2.
     """
     n_tokens, features = f_BxF.shape
-    f_NxF = f_BxF[:: max(1, n_tokens // tokens)][:tokens]
+    if n_tokens > tokens:
+        f_BxF = f_BxF[np.arange(tokens) * n_tokens // tokens]
+    f_NxF = f_BxF
     centred_NxF = f_NxF - jnp.mean(f_NxF, axis=0, keepdims=True)
     degrees = max(f_NxF.shape[0] - 1, 1)
-    all_pairs = jnp.sum(jnp.square(centred_NxF @ centred_NxF.T)) / degrees**2
+    all_pairs = jnp.sum(jnp.square(matmul(centred_NxF, centred_NxF.T))) / degrees**2
     variance_F = jnp.sum(jnp.square(centred_NxF), axis=0) / degrees
-    return (all_pairs - jnp.sum(jnp.square(variance_F))) / max(features * (features - 1), 1)
+    return (all_pairs - jnp.sum(jnp.square(variance_F))) / float(max(features * (features - 1), 1))
 
 
 def auxk(
-    pre_BxF: jax.Array, dead_F: jax.Array, W_dec_FxD: jax.Array, error_BxD: jax.Array, k: int, operands: str = "float32"
+    pre_BxF: jax.Array,
+    dead_F: jax.Array,
+    W_dec_FxD: jax.Array,
+    error_BxD: jax.Array,
+    k: int,
+    operands: str = "float32",
+    metric_DxD: jax.Array | None = None,
+    any_dead: jax.Array | bool = True,
 ) -> jax.Array:
     """How badly the k strongest dead features explain what the living leave over (after Gao et al., 2024).
 
-    The error is a constant here, so that this moves dead features and no others:
+    The error is a constant here, so that of the features this moves the dead and no others:
 
         min(dead / k, 1) * mean over tokens of |error - sum_i f_i W_dec_i|^2,   f = top-k of the dead pre-activations
 
@@ -80,33 +89,41 @@ def auxk(
       error_BxD: y - y_hat.
       k: how many dead features act on each token, at least 1.
       operands: dtype of the operands of the product.
+      metric_DxD: as for ``squared_error``.
+      any_dead: False if no member of a stack has a dead feature: where members are vectorised, this alone decides
+        whether anything is computed.
     """
-    return _auxk(pre_BxF, W_dec_FxD, dead_F, lax.stop_gradient(error_BxD), k, operands)
+    constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, jnp.asarray(any_dead)
+    return _auxk(pre_BxF, W_dec_FxD, constants, k, operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _auxk(pre_BxF, W_dec_FxD, dead_F, error_BxD, k, operands):
-    return _auxk_and_gradients(pre_BxF, W_dec_FxD, dead_F, error_BxD, k, operands)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _auxk(pre_BxF, W_dec_FxD, constants, k, operands):
+    return _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands)[0]
 
 
-def _auxk_and_gradients(pre_BxF, W_dec_FxD, dead_F, error_BxD, k, operands):
+def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands):
     """Both in one branch: automatic differentiation would hand everything it keeps from one branch to another."""
+    dead_F, error_BxD, metric_DxD, any_dead = constants
     dead = jnp.sum(dead_F)
 
     def explain(pre_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
         f_BxF = sparsity.topk(jnp.where(dead_F[None], pre_BxF, jnp.zeros_like(pre_BxF)), k)
         share = jnp.minimum(dead.astype(pre_BxF.dtype) / k, 1.0)
-        return share * squared_error(error_BxD, matmul(f_BxF, W_dec_FxD, operands))
+        return share * squared_error(error_BxD, matmul(f_BxF, W_dec_FxD, operands), metric_DxD, operands)
 
     def nothing(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         return jnp.zeros((), pre_BxF.dtype), tuple(map(jnp.zeros_like, arrays))
 
-    return lax.cond(dead > 0, jax.value_and_grad(explain, argnums=(0, 1)), nothing, pre_BxF, W_dec_FxD)
+    def own(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return lax.cond(dead > 0, jax.value_and_grad(explain, argnums=(0, 1)), nothing, *arrays)
+
+    return lax.cond(any_dead, own, nothing, pre_BxF, W_dec_FxD)
 
 
 _auxk.defvjp(
     _auxk_and_gradients,
-    lambda k, operands, gradients, cotangent: (*(cotangent * gradient for gradient in gradients), None, None),
+    lambda k, operands, gradients, cotangent: (*(cotangent * gradient for gradient in gradients), None),
 )
 
 
@@ -119,11 +136,13 @@ def dead_pre_activation(
 
 
 def explained_variance(y_BxD: jax.Array, y_hat_BxD: jax.Array) -> jax.Array:
-    """1 - sum of squared errors / sum of squared deviations from the batch mean; a progress figure."""
+    """1 - sum of squared errors / sum of squared deviations from the batch mean; 0 where there are no deviations."""
     deviations_BxD = y_BxD - jnp.mean(y_BxD, axis=0, keepdims=True)
-    return 1 - jnp.sum(jnp.square(y_BxD - y_hat_BxD)) / jnp.sum(jnp.square(deviations_BxD))
+    error, total = jnp.sum(jnp.square(y_BxD - y_hat_BxD)), jnp.sum(jnp.square(deviations_BxD))
+    return jnp.where(total > 0, 1 - error / jnp.where(total > 0, total, 1.0), 0.0)
 
 
 def norms(W_dec_FxD: jax.Array) -> jax.Array:
-    """Length of every feature's direction, [F]."""
-    return jnp.linalg.norm(W_dec_FxD, axis=-1)
+    """Length of every feature's direction, [F]; where it is 0 so is its gradient."""
+    square_F = jnp.sum(jnp.square(W_dec_FxD), axis=-1)
+    return jnp.where(square_F > 0, jnp.sqrt(jnp.where(square_F > 0, square_F, 1.0)), 0.0)

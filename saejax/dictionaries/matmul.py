@@ -19,7 +19,7 @@ def matmul(a_BxK: jax.Array, b_KxN: jax.Array, operands: str = "float32") -> jax
     Args:
       a_BxK: any leading dimensions.
       b_KxN: a matrix.
-      operands: "float32" (the arrays' own dtype) or "bfloat16".
+      operands: "float32" (the arrays' own dtype, to its full precision on every device) or "bfloat16".
     """
     return _product(a_BxK, b_KxN, operands)
 
@@ -27,7 +27,7 @@ def matmul(a_BxK: jax.Array, b_KxN: jax.Array, operands: str = "float32") -> jax
 def _product(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
     if operands == "bfloat16":
         return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-    return jnp.matmul(a, b)
+    return jnp.matmul(a, b, precision="highest")
 
 
 def _forward(a, b, operands):
@@ -66,7 +66,7 @@ def _forward_centred(x_BxK, centre_K, b_KxN, operands):
 
 def _backward_centred(operands, saved, cotangent_BxN):
     to_x_BxK, to_b_KxN = _backward(operands, saved, cotangent_BxN)
-    return to_x_BxK, -(saved[1] @ _rows(cotangent_BxN).sum(0)), to_b_KxN
+    return to_x_BxK, -_product(saved[1], _rows(cotangent_BxN).sum(0), "float32"), to_b_KxN
 
 
 centred_matmul.defvjp(_forward_centred, _backward_centred)

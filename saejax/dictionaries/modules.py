@@ -14,6 +14,7 @@ The kinds differ in ``sparsity``: ``standard`` max(pre, 0); ``linear`` pre itsel
 """
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -191,6 +192,7 @@ class Dictionary(nnx.Module):
           UserError: a feature does not exist, or the positions are unknown.
         """
         one_of(positions, POSITIONS, "positions")
+        features = list(dict.fromkeys(map(operator.index, features)))  # one named twice is not removed twice
         wrong = [i for i in features if not 0 <= i < self.config.n_features]
         if wrong:
             raise UserError(f"features {wrong[:5]} do not exist: there are 0 to {self.config.n_features - 1}")

@@ -13,7 +13,7 @@ from jax import lax
 
 from saejax.models.cache import Cache
 from saejax.models.config import DecoderConfig, Rope
-from saejax.models.layers import Weights, held, like, norm, project, soft_cap, wide
+from saejax.models.layers import Weights, einsum, held, like, norm, project, soft_cap, wide
 
 Extend = Callable[..., Sequence[jax.Array]]  # from own keys and values to those that are attended to
 _BLOCKS, _BLOCKS_FROM = 4, 128  # prompts of at least so many tokens go through attention in so many blocks of queries
@@ -173,9 +173,9 @@ def _mix_block(
     config: DecoderConfig, q_BxNxGxTxK: jax.Array, k_BxNxSxK: jax.Array, v_BxNxSxK: jax.Array, reach: Reach
 ) -> jax.Array:
     """``_mix`` with heads first, in the wide dtype."""
-    shape, dtype = q_BxNxGxTxK.shape, wide(q_BxNxGxTxK)
+    shape = q_BxNxGxTxK.shape
     q_BxNxRxK = q_BxNxGxTxK.reshape(*shape[:-3], -1, shape[-1])  # R = G x T rows
-    scores_BxNxRxS = jnp.einsum("...rk,...sk->...rs", q_BxNxRxK, k_BxNxSxK, preferred_element_type=dtype) * reach.scale
+    scores_BxNxRxS = einsum("...rk,...sk->...rs", q_BxNxRxK, k_BxNxSxK) * reach.scale
     scores = soft_cap(scores_BxNxRxS, config.score_cap).reshape(*shape[:-1], -1)
     seen = like(reach.seen[..., None, None, :, :], scores)
     scores = jnp.where(jnp.broadcast_to(seen, scores.shape), scores, -jnp.inf)
@@ -183,5 +183,5 @@ def _mix_block(
     scores = held(config, scores)
     shares = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     shares_BxNxRxS = shares.astype(v_BxNxSxK.dtype).reshape(scores_BxNxRxS.shape)
-    mixed = jnp.einsum("...rs,...sk->...rk", shares_BxNxRxS, v_BxNxSxK, preferred_element_type=dtype)
+    mixed = einsum("...rs,...sk->...rk", shares_BxNxRxS, v_BxNxSxK)
     return mixed.reshape(shape) / jnp.sum(shares, axis=-1, keepdims=True)

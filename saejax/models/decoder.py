@@ -17,7 +17,7 @@ from jax import lax
 
 from saejax.models.attention import Extend, Reaches, attention, full_reaches
 from saejax.models.config import DecoderConfig
-from saejax.models.layers import like, mlp, norm, soft_cap, wide
+from saejax.models.layers import einsum, like, mlp, norm, soft_cap
 from saejax.models.parameters import LAYERS
 from saejax.models.sites import Site
 
@@ -106,7 +106,7 @@ def unembed(config: DecoderConfig, params: Params, x_BxTxD: jax.Array) -> jax.Ar
     """Final norm and head: logits [B, T, V] in fp32 of the stream leaving the last layer."""
     x_BxTxD = norm(config, params, "final_norm", x_BxTxD)
     name, pattern = ("embed_VxD", "...d,vd->...v") if config.tied else ("unembed_DxV", "...d,dv->...v")
-    logits_BxTxV = jnp.einsum(pattern, x_BxTxD, params[name], preferred_element_type=wide(x_BxTxD))
+    logits_BxTxV = einsum(pattern, x_BxTxD, params[name])
     if config.unembed_bias:
         logits_BxTxV = logits_BxTxV + like(params["unembed_bias_V"], logits_BxTxV)
     return soft_cap(logits_BxTxV, config.logit_cap)

@@ -75,7 +75,7 @@ def _make(folder: Path, origin: str, make: Callable[[Path], None]) -> None:
     try:
         make(beside)
         write_json(beside / MARK, dict(origin=origin, fingerprint=fingerprint(beside)))
-        for path in beside.iterdir():
+        for path in (path for path in beside.rglob("*") if path.is_file()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         os.rename(beside, folder)

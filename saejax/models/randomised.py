@@ -24,7 +24,7 @@ def randomised(folder: Path) -> Path:
       UserError: transformers does not know the architecture, or the cache cannot be written.
     """
     facts = hashlib.sha256()
-    for path in sorted(path for pattern in ("*.json", "*.model", "*.txt") for path in folder.glob(pattern)):
+    for path in sorted(path for pattern in ("*.json", "*.model", "*.txt", "*.jinja") for path in folder.glob(pattern)):
         facts.update(f"{path.name} {file_sha256(path)}\n".encode())
     name = f"random-{_SEED}-{facts.hexdigest()[:16]}-{_MAKING}"
     return made_once(name, f"random weights, seed {_SEED}", lambda target: _draw(folder, target))
@@ -42,7 +42,7 @@ def _draw(folder: Path, target: Path) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-    except (ValueError, KeyError, ImportError) as error:
+    except (ValueError, KeyError, ImportError, OSError) as error:
         raise UserError(f"transformers cannot make a random model of {folder} ({error}): use another model") from error
     try:
         model.save_pretrained(target)

@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from saejax.causal.screening import points
 from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.preflight.costs import head_flops, pass_flops, step_flops
 from saejax.preflight.work import Work
-from saejax.settings import CorpusConfig
+from saejax.settings import ESTIMATES, CorpusConfig, TaskConfig
 from saejax.tasks.benchmark_scores import way
 from saejax.tasks.benchmarks import definition
 from saejax.tasks.corpora import Document
+from saejax.tasks.own_prompts import count_behaviours
 
 _CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
 _PROMPT = 16  # tokens: the behaviours' prompts have 8 to 26
@@ -69,7 +71,7 @@ def stage_seconds(
     kinds, dictionaries = len(work.stacks), work.dictionaries
     rows = recorded_rows(work, documents, tokens, configs["capture"].last)
     steps_rows = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
-    texts = 2 * len(task.behaviours) * (task.train_prompts + task.test_prompts)  # each with its counterpart
+    texts = 2 * _behaviours(task) * (task.train_prompts + task.test_prompts)  # each with its counterpart
     length = min(work.batch[1], -(-tokens // documents))
     deepest = 1 + max(site.layer for site in work.sites)
     flops = dict(
@@ -111,11 +113,23 @@ def _evaluate_flops(work: Work, documents: int) -> float:
     return pass_flops(work.model, tokens, length, layers) + tails * head_flops(work.model, tokens)
 
 
+def _behaviours(task: TaskConfig) -> int:
+    return len(task.behaviours) + count_behaviours(task)
+
+
 def _ablate_flops(work: Work, configs: Mapping[str, Any]) -> float:
-    """The tail, on every test prompt without each of the sets; about one in six fires nowhere and is not run."""
+    """The tail on every test prompt without each of the sets, and its gradient on every train prompt.
+
+    About one row in six changes nothing and is not run. Where every feature is removed by itself, most rows are such:
+    a feature fires on a few per cent of tokens.
+    """
     task, ablate = configs["task"], configs["ablate"]
     sets = 0.85 * (ablate.draws + 4 * ablate.top + 1)  # the top features one by one, each with three of its like
-    tokens = int(len(task.behaviours) * task.test_prompts * sets) * _PROMPT
+    slopes = points(ablate.estimate) * task.train_prompts
+    if ablate.effects == "all":
+        sets += 0.2 * work.tested.n_features
+        slopes += sum(map(points, ESTIMATES)) * task.test_prompts
+    tokens = int(_behaviours(task) * (task.test_prompts * sets + 3 * slopes)) * _PROMPT
     return pass_flops(work.model, tokens, _PROMPT, work.model.n_layers - work.site.layer - 1)
 
 

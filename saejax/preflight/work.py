@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saejax.causal.ablation import FEATURES
 from saejax.causal.split import GROUP_TOKENS, LENGTH_STEP, PROMPTS
 from saejax.dictionaries import DictionaryConfig, stacks
 from saejax.errors import UserError, one_of
@@ -125,7 +126,9 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
         prompt=-(-prompt // LENGTH_STEP) * LENGTH_STEP,
         prompts=_kept_prompts(configs["task"], prompt),
         rows=ablate.batch_rows,
-        features=min(tested.n_features, ablate.top * (1 + ablate.matches)),
+        features=min(
+            tested.n_features, max(ablate.top * (1 + ablate.matches), FEATURES if ablate.effects == "all" else 0)
+        ),
         estimate=ablate.estimate,
         replacement=ablate.replacement,
     )

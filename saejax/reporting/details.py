@@ -29,16 +29,16 @@ def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
     )
     sections = [Section("The features", (Text(intro),))]
     for name, result in found.ablate["behaviours"].items():
+        every = [_every(found, name, draw)] if name in found.importance else []
         if result["top"]:
             strips = [_strips(found, name, item) for item in result["top"][:shown]]
-            every = [_every(found, name, draw)] if name in found.importance else []
             blocks: tuple[Block, ...] = (_singles(name, result, draw), *every, _feature_table(result), *strips)
             sections.append(Section(detail_title(name), blocks, level=3))
         else:
             nothing = Text(
                 "No feature was tested: none has an attribution above zero on the train prompts.", strong=True
             )
-            sections.append(Section(detail_title(name), (nothing,), level=3))
+            sections.append(Section(detail_title(name), (nothing, *every), level=3))
     return sections
 
 
@@ -74,7 +74,8 @@ def _every(found: Findings, name: str, draw: Draw) -> Picture:
     caption = (
         f"Each of the {said['features']:,} features that fire on the test prompts was removed by itself. "
         f"{said['discoveries']:,} effects are discoveries (sign-flip permutations, q at most {DISCOVERY:g} after "
-        f"Benjamini and Hochberg). Correlation of estimates with the effect: {'; '.join(fits) or 'not defined'}. "
+        f"Benjamini and Hochberg; so few prompts allow no p-value below {said['least_p']:.2g}). Correlation of "
+        f"estimates with the effect: {'; '.join(fits) or 'not defined'}. "
         f"Of the {len(top)} features chosen on the train prompts, {len(strongest & set(top))} are among the {len(top)} "
         "with the largest measured effects. Both axes are linear around zero and logarithmic beyond."
     )
@@ -192,7 +193,8 @@ def limits(found: Findings) -> Section:
             "which holds the behaviours' train prompts besides the corpus.",
         ),
     ]
-    if not found.settings()["corpus"]["path"]:
+    settings = found.settings()
+    if not settings["corpus"]["path"] and settings["model"]["path"] == "smollm2":
         easy = (
             "the embedded corpus was sampled from SmolLM2-135M-Instruct, so it is text that this model finds easy: "
             "explained variance and cross-entropy recovered do not compare with those on other corpora."

@@ -217,8 +217,8 @@ def _baseline_table(scores_of: Mapping[str, Mapping]) -> Table:
     note = (
         "Accuracy: the correct answer's first token has a higher logit than the wrong one's. Logit difference: correct "
         "minus wrong, at the prompt's last token. Separation: its mean over its standard deviation. Top-1: the correct "
-        "token has the highest logit of all. Features are chosen on train prompts and judged on test prompts, which "
-        "share no content with them. Square brackets: 95 % bootstrap intervals over prompts."
+        "token has the highest logit of all. Features are chosen on train prompts and judged on test prompts, which in "
+        "the built-in behaviours share no content with them. Square brackets: 95 % bootstrap intervals over prompts."
     )
     columns = ("Behaviour", "Accuracy, %", "Logit difference", "Separation", "Top-1, %", "Prompts")
     return Table("The behaviours before anything is removed", columns, rows, stack=False, note=note)

@@ -110,11 +110,13 @@ def read_prompts(path: Path) -> list[Prompt]:
       UserError: the file is missing, or a line is not a prompt; the message names the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # other line separators are part of a text
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run the stage baseline first") from None
     prompts = []
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
             fields = {key: value for key, value in json.loads(line).items() if key not in SCORES}
             prompts.append(Prompt(**fields | dict(items=tuple(fields["items"]))))

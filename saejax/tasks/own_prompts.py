@@ -4,7 +4,7 @@
 
 "counterpart" (the same text with other content, to which the wrong answer is the better one) and "split" may be left
 out. Of a behaviour whose lines have no split, train and test prompts are drawn at random, as many as were asked for.
-That the two splits share no content is up to the user.
+No text stands in a behaviour twice; that the two splits share no content beyond that is up to the user.
 """
 
 import hashlib
@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.settings import TaskConfig
+from saejax.settings import BEHAVIOURS, TaskConfig
 from saejax.tasks.behaviours import SPLITS, Prompt, check_answers
 from saejax.tasks.files import decode, json_lines, read_bytes, shown
 
 _FLAG = "--task.prompts"
+_TAKEN = (*BEHAVIOURS, "started", "summary")  # behaviours of our own, and files of every stage
 _NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split")
 _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}'
 
@@ -34,24 +35,38 @@ def read_own_prompts(task: TaskConfig, first_token: Callable[[str], int]) -> dic
       first_token: the id of an answer's first token, such as ``LanguageModel.token_id``.
 
     Raises:
-      UserError: the file cannot be read, a line is not such a prompt, a behaviour has too few of them, only some of
-        its lines have a split, it bears the name of one in ``task.behaviours``, or two answers begin alike.
+      UserError: the file cannot be read, a line is no such prompt or repeats another, a behaviour has too few of them
+        or a name that is taken, only some of its lines have a split, or two answers begin alike.
     """
     if not task.prompts:
         return {}
     path = Path(task.prompts)
     lines: dict[str, list[dict[str, str]]] = {}
+    texts = set()
     for number, record in json_lines(decode(_content(path), path), path, _EXAMPLE):
         fields = _checked(record, f"{path}, line {number}")
+        text = fields["behaviour"], fields["text"]
+        if text in texts:
+            raise UserError(f"{path}, line {number} has the text of an earlier line of {text[0]!r}: remove one of them")
+        texts.add(text)
         lines.setdefault(fields["behaviour"], []).append(fields)
     if not lines:
         raise UserError(f"{_FLAG}={path} holds no prompts: expected lines such as {_EXAMPLE}")
-    for name in sorted(set(lines) & set(task.behaviours)):
-        raise UserError(f"{path} has a behaviour {name!r}, as --task.behaviours has: rename it, or leave the other out")
     prompts = {name: _prompts(name, found, task, path) for name, found in lines.items()}
     for prompt in (prompt for drawn in prompts.values() for prompt in drawn):
         check_answers(prompt, first_token, f"take it out of {path}, or give other answers")
     return prompts
+
+
+def count_behaviours(task: TaskConfig) -> int:
+    """How many behaviours the file has; 0 if none is named.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    path = Path(task.prompts)
+    lines = json_lines(decode(_content(path), path), path, _EXAMPLE) if task.prompts else ()
+    return len({record.get("behaviour") for _, record in lines if isinstance(record, dict)})
 
 
 def identity(task: TaskConfig) -> str:
@@ -77,6 +92,10 @@ def _checked(record: Any, where: str) -> dict[str, str]:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", record["behaviour"]):
         raise UserError(
             f"{where}: the behaviour {shown(record['behaviour'])} names files: use letters, digits, _ and -"
+        )
+    if record["behaviour"].lower() in _TAKEN:
+        raise UserError(
+            f"{where}: the name {shown(record['behaviour'])} is taken: expected none of {', '.join(_TAKEN)}"
         )
     if record.get("split", "train") not in SPLITS:
         raise UserError(f"{where}: 'split' is {shown(record['split'])}: expected train or test")

@@ -94,9 +94,10 @@ def _lengths(trainer: Trainer, dictionary: Dictionary) -> Dictionary:
     name = f"--train.init_from={trainer.config.init_from}"
     length_F = np.linalg.norm(np.asarray(dictionary.W_dec_FxD[...], np.float64), axis=1)
     if not length_F.all():
+        remedy = "give them directions" if trainer.dictionary.k else "use --train.decoder_norm=free"
         raise UserError(
             f"{name}: {np.sum(length_F == 0)} decoder rows are zero, such as {np.argmin(length_F)}, and training keeps "
-            "them at length 1: use --train.decoder_norm=free"
+            f"them at length 1: {remedy}"
         )
     try:
         return folding.unit_decoder(dictionary)

@@ -53,20 +53,38 @@ class Streamed:
 
     Args:
       trainer: gives the step.
-      batches: this process's rows of each batch, arrays [sites, batch / processes, d], from the first step wanted on.
+      batches: of each batch the rows ``own_rows``, arrays [sites, rows, d], from the first step wanted on.
     """
 
     mode = "streamed"
 
     def __init__(self, trainer: Trainer, batches: Iterable[tuple[np.ndarray, ...]]):
         self._trainer, self._batches = trainer, iter(batches)
+        self._first = own_rows(trainer).start
 
     def advance(self, state: TrainState, step: int, last: int) -> tuple[TrainState, Arrays, int]:
         """One step, as ``Input.advance`` says."""
-        where, batch = self._trainer.batch_sharding, next(self._batches)
-        on_devices = tuple(jax.make_array_from_process_local_data(where, part) for part in batch)
-        state, metrics = self._trainer.step(state, on_devices)
+        state, metrics = self._trainer.step(state, tuple(self._placed(part) for part in next(self._batches)))
         return state, metrics, 1
+
+    def _placed(self, part_SxRxD: np.ndarray) -> jax.Array:
+        """The whole batch on the devices, of which this process gives what its own hold."""
+        batch, first = self._trainer.config.batch, self._first
+
+        def held(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[1].indices(batch)
+            return part_SxRxD[index[0], start - first : stop - first, index[2]]
+
+        shape = (part_SxRxD.shape[0], batch, part_SxRxD.shape[2])
+        return jax.make_array_from_callback(shape, self._trainer.batch_sharding, held)
+
+
+def own_rows(trainer: Trainer) -> slice:
+    """The rows of each batch that this process's devices hold, and what lies between."""
+    batch, where = trainer.config.batch, trainer.batch_sharding
+    held = where.addressable_devices_indices_map((len(trainer.sites), batch, 1)).values()
+    ends = [index[1].indices(batch) for index in held if index]
+    return slice(min(start for start, _, _ in ends), max(stop for _, stop, _ in ends))
 
 
 class Resident:
@@ -161,7 +179,7 @@ def make_input(
             f"{free / 1e9:.2f} GB are free: use --train.input=streamed, or more devices on --mesh.data"
         )
     if mode == "streamed":
-        order = (config.seed[0], config.epochs, first_step, jax.process_index(), jax.process_count())
+        order = (config.seed[0], config.epochs, first_step, own_rows(trainer))
         return Streamed(trainer, training_batches(store, parts, config.batch, *order))
     say(f"activations are resident: {needed / 1e9:.3f} GB on each device of {free / 1e9:.1f} GB free")
     held = tuple(placed(trainer, store, part, rows_R) for part in parts)

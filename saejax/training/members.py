@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.models.sites import ModuleSite
 from saejax.settings import TrainConfig
 
 SWEPT = {
@@ -136,7 +137,7 @@ def members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member
             }
             settings |= depth_l1.get(site, {})
             parts = [site] if len(sites) > 1 else []
-            parts += [f"{name}{own[name]:g}" for name in swept]
+            parts += [f"{name}{own[name]}" if name == "seed" else f"{name}{own[name]:g}" for name in swept]
             made.append(Member("-".join(parts), site, _target(config, site), **settings))
     names_made = [member.name for member in made]
     if len(set(names_made)) < len(made):
@@ -159,6 +160,9 @@ def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[s
         return {}
     if len(config.l1_by_depth) != 3 or len(config.l1) > 1:
         raise UserError("--train.l1_by_depth takes three values (early, middle, late), and no list in --train.l1")
+    for site in sites:
+        if ModuleSite.names(site):
+            raise UserError(f"--train.l1_by_depth goes by layers, and {site} does not say its own: use --train.l1")
     layers = sorted({int(site.rpartition(".")[2]) for site in sites})
     third = {layer: min(3 * place // len(layers), 2) for place, layer in enumerate(layers)}
     return {site: dict(l1=config.l1_by_depth[third[int(site.rpartition(".")[2])]]) for site in sites}

@@ -40,7 +40,14 @@ class Objective:
     steps: int
 
     def __call__(
-        self, params: Arrays, x_BxD: jax.Array, y_BxD: jax.Array, hyper: Hyper, step: jax.Array, dead_F: jax.Array
+        self,
+        params: Arrays,
+        x_BxD: jax.Array,
+        y_BxD: jax.Array,
+        hyper: Hyper,
+        step: jax.Array,
+        dead_F: jax.Array,
+        any_dead: jax.Array | bool = True,
     ) -> tuple[jax.Array, tuple[Arrays, jax.Array, jax.Array]]:
         """The loss of one member.
 
@@ -50,6 +57,7 @@ class Objective:
           hyper: its own settings, scalars.
           step: steps done.
           dead_F: True for features that have been silent for too long.
+          any_dead: False if no member of the stack has any.
 
         Returns:
           The loss, and (metrics, whether each feature fired on any token, the smallest activation that was kept).
@@ -69,13 +77,14 @@ class Objective:
         if penalty is not None:
             parts["sparsity"] = penalty * schedules.rising(config, self.steps, step)
         if self.dictionary.kind == "gated":
-            parts["gate_error"] = self._gate_error(member, pre_BxF, x_BxD, y_BxD)
+            parts["gate_error"] = self._gate_error(member, pre_BxF, x_BxD, y_BxD, hyper.metric_DxD)
         if config.dead_pre_activation and self.dictionary.kind == "jumprelu":
             pull = losses.dead_pre_activation(pre_BxF, params["threshold_F"], dead_F, W_dec_FxD)
             parts["dead_pre_activation"] = config.dead_pre_activation * pull
         if config.auxk:
-            k = min(config.auxk_features or self.dictionary.d_in // 2, self.dictionary.n_features)
-            aux = losses.auxk(pre_BxF, dead_F, W_dec_FxD, y_BxD - y_hat_BxD, k, config.matmul)
+            k = config.auxk_features or max(self.dictionary.d_in // 2, 1)
+            error_BxD = y_BxD - y_hat_BxD
+            aux = losses.auxk(pre_BxF, dead_F, W_dec_FxD, error_BxD, k, config.matmul, hyper.metric_DxD, any_dead)
             parts["auxk"] = config.auxk * aux
         if config.decorrelation:
             parts["decorrelation"] = config.decorrelation * losses.decorrelation(f_BxF)
@@ -146,10 +155,17 @@ class Objective:
             l0 = jnp.square(l0 / hyper.target_l0 - 1)
         return hyper.l0_coefficient * l0
 
-    def _gate_error(self, member: Dictionary, pre_BxF: jax.Array, x_BxD: jax.Array, y_BxD: jax.Array) -> jax.Array:
+    def _gate_error(
+        self,
+        member: Dictionary,
+        pre_BxF: jax.Array,
+        x_BxD: jax.Array,
+        y_BxD: jax.Array,
+        metric_DxD: jax.Array | None,
+    ) -> jax.Array:
         """Squared error of what the open gates alone would rebuild; the decoder is a constant here."""
         W_dec_FxD, b_dec_D = (lax.stop_gradient(member.arrays[name]) for name in ("W_dec_FxD", "b_dec_D"))
         y_hat_BxD = matmul(sparsity.relu(pre_BxF), W_dec_FxD, self.config.matmul) + row(b_dec_D, 2)
         if self.dictionary.skip:
             y_hat_BxD += matmul(x_BxD, lax.stop_gradient(member.W_skip_DxD[...]), self.config.matmul)
-        return losses.squared_error(y_BxD, y_hat_BxD)
+        return losses.squared_error(y_BxD, y_hat_BxD, metric_DxD, self.config.matmul)

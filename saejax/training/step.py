@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.parallel import fitting_sharding, sharding
-from saejax.settings import TrainConfig
+from saejax.settings import MOST_TOKENS, TrainConfig
 from saejax.training import resampling, schedules
 from saejax.training.finish import finished
 from saejax.training.members import Hyper, Member, SiteScale
@@ -100,50 +101,58 @@ class Trainer:
 
     def pure_step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
         """``step`` before it is compiled, for programs of many steps."""
-        after, metrics = self._each_member(self._member_step, state, hyper, raw)
+        any_dead = jnp.any(state.silent_MxF >= self.config.dead_tokens)
+        after, metrics = self._each_member(self._member_step, state, hyper, raw, any_dead)
         if self.config.resample_every:
             now = resampling.due(self.config, self._steps, after.step_M[0])
             resample = functools.partial(self._each_member, self._resample, hyper=hyper, raw=raw)
             after = lax.cond(now, resample, lambda state: state, after)
         return after, metrics
 
-    def _each_member(self, apply: Any, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> Any:
-        """``apply(state, hyper, inputs, targets)``, both scaled, for each member."""
+    def _each_member(
+        self, apply: Any, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...], *same: jax.Array
+    ) -> Any:
+        """``apply(state, hyper, inputs, targets, *same)``, both scaled, for each member."""
         raw = tuple(values_SxBxD.astype(self.config.state_dtype) for values_SxBxD in raw)
+        count = len(same)
 
         def one(own: Any, *shared: jax.Array) -> Any:
-            state, hyper, values = own
+            (state, hyper, values), same, shared = own, shared[:count], shared[count:]
             if values is None:
                 values = [lax.dynamic_index_in_dim(values_SxBxD, hyper.site, keepdims=False) for values_SxBxD in shared]
             x_BxD = values[0] * hyper.input_scale
             y_BxD = values[1] * hyper.output_scale if len(values) > 1 else x_BxD
-            return apply(state, hyper, x_BxD, y_BxD)
+            return apply(state, hyper, x_BxD, y_BxD, *same)
 
         if len(self.sites) == len(self.members):  # each member has its own values, on its own devices
-            return over_members(one, (state, hyper, raw), (), self.mesh)
-        return over_members(one, (state, hyper, None), raw, self.mesh)
+            return over_members(one, (state, hyper, raw), same, self.mesh)
+        return over_members(one, (state, hyper, None), (*same, *raw), self.mesh)
 
     def _resample(self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array) -> TrainState:
         y_hat_BxD = self._objective.reconstruction(state.params, x_BxD, hyper)
         return resampling.resampled(self.config, self.dictionary, state, hyper, x_BxD, y_BxD, y_hat_BxD)
 
     def _member_step(
-        self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array
+        self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array, any_dead: jax.Array
     ) -> tuple[TrainState, Arrays]:
         """The step of one member; the state's arrays have no member axis here."""
         config = self.config
         dead_F = state.silent_MxF >= config.dead_tokens
         gradient = jax.grad(self._objective, has_aux=True)
-        grads, (metrics, fired_F, smallest) = gradient(state.params, x_BxD, y_BxD, hyper, state.step_M, dead_F)
+        grads, (metrics, fired_F, smallest) = gradient(
+            state.params, x_BxD, y_BxD, hyper, state.step_M, dead_F, any_dead
+        )
         grads = projected(config, grads, state.params)
         updates, optimizer = self._optimizer.update(grads, state.optimizer, state.params)
         rate = hyper.learning_rate * schedules.learning_rate(config, self._steps, state.step_M).astype(x_BxD.dtype)
         params = {name: value - rate * updates[name] for name, value in state.params.items()}
         params = constrained(config, self.dictionary, params, state.params)
-        silent_F = jnp.where(fired_F, 0, state.silent_MxF + x_BxD.shape[0])
+        longest = MOST_TOKENS - x_BxD.shape[0]  # the count stops there
+        silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + x_BxD.shape[0])
         mean = state.kept_M + config.threshold_rate * (smallest - state.kept_M)
         kept = jnp.where(state.step_M == 0, smallest, mean)
-        metrics |= dict(learning_rate=rate, dead=jnp.mean(dead_F.astype(jnp.float32)))
+        norm = optax.global_norm(grads)  # what is not finite here would be in the next state
+        metrics |= dict(learning_rate=rate, gradient_norm=norm, dead=jnp.mean(dead_F.astype(jnp.float32)))
         return TrainState(params, optimizer, silent_F, kept, state.step_M + 1), metrics
 
 

@@ -17,7 +17,7 @@ from saejax.dictionaries.formats import own
 from saejax.errors import UserError, one_of
 from saejax.models.sites import KINDS as SITE_KINDS
 from saejax.parallel import describe, is_first_process, make_mesh, sharding
-from saejax.settings import TrainConfig
+from saejax.settings import MOST_TOKENS, TrainConfig
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.initial import state_from_dictionary
 from saejax.training.inputs import Input, make_input
@@ -38,6 +38,10 @@ def run_train(run: Run) -> dict:
     was not.
     """
     config: TrainConfig = run.configs["train"]
+    if config.state_dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UserError(
+            "--train.state_dtype=float64 needs the variable JAX_ENABLE_X64=1: without it JAX has no float64"
+        )
     stored = Store.open(run.inputs["capture"]) if config.source == "store" else None
     stack = members(config, run.name, chosen_sites(config, stored.sites) if stored else named_sites(config))
     mesh, parts = make_mesh(run.configs["mesh"]), batch_parts(stack)
@@ -50,7 +54,7 @@ def run_train(run: Run) -> dict:
     with Checkpoints(run.folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
         state, metrics = _train(run, trainer, store, parts, steps, checkpoints)
         best_step = checkpoints.best_step
-    silent_for = per_epoch * config.batch
+    silent_for = min(min(per_epoch, steps) * config.batch, MOST_TOKENS)
     silent = jax.jit(lambda silent_MxF: jnp.mean(silent_MxF >= silent_for, axis=1), out_shardings=sharding(mesh))
     results = _member_results(trainer, metrics, np.asarray(silent(state.silent_MxF)))
     for index, member in enumerate(stack):
@@ -188,6 +192,10 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
     k = max(member.k for member in stack) if kind in ("topk", "batchtopk", "matryoshka") else 0
     if k > features:
         raise UserError(f"--train.k={k} is more than the {features} features: lower it")
+    if config.auxk and config.auxk_features > features:
+        raise UserError(f"--train.auxk_features={config.auxk_features} is more than the {features} features: lower it")
+    if kind == "linear" and config.decoder_norm == "free":
+        raise UserError("--train.decoder_norm=free leaves open what --train.fires_above is compared with: use unit")
     if k and config.decoder_norm == "free":
         raise UserError(f"--train.decoder_norm=free has no penalty to hold it in a {kind} dictionary: use unit")
     if config.resample_every and config.freeze != "none":

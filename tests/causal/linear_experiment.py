@@ -39,4 +39,5 @@ class LinearExperiment:
 
     def ablate(self, sets):
         drop_SxP = np.array([self.drop(s) for s in sets]).reshape(len(sets), len(self.f_PxF))
-        return LogitDiffs(self.clean(), self.clean()[None, :] - drop_SxP, drop_SxP.size, drop_SxP.size)
+        nothing_P = np.zeros(len(self.f_PxF))
+        return LogitDiffs(self.clean(), self.clean()[None, :] - drop_SxP, nothing_P, drop_SxP.size, drop_SxP.size)

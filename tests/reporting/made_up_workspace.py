@@ -179,7 +179,7 @@ def make_workspace(
             kind=kind, members=[made_up_member(kind, name, place) for place, name in enumerate(members)]
         )
     importance = made_up_importance(rng)
-    ablate["behaviours"][NAMES[0]]["importance"] = importance.summary(top)
+    ablate["behaviours"][NAMES[0]]["importance"] = importance.summary(top) | dict(least_p=2e-6)
     results[f"ablate/{kinds[0]}"] = ablate
     groups = dict(
         baseline=("model", "task"),

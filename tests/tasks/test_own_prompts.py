@@ -8,7 +8,8 @@ import pytest
 
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
-from saejax.tasks.own_prompts import identity, read_own_prompts
+from saejax.tasks.behaviours import read_prompts, write_prompts
+from saejax.tasks.own_prompts import count_behaviours, identity, read_own_prompts
 
 LINES = [
     dict(behaviour="plural", text=f"{number}", correct=" cats", wrong=" dogs", counterpart="One")
@@ -58,6 +59,19 @@ def test_a_counterpart_may_be_missing(read):
     assert prompt.counterpart == prompt.counterpart_correct == ""
 
 
+def test_how_many_behaviours(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps(dict(LINES[0], behaviour=name)) for name in ("a", "b", "a")))
+    assert count_behaviours(TaskConfig(prompts=str(path))) == 2 and count_behaviours(TaskConfig()) == 0
+
+
+def test_a_text_may_hold_any_separator(read, tmp_path):
+    lines = [dict(line, text=f"a\u2028b\x85 {line['text']}") for line in LINES]
+    prompts = read(lines)["plural"]
+    write_prompts(tmp_path / "prompts.jsonl", prompts)
+    assert read_prompts(tmp_path / "prompts.jsonl") == prompts
+
+
 def test_the_identity_is_of_the_content(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text(json.dumps(LINES[0]))
@@ -81,7 +95,9 @@ def test_the_identity_is_of_the_content(tmp_path):
         ([SPLIT[0], *LINES[1:]], {}, "only some prompts of 'plural' have a 'split'"),
         (SPLIT[1:], {}, "has 1 test prompts of 'plural': expected at least 2"),
         (LINES[:4], {}, "has 4 prompts of 'plural', but 3 train and 2 test prompts were asked for"),
-        ([line | dict(behaviour="capital") for line in LINES], {}, "has a behaviour 'capital', as --task.behaviours"),
+        ([line | dict(behaviour="Capital") for line in LINES], {}, 'the name "Capital" is taken'),
+        ([line | dict(behaviour="summary") for line in LINES], {}, 'the name "summary" is taken'),
+        ([*LINES, LINES[2]], {}, "line 7 has the text of an earlier line of 'plural'"),
         ([line | dict(wrong=" cows") for line in LINES], {}, "begin with the same token of this model: take it out of"),
     ],
 )

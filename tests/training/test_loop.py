@@ -89,6 +89,27 @@ def test_restoring_onto_another_mesh_goes_on_from_the_same_state(tmp_path):
     assert state.params["W_enc_DxF"].sharding.shard_shape((1, D, 64)) == (1, D, 16)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(same)):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    # From there on both see the same batches, and end with the same numbers but for rounding.
+    whole, moved = go(tmp_path / "whole", trainer), go(tmp_path, other)
+    for name, value in whole.params.items():
+        a, b = np.asarray(value), np.asarray(moved.params[name])
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a), name
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "whole", tmp_path)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_a_gradient_that_overflows_is_not_saved(tmp_path, every):
+    """The loss of step 4 is finite, but what it makes of the parameters would not be."""
+    rows = Rows()
+    rows.values[ORDER.places(3)] *= 2e17
+    with pytest.raises(UserError, match="gradient_norm is .* at step 4: .* the last checkpoint is kept"):
+        go(tmp_path, make_trainer(), store=rows, every=every, log_every=1000)
+    latest = Checkpoints(tmp_path / "checkpoints").latest_step
+    assert latest == {1: 3, 2: 2, 4: None}[every]
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])

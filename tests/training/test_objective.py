@@ -1,6 +1,7 @@
 """Gradients of every term against finite differences in fp64, or the written formula of a straight-through one."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def test_the_gates_own_error_reaches_the_encoder_only(name):
     def gate_error(params):
         member = _member(trainer, params)
         pre = member.pre_activations(x) + params["b_enc_F"][None]
-        return trainer._objective._gate_error(member, pre, x, y)
+        return trainer._objective._gate_error(member, pre, x, y, None)
 
     gradient = jax.grad(gate_error)(params)
     centred = np.asarray(x) - np.asarray(params["b_dec_D"])
@@ -127,31 +128,75 @@ def test_the_l0_penalty_moves_thresholds_only(penalty):
     )
 
 
-def test_auxk_reaches_dead_features_and_no_others():
+@pytest.mark.parametrize(("k", "metric"), [(3, False), (3, True), (8, False)])  # five are dead
+def test_auxk_reaches_dead_features_and_no_others(k, metric):
     rng = np.random.default_rng(4)
     pre, W_dec, error = rng.normal(size=(B, F)), rng.normal(size=(F, D)), rng.normal(size=(B, D))
     dead = np.zeros(F, bool)
     dead[[3, 17, 40, 41, 42]] = True
 
+    metric_DxD = rng.normal(size=(D, D)) if metric else np.eye(D)
+
     def aux(pre, W_dec, error):
-        return losses.auxk(pre, jnp.asarray(dead), W_dec, error, 3)
+        return losses.auxk(pre, jnp.asarray(dead), W_dec, error, k, metric_DxD=jnp.asarray(metric_DxD))
 
     to_pre, to_W, to_error = jax.grad(aux, argnums=(0, 1, 2))(*map(jnp.asarray, (pre, W_dec, error)))
     assert not np.any(to_error), "the error is a constant"
     assert not np.any(np.asarray(to_pre)[:, ~dead]) and np.any(np.asarray(to_pre)[:, dead])
     assert not np.any(np.asarray(to_W)[~dead]) and np.any(np.asarray(to_W)[dead])
     ranked = np.where(dead, pre, -np.inf)
-    kept = (ranked >= np.sort(ranked, axis=1)[:, [-3]]) & (ranked > 0)
-    f = np.where(kept, pre, 0)
-    expected = np.square(error - f @ W_dec).sum(1).mean()
+    kept = (ranked >= np.sort(ranked, axis=1)[:, [-k]]) & (ranked > 0)
+    f, share, weight = np.where(kept, pre, 0), min(5 / k, 1), metric_DxD @ metric_DxD.T
+    expected = share * np.square((error - f @ W_dec) @ metric_DxD).sum(1).mean()
     np.testing.assert_allclose(aux(*map(jnp.asarray, (pre, W_dec, error))), expected, rtol=1e-12)
-    np.testing.assert_allclose(to_W, (2 / B) * f.T @ (f @ W_dec - error), rtol=1e-9)
+    to_output = (2 / B) * share * (f @ W_dec - error) @ weight
+    np.testing.assert_allclose(to_W, f.T @ to_output, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(to_pre, np.where(kept, to_output @ W_dec.T, 0), rtol=1e-9, atol=1e-12)
 
 
 def test_auxk_is_nothing_while_no_feature_is_dead():
     pre, W_dec, error = jnp.ones((B, F)), jnp.ones((F, D)), jnp.ones((B, D))
     value, gradient = jax.value_and_grad(losses.auxk)(pre, jnp.zeros(F, bool), W_dec, error, 3)
     assert value == 0 and not np.any(gradient)
+
+
+def computed_unconditionally(program):
+    """Matrix products of a program that stand in no branch."""
+    found = [equation for equation in program.eqns if equation.primitive.name == "dot_general"]
+    for equation in program.eqns:
+        if equation.primitive.name != "cond":
+            for part in jax.tree.leaves(list(equation.params.values())):
+                found += computed_unconditionally(part.jaxpr) if hasattr(part, "jaxpr") else []
+    return found
+
+
+def test_vectorised_members_compute_auxk_only_if_one_has_a_dead_feature():
+    """A condition on each member's own features would become a choice between two values that are both computed."""
+    pre, W_dec, error = jnp.ones((2, B, F)), jnp.ones((2, F, D)), jnp.ones((2, B, D))
+
+    def both(dead, any_dead):
+        one = functools.partial(losses.auxk, k=3)
+        return jax.vmap(lambda *own: one(*own, any_dead=any_dead))(pre, dead, W_dec, error)
+
+    program = jax.make_jaxpr(both)(jnp.zeros((2, F), bool), jnp.asarray(False)).jaxpr
+    assert "dot_general" in str(program) and not computed_unconditionally(program)
+
+
+def test_a_direction_of_length_zero_has_no_gradient():
+    length, gradient = jax.value_and_grad(lambda W: losses.norms(W).sum())(jnp.zeros((2, D)).at[1].set(3.0))
+    np.testing.assert_allclose(length, 3.0 * D**0.5)
+    np.testing.assert_allclose(gradient, np.stack([np.zeros(D), np.full(D, D**-0.5)]))
+
+
+def test_explained_variance_of_tokens_that_are_all_alike_is_zero():
+    for tokens in (1, 3):
+        assert losses.explained_variance(jnp.ones((tokens, D)), jnp.zeros((tokens, D))) == 0
+
+
+def test_decorrelation_of_very_many_features():
+    with jax.enable_x64(False):
+        f_BxF = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50_000)), jnp.float32)
+        assert 0 < jax.jit(losses.decorrelation)(f_BxF) < 1
 
 
 def test_decorrelation_is_the_mean_squared_covariance_of_pairs():

@@ -1,0 +1,96 @@
+"""Products of fp32 arrays are fp32 products: GPUs and TPUs would round their operands, unless they are told not to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from small_stacks import B, D, make_trainer
+
+from saejax.causal import screening
+from saejax.causal.cut import Cut
+from saejax.dictionaries import Dictionary
+from saejax.evaluation import reconstruction
+from saejax.evaluation.member_data import MemberData
+from saejax.models import decoder
+from saejax.models.sites import Site
+from saejax.settings import KINDS
+
+
+def products(jaxpr):
+    """All matrix products of a program, those inside its loops and branches included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr | Jaxpr)
+        ):
+            if isinstance(value, ClosedJaxpr):
+                yield from products(value.jaxpr)
+            elif isinstance(value, Jaxpr):
+                yield from products(value)
+
+
+def check(function, *args, least=1):
+    found = list(products(jax.make_jaxpr(function)(*args).jaxpr))
+    assert len(found) >= least
+    for equation in found:
+        if equation.invars[0].aval.dtype == jnp.float32:
+            assert equation.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2, equation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training(kind, one_device):
+    trainer = make_trainer(kind, one_device, auxk=0.03, decorrelation=0.01, matmul="float32")
+    batch = (jnp.ones((1, B, D)),)
+    check(trainer.pure_step, trainer.initial_state(), trainer.hyper, batch, least=5)
+
+
+def test_evaluation(one_device):
+    dictionary = make_trainer("topk", one_device).dictionary
+    (member,) = MemberData.of([Dictionary.initial(dictionary, jax.random.key(0))], one_device)
+    check(reconstruction._score, member, jnp.ones((B, D)), jnp.ones((B, D)), 3, least=2)
+
+
+def test_the_decoder_and_its_gradients(tiny_llama, one_device):
+    from saejax import load_model
+
+    lm = load_model(str(tiny_llama), mesh=one_device)
+
+    def loss(params, ids_BxT):
+        x_BxTxD = decoder.embed(lm.config, params, ids_BxT)
+        x_BxTxD = decoder.run_layers(lm.config, params, x_BxTxD, 0, lm.config.n_layers)
+        return decoder.unembed(lm.config, params, x_BxTxD).sum()
+
+    check(jax.grad(loss), lm.params, np.zeros((2, 6), np.int32), least=20)
+
+
+@pytest.mark.parametrize("points", [1, 10])
+def test_attribution(tiny_llama, one_device, points):
+    from flax import nnx
+
+    from saejax import load_model
+    from saejax.dictionaries import DictionaryConfig
+
+    lm = load_model(str(tiny_llama), mesh=one_device)
+    config = DictionaryConfig(kind="standard", site="resid_post.1", d_in=lm.config.d_model, n_features=32)
+    graph, state = nnx.split(Dictionary.initial(config, jax.random.key(0)))
+    cut = Cut(lm.config, Site.parse(config.site), one_device)
+    value = jnp.ones((2, 6, lm.config.d_model))
+    check(
+        lambda params, state: screening.score_features(
+            cut,
+            graph,
+            points,
+            params,
+            state,
+            value,
+            value,
+            jnp.ones((2, 6), bool),
+            jnp.array([5, 5]),
+            jnp.ones((2, 2), int),
+        ),
+        lm.params,
+        state,
+        least=8,
+    )
