@@ -78,6 +78,7 @@ def test_sigterm_saves_and_exits_cleanly(inputs, whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # each start compiles the steps of the kinds that are left
 @pytest.mark.parametrize(("source", "kills"), [("store", 14), ("model", 6)])
 def test_killed_while_any_kind_trains_it_ends_with_the_same_bits(inputs, whole, tmp_path, source, kills):
     changes = dict(train__source=source, train__kinds=",".join(KINDS), train__epochs=60, train__k="8,4")
@@ -115,27 +116,30 @@ def test_killed_while_any_kind_trains_it_ends_with_the_same_bits(inputs, whole, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "tolerance"),
+    ("kind", "dtype", "tolerance", "mesh"),
     [
-        ("topk", "float64", 1e-9),
-        *(pytest.param(kind, "float64", 1e-9, marks=pytest.mark.slow) for kind in KINDS if kind != "topk"),
-        *(pytest.param(kind, "float32", 1e-4, marks=pytest.mark.slow) for kind in KINDS),
+        ("topk", "float64", 1e-9, dict(mesh__model=2)),
+        # Each process holds one of two members, and needs all rows.
+        pytest.param("topk", "float64", 1e-9, dict(mesh__member=2, train__seed="123,5"), marks=pytest.mark.slow),
+        *(pytest.param(k, "float64", 1e-9, dict(mesh__model=2), marks=pytest.mark.slow) for k in KINDS if k != "topk"),
+        *(pytest.param(kind, "float32", 1e-4, dict(mesh__model=2), marks=pytest.mark.slow) for kind in KINDS),
     ],
 )
-def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolerance):
+def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolerance, mesh):
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         captured_only(whole[0], folder)
     changes = dict(train__max_steps=50, train__epochs=20, train__state_dtype=dtype, train__kinds=kind)
     x64 = dict(JAX_ENABLE_X64="1") if dtype == "float64" else {}
-    one = runs.start("train", runs.small_flags(*inputs, folders[0], **changes), **x64)
+    stack = {name: value for name, value in mesh.items() if name.startswith("train")}
+    one = runs.start("train", runs.small_flags(*inputs, folders[0], **changes | stack), **x64)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     pair = [
         runs.start(
             "train",
-            runs.small_flags(*inputs, folders[1], mesh__processes=2, mesh__process_id=i, mesh__model=2, **changes)
+            runs.small_flags(*inputs, folders[1], mesh__processes=2, mesh__process_id=i, **changes | mesh)
             + [f"--mesh.coordinator=localhost:{port}"],
             JAX_NUM_CPU_DEVICES="4",
             **x64,
@@ -146,7 +150,8 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolera
         runs.finish(process)
     jax.config.update("jax_enable_x64", dtype == "float64")  # not the context: Orbax reads in threads of its own
     try:
-        first, second = (load_dictionary(folder / "train" / kind) for folder in folders)
+        member = "seed123" if stack else ""
+        first, second = (load_dictionary(folder / "train" / kind / member) for folder in folders)
         for name in first.arrays:
             a, b = (np.asarray(dictionary.arrays[name], np.float64) for dictionary in (first, second))
             assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), name
