@@ -211,9 +211,8 @@ def test_tick_counts_tokens_and_may_stop(split, runs, dictionary):
     sets = [[i] for i in range(dictionary.config.n_features)]
     seen = []
     diffs = ablation.ablate_sets(split, runs, sets, 32, lambda done, total: seen.append((done, total)))
-    assert seen[0] == (0, diffs.tokens) == (0, seen[-1][0]) and [done for done, _ in seen] == sorted(
-        {done for done, _ in seen}
-    )
+    assert seen[0] == (0, diffs.tokens) and seen[-1] == (diffs.tokens, diffs.tokens)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
     def stop(done, total):
         raise Interrupted("stopped")

@@ -1,5 +1,6 @@
 """The effects of all features: planted ones are found, nothing is found in nothing."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -51,6 +52,21 @@ def test_planted_features_come_first_and_chance_gives_no_more_than_is_allowed(ex
     top = set(found.feature[np.argsort(-found.drop)[:15]].tolist())
     assert top <= set(range(50, 70))
     assert found.control_percentile[[n for n in range(390) if n in top]].min() > 0.8
+
+
+def test_effects_of_the_size_of_rounding_are_none(experiment):
+    class Rounded(LinearExperiment):
+        def ablate(self, sets):
+            return dataclasses.replace(super().ablate(sets), rounding_P=np.full(len(self.f_PxF), 0.05))
+
+    rounded = Rounded(experiment.gain_PxF, base=-1.0, attribution_F=experiment.attribution_F, prompts=40)
+    rounded.f_PxF = experiment.f_PxF
+    drop_PxF = (experiment.f_PxF * experiment.gain_PxF)[:, :390]
+    wanted_PxF = np.where(np.abs(drop_PxF) > 0.2, drop_PxF, 0)
+    found = measure_importance(rounded, CONFIG)
+    np.testing.assert_allclose(found.drop, wanted_PxF.mean(axis=0), atol=1e-12)
+    nothing_F = (wanted_PxF == 0).all(axis=0)
+    assert nothing_F.sum() > 10 and (found.p_value[nothing_F] == 1).all() and (found.p_value[~nothing_F] < 1).any()
 
 
 def test_the_summary_is_json(found):
