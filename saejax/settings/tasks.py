@@ -1,0 +1,124 @@
+"""What the model is asked, and the text whose activations are captured."""
+
+import dataclasses
+
+from saejax.config import Config, setting
+
+BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
+BENCHMARKS = ("gsm8k", "math", "logic")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig(Config):
+    """The behaviours to explain, and the benchmarks to score the model on."""
+
+    behaviours: tuple[str, ...] = setting(BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS, only=("",))
+    prompts: str = setting(
+        "",
+        "a .jsonl or .jsonl.gz file with behaviours of your own, tested beside --task.behaviours (which may be empty): "
+        "a line for each prompt with 'behaviour', 'text', 'correct' and 'wrong' (the answers as they go on from the "
+        "text), and perhaps 'counterpart' (a text to which the wrong answer is right) and 'split' (train or test)",
+        changes_results=False,  # what is in it counts, not its place
+        only=("",),
+    )
+    train_prompts: int = setting(80, "prompts per behaviour that choose features", low=2, only=("",))
+    test_prompts: int = setting(20, "prompts per behaviour that judge them", low=2, only=("",))
+    seed: int = setting(42, "seed of the choice of prompts, of benchmark examples and of the bootstrap", low=0)
+    min_accuracy: float = setting(
+        0.8,
+        "a behaviour below this share of correct above wrong is flagged as too weak",
+        low=0.0,
+        high=1.0,
+        only=("",),
+    )
+    min_separation: float = setting(
+        1.0,
+        "a behaviour whose mean logit difference over its standard deviation is below this is flagged",
+        only=("",),
+    )
+    bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
+    benchmarks: tuple[str, ...] = setting(
+        (), "benchmarks to score the model on: gsm8k, math, logic", choices=BENCHMARKS, changes_results=False
+    )
+    path: str = setting(
+        "",
+        "where benchmark items are: a .jsonl, .jsonl.gz, .parquet or .arrow file, a folder of them (of several "
+        "benchmarks: with a file or folder named after each), or the hub id of a data set; empty: the benchmark's own "
+        "hub id",
+        changes_results=False,  # what is found there counts, not its place
+    )
+    revision: str = setting("main", "revision (branch, tag or commit) of a benchmark on the hub", only=BENCHMARKS)
+    examples: int = setting(
+        0, "examples per benchmark, chosen by seed; 0: 500 of gsm8k, 100 of math, 200 of logic", low=0, only=BENCHMARKS
+    )
+    shots: int = setting(
+        -1,
+        "worked examples, made for this project, before each benchmark question; -1: as is usual, 5 for gsm8k, 4 for "
+        "math, 3 for logic",
+        low=-1,
+        only=BENCHMARKS,
+    )
+    chat_template: bool = setting(
+        False, "put benchmark prompts into the tokenizer's chat template, with an instruction", only=BENCHMARKS
+    )
+    score: str = setting(
+        "auto",
+        "how benchmarks are scored: 'generate' (exact match of the generated answer), 'choice' (the likeliest of the "
+        "given answers), 'likelihood' (log-likelihood per token of the reference, for weak models); 'auto': generate "
+        "for gsm8k and math, choice for logic",
+        choices=("auto", "generate", "choice", "likelihood"),
+        only=BENCHMARKS,
+    )
+    max_new_tokens: int = setting(256, "longest generated answer in tokens", low=1, only=BENCHMARKS)
+    batch: int = setting(16, "benchmark answers generated at the same time", low=1, changes_results=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig(Config):
+    """The text on which dictionaries are trained."""
+
+    path: str = setting(
+        "", "text: a .jsonl, .jsonl.gz (field 'text', optional 'group') or .txt file; empty: the embedded corpus"
+    )
+    max_tokens: int = setting(0, "use documents, in seeded random order, until this many tokens; 0: all", low=0)
+    held_out: float = setting(0.1, "share of the documents' groups that is held out from training", low=0.01, high=0.5)
+    context: int = setting(256, "longest document piece in tokens; longer documents are cut into pieces", low=2)
+    seed: int = setting(789, "seed of the held-out split and of the order of documents", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureConfig(Config):
+    """What is recorded from the model."""
+
+    sites: tuple[str, ...] = setting(
+        ("resid_post.15",),
+        "sites to record in one pass, such as resid_post.15,mlp_in.15,mlp_out.15; with the torch backend also modules "
+        "of any transformers model: module:transformer.h.3.mlp (its output), module_in:transformer.h.3.mlp (its input)",
+    )
+    last: int = setting(0, "record only the last n positions of every document; 0: every position", low=0)
+    backend: str = setting(
+        "torch",
+        "what runs the model: 'torch' (hooks in the transformers model, on a GPU if torch has one) or 'jax' (our "
+        "decoder, on the mesh); both make the same rows, with values equal within rounding",
+        choices=("torch", "jax"),
+    )
+    dtype: str = setting(
+        "float32",
+        "dtype in which the model runs while it is captured, with either backend (--model.dtype is that of the other "
+        "stages)",
+        choices=("float32", "bfloat16"),
+    )
+    store_dtype: str = setting("bfloat16", "dtype on disk", choices=("float32", "bfloat16"))
+    batch_tokens: int = setting(2048, "tokens per forward pass, padding included", low=1, changes_results=False)
+    shard_rows: int = setting(65_536, "rows (tokens) per shard file", low=1)
+    sink_factor: float = setting(
+        10.0,
+        "positions whose norm exceeds this many times the median are attention sinks: not trained on, scored or edited",
+        low=1.0,
+    )
+    max_sink_share: float = setting(
+        0.01,
+        "largest share of tokens beyond position 0 that the sink rule may drop before it is an error",
+        low=0.0,
+        high=1.0,
+    )

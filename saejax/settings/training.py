@@ -1,0 +1,191 @@
+"""How dictionaries are trained and scored."""
+
+import dataclasses
+
+from saejax.config import Config, setting
+
+KINDS = ("standard", "linear", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
+MOST_TOKENS = 2**31 - 1  # that a feature's silence is counted in
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Config):
+    """The dictionaries and how they are trained. What may be a list makes a stack: one member for every combination."""
+
+    kinds: tuple[str, ...] = setting(
+        ("topk", "standard"), "kinds to train, one after the other", choices=KINDS, changes_results=False
+    )
+    sites: tuple[str, ...] = setting(
+        ("resid_post.15",), "captured sites to train on, each its own member; 'all': every captured site of one kind"
+    )
+    form: str = setting(
+        "sae",
+        "sae rebuilds its site; transcoder reads mlp_in.L and predicts mlp_out.L; skip_transcoder adds a linear path",
+        choices=("sae", "transcoder", "skip_transcoder"),
+    )
+    expansion: int = setting(8, "features per input dimension", low=1)
+    k: tuple[int, ...] = setting(
+        (32,), "active features per token (or a list)", low=1, only=("topk", "batchtopk", "matryoshka")
+    )
+    l1: tuple[float, ...] = setting(
+        (2.0,),
+        "L1 coefficient on decoder-norm-weighted activations, inputs scaled to mean norm sqrt(d) (or a list)",
+        low=0.0,
+        only=("standard", "linear", "gated"),
+    )
+    l1_by_depth: tuple[float, ...] = setting(
+        (),
+        "L1 coefficients of early, middle and late layers (thirds of the sites' layers); replaces l1",
+        low=0.0,
+        only=("standard", "linear", "gated"),
+    )
+    l0_coefficient: tuple[float, ...] = setting(
+        (1.0,), "coefficient of the L0 penalty (or a list)", low=0.0, only=("jumprelu",)
+    )
+    l0_penalty: str = setting(
+        "step",
+        "penalty: the number of active features (step), a tanh of their size (tanh), or (L0 / target - 1)^2 (target)",
+        choices=("step", "tanh", "target"),
+        only=("jumprelu",),
+    )
+    target_l0: tuple[float, ...] = setting(
+        (64.0,), "L0 aimed at by the penalty 'target' (or a list)", low=1.0, only=("jumprelu",)
+    )
+    bandwidth: float = setting(
+        0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6, only=("jumprelu",)
+    )
+    initial_threshold: float = setting(0.01, "thresholds at the start", low=0.0, only=("jumprelu",))
+    dead_pre_activation: float = setting(
+        0.0, "coefficient of the loss that pulls dead features' pre-activations up", low=0.0, only=("jumprelu",)
+    )
+    threshold_rate: float = setting(
+        0.01,
+        "weight of each batch in the running mean of the smallest kept activation, the threshold at inference",
+        low=0.0,
+        high=1.0,
+        only=("batchtopk", "matryoshka"),
+    )
+    groups: tuple[float, ...] = setting(
+        (0.0625, 0.125, 0.25, 0.5, 1.0),
+        "shares of the features, ascending to 1, that must reconstruct by themselves",
+        low=0.0,
+        high=1.0,
+        only=("matryoshka",),
+    )
+    fires_above: float = setting(1e-3, "|f| above which a feature counts as firing", low=0.0, only=("linear",))
+    auxk: float = setting(
+        0.0, "coefficient of AuxK: dead features learn what the living leave unexplained; 0: off", low=0.0
+    )
+    auxk_features: int = setting(0, "dead features that act on each token in AuxK; 0: half the width", low=0)
+    whiten_error: float = setting(
+        0.0,
+        "how far directions of small variance count as much as large ones: errors are measured after "
+        "covariance^(-w/2); 0: as they are, 1: fully whitened. 0.5 helps where a few directions dominate",
+        low=0.0,
+        high=1.0,
+    )
+    resample_every: int = setting(
+        0,
+        "steps after which dead features start again at tokens of high loss (Bricken et al., 2023), until the learning "
+        "rate falls; 0: never",
+        low=0,
+    )
+    dead_tokens: int = setting(100_000, "a feature silent for this many tokens is dead", low=1, high=MOST_TOKENS)
+    decorrelation: float = setting(
+        0.0, "coefficient of the mean squared covariance between features, on 512 tokens of each batch", low=0.0
+    )
+    decoder_norm: str = setting(
+        "unit",
+        "decoder rows are kept at length 1 (unit) or grow freely under the norm-weighted penalty (free)",
+        choices=("unit", "free"),
+    )
+    initial_bias: str = setting(
+        "mean",
+        "decoder bias at the start: mean or geometric median of the target, or zero",
+        choices=("mean", "median", "zero"),
+    )
+    freeze: str = setting(
+        "none", "leave the random decoder or encoder as it is, as a control", choices=("none", "decoder", "encoder")
+    )
+    learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0)
+    clip: float = setting(1.0, "largest global norm of a member's gradient", low=0.0)
+    warmup: float = setting(
+        0.05, "share of the steps over which learning rate and penalty rise from 0", low=0.0, high=1.0
+    )
+    decay: float = setting(
+        0.2, "share of the steps, at the end, over which the learning rate falls to 0", low=0.0, high=1.0
+    )
+    weight_decay: float = setting(
+        0.0,
+        "decay of the encoder's weights per step, times the learning rate; on little text about 1 helps",
+        low=0.0,
+    )
+    batch: int = setting(1024, "tokens per step, over all devices", low=1)
+    epochs: int = setting(6, "passes over the training tokens", low=1)
+    seed: tuple[int, ...] = setting(
+        (123,),
+        "seed of initialisation (or a list); the first is also that of the order of tokens",
+        low=0,
+        high=2**31 - 1,
+    )
+    matmul: str = setting(
+        "float32",
+        "operand dtype of matrix products, float32 to full precision on every device; sums are in float32. On GPUs and "
+        "TPUs bfloat16 is several times as fast",
+        choices=("float32", "bfloat16"),
+    )
+    state_dtype: str = setting(
+        "float32", "dtype of parameters and optimizer state; float64 is for checks", choices=("float32", "float64")
+    )
+    source: str = setting(
+        "store",
+        "where activations come from: a captured store, or straight from the model (model), with nothing on disk: the "
+        "corpus's training text goes through it as capture would send it, for the sites of --train.sites",
+        choices=("store", "model"),
+    )
+    buffer_rows: int = setting(
+        262_144, "with --train.source=model, tokens that are shuffled together, and trained on, at a time", low=1
+    )
+    input: str = setting(
+        "auto",
+        "where a store's activations are in training: all on the devices (resident), read from disk as they are needed "
+        "(streamed), or resident if they take at most 40 % of the memory that is free on a GPU or TPU (auto)",
+        choices=("auto", "resident", "streamed"),
+        changes_results=False,
+    )
+    init_from: str = setting(
+        "",
+        "folder of a dictionary to start from, in any format (ours, SAELens, sparsify); for a stack also a train unit "
+        "with members of the same names, or a circuit-tracer set; empty: random dictionaries",
+        changes_results=False,  # what is found there counts, not its place
+    )
+    checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept", low=1, changes_results=False)
+    best: str = setting(
+        "",
+        "keep the best checkpoint too, by this metric (mean over members and over the steps recorded since the one "
+        "before); the dictionary is that of the last step all the same",
+        choices=("", "loss", "mse", "explained_variance"),
+        changes_results=False,
+    )
+    log_every: int = setting(20, "steps between recorded metrics", low=1, changes_results=False)
+    tensorboard: bool = setting(
+        False, "write metrics as TensorBoard event files too (takes saejax[tensorboard])", changes_results=False
+    )
+    wandb: str = setting(
+        "",
+        "project, or entity/project, of Weights & Biases to which metrics go too (takes saejax[wandb]); empty: none",
+        changes_results=False,
+    )
+    max_steps: int = setting(0, "stop after this many steps; 0: all epochs", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(Config):
+    """Held-out scores of dictionaries."""
+
+    dense_above: float = setting(
+        0.1, "a feature that fires on more than this share of tokens counts as dense", low=0.0, high=1.0
+    )
+    ce_documents: int = setting(200, "held-out documents on which cross-entropy is measured; 0: all", low=0)
+    batch_tokens: int = setting(4096, "tokens per batch", low=1, changes_results=False)
