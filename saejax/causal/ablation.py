@@ -11,15 +11,14 @@ One *row* of work is one (set, prompt). What cannot matter is not computed:
 - layers below the site, and the prompt's tokens before the first at which a feature of the set changes, are those of
   the clean run;
 - a row whose set changes nothing on its prompt is not run: its effect is exactly 0;
-- of the vocabulary's logits, two are.
-
-Rows are sorted by the number of tokens that are left and run in batches of few different shapes.
+- prompts that begin alike, and are changed alike there, share those tokens (``rows``);
+- of the vocabulary's logits, two are, unless more readouts are asked for.
 """
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,13 +28,14 @@ from flax import nnx
 
 from saejax.causal.cut import Cut
 from saejax.causal.replacements import Replacement
-from saejax.causal.rows import RowBatch, batches_of, tokens_needed
+from saejax.causal.rows import Prompts, RowBatch, all_different, batches_of, first_changes
 from saejax.causal.split import CleanRun, SplitModel, active_features, of_features
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.incremental import Past
+from saejax.models.incremental import Past, Tree
 from saejax.parallel import fitting_sharding, sharding
+from saejax.settings import READOUTS
 
 _IN_FLIGHT = 2  # batches that the device works on while the host waits for an earlier one
 ZERO = Replacement()
@@ -52,7 +52,9 @@ class LogitDiffs:
       rounding_P: how far the clean logit difference of each prompt, computed from all of its tokens, is from that
         computed from the last one: effects of this size are rounding, and all features share it.
       rows: how many (set, prompt) pairs were run, the clean ones counted once.
-      tokens: how many tokens went through the tail, padding included.
+      tokens: how many tokens went through the tail, those that fill up batches included.
+      readouts: of further readouts, by name, the values without an edit [P] and of each set [S, P]: those of
+        ``settings.READOUTS`` if they were asked for.
     """
 
     clean_P: np.ndarray
@@ -60,6 +62,7 @@ class LogitDiffs:
     rounding_P: np.ndarray
     rows: int
     tokens: int
+    readouts: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     @property
     def drop_SxP(self) -> np.ndarray:
@@ -76,6 +79,7 @@ def ablate_sets(
     plain: bool = False,
     replacement: Replacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
+    readouts: bool = False,
 ) -> LogitDiffs:
     """Removes each set of features from each prompt.
 
@@ -83,39 +87,46 @@ def ablate_sets(
       split: the model, cut at the dictionary's site.
       runs: from ``split.run``.
       sets: feature indices; none twice in a set.
-      batch_rows: whole prompts per run of the tail; of rows with few tokens left, as many as have the same tokens.
-        Split over the mesh's ``data`` axis where that divides them.
+      batch_rows: a batch of the tail has the tokens of so many whole prompts. Its shards, one for each place on the
+        mesh's ``data`` axis, run side by side.
       tick: called at the start and after each batch with the tokens done and of all, padding included; may raise to
         stop.
-      plain: run every row on all its tokens, as a check of what is left out otherwise.
+      plain: run every row on all its tokens, sharing none, as a check of what is left out otherwise.
       replacement: what stands in the features' place.
       counterparts: for the replacement ``counterpart``, from ``split.run_counterparts``.
+      readouts: whether all readouts are wanted: they take the logits of the whole vocabulary.
 
     Raises:
-      UserError: a logit difference is not finite.
+      UserError: a readout is not finite.
     """
     if any(len(set(s)) != len(s) for s in sets):
         raise ValueError("a feature is twice in one set")
     all_sets = [np.asarray(s, np.int64) for s in [*sets, (), ()]]  # the clean run, from all tokens and from the last
-    diff_SxP = np.full((len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
     sources = [Source(run, other, replacement) for run, other in zip(runs, counterparts or runs, strict=True)]
-    work = [_work(split, source, all_sets, batch_rows, plain) for source in sources]
-    total = sum(batch.tokens for batches in work for batch in batches)
+    work = [Work.plan(split, source, all_sets, batch_rows, plain) for source in sources]
+    total = sum(batch.tokens * len(batch.shards) for part in work for batch in part.batches)
     tick(0, total)
+    names = ("logit_diff", *READOUTS) if readouts else ("logit_diff",)
+    found_MxSxP = np.full((len(names), len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
     rows = done = 0
-    for batch, index_P, device_diff_R in _lagging(_dispatched(split, sources, work, all_sets)):
-        diff_R = np.asarray(device_diff_R, np.float64)[: len(batch.set_N)]
-        if not np.isfinite(diff_R).all():
-            raise UserError(
-                f"a logit difference after an edit at {split.cut.site} is not finite: the model or the dictionary "
-                "holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-            )
-        diff_SxP[batch.set_N, index_P[batch.place_N]] = diff_R
-        rows, done = rows + int((batch.set_N != len(sets)).sum()), done + batch.tokens
+    for batch, index_P, device_SxRxM in _lagging(_dispatched(split, work, all_sets, readouts)):
+        for shard, values_RxM in zip(batch.shards, np.asarray(device_SxRxM, np.float64), strict=True):
+            values_NxM = values_RxM[: len(shard.set_N)]
+            if not np.isfinite(values_NxM).all():
+                raise UserError(
+                    f"a logit difference after an edit at {split.cut.site} is not finite: the model or the dictionary "
+                    "holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+                )
+            found_MxSxP[:, shard.set_N, index_P[shard.place_N]] = values_NxM.T
+            rows += int((shard.set_N != len(sets)).sum())
+        done += batch.tokens * len(batch.shards)
         tick(done, total)
-    clean_P = diff_SxP[-1]
-    ablated_SxP = np.where(np.isnan(diff_SxP[:-2]), clean_P[None, :], diff_SxP[:-2])
-    return LogitDiffs(clean_P, ablated_SxP, np.abs(diff_SxP[-2] - clean_P), rows, done)
+    clean_MxP, whole_P = found_MxSxP[:, -1], found_MxSxP[0, -2]
+    if readouts:
+        clean_MxP[names.index("kl")] = 0.0
+    ablated_MxSxP = np.where(np.isnan(found_MxSxP[:, :-2]), clean_MxP[:, None, :], found_MxSxP[:, :-2])
+    more = {name: (clean_MxP[m], ablated_MxSxP[m]) for m, name in enumerate(names) if m}
+    return LogitDiffs(clean_MxP[0], ablated_MxSxP[0], np.abs(whole_P - clean_MxP[0]), rows, done, more)
 
 
 class Source(NamedTuple):
@@ -127,24 +138,43 @@ class Source(NamedTuple):
 
     @property
     def arrays(self) -> tuple[Replacement, list[jax.Array]]:
-        """What the programs take: the replacement; values and domains of the prompts and, if read, the counterparts."""
-        values = [array for run in (self.run, self.other) for array in (run.value_BxTxD, run.domain_BxT)]
-        return self.replacement, values if self.replacement.kind == "counterpart" else values[:2]
+        """What the programs take: the replacement; of the prompts and, if they count, of the counterparts what is read
+        and the domain."""
+        arrays = [array for run in (self.run, self.other) for array in (run.read_BxTxD, run.domain_BxT)]
+        return self.replacement, arrays if self.replacement.kind == "counterpart" else arrays[:2]
+
+    def alike(self) -> np.ndarray:
+        """``prefix_PxT`` as far as what is changed in the prompts is the same."""
+        prefix_PxT, other_PxT = self.run.prefix_PxT, self.other.prefix_PxT
+        if self.replacement.kind == "random":  # draws differ from prompt to prompt
+            return all_different(prefix_PxT)
+        both = self.replacement.kind == "counterpart"
+        return prefix_PxT * (int(other_PxT.max(initial=0)) + 1) + other_PxT if both else prefix_PxT
 
 
-def _work(
-    split: SplitModel, source: Source, sets: Sequence[np.ndarray], batch_rows: int, plain: bool
-) -> list[RowBatch]:
-    """The batches of rows to run on the prompts of one clean run."""
-    run = source.run
-    prompts, length = len(run.index_P), run.domain_BxT.shape[1]
-    if plain:
-        needed_SxP = np.full((len(sets), prompts), length)
-    else:
-        first_BxF = np.asarray(first_change(split.cut, split.graph, split.state, *source.arrays))
-        needed_SxP = tokens_needed(first_BxF[:prompts], run.last_B[:prompts], sets)
-        needed_SxP[-2], needed_SxP[-1] = run.last_B[:prompts] + 1, 1
-    return batches_of(needed_SxP, sets, length, batch_rows, FEATURES)
+class Work(NamedTuple):
+    """What is to be run on the prompts of one clean run."""
+
+    source: Source
+    prompts: Prompts
+    batches: list[RowBatch]
+
+    @classmethod
+    def plan(
+        cls, split: SplitModel, source: Source, sets: Sequence[np.ndarray], batch_rows: int, plain: bool
+    ) -> "Work":
+        """The last two sets, which are empty, are run on all tokens and on the last one."""
+        run, (count, length) = source.run, source.run.prefix_PxT.shape
+        alike_PxT = all_different(run.prefix_PxT) if plain else source.alike()
+        prompts = Prompts(run.last_B[:count], alike_PxT)
+        if plain:
+            first_SxP = np.zeros((len(sets), count), np.int64)
+        else:
+            first_BxF = np.asarray(first_change(split.cut, split.graph, split.state, *source.arrays))
+            first_SxP = first_changes(first_BxF[:count], sets)
+            first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
+        shards = split.cut.mesh.shape["data"]
+        return cls(source, prompts, batches_of(first_SxP, prompts, sets, batch_rows * length, FEATURES, shards))
 
 
 class Bank(NamedTuple):
@@ -155,27 +185,29 @@ class Bank(NamedTuple):
     removed_BxTxK: jax.Array
     W_dec_KxD: jax.Array
     past: Past
+    logp_BxV: jax.Array | None
 
 
 def _dispatched(
-    split: SplitModel, sources: Sequence[Source], work: Sequence[Sequence[RowBatch]], sets: Sequence[np.ndarray]
+    split: SplitModel, work: Sequence[Work], sets: Sequence[np.ndarray], readouts: bool
 ) -> Iterator[tuple[RowBatch, np.ndarray, jax.Array]]:
-    """Starts the tail on all rows; yields each batch with its prompts' places and its rows' logit differences."""
-    for source, batches in zip(sources, work, strict=True):
+    """Starts the tail on all rows; yields each batch with its prompts' places and its rows' readouts."""
+    for source, prompts, batches in work:
         run = source.run
-        past, bank, features_K = split.past(run), None, None
+        end_BxD, past = split.past(run)
+        logp_BxV = clean_logp(split.cut, split.params, end_BxD) if readouts else None
+        bank, features_K = None, None
         for batch in batches:
             if features_K is not batch.features_K:
                 features_K = batch.features_K
                 removed_BxTxK, W_dec_KxD = gather(
                     split.cut, split.graph, split.state, *source.arrays, features_K, len(run.index_P)
                 )
-                bank = Bank(run.stream_BxTxD, run.value_BxTxD, removed_BxTxK, W_dec_KxD, past)
-            place_R, members_RxK = batch.filled(sets)
-            last_R = run.last_B[place_R]
-            first_R = np.maximum(last_R - batch.length + 1, 0).astype(np.int32)
-            rows = split.by_row(place_R, first_R, members_RxK, last_R, run.answers_Bx2[place_R])
-            yield batch, run.index_P, run_rows(split.cut, batch.length, split.params, bank, *rows)
+                bank = Bank(run.stream_BxTxD, run.value_BxTxD, removed_BxTxK, W_dec_KxD, past, logp_BxV)
+            tree, rows = batch.filled(prompts, sets)
+            placed = Tree(*split.by_row(*tree))
+            others = split.by_row(*rows, run.answers_Bx2[tree.place_SxR])
+            yield batch, run.index_P, run_rows(split.cut, split.params, bank, placed, *others)
 
 
 def _lagging(items: Iterable) -> Iterator:
@@ -195,7 +227,7 @@ def first_change(
     """The first position at which removing each feature changes anything, int32 [B, F]; T where it changes nothing.
 
     Args:
-      arrays: values [B, T, D] and domains [B, T] of the prompts and, for ``counterpart``, of their counterparts.
+      arrays: what is read [B, T, D] and domains [B, T] of the prompts and, for ``counterpart``, of their counterparts.
     """
     length = arrays[1].shape[1]
     position_T = jnp.arange(length, dtype=jnp.int32)
@@ -236,27 +268,38 @@ def gather(
     return jax.lax.with_sharding_constraint((removed_BxTxK, W_dec_KxD), sharding(cut.mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
+def clean_logp(cut: Cut, params: decoder.Params, end_BxD: jax.Array) -> jax.Array:
+    """Log-probabilities of the next token after prompts without an edit, fp32 [B, V]."""
+    logp_BxV = jax.nn.log_softmax(decoder.unembed(cut.config, params, end_BxD))
+    return jax.lax.with_sharding_constraint(logp_BxV, sharding(cut.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def run_rows(
     cut: Cut,
-    length: int,
     params: decoder.Params,
     bank: Bank,
-    place_R: jax.Array,
-    first_R: jax.Array,
-    members_RxK: jax.Array,
-    last_R: jax.Array,
-    answers_Rx2: jax.Array,
+    tree: Tree,
+    end_SxR: jax.Array,
+    members_SxRxK: jax.Array,
+    answers_SxRx2: jax.Array,
 ) -> jax.Array:
-    """The rows' logit differences [R], from ``length`` tokens of each, those from position ``first_R`` on."""
-    row_Rx1, token_RxT = place_R[:, None], first_R[:, None] + jnp.arange(length)[None, :]
-    stream_RxTxD, value_RxTxD, removed_RxTxK = (array[row_Rx1, token_RxT] for array in bank[:3])
-    removed_RxTxK = jnp.where(members_RxK[:, None, :], removed_RxTxK, jnp.zeros_like(removed_RxTxK))
-    removed_RxTxD = matmul(removed_RxTxK, bank.W_dec_KxD)
-    edited_RxTxD = (value_RxTxD.astype(removed_RxTxD.dtype) - removed_RxTxD).astype(value_RxTxD.dtype)
-    by_row = fitting_sharding(cut.mesh, edited_RxTxD.shape, "data", None, None)
-    stream_RxTxD, edited_RxTxD = jax.lax.with_sharding_constraint((stream_RxTxD, edited_RxTxD), by_row)
-    diff_R = cut.tail_after(
-        params, bank.past, place_R, first_R, stream_RxTxD, edited_RxTxD, last_R - first_R, answers_Rx2
-    )
-    return jax.lax.with_sharding_constraint(diff_R, sharding(cut.mesh))
+    """The rows' readouts [S, R, M]: the logit difference, and if the bank has clean probabilities all others.
+
+    Args:
+      end_SxR: which of its shard's tokens is each row's last.
+      members_SxRxK: the features that each row removes.
+      answers_SxRx2: token ids of the correct and the wrong answer.
+    """
+    stream_SxNxD, value_SxNxD, removed_SxNxK = (array[tree.place_SxN, tree.position_SxN] for array in bank[:3])
+    removed_SxNxK = jnp.where(tree.of_tokens(members_SxRxK), removed_SxNxK, jnp.zeros_like(removed_SxNxK))
+    removed_SxNxD = matmul(removed_SxNxK, bank.W_dec_KxD)
+    edited_SxNxD = (value_SxNxD.astype(removed_SxNxD.dtype) - removed_SxNxD).astype(value_SxNxD.dtype)
+    by_shard = fitting_sharding(cut.mesh, edited_SxNxD.shape, "data", None, None)
+    stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
+    x_SxNxD = cut.tail_of_tree(params, bank.past, tree, stream_SxNxD, edited_SxNxD)
+    x_RxD = jnp.take_along_axis(x_SxNxD, end_SxR[..., None], axis=1).reshape(-1, x_SxNxD.shape[-1])
+    logp_RxV = None if bank.logp_BxV is None else bank.logp_BxV[tree.place_SxR.reshape(-1)]
+    values_RxM = cut.readouts(params, x_RxD, answers_SxRx2.reshape(-1, 2), logp_RxV)
+    return jax.lax.with_sharding_constraint(values_RxM.reshape(*end_SxR.shape, -1), sharding(cut.mesh))

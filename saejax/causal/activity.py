@@ -41,14 +41,14 @@ def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
 def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Positions, and of each feature: at how many it fires, the sum of its sizes there, the sum of its activations."""
     kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
-    n, *sums = _count(split.cut, split.graph, split.state, run.value_BxTxD, run.domain_BxT, kept_B)
+    n, *sums = _count(split.cut, split.graph, split.state, run.read_BxTxD, run.domain_BxT, kept_B)
     fires_F, size_F, total_F = (np.asarray(array) for array in sums)
     return int(n), fires_F, size_F, total_F.astype(np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _count(
-    cut: Cut, graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
+    cut: Cut, graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     domain_BxT = domain_BxT & kept_B[:, None]
 
@@ -57,6 +57,6 @@ def _count(
         size_PxTxF = jnp.where(fires_PxTxF, jnp.abs(f_PxTxF), 0.0 * f_PxTxF)  # 0, or NaN where it is NaN
         return tuple(array.sum(axis=1) for array in (fires_PxTxF, size_PxTxF, f_PxTxF))
 
-    sums_BxF = of_features(graph, state, (value_BxTxD, domain_BxT), sums)
+    sums_BxF = of_features(graph, state, (read_BxTxD, domain_BxT), sums)
     counts = domain_BxT.sum(), *(array.sum(axis=0) for array in sums_BxF)
     return jax.lax.with_sharding_constraint(counts, sharding(cut.mesh))

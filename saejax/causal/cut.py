@@ -1,14 +1,14 @@
 """The two halves of a language model that is cut at a site, as pure functions.
 
-    head   token ids -> the stream there, and the site's value      once per prompt
-    tail   a value of the site -> logit(correct) - logit(wrong)     once per edit
+    head   token ids -> the stream there, the site's value, and what the dictionary reads      once per prompt
+    tail   a value of the site -> the readouts                                                 once per edit
 
 The tail of an edit runs only the tokens from the first changed one on: attention is causal, so the keys and values of
-the tokens before it are those of the clean run. It computes two logits, at each prompt's last position.
+the tokens before it are those of the clean run. Of prompts that begin alike, it runs the first tokens once. Logits are
+computed at each prompt's last position, two of them unless more readouts are asked for.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
-from saejax.models.incremental import Past, run_after, run_recorded
+from saejax.models.incremental import Past, Tree, run_recorded, run_tree
 from saejax.models.sites import Site
 
 
@@ -27,11 +27,13 @@ class Cut:
     Attributes:
       config: the decoder.
       site: the site whose value the tail starts from.
+      reads: the site that the dictionary reads: the same one, or one before it in the same layer.
       mesh: the devices.
     """
 
     config: DecoderConfig
     site: Site
+    reads: Site
     mesh: Mesh
 
     @property
@@ -44,27 +46,26 @@ class Cut:
         """The tail's first layer."""
         return self.site.layer + (self.site.kind == "resid_post")
 
-    def head(self, params: decoder.Params, ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def head(self, params: decoder.Params, ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Runs up to the site.
 
         Returns:
-          The stream entering the tail's first layer and the site's value, both [B, T, D]; the same array
-          where the site is that stream.
+          The stream entering the tail's first layer, the site's value, and what the dictionary reads, all [B, T, D];
+          the same array where they are the same site.
         """
         stream_BxTxD = decoder.embed(self.config, params, ids_BxT)
         stream_BxTxD = decoder.run_layers(self.config, params, stream_BxTxD, 0, self._start)
         if self._in_stream:
-            return stream_BxTxD, stream_BxTxD
-        seen = []
+            return stream_BxTxD, stream_BxTxD, stream_BxTxD
+        seen = {}
 
         def look(site: Site, value_BxTxD: jax.Array) -> jax.Array:
-            if site == self.site:
-                seen.append(value_BxTxD)
+            seen[site] = value_BxTxD
             return value_BxTxD
 
         layer = self.site.layer
         decoder.run_layers(self.config, params, stream_BxTxD, layer, layer + 1, look, (layer,))
-        return stream_BxTxD, seen[0]
+        return stream_BxTxD, seen[self.site], seen[self.reads]
 
     def tail(
         self,
@@ -85,57 +86,78 @@ class Cut:
         Returns:
           logit(correct) - logit(wrong) at the last position, fp32 [B].
         """
-        run = functools.partial(decoder.run_layers, self.config, params, start=self._start, stop=self.config.n_layers)
-        if self._in_stream:
-            x_BxTxD = run(value_BxTxD)
-        else:
-            x_BxTxD = run(stream_BxTxD, hook=self._put(value_BxTxD), hook_layers=(self.site.layer,))
-        return self._difference(params, x_BxTxD, last_B, answers_Bx2)
+        hook, x_BxTxD = self._entry(stream_BxTxD, value_BxTxD)
+        x_BxTxD = decoder.run_layers(
+            self.config, params, x_BxTxD, self._start, self.config.n_layers, hook, (self._start,)
+        )
+        last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+        return self.readouts(params, last_BxD, answers_Bx2)[:, 0]
 
-    def record(self, params: decoder.Params, stream_BxTxD: jax.Array) -> Past:
-        """The keys and values of the tail's layers in a run without edits."""
-        return run_recorded(self.config, params, stream_BxTxD, self._start, self.config.n_layers)[1]
+    def record(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> tuple[jax.Array, Past]:
+        """Runs on without an edit.
 
-    def tail_after(
-        self,
-        params: decoder.Params,
-        past: Past,
-        place_R: jax.Array,
-        first_R: jax.Array,
-        stream_RxTxD: jax.Array,
-        value_RxTxD: jax.Array,
-        last_R: jax.Array,
-        answers_Rx2: jax.Array,
+        Returns:
+          The stream leaving the last layer [B, T, D], and the keys and values of the tail's layers.
+        """
+        hook, x_BxTxD = self._entry(stream_BxTxD, value_BxTxD)
+        return run_recorded(self.config, params, x_BxTxD, self._start, self.config.n_layers, hook)
+
+    def tail_of_tree(
+        self, params: decoder.Params, past: Past, tree: Tree, stream_SxNxD: jax.Array, value_SxNxD: jax.Array
     ) -> jax.Array:
-        """``tail`` of T tokens of each row only, those from position ``first_R`` on; the ones before are not changed.
+        """``tail`` of the tokens of edited prompts, those from the first changed one on.
 
         Args:
           past: from ``record``.
-          place_R: which of the past's prompts each row edits.
-          stream_RxTxD, value_RxTxD, last_R: as for ``tail``, of these T tokens.
+          tree: which tokens follow which.
+          stream_SxNxD, value_SxNxD: as for ``tail``, of these tokens.
 
         Returns:
-          logit(correct) - logit(wrong) at the last position, fp32 [R].
+          The stream leaving the last layer, [S, N, D].
         """
-        hook, x_RxTxD = (None, value_RxTxD) if self._in_stream else (self._put(value_RxTxD), stream_RxTxD)
-        x_RxTxD = run_after(self.config, params, x_RxTxD, self._start, past, place_R, first_R, hook)
-        return self._difference(params, x_RxTxD, last_R, answers_Rx2)
+        hook, x_SxNxD = self._entry(stream_SxNxD, value_SxNxD)
+        return run_tree(self.config, params, x_SxNxD, self._start, past, tree, hook)
 
-    def _put(self, value_BxTxD: jax.Array) -> decoder.Hook:
-        """A hook that sets the site's value."""
-        return lambda site, own_BxTxD: value_BxTxD if site == self.site else own_BxTxD
-
-    def _difference(
-        self, params: decoder.Params, x_BxTxD: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array
+    def readouts(
+        self, params: decoder.Params, x_RxD: jax.Array, answers_Rx2: jax.Array, logp_RxV: jax.Array | None = None
     ) -> jax.Array:
-        last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
-        logits_Bx2 = self._logits(params, last_BxD, answers_Bx2)
-        return logits_Bx2[:, 0] - logits_Bx2[:, 1]
+        """What the stream leaving the last layer says of the answers.
 
-    def _logits(self, params: decoder.Params, x_BxD: jax.Array, ids_BxN: jax.Array) -> jax.Array:
-        """The logits of ``ids_BxN`` only: the rest of the head's columns are not multiplied."""
+        Args:
+          x_RxD: of R prompts, at their last positions.
+          answers_Rx2: token ids of the correct and the wrong answer.
+          logp_RxV: log-probabilities of the next token without an edit; None: they are not compared with.
+
+        Returns:
+          fp32 [R, M]: logit(correct) - logit(wrong); and, beside ``logp_RxV``, the log-likelihood of the correct
+          answer's first token, whether that token is the likeliest of all, and the Kullback-Leibler divergence of the
+          next token's probabilities from those without an edit, in nats.
+        """
+        if logp_RxV is None:
+            logits_Rx2 = self.logits(params, x_RxD, answers_Rx2)
+            return logits_Rx2[:, :1] - logits_Rx2[:, 1:]
+        logits_RxV = decoder.unembed(self.config, params, x_RxD)
+        edited_RxV = jax.nn.log_softmax(logits_RxV)
+        logits_Rx2 = jnp.take_along_axis(logits_RxV, answers_Rx2, axis=1)
+        correct_Rx1 = answers_Rx2[:, :1]
+        values = (
+            logits_Rx2[:, 0] - logits_Rx2[:, 1],
+            jnp.take_along_axis(edited_RxV, correct_Rx1, axis=1)[:, 0],
+            jnp.argmax(logits_RxV, axis=1) == correct_Rx1[:, 0],
+            jnp.sum(jnp.exp(logp_RxV) * (logp_RxV - edited_RxV), axis=1),
+        )
+        return jnp.stack([value.astype(logits_RxV.dtype) for value in values], axis=1)
+
+    def logits(self, params: decoder.Params, x_RxD: jax.Array, ids_RxN: jax.Array) -> jax.Array:
+        """The logits [R, N] of these ids only, from the stream leaving the last layer."""
 
         def one(x_D: jax.Array, ids_N: jax.Array) -> jax.Array:
             return decoder.unembed(self.config, decoder.head_of(self.config, params, ids_N), x_D[None, :])[0]
 
-        return jax.vmap(one)(x_BxD, ids_BxN)
+        return jax.vmap(one)(x_RxD, ids_RxN)
+
+    def _entry(self, stream: jax.Array, value: jax.Array) -> tuple[decoder.Hook | None, jax.Array]:
+        """What makes the tail start from a value of the site: a hook in its first layer, if any, and the stream."""
+        if self._in_stream:
+            return None, value
+        return (lambda site, own: value if site == self.site else own), stream

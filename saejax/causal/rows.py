@@ -1,83 +1,176 @@
-"""Which (set, prompt) pairs are run, on how many of their tokens, and in which batches."""
+"""Which (set, prompt) pairs are run, on which of their tokens, and in which batches.
+
+A *row* is one such pair: the prompt's tokens from the first that the set changes to the last. What stands at a token
+depends on the tokens before it and on what was changed there, so rows of one set whose prompts begin alike share their
+first tokens; each is run once (``incremental.Tree``).
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from saejax.models.tokens import even_batches
+from saejax.models.incremental import Tree
+from saejax.models.tokens import few_lengths
 
-_STEP = 8  # batches are filled up to a multiple of this many rows
-_PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
+_STEP = 8  # rows and tokens are filled up to a multiple of this
+_PROGRAM = 16384  # tokens whose attention runs in the time in which a program of another shape is compiled, roughly
 
 
 @dataclasses.dataclass(frozen=True)
-class RowBatch:
-    """Rows that go through the tail together.
+class Rows:
+    """Rows to run on the prompts of one clean run; arrays [N].
 
     Attributes:
-      set_N, place_N: the set and the prompt (its place in the clean run) of each of the N rows.
-      size: rows with those that fill up the batch, R.
-      length: tokens of each.
-      features_K: all features that the sets hold, rising; the same object in all batches that share them.
+      set_N, place_N: the set, and the prompt's place in the clean run.
+      first_N: the first token that is run; the last is the prompt's.
     """
 
     set_N: np.ndarray
     place_N: np.ndarray
+    first_N: np.ndarray
+
+    def __getitem__(self, chosen: np.ndarray | slice) -> "Rows":
+        return Rows(self.set_N[chosen], self.place_N[chosen], self.first_N[chosen])
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBatch:
+    """Rows that go through the tail together, in S shards.
+
+    Attributes:
+      shards: the rows of each.
+      size, length, tokens: rows, tokens of a row, and tokens of a shard, with those that fill it up: R, T and N.
+      features_K: all features that the sets hold, rising; the same object in all batches that share them.
+    """
+
+    shards: list[Rows]
     size: int
     length: int
+    tokens: int
     features_K: np.ndarray
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that go through the tail, padding included."""
-        return self.size * self.length
+    def filled(self, prompts: "Prompts", sets: Sequence[np.ndarray]) -> tuple[Tree, tuple[np.ndarray, np.ndarray]]:
+        """The tree of the rows, which of its tokens is each row's last [S, R], and which features it removes [S, R, K].
 
-    def filled(self, sets: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The prompt of every row, int32 [R], and the features it removes, bool [R, K]; none where it only fills up."""
-        place_R, members_RxK = np.zeros(self.size, np.int32), np.zeros((self.size, len(self.features_K)), bool)
-        place_R[: len(self.place_N)] = self.place_N
-        for members_K, chosen in zip(members_RxK, self.set_N, strict=False):
-            members_K[np.searchsorted(self.features_K, sets[chosen])] = True
-        return place_R, members_RxK
+        What only fills up removes nothing and stands at a real place.
+        """
+        s, r, n, t = len(self.shards), self.size, self.tokens, self.length
+        tree = Tree(*(np.zeros(shape, np.int32) for shape in ((s, r), (s, r), (s, r, t), (s, n), (s, n))))
+        end_SxR, members_SxRxK = np.zeros((s, r), np.int32), np.zeros((s, r, len(self.features_K)), bool)
+        for shard, rows in enumerate(self.shards):
+            key_RxT, real_RxT = prompts.keys(rows, t)
+            _, at_M, token_M = np.unique(key_RxT[real_RxT], return_index=True, return_inverse=True)
+            own, count = slice(len(rows.set_N)), len(at_M)
+            tree.place_SxR[shard, own], tree.first_SxR[shard, own] = rows.place_N, rows.first_N
+            token_RxT = tree.token_SxRxT[shard, own]
+            token_RxT[real_RxT] = token_M
+            row_M, column_M = np.nonzero(real_RxT)
+            tree.row_SxN[shard, :count], tree.column_SxN[shard, :count] = row_M[at_M], column_M[at_M]
+            end_SxR[shard, own] = token_RxT[np.arange(len(rows.set_N)), real_RxT.sum(axis=1) - 1]
+            for members_K, chosen in zip(members_SxRxK[shard], rows.set_N, strict=False):
+                members_K[np.searchsorted(self.features_K, sets[chosen])] = True
+        return tree, (end_SxR, members_SxRxK)
 
 
-def tokens_needed(first_PxF: np.ndarray, last_P: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
-    """How many tokens, up to a prompt's last, removing a set can change: [S, P].
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The prompts of a clean run.
+
+    Attributes:
+      last_P: the index of each one's last token.
+      prefix_PxT: a number for each text from the first token to this one, as far as changes depend on it.
+    """
+
+    last_P: np.ndarray
+    prefix_PxT: np.ndarray
+
+    def keys(self, rows: Rows, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """A number for each token of each row, equal where the token can be shared; and where rows have any, [N, T]."""
+        position_NxT = rows.first_N[:, None] + np.arange(length)[None, :]
+        real_NxT = position_NxT <= self.last_P[rows.place_N][:, None]
+        width = self.prefix_PxT.shape[1]
+        prefix_NxT = self.prefix_PxT[rows.place_N[:, None], np.minimum(position_NxT, width - 1)]
+        most = int(self.prefix_PxT.max(initial=0)) + 1
+        start_Nx1 = (rows.set_N * width + rows.first_N)[:, None]
+        return (start_Nx1 * width + np.minimum(position_NxT, width - 1)) * most + prefix_NxT, real_NxT
+
+    def in_order(self) -> np.ndarray:
+        """The prompts' places, those that begin alike one after the other."""
+        return np.lexsort(self.prefix_PxT.T[::-1])
+
+
+def all_different(prefix_PxT: np.ndarray) -> np.ndarray:
+    """Numbers for prompts that share nothing."""
+    return np.arange(prefix_PxT.size).reshape(prefix_PxT.shape)
+
+
+def first_changes(first_PxF: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
+    """The first position at which removing a set changes a prompt, [S, P]; at least the prompt's length if nowhere.
 
     Args:
-      first_PxF: the first position at which a feature fires, at least the prompt's length if it never does.
-      last_P: the position of each prompt's last token.
+      first_PxF: that of removing each feature.
       sets: features.
     """
-    ends_P = last_P.astype(np.int64) + 1
-    needed_SxP = np.empty((len(sets), len(ends_P)), np.int64)
-    for needed_P, chosen in zip(needed_SxP, sets, strict=True):
-        first_P = first_PxF[:, chosen].min(axis=1, initial=np.iinfo(first_PxF.dtype).max)
-        needed_P[:] = np.maximum(ends_P - first_P, 0)
-    return needed_SxP
+    first_SxP = np.full((len(sets), len(first_PxF)), np.iinfo(first_PxF.dtype).max, np.int64)
+    for first_P, chosen in zip(first_SxP, sets, strict=True):
+        if len(chosen):
+            first_P[:] = first_PxF[:, chosen].min(axis=1)
+    return first_SxP
 
 
 def batches_of(
-    needed_SxP: np.ndarray, sets: Sequence[np.ndarray], length: int, batch_rows: int, features: int
+    first_SxP: np.ndarray, prompts: Prompts, sets: Sequence[np.ndarray], most: int, features: int, shards: int = 1
 ) -> list[RowBatch]:
-    """The rows that need any tokens, in batches of like length, the longest first.
+    """The rows that have any tokens, in batches of few shapes, the longest first.
 
     Args:
-      needed_SxP: from ``tokens_needed``.
-      sets: features.
-      length: tokens of a whole prompt, padding included.
-      batch_rows: rows of whole prompts in a batch; of shorter rows, as many more as make the same number of tokens.
+      first_SxP: the first position of each row.
+      prompts: P of them.
+      sets: S sets of features.
+      most: tokens of a batch, but for those of one row in each shard.
       features: most features in a batch's sets together, unless one set alone has more.
+      shards: of each batch.
     """
     batches = []
+    place_P = prompts.in_order()
     for chosen in _chunks(sets, features):
         features_K = np.unique(np.concatenate([sets[s] for s in chosen]))
-        pairs_Nx2 = np.argwhere(needed_SxP[chosen] > 0)
-        set_N, place_N = np.array(chosen)[pairs_Nx2[:, 0]], pairs_Nx2[:, 1]
-        for part, size, tokens in even_batches(needed_SxP[set_N, place_N], batch_rows * length, _STEP, _PROGRAM):
-            batches.append(RowBatch(set_N[part], place_N[part], size, tokens, features_K))
+        number_N, order_N = np.nonzero((first_SxP[chosen] <= prompts.last_P[None, :])[:, place_P])
+        set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
+        rows = Rows(set_N, place_N, first_SxP[set_N, place_N])
+        length_N = prompts.last_P[place_N] + 1 - rows.first_N
+        lengths = few_lengths(length_N, _PROGRAM)
+        shape_N = np.searchsorted(lengths, length_N)
+        for shape in range(len(lengths) - 1, -1, -1):
+            own, length = rows[shape_N == shape], int(lengths[shape])
+            parts = _parts(own, prompts, length, max(most // shards, 1))
+            parts += [own[:0]] * (-len(parts) % shards)
+            size = _filled(max(len(part.set_N) for part in parts))
+            tokens = _filled(max(_distinct(part, prompts, length) for part in parts))
+            for first in range(0, len(parts), shards):
+                batches.append(RowBatch(parts[first : first + shards], size, length, tokens, features_K))
     return batches
+
+
+def _parts(rows: Rows, prompts: Prompts, length: int, most: int) -> list[Rows]:
+    """Rows in consecutive parts of about as many different tokens, ``most`` at the most, or one row."""
+    key_NxT, real_NxT = prompts.keys(rows, length)
+    _, first_M = np.unique(key_NxT[real_NxT], return_index=True)
+    new_N = np.bincount(np.nonzero(real_NxT)[0][first_M], minlength=len(rows.set_N))  # tokens no earlier row has
+    before_N = np.cumsum(new_N) - new_N
+    count = -(-int(new_N.sum()) // most)
+    part_N = before_N * count // max(int(new_N.sum()), 1)
+    return [rows[part_N == part] for part in np.unique(part_N)]
+
+
+def _distinct(rows: Rows, prompts: Prompts, length: int) -> int:
+    key_NxT, real_NxT = prompts.keys(rows, length)
+    return len(np.unique(key_NxT[real_NxT]))
+
+
+def _filled(count: int) -> int:
+    return max(-(-count // _STEP), 1) * _STEP
 
 
 def _chunks(sets: Sequence[np.ndarray], features: int) -> Iterator[list[int]]:

@@ -57,7 +57,7 @@ def attribution(split: SplitModel, runs: Sequence[CleanRun], estimate: str = "gr
     for run in runs:
         for first in range(0, len(run.last_B), PROMPTS):
             own = slice(first, first + PROMPTS)
-            parts = (run.stream_BxTxD, run.value_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2)
+            parts = (run.stream_BxTxD, run.value_BxTxD, run.read_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2)
             attribution_BxF = score_features(
                 cut,
                 split.graph,
@@ -95,12 +95,13 @@ def score_features(
     state: nnx.State,
     stream_BxTxD: jax.Array,
     value_BxTxD: jax.Array,
+    read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
     last_B: jax.Array,
     answers_Bx2: jax.Array,
 ) -> jax.Array:
     """The program behind ``attribution``, for one batch: [B, F]."""
-    f_BxTxF = active_features(graph, state, value_BxTxD, domain_BxT)
+    f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
     W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
 
     def slope(value_BxTxD: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from saejax.causal.cut import Cut
+from saejax.causal.positions import where
 from saejax.dictionaries.modules import Dictionary
 from saejax.errors import UserError
 from saejax.models import decoder
@@ -31,8 +32,9 @@ class CleanRun:
 
     Attributes:
       index_P: the prompts' places in the list they came from; the first P of the B rows, the rest are copies.
-      stream_BxTxD, value_BxTxD: what the head gave.
-      domain_BxT: True where the dictionary reads: at real positions that are not attention sinks.
+      stream_BxTxD, value_BxTxD, read_BxTxD: what the head gave.
+      domain_BxT: True where features count and may change: at wanted positions that are not attention sinks.
+      prefix_PxT: a number for each text from the first token to this one; prompts that begin alike share it.
       last_B: index of each prompt's last token, int32.
       answers_Bx2: token ids of the correct and the wrong answer, int32.
     """
@@ -40,13 +42,21 @@ class CleanRun:
     index_P: np.ndarray
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
+    read_BxTxD: jax.Array
     domain_BxT: jax.Array
+    prefix_PxT: np.ndarray
     last_B: np.ndarray
     answers_Bx2: np.ndarray
 
 
 class SplitModel:
-    """A language model cut at the site of a dictionary.
+    """A language model cut at the site that the features of a dictionary write to.
+
+    Args:
+      model: the language model.
+      dictionary: an SAE, a transcoder, or what else has features with directions (``bases``).
+      positions: where features may change; see ``positions.where``.
+      error: "keep", or "drop": the clean run, too, goes through the dictionary, and what it cannot explain is gone.
 
     Attributes:
       cut: where, static.
@@ -54,31 +64,32 @@ class SplitModel:
       graph, state: the dictionary, split; its arrays are on the model's devices.
 
     Raises:
-      UserError: the dictionary belongs to another model, its site does not exist there, or it is a transcoder.
+      UserError: the dictionary belongs to another model, or its sites do not exist there.
     """
 
-    def __init__(self, model: LanguageModel, dictionary: Dictionary):
-        if dictionary.config.target:
+    def __init__(self, model: LanguageModel, dictionary: Dictionary, positions: str = "all", error: str = "keep"):
+        reads = Site.parse(dictionary.site).check(model.config)
+        writes = Site.parse(dictionary.config.target or dictionary.site).check(model.config)
+        if writes != reads and (writes.layer != reads.layer or writes.kind in ("resid_pre", "resid_post")):
             raise UserError(
-                f"the dictionary is a transcoder from {dictionary.site} to {dictionary.config.target}: features of "
-                "transcoders cannot be ablated yet, name an SAE"
+                f"the dictionary is a transcoder from {reads} to {writes}: expected one to attn_out, resid_mid, mlp_in "
+                "or mlp_out of the layer that it reads"
             )
-        site = Site.parse(dictionary.site).check(model.config)
-        width = site.width(model.config)
+        width = reads.width(model.config)
         if dictionary.config.d_in != width:
-            raise UserError(f"the dictionary reads {dictionary.config.d_in} dimensions, but {site} has {width}")
+            raise UserError(f"the dictionary reads {dictionary.config.d_in} dimensions, but {reads} has {width}")
         if dictionary.config.fingerprint != model.source.fingerprint:
             raise UserError(
                 f"the dictionary was trained on {dictionary.config.model} (fingerprint "
                 f"{dictionary.config.fingerprint}), but the model is {model.source.name} ({model.source.fingerprint}): "
                 "use the model it was trained on, or train one for this model"
             )
-        self.cut = Cut(model.config, site, model.mesh)
+        self.cut = Cut(model.config, writes, reads, model.mesh)
         self.params = model.params
         self.graph, state = nnx.split(dictionary)
         # By way of the host: the mesh may reach over processes that each loaded the dictionary.
         self.state = jax.device_put(jax.tree.map(np.asarray, state), sharding(model.mesh))
-        self._model = model
+        self._model, self._positions, self._error = model, positions, error
 
     def run(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
         """Runs prompts without an edit, sorted by length, in groups of at most ``GROUP_TOKENS`` tokens.
@@ -103,8 +114,9 @@ class SplitModel:
             kept = min(ids_BxT.shape[1], tokens.ids_BxT.shape[1])
             ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
             last_B = tokens.last_B[rows_B]
-            stream, value, domain = self._run_head(ids_BxT, last_B, [prompts[index].text for index in rows_B])
-            runs.append(CleanRun(index_P, stream, value, domain, last_B, answers_Nx2[rows_B]))
+            stream, value, read, domain = self._run_head(ids_BxT, last_B, [prompts[index].text for index in rows_B])
+            prefix_PxT = prefixes(ids_BxT[:count])
+            runs.append(CleanRun(index_P, stream, value, read, domain, prefix_PxT, last_B, answers_Nx2[rows_B]))
         return runs
 
     def run_counterparts(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
@@ -129,20 +141,24 @@ class SplitModel:
             )
         return self.run([dataclasses.replace(prompt, text=prompt.counterpart) for prompt in prompts])
 
-    def past(self, run: CleanRun) -> Past:
-        """Keys and values of the tail's layers in a clean run."""
-        chunks = range(0, len(run.last_B), PROMPTS)
-        parts = [record(self.cut, self.params, *self.by_row(run.stream_BxTxD[i : i + PROMPTS])) for i in chunks]
-        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *parts)
+    def past(self, run: CleanRun) -> tuple[jax.Array, Past]:
+        """The stream leaving the last layer at each prompt's end [B, D], and keys and values of the tail's layers."""
+        arrays = run.stream_BxTxD, run.value_BxTxD, run.last_B
+        chunks = [slice(start, start + PROMPTS) for start in range(0, len(run.last_B), PROMPTS)]
+        parts = [record(self.cut, self.params, *self.by_row(*(array[own] for array in arrays))) for own in chunks]
+        if len(parts) == 1:
+            return parts[0]
+        ends, pasts = zip(*parts, strict=True)
+        return jnp.concatenate(ends), jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *pasts)
 
     def _run_head(self, ids_BxT: np.ndarray, last_B: np.ndarray, texts: Sequence[str]) -> list[jax.Array]:
         """The parts of a ``CleanRun`` that the devices compute, ``PROMPTS`` prompts at a time."""
         parts = []
         for first in range(0, len(ids_BxT), PROMPTS):
             own = slice(first, first + PROMPTS)
-            *part, finite_B = run_head(
-                self.cut, self.graph, self.params, self.state, *self.by_row(ids_BxT[own], last_B[own])
-            )
+            wanted_BxT = where(self._positions, last_B[own], ids_BxT.shape[1])
+            rows = self.by_row(ids_BxT[own], last_B[own], wanted_BxT)
+            *part, finite_B = run_head(self.cut, self.graph, self._error, self.params, self.state, *rows)
             for row in np.flatnonzero(~np.asarray(finite_B))[:1]:
                 raise UserError(
                     f"the value of {self.cut.site} is not finite in the prompt {texts[first + row]!r}: the "
@@ -157,30 +173,55 @@ class SplitModel:
         return [jax.device_put(a, fitting_sharding(mesh, a.shape, "data", *[None] * (a.ndim - 1))) for a in arrays]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def prefixes(ids_PxT: np.ndarray) -> np.ndarray:
+    """A number for each text from the first token to this one, [P, T]; the same in all prompts that begin with it."""
+    prefix_PxT, before_P = np.zeros(ids_PxT.shape, np.int64), np.zeros(len(ids_PxT), np.int64)
+    for t, ids_P in enumerate(ids_PxT.T):
+        pairs_Px2 = np.stack([before_P, ids_P], axis=1)
+        before_P = np.unique(pairs_Px2, axis=0, return_inverse=True)[1].reshape(-1)
+        prefix_PxT[:, t] = before_P
+    return prefix_PxT
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def run_head(
-    cut: Cut, graph: nnx.GraphDef, params: decoder.Params, state: nnx.State, ids_BxT: jax.Array, last_B: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The program of the head: stream and value [B, T, D], where the dictionary reads [B, T], which are finite [B]."""
-    stream_BxTxD, value_BxTxD = cut.head(params, ids_BxT)
+    cut: Cut,
+    graph: nnx.GraphDef,
+    error: str,
+    params: decoder.Params,
+    state: nnx.State,
+    ids_BxT: jax.Array,
+    last_B: jax.Array,
+    wanted_BxT: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """The program of the head: stream, value and what is read [B, T, D], the domain [B, T], which are finite [B]."""
+    stream_BxTxD, value_BxTxD, read_BxTxD = cut.head(params, ids_BxT)
     real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
-    domain_BxT = real_BxT & nnx.merge(graph, state).in_domain(value_BxTxD)
-    finite_B = (jnp.isfinite(value_BxTxD).all(axis=-1) | ~real_BxT).all(axis=-1)
-    everywhere = sharding(cut.mesh)  # edited rows pick theirs from all of these
-    return jax.lax.with_sharding_constraint((stream_BxTxD, value_BxTxD, domain_BxT, finite_B), everywhere)
+    dictionary = nnx.merge(graph, state)
+    domain_BxT = real_BxT & dictionary.in_domain(read_BxTxD)
+    finite_BxT = jnp.isfinite(value_BxTxD).all(axis=-1) & jnp.isfinite(read_BxTxD).all(axis=-1)
+    if error == "drop":
+        rebuilt_BxTxD = dictionary(read_BxTxD).astype(value_BxTxD.dtype)
+        value_BxTxD = jnp.where(domain_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
+    found = stream_BxTxD, value_BxTxD, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
+    return jax.lax.with_sharding_constraint(found, sharding(cut.mesh))  # edited rows pick theirs from all of these
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def record(cut: Cut, params: decoder.Params, stream_BxTxD: jax.Array) -> Past:
+def record(
+    cut: Cut, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array, last_B: jax.Array
+) -> tuple[jax.Array, Past]:
     """The program of ``SplitModel.past``."""
-    return jax.lax.with_sharding_constraint(cut.record(params, stream_BxTxD), sharding(cut.mesh))
+    x_BxTxD, past = cut.record(params, stream_BxTxD, value_BxTxD)
+    last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+    return jax.lax.with_sharding_constraint((last_BxD, past), sharding(cut.mesh))
 
 
 def of_features(graph: nnx.GraphDef, state: nnx.State, arrays: Sequence[jax.Array], use: Callable) -> Any:
     """``use(f_PxTxF, *rest)`` of ``PROMPTS`` prompts at a time, put together: all features of all take gigabytes.
 
     Args:
-      arrays: value [B, T, D] and domain [B, T], and others with B rows, of which ``use`` is given P at a time.
+      arrays: what is read [B, T, D] and domain [B, T], and others with B rows, of which ``use`` is given P at a time.
       use: gives arrays with P rows.
     """
     chunks = [array.reshape(-1, PROMPTS, *array.shape[1:]) for array in arrays]
@@ -189,7 +230,7 @@ def of_features(graph: nnx.GraphDef, state: nnx.State, arrays: Sequence[jax.Arra
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def active_features(graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
-    """Feature activations [B, T, F]; 0 outside the dictionary's domain."""
-    f_BxTxF = nnx.merge(graph, state).encode(value_BxTxD)
+def active_features(graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
+    """Feature activations [B, T, F]; 0 outside the domain."""
+    f_BxTxF = nnx.merge(graph, state).encode(read_BxTxD)
     return jnp.where(domain_BxT[:, :, None], f_BxTxF, jnp.zeros_like(f_BxTxF))

@@ -3,7 +3,7 @@
 S counts the tokens that are attended to: T without a cache, the slots of the cache with one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from saejax.models.cache import Cache
 from saejax.models.config import DecoderConfig, Rope
 from saejax.models.layers import Weights, einsum, held, like, norm, project, soft_cap, wide
 
-Extend = Callable[..., Sequence[jax.Array]]  # from own keys and values to those that are attended to
+Meet = Callable[[jax.Array, jax.Array, jax.Array, "Reach"], jax.Array]  # as ``mix``, without the configuration
 _BLOCKS, _BLOCKS_FROM = 4, 128  # prompts of at least so many tokens go through attention in so many blocks of queries
 
 
@@ -69,22 +69,20 @@ def cached_reaches(config: DecoderConfig, cache: Cache, new: int) -> Reaches:
     return _reaches(config, cache.positions_BxT(new), age_TxS, seen_BxTxS)
 
 
-def reaches_after(config: DecoderConfig, first_R: jax.Array, new: int, known: int) -> Reaches:
-    """For ``new`` tokens from position ``first_R`` on, beside keys of ``known`` tokens from position 0 on.
+def tree_reaches(config: DecoderConfig, position_SxN: jax.Array, first_SxR: jax.Array, new: int, known: int) -> Reaches:
+    """For tokens at given positions, in rows of ``new`` tokens from ``first_SxR`` on beside ``known`` ones from 0 on.
 
-    Of the known tokens those before the first new one are attended to; S = known + new.
+    The rotary tables are those of the N tokens; what is seen, [S, R, new, known + new], is that of the rows. Of the
+    known tokens those before the first new one are attended to.
     """
-    positions_RxT = first_R[:, None] + jnp.arange(new)[None, :]
-    slots_S = jnp.arange(known)
-    age_RxTxS = (
-        positions_RxT[:, :, None]
-        - jnp.concatenate([jnp.broadcast_to(slots_S[None, :], (len(first_R), known)), positions_RxT], axis=1)[
-            :, None, :
-        ]
-    )
-    earlier_RxS = slots_S[None, :] < first_R[:, None]
-    seen_RxTxS = (age_RxTxS >= 0) & jnp.pad(earlier_RxS, ((0, 0), (0, new)), constant_values=True)[:, None, :]
-    return _reaches(config, positions_RxT, age_RxTxS, seen_RxTxS)
+    position_SxRxT = first_SxR[..., None] + jnp.arange(new)[None, None, :]
+    known_SxRxO = jnp.broadcast_to(jnp.arange(known)[None, None, :], (*first_SxR.shape, known))
+    slot_SxRxA = jnp.concatenate([known_SxRxO, position_SxRxT], axis=-1)
+    age_SxRxTxA = position_SxRxT[..., :, None] - slot_SxRxA[..., None, :]
+    earlier_SxRxO = known_SxRxO < first_SxR[..., None]
+    own_SxRxT = jnp.ones_like(position_SxRxT, bool)
+    seen_SxRxTxA = (age_SxRxTxA >= 0) & jnp.concatenate([earlier_SxRxO, own_SxRxT], axis=-1)[..., None, :]
+    return _reaches(config, position_SxN, age_SxRxTxA, seen_SxRxTxA)
 
 
 def _reaches(config: DecoderConfig, positions: jax.Array, age: jax.Array, seen: jax.Array) -> Reaches:
@@ -117,7 +115,7 @@ def rotate(x_BxTxNxK: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> ja
 
 
 def attention(
-    config: DecoderConfig, weights: Weights, x_BxTxD: jax.Array, reach: Reach, extend: Extend | None = None
+    config: DecoderConfig, weights: Weights, x_BxTxD: jax.Array, reach: Reach, meet: Meet | None = None
 ) -> jax.Array:
     """Grouped-query attention (Ainslie et al., 2023), without the residual connection.
 
@@ -125,8 +123,8 @@ def attention(
       weights: those of the layer.
       x_BxTxD: after the norm.
       reach: of the layer.
-      extend: given the new keys and values, [B, T, N, K], returns all that are attended to, [B, S, N, K]; None: there
-        are no others.
+      meet: given the tokens' queries [B, T, H, K], keys and values [B, T, N, K] and the reach, returns for each query
+        the mean of the values it attends to, [B, T, H, K]; None: ``mix``, in which they attend to one another.
 
     Returns:
       What attention gives at each position, [B, T, D].
@@ -137,12 +135,11 @@ def attention(
     if config.qk_norm:
         q, k = norm(config, weights, "q_norm", q, "K"), norm(config, weights, "k_norm", k, "K")
     q, k = rotate(q, reach.rope), rotate(k, reach.rope)
-    if extend is not None:
-        k, v = extend(k, v)
-    return project("...thk,hkd->...td", _mix(config, q, k, v, reach), weights["o_HxKxD"], weights.get("o_bias_D"))
+    mixed = mix(config, q, k, v, reach) if meet is None else meet(q, k, v, reach)
+    return project("...thk,hkd->...td", mixed, weights["o_HxKxD"], weights.get("o_bias_D"))
 
 
-def _mix(
+def mix(
     config: DecoderConfig, q_BxTxHxK: jax.Array, k_BxSxNxK: jax.Array, v_BxSxNxK: jax.Array, reach: Reach
 ) -> jax.Array:
     """The mean of the values at the tokens that each query attends to, weighted by softmax; [B, T, H, K].

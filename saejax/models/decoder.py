@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.attention import Extend, Reaches, attention, full_reaches
+from saejax.models.attention import Meet, Reaches, attention, full_reaches
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import einsum, like, mlp, norm, soft_cap
 from saejax.models.parameters import LAYERS
@@ -128,13 +128,13 @@ def block(
     x_BxTxD: jax.Array,
     reaches: Reaches,
     hook: LayerHook,
-    extend: Extend | None = None,
+    meet: Meet | None = None,
 ) -> jax.Array:
     """One layer, with its sites given to the hook."""
     weights = _layer_params(params, layer)
     before_BxTxD = hook("resid_pre", x_BxTxD)
     normed_BxTxD = norm(config, weights, "attn_norm", before_BxTxD)
-    out_BxTxD = attention(config, weights, normed_BxTxD, reaches.at(config, layer), extend)
+    out_BxTxD = attention(config, weights, normed_BxTxD, reaches.at(config, layer), meet)
     if config.post_norms:
         out_BxTxD = norm(config, weights, "attn_post_norm", out_BxTxD)
     x_BxTxD = hook("resid_mid", before_BxTxD + hook("attn_out", out_BxTxD))

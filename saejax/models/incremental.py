@@ -1,7 +1,7 @@
 """Running the decoder on some tokens of a text, with the keys and values of earlier tokens at hand.
 
 Two uses: decoding, where each new token is computed once (``run_cached``, whose ``Cache`` grows), and edits, where all
-that comes before a prompt's first changed token stays as it was (``run_after``, whose ``Past`` holds whole prompts).
+that comes before a prompt's first changed token stays as it was (``run_tree``, beside a ``Past`` of whole prompts).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.attention import cached_reaches, full_reaches, reaches_after
+from saejax.models.attention import Reach, cached_reaches, full_reaches, mix, tree_reaches
 from saejax.models.cache import Cache
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import Hook, LayerHook, Params, block, call_hook, no_hook
@@ -27,69 +27,114 @@ class Past(NamedTuple):
 
 
 def run_recorded(
-    config: DecoderConfig, params: Params, x_BxTxD: jax.Array, start: int, stop: int
+    config: DecoderConfig, params: Params, x_BxTxD: jax.Array, start: int, stop: int, hook: Hook | None = None
 ) -> tuple[jax.Array, Past]:
     """``decoder.run_layers`` that keeps all keys and values.
+
+    Args:
+      hook: as there, called in layer ``start`` alone.
 
     Returns:
       The stream leaving layer ``stop - 1``, [B, T, D], and the past of layers ``start`` to ``stop - 1``.
     """
     reaches = full_reaches(config, x_BxTxD.shape[-2])
 
-    def body(x_BxTxD: jax.Array, layer: jax.Array) -> tuple[jax.Array, Past]:
+    def step(x_BxTxD: jax.Array, layer: int | jax.Array, bound: LayerHook) -> tuple[jax.Array, Past]:
         kept: list[Past] = []
 
-        def keep(*own_BxTxNxK: jax.Array) -> tuple[jax.Array, ...]:
-            kept.append(Past(*own_BxTxNxK))
-            return own_BxTxNxK
+        def keep(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
+            kept.append(Past(k, v))
+            return mix(config, q, k, v, reach)
 
-        return block(config, params, layer, x_BxTxD, reaches, no_hook, keep), kept[0]
+        return block(config, params, layer, x_BxTxD, reaches, bound, keep), kept[0]
 
-    return lax.scan(body, x_BxTxD, jnp.arange(start, stop))
+    def scan(x_BxTxD: jax.Array, start: int) -> tuple[jax.Array, Past]:
+        return lax.scan(lambda x, layer: step(x, layer, no_hook), x_BxTxD, jnp.arange(start, stop))
+
+    if hook is None:
+        return scan(x_BxTxD, start)
+    x_BxTxD, entered = step(x_BxTxD, start, functools.partial(call_hook, hook, start))
+    x_BxTxD, past = scan(x_BxTxD, start + 1)
+    return x_BxTxD, jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), entered, past)
 
 
-def run_after(
+class Tree(NamedTuple):
+    """Edited prompts, of which those that begin alike share their first tokens: S shards of R rows and N tokens.
+
+    A row is the end of a prompt from its first changed token on, T tokens at most. Each shard is by itself.
+
+    Attributes:
+      place_SxR: which of the past's prompts each row continues.
+      first_SxR: the position of its first token.
+      token_SxRxT: which of the shard's N tokens stands there; any, where the row has ended.
+      row_SxN, column_SxN: one of the places at which each token stands.
+    """
+
+    place_SxR: jax.Array
+    first_SxR: jax.Array
+    token_SxRxT: jax.Array
+    row_SxN: jax.Array
+    column_SxN: jax.Array
+
+    def of_tokens(self, array_SxRx: jax.Array) -> jax.Array:
+        """What holds for the row in which each token stands, [S, N, ...] of [S, R, ...]."""
+        return jax.vmap(lambda array_Rx, row_N: array_Rx[row_N])(array_SxRx, self.row_SxN)
+
+    @property
+    def place_SxN(self) -> jax.Array:
+        """The prompt of each token."""
+        return self.of_tokens(self.place_SxR)
+
+    @property
+    def position_SxN(self) -> jax.Array:
+        """The position of each token."""
+        return self.of_tokens(self.first_SxR) + self.column_SxN
+
+
+def run_tree(
     config: DecoderConfig,
     params: Params,
-    x_RxTxD: jax.Array,
+    x_SxNxD: jax.Array,
     start: int,
     past: Past,
-    place_R: jax.Array,
-    first_R: jax.Array,
+    tree: Tree,
     hook: Hook | None = None,
 ) -> jax.Array:
-    """Runs the layers from ``start`` to the last on T consecutive tokens of prompts whose earlier tokens are known.
+    """Runs the layers from ``start`` to the last on the tokens of edited prompts whose earlier tokens are known.
+
+    All but attention acts on each token once, however many rows share it.
 
     Args:
-      x_RxTxD: the stream entering layer ``start``.
+      x_SxNxD: the stream entering layer ``start``.
       past: of the same layers.
-      place_R: which of the past's prompts each row continues.
-      first_R: position of each row's first token.
+      tree: which tokens follow which.
       hook: as in ``decoder.run_layers``, called in layer ``start`` alone.
 
     Returns:
-      The stream leaving the last layer, [R, T, D]; the same as that of a full run in which nothing before the first
-      tokens is changed.
+      The stream leaving the last layer, [S, N, D]; the same as that of full runs of the rows in which nothing before
+      their first tokens is changed.
     """
-    reaches = reaches_after(config, first_R, x_RxTxD.shape[1], past.k_LxPxSxNxK.shape[2])
+    known, new = past.k_LxPxSxNxK.shape[2], tree.token_SxRxT.shape[2]
+    reaches = tree_reaches(config, tree.position_SxN, tree.first_SxR, new, known)
 
-    def step(x_RxTxD: jax.Array, layer: int | jax.Array, bound: LayerHook) -> jax.Array:
-        def extend(*own_RxTxNxK: jax.Array) -> list[jax.Array]:
-            both = zip(past, own_RxTxNxK, strict=True)
-            return [jnp.concatenate([_rows(known, layer - start, place_R), own], axis=1) for known, own in both]
+    def step(x_SxNxD: jax.Array, layer: int | jax.Array, bound: LayerHook) -> jax.Array:
+        k_known, v_known = (lax.dynamic_index_in_dim(part, layer - start, keepdims=False) for part in past)
 
-        return block(config, params, layer, x_RxTxD, reaches, bound, extend)
+        def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
+            q, k, v = (jax.vmap(lambda part, token: part[token])(part, tree.token_SxRxT) for part in (q, k, v))
+            k = jnp.concatenate([k_known[tree.place_SxR], k], axis=2)
+            v = jnp.concatenate([v_known[tree.place_SxR], v], axis=2)
+            mixed_SxRxTxHxK = mix(config, q, k, v, reach)
+            return jax.vmap(lambda part, row, column: part[row, column])(mixed_SxRxTxHxK, tree.row_SxN, tree.column_SxN)
+
+        return block(config, params, layer, x_SxNxD, reaches, bound, meet)
 
     if hook is not None:
-        x_RxTxD = step(x_RxTxD, start, functools.partial(call_hook, hook, start))
+        x_SxNxD = step(x_SxNxD, start, functools.partial(call_hook, hook, start))
     first = start + (hook is not None)
     if first == config.n_layers:
-        return x_RxTxD
-    return lax.scan(lambda x, layer: (step(x, layer, no_hook), None), x_RxTxD, jnp.arange(first, config.n_layers))[0]
-
-
-def _rows(known_LxPxSxNxK: jax.Array, layer: int | jax.Array, place_R: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(known_LxPxSxNxK, layer, keepdims=False)[place_R]
+        return x_SxNxD
+    return lax.scan(lambda x, layer: (step(x, layer, no_hook), None), x_SxNxD, jnp.arange(first, config.n_layers))[0]
 
 
 def run_cached(
@@ -121,13 +166,14 @@ def run_cached(
     def step(carry: Carry, layer: int | jax.Array, bound: LayerHook) -> Carry:
         x_BxTxD, *stores = carry
 
-        def extend(*new_BxTxNxK: jax.Array) -> list[jax.Array]:
-            for index, (store, value) in enumerate(zip(stores, new_BxTxNxK, strict=True)):
+        def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
+            for index, (store, value) in enumerate(zip(stores, (k, v), strict=True)):
                 start = (layer, 0, cache.length, 0, 0)
                 stores[index] = lax.dynamic_update_slice(store, value[None].astype(store.dtype), start)
-            return [lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in stores]
+            k, v = (lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in stores)
+            return mix(config, q, k, v, reach)
 
-        x_BxTxD = block(config, params, layer, x_BxTxD, reaches, bound, extend)
+        x_BxTxD = block(config, params, layer, x_BxTxD, reaches, bound, meet)
         return x_BxTxD, *stores
 
     def scan(carry: Carry, start: int, stop: int) -> Carry:

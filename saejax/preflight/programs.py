@@ -25,6 +25,7 @@ from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.evaluation.member_data import MemberData
 from saejax.models import decoding
 from saejax.models.generation import make_choice
+from saejax.models.incremental import Tree
 from saejax.models.language_model import forward
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.models.sites import Site
@@ -224,7 +225,7 @@ def _abstract_member(work: Work, mesh: Mesh) -> MemberData:
 
 def _ablate(work: Work, mesh: Mesh) -> list[Program]:
     model, length = work.model, work.prompt
-    cut = Cut(model, work.site, mesh)
+    cut = Cut(model, work.site, work.site, mesh)
     params, (graph, state) = abstract_params(work, mesh, work.dtype), abstract_dictionary(work, mesh)
     d, f, k, rows = work.tested.d_in, work.tested.n_features, work.features, work.rows
 
@@ -238,9 +239,9 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
 
     stream_BxTxD, value_BxTxD = values(_whole, work.prompts)
     domain_BxT = _whole(mesh, (work.prompts, length), bool)
-    past = _placed(jax.eval_shape(cut.record, params, stream_BxTxD), mesh)
+    past = _placed(jax.eval_shape(cut.record, params, stream_BxTxD, value_BxTxD)[1], mesh)
     f_BxTxK = _whole(mesh, (work.prompts, length, k), work.train.state_dtype)
-    bank = ablation.Bank(stream_BxTxD, value_BxTxD, f_BxTxK, _whole(mesh, (k, d), work.train.state_dtype), past)
+    bank = ablation.Bank(stream_BxTxD, value_BxTxD, f_BxTxK, _whole(mesh, (k, d), work.train.state_dtype), past, None)
     sides = [value_BxTxD, domain_BxT] * (2 if work.replacement == "counterpart" else 1)
     replacement = Replacement(
         work.replacement,
@@ -251,13 +252,25 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
     encode = 2.0 * length * d * f  # of a prompt
     tail = pass_flops(model, rows * length, length, above)
     size = f"{PROMPTS} prompts of {length} tokens"
-    place_R, members_RxK = _by_row(mesh, (rows,), jnp.int32), _by_row(mesh, (rows, k), bool)
+    shards = mesh.shape["data"]
+    own = -(-rows // shards)  # of a shard
+    shapes = ((own,), (own,), (own, length), (own * length,), (own * length,))
+    tree = Tree(*(_by_row(mesh, (shards, *shape), jnp.int32) for shape in shapes))
     return [
         Program(
             "ablate: head",
             size,
             run_head,
-            (cut, graph, params, state, _by_row(mesh, (PROMPTS, length), jnp.int32), ends(PROMPTS)[0]),
+            (
+                cut,
+                graph,
+                "keep",
+                params,
+                state,
+                _by_row(mesh, (PROMPTS, length), jnp.int32),
+                ends(PROMPTS)[0],
+                _by_row(mesh, (PROMPTS, length), bool),
+            ),
             (),
             pass_flops(model, PROMPTS * length, length, below),
         ),
@@ -272,6 +285,7 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
                 params,
                 state,
                 *values(_by_row, PROMPTS),
+                values(_by_row, PROMPTS)[1],
                 _by_row(mesh, (PROMPTS, length), bool),
                 *ends(PROMPTS),
             ),
@@ -291,7 +305,15 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
             "ablate: tail",
             f"{rows} edited prompts",
             ablation.run_rows,
-            (cut, length, params, bank, place_R, place_R, members_RxK, *ends(rows)),
+            (
+                cut,
+                params,
+                bank,
+                tree,
+                tree.place_SxR,
+                _by_row(mesh, (shards, own, k), bool),
+                _by_row(mesh, (shards, own, 2), jnp.int32),
+            ),
             state,
             tail + 2.0 * rows * length * k * d,
         ),

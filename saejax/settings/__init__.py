@@ -5,6 +5,7 @@ it; ``--help`` of its binary shows them.
 """
 
 from saejax.settings.causal import ESTIMATES as ESTIMATES
+from saejax.settings.causal import READOUTS as READOUTS
 from saejax.settings.causal import REPLACEMENTS as REPLACEMENTS
 from saejax.settings.causal import AblateConfig as AblateConfig
 from saejax.settings.run import ExportConfig as ExportConfig

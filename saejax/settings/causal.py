@@ -6,6 +6,7 @@ from saejax.config import Config, setting
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
 ESTIMATES = ("gradient", "integrated", "relp")
+READOUTS = ("log_likelihood", "top1", "kl")  # beside the logit difference
 
 
 @dataclasses.dataclass(frozen=True)

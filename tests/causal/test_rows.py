@@ -1,40 +1,93 @@
-"""Which rows are run, on how many tokens and in which batches."""
+"""Which rows are run, on which tokens and in which batches."""
 
 import numpy as np
 import pytest
 
-from saejax.causal.rows import batches_of, tokens_needed
+from saejax.causal.rows import Prompts, all_different, batches_of, first_changes
+from saejax.causal.split import prefixes
 
 FIRST_PxF = np.array([[3, 9, 1, 4], [9, 9, 2, 0]], np.int32)  # 9: never
-LAST_P = np.array([4, 2])
 SETS = [np.array(s, np.int64) for s in ([0], [1], [0, 2], [3], [])]
 
 
-def test_a_row_needs_the_tokens_from_the_first_change_to_the_last():
-    needed_SxP = tokens_needed(FIRST_PxF, LAST_P, SETS)
-    np.testing.assert_array_equal(needed_SxP, [[2, 0], [0, 0], [4, 1], [1, 3], [0, 0]])
+def test_a_set_changes_a_prompt_from_its_first_feature_on():
+    never = np.iinfo(np.int32).max
+    wanted_SxP = [[3, 9], [9, 9], [1, 2], [4, 0], [never, never]]
+    np.testing.assert_array_equal(first_changes(FIRST_PxF, SETS), wanted_SxP)
 
 
-@pytest.mark.parametrize("batch_rows", [1, 5, 64])
-@pytest.mark.parametrize("features", [1, 7, 1000])
-def test_every_row_is_in_one_batch_that_is_long_enough(batch_rows, features):
+def test_prompts_that_begin_alike_share_their_numbers():
+    ids_PxT = np.array([[5, 6, 7], [5, 6, 8], [4, 6, 7], [5, 6, 7]])
+    prefix_PxT = prefixes(ids_PxT)
+    for t in range(3):
+        for p in range(4):
+            for other in range(4):
+                alike = (ids_PxT[p, : t + 1] == ids_PxT[other, : t + 1]).all()
+                assert (prefix_PxT[p, t] == prefix_PxT[other, t]) == alike
+
+
+@pytest.fixture(scope="module")
+def many():
+    """50 sets on 9 prompts over two letters: many begin alike; what a set changes first depends on the beginning."""
     rng = np.random.default_rng(0)
+    ids_PxT = rng.integers(0, 2, (9, 12))
+    last_P = rng.integers(5, 12, 9)
     sets = [rng.permutation(40)[: rng.integers(1, 6)] for _ in range(50)]
-    needed_SxP = rng.integers(0, 300, (50, 9)) * rng.integers(0, 2, (50, 9))
-    batches = batches_of(needed_SxP, sets, 300, batch_rows, features)
-    rows = [(s, p) for batch in batches for s, p in zip(batch.set_N, batch.place_N, strict=True)]
-    assert sorted(rows) == [tuple(pair) for pair in np.argwhere(needed_SxP > 0)]
+    prefix_PxT = prefixes(ids_PxT)
+    first_SxP = np.full((50, 9), 99)
+    for s in range(50):
+        hit_T = [set(rng.permutation(prefix_PxT.max() + 1)[:1].tolist()) for _ in range(12)]
+        for p in range(9):
+            hits = [t for t in range(last_P[p] + 1) if int(prefix_PxT[p, t]) in hit_T[t]]
+            first_SxP[s, p] = hits[0] if hits else 99
+    return first_SxP, Prompts(last_P, prefix_PxT), sets, ids_PxT
+
+
+@pytest.mark.parametrize("most", [1, 30, 2000])
+@pytest.mark.parametrize("features", [1, 7, 1000])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_every_token_of_every_row_is_run(many, most, features, shards):
+    first_SxP, prompts, sets, ids_PxT = many
+    batches = batches_of(first_SxP, prompts, sets, most, features, shards)
+    rows = []
     for batch in batches:
-        assert needed_SxP[batch.set_N, batch.place_N].max() <= batch.length <= 300
-        assert len(batch.set_N) <= batch.size and batch.size % 8 == 0
-        place_R, members_RxK = batch.filled(sets)
-        assert not members_RxK[len(batch.set_N) :].any()
-        for n, (s, p) in enumerate(zip(batch.set_N, batch.place_N, strict=True)):
-            assert place_R[n] == p
-            np.testing.assert_array_equal(batch.features_K[members_RxK[n]], np.unique(sets[s]))
-        together = len(np.unique(np.concatenate([sets[s] for s in batch.set_N])))
-        assert len(batch.features_K) <= max(features, max(len(s) for s in sets)) and together <= len(batch.features_K)
+        assert len(batch.shards) == shards and batch.size % 8 == batch.tokens % 8 == 0
+        tree, (end_SxR, members_SxRxK) = batch.filled(prompts, sets)
+        for shard, own in enumerate(batch.shards):
+            place_N = tree.place_SxR[shard][tree.row_SxN[shard]]
+            position_N = tree.first_SxR[shard][tree.row_SxN[shard]] + tree.column_SxN[shard]
+            set_R = np.concatenate([own.set_N, np.full(batch.size - len(own.set_N), -1)])
+            assert not members_SxRxK[shard, len(own.set_N) :].any()
+            for r, (s, p, first) in enumerate(zip(own.set_N, own.place_N, own.first_N, strict=True)):
+                rows.append((s, p))
+                np.testing.assert_array_equal(batch.features_K[members_SxRxK[shard, r]], np.unique(sets[s]))
+                length = prompts.last_P[p] + 1 - first
+                assert first == first_SxP[s, p] and 0 < length <= batch.length
+                token_T = tree.token_SxRxT[shard, r, :length]
+                assert end_SxR[shard, r] == token_T[-1]
+                for t, token in enumerate(token_T):
+                    assert position_N[token] == first + t and set_R[tree.row_SxN[shard, token]] == s
+                    np.testing.assert_array_equal(ids_PxT[place_N[token], : first + t + 1], ids_PxT[p, : first + t + 1])
+    assert sorted(rows) == [tuple(pair) for pair in np.argwhere(first_SxP <= prompts.last_P[None, :])]
+
+
+def test_no_token_is_run_twice_in_a_batch(many):
+    first_SxP, prompts, sets, ids_PxT = many
+    texts = {
+        (s, tuple(ids_PxT[p, : t + 1]))
+        for s, p in np.argwhere(first_SxP <= prompts.last_P[None, :])
+        for t in range(first_SxP[s, p], prompts.last_P[p] + 1)
+    }
+    batches = batches_of(first_SxP, prompts, sets, 10**9, 1000)
+    run = sum(
+        len(set(zip(tree.row_SxN[0].tolist(), tree.column_SxN[0].tolist(), strict=True)))
+        for tree in (batch.filled(prompts, sets)[0] for batch in batches)
+    )
+    assert len(batches) == 1 and len(texts) == run
+    alone = Prompts(prompts.last_P, all_different(prompts.prefix_PxT))
+    assert sum(b.tokens for b in batches_of(first_SxP, alone, sets, 10**9, 1000)) > 1.1 * batches[0].tokens
 
 
 def test_nothing_to_run():
-    assert batches_of(np.zeros((2, 3), int), SETS[:2], 10, 4, 10) == []
+    prompts = Prompts(np.array([2, 3]), all_different(np.zeros((2, 4))))
+    assert batches_of(np.full((2, 2), 9), prompts, SETS[:2], 10, 4) == []
