@@ -1,7 +1,10 @@
 """Edits of features, sites and error terms against hooks in transformers models in fp64; identities; bad input."""
 
+import copy
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models import language_model, source
+from saejax.models.edits import ForwardPass
 from saejax.models.tokens import pad
 from saejax.tasks.likelihood import loglikelihoods
 
@@ -37,14 +41,14 @@ class Setup:
         self.clean = self.lm(self.tokens, capture=[SITE])
         self.given_BxTxK = rng.uniform(0, 3, (3, 13, 3)).astype(np.float32)
 
-    def check(self, edits, plain, moves=True):
+    def check(self, edits, plain):
         """Logits with edits equal those with plain(b)'s edits; errors relative to the largest logit."""
         found = np.asarray(self.lm(self.tokens, edits=edits).logits_BxTxV)
         for b, ids in enumerate(self.prompts):
             expected = self.plain.logits(ids, *plain(b))
             assert np.abs(found[b, : len(ids)] - expected).max() < 1e-4 * np.abs(expected).max()
         change = np.abs(found - np.asarray(self.clean.logits_BxTxV))[self.tokens.mask_BxT].max()
-        assert not moves or change > 0.01 * np.abs(expected).max()
+        assert change > 0.01 * np.abs(expected).max()
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +87,8 @@ SOME = [
 
 
 @pytest.mark.parametrize(
-    "family, cases",
-    [("llama", SOME), ("gpt2", SOME), ("gemma2", SOME)]
-    + [pytest.param(family, EVERY, marks=pytest.mark.slow) for family in ("llama", "gpt2", "gemma2")],
+    ("family", "cases"),
+    [("llama", SOME), *(pytest.param(name, EVERY, marks=pytest.mark.slow) for name in ("llama", "gpt2", "gemma2"))],
 )
 def test_every_edit_equals_plain_hooks(setups, quick_compiler, family, cases):
     setup = setups(family)
@@ -102,91 +105,120 @@ def test_every_edit_equals_plain_hooks(setups, quick_compiler, family, cases):
         setup.check([getattr(setup.sae, name)(FEATURES, *args, positions=positions, error=error)], plain)
 
 
-def test_site_and_error_edits_equal_plain_hooks(llama, quick_compiler):
+def test_site_edits_equal_plain_hooks(llama, quick_compiler):
+    """One at each of several sites of two layers, at the same kinds of positions."""
     rng = np.random.default_rng(8)
     vector_D, given_BxTxD = rng.normal(size=40), rng.normal(size=(3, 13, 40)).astype(np.float32)
-    plain_sae = PlainDictionary(llama.sae)
-
-    def rebuilt(x_D):
-        return x_D if np.linalg.norm(x_D) > llama.sae.config.max_norm else plain_sae.decode(plain_sae.encode(x_D), x_D)
-
-    def patched_error(b, t, x_D):
-        return x_D if np.linalg.norm(x_D) > llama.sae.config.max_norm else rebuilt(x_D) + given_BxTxD[b, t]
-
-    cases = [
-        (SiteEdit.ablate(SITE, "last"), "last", lambda b, t, x_D: 0 * x_D),
-        (SiteEdit.set(SITE, vector_D), "all", lambda b, t, x_D: vector_D),
-        (SiteEdit.patch(SITE, given_BxTxD, (1, None)), (1, None), lambda b, t, x_D: given_BxTxD[b, t]),
-        (SiteEdit.steer(SITE, vector_D, 0.5, (0, 4)), (0, 4), lambda b, t, x_D: x_D + 0.5 * vector_D),
-        (llama.sae.ablate_error("last"), "last", lambda b, t, x_D: rebuilt(x_D)),
-        (llama.sae.patch_error(given_BxTxD), "all", patched_error),
+    edits = [
+        SiteEdit.patch("resid_pre.1", given_BxTxD, (1, None)),
+        SiteEdit.ablate("attn_out.1", "last"),
+        SiteEdit.set("mlp_in.1", vector_D),
+        SiteEdit.steer("mlp_out.1", vector_D, 0.5, (0, 4)),
     ]
-    for edit, positions, new in cases:
-
-        def plain(b, new=new, positions=positions):
-            def call(x_TxD):
-                rows = [new(b, t, x_D) if wanted(t, positions, len(x_TxD)) else x_D for t, x_D in enumerate(x_TxD)]
-                return np.stack(rows)
-
-            return [(SITE, call)]
-
-        llama.check([edit], plain)
-
-
-@pytest.mark.parametrize(("error", "skip"), [("keep", False), ("drop", True)])
-def test_a_transcoder_reads_at_one_site_and_changes_another(llama, quick_compiler, error, skip):
-    """After an edit of an earlier layer, whose effect it sees."""
-    transcoder = make_dictionary(llama.lm, llama.tokens, "mlp_in.2", "mlp_out.2", skip)
-    plain_sae, plain_transcoder = PlainDictionary(llama.sae), PlainDictionary(transcoder)
 
     def plain(b):
-        kept = []
-        early = lambda x_TxD: plain_sae.edited(x_TxD, x_TxD, FEATURES, lambda k, t, f: f + 2.0)  # noqa: E731
-        late = lambda y_TxD: plain_transcoder.edited(kept[0], y_TxD, range(20), lambda k, t, f: 2 * f, "all", error)  # noqa: E731
-        return [(SITE, early), ("mlp_in.2", lambda x_TxD: kept.append(x_TxD) or x_TxD), ("mlp_out.2", late)]
+        def on(new, positions):
+            def call(x_TxD):
+                rows = [new(t, x_D) if wanted(t, positions, len(x_TxD)) else x_D for t, x_D in enumerate(x_TxD)]
+                return np.stack(rows)
 
-    llama.check([llama.sae.steer(FEATURES, 2.0), transcoder.scale(range(20), 2.0, error=error)], plain)
+            return call
+
+        return [
+            ("resid_pre.1", on(lambda t, x_D: given_BxTxD[b, t].astype(np.float64), (1, None))),
+            ("attn_out.1", on(lambda t, x_D: 0 * x_D, "last")),
+            ("mlp_in.1", on(lambda t, x_D: vector_D, "all")),
+            ("mlp_out.1", on(lambda t, x_D: x_D + 0.5 * vector_D, (0, 4))),
+        ]
+
+    llama.check(edits, plain)
 
 
-def test_edits_at_one_site_act_in_their_order(llama, quick_compiler):
+def test_edits_of_the_error_term_equal_plain_hooks(llama, quick_compiler):
+    """It goes at some positions and becomes another's at others; sinks keep it."""
+    given_BxTxD = np.random.default_rng(8).normal(size=(3, 13, 40)).astype(np.float32)
+    at_last_BxT = np.arange(13)[None] == llama.tokens.last_B[:, None]
+    given_BxTxD = np.where(at_last_BxT[..., None], given_BxTxD, np.nan)  # what is not asked for is without effect
     plain_sae = PlainDictionary(llama.sae)
 
     def plain(b):
         def call(x_TxD):
-            x_TxD = plain_sae.edited(x_TxD, x_TxD, FEATURES, lambda k, t, f: f + 4.0)
-            return plain_sae.edited(x_TxD, x_TxD, FEATURES, lambda k, t, f: 0.0)
+            out_TxD, last = x_TxD.copy(), len(x_TxD) - 1
+            for t, x_D in enumerate(x_TxD):
+                if np.linalg.norm(x_D) <= llama.sae.config.max_norm and (1 <= t < 4 or t == last):
+                    rebuilt_D = plain_sae.decode(plain_sae.encode(x_D), x_D)
+                    out_TxD[t] = rebuilt_D + (given_BxTxD[b, t] if t == last else 0)
+            return out_TxD
 
         return [(SITE, call)]
 
-    llama.check([llama.sae.steer(FEATURES, 4.0), llama.sae.ablate(FEATURES)], plain)
+    llama.check([llama.sae.patch_error(given_BxTxD, "last"), llama.sae.ablate_error((1, 4))], plain)
 
 
-def test_what_changes_nothing(llama, quick_compiler):
-    sae, x_BxTxD = llama.sae, llama.clean.sites[SITE]
-    run = lambda edit: llama.lm(llama.tokens, capture=[SITE], edits=[edit])  # noqa: E731
-    own_BxTxK = sae.encode(x_BxTxD)[..., np.array(FEATURES)]
+def test_edits_of_several_layers_and_of_one_site_act_in_their_order(llama, quick_compiler):
+    """A skip transcoder, two edits at one site, and a transcoder that reads what they left and changes a later site."""
+    first = make_dictionary(llama.lm, llama.tokens, "mlp_in.0", "mlp_out.0", skip=True)
+    last = make_dictionary(llama.lm, llama.tokens, "mlp_in.2", "mlp_out.2")
+    plain_first, plain_sae, plain_last = map(PlainDictionary, (first, llama.sae, last))
+    many = list(range(20))
+
+    def plain(b):
+        kept = {}
+
+        def keep(x_TxD, site):
+            kept[site] = x_TxD.copy()
+            return x_TxD
+
+        def both(x_TxD):
+            x_TxD = plain_sae.edited(x_TxD, x_TxD, FEATURES, lambda k, t, f: f + 4.0)
+            return plain_sae.edited(x_TxD, x_TxD, FEATURES[:2], lambda k, t, f: 0.0)
+
+        def drop(y_TxD):
+            return plain_first.edited(kept["mlp_in.0"], y_TxD, many, lambda k, t, f: 2 * f, error="drop")
+
+        return [
+            ("mlp_in.0", functools.partial(keep, site="mlp_in.0")),
+            ("mlp_out.0", drop),
+            (SITE, both),
+            ("mlp_in.2", functools.partial(keep, site="mlp_in.2")),
+            ("mlp_out.2", lambda y: plain_last.edited(kept["mlp_in.2"], y, many, lambda k, t, f: 2 * f)),
+        ]
+
+    early = [llama.sae.steer(FEATURES, 4.0), llama.sae.ablate(FEATURES[:2])]
+    llama.check([*early, first.scale(many, 2.0, error="drop"), last.scale(many, 2.0)], plain)
+
+
+@jax.jit
+def at_site(edit, x_BxTxD, mask_BxT):
+    return edit(x_BxTxD, ForwardPass.over(mask_BxT))
+
+
+def test_what_changes_nothing(llama):
+    sae, x_BxTxD, mask_BxT = llama.sae, llama.clean.sites[SITE], jnp.asarray(llama.tokens.mask_BxT)
     f_BxTxF = np.asarray(sae.encode(x_BxTxD)) * llama.tokens.mask_BxT[..., None]
     silent = [int(i) for i in np.flatnonzero(f_BxTxF[:, 7:].sum((0, 1)) == 0)[:3]]
     assert len(silent) == 3
-    nothing = [sae.scale(FEATURES, 1.0), sae.steer(FEATURES, 0.0), sae.ablate(silent, (7, None))]
-    base = llama.lm(llama.tokens, capture=[SITE], edits=[SiteEdit.steer(SITE, np.zeros(40))])
-    for edit in [*nothing, SiteEdit.patch(SITE, x_BxTxD)]:
-        np.testing.assert_array_equal(run(edit).sites[SITE], base.sites[SITE])
-    for edit in (sae.patch(FEATURES, own_BxTxK), sae.patch_error(x_BxTxD - sae(x_BxTxD))):
-        found = run(edit)
-        np.testing.assert_allclose(found.sites[SITE], x_BxTxD, atol=2e-5)
-        np.testing.assert_allclose(found.logits_BxTxV, llama.clean.logits_BxTxV, atol=2e-4)
+    for edit in (
+        sae.scale(FEATURES, 1.0),
+        sae.steer(FEATURES, 0.0),
+        sae.ablate(silent, (7, None)),
+        SiteEdit.patch(SITE, x_BxTxD),
+    ):
+        np.testing.assert_array_equal(at_site(edit, x_BxTxD, mask_BxT), x_BxTxD)
+    assert (at_site(sae.ablate(silent, (0, None)), x_BxTxD, mask_BxT) != x_BxTxD).any()
+    own_BxTxK = sae.encode(x_BxTxD)[..., np.array(FEATURES)]
+    for edit in (sae.patch(FEATURES, own_BxTxK), sae.patch_error(x_BxTxD - sae(x_BxTxD))):  # to rounding
+        np.testing.assert_allclose(at_site(edit, x_BxTxD, mask_BxT), x_BxTxD, atol=2e-5)
 
 
 def test_a_patched_site_gives_the_other_run_from_there_on(llama, quick_compiler):
     other = pad([ids[::-1] for ids in llama.prompts])
-    names = [SITE, "resid_post.2"]
-    wanted_run = llama.lm(other, capture=names, edits=[SiteEdit.steer(SITE, np.zeros(40))])
-    found = llama.lm(llama.tokens, capture=names, edits=[SiteEdit.patch(SITE, wanted_run.sites[SITE])])
+    expected = llama.lm(other, capture=[SITE])
+    found = llama.lm(llama.tokens, capture=[SITE], edits=[SiteEdit.patch(SITE, expected.sites[SITE])])
     mask_BxT = llama.tokens.mask_BxT
-    np.testing.assert_array_equal(found.sites[SITE][mask_BxT], wanted_run.sites[SITE][mask_BxT])
-    np.testing.assert_allclose(found.logits_BxTxV[mask_BxT], wanted_run.logits_BxTxV[mask_BxT], atol=1e-4)
-    assert np.abs(found.logits_BxTxV - llama.clean.logits_BxTxV).max() > 0.1
+    np.testing.assert_array_equal(found.sites[SITE][mask_BxT], expected.sites[SITE][mask_BxT])
+    np.testing.assert_allclose(found.logits_BxTxV[mask_BxT], expected.logits_BxTxV[mask_BxT], atol=1e-4)
+    assert np.abs(found.logits_BxTxV - llama.clean.logits_BxTxV)[mask_BxT].max() > 0.1
 
 
 def test_programs_are_compiled_for_kinds_not_for_features_and_values(llama, quick_compiler):
@@ -209,24 +241,25 @@ def next_ids(llama, b, edits_of, count):
     return tuple(new[: new.index(0)] if 0 in new else new)
 
 
-@pytest.mark.parametrize("positions", ["last", (6, 11)])
-def test_edits_in_generation_equal_plain_hooks(llama, quick_compiler, positions):
+@pytest.mark.parametrize("cache", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_edits_in_generation_equal_plain_hooks(llama, quick_compiler, cache):
     """Every new token is edited, or those at some positions; what was given for prompts is for prompts alone."""
-    plain_sae, given = PlainDictionary(llama.sae), 20 * llama.given_BxTxK
-    edits = [llama.sae.steer(FEATURES, 9.0, positions), llama.sae.patch(FEATURES, given)]
+    plain_sae, given, steps = PlainDictionary(llama.sae), 20 * llama.given_BxTxK, (("last", 9.0), ((6, 11), -7.0))
+    edits = [llama.sae.steer(FEATURES, amount, positions) for positions, amount in steps]
 
     def plain(b, prompt):
         def call(x_TxD):
-            x_TxD = plain_sae.edited(x_TxD, x_TxD, FEATURES, lambda k, t, f: f + 9.0, positions, prompt=prompt)
+            for positions, amount in steps:
+                new = lambda k, t, f, a=amount: f + a  # noqa: E731
+                x_TxD = plain_sae.edited(x_TxD, x_TxD, FEATURES, new, positions, prompt=prompt)
             new = lambda k, t, f: given[b, t, k] if t < prompt else f  # noqa: E731
             return plain_sae.edited(x_TxD, x_TxD, FEATURES, new)
 
         return [(SITE, call)]
 
     expected = [next_ids(llama, b, plain, 8) for b in range(3)]
-    found = llama.lm.generate(llama.tokens, 8, edits=edits)
+    found = llama.lm.generate(llama.tokens, 8, edits=[*edits, llama.sae.patch(FEATURES, given)], cache=cache)
     assert [done.ids for done in found] == expected
-    assert llama.lm.generate(llama.tokens, 8, edits=edits, cache=False) == found
     assert expected != [next_ids(llama, b, lambda b, prompt: [], 8) for b in range(3)]
 
 
@@ -235,7 +268,7 @@ def test_edits_in_scoring_equal_plain_hooks(llama, quick_compiler):
     plain_sae = PlainDictionary(llama.sae)
     contexts, continuations = [ids[:-3] for ids in llama.prompts], [ids[-3:] for ids in llama.prompts]
     edits = [llama.sae.patch(FEATURES, llama.given_BxTxK, error="drop")]
-    found = loglikelihoods(llama.lm, contexts, continuations, edits, batch_tokens=32)
+    found = loglikelihoods(llama.lm, contexts, continuations, edits, batch_tokens=16)
     for b, ids in enumerate(llama.prompts):
 
         def call(x_TxD, b=b):
@@ -310,3 +343,27 @@ def test_dictionaries_that_do_not_fit_are_refused(llama):
         llama.lm(llama.tokens, edits=[changed(d_in=39).ablate([1])])
     with pytest.raises(UserError, match="there is no site resid_post.9"):
         llama.lm.generate(llama.tokens, 2, edits=[changed(site="resid_post.9").ablate([1])])
+
+
+@pytest.mark.slow
+def test_edits_of_smollm2_equal_plain_hooks(smollm2, smollm2_torch):
+    texts = ["The capital of France is the city of", "3 + 4 ="]
+    tokens = smollm2.tokenize(texts)
+    sae = make_dictionary(smollm2, tokens, "resid_post.15")
+    plain, plain_sae = PlainModel(copy.deepcopy(smollm2_torch)), PlainDictionary(sae)
+    clean = np.asarray(smollm2(tokens).logits_BxTxV)
+    for edit, new in (
+        (sae.ablate(FEATURES), lambda k, t, f: 0.0),
+        (sae.scale(FEATURES, 3.0), lambda k, t, f: 3 * f),
+        (sae.steer(FEATURES, 50.0), lambda k, t, f: f + 50.0),
+    ):
+        logits = np.asarray(smollm2(tokens, edits=[edit]).logits_BxTxV)
+        for b, length in enumerate(tokens.lengths_B):
+
+            def call(x_TxD, new=new):
+                return plain_sae.edited(x_TxD, x_TxD, FEATURES, new)
+
+            ids_T = tokens.ids_BxT[b, :length]
+            change = plain.logits(ids_T, ("resid_post.15", call)) - plain.logits(ids_T)
+            assert np.abs(change).max() > 0.01
+            np.testing.assert_allclose(logits[b, :length] - clean[b, :length], change, atol=1e-3)
