@@ -12,6 +12,7 @@ _HOMES = {
     "load_transcoders": "saejax.dictionaries",
     "save_dictionary": "saejax.dictionaries",
     "save_transcoders": "saejax.dictionaries",
+    "SiteEdit": "saejax.models.site_edits",
 }
 __all__ = list(_HOMES)
 

@@ -7,50 +7,60 @@ import jax.numpy as jnp
 from flax import nnx
 
 from saejax.dictionaries.matmul import matmul
+from saejax.models.edits import ForwardPass, Positions, Values, check_width
 from saejax.models.sites import Site
-
-POSITIONS = ("all", "last")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FeatureEdit:
-    """Multiplies features by a factor at a dictionary's site; factor 0 ablates them. Made by ``Dictionary.ablate``.
+    """Changes K features where a dictionary writes. Made by the methods of ``Dictionary``; see ``Editing``.
 
-        x' = x + sum_i (factor - 1) f_i(x) W_dec_i
+        g_i = factor_i f_i(x) + offset_i
+        y' = y + sum_i (g_i - f_i(x)) W_dec_i           the dictionary's error term stays
+        y' = decode(f(x) with g in place of f) + e      the error term becomes e
 
-    Only what the features add is changed, so the dictionary's error term stays. Attention sinks and
-    padding pass through untouched.
+    For a sparse autoencoder y is x; for a transcoder it is the value at the site that it predicts.
 
     Attributes:
-      site: where it applies.
       state: the dictionary's arrays.
       features_K: the feature indices.
-      factor: scalar.
+      factor_1x1xK, offset: as above; the offset's N is K.
+      error: e, its N is D; None: the error term stays.
+      positions: where it acts; never at padding and attention sinks.
       graph: the dictionary's structure (static).
-      positions: "all" or "last" (static).
+      reads: the site of x (static).
+      site: the site of y (static).
     """
 
     state: nnx.State
     features_K: jax.Array
-    factor: jax.Array
-    site: Site = dataclasses.field(metadata=dict(static=True))
+    factor_1x1xK: jax.Array
+    offset: Values
+    error: Values | None
+    positions: Positions
     graph: nnx.GraphDef = dataclasses.field(metadata=dict(static=True))
-    positions: str = dataclasses.field(metadata=dict(static=True), default="all")
+    reads: Site = dataclasses.field(metadata=dict(static=True))
+    site: Site = dataclasses.field(metadata=dict(static=True))
 
-    def __call__(self, value_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-        """The edited site.
-
-        Args:
-          value_BxTxD: the site's value.
-          mask_BxT: True at real positions.
-        """
+    def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
+        """The edited value of ``site``."""
         dictionary = nnx.merge(self.graph, self.state)
-        f_BxTxK = dictionary.encode(value_BxTxD)[..., self.features_K]
-        change_BxTxD = matmul((self.factor - 1) * f_BxTxK, dictionary.W_dec_FxD[...][self.features_K])
-        where_BxT = mask_BxT & dictionary.in_domain(value_BxTxD)
-        if self.positions == "last":
-            later_BxT = jnp.cumsum(mask_BxT[:, ::-1], axis=1)[:, ::-1]  # real positions from here on
-            where_BxT &= later_BxT == 1
-        change_BxTxD = jnp.where(where_BxT[..., None], change_BxTxD, 0.0)
-        return value_BxTxD + change_BxTxD.astype(value_BxTxD.dtype)
+        check_width(self.site, value_BxTxD.shape[-1], "a dictionary", dictionary.config.d_in)
+        x_BxTxD = value_BxTxD if self.reads == self.site else run.values[self.reads]
+        f_BxTxF = dictionary.encode(x_BxTxD)
+        f_BxTxK = f_BxTxF[..., self.features_K]
+        offset_BxTxK, known_BxT = self.offset.at(run)
+        where_BxT = self.positions.at(run) & known_BxT & dictionary.in_domain(x_BxTxD)
+        change_BxTxK = (self.factor_1x1xK - 1) * f_BxTxK + offset_BxTxK
+        if self.positions.only == "fires":
+            fires_BxTxK = dictionary.fires(f_BxTxK)
+            change_BxTxK = jnp.where(fires_BxTxK, change_BxTxK, 0.0)
+            where_BxT &= fires_BxTxK.any(axis=-1)
+        if self.error is None:
+            new_BxTxD = value_BxTxD + matmul(change_BxTxK, dictionary.W_dec_FxD[...][self.features_K])
+        else:
+            error_BxTxD, known_BxT = self.error.at(run)
+            where_BxT &= known_BxT
+            new_BxTxD = dictionary.decode(f_BxTxF.at[..., self.features_K].add(change_BxTxK), x_BxTxD) + error_BxTxD
+        return jnp.where(where_BxT[..., None], new_BxTxD.astype(value_BxTxD.dtype), value_BxTxD)

@@ -14,21 +14,16 @@ The kinds differ in ``sparsity``: ``standard`` max(pre, 0); ``linear`` pre itsel
 """
 
 import dataclasses
-import operator
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from saejax.config import Config, setting
 from saejax.dictionaries import sparsity
-from saejax.dictionaries.edits import POSITIONS, FeatureEdit
+from saejax.dictionaries.editing import Editing
 from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.dictionaries.sparsity import row
-from saejax.errors import UserError, one_of
-from saejax.models.sites import Site
 from saejax.settings import KINDS
 
 
@@ -93,8 +88,11 @@ def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...]
     return table
 
 
-class Dictionary(nnx.Module):
+class Dictionary(Editing, nnx.Module):
     """A sparse autoencoder of one site, or a transcoder from one site to another.
+
+    Edits of its features during a forward pass are made by the methods of ``Editing``: ``lm(tokens,
+    edits=[sae.ablate([101, 2048])])``.
 
     Args:
       config: what it is.
@@ -180,22 +178,3 @@ class Dictionary(nnx.Module):
     def in_domain(self, x_BxD: jax.Array) -> jax.Array:
         """True where ``x`` is not an attention sink; the shape of ``x`` without its last axis."""
         return jnp.linalg.norm(x_BxD.astype(jnp.float32), axis=-1) <= self.config.max_norm
-
-    def ablate(self, features: Sequence[int], positions: str = "all") -> FeatureEdit:
-        """The edit that sets these features to zero and keeps everything else, the error term included.
-
-        Args:
-          features: feature indices, 0 <= i < n_features.
-          positions: "all", or "last" (each prompt's last token).
-
-        Raises:
-          UserError: a feature does not exist, or the positions are unknown.
-        """
-        one_of(positions, POSITIONS, "positions")
-        features = list(dict.fromkeys(map(operator.index, features)))  # one named twice is not removed twice
-        wrong = [i for i in features if not 0 <= i < self.config.n_features]
-        if wrong:
-            raise UserError(f"features {wrong[:5]} do not exist: there are 0 to {self.config.n_features - 1}")
-        graph, state = nnx.split(self)
-        chosen_K = jnp.asarray(np.asarray(features, np.int32))
-        return FeatureEdit(state, chosen_K, jnp.float32(0.0), Site.parse(self.site), graph, positions)

@@ -6,7 +6,6 @@ batch goes to the next one.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,7 @@ from saejax.models import decoder, incremental
 from saejax.models.cache import Cache, empty_cache
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import Params
-from saejax.models.edits import Edit, edited
-from saejax.models.sites import Site
+from saejax.models.edits import Edit, ForwardPass, layers_of
 
 Edits = tuple[Edit, ...]
 
@@ -114,8 +112,8 @@ def prefill(
     """
     batch, length = ids_BxT.shape
     cache = empty_cache(config, batch, length, params["embed_VxD"].dtype, pad_B)
-    mask_BxT = jnp.arange(length)[None, :] >= pad_B[:, None]
-    logits_BxV, cache = _run(config, params, ids_BxT, mask_BxT, cache, edits)
+    position_BxT = jnp.maximum(jnp.arange(length)[None, :] - pad_B[:, None], -1)
+    logits_BxV, cache = _run(config, params, ids_BxT, ForwardPass(position_BxT, length - pad_B), cache, edits)
     more = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
     stores = {name: jnp.pad(getattr(cache, name), more) for name in ("k_LxBxSxNxK", "v_LxBxSxNxK")}
     none_B = jnp.zeros(batch, bool)
@@ -138,18 +136,20 @@ def decode(
 
     def step(state: State) -> State:
         newest_Bx1 = lax.dynamic_slice(state.new_BxN, (0, state.count - 1), (batch, 1))
-        logits_BxV, cache = _run(config, params, newest_Bx1, jnp.ones((batch, 1), bool), state.cache, edits)
+        position_Bx1 = state.cache.positions_BxT(1)
+        run = ForwardPass(position_Bx1, position_Bx1[:, 0] - (state.count - 1))
+        logits_BxV, cache = _run(config, params, newest_Bx1, run, state.cache, edits)
         return state.add(cache, logits_BxV, choice, end_ids_E)
 
     return lax.while_loop(lambda state: (state.count < limit) & ~state.done_B.all(), step, state)
 
 
 def _run(
-    config: DecoderConfig, params: Params, ids_BxT: jax.Array, mask_BxT: jax.Array, cache: Cache, edits: Edits
+    config: DecoderConfig, params: Params, ids_BxT: jax.Array, run: ForwardPass, cache: Cache, edits: Edits
 ) -> tuple[jax.Array, Cache]:
     """Runs new tokens; gives the logits [B, V] after the last of them."""
     x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(ids_BxT.shape[1]))
-    x_BxTxD, cache = incremental.run_cached(config, params, x_BxTxD, cache, _hook(edits, mask_BxT), _layers(edits))
+    x_BxTxD, cache = incremental.run_cached(config, params, x_BxTxD, cache, run.hook(edits), layers_of(edits))
     return decoder.unembed(config, params, x_BxTxD[:, -1:])[:, 0], cache
 
 
@@ -175,18 +175,8 @@ def recompute(
     """
     mask_BxT = jnp.arange(ids_BxT.shape[1])[None, :] < lengths_B[:, None]
     x_BxTxD = decoder.embed(config, params, ids_BxT)
-    x_BxTxD = decoder.run_layers(config, params, x_BxTxD, 0, config.n_layers, _hook(edits, mask_BxT), _layers(edits))
+    run = dataclasses.replace(ForwardPass.over(mask_BxT), prompt_B=lengths_B - number)
+    x_BxTxD = decoder.run_layers(config, params, x_BxTxD, 0, config.n_layers, run.hook(edits), layers_of(edits))
     last_Bx1xD = jnp.take_along_axis(x_BxTxD, (lengths_B - 1)[:, None, None], axis=1)
     logits_BxV = decoder.unembed(config, params, last_Bx1xD)[:, 0]
     return choice(logits_BxV, number), jnp.isfinite(logits_BxV.max(axis=-1))
-
-
-def _hook(edits: Edits, mask_BxT: jax.Array) -> Any:
-    def hook(site: Site, value_BxTxD: jax.Array) -> jax.Array:
-        return edited(edits, site, value_BxTxD, mask_BxT)
-
-    return hook if edits else None
-
-
-def _layers(edits: Edits) -> set[int]:
-    return {edit.site.layer for edit in edits}

@@ -1,11 +1,55 @@
-"""Edits: changes to the values at sites during a forward pass."""
+"""Edits: changes to the values at sites during a forward pass, and what they are made of."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from saejax.errors import UserError
 from saejax.models.sites import Site
+
+Span = tuple[int, int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardPass:
+    """What edits know of the forward pass in which they act.
+
+    Attributes:
+      position_BxT: int32 place of each token in its text, from 0; -1 at padding.
+      prompt_B: int32 number of tokens of each prompt; those from there on are new ones, made by ``generate``.
+      values: while tracing, what the sites passed so far in this layer and in others with edits hold, [B, T, D], after
+        the edits there.
+    """
+
+    position_BxT: jax.Array
+    prompt_B: jax.Array
+    values: dict[Site, jax.Array] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def over(cls, mask_BxT: jax.Array) -> Self:
+        """A pass over whole prompts, which are padded on the right; the mask is True at real positions."""
+        return cls(jnp.where(mask_BxT, jnp.cumsum(mask_BxT, axis=1) - 1, -1), mask_BxT.sum(axis=1))
+
+    @property
+    def mask_BxT(self) -> jax.Array:
+        """True at real positions."""
+        return self.position_BxT >= 0
+
+    def hook(self, edits: Sequence["Edit"]) -> Callable[[Site, jax.Array], jax.Array]:
+        """The hook, for ``decoder.run_layers``, that makes the edits, in their order where several act at one site."""
+
+        def call(site: Site, value_BxTxD: jax.Array) -> jax.Array:
+            for edit in edits:
+                if edit.site == site:
+                    value_BxTxD = edit(value_BxTxD, self)
+            self.values[site] = value_BxTxD
+            return value_BxTxD
+
+        return call
 
 
 class Edit(Protocol):
@@ -15,13 +59,122 @@ class Edit(Protocol):
     def site(self) -> Site:
         """Where it acts."""
 
-    def __call__(self, value_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-        """The new value; ``mask_BxT`` is True at real positions."""
+    def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
+        """The new value. In generation a pass is over the prompts (T tokens) or over new tokens (T is 1)."""
 
 
-def edited(edits: Sequence[Edit], site: Site, value_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    """The value at a site after the edits that act there, in their order."""
-    for edit in edits:
-        if edit.site == site:
-            value_BxTxD = edit(value_BxTxD, mask_BxT)
-    return value_BxTxD
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """At which positions of a text an edit acts.
+
+    Attributes:
+      start, stop: int32, the first and the one after the last.
+      only: "" for all of them; "last": a prompt's last token and every new one; "fires": where the feature that is
+        edited is active (static).
+    """
+
+    start: jax.Array
+    stop: jax.Array
+    only: str = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def of(cls, wanted: str | Span, known: Sequence[str] = ("all", "last")) -> Self:
+        """Those that a user names: one of ``known``, or (start, stop), where a stop of None is the end of the text."""
+        first, end = 0, np.iinfo(np.int32).max
+        if isinstance(wanted, str) and wanted in known:
+            return cls(jnp.int32(first), jnp.int32(end), "" if wanted == "all" else wanted)
+        match wanted:
+            case (int(start), int() | None as stop) if 0 <= start < (end if stop is None else stop):
+                return cls(jnp.int32(start), jnp.int32(end if stop is None else stop), "")
+        raise UserError(
+            f"unknown positions {wanted!r}: expected {', '.join(known)}, or (start, stop) with 0 <= start < stop, "
+            "where a stop of None is the end"
+        )
+
+    def at(self, run: ForwardPass) -> jax.Array:
+        """True there, [B, T]; never at padding. "fires" is left to the edit."""
+        position_BxT = run.position_BxT
+        where_BxT = run.mask_BxT & (position_BxT >= self.start) & (position_BxT < self.stop)
+        return where_BxT & (position_BxT >= run.prompt_B[:, None] - 1) if self.only == "last" else where_BxT
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """N numbers for every position of some prompts, or the same N everywhere.
+
+    Attributes:
+      values_BxTxN: [1, 1, N] if they are the same everywhere.
+      by_position: whether they are not (static). New tokens have none then.
+    """
+
+    values_BxTxN: jax.Array
+    by_position: bool = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def everywhere(cls, values_N: Any, n: int, what: str) -> Self:
+        """N finite numbers, or one for all of them; a ``UserError`` that names ``what`` for anything else."""
+        found = np.asarray(values_N, np.float32)
+        if found.shape not in ((), (n,)):
+            raise UserError(f"{what} has the shape {found.shape}: expected a number or the shape ({n},)")
+        if not np.isfinite(found).all():
+            raise UserError(f"{what} holds NaN or infinity: expected finite numbers")
+        return cls(jnp.asarray(np.broadcast_to(found, (1, 1, n))), False)
+
+    @classmethod
+    def of_prompts(cls, values_BxTxN: Any, n: int | None, what: str) -> Self:
+        """Numbers for every position of prompts; a ``UserError`` unless they are [B, T, n] (None: any n)."""
+        found = jnp.asarray(values_BxTxN)
+        if found.ndim != 3 or n not in (None, found.shape[-1]):
+            raise UserError(f"{what} has the shape {found.shape}: expected [prompts, tokens, {n or 'width'}]")
+        return cls(found, True)
+
+    def at(self, run: ForwardPass) -> tuple[jax.Array, jax.Array]:
+        """The numbers, [B, T, N] or broadcast to that, and where there are some, [B, T]."""
+        if not self.by_position:
+            return self.values_BxTxN, run.mask_BxT
+        place_BxT = jnp.clip(run.position_BxT, 0, self.values_BxTxN.shape[1] - 1)
+        known_BxT = run.mask_BxT & (run.position_BxT < run.prompt_B[:, None])
+        return jnp.take_along_axis(self.values_BxTxN, place_BxT[..., None], axis=1), known_BxT
+
+
+def fit_values(
+    edits: Sequence[Edit], shape: tuple[int, int], length: int, rows: Sequence[int] | None = None
+) -> tuple[Edit, ...]:
+    """The edits with their values by position cut or filled up to ``length``, for some of the prompts.
+
+    Args:
+      shape: number of prompts, and of tokens with padding, that values are expected for.
+      rows: which prompts; None: all of them.
+
+    Raises:
+      UserError: values are for prompts of another shape.
+    """
+
+    def fit(leaf: Any) -> Any:
+        if not isinstance(leaf, Values) or not leaf.by_position:
+            return leaf
+        found = leaf.values_BxTxN
+        if found.shape[:2] != shape:
+            raise UserError(
+                f"an edit has values for {found.shape[0]} prompts of {found.shape[1]} tokens, but it is used on "
+                f"{shape[0]} prompts of {shape[1]}, padding included: give one for each position"
+            )
+        if rows is None and found.shape[1] == length:
+            return leaf
+        found = found[:, :length] if rows is None else found[np.asarray(rows), :length]
+        return Values(jnp.pad(found, ((0, 0), (0, length - found.shape[1]), (0, 0))), True)
+
+    return tuple(jax.tree.map(fit, tuple(edits), is_leaf=lambda leaf: isinstance(leaf, Values)))
+
+
+def layers_of(edits: Sequence[Edit]) -> set[int]:
+    """The layers in which edits act."""
+    return {edit.site.layer for edit in edits}
+
+
+def check_width(site: Site, width: int, what: str, found: int) -> None:
+    """A ``UserError`` unless what acts at a site is as wide as the site."""
+    if found != width:
+        raise UserError(f"{what} has the width {found}, but {site} is {width} wide: take one made for this model")

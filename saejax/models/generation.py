@@ -126,7 +126,7 @@ def _cached(
     lm: "LanguageModel", tokens: Tokens, new: int, choice: Choice, ends: _Ends, edits: Edits
 ) -> Iterator[np.ndarray]:
     """Yields the new ids, some [B, n] at a time. After a prompt's end they mean nothing."""
-    width = _rounded(int(tokens.lengths_B.max()))
+    width = rounded(int(tokens.lengths_B.max()))
     ids_BxT = np.zeros((len(tokens.lengths_B), width), np.int32)
     for row, ids, length in zip(ids_BxT, tokens.ids_BxT, tokens.lengths_B, strict=True):
         row[width - length :] = ids[:length]
@@ -134,7 +134,7 @@ def _cached(
     end_ids_E = np.array(ends.ids or [-1], np.int32)
     step = _LOOK_EVERY if ends.strings else new
     state = decoding.prefill(
-        lm.config, _rounded(new), lm.params, _placed(lm, ids_BxT), _placed(lm, pad_B), end_ids_E, edits, choice
+        lm.config, rounded(new), lm.params, _placed(lm, ids_BxT), _placed(lm, pad_B), end_ids_E, edits, choice
     )
     for start in range(0, new, step):
         stop = min(start + step, new)
@@ -150,11 +150,11 @@ def _recomputed(
 ) -> Iterator[np.ndarray]:
     """Like ``_cached``, but every token by a forward pass over all that went before."""
     longest, batch = int(tokens.lengths_B.max()), np.arange(len(tokens.lengths_B))
-    ids_BxT = np.zeros((len(batch), _rounded(longest + new)), np.int32)
+    ids_BxT = np.zeros((len(batch), rounded(longest + new)), np.int32)
     ids_BxT[:, :longest] = np.where(tokens.mask_BxT, tokens.ids_BxT, 0)[:, :longest]
     lengths_B = tokens.lengths_B.astype(np.int32)
     for number in range(new):
-        now_BxT = ids_BxT[:, : _rounded(longest + number)]
+        now_BxT = ids_BxT[:, : rounded(longest + number)]
         next_B, finite_B = decoding.recompute(
             lm.config, lm.params, _placed(lm, now_BxT), _placed(lm, lengths_B), np.int32(number), edits, choice
         )
@@ -178,7 +178,7 @@ def _check_finite(finite_B: np.ndarray) -> None:
         )
 
 
-def _rounded(length: int) -> int:
-    """A length from 32, 64, 96, 128, 160, 192, 224, 256, 320, ...: few, so that few programs are compiled."""
+def rounded(length: int) -> int:
+    """The length of a program: 32, 64, 96, 128, 160, 192, 224, 256, 320, ...: few, so that few are compiled."""
     step = max(_STEP, 2 ** (length - 1).bit_length() // 8)
     return -(-length // step) * step

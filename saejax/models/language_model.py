@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from saejax.models import decoder, generation, source, tokens, weights
 from saejax.models.config import DecoderConfig
 from saejax.models.edits import Edit as Edit
-from saejax.models.edits import edited
+from saejax.models.edits import ForwardPass, fit_values, layers_of
 from saejax.models.families import read_config
 from saejax.models.generation import Generated
 from saejax.models.sites import Site
@@ -97,11 +97,11 @@ class LanguageModel:
         Args:
           tokens: the prompts.
           capture: sites whose values are given back, such as "resid_post.15".
-          edits: changes, made in the order given where several act at one site.
+          edits: changes, made in the order given where several act at one site; see ``Dictionary`` and ``SiteEdit``.
           logits: False stops after the last captured site.
 
         Raises:
-          UserError: a site does not exist.
+          UserError: a site does not exist, or an edit does not fit it or the prompts.
         """
         sites = tuple(s if isinstance(s, Site) else Site.parse(s) for s in capture)
         for site in (*sites, *(edit.site for edit in edits)):
@@ -113,9 +113,8 @@ class LanguageModel:
         ids_BxT, lengths_B = jax.device_put(
             (ids_BxT, tokens.lengths_B), (on_data, fitting_sharding(self.mesh, tokens.lengths_B.shape, "data"))
         )
-        logits_BxTxV, values = forward(
-            self.config, sites, logits, self.params, ids_BxT, lengths_B, self._placed(tuple(edits))
-        )
+        edits = self._placed(fit_values(edits, tokens.ids_BxT.shape, ids_BxT.shape[1]))
+        logits_BxTxV, values = forward(self.config, sites, logits, self.params, ids_BxT, lengths_B, edits)
         if ids_BxT.shape[1] > length:
             logits_BxTxV, values = jax.tree.map(lambda value: value[:, :length], (logits_BxTxV, values))
         return Output(logits_BxTxV, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
@@ -142,18 +141,21 @@ class LanguageModel:
           seed: of the draws; each prompt of a batch has draws of its own.
           stop: strings that end the text where they first stand, wherever tokens begin; they are not part of it.
           edits: changes that act on the prompt's positions and on those of new tokens as they are read. To an edit of
-            the last position, every new token is the last one when it is read.
+            the last position, every new token is the last one when it is read. Values that were given for each
+            position of the prompts leave new tokens as they are.
           cache: False computes all positions anew for each token: slow, for checks.
 
         Raises:
-          UserError: a site does not exist, the context is too short, a setting is out of range, or logits are not
-            finite.
+          UserError: a site does not exist, an edit does not fit, the context is too short, a setting is out of range,
+            or logits are not finite.
         """
         for edit in edits:
             edit.site.check(self.config)
         tokens.check(self.config.vocab, self.config.context)
         choice = generation.make_choice(temperature, top_p, seed)
-        return generation.generate(self, tokens, max_new_tokens, choice, stop, self._placed(tuple(edits)), cache)
+        shape = tokens.ids_BxT.shape
+        placed = self._placed(fit_values(edits, shape, generation.rounded(shape[1])))
+        return generation.generate(self, tokens, max_new_tokens, choice, stop, placed, cache)
 
     def _placed(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
         """The edits with their arrays on this model's devices."""
@@ -190,23 +192,16 @@ def forward(
       Logits [B, T, V] or None, and the values [B, T, D] at the sites of ``capture``, in their order.
     """
     mask_BxT = jnp.arange(ids_BxT.shape[1])[None, :] < lengths_B[:, None]
-    captured: dict[Site, jax.Array] = {}
-
-    def hook(site: Site, value_BxTxD: jax.Array) -> jax.Array:
-        value_BxTxD = edited(edits, site, value_BxTxD, mask_BxT)
-        if site in capture:
-            captured[site] = value_BxTxD
-        return value_BxTxD
-
+    run = ForwardPass.over(mask_BxT)
     x_BxTxD = decoder.embed(config, params, ids_BxT)
     stop = config.n_layers if logits else max((site.layer + 1 for site in capture), default=0)
     if not edits and len({site.layer for site in capture}) > _UNROLLED:
         x_BxTxD, stacked = decoder.scan_layers(config, params, x_BxTxD, 0, stop, {site.kind for site in capture})
-        captured = {site: stacked[site.kind][site.layer] for site in capture}
+        values = {site: stacked[site.kind][site.layer] for site in capture}
     else:
-        hook_layers = {site.layer for site in (*capture, *(edit.site for edit in edits))}
-        x_BxTxD = decoder.run_layers(config, params, x_BxTxD, 0, stop, hook, hook_layers)
-    return decoder.unembed(config, params, x_BxTxD) if logits else None, [captured[site] for site in capture]
+        hook_layers = {site.layer for site in capture} | layers_of(edits)
+        x_BxTxD, values = decoder.run_layers(config, params, x_BxTxD, 0, stop, run.hook(edits), hook_layers), run.values
+    return decoder.unembed(config, params, x_BxTxD) if logits else None, [values[site] for site in capture]
 
 
 def load_model(

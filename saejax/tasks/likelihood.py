@@ -20,6 +20,7 @@ from jax import lax
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
+from saejax.models.edits import fit_values
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.models.tokens import Tokens, pad
 from saejax.parallel import fitting_sharding
@@ -89,12 +90,13 @@ def loglikelihoods(
       lm: the model. Batches are split over the data axis of its mesh.
       contexts: token ids, at least one each.
       continuations: token ids, at least one each.
-      edits: changes to the forward passes. "Last position" means the last one of context and continuation together.
+      edits: changes to the forward passes. "Last position" means the last one of context and continuation together;
+        values by position are [N, T, ...], in the order of the N pairs, T the tokens of the longest.
       batch_tokens: tokens per forward pass, padding included.
 
     Raises:
-      UserError: a context or a continuation is empty, the two are longer than the model's context, or a
-        log-likelihood is not finite.
+      UserError: a context or a continuation is empty, the two are longer than the model's context, an edit does not
+        fit, or a log-likelihood is not finite.
     """
     pairs = [(list(context), list(continuation)) for context, continuation in zip(contexts, continuations, strict=True)]
     for number, pair in enumerate(pairs):
@@ -102,12 +104,14 @@ def loglikelihoods(
     found: dict[int, Likelihood] = {}
     # Longest first: pairs of like length share a batch, and what needs the most memory comes first.
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
+    longest = max((len(context) + len(continuation) for context, continuation in pairs), default=0)
     while order:
         length = _rounded(sum(map(len, pairs[order[0]])), lm.config.context)
         count = _rows(batch_tokens // length, len(order), lm.mesh.shape["data"])
         batch, order = order[:count], order[count:]
-        rows = [pairs[i] for i in batch]
-        logp_BxC, hits_BxC = _score(lm, rows + [rows[-1]] * (count - len(rows)), length, tuple(edits))
+        filled = batch + batch[-1:] * (count - len(batch))
+        fitted = fit_values(edits, (len(pairs), longest), length, filled)
+        logp_BxC, hits_BxC = _score(lm, [pairs[i] for i in filled], length, fitted)
         for i, logp_C, hits_C in zip(batch, logp_BxC, hits_BxC):
             n = len(pairs[i][1])
             found[i] = Likelihood(float(logp_C[:n].sum()), n, int(hits_C[:n].sum()))

@@ -11,6 +11,7 @@ from flax import nnx
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, losses, save_dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
+from saejax.models.edits import ForwardPass
 
 
 def make(kind="topk", d_in=12, n_features=40, k=4, max_norm=1e9, dtype="float32") -> Dictionary:
@@ -123,11 +124,13 @@ def test_ablation_removes_what_the_features_add_and_nothing_else():
     features = [int(i) for i in np.argsort(-f.sum((0, 1)))[:3]]
     mask = np.ones((2, 5), bool)
     mask[1, 3:] = False
-    edited = np.asarray(dictionary.ablate(features)(jnp.asarray(x), jnp.asarray(mask)))
+    edited = np.asarray(dictionary.ablate(features)(jnp.asarray(x), ForwardPass.over(jnp.asarray(mask))))
     expected = x - np.where(mask[..., None], f[..., features] @ np.asarray(dictionary.W_dec_FxD[...])[features], 0)
     np.testing.assert_allclose(edited, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(edited[1, 3:], x[1, 3:])
-    last = np.asarray(dictionary.ablate(features, positions="last")(jnp.asarray(x), jnp.asarray(mask)))
+    last = np.asarray(
+        dictionary.ablate(features, positions="last")(jnp.asarray(x), ForwardPass.over(jnp.asarray(mask)))
+    )
     changed = np.any(last != x, axis=-1)
     assert not changed[0, :4].any() and not changed[1, [0, 1, 3, 4]].any()
     np.testing.assert_allclose(last[0, 4], expected[0, 4], rtol=1e-5, atol=1e-5)
@@ -137,7 +140,7 @@ def test_sinks_pass_edits_bit_for_bit():
     x = activations(1, 4, 12)
     x[0, 0] *= 1000
     dictionary = make(max_norm=100.0)
-    edited = dictionary.ablate(range(40))(jnp.asarray(x), jnp.ones((1, 4), bool))
+    edited = dictionary.ablate(range(40))(jnp.asarray(x), ForwardPass.over(jnp.ones((1, 4), bool)))
     np.testing.assert_array_equal(edited[0, 0], x[0, 0])
     assert np.any(np.asarray(edited[0, 1:]) != x[0, 1:])
 
@@ -146,7 +149,9 @@ def test_ablating_a_feature_that_does_not_fire_changes_no_bit():
     dictionary, x = make(), jnp.asarray(activations(3, 6, 12))
     silent = np.flatnonzero(np.asarray(dictionary.encode(x)).sum((0, 1)) == 0)
     assert len(silent)
-    np.testing.assert_array_equal(dictionary.ablate(silent[:2].tolist())(x, jnp.ones((3, 6), bool)), x)
+    np.testing.assert_array_equal(
+        dictionary.ablate(silent[:2].tolist())(x, ForwardPass.over(jnp.ones((3, 6), bool))), x
+    )
 
 
 def test_edits_name_what_is_wrong():

@@ -51,8 +51,8 @@ class Push:
     matrix_DxD: jax.Array
     site: Site = dataclasses.field(metadata=dict(static=True))
 
-    def __call__(self, value_BxTxD, mask_BxT):
-        return value_BxTxD + jnp.where(mask_BxT[..., None], value_BxTxD @ self.matrix_DxD, 0.0)
+    def __call__(self, value_BxTxD, run):
+        return value_BxTxD + jnp.where(run.mask_BxT[..., None], value_BxTxD @ self.matrix_DxD, 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ class Add:
     vector_D: jax.Array
     site: Site = dataclasses.field(metadata=dict(static=True))
 
-    def __call__(self, value_BxTxD, mask_BxT):
-        return value_BxTxD + mask_BxT[..., None] * self.vector_D[None, None, :]
+    def __call__(self, value_BxTxD, run):
+        return value_BxTxD + run.mask_BxT[..., None] * self.vector_D[None, None, :]
 
 
 @pytest.fixture(scope="module")

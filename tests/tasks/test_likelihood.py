@@ -83,8 +83,8 @@ class Zero:
 
     site: Site = dataclasses.field(metadata=dict(static=True))
 
-    def __call__(self, value_BxTxD, mask_BxT):
-        return jnp.where(mask_BxT[..., None], 0.0, value_BxTxD)
+    def __call__(self, value_BxTxD, run):
+        return jnp.where(run.mask_BxT[..., None], 0.0, value_BxTxD)
 
 
 def test_edits_are_on(lm):
