@@ -200,7 +200,7 @@ def _test_sets(
     if config.curve:
         curve = nested.cumulative_curve(experiment, measured)
         results["curve"] = curve.summary(config)
-        scores["curve"] = dict(top=curve.top_SxP, controls=curve.controls_SxNxP)
+        scores["curve"] = dict(top=curve.top_SxP, controls=curve.controls_CxNxP)
     if config.greedy:
         grown = nested.grow(experiment, measured.attribution_F, config.greedy)
         results["greedy"] = grown.summary(config)

@@ -18,8 +18,8 @@ from saejax.causal.verdict import Measured
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_difference, bootstrap_mean
 
-SIZES = 20  # most sizes on a curve
-DRAWS = 10  # control sets that a curve follows
+SIZES, CONTROL_SIZES = 20, 8  # most sizes on a curve, of the top features and of their controls
+DRAWS = 5  # control sets that a curve follows
 CANDIDATES = 3  # leading features, per feature of a greedy set, that it chooses from
 
 
@@ -39,16 +39,18 @@ class Curve:
 
     Attributes:
       sizes: how many top features are removed, rising, from 0 to all of them; S of them.
+      control_sizes: to how many top features those that are removed are matched, likewise; C of them.
       top_SxP: without the top features.
-      controls_SxNxP: without the features that N control sets match to them.
+      controls_CxNxP: without the features that N control sets match to them.
     """
 
     sizes: list[int]
+    control_sizes: list[int]
     top_SxP: np.ndarray
-    controls_SxNxP: np.ndarray
+    controls_CxNxP: np.ndarray
 
     def summary(self, config: AblateConfig) -> dict[str, Any]:
-        """For JSON: ``sizes``, and of ``top`` and ``controls`` for each size the ``logit_diff`` and ``accuracy`` left.
+        """For JSON: of ``top`` and ``controls`` the ``sizes`` and, for each, the ``logit_diff`` and ``accuracy`` left.
 
         Intervals are over prompts; those of the controls are of each prompt's mean over the sets.
         """
@@ -57,12 +59,12 @@ class Curve:
             return [dataclasses.asdict(bootstrap_mean(s_P, config.bootstrap, config.seed)) for s_P in scores_SxP]
 
         return dict(
-            sizes=self.sizes,
-            draws=self.controls_SxNxP.shape[1],
-            top=dict(logit_diff=intervals(self.top_SxP), accuracy=intervals(self.top_SxP > 0)),
+            draws=self.controls_CxNxP.shape[1],
+            top=dict(sizes=self.sizes, logit_diff=intervals(self.top_SxP), accuracy=intervals(self.top_SxP > 0)),
             controls=dict(
-                logit_diff=intervals(self.controls_SxNxP.mean(axis=1)),
-                accuracy=intervals((self.controls_SxNxP > 0).mean(axis=1)),
+                sizes=self.control_sizes,
+                logit_diff=intervals(self.controls_CxNxP.mean(axis=1)),
+                accuracy=intervals((self.controls_CxNxP > 0).mean(axis=1)),
             ),
         )
 
@@ -77,21 +79,22 @@ def cumulative_curve(experiment: Experiment, measured: Measured) -> Curve:
     Raises:
       UserError: something is not finite.
     """
-    top, sizes = measured.top, curve_sizes(len(measured.top))
-    drawn_NxC = measured.controls_NxC[:DRAWS]
-    columns = [int(measured.fires_K[:size].sum()) for size in sizes]
+    top, drawn_NxC = measured.top, measured.controls_NxC[:DRAWS]
+    sizes, control_sizes = curve_sizes(len(top), SIZES), curve_sizes(len(top), CONTROL_SIZES)
+    columns = [int(measured.fires_K[:size].sum()) for size in control_sizes]
     diffs = experiment.ablate(
         [*(top[:size] for size in sizes), *(draw_C[:count].tolist() for count in columns for draw_C in drawn_NxC)]
     )
     top_SxP, controls_AxP = np.split(diffs.ablated_SxP, [len(sizes)])
-    return Curve(sizes, top_SxP, controls_AxP.reshape(len(sizes), len(drawn_NxC), -1))
+    controls_CxNxP = controls_AxP.reshape(len(control_sizes), len(drawn_NxC), -1)
+    return Curve(sizes, control_sizes, top_SxP, controls_CxNxP)
 
 
-def curve_sizes(count: int) -> list[int]:
-    """0, 1, 2, ..., ``count``; of more than ``SIZES`` steps as many, ever further apart."""
-    if count <= SIZES:
+def curve_sizes(count: int, most: int) -> list[int]:
+    """0, 1, 2, ..., ``count``; of more than ``most`` steps at most as many, ever further apart."""
+    if count <= most:
         return list(range(count + 1))
-    return [0, *np.unique(np.geomspace(1, count, SIZES).round().astype(int)).tolist()]
+    return [0, *np.unique(np.geomspace(1, count, most).round().astype(int)).tolist()]
 
 
 @dataclasses.dataclass(frozen=True)
