@@ -4,14 +4,13 @@ Let s be the logit difference on P test prompts: s_M with nothing removed, s_C w
 with the set removed. A *kept* set means that every other feature of the dictionary that fires on the test prompts is
 removed; what the dictionary does not explain (its error term) stays, as in every ablation here.
 
-| test         | null hypothesis                                                                   | a circuit |
-|--------------|-----------------------------------------------------------------------------------|-----------|
-| equivalence  | abs(P(s_C > s_M) - 1/2) <= 0.1: alone the set does better as often as worse        | keeps it  |
-| independence | s_notC and s_M are independent                                                    | keeps it  |
-| minimality   | some feature's removal changes s_C by more than that of a random added feature     | rejects it |
-|              | with a probability of at most q*                                                  |           |
-| sufficiency  | abs(s_C - s_M) is smaller than that of a random set with a probability of at most q* | rejects it |
-| necessity    | abs(s_notC - s_M) is larger than that of a random set with a probability of at most q* | rejects it |
+The null hypotheses, of which a circuit keeps the first two and rejects the others; q* is 0.9:
+
+- equivalence: |P(s_C > s_M) - 1/2| <= 0.1, that is, the set alone does better as often as worse;
+- independence: s_notC and s_M are independent;
+- minimality: for some feature of the set, P(its removal changes s_C by more than that of a random added one) <= q*;
+- sufficiency: P(mean |s_C - s_M| is smaller than that of a random set) <= q*;
+- necessity: P(mean |s_notC - s_M| is larger than that of a random set) <= q*.
 
 A null hypothesis that is kept is not shown to be true: few prompts keep almost any. P-values are corrected for five
 tests by Holm's method. What differs from the paper: units are the features of one dictionary at one site, not edges;
