@@ -2,8 +2,9 @@
 
 Train prompts choose the top features by attribution (``screening``); test prompts judge them: they are removed one by
 one and together (``ablation``), beside sets of as many random features matched in firing rate and activation size on
-the same prompts and positions (``controls``), and a rule says yes or no (``verdict``). On request every feature that
-fires is removed by itself (``importance``).
+the same prompts and positions (``controls``), and a rule says yes or no (``verdict``). Sets that grow show how many
+features it takes (``nested``). On request the top features are tested as a circuit (``circuit_tests``), and every
+feature that fires is removed by itself (``importance``).
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.causal import ablation, activity, screening, verdict
+from saejax.causal import ablation, activity, circuit_tests, nested, screening, verdict
 from saejax.causal.ablation import LogitDiffs
 from saejax.causal.controls import FeatureStatistics
 from saejax.causal.importance import PERMUTATIONS, importance_file, measure_importance
@@ -108,6 +109,7 @@ class ModelExperiment:
         self._runs, self._train_runs = split.run(self.test), split.run(self._train)
         counterpart = config.replacement == "counterpart"
         self._counterparts = split.run_counterparts(self.test) if counterpart else []
+        self._train_counterparts = split.run_counterparts(self._train) if counterpart and config.greedy else []
         self._replacement = Replacement(
             config.replacement,
             mean_F=activity.means(split, self._train_runs) if config.replacement == "mean" else None,
@@ -128,15 +130,26 @@ class ModelExperiment:
     def statistics(self) -> FeatureStatistics:
         return activity.statistics(self._split, self._runs)
 
+    def max_activations(self) -> np.ndarray:
+        return activity.maxima(self._split, self._runs)
+
     def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
+        return self._ablate(self._runs, self._counterparts, sets)
+
+    def ablate_train(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
+        return self._ablate(self._train_runs, self._train_counterparts, sets)
+
+    def _ablate(
+        self, runs: Sequence[CleanRun], counterparts: Sequence[CleanRun], sets: Sequence[Sequence[int]]
+    ) -> LogitDiffs:
         return ablation.ablate_sets(
             self._split,
-            self._runs,
+            runs,
             sets,
             self._config.batch_rows,
             self._tick,
             replacement=self._replacement,
-            counterparts=self._counterparts,
+            counterparts=counterparts,
         )
 
 
@@ -146,10 +159,13 @@ def _file(run: Run, behaviour: str, ending: str = ".json") -> Path:
 
 def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig) -> dict[str, Any]:
     results, measured = verdict.judge(experiment.name, experiment, config)
-    importance = measure_importance(experiment, config) if config.effects == "all" else None
-    if importance:
+    of_sets, scores = _test_sets(experiment, measured, config)
+    results |= of_sets
+    importance = None
+    if config.effects == "all":
+        importance, stability = measure_importance(experiment, config)
         least = least_p(len(experiment.test), PERMUTATIONS)
-        results["importance"] = importance.summary(config.top) | dict(least_p=least)
+        results["importance"] = importance.summary(config.top) | dict(stability=stability, least_p=least)
     if not is_first_process():
         return results
     if importance:
@@ -163,6 +179,7 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig) 
             joint=float(measured.joint_P[p]),
             top=measured.top_KxP[:, p].tolist(),
             controls=measured.controls_NxP[:, p].tolist(),
+            **{test: {of: score[..., p].tolist() for of, score in kinds.items()} for test, kinds in scores.items()},
         )
         for p, prompt in enumerate(experiment.test)
     ]
@@ -172,6 +189,26 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig) 
         write_text(_file(run, experiment.name, ending), text)
     write_json(_file(run, experiment.name), results)  # last: it says that the behaviour is done
     return results
+
+
+def _test_sets(
+    experiment: ModelExperiment, measured: verdict.Measured, config: AblateConfig
+) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+    """The entries of sets in the results, as far as they were asked for, and the scores behind them, prompts last."""
+    results: dict[str, Any] = {}
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    if config.curve:
+        curve = nested.cumulative_curve(experiment, measured)
+        results["curve"] = curve.summary(config)
+        scores["curve"] = dict(top=curve.top_SxP, controls=curve.controls_CxNxP)
+    if config.greedy:
+        grown = nested.grow(experiment, measured.attribution_F, config.greedy)
+        results["greedy"] = grown.summary(config)
+        scores["greedy"] = dict(greedy=grown.greedy_NxP, top=grown.top_NxP)
+    if config.circuit_tests:
+        results["circuit"], of_circuit = circuit_tests.test_circuit(experiment, measured.top, config)
+        scores["circuit"] = of_circuit.by_kind if of_circuit else {}
+    return results, scores
 
 
 def _progress(run: Run, label: str) -> Callable[[int, int], None]:

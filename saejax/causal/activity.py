@@ -38,6 +38,30 @@ def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     return np.asarray(total_F) / max(positions, 1)
 
 
+def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
+    """Every feature's largest activation on each prompt, fp32 [P, F], prompts in their order.
+
+    At least 0, which stands where the dictionary does not read; of a linear dictionary it is the largest positive one.
+    """
+    rows_PxF = np.concatenate(
+        [
+            np.asarray(_maxima(split.cut, split.graph, split.state, run.value_BxTxD, run.domain_BxT))[
+                : len(run.index_P)
+            ]
+            for run in runs
+        ]
+    )
+    return rows_PxF[np.argsort(np.concatenate([run.index_P for run in runs]))]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _maxima(
+    cut: Cut, graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array
+) -> jax.Array:
+    max_BxF = of_features(graph, state, (value_BxTxD, domain_BxT), lambda f_PxTxF: f_PxTxF.max(axis=1, initial=0.0))
+    return jax.lax.with_sharding_constraint(max_BxF, sharding(cut.mesh))
+
+
 def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Positions, and of each feature: at how many it fires, the sum of its sizes there, the sum of its activations."""
     kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch

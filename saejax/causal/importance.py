@@ -5,7 +5,8 @@ logit difference stand a bootstrap interval, a permutation p-value, a q-value ov
 percentile*: the share of the 100 features nearest in firing rate and activation size whose removal costs less.
 
 The estimates, of which one chooses the candidates elsewhere (``screening``), are computed on the same prompts and
-compared.
+compared. So is *importance by correlation*: that of a feature's largest activation on a prompt with the clean logit
+difference, over prompts. It needs no intervention, and says nothing of causes.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.spatial import cKDTree
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr, rankdata, spearmanr
 
 from saejax.causal.ablation import LogitDiffs
 from saejax.causal.controls import FeatureStatistics
@@ -30,6 +31,7 @@ from saejax.workspace import whole_file
 NEAREST = 100  # features that a control percentile is over
 PERMUTATIONS = 20_000
 DISCOVERY = 0.05  # largest q-value of a discovery
+SPLITS = 100  # of the prompts in random halves
 
 
 class Measurable(Protocol):
@@ -40,6 +42,9 @@ class Measurable(Protocol):
 
     def test_attribution(self, estimate: str) -> np.ndarray:
         """Each feature's attribution by one of ``settings.ESTIMATES``, mean over the test prompts, [F]."""
+
+    def max_activations(self) -> np.ndarray:
+        """Each feature's largest activation on each prompt, [P, F]."""
 
     def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
         """The logit difference of each prompt without each set of features."""
@@ -60,6 +65,8 @@ class Importance:
       p_value: of a sign-flip permutation test, two-sided.
       q_value: Benjamini and Hochberg's, over all N.
       control_percentile: share of the nearest features with a smaller drop, 0 to 1.
+      pearson, spearman: correlation over prompts of its largest activation with the clean logit difference; NaN where
+        one of the two is the same on every prompt.
     """
 
     feature: np.ndarray
@@ -76,9 +83,14 @@ class Importance:
     p_value: np.ndarray
     q_value: np.ndarray
     control_percentile: np.ndarray
+    pearson: np.ndarray
+    spearman: np.ndarray
 
     def summary(self, leaders: int) -> dict[str, Any]:
-        """For JSON: numbers of features and discoveries, how good the estimate is, and the largest drops."""
+        """For JSON: numbers of features and discoveries, how good the estimate is, and the largest drops.
+
+        ``correlations`` holds how well the size of each correlation ranks the features that have one by their drop.
+        """
         order_N = np.argsort(-self.drop, kind="stable")[:leaders]
         return dict(
             features=len(self.feature),
@@ -90,17 +102,23 @@ class Importance:
                 )
                 for name in ESTIMATES
             },
+            correlations={name: self._rank_agreement(getattr(self, name)) for name in ("pearson", "spearman")},
             leaders=[{name: _plain(values_N[n]) for name, values_N in self._columns.items()} for n in order_N],
         )
+
+    def _rank_agreement(self, correlation_N: np.ndarray) -> float | None:
+        defined_N = ~np.isnan(correlation_N)
+        return _correlation(spearmanr, np.abs(correlation_N[defined_N]), self.drop[defined_N])
 
     @property
     def _columns(self) -> dict[str, np.ndarray]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def save(self, path: Path) -> None:
-        """Writes a Parquet table with a column for each attribute."""
+        """Writes a Parquet table with a column for each attribute, null where it is NaN."""
+        columns = {name: pa.array(values_N, from_pandas=True) for name, values_N in self._columns.items()}
         with whole_file(path) as beside:
-            pq.write_table(pa.table(self._columns), beside)
+            pq.write_table(pa.table(columns), beside)
 
     @classmethod
     def load(cls, path: Path) -> "Importance":
@@ -123,8 +141,11 @@ def importance_file(folder: Path, behaviour: str) -> Path:
     return folder / f"{behaviour}-importance.parquet"
 
 
-def measure_importance(experiment: Measurable, config: AblateConfig) -> Importance:
+def measure_importance(experiment: Measurable, config: AblateConfig) -> tuple[Importance, dict[str, float | None]]:
     """Removes every feature that fires on the test prompts, one by one.
+
+    Returns:
+      What each is worth, and ``stability`` of the drops.
 
     Raises:
       UserError: something is not finite.
@@ -138,7 +159,8 @@ def measure_importance(experiment: Measurable, config: AblateConfig) -> Importan
     low_N, high_N = bootstrap_means(drop_NxP, config.bootstrap, config.seed)
     p_N = sign_flip_p(drop_NxP, PERMUTATIONS, config.seed)
     rate_N, size_N = statistics.firing_rate_F[feature_N], statistics.mean_activation_F[feature_N]
-    return Importance(
+    largest_NxP = experiment.max_activations()[:, feature_N].T.astype(np.float64)
+    found = Importance(
         feature=feature_N,
         firing_rate=rate_N,
         mean_activation=size_N,
@@ -151,7 +173,39 @@ def measure_importance(experiment: Measurable, config: AblateConfig) -> Importan
         p_value=p_N,
         q_value=false_discovery_rates(p_N),
         control_percentile=control_percentiles(drop_NxP.mean(axis=1), rate_N, size_N),
+        pearson=correlations(largest_NxP, diffs.clean_P),
+        spearman=correlations(rankdata(largest_NxP, axis=1), rankdata(diffs.clean_P)),
     )
+    return found, stability(drop_NxP, config.seed)
+
+
+def correlations(values_NxP: np.ndarray, score_P: np.ndarray) -> np.ndarray:
+    """Pearson's correlation over prompts of each row with a score, [N]; NaN where one of the two is constant."""
+    defined_N = (np.ptp(values_NxP, axis=1) > 0) & (np.ptp(score_P) > 0)
+    apart_NxP = values_NxP - values_NxP.mean(axis=1, keepdims=True)
+    off_P = score_P - score_P.mean()
+    size_N = np.sqrt(np.square(apart_NxP).sum(axis=1) * np.square(off_P).sum())
+    return np.divide(apart_NxP @ off_P, size_N, out=np.full(len(values_NxP), np.nan), where=defined_N)
+
+
+def stability(drop_NxP: np.ndarray, seed: int) -> dict[str, float | None]:
+    """How well half of the prompts ranks the features as the other half does.
+
+    Returns:
+      ``rank_correlation``: Spearman's, of the mean drops on two random halves (an odd prompt is left out), mean over
+      100 splits; ``spearman_brown``: what it would be between two samples as large as this one, 2 r / (1 + r)
+      (Spearman, 1910; Brown, 1910). None with one prompt, or where a half sees no difference between features.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = drop_NxP.shape[1]
+    found: list[float] = []
+    for _ in range(SPLITS if prompts > 1 else 0):
+        halves_2xH = rng.permutation(prompts)[: prompts // 2 * 2].reshape(2, -1)
+        ranks_2xN = rankdata([drop_NxP[:, half_H].mean(axis=1) for half_H in halves_2xH], axis=1)
+        found.extend(correlations(ranks_2xN[:1], ranks_2xN[1]).tolist() if len(drop_NxP) else [])
+    defined = [value for value in found if not np.isnan(value)]
+    r = float(np.mean(defined)) if defined else None
+    return dict(rank_correlation=r, spearman_brown=None if r is None or r <= -1 else 2 * r / (1 + r))
 
 
 def control_percentiles(

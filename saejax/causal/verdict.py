@@ -53,12 +53,16 @@ class Measured:
 
     Attributes:
       top: the K top features, by attribution.
+      fires_K: whether each of them fires on the test prompts, bool.
+      attribution_F: of every feature, on the train prompts.
       controls_NxC: the N drawn control sets; column c is matched to the c-th top feature that fires.
       clean_P, joint_P: of the test prompts, with nothing and with all top features removed.
       top_KxP, controls_NxP: with each top feature and with each control set removed.
     """
 
     top: list[int]
+    fires_K: np.ndarray
+    attribution_F: np.ndarray
     controls_NxC: np.ndarray
     clean_P: np.ndarray
     joint_P: np.ndarray
@@ -93,7 +97,8 @@ def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[dict
 
     ends = np.cumsum([len(top), 1, config.draws])
     top_KxP, joint_1xP, controls_NxP, singles_UxP = np.split(diffs.ablated_SxP, ends)
-    measured = Measured(top, controls_NxC, diffs.clean_P, joint_1xP[0], top_KxP, controls_NxP)
+    fires_K = statistics.fires_at_all_F[np.asarray(top, np.int64)]
+    measured = Measured(top, fires_K, attribution_F, controls_NxC, diffs.clean_P, joint_1xP[0], top_KxP, controls_NxP)
     single_drop_U = (diffs.clean_P[None, :] - singles_UxP).mean(axis=1)
     single_drop_C = single_drop_U[np.searchsorted(singles, nearest_CxS)].mean(axis=1)
     control_drop = dict(zip(firing, single_drop_C.tolist(), strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from saejax.causal import circuit_tests, nested
 from saejax.causal.screening import points
 from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.preflight.costs import head_flops, pass_flops, step_flops
@@ -125,11 +126,17 @@ def _ablate_flops(work: Work, configs: Mapping[str, Any]) -> float:
     """
     task, ablate = configs["task"], configs["ablate"]
     sets = 0.85 * (ablate.draws + 4 * ablate.top + 1)  # the top features one by one, each with three of its like
+    if ablate.curve:
+        sets += 0.85 * (min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES))
+    if ablate.circuit_tests:
+        sets += 3 * circuit_tests.DRAWS + ablate.top
+    # Greedy sets: N steps over what is left of the candidates, on train prompts.
+    grown = ablate.greedy * ((nested.CANDIDATES - 0.5) * ablate.greedy + 0.5) * task.train_prompts
     slopes = points(ablate.estimate) * task.train_prompts
     if ablate.effects == "all":
         sets += 0.2 * work.tested.n_features
         slopes += sum(map(points, ESTIMATES)) * task.test_prompts
-    tokens = int(_behaviours(task) * (task.test_prompts * sets + 3 * slopes)) * _PROMPT
+    tokens = int(_behaviours(task) * (task.test_prompts * sets + grown + 3 * slopes)) * _PROMPT
     return pass_flops(work.model, tokens, _PROMPT, work.model.n_layers - work.site.layer - 1)
 
 

@@ -10,7 +10,7 @@ from saejax.dictionaries import DictionaryConfig, stacks
 from saejax.errors import UserError, one_of
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import ModuleSite, Site
-from saejax.settings import TaskConfig, TrainConfig
+from saejax.settings import AblateConfig, TaskConfig, TrainConfig
 from saejax.tasks.benchmark_scores import way
 from saejax.training.members import Member, members
 from saejax.training.train import chosen_sites, stack_shape
@@ -126,12 +126,17 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
         prompt=-(-prompt // LENGTH_STEP) * LENGTH_STEP,
         prompts=_kept_prompts(configs["task"], prompt),
         rows=ablate.batch_rows,
-        features=min(
-            tested.n_features, max(ablate.top * (1 + ablate.matches), FEATURES if ablate.effects == "all" else 0)
-        ),
+        features=_gathered(ablate, tested.n_features),
         estimate=ablate.estimate,
         replacement=ablate.replacement,
     )
+
+
+def _gathered(ablate: AblateConfig, features: int) -> int:
+    """The features whose activations are kept at once; a circuit kept alone is all others removed."""
+    if ablate.circuit_tests:
+        return features
+    return min(features, max(ablate.top * (1 + ablate.matches), FEATURES if ablate.effects == "all" else 0))
 
 
 def _kept_prompts(task: TaskConfig, length: int) -> int:

@@ -75,11 +75,21 @@ def _every(found: Findings, name: str, draw: Draw) -> Picture:
         f"Each of the {said['features']:,} features that fire on the test prompts was removed by itself. "
         f"{said['discoveries']:,} effects are discoveries (sign-flip permutations, q at most {DISCOVERY:g} after "
         f"Benjamini and Hochberg; so few prompts allow no p-value below {said['least_p']:.2g}). Correlation of "
-        f"estimates with the effect: {'; '.join(fits) or 'not defined'}. "
+        f"estimates with the effect: {'; '.join(fits) or 'not defined'}. {_agreement(said)}"
         f"Of the {len(top)} features chosen on the train prompts, {len(strongest & set(top))} are among the {len(top)} "
         "with the largest measured effects. Both axes are linear around zero and logarithmic beyond."
     )
     return draw(f"every_feature_{name}", figure, caption, f"{behaviour(name)}: estimate against effect. {caption}")
+
+
+def _agreement(said: Mapping) -> str:
+    """How far importance by correlation, and another half of the prompts, rank the features as their effects do."""
+    correlated, stable = said["correlations"]["pearson"], said["stability"]["rank_correlation"]
+    return (
+        "Correlation of a feature's largest activation with the logit difference, which needs no intervention, ranks "
+        f"the features otherwise: its size has a rank correlation of {number(correlated)} with the effect. Effects on "
+        f"two halves of the prompts have one of {number(stable)}. "
+    )
 
 
 def _feature_table(result: Mapping) -> Table:

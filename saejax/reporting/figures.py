@@ -5,10 +5,11 @@ An interval is a mapping ``{"mean", "low", "high"}``; all intervals shown are 95
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from saejax.reporting.style import (
     BLUE,
@@ -135,6 +136,33 @@ def single_features(features: Sequence[int], drops: Sequence[Interval], controls
     name_rows(axes, [str(feature) for feature in features])
     axes.set_xlabel("logits (rows: features, largest attribution first)")
     legend(axes, 1)
+    return figure
+
+
+@styled
+def cumulative(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """The logit difference that is left when more and more top features are removed together, a panel per behaviour.
+
+    Args:
+      curves: behaviour -> {"top" and "controls": {"sizes": S numbers, "logit_diff": S intervals}}.
+    """
+    figure, all_axes = panels([1.75] * (len(curves) - 1) + [2.25], list(curves))
+    for axes, curve in zip(all_axes, curves.values(), strict=True):
+        for kind, color, dashes, marker, label in (
+            ("controls", GREY, "--", "s", "as many matched random features, mean of the draws"),
+            ("top", ORANGE, "-", "o", "the top features, by attribution"),
+        ):
+            mean, low, high = ([value[key] for value in curve[kind]["logit_diff"]] for key in ("mean", "low", "high"))
+            sizes = curve[kind]["sizes"]
+            axes.fill_between(sizes, low, high, color=color, alpha=0.22, linewidth=0)
+            axes.plot(sizes, mean, dashes, color=color, marker=marker, markersize=3.2, label=label)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_ylabel("logits left")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+        axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
+    all_axes[-1].set_xlabel("features removed together (bands: 95 % intervals)")
+    legend(all_axes[-1], 1)
     return figure
 
 

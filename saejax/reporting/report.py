@@ -15,7 +15,7 @@ from saejax.analysis.examples import Example, top_examples
 from saejax.config import to_json
 from saejax.dictionaries import stacks
 from saejax.models.source import load_tokenizer, resolve
-from saejax.reporting import details, dictionaries, sections, style
+from saejax.reporting import circuits, details, dictionaries, sections, style
 from saejax.reporting.document import Picture, to_html, to_markdown
 from saejax.reporting.findings import read_findings
 from saejax.workspace import Run, package_versions, write_text
@@ -54,6 +54,7 @@ def run_report(run: Run) -> dict[str, Any]:
         sections.behaviours(found, draw),
         *sections.benchmarks(found),
         dictionaries.section(found, draw),
+        *circuits.feature_sets(found, draw),
         *details.features(found, draw, config.features),
         details.left_out(found),
         details.limits(found),

@@ -36,6 +36,18 @@ class AblateConfig(Config):
         "the test prompts (all), with p- and q-values in <behaviour>-importance.parquet",
         choices=("top", "all"),
     )
+    curve: bool = setting(True, "also remove the first 1, 2, 3, ... top features together, beside matched random ones")
+    circuit_tests: bool = setting(
+        False,
+        "test the top features as a circuit: equivalence, independence, minimality, sufficiency and partial necessity, "
+        "against sets of random features",
+    )
+    greedy: int = setting(
+        0,
+        "size of a set grown on train prompts by adding, of the three times as many leading features, the one whose "
+        "removal with the set costs most; judged on test prompts beside as many top features (0: none)",
+        low=0,
+    )
     draws: int = setting(100, "draws of as many matched random features", low=2)
     matches: int = setting(
         10, "how many nearest features by firing rate and activation size each control is drawn from", low=1

@@ -37,6 +37,12 @@ class LinearExperiment:
     def clean(self):
         return self.base_P + (self.f_PxF * self.gain_PxF).sum(axis=1)
 
+    def max_activations(self):
+        return self.f_PxF
+
+    def ablate_train(self, sets):
+        return self.ablate(sets)  # the same prompts: what is learnt on them holds on them
+
     def ablate(self, sets):
         drop_SxP = np.array([self.drop(s) for s in sets]).reshape(len(sets), len(self.f_PxF))
         nothing_P = np.zeros(len(self.f_PxF))

@@ -34,7 +34,7 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
         configs = dict(
             model=ModelConfig(path=str(tiny_llama)),
             mesh=MeshConfig(),
-            ablate=AblateConfig(top=4, draws=12, matches=6, bootstrap=500, batch_rows=32),
+            ablate=AblateConfig(top=4, draws=12, matches=6, bootstrap=500, batch_rows=32, curve=False),
         )
         inputs = {"baseline": baseline, "train/topk": train}
         return Run("ablate", "topk", tmp_path / name, configs, inputs, say=said.append, **changes), said
@@ -78,6 +78,37 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
     assert said[0] == "ablate: kept from an earlier run: first"
 
 
+@pytest.mark.slow
+def test_sets_on_request(make_run, tiny, make_dictionary):
+    run, _ = make_run("sets")
+    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], curve=True, circuit_tests=True, greedy=2)
+    prompts = [p for p in read_prompts(run.inputs["baseline"] / "prompts.jsonl") if p.behaviour == "first"]
+    write_prompts(run.inputs["baseline"] / "prompts.jsonl", prompts)
+    result = ablate.run_ablate(run)["behaviours"]["first"]
+    assert json.loads((run.folder / "first.json").read_text()) == json.loads(json.dumps(result, allow_nan=False))
+    lines = [json.loads(line) for line in (run.folder / "first-prompts.jsonl").read_text().splitlines()]
+    split = SplitModel(tiny, make_dictionary("resid_post.1"))
+    runs, train_runs = (split.run([p for p in prompts if p.split == half]) for half in ("test", "train"))
+    top = [entry["feature"] for entry in result["top"]]
+    firing = np.flatnonzero(activity.statistics(split, runs).fires_at_all_F).tolist()
+
+    # Kept alone, removed, the curve and the greedy set are ablations of these sets.
+    chosen = result["greedy"]["features"]
+    sets = [[f for f in firing if f not in top], top, top[:2], chosen]
+    kept_P, removed_P, two_P, grown_P = ablation.ablate_sets(split, runs, sets).ablated_SxP
+    for wanted_P, got in (
+        (kept_P, [line["circuit"]["kept"] for line in lines]),
+        (removed_P, [line["circuit"]["removed"] for line in lines]),
+        (two_P, [line["curve"]["top"][2] for line in lines]),
+        (removed_P, [line["curve"]["top"][4] for line in lines]),
+        (grown_P, [line["greedy"]["greedy"][1] for line in lines]),
+    ):
+        np.testing.assert_allclose(got, wanted_P, atol=1e-4)
+    assert result["circuit"]["kept"] == pytest.approx(kept_P.mean(), abs=1e-4)
+    train_drop = ablation.ablate_sets(split, train_runs, [chosen[:1], chosen]).drop_SxP.mean(axis=1)
+    np.testing.assert_allclose(result["greedy"]["train_drop"], train_drop, atol=1e-4)
+
+
 def test_every_feature_on_request(make_run, tiny, make_dictionary):
     run, _ = make_run("every")
     run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], effects="all")
@@ -91,6 +122,12 @@ def test_every_feature_on_request(make_run, tiny, make_dictionary):
     drop_SxP = ablation.ablate_sets(split, runs, [[int(feature)] for feature in some]).drop_SxP
     np.testing.assert_allclose(found.drop[np.isin(found.feature, some)], drop_SxP.mean(axis=1), atol=1e-5)
     assert found.feature.tolist() == np.flatnonzero(activity.statistics(split, runs).fires_at_all_F).tolist()
+    tokens = tiny.tokenize([p.text for p in prompts if p.split == "test"])
+    dictionary = make_dictionary("resid_post.1")
+    x_BxTxD = tiny(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site]
+    read_BxT = tokens.mask_BxT & np.asarray(dictionary.in_domain(x_BxTxD))
+    largest_PxF = (np.asarray(dictionary.encode(x_BxTxD)) * read_BxT[:, :, None]).max(axis=1)
+    np.testing.assert_allclose(activity.maxima(split, runs), largest_PxF, atol=1e-4)
     top = {item["feature"]: item["logit_diff_drop"]["mean"] for item in results["first"]["top"]}
     for feature, drop in zip(found.feature.tolist(), found.drop, strict=True):
         assert drop == pytest.approx(top.get(feature, drop), abs=1e-5)

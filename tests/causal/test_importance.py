@@ -4,10 +4,12 @@ import dataclasses
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from linear_experiment import LinearExperiment
+from scipy import stats
 
-from saejax.causal.importance import Importance, control_percentiles, measure_importance
+from saejax.causal.importance import Importance, control_percentiles, measure_importance, stability
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_mean
 
@@ -24,7 +26,7 @@ def experiment():
 
 @pytest.fixture(scope="module")
 def found(experiment):
-    return measure_importance(experiment, CONFIG)
+    return measure_importance(experiment, CONFIG)[0]
 
 
 def test_effects_equal_the_formula(experiment, found):
@@ -63,7 +65,7 @@ def test_effects_of_the_size_of_rounding_are_none(experiment):
     rounded.f_PxF = experiment.f_PxF
     drop_PxF = (experiment.f_PxF * experiment.gain_PxF)[:, :390]
     wanted_PxF = np.where(np.abs(drop_PxF) > 0.2, drop_PxF, 0)
-    found = measure_importance(rounded, CONFIG)
+    found, _ = measure_importance(rounded, CONFIG)
     np.testing.assert_allclose(found.drop, wanted_PxF.mean(axis=0), atol=1e-12)
     nothing_F = (wanted_PxF == 0).all(axis=0)
     assert nothing_F.sum() > 10 and (found.p_value[nothing_F] == 1).all() and (found.p_value[~nothing_F] < 1).any()
@@ -84,6 +86,58 @@ def test_it_is_read_as_it_was_written(found, tmp_path):
     again = Importance.load(tmp_path / "importance.parquet")
     for name, values_N in vars(found).items():
         np.testing.assert_array_equal(getattr(again, name), values_N)
+
+
+def test_nothing_is_found_in_nothing():
+    # 200 features that help as often as they harm, in 12 worlds: discoveries are as rare as promised.
+    worlds = 0
+    for seed in range(12):
+        gain_PxF = 0.3 * np.random.default_rng([seed, 5]).normal(size=(20, 200))
+        null = LinearExperiment(gain_PxF, attribution_F=gain_PxF.mean(axis=0), seed=seed)
+        found, _ = measure_importance(null, dataclasses.replace(CONFIG, bootstrap=100))
+        worlds += bool((found.q_value <= 0.05).any())
+    assert worlds <= 2  # of 12 with 5 % each, three or more come once in fifty
+
+
+def test_correlations_are_those_of_scipy(experiment, found, tmp_path):
+    constant = LinearExperiment(experiment.gain_PxF, attribution_F=experiment.attribution_F, prompts=40)
+    constant.f_PxF[:, 7] = 0.3
+    again, _ = measure_importance(constant, CONFIG)
+    clean_P = constant.clean()
+    for n, feature in enumerate(again.feature):
+        if feature == 7:
+            assert np.isnan(again.pearson[n]) and np.isnan(again.spearman[n])
+        else:
+            f_P = constant.f_PxF[:, feature]
+            assert again.pearson[n] == pytest.approx(stats.pearsonr(f_P, clean_P).statistic)
+            assert again.spearman[n] == pytest.approx(stats.spearmanr(f_P, clean_P).statistic)
+    agreement = again.summary(5)["correlations"]
+    for name in ("pearson", "spearman"):
+        size_N = np.abs(np.delete(getattr(again, name), 7))
+        wanted = stats.spearmanr(size_N, np.delete(again.drop, 7)).statistic
+        assert agreement[name] == pytest.approx(wanted)
+    again.save(tmp_path / "table.parquet")
+    assert pq.read_table(tmp_path / "table.parquet")["pearson"].to_pylist()[7] is None
+    assert np.isnan(Importance.load(tmp_path / "table.parquet").pearson[7])
+    assert not np.isnan(found.pearson).any()
+
+
+def test_stability_is_that_of_halves():
+    rng = np.random.default_rng(3)
+    worth_N = rng.normal(size=300)
+    same = stability(np.repeat(worth_N[:, None], 6, axis=1), seed=0)
+    assert same == dict(rank_correlation=pytest.approx(1.0), spearman_brown=pytest.approx(1.0))
+    assert abs(stability(rng.normal(size=(300, 20)), seed=0)["rank_correlation"]) < 0.1
+    # Noise of one unit a prompt: a mean over H prompts has reliability H / (H + 1), and ranks correlate a little less.
+    noisy_NxP = rng.normal(size=(3000, 1)) + rng.normal(size=(3000, 9))
+    got = stability(noisy_NxP, seed=0)
+    assert got["rank_correlation"] == pytest.approx(6 / np.pi * np.arcsin(4 / 5 / 2), abs=0.03)
+    assert got["spearman_brown"] == pytest.approx(2 * got["rank_correlation"] / (1 + got["rank_correlation"]))
+
+
+@pytest.mark.parametrize("drop_NxP", [np.ones((5, 1)), np.ones((1, 9)), np.ones((4, 8)), np.zeros((0, 4))])
+def test_stability_that_is_not_defined(drop_NxP):
+    assert stability(drop_NxP, seed=0) == dict(rank_correlation=None, spearman_brown=None)
 
 
 def test_control_percentiles_are_those_of_the_nearest():
@@ -107,8 +161,11 @@ def test_many_features_at_one_place():
 @pytest.mark.parametrize("features", [0, 1, 2])
 def test_hardly_any_features(features):
     experiment = LinearExperiment(np.ones(4), dead=range(features, 4))
-    found = measure_importance(experiment, CONFIG)
+    found, stable = measure_importance(experiment, CONFIG)
     summary = json.loads(json.dumps(found.summary(5), allow_nan=False))
     assert summary["features"] == len(summary["leaders"]) == features
+    if features < 2:
+        assert stable == dict(rank_correlation=None, spearman_brown=None)
+        assert summary["correlations"] == dict(pearson=None, spearman=None)
     if features == 1:
         assert summary["leaders"][0]["control_percentile"] is None and summary["estimates"]["relp"]["pearson"] is None

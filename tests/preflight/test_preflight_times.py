@@ -20,6 +20,7 @@ TIMED = dict(
     train__matmul="bfloat16",
     train__k=(64,),
     evaluate__ce_documents=40,
+    ablate__curve=False,
 )
 
 
@@ -43,11 +44,15 @@ def test_what_makes_a_run_longer():
     assert seconds(train__max_steps=1)["train"] < 0.2 * base["train"]
     assert seconds(capture__dtype="bfloat16")["capture"] < 0.8 * base["capture"]
     assert seconds(ablate__draws=1000)["ablate"] > 3 * base["ablate"]
+    asked = (dict(ablate__circuit_tests=True), dict(ablate__greedy=5), dict(ablate__effects="all"))
+    assert all(
+        seconds(**more)["ablate"] > 1.1 * base["ablate"] > seconds(ablate__curve=False)["ablate"] for more in asked
+    )
     assert seconds(capture__last=5)["train"] < 0.2 * base["train"]
-    asked = {name: seconds(task__benchmarks=(name,))["benchmark"] for name in ("gsm8k", "math", "logic")}
-    assert asked["gsm8k"] > asked["math"] > 0 and asked["logic"] > 0
+    benchmarks = {name: seconds(task__benchmarks=(name,))["benchmark"] for name in ("gsm8k", "math", "logic")}
+    assert benchmarks["gsm8k"] > benchmarks["math"] > 0 and benchmarks["logic"] > 0
     scored = dict(task__benchmarks=("gsm8k",), task__score="likelihood", task__examples=50)
-    assert seconds(**scored)["benchmark"] < 0.2 * asked["gsm8k"]
+    assert seconds(**scored)["benchmark"] < 0.2 * benchmarks["gsm8k"]
 
 
 def test_what_is_written():

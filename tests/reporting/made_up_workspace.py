@@ -149,6 +149,26 @@ def made_up_importance(rng) -> Importance:
         p_value=np.where(drop_N > 0.05, 1e-5, 0.5),
         q_value=np.where(drop_N > 0.05, 1e-3, 0.9),
         control_percentile=0.5 * ones_N,
+        pearson=np.where(np.arange(900) < 890, rng.uniform(-1, 1, 900), np.nan),
+        spearman=rng.uniform(-1, 1, 900),
+    )
+
+
+def made_up_sets(result: dict) -> dict:
+    """What is asked for beside the verdict: a curve, a greedy set, the tests of a circuit."""
+    sizes = list(range(result["joint"]["n"] + 1))
+    left = {"top": [interval(4.1 - 0.25 * size, 0.6) for size in sizes], "controls": [interval(4.0, 0.5)] * len(sizes)}
+    rejected = dict(equivalence=True, independence=False, minimality=False, sufficiency=True, necessity=True)
+    tests = {
+        name: dict(statistic=0.85, p_value=0.002, p_holm=0.01 if no else 0.6, rejected=no, verdict=no)
+        for name, no in rejected.items()
+    }
+    tests["equivalence"]["verdict"], tests["independence"]["verdict"] = False, True
+    grown = [interval(0.5 * size, 0.2) for size in (1, 2, 3)]
+    return dict(
+        curve=dict(draws=5, **{kind: dict(sizes=sizes, logit_diff=value) for kind, value in left.items()}),
+        circuit=dict(n=len(sizes) - 1, firing=len(sizes) - 2, clean=4.1, kept=3.0, removed=0.2, tests=tests),
+        greedy=dict(features=[3, 1, 2], greedy_drop=grown, top_drop=grown, difference=[interval(0.1, 0.2)] * 3),
     )
 
 
@@ -179,7 +199,10 @@ def make_workspace(
             kind=kind, members=[made_up_member(kind, name, place) for place, name in enumerate(members)]
         )
     importance = made_up_importance(rng)
-    ablate["behaviours"][NAMES[0]]["importance"] = importance.summary(top) | dict(least_p=2e-6)
+    stability = dict(rank_correlation=0.61, spearman_brown=0.76)
+    ablate["behaviours"][NAMES[0]]["importance"] = importance.summary(top) | dict(least_p=2e-6, stability=stability)
+    for result in list(ablate["behaviours"].values())[:2]:
+        result |= made_up_sets(result)
     results[f"ablate/{kinds[0]}"] = ablate
     groups = dict(
         baseline=("model", "task"),

@@ -72,7 +72,18 @@ def estimates_figure(count=500, scale=0.03):
     return figures.estimates(estimate_N, drop_N, np.abs(drop_N) > 2 * scale, "gradient")
 
 
+def cumulative_figure(count=4, steps=20):
+    sizes = list(range(steps + 1))
+    top = dict(sizes=sizes, logit_diff=[interval(4 - 0.2 * size, 0.5) for size in sizes])
+    controls = dict(sizes=sizes[::2], logit_diff=[interval(4.0, 0.5)] * len(sizes[::2]))
+    curve = dict(top=top, controls=controls)
+    return figures.cumulative(dict.fromkeys(NAMES[:count], curve))
+
+
 DRAWN = [
+    cumulative_figure,
+    lambda: cumulative_figure(1, 0),
+    lambda: cumulative_figure(2, 1),
     baselines_figure,
     training_figure,
     density_figure,
@@ -144,6 +155,15 @@ def test_ablation_shows_every_draw_their_mean_and_the_interval():
     ]
     assert np.allclose([line.get_xdata() for line in means], 0.2 / 3)
     assert any(np.allclose(line.get_xdata(), 5) for line in lower.lines)  # the rule's bound
+
+
+def test_the_curve_is_what_it_was_given():
+    (axes,) = cumulative_figure(1, 3).axes
+    controls, top = axes.lines[:2]
+    assert top.get_xdata().tolist() == [0, 1, 2, 3] and top.get_ydata() == pytest.approx([4, 3.8, 3.6, 3.4])
+    assert controls.get_xdata().tolist() == [0, 2] and controls.get_ydata() == pytest.approx([4, 4])
+    corners = {(0.0, 3.5), (0.0, 4.5), (3.0, 2.9), (3.0, 3.9)}
+    assert corners <= {tuple(corner.round(6)) for corner in axes.collections[1].get_paths()[0].vertices}
 
 
 def test_single_features_stand_in_order_from_the_top():

@@ -89,7 +89,7 @@ def test_the_page_is_complete_in_itself(made):
 
 def test_figures_are_written_embedded_and_described(made):
     folder, results, page = made
-    names = {"ablation", "baselines", "training", "density", "every_feature_agreement"}
+    names = {"ablation", "baselines", "training", "density", "cumulative", "every_feature_agreement"}
     names |= {f"features_{name}" for name in results["verdicts"]}
     assert set(results["figures"]) == names
     assert {path.name for path in (folder / "figures").iterdir()} == {
@@ -140,6 +140,13 @@ def test_all_features_are_shown_where_they_were_measured(made):
         assert "40 effects are discoveries" in text
         assert "Correlation of estimates with the effect: gradient 0.99 (of ranks 0." in text and "; relp 0.99" in text
     assert "every_feature_agreement" in made[1]["figures"] and "every_feature_capital" not in made[1]["figures"]
+
+
+def test_sets_of_features_are_shown_where_they_were_measured(made):
+    for text in both(made):
+        assert "not equivalent" in text and "Sets grown on train prompts" in text
+        assert "has a rank correlation of " in text and "two halves of the prompts have one of 0.61" in text
+    assert made[1]["figures"].count("cumulative") == 1
 
 
 def test_the_control_stands_beside_the_top_features(made):
