@@ -183,7 +183,8 @@ def probes(labels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
       labels: title -> its probes, each {"input" ("features" or "raw"), "k" (None: all), "accuracy" and "shuffled"
         (intervals), "majority"}; shares. Those of an input stand in order of k.
     """
-    figure, below = panels([1.45] * (len(labels) - 1) + [2.1], list(labels))
+    heights = [1.45 + 1.0 / len(labels)] * len(labels)  # the legend takes an inch
+    figure, below = panels(heights, list(labels))
     looks = dict(features=(ORANGE, "o", -0.07, "features"), raw=(BLUE, "s", 0.07, "raw dimensions"))
     for axes, rows in zip(below, labels.values(), strict=True):
         sizes = [row["k"] for row in rows if row["input"] == rows[0]["input"]]
@@ -210,7 +211,7 @@ def probes(labels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 label=f"{label}, with 95 % interval",
             )
         axes.set_xticks(places, [str(k or "all") for k in sizes])
-        axes.set(ylim=(-3, 103), yticks=(0, 50, 100), ylabel="%")
+        axes.set(ylim=(-7, 107), yticks=(0, 50, 100), ylabel="%")
         axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
     below[-1].set_xlabel("features, or dimensions, that a probe sees")
     legend(below[-1], 1)

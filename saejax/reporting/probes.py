@@ -7,7 +7,7 @@ from saejax.reporting import figures
 from saejax.reporting.document import Block, Picture, Section, Terms, Text
 from saejax.reporting.findings import Findings
 from saejax.reporting.sections import Draw, behaviour, place
-from saejax.reporting.tables import MISSING, Table, interval, percent, significant
+from saejax.reporting.tables import MISSING, Table, interval, number, percent
 
 _LABELS = {
     "behaviour": "Which behaviour",
@@ -68,6 +68,11 @@ def _picture(learned: Sequence[Mapping[str, Any]], shuffles: int, draw: Draw) ->
     return draw("probes", figures.probes(panels), caption, alt)
 
 
+def _seen(row: Mapping[str, Any]) -> str:
+    name = _INPUTS[row["input"]]
+    return f"1 {name.removesuffix('s')}" if row["k"] == 1 else f"{row['k'] or 'all'} {name}"
+
+
 def _accuracy(row: Mapping[str, Any]) -> str:
     return interval(row["accuracy"], 0, 100)
 
@@ -76,13 +81,13 @@ def _table(learned: Sequence[Mapping[str, Any]], shuffles: int) -> Table:
     rows = tuple(
         (
             _title(label),
-            f"{row['k'] or 'all'} {_INPUTS[row['input']]}",
+            _seen(row),
             _accuracy(row),
             percent(row["balanced_accuracy"]),
             percent(row["majority"]),
             interval(row["shuffled"], 0, 100),
             interval(row["random"], 0, 100) if row["random"] else MISSING,
-            significant(row["p_value"], 2),
+            number(row["p_value"], 4),
             ", ".join(map(str, row["inputs"][:3])) if row["inputs"] else MISSING,
         )
         for label in learned

@@ -72,7 +72,21 @@ def estimates_figure(count=500, scale=0.03):
     return figures.estimates(estimate_N, drop_N, np.abs(drop_N) > 2 * scale, "gradient")
 
 
+def probe_rows(sizes=(1, 20, None)):
+    return [
+        dict(input=name, k=k, accuracy=interval(0.5 + shift), shuffled=interval(0.3 + shift, 0.05), majority=0.4)
+        for name, shift in (("features", 0.1), ("raw", -0.1))
+        for k in sizes
+    ]
+
+
+def probes_figure():
+    return figures.probes({name: probe_rows() for name in NAMES})
+
+
 DRAWN = [
+    probes_figure,
+    lambda: figures.probes({"x": probe_rows((None,))}),
     baselines_figure,
     training_figure,
     density_figure,
@@ -144,6 +158,15 @@ def test_ablation_shows_every_draw_their_mean_and_the_interval():
     ]
     assert np.allclose([line.get_xdata() for line in means], 0.2 / 3)
     assert any(np.allclose(line.get_xdata(), 5) for line in lower.lines)  # the rule's bound
+
+
+def test_probes_show_accuracy_by_size_above_what_shuffled_labels_reach():
+    axes = probes_figure().axes[0]
+    lines = [container.lines[0] for container in axes.containers if isinstance(container, ErrorbarContainer)]
+    assert [line.get_ydata().tolist() for line in lines] == [pytest.approx([60.0] * 3), pytest.approx([40.0] * 3)]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "20", "all"]
+    (band,) = axes.collections[:1]
+    assert band.get_paths()[0].get_extents().intervaly.tolist() == pytest.approx([15.0, 45.0])
 
 
 def test_single_features_stand_in_order_from_the_top():
