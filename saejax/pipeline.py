@@ -2,7 +2,8 @@
 
 preflight   baseline ──► capture ──► train/<kind> ──► evaluate/<kind>
                 │           │             │                │
-                └───────────┴─► ablate ◄──┘                │
+                ├───────────┴─► ablate ◄──┤                │
+                └─────────────► probe  ◄──┘                │
                                    └──────► report ◄───────┘
             benchmark/<name> ─────────────────┘
 """
@@ -56,7 +57,8 @@ def _kinds(configs: Configs) -> Sequence[str]:
 def _report_needs(configs: Configs, name: str) -> Sequence[str]:
     trained = [f"{stage}/{kind}" for stage in ("train", "evaluate") for kind in _kinds(configs)]
     benchmarks = [f"benchmark/{benchmark}" for benchmark in configs["task"].benchmarks]
-    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}")
+    probes = [f"probe/{name}" for name in _probed(configs)]
+    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}", *probes)
 
 
 def _asks(configs: Configs) -> bool:
@@ -67,6 +69,12 @@ def _asks(configs: Configs) -> bool:
 def _tested(configs: Configs) -> str:
     """The name of the unit that tests the dictionary "topk", or "topk/k16": it has a folder of its own, "topk-k16"."""
     return configs["ablate"].dictionary.replace("/", "-")
+
+
+def _probed(configs: Configs) -> Sequence[str]:
+    """The unit of the probed dictionary, named likewise, if probes were asked for."""
+    asked = configs["probe"].labels and _asks(configs)
+    return (configs["probe"].dictionary.replace("/", "-"),) if asked else ()
 
 
 STAGES = {
@@ -124,6 +132,15 @@ STAGES = {
         ("mesh",),
         needs=lambda configs, name: ("baseline", f"train/{configs['ablate'].dictionary.partition('/')[0]}"),
         names=lambda configs: (_tested(configs),) if _asks(configs) else (),
+        sources=("model",),
+    ),
+    "probe": Stage(
+        "probes features and raw activations for labels of the prompts, if --probe.labels names any",
+        "saejax.causal.probe:run_probe",
+        ("model", "probe"),
+        ("mesh",),
+        needs=lambda configs, name: ("baseline", f"train/{configs['probe'].dictionary.partition('/')[0]}"),
+        names=_probed,
         sources=("model",),
     ),
     "export": Stage(

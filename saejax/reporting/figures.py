@@ -1,4 +1,4 @@
-"""The report's figures of behaviours and effects: plain data in, a matplotlib ``Figure`` out, for ``style.save``.
+"""The report's figures of behaviours, effects, probes: plain data in, a matplotlib ``Figure`` out for ``style.save``.
 
 An interval is a mapping ``{"mean", "low", "high"}``; all intervals shown are 95 % intervals.
 """
@@ -17,6 +17,7 @@ from saejax.reporting.style import (
     INK,
     ORANGE,
     Interval,
+    error_lengths,
     height_of,
     legend,
     name_rows,
@@ -198,4 +199,47 @@ def estimates(estimate_N: np.ndarray, drop_N: np.ndarray, discovered_N: np.ndarr
         axis.set_ticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
         axis.set_minor_locator(NullLocator())
     legend(axes, 1)
+    return figure
+
+
+@styled
+def probes(labels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """How well labels are read off features and raw activations, by how many of them a probe sees.
+
+    Args:
+      labels: title -> its probes, each {"input" ("features" or "raw"), "k" (None: all), "accuracy" and "shuffled"
+        (intervals), "majority"}; shares. Those of an input stand in order of k.
+    """
+    heights = [1.45 + 1.0 / len(labels)] * len(labels)  # the legend takes an inch
+    figure, below = panels(heights, list(labels))
+    looks = dict(features=(ORANGE, "o", -0.07, "features"), raw=(BLUE, "s", 0.07, "raw dimensions"))
+    for axes, rows in zip(below, labels.values(), strict=True):
+        sizes = [row["k"] for row in rows if row["input"] == rows[0]["input"]]
+        low_K, high_K = (
+            [100 * pick(row["shuffled"][end] for row in rows if row["k"] == k) for k in sizes]
+            for pick, end in ((min, "low"), (max, "high"))
+        )
+        places = np.arange(len(sizes))
+        axes.fill_between(places, low_K, high_K, color=GREY, alpha=0.25, linewidth=0, label="shuffled labels")
+        axes.axhline(100 * rows[0]["majority"], color=INK, linewidth=1, linestyle=":", label="largest class")
+        for name, (color, marker, shift, label) in looks.items():
+            accuracies = [row["accuracy"] for row in rows if row["input"] == name]
+            lengths_2xK = np.hstack([error_lengths(accuracy, 100) for accuracy in accuracies])
+            axes.errorbar(
+                places + shift,
+                [100 * accuracy["mean"] for accuracy in accuracies],
+                yerr=lengths_2xK,
+                color=color,
+                marker=marker,
+                markersize=5,
+                linewidth=1.2,
+                elinewidth=1.2,
+                capsize=2,
+                label=f"{label}, with 95 % interval",
+            )
+        axes.set_xticks(places, [str(k or "all") for k in sizes])
+        axes.set(ylim=(-7, 107), yticks=(0, 50, 100), ylabel="%")
+        axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
+    below[-1].set_xlabel("features, or dimensions, that a probe sees")
+    legend(below[-1], 1)
     return figure

@@ -73,6 +73,11 @@ class Findings:
         return self._units("benchmark")
 
     @property
+    def probes(self) -> dict[str, Mapping[str, Any]]:
+        """Results of the linear probes, if any."""
+        return self._units("probe")
+
+    @property
     def has_stacks(self) -> bool:
         """Whether a kind has more than one member."""
         return any(len(members) > 1 for members in self.scores.values())
@@ -93,8 +98,8 @@ def read_findings(inputs: Mapping[str, Path], own: Mapping[str, Mapping[str, Any
     """Reads the units' files.
 
     Args:
-      inputs: unit -> folder: "baseline", "benchmark/NAME", "capture", "train/KIND", "evaluate/KIND" and "ablate" or
-        "ablate/NAME".
+      inputs: unit -> folder: "baseline", "benchmark/NAME", "capture", "train/KIND", "evaluate/KIND", "ablate" or
+        "ablate/NAME", and perhaps "probe/NAME".
       own: the report's own settings, group -> field -> value.
 
     Raises:

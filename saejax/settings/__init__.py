@@ -5,9 +5,11 @@ it; ``--help`` of its binary shows them.
 """
 
 from saejax.settings.causal import ESTIMATES as ESTIMATES
+from saejax.settings.causal import PROBE_LABELS as PROBE_LABELS
 from saejax.settings.causal import READOUTS as READOUTS
 from saejax.settings.causal import REPLACEMENTS as REPLACEMENTS
 from saejax.settings.causal import AblateConfig as AblateConfig
+from saejax.settings.causal import ProbeConfig as ProbeConfig
 from saejax.settings.run import ExportConfig as ExportConfig
 from saejax.settings.run import MeshConfig as MeshConfig
 from saejax.settings.run import ModelConfig as ModelConfig
@@ -33,6 +35,7 @@ GROUPS = dict(
     train=TrainConfig,
     evaluate=EvaluateConfig,
     ablate=AblateConfig,
+    probe=ProbeConfig,
     export=ExportConfig,
     report=ReportConfig,
 )

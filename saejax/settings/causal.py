@@ -1,4 +1,4 @@
-"""What is changed in the model, and how the effect is judged."""
+"""What is changed in the model, and how the effect is judged; what is read off its activations."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ from saejax.config import Config, setting
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
 ESTIMATES = ("gradient", "integrated", "relp")
 READOUTS = ("log_likelihood", "top1", "kl")  # beside the logit difference
+PROBE_LABELS = ("behaviour", "answer", "parity", "correct", "number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +61,37 @@ class AblateConfig(Config):
         0.05, "verdict: joint ablation must cost more than this share of test accuracy", low=0.0, high=1.0
     )
     batch_rows: int = setting(64, "edited prompts per batch of the tail program", low=1, changes_results=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig(Config):
+    """What can be read off features and raw activations by a linear probe."""
+
+    labels: tuple[str, ...] = setting(
+        (),
+        "what probes read off: which behaviour a prompt asks for (behaviour), and within each behaviour its answer "
+        "(answer), whether that is even (parity), whether the model is right (correct), and the number of the subject "
+        "(number, of agreement); empty: no probes",
+        choices=PROBE_LABELS,
+    )
+    dictionary: str = setting(
+        "topk", "whose features to probe: topk, or a member of a stack as in topk/k32", changes_results=False
+    )
+    pool: str = setting(
+        "last",
+        "the positions of a prompt that a probe sees: the last one (last), or the maximum (max) or mean (mean) over "
+        "all that the dictionary reads",
+        choices=("last", "max", "mean"),
+    )
+    sparse: tuple[int, ...] = setting(
+        (1, 2, 5, 10, 20), "sizes of sparse probes: how many features, or dimensions, each may see", low=1
+    )
+    strengths: tuple[float, ...] = setting(
+        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
+        "inverse strengths of the L2 penalty (C), of which cross-validation on the train prompts chooses",
+        low=1e-9,
+    )
+    folds: int = setting(5, "parts of that cross-validation", low=2, high=5)
+    shuffles: int = setting(20, "probes of shuffled labels, and of random features, beside each probe", low=1)
+    permutations: int = setting(10_000, "permutations of the test labels for a p-value", low=100)
+    seed: int = setting(567, "seed of the folds, the shuffled labels, the random features and the permutations", low=0)

@@ -109,23 +109,40 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
       UserError: the file is missing, or a line is not a prompt; the message names the line.
     """
+
+    def prompt(record: dict[str, Any]) -> Prompt:
+        fields = {key: value for key, value in record.items() if key not in SCORES}
+        return Prompt(**fields | dict(items=tuple(fields["items"])))
+
+    return _read_lines(path, prompt, "a prompt")
+
+
+def read_logit_diffs(path: Path) -> list[float]:
+    """The clean logit difference of every prompt that ``read_prompts`` reads, in the same order.
+
+    Raises:
+      UserError: as ``read_prompts``, or a prompt has no score.
+    """
+    return _read_lines(path, lambda record: float(record["logit_diff"]), "a prompt with its scores")
+
+
+def _read_lines(path: Path, read: Callable[[dict[str, Any]], Any], what: str) -> list[Any]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # other line separators are part of a text
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run the stage baseline first") from None
-    prompts = []
+    found = []
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            fields = {key: value for key, value in json.loads(line).items() if key not in SCORES}
-            prompts.append(Prompt(**fields | dict(items=tuple(fields["items"]))))
+            found.append(read(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(
-                f"line {number} of {path} is not a prompt: the file is damaged; delete its folder and run the stage "
+                f"line {number} of {path} is not {what}: the file is damaged; delete its folder and run the stage "
                 "baseline again"
             ) from None
-    return prompts
+    return found
 
 
 def _distinct(draft: Callable[[int], Draft], n: int) -> list[Draft]:

@@ -80,10 +80,24 @@ def cumulative_figure(count=4, steps=20):
     return figures.cumulative(dict.fromkeys(NAMES[:count], curve))
 
 
+def probe_rows(sizes=(1, 20, None)):
+    return [
+        dict(input=name, k=k, accuracy=interval(0.5 + shift), shuffled=interval(0.3 + shift, 0.05), majority=0.4)
+        for name, shift in (("features", 0.1), ("raw", -0.1))
+        for k in sizes
+    ]
+
+
+def probes_figure():
+    return figures.probes({name: probe_rows() for name in NAMES})
+
+
 DRAWN = [
     cumulative_figure,
     lambda: cumulative_figure(1, 0),
     lambda: cumulative_figure(2, 1),
+    probes_figure,
+    lambda: figures.probes({"x": probe_rows((None,))}),
     baselines_figure,
     training_figure,
     density_figure,
@@ -164,6 +178,15 @@ def test_the_curve_is_what_it_was_given():
     assert controls.get_xdata().tolist() == [0, 2] and controls.get_ydata() == pytest.approx([4, 4])
     corners = {(0.0, 3.5), (0.0, 4.5), (3.0, 2.9), (3.0, 3.9)}
     assert corners <= {tuple(corner.round(6)) for corner in axes.collections[1].get_paths()[0].vertices}
+
+
+def test_probes_show_accuracy_by_size_above_what_shuffled_labels_reach():
+    axes = probes_figure().axes[0]
+    lines = [container.lines[0] for container in axes.containers if isinstance(container, ErrorbarContainer)]
+    assert [line.get_ydata().tolist() for line in lines] == [pytest.approx([60.0] * 3), pytest.approx([40.0] * 3)]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "20", "all"]
+    (band,) = axes.collections[:1]
+    assert band.get_paths()[0].get_extents().intervaly.tolist() == pytest.approx([15.0, 45.0])
 
 
 def test_single_features_stand_in_order_from_the_top():

@@ -1,8 +1,9 @@
-"""Sections of the report that a made-up workspace does not have: benchmarks."""
+"""Sections of the report that a made-up workspace does not have: benchmarks, probes."""
 
 import types
 
-from saejax.reporting import sections
+from saejax.reporting import probes, sections
+from saejax.reporting.document import Picture
 
 
 def interval(mean):
@@ -35,3 +36,40 @@ def test_benchmarks_are_shown_by_their_kind_of_score():
 
 def test_without_benchmarks_there_is_no_section():
     assert sections.benchmarks(types.SimpleNamespace(benchmarks={})) == []
+
+
+def test_probes_are_shown_and_labels_without_one_said():
+    row = dict(
+        input="features",
+        k=2,
+        inputs=[7, 8],
+        accuracy=interval(0.5),
+        balanced_accuracy=0.4,
+        majority=0.3,
+        shuffled=interval(0.2),
+        random=interval(0.1),
+        p_value=0.0123,
+    )
+    whole, raw = row | dict(k=None, inputs=None, random=None), dict(input="raw")
+    labels = [
+        dict(label="answer", behaviour="addition", reason=None, probes=[row, whole, row | raw, whole | raw]),
+        dict(label="correct", behaviour="capital", reason="fewer than two classes: right 80", probes=[]),
+    ]
+    results = dict(dictionary="topk", site="resid_post.15", pool="last", labels=labels)
+    settings = dict(probe=dict(shuffles=20))
+    found = types.SimpleNamespace(probes=dict(topk=results), settings=lambda: settings)
+    (section,) = probes.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))
+    intro, picture, table, without = section.blocks
+    assert "the features of topk" in intro.text and "at a prompt's last position" in intro.text
+    assert (
+        "Answer: Single-digit addition: features 50 [40,\u00a060] %, raw dimensions 50 [40,\u00a060] %." in picture.alt
+    )
+    assert table.rows[0][:4] == ("Answer: Single-digit addition", "2 features", "50 [40,\u00a060]", "40\u00a0%")
+    assert table.rows[0][6:] == ("10 [0,\u00a020]", "0.0123", "7, 8")
+    assert table.rows[1][1] == "all features" and table.rows[1][6] == table.rows[1][8] == "–"
+    assert without.items == (
+        ("Model right or wrong: Capital of a country", "no probe: fewer than two classes: right 80."),
+    )
+    results["labels"] = labels[1:]
+    assert [block.kind for block in probes.sections(found, lambda *drawn: None)[0].blocks] == ["text", "terms"]
+    assert probes.sections(types.SimpleNamespace(probes={}), lambda *drawn: None) == []

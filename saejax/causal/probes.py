@@ -1,0 +1,215 @@
+"""Linear probes: how well a class can be read off activations, and how much of that is chance.
+
+A probe is a logistic regression (multinomial for more than two classes) with an L2 penalty on inputs standardised over
+the train prompts. Cross-validation on the train prompts alone chooses the penalty; test prompts, which share no content
+with them, give the accuracy. A *sparse* probe sees k inputs only: those that separate the classes best on the train
+prompts (``leaders``; k-sparse probes: Gurnee et al., 2023, arXiv 2305.01610).
+
+Beside each accuracy stand
+
+- its 95 % interval (Wilson, 1927, which has a width even at 0 and 100 %),
+- the accuracy of always naming the largest class of the train prompts,
+- that of probes of shuffled train labels, chosen and fitted again with the same penalty,
+- for a sparse probe, that of probes of k random inputs that vary on the train prompts,
+- a p-value: the share of permutations of the test labels with which the probe's answers agree as often.
+
+Standardised inputs are scaled by their deviation. They are centred, too, which changes no probe, because the intercept
+bears no penalty, but lets the solver converge sooner.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from scipy.stats import norm
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+
+from saejax.settings import ProbeConfig
+
+_ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
+_Z = float(norm.ppf(0.975))
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a probe learns from, and what it is tested on.
+
+    Attributes:
+      train_NxC: C inputs of N train prompts, finite.
+      train_class_N: their classes, 0 to the number of classes less 1; of each at least as many as there are folds.
+      test_MxC: the same inputs of M test prompts, at least one.
+      test_class_M: their classes.
+    """
+
+    train_NxC: np.ndarray
+    train_class_N: np.ndarray
+    test_MxC: np.ndarray
+    test_class_M: np.ndarray
+
+    def narrowed(self, inputs: np.ndarray) -> "Task":
+        """The same with some of the inputs."""
+        return dataclasses.replace(self, train_NxC=self.train_NxC[:, inputs], test_MxC=self.test_MxC[:, inputs])
+
+
+def run_probes(task: Task, config: ProbeConfig, seed: list[int]) -> Iterator[dict[str, Any]]:
+    """The sparse probes, smallest first, and the probe of all inputs, whose ``k`` is None.
+
+    Args:
+      task: what to learn.
+      config: of the stage.
+      seed: of folds, shuffles, random inputs and permutations, beside ``config.seed``.
+
+    Returns:
+      Of each, for JSON: ``k``, the chosen ``strength``, the ``inputs`` that a sparse probe sees (numbers of columns,
+      best first; fewer than k where fewer vary), ``accuracy`` (``mean``, ``low``, ``high``), ``balanced_accuracy``,
+      ``majority``, ``shuffled`` and, for a sparse probe, ``random`` (``mean``, ``low``, ``high``: 5th and 95th
+      percentile), and ``p_value``.
+    """
+    varying_C = np.flatnonzero(np.ptp(task.train_NxC, axis=0) > 0)
+    task = task.narrowed(varying_C)
+    task = dataclasses.replace(task, train_NxC=task.train_NxC.astype(float), test_MxC=task.test_MxC.astype(float))
+    for k in (*sorted(set(config.sparse)), None):
+        rng = np.random.default_rng([config.seed, *seed, k or 0])
+        strength = choose_strength(task, k, config, int(rng.integers(2**31)))
+        answer_M = answers(task, k, strength)
+        found: dict[str, Any] = dict(k=k, strength=strength, inputs=None, random=None)
+        if k:
+            found["inputs"] = varying_C[leaders(task, k)].tolist()
+            found["random"] = _spread([_random_accuracy(task, k, strength, rng) for _ in range(config.shuffles)])
+        shuffled = [_shuffled_accuracy(task, k, strength, rng) for _ in range(config.shuffles)]
+        agreed_M = answer_M == task.test_class_M
+        yield found | dict(
+            accuracy=wilson(int(agreed_M.sum()), len(agreed_M)),
+            balanced_accuracy=balanced_accuracy(answer_M, task.test_class_M),
+            majority=float((task.test_class_M == np.bincount(task.train_class_N).argmax()).mean()),
+            shuffled=_spread(shuffled),
+            p_value=permutation_p(answer_M, task.test_class_M, config.permutations, rng),
+        )
+
+
+def answers(task: Task, k: int | None, strength: float) -> np.ndarray:
+    """The classes [M] that a probe of k inputs, or of all of them, gives the test prompts."""
+    train_NxR, test_MxR = _prepared(task, k)
+    return _fit(train_NxR, task.train_class_N, strength).predict(test_MxR)
+
+
+def choose_strength(task: Task, k: int | None, config: ProbeConfig, seed: int) -> float:
+    """The inverse strength of the penalty with the largest likelihood of held-out folds of the train prompts.
+
+    Each fold scales and chooses its inputs anew. Of equals, the strongest penalty.
+    """
+    strengths, class_N = sorted(set(config.strengths)), task.train_class_N
+    if len(strengths) == 1:
+        return strengths[0]
+    score_S = np.zeros(len(strengths))
+    folds = StratifiedKFold(config.folds, shuffle=True, random_state=seed)
+    for kept, held in folds.split(class_N, class_N):
+        fold = Task(task.train_NxC[kept], class_N[kept], task.train_NxC[held], class_N[held])
+        kept_NxR, held_MxR = _prepared(fold, k)
+        for s, strength in enumerate(strengths):
+            log_p_MxK = _fit(kept_NxR, fold.train_class_N, strength).predict_log_proba(held_MxR)
+            score_S[s] += log_p_MxK[np.arange(len(held)), fold.test_class_M].sum()
+    return strengths[int(score_S.argmax())]
+
+
+def leaders(task: Task, k: int) -> np.ndarray:
+    """The k inputs that separate the classes of the train prompts best, best first; all where there are fewer.
+
+    The best one of every class comes first, then every class's second, and so on: the inputs with the largest F
+    statistics over all classes often say the same of one class.
+    """
+    f_KxC = f_statistics(task.train_NxC, task.train_class_N)
+    place_KxC = np.argsort(np.argsort(-f_KxC, axis=1, kind="stable"), axis=1)
+    return np.lexsort((-f_KxC.max(axis=0), place_KxC.min(axis=0)))[:k]
+
+
+def f_statistics(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
+    """How well each input tells each class from the others, [K, C]: its F statistic in an analysis of variance.
+
+    That is the variance between the class and the others over the variance within the two; infinite where nothing
+    varies within them, 0 for an input that varies nowhere.
+    """
+    member_KxN = (class_N[None, :] == np.unique(class_N)[:, None]).astype(float)
+    centred_NxC = x_NxC - x_NxC.mean(axis=0)
+    total_C, count_Kx1 = (centred_NxC**2).sum(axis=0), member_KxN.sum(axis=1, keepdims=True)
+    others_Kx1 = len(class_N) - count_Kx1
+    between_KxC = (member_KxN @ centred_NxC) ** 2 * len(class_N) / (count_Kx1 * others_Kx1)
+    within_KxC = total_C - between_KxC
+    within_KxC[within_KxC < 1e-12 * total_C] = 0.0  # rounding
+    certain_KxC = np.where(between_KxC > 0, np.inf, 0.0)
+    return np.divide(between_KxC * (len(class_N) - 2), within_KxC, out=certain_KxC, where=within_KxC > 0)
+
+
+def wilson(successes: int, trials: int) -> dict[str, float]:
+    """A share and its 95 % score interval (Wilson, 1927): ``mean``, ``low``, ``high``."""
+    share, z2 = successes / trials, _Z**2
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _Z / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return dict(mean=share, low=max(middle - half, 0.0), high=min(middle + half, 1.0))
+
+
+def balanced_accuracy(answer_M: np.ndarray, class_M: np.ndarray) -> float:
+    """The share of right answers within each class, mean over the classes that there are."""
+    return float(np.mean([(answer_M[class_M == k] == k).mean() for k in np.unique(class_M)]))
+
+
+def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np.random.Generator) -> float:
+    """The p-value of the hypothesis that the answers have nothing to do with the classes, one-sided.
+
+    The share of permutations of the classes, the true order among them, with at least as many right answers (Phipson
+    and Smyth, 2010).
+    """
+    right_R = (rng.permuted(np.tile(class_M, (draws, 1)), axis=1) == answer_M[None, :]).sum(axis=1)
+    return float((1 + (right_R >= (answer_M == class_M).sum()).sum()) / (1 + draws))
+
+
+def _prepared(task: Task, k: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """What the solver is given of the train and of the test prompts; a column of zeros where nothing varies."""
+    train_NxR, test_MxR = _standardised(task.narrowed(leaders(task, k))) if k else _rotated(*_standardised(task))
+    if train_NxR.shape[1]:
+        return train_NxR, test_MxR
+    return np.zeros((len(train_NxR), 1)), np.zeros((len(test_MxR), 1))
+
+
+def _standardised(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    mean_C, spread_C = task.train_NxC.mean(axis=0), task.train_NxC.std(axis=0)
+    scale_C = np.where(spread_C > 0, spread_C, np.inf)  # an input that does not vary says nothing
+    return (task.train_NxC - mean_C) / scale_C, (task.test_MxC - mean_C) / scale_C
+
+
+def _rotated(train_NxC: np.ndarray, test_MxC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs in the at most N directions that the train prompts span.
+
+    The optimal weights lie there, and rotation leaves the penalty as it is: the same probe from far fewer inputs.
+    """
+    squares_R, rows_NxR = np.linalg.eigh(train_NxC @ train_NxC.T)
+    kept_R = squares_R > 1e-10 * squares_R.max(initial=0.0)
+    length_R, rows_NxR = np.sqrt(squares_R[kept_R]), rows_NxR[:, kept_R]
+    return rows_NxR * length_R, test_MxC @ (train_NxC.T @ rows_NxR) / length_R
+
+
+def _fit(train_NxR: np.ndarray, class_N: np.ndarray, strength: float) -> Any:
+    model = LogisticRegression(C=strength, max_iter=_ITERATIONS, tol=_TOLERANCE)
+    return model.fit(train_NxR, class_N)
+
+
+def _accuracy(task: Task, k: int | None, strength: float) -> float:
+    return float((answers(task, k, strength) == task.test_class_M).mean())
+
+
+def _shuffled_accuracy(task: Task, k: int | None, strength: float, rng: np.random.Generator) -> float:
+    shuffled = dataclasses.replace(task, train_class_N=rng.permutation(task.train_class_N))
+    return _accuracy(shuffled, k, strength)
+
+
+def _random_accuracy(task: Task, k: int, strength: float, rng: np.random.Generator) -> float:
+    inputs = task.train_NxC.shape[1]
+    return _accuracy(task.narrowed(rng.choice(inputs, min(k, inputs), replace=False)), k, strength)
+
+
+def _spread(accuracy_R: list[float]) -> dict[str, float]:
+    low, high = np.quantile(accuracy_R, (0.05, 0.95))
+    return dict(mean=float(np.mean(accuracy_R)), low=float(low), high=float(high))

@@ -1,0 +1,119 @@
+"""Labels of prompts that a probe may read off activations, and which prompts carry them.
+
+=========  ==============================================================  ===================
+label      of a prompt                                                     among prompts of
+=========  ==============================================================  ===================
+behaviour  the behaviour that it asks for                                  all behaviours
+answer     its correct answer                                              one behaviour
+parity     whether that answer, a whole number, is even or odd             one behaviour
+correct    whether the model is right: its logit difference is above 0     one behaviour
+number     the number of the subject, which the verb " is" or " are" says  one behaviour
+=========  ==============================================================  ===================
+
+A class needs ``LEAST`` train prompts to be learned from; prompts of rarer classes are left out, and counted.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from saejax.tasks.behaviours import SPLITS, Prompt
+
+LEAST = 5  # train prompts of a class
+_NUMBERS = dict(zip(("is", "are"), ("singular", "plural"), strict=True))
+_SHOWN = 4  # classes that a reason names
+
+
+def _parity(prompt: Prompt, logit_diff: float) -> str | None:
+    answer = prompt.correct.strip()
+    return ("even", "odd")[int(answer) % 2] if answer.isdecimal() else None
+
+
+LABELS: Mapping[str, Callable[[Prompt, float], str | None]] = dict(
+    behaviour=lambda prompt, logit_diff: prompt.behaviour,
+    answer=lambda prompt, logit_diff: prompt.correct.strip(),
+    parity=_parity,
+    correct=lambda prompt, logit_diff: "right" if logit_diff > 0 else "wrong",
+    number=lambda prompt, logit_diff: _NUMBERS.get(prompt.correct.strip()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A label of some prompts.
+
+    Attributes:
+      label: its name, of ``settings.PROBE_LABELS``.
+      behaviour: whose prompts; "" for those of all.
+      classes: class -> how many train and test prompts have it, most frequent first; none if ``reason`` says why.
+      train_N, test_M: the places of these prompts in the list they came from.
+      train_class_N, test_class_M: their classes, as places in ``classes``.
+      left_out: class -> how many prompts have it, of classes with fewer than ``LEAST`` train prompts.
+      unlabelled: prompts to which the label does not apply.
+      reason: why there is nothing to learn; "" where there is.
+    """
+
+    label: str
+    behaviour: str
+    classes: Mapping[str, tuple[int, int]]
+    train_N: np.ndarray
+    test_M: np.ndarray
+    train_class_N: np.ndarray
+    test_class_M: np.ndarray
+    left_out: Mapping[str, int]
+    unlabelled: int
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The label, and whose it is: "behaviour", "answer-addition"."""
+        return f"{self.label}-{self.behaviour}" if self.behaviour else self.label
+
+
+def label_prompts(label: str, prompts: Sequence[Prompt], logit_diffs: Sequence[float]) -> list[Labelled]:
+    """Labels prompts: those of each behaviour by themselves, or, where the behaviour is the label, all together.
+
+    Args:
+      label: one of ``settings.PROBE_LABELS``.
+      prompts: of all behaviours and both splits.
+      logit_diffs: the model's on each of them.
+    """
+    behaviours = [""] if label == "behaviour" else list(dict.fromkeys(prompt.behaviour for prompt in prompts))
+    return [_labelled(label, behaviour, prompts, logit_diffs) for behaviour in behaviours]
+
+
+def _labelled(label: str, behaviour: str, prompts: Sequence[Prompt], logit_diffs: Sequence[float]) -> Labelled:
+    own = [place for place, prompt in enumerate(prompts) if behaviour in ("", prompt.behaviour)]
+    labels = {place: LABELS[label](prompts[place], logit_diffs[place]) for place in own}
+    of = {place: name for place, name in labels.items() if name is not None}
+    of_split = {split: [place for place in of if prompts[place].split == split] for split in SPLITS}
+    train, test = (Counter(of[place] for place in of_split[split]) for split in SPLITS)
+    every = sorted(train | test, key=lambda name: (-train[name], name))
+    learned = [name for name in every if train[name] >= LEAST]
+    kept = {split: [place for place in of_split[split] if of[place] in learned] for split in SPLITS}
+    reason = ""
+    if not every:
+        reason = "no prompt has such a label"
+    elif len(learned) < 2:
+        shown = ", ".join(f"{name} {train[name]}" for name in every[:_SHOWN])
+        more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+        reason = f"fewer than two classes with {LEAST} train prompts: {shown}{more}"
+    elif not kept["test"]:
+        reason = f"no test prompt is of a class with {LEAST} train prompts"
+    place_of = {name: place for place, name in enumerate(learned)}
+    rows = {split: [] if reason else kept[split] for split in SPLITS}
+    classes = {split: np.array([place_of[of[place]] for place in rows[split]], np.int64) for split in SPLITS}
+    return Labelled(
+        label=label,
+        behaviour=behaviour,
+        classes={} if reason else {name: (train[name], test[name]) for name in learned},
+        train_N=np.array(rows["train"], np.int64),
+        test_M=np.array(rows["test"], np.int64),
+        train_class_N=classes["train"],
+        test_class_M=classes["test"],
+        left_out={name: train[name] + test[name] for name in every if name not in learned},
+        unlabelled=len(labels) - len(of),
+        reason=reason,
+    )
