@@ -20,6 +20,7 @@ from typing import Any
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
 from saejax.models.sites import ModuleSite
+from saejax.settings import BASES
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
 
 Configs = Mapping[str, Any]
@@ -38,7 +39,8 @@ class Stage:
       names: its units' names, given the configuration; [""] for one unit.
       sources: what it reads from outside the workdir: "model", "corpus", "prompts", "benchmark" (the unit's own),
         "shapes" (the sizes of the models that preflight checks), "initial" (dictionaries that training starts from),
-        "stream" (model, text and settings of training straight from the model).
+        "stream" (model, text and settings of training straight from the model), "bases" (dictionaries beside the one
+        that is tested).
     """
 
     summary: str
@@ -210,6 +212,10 @@ class Plan:
             elif source == "initial":
                 folder = self.configs["train"].init_from
                 mark = importlib.import_module("saejax.training.initial").identity(folder) if folder else ""
+            elif source == "bases":
+                folders = [name for name in self.configs["ablate"].baselines if name not in BASES]
+                identity = importlib.import_module("saejax.training.initial").identity
+                mark = fingerprint([identity(folder) for folder in folders])
             elif source == "stream":
                 mark = self._stream() if self.configs["train"].source == "model" else ""
             elif source == "prompts":

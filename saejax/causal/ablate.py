@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from saejax.causal import ablation, activity, circuit_tests, nested, screening, verdict
+from saejax.causal import ablation, activity, baselines, circuit_tests, nested, positions, screening, verdict
 from saejax.causal.ablation import LogitDiffs
 from saejax.causal.controls import FeatureStatistics
 from saejax.causal.importance import PERMUTATIONS, importance_file, measure_importance
 from saejax.causal.replacements import Replacement
 from saejax.causal.split import CleanRun, SplitModel
 from saejax.causal.statistics import least_p
-from saejax.dictionaries import stacks
+from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted, UserError
-from saejax.models.language_model import load_model
+from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel import is_first_process, make_mesh
 from saejax.settings import AblateConfig
 from saejax.tasks.behaviours import Prompt, read_prompts
@@ -45,6 +45,7 @@ def run_ablate(run: Run) -> dict:
       The results; WORKSPACE.md describes them.
     """
     config: AblateConfig = run.configs["ablate"]
+    positions.parse(config.positions)
     by_behaviour: dict[str, list[Prompt]] = {}
     for prompt in read_prompts(run.inputs["baseline"] / "prompts.jsonl"):
         by_behaviour.setdefault(prompt.behaviour, []).append(prompt)
@@ -57,12 +58,12 @@ def run_ablate(run: Run) -> dict:
         model_config = run.configs["model"]
         mesh = make_mesh(run.configs.get("mesh"))
         model = load_model(model_config.path, model_config.revision, model_config.dtype, mesh, model_config.remat)
-        split = SplitModel(model, dictionary)
+        split = SplitModel(model, dictionary, config.positions, config.error)
         for number, (name, prompts) in enumerate(by_behaviour.items(), 1):
             if name not in behaviours:
                 label = f"ablate: {name} ({number} of {len(by_behaviour)})"
                 experiment = ModelExperiment(split, name, prompts, config, _progress(run, label))
-                behaviours[name] = _test_and_save(run, experiment, config)
+                behaviours[name] = _test_and_save(run, experiment, config, model, dictionary)
                 run.say(f"{label}: {behaviours[name]['reason']}")
     return dict(
         dictionary=config.dictionary,
@@ -98,6 +99,7 @@ class ModelExperiment:
         tick: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.name, self._split, self._config, self._tick = name, split, config, tick
+        self._prompts = prompts
         self._train = [prompt for prompt in prompts if prompt.split == "train"]
         self.test = [prompt for prompt in prompts if prompt.split == "test"]
         if not self._train or not self.test:
@@ -114,6 +116,17 @@ class ModelExperiment:
             config.replacement,
             mean_F=activity.means(split, self._train_runs) if config.replacement == "mean" else None,
             seed=np.uint32(config.seed) if config.replacement == "random" else None,
+        )
+
+    def on(self, split: SplitModel) -> "ModelExperiment":
+        """The same behaviour on the model cut for another basis."""
+        return ModelExperiment(split, self.name, self._prompts, self._config, self._tick)
+
+    def train_values(self) -> np.ndarray:
+        """Values of the site on the train prompts, where features may change, [N, D]."""
+        kept = [(run.value_BxTxD, run.domain_BxT, len(run.index_P)) for run in self._train_runs]
+        return np.concatenate(
+            [np.asarray(value[:count], np.float32)[np.asarray(domain[:count])] for value, domain, count in kept]
         )
 
     def attribution(self) -> np.ndarray:
@@ -150,6 +163,7 @@ class ModelExperiment:
             self._tick,
             replacement=self._replacement,
             counterparts=counterparts,
+            readouts=self._config.readouts,
         )
 
 
@@ -157,10 +171,14 @@ def _file(run: Run, behaviour: str, ending: str = ".json") -> Path:
     return run.folder / f"{behaviour}{ending}"
 
 
-def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig) -> dict[str, Any]:
+def _test_and_save(
+    run: Run, experiment: ModelExperiment, config: AblateConfig, model: LanguageModel, dictionary: Dictionary
+) -> dict[str, Any]:
     results, measured = verdict.judge(experiment.name, experiment, config)
     of_sets, scores = _test_sets(experiment, measured, config)
     results |= of_sets
+    if config.baselines:
+        results["baselines"] = baselines.compare(experiment, model, dictionary, config)
     importance = None
     if config.effects == "all":
         importance, stability = measure_importance(experiment, config)

@@ -136,6 +136,7 @@ def batches_of(
     place_P = prompts.in_order()
     for chosen in _chunks(sets, features):
         features_K = np.unique(np.concatenate([sets[s] for s in chosen]))
+        features_K = features_K if len(features_K) else np.zeros(1, np.int64)  # programs have no empty arrays
         number_N, order_N = np.nonzero((first_SxP[chosen] <= prompts.last_P[None, :])[:, place_P])
         set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
         rows = Rows(set_N, place_N, first_SxP[set_N, place_N])

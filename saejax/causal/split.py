@@ -114,8 +114,10 @@ class SplitModel:
             kept = min(ids_BxT.shape[1], tokens.ids_BxT.shape[1])
             ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
             last_B = tokens.last_B[rows_B]
-            stream, value, read, domain = self._run_head(ids_BxT, last_B, [prompts[index].text for index in rows_B])
-            prefix_PxT = prefixes(ids_BxT[:count])
+            wanted_BxT = where(self._positions, last_B, ids_BxT.shape[1])
+            texts = [prompts[index].text for index in rows_B]
+            stream, value, read, domain = self._run_head(ids_BxT, last_B, wanted_BxT, texts)
+            prefix_PxT = prefixes((2 * ids_BxT + wanted_BxT)[:count])  # where features may change is part of it
             runs.append(CleanRun(index_P, stream, value, read, domain, prefix_PxT, last_B, answers_Nx2[rows_B]))
         return runs
 
@@ -151,13 +153,14 @@ class SplitModel:
         ends, pasts = zip(*parts, strict=True)
         return jnp.concatenate(ends), jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *pasts)
 
-    def _run_head(self, ids_BxT: np.ndarray, last_B: np.ndarray, texts: Sequence[str]) -> list[jax.Array]:
+    def _run_head(
+        self, ids_BxT: np.ndarray, last_B: np.ndarray, wanted_BxT: np.ndarray, texts: Sequence[str]
+    ) -> list[jax.Array]:
         """The parts of a ``CleanRun`` that the devices compute, ``PROMPTS`` prompts at a time."""
         parts = []
         for first in range(0, len(ids_BxT), PROMPTS):
             own = slice(first, first + PROMPTS)
-            wanted_BxT = where(self._positions, last_B[own], ids_BxT.shape[1])
-            rows = self.by_row(ids_BxT[own], last_B[own], wanted_BxT)
+            rows = self.by_row(ids_BxT[own], last_B[own], wanted_BxT[own])
             *part, finite_B = run_head(self.cut, self.graph, self._error, self.params, self.state, *rows)
             for row in np.flatnonzero(~np.asarray(finite_B))[:1]:
                 raise UserError(

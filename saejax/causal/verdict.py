@@ -114,7 +114,17 @@ def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[dict
         for feature, ablated_P in zip(top, top_KxP, strict=True)
     ]
     match = controls.match_ratios(statistics, firing, controls_NxC)
-    return dict(top=entries, rows=diffs.rows, **_verdict(measured, len(firing), match, config)), measured
+    judged = _verdict(measured, len(firing), match, config)
+    judged["joint"]["readouts"] = {
+        name: dict(
+            clean=float(clean_P.mean()),
+            ablated=float(ablated_SxP[len(top)].mean()),
+            controls=float(ablated_SxP[len(top) + 1 : len(top) + 1 + config.draws].mean()),
+            change=_interval(ablated_SxP[len(top)] - clean_P, config),
+        )
+        for name, (clean_P, ablated_SxP) in diffs.readouts.items()
+    }
+    return dict(top=entries, rows=diffs.rows, **judged), measured
 
 
 def _verdict(measured: Measured, firing: int, match: dict[str, float | None], config: AblateConfig) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def block(
     meet: Meet | None = None,
 ) -> jax.Array:
     """One layer, with its sites given to the hook."""
-    weights = _layer_params(params, layer)
+    weights = layer_params(params, layer)
     before_BxTxD = hook("resid_pre", x_BxTxD)
     normed_BxTxD = norm(config, weights, "attn_norm", before_BxTxD)
     out_BxTxD = attention(config, weights, normed_BxTxD, reaches.at(config, layer), meet)
@@ -146,7 +146,8 @@ def block(
     return hook("resid_post", x_BxTxD + hook("mlp_out", out_BxTxD))
 
 
-def _layer_params(params: Params, layer: int | jax.Array) -> dict[str, jax.Array]:
+def layer_params(params: Params, layer: int | jax.Array) -> dict[str, jax.Array]:
+    """One layer's parameters, by their names without "layers."."""
     return {
         name.removeprefix(LAYERS): _layer_of(value, layer) for name, value in params.items() if name.startswith(LAYERS)
     }

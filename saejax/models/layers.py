@@ -44,15 +44,20 @@ def norm(config: DecoderConfig, weights: Weights, name: str, x: jax.Array, lette
     return y.astype(x.dtype)
 
 
-def mlp(config: DecoderConfig, weights: Weights, x_BxTxD: jax.Array) -> jax.Array:
-    """down(activation(up(x))), or where it is gated (Shazeer, 2020) down(activation(gate(x)) * up(x))."""
+def mlp_neurons(config: DecoderConfig, weights: Weights, x_BxTxD: jax.Array) -> jax.Array:
+    """activation(up(x)), or where it is gated (Shazeer, 2020) activation(gate(x)) * up(x); [B, T, F]."""
     hidden = _wide_project("...td,df->...tf", x_BxTxD, weights["up_DxF"], weights.get("up_bias_F"))
     if config.gated:
         gate = _wide_project("...td,df->...tf", x_BxTxD, weights["gate_DxF"], weights.get("gate_bias_F"))
         hidden = _product(config, _activation(config, gate), hidden)
     else:
         hidden = _activation(config, hidden)
-    hidden = hidden.astype(x_BxTxD.dtype)
+    return hidden.astype(x_BxTxD.dtype)
+
+
+def mlp(config: DecoderConfig, weights: Weights, x_BxTxD: jax.Array) -> jax.Array:
+    """down(``mlp_neurons``(x)), [B, T, D]."""
+    hidden = mlp_neurons(config, weights, x_BxTxD)
     down_FxD, down_bias_D = weights["down_FxD"], weights.get("down_bias_D")
     if config.d_mlp % _PIECES or hidden.dtype != jnp.float32:
         return project("...tf,fd->...td", hidden, down_FxD, down_bias_D)

@@ -4,6 +4,7 @@ Read these files to learn what can be changed. A stage reads the groups that ``p
 it; ``--help`` of its binary shows them.
 """
 
+from saejax.settings.causal import BASES as BASES
 from saejax.settings.causal import ESTIMATES as ESTIMATES
 from saejax.settings.causal import PROBE_LABELS as PROBE_LABELS
 from saejax.settings.causal import READOUTS as READOUTS

@@ -7,6 +7,7 @@ from saejax.config import Config, setting
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
 ESTIMATES = ("gradient", "integrated", "relp")
 READOUTS = ("log_likelihood", "top1", "kl")  # beside the logit difference
+BASES = ("neurons", "components", "random")  # those that need no folder
 PROBE_LABELS = ("behaviour", "answer", "parity", "correct", "number")
 
 
@@ -36,6 +37,27 @@ class AblateConfig(Config):
         "which features are removed one by one: the top ones and some controls (top), or every feature that fires on "
         "the test prompts (all), with p- and q-values in <behaviour>-importance.parquet",
         choices=("top", "all"),
+    )
+    positions: str = setting(
+        "all",
+        "where features are removed: all, last, or a slice of a prompt's tokens such as 1:4 or -3:",
+    )
+    error: str = setting(
+        "keep",
+        "what a dictionary cannot explain of its site's value stays (keep) or goes (drop): then the clean run goes "
+        "through the dictionary, too",
+        choices=("keep", "drop"),
+    )
+    readouts: bool = setting(
+        False,
+        "beside logit difference and accuracy, measure the log-likelihood of the correct answer's first token, how "
+        "often it is the likeliest of all, and the divergence from the clean next-token probabilities",
+    )
+    baselines: tuple[str, ...] = setting(
+        (),
+        "other bases to run the same experiment on: neurons (of the layer's MLP), components (principal, of the site "
+        "on the train prompts), random (an untrained dictionary), or the folder of a dictionary, such as one trained "
+        "with --train.freeze=decoder",
     )
     curve: bool = setting(True, "also remove the first 1, 2, 3, ... top features together, beside matched random ones")
     circuit_tests: bool = setting(
