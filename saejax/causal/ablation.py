@@ -103,7 +103,7 @@ def ablate_sets(
     total = sum(batch.tokens for batches in work for batch in batches)
     tick(0, total)
     rows = done = 0
-    for batch, index_P, device_diff_R in _lagging(_dispatched(split, sources, work, all_sets)):
+    for batch, index_P, device_diff_R in lagging(_dispatched(split, sources, work, all_sets)):
         diff_R = np.asarray(device_diff_R, np.float64)[: len(batch.set_N)]
         if not np.isfinite(diff_R).all():
             raise UserError(
@@ -178,7 +178,7 @@ def _dispatched(
             yield batch, run.index_P, run_rows(split.cut, batch.length, split.params, bank, *rows)
 
 
-def _lagging(items: Iterable) -> Iterator:
+def lagging(items: Iterable) -> Iterator:
     """Runs ``_IN_FLIGHT`` items ahead of its reader."""
     waiting: collections.deque = collections.deque()
     for item in items:

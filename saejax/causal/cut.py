@@ -35,7 +35,7 @@ class Cut:
     mesh: Mesh
 
     @property
-    def _in_stream(self) -> bool:
+    def in_stream(self) -> bool:
         """Whether the site is the whole stream between two layers; then nothing else enters the tail."""
         return self.site.kind in ("resid_pre", "resid_post")
 
@@ -53,7 +53,7 @@ class Cut:
         """
         stream_BxTxD = decoder.embed(self.config, params, ids_BxT)
         stream_BxTxD = decoder.run_layers(self.config, params, stream_BxTxD, 0, self._start)
-        if self._in_stream:
+        if self.in_stream:
             return stream_BxTxD, stream_BxTxD
         seen = []
 
@@ -86,11 +86,11 @@ class Cut:
           logit(correct) - logit(wrong) at the last position, fp32 [B].
         """
         run = functools.partial(decoder.run_layers, self.config, params, start=self._start, stop=self.config.n_layers)
-        if self._in_stream:
+        if self.in_stream:
             x_BxTxD = run(value_BxTxD)
         else:
             x_BxTxD = run(stream_BxTxD, hook=self._put(value_BxTxD), hook_layers=(self.site.layer,))
-        return self._difference(params, x_BxTxD, last_B, answers_Bx2)
+        return self.difference(params, x_BxTxD, last_B, answers_Bx2)
 
     def record(self, params: decoder.Params, stream_BxTxD: jax.Array) -> Past:
         """The keys and values of the tail's layers in a run without edits."""
@@ -117,17 +117,18 @@ class Cut:
         Returns:
           logit(correct) - logit(wrong) at the last position, fp32 [R].
         """
-        hook, x_RxTxD = (None, value_RxTxD) if self._in_stream else (self._put(value_RxTxD), stream_RxTxD)
+        hook, x_RxTxD = (None, value_RxTxD) if self.in_stream else (self._put(value_RxTxD), stream_RxTxD)
         x_RxTxD = run_after(self.config, params, x_RxTxD, self._start, past, place_R, first_R, hook)
-        return self._difference(params, x_RxTxD, last_R, answers_Rx2)
+        return self.difference(params, x_RxTxD, last_R, answers_Rx2)
 
     def _put(self, value_BxTxD: jax.Array) -> decoder.Hook:
         """A hook that sets the site's value."""
         return lambda site, own_BxTxD: value_BxTxD if site == self.site else own_BxTxD
 
-    def _difference(
+    def difference(
         self, params: decoder.Params, x_BxTxD: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array
     ) -> jax.Array:
+        """logit(correct) - logit(wrong) at the last position of the stream leaving the last layer, fp32 [B]."""
         last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
         logits_Bx2 = self._logits(params, last_BxD, answers_Bx2)
         return logits_Bx2[:, 0] - logits_Bx2[:, 1]

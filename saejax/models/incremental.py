@@ -1,12 +1,13 @@
 """Running the decoder on some tokens of a text, with the keys and values of earlier tokens at hand.
 
 Two uses: decoding, where each new token is computed once (``run_cached``, whose ``Cache`` grows), and edits, where all
-that comes before a prompt's first changed token stays as it was (``run_after``, whose ``Past`` holds whole prompts).
+that comes before a prompt's first changed token stays as it was (``run_after`` and ``run_from``, whose ``Past`` holds
+whole prompts).
 """
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -27,25 +28,33 @@ class Past(NamedTuple):
 
 
 def run_recorded(
-    config: DecoderConfig, params: Params, x_BxTxD: jax.Array, start: int, stop: int
-) -> tuple[jax.Array, Past]:
+    config: DecoderConfig, params: Params, x_BxTxD: jax.Array, start: int, stop: int, kinds: Collection[str] = ()
+) -> tuple[jax.Array, Past, dict[str, jax.Array]]:
     """``decoder.run_layers`` that keeps all keys and values.
 
     Returns:
-      The stream leaving layer ``stop - 1``, [B, T, D], and the past of layers ``start`` to ``stop - 1``.
+      The stream leaving layer ``stop - 1``, [B, T, D], the past of layers ``start`` to ``stop - 1``, and for each of
+      ``kinds`` of site its values there, [stop - start, B, T, D].
     """
     reaches = full_reaches(config, x_BxTxD.shape[-2])
 
-    def body(x_BxTxD: jax.Array, layer: jax.Array) -> tuple[jax.Array, Past]:
+    def body(x_BxTxD: jax.Array, layer: jax.Array) -> tuple[jax.Array, tuple[Past, dict[str, jax.Array]]]:
         kept: list[Past] = []
+        seen: dict[str, jax.Array] = {}
 
         def keep(*own_BxTxNxK: jax.Array) -> tuple[jax.Array, ...]:
             kept.append(Past(*own_BxTxNxK))
             return own_BxTxNxK
 
-        return block(config, params, layer, x_BxTxD, reaches, no_hook, keep), kept[0]
+        def look(kind: str, value_BxTxD: jax.Array) -> jax.Array:
+            if kind in kinds:
+                seen[kind] = value_BxTxD
+            return value_BxTxD
 
-    return lax.scan(body, x_BxTxD, jnp.arange(start, stop))
+        return block(config, params, layer, x_BxTxD, reaches, look, keep), (kept[0], seen)
+
+    x_BxTxD, (past, seen) = lax.scan(body, x_BxTxD, jnp.arange(start, stop))
+    return x_BxTxD, past, seen
 
 
 def run_after(
@@ -71,21 +80,55 @@ def run_after(
       The stream leaving the last layer, [R, T, D]; the same as that of a full run in which nothing before the first
       tokens is changed.
     """
-    reaches = reaches_after(config, first_R, x_RxTxD.shape[1], past.k_LxPxSxNxK.shape[2])
-
-    def step(x_RxTxD: jax.Array, layer: int | jax.Array, bound: LayerHook) -> jax.Array:
-        def extend(*own_RxTxNxK: jax.Array) -> list[jax.Array]:
-            both = zip(past, own_RxTxNxK, strict=True)
-            return [jnp.concatenate([_rows(known, layer - start, place_R), own], axis=1) for known, own in both]
-
-        return block(config, params, layer, x_RxTxD, reaches, bound, extend)
-
+    step = _continued(config, params, x_RxTxD.shape[1], start, past, place_R, first_R)
     if hook is not None:
         x_RxTxD = step(x_RxTxD, start, functools.partial(call_hook, hook, start))
     first = start + (hook is not None)
     if first == config.n_layers:
         return x_RxTxD
     return lax.scan(lambda x, layer: (step(x, layer, no_hook), None), x_RxTxD, jnp.arange(first, config.n_layers))[0]
+
+
+def run_from(
+    config: DecoderConfig,
+    params: Params,
+    x_RxTxD: jax.Array,
+    start: jax.Array,
+    past: Past,
+    place_R: jax.Array,
+    first_R: jax.Array,
+    hook: Callable[[jax.Array, str, jax.Array], jax.Array],
+) -> jax.Array:
+    """``run_after`` from a layer that is known only when the program runs: one program for all of them.
+
+    Args:
+      start: int32 []; the number of layers for none of them.
+      past: of all layers.
+      hook: given the layer, the kind of site and its value [R, T, D] at every site of every layer; the model goes on
+        with what it returns.
+    """
+    step = _continued(config, params, x_RxTxD.shape[1], 0, past, place_R, first_R)
+
+    def body(layer: jax.Array, x_RxTxD: jax.Array) -> jax.Array:
+        return step(x_RxTxD, layer, functools.partial(hook, layer))
+
+    return lax.fori_loop(start, config.n_layers, body, x_RxTxD)
+
+
+def _continued(
+    config: DecoderConfig, params: Params, new: int, below: int, past: Past, place_R: jax.Array, first_R: jax.Array
+) -> Callable[[jax.Array, int | jax.Array, LayerHook], jax.Array]:
+    """One layer on ``new`` tokens of prompts whose earlier tokens are known; the past's first layer is ``below``."""
+    reaches = reaches_after(config, first_R, new, past.k_LxPxSxNxK.shape[2])
+
+    def step(x_RxTxD: jax.Array, layer: int | jax.Array, bound: LayerHook) -> jax.Array:
+        def extend(*own_RxTxNxK: jax.Array) -> list[jax.Array]:
+            both = zip(past, own_RxTxNxK, strict=True)
+            return [jnp.concatenate([_rows(known, layer - below, place_R), own], axis=1) for known, own in both]
+
+        return block(config, params, layer, x_RxTxD, reaches, bound, extend)
+
+    return step
 
 
 def _rows(known_LxPxSxNxK: jax.Array, layer: int | jax.Array, place_R: jax.Array) -> jax.Array:
