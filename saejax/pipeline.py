@@ -5,6 +5,7 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
                 └───────────┴─► ablate ◄──┘                │
                                    └──────► report ◄───────┘
             benchmark/<name> ─────────────────┘
+            patch/<kind of site> ─────────────┘
 """
 
 import contextlib
@@ -56,7 +57,8 @@ def _kinds(configs: Configs) -> Sequence[str]:
 def _report_needs(configs: Configs, name: str) -> Sequence[str]:
     trained = [f"{stage}/{kind}" for stage in ("train", "evaluate") for kind in _kinds(configs)]
     benchmarks = [f"benchmark/{benchmark}" for benchmark in configs["task"].benchmarks]
-    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}")
+    patched = [f"patch/{name}" for name in _patched(configs)]
+    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}", *patched)
 
 
 def _asks(configs: Configs) -> bool:
@@ -67,6 +69,18 @@ def _asks(configs: Configs) -> bool:
 def _tested(configs: Configs) -> str:
     """The name of the unit that tests the dictionary "topk", or "topk/k16": it has a folder of its own, "topk-k16"."""
     return configs["ablate"].dictionary.replace("/", "-")
+
+
+def _patched(configs: Configs) -> Sequence[str]:
+    """The kinds of site that are patched, and the dictionary whose features are."""
+    patch = configs["patch"]
+    wanted = (*patch.kinds, *([patch.dictionary.replace("/", "-")] if patch.dictionary else []))
+    return wanted if _asks(configs) else ()
+
+
+def _patch_needs(configs: Configs, name: str) -> Sequence[str]:
+    features = name not in configs["patch"].kinds
+    return ("baseline", *([f"train/{configs['patch'].dictionary.partition('/')[0]}"] if features else []))
 
 
 STAGES = {
@@ -124,6 +138,15 @@ STAGES = {
         ("mesh",),
         needs=lambda configs, name: ("baseline", f"train/{configs['ablate'].dictionary.partition('/')[0]}"),
         names=lambda configs: (_tested(configs),) if _asks(configs) else (),
+        sources=("model",),
+    ),
+    "patch": Stage(
+        "patches activations between prompts and their counterparts, if --patch.kinds or --patch.dictionary is set",
+        "saejax.causal.patch:run_patch",
+        ("model", "patch"),
+        ("mesh",),
+        needs=_patch_needs,
+        names=_patched,
         sources=("model",),
     ),
     "export": Stage(

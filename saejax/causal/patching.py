@@ -41,7 +41,7 @@ from saejax.tasks.behaviours import Prompt
 DIRECTIONS = ("denoising", "noising")
 GROUP_BYTES = 2**28  # most memory of a recorded run, unless a few prompts need more
 _STEP = 8  # batches, and groups of prompts, are filled up to a multiple of this many rows
-_PROGRAM = 8192  # tokens that run, on half of the layers, in the time in which another program is compiled, roughly
+_PROGRAM = 2048  # tokens that run, on half of the layers, in the time in which another program is compiled, roughly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,8 @@ def patch_sites(
             tick(done, total)
         for place, (index, end) in enumerate(zip(pairs.index_P, pairs.ends_P, strict=True)):
             diff_DxLxPxC[:, :, index, columns - end :] = own_DxLxPxT[:, :, place, :end]
-    return Patched(*base_2xP, diff_DxLxPxC, rows, total, work, 2 * layers**2 * int((ends_P**2).sum()))
+    clean_P, corrupted_P = base_2xP
+    return Patched(clean_P, corrupted_P, diff_DxLxPxC, rows, total, work, 2 * layers**2 * int((ends_P**2).sum()))
 
 
 def _shift(cut: Cut) -> int:

@@ -5,8 +5,10 @@ it; ``--help`` of its binary shows them.
 """
 
 from saejax.settings.causal import ESTIMATES as ESTIMATES
+from saejax.settings.causal import PATCHABLE as PATCHABLE
 from saejax.settings.causal import REPLACEMENTS as REPLACEMENTS
 from saejax.settings.causal import AblateConfig as AblateConfig
+from saejax.settings.causal import PatchConfig as PatchConfig
 from saejax.settings.run import ExportConfig as ExportConfig
 from saejax.settings.run import MeshConfig as MeshConfig
 from saejax.settings.run import ModelConfig as ModelConfig
@@ -32,6 +34,7 @@ GROUPS = dict(
     train=TrainConfig,
     evaluate=EvaluateConfig,
     ablate=AblateConfig,
+    patch=PatchConfig,
     export=ExportConfig,
     report=ReportConfig,
 )
