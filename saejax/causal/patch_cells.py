@@ -106,11 +106,11 @@ def make_cells(patched: Patched, resamples: int, seed: int) -> Cells:
         found_7xDxLxC[: len(rows), :, :, column] = np.reshape(rows, (len(rows), directions, layers))
         found_7xDxLxC[6, :, :, column] = own_P.sum()
     direction_N, layer_N, column_N = (index.ravel() for index in np.indices((directions, layers, columns)))
-    *effects, prompts_N = found_7xDxLxC.reshape(7, -1)
+    names = ("effect", "effect_low", "effect_high", "normalised", "low", "high")
     return Cells(
-        np.array(DIRECTIONS, object)[direction_N],
-        layer_N,
-        column_N - columns,
-        *(effects[i] for i in range(6)),
-        prompts=prompts_N.astype(np.int64),
+        direction=np.array(DIRECTIONS, object)[direction_N],
+        layer=layer_N,
+        position=column_N - columns,
+        prompts=found_7xDxLxC[6].ravel().astype(np.int64),
+        **{name: values.ravel() for name, values in zip(names, found_7xDxLxC[:6], strict=True)},
     )

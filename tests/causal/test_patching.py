@@ -76,6 +76,7 @@ def test_equals_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, kind):
     assert compared > 60 and np.nanmax(np.abs(patched.effect_DxLxPxC)) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["resid_post", "resid_pre", "attn_out"])
 def test_the_plain_way_agrees(tiny, pairs, kind):
     fast, plain = (patch_sites(tiny, kind, pairs, batch_rows=8, plain=plain) for plain in (False, True))
@@ -100,6 +101,7 @@ def test_the_last_token_at_the_end_is_all_there_is(tiny, pairs):
     np.testing.assert_allclose(before[~np.isnan(before)], 0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_prompt_and_a_mesh_of_eight(tiny, tiny_llama, pairs):
     wanted = patch_sites(tiny, "resid_post", pairs)
     alone = patch_sites(tiny, "resid_post", pairs[:1])
