@@ -57,6 +57,11 @@ def fitting_sharding(mesh: Mesh, shape: Sequence[int], *spec: str | None) -> Nam
     return NamedSharding(mesh, PartitionSpec(*fitting_spec(mesh.shape, shape, *spec)))
 
 
+def by_row(mesh: Mesh, *arrays: np.ndarray | jax.Array) -> list[jax.Array]:
+    """Puts arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
+    return [jax.device_put(a, fitting_sharding(mesh, a.shape, "data", *[None] * (a.ndim - 1))) for a in arrays]
+
+
 def fitting_spec(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) -> list[str | None]:
     """``spec`` with None for every dimension that its mesh axis, of a size in ``axes``, does not divide."""
     return [axis if axis and size % axes[axis] == 0 else None for size, axis in zip(shape, spec, strict=True)]

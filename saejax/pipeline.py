@@ -6,6 +6,7 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
                 └─────────────► probe  ◄──┘                │
                                    └──────► report ◄───────┘
             benchmark/<name> ─────────────────┘
+            patch/<kind of site> ─────────────┘
 """
 
 import contextlib
@@ -60,7 +61,8 @@ def _report_needs(configs: Configs, name: str) -> Sequence[str]:
     trained = [f"{stage}/{kind}" for stage in ("train", "evaluate") for kind in _kinds(configs)]
     benchmarks = [f"benchmark/{benchmark}" for benchmark in configs["task"].benchmarks]
     probes = [f"probe/{name}" for name in _probed(configs)]
-    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}", *probes)
+    patched = [f"patch/{name}" for name in _patched(configs)]
+    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}", *probes, *patched)
 
 
 def _asks(configs: Configs) -> bool:
@@ -77,6 +79,18 @@ def _probed(configs: Configs) -> Sequence[str]:
     """The unit of the probed dictionary, named likewise, if probes were asked for."""
     asked = configs["probe"].labels and _asks(configs)
     return (configs["probe"].dictionary.replace("/", "-"),) if asked else ()
+
+
+def _patched(configs: Configs) -> Sequence[str]:
+    """The kinds of site that are patched, and the dictionary whose features are."""
+    patch = configs["patch"]
+    wanted = (*patch.kinds, *([patch.dictionary.replace("/", "-")] if patch.dictionary else []))
+    return wanted if _asks(configs) else ()
+
+
+def _patch_needs(configs: Configs, name: str) -> Sequence[str]:
+    features = name not in configs["patch"].kinds
+    return ("baseline", *([f"train/{configs['patch'].dictionary.partition('/')[0]}"] if features else []))
 
 
 STAGES = {
@@ -143,6 +157,15 @@ STAGES = {
         ("mesh",),
         needs=lambda configs, name: ("baseline", f"train/{configs['probe'].dictionary.partition('/')[0]}"),
         names=_probed,
+        sources=("model",),
+    ),
+    "patch": Stage(
+        "patches activations between prompts and their counterparts, if --patch.kinds or --patch.dictionary is set",
+        "saejax.causal.patch:run_patch",
+        ("model", "patch"),
+        ("mesh",),
+        needs=_patch_needs,
+        names=_patched,
         sources=("model",),
     ),
     "export": Stage(

@@ -62,7 +62,7 @@ def run_ablate(run: Run) -> dict:
         for number, (name, prompts) in enumerate(by_behaviour.items(), 1):
             if name not in behaviours:
                 label = f"ablate: {name} ({number} of {len(by_behaviour)})"
-                experiment = ModelExperiment(split, name, prompts, config, _progress(run, label))
+                experiment = ModelExperiment(split, name, prompts, config, progress(run, label))
                 behaviours[name] = _test_and_save(run, experiment, config, model, dictionary)
                 run.say(f"{label}: {behaviours[name]['reason']}")
     return dict(
@@ -229,7 +229,7 @@ def _test_sets(
     return results, scores
 
 
-def _progress(run: Run, label: str) -> Callable[[int, int], None]:
+def progress(run: Run, label: str) -> Callable[[int, int], None]:
     """A function that says, now and then, how far it is, and raises ``Interrupted`` when the run is to stop."""
     start = said = time.monotonic()
 

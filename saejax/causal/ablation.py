@@ -109,7 +109,7 @@ def ablate_sets(
     names = ("logit_diff", *READOUTS) if readouts else ("logit_diff",)
     found_MxSxP = np.full((len(names), len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
     rows = done = 0
-    for batch, index_P, device_SxRxM in _lagging(_dispatched(split, work, all_sets, readouts)):
+    for batch, index_P, device_SxRxM in lagging(_dispatched(split, work, all_sets, readouts)):
         for shard, values_RxM in zip(batch.shards, np.asarray(device_SxRxM, np.float64), strict=True):
             values_NxM = values_RxM[: len(shard.set_N)]
             if not np.isfinite(values_NxM).all():
@@ -210,7 +210,7 @@ def _dispatched(
             yield batch, run.index_P, run_rows(split.cut, split.params, bank, placed, *others)
 
 
-def _lagging(items: Iterable) -> Iterator:
+def lagging(items: Iterable) -> Iterator:
     """Runs ``_IN_FLIGHT`` items ahead of its reader."""
     waiting: collections.deque = collections.deque()
     for item in items:

@@ -37,7 +37,7 @@ class Cut:
     mesh: Mesh
 
     @property
-    def _in_stream(self) -> bool:
+    def in_stream(self) -> bool:
         """Whether the site is the whole stream between two layers; then nothing else enters the tail."""
         return self.site.kind in ("resid_pre", "resid_post")
 
@@ -55,7 +55,7 @@ class Cut:
         """
         stream_BxTxD = decoder.embed(self.config, params, ids_BxT)
         stream_BxTxD = decoder.run_layers(self.config, params, stream_BxTxD, 0, self._start)
-        if self._in_stream:
+        if self.in_stream:
             return stream_BxTxD, stream_BxTxD, stream_BxTxD
         seen = {}
 
@@ -90,8 +90,7 @@ class Cut:
         x_BxTxD = decoder.run_layers(
             self.config, params, x_BxTxD, self._start, self.config.n_layers, hook, (self._start,)
         )
-        last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
-        return self.readouts(params, last_BxD, answers_Bx2)[:, 0]
+        return self.difference(params, x_BxTxD, last_B, answers_Bx2)
 
     def record(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> tuple[jax.Array, Past]:
         """Runs on without an edit.
@@ -100,7 +99,7 @@ class Cut:
           The stream leaving the last layer [B, T, D], and the keys and values of the tail's layers.
         """
         hook, x_BxTxD = self._entry(stream_BxTxD, value_BxTxD)
-        return run_recorded(self.config, params, x_BxTxD, self._start, self.config.n_layers, hook)
+        return run_recorded(self.config, params, x_BxTxD, self._start, self.config.n_layers, hook)[:2]
 
     def tail_of_tree(
         self, params: decoder.Params, past: Past, tree: Tree, stream_SxNxD: jax.Array, value_SxNxD: jax.Array
@@ -117,6 +116,13 @@ class Cut:
         """
         hook, x_SxNxD = self._entry(stream_SxNxD, value_SxNxD)
         return run_tree(self.config, params, x_SxNxD, self._start, past, tree, hook)
+
+    def difference(
+        self, params: decoder.Params, x_BxTxD: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array
+    ) -> jax.Array:
+        """logit(correct) - logit(wrong) at the last position of the stream leaving the last layer, fp32 [B]."""
+        last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+        return self.readouts(params, last_BxD, answers_Bx2)[:, 0]
 
     def readouts(
         self, params: decoder.Params, x_RxD: jax.Array, answers_Rx2: jax.Array, logp_RxV: jax.Array | None = None
@@ -158,6 +164,6 @@ class Cut:
 
     def _entry(self, stream: jax.Array, value: jax.Array) -> tuple[decoder.Hook | None, jax.Array]:
         """What makes the tail start from a value of the site: a hook in its first layer, if any, and the stream."""
-        if self._in_stream:
+        if self.in_stream:
             return None, value
         return (lambda site, own: value if site == self.site else own), stream

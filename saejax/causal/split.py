@@ -18,7 +18,7 @@ from saejax.models import decoder
 from saejax.models.incremental import Past
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.parallel import fitting_sharding, sharding
+from saejax.parallel import by_row, sharding
 from saejax.tasks.behaviours import Prompt
 
 PROMPTS = 16  # prompts per run of the head
@@ -172,8 +172,7 @@ class SplitModel:
 
     def by_row(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Puts arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
-        mesh = self.cut.mesh
-        return [jax.device_put(a, fitting_sharding(mesh, a.shape, "data", *[None] * (a.ndim - 1))) for a in arrays]
+        return by_row(self.cut.mesh, *arrays)
 
 
 def prefixes(ids_PxT: np.ndarray) -> np.ndarray:

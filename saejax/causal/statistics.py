@@ -30,6 +30,30 @@ def bootstrap_means(effect_NxP: np.ndarray, resamples: int, seed: int) -> tuple[
     return low_N, high_N
 
 
+def bootstrap_ratios(
+    effect_NxP: np.ndarray, whole_P: np.ndarray, resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile bootstrap intervals of mean effect / mean whole over prompts: lower and upper ends [N].
+
+    Both means are over the same prompts, drawn as by ``bootstrap_means``.
+
+    Args:
+      effect_NxP: finite; P at least 1.
+      whole_P: what an effect of 1 would be on each prompt; its mean clearly above 0.
+      resamples: how many, at least 1.
+      seed: of the resampling.
+    """
+    effect_NxP, whole_P = _checked(effect_NxP), _checked(np.asarray(whole_P)[None, :])[0]
+    count, prompts = effect_NxP.shape
+    rng = np.random.default_rng(seed)
+    share_RxP = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
+    low_N, high_N = np.empty(count), np.empty(count)
+    for some in _chunks(count, resamples):
+        ratio_RxN = (share_RxP @ effect_NxP[some].T) / (share_RxP @ whole_P)[:, None]
+        low_N[some], high_N[some] = np.quantile(ratio_RxN, (0.025, 0.975), axis=0)
+    return low_N, high_N
+
+
 def sign_flip_p(effect_NxP: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """Two-sided p-values [N] of the hypothesis that an effect is as likely above 0 as below, by as much.
 

@@ -1,12 +1,12 @@
 """Running the decoder on some tokens of a text, with the keys and values of earlier tokens at hand.
 
 Two uses: decoding, where each new token is computed once (``run_cached``, whose ``Cache`` grows), and edits, where all
-that comes before a prompt's first changed token stays as it was (``run_tree``, beside a ``Past`` of whole prompts).
+that comes before a prompt's first changed token stays as it was (``run_tree``, ``run_tree_from``, beside a ``Past``).
 """
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -27,35 +27,52 @@ class Past(NamedTuple):
 
 
 def run_recorded(
-    config: DecoderConfig, params: Params, x_BxTxD: jax.Array, start: int, stop: int, hook: Hook | None = None
-) -> tuple[jax.Array, Past]:
+    config: DecoderConfig,
+    params: Params,
+    x_BxTxD: jax.Array,
+    start: int,
+    stop: int,
+    hook: Hook | None = None,
+    kinds: Collection[str] = (),
+) -> tuple[jax.Array, Past, dict[str, jax.Array]]:
     """``decoder.run_layers`` that keeps all keys and values.
 
     Args:
       hook: as there, called in layer ``start`` alone.
+      kinds: of sites whose values are kept.
 
     Returns:
-      The stream leaving layer ``stop - 1``, [B, T, D], and the past of layers ``start`` to ``stop - 1``.
+      The stream leaving layer ``stop - 1``, [B, T, D], the past of layers ``start`` to ``stop - 1``, and for each of
+      ``kinds`` the values there, [stop - start, B, T, D].
     """
     reaches = full_reaches(config, x_BxTxD.shape[-2])
+    Kept = tuple[Past, dict[str, jax.Array]]
 
-    def step(x_BxTxD: jax.Array, layer: int | jax.Array, bound: LayerHook) -> tuple[jax.Array, Past]:
+    def step(x_BxTxD: jax.Array, layer: int | jax.Array, bound: LayerHook) -> tuple[jax.Array, Kept]:
         kept: list[Past] = []
+        seen: dict[str, jax.Array] = {}
 
         def keep(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
             kept.append(Past(k, v))
             return mix(config, q, k, v, reach)
 
-        return block(config, params, layer, x_BxTxD, reaches, bound, keep), kept[0]
+        def look(kind: str, value_BxTxD: jax.Array) -> jax.Array:
+            value_BxTxD = bound(kind, value_BxTxD)
+            if kind in kinds:
+                seen[kind] = value_BxTxD
+            return value_BxTxD
 
-    def scan(x_BxTxD: jax.Array, start: int) -> tuple[jax.Array, Past]:
+        return block(config, params, layer, x_BxTxD, reaches, look, keep), (kept[0], seen)
+
+    def scan(x_BxTxD: jax.Array, start: int) -> tuple[jax.Array, Kept]:
         return lax.scan(lambda x, layer: step(x, layer, no_hook), x_BxTxD, jnp.arange(start, stop))
 
     if hook is None:
-        return scan(x_BxTxD, start)
+        x_BxTxD, kept = scan(x_BxTxD, start)
+        return x_BxTxD, *kept
     x_BxTxD, entered = step(x_BxTxD, start, functools.partial(call_hook, hook, start))
-    x_BxTxD, past = scan(x_BxTxD, start + 1)
-    return x_BxTxD, jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), entered, past)
+    x_BxTxD, kept = scan(x_BxTxD, start + 1)
+    return x_BxTxD, *jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), entered, kept)
 
 
 class Tree(NamedTuple):
@@ -75,6 +92,15 @@ class Tree(NamedTuple):
     token_SxRxT: jax.Array
     row_SxN: jax.Array
     column_SxN: jax.Array
+
+    @classmethod
+    def unshared(cls, place_R: jax.Array, first_R: jax.Array, length: int, shards: int) -> "Tree":
+        """Rows of which each has ``length`` tokens of its own, in order."""
+        count = len(place_R) // shards
+        token_RxT = jnp.arange(count * length, dtype=jnp.int32).reshape(count, length)
+        row_N, column_N = jnp.divmod(token_RxT.reshape(-1), length)
+        shared = (jnp.broadcast_to(array[None], (shards, *array.shape)) for array in (token_RxT, row_N, column_N))
+        return cls(place_R.reshape(shards, count), first_R.reshape(shards, count), *shared)
 
     def of_tokens(self, array_SxRx: jax.Array) -> jax.Array:
         """What holds for the row in which each token stands, [S, N, ...] of [S, R, ...]."""
@@ -114,11 +140,49 @@ def run_tree(
       The stream leaving the last layer, [S, N, D]; the same as that of full runs of the rows in which nothing before
       their first tokens is changed.
     """
+    step = _grown(config, params, past, tree, start)
+    if hook is not None:
+        x_SxNxD = step(x_SxNxD, start, functools.partial(call_hook, hook, start))
+    first = start + (hook is not None)
+    if first == config.n_layers:
+        return x_SxNxD
+    return lax.scan(lambda x, layer: (step(x, layer, no_hook), None), x_SxNxD, jnp.arange(first, config.n_layers))[0]
+
+
+def run_tree_from(
+    config: DecoderConfig,
+    params: Params,
+    x_SxNxD: jax.Array,
+    start: jax.Array,
+    past: Past,
+    tree: Tree,
+    hook: Callable[[jax.Array, str, jax.Array], jax.Array],
+) -> jax.Array:
+    """``run_tree`` from a layer that is known only when the program runs: one program for all of them.
+
+    Args:
+      start: int32 []; the number of layers for none of them.
+      past: of all layers.
+      hook: given the layer, the kind of site and its value [S, N, D] at every site of every layer; the model goes on
+        with what it returns.
+    """
+    step = _grown(config, params, past, tree, 0)
+
+    def body(layer: jax.Array, x_SxNxD: jax.Array) -> jax.Array:
+        return step(x_SxNxD, layer, functools.partial(hook, layer))
+
+    return lax.fori_loop(start, config.n_layers, body, x_SxNxD)
+
+
+def _grown(
+    config: DecoderConfig, params: Params, past: Past, tree: Tree, below: int
+) -> Callable[[jax.Array, int | jax.Array, LayerHook], jax.Array]:
+    """One layer on the tokens of a tree; the past's first layer is ``below``."""
     known, new = past.k_LxPxSxNxK.shape[2], tree.token_SxRxT.shape[2]
     reaches = tree_reaches(config, tree.position_SxN, tree.first_SxR, new, known)
 
     def step(x_SxNxD: jax.Array, layer: int | jax.Array, bound: LayerHook) -> jax.Array:
-        k_known, v_known = (lax.dynamic_index_in_dim(part, layer - start, keepdims=False) for part in past)
+        k_known, v_known = (lax.dynamic_index_in_dim(part, layer - below, keepdims=False) for part in past)
 
         def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
             q, k, v = (jax.vmap(lambda part, token: part[token])(part, tree.token_SxRxT) for part in (q, k, v))
@@ -129,12 +193,7 @@ def run_tree(
 
         return block(config, params, layer, x_SxNxD, reaches, bound, meet)
 
-    if hook is not None:
-        x_SxNxD = step(x_SxNxD, start, functools.partial(call_hook, hook, start))
-    first = start + (hook is not None)
-    if first == config.n_layers:
-        return x_SxNxD
-    return lax.scan(lambda x, layer: (step(x, layer, no_hook), None), x_SxNxD, jnp.arange(first, config.n_layers))[0]
+    return step
 
 
 def run_cached(

@@ -1,7 +1,7 @@
 """Prompts as token ids."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,19 @@ def first_token(tokenizer: Any, text: str) -> int:
     if not ids:
         raise UserError(f"the answer {text!r} has no tokens: expected at least one")
     return ids[0]
+
+
+def token_text(tokenizer: Any) -> Callable[[int], str]:
+    """A function from a token id to the token's text, the leading space included."""
+
+    def text(token: int) -> str:
+        piece = tokenizer.convert_ids_to_tokens(token)
+        decoded = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        # SentencePiece tokenizers drop the space at the start of what they decode.
+        dropped = isinstance(piece, str) and piece.startswith("▁") and not decoded.startswith(" ")
+        return f" {decoded}" if dropped else decoded
+
+    return text
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -5,7 +5,7 @@ Written to the unit's folder: ``index.html`` (complete in itself), ``report.md``
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -15,6 +15,7 @@ from saejax.analysis.examples import Example, top_examples
 from saejax.config import to_json
 from saejax.dictionaries import stacks
 from saejax.models.source import load_tokenizer, resolve
+from saejax.models.tokens import token_text
 from saejax.reporting import circuits, details, dictionaries, probes, sections, style
 from saejax.reporting.document import Picture, to_html, to_markdown
 from saejax.reporting.findings import read_findings
@@ -83,16 +84,3 @@ def contexts(run: Run, name: str, features: Sequence[int], count: int) -> dict[i
     dictionary = stacks.load_member(run.inputs[f"train/{kind}"], name, "--ablate.dictionary")
     tokenizer = load_tokenizer(resolve(run.configs["model"]))
     return top_examples(store, dictionary, features, count, token_text(tokenizer))
-
-
-def token_text(tokenizer) -> Callable[[int], str]:
-    """A function from a token id to the token's text, the leading space included."""
-
-    def text(token: int) -> str:
-        piece = tokenizer.convert_ids_to_tokens(token)
-        decoded = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        # SentencePiece tokenizers drop the space at the start of what they decode.
-        dropped = isinstance(piece, str) and piece.startswith("▁") and not decoded.startswith(" ")
-        return f" {decoded}" if dropped else decoded
-
-    return text

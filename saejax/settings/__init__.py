@@ -6,10 +6,12 @@ it; ``--help`` of its binary shows them.
 
 from saejax.settings.causal import BASES as BASES
 from saejax.settings.causal import ESTIMATES as ESTIMATES
+from saejax.settings.causal import PATCHABLE as PATCHABLE
 from saejax.settings.causal import PROBE_LABELS as PROBE_LABELS
 from saejax.settings.causal import READOUTS as READOUTS
 from saejax.settings.causal import REPLACEMENTS as REPLACEMENTS
 from saejax.settings.causal import AblateConfig as AblateConfig
+from saejax.settings.causal import PatchConfig as PatchConfig
 from saejax.settings.causal import ProbeConfig as ProbeConfig
 from saejax.settings.run import ExportConfig as ExportConfig
 from saejax.settings.run import MeshConfig as MeshConfig
@@ -37,6 +39,7 @@ GROUPS = dict(
     evaluate=EvaluateConfig,
     ablate=AblateConfig,
     probe=ProbeConfig,
+    patch=PatchConfig,
     export=ExportConfig,
     report=ReportConfig,
 )

@@ -9,6 +9,7 @@ ESTIMATES = ("gradient", "integrated", "relp")
 READOUTS = ("log_likelihood", "top1", "kl")  # beside the logit difference
 BASES = ("neurons", "components", "random")  # those that need no folder
 PROBE_LABELS = ("behaviour", "answer", "parity", "correct", "number")
+PATCHABLE = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,3 +118,29 @@ class ProbeConfig(Config):
     shuffles: int = setting(20, "probes of shuffled labels, and of random features, beside each probe", low=1)
     permutations: int = setting(10_000, "permutations of the test labels for a p-value", low=100)
     seed: int = setting(567, "seed of the folds, the shuffled labels, the random features and the permutations", low=0)
+
+
+class PatchConfig(Config):
+    """Activation patching between the test prompts and their counterparts."""
+
+    kinds: tuple[str, ...] = setting(
+        (),
+        f"kinds of site to patch, each at every layer and position: {', '.join(PATCHABLE)}; empty: none",
+        choices=PATCHABLE,
+        changes_results=False,
+    )
+    dictionary: str = setting(
+        "",
+        "which trained dictionary's features to patch: topk, or a member of a stack as in topk/k32; empty: none",
+        changes_results=False,
+    )
+    behaviours: tuple[str, ...] = setting((), "behaviours to patch; empty: all that the baseline measured")
+    top: int = setting(20, "features, ranked on train prompts, that are patched one by one and together", low=1)
+    estimate: str = setting("gradient", "what ranks the features; see --ablate.estimate", choices=ESTIMATES)
+    draws: int = setting(20, "draws of as many matched random features", low=2)
+    matches: int = setting(
+        10, "how many nearest features by firing rate and activation size each control is drawn from", low=1
+    )
+    seed: int = setting(456, "seed of the control draws and the bootstrap", low=0)
+    bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
+    batch_rows: int = setting(64, "patched prompts per batch", low=1, changes_results=False)
