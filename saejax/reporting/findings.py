@@ -10,6 +10,7 @@ import numpy as np
 
 from saejax.analysis.examples import Example
 from saejax.causal.importance import Importance, importance_file
+from saejax.causal.patch_cells import Cells, cells_file
 from saejax.dictionaries import stacks
 from saejax.errors import UserError
 from saejax.workspace import SUMMARY, read_json
@@ -30,6 +31,7 @@ class Findings:
       firing_rate_F: of the tested dictionary, on held-out text.
       mean_activation_F: the same; over the tokens where the feature fires.
       importance: behaviour -> the effects of all features, where they were measured.
+      cells: kind of site that was patched -> behaviour -> what patching it does.
       examples: feature of the tested dictionary -> its strongest contexts.
     """
 
@@ -39,6 +41,7 @@ class Findings:
     firing_rate_F: np.ndarray
     mean_activation_F: np.ndarray
     importance: Mapping[str, Importance] = dataclasses.field(default_factory=dict)
+    cells: Mapping[str, Mapping[str, Cells]] = dataclasses.field(default_factory=dict)
     examples: Mapping[int, Sequence[Example]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -99,7 +102,7 @@ def read_findings(inputs: Mapping[str, Path], own: Mapping[str, Mapping[str, Any
 
     Args:
       inputs: unit -> folder: "baseline", "benchmark/NAME", "capture", "train/KIND", "evaluate/KIND", "ablate" or
-        "ablate/NAME", and perhaps "probe/NAME".
+        "ablate/NAME", and perhaps "probe/NAME" and "patch/NAME".
       own: the report's own settings, group -> field -> value.
 
     Raises:
@@ -119,6 +122,13 @@ def read_findings(inputs: Mapping[str, Path], own: Mapping[str, Mapping[str, Any
     return dataclasses.replace(
         findings,
         importance={name: Importance.load(importance_file(ablated, name)) for name in measured},
+        cells={
+            unit.partition("/")[2]: {
+                name: Cells.load(cells_file(inputs[unit], name)) for name in summary["results"]["behaviours"]
+            }
+            for unit, summary in summaries.items()
+            if unit.startswith("patch/") and "kind" in summary["results"]
+        },
         firing_rate_F=_array(tested / "firing_rate.npy"),
         mean_activation_F=_array(tested / "mean_activation.npy"),
     )

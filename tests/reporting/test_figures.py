@@ -8,7 +8,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
-from saejax.reporting import dictionary_figures, figures, style
+from saejax.causal.patch_cells import Cells
+from saejax.causal.patching import DIRECTIONS
+from saejax.reporting import bases, dictionary_figures, figures, patching, style
 from saejax.settings import KINDS
 
 
@@ -92,7 +94,30 @@ def probes_figure():
     return figures.probes({name: probe_rows() for name in NAMES})
 
 
+def bases_figure(count=4):
+    rows = {
+        name: dict(drop=interval(mean, 0.4), control=0.1 * mean)
+        for name, mean in (("features", 3.0), ("MLP neurons", 1.0), ("principal components", 2.5), ("own-frozen", -0.1))
+    }
+    return bases.figure(dict.fromkeys(NAMES[:count], rows))
+
+
+def heatmap_figure(layers=30, length=14, reason=None):
+    shape = (2, layers, length)
+    direction_N, layer_N, column_N = (index.ravel() for index in np.indices(shape))
+    share_N = np.where(np.abs(column_N - length // 2) < 1, layer_N / layers, 0.02)
+    values = dict.fromkeys(("effect", "effect_low", "effect_high", "normalised", "low", "high"), share_N)
+    cells = Cells(np.array(DIRECTIONS, object)[direction_N], layer_N, column_N - length, prompts=0 * layer_N, **values)
+    words = ["The", " near", "\n", " ", " extraordinarily", "7"]
+    columns = [dict(token=words[i % 6], differs=float(i == length // 2)) for i in range(length)]
+    return patching.heatmap(cells, dict(reason=reason, columns=columns))
+
+
 DRAWN = [
+    bases_figure,
+    lambda: bases_figure(1),
+    heatmap_figure,
+    lambda: heatmap_figure(1, 1, "at chance"),
     cumulative_figure,
     lambda: cumulative_figure(1, 0),
     lambda: cumulative_figure(2, 1),
@@ -187,6 +212,21 @@ def test_probes_show_accuracy_by_size_above_what_shuffled_labels_reach():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "20", "all"]
     (band,) = axes.collections[:1]
     assert band.get_paths()[0].get_extents().intervaly.tolist() == pytest.approx([15.0, 45.0])
+
+
+def test_a_heatmap_holds_the_cells_with_the_first_layer_at_the_bottom():
+    axes = heatmap_figure(3, 5).axes[0]
+    (image,) = axes.images
+    assert image.origin == "lower" and image.get_array().shape == (3, 5) and image.get_clim() == (-1, 1)
+    np.testing.assert_allclose(image.get_array()[:, 2], [0, 1 / 3, 2 / 3])
+    assert [label.get_fontweight() for label in axes.get_xticklabels()] == ["normal"] * 2 + ["bold"] + ["normal"] * 2
+
+
+def test_each_basis_stands_beside_its_own_random_directions():
+    axes = bases_figure(1).axes[0]
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [line.get_xdata()[0] for line in crosses] == pytest.approx([0.3, 0.1, 0.25, -0.01])
+    assert [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()][1] == "MLP neurons"
 
 
 def test_single_features_stand_in_order_from_the_top():

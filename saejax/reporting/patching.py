@@ -1,0 +1,112 @@
+"""The report on activation patching: where in the model a prompt's content stands, and which features carry it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from saejax.causal.patch_cells import Cells
+from saejax.causal.patching import DIRECTIONS
+from saejax.reporting import style
+from saejax.reporting.document import Block, Picture, Section
+from saejax.reporting.findings import Findings
+from saejax.reporting.sections import Draw, behaviour
+from saejax.reporting.tables import MISSING, Table, interval, percent
+
+_TITLES = dict(
+    denoising="denoising: from prompt to counterpart",
+    noising="noising: from counterpart to prompt",
+)
+
+
+def sections(found: Findings, draw: Draw) -> list[Section]:
+    """Heatmaps of sites, and what features carry over; no section if nothing was patched."""
+    blocks: list[Block] = []
+    for unit, summary in found.summaries.items():
+        if unit.startswith("patch/"):
+            results = summary["results"]
+            by_name = results["behaviours"]
+            if "kind" in results:
+                kind = results["kind"]
+                blocks += [_picture(kind, name, by_name[name], found.cells[kind][name], draw) for name in by_name]
+            else:
+                blocks.append(_features_table(results))
+    return [Section("Where the content stands", tuple(blocks))] if blocks else []
+
+
+def _picture(kind: str, name: str, result: Mapping[str, Any], cells: Cells, draw: Draw) -> Picture:
+    scale = "of the whole difference" if result["reason"] is None else "in logits"
+    caption = (
+        f"{behaviour(name)}: the value of {kind} at one layer and position is replaced, on {result['prompts']} pairs "
+        f"of prompts; how much of the answer moves, {scale}. Positions are counted from the end, named by their most "
+        "frequent token; where prompt and counterpart differ the name is bold."
+    )
+    if result["reason"]:
+        caption += f" Not normalised: {result['reason']}."
+    alt = f"Patching {kind}, {behaviour(name)}. " + " ".join(
+        f"{direction}: strongest at layer {best['layer']}, position {best['position']}, {best['effect']:.2f} logits."
+        for direction, best in result["strongest"].items()
+    )
+    return draw(f"patching-{kind}-{name}", heatmap(cells, result), caption, alt)
+
+
+@style.styled
+def heatmap(cells: Cells, result: Mapping[str, Any]) -> Figure:
+    """The effect of every layer and position, a panel for each direction."""
+    normalised = result["reason"] is None
+    grid_DxLxC = cells.grid("normalised" if normalised else "effect")
+    columns, layers = result["columns"], grid_DxLxC.shape[1]
+    limit = 1.0 if normalised else float(np.nanmax(np.abs(grid_DxLxC), initial=1e-6))
+    height = 0.9 + 0.055 * layers + 0.4
+    figure, below = style.panels([height, height], [_TITLES[direction] for direction in DIRECTIONS])
+    for axes, grid_LxC in zip(below, grid_DxLxC, strict=True):
+        image = axes.imshow(
+            grid_LxC, cmap="RdBu_r", vmin=-limit, vmax=limit, origin="lower", aspect="auto", interpolation="nearest"
+        )
+        axes.set_ylabel("layer")
+        axes.set_xticks(range(len(columns)), [_label(column["token"]) for column in columns], rotation=60, ha="right")
+        axes.set_xticks(range(len(columns)))
+        for text, column in zip(axes.get_xticklabels(), columns, strict=True):
+            text.set_rotation_mode("anchor")
+            text.set_fontweight("bold" if column["differs"] else "normal")
+        axes.tick_params(axis="x", length=2)
+    figure.colorbar(image, ax=below, shrink=0.5, aspect=30, label="share moved" if normalised else "logits")
+    return figure
+
+
+def _label(token: str) -> str:
+    shown = token.replace("\n", "\u21b5").strip() or "\u2423"
+    return shown if len(shown) <= 12 else shown[:11] + "\u2026"
+
+
+def _features_table(results: Mapping[str, Any]) -> Table:
+    columns = ("Behaviour", "Pairs", "Top features", "As many random", "All features", "The whole site", "Restored")
+    rows = tuple(_features_row(name, result, results["top"]) for name, result in results["behaviours"].items())
+    note = (
+        f"Features of {results['dictionary']} at {results['site']} take the values they have on the counterpart: how "
+        "often the answer becomes the counterpart's, of the pairs on which the model is right both times (interchange-"
+        "intervention accuracy; Geiger et al., 2021). Last column: the share of the logit difference that the top "
+        "features restore when they are carried from the prompt to its counterpart. 95 % intervals."
+    )
+    return Table(f"Interchange of the top {results['top']} features", columns, rows, note=note)
+
+
+def _features_row(name: str, result: Mapping[str, Any], top: int) -> tuple[str, ...]:
+    found = result["interchange"]
+    restored = _restored(result["together"])
+    if not found["prompts"]:
+        return (behaviour(name), "0", MISSING, MISSING, MISSING, MISSING, restored)
+    most: Mapping[str, Any] = found["top"][-1] if found["top"] else dict(accuracy=None, random=None)
+    shares = (most["accuracy"], most["random"], found["all"], found["site"])
+    return (behaviour(name), str(found["prompts"]), *map(_share, shares), restored)
+
+
+def _restored(together: Sequence[Mapping[str, Any]]) -> str:
+    tops = [entry for entry in together if entry["features"] != "all"]
+    value = tops[-1]["denoising"]["normalised"] if tops else None
+    return interval(value) if value else MISSING
+
+
+def _share(value: Mapping[str, float] | None) -> str:
+    return MISSING if value is None else f"{percent(value['mean'])} [{percent(value['low'])}, {percent(value['high'])}]"
