@@ -6,10 +6,11 @@ and on many hosts.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saejax.errors import UserError
@@ -76,6 +77,36 @@ def part_size(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) 
 def is_first_process() -> bool:
     """Whether this process writes the files that exist once."""
     return jax.process_index() == 0
+
+
+def from_first_process(array: np.ndarray | np.generic) -> np.ndarray:
+    """The first process's array, in all processes. All give one of the same shape, of a type of 32 bits at most."""
+    return np.asarray(array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array))
+
+
+def wait_for_all(place: str) -> None:
+    """Waits until all processes have come to the place of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)
+
+
+class AgreedStop:
+    """Whether to stop now; all processes give the same answer, or each would wait for the others.
+
+    JAX agrees on the number of a question, so all processes must ask equally often.
+
+    Args:
+      stopping: whether this process was asked to stop.
+    """
+
+    def __init__(self, stopping: Callable[[], bool]):
+        self._stopping, self._asked = stopping, 0
+
+    def __call__(self) -> bool:
+        self._asked += 1
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(self._asked - 1)
+        return self._stopping()
 
 
 def describe(mesh: Mesh) -> dict:

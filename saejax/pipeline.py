@@ -42,6 +42,7 @@ class Stage:
         "shapes" (the sizes of the models that preflight checks), "initial" (dictionaries that training starts from),
         "stream" (model, text and settings of training straight from the model), "bases" (dictionaries beside the one
         that is tested).
+      many_processes: whether it can run in several.
     """
 
     summary: str
@@ -51,6 +52,7 @@ class Stage:
     needs: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
     names: Callable[[Configs], Sequence[str]] = lambda configs: ("",)
     sources: tuple[str, ...] = ()
+    many_processes: bool = False
 
 
 def _kinds(configs: Configs) -> Sequence[str]:
@@ -131,6 +133,7 @@ STAGES = {
         needs=lambda configs, name: ("capture",) if configs["train"].source == "store" else (),
         names=_kinds,
         sources=("initial", "stream"),
+        many_processes=True,
     ),
     "evaluate": Stage(
         "scores dictionaries on held-out text: fidelity, sparsity, cross-entropy recovered",
@@ -149,6 +152,7 @@ STAGES = {
         needs=lambda configs, name: ("baseline", f"train/{configs['ablate'].dictionary.partition('/')[0]}"),
         names=lambda configs: (_tested(configs),) if _asks(configs) else (),
         sources=("model",),
+        many_processes=True,
     ),
     "probe": Stage(
         "probes features and raw activations for labels of the prompts, if --probe.labels names any",
@@ -301,6 +305,8 @@ def _run_unit(workspace: Workspace, plan: Plan, unit: str, say: Callable, stoppi
     inputs = {need: _input_folder(workspace, plan, unit, need) for need in plan.needs(unit)}
     _join_processes(stage, plan.configs)
     folder, found = workspace.begin(stage, name, mark) if _first(plan) else (workspace.folder(stage, name), "")
+    if plan.configs["mesh"].processes > 1:  # no process may read what the first one moves away
+        importlib.import_module("saejax.parallel").wait_for_all(f"{unit} begun")
     if found and found != "resumed":
         say(f"{unit}: settings or inputs changed; the old result was moved to {found}")
     say(f"{unit}: {'going on' if found == 'resumed' else 'started'}")
@@ -356,9 +362,10 @@ def _join_processes(stage: str, configs: Configs) -> None:
     mesh = configs["mesh"]
     if mesh.processes == 1:
         return
-    if stage != "train":
+    if not STAGES[stage].many_processes:
+        able = " and ".join(f"experiments.{name}" for name in STAGES if STAGES[name].many_processes)
         raise UserError(
-            f"{stage} runs in one process: run it with --mesh.processes=1, and experiments.train with {mesh.processes}"
+            f"{stage} runs in one process: run it with --mesh.processes=1, and {able} with {mesh.processes}"
         )
     import jax
 

@@ -1,5 +1,6 @@
-"""Real processes: killed and resumed, asked to stop, and two that train together."""
+"""Real processes: killed and resumed, asked to stop, and two that train and ablate together."""
 
+import json
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import runs
 
+from saejax.causal.importance import Importance
 from saejax.dictionaries import load_dictionary
 from saejax.settings import KINDS
 
@@ -29,6 +31,15 @@ def captured_only(whole, folder):
     folder.mkdir()
     for stage in ("baseline", "capture"):
         shutil.copytree(whole / stage, folder / stage)
+
+
+def start_pair(binary, flags, **environment):
+    """Two processes of one run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    own = ["--mesh.processes=2", f"--mesh.coordinator=localhost:{port}"]
+    return [runs.start(binary, [*flags, *own, f"--mesh.process_id={i}"], **environment) for i in range(2)]
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
@@ -133,19 +144,8 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolera
     x64 = dict(JAX_ENABLE_X64="1") if dtype == "float64" else {}
     stack = {name: value for name, value in mesh.items() if name.startswith("train")}
     one = runs.start("train", runs.small_flags(*inputs, folders[0], **changes | stack), **x64)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    pair = [
-        runs.start(
-            "train",
-            runs.small_flags(*inputs, folders[1], mesh__processes=2, mesh__process_id=i, **changes | mesh)
-            + [f"--mesh.coordinator=localhost:{port}"],
-            JAX_NUM_CPU_DEVICES="4",
-            **x64,
-        )
-        for i in range(2)
-    ]
+    flags = runs.small_flags(*inputs, folders[1], **changes | mesh)
+    pair = start_pair("train", flags, JAX_NUM_CPU_DEVICES="4", **x64)
     for process in (one, *pair):
         runs.finish(process)
     jax.config.update("jax_enable_x64", dtype == "float64")  # not the context: Orbax reads in threads of its own
@@ -157,3 +157,79 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolera
             assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), name
     finally:
         jax.config.update("jax_enable_x64", False)
+
+
+def ablate_flags(inputs, folder, **changes):
+    """Flags of a run with one behaviour, all of whose features are ablated."""
+    all_features = dict(task__behaviours="agreement", train__kinds="topk", ablate__effects="all")
+    return runs.small_flags(*inputs, folder, **all_features, **changes)
+
+
+def ablated(folder):
+    """What the ablate stage wrote, by file, but for what says when and where."""
+    files = [path for path in (folder / "ablate").rglob("*") if path.is_file()]
+    return {path.name: path.read_bytes() for path in files if path.name not in ("started.json", "summary.json")}
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    """A run that is ready to ablate."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    for stage in ("baseline", "capture", "train"):
+        runs.finish(runs.start(stage, ablate_flags(inputs, folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tested(inputs, trained, tmp_path_factory):
+    """A run that ablated without an interruption."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("tested") / "run")
+    runs.finish(runs.start("ablate", ablate_flags(inputs, folder)))
+    return folder
+
+
+def kill_at_a_chunk(processes, folder):
+    """Kills processes once another chunk of an ablation is on disk; gives the number of chunks."""
+
+    def chunks():
+        return set((folder / "ablate").rglob("*-partial/*/*.npz"))
+
+    before = chunks()
+    while not chunks() - before:
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate()
+    return len(chunks())
+
+
+@pytest.mark.slow
+def test_killed_while_it_ablates_it_ends_with_the_same_bits(inputs, trained, tested, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    for _ in range(2):
+        assert kill_at_a_chunk([runs.start("ablate", ablate_flags(inputs, folder))], folder)
+    runs.finish(runs.start("ablate", ablate_flags(inputs, folder)))
+    assert ablated(folder) == ablated(tested)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [dict(), dict(mesh__model=2)])
+def test_two_processes_ablate_as_one(inputs, trained, tested, tmp_path, mesh):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    flags = ablate_flags(inputs, folder, **mesh)
+    assert kill_at_a_chunk(start_pair("ablate", flags), folder)  # so that both must learn what there is
+    for process in start_pair("ablate", flags):
+        runs.finish(process)
+    assert ablated(folder).keys() == ablated(tested).keys()
+    for path in (tested / "ablate" / "topk").glob("*-prompts.jsonl"):
+        texts = [file.read_text() for file in (path, folder / "ablate" / "topk" / path.name)]
+        for one, two in zip(*(map(json.loads, text.splitlines()) for text in texts), strict=True):
+            assert one["text"] == two["text"]
+            for name in ("clean", "joint", "top", "controls"):
+                np.testing.assert_allclose(two[name], one[name], atol=1e-5)
+    for path in (tested / "ablate" / "topk").glob("*.parquet"):
+        one, two = (Importance.load(file) for file in (path, folder / "ablate" / "topk" / path.name))
+        np.testing.assert_array_equal(two.feature, one.feature)
+        np.testing.assert_allclose(two.drop, one.drop, atol=1e-5)

@@ -8,6 +8,7 @@ feature that fires is removed by itself (``importance``).
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +26,10 @@ from saejax.causal.statistics import least_p
 from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted, UserError
 from saejax.models.language_model import LanguageModel, load_model
-from saejax.parallel import is_first_process, make_mesh
+from saejax.parallel import AgreedStop, from_first_process, is_first_process, make_mesh
 from saejax.settings import AblateConfig
 from saejax.tasks.behaviours import Prompt, read_prompts
-from saejax.workspace import Run, read_json, write_json, write_text
+from saejax.workspace import Run, fingerprint, read_json, write_json, write_text
 
 _SAY_EVERY = 5.0  # seconds
 
@@ -36,10 +37,11 @@ _SAY_EVERY = 5.0  # seconds
 def run_ablate(run: Run) -> dict:
     """Tests a dictionary's features on every behaviour.
 
-    Each behaviour's results are kept in ``<behaviour>.json`` as soon as they are there, so that a run that was
-    killed goes on with the next one; its logit differences, from which every figure can be derived again, are in
-    ``<behaviour>-prompts.jsonl``, the drawn controls in ``<behaviour>-controls.jsonl`` and, if they were asked for, the
-    effects of all features in ``<behaviour>-importance.parquet``.
+    Each behaviour's results are kept in ``<behaviour>.json`` as soon as they are there, and until then what has been
+    measured for it in ``<behaviour>-partial/``, so that a run that was killed goes on where it was. A behaviour's logit
+    differences, from which every figure can be derived again, are in ``<behaviour>-prompts.jsonl``, the drawn controls
+    in ``<behaviour>-controls.jsonl`` and, if they were asked for, the effects of all features in
+    ``<behaviour>-importance.parquet``.
 
     Returns:
       The results; WORKSPACE.md describes them.
@@ -51,7 +53,11 @@ def run_ablate(run: Run) -> dict:
         by_behaviour.setdefault(prompt.behaviour, []).append(prompt)
     kind, _ = stacks.kind_and_member(config.dictionary)
     dictionary = stacks.load_member(run.inputs[f"train/{kind}"], config.dictionary, "--ablate.dictionary")
-    behaviours = {name: read_json(_file(run, name)) for name in by_behaviour if _file(run, name).exists()}
+    # The first process says what is there: it may write the next one before another has looked.
+    done = from_first_process(np.array([_file(run, name).exists() for name in by_behaviour], np.int32))
+    behaviours = {name: read_json(_file(run, name)) for name, there in zip(by_behaviour, done, strict=True) if there}
+    for name in behaviours:
+        _drop_partial(run, name)
     if behaviours:
         run.say(f"ablate: kept from an earlier run: {', '.join(behaviours)}")
     if len(behaviours) < len(by_behaviour):
@@ -59,10 +65,12 @@ def run_ablate(run: Run) -> dict:
         mesh = make_mesh(run.configs.get("mesh"))
         model = load_model(model_config.path, model_config.revision, model_config.dtype, mesh, model_config.remat)
         split = SplitModel(model, dictionary, config.positions, config.error)
+        stop = AgreedStop(run.stopping)
         for number, (name, prompts) in enumerate(by_behaviour.items(), 1):
             if name not in behaviours:
                 label = f"ablate: {name} ({number} of {len(by_behaviour)})"
-                experiment = ModelExperiment(split, name, prompts, config, progress(run, label))
+                tick = progress(run, label, stop)
+                experiment = ModelExperiment(split, name, prompts, config, tick, _partial(run, name))
                 behaviours[name] = _test_and_save(run, experiment, config, model, dictionary)
                 run.say(f"{label}: {behaviours[name]['reason']}")
     return dict(
@@ -85,6 +93,7 @@ class ModelExperiment:
       prompts: of this behaviour, of both splits.
       config: of the stage.
       tick: called with the tokens done and to do; may raise to stop.
+      folder: where measurements are kept, so that an experiment that was killed does not repeat them. None: nowhere.
 
     Raises:
       UserError: there are no train or no test prompts.
@@ -97,8 +106,9 @@ class ModelExperiment:
         prompts: Sequence[Prompt],
         config: AblateConfig,
         tick: Callable[[int, int], None] = lambda done, total: None,
+        folder: Path | None = None,
     ):
-        self.name, self._split, self._config, self._tick = name, split, config, tick
+        self.name, self._split, self._config, self._tick, self._folder = name, split, config, tick, folder
         self._prompts = prompts
         self._train = [prompt for prompt in prompts if prompt.split == "train"]
         self.test = [prompt for prompt in prompts if prompt.split == "test"]
@@ -118,9 +128,10 @@ class ModelExperiment:
             seed=np.uint32(config.seed) if config.replacement == "random" else None,
         )
 
-    def on(self, split: SplitModel) -> "ModelExperiment":
+    def on(self, split: SplitModel, basis: str) -> "ModelExperiment":
         """The same behaviour on the model cut for another basis."""
-        return ModelExperiment(split, self.name, self._prompts, self._config, self._tick)
+        folder = self._folder and self._folder / fingerprint(basis)
+        return ModelExperiment(split, self.name, self._prompts, self._config, self._tick, folder)
 
     def train_values(self) -> np.ndarray:
         """Values of the site on the train prompts, where features may change, [N, D]."""
@@ -147,13 +158,13 @@ class ModelExperiment:
         return activity.maxima(self._split, self._runs)
 
     def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
-        return self._ablate(self._runs, self._counterparts, sets)
+        return self._ablate("test", self._runs, self._counterparts, sets)
 
     def ablate_train(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
-        return self._ablate(self._train_runs, self._train_counterparts, sets)
+        return self._ablate("train", self._train_runs, self._train_counterparts, sets)
 
     def _ablate(
-        self, runs: Sequence[CleanRun], counterparts: Sequence[CleanRun], sets: Sequence[Sequence[int]]
+        self, half: str, runs: Sequence[CleanRun], counterparts: Sequence[CleanRun], sets: Sequence[Sequence[int]]
     ) -> LogitDiffs:
         return ablation.ablate_sets(
             self._split,
@@ -164,11 +175,22 @@ class ModelExperiment:
             replacement=self._replacement,
             counterparts=counterparts,
             readouts=self._config.readouts,
+            folder=self._folder / half if self._folder else None,
         )
 
 
 def _file(run: Run, behaviour: str, ending: str = ".json") -> Path:
     return run.folder / f"{behaviour}{ending}"
+
+
+def _partial(run: Run, behaviour: str) -> Path:
+    return _file(run, behaviour, "-partial")
+
+
+def _drop_partial(run: Run, behaviour: str) -> None:
+    """Removes what was kept to go on from; the first process does."""
+    if is_first_process() and _partial(run, behaviour).exists():
+        shutil.rmtree(_partial(run, behaviour))
 
 
 def _test_and_save(
@@ -206,6 +228,7 @@ def _test_and_save(
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         write_text(_file(run, experiment.name, ending), text)
     write_json(_file(run, experiment.name), results)  # last: it says that the behaviour is done
+    _drop_partial(run, experiment.name)
     return results
 
 
@@ -229,14 +252,14 @@ def _test_sets(
     return results, scores
 
 
-def progress(run: Run, label: str) -> Callable[[int, int], None]:
+def progress(run: Run, label: str, stop: AgreedStop) -> Callable[[int, int], None]:
     """A function that says, now and then, how far it is, and raises ``Interrupted`` when the run is to stop."""
     start = said = time.monotonic()
 
     def tick(done: int, total: int) -> None:
         nonlocal start, said
-        if run.stopping():
-            raise Interrupted(f"{label}: stopped; behaviours that were finished are kept")
+        if stop():
+            raise Interrupted(f"{label}: stopped; what was measured is kept: run the same command to go on")
         now = time.monotonic()
         if not done:
             start = now

@@ -19,6 +19,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from saejax.causal.chunks import Chunks
 from saejax.causal.cut import Cut
 from saejax.causal.replacements import Replacement
 from saejax.causal.rows import Prompts, RowBatch, all_different, batches_of, first_changes
@@ -80,6 +82,7 @@ def ablate_sets(
     replacement: Replacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
     readouts: bool = False,
+    folder: Path | None = None,
 ) -> LogitDiffs:
     """Removes each set of features from each prompt.
 
@@ -89,12 +92,14 @@ def ablate_sets(
       sets: feature indices; none twice in a set.
       batch_rows: a batch of the tail has the tokens of so many whole prompts. Its shards, one for each place on the
         mesh's ``data`` axis, run side by side.
-      tick: called at the start and after each batch with the tokens done and of all, padding included; may raise to
-        stop.
+      tick: called at the start and after each batch with the tokens done and of all, padding included, of those that
+        are to be run; may raise to stop.
       plain: run every row on all its tokens, sharing none, as a check of what is left out otherwise.
       replacement: what stands in the features' place.
       counterparts: for the replacement ``counterpart``, from ``split.run_counterparts``.
       readouts: whether all readouts are wanted: they take the logits of the whole vocabulary.
+      folder: where batches that are done are kept, so that the same call, when it was killed, goes on there; see
+        ``chunks.Chunks``. None: nowhere.
 
     Raises:
       UserError: a readout is not finite.
@@ -104,29 +109,23 @@ def ablate_sets(
     all_sets = [np.asarray(s, np.int64) for s in [*sets, (), ()]]  # the clean run, from all tokens and from the last
     sources = [Source(run, other, replacement) for run, other in zip(runs, counterparts or runs, strict=True)]
     work = [Work.plan(split, source, all_sets, batch_rows, plain) for source in sources]
-    total = sum(batch.tokens * len(batch.shards) for part in work for batch in part.batches)
-    tick(0, total)
+    batches = [(part.source.run.index_P, batch) for part in work for batch in part.batches]
     names = ("logit_diff", *READOUTS) if readouts else ("logit_diff",)
+    shapes = [(len(batch.shards), batch.size, len(names)) for _, batch in batches]
+    chunks = Chunks(folder, shapes, _plan(work, all_sets))
+    _measure(split, work, all_sets, readouts, chunks, tick)
     found_MxSxP = np.full((len(names), len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
-    rows = done = 0
-    for batch, index_P, device_SxRxM in lagging(_dispatched(split, work, all_sets, readouts)):
-        for shard, values_RxM in zip(batch.shards, np.asarray(device_SxRxM, np.float64), strict=True):
-            values_NxM = values_RxM[: len(shard.set_N)]
-            if not np.isfinite(values_NxM).all():
-                raise UserError(
-                    f"a logit difference after an edit at {split.cut.site} is not finite: the model or the dictionary "
-                    "holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-                )
-            found_MxSxP[:, shard.set_N, index_P[shard.place_N]] = values_NxM.T
-            rows += int((shard.set_N != len(sets)).sum())
-        done += batch.tokens * len(batch.shards)
-        tick(done, total)
+    for (index_P, batch), values_SxRxM in zip(batches, chunks.values, strict=True):
+        for shard, values_RxM in zip(batch.shards, values_SxRxM, strict=True):
+            found_MxSxP[:, shard.set_N, index_P[shard.place_N]] = values_RxM[: len(shard.set_N)].T
+    rows = sum(int((shard.set_N != len(sets)).sum()) for _, batch in batches for shard in batch.shards)
+    tokens = sum(batch.tokens * len(batch.shards) for _, batch in batches)
     clean_MxP, whole_P = found_MxSxP[:, -1], found_MxSxP[0, -2]
     if readouts:
         clean_MxP[names.index("kl")] = 0.0
     ablated_MxSxP = np.where(np.isnan(found_MxSxP[:, :-2]), clean_MxP[:, None, :], found_MxSxP[:, :-2])
     more = {name: (clean_MxP[m], ablated_MxSxP[m]) for m, name in enumerate(names) if m}
-    return LogitDiffs(clean_MxP[0], ablated_MxSxP[0], np.abs(whole_P - clean_MxP[0]), rows, done, more)
+    return LogitDiffs(clean_MxP[0], ablated_MxSxP[0], np.abs(whole_P - clean_MxP[0]), rows, tokens, more)
 
 
 class Source(NamedTuple):
@@ -188,16 +187,56 @@ class Bank(NamedTuple):
     logp_BxV: jax.Array | None
 
 
+def _plan(work: Sequence[Work], sets: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """What decides each batch's values, beside the model, the dictionary, the prompts and the replacement."""
+    yield from sets
+    for part in work:
+        for batch in part.batches:
+            yield np.array([batch.size, batch.length, batch.tokens])
+            for shard in batch.shards:
+                yield from (shard.set_N, shard.place_N, shard.first_N)
+
+
+def _measure(
+    split: SplitModel,
+    work: Sequence[Work],
+    sets: Sequence[np.ndarray],
+    readouts: bool,
+    chunks: Chunks,
+    tick: Callable[[int, int], None],
+) -> None:
+    """Runs the batches that ``chunks`` lacks."""
+    before = len(chunks.values)
+    left = [batch for part in work for batch in part.batches][before:]
+    done, total = 0, sum(batch.tokens * len(batch.shards) for batch in left)
+    tick(0, total)
+    with chunks:
+        for batch, device_SxRxM in zip(left, lagging(_dispatched(split, work, sets, readouts, before)), strict=True):
+            values_SxRxM = np.asarray(device_SxRxM)
+            real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
+            if not np.isfinite(values_SxRxM[real_SxR]).all():
+                raise UserError(
+                    f"a logit difference after an edit at {split.cut.site} is not finite: the model or the dictionary "
+                    "holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+                )
+            chunks.add(values_SxRxM)
+            done += batch.tokens * len(batch.shards)
+            tick(done, total)
+
+
 def _dispatched(
-    split: SplitModel, work: Sequence[Work], sets: Sequence[np.ndarray], readouts: bool
-) -> Iterator[tuple[RowBatch, np.ndarray, jax.Array]]:
-    """Starts the tail on all rows; yields each batch with its prompts' places and its rows' readouts."""
+    split: SplitModel, work: Sequence[Work], sets: Sequence[np.ndarray], readouts: bool, before: int
+) -> Iterator[jax.Array]:
+    """Starts the tail on the rows of all batches but the first so many; yields each one's readouts."""
     for source, prompts, batches in work:
+        left, before = batches[before:], max(before - len(batches), 0)
+        if not left:
+            continue
         run = source.run
         end_BxD, past = split.past(run)
         logp_BxV = clean_logp(split.cut, split.params, end_BxD) if readouts else None
         bank, features_K = None, None
-        for batch in batches:
+        for batch in left:
             if features_K is not batch.features_K:
                 features_K = batch.features_K
                 removed_BxTxK, W_dec_KxD = gather(
@@ -207,7 +246,7 @@ def _dispatched(
             tree, rows = batch.filled(prompts, sets)
             placed = Tree(*split.by_row(*tree))
             others = split.by_row(*rows, run.answers_Bx2[tree.place_SxR])
-            yield batch, run.index_P, run_rows(split.cut, split.params, bank, placed, *others)
+            yield run_rows(split.cut, split.params, bank, placed, *others)
 
 
 def lagging(items: Iterable) -> Iterator:

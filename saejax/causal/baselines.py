@@ -23,8 +23,8 @@ class Movable(verdict.Experiment, Protocol):
 
     name: str
 
-    def on(self, split: SplitModel) -> verdict.Experiment:
-        """The same behaviour on the model cut for another basis."""
+    def on(self, split: SplitModel, basis: str) -> verdict.Experiment:
+        """The same behaviour on the model cut for another basis, which has this name."""
 
     def train_values(self) -> np.ndarray:
         """Values of the site on the train prompts, [N, D]."""
@@ -51,7 +51,7 @@ def compare(
             reason = f"it has {size} directions: too few for {config.top}, and as many matched ones to choose from"
             found[wanted] = dict(size=size, reason=reason)
             continue
-        on_basis = experiment.on(SplitModel(model, basis, config.positions))
+        on_basis = experiment.on(SplitModel(model, basis, config.positions), wanted)
         few = dataclasses.replace(config, draws=min(config.draws, DRAWS))
         results, measured = verdict.judge(experiment.name, on_basis, few)
         kept = {key: results[key] for key in ("joint", "difference", "percentile", "verdict")}

@@ -22,7 +22,7 @@ from saejax.errors import UserError, one_of
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import KINDS
 from saejax.models.tokens import token_text
-from saejax.parallel import make_mesh
+from saejax.parallel import AgreedStop, make_mesh
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt, read_prompts
 from saejax.tasks.scoring import bootstrap_mean
@@ -57,7 +57,7 @@ def run_patch(run: Run) -> dict:
             if name not in behaviours:
                 label = f"patch: {name} ({number} of {len(by_behaviour)})"
                 pairs, left_out = _pairs(model, name, prompts)
-                result = what.measure(run.folder, model, name, pairs, progress(run, label))
+                result = what.measure(run.folder, model, name, pairs, progress(run, label, AgreedStop(run.stopping)))
                 behaviours[name] = result | dict(left_out=left_out)
                 write_json(_file(run, name), behaviours[name])  # last: it says that the behaviour is done
                 run.say(f"{label}: {what.say(behaviours[name])}")

@@ -65,10 +65,9 @@ def heatmap(cells: Cells, result: Mapping[str, Any]) -> Figure:
             grid_LxC, cmap="RdBu_r", vmin=-limit, vmax=limit, origin="lower", aspect="auto", interpolation="nearest"
         )
         axes.set_ylabel("layer")
-        axes.set_xticks(range(len(columns)), [_label(column["token"]) for column in columns], rotation=60, ha="right")
-        axes.set_xticks(range(len(columns)))
+        size = min(9.0, 190 / len(columns))  # points: labels of neighbours do not touch
+        axes.set_xticks(range(len(columns)), [_label(column["token"]) for column in columns], rotation=90, size=size)
         for text, column in zip(axes.get_xticklabels(), columns, strict=True):
-            text.set_rotation_mode("anchor")
             text.set_fontweight("bold" if column["differs"] else "normal")
         axes.tick_params(axis="x", length=2)
     figure.colorbar(image, ax=below, shrink=0.5, aspect=30, label="share moved" if normalised else "logits")

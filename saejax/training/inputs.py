@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from saejax.activations.batches import BatchOrder, Parts, sites_of, training_batches
 from saejax.activations.store import Store
 from saejax.errors import UserError
-from saejax.parallel import sharding
+from saejax.parallel import from_first_process, sharding
 from saejax.training.members import Hyper
 from saejax.training.objective import Arrays
 from saejax.training.placement import free_bytes, placed, resident_bytes
@@ -120,7 +119,8 @@ class Resident:
         if self._calls < 2:  # the first compiles, the second is timed
             jax.block_until_ready(metrics)
             if self._calls == 1:
-                self._count = _agreed(int(np.clip(_SECONDS / (time.monotonic() - start), 1, _LONGEST)))
+                fitting = np.clip(_SECONDS / (time.monotonic() - start), 1, _LONGEST)
+                self._count = int(from_first_process(np.int32(fitting)))
             self._calls += 1
         return state, metrics, count
 
@@ -172,8 +172,8 @@ def make_input(
     mode = config.input
     if mode == "auto":
         fits = needed <= _SHARE * free and not _on_cpu(trainer.mesh)
-        mode = before or ("resident" if _agreed(int(fits)) else "streamed")
-    if mode == "resident" and not _agreed(int(needed <= free)):
+        mode = before or ("resident" if from_first_process(np.int32(fits)) else "streamed")
+    if mode == "resident" and not from_first_process(np.int32(needed <= free)):
         raise UserError(
             f"--train.input=resident would put {needed / 1e9:.2f} GB of activations on each device, of which "
             f"{free / 1e9:.2f} GB are free: use --train.input=streamed, or more devices on --mesh.data"
@@ -189,8 +189,3 @@ def make_input(
 def _on_cpu(mesh: Mesh) -> bool:
     """Whether the devices are CPUs: their memory is the host's, and XLA runs a step in a loop more slowly there."""
     return mesh.devices.flat[0].platform == "cpu"
-
-
-def _agreed(value: int) -> int:
-    """The first process's value, in all processes."""
-    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))

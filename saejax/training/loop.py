@@ -8,10 +8,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from saejax.errors import Interrupted, UserError
-from saejax.parallel import is_first_process
+from saejax.parallel import AgreedStop, is_first_process
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.inputs import Input
 from saejax.training.step import TrainState
@@ -186,14 +185,14 @@ def train(
     Raises:
       Interrupted: it was asked to stop; the state is saved.
     """
-    step, call = first_step, 0
+    step, agreed_stop = first_step, AgreedStop(stopping)
     while step < steps:
         upto = min(steps, step - step % every + every)
         state, values, count = source.advance(state, step, upto)
         step += count
         if count:
             metrics.push(step, values, count)
-        stop = _agreed_stop(call, stopping) or not count
+        stop = agreed_stop() or not count
         if step == upto or (stop and step > first_step):
             metrics.flush(check=True)  # a state whose loss is not finite must not become the newest checkpoint
             metrics.write()
@@ -201,18 +200,5 @@ def train(
         if stop and step < steps:
             checkpoints.wait()
             raise Interrupted(f"stopped at step {step} of {steps}; saved: run the same command to go on")
-        call += 1
     checkpoints.wait()
     return state
-
-
-def _agreed_stop(call: int, stopping: Callable[[], bool]) -> bool:
-    """Whether to stop now; all processes give the same answer, or none could save.
-
-    Args:
-      call: how often it was asked before: JAX agrees on one of these numbers, so none may be left out.
-      stopping: whether this process was asked to stop.
-    """
-    if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(call)
-    return stopping()

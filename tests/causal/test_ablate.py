@@ -76,6 +76,7 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
     assert ablate.run_ablate(resumed) == results
     assert (folder / "first.json").stat().st_mtime_ns == written
     assert said[0] == "ablate: kept from an earlier run: first"
+    assert not list(folder.glob("*-partial"))
 
 
 @pytest.mark.slow

@@ -116,8 +116,6 @@ def heatmap_figure(layers=30, length=14, reason=None):
 DRAWN = [
     bases_figure,
     lambda: bases_figure(1),
-    heatmap_figure,
-    lambda: heatmap_figure(1, 1, "at chance"),
     cumulative_figure,
     lambda: cumulative_figure(1, 0),
     lambda: cumulative_figure(2, 1),
@@ -212,6 +210,19 @@ def test_probes_show_accuracy_by_size_above_what_shuffled_labels_reach():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "20", "all"]
     (band,) = axes.collections[:1]
     assert band.get_paths()[0].get_extents().intervaly.tolist() == pytest.approx([15.0, 45.0])
+
+
+@pytest.mark.parametrize("size", [(30, 14), (2, 40), (1, 1)])
+def test_no_label_of_a_heatmap_is_cut_off_or_touches_its_neighbour(size):
+    figure = heatmap_figure(*size, reason="at chance")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = figure.get_tightbbox(canvas.get_renderer()).transformed(figure.dpi_scale_trans)
+    width, height = canvas.get_width_height()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    for axes in figure.axes[:2]:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
 def test_a_heatmap_holds_the_cells_with_the_first_layer_at_the_bottom():
