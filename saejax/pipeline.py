@@ -3,8 +3,9 @@
 preflight   baseline ──► capture ──► train/<kind> ──► evaluate/<kind>
                 │           │             │                │
                 ├───────────┴─► ablate ◄──┤                │
-                └─────────────► probe  ◄──┘                │
-                                   └──────► report ◄───────┘
+                └─────────────► probe  ◄──┤                │
+                                   │    study/<name>       │
+                                   └─────┴► report ◄───────┘
             benchmark/<name> ─────────────────┘
 """
 
@@ -58,7 +59,8 @@ def _report_needs(configs: Configs, name: str) -> Sequence[str]:
     trained = [f"{stage}/{kind}" for stage in ("train", "evaluate") for kind in _kinds(configs)]
     benchmarks = [f"benchmark/{benchmark}" for benchmark in configs["task"].benchmarks]
     probes = [f"probe/{name}" for name in _probed(configs)]
-    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}", *probes)
+    studies = [f"study/{benchmark}" for benchmark in configs["study"].benchmarks]
+    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}", *probes, *studies)
 
 
 def _asks(configs: Configs) -> bool:
@@ -142,6 +144,15 @@ STAGES = {
         needs=lambda configs, name: ("baseline", f"train/{configs['probe'].dictionary.partition('/')[0]}"),
         names=_probed,
         sources=("model",),
+    ),
+    "study": Stage(
+        "scores benchmarks without top features, beside matched random ones, if --study.benchmarks names any",
+        "saejax.causal.study:run_study",
+        ("model", "task", "study"),
+        ("mesh",),
+        needs=lambda configs, name: (f"train/{configs['study'].dictionary.partition('/')[0]}",),
+        names=lambda configs: configs["study"].benchmarks,
+        sources=("model", "benchmark"),
     ),
     "export": Stage(
         "writes trained dictionaries in the formats of other tools: SAELens folders, circuit-tracer sets",

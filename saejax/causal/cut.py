@@ -86,12 +86,14 @@ class Cut:
         Returns:
           logit(correct) - logit(wrong) at the last position, fp32 [B].
         """
-        hook, x_BxTxD = self._entry(stream_BxTxD, value_BxTxD)
-        x_BxTxD = decoder.run_layers(
-            self.config, params, x_BxTxD, self._start, self.config.n_layers, hook, (self._start,)
-        )
+        x_BxTxD = self.run_on(params, stream_BxTxD, value_BxTxD)
         last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
         return self.readouts(params, last_BxD, answers_Bx2)[:, 0]
+
+    def run_on(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
+        """The stream leaving the last layer, [B, T, D], with ``value_BxTxD`` as the site's value; see ``tail``."""
+        hook, x_BxTxD = self._entry(stream_BxTxD, value_BxTxD)
+        return decoder.run_layers(self.config, params, x_BxTxD, self._start, self.config.n_layers, hook, (self._start,))
 
     def record(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> tuple[jax.Array, Past]:
         """Runs on without an edit.

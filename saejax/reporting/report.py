@@ -15,7 +15,7 @@ from saejax.analysis.examples import Example, top_examples
 from saejax.config import to_json
 from saejax.dictionaries import stacks
 from saejax.models.source import load_tokenizer, resolve
-from saejax.reporting import circuits, details, dictionaries, probes, sections, style
+from saejax.reporting import circuits, details, dictionaries, probes, sections, studies, style
 from saejax.reporting.document import Picture, to_html, to_markdown
 from saejax.reporting.findings import read_findings
 from saejax.workspace import Run, package_versions, write_text
@@ -25,7 +25,7 @@ def run_report(run: Run) -> dict[str, Any]:
     """Writes the report.
 
     Reads ``run.inputs``: "baseline", "benchmark/NAME" of every benchmark, "capture", "train/KIND" and "evaluate/KIND"
-    of every kind, "ablate" (or "ablate/NAME"), and "probe/NAME" if probes were asked for.
+    of every kind, "ablate" (or "ablate/NAME"), and "probe/NAME" and "study/NAME" if they were asked for.
 
     Returns:
       ``verdicts`` (behaviour -> bool), ``figures`` (names), ``contexts`` (feature, as text -> how many are
@@ -56,6 +56,7 @@ def run_report(run: Run) -> dict[str, Any]:
         dictionaries.section(found, draw),
         *circuits.feature_sets(found, draw),
         *probes.sections(found, draw),
+        *studies.sections(found),
         *details.features(found, draw, config.features),
         details.left_out(found),
         details.limits(found),

@@ -10,6 +10,7 @@ from saejax.settings.causal import READOUTS as READOUTS
 from saejax.settings.causal import REPLACEMENTS as REPLACEMENTS
 from saejax.settings.causal import AblateConfig as AblateConfig
 from saejax.settings.causal import ProbeConfig as ProbeConfig
+from saejax.settings.causal import StudyConfig as StudyConfig
 from saejax.settings.run import ExportConfig as ExportConfig
 from saejax.settings.run import MeshConfig as MeshConfig
 from saejax.settings.run import ModelConfig as ModelConfig
@@ -36,6 +37,7 @@ GROUPS = dict(
     evaluate=EvaluateConfig,
     ablate=AblateConfig,
     probe=ProbeConfig,
+    study=StudyConfig,
     export=ExportConfig,
     report=ReportConfig,
 )
