@@ -299,7 +299,8 @@ def test_resampled_activations_are_those_of_other_firing_positions(llama):
     assert (llama.sae.resample(features, x_BxTxD, mask_BxT, seed=2) != drawn).any()
 
 
-def test_redrawn_activations_come_from_pools_in_prompts_and_new_tokens(llama, quick_compiler):
+@pytest.mark.parametrize("new_tokens", [0, pytest.param(8, marks=pytest.mark.slow)])
+def test_redrawn_activations_come_from_pools_in_prompts_and_new_tokens(llama, quick_compiler, new_tokens):
     plain_sae, pools = PlainDictionary(llama.sae), [[4.0, -3.0], [], [6.0]]
     edit = llama.sae.redraw(FEATURES, pools, 40, seed=3)
     drawn_TxK = np.asarray(edit.offset.values_BxTxN[0])
@@ -312,8 +313,9 @@ def test_redrawn_activations_come_from_pools_in_prompts_and_new_tokens(llama, qu
         return [(SITE, lambda x_TxD: plain_sae.edited(x_TxD, x_TxD, FEATURES, new, "fires"))]
 
     llama.check([edit], plain)
-    found = llama.lm.generate(llama.tokens, 8, edits=[edit])
-    assert [done.ids for done in found] == [next_ids(llama, b, plain, 8) for b in range(3)]
+    if new_tokens:
+        found = llama.lm.generate(llama.tokens, new_tokens, edits=[edit])
+        assert [done.ids for done in found] == [next_ids(llama, b, plain, new_tokens) for b in range(3)]
     again = llama.sae.redraw(FEATURES[::-1], pools[::-1], 40, seed=3)  # each feature has draws of its own
     np.testing.assert_array_equal(np.asarray(again.offset.values_BxTxN[0])[:, ::-1], drawn_TxK)
     with pytest.raises(UserError, match="the pool of feature 3 holds NaN"):
