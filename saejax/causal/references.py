@@ -52,9 +52,8 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """References after the head; B is P and the copies that fill the batch up, which are outside the domain."""
+    """References after the head; of the B rows some are copies that fill the batch up, which are outside the domain."""
 
-    references: list[Reference]
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
@@ -175,7 +174,7 @@ class References:
             sign_Bx1 = np.array([one.sign for one in filled], np.float32)[:, None]
             weight_BxC = np.where(np.arange(positions_BxC.shape[1])[None, :] < ends_Bx1, sign_Bx1, np.float32(0))
             placed = split.by_row(positions_BxC, targets_BxC, weight_BxC * kept_Bx1)
-            yield _Batch(filled[: len(chosen)], *head, *placed)
+            yield _Batch(*head, *placed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
