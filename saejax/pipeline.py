@@ -3,8 +3,9 @@
 preflight   baseline ──► capture ──► train/<kind> ──► evaluate/<kind>
                 │           │             │                │
                 ├───────────┴─► ablate ◄──┤                │
-                └─────────────► probe  ◄──┘                │
-                                   └──────► report ◄───────┘
+                └─────────────► probe  ◄──┤                │
+                                   │    study/<name>       │
+                                   └─────┴► report ◄───────┘
             benchmark/<name> ─────────────────┘
             patch/<kind of site> ─────────────┘
 """
@@ -64,7 +65,9 @@ def _report_needs(configs: Configs, name: str) -> Sequence[str]:
     benchmarks = [f"benchmark/{benchmark}" for benchmark in configs["task"].benchmarks]
     probes = [f"probe/{name}" for name in _probed(configs)]
     patched = [f"patch/{name}" for name in _patched(configs)]
-    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}", *probes, *patched)
+    studies = [f"study/{benchmark}" for benchmark in configs["study"].benchmarks]
+    asked = [*probes, *patched, *studies]
+    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}", *asked)
 
 
 def _asks(configs: Configs) -> bool:
@@ -171,6 +174,15 @@ STAGES = {
         needs=_patch_needs,
         names=_patched,
         sources=("model",),
+    ),
+    "study": Stage(
+        "scores benchmarks without top features, beside matched random ones, if --study.benchmarks names any",
+        "saejax.causal.study:run_study",
+        ("model", "task", "study"),
+        ("mesh",),
+        needs=lambda configs, name: (f"train/{configs['study'].dictionary.partition('/')[0]}",),
+        names=lambda configs: configs["study"].benchmarks,
+        sources=("model", "benchmark"),
     ),
     "export": Stage(
         "writes trained dictionaries in the formats of other tools: SAELens folders, circuit-tracer sets",

@@ -91,7 +91,7 @@ def draw_controls(
     draws: int,
     matches: int,
     seed: int | Sequence[int],
-    stage: str = "ablate",
+    advice: str = "lower --ablate.top or --ablate.matches, raise --task.test_prompts",
 ) -> np.ndarray:
     """Draws sets of control features, each matched one to one to ``features``.
 
@@ -104,7 +104,7 @@ def draw_controls(
       draws: number of sets, N.
       matches: how many nearest free features each control is drawn from, at least 1.
       seed: of the draws, for ``numpy.random.default_rng``.
-      stage: whose settings an error names.
+      advice: what to do where too few other features fire.
 
     Returns:
       Feature indices [N, K]; column k is matched to ``features[k]``, no feature is twice in a row.
@@ -118,8 +118,7 @@ def draw_controls(
     if count and candidates < count + matches - 1:
         raise UserError(
             f"only {candidates} features besides the {count} under test fire on the test prompts, but matched "
-            f"controls need {count + matches - 1}: lower --{stage}.top or --{stage}.matches, raise "
-            "--task.test_prompts, or train a dictionary with more live features"
+            f"controls need {count + matches - 1}: {advice}, or train a dictionary with more live features"
         )
     rng = np.random.default_rng(seed)
     drawn_NxK = np.zeros((draws, count), np.int64)

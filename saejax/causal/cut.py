@@ -86,11 +86,12 @@ class Cut:
         Returns:
           logit(correct) - logit(wrong) at the last position, fp32 [B].
         """
+        return self.difference(params, self.run_on(params, stream_BxTxD, value_BxTxD), last_B, answers_Bx2)
+
+    def run_on(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
+        """The stream leaving the last layer, [B, T, D], with ``value_BxTxD`` as the site's value; see ``tail``."""
         hook, x_BxTxD = self._entry(stream_BxTxD, value_BxTxD)
-        x_BxTxD = decoder.run_layers(
-            self.config, params, x_BxTxD, self._start, self.config.n_layers, hook, (self._start,)
-        )
-        return self.difference(params, x_BxTxD, last_B, answers_Bx2)
+        return decoder.run_layers(self.config, params, x_BxTxD, self._start, self.config.n_layers, hook, (self._start,))
 
     def record(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> tuple[jax.Array, Past]:
         """Runs on without an edit.

@@ -23,6 +23,8 @@ from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import bootstrap_mean
 
+_ADVICE = "lower --patch.top or --patch.matches, raise --task.test_prompts"
+
 
 def steps(top: int) -> list[int]:
     """1, 2, 5, 10, 20, 50, ... below ``top``, and ``top``; none for 0."""
@@ -64,7 +66,7 @@ class FeaturePatching:
         statistics = activity.statistics(split, self._sides[0])
         self._firing = [feature for feature in self._top if statistics.fires_at_all_F[feature]]
         self._drawn_NxK = controls.draw_controls(
-            statistics, self._firing, config.draws, config.matches, [config.seed, *name.encode()], stage="patch"
+            statistics, self._firing, config.draws, config.matches, [config.seed, *name.encode()], _ADVICE
         )
         self._measure()
 

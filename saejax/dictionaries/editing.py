@@ -91,6 +91,30 @@ class Editing:
         """
         return self._edit(features, 1.0, amount, positions, error)
 
+    def redraw(self, features: Sequence[int], pools: Sequence[Any], length: int, seed: int = 789) -> FeatureEdit:
+        """g = where the feature fires, an activation drawn at random from a pool of its own; new tokens, too.
+
+        The draw depends on seed, feature and place in the text alone, so that it is the same in every batch and with
+        every method of generation. It is so in all texts: what they begin with alike is replaced alike.
+
+        Args:
+          pools: for each feature the activations, [N], that are drawn from, such as those where it fires on some text;
+            a feature whose pool is empty stays as it is.
+          length: places of a text with draws of their own, such as the model's context; later ones share one draw.
+          seed: of the draws.
+        """
+        features_K = self._indices(features)
+        drawn_TxK, factor_K = np.zeros((length, len(features_K)), np.float32), np.ones(len(features_K), np.float32)
+        for k, (feature, pool) in enumerate(zip(features_K.tolist(), pools, strict=True)):
+            pool_N = np.asarray(pool, np.float32)
+            if not np.isfinite(pool_N).all():
+                raise UserError(f"the pool of feature {feature} holds NaN or infinity: expected finite activations")
+            if len(pool_N):
+                drawn_TxK[:, k] = np.random.default_rng([seed, feature]).choice(pool_N, length)
+                factor_K[k] = 0.0
+        where = Positions.of("fires", ("fires",))
+        return self._made(features_K, factor_K, Values.along_texts(drawn_TxK), where, None)
+
     def ablate_error(self, positions: str | Span = "all") -> FeatureEdit:
         """x' = decode(f): the dictionary's error term goes and all features stay."""
         return self._error_edit(Values.everywhere(0.0, self.config.d_in, "the error term"), positions)

@@ -102,11 +102,11 @@ class Positions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """N numbers for every position of some prompts, or the same N everywhere.
+    """N numbers for every position of some prompts, or of any text, or the same N everywhere.
 
     Attributes:
-      values_BxTxN: [1, 1, N] if they are the same everywhere.
-      by_position: whether they are not (static). New tokens have none then.
+      values_BxTxN: [1, 1, N] if they are the same everywhere, [1, T, N] if they are for the places of any text.
+      by_position: whether they are for prompts of their own (static). New tokens have none then.
     """
 
     values_BxTxN: jax.Array
@@ -130,11 +130,18 @@ class Values:
             raise UserError(f"{what} has the shape {found.shape}: expected [prompts, tokens, {n or 'width'}]")
         return cls(found, True)
 
+    @classmethod
+    def along_texts(cls, values_TxN: np.ndarray) -> Self:
+        """Numbers for the places 0 to T-1 of any text, new tokens included; places beyond take the last ones."""
+        return cls(jnp.asarray(values_TxN[None], jnp.float32), False)
+
     def at(self, run: ForwardPass) -> tuple[jax.Array, jax.Array]:
         """The numbers, [B, T, N] or broadcast to that, and where there are some, [B, T]."""
-        if not self.by_position:
+        if not self.by_position and self.values_BxTxN.shape[1] == 1:
             return self.values_BxTxN, run.mask_BxT
         place_BxT = jnp.clip(run.position_BxT, 0, self.values_BxTxN.shape[1] - 1)
+        if not self.by_position:
+            return self.values_BxTxN[0][place_BxT], run.mask_BxT
         known_BxT = run.mask_BxT & (run.position_BxT < run.prompt_B[:, None])
         return jnp.take_along_axis(self.values_BxTxN, place_BxT[..., None], axis=1), known_BxT
 

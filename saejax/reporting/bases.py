@@ -60,6 +60,7 @@ def rows_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def figure(compared: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
     """What the top directions of each basis cost, a panel for each behaviour."""
     heights = [0.55 + style.height_of(rows, 0.3) for rows in compared.values()]
+    heights[-1] += 0.6  # the legend takes it
     drawn, below = style.panels(heights, [f"{name}: logit difference lost" for name in compared])
     for axes, rows in zip(below, compared.values(), strict=True):
         style.name_rows(axes, list(rows))

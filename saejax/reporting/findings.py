@@ -81,6 +81,11 @@ class Findings:
         return self._units("probe")
 
     @property
+    def studies(self) -> dict[str, Mapping[str, Any]]:
+        """What removing features does to each benchmark, if asked for."""
+        return self._units("study")
+
+    @property
     def has_stacks(self) -> bool:
         """Whether a kind has more than one member."""
         return any(len(members) > 1 for members in self.scores.values())
@@ -102,7 +107,7 @@ def read_findings(inputs: Mapping[str, Path], own: Mapping[str, Mapping[str, Any
 
     Args:
       inputs: unit -> folder: "baseline", "benchmark/NAME", "capture", "train/KIND", "evaluate/KIND", "ablate" or
-        "ablate/NAME", and perhaps "probe/NAME" and "patch/NAME".
+        "ablate/NAME", and perhaps "probe/NAME", "patch/NAME" and "study/NAME".
       own: the report's own settings, group -> field -> value.
 
     Raises:

@@ -16,7 +16,7 @@ from saejax.config import to_json
 from saejax.dictionaries import stacks
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
-from saejax.reporting import bases, circuits, details, dictionaries, patching, probes, sections, style
+from saejax.reporting import bases, circuits, details, dictionaries, patching, probes, sections, studies, style
 from saejax.reporting.document import Picture, to_html, to_markdown
 from saejax.reporting.findings import read_findings
 from saejax.workspace import Run, package_versions, write_text
@@ -26,7 +26,7 @@ def run_report(run: Run) -> dict[str, Any]:
     """Writes the report.
 
     Reads ``run.inputs``: "baseline", "benchmark/NAME" of every benchmark, "capture", "train/KIND" and "evaluate/KIND"
-    of every kind, "ablate" (or "ablate/NAME"), and "probe/NAME" if probes were asked for.
+    of every kind, "ablate" (or "ablate/NAME"), and "probe/NAME" and "study/NAME" if they were asked for.
 
     Returns:
       ``verdicts`` (behaviour -> bool), ``figures`` (names), ``contexts`` (feature, as text -> how many are
@@ -59,6 +59,7 @@ def run_report(run: Run) -> dict[str, Any]:
         *circuits.feature_sets(found, draw),
         *patching.sections(found, draw),
         *probes.sections(found, draw),
+        *studies.sections(found),
         *details.features(found, draw, config.features),
         details.left_out(found),
         details.limits(found),

@@ -13,6 +13,7 @@ from saejax.settings.causal import REPLACEMENTS as REPLACEMENTS
 from saejax.settings.causal import AblateConfig as AblateConfig
 from saejax.settings.causal import PatchConfig as PatchConfig
 from saejax.settings.causal import ProbeConfig as ProbeConfig
+from saejax.settings.causal import StudyConfig as StudyConfig
 from saejax.settings.run import ExportConfig as ExportConfig
 from saejax.settings.run import MeshConfig as MeshConfig
 from saejax.settings.run import ModelConfig as ModelConfig
@@ -40,6 +41,7 @@ GROUPS = dict(
     ablate=AblateConfig,
     probe=ProbeConfig,
     patch=PatchConfig,
+    study=StudyConfig,
     export=ExportConfig,
     report=ReportConfig,
 )

@@ -3,6 +3,7 @@
 import dataclasses
 
 from saejax.config import Config, setting
+from saejax.settings.tasks import BENCHMARKS
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
 ESTIMATES = ("gradient", "integrated", "relp")
@@ -120,6 +121,7 @@ class ProbeConfig(Config):
     seed: int = setting(567, "seed of the folds, the shuffled labels, the random features and the permutations", low=0)
 
 
+@dataclasses.dataclass(frozen=True)
 class PatchConfig(Config):
     """Activation patching between the test prompts and their counterparts."""
 
@@ -144,3 +146,39 @@ class PatchConfig(Config):
     seed: int = setting(456, "seed of the control draws and the bootstrap", low=0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     batch_rows: int = setting(64, "patched prompts per batch", low=1, changes_results=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig(Config):
+    """What removing top features does to scores on benchmarks."""
+
+    benchmarks: tuple[str, ...] = setting(
+        (),
+        "benchmarks on which a dictionary's top features are removed: gsm8k, math, logic; empty: none",
+        choices=BENCHMARKS,
+        changes_results=False,
+    )
+    dictionary: str = setting("topk", "whose features: topk, or a member of a stack as in topk/k32")
+    items: int = setting(
+        200,
+        "items of each benchmark at most, of those of --task.examples: half choose features, half judge them",
+        low=2,
+    )
+    top: int = setting(20, "features, ranked on train items, that are removed together", low=1)
+    draws: int = setting(10, "draws of as many matched random features", low=2)
+    matches: int = setting(
+        10, "how many nearest features by firing rate and activation size each control is drawn from", low=1
+    )
+    min_drop: float = setting(
+        0.05, "verdict: removing the top features must cost more than this share of accuracy", low=0.0, high=1.0
+    )
+    even_at_chance: bool = setting(
+        False, "measure accuracy without features even where the model is no better than chance before"
+    )
+    bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
+    seed: int = setting(
+        42, "seed of the split of items, the control draws, random replacements and the bootstrap", low=0
+    )
+    batch_tokens: int = setting(
+        2048, "tokens per batch, padding included, while features are chosen", low=1, changes_results=False
+    )

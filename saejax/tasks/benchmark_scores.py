@@ -148,11 +148,19 @@ def _scored(
     """The log-likelihood of each answer after its prompt."""
     contexts, continuations = [], []
     for item, prompt, answer in asked:
-        pair = encode_pair(lm.tokenizer, prompt, prompter.delimiter + answer, special_tokens=not prompter.chat)
-        _check_length(lm, prompter, item, len(pair[0]), len(pair[1]))
-        contexts.append(pair[0])
-        continuations.append(pair[1])
+        context, continuation = encode_answer(lm, prompter, item, prompt, answer)
+        contexts.append(context)
+        continuations.append(continuation)
     return loglikelihoods(lm, contexts, continuations, edits)
+
+
+def encode_answer(
+    lm: LanguageModel, prompter: Prompter, item: Item, prompt: str, answer: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of an item's prompt and of an answer after it; a ``UserError`` if they are longer than the context."""
+    pair = encode_pair(lm.tokenizer, prompt, prompter.delimiter + answer, special_tokens=not prompter.chat)
+    _check_length(lm, prompter, item, len(pair[0]), len(pair[1]))
+    return pair
 
 
 def _check_length(

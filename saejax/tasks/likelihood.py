@@ -151,6 +151,26 @@ def _score(
     lm: LanguageModel, rows: Sequence[tuple[list[int], list[int]]], length: int, edits: tuple[Edit, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each row the log-likelihood of every continuation token and whether it was the likeliest, both [B, C]."""
+    tokens, positions_BxC, targets_BxC = align(rows, length)
+    last = f"resid_post.{lm.config.n_layers - 1}"
+    x_BxTxD = lm(tokens, capture=[last], edits=edits, logits=False).sites[last]
+    on_data = fitting_sharding(lm.mesh, positions_BxC.shape, "data", None)
+    placed = jax.device_put((positions_BxC, targets_BxC), on_data)
+    logp_BxC, hits_BxC = token_scores(lm.config, lm.params, x_BxTxD, *placed)
+    return np.asarray(logp_BxC, np.float64), np.asarray(hits_BxC)
+
+
+def align(rows: Sequence[tuple[list[int], list[int]]], length: int) -> tuple[Tokens, np.ndarray, np.ndarray]:
+    """Contexts and continuations as a batch.
+
+    Args:
+      rows: B pairs of token ids.
+      length: T, at least that of the longest pair.
+
+    Returns:
+      Tokens [B, T]; the position at which each continuation token is predicted, and its id, both [B, C] with C at
+      least the longest continuation's length. Beyond a continuation's end both are 0.
+    """
     # The last token is not read: nothing is predicted from it. It is kept for edits, for which it is a position.
     padded = pad([context + continuation for context, continuation in rows])
     ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
@@ -161,23 +181,23 @@ def _score(
         n = len(continuation)
         positions_BxC[row, :n] = np.arange(n) + len(context) - 1
         targets_BxC[row, :n] = continuation
-    last = f"resid_post.{lm.config.n_layers - 1}"
-    x_BxTxD = lm(Tokens(ids_BxT, padded.lengths_B), capture=[last], edits=edits, logits=False).sites[last]
-    on_data = fitting_sharding(lm.mesh, positions_BxC.shape, "data", None)
-    placed = jax.device_put((positions_BxC, targets_BxC), on_data)
-    logp_BxC, hits_BxC = _token_scores(lm.config, lm.params, x_BxTxD, *placed)
-    return np.asarray(logp_BxC, np.float64), np.asarray(hits_BxC)
+    return Tokens(ids_BxT, padded.lengths_B), positions_BxC, targets_BxC
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _token_scores(
+def token_scores(
     config: DecoderConfig,
     params: decoder.Params,
     x_BxTxD: jax.Array,
     positions_BxC: jax.Array,
     targets_BxC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-likelihood of the target after each position, and whether it has the highest logit there, both [B, C]."""
+    """Log-likelihood of the target after each position, and whether it has the highest logit there, both [B, C].
+
+    Args:
+      x_BxTxD: the stream leaving the last layer.
+      positions_BxC, targets_BxC: as ``align`` gives them.
+    """
     rows, columns = positions_BxC.shape
     piece = math.gcd(columns, 1 << max(0, (_ROWS_OF_LOGITS // rows).bit_length() - 1))
     chosen_BxCxD = jnp.take_along_axis(x_BxTxD, positions_BxC[..., None], axis=1)
@@ -185,6 +205,7 @@ def _token_scores(
     def pieces(value: jax.Array) -> jax.Array:
         return jnp.moveaxis(value.reshape(rows, columns // piece, piece, *value.shape[2:]), 1, 0)
 
+    @jax.checkpoint  # for a gradient, no piece's logits are kept
     def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x_BxPxD, targets_BxP = part
         logits_BxPxV = decoder.unembed(config, params, x_BxPxD)

@@ -163,10 +163,24 @@ def test_a_member_of_a_stack_is_tested(make_run, make_dictionary):
     assert (results["dictionary"], results["site"]) == ("topk/k16", "resid_post.1")
 
 
-def test_transcoders_are_refused(tiny, make_dictionary):
-    sae = make_dictionary("mlp_in.1")
+def test_features_of_a_transcoder_are_removed_from_what_it_predicts(tiny, make_dictionary, prompts):
+    sae, features, few = make_dictionary("mlp_in.1"), [3, 5, 40], prompts[:4]
     transcoder = Dictionary(dataclasses.replace(sae.config, target="mlp_out.1", centred=False), **sae.arrays)
-    with pytest.raises(UserError, match="is a transcoder from mlp_in.1 to mlp_out.1"):
+    split = ablate.SplitModel(tiny, transcoder)
+    diffs = ablation.ablate_sets(split, split.run(few), [features])
+    tokens = tiny.tokenize([prompt.text for prompt in few])
+    logits_BxTxV = np.asarray(tiny(tokens, edits=[transcoder.ablate(features)]).logits_BxTxV)
+    for p, prompt in enumerate(few):
+        last_V = logits_BxTxV[p, tokens.last_B[p]]
+        wanted = last_V[tiny.token_id(prompt.correct)] - last_V[tiny.token_id(prompt.wrong)]
+        np.testing.assert_allclose(diffs.ablated_SxP[0, p], wanted, atol=1e-4)
+    assert (np.abs(diffs.drop_SxP) > 1e-4).any()
+
+
+def test_a_transcoder_over_layers_is_refused(tiny, make_dictionary):
+    sae = make_dictionary("mlp_in.1")
+    transcoder = Dictionary(dataclasses.replace(sae.config, target="mlp_out.2", centred=False), **sae.arrays)
+    with pytest.raises(UserError, match="is a transcoder from mlp_in.1 to mlp_out.2"):
         ablate.SplitModel(tiny, transcoder)
 
 

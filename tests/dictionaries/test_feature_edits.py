@@ -299,6 +299,29 @@ def test_resampled_activations_are_those_of_other_firing_positions(llama):
     assert (llama.sae.resample(features, x_BxTxD, mask_BxT, seed=2) != drawn).any()
 
 
+@pytest.mark.parametrize("new_tokens", [0, pytest.param(8, marks=pytest.mark.slow)])
+def test_redrawn_activations_come_from_pools_in_prompts_and_new_tokens(llama, quick_compiler, new_tokens):
+    plain_sae, pools = PlainDictionary(llama.sae), [[4.0, -3.0], [], [6.0]]
+    edit = llama.sae.redraw(FEATURES, pools, 40, seed=3)
+    drawn_TxK = np.asarray(edit.offset.values_BxTxN[0])
+    assert set(drawn_TxK[:, 0].tolist()) == {4.0, -3.0} and (drawn_TxK[:, 2] == 6).all()
+
+    def plain(b, prompt=None):
+        def new(k, t, f):
+            return drawn_TxK[t, k] if pools[k] else f
+
+        return [(SITE, lambda x_TxD: plain_sae.edited(x_TxD, x_TxD, FEATURES, new, "fires"))]
+
+    llama.check([edit], plain)
+    if new_tokens:
+        found = llama.lm.generate(llama.tokens, new_tokens, edits=[edit])
+        assert [done.ids for done in found] == [next_ids(llama, b, plain, new_tokens) for b in range(3)]
+    again = llama.sae.redraw(FEATURES[::-1], pools[::-1], 40, seed=3)  # each feature has draws of its own
+    np.testing.assert_array_equal(np.asarray(again.offset.values_BxTxN[0])[:, ::-1], drawn_TxK)
+    with pytest.raises(UserError, match="the pool of feature 3 holds NaN"):
+        llama.sae.redraw([3], [[np.nan]], 40)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -1,8 +1,8 @@
-"""Sections of the report that a made-up workspace does not have: benchmarks, probes."""
+"""Sections of the report that a made-up workspace does not have: benchmarks, probes, studies."""
 
 import types
 
-from saejax.reporting import probes, sections
+from saejax.reporting import probes, sections, studies
 from saejax.reporting.document import Picture
 
 
@@ -73,3 +73,57 @@ def test_probes_are_shown_and_labels_without_one_said():
     results["labels"] = labels[1:]
     assert [block.kind for block in probes.sections(found, lambda *drawn: None)[0].blocks] == ["text", "terms"]
     assert probes.sections(types.SimpleNamespace(probes={}), lambda *drawn: None) == []
+
+
+def test_studies_show_every_measure_and_replacement():
+    one = dict(
+        after=interval(0.3),
+        drop=interval(0.2),
+        controls=[0.1, 0.1],
+        control_drop=0.1,
+        percentile=1.0,
+        difference=interval(0.15),
+    )
+    both = dict(before=interval(0.5), zero=one, random=one)
+    logic = dict(
+        dictionary="topk",
+        site="resid_post.15",
+        rule="Yes if so. Otherwise no.",
+        score="choice",
+        chance=0.25,
+        items=dict(train=20, test=21),
+        accuracy=both,
+        log_likelihood_per_token=both,
+        verdicts=dict(zero=True, random=False),
+        reason="Yes: it falls.",
+    )
+    weak = logic | dict(
+        score="generate",
+        chance=0.0,
+        accuracy=dict(before=interval(0.0), zero=None, random=None),
+        verdicts=dict(zero=None, random=None),
+        reason="At chance before any edit.",
+    )
+    settings = dict(study=dict(top=20, draws=2), model=dict(path="smollm2"))
+    found = types.SimpleNamespace(studies=dict(logic=logic, gsm8k=weak), settings=lambda: settings)
+    (section,) = studies.sections(found)
+    intro, rule, reasons, table = section.blocks
+    assert "20 features of topk" in intro.text and "Yes if so." in rule.text
+    assert reasons.items == (("logic", "Yes: it falls."), ("gsm8k", "At chance before any edit."))
+    assert len(table.rows) == 8 and "smollm2" in table.caption
+    assert table.rows[0] == (
+        "logic (21 items)",
+        "multiple choice, % (chance 25\u00a0%)",
+        "50.0 [40.0,\u00a060.0]",
+        "set to zero",
+        "30.0 [20.0,\u00a040.0]",
+        "20.0 [10.0,\u00a030.0]",
+        "10.0 in every draw",
+        "100\u00a0%",
+        "15.0 [5.0,\u00a025.0]",
+        "yes",
+    )
+    assert table.rows[1][3:4] + table.rows[1][-1:] == ("at random", "no")
+    assert table.rows[2][1:3] == ("nats per token", "0.500 [0.400,\u00a00.600]") and table.rows[2][-1] == "–"
+    assert table.rows[4][1] == "exact match, %" and table.rows[4][4:] == ("–",) * 6
+    assert studies.sections(types.SimpleNamespace(studies={})) == []

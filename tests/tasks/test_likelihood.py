@@ -103,7 +103,7 @@ def test_edits_are_on(lm):
 def test_logits_exist_only_where_they_are_needed(lm):
     x_BxTxD, positions = jnp.zeros((4, 128, 64)), jnp.zeros((4, 16), jnp.int32)
     text = str(
-        jax.make_jaxpr(likelihood._token_scores, static_argnums=0)(lm.config, lm.params, x_BxTxD, *[positions] * 2)
+        jax.make_jaxpr(likelihood.token_scores, static_argnums=0)(lm.config, lm.params, x_BxTxD, *[positions] * 2)
     )
     assert "4,16,384" in text and "128,384" not in text
 
