@@ -67,6 +67,7 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
         "evaluate.ce_documents": 3,
         "ablate.top": 2,
         "ablate.draws": 3,
+        "ablate.curve": False,
         "ablate.bootstrap": 200,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}

@@ -58,6 +58,7 @@ def test_an_untrained_dictionary_is_as_sparse_as_asked(dictionary):
     np.testing.assert_array_equal(basis.b_dec_D[...], dictionary.b_dec_D[...])
 
 
+@pytest.mark.slow
 def test_every_basis_goes_through_the_same_experiment(tiny, prompts, dictionary):
     config = AblateConfig(top=3, draws=4, matches=2, bootstrap=100, baselines=("neurons", "components", "random"))
     experiment = ModelExperiment(SplitModel(tiny, dictionary), "tiny", prompts, config)

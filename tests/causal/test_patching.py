@@ -51,7 +51,7 @@ def hooked(model, ids, answers, place=None, change=None):
     return float(logits_V[answers[0]] - logits_V[answers[1]]), seen[0]
 
 
-@pytest.mark.parametrize("kind", ["resid_post", "mlp_out"])
+@pytest.mark.parametrize("kind", ["resid_post", pytest.param("mlp_out", marks=pytest.mark.slow)])
 def test_equals_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, kind):
     patched = patch_sites(tiny, kind, pairs)
     compared = 0

@@ -241,7 +241,8 @@ def next_ids(llama, b, edits_of, count):
     return tuple(new[: new.index(0)] if 0 in new else new)
 
 
-@pytest.mark.parametrize("cache", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [True, False])
 def test_edits_in_generation_equal_plain_hooks(llama, quick_compiler, cache):
     """Every new token is edited, or those at some positions; what was given for prompts is for prompts alone."""
     plain_sae, given, steps = PlainDictionary(llama.sae), 2 * llama.given_BxTxK, (("last", 3.0), ((6, 11), -2.0))

@@ -117,14 +117,14 @@ def test_ablation(programs, work, lm, spy):
         "ablate: features": spy(ablation, "gather"),
         "ablate: tail": spy(ablation, "run_rows"),
     }
-    text = "The cat near the dogs"
+    text = "The cat near the dogs far"
     prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * work.prompts
-    assert work.prompt == len(lm.tokenize([text]).ids_BxT[0]) + 1  # an odd length, padded
+    assert work.prompt == len(lm.tokenize([text]).ids_BxT[0])  # nothing is padded, and the batches below are full
     cut_model = split.SplitModel(lm, make_dictionary(lm, work))
     runs = cut_model.run(prompts)
     screening.attribution(cut_model, runs)
     assert work.features == K
-    ablation.ablate_sets(cut_model, runs, [list(range(K))] * 7, work.rows, plain=True)
+    ablation.ablate_sets(cut_model, runs, [list(range(K))] * 6, work.rows, plain=True)
     for name, seen in calls.items():
         assert_same_call(programs[name], seen[-1])
     assert len(calls) == sum(name.startswith("ablate") for name in programs)
