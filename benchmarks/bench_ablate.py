@@ -5,8 +5,8 @@ Of the features that fire on the prompts of a behaviour, 200 are drawn at random
 prompts. Each is removed from all prompts, in fp32 on both sides: by ``ablation.ablate_sets``, and by a hook on the
 decoder layer of the transformers model, one forward pass over the batch of prompts for each feature. Both sides must
 give the same effects. They run in one process, ours before the hooks (which compiles, printed apart) and after them
-(median over rounds). Then every feature of the dictionary is measured by ours alone. Prints a table and, last, one line of
-JSON.
+(median over rounds). Then every feature of the dictionary is measured by ours alone. Prints a table and, last, one
+line of JSON.
 """
 
 import argparse
