@@ -49,8 +49,8 @@ def formula(config, q_BxTxHxK, k_BxSxNxK, v_BxSxNxK, seen_BxTxS):
     return mixed
 
 
-def mix(config, reaches, q, k, v):
-    return attention._mix(config, *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), reaches.at(config, 0))
+def mixed(config, reaches, q, k, v):
+    return attention.mix(config, *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), reaches.at(config, 0))
 
 
 @pytest.mark.parametrize("config", [CONFIG, CAPPED_LOCAL], ids=["plain", "local, soft cap"])
@@ -59,7 +59,7 @@ def test_whole_prompts(config, length):
     q, k, v = draw(2, length, 6, 8), draw(2, length, 2, 8, seed=1), draw(2, length, 2, 8, seed=2)
     age_TxT = np.arange(length)[:, None] - np.arange(length)
     seen_TxT = (age_TxT >= 0) & (age_TxT < (config.window or length))
-    found = mix(config, full_reaches(config, length), q, k, v)
+    found = mixed(config, full_reaches(config, length), q, k, v)
     expected = formula(config, q, k, v, np.broadcast_to(seen_TxT, (2, length, length)))
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
@@ -71,7 +71,7 @@ def test_left_padded_prompts_with_a_cache(new, slots):
     cache = empty_cache(CONFIG, 2, slots, jnp.float32, pad_B)
     cache = dataclasses.replace(cache, length=jnp.int32(slots - new))
     q, k, v = draw(2, new, 6, 8), draw(2, slots, 2, 8, seed=1), draw(2, slots, 2, 8, seed=2)
-    found = mix(CONFIG, cached_reaches(CONFIG, cache, new), q, k, v)
+    found = mixed(CONFIG, cached_reaches(CONFIG, cache, new), q, k, v)
     age_TxS = np.arange(slots - new, slots)[:, None] - np.arange(slots)
     seen_BxTxS = (age_TxS >= 0) & (np.arange(slots) >= pad_B[:, None])[:, None] | (age_TxS == 0)
     expected = formula(CONFIG, q, k, v, seen_BxTxS)
@@ -85,7 +85,7 @@ def test_gradients_of_blocks_equal_those_of_one(monkeypatch):
 
     def gradients():
         def loss(q, k, v):
-            return jnp.sum(weight * attention._mix(CONFIG, q, k, v, full_reaches(CONFIG, length).at(CONFIG, 0)))
+            return jnp.sum(weight * attention.mix(CONFIG, q, k, v, full_reaches(CONFIG, length).at(CONFIG, 0)))
 
         return jax.grad(loss, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float32) for x in arrays))
 

@@ -75,7 +75,8 @@ def test_attribution(tiny_llama, one_device, points):
     lm = load_model(str(tiny_llama), mesh=one_device)
     config = DictionaryConfig(kind="standard", site="resid_post.1", d_in=lm.config.d_model, n_features=32)
     graph, state = nnx.split(Dictionary.initial(config, jax.random.key(0)))
-    cut = Cut(lm.config, Site.parse(config.site), one_device)
+    site = Site.parse(config.site)
+    cut = Cut(lm.config, site, site, one_device)
     value = jnp.ones((2, 6, lm.config.d_model))
     check(
         lambda params, state: screening.score_features(
@@ -84,6 +85,7 @@ def test_attribution(tiny_llama, one_device, points):
             points,
             params,
             state,
+            value,
             value,
             value,
             jnp.ones((2, 6), bool),
