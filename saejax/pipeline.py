@@ -154,7 +154,7 @@ STAGES = {
         ("mesh",),
         needs=lambda configs, name: ("baseline", f"train/{configs['ablate'].dictionary.partition('/')[0]}"),
         names=lambda configs: (_tested(configs),) if _asks(configs) else (),
-        sources=("model",),
+        sources=("model", "bases"),
         many_processes=True,
     ),
     "probe": Stage(

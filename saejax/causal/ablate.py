@@ -48,6 +48,7 @@ def run_ablate(run: Run) -> dict:
     """
     config: AblateConfig = run.configs["ablate"]
     positions.parse(config.positions)
+    baselines.check(config)
     by_behaviour: dict[str, list[Prompt]] = {}
     for prompt in read_prompts(run.inputs["baseline"] / "prompts.jsonl"):
         by_behaviour.setdefault(prompt.behaviour, []).append(prompt)

@@ -45,9 +45,7 @@ def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """
     rows_PxF = np.concatenate(
         [
-            np.asarray(_maxima(split.cut, split.graph, split.state, run.value_BxTxD, run.domain_BxT))[
-                : len(run.index_P)
-            ]
+            np.asarray(_maxima(split.cut, split.graph, split.state, run.read_BxTxD, run.domain_BxT))[: len(run.index_P)]
             for run in runs
         ]
     )
@@ -55,10 +53,8 @@ def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _maxima(
-    cut: Cut, graph: nnx.GraphDef, state: nnx.State, value_BxTxD: jax.Array, domain_BxT: jax.Array
-) -> jax.Array:
-    max_BxF = of_features(graph, state, (value_BxTxD, domain_BxT), lambda f_PxTxF: f_PxTxF.max(axis=1, initial=0.0))
+def _maxima(cut: Cut, graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
+    max_BxF = of_features(graph, state, (read_BxTxD, domain_BxT), lambda f_PxTxF: f_PxTxF.max(axis=1, initial=0.0))
     return jax.lax.with_sharding_constraint(max_BxF, sharding(cut.mesh))
 
 

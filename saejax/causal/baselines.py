@@ -12,8 +12,9 @@ import numpy as np
 from saejax.causal import bases, verdict
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, load_dictionary
+from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.settings import AblateConfig
+from saejax.settings import BASES, AblateConfig
 
 DRAWS = 20  # of matched random directions in each basis
 
@@ -28,6 +29,15 @@ class Movable(verdict.Experiment, Protocol):
 
     def train_values(self) -> np.ndarray:
         """Values of the site on the train prompts, [N, D]."""
+
+
+def check(config: AblateConfig) -> None:
+    """A ``UserError``, before any work is done, if a basis is no word that is known and no folder of a dictionary."""
+    if config.baselines and config.error == "drop":
+        raise UserError("--ablate.error=drop has no meaning for other bases: leave out --ablate.baselines")
+    for wanted in config.baselines:
+        if wanted not in BASES:
+            load_dictionary(wanted)
 
 
 def compare(
@@ -45,6 +55,11 @@ def compare(
     """
     found: dict[str, dict[str, Any]] = {}
     for wanted in config.baselines:
+        if wanted == "neurons" and model.config.post_norms:
+            found[wanted] = dict(
+                reason="this model norms what its neurons add, so they have no directions of their own"
+            )
+            continue
         basis = _basis(wanted, experiment, model, dictionary, config)
         size = basis.config.n_features
         if size < 2 * config.top + config.matches:

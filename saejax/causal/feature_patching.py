@@ -19,6 +19,7 @@ from saejax.causal.patch_cells import measurable
 from saejax.causal.replacements import Replacement
 from saejax.causal.split import CleanRun, SplitModel
 from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
+from saejax.errors import UserError
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import bootstrap_mean
@@ -159,4 +160,6 @@ def whole_sites(split: SplitModel, base: Sequence[CleanRun], source: Sequence[Cl
     for own, other in zip(base, source, strict=True):
         diff_B = tail(split.params, own.stream_BxTxD, other.value_BxTxD, own.last_B, own.answers_Bx2)
         diff_P[own.index_P] = np.asarray(diff_B, np.float64)[: len(own.index_P)]
+    if not np.isfinite(diff_P).all():
+        raise UserError(f"a logit difference after patching {split.cut.site} is not finite: try --model.dtype=float32")
     return diff_P

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 
+from saejax import pipeline
 from saejax.causal import ablation, baselines, bases
 from saejax.causal.ablate import ModelExperiment
 from saejax.causal.split import SplitModel
+from saejax.dictionaries import save_dictionary
+from saejax.errors import UserError
 from saejax.models.sites import Site
-from saejax.settings import AblateConfig
+from saejax.settings import GROUPS, AblateConfig
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +74,29 @@ def test_every_basis_goes_through_the_same_experiment(tiny, prompts, dictionary)
         )
     many = AblateConfig(top=40, matches=2, bootstrap=100, baselines=("components",))
     assert "too few" in baselines.compare(experiment, tiny, dictionary, many)["components"]["reason"]
+
+
+def test_bases_are_checked_before_any_work():
+    baselines.check(AblateConfig(baselines=("neurons", "random")))
+    with pytest.raises(UserError, match="neuron holds no dictionary"):
+        baselines.check(AblateConfig(baselines=("neuron",)))
+    with pytest.raises(UserError, match="error=drop has no meaning for other bases"):
+        baselines.check(AblateConfig(baselines=("neurons",), error="drop"))
+
+
+def test_a_basis_that_changed_is_compared_anew(dictionary, tmp_path):
+    configs = {name: group() for name, group in GROUPS.items()}
+    configs["ablate"] = AblateConfig(baselines=(str(tmp_path / "other"),))
+
+    def mark():
+        plan = pipeline.Plan(configs)
+        plan._marks |= {"<model>": "m", "<corpus>": "c", "<prompts>": "p"}
+        return plan.mark("ablate/topk")
+
+    save_dictionary(tmp_path / "other", dictionary)
+    before = mark()
+    assert mark() == before
+    save_dictionary(tmp_path / "other2", bases.untrained(dictionary, 3, seed=5))
+    (tmp_path / "other").rename(tmp_path / "gone")
+    (tmp_path / "other2").rename(tmp_path / "other")
+    assert mark() != before
