@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy.spatial import cKDTree
 from scipy.stats import pearsonr, rankdata, spearmanr
 
 from saejax.causal.ablation import LogitDiffs
+from saejax.causal.columns import Columns
 from saejax.causal.controls import FeatureStatistics
 from saejax.causal.statistics import bootstrap_means, false_discovery_rates, sign_flip_p
-from saejax.errors import UserError
 from saejax.settings import ESTIMATES, AblateConfig
 from saejax.tasks.scoring import separation
-from saejax.workspace import whole_file
 
 NEAREST = 100  # features that a control percentile is over
 PERMUTATIONS = 20_000
@@ -51,7 +48,7 @@ class Measurable(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Importance:
+class Importance(Columns):
     """What each of the N features that fire on the test prompts is worth there; arrays [N], features rising.
 
     Attributes:
@@ -103,37 +100,12 @@ class Importance:
                 for name in ESTIMATES
             },
             correlations={name: self._rank_agreement(getattr(self, name)) for name in ("pearson", "spearman")},
-            leaders=[{name: _plain(values_N[n]) for name, values_N in self._columns.items()} for n in order_N],
+            leaders=[{name: _plain(values_N[n]) for name, values_N in self.columns.items()} for n in order_N],
         )
 
     def _rank_agreement(self, correlation_N: np.ndarray) -> float | None:
         defined_N = ~np.isnan(correlation_N)
         return _correlation(spearmanr, np.abs(correlation_N[defined_N]), self.drop[defined_N])
-
-    @property
-    def _columns(self) -> dict[str, np.ndarray]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def save(self, path: Path) -> None:
-        """Writes a Parquet table with a column for each attribute, null where it is NaN."""
-        columns = {name: pa.array(values_N, from_pandas=True) for name, values_N in self._columns.items()}
-        with whole_file(path) as beside:
-            pq.write_table(pa.table(columns), beside)
-
-    @classmethod
-    def load(cls, path: Path) -> "Importance":
-        """Reads what ``save`` wrote.
-
-        Raises:
-          UserError: it is missing or damaged.
-        """
-        try:
-            table = pq.read_table(path)
-            return cls(**{field.name: table[field.name].to_numpy() for field in dataclasses.fields(cls)})
-        except (OSError, pa.ArrowException, KeyError):
-            raise UserError(
-                f"{path} is missing or damaged: delete {path.parent} and run the ablate stage again"
-            ) from None
 
 
 def importance_file(folder: Path, behaviour: str) -> Path:

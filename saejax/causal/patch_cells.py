@@ -9,18 +9,15 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from saejax.causal.columns import Columns
 from saejax.causal.patching import DIRECTIONS, Patched
 from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
-from saejax.errors import UserError
 from saejax.tasks.scoring import bootstrap_mean
-from saejax.workspace import whole_file
 
 
 @dataclasses.dataclass(frozen=True)
-class Cells:
+class Cells(Columns):
     """The cells of a behaviour; arrays [N], sorted by direction, layer and position.
 
     Attributes:
@@ -43,35 +40,10 @@ class Cells:
     high: np.ndarray
     prompts: np.ndarray
 
-    @property
-    def _columns(self) -> dict[str, np.ndarray]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
     def grid(self, name: str) -> np.ndarray:
         """One of the attributes as [D, L, C]."""
         columns = len(np.unique(self.position))
         return getattr(self, name).reshape(len(DIRECTIONS), -1, columns)
-
-    def save(self, path: Path) -> None:
-        """Writes a Parquet table with a column for each attribute."""
-        with whole_file(path) as beside:
-            columns = {name: pa.array(values_N, from_pandas=True) for name, values_N in self._columns.items()}
-            pq.write_table(pa.table(columns), beside)
-
-    @classmethod
-    def load(cls, path: Path) -> "Cells":
-        """Reads what ``save`` wrote.
-
-        Raises:
-          UserError: it is missing or damaged.
-        """
-        try:
-            table = pq.read_table(path)
-            return cls(**{field.name: table[field.name].to_numpy() for field in dataclasses.fields(cls)})
-        except (OSError, pa.ArrowException, KeyError):
-            raise UserError(
-                f"{path} is missing or damaged: delete {path.parent} and run the patch stage again"
-            ) from None
 
 
 def cells_file(folder: Path, behaviour: str) -> Path:

@@ -228,7 +228,8 @@ def _dispatched(
             entry_R, place_R, position_R = (array_N[filled_R] for array_N in found)
             start, last_R, answers_Rx2 = entry_R.min(), pairs.last_B[place_R], pairs.answers_Bx2[place_R]
             if plain:
-                layer = dataclasses.replace(cut, site=Site(cut.site.kind, int(start) - _shift(cut)))
+                site = Site(cut.site.kind, int(start) - _shift(cut))
+                layer = dataclasses.replace(cut, site=site, reads=site)
                 ids = pairs.ids_2xBxT[base][place_R], pairs.ids_2xBxT[source][place_R]
                 rows = by_row(cut.mesh, *ids, position_R, last_R, answers_Rx2)
                 yield direction, part, run_plain(layer, params, *rows), size * length * layers
