@@ -1,0 +1,345 @@
+"""What the model does when features of its transcoders take other values: many sets of changes to one prompt at once.
+
+A change gives a feature another activation at a position, which adds to what its layer's MLP gives there:
+
+    mlp_out_t  ->  mlp_out_t + (value - f_t) W_dec
+
+What stays as it was in the prompt is a choice. With ``hold`` "nothing" the model runs on from there, and f_t is the
+activation in that run, after all earlier changes. With "attention" the attention weights are those of the prompt. With
+"all" the factors of norms and the outputs of MLPs are, too: then all is linear, f_t is the prompt's own activation, and
+what a change does to a target is what the graph's edge from the feature to the target says.
+
+Layers are the outer loop: each transcoder is read once, and only where something changes.
+
+Letters: R rows (sets of changes), M most changes of a row in a layer, J features that are read, K readouts; L, T, D, F,
+A as in ``replacement``.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from saejax.attribution.frozen import FrozenModel
+from saejax.attribution.replacement import Replacement
+from saejax.attribution.targets import Readouts
+from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.models.attention import Meet, Reaches, full_reaches, mix
+from saejax.models.layers import einsum
+from saejax.parallel import by_row
+
+HOLDS = ("nothing", "attention", "all")
+_STEP = 8  # rows, changes and features are filled up to a multiple of this
+_CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
+
+
+class Change(NamedTuple):
+    """Feature ``feature`` of layer ``layer`` has the activation ``value`` at a position."""
+
+    layer: int
+    position: int
+    feature: int
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """What each row reads, fp32.
+
+    Attributes:
+      feature_RxJ: pre-activations of the features that were asked for.
+      readout_RxK: the readouts, as ``Readouts.value_K`` has them.
+    """
+
+    feature_RxJ: np.ndarray
+    readout_RxK: np.ndarray
+
+
+class Edits(NamedTuple):
+    """The changes of R rows in one layer, arrays [R, M]; what fills up is at position 0 and changes nothing.
+
+    Attributes:
+      position_RxM, feature_RxM: int32.
+      value_RxM: fp32, the new activations.
+      own_RxM: fp32, those of the prompt.
+    """
+
+    position_RxM: np.ndarray
+    feature_RxM: np.ndarray
+    value_RxM: np.ndarray
+    own_RxM: np.ndarray
+
+
+class Reader(NamedTuple):
+    """Directions whose products with a stream are read: positions [J] and directions [J, D]."""
+
+    position_J: np.ndarray
+    vector_JxD: np.ndarray
+
+
+def intervene(
+    replacement: Replacement,
+    rows: Sequence[Sequence[Change]],
+    readouts: Readouts,
+    features: Sequence[int] = (),
+    hold: str = "nothing",
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Changed:
+    """Runs the prompt with the changes of each row.
+
+    Args:
+      replacement: of the prompt.
+      rows: changes that are made together; a row without any is the prompt itself.
+      readouts: what is read at the end, from ``targets.read_targets``.
+      features: active features, as places in ``replacement.active``, whose pre-activations are read.
+      hold: one of ``HOLDS``.
+      tick: called with the layers done and of all; may raise to stop.
+
+    Raises:
+      UserError: a feature does not exist, is changed where it is not used or twice in a row, or what is read is not
+        finite.
+    """
+    if hold not in HOLDS:
+        raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
+    edits, chosen_J = _edits_by_layer(replacement, rows), np.asarray(features, np.int64)
+    config, active, streams = replacement.model.config, replacement.active, replacement.streams
+    feature_RxJ = np.tile(active.value_A[chosen_J], (len(rows), 1))
+    readout_RxK = np.tile(readouts.value_K, (len(rows), 1))
+    chunks = _chunks(len(rows), replacement)
+    if not edits:
+        return Changed(feature_RxJ, readout_RxK)
+    first = min(edits)
+    states = [_unchanged(replacement, hold, chunk.stop - chunk.start, first) for chunk in chunks]
+    for layer in range(first, config.n_layers):
+        x_TxD = streams.stream_LxTxD[layer]
+        inner_K = np.flatnonzero(readouts.layer_K == layer)
+        own_J = np.flatnonzero(active.layer_A[chosen_J] == layer)
+        reader = _encoders(replacement, layer, chosen_J[own_J]) if len(own_J) else None
+        transcoder = nnx.split(replacement.transcoders.load(layer)) if layer in edits else None
+        skip_DxD = None if streams.skip_LxDxD is None else streams.skip_LxDxD[layer]
+        for place, chunk in enumerate(chunks):
+            if len(inner_K):
+                inner = Reader(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
+                moved_RxK = read_moved(hold, x_TxD, states[place], inner)
+                readout_RxK[chunk, inner_K] += np.asarray(moved_RxK)[: chunk.stop - chunk.start]
+            arguments = replacement.frozen, hold, replacement.model.params, np.int32(layer), x_TxD, states[place]
+            own_edits = _filled(edits[layer], chunk, len(states[place])) if layer in edits else None
+            states[place], moved_RxJ = run_layer(*arguments, skip_DxD, transcoder, own_edits, reader)
+            if len(own_J):
+                feature_RxJ[chunk, own_J] += np.asarray(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
+        tick(layer + 1 - first, config.n_layers - first)
+    final_K = np.flatnonzero(readouts.layer_K == config.n_layers)
+    for place, chunk in enumerate(chunks):
+        parts = readouts.vector_KxD[final_K], readouts.normed_K[final_K]
+        last = np.int32(len(replacement.ids_P) - 1)
+        moved_RxK = read_last(replacement.frozen, hold, streams.last_D, states[place], last, *parts)
+        readout_RxK[chunk, final_K] += np.asarray(moved_RxK)[: chunk.stop - chunk.start]
+    if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
+        raise UserError("the model is not finite after these changes: give features values that they can have")
+    return Changed(feature_RxJ, readout_RxK)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_layer(
+    frozen: FrozenModel,
+    hold: str,
+    params: decoder.Params,
+    layer: jax.Array,
+    x_TxD: jax.Array,
+    state_RxTxD: jax.Array,
+    skip_DxD: jax.Array | None,
+    transcoder: tuple[nnx.GraphDef, nnx.State] | None,
+    edits: Edits | None,
+    reader: Reader | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """One layer of all rows.
+
+    Args:
+      x_TxD: the prompt's stream entering the layer.
+      state_RxTxD: the rows' streams; with ``hold`` "all", by how much they differ from the prompt's.
+      transcoder, edits: of the layer; None: nothing is changed there.
+      reader: what is read from the transcoder's input.
+
+    Returns:
+      The state leaving the layer, and by how much what is read differs from the prompt's, [R, J].
+    """
+    reaches = full_reaches(frozen.config, len(x_TxD))
+    if hold == "all":
+
+        def linear(change_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def held(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+                return frozen.layer(params, layer, reaches, x_TxD, skip_DxD)
+
+            return jax.jvp(held, (x_TxD,), (change_TxD,))[1]
+
+        next_RxTxD, read_RxTxD = jax.vmap(linear)(state_RxTxD)
+        if edits is not None:
+            next_RxTxD = next_RxTxD + _added(transcoder, edits, None, next_RxTxD)
+        moved_RxTxD = read_RxTxD
+    else:
+        own_TxD, meet = _prompt(frozen, params, layer, reaches, x_TxD)
+        seen: dict[str, jax.Array] = {}
+
+        def hook(kind: str, value_RxTxD: jax.Array) -> jax.Array:
+            seen[kind] = value_RxTxD
+            if kind != "mlp_out" or edits is None:
+                return value_RxTxD
+            return value_RxTxD + _added(transcoder, edits, frozen.read(params, layer, seen), value_RxTxD)
+
+        meet = meet if hold == "attention" else None
+        next_RxTxD = decoder.block(frozen.config, params, layer, state_RxTxD, reaches, hook, meet)
+        moved_RxTxD = frozen.read(params, layer, seen) - own_TxD[None]
+    if reader is None:
+        return next_RxTxD, None
+    return next_RxTxD, einsum("rjd,jd->rj", moved_RxTxD[:, reader.position_J], reader.vector_JxD)
+
+
+def _prompt(
+    frozen: FrozenModel, params: decoder.Params, layer: jax.Array, reaches: Reaches, x_TxD: jax.Array
+) -> tuple[jax.Array, Meet]:
+    """What the transcoder reads in the prompt itself [T, D], and attention with the prompt's weights."""
+    kept: list[jax.Array] = []
+    seen: dict[str, jax.Array] = {}
+
+    def keep(q: jax.Array, k: jax.Array, v: jax.Array, reach) -> jax.Array:
+        kept.extend((q, k))
+        return mix(frozen.config, q, k, v, reach)
+
+    def look(kind: str, value_TxD: jax.Array) -> jax.Array:
+        seen[kind] = value_TxD
+        return value_TxD
+
+    def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach) -> jax.Array:
+        q, k = (jnp.broadcast_to(own[None], other.shape) for own, other in zip(kept, (q, k), strict=True))
+        return mix(frozen.config, q, k, v, reach)
+
+    decoder.block(frozen.config, params, layer, x_TxD, reaches, look, keep)
+    return frozen.read(params, layer, seen), meet
+
+
+def _added(
+    transcoder: tuple[nnx.GraphDef, nnx.State], edits: Edits, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array
+) -> jax.Array:
+    """What the changes add to the MLP's output [R, T, D]; ``read_RxTxD`` None: activations are the prompt's."""
+    dictionary = nnx.merge(*transcoder)
+    row_Rx1 = jnp.arange(len(edits.position_RxM))[:, None]
+    own_RxM = edits.own_RxM
+    if read_RxTxD is not None:
+
+        def activation(places: tuple[jax.Array, jax.Array]) -> jax.Array:
+            position_R, feature_R = places
+            acts_RxF = dictionary.encode(read_RxTxD[row_Rx1[:, 0], position_R])
+            return jnp.take_along_axis(acts_RxF, feature_R[:, None], axis=1)[:, 0]
+
+        own_RxM = lax.map(activation, (edits.position_RxM.T, edits.feature_RxM.T)).T
+    change_RxM = jnp.where(edits.position_RxM > 0, edits.value_RxM - own_RxM, jnp.zeros_like(edits.value_RxM))
+    added_RxMxD = change_RxM[..., None] * dictionary.W_dec_FxD[...][edits.feature_RxM]
+    return jnp.zeros_like(like_RxTxD).at[row_Rx1, edits.position_RxM].add(added_RxMxD.astype(like_RxTxD.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read_moved(hold: str, x_TxD: jax.Array, state_RxTxD: jax.Array, reader: Reader) -> jax.Array:
+    """By how much directions of the stream entering a layer differ from the prompt's, [R, J]."""
+    moved_RxTxD = state_RxTxD if hold == "all" else state_RxTxD - x_TxD[None]
+    return einsum("rjd,jd->rj", moved_RxTxD[:, reader.position_J], reader.vector_JxD)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def read_last(
+    frozen: FrozenModel,
+    hold: str,
+    last_D: jax.Array,
+    state_RxTxD: jax.Array,
+    last: jax.Array,
+    vector_KxD: jax.Array,
+    normed_K: jax.Array,
+) -> jax.Array:
+    """By how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
+
+    Their directions are pulled back through the final norm with the prompt's factor. Unless all is held, the factor is
+    that of each row, which multiplies what is read.
+    """
+    state_RxD = state_RxTxD[:, last]
+    if hold == "all":
+        return einsum("rd,kd->rk", state_RxD, vector_KxD)
+    config = frozen.config
+
+    def factor(x_RxD: jax.Array) -> jax.Array:
+        centred_RxD = x_RxD - jnp.mean(x_RxD, axis=-1, keepdims=True) if config.norm == "layer" else x_RxD
+        return lax.rsqrt(jnp.mean(jnp.square(centred_RxD), axis=-1, keepdims=True) + config.norm_eps)
+
+    ratio_RxK = jnp.where(normed_K[None], factor(state_RxD) / factor(last_D[None]), 1.0)
+    return einsum("rd,kd->rk", state_RxD, vector_KxD) * ratio_RxK - einsum("rd,kd->rk", last_D[None], vector_KxD)
+
+
+def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) -> dict[int, Edits]:
+    """The changes of all rows, by layer."""
+    own = _own_activations(replacement)
+    features, tokens = replacement.transcoders.n_features, len(replacement.ids_P)
+    by_layer: dict[int, list[list[Change]]] = {}
+    for row, changes in enumerate(rows):
+        if len({change[:3] for change in changes}) != len(changes):
+            raise UserError(f"row {row} changes a feature twice at one position: give it one value")
+        for change in changes:
+            layer, position, feature, value = change
+            if not (0 <= layer < replacement.model.config.n_layers and 0 <= feature < features and np.isfinite(value)):
+                raise UserError(
+                    f"feature {feature} of layer {layer} cannot be set to {value}: expected one of "
+                    f"{replacement.model.config.n_layers} layers, of {features} features, and a finite number"
+                )
+            if not 0 < position < tokens:
+                raise UserError(f"position {position}: features are used at 1 to {tokens - 1} of this prompt")
+            by_layer.setdefault(int(layer), [[] for _ in rows])[row].append(change)
+    found = {}
+    for layer, lists in by_layer.items():
+        shape = len(rows), -(-max(map(len, lists)) // _STEP) * _STEP
+        edits = Edits(np.zeros(shape, np.int32), *(np.zeros(shape, dtype) for dtype in (np.int32, *[np.float32] * 2)))
+        for row, changes in enumerate(lists):
+            for m, (_, position, feature, value) in enumerate(changes):
+                own_value = own.get((layer, position, feature), 0.0)
+                for array, entry in zip(edits, (position, feature, value, own_value), strict=True):
+                    array[row, m] = entry
+        found[layer] = edits
+    return found
+
+
+def _own_activations(replacement: Replacement) -> Mapping[tuple[int, int, int], float]:
+    active = replacement.active
+    keys = zip(active.layer_A.tolist(), active.position_A.tolist(), active.feature_A.tolist(), strict=True)
+    return dict(zip(keys, active.value_A.tolist(), strict=True))
+
+
+def _encoders(replacement: Replacement, layer: int, places: np.ndarray) -> Reader:
+    """Encoder rows of active features of one layer, filled up with zeros."""
+    active = replacement.active
+    vector_JxD = replacement.transcoders.rows(layer, "W_enc", active.feature_A[places])
+    room = -len(places) % _STEP
+    return Reader(np.pad(active.position_A[places], (0, room)), np.pad(vector_JxD, ((0, room), (0, 0))))
+
+
+def _chunks(rows: int, replacement: Replacement) -> list[slice]:
+    """Rows that go through a layer at once."""
+    _, length, width = replacement.streams.stream_LxTxD.shape
+    size = max(_CHUNK // (length * width) // _STEP, 1) * _STEP
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _unchanged(replacement: Replacement, hold: str, rows: int, first: int) -> jax.Array:
+    """The state entering layer ``first`` of rows in which nothing is changed yet, filled up."""
+    x_TxD = replacement.streams.stream_LxTxD[first]
+    filled = -(-rows // _STEP) * _STEP
+    state_RxTxD = jnp.zeros((filled, *x_TxD.shape), x_TxD.dtype)
+    (state_RxTxD,) = by_row(replacement.model.mesh, state_RxTxD if hold == "all" else state_RxTxD + x_TxD[None])
+    return state_RxTxD
+
+
+def _filled(edits: Edits, chunk: slice, rows: int) -> Edits:
+    """The chunk's changes, with rows that change nothing up to the number of rows."""
+    return Edits(*(np.pad(array[chunk], ((0, rows - (chunk.stop - chunk.start)), (0, 0))) for array in edits))
