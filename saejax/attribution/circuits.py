@@ -4,8 +4,8 @@ At every layer and every position but the first the MLP's output becomes
 
     sum over kept features of f_t W_dec + b_dec + skip(read_t) + error_t if it is kept
 
-with f_t and error_t of that run: all comes from the embedding of the tokens anew, nothing is frozen. With m a readout, C
-the circuit, M the model and 0 the run without any feature or error (Marks et al., 2024, arXiv 2403.19647),
+with f_t and error_t of that run: all comes from the embedding of the tokens anew, nothing is frozen. With m a readout,
+C the circuit, M the model and 0 the run without any feature or error (Marks et al., 2024, arXiv 2403.19647),
 
     faithfulness = (m(C) - m(0)) / (m(M) - m(0)),        incompleteness = the same of all that is not in C
 
@@ -162,7 +162,7 @@ def run_circuits(
     if (readouts.layer_K != config.n_layers).any():
         raise UserError("a circuit is judged by logits, or by a direction of the stream that leaves the last layer")
     length, tokens = streams.stream_LxTxD.shape[1], len(replacement.ids_P)
-    size = max(_AT_ONCE // (length * replacement.transcoders.n_features), 1)
+    size = max(_AT_ONCE // (length * replacement.transcoders.configs[0].n_features), 1)
     chunks = [slice(start, min(start + size, len(circuits))) for start in range(0, len(circuits), size)]
     states = [jnp.tile(streams.stream_LxTxD[0][None], (min(size, len(circuits)), 1, 1)) for _ in chunks]
     for layer in range(config.n_layers):
@@ -171,11 +171,11 @@ def run_circuits(
         places = active.position_A[own_A], active.feature_A[own_A]
         mean_F = None if means is None else means[layer]
         for number, chunk in enumerate(chunks):
-            kept_CxA, error_CxT = np.zeros((len(states[number]), len(places[0])), bool), None
+            kept_CxA = np.zeros((len(states[number]), len(places[0])), bool)
             error_CxT = np.zeros((len(states[number]), length), bool)
             for row, circuit in enumerate(circuits[chunk]):
                 kept_CxA[row], error_CxT[row, :tokens] = circuit.features_A[own_A], circuit.errors_LxP[layer]
-            features = _padded(places, kept_CxA, replacement.transcoders.n_features)
+            features = _padded(places, kept_CxA, replacement.transcoders.configs[0].n_features)
             states[number] = run_layer(
                 replacement.frozen,
                 replacement.model.params,

@@ -121,7 +121,7 @@ def intervene(
         x_TxD = streams.stream_LxTxD[layer]
         inner_K = np.flatnonzero(readouts.layer_K == layer)
         own_J = np.flatnonzero(active.layer_A[chosen_J] == layer)
-        reader = _encoders(replacement, layer, chosen_J[own_J]) if len(own_J) else None
+        reader = _encoders(replacement, chosen_J[own_J]) if len(own_J) else None
         transcoder = nnx.split(replacement.transcoders.load(layer)) if layer in edits else None
         skip_DxD = None if streams.skip_LxDxD is None else streams.skip_LxDxD[layer]
         for place, chunk in enumerate(chunks):
@@ -282,17 +282,18 @@ def read_last(
 def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) -> dict[int, Edits]:
     """The changes of all rows, by layer."""
     own = _own_activations(replacement)
-    features, tokens = replacement.transcoders.n_features, len(replacement.ids_P)
+    configs, tokens = replacement.transcoders.configs, len(replacement.ids_P)
     by_layer: dict[int, list[list[Change]]] = {}
     for row, changes in enumerate(rows):
         if len({change[:3] for change in changes}) != len(changes):
             raise UserError(f"row {row} changes a feature twice at one position: give it one value")
         for change in changes:
             layer, position, feature, value = change
-            if not (0 <= layer < replacement.model.config.n_layers and 0 <= feature < features and np.isfinite(value)):
+            exists = 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
+            if not (exists and np.isfinite(value)):
                 raise UserError(
-                    f"feature {feature} of layer {layer} cannot be set to {value}: expected one of "
-                    f"{replacement.model.config.n_layers} layers, of {features} features, and a finite number"
+                    f"feature {feature} of layer {layer} cannot be set to {value}: expected one of {len(configs)} "
+                    f"layers, of {configs[0].n_features} features, and a finite number"
                 )
             if not 0 < position < tokens:
                 raise UserError(f"position {position}: features are used at 1 to {tokens - 1} of this prompt")
@@ -316,10 +317,10 @@ def _own_activations(replacement: Replacement) -> Mapping[tuple[int, int, int], 
     return dict(zip(keys, active.value_A.tolist(), strict=True))
 
 
-def _encoders(replacement: Replacement, layer: int, places: np.ndarray) -> Reader:
+def _encoders(replacement: Replacement, places: np.ndarray) -> Reader:
     """Encoder rows of active features of one layer, filled up with zeros."""
     active = replacement.active
-    vector_JxD = replacement.transcoders.rows(layer, "W_enc", active.feature_A[places])
+    vector_JxD = replacement.encoder_rows(places)
     room = -len(places) % _STEP
     return Reader(np.pad(active.position_A[places], (0, room)), np.pad(vector_JxD, ((0, room), (0, 0))))
 

@@ -51,6 +51,7 @@ class Readouts:
       token_K: int32 token of a logit; -1 for others.
       vector_KxD: fp32 directions.
       value_K: fp32 dot product with the stream, plus biases.
+      normed_K: whether they were pulled back through the final norm.
       constant_K: fp32 part of it that biases of the final norm and the unembedding are.
       weight_K: fp32 weight in influences: the probability of a token, 1 for others.
       logit_K: fp32 logit, or difference of two; the value for other directions.
@@ -62,6 +63,7 @@ class Readouts:
     token_K: np.ndarray
     vector_KxD: np.ndarray
     value_K: np.ndarray
+    normed_K: np.ndarray
     constant_K: np.ndarray
     weight_K: np.ndarray
     logit_K: np.ndarray
@@ -113,6 +115,7 @@ def _logits(replacement: Replacement, targets: Sequence[Any], probability_V: np.
         token_K=np.where(single_K, first_K, -1).astype(np.int32),
         vector_KxD=vector_KxD,
         value_K=value_K,
+        normed_K=np.ones(len(targets), bool),
         constant_K=constant_K,
         weight_K=np.where(single_K, probability_V[first_K], 1).astype(np.float32),
         logit_K=logits_V[first_K] - np.where(single_K, 0, logits_V[second_K]).astype(np.float32),
@@ -144,6 +147,7 @@ def _direction(replacement: Replacement, target: Direction) -> Readouts:
         token_K=-one,
         vector_KxD=vector_D[None],
         value_K=value_K,
+        normed_K=np.zeros(1, bool),
         constant_K=np.zeros(1, np.float32),
         weight_K=np.ones(1, np.float32),
         logit_K=value_K,
