@@ -31,7 +31,7 @@ from saejax.attribution.replacement import Replacement
 from saejax.attribution.targets import Readouts
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.attention import Meet, Reaches, full_reaches, mix
+from saejax.models.attention import Meet, Reach, Reaches, full_reaches, mix
 from saejax.models.layers import einsum
 from saejax.parallel import by_row
 
@@ -88,7 +88,7 @@ def intervene(
     replacement: Replacement,
     rows: Sequence[Sequence[Change]],
     readouts: Readouts,
-    features: Sequence[int] = (),
+    features: Sequence[int] | np.ndarray = (),
     hold: str = "nothing",
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Changed:
@@ -130,8 +130,8 @@ def intervene(
                 moved_RxK = read_moved(hold, x_TxD, states[place], inner)
                 readout_RxK[chunk, inner_K] += np.asarray(moved_RxK)[: chunk.stop - chunk.start]
             arguments = replacement.frozen, hold, replacement.model.params, np.int32(layer), x_TxD, states[place]
-            own_edits = _filled(edits[layer], chunk, len(states[place])) if layer in edits else None
-            states[place], moved_RxJ = run_layer(*arguments, skip_DxD, transcoder, own_edits, reader)
+            edited = (*transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder else None
+            states[place], moved_RxJ = run_layer(*arguments, skip_DxD, edited, reader)
             if len(own_J):
                 feature_RxJ[chunk, own_J] += np.asarray(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
         tick(layer + 1 - first, config.n_layers - first)
@@ -155,8 +155,7 @@ def run_layer(
     x_TxD: jax.Array,
     state_RxTxD: jax.Array,
     skip_DxD: jax.Array | None,
-    transcoder: tuple[nnx.GraphDef, nnx.State] | None,
-    edits: Edits | None,
+    edited: tuple[nnx.GraphDef, nnx.State, Edits] | None,
     reader: Reader | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """One layer of all rows.
@@ -164,7 +163,7 @@ def run_layer(
     Args:
       x_TxD: the prompt's stream entering the layer.
       state_RxTxD: the rows' streams; with ``hold`` "all", by how much they differ from the prompt's.
-      transcoder, edits: of the layer; None: nothing is changed there.
+      edited: the layer's transcoder, and what is changed there; None: nothing.
       reader: what is read from the transcoder's input.
 
     Returns:
@@ -174,14 +173,11 @@ def run_layer(
     if hold == "all":
 
         def linear(change_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            def held(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-                return frozen.layer(params, layer, reaches, x_TxD, skip_DxD)
-
-            return jax.jvp(held, (x_TxD,), (change_TxD,))[1]
+            return jax.jvp(lambda x: frozen.layer(params, layer, reaches, x, skip_DxD), (x_TxD,), (change_TxD,))[1]
 
         next_RxTxD, read_RxTxD = jax.vmap(linear)(state_RxTxD)
-        if edits is not None:
-            next_RxTxD = next_RxTxD + _added(transcoder, edits, None, next_RxTxD)
+        if edited is not None:
+            next_RxTxD = next_RxTxD + _added(*edited, None, next_RxTxD)
         moved_RxTxD = read_RxTxD
     else:
         own_TxD, meet = _prompt(frozen, params, layer, reaches, x_TxD)
@@ -189,12 +185,12 @@ def run_layer(
 
         def hook(kind: str, value_RxTxD: jax.Array) -> jax.Array:
             seen[kind] = value_RxTxD
-            if kind != "mlp_out" or edits is None:
+            if kind != "mlp_out" or edited is None:
                 return value_RxTxD
-            return value_RxTxD + _added(transcoder, edits, frozen.read(params, layer, seen), value_RxTxD)
+            return value_RxTxD + _added(*edited, frozen.read(params, layer, seen), value_RxTxD)
 
-        meet = meet if hold == "attention" else None
-        next_RxTxD = decoder.block(frozen.config, params, layer, state_RxTxD, reaches, hook, meet)
+        held = meet if hold == "attention" else None
+        next_RxTxD = decoder.block(frozen.config, params, layer, state_RxTxD, reaches, hook, held)
         moved_RxTxD = frozen.read(params, layer, seen) - own_TxD[None]
     if reader is None:
         return next_RxTxD, None
@@ -208,7 +204,7 @@ def _prompt(
     kept: list[jax.Array] = []
     seen: dict[str, jax.Array] = {}
 
-    def keep(q: jax.Array, k: jax.Array, v: jax.Array, reach) -> jax.Array:
+    def keep(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
         kept.extend((q, k))
         return mix(frozen.config, q, k, v, reach)
 
@@ -216,7 +212,7 @@ def _prompt(
         seen[kind] = value_TxD
         return value_TxD
 
-    def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach) -> jax.Array:
+    def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
         q, k = (jnp.broadcast_to(own[None], other.shape) for own, other in zip(kept, (q, k), strict=True))
         return mix(frozen.config, q, k, v, reach)
 
@@ -225,10 +221,10 @@ def _prompt(
 
 
 def _added(
-    transcoder: tuple[nnx.GraphDef, nnx.State], edits: Edits, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array
+    graph: nnx.GraphDef, state: nnx.State, edits: Edits, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array
 ) -> jax.Array:
     """What the changes add to the MLP's output [R, T, D]; ``read_RxTxD`` None: activations are the prompt's."""
-    dictionary = nnx.merge(*transcoder)
+    dictionary = nnx.merge(graph, state)
     row_Rx1 = jnp.arange(len(edits.position_RxM))[:, None]
     own_RxM = edits.own_RxM
     if read_RxTxD is not None:
