@@ -93,7 +93,7 @@ def _attributed(
     """
     active, logits = replacement.active, len(readouts.labels)
     count = min(most or len(active), len(active))
-    rows = Rows(replacement, sources)
+    rows = Rows(replacement, sources, count + logits)
     adjacency_TxS = np.zeros((count + logits, len(sources.nodes)), np.float32)
     of_features, of_logits = adjacency_TxS[:count], adjacency_TxS[count:]
     rows(readouts.layer_K, readouts.position_K, readouts.vector_KxD, of_logits, in_stream=True)

@@ -62,37 +62,42 @@ def contributions(
     """
     length = stream_LxTxD.shape[1]
     reaches = full_reaches(frozen.config, length)
-    at_TxR = jnp.arange(length)[:, None] == batch.position_R[None]
+    at_RxT = jnp.arange(length)[None] == batch.position_R[:, None]
 
     def placed(where_R: jax.Array) -> jax.Array:
         """The targets' directions at their positions, for the targets of a mask; else 0."""
-        return jnp.where((at_TxR & where_R[None])[..., None], batch.vector_RxD[None], 0)
+        return jnp.where((at_RxT & where_R[:, None])[..., None], batch.vector_RxD[:, None], 0)
 
-    def read_off(place: jax.Array, cotangent_TxRxD: jax.Array, read_BxRxW: jax.Array) -> jax.Array:
+    def read_off(place: jax.Array, cotangent_RxTxD: jax.Array, read_BxRxW: jax.Array) -> jax.Array:
         def body(index: jax.Array, read_BxRxW: jax.Array) -> jax.Array:
             start = first_X[place] + index * STEP
             position_C = lax.dynamic_slice_in_dim(bank.position_B, start, STEP)
             row_CxW = lax.dynamic_slice_in_dim(bank.row_BxW, start, STEP)
-            at_CxRxD = cotangent_TxRxD.at[position_C].get(mode="fill", fill_value=0)
-            products_CxRxW = einsum("crd,cwd->crw", at_CxRxD, bank.table_UxD[row_CxW])
+            at_RxCxD = cotangent_RxTxD.at[:, position_C].get(mode="fill", fill_value=0)
+            products_CxRxW = einsum("rcd,cwd->crw", at_RxCxD, bank.table_UxD[row_CxW])
             return lax.dynamic_update_slice_in_dim(read_BxRxW, products_CxRxW, start, axis=0)
 
         return lax.fori_loop(0, (stop_X[place] - first_X[place] + STEP - 1) // STEP, body, read_BxRxW)
 
     def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         layer = batch.start - 1 - index
-        cotangent_TxRxD, read_BxRxW = carry
-        read_BxRxW = read_off(layer + 1, cotangent_TxRxD, read_BxRxW)
+        cotangent_RxTxD, read_BxRxW = carry
+        read_BxRxW = read_off(layer + 1, cotangent_RxTxD, read_BxRxW)
         x_TxD = lax.dynamic_index_in_dim(stream_LxTxD, layer, keepdims=False)
         skip_DxD = None if skip_LxDxD is None else lax.dynamic_index_in_dim(skip_LxDxD, layer, keepdims=False)
         _, pull = jax.vjp(lambda x_TxD: frozen.layer(params, layer, reaches, x_TxD, skip_DxD), x_TxD)
-        starting_TxRxD = placed(batch.layer_R == layer)
+        starting_RxTxD = placed(batch.layer_R == layer)
         one = lambda out_TxD, read_TxD: pull((out_TxD, read_TxD))[0]  # noqa: E731
-        return jax.vmap(one, in_axes=1, out_axes=1)(cotangent_TxRxD, starting_TxRxD), read_BxRxW
+        return jax.vmap(one)(cotangent_RxTxD, starting_RxTxD), read_BxRxW
 
-    cotangent_TxRxD = placed(batch.layer_R == batch.start)
-    by_row = fitting_sharding(mesh, cotangent_TxRxD.shape, None, "data", None)
-    read_BxRxW = jnp.zeros((len(bank.position_B), len(batch.layer_R), WIDTH), cotangent_TxRxD.dtype)
-    carry = lax.with_sharding_constraint((cotangent_TxRxD, read_BxRxW), by_row)
-    cotangent_TxRxD, read_BxRxW = lax.fori_loop(0, batch.start, down, carry)
-    return read_off(jnp.int32(0), cotangent_TxRxD, read_BxRxW)
+    cotangent_RxTxD = placed(batch.layer_R == batch.start)
+    read_BxRxW = jnp.zeros((len(bank.position_B), len(batch.layer_R), WIDTH), cotangent_RxTxD.dtype)
+    carry = lax.with_sharding_constraint(
+        (cotangent_RxTxD, read_BxRxW),
+        (
+            fitting_sharding(mesh, cotangent_RxTxD.shape, "data", None, None),
+            fitting_sharding(mesh, read_BxRxW.shape, None, "data", None),
+        ),
+    )
+    cotangent_RxTxD, read_BxRxW = lax.fori_loop(0, batch.start, down, carry)
+    return read_off(jnp.int32(0), cotangent_RxTxD, read_BxRxW)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.models import decoder
-from saejax.models.attention import Reaches
+from saejax.models.attention import Reach, Reaches, attention_weights, query_blocks
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import einsum, norm
 from saejax.models.parameters import LAYERS
@@ -69,7 +69,18 @@ class FrozenModel:
             read_TxD = self.read(params, layer, seen)
             return jnp.zeros_like(value_TxD) if skip_DxD is None else einsum("td,de->te", read_TxD, skip_DxD)
 
-        return decoder.block(self.config, params, layer, x_TxD, reaches, hook), self.read(params, layer, seen)
+        return decoder.block(self.config, params, layer, x_TxD, reaches, hook, self._mix), self.read(
+            params, layer, seen
+        )
+
+    def _mix(self, q_TxHxK: jax.Array, k_TxNxK: jax.Array, v_TxNxK: jax.Array, reach: Reach) -> jax.Array:
+        """As ``attention.mix``, with constant weights and a transpose that moves no more than it must."""
+        parts = []
+        for queries, keys in query_blocks(len(q_TxHxK), len(k_TxNxK)):
+            block = reach._replace(seen=reach.seen[queries, keys])
+            weights_NxGxTxS = attention_weights(self.config, q_TxHxK[queries], k_TxNxK[keys], block)
+            parts.append(_weighted(weights_NxGxTxS, v_TxNxK[keys]))
+        return jnp.concatenate(parts).reshape(q_TxHxK.shape)
 
     def read(self, params: decoder.Params, layer: int | jax.Array, seen: Mapping[str, jax.Array]) -> jax.Array:
         """What the transcoder reads [T, D], from the values at a layer's sites."""
@@ -105,3 +116,18 @@ class FrozenModel:
     def final(self, params: decoder.Params, x_TxD: jax.Array) -> jax.Array:
         """The final norm; a frozen one, as all here."""
         return norm(self.config, params, "final_norm", x_TxD)
+
+
+@jax.custom_vjp
+def _weighted(weights_NxGxTxS: jax.Array, v_SxNxK: jax.Array) -> jax.Array:
+    """The mean of the values with given weights, [T, N, G, K]."""
+    return einsum("ngts,snk->tngk", weights_NxGxTxS, v_SxNxK)
+
+
+def _weighted_back(weights_NxGxTxS: jax.Array, cotangent_TxNxGxK: jax.Array) -> tuple[None, jax.Array]:
+    # The cotangent is the second operand: with many of them, XLA then brings together runs of K numbers. As the first
+    # one, which it is in the transpose that JAX derives, single numbers are moved, which takes longer than the product.
+    return None, einsum("ngts,tngk->snk", weights_NxGxTxS, cotangent_TxNxGxK)
+
+
+_weighted.defvjp(lambda weights, v: (_weighted(weights, v), weights), _weighted_back)

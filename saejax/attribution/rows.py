@@ -11,8 +11,13 @@ from saejax.attribution.sources import Sources
 from saejax.causal.ablation import lagging
 from saejax.parallel import by_row
 
-_LENGTHS = 4  # different numbers of positions that are worked on, each of which is compiled
-_BATCH_TOKENS = {"cpu": 1024, "gpu": 1 << 15, "tpu": 1 << 15}  # positions of all targets of a batch together
+_LENGTHS = 4  # most different numbers of positions that are worked on, each of which is compiled
+_WORTH = 6  # batches that have to be at hand for each
+_BATCH_TOKENS = {
+    "cpu": 1024,
+    "gpu": 1 << 15,
+    "tpu": 1 << 15,
+}  # positions of all targets of a batch on a device together
 
 
 class Rows:
@@ -21,13 +26,16 @@ class Rows:
     Args:
       replacement: the model.
       sources: what contributions come from.
+      count: number of targets that will come.
     """
 
-    def __init__(self, replacement: Replacement, sources: Sources):
+    def __init__(self, replacement: Replacement, sources: Sources, count: int):
         self._replacement, self._sources = replacement, sources
-        length = replacement.streams.stream_LxTxD.shape[1]
-        step = -(-length // _LENGTHS)
-        self._lengths = np.array(sorted({min(step * (index + 1), length) for index in range(_LENGTHS)}))
+        mesh, length = replacement.model.mesh, replacement.streams.stream_LxTxD.shape[1]
+        self._shards, self._budget = mesh.shape["data"], _BATCH_TOKENS[mesh.devices.flat[0].platform]
+        batches = count * length // (self._budget * self._shards)
+        step = -(-length // min(max(batches // _WORTH, 1), _LENGTHS))
+        self._lengths = np.array([*range(step, length, step), length])
         self._streams = [replacement.streams.stream_LxTxD[:, :length] for length in self._lengths]
         self._stops = [sources.stop_X(length) for length in self._lengths]
 
@@ -68,13 +76,11 @@ class Rows:
 
     def _batches(self, layer_R: np.ndarray, position_R: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
         """Targets of similar position, in each batch of similar layer: which, the number of their length, the size."""
-        mesh = self._replacement.model.mesh
-        shards, budget = mesh.shape["data"], _BATCH_TOKENS[mesh.devices.flat[0].platform]
         length_R = np.searchsorted(self._lengths, position_R + 1)
         for index, length in enumerate(self._lengths):
             own = np.flatnonzero(length_R == index)
             own = own[np.argsort(-layer_R[own], kind="stable")]
-            size = max(budget // int(length) // shards, 1) * shards
+            size = max(self._budget // int(length), 1) * self._shards
             for start in range(0, len(own), size):
                 yield own[start : start + size], index, size
 
