@@ -361,7 +361,8 @@ def test_a_phone_shows_all_of_it(browser, page, document):
     show(browser, page)
     assert browser.js("document.documentElement.scrollWidth") <= 360
     wide = """[...document.querySelectorAll('body *')].filter(e =>
-      !e.closest('#stage, #subgraph-figure, .unseen, [hidden]') && e.getBoundingClientRect().right > 361).map(e => e.outerHTML.slice(0, 80))"""
+      !e.closest('#stage, #subgraph-figure, .unseen, [hidden]') && e.getBoundingClientRect().right > 361
+    ).map(e => e.outerHTML.slice(0, 80))"""
     assert browser.js(wide) == []
     node = busy_feature(document)
     browser.js("document.getElementById('stage').scrollIntoView()")
