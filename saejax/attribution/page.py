@@ -6,6 +6,7 @@ What they read is the document that Neuronpedia reads, so any graph in that form
 """
 
 import base64
+import dataclasses
 import hashlib
 import json
 import math
@@ -19,8 +20,25 @@ from saejax.attribution.document import check_document
 from saejax.workspace import write_text
 
 _VIEWER = Path(__file__).parent / "viewer"
-_SCRIPTS = ("model", "state", "layout", "draw", "elements", "panel", "search", "subgraph", "main")
+_SCRIPTS = ("model", "state", "layout", "draw", "elements", "panel", "search", "subgraph", "tables", "main")
 Feature = tuple[int, int]  # layer, number of the feature
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table on the page.
+
+    Attributes:
+      title: one line.
+      columns: their headings.
+      rows: their cells, numbers or texts; a text that is the id of a node becomes a button that selects it.
+      note: a sentence or two above the table.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float]]
+    note: str = ""
 
 
 def write_page(
@@ -29,6 +47,8 @@ def write_page(
     *,
     labels: Mapping[Feature, str] | None = None,
     examples: Mapping[Feature, Sequence[Any]] | None = None,
+    heads: Mapping[tuple[str, str], Sequence[tuple[int, int, float]]] | None = None,
+    tables: Sequence[Table] = (),
 ) -> None:
     """Writes the page of a graph, whole or not at all.
 
@@ -38,26 +58,28 @@ def write_page(
       labels: what features are called; goes before the document's own ``clerp``.
       examples: the contexts in which features fire most strongly, strongest first. Each has ``tokens`` and
         ``activations``, as attributes or as keys; an activation that is not known is NaN or None.
+      heads: (id of the source, id of the target) -> the attention heads that carry the edge, the strongest first:
+        (layer, head, part of the weight that vanishes without it).
+      tables: shown below the graph, such as query-key scores split over pairs of nodes.
 
     Raises:
       UserError: the document is not a graph: keys are missing, ids are not unique, links lead nowhere.
     """
     check_document(document)
-    write_text(Path(path), render(document, labels or {}, examples or {}))
-
-
-def render(
-    document: Mapping[str, Any], labels: Mapping[Feature, str], examples: Mapping[Feature, Sequence[Any]]
-) -> str:
-    """The page's text."""
-    script = "(() => {\n'use strict';\n" + "\n".join(_read(f"{name}.js") for name in _SCRIPTS) + "})();\n"
-    style = _read("graph.css")
     data = {
         "document": document,
-        "labels": {_key(feature): label for feature, label in labels.items()},
-        "examples": {_key(feature): [_example(one) for one in some] for feature, some in examples.items()},
+        "labels": {_key(feature): label for feature, label in (labels or {}).items()},
+        "examples": {_key(feature): [_example(one) for one in some] for feature, some in (examples or {}).items()},
+        "heads": {f"{source} {target}": list(carried) for (source, target), carried in (heads or {}).items()},
+        "tables": [dataclasses.asdict(table) for table in tables],
     }
-    metadata = document["metadata"]
+    write_text(Path(path), _render(data))
+
+
+def _render(data: Mapping[str, Any]) -> str:
+    script = "(() => {\n'use strict';\n" + "\n".join(_read(f"{name}.js") for name in _SCRIPTS) + "})();\n"
+    style = _read("graph.css")
+    metadata = data["document"]["metadata"]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(_read("graph.html.jinja")).render(
         title=f"Attribution graph: {metadata['prompt'] or metadata['slug']}",
@@ -68,6 +90,7 @@ def render(
         script=script,
         script_hash=_hash(script),
         data=embedded(data),
+        tables=bool(data["tables"]),
     )
 
 

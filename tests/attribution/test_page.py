@@ -10,7 +10,7 @@ import pytest
 from browser import CHROMIUM, chromium
 from made_up_documents import made_up_document
 
-from saejax.attribution.page import embedded, write_page
+from saejax.attribution.page import Table, embedded, write_page
 from saejax.errors import UserError
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
@@ -377,6 +377,54 @@ def test_a_phone_shows_all_of_it(browser, page, document):
     assert browser.js("document.querySelector('#panel').getBoundingClientRect().width") > 340
     assert browser.js("document.querySelector('#selected').getBoundingClientRect().bottom") <= 741
     assert browser.js(wide) == []
+
+
+@needs_chromium
+def test_heads_and_tables_are_shown_where_they_are_given(browser, document, tmp_path):
+    node = busy_feature(document)
+    source, weight = strongest(document, node, True)[0]
+    rows_ = [[node, source, 0.25], ["bias", "bias", -1.5]]
+    table = Table("Head 3.1 at <b>is</b>", ["query", "key", "score"], rows_, "A note.")
+    heads = {(source, node): [(3, 1, 0.5 * weight), (2, 0, -0.125)]}
+    write_page(tmp_path / "graph.html", document, heads=heads, tables=[table])
+    browser.view(1440, 900)
+    show(browser, (tmp_path / "graph.html").as_uri())
+    assert text(browser, "#tables summary") == "Head 3.1 at <b>is</b>"
+    browser.click_on("#tables summary")
+    assert text(browser, "#tables tbody").split("\n")[-1].split("\t") == ["bias", "bias", "−1.50"]
+    browser.click_on("#tables td button")
+    assert clicked(browser) == node
+    assert text(browser, "#panel .inputs .row .via").startswith("via 3.1 ")
+    assert "2.0 −0.13" in text(browser, "#panel .inputs .row .via")
+    assert "counts for each" in text(browser, "#panel")
+    assert browser.errors == []
+
+
+ODD = {
+    "tokens alone": dict(features=0, edges=0, errors=0, outputs=1, positions=2, layers=1),
+    "one layer": dict(features=30, edges=60, layers=1, errors=0),
+    "long prompt": dict(features=400, edges=2000, positions=600, layers=8),
+    "deep": dict(features=300, edges=2000, layers=120),
+}
+
+
+@needs_chromium
+@pytest.mark.parametrize("shape", ODD.values(), ids=ODD)
+def test_odd_graphs_are_drawn(browser, tmp_path, shape):
+    odd = made_up_document(**shape)
+    for node in odd["nodes"]:
+        node["influence"] = None
+    odd["qParams"], odd["metadata"]["prompt"] = {}, ""
+    write_page(tmp_path / "graph.html", odd)
+    for width in (360, 1440):
+        browser.view(width, 800)
+        show(browser, (tmp_path / "graph.html").as_uri())
+        browser.js("document.getElementById('stage').focus()")
+        for key in ("ArrowDown", "ArrowDown", "ArrowLeft", "p", "+", "-"):
+            browser.key(key)
+        assert clicked(browser)
+        assert browser.js("document.documentElement.scrollWidth") <= width
+    assert browser.errors == []
 
 
 @needs_chromium

@@ -12,13 +12,17 @@ function makePicture(graph, stage, lower, upper) {
     measurer.font = `${bold ? "600 " : ""}${size}px ${FONT}`;
     return measurer.measureText(text).width;
   };
-  let ink = {}, job = 0;
+  let ink = {}, shades = [], job = 0;
 
   picture.readColours = () => {
     const style = getComputedStyle(document.documentElement);
     for (const name of ["paper", "ink", "soft", "line", "card", "link", "plus", "minus", "node"]) {
       ink[name] = style.getPropertyValue(`--${name}`).trim();
     }
+    // Darker where the influence is greater; mixed once, because a canvas reads colours slowly.
+    const channels = (colour) => [1, 3, 5].map((k) => parseInt(colour.slice(k, k + 2), 16));
+    const full = channels(ink.node), paper = channels(ink.paper);
+    shades = Array.from({ length: 12 }, (_, k) => `rgb(${full.map((c, j) => Math.round(c + (paper[j] - c) * 0.55 * (k / 11))).join()})`);
   };
   picture.place = (visible, width, height, zoom) => {
     picture.layout = layOut(graph, visible, width, height, zoom, measure);
@@ -103,6 +107,7 @@ function makePicture(graph, stage, lower, upper) {
       if (i === focus) ring(context, i, ink.link, 2.5, 3.5);
     }
     context.globalAlpha = 1;
+    drawNames(context, new Set([...pinned, ...(focus >= 0 ? [focus] : [])]));
     for (const box of layout.pills.boxes) drawPill(context, box, { focus, hovered, pinned, found, lit, touched, marked });
     context.restore();
     drawGutters(context);
@@ -120,10 +125,19 @@ function makePicture(graph, stage, lower, upper) {
       }
     }
   };
-  /** Darker where the influence is greater. */
-  const shade = (i) => {
-    if (graph.kind[i] === TOKEN) return ink.ink;
-    return `color-mix(in srgb, ${ink.node} ${Math.round(100 - 55 * weakness(graph, i))}%, ${ink.paper})`;
+  const shade = (i) => (graph.kind[i] === TOKEN ? ink.ink : shades[Math.round(11 * weakness(graph, i))]);
+  /** Names of what is selected or pinned, on a halo of paper, beside the node where there is room. */
+  const drawNames = (context, nodes) => {
+    context.font = `600 11px ${FONT}`; context.textBaseline = "middle"; context.lineJoin = "round";
+    for (const i of nodes) {
+      if (!picture.visible.node[i] || graph.kind[i] === LOGIT || graph.kind[i] === TOKEN) continue;
+      const name = clip(graph.labels[i], 26), away = picture.layout.radius[i] + 7;
+      const left = picture.layout.x[i] + away + measure(name, 11, true) > picture.scroll + picture.layout.width;
+      context.textAlign = left ? "right" : "left";
+      const x = picture.layout.x[i] + (left ? -away : away), y = picture.layout.y[i];
+      context.lineWidth = 4; context.strokeStyle = ink.paper; context.strokeText(name, x, y);
+      context.fillStyle = ink.ink; context.fillText(name, x, y);
+    }
   };
   const trace = (context, i, more) => {
     const x = picture.layout.x[i], y = picture.layout.y[i], r = picture.layout.radius[i] + more;

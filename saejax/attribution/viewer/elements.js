@@ -4,7 +4,7 @@ function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (value === undefined || value === null || value === false) continue;
-    if (name === "onclick" || name === "onsubmit" || name === "onchange" || name === "onpointerenter" || name === "onpointerleave") made[name] = value;
+    if (name.startsWith("on")) made[name] = value;
     else made.setAttribute(name, value === true ? "" : value);
   }
   made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));

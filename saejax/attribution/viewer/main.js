@@ -50,7 +50,8 @@ const app = {
     if (name.trim()) app.change({ groups: app.state.groups.map((group, other) => (other === k ? [name.trim(), group[1]] : group)) }, true);
   },
 };
-const panel = makePanel(graph, given.examples, app), tip = makeTip(graph, given.examples, app);
+showTables(graph, given.tables, app);
+const panel = makePanel(graph, given, app), tip = makeTip(graph, given.examples, app);
 const search = makeSearch(graph, app), subgraph = makeSubgraph(graph, app);
 
 function say(i) {
@@ -189,6 +190,11 @@ function setZoom(to) {
   at("zoom-out").disabled = zoom === 1;
   show("place", "nodes");
 }
+stage.addEventListener("wheel", (event) => { // with Control, or a pinch on a touchpad
+  if (!event.ctrlKey) return;
+  event.preventDefault();
+  setZoom(zoom * Math.exp(-event.deltaY / 200));
+}, { passive: false });
 at("zoom-in").onclick = () => setZoom(zoom * 1.5);
 at("zoom-out").onclick = () => setZoom(zoom / 1.5);
 at("nodes").oninput = (event) => app.change({ nodes: Number(event.target.value) });

@@ -16,7 +16,7 @@ function describe(graph, i) {
   ].filter(([, text]) => text !== null);
 }
 
-function makePanel(graph, examples, app) {
+function makePanel(graph, { examples, heads }, app) {
   const panel = document.getElementById("panel");
 
   const row = (i, e, total) => {
@@ -26,12 +26,20 @@ function makePanel(graph, examples, app) {
       element("span", { class: "what" }, glyph(graph.kind[i]), element("span", { class: "name" }, graph.labels[i])),
       e === undefined ? null : element("span", { class: "weight" }, signed(graph.weight[e])),
       element("span", { class: "where" }, whereOf(graph, i)),
-      e === undefined ? null : element("span", { class: "share" }, percent(share)));
+      e === undefined ? null : element("span", { class: "share" }, percent(share)),
+      via(e));
     button.style.setProperty("--share", share.toFixed(4));
+    button.title = graph.labels[i];
     button.onclick = () => app.select(i);
-    button.onpointerenter = () => app.hover(i);
-    button.onpointerleave = () => app.hover(-1);
+    button.onpointerenter = button.onfocus = () => app.hover(i);
+    button.onpointerleave = button.onblur = () => app.hover(-1);
     return button;
+  };
+  /** The attention heads that carry an edge. */
+  const via = (e) => {
+    const carried = e === undefined ? undefined : heads[`${graph.ids[graph.source[e]]} ${graph.ids[graph.target[e]]}`];
+    return carried && element("span", { class: "via" }, "via ",
+      carried.slice(0, 4).map(([layer, head, part]) => `${layer}.${head} ${signed(part)}`).join(", "), carried.length > 4 ? ", …" : "");
   };
   const list = (i, into) => {
     const all = [...edgesOf(graph, i, into)], seen = app.edgesShown(i, into);
@@ -53,7 +61,11 @@ function makePanel(graph, examples, app) {
   };
   const neighbours = (i) => {
     const lists = { input: [true], output: [false], both: [true, false] }[app.state.linkType];
-    return element("div", { class: "lists" }, lists.map((into) => list(i, into)));
+    const carried = lists.some((into) => app.edgesShown(i, into).some((e) => via(e)));
+    return [
+      element("div", { class: "lists" }, lists.map((into) => list(i, into))),
+      carried && element("p", { class: "note" }, "Via layer.head: the part of the edge that vanishes when that head's output is taken away; a path through several heads counts for each."),
+    ];
   };
   const overview = () => {
     const best = [...Array(graph.n).keys()].filter((i) => graph.kind[i] === FEATURE).sort((a, b) => graph.share[a] - graph.share[b]);
@@ -82,15 +94,16 @@ function makePanel(graph, examples, app) {
           element("button", { type: "button", id: "clear", onclick: () => app.clear() }, "Clear"))),
       facts([...describe(graph, i), ...(group ? [["Group", visibleText(group[0])]] : [])]),
       ...(known.length ? [element("h3", {}, "Top examples"), examplesOf(known, 8)] : []),
-      neighbours(i),
+      ...neighbours(i),
       keys(),
     ];
   };
   return {
     show() {
-      const { clicked } = app.state;
-      panel.replaceChildren(...(clicked < 0 ? overview() : details(clicked)));
+      const { clicked } = app.state, focused = panel.contains(document.activeElement);
+      panel.replaceChildren(...(clicked < 0 ? overview() : details(clicked)).filter(Boolean));
       panel.scrollTop = 0;
+      if (focused) panel.focus({ preventScroll: true }); // the button that was pressed is gone; Tab goes on from the top
     },
   };
 }

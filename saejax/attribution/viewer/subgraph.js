@@ -1,7 +1,7 @@
 // Pinned nodes as a small graph of their own. Groups of pins are supernodes; an edge between two of them is the sum of
 // the edges between their members.
 
-const BOX_WIDTH = 158, BOX_HEIGHT = 38, BOX_GAP = 26, LEVEL = 92;
+const BOX_WIDTH = 158, BOX_HEIGHT = 38, BOX_GAP = 26, LEVEL = 92, FEW = 30;
 
 /** What is drawn as one box: a group, or a pin that is in none. */
 function unitsOf(graph, state) {
@@ -104,7 +104,10 @@ function makeSubgraph(graph, app) {
 
   const drawUnits = (units) => {
     const width = Math.max(BOX_WIDTH + 12, figure.clientWidth - 4), { levels, height } = placeUnits(graph, units, width);
-    const sums = sumsOf(graph, units), most = Math.max(...sums.map((sum) => Math.abs(sum.net)), 1e-12);
+    const all = sumsOf(graph, units), most = Math.max(...all.map((sum) => Math.abs(sum.net)), 1e-12);
+    // Where many boxes stand, sums that one could hardly see would only hide the others.
+    const sums = all.length > FEW ? all.filter((sum) => Math.abs(sum.net) >= 0.03 * most) : all;
+    document.getElementById("weak-sums").textContent = sums.length < all.length ? ` ${count(all.length - sums.length)} sums below 3 % of the largest are not drawn.` : "";
     const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, width, height, id: "subgraph", role: "group", "aria-label": "Pinned nodes and the sums of the edges between them" });
     const numbers = [], taken = [];
     for (const sum of sums.sort((a, b) => Math.abs(b.net) - Math.abs(a.net))) {
