@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-tiny test test-slow lint bench-input bench-ablate bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-tiny test test-slow lint bench-input bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -29,6 +29,9 @@ bench-input: $(INSTALLED)
 
 bench-ablate: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_ablate
+
+bench-attribute: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_attribute --growth
 
 bench-capture: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_capture

@@ -13,6 +13,7 @@ _HOMES = {
     "save_dictionary": "saejax.dictionaries",
     "save_transcoders": "saejax.dictionaries",
     "SiteEdit": "saejax.models.site_edits",
+    "trace": "saejax.attribution.attribute",
 }
 __all__ = list(_HOMES)
 

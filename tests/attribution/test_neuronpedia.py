@@ -3,46 +3,31 @@
 import copy
 import dataclasses
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_graph_files import make_graph
+from made_graphs import make_graph
+from reference_graphs import LAYERS, adjacency_of, each_graph, needs_graphs, nodes_of
 
+import saejax
 from saejax.attribution.document import check_document
-from saejax.attribution.graph import ERROR, FEATURE, LOGIT, TOKEN, Graph, Nodes
+from saejax.attribution.graph import LOGIT, Graph
 from saejax.attribution.network import to_networkx
 from saejax.attribution.neuronpedia import INDEX, cantor_pair, cantor_unpair, node_ids, to_document, write_graph
 from saejax.attribution.page import write_page
 from saejax.errors import UserError
 
-DATA = Path(os.environ.get("SAEJAX_DATA") or Path(__file__).parents[3] / "shared" / "data")
-REFERENCES = sorted((DATA.parent / "reference" / "graphs").glob("*/graph.json"))
-needs_references = pytest.mark.skipif(
-    not REFERENCES, reason=f"no reference graphs are in {DATA.parent}; name a folder beside theirs in SAEJAX_DATA"
-)
 
-
-def reference_graph(path: Path) -> Graph:
-    """The graph that circuit-tracer traced, from its arrays; layers: 3."""
-    ref, described = np.load(path.parent / "reference.npz"), json.loads(path.read_text())
-    layers, positions = 3, len(ref["ids"])
-    layer_E, position_E = np.divmod(np.arange(layers * positions), positions)
-    layer_F, position_F, feature_F = ref["active_features"].T
-    nodes = Nodes.joined(
-        Nodes.of(FEATURE, layer_F, position_F, feature_F, ref["activation_values"]),
-        Nodes.of(ERROR, layer_E, position_E),
-        Nodes.of(TOKEN, -1, np.arange(positions), ref["ids"]),
-        Nodes.of(LOGIT, layers, positions - 1, ref["logit_ids"], ref["logit_p"]),
-    )
-    rows = np.flatnonzero(np.isin(nodes.kind_N, (FEATURE, LOGIT)))
+def reference_graph(folder: Path) -> Graph:
+    """The graph that circuit-tracer traced, from its arrays."""
+    ref, described = np.load(folder / "reference.npz"), document_of(folder)
     logits = [node for node in described["nodes"] if node["feature_type"] == "logit"]
-    zeros = np.zeros(len(rows), np.float32)
+    zeros = np.zeros(len(adjacency_of(ref)), np.float32)
     return Graph(
-        adjacency_TxS=ref["adjacency"][rows, : len(nodes) - len(logits)],
-        nodes=nodes,
+        adjacency_TxS=adjacency_of(ref),
+        nodes=nodes_of(ref),
         value_T=zeros,
         constant_T=zeros,
         unkept_T=zeros,
@@ -51,26 +36,31 @@ def reference_graph(path: Path) -> Graph:
         logit_K=np.zeros(len(logits), np.float32),
         labels=tuple(node["clerp"].split('"')[1] for node in logits),
         prompt=described["metadata"]["prompt"],
-        n_layers=layers,
+        n_layers=LAYERS,
         model=dict(name="somebody/tiny"),
         transcoders=dict(name="t"),
         settings=dict(max_logits=5, max_features=None, batch_size=8),
     )
 
 
-@needs_references
-@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.parent.name)
-def test_circuit_tracers_own_graph_key_by_key(path):
-    described = json.loads(path.read_text())
-    document = to_document(reference_graph(path).prune(), "tiny-tl")
+def document_of(folder: Path) -> dict:
+    return json.loads((folder / "graph.json").read_text())
+
+
+def theirs(name: str) -> str:
+    """circuit-tracer's id of a node."""
+    layer, feature, position = name.split("_")
+    return f"0_{layer}_{position}" if feature == "-1" else name
+
+
+@needs_graphs
+@each_graph
+def test_circuit_tracers_own_graph_key_by_key(folder):
+    described = document_of(folder)
+    document = to_document(reference_graph(folder).prune(), "tiny-tl")
     assert list(document) == list(described)
     assert {key: document["metadata"][key] for key in described["metadata"]} == described["metadata"]
     assert document["qParams"] == described["qParams"]
-
-    def theirs(name: str) -> str:
-        layer, feature, position = name.split("_")
-        return f"0_{layer}_{position}" if feature == "-1" else name
-
     for node, wanted in zip(document["nodes"], described["nodes"], strict=True):
         assert list(node) == list(wanted)
         share, wanted_share = node.pop("influence"), wanted.pop("influence")
@@ -80,24 +70,37 @@ def test_circuit_tracers_own_graph_key_by_key(path):
     assert links == described["links"]
 
 
-@needs_references
-@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.parent.name)
-def test_ids_are_unique_where_the_references_are_not(path, tmp_path):
-    described = json.loads(path.read_text())
+@needs_graphs
+@each_graph
+def test_our_graph_of_the_same_prompt_key_by_key(folder, one_device):
+    described, ref = document_of(folder), np.load(folder / "reference.npz")
+    model = saejax.load_model(str(folder / "hf_model"), mesh=one_device)
+    graph = saejax.trace(model, folder / "transcoders", ref["ids"].tolist(), max_logits=len(ref["logit_ids"]))
+    document = to_document(graph.prune(), "tiny-tl", scan="tiny")
+    same = [key for key in described["metadata"] if key not in ("prompt", "prompt_tokens")]
+    assert [document["metadata"][key] for key in same] == [described["metadata"][key] for key in same]
+    for node, wanted in zip(document["nodes"], described["nodes"], strict=True):
+        for key in ("influence", "activation", "token_prob"):
+            value, expected = node.pop(key), wanted.pop(key)
+            assert (value is None) == (expected is None) and (value is None or abs(value - expected) < 1e-5)
+        assert {**node, "node_id": theirs(node["node_id"])} == wanted
+    ends = [(theirs(link["source"]), theirs(link["target"])) for link in document["links"]]
+    assert ends == [(link["source"], link["target"]) for link in described["links"]]
+    ours, wanted = (np.array([link["weight"] for link in one["links"]]) for one in (document, described))
+    assert np.abs(ours - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+@needs_graphs
+@each_graph
+def test_ids_are_unique_where_the_references_are_not(folder, tmp_path):
     with pytest.raises(UserError, match="1 node ids of the graph are not unique, such as '0_0_3'"):
-        check_document(described)
-    document = to_document(reference_graph(path).prune(), "tiny-tl")
+        check_document(document_of(folder))
+    document = to_document(reference_graph(folder).prune(), "tiny-tl")
     ids = [node["node_id"] for node in document["nodes"]]
     assert len(set(ids)) == len(ids)
     write_page(tmp_path / "graph.html", document)
-    assert set(json.loads((path.parent / INDEX).read_text())["graphs"][0]) == set(
-        json.loads(write_and_list(tmp_path, document))["graphs"][0]
-    )
-
-
-def write_and_list(folder, document, **options):
-    write_graph(folder, document, **options)
-    return (folder / INDEX).read_text()
+    write_graph(tmp_path, document)
+    assert json.loads((tmp_path / INDEX).read_text()) == json.loads((folder / INDEX).read_text())
 
 
 @pytest.fixture
@@ -161,7 +164,8 @@ def test_the_list_of_graphs_keeps_the_others(graph, tmp_path):
         write_graph(tmp_path, first)
     changed = copy.deepcopy(first)
     changed["metadata"]["prompt"] = "another"
-    listed = json.loads(write_and_list(tmp_path, changed, replace=True))
+    write_graph(tmp_path, changed, replace=True)
+    listed = json.loads((tmp_path / INDEX).read_text())
     assert listed["version"] == 3 and listed["graphs"][0] == stranger
     assert [one["slug"] for one in listed["graphs"]] == ["somebody-elses", "first", "second"]
     assert listed["graphs"][1]["prompt"] == "another"

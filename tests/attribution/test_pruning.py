@@ -2,19 +2,15 @@
 
 import dataclasses
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_graph_files import make_graph
+from made_graphs import make_graph
+from reference_graphs import adjacency_of, each_graph, needs_graphs, nodes_of
 
 from saejax.attribution import pruning
-from saejax.attribution.graph import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Graph, Nodes
+from saejax.attribution.graph import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Graph
 from saejax.errors import UserError
-
-REFERENCE = Path(os.environ.get("SAEJAX_REFERENCE", Path(__file__).parents[3] / "shared" / "reference")) / "graphs"
-GRAPHS = sorted(path.parent for path in REFERENCE.glob("*/reference.npz"))
 
 
 def layered(seed=0, **sizes) -> Graph:
@@ -125,23 +121,14 @@ def test_a_graph_without_edges_keeps_tokens_and_logits():
     assert set(pruned.nodes.kind_N) == {TOKEN, LOGIT}
 
 
-@pytest.mark.skipif(not GRAPHS, reason=f"no reference graphs in {REFERENCE} (SAEJAX_REFERENCE)")
-@pytest.mark.parametrize("folder", GRAPHS, ids=lambda path: path.name)
+@needs_graphs
+@each_graph
 def test_circuit_tracer_prunes_its_graphs_alike(folder):
     ref = np.load(folder / "reference.npz")
-    layers, positions, logits = 3, len(ref["ids"]), len(ref["logit_ids"])
-    layer_E, position_E = np.divmod(np.arange(layers * positions), positions)
-    layer_F, position_F, feature_F = ref["active_features"].T
-    nodes = Nodes.joined(
-        Nodes.of(FEATURE, layer_F, position_F, feature_F, ref["activation_values"]),
-        Nodes.of(ERROR, layer_E, position_E),
-        Nodes.of(TOKEN, -1, np.arange(positions), ref["ids"]),
-        Nodes.of(LOGIT, layers, positions - 1, ref["logit_ids"], ref["logit_p"]),
-    )
-    rows = np.flatnonzero(np.isin(nodes.kind_N, (FEATURE, LOGIT)))
+    nodes, adjacency_TxS = nodes_of(ref), adjacency_of(ref)
     graph = dataclasses.replace(
-        make_graph(), nodes=nodes, adjacency_TxS=ref["adjacency"][rows, : len(nodes) - logits],
-        **dict.fromkeys(("value_T", "constant_T", "unkept_T"), np.zeros(len(rows), np.float32)),
+        make_graph(), nodes=nodes, adjacency_TxS=adjacency_TxS,
+        **dict.fromkeys(("value_T", "constant_T", "unkept_T"), np.zeros(len(adjacency_TxS), np.float32)),
     )  # fmt: skip
     pruned = check(graph, ref["node_mask"], ref["edge_mask"], ref["scores"])
     assert np.abs(pruned.pruning.influence_N - ref["cumulative"][ref["node_mask"]]).max() < 1e-6

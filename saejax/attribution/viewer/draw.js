@@ -200,7 +200,8 @@ function makePicture(graph, stage, lower, upper) {
     context.font = `11px ${FONT}`; context.fillStyle = ink.soft; context.textBaseline = "middle"; context.textAlign = "right";
     const every = Math.ceil(13 / layout.rowHeight);
     for (let r = 0; r <= graph.rows - 2; r++) {
-      if (r === 0 || (r - 1) % every === 0) context.fillText(rowName(graph, r), GUTTER - 12, layout.rowY(r));
+      const clear = r * layout.rowHeight >= 12; // of the name of the lowest row
+      if (r === 0 || ((r - 1) % every === 0 && clear)) context.fillText(rowName(graph, r), GUTTER - 12, layout.rowY(r));
     }
     context.fillText("out", GUTTER - 12, 19);
     const y = layout.height - layout.bottom + 5;

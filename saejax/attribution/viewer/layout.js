@@ -58,7 +58,7 @@ function layOut(graph, visible, width, height, zoom, measure) {
 function columnWidths(graph, cells, plot, rowHeight, textWidths) {
   for (let pitch = LARGEST; ; pitch -= 0.5) {
     const lines = Math.max(1, Math.floor((rowHeight - 1) / pitch));
-    const widths = new Float64Array(graph.columns).fill(textWidths ? 18 : Math.min(16, Math.max(8, plot / graph.columns)));
+    const widths = new Float64Array(graph.columns).fill(textWidths ? 18 : 16);
     for (const [key, members] of cells) {
       const c = key % graph.columns;
       widths[c] = Math.max(widths[c], Math.ceil(members.length / lines) * pitch + 6);

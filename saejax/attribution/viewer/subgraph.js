@@ -1,7 +1,7 @@
 // Pinned nodes as a small graph of their own. Groups of pins are supernodes; an edge between two of them is the sum of
 // the edges between their members.
 
-const BOX_WIDTH = 158, BOX_HEIGHT = 38, BOX_GAP = 26, LEVEL = 92, FEW = 30;
+const BOX_HEIGHT = 38, BOX_GAP = 26, LEVEL = 92, MARGIN = 18, FEW = 30;
 
 /** What is drawn as one box: a group, or a pin that is in none. */
 function unitsOf(graph, state) {
@@ -34,8 +34,9 @@ function sumsOf(graph, units) {
 
 /** Levels from the lowest layer up: a level holds what is less than a layer apart, as many boxes as fit, and within it
  * boxes stand from left to right as their tokens do. Gives each unit its place, and the picture's height. */
-function placeUnits(graph, units, width) {
-  const perLevel = Math.max(1, Math.floor((width + BOX_GAP) / (BOX_WIDTH + BOX_GAP)));
+function placeUnits(units, width, boxWidth) {
+  const room = width - 2 * MARGIN; // edges may pass at the sides, too
+  const perLevel = Math.max(1, Math.floor((room + BOX_GAP) / (boxWidth + BOX_GAP)));
   const levels = [];
   for (const unit of units) {
     const level = levels.at(-1);
@@ -43,18 +44,19 @@ function placeUnits(graph, units, width) {
     else levels.push([unit]);
   }
   const positions = units.map((unit) => unit.pos), first = Math.min(...positions), last = Math.max(...positions);
-  const step = BOX_WIDTH + BOX_GAP;
+  const step = boxWidth + BOX_GAP;
   levels.forEach((level, k) => {
     level.sort((a, b) => a.pos - b.pos);
     level.forEach((unit, c) => {
-      const wanted = (width - BOX_WIDTH) * (last > first ? (unit.pos - first) / (last - first) : 0.5);
+      const wanted = MARGIN + (room - boxWidth) * (last > first ? (unit.pos - first) / (last - first) : 0.5);
+      unit.width = boxWidth;
       unit.x = c ? Math.max(wanted, level[c - 1].x + step) : wanted;
       unit.level = k;
       unit.y = 6 + (levels.length - 1 - k) * LEVEL;
     });
-    let most = width - BOX_WIDTH - 2; // boxes that were pushed out at the right come back
+    let most = width - MARGIN - boxWidth; // boxes that were pushed out at the right come back
     for (const unit of [...level].reverse()) {
-      unit.x = Math.max(2, Math.min(unit.x, most));
+      unit.x = Math.max(MARGIN, Math.min(unit.x, most));
       most = unit.x - step;
     }
   });
@@ -63,12 +65,12 @@ function placeUnits(graph, units, width) {
 
 /** The points of an edge: it passes between the boxes of the levels that it crosses, not behind them. */
 function route(levels, a, b) {
-  const points = [[a.x + BOX_WIDTH / 2, a.y]], end = [b.x + BOX_WIDTH / 2, b.y + BOX_HEIGHT];
+  const points = [[a.x + a.width / 2, a.y]], end = [b.x + b.width / 2, b.y + BOX_HEIGHT];
   for (let k = a.level + 1; k < b.level; k++) {
     const boxes = levels[k], y = boxes[0].y, from = points.at(-1);
     const straight = from[0] + (end[0] - from[0]) * ((from[1] - y - BOX_HEIGHT / 2) / (from[1] - end[1]));
-    const free = (x) => boxes.every((box) => x < box.x - 6 || x > box.x + BOX_WIDTH + 6);
-    const beside = boxes.flatMap((box) => [box.x - BOX_GAP / 2, box.x + BOX_WIDTH + BOX_GAP / 2]).filter((x) => x > -8 && free(x));
+    const free = (x) => boxes.every((box) => x < box.x - 6 || x > box.x + box.width + 6);
+    const beside = boxes.flatMap((box) => [box.x - BOX_GAP / 2, box.x + box.width + BOX_GAP / 2]).filter(free);
     const x = free(straight) || !beside.length ? straight
       : beside.reduce((best, one) => (Math.abs(one - straight) < Math.abs(best - straight) ? one : best));
     points.push([x, y + BOX_HEIGHT + 4], [x, y - 4]);
@@ -103,7 +105,8 @@ function makeSubgraph(graph, app) {
   const tools = document.getElementById("pin-tools"), ticked = new Set();
 
   const drawUnits = (units) => {
-    const width = Math.max(BOX_WIDTH + 12, figure.clientWidth - 4), { levels, height } = placeUnits(graph, units, width);
+    const width = Math.max(200, figure.clientWidth - 4), boxWidth = width < 420 ? 138 : 158;
+    const { levels, height } = placeUnits(units, width, boxWidth);
     const all = sumsOf(graph, units), most = Math.max(...all.map((sum) => Math.abs(sum.net)), 1e-12);
     // Where many boxes stand, sums that one could hardly see would only hide the others.
     const sums = all.length > FEW ? all.filter((sum) => Math.abs(sum.net) >= 0.03 * most) : all;
@@ -115,18 +118,23 @@ function makeSubgraph(graph, app) {
       const path = drawn("path", { d: pathOf(points), class: `link ${sign}`, "stroke-width": (1 + 5 * Math.abs(sum.net) / most).toFixed(2) });
       path.append(drawn("title", {}, `${a.name} → ${b.name}: ${signed(sum.net)}, the sum of ${count(sum.edges)} ${sum.edges === 1 ? "edge" : `edges (${signed(sum.plus)} and ${signed(sum.minus)})`}`));
       svg.prepend(path); // the strongest on top
-      if (sums.length <= 60) numbers.push(drawn("text", { ...numberPlace(points, taken), class: `sum ${sign}`, "text-anchor": "middle" }, signed(sum.net)));
+      if (sums.length <= 60) numbers.push(number(numberPlace(points, taken), signed(sum.net), sign));
     }
-    svg.append(...units.map(drawUnit), ...numbers.reverse());
+    svg.append(...units.map(drawUnit), ...numbers.reverse().flat());
     figure.replaceChildren(svg);
+  };
+  const number = ({ x, y }, words, sign) => {
+    const wide = words.length * 6.4 + 6;
+    return [drawn("rect", { x: x - wide / 2, y: y - 10.5, width: wide, height: 14, rx: 3, class: "under" }),
+      drawn("text", { x, y, class: `sum ${sign}`, "text-anchor": "middle" }, words)];
   };
   const drawUnit = (unit) => {
     const many = unit.members.length > 1, first = unit.members[0];
     const under = unit.group >= 0 ? `${unit.members.length} ${many ? "nodes" : "node"}` : whereOf(graph, first);
     const box = drawn("g", { class: `unit${unit.group >= 0 ? " group" : ""}${unit.members.includes(app.state.clicked) ? " chosen" : ""}`, tabindex: 0, role: "button", "aria-label": `${unit.name}, ${under}` },
-      drawn("rect", { x: unit.x, y: unit.y, width: BOX_WIDTH, height: BOX_HEIGHT, rx: 5 }),
-      drawn("text", { x: unit.x + 9, y: unit.y + 16, class: "name" }, clip(unit.name, 21)),
-      drawn("text", { x: unit.x + 9, y: unit.y + 30, class: "where" }, clip(under, 26)),
+      drawn("rect", { x: unit.x, y: unit.y, width: unit.width, height: BOX_HEIGHT, rx: 5 }),
+      drawn("text", { x: unit.x + 9, y: unit.y + 16, class: "name" }, clip(unit.name, Math.floor(unit.width / 7.4))),
+      drawn("text", { x: unit.x + 9, y: unit.y + 30, class: "where" }, clip(under, Math.floor(unit.width / 6))),
       drawn("title", {}, `${unit.name} (${under})`));
     box.onclick = () => app.select(first);
     box.onkeydown = (event) => { if (event.key === "Enter" || event.key === " ") { app.select(first); event.preventDefault(); } };

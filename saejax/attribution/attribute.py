@@ -1,0 +1,167 @@
+"""From a prompt to its attribution graph."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.attribution import pruning
+from saejax.attribution.graph import LOGIT, Graph, Nodes
+from saejax.attribution.replacement import Replacement
+from saejax.attribution.rows import Rows
+from saejax.attribution.sources import Sources
+from saejax.attribution.targets import Readouts, Target, read_targets
+from saejax.attribution.transcoders import TranscoderSet, open_transcoders
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import Tokens, token_text
+
+
+def trace(
+    model: LanguageModel,
+    transcoders: TranscoderSet | Sequence[Dictionary] | str | Path,
+    prompt: str | Sequence[int],
+    *,
+    targets: Sequence[Target] = (),
+    max_logits: int = 10,
+    logit_mass: float = 0.95,
+    max_features: int | None = None,
+    bias_nodes: bool = True,
+    prepend: bool = True,
+    round_rows: int = 2048,
+) -> Graph:
+    """The attribution graph of a prompt.
+
+    Args:
+      model: the language model.
+      transcoders: one for each layer: an open set, dictionaries in memory, or what ``open_transcoders`` opens.
+      prompt: the text, or its token ids, which are taken as they are.
+      targets: what is explained: tokens, as ids or texts of one token; pairs of them, for the difference of their
+        logits; ``Direction``s. None: the most probable next tokens.
+      max_logits, logit_mass: of the most probable tokens as few as have this probability together, at most so many.
+      max_features: most features that get nodes, the most influential ones; None: all active ones.
+      bias_nodes: whether biases, and the MLP's output at the first position, get nodes, so that sums are complete.
+      prepend: put the tokenizer's first special token before a text that begins with none. At the first position no
+        feature is used.
+      round_rows: with ``max_features``, features that are attributed between two rankings.
+
+    Raises:
+      UserError: set, model, prompt or targets do not go together; the message says why.
+    """
+    if isinstance(transcoders, str | Path):
+        transcoders = open_transcoders(transcoders)
+    elif not isinstance(transcoders, TranscoderSet):
+        transcoders = TranscoderSet.of(transcoders)
+    if max_features is not None and max_features < 1:
+        raise UserError(f"max_features is {max_features}: expected 1 or more")
+    ids_P = prompt_ids(model, prompt, prepend)
+    replacement = Replacement.of(model, transcoders, ids_P)
+    readouts = read_targets(replacement, targets, max_logits, logit_mass)
+    sources = Sources.of(replacement, bias_nodes)
+    chosen_F, adjacency_TxS = _attributed(replacement, sources, readouts, max_features, round_rows)
+    settings = dict(
+        max_logits=max_logits, logit_mass=logit_mass, max_features=max_features, active_features=len(replacement.active)
+    )
+    text = prompt if isinstance(prompt, str) else str(model.tokenizer.decode(ids_P))
+    return _graph(replacement, sources, readouts, chosen_F, adjacency_TxS, text, settings)
+
+
+def prompt_ids(model: LanguageModel, prompt: str | Sequence[int], prepend: bool) -> np.ndarray:
+    """Token ids of a prompt, int32 [P]; see ``trace``."""
+    if not isinstance(prompt, str):
+        ids_P = np.asarray(prompt, np.int32).reshape(-1)
+    else:
+        ids_P = model.tokenize([prompt]).ids_BxT[0]
+        tokenizer = model.tokenizer
+        first = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
+        first = [token for token in first if token is not None]
+        if prepend and first and ids_P[0] not in tokenizer.all_special_ids:
+            ids_P = np.concatenate([first[:1], ids_P]).astype(np.int32)
+    Tokens(ids_P[None], np.array([len(ids_P)], np.int32)).check(model.config.vocab, model.config.context)
+    return ids_P
+
+
+def _attributed(
+    replacement: Replacement, sources: Sources, readouts: Readouts, most: int | None, round_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attributes the logits and the features that get nodes.
+
+    Returns:
+      Which of the active features these are, ascending; and the rows of the graph, over all sources.
+    """
+    active, logits = replacement.active, len(readouts.labels)
+    count = min(most or len(active), len(active))
+    rows = Rows(replacement, sources, count + logits)
+    adjacency_TxS = np.zeros((count + logits, len(sources.nodes)), np.float32)
+    of_features, of_logits = adjacency_TxS[:count], adjacency_TxS[count:]
+    rows(readouts.layer_K, readouts.position_K, readouts.vector_KxD, of_logits, in_stream=True)
+    chosen_F = np.empty(0, np.int64)
+    while len(chosen_F) < count:
+        new_F = np.arange(count)
+        if count < len(active):
+            size = min(round_rows, count - len(chosen_F))
+            new_F = _most_influential(replacement, readouts, adjacency_TxS, chosen_F)[:size]
+        into_FxS = of_features[len(chosen_F) : len(chosen_F) + len(new_F)]
+        rows(active.layer_A[new_F], active.position_A[new_F], replacement.encoder_rows(new_F), into_FxS)
+        chosen_F = np.concatenate([chosen_F, new_F])
+    order_F = np.argsort(chosen_F)
+    if count < len(active):
+        of_features[:] = of_features[order_F]
+    return chosen_F[order_F], adjacency_TxS
+
+
+def _most_influential(
+    replacement: Replacement, readouts: Readouts, adjacency_TxS: np.ndarray, chosen_F: np.ndarray
+) -> np.ndarray:
+    """The active features that have no row yet, by their influence through those that have one, the largest first."""
+    active, logits = replacement.active, len(readouts.labels)
+    layer_T = np.zeros(len(adjacency_TxS), np.int32)
+    column_T, weight_T = np.full(len(layer_T), -1), np.zeros(len(layer_T))
+    layer_T[: len(chosen_F)], column_T[: len(chosen_F)] = active.layer_A[chosen_F], chosen_F
+    layer_T[-logits:], weight_T[-logits:] = replacement.model.config.n_layers, readouts.weight_K
+    influence_A = pruning.influence(adjacency_TxS, layer_T, column_T, weight_T)[: len(active)]
+    influence_A[chosen_F] = -1
+    return np.argsort(-influence_A, kind="stable")[: len(active) - len(chosen_F)]
+
+
+def _graph(
+    replacement: Replacement,
+    sources: Sources,
+    readouts: Readouts,
+    chosen_F: np.ndarray,
+    adjacency_TxS: np.ndarray,
+    prompt: str,
+    settings: dict[str, Any],
+) -> Graph:
+    """The graph of the rows, with the columns of the features that have one."""
+    active, model = replacement.active, replacement.model
+    unkept_T = np.zeros(len(adjacency_TxS), np.float32)
+    nodes = sources.nodes
+    if len(chosen_F) < len(active):
+        dropped = np.ones(len(nodes), bool)
+        dropped[chosen_F], dropped[len(active) :] = False, False
+        unkept_T = adjacency_TxS[:, dropped].sum(axis=1)
+        adjacency_TxS, nodes = adjacency_TxS[:, ~dropped], nodes[~dropped]
+    text = token_text(model.tokenizer)
+    of_logits = Nodes.of(LOGIT, model.config.n_layers, readouts.position_K, readouts.token_K, readouts.weight_K)
+    return Graph(
+        adjacency_TxS=adjacency_TxS,
+        nodes=Nodes.joined(nodes, of_logits),
+        value_T=np.concatenate([active.value_A[chosen_F], readouts.value_K]),
+        constant_T=np.concatenate([replacement.constants(chosen_F), readouts.constant_K]),
+        unkept_T=unkept_T,
+        ids_P=replacement.ids_P,
+        tokens=tuple(text(int(token)) for token in replacement.ids_P),
+        logit_K=readouts.logit_K,
+        labels=readouts.labels,
+        prompt=prompt,
+        n_layers=model.config.n_layers,
+        model=dict(
+            name=model.source.name, revision=model.source.revision, fingerprint=model.source.fingerprint,
+            family=model.config.family,
+        ),
+        transcoders=replacement.transcoders.describe(),
+        settings=settings,
+    )  # fmt: skip

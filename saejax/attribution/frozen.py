@@ -1,0 +1,133 @@
+"""One layer of the local replacement model: what is left of a decoder layer when all that the prompt fixes is held.
+
+Attention weights and the factors of norms (1 / root mean square, or 1 / standard deviation) are constants, and what the
+MLP adds is a constant too, but for a transcoder's skip path. So a layer is an affine function of the stream that enters
+it: its linear part carries an effect up, the transposed one a cause down, its constant part is what biases add.
+
+It is the decoder's own layer, run with ``DecoderConfig.backward`` "relp": values are those of the model, and
+differentiation takes attention weights and factors as constants.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from saejax.models import decoder
+from saejax.models.attention import Reach, Reaches, attention_weights, query_blocks
+from saejax.models.config import DecoderConfig
+from saejax.models.layers import einsum, norm
+from saejax.models.parameters import LAYERS
+
+READS = ("mlp_in", "mlp_normed")
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenModel:
+    """A decoder whose layers are frozen. Hashable, so that it can be a static argument of ``jax.jit``.
+
+    Attributes:
+      original: configuration of the decoder.
+      reads: what transcoders read: "mlp_in", what the MLP does, or "mlp_normed", the same before the norm's gain.
+    """
+
+    original: DecoderConfig
+    reads: str = "mlp_in"
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder's configuration with attention weights and factors of norms constant to differentiation."""
+        return dataclasses.replace(self.original, backward="relp")
+
+    def layer(
+        self,
+        params: decoder.Params,
+        layer: int | jax.Array,
+        reaches: Reaches,
+        x_TxD: jax.Array,
+        skip_DxD: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The frozen layer.
+
+        Args:
+          layer: its number.
+          reaches: of the prompt.
+          x_TxD: the stream entering the layer, that of the prompt: it fixes what is constant.
+          skip_DxD: skip path of the layer's transcoder, applied as read @ skip.
+
+        Returns:
+          The stream leaving the layer without what the MLP adds, unless by the skip path; and what the transcoder
+          reads, both [T, D].
+        """
+        seen: dict[str, jax.Array] = {}
+
+        def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
+            seen[kind] = value_TxD
+            if kind != "mlp_out":
+                return value_TxD
+            read_TxD = self.read(params, layer, seen)
+            return jnp.zeros_like(value_TxD) if skip_DxD is None else einsum("td,de->te", read_TxD, skip_DxD)
+
+        return decoder.block(self.config, params, layer, x_TxD, reaches, hook, self._mix), self.read(
+            params, layer, seen
+        )
+
+    def _mix(self, q_TxHxK: jax.Array, k_TxNxK: jax.Array, v_TxNxK: jax.Array, reach: Reach) -> jax.Array:
+        """As ``attention.mix``, with constant weights and a transpose that moves no more than it must."""
+        parts = []
+        for queries, keys in query_blocks(len(q_TxHxK), len(k_TxNxK)):
+            block = reach._replace(seen=reach.seen[queries, keys])
+            weights_NxGxTxS = attention_weights(self.config, q_TxHxK[queries], k_TxNxK[keys], block)
+            parts.append(_weighted(weights_NxGxTxS, v_TxNxK[keys]))
+        return jnp.concatenate(parts).reshape(q_TxHxK.shape)
+
+    def read(self, params: decoder.Params, layer: int | jax.Array, seen: Mapping[str, jax.Array]) -> jax.Array:
+        """What the transcoder reads [T, D], from the values at a layer's sites."""
+        if self.reads == "mlp_in":
+            return seen["mlp_in"]
+        weights = decoder.layer_params(params, layer)
+        name = "attn_norm" if self.config.shared_norm else "mlp_norm"
+        gain_D = weights[f"{name}_D"]
+        plain = {f"{name}_D": jnp.full_like(gain_D, 0 if self.config.norm == "rms_plus_one" else 1)}
+        if self.config.norm == "layer":
+            plain[f"{name}_bias_D"] = jnp.zeros_like(gain_D)
+        return norm(self.config, plain, name, seen["resid_pre" if self.config.parallel else "resid_mid"])
+
+    def biases(
+        self,
+        params: decoder.Params,
+        layer: int | jax.Array,
+        reaches: Reaches,
+        x_TxD: jax.Array,
+        skip_DxD: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The constant part of ``layer``, both [T, D]: what its biases add to the stream and to what is read.
+
+        It is linear in the biases, so it is its own derivative along them.
+        """
+        own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
+
+        def with_biases(biases: decoder.Params) -> tuple[jax.Array, jax.Array]:
+            return self.layer({**params, **biases}, layer, reaches, x_TxD, skip_DxD)
+
+        return jax.jvp(with_biases, (own,), (own,))[1]
+
+    def final(self, params: decoder.Params, x_TxD: jax.Array) -> jax.Array:
+        """The final norm; a frozen one, as all here."""
+        return norm(self.config, params, "final_norm", x_TxD)
+
+
+@jax.custom_vjp
+def _weighted(weights_NxGxTxS: jax.Array, v_SxNxK: jax.Array) -> jax.Array:
+    """The mean of the values with given weights, [T, N, G, K]."""
+    return einsum("ngts,snk->tngk", weights_NxGxTxS, v_SxNxK)
+
+
+def _weighted_back(weights_NxGxTxS: jax.Array, cotangent_TxNxGxK: jax.Array) -> tuple[None, jax.Array]:
+    # The cotangent is the second operand: with many of them, XLA then brings together runs of K numbers. As the first
+    # one, which it is in the transpose that JAX derives, single numbers are moved, which takes longer than the product.
+    return None, einsum("ngts,tngk->snk", weights_NxGxTxS, cotangent_TxNxGxK)
+
+
+_weighted.defvjp(lambda weights, v: (_weighted(weights, v), weights), _weighted_back)

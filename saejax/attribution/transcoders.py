@@ -1,0 +1,135 @@
+"""The transcoders of all layers of a model, read layer by layer and row by row.
+
+Where they come from makes no difference here: a circuit-tracer set, Gemma Scope's files, our own checkpoints, or
+dictionaries that are in memory already. Of a set on disk nothing but descriptions is kept, and the layer read last.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.dictionaries import Dictionary, DictionaryConfig, folding, formats
+from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
+from saejax.models.sites import Site
+
+Rows = Callable[[int, str, np.ndarray], np.ndarray]
+
+
+class TranscoderSet:
+    """A transcoder for every layer.
+
+    Args:
+      name: where the set comes from, for messages and results.
+      configs: what each is, from layer 0.
+      load: reads one layer's.
+      rows: given a layer, "W_enc" or "W_dec" and features [U], reads the directions that these read from or write to,
+        [U, D]; None: by loading the layer.
+      reads: see ``FrozenModel``.
+      revision: of a hub repository.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        configs: Sequence[DictionaryConfig],
+        load: Callable[[int], Dictionary],
+        rows: Rows | None = None,
+        reads: str = "mlp_in",
+        revision: str = "",
+    ):
+        self.name, self.configs, self.reads, self.revision = name, tuple(configs), reads, revision
+        self.load = functools.lru_cache(maxsize=1)(lambda layer: _plain(load(layer)))
+        stored = not any(config.centred or config.kind == "gated" for config in configs)
+        self._rows = rows if rows and stored else self._rows_of_layer
+
+    @classmethod
+    def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "TranscoderSet":
+        """The set of some transcoders that are in memory, in the order of layers."""
+        return cls(name, [dictionary.config for dictionary in dictionaries], dictionaries.__getitem__)
+
+    def rows(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
+        """Rows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
+        return np.asarray(self._rows(layer, name, features_U), np.float32)
+
+    def check(self, model: LanguageModel) -> "TranscoderSet":
+        """The set, if it belongs to a model.
+
+        Raises:
+          UserError: it lacks a layer, has another width, or was trained on another model or at other sites.
+        """
+        layers = [Site.parse(config.target).layer if config.target else -1 for config in self.configs]
+        missing = sorted(set(range(model.config.n_layers)) - set(layers))
+        if missing or layers != list(range(model.config.n_layers)):
+            told = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
+            raise UserError(
+                f"{self.name} has {told}: expected one for each layer of {model.source.name}, "
+                f"0 to {model.config.n_layers - 1}"
+            )
+        for layer, config in enumerate(self.configs):
+            if config.d_in != model.config.d_model:
+                raise UserError(
+                    f"{self.name}, layer {layer}: the transcoder reads {config.d_in} dimensions, but "
+                    f"{model.source.name} has {model.config.d_model}: use the model it was trained on"
+                )
+            if config.fingerprint and config.fingerprint != model.source.fingerprint:
+                raise UserError(
+                    f"{self.name}, layer {layer}: the transcoder was trained on {config.model} (fingerprint "
+                    f"{config.fingerprint}), but the model is {model.source.name} ({model.source.fingerprint})"
+                )
+            if (config.site, config.target) != (f"mlp_in.{layer}", f"mlp_out.{layer}"):
+                raise UserError(
+                    f"{self.name}, layer {layer}: the transcoder reads {config.site} and predicts {config.target}: "
+                    f"expected mlp_in.{layer} and mlp_out.{layer}"
+                )
+            if config.kind == "linear":
+                raise UserError(f"{self.name}, layer {layer}: a linear dictionary has no active features to trace")
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """What a graph says of the set."""
+        first = self.configs[0]
+        own = dict(name=self.name, revision=self.revision, reads=self.reads, layers=len(self.configs))
+        return own | dict(kind=first.kind, n_features=first.n_features, skip=first.skip, model=first.model)
+
+    def _rows_of_layer(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
+        arrays = self.load(layer).arrays
+        if name == "W_dec":
+            return np.asarray(arrays["W_dec_FxD"])[features_U]
+        return np.asarray(arrays["W_enc_DxF"])[:, features_U].T
+
+
+def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = "") -> TranscoderSet:
+    """Opens a set of transcoders without reading it.
+
+    Args:
+      path: a folder of circuit-tracer's, one of folders that ``load_dictionary`` loads.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    folder = Path(path) / subfolder
+    if (folder / formats.SET).exists():
+        opened = formats.circuit_tracer.open_set(folder)
+
+        def rows(layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
+            return opened.tensors[layer][name].map()[features_U]
+
+        return TranscoderSet(str(folder), opened.configs, opened.load, rows)
+    return TranscoderSet.of(formats.load_transcoders(folder), str(folder))
+
+
+def _plain(transcoder: Dictionary) -> Dictionary:
+    """The same function with features that are relu, threshold or topk of x W_enc + b_enc; of no layer.
+
+    Programs that run it are compiled once for all layers.
+    """
+    if transcoder.config.kind == "gated":
+        transcoder = folding.as_jumprelu(transcoder)
+    transcoder = folding.uncentred(transcoder)
+    config = dataclasses.replace(transcoder.config, site="", target="", origin="")
+    return Dictionary(config, transcoder.operands, **transcoder.arrays)
