@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,15 @@ _OPTIONS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe about:blank"
 )
+# Makes the pipes' ends the descriptors 3 and 4, wherever they were, and becomes the browser.
+_START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+    os.close(end)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 _KEYS = {"Escape": 27, "Enter": 13, "Backspace": 8, "Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39}
 _KEYS |= {"ArrowDown": 40, "End": 35, "Home": 36}
 
@@ -32,16 +42,11 @@ class Browser:
     def __init__(self, profile: Path):
         read_commands, self._write = os.pipe()
         self._read, write_answers = os.pipe()
-
-        def hand_over() -> None:  # in the child: the pipes' ends become descriptors 3 and 4
-            commands, answers = os.dup(read_commands), os.dup(write_answers)
-            os.dup2(commands, 3)
-            os.dup2(answers, 4)
-
         assert CHROMIUM
+        start = [sys.executable, "-c", _START, str(read_commands), str(write_answers), CHROMIUM]
         self._process = subprocess.Popen(
-            [CHROMIUM, f"--user-data-dir={profile}", *_OPTIONS.split()],
-            preexec_fn=hand_over, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [*start, f"--user-data-dir={profile}", *_OPTIONS.split()],
+            pass_fds=(read_commands, write_answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(read_commands)
         os.close(write_answers)

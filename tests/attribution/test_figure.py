@@ -8,7 +8,8 @@ from made_up_documents import made_up_document
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 
-from saejax.attribution.figure import draw_graph, save_figure, visible_token
+from saejax.attribution.figure import draw_graph, save_figure
+from saejax.attribution.figure_layout import visible_token
 from saejax.errors import UserError
 
 
@@ -27,7 +28,7 @@ def edges(figure):
     [
         (made_up_document(), 30, (7.2, 10)),
         (made_up_document(), 60, (7.2, 10)),
-        (made_up_document(features=700, edges=9000, layers=28, positions=24, errors=90, outputs=10), 60, (9, 12.5)),
+        (made_up_document(features=700, edges=9000, layers=28, positions=24, errors=90, outputs=10), 60, (9.2, 12.5)),
     ],
     ids=["30", "60", "28 layers"],
 )

@@ -57,7 +57,7 @@ function makePanel(graph, { examples, heads }, app) {
     fill(seen, ROWS_AT_FIRST);
     return element("section", { class: into ? "inputs" : "outputs" },
       element("h3", {}, into ? "Inputs" : "Outputs", " ", element("small", {}, count(all.length))),
-      all.length ? rows : element("p", { class: "note" }, into ? "Nothing feeds it." : "It feeds nothing that was kept."), more);
+      all.length ? rows : element("p", { class: "note" }, into ? (graph.kind[i] === FEATURE || graph.kind[i] === LOGIT ? "Nothing that was kept feeds it." : "Only features and outputs have inputs.") : "It feeds nothing that was kept."), more);
   };
   const neighbours = (i) => {
     const lists = { input: [true], output: [false], both: [true, false] }[app.state.linkType];
