@@ -1,0 +1,99 @@
+"""The JSON of a graph as Neuronpedia and circuit-tracer's viewer read it, and what must be true of it.
+
+A document has four keys: ``metadata`` (what was asked of which model), ``qParams`` (what a reader has selected and
+pinned), ``nodes`` and ``links``. The keys and types below are those of Neuronpedia's published schema; the rest is what
+a viewer relies on without saying so: ids that are unique, links between nodes that exist, numbers that are finite.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+from saejax.errors import UserError
+
+_METADATA = {"slug": str, "scan": str, "prompt_tokens": list, "prompt": str}
+_QPARAMS = {"pinnedIds": list, "supernodes": list, "linkType": str, "clickedId": str, "sg_pos": str}
+_NODE = {
+    "node_id": str,
+    "feature": (Integral, type(None)),
+    "layer": (str, Integral),
+    "ctx_idx": Integral,
+    "feature_type": str,
+    "jsNodeId": str,
+    "clerp": str,
+}
+_NODE_OPTIONAL = {"influence": (Real, type(None)), "activation": (Real, type(None))}
+_LINK = {"source": str, "target": str, "weight": Real}
+
+
+def check_document(document: Any) -> None:
+    """Checks a graph document.
+
+    Raises:
+      UserError: names the first thing that is not as it must be.
+    """
+    _check_keys(document, {"metadata": Mapping, "qParams": Mapping, "nodes": list, "links": list}, "the graph")
+    metadata = document["metadata"]
+    _check_keys(metadata, _METADATA, "metadata")
+    _check_optional(document["qParams"], _QPARAMS, "qParams")
+    if not all(isinstance(token, str) for token in metadata["prompt_tokens"]):
+        raise UserError("metadata.prompt_tokens of the graph must be a list of strings")
+    if not document["nodes"]:
+        raise UserError("the graph has no nodes: prune it less")
+    for k, node in enumerate(document["nodes"]):
+        _check_node(node, f"nodes[{k}]", len(metadata["prompt_tokens"]))
+    counts = Counter(node["node_id"] for node in document["nodes"])
+    twice = [name for name, times in counts.items() if times > 1]
+    if twice:
+        raise UserError(
+            f"{len(twice)} node ids of the graph are not unique, such as {twice[0]!r}: ids tell nodes apart"
+        )
+    for k, link in enumerate(document["links"]):
+        _check_keys(link, _LINK, f"links[{k}]")
+        if not math.isfinite(link["weight"]):
+            raise UserError(f"links[{k}].weight of the graph is {link['weight']}: weights must be finite")
+        for end in ("source", "target"):
+            if link[end] not in counts:
+                raise UserError(f"links[{k}].{end} of the graph is {link[end]!r}, and no node has that id")
+
+
+def _check_node(node: Any, where: str, n_tokens: int) -> None:
+    _check_keys(node, _NODE, where)
+    _check_optional(node, _NODE_OPTIONAL, where)
+    if not 0 <= node["ctx_idx"] < n_tokens:
+        raise UserError(f"{where}.ctx_idx of the graph is {node['ctx_idx']}: the prompt has {n_tokens} tokens")
+    if node["layer"] != "E" and not str(node["layer"]).isdigit():
+        raise UserError(f"{where}.layer of the graph is {node['layer']!r}: expected a number, or E for a token")
+    for name in _NODE_OPTIONAL:
+        if node.get(name) is not None and not math.isfinite(node[name]):
+            raise UserError(f"{where}.{name} of the graph is {node[name]}: expected a finite number or null")
+
+
+def _check_keys(item: Any, types: Mapping[str, Any], where: str) -> None:
+    if not isinstance(item, Mapping):
+        raise UserError(f"{where} must be an object with the keys {', '.join(types)}; it is a {type(item).__name__}")
+    missing = [name for name in types if name not in item]
+    if missing:
+        raise UserError(f"{where} has no {', '.join(missing)}: is this a graph in Neuronpedia's format?")
+    _check_optional(item, types, where)
+
+
+def _check_optional(item: Mapping[str, Any], types: Mapping[str, Any], where: str) -> None:
+    for name, kind in types.items():
+        # JSON's booleans are integers to Python, and no key here takes one.
+        if name in item and (not isinstance(item[name], kind) or isinstance(item[name], bool)):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            expected = " or ".join(_WORDS.get(one, one.__name__) for one in kinds)
+            raise UserError(f"{where}.{name} must be {expected}; it is {item[name]!r:.60}")
+
+
+_WORDS: dict[Any, str] = {
+    str: "a string",
+    list: "a list",
+    Mapping: "an object",
+    Integral: "an integer",
+    Real: "a number",
+}
+_WORDS[type(None)] = "null"

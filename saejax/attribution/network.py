@@ -1,0 +1,35 @@
+"""Graphs as NetworkX's, for its algorithms: paths, centralities, communities."""
+
+from typing import TYPE_CHECKING
+
+from saejax.attribution.graph import KINDS, LOGIT, Graph
+from saejax.attribution.neuronpedia import node_ids
+
+if TYPE_CHECKING:
+    import networkx
+
+
+def to_networkx(graph: Graph) -> "networkx.DiGraph":
+    """A directed graph, from sources to targets; of whole graphs, too.
+
+    Returns:
+      A ``networkx.DiGraph`` whose nodes are called as in Neuronpedia's JSON and have ``kind``, ``layer``,
+      ``position``, ``index``, ``value`` (activation, or weight of a logit), ``token``, and for a pruned graph
+      ``influence`` (cumulative share). Edges have ``weight``.
+    """
+    import networkx
+
+    made = networkx.DiGraph(prompt=graph.prompt, model=graph.model.get("name", ""))
+    ids, nodes = node_ids(graph), graph.nodes
+    columns = (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N, nodes.value_N)
+    for name, kind, layer, position, index, value in zip(ids, *(column.tolist() for column in columns), strict=True):
+        token = graph.tokens[position] if kind != LOGIT else graph.labels[made.number_of_nodes() - len(ids)]
+        made.add_node(
+            name, kind=KINDS[kind], layer=layer, position=position, index=index, value=value, token=token
+        )  # fmt: skip
+    if graph.pruning:
+        for name, share in zip(ids, graph.pruning.influence_N.tolist(), strict=True):
+            made.nodes[name]["influence"] = share
+    source_E, target_E, weight_E = (part.tolist() for part in graph.edges())
+    made.add_weighted_edges_from((ids[a], ids[b], weight) for a, b, weight in zip(source_E, target_E, weight_E))
+    return made

@@ -1,0 +1,60 @@
+// Small pieces of the page. All text goes in as text, never as HTML.
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) made[name] = value;
+    else made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return made;
+}
+
+function drawn(tag, attributes = {}, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+/** The shape of a node's kind, as on the canvas. */
+function glyph(kind) {
+  const shapes = {
+    [FEATURE]: ["circle", { cx: 6, cy: 6, r: 4.5 }], [ERROR]: ["path", { d: "M6 .9 11.1 6 6 11.1 .9 6Z", class: "hollow" }],
+    [TOKEN]: ["rect", { x: 2, y: 2, width: 8, height: 8 }], [OTHER]: ["path", { d: "M1.5 10.5h9L6 1.5Z" }],
+    [LOGIT]: ["rect", { x: 0.8, y: 2.8, width: 10.4, height: 6.4, rx: 2, class: "hollow" }],
+  };
+  return drawn("svg", { viewBox: "0 0 12 12", class: "glyph", "aria-hidden": "true" }, drawn(...shapes[kind]));
+}
+
+/** One context of a feature: stronger activation, warmer colour. */
+function strip(example) {
+  const tokens = example.tokens, values = example.activations || [];
+  const most = Math.max(0, ...values.filter((value) => value !== null)), peak = values.indexOf(most);
+  return element("span", { class: "strip" }, tokens.map((token, k) => {
+    const text = token.replace(/\n/g, "⏎").replace(/\t/g, "⇥"), share = most > 0 ? (values[k] || 0) / most : 0;
+    if (!(share > 0)) return text;
+    const piece = element(k === peak ? "b" : "span", { title: `activation ${magnitude(values[k])}` }, text);
+    piece.style.setProperty("--heat", share.toFixed(2));
+    return piece;
+  }));
+}
+
+function examplesOf(examples, most) {
+  return element("ol", { class: "contexts" }, examples.slice(0, most).map((example) => element("li", {}, strip(example))));
+}
+
+function facts(pairs) {
+  return element("dl", { class: "facts" }, pairs.filter(([, text]) => text !== null).map(([term, text]) =>
+    element("div", {}, element("dt", {}, term), element("dd", {}, text))));
+}
+
+function download(name, type, content) {
+  const blob = content instanceof Blob ? content : new Blob([content], { type });
+  const link = element("a", { href: URL.createObjectURL(blob), download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}

@@ -1,0 +1,140 @@
+// Where nodes stand: rows are layers, columns are positions of the prompt. A column is as wide as its fullest cell asks
+// for; the nodes of a cell stand in lines, so that none covers another. A graph that would not fit even with the
+// smallest nodes makes the world wider than the view, which then scrolls.
+
+const GUTTER = 40, LARGEST = 15, SMALLEST = 7; // pixels: room for layer names; distances between nodes
+const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
+
+function layOut(graph, visible, width, height, zoom, measure) {
+  const cells = new Map();
+  for (let i = 0; i < graph.n; i++) {
+    if (!visible.node[i] || graph.kind[i] === LOGIT) continue;
+    const key = graph.row[i] * graph.columns + graph.pos[i];
+    if (cells.has(key)) cells.get(key).push(i); else cells.set(key, [i]);
+  }
+  const plot = (width - GUTTER - 8) * zoom;
+  const texts = graph.tokens.map((token) => clip(visibleToken(token), 14));
+  const textWidths = texts.map((text) => measure(text, 11));
+  const pills = layPills(graph, visible, width, measure);
+  let bottom = 24, tilted = false, columns;
+  for (;;) {
+    const rowHeight = (height - pills.height - bottom) / (graph.rows - 1);
+    columns = columnWidths(graph, cells, plot, rowHeight, tilted ? null : textWidths);
+    Object.assign(columns, { rowHeight });
+    if (tilted || columns.fits) break;
+    tilted = true; // upright labels do not fit: give them a slope, and the room below that it takes
+    bottom = 14 + Math.min(74, Math.max(...textWidths) * 0.72);
+  }
+  const { widths, pitch, rowHeight } = columns;
+  const left = new Float64Array(graph.columns + 1);
+  left[0] = GUTTER;
+  for (let c = 0; c < graph.columns; c++) left[c + 1] = left[c] + widths[c];
+  const worldWidth = Math.max(width, left[graph.columns] + 8);
+  const x = new Float32Array(graph.n), y = new Float32Array(graph.n), radius = new Float32Array(graph.n);
+  const rowY = (r) => height - bottom - (r + 0.5) * rowHeight;
+  for (const [key, members] of cells) {
+    const c = key % graph.columns, r = Math.floor(key / graph.columns);
+    members.sort((a, b) => graph.kind[a] - graph.kind[b] || graph.share[a] - graph.share[b] || a - b);
+    const perLine = Math.max(1, Math.floor((widths[c] - 4) / pitch));
+    const lines = Math.ceil(members.length / perLine);
+    const step = Math.min(pitch, lines > 1 ? (rowHeight - 1) / lines : pitch);
+    members.forEach((i, k) => {
+      const line = Math.floor(k / perLine), inLine = Math.min(perLine, members.length - line * perLine);
+      x[i] = left[c] + widths[c] / 2 + ((k % perLine) - (inLine - 1) / 2) * pitch;
+      y[i] = rowY(r) + (line - (lines - 1) / 2) * step;
+      radius[i] = radiusOf(graph, i, Math.min(pitch, rowHeight) / 2 - 0.75);
+    });
+  }
+  for (const pill of pills.boxes) {
+    pill.x += worldWidth - 8;
+    x[pill.node] = pill.x + pill.width / 2;
+    y[pill.node] = pill.y + pill.height / 2;
+    radius[pill.node] = pill.height / 2;
+  }
+  return { x, y, radius, left, widths, rowY, rowHeight, pitch, texts, tilted, bottom, width, height, worldWidth, pills };
+}
+
+/** The largest distance between nodes with which all columns fit, and the columns' widths. */
+function columnWidths(graph, cells, plot, rowHeight, textWidths) {
+  for (let pitch = LARGEST; ; pitch -= 0.5) {
+    const lines = Math.max(1, Math.floor((rowHeight - 1) / pitch));
+    const widths = new Float64Array(graph.columns).fill(textWidths ? 18 : 16);
+    for (const [key, members] of cells) {
+      const c = key % graph.columns;
+      widths[c] = Math.max(widths[c], Math.ceil(members.length / lines) * pitch + 6);
+    }
+    if (textWidths) textWidths.forEach((text, c) => { widths[c] = Math.max(widths[c], text + 8); });
+    const total = widths.reduce((a, b) => a + b, 0);
+    if (total <= plot || pitch <= SMALLEST) {
+      const stretch = Math.max(0, plot - total) / graph.columns;
+      const scale = plot > total ? (plot - stretch * graph.columns * 0.5) / total : 1;
+      for (let c = 0; c < graph.columns; c++) widths[c] = widths[c] * scale + stretch * 0.5;
+      return { widths, pitch, fits: total <= plot && (pitch > 10 || !textWidths) };
+    }
+  }
+}
+
+/** Outputs as labelled boxes at the top right, most probable first, in as many lines as they need. */
+function layPills(graph, visible, width, measure) {
+  const boxes = [], gap = 6, boxHeight = 22, room = width - GUTTER - 8;
+  const logits = [];
+  for (let i = 0; i < graph.n; i++) if (graph.kind[i] === LOGIT && visible.node[i]) logits.push(i);
+  logits.sort((a, b) => graph.doc.nodes[b].token_prob - graph.doc.nodes[a].token_prob);
+  let lines = [[]], used = 0;
+  for (const node of logits) {
+    const probability = percent(graph.doc.nodes[node].token_prob ?? 0), text = clip(graph.labels[node], 22);
+    const wide = Math.min(room, measure(text, 12, true) + measure(probability, 11) + 22);
+    if (used + wide > room && used) { lines.push([]); used = 0; }
+    lines.at(-1).push({ node, text, probability, width: wide, height: boxHeight });
+    used += wide + gap;
+  }
+  lines = lines.filter((line) => line.length);
+  lines.forEach((line, k) => {
+    let right = 0; // from the world's right edge
+    for (const box of [...line].reverse()) {
+      boxes.push({ ...box, x: right - box.width, y: 8 + k * (boxHeight + gap) });
+      right -= box.width + gap;
+    }
+  });
+  return { boxes, height: 14 + Math.max(1, lines.length) * (boxHeight + gap) };
+}
+
+/** More influential nodes (smaller cumulative share) are larger; a token's square is always large. */
+function radiusOf(graph, i, most) {
+  if (graph.kind[i] === TOKEN) return Math.max(2.5, Math.min(most, 6));
+  return Math.max(2, most * (1 - 0.45 * weakness(graph, i)));
+}
+
+/** 0 for the most influential nodes, 1 for the least. */
+function weakness(graph, i) {
+  return graph.mostShare > 0 && graph.share[i] >= 0 ? Math.min(1, graph.share[i] / graph.mostShare) : 0;
+}
+
+const clip = (text, most) => {
+  const letters = [...text];
+  return letters.length > most ? letters.slice(0, most - 1).join("") + "…" : text;
+};
+
+/** A grid of buckets over the nodes: the node under the pointer is found without looking at the others. */
+function buildIndex(graph, visible, layout) {
+  const size = 24, buckets = new Map();
+  for (let i = 0; i < graph.n; i++) {
+    if (!visible.node[i] || graph.kind[i] === LOGIT) continue;
+    const key = Math.floor(layout.x[i] / size) * 65536 + Math.floor(layout.y[i] / size);
+    if (buckets.has(key)) buckets.get(key).push(i); else buckets.set(key, [i]);
+  }
+  return (px, py, reach) => {
+    for (const box of layout.pills.boxes) {
+      if (px >= box.x && px <= box.x + box.width && py >= box.y && py <= box.y + box.height) return box.node;
+    }
+    let best = -1, nearest = reach * reach;
+    const cx = Math.floor(px / size), cy = Math.floor(py / size);
+    for (let bx = cx - 1; bx <= cx + 1; bx++) for (let by = cy - 1; by <= cy + 1; by++) {
+      for (const i of buckets.get(bx * 65536 + by) || []) {
+        const distance = (layout.x[i] - px) ** 2 + (layout.y[i] - py) ** 2;
+        if (distance < nearest) { nearest = distance; best = i; }
+      }
+    }
+    return best;
+  };
+}

@@ -1,0 +1,116 @@
+// The graph as typed arrays. Nodes keep the order of the document; edges are sorted by |weight|, strongest first,
+// so that "edge e is among the strongest" is a comparison of integers, and each node's lists of edges come sorted.
+
+const FEATURE = 0, ERROR = 1, TOKEN = 2, LOGIT = 3, OTHER = 4;
+const KIND_OF = {
+  "cross layer transcoder": FEATURE, "mlp reconstruction error": ERROR, embedding: TOKEN, logit: LOGIT,
+};
+
+/** A token as people can see it: no space, tab, newline or invisible character is left out or taken literally. */
+function visibleToken(text) {
+  if (text === "") return "∅";
+  return visibleText(text).replace(/ /g, "␣");
+}
+
+/** A label as people can see it: spaces stay, other white space and control characters are named. */
+function visibleText(text) {
+  return String(text).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\u00a0]/gu, (c) => {
+    const known = { "\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽" }[c];
+    return known || "\\u" + c.codePointAt(0).toString(16).padStart(4, "0");
+  });
+}
+
+function readGraph(doc, labels) {
+  const n = doc.nodes.length, m = doc.links.length, tokens = doc.metadata.prompt_tokens;
+  const kind = new Uint8Array(n), row = new Int16Array(n), pos = new Int32Array(n);
+  const share = new Float32Array(n), activation = new Float32Array(n);
+  const index = new Map(doc.nodes.map((node, i) => [node.node_id, i]));
+  let layers = 0;
+  doc.nodes.forEach((node, i) => {
+    kind[i] = KIND_OF[node.feature_type] ?? (/transcoder|feature|lorsa|sae/i.test(node.feature_type) ? FEATURE : OTHER);
+    pos[i] = node.ctx_idx;
+    share[i] = node.influence ?? -1; // below every threshold: always shown
+    activation[i] = node.activation ?? NaN;
+    if (kind[i] !== TOKEN && kind[i] !== LOGIT) layers = Math.max(layers, Number(node.layer) + 1);
+  });
+  doc.nodes.forEach((node, i) => {
+    row[i] = kind[i] === TOKEN ? 0 : kind[i] === LOGIT ? layers + 1 : Number(node.layer) + 1;
+  });
+  const graph = {
+    n, m, tokens, layers, rows: layers + 2, columns: tokens.length, kind, row, pos, share, activation, index,
+    doc, ids: doc.nodes.map((node) => node.node_id), ...readEdges(doc.links, index, n),
+  };
+  graph.labels = doc.nodes.map((node, i) => labelOf(graph, node, i, labels));
+  graph.named = doc.nodes.map((node, i) => Boolean(labels[featureKey(node)] || node.clerp) && kind[i] === FEATURE);
+  graph.searchable = doc.nodes.map((node, i) =>
+    `${graph.labels[i]}\n${node.node_id}\n${visibleToken(tokens[pos[i]] ?? "")}\n${tokens[pos[i]] ?? ""}`.toLowerCase());
+  // Tokens and outputs are always shown, so they do not stretch the slider.
+  graph.mostShare = share.reduce((most, value, i) => (kind[i] === TOKEN || kind[i] === LOGIT ? most : Math.max(most, value)), 0);
+  return graph;
+}
+
+function readEdges(links, index, n) {
+  const m = links.length;
+  const weights = Float64Array.from(links, (link) => link.weight);
+  const order = Array.from({ length: m }, (_, e) => e).sort((a, b) => Math.abs(weights[b]) - Math.abs(weights[a]));
+  const source = new Int32Array(m), target = new Int32Array(m), weight = new Float64Array(m);
+  const before = new Float64Array(m); // share of the total |weight| that stronger edges have
+  const inTotal = new Float64Array(n), outTotal = new Float64Array(n);
+  const inStart = new Int32Array(n + 1), outStart = new Int32Array(n + 1);
+  let total = 0;
+  order.forEach((from, e) => {
+    source[e] = index.get(links[from].source);
+    target[e] = index.get(links[from].target);
+    weight[e] = weights[from];
+    before[e] = total;
+    total += Math.abs(weight[e]);
+    inTotal[target[e]] += Math.abs(weight[e]);
+    outTotal[source[e]] += Math.abs(weight[e]);
+    inStart[target[e] + 1]++;
+    outStart[source[e] + 1]++;
+  });
+  for (let e = 0; e < m; e++) before[e] /= total || 1;
+  for (let i = 0; i < n; i++) { inStart[i + 1] += inStart[i]; outStart[i + 1] += outStart[i]; }
+  const inEdge = new Int32Array(m), outEdge = new Int32Array(m);
+  const inNext = inStart.slice(), outNext = outStart.slice();
+  for (let e = 0; e < m; e++) { inEdge[inNext[target[e]]++] = e; outEdge[outNext[source[e]]++] = e; }
+  return { source, target, weight, before, inTotal, outTotal, inStart, inEdge, outStart, outEdge };
+}
+
+/** "layer_feature" of a feature node: what labels and examples are keyed by. */
+function featureKey(node) {
+  return (KIND_OF[node.feature_type] ?? FEATURE) === FEATURE ? node.node_id.split("_").slice(0, 2).join("_") : "";
+}
+
+function labelOf(graph, node, i, labels) {
+  const token = visibleToken(graph.tokens[graph.pos[i]] ?? "");
+  if (graph.kind[i] === TOKEN) return token;
+  if (graph.kind[i] === LOGIT) {
+    const quoted = /^Output "([\s\S]*)" \(p=[\d.e+-]+\)$/.exec(node.clerp);
+    return quoted ? visibleToken(quoted[1]) : visibleText(node.clerp || node.node_id);
+  }
+  if (graph.kind[i] === ERROR) return "error";
+  const label = labels[featureKey(node)] || node.clerp;
+  return label ? visibleText(label) : `feature ${node.node_id.split("_")[1] ?? node.feature}`;
+}
+
+/** The edges into (or out of) a node, strongest first. */
+function edgesOf(graph, i, into) {
+  return into ? graph.inEdge.subarray(graph.inStart[i], graph.inStart[i + 1])
+    : graph.outEdge.subarray(graph.outStart[i], graph.outStart[i + 1]);
+}
+
+const rowName = (graph, r) => (r === 0 ? "E" : r === graph.rows - 1 ? "out" : String(r - 1));
+const whereOf = (graph, i) => {
+  if (graph.kind[i] === LOGIT) return `output · ${percent(graph.doc.nodes[i].token_prob ?? 0)}`;
+  const place = graph.kind[i] === TOKEN ? "token" : `layer ${graph.row[i] - 1}`;
+  return `${place} · ${visibleToken(graph.tokens[graph.pos[i]] ?? "")} (${graph.pos[i]})`;
+};
+const signed = (x) => (x < 0 ? "−" : "+") + magnitude(x);
+function magnitude(x) {
+  const size = Math.abs(x);
+  if (size !== 0 && (size < 0.001 || size >= 1e5)) return size.toExponential(1).replace("-", "−");
+  return size.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.1 ? 2 : 3);
+}
+const percent = (x) => (x > 0 && x < 0.001 ? "<0.1 %" : `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)} %`);
+const count = (x) => x.toLocaleString("en-GB");

@@ -1,0 +1,99 @@
+// What the reader has chosen. All of it stands in the address, so that a link or the browser's back button shows the
+// same view; names and forms are those of the document's qParams where it has them.
+
+const LINK_TYPES = ["both", "input", "output"];
+const EDGES_AT_FIRST = 1500; // what a first look can take in; the slider shows the rest
+
+function firstState(graph) {
+  const last = Math.min(EDGES_AT_FIRST, graph.m) - 1;
+  const share = last < graph.m - 1 ? Math.floor(graph.before[last + 1] * 100) / 100 : 1;
+  const q = graph.doc.qParams || {};
+  const state = { clicked: -1, pinned: [], groups: [], linkType: "both", nodes: 1, edges: Math.max(share, 0.01), query: "" };
+  return {
+    ...state,
+    clicked: graph.index.get(q.clickedId) ?? -1,
+    ...checkedPins(graph, q.pinnedIds, q.supernodes),
+    linkType: LINK_TYPES.includes(q.linkType) ? q.linkType : "both",
+  };
+}
+
+/** Pins and groups of a document or address, which may be wrong: unknown nodes are left out, no node is in two groups. */
+function checkedPins(graph, ids, supernodes) {
+  const known = (list) => (Array.isArray(list) ? list : []).map((id) => graph.index.get(id)).filter((i) => i !== undefined);
+  const taken = new Set(), groups = [];
+  for (const item of Array.isArray(supernodes) ? supernodes : []) {
+    if (!Array.isArray(item)) continue;
+    const members = [...new Set(known(item.slice(1)))].filter((i) => !taken.has(i));
+    members.forEach((i) => taken.add(i));
+    if (members.length) groups.push([String(item[0]), members]);
+  }
+  return { pinned: [...new Set([...known(ids), ...taken])], groups };
+}
+
+function qParamsOf(graph, state) {
+  return {
+    ...graph.doc.qParams, pinnedIds: state.pinned.map((i) => graph.ids[i]),
+    supernodes: state.groups.map(([name, members]) => [name, ...members.map((i) => graph.ids[i])]),
+    linkType: state.linkType, clickedId: state.clicked < 0 ? "" : graph.ids[state.clicked],
+  };
+}
+
+function toHash(graph, state) {
+  const q = qParamsOf(graph, state), params = new URLSearchParams();
+  params.set("clickedId", q.clickedId);
+  params.set("pinnedIds", q.pinnedIds.join(","));
+  params.set("supernodes", JSON.stringify(q.supernodes));
+  params.set("linkType", q.linkType);
+  params.set("nodes", state.nodes);
+  params.set("edges", state.edges);
+  if (state.query) params.set("q", state.query);
+  return "#" + params;
+}
+
+/** The state that an address names; what it does not name is as at first. */
+function fromHash(graph, hash) {
+  const state = firstState(graph);
+  if (hash.length < 2) return state;
+  const params = new URLSearchParams(hash.slice(1));
+  const number = (name) => {
+    const value = parseFloat(params.get(name));
+    return value >= 0 && value <= 1 ? value : state[name];
+  };
+  if (params.has("clickedId")) state.clicked = graph.index.get(params.get("clickedId")) ?? -1;
+  if (params.has("pinnedIds") || params.has("supernodes")) {
+    let supernodes = [];
+    try { supernodes = JSON.parse(params.get("supernodes") || "[]"); } catch { /* a damaged link: no groups */ }
+    Object.assign(state, checkedPins(graph, (params.get("pinnedIds") || "").split(","), supernodes));
+  }
+  if (LINK_TYPES.includes(params.get("linkType"))) state.linkType = params.get("linkType");
+  return Object.assign(state, { nodes: number("nodes"), edges: number("edges"), query: params.get("q") || "" });
+}
+
+/** Which nodes and edges the thresholds leave. The selected node and pins are always shown. */
+function visibility(graph, state) {
+  const node = new Uint8Array(graph.n), edge = new Uint8Array(graph.m);
+  const limit = state.nodes * graph.mostShare + 1e-7;
+  let nodes = 0, edges = 0, last = 0;
+  for (let i = 0; i < graph.n; i++) node[i] = graph.share[i] <= limit || graph.kind[i] === TOKEN || graph.kind[i] === LOGIT ? 1 : 0;
+  if (state.clicked >= 0) node[state.clicked] = 1;
+  for (const i of state.pinned) node[i] = 1;
+  for (let i = 0; i < graph.n; i++) nodes += node[i];
+  for (let e = 0; e < graph.m && (graph.before[e] < state.edges || state.edges >= 1); e++) {
+    if (node[graph.source[e]] && node[graph.target[e]]) { edge[e] = 1; edges++; }
+    last = e + 1;
+  }
+  return { node, edge, nodes, edges, last };
+}
+
+/** The edges of one node, strongest first, until they carry the slider's share of |weight|: here of the node's own inputs
+ * (or outputs), since weights of different nodes have different scales. Edges to hidden nodes are left out. */
+function edgesShown(graph, state, visible, i, into) {
+  const total = (into ? graph.inTotal[i] : graph.outTotal[i]) || 1, other = into ? graph.source : graph.target, shown = [];
+  let before = 0;
+  for (const e of edgesOf(graph, i, into)) {
+    if (before >= state.edges * total && state.edges < 1) break;
+    before += Math.abs(graph.weight[e]);
+    if (visible.node[other[e]]) shown.push(e);
+  }
+  return shown;
+}
