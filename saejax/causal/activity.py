@@ -21,16 +21,16 @@ def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics
     Raises:
       UserError: a feature's activation is not finite.
     """
-    return total(_counts(split, run)[:3] for run in runs)
+    return total(split, (_counts(split, run)[:3] for run in runs))
 
 
-def total(parts: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> FeatureStatistics:
-    """``FeatureStatistics.total``, which must be finite.
+def total(split: SplitModel, parts: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> FeatureStatistics:
+    """``FeatureStatistics.total`` of the split's dictionary, which must be finite.
 
     Raises:
       UserError: a feature's activation is not finite.
     """
-    found = FeatureStatistics.total(parts)
+    found = FeatureStatistics.total(parts, np.asarray(_norms(split.cut, split.graph, split.state), np.float64))
     if not np.isfinite(found.sum_F).all():
         raise UserError(
             f"feature {int(np.argmin(np.isfinite(found.sum_F)))} has an activation that is not finite: the dictionary "
@@ -72,6 +72,13 @@ def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarr
     n, *sums = _count(split.cut, split.graph, split.state, run.read_BxTxD, run.domain_BxT, kept_B)
     fires_F, size_F, total_F = (np.asarray(array) for array in sums)
     return int(n), fires_F, size_F, total_F.astype(np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _norms(cut: Cut, graph: nnx.GraphDef, state: nnx.State) -> jax.Array:
+    """Lengths of the features' directions, [F]."""
+    W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...].astype(jnp.float32)
+    return jax.lax.with_sharding_constraint(jnp.linalg.norm(W_dec_FxD, axis=1), sharding(cut.mesh))
 
 
 def fires_and_sizes(graph: nnx.GraphDef, state: nnx.State, f: jax.Array) -> tuple[jax.Array, jax.Array]:

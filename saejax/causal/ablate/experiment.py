@@ -85,7 +85,9 @@ class ModelExperiment:
         return attribution_NxF.mean(axis=0, dtype=np.float64)
 
     def statistics(self) -> FeatureStatistics:
-        return activity.statistics(self._split, self._runs)
+        """On the test prompts, and on those that lend what stands in a feature's place: there it may have an effect."""
+        lenders = self._train_runs if self._config.replacement == "mean" else self._counterparts
+        return activity.statistics(self._split, [*self._runs, *lenders])
 
     def max_activations(self) -> np.ndarray:
         return activity.maxima(self._split, self._runs)

@@ -1,8 +1,9 @@
 """The effect of every feature that fires, one by one, with what would be expected by chance.
 
-Every feature of a dictionary that fires on the test prompts is removed by itself, exactly. Beside its mean drop in
-logit difference stand a bootstrap interval, a permutation p-value, a q-value over all these features, and its *control
-percentile*: the share of the 100 features nearest in firing rate and activation size whose removal costs less.
+Every feature of a dictionary that fires on the test prompts (or on those that lend what stands in its place) is removed
+by itself, exactly. Beside its mean drop in logit difference stand a bootstrap interval, a permutation p-value, a
+q-value over all these features, and its *control percentile*: the share of the 100 features nearest in firing rate,
+activation size and decoder norm whose removal costs less.
 
 The estimates, of which one chooses the candidates elsewhere (``screening``), are computed on the same prompts and
 compared. So is *importance by correlation*: that of a feature's largest activation on a prompt with the clean logit
@@ -52,7 +53,7 @@ class Importance(Columns):
 
     Attributes:
       feature: its number.
-      firing_rate, mean_activation: at the positions that an ablation changes.
+      firing_rate, mean_activation: as ``Measurable.statistics`` counts them.
       gradient, integrated, relp: attribution by each estimate, mean over the prompts.
       drop, drop_low, drop_high: by how much the logit difference falls without it, mean over the prompts, and the 95 %
         bootstrap interval.
@@ -143,7 +144,7 @@ def measure_importance(experiment: Measurable, config: AblateConfig) -> tuple[Im
         effect_size=separation(drop_NxP) if len(drop_NxP) else np.zeros(0),
         p_value=p_N,
         q_value=false_discovery_rates(p_N),
-        control_percentile=control_percentiles(drop_NxP.mean(axis=1), rate_N, size_N),
+        control_percentile=control_percentiles(drop_NxP.mean(axis=1), statistics.coordinates(feature_N)),
         pearson=correlations(largest_NxP, diffs.clean_P),
         spearman=correlations(rankdata(largest_NxP, axis=1), rankdata(diffs.clean_P)),
     )
@@ -159,30 +160,22 @@ def correlations(values_NxP: np.ndarray, score_P: np.ndarray) -> np.ndarray:
     return np.divide(apart_NxP @ off_P, size_N, out=np.full(len(values_NxP), np.nan), where=defined_N)
 
 
-def control_percentiles(
-    drop_N: np.ndarray, rate_N: np.ndarray, size_N: np.ndarray, nearest: int = NEAREST
-) -> np.ndarray:
+def control_percentiles(drop_N: np.ndarray, place_NxC: np.ndarray, nearest: int = NEAREST) -> np.ndarray:
     """The share of the nearest features whose drop is smaller than a feature's own, [N]; NaN for one feature alone.
-
-    Distance is that of ``controls.nearest_features``: in the logarithms of firing rate and mean activation, each in
-    units of its standard deviation.
 
     Args:
       drop_N: of each feature.
-      rate_N, size_N: its firing rate and mean activation, above 0.
+      place_NxC: where it stands for matching; see ``controls.coordinates``.
       nearest: how many others are looked at, at most.
     """
     others = min(nearest, len(drop_N) - 1)
     if others < 1:
         return np.full(len(drop_N), np.nan)
-    place_Nx2 = np.stack([np.log(rate_N), np.log(size_N)], axis=1)
-    spread_2 = place_Nx2.std(axis=0)
-    place_Nx2 /= np.where(spread_2 > 0, spread_2, 1.0)
-    found_NxC = cKDTree(place_Nx2).query(place_Nx2, k=others + 1)[1]
-    itself_NxC = found_NxC == np.arange(len(drop_N))[:, None]
-    itself_NxC[~itself_NxC.any(axis=1), -1] = True  # of many at one place it may not be among those found
-    smaller_NxC = drop_N[found_NxC] < drop_N[:, None]
-    return (smaller_NxC & ~itself_NxC).sum(axis=1) / others
+    found_NxM = cKDTree(place_NxC).query(place_NxC, k=others + 1)[1]
+    itself_NxM = found_NxM == np.arange(len(drop_N))[:, None]
+    itself_NxM[~itself_NxM.any(axis=1), -1] = True  # of many at one place it may not be among those found
+    smaller_NxM = drop_N[found_NxM] < drop_N[:, None]
+    return (smaller_NxM & ~itself_NxM).sum(axis=1) / others
 
 
 def _plain(value: np.generic) -> int | float | None:

@@ -3,9 +3,9 @@
 A *drop* is clean minus ablated, of logit(correct) - logit(wrong) or of accuracy (1 where the correct answer's logit is
 above the wrong one's, else 0). Intervals are 95 % bootstrap intervals over test prompts.
 
-A top feature that never fires on the test prompts has an effect of exactly 0 (in a linear dictionary, whose small
-activations do not count as firing, of nearly 0). Its matched control fires as rarely, so never, and has no effect
-either; the control sets leave it out.
+A top feature that fires neither on the test prompts nor on those that lend what stands in its place (the train prompts
+for ``mean``, the counterparts for ``counterpart``) has an effect of exactly 0 (in a linear dictionary, whose small
+activations do not count as firing, of nearly 0). It has no matched control, and the control sets leave it out.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Experiment(Protocol):
         """Each feature's attribution, mean over the train prompts, [F]."""
 
     def statistics(self) -> FeatureStatistics:
-        """How often and how strongly the features fire on the test prompts."""
+        """How often and how strongly features fire on the test prompts, and on those that lend replacements."""
 
     def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
         """The logit difference of each test prompt without each set of features."""
@@ -53,7 +53,7 @@ class Measured:
 
     Attributes:
       top: the K top features, by attribution.
-      fires_K: whether each of them fires on the test prompts, bool.
+      fires_K: whether each of them fires, and so has matched controls, bool.
       attribution_F: of every feature, on the train prompts.
       controls_NxC: the N drawn control sets; column c is matched to the c-th top feature that fires.
       clean_P, joint_P: of the test prompts, with nothing and with all top features removed.
@@ -108,7 +108,7 @@ def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[dict
             attribution=float(attribution_F[feature]),
             **statistics.of(feature),
             **_drops(diffs.clean_P, ablated_P, config),
-            control_drop=control_drop.get(feature, 0.0),
+            control_drop=control_drop.get(feature),
         )
         for feature, ablated_P in zip(top, top_KxP, strict=True)
     ]
@@ -168,7 +168,7 @@ def _reason(joint: dict[str, Any], difference: dict[str, float], config: AblateC
         f"{drop:.1f} points ({'more' if costs else 'not more'} than {least:g}), and the logit difference falls by "
         f"{joint['logit_diff_drop']['mean']:.2f}, which beyond matched random features is {difference['mean']:.2f} "
         f"[{difference['low']:.2f}, {difference['high']:.2f}] ({'above' if beats else 'not clearly above'} zero)"
-        + (f"; {silent} of the features never fire on the test prompts." if silent else ".")
+        + (f"; {silent} of the features never fire on the test prompts and have no control." if silent else ".")
     )
 
 

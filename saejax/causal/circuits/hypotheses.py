@@ -15,7 +15,7 @@ The null hypotheses, of which a circuit keeps the first two and rejects the othe
 A null hypothesis that is kept is not shown to be true: few prompts keep almost any. P-values are corrected for five
 tests by Holm's method. What differs from the paper: units are the features of one dictionary at one site, not edges;
 prompts that tie leave the test of equivalence; the random sets of sufficiency and (partial) necessity are matched one
-to one in firing rate and activation (``controls``) and share no feature with the set; and a feature must show that it
+to one (``controls``) and share no feature with the set; and a feature must show that it
 is minimal, where the paper's null hypothesis is that it is, so that too few draws cannot make a set minimal.
 """
 

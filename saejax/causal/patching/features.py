@@ -6,21 +6,27 @@ al., 2021, arXiv 2106.02997) is the share of prompts, among those on which the m
 its counterpart, whose answer noising turns into the counterpart's.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from saejax.causal import activity, controls, screening
 from saejax.causal.ablation import ablate_sets
+from saejax.causal.cut import Cut
 from saejax.causal.patching.cells import measurable
 from saejax.causal.replacements import Replacement
-from saejax.causal.split import CleanRun, SplitModel
+from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
 from saejax.causal.stages import Tick, silent
 from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
+from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.parallel import sharding
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import bootstrap_mean
@@ -40,7 +46,8 @@ class FeaturePatching:
     Args:
       split: the model, cut at the dictionary's site.
       name: of the behaviour; with the seed it decides the draws.
-      prompts: train prompts, which choose, and test prompts with counterparts of as many tokens, which judge.
+      train: prompts that choose the features.
+      pairs: test prompts, with counterparts of as many tokens, that judge them.
       config: of the stage.
       tick: called with the tokens done and to do; may raise to stop.
 
@@ -55,17 +62,16 @@ class FeaturePatching:
         self,
         split: SplitModel,
         name: str,
-        prompts: Sequence[Prompt],
+        train: Sequence[Prompt],
+        pairs: Sequence[Prompt],
         config: PatchConfig,
         tick: Tick = silent,
     ):
         self._split, self._config, self._tick = split, config, tick
-        tested = [prompt for prompt in prompts if prompt.split == "test"]
-        train = split.run([prompt for prompt in prompts if prompt.split == "train"])
-        self._sides = split.run(tested), split.run_counterparts(tested)
-        attribution_NxF = screening.attribution(split, train, config.estimate)
+        self._sides = split.run(pairs), split.run_counterparts(pairs)
+        attribution_NxF = screening.attribution(split, split.run(train), config.estimate)
         self._top = screening.leaders(attribution_NxF.mean(axis=0, dtype=np.float64), config.top)
-        statistics = activity.statistics(split, self._sides[0])
+        statistics = activity.statistics(split, [*self._sides[0], *self._sides[1]])
         self._firing = statistics.firing(self._top)
         self._drawn_NxK = controls.draw_controls(
             statistics, self._firing, config.draws, config.matches, [config.seed, *name.encode()], _ADVICE
@@ -134,7 +140,7 @@ class FeaturePatching:
         prompts = int(both_P.sum())
         if not prompts:
             said = "on no prompt is the model right both about it and about its counterpart"
-            return dict(prompts=0, top=[], all=None, site=None, said=said)
+            return dict(prompts=0, top=[], all=None, error=None, site=None, said=said)
         flipped_SxP = (self._noised_SxP < 0)[:, both_P]
         random_KxNxP = (self._random_SxP < 0)[:, both_P].reshape(len(ks), self._config.draws, prompts)
         nested_KxP = flipped_SxP[len(self._top) : len(self._top) + len(ks)]
@@ -142,25 +148,79 @@ class FeaturePatching:
             dict(features=k, accuracy=self._share(own_P), random=self._share(drawn_NxP.mean(axis=0)))
             for k, own_P, drawn_NxP in zip(ks, nested_KxP, random_KxNxP, strict=True)
         ]
-        every, site = self._share(flipped_SxP[-1]), self._share((whole_sites(self._split, *self._sides) < 0)[both_P])
+        every = self._share(flipped_SxP[-1])
+        site, error = (
+            self._share((patch_parts(self._split, *self._sides, parts) < 0)[both_P]) for parts in ("site", "error")
+        )
         best = f"the top {ks[-1]} features {100 * top[-1]['accuracy']['mean']:.0f} %, " if ks else "no top features, "
         said = (
-            f"answers carried over: {best}all features {100 * every['mean']:.0f} %, the site {100 * site['mean']:.0f} %"
+            f"answers carried over: {best}all features {100 * every['mean']:.0f} %, the error "
+            f"term {100 * error['mean']:.0f} %, the site {100 * site['mean']:.0f} %"
         )
-        return dict(prompts=prompts, top=top, all=every, site=site, said=said)
+        return dict(prompts=prompts, top=top, all=every, error=error, site=site, said=said)
 
     def _share(self, values_P: np.ndarray) -> dict[str, float]:
         found = bootstrap_mean(np.asarray(values_P, np.float64), self._config.bootstrap, self._config.seed)
         return dict(mean=found.mean, low=found.low, high=found.high)
 
 
-def whole_sites(split: SplitModel, base: Sequence[CleanRun], source: Sequence[CleanRun]) -> np.ndarray:
-    """The logit difference of each base prompt with the source's value of the site at all positions, float64 [P]."""
+def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[CleanRun], parts: str) -> np.ndarray:
+    """The logit difference of each base prompt with a part of the source's value of the site, float64 [P].
+
+    A value x is features and error term: x = sum_i f_i W_dec_i + error. Features and error term are patched at the
+    positions that the dictionary reads in the base run, as everywhere here; sites at all positions.
+
+    Args:
+      split: the model, cut at the dictionary's site.
+      base, source: runs of the prompts and of others of as many tokens, row by row.
+      parts: "site", "features", "error", or "both": features and error term together.
+
+    Raises:
+      UserError: a logit difference is not finite.
+    """
     diff_P = np.full(sum(len(run.index_P) for run in base), np.nan)
-    tail = jax.jit(split.cut.tail)
     for own, other in zip(base, source, strict=True):
-        diff_B = tail(split.params, own.stream_BxTxD, other.value_BxTxD, own.last_B, own.answers_Bx2)
-        diff_P[own.index_P] = np.asarray(diff_B, np.float64)[: len(own.index_P)]
+        for first in range(0, len(own.last_B), PROMPTS):
+            some = slice(first, first + PROMPTS)
+            own_arrays = (own.stream_BxTxD, own.value_BxTxD, own.read_BxTxD, own.domain_BxT)
+            other_arrays = (other.value_BxTxD, other.read_BxTxD, other.domain_BxT)
+            arrays = (*own_arrays, *other_arrays, own.last_B, own.answers_Bx2)
+            rows = split.by_row(*(array[some] for array in arrays))
+            diff_B = _run_parts(split.cut, split.graph, parts, split.params, split.state, *rows)
+            index_P = own.index_P[some]
+            diff_P[index_P] = np.asarray(diff_B, np.float64)[: len(index_P)]
     if not np.isfinite(diff_P).all():
         raise UserError(f"a logit difference after patching {split.cut.site} is not finite: try --model.dtype=float32")
     return diff_P
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_parts(
+    cut: Cut,
+    graph: nnx.GraphDef,
+    parts: str,
+    params: decoder.Params,
+    state: nnx.State,
+    stream_BxTxD: jax.Array,
+    value_BxTxD: jax.Array,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    other_value_BxTxD: jax.Array,
+    other_read_BxTxD: jax.Array,
+    other_domain_BxT: jax.Array,
+    last_B: jax.Array,
+    answers_Bx2: jax.Array,
+) -> jax.Array:
+    """The program of ``patch_parts``."""
+    patched_BxTxD = other_value_BxTxD
+    if parts != "site":
+        change_BxTxD = other_value_BxTxD - value_BxTxD
+        if parts != "both":
+            f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
+            other_BxTxF = active_features(graph, state, other_read_BxTxD, other_domain_BxT)
+            W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
+            featured_BxTxD = matmul(other_BxTxF - f_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
+            change_BxTxD = featured_BxTxD if parts == "features" else change_BxTxD - featured_BxTxD
+        patched_BxTxD = value_BxTxD + jnp.where(domain_BxT[..., None], change_BxTxD, jnp.zeros_like(change_BxTxD))
+    diff_B = cut.tail(params, stream_BxTxD, patched_BxTxD, last_B, answers_Bx2)
+    return jax.lax.with_sharding_constraint(diff_B, sharding(cut.mesh))

@@ -8,7 +8,6 @@ import numpy as np
 
 from saejax.causal.cut import Cut
 from saejax.causal.split import LENGTH_STEP
-from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import token_text
@@ -39,26 +38,15 @@ class Pairs(NamedTuple):
         return self.last_B[: len(self.index_P)].astype(np.int64) + 1
 
 
-def fitting_pairs(model: LanguageModel, name: str, prompts: Sequence[Prompt]) -> tuple[list[Prompt], dict[str, int]]:
-    """The train prompts, the test prompts with a counterpart of as many tokens, and how many others there are, by why.
-
-    Raises:
-      UserError: no test prompt is left.
-    """
+def fitting_pairs(model: LanguageModel, prompts: Sequence[Prompt]) -> tuple[list[Prompt], dict[str, int]]:
+    """The test prompts with a counterpart of as many tokens, and how many others there are, by why."""
     tested = [prompt for prompt in prompts if prompt.split == "test"]
     paired = [prompt for prompt in tested if prompt.counterpart]
     fitting: list[Prompt] = []
     if paired:
         sides = [model.tokenize([getattr(p, side) for p in paired]).lengths_B for side in ("text", "counterpart")]
         fitting = [prompt for prompt, same in zip(paired, sides[0] == sides[1], strict=True) if same]
-    left_out = {"no counterpart": len(tested) - len(paired), "other length": len(paired) - len(fitting)}
-    if not fitting:
-        raise UserError(
-            f"behaviour {name}: of {len(tested)} test prompts {left_out['no counterpart']} have no counterpart and "
-            f"{left_out['other length']} one of another number of tokens: expected pairs of one length; give them in "
-            "--task.prompts, or name other behaviours with --patch.behaviours"
-        )
-    return [prompt for prompt in prompts if prompt.split == "train"] + fitting, left_out
+    return fitting, {"no counterpart": len(tested) - len(paired), "other length": len(paired) - len(fitting)}
 
 
 def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ features (``features``). Test prompts judge; train prompts choose features.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from saejax.causal.stages import (
     read_behaviours,
 )
 from saejax.dictionaries import Dictionary
-from saejax.errors import one_of
+from saejax.errors import UserError, one_of
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS
 from saejax.settings import PatchConfig
@@ -37,7 +37,7 @@ AT_CHANCE = (
     "the model's logit difference does not clearly fall from the prompts to their counterparts: there is nothing to "
     "divide effects by"
 )
-MeasurePairs = Callable[[str, Sequence[Prompt], Tick], Measured]  # of a behaviour
+MeasurePairs = Callable[[str, Sequence[Prompt], Sequence[Prompt], Tick], Measured]  # train prompts, test pairs
 
 
 def run_patch(run: Run) -> dict:
@@ -47,7 +47,10 @@ def run_patch(run: Run) -> dict:
     ``<behaviour>-patching.parquet``.
 
     Returns:
-      The results; WORKSPACE.md describes them.
+      The results; WORKSPACE.md describes them. A behaviour that cannot be patched is said, and the others go on.
+
+    Raises:
+      UserError: none can be patched.
     """
     config: PatchConfig = run.configs["patch"]
     prompts = read_behaviours(run)
@@ -59,31 +62,53 @@ def run_patch(run: Run) -> dict:
         measure = _of_features(run, model, dictionary) if dictionary else _of_sites(run, model)
 
         def measure_pairs(name: str, tick: Tick) -> Measured:
-            pairs, left_out = fitting_pairs(model, name, prompts[name])
-            results, said = measure(name, pairs, tick)
+            train = [prompt for prompt in prompts[name] if prompt.split == "train"]
+            pairs, left_out = fitting_pairs(model, prompts[name])
+            missing = _missing(train if dictionary else None, pairs, left_out)
+            if missing:
+                return Measured(dict(unpatched=missing), f"not patched: {missing}")
+            results, said = measure(name, train, pairs, tick)
             return Measured(results | dict(left_out=left_out), said)
 
         return measure_pairs
 
-    behaviours = each_part(run, named or list(prompts), begin)
+    found = each_part(run, named or list(prompts), begin)
+    unpatched = {name: result["unpatched"] for name, result in found.items() if "unpatched" in result}
+    if len(unpatched) == len(found):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unpatched.items())
+        raise UserError(
+            f"no behaviour can be patched ({reasons}): expected test prompts with counterparts of as many tokens, and "
+            "for features train prompts, too; give them in --task.prompts, or name other behaviours with "
+            "--patch.behaviours"
+        )
     about: dict[str, Any] = dict(kind=run.name)
     if dictionary:
         about = dict(dictionary=config.dictionary, site=dictionary.site, top=config.top, draws=config.draws)
-    return about | dict(behaviours=behaviours)
+    behaviours = {name: result for name, result in found.items() if name not in unpatched}
+    return about | dict(behaviours=behaviours, unpatched=unpatched)
+
+
+def _missing(train: Sequence[Prompt] | None, pairs: Sequence[Prompt], left_out: Mapping[str, int]) -> str:
+    """What a behaviour lacks to be patched; "" for nothing. Train prompts are None where none are needed."""
+    if not pairs:
+        return (
+            f"of {sum(left_out.values())} test prompts {left_out['no counterpart']} have no counterpart and "
+            f"{left_out['other length']} one of another number of tokens"
+        )
+    return "it has no train prompts, which choose features" if train == [] else ""
 
 
 def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
     """What patches the unit's kind of site at every layer and position, and writes the cells."""
     config: PatchConfig = run.configs["patch"]
 
-    def measure(name: str, prompts: Sequence[Prompt], tick: Tick) -> Measured:
-        tested = [prompt for prompt in prompts if prompt.split == "test"]
-        patched = patch_sites(model, run.name, tested, config.batch_rows, tick)
+    def measure(name: str, train: Sequence[Prompt], pairs: Sequence[Prompt], tick: Tick) -> Measured:
+        patched = patch_sites(model, run.name, pairs, config.batch_rows, tick)
         cells = make_cells(patched, config.bootstrap, config.seed)
         cells.save(cells_file(run.folder, name))
         results = dict(
             **differences(patched.clean_P, patched.corrupted_P, config),
-            columns=describe_columns(model, tested),
+            columns=describe_columns(model, pairs),
             strongest=cells.strongest(),
             rows=dict(run=patched.rows, all=patched.all_rows),
             work=dict(run=patched.work, all=patched.all_work),
@@ -103,8 +128,8 @@ def _of_features(run: Run, model: LanguageModel, dictionary: Dictionary) -> Meas
     config: PatchConfig = run.configs["patch"]
     split = SplitModel(model, dictionary)
 
-    def measure(name: str, prompts: Sequence[Prompt], tick: Tick) -> Measured:
-        patching = FeaturePatching(split, name, prompts, config, tick)
+    def measure(name: str, train: Sequence[Prompt], pairs: Sequence[Prompt], tick: Tick) -> Measured:
+        patching = FeaturePatching(split, name, train, pairs, config, tick)
         results = differences(patching.clean_P, patching.corrupted_P, config) | patching.results()
         return Measured(results, results["interchange"]["said"])
 

@@ -124,9 +124,10 @@ class References:
           UserError: a feature's activation is not finite.
         """
         split = self._split
-        return total(
+        counts = (
             _count(self._cut, split.graph, split.state, batch.read_BxTxD, batch.domain_BxT) for batch in self._batches()
         )
+        return total(split, counts)
 
     def pools(self, features: Sequence[int], most: int, seed: int) -> dict[int, list[float]]:
         """Of each feature activations where it fires: all, or ``most`` drawn without replacement; [] if it never does.

@@ -10,6 +10,8 @@ from linear_experiment import LinearExperiment
 from scipy import stats
 
 from saejax.causal.ablate.importance import Importance, control_percentiles, measure_importance
+from saejax.causal.controls import coordinates
+from saejax.causal.stability import between_halves
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_mean
 
@@ -125,7 +127,7 @@ def test_correlations_are_those_of_scipy(experiment, found, tmp_path):
 def test_control_percentiles_are_those_of_the_nearest():
     rng = np.random.default_rng(2)
     drop_N, rate_N, size_N = rng.normal(size=60), rng.uniform(0.01, 1, 60), np.exp(rng.normal(size=60))
-    got_N = control_percentiles(drop_N, rate_N, size_N, nearest=7)
+    got_N = control_percentiles(drop_N, coordinates(rate_N, size_N), nearest=7)
     place_Nx2 = np.stack([np.log(values) / np.log(values).std() for values in (rate_N, size_N)], axis=1)
     for n in range(60):
         apart_N = np.square(place_Nx2 - place_Nx2[n]).sum(axis=1)
@@ -135,19 +137,19 @@ def test_control_percentiles_are_those_of_the_nearest():
 
 def test_many_features_at_one_place():
     drop_N = np.arange(9.0)
-    got_N = control_percentiles(drop_N, np.full(9, 0.5), np.ones(9), nearest=8)
+    got_N = control_percentiles(drop_N, np.zeros((9, 2)), nearest=8)
     np.testing.assert_allclose(got_N, drop_N / 8)
-    assert np.all(control_percentiles(drop_N, np.full(9, 0.5), np.ones(9), nearest=2) <= 1)
+    assert np.all(control_percentiles(drop_N, np.zeros((9, 2)), nearest=2) <= 1)
 
 
 @pytest.mark.parametrize("features", [0, 1, 2])
 def test_hardly_any_features(features):
     experiment = LinearExperiment(np.ones(4), dead=range(features, 4))
-    found, stable = measure_importance(experiment, CONFIG)
+    found, drop_NxP = measure_importance(experiment, CONFIG)
     summary = json.loads(json.dumps(found.summary(5), allow_nan=False))
     assert summary["features"] == len(summary["leaders"]) == features
     if features < 2:
-        assert stable == dict(rank_correlation=None, spearman_brown=None)
+        assert between_halves(drop_NxP, 0) == dict(rank_correlation=None, spearman_brown=None)
         assert summary["correlations"] == dict(pearson=None, spearman=None)
     if features == 1:
         assert summary["leaders"][0]["control_percentile"] is None and summary["estimates"]["relp"]["pearson"] is None

@@ -109,7 +109,7 @@ def test_a_top_feature_that_never_fires(planted):
         zero = dict(mean=0.0, low=0.0, high=0.0)
         assert entries[feature]["logit_diff_drop"] == entries[feature]["accuracy_drop"] == zero
         assert entries[feature]["firing_rate"] == entries[feature]["mean_activation"] == 0.0
-        assert entries[feature]["control_drop"] == 0.0
+        assert entries[feature]["control_drop"] is None
     assert measured.controls_NxC.shape == (100, 18)
     assert results["joint"]["n"] == 20 and results["joint"]["firing"] == 18
     assert "2 of the features never fire on the test prompts" in results["reason"]

@@ -10,7 +10,7 @@ from saejax.causal.patching.cells import Cells, cells_file
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.settings import MeshConfig, ModelConfig, PatchConfig
-from saejax.tasks.behaviours import write_prompts
+from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.workspace import Run, write_json
 
 
@@ -64,7 +64,25 @@ def test_features(make_run):
         assert [item["features"] for item in entry["together"]] == [1, 2, 3, "all"]
 
 
-def test_a_behaviour_without_pairs_is_refused(make_run):
+def test_a_behaviour_that_cannot_be_patched_is_said_and_the_others_go_on(make_run):
+    run = make_run("topk", "some")
+    path = run.inputs["baseline"] / "prompts.jsonl"
+    prompts = read_prompts(path)
+    write_prompts(path, [p for p in prompts if (p.behaviour, p.split) != ("first", "train")])
+    results = stage.run_patch(run)
+    assert list(results["behaviours"]) == ["second"]
+    assert results["unpatched"] == dict(first="it has no train prompts, which choose features")
+    # Sites need no train prompts.
+    results = stage.run_patch(make_run("resid_post", "sites"))
+    assert list(results["behaviours"]) == ["first", "second"] and results["unpatched"] == {}
+
+    write_prompts(path, [dataclasses.replace(p, counterpart="") for p in prompts])
+    told = r"no behaviour can be patched .first: of 8 test prompts 8 have no counterpart and 0 .*in --task.prompts"
+    with pytest.raises(UserError, match=told):
+        stage.run_patch(make_run("resid_post", "none"))
+
+
+def test_an_unknown_behaviour_is_refused(make_run):
     run = make_run("resid_post", "refused")
     run.configs["patch"] = dataclasses.replace(run.configs["patch"], behaviours=("third",))
     with pytest.raises(UserError, match=r"unknown behaviour \(--patch.behaviours\) 'third'"):

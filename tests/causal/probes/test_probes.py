@@ -214,7 +214,7 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
     ]
     for label in (first, second):
         assert label["reason"] == "fewer than two classes with 5 train prompts: right 14" and not label["probes"]
-    assert any("correct-first: no probe: fewer than two classes" in line for line in said)
+    assert any("correct-first (3 of 4): no probe: fewer than two classes" in line for line in said)
 
     rows = pq.read_table(whole.folder / stage.TABLE).to_pylist()
     assert len(rows) == 6 + 6 + 1 + 1
