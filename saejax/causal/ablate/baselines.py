@@ -1,7 +1,7 @@
 """The same experiment on other bases (``bases``): does the dictionary beat neurons, components, random directions?
 
 The top directions of each basis are chosen on train prompts and judged on test prompts as those of the dictionary are,
-each beside random directions of its own basis matched in firing rate and size.
+each beside random directions of its own basis matched as features are (``controls``).
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from saejax.causal.ablate import bases, verdict
+from saejax.causal.controls import TooFewControls
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.errors import UserError
@@ -53,35 +54,43 @@ def compare(
     Raises:
       UserError: a folder holds no dictionary, or one of another model.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for wanted in config.baselines:
-        if wanted == "neurons" and model.config.post_norms:
-            found[wanted] = dict(
-                reason="this model norms what its neurons add, so they have no directions of their own"
-            )
-            continue
-        basis = _basis(wanted, experiment, model, dictionary, config)
-        size = basis.config.n_features
-        if size < 2 * config.top + config.matches:
-            reason = f"it has {size} directions: too few for {config.top}, and as many matched ones to choose from"
-            found[wanted] = dict(size=size, reason=reason)
-            continue
-        on_basis = experiment.on(SplitModel(model, basis, config.positions), wanted)
-        few = dataclasses.replace(config, draws=min(config.draws, DRAWS))
+    return {wanted: _compare_with(wanted, experiment, model, dictionary, config) for wanted in config.baselines}
+
+
+def _compare_with(
+    wanted: str, experiment: Movable, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
+) -> dict[str, Any]:
+    basis = _basis(wanted, experiment, model, dictionary, config)
+    if isinstance(basis, str):
+        return dict(reason=basis)
+    size = basis.config.n_features
+    if size < 2 * config.top + config.matches:
+        reason = f"it has {size} directions: too few for {config.top}, and as many matched ones to choose from"
+        return dict(size=size, reason=reason)
+    on_basis = experiment.on(SplitModel(model, basis, config.positions), wanted)
+    few = dataclasses.replace(config, draws=min(config.draws, DRAWS))
+    try:
         results, measured = verdict.judge(experiment.name, on_basis, few)
-        kept = {key: results[key] for key in ("joint", "difference", "percentile", "verdict")}
-        control_drop = float(np.mean(results["controls"]["logit_diff_drop"]))
-        found[wanted] = kept | dict(control_drop=control_drop, size=size, top=measured.top)
-    return found
+    except TooFewControls as error:  # the dictionary's features have their controls: what is said of them stands
+        return dict(size=size, reason=error.fact)
+    kept = {key: results[key] for key in ("joint", "difference", "percentile", "verdict")}
+    control_drop = float(np.mean(results["controls"]["logit_diff_drop"]))
+    return kept | dict(control_drop=control_drop, size=size, top=measured.top)
 
 
 def _basis(
     wanted: str, experiment: Movable, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
-) -> Dictionary:
+) -> Dictionary | str:
+    """A basis, or why there is none."""
     if wanted == "neurons":
+        if model.config.post_norms:
+            return "this model norms what its neurons add, so they have no directions of their own"
         return bases.neurons(model, dictionary.site)
     if wanted == "components":
-        return bases.components(dictionary, experiment.train_values())
+        values_NxD = experiment.train_values()
+        if not len(values_NxD):
+            return "no train prompt has a position at which features may change, so there is nothing to decompose"
+        return bases.components(dictionary, values_NxD)
     if wanted == "random":
         statistics = experiment.statistics()
         active = round(statistics.fires_F.sum() / max(statistics.positions, 1))

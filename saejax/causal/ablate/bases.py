@@ -78,6 +78,8 @@ def components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary:
       dictionary: which site it is, and what counts as a sink there.
       values_NxD: at least one.
     """
+    if not len(values_NxD):
+        raise ValueError("there are no values to find principal components of")
     mean_D = values_NxD.mean(axis=0, dtype=np.float64)
     directions_FxD = np.linalg.svd(values_NxD - mean_D[None, :], full_matrices=False)[2]
     config = _like(dictionary, kind="linear", n_features=len(directions_FxD))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from linear_experiment import LinearExperiment
 
 from saejax import pipeline
 from saejax.causal import ablation
@@ -75,6 +76,33 @@ def test_every_basis_goes_through_the_same_experiment(tiny, prompts, dictionary)
         )
     many = AblateConfig(top=40, matches=2, bootstrap=100, baselines=("components",))
     assert "too few" in baselines.compare(experiment, tiny, dictionary, many)["components"]["reason"]
+
+
+class Few(LinearExperiment):
+    """A behaviour in whose other bases few directions fire, and whose train prompts lend no values."""
+
+    name = "few"
+
+    def on(self, split, basis):
+        firing = 5 if basis == "neurons" else 40
+        return LinearExperiment(np.ones(60), attribution_F=np.linspace(2, 1, 60), dead=range(firing, 60))
+
+    def train_values(self):
+        return np.zeros((0, 64), np.float32)
+
+
+def test_a_basis_that_cannot_be_compared_says_why_and_the_others_go_on(tiny, dictionary):
+    config = AblateConfig(top=3, draws=4, matches=4, bootstrap=100, baselines=("neurons", "components", "random"))
+    found = baselines.compare(Few(np.ones(160)), tiny, dictionary, config)
+    assert found["neurons"]["reason"] == (
+        "only 2 features besides the 3 under test fire on the test prompts, but matched controls need 6"
+    )
+    assert found["components"] == dict(
+        reason="no train prompt has a position at which features may change, so there is nothing to decompose"
+    )
+    assert found["random"]["joint"]["n"] == 3 and "reason" not in found["random"]
+    with pytest.raises(ValueError, match="no values"):
+        bases.components(dictionary, np.zeros((0, 64)))
 
 
 def test_bases_are_checked_before_any_work():
