@@ -40,9 +40,9 @@ class Stage:
       needs: the units it reads, given the configuration, as "stage" or "stage/name".
       names: its units' names, given the configuration; [""] for one unit.
       sources: what it reads from outside the workdir: "model", "corpus", "prompts", "benchmark" (the unit's own),
-        "shapes" (the sizes of the models that preflight checks), "initial" (dictionaries that training starts from),
-        "stream" (model, text and settings of training straight from the model), "bases" (dictionaries beside the one
-        that is tested).
+        "shapes" (the sizes of the models that preflight checks), "units" (which causal units are asked for),
+        "initial" (dictionaries that training starts from), "stream" (model, text and settings of training straight
+        from the model), "bases" (dictionaries beside the one that is tested).
       many_processes: whether it can run in several.
     """
 
@@ -89,6 +89,12 @@ def _tested(configs: Configs) -> Sequence[str]:
     return (_unit_of(configs, "ablate"),) if _asks(configs) else ()
 
 
+def _ablate_needs(configs: Configs, name: str) -> Sequence[str]:
+    """The units of the tested dictionary and of those that it is compared with."""
+    kinds = [name.partition("/")[0] for name in configs["ablate"].compare]
+    return tuple(dict.fromkeys(("baseline", _train_unit(configs, "ablate"), *(f"train/{kind}" for kind in kinds))))
+
+
 def _probed(configs: Configs) -> Sequence[str]:
     return (_unit_of(configs, "probe"),) if configs["probe"].labels and _asks(configs) else ()
 
@@ -108,8 +114,11 @@ STAGES = {
     "preflight": Stage(
         "says what will run, whether it fits, and roughly how long it takes",
         "saejax.preflight.checks:run_preflight",
-        ("preflight", "model", "mesh", "task", "corpus", "capture", "train", "evaluate", "ablate", "report"),
-        sources=("shapes", "corpus", "prompts"),
+        (
+            *("preflight", "model", "mesh", "task", "corpus", "capture", "train", "evaluate"),
+            *("ablate", "patch", "probe", "study", "report"),
+        ),
+        sources=("shapes", "corpus", "prompts", "units"),
     ),
     "baseline": Stage(
         "measures the behaviours: accuracy and logit differences on train and test prompts",
@@ -158,7 +167,7 @@ STAGES = {
         "saejax.causal.ablate.stage:run_ablate",
         ("model", "ablate"),
         ("mesh",),
-        needs=lambda configs, name: ("baseline", _train_unit(configs, "ablate")),
+        needs=_ablate_needs,
         names=_tested,
         sources=("model", "bases"),
         many_processes=True,
@@ -254,6 +263,9 @@ class Plan:
                 mark = resolve(self.configs[source], decoder).fingerprint
             elif source == "shapes":
                 mark = importlib.import_module("saejax.preflight.shapes").identity(self.configs)
+            elif source == "units":
+                asked = [unit for stage in ("ablate", "patch", "probe", "study") for unit in self.units(stage)]
+                mark = fingerprint(asked)
             elif source == "initial":
                 folder = self.configs["train"].init_from
                 mark = importlib.import_module("saejax.training.initial").identity(folder) if folder else ""

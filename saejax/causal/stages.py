@@ -50,9 +50,22 @@ def load_run_dictionary(run: Run) -> Dictionary:
     Raises:
       UserError: there is none of this name.
     """
-    name = run.configs[run.stage].dictionary
+    return load_trained(run, run.configs[run.stage].dictionary, f"--{run.stage}.dictionary")
+
+
+def load_trained(run: Run, name: str, flag: str) -> Dictionary:
+    """A trained dictionary, such as "topk" or "topk/k32", of the units that a stage reads.
+
+    Args:
+      run: of the stage.
+      name: of the dictionary.
+      flag: that names it, for messages.
+
+    Raises:
+      UserError: there is none of this name.
+    """
     kind, _ = stacks.kind_and_member(name)
-    return stacks.load_member(run.inputs[f"train/{kind}"], name, f"--{run.stage}.dictionary")
+    return stacks.load_member(run.inputs[f"train/{kind}"], name, flag)
 
 
 def read_behaviours(run: Run) -> dict[str, list[Prompt]]:

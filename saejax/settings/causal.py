@@ -61,6 +61,11 @@ class AblateConfig(Config):
         "on the train prompts), random (an untrained dictionary), or the folder of a dictionary, such as one trained "
         "with --train.freeze=decoder",
     )
+    compare: tuple[str, ...] = setting(
+        (),
+        "other trained dictionaries, such as topk/seed5 or standard, whose features' effects are compared with those "
+        "of the tested one, pair by pair; each takes as long as --ablate.effects=all, which it needs",
+    )
     curve: bool = setting(True, "also remove the first 1, 2, 3, ... top features together, beside matched random ones")
     circuit_tests: bool = setting(
         False,

@@ -1,19 +1,20 @@
 """The stage ``ablate``: which features cause each behaviour, judged by a rule written before the data are seen.
 
 Train prompts choose the top features by attribution (``screening``); test prompts judge them: they are removed one by
-one and together (``ablation``), beside sets of as many random features matched in firing rate and activation size on
-the same prompts and positions (``controls``), and a rule says yes or no (``verdict``). Sets that grow show how many
+one and together (``ablation``), beside sets of as many random features matched on the same prompts and positions
+(``controls``), and a rule says yes or no (``verdict``). Sets that grow show how many
 features it takes (``nested``). On request the top features are tested as a circuit (``circuits``), and every feature
 that fires is removed by itself (``importance``).
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from saejax.causal import positions, stability
-from saejax.causal.ablate import baselines, nested, verdict
+from saejax.causal.ablate import agreement, baselines, nested, verdict
 from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance
 from saejax.causal.circuits.measure import test_circuit
@@ -25,6 +26,7 @@ from saejax.causal.stages import (
     each_part,
     load_run_dictionary,
     load_run_model,
+    load_trained,
     part_file,
     partial_folder,
     read_behaviours,
@@ -50,7 +52,9 @@ def run_ablate(run: Run) -> dict:
     config: AblateConfig = run.configs["ablate"]
     positions.parse(config.positions)
     baselines.check(config)
+    agreement.check(config)
     prompts, dictionary = read_behaviours(run), load_run_dictionary(run)
+    others = {name: load_trained(run, name, "--ablate.compare") for name in config.compare}
 
     def begin() -> Measure:
         model = load_run_model(run)
@@ -58,7 +62,7 @@ def run_ablate(run: Run) -> dict:
 
         def measure(name: str, tick: Tick) -> Measured:
             experiment = ModelExperiment(split, name, prompts[name], config, tick, partial_folder(run, name))
-            results = _test_and_save(run, experiment, config, model, dictionary)
+            results = _test_and_save(run, experiment, config, model, dictionary, others)
             return Measured(results, results["reason"])
 
         return measure
@@ -76,7 +80,12 @@ def run_ablate(run: Run) -> dict:
 
 
 def _test_and_save(
-    run: Run, experiment: ModelExperiment, config: AblateConfig, model: LanguageModel, dictionary: Dictionary
+    run: Run,
+    experiment: ModelExperiment,
+    config: AblateConfig,
+    model: LanguageModel,
+    dictionary: Dictionary,
+    others: Mapping[str, Dictionary],
 ) -> dict[str, Any]:
     results, measured = verdict.judge(experiment.name, experiment, config)
     of_sets, scores = _test_sets(experiment, measured, config)
@@ -89,6 +98,9 @@ def _test_and_save(
         halves = stability.between_halves(drop_NxP, config.seed)
         least = least_p(len(experiment.test), PERMUTATIONS)
         results["importance"] = importance.summary(config.top) | dict(stability=halves, least_p=least)
+        if others:
+            pairs = agreement.measure_agreement(experiment, importance, model, dictionary, others, config)
+            results["importance"]["agreement"] = pairs
     if not is_first_process():
         return results
     if importance:

@@ -8,7 +8,6 @@ import pytest
 
 from saejax.causal import ablation, activity
 from saejax.causal.ablate import stage
-from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.importance import Importance, importance_file
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary
@@ -137,6 +136,46 @@ def test_every_feature_on_request(make_run, tiny, make_dictionary):
     assert results["first"]["importance"]["features"] == len(found.feature) > 100
 
 
+def test_other_dictionaries_on_request(make_run, make_dictionary):
+    run, _ = make_run("compared")
+    same, elsewhere = make_dictionary("resid_post.1"), make_dictionary("mlp_out.1")
+    order_F = np.random.default_rng(0).permutation(160)
+    arrays = dict(same.arrays)
+    permuted = Dictionary(
+        same.config,
+        W_enc_DxF=arrays["W_enc_DxF"][:, order_F],
+        b_enc_F=arrays["b_enc_F"][order_F],
+        W_dec_FxD=arrays["W_dec_FxD"][order_F],
+        b_dec_D=arrays["b_dec_D"],
+    )
+    train = run.inputs["train/topk"].parent / "standard"
+    for name, other in dict(seed1=permuted, seed2=elsewhere).items():
+        save_dictionary(train / name / "dictionary", other)
+    write_json(train / "summary.json", dict(results=dict(members=[dict(name=name) for name in ("seed1", "seed2")])))
+    run.inputs["train/standard"] = train
+    run.configs["ablate"] = dataclasses.replace(
+        run.configs["ablate"], effects="all", compare=("standard/seed1", "standard/seed2")
+    )
+    results = stage.run_ablate(run)["behaviours"]
+    pairs = results["first"]["importance"]["agreement"]
+    assert json.loads(json.dumps(pairs, allow_nan=False)) == pairs
+    assert [(pair["first"], pair["second"], pair["by"]) for pair in pairs] == [
+        ("topk", "standard/seed1", "direction"),
+        ("topk", "standard/seed2", "activity"),
+        ("standard/seed1", "standard/seed2", "activity"),
+    ]
+    assert pairs[0]["matched"] == results["first"]["importance"]["features"] and pairs[0]["shares"] == [1.0, 1.0]
+    assert pairs[0]["rank_correlation"]["mean"] > 0.99 > 0.5 > pairs[0]["shuffled"]["high"]
+    assert 0 < pairs[1]["matched"] < 160
+
+    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], effects="top")
+    with pytest.raises(UserError, match="give --ablate.effects=all, or leave it out"):
+        stage.run_ablate(run)
+    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], effects="all", compare=("topk",))
+    with pytest.raises(UserError, match="name each dictionary once, the tested one never"):
+        stage.run_ablate(run)
+
+
 def test_a_stack_asks_which_of_its_members(make_run):
     run, _ = make_run("refused")
     members = [dict(name=name) for name in ("k16", "k32")]
@@ -184,9 +223,3 @@ def test_a_transcoder_over_layers_is_refused(tiny, make_dictionary):
     transcoder = Dictionary(dataclasses.replace(sae.config, target="mlp_out.2", centred=False), **sae.arrays)
     with pytest.raises(UserError, match="is a transcoder from mlp_in.1 to mlp_out.2"):
         SplitModel(tiny, transcoder)
-
-
-def test_prompts_of_one_split_only(tiny, make_dictionary, make_prompt):
-    split = SplitModel(tiny, make_dictionary("resid_post.1"))
-    with pytest.raises(UserError, match="behaviour tiny has 3 train and 0 test prompts"):
-        ModelExperiment(split, "tiny", [make_prompt(i, "train") for i in range(3)], AblateConfig())

@@ -285,7 +285,7 @@ def test_the_units(task):
     plain, both = plan(), plan(benchmarks=("logic", "gsm8k"))
     units = {"study/logic", "study/gsm8k"}
     assert set(both) - set(plain) == units
-    assert {unit for unit in plain if both[unit] != plain[unit]} == {"report"}
-    for changes, again in ((dict(top=3), units | {"report"}), (dict(batch_tokens=9), set())):
+    assert {unit for unit in plain if both[unit] != plain[unit]} == {"preflight", "report"}
+    for changes, again in ((dict(top=3), units | {"preflight", "report"}), (dict(batch_tokens=9), set())):
         other = plan(benchmarks=("logic", "gsm8k"), **changes)
         assert {unit for unit in both if both[unit] != other[unit]} == again
