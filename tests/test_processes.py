@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import runs
 
-from saejax.causal.importance import Importance
+from saejax.causal.ablate.importance import Importance
 from saejax.dictionaries import load_dictionary
 from saejax.settings import KINDS
 

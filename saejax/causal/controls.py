@@ -59,6 +59,16 @@ class FeatureStatistics:
         """Whether the feature fires anywhere."""
         return self.fires_F > 0
 
+    def firing(self, features: Sequence[int]) -> list[int]:
+        """Those of some features that fire anywhere."""
+        return [feature for feature in features if self.fires_at_all_F[feature]]
+
+    def of(self, feature: int) -> dict[str, float]:
+        """For JSON: a feature's ``firing_rate`` and ``mean_activation``."""
+        return dict(
+            firing_rate=float(self.firing_rate_F[feature]), mean_activation=float(self.mean_activation_F[feature])
+        )
+
 
 def nearest_features(statistics: FeatureStatistics, features: Sequence[int]) -> np.ndarray:
     """The possible controls of each feature, nearest first.

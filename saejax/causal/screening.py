@@ -124,5 +124,10 @@ def score_features(
         all_BxTxD = matmul(removed_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
         shares = (jnp.arange(points, dtype=value_BxTxD.dtype) + 0.5) / points
         slope_BxTxD = jax.lax.map(lambda share: slope(value_BxTxD - share * all_BxTxD), shares).mean(axis=0)
+    return jax.lax.with_sharding_constraint(weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD), sharding(cut.mesh))
+
+
+def weighted(f_BxTxF: jax.Array, slope_BxTxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
+    """Activation x slope along each feature's direction, summed over positions: [B, F]."""
     along_BxTxF = matmul(slope_BxTxD.astype(W_dec_FxD.dtype), W_dec_FxD.T)  # dL/df
-    return jax.lax.with_sharding_constraint((removed_BxTxF * along_BxTxF).sum(axis=1), sharding(cut.mesh))
+    return (f_BxTxF * along_BxTxF).sum(axis=1)

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from saejax.causal import circuit_tests, nested
+from saejax.causal.ablate import nested
+from saejax.causal.circuits import measure as circuits
 from saejax.causal.screening import points
 from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.preflight.costs import head_flops, pass_flops, step_flops
@@ -129,7 +130,7 @@ def _ablate_flops(work: Work, configs: Mapping[str, Any]) -> float:
     if ablate.curve:
         sets += 0.85 * (min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES))
     if ablate.circuit_tests:
-        sets += 3 * circuit_tests.DRAWS + ablate.top
+        sets += 3 * circuits.DRAWS + ablate.top
     # Greedy sets: N steps over what is left of the candidates, on train prompts.
     grown = ablate.greedy * ((nested.CANDIDATES - 0.5) * ablate.greedy + 0.5) * task.train_prompts
     slopes = points(ablate.estimate) * task.train_prompts

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from saejax.causal.importance import DISCOVERY
+from saejax.causal.ablate.importance import DISCOVERY
 from saejax.causal.replacements import WORDS
 from saejax.reporting import figures
 from saejax.reporting.document import Block, Code, Picture, Section, Strips, Terms, Text

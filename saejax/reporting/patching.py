@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from saejax.causal.patch_cells import Cells
-from saejax.causal.patching import DIRECTIONS
+from saejax.causal.patching.cells import Cells
+from saejax.causal.patching.sites import DIRECTIONS
 from saejax.reporting import style
 from saejax.reporting.document import Block, Picture, Section
 from saejax.reporting.findings import Findings

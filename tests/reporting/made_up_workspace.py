@@ -8,7 +8,7 @@ import numpy as np
 
 from saejax import settings
 from saejax.analysis.examples import Example
-from saejax.causal.importance import Importance, importance_file
+from saejax.causal.ablate.importance import Importance, importance_file
 from saejax.config import to_json
 from saejax.workspace import SUMMARY, Run, write_json
 
