@@ -5,8 +5,9 @@ Of the features that fire on the prompts of a behaviour, 200 are drawn at random
 prompts. Each is removed from all prompts, in fp32 on both sides: by ``ablation.ablate_sets``, and by a hook on the
 decoder layer of the transformers model, one forward pass over the batch of prompts for each feature. Both sides must
 give the same effects. They run in one process, ours before the hooks (which compiles, printed apart) and after them
-(median over rounds). Then every feature of the dictionary is measured by ours alone. Prints a table and, last, one
-line of JSON.
+(median over rounds). Then every feature of the dictionary is measured by ours alone. Prints a table, in which "by work"
+is the ratio of the two sides' floating-point operations (that of the seconds where both run them at one rate), and,
+last, one line of JSON.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.models import source
 from saejax.models.sites import Site
+from saejax.preflight.costs import head_flops, pass_flops
 from saejax.settings import BEHAVIOURS
 from saejax.tasks.behaviours import Prompt, make_prompts
 
@@ -48,6 +50,7 @@ class PlainLoop:
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         self._tokens = tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
         self._last_B = self._tokens["attention_mask"].sum(1) - 1
+        self.shape = tuple(self._tokens["input_ids"].shape)
         ids = [[tokenizer(answer)["input_ids"][0] for answer in (p.correct, p.wrong)] for p in prompts]
         self._answers_Bx2 = torch.tensor(ids)
         self._layer = self._model.model.layers[site.layer]
@@ -92,6 +95,17 @@ def measure(split: SplitModel, prompts: Sequence[Prompt], features: Sequence[int
     return time.perf_counter() - start, diffs
 
 
+def work(split: SplitModel, plain: PlainLoop, features: int, diffs: ablation.LogitDiffs) -> tuple[float, float]:
+    """Floating-point operations of ours and of the hooks."""
+    config = split.cut.config
+    texts, length = plain.shape
+    below = Site.parse(str(split.cut.site)).layer + 1
+    head = pass_flops(config, texts * length, length, below)
+    tail = pass_flops(config, diffs.tokens, length, config.n_layers - below)
+    one = pass_flops(config, texts * length, length, config.n_layers) + head_flops(config, texts * length)
+    return head + tail, features * one
+
+
 def compare(
     split: SplitModel, plain: PlainLoop, prompts: Sequence[Prompt], features: Sequence[int], rounds: int
 ) -> tuple[float, float, float, float, ablation.LogitDiffs]:
@@ -132,17 +146,20 @@ def main() -> None:
         f"{args.behaviour}: {args.prompts} prompts; {int((on_P_of_F > 0).sum()):,} of {len(on_P_of_F):,} features fire"
     )
     print(
-        f"{'features':>20} {'first s':>8} {'ours s':>8} {'hooks s':>8} {'ratio':>7} {'effects/s':>10} "
-        f"{'rows skipped':>13} {'tokens':>9}"
+        f"{'features':>20} {'first s':>8} {'ours s':>8} {'hooks s':>8} {'ratio':>7} {'by work':>8} "
+        f"{'GFLOP/s':>11} {'effects/s':>10} {'rows skipped':>13} {'tokens':>9}"
     )
     ratios = {}
     for name, features in (("ratio", drawn), ("ratio_frequent", frequent)):
         first, own, theirs, ratios[name], diffs = compare(split, plain, prompts, features, args.rounds)
         effects = len(features) * args.prompts
         skipped = 1 - (diffs.rows - args.prompts) / effects
+        ours, hooks = work(split, plain, len(features), diffs)
+        rates = f"{ours / own / 1e9:.0f} / {hooks / theirs / 1e9:.0f}"
         label = f"{len(features)} {'at random' if name == 'ratio' else 'most frequent'}"
         print(
-            f"{label:>20} {first:8.2f} {own:8.2f} {theirs:8.1f} {ratios[name]:7.1f} {effects / own:10,.0f} "
+            f"{label:>20} {first:8.2f} {own:8.2f} {theirs:8.1f} {ratios[name]:7.1f} {hooks / ours:8.1f} {rates:>11} "
+            f"{effects / own:10,.0f} "
             f"{skipped:13.0%} {diffs.tokens:9,}",
             flush=True,
         )

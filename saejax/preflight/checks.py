@@ -136,6 +136,10 @@ def _plan(run: Run, work: Work) -> dict[str, Any]:
     needed, free = times.disk_bytes(work, rows), psutil.disk_usage(str(run.folder)).free
     shown = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
     run.say(f"text: {len(documents):,} documents, about {tokens:,} tokens; matrix products: {shown}")
+    if rates["bfloat16"] < rates["float32"]:
+        for flag, dtype in {"--capture.dtype": work.capture, "--train.matmul": work.train.matmul}.items():
+            if dtype == "bfloat16":
+                run.say(f"this machine multiplies bfloat16 slower than float32: {flag}=float32 would take less time")
     run.say(f"disk: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} free in {run.folder}")
     stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     units = causal_units(work, configs)

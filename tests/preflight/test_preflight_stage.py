@@ -9,7 +9,7 @@ import runs
 from preflight_setup import CONFIGS
 
 from saejax import command
-from saejax.preflight import place
+from saejax.preflight import checks, place
 
 SHAPES = CONFIGS / "shapes"
 
@@ -59,6 +59,14 @@ def test_one_model_is_planned(tmp_path, inputs, capsys):
     assert "done before, unchanged" in capsys.readouterr().out
     assert preflight(*runs.small_flags(model, corpus, tmp_path, preflight__prompt_tokens=9)) == 0
     assert "moved to" in capsys.readouterr().out
+
+
+def test_a_machine_without_bfloat16(tmp_path, inputs, capsys, monkeypatch):
+    model, corpus = inputs
+    monkeypatch.setattr(checks.times, "matmul_rates", lambda: dict(float32=1e11, bfloat16=5e10))
+    assert preflight(*runs.small_flags(model, corpus, tmp_path, capture__dtype="bfloat16")) == 0
+    output = capsys.readouterr().out
+    assert "--capture.dtype=float32 would take less time" in output and "--train.matmul=float32 would" not in output
 
 
 def test_what_does_not_fit(tmp_path, capsys, host):
