@@ -84,6 +84,13 @@ def from_first_process(array: np.ndarray | np.generic) -> np.ndarray:
     return np.asarray(array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array))
 
 
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole of an array, in every process, wherever its parts are; all processes must ask for it together."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
 def wait_for_all(place: str) -> None:
     """Waits until all processes have come to the place of this name."""
     if jax.process_count() > 1:

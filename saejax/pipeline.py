@@ -40,9 +40,9 @@ class Stage:
       needs: the units it reads, given the configuration, as "stage" or "stage/name".
       names: its units' names, given the configuration; [""] for one unit.
       sources: what it reads from outside the workdir: "model", "corpus", "prompts", "benchmark" (the unit's own),
-        "shapes" (the sizes of the models that preflight checks), "initial" (dictionaries that training starts from),
-        "stream" (model, text and settings of training straight from the model), "bases" (dictionaries beside the one
-        that is tested).
+        "shapes" (the sizes of the models that preflight checks), "units" (which causal units are asked for),
+        "initial" (dictionaries that training starts from), "stream" (model, text and settings of training straight
+        from the model), "bases" (dictionaries beside the one that is tested).
       many_processes: whether it can run in several.
     """
 
@@ -67,7 +67,7 @@ def _report_needs(configs: Configs, name: str) -> Sequence[str]:
     patched = [f"patch/{name}" for name in _patched(configs)]
     studies = [f"study/{benchmark}" for benchmark in configs["study"].benchmarks]
     asked = [*probes, *patched, *studies]
-    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_tested(configs)}", *asked)
+    return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_unit_of(configs, 'ablate')}", *asked)
 
 
 def _asks(configs: Configs) -> bool:
@@ -75,35 +75,50 @@ def _asks(configs: Configs) -> bool:
     return bool(configs["task"].behaviours or configs["task"].prompts)
 
 
-def _tested(configs: Configs) -> str:
-    """The name of the unit that tests the dictionary "topk", or "topk/k16": it has a folder of its own, "topk-k16"."""
-    return configs["ablate"].dictionary.replace("/", "-")
+def _unit_of(configs: Configs, stage: str) -> str:
+    """The name of a stage's unit of the dictionary "topk", or "topk/k16": it has a folder of its own, "topk-k16"."""
+    return configs[stage].dictionary.replace("/", "-")
+
+
+def _train_unit(configs: Configs, stage: str) -> str:
+    """The unit that trained a stage's dictionary."""
+    return f"train/{configs[stage].dictionary.partition('/')[0]}"
+
+
+def _tested(configs: Configs) -> Sequence[str]:
+    return (_unit_of(configs, "ablate"),) if _asks(configs) else ()
+
+
+def _ablate_needs(configs: Configs, name: str) -> Sequence[str]:
+    """The units of the tested dictionary and of those that it is compared with."""
+    kinds = [name.partition("/")[0] for name in configs["ablate"].compare]
+    return tuple(dict.fromkeys(("baseline", _train_unit(configs, "ablate"), *(f"train/{kind}" for kind in kinds))))
 
 
 def _probed(configs: Configs) -> Sequence[str]:
-    """The unit of the probed dictionary, named likewise, if probes were asked for."""
-    asked = configs["probe"].labels and _asks(configs)
-    return (configs["probe"].dictionary.replace("/", "-"),) if asked else ()
+    return (_unit_of(configs, "probe"),) if configs["probe"].labels and _asks(configs) else ()
 
 
 def _patched(configs: Configs) -> Sequence[str]:
     """The kinds of site that are patched, and the dictionary whose features are."""
     patch = configs["patch"]
-    wanted = (*patch.kinds, *([patch.dictionary.replace("/", "-")] if patch.dictionary else []))
+    wanted = (*patch.kinds, *([_unit_of(configs, "patch")] if patch.dictionary else []))
     return wanted if _asks(configs) else ()
 
 
 def _patch_needs(configs: Configs, name: str) -> Sequence[str]:
-    features = name not in configs["patch"].kinds
-    return ("baseline", *([f"train/{configs['patch'].dictionary.partition('/')[0]}"] if features else []))
+    return ("baseline",) if name in configs["patch"].kinds else ("baseline", _train_unit(configs, "patch"))
 
 
 STAGES = {
     "preflight": Stage(
         "says what will run, whether it fits, and roughly how long it takes",
         "saejax.preflight.checks:run_preflight",
-        ("preflight", "model", "mesh", "task", "corpus", "capture", "train", "evaluate", "ablate", "report"),
-        sources=("shapes", "corpus", "prompts"),
+        (
+            *("preflight", "model", "mesh", "task", "corpus", "capture", "train", "evaluate"),
+            *("ablate", "patch", "probe", "study", "report"),
+        ),
+        sources=("shapes", "corpus", "prompts", "units"),
     ),
     "baseline": Stage(
         "measures the behaviours: accuracy and logit differences on train and test prompts",
@@ -149,26 +164,26 @@ STAGES = {
     ),
     "ablate": Stage(
         "ablates top features against matched random ones and says which features cause the behaviours",
-        "saejax.causal.ablate:run_ablate",
+        "saejax.causal.ablate.stage:run_ablate",
         ("model", "ablate"),
         ("mesh",),
-        needs=lambda configs, name: ("baseline", f"train/{configs['ablate'].dictionary.partition('/')[0]}"),
-        names=lambda configs: (_tested(configs),) if _asks(configs) else (),
+        needs=_ablate_needs,
+        names=_tested,
         sources=("model", "bases"),
         many_processes=True,
     ),
     "probe": Stage(
         "probes features and raw activations for labels of the prompts, if --probe.labels names any",
-        "saejax.causal.probe:run_probe",
+        "saejax.causal.probes.stage:run_probe",
         ("model", "probe"),
         ("mesh",),
-        needs=lambda configs, name: ("baseline", f"train/{configs['probe'].dictionary.partition('/')[0]}"),
+        needs=lambda configs, name: ("baseline", _train_unit(configs, "probe")),
         names=_probed,
         sources=("model",),
     ),
     "patch": Stage(
         "patches activations between prompts and their counterparts, if --patch.kinds or --patch.dictionary is set",
-        "saejax.causal.patch:run_patch",
+        "saejax.causal.patching.stage:run_patch",
         ("model", "patch"),
         ("mesh",),
         needs=_patch_needs,
@@ -177,10 +192,10 @@ STAGES = {
     ),
     "study": Stage(
         "scores benchmarks without top features, beside matched random ones, if --study.benchmarks names any",
-        "saejax.causal.study:run_study",
+        "saejax.causal.study.stage:run_study",
         ("model", "task", "study"),
         ("mesh",),
-        needs=lambda configs, name: (f"train/{configs['study'].dictionary.partition('/')[0]}",),
+        needs=lambda configs, name: (_train_unit(configs, "study"),),
         names=lambda configs: configs["study"].benchmarks,
         sources=("model", "benchmark"),
     ),
@@ -248,6 +263,9 @@ class Plan:
                 mark = resolve(self.configs[source], decoder).fingerprint
             elif source == "shapes":
                 mark = importlib.import_module("saejax.preflight.shapes").identity(self.configs)
+            elif source == "units":
+                asked = [unit for stage in ("ablate", "patch", "probe", "study") for unit in self.units(stage)]
+                mark = fingerprint(asked)
             elif source == "initial":
                 folder = self.configs["train"].init_from
                 mark = importlib.import_module("saejax.training.initial").identity(folder) if folder else ""

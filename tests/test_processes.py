@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import runs
 
-from saejax.causal.importance import Importance
+from saejax.causal.ablate.importance import Importance
 from saejax.dictionaries import load_dictionary
 from saejax.settings import KINDS
 
@@ -160,9 +160,9 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolera
 
 
 def ablate_flags(inputs, folder, **changes):
-    """Flags of a run with one behaviour, all of whose features are ablated."""
-    all_features = dict(task__behaviours="agreement", train__kinds="topk", ablate__effects="all")
-    return runs.small_flags(*inputs, folder, **all_features, **changes)
+    """Flags of a run with one behaviour, all of whose features are ablated, and top neurons."""
+    asked = dict(task__behaviours="agreement", train__kinds="topk", ablate__effects="all", ablate__baselines="neurons")
+    return runs.small_flags(*inputs, folder, **asked, **changes)
 
 
 def ablated(folder):
@@ -229,6 +229,10 @@ def test_two_processes_ablate_as_one(inputs, trained, tested, tmp_path, mesh):
             assert one["text"] == two["text"]
             for name in ("clean", "joint", "top", "controls"):
                 np.testing.assert_allclose(two[name], one[name], atol=1e-5)
+    one, two = (json.loads((run / "ablate" / "topk" / "agreement.json").read_text()) for run in (tested, folder))
+    one, two = (result["baselines"]["neurons"] for result in (one, two))
+    assert two["top"] == one["top"] and len(one["top"]) == 2
+    assert two["joint"]["logit_diff_drop"]["mean"] == pytest.approx(one["joint"]["logit_diff_drop"]["mean"], abs=1e-5)
     for path in (tested / "ablate" / "topk").glob("*.parquet"):
         one, two = (Importance.load(file) for file in (path, folder / "ablate" / "topk" / path.name))
         np.testing.assert_array_equal(two.feature, one.feature)

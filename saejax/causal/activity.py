@@ -1,7 +1,7 @@
 """How often and how strongly features fire on prompts, at the positions that an ablation changes."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,22 @@ def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics
     Raises:
       UserError: a feature's activation is not finite.
     """
-    parts = [_counts(split, run)[:3] for run in runs]
-    total = FeatureStatistics.total(parts)
-    if not np.isfinite(total.sum_F).all():
+    return total(split, (_counts(split, run)[:3] for run in runs))
+
+
+def total(split: SplitModel, parts: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> FeatureStatistics:
+    """``FeatureStatistics.total`` of the split's dictionary, which must be finite.
+
+    Raises:
+      UserError: a feature's activation is not finite.
+    """
+    found = FeatureStatistics.total(parts, np.asarray(_norms(split.cut, split.graph, split.state), np.float64))
+    if not np.isfinite(found.sum_F).all():
         raise UserError(
-            f"feature {int(np.argmin(np.isfinite(total.sum_F)))} has an activation that is not finite: the dictionary "
+            f"feature {int(np.argmin(np.isfinite(found.sum_F)))} has an activation that is not finite: the dictionary "
             "holds NaN or overflows; train it again"
         )
-    return total
+    return found
 
 
 def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
@@ -67,15 +75,26 @@ def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarr
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+def _norms(cut: Cut, graph: nnx.GraphDef, state: nnx.State) -> jax.Array:
+    """Lengths of the features' directions, [F]."""
+    W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...].astype(jnp.float32)
+    return jax.lax.with_sharding_constraint(jnp.linalg.norm(W_dec_FxD, axis=1), sharding(cut.mesh))
+
+
+def fires_and_sizes(graph: nnx.GraphDef, state: nnx.State, f: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where activations [..., F] fire, and their sizes there; 0 elsewhere, but NaN where they are NaN."""
+    fires = nnx.merge(graph, state).fires(f)
+    return fires, jnp.where(fires, jnp.abs(f), 0.0 * f)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _count(
     cut: Cut, graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     domain_BxT = domain_BxT & kept_B[:, None]
 
     def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, ...]:
-        fires_PxTxF = nnx.merge(graph, state).fires(f_PxTxF)
-        size_PxTxF = jnp.where(fires_PxTxF, jnp.abs(f_PxTxF), 0.0 * f_PxTxF)  # 0, or NaN where it is NaN
-        return tuple(array.sum(axis=1) for array in (fires_PxTxF, size_PxTxF, f_PxTxF))
+        return tuple(array.sum(axis=1) for array in (*fires_and_sizes(graph, state, f_PxTxF), f_PxTxF))
 
     sums_BxF = of_features(graph, state, (read_BxTxD, domain_BxT), sums)
     counts = domain_BxT.sum(), *(array.sum(axis=0) for array in sums_BxF)

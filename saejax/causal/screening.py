@@ -5,10 +5,11 @@ The attribution of feature i on a prompt is activation x gradient,
     a_i = sum_t f_{t,i} <dL/dx_t, W_dec_i>,    L = logit(correct) - logit(wrong) at the last position,
 
 the first-order estimate of how much L falls when the feature is removed, x_t -> x_t - f_{t,i} W_dec_i
-(attribution patching; Nanda, 2023; for dictionaries, Marks et al., 2024, arXiv 2403.19647). Two other estimates have
-the same form and another slope in the gradient's place: ``integrated`` takes the mean gradient on the way from the
-clean value to that without any feature, at the middles of 10 equal steps (integrated gradients; Sundararajan et al.,
-2017); ``relp`` goes back through the model by the rules of relevance patching (``DecoderConfig.backward``). The
+(attribution patching; Nanda, 2023; for dictionaries, Marks et al., 2024, arXiv 2403.19647). Where the features of a
+counterpart are to take their place, f_{t,i} - g_{t,i} stands for f_{t,i}. Two other estimates have the same form and
+another slope in the gradient's place: ``integrated`` takes the mean gradient on the way from the clean value to that
+without any feature (or with the counterpart's), at the middles of 10 equal steps (integrated gradients; Sundararajan
+et al., 2017); ``relp`` goes back through the model by the rules of relevance patching (``DecoderConfig.backward``). The
 estimate chooses the candidates; their effects are then measured exactly.
 """
 
@@ -36,17 +37,20 @@ def points(estimate: str) -> int:
     return STEPS if estimate == "integrated" else 1
 
 
-def attribution(split: SplitModel, runs: Sequence[CleanRun], estimate: str = "gradient") -> np.ndarray:
+def attribution(
+    split: SplitModel, runs: Sequence[CleanRun], estimate: str = "gradient", counterparts: Sequence[CleanRun] = ()
+) -> np.ndarray:
     """Activation x slope of every feature on every prompt.
 
     Args:
       split: the model, cut at the dictionary's site.
       runs: from ``split.run``; N prompts in all.
       estimate: one of ``settings.ESTIMATES``.
+      counterparts: from ``split.run_counterparts``, to estimate what their features do in place of the prompts' own.
 
     Returns:
-      fp32 [N, F] in logits; above 0 where removing the feature should lower the logit difference. Attention sinks
-      and padding count for nothing.
+      fp32 [N, F] in logits; above 0 where removing the feature, or giving it the counterpart's activation, should lower
+      the logit difference. Attention sinks and padding count for nothing.
 
     Raises:
       UserError: it is not finite.
@@ -54,10 +58,12 @@ def attribution(split: SplitModel, runs: Sequence[CleanRun], estimate: str = "gr
     backward = "relp" if estimate == "relp" else "gradient"
     cut = dataclasses.replace(split.cut, config=dataclasses.replace(split.cut.config, backward=backward))
     attribution_NxF = np.zeros((sum(len(run.index_P) for run in runs), _n_features(split)), np.float32)
-    for run in runs:
+    others: Sequence[CleanRun | None] = counterparts or [None] * len(runs)
+    for run, other in zip(runs, others, strict=True):
         for first in range(0, len(run.last_B), PROMPTS):
             own = slice(first, first + PROMPTS)
-            parts = (run.stream_BxTxD, run.value_BxTxD, run.read_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2)
+            parts = [run.stream_BxTxD, run.value_BxTxD, run.read_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2]
+            parts += [other.read_BxTxD, other.domain_BxT] if other else []
             attribution_BxF = score_features(
                 cut,
                 split.graph,
@@ -99,9 +105,13 @@ def score_features(
     domain_BxT: jax.Array,
     last_B: jax.Array,
     answers_Bx2: jax.Array,
+    *counterparts: jax.Array,
 ) -> jax.Array:
     """The program behind ``attribution``, for one batch: [B, F]."""
-    f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
+    removed_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
+    if counterparts:
+        other_BxTxF = active_features(graph, state, *counterparts)
+        removed_BxTxF = jnp.where(domain_BxT[..., None], removed_BxTxF - other_BxTxF, jnp.zeros_like(removed_BxTxF))
     W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
 
     def slope(value_BxTxD: jax.Array) -> jax.Array:
@@ -111,8 +121,13 @@ def score_features(
     if points == 1:
         slope_BxTxD = slope(value_BxTxD)
     else:
-        all_BxTxD = matmul(f_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
+        all_BxTxD = matmul(removed_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
         shares = (jnp.arange(points, dtype=value_BxTxD.dtype) + 0.5) / points
         slope_BxTxD = jax.lax.map(lambda share: slope(value_BxTxD - share * all_BxTxD), shares).mean(axis=0)
+    return jax.lax.with_sharding_constraint(weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD), sharding(cut.mesh))
+
+
+def weighted(f_BxTxF: jax.Array, slope_BxTxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
+    """Activation x slope along each feature's direction, summed over positions: [B, F]."""
     along_BxTxF = matmul(slope_BxTxD.astype(W_dec_FxD.dtype), W_dec_FxD.T)  # dL/df
-    return jax.lax.with_sharding_constraint((f_BxTxF * along_BxTxF).sum(axis=1), sharding(cut.mesh))
+    return (f_BxTxF * along_BxTxF).sum(axis=1)

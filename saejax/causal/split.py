@@ -18,7 +18,7 @@ from saejax.models import decoder
 from saejax.models.incremental import Past
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.parallel import by_row, sharding
+from saejax.parallel import by_row, sharding, to_host
 from saejax.tasks.behaviours import Prompt
 
 PROMPTS = 16  # prompts per run of the head
@@ -87,8 +87,8 @@ class SplitModel:
         self.cut = Cut(model.config, writes, reads, model.mesh)
         self.params = model.params
         self.graph, state = nnx.split(dictionary)
-        # By way of the host: the mesh may reach over processes that each loaded the dictionary.
-        self.state = jax.device_put(jax.tree.map(np.asarray, state), sharding(model.mesh))
+        # By way of the host: the mesh may reach over processes that each loaded the dictionary, or hold parts of it.
+        self.state = jax.device_put(jax.tree.map(to_host, state), sharding(model.mesh))
         self._model, self._positions, self._error = model, positions, error
 
     def run(self, prompts: Sequence[Prompt]) -> list[CleanRun]:

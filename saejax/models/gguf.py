@@ -10,9 +10,9 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.models.identity import content
-from saejax.models.made import made_once
+from saejax.models.made import made_once, save_pretrained
 
-_CONVERSION = 1  # raise it when the conversion changes, so that old caches are left behind
+_CONVERSION = 2  # raise it when the conversion changes, so that old caches are left behind
 # Settings of a file, below its architecture, that cannot change the result: sizes that the tensors show, or facts of
 # the training.
 _INERT = {"vocab_size", "feed_forward_length", "tensor_data_layout", "rope.scaling.finetuned"}
@@ -32,7 +32,6 @@ def dequantised(gguf: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Saves the model and the tokenizer of a GGUF file in the hub's format, in fp32."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
     logging.disable_progress_bar()
@@ -53,11 +52,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(str(error)) from None
-    tokenizer.save_pretrained(folder)
+    save_pretrained(model, tokenizer, folder)
 
 
 def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, int]]:

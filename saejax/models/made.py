@@ -11,10 +11,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from saejax.errors import UserError
 from saejax.models.identity import MARK, fingerprint
-from saejax.workspace import write_json
+from saejax.workspace import read_json, write_json
+
+_LOADING = ("local_files_only", "is_local")
 
 
 def cache_folder() -> Path:
@@ -46,6 +49,25 @@ def made_once(name: str, origin: str, make: Callable[[Path], None]) -> Path:
             "writable folder with room for the model"
         ) from None
     return folder
+
+
+def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Saves a model and its tokenizer of the transformers library in the hub's format.
+
+    Raises:
+      OSError: there is no room.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from None
+    tokenizer.save_pretrained(folder)
+    # transformers saves with the tokenizer how it was loaded, such as whether the hub could be reached.
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path)
+    write_json(path, {name: value for name, value in settings.items() if name not in _LOADING})
 
 
 def _is_whole(folder: Path) -> bool:

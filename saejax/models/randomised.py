@@ -8,7 +8,7 @@ import hashlib
 from pathlib import Path
 
 from saejax.errors import UserError
-from saejax.models.made import made_once
+from saejax.models.made import made_once, save_pretrained
 from saejax.workspace import file_sha256
 
 _SEED, _MAKING = 0, 1  # raise _MAKING when what is made changes
@@ -32,7 +32,6 @@ def randomised(folder: Path) -> Path:
 
 def _draw(folder: Path, target: Path) -> None:
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
     logging.disable_progress_bar()
@@ -44,8 +43,4 @@ def _draw(folder: Path, target: Path) -> None:
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise UserError(f"transformers cannot make a random model of {folder} ({error}): use another model") from error
-    try:
-        model.save_pretrained(target)
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(str(error)) from None
-    tokenizer.save_pretrained(target)
+    save_pretrained(model, tokenizer, target)

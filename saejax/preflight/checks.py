@@ -11,6 +11,7 @@ from saejax.errors import CheckFailed, Interrupted, UserError
 from saejax.parallel import describe
 from saejax.preflight import memory, parity, programs, tables, times
 from saejax.preflight.advice import advice
+from saejax.preflight.causal import causal_units
 from saejax.preflight.memory import GIB, Memory
 from saejax.preflight.place import Place, find_place
 from saejax.preflight.shapes import Shape, named, read_shapes
@@ -141,6 +142,10 @@ def _plan(run: Run, work: Work) -> dict[str, Any]:
                 run.say(f"this machine multiplies bfloat16 slower than float32: {flag}=float32 would take less time")
     run.say(f"disk: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} free in {run.folder}")
     stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    units = causal_units(work, configs)
+    for unit, part in units.items():
+        fits = f", {part.fits:,} probes to fit" if part.fits else ""
+        run.say(f"{unit}: about {part.rows:,} rows, {part.tokens:,} tokens{fits}")
     run.say(f"roughly {sum(seconds.values()) / 60:.0f} minutes if nothing is done yet: {stages}")
     if needed > free:
         raise UserError(
@@ -154,6 +159,7 @@ def _plan(run: Run, work: Work) -> dict[str, Any]:
         disk_free_bytes=free,
         matmul_flops_per_second=rates,
         seconds=seconds,
+        causal={unit: dict(rows=part.rows, tokens=part.tokens, fits=part.fits) for unit, part in units.items()},
     )
 
 

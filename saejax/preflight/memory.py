@@ -14,12 +14,11 @@ from saejax.dictionaries.modules import parameter_table as dictionary_table
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.parallel import fitting_spec, part_size
+from saejax.preflight.causal_memory import causal_bytes
+from saejax.preflight.pass_bytes import WIDTH, Axes, feature_bytes, generated_bytes, layer_bytes, logit_bytes
 from saejax.preflight.work import Work
 
-Axes = Mapping[str, int]
-
 GIB = 2**30
-_WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}
 _DIMENSIONS = {
     "H": "query heads",
     "N": "key-value heads",
@@ -39,8 +38,9 @@ class Memory:
       dictionary: the largest stack while it is trained, its features split over ``model``, its members over ``member``.
       whole_dictionary: the same where it is used: every device has all of it.
       optimizer: Adam's two moments, and the gradient.
-      activations: what comes and goes, by stage: capture, train, evaluate, ablate, and benchmark where answers are
-        generated.
+      read: the dictionary that each of the other stages reads, whole on every device: patch, probe, study.
+      activations: what comes and goes, by stage: capture, train, evaluate, ablate; benchmark where answers are
+        generated; patch, probe and study where they are asked for.
     """
 
     model: int
@@ -48,6 +48,7 @@ class Memory:
     dictionary: int
     whole_dictionary: int
     optimizer: int
+    read: Mapping[str, int]
     activations: Mapping[str, int]
 
     @property
@@ -59,6 +60,7 @@ class Memory:
             train=self.dictionary + self.optimizer,
             evaluate=self.model + self.whole_dictionary,
             ablate=self.model + self.whole_dictionary,
+            **{stage: self.model + size for stage, size in self.read.items()},
         )
         return {stage: kept[stage] + size for stage, size in self.activations.items()}
 
@@ -87,24 +89,28 @@ def device_memory(work: Work, axes: Axes) -> Memory:
     """
     layers = 1 + max(site.layer for site in work.sites)
     arrays = _dictionary_arrays(work)
-    state = _WIDTH[work.train.state_dtype]
+    state = WIDTH[work.train.state_dtype]
     split = state * sum(part_size(axes, shape, *spec) for shape, spec in arrays)
     members = -(-max(len(stack.members) for stack in work.stacks) // axes["member"])
     activations = dict(
         capture=_capture(work, axes),
         train=members * _train(work, axes),
         evaluate=_evaluate(work, axes),
-        ablate=_ablate(work, axes),
+        **causal_bytes(work, axes),
     )
     if work.generated:
-        activations["benchmark"] = _generate(work, axes, *work.generated)
+        activations["benchmark"] = generated_bytes(work, axes, *work.generated)
     return Memory(
-        model=_WIDTH[work.dtype] * _weights(work, axes, work.model.n_layers),
-        captured=_WIDTH[work.capture]
+        model=WIDTH[work.dtype] * _weights(work, axes, work.model.n_layers),
+        captured=WIDTH[work.capture]
         * (_weights(work, axes, layers) if work.backend == "jax" else parameters(work.model)),
         dictionary=members * split,
         whole_dictionary=state * sum(prod(shape) for shape, _ in arrays),
         optimizer=3 * members * split,
+        read={
+            stage: state * sum(prod(shape) for shape, _ in dictionary_table(used).values()) if used else 0
+            for stage, used in (("patch", work.patched), ("probe", work.probed), ("study", work.studied))
+        },
         activations=activations,
     )
 
@@ -156,38 +162,14 @@ def _dictionary_arrays(work: Work) -> list[tuple[tuple[int, ...], tuple[str | No
     return list(dictionary_table(work.tested).values())
 
 
-def _layer(work: Work, axes: Axes, rows: int, length: int, dtype: str, kept: int = 0) -> int:
-    """A pass through the layers: the stream and what the largest of them makes, and ``kept`` copies of a site."""
-    model, width = work.model, _WIDTH[dtype]
-    data_rows = part_size(axes, (rows,), "data")
-    heads, kv_heads, mlp = (
-        part_size(axes, (size,), "model") for size in (model.n_heads, model.n_kv_heads, model.d_mlp)
-    )
-    stream = data_rows * length * model.d_model * width
-    heads_wide = data_rows * length * (heads + 2 * kv_heads) * model.d_head * width
-    scores = data_rows * heads * length * length * (2 * 4 + width)  # scores and their softmax in fp32, and the weights
-    hidden = data_rows * length * mlp * width * (3 if model.gated else 2)
-    return (4 + kept) * stream + max(2 * heads_wide + scores, hidden)
-
-
-def _logits(work: Work, axes: Axes, rows: int, length: int) -> int:
-    """fp32 logits at every position, and as much again for their softmax."""
-    return 2 * 4 * part_size(axes, (rows, length, work.model.vocab), "data", None, "model")
-
-
-def _features(work: Work, rows: int, length: int) -> int:
-    """fp32 activations of all features, before and after the sparsity function."""
-    return 2 * 4 * rows * length * work.tested.n_features
-
-
 def _capture(work: Work, axes: Axes) -> int:
     rows, length = work.batch
-    return _layer(work, axes, rows, length, work.capture, kept=2 * len(work.sites))
+    return layer_bytes(work, axes, rows, length, work.capture, kept=2 * len(work.sites))
 
 
 def _train(work: Work, axes: Axes) -> int:
     d, f, batch = work.tested.d_in, work.tested.n_features, work.train.batch
-    width = _WIDTH[work.train.state_dtype]
+    width = WIDTH[work.train.state_dtype]
     return width * 4 * (part_size(axes, (batch, d), "data", None) + part_size(axes, (batch, f), "data", "model"))
 
 
@@ -195,22 +177,6 @@ def _evaluate(work: Work, axes: Axes) -> int:
     rows, length = work.scored
     local = part_size(axes, (rows,), "data")
     return max(
-        _layer(work, axes, rows, length, work.dtype) + _features(work, local, length),
-        _layer(work, axes, rows, length, work.dtype, kept=4) + _logits(work, axes, rows, length),
+        layer_bytes(work, axes, rows, length, work.dtype) + feature_bytes(work.tested.n_features, local, length),
+        layer_bytes(work, axes, rows, length, work.dtype, kept=4) + logit_bytes(work, axes, rows, length),
     )
-
-
-def _ablate(work: Work, axes: Axes) -> int:
-    above = work.model.n_layers - work.site.layer - 1
-    past = 2 * _WIDTH[work.dtype] * above * work.model.n_kv_heads * work.model.d_head
-    bank = work.prompts * work.prompt * (4 * (work.features + 2 * work.tested.d_in) + past)
-    head = _layer(work, axes, PROMPTS, work.prompt, work.dtype) + _features(work, PROMPTS, work.prompt)
-    return bank + max(head, _layer(work, axes, work.rows, work.prompt, work.dtype, kept=4))
-
-
-def _generate(work: Work, axes: Axes, rows: int, length: int, new: int) -> int:
-    """The pass over the prompts, and keys and values of all tokens, which are copied when room is made for new ones."""
-    model = work.model
-    heads = part_size(axes, (rows, model.n_kv_heads), "data", "model")
-    cache = 2 * _WIDTH[work.dtype] * model.n_layers * heads * (length + new) * model.d_head
-    return _layer(work, axes, rows, length, work.dtype) + 2 * cache

@@ -11,20 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from saejax.causal import circuit_tests, nested
+from saejax.causal.ablate import nested
+from saejax.causal.circuits import measure as circuits
 from saejax.causal.screening import points
 from saejax.evaluation.loss_recovered import VARIANTS
+from saejax.preflight.causal import PROMPT, causal_units, count_all_behaviours, item_tokens
 from saejax.preflight.costs import head_flops, pass_flops, step_flops
 from saejax.preflight.work import Work
-from saejax.settings import ESTIMATES, CorpusConfig, TaskConfig
-from saejax.tasks.benchmark_scores import way
+from saejax.settings import ESTIMATES, CorpusConfig
 from saejax.tasks.benchmarks import definition
 from saejax.tasks.corpora import Document
-from saejax.tasks.own_prompts import count_behaviours
 
 _CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
-_PROMPT = 16  # tokens: the behaviours' prompts have 8 to 26
-_CHOICES = 4  # of a question of the logic benchmark
 _START = 8.0  # seconds to load and compile, for every unit
 _SHARES = dict(
     benchmark=dict(float32=0.6, bfloat16=0.4),
@@ -34,6 +32,9 @@ _SHARES = dict(
     train=dict(float32=0.7, bfloat16=0.4),
     evaluate=dict(float32=0.8, bfloat16=0.5),
     ablate=dict(float32=0.75, bfloat16=0.5),
+    patch=dict(float32=0.75, bfloat16=0.5),
+    probe=dict(float32=0.8, bfloat16=0.5),
+    study=dict(float32=0.6, bfloat16=0.4),
 )
 
 
@@ -72,11 +73,11 @@ def stage_seconds(
     kinds, dictionaries = len(work.stacks), work.dictionaries
     rows = recorded_rows(work, documents, tokens, configs["capture"].last)
     steps_rows = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
-    texts = 2 * _behaviours(task) * (task.train_prompts + task.test_prompts)  # each with its counterpart
+    texts = 2 * count_all_behaviours(task) * (task.train_prompts + task.test_prompts)  # each with its counterpart
     length = min(work.batch[1], -(-tokens // documents))
     deepest = 1 + max(site.layer for site in work.sites)
     flops = dict(
-        baseline=(work.dtype, 1, pass_flops(model, texts * _PROMPT, _PROMPT, model.n_layers)),
+        baseline=(work.dtype, 1, pass_flops(model, texts * PROMPT, PROMPT, model.n_layers)),
         benchmark=(work.dtype, len(task.benchmarks), _benchmark_flops(work, configs)),
         capture=(work.capture, 1, pass_flops(model, tokens, length, deepest)),
         train=(train.matmul, kinds, dictionaries * step_flops(steps_rows, work.tested.d_in, work.tested.n_features)),
@@ -91,6 +92,10 @@ def stage_seconds(
     for stage, (dtype, units, count) in flops.items():
         shares = _SHARES[work.backend if stage == "capture" else stage]
         seconds[stage] = units * _START + count / (shares[dtype] * rates[dtype])
+    for unit, part in causal_units(work, configs).items():
+        stage = unit.partition("/")[0]
+        took = _START + part.flops / (_SHARES[stage][work.dtype] * rates[work.dtype]) + part.host_seconds
+        seconds[stage] = seconds.get(stage, 0.0) + took
     return {stage: value for stage, value in seconds.items() if value}
 
 
@@ -99,9 +104,7 @@ def _benchmark_flops(work: Work, configs: Mapping[str, Any]) -> float:
     task, length = configs["task"], configs["preflight"].benchmark_tokens
     tokens = 0
     for name in task.benchmarks:
-        scoring = way(name, task)
-        each = dict(generate=length + 4 * task.max_new_tokens, choice=_CHOICES * length, likelihood=length)[scoring]
-        tokens += each * (task.examples or definition(name).examples)
+        tokens += item_tokens(name, task, length) * (task.examples or definition(name).examples)
     return pass_flops(work.model, tokens, length, work.model.n_layers)
 
 
@@ -112,10 +115,6 @@ def _evaluate_flops(work: Work, documents: int) -> float:
     tails = (len(VARIANTS) - 1) * len(work.stacks) + work.dictionaries
     layers = len(work.stacks) * work.site.layer + tails * (work.model.n_layers - work.site.layer)
     return pass_flops(work.model, tokens, length, layers) + tails * head_flops(work.model, tokens)
-
-
-def _behaviours(task: TaskConfig) -> int:
-    return len(task.behaviours) + count_behaviours(task)
 
 
 def _ablate_flops(work: Work, configs: Mapping[str, Any]) -> float:
@@ -129,15 +128,15 @@ def _ablate_flops(work: Work, configs: Mapping[str, Any]) -> float:
     if ablate.curve:
         sets += 0.85 * (min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES))
     if ablate.circuit_tests:
-        sets += 3 * circuit_tests.DRAWS + ablate.top
+        sets += 3 * circuits.DRAWS + ablate.top
     # Greedy sets: N steps over what is left of the candidates, on train prompts.
     grown = ablate.greedy * ((nested.CANDIDATES - 0.5) * ablate.greedy + 0.5) * task.train_prompts
     slopes = points(ablate.estimate) * task.train_prompts
     if ablate.effects == "all":
-        sets += 0.2 * work.tested.n_features
+        sets += 0.2 * work.tested.n_features * (1 + len(ablate.compare))
         slopes += sum(map(points, ESTIMATES)) * task.test_prompts
-    tokens = int(_behaviours(task) * (task.test_prompts * sets + grown + 3 * slopes)) * _PROMPT
-    return pass_flops(work.model, tokens, _PROMPT, work.model.n_layers - work.site.layer - 1)
+    tokens = int(count_all_behaviours(task) * (task.test_prompts * sets + grown + 3 * slopes)) * PROMPT
+    return pass_flops(work.model, tokens, PROMPT, work.model.n_layers - work.site.layer - 1)
 
 
 def matmul_rates(size: int = 1536, repeats: int = 6) -> dict[str, float]:

@@ -53,6 +53,10 @@ class Work:
       features: most features in the sets of one ablation.
       estimate: what ranks features.
       replacement: what stands in the place of removed ones.
+      pairs: prompts of a behaviour that are patched together with their counterparts; 0: no kind of site is patched.
+      patch_rows: patched prompts per batch.
+      patched, probed, studied: the dictionaries of these stages; None where the stage was not asked for.
+      references: [rows, length] of a batch of benchmark answers while a study chooses features.
     """
 
     name: str
@@ -74,6 +78,12 @@ class Work:
     features: int
     estimate: str
     replacement: str
+    pairs: int
+    patch_rows: int
+    patched: DictionaryConfig | None
+    probed: DictionaryConfig | None
+    studied: DictionaryConfig | None
+    references: tuple[int, int]
 
     @property
     def site(self) -> Site:
@@ -107,7 +117,13 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
         raise UserError(f"{name}: {error}: choose --capture.sites and --train.sites for this model") from None
     length = min(configs["corpus"].context, model.context)
     scored = -(-length // 32) * 32
-    tested = _tested(ablate.dictionary, trained)
+    patch, probe, study = configs["patch"], configs["probe"], configs["study"]
+    item = min(configs["preflight"].benchmark_tokens, model.context)
+
+    def used(stage: str, asked: bool) -> DictionaryConfig | None:
+        return _tested(stage, configs[stage].dictionary, trained) if asked else None
+
+    tested = _tested("ablate", ablate.dictionary, trained)
     prompt = min(configs["preflight"].prompt_tokens, model.context)
     return Work(
         name=name,
@@ -129,6 +145,12 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
         features=_gathered(ablate, tested.n_features),
         estimate=ablate.estimate,
         replacement=ablate.replacement,
+        pairs=configs["task"].test_prompts if patch.kinds else 0,
+        patch_rows=patch.batch_rows,
+        patched=used("patch", bool(patch.dictionary)),
+        probed=used("probe", bool(probe.labels)),
+        studied=used("study", bool(study.benchmarks)),
+        references=(max(1, study.batch_tokens // item), item),
     )
 
 
@@ -161,17 +183,18 @@ def _stacks(train: TrainConfig, captured: Sequence[str], model: DecoderConfig) -
     return trained
 
 
-def _tested(name: str, trained: Mapping[str, Stack]) -> DictionaryConfig:
+def _tested(stage: str, name: str, trained: Mapping[str, Stack]) -> DictionaryConfig:
+    """The dictionary of this name that a stage uses."""
     kind, member = stacks.kind_and_member(name)
-    stack = trained[one_of(kind, trained, "dictionary for ablate (--train.kinds)")]
-    stacks.check_member(name, [entry.name for entry in stack.members], "--ablate.dictionary")
+    stack = trained[one_of(kind, trained, f"dictionary for {stage} (--train.kinds)")]
+    stacks.check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")
     site = next(entry.site for entry in stack.members if entry.name == member)
     return dataclasses.replace(stack.dictionary, site=site)
 
 
 def _generated(model: DecoderConfig, configs: Mapping[str, Any]) -> tuple[int, int, int] | None:
     task = configs["task"]
-    if not any(way(name, task) == "generate" for name in task.benchmarks):
+    if not any(way(name, task) == "generate" for name in (*task.benchmarks, *configs["study"].benchmarks)):
         return None
     new = min(task.max_new_tokens, model.context - 1)
     return task.batch, min(configs["preflight"].benchmark_tokens, model.context - new), new

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from saejax.reporting import style
-from saejax.reporting.document import Picture, Section
+from saejax.reporting.document import Picture, Section, Text
 from saejax.reporting.findings import Findings
 from saejax.reporting.sections import Draw, behaviour
 from saejax.reporting.tables import interval
@@ -22,8 +22,8 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         return []
     caption = (
         f"The logit difference that is lost without the top {found.ablate['top']} directions of each basis, chosen on "
-        "train prompts, on the test prompts; and without as many random ones of the same basis, matched in firing rate "
-        "and size (grey crosses: mean over draws). 95 % bootstrap intervals over prompts."
+        "train prompts, on the test prompts; and without as many random ones of the same basis, matched in firing "
+        "rate, size and length (grey crosses: mean over draws). 95 % bootstrap intervals over prompts."
     )
     alt = "Logit difference lost. " + " ".join(
         f"{name}: " + ", ".join(f"{basis} {interval(row['drop'])}" for basis, row in rows.items()) + "."
@@ -38,7 +38,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
             if "reason" in entry
         }
     )
-    said = ("Not compared: " + "; ".join(missing) + ".",) if missing else ()
+    said = [Text(f"Not compared: {'; '.join(missing)}.")] if missing else []
     return [Section("Beside other bases", (picture, *said))]
 
 

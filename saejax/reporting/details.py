@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from saejax.causal.importance import DISCOVERY
+from saejax.causal.ablate.importance import DISCOVERY
 from saejax.causal.replacements import WORDS
 from saejax.reporting import figures
 from saejax.reporting.document import Block, Code, Picture, Section, Strips, Terms, Text
@@ -118,8 +118,8 @@ def _feature_table(result: Mapping) -> Table:
     rest = f" The first {TABLE_ROWS} of {len(top)} features." if len(top) > TABLE_ROWS else ""
     note = (
         "Random: mean loss of logit difference for the random features matched to this one "
-        f"({MISSING}: there are none). Fires on: share of the test prompts' tokens. Square brackets: 95 % bootstrap "
-        f"intervals over prompts.{rest}"
+        f"({MISSING}: it never fires, so there are none). Fires on: share of the tokens of the test prompts, and of "
+        f"those that lend replacements. Square brackets: 95 % bootstrap intervals over prompts.{rest}"
     )
     return Table("Features removed one by one", columns, rows, stack=False, note=note)
 
@@ -166,7 +166,8 @@ def limits(found: Findings) -> Section:
     """How far the answer reaches."""
     fewest = min(scores["test"]["n"] for scores in found.behaviours.values())
     ratios = "; ".join(
-        f"{behaviour(name)} {number(match['firing_rate_ratio'])} and {number(match['activation_ratio'])}"
+        f"{behaviour(name)} "
+        + ", ".join(number(match[f"{what}_ratio"]) for what in ("firing_rate", "activation", "norm"))
         for name, match in ((name, result["controls"]["match"]) for name, result in found.ablate["behaviours"].items())
     )
     items = [
@@ -194,8 +195,8 @@ def limits(found: Findings) -> Section:
         ),
         (
             "The control",
-            "random features are matched in firing rate and activation, not in direction or attribution. Median ratio "
-            f"of control to top feature in firing rate and in activation (1 is a perfect match): {ratios}.",
+            "random features are matched in firing rate, activation and decoder norm, not in direction or attribution. "
+            f"Median ratio of control to top feature in each (1 is a perfect match): {ratios}.",
         ),
         (
             "Contexts",

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from saejax.analysis.examples import Example
-from saejax.causal.importance import Importance, importance_file
-from saejax.causal.patch_cells import Cells, cells_file
+from saejax.causal.ablate.importance import Importance, importance_file
+from saejax.causal.patching.cells import Cells, cells_file
 from saejax.dictionaries import stacks
 from saejax.errors import UserError
 from saejax.workspace import SUMMARY, read_json

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from saejax.causal.patch_cells import Cells
-from saejax.causal.patching import DIRECTIONS
+from saejax.causal.patching.cells import Cells
+from saejax.causal.patching.sites import DIRECTIONS
 from saejax.reporting import style
-from saejax.reporting.document import Block, Picture, Section
+from saejax.reporting.document import Block, Picture, Section, Terms
 from saejax.reporting.findings import Findings
 from saejax.reporting.sections import Draw, behaviour
 from saejax.reporting.tables import MISSING, Table, interval, percent
@@ -32,6 +32,9 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
                 blocks += [_picture(kind, name, by_name[name], found.cells[kind][name], draw) for name in by_name]
             else:
                 blocks.append(_features_table(results))
+            without = [(behaviour(name), f"not patched: {reason}.") for name, reason in results["unpatched"].items()]
+            if without:
+                blocks.append(Terms(tuple(without)))
     return [Section("Where the content stands", tuple(blocks))] if blocks else []
 
 
@@ -80,12 +83,14 @@ def _label(token: str) -> str:
 
 
 def _features_table(results: Mapping[str, Any]) -> Table:
-    columns = ("Behaviour", "Pairs", "Top features", "As many random", "All features", "The whole site", "Restored")
+    sets = ("Top features", "As many random", "All features", "The error", "The whole site")
+    columns = ("Behaviour", "Pairs", *sets, "Restored")
     rows = tuple(_features_row(name, result, results["top"]) for name, result in results["behaviours"].items())
     note = (
         f"Features of {results['dictionary']} at {results['site']} take the values they have on the counterpart: how "
         "often the answer becomes the counterpart's, of the pairs on which the model is right both times (interchange-"
-        "intervention accuracy; Geiger et al., 2021). Last column: the share of the logit difference that the top "
+        "intervention accuracy; Geiger et al., 2021). The error: what the dictionary does not "
+        "explain, alone. Last column: the share of the logit difference that the top "
         "features restore when they are carried from the prompt to its counterpart. 95 % intervals."
     )
     return Table(f"Interchange of the top {results['top']} features", columns, rows, note=note)
@@ -95,9 +100,9 @@ def _features_row(name: str, result: Mapping[str, Any], top: int) -> tuple[str, 
     found = result["interchange"]
     restored = _restored(result["together"])
     if not found["prompts"]:
-        return (behaviour(name), "0", MISSING, MISSING, MISSING, MISSING, restored)
+        return (behaviour(name), "0", *5 * (MISSING,), restored)
     most: Mapping[str, Any] = found["top"][-1] if found["top"] else dict(accuracy=None, random=None)
-    shares = (most["accuracy"], most["random"], found["all"], found["site"])
+    shares = (most["accuracy"], most["random"], found["all"], found["error"], found["site"])
     return (behaviour(name), str(found["prompts"]), *map(_share, shares), restored)
 
 

@@ -16,7 +16,18 @@ from saejax.config import to_json
 from saejax.dictionaries import stacks
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
-from saejax.reporting import bases, circuits, details, dictionaries, patching, probes, sections, studies, style
+from saejax.reporting import (
+    agreement,
+    bases,
+    circuits,
+    details,
+    dictionaries,
+    patching,
+    probes,
+    sections,
+    studies,
+    style,
+)
 from saejax.reporting.document import Picture, to_html, to_markdown
 from saejax.reporting.findings import read_findings
 from saejax.workspace import Run, package_versions, write_text
@@ -56,6 +67,7 @@ def run_report(run: Run) -> dict[str, Any]:
         *sections.benchmarks(found),
         dictionaries.section(found, draw),
         *bases.sections(found, draw),
+        *agreement.sections(found),
         *circuits.feature_sets(found, draw),
         *patching.sections(found, draw),
         *probes.sections(found, draw),

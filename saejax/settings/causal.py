@@ -61,6 +61,11 @@ class AblateConfig(Config):
         "on the train prompts), random (an untrained dictionary), or the folder of a dictionary, such as one trained "
         "with --train.freeze=decoder",
     )
+    compare: tuple[str, ...] = setting(
+        (),
+        "other trained dictionaries, such as topk/seed5 or standard, whose features' effects are compared with those "
+        "of the tested one, pair by pair; each takes as long as --ablate.effects=all, which it needs",
+    )
     curve: bool = setting(True, "also remove the first 1, 2, 3, ... top features together, beside matched random ones")
     circuit_tests: bool = setting(
         False,
@@ -138,7 +143,12 @@ class PatchConfig(Config):
     )
     behaviours: tuple[str, ...] = setting((), "behaviours to patch; empty: all that the baseline measured")
     top: int = setting(20, "features, ranked on train prompts, that are patched one by one and together", low=1)
-    estimate: str = setting("gradient", "what ranks the features; see --ablate.estimate", choices=ESTIMATES)
+    estimate: str = setting(
+        "gradient",
+        "what ranks the features: change of activation between a prompt and its counterpart x a slope, as for "
+        "--ablate.estimate",
+        choices=ESTIMATES,
+    )
     draws: int = setting(20, "draws of as many matched random features", low=2)
     matches: int = setting(
         10, "how many nearest features by firing rate and activation size each control is drawn from", low=1

@@ -157,23 +157,39 @@ class PlainRun:
         with torch.no_grad():
             return float(self.run(change))
 
-    def attribution(self, shares=(0.0,)):
-        """Activation x gradient of every feature, [F]: the mean gradient where such shares of all features are gone."""
+    def clean(self):
+        """The site's value x_TxD without an edit."""
         import torch
 
-        W_dec_FxD, slopes, clean = np.asarray(self.dictionary.W_dec_FxD[...], np.float64), [], []
+        kept = []
+        with torch.no_grad():
+            self.run(lambda x_1xTxD: kept.append(x_1xTxD) or x_1xTxD)
+        return kept[0][0].numpy()
+
+    def attribution(self, shares=(0.0,), counterpart=None):
+        """Activation x gradient of every feature, [F]: the mean gradient where such shares of all features are gone.
+
+        With a counterpart, another PlainRun of as many tokens, its activations stand in their place.
+        """
+        import torch
+
+        W_dec_FxD, slopes = np.asarray(self.dictionary.W_dec_FxD[...], np.float64), []
+        x_TxD = self.clean()
+        f_TxF = self.features(x_TxD)
+        if counterpart is not None:
+            in_domain_T = np.linalg.norm(x_TxD, axis=1) <= self.dictionary.config.max_norm
+            f_TxF = (f_TxF - counterpart.features(counterpart.clean())) * in_domain_T[:, None]
         for share in shares:
             kept = []
 
             def change(x_1xTxD, kept=kept, share=share):
-                clean.append(x_1xTxD.detach()[0].numpy())
-                removed_TxD = share * self.features(clean[0]) @ W_dec_FxD
+                removed_TxD = share * f_TxF @ W_dec_FxD
                 kept.append((x_1xTxD.detach() - torch.from_numpy(removed_TxD)[None]).requires_grad_())
                 return kept[0]
 
             self.run(change).backward()
             slopes.append(kept[0].grad[0].numpy())
-        return (self.features(clean[0]) * (np.mean(slopes, axis=0) @ W_dec_FxD.T)).sum(axis=0)
+        return (f_TxF * (np.mean(slopes, axis=0) @ W_dec_FxD.T)).sum(axis=0)
 
     @contextlib.contextmanager
     def relevance_rules(self):

@@ -1,5 +1,7 @@
 """Matched random features: how near, never the tested ones, never twice, and the same for the same seed."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -93,7 +95,27 @@ def test_too_few_candidates_is_the_users_error():
 def test_no_features_need_no_controls(many):
     drawn_NxK = controls.draw_controls(many, [], draws=3, matches=10, seed=0)
     assert drawn_NxK.shape == (3, 0)
-    assert controls.match_ratios(many, [], drawn_NxK) == dict(firing_rate_ratio=None, activation_ratio=None)
+    nothing = dict(firing_rate_ratio=None, activation_ratio=None, norm_ratio=None)
+    assert controls.match_ratios(many, [], drawn_NxK) == nothing
+
+
+def test_lengths_of_directions_count_too(many):
+    # Of 12 features alike in rate and size, half have directions ten times as long.
+    norm_F = np.where(np.arange(12) < 6, 1.0, 10.0)
+    statistics = dataclasses.replace(statistics_of(np.full(12, 0.1), np.full(12, 2.0)), norm_F=norm_F)
+    assert controls.nearest_features(statistics, [8])[0, :5].tolist() == [6, 7, 9, 10, 11]
+    drawn_NxK = controls.draw_controls(statistics, [8], draws=50, matches=5, seed=0)
+    assert (drawn_NxK > 5).all()
+    assert controls.match_ratios(statistics, [8], drawn_NxK)["norm_ratio"] == 1.0
+    # Directions of length 1, but for rounding, change nothing.
+    unit_F = 1 + 1e-7 * np.random.default_rng(0).normal(size=2000)
+    features = firing(many, 5)
+    for one, two in zip(
+        controls.nearest_features(many, features),
+        controls.nearest_features(dataclasses.replace(many, norm_F=unit_F), features),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_a_dead_feature_has_no_control(many):

@@ -26,6 +26,23 @@ def test_attribution_equals_torch_autograd(tiny, prompts, make_dictionary, plain
         np.testing.assert_allclose(attribution_NxF[p], wanted_F, atol=1e-4 * np.abs(wanted_F).max())
 
 
+@pytest.mark.parametrize("estimate,shares", [("gradient", (0.0,)), ("integrated", np.arange(0.05, 1, 0.1))])
+def test_with_counterparts_their_activations_stand_in(tiny, prompts, make_dictionary, plain, estimate, shares):
+    dictionary = make_dictionary("resid_post.1")
+    split = SplitModel(tiny, dictionary)
+    lengths = tiny.tokenize([prompt.text for prompt in prompts]).lengths_B.tolist()
+    others = {length: prompt for length, prompt in zip(lengths, prompts, strict=True)}  # the last of each length
+    few = [dataclasses.replace(p, counterpart=others[n].text) for n, p in zip(lengths[:6], prompts, strict=False)]
+    runs = split.run(few), split.run_counterparts(few)
+    attribution_NxF = screening.attribution(split, runs[0], estimate, runs[1])
+    for p in range(0, len(few), 2):
+        other = plain(dictionary, dataclasses.replace(few[p], text=few[p].counterpart))
+        wanted_F = plain(dictionary, few[p]).attribution(shares, other)
+        assert np.abs(wanted_F).max() > 0.01
+        np.testing.assert_allclose(attribution_NxF[p], wanted_F, atol=1e-4 * np.abs(wanted_F).max())
+    assert (screening.attribution(split, runs[0], estimate, runs[0]) == 0).all()
+
+
 def test_attribution_is_the_slope_of_the_effect(tiny, prompts, make_dictionary, plain):
     # Central difference of the plain run, whose norms are in fp32: x -> x - s f_i W_dec_i at s = 0.
     dictionary = make_dictionary("resid_post.1")

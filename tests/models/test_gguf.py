@@ -6,6 +6,7 @@ import os
 import threading
 
 import gguf as gguf_package
+import huggingface_hub
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -110,6 +111,15 @@ def test_a_gguf_file_is_dequantised_once(tiny_gguf, cache, conversions):
     assert tokenizer.decode(tokenizer("The war lasted, 17 years\n")["input_ids"]) == "The war lasted, 17 years\n"
     assert not hasattr(source.load_torch_model(first), "hf_quantizer")
     assert resolve(file) == first and len(conversions) == 1
+
+
+def test_what_is_made_does_not_depend_on_whether_the_hub_can_be_reached(tiny_gguf, tmp_path, monkeypatch):
+    found = []
+    for offline in (True, False):
+        monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / f"cache-{offline}"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        found.append(resolve(tiny_gguf[0]))
+    assert found[0].fingerprint == found[1].fingerprint and found[0].folder != found[1].folder
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 
 from saejax import settings
 from saejax.analysis.examples import Example
-from saejax.causal.importance import Importance, importance_file
+from saejax.causal.ablate.importance import Importance, importance_file
 from saejax.config import to_json
 from saejax.workspace import SUMMARY, Run, write_json
 
@@ -118,7 +118,7 @@ def made_up_effects(name: str, rng, top: int, draws: int) -> dict:
             draws=draws,
             logit_diff_drop=controls,
             accuracy_drop=accuracy,
-            match=dict(firing_rate_ratio=0.97, activation_ratio=None if name == "addition" else 1.04),
+            match=dict(firing_rate_ratio=0.97, activation_ratio=None if name == "addition" else 1.04, norm_ratio=1.0),
         ),
         difference={key: value - mean for key, value in drop.items()},
         percentile=1.0 if strong else 0.93,

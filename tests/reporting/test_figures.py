@@ -8,8 +8,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
-from saejax.causal.patch_cells import Cells
-from saejax.causal.patching import DIRECTIONS
+from saejax.causal.patching.cells import Cells
+from saejax.causal.patching.sites import DIRECTIONS
 from saejax.reporting import bases, dictionary_figures, figures, patching, style
 from saejax.settings import KINDS
 

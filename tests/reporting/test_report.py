@@ -242,7 +242,9 @@ def test_all_no_one_dictionary_long_lists_and_an_empty_one(tmp_path):
         result |= dict(verdict=False, reason="No: too little")
     nothing = results["addition"]
     nothing["top"], nothing["joint"]["n"] = [], 0
-    nothing["controls"] |= dict(match=dict(firing_rate_ratio=None, activation_ratio=None), logit_diff_drop=[0.0] * 5)
+    nothing["controls"] |= dict(
+        match=dict(firing_rate_ratio=None, activation_ratio=None, norm_ratio=None), logit_diff_drop=[0.0] * 5
+    )
     write_json(inputs["ablate/topk"] / SUMMARY, summary)
     run = make_run(tmp_path, inputs, title="Is <this> & that so?", features=1)
     assert run_report(run)["figures"].count("features_addition") == 0

@@ -2,7 +2,7 @@
 
 import types
 
-from saejax.reporting import probes, sections, studies
+from saejax.reporting import agreement, bases, probes, sections, studies
 from saejax.reporting.document import Picture
 
 
@@ -36,6 +36,35 @@ def test_benchmarks_are_shown_by_their_kind_of_score():
 
 def test_without_benchmarks_there_is_no_section():
     assert sections.benchmarks(types.SimpleNamespace(benchmarks={})) == []
+
+
+def test_a_basis_that_was_not_compared_is_said():
+    compared = dict(joint=dict(logit_diff_drop=interval(0.4)), control_drop=0.1)
+    result = dict(
+        controls=dict(logit_diff_drop=[0.1, 0.3]),
+        joint=dict(logit_diff_drop=interval(2.0)),
+        baselines=dict(neurons=dict(reason="only 2 features fire"), random=compared),
+    )
+    found = types.SimpleNamespace(ablate=dict(top=3, behaviours=dict(capital=result)))
+    (section,) = bases.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))
+    picture, said = section.blocks
+    assert "untrained dictionary 0.40" in picture.alt and "neurons" not in picture.alt
+    assert said.markdown() == "Not compared: MLP neurons, Capital of a country: only 2 features fire."
+
+
+def test_agreement_with_other_dictionaries():
+    pair = dict(first="topk", second="standard", by="direction", matched=120, shares=[0.25, 0.5], similarity=0.912)
+    pairs = [
+        pair | dict(rank_correlation=interval(0.6), shuffled=interval(0.0), alike=interval(0.2)),
+        pair | dict(matched=0, shares=[0.0, 0.0], similarity=None, rank_correlation=None, shuffled=None, alike=None),
+    ]
+    behaviours = dict(capital=dict(importance=dict(agreement=pairs)), addition=dict(importance={}), agreement={})
+    (section,) = agreement.sections(types.SimpleNamespace(ablate=dict(behaviours=behaviours)))
+    first, second = section.blocks[0].rows
+    assert first[:5] == ("Capital of a country", "topk, standard", "direction", "120 (25\u00a0%, 50\u00a0%)", "0.91")
+    assert first[5].startswith("0.60 [0.50") and first[7].startswith("0.20 [")
+    assert second[3:] == ("0 (0\u00a0%, 0\u00a0%)", "–", "–", "–", "–")
+    assert agreement.sections(types.SimpleNamespace(ablate=dict(behaviours={}))) == []
 
 
 def test_probes_are_shown_and_labels_without_one_said():

@@ -12,13 +12,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from saejax.config import from_json, to_json
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
-from saejax.parallel import is_first_process
+from saejax.parallel import is_first_process, to_host
 from saejax.workspace import read_json, write_json
 
 DESCRIPTION, ARRAYS = "dictionary.json", "arrays"
@@ -76,7 +75,5 @@ def load(folder: Path, operands: str = "float32") -> Dictionary:
 
 
 def _facts(array: jax.Array) -> dict:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    host = np.ascontiguousarray(array)
+    host = np.ascontiguousarray(to_host(array))
     return dict(shape=list(host.shape), dtype=host.dtype.name, sha256=hashlib.sha256(host.data).hexdigest())

@@ -1,0 +1,92 @@
+"""Do other dictionaries say the same? The effects of all features of several, compared pair by pair (``stability``).
+
+Another seed, another kind or another site gives other features. Where two dictionaries write to one site their
+features are matched by direction, elsewhere by activity on the test prompts.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from saejax.causal.ablate.importance import Importance, Measurable, measure_importance
+from saejax.causal.split import SplitModel
+from saejax.causal.stability import compare, match_by_activity, match_by_direction
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
+from saejax.settings import AblateConfig
+
+
+class Movable(Measurable, Protocol):
+    """A behaviour's experiment that can be done with other dictionaries."""
+
+    def on(self, split: SplitModel, basis: str) -> Measurable:
+        """The same behaviour on the model cut for another dictionary, which has this name."""
+
+
+class Effects(NamedTuple):
+    """What the features of a dictionary do on the test prompts, and how strongly each fires on each at most, [P, F]."""
+
+    dictionary: Dictionary
+    importance: Importance
+    largest_PxF: np.ndarray
+
+
+def check(config: AblateConfig) -> None:
+    """A ``UserError`` if dictionaries are to be compared that cannot be."""
+    if config.compare and config.effects != "all":
+        raise UserError(
+            "--ablate.compare compares the effects of all features: give --ablate.effects=all, or leave it out"
+        )
+    names = [config.dictionary, *config.compare]
+    if len(set(names)) < len(names):
+        raise UserError(f"--ablate.compare={','.join(config.compare)}: name each dictionary once, the tested one never")
+
+
+def measure_agreement(
+    experiment: Movable,
+    importance: Importance,
+    model: LanguageModel,
+    dictionary: Dictionary,
+    others: Mapping[str, Dictionary],
+    config: AblateConfig,
+) -> list[dict[str, Any]]:
+    """Compares the tested dictionary and others on a behaviour.
+
+    Args:
+      experiment: of the tested dictionary.
+      importance: of its features.
+      model: the language model.
+      dictionary: the tested one.
+      others: by name.
+      config: of the stage.
+
+    Returns:
+      For each pair ``first`` and ``second``, their names, ``by`` ("direction" or "activity"), and what
+      ``stability.compare`` says.
+
+    Raises:
+      UserError: a dictionary belongs to another model, or something is not finite.
+    """
+    found = {config.dictionary: Effects(dictionary, importance, experiment.max_activations())}
+    for name, other in others.items():
+        moved = experiment.on(SplitModel(model, other, config.positions, config.error), name)
+        found[name] = Effects(other, measure_importance(moved, config)[0], moved.max_activations())
+    return [
+        dict(first=first, second=second) | compare_effects(found[first], found[second], config)
+        for first, second in itertools.combinations(found, 2)
+    ]
+
+
+def compare_effects(first: Effects, second: Effects, config: AblateConfig) -> dict[str, Any]:
+    """An entry of ``measure_agreement``, but for the names."""
+    sites = [effects.dictionary.config.target or effects.dictionary.site for effects in (first, second)]
+    by = "direction" if sites[0] == sites[1] else "activity"
+    if by == "direction":
+        first_FxD, second_GxD = (np.asarray(effects.dictionary.W_dec_FxD[...]) for effects in (first, second))
+        matches = match_by_direction(first_FxD, second_GxD)
+    else:
+        matches = match_by_activity(first.largest_PxF, second.largest_PxF)
+    return dict(by=by) | compare(first.importance, second.importance, matches, seed=config.seed)

@@ -1,0 +1,115 @@
+"""What dictionaries are compared with: other bases of a site, whose directions are removed in the same way.
+
+- ``neurons``: the neurons of the MLP in the site's layer. A neuron's activation is what the down projection reads, its
+  direction is its row there; removing it changes ``mlp_out``. First tokens are left alone, as dictionaries leave
+  attention sinks.
+- ``components``: the principal components of the site's values on the train prompts. Removing one sets the value to the
+  mean along it.
+- ``random``: a dictionary that was never trained: random unit directions, as many as the dictionary has features, and
+  as many active per position, the largest projections.
+
+Published work finds neurons and random dictionaries close to trained ones on many scores; a dictionary whose top
+features do no more than these has not earned its place.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.models import decoder
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import LanguageModel
+from saejax.models.layers import mlp_neurons
+from saejax.models.sites import Site
+
+_WEIGHTS = ("gate_DxF", "gate_bias_F", "up_DxF", "up_bias_F")
+
+
+class Neurons(Dictionary):
+    """The neurons of an MLP, as a transcoder from ``mlp_in`` to ``mlp_out`` whose encoder is the model's own.
+
+    Args:
+      model: the language model.
+      layer: of the MLP.
+    """
+
+    def __init__(self, model: LanguageModel, layer: int):
+        weights = decoder.layer_params(model.params, layer)
+        self.decoder = nnx.static(model.config)
+        self.names = nnx.static(tuple(name for name in _WEIGHTS if name in weights))
+        for name in self.names:
+            setattr(self, name, nnx.Param(weights[name]))
+        self.W_dec_FxD = nnx.Param(weights["down_FxD"])
+        self.config = nnx.static(
+            DictionaryConfig(
+                kind="linear",
+                site=f"mlp_in.{layer}",
+                target=f"mlp_out.{layer}",
+                d_in=model.config.d_model,
+                n_features=model.config.d_mlp,
+                model=model.source.name,
+                fingerprint=model.source.fingerprint,
+            )
+        )
+
+    def encode(self, x_BxTxD: jax.Array) -> jax.Array:
+        """The neurons' activations [B, T, F]."""
+        config: DecoderConfig = self.decoder
+        return mlp_neurons(config, {name: getattr(self, name)[...] for name in self.names}, x_BxTxD)
+
+    def fires(self, f_BxF: jax.Array) -> jax.Array:
+        """Where activations are not 0: everywhere, in most models."""
+        return f_BxF != 0
+
+    def in_domain(self, x_BxTxD: jax.Array) -> jax.Array:
+        """True at every position but the first."""
+        return jnp.broadcast_to(jnp.arange(x_BxTxD.shape[-2]) > 0, x_BxTxD.shape[:-1])
+
+
+def components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary:
+    """The principal components of some values at the dictionary's site, as a linear dictionary.
+
+    Args:
+      dictionary: which site it is, and what counts as a sink there.
+      values_NxD: at least one.
+    """
+    if not len(values_NxD):
+        raise ValueError("there are no values to find principal components of")
+    mean_D = values_NxD.mean(axis=0, dtype=np.float64)
+    directions_FxD = np.linalg.svd(values_NxD - mean_D[None, :], full_matrices=False)[2]
+    config = _like(dictionary, kind="linear", n_features=len(directions_FxD))
+    arrays = dict(
+        W_enc_DxF=directions_FxD.T, b_enc_F=np.zeros(len(directions_FxD)), W_dec_FxD=directions_FxD, b_dec_D=mean_D
+    )
+    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
+
+
+def untrained(dictionary: Dictionary, active: int, seed: int) -> Dictionary:
+    """A TopK dictionary of random directions at the same site, of the same size and centre.
+
+    Args:
+      dictionary: what it is like.
+      active: features active per position.
+      seed: of the directions.
+    """
+    random = Dictionary.initial(_like(dictionary, kind="topk", k=max(active, 1)), jax.random.key(seed))
+    return Dictionary(random.config, **random.arrays | dict(b_dec_D=dictionary.b_dec_D[...]))
+
+
+def _like(dictionary: Dictionary, **changes: object) -> DictionaryConfig:
+    """The configuration of an SAE at the site that the dictionary writes to."""
+    config = dictionary.config
+    if config.target:
+        changes |= dict(site=config.target, target="", max_norm=DictionaryConfig().max_norm)  # of what it read
+    plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0, origin="")
+    return dataclasses.replace(config, **plain | changes)
+
+
+def neurons(model: LanguageModel, site: str) -> Dictionary:
+    """The neurons of the layer that a site is in."""
+    return Neurons(model, Site.parse(site).layer)

@@ -1,0 +1,190 @@
+"""The effect of every feature that fires, one by one, with what would be expected by chance.
+
+Every feature of a dictionary that fires on the test prompts (or on those that lend what stands in its place) is removed
+by itself, exactly. Beside its mean drop in logit difference stand a bootstrap interval, a permutation p-value, a
+q-value over all these features, and its *control percentile*: the share of the 100 features nearest in firing rate,
+activation size and decoder norm whose removal costs less.
+
+The estimates, of which one chooses the candidates elsewhere (``screening``), are computed on the same prompts and
+compared. So is *importance by correlation*: that of a feature's largest activation on a prompt with the clean logit
+difference, over prompts. It needs no intervention, and says nothing of causes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.spatial import cKDTree
+from scipy.stats import pearsonr, rankdata, spearmanr
+
+from saejax.causal.ablation import LogitDiffs
+from saejax.causal.columns import Columns
+from saejax.causal.controls import FeatureStatistics
+from saejax.causal.statistics import bootstrap_means, false_discovery_rates, sign_flip_p
+from saejax.settings import ESTIMATES, AblateConfig
+from saejax.tasks.scoring import separation
+
+NEAREST = 100  # features that a control percentile is over
+PERMUTATIONS = 20_000
+DISCOVERY = 0.05  # largest q-value of a discovery
+
+
+class Measurable(Protocol):
+    """What is measured on the test prompts of a behaviour."""
+
+    def statistics(self) -> FeatureStatistics:
+        """How often and how strongly the features fire."""
+
+    def test_attribution(self, estimate: str) -> np.ndarray:
+        """Each feature's attribution by one of ``settings.ESTIMATES``, mean over the test prompts, [F]."""
+
+    def max_activations(self) -> np.ndarray:
+        """Each feature's largest activation on each prompt, [P, F]."""
+
+    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
+        """The logit difference of each prompt without each set of features."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance(Columns):
+    """What each of the N features that fire on the test prompts is worth there; arrays [N], features rising.
+
+    Attributes:
+      feature: its number.
+      firing_rate, mean_activation: as ``Measurable.statistics`` counts them.
+      gradient, integrated, relp: attribution by each estimate, mean over the prompts.
+      drop, drop_low, drop_high: by how much the logit difference falls without it, mean over the prompts, and the 95 %
+        bootstrap interval.
+      accuracy_drop: by how much accuracy falls, 0 to 1.
+      effect_size: mean drop over its standard deviation; see ``scoring.separation``.
+      p_value: of a sign-flip permutation test, two-sided.
+      q_value: Benjamini and Hochberg's, over all N.
+      control_percentile: share of the nearest features with a smaller drop, 0 to 1.
+      pearson, spearman: correlation over prompts of its largest activation with the clean logit difference; NaN where
+        one of the two is the same on every prompt.
+    """
+
+    feature: np.ndarray
+    firing_rate: np.ndarray
+    mean_activation: np.ndarray
+    gradient: np.ndarray
+    integrated: np.ndarray
+    relp: np.ndarray
+    drop: np.ndarray
+    drop_low: np.ndarray
+    drop_high: np.ndarray
+    accuracy_drop: np.ndarray
+    effect_size: np.ndarray
+    p_value: np.ndarray
+    q_value: np.ndarray
+    control_percentile: np.ndarray
+    pearson: np.ndarray
+    spearman: np.ndarray
+
+    def summary(self, leaders: int) -> dict[str, Any]:
+        """For JSON: numbers of features and discoveries, how good the estimate is, and the largest drops.
+
+        ``correlations`` holds how well the size of each correlation ranks the features that have one by their drop.
+        """
+        order_N = np.argsort(-self.drop, kind="stable")[:leaders]
+        return dict(
+            features=len(self.feature),
+            discoveries=int((self.q_value <= DISCOVERY).sum()),
+            estimates={
+                name: dict(
+                    pearson=_correlation(pearsonr, getattr(self, name), self.drop),
+                    spearman=_correlation(spearmanr, getattr(self, name), self.drop),
+                )
+                for name in ESTIMATES
+            },
+            correlations={name: self._rank_agreement(getattr(self, name)) for name in ("pearson", "spearman")},
+            leaders=[{name: _plain(values_N[n]) for name, values_N in self.columns.items()} for n in order_N],
+        )
+
+    def _rank_agreement(self, correlation_N: np.ndarray) -> float | None:
+        defined_N = ~np.isnan(correlation_N)
+        return _correlation(spearmanr, np.abs(correlation_N[defined_N]), self.drop[defined_N])
+
+
+def importance_file(folder: Path, behaviour: str) -> Path:
+    """Where the ablate stage keeps a behaviour's table."""
+    return folder / f"{behaviour}-importance.parquet"
+
+
+def measure_importance(experiment: Measurable, config: AblateConfig) -> tuple[Importance, np.ndarray]:
+    """Removes every feature that fires on the test prompts, one by one.
+
+    Returns:
+      What each is worth; and the drops [N, P] that say so, in which those of the size of rounding are 0.
+
+    Raises:
+      UserError: something is not finite.
+    """
+    statistics = experiment.statistics()
+    feature_N = np.flatnonzero(statistics.fires_at_all_F)
+    diffs = experiment.ablate([[feature] for feature in feature_N.tolist()])
+    drop_NxP = diffs.drop_SxP
+    # All features share one error of rounding per prompt, which would make many small effects agree.
+    drop_NxP = np.where(np.abs(drop_NxP) > 4 * diffs.rounding_P[None, :], drop_NxP, 0.0)
+    low_N, high_N = bootstrap_means(drop_NxP, config.bootstrap, config.seed)
+    p_N = sign_flip_p(drop_NxP, PERMUTATIONS, config.seed)
+    rate_N, size_N = statistics.firing_rate_F[feature_N], statistics.mean_activation_F[feature_N]
+    largest_NxP = experiment.max_activations()[:, feature_N].T.astype(np.float64)
+    found = Importance(
+        feature=feature_N,
+        firing_rate=rate_N,
+        mean_activation=size_N,
+        **{name: experiment.test_attribution(name)[feature_N] for name in ESTIMATES},
+        drop=drop_NxP.mean(axis=1),
+        drop_low=low_N,
+        drop_high=high_N,
+        accuracy_drop=((diffs.clean_P > 0).mean() - (diffs.ablated_SxP > 0).mean(axis=1)),
+        effect_size=separation(drop_NxP) if len(drop_NxP) else np.zeros(0),
+        p_value=p_N,
+        q_value=false_discovery_rates(p_N),
+        control_percentile=control_percentiles(drop_NxP.mean(axis=1), statistics.coordinates(feature_N)),
+        pearson=correlations(largest_NxP, diffs.clean_P),
+        spearman=correlations(rankdata(largest_NxP, axis=1), rankdata(diffs.clean_P)),
+    )
+    return found, drop_NxP
+
+
+def correlations(values_NxP: np.ndarray, score_P: np.ndarray) -> np.ndarray:
+    """Pearson's correlation over prompts of each row with a score, [N]; NaN where one of the two is constant."""
+    defined_N = (np.ptp(values_NxP, axis=1) > 0) & (np.ptp(score_P) > 0)
+    apart_NxP = values_NxP - values_NxP.mean(axis=1, keepdims=True)
+    off_P = score_P - score_P.mean()
+    size_N = np.sqrt(np.square(apart_NxP).sum(axis=1) * np.square(off_P).sum())
+    return np.divide(apart_NxP @ off_P, size_N, out=np.full(len(values_NxP), np.nan), where=defined_N)
+
+
+def control_percentiles(drop_N: np.ndarray, place_NxC: np.ndarray, nearest: int = NEAREST) -> np.ndarray:
+    """The share of the nearest features whose drop is smaller than a feature's own, [N]; NaN for one feature alone.
+
+    Args:
+      drop_N: of each feature.
+      place_NxC: where it stands for matching; see ``controls.coordinates``.
+      nearest: how many others are looked at, at most.
+    """
+    others = min(nearest, len(drop_N) - 1)
+    if others < 1:
+        return np.full(len(drop_N), np.nan)
+    found_NxM = cKDTree(place_NxC).query(place_NxC, k=others + 1)[1]
+    itself_NxM = found_NxM == np.arange(len(drop_N))[:, None]
+    itself_NxM[~itself_NxM.any(axis=1), -1] = True  # of many at one place it may not be among those found
+    smaller_NxM = drop_N[found_NxM] < drop_N[:, None]
+    return (smaller_NxM & ~itself_NxM).sum(axis=1) / others
+
+
+def _plain(value: np.generic) -> int | float | None:
+    """For JSON, which has no NaN."""
+    return None if np.isnan(value) else value.item()
+
+
+def _correlation(kind: Any, a_N: np.ndarray, b_N: np.ndarray) -> float | None:
+    """None where it is not defined: fewer than two features, or all alike."""
+    if len(a_N) < 2 or np.ptp(a_N) == 0 or np.ptp(b_N) == 0:
+        return None
+    return float(kind(a_N, b_N).statistic)

@@ -1,0 +1,164 @@
+"""Sets of features that grow: the top features one after the other, and sets grown greedily.
+
+The *cumulative curve* removes the first 1, 2, 3, ... top features together, in the order of their attribution, beside
+the first as many columns of the drawn control sets, which are matched to them one to one. A *greedy* set is grown on
+train prompts by the measured effect of the whole set, so that features that matter only together, or that stand in for
+each other, are told apart; test prompts judge it beside as many top features.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from saejax.causal import screening
+from saejax.causal.ablate.verdict import Measured
+from saejax.causal.ablation import LogitDiffs
+from saejax.settings import AblateConfig
+from saejax.tasks.scoring import bootstrap_difference, bootstrap_mean
+
+SIZES, CONTROL_SIZES = 20, 8  # most sizes on a curve, of the top features and of their controls
+DRAWS = 5  # control sets that a curve follows
+CANDIDATES = 3  # leading features, per feature of a greedy set, that it chooses from
+
+
+class Experiment(Protocol):
+    """What is measured on a behaviour's prompts."""
+
+    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
+        """The logit difference of each test prompt without each set of features."""
+
+    def ablate_train(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
+        """The logit difference of each train prompt without each set of features."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Logit differences of the test prompts without the first so many features.
+
+    Attributes:
+      sizes: how many top features are removed, rising, from 0 to all of them; S of them.
+      control_sizes: to how many top features those that are removed are matched, likewise; C of them.
+      top_SxP: without the top features.
+      controls_CxNxP: without the features that N control sets match to them.
+    """
+
+    sizes: list[int]
+    control_sizes: list[int]
+    top_SxP: np.ndarray
+    controls_CxNxP: np.ndarray
+
+    def summary(self, config: AblateConfig) -> dict[str, Any]:
+        """For JSON: of ``top`` and ``controls`` the ``sizes`` and, for each, the ``logit_diff`` and ``accuracy`` left.
+
+        Intervals are over prompts; those of the controls are of each prompt's mean over the sets.
+        """
+
+        def intervals(scores_SxP: np.ndarray) -> list[dict[str, float]]:
+            return [dataclasses.asdict(bootstrap_mean(s_P, config.bootstrap, config.seed)) for s_P in scores_SxP]
+
+        return dict(
+            draws=self.controls_CxNxP.shape[1],
+            top=dict(sizes=self.sizes, logit_diff=intervals(self.top_SxP), accuracy=intervals(self.top_SxP > 0)),
+            controls=dict(
+                sizes=self.control_sizes,
+                logit_diff=intervals(self.controls_CxNxP.mean(axis=1)),
+                accuracy=intervals((self.controls_CxNxP > 0).mean(axis=1)),
+            ),
+        )
+
+
+def cumulative_curve(experiment: Experiment, measured: Measured) -> Curve:
+    """Removes the first 1, 2, 3, ... top features together, and those matched to them.
+
+    Args:
+      experiment: what to measure with.
+      measured: the top features and their controls. A top feature that fires nowhere has no control.
+
+    Raises:
+      UserError: something is not finite.
+    """
+    top, drawn_NxC = measured.top, measured.controls_NxC[:DRAWS]
+    sizes, control_sizes = curve_sizes(len(top), SIZES), curve_sizes(len(top), CONTROL_SIZES)
+    columns = [int(measured.fires_K[:size].sum()) for size in control_sizes]
+    diffs = experiment.ablate(
+        [*(top[:size] for size in sizes), *(draw_C[:count].tolist() for count in columns for draw_C in drawn_NxC)]
+    )
+    top_SxP, controls_AxP = np.split(diffs.ablated_SxP, [len(sizes)])
+    controls_CxNxP = controls_AxP.reshape(len(control_sizes), len(drawn_NxC), -1)
+    return Curve(sizes, control_sizes, top_SxP, controls_CxNxP)
+
+
+def curve_sizes(count: int, most: int) -> list[int]:
+    """0, 1, 2, ..., ``count``; of more than ``most`` steps at most as many, ever further apart."""
+    if count <= most:
+        return list(range(count + 1))
+    return [0, *np.unique(np.geomspace(1, count, most).round().astype(int)).tolist()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown:
+    """A greedy set and how it fares.
+
+    Attributes:
+      features: in the order in which they were added; N of them.
+      train_drop: mean drop in logit difference of the train prompts without the first 1, 2, ..., N of them.
+      top: as many top features by attribution.
+      clean_P: logit differences of the test prompts with nothing removed.
+      greedy_NxP, top_NxP: without the first 1, 2, ..., N features of each.
+    """
+
+    features: list[int]
+    train_drop: list[float]
+    top: list[int]
+    clean_P: np.ndarray
+    greedy_NxP: np.ndarray
+    top_NxP: np.ndarray
+
+    def summary(self, config: AblateConfig) -> dict[str, Any]:
+        """For JSON: the features, and the drop of the test prompts' logit difference at every size, with intervals.
+
+        ``difference`` is the greedy set's drop minus that of the top features, paired by prompt.
+        """
+
+        def drops(ablated_NxP: np.ndarray) -> list[dict[str, float]]:
+            lost_NxP = self.clean_P[None, :] - ablated_NxP
+            return [dataclasses.asdict(bootstrap_mean(lost_P, config.bootstrap, config.seed)) for lost_P in lost_NxP]
+
+        return dict(
+            features=self.features,
+            train_drop=self.train_drop,
+            top=self.top,
+            greedy_drop=drops(self.greedy_NxP),
+            top_drop=drops(self.top_NxP),
+            difference=[
+                dataclasses.asdict(bootstrap_difference(top_P, greedy_P, config.bootstrap, config.seed))
+                for top_P, greedy_P in zip(self.top_NxP, self.greedy_NxP, strict=True)
+            ],
+        )
+
+
+def grow(experiment: Experiment, attribution_F: np.ndarray, size: int) -> Grown:
+    """Grows a set of ``size`` features, or of all that have a positive attribution, on train prompts.
+
+    Each step adds that candidate whose removal together with the set lowers the mean logit difference most, of equals
+    the one of larger attribution. Candidates are the ``CANDIDATES * size`` features of largest attribution.
+
+    Raises:
+      UserError: something is not finite.
+    """
+    candidates = screening.leaders(attribution_F, CANDIDATES * size)
+    chosen: list[int] = []
+    train_drop: list[float] = []
+    while len(chosen) < min(size, len(candidates)):
+        left = [feature for feature in candidates if feature not in chosen]
+        drop_S = experiment.ablate_train([[*chosen, feature] for feature in left]).drop_SxP.mean(axis=1)
+        best = int(np.argmax(drop_S))
+        chosen.append(left[best])
+        train_drop.append(float(drop_S[best]))
+    top = candidates[: len(chosen)]
+    counts = range(1, len(chosen) + 1)
+    diffs = experiment.ablate([*(chosen[:n] for n in counts), *(top[:n] for n in counts)])
+    greedy_NxP, top_NxP = np.split(diffs.ablated_SxP, [len(chosen)])
+    return Grown(chosen, train_drop, top, diffs.clean_P, greedy_NxP, top_NxP)

@@ -1,0 +1,188 @@
+"""The judgement of one behaviour: which features are tested, beside which controls, and what the rule says.
+
+A *drop* is clean minus ablated, of logit(correct) - logit(wrong) or of accuracy (1 where the correct answer's logit is
+above the wrong one's, else 0). Intervals are 95 % bootstrap intervals over test prompts.
+
+A top feature that fires neither on the test prompts nor on those that lend what stands in its place (the train prompts
+for ``mean``, the counterparts for ``counterpart``) has an effect of exactly 0 (in a linear dictionary, whose small
+activations do not count as firing, of nearly 0). It has no matched control, and the control sets leave it out.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from saejax.causal import controls, screening
+from saejax.causal.ablation import LogitDiffs
+from saejax.causal.controls import FeatureStatistics
+from saejax.causal.replacements import WORDS
+from saejax.settings import AblateConfig
+from saejax.tasks.scoring import bootstrap_mean
+
+SINGLES = 3  # matched features that are removed one by one beside each top feature
+
+
+class Experiment(Protocol):
+    """What the test of one behaviour measures on a model and a dictionary."""
+
+    def attribution(self) -> np.ndarray:
+        """Each feature's attribution, mean over the train prompts, [F]."""
+
+    def statistics(self) -> FeatureStatistics:
+        """How often and how strongly features fire on the test prompts, and on those that lend replacements."""
+
+    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
+        """The logit difference of each test prompt without each set of features."""
+
+
+def rule(config: AblateConfig) -> str:
+    """The rule of the verdict, in words."""
+    return (
+        f"Yes if removing the top {config.top} features together lowers accuracy on the test prompts by more than "
+        f"{100 * config.min_accuracy_drop:g} percentage points, and the 95 % bootstrap interval of the drop in logit "
+        f"difference minus the mean drop of {config.draws} sets of as many matched random features, paired by prompt, "
+        f"lies above zero. Otherwise no. When a feature is removed, {WORDS[config.replacement]}."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The logit differences that were measured for one behaviour, and with what.
+
+    Attributes:
+      top: the K top features, by attribution.
+      fires_K: whether each of them fires, and so has matched controls, bool.
+      attribution_F: of every feature, on the train prompts.
+      controls_NxC: the N drawn control sets; column c is matched to the c-th top feature that fires.
+      clean_P, joint_P: of the test prompts, with nothing and with all top features removed.
+      top_KxP, controls_NxP: with each top feature and with each control set removed.
+    """
+
+    top: list[int]
+    fires_K: np.ndarray
+    attribution_F: np.ndarray
+    controls_NxC: np.ndarray
+    clean_P: np.ndarray
+    joint_P: np.ndarray
+    top_KxP: np.ndarray
+    controls_NxP: np.ndarray
+
+
+def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[dict[str, Any], Measured]:
+    """Chooses the top features of a behaviour, removes them and their controls, and applies the rule.
+
+    Args:
+      name: of the behaviour; with ``config.seed`` it decides the draws.
+      experiment: what to measure with.
+      config: of the stage.
+
+    Returns:
+      The behaviour's entry in the results of the stage, and what it was derived from.
+
+    Raises:
+      UserError: too few other features fire for matched controls, or something is not finite.
+    """
+    attribution_F = experiment.attribution()
+    top = screening.leaders(attribution_F, config.top)
+    statistics = experiment.statistics()
+    firing = statistics.firing(top)
+    controls_NxC = controls.draw_controls(
+        statistics, firing, config.draws, config.matches, seed=[config.seed, *name.encode()]
+    )
+    nearest_CxS = controls.nearest_features(statistics, firing)[:, : min(SINGLES, config.matches)]
+    singles = np.unique(nearest_CxS)
+    diffs = experiment.ablate([*([feature] for feature in top), top, *controls_NxC, *([single] for single in singles)])
+
+    ends = np.cumsum([len(top), 1, config.draws])
+    top_KxP, joint_1xP, controls_NxP, singles_UxP = np.split(diffs.ablated_SxP, ends)
+    fires_K = statistics.fires_at_all_F[np.asarray(top, np.int64)]
+    measured = Measured(top, fires_K, attribution_F, controls_NxC, diffs.clean_P, joint_1xP[0], top_KxP, controls_NxP)
+    single_drop_U = (diffs.clean_P[None, :] - singles_UxP).mean(axis=1)
+    single_drop_C = single_drop_U[np.searchsorted(singles, nearest_CxS)].mean(axis=1)
+    control_drop = dict(zip(firing, single_drop_C.tolist(), strict=True))
+    entries = [
+        dict(
+            feature=feature,
+            attribution=float(attribution_F[feature]),
+            **statistics.of(feature),
+            **_drops(diffs.clean_P, ablated_P, config),
+            control_drop=control_drop.get(feature),
+        )
+        for feature, ablated_P in zip(top, top_KxP, strict=True)
+    ]
+    match = controls.match_ratios(statistics, firing, controls_NxC)
+    judged = _verdict(measured, len(firing), match, config)
+    judged["joint"]["readouts"] = {
+        name: dict(
+            clean=float(clean_P.mean()),
+            ablated=float(ablated_SxP[len(top)].mean()),
+            controls=float(ablated_SxP[len(top) + 1 : len(top) + 1 + config.draws].mean()),
+            change=_interval(ablated_SxP[len(top)] - clean_P, config),
+        )
+        for name, (clean_P, ablated_SxP) in diffs.readouts.items()
+    }
+    return dict(top=entries, rows=diffs.rows, **judged), measured
+
+
+def _verdict(measured: Measured, firing: int, match: dict[str, float | None], config: AblateConfig) -> dict[str, Any]:
+    clean_P, joint_P = measured.clean_P, measured.joint_P
+    control_drop_NxP = clean_P[None, :] - measured.controls_NxP
+    control_lost_NxP = _correct(clean_P)[None, :] - _correct(measured.controls_NxP)
+    joint_drop_P = clean_P - joint_P
+    drops = _drops(clean_P, joint_P, config)
+    difference = _interval(joint_drop_P - control_drop_NxP.mean(axis=0), config)
+    joint = dict(
+        n=len(measured.top),
+        firing=firing,
+        clean_accuracy=float(_correct(clean_P).mean()),
+        ablated_accuracy=float(_correct(joint_P).mean()),
+        clean_logit_diff=float(clean_P.mean()),
+        **drops,
+    )
+    return dict(
+        joint=joint,
+        controls=dict(
+            draws=config.draws,
+            logit_diff_drop=control_drop_NxP.mean(axis=1).tolist(),
+            accuracy_drop=control_lost_NxP.mean(axis=1).tolist(),
+            match=match,
+        ),
+        difference=difference,
+        percentile=float((control_drop_NxP.mean(axis=1) < joint_drop_P.mean()).mean()),
+        verdict=drops["accuracy_drop"]["mean"] > config.min_accuracy_drop and difference["low"] > 0,
+        reason=_reason(joint, difference, config),
+    )
+
+
+def _reason(joint: dict[str, Any], difference: dict[str, float], config: AblateConfig) -> str:
+    if not joint["n"]:
+        return "No: no feature has an attribution above zero on the train prompts."
+    drop, least = 100 * joint["accuracy_drop"]["mean"], 100 * config.min_accuracy_drop
+    costs, beats = joint["accuracy_drop"]["mean"] > config.min_accuracy_drop, difference["low"] > 0
+    silent = joint["n"] - joint["firing"]
+    return (
+        f"{'Yes' if costs and beats else 'No'}: without the {joint['n']} features accuracy goes from "
+        f"{100 * joint['clean_accuracy']:.0f} % to {100 * joint['ablated_accuracy']:.0f} %, a drop of "
+        f"{drop:.1f} points ({'more' if costs else 'not more'} than {least:g}), and the logit difference falls by "
+        f"{joint['logit_diff_drop']['mean']:.2f}, which beyond matched random features is {difference['mean']:.2f} "
+        f"[{difference['low']:.2f}, {difference['high']:.2f}] ({'above' if beats else 'not clearly above'} zero)"
+        + (f"; {silent} of the features never fire on the test prompts and have no control." if silent else ".")
+    )
+
+
+def _drops(clean_P: np.ndarray, ablated_P: np.ndarray, config: AblateConfig) -> dict[str, dict[str, float]]:
+    return dict(
+        logit_diff_drop=_interval(clean_P - ablated_P, config),
+        accuracy_drop=_interval(_correct(clean_P) - _correct(ablated_P), config),
+    )
+
+
+def _interval(values_P: np.ndarray, config: AblateConfig) -> dict[str, float]:
+    return dataclasses.asdict(bootstrap_mean(values_P, config.bootstrap, config.seed))
+
+
+def _correct(logit_diff: np.ndarray) -> np.ndarray:
+    """1.0 where the correct answer's logit is above the wrong one's, else 0.0."""
+    return (logit_diff > 0).astype(np.float64)

@@ -1,0 +1,157 @@
+"""A set of features measured as a circuit: kept alone, removed, without each of its features, beside random sets."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from saejax.causal.ablation import LogitDiffs
+from saejax.causal.circuits.hypotheses import (
+    LEVEL,
+    REJECTED_BY_A_CIRCUIT,
+    apart,
+    equivalence,
+    independence,
+    minimality,
+    necessity,
+    sufficiency,
+)
+from saejax.causal.controls import FeatureStatistics, draw_controls
+from saejax.causal.statistics import holm
+from saejax.settings import AblateConfig
+
+DRAWS = 100  # random sets, and random added features
+
+
+class Experiment(Protocol):
+    """What is measured on the test prompts of a behaviour."""
+
+    def statistics(self) -> FeatureStatistics:
+        """How often and how strongly the features fire."""
+
+    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
+        """The logit difference of each prompt without each set of features."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The logit differences that the tests rest on.
+
+    Attributes:
+      clean_P: with nothing removed.
+      kept_P, removed_P: with only the set kept, and with the set removed.
+      random_kept_NxP, random_removed_NxP: the same of each random set.
+      lesser_KxP: with only the set kept but for one feature, for each that fires.
+      inflated_NxP: with only the set and one random feature kept.
+    """
+
+    clean_P: np.ndarray
+    kept_P: np.ndarray
+    removed_P: np.ndarray
+    random_kept_NxP: np.ndarray
+    random_removed_NxP: np.ndarray
+    lesser_KxP: np.ndarray
+    inflated_NxP: np.ndarray
+
+    @property
+    def by_kind(self) -> dict[str, np.ndarray]:
+        """All but the clean ones, by short names, prompts last."""
+        return dict(
+            kept=self.kept_P,
+            removed=self.removed_P,
+            random_kept=self.random_kept_NxP,
+            random_removed=self.random_removed_NxP,
+            lesser=self.lesser_KxP,
+            inflated=self.inflated_NxP,
+        )
+
+
+def test_circuit(experiment: Experiment, features: Sequence[int], config: AblateConfig) -> tuple[dict, Scores | None]:
+    """Measures a set of features and applies the five tests (``hypotheses``).
+
+    Features that fire on no test prompt cannot change anything: they are not minimal, and no random set matches them.
+    Where none of the set fires, nothing is tested and every figure is None.
+
+    Args:
+      experiment: what to measure with.
+      features: distinct.
+      config: of the stage; its ``seed`` and ``matches`` are used.
+
+    Returns:
+      For JSON: ``n``, ``firing``, the mean logit differences ``clean``, ``kept`` and ``removed``; ``tests`` (name ->
+      ``statistic``, ``p_value``, ``p_holm``, ``rejected`` at the level of 0.05 after Holm's correction, ``verdict``:
+      whether that is what a circuit does); ``features`` (``feature``, ``change``, ``p_value``, ``p_holm``,
+      ``minimal``). And what it was derived from.
+
+    Raises:
+      UserError: too few other features fire for matched controls, or something is not finite.
+    """
+    statistics = experiment.statistics()
+    fires_F = statistics.fires_at_all_F
+    members = [int(feature) for feature in features if fires_F[feature]]
+    said: dict[str, Any] = dict(n=len(features), firing=len(members))
+    if not members:
+        nothing = dict.fromkeys(("statistic", "p_value", "p_holm", "rejected", "verdict"))
+        return said | dict(
+            clean=None, kept=None, removed=None, tests={name: nothing for name in REJECTED_BY_A_CIRCUIT}, features=[]
+        ), None
+    scores = _measure(experiment, statistics, members, config)
+    change_K = np.zeros(len(features))
+    change_K[fires_F[list(features)]] = apart(scores.kept_P, scores.lesser_KxP)
+    smallest, p_K = minimality(change_K, apart(scores.kept_P, scores.inflated_NxP))
+    outcomes = dict(
+        equivalence=equivalence(scores.clean_P, scores.kept_P),
+        independence=independence(scores.clean_P, scores.removed_P, config.seed),
+        minimality=smallest,
+        sufficiency=sufficiency(scores.clean_P, scores.kept_P, scores.random_kept_NxP),
+        necessity=necessity(scores.clean_P, scores.removed_P, scores.random_removed_NxP),
+    )
+    corrected = holm(np.array([outcome.p_value for outcome in outcomes.values()])).tolist()
+    by_feature = zip(features, change_K.tolist(), p_K.tolist(), holm(p_K).tolist(), strict=True)
+    return said | dict(
+        clean=float(scores.clean_P.mean()),
+        kept=float(scores.kept_P.mean()),
+        removed=float(scores.removed_P.mean()),
+        tests={
+            name: outcome._asdict()
+            | dict(p_holm=p, rejected=p <= LEVEL, verdict=(p <= LEVEL) == REJECTED_BY_A_CIRCUIT[name])
+            for (name, outcome), p in zip(outcomes.items(), corrected, strict=True)
+        },
+        features=[
+            dict(feature=int(feature), change=change, p_value=p, p_holm=adjusted, minimal=adjusted <= LEVEL)
+            for feature, change, p, adjusted in by_feature
+        ],
+    ), scores
+
+
+def _measure(
+    experiment: Experiment, statistics: FeatureStatistics, members: Sequence[int], config: AblateConfig
+) -> Scores:
+    firing_C = np.flatnonzero(statistics.fires_at_all_F)
+    random_NxK = draw_controls(statistics, members, DRAWS, config.matches, seed=[config.seed, len(members)])
+    rng = np.random.default_rng([config.seed, DRAWS])
+    added_U, added_N = np.unique(rng.choice(np.setdiff1d(firing_C, members), DRAWS), return_inverse=True)
+
+    def all_but(kept: Sequence[int] | np.ndarray) -> list[int]:
+        return np.setdiff1d(firing_C, kept).tolist()
+
+    diffs = experiment.ablate(
+        [
+            all_but(members),
+            members,
+            *(all_but(random_K) for random_K in random_NxK),
+            *random_NxK.tolist(),
+            *(all_but([other for other in members if other != member]) for member in members),
+            *(all_but([*members, added]) for added in added_U),
+        ]
+    )
+    clean_P = diffs.clean_P
+    # What differs by rounding alone does not differ.
+    differs_SxP = np.abs(diffs.drop_SxP) > 4 * diffs.rounding_P[None, :]
+    score_SxP = np.where(differs_SxP, diffs.ablated_SxP, clean_P[None, :])
+    ends = np.cumsum([1, 1, DRAWS, DRAWS, len(members)])
+    kept_1xP, removed_1xP, random_kept, random_removed, lesser, inflated_UxP = np.split(score_SxP, ends)
+    return Scores(
+        clean_P, kept_1xP[0], removed_1xP[0], random_kept, random_removed, lesser, inflated_UxP[added_N.reshape(-1)]
+    )

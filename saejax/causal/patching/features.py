@@ -1,0 +1,228 @@
+"""Features patched between prompts and counterparts, and how often that carries the answer over.
+
+*Noising* puts the activations of the counterpart's features into the prompt's run, *denoising* the prompt's into the
+counterpart's; error terms and sinks stay those of the base run. The interchange-intervention accuracy (IIA; Geiger et
+al., 2021, arXiv 2106.02997) is the share of prompts, among those on which the model is right about the prompt and about
+its counterpart, whose answer noising turns into the counterpart's.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from saejax.causal import activity, controls, screening
+from saejax.causal.ablation import ablate_sets
+from saejax.causal.cut import Cut
+from saejax.causal.patching.cells import measurable
+from saejax.causal.replacements import Replacement
+from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
+from saejax.causal.stages import Tick, silent
+from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
+from saejax.dictionaries.matmul import matmul
+from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.parallel import sharding
+from saejax.settings import PatchConfig
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.scoring import bootstrap_mean
+
+_ADVICE = "lower --patch.top or --patch.matches, raise --task.test_prompts"
+
+
+def steps(top: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, ... below ``top``, and ``top``; none for 0."""
+    round_numbers = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
+    return [*(k for k in round_numbers if k < top), *([top] if top else [])]
+
+
+class FeaturePatching:
+    """The features of one behaviour.
+
+    Args:
+      split: the model, cut at the dictionary's site.
+      name: of the behaviour; with the seed it decides the draws.
+      train: prompts with counterparts of as many tokens, which choose the features: those whose counterparts'
+        activations, by the estimate, lower the logit difference most.
+      pairs: test prompts of that sort, which judge them.
+      config: of the stage.
+      tick: called with the tokens done and to do; may raise to stop.
+
+    Attributes:
+      clean_P, corrupted_P: logit differences of the test prompts and of their counterparts, float64.
+
+    Raises:
+      UserError: too few features fire for matched controls, or something is not finite.
+    """
+
+    def __init__(
+        self,
+        split: SplitModel,
+        name: str,
+        train: Sequence[Prompt],
+        pairs: Sequence[Prompt],
+        config: PatchConfig,
+        tick: Tick = silent,
+    ):
+        self._split, self._config, self._tick = split, config, tick
+        self._sides = split.run(pairs), split.run_counterparts(pairs)
+        sides = split.run(train), split.run_counterparts(train)
+        attribution_NxF = screening.attribution(split, sides[0], config.estimate, sides[1])
+        self._top = screening.leaders(attribution_NxF.mean(axis=0, dtype=np.float64), config.top)
+        statistics = activity.statistics(split, [*self._sides[0], *self._sides[1]])
+        self._firing = statistics.firing(self._top)
+        self._drawn_NxK = controls.draw_controls(
+            statistics, self._firing, config.draws, config.matches, [config.seed, *name.encode()], _ADVICE
+        )
+        self._measure()
+
+    def _measure(self) -> None:
+        ks, every = steps(len(self._top)), nnx.merge(self._split.graph, self._split.state).config.n_features
+        singles = [[feature] for feature in self._top]
+        nested = [self._top[:k] for k in ks]
+        random = [drawn_K[: self._firing_within(k)] for k in ks for drawn_K in self._drawn_NxK]
+        sets = [*singles, *nested, list(range(every)), *random]
+        noised, denoised = (
+            ablate_sets(
+                self._split,
+                base,
+                chosen,
+                self._config.batch_rows,
+                self._tick,
+                replacement=Replacement("counterpart"),
+                counterparts=source,
+            )
+            for base, source, chosen in (
+                (*self._sides, sets),
+                (*self._sides[::-1], sets[: len(singles) + len(nested) + 1]),
+            )
+        )
+        self.clean_P, self.corrupted_P = noised.clean_P, denoised.clean_P
+        ends = np.cumsum([len(singles), len(nested), 1])
+        self._noised_SxP, self._random_SxP = noised.ablated_SxP[: ends[-1]], noised.ablated_SxP[ends[-1] :]
+        self._effect_DxSxP = np.stack([-denoised.drop_SxP, noised.drop_SxP[: ends[-1]]])
+
+    def _firing_within(self, k: int) -> int:
+        """How many of the first k top features fire: so many have a matched one."""
+        return sum(feature in self._firing for feature in self._top[:k])
+
+    def results(self) -> dict[str, Any]:
+        """For JSON: effects of the features one by one and together, and the IIA of growing sets."""
+        ks, single = steps(len(self._top)), len(self._top)
+        both_P = (self.clean_P > 0) & (self.corrupted_P < 0)
+        together = [dict(features=count, **self._effects(single + place)) for place, count in enumerate([*ks, "all"])]
+        return dict(
+            features=[dict(feature=feature, **self._effects(place)) for place, feature in enumerate(self._top)],
+            together=together,
+            interchange=self._interchange(ks, both_P),
+        )
+
+    def _effects(self, place: int) -> dict[str, Any]:
+        """Of one set, by direction: the effect in logits and normalised, with intervals."""
+        config, whole_P = self._config, self.clean_P - self.corrupted_P
+        measured = measurable(self.clean_P, self.corrupted_P, config.bootstrap, config.seed)
+        found = {}
+        for direction, effect_SxP in zip(("denoising", "noising"), self._effect_DxSxP, strict=True):
+            effect_1xP = effect_SxP[place : place + 1]
+            low, high = (float(end_1[0]) for end_1 in bootstrap_means(effect_1xP, config.bootstrap, config.seed))
+            entry: dict[str, Any] = dict(effect=dict(mean=float(effect_1xP.mean()), low=low, high=high))
+            entry["normalised"] = None
+            if measured:
+                low_1, high_1 = bootstrap_ratios(effect_1xP, whole_P, config.bootstrap, config.seed)
+                share = float(effect_1xP.mean() / whole_P.mean())
+                entry["normalised"] = dict(mean=share, low=float(low_1[0]), high=float(high_1[0]))
+            found[direction] = entry
+        return found
+
+    def _interchange(self, ks: Sequence[int], both_P: np.ndarray) -> dict[str, Any]:
+        prompts = int(both_P.sum())
+        if not prompts:
+            said = "on no prompt is the model right both about it and about its counterpart"
+            return dict(prompts=0, top=[], all=None, error=None, site=None, said=said)
+        flipped_SxP = (self._noised_SxP < 0)[:, both_P]
+        random_KxNxP = (self._random_SxP < 0)[:, both_P].reshape(len(ks), self._config.draws, prompts)
+        nested_KxP = flipped_SxP[len(self._top) : len(self._top) + len(ks)]
+        top: list[dict[str, Any]] = [
+            dict(features=k, accuracy=self._share(own_P), random=self._share(drawn_NxP.mean(axis=0)))
+            for k, own_P, drawn_NxP in zip(ks, nested_KxP, random_KxNxP, strict=True)
+        ]
+        every = self._share(flipped_SxP[-1])
+        site, error = (
+            self._share((patch_parts(self._split, *self._sides, parts) < 0)[both_P]) for parts in ("site", "error")
+        )
+        best = f"the top {ks[-1]} features {100 * top[-1]['accuracy']['mean']:.0f} %, " if ks else "no top features, "
+        said = (
+            f"answers carried over: {best}all features {100 * every['mean']:.0f} %, the error "
+            f"term {100 * error['mean']:.0f} %, the site {100 * site['mean']:.0f} %"
+        )
+        return dict(prompts=prompts, top=top, all=every, error=error, site=site, said=said)
+
+    def _share(self, values_P: np.ndarray) -> dict[str, float]:
+        found = bootstrap_mean(np.asarray(values_P, np.float64), self._config.bootstrap, self._config.seed)
+        return dict(mean=found.mean, low=found.low, high=found.high)
+
+
+def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[CleanRun], parts: str) -> np.ndarray:
+    """The logit difference of each base prompt with a part of the source's value of the site, float64 [P].
+
+    A value x is features and error term: x = sum_i f_i W_dec_i + error. Features and error term are patched at the
+    positions that the dictionary reads in the base run, as everywhere here; sites at all positions.
+
+    Args:
+      split: the model, cut at the dictionary's site.
+      base, source: runs of the prompts and of others of as many tokens, row by row.
+      parts: "site", "features", "error", or "both": features and error term together.
+
+    Raises:
+      UserError: a logit difference is not finite.
+    """
+    diff_P = np.full(sum(len(run.index_P) for run in base), np.nan)
+    for own, other in zip(base, source, strict=True):
+        for first in range(0, len(own.last_B), PROMPTS):
+            some = slice(first, first + PROMPTS)
+            own_arrays = (own.stream_BxTxD, own.value_BxTxD, own.read_BxTxD, own.domain_BxT)
+            other_arrays = (other.value_BxTxD, other.read_BxTxD, other.domain_BxT)
+            arrays = (*own_arrays, *other_arrays, own.last_B, own.answers_Bx2)
+            rows = split.by_row(*(array[some] for array in arrays))
+            diff_B = _run_parts(split.cut, split.graph, parts, split.params, split.state, *rows)
+            index_P = own.index_P[some]
+            diff_P[index_P] = np.asarray(diff_B, np.float64)[: len(index_P)]
+    if not np.isfinite(diff_P).all():
+        raise UserError(f"a logit difference after patching {split.cut.site} is not finite: try --model.dtype=float32")
+    return diff_P
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_parts(
+    cut: Cut,
+    graph: nnx.GraphDef,
+    parts: str,
+    params: decoder.Params,
+    state: nnx.State,
+    stream_BxTxD: jax.Array,
+    value_BxTxD: jax.Array,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    other_value_BxTxD: jax.Array,
+    other_read_BxTxD: jax.Array,
+    other_domain_BxT: jax.Array,
+    last_B: jax.Array,
+    answers_Bx2: jax.Array,
+) -> jax.Array:
+    """The program of ``patch_parts``."""
+    patched_BxTxD = other_value_BxTxD
+    if parts != "site":
+        change_BxTxD = other_value_BxTxD - value_BxTxD
+        if parts != "both":
+            f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
+            other_BxTxF = active_features(graph, state, other_read_BxTxD, other_domain_BxT)
+            W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
+            featured_BxTxD = matmul(other_BxTxF - f_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
+            change_BxTxD = featured_BxTxD if parts == "features" else change_BxTxD - featured_BxTxD
+        patched_BxTxD = value_BxTxD + jnp.where(domain_BxT[..., None], change_BxTxD, jnp.zeros_like(change_BxTxD))
+    diff_B = cut.tail(params, stream_BxTxD, patched_BxTxD, last_B, answers_Bx2)
+    return jax.lax.with_sharding_constraint(diff_B, sharding(cut.mesh))

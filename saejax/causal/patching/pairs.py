@@ -1,0 +1,103 @@
+"""Prompts and their counterparts: which of them fit together, in what groups they run, and what stands where."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saejax.causal.cut import Cut
+from saejax.causal.split import LENGTH_STEP
+from saejax.models import decoder
+from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import token_text
+from saejax.tasks.behaviours import Prompt
+
+GROUP_BYTES = 2**28  # most memory of a recorded run, unless a few prompts need more
+STEP = 8  # batches, and groups of prompts, are filled up to a multiple of this many rows
+
+
+class Pairs(NamedTuple):
+    """P prompts and their counterparts, filled up with copies to B.
+
+    Attributes:
+      index_P: the prompts' places in the list they came from.
+      ids_2xBxT: token ids of the prompts, then of the counterparts, int32.
+      last_B: index of each prompt's last token, int32.
+      answers_Bx2: token ids of the correct and the wrong answer, int32.
+    """
+
+    index_P: np.ndarray
+    ids_2xBxT: np.ndarray
+    last_B: np.ndarray
+    answers_Bx2: np.ndarray
+
+    @property
+    def ends_P(self) -> np.ndarray:
+        """How many tokens each prompt has, int64."""
+        return self.last_B[: len(self.index_P)].astype(np.int64) + 1
+
+
+def fitting_pairs(
+    model: LanguageModel, prompts: Sequence[Prompt], split: str = "test"
+) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts of a split with a counterpart of as many tokens, and how many others there are, by why."""
+    own = [prompt for prompt in prompts if prompt.split == split]
+    paired = [prompt for prompt in own if prompt.counterpart]
+    fitting: list[Prompt] = []
+    if paired:
+        sides = [model.tokenize([getattr(p, side) for p in paired]).lengths_B for side in ("text", "counterpart")]
+        fitting = [prompt for prompt, same in zip(paired, sides[0] == sides[1], strict=True) if same]
+    return fitting, {"no counterpart": len(own) - len(paired), "other length": len(paired) - len(fitting)}
+
+
+def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """What stands at each position, counted from the end, first position first."""
+    text = token_text(model.tokenizer)
+    sides = [model.tokenize([getattr(p, side) for p in prompts]) for side in ("text", "counterpart")]
+    columns = []
+    for position in range(-int(sides[0].lengths_B.max()), 0):
+        has_P = sides[0].lengths_B + position >= 0
+        ids, others = (tokens.ids_BxT[has_P, (tokens.lengths_B + position)[has_P]] for tokens in sides)
+        ((token, count),) = collections.Counter(ids.tolist()).most_common(1)
+        columns.append(
+            dict(
+                position=position,
+                prompts=int(has_P.sum()),
+                token=text(token),
+                share=count / int(has_P.sum()),
+                differs=float((ids != others).mean()),
+            )
+        )
+    return columns
+
+
+def group_pairs(model: LanguageModel, cut: Cut, prompts: Sequence[Prompt]) -> list[Pairs]:
+    """The pairs sorted by length, in groups whose recorded runs take at most ``GROUP_BYTES`` each."""
+    sides = [model.tokenize([getattr(prompt, side) for prompt in prompts]) for side in ("text", "counterpart")]
+    lengths_P, others_P = (tokens.lengths_B for tokens in sides)
+    if (lengths_P != others_P).any():
+        raise ValueError("a prompt and its counterpart have different numbers of tokens")
+    answers = [[model.token_id(answer) for answer in (prompt.correct, prompt.wrong)] for prompt in prompts]
+    order_P = np.argsort(lengths_P, kind="stable")
+    groups = []
+    while len(order_P):
+        length_P = -(-lengths_P[order_P] // LENGTH_STEP) * LENGTH_STEP
+        rows_P = -(-np.arange(1, len(order_P) + 1) // STEP) * STEP
+        fits = int(np.sum(rows_P * length_P * _token_bytes(cut, model.params) <= GROUP_BYTES))
+        count = max(fits, min(STEP, len(order_P)))
+        index_P, order_P = order_P[:count], order_P[count:]
+        rows_B, length = np.resize(index_P, rows_P[count - 1]), length_P[count - 1]
+        ids_2xBxT = np.zeros((2, len(rows_B), length), np.int32)
+        for ids_BxT, tokens in zip(ids_2xBxT, sides, strict=True):
+            kept = min(length, tokens.ids_BxT.shape[1])
+            ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
+        groups.append(Pairs(index_P, ids_2xBxT, sides[0].last_B[rows_B], np.array(answers, np.int32)[rows_B]))
+    return groups
+
+
+def _token_bytes(cut: Cut, params: decoder.Params) -> int:
+    """What a token of a recorded run takes."""
+    config = cut.config
+    streams = (config.n_layers + 1) * (1 if cut.in_stream else 2) * config.d_model
+    return (streams + 2 * config.n_layers * config.n_kv_heads * config.d_head) * params["embed_VxD"].dtype.itemsize

@@ -1,0 +1,77 @@
+"""What probes see of each prompt: features and raw activations at one position, or over all that are read."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from saejax.causal.cut import Cut
+from saejax.causal.split import CleanRun, SplitModel, of_features
+from saejax.errors import UserError
+from saejax.parallel import sharding
+from saejax.tasks.behaviours import Prompt
+
+
+def pooled_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What the probes see of each prompt, over the positions that the dictionary reads: neither padding nor sinks.
+
+    Args:
+      split: the model.
+      prompts: N of them.
+      pool: "last", "max" or "mean".
+
+    Returns:
+      ``features`` [N, F] and ``raw`` activations [N, D], fp32, 0 for prompts without such a position; and which prompts
+      have one, bool [N].
+
+    Raises:
+      UserError: an activation is not finite.
+    """
+    parts, order = [], []
+    for clean in split.run(prompts):
+        parts.append([np.asarray(array)[: len(clean.index_P)] for array in _pool_run(split, clean, pool)])
+        order.append(clean.index_P)
+    back_N = np.argsort(np.concatenate(order))
+    features_NxF, raw_NxD, read_N = (np.concatenate(part)[back_N] for part in zip(*parts, strict=True))
+    for feature in np.flatnonzero(~np.isfinite(features_NxF).all(axis=0))[:1]:
+        raise UserError(
+            f"feature {feature} has an activation that is not finite: the dictionary holds NaN or overflows; train it "
+            "again"
+        )
+    return dict(features=features_NxF.astype(np.float32), raw=raw_NxD.astype(np.float32)), read_N
+
+
+def _pool_run(split: SplitModel, clean: CleanRun, pool: str) -> tuple[jax.Array, ...]:
+    return _pool(split.cut, split.graph, pool, split.state, clean.value_BxTxD, clean.domain_BxT, clean.last_B)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _pool(
+    cut: Cut,
+    graph: nnx.GraphDef,
+    pool: str,
+    state: nnx.State,
+    value_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    last_B: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Features [B, F], raw activations [B, D], and whether the prompt has a position that is read [B]."""
+    is_last_BxT = jnp.arange(domain_BxT.shape[1])[None, :] == last_B[:, None]
+    read_BxT = domain_BxT & is_last_BxT if pool == "last" else domain_BxT
+    over = functools.partial(_over_positions, largest=pool == "max")
+    features_BxF = of_features(graph, state, (value_BxTxD, domain_BxT, read_BxT), over)
+    pooled = features_BxF, over(value_BxTxD, read_BxT), read_BxT.any(axis=1)
+    return jax.lax.with_sharding_constraint(pooled, sharding(cut.mesh))
+
+
+def _over_positions(x_BxTxC: jax.Array, read_BxT: jax.Array, largest: bool) -> jax.Array:
+    """Maximum or mean [B, C] over the positions that are read; 0 where there are none."""
+    x_BxTxC = x_BxTxC.astype(jnp.float32)
+    read_BxTx1 = read_BxT[:, :, None]
+    if largest:
+        highest_BxC = jnp.where(read_BxTx1, x_BxTxC, -jnp.inf).max(axis=1)
+        return jnp.where(read_BxTx1.any(axis=1), highest_BxC, 0.0)
+    return jnp.where(read_BxTx1, x_BxTxC, 0.0).sum(axis=1) / jnp.maximum(read_BxTx1.sum(axis=1), 1)

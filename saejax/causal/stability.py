@@ -1,0 +1,201 @@
+"""How far the importance of features depends on what it was measured with: on the prompts, and on the dictionary.
+
+*Between halves* of the prompts, the same features are ranked twice. *Between dictionaries*, which may differ in seed,
+kind, site or model, features must be matched first:
+
+- by direction, where both dictionaries write to one site of one model: two features are a pair if each is the other's
+  nearest by the cosine of their decoder rows, and the cosine is at least a threshold (Paulo and Belrose, 2025, arXiv
+  2501.16615, match one to one, too, but by assignment, so that a feature need not get its nearest);
+- by activity, anywhere else: likewise with Pearson's correlation over prompts that both have read, of a number per
+  prompt such as the largest activation.
+
+What is compared is the causal drop of matched features: Spearman's rank correlation over the pairs. Beside it stand the
+correlation where the pairs are shuffled, and where each partner is replaced by one of the ten features of its
+dictionary that are nearest to it in firing rate and size: features that fire often matter more in every dictionary, and
+that alone makes ranks agree.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.spatial import cKDTree
+from scipy.stats import rankdata
+
+from saejax.causal.ablate.importance import Importance, correlations
+from saejax.causal.controls import coordinates
+
+SPLITS = 100  # of the prompts in random halves
+LEAST = 0.7  # similarity of a match
+FEWEST = 3  # prompts on which a feature must be above its least activity: those of one prompt correlate perfectly
+DRAWS = 200  # of shuffled pairs, and of partners that fire alike
+_ALIKE = 10  # nearest features that such a partner is drawn from
+_CHUNK = 2**24  # similarities held at once
+
+
+class Matches(NamedTuple):
+    """Features of two dictionaries that are taken for the same one; arrays [M], none twice.
+
+    Attributes:
+      first_M, second_M: their numbers, those of the first rising.
+      similarity_M: cosine or correlation, at most 1.
+    """
+
+    first_M: np.ndarray
+    second_M: np.ndarray
+    similarity_M: np.ndarray
+
+
+def between_halves(drop_NxP: np.ndarray, seed: int) -> dict[str, float | None]:
+    """How well half of the prompts ranks the features as the other half does.
+
+    Args:
+      drop_NxP: what removing each feature costs on each prompt.
+      seed: of the halves.
+
+    Returns:
+      ``rank_correlation``: Spearman's, of the mean drops on two random halves (an odd prompt is left out), mean over
+      100 splits; ``spearman_brown``: what it would be between two samples as large as this one, 2 r / (1 + r)
+      (Spearman, 1910; Brown, 1910). None with one prompt, or where a half sees no difference between features.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = drop_NxP.shape[1]
+    found: list[float] = []
+    for _ in range(SPLITS if prompts > 1 else 0):
+        halves_2xH = rng.permutation(prompts)[: prompts // 2 * 2].reshape(2, -1)
+        found.extend(_rank_correlations(*(drop_NxP[None, :, half_H].mean(axis=2) for half_H in halves_2xH)).tolist())
+    defined = [value for value in found if not np.isnan(value)]
+    r = float(np.mean(defined)) if defined else None
+    return dict(rank_correlation=r, spearman_brown=None if r is None or r <= -1 else 2 * r / (1 + r))
+
+
+def match_by_direction(first_FxD: np.ndarray, second_GxD: np.ndarray, least: float = LEAST) -> Matches:
+    """Features whose decoder rows are each other's nearest by cosine.
+
+    Args:
+      first_FxD, second_GxD: decoder rows, of any length; rows of length 0 match nothing.
+      least: smallest cosine of a match, above 0.
+
+    Raises:
+      ValueError: the widths differ.
+    """
+    if first_FxD.shape[1] != second_GxD.shape[1]:
+        raise ValueError(f"rows of width {first_FxD.shape[1]} and {second_GxD.shape[1]} have no cosine: match activity")
+    return _mutual(_unit(first_FxD), _unit(second_GxD), least)
+
+
+def match_by_activity(first_PxF: np.ndarray, second_PxG: np.ndarray, least: float = LEAST) -> Matches:
+    """Features whose activity correlates best with each other's over prompts.
+
+    Args:
+      first_PxF, second_PxG: a number per prompt and feature, such as ``activity.maxima``, of the same prompts in one
+        order. A feature that is above its least activity on fewer than 3 prompts matches nothing.
+      least: smallest correlation (Pearson's) of a match, above 0.
+
+    Raises:
+      ValueError: the numbers of prompts differ.
+    """
+    if len(first_PxF) != len(second_PxG):
+        raise ValueError(f"activity on {len(first_PxF)} and on {len(second_PxG)} prompts cannot be compared")
+    return _mutual(_unit(_centred(first_PxF)), _unit(_centred(second_PxG)), least)
+
+
+def compare(
+    first: Importance, second: Importance, matches: Matches, resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Whether two dictionaries give matched features the same importance for one behaviour.
+
+    Args:
+      first, second: what the features of each are worth, on the same prompts.
+      matches: between all features of the two; those count whose features are in both tables.
+      resamples: of the bootstrap over pairs.
+      seed: of the bootstrap and the controls.
+
+    Returns:
+      For JSON: ``matched`` (pairs that count); ``shares``, of each table's features, that are in one; ``similarity``,
+      their median; ``rank_correlation`` of the drops (``mean``, ``low``, ``high``: 95 % bootstrap interval over pairs);
+      and as controls ``shuffled`` and ``alike`` (``mean``, ``low``, ``high``: 2.5th and 97.5th percentile of 200
+      draws). None where fewer than 3 pairs count, or all drops are the same.
+    """
+    kept_M = np.isin(matches.first_M, first.feature) & np.isin(matches.second_M, second.feature)
+    place_M = np.searchsorted(first.feature, matches.first_M[kept_M])
+    other_M = np.searchsorted(second.feature, matches.second_M[kept_M])
+    count = len(place_M)
+    about = dict(
+        matched=count,
+        shares=[count / max(len(table.feature), 1) for table in (first, second)],
+        similarity=float(np.median(matches.similarity_M[kept_M])) if count else None,
+    )
+    one_M, two_M = first.drop[place_M], second.drop[other_M]
+    if count < 3 or np.ptp(one_M) == 0 or np.ptp(two_M) == 0:
+        return about | dict(rank_correlation=None, shuffled=None, alike=None)
+    rng = np.random.default_rng(seed)
+    drawn_RxM = rng.integers(count, size=(resamples, count))
+    shuffled_RxM = rng.permuted(np.tile(two_M, (DRAWS, 1)), axis=1)
+    near_MxA = _nearest(second)[other_M]
+    picked_RxM = rng.integers(near_MxA.shape[1], size=(DRAWS, count))
+    alike_RxM = second.drop[near_MxA[np.arange(count)[None, :], picked_RxM]]
+    return about | dict(
+        rank_correlation=_spread(
+            _rank_correlations(one_M[drawn_RxM], two_M[drawn_RxM]), _rank_correlations(one_M[None], two_M[None])[0]
+        ),
+        shuffled=_spread(_rank_correlations(np.broadcast_to(one_M, shuffled_RxM.shape), shuffled_RxM)),
+        alike=_spread(_rank_correlations(np.broadcast_to(one_M, alike_RxM.shape), alike_RxM)),
+    )
+
+
+def _rank_correlations(first_RxM: np.ndarray, second_RxM: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of each row with the other's, [R]; NaN where one of the two is constant."""
+    if not first_RxM.shape[1]:
+        return np.full(len(first_RxM), np.nan)
+    pairs = zip(rankdata(first_RxM, axis=1), rankdata(second_RxM, axis=1), strict=True)
+    return np.array([correlations(one_M[None], two_M)[0] for one_M, two_M in pairs])
+
+
+def _spread(values_R: np.ndarray, mean: float | None = None) -> dict[str, float]:
+    """Mean, unless another is given, and the middle 95 % of those that are defined."""
+    defined = values_R[~np.isnan(values_R)]
+    low, high = np.quantile(defined, (0.025, 0.975)) if len(defined) else (np.nan, np.nan)
+    return dict(mean=float(defined.mean() if mean is None else mean), low=float(low), high=float(high))
+
+
+def _nearest(table: Importance) -> np.ndarray:
+    """Of each feature of a table the others nearest in firing rate and size, [N, A]; itself where it is alone."""
+    place_NxC = coordinates(table.firing_rate, table.mean_activation)
+    count = len(place_NxC)
+    if count == 1:
+        return np.zeros((1, 1), np.int64)
+    found_NxA = cKDTree(place_NxC).query(place_NxC, k=min(_ALIKE + 1, count))[1]
+    own_NxA = found_NxA == np.arange(count)[:, None]
+    own_NxA[~own_NxA.any(axis=1), -1] = True  # of many at one place it may not be among those found
+    return found_NxA[~own_NxA].reshape(count, -1)
+
+
+def _centred(values_PxF: np.ndarray) -> np.ndarray:
+    """Activity less its mean, [F, P]; 0 for features that too few prompts tell from the others."""
+    often_F = (values_PxF > values_PxF.min(axis=0)[None, :]).sum(axis=0) >= FEWEST
+    return np.where(often_F[:, None], (values_PxF - values_PxF.mean(axis=0)[None, :]).T, 0.0)
+
+
+def _unit(rows_NxD: np.ndarray) -> np.ndarray:
+    """Rows of length 1, or 0 where they had none."""
+    rows_NxD = np.asarray(rows_NxD, np.float32)
+    length_Nx1 = np.linalg.norm(rows_NxD, axis=1, keepdims=True)
+    return np.divide(rows_NxD, length_Nx1, out=np.zeros_like(rows_NxD), where=length_Nx1 > 0)
+
+
+def _mutual(first_FxD: np.ndarray, second_GxD: np.ndarray, least: float) -> Matches:
+    """Pairs of rows that have their largest product, of at least ``least``, with each other."""
+    if not len(first_FxD) or not len(second_GxD):
+        return Matches(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    best_F, best_G = np.zeros(len(first_FxD), np.int64), np.zeros(len(second_GxD), np.int64)
+    most_F, most_G = np.full(len(first_FxD), -np.inf), np.full(len(second_GxD), -np.inf)
+    step = max(_CHUNK // len(second_GxD), 1)
+    for start in range(0, len(first_FxD), step):
+        product_KxG = first_FxD[start : start + step] @ second_GxD.T
+        own = slice(start, start + len(product_KxG))
+        best_F[own], most_F[own] = product_KxG.argmax(axis=1), product_KxG.max(axis=1)
+        better_G = product_KxG.max(axis=0) > most_G
+        best_G[better_G] = start + product_KxG.argmax(axis=0)[better_G]
+        most_G = np.maximum(most_G, product_KxG.max(axis=0))
+    matched_M = np.flatnonzero((best_G[best_F] == np.arange(len(best_F))) & (most_F >= least))
+    return Matches(matched_M, best_F[matched_M], most_F[matched_M])

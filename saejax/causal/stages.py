@@ -1,0 +1,143 @@
+"""What the causal stages share: the model and the dictionary that flags name, and results that are kept part by part.
+
+A *part* is what a stage finishes at a time: a behaviour, or a label of probes. Its results go to ``<part>.json`` as
+soon as they are there, so that a run that was killed goes on with the next part. What a part keeps until then is in
+``<part>-partial/``.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saejax.dictionaries import Dictionary, stacks
+from saejax.errors import Interrupted
+from saejax.models.language_model import LanguageModel, load_model
+from saejax.parallel import AgreedStop, from_first_process, is_first_process, make_mesh
+from saejax.tasks.behaviours import Prompt, read_prompts
+from saejax.workspace import Run, read_json, write_json
+
+Tick = Callable[[int, int], None]  # called with the tokens done and to do; may raise to stop
+_SAY_EVERY = 5.0  # seconds
+
+
+class Measured(NamedTuple):
+    """The results of a part, and what to say of them in a line."""
+
+    results: dict[str, Any]
+    said: str
+
+
+Measure = Callable[[str, Tick], Measured]  # of the part of this name
+
+
+def silent(done: int, total: int) -> None:
+    """A ``Tick`` that does nothing."""
+
+
+def load_run_model(run: Run) -> LanguageModel:
+    """The model that a stage runs, on the mesh of its configuration."""
+    config = run.configs["model"]
+    return load_model(config.path, config.revision, config.dtype, make_mesh(run.configs.get("mesh")), config.remat)
+
+
+def load_run_dictionary(run: Run) -> Dictionary:
+    """The dictionary that ``--<stage>.dictionary`` names.
+
+    Raises:
+      UserError: there is none of this name.
+    """
+    return load_trained(run, run.configs[run.stage].dictionary, f"--{run.stage}.dictionary")
+
+
+def load_trained(run: Run, name: str, flag: str) -> Dictionary:
+    """A trained dictionary, such as "topk" or "topk/k32", of the units that a stage reads.
+
+    Args:
+      run: of the stage.
+      name: of the dictionary.
+      flag: that names it, for messages.
+
+    Raises:
+      UserError: there is none of this name.
+    """
+    kind, _ = stacks.kind_and_member(name)
+    return stacks.load_member(run.inputs[f"train/{kind}"], name, flag)
+
+
+def read_behaviours(run: Run) -> dict[str, list[Prompt]]:
+    """The prompts that the baseline measured, by behaviour."""
+    found: dict[str, list[Prompt]] = {}
+    for prompt in read_prompts(run.inputs["baseline"] / "prompts.jsonl"):
+        found.setdefault(prompt.behaviour, []).append(prompt)
+    return found
+
+
+def part_file(run: Run, part: str, ending: str = ".json") -> Path:
+    """Where a part's results are kept, or with another ending what belongs to them."""
+    return run.folder / f"{part}{ending}"
+
+
+def partial_folder(run: Run, part: str) -> Path:
+    """Where a part keeps what is measured until it is done."""
+    return part_file(run, part, "-partial")
+
+
+def each_part(run: Run, parts: Sequence[str], begin: Callable[[], Measure]) -> dict[str, dict[str, Any]]:
+    """The results of all parts, in their order: those kept from an earlier run, and the others measured.
+
+    Args:
+      run: of the stage.
+      parts: their names, which are names of files.
+      begin: called once if a part is left; gives what measures one, and writes what else the part keeps.
+
+    Raises:
+      Interrupted: asked to stop; parts that were finished are kept.
+    """
+    # The first process says what is there: it may write the next one before another has looked.
+    there = from_first_process(np.array([part_file(run, part).exists() for part in parts], np.int32))
+    found = {part: read_json(part_file(run, part)) for part, done in zip(parts, there, strict=True) if done}
+    for part in found:
+        _drop_partial(run, part)
+    if found:
+        run.say(f"{run.stage}: kept from an earlier run: {', '.join(found)}")
+    if len(found) == len(parts):
+        return {part: found[part] for part in parts}
+    measure, stop = begin(), AgreedStop(run.stopping)
+    for number, part in enumerate(parts, 1):
+        if part not in found:
+            label = f"{run.stage}: {part} ({number} of {len(parts)})"
+            found[part], said = measure(part, progress(run, label, stop))
+            if is_first_process():
+                write_json(part_file(run, part), found[part])  # last: it says that the part is done
+                _drop_partial(run, part)
+            run.say(f"{label}: {said}")
+    return {part: found[part] for part in parts}
+
+
+def _drop_partial(run: Run, part: str) -> None:
+    """Removes what was kept to go on from; the first process does."""
+    if is_first_process() and partial_folder(run, part).exists():
+        shutil.rmtree(partial_folder(run, part))
+
+
+def progress(run: Run, label: str, stop: AgreedStop) -> Tick:
+    """A function that says, now and then, how far it is, and raises ``Interrupted`` when the run is to stop."""
+    start = said = time.monotonic()
+
+    def tick(done: int, total: int) -> None:
+        nonlocal start, said
+        if stop():
+            raise Interrupted(f"{label}: stopped; what was measured is kept: run the same command to go on")
+        now = time.monotonic()
+        if not done:
+            start = now
+        elif now - said > _SAY_EVERY and done < total:
+            speed = done / max(now - start, 1e-9)
+            run.say(f"{label}: {done:,} of {total:,} tokens, {speed:,.0f}/s, {(total - done) / speed:.0f} s to go")
+            said = now
+
+    return tick

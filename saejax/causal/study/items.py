@@ -1,0 +1,90 @@
+"""A benchmark's items on a model: encoded with an answer each, and scored with and without edits."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from saejax.causal.study.references import Reference
+from saejax.models.language_model import Edit, LanguageModel
+from saejax.settings import TaskConfig
+from saejax.tasks import benchmark_scores
+from saejax.tasks.benchmark_prompts import make_prompter
+from saejax.tasks.benchmarks import Item
+
+_ITEMS = 16  # scored by log-likelihood between two looks whether to stop
+
+
+class ItemScores:
+    """What a model makes of the items of a benchmark.
+
+    Args:
+      lm: the model.
+      name: of the benchmark.
+      task: how its items are asked and judged.
+      check_stop: called now and then; may raise to stop.
+    """
+
+    def __init__(self, lm: LanguageModel, name: str, task: TaskConfig, check_stop: Callable[[], None]):
+        self._lm, self._name, self._task, self._check_stop = lm, name, task, check_stop
+        self._way = benchmark_scores.way(name, task)
+        self._prompter = make_prompter(name, task, lm.tokenizer)
+
+    def reference(self, place: int, item: Item, answer: str, sign: float = 1.0) -> Reference:
+        """An answer to an item, as token ids."""
+        pair = benchmark_scores.encode_answer(self._lm, self._prompter, item, self._prompter.prompt(item), answer)
+        return Reference(place, *pair, sign)
+
+    def solutions(self, items: Sequence[Item]) -> list[Reference]:
+        """The items' reference solutions."""
+        return [self.reference(place, item, item.solution) for place, item in enumerate(items)]
+
+    def objectives(self, items: Sequence[Item]) -> list[Reference]:
+        """Of each item its solution; of multiple choice the right choice, less the likeliest wrong one."""
+        if self._way != "choice":
+            return self.solutions(items)
+        found = []
+        rows = self._slices(items, (), self._task)
+        for place, (item, row) in enumerate(zip(items, rows, strict=True)):
+            wrong = [
+                (total, choice)
+                for total, choice in zip(row["log_likelihoods"], item.choices, strict=True)
+                if choice != item.answer
+            ]
+            found += [self.reference(place, item, item.answer), self.reference(place, item, max(wrong)[1], sign=-1.0)]
+        return found
+
+    def score(self, items: Sequence[Item], edits: Sequence[Edit], accuracy: bool) -> list[dict[str, Any]]:
+        """A row for each item: its reference's log-likelihood and tokens and, where it is judged, its answer.
+
+        Args:
+          edits: on while the items are scored.
+          accuracy: whether answers are judged, or log-likelihoods of the references alone measured.
+        """
+        tokens = [len(reference.answer) for reference in self.solutions(items)]
+        if accuracy and self._way == "choice":
+            judged = self._slices(items, edits, self._task)
+            totals = [row["log_likelihoods"][item.choices.index(item.answer)] for item, row in zip(items, judged)]
+        else:
+            judged = self._slices(items, edits, self._task) if accuracy else [{} for _ in items]
+            likelihood = dataclasses.replace(self._task, score="likelihood")
+            totals = [row["log_likelihood"] for row in self._slices(items, edits, likelihood)]
+        return [
+            dict(id=item.id, log_likelihood=total, tokens=count) | _judged(row)
+            for item, total, count, row in zip(items, totals, tokens, judged, strict=True)
+        ]
+
+    def _slices(self, items: Sequence[Item], edits: Sequence[Edit], task: TaskConfig) -> benchmark_scores.Rows:
+        """``score_items``, with looks in between whether to stop."""
+        step = task.batch if benchmark_scores.way(self._name, task) == "generate" else _ITEMS
+        rows = []
+        for first in range(0, len(items), step):
+            self._check_stop()
+            rows += benchmark_scores.score_items(self._lm, self._name, items[first : first + step], task, edits)
+        return rows
+
+
+def _judged(row: dict[str, Any]) -> dict[str, Any]:
+    """The model's answer and whether it is right, by the strict or the raw rule; {} if none was asked for."""
+    if "strict" in row:
+        return dict(answer=row["output"], correct=row["strict"]["correct"])
+    return dict(answer=row["raw"]["found"], correct=row["raw"]["correct"]) if "raw" in row else {}

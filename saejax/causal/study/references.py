@@ -1,0 +1,229 @@
+"""Benchmark items with an answer to each, run through a model cut at a dictionary's site.
+
+The attribution of feature i on an item is activation x gradient, as in ``screening``, of another objective:
+
+    a_i = sum_t f_{t,i} <dL/dx_t, W_dec_i>,    L = sum_r sign_r sum_c log p(answer token c of r | all before it)
+
+over the item's references r: the reference solution, with the sign 1; or, of multiple choice, the right choice with the
+sign 1 and the likeliest wrong one with -1. One backward pass per reference; attention sinks and padding count for
+nothing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from saejax.causal.activity import fires_and_sizes, total
+from saejax.causal.controls import FeatureStatistics
+from saejax.causal.cut import Cut
+from saejax.causal.screening import weighted
+from saejax.causal.split import SplitModel, active_features, run_head
+from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.models.tokens import even_batches
+from saejax.parallel import sharding
+from saejax.tasks.likelihood import align, token_scores
+
+_PROGRAM = 4096  # tokens that run in the time in which programs of another shape are compiled, roughly
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """An answer to an item.
+
+    Attributes:
+      item: the item's place in its list.
+      context, answer: token ids, at least one each.
+      sign: of its log-likelihood in the item's objective.
+    """
+
+    item: int
+    context: list[int]
+    answer: list[int]
+    sign: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """References after the head; of the B rows some are copies that fill the batch up, which are outside the domain."""
+
+    stream_BxTxD: jax.Array
+    value_BxTxD: jax.Array
+    read_BxTxD: jax.Array
+    domain_BxT: jax.Array
+    positions_BxC: jax.Array
+    targets_BxC: jax.Array
+    weight_BxC: jax.Array
+
+
+class References:
+    """References on a model cut at a dictionary's site.
+
+    Args:
+      split: the model.
+      references: at least one.
+      batch_tokens: tokens per batch, padding included.
+      tick: called before each batch; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        split: SplitModel,
+        references: Sequence[Reference],
+        batch_tokens: int,
+        tick: Callable[[], None] = lambda: None,
+    ):
+        self._split, self._references = split, references
+        self._batch_tokens, self._tick = batch_tokens, tick
+        # Prompts with worked examples are long: what a gradient keeps of each layer would not fit.
+        config = dataclasses.replace(split.cut.config, remat=True)
+        self._cut = dataclasses.replace(split.cut, config=config)
+
+    def attribution(self) -> np.ndarray:
+        """Each feature's attribution, summed over an item's references, mean over items: fp64 [F], in nats.
+
+        Raises:
+          UserError: it is not finite.
+        """
+        total_F = np.zeros((), np.float64)
+        split = self._split
+        for batch in self._batches():
+            rows_BxF = attribute(
+                self._cut,
+                split.graph,
+                split.params,
+                split.state,
+                batch.stream_BxTxD,
+                batch.value_BxTxD,
+                batch.read_BxTxD,
+                batch.domain_BxT,
+                batch.positions_BxC,
+                batch.targets_BxC,
+                batch.weight_BxC,
+            )
+            total_F = total_F + np.asarray(rows_BxF, np.float64).sum(axis=0)
+        if not np.isfinite(total_F).all():
+            raise UserError(
+                f"the gradient of the log-likelihood with respect to {split.cut.site} is not finite: the model or the "
+                "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+            )
+        return total_F / len({reference.item for reference in self._references})
+
+    def statistics(self) -> FeatureStatistics:
+        """How often and how strongly every feature fires on prompts and answers.
+
+        Raises:
+          UserError: a feature's activation is not finite.
+        """
+        split = self._split
+        counts = (
+            _count(self._cut, split.graph, split.state, batch.read_BxTxD, batch.domain_BxT) for batch in self._batches()
+        )
+        return total(split, counts)
+
+    def pools(self, features: Sequence[int], most: int, seed: int) -> dict[int, list[float]]:
+        """Of each feature activations where it fires: all, or ``most`` drawn without replacement; [] if it never does.
+
+        Args:
+          features: distinct.
+          most: activations of a feature.
+          seed: of the draws, each feature's its own.
+        """
+        split, features_K = self._split, np.asarray(features, np.int32)
+        found: list[list[np.ndarray]] = [[] for _ in features]
+        for batch in self._batches() if features else ():
+            f_BxTxK = _firing(self._cut, split.graph, split.state, features_K, batch.read_BxTxD, batch.domain_BxT)
+            for own, f_BxT in zip(found, np.moveaxis(np.asarray(f_BxTxK), -1, 0), strict=True):
+                own.append(f_BxT[f_BxT != 0])
+        pools = {}
+        for feature, own in zip(features, found, strict=True):
+            pool_N = np.concatenate(own)
+            if len(pool_N) > most:
+                pool_N = np.random.default_rng([seed, feature]).choice(pool_N, most, replace=False)
+            pools[feature] = pool_N.tolist()
+        return pools
+
+    def _batches(self) -> Iterator[_Batch]:
+        split = self._split
+        lengths_N = np.array([len(reference) for reference in self._references])
+        for chosen, rows, length in even_batches(lengths_N, self._batch_tokens, split.cut.mesh.shape["data"], _PROGRAM):
+            self._tick()
+            filled = [self._references[i] for i in np.resize(chosen, rows)]
+            tokens, positions_BxC, targets_BxC = align([(one.context, one.answer) for one in filled], length)
+            kept_Bx1 = np.arange(rows)[:, None] < len(chosen)
+            head_rows = split.by_row(tokens.ids_BxT, tokens.last_B, np.broadcast_to(kept_Bx1, tokens.ids_BxT.shape))
+            *head, finite_B = run_head(split.cut, split.graph, "keep", split.params, split.state, *head_rows)
+            if not np.asarray(finite_B).all():
+                raise UserError(
+                    f"the value of {split.cut.site} is not finite on a benchmark's items: the model's weights hold NaN "
+                    "or it overflows; try --model.dtype=float32 or another model"
+                )
+            ends_Bx1 = np.array([len(one.answer) for one in filled])[:, None]
+            sign_Bx1 = np.array([one.sign for one in filled], np.float32)[:, None]
+            weight_BxC = np.where(np.arange(positions_BxC.shape[1])[None, :] < ends_Bx1, sign_Bx1, np.float32(0))
+            placed = split.by_row(positions_BxC, targets_BxC, weight_BxC * kept_Bx1)
+            yield _Batch(*head, *placed)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attribute(
+    cut: Cut,
+    graph: nnx.GraphDef,
+    params: decoder.Params,
+    state: nnx.State,
+    stream_BxTxD: jax.Array,
+    value_BxTxD: jax.Array,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    positions_BxC: jax.Array,
+    targets_BxC: jax.Array,
+    weight_BxC: jax.Array,
+) -> jax.Array:
+    """The program behind ``References.attribution``: of each row activation x gradient of its weighted answer, [B, F].
+
+    Logits exist only where answer tokens are predicted, a piece of them at a time; see ``likelihood.token_scores``.
+    """
+    f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
+    W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
+
+    def objective(value_BxTxD: jax.Array) -> jax.Array:
+        # Rows do not see each other, so the gradient of the sum holds every row's own.
+        x_BxTxD = cut.run_on(params, stream_BxTxD, value_BxTxD)
+        logp_BxC, _ = token_scores(cut.config, params, x_BxTxD, positions_BxC, targets_BxC)
+        return (weight_BxC * logp_BxC).sum()
+
+    slope_BxTxD = jax.grad(objective)(value_BxTxD)
+    return jax.lax.with_sharding_constraint(weighted(f_BxTxF, slope_BxTxD, W_dec_FxD), sharding(cut.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _count(
+    cut: Cut, graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Positions, and of each feature: at how many it fires, and the sum of its sizes there."""
+    f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
+    counts = domain_BxT.sum(), *(array.sum(axis=(0, 1)) for array in fires_and_sizes(graph, state, f_BxTxF))
+    return jax.lax.with_sharding_constraint(counts, sharding(cut.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _firing(
+    cut: Cut,
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    features_K: jax.Array,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+) -> jax.Array:
+    """Activations [B, T, K] of some features where they fire, 0 elsewhere."""
+    f_BxTxK = active_features(graph, state, read_BxTxD, domain_BxT)[..., features_K]
+    fires_BxTxK = nnx.merge(graph, state).fires(f_BxTxK)
+    return jax.lax.with_sharding_constraint(jnp.where(fires_BxTxK, f_BxTxK, 0.0), sharding(cut.mesh))

@@ -1,0 +1,193 @@
+"""The tests of a circuit: their p-values by brute force, their error rates, and sets whose truth is known."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from linear_experiment import LinearExperiment
+from scipy.stats import binom
+
+from saejax.causal.circuits import hypotheses
+from saejax.causal.circuits.measure import test_circuit as measure_circuit
+from saejax.errors import UserError
+from saejax.settings import AblateConfig
+
+CONFIG = AblateConfig()
+CIRCUIT = list(range(50, 60))
+
+
+def world(dead=(), seed=0, prompts=40):
+    """300 features: 50 to 59 carry the answer, the others push a prompt a little one way or the other."""
+    gain_PxF = 0.005 * np.random.default_rng([seed, 1]).normal(size=(prompts, 300))
+    gain_PxF[:, CIRCUIT] = 1.0
+    made = LinearExperiment(gain_PxF, base=-1.0, attribution_F=gain_PxF.mean(axis=0), dead=dead, prompts=prompts)
+    rng = np.random.default_rng([seed, 2])
+    made.f_PxF[:, CIRCUIT] = rng.uniform(0.5, 1.5, (prompts, len(CIRCUIT)))  # each fires on every prompt
+    made.f_PxF[:, list(dead)] = 0.0
+    return made
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return world()
+
+
+def verdicts(results):
+    return {name: outcome["verdict"] for name, outcome in results["tests"].items()}
+
+
+def test_a_true_circuit_passes_every_test(planted):
+    results, scores = measure_circuit(planted, CIRCUIT, CONFIG)
+    assert all(verdicts(results).values()) and len(results["tests"]) == 5
+    assert results["tests"]["minimality"]["statistic"] == 1.0 and all(f["minimal"] for f in results["features"])
+    drop_P, all_P = planted.drop(CIRCUIT), planted.drop(range(300))
+    np.testing.assert_allclose(scores.removed_P, planted.clean() - drop_P)
+    np.testing.assert_allclose(scores.kept_P, planted.clean() - all_P + drop_P)
+    means = [planted.clean().mean(), scores.kept_P.mean(), scores.removed_P.mean()]
+    assert [results[key] for key in ("clean", "kept", "removed")] == pytest.approx(means)
+    for n, entry in enumerate(results["features"]):
+        assert entry["feature"] == CIRCUIT[n]
+        change = planted.drop([CIRCUIT[n]]).mean()
+        assert entry["change"] == pytest.approx(change)
+        np.testing.assert_allclose(scores.lesser_KxP[n], scores.kept_P - planted.drop([CIRCUIT[n]]))
+    assert scores.random_kept_NxP.shape == scores.random_removed_NxP.shape == scores.inflated_NxP.shape == (100, 40)
+    # What is left when a random set is kept, and when it is removed, adds up.
+    both_NxP = scores.random_kept_NxP + scores.random_removed_NxP
+    np.testing.assert_allclose(both_NxP, np.broadcast_to(2 * planted.clean() - all_P, both_NxP.shape), atol=1e-9)
+
+
+def test_a_random_set_passes_none(planted):
+    results, _ = measure_circuit(planted, range(100, 110), CONFIG)
+    assert not any(verdicts(results).values())
+    tests = results["tests"]
+    assert tests["equivalence"]["rejected"] and tests["independence"]["rejected"]
+    assert tests["equivalence"]["statistic"] == 0.0 and results["kept"] < results["clean"]
+    assert not any(tests[name]["rejected"] for name in ("minimality", "sufficiency", "necessity"))
+
+
+def test_a_superfluous_feature_is_found(planted):
+    # The one whose effect is the median of those outside: a random one exceeds it half of the time.
+    outside = [feature for feature in range(300) if feature not in CIRCUIT]
+    size_F = np.abs(planted.f_PxF * planted.gain_PxF).mean(axis=0)
+    extra = sorted(outside, key=lambda feature: size_F[feature])[len(outside) // 2]
+    results, _ = measure_circuit(planted, [*CIRCUIT, extra], CONFIG)
+    assert [entry["feature"] for entry in results["features"] if not entry["minimal"]] == [extra]
+    assert results["tests"]["minimality"]["statistic"] == pytest.approx(10 / 11)
+    passed = verdicts(results)
+    assert passed.pop("minimality") is False and all(passed.values())
+
+
+def test_half_a_circuit_is_necessary_in_part_but_does_not_do_as_well(planted):
+    results, _ = measure_circuit(planted, CIRCUIT[:5], CONFIG)
+    assert verdicts(results) == dict(
+        equivalence=False, independence=False, minimality=True, sufficiency=True, necessity=True
+    )
+
+
+def test_features_that_never_fire_are_not_minimal_and_change_nothing_else():
+    silent = world(dead=[55, 290])
+    results, scores = measure_circuit(silent, [*CIRCUIT, 290], CONFIG)
+    assert (results["n"], results["firing"]) == (11, 9) and len(scores.lesser_KxP) == 9
+    for entry in results["features"]:
+        dead = entry["feature"] in (55, 290)
+        assert entry["minimal"] is not dead and (entry["change"] == 0) is dead
+    assert verdicts(results)["sufficiency"] and not verdicts(results)["minimality"]
+
+
+@pytest.mark.parametrize("features", [[], [290, 291]])
+def test_a_set_in_which_nothing_fires_is_not_tested(features):
+    results, scores = measure_circuit(world(dead=[290, 291]), features, CONFIG)
+    assert scores is None and results["n"] == len(features) and results["firing"] == 0
+    assert set(results["tests"]) == set(hypotheses.REJECTED_BY_A_CIRCUIT)
+    for outcome in results["tests"].values():
+        assert all(value is None for value in outcome.values()) and "p_value" in outcome
+    json.dumps(results, allow_nan=False)
+
+
+def test_one_prompt_says_nothing_of_equivalence_and_independence():
+    results, _ = measure_circuit(world(prompts=1), CIRCUIT, CONFIG)
+    for name in ("equivalence", "independence"):
+        assert results["tests"][name]["p_value"] == 1.0 and not results["tests"][name]["rejected"]
+    json.dumps(results, allow_nan=False)
+
+
+def test_everything_kept_is_the_model():
+    small = LinearExperiment(np.ones(60), seed=3)
+    outcome = hypotheses.equivalence(small.clean(), small.clean())
+    assert outcome == (None, 1.0)
+    with pytest.raises(UserError, match="matched controls need"):
+        measure_circuit(small, range(60), CONFIG)
+
+
+def test_a_difference_of_the_size_of_rounding_is_a_tie(planted):
+    class Rounded(LinearExperiment):
+        def ablate(self, sets):
+            found = super().ablate(sets)
+            # Every ablated score is a little too large, and alone the set would always seem to do better.
+            up_SxP = found.clean_P[None, :] + 1e-3
+            return dataclasses.replace(found, ablated_SxP=up_SxP + 0 * found.ablated_SxP, rounding_P=np.full(40, 5e-4))
+
+    rounded = Rounded(planted.gain_PxF, prompts=40)
+    results, _ = measure_circuit(rounded, CIRCUIT, CONFIG)
+    assert results["tests"]["equivalence"]["statistic"] is None and results["kept"] == results["clean"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 20])
+def test_equivalence_is_the_largest_p_value_of_the_null(n):
+    theta = np.linspace(0.4, 0.6, 101)
+    counts = np.arange(n + 1)
+    for k in range(n + 1):
+        clean_P, kept_P = np.zeros(n + 2), np.zeros(n + 2)  # two more tie
+        kept_P[:n] = np.where(np.arange(n) < k, 1.0, -1.0)
+        far = np.abs(counts - n / 2) >= abs(k - n / 2)
+        largest = max(binom.pmf(counts[far], n, t).sum() for t in theta)
+        statistic, p = hypotheses.equivalence(clean_P, kept_P)
+        assert statistic == k / n and p == pytest.approx(largest)
+
+
+def test_equivalence_is_rejected_no_more_often_than_it_says():
+    rng = np.random.default_rng(4)
+    at_the_edge = (rng.random((2000, 40)) < 0.6) - 0.5
+    p_R = np.array([hypotheses.equivalence(np.zeros(40), kept_P).p_value for kept_P in at_the_edge])
+    assert (p_R <= 0.05).mean() <= 0.05 + 2.5 * (0.05 * 0.95 / 2000) ** 0.5
+    assert (p_R <= 0.2).mean() <= 0.2 + 2.5 * (0.2 * 0.8 / 2000) ** 0.5
+
+
+def test_binomial_tests_reject_no_more_often_than_they_say():
+    # A set as good as the best tenth of random sets, to the last bit: the edge of the null hypothesis.
+    rng = np.random.default_rng(5)
+    clean_P, runs = np.zeros(3), 2000
+    edge_P = np.full(3, 0.9)
+    for test, sign in ((hypotheses.necessity, 1.0), (hypotheses.sufficiency, -1.0)):
+        random_RxNxP = np.repeat(rng.random((runs, 60, 1)), 3, axis=2)
+        own_P = edge_P if sign > 0 else 1 - edge_P
+        p_R = np.array([test(clean_P, own_P, random_NxP).p_value for random_NxP in random_RxNxP])
+        for level in (0.05, 0.2):
+            assert (p_R <= level).mean() <= level + 2.5 * (level * (1 - level) / runs) ** 0.5
+    p_RxK = np.stack([hypotheses.minimality(np.array([0.9, 0.95]), rng.random(60))[1] for _ in range(runs)])
+    assert (p_RxK[:, 0] <= 0.05).mean() <= 0.062 and (p_RxK[:, 1] <= 0.05).mean() > 0.2
+
+
+def test_directions_and_ties():
+    clean_P, near_P, far_NxP = np.zeros(4), np.full(4, -0.5), np.full((100, 4), 2.0)
+    assert hypotheses.sufficiency(clean_P, near_P, far_NxP) == (1.0, pytest.approx(0.9**100))
+    assert hypotheses.sufficiency(clean_P, far_NxP[0], far_NxP) == (0.0, 1.0)
+    assert hypotheses.necessity(clean_P, near_P, far_NxP) == (0.0, 1.0)
+    assert hypotheses.necessity(clean_P, -3 + near_P, far_NxP) == (1.0, pytest.approx(0.9**100))
+    outcome, p_K = hypotheses.minimality(np.array([3.0, 2.0]), np.full(100, 2.0))
+    assert outcome == (0.5, 1.0) and p_K.tolist() == [pytest.approx(0.9**100), 1.0]
+
+
+@pytest.mark.parametrize("bad_P", [np.array([1.0, np.nan]), np.zeros(0)])
+def test_bad_scores_are_refused(bad_P):
+    good_P = np.zeros(len(bad_P))
+    for call in (
+        lambda: hypotheses.equivalence(good_P, bad_P),
+        lambda: hypotheses.independence(good_P, bad_P, 0),
+        lambda: hypotheses.minimality(bad_P, good_P),
+        lambda: hypotheses.sufficiency(good_P, bad_P, good_P[None, :]),
+        lambda: hypotheses.necessity(good_P, good_P, bad_P[None, :]),
+    ):
+        with pytest.raises(ValueError, match="expected finite"):
+            call()

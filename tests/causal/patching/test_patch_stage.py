@@ -1,0 +1,91 @@
+"""The stage patch, end to end: kinds of site and features, and a run that is stopped goes on to the same result."""
+
+import dataclasses
+import json
+
+import pytest
+
+from saejax.causal.patching import stage
+from saejax.causal.patching.cells import Cells, cells_file
+from saejax.dictionaries import save_dictionary
+from saejax.errors import Interrupted, UserError
+from saejax.settings import MeshConfig, ModelConfig, PatchConfig
+from saejax.tasks.behaviours import read_prompts, write_prompts
+from saejax.workspace import Run, write_json
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
+    baseline, train = tmp_path / "baseline", tmp_path / "train" / "topk"
+    baseline.mkdir()
+    prompts = []
+    for behaviour in ("first", "second"):
+        own = [make_prompt(i, "train" if i < 8 else "test", behaviour) for i in range(16)]
+        prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that ")) for p in own[:-1]]
+        prompts.append(dataclasses.replace(own[-1], counterpart=""))
+    write_prompts(baseline / "prompts.jsonl", prompts)
+    save_dictionary(train, make_dictionary("resid_post.1"))
+    write_json(train / "summary.json", dict(results=dict(members=[dict(name="")])))
+
+    def make(unit, folder, **changes):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        configs = dict(
+            model=ModelConfig(path=str(tiny_llama)),
+            mesh=MeshConfig(),
+            patch=PatchConfig(dictionary="topk", top=3, draws=3, matches=4, bootstrap=200, batch_rows=16),
+        )
+        inputs = {"baseline": baseline, "train/topk": train}
+        return Run("patch", unit, tmp_path / folder, configs, inputs, say=lambda line: None, **changes)
+
+    return make
+
+
+def test_sites_killed_and_resumed(make_run):
+    whole = make_run("resid_post", "whole")
+    results = stage.run_patch(whole)
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    first = results["behaviours"]["first"]
+    assert first["prompts"] + sum(first["left_out"].values()) == 8 and first["left_out"]["no counterpart"] == 1
+    cells = Cells.load(cells_file(whole.folder, "first"))
+    assert cells.effect.max() == max(first["strongest"][name]["effect"] for name in ("denoising", "noising"))
+    assert [column["position"] for column in first["columns"]] == sorted(set(cells.position.tolist()))
+
+    folder = whole.folder.parent / "stopped"
+    with pytest.raises(Interrupted, match="second .2 of 2.: stopped"):
+        stage.run_patch(make_run("resid_post", "stopped", stopping=lambda: (folder / "first.json").exists()))
+    assert stage.run_patch(make_run("resid_post", "stopped")) == results
+
+
+def test_features(make_run):
+    results = stage.run_patch(make_run("topk", "features"))
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert (results["dictionary"], results["site"]) == ("topk", "resid_post.1")
+    for entry in results["behaviours"].values():
+        assert [item["features"] for item in entry["together"]] == [1, 2, 3, "all"]
+
+
+def test_a_behaviour_that_cannot_be_patched_is_said_and_the_others_go_on(make_run):
+    run = make_run("topk", "some")
+    path = run.inputs["baseline"] / "prompts.jsonl"
+    prompts = read_prompts(path)
+    write_prompts(path, [p for p in prompts if (p.behaviour, p.split) != ("first", "train")])
+    results = stage.run_patch(run)
+    assert list(results["behaviours"]) == ["second"]
+    assert results["unpatched"] == dict(
+        first="it has no train prompts with counterparts of as many tokens, which choose features"
+    )
+    # Sites need no train prompts.
+    results = stage.run_patch(make_run("resid_post", "sites"))
+    assert list(results["behaviours"]) == ["first", "second"] and results["unpatched"] == {}
+
+    write_prompts(path, [dataclasses.replace(p, counterpart="") for p in prompts])
+    told = r"no behaviour can be patched .first: of 8 test prompts 8 have no counterpart and 0 .*in --task.prompts"
+    with pytest.raises(UserError, match=told):
+        stage.run_patch(make_run("resid_post", "none"))
+
+
+def test_an_unknown_behaviour_is_refused(make_run):
+    run = make_run("resid_post", "refused")
+    run.configs["patch"] = dataclasses.replace(run.configs["patch"], behaviours=("third",))
+    with pytest.raises(UserError, match=r"unknown behaviour \(--patch.behaviours\) 'third'"):
+        stage.run_patch(run)

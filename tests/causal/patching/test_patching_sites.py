@@ -1,0 +1,132 @@
+"""Activation patching: against a plain loop with PyTorch hooks, and what it is by construction."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from saejax import load_model
+from saejax.causal.patching.cells import Cells, make_cells
+from saejax.causal.patching.sites import patch_sites
+from saejax.models.sites import KINDS
+from saejax.settings import PATCHABLE
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny, prompts):
+    """Prompts whose counterpart is another prompt of as many tokens, or, where there is none, themselves."""
+    lengths = tiny.tokenize([prompt.text for prompt in prompts]).lengths_B.tolist()
+    others = {length: prompts[p] for p, length in enumerate(lengths)}
+    paired = [
+        dataclasses.replace(prompt, counterpart=others[length].text)
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    different = [pair for pair in paired if pair.counterpart != pair.text]
+    assert len(different) >= 3
+    return different[:4]
+
+
+def module_of(model, kind, layer):
+    block = model.model.layers[layer]
+    return dict(resid_post=(block, "out"), mlp_out=(block.mlp, "out"), attn_out=(block.self_attn, "out"))[kind]
+
+
+def hooked(model, ids, answers, place=None, change=None):
+    """The logit difference in fp64, and the value of a module's output, changed if asked for."""
+    import torch
+
+    seen = []
+
+    def hook(module, inputs, output):
+        value = output[0] if isinstance(output, tuple) else output
+        seen.append(value.detach().clone())
+        if change is not None:
+            value = change(value)
+        return (value, *output[1:]) if isinstance(output, tuple) else value
+
+    handle = place.register_forward_hook(hook)
+    with torch.no_grad():
+        logits_V = model(torch.tensor([ids])).logits[0, -1]
+    handle.remove()
+    return float(logits_V[answers[0]] - logits_V[answers[1]]), seen[0]
+
+
+@pytest.mark.parametrize("kind", ["resid_post", pytest.param("mlp_out", marks=pytest.mark.slow)])
+def test_equals_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, kind):
+    patched = patch_sites(tiny, kind, pairs)
+    compared = 0
+    for p, pair in enumerate(pairs[:2]):
+        sides = [tiny.tokenize([text]).ids_BxT[0].tolist() for text in (pair.text, pair.counterpart)]
+        answers = tiny.token_id(pair.correct), tiny.token_id(pair.wrong)
+        for layer in (0, 2, 3):
+            place, _ = module_of(tiny_torch, kind, layer)
+            plain = [hooked(tiny_torch, ids, answers, place) for ids in sides]
+            np.testing.assert_allclose([patched.clean_P[p], patched.corrupted_P[p]], [d for d, _ in plain], atol=1e-4)
+            for direction, (base, source) in enumerate(((1, 0), (0, 1))):
+                for back in range(1, len(sides[0]) + 1):
+
+                    def change(value, back=back, other=plain[source][1]):
+                        value = value.clone()
+                        value[0, -back] = other[0, -back]
+                        return value
+
+                    wanted, _ = hooked(tiny_torch, sides[base], answers, place, change)
+                    np.testing.assert_allclose(patched.diff_DxLxPxC[direction, layer, p, -back], wanted, atol=1e-4)
+                    compared += 1
+    assert compared > 60 and np.nanmax(np.abs(patched.effect_DxLxPxC)) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["resid_post", "resid_pre", "attn_out"])
+def test_the_plain_way_agrees(tiny, pairs, kind):
+    fast, plain = (patch_sites(tiny, kind, pairs, batch_rows=8, plain=plain) for plain in (False, True))
+    np.testing.assert_allclose(fast.diff_DxLxPxC, plain.diff_DxLxPxC, atol=1e-5)
+    assert fast.rows < plain.rows == plain.all_rows and fast.work < plain.work
+
+
+def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(tiny, pairs):
+    own = [dataclasses.replace(pair, counterpart=pair.text) for pair in pairs]
+    patched = patch_sites(tiny, "resid_post", own)
+    effect_DxLxPxC = patched.effect_DxLxPxC
+    assert (effect_DxLxPxC[~np.isnan(effect_DxLxPxC)] == 0).all() and patched.rows == 0
+    cells = make_cells(patched, 100, 0)
+    assert np.isnan(cells.normalised).all() and (cells.effect == 0).all()
+
+
+def test_the_last_token_at_the_end_is_all_there_is(tiny, pairs):
+    patched = patch_sites(tiny, "resid_post", pairs)
+    np.testing.assert_allclose(patched.diff_DxLxPxC[0, -1, :, -1], patched.clean_P, atol=1e-5)
+    np.testing.assert_allclose(patched.diff_DxLxPxC[1, -1, :, -1], patched.corrupted_P, atol=1e-5)
+    before = patched.effect_DxLxPxC[:, -1, :, :-1]
+    np.testing.assert_allclose(before[~np.isnan(before)], 0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_prompt_and_a_mesh_of_eight(tiny, tiny_llama, pairs):
+    wanted = patch_sites(tiny, "resid_post", pairs)
+    alone = patch_sites(tiny, "resid_post", pairs[:1])
+    length = alone.diff_DxLxPxC.shape[-1]
+    np.testing.assert_allclose(alone.diff_DxLxPxC[:, :, 0], wanted.diff_DxLxPxC[:, :, 0, -length:], atol=1e-5)
+    spread = patch_sites(load_model(str(tiny_llama)), "resid_post", pairs)
+    np.testing.assert_allclose(spread.diff_DxLxPxC, wanted.diff_DxLxPxC, atol=1e-5)
+
+
+def test_cells_are_ratios_of_means(tiny, pairs, tmp_path):
+    found = patch_sites(tiny, "resid_post", pairs)
+    order = np.sign(found.clean_P - found.corrupted_P)  # so that there is something to divide by
+    clean_P = found.corrupted_P + np.abs(found.clean_P - found.corrupted_P) * np.abs(order) + 0.1
+    patched = dataclasses.replace(found, clean_P=clean_P)
+    cells = make_cells(patched, 200, 0)
+    cells.save(tmp_path / "cells.parquet")
+    again = Cells.load(tmp_path / "cells.parquet")
+    for field in dataclasses.fields(Cells):
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(cells, field.name))
+    last = patched.effect_DxLxPxC[..., -1]
+    np.testing.assert_allclose(cells.grid("effect")[..., -1], last.mean(axis=2))
+    share = last.mean(axis=2) / (patched.clean_P - patched.corrupted_P).mean()
+    np.testing.assert_allclose(cells.grid("normalised")[..., -1], share)
+    assert (cells.low <= cells.high)[~np.isnan(cells.low)].all()
+
+
+def test_every_kind_of_site_can_be_patched():
+    assert set(PATCHABLE) == set(KINDS)

@@ -1,0 +1,279 @@
+"""Probes find what was planted and nothing else; the stage end to end; labels that cannot be learned are said."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import binomtest
+from sklearn.feature_selection import f_classif
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from saejax.causal.probes import inputs as probe_inputs
+from saejax.causal.probes import stage
+from saejax.causal.probes.linear import (
+    Task,
+    answers,
+    balanced_accuracy,
+    choose_strength,
+    f_statistics,
+    leaders,
+    permutation_p,
+    run_probes,
+    wilson,
+)
+from saejax.causal.split import SplitModel
+from saejax.dictionaries import Dictionary, save_dictionary
+from saejax.errors import Interrupted, UserError
+from saejax.settings import PROBE_LABELS, MeshConfig, ModelConfig, ProbeConfig
+from saejax.tasks.behaviours import Prompt, write_prompts
+from saejax.tasks.labels import LABELS, label_prompts
+from saejax.workspace import Run, write_json
+
+CONFIG = ProbeConfig(strengths=(0.01, 1.0), sparse=(1, 2), shuffles=4, permutations=200, folds=3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threadpool_limits(1):
+        yield
+
+
+def make_task(inputs=40, train=120, test=60, classes=2, seed=0, planted=True) -> Task:
+    """Sparse inputs; where planted, the class says which of the inputs 3 and 8 fire (of two classes: how strongly)."""
+    rng = np.random.default_rng(seed)
+    class_N = np.arange(train + test) % classes if planted else rng.integers(classes, size=train + test)
+    x_NxC = rng.exponential(size=(train + test, inputs)) * (rng.random((train + test, inputs)) < 0.3)
+    x_NxC[:, 5] = 0.0  # never fires
+    if planted:
+        x_NxC[:, 3] = 2.0 * (class_N % 2) + 0.7 * rng.normal(size=train + test)
+        x_NxC[:, 8] = 2.0 * (class_N >= classes / 2) + 0.7 * rng.normal(size=train + test)
+    return Task(x_NxC[:train], class_N[:train], x_NxC[train:], class_N[train:])
+
+
+def test_sparse_probes_find_the_planted_inputs():
+    one, two, full = run_probes(make_task(classes=4), CONFIG, [1])
+    assert (one["k"], two["k"], full["k"]) == (1, 2, None)
+    assert set(two["inputs"]) == {3, 8} and one["inputs"] == two["inputs"][:1] and full["inputs"] is None
+    # Two independent bits, each read with an error rate of P(z > 1 / 0.7), 7.7 %: 85 % are right.
+    assert two["accuracy"]["low"] < 0.852 < two["accuracy"]["high"]
+    assert one["accuracy"]["mean"] < 0.6 < two["accuracy"]["mean"]
+    assert two["p_value"] == 1 / 201
+    assert two["shuffled"]["high"] < 0.5 and two["random"]["mean"] < 0.5 and full["random"] is None
+    assert two["balanced_accuracy"] == pytest.approx(two["accuracy"]["mean"], abs=0.1)
+
+
+def test_random_labels_are_not_read():
+    """Rejections at 10 % are no more frequent than that, and the mean accuracy is that of guessing."""
+    rng, p, accuracy = np.random.default_rng(3), [], []
+    for seed in range(150):
+        task = make_task(inputs=12, train=40, test=30, seed=seed, planted=False)
+        answer_M = answers(task, 2, 0.1)
+        p.append(permutation_p(answer_M, task.test_class_M, 200, rng))
+        accuracy.append((answer_M == task.test_class_M).mean())
+    assert binomtest(int((np.array(p) <= 0.1).sum()), len(p), 0.1, alternative="greater").pvalue > 0.01
+    assert 0.3 < np.mean(p) < 0.85  # not all at one end
+    assert np.mean(accuracy) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_full_probe_is_that_of_a_plain_pipeline(classes):
+    """The plain one sees all inputs, and scales them without centring."""
+    task = make_task(inputs=200, train=80, classes=classes)
+    for strength in (1e-3, 1.0):
+        plain = make_pipeline(
+            StandardScaler(with_mean=False), LogisticRegression(C=strength, tol=1e-9, max_iter=20_000)
+        ).fit(task.train_NxC, task.train_class_N)
+        np.testing.assert_array_equal(answers(task, None, strength), plain.predict(task.test_MxC))
+
+
+def test_the_penalty_is_chosen_on_train_prompts():
+    strong, weak = 1e-4, 1.0
+    config = dataclasses.replace(CONFIG, strengths=(weak, strong))
+    assert choose_strength(make_task(), None, config, 0) == weak
+    assert choose_strength(make_task(planted=False), None, config, 0) == strong
+    task = make_task()
+    upside_down = dataclasses.replace(task, test_class_M=1 - task.test_class_M, test_MxC=-task.test_MxC)
+    assert [row["strength"] for row in run_probes(task, config, [1])] == [
+        row["strength"] for row in run_probes(upside_down, config, [1])
+    ]
+
+
+def test_the_f_statistic():
+    task = make_task(classes=4)
+    ours_KxC, live_C = f_statistics(task.train_NxC, task.train_class_N), np.arange(40) != 5
+    for k, ours_C in enumerate(ours_KxC):
+        theirs_C = f_classif(task.train_NxC[:, live_C], task.train_class_N == k)[0]
+        np.testing.assert_allclose(ours_C[live_C], theirs_C, rtol=1e-9)
+    assert (ours_KxC[:, 5] == 0).all()
+    exact_NxC, class_N = np.array([[0.1, 1], [0.1, 2], [0.3, 1], [0.3, 2]]), np.array([0, 0, 1, 1])
+    assert f_statistics(exact_NxC, class_N).tolist() == [[np.inf, 0]] * 2
+    assert leaders(Task(exact_NxC, class_N, exact_NxC, class_N), 5).tolist() == [0, 1]
+
+
+def test_every_class_gets_an_input():
+    """Inputs 0 to 5 all say class 0, one each the other classes, and less clearly."""
+    class_N = np.arange(90) % 3
+    noise_NxC = np.random.default_rng(0).normal(size=(90, 12))
+    shift_NxC = np.zeros((90, 12))
+    shift_NxC[:, :6], shift_NxC[:, 8], shift_NxC[:, 11] = (class_N == 0)[:, None], class_N == 1, class_N == 2
+    x_NxC = noise_NxC + shift_NxC * np.where(np.arange(12) < 6, 30.0, 6.0)
+    chosen = leaders(Task(x_NxC, class_N, x_NxC, class_N), 3)
+    assert chosen[0] < 6 and set(chosen[1:]) == {8, 11}
+
+
+def test_inputs_that_never_vary():
+    """Nothing to see: the probe names the largest class of the train prompts."""
+    class_N = np.array([1] * 20 + [0] * 10)
+    silent = Task(np.zeros((30, 7)), class_N, np.ones((4, 7)), np.array([1, 1, 0, 0]))
+    for row in run_probes(silent, CONFIG, [1]):
+        assert row["accuracy"]["mean"] == row["majority"] == row["balanced_accuracy"] == 0.5
+        assert row["p_value"] == 1.0 and row["inputs"] in ([], None)
+    task = make_task()
+    moved = dataclasses.replace(task, test_MxC=task.test_MxC + 9.0 * (np.arange(40) == 5))  # fires on test prompts only
+    assert list(run_probes(moved, CONFIG, [1])) == list(run_probes(task, CONFIG, [1]))
+
+
+def test_the_seed_decides():
+    task = make_task(planted=False)
+    first = list(run_probes(task, CONFIG, [1]))
+    assert first == list(run_probes(task, CONFIG, [1]))
+    assert first != list(run_probes(task, dataclasses.replace(CONFIG, seed=1), [1]))
+
+
+def test_intervals_and_balanced_accuracy():
+    for right, trials in ((0, 20), (13, 20), (20, 20), (1, 1)):
+        theirs = binomtest(right, trials).proportion_ci(method="wilson")
+        assert wilson(right, trials) == pytest.approx(dict(mean=right / trials, low=theirs.low, high=theirs.high))
+    assert balanced_accuracy(np.array([0, 0, 0, 0]), np.array([0, 0, 0, 1])) == 0.5
+
+
+def _prompt(i: int, split: str, correct: str, behaviour: str = "sums") -> Prompt:
+    return Prompt(behaviour, split, f"{split} {i}", correct, " x", "", "", ())
+
+
+def test_labels():
+    assert tuple(LABELS) == PROBE_LABELS
+    train = [_prompt(i, "train", answer) for i, answer in enumerate(["7"] * 6 + ["8"] * 5 + ["9"] * 4)]
+    prompts = [*train, _prompt(0, "test", "8"), _prompt(1, "test", "9"), _prompt(2, "test", "7")]
+    prompts += [_prompt(i, "train", " are" if i % 2 else " is", "verbs") for i in range(10)]
+    diffs = [1.0] * 5 + [-1.0] * 13 + [2.0] * 10
+    sums, verbs = label_prompts("answer", prompts, diffs)
+    assert (sums.name, sums.classes, sums.left_out) == ("answer-sums", {"7": (6, 1), "8": (5, 1)}, {"9": 5})
+    assert sums.train_N.tolist() == list(range(11)) and sums.test_M.tolist() == [15, 17]
+    assert sums.train_class_N.tolist() == [0] * 6 + [1] * 5 and sums.test_class_M.tolist() == [1, 0]
+    assert verbs.reason == "no test prompt is of a class with 5 train prompts" and not len(verbs.train_N)
+    parity = label_prompts("parity", prompts, diffs)
+    assert parity[0].classes == {"odd": (10, 2), "even": (5, 1)}
+    assert parity[1].reason == "no prompt has such a label" and parity[1].unlabelled == 10
+    assert label_prompts("number", prompts, diffs)[0].unlabelled == 18
+    right, always = label_prompts("correct", prompts, diffs)
+    assert right.classes == {"wrong": (10, 3), "right": (5, 0)}
+    assert always.reason == "fewer than two classes with 5 train prompts: right 10"
+    (every,) = label_prompts("behaviour", prompts, diffs)
+    assert every.name == "behaviour" and every.classes == {"sums": (15, 3), "verbs": (10, 0)}
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
+    baseline, train = tmp_path / "baseline", tmp_path / "train" / "topk"
+    baseline.mkdir()
+    prompts = [
+        make_prompt(i, "train" if i < 14 else "test", behaviour) for behaviour in ("first", "second") for i in range(22)
+    ]
+    scores = [dict(logit_diff=1.0, top1=True, counterpart_logit_diff=None)] * len(prompts)
+    write_prompts(baseline / "prompts.jsonl", prompts, scores)
+    save_dictionary(train, make_dictionary("resid_post.1"))
+    write_json(train / "summary.json", dict(results=dict(members=[dict(name="")])))
+
+    def make(name, **changes):
+        (tmp_path / name).mkdir(exist_ok=True)
+        said = []
+        probes = dataclasses.replace(CONFIG, labels=("answer", "correct"), shuffles=2)
+        configs = dict(model=ModelConfig(path=str(tiny_llama)), mesh=MeshConfig(), probe=probes)
+        inputs = {"baseline": baseline, "train/topk": train}
+        return Run("probe", "topk", tmp_path / name, configs, inputs, say=said.append, **changes), said
+
+    return make
+
+
+def test_the_stage_end_to_end_killed_and_resumed(make_run):
+    whole, said = make_run("whole")
+    results = stage.run_probe(whole)
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert (results["dictionary"], results["site"], results["pool"]) == ("topk", "resid_post.1", "last")
+    answer, again, first, second = results["labels"]
+    assert (answer["label"], answer["behaviour"]) == ("answer", "first") and again["behaviour"] == "second"
+    assert answer["classes"] == {"runs": dict(train=7, test=4), "the": dict(train=7, test=4)}
+    assert [(row["input"], row["k"]) for row in answer["probes"]] == [
+        (name, k) for name in ("features", "raw") for k in (1, 2, None)
+    ]
+    for label in (first, second):
+        assert label["reason"] == "fewer than two classes with 5 train prompts: right 14" and not label["probes"]
+    assert any("correct-first (3 of 4): no probe: fewer than two classes" in line for line in said)
+
+    rows = pq.read_table(whole.folder / stage.TABLE).to_pylist()
+    assert len(rows) == 6 + 6 + 1 + 1
+    for row, result in zip(rows[:6], answer["probes"], strict=True):
+        assert (row["label"], row["behaviour"], row["input"], row["k"]) == (
+            "answer",
+            "first",
+            result["input"],
+            result["k"],
+        )
+        assert [row[f"accuracy{end}"] for end in ("", "_low", "_high")] == list(result["accuracy"].values())
+        assert (row["p_value"], row["inputs"]) == (result["p_value"], result["inputs"])
+    assert rows[-1]["reason"] == second["reason"] and rows[-1]["accuracy"] is None
+
+    folder = whole.folder.parent / "stopped"
+    stopped, _ = make_run("stopped", stopping=lambda: (folder / "answer-first.json").exists())
+    with pytest.raises(Interrupted, match="answer-second .2 of 4.: stopped"):
+        stage.run_probe(stopped)
+    assert not (folder / "answer-second.json").exists()
+    resumed, said = make_run("stopped")
+    assert stage.run_probe(resumed) == results
+    assert said[0] == "probe: kept from an earlier run: answer-first"
+
+
+@pytest.mark.parametrize("pool", ["last", "max", "mean"])
+def test_inputs_are_pooled_over_the_positions_that_are_read(tiny, make_dictionary, prompts, plain, pool):
+    dictionary = make_dictionary("resid_post.1")
+    pooled, read_N = probe_inputs.pooled_inputs(SplitModel(tiny, dictionary), prompts, pool)
+    tokens = tiny.tokenize([prompt.text for prompt in prompts])
+    x_NxTxD = np.asarray(tiny(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site], np.float64)
+    for n, length in enumerate(tokens.lengths_B):
+        x_TxD = x_NxTxD[n, :length]
+        positions = np.flatnonzero(np.linalg.norm(x_TxD, axis=1) <= dictionary.config.max_norm)
+        positions = positions[positions == length - 1] if pool == "last" else positions
+        assert read_N[n] == bool(len(positions))
+        f_TxF = plain(dictionary, prompts[n]).features(x_TxD)
+        for found_C, plain_TxC in ((pooled["features"][n], f_TxF), (pooled["raw"][n], x_TxD)):
+            some_PxC = plain_TxC[positions] if len(positions) else np.zeros((1, plain_TxC.shape[1]))
+            wanted_C = some_PxC.max(axis=0) if pool == "max" else some_PxC.mean(axis=0)
+            np.testing.assert_allclose(found_C, wanted_C, atol=2e-4)
+    assert not read_N.all() or pool != "last"
+
+
+def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
+    dictionary = make_dictionary("resid_post.1")
+    broken = {**dictionary.arrays, "b_enc_F": dictionary.arrays["b_enc_F"].at[7].set(np.nan)}
+    with pytest.raises(UserError, match="feature 7 has an activation that is not finite"):
+        probe_inputs.pooled_inputs(SplitModel(tiny, Dictionary(dictionary.config, **broken)), prompts, "max")
+    with pytest.raises(UserError, match="labels is 'verb': expected one of behaviour, answer, parity"):
+        ProbeConfig(labels=("verb",))
+    run, _ = make_run("refused")
+    run.configs["probe"] = dataclasses.replace(run.configs["probe"], strengths=())
+    with pytest.raises(UserError, match=r"--probe.strengths is empty"):
+        stage.run_probe(run)
+    run, _ = make_run("refused")
+    path = run.inputs["baseline"] / "prompts.jsonl"
+    write_prompts(path, prompts)
+    with pytest.raises(UserError, match=r"line 1 of .* is not a prompt with its scores"):
+        stage.run_probe(run)
+    write_prompts(path, [])
+    with pytest.raises(UserError, match=r"has no train prompts: run the stage baseline again"):
+        stage.run_probe(run)

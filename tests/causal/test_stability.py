@@ -1,0 +1,144 @@
+"""How stable importance is: between halves of the prompts, and between dictionaries whose truth is constructed."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from linear_experiment import LinearExperiment
+
+from saejax.causal import stability
+from saejax.causal.ablate.importance import measure_importance
+from saejax.causal.stability import Matches, between_halves, compare, match_by_activity, match_by_direction
+from saejax.settings import AblateConfig
+
+
+def test_halves_of_the_prompts():
+    rng = np.random.default_rng(3)
+    worth_N = rng.normal(size=300)
+    same = between_halves(np.repeat(worth_N[:, None], 6, axis=1), seed=0)
+    assert same == dict(rank_correlation=pytest.approx(1.0), spearman_brown=pytest.approx(1.0))
+    assert abs(between_halves(rng.normal(size=(300, 20)), seed=0)["rank_correlation"]) < 0.1
+    # Noise of one unit a prompt: a mean over H prompts has reliability H / (H + 1), and ranks correlate a little less.
+    noisy_NxP = rng.normal(size=(3000, 1)) + rng.normal(size=(3000, 9))
+    got = between_halves(noisy_NxP, seed=0)
+    assert got["rank_correlation"] == pytest.approx(6 / np.pi * np.arcsin(4 / 5 / 2), abs=0.03)
+    assert got["spearman_brown"] == pytest.approx(2 * got["rank_correlation"] / (1 + got["rank_correlation"]))
+
+
+@pytest.mark.parametrize("drop_NxP", [np.ones((5, 1)), np.ones((1, 9)), np.ones((4, 8)), np.zeros((0, 4))])
+def test_halves_that_say_nothing(drop_NxP):
+    assert between_halves(drop_NxP, seed=0) == dict(rank_correlation=None, spearman_brown=None)
+
+
+def table_of(experiment):
+    return measure_importance(experiment, AblateConfig(bootstrap=100))[0]
+
+
+@pytest.fixture(scope="module")
+def rows_FxD():
+    return np.random.default_rng(0).normal(size=(200, 48)) * np.linspace(0.5, 2, 200)[:, None]
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    """200 features, of which the last 20 never fire, and the two before them on one prompt."""
+    made = LinearExperiment(np.random.default_rng(1).normal(size=200), dead=range(180, 200), prompts=60)
+    made.f_PxF[:, 178:180] = 0.0
+    made.f_PxF[5, 178:180] = 1.0
+    return made
+
+
+def permuted(experiment, order_F):
+    """The same behaviour with feature i of the new dictionary being order_F[i] of the old one."""
+    other = LinearExperiment(np.ones(200), prompts=60)
+    for name in ("f_PxF", "gain_PxF"):
+        setattr(other, name, getattr(experiment, name)[:, order_F])
+    return other
+
+
+def test_a_dictionary_with_its_features_in_another_order(rows_FxD, experiment):
+    order_F = np.random.default_rng(2).permutation(200)
+    other = permuted(experiment, order_F)
+    by_direction = match_by_direction(rows_FxD, 3.0 * rows_FxD[order_F])
+    by_activity = match_by_activity(experiment.f_PxF, other.f_PxF + 5.0)
+    first, second = table_of(experiment), table_of(other)
+    for matches, count in ((by_direction, 200), (by_activity, 178)):
+        assert len(matches.first_M) == count
+        np.testing.assert_array_equal(order_F[matches.second_M], matches.first_M)
+        np.testing.assert_allclose(matches.similarity_M, 1.0, atol=1e-5)
+        found = compare(first, second, matches, seed=4)
+        assert json.loads(json.dumps(found, allow_nan=False)) == found
+        assert found["matched"] == min(count, 180) and found["shares"] == [min(count, 180) / 180] * 2
+        assert found["similarity"] == pytest.approx(1.0, abs=1e-5)
+        for key in ("mean", "low", "high"):
+            assert found["rank_correlation"][key] == pytest.approx(1.0)
+        for control in ("shuffled", "alike"):
+            assert found[control]["low"] < found[control]["mean"] < found[control]["high"] < 0.5
+        assert abs(found["shuffled"]["mean"]) < 0.05
+
+
+def test_unrelated_dictionaries_are_no_better_than_their_controls(experiment):
+    rng = np.random.default_rng(3)
+    other = LinearExperiment(rng.normal(size=200), seed=9, prompts=60)
+    matches = Matches(np.arange(200), rng.permutation(200), np.ones(200))
+    found = compare(table_of(experiment), table_of(other), matches, seed=4)
+    assert found["shuffled"]["low"] < found["rank_correlation"]["mean"] < found["shuffled"]["high"]
+    assert found["rank_correlation"]["low"] < 0 < found["rank_correlation"]["high"]
+    # Directions at random are hardly ever near each other.
+    apart = match_by_direction(rng.normal(size=(200, 48)), rng.normal(size=(200, 48)))
+    assert len(apart.first_M) == 0
+    nothing = compare(table_of(experiment), table_of(other), apart)
+    assert nothing == dict(
+        matched=0, shares=[0.0, 0.0], similarity=None, rank_correlation=None, shuffled=None, alike=None
+    )
+
+
+def test_that_what_fires_often_matters_more_is_no_agreement():
+    """Both dictionaries' effects follow their firing rates, and matched features fire alike; no more than that."""
+    rng = np.random.default_rng(5)
+    rate_N = np.exp(rng.uniform(-4, 0, 400))
+    table = table_of(LinearExperiment(np.ones(400)))
+
+    def made(seed):
+        noise_N = 0.3 * np.random.default_rng(seed).normal(size=400)
+        return dataclasses.replace(
+            table, firing_rate=rate_N, mean_activation=np.ones(400), drop=np.log(rate_N) + noise_N
+        )
+
+    every = np.arange(400)
+    found = compare(made(1), made(2), Matches(every, every, np.ones(400)))
+    assert found["rank_correlation"]["mean"] > 0.8 and found["shuffled"]["high"] < 0.2
+    assert found["alike"]["low"] < found["rank_correlation"]["mean"] < found["alike"]["high"] + 0.02
+
+
+def test_matches_are_mutual_and_above_the_threshold(monkeypatch):
+    # Feature 2 of the first is nearest to 1 of the second, which is nearer to 0: no pair. 3 is too far from anything.
+    first = np.array([[1, 0, 0], [0, 1, 0], [0.8, 0.6, 0], [0, 0.1, 0.2], [0, 0, 0]])
+    second = np.array([[0, -1, 0.5], [1, 0.01, 0], [0, 2, 0]])
+    wanted = [(0, 1), (1, 2)]
+    matches = match_by_direction(first, second)
+    assert list(zip(matches.first_M.tolist(), matches.second_M.tolist(), strict=True)) == wanted
+    assert len(match_by_direction(first, second, least=0.99999).first_M) == 1
+    monkeypatch.setattr(stability, "_CHUNK", 1)  # a row at a time
+    rng = np.random.default_rng(7)
+    first, second = rng.normal(size=(60, 3)), rng.normal(size=(50, 3))
+    small = match_by_direction(first, second)
+    monkeypatch.undo()
+    for one, two in zip(small, match_by_direction(first, second), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+    cosine_FxG = (first / np.linalg.norm(first, axis=1)[:, None]) @ (second / np.linalg.norm(second, axis=1)[:, None]).T
+    plain = [
+        (f, g)
+        for f, g in np.argwhere(cosine_FxG >= 0.7)
+        if cosine_FxG[f].argmax() == g and cosine_FxG[:, g].argmax() == f
+    ]
+    assert list(zip(small.first_M.tolist(), small.second_M.tolist(), strict=True)) == plain
+
+
+def test_what_cannot_be_compared():
+    with pytest.raises(ValueError, match="width 3 and 4"):
+        match_by_direction(np.ones((2, 3)), np.ones((2, 4)))
+    with pytest.raises(ValueError, match="on 3 and on 4 prompts"):
+        match_by_activity(np.ones((3, 2)), np.ones((4, 2)))
+    assert len(match_by_direction(np.ones((0, 3)), np.ones((2, 3))).first_M) == 0

@@ -1,0 +1,92 @@
+"""What patch, probe and study take: rows counted as the stages count them, time and memory by what is asked for."""
+
+import pytest
+from preflight_setup import make_work, settings, shape
+
+from saejax.causal.patching.features import steps
+from saejax.preflight import memory, times
+from saejax.preflight.causal import causal_units
+from saejax.settings import TaskConfig
+
+RATES = dict(float32=1e11, bfloat16=2e11)
+AXES = dict(member=1, data=1, model=1)
+ASKED = dict(
+    patch__kinds=("resid_post", "attn_out"),
+    patch__dictionary="topk",
+    probe__labels=("behaviour", "answer"),
+    study__benchmarks=("logic", "math"),
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return shape("smollm2-135m")
+
+
+def units(model, **changes):
+    return causal_units(make_work(model, **changes), settings(**changes))
+
+
+def seconds(model, **changes):
+    return times.stage_seconds(make_work(model, **changes), settings(**changes), 1000, 100_000, RATES)
+
+
+def test_only_what_is_asked_for(model):
+    assert units(model) == {}
+    assert not {"patch", "probe", "study"} & {*seconds(model), *memory.device_memory(make_work(model), AXES).stages}
+    asked = units(model, **ASKED)
+    assert list(asked) == [
+        "patch/resid_post", "patch/attn_out", "patch/topk", "probe/topk", "study/logic", "study/math",
+    ]  # fmt: skip
+    assert {"patch", "probe", "study"} <= {*seconds(model, **ASKED)}
+    assert {"patch", "probe", "study"} <= {*memory.device_memory(make_work(model, **ASKED), AXES).stages}
+    without = ASKED | dict(task__behaviours=())
+    assert list(units(model, **without)) == ["study/logic", "study/math"]
+
+
+def test_rows_are_those_of_the_stages(model):
+    found, task = units(model, **ASKED), TaskConfig()
+    behaviours, pairs = len(task.behaviours), len(task.behaviours) * task.test_prompts
+    # Two directions, 30 layers, half of 16 positions.
+    assert found["patch/resid_post"].rows == 2 * 30 * 8 * pairs
+    sets = 2 * (20 + len(steps(20)) + 1) + 20 * len(steps(20))
+    assert found["patch/topk"].rows == pytest.approx(0.85 * pairs * sets, abs=1)
+    probe = found["probe/topk"]
+    assert probe.rows == behaviours * (task.train_prompts + task.test_prompts)
+    # On features and on raw activations: 5 folds of 6 penalties, the probe itself, 20 shuffles; sparse ones thrice.
+    assert probe.fits == 2 * (1 + behaviours) * (51 + 5 * 71)
+    assert found["study/logic"].rows == 100 * (1 + 2 + 2 * 10)
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("patch", dict(patch__kinds=("resid_post", "attn_out", "mlp_out"))),
+        ("patch", dict(patch__draws=60)),
+        ("patch", dict(task__test_prompts=60)),
+        ("probe", dict(probe__shuffles=60)),
+        ("probe", dict(probe__labels=("behaviour", "answer", "parity"))),
+        ("study", dict(study__draws=30)),
+        ("study", dict(study__items=1000, task__examples=1000)),
+        ("study", dict(preflight__benchmark_tokens=2000)),
+    ],
+)
+def test_what_makes_a_stage_longer(model, stage, more):
+    assert seconds(model, **ASKED | more)[stage] > 1.15 * seconds(model, **ASKED)[stage]
+
+
+def test_memory_follows_what_is_gathered(model):
+    def need(**changes):
+        return memory.device_memory(make_work(model, **changes), AXES)
+
+    both = need(**ASKED)
+    # All features of prompts and counterparts at once; recorded runs of sites take more here.
+    features, fewer = (need(patch__dictionary="topk", train__expansion=width) for width in (16, 4))
+    assert features.activations["patch"] > 1.6 * fewer.activations["patch"]
+    assert need(**ASKED, study__batch_tokens=8192).activations["study"] > 1.5 * both.activations["study"]
+    sites = need(patch__kinds=("resid_post",))
+    assert sites.read["patch"] == 0 < both.read["patch"] == both.whole_dictionary
+    assert sites.stages["patch"] == sites.model + sites.activations["patch"]
+    assert "study" not in sites.stages
+    generated = need(**ASKED | dict(study__benchmarks=("gsm8k",), task__batch=64))
+    assert generated.activations["study"] >= generated.activations["benchmark"] > 0
