@@ -7,7 +7,8 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
                                    │    study/<name>       │
                                    └─────┴► report ◄───────┘
             benchmark/<name> ─────────────────┘
-            patch/<kind of site> ─────────────┘
+            patch/<kind of site> ─────────────┤
+            attribute/<slug> ─────────────────┘
 """
 
 import contextlib
@@ -66,7 +67,7 @@ def _report_needs(configs: Configs, name: str) -> Sequence[str]:
     probes = [f"probe/{name}" for name in _probed(configs)]
     patched = [f"patch/{name}" for name in _patched(configs)]
     studies = [f"study/{benchmark}" for benchmark in configs["study"].benchmarks]
-    asked = [*probes, *patched, *studies]
+    asked = [*probes, *patched, *studies, *(f"attribute/{name}" for name in _graphs(configs))]
     return ("baseline", *benchmarks, "capture", *trained, f"ablate/{_unit_of(configs, 'ablate')}", *asked)
 
 
@@ -104,6 +105,12 @@ def _patched(configs: Configs) -> Sequence[str]:
     patch = configs["patch"]
     wanted = (*patch.kinds, *([_unit_of(configs, "patch")] if patch.dictionary else []))
     return wanted if _asks(configs) else ()
+
+
+def _graphs(configs: Configs) -> Sequence[str]:
+    """The unit of the graphs that are asked for."""
+    name = importlib.import_module("saejax.attribution.requests").unit_name(configs["graph"])
+    return (name,) if name else ()
 
 
 def _patch_needs(configs: Configs, name: str) -> Sequence[str]:
@@ -199,6 +206,15 @@ STAGES = {
         names=lambda configs: configs["study"].benchmarks,
         sources=("model", "benchmark"),
     ),
+    "attribute": Stage(
+        "traces prompts into attribution graphs, if --graph.prompt, token_ids, prompts or behaviours is set",
+        "saejax.attribution.stage:run_attribute",
+        ("model", "graph"),
+        ("mesh",),
+        needs=lambda configs, name: ("baseline",) if configs["graph"].behaviours else (),
+        names=_graphs,
+        sources=("model", "graph"),
+    ),
     "export": Stage(
         "writes trained dictionaries in the formats of other tools: SAELens folders, circuit-tracer sets",
         "saejax.dictionaries.export:run_export",
@@ -275,6 +291,8 @@ class Plan:
                 mark = fingerprint([identity(folder) for folder in folders])
             elif source == "stream":
                 mark = self._stream() if self.configs["train"].source == "model" else ""
+            elif source == "graph":
+                mark = importlib.import_module("saejax.attribution.requests").identity(self.configs["graph"])
             elif source == "prompts":
                 mark = importlib.import_module("saejax.tasks.own_prompts").identity(self.configs["task"])
             elif source == "benchmark":

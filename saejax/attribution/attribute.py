@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,25 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens, token_text
 
 
+class Traced(NamedTuple):
+    """A graph, the replacement model that it is of, and what it explains."""
+
+    graph: Graph
+    replacement: Replacement
+    readouts: Readouts
+
+
 def trace(
+    model: LanguageModel,
+    transcoders: TranscoderSet | Sequence[Dictionary] | str | Path,
+    prompt: str | Sequence[int],
+    **options: Any,
+) -> Graph:
+    """The attribution graph of a prompt: that of ``trace_prompt``, which has the same arguments."""
+    return trace_prompt(model, transcoders, prompt, **options).graph
+
+
+def trace_prompt(
     model: LanguageModel,
     transcoders: TranscoderSet | Sequence[Dictionary] | str | Path,
     prompt: str | Sequence[int],
@@ -31,8 +49,8 @@ def trace(
     bias_nodes: bool = True,
     prepend: bool = True,
     round_rows: int = 2048,
-) -> Graph:
-    """The attribution graph of a prompt.
+) -> Traced:
+    """Traces a prompt.
 
     Args:
       model: the language model.
@@ -65,7 +83,8 @@ def trace(
         max_logits=max_logits, logit_mass=logit_mass, max_features=max_features, active_features=len(replacement.active)
     )
     text = prompt if isinstance(prompt, str) else str(model.tokenizer.decode(ids_P))
-    return _graph(replacement, sources, readouts, chosen_F, adjacency_TxS, text, settings)
+    graph = _graph(replacement, sources, readouts, chosen_F, adjacency_TxS, text, settings)
+    return Traced(graph, replacement, readouts)
 
 
 def prompt_ids(model: LanguageModel, prompt: str | Sequence[int], prepend: bool) -> np.ndarray:

@@ -162,6 +162,7 @@ def run_circuits(
     if (readouts.layer_K != config.n_layers).any():
         raise UserError("a circuit is judged by logits, or by a direction of the stream that leaves the last layer")
     length, tokens = streams.stream_LxTxD.shape[1], len(replacement.ids_P)
+    most = int(np.bincount(active.layer_A).max())
     size = max(_AT_ONCE // (length * replacement.transcoders.configs[0].n_features), 1)
     chunks = [slice(start, min(start + size, len(circuits))) for start in range(0, len(circuits), size)]
     states = [jnp.tile(streams.stream_LxTxD[0][None], (min(size, len(circuits)), 1, 1)) for _ in chunks]
@@ -175,7 +176,7 @@ def run_circuits(
             error_CxT = np.zeros((len(states[number]), length), bool)
             for row, circuit in enumerate(circuits[chunk]):
                 kept_CxA[row], error_CxT[row, :tokens] = circuit.features_A[own_A], circuit.errors_LxP[layer]
-            features = _padded(places, kept_CxA, replacement.transcoders.configs[0].n_features)
+            features = _padded(places, kept_CxA, most, replacement.transcoders.configs[0].n_features)
             states[number] = run_layer(
                 replacement.frozen,
                 replacement.model.params,
@@ -201,10 +202,10 @@ def run_circuits(
 
 
 def _padded(
-    places: tuple[np.ndarray, np.ndarray], kept_CxA: np.ndarray, features: int
+    places: tuple[np.ndarray, np.ndarray], kept_CxA: np.ndarray, most: int, features: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions, features and whether they are kept, filled up (out of range) so that layers share programs."""
-    room = max(1 << (len(places[0]) - 1).bit_length(), 64) - len(places[0]) if len(places[0]) else 64
+    """Positions, features and whether they are kept, filled up (out of range) to a number for all layers."""
+    room = most - len(places[0])
     position_A, feature_A = (np.pad(place, (0, room), constant_values=features) for place in places)
     return position_A, feature_A, np.pad(kept_CxA, ((0, 0), (0, room)))
 

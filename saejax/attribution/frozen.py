@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.models import decoder
-from saejax.models.attention import Reach, Reaches, attention_weights, query_blocks
+from saejax.models.attention import Meet, Reach, Reaches, attention_weights, query_blocks
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import einsum, norm
 from saejax.models.parameters import LAYERS
@@ -48,7 +48,7 @@ class FrozenModel:
         x_TxD: jax.Array,
         skip_DxD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The frozen layer.
+        """The frozen layer, to be differentiated backwards.
 
         Args:
           layer: its number.
@@ -60,6 +60,33 @@ class FrozenModel:
           The stream leaving the layer without what the MLP adds, unless by the skip path; and what the transcoder
           reads, both [T, D].
         """
+        return self._layer(params, layer, reaches, x_TxD, skip_DxD, self._mix)
+
+    def along(
+        self,
+        params: decoder.Params,
+        layer: int | jax.Array,
+        reaches: Reaches,
+        x_TxD: jax.Array,
+        skip_DxD: jax.Array | None,
+        change_TxD: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What a change of the stream that enters makes of what ``layer`` returns, both [T, D]: its linear part."""
+
+        def held(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self._layer(params, layer, reaches, x_TxD, skip_DxD)
+
+        return jax.jvp(held, (x_TxD,), (change_TxD,))[1]
+
+    def _layer(
+        self,
+        params: decoder.Params,
+        layer: int | jax.Array,
+        reaches: Reaches,
+        x_TxD: jax.Array,
+        skip_DxD: jax.Array | None,
+        meet: Meet | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         seen: dict[str, jax.Array] = {}
 
         def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
@@ -69,9 +96,8 @@ class FrozenModel:
             read_TxD = self.read(params, layer, seen)
             return jnp.zeros_like(value_TxD) if skip_DxD is None else einsum("td,de->te", read_TxD, skip_DxD)
 
-        return decoder.block(self.config, params, layer, x_TxD, reaches, hook, self._mix), self.read(
-            params, layer, seen
-        )
+        leaving_TxD = decoder.block(self.config, params, layer, x_TxD, reaches, hook, meet)
+        return leaving_TxD, self.read(params, layer, seen)
 
     def _mix(self, q_TxHxK: jax.Array, k_TxNxK: jax.Array, v_TxNxK: jax.Array, reach: Reach) -> jax.Array:
         """As ``attention.mix``, with constant weights and a transpose that moves no more than it must."""
@@ -109,7 +135,7 @@ class FrozenModel:
         own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
 
         def with_biases(biases: decoder.Params) -> tuple[jax.Array, jax.Array]:
-            return self.layer({**params, **biases}, layer, reaches, x_TxD, skip_DxD)
+            return self._layer({**params, **biases}, layer, reaches, x_TxD, skip_DxD)
 
         return jax.jvp(with_biases, (own,), (own,))[1]
 

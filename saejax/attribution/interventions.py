@@ -116,12 +116,13 @@ def intervene(
     if not edits:
         return Changed(feature_RxJ, readout_RxK)
     first = min(edits)
+    most = int(np.bincount(active.layer_A[chosen_J]).max(initial=0))  # one size, so that layers share programs
     states = [_unchanged(replacement, hold, chunk.stop - chunk.start, first) for chunk in chunks]
     for layer in range(first, config.n_layers):
         x_TxD = streams.stream_LxTxD[layer]
         inner_K = np.flatnonzero(readouts.layer_K == layer)
         own_J = np.flatnonzero(active.layer_A[chosen_J] == layer)
-        reader = _encoders(replacement, chosen_J[own_J]) if len(own_J) else None
+        reader = _encoders(replacement, chosen_J[own_J], most) if most else None
         transcoder = nnx.split(replacement.transcoders.load(layer)) if layer in edits else None
         skip_DxD = None if streams.skip_LxDxD is None else streams.skip_LxDxD[layer]
         for place, chunk in enumerate(chunks):
@@ -171,10 +172,7 @@ def run_layer(
     """
     reaches = full_reaches(frozen.config, len(x_TxD))
     if hold == "all":
-
-        def linear(change_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return jax.jvp(lambda x: frozen.layer(params, layer, reaches, x, skip_DxD), (x_TxD,), (change_TxD,))[1]
-
+        linear = functools.partial(frozen.along, params, layer, reaches, x_TxD, skip_DxD)
         next_RxTxD, read_RxTxD = jax.vmap(linear)(state_RxTxD)
         if edited is not None:
             next_RxTxD = next_RxTxD + _added(*edited, None, next_RxTxD)
@@ -295,8 +293,9 @@ def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) 
                 raise UserError(f"position {position}: features are used at 1 to {tokens - 1} of this prompt")
             by_layer.setdefault(int(layer), [[] for _ in rows])[row].append(change)
     found = {}
+    most = max((len(changes) for lists in by_layer.values() for changes in lists), default=0)
     for layer, lists in by_layer.items():
-        shape = len(rows), -(-max(map(len, lists)) // _STEP) * _STEP
+        shape = len(rows), most
         edits = Edits(np.zeros(shape, np.int32), *(np.zeros(shape, dtype) for dtype in (np.int32, *[np.float32] * 2)))
         for row, changes in enumerate(lists):
             for m, (_, position, feature, value) in enumerate(changes):
@@ -313,11 +312,11 @@ def _own_activations(replacement: Replacement) -> Mapping[tuple[int, int, int], 
     return dict(zip(keys, active.value_A.tolist(), strict=True))
 
 
-def _encoders(replacement: Replacement, places: np.ndarray) -> Reader:
-    """Encoder rows of active features of one layer, filled up with zeros."""
+def _encoders(replacement: Replacement, places: np.ndarray, most: int) -> Reader:
+    """Encoder rows of active features of one layer, filled up with zeros to a number for all layers."""
     active = replacement.active
     vector_JxD = replacement.encoder_rows(places)
-    room = -len(places) % _STEP
+    room = -(-most // _STEP) * _STEP - len(places)
     return Reader(np.pad(active.position_A[places], (0, room)), np.pad(vector_JxD, ((0, room), (0, 0))))
 
 

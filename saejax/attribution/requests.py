@@ -1,0 +1,135 @@
+"""Which prompts are traced, and what of them is explained: read from flags, a file, or the baseline's behaviours."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saejax.errors import UserError, one_of
+from saejax.models.identity import content
+from saejax.settings import GraphConfig
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.files import decode, json_lines, read_bytes
+from saejax.workspace import file_sha256, fingerprint
+
+_EXAMPLE = '{"slug": "paris", "prompt": "The capital of France is", "targets": [" Paris"]}'
+_KEYS = ("slug", "prompt", "token_ids", "targets")
+_LONGEST = 40  # characters of a name that is made of a prompt
+_TAKEN = ("started", "summary", "graphs")  # files of every stage, and the folder of graphs
+
+Target = str | tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to trace.
+
+    Attributes:
+      slug: its name.
+      prompt: its text, or its token ids.
+      targets: texts of tokens, or pairs of them for a difference; none: the most probable tokens.
+    """
+
+    slug: str
+    prompt: str | tuple[int, ...]
+    targets: tuple[Target, ...]
+
+
+def unit_name(config: GraphConfig) -> str:
+    """The name of the folder that these settings' graphs are in; "" if none are asked for.
+
+    Raises:
+      UserError: prompts are given in two ways, or without transcoders.
+    """
+    given = {
+        "--graph.prompt": bool(config.prompt),
+        "--graph.token_ids": bool(config.token_ids),
+        "--graph.prompts": bool(config.prompts),
+        "--graph.behaviours": bool(config.behaviours),
+    }
+    named = [flag for flag, there in given.items() if there]
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)}: expected one of them")
+    if not named:
+        return ""
+    if not config.transcoders:
+        raise UserError(f"{named[0]} traces a graph, and --graph.transcoders is missing: name a set of transcoders")
+    if config.slug:
+        return _checked_slug(config.slug, "--graph.slug")
+    if config.prompts:
+        return _slug_of(Path(config.prompts).name.split(".")[0])
+    if config.behaviours:
+        return "behaviours"
+    return _slug_of(config.prompt or "-".join(map(str, config.token_ids)))
+
+
+def identity(config: GraphConfig) -> str:
+    """A fingerprint of the files that graphs are made from beside the model's: the transcoders, and prompts."""
+    folder = Path(config.transcoders) / config.subfolder
+    files = [path for pattern in ("*.json", "*.yaml", "*.safetensors", "*.npz") for path in folder.rglob(pattern)]
+    prompts = file_sha256(Path(config.prompts)) if config.prompts and Path(config.prompts).exists() else ""
+    return fingerprint([prompts, *(f"{path.relative_to(folder)} {content(path)}" for path in sorted(files))])
+
+
+def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]] | None = None) -> list[Request]:
+    """The prompts that are to be traced, each under a name of its own.
+
+    Args:
+      config: of the stage.
+      behaviours: the prompts that the baseline measured, where ``config`` names behaviours.
+
+    Raises:
+      UserError: a file cannot be read, a line is no such request or repeats a name, or a behaviour does not exist.
+    """
+    targets = tuple(map(_target, config.targets))
+    if config.behaviours:
+        assert behaviours is not None
+        return [_of_behaviour(name, behaviours, targets) for name in config.behaviours]
+    if not config.prompts:
+        return [Request(unit_name(config), config.prompt or config.token_ids, targets)]
+    path, requests = Path(config.prompts), []
+    text = decode(read_bytes(path, "--graph.prompts", "name a file of prompts"), path)
+    for number, record in json_lines(text, path, _EXAMPLE):
+        requests.append(_of_line(record, targets, f"{path}, line {number}"))
+        if requests[-1].slug in {request.slug for request in requests[:-1]}:
+            raise UserError(f"{path}, line {number} has the slug {requests[-1].slug!r} of an earlier line")
+    if not requests:
+        raise UserError(f"--graph.prompts={path} holds no prompts: expected lines such as {_EXAMPLE}")
+    return requests
+
+
+def _of_behaviour(name: str, behaviours: Mapping[str, Sequence[Prompt]], targets: tuple[Target, ...]) -> Request:
+    prompts = behaviours[one_of(name, behaviours, "behaviour (--graph.behaviours)")]
+    first = next((prompt for prompt in prompts if prompt.split == "test"), prompts[0])
+    return Request(name, first.text, targets or ((first.correct, first.wrong),))
+
+
+def _of_line(record: Any, targets: tuple[Target, ...], where: str) -> Request:
+    if not isinstance(record, dict) or set(record) - set(_KEYS) or ("prompt" in record) == ("token_ids" in record):
+        raise UserError(f"{where} is no prompt to trace: expected {_EXAMPLE}, or token_ids in place of prompt")
+    text, ids, own = record.get("prompt", ""), record.get("token_ids", ()), record.get("targets")
+    right = isinstance(text, str) and isinstance(ids, list | tuple) and all(type(token) is int for token in ids)
+    if not (right and (text or ids)) or not (own is None or all(isinstance(target, str) for target in own)):
+        raise UserError(f"{where}: prompt and targets are texts, token_ids whole numbers: expected {_EXAMPLE}")
+    slug = record.get("slug")
+    slug = _slug_of(text or "-".join(map(str, ids))) if slug is None else _checked_slug(slug, where)
+    return Request(slug, text or tuple(ids), targets if own is None else tuple(map(_target, own)))
+
+
+def _target(text: str) -> Target:
+    """ " Paris", or " Paris> Rome" for the difference."""
+    better, sign, worse = text.partition(">")
+    return (better, worse) if sign and better and worse else text
+
+
+def _slug_of(text: str) -> str:
+    """A name made of a text."""
+    words = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:_LONGEST].strip("-") or "graph"
+    return f"{words}-graph" if words in _TAKEN else words
+
+
+def _checked_slug(slug: Any, where: str) -> str:
+    if not isinstance(slug, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) or slug in _TAKEN:
+        raise UserError(f"{where}: {slug!r} cannot name a graph: use letters, digits, '.', '_' and '-'")
+    return slug

@@ -1,0 +1,50 @@
+"""Attribution graphs: of which prompts, with which transcoders, and how much of them is kept."""
+
+import dataclasses
+
+from saejax.config import Config, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphConfig(Config):
+    """Attribution graphs of prompts."""
+
+    transcoders: str = setting(
+        "",
+        "transcoders of all layers: a folder or hub id of a set (circuit-tracer's, Gemma Scope's), or the folder of "
+        "ours, such as runs/mine/train/topk",
+    )
+    revision: str = setting("main", "revision of a set on the hub")
+    subfolder: str = setting("", "folder of the set within its repository")
+    prompt: str = setting("", "the text to trace")
+    token_ids: tuple[int, ...] = setting((), "its token ids instead, taken as they are", low=0)
+    prompts: str = setting(
+        "",
+        'file of prompts instead, .jsonl: {"slug": "paris", "prompt": "...", "targets": [" Paris"]}, or "token_ids"; '
+        "without targets those of --graph.targets",
+    )
+    behaviours: tuple[str, ...] = setting(
+        (), "behaviours instead: of each the first test prompt, whose target is the logit difference"
+    )
+    targets: tuple[str, ...] = setting(
+        (), "what is explained: tokens; 'A>B' is the logit of A less that of B; empty: the most probable next tokens"
+    )
+    max_logits: int = setting(10, "most tokens that are explained", low=1)
+    logit_mass: float = setting(
+        0.95, "as few of the most probable tokens as have this probability together", low=0.0, high=1.0
+    )
+    max_features: int = setting(4096, "most features that are traced, the most influential ones (0: all)", low=0)
+    node_threshold: float = setting(0.8, "share of all influence of the nodes that are kept", low=0.0, high=1.0)
+    edge_threshold: float = setting(0.98, "share of all influence of the edges that are kept", low=0.0, high=1.0)
+    slug: str = setting(
+        "", "name of the graph, and of the folder of the results; empty: made of the prompt or the file's name"
+    )
+    doubled: int = setting(
+        32,
+        "features set to twice their activation, one by one, to see whether edges are right (0: none)",
+        low=0,
+    )
+    circuits: bool = setting(
+        True, "run parts of the graph alone, and all the rest alone, to see whether they do the work"
+    )
+    seed: int = setting(456, "seed of the choice of features that are doubled", low=0)
