@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from saejax.models import decoder
 from saejax.models.attention import Meet, Reach, Reaches, attention_weights, query_blocks
@@ -108,17 +109,29 @@ class FrozenModel:
             parts.append(_weighted(weights_NxGxTxS, v_TxNxK[keys]))
         return jnp.concatenate(parts).reshape(q_TxHxK.shape)
 
-    def read(self, params: decoder.Params, layer: int | jax.Array, seen: Mapping[str, jax.Array]) -> jax.Array:
-        """What the transcoder reads [T, D], from the values at a layer's sites."""
+    def read(
+        self,
+        params: decoder.Params,
+        layer: int | jax.Array,
+        seen: Mapping[str, jax.Array],
+        config: DecoderConfig | None = None,
+    ) -> jax.Array:
+        """What the transcoder reads, from the values at a layer's sites.
+
+        Args:
+          seen: values [..., T, D] by kind of site.
+          config: in place of ``self.config``.
+        """
         if self.reads == "mlp_in":
             return seen["mlp_in"]
+        config = config or self.config
         weights = decoder.layer_params(params, layer)
-        name = "attn_norm" if self.config.shared_norm else "mlp_norm"
+        name = "attn_norm" if config.shared_norm else "mlp_norm"
         gain_D = weights[f"{name}_D"]
-        plain = {f"{name}_D": jnp.full_like(gain_D, 0 if self.config.norm == "rms_plus_one" else 1)}
-        if self.config.norm == "layer":
+        plain = {f"{name}_D": jnp.full_like(gain_D, 0 if config.norm == "rms_plus_one" else 1)}
+        if config.norm == "layer":
             plain[f"{name}_bias_D"] = jnp.zeros_like(gain_D)
-        return norm(self.config, plain, name, seen["resid_pre" if self.config.parallel else "resid_mid"])
+        return norm(config, plain, name, seen["resid_pre" if config.parallel else "resid_mid"])
 
     def biases(
         self,
@@ -151,9 +164,11 @@ def _weighted(weights_NxGxTxS: jax.Array, v_SxNxK: jax.Array) -> jax.Array:
 
 
 def _weighted_back(weights_NxGxTxS: jax.Array, cotangent_TxNxGxK: jax.Array) -> tuple[None, jax.Array]:
-    # The cotangent is the second operand: with many of them, XLA then brings together runs of K numbers. As the first
-    # one, which it is in the transpose that JAX derives, single numbers are moved, which takes longer than the product.
-    return None, einsum("ngts,tngk->snk", weights_NxGxTxS, cotangent_TxNxGxK)
+    # The cotangent is the second operand, which ``einsum`` would not leave to us: with many of them, XLA then brings
+    # together runs of K numbers. Of a first operand it moves single numbers, which takes longer than the product.
+    summed, batched = ((1, 2), (2, 0)), ((0,), (1,))
+    cotangent_NxSxK = lax.dot_general(weights_NxGxTxS, cotangent_TxNxGxK, (summed, batched), precision="highest")
+    return None, jnp.swapaxes(cotangent_NxSxK, 0, 1)
 
 
 _weighted.defvjp(lambda weights, v: (_weighted(weights, v), weights), _weighted_back)
