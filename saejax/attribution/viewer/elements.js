@@ -21,8 +21,10 @@ function drawn(tag, attributes = {}, ...children) {
 /** The shape of a node's kind, as on the canvas. */
 function glyph(kind) {
   const shapes = {
-    [FEATURE]: ["circle", { cx: 6, cy: 6, r: 4.5 }], [ERROR]: ["path", { d: "M6 .9 11.1 6 6 11.1 .9 6Z", class: "hollow" }],
-    [TOKEN]: ["rect", { x: 2, y: 2, width: 8, height: 8 }], [OTHER]: ["path", { d: "M1.5 10.5h9L6 1.5Z" }],
+    [FEATURE]: ["circle", { cx: 6, cy: 6, r: 4.5 }],
+    [ERROR]: ["path", { d: "M6 .9 11.1 6 6 11.1 .9 6Z", class: "hollow" }],
+    [TOKEN]: ["rect", { x: 2, y: 2, width: 8, height: 8 }],
+    [OTHER]: ["path", { d: "M1.5 10.5h9L6 1.5Z" }],
     [LOGIT]: ["rect", { x: 0.8, y: 2.8, width: 10.4, height: 6.4, rx: 2, class: "hollow" }],
   };
   return drawn("svg", { viewBox: "0 0 12 12", class: "glyph", "aria-hidden": "true" }, drawn(...shapes[kind]));
@@ -30,28 +32,43 @@ function glyph(kind) {
 
 /** One context of a feature: stronger activation, warmer colour. */
 function strip(example) {
-  const tokens = example.tokens, values = example.activations || [];
-  const most = Math.max(0, ...values.filter((value) => value !== null)), peak = values.indexOf(most);
-  return element("span", { class: "strip" }, tokens.map((token, k) => {
-    const text = token.replace(/\n/g, "⏎").replace(/\t/g, "⇥"), share = most > 0 ? (values[k] || 0) / most : 0;
-    if (!(share > 0)) return text;
-    const piece = element(k === peak ? "b" : "span", { title: `activation ${magnitude(values[k])}` }, text);
-    piece.style.setProperty("--heat", share.toFixed(2));
-    return piece;
-  }));
+  const tokens = example.tokens;
+  const values = example.activations || [];
+  const most = Math.max(0, ...values.filter((value) => value !== null));
+  const peak = values.indexOf(most);
+  return element(
+    "span",
+    { class: "strip" },
+    tokens.map((token, k) => {
+      const text = token.replace(/\n/g, "⏎").replace(/\t/g, "⇥");
+      const share = most > 0 ? (values[k] || 0) / most : 0;
+      if (!(share > 0)) return text;
+      const piece = element(k === peak ? "b" : "span", { title: `activation ${magnitude(values[k])}` }, text);
+      piece.style.setProperty("--heat", share.toFixed(2));
+      return piece;
+    }),
+  );
 }
 
 function examplesOf(examples, most) {
-  return element("ol", { class: "contexts" }, examples.slice(0, most).map((example) => element("li", {}, strip(example))));
+  return element(
+    "ol",
+    { class: "contexts" },
+    examples.slice(0, most).map((example) => element("li", {}, strip(example))),
+  );
 }
 
 function facts(pairs) {
-  return element("dl", { class: "facts" }, pairs.filter(([, text]) => text !== null).map(([term, text]) =>
-    element("div", {}, element("dt", {}, term), element("dd", {}, text))));
+  return element(
+    "dl",
+    { class: "facts" },
+    pairs
+      .filter(([, text]) => text !== null)
+      .map(([term, text]) => element("div", {}, element("dt", {}, term), element("dd", {}, text))),
+  );
 }
 
-function download(name, type, content) {
-  const blob = content instanceof Blob ? content : new Blob([content], { type });
+function download(name, blob) {
   const link = element("a", { href: URL.createObjectURL(blob), download: name });
   document.body.append(link);
   link.click();
