@@ -21,8 +21,8 @@ from saejax.workspace import write_text
 
 _VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = [
-    *("model", "state", "layout", "paint", "draw", "elements", "panel", "search", "units", "subgraph", "tables"),
-    *("app", "main"),
+    *("model", "state", "layout", "paint", "draw", "elements", "panel", "tip", "search", "units", "pins", "subgraph"),
+    *("tables", "app", "main"),
 ]
 Feature = tuple[int, int]  # layer, number of the feature
 

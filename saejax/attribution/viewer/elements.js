@@ -7,7 +7,7 @@ function element(tag, attributes = {}, ...children) {
     if (name.startsWith("on")) made[name] = value;
     else made.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  made.append(...children.flat(2).filter((child) => child !== null && child !== undefined && child !== false));
   return made;
 }
 
@@ -30,6 +30,17 @@ function glyph(kind) {
   return drawn("svg", { viewBox: "0 0 12 12", class: "glyph", "aria-hidden": "true" }, drawn(...shapes[kind]));
 }
 
+/** A node as a button: its shape, its label, and where it stands. */
+function nodeRow(graph, i, onclick, more = "") {
+  const name = element("span", { class: "name" }, graph.labels[i]);
+  return element(
+    "button",
+    { type: "button", class: "row", "data-node": graph.ids[i], title: graph.labels[i], onclick: () => onclick(i) },
+    element("span", { class: "what" }, glyph(graph.kind[i]), name),
+    element("span", { class: "where" }, whereOf(graph, i) + more),
+  );
+}
+
 /** One context of a feature: stronger activation, warmer colour. */
 function strip(example) {
   const tokens = example.tokens;
@@ -50,7 +61,7 @@ function strip(example) {
   );
 }
 
-function examplesOf(examples, most) {
+function exampleList(examples, most) {
   return element(
     "ol",
     { class: "contexts" },
@@ -58,7 +69,7 @@ function examplesOf(examples, most) {
   );
 }
 
-function facts(pairs) {
+function factList(pairs) {
   return element(
     "dl",
     { class: "facts" },

@@ -1,59 +1,42 @@
 // Search by label, id or token: found nodes get a ring in the picture and a row below the box.
 
+const FOUND_AT_MOST = 50; // rows
+
 function makeSearch(graph, app) {
   const box = document.getElementById("search");
   const list = document.getElementById("found");
-  const most = 50;
+  const stage = document.getElementById("stage");
+
+  /** Nodes in whose texts all words are, the most influential first. */
   const matches = (query) => {
     const words = query.toLowerCase().split(/\s+/).filter(Boolean);
-    const found = [];
-    if (!words.length) return found;
-    for (let i = 0; i < graph.n; i++) if (words.every((word) => graph.searchable[i].includes(word))) found.push(i);
-    return found.sort((a, b) => graph.share[a] - graph.share[b]);
+    if (!words.length) return [];
+    const all = [...Array(graph.n).keys()].filter((i) => words.every((word) => graph.searchable[i].includes(word)));
+    return all.sort((a, b) => graph.share[a] - graph.share[b]);
   };
-  const hide = () => {
-    list.hidden = true;
-    box.setAttribute("aria-expanded", "false");
+  const open = (shown) => {
+    list.hidden = !shown;
+    box.setAttribute("aria-expanded", String(shown));
   };
   const go = (i) => {
-    hide();
+    open(false);
     app.select(i);
-    document.getElementById("stage").focus({ preventScroll: true });
+    stage.focus({ preventScroll: true });
   };
-  const show = (open) => {
+  const show = (shown) => {
     const found = matches(app.state.query);
+    const asked = app.state.query.trim() !== "";
+    const limit = found.length > FOUND_AT_MOST ? `; the first ${FOUND_AT_MOST}:` : "";
+    const words = asked ? `${count(found.length)} ${found.length === 1 ? "node" : "nodes"} found${limit}` : "";
+    const rows = found.slice(0, FOUND_AT_MOST).map((i) => {
+      const hidden = app.visible.node[i] ? "" : " · below the threshold";
+      return nodeRow(graph, i, go, hidden);
+    });
     app.found = new Set(found);
-    list.replaceChildren(
-      element(
-        "p",
-        { class: "note", role: "status" },
-        app.state.query.trim()
-          ? `${count(found.length)} ${found.length === 1 ? "node" : "nodes"} found${found.length > most ? `; the first ${most}:` : ""}`
-          : "",
-      ),
-      ...found
-        .slice(0, most)
-        .map((i) =>
-          element(
-            "button",
-            { type: "button", class: "row", onclick: () => go(i), "data-node": graph.ids[i] },
-            element(
-              "span",
-              { class: "what" },
-              glyph(graph.kind[i]),
-              element("span", { class: "name" }, graph.labels[i]),
-            ),
-            element(
-              "span",
-              { class: "where" },
-              whereOf(graph, i) + (app.visible.node[i] ? "" : " · below the threshold"),
-            ),
-          ),
-        ),
-    );
-    list.hidden = !(open && app.state.query.trim());
-    box.setAttribute("aria-expanded", String(!list.hidden));
+    list.replaceChildren(element("p", { class: "note", role: "status" }, words), ...rows);
+    open(shown && asked);
   };
+
   box.oninput = () => {
     app.change({ query: box.value });
     show(true);
@@ -68,25 +51,25 @@ function makeSearch(graph, app) {
     } else if (event.key === "Escape") {
       box.value = "";
       app.change({ query: "" });
-      hide();
-      document.getElementById("stage").focus();
+      open(false);
+      stage.focus();
       event.stopPropagation();
     }
   };
   list.onkeydown = (event) => {
-    const step = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
-    if (step) {
-      const to = event.target[step];
+    const side = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
+    if (side) {
+      const to = event.target[side];
       (to && to.matches("button") ? to : box).focus();
       event.preventDefault();
     } else if (event.key === "Escape") {
-      hide();
+      open(false);
       box.focus();
       event.stopPropagation();
     }
   };
   document.addEventListener("pointerdown", (event) => {
-    if (!event.target.closest(".finder")) hide();
+    if (!event.target.closest(".finder")) open(false);
   });
   return {
     show() {
