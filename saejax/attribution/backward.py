@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
@@ -26,19 +25,20 @@ from saejax.parallel import fitting_sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """R targets that go down together.
+    """Targets that go down together, in N chunks of R; the chunks start from high layers to low.
 
     Attributes:
-      vector_RxD: the directions that are read.
-      layer_R: int32 layer whose transcoder reads; for a direction of the stream, ``start``.
-      position_R: int32 where.
-      start: int32, number of layers that the highest target goes down through.
+      vector_NxRxD: the directions that are read.
+      layer_NxR: int32 layer whose transcoder reads; for a direction of the stream, that of ``start_N``.
+      position_NxR: int32 where.
+      start_N: int32, number of layers that the highest target of a chunk goes down through; 0 for a chunk that only
+        fills up the batch.
     """
 
-    vector_RxD: jax.Array
-    layer_R: jax.Array
-    position_R: jax.Array
-    start: jax.Array | np.int32
+    vector_NxRxD: jax.Array
+    layer_NxR: jax.Array
+    position_NxR: jax.Array
+    start_N: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -53,7 +53,10 @@ def contributions(
     stop_X: jax.Array,
     batch: Batch,
 ) -> jax.Array:
-    """The products of all blocks of sources with the cotangents of a batch of targets, fp32 [B, R, W].
+    """The products of all blocks of sources with the cotangents of a batch of targets, fp32 [N, B, R, W].
+
+    What a layer fixes, attention weights above all, is computed once for all chunks, and a chunk joins at the layer
+    where its highest target reads.
 
     Args:
       frozen, mesh: static.
@@ -61,43 +64,65 @@ def contributions(
       first_X, stop_X: the blocks of each place that are at these positions.
     """
     length = stream_LxTxD.shape[1]
-    reaches = full_reaches(frozen.config, length)
-    at_RxT = jnp.arange(length)[None] == batch.position_R[:, None]
+    reaches, chunks = full_reaches(frozen.config, length), jnp.arange(len(batch.start_N))
 
-    def placed(where_R: jax.Array) -> jax.Array:
-        """The targets' directions at their positions, for the targets of a mask; else 0."""
-        return jnp.where((at_RxT & where_R[:, None])[..., None], batch.vector_RxD[:, None], 0)
+    def placed(chunk: jax.Array, layer: jax.Array) -> jax.Array:
+        """The directions of those targets of a chunk that are of a layer, at their positions; else 0; [R, T, D]."""
+        at_RxT = jnp.arange(length)[None] == batch.position_NxR[chunk][:, None]
+        here_RxT = at_RxT & (batch.layer_NxR[chunk] == layer)[:, None]
+        return jnp.where(here_RxT[..., None], batch.vector_NxRxD[chunk][:, None], 0)
 
-    def read_off(place: jax.Array, cotangent_RxTxD: jax.Array, read_BxRxW: jax.Array) -> jax.Array:
-        def body(index: jax.Array, read_BxRxW: jax.Array) -> jax.Array:
+    def read_off(
+        active: jax.Array, place: jax.Array, chunk: jax.Array, cotangent_RxTxD: jax.Array, read_NxBxRxW: jax.Array
+    ) -> jax.Array:
+        def body(index: jax.Array, read_NxBxRxW: jax.Array) -> jax.Array:
             start = first_X[place] + index * STEP
             position_C = lax.dynamic_slice_in_dim(bank.position_B, start, STEP)
             row_CxW = lax.dynamic_slice_in_dim(bank.row_BxW, start, STEP)
             at_RxCxD = cotangent_RxTxD.at[:, position_C].get(mode="fill", fill_value=0)
             products_CxRxW = einsum("rcd,cwd->crw", at_RxCxD, bank.table_UxD[row_CxW])
-            return lax.dynamic_update_slice_in_dim(read_BxRxW, products_CxRxW, start, axis=0)
+            return lax.dynamic_update_slice(read_NxBxRxW, products_CxRxW[None], (chunk, start, 0, 0))
 
-        return lax.fori_loop(0, (stop_X[place] - first_X[place] + STEP - 1) // STEP, body, read_BxRxW)
+        steps = jnp.where(active, (stop_X[place] - first_X[place] + STEP - 1) // STEP, 0)
+        return lax.fori_loop(0, steps, body, read_NxBxRxW)
 
     def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        layer = batch.start - 1 - index
-        cotangent_RxTxD, read_BxRxW = carry
-        read_BxRxW = read_off(layer + 1, cotangent_RxTxD, read_BxRxW)
+        """All chunks through one layer."""
+        layer = batch.start_N[0] - 1 - index
         x_TxD = lax.dynamic_index_in_dim(stream_LxTxD, layer, keepdims=False)
         skip_DxD = None if skip_LxDxD is None else lax.dynamic_index_in_dim(skip_LxDxD, layer, keepdims=False)
         _, pull = jax.vjp(lambda x_TxD: frozen.layer(params, layer, reaches, x_TxD, skip_DxD), x_TxD)
-        starting_RxTxD = placed(batch.layer_R == layer)
-        one = lambda out_TxD, read_TxD: pull((out_TxD, read_TxD))[0]  # noqa: E731
-        return jax.vmap(one)(cotangent_RxTxD, starting_RxTxD), read_BxRxW
 
-    cotangent_RxTxD = placed(batch.layer_R == batch.start)
-    read_BxRxW = jnp.zeros((len(bank.position_B), len(batch.layer_R), WIDTH), cotangent_RxTxD.dtype)
-    carry = lax.with_sharding_constraint(
-        (cotangent_RxTxD, read_BxRxW),
-        (
-            fitting_sharding(mesh, cotangent_RxTxD.shape, "data", None, None),
-            fitting_sharding(mesh, read_BxRxW.shape, None, "data", None),
-        ),
-    )
-    cotangent_RxTxD, read_BxRxW = lax.fori_loop(0, batch.start, down, carry)
-    return read_off(jnp.int32(0), cotangent_RxTxD, read_BxRxW)
+        def one(read_NxBxRxW: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            chunk, out_RxTxD = part
+            active = batch.start_N[chunk] > layer
+            read_NxBxRxW = read_off(active, layer + 1, chunk, out_RxTxD, read_NxBxRxW)
+            in_RxTxD = lax.cond(
+                active,
+                lambda out_RxTxD: jax.vmap(lambda *both: pull(both)[0])(out_RxTxD, placed(chunk, layer)),
+                lambda out_RxTxD: out_RxTxD,
+                out_RxTxD,
+            )
+            return read_NxBxRxW, in_RxTxD
+
+        # A scan, which reads the old cotangents and writes new ones: replaced in place, all would be copied for each.
+        read_NxBxRxW, cotangent_NxRxTxD = lax.scan(one, carry[1], (chunks, carry[0]))
+        return cotangent_NxRxTxD, read_NxBxRxW
+
+    carry = _by_target(mesh, jax.vmap(placed)(chunks, batch.start_N), bank)
+    cotangent_NxRxTxD, read_NxBxRxW = lax.fori_loop(0, batch.start_N[0], down, carry)
+
+    def read_tokens(chunk: jax.Array, read_NxBxRxW: jax.Array) -> jax.Array:
+        return read_off(batch.start_N[chunk] > 0, jnp.int32(0), chunk, cotangent_NxRxTxD[chunk], read_NxBxRxW)
+
+    return lax.fori_loop(0, len(chunks), read_tokens, read_NxBxRxW)
+
+
+def _by_target(mesh: Mesh, cotangent_NxRxTxD: jax.Array, bank: Bank) -> tuple[jax.Array, jax.Array]:
+    """The cotangents and the products, 0 at first, each chunk's targets split over ``data``."""
+    chunks, targets = cotangent_NxRxTxD.shape[:2]
+    read_NxBxRxW = jnp.zeros((chunks, len(bank.position_B), targets, WIDTH), cotangent_NxRxTxD.dtype)
+    arrays = cotangent_NxRxTxD, read_NxBxRxW
+    specs = (None, "data", None, None), (None, None, "data", None)
+    fits = tuple(fitting_sharding(mesh, array.shape, *spec) for array, spec in zip(arrays, specs, strict=True))
+    return lax.with_sharding_constraint(arrays, fits)

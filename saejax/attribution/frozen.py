@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from saejax.models import decoder
 from saejax.models.attention import Reach, Reaches, attention_weights, query_blocks
@@ -125,9 +126,11 @@ def _weighted(weights_NxGxTxS: jax.Array, v_SxNxK: jax.Array) -> jax.Array:
 
 
 def _weighted_back(weights_NxGxTxS: jax.Array, cotangent_TxNxGxK: jax.Array) -> tuple[None, jax.Array]:
-    # The cotangent is the second operand: with many of them, XLA then brings together runs of K numbers. As the first
-    # one, which it is in the transpose that JAX derives, single numbers are moved, which takes longer than the product.
-    return None, einsum("ngts,tngk->snk", weights_NxGxTxS, cotangent_TxNxGxK)
+    # The cotangent is the second operand, which ``einsum`` would not leave to us: with many of them, XLA then brings
+    # together runs of K numbers. Of a first operand it moves single numbers, which takes longer than the product.
+    summed, batched = ((1, 2), (2, 0)), ((0,), (1,))
+    cotangent_NxSxK = lax.dot_general(weights_NxGxTxS, cotangent_TxNxGxK, (summed, batched), precision="highest")
+    return None, jnp.swapaxes(cotangent_NxSxK, 0, 1)
 
 
 _weighted.defvjp(lambda weights, v: (_weighted(weights, v), weights), _weighted_back)

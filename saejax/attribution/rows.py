@@ -9,15 +9,12 @@ from saejax.attribution.backward import Batch, contributions
 from saejax.attribution.replacement import Replacement
 from saejax.attribution.sources import Sources
 from saejax.causal.ablation import lagging
-from saejax.parallel import by_row
+from saejax.parallel import fitting_sharding
 
 _LENGTHS = 4  # most different numbers of positions that are worked on, each of which is compiled
-_WORTH = 6  # batches that have to be at hand for each
-_BATCH_TOKENS = {
-    "cpu": 1024,
-    "gpu": 1 << 15,
-    "tpu": 1 << 15,
-}  # positions of all targets of a batch on a device together
+_CHUNKS = 16  # chunks of targets in a batch
+_WORTH = 2  # batches that have to be at hand for each length
+_TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's targets, together, on each device
 
 
 class Rows:
@@ -32,8 +29,8 @@ class Rows:
     def __init__(self, replacement: Replacement, sources: Sources, count: int):
         self._replacement, self._sources = replacement, sources
         mesh, length = replacement.model.mesh, replacement.streams.stream_LxTxD.shape[1]
-        self._shards, self._budget = mesh.shape["data"], _BATCH_TOKENS[mesh.devices.flat[0].platform]
-        batches = count * length // (self._budget * self._shards)
+        self._shards, self._tokens = mesh.shape["data"], _TOKENS[mesh.devices.flat[0].platform]
+        batches = count * length // (self._tokens * self._shards * _CHUNKS)
         step = -(-length // min(max(batches // _WORTH, 1), _LENGTHS))
         self._lengths = np.array([*range(step, length, step), length])
         self._streams = [replacement.streams.stream_LxTxD[:, :length] for length in self._lengths]
@@ -41,54 +38,75 @@ class Rows:
 
     def __call__(
         self,
-        layer_R: np.ndarray,
-        position_R: np.ndarray,
-        vector_RxD: np.ndarray,
-        into_RxS: np.ndarray,
+        layer_T: np.ndarray,
+        position_T: np.ndarray,
+        vector_TxD: np.ndarray,
+        into_TxS: np.ndarray,
         in_stream: bool = False,
     ) -> None:
         """Writes what each source contributes to each target.
 
         Args:
-          layer_R: int32 layer whose transcoder reads; or, of the stream, the layer that it enters.
-          position_R: int32 where.
-          vector_RxD: the directions that are read.
-          into_RxS: fp32, to be filled.
+          layer_T: int32 layer whose transcoder reads; or, of the stream, the layer that it enters.
+          position_T: int32 where.
+          vector_TxD: the directions that are read.
+          into_TxS: fp32, to be filled.
           in_stream: whether the directions are of the stream.
         """
-        if in_stream and len(np.unique(layer_R)) > 1:
-            for layer in np.unique(layer_R):
-                own = layer_R == layer
-                part_RxS = np.empty((own.sum(), into_RxS.shape[1]), np.float32)
-                self(layer_R[own], position_R[own], vector_RxD[own], part_RxS, in_stream)
-                into_RxS[own] = part_RxS
-            return
-        batches = list(self._batches(layer_R, position_R))
+        batches = list(self._batches(layer_T, position_T, in_stream))
 
-        def dispatched() -> Iterator[jax.Array]:
-            for rows, index, size in batches:
-                start = int(layer_R[rows].max()) + (not in_stream)
-                filled = np.resize(rows, size)
-                yield self._start(index, start, vector_RxD[filled], layer_R[filled], position_R[filled])
+        def started() -> Iterator[jax.Array]:
+            for index, chunks in batches:
+                yield self._start(index, chunks, layer_T, position_T, vector_TxD, in_stream)
 
-        for (rows, _, _), read_BxRxW in zip(batches, lagging(dispatched()), strict=True):
-            into_RxS[rows] = self._sources.collect(np.asarray(read_BxRxW)[:, : len(rows)])
+        for (_, chunks), read_NxBxRxW in zip(batches, lagging(started()), strict=True):
+            for targets, read_BxRxW in zip(chunks, np.asarray(read_NxBxRxW), strict=False):
+                into_TxS[targets] = self._sources.collect(read_BxRxW[:, : len(targets)])
 
-    def _batches(self, layer_R: np.ndarray, position_R: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
-        """Targets of similar position, in each batch of similar layer: which, the number of their length, the size."""
-        length_R = np.searchsorted(self._lengths, position_R + 1)
-        for index, length in enumerate(self._lengths):
-            own = np.flatnonzero(length_R == index)
-            own = own[np.argsort(-layer_R[own], kind="stable")]
-            size = max(self._budget // int(length), 1) * self._shards
-            for start in range(0, len(own), size):
-                yield own[start : start + size], index, size
+    def _batches(
+        self, layer_T: np.ndarray, position_T: np.ndarray, in_stream: bool
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Chunks of targets of similar position and layer, in batches: the number of their length, and which they are.
 
-    def _start(self, index: int, start: int, *arrays: np.ndarray) -> jax.Array:
-        """Starts the program on a batch of targets at the positions of one of the lengths."""
+        Directions of the stream share a chunk only with others of the same layer.
+        """
+        length_T = np.searchsorted(self._lengths, position_T + 1)
+        for index in range(len(self._lengths)):
+            own = np.flatnonzero(length_T == index)
+            own = own[np.argsort(-layer_T[own], kind="stable")]
+            changes = np.flatnonzero(np.diff(layer_T[own]) * in_stream) + 1
+            size = self._chunk_size(index)
+            chunks = [
+                part[start : start + size] for part in np.split(own, changes) for start in range(0, len(part), size)
+            ]
+            for start in range(0, len(chunks), _CHUNKS):
+                yield index, chunks[start : start + _CHUNKS]
+
+    def _chunk_size(self, index: int) -> int:
+        return max(self._tokens // int(self._lengths[index]), 1) * self._shards
+
+    def _start(
+        self,
+        index: int,
+        chunks: list[np.ndarray],
+        layer_T: np.ndarray,
+        position_T: np.ndarray,
+        vector_TxD: np.ndarray,
+        in_stream: bool,
+    ) -> jax.Array:
+        """Starts the program on a batch; chunks are filled up with copies, the batch with chunks that never start."""
+        size = self._chunk_size(index)
+        filled_NxR = np.stack([np.resize(targets, size) for targets in chunks])
+        filled_NxR = filled_NxR[np.minimum(np.arange(_CHUNKS), len(chunks) - 1)]
+        start_N = np.zeros(_CHUNKS, np.int32)
+        start_N[: len(chunks)] = layer_T[filled_NxR[: len(chunks)]].max(axis=1) + (not in_stream)
         model, streams, sources = self._replacement.model, self._replacement.streams, self._sources
-        vector_RxD, layer_R, position_R = by_row(model.mesh, *arrays)
-        batch = Batch(vector_RxD, layer_R, position_R, np.int32(start))
-        places = sources.first_X, self._stops[index]
+        arrays = vector_TxD[filled_NxR], layer_T[filled_NxR], position_T[filled_NxR]
+        vector_NxRxD, layer_NxR, position_NxR = (
+            jax.device_put(array, fitting_sharding(model.mesh, array.shape, None, "data", *[None] * (array.ndim - 2)))
+            for array in arrays
+        )
+        batch = Batch(vector_NxRxD, layer_NxR, position_NxR, start_N)
         fixed = model.params, self._streams[index], streams.skip_LxDxD, sources.bank
+        places = sources.first_X, self._stops[index]
         return contributions(self._replacement.frozen, model.mesh, *fixed, *places, batch)
