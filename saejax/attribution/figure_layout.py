@@ -122,7 +122,7 @@ def _place(boxes: list[Box], spread: float) -> tuple[list[Row], tuple[float, flo
         width = _place_columns(cells)
     width = max(width, 3.4)
     layers = sorted({layer for layer, _ in cells})
-    gap, y, rows = min(_ROW_GAP, max(0.13, 3.6 / len(layers))) if layers else 0.0, 0.24, []
+    gap, y, rows = min(_ROW_GAP, max(0.1, 3.0 / len(layers))) if layers else 0.0, 0.24, []
     for layer in layers:
         own = [cell for (row, _), cell in cells.items() if row == layer]
         tall = max(_tall(cell) for cell in own)

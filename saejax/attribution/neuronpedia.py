@@ -6,21 +6,16 @@ error's layer: a graph that holds both has two nodes of one name, and no reader 
 is ``{layer}_-1_{position}`` (its ``feature`` is -1 in both), so ids are unique.
 """
 
-import contextlib
-import fcntl
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from saejax.attribution.document import check_document
 from saejax.attribution.graph import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Graph
 from saejax.errors import UserError
-from saejax.workspace import package_versions, write_json
+from saejax.workspace import package_versions
 
-INDEX = "graph-metadata.json"  # the viewer's list of the graphs in a folder
 _TYPES = {
     FEATURE: "cross layer transcoder",  # of per-layer transcoders, too: the viewers know no other
     ERROR: "mlp reconstruction error",
@@ -29,7 +24,6 @@ _TYPES = {
 }
 # How Neuronpedia calls settings of ours; others keep their names.
 _SETTINGS = {"max_logits": "max_n_logits", "logit_mass": "desired_logit_prob", "max_features": "max_feature_nodes"}
-_LISTED = ("slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_threshold", "schema_version")
 
 
 def to_document(
@@ -56,7 +50,7 @@ def to_document(
     """
     if graph.pruning is None:
         raise UserError("the graph is not pruned: prune it first (nodes=1, edges=1 keeps all that has influence)")
-    _check_slug(slug)
+    check_slug(slug)
     ids = node_ids(graph)
     source_E, target_E, weight_E = graph.edges()
     links = [
@@ -73,41 +67,6 @@ def to_document(
     )
     check_document(document)
     return document
-
-
-def write_graph(folder: Path, document: Mapping[str, Any], *, replace: bool = False) -> Path:
-    """Writes ``folder/<slug>.json`` and enters the graph in ``folder/graph-metadata.json``.
-
-    These are what circuit-tracer's local server shows. The entries of other graphs stay, also when several processes
-    write at once.
-
-    Args:
-      folder: made if it does not exist.
-      document: of ``to_document``.
-      replace: whether a graph of the same slug may be replaced.
-
-    Returns:
-      The path of the graph.
-
-    Raises:
-      UserError: there is a graph of that slug and ``replace`` is False, or the list is damaged.
-    """
-    check_document(document)
-    folder, metadata = Path(folder), document["metadata"]
-    slug, path = metadata["slug"], folder / f"{metadata['slug']}.json"
-    _check_slug(slug)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f".{INDEX}.lock"):
-        listed = _listed(folder / INDEX)
-        slugs = [one.get("slug") if isinstance(one, dict) else None for one in listed["graphs"]]
-        if not replace and (slug in slugs or path.exists()):
-            raise UserError(f"{folder} has a graph {slug!r} already: name another slug, or ask for it to be replaced")
-        entry = {name: metadata[name] for name in _LISTED if name in metadata}
-        place = slugs.index(slug) if slug in slugs else len(slugs)
-        others = [one for one, name in zip(listed["graphs"], slugs) if name != slug]
-        write_json(path, document)  # before its entry: a list never names a graph that is not there
-        write_json(folder / INDEX, {**listed, "graphs": [*others[:place], entry, *others[place:]]})
-    return path
 
 
 def node_ids(graph: Graph) -> list[str]:
@@ -200,25 +159,7 @@ def _metadata(graph: Graph, slug: str, scan: str, info: Mapping[str, Any]) -> di
     )
 
 
-def _check_slug(slug: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) or f"{slug}.json" == INDEX:
+def check_slug(slug: str) -> None:
+    """Refuses (``UserError``) what cannot be the name of a graph's file."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) or slug == "graph-metadata":
         raise UserError(f"{slug!r} cannot name a graph: use letters, digits, '.', '_' and '-', as in a file's name")
-
-
-def _listed(path: Path) -> dict[str, Any]:
-    """The list of a folder's graphs; what is no such list is left alone."""
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"graphs": []}
-    except ValueError:
-        listed = None
-    if not isinstance(listed, dict) or not isinstance(listed.get("graphs"), list):
-        raise UserError(f"{path} is no list of graphs: move it away, or name another folder")
-    return listed
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Waits until no other process holds the lock."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -20,7 +20,10 @@ from saejax.attribution.document import check_document
 from saejax.workspace import write_text
 
 _VIEWER = Path(__file__).parent / "viewer"
-_SCRIPTS = ("model", "state", "layout", "draw", "elements", "panel", "search", "subgraph", "tables", "main")
+_SCRIPTS = [
+    *("model", "state", "layout", "paint", "draw", "elements", "panel", "tip", "search", "units", "pins", "subgraph"),
+    *("tables", "app", "main"),
+]
 Feature = tuple[int, int]  # layer, number of the feature
 
 

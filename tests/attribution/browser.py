@@ -21,7 +21,8 @@ CHROMIUM = next(
 )
 _OPTIONS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe about:blank"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-features=IsolateSandboxedIframes "
+    "--remote-debugging-pipe about:blank"
 )
 # Makes the pipes' ends the descriptors 3 and 4, wherever they were, and becomes the browser.
 _START = """
@@ -92,6 +93,14 @@ class Browser:
         result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
+
+    def js_in_frame(self, expression: str) -> Any:
+        """The value of an expression about the document of the page's first frame."""
+        frame = self.send("Page.getFrameTree")["frameTree"]["childFrames"][0]["frame"]["id"]
+        world = self.send("Page.createIsolatedWorld", frameId=frame)["executionContextId"]
+        return self.send("Runtime.evaluate", expression=expression, contextId=world, returnByValue=True)["result"][
+            "value"
+        ]
 
     def wait(self, expression: str, seconds: float = 20.0) -> None:
         """Waits until an expression is true."""

@@ -14,8 +14,9 @@ from reference_graphs import LAYERS, adjacency_of, each_graph, needs_graphs, nod
 import saejax
 from saejax.attribution.document import check_document
 from saejax.attribution.graph import LOGIT, Graph
+from saejax.attribution.graph_folder import INDEX, write_graph
 from saejax.attribution.network import to_networkx
-from saejax.attribution.neuronpedia import INDEX, cantor_pair, cantor_unpair, node_ids, to_document, write_graph
+from saejax.attribution.neuronpedia import cantor_pair, cantor_unpair, node_ids, to_document
 from saejax.attribution.page import write_page
 from saejax.errors import UserError
 

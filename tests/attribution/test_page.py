@@ -1,5 +1,6 @@
 """The interactive page, driven in a real browser: what readers do with it, and what its file may hold."""
 
+import html
 import json
 import re
 import time
@@ -425,6 +426,61 @@ def test_odd_graphs_are_drawn(browser, tmp_path, shape):
         assert clicked(browser)
         assert browser.js("document.documentElement.scrollWidth") <= width
     assert browser.errors == []
+
+
+@needs_chromium
+def test_going_back_restores_sliders(opened, document):
+    slide(opened, "edges", 0.5)
+    click_node(opened, busy_feature(document))  # at once, before the slider's state is in the address
+    counts = text(opened, "#counts")
+    slide(opened, "edges", 0.2)
+    opened.js("history.back()")
+    opened.wait("attributionGraph.state.clickedId === ''")
+    assert text(opened, "#counts") == counts
+    time.sleep(0.3)  # longer than an address may be late
+    assert "clickedId=&" in opened.js("location.hash") and "edges=0.5" in opened.js("location.hash")
+
+
+@needs_chromium
+def test_a_notebook_can_show_it_in_a_frame(browser, document, tmp_path):
+    write_page(tmp_path / "graph.html", document)
+    frame = html.escape((tmp_path / "graph.html").read_text(), quote=True)
+    (tmp_path / "notebook.html").write_text(f'<iframe sandbox="allow-scripts" width=1000 height=700 srcdoc="{frame}">')
+    browser.view(1100, 800)
+    browser.open((tmp_path / "notebook.html").as_uri())
+    time.sleep(0.5)
+    box = browser.js_in_frame("JSON.stringify(document.querySelector('#panel .row').getBoundingClientRect())")
+    browser.click(json.loads(box)["x"] + 40, json.loads(box)["y"] + 20)
+    assert browser.js_in_frame("document.querySelector('#pin').innerText") == "Pin"
+    assert browser.js_in_frame("document.querySelectorAll('#panel .inputs .row').length") > 0
+    assert browser.errors == []
+
+
+@needs_chromium
+def test_every_control_has_a_name(opened, document):
+    node = busy_feature(document)
+    click_node(opened, node, modifiers=8)
+    click_node(opened, strongest(document, node, True)[0][0], modifiers=8)
+    click_node(opened, node)
+    tree = opened.send("Accessibility.getFullAXTree")["nodes"]
+    named = {}
+    for one in tree:
+        role = one.get("role", {}).get("value")
+        if not one.get("ignored") and role in ("button", "slider", "combobox", "checkbox", "textbox", "application"):
+            named.setdefault(role, []).append(one.get("name", {}).get("value", ""))
+    assert {"button", "slider", "combobox", "checkbox", "textbox", "application"} <= set(named)
+    assert all(name.strip() for names in named.values() for name in names)
+    assert opened.js("document.querySelector('[aria-live]').textContent").startswith(
+        opened.js(f"attributionGraph.place({json.dumps(node)}).label")
+    )
+
+
+@needs_chromium
+def test_nothing_moves_for_who_does_not_want_it(opened):
+    moving = "[...document.querySelectorAll('*')].filter(e => parseFloat(getComputedStyle(e).transitionDuration) > 0)"
+    assert opened.js(f"{moving}.length") == 0
+    opened.view(1440, 900, still=False)
+    assert opened.js(f"{moving}.length") == 1
 
 
 @needs_chromium

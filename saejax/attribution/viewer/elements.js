@@ -7,7 +7,7 @@ function element(tag, attributes = {}, ...children) {
     if (name.startsWith("on")) made[name] = value;
     else made.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  made.append(...children.flat(2).filter((child) => child !== null && child !== undefined && child !== false));
   return made;
 }
 
@@ -21,37 +21,65 @@ function drawn(tag, attributes = {}, ...children) {
 /** The shape of a node's kind, as on the canvas. */
 function glyph(kind) {
   const shapes = {
-    [FEATURE]: ["circle", { cx: 6, cy: 6, r: 4.5 }], [ERROR]: ["path", { d: "M6 .9 11.1 6 6 11.1 .9 6Z", class: "hollow" }],
-    [TOKEN]: ["rect", { x: 2, y: 2, width: 8, height: 8 }], [OTHER]: ["path", { d: "M1.5 10.5h9L6 1.5Z" }],
+    [FEATURE]: ["circle", { cx: 6, cy: 6, r: 4.5 }],
+    [ERROR]: ["path", { d: "M6 .9 11.1 6 6 11.1 .9 6Z", class: "hollow" }],
+    [TOKEN]: ["rect", { x: 2, y: 2, width: 8, height: 8 }],
+    [OTHER]: ["path", { d: "M1.5 10.5h9L6 1.5Z" }],
     [LOGIT]: ["rect", { x: 0.8, y: 2.8, width: 10.4, height: 6.4, rx: 2, class: "hollow" }],
   };
   return drawn("svg", { viewBox: "0 0 12 12", class: "glyph", "aria-hidden": "true" }, drawn(...shapes[kind]));
 }
 
+/** A node as a button: its shape, its label, and where it stands. */
+function nodeRow(graph, i, onclick, more = "") {
+  const name = element("span", { class: "name" }, graph.labels[i]);
+  return element(
+    "button",
+    { type: "button", class: "row", "data-node": graph.ids[i], title: graph.labels[i], onclick: () => onclick(i) },
+    element("span", { class: "what" }, glyph(graph.kind[i]), name),
+    element("span", { class: "where" }, whereOf(graph, i) + more),
+  );
+}
+
 /** One context of a feature: stronger activation, warmer colour. */
 function strip(example) {
-  const tokens = example.tokens, values = example.activations || [];
-  const most = Math.max(0, ...values.filter((value) => value !== null)), peak = values.indexOf(most);
-  return element("span", { class: "strip" }, tokens.map((token, k) => {
-    const text = token.replace(/\n/g, "⏎").replace(/\t/g, "⇥"), share = most > 0 ? (values[k] || 0) / most : 0;
-    if (!(share > 0)) return text;
-    const piece = element(k === peak ? "b" : "span", { title: `activation ${magnitude(values[k])}` }, text);
-    piece.style.setProperty("--heat", share.toFixed(2));
-    return piece;
-  }));
+  const tokens = example.tokens;
+  const values = example.activations || [];
+  const most = Math.max(0, ...values.filter((value) => value !== null));
+  const peak = values.indexOf(most);
+  return element(
+    "span",
+    { class: "strip" },
+    tokens.map((token, k) => {
+      const text = token.replace(/\n/g, "⏎").replace(/\t/g, "⇥");
+      const share = most > 0 ? (values[k] || 0) / most : 0;
+      if (!(share > 0)) return text;
+      const piece = element(k === peak ? "b" : "span", { title: `activation ${magnitude(values[k])}` }, text);
+      piece.style.setProperty("--heat", share.toFixed(2));
+      return piece;
+    }),
+  );
 }
 
-function examplesOf(examples, most) {
-  return element("ol", { class: "contexts" }, examples.slice(0, most).map((example) => element("li", {}, strip(example))));
+function exampleList(examples, most) {
+  return element(
+    "ol",
+    { class: "contexts" },
+    examples.slice(0, most).map((example) => element("li", {}, strip(example))),
+  );
 }
 
-function facts(pairs) {
-  return element("dl", { class: "facts" }, pairs.filter(([, text]) => text !== null).map(([term, text]) =>
-    element("div", {}, element("dt", {}, term), element("dd", {}, text))));
+function factList(pairs) {
+  return element(
+    "dl",
+    { class: "facts" },
+    pairs
+      .filter(([, text]) => text !== null)
+      .map(([term, text]) => element("div", {}, element("dt", {}, term), element("dd", {}, text))),
+  );
 }
 
-function download(name, type, content) {
-  const blob = content instanceof Blob ? content : new Blob([content], { type });
+function download(name, blob) {
   const link = element("a", { href: URL.createObjectURL(blob), download: name });
   document.body.append(link);
   link.click();

@@ -2,7 +2,9 @@
 // for; the nodes of a cell stand in lines, so that none covers another. A graph that would not fit even with the
 // smallest nodes makes the world wider than the view, which then scrolls.
 
-const GUTTER = 40, LARGEST = 15, SMALLEST = 7; // pixels: room for layer names; distances between nodes
+const GUTTER = 40;
+const LARGEST = 15;
+const SMALLEST = 7; // pixels: room for layer names; distances between nodes
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
 
 function layOut(graph, visible, width, height, zoom, measure) {
@@ -10,13 +12,16 @@ function layOut(graph, visible, width, height, zoom, measure) {
   for (let i = 0; i < graph.n; i++) {
     if (!visible.node[i] || graph.kind[i] === LOGIT) continue;
     const key = graph.row[i] * graph.columns + graph.pos[i];
-    if (cells.has(key)) cells.get(key).push(i); else cells.set(key, [i]);
+    if (cells.has(key)) cells.get(key).push(i);
+    else cells.set(key, [i]);
   }
   const plot = (width - GUTTER - 8) * zoom;
   const texts = graph.tokens.map((token) => clip(visibleToken(token), 14));
   const textWidths = texts.map((text) => measure(text, 11));
   const pills = layPills(graph, visible, width, measure);
-  let bottom = 24, tilted = false, columns;
+  let bottom = 24;
+  let tilted = false;
+  let columns;
   for (;;) {
     const rowHeight = (height - pills.height - bottom) / (graph.rows - 1);
     columns = columnWidths(graph, cells, plot, rowHeight, tilted ? null : textWidths);
@@ -30,16 +35,20 @@ function layOut(graph, visible, width, height, zoom, measure) {
   left[0] = GUTTER;
   for (let c = 0; c < graph.columns; c++) left[c + 1] = left[c] + widths[c];
   const worldWidth = Math.max(width, left[graph.columns] + 8);
-  const x = new Float32Array(graph.n), y = new Float32Array(graph.n), radius = new Float32Array(graph.n);
+  const x = new Float32Array(graph.n);
+  const y = new Float32Array(graph.n);
+  const radius = new Float32Array(graph.n);
   const rowY = (r) => height - bottom - (r + 0.5) * rowHeight;
   for (const [key, members] of cells) {
-    const c = key % graph.columns, r = Math.floor(key / graph.columns);
+    const c = key % graph.columns;
+    const r = Math.floor(key / graph.columns);
     members.sort((a, b) => graph.kind[a] - graph.kind[b] || graph.share[a] - graph.share[b] || a - b);
     const perLine = Math.max(1, Math.floor((widths[c] - 4) / pitch));
     const lines = Math.ceil(members.length / perLine);
     const step = Math.min(pitch, lines > 1 ? (rowHeight - 1) / lines : pitch);
     members.forEach((i, k) => {
-      const line = Math.floor(k / perLine), inLine = Math.min(perLine, members.length - line * perLine);
+      const line = Math.floor(k / perLine);
+      const inLine = Math.min(perLine, members.length - line * perLine);
       x[i] = left[c] + widths[c] / 2 + ((k % perLine) - (inLine - 1) / 2) * pitch;
       y[i] = rowY(r) + (line - (lines - 1) / 2) * step;
       radius[i] = radiusOf(graph, i, Math.min(pitch, rowHeight) / 2 - 0.75);
@@ -51,7 +60,23 @@ function layOut(graph, visible, width, height, zoom, measure) {
     y[pill.node] = pill.y + pill.height / 2;
     radius[pill.node] = pill.height / 2;
   }
-  return { x, y, radius, left, widths, rowY, rowHeight, pitch, texts, tilted, bottom, width, height, worldWidth, pills };
+  return {
+    x,
+    y,
+    radius,
+    left,
+    widths,
+    rowY,
+    rowHeight,
+    pitch,
+    texts,
+    tilted,
+    bottom,
+    width,
+    height,
+    worldWidth,
+    pills,
+  };
 }
 
 /** The largest distance between nodes with which all columns fit, and the columns' widths. */
@@ -63,7 +88,10 @@ function columnWidths(graph, cells, plot, rowHeight, textWidths) {
       const c = key % graph.columns;
       widths[c] = Math.max(widths[c], Math.ceil(members.length / lines) * pitch + 6);
     }
-    if (textWidths) textWidths.forEach((text, c) => { widths[c] = Math.max(widths[c], text + 8); });
+    if (textWidths)
+      textWidths.forEach((text, c) => {
+        widths[c] = Math.max(widths[c], text + 8);
+      });
     const total = widths.reduce((a, b) => a + b, 0);
     if (total <= plot || pitch <= SMALLEST) {
       const stretch = Math.max(0, plot - total) / graph.columns;
@@ -76,15 +104,23 @@ function columnWidths(graph, cells, plot, rowHeight, textWidths) {
 
 /** Outputs as labelled boxes at the top right, most probable first, in as many lines as they need. */
 function layPills(graph, visible, width, measure) {
-  const boxes = [], gap = 6, boxHeight = 22, room = width - GUTTER - 8;
+  const boxes = [];
+  const gap = 6;
+  const boxHeight = 22;
+  const room = width - GUTTER - 8;
   const logits = [];
   for (let i = 0; i < graph.n; i++) if (graph.kind[i] === LOGIT && visible.node[i]) logits.push(i);
   logits.sort((a, b) => graph.doc.nodes[b].token_prob - graph.doc.nodes[a].token_prob);
-  let lines = [[]], used = 0;
+  let lines = [[]];
+  let used = 0;
   for (const node of logits) {
-    const probability = percent(graph.doc.nodes[node].token_prob ?? 0), text = clip(graph.labels[node], 22);
+    const probability = percent(graph.doc.nodes[node].token_prob ?? 0);
+    const text = clip(graph.labels[node], 22);
     const wide = Math.min(room, measure(text, 12, true) + measure(probability, 11) + 22);
-    if (used + wide > room && used) { lines.push([]); used = 0; }
+    if (used + wide > room && used) {
+      lines.push([]);
+      used = 0;
+    }
     lines.at(-1).push({ node, text, probability, width: wide, height: boxHeight });
     used += wide + gap;
   }
@@ -117,24 +153,32 @@ const clip = (text, most) => {
 
 /** A grid of buckets over the nodes: the node under the pointer is found without looking at the others. */
 function buildIndex(graph, visible, layout) {
-  const size = 24, buckets = new Map();
+  const size = 24;
+  const buckets = new Map();
   for (let i = 0; i < graph.n; i++) {
     if (!visible.node[i] || graph.kind[i] === LOGIT) continue;
     const key = Math.floor(layout.x[i] / size) * 65536 + Math.floor(layout.y[i] / size);
-    if (buckets.has(key)) buckets.get(key).push(i); else buckets.set(key, [i]);
+    if (buckets.has(key)) buckets.get(key).push(i);
+    else buckets.set(key, [i]);
   }
   return (px, py, reach) => {
     for (const box of layout.pills.boxes) {
       if (px >= box.x && px <= box.x + box.width && py >= box.y && py <= box.y + box.height) return box.node;
     }
-    let best = -1, nearest = reach * reach;
-    const cx = Math.floor(px / size), cy = Math.floor(py / size);
-    for (let bx = cx - 1; bx <= cx + 1; bx++) for (let by = cy - 1; by <= cy + 1; by++) {
-      for (const i of buckets.get(bx * 65536 + by) || []) {
-        const distance = (layout.x[i] - px) ** 2 + (layout.y[i] - py) ** 2;
-        if (distance < nearest) { nearest = distance; best = i; }
+    let best = -1;
+    let nearest = reach * reach;
+    const cx = Math.floor(px / size);
+    const cy = Math.floor(py / size);
+    for (let bx = cx - 1; bx <= cx + 1; bx++)
+      for (let by = cy - 1; by <= cy + 1; by++) {
+        for (const i of buckets.get(bx * 65536 + by) || []) {
+          const distance = (layout.x[i] - px) ** 2 + (layout.y[i] - py) ** 2;
+          if (distance < nearest) {
+            nearest = distance;
+            best = i;
+          }
+        }
       }
-    }
     return best;
   };
 }

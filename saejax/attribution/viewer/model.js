@@ -1,9 +1,16 @@
 // The graph as typed arrays. Nodes keep the order of the document; edges are sorted by |weight|, strongest first,
 // so that "edge e is among the strongest" is a comparison of integers, and each node's lists of edges come sorted.
 
-const FEATURE = 0, ERROR = 1, TOKEN = 2, LOGIT = 3, OTHER = 4;
+const FEATURE = 0;
+const ERROR = 1;
+const TOKEN = 2;
+const LOGIT = 3;
+const OTHER = 4;
 const KIND_OF = {
-  "cross layer transcoder": FEATURE, "mlp reconstruction error": ERROR, embedding: TOKEN, logit: LOGIT,
+  "cross layer transcoder": FEATURE,
+  "mlp reconstruction error": ERROR,
+  embedding: TOKEN,
+  logit: LOGIT,
 };
 
 /** A token as people can see it: no space, tab, newline or invisible character is left out or taken literally. */
@@ -21,9 +28,14 @@ function visibleText(text) {
 }
 
 function readGraph(doc, labels) {
-  const n = doc.nodes.length, m = doc.links.length, tokens = doc.metadata.prompt_tokens;
-  const kind = new Uint8Array(n), row = new Int16Array(n), pos = new Int32Array(n);
-  const share = new Float32Array(n), activation = new Float32Array(n);
+  const n = doc.nodes.length;
+  const m = doc.links.length;
+  const tokens = doc.metadata.prompt_tokens;
+  const kind = new Uint8Array(n);
+  const row = new Int16Array(n);
+  const pos = new Int32Array(n);
+  const share = new Float32Array(n);
+  const activation = new Float32Array(n);
   const index = new Map(doc.nodes.map((node, i) => [node.node_id, i]));
   let layers = 0;
   doc.nodes.forEach((node, i) => {
@@ -37,15 +49,32 @@ function readGraph(doc, labels) {
     row[i] = kind[i] === TOKEN ? 0 : kind[i] === LOGIT ? layers + 1 : Number(node.layer) + 1;
   });
   const graph = {
-    n, m, tokens, layers, rows: layers + 2, columns: tokens.length, kind, row, pos, share, activation, index,
-    doc, ids: doc.nodes.map((node) => node.node_id), ...readEdges(doc.links, index, n),
+    n,
+    m,
+    tokens,
+    layers,
+    rows: layers + 2,
+    columns: tokens.length,
+    kind,
+    row,
+    pos,
+    share,
+    activation,
+    index,
+    doc,
+    ids: doc.nodes.map((node) => node.node_id),
+    ...readEdges(doc.links, index, n),
   };
   graph.labels = doc.nodes.map((node, i) => labelOf(graph, node, i, labels));
   graph.named = doc.nodes.map((node, i) => Boolean(labels[featureKey(node)] || node.clerp) && kind[i] === FEATURE);
   graph.searchable = doc.nodes.map((node, i) =>
-    `${graph.labels[i]}\n${node.node_id}\n${visibleToken(tokens[pos[i]] ?? "")}\n${tokens[pos[i]] ?? ""}`.toLowerCase());
+    `${graph.labels[i]}\n${node.node_id}\n${visibleToken(tokens[pos[i]] ?? "")}\n${tokens[pos[i]] ?? ""}`.toLowerCase(),
+  );
   // Tokens and outputs are always shown, so they do not stretch the slider.
-  graph.mostShare = share.reduce((most, value, i) => (kind[i] === TOKEN || kind[i] === LOGIT ? most : Math.max(most, value)), 0);
+  graph.mostShare = share.reduce(
+    (most, value, i) => (kind[i] === TOKEN || kind[i] === LOGIT ? most : Math.max(most, value)),
+    0,
+  );
   return graph;
 }
 
@@ -53,10 +82,14 @@ function readEdges(links, index, n) {
   const m = links.length;
   const weights = Float64Array.from(links, (link) => link.weight);
   const order = Array.from({ length: m }, (_, e) => e).sort((a, b) => Math.abs(weights[b]) - Math.abs(weights[a]));
-  const source = new Int32Array(m), target = new Int32Array(m), weight = new Float64Array(m);
+  const source = new Int32Array(m);
+  const target = new Int32Array(m);
+  const weight = new Float64Array(m);
   const before = new Float64Array(m); // share of the total |weight| that stronger edges have
-  const inTotal = new Float64Array(n), outTotal = new Float64Array(n);
-  const inStart = new Int32Array(n + 1), outStart = new Int32Array(n + 1);
+  const inTotal = new Float64Array(n);
+  const outTotal = new Float64Array(n);
+  const inStart = new Int32Array(n + 1);
+  const outStart = new Int32Array(n + 1);
   let total = 0;
   order.forEach((from, e) => {
     source[e] = index.get(links[from].source);
@@ -70,10 +103,18 @@ function readEdges(links, index, n) {
     outStart[source[e] + 1]++;
   });
   for (let e = 0; e < m; e++) before[e] /= total || 1;
-  for (let i = 0; i < n; i++) { inStart[i + 1] += inStart[i]; outStart[i + 1] += outStart[i]; }
-  const inEdge = new Int32Array(m), outEdge = new Int32Array(m);
-  const inNext = inStart.slice(), outNext = outStart.slice();
-  for (let e = 0; e < m; e++) { inEdge[inNext[target[e]]++] = e; outEdge[outNext[source[e]]++] = e; }
+  for (let i = 0; i < n; i++) {
+    inStart[i + 1] += inStart[i];
+    outStart[i + 1] += outStart[i];
+  }
+  const inEdge = new Int32Array(m);
+  const outEdge = new Int32Array(m);
+  const inNext = inStart.slice();
+  const outNext = outStart.slice();
+  for (let e = 0; e < m; e++) {
+    inEdge[inNext[target[e]]++] = e;
+    outEdge[outNext[source[e]]++] = e;
+  }
   return { source, target, weight, before, inTotal, outTotal, inStart, inEdge, outStart, outEdge };
 }
 
@@ -96,7 +137,8 @@ function labelOf(graph, node, i, labels) {
 
 /** The edges into (or out of) a node, strongest first. */
 function edgesOf(graph, i, into) {
-  return into ? graph.inEdge.subarray(graph.inStart[i], graph.inStart[i + 1])
+  return into
+    ? graph.inEdge.subarray(graph.inStart[i], graph.inStart[i + 1])
     : graph.outEdge.subarray(graph.outStart[i], graph.outStart[i + 1]);
 }
 

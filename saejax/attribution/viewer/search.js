@@ -1,41 +1,80 @@
 // Search by label, id or token: found nodes get a ring in the picture and a row below the box.
 
+const FOUND_AT_MOST = 50; // rows
+
 function makeSearch(graph, app) {
-  const box = document.getElementById("search"), list = document.getElementById("found");
-  const most = 50;
+  const box = document.getElementById("search");
+  const list = document.getElementById("found");
+  const stage = document.getElementById("stage");
+
+  /** Nodes in whose texts all words are, the most influential first. */
   const matches = (query) => {
-    const words = query.toLowerCase().split(/\s+/).filter(Boolean), found = [];
-    if (!words.length) return found;
-    for (let i = 0; i < graph.n; i++) if (words.every((word) => graph.searchable[i].includes(word))) found.push(i);
-    return found.sort((a, b) => graph.share[a] - graph.share[b]);
+    const words = query.toLowerCase().split(/\s+/).filter(Boolean);
+    if (!words.length) return [];
+    const all = [...Array(graph.n).keys()].filter((i) => words.every((word) => graph.searchable[i].includes(word)));
+    return all.sort((a, b) => graph.share[a] - graph.share[b]);
   };
-  const hide = () => { list.hidden = true; box.setAttribute("aria-expanded", "false"); };
-  const go = (i) => { hide(); app.select(i); document.getElementById("stage").focus({ preventScroll: true }); };
-  const show = (open) => {
+  const open = (shown) => {
+    list.hidden = !shown;
+    box.setAttribute("aria-expanded", String(shown));
+  };
+  const go = (i) => {
+    open(false);
+    app.select(i);
+    stage.focus({ preventScroll: true });
+  };
+  const show = (shown) => {
     const found = matches(app.state.query);
+    const asked = app.state.query.trim() !== "";
+    const limit = found.length > FOUND_AT_MOST ? `; the first ${FOUND_AT_MOST}:` : "";
+    const words = asked ? `${count(found.length)} ${found.length === 1 ? "node" : "nodes"} found${limit}` : "";
+    const rows = found.slice(0, FOUND_AT_MOST).map((i) => {
+      const hidden = app.visible.node[i] ? "" : " · below the threshold";
+      return nodeRow(graph, i, go, hidden);
+    });
     app.found = new Set(found);
-    list.replaceChildren(
-      element("p", { class: "note", role: "status" }, app.state.query.trim()
-        ? `${count(found.length)} ${found.length === 1 ? "node" : "nodes"} found${found.length > most ? `; the first ${most}:` : ""}` : ""),
-      ...found.slice(0, most).map((i) => element("button", { type: "button", class: "row", onclick: () => go(i), "data-node": graph.ids[i] },
-        element("span", { class: "what" }, glyph(graph.kind[i]), element("span", { class: "name" }, graph.labels[i])),
-        element("span", { class: "where" }, whereOf(graph, i) + (app.visible.node[i] ? "" : " · below the threshold")))));
-    list.hidden = !(open && app.state.query.trim());
-    box.setAttribute("aria-expanded", String(!list.hidden));
+    list.replaceChildren(element("p", { class: "note", role: "status" }, words), ...rows);
+    open(shown && asked);
   };
-  box.oninput = () => { app.change({ query: box.value }); show(true); };
+
+  box.oninput = () => {
+    app.change({ query: box.value });
+    show(true);
+  };
   box.onfocus = () => show(true);
   box.onkeydown = (event) => {
     const first = list.querySelector("button");
     if (event.key === "Enter" && first) first.click();
-    else if (event.key === "ArrowDown" && first) { first.focus(); event.preventDefault(); }
-    else if (event.key === "Escape") { box.value = ""; app.change({ query: "" }); hide(); document.getElementById("stage").focus(); event.stopPropagation(); }
+    else if (event.key === "ArrowDown" && first) {
+      first.focus();
+      event.preventDefault();
+    } else if (event.key === "Escape") {
+      box.value = "";
+      app.change({ query: "" });
+      open(false);
+      stage.focus();
+      event.stopPropagation();
+    }
   };
   list.onkeydown = (event) => {
-    const step = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
-    if (step) { const to = event.target[step]; (to && to.matches("button") ? to : box).focus(); event.preventDefault(); }
-    else if (event.key === "Escape") { hide(); box.focus(); event.stopPropagation(); }
+    const side = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
+    if (side) {
+      const to = event.target[side];
+      (to && to.matches("button") ? to : box).focus();
+      event.preventDefault();
+    } else if (event.key === "Escape") {
+      open(false);
+      box.focus();
+      event.stopPropagation();
+    }
   };
-  document.addEventListener("pointerdown", (event) => { if (!event.target.closest(".finder")) hide(); });
-  return { show() { if (document.activeElement !== box) box.value = app.state.query; show(!list.hidden); } };
+  document.addEventListener("pointerdown", (event) => {
+    if (!event.target.closest(".finder")) open(false);
+  });
+  return {
+    show() {
+      if (document.activeElement !== box) box.value = app.state.query;
+      show(!list.hidden);
+    },
+  };
 }

@@ -8,7 +8,15 @@ function firstState(graph) {
   const last = Math.min(EDGES_AT_FIRST, graph.m) - 1;
   const share = last < graph.m - 1 ? Math.floor(graph.before[last + 1] * 100) / 100 : 1;
   const q = graph.doc.qParams || {};
-  const state = { clicked: -1, pinned: [], groups: [], linkType: "both", nodes: 1, edges: Math.max(share, 0.01), query: "" };
+  const state = {
+    clicked: -1,
+    pinned: [],
+    groups: [],
+    linkType: "both",
+    nodes: 1,
+    edges: Math.max(share, 0.01),
+    query: "",
+  };
   return {
     ...state,
     clicked: graph.index.get(q.clickedId) ?? -1,
@@ -19,8 +27,10 @@ function firstState(graph) {
 
 /** Pins and groups of a document or address, which may be wrong: unknown nodes are left out, no node is in two groups. */
 function checkedPins(graph, ids, supernodes) {
-  const known = (list) => (Array.isArray(list) ? list : []).map((id) => graph.index.get(id)).filter((i) => i !== undefined);
-  const taken = new Set(), groups = [];
+  const known = (list) =>
+    (Array.isArray(list) ? list : []).map((id) => graph.index.get(id)).filter((i) => i !== undefined);
+  const taken = new Set();
+  const groups = [];
   for (const item of Array.isArray(supernodes) ? supernodes : []) {
     if (!Array.isArray(item)) continue;
     const members = [...new Set(known(item.slice(1)))].filter((i) => !taken.has(i));
@@ -32,14 +42,17 @@ function checkedPins(graph, ids, supernodes) {
 
 function qParamsOf(graph, state) {
   return {
-    ...graph.doc.qParams, pinnedIds: state.pinned.map((i) => graph.ids[i]),
+    ...graph.doc.qParams,
+    pinnedIds: state.pinned.map((i) => graph.ids[i]),
     supernodes: state.groups.map(([name, members]) => [name, ...members.map((i) => graph.ids[i])]),
-    linkType: state.linkType, clickedId: state.clicked < 0 ? "" : graph.ids[state.clicked],
+    linkType: state.linkType,
+    clickedId: state.clicked < 0 ? "" : graph.ids[state.clicked],
   };
 }
 
 function toHash(graph, state) {
-  const q = qParamsOf(graph, state), params = new URLSearchParams();
+  const q = qParamsOf(graph, state);
+  const params = new URLSearchParams();
   params.set("clickedId", q.clickedId);
   params.set("pinnedIds", q.pinnedIds.join(","));
   params.set("supernodes", JSON.stringify(q.supernodes));
@@ -48,6 +61,37 @@ function toHash(graph, state) {
   params.set("edges", state.edges);
   if (state.query) params.set("q", state.query);
   return "#" + params;
+}
+
+let late = 0; // the timer, and
+let lateHash = ""; // the address, of a change that is yet to be written
+
+/** Puts the state into the address: as a step that the back button undoes, or else a little later. */
+function writeAddress(hash, push) {
+  if (!push) {
+    // Browsers refuse addresses that change many times a second, as they would under a slider.
+    clearTimeout(late);
+    lateHash = hash;
+    late = setTimeout(settleAddress, 150);
+    return;
+  }
+  settleAddress();
+  setAddress("pushState", hash);
+}
+
+/** Writes what is yet to be written. */
+function settleAddress() {
+  clearTimeout(late);
+  if (lateHash) setAddress("replaceState", lateHash);
+  lateHash = "";
+}
+
+function setAddress(how, hash) {
+  try {
+    history[how](null, "", hash);
+  } catch {
+    // A notebook may show the page in a frame that has no address of its own; then there is none to keep.
+  }
 }
 
 /** The state that an address names; what it does not name is as at first. */
@@ -62,7 +106,11 @@ function fromHash(graph, hash) {
   if (params.has("clickedId")) state.clicked = graph.index.get(params.get("clickedId")) ?? -1;
   if (params.has("pinnedIds") || params.has("supernodes")) {
     let supernodes = [];
-    try { supernodes = JSON.parse(params.get("supernodes") || "[]"); } catch { /* a damaged link: no groups */ }
+    try {
+      supernodes = JSON.parse(params.get("supernodes") || "[]");
+    } catch {
+      /* a damaged link: no groups */
+    }
     Object.assign(state, checkedPins(graph, (params.get("pinnedIds") || "").split(","), supernodes));
   }
   if (LINK_TYPES.includes(params.get("linkType"))) state.linkType = params.get("linkType");
@@ -71,15 +119,22 @@ function fromHash(graph, hash) {
 
 /** Which nodes and edges the thresholds leave. The selected node and pins are always shown. */
 function visibility(graph, state) {
-  const node = new Uint8Array(graph.n), edge = new Uint8Array(graph.m);
+  const node = new Uint8Array(graph.n);
+  const edge = new Uint8Array(graph.m);
   const limit = state.nodes * graph.mostShare + 1e-7;
-  let nodes = 0, edges = 0, last = 0;
-  for (let i = 0; i < graph.n; i++) node[i] = graph.share[i] <= limit || graph.kind[i] === TOKEN || graph.kind[i] === LOGIT ? 1 : 0;
+  let nodes = 0;
+  let edges = 0;
+  let last = 0;
+  for (let i = 0; i < graph.n; i++)
+    node[i] = graph.share[i] <= limit || graph.kind[i] === TOKEN || graph.kind[i] === LOGIT ? 1 : 0;
   if (state.clicked >= 0) node[state.clicked] = 1;
   for (const i of state.pinned) node[i] = 1;
   for (let i = 0; i < graph.n; i++) nodes += node[i];
   for (let e = 0; e < graph.m && (graph.before[e] < state.edges || state.edges >= 1); e++) {
-    if (node[graph.source[e]] && node[graph.target[e]]) { edge[e] = 1; edges++; }
+    if (node[graph.source[e]] && node[graph.target[e]]) {
+      edge[e] = 1;
+      edges++;
+    }
     last = e + 1;
   }
   return { node, edge, nodes, edges, last };
@@ -88,7 +143,9 @@ function visibility(graph, state) {
 /** The edges of one node, strongest first, until they carry the slider's share of |weight|: here of the node's own inputs
  * (or outputs), since weights of different nodes have different scales. Edges to hidden nodes are left out. */
 function edgesShown(graph, state, visible, i, into) {
-  const total = (into ? graph.inTotal[i] : graph.outTotal[i]) || 1, other = into ? graph.source : graph.target, shown = [];
+  const total = (into ? graph.inTotal[i] : graph.outTotal[i]) || 1;
+  const other = into ? graph.source : graph.target;
+  const shown = [];
   let before = 0;
   for (const e of edgesOf(graph, i, into)) {
     if (before >= state.edges * total && state.edges < 1) break;
