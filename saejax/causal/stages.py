@@ -20,7 +20,7 @@ from saejax.parallel import AgreedStop, from_first_process, is_first_process, ma
 from saejax.tasks.behaviours import Prompt, read_prompts
 from saejax.workspace import Run, read_json, write_json
 
-Tick = Callable[[int, int], None]  # called with the tokens done and to do; may raise to stop
+Tick = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
 _SAY_EVERY = 5.0  # seconds
 
 
@@ -86,13 +86,16 @@ def partial_folder(run: Run, part: str) -> Path:
     return part_file(run, part, "-partial")
 
 
-def each_part(run: Run, parts: Sequence[str], begin: Callable[[], Measure]) -> dict[str, dict[str, Any]]:
+def each_part(
+    run: Run, parts: Sequence[str], begin: Callable[[], Measure], unit: str = "tokens"
+) -> dict[str, dict[str, Any]]:
     """The results of all parts, in their order: those kept from an earlier run, and the others measured.
 
     Args:
       run: of the stage.
       parts: their names, which are names of files.
       begin: called once if a part is left; gives what measures one, and writes what else the part keeps.
+      unit: what ticks count, for messages.
 
     Raises:
       Interrupted: asked to stop; parts that were finished are kept.
@@ -110,7 +113,7 @@ def each_part(run: Run, parts: Sequence[str], begin: Callable[[], Measure]) -> d
     for number, part in enumerate(parts, 1):
         if part not in found:
             label = f"{run.stage}: {part} ({number} of {len(parts)})"
-            found[part], said = measure(part, progress(run, label, stop))
+            found[part], said = measure(part, progress(run, label, stop, unit))
             if is_first_process():
                 write_json(part_file(run, part), found[part])  # last: it says that the part is done
                 _drop_partial(run, part)
@@ -124,7 +127,7 @@ def _drop_partial(run: Run, part: str) -> None:
         shutil.rmtree(partial_folder(run, part))
 
 
-def progress(run: Run, label: str, stop: AgreedStop) -> Tick:
+def progress(run: Run, label: str, stop: AgreedStop, unit: str = "tokens") -> Tick:
     """A function that says, now and then, how far it is, and raises ``Interrupted`` when the run is to stop."""
     start = said = time.monotonic()
 
@@ -137,7 +140,7 @@ def progress(run: Run, label: str, stop: AgreedStop) -> Tick:
             start = now
         elif now - said > _SAY_EVERY and done < total:
             speed = done / max(now - start, 1e-9)
-            run.say(f"{label}: {done:,} of {total:,} tokens, {speed:,.0f}/s, {(total - done) / speed:.0f} s to go")
+            run.say(f"{label}: {done:,} of {total:,} {unit}, {speed:,.0f}/s, {(total - done) / speed:.0f} s to go")
             said = now
 
     return tick

@@ -167,7 +167,7 @@ def limits(found: Findings) -> Section:
     fewest = min(scores["test"]["n"] for scores in found.behaviours.values())
     ratios = "; ".join(
         f"{behaviour(name)} "
-        + ", ".join(number(match[f"{what}_ratio"]) for what in ("firing_rate", "activation", "norm"))
+        + ", ".join(number(match.get(f"{what}_ratio")) for what in ("firing_rate", "activation", "norm"))
         for name, match in ((name, result["controls"]["match"]) for name, result in found.ablate["behaviours"].items())
     )
     items = [

@@ -32,7 +32,9 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
                 blocks += [_picture(kind, name, by_name[name], found.cells[kind][name], draw) for name in by_name]
             else:
                 blocks.append(_features_table(results))
-            without = [(behaviour(name), f"not patched: {reason}.") for name, reason in results["unpatched"].items()]
+            without = [
+                (behaviour(name), f"not patched: {reason}.") for name, reason in results.get("unpatched", {}).items()
+            ]
             if without:
                 blocks.append(Terms(tuple(without)))
     return [Section("Where the content stands", tuple(blocks))] if blocks else []
@@ -102,7 +104,7 @@ def _features_row(name: str, result: Mapping[str, Any], top: int) -> tuple[str, 
     if not found["prompts"]:
         return (behaviour(name), "0", *5 * (MISSING,), restored)
     most: Mapping[str, Any] = found["top"][-1] if found["top"] else dict(accuracy=None, random=None)
-    shares = (most["accuracy"], most["random"], found["all"], found["error"], found["site"])
+    shares = (most["accuracy"], most["random"], found["all"], found.get("error"), found["site"])
     return (behaviour(name), str(found["prompts"]), *map(_share, shares), restored)
 
 

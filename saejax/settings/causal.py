@@ -10,6 +10,7 @@ ESTIMATES = ("gradient", "integrated", "relp")
 READOUTS = ("log_likelihood", "top1", "kl")  # beside the logit difference
 BASES = ("neurons", "components", "random")  # those that need no folder
 PROBE_LABELS = ("behaviour", "answer", "parity", "correct", "number")
+_MATCHES = "how many features, the nearest by firing rate, activation size and decoder norm, each control is drawn from"
 PATCHABLE = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 
 
@@ -79,9 +80,7 @@ class AblateConfig(Config):
         low=0,
     )
     draws: int = setting(100, "draws of as many matched random features", low=2)
-    matches: int = setting(
-        10, "how many nearest features by firing rate and activation size each control is drawn from", low=1
-    )
+    matches: int = setting(10, _MATCHES, low=1)
     seed: int = setting(
         456, "seed of the control draws, the bootstrap, the permutations and random replacements", low=0
     )
@@ -150,9 +149,7 @@ class PatchConfig(Config):
         choices=ESTIMATES,
     )
     draws: int = setting(20, "draws of as many matched random features", low=2)
-    matches: int = setting(
-        10, "how many nearest features by firing rate and activation size each control is drawn from", low=1
-    )
+    matches: int = setting(10, _MATCHES, low=1)
     seed: int = setting(456, "seed of the control draws and the bootstrap", low=0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     batch_rows: int = setting(64, "patched prompts per batch", low=1, changes_results=False)
@@ -176,9 +173,7 @@ class StudyConfig(Config):
     )
     top: int = setting(20, "features, ranked on train items, that are removed together", low=1)
     draws: int = setting(10, "draws of as many matched random features", low=2)
-    matches: int = setting(
-        10, "how many nearest features by firing rate and activation size each control is drawn from", low=1
-    )
+    matches: int = setting(10, _MATCHES, low=1)
     min_drop: float = setting(
         0.05, "verdict: removing the top features must cost more than this share of accuracy", low=0.0, high=1.0
     )

@@ -2,7 +2,7 @@
 
 import types
 
-from saejax.reporting import agreement, bases, probes, sections, studies
+from saejax.reporting import agreement, bases, patching, probes, sections, studies
 from saejax.reporting.document import Picture
 
 
@@ -65,6 +65,20 @@ def test_agreement_with_other_dictionaries():
     assert first[5].startswith("0.60 [0.50") and first[7].startswith("0.20 [")
     assert second[3:] == ("0 (0\u00a0%, 0\u00a0%)", "–", "–", "–", "–")
     assert agreement.sections(types.SimpleNamespace(ablate=dict(behaviours={}))) == []
+
+
+def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
+    share = dict(features=20, accuracy=interval(0.5), random=interval(0.1))
+    carried = dict(prompts=12, top=[share], all=interval(0.7), error=interval(0.2), site=interval(0.9))
+    together = [dict(features=20, denoising=dict(normalised=interval(0.4))), dict(features="all")]
+    results = dict(dictionary="topk", site="resid_post.15", top=20, unpatched=dict(addition="it has no train prompts"))
+    results["behaviours"] = dict(capital=dict(interchange=carried, together=together))
+    found = types.SimpleNamespace(summaries={"patch/topk": dict(results=results)}, cells={})
+    table, without = patching.sections(found, None)[0].blocks
+    shares = [f"{mean}\u00a0% [{mean - 10}\u00a0%, {mean + 10}\u00a0%]" for mean in (50, 10, 70, 20, 90)]
+    assert table.rows == (("Capital of a country", "12", *shares, "0.40 [0.30,\u00a00.50]"),)
+    assert len(table.columns) == len(table.rows[0])
+    assert without.items == (("Single-digit addition", "not patched: it has no train prompts."),)
 
 
 def test_probes_are_shown_and_labels_without_one_said():

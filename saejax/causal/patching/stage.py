@@ -72,7 +72,7 @@ def run_patch(run: Run) -> dict:
 
         return measure_pairs
 
-    found = each_part(run, named or list(prompts), begin)
+    found = each_part(run, named or list(prompts), begin, "tokens" if dictionary else "rows")
     unpatched = {name: result["unpatched"] for name, result in found.items() if "unpatched" in result}
     if len(unpatched) == len(found):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unpatched.items())
