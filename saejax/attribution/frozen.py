@@ -63,22 +63,6 @@ class FrozenModel:
         """
         return self._layer(params, layer, reaches, x_TxD, skip_DxD, self._mix)
 
-    def along(
-        self,
-        params: decoder.Params,
-        layer: int | jax.Array,
-        reaches: Reaches,
-        x_TxD: jax.Array,
-        skip_DxD: jax.Array | None,
-        change_TxD: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        """What a change of the stream that enters makes of what ``layer`` returns, both [T, D]: its linear part."""
-
-        def held(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return self._layer(params, layer, reaches, x_TxD, skip_DxD)
-
-        return jax.jvp(held, (x_TxD,), (change_TxD,))[1]
-
     def _layer(
         self,
         params: decoder.Params,

@@ -31,7 +31,7 @@ from saejax.attribution.replacement import Replacement
 from saejax.attribution.targets import Readouts
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.attention import Meet, Reach, Reaches, full_reaches, mix
+from saejax.models.attention import Reach, full_reaches, mix
 from saejax.models.layers import einsum
 from saejax.parallel import by_row
 
@@ -117,7 +117,7 @@ def intervene(
         return Changed(feature_RxJ, readout_RxK)
     first = min(edits)
     most = int(np.bincount(active.layer_A[chosen_J]).max(initial=0))  # one size, so that layers share programs
-    states = [_unchanged(replacement, hold, chunk.stop - chunk.start, first) for chunk in chunks]
+    states = [_unchanged(replacement, chunk.stop - chunk.start, first) for chunk in chunks]
     for layer in range(first, config.n_layers):
         x_TxD = streams.stream_LxTxD[layer]
         inner_K = np.flatnonzero(readouts.layer_K == layer)
@@ -128,7 +128,7 @@ def intervene(
         for place, chunk in enumerate(chunks):
             if len(inner_K):
                 inner = Reader(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
-                moved_RxK = read_moved(hold, x_TxD, states[place], inner)
+                moved_RxK = read_moved(x_TxD, states[place], inner)
                 readout_RxK[chunk, inner_K] += np.asarray(moved_RxK)[: chunk.stop - chunk.start]
             arguments = replacement.frozen, hold, replacement.model.params, np.int32(layer), x_TxD, states[place]
             edited = (*transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder else None
@@ -154,7 +154,7 @@ def run_layer(
     params: decoder.Params,
     layer: jax.Array,
     x_TxD: jax.Array,
-    state_RxTxD: jax.Array,
+    x_RxTxD: jax.Array,
     skip_DxD: jax.Array | None,
     edited: tuple[nnx.GraphDef, nnx.State, Edits] | None,
     reader: Reader | None,
@@ -162,60 +162,41 @@ def run_layer(
     """One layer of all rows.
 
     Args:
-      x_TxD: the prompt's stream entering the layer.
-      state_RxTxD: the rows' streams; with ``hold`` "all", by how much they differ from the prompt's.
+      x_TxD, x_RxTxD: the stream entering the layer, of the prompt and of the rows.
       edited: the layer's transcoder, and what is changed there; None: nothing.
       reader: what is read from the transcoder's input.
 
     Returns:
-      The state leaving the layer, and by how much what is read differs from the prompt's, [R, J].
+      The stream leaving the layer, and by how much what is read differs from the prompt's, [R, J].
     """
-    reaches = full_reaches(frozen.config, len(x_TxD))
-    if hold == "all":
-        linear = functools.partial(frozen.along, params, layer, reaches, x_TxD, skip_DxD)
-        next_RxTxD, read_RxTxD = jax.vmap(linear)(state_RxTxD)
-        if edited is not None:
-            next_RxTxD = next_RxTxD + _added(*edited, None, next_RxTxD)
-        moved_RxTxD = read_RxTxD
-    else:
-        own_TxD, meet = _prompt(frozen, params, layer, reaches, x_TxD)
-        seen: dict[str, jax.Array] = {}
-
-        def hook(kind: str, value_RxTxD: jax.Array) -> jax.Array:
-            seen[kind] = value_RxTxD
-            if kind != "mlp_out" or edited is None:
-                return value_RxTxD
-            return value_RxTxD + _added(*edited, frozen.read(params, layer, seen), value_RxTxD)
-
-        held = meet if hold == "attention" else None
-        next_RxTxD = decoder.block(frozen.config, params, layer, state_RxTxD, reaches, hook, held)
-        moved_RxTxD = frozen.read(params, layer, seen) - own_TxD[None]
-    if reader is None:
-        return next_RxTxD, None
-    return next_RxTxD, einsum("rjd,jd->rj", moved_RxTxD[:, reader.position_J], reader.vector_JxD)
-
-
-def _prompt(
-    frozen: FrozenModel, params: decoder.Params, layer: jax.Array, reaches: Reaches, x_TxD: jax.Array
-) -> tuple[jax.Array, Meet]:
-    """What the transcoder reads in the prompt itself [T, D], and attention with the prompt's weights."""
-    kept: list[jax.Array] = []
+    config = dataclasses.replace(frozen.original, first_fixes=hold == "all")
     seen: dict[str, jax.Array] = {}
 
-    def keep(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
-        kept.extend((q, k))
-        return mix(frozen.config, q, k, v, reach)
-
-    def look(kind: str, value_TxD: jax.Array) -> jax.Array:
-        seen[kind] = value_TxD
-        return value_TxD
+    def hook(kind: str, value_BxTxD: jax.Array) -> jax.Array:
+        seen[kind] = value_BxTxD
+        if kind != "mlp_out":
+            return value_BxTxD
+        read_BxTxD = frozen.read(params, layer, seen, config)
+        if hold == "all":  # of what the MLP gives, the skip path alone reacts
+            skip = 0 if skip_DxD is None else einsum("btd,de->bte", read_BxTxD - read_BxTxD[:1], skip_DxD)
+            value_BxTxD = jnp.broadcast_to(value_BxTxD[:1], value_BxTxD.shape) + skip
+        if edited is None:
+            return value_BxTxD
+        return value_BxTxD.at[1:].add(_added(*edited, None if hold == "all" else read_BxTxD[1:], value_BxTxD[1:]))
 
     def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
-        q, k = (jnp.broadcast_to(own[None], other.shape) for own, other in zip(kept, (q, k), strict=True))
-        return mix(frozen.config, q, k, v, reach)
+        q, k = (jnp.broadcast_to(part[:1], part.shape) for part in (q, k))  # the prompt's attention weights
+        return mix(config, q, k, v, reach)
 
-    decoder.block(frozen.config, params, layer, x_TxD, reaches, look, keep)
-    return frozen.read(params, layer, seen), meet
+    x_BxTxD = jnp.concatenate([x_TxD[None], x_RxTxD])  # the prompt comes first
+    reaches = full_reaches(config, len(x_TxD))
+    held = meet if hold == "attention" else None
+    x_BxTxD = decoder.block(config, params, layer, x_BxTxD, reaches, hook, held)
+    if reader is None:
+        return x_BxTxD[1:], None
+    read_BxTxD = frozen.read(params, layer, seen, config)
+    moved_RxJxD = (read_BxTxD[1:] - read_BxTxD[:1])[:, reader.position_J]
+    return x_BxTxD[1:], einsum("rjd,jd->rj", moved_RxJxD, reader.vector_JxD)
 
 
 def _added(
@@ -238,11 +219,10 @@ def _added(
     return jnp.zeros_like(like_RxTxD).at[row_Rx1, edits.position_RxM].add(added_RxMxD.astype(like_RxTxD.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def read_moved(hold: str, x_TxD: jax.Array, state_RxTxD: jax.Array, reader: Reader) -> jax.Array:
+@jax.jit
+def read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, reader: Reader) -> jax.Array:
     """By how much directions of the stream entering a layer differ from the prompt's, [R, J]."""
-    moved_RxTxD = state_RxTxD if hold == "all" else state_RxTxD - x_TxD[None]
-    return einsum("rjd,jd->rj", moved_RxTxD[:, reader.position_J], reader.vector_JxD)
+    return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, reader.position_J], reader.vector_JxD)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -250,7 +230,7 @@ def read_last(
     frozen: FrozenModel,
     hold: str,
     last_D: jax.Array,
-    state_RxTxD: jax.Array,
+    x_RxTxD: jax.Array,
     last: jax.Array,
     vector_KxD: jax.Array,
     normed_K: jax.Array,
@@ -260,17 +240,16 @@ def read_last(
     Their directions are pulled back through the final norm with the prompt's factor. Unless all is held, the factor is
     that of each row, which multiplies what is read.
     """
-    state_RxD = state_RxTxD[:, last]
+    x_RxD, config = x_RxTxD[:, last], frozen.original
     if hold == "all":
-        return einsum("rd,kd->rk", state_RxD, vector_KxD)
-    config = frozen.config
+        return einsum("rd,kd->rk", x_RxD - last_D[None], vector_KxD)
 
     def factor(x_RxD: jax.Array) -> jax.Array:
         centred_RxD = x_RxD - jnp.mean(x_RxD, axis=-1, keepdims=True) if config.norm == "layer" else x_RxD
         return lax.rsqrt(jnp.mean(jnp.square(centred_RxD), axis=-1, keepdims=True) + config.norm_eps)
 
-    ratio_RxK = jnp.where(normed_K[None], factor(state_RxD) / factor(last_D[None]), 1.0)
-    return einsum("rd,kd->rk", state_RxD, vector_KxD) * ratio_RxK - einsum("rd,kd->rk", last_D[None], vector_KxD)
+    ratio_RxK = jnp.where(normed_K[None], factor(x_RxD) / factor(last_D[None]), 1.0)
+    return einsum("rd,kd->rk", x_RxD, vector_KxD) * ratio_RxK - einsum("rd,kd->rk", last_D[None], vector_KxD)
 
 
 def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) -> dict[int, Edits]:
@@ -327,13 +306,12 @@ def _chunks(rows: int, replacement: Replacement) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _unchanged(replacement: Replacement, hold: str, rows: int, first: int) -> jax.Array:
-    """The state entering layer ``first`` of rows in which nothing is changed yet, filled up."""
+def _unchanged(replacement: Replacement, rows: int, first: int) -> jax.Array:
+    """The stream entering layer ``first`` of rows in which nothing is changed yet, filled up."""
     x_TxD = replacement.streams.stream_LxTxD[first]
     filled = -(-rows // _STEP) * _STEP
-    state_RxTxD = jnp.zeros((filled, *x_TxD.shape), x_TxD.dtype)
-    (state_RxTxD,) = by_row(replacement.model.mesh, state_RxTxD if hold == "all" else state_RxTxD + x_TxD[None])
-    return state_RxTxD
+    (x_RxTxD,) = by_row(replacement.model.mesh, jnp.tile(x_TxD[None], (filled, 1, 1)))
+    return x_RxTxD
 
 
 def _filled(edits: Edits, chunk: slice, rows: int) -> Edits:

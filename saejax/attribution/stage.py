@@ -18,7 +18,8 @@ from saejax.attribution import circuits, validation
 from saejax.attribution.attribute import Traced, trace_prompt
 from saejax.attribution.figure import draw_graph, save_figure
 from saejax.attribution.graph import ERROR, FEATURE, Graph
-from saejax.attribution.neuronpedia import to_document, write_graph
+from saejax.attribution.graph_folder import write_graph
+from saejax.attribution.neuronpedia import to_document
 from saejax.attribution.page import write_page
 from saejax.attribution.requests import Request, read_requests
 from saejax.attribution.transcoders import TranscoderSet, open_transcoders
