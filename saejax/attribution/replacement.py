@@ -163,7 +163,7 @@ class Replacement:
 
 def padded_length(tokens: int) -> int:
     """The length to which a prompt is padded, so that prompts of similar length share compiled programs."""
-    step = max(4, 1 << (tokens.bit_length() - 3))
+    step = max(4, (1 << tokens.bit_length()) >> 3)
     return -(-tokens // step) * step
 
 

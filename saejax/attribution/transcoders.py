@@ -6,6 +6,7 @@ dictionaries that are in memory already. Of a set on disk nothing but descriptio
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from typing import Any
 import numpy as np
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, folding, formats
+from saejax.dictionaries.formats import circuit_tracer, gemma_scope, own
+from saejax.dictionaries.formats import circuit_tracer_settings as description
 from saejax.errors import UserError
+from saejax.models import source
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 
 Rows = Callable[[int, str, np.ndarray], np.ndarray]
+_ADDRESS = re.compile(r"hf://(?P<repository>[^/]+/[^/]+)/(?P<file>[^?]+)(\?revision=(?P<revision>.+))?")
 
 
 class TranscoderSet:
@@ -104,23 +109,81 @@ class TranscoderSet:
 
 
 def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = "") -> TranscoderSet:
-    """Opens a set of transcoders without reading it.
+    """Opens a set of transcoders, of which no array is read yet.
 
     Args:
-      path: a folder of circuit-tracer's, one of folders that ``load_dictionary`` loads.
+      path: a circuit-tracer set, Gemma Scope's files, a folder of folders with our own dictionaries or SAELens ones; or
+        the hub id of a repository with such.
+      revision: branch, tag or commit of a hub repository.
+      subfolder: where in it the set is.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: there is none, it lacks a layer, or it is damaged.
     """
-    folder = Path(path) / subfolder
+    name, folder, commit = _folder(str(path), revision, subfolder)
     if (folder / formats.SET).exists():
-        opened = formats.circuit_tracer.open_set(folder)
+        return _listed(name, folder, commit)
+    if files := gemma_scope.find_layers(folder):
+        return _gemma_scope(name, files, gemma_scope.before_gain(files), commit, "")
+    inside = sorted(child for child in folder.iterdir() if child.is_dir())
+    places = [place for child in inside for place in (child, child / "dictionary")]
+    places = [place for place in places if (place / own.DESCRIPTION).exists()]
+    if not places:
+        return TranscoderSet.of(formats.load_transcoders(folder), name)
+    configs = [own.read_config(place) for place in places]
+    layers = [Site.parse(config.target or config.site).layer for config in configs]
+    order = sorted(range(len(layers)), key=layers.__getitem__)
+    return TranscoderSet(name, [configs[i] for i in order], lambda layer: own.load(places[order[layer]]))
 
-        def rows(layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
-            return opened.tensors[layer][name].map()[features_U]
 
-        return TranscoderSet(str(folder), opened.configs, opened.load, rows)
-    return TranscoderSet.of(formats.load_transcoders(folder), str(folder))
+def _folder(path: str, revision: str, subfolder: str) -> tuple[str, Path, str]:
+    """The name of a set, its folder, which is fetched from the hub if need be, and the commit there."""
+    name = f"{path}/{subfolder}" if subfolder else path
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return name, local / subfolder, ""
+    if local.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"there is no folder {path} of transcoders: expected one, or a hub id such as org/name")
+    prefix = f"{subfolder}/" if subfolder else ""
+    files = [f"{prefix}{pattern}" for pattern in (formats.SET, "layer_*.safetensors", *(["*"] if subfolder else []))]
+    root = source.hub_folder(path, revision, files, what="set of transcoders")
+    return name, root / subfolder, root.name
+
+
+def _listed(name: str, folder: Path, commit: str) -> TranscoderSet:
+    """A set with a description of circuit-tracer's; its files may be elsewhere on the hub."""
+    settings = description.read(folder / formats.SET)
+    before_gain = description.reads_before_gain(settings)
+    files = description.layer_files(folder, settings, _fetched)
+    if files and files[0].suffix == ".npz":
+        return _gemma_scope(name, files, before_gain, commit, str(settings.get("model_name") or ""))
+    opened = circuit_tracer.open_set(folder, "mlp_in" if before_gain else "", fetch=_fetched)
+
+    def rows(layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
+        return opened.tensors[layer][name].map()[features_U]
+
+    reads = "mlp_normed" if before_gain else "mlp_in"
+    return TranscoderSet(name, opened.configs, opened.load, rows, reads, commit)
+
+
+def _gemma_scope(name: str, files: Sequence[Path], before_gain: bool, commit: str, model: str) -> TranscoderSet:
+    configs = [gemma_scope.read_config(file, layer, model) for layer, file in enumerate(files)]
+    reads = "mlp_normed" if before_gain else "mlp_in"
+    return TranscoderSet(
+        name, configs, lambda layer: gemma_scope.load(files[layer], configs[layer]), None, reads, commit
+    )
+
+
+def _fetched(address: str) -> Path:
+    """The file of an address such as "hf://org/name/layer_0.safetensors?revision=main"."""
+    found = _ADDRESS.fullmatch(address)
+    if not found:
+        raise UserError(f"{address} is no file on the hub: expected hf://org/name/file")
+    from huggingface_hub import hf_hub_download
+
+    repository, file, revision = found["repository"], found["file"], found["revision"] or "main"
+    with source.hub_errors(repository, revision, "set of transcoders", file, "a transcoder"):
+        return Path(hf_hub_download(repository, file, revision=revision))
 
 
 def _plain(transcoder: Dictionary) -> Dictionary:

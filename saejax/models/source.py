@@ -3,11 +3,12 @@
 Whatever the source, the result is a folder in the hub's format (config.json, safetensors, tokenizer).
 """
 
+import contextlib
 import dataclasses
 import errno
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,19 +209,58 @@ def _smollm2_file() -> Path:
 
 def _from_hub(name: str, revision: str, decoder: bool, files: Sequence[str]) -> Path:
     """The folder of a hub model with the files of some patterns; without any, with config.json only."""
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
 
-    page = f"https://huggingface.co/{name}"
-    try:
+    with hub_errors(name, revision, "model", "config.json", "a transformers model"):
         config_file = Path(hf_hub_download(name, "config.json", revision=revision))
         if decoder:  # looked at first, so that nothing large is fetched in vain
             check_family(read_model_config(config_file.parent), f"{name}/config.json")
         if not files:
             return config_file.parent
-        commit = config_file.parent.name
-        folder = Path(
-            snapshot_download(name, revision=commit, allow_patterns=list(files), ignore_patterns=_HUB_SKIPPED)
+    folder = hub_folder(name, config_file.parent.name, files, _HUB_SKIPPED)
+    try:
+        if "*.safetensors" in files:
+            safetensors_files(folder)
+    except UserError:
+        page = f"https://huggingface.co/{name}"
+        raise UserError(
+            f"{name} has no safetensors weights in {folder}: either {page} has them in another format only, or they "
+            "were not fetched before and the hub cannot be reached: connect, or use another model"
+        ) from None
+    return folder
+
+
+def hub_folder(
+    name: str, revision: str, files: Sequence[str], skipped: Sequence[str] = (), what: str = "model"
+) -> Path:
+    """The folder of a hub repository with the files of some patterns, fetched if need be.
+
+    Raises:
+      UserError: there is no such repository or revision, or it cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(name, revision, what, files[0], f"a {what}"):
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=list(skipped))
         )
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, revision: str, what: str, file: str, expected: str) -> Iterator[None]:
+    """Turns the errors of the hub into ``UserError``s that say what to do.
+
+    Args:
+      name, revision: the repository.
+      what: is looked for there, such as "model".
+      file: without which there is none.
+      expected: what the file is part of.
+    """
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{name}"
+    try:
+        yield
     except errors.GatedRepoError:
         raise UserError(
             f"{name} is gated: accept its licence at {page}, then set the variable HF_TOKEN to a token of your account"
@@ -229,7 +269,7 @@ def _from_hub(name: str, revision: str, decoder: bool, files: Sequence[str]) -> 
         raise UserError(f"{name} has no revision {revision!r}: see {page}/tree/main for branches and tags") from None
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"there is no model {name!r}, neither a folder here nor at {page}: check the name; if it is private, set "
+            f"there is no {what} {name!r}, neither a folder here nor at {page}: check the name; if it is private, set "
             "the variable HF_TOKEN"
         ) from None
     except errors.LocalEntryNotFoundError as error:
@@ -240,20 +280,11 @@ def _from_hub(name: str, revision: str, decoder: bool, files: Sequence[str]) -> 
             "connect, or give a local folder"
         ) from None
     except errors.RemoteEntryNotFoundError:
-        raise UserError(f"{page} has no config.json at revision {revision!r}: expected a transformers model") from None
+        raise UserError(f"{page} has no {file} at revision {revision!r}: expected {expected}") from None
     except errors.HFValidationError:
         raise UserError(f"there is no folder {name!r}, and it is not a hub id such as org/name") from None
     except (errors.HfHubHTTPError, OSError) as error:
         raise _not_fetched(name, error) from None
-    try:
-        if "*.safetensors" in files:
-            safetensors_files(folder)
-    except UserError:
-        raise UserError(
-            f"{name} has no safetensors weights in {folder}: either {page} has them in another format only, or they "
-            "were not fetched before and the hub cannot be reached: connect, or use another model"
-        ) from None
-    return folder
 
 
 def _not_fetched(name: str, error: Exception) -> UserError:

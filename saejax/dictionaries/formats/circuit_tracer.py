@@ -52,12 +52,15 @@ class TranscoderSet:
         return Dictionary(config, operands, **turned)
 
 
-def open_set(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
+def open_set(
+    folder: Path, site: str = "", target: str = "", *, fetch: Callable[[str], Path] | None = None
+) -> TranscoderSet:
     """Opens a folder.
 
     Args:
       folder: holds ``config.yaml`` and the layers.
       site, target: kinds of site, such as "mlp_in", in place of the hooks that the folder names.
+      fetch: gives the files of addresses on the hub that the folder names.
 
     Raises:
       UserError: it is damaged, lacks a layer, or is of a kind that is not known here.
@@ -65,7 +68,7 @@ def open_set(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
     folder = Path(folder)
     file = folder / description.DESCRIPTION
     settings = description.read(file)
-    files = description.layer_files(folder, settings)
+    files = description.layer_files(folder, settings, fetch)
     opened = tuple(tensors.find(file) for file in files)
     configs = []
     for layer, found in enumerate(opened):

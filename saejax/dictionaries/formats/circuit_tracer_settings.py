@@ -1,7 +1,7 @@
 """``config.yaml`` of a circuit-tracer set: what it means for transcoders here, and what they become in it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,19 @@ def read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def layer_files(folder: Path, settings: dict[str, Any]) -> list[Path]:
-    """The files of the layers, in order; those that are listed need not exist."""
+def layer_files(folder: Path, settings: dict[str, Any], fetch: Callable[[str], Path] | None = None) -> list[Path]:
+    """The files of the layers, in order; those that are listed need not exist.
+
+    Args:
+      fetch: gives the file of an address on the hub; None: such addresses are refused.
+    """
     if listed := settings.get("transcoders"):
         if not isinstance(listed, list):
             raise UserError(f"{folder / DESCRIPTION}: transcoders is {listed!r}: expected a list of files")
-        if remote := [str(file) for file in listed if "://" in str(file)]:
+        remote = [str(file) for file in listed if "://" in str(file)]
+        if remote and fetch:
+            return [fetch(str(file)) if "://" in str(file) else folder / str(file) for file in listed]
+        if remote:
             raise UserError(
                 f"{folder / DESCRIPTION} names files on the hub ({remote[0]}, ...): download them to {folder} as "
                 "layer_0.safetensors and so on, and remove the list 'transcoders'"
@@ -76,6 +83,11 @@ def kind_of(file: Path, settings: dict[str, Any], layer: int, has_threshold: boo
     if kind == "topk" and (not isinstance(settings.get("k"), int) or settings["k"] < 1):
         raise UserError(f"{file}: activation is topk, but k is {settings.get('k')!r}: expected a whole number above 0")
     return kind
+
+
+def reads_before_gain(settings: dict[str, Any]) -> bool:
+    """Whether transcoders read what the norm before the MLP gives before its gain, which is none of the sites."""
+    return settings["feature_input_hook"] == "ln2.hook_normalized"
 
 
 def sites_of(settings: dict[str, Any], layer: int, site: str, target: str) -> tuple[str, str]:
