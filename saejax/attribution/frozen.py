@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from saejax.models import decoder
-from saejax.models.attention import Reach, Reaches, attention_weights, query_blocks
+from saejax.models.attention import Meet, Reach, Reaches, attention_weights, query_blocks
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import einsum, norm
 from saejax.models.parameters import LAYERS
@@ -61,6 +61,17 @@ class FrozenModel:
           The stream leaving the layer without what the MLP adds, unless by the skip path; and what the transcoder
           reads, both [T, D].
         """
+        return self._layer(params, layer, reaches, x_TxD, skip_DxD, self._mix)
+
+    def _layer(
+        self,
+        params: decoder.Params,
+        layer: int | jax.Array,
+        reaches: Reaches,
+        x_TxD: jax.Array,
+        skip_DxD: jax.Array | None,
+        meet: Meet | None,
+    ) -> tuple[jax.Array, jax.Array]:
         seen: dict[str, jax.Array] = {}
 
         def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
@@ -70,9 +81,7 @@ class FrozenModel:
             read_TxD = self.read(params, layer, seen)
             return jnp.zeros_like(value_TxD) if skip_DxD is None else einsum("td,de->te", read_TxD, skip_DxD)
 
-        return decoder.block(self.config, params, layer, x_TxD, reaches, hook, self._mix), self.read(
-            params, layer, seen
-        )
+        return decoder.block(self.config, params, layer, x_TxD, reaches, hook, meet), self.read(params, layer, seen)
 
     def _mix(self, q_TxHxK: jax.Array, k_TxNxK: jax.Array, v_TxNxK: jax.Array, reach: Reach) -> jax.Array:
         """As ``attention.mix``, with constant weights and a transpose that moves no more than it must."""
@@ -83,17 +92,29 @@ class FrozenModel:
             parts.append(_weighted(weights_NxGxTxS, v_TxNxK[keys]))
         return jnp.concatenate(parts).reshape(q_TxHxK.shape)
 
-    def read(self, params: decoder.Params, layer: int | jax.Array, seen: Mapping[str, jax.Array]) -> jax.Array:
-        """What the transcoder reads [T, D], from the values at a layer's sites."""
+    def read(
+        self,
+        params: decoder.Params,
+        layer: int | jax.Array,
+        seen: Mapping[str, jax.Array],
+        config: DecoderConfig | None = None,
+    ) -> jax.Array:
+        """What the transcoder reads, from the values at a layer's sites.
+
+        Args:
+          seen: values [..., T, D] by kind of site.
+          config: in place of ``self.config``.
+        """
         if self.reads == "mlp_in":
             return seen["mlp_in"]
+        config = config or self.config
         weights = decoder.layer_params(params, layer)
-        name = "attn_norm" if self.config.shared_norm else "mlp_norm"
+        name = "attn_norm" if config.shared_norm else "mlp_norm"
         gain_D = weights[f"{name}_D"]
-        plain = {f"{name}_D": jnp.full_like(gain_D, 0 if self.config.norm == "rms_plus_one" else 1)}
-        if self.config.norm == "layer":
+        plain = {f"{name}_D": jnp.full_like(gain_D, 0 if config.norm == "rms_plus_one" else 1)}
+        if config.norm == "layer":
             plain[f"{name}_bias_D"] = jnp.zeros_like(gain_D)
-        return norm(self.config, plain, name, seen["resid_pre" if self.config.parallel else "resid_mid"])
+        return norm(config, plain, name, seen["resid_pre" if config.parallel else "resid_mid"])
 
     def biases(
         self,
@@ -110,7 +131,8 @@ class FrozenModel:
         own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
 
         def with_biases(biases: decoder.Params) -> tuple[jax.Array, jax.Array]:
-            return self.layer({**params, **biases}, layer, reaches, x_TxD, skip_DxD)
+            # The decoder's own attention, which can be differentiated this way round.
+            return self._layer({**params, **biases}, layer, reaches, x_TxD, skip_DxD, None)
 
         return jax.jvp(with_biases, (own,), (own,))[1]
 

@@ -57,6 +57,7 @@ class DecoderConfig:
       backward: what differentiation goes by: "gradient", the function itself; "relp", the rules of relevance patching
         (Jafari et al., 2025, arXiv 2508.21258): the factors of norms and the attention weights are constants, an
         activation is a constant ratio of its input, and a gated product passes half to each side. Values stay.
+      first_fixes: whether all prompts of a batch take the factors of norms and the attention weights of the first one.
     """
 
     family: str
@@ -93,3 +94,4 @@ class DecoderConfig:
     embed_scale: float = 1.0
     remat: bool = False
     backward: str = "gradient"
+    first_fixes: bool = False

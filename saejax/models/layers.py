@@ -71,7 +71,9 @@ def mlp(config: DecoderConfig, weights: Weights, x_BxTxD: jax.Array) -> jax.Arra
 
 
 def held(config: DecoderConfig, value: jax.Array) -> jax.Array:
-    """The value, which under the rules of "relp" is a constant to differentiation."""
+    """A factor of a norm, or scores of attention, as ``config.backward`` and ``config.first_fixes`` hold them."""
+    if config.first_fixes:
+        value = jnp.broadcast_to(value[:1], value.shape)
     return lax.stop_gradient(value) if config.backward == "relp" else value
 
 

@@ -1,8 +1,15 @@
-"""Random graphs."""
+"""Random graphs, tiny models and transcoders for them."""
 
+import jax.numpy as jnp
 import numpy as np
+from tiny_models import save_tiny, save_tiny_tokenizer
 
+from saejax import load_model
 from saejax.attribution.graph import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Graph, Nodes
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.modules import parameter_table
+
+FEATURES = 48
 
 
 def make_graph(features=7, layers=2, positions=3, logits=2, seed=0) -> Graph:
@@ -33,3 +40,25 @@ def make_graph(features=7, layers=2, positions=3, logits=2, seed=0) -> Graph:
         transcoders=dict(name="t", n_features=9),
         settings=dict(max_features=None),
     )
+
+
+def make_transcoders(config, kind="standard", skip=False, seed=0) -> list[Dictionary]:
+    """Random transcoders in which a fifth of the features or so is active."""
+    rng, made = np.random.default_rng(seed), []
+    for layer in range(config.n_layers):
+        of = DictionaryConfig(
+            kind=kind, site=f"mlp_in.{layer}", target=f"mlp_out.{layer}", d_in=config.d_model, n_features=FEATURES,
+            k=6 if kind == "topk" else 0, skip=skip, centred=False,
+        )  # fmt: skip
+        arrays = {name: 0.2 * rng.normal(size=shape) for name, (shape, _) in parameter_table(of).items()}
+        arrays["b_enc_F"] -= 0.8
+        if kind == "jumprelu":
+            arrays["threshold_F"] = np.abs(arrays["threshold_F"])
+        made.append(Dictionary(of, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}))
+    return made
+
+
+def load_tiny(folder, family, mesh, **changes):
+    save_tiny(folder, family, vocab_size=384, **changes)
+    save_tiny_tokenizer(folder, 384)
+    return load_model(str(folder), mesh=mesh)
