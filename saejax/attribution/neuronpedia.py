@@ -46,7 +46,8 @@ def to_document(
       info: more for ``metadata.info``, such as ``description``, ``creator_name`` and ``create_time_ms``.
 
     Raises:
-      UserError: the graph is not pruned, a slug is no file name, or two logits have the same token.
+      UserError: the graph is not pruned, the slug is no file name, a supernode names a node that is not there, or two
+        logits have the same token.
     """
     if graph.pruning is None:
         raise UserError("the graph is not pruned: prune it first (nodes=1, edges=1 keeps all that has influence)")
@@ -59,6 +60,9 @@ def to_document(
     ]
     groups = [[name, *members] for name, members in (supernodes or {}).items()]
     pinned = list(dict.fromkeys(member for group in groups for member in group[1:]))
+    unknown = set(pinned) - set(ids)
+    if unknown:
+        raise UserError(f"supernodes name {min(unknown)!r}, and no node of the graph has that id")
     document = dict(
         metadata=_metadata(graph, slug, scan, info or {}),
         qParams=dict(pinnedIds=pinned, supernodes=groups, linkType="both", clickedId="", sg_pos=""),

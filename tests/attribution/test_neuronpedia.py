@@ -143,6 +143,8 @@ def test_what_cannot_be_written_is_refused(graph):
     for slug in ("", "../up", "a b", "graph-metadata"):
         with pytest.raises(UserError, match="cannot name a graph"):
             to_document(graph, slug)
+    with pytest.raises(UserError, match="supernodes name '9_9_9'"):
+        to_document(graph, "a", supernodes={"pair": ["0_0_1", "9_9_9"]})
     graph.nodes.index_N[graph.slice_of(LOGIT)] = 7
     with pytest.raises(UserError, match="not unique"):
         to_document(graph, "a")

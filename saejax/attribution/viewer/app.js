@@ -105,9 +105,9 @@ function refresh() {
   const nodes = `${state.nodes} ${state.pinned} ${state.clicked}`;
   const now = {
     visible: `${nodes} ${state.edges}`,
-    panel: `${nodes} ${state.edges} ${state.linkType}`,
+    panel: state.clicked < 0 ? "start" : `${nodes} ${state.edges} ${state.linkType} ${JSON.stringify(state.groups)}`,
     subgraph: `${JSON.stringify(state.groups)} ${state.pinned} ${state.clicked}`,
-    search: `${nodes} ${state.query}`,
+    search: state.query ? `${nodes} ${state.query}` : "",
   };
   if (now.visible !== shown.visible) {
     const old = app.visible;

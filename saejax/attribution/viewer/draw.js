@@ -3,10 +3,23 @@
 // the upper one and lets the lower one fade.
 
 const FRAME = 9; // milliseconds of drawing at a time, so that the page answers while thousands of edges appear
+const BURST = 250; // milliseconds: edges that change again within them wait
+const AT_ONCE = 2500; // of them, after this many of the strongest
 
 class Picture {
   constructor(graph, lower, upper) {
-    Object.assign(this, { graph, lower, upper, layout: null, visible: null, scroll: 0, painted: null, job: 0 });
+    Object.assign(this, {
+      graph,
+      lower,
+      upper,
+      layout: null,
+      visible: null,
+      scroll: 0,
+      painted: null,
+      job: 0,
+      wait: 0,
+      begun: -BURST,
+    });
     this.find = () => -1; // the node at a point
     const measurer = document.createElement("canvas").getContext("2d");
     this.measure = (text, size, bold) => {
@@ -38,6 +51,7 @@ class Picture {
   begin(canvas) {
     const context = canvas.getContext("2d");
     const scale = window.devicePixelRatio || 1;
+    context.restore(); // what a drawing that was cut short had set
     context.setTransform(scale, 0, 0, scale, 0, 0);
     context.clearRect(0, 0, this.layout.width, this.layout.height);
     context.save();
@@ -51,6 +65,10 @@ class Picture {
   /** All edges, strongest first, each further one beneath those before it, a frame's worth at a time. */
   drawEdges() {
     cancelAnimationFrame(this.job);
+    clearTimeout(this.wait);
+    // Under a slider or a scroll bar only the strongest are drawn, until the reader rests.
+    let rest = performance.now() - this.begun < BURST ? AT_ONCE : Infinity;
+    this.begun = performance.now();
     const { graph, visible } = this;
     const context = this.begin(this.lower);
     context.globalCompositeOperation = "destination-over";
@@ -60,21 +78,22 @@ class Picture {
     let spent = 0;
     const some = () => {
       const start = performance.now();
-      while (e < visible.last) {
+      while (e < visible.last && rest > 0) {
         if (visible.edge[e]) {
           const strength = Math.sqrt(Math.abs(graph.weight[e]) / most);
           context.globalAlpha = 0.04 + 0.05 * crowd + 0.7 * strength ** (2.4 - 1.4 * crowd);
           this.strokeEdge(context, e, 0.5 + 1.8 * strength);
+          rest--;
         }
         if (++e % 64 === 0 && performance.now() - start > FRAME) break;
       }
       spent += performance.now() - start;
-      if (e < visible.last) {
-        this.job = requestAnimationFrame(some);
-        return;
+      if (e >= visible.last) this.painted = { edges: visible.edges, milliseconds: spent };
+      else if (rest > 0) this.job = requestAnimationFrame(some);
+      else {
+        rest = Infinity;
+        this.wait = setTimeout(some, BURST);
       }
-      context.restore();
-      this.painted = { edges: visible.edges, milliseconds: spent };
     };
     this.painted = null;
     some();

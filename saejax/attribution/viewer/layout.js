@@ -2,81 +2,66 @@
 // for; the nodes of a cell stand in lines, so that none covers another. A graph that would not fit even with the
 // smallest nodes makes the world wider than the view, which then scrolls.
 
-const GUTTER = 40;
-const LARGEST = 15;
-const SMALLEST = 7; // pixels: room for layer names; distances between nodes
+const GUTTER = 40; // pixels of room for the names of layers
+const EDGE = 8; // pixels at the right edge
+const LARGEST = 15; // pixels between nodes, where there is room
+const SMALLEST = 7;
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
 
 function layOut(graph, visible, width, height, zoom, measure) {
-  const cells = new Map();
+  const cells = new Map(); // row and column -> nodes
   for (let i = 0; i < graph.n; i++) {
     if (!visible.node[i] || graph.kind[i] === LOGIT) continue;
     const key = graph.row[i] * graph.columns + graph.pos[i];
     if (cells.has(key)) cells.get(key).push(i);
     else cells.set(key, [i]);
   }
-  const plot = (width - GUTTER - 8) * zoom;
-  const texts = graph.tokens.map((token) => clip(visibleToken(token), 14));
-  const textWidths = texts.map((text) => measure(text, 11));
   const pills = layPills(graph, visible, width, measure);
-  let bottom = 24;
-  let tilted = false;
-  let columns;
-  for (;;) {
-    const rowHeight = (height - pills.height - bottom) / (graph.rows - 1);
-    columns = columnWidths(graph, cells, plot, rowHeight, tilted ? null : textWidths);
-    Object.assign(columns, { rowHeight });
-    if (tilted || columns.fits) break;
-    tilted = true; // upright labels do not fit: give them a slope, and the room below that it takes
-    bottom = 14 + Math.min(74, Math.max(...textWidths) * 0.72);
-  }
-  const { widths, pitch, rowHeight } = columns;
-  const left = new Float64Array(graph.columns + 1);
-  left[0] = GUTTER;
-  for (let c = 0; c < graph.columns; c++) left[c + 1] = left[c] + widths[c];
-  const worldWidth = Math.max(width, left[graph.columns] + 8);
-  const x = new Float32Array(graph.n);
-  const y = new Float32Array(graph.n);
-  const radius = new Float32Array(graph.n);
-  const rowY = (r) => height - bottom - (r + 0.5) * rowHeight;
+  const columns = layColumns(graph, cells, (width - GUTTER - EDGE) * zoom, height - pills.height, measure);
+  const left = Float64Array.from({ length: graph.columns + 1 }, () => GUTTER);
+  for (let c = 0; c < graph.columns; c++) left[c + 1] = left[c] + columns.widths[c];
+  const worldWidth = Math.max(width, left[graph.columns] + EDGE);
+  const rowY = (r) => height - columns.bottom - (r + 0.5) * columns.rowHeight;
+  const layout = { ...columns, left, rowY, width, height, worldWidth, pills };
+  for (const name of ["x", "y", "radius"]) layout[name] = new Float32Array(graph.n);
   for (const [key, members] of cells) {
-    const c = key % graph.columns;
-    const r = Math.floor(key / graph.columns);
-    members.sort((a, b) => graph.kind[a] - graph.kind[b] || graph.share[a] - graph.share[b] || a - b);
-    const perLine = Math.max(1, Math.floor((widths[c] - 4) / pitch));
-    const lines = Math.ceil(members.length / perLine);
-    const step = Math.min(pitch, lines > 1 ? (rowHeight - 1) / lines : pitch);
-    members.forEach((i, k) => {
-      const line = Math.floor(k / perLine);
-      const inLine = Math.min(perLine, members.length - line * perLine);
-      x[i] = left[c] + widths[c] / 2 + ((k % perLine) - (inLine - 1) / 2) * pitch;
-      y[i] = rowY(r) + (line - (lines - 1) / 2) * step;
-      radius[i] = radiusOf(graph, i, Math.min(pitch, rowHeight) / 2 - 0.75);
-    });
+    placeCell(graph, layout, members, Math.floor(key / graph.columns), key % graph.columns);
   }
   for (const pill of pills.boxes) {
-    pill.x += worldWidth - 8;
-    x[pill.node] = pill.x + pill.width / 2;
-    y[pill.node] = pill.y + pill.height / 2;
-    radius[pill.node] = pill.height / 2;
+    pill.x += worldWidth - EDGE;
+    layout.x[pill.node] = pill.x + pill.width / 2;
+    layout.y[pill.node] = pill.y + pill.height / 2;
+    layout.radius[pill.node] = pill.height / 2;
   }
-  return {
-    x,
-    y,
-    radius,
-    left,
-    widths,
-    rowY,
-    rowHeight,
-    pitch,
-    texts,
-    tilted,
-    bottom,
-    width,
-    height,
-    worldWidth,
-    pills,
+  return layout;
+}
+
+/** Widths of the columns and height of the rows; tokens are written upright below, or on a slope for want of room. */
+function layColumns(graph, cells, plot, height, measure) {
+  const texts = graph.tokens.map((token) => clip(visibleToken(token), 14));
+  const textWidths = texts.map((text) => measure(text, 11));
+  const within = (bottom, widest) => {
+    const rowHeight = (height - bottom) / (graph.rows - 1);
+    return { ...columnWidths(graph, cells, plot, rowHeight, widest), rowHeight, bottom, texts, tilted: !widest };
   };
+  const upright = within(24, textWidths);
+  return upright.fits ? upright : within(14 + Math.min(74, Math.max(...textWidths) * 0.72), null);
+}
+
+/** The nodes of a cell in lines, features before errors, the most influential first. */
+function placeCell(graph, layout, members, r, c) {
+  const { pitch, rowHeight, widths, left } = layout;
+  members.sort((a, b) => graph.kind[a] - graph.kind[b] || graph.share[a] - graph.share[b] || a - b);
+  const perLine = Math.max(1, Math.floor((widths[c] - 4) / pitch));
+  const lines = Math.ceil(members.length / perLine);
+  const step = Math.min(pitch, lines > 1 ? (rowHeight - 1) / lines : pitch);
+  members.forEach((i, k) => {
+    const line = Math.floor(k / perLine);
+    const inLine = Math.min(perLine, members.length - line * perLine);
+    layout.x[i] = left[c] + widths[c] / 2 + ((k % perLine) - (inLine - 1) / 2) * pitch;
+    layout.y[i] = layout.rowY(r) + (line - (lines - 1) / 2) * step;
+    layout.radius[i] = radiusOf(graph, i, Math.min(pitch, rowHeight) / 2 - 0.75);
+  });
 }
 
 /** The largest distance between nodes with which all columns fit, and the columns' widths. */
@@ -107,7 +92,7 @@ function layPills(graph, visible, width, measure) {
   const boxes = [];
   const gap = 6;
   const boxHeight = 22;
-  const room = width - GUTTER - 8;
+  const room = width - GUTTER - EDGE;
   const logits = [];
   for (let i = 0; i < graph.n; i++) if (graph.kind[i] === LOGIT && visible.node[i]) logits.push(i);
   logits.sort((a, b) => graph.doc.nodes[b].token_prob - graph.doc.nodes[a].token_prob);

@@ -22,8 +22,9 @@ function outline(context, kind, x, y, r) {
   else if (kind === TOKEN) context.rect(x - r, y - r, 2 * r, 2 * r);
   else {
     const wide = r * 1.25;
-    const corners = [[x, y - wide], [x + wide, y], [x, y + wide], [x - wide, y]]; // prettier-ignore
-    for (const corner of kind === ERROR ? corners : [[x - r, y + r], [x + r, y + r], [x, y - r]]) context.lineTo(...corner); // prettier-ignore
+    const diamond = [[x, y - wide], [x + wide, y], [x, y + wide], [x - wide, y]];
+    const triangle = [[x - r, y + r], [x + r, y + r], [x, y - r]];
+    for (const corner of kind === ERROR ? diamond : triangle) context.lineTo(...corner);
     context.closePath();
   }
 }

@@ -111,13 +111,13 @@ function makePanel(graph, { examples, heads }, app) {
       element("div", { class: "head" }, title, element("div", { class: "buttons" }, buttons)),
       factList(group ? [...describe(graph, i), ["Group", visibleText(group[0])]] : describe(graph, i)),
       known.length ? [element("h3", {}, "Top examples"), exampleList(known, 8)] : [],
-      element("div", { class: "lists" }, directions.map((into) => edgeList(i, into))), // prettier-ignore
+      element("div", { class: "lists" }, directions.map((into) => edgeList(i, into))),
       carried ? element("p", { class: "note" }, VIA) : [],
     ].flat();
   };
   const keys = () => {
     const rows = KEYS.map(([key, text]) => [element("dt", {}, element("kbd", {}, key)), element("dd", {}, text)]);
-    const list = element("dl", {}, rows.map((pair) => element("div", {}, pair))); // prettier-ignore
+    const list = element("dl", {}, rows.map((pair) => element("div", {}, pair)));
     return element("details", { class: "keys" }, element("summary", {}, "Keys"), list);
   };
   return {
@@ -125,7 +125,8 @@ function makePanel(graph, { examples, heads }, app) {
       const focused = panel.contains(document.activeElement);
       panel.replaceChildren(...(app.state.clicked < 0 ? overview() : details(app.state.clicked)), keys());
       panel.scrollTop = 0;
-      if (focused) panel.focus({ preventScroll: true }); // the button that was pressed is gone; Tab goes on from the top
+      // The button that was pressed is gone; Tab goes on from the top.
+      if (focused) panel.focus({ preventScroll: true });
     },
   };
 }

@@ -25,7 +25,7 @@ function firstState(graph) {
   };
 }
 
-/** Pins and groups of a document or address, which may be wrong: unknown nodes are left out, no node is in two groups. */
+/** Pins and groups of a document or address, which may be wrong: unknown nodes go, no node is in two groups. */
 function checkedPins(graph, ids, supernodes) {
   const known = (list) =>
     (Array.isArray(list) ? list : []).map((id) => graph.index.get(id)).filter((i) => i !== undefined);
@@ -140,7 +140,7 @@ function visibility(graph, state) {
   return { node, edge, nodes, edges, last };
 }
 
-/** The edges of one node, strongest first, until they carry the slider's share of |weight|: here of the node's own inputs
+/** The edges of one node, strongest first, until they carry the slider's share of |weight|: here of its own inputs
  * (or outputs), since weights of different nodes have different scales. Edges to hidden nodes are left out. */
 function edgesShown(graph, state, visible, i, into) {
   const total = (into ? graph.inTotal[i] : graph.outTotal[i]) || 1;
