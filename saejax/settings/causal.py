@@ -142,7 +142,12 @@ class PatchConfig(Config):
     )
     behaviours: tuple[str, ...] = setting((), "behaviours to patch; empty: all that the baseline measured")
     top: int = setting(20, "features, ranked on train prompts, that are patched one by one and together", low=1)
-    estimate: str = setting("gradient", "what ranks the features; see --ablate.estimate", choices=ESTIMATES)
+    estimate: str = setting(
+        "gradient",
+        "what ranks the features: change of activation between a prompt and its counterpart x a slope, as for "
+        "--ablate.estimate",
+        choices=ESTIMATES,
+    )
     draws: int = setting(20, "draws of as many matched random features", low=2)
     matches: int = setting(10, _MATCHES, low=1)
     seed: int = setting(456, "seed of the control draws and the bootstrap", low=0)

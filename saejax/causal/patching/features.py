@@ -46,8 +46,9 @@ class FeaturePatching:
     Args:
       split: the model, cut at the dictionary's site.
       name: of the behaviour; with the seed it decides the draws.
-      train: prompts that choose the features.
-      pairs: test prompts, with counterparts of as many tokens, that judge them.
+      train: prompts with counterparts of as many tokens, which choose the features: those whose counterparts'
+        activations, by the estimate, lower the logit difference most.
+      pairs: test prompts of that sort, which judge them.
       config: of the stage.
       tick: called with the tokens done and to do; may raise to stop.
 
@@ -69,7 +70,8 @@ class FeaturePatching:
     ):
         self._split, self._config, self._tick = split, config, tick
         self._sides = split.run(pairs), split.run_counterparts(pairs)
-        attribution_NxF = screening.attribution(split, split.run(train), config.estimate)
+        sides = split.run(train), split.run_counterparts(train)
+        attribution_NxF = screening.attribution(split, sides[0], config.estimate, sides[1])
         self._top = screening.leaders(attribution_NxF.mean(axis=0, dtype=np.float64), config.top)
         statistics = activity.statistics(split, [*self._sides[0], *self._sides[1]])
         self._firing = statistics.firing(self._top)

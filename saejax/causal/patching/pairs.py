@@ -38,15 +38,17 @@ class Pairs(NamedTuple):
         return self.last_B[: len(self.index_P)].astype(np.int64) + 1
 
 
-def fitting_pairs(model: LanguageModel, prompts: Sequence[Prompt]) -> tuple[list[Prompt], dict[str, int]]:
-    """The test prompts with a counterpart of as many tokens, and how many others there are, by why."""
-    tested = [prompt for prompt in prompts if prompt.split == "test"]
-    paired = [prompt for prompt in tested if prompt.counterpart]
+def fitting_pairs(
+    model: LanguageModel, prompts: Sequence[Prompt], split: str = "test"
+) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts of a split with a counterpart of as many tokens, and how many others there are, by why."""
+    own = [prompt for prompt in prompts if prompt.split == split]
+    paired = [prompt for prompt in own if prompt.counterpart]
     fitting: list[Prompt] = []
     if paired:
         sides = [model.tokenize([getattr(p, side) for p in paired]).lengths_B for side in ("text", "counterpart")]
         fitting = [prompt for prompt, same in zip(paired, sides[0] == sides[1], strict=True) if same]
-    return fitting, {"no counterpart": len(tested) - len(paired), "other length": len(paired) - len(fitting)}
+    return fitting, {"no counterpart": len(own) - len(paired), "other length": len(paired) - len(fitting)}
 
 
 def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def run_patch(run: Run) -> dict:
         measure = _of_features(run, model, dictionary) if dictionary else _of_sites(run, model)
 
         def measure_pairs(name: str, tick: Tick) -> Measured:
-            train = [prompt for prompt in prompts[name] if prompt.split == "train"]
+            train, _ = fitting_pairs(model, prompts[name], "train")
             pairs, left_out = fitting_pairs(model, prompts[name])
             missing = _missing(train if dictionary else None, pairs, left_out)
             if missing:
@@ -89,13 +89,13 @@ def run_patch(run: Run) -> dict:
 
 
 def _missing(train: Sequence[Prompt] | None, pairs: Sequence[Prompt], left_out: Mapping[str, int]) -> str:
-    """What a behaviour lacks to be patched; "" for nothing. Train prompts are None where none are needed."""
+    """What a behaviour lacks to be patched; "" for nothing. Train pairs are None where none are needed."""
     if not pairs:
         return (
             f"of {sum(left_out.values())} test prompts {left_out['no counterpart']} have no counterpart and "
             f"{left_out['other length']} one of another number of tokens"
         )
-    return "it has no train prompts, which choose features" if train == [] else ""
+    return "it has no train prompts with counterparts of as many tokens, which choose features" if train == [] else ""
 
 
 def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:

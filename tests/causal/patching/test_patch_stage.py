@@ -71,7 +71,9 @@ def test_a_behaviour_that_cannot_be_patched_is_said_and_the_others_go_on(make_ru
     write_prompts(path, [p for p in prompts if (p.behaviour, p.split) != ("first", "train")])
     results = stage.run_patch(run)
     assert list(results["behaviours"]) == ["second"]
-    assert results["unpatched"] == dict(first="it has no train prompts, which choose features")
+    assert results["unpatched"] == dict(
+        first="it has no train prompts with counterparts of as many tokens, which choose features"
+    )
     # Sites need no train prompts.
     results = stage.run_patch(make_run("resid_post", "sites"))
     assert list(results["behaviours"]) == ["first", "second"] and results["unpatched"] == {}
