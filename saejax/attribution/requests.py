@@ -66,10 +66,15 @@ def unit_name(config: GraphConfig) -> str:
 
 def identity(config: GraphConfig) -> str:
     """A fingerprint of the files that graphs are made from beside the model's: the transcoders, and prompts."""
-    folder = Path(config.transcoders) / config.subfolder
-    files = [path for pattern in ("*.json", "*.yaml", "*.safetensors", "*.npz") for path in folder.rglob(pattern)]
+    if not config.transcoders:
+        return ""
+    from saejax.attribution.transcoders import find_folder  # the stage's own imports take seconds
+
+    _, folder, commit = find_folder(config.transcoders, config.revision, config.subfolder)
+    found = sorted(path for pattern in ("*.json", "*.yaml", "*.safetensors", "*.npz") for path in folder.rglob(pattern))
+    marks = [commit] if commit else [f"{path.relative_to(folder)} {content(path)}" for path in found]
     prompts = file_sha256(Path(config.prompts)) if config.prompts and Path(config.prompts).exists() else ""
-    return fingerprint([prompts, *(f"{path.relative_to(folder)} {content(path)}" for path in sorted(files))])
+    return fingerprint([prompts, *marks])
 
 
 def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]] | None = None) -> list[Request]:
@@ -82,7 +87,7 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     Raises:
       UserError: a file cannot be read, a line is no such request or repeats a name, or a behaviour does not exist.
     """
-    targets = tuple(map(_target, config.targets))
+    targets = (_target(config.target),) if config.target else ()
     if config.behaviours:
         assert behaviours is not None
         return [_of_behaviour(name, behaviours, targets) for name in config.behaviours]

@@ -120,7 +120,7 @@ def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = 
     Raises:
       UserError: there is none, it lacks a layer, or it is damaged.
     """
-    name, folder, commit = _folder(str(path), revision, subfolder)
+    name, folder, commit = find_folder(str(path), revision, subfolder)
     if (folder / formats.SET).exists():
         return _listed(name, folder, commit)
     if files := gemma_scope.find_layers(folder):
@@ -136,7 +136,7 @@ def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = 
     return TranscoderSet(name, [configs[i] for i in order], lambda layer: own.load(places[order[layer]]))
 
 
-def _folder(path: str, revision: str, subfolder: str) -> tuple[str, Path, str]:
+def find_folder(path: str, revision: str, subfolder: str) -> tuple[str, Path, str]:
     """The name of a set, its folder, which is fetched from the hub if need be, and the commit there."""
     name = f"{path}/{subfolder}" if subfolder else path
     local = Path(path).expanduser()

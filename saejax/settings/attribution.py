@@ -21,13 +21,15 @@ class GraphConfig(Config):
     prompts: str = setting(
         "",
         'file of prompts instead, .jsonl: {"slug": "paris", "prompt": "...", "targets": [" Paris"]}, or "token_ids"; '
-        "without targets those of --graph.targets",
+        "without targets that of --graph.target",
     )
     behaviours: tuple[str, ...] = setting(
         (), "behaviours instead: of each the first test prompt, whose target is the logit difference"
     )
-    targets: tuple[str, ...] = setting(
-        (), "what is explained: tokens; 'A>B' is the logit of A less that of B; empty: the most probable next tokens"
+    target: str = setting(
+        "",
+        "what is explained: a token as it is written, such as ' Paris', or ' Paris> Rome' for the difference of their "
+        "logits; empty: the most probable next tokens",
     )
     max_logits: int = setting(10, "most tokens that are explained", low=1)
     logit_mass: float = setting(

@@ -1,0 +1,100 @@
+"""The stage as a binary: files, results, resuming, and bad input in one line."""
+
+import json
+
+import numpy as np
+import pytest
+from made_transcoders import made_set
+
+from saejax import command, load_model, save_transcoders
+from saejax.attribution.graph import Graph
+from saejax.attribution.requests import read_requests, unit_name
+from saejax.errors import UserError
+from saejax.settings import GraphConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_llama, one_device, tmp_path_factory):
+    """The model and a set of transcoders for it."""
+    folder = tmp_path_factory.mktemp("set") / "transcoders"
+    save_transcoders(folder, made_set(load_model(str(tiny_llama), mesh=one_device)))
+    return [f"--model.path={tiny_llama}", f"--graph.transcoders={folder}", "--graph.doubled=4", "--mesh.data=8"]
+
+
+def attribute(tmp_path, *flags: str) -> int:
+    return command.run(["attribute"], "", ["attribute", f"--workdir={tmp_path}", *flags])
+
+
+def test_two_prompts_of_a_file(flags, tmp_path, capsys):
+    prompts = tmp_path / "some.jsonl"
+    lines = [
+        dict(slug="water", prompt="The water near the war", targets=[" runs> way"]),
+        dict(slug="ids", token_ids=[5, 17, 33, 8, 41], targets=[]),
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 0
+    folder = tmp_path / "run" / "attribute" / "some"
+    results = json.loads((folder / "summary.json").read_text())["results"]["graphs"]
+    assert list(results) == ["water", "ids"]
+    water = results["water"]
+    assert len(water["targets"]) == 1 and "way" in water["targets"][0]["label"]
+    assert water["unexplained"] < 1e-5 and water["doubling"]["held_error"] < 1e-4
+    assert water["circuits"]["faithfulness"][-1] == pytest.approx(1, abs=0.2)
+    graph = Graph.load(folder / "ids-graph")
+    document = json.loads((folder / "graphs" / "ids.json").read_text())
+    assert len(document["nodes"]) == len(graph.nodes) and len(document["links"]) == results["ids"]["edges"]
+    listed = json.loads((folder / "graphs" / "graph-metadata.json").read_text())["graphs"]
+    assert [entry["slug"] for entry in listed] == ["water", "ids"]
+    for ending in (".html", ".svg"):
+        assert (folder / f"water{ending}").stat().st_size > 1000
+    # Killed before the second prompt was done, and after its graph was written.
+    (folder / "summary.json").unlink()
+    (folder / "ids.json").unlink()
+    assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 0
+    again = json.loads((folder / "summary.json").read_text())["results"]["graphs"]
+    assert again["ids"] | dict(seconds=0) == results["ids"] | dict(seconds=0)
+    assert "kept from an earlier run: water" in capsys.readouterr().out
+    np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_TxS, graph.adjacency_TxS)
+
+
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        (["--graph.prompt=The war", "--graph.token_ids=3,4"], "--graph.prompt and --graph.token_ids: expected one"),
+        (["--graph.prompt=The war", "--graph.transcoders=nowhere/at/all"], "no folder nowhere/at/all of transcoders"),
+        (["--graph.prompt=The war", "--graph.transcoders="], "--graph.transcoders is missing"),
+        (["--graph.prompt=The war", "--graph.target= and so on"], "' and so on' is 7 tokens"),
+        (["--graph.token_ids=3"], "a single token"),
+        (["--graph.token_ids=3,4000"], "token"),
+        (["--graph.prompt=The war", "--graph.slug=../up"], "cannot name a graph"),
+        (["--graph.prompts=none.jsonl"], "none.jsonl does not exist"),
+        ([], "has nothing to do with these settings"),
+    ],
+)
+def test_bad_input_is_one_line(flags, tmp_path, capsys, wrong, message):
+    assert attribute(tmp_path, *flags, *wrong) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ('{"slug": "a"}', "is no prompt to trace"),
+        ('{"prompt": "a", "token_ids": [1]}', "is no prompt to trace"),
+        ('{"prompt": 3}', "prompt and targets are texts"),
+        ('{"prompt": "a", "slug": "summary"}', "cannot name a graph"),
+        ("{", "is not JSON"),
+        ('{"prompt": "Twice"}\n{"prompt": "twice"}', "slug 'twice' of an earlier line"),
+        ("", "holds no prompts"),
+    ],
+)
+def test_bad_files_of_prompts(tmp_path, line, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(line)
+    config = GraphConfig(transcoders="set", prompts=str(file))
+    assert unit_name(config) == "prompts"
+    with pytest.raises(UserError, match=message):
+        read_requests(config)
