@@ -1,6 +1,7 @@
 """Batches of targets, and the program run on them."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -8,11 +9,10 @@ import numpy as np
 from saejax.attribution.backward import Batch, contributions
 from saejax.attribution.replacement import Replacement
 from saejax.attribution.sources import Sources
-from saejax.causal.ablation import lagging
 from saejax.parallel import fitting_sharding
 
-_LENGTHS = 4  # most different numbers of positions that are worked on, each of which is compiled
-_CHUNKS = 16  # chunks of targets in a batch
+_LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
+_CHUNKS = 8  # chunks of targets in a batch
 _WORTH = 2  # batches that have to be at hand for each length
 _TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's targets, together, on each device
 
@@ -53,15 +53,18 @@ class Rows:
           into_TxS: fp32, to be filled.
           in_stream: whether the directions are of the stream.
         """
-        batches = list(self._batches(layer_T, position_T, in_stream))
 
-        def started() -> Iterator[jax.Array]:
-            for index, chunks in batches:
-                yield self._start(index, chunks, layer_T, position_T, vector_TxD, in_stream)
-
-        for (_, chunks), read_NxBxRxW in zip(batches, lagging(started()), strict=True):
-            for targets, read_BxRxW in zip(chunks, np.asarray(read_NxBxRxW), strict=False):
+        def run(batch: tuple[int, list[np.ndarray]]) -> None:
+            index, chunks = batch
+            read_NxBxRxW = np.asarray(self._start(index, chunks, layer_T, position_T, vector_TxD, in_stream))
+            for targets, read_BxRxW in zip(chunks, read_NxBxRxW, strict=False):
                 into_TxS[targets] = self._sources.collect(read_BxRxW[:, : len(targets)])
+
+        # A CPU runs a program of this kind on one core, so two run at a time, on other devices one beside its sorting.
+        # Programs that speak with each other over several devices have to start in one order everywhere.
+        workers = 2 if self._replacement.model.mesh.size == 1 else 1
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(run, self._batches(layer_T, position_T, in_stream)))
 
     def _batches(
         self, layer_T: np.ndarray, position_T: np.ndarray, in_stream: bool

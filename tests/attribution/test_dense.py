@@ -20,8 +20,8 @@ CASES = [
     ("gemma2", "jumprelu", False),
     ("gemma2", "standard", True),
     ("gpt_neox", "standard", True),
-    ("gpt2", "jumprelu", False),
-    ("phi", "standard", False),
+    pytest.param("gpt2", "jumprelu", False, marks=pytest.mark.slow),
+    pytest.param("phi", "standard", False, marks=pytest.mark.slow),
 ]
 
 

@@ -15,7 +15,7 @@ def relative(a, b) -> float:
 
 @needs_graphs
 @each_graph
-def test_a_traced_graph_is_that_of_circuit_tracer(folder, one_device):
+def test_a_traced_graph_is_that_of_circuit_tracer(folder, one_device, quick_compiler):
     ref = np.load(folder / "reference.npz")
     graph = trace(
         load_model(str(folder / "hf_model"), mesh=one_device), folder / "transcoders", ref["ids"],
