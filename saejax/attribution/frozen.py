@@ -9,6 +9,7 @@ differentiation takes attention weights and factors as constants.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from saejax.models import decoder
-from saejax.models.attention import Meet, Reach, Reaches, attention_weights, query_blocks
+from saejax.models.attention import Meet, Reach, Reaches, attention_weights, mix, query_blocks
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import einsum, norm
 from saejax.models.parameters import LAYERS
@@ -48,30 +49,21 @@ class FrozenModel:
         reaches: Reaches,
         x_TxD: jax.Array,
         skip_DxD: jax.Array | None = None,
+        meet: Meet | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The frozen layer, to be differentiated backwards.
+        """The frozen layer.
 
         Args:
           layer: its number.
           reaches: of the prompt.
           x_TxD: the stream entering the layer, that of the prompt: it fixes what is constant.
           skip_DxD: skip path of the layer's transcoder, applied as read @ skip.
+          meet: see ``attention.attention``; None: one that is quick to differentiate backwards, and cannot be forwards.
 
         Returns:
           The stream leaving the layer without what the MLP adds, unless by the skip path; and what the transcoder
           reads, both [T, D].
         """
-        return self._layer(params, layer, reaches, x_TxD, skip_DxD, self._mix)
-
-    def _layer(
-        self,
-        params: decoder.Params,
-        layer: int | jax.Array,
-        reaches: Reaches,
-        x_TxD: jax.Array,
-        skip_DxD: jax.Array | None,
-        meet: Meet | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
         seen: dict[str, jax.Array] = {}
 
         def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
@@ -81,7 +73,7 @@ class FrozenModel:
             read_TxD = self.read(params, layer, seen)
             return jnp.zeros_like(value_TxD) if skip_DxD is None else einsum("td,de->te", read_TxD, skip_DxD)
 
-        leaving_TxD = decoder.block(self.config, params, layer, x_TxD, reaches, hook, meet)
+        leaving_TxD = decoder.block(self.config, params, layer, x_TxD, reaches, hook, meet or self._mix)
         return leaving_TxD, self.read(params, layer, seen)
 
     def _mix(self, q_TxHxK: jax.Array, k_TxNxK: jax.Array, v_TxNxK: jax.Array, reach: Reach) -> jax.Array:
@@ -132,7 +124,8 @@ class FrozenModel:
         own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
 
         def with_biases(biases: decoder.Params) -> tuple[jax.Array, jax.Array]:
-            return self._layer({**params, **biases}, layer, reaches, x_TxD, skip_DxD)
+            meet = functools.partial(mix, self.config)  # which can be differentiated this way round
+            return self.layer({**params, **biases}, layer, reaches, x_TxD, skip_DxD, meet)
 
         return jax.jvp(with_biases, (own,), (own,))[1]
 

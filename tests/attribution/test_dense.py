@@ -6,9 +6,9 @@ from dense_reference import Dense
 from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
-from saejax.attribution.constrained import run_constrained
+from saejax.attribution.attribute import trace_prompt
 from saejax.attribution.graph import ERROR, FEATURE, LOGIT, TOKEN
-from saejax.attribution.replacement import Replacement
+from saejax.attribution.interventions import Change, intervene
 from saejax.attribution.transcoders import TranscoderSet
 
 IDS = [0, 17, 230, 5, 42, 99, 7]
@@ -65,22 +65,15 @@ def test_doubling_a_feature_adds_its_column(family, skip, tmp_path, one_device, 
     transcoders = TranscoderSet(
         "made", [t.config for t in made], made.__getitem__, reads="mlp_normed" if family == "gemma2" else "mlp_in"
     )
-    graph = trace(lm, transcoders, IDS, max_logits=5)
-    features = graph.count(FEATURE)
-    nodes = graph.nodes
+    graph, replacement, readouts = trace_prompt(lm, transcoders, IDS, max_logits=5)
+    nodes, features = graph.nodes, graph.count(FEATURE)
     doubled = np.random.default_rng(1).permutation(features)[:8]
-    layer_R, position_R = nodes.layer_N[doubled], nodes.position_N[doubled]
-    vector_RxD = np.stack(
-        [nodes.value_N[i] * np.asarray(made[nodes.layer_N[i]].W_dec_FxD)[nodes.index_N[i]] for i in doubled]
-    )
-    replacement = Replacement.of(lm, transcoders, graph.ids_P)
-    read_LxRxTxD, logits_RxV = map(np.asarray, run_constrained(replacement, layer_R, position_R, vector_RxD))
-    moved = [
-        read_LxRxTxD[nodes.layer_N[i], :, nodes.position_N[i]]
-        @ np.asarray(made[nodes.layer_N[i]].W_enc_DxF)[:, nodes.index_N[i]]
-        for i in range(features)
+    rows = [
+        [Change(*(int(a[i]) for a in (nodes.layer_N, nodes.position_N, nodes.index_N)), 2 * float(nodes.value_N[i]))]
+        for i in doubled
     ]
-    moved += [logits_RxV[:, token] for token in nodes.index_N[graph.slice_of(LOGIT)]]
-    error = relative(np.stack(moved), graph.adjacency_TxS[:, doubled])
+    changed = intervene(replacement, rows, readouts, np.arange(features), hold="all")
+    moved_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - graph.value_T[None]
+    error = relative(moved_RxT, graph.adjacency_TxS[:, doubled].T)
     print(family, skip, f"{error:.1e}")
     assert error < 1e-5
