@@ -65,7 +65,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
         (["--graph.prompt=The war", "--graph.token_ids=3,4"], "--graph.prompt and --graph.token_ids: expected one"),
         (["--graph.prompt=The war", "--graph.transcoders=nowhere/at/all"], "no folder nowhere/at/all of transcoders"),
         (["--graph.prompt=The war", "--graph.transcoders="], "--graph.transcoders is missing"),
-        (["--graph.prompt=The war", "--graph.target= and so on"], "' and so on' is 7 tokens"),
+        (["--graph.prompt=The war", "--graph.target= and so on"], "' and so on' is 6 tokens"),
         (["--graph.token_ids=3"], "a single token"),
         (["--graph.token_ids=3,4000"], "token"),
         (["--graph.prompt=The war", "--graph.slug=../up"], "cannot name a graph"),
