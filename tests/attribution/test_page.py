@@ -80,10 +80,12 @@ def clicked(browser):
 
 
 def rows(browser, which):
+    browser.settle()
     return browser.js(f"[...document.querySelectorAll('#panel .{which} .row')].map(row => row.dataset.node)")
 
 
 def text(browser, selector):
+    browser.settle()
     return browser.js(f"document.querySelector({json.dumps(selector)}).innerText")
 
 
