@@ -3,10 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-tiny test test-slow lint bench-input bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-graphs demo-tiny test test-slow lint bench-input bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
+	@echo "Open runs/demo/report/index.html"
+
+# After the demo: transcoders of all layers, and a graph for each of two behaviours in the demo's report.
+demo-graphs: $(INSTALLED)
+	$(BIN)/python -m experiments.train --workdir=runs/demo_graphs --flagfile=configs/demo_graphs.flags
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags \
+	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital
 	@echo "Open runs/demo/report/index.html"
 
 demo-tiny: $(INSTALLED)

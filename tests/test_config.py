@@ -9,6 +9,7 @@ from saejax import config
 from saejax.config import Config, setting
 from saejax.errors import UserError
 from saejax.settings import GROUPS
+from saejax.settings.sites import expand_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,16 @@ def test_defaults_and_every_type():
 def test_values_out_of_range_name_the_flag(argument, message):
     with pytest.raises(UserError, match=message):
         parse(argument)
+
+
+def test_ranges_of_layers_are_written_out():
+    sites = ("resid_post.3", "mlp_in.9-11", "module:model.layers.0-1")
+    assert expand_ranges(sites) == ("resid_post.3", "mlp_in.9", "mlp_in.10", "mlp_in.11", "module:model.layers.0-1")
+    assert GROUPS["train"](sites=("mlp_in.0-1",)).sites == GROUPS["train"](sites=("mlp_in.0", "mlp_in.1")).sites
+    assert GROUPS["capture"](sites=("mlp_out.4-4",)).sites == ("mlp_out.4",)
+    for wrong in ("mlp_in.3-2", "mlp_in.0-100000"):
+        with pytest.raises(UserError, match=f"sites={wrong}: expected a first and a last layer"):
+            GROUPS["train"](sites=(wrong,))
 
 
 def test_misspelt_flags_and_wrong_types_are_flag_errors():

@@ -3,6 +3,7 @@
 import dataclasses
 
 from saejax.config import Config, setting
+from saejax.settings.sites import expand_ranges
 
 BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
 BENCHMARKS = ("gsm8k", "math", "logic")
@@ -92,8 +93,9 @@ class CaptureConfig(Config):
 
     sites: tuple[str, ...] = setting(
         ("resid_post.15",),
-        "sites to record in one pass, such as resid_post.15,mlp_in.15,mlp_out.15; with the torch backend also modules "
-        "of any transformers model: module:transformer.h.3.mlp (its output), module_in:transformer.h.3.mlp (its input)",
+        "sites to record in one pass, such as resid_post.15,mlp_in.15,mlp_out.15, or layers of one kind such as "
+        "mlp_in.0-29; with the torch backend also modules of any transformers model: module:transformer.h.3.mlp (its "
+        "output), module_in:transformer.h.3.mlp (its input)",
     )
     last: int = setting(0, "record only the last n positions of every document; 0: every position", low=0)
     backend: str = setting(
@@ -122,3 +124,7 @@ class CaptureConfig(Config):
         low=0.0,
         high=1.0,
     )
+
+    def __post_init__(self):
+        object.__setattr__(self, "sites", expand_ranges(self.sites))
+        super().__post_init__()

@@ -3,6 +3,7 @@
 import dataclasses
 
 from saejax.config import Config, setting
+from saejax.settings.sites import expand_ranges
 
 KINDS = ("standard", "linear", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 MOST_TOKENS = 2**31 - 1  # that a feature's silence is counted in
@@ -16,7 +17,9 @@ class TrainConfig(Config):
         ("topk", "standard"), "kinds to train, one after the other", choices=KINDS, changes_results=False
     )
     sites: tuple[str, ...] = setting(
-        ("resid_post.15",), "captured sites to train on, each its own member; 'all': every captured site of one kind"
+        ("resid_post.15",),
+        "captured sites to train on, each its own member, or layers of one kind such as mlp_in.0-29; 'all': every "
+        "captured site of one kind",
     )
     form: str = setting(
         "sae",
@@ -182,6 +185,10 @@ class TrainConfig(Config):
         changes_results=False,
     )
     max_steps: int = setting(0, "stop after this many steps; 0: all epochs", low=0)
+
+    def __post_init__(self):
+        object.__setattr__(self, "sites", expand_ranges(self.sites))
+        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True)
