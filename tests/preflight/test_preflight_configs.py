@@ -52,7 +52,7 @@ def test_the_studies_models_and_layers():
         assert (train.batch, train.epochs) == (32, 20)
     circuit = found["qwen3-4b-instruct-2507-behaviours"]
     assert circuit["capture"].last == 5
-    assert circuit["capture"].sites == tuple(f"mlp_{end}.{layer}" for layer in range(10, 25) for end in ("in", "out"))
+    assert circuit["capture"].sites == tuple(f"mlp_{end}.{layer}" for end in ("in", "out") for layer in range(10, 25))
     assert {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"} <= {x.rpartition("-")[0] for x in found}
 
 
