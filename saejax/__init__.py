@@ -14,6 +14,7 @@ _HOMES = {
     "save_transcoders": "saejax.dictionaries",
     "SiteEdit": "saejax.models.site_edits",
     "trace": "saejax.attribution.attribute",
+    "trace_gradient": "saejax.attribution.gradient",
 }
 __all__ = list(_HOMES)
 

@@ -1,6 +1,6 @@
 """From a prompt to its attribution graph."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,15 @@ from saejax.attribution.graph import LOGIT, Graph, Nodes
 from saejax.attribution.replacement import Replacement
 from saejax.attribution.rows import Rows
 from saejax.attribution.sources import Sources
-from saejax.attribution.targets import Readouts, Target, read_targets
+from saejax.attribution.targets import PromptRun, Readouts, Target, read_targets
 from saejax.attribution.transcoders import TranscoderSet, open_transcoders
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens, token_text
+
+# Writes the rows of some of the active features, or of the readouts (None), over all sources.
+FillRows = Callable[[np.ndarray | None, np.ndarray], None]
 
 
 class Traced(NamedTuple):
@@ -72,18 +75,24 @@ def trace_prompt(
         transcoders = open_transcoders(transcoders)
     elif not isinstance(transcoders, TranscoderSet):
         transcoders = TranscoderSet.of(transcoders)
-    if max_features is not None and max_features < 1:
-        raise UserError(f"max_features is {max_features}: expected 1 or more")
+    check_max_features(max_features)
     ids_P = prompt_ids(model, prompt, prepend)
     replacement = Replacement.of(model, transcoders, ids_P)
     readouts = read_targets(replacement, targets, max_logits, logit_mass)
     sources = Sources.of(replacement, bias_nodes)
-    chosen_F, adjacency_TxS = _attributed(replacement, sources, readouts, max_features, round_rows)
-    settings = dict(
-        max_logits=max_logits, logit_mass=logit_mass, max_features=max_features, active_features=len(replacement.active)
-    )
-    text = prompt if isinstance(prompt, str) else str(model.tokenizer.decode(ids_P))
-    graph = _graph(replacement, sources, readouts, chosen_F, adjacency_TxS, text, settings)
+    active = replacement.active
+    count = min(max_features or len(active), len(active))
+    rows = Rows(replacement, sources, count + len(readouts.labels))
+
+    def fill(new_F: np.ndarray | None, into_FxS: np.ndarray) -> None:
+        if new_F is None:
+            rows(readouts.layer_K, readouts.position_K, readouts.vector_KxD, into_FxS, in_stream=True)
+        else:
+            rows(active.layer_A[new_F], active.position_A[new_F], replacement.encoder_rows(new_F), into_FxS)
+
+    chosen_F, adjacency_TxS = attributed(replacement, len(sources.nodes), readouts, fill, count, round_rows)
+    settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
+    graph = graph_of(replacement, sources.nodes, readouts, chosen_F, adjacency_TxS, prompt, settings)
     return Traced(graph, replacement, readouts)
 
 
@@ -102,28 +111,37 @@ def prompt_ids(model: LanguageModel, prompt: str | Sequence[int], prepend: bool)
     return ids_P
 
 
-def _attributed(
-    replacement: Replacement, sources: Sources, readouts: Readouts, most: int | None, round_rows: int
+def check_max_features(max_features: int | None) -> None:
+    """A ``UserError`` unless it is None or a number of features."""
+    if max_features is not None and max_features < 1:
+        raise UserError(f"max_features is {max_features}: expected 1 or more")
+
+
+def attributed(
+    run: PromptRun, sources: int, readouts: Readouts, fill: FillRows, count: int, round_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attributes the logits and the features that get nodes.
+    """Attributes the logits and the features that get nodes, in rounds: in each the most influential ones so far.
+
+    Args:
+      sources: their number S; active features come first.
+      fill: writes rows [F, S] of features, or of the readouts.
+      count: number of features that get nodes.
+      round_rows: features that are attributed between two rankings.
 
     Returns:
       Which of the active features these are, ascending; and the rows of the graph, over all sources.
     """
-    active, logits = replacement.active, len(readouts.labels)
-    count = min(most or len(active), len(active))
-    rows = Rows(replacement, sources, count + logits)
-    adjacency_TxS = np.zeros((count + logits, len(sources.nodes)), np.float32)
+    active, logits = run.active, len(readouts.labels)
+    adjacency_TxS = np.zeros((count + logits, sources), np.float32)
     of_features, of_logits = adjacency_TxS[:count], adjacency_TxS[count:]
-    rows(readouts.layer_K, readouts.position_K, readouts.vector_KxD, of_logits, in_stream=True)
+    fill(None, of_logits)
     chosen_F = np.empty(0, np.int64)
     while len(chosen_F) < count:
         new_F = np.arange(count)
         if count < len(active):
             size = min(round_rows, count - len(chosen_F))
-            new_F = _most_influential(replacement, readouts, adjacency_TxS, chosen_F)[:size]
-        into_FxS = of_features[len(chosen_F) : len(chosen_F) + len(new_F)]
-        rows(active.layer_A[new_F], active.position_A[new_F], replacement.encoder_rows(new_F), into_FxS)
+            new_F = _most_influential(run, readouts, adjacency_TxS, chosen_F)[:size]
+        fill(new_F, of_features[len(chosen_F) : len(chosen_F) + len(new_F)])
         chosen_F = np.concatenate([chosen_F, new_F])
     order_F = np.argsort(chosen_F)
     if count < len(active):
@@ -132,32 +150,31 @@ def _attributed(
 
 
 def _most_influential(
-    replacement: Replacement, readouts: Readouts, adjacency_TxS: np.ndarray, chosen_F: np.ndarray
+    run: PromptRun, readouts: Readouts, adjacency_TxS: np.ndarray, chosen_F: np.ndarray
 ) -> np.ndarray:
     """The active features that have no row yet, by their influence through those that have one, the largest first."""
-    active, logits = replacement.active, len(readouts.labels)
+    active, logits = run.active, len(readouts.labels)
     layer_T = np.zeros(len(adjacency_TxS), np.int32)
     column_T, weight_T = np.full(len(layer_T), -1), np.zeros(len(layer_T))
     layer_T[: len(chosen_F)], column_T[: len(chosen_F)] = active.layer_A[chosen_F], chosen_F
-    layer_T[-logits:], weight_T[-logits:] = replacement.model.config.n_layers, readouts.weight_K
+    layer_T[-logits:], weight_T[-logits:] = run.model.config.n_layers, readouts.weight_K
     influence_A = pruning.influence(adjacency_TxS, layer_T, column_T, weight_T)[: len(active)]
     influence_A[chosen_F] = -1
     return np.argsort(-influence_A, kind="stable")[: len(active) - len(chosen_F)]
 
 
-def _graph(
-    replacement: Replacement,
-    sources: Sources,
+def graph_of(
+    run: PromptRun,
+    nodes: Nodes,
     readouts: Readouts,
     chosen_F: np.ndarray,
     adjacency_TxS: np.ndarray,
-    prompt: str,
+    prompt: str | Sequence[int],
     settings: dict[str, Any],
 ) -> Graph:
-    """The graph of the rows, with the columns of the features that have one."""
-    active, model = replacement.active, replacement.model
+    """The graph of the rows, with the columns of the features that have one; ``nodes`` are the sources."""
+    active, model = run.active, run.model
     unkept_T = np.zeros(len(adjacency_TxS), np.float32)
-    nodes = sources.nodes
     if len(chosen_F) < len(active):
         dropped = np.ones(len(nodes), bool)
         dropped[chosen_F], dropped[len(active) :] = False, False
@@ -169,18 +186,18 @@ def _graph(
         adjacency_TxS=adjacency_TxS,
         nodes=Nodes.joined(nodes, of_logits),
         value_T=np.concatenate([active.value_A[chosen_F], readouts.value_K]),
-        constant_T=np.concatenate([replacement.constants(chosen_F), readouts.constant_K]),
+        constant_T=np.concatenate([run.constants(chosen_F), readouts.constant_K]),
         unkept_T=unkept_T,
-        ids_P=replacement.ids_P,
-        tokens=tuple(text(int(token)) for token in replacement.ids_P),
+        ids_P=run.ids_P,
+        tokens=tuple(text(int(token)) for token in run.ids_P),
         logit_K=readouts.logit_K,
         labels=readouts.labels,
-        prompt=prompt,
+        prompt=prompt if isinstance(prompt, str) else str(model.tokenizer.decode(run.ids_P)),
         n_layers=model.config.n_layers,
         model=dict(
             name=model.source.name, revision=model.source.revision, fingerprint=model.source.fingerprint,
             family=model.config.family,
         ),
-        transcoders=replacement.transcoders.describe(),
-        settings=settings,
+        transcoders=run.describe(),
+        settings=settings | dict(active_features=len(active)),
     )  # fmt: skip

@@ -35,8 +35,8 @@ def save(folder: Path, graph: Graph) -> None:
     description = dict(schema_version=SCHEMA_VERSION, **{name: getattr(graph, name) for name in _TEXTS})
     if pruning := graph.pruning:
         arrays |= dict(node_N=pruning.node_N, influence_N=pruning.influence_N)
-        thresholds = dict(node_threshold=pruning.node_threshold, edge_threshold=pruning.edge_threshold)
-        description["pruning"] = thresholds | dataclasses.asdict(pruning.scores)
+        how = {name: getattr(pruning, name) for name in ("node_threshold", "edge_threshold", "top_edges")}
+        description["pruning"] = how | dataclasses.asdict(pruning.scores)
     with tensors.whole_folder(folder, DESCRIPTION, ARRAYS) as beside:
         tensors.write(beside / ARRAYS, arrays)
         write_json(beside / DESCRIPTION, description | dict(sha256=file_sha256(beside / ARRAYS)))
@@ -70,7 +70,8 @@ def _made(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Graph:
     if found := description.get("pruning"):
         scores = Scores(found["replacement"], found["completeness"])
         kept = arrays["node_N"], arrays["influence_N"]
-        pruning = Pruning(found["node_threshold"], found["edge_threshold"], *kept, scores)
+        top_edges = found.get("top_edges", 0)
+        pruning = Pruning(found["node_threshold"], found["edge_threshold"], *kept, scores, top_edges)
     nodes = Nodes(*(arrays[f"nodes.{name}"] for name in _COLUMNS))
     return Graph(nodes=nodes, pruning=pruning, **texts | {name: arrays[name] for name in _ARRAYS})
 

@@ -129,10 +129,6 @@ class FrozenModel:
 
         return jax.jvp(with_biases, (own,), (own,))[1]
 
-    def final(self, params: decoder.Params, x_TxD: jax.Array) -> jax.Array:
-        """The final norm; a frozen one, as all here."""
-        return norm(self.config, params, "final_norm", x_TxD)
-
 
 @jax.custom_vjp
 def _weighted(weights_NxGxTxS: jax.Array, v_SxNxK: jax.Array) -> jax.Array:

@@ -3,7 +3,8 @@
 Its nodes stand in one table, kind after kind:
 
     feature     an active feature at a position, in the order (layer, position, feature)
-    error       what a layer's transcoder does not explain of the MLP's output at a position; (layer, position)
+    error       what a layer's transcoder does not explain of the MLP's output at a position, or an SAE of its site's
+                value; (layer, position)
     token       the embedding of the token at a position
     first_mlp   the MLP's output at the first position, which no feature explains; one for each layer
     bias        what the biases of a layer's attention, norms and decoder add, at all positions; one for each layer
@@ -90,6 +91,7 @@ class Pruning:
       influence_N: float32 cumulative share of influence of each kept node: that of all nodes with at least as much. It
         is small for the most influential ones.
       scores: of the whole graph.
+      top_edges: most edges of a target that were kept; 0: any number.
     """
 
     node_threshold: float
@@ -97,6 +99,7 @@ class Pruning:
     node_N: np.ndarray
     influence_N: np.ndarray
     scores: Scores
+    top_edges: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Graph:
       prompt: the text.
       n_layers: of the model.
       model: name, revision, fingerprint and family of the model.
-      transcoders: name, revision and fingerprint of the set, number of features a layer, and the sites.
+      transcoders: name and revision of the set of transcoders or SAEs, their kind and number of features, and more.
       settings: how the graph was made.
       pruning: for a pruned graph, what it was cut from; then ``value_T`` and its parts are those of the whole one.
     """
@@ -173,16 +176,17 @@ class Graph:
 
         return self.pruning.scores if self.pruning else scores(self)
 
-    def prune(self, nodes: float = 0.8, edges: float = 0.98) -> "Graph":
+    def prune(self, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> "Graph":
         """The most influential part of the graph; see ``pruning.prune``.
 
         Args:
           nodes: share of the influence of all nodes that is kept, 0 to 1.
           edges: share of the influence of the edges between them that is kept, 0 to 1.
+          top_edges: most edges of a target that are kept, the largest ones; 0: any number.
         """
         from saejax.attribution.pruning import prune
 
-        return prune(self, nodes, edges)
+        return prune(self, nodes, edges, top_edges)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes ``graph.json`` and ``graph.safetensors``; the folder is made, and nothing is replaced."""

@@ -157,7 +157,9 @@ def _metadata(graph: Graph, slug: str, scan: str, info: Mapping[str, Any]) -> di
         schema_version=1,  # says that ``feature`` is a Cantor pair
         info=dict(generator=generator) | dict(info),
         generation_settings=settings | dict(transcoders=graph.transcoders.get("name", "")),
-        pruning_settings=dict(node_threshold=graph.pruning.node_threshold, edge_threshold=graph.pruning.edge_threshold),
+        pruning_settings={
+            name: getattr(graph.pruning, name) for name in ("node_threshold", "edge_threshold", "top_edges")
+        },
         replacement_score=graph.pruning.scores.replacement,
         completeness_score=graph.pruning.scores.completeness,
     )

@@ -65,13 +65,13 @@ def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
     return share_N
 
 
-def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> Graph:
+def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> Graph:
     """The most influential nodes of a graph, and the most influential edges between them.
 
     1. Nodes are kept, the most influential first, until they have the share ``nodes`` of all influence; tokens and
        logits always.
     2. Among these, an edge scores N[t, s] (influence[t] + w[t]); edges are kept until they have the share ``edges`` of
-       all scores.
+       all scores, and of each target at most ``top_edges``, the largest by size (0: all).
     3. Features and errors from which no edge goes, and features to which none comes, are dropped until there are none.
 
     Raises:
@@ -80,6 +80,8 @@ def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> Graph:
     for name, share in (("nodes", nodes), ("edges", edges)):
         if not 0 <= share <= 1:
             raise UserError(f"prune: {name} is {share}: expected a share of influence, 0 to 1")
+    if top_edges < 0:
+        raise UserError(f"prune: top_edges is {top_edges}: expected a number of edges, or 0 for all")
     if graph.pruning:
         raise UserError("this graph is pruned already: prune the whole one")
     influence_N = np.zeros(len(graph.nodes), np.float32)
@@ -89,10 +91,12 @@ def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> Graph:
     kept_N = (kept_N | np.isin(graph.nodes.kind_N, (TOKEN, LOGIT))) & ~np.isin(graph.nodes.kind_N, (FIRST_MLP, BIAS))
     cut = _cut(graph, kept_N)
     edge_TxS = _influential_edges(cut, edges)
+    if top_edges:
+        edge_TxS &= _largest_edges(cut, top_edges)
     connected_N = _connected(cut, edge_TxS)
     cut.adjacency_TxS[~edge_TxS] = 0
     node_N = np.flatnonzero(kept_N)[connected_N].astype(np.int32)
-    pruning = Pruning(nodes, edges, node_N, cumulative_share(influence_N)[node_N], scores(graph))
+    pruning = Pruning(nodes, edges, node_N, cumulative_share(influence_N)[node_N], scores(graph), top_edges)
     return dataclasses.replace(_cut(cut, connected_N), pruning=pruning)
 
 
@@ -135,6 +139,14 @@ def _influential_edges(graph: Graph, share: float) -> np.ndarray:
 
     threshold = share_threshold(blocks, share)
     return np.concatenate([score_TxS >= threshold for score_TxS in blocks()])
+
+
+def _largest_edges(graph: Graph, count: int) -> np.ndarray:
+    """True at the ``count`` largest weights of each row by size, [T, S]."""
+    size_TxS, edge_TxS = np.abs(graph.adjacency_TxS), np.ones(graph.adjacency_TxS.shape, bool)
+    if count < size_TxS.shape[1]:
+        np.put_along_axis(edge_TxS, np.argpartition(-size_TxS, count - 1, axis=1)[:, count:], False, axis=1)
+    return edge_TxS
 
 
 def _connected(graph: Graph, edge_TxS: np.ndarray) -> np.ndarray:

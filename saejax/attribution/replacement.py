@@ -28,6 +28,7 @@ from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import full_reaches
+from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.parallel import fitting_sharding
 
@@ -119,10 +120,11 @@ class Replacement:
         found: list[tuple[np.ndarray, ...]] = []
         parts: dict[str, list[jax.Array]] = {}
         for layer in range(model.config.n_layers):
-            transcoder = _placed(transcoders.load(layer), model)
+            transcoder = placed(transcoders.load(layer), model)
             entering_TxD = x_TxD
             x_TxD, read_TxD, out_TxD = run_layer(frozen, params, np.int32(layer), x_TxD)
-            own, part = _explain(transcoder, read_TxD, out_TxD, len(ids_P))
+            used_T = (np.arange(len(ids_T)) > 0) & (np.arange(len(ids_T)) < len(ids_P))
+            own, part = active_features(transcoder, read_TxD, out_TxD, used_T)
             found.append((np.full(len(own[0]), layer, np.int32), *own))
             for name, value in dict(stream_LxTxD=entering_TxD, **part).items():
                 parts.setdefault(name, []).append(value)
@@ -139,14 +141,28 @@ class Replacement:
             streams = dataclasses.replace(streams, bias_LxTxD=bias_LxTxD, read_bias_LxTxD=read_bias_LxTxD)
         return cls(model, transcoders, frozen, ids_P, active, streams, logits_V)
 
+    @property
+    def rules(self) -> DecoderConfig:
+        """The frozen decoder."""
+        return self.frozen.config
+
+    @property
+    def last_D(self) -> jax.Array:
+        """See ``Streams``."""
+        return self.streams.last_D
+
+    @property
+    def stream_LxTxD(self) -> jax.Array:
+        """See ``Streams``."""
+        return self.streams.stream_LxTxD
+
+    def describe(self) -> dict[str, Any]:
+        """What a graph says of the transcoders."""
+        return self.transcoders.describe()
+
     def encoder_rows(self, chosen_F: np.ndarray) -> np.ndarray:
         """The directions that some of the active features read, fp32 [F, D]; each layer is read once."""
-        layer_F, feature_F = self.active.layer_A[chosen_F], self.active.feature_A[chosen_F]
-        vector_FxD = np.empty((len(chosen_F), self.model.config.d_model), np.float32)
-        for layer in np.unique(layer_F):
-            own = np.flatnonzero(layer_F == layer)
-            vector_FxD[own] = self.transcoders.rows(int(layer), "W_enc", feature_F[own])
-        return vector_FxD
+        return self.transcoders.rows_of("W_enc", self.active.layer_A[chosen_F], self.active.feature_A[chosen_F])
 
     def constants(self, chosen_F: np.ndarray) -> np.ndarray:
         """What biases of their own add to the pre-activations of some of the active features, fp32 [F].
@@ -167,7 +183,7 @@ def padded_length(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def _placed(transcoder: Dictionary, model: LanguageModel) -> Dictionary:
+def placed(transcoder: Dictionary, model: LanguageModel) -> Dictionary:
     """The transcoder on the model's devices, its features split over ``model``."""
     table = parameter_table(transcoder.config)
     arrays = {
@@ -177,10 +193,13 @@ def _placed(transcoder: Dictionary, model: LanguageModel) -> Dictionary:
     return Dictionary(transcoder.config, transcoder.operands, **arrays)
 
 
-def _explain(
-    transcoder: Dictionary, read_TxD: jax.Array, out_TxD: jax.Array, tokens: int
+def active_features(
+    transcoder: Dictionary, read_TxD: jax.Array, out_TxD: jax.Array, used_T: np.ndarray
 ) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
     """What a layer's transcoder makes of its input.
+
+    Args:
+      used_T: True where features are used.
 
     Returns:
       Position, feature, activation and encoder bias of its active features; and the layer's parts of ``Streams``.
@@ -191,8 +210,7 @@ def _explain(
     active, errors, firsts = [], [], []
     for start in range(0, length, size):
         chunk = slice(start, start + size)
-        used_T = (np.arange(length)[chunk] > 0) & (np.arange(length)[chunk] < tokens)
-        acts_TxF, error_TxD, first_D = explain(graph, state, read_TxD[chunk], out_TxD[chunk], used_T)
+        acts_TxF, error_TxD, first_D = explain(graph, state, read_TxD[chunk], out_TxD[chunk], used_T[chunk])
         acts_TxF = np.asarray(acts_TxF)
         position_A, feature_A = np.nonzero(acts_TxF)
         active.append((position_A + start, feature_A, acts_TxF[position_A, feature_A]))

@@ -40,7 +40,7 @@ def unit_name(config: GraphConfig) -> str:
     """The name of the folder that these settings' graphs are in; "" if none are asked for.
 
     Raises:
-      UserError: prompts are given in two ways, or without transcoders.
+      UserError: prompts are given in two ways, or not with one of transcoders and SAEs.
     """
     given = {
         "--graph.prompt": bool(config.prompt),
@@ -53,8 +53,15 @@ def unit_name(config: GraphConfig) -> str:
         raise UserError(f"{' and '.join(named)}: expected one of them")
     if not named:
         return ""
-    if not config.transcoders:
-        raise UserError(f"{named[0]} traces a graph, and --graph.transcoders is missing: name a set of transcoders")
+    if not config.transcoders and not config.dictionaries:
+        raise UserError(
+            f"{named[0]} traces a graph, and --graph.transcoders is missing: name a set of transcoders, or SAEs with "
+            "--graph.dictionaries"
+        )
+    if config.transcoders and config.dictionaries:
+        raise UserError("--graph.transcoders and --graph.dictionaries: expected one of them")
+    if config.transcoders and (config.direct or config.estimate != "gradient"):
+        raise UserError("--graph.estimate and --graph.direct are for SAEs (--graph.dictionaries), not for transcoders")
     if config.slug:
         return _checked_slug(config.slug, "--graph.slug")
     if config.prompts:
@@ -65,16 +72,26 @@ def unit_name(config: GraphConfig) -> str:
 
 
 def identity(config: GraphConfig) -> str:
-    """A fingerprint of the files that graphs are made from beside the model's: the transcoders, and prompts."""
+    """A fingerprint of the files that graphs are made from beside the model's: the transcoders or SAEs, and prompts."""
     if not config.transcoders:
-        return ""
-    from saejax.attribution.transcoders import find_folder  # the stage's own imports take seconds
+        folders, commit = list(map(Path, config.dictionaries)), ""
+    else:
+        from saejax.attribution.transcoders import find_folder  # the stage's own imports take seconds
 
-    _, folder, commit = find_folder(config.transcoders, config.revision, config.subfolder)
-    found = sorted(path for pattern in ("*.json", "*.yaml", "*.safetensors", "*.npz") for path in folder.rglob(pattern))
-    marks = [commit] if commit else [f"{path.relative_to(folder)} {content(path)}" for path in found]
+        _, folder, commit = find_folder(config.transcoders, config.revision, config.subfolder)
+        folders = [folder]
+    if not folders:
+        return ""
+    marks = [commit] if commit else [mark for folder in folders for mark in _marks(folder)]
     prompts = file_sha256(Path(config.prompts)) if config.prompts and Path(config.prompts).exists() else ""
     return fingerprint([prompts, *marks])
+
+
+def _marks(folder: Path) -> list[str]:
+    """What the files of dictionaries in a folder hold; checkpoints of their training are no part of it."""
+    kinds = ("*.json", "*.yaml", "*.safetensors", "*.npz")
+    found = sorted(path for kind in kinds for path in folder.rglob(kind))
+    return [f"{path.relative_to(folder)} {content(path)}" for path in found]
 
 
 def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]] | None = None) -> list[Request]:

@@ -14,7 +14,7 @@ from saejax.parallel import fitting_sharding
 _LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
 _CHUNKS = 8  # chunks of targets in a batch
 _WORTH = 2  # batches that have to be at hand for each length
-_TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's targets, together, on each device
+TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's targets, together, on each device
 
 
 class Rows:
@@ -29,7 +29,7 @@ class Rows:
     def __init__(self, replacement: Replacement, sources: Sources, count: int):
         self._replacement, self._sources = replacement, sources
         mesh, length = replacement.model.mesh, replacement.streams.stream_LxTxD.shape[1]
-        self._shards, self._tokens = mesh.shape["data"], _TOKENS[mesh.devices.flat[0].platform]
+        self._shards, self._tokens = mesh.shape["data"], TOKENS[mesh.devices.flat[0].platform]
         batches = count * length // (self._tokens * self._shards * _CHUNKS)
         step = -(-length // min(max(batches // _WORTH, 1), _LENGTHS))
         self._lengths = np.array([*range(step, length, step), length])

@@ -17,11 +17,13 @@ from typing import Any
 from saejax.attribution import circuits, validation
 from saejax.attribution.attribute import Traced, trace_prompt
 from saejax.attribution.figure import draw_graph, save_figure
+from saejax.attribution.gradient import TracedSaes, trace_saes
 from saejax.attribution.graph import ERROR, FEATURE, Graph
 from saejax.attribution.graph_folder import write_graph
 from saejax.attribution.neuronpedia import to_document
 from saejax.attribution.page import write_page
 from saejax.attribution.requests import Request, read_requests
+from saejax.attribution.saes import SaeSet
 from saejax.attribution.transcoders import TranscoderSet, open_transcoders
 from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_model, part_file, read_behaviours
 from saejax.models.language_model import LanguageModel
@@ -36,42 +38,50 @@ def run_attribute(run: Run) -> dict[str, Any]:
       The results; WORKSPACE.md describes them.
 
     Raises:
-      UserError: a prompt, its targets, the transcoders and the model do not go together.
+      UserError: a prompt, its targets, the transcoders or SAEs and the model do not go together.
     """
     config: GraphConfig = run.configs["graph"]
     behaviours = read_behaviours(run) if config.behaviours else None
     requests = {request.slug: request for request in read_requests(config, behaviours)}
 
     def begin() -> Measure:
-        transcoders = open_transcoders(config.transcoders, config.revision, config.subfolder)
+        dictionaries: TranscoderSet | SaeSet
+        if config.dictionaries:
+            dictionaries = SaeSet.of(config.dictionaries)
+        else:
+            dictionaries = open_transcoders(config.transcoders, config.revision, config.subfolder)
         model = load_run_model(run)
-        transcoders.check(model)
+        dictionaries.check(model)
 
         def measure(slug: str, tick: Tick) -> Measured:
             tick(0, 1)
-            return _trace(run, model, transcoders, requests[slug])
+            return _trace(run, model, dictionaries, requests[slug])
 
         return measure
 
-    return dict(transcoders=config.transcoders, graphs=each_part(run, list(requests), begin))
+    graphs = each_part(run, list(requests), begin)
+    return dict(transcoders=config.transcoders, dictionaries=list(config.dictionaries), graphs=graphs)
 
 
-def _trace(run: Run, model: LanguageModel, transcoders: TranscoderSet, request: Request) -> Measured:
+def _trace(run: Run, model: LanguageModel, dictionaries: TranscoderSet | SaeSet, request: Request) -> Measured:
     config: GraphConfig = run.configs["graph"]
     start = time.monotonic()
-    traced = trace_prompt(
-        model,
-        transcoders,
-        request.prompt,
+    options: dict[str, Any] = dict(
         targets=request.targets,
         max_logits=config.max_logits,
         logit_mass=config.logit_mass,
         max_features=config.max_features or None,
     )
+    traced: Traced | TracedSaes
+    if isinstance(dictionaries, SaeSet):
+        options |= dict(estimate=config.estimate, direct=config.direct)
+        traced = trace_saes(model, dictionaries, request.prompt, **options)
+    else:
+        traced = trace_prompt(model, dictionaries, request.prompt, **options)
     seconds = time.monotonic() - start
-    pruned = traced.graph.prune(config.node_threshold, config.edge_threshold)
+    pruned = traced.graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
     _write(run, request.slug, pruned)
-    results = _describe(traced, pruned) | dict(seconds=round(seconds, 2)) | _checked(traced, config)
+    results = _describe(traced.graph, pruned) | dict(seconds=round(seconds, 2)) | _checked(traced, config)
     scores = results["scores"]
     said = (
         f"{results['active']:,} active features, {results['traced']:,} traced in {seconds:.1f} s; kept "
@@ -85,8 +95,7 @@ def _trace(run: Run, model: LanguageModel, transcoders: TranscoderSet, request: 
     return Measured(results, said)
 
 
-def _describe(traced: Traced, pruned: Graph) -> dict[str, Any]:
-    graph, replacement = traced.graph, traced.replacement
+def _describe(graph: Graph, pruned: Graph) -> dict[str, Any]:
     return dict(
         prompt=graph.prompt,
         tokens=list(graph.tokens),
@@ -94,7 +103,7 @@ def _describe(traced: Traced, pruned: Graph) -> dict[str, Any]:
             dict(label=label, logit=float(logit), weight=float(weight))
             for label, logit, weight in zip(graph.labels, graph.logit_K, graph.probability_K, strict=True)
         ],
-        active=len(replacement.active),
+        active=graph.settings["active_features"],
         traced=graph.count(FEATURE),
         features=pruned.count(FEATURE),
         errors=pruned.count(ERROR),
@@ -104,10 +113,14 @@ def _describe(traced: Traced, pruned: Graph) -> dict[str, Any]:
     )
 
 
-def _checked(traced: Traced, config: GraphConfig) -> dict[str, Any]:
+def _checked(traced: Traced | TracedSaes, config: GraphConfig) -> dict[str, Any]:
     """What came of running the graph."""
-    graph, replacement, readouts = traced
     doubling = curve = None
+    if isinstance(traced, TracedSaes):
+        if config.doubled:
+            doubling = validation.double_saes(*traced, config.doubled, config.seed).results()
+        return dict(doubling=doubling, circuits=curve)
+    graph, replacement, readouts = traced
     if config.doubled:
         doubling = validation.double(replacement, graph, readouts, config.doubled, config.seed).results()
     if config.circuits:

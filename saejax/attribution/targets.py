@@ -1,25 +1,64 @@
 """What a graph explains: logits, differences of two, other directions of the stream.
 
 A logit is read from the stream leaving the last layer, at the last position, through the final norm, whose factor is
-constant. Its direction is its column of the unembedding less the mean over the vocabulary, as only differences of
-logits matter. Capping of logits is left out of it; probabilities are those of the capped logits.
+constant where the model is frozen. Its direction is its column of the unembedding less the mean over the vocabulary, as
+only differences of logits matter. Capping of logits is left out of it; probabilities are those of the capped logits.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.frozen import FrozenModel
-from saejax.attribution.replacement import Replacement
+from saejax.attribution.replacement import Active
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.layers import einsum
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import LanguageModel
+from saejax.models.layers import einsum, norm
 from saejax.models.tokens import token_text
+
+
+class PromptRun(Protocol):
+    """A model that was run on a prompt, as targets and graphs see it; ``Replacement`` is one."""
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model."""
+
+    @property
+    def rules(self) -> DecoderConfig:
+        """Its configuration with the rules (``backward``) by which gradients go through it."""
+
+    @property
+    def ids_P(self) -> np.ndarray:
+        """int32 token ids."""
+
+    @property
+    def active(self) -> Active:
+        """The active features."""
+
+    @property
+    def logits_V(self) -> np.ndarray:
+        """fp32 logits at the last position."""
+
+    @property
+    def last_D(self) -> jax.Array:
+        """The stream leaving the last layer at the last position, fp32."""
+
+    @property
+    def stream_LxTxD(self) -> jax.Array:
+        """The stream entering each layer, fp32."""
+
+    def constants(self, chosen_F: np.ndarray) -> np.ndarray:
+        """What biases of their own add to the pre-activations of some of the active features, fp32 [F]."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a graph says of the dictionaries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +88,7 @@ class Readouts:
     Attributes:
       layer_K, position_K: int32, which stream, by the layer it enters, and where.
       token_K: int32 token of a logit; -1 for others.
+      pair_Kx2: int32 tokens of a logit or a difference, -1 where there is none.
       vector_KxD: fp32 directions.
       value_K: fp32 dot product with the stream, plus biases.
       normed_K: whether they were pulled back through the final norm.
@@ -61,6 +101,7 @@ class Readouts:
     layer_K: np.ndarray
     position_K: np.ndarray
     token_K: np.ndarray
+    pair_Kx2: np.ndarray
     vector_KxD: np.ndarray
     value_K: np.ndarray
     normed_K: np.ndarray
@@ -70,7 +111,7 @@ class Readouts:
     labels: tuple[str, ...]
 
 
-def read_targets(replacement: Replacement, targets: Sequence[Target], max_logits: int, logit_mass: float) -> Readouts:
+def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, logit_mass: float) -> Readouts:
     """The targets that are asked for.
 
     Args:
@@ -80,7 +121,7 @@ def read_targets(replacement: Replacement, targets: Sequence[Target], max_logits
     Raises:
       UserError: a token does not exist, a text is not one token, or a direction does not fit the model.
     """
-    logits_V = replacement.logits_V.astype(np.float64)
+    logits_V = run.logits_V.astype(np.float64)
     probability_V = np.exp(logits_V - logits_V.max())
     probability_V /= probability_V.sum()
     if not targets:
@@ -88,31 +129,32 @@ def read_targets(replacement: Replacement, targets: Sequence[Target], max_logits
         count = int(np.searchsorted(np.cumsum(probability_V[order_V]), logit_mass)) + 1
         targets = [int(token) for token in order_V[:count]]
     tokens = [target for target in targets if not isinstance(target, Direction)]
-    parts = [_logits(replacement, tokens, probability_V)] if tokens else []
-    parts += [_direction(replacement, target) for target in targets if isinstance(target, Direction)]
+    parts = [_logits(run, tokens, probability_V)] if tokens else []
+    parts += [_direction(run, target) for target in targets if isinstance(target, Direction)]
     joined: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0]) if name != "labels"
     }
     return Readouts(**joined, labels=tuple(label for part in parts for label in part.labels))
 
 
-def _logits(replacement: Replacement, targets: Sequence[Any], probability_V: np.ndarray) -> Readouts:
+def _logits(run: PromptRun, targets: Sequence[Any], probability_V: np.ndarray) -> Readouts:
     """Tokens, and pairs of them."""
-    model, text = replacement.model, token_text(replacement.model.tokenizer)
+    model, text = run.model, token_text(run.model.tokenizer)
     pairs_Kx2 = np.full((len(targets), 2), -1, np.int32)
     for pair, target in zip(pairs_Kx2, targets, strict=True):
         for index, token in enumerate(target if isinstance(target, tuple) else (target,)):
-            pair[index] = _token(replacement, token)
+            pair[index] = _token(run, token)
     first_K, second_K = pairs_Kx2.T
     single_K = second_K < 0
-    arrays = logit_directions(replacement.frozen, model.params, replacement.streams.last_D, first_K, second_K)
+    arrays = logit_directions(run.rules, model.params, run.last_D, first_K, second_K)
     vector_KxD, value_K, constant_K = map(np.asarray, arrays)
     labels = [text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}" for a, b in pairs_Kx2.tolist()]
-    logits_V = replacement.logits_V
+    logits_V = run.logits_V
     return Readouts(
         layer_K=np.full(len(targets), model.config.n_layers, np.int32),
-        position_K=np.full(len(targets), len(replacement.ids_P) - 1, np.int32),
+        position_K=np.full(len(targets), len(run.ids_P) - 1, np.int32),
         token_K=np.where(single_K, first_K, -1).astype(np.int32),
+        pair_Kx2=pairs_Kx2,
         vector_KxD=vector_KxD,
         value_K=value_K,
         normed_K=np.ones(len(targets), bool),
@@ -123,8 +165,8 @@ def _logits(replacement: Replacement, targets: Sequence[Any], probability_V: np.
     )
 
 
-def _direction(replacement: Replacement, target: Direction) -> Readouts:
-    config, tokens = replacement.model.config, len(replacement.ids_P)
+def _direction(run: PromptRun, target: Direction) -> Readouts:
+    config, tokens = run.model.config, len(run.ids_P)
     vector_D = np.asarray(target.vector_D, np.float32)
     if vector_D.shape != (config.d_model,) or not np.isfinite(vector_D).all():
         raise UserError(f"the target {target.label!r} has the shape {vector_D.shape}: expected ({config.d_model},)")
@@ -137,14 +179,14 @@ def _direction(replacement: Replacement, target: Direction) -> Readouts:
         )
     if layer == config.n_layers and position != tokens - 1:
         raise UserError(f"the target {target.label!r} leaves the last layer: expected it at the last position")
-    streams = replacement.streams
-    stream_D = streams.last_D if layer == config.n_layers else streams.stream_LxTxD[layer, position]
+    stream_D = run.last_D if layer == config.n_layers else run.stream_LxTxD[layer, position]
     value_K = np.array([np.asarray(stream_D, np.float64) @ vector_D], np.float32)
     one = np.ones(1, np.int32)
     return Readouts(
         layer_K=layer * one,
         position_K=position * one,
         token_K=-one,
+        pair_Kx2=np.full((1, 2), -1, np.int32),
         vector_KxD=vector_D[None],
         value_K=value_K,
         normed_K=np.zeros(1, bool),
@@ -155,9 +197,9 @@ def _direction(replacement: Replacement, target: Direction) -> Readouts:
     )
 
 
-def _token(replacement: Replacement, target: str | int) -> int:
+def _token(run: PromptRun, target: str | int) -> int:
     """The id of a token; a text is taken as it is written."""
-    model = replacement.model
+    model = run.model
     if isinstance(target, str):
         ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
@@ -170,18 +212,19 @@ def _token(replacement: Replacement, target: str | int) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def logit_directions(
-    frozen: FrozenModel, params: decoder.Params, last_D: jax.Array, first_K: jax.Array, second_K: jax.Array
+    rules: DecoderConfig, params: decoder.Params, last_D: jax.Array, first_K: jax.Array, second_K: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Differences of logits, before capping, as directions of the stream that leaves the last layer.
 
     Args:
+      rules: the decoder; its ``backward`` says whether the final norm's factor is constant.
       last_D: that stream at the last position.
       first_K, second_K: token ids; -1 for the mean over the vocabulary.
 
     Returns:
       The directions [K, D], the differences [K], and the part of them [K] that biases are.
     """
-    embed_VxD = params["embed_VxD"] if frozen.config.tied else params["unembed_DxV"].T
+    embed_VxD = params["embed_VxD"] if rules.tied else params["unembed_DxV"].T
     rows_VxD = embed_VxD.astype(last_D.dtype)
 
     def less(rows: jax.Array) -> jax.Array:
@@ -190,10 +233,10 @@ def logit_directions(
         return rows[first_K] - jnp.where(single_K, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
 
     vector_KxD = less(rows_VxD)
-    final_D, pull = jax.vjp(functools.partial(frozen.final, params), last_D)
+    final_D, pull = jax.vjp(functools.partial(norm, rules, params, "final_norm"), last_D)
     constant_K = jnp.zeros(len(vector_KxD), last_D.dtype)
     if "final_norm_bias_D" in params:
         constant_K += einsum("kd,d->k", vector_KxD, params["final_norm_bias_D"].astype(last_D.dtype))
-    unembed_bias_K = less(params["unembed_bias_V"].astype(last_D.dtype)) if frozen.config.unembed_bias else 0
+    unembed_bias_K = less(params["unembed_bias_V"].astype(last_D.dtype)) if rules.unembed_bias else 0
     value_K = einsum("kd,d->k", vector_KxD, final_D) + unembed_bias_K
     return jax.vmap(pull)(vector_KxD)[0], value_K, constant_K + unembed_bias_K

@@ -25,12 +25,12 @@ Rows = Callable[[int, str, np.ndarray], np.ndarray]
 _ADDRESS = re.compile(r"hf://(?P<repository>[^/]+/[^/]+)/(?P<file>[^?]+)(\?revision=(?P<revision>.+))?")
 
 
-class TranscoderSet:
-    """A transcoder for every layer.
+class DictionarySet:
+    """Dictionaries of several layers, one of each.
 
     Args:
       name: where the set comes from, for messages and results.
-      configs: what each is, from layer 0.
+      configs: what each is, in the order of layers.
       load: reads one layer's.
       rows: given a layer, "W_enc" or "W_dec" and features [U], reads the directions that these read from or write to,
         [U, D]; None: by loading the layer.
@@ -52,14 +52,32 @@ class TranscoderSet:
         stored = not any(config.centred or config.kind == "gated" for config in configs)
         self._rows = rows if rows and stored else self._rows_of_layer
 
+    def rows(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
+        """Rows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
+        return np.asarray(self._rows(layer, name, features_U), np.float32)
+
+    def rows_of(self, name: str, layer_F: np.ndarray, feature_F: np.ndarray) -> np.ndarray:
+        """The same of features of several layers, fp32 [F, D]; each layer is read once."""
+        vector_FxD = np.empty((len(layer_F), self.configs[0].d_in), np.float32)
+        for layer in np.unique(layer_F):
+            own = np.flatnonzero(layer_F == layer)
+            vector_FxD[own] = self.rows(int(layer), name, feature_F[own])
+        return vector_FxD
+
+    def _rows_of_layer(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
+        arrays = self.load(layer).arrays
+        if name == "W_dec":
+            return np.asarray(arrays["W_dec_FxD"])[features_U]
+        return np.asarray(arrays["W_enc_DxF"])[:, features_U].T
+
+
+class TranscoderSet(DictionarySet):
+    """A transcoder for every layer, from layer 0."""
+
     @classmethod
     def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "TranscoderSet":
         """The set of some transcoders that are in memory, in the order of layers."""
         return cls(name, [dictionary.config for dictionary in dictionaries], dictionaries.__getitem__)
-
-    def rows(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
-        """Rows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
-        return np.asarray(self._rows(layer, name, features_U), np.float32)
 
     def check(self, model: LanguageModel) -> "TranscoderSet":
         """The set, if it belongs to a model.
@@ -76,23 +94,12 @@ class TranscoderSet:
                 f"0 to {model.config.n_layers - 1}"
             )
         for layer, config in enumerate(self.configs):
-            if config.d_in != model.config.d_model:
-                raise UserError(
-                    f"{self.name}, layer {layer}: the transcoder reads {config.d_in} dimensions, but "
-                    f"{model.source.name} has {model.config.d_model}: use the model it was trained on"
-                )
-            if config.fingerprint and config.fingerprint != model.source.fingerprint:
-                raise UserError(
-                    f"{self.name}, layer {layer}: the transcoder was trained on {config.model} (fingerprint "
-                    f"{config.fingerprint}), but the model is {model.source.name} ({model.source.fingerprint})"
-                )
+            check_dictionary(config, model, f"{self.name}, layer {layer}: the transcoder")
             if (config.site, config.target) != (f"mlp_in.{layer}", f"mlp_out.{layer}"):
                 raise UserError(
                     f"{self.name}, layer {layer}: the transcoder reads {config.site} and predicts {config.target}: "
                     f"expected mlp_in.{layer} and mlp_out.{layer}"
                 )
-            if config.kind == "linear":
-                raise UserError(f"{self.name}, layer {layer}: a linear dictionary has no active features to trace")
         return self
 
     def describe(self) -> dict[str, Any]:
@@ -101,11 +108,21 @@ class TranscoderSet:
         own = dict(name=self.name, revision=self.revision, reads=self.reads, layers=len(self.configs))
         return own | dict(kind=first.kind, n_features=first.n_features, skip=first.skip, model=first.model)
 
-    def _rows_of_layer(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
-        arrays = self.load(layer).arrays
-        if name == "W_dec":
-            return np.asarray(arrays["W_dec_FxD"])[features_U]
-        return np.asarray(arrays["W_enc_DxF"])[:, features_U].T
+
+def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
+    """A ``UserError`` that begins with ``what`` unless features of such a dictionary can be traced in a model."""
+    if config.d_in != model.config.d_model:
+        raise UserError(
+            f"{what} reads {config.d_in} dimensions, but {model.source.name} has {model.config.d_model}: use the model "
+            "it was trained on"
+        )
+    if config.fingerprint and config.fingerprint != model.source.fingerprint:
+        raise UserError(
+            f"{what} was trained on {config.model} (fingerprint {config.fingerprint}), but the model is "
+            f"{model.source.name} ({model.source.fingerprint})"
+        )
+    if config.kind == "linear":
+        raise UserError(f"{what} is a linear dictionary, which has no active features to trace")
 
 
 def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = "") -> TranscoderSet:

@@ -4,6 +4,7 @@ Read these files to learn what can be changed. A stage reads the groups that ``p
 it; ``--help`` of its binary shows them.
 """
 
+from saejax.settings.attribution import GRAPH_ESTIMATES as GRAPH_ESTIMATES
 from saejax.settings.attribution import GraphConfig as GraphConfig
 from saejax.settings.causal import BASES as BASES
 from saejax.settings.causal import ESTIMATES as ESTIMATES

@@ -1,8 +1,10 @@
-"""Attribution graphs: of which prompts, with which transcoders, and how much of them is kept."""
+"""Attribution graphs: of which prompts, with which transcoders or SAEs, and how much of them is kept."""
 
 import dataclasses
 
 from saejax.config import Config, setting
+
+GRAPH_ESTIMATES = ("gradient", "relp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +18,21 @@ class GraphConfig(Config):
     )
     revision: str = setting("main", "revision of a set on the hub")
     subfolder: str = setting("", "folder of the set within its repository")
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "SAEs instead, where there are no transcoders: their folders, such as runs/mine/train/topk, at most one SAE of "
+        "each layer; edges are then activation x gradient, first-order estimates",
+    )
+    estimate: str = setting(
+        "gradient",
+        "with SAEs: the gradient of the model, or relp, by the rules of relevance patching",
+        choices=GRAPH_ESTIMATES,
+    )
+    direct: bool = setting(
+        False,
+        "with SAEs: hold the sites between, so that what goes through their features is counted in the edges from "
+        "these alone; otherwise in both",
+    )
     prompt: str = setting("", "the text to trace")
     token_ids: tuple[int, ...] = setting((), "its token ids instead, taken as they are", low=0)
     prompts: str = setting(
@@ -38,6 +55,7 @@ class GraphConfig(Config):
     max_features: int = setting(4096, "most features that are traced, the most influential ones (0: all)", low=0)
     node_threshold: float = setting(0.8, "share of all influence of the nodes that are kept", low=0.0, high=1.0)
     edge_threshold: float = setting(0.98, "share of all influence of the edges that are kept", low=0.0, high=1.0)
+    top_edges: int = setting(0, "of each target only so many of its edges are kept, the largest (0: all)", low=0)
     slug: str = setting(
         "", "name of the graph, and of the folder of the results; empty: made of the prompt or the file's name"
     )
@@ -47,6 +65,7 @@ class GraphConfig(Config):
         low=0,
     )
     circuits: bool = setting(
-        True, "run parts of the graph alone, and all the rest alone, to see whether they do the work"
+        True,
+        "run parts of the graph alone, and all the rest alone, to see whether they do the work (with transcoders)",
     )
     seed: int = setting(456, "seed of the choice of features that are doubled", low=0)

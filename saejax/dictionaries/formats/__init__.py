@@ -49,6 +49,18 @@ def load_dictionary(
     return folding.unit_decoder(dictionary) if unit_norm else dictionary
 
 
+def load_all(path: str | os.PathLike, operands: str = "float32") -> dict[str, Dictionary]:
+    """Loads the dictionary of a folder, or all members of a stack such as ``runs/demo/train/topk``, by their folders.
+
+    Raises:
+      UserError: no dictionary is there, or one is damaged.
+    """
+    readers = _readers(Path(path))
+    if not readers:
+        load_dictionary(path)  # says what is there instead
+    return {str(folder): load(operands, "", "") for folder, load in readers.items()}
+
+
 def load_transcoders(
     path: str | os.PathLike, operands: str = "float32", site: str = "", target: str = ""
 ) -> list[Dictionary]:
@@ -66,8 +78,7 @@ def load_transcoders(
     folder = Path(path)
     if (folder / SET).exists():
         return circuit_tracer.load(folder, operands, site, target)
-    inside = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
-    readers = [load for load in map(_reader, (folder, *inside)) if load]
+    readers = _readers(folder).values()
     loaded = [load(operands, "", "") for load in readers]
     if not loaded:
         raise UserError(f"{folder} holds no transcoders: name a circuit-tracer set or a stack that was trained")
@@ -107,6 +118,15 @@ def save_transcoders(folder: str | os.PathLike, transcoders: Sequence[Dictionary
       UserError: the folder holds a set already, or these do not make one.
     """
     circuit_tracer.save(Path(folder), transcoders)
+
+
+def _readers(folder: Path) -> dict[Path, Callable[[str, str, str], Dictionary]]:
+    """What reads the dictionary in a folder, or if there is none those in the folders in it."""
+    inside = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
+    for folders in ([folder], inside):
+        if found := {each: load for each in folders if (load := _reader(each))}:
+            return found
+    return {}
 
 
 def _reader(folder: Path) -> Callable[[str, str, str], Dictionary] | None:
