@@ -15,6 +15,7 @@ from saejax.attribution.graph import FEATURE, LOGIT, Graph, Nodes
 from saejax.attribution.network import to_networkx
 from saejax.attribution.neuronpedia import node_ids
 from saejax.attribution.supernodes import Supernode, alikeness, as_groups, cluster, collapse, named
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.settings import GraphConfig
 
@@ -219,13 +220,22 @@ def test_files_of_groups(tmp_path, content, wanted):
     assert requests.read_groups(GraphConfig(supernodes="cluster"), ["one"]) == {}
 
 
+def in_pairs(transcoder):
+    """The transcoder with its second half of features made like the first, but for how strongly they fire."""
+    arrays = {name: np.array(array) for name, array in transcoder.arrays.items()}
+    for name, factor in dict(W_enc_DxF=0.5, b_enc_F=0.5, W_dec_FxD=1.0).items():
+        halves = arrays[name].T if name == "W_enc_DxF" else arrays[name]
+        halves[24:] = factor * halves[:24]
+    return Dictionary(transcoder.config, **arrays)
+
+
 def test_the_stage_writes_groups_and_takes_back_what_the_page_saves(
     tiny_llama, one_device, tmp_path, capsys, quick_compiler
 ):
     lm = load_model(str(tiny_llama), mesh=one_device)
-    save_transcoders(tmp_path / "set", made_set(lm))
+    save_transcoders(tmp_path / "set", [in_pairs(transcoder) for transcoder in made_set(lm)])
     flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={tmp_path / 'set'}", "--graph.token_ids=5,17,33,8"]
-    flags += ["--graph.doubled=0", "--graph.slug=ids", "--graph.max_logits=2", f"--workdir={tmp_path / 'run'}"]
+    flags += ["--graph.doubled=0", "--graph.slug=ids", "--graph.node_threshold=1.0", f"--workdir={tmp_path / 'run'}"]
 
     def attribute(groups, *more):
         code = command.run(["attribute"], "", ["attribute", *flags, f"--graph.supernodes={groups}", *more])
@@ -236,7 +246,11 @@ def test_the_stage_writes_groups_and_takes_back_what_the_page_saves(
 
     document, results = attribute("cluster", "--graph.circuit_rest=mean")
     params, graph = document["qParams"], Graph.load(tmp_path / "run" / "attribute" / "ids" / "ids-graph")
-    assert results["supernodes"] == len(params["supernodes"]) > 0
+    assert results["supernodes"] == len(params["supernodes"]) > 3
+    assert all(
+        {str((int(id.split("_")[1]) + 24) % 48) for id in ids} & {id.split("_")[1] for id in ids}
+        for _, *ids in params["supernodes"]
+    )  # pairs are together
     logits = node_ids(graph)[graph.slice_of(LOGIT)]
     assert params["pinnedIds"] == [member for group in params["supernodes"] for member in group[1:]] + logits
     assert as_groups(graph, named(graph, params["supernodes"])) == params["supernodes"]
