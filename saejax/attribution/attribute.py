@@ -198,6 +198,6 @@ def graph_of(
             name=model.source.name, revision=model.source.revision, fingerprint=model.source.fingerprint,
             family=model.config.family,
         ),
-        transcoders=run.describe(),
+        transcoders=run.dictionaries.describe(),
         settings=settings | dict(active_features=len(active)),
     )  # fmt: skip

@@ -4,8 +4,10 @@ At every layer and every position but the first the MLP's output becomes
 
     sum over kept features of f_t W_dec + b_dec + skip(read_t) + error_t if it is kept
 
-with f_t and error_t of that run: all comes from the embedding of the tokens anew, nothing is frozen. With m a readout,
-C the circuit, M the model and 0 the run without any feature or error (Marks et al., 2024, arXiv 2403.19647),
+with f_t and error_t of that run: all comes from the embedding of the tokens anew, nothing is frozen. A feature that is
+active in the prompt and not kept may have a mean activation instead of none; one that is not active there has none, so
+that with all features and errors kept this is the model. With m a readout, C the circuit, M the model and 0 the run in
+which no feature and no error is kept (Marks et al., 2024, arXiv 2403.19647),
 
     faithfulness = (m(C) - m(0)) / (m(M) - m(0)),        incompleteness = the same of all that is not in C
 
@@ -16,7 +18,7 @@ Letters: C circuits, K readouts; A, L, P, T, D, F as in ``replacement``.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -56,7 +58,7 @@ class Curve:
       share_C: the share of influence for which each was pruned.
       features_C, errors_C: how many each keeps.
       readout_C, complement_C: the first readout of each, and of all that is not in it; fp32.
-      model, empty: of the whole model, and without any feature or error.
+      model, empty: of the whole model, and with no feature and no error kept.
     """
 
     share_C: np.ndarray
@@ -82,17 +84,24 @@ class Curve:
         return (readout_C - self.empty) / whole if whole else np.full(len(readout_C), np.nan)
 
 
-def curve(replacement: Replacement, graph: Graph, readouts: Readouts, shares: Sequence[float] = SHARES) -> Curve:
+def curve(
+    replacement: Replacement,
+    graph: Graph,
+    readouts: Readouts,
+    shares: Sequence[float] = SHARES,
+    means: Mapping[int, np.ndarray] | None = None,
+) -> Curve:
     """Prunes a whole graph to growing shares of its influence, and runs each part alone and all the rest alone.
 
     Args:
       graph: of the replacement model, not pruned; features that it has no node for are never kept.
       readouts: the first of them is judged.
+      means: see ``run_circuits``.
     """
     circuits = [circuit_of(replacement, graph.prune(share)) for share in shares]
     none = Circuit(np.zeros(len(replacement.active), bool), np.zeros_like(circuits[0].errors_LxP))
     rows = [*circuits, *(circuit.complement() for circuit in circuits), none.complement(), none]
-    readout_C = run_circuits(replacement, rows, readouts)[:, 0]
+    readout_C = run_circuits(replacement, rows, readouts, means)[:, 0]
     count = len(circuits)
     return Curve(
         share_C=np.asarray(shares, np.float64),
@@ -152,7 +161,8 @@ def run_circuits(
     Args:
       circuits: what is kept; a feature that is not active in the prompt is not in any.
       readouts: of the last layer's output.
-      means: by layer, activations [F] that stand in place of features that are not kept; None: zeros.
+      means: by layer, activations [F] that stand in place of those of features that are active in the prompt and not
+        kept, such as ``mean_activations``; None: zeros.
       tick: called with the layers done and of all; may raise to stop.
 
     Raises:
@@ -201,6 +211,23 @@ def run_circuits(
     return readout_CxK
 
 
+def mean_activations(replacements: Iterable[Replacement]) -> dict[int, np.ndarray]:
+    """Mean activations of all features over the positions of some prompts where features are used, by layer; fp32 [F].
+
+    Args:
+      replacements: of the prompts, one model and one set; used one at a time.
+    """
+    total: dict[int, np.ndarray] = {}
+    count = 0
+    for replacement in replacements:
+        active, count = replacement.active, count + len(replacement.ids_P) - 1
+        for layer, config in enumerate(replacement.transcoders.configs):
+            own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
+            sum_F = np.bincount(active.feature_A[own], weights=active.value_A[own], minlength=config.n_features)
+            total[layer] = total.get(layer, 0) + sum_F
+    return {layer: (sum_F / count).astype(np.float32) for layer, sum_F in total.items()}
+
+
 def _padded(
     places: tuple[np.ndarray, np.ndarray], kept_CxA: np.ndarray, most: int, features: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -230,7 +257,7 @@ def run_layer(
       position_A, feature_A: the layer's active features; those out of range fill up.
       kept_CxA: which of them each circuit keeps; a feature that is not active in the prompt is not kept.
       error_CxT: at which positions the error is kept.
-      mean_F: activations of those that are not kept; None: 0.
+      mean_F: activations of the active features that are not kept; None: 0.
       tokens: of the prompt.
     """
     dictionary, seen = nnx.merge(*transcoder), {}
@@ -245,8 +272,11 @@ def run_layer(
         error_CxTxD = value_CxTxD - dictionary.decode(acts_CxTxF, read_CxTxD)
         mask_CxTxF = jnp.zeros(acts_CxTxF.shape, bool)
         mask_CxTxF = mask_CxTxF.at[row_Cx1, position_A[None], feature_A[None]].set(kept_CxA, mode="drop")
-        rest = jnp.zeros_like(acts_CxTxF) if mean_F is None else jnp.broadcast_to(mean_F, acts_CxTxF.shape)
-        rebuilt_CxTxD = dictionary.decode(jnp.where(mask_CxTxF, acts_CxTxF, rest), read_CxTxD)
+        rest_CxTxF = jnp.zeros_like(acts_CxTxF)
+        if mean_F is not None:
+            mean_CxA = jnp.broadcast_to(mean_F[feature_A].astype(rest_CxTxF.dtype)[None], kept_CxA.shape)
+            rest_CxTxF = rest_CxTxF.at[row_Cx1, position_A[None], feature_A[None]].set(mean_CxA, mode="drop")
+        rebuilt_CxTxD = dictionary.decode(jnp.where(mask_CxTxF, acts_CxTxF, rest_CxTxF), read_CxTxD)
         kept_CxTxD = rebuilt_CxTxD + jnp.where(error_CxT[..., None], error_CxTxD, jnp.zeros_like(error_CxTxD))
         position_T = jnp.arange(x_CxTxD.shape[1])
         used_T = (position_T > 0) & (position_T < tokens)

@@ -120,9 +120,10 @@ class SaeRun:
         """The encoder's bias of some of the active features, fp32 [F]."""
         return self.active.b_enc_A[chosen_F]
 
-    def describe(self) -> dict[str, Any]:
-        """What a graph says of the SAEs."""
-        return self.saes.describe()
+    @property
+    def dictionaries(self) -> SaeSet:
+        """The SAEs, as every ``PromptRun`` names its dictionaries."""
+        return self.saes
 
 
 class TracedSaes(NamedTuple):

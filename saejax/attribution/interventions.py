@@ -7,7 +7,8 @@ A change gives a feature another activation at a position, which adds to what it
 What stays as it was in the prompt is a choice. With ``hold`` "nothing" the model runs on from there, and f_t is the
 activation in that run, after all earlier changes. With "attention" the attention weights are those of the prompt. With
 "all" the factors of norms and the outputs of MLPs are, too: then all is linear, f_t is the prompt's own activation, and
-what a change does to a target is what the graph's edge from the feature to the target says.
+what a change does to a target is what the graph's edge from the feature to the target says. It may stay so in the lower
+layers alone (``hold_until``); above them the model runs freely.
 
 Layers are the outer loop: each transcoder is read once, and only where something changes.
 
@@ -29,6 +30,7 @@ from jax import lax
 from saejax.attribution.frozen import FrozenModel
 from saejax.attribution.replacement import Replacement
 from saejax.attribution.targets import Readouts
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import Reach, full_reaches, mix
@@ -90,6 +92,7 @@ def intervene(
     readouts: Readouts,
     features: Sequence[int] | np.ndarray = (),
     hold: str = "nothing",
+    hold_until: int | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Changed:
     """Runs the prompt with the changes of each row.
@@ -100,6 +103,8 @@ def intervene(
       readouts: what is read at the end, from ``targets.read_targets``.
       features: active features, as places in ``replacement.active``, whose pre-activations are read.
       hold: one of ``HOLDS``.
+      hold_until: the layer from which on the model runs freely; their number: the final norm alone does. None: nothing
+        does, ``hold`` goes for all.
       tick: called with the layers done and of all; may raise to stop.
 
     Raises:
@@ -108,13 +113,17 @@ def intervene(
     """
     if hold not in HOLDS:
         raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
+    layers = replacement.model.config.n_layers
+    if hold_until is not None and not 0 <= hold_until <= layers:
+        raise UserError(f"hold_until is {hold_until}: expected a layer, 0 to {layers - 1}, or {layers}")
+    hold_L = [hold if hold_until is None or layer < hold_until else "nothing" for layer in range(layers + 1)]
     edits, chosen_J = _edits_by_layer(replacement, rows), np.asarray(features, np.int64)
     config, active, streams = replacement.model.config, replacement.active, replacement.streams
     feature_RxJ = np.tile(active.value_A[chosen_J], (len(rows), 1))
     readout_RxK = np.tile(readouts.value_K, (len(rows), 1))
-    chunks = _chunks(len(rows), replacement)
     if not edits:
         return Changed(feature_RxJ, readout_RxK)
+    chunks = _chunks(len(rows), replacement, edits)
     first = min(edits)
     most = int(np.bincount(active.layer_A[chosen_J]).max(initial=0))  # one size, so that layers share programs
     states = [_unchanged(replacement, chunk.stop - chunk.start, first) for chunk in chunks]
@@ -130,9 +139,9 @@ def intervene(
                 inner = Reader(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
                 moved_RxK = read_moved(x_TxD, states[place], inner)
                 readout_RxK[chunk, inner_K] += np.asarray(moved_RxK)[: chunk.stop - chunk.start]
-            arguments = replacement.frozen, hold, replacement.model.params, np.int32(layer), x_TxD, states[place]
+            held = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
             edited = (*transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder else None
-            states[place], moved_RxJ = run_layer(*arguments, skip_DxD, edited, reader)
+            states[place], moved_RxJ = run_layer(*held, x_TxD, states[place], skip_DxD, edited, reader)
             if len(own_J):
                 feature_RxJ[chunk, own_J] += np.asarray(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
         tick(layer + 1 - first, config.n_layers - first)
@@ -140,7 +149,7 @@ def intervene(
     for place, chunk in enumerate(chunks):
         parts = readouts.vector_KxD[final_K], readouts.normed_K[final_K]
         last = np.int32(len(replacement.ids_P) - 1)
-        moved_RxK = read_last(replacement.frozen, hold, streams.last_D, states[place], last, *parts)
+        moved_RxK = read_last(replacement.frozen, hold_L[-1], streams.last_D, states[place], last, *parts)
         readout_RxK[chunk, final_K] += np.asarray(moved_RxK)[: chunk.stop - chunk.start]
     if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
         raise UserError("the model is not finite after these changes: give features values that they can have")
@@ -207,16 +216,29 @@ def _added(
     row_Rx1 = jnp.arange(len(edits.position_RxM))[:, None]
     own_RxM = edits.own_RxM
     if read_RxTxD is not None:
-
-        def activation(places: tuple[jax.Array, jax.Array]) -> jax.Array:
-            position_R, feature_R = places
-            acts_RxF = dictionary.encode(read_RxTxD[row_Rx1[:, 0], position_R])
-            return jnp.take_along_axis(acts_RxF, feature_R[:, None], axis=1)[:, 0]
-
-        own_RxM = lax.map(activation, (edits.position_RxM.T, edits.feature_RxM.T)).T
+        own_RxM = _activations(dictionary, edits, read_RxTxD)
     change_RxM = jnp.where(edits.position_RxM > 0, edits.value_RxM - own_RxM, jnp.zeros_like(edits.value_RxM))
     added_RxMxD = change_RxM[..., None] * dictionary.W_dec_FxD[...][edits.feature_RxM]
     return jnp.zeros_like(like_RxTxD).at[row_Rx1, edits.position_RxM].add(added_RxMxD.astype(like_RxTxD.dtype))
+
+
+def _activations(dictionary: Dictionary, edits: Edits, read_RxTxD: jax.Array) -> jax.Array:
+    """Those that the features that are changed have in each row [R, M]."""
+    row_R, length = jnp.arange(len(read_RxTxD)), read_RxTxD.shape[1]
+    if edits.position_RxM.shape[1] <= length:
+
+        def of_change(places: tuple[jax.Array, jax.Array]) -> jax.Array:
+            position_R, feature_R = places
+            acts_RxF = dictionary.encode(read_RxTxD[row_R, position_R])
+            return jnp.take_along_axis(acts_RxF, feature_R[:, None], axis=1)[:, 0]
+
+        return lax.map(of_change, (edits.position_RxM.T, edits.feature_RxM.T)).T
+
+    def at_position(own_RxM: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:  # encodes less often
+        acts_RxM = jnp.take_along_axis(dictionary.encode(read_RxTxD[:, position]), edits.feature_RxM, axis=1)
+        return jnp.where(edits.position_RxM == position, acts_RxM.astype(own_RxM.dtype), own_RxM), None
+
+    return lax.scan(at_position, jnp.zeros_like(edits.own_RxM), jnp.arange(length))[0]
 
 
 @jax.jit
@@ -299,10 +321,11 @@ def _encoders(replacement: Replacement, places: np.ndarray, most: int) -> Reader
     return Reader(np.pad(active.position_A[places], (0, room)), np.pad(vector_JxD, ((0, room), (0, 0))))
 
 
-def _chunks(rows: int, replacement: Replacement) -> list[slice]:
+def _chunks(rows: int, replacement: Replacement, edits: Mapping[int, Edits]) -> list[slice]:
     """Rows that go through a layer at once."""
     _, length, width = replacement.streams.stream_LxTxD.shape
-    size = max(_CHUNK // (length * width) // _STEP, 1) * _STEP
+    most = max(part.position_RxM.shape[1] for part in edits.values())  # each change has a direction of its own
+    size = max(_CHUNK // (max(length, most) * width) // _STEP, 1) * _STEP
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

@@ -8,7 +8,7 @@ is ``{layer}_-1_{position}`` (its ``feature`` is -1 in both), so ids are unique.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saejax.attribution.document import check_document
@@ -32,7 +32,8 @@ def to_document(
     *,
     scan: str = "",
     labels: Mapping[tuple[int, int], str] | None = None,
-    supernodes: Mapping[str, list[str]] | None = None,
+    supernodes: Sequence[Sequence[str]] = (),
+    pinned: Sequence[str] = (),
     info: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A pruned graph as Neuronpedia's JSON: ``metadata``, ``qParams``, ``nodes``, ``links``.
@@ -42,7 +43,8 @@ def to_document(
       slug: the graph's name in addresses and file names.
       scan: Neuronpedia's id of the model; by default the last part of the model's name.
       labels: (layer, feature) -> what the feature is called.
-      supernodes: name -> ids of the nodes in it; they are pinned.
+      supernodes: of each its label and the ids of the nodes in it, which are pinned; see ``supernodes.as_groups``.
+      pinned: ids of more nodes to pin.
       info: more for ``metadata.info``, such as ``description``, ``creator_name`` and ``create_time_ms``.
 
     Raises:
@@ -58,14 +60,14 @@ def to_document(
         dict(source=ids[source], target=ids[target], weight=weight)
         for source, target, weight in zip(source_E.tolist(), target_E.tolist(), weight_E.tolist())
     ]
-    groups = [[name, *members] for name, members in (supernodes or {}).items()]
-    pinned = list(dict.fromkeys(member for group in groups for member in group[1:]))
-    unknown = set(pinned) - set(ids)
+    groups = [list(group) for group in supernodes]
+    pins = list(dict.fromkeys([*(member for group in groups for member in group[1:]), *pinned]))
+    unknown = set(pins) - set(ids)
     if unknown:
         raise UserError(f"supernodes name {min(unknown)!r}, and no node of the graph has that id")
     document = dict(
         metadata=_metadata(graph, slug, scan, info or {}),
-        qParams=dict(pinnedIds=pinned, supernodes=groups, linkType="both", clickedId="", sg_pos=""),
+        qParams=dict(pinnedIds=pins, supernodes=groups, linkType="both", clickedId="", sg_pos=""),
         nodes=_nodes(graph, ids, labels or {}),
         links=links,
     )

@@ -44,7 +44,7 @@ def influence(adjacency_TxS: np.ndarray, layer_T: np.ndarray, column_T: np.ndarr
 
 def scores(graph: Graph) -> Scores:
     """Replacement and completeness scores of a whole graph."""
-    adjacency_TxS, influence_S = _scored(graph), _influence(graph)
+    adjacency_TxS, influence_S = _scored(graph), source_influence(graph)
     tokens, errors = influence_S[graph.slice_of(TOKEN)].sum(), influence_S[graph.slice_of(ERROR)].sum()
     weight_T = _target_influence(graph, influence_S)
     error_T = np.zeros(len(weight_T))
@@ -85,7 +85,7 @@ def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98, top_edges: int 
     if graph.pruning:
         raise UserError("this graph is pruned already: prune the whole one")
     influence_N = np.zeros(len(graph.nodes), np.float32)
-    influence_S = _influence(graph)
+    influence_S = source_influence(graph)
     influence_N[: len(influence_S)] = influence_S
     kept_N = influence_N >= share_threshold(lambda: [influence_N], nodes)
     kept_N = (kept_N | np.isin(graph.nodes.kind_N, (TOKEN, LOGIT))) & ~np.isin(graph.nodes.kind_N, (FIRST_MLP, BIAS))
@@ -128,7 +128,7 @@ def share_threshold(blocks: Callable[[], Iterable[np.ndarray]], share: float) ->
 
 def _influential_edges(graph: Graph, share: float) -> np.ndarray:
     """Step 2 of ``prune``: True where an edge stays, [T, S]."""
-    adjacency_TxS, influence_S = graph.adjacency_TxS, _influence(graph)
+    adjacency_TxS, influence_S = graph.adjacency_TxS, source_influence(graph)
     factor_T = _target_influence(graph, influence_S)
 
     def blocks() -> Iterator[np.ndarray]:
@@ -177,7 +177,8 @@ def _scored(graph: Graph) -> np.ndarray:
     return graph.adjacency_TxS[:, : graph.slice_of(TOKEN).stop]
 
 
-def _influence(graph: Graph) -> np.ndarray:
+def source_influence(graph: Graph) -> np.ndarray:
+    """The influence of the graph's features, errors and tokens, in this order, float64."""
     features = graph.count(FEATURE)
     column_T = np.concatenate([np.arange(features), np.full(graph.count(LOGIT), -1)])
     return influence(_scored(graph), graph.nodes.layer_N[graph.target_T], column_T, _row_weights(graph))

@@ -142,6 +142,11 @@ class Replacement:
         return cls(model, transcoders, frozen, ids_P, active, streams, logits_V)
 
     @property
+    def dictionaries(self) -> TranscoderSet:
+        """The transcoders, as every ``PromptRun`` names its dictionaries."""
+        return self.transcoders
+
+    @property
     def rules(self) -> DecoderConfig:
         """The frozen decoder."""
         return self.frozen.config
@@ -155,10 +160,6 @@ class Replacement:
     def stream_LxTxD(self) -> jax.Array:
         """See ``Streams``."""
         return self.streams.stream_LxTxD
-
-    def describe(self) -> dict[str, Any]:
-        """What a graph says of the transcoders."""
-        return self.transcoders.describe()
 
     def encoder_rows(self, chosen_F: np.ndarray) -> np.ndarray:
         """The directions that some of the active features read, fp32 [F, D]; each layer is read once."""

@@ -1,6 +1,7 @@
 """Which prompts are traced, and what of them is explained: read from flags, a file, or the baseline's behaviours."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ from saejax.workspace import file_sha256, fingerprint
 _EXAMPLE = '{"slug": "paris", "prompt": "The capital of France is", "targets": [" Paris"]}'
 _KEYS = ("slug", "prompt", "token_ids", "targets")
 _LONGEST = 40  # characters of a name that is made of a prompt
+_GROUPS = '{"paris": [["cities", "3_17_4", "5_208_4"]]}, or a state that the page saved'
 _TAKEN = ("started", "summary", "graphs")  # files of every stage, and the folder of graphs
 
 Target = str | tuple[str, str]
+CLUSTER = "cluster"  # instead of a file of supernodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +75,24 @@ def unit_name(config: GraphConfig) -> str:
 
 
 def identity(config: GraphConfig) -> str:
-    """A fingerprint of the files that graphs are made from beside the model's: the transcoders or SAEs, and prompts."""
-    if not config.transcoders:
-        folders, commit = list(map(Path, config.dictionaries)), ""
-    else:
+    """A fingerprint of the files that graphs are made from beside the model's: dictionaries, prompts, supernodes."""
+    if config.transcoders:
         from saejax.attribution.transcoders import find_folder  # the stage's own imports take seconds
 
         _, folder, commit = find_folder(config.transcoders, config.revision, config.subfolder)
         folders = [folder]
+    else:
+        folders, commit = list(map(Path, config.dictionaries)), ""
     if not folders:
         return ""
     marks = [commit] if commit else [mark for folder in folders for mark in _marks(folder)]
-    prompts = file_sha256(Path(config.prompts)) if config.prompts and Path(config.prompts).exists() else ""
-    return fingerprint([prompts, *marks])
+    return fingerprint([*_given_files(config), *marks])
+
+
+def _given_files(config: GraphConfig) -> list[str]:
+    """What the files hold that the flags name; "" for one that is not there."""
+    files = [config.prompts, "" if config.supernodes == CLUSTER else config.supernodes]
+    return [file_sha256(Path(file)) if file and Path(file).exists() else "" for file in files]
 
 
 def _marks(folder: Path) -> list[str]:
@@ -119,6 +127,50 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     if not requests:
         raise UserError(f"--graph.prompts={path} holds no prompts: expected lines such as {_EXAMPLE}")
     return requests
+
+
+def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[list[str]]]:
+    """The supernodes of a file that ``--graph.supernodes`` names, by graph: of each its label and the ids of its nodes.
+
+    The file holds supernodes by graph, "*" for all others; or what the page saves, its state or the whole graph.
+
+    Args:
+      slugs: the graphs of this run.
+
+    Raises:
+      UserError: the file cannot be read, is no such file, or is for none of these graphs.
+    """
+    if config.supernodes in ("", CLUSTER):
+        return {}
+    path = Path(config.supernodes)
+    text = decode(read_bytes(path, "--graph.supernodes", f"name a file of supernodes, or {CLUSTER!r}"), path)
+    found = _by_graph(text)
+    if not all(map(_are_groups, found.values())) or not found:
+        raise UserError(f"{path} holds no supernodes: expected {_GROUPS}")
+    if not {"*", *slugs} & set(found):
+        raise UserError(f"{path} has supernodes for {', '.join(found)}: expected {', '.join(slugs)}, or * for all")
+    return {slug: found.get(slug, found.get("*", [])) for slug in slugs}
+
+
+def _by_graph(text: str) -> dict[str, Any]:
+    """What stands for each graph in a file of supernodes, whatever it is."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    params, metadata = found.get("qParams"), found.get("metadata")
+    if isinstance(params, dict) and isinstance(metadata, dict):  # a whole graph
+        return {str(metadata.get("slug", "*")): params.get("supernodes")}
+    return {"*": found.get("supernodes")} if "pinnedIds" in found else found
+
+
+def _are_groups(groups: Any) -> bool:
+    """Whether this is a list of labels with ids behind them."""
+    return isinstance(groups, list) and all(
+        isinstance(group, list) and len(group) > 1 and all(isinstance(part, str) for part in group) for group in groups
+    )
 
 
 def _of_behaviour(name: str, behaviours: Mapping[str, Sequence[Prompt]], targets: tuple[Target, ...]) -> Request:

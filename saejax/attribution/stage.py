@@ -11,18 +11,22 @@ A prompt is a part in the sense of ``causal.stages``. Beside its results in ``<s
 import dataclasses
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution import circuits, validation
-from saejax.attribution.attribute import Traced, trace_prompt
+import numpy as np
+
+from saejax.attribution import circuits, supernodes, validation
+from saejax.attribution.attribute import Traced, prompt_ids, trace_prompt
 from saejax.attribution.figure import draw_graph, save_figure
 from saejax.attribution.gradient import TracedSaes, trace_saes
-from saejax.attribution.graph import ERROR, FEATURE, Graph
+from saejax.attribution.graph import ERROR, FEATURE, LOGIT, Graph
 from saejax.attribution.graph_folder import write_graph
-from saejax.attribution.neuronpedia import to_document
+from saejax.attribution.neuronpedia import node_ids, to_document
 from saejax.attribution.page import write_page
-from saejax.attribution.requests import Request, read_requests
+from saejax.attribution.replacement import Replacement
+from saejax.attribution.requests import CLUSTER, Request, read_groups, read_requests
 from saejax.attribution.saes import SaeSet
 from saejax.attribution.transcoders import TranscoderSet, open_transcoders
 from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_model, part_file, read_behaviours
@@ -43,19 +47,20 @@ def run_attribute(run: Run) -> dict[str, Any]:
     config: GraphConfig = run.configs["graph"]
     behaviours = read_behaviours(run) if config.behaviours else None
     requests = {request.slug: request for request in read_requests(config, behaviours)}
+    groups = read_groups(config, list(requests))
 
     def begin() -> Measure:
-        dictionaries: TranscoderSet | SaeSet
-        if config.dictionaries:
-            dictionaries = SaeSet.of(config.dictionaries)
-        else:
-            dictionaries = open_transcoders(config.transcoders, config.revision, config.subfolder)
+        dictionaries = _open(config)
         model = load_run_model(run)
         dictionaries.check(model)
+        means = None
+        if config.circuits and config.circuit_rest == "mean" and isinstance(dictionaries, TranscoderSet):
+            texts = [prompt_ids(model, request.prompt, prepend=True) for request in requests.values()]
+            means = circuits.mean_activations(Replacement.of(model, dictionaries, ids_P) for ids_P in texts)
 
         def measure(slug: str, tick: Tick) -> Measured:
             tick(0, 1)
-            return _trace(run, model, dictionaries, requests[slug])
+            return _trace(run, model, dictionaries, requests[slug], groups.get(slug, []), means)
 
         return measure
 
@@ -63,7 +68,20 @@ def run_attribute(run: Run) -> dict[str, Any]:
     return dict(transcoders=config.transcoders, dictionaries=list(config.dictionaries), graphs=graphs)
 
 
-def _trace(run: Run, model: LanguageModel, dictionaries: TranscoderSet | SaeSet, request: Request) -> Measured:
+def _open(config: GraphConfig) -> TranscoderSet | SaeSet:
+    if config.dictionaries:
+        return SaeSet.of(config.dictionaries)
+    return open_transcoders(config.transcoders, config.revision, config.subfolder)
+
+
+def _trace(
+    run: Run,
+    model: LanguageModel,
+    dictionaries: TranscoderSet | SaeSet,
+    request: Request,
+    groups: Sequence[Sequence[str]],
+    means: Mapping[int, np.ndarray] | None,
+) -> Measured:
     config: GraphConfig = run.configs["graph"]
     start = time.monotonic()
     options: dict[str, Any] = dict(
@@ -80,8 +98,13 @@ def _trace(run: Run, model: LanguageModel, dictionaries: TranscoderSet | SaeSet,
         traced = trace_prompt(model, dictionaries, request.prompt, **options)
     seconds = time.monotonic() - start
     pruned = traced.graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
-    _write(run, request.slug, pruned)
-    results = _describe(traced.graph, pruned) | dict(seconds=round(seconds, 2)) | _checked(traced, config)
+    if config.supernodes == CLUSTER:
+        _, prompt_run, _ = traced
+        groups = supernodes.as_groups(pruned, supernodes.cluster(pruned, prompt_run))
+    supernodes.named(pruned, groups)  # before anything is written
+    _write(run, request.slug, pruned, groups)
+    results = _describe(traced.graph, pruned) | dict(supernodes=len(groups), seconds=round(seconds, 2))
+    results |= _checked(traced, config, means)
     scores = results["scores"]
     said = (
         f"{results['active']:,} active features, {results['traced']:,} traced in {seconds:.1f} s; kept "
@@ -113,7 +136,9 @@ def _describe(graph: Graph, pruned: Graph) -> dict[str, Any]:
     )
 
 
-def _checked(traced: Traced | TracedSaes, config: GraphConfig) -> dict[str, Any]:
+def _checked(
+    traced: Traced | TracedSaes, config: GraphConfig, means: Mapping[int, np.ndarray] | None
+) -> dict[str, Any]:
     """What came of running the graph."""
     doubling = curve = None
     if isinstance(traced, TracedSaes):
@@ -124,20 +149,21 @@ def _checked(traced: Traced | TracedSaes, config: GraphConfig) -> dict[str, Any]
     if config.doubled:
         doubling = validation.double(replacement, graph, readouts, config.doubled, config.seed).results()
     if config.circuits:
-        found = circuits.curve(replacement, graph, readouts)
+        found = circuits.curve(replacement, graph, readouts, means=means)
         curve = {
             name: getattr(found, f"{name}_C").tolist()
             for name in ("share", "features", "errors", "readout", "complement", "faithfulness", "incompleteness")
-        } | dict(model=found.model, empty=found.empty)
+        } | dict(model=found.model, empty=found.empty, rest=config.circuit_rest)
     return dict(doubling=doubling, circuits=curve)
 
 
-def _write(run: Run, slug: str, pruned: Graph) -> None:
+def _write(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[str]]) -> None:
     """Writes the graph in all its forms, over what a run that was killed may have left."""
     folder: Path = part_file(run, slug, "-graph")
     shutil.rmtree(folder, ignore_errors=True)
     pruned.save(folder)
-    document = to_document(pruned, slug)
+    pinned = node_ids(pruned)[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
+    document = to_document(pruned, slug, supernodes=groups, pinned=pinned)
     write_graph(run.folder / "graphs", document, replace=True)
     write_page(part_file(run, slug, ".html"), document)
     save_figure(draw_graph(document), part_file(run, slug, ".svg"))

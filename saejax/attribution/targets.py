@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.replacement import Active
+from saejax.attribution.transcoders import DictionarySet
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
@@ -29,6 +30,10 @@ class PromptRun(Protocol):
     @property
     def model(self) -> LanguageModel:
         """The model."""
+
+    @property
+    def dictionaries(self) -> DictionarySet:
+        """The transcoders or SAEs whose features are nodes."""
 
     @property
     def rules(self) -> DecoderConfig:
@@ -56,9 +61,6 @@ class PromptRun(Protocol):
 
     def constants(self, chosen_F: np.ndarray) -> np.ndarray:
         """What biases of their own add to the pre-activations of some of the active features, fp32 [F]."""
-
-    def describe(self) -> dict[str, Any]:
-        """What a graph says of the dictionaries."""
 
 
 @dataclasses.dataclass(frozen=True)

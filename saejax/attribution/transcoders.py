@@ -64,6 +64,10 @@ class DictionarySet:
             vector_FxD[own] = self.rows(int(layer), name, feature_F[own])
         return vector_FxD
 
+    def describe(self) -> dict[str, Any]:
+        """What a graph says of the set."""
+        raise NotImplementedError
+
     def _rows_of_layer(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
         arrays = self.load(layer).arrays
         if name == "W_dec":

@@ -68,4 +68,15 @@ class GraphConfig(Config):
         True,
         "run parts of the graph alone, and all the rest alone, to see whether they do the work (with transcoders)",
     )
+    circuit_rest: str = setting(
+        "zero",
+        "what the features that are left out then are: zero, or mean, their mean activation over the positions of all "
+        "prompts of this run",
+        choices=("zero", "mean"),
+    )
+    supernodes: str = setting(
+        "",
+        'groups of features that the page and Neuronpedia show: empty for none, "cluster" for those that are alike, or '
+        'a file, .json: {"paris": [["cities", "3_17_4", "5_208_4"]]} ("*": all graphs), or a state that the page saved',
+    )
     seed: int = setting(456, "seed of the choice of features that are doubled", low=0)

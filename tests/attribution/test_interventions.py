@@ -5,7 +5,7 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import load_model, trace
-from saejax.attribution.circuits import Circuit, curve, run_circuits
+from saejax.attribution.circuits import Circuit, curve, mean_activations, run_circuits
 from saejax.attribution.interventions import HOLDS, Change, intervene
 from saejax.attribution.replacement import Replacement
 from saejax.attribution.targets import Direction, read_targets
@@ -133,6 +133,45 @@ def test_everything_kept_is_the_model_and_parts_are_between(traced):
     np.testing.assert_allclose(
         run_circuits(replacement, [every, every.complement()], readouts)[:, 0], [found.model, found.empty], atol=1e-5
     )
+
+
+def test_what_is_left_out_may_have_its_mean_activation(traced, lm):
+    import torch
+
+    from saejax.models import source
+
+    replacement, transcoders, _, _ = traced
+    readouts = read_targets(replacement, [7], 10, 0.95)
+    other = Replacement.of(lm, replacement.transcoders, np.array(IDS[:2] + [90, 61]))
+    means = mean_activations([replacement, other])
+    for layer in range(4):
+        total_F = np.zeros(48)
+        for active in (replacement.active, other.active):
+            own = active.layer_A == layer
+            np.add.at(total_F, active.feature_A[own], active.value_A[own])
+        np.testing.assert_allclose(means[layer], total_F / (len(IDS) - 1 + 3), rtol=1e-6)
+    every = Circuit(np.ones(len(replacement.active), bool), np.ones((4, len(IDS)), bool))
+    kept, none = run_circuits(replacement, [every, every.complement()], readouts, means)[:, 0]
+    np.testing.assert_allclose(kept, readouts.value_K[0], atol=1e-5)
+    assert abs(none - run_circuits(replacement, [every.complement()], readouts)[0, 0]) > 1e-3
+    graph = trace(lm, replacement.transcoders, IDS, targets=[7])
+    found = curve(replacement, graph, readouts, (1.0,), means)
+    np.testing.assert_allclose([found.model, found.empty], [kept, none], atol=1e-5)
+    # In torch: of each MLP, the means of the features that are active in the prompt, the bias and the skip path.
+    model, active = source.load_torch_model(lm.source, "float32").double(), replacement.active
+    for layer, block in enumerate(model.model.layers):
+
+        def write(module, inputs, output, layer=layer):
+            acts_TxF, own = np.zeros((len(IDS), 48), np.float32), active.layer_A == layer
+            acts_TxF[active.position_A[own], active.feature_A[own]] = means[layer][active.feature_A[own]]
+            read_TxD = inputs[0][0].numpy().astype(np.float32)
+            written_TxD = torch.from_numpy(np.array(transcoders[layer].decode(acts_TxF, read_TxD))).double()
+            return torch.cat([output[:, :1], written_TxD[None, 1:]], dim=1)
+
+        block.mlp.register_forward_hook(write)
+    with torch.no_grad():
+        logits_V = model(torch.tensor([IDS])).logits[0, -1]
+    np.testing.assert_allclose(none, float(logits_V[7] - logits_V.mean()), atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -116,12 +116,12 @@ def graph():
 
 def test_what_the_document_says(graph):
     document = to_document(
-        graph, "a-slug", scan="gemma-2-2b", labels={(0, 0): "first"}, supernodes={"pair": ["0_0_1", "0_-1_1"]},
-        info=dict(description="made up"),
+        graph, "a-slug", scan="gemma-2-2b", labels={(0, 0): "first"}, supernodes=[["pair", "0_0_1", "0_-1_1"]],
+        pinned=["3_11_2", "0_0_1"], info=dict(description="made up"),
     )  # fmt: skip
     by_id = {node["node_id"]: node for node in document["nodes"]}
     assert by_id["0_0_1"]["clerp"] == "first" and by_id["0_-1_1"]["feature"] == -1
-    assert document["qParams"]["pinnedIds"] == ["0_0_1", "0_-1_1"]
+    assert document["qParams"]["pinnedIds"] == ["0_0_1", "0_-1_1", "3_11_2"]
     assert document["qParams"]["supernodes"] == [["pair", "0_0_1", "0_-1_1"]]
     metadata = document["metadata"]
     assert metadata["scan"] == "gemma-2-2b" and metadata["info"]["description"] == "made up"
@@ -144,7 +144,7 @@ def test_what_cannot_be_written_is_refused(graph):
         with pytest.raises(UserError, match="cannot name a graph"):
             to_document(graph, slug)
     with pytest.raises(UserError, match="supernodes name '9_9_9'"):
-        to_document(graph, "a", supernodes={"pair": ["0_0_1", "9_9_9"]})
+        to_document(graph, "a", supernodes=[["pair", "0_0_1", "9_9_9"]])
     graph.nodes.index_N[graph.slice_of(LOGIT)] = 7
     with pytest.raises(UserError, match="not unique"):
         to_document(graph, "a")
