@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saejax.attribution import circuits, validation
 from saejax.attribution.attribute import Traced, trace_prompt
 from saejax.attribution.figure import draw_graph, save_figure
@@ -113,10 +115,15 @@ def _checked(traced: Traced, config: GraphConfig) -> dict[str, Any]:
     if config.circuits:
         found = circuits.curve(replacement, graph, readouts)
         curve = {
-            name: getattr(found, f"{name}_C").tolist()
+            name: _listed(getattr(found, f"{name}_C"))
             for name in ("share", "features", "errors", "readout", "complement", "faithfulness", "incompleteness")
         } | dict(model=found.model, empty=found.empty)
     return dict(doubling=doubling, circuits=curve)
+
+
+def _listed(values_C: np.ndarray) -> list[float | None]:
+    """For JSON, which has no NaN: None in its place."""
+    return [value if np.isfinite(value) else None for value in values_C.tolist()]
 
 
 def _write(run: Run, slug: str, pruned: Graph) -> None:
