@@ -17,15 +17,18 @@ from typing import Any
 import numpy as np
 
 from saejax.attribution import circuits, validation
-from saejax.attribution.attribute import Traced, trace_prompt
+from saejax.attribution.attribute import Traced, prompt_ids, trace_prompt
 from saejax.attribution.figure import draw_graph, save_figure
 from saejax.attribution.graph import ERROR, FEATURE, Graph
 from saejax.attribution.graph_folder import write_graph
+from saejax.attribution.memory import GraphSize, certain_active, check_room
 from saejax.attribution.neuronpedia import to_document
 from saejax.attribution.page import write_page
 from saejax.attribution.requests import Request, read_requests
+from saejax.attribution.targets import token_of
 from saejax.attribution.transcoders import TranscoderSet, open_transcoders
 from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_model, part_file, read_behaviours
+from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings import GraphConfig
 from saejax.workspace import Run
@@ -48,6 +51,8 @@ def run_attribute(run: Run) -> dict[str, Any]:
         transcoders = open_transcoders(config.transcoders, config.revision, config.subfolder)
         model = load_run_model(run)
         transcoders.check(model)
+        for request in requests.values():
+            _check_request(model, transcoders, request, config)
 
         def measure(slug: str, tick: Tick) -> Measured:
             tick(0, 1)
@@ -56,6 +61,31 @@ def run_attribute(run: Run) -> dict[str, Any]:
         return measure
 
     return dict(transcoders=config.transcoders, graphs=each_part(run, list(requests), begin))
+
+
+def _check_request(model: LanguageModel, transcoders: TranscoderSet, request: Request, config: GraphConfig) -> None:
+    """Refuses a prompt that cannot be traced, before hours are spent on others.
+
+    Raises:
+      UserError: it is empty or too long, a target is not one token, or there is too little memory.
+    """
+    first = transcoders.configs[0]
+    size = GraphSize(
+        model.config,
+        first,
+        certain_active(first),
+        config.max_features or None,
+        config.max_logits,
+        checked=bool(config.circuits or config.doubled),
+    )
+    try:
+        ids_P = prompt_ids(model, request.prompt, prepend=True)
+        for target in request.targets:
+            for token in target if isinstance(target, tuple) else (target,):
+                token_of(model, token)
+        check_room(size, len(ids_P), model.mesh)
+    except UserError as error:
+        raise UserError(f"{request.slug}: {error}") from None
 
 
 def _trace(run: Run, model: LanguageModel, transcoders: TranscoderSet, request: Request) -> Measured:

@@ -18,6 +18,7 @@ from saejax.attribution.frozen import FrozenModel
 from saejax.attribution.replacement import Replacement
 from saejax.errors import UserError
 from saejax.models import decoder
+from saejax.models.language_model import LanguageModel
 from saejax.models.layers import einsum
 from saejax.models.tokens import token_text
 
@@ -102,7 +103,7 @@ def _logits(replacement: Replacement, targets: Sequence[Any], probability_V: np.
     pairs_Kx2 = np.full((len(targets), 2), -1, np.int32)
     for pair, target in zip(pairs_Kx2, targets, strict=True):
         for index, token in enumerate(target if isinstance(target, tuple) else (target,)):
-            pair[index] = _token(replacement, token)
+            pair[index] = token_of(model, token)
     first_K, second_K = pairs_Kx2.T
     single_K = second_K < 0
     arrays = logit_directions(replacement.frozen, model.params, replacement.streams.last_D, first_K, second_K)
@@ -155,9 +156,12 @@ def _direction(replacement: Replacement, target: Direction) -> Readouts:
     )
 
 
-def _token(replacement: Replacement, target: str | int) -> int:
-    """The id of a token; a text is taken as it is written."""
-    model = replacement.model
+def token_of(model: LanguageModel, target: str | int) -> int:
+    """The id of a token; a text is taken as it is written.
+
+    Raises:
+      UserError: the text is not one token, or there is no such token.
+    """
     if isinstance(target, str):
         ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:

@@ -18,6 +18,7 @@ from saejax.dictionaries.formats import circuit_tracer, gemma_scope, own
 from saejax.dictionaries.formats import circuit_tracer_settings as description
 from saejax.errors import UserError
 from saejax.models import source
+from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 
@@ -67,24 +68,27 @@ class TranscoderSet:
         Raises:
           UserError: it lacks a layer, has another width, or was trained on another model or at other sites.
         """
-        layers = [Site.parse(config.target).layer if config.target else -1 for config in self.configs]
-        missing = sorted(set(range(model.config.n_layers)) - set(layers))
-        if missing or layers != list(range(model.config.n_layers)):
-            told = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
-            raise UserError(
-                f"{self.name} has {told}: expected one for each layer of {model.source.name}, "
-                f"0 to {model.config.n_layers - 1}"
-            )
+        self.check_shape(model.config, model.source.name)
         for layer, config in enumerate(self.configs):
-            if config.d_in != model.config.d_model:
-                raise UserError(
-                    f"{self.name}, layer {layer}: the transcoder reads {config.d_in} dimensions, but "
-                    f"{model.source.name} has {model.config.d_model}: use the model it was trained on"
-                )
             if config.fingerprint and config.fingerprint != model.source.fingerprint:
                 raise UserError(
                     f"{self.name}, layer {layer}: the transcoder was trained on {config.model} (fingerprint "
                     f"{config.fingerprint}), but the model is {model.source.name} ({model.source.fingerprint})"
+                )
+        return self
+
+    def check_shape(self, model: DecoderConfig, name: str) -> "TranscoderSet":
+        """The set, if it has a transcoder for each layer of a model of this name and shape."""
+        layers = [Site.parse(config.target).layer if config.target else -1 for config in self.configs]
+        missing = sorted(set(range(model.n_layers)) - set(layers))
+        if missing or layers != list(range(model.n_layers)):
+            told = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
+            raise UserError(f"{self.name} has {told}: expected one for each layer of {name}, 0 to {model.n_layers - 1}")
+        for layer, config in enumerate(self.configs):
+            if config.d_in != model.d_model:
+                raise UserError(
+                    f"{self.name}, layer {layer}: the transcoder reads {config.d_in} dimensions, but "
+                    f"{name} has {model.d_model}: use the model it was trained on"
                 )
             if (config.site, config.target) != (f"mlp_in.{layer}", f"mlp_out.{layer}"):
                 raise UserError(

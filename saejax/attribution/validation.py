@@ -39,7 +39,7 @@ class Doubling:
 
     @property
     def held_error(self) -> float:
-        """The largest difference between edges and what happened with all held, over the largest edge, if there is one."""
+        """The largest difference of edges and what happened with all held, over the largest edge (1 if all are 0)."""
         largest = np.abs(self.edge_RxT).max()
         return float(np.abs(self.held_RxT - self.edge_RxT).max() / (largest or 1.0))
 
