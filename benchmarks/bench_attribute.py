@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import saejax
+from saejax.attribution.costs import row_flops
 from saejax.attribution.graph import FEATURE, Graph
 from saejax.attribution.transcoders import TranscoderSet
 from saejax.dictionaries import Dictionary, DictionaryConfig
@@ -49,11 +50,9 @@ def random_transcoders(config: DecoderConfig, seed: int = 0) -> TranscoderSet:
 
 def floor_gflop(graph: Graph, config: DecoderConfig) -> float:
     """The arithmetic of the projections of attention that the targets need, in 10^9 operations."""
-    width = config.d_head * (config.n_heads + config.n_kv_heads)
-    per_token = 2 * config.d_model * width
     nodes = graph.nodes[graph.target_T]
-    layers_T = np.where(nodes.kind_N == FEATURE, nodes.layer_N + 1, config.n_layers).astype(np.float64)
-    return float((layers_T * (nodes.position_N + 1)).sum()) * per_token / 1e9
+    layers_T = np.where(nodes.kind_N == FEATURE, nodes.layer_N + 1, config.n_layers)
+    return row_flops(config, layers_T, nodes.position_N + 1) / 1e9
 
 
 def gflops(size: int = 1024, products: int = 100) -> float:

@@ -41,9 +41,9 @@ class Stage:
       needs: the units it reads, given the configuration, as "stage" or "stage/name".
       names: its units' names, given the configuration; [""] for one unit.
       sources: what it reads from outside the workdir: "model", "corpus", "prompts", "benchmark" (the unit's own),
-        "shapes" (the sizes of the models that preflight checks), "units" (which causal units are asked for),
-        "initial" (dictionaries that training starts from), "stream" (model, text and settings of training straight
-        from the model), "bases" (dictionaries beside the one that is tested).
+        "shapes" (the sizes of the models that preflight checks), "units" (which causal units are asked for, and what
+        is known of graphs before), "initial" (dictionaries that training starts from), "stream" (model, text and
+        settings of training straight from the model), "bases" (dictionaries beside the one that is tested).
       many_processes: whether it can run in several.
     """
 
@@ -123,7 +123,7 @@ STAGES = {
         "saejax.preflight.checks:run_preflight",
         (
             *("preflight", "model", "mesh", "task", "corpus", "capture", "train", "evaluate"),
-            *("ablate", "patch", "probe", "study", "report"),
+            *("ablate", "patch", "probe", "study", "graph", "report"),
         ),
         sources=("shapes", "corpus", "prompts", "units"),
     ),
@@ -280,7 +280,9 @@ class Plan:
             elif source == "shapes":
                 mark = importlib.import_module("saejax.preflight.shapes").identity(self.configs)
             elif source == "units":
-                asked = [unit for stage in ("ablate", "patch", "probe", "study") for unit in self.units(stage)]
+                asked = [
+                    unit for stage in ("ablate", "patch", "probe", "study", "attribute") for unit in self.units(stage)
+                ]
                 mark = fingerprint(asked)
             elif source == "initial":
                 folder = self.configs["train"].init_from

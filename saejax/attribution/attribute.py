@@ -1,5 +1,6 @@
 """From a prompt to its attribution graph."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 
 from saejax.attribution import pruning
 from saejax.attribution.graph import LOGIT, Graph, Nodes
+from saejax.attribution.memory import GraphSize, certain_active, check_room
 from saejax.attribution.replacement import Replacement
 from saejax.attribution.rows import Rows
 from saejax.attribution.sources import Sources
@@ -69,7 +71,8 @@ def trace_prompt(
       round_rows: with ``max_features``, features that are attributed between two rankings.
 
     Raises:
-      UserError: set, model, prompt or targets do not go together; the message says why.
+      UserError: set, model, prompt or targets do not go together, or the graph does not fit into the free memory; the
+        message says why.
     """
     if isinstance(transcoders, str | Path):
         transcoders = open_transcoders(transcoders)
@@ -77,7 +80,18 @@ def trace_prompt(
         transcoders = TranscoderSet.of(transcoders)
     check_max_features(max_features)
     ids_P = prompt_ids(model, prompt, prepend)
+    transcoders.check(model)
+    size = GraphSize(
+        model.config,
+        transcoders.configs[0],
+        certain_active(transcoders.configs[0]),
+        max_features,
+        logits=len(targets) or max_logits,
+    )
+    check_room(size, len(ids_P), model.mesh)
     replacement = Replacement.of(model, transcoders, ids_P)
+    density = len(replacement.active) / (model.config.n_layers * (len(ids_P) - 1))
+    check_room(dataclasses.replace(size, active=density), len(ids_P), model.mesh)
     readouts = read_targets(replacement, targets, max_logits, logit_mass)
     sources = Sources.of(replacement, bias_nodes)
     active = replacement.active
@@ -97,7 +111,13 @@ def trace_prompt(
 
 
 def prompt_ids(model: LanguageModel, prompt: str | Sequence[int], prepend: bool) -> np.ndarray:
-    """Token ids of a prompt, int32 [P]; see ``trace``."""
+    """Token ids of a prompt, int32 [P]; see ``trace``.
+
+    Raises:
+      UserError: there are none, more than the model reads, or one that it does not know.
+    """
+    if not len(prompt):
+        raise UserError("the prompt is empty: expected a text, or token ids")
     if not isinstance(prompt, str):
         ids_P = np.asarray(prompt, np.int32).reshape(-1)
     else:
@@ -105,7 +125,7 @@ def prompt_ids(model: LanguageModel, prompt: str | Sequence[int], prepend: bool)
         tokenizer = model.tokenizer
         first = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
         first = [token for token in first if token is not None]
-        if prepend and first and ids_P[0] not in tokenizer.all_special_ids:
+        if prepend and first and not set(ids_P[:1].tolist()) & set(tokenizer.all_special_ids):
             ids_P = np.concatenate([first[:1], ids_P]).astype(np.int32)
     Tokens(ids_P[None], np.array([len(ids_P)], np.int32)).check(model.config.vocab, model.config.context)
     return ids_P

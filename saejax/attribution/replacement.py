@@ -32,7 +32,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.parallel import fitting_sharding
 
-_AT_ONCE = 1 << 26  # activations of a layer that are in memory at once
+AT_ONCE = 1 << 26  # activations of a layer that are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +119,15 @@ class Replacement:
         x_TxD = embed(frozen, params, ids_T)
         found: list[tuple[np.ndarray, ...]] = []
         parts: dict[str, list[jax.Array]] = {}
+        broken = []
         for layer in range(model.config.n_layers):
             transcoder = placed(transcoders.load(layer), model)
             entering_TxD = x_TxD
             x_TxD, read_TxD, out_TxD = run_layer(frozen, params, np.int32(layer), x_TxD)
             used_T = (np.arange(len(ids_T)) > 0) & (np.arange(len(ids_T)) < len(ids_P))
             own, part = active_features(transcoder, read_TxD, out_TxD, used_T)
+            if not (np.isfinite(own[2]).all() and jnp.isfinite(part["error_LxTxD"]).all()):
+                broken.append(layer)
             found.append((np.full(len(own[0]), layer, np.int32), *own))
             for name, value in dict(stream_LxTxD=entering_TxD, **part).items():
                 parts.setdefault(name, []).append(value)
@@ -132,6 +135,11 @@ class Replacement:
         logits_V = np.asarray(logits_V)
         if not np.isfinite(logits_V).all():
             raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
+        if broken:
+            raise UserError(
+                f"{transcoders.name}, layer {broken[0]}: what the transcoder gives is not finite: its file is damaged, "
+                "fetch or train it again"
+            )
         active = Active(*map(np.concatenate, zip(*found, strict=True)))
         if not len(active):
             raise UserError(f"no feature of {transcoders.name} is active in this prompt: is it of this model?")
@@ -207,7 +215,7 @@ def active_features(
     """
     graph, state = nnx.split(transcoder)
     length, features = len(read_TxD), transcoder.config.n_features
-    size = max(1, min(length, _AT_ONCE // features))
+    size = max(1, min(length, AT_ONCE // features))
     active, errors, firsts = [], [], []
     for start in range(0, length, size):
         chunk = slice(start, start + size)

@@ -74,6 +74,12 @@ def unit_name(config: GraphConfig) -> str:
     return _slug_of(config.prompt or "-".join(map(str, config.token_ids)))
 
 
+def seen(config: GraphConfig) -> str:
+    """A mark of what can be known of prompts and transcoders while nothing is fetched or trained yet."""
+    folder = Path(config.transcoders).expanduser() / config.subfolder
+    return fingerprint([*_given_files(config), bool(config.transcoders) and folder.is_dir()])
+
+
 def identity(config: GraphConfig) -> str:
     """A fingerprint of the files that graphs are made from beside the model's: dictionaries, prompts, supernodes."""
     if config.transcoders:
@@ -183,6 +189,8 @@ def _of_line(record: Any, targets: tuple[Target, ...], where: str) -> Request:
     if not isinstance(record, dict) or set(record) - set(_KEYS) or ("prompt" in record) == ("token_ids" in record):
         raise UserError(f"{where} is no prompt to trace: expected {_EXAMPLE}, or token_ids in place of prompt")
     text, ids, own = record.get("prompt", ""), record.get("token_ids", ()), record.get("targets")
+    if text == "" and not ids:
+        raise UserError(f"{where}: the prompt is empty: expected {_EXAMPLE}")
     right = isinstance(text, str) and isinstance(ids, list | tuple) and all(type(token) is int for token in ids)
     if not (right and (text or ids)) or not (own is None or all(isinstance(target, str) for target in own)):
         raise UserError(f"{where}: prompt and targets are texts, token_ids whole numbers: expected {_EXAMPLE}")

@@ -17,6 +17,11 @@ _WORTH = 2  # batches that have to be at hand for each length
 TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's targets, together, on each device
 
 
+def batch_tokens(platform: str, length: int) -> int:
+    """Positions of the targets of a batch, together, on each device of a platform, of prompts of a length."""
+    return _CHUNKS * max(_TOKENS[platform], length)
+
+
 class Rows:
     """Attributes targets in batches.
 

@@ -23,13 +23,16 @@ from saejax.attribution.figure import draw_graph, save_figure
 from saejax.attribution.gradient import TracedSaes, trace_saes
 from saejax.attribution.graph import ERROR, FEATURE, LOGIT, Graph
 from saejax.attribution.graph_folder import write_graph
+from saejax.attribution.memory import GraphSize, certain_active, check_room
 from saejax.attribution.neuronpedia import node_ids, to_document
 from saejax.attribution.page import write_page
 from saejax.attribution.replacement import Replacement
 from saejax.attribution.requests import CLUSTER, Request, read_groups, read_requests
 from saejax.attribution.saes import SaeSet
+from saejax.attribution.targets import token_of
 from saejax.attribution.transcoders import TranscoderSet, open_transcoders
 from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_model, part_file, read_behaviours
+from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings import GraphConfig
 from saejax.workspace import Run
@@ -53,6 +56,8 @@ def run_attribute(run: Run) -> dict[str, Any]:
         dictionaries = _open(config)
         model = load_run_model(run)
         dictionaries.check(model)
+        for request in requests.values():
+            _check_request(model, dictionaries, request, config)
         means = None
         if config.circuits and config.circuit_rest == "mean" and isinstance(dictionaries, TranscoderSet):
             texts = [prompt_ids(model, request.prompt, prepend=True) for request in requests.values()]
@@ -72,6 +77,33 @@ def _open(config: GraphConfig) -> TranscoderSet | SaeSet:
     if config.dictionaries:
         return SaeSet.of(config.dictionaries)
     return open_transcoders(config.transcoders, config.revision, config.subfolder)
+
+
+def _check_request(
+    model: LanguageModel, dictionaries: TranscoderSet | SaeSet, request: Request, config: GraphConfig
+) -> None:
+    """Refuses a prompt that cannot be traced, before hours are spent on others.
+
+    Raises:
+      UserError: it is empty or too long, a target is not one token, or there is too little memory.
+    """
+    first = transcoders.configs[0]
+    size = GraphSize(
+        model.config,
+        first,
+        certain_active(first),
+        config.max_features or None,
+        config.max_logits,
+        checked=bool(config.circuits or config.doubled),
+    )
+    try:
+        ids_P = prompt_ids(model, request.prompt, prepend=True)
+        for target in request.targets:
+            for token in target if isinstance(target, tuple) else (target,):
+                token_of(model, token)
+        check_room(size, len(ids_P), model.mesh)
+    except UserError as error:
+        raise UserError(f"{request.slug}: {error}") from None
 
 
 def _trace(
@@ -151,10 +183,15 @@ def _checked(
     if config.circuits:
         found = circuits.curve(replacement, graph, readouts, means=means)
         curve = {
-            name: getattr(found, f"{name}_C").tolist()
+            name: _listed(getattr(found, f"{name}_C"))
             for name in ("share", "features", "errors", "readout", "complement", "faithfulness", "incompleteness")
         } | dict(model=found.model, empty=found.empty, rest=config.circuit_rest)
     return dict(doubling=doubling, circuits=curve)
+
+
+def _listed(values_C: np.ndarray) -> list[float | None]:
+    """For JSON, which has no NaN: None in its place."""
+    return [value if np.isfinite(value) else None for value in values_C.tolist()]
 
 
 def _write(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[str]]) -> None:

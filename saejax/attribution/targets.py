@@ -145,7 +145,7 @@ def _logits(run: PromptRun, targets: Sequence[Any], probability_V: np.ndarray) -
     pairs_Kx2 = np.full((len(targets), 2), -1, np.int32)
     for pair, target in zip(pairs_Kx2, targets, strict=True):
         for index, token in enumerate(target if isinstance(target, tuple) else (target,)):
-            pair[index] = _token(run, token)
+            pair[index] = token_of(model, token)
     first_K, second_K = pairs_Kx2.T
     single_K = second_K < 0
     arrays = logit_directions(run.rules, model.params, run.last_D, first_K, second_K)
@@ -199,9 +199,12 @@ def _direction(run: PromptRun, target: Direction) -> Readouts:
     )
 
 
-def _token(run: PromptRun, target: str | int) -> int:
-    """The id of a token; a text is taken as it is written."""
-    model = run.model
+def token_of(model: LanguageModel, target: str | int) -> int:
+    """The id of a token; a text is taken as it is written.
+
+    Raises:
+      UserError: the text is not one token, or there is no such token.
+    """
     if isinstance(target, str):
         ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:

@@ -18,6 +18,7 @@ from saejax.dictionaries.formats import circuit_tracer, gemma_scope, own
 from saejax.dictionaries.formats import circuit_tracer_settings as description
 from saejax.errors import UserError
 from saejax.models import source
+from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 
@@ -89,16 +90,24 @@ class TranscoderSet(DictionarySet):
         Raises:
           UserError: it lacks a layer, has another width, or was trained on another model or at other sites.
         """
-        layers = [Site.parse(config.target).layer if config.target else -1 for config in self.configs]
-        missing = sorted(set(range(model.config.n_layers)) - set(layers))
-        if missing or layers != list(range(model.config.n_layers)):
-            told = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
-            raise UserError(
-                f"{self.name} has {told}: expected one for each layer of {model.source.name}, "
-                f"0 to {model.config.n_layers - 1}"
-            )
+        self.check_shape(model.config, model.source.name)
         for layer, config in enumerate(self.configs):
             check_dictionary(config, model, f"{self.name}, layer {layer}: the transcoder")
+        return self
+
+    def check_shape(self, model: DecoderConfig, name: str) -> "TranscoderSet":
+        """The set, if it has a transcoder for each layer of a model of this name and shape.
+
+        Raises:
+          UserError: it lacks a layer, has another width, or reads and predicts other sites.
+        """
+        layers = [Site.parse(config.target).layer if config.target else -1 for config in self.configs]
+        missing = sorted(set(range(model.n_layers)) - set(layers))
+        if missing or layers != list(range(model.n_layers)):
+            told = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
+            raise UserError(f"{self.name} has {told}: expected one for each layer of {name}, 0 to {model.n_layers - 1}")
+        for layer, config in enumerate(self.configs):
+            _check_width(config, model, name, f"{self.name}, layer {layer}: the transcoder")
             if (config.site, config.target) != (f"mlp_in.{layer}", f"mlp_out.{layer}"):
                 raise UserError(
                     f"{self.name}, layer {layer}: the transcoder reads {config.site} and predicts {config.target}: "
@@ -115,11 +124,7 @@ class TranscoderSet(DictionarySet):
 
 def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
     """A ``UserError`` that begins with ``what`` unless features of such a dictionary can be traced in a model."""
-    if config.d_in != model.config.d_model:
-        raise UserError(
-            f"{what} reads {config.d_in} dimensions, but {model.source.name} has {model.config.d_model}: use the model "
-            "it was trained on"
-        )
+    _check_width(config, model.config, model.source.name, what)
     if config.fingerprint and config.fingerprint != model.source.fingerprint:
         raise UserError(
             f"{what} was trained on {config.model} (fingerprint {config.fingerprint}), but the model is "
@@ -127,6 +132,13 @@ def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) 
         )
     if config.kind == "linear":
         raise UserError(f"{what} is a linear dictionary, which has no active features to trace")
+
+
+def _check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what: str) -> None:
+    if config.d_in != model.d_model:
+        raise UserError(
+            f"{what} reads {config.d_in} dimensions, but {name} has {model.d_model}: use the model it was trained on"
+        )
 
 
 def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = "") -> TranscoderSet:

@@ -49,8 +49,9 @@ class Doubling:
 
     @property
     def held_error(self) -> float:
-        """The largest difference between edges and what happened with all held, over the largest edge."""
-        return float(np.abs(self.held_RxT - self.edge_RxT).max() / np.abs(self.edge_RxT).max())
+        """The largest difference of edges and what happened with all held, over the largest edge (1 if all are 0)."""
+        largest = np.abs(self.edge_RxT).max()
+        return float(np.abs(self.held_RxT - self.edge_RxT).max() / (largest or 1.0))
 
     def correlations(self) -> dict[str, float | None]:
         """Of edges and what happened with nothing held, over all targets that an edge reaches; None: fewer than 3."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 
+from saejax.attribution.memory import check_room, fitting_tokens, graph_bytes
 from saejax.errors import CheckFailed, Interrupted, UserError
 from saejax.parallel import describe
 from saejax.preflight import memory, parity, programs, tables, times
@@ -39,8 +40,11 @@ def run_preflight(run: Run) -> dict:
     needs = [memory.device_memory(work, place.mesh.shape) for work in works]
     for line in tables.memory_lines(works, needs, place):
         run.say(line)
+    graphs = [_graphs(run, work, need, place) for work, need in zip(works, needs, strict=True)]
     compiled = [_compile(run, work, place) if config.topology else [] for work in works]
     found = [_facts(*entry, place) for entry in zip(works, needs, compiled, strict=True)]
+    for facts, graph in zip(found, graphs, strict=True):
+        facts["graphs"] = graph
     _check_memory(works, found, place)
     results: dict[str, Any] = dict(
         mesh=describe(place.mesh), topology=config.topology, limit_bytes=place.limit, models=found
@@ -72,6 +76,31 @@ def _works(run: Run, shapes: Sequence[Shape], place: Place) -> list[Work]:
             check_divides(work.train, stack.dictionary, len(stack.members), place.mesh)
         works.append(work if place.shares_host else dataclasses.replace(work, backend="jax"))
     return works
+
+
+def _graphs(run: Run, work: Work, need: Memory, place: Place) -> dict[str, Any] | None:
+    """What the attribution graphs take beside the model; None if none are asked for, or nothing is known of them.
+
+    Raises:
+      UserError: the longest prompt's graph does not fit; the message says first how many tokens would.
+    """
+    if work.uncounted:
+        run.say(work.uncounted)
+    if not work.graphs:
+        return None
+    graphs, mesh = work.graphs, place.mesh
+    room = place.room(need.model)
+    check_room(graphs.size, graphs.longest, mesh, room)
+    needs, most = graph_bytes(graphs.size, graphs.longest, mesh), fitting_tokens(graphs.size, mesh, room)
+    run.say(tables.graphs_line(graphs, needs, most))
+    return dict(
+        unit=graphs.unit,
+        prompts=len(graphs.lengths),
+        tokens=graphs.longest,
+        rows=graphs.rows,
+        fitting_tokens=most,
+        bytes={phase: dict(device=bytes_.device, host=bytes_.host) for phase, bytes_ in needs.items()},
+    )
 
 
 def _compile(run: Run, work: Work, place: Place) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Where the models would run: the devices at hand, or a TPU slice that exists in name only."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
+from saejax.attribution.memory import Room
 from saejax.parallel import make_mesh
 
 
@@ -26,6 +28,14 @@ class Place:
     limit: int
     kind: str
     shares_host: bool
+
+    def room(self, weights: int) -> Room:
+        """What is left for an attribution graph beside so many bytes of weights on each device."""
+        device = self.mesh.devices.flat[0]
+        if device.platform == "cpu":
+            return Room(self.limit - weights, (self.limit - weights) * self.mesh.size)
+        here = device.client == jax.devices()[0].client
+        return Room(self.limit - weights, psutil.virtual_memory().available if here else sys.maxsize)
 
 
 def find_place(configs: Mapping[str, Any]) -> Place:

@@ -1,9 +1,11 @@
 """What the preflight stage prints."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from saejax.attribution.memory import PHASES, Bytes
 from saejax.parallel import describe
 from saejax.preflight import memory
+from saejax.preflight.graphs import GraphWork
 from saejax.preflight.memory import GIB, Memory
 from saejax.preflight.place import Place
 from saejax.preflight.programs import Program
@@ -38,6 +40,17 @@ def memory_lines(works: Sequence[Work], found: Sequence[Memory], place: Place) -
 def _row(cells: Sequence[str]) -> str:
     widths = (11, 8, 6, 6, 10, 9, 11, 6)
     return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def graphs_line(graphs: GraphWork, needs: Mapping[str, Bytes], most: int) -> str:
+    """What the attribution graphs take, the limit first."""
+    phase = max(needs, key=lambda name: sum(needs[name]))
+    count = f"{len(graphs.lengths)} prompts, the longest" if len(graphs.lengths) > 1 else "a prompt"
+    return (
+        f"attribute/{graphs.unit}: up to about {most:,} tokens fit; {count} of about {graphs.longest:,}, "
+        f"{graphs.rows:,} rows in all: {needs[phase].device / GIB:.2f} GiB a device beside the model, "
+        f"{needs[phase].host / GIB:.2f} on the host, for {PHASES[phase]}"
+    )
 
 
 def verdict_line(work: Work, program: str, needed: int, fits: bool, place: Place) -> str:

@@ -35,6 +35,7 @@ _SHARES = dict(
     patch=dict(float32=0.75, bfloat16=0.5),
     probe=dict(float32=0.8, bfloat16=0.5),
     study=dict(float32=0.6, bfloat16=0.4),
+    attribute=dict(float32=0.4, bfloat16=0.4),
 )
 
 
@@ -96,6 +97,9 @@ def stage_seconds(
         stage = unit.partition("/")[0]
         took = _START + part.flops / (_SHARES[stage][work.dtype] * rates[work.dtype]) + part.host_seconds
         seconds[stage] = seconds.get(stage, 0.0) + took
+    if graphs := work.graphs:  # all but the model's own products is fp32, whatever its dtype
+        took = graphs.flops / (_SHARES["attribute"][work.dtype] * rates["float32"]) + graphs.read_seconds
+        seconds["attribute"] = 2 * _START + took
     return {stage: value for stage, value in seconds.items() if value}
 
 

@@ -10,6 +10,7 @@ from saejax.dictionaries import DictionaryConfig, stacks
 from saejax.errors import UserError, one_of
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import ModuleSite, Site
+from saejax.preflight.graphs import GraphWork, plan_graphs
 from saejax.settings import AblateConfig, TaskConfig, TrainConfig
 from saejax.tasks.benchmark_scores import way
 from saejax.training.members import Member, members
@@ -57,6 +58,8 @@ class Work:
       patch_rows: patched prompts per batch.
       patched, probed, studied: the dictionaries of these stages; None where the stage was not asked for.
       references: [rows, length] of a batch of benchmark answers while a study chooses features.
+      graphs: the attribution graphs; None: none, or their transcoders' sizes are not known.
+      uncounted: what is asked for and not counted here, and why; "": nothing.
     """
 
     name: str
@@ -84,6 +87,8 @@ class Work:
     probed: DictionaryConfig | None
     studied: DictionaryConfig | None
     references: tuple[int, int]
+    graphs: GraphWork | None = None
+    uncounted: str = ""
 
     @property
     def site(self) -> Site:
@@ -124,6 +129,7 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
         return _tested(stage, configs[stage].dictionary, trained) if asked else None
 
     tested = _tested("ablate", ablate.dictionary, trained)
+    graphs = plan_graphs(model, configs, [stack.dictionary for stack in trained.values()])
     prompt = min(configs["preflight"].prompt_tokens, model.context)
     return Work(
         name=name,
@@ -151,6 +157,8 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
         probed=used("probe", bool(probe.labels)),
         studied=used("study", bool(study.benchmarks)),
         references=(max(1, study.batch_tokens // item), item),
+        graphs=graphs if isinstance(graphs, GraphWork) else None,
+        uncounted=graphs if isinstance(graphs, str) else "",
     )
 
 

@@ -82,21 +82,25 @@ class Picture:
     """A saved figure.
 
     Attributes:
-      name: ``figures/<name>.png`` and ``.svg``.
+      name: ``figures/<name>.<ending>``.
       svg: for use inside the page.
       caption: what is to be seen, and how to read it.
       alt: the same for someone who cannot see it, with the figures that matter.
+      ending: of the file that Markdown shows.
+      width: CSS length of a figure that keeps its own size, however wide; "": that of the report's figures.
     """
 
     name: str
     svg: Markup
     caption: str
     alt: str
+    ending: str = "png"
+    width: str = ""
     kind = "picture"
 
     def markdown(self) -> str:
         alt = escape_markdown(self.alt)
-        return f"![{alt}](figures/{self.name}.png)\n\n*{escape_markdown(self.caption)}*"
+        return f"![{alt}](figures/{self.name}.{self.ending})\n\n*{escape_markdown(self.caption)}*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +188,25 @@ class Code:
         return f"{escape_markdown(self.title)}:\n\n{fence}\n{self.text}\n{fence}"
 
 
-Block = Text | Terms | Verdict | Picture | Strips | Code | Table
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """Other files of the workdir.
+
+    Attributes:
+      title: what they are; "": nothing to be said.
+      items: (text, address relative to the report's folder, percent-encoded).
+    """
+
+    title: str
+    items: tuple[tuple[str, str], ...]
+    kind = "links"
+
+    def markdown(self) -> str:
+        links = [f"- [{escape_markdown(text)}]({address})" for text, address in self.items]
+        return "\n".join(([f"{escape_markdown(self.title)}:", ""] if self.title else []) + links)
+
+
+Block = Text | Terms | Verdict | Picture | Strips | Code | Table | Links
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +229,7 @@ def anchor(title: str) -> str:
 
 
 def to_html(title: str, lead: Sequence[str], sections: Sequence[Section], footer: str) -> str:
-    """The page, complete in itself: no script, no outside resource."""
+    """The page, complete in itself: no script, no outside resource; ``Links`` lead to other files of the workdir."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("saejax.reporting", "."),
         autoescape=True,

@@ -33,6 +33,7 @@ class Findings:
       importance: behaviour -> the effects of all features, where they were measured.
       cells: kind of site that was patched -> behaviour -> what patching it does.
       examples: feature of the tested dictionary -> its strongest contexts.
+      folders: unit -> its folder, for what is shown as it lies there.
     """
 
     summaries: Mapping[str, Mapping[str, Any]]
@@ -43,6 +44,7 @@ class Findings:
     importance: Mapping[str, Importance] = dataclasses.field(default_factory=dict)
     cells: Mapping[str, Mapping[str, Cells]] = dataclasses.field(default_factory=dict)
     examples: Mapping[int, Sequence[Example]] = dataclasses.field(default_factory=dict)
+    folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     @property
     def behaviours(self) -> Mapping[str, Any]:
@@ -86,6 +88,11 @@ class Findings:
         return self._units("study")
 
     @property
+    def graphs(self) -> dict[str, Mapping[str, Any]]:
+        """Attribution graphs by unit, if any."""
+        return self._units("attribute")
+
+    @property
     def has_stacks(self) -> bool:
         """Whether a kind has more than one member."""
         return any(len(members) > 1 for members in self.scores.values())
@@ -107,7 +114,7 @@ def read_findings(inputs: Mapping[str, Path], own: Mapping[str, Mapping[str, Any
 
     Args:
       inputs: unit -> folder: "baseline", "benchmark/NAME", "capture", "train/KIND", "evaluate/KIND", "ablate" or
-        "ablate/NAME", and perhaps "probe/NAME", "patch/NAME" and "study/NAME".
+        "ablate/NAME", and perhaps "probe/NAME", "patch/NAME", "study/NAME" and "attribute/NAME".
       own: the report's own settings, group -> field -> value.
 
     Raises:
@@ -134,6 +141,7 @@ def read_findings(inputs: Mapping[str, Path], own: Mapping[str, Mapping[str, Any
             for unit, summary in summaries.items()
             if unit.startswith("patch/") and "kind" in summary["results"]
         },
+        folders=inputs,
         firing_rate_F=_array(tested / "firing_rate.npy"),
         mean_activation_F=_array(tested / "mean_activation.npy"),
     )

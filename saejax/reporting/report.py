@@ -1,7 +1,7 @@
 """The report stage: gathers what the other stages found and writes it for a reader.
 
 Written to the unit's folder: ``index.html`` (complete in itself), ``report.md`` (the same content), and
-``figures/`` (each figure as PNG and SVG).
+``figures/`` (each figure as PNG and SVG; of attribution graphs the SVG).
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from saejax.reporting import (
     circuits,
     details,
     dictionaries,
+    graphs,
     patching,
     probes,
     sections,
@@ -37,7 +38,8 @@ def run_report(run: Run) -> dict[str, Any]:
     """Writes the report.
 
     Reads ``run.inputs``: "baseline", "benchmark/NAME" of every benchmark, "capture", "train/KIND" and "evaluate/KIND"
-    of every kind, "ablate" (or "ablate/NAME"), and "probe/NAME" and "study/NAME" if they were asked for.
+    of every kind, "ablate" (or "ablate/NAME"), and "probe/NAME", "patch/NAME", "study/NAME" and "attribute/NAME" if
+    they were asked for.
 
     Returns:
       ``verdicts`` (behaviour -> bool), ``figures`` (names), ``contexts`` (feature, as text -> how many are
@@ -54,10 +56,8 @@ def run_report(run: Run) -> dict[str, Any]:
     found = dataclasses.replace(found, examples=contexts(run, found.ablate["dictionary"], wanted, config.examples))
 
     (run.folder / "figures").mkdir(exist_ok=True)
-    names: list[str] = []
 
     def draw(name: str, figure: Figure, caption: str, alt: str) -> Picture:
-        names.append(name)
         svg = style.save(figure, run.folder / "figures", name)
         return Picture(name, style.inline(svg, name, alt), caption, alt)
 
@@ -72,19 +72,21 @@ def run_report(run: Run) -> dict[str, Any]:
         *patching.sections(found, draw),
         *probes.sections(found, draw),
         *studies.sections(found),
+        *graphs.sections(found, draw, run.folder),
         *details.features(found, draw, config.features),
         details.left_out(found),
         details.limits(found),
         details.reproduce(found),
     ]
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
-    page = to_html(config.title, sections.lead(found), parts, footer)
-    write_text(run.folder / "report.md", to_markdown(config.title, sections.lead(found), parts, footer))
+    lead = (*sections.lead(found), *graphs.lead(found))
+    page = to_html(config.title, lead, parts, footer)
+    write_text(run.folder / "report.md", to_markdown(config.title, lead, parts, footer))
     write_text(run.folder / "index.html", page)
     run.say(f"read {run.folder / 'index.html'}")
     return dict(
         verdicts={name: result["verdict"] for name, result in tested.items()},
-        figures=names,
+        figures=[block.name for part in parts for block in part.blocks if isinstance(block, Picture)],
         contexts={str(feature): len(found.examples.get(feature, ())) for feature in wanted},
         html_bytes=len(page.encode()),
     )

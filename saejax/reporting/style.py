@@ -152,18 +152,22 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     return text.getvalue()
 
 
-def inline(svg: str, name: str, alt: str) -> Markup:
+def inline(svg: str, name: str, alt: str, colours: Mapping[str, str] | None = None) -> Markup:
     """The SVG for use inside an HTML page: no paper, the page's ink, ids of its own, and a text for who cannot see it.
 
     Args:
       svg: what ``save`` returned.
       name: unlike that of any other figure on the page; goes before its ids.
       alt: what the figure shows.
+      colours: colours that the page's theme gives -> the names of its CSS variables; None: there is paper alone, which
+        is left out.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = svg.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
+    for colour, variable in (colours or {}).items():
+        svg = svg.replace(colour, f"var({variable})")
     svg = svg.replace(INK, "currentColor").replace(f"fill: {PAPER}", "fill: none")
     svg = re.sub(r"\n\s*", "\n", svg)
     viewed = re.search(r'viewBox="[^"]*"', svg)

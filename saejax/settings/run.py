@@ -55,6 +55,11 @@ class PreflightConfig(Config):
     benchmark_tokens: int = setting(
         1024, "tokens per benchmark prompt, worked examples included, assumed where answers are generated", low=2
     )
+    active_features: int = setting(
+        64,
+        "active features of a layer at a token assumed for attribution graphs whose transcoders do not say (topk do)",
+        low=1,
+    )
     parity: bool = setting(False, "run the decoder against transformers, in the dtype of --model.dtype")
     tolerance: float = setting(
         1e-4, "largest relative error of a site or the logits that passes (in bfloat16, about 2e-2 is usual)", low=0.0

@@ -7,6 +7,7 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import command, load_model, save_transcoders
+from saejax.attribution import memory, stage
 from saejax.attribution.graph import Graph
 from saejax.attribution.requests import read_requests, unit_name
 from saejax.errors import UserError
@@ -67,7 +68,8 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
         (["--graph.prompt=The war", "--graph.transcoders="], "--graph.transcoders is missing"),
         (["--graph.prompt=The war", "--graph.target= and so on"], "' and so on' is 6 tokens"),
         (["--graph.token_ids=3"], "a single token"),
-        (["--graph.token_ids=3,4000"], "token"),
+        (["--graph.token_ids=3,4000"], "3-4000: token ids are 3 to 4000"),
+        ([f"--graph.prompt={'The war ' * 200}"], "401 tokens, more than the model's context of 128"),
         (["--graph.prompt=The war", "--graph.slug=../up"], "cannot name a graph"),
         (["--graph.prompts=none.jsonl"], "none.jsonl does not exist"),
         ([], "has nothing to do with these settings"),
@@ -79,12 +81,37 @@ def test_bad_input_is_one_line(flags, tmp_path, capsys, wrong, message):
     assert message in error and error.count("\n") == 1
 
 
+def test_all_prompts_are_looked_at_before_one_is_traced(flags, tmp_path, capsys, monkeypatch):
+    prompts = tmp_path / "some.jsonl"
+    prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" and so on"]}\n')
+    monkeypatch.setattr(stage, "trace_prompt", lambda *arguments, **options: pytest.fail("a prompt was traced"))
+    assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
+    assert "error: the-water: the target ' and so on' is 6 tokens" in capsys.readouterr().err
+    # And with less memory than the longest takes.
+    prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water near the war"}\n')
+    monkeypatch.setattr(memory, "free_room", lambda mesh: memory.Room(0, 2**28))
+    assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
+    error = capsys.readouterr().err
+    assert "error: the-war: no prompt fits into the memory that is free, 0.2 GiB, and " in error
+    assert error.count("\n") == 1 and not list((tmp_path / "run").rglob("*.html"))
+
+
+def test_a_curve_that_is_not_defined_is_json(monkeypatch):
+    found = stage.circuits.Curve(*(np.ones(2) for _ in range(5)), model=1.0, empty=1.0)
+    monkeypatch.setattr(stage.circuits, "curve", lambda *arguments: found)
+    checked = stage._checked(stage.Traced(None, None, None), GraphConfig(doubled=0))
+    assert checked["circuits"]["faithfulness"] == [None, None] == checked["circuits"]["incompleteness"]
+    assert json.loads(json.dumps(checked, allow_nan=False))["circuits"]["readout"] == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     "line,message",
     [
         ('{"slug": "a"}', "is no prompt to trace"),
         ('{"prompt": "a", "token_ids": [1]}', "is no prompt to trace"),
         ('{"prompt": 3}', "prompt and targets are texts"),
+        ('{"prompt": "a"}\n{"prompt": ""}', "line 2: the prompt is empty"),
+        ('{"token_ids": []}', "line 1: the prompt is empty"),
         ('{"prompt": "a", "slug": "summary"}', "cannot name a graph"),
         ("{", "is not JSON"),
         ('{"prompt": "Twice"}\n{"prompt": "twice"}', "slug 'twice' of an earlier line"),

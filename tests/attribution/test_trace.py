@@ -120,6 +120,8 @@ def test_a_text_begins_with_a_special_token(tiny, made):
     "prompt,settings,message",
     [
         ([5], {}, "a single token"),
+        ([], {}, "the prompt is empty"),
+        ("", {}, "the prompt is empty: expected a text, or token ids"),
         (IDS, dict(targets=["cat near the"]), "is [0-9]+ tokens: expected a text of one"),
         (IDS, dict(targets=[400]), "token 400 does not exist: expected 0 to 383"),
         (IDS, dict(targets=[Direction(np.zeros(3))]), r"has the shape \(3,\): expected \(40,\)"),
@@ -132,6 +134,18 @@ def test_a_text_begins_with_a_special_token(tiny, made):
 def test_what_cannot_be_traced_is_refused(prompt, settings, message, tiny, made):
     with pytest.raises(UserError, match=message):
         trace(tiny, made, prompt, **settings)
+
+
+@pytest.mark.parametrize("name", ["W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D", "W_skip_DxD"])
+def test_a_transcoder_with_values_that_are_no_numbers_is_named(name, tiny, made):
+    broken = np.array(made[1].arrays[name])
+    broken.flat[3] = np.nan
+    damaged = [made[0], type(made[1])(made[1].config, **{**made[1].arrays, name: broken}), *made[2:]]
+    with pytest.raises(
+        UserError, match="layer 1: what the transcoder gives is not finite: its file is damaged"
+    ) as error:
+        trace(tiny, damaged, IDS)
+    assert "\n" not in str(error.value)
 
 
 def test_no_active_feature_is_an_error(tiny, made):

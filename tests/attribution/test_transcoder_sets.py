@@ -128,6 +128,27 @@ def test_another_width_is_refused(tiny, tmp_path, one_device):
         trace(tiny, make_transcoders(other.config), IDS)
 
 
+def test_a_truncated_file_a_missing_layer_and_wrong_widths_are_named(tiny, tmp_path):
+    made = make_transcoders(tiny.config)
+    folder = tmp_path / "set"
+    save_transcoders(folder, made)
+    file = folder / "layer_1.safetensors"
+    whole = file.read_bytes()
+    for size in (0, 5, 60, len(whole) - 8):
+        file.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"layer_1\.safetensors") as error:
+            trace(tiny, folder, IDS)
+        assert "\n" not in str(error.value) and ("truncated" in str(error.value) or "damaged" in str(error.value)), size
+    for read, predicted, message in ((41, 40, "reads width 41 and predicts 40"), (41, 41, "layers of different sizes")):
+        shapes = dict(W_enc=(48, read), W_dec=(48, predicted), b_enc=48, b_dec=predicted)
+        save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, file)
+        with pytest.raises(UserError, match=message):
+            open_transcoders(folder)
+    file.unlink()
+    with pytest.raises(UserError, match="no transcoder of layer 1: expected one for each layer"):
+        trace(tiny, folder, IDS)
+
+
 def test_damaged_files_are_refused(tiny, tmp_path):
     folder = gemma_scope(tmp_path / "a", make_transcoders(tiny.config, "jumprelu"), 1)
     file = next(folder.rglob("layer_1/**/params.npz"))

@@ -1,5 +1,6 @@
 """The flag files of both studies."""
 
+import dataclasses
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from saejax.preflight.memory import GIB
 from saejax.preflight.shapes import read_shapes
 from saejax.preflight.work import plan_work
 from saejax.settings import GROUPS
+from saejax.training.train import named_sites
 
 FILES = sorted(CONFIGS.glob("*.flags"))
 STUDIES = [path for path in FILES if not path.name.startswith("demo")]
@@ -54,6 +56,31 @@ def test_the_studies_models_and_layers():
     assert circuit["capture"].last == 5
     assert circuit["capture"].sites == tuple(f"mlp_{end}.{layer}" for end in ("in", "out") for layer in range(10, 25))
     assert {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"} <= {x.rpartition("-")[0] for x in found}
+
+
+def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    path = CONFIGS / "qwen3-0.6b-transcoders.flags"
+    configs = read(path)
+    graph = dataclasses.replace(
+        configs["graph"], transcoders="runs/qwen3/train/topk", prompt="The capital of France is", target=" Paris"
+    )
+    (shape,) = read_shapes(configs)
+    work = plan_work(shape.path, shape.config, configs | dict(graph=graph))
+    (stack,) = work.stacks
+    assert [(member.site, member.target) for member in stack.members] == [
+        (f"mlp_in.{layer}", f"mlp_out.{layer}") for layer in range(28)
+    ]
+    assert named_sites(configs["train"]) == [member.site for member in stack.members]  # straight from the model
+    steps = configs["corpus"].max_tokens // configs["train"].batch
+    assert 48_800 <= steps < 48_900 and "48,800 steps" in path.read_text()
+    buffer = configs["train"].buffer_rows * 2 * 28 * 1024 * 2
+    assert memory.device_memory(work, dict(member=1, data=1, model=1)).stages["train"] + buffer < 80e9
+    devices, gib = SLICES["v6e:2x4"]
+    split = memory.device_memory(work, dict(member=1, data=1, model=devices)).stages["train"]
+    assert split + buffer < gib * GIB
+    # The set is not trained yet, but its sizes are known.
+    assert work.graphs.size.transcoder.n_features == 16_384 and work.graphs.size.active == 64
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -1,0 +1,176 @@
+"""The report's section on attribution graphs: what it says, shows and links, and what it does where something lacks."""
+
+import math
+import re
+import types
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from made_up_workspace import make_run, make_workspace
+from test_report import Page, both
+
+from saejax.errors import UserError
+from saejax.reporting import graphs, report, style
+from saejax.reporting.document import Links, Picture
+from saejax.reporting.report import run_report
+from saejax.workspace import SUMMARY, write_json
+
+SHARE = [0.1, 0.5, 1.0]
+SVG = (
+    '<?xml version="1.0"?>\n<svg xmlns:xlink="http://www.w3.org/1999/xlink" width="200.4pt" height="90pt" '
+    'viewBox="0 0 200.4 90" xmlns="http://www.w3.org/2000/svg"><g id="a"><path clip-path="url(#b)" '
+    'style="fill: #f5f7f9; stroke: #1b1f24"/><path style="fill: #ffffff; stroke: #555e68"/></g></svg>'
+)
+
+
+def result(**changes) -> dict:
+    """What the stage says of a graph."""
+    curve = dict(share=SHARE, faithfulness=[0.0, 0.75, 1.0], incompleteness=[1.0, 0.5, 0.25], model=3.0, empty=1.0)
+    return (
+        dict(
+            prompt="The capital of\nFrance <b>is",
+            tokens=["The"],
+            targets=[dict(label=" Paris", logit=9.0, weight=0.62), dict(label=" Rome", logit=5.0, weight=0.034)],
+            active=12_345,
+            traced=4_096,
+            features=52,
+            errors=9,
+            edges=1_977,
+            scores=dict(replacement=0.654, completeness=0.879),
+            unexplained=1e-7,
+            seconds=7.3,
+            doubling=dict(features=32, held_error=2.2e-7, free=dict(pearson=0.751, spearman=0.6, sign=0.7)),
+            circuits=curve,
+        )
+        | changes
+    )
+
+
+def add_units(root: Path, inputs: dict, units: dict[str, dict[str, dict]]) -> dict:
+    """The inputs with units of graphs: unit -> slug -> result."""
+    for unit, by_slug in units.items():
+        folder = root / "inputs" / "attribute" / unit
+        folder.mkdir(parents=True)
+        results = dict(transcoders=f"/far/away/sets/{unit}", graphs=by_slug)
+        write_json(folder / SUMMARY, dict(config=dict(graph=dict(slug=unit)), results=results))
+        for slug in by_slug:
+            (folder / f"{slug}.svg").write_text(SVG)
+            (folder / f"{slug}.html").write_text("page")
+        inputs[f"attribute/{unit}"] = folder
+    return inputs
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The report on a workspace with graphs of two sets of transcoders: its folder, its results, its page."""
+    undefined = dict(share=SHARE, faithfulness=[None] * 3, incompleteness=[None] * 3, model=1.0, empty=1.0)
+    units = dict(
+        paris=dict(paris=result()),
+        wide=dict(paris=result(scores=dict(replacement=0.9, completeness=0.95)), flat=result(circuits=undefined)),
+    )
+    units["wide"]["bare"] = result(doubling=None, circuits=None)
+    root = tmp_path_factory.mktemp("report")
+    run = make_run(root, add_units(root, make_workspace(root, kinds=("topk",), top=3, draws=5), units))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "contexts", lambda run, name, features, count: {})
+        results = run_report(run)
+    return run.folder, results, Page((run.folder / "index.html").read_text(encoding="utf-8"))
+
+
+def test_page_and_markdown_say_what_was_found(made):
+    for text in both(made):
+        assert "4 prompts were traced into attribution graphs" in text
+        assert re.search(r"it 65\s% to 90\s% comes from the prompt's tokens through features", text)
+        assert "has a correlation of 0.75 with what happens when features are doubled" in text
+        assert "Graphs with the transcoders sets/paris" in text and "Graphs with the transcoders sets/wide" in text
+        for cell in ("12,345", "4,096", "1,977", "0.65", "0.88", "2.2e−7", "0.75"):
+            assert cell in text.replace("e−07", "e−7"), cell
+        assert "Prompt: “The capital of↵France <b>is”. Explained: Paris (62 %), Rome (3.4 %)." in text.replace(
+            "\xa0", " "
+        )
+        assert "1 if features explain all, 0 if errors do" in text and "how well the picture" in text
+        assert "No curves of Graph 3: flat: the answer is the same without any feature and error." in text
+    rows = [line for line in (made[0] / "report.md").read_text().splitlines() if line.startswith("| 4: bare")]
+    assert [row.count("–") for row in rows] == [2]
+
+
+def test_figures_of_graphs_take_the_pages_colours_and_stay_as_files(made):
+    folder, results, page = made
+    names = [name for name in results["figures"] if name.startswith("graph_")]
+    assert names == ["graph_curves", "graph_1_paris", "graph_2_paris", "graph_3_flat", "graph_4_bare"]
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids)) and {"graph_1_paris-a", "graph_2_paris-a"} <= set(ids)
+    styles = " ".join(page.attributes("style"))
+    assert "fill: var(--card); stroke: currentColor" in styles and "fill: var(--paper); stroke: var(--soft)" in styles
+    assert styles.count("--width: 261pt") == 4
+    for name in names[1:]:
+        assert (folder / "figures" / f"{name}.svg").read_text() == SVG
+        assert f"](figures/{name}.svg)" in (folder / "report.md").read_text()
+
+
+def test_links_lead_to_the_pages(made):
+    folder, _, page = made
+    links = [link for link in page.attributes("href") if not link.startswith(("#", "data:"))]
+    pages = [f"../inputs/attribute/{page}.html" for page in ("paris/paris", "wide/paris", "wide/flat", "wide/bare")]
+    assert links == pages and all((folder / unquote(link)).is_file() for link in links)
+    assert all(f"]({link})" in (folder / "report.md").read_text() for link in pages)
+
+
+def section_of(count: int, tmp_path: Path, **changes):
+    """The section on so many graphs, the figures that were drawn, and the sections of graphs."""
+    folder, drawn = tmp_path / "unit", {}
+    folder.mkdir()
+    (tmp_path / "figures").mkdir()
+    by_slug = {f"g{number}": result(**changes) for number in range(count)}
+    for slug in by_slug:
+        (folder / f"{slug}.svg").write_text(SVG)
+    found = types.SimpleNamespace(
+        graphs=dict(u=dict(transcoders="set", graphs=by_slug)), folders={"attribute/u": folder}
+    )
+
+    def draw(name, figure, caption, alt):
+        drawn[name] = figure, caption, alt
+        return Picture(name, "", caption, alt)
+
+    return *graphs.sections(found, draw, tmp_path), drawn
+
+
+def test_curves_show_what_was_measured_and_leave_gaps(tmp_path):
+    curve = dict(share=SHARE, faithfulness=[-7.0, math.nan, 0.9], incompleteness=[1.0, None, 0.2])
+    *_, drawn = section_of(1, tmp_path, circuits=curve)
+    figure, caption, alt = drawn["graph_curves"]
+    above, below = (axes.lines[0] for axes in figure.axes)
+    np.testing.assert_array_equal(above.get_xdata(), [10, 50, 100])
+    np.testing.assert_array_equal(above.get_ydata(), [-0.5, np.nan, 0.9])  # cut off at the panel's edge
+    np.testing.assert_array_equal(below.get_ydata(), [1.0, np.nan, 0.2])
+    assert "Values beyond the panels" in caption and "Graph 1: g0: alone –, all others – at 50" in alt
+
+
+def test_of_many_graphs_all_have_a_row_and_the_first_ones_a_figure(tmp_path):
+    section, *each, drawn = section_of(len(style.LINES) + 2, tmp_path)
+    assert len(section.blocks[1].rows) == len(style.LINES) + 2 and len(each) == graphs.SHOWN
+    assert [len(block.items) for block in section.blocks if isinstance(block, Links)] == [
+        len(style.LINES) + 2 - graphs.SHOWN
+    ]
+    figure, caption, _ = drawn["graph_curves"]
+    median = figure.axes[0].lines[len(style.LINES) + 2]
+    np.testing.assert_array_equal(median.get_ydata(), [0.0, 0.75, 1.0])
+    assert median.get_color() == style.BLUE and "blue: their median" in caption
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a graph", "median of the graphs"]
+
+
+def test_without_graphs_there_is_nothing(tmp_path):
+    found = types.SimpleNamespace(graphs={}, folders={})
+    assert graphs.sections(found, None, tmp_path) == [] and graphs.lead(found) == ()
+
+
+def test_a_missing_figure_is_named(tmp_path):
+    inputs = add_units(tmp_path, {}, dict(paris=dict(paris=result())))
+    (inputs["attribute/paris"] / "paris.svg").unlink()
+    found = types.SimpleNamespace(
+        graphs=dict(paris=dict(transcoders="set", graphs=dict(paris=result()))), folders=inputs
+    )
+    with pytest.raises(UserError, match=r"paris\.svg is missing or damaged: delete .* and run attribute again"):
+        graphs.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt), tmp_path)
