@@ -11,7 +11,6 @@ Letters: S sources, R targets, E edges; L, T, D, H heads, K dimensions of a head
 """
 
 import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +27,16 @@ from saejax.models.attention import Reach, full_reaches, mix
 from saejax.models.layers import einsum
 
 MOST_BYTES = 2**31  # of what is kept between the two passes
+Carried = dict[tuple[int, int], list[tuple[int, int, float]]]
 Placed = tuple[np.ndarray, np.ndarray, np.ndarray]  # layers [N], positions [N], vectors [N, D]
 _STEP = 16  # sources and targets are filled up to a multiple of this
 
 
-def edge_heads(
-    replacement: Replacement, readouts: Readouts, graph: Graph, top: int = 3
-) -> dict[tuple[int, int], list[tuple[int, int, float]]]:
+class TooLarge(UserError):
+    """A graph that is too large to be worked on at once."""
+
+
+def edge_heads(replacement: Replacement, readouts: Readouts, graph: Graph, top: int = 3) -> Carried:
     """The heads that carry each edge.
 
     Args:
@@ -47,14 +49,16 @@ def edge_heads(
       one position that no head carries are left out.
 
     Raises:
-      UserError: the graph is too large to be worked on at once.
+      TooLarge: what is kept between the two passes would take more than ``MOST_BYTES``.
     """
     source_E, target_E, _ = graph.edges()
+    if not len(source_E):
+        return {}
     sources, targets = np.unique(source_E), np.unique(target_E)
     config, (_, length, _) = replacement.model.config, replacement.streams.stream_LxTxD.shape
     kept = 4 * len(sources) * length * config.n_layers * config.n_heads * config.d_head
     if kept > MOST_BYTES:
-        raise UserError(
+        raise TooLarge(
             f"heads of {len(source_E):,} edges between {len(sources):,} sources would take {kept / 2**30:.1f} GiB: "
             f"prune the graph to about {int(len(sources) * MOST_BYTES / kept):,} nodes first"
         )
@@ -75,9 +79,7 @@ def edge_heads(
     return found
 
 
-def named_heads(
-    carried: Mapping[tuple[int, int], list[tuple[int, int, float]]], ids: list[str]
-) -> dict[tuple[str, str], list[tuple[int, int, float]]]:
+def named_heads(carried: Carried, ids: list[str]) -> dict[tuple[str, str], list[tuple[int, int, float]]]:
     """The same by the nodes' ids, as ``page.write_page`` takes it."""
     return {(ids[source], ids[target]): heads for (source, target), heads in carried.items()}
 

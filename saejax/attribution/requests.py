@@ -16,7 +16,7 @@ from saejax.workspace import file_sha256, fingerprint
 _EXAMPLE = '{"slug": "paris", "prompt": "The capital of France is", "targets": [" Paris"]}'
 _KEYS = ("slug", "prompt", "token_ids", "targets")
 _LONGEST = 40  # characters of a name that is made of a prompt
-_TAKEN = ("started", "summary", "graphs")  # files of every stage, and the folder of graphs
+_TAKEN = ("started", "summary", "graphs", "heads")  # files of every stage, and folders
 
 Target = str | tuple[str, str]
 
@@ -40,7 +40,7 @@ def unit_name(config: GraphConfig) -> str:
     """The name of the folder that these settings' graphs are in; "" if none are asked for.
 
     Raises:
-      UserError: prompts are given in two ways, or without transcoders.
+      UserError: prompts are given in two ways, or without transcoders; or a head is not written as one.
     """
     given = {
         "--graph.prompt": bool(config.prompt),
@@ -55,6 +55,7 @@ def unit_name(config: GraphConfig) -> str:
         return ""
     if not config.transcoders:
         raise UserError(f"{named[0]} traces a graph, and --graph.transcoders is missing: name a set of transcoders")
+    read_heads(config)
     if config.slug:
         return _checked_slug(config.slug, "--graph.slug")
     if config.prompts:
@@ -102,6 +103,26 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     if not requests:
         raise UserError(f"--graph.prompts={path} holds no prompts: expected lines such as {_EXAMPLE}")
     return requests
+
+
+def read_heads(config: GraphConfig) -> list[tuple[int, int, int]] | None:
+    """The heads whose scores are to be split: layer, head, position of the query.
+
+    Returns:
+      None where none is named: the one that carries most is meant.
+
+    Raises:
+      UserError: a text is no head.
+    """
+    if config.query_key == ("none",):
+        return []
+    found = []
+    for text in config.query_key:
+        parts = re.fullmatch(r"(\d+)\.(\d+)(?:@(-?\d+))?", text.strip())
+        if not parts:
+            raise UserError(f"--graph.query_key={text}: expected layer.head, layer.head@position or none alone")
+        found.append((int(parts[1]), int(parts[2]), int(parts[3] or -1)))
+    return list(dict.fromkeys(found)) or None
 
 
 def _of_behaviour(name: str, behaviours: Mapping[str, Sequence[Prompt]], targets: tuple[Target, ...]) -> Request:

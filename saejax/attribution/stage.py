@@ -5,28 +5,33 @@ A prompt is a part in the sense of ``causal.stages``. Beside its results in ``<s
     <slug>.html          the interactive page
     <slug>.svg           a figure for print
     <slug>-graph/        the pruned graph, for ``Graph.load``
+    heads/<slug>.json    the attention heads that carry each edge
     graphs/<slug>.json   the same as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
 """
 
 import dataclasses
+import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from saejax.attribution import circuits, validation
-from saejax.attribution.attribute import Traced, trace_prompt
+from saejax.attribution.attention import Attention, attend
+from saejax.attribution.attribute import Traced, prompt_ids, trace_prompt
 from saejax.attribution.figure import draw_graph, save_figure
 from saejax.attribution.graph import ERROR, FEATURE, Graph
 from saejax.attribution.graph_folder import write_graph
-from saejax.attribution.neuronpedia import to_document
+from saejax.attribution.heads import named_heads
+from saejax.attribution.neuronpedia import node_ids, to_document
 from saejax.attribution.page import write_page
-from saejax.attribution.requests import Request, read_requests
+from saejax.attribution.query_key import check_head
+from saejax.attribution.requests import Request, read_heads, read_requests
 from saejax.attribution.transcoders import TranscoderSet, open_transcoders
 from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_model, part_file, read_behaviours
 from saejax.models.language_model import LanguageModel
 from saejax.settings import GraphConfig
-from saejax.workspace import Run
+from saejax.workspace import Run, write_text
 
 
 def run_attribute(run: Run) -> dict[str, Any]:
@@ -46,6 +51,9 @@ def run_attribute(run: Run) -> dict[str, Any]:
         transcoders = open_transcoders(config.transcoders, config.revision, config.subfolder)
         model = load_run_model(run)
         transcoders.check(model)
+        for request in requests.values():  # before the first is traced
+            for head in read_heads(config) or []:
+                check_head(model.config, *head, tokens=len(prompt_ids(model, request.prompt, prepend=True)))
 
         def measure(slug: str, tick: Tick) -> Measured:
             tick(0, 1)
@@ -70,8 +78,10 @@ def _trace(run: Run, model: LanguageModel, transcoders: TranscoderSet, request: 
     )
     seconds = time.monotonic() - start
     pruned = traced.graph.prune(config.node_threshold, config.edge_threshold)
-    _write(run, request.slug, pruned)
+    attention = attend(traced, pruned, config.heads, read_heads(config))
+    _write(run, request.slug, pruned, attention)
     results = _describe(traced, pruned) | dict(seconds=round(seconds, 2)) | _checked(traced, config)
+    results |= dict(heads=attention.heads, query_key=attention.query_key)
     scores = results["scores"]
     said = (
         f"{results['active']:,} active features, {results['traced']:,} traced in {seconds:.1f} s; kept "
@@ -82,6 +92,8 @@ def _trace(run: Run, model: LanguageModel, transcoders: TranscoderSet, request: 
         pearson = doubling["free"]["pearson"]
         foretold = "none" if pearson is None else f"{pearson:.2f}"
         said += f"; edges off by {doubling['held_error']:.1e}, correlation with what happens {foretold}"
+    if attention.heads and attention.heads["too_large"]:
+        said += f"; no heads of edges: {attention.heads['too_large']}"
     return Measured(results, said)
 
 
@@ -119,12 +131,18 @@ def _checked(traced: Traced, config: GraphConfig) -> dict[str, Any]:
     return dict(doubling=doubling, circuits=curve)
 
 
-def _write(run: Run, slug: str, pruned: Graph) -> None:
+def _write(run: Run, slug: str, pruned: Graph, attention: Attention) -> None:
     """Writes the graph in all its forms, over what a run that was killed may have left."""
     folder: Path = part_file(run, slug, "-graph")
     shutil.rmtree(folder, ignore_errors=True)
     pruned.save(folder)
     document = to_document(pruned, slug)
     write_graph(run.folder / "graphs", document, replace=True)
-    write_page(part_file(run, slug, ".html"), document)
+    carried = named_heads(attention.carried, node_ids(pruned))
+    if carried:
+        edges = [dict(source=source, target=target, heads=heads) for (source, target), heads in carried.items()]
+        (run.folder / "heads").mkdir(exist_ok=True)
+        lines = ",\n".join(json.dumps(edge, separators=(",", ":")) for edge in edges)
+        write_text(run.folder / "heads" / f"{slug}.json", f'{{"edges":[\n{lines}\n]}}\n')
+    write_page(part_file(run, slug, ".html"), document, heads=carried, tables=attention.tables)
     save_figure(draw_graph(document), part_file(run, slug, ".svg"))

@@ -49,4 +49,11 @@ class GraphConfig(Config):
     circuits: bool = setting(
         True, "run parts of the graph alone, and all the rest alone, to see whether they do the work"
     )
+    heads: bool = setting(True, "find the attention heads that carry each edge of the pruned graph")
+    query_key: tuple[str, ...] = setting(
+        (),
+        "heads whose query-key scores are split over pairs of sources, each layer.head or layer.head@position of the "
+        "query (by default -1, the last), such as 12.3,14.0@5; empty: with --graph.heads the one that carries most "
+        "into the last position; none: none",
+    )
     seed: int = setting(456, "seed of the choice of features that are doubled", low=0)
