@@ -81,7 +81,7 @@ def test_what_is_not_asked_for_is_not_there(traced, pruned, monkeypatch):
     assert attend(traced, pruned, False, []).heads is None
     asked = attend(traced, pruned, False, [(1, 2, 3), (0, 0, 0)])
     assert [(one["layer"], one["head"], one["query"]) for one in asked.query_key] == [(1, 2, 3), (0, 0, 0)]
-    monkeypatch.setattr(heads, "MOST_BYTES", 1000)
+    monkeypatch.setattr(heads, "MOST_GROUPS", 0)
     found = attend(traced, pruned, True, None)
     assert "prune the graph" in found.heads["too_large"] and (found.carried, found.query_key, found.tables) == (
         {},
