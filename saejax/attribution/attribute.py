@@ -11,6 +11,7 @@ from saejax.attribution import pruning
 from saejax.attribution.graph import LOGIT, Graph, Nodes
 from saejax.attribution.memory import GraphSize, certain_active, check_room
 from saejax.attribution.replacement import Replacement
+from saejax.attribution.row_store import Put, RowStore
 from saejax.attribution.rows import Rows
 from saejax.attribution.sources import Sources
 from saejax.attribution.targets import PromptRun, Readouts, Target, read_targets
@@ -21,7 +22,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens, token_text
 
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
-FillRows = Callable[[np.ndarray | None, np.ndarray], None]
+FillRows = Callable[[np.ndarray | None, Put], None]
 
 
 class Traced(NamedTuple):
@@ -98,15 +99,15 @@ def trace_prompt(
     count = min(max_features or len(active), len(active))
     rows = Rows(replacement, sources, count + len(readouts.labels))
 
-    def fill(new_F: np.ndarray | None, into_FxS: np.ndarray) -> None:
+    def fill(new_F: np.ndarray | None, put: Put) -> None:
         if new_F is None:
-            rows(readouts.layer_K, readouts.position_K, readouts.vector_KxD, into_FxS, in_stream=True)
+            rows(readouts.layer_K, readouts.position_K, readouts.vector_KxD, put, in_stream=True)
         else:
-            rows(active.layer_A[new_F], active.position_A[new_F], replacement.encoder_rows(new_F), into_FxS)
+            rows(active.layer_A[new_F], active.position_A[new_F], replacement.encoder_rows(new_F), put)
 
-    chosen_F, adjacency_TxS = attributed(replacement, len(sources.nodes), readouts, fill, count, round_rows)
+    chosen_F, store = attributed(replacement, len(sources.nodes), readouts, fill, count, round_rows)
     settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
-    graph = graph_of(replacement, sources.nodes, readouts, chosen_F, adjacency_TxS, prompt, settings)
+    graph = graph_of(replacement, sources.nodes, readouts, chosen_F, store, prompt, settings)
     return Traced(graph, replacement, readouts)
 
 
@@ -139,48 +140,51 @@ def check_max_features(max_features: int | None) -> None:
 
 def attributed(
     run: PromptRun, sources: int, readouts: Readouts, fill: FillRows, count: int, round_rows: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, RowStore]:
     """Attributes the logits and the features that get nodes, in rounds: in each the most influential ones so far.
 
     Args:
       sources: their number S; active features come first.
-      fill: writes rows [F, S] of features, or of the readouts.
+      fill: gives rows over all sources, of features, or (None) of the readouts.
       count: number of features that get nodes.
       round_rows: features that are attributed between two rankings.
 
     Returns:
-      Which of the active features these are, ascending; and the rows of the graph, over all sources.
+      Which of the active features these are, ascending; and their rows.
     """
-    active, logits = run.active, len(readouts.labels)
-    adjacency_TxS = np.zeros((count + logits, sources), np.float32)
-    of_features, of_logits = adjacency_TxS[:count], adjacency_TxS[count:]
-    fill(None, of_logits)
+    active = run.active
+    store = RowStore(count, len(readouts.labels), len(active), sources)
+    fill(None, store.put(None))
     chosen_F = np.empty(0, np.int64)
     while len(chosen_F) < count:
         new_F = np.arange(count)
         if count < len(active):
-            size = min(round_rows, count - len(chosen_F))
-            new_F = _most_influential(run, readouts, adjacency_TxS, chosen_F)[:size]
-        fill(new_F, of_features[len(chosen_F) : len(chosen_F) + len(new_F)])
+            ranked_F = _most_influential(run, readouts, store, chosen_F)
+            if not store.room(len(chosen_F)):
+                store.narrow(np.concatenate([chosen_F, ranked_F]), len(chosen_F))
+            new_F = ranked_F[: min(round_rows, store.room(len(chosen_F)))]
+        fill(new_F, store.put(len(chosen_F)))
         chosen_F = np.concatenate([chosen_F, new_F])
     order_F = np.argsort(chosen_F)
     if count < len(active):
-        of_features[:] = of_features[order_F]
-    return chosen_F[order_F], adjacency_TxS
+        store.sort(order_F)
+    return chosen_F[order_F], store
 
 
-def _most_influential(
-    run: PromptRun, readouts: Readouts, adjacency_TxS: np.ndarray, chosen_F: np.ndarray
-) -> np.ndarray:
-    """The active features that have no row yet, by their influence through those that have one, the largest first."""
+def _most_influential(run: PromptRun, readouts: Readouts, store: RowStore, chosen_F: np.ndarray) -> np.ndarray:
+    """The features that may get a row, by their influence through those that have one, the largest first."""
     active, logits = run.active, len(readouts.labels)
-    layer_T = np.zeros(len(adjacency_TxS), np.int32)
-    column_T, weight_T = np.full(len(layer_T), -1), np.zeros(len(layer_T))
-    layer_T[: len(chosen_F)], column_T[: len(chosen_F)] = active.layer_A[chosen_F], chosen_F
+    rows = store.row_TxC
+    layer_T = np.zeros(len(rows), np.int32)
+    column_T, weight_T = np.full(len(rows), -1), np.zeros(len(rows))
+    layer_T[: len(chosen_F)] = active.layer_A[chosen_F]
+    column_T[: len(chosen_F)] = np.searchsorted(store.column_C, chosen_F)
     layer_T[-logits:], weight_T[-logits:] = run.model.config.n_layers, readouts.weight_K
-    influence_A = pruning.influence(adjacency_TxS, layer_T, column_T, weight_T)[: len(active)]
-    influence_A[chosen_F] = -1
-    return np.argsort(-influence_A, kind="stable")[: len(active) - len(chosen_F)]
+    influence_C = pruning.influence(rows, layer_T, column_T, weight_T, store.size_T[: len(rows)])
+    features = np.searchsorted(store.column_C, len(active))
+    influence_C[column_T[: len(chosen_F)]] = -1
+    order_C = np.argsort(-influence_C[:features], kind="stable")[: features - len(chosen_F)]
+    return store.column_C[order_C]
 
 
 def graph_of(
@@ -188,18 +192,17 @@ def graph_of(
     nodes: Nodes,
     readouts: Readouts,
     chosen_F: np.ndarray,
-    adjacency_TxS: np.ndarray,
+    store: RowStore,
     prompt: str | Sequence[int],
     settings: dict[str, Any],
 ) -> Graph:
     """The graph of the rows, with the columns of the features that have one; ``nodes`` are the sources."""
     active, model = run.active, run.model
-    unkept_T = np.zeros(len(adjacency_TxS), np.float32)
+    adjacency_TxS, nodes, unkept_T = store.row_TxC, nodes[store.column_C], store.dropped_T
     if len(chosen_F) < len(active):
-        dropped = np.ones(len(nodes), bool)
-        dropped[chosen_F], dropped[len(active) :] = False, False
-        unkept_T = adjacency_TxS[:, dropped].sum(axis=1)
-        adjacency_TxS, nodes = adjacency_TxS[:, ~dropped], nodes[~dropped]
+        dropped_C = (store.column_C < len(active)) & ~np.isin(store.column_C, chosen_F)
+        unkept_T = unkept_T + adjacency_TxS[:, dropped_C].sum(axis=1)
+        adjacency_TxS, nodes = adjacency_TxS[:, ~dropped_C], nodes[~dropped_C]
     text = token_text(model.tokenizer)
     of_logits = Nodes.of(LOGIT, model.config.n_layers, readouts.position_K, readouts.token_K, readouts.weight_K)
     return Graph(

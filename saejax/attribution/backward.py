@@ -113,7 +113,8 @@ def contributions(
     cotangent_NxRxTxD, read_NxBxRxW = lax.fori_loop(0, batch.start_N[0], down, carry)
 
     def read_tokens(chunk: jax.Array, read_NxBxRxW: jax.Array) -> jax.Array:
-        return read_off(batch.start_N[chunk] > 0, jnp.int32(0), chunk, cotangent_NxRxTxD[chunk], read_NxBxRxW)
+        # A direction of the stream that enters layer 0 goes down through none, so all chunks read.
+        return read_off(jnp.bool_(True), jnp.int32(0), chunk, cotangent_NxRxTxD[chunk], read_NxBxRxW)
 
     return lax.fori_loop(0, len(chunks), read_tokens, read_NxBxRxW)
 

@@ -35,6 +35,7 @@ from saejax.attribution.frozen import FrozenModel
 from saejax.attribution.graph import BIAS, ERROR, FEATURE, TOKEN, Graph, Nodes
 from saejax.attribution.perturbed import IN_STREAM, Places, Readings
 from saejax.attribution.replacement import Active, active_features, embed, padded_length, placed
+from saejax.attribution.row_store import Put
 from saejax.attribution.rows import TOKENS
 from saejax.attribution.saes import SaeSet
 from saejax.attribution.targets import Readouts, Target, read_targets
@@ -173,23 +174,23 @@ def trace_saes(
     rows, active = _Rows(run), run.active
     kind_A = run.places.kind_S[_slots(run, active.layer_A)]
 
-    def fill(new_F: np.ndarray | None, into_FxS: np.ndarray) -> None:
+    def fill(new_F: np.ndarray | None, put: Put) -> None:
         if new_F is None:
             stream_K = np.full(len(readouts.labels), IN_STREAM, np.int32)
             readings = Readings(readouts.vector_KxD, readouts.layer_K, stream_K, readouts.position_K)
-            rows(readings, readouts.layer_K, into_FxS)
+            rows(readings, readouts.layer_K, put)
         else:
             layer_F, position_F = active.layer_A[new_F], active.position_A[new_F]
             vector_FxD = run.saes.rows_of("W_enc", layer_F, active.feature_A[new_F])
-            rows(Readings(vector_FxD, layer_F, kind_A[new_F], position_F), layer_F + 1, into_FxS)
+            rows(Readings(vector_FxD, layer_F, kind_A[new_F], position_F), layer_F + 1, put)
 
     count = min(max_features or len(active), len(active))
-    chosen_F, adjacency_TxN = attributed(run, len(rows.nodes), readouts, fill, count, round_rows)
-    if not np.isfinite(adjacency_TxN).all():
+    chosen_F, store = attributed(run, len(rows.nodes), readouts, fill, count, round_rows)
+    if not np.isfinite(store.row_TxC).all():
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     settings |= dict(edges=f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates")
-    return TracedSaes(graph_of(run, rows.nodes, readouts, chosen_F, adjacency_TxN, prompt, settings), run, readouts)
+    return TracedSaes(graph_of(run, rows.nodes, readouts, chosen_F, store, prompt, settings), run, readouts)
 
 
 class _Rows:
@@ -218,13 +219,13 @@ class _Rows:
         self._token_PxD = np.asarray(run.stream_LxTxD[0, :tokens])
         self._bias_SxD = np.stack([np.asarray(run.saes.load(layer).b_dec_D[...]) for layer in layer_S])
 
-    def __call__(self, readings: Readings, top_B: np.ndarray, into_BxN: np.ndarray) -> None:
-        """Writes what each source contributes to each target.
+    def __call__(self, readings: Readings, top_B: np.ndarray, put: Put) -> None:
+        """Gives what each source contributes to each target.
 
         Args:
           readings: any number of targets.
           top_B: for each the layer whose entering stream it does not reach above.
-          into_BxN: fp32, to be filled.
+          put: takes targets and their rows, in any order and from more than one thread.
         """
         run, mesh = self._run, self._run.model.mesh
         length = run.stream_LxTxD.shape[1]
@@ -236,7 +237,7 @@ class _Rows:
             batch = Readings(*by_row(mesh, *(part[np.resize(own_B, size)] for part in readings)))
             fixed = run.model.params, run.places, run.stream_LxTxD, run.held_SxTxD
             of = perturbed.gradients(run.rules, *fixed, batch, np.int32(top_B[own_B[0]]))
-            into_BxN[own_B] = self._contributions(*(np.asarray(part) for part in of))[: len(own_B)]
+            put(own_B, self._contributions(*(np.asarray(part) for part in of))[: len(own_B)])
 
         with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:  # as in ``rows.Rows``
             list(pool.map(read, range(0, len(order_B), size)))

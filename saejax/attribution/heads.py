@@ -5,36 +5,31 @@ what it adds to the stream, is taken out of the local replacement model and all 
 heads, one after the other, is counted for each of them, so parts need not add up to the edge.
 
 With m[s] what source s adds to the head's mixture of values (from below), and g[t] what target t reads of it (from
-above), the part is their dot product over positions and the head's dimensions: one pass up and one down for all edges.
+above), the part is their dot product over positions and the head's dimensions: one pass up and one down for all edges,
+or for as many sources and targets at a time as memory holds.
 
 Letters: S sources, R targets, E edges; L, T, D, H heads, K dimensions of a head, as elsewhere.
 """
 
-import functools
-from collections.abc import Mapping
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.circuits import places_of
-from saejax.attribution.frozen import FrozenModel
 from saejax.attribution.graph import ERROR, FEATURE, LOGIT, TOKEN, Graph
+from saejax.attribution.head_passes import STEP, Placed, edge_parts, mixed_values
 from saejax.attribution.replacement import Replacement
 from saejax.attribution.targets import Readouts
 from saejax.errors import UserError
-from saejax.models import decoder
-from saejax.models.attention import Reach, full_reaches, mix
-from saejax.models.layers import einsum
 
-MOST_BYTES = 2**31  # of what is kept between the two passes
-Placed = tuple[np.ndarray, np.ndarray, np.ndarray]  # layers [N], positions [N], vectors [N, D]
-_STEP = 16  # sources and targets are filled up to a multiple of this
+MOST_BYTES = 2**31  # of what is kept between the two passes, and of the targets that go down at once
+MOST_GROUPS = 8  # of sources, for each of which all targets go down again
+Carried = dict[tuple[int, int], list[tuple[int, int, float]]]
 
 
-def edge_heads(
-    replacement: Replacement, readouts: Readouts, graph: Graph, top: int = 3
-) -> dict[tuple[int, int], list[tuple[int, int, float]]]:
+class TooLarge(UserError):
+    """A graph of too many sources for the memory."""
+
+
+def edge_heads(replacement: Replacement, readouts: Readouts, graph: Graph, top: int = 3) -> Carried:
     """The heads that carry each edge.
 
     Args:
@@ -47,37 +42,59 @@ def edge_heads(
       one position that no head carries are left out.
 
     Raises:
-      UserError: the graph is too large to be worked on at once.
+      TooLarge: it would take more than ``MOST_GROUPS`` groups of sources, each of ``MOST_BYTES``.
     """
     source_E, target_E, _ = graph.edges()
-    sources, targets = np.unique(source_E), np.unique(target_E)
-    config, (_, length, _) = replacement.model.config, replacement.streams.stream_LxTxD.shape
-    kept = 4 * len(sources) * length * config.n_layers * config.n_heads * config.d_head
-    if kept > MOST_BYTES:
-        raise UserError(
-            f"heads of {len(source_E):,} edges between {len(sources):,} sources would take {kept / 2**30:.1f} GiB: "
-            f"prune the graph to about {int(len(sources) * MOST_BYTES / kept):,} nodes first"
-        )
-    entries, readers = _entries(replacement, graph, sources), _readers(replacement, readouts, graph, targets)
-    place_E = np.searchsorted(sources, source_E), np.searchsorted(targets, target_E)
-    part_LxHxE = _parts(replacement, entries, readers, *place_E)
-    part_XxE = part_LxHxE.reshape(-1, len(source_E))
-    best_NxE = np.argsort(-np.abs(part_XxE), axis=0, kind="stable")[:top]
-    found = {}
-    for edge, (source, target) in enumerate(zip(source_E.tolist(), target_E.tolist(), strict=True)):
-        carried = [
-            (x // config.n_heads, x % config.n_heads, float(part_XxE[x, edge]))
-            for x in best_NxE[:, edge].tolist()
-            if part_XxE[x, edge]
-        ]
-        if carried:
-            found[source, target] = carried
+    if not len(source_E):
+        return {}
+    found: Carried = {}
+    for group in _source_groups(replacement, np.unique(source_E), len(source_E)):
+        own = np.isin(source_E, group)
+        part_XxE = _group_parts(replacement, readouts, graph, group, source_E[own], target_E[own])
+        best_NxE = np.argsort(-np.abs(part_XxE), axis=0, kind="stable")[:top]
+        for edge, ends in enumerate(zip(source_E[own].tolist(), target_E[own].tolist(), strict=True)):
+            parts = [(x, float(part_XxE[x, edge])) for x in best_NxE[:, edge].tolist() if part_XxE[x, edge]]
+            if parts:
+                heads = replacement.model.config.n_heads
+                found[ends] = [(x // heads, x % heads, part) for x, part in parts]
     return found
 
 
-def named_heads(
-    carried: Mapping[tuple[int, int], list[tuple[int, int, float]]], ids: list[str]
-) -> dict[tuple[str, str], list[tuple[int, int, float]]]:
+def _source_groups(replacement: Replacement, sources: np.ndarray, edges: int) -> list[np.ndarray]:
+    """The sources in groups, for each of which what they add to all mixtures can be kept."""
+    config, (_, length, _) = replacement.model.config, replacement.streams.stream_LxTxD.shape
+    each = 4 * length * config.n_layers * config.n_heads * config.d_head
+    size = MOST_BYTES // each // STEP * STEP
+    if len(sources) > size * MOST_GROUPS:
+        advice = f"prune the graph to about {size * MOST_GROUPS:,} nodes first" if size else "the prompt is too long"
+        needed = f"{len(sources) * each / 2**30:,.1f} GiB"
+        raise TooLarge(f"heads of {edges:,} edges between {len(sources):,} sources would take {needed}: {advice}")
+    return np.array_split(sources, -(-len(sources) // size))
+
+
+def _group_parts(
+    replacement: Replacement,
+    readouts: Readouts,
+    graph: Graph,
+    sources: np.ndarray,
+    source_E: np.ndarray,
+    target_E: np.ndarray,
+) -> np.ndarray:
+    """The part of every edge from some sources that goes through every head, [L H, E]."""
+    config, (layers, length, width) = replacement.model.config, replacement.streams.stream_LxTxD.shape
+    part_LxHxE = np.zeros((layers, config.n_heads, len(source_E)), np.float32)
+    mixed = mixed_values(replacement, _entries(replacement, graph, sources))
+    targets = np.unique(target_E)
+    size = max(MOST_BYTES // (4 * length * (3 * width + config.n_heads * config.d_head)), 1)
+    for group in np.array_split(targets, -(-len(targets) // size)):
+        own = np.flatnonzero(np.isin(target_E, group))
+        place = np.searchsorted(sources, source_E[own]), np.searchsorted(group, target_E[own])
+        readers = _readers(replacement, readouts, graph, group)
+        part_LxHxE[:, :, own] = edge_parts(replacement, mixed, readers, *place)
+    return part_LxHxE.reshape(-1, len(source_E))
+
+
+def named_heads(carried: Carried, ids: list[str]) -> dict[tuple[str, str], list[tuple[int, int, float]]]:
     """The same by the nodes' ids, as ``page.write_page`` takes it."""
     return {(ids[source], ids[target]): heads for (source, target), heads in carried.items()}
 
@@ -113,97 +130,3 @@ def _readers(replacement: Replacement, readouts: Readouts, graph: Graph, chosen:
     vector_RxD[logits] = readouts.vector_KxD[number]
     layer_R[logits] = layers + readouts.layer_K[number]
     return layer_R, nodes.position_N, vector_RxD
-
-
-def _parts(
-    replacement: Replacement, entries: Placed, readers: Placed, source_E: np.ndarray, target_E: np.ndarray
-) -> np.ndarray:
-    """The part of every edge that goes through every head, [L, H, E]."""
-    frozen, params, streams = replacement.frozen, replacement.model.params, replacement.streams
-    layers, length, width = streams.stream_LxTxD.shape
-
-    def placed(layer_N: np.ndarray, position_N: np.ndarray, vector_NxD: np.ndarray, layer: int) -> np.ndarray:
-        """The vectors of one layer at their positions, [N, T, D], filled up."""
-        at_NxTxD = np.zeros((-(-len(layer_N) // _STEP) * _STEP, length, width), np.float32)
-        own = np.flatnonzero(layer_N == layer)
-        at_NxTxD[own, position_N[own]] = vector_NxD[own]
-        return at_NxTxD
-
-    def skip(layer: int) -> jax.Array | None:
-        return None if streams.skip_LxDxD is None else streams.skip_LxDxD[layer]
-
-    mixed_LxSxTxHxK, change_SxTxD = [], jnp.asarray(placed(*entries, 0))
-    for layer in range(layers):
-        x_TxD = streams.stream_LxTxD[layer]
-        change_SxTxD, mixed = carry_up(frozen, params, np.int32(layer), x_TxD, skip(layer), change_SxTxD)
-        mixed_LxSxTxHxK.append(np.asarray(mixed))
-        change_SxTxD += placed(*entries, layer + 1)
-    found_LxHxE = []
-    cotangent_RxTxD = jnp.asarray(placed(*readers, 2 * layers))
-    for layer in reversed(range(layers)):
-        x_TxD, read_RxTxD = streams.stream_LxTxD[layer], placed(*readers, layer)
-        arguments = frozen, params, np.int32(layer), x_TxD, skip(layer), cotangent_RxTxD, read_RxTxD
-        cotangent_RxTxD, wanted_RxTxHxK = carry_down(*arguments)
-        cotangent_RxTxD += placed(*readers, layers + layer)
-        part_RxSxH = np.asarray(through(wanted_RxTxHxK, mixed_LxSxTxHxK[layer]))
-        found_LxHxE.append(part_RxSxH[target_E, source_E].T)
-    return np.stack(found_LxHxE[::-1])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def carry_up(
-    frozen: FrozenModel,
-    params: decoder.Params,
-    layer: jax.Array,
-    x_TxD: jax.Array,
-    skip_DxD: jax.Array | None,
-    change_SxTxD: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Changes of the stream through a layer [S, T, D], and what they add to the mixtures of its heads [S, T, H, K]."""
-
-    def held(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mixtures: list[jax.Array] = []
-
-        def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
-            mixtures.append(mix(frozen.config, q, k, v, reach))
-            return mixtures[0]
-
-        reaches = full_reaches(frozen.config, len(x_TxD))
-        return frozen.layer(params, layer, reaches, x_TxD, skip_DxD, meet)[0], mixtures[0]
-
-    return jax.vmap(lambda change_TxD: jax.jvp(held, (x_TxD,), (change_TxD,))[1])(change_SxTxD)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def carry_down(
-    frozen: FrozenModel,
-    params: decoder.Params,
-    layer: jax.Array,
-    x_TxD: jax.Array,
-    skip_DxD: jax.Array | None,
-    cotangent_RxTxD: jax.Array,
-    read_RxTxD: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Cotangents through a layer [R, T, D], and what they read of the mixtures of its heads [R, T, H, K].
-
-    Args:
-      cotangent_RxTxD: of the stream leaving the layer.
-      read_RxTxD: of what its transcoder reads.
-    """
-    config = frozen.config
-
-    def held(x_TxD: jax.Array, more_TxHxK: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
-            return mix(config, q, k, v, reach) + more_TxHxK
-
-        return frozen.layer(params, layer, full_reaches(config, len(x_TxD)), x_TxD, skip_DxD, meet)
-
-    nothing_TxHxK = jnp.zeros((len(x_TxD), config.n_heads, config.d_head), x_TxD.dtype)
-    _, pull = jax.vjp(held, x_TxD, nothing_TxHxK)
-    return jax.vmap(lambda cotangent_TxD, read_TxD: pull((cotangent_TxD, read_TxD)))(cotangent_RxTxD, read_RxTxD)
-
-
-@jax.jit
-def through(wanted_RxTxHxK: jax.Array, mixed_SxTxHxK: jax.Array) -> jax.Array:
-    """The part of each pair that goes through each head, [R, S, H]."""
-    return einsum("rthk,sthk->rsh", wanted_RxTxHxK, mixed_SxTxHxK)

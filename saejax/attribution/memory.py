@@ -18,6 +18,7 @@ import psutil
 from jax.sharding import Mesh
 
 from saejax.attribution.replacement import AT_ONCE, padded_length
+from saejax.attribution.row_store import WHOLE, columns_kept
 from saejax.attribution.rows import batch_tokens
 from saejax.attribution.sources import WIDTH
 from saejax.dictionaries import DictionaryConfig
@@ -205,8 +206,10 @@ def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
     positions = batch_tokens(mesh.devices.flat[0].platform, length)
     batch = positions * (2 * width + slots / length) + _inside(size) * positions / 8 + _attention(size, length)
     at_once = 2 if mesh.size == 1 else 1
-    # The rows are copied when they are put in order and when the columns of features without a row are left out.
-    adjacency = targets * sources * (2 if traced < active else 1)
+    # Rows are copied when columns are given up, and when in the end the features without a row are left out.
+    columns = columns_kept(targets, active, sources - active)
+    left_out = targets * (traced + sources - active) if traced < active else 0
+    adjacency = targets * columns + max(left_out, WHOLE if columns < sources else 0)
     read = 2 * at_once * positions / length * sources
     encoders = width * (min(traced, _ROUND) if traced < active else traced)
     device = _kept(size, length) + 2 * bank + at_once * batch

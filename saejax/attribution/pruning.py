@@ -23,7 +23,13 @@ _BLOCK = 1 << 22  # numbers of the matrix that are worked on at once
 _LOW_BITS = 16  # of an fp32 score, those that the first pass of the search for a threshold leaves out
 
 
-def influence(adjacency_TxS: np.ndarray, layer_T: np.ndarray, column_T: np.ndarray, weight_T: np.ndarray) -> np.ndarray:
+def influence(
+    adjacency_TxS: np.ndarray,
+    layer_T: np.ndarray,
+    column_T: np.ndarray,
+    weight_T: np.ndarray,
+    elsewhere_T: np.ndarray | None = None,
+) -> np.ndarray:
     """The influence of every source, float64 [S].
 
     Args:
@@ -31,14 +37,17 @@ def influence(adjacency_TxS: np.ndarray, layer_T: np.ndarray, column_T: np.ndarr
       layer_T: of each row; logits stand above all.
       column_T: where each row's node is among the sources; -1 for a logit.
       weight_T: weights of the logits; 0 for the others.
+      elsewhere_T: absolute sum of each row's edges from sources that are not among these; None: there are none.
     """
+    elsewhere_T = np.zeros(len(layer_T)) if elsewhere_T is None else elsewhere_T
     influence_S = np.zeros(adjacency_TxS.shape[1])
     for layer in np.unique(layer_T)[::-1]:
         own = np.flatnonzero(layer_T == layer)
         for rows in _blocks(own, adjacency_TxS.shape[1]):
             weight = weight_T[rows] + np.where(column_T[rows] >= 0, influence_S[column_T[rows]], 0)
             part_TxS = np.abs(adjacency_TxS[rows])
-            influence_S += (weight / np.maximum(part_TxS.sum(axis=1, dtype=np.float64), _SMALLEST)) @ part_TxS
+            sum_T = part_TxS.sum(axis=1, dtype=np.float64) + elsewhere_T[rows]
+            influence_S += (weight / np.maximum(sum_T, _SMALLEST)) @ part_TxS
     return influence_S
 
 

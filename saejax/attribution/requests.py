@@ -1,12 +1,12 @@
 """Which prompts are traced, and what of them is explained: read from flags, a file, or the baseline's behaviours."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from saejax.attribution.supernode_files import CLUSTER
 from saejax.errors import UserError, one_of
 from saejax.models.identity import content
 from saejax.settings import GraphConfig
@@ -17,11 +17,9 @@ from saejax.workspace import file_sha256, fingerprint
 _EXAMPLE = '{"slug": "paris", "prompt": "The capital of France is", "targets": [" Paris"]}'
 _KEYS = ("slug", "prompt", "token_ids", "targets")
 _LONGEST = 40  # characters of a name that is made of a prompt
-_GROUPS = '{"paris": [["cities", "3_17_4", "5_208_4"]]}, or a state that the page saved'
-_TAKEN = ("started", "summary", "graphs")  # files of every stage, and the folder of graphs
+_TAKEN = ("started", "summary", "graphs", "heads")  # files of every stage, and folders
 
 Target = str | tuple[str, str]
-CLUSTER = "cluster"  # instead of a file of supernodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +41,8 @@ def unit_name(config: GraphConfig) -> str:
     """The name of the folder that these settings' graphs are in; "" if none are asked for.
 
     Raises:
-      UserError: prompts are given in two ways, or not with one of transcoders and SAEs.
+      UserError: prompts are given in two ways, or not with one of transcoders and SAEs, or a head is not written as
+        one.
     """
     given = {
         "--graph.prompt": bool(config.prompt),
@@ -63,8 +62,11 @@ def unit_name(config: GraphConfig) -> str:
         )
     if config.transcoders and config.dictionaries:
         raise UserError("--graph.transcoders and --graph.dictionaries: expected one of them")
+    if config.dictionaries and config.query_key not in ((), ("none",)):
+        raise UserError("--graph.query_key is for transcoders (--graph.transcoders), not for SAEs")
     if config.transcoders and (config.direct or config.estimate != "gradient"):
         raise UserError("--graph.estimate and --graph.direct are for SAEs (--graph.dictionaries), not for transcoders")
+    read_heads(config)
     if config.slug:
         return _checked_slug(config.slug, "--graph.slug")
     if config.prompts:
@@ -135,48 +137,24 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     return requests
 
 
-def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[list[str]]]:
-    """The supernodes of a file that ``--graph.supernodes`` names, by graph: of each its label and the ids of its nodes.
+def read_heads(config: GraphConfig) -> list[tuple[int, int, int]] | None:
+    """The heads whose scores are to be split: layer, head, position of the query.
 
-    The file holds supernodes by graph, "*" for all others; or what the page saves, its state or the whole graph.
-
-    Args:
-      slugs: the graphs of this run.
+    Returns:
+      None where none is named: the one that carries most is meant.
 
     Raises:
-      UserError: the file cannot be read, is no such file, or is for none of these graphs.
+      UserError: a text is no head.
     """
-    if config.supernodes in ("", CLUSTER):
-        return {}
-    path = Path(config.supernodes)
-    text = decode(read_bytes(path, "--graph.supernodes", f"name a file of supernodes, or {CLUSTER!r}"), path)
-    found = _by_graph(text)
-    if not all(map(_are_groups, found.values())) or not found:
-        raise UserError(f"{path} holds no supernodes: expected {_GROUPS}")
-    if not {"*", *slugs} & set(found):
-        raise UserError(f"{path} has supernodes for {', '.join(found)}: expected {', '.join(slugs)}, or * for all")
-    return {slug: found.get(slug, found.get("*", [])) for slug in slugs}
-
-
-def _by_graph(text: str) -> dict[str, Any]:
-    """What stands for each graph in a file of supernodes, whatever it is."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    params, metadata = found.get("qParams"), found.get("metadata")
-    if isinstance(params, dict) and isinstance(metadata, dict):  # a whole graph
-        return {str(metadata.get("slug", "*")): params.get("supernodes")}
-    return {"*": found.get("supernodes")} if "pinnedIds" in found else found
-
-
-def _are_groups(groups: Any) -> bool:
-    """Whether this is a list of labels with ids behind them."""
-    return isinstance(groups, list) and all(
-        isinstance(group, list) and len(group) > 1 and all(isinstance(part, str) for part in group) for group in groups
-    )
+    if config.query_key == ("none",):
+        return []
+    found = []
+    for text in config.query_key:
+        parts = re.fullmatch(r"(\d+)\.(\d+)(?:@(-?\d+))?", text.strip())
+        if not parts:
+            raise UserError(f"--graph.query_key={text}: expected layer.head, layer.head@position or none alone")
+        found.append((int(parts[1]), int(parts[2]), int(parts[3] or -1)))
+    return list(dict.fromkeys(found)) or None
 
 
 def _of_behaviour(name: str, behaviours: Mapping[str, Sequence[Prompt]], targets: tuple[Target, ...]) -> Request:

@@ -8,6 +8,7 @@ import numpy as np
 
 from saejax.attribution.backward import Batch, contributions
 from saejax.attribution.replacement import Replacement
+from saejax.attribution.row_store import Put
 from saejax.attribution.sources import Sources
 from saejax.parallel import fitting_sharding
 
@@ -19,7 +20,7 @@ TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's 
 
 def batch_tokens(platform: str, length: int) -> int:
     """Positions of the targets of a batch, together, on each device of a platform, of prompts of a length."""
-    return _CHUNKS * max(_TOKENS[platform], length)
+    return _CHUNKS * max(TOKENS[platform], length)
 
 
 class Rows:
@@ -46,16 +47,16 @@ class Rows:
         layer_T: np.ndarray,
         position_T: np.ndarray,
         vector_TxD: np.ndarray,
-        into_TxS: np.ndarray,
+        put: Put,
         in_stream: bool = False,
     ) -> None:
-        """Writes what each source contributes to each target.
+        """Gives what each source contributes to each target.
 
         Args:
           layer_T: int32 layer whose transcoder reads; or, of the stream, the layer that it enters.
           position_T: int32 where.
           vector_TxD: the directions that are read.
-          into_TxS: fp32, to be filled.
+          put: takes rows and what they are, in any order and from more than one thread.
           in_stream: whether the directions are of the stream.
         """
 
@@ -63,7 +64,7 @@ class Rows:
             index, chunks = batch
             read_NxBxRxW = np.asarray(self._start(index, chunks, layer_T, position_T, vector_TxD, in_stream))
             for targets, read_BxRxW in zip(chunks, read_NxBxRxW, strict=False):
-                into_TxS[targets] = self._sources.collect(read_BxRxW[:, : len(targets)])
+                put(targets, self._sources.collect(read_BxRxW[:, : len(targets)]))
 
         # A CPU runs a program of this kind on one core, so two run at a time, on other devices one beside its sorting.
         # Programs that speak with each other over several devices have to start in one order everywhere.

@@ -1,41 +1,36 @@
 """The stage ``attribute``: prompts to attribution graphs, each checked by running it.
 
-A prompt is a part in the sense of ``causal.stages``. Beside its results in ``<slug>.json`` it has
-
-    <slug>.html          the interactive page
-    <slug>.svg           a figure for print
-    <slug>-graph/        the pruned graph, for ``Graph.load``
-    graphs/<slug>.json   the same as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
+A prompt is a part in the sense of ``causal.stages``; ``outputs`` writes its files.
 """
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saejax.attribution import circuits, supernodes, validation
+from saejax.attribution.attention import Attention, attend
 from saejax.attribution.attribute import Traced, prompt_ids, trace_prompt
-from saejax.attribution.figure import draw_graph, save_figure
 from saejax.attribution.gradient import TracedSaes, trace_saes
-from saejax.attribution.graph import ERROR, FEATURE, LOGIT, Graph
-from saejax.attribution.graph_folder import write_graph
+from saejax.attribution.graph import ERROR, FEATURE, Graph
 from saejax.attribution.memory import GraphSize, certain_active, check_room
-from saejax.attribution.neuronpedia import node_ids, to_document
-from saejax.attribution.page import write_page
+from saejax.attribution.outputs import write_outputs
+from saejax.attribution.query_key import check_head
 from saejax.attribution.replacement import Replacement
-from saejax.attribution.requests import CLUSTER, Request, read_groups, read_requests
+from saejax.attribution.requests import Request, read_heads, read_requests
 from saejax.attribution.saes import SaeSet
+from saejax.attribution.supernode_files import CLUSTER, read_groups
 from saejax.attribution.targets import token_of
 from saejax.attribution.transcoders import TranscoderSet, open_transcoders
-from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_model, part_file, read_behaviours
+from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_model, read_behaviours
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings import GraphConfig
 from saejax.workspace import Run
+
+_NO_ATTENTION = Attention({}, None, [], [])  # of SAEs' graphs, whose edges are not paths
 
 
 def run_attribute(run: Run) -> dict[str, Any]:
@@ -56,7 +51,7 @@ def run_attribute(run: Run) -> dict[str, Any]:
         dictionaries = _open(config)
         model = load_run_model(run)
         dictionaries.check(model)
-        for request in requests.values():
+        for request in requests.values():  # before hours are spent on the first
             _check_request(model, dictionaries, request, config)
         means = None
         if config.circuits and config.circuit_rest == "mean" and isinstance(dictionaries, TranscoderSet):
@@ -65,7 +60,7 @@ def run_attribute(run: Run) -> dict[str, Any]:
 
         def measure(slug: str, tick: Tick) -> Measured:
             tick(0, 1)
-            return _trace(run, model, dictionaries, requests[slug], groups.get(slug, []), means)
+            return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), means)
 
         return measure
 
@@ -82,31 +77,29 @@ def _open(config: GraphConfig) -> TranscoderSet | SaeSet:
 def _check_request(
     model: LanguageModel, dictionaries: TranscoderSet | SaeSet, request: Request, config: GraphConfig
 ) -> None:
-    """Refuses a prompt that cannot be traced, before hours are spent on others.
+    """Refuses a prompt that cannot be traced.
 
     Raises:
-      UserError: it is empty or too long, a target is not one token, or there is too little memory.
+      UserError: it is empty or too long, a target is not one token, a head does not exist, or there is too little
+        memory.
     """
-    first = transcoders.configs[0]
-    size = GraphSize(
-        model.config,
-        first,
-        certain_active(first),
-        config.max_features or None,
-        config.max_logits,
-        checked=bool(config.circuits or config.doubled),
-    )
     try:
         ids_P = prompt_ids(model, request.prompt, prepend=True)
         for target in request.targets:
             for token in target if isinstance(target, tuple) else (target,):
                 token_of(model, token)
-        check_room(size, len(ids_P), model.mesh)
+        for head in read_heads(config) or []:
+            check_head(model.config, *head, tokens=len(ids_P))
+        if isinstance(dictionaries, TranscoderSet):
+            first, checked = dictionaries.configs[0], bool(config.circuits or config.doubled)
+            most = config.max_features or None
+            size = GraphSize(model.config, first, certain_active(first), most, config.max_logits, checked)
+            check_room(size, len(ids_P), model.mesh)
     except UserError as error:
         raise UserError(f"{request.slug}: {error}") from None
 
 
-def _trace(
+def _measure(
     run: Run,
     model: LanguageModel,
     dictionaries: TranscoderSet | SaeSet,
@@ -116,30 +109,42 @@ def _trace(
 ) -> Measured:
     config: GraphConfig = run.configs["graph"]
     start = time.monotonic()
+    traced = _trace(model, dictionaries, request, config)
+    seconds = time.monotonic() - start
+    graph, prompt_run, _ = traced
+    pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
+    if config.supernodes == CLUSTER:
+        groups = supernodes.as_groups(pruned, supernodes.cluster(pruned, prompt_run))
+    supernodes.named(pruned, groups)  # before anything is written
+    attention = _NO_ATTENTION
+    if isinstance(traced, Traced):
+        attention = attend(traced, pruned, config.heads, read_heads(config))
+    write_outputs(run, request.slug, pruned, groups, attention)
+    results = _describe(graph, pruned) | dict(supernodes=len(groups), seconds=round(seconds, 2))
+    results |= _checked(traced, config, means) | dict(heads=attention.heads, query_key=attention.query_key)
+    return Measured(results, _said(results))
+
+
+def _trace(
+    model: LanguageModel, dictionaries: TranscoderSet | SaeSet, request: Request, config: GraphConfig
+) -> Traced | TracedSaes:
     options: dict[str, Any] = dict(
         targets=request.targets,
         max_logits=config.max_logits,
         logit_mass=config.logit_mass,
         max_features=config.max_features or None,
     )
-    traced: Traced | TracedSaes
     if isinstance(dictionaries, SaeSet):
         options |= dict(estimate=config.estimate, direct=config.direct)
-        traced = trace_saes(model, dictionaries, request.prompt, **options)
-    else:
-        traced = trace_prompt(model, dictionaries, request.prompt, **options)
-    seconds = time.monotonic() - start
-    pruned = traced.graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
-    if config.supernodes == CLUSTER:
-        _, prompt_run, _ = traced
-        groups = supernodes.as_groups(pruned, supernodes.cluster(pruned, prompt_run))
-    supernodes.named(pruned, groups)  # before anything is written
-    _write(run, request.slug, pruned, groups)
-    results = _describe(traced.graph, pruned) | dict(supernodes=len(groups), seconds=round(seconds, 2))
-    results |= _checked(traced, config, means)
+        return trace_saes(model, dictionaries, request.prompt, **options)
+    return trace_prompt(model, dictionaries, request.prompt, **options)
+
+
+def _said(results: Mapping[str, Any]) -> str:
+    """A graph's results in a line."""
     scores = results["scores"]
     said = (
-        f"{results['active']:,} active features, {results['traced']:,} traced in {seconds:.1f} s; kept "
+        f"{results['active']:,} active features, {results['traced']:,} traced in {results['seconds']:.1f} s; kept "
         f"{results['features']} features, {results['errors']} errors, {results['edges']:,} edges; replacement "
         f"{scores['replacement']:.2f}, completeness {scores['completeness']:.2f}"
     )
@@ -147,7 +152,9 @@ def _trace(
         pearson = doubling["free"]["pearson"]
         foretold = "none" if pearson is None else f"{pearson:.2f}"
         said += f"; edges off by {doubling['held_error']:.1e}, correlation with what happens {foretold}"
-    return Measured(results, said)
+    if results["heads"] and results["heads"]["too_large"]:
+        said += f"; no heads of edges: {results['heads']['too_large']}"
+    return said
 
 
 def _describe(graph: Graph, pruned: Graph) -> dict[str, Any]:
@@ -192,15 +199,3 @@ def _checked(
 def _listed(values_C: np.ndarray) -> list[float | None]:
     """For JSON, which has no NaN: None in its place."""
     return [value if np.isfinite(value) else None for value in values_C.tolist()]
-
-
-def _write(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[str]]) -> None:
-    """Writes the graph in all its forms, over what a run that was killed may have left."""
-    folder: Path = part_file(run, slug, "-graph")
-    shutil.rmtree(folder, ignore_errors=True)
-    pruned.save(folder)
-    pinned = node_ids(pruned)[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
-    document = to_document(pruned, slug, supernodes=groups, pinned=pinned)
-    write_graph(run.folder / "graphs", document, replace=True)
-    write_page(part_file(run, slug, ".html"), document)
-    save_figure(draw_graph(document), part_file(run, slug, ".svg"))

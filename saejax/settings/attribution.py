@@ -79,4 +79,11 @@ class GraphConfig(Config):
         'groups of features that the page and Neuronpedia show: empty for none, "cluster" for those that are alike, or '
         'a file, .json: {"paris": [["cities", "3_17_4", "5_208_4"]]} ("*": all graphs), or a state that the page saved',
     )
+    heads: bool = setting(True, "find the attention heads that carry each edge of the pruned graph")
+    query_key: tuple[str, ...] = setting(
+        (),
+        "heads whose query-key scores are split over pairs of sources, each layer.head or layer.head@position of the "
+        "query (by default -1, the last), such as 12.3,14.0@5; empty: with --graph.heads the one that carries most "
+        "into the last position; none: none",
+    )
     seed: int = setting(456, "seed of the choice of features that are doubled", low=0)

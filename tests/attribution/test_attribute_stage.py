@@ -48,6 +48,13 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     assert len(document["nodes"]) == len(graph.nodes) and len(document["links"]) == results["ids"]["edges"]
     listed = json.loads((folder / "graphs" / "graph-metadata.json").read_text())["graphs"]
     assert [entry["slug"] for entry in listed] == ["water", "ids"]
+    carried = json.loads((folder / "heads" / "ids.json").read_text())["edges"]
+    assert len(carried) == results["ids"]["heads"]["edges"] > 0
+    links = {(link["source"], link["target"]) for link in document["links"]}
+    assert {(edge["source"], edge["target"]) for edge in carried} <= links
+    (split,) = water["query_key"]
+    assert split["query"] == len(water["tokens"]) - 1
+    assert f"Head {split['layer']}.{split['head']} at " in (folder / "water.html").read_text()
     for ending in (".html", ".svg"):
         assert (folder / f"water{ending}").stat().st_size > 1000
     # Killed before the second prompt was done, and after its graph was written.
@@ -72,6 +79,9 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
         ([f"--graph.prompt={'The war ' * 200}"], "401 tokens, more than the model's context of 128"),
         (["--graph.prompt=The war", "--graph.slug=../up"], "cannot name a graph"),
         (["--graph.prompts=none.jsonl"], "none.jsonl does not exist"),
+        (["--graph.token_ids=3,4", "--graph.query_key=first"], "--graph.query_key=first: expected layer.head"),
+        (["--graph.token_ids=3,4", "--graph.query_key=9.0"], "no head 9.0"),
+        (["--graph.token_ids=3,4", "--graph.query_key=1.0@2"], "no position 2 for head 1.0"),
         ([], "has nothing to do with these settings"),
     ],
 )

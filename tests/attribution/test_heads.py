@@ -43,8 +43,14 @@ def edges_without(traced, layer, head):
     active = replacement.active
     matrix_TxS = np.zeros((len(active) + len(readouts.labels), len(sources.nodes)), np.float32)
     rows = Rows(changed, sources, len(matrix_TxS))
-    rows(active.layer_A, active.position_A, changed.encoder_rows(np.arange(len(active))), matrix_TxS[: len(active)])
-    rows(readouts.layer_K, readouts.position_K, readouts.vector_KxD, matrix_TxS[len(active) :], in_stream=True)
+    rows(active.layer_A, active.position_A, changed.encoder_rows(np.arange(len(active))), matrix_TxS.__setitem__)
+    rows(
+        readouts.layer_K,
+        readouts.position_K,
+        readouts.vector_KxD,
+        matrix_TxS[len(active) :].__setitem__,
+        in_stream=True,
+    )
     return matrix_TxS
 
 
@@ -86,6 +92,18 @@ def test_heads_alone_move_between_positions(traced):
     assert compared > 10
 
 
+def test_groups_of_sources_and_targets_change_nothing(traced, monkeypatch):
+    pruned = traced.graph.prune(1.0, 1.0)
+    whole = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4)
+    config, length = traced.replacement.model.config, traced.replacement.streams.stream_LxTxD.shape[1]
+    monkeypatch.setattr(heads, "MOST_BYTES", 16 * 4 * length * config.n_layers * config.n_heads * config.d_head)
+    parts = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4)
+    assert parts.keys() == whole.keys() and len(np.unique([source for source, _ in whole])) > 32
+    for edge, carried in whole.items():
+        assert [head[:2] for head in parts[edge]] == [head[:2] for head in carried]
+        np.testing.assert_allclose([head[2] for head in parts[edge]], [head[2] for head in carried], atol=1e-6)
+
+
 def test_ids_and_limits(traced, monkeypatch):
     pruned = traced.graph.prune(0.99, 0.999)
     found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=2)
@@ -93,6 +111,8 @@ def test_ids_and_limits(traced, monkeypatch):
     ids = [f"n{place}" for place in range(len(pruned.nodes))]
     named = heads.named_heads(found, ids)
     assert len(named) == len(found) and all(source.startswith("n") for source, _ in named)
-    monkeypatch.setattr(heads, "MOST_BYTES", 1000)
-    with pytest.raises(UserError, match="prune the graph"):
-        heads.edge_heads(traced.replacement, traced.readouts, pruned)
+    for most, groups, message in ((1000, 8, "too long"), (2**31, 0, "prune the graph")):
+        monkeypatch.setattr(heads, "MOST_BYTES", most)
+        monkeypatch.setattr(heads, "MOST_GROUPS", groups)
+        with pytest.raises(UserError, match=message):
+            heads.edge_heads(traced.replacement, traced.readouts, pruned)

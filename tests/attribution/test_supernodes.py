@@ -10,7 +10,7 @@ from made_graphs import make_graph
 from made_transcoders import made_set
 
 from saejax import command, load_model, save_transcoders
-from saejax.attribution import requests
+from saejax.attribution import requests, supernode_files
 from saejax.attribution.graph import FEATURE, LOGIT, Graph, Nodes
 from saejax.attribution.network import to_networkx
 from saejax.attribution.neuronpedia import node_ids
@@ -212,12 +212,12 @@ def test_files_of_groups(tmp_path, content, wanted):
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     config = GraphConfig(supernodes=str(file))
     if isinstance(wanted, dict):
-        assert requests.read_groups(config, ["one", "two"]) == wanted
+        assert supernode_files.read_groups(config, ["one", "two"]) == wanted
     else:
         with pytest.raises(UserError, match=wanted) as error:
-            requests.read_groups(config, ["one", "two"])
+            supernode_files.read_groups(config, ["one", "two"])
         assert "\n" not in str(error.value)
-    assert requests.read_groups(GraphConfig(supernodes="cluster"), ["one"]) == {}
+    assert supernode_files.read_groups(GraphConfig(supernodes="cluster"), ["one"]) == {}
 
 
 def in_pairs(transcoder):

@@ -7,8 +7,8 @@ from jax.sharding import AxisType, Mesh
 from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
-from saejax.attribution import pruning, rows
-from saejax.attribution.graph import BIAS, FEATURE, FIRST_MLP, LOGIT
+from saejax.attribution import pruning, row_store, rows
+from saejax.attribution.graph import BIAS, FEATURE, FIRST_MLP, LOGIT, TOKEN
 from saejax.attribution.targets import Direction
 from saejax.errors import UserError
 from saejax.models.language_model import load_model
@@ -56,6 +56,26 @@ def test_short_batches_and_long_ones_agree(tiny, made, graph, monkeypatch):
     assert relative(trace(tiny, made, IDS, max_logits=4).adjacency_TxS, graph.adjacency_TxS) < 1e-6
 
 
+def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
+    options = dict(max_logits=4, max_features=40, round_rows=10)
+    whole = trace(tiny, made, IDS, **options)
+    narrowed = []
+    monkeypatch.setattr(row_store, "_LEAST", 60)
+    monkeypatch.setattr(row_store, "_LEAST_ROWS", 20)
+    monkeypatch.setattr(row_store, "_SPARE", 1)
+    monkeypatch.setattr(row_store, "WHOLE", 1000)
+    monkeypatch.setattr(row_store, "_BLOCK", 100)
+    narrow = row_store.RowStore.narrow
+    monkeypatch.setattr(
+        row_store.RowStore, "narrow", lambda store, *args: (narrowed.append(len(store.column_C)), narrow(store, *args))
+    )
+    graph = trace(tiny, made, IDS, **options)
+    assert narrowed == [len(whole.nodes) - 44 + whole.settings["active_features"]]  # once, when all had a column
+    assert np.array_equal(graph.nodes.index_N, whole.nodes.index_N)
+    assert np.array_equal(graph.adjacency_TxS, whole.adjacency_TxS)
+    assert relative(graph.unkept_T, whole.unkept_T) < 1e-5
+
+
 def test_the_most_influential_features_are_kept(tiny, made, graph):
     count, most = graph.count(FEATURE), 20
     part = trace(tiny, made, IDS, max_logits=4, max_features=most, round_rows=5)
@@ -81,15 +101,17 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
     a, b = (int(token) for token in graph.nodes.index_N[graph.slice_of(LOGIT)][:2])
     vector_D = np.random.default_rng(0).normal(size=tiny.config.d_model)
     targets = [(a, b), a, Direction(vector_D, "mine", layer=2, position=3), Direction(vector_D)]
+    targets.append(Direction(vector_D, layer=0, position=4))
     part = trace(tiny, made, IDS, targets=targets)
     count = graph.count(FEATURE)
     assert relative(part.adjacency_TxS[count], graph.adjacency_TxS[count] - graph.adjacency_TxS[count + 1]) < 1e-5
     assert relative(part.adjacency_TxS[count + 1], graph.adjacency_TxS[count]) < 1e-6
-    assert part.labels[2:] == ("mine", "direction") and " - " in part.labels[0]
+    assert part.labels[2:] == ("mine", "direction", "direction") and " - " in part.labels[0]
     assert part.logit_K[0] == pytest.approx(graph.logit_K[0] - graph.logit_K[1], rel=1e-4)
     assert np.abs(part.unexplained_T).max() < 1e-5 * np.abs(part.value_T).max()
     sources = part.nodes[: part.adjacency_TxS.shape[1]]
     assert not part.adjacency_TxS[count + 2][(sources.layer_N >= 2) | (sources.position_N > 3)].any()
+    assert np.flatnonzero(part.adjacency_TxS[-1]).tolist() == [part.slice_of(TOKEN).start + 4]
 
 
 def test_edges_come_from_below_and_from_no_later_position(graph):
