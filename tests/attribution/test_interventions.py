@@ -1,13 +1,15 @@
 """Features set to other values: against hooks in PyTorch, and against what holds by construction."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from made_transcoders import made_set
 
 from saejax import load_model, trace
+from saejax.attribution import interventions
 from saejax.attribution.circuits import Circuit, curve, mean_activations, run_circuits
 from saejax.attribution.interventions import HOLDS, Change, intervene
-from saejax.attribution.replacement import Replacement
+from saejax.attribution.replacement import Replacement, embed
 from saejax.attribution.targets import Direction, read_targets
 from saejax.attribution.transcoders import TranscoderSet
 from saejax.attribution.validation import double
@@ -97,6 +99,30 @@ def test_a_feature_set_to_its_own_value_changes_nothing(traced, hold):
     np.testing.assert_allclose(changed.readout_RxK, np.tile(readouts.value_K, (2, 1)), atol=5e-6)
     np.testing.assert_allclose(changed.feature_RxJ, np.tile(active.value_A, (2, 1)), atol=5e-6)
     assert (intervene(replacement, [[]], readouts, [0], hold).readout_RxK == readouts.value_K).all()
+
+
+def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_same(traced, monkeypatch):
+    replacement, _, readouts, graph = traced
+    active, streams = replacement.active, replacement.streams
+    other_T = np.pad([88, 3, 61, 12, 240, 7], (0, streams.stream_LxTxD.shape[1] - len(IDS)))
+    other_TxD = embed(replacement.frozen, replacement.model.params, other_T)
+
+    def swapped(replacement, rows, first):
+        assert first == 0
+        return jnp.tile(other_TxD[None], (rows, 1, 1))
+
+    monkeypatch.setattr(interventions, "_unchanged", swapped)
+    chosen = np.linspace(0, len(active) - 1, 8).astype(int)
+    columns = zip(
+        *(getattr(active, name)[chosen].tolist() for name in ("layer_A", "position_A", "feature_A")), strict=True
+    )
+    doubled = [[Change(*place, 2 * float(active.value_A[a]))] for a, place in zip(chosen, columns, strict=True)]
+    changed = intervene(replacement, [[], *doubled], readouts, range(len(active)), hold="all")
+    seen_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1)
+    assert np.abs(seen_RxT[0, -4:] - readouts.value_K).max() > 0.05  # the tokens do make a difference
+    edge_RxT = graph.adjacency_TxS[:, chosen].T
+    assert np.abs(edge_RxT).max() > 0.01
+    assert np.abs(seen_RxT[1:] - seen_RxT[:1] - edge_RxT).max() < 3e-5 * np.abs(edge_RxT).max()
 
 
 def test_with_all_held_a_change_is_its_edge(traced):
