@@ -214,6 +214,7 @@ STAGES = {
         needs=lambda configs, name: ("baseline",) if configs["graph"].behaviours else (),
         names=_graphs,
         sources=("model", "graph"),
+        many_processes=True,
     ),
     "export": Stage(
         "writes trained dictionaries in the formats of other tools: SAELens folders, circuit-tracer sets",

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,15 @@ def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen
     return subprocess.Popen(
         command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def start_pair(binary: str, flags: list[str], **environment: str) -> list[subprocess.Popen]:
+    """Two processes of one run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    own = ["--mesh.processes=2", f"--mesh.coordinator=localhost:{port}"]
+    return [start(binary, [*flags, *own, f"--mesh.process_id={i}"], **environment) for i in range(2)]
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import signal
-import socket
 import time
 
 import jax
@@ -31,15 +30,6 @@ def captured_only(whole, folder):
     folder.mkdir()
     for stage in ("baseline", "capture"):
         shutil.copytree(whole / stage, folder / stage)
-
-
-def start_pair(binary, flags, **environment):
-    """Two processes of one run."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    own = ["--mesh.processes=2", f"--mesh.coordinator=localhost:{port}"]
-    return [runs.start(binary, [*flags, *own, f"--mesh.process_id={i}"], **environment) for i in range(2)]
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
@@ -145,7 +135,7 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolera
     stack = {name: value for name, value in mesh.items() if name.startswith("train")}
     one = runs.start("train", runs.small_flags(*inputs, folders[0], **changes | stack), **x64)
     flags = runs.small_flags(*inputs, folders[1], **changes | mesh)
-    pair = start_pair("train", flags, JAX_NUM_CPU_DEVICES="4", **x64)
+    pair = runs.start_pair("train", flags, JAX_NUM_CPU_DEVICES="4", **x64)
     for process in (one, *pair):
         runs.finish(process)
     jax.config.update("jax_enable_x64", dtype == "float64")  # not the context: Orbax reads in threads of its own
@@ -219,8 +209,8 @@ def test_killed_while_it_ablates_it_ends_with_the_same_bits(inputs, trained, tes
 def test_two_processes_ablate_as_one(inputs, trained, tested, tmp_path, mesh):
     folder = shutil.copytree(trained, tmp_path / "run")
     flags = ablate_flags(inputs, folder, **mesh)
-    assert kill_at_a_chunk(start_pair("ablate", flags), folder)  # so that both must learn what there is
-    for process in start_pair("ablate", flags):
+    assert kill_at_a_chunk(runs.start_pair("ablate", flags), folder)  # so that both must learn what there is
+    for process in runs.start_pair("ablate", flags):
         runs.finish(process)
     assert ablated(folder).keys() == ablated(tested).keys()
     for path in (tested / "ablate" / "topk").glob("*-prompts.jsonl"):

@@ -34,6 +34,7 @@ from saejax.attribution.targets import Readouts
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import full_reaches
+from saejax.parallel import to_host
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _AT_ONCE = 2**26  # activations of a layer that are in memory at once
@@ -202,7 +203,7 @@ def run_circuits(
     last = np.int32(tokens - 1)
     parts = readouts.vector_KxD, readouts.normed_K
     found = [
-        np.asarray(read_last(replacement.frozen, "nothing", streams.last_D, x, last, *parts))[: c.stop - c.start]
+        to_host(read_last(replacement.frozen, "nothing", streams.last_D, x, last, *parts))[: c.stop - c.start]
         for x, c in zip(states, chunks, strict=True)
     ]
     readout_CxK = readouts.value_K[None] + np.concatenate(found)

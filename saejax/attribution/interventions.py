@@ -35,7 +35,7 @@ from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import Reach, full_reaches, mix
 from saejax.models.layers import einsum
-from saejax.parallel import by_row
+from saejax.parallel import by_row, to_host
 
 HOLDS = ("nothing", "attention", "all")
 _STEP = 8  # rows, changes and features are filled up to a multiple of this
@@ -138,19 +138,19 @@ def intervene(
             if len(inner_K):
                 inner = Reader(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
                 moved_RxK = read_moved(x_TxD, states[place], inner)
-                readout_RxK[chunk, inner_K] += np.asarray(moved_RxK)[: chunk.stop - chunk.start]
+                readout_RxK[chunk, inner_K] += to_host(moved_RxK)[: chunk.stop - chunk.start]
             held = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
             edited = (*transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder else None
             states[place], moved_RxJ = run_layer(*held, x_TxD, states[place], skip_DxD, edited, reader)
             if len(own_J):
-                feature_RxJ[chunk, own_J] += np.asarray(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
+                feature_RxJ[chunk, own_J] += to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
         tick(layer + 1 - first, config.n_layers - first)
     final_K = np.flatnonzero(readouts.layer_K == config.n_layers)
     for place, chunk in enumerate(chunks):
         parts = readouts.vector_KxD[final_K], readouts.normed_K[final_K]
         last = np.int32(len(replacement.ids_P) - 1)
         moved_RxK = read_last(replacement.frozen, hold_L[-1], streams.last_D, states[place], last, *parts)
-        readout_RxK[chunk, final_K] += np.asarray(moved_RxK)[: chunk.stop - chunk.start]
+        readout_RxK[chunk, final_K] += to_host(moved_RxK)[: chunk.stop - chunk.start]
     if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
         raise UserError("the model is not finite after these changes: give features values that they can have")
     return Changed(feature_RxJ, readout_RxK)

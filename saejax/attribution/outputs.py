@@ -20,11 +20,12 @@ from saejax.attribution.heads import named_heads
 from saejax.attribution.neuronpedia import node_ids, to_document
 from saejax.attribution.page import write_page
 from saejax.causal.stages import part_file
+from saejax.parallel import is_first_process
 from saejax.workspace import Run, write_text
 
 
 def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[str]], attention: Attention) -> None:
-    """Writes a graph in all its forms, over what a run that was killed may have left.
+    """Writes a graph in all its forms, over what a run that was killed may have left; the first process does.
 
     Args:
       run: of the stage.
@@ -32,6 +33,8 @@ def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[
       groups: its supernodes, as ``supernodes.as_groups`` gives them.
       attention: the heads of its edges.
     """
+    if not is_first_process():
+        return
     folder: Path = part_file(run, slug, "-graph")
     shutil.rmtree(folder, ignore_errors=True)
     pruned.save(folder)

@@ -30,7 +30,7 @@ from saejax.models import decoder
 from saejax.models.attention import full_reaches
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
-from saejax.parallel import fitting_sharding
+from saejax.parallel import fitting_sharding, to_host
 
 AT_ONCE = 1 << 26  # activations of a layer that are in memory at once
 
@@ -220,13 +220,13 @@ def active_features(
     for start in range(0, length, size):
         chunk = slice(start, start + size)
         acts_TxF, error_TxD, first_D = explain(graph, state, read_TxD[chunk], out_TxD[chunk], used_T[chunk])
-        acts_TxF = np.asarray(acts_TxF)
+        acts_TxF = to_host(acts_TxF)
         position_A, feature_A = np.nonzero(acts_TxF)
         active.append((position_A + start, feature_A, acts_TxF[position_A, feature_A]))
         errors.append(error_TxD)
         firsts.append(first_D)
     position_A, feature_A, value_A = map(np.concatenate, zip(*active, strict=True))
-    b_enc_A = np.asarray(transcoder.b_enc_F[...])[feature_A]
+    b_enc_A = to_host(transcoder.b_enc_F[...])[feature_A]
     part = dict(error_LxTxD=jnp.concatenate(errors), first_LxD=firsts[0], b_dec_LxD=transcoder.b_dec_D[...])
     if transcoder.config.skip:
         part["skip_LxDxD"] = transcoder.W_skip_DxD[...]

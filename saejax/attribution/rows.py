@@ -10,7 +10,7 @@ from saejax.attribution.backward import Batch, contributions
 from saejax.attribution.replacement import Replacement
 from saejax.attribution.row_store import Put
 from saejax.attribution.sources import Sources
-from saejax.parallel import fitting_sharding
+from saejax.parallel import fitting_sharding, to_host
 
 _LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
 _CHUNKS = 8  # chunks of targets in a batch
@@ -62,7 +62,7 @@ class Rows:
 
         def run(batch: tuple[int, list[np.ndarray]]) -> None:
             index, chunks = batch
-            read_NxBxRxW = np.asarray(self._start(index, chunks, layer_T, position_T, vector_TxD, in_stream))
+            read_NxBxRxW = to_host(self._start(index, chunks, layer_T, position_T, vector_TxD, in_stream))
             for targets, read_BxRxW in zip(chunks, read_NxBxRxW, strict=False):
                 put(targets, self._sources.collect(read_BxRxW[:, : len(targets)]))
 

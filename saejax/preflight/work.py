@@ -183,7 +183,7 @@ def _stacks(train: TrainConfig, captured: Sequence[str], model: DecoderConfig) -
         needed = list(dict.fromkeys(site for member in stack for site in (member.site, member.target)))
         widths = {site: Site.parse(site).check(model).width(model) for site in needed}
         missing = [site for site in needed if site not in captured]
-        if missing:
+        if missing and train.source == "store":
             raise UserError(
                 f"--train.sites needs {', '.join(missing)}, which --capture.sites={','.join(captured)} leaves out"
             )

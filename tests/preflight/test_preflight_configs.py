@@ -8,6 +8,7 @@ from absl import flags
 from preflight_setup import CONFIGS
 
 from saejax import config
+from saejax.errors import UserError
 from saejax.preflight import memory
 from saejax.preflight.advice import SLICES
 from saejax.preflight.memory import GIB
@@ -56,6 +57,18 @@ def test_the_studies_models_and_layers():
     assert circuit["capture"].last == 5
     assert circuit["capture"].sites == tuple(f"mlp_{end}.{layer}" for end in ("in", "out") for layer in range(10, 25))
     assert {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"} <= {x.rpartition("-")[0] for x in found}
+
+
+def test_training_from_the_model_needs_no_captured_sites(monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    configs = read(CONFIGS / "demo_graphs.flags")
+    configs |= dict(ablate=dataclasses.replace(configs["ablate"], dictionary="topk/mlp_in.0"))
+    (shape,) = read_shapes(configs)
+    (stack,) = plan_work(shape.path, shape.config, configs).stacks
+    assert [member.site for member in stack.members] == [f"mlp_in.{layer}" for layer in range(30)]
+    configs |= dict(train=dataclasses.replace(configs["train"], source="store"))
+    with pytest.raises(UserError, match="--train.sites needs mlp_in.0"):
+        plan_work(shape.path, shape.config, configs)
 
 
 def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
