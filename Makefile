@@ -24,7 +24,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	SAEJAX_FULL_COMPILER=1 $(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,17 +5,14 @@ import os
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices' threads meet on few cores: a loaded machine must not make XLA give up on them (after 40 s).
-_FLAGS = ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]
+_PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 # Tests compile thousands of programs that run for moments: with least effort each takes a third of the time. Set
 # SAEJAX_FULL_COMPILER=1 for the programs that users run; the demos and benchmarks run these anyway.
-if not os.environ.get("SAEJAX_FULL_COMPILER"):
-    _FLAGS += [
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_parallel_codegen_split_count=1",
-    ]
-os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
+_HASTY = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+)
+os.environ["XLA_FLAGS"] = _PATIENT if os.environ.get("SAEJAX_FULL_COMPILER") else f"{_PATIENT} {_HASTY}"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
@@ -34,7 +31,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process works on one alone at the end."""
-    longest = ["test_processes.py", "test_meshes.py", "test_loop.py", "test_inputs.py"]
+    longest = ["test_processes.py", "test_attribute_processes.py", "test_meshes.py", "test_loop.py", "test_inputs.py"]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 

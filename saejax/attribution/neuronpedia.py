@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saejax.attribution.document import check_document
-from saejax.attribution.graph import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Graph
+from saejax.attribution.graph import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Graph, Pruning
 from saejax.errors import UserError
 from saejax.workspace import package_versions
 
@@ -159,12 +159,15 @@ def _metadata(graph: Graph, slug: str, scan: str, info: Mapping[str, Any]) -> di
         schema_version=1,  # says that ``feature`` is a Cantor pair
         info=dict(generator=generator) | dict(info),
         generation_settings=settings | dict(transcoders=graph.transcoders.get("name", "")),
-        pruning_settings={
-            name: getattr(graph.pruning, name) for name in ("node_threshold", "edge_threshold", "top_edges")
-        },
+        pruning_settings=_pruning_settings(graph.pruning),
         replacement_score=graph.pruning.scores.replacement,
         completeness_score=graph.pruning.scores.completeness,
     )
+
+
+def _pruning_settings(pruning: Pruning) -> dict[str, float]:
+    settings: dict[str, float] = dict(node_threshold=pruning.node_threshold, edge_threshold=pruning.edge_threshold)
+    return settings | (dict(top_edges=pruning.top_edges) if pruning.top_edges else {})
 
 
 def check_slug(slug: str) -> None:

@@ -108,8 +108,8 @@ def test_all_prompts_are_looked_at_before_one_is_traced(flags, tmp_path, capsys,
 
 def test_a_curve_that_is_not_defined_is_json(monkeypatch):
     found = stage.circuits.Curve(*(np.ones(2) for _ in range(5)), model=1.0, empty=1.0)
-    monkeypatch.setattr(stage.circuits, "curve", lambda *arguments: found)
-    checked = stage._checked(stage.Traced(None, None, None), GraphConfig(doubled=0))
+    monkeypatch.setattr(stage.circuits, "curve", lambda *arguments, means: found)
+    checked = stage._checked(stage.Traced(None, None, None), GraphConfig(doubled=0), means=None)
     assert checked["circuits"]["faithfulness"] == [None, None] == checked["circuits"]["incompleteness"]
     assert json.loads(json.dumps(checked, allow_nan=False))["circuits"]["readout"] == [1.0, 1.0]
 

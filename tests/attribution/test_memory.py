@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
-from saejax.attribution import attribute, memory
+from saejax.attribution import attribute, memory, row_store
 from saejax.attribution.memory import GraphSize, Room, certain_active, check_room, fitting_tokens, graph_bytes
 from saejax.attribution.replacement import Replacement
 from saejax.dictionaries import DictionaryConfig
@@ -40,9 +40,10 @@ def test_the_largest_arrays_are_counted(large, one_device):
     acts = 2**26 * 4  # of a part of the positions
     assert transcoders + streams + 3 * acts < needs["layers"].device < 1.5 * (transcoders + streams + 3 * acts)
     active = 50 * 24 * (tokens - 1)
-    adjacency = 4096 * active * 4
-    assert 2 * adjacency < needs["rows"].host < 2.6 * adjacency  # put in order by a copy
+    columns = row_store._LEAST + 24 * (tokens + 2) + tokens
+    rows = (4096 + 10) * columns * 4 + row_store.WHOLE * 4  # the whole ones and what becomes of them
     directions = active * 2048 * 4
+    assert rows + directions < needs["rows"].host < 1.2 * (rows + directions)
     assert 2 * directions < needs["rows"].device < 3.5 * directions
     # A part of the graph runs at all positions at once.
     assert transcoders + 3 * 160_000 * tokens * 4 < needs["checks"].device
@@ -121,7 +122,7 @@ def test_more_active_features_than_fit_are_refused_before_rows(tiny, one_device,
         return ran[0]
 
     monkeypatch.setattr(attribute.Replacement, "of", shrink)
-    monkeypatch.setattr(attribute, "_attributed", lambda *arguments: pytest.fail("a row was made"))
+    monkeypatch.setattr(attribute, "attributed", lambda *arguments: pytest.fail("a row was made"))
     with pytest.raises(
         UserError, match=r"has 7 tokens, for which the graph's rows would take 0\.4 GiB: shorten it, or"
     ):

@@ -42,10 +42,9 @@ def planted(seed=0, kinds=4, features=28, layers=5):
     noise[:, :features] += mean_TxK[:, kind_F]
     written_FxD = rng.normal(size=(kinds, WIDTH))[kind_F] + 0.4 * rng.normal(size=(features, WIDTH))
     active = SimpleNamespace(layer_A=own.layer_N, position_A=own.position_N, feature_A=own.index_N, value_A=own.value_N)
-    transcoders = SimpleNamespace(rows=lambda layer, name, features_U: written_FxD[features_U])
-    model = SimpleNamespace(config=SimpleNamespace(d_model=WIDTH))
+    dictionaries = SimpleNamespace(rows_of=lambda name, layer_F, feature_F: written_FxD[feature_F])
     replacement = SimpleNamespace(
-        active=active, ids_P=np.zeros(POSITIONS), transcoders=transcoders, model=model, written=written_FxD
+        active=active, ids_P=np.zeros(POSITIONS), dictionaries=dictionaries, written=written_FxD
     )
     graph = dataclasses.replace(
         graph, nodes=Nodes.joined(own, others), adjacency_TxS=noise.astype(np.float32), tokens=tuple("abcdef")

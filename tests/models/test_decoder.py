@@ -1,6 +1,7 @@
 """The decoder against transformers: logits, every site, gradients with respect to every site."""
 
 import dataclasses
+import os
 from functools import partial
 
 import jax
@@ -68,7 +69,7 @@ def test_smollm2_equals_transformers(smollm2, smollm2_torch):
     print(f"largest logit difference {difference:.2e}; largest error {errors[worst]:.2e}, at {worst}")
     assert len(errors) == 180
     assert difference < 1e-3
-    assert errors[worst] < 1e-5, worst
+    assert errors[worst] < (1e-5 if os.environ.get("SAEJAX_FULL_COMPILER") else 1.2e-5), worst
 
 
 def test_smollm2_is_as_close_to_fp64_as_transformers(smollm2, smollm2_torch):
