@@ -5,14 +5,13 @@ import os
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices' threads meet on few cores: a loaded machine must not make XLA give up on them (after 40 s).
-_PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 # Tests compile thousands of programs that run for moments: with least effort each takes a third of the time. Set
 # SAEJAX_FULL_COMPILER=1 for the programs that users run; the demos and benchmarks run these anyway.
-_HASTY = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+os.environ["XLA_FLAGS"] += (
+    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
-)
-os.environ["XLA_FLAGS"] = _PATIENT if os.environ.get("SAEJAX_FULL_COMPILER") else f"{_PATIENT} {_HASTY}"
+) * (not os.environ.get("SAEJAX_FULL_COMPILER"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
