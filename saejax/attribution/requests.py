@@ -30,11 +30,13 @@ class Request:
       slug: its name.
       prompt: its text, or its token ids.
       targets: texts of tokens, or pairs of them for a difference; none: the most probable tokens.
+      answers: whether targets are answers, of which the first token is meant, as behaviours are judged.
     """
 
     slug: str
     prompt: str | tuple[int, ...]
     targets: tuple[Target, ...]
+    answers: bool = False
 
 
 def unit_name(config: GraphConfig) -> str:
@@ -160,7 +162,9 @@ def read_heads(config: GraphConfig) -> list[tuple[int, int, int]] | None:
 def _of_behaviour(name: str, behaviours: Mapping[str, Sequence[Prompt]], targets: tuple[Target, ...]) -> Request:
     prompts = behaviours[one_of(name, behaviours, "behaviour (--graph.behaviours)")]
     first = next((prompt for prompt in prompts if prompt.split == "test"), prompts[0])
-    return Request(name, first.text, targets or ((first.correct, first.wrong),))
+    if targets:
+        return Request(name, first.text, targets)
+    return Request(name, first.text, ((first.correct, first.wrong),), answers=True)
 
 
 def _of_line(record: Any, targets: tuple[Target, ...], where: str) -> Request:

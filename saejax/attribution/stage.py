@@ -4,6 +4,7 @@ A prompt is a part in the sense of ``causal.stages``; ``outputs`` writes its fil
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,9 +86,7 @@ def _check_request(
     """
     try:
         ids_P = prompt_ids(model, request.prompt, prepend=True)
-        for target in request.targets:
-            for token in target if isinstance(target, tuple) else (target,):
-                token_of(model, token)
+        _targets(model, request)
         for head in read_heads(config) or []:
             check_head(model.config, *head, tokens=len(ids_P))
         if isinstance(dictionaries, TranscoderSet):
@@ -97,6 +96,16 @@ def _check_request(
             check_room(size, len(ids_P), model.mesh)
     except UserError as error:
         raise UserError(f"{request.slug}: {error}") from None
+
+
+def _targets(model: LanguageModel, request: Request) -> list[int | tuple[int, ...]]:
+    """The tokens that a request's targets mean.
+
+    Raises:
+      UserError: a target is not one token.
+    """
+    id_of = model.token_id if request.answers else functools.partial(token_of, model)
+    return [tuple(map(id_of, target)) if isinstance(target, tuple) else id_of(target) for target in request.targets]
 
 
 def _measure(
@@ -129,7 +138,7 @@ def _trace(
     model: LanguageModel, dictionaries: TranscoderSet | SaeSet, request: Request, config: GraphConfig
 ) -> Traced | TracedSaes:
     options: dict[str, Any] = dict(
-        targets=request.targets,
+        targets=_targets(model, request),
         max_logits=config.max_logits,
         logit_mass=config.logit_mass,
         max_features=config.max_features or None,
