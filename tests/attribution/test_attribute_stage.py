@@ -1,5 +1,6 @@
 """The stage as a binary: files, results, resuming, and bad input in one line."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from made_transcoders import made_set
 from saejax import command, load_model, save_transcoders
 from saejax.attribution import memory, stage
 from saejax.attribution.graph import Graph
-from saejax.attribution.requests import read_requests, unit_name
+from saejax.attribution.requests import Request, read_requests, unit_name
 from saejax.errors import UserError
 from saejax.settings import GraphConfig
 
@@ -135,3 +136,11 @@ def test_bad_files_of_prompts(tmp_path, line, message):
     assert unit_name(config) == "prompts"
     with pytest.raises(UserError, match=message):
         read_requests(config)
+
+
+def test_of_an_answer_the_first_token_is_explained(tiny_llama, one_device):
+    lm = load_model(str(tiny_llama), mesh=one_device)
+    request = Request("capital", "The", ((" Khartoum", " Rome"),), answers=True)
+    assert stage._targets(lm, request) == [(lm.token_id(" Khartoum"), lm.token_id(" Rome"))]
+    with pytest.raises(UserError, match="the target ' Khartoum' is 9 tokens"):
+        stage._targets(lm, dataclasses.replace(request, answers=False))
