@@ -4,6 +4,7 @@ Where they come from makes no difference here: a circuit-tracer set, Gemma Scope
 dictionaries that are in memory already. Of a set on disk nothing but descriptions is kept, and the layer read last.
 """
 
+import abc
 import dataclasses
 import functools
 import re
@@ -26,7 +27,7 @@ Rows = Callable[[int, str, np.ndarray], np.ndarray]
 _ADDRESS = re.compile(r"hf://(?P<repository>[^/]+/[^/]+)/(?P<file>[^?]+)(\?revision=(?P<revision>.+))?")
 
 
-class DictionarySet:
+class DictionarySet(abc.ABC):
     """Dictionaries of several layers, one of each.
 
     Args:
@@ -65,9 +66,9 @@ class DictionarySet:
             vector_FxD[own] = self.rows(int(layer), name, feature_F[own])
         return vector_FxD
 
+    @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """What a graph says of the set."""
-        raise NotImplementedError
 
     def _rows_of_layer(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
         arrays = self.load(layer).arrays
