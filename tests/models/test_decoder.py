@@ -69,6 +69,7 @@ def test_smollm2_equals_transformers(smollm2, smollm2_torch):
     print(f"largest logit difference {difference:.2e}; largest error {errors[worst]:.2e}, at {worst}")
     assert len(errors) == 180
     assert difference < 1e-3
+    # Programs that are compiled with little effort (conftest.py) add in another order: 1.06e-5 at resid_post.10.
     assert errors[worst] < (1e-5 if os.environ.get("SAEJAX_FULL_COMPILER") else 1.2e-5), worst
 
 
