@@ -2,9 +2,10 @@
 
 Three questions, each answered by running the prompt again (with SAEs the first two):
 
-1. Is the arithmetic right? A feature is set to twice its activation with all held as it was (``interventions``): every
-   target must move by the weight of its edge. With SAEs the same to first order, by differentiation forwards.
-2. Does the local picture hold? The same with nothing held: how well do the edges foretell what really happens?
+1. Is the arithmetic right? A feature's activation is raised with all held as it was (``interventions``): every target
+   must move by the weight of its edge, times how often the activation was added. With SAEs the same to first order, by
+   differentiation forwards.
+2. Does the local picture hold? A feature is doubled with nothing held: how well do the edges foretell what happens?
 3. Does the part that is shown do the work? ``circuits.curve``.
 """
 
@@ -29,6 +30,9 @@ from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 
 _RUNS = 8  # changes that are made in one call
+# How often an activation is added with all held. The model is then affine, so this is doubling many times over; what it
+# spares is the rounding of fp32: a difference of two streams is as far off whether it is small or large.
+_HELD_TIMES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Doubling:
     Attributes:
       node_R: which nodes of the graph were doubled.
       edge_RxT: what the graph says.
-      held_RxT: what happened with all held; with SAEs to first order.
+      held_RxT: what happened with all held, per activation added; with SAEs to first order.
       free_RxT: what happened with nothing held; with SAEs and direct edges, the sites of other SAEs held.
     """
 
@@ -80,17 +84,18 @@ def double(replacement: Replacement, graph: Graph, readouts: Readouts, count: in
     features = graph.nodes[graph.slice_of(FEATURE)]
     place_F = places_of(replacement.active, features.layer_N, features.position_N, features.index_N)[1]
     node_R = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
-    rows = [
-        [Change(int(f.layer_N[0]), int(f.position_N[0]), int(f.index_N[0]), 2 * float(f.value_N[0]))]
-        for f in (features[node : node + 1] for node in node_R)
-    ]
     clean_T = np.concatenate([replacement.active.value_A[place_F], readouts.value_K]).astype(np.float64)
-    moved = {}
-    for hold in ("all", "nothing"):
+
+    def moved(times: int, hold: str) -> np.ndarray:
+        """By how much targets [R, T] move when ``times`` a feature's activation is added to it, over ``times``."""
+        drawn = features[node_R]
+        places = zip(drawn.layer_N.tolist(), drawn.position_N.tolist(), drawn.index_N.tolist(), strict=True)
+        rows = [[Change(*at, (1 + times) * float(v))] for at, v in zip(places, drawn.value_N, strict=True)]
         changed = intervene(replacement, rows, readouts, place_F, hold)
-        moved[hold] = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - clean_T[None]
+        return (np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - clean_T) / times
+
     edge_RxT = graph.adjacency_TxS[:, node_R].T.astype(np.float64)
-    return Doubling(node_R, edge_RxT, moved["all"], moved["nothing"])
+    return Doubling(node_R, edge_RxT, moved(_HELD_TIMES, "all"), moved(1, "nothing"))
 
 
 def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:
