@@ -8,6 +8,8 @@ them.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,8 @@ from saejax.models import decoder
 from saejax.models.attention import full_reaches
 from saejax.models.layers import einsum
 from saejax.parallel import fitting_sharding
+
+Pull = Callable[[tuple[jax.Array, jax.Array]], Any]  # a transposed layer, as ``jax.vjp`` gives it
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +57,7 @@ def contributions(
     stop_X: jax.Array,
     batch: Batch,
 ) -> jax.Array:
-    """The products of all blocks of sources with the cotangents of a batch of targets, fp32 [N, B, R, W].
+    """The products of all blocks of sources with the cotangents of a batch of targets, fp32 [B, N, R, W].
 
     What a layer fixes, attention weights above all, is computed once for all chunks, and a chunk joins at the layer
     where its highest target reads.
@@ -72,19 +76,21 @@ def contributions(
         here_RxT = at_RxT & (batch.layer_NxR[chunk] == layer)[:, None]
         return jnp.where(here_RxT[..., None], batch.vector_NxRxD[chunk][:, None], 0)
 
-    def read_off(
-        active: jax.Array, place: jax.Array, chunk: jax.Array, cotangent_RxTxD: jax.Array, read_NxBxRxW: jax.Array
-    ) -> jax.Array:
-        def body(index: jax.Array, read_NxBxRxW: jax.Array) -> jax.Array:
+    def read_off(place: jax.Array, cotangent_NxRxTxD: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
+        """With the products of a place's blocks with all cotangents there, 0 of a chunk that starts further down."""
+        begun_N = batch.start_N >= place
+
+        def body(index: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
             start = first_X[place] + index * STEP
             position_C = lax.dynamic_slice_in_dim(bank.position_B, start, STEP)
             row_CxW = lax.dynamic_slice_in_dim(bank.row_BxW, start, STEP)
-            at_RxCxD = cotangent_RxTxD.at[:, position_C].get(mode="fill", fill_value=0)
-            products_CxRxW = einsum("rcd,cwd->crw", at_RxCxD, bank.table_UxD[row_CxW])
-            return lax.dynamic_update_slice(read_NxBxRxW, products_CxRxW[None], (chunk, start, 0, 0))
+            at_NxRxCxD = cotangent_NxRxTxD.at[:, :, position_C].get(mode="fill", fill_value=0)
+            at_NxRxCxD = jnp.where(begun_N[:, None, None, None], at_NxRxCxD, 0)
+            products_CxNxRxW = einsum("nrcd,cwd->cnrw", at_NxRxCxD, bank.table_UxD[row_CxW])
+            return lax.dynamic_update_slice_in_dim(read_BxNxRxW, products_CxNxRxW, start, 0)
 
-        steps = jnp.where(active, (stop_X[place] - first_X[place] + STEP - 1) // STEP, 0)
-        return lax.fori_loop(0, steps, body, read_NxBxRxW)
+        steps = (stop_X[place] - first_X[place] + STEP - 1) // STEP
+        return lax.fori_loop(0, steps, body, read_BxNxRxW)
 
     def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """All chunks through one layer."""
@@ -92,38 +98,46 @@ def contributions(
         x_TxD = lax.dynamic_index_in_dim(stream_LxTxD, layer, keepdims=False)
         skip_DxD = None if skip_LxDxD is None else lax.dynamic_index_in_dim(skip_LxDxD, layer, keepdims=False)
         _, pull = jax.vjp(lambda x_TxD: frozen.layer(params, layer, reaches, x_TxD, skip_DxD), x_TxD)
+        turned, turned_back = _turned(pull, x_TxD.shape[-1])
 
-        def one(read_NxBxRxW: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            chunk, out_RxTxD = part
-            active = batch.start_N[chunk] > layer
-            read_NxBxRxW = read_off(active, layer + 1, chunk, out_RxTxD, read_NxBxRxW)
-            in_RxTxD = lax.cond(
-                active,
-                lambda out_RxTxD: jax.vmap(lambda *both: pull(both)[0])(out_RxTxD, placed(chunk, layer)),
-                lambda out_RxTxD: out_RxTxD,
-                out_RxTxD,
-            )
-            return read_NxBxRxW, in_RxTxD
+        def one(chunk: jax.Array, cotangent_NxRxTxD: jax.Array) -> jax.Array:
+            own, chunk = lax.optimization_barrier((turned, chunk))  # else XLA turns them back outside of the loop
+            pull = turned_back(own)
+            in_RxTxD = jax.vmap(lambda *both: pull(both)[0])(cotangent_NxRxTxD[chunk], placed(chunk, layer))
+            return lax.dynamic_update_index_in_dim(cotangent_NxRxTxD, in_RxTxD, chunk, 0)
 
-        # A scan, which reads the old cotangents and writes new ones: replaced in place, all would be copied for each.
-        read_NxBxRxW, cotangent_NxRxTxD = lax.scan(one, carry[1], (chunks, carry[0]))
-        return cotangent_NxRxTxD, read_NxBxRxW
+        cotangent_NxRxTxD, read_BxNxRxW = carry
+        read_BxNxRxW = read_off(layer + 1, cotangent_NxRxTxD, read_BxNxRxW)
+        begun = jnp.sum(batch.start_N > layer)
+        return lax.fori_loop(0, begun, one, cotangent_NxRxTxD), read_BxNxRxW
 
     carry = _by_target(mesh, jax.vmap(placed)(chunks, batch.start_N), bank)
-    cotangent_NxRxTxD, read_NxBxRxW = lax.fori_loop(0, batch.start_N[0], down, carry)
+    cotangent_NxRxTxD, read_BxNxRxW = lax.fori_loop(0, batch.start_N[0], down, carry)
+    return read_off(jnp.int32(0), cotangent_NxRxTxD, read_BxNxRxW)
 
-    def read_tokens(chunk: jax.Array, read_NxBxRxW: jax.Array) -> jax.Array:
-        # A direction of the stream that enters layer 0 goes down through none, so all chunks read.
-        return read_off(jnp.bool_(True), jnp.int32(0), chunk, cotangent_NxRxTxD[chunk], read_NxBxRxW)
 
-    return lax.fori_loop(0, len(chunks), read_tokens, read_NxBxRxW)
+def _turned(pull: Pull, width: int) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Pull]]:
+    """What the transpose of a layer holds, the matrices between the stream and heads turned over; and the way back.
+
+    Their transposed products then read them in order. Otherwise XLA:CPU turns them over for each chunk, which takes a
+    seventh of the time of the products.
+    """
+    held, tree = jax.tree.flatten(pull)
+    ends = [
+        (2, 0) if x.shape[2:] == (width,) else (0, 2) if x.ndim == 3 and x.shape[0] == width else (0, 0) for x in held
+    ]
+
+    def back(turned: list[jax.Array]) -> Pull:
+        return jax.tree.unflatten(tree, [jnp.moveaxis(x, new, old) for x, (old, new) in zip(turned, ends, strict=True)])
+
+    return [jnp.moveaxis(x, old, new) for x, (old, new) in zip(held, ends, strict=True)], back
 
 
 def _by_target(mesh: Mesh, cotangent_NxRxTxD: jax.Array, bank: Bank) -> tuple[jax.Array, jax.Array]:
     """The cotangents and the products, 0 at first, each chunk's targets split over ``data``."""
     chunks, targets = cotangent_NxRxTxD.shape[:2]
-    read_NxBxRxW = jnp.zeros((chunks, len(bank.position_B), targets, WIDTH), cotangent_NxRxTxD.dtype)
-    arrays = cotangent_NxRxTxD, read_NxBxRxW
+    read_BxNxRxW = jnp.zeros((len(bank.position_B), chunks, targets, WIDTH), cotangent_NxRxTxD.dtype)
+    arrays = cotangent_NxRxTxD, read_BxNxRxW
     specs = (None, "data", None, None), (None, None, "data", None)
     fits = tuple(fitting_sharding(mesh, array.shape, *spec) for array, spec in zip(arrays, specs, strict=True))
     return lax.with_sharding_constraint(arrays, fits)

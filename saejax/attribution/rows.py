@@ -62,9 +62,9 @@ class Rows:
 
         def run(batch: tuple[int, list[np.ndarray]]) -> None:
             index, chunks = batch
-            read_NxBxRxW = to_host(self._start(index, chunks, layer_T, position_T, vector_TxD, in_stream))
-            for targets, read_BxRxW in zip(chunks, read_NxBxRxW, strict=False):
-                put(targets, self._sources.collect(read_BxRxW[:, : len(targets)]))
+            read_BxNxRxW = to_host(self._start(index, chunks, layer_T, position_T, vector_TxD, in_stream))
+            for chunk, targets in enumerate(chunks):
+                put(targets, self._sources.collect(read_BxNxRxW[:, chunk, : len(targets)]))
 
         # A CPU runs a program of this kind on one core, so two run at a time, on other devices one beside its sorting.
         # Programs that speak with each other over several devices have to start in one order everywhere.
@@ -77,10 +77,11 @@ class Rows:
     ) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Chunks of targets of similar position and layer, in batches: the number of their length, and which they are.
 
-        Directions of the stream share a chunk only with others of the same layer.
+        Directions of the stream share a chunk only with others of the same layer. The longest come first, so that of
+        workers side by side none is left alone with a long one.
         """
         length_T = np.searchsorted(self._lengths, position_T + 1)
-        for index in range(len(self._lengths)):
+        for index in reversed(range(len(self._lengths))):
             own = np.flatnonzero(length_T == index)
             own = own[np.argsort(-layer_T[own], kind="stable")]
             changes = np.flatnonzero(np.diff(layer_T[own]) * in_stream) + 1

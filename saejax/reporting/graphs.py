@@ -186,8 +186,8 @@ def _meaning(graphs: Sequence[TracedGraph]) -> Terms:
     if any(graph.results["doubling"] for graph in graphs):
         said |= {
             "Edges off by": "features were raised one by one with all held as the graph has it; the largest "
-            "difference between an edge and what happened, over the largest edge. More than rounding, about 1e−5, is an "
-            "error of the arithmetic.",
+            "difference between an edge and what happened, over the largest edge. More than rounding, about 1e−5, is "
+            "an error of the arithmetic.",
             "Correlation": "of edges with what happened when features were doubled and nothing was held: how well the "
             "picture drawn on this prompt foretells the model.",
         }
