@@ -19,9 +19,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from saejax.attribution.active import Active
 from saejax.attribution.graph import FEATURE, KINDS, Graph, Nodes
 from saejax.attribution.interventions import Change, intervene
-from saejax.attribution.replacement import Active, Replacement
+from saejax.attribution.replacement import Replacement
 from saejax.attribution.targets import Readouts
 from saejax.errors import UserError
 

@@ -30,11 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution import perturbed
+from saejax.attribution.active import Active, active_features
 from saejax.attribution.attribute import attributed, check_max_features, graph_of, prompt_ids
 from saejax.attribution.frozen import FrozenModel
 from saejax.attribution.graph import BIAS, ERROR, FEATURE, TOKEN, Graph, Nodes
 from saejax.attribution.perturbed import IN_STREAM, Places, Readings
-from saejax.attribution.replacement import Active, active_features, embed, padded_length, placed
+from saejax.attribution.replacement import embed, padded_length, placed
 from saejax.attribution.row_store import Put
 from saejax.attribution.rows import TOKENS
 from saejax.attribution.saes import SaeSet

@@ -13,7 +13,6 @@ Letters: S sources, R targets, E edges; L, T, D, H heads, K dimensions of a head
 
 import numpy as np
 
-from saejax.attribution.circuits import places_of
 from saejax.attribution.graph import ERROR, FEATURE, LOGIT, TOKEN, Graph
 from saejax.attribution.head_passes import STEP, Placed, edge_parts, mixed_values
 from saejax.attribution.replacement import Replacement
@@ -121,10 +120,9 @@ def _readers(replacement: Replacement, readouts: Readouts, graph: Graph, chosen:
     nodes, layers = graph.nodes[chosen], replacement.model.config.n_layers
     features = np.flatnonzero(nodes.kind_N == FEATURE)
     layer_R, vector_RxD = nodes.layer_N.copy(), np.zeros((len(nodes), replacement.model.config.d_model), np.float32)
-    _, place = places_of(
-        replacement.active, nodes.layer_N[features], nodes.position_N[features], nodes.index_N[features]
-    )
-    vector_RxD[features] = replacement.encoder_rows(place)
+    own = nodes[features]
+    places = replacement.active.places(own.layer_N, own.position_N, own.index_N)
+    vector_RxD[features] = replacement.encoder_rows(places)
     logits = np.flatnonzero(nodes.kind_N == LOGIT)
     number = chosen[logits] - graph.slice_of(LOGIT).start
     vector_RxD[logits] = readouts.vector_KxD[number]

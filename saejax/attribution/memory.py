@@ -17,7 +17,9 @@ from typing import NamedTuple
 import psutil
 from jax.sharding import Mesh
 
-from saejax.attribution.replacement import AT_ONCE, padded_length
+from saejax.attribution.active import AT_ONCE
+from saejax.attribution.circuits import RUNS
+from saejax.attribution.replacement import padded_length
 from saejax.attribution.row_store import WHOLE, columns_kept
 from saejax.attribution.rows import batch_tokens
 from saejax.attribution.sources import WIDTH
@@ -34,7 +36,6 @@ _PROGRAMS = 400 * 2**20  # bytes of compiled programs and of compiling them, on 
 _COPIES = 3  # of the activations of a layer: before and after the sparsity function, and masked
 _SCORES = 2.5  # attention weights, and what they are made of
 _ROUND = 2048  # features that are attributed between two rankings
-_CIRCUITS = 24  # parts of a graph that are run, see ``circuits.curve``
 _CHANGED = 8  # least sets of changed features that go through a layer together
 PHASES = dict(
     layers="the layers and their transcoders", rows="the graph's rows", checks="running parts of the graph to check it"
@@ -218,7 +219,7 @@ def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
 
 def _checks(size: GraphSize, tokens: int) -> tuple[float, float]:
     model, length, features = size.model, padded_length(tokens), size.transcoder.n_features
-    circuits = min(max(AT_ONCE // (length * features), 1), _CIRCUITS)
+    circuits = min(max(AT_ONCE // (length * features), 1), RUNS)
     running = _inside(size) * length + _attention(size, length)
     acts = _COPIES * circuits * length * features
     device = _kept(size, length) + _transcoders(size) + max(acts + circuits * running, _CHANGED * running)

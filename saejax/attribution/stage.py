@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution import circuits, supernodes, validation
+from saejax.attribution import circuit_runs, circuits, supernodes, validation
 from saejax.attribution.attention import Attention, attend
 from saejax.attribution.attribute import Traced, prompt_ids, trace_prompt
 from saejax.attribution.gradient import TracedSaes, trace_saes
@@ -57,7 +57,7 @@ def run_attribute(run: Run) -> dict[str, Any]:
         means = None
         if config.circuits and config.circuit_rest == "mean" and isinstance(dictionaries, TranscoderSet):
             texts = [prompt_ids(model, request.prompt, prepend=True) for request in requests.values()]
-            means = circuits.mean_activations(Replacement.of(model, dictionaries, ids_P) for ids_P in texts)
+            means = circuit_runs.mean_activations(Replacement.of(model, dictionaries, ids_P) for ids_P in texts)
 
         def measure(slug: str, tick: Tick) -> Measured:
             tick(0, 1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.replacement import Active
+from saejax.attribution.active import Active
 from saejax.attribution.transcoders import DictionarySet
 from saejax.errors import UserError
 from saejax.models import decoder

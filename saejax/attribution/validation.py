@@ -19,7 +19,6 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from saejax.attribution import perturbed
-from saejax.attribution.circuits import places_of
 from saejax.attribution.gradient import SaeRun
 from saejax.attribution.graph import FEATURE, Graph
 from saejax.attribution.interventions import Change, intervene
@@ -82,7 +81,7 @@ def double(replacement: Replacement, graph: Graph, readouts: Readouts, count: in
       count: how many features, drawn by the seed; all if there are fewer.
     """
     features = graph.nodes[graph.slice_of(FEATURE)]
-    place_F = places_of(replacement.active, features.layer_N, features.position_N, features.index_N)[1]
+    place_F = replacement.active.places(features.layer_N, features.position_N, features.index_N)
     node_R = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
     clean_T = np.concatenate([replacement.active.value_A[place_F], readouts.value_K]).astype(np.float64)
 

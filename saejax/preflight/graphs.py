@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from saejax.attribution.circuits import RUNS
 from saejax.attribution.costs import row_flops
 from saejax.attribution.memory import GraphSize, certain_active
 from saejax.attribution.replacement import padded_length
@@ -17,7 +18,6 @@ from saejax.settings import GraphConfig
 
 PROMPT = 16  # tokens of a behaviour's prompt
 _CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
-_CIRCUITS = 24  # parts of a graph that are run alone
 _READ = 1e9  # bytes of transcoders that are read in a second
 
 
@@ -68,7 +68,7 @@ class GraphWork:
         rows, active = size.traced(tokens), size.active_features(tokens)
         down = row_flops(model, rows * (model.n_layers + 1) / 2 + size.logits * model.n_layers, (tokens + 1) / 2)
         read_off = rows * active / 4 * 2.0 * model.d_model
-        checks = (_CIRCUITS * (run + 1.5 * explained) + 2 * self.doubled * run) if size.checked else 0.0
+        checks = (RUNS * (run + 1.5 * explained) + 2 * self.doubled * run) if size.checked else 0.0
         return run + explained + down + read_off + checks
 
 

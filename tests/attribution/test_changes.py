@@ -11,7 +11,6 @@ from saejax import load_model
 from saejax.attribution import interventions
 from saejax.attribution.attribute import trace_prompt
 from saejax.attribution.changes import ablate, features_of, matched, moved, scale, set_to, steer, swap
-from saejax.attribution.circuits import places_of
 from saejax.attribution.graph import TOKEN, Nodes
 from saejax.attribution.interventions import intervene
 from saejax.attribution.replacement import Replacement
@@ -186,7 +185,7 @@ def test_curves_of_sets_and_of_others_like_them(setting):
     curve_SxMxK = found.readout_SxMxK
     np.testing.assert_allclose(curve_SxMxK[:, 2], np.tile(value_K, (4, 1)), atol=1e-6)
     for members, curve_MxK in zip((group, *controls), curve_SxMxK, strict=True):
-        places = places_of(setting.here.active, members.layer_N, members.position_N, members.index_N)[1]
+        places = setting.here.active.places(members.layer_N, members.position_N, members.index_N)
         sum_K = setting.graph.adjacency_TxS[-2:, places].sum(axis=1)
         np.testing.assert_allclose(curve_MxK - value_K, (found.factor_M - 1)[:, None] * sum_K[None], atol=5e-6)
     own, every = keys_of(group), keys_of(features_of(setting.graph, np.arange(len(setting.here.active))))

@@ -7,7 +7,8 @@ from made_transcoders import made_set
 
 from saejax import load_model, trace
 from saejax.attribution import interventions
-from saejax.attribution.circuits import Circuit, curve, mean_activations, run_circuits
+from saejax.attribution.circuit_runs import Circuit, mean_activations, run_circuits
+from saejax.attribution.circuits import curve
 from saejax.attribution.interventions import HOLDS, Change, intervene
 from saejax.attribution.replacement import Replacement, embed
 from saejax.attribution.targets import Direction, read_targets
