@@ -1,6 +1,6 @@
 """How fast attribution graphs are made: random transcoders on the embedded SmolLM2, fp32.
 
-Run: python -m benchmarks.bench_attribute [--rows 3000] [--tokens 11] [--growth]
+Run: python -m benchmarks.bench_attribute [--rows 3000] [--tokens 11] [--growth [--growth-rows 512]]
 The transcoders have 2,048 features a layer, of which 18 are active at each position, so 11 tokens have 5,400 active
 features. The first graph compiles; the second and third are timed. The floor is the arithmetic of the transposed
 frozen layers, the output and value projections of attention, for the layers below each target and the positions up to
@@ -27,7 +27,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 
 FEATURES, ACTIVE = 2048, 18
-GROWTH = (16, 64, 256)
+GROWTH = (16, 64, 256, 1024)
 TEXT = (
     "One day she said that there was a way to see where the water went, and that it was not far from here. The road "
     "led past the mill and over the hill to a small lake. "
@@ -75,7 +75,7 @@ def measure(rows: int, tokens: int, rounds: int) -> dict[str, float]:
         start = time.perf_counter()
         graph = saejax.trace(lm, transcoders, prompt, max_features=rows)
         seconds.append(time.perf_counter() - start)
-    steady = float(np.median(seconds[1:]))
+    steady = float(np.median(seconds[1:] or seconds))
     floor = floor_gflop(graph, lm.config) / gflops()
     left = float(np.abs(graph.unexplained_T).max() / np.abs(graph.value_T).max())
     return dict(
@@ -93,8 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=3000, help="features with a row")
     parser.add_argument("--tokens", type=int, default=11)
-    parser.add_argument("--rounds", type=int, default=2, help="timed runs")
+    parser.add_argument("--rounds", type=int, default=2, help="timed runs; 0: the first, which compiles")
     parser.add_argument("--growth", action="store_true", help="other lengths of prompts too")
+    parser.add_argument("--growth-rows", type=int, default=512, help="features with a row there, at the most")
     args = parser.parse_args()
     names = ("tokens", "active", "rows", "seconds", "compile", "ms/row", "peak GB", "of floor")
     print(" ".join(f"{name:>8}" for name in names))
@@ -110,7 +111,7 @@ def main() -> None:
     show(args.tokens, found)
     for tokens in GROWTH if args.growth else ():
         command = [sys.executable, "-m", "benchmarks.bench_attribute", "--rounds=1"]
-        command += [f"--tokens={tokens}", f"--rows={min(args.rows, 512)}"]
+        command += [f"--tokens={tokens}", f"--rows={args.growth_rows}"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         show(tokens, json.loads(printed.splitlines()[-1]))
     print(json.dumps(dict(bench="attribute", **found)))
