@@ -1,6 +1,7 @@
 """The export stage as a binary: ``python -m experiments.export --help``."""
 
-from saejax import command, pipeline
+from saejax import command
+from saejax.stages import STAGES
 
 if __name__ == "__main__":
-    command.main(["export"], f"export: {pipeline.STAGES['export'].summary}.")
+    command.main(["export"], f"export: {STAGES['export'].summary}.")

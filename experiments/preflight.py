@@ -1,6 +1,7 @@
 """The preflight stage as a binary: ``python -m experiments.preflight --help``."""
 
-from saejax import command, pipeline
+from saejax import command
+from saejax.stages import STAGES
 
 if __name__ == "__main__":
-    command.main(["preflight"], f"preflight: {pipeline.STAGES['preflight'].summary}.")
+    command.main(["preflight"], f"preflight: {STAGES['preflight'].summary}.")

@@ -1,6 +1,7 @@
 """The probe stage as a binary: ``python -m experiments.probe --help``."""
 
-from saejax import command, pipeline
+from saejax import command
+from saejax.stages import STAGES
 
 if __name__ == "__main__":
-    command.main(["probe"], f"probe: {pipeline.STAGES['probe'].summary}.")
+    command.main(["probe"], f"probe: {STAGES['probe'].summary}.")

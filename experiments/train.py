@@ -1,6 +1,7 @@
 """The train stage as a binary: ``python -m experiments.train --help``."""
 
-from saejax import command, pipeline
+from saejax import command
+from saejax.stages import STAGES
 
 if __name__ == "__main__":
-    command.main(["train"], f"train: {pipeline.STAGES['train'].summary}.")
+    command.main(["train"], f"train: {STAGES['train'].summary}.")

@@ -89,7 +89,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
 
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
     """What the binary does, and every flag that its stages read, with its default."""
-    from saejax.pipeline import STAGES
+    from saejax.stages import STAGES
 
     read = [
         group for group in GROUPS if any(group in (*STAGES[stage].groups, *STAGES[stage].placement) for stage in stages)

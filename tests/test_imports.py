@@ -13,6 +13,7 @@ ORDER = [
     "experiments",
     "command",
     "pipeline",
+    "stages",
     "preflight",
     "ground_truth",
     "reporting",

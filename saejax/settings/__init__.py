@@ -1,6 +1,6 @@
 """Every setting of every stage: the groups of configuration that become flags.
 
-Read these files to learn what can be changed. A stage reads the groups that ``pipeline.STAGES`` names for
+Read these files to learn what can be changed. A stage reads the groups that ``stages.STAGES`` names for
 it; ``--help`` of its binary shows them.
 """
 
