@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from saejax.causal import ablation, screening
+from saejax.causal import ablation_programs, screening
 from saejax.causal.cut import Cut
 from saejax.causal.replacements import Replacement
 from saejax.causal.split import PROMPTS, run_head
@@ -241,7 +241,8 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
     domain_BxT = _whole(mesh, (work.prompts, length), bool)
     past = _placed(jax.eval_shape(cut.record, params, stream_BxTxD, value_BxTxD)[1], mesh)
     f_BxTxK = _whole(mesh, (work.prompts, length, k), work.train.state_dtype)
-    bank = ablation.Bank(stream_BxTxD, value_BxTxD, f_BxTxK, _whole(mesh, (k, d), work.train.state_dtype), past, None)
+    W_dec_KxD = _whole(mesh, (k, d), work.train.state_dtype)
+    bank = ablation_programs.Bank(stream_BxTxD, value_BxTxD, f_BxTxK, W_dec_KxD, past, None)
     sides = [value_BxTxD, domain_BxT] * (2 if work.replacement == "counterpart" else 1)
     replacement = Replacement(
         work.replacement,
@@ -296,7 +297,7 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
         Program(
             "ablate: features",
             f"{work.prompts} prompts, {k} features",
-            ablation.gather,
+            ablation_programs.gather,
             (cut, graph, state, replacement, sides, _whole(mesh, (k,), jnp.int32), work.prompts),
             params,
             len(sides) / 2 * work.prompts * encode,
@@ -304,7 +305,7 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
         Program(
             "ablate: tail",
             f"{rows} edited prompts",
-            ablation.run_rows,
+            ablation_programs.run_rows,
             (
                 cut,
                 params,
