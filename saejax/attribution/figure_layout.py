@@ -8,6 +8,7 @@ cells are spread in the way that fits a page best. Lengths are inches, from the 
 import dataclasses
 import functools
 import itertools
+import re
 import textwrap
 import unicodedata
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ _PAD, _ROW_GAP, _PAGE = 0.045, 0.3, (7.2, 10.0)
 _LABELS = ((16, 2), (12, 3), (9, 4))  # letters in a line, and lines of a label; longer labels are cut
 _SPREADS = (1.0, 1.6, 0.0)  # boxes to a line, as a multiple of the root of the number in the cell
 _KINDS = {"embedding": "token", "logit": "output", "mlp reconstruction error": "error"}
+_DIFFERENCE = re.compile(r"""(['"])(.*)\1 - (['"])(.*)\3""", re.DOTALL)  # of logits, as ``targets`` names it
 Row = tuple[str, float, float]  # name, middle, upper edge
 
 
@@ -62,6 +64,15 @@ def visible_token(text: str) -> str:
     return "".join(signs) or "∅"
 
 
+def _output_text(node: Mapping[str, Any]) -> str:
+    """An output's token and its probability, or the two tokens of a difference of logits."""
+    quoted = node["clerp"].removeprefix('Output "').rsplit('" (p=', 1)[0]
+    if pair := _DIFFERENCE.fullmatch(quoted):
+        return f"{visible_token(pair[2])} − {visible_token(pair[4])}"
+    chance = node.get("token_prob") or 0.0
+    return f"{visible_token(quoted)}\n{'<1' if 0 < chance < 0.01 else f'{100 * chance:.0f}'} %"
+
+
 @functools.lru_cache(10_000)
 def text_width(text: str) -> float:
     """Inches of one line."""
@@ -77,9 +88,7 @@ def _box(
         token = visible_token(document["metadata"]["prompt_tokens"][node["ctx_idx"]])
         text = token if len(token) <= 16 else f"{token[:15]}…"
     elif kind == "output":
-        quoted = node["clerp"].removeprefix('Output "').rsplit('" (p=', 1)[0]
-        chance = node.get("token_prob") or 0.0
-        text = f"{visible_token(quoted)}\n{'<1' if 0 < chance < 0.01 else f'{100 * chance:.0f}'} %"
+        text = _output_text(node)
     elif kind == "error":
         text = "error"
     else:

@@ -50,7 +50,7 @@ def edge_heads(replacement: Replacement, readouts: Readouts, graph: Graph, top: 
     for group in _source_groups(replacement, np.unique(source_E), len(source_E)):
         own = np.isin(source_E, group)
         part_XxE = _group_parts(replacement, readouts, graph, group, source_E[own], target_E[own])
-        best_NxE = np.argsort(-np.abs(part_XxE), axis=0, kind="stable")[:top]
+        best_NxE = _largest(np.abs(part_XxE), top)
         for edge, ends in enumerate(zip(source_E[own].tolist(), target_E[own].tolist(), strict=True)):
             parts = [(x, float(part_XxE[x, edge])) for x in best_NxE[:, edge].tolist() if part_XxE[x, edge]]
             if parts:
@@ -93,9 +93,20 @@ def _group_parts(
     return part_LxHxE.reshape(-1, len(source_E))
 
 
+def _largest(size_XxE: np.ndarray, count: int) -> np.ndarray:
+    """Which rows have the largest values of each column, the largest first; without sorting all."""
+    count = min(count, len(size_XxE))
+    some_NxE = np.argpartition(-size_XxE, count - 1, axis=0)[:count]
+    order_NxE = np.argsort(-np.take_along_axis(size_XxE, some_NxE, axis=0), axis=0, kind="stable")
+    return np.take_along_axis(some_NxE, order_NxE, axis=0)
+
+
 def named_heads(carried: Carried, ids: list[str]) -> dict[tuple[str, str], list[tuple[int, int, float]]]:
-    """The same by the nodes' ids, as ``page.write_page`` takes it."""
-    return {(ids[source], ids[target]): heads for (source, target), heads in carried.items()}
+    """The same by the nodes' ids, as ``page.write_page`` takes it, parts to four digits."""
+    return {
+        (ids[source], ids[target]): [(layer, head, float(f"{part:.4g}")) for layer, head, part in heads]
+        for (source, target), heads in carried.items()
+    }
 
 
 def _entries(replacement: Replacement, graph: Graph, chosen: np.ndarray) -> Placed:

@@ -7,10 +7,12 @@ heads/<slug>.json    the attention heads that carry each edge
 graphs/<slug>.json   the same as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
 """
 
+import heapq
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from saejax.attribution.attention import Attention
 from saejax.attribution.figure import draw_graph, save_figure
@@ -22,6 +24,8 @@ from saejax.attribution.page import write_page
 from saejax.causal.stages import part_file
 from saejax.parallel import is_first_process
 from saejax.workspace import Run, write_text
+
+_HEADS_ON_PAGE = 20_000  # edges, the strongest ones, whose heads the page has; the file has all
 
 
 def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[str]], attention: Attention) -> None:
@@ -48,5 +52,12 @@ def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[
         lines = ",\n".join(json.dumps(edge, separators=(",", ":")) for edge in edges)
         (run.folder / "heads").mkdir(exist_ok=True)
         write_text(run.folder / "heads" / f"{slug}.json", f'{{"edges":[\n{lines}\n]}}\n')
-    write_page(part_file(run, slug, ".html"), document, heads=carried, tables=attention.tables)
+    shown = {edge: carried[edge] for edge in _strongest(document, _HEADS_ON_PAGE) if edge in carried}
+    write_page(part_file(run, slug, ".html"), document, heads=shown, tables=attention.tables)
     save_figure(draw_graph(document), part_file(run, slug, ".svg"))
+
+
+def _strongest(document: Mapping[str, Any], count: int) -> list[tuple[str, str]]:
+    """The edges of the largest weights, as ids of source and target."""
+    links = heapq.nlargest(count, document["links"], key=lambda link: abs(link["weight"]))
+    return [(link["source"], link["target"]) for link in links]

@@ -85,6 +85,14 @@ def test_an_empty_figure_is_refused():
         draw_graph({"metadata": {}})
 
 
+def test_a_difference_of_logits_is_named_by_its_two_tokens():
+    document = made_up_document(features=5, edges=5)
+    output = next(node for node in document["nodes"] if node["feature_type"] == "logit")
+    output |= dict(clerp="Output \"' is' - ' are'\" (p=1.000)", token_prob=1.0)
+    texts = [text.get_text() for text in draw_graph(document).axes[0].texts]
+    assert "␣is − ␣are" in texts and not any("'" in text for text in texts)
+
+
 @pytest.mark.parametrize(
     ("token", "seen"), [(" a b", "␣a␣b"), ("\n\t", "⏎⇥"), ("", "∅"), ("\u200b", "\\u200b"), ("é", "é")]
 )

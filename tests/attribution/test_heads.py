@@ -111,6 +111,9 @@ def test_ids_and_limits(traced, monkeypatch):
     ids = [f"n{place}" for place in range(len(pruned.nodes))]
     named = heads.named_heads(found, ids)
     assert len(named) == len(found) and all(source.startswith("n") for source, _ in named)
+    for carried, own in zip(found.values(), named.values(), strict=True):
+        assert [part[:2] for part in carried] == [part[:2] for part in own]
+        assert [part[2] for part in carried] == pytest.approx([part[2] for part in own], rel=1e-3)
     for most, groups, message in ((1000, 8, "too long"), (2**31, 0, "prune the graph")):
         monkeypatch.setattr(heads, "MOST_BYTES", most)
         monkeypatch.setattr(heads, "MOST_GROUPS", groups)

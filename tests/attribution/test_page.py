@@ -327,6 +327,21 @@ def test_nothing_in_the_graph_becomes_html_and_white_space_is_visible(opened, do
 
 
 @needs_chromium
+def test_a_difference_of_logits_is_named_by_its_two_tokens_and_has_no_probability(browser, tmp_path):
+    document = made_up_document(features=20, edges=60)
+    output = next(node for node in document["nodes"] if node["feature_type"] == "logit")
+    output |= dict(clerp="Output \"' is' - ' are'\" (p=1.000)", token_prob=1.0)
+    write_page(tmp_path / "graph.html", document)
+    browser.view(1440, 900, still=True)
+    show(browser, (tmp_path / "graph.html").as_uri())
+    click_node(browser, output["node_id"])
+    assert text(browser, "#panel h2") == "␣is − ␣are"
+    panel = text(browser, "#panel")
+    assert "difference of logits" in panel and "Probability" not in panel
+    assert browser.errors == []
+
+
+@needs_chromium
 def test_the_page_asks_nobody_for_anything(opened, page):
     assert opened.js("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
 

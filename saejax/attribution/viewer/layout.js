@@ -99,7 +99,7 @@ function layPills(graph, visible, width, measure) {
   let lines = [[]];
   let used = 0;
   for (const node of logits) {
-    const probability = percent(graph.doc.nodes[node].token_prob ?? 0);
+    const probability = chanceOf(graph.doc.nodes[node]);
     const text = clip(graph.labels[node], 22);
     const wide = Math.min(room, measure(text, 12, true) + measure(probability, 11) + 22);
     if (used + wide > room && used) {

@@ -123,10 +123,21 @@ function featureKey(node) {
   return (KIND_OF[node.feature_type] ?? FEATURE) === FEATURE ? node.node_id.split("_").slice(0, 2).join("_") : "";
 }
 
+/** The two tokens of an output that is a difference of logits; else null. */
+function differenceOf(node) {
+  const pair = /^Output "(['"])([\s\S]*)\1 - (['"])([\s\S]*)\3" \(p=[\d.e+-]+\)$/.exec(node.clerp);
+  return pair && [pair[2], pair[4]];
+}
+
+/** The probability of an output; a difference has none. */
+const chanceOf = (node) => (differenceOf(node) ? "" : percent(node.token_prob ?? 0));
+
 function labelOf(graph, node, i, labels) {
   const token = visibleToken(graph.tokens[graph.pos[i]] ?? "");
   if (graph.kind[i] === TOKEN) return token;
   if (graph.kind[i] === LOGIT) {
+    const pair = differenceOf(node);
+    if (pair) return pair.map(visibleToken).join(" − ");
     const quoted = /^Output "([\s\S]*)" \(p=[\d.e+-]+\)$/.exec(node.clerp);
     return quoted ? visibleToken(quoted[1]) : visibleText(node.clerp || node.node_id);
   }
@@ -144,7 +155,7 @@ function edgesOf(graph, i, into) {
 
 const rowName = (graph, r) => (r === 0 ? "E" : r === graph.rows - 1 ? "out" : String(r - 1));
 const whereOf = (graph, i) => {
-  if (graph.kind[i] === LOGIT) return `output · ${percent(graph.doc.nodes[i].token_prob ?? 0)}`;
+  if (graph.kind[i] === LOGIT) return `output · ${chanceOf(graph.doc.nodes[i]) || "difference of logits"}`;
   const place = graph.kind[i] === TOKEN ? "token" : `layer ${graph.row[i] - 1}`;
   return `${place} · ${visibleToken(graph.tokens[graph.pos[i]] ?? "")} (${graph.pos[i]})`;
 };

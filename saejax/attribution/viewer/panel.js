@@ -25,7 +25,8 @@ function describe(graph, i) {
   if (kind === OTHER) facts.push(["Kind", node.feature_type]);
   if (kind !== TOKEN && kind !== LOGIT) facts.push(["Layer", String(node.layer)]);
   facts.push(["Token", `${visibleToken(graph.tokens[graph.pos[i]])} (position ${graph.pos[i]})`]);
-  if (kind === LOGIT) facts.push(["Probability", percent(node.token_prob ?? 0)]);
+  if (kind === LOGIT && differenceOf(node)) facts.push(["Value", "difference of logits"]);
+  else if (kind === LOGIT) facts.push(["Probability", chanceOf(node)]);
   if (!Number.isNaN(graph.activation[i])) facts.push(["Activation", magnitude(graph.activation[i])]);
   if (graph.share[i] >= 0) facts.push(["Influence", `within the first ${percent(graph.share[i])}`]);
   return facts;
