@@ -45,7 +45,7 @@ from saejax.errors import UserError, one_of
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
-from saejax.parallel import by_row
+from saejax.parallel import by_row, to_host
 from saejax.settings import GRAPH_ESTIMATES
 
 Saes = SaeSet | Dictionary | str | Path | Sequence[Dictionary | str | Path]
@@ -96,7 +96,7 @@ class SaeRun:
         x_TxD = embed(FrozenModel(rules), model.params, np.pad(ids_P, (0, length - len(ids_P))))
         none_SxTxD = jnp.zeros((len(saes.sites), *x_TxD.shape), x_TxD.dtype)
         ran = perturbed.run(rules, model.params, places, x_TxD, np.int32(len(ids_P) - 1), none_SxTxD)
-        logits_V = np.asarray(decoder.unembed(rules, model.params, ran.last_D[None])[0])
+        logits_V = to_host(decoder.unembed(rules, model.params, ran.last_D[None])[0])
         if not np.isfinite(logits_V).all():
             raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
         found, errors = [], []
@@ -104,7 +104,7 @@ class SaeRun:
             sae = placed(saes.load(site.layer), model)
             own, part = active_features(sae, read_TxD, read_TxD, np.arange(length) < len(ids_P))
             found.append((np.full(len(own[0]), site.layer, np.int32), *own))
-            errors.append(np.asarray(part["error_LxTxD"]))
+            errors.append(to_host(part["error_LxTxD"]))
         active = Active(*map(np.concatenate, zip(*found, strict=True)))
         if not len(active):
             raise UserError(f"no feature of {saes.name} is active in this prompt: is it of this model?")
@@ -217,8 +217,8 @@ class _Rows:
         # The features of each site and position, which stand together.
         group_A = _slots(run, active.layer_A) * tokens + active.position_A
         self._start_G = np.searchsorted(group_A, np.arange(len(layer_S) * tokens + 1))
-        self._token_PxD = np.asarray(run.stream_LxTxD[0, :tokens])
-        self._bias_SxD = np.stack([np.asarray(run.saes.load(layer).b_dec_D[...]) for layer in layer_S])
+        self._token_PxD = to_host(run.stream_LxTxD[0, :tokens])
+        self._bias_SxD = np.stack([to_host(run.saes.load(layer).b_dec_D[...]) for layer in layer_S])
 
     def __call__(self, readings: Readings, top_B: np.ndarray, put: Put) -> None:
         """Gives what each source contributes to each target.
@@ -238,7 +238,7 @@ class _Rows:
             batch = Readings(*by_row(mesh, *(part[np.resize(own_B, size)] for part in readings)))
             fixed = run.model.params, run.places, run.stream_LxTxD, run.held_SxTxD
             of = perturbed.gradients(run.rules, *fixed, batch, np.int32(top_B[own_B[0]]))
-            put(own_B, self._contributions(*(np.asarray(part) for part in of))[: len(own_B)])
+            put(own_B, self._contributions(*(to_host(part) for part in of))[: len(own_B)])
 
         with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:  # as in ``rows.Rows``
             list(pool.map(read, range(0, len(order_B), size)))

@@ -16,6 +16,7 @@ from saejax.attribution.replacement import Replacement
 from saejax.models import decoder
 from saejax.models.attention import Reach, full_reaches, mix
 from saejax.models.layers import einsum
+from saejax.parallel import to_host
 
 STEP = 16  # sources and targets are filled up to a multiple of this
 Placed = tuple[np.ndarray, np.ndarray, np.ndarray]  # layers [N], positions [N], vectors [N, D]
@@ -32,7 +33,7 @@ def mixed_values(replacement: Replacement, entries: Placed) -> list[np.ndarray]:
     for layer, x_TxD in enumerate(streams.stream_LxTxD):
         skip_DxD = _skip(replacement, layer)
         change_SxTxD, added = carry_up(replacement.frozen, params, np.int32(layer), x_TxD, skip_DxD, change_SxTxD)
-        mixed.append(np.asarray(added))
+        mixed.append(to_host(added))
         change_SxTxD += _placed(replacement, entries, layer + 1)
     return mixed
 
@@ -54,7 +55,7 @@ def edge_parts(
         fixed = frozen, params, np.int32(layer), streams.stream_LxTxD[layer], _skip(replacement, layer)
         cotangent_RxTxD, wanted_RxTxHxK = carry_down(*fixed, cotangent_RxTxD, _placed(replacement, readers, layer))
         cotangent_RxTxD += _placed(replacement, readers, layers + layer)
-        part_RxSxH = np.asarray(through(wanted_RxTxHxK, mixed[layer]))
+        part_RxSxH = to_host(through(wanted_RxTxHxK, mixed[layer]))
         found_LxHxE.append(part_RxSxH[target_E, source_E].T)
     return np.stack(found_LxHxE[::-1])
 

@@ -18,6 +18,7 @@ from saejax.attribution.head_passes import STEP, Placed, edge_parts, mixed_value
 from saejax.attribution.replacement import Replacement
 from saejax.attribution.targets import Readouts
 from saejax.errors import UserError
+from saejax.parallel import to_host
 
 MOST_BYTES = 2**31  # of what is kept between the two passes, and of the targets that go down at once
 MOST_GROUPS = 8  # of sources, for each of which all targets go down again
@@ -118,8 +119,8 @@ def _entries(replacement: Replacement, graph: Graph, chosen: np.ndarray) -> Plac
         own = features[nodes.layer_N[features] == layer]
         rows_UxD = replacement.transcoders.rows(int(layer), "W_dec", nodes.index_N[own])
         vector_SxD[own] = nodes.value_N[own, None] * rows_UxD
-    vector_SxD[errors] = np.asarray(streams.error_LxTxD)[nodes.layer_N[errors], nodes.position_N[errors]]
-    vector_SxD[tokens] = np.asarray(streams.stream_LxTxD[0])[nodes.position_N[tokens]]
+    vector_SxD[errors] = to_host(streams.error_LxTxD)[nodes.layer_N[errors], nodes.position_N[errors]]
+    vector_SxD[tokens] = to_host(streams.stream_LxTxD[0])[nodes.position_N[tokens]]
     return nodes.layer_N + 1, nodes.position_N, vector_SxD  # tokens have the layer -1
 
 

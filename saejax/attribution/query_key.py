@@ -32,6 +32,7 @@ from saejax.models import decoder
 from saejax.models.attention import Reach, attention_weights, full_reaches
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS
+from saejax.parallel import to_host
 
 _BLOCK = 1 << 22  # pairs that are in memory at once
 
@@ -139,7 +140,7 @@ def split_scores(
     position = check_head(config, layer, head, position, tokens)
     where = np.int32(layer), np.int32(head), np.int32(position)
     x_TxD = replacement.streams.stream_LxTxD[layer]
-    opened = Opened(*map(np.asarray, open_head(replacement.frozen, min(keys, len(x_TxD)), model.params, *where, x_TxD)))
+    opened = Opened(*map(to_host, open_head(replacement.frozen, min(keys, len(x_TxD)), model.params, *where, x_TxD)))
     count = int((np.asarray(opened.weight_J) > 0).sum())  # fewer at early positions
     part_GxKxS = _parts(replacement, sources, opened, layer, position, count)
     scores = []

@@ -30,7 +30,7 @@ from saejax.models import decoder
 from saejax.models.attention import full_reaches
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
-from saejax.parallel import fitting_sharding
+from saejax.parallel import fitting_sharding, to_host
 
 
 @jax.tree_util.register_dataclass
@@ -110,7 +110,7 @@ class Replacement:
             for name, value in dict(stream_LxTxD=entering_TxD, **part).items():
                 parts.setdefault(name, []).append(value)
         last_D, logits_V = read_out(frozen, params, x_TxD, last)
-        logits_V = np.asarray(logits_V)
+        logits_V = to_host(logits_V)
         if not np.isfinite(logits_V).all():
             raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
         if broken:
@@ -160,7 +160,7 @@ class Replacement:
         if self.streams.read_bias_LxTxD is None:
             return own_F
         layer_F, position_F = self.active.layer_A[chosen_F], self.active.position_A[chosen_F]
-        read_FxD = np.asarray(self.streams.read_bias_LxTxD)[layer_F, position_F]
+        read_FxD = to_host(self.streams.read_bias_LxTxD)[layer_F, position_F]
         return own_F + np.einsum("fd,fd->f", read_FxD, self.encoder_rows(chosen_F))
 
 

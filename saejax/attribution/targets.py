@@ -22,6 +22,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import einsum, norm
 from saejax.models.tokens import token_text
+from saejax.parallel import to_host
 
 
 class PromptRun(Protocol):
@@ -149,7 +150,7 @@ def _logits(run: PromptRun, targets: Sequence[Any], probability_V: np.ndarray) -
     first_K, second_K = pairs_Kx2.T
     single_K = second_K < 0
     arrays = logit_directions(run.rules, model.params, run.last_D, first_K, second_K)
-    vector_KxD, value_K, constant_K = map(np.asarray, arrays)
+    vector_KxD, value_K, constant_K = map(to_host, arrays)
     labels = [text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}" for a, b in pairs_Kx2.tolist()]
     logits_V = run.logits_V
     return Readouts(
@@ -182,7 +183,7 @@ def _direction(run: PromptRun, target: Direction) -> Readouts:
     if layer == config.n_layers and position != tokens - 1:
         raise UserError(f"the target {target.label!r} leaves the last layer: expected it at the last position")
     stream_D = run.last_D if layer == config.n_layers else run.stream_LxTxD[layer, position]
-    value_K = np.array([np.asarray(stream_D, np.float64) @ vector_D], np.float32)
+    value_K = np.array([to_host(stream_D).astype(np.float64) @ vector_D], np.float32)
     one = np.ones(1, np.int32)
     return Readouts(
         layer_K=layer * one,

@@ -27,6 +27,7 @@ from saejax.attribution.replacement import Replacement
 from saejax.attribution.targets import Readouts, logit_directions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
+from saejax.parallel import to_host
 
 _RUNS = 8  # changes that are made in one call
 # How often an activation is added with all held. The model is then affine, so this is doubling many times over; what it
@@ -117,7 +118,7 @@ def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, 
         delta_RxSxTxD = np.zeros((_RUNS, *run.read_SxTxD.shape), np.float32)
         delta_RxSxTxD[np.arange(_RUNS), slot_F[node_R[own]], position_F[node_R[own]]] = change_RxD[own]
         for rows, (read_RxSxTxD, readout_RxK) in zip(moves, _moved(run.rules, *fixed, *probes, delta_RxSxTxD)):
-            feature_RxF = np.einsum("rfd,fd->rf", np.asarray(read_RxSxTxD)[:, slot_F, position_F], encoder_FxD)
+            feature_RxF = np.einsum("rfd,fd->rf", to_host(read_RxSxTxD)[:, slot_F, position_F], encoder_FxD)
             rows.append(np.concatenate([feature_RxF, readout_RxK], axis=1))
     edge_RxT = graph.adjacency_TxS[np.concatenate([np.ones(len(features), bool), top_K])][:, node_R].T
     return Doubling(node_R, edge_RxT.astype(np.float64), *(np.concatenate(rows)[: len(node_R)] for rows in moves))

@@ -98,7 +98,7 @@ def test_fifty_random_triples_of_each_edit_agree_with_the_plain_way(tiny, prompt
         mean_F=rng.uniform(0, 1, dictionary.config.n_features).astype(np.float32) if kind == "mean" else None,
         seed=np.uint32(3) if kind == "random" else None,
     )
-    turned = [Prompt(**{**vars(p), "counterpart": p.text.replace("near", "with")}) for p in prompts]
+    turned = [Prompt(**{**vars(p), "counterpart": p.text.replace("near", "and")}) for p in prompts]
     others = split.run_counterparts(turned) if kind == "counterpart" else []
     sides = [
         ablation.ablate_sets(
