@@ -66,7 +66,7 @@ class Rows:
             for chunk, targets in enumerate(chunks):
                 put(targets, self._sources.collect(read_BxNxRxW[:, chunk, : len(targets)]))
 
-        # A CPU runs a program of this kind on one core, so two run at a time, on other devices one beside its sorting.
+        # One such program leaves cores of a CPU idle, so two run at a time, on other devices one beside its sorting.
         # Programs that speak with each other over several devices have to start in one order everywhere.
         workers = 2 if self._replacement.model.mesh.size == 1 else 1
         with ThreadPoolExecutor(workers) as pool:
