@@ -61,7 +61,7 @@ class GraphConfig(Config):
     )
     doubled: int = setting(
         32,
-        "features set to twice their activation, one by one, to see whether edges are right (0: none)",
+        "features raised with all held, and doubled with nothing held, to see whether edges are right (0: none)",
         low=0,
     )
     circuits: bool = setting(

@@ -1,13 +1,14 @@
 """Where a graph's attention came from: the leading heads, results and tables."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from made_transcoders import made_set
 
 from saejax import load_model
-from saejax.attribution import heads
+from saejax.attribution import heads, outputs
 from saejax.attribution.attention import OWN, attend, leading_heads
 from saejax.attribution.attribute import trace_prompt
 from saejax.attribution.neuronpedia import node_ids
@@ -106,3 +107,17 @@ def test_heads_as_they_are_written():
     for wrong in (("12",), ("a.b",), ("1.2@",), ("1.2", "none"), ("-1.0",)):
         with pytest.raises(UserError, match="--graph.query_key=.*expected layer.head"):
             read(*wrong)
+
+
+def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, traced, pruned):
+    written = {}
+    monkeypatch.setattr(outputs, "_HEADS_ON_PAGE", 5)
+    monkeypatch.setattr(outputs, "write_page", lambda path, document, **rest: written.update(rest))
+    attention = attend(traced, pruned, True, None)
+    (tmp_path / "heads").mkdir()
+    outputs.write_outputs(SimpleNamespace(folder=tmp_path), "one", pruned, [], attention)
+    ids, (source_E, target_E, weight_E) = node_ids(pruned), pruned.edges()
+    largest = np.argsort(-np.abs(weight_E), kind="stable")[:5]
+    strongest = {(ids[source_E[edge]], ids[target_E[edge]]) for edge in largest}
+    assert set(written["heads"]) == strongest & set(heads.named_heads(attention.carried, ids))
+    assert 0 < len(written["heads"]) < len(attention.carried)
