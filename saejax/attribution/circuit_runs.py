@@ -14,12 +14,12 @@ from flax import nnx
 
 from saejax.attribution.active import AT_ONCE
 from saejax.attribution.changed_layers import read_last
-from saejax.attribution.frozen import FrozenModel
+from saejax.attribution.frozen import RELP, FrozenModel
 from saejax.attribution.replacement import Replacement
 from saejax.attribution.targets import Readouts
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.attention import full_reaches
+from saejax.models.attention import whole_prompts
 from saejax.parallel import to_host
 
 
@@ -167,5 +167,5 @@ def run_layer(
         used_T = (position_T > 0) & (position_T < tokens)
         return jnp.where(used_T[None, :, None], kept_CxTxD.astype(value_CxTxD.dtype), value_CxTxD)
 
-    reaches = full_reaches(frozen.config, x_CxTxD.shape[1])
-    return decoder.block(frozen.config, params, layer, x_CxTxD, reaches, hook)
+    tables = whole_prompts(frozen.config, x_CxTxD.shape[1])
+    return decoder.run_layer(frozen.config, RELP, params, layer, x_CxTxD, tables, hook)

@@ -25,6 +25,7 @@ from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import mlp_neurons
+from saejax.models.rules import GRADIENT
 from saejax.models.sites import Site
 
 _WEIGHTS = ("gate_DxF", "gate_bias_F", "up_DxF", "up_bias_F")
@@ -60,7 +61,7 @@ class Neurons(Dictionary):
     def encode(self, x_BxTxD: jax.Array) -> jax.Array:
         """The neurons' activations [B, T, F]."""
         config: DecoderConfig = self.decoder
-        return mlp_neurons(config, {name: getattr(self, name)[...] for name in self.names}, x_BxTxD)
+        return mlp_neurons(config, GRADIENT, {name: getattr(self, name)[...] for name in self.names}, x_BxTxD)
 
     def fires(self, f_BxF: jax.Array) -> jax.Array:
         """Where activations are not 0: everywhere, in most models."""
