@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from saejax.causal.positions import where
-from saejax.dictionaries.modules import Dictionary
+from saejax.dictionaries import Basis
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
@@ -67,7 +67,7 @@ class SplitModel:
       UserError: the dictionary belongs to another model, or its sites do not exist there.
     """
 
-    def __init__(self, model: LanguageModel, dictionary: Dictionary, positions: str = "all", error: str = "keep"):
+    def __init__(self, model: LanguageModel, dictionary: Basis, positions: str = "all", error: str = "keep"):
         reads = Site.parse(dictionary.site).check(model.config)
         writes = Site.parse(dictionary.config.target or dictionary.site).check(model.config)
         if writes != reads and (writes.layer != reads.layer or writes.kind in ("resid_pre", "resid_post")):
