@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 
 from saejax.causal.controls import FeatureStatistics
-from saejax.causal.cut import Cut
 from saejax.causal.split import CleanRun, SplitModel, of_features
 from saejax.errors import UserError
+from saejax.models.split import SplitPoint
 from saejax.parallel import sharding
 
 
@@ -30,7 +30,7 @@ def total(split: SplitModel, parts: Iterable[tuple[int, np.ndarray, np.ndarray]]
     Raises:
       UserError: a feature's activation is not finite.
     """
-    found = FeatureStatistics.total(parts, np.asarray(_norms(split.cut, split.graph, split.state), np.float64))
+    found = FeatureStatistics.total(parts, np.asarray(_norms(split.point, split.graph, split.state), np.float64))
     if not np.isfinite(found.sum_F).all():
         raise UserError(
             f"feature {int(np.argmin(np.isfinite(found.sum_F)))} has an activation that is not finite: the dictionary "
@@ -53,7 +53,9 @@ def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """
     rows_PxF = np.concatenate(
         [
-            np.asarray(_maxima(split.cut, split.graph, split.state, run.read_BxTxD, run.domain_BxT))[: len(run.index_P)]
+            np.asarray(_maxima(split.point, split.graph, split.state, run.read_BxTxD, run.domain_BxT))[
+                : len(run.index_P)
+            ]
             for run in runs
         ]
     )
@@ -61,24 +63,26 @@ def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _maxima(cut: Cut, graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
+def _maxima(
+    point: SplitPoint, graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array
+) -> jax.Array:
     max_BxF = of_features(graph, state, (read_BxTxD, domain_BxT), lambda f_PxTxF: f_PxTxF.max(axis=1, initial=0.0))
-    return jax.lax.with_sharding_constraint(max_BxF, sharding(cut.mesh))
+    return jax.lax.with_sharding_constraint(max_BxF, sharding(point.mesh))
 
 
 def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Positions, and of each feature: at how many it fires, the sum of its sizes there, the sum of its activations."""
     kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
-    n, *sums = _count(split.cut, split.graph, split.state, run.read_BxTxD, run.domain_BxT, kept_B)
+    n, *sums = _count(split.point, split.graph, split.state, run.read_BxTxD, run.domain_BxT, kept_B)
     fires_F, size_F, total_F = (np.asarray(array) for array in sums)
     return int(n), fires_F, size_F, total_F.astype(np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _norms(cut: Cut, graph: nnx.GraphDef, state: nnx.State) -> jax.Array:
+def _norms(point: SplitPoint, graph: nnx.GraphDef, state: nnx.State) -> jax.Array:
     """Lengths of the features' directions, [F]."""
     W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...].astype(jnp.float32)
-    return jax.lax.with_sharding_constraint(jnp.linalg.norm(W_dec_FxD, axis=1), sharding(cut.mesh))
+    return jax.lax.with_sharding_constraint(jnp.linalg.norm(W_dec_FxD, axis=1), sharding(point.mesh))
 
 
 def fires_and_sizes(graph: nnx.GraphDef, state: nnx.State, f: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,7 +93,12 @@ def fires_and_sizes(graph: nnx.GraphDef, state: nnx.State, f: jax.Array) -> tupl
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _count(
-    cut: Cut, graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
+    point: SplitPoint,
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    kept_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     domain_BxT = domain_BxT & kept_B[:, None]
 
@@ -98,4 +107,4 @@ def _count(
 
     sums_BxF = of_features(graph, state, (read_BxTxD, domain_BxT), sums)
     counts = domain_BxT.sum(), *(array.sum(axis=0) for array in sums_BxF)
-    return jax.lax.with_sharding_constraint(counts, sharding(cut.mesh))
+    return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))

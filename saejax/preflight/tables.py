@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from saejax.attribution.memory import PHASES, Bytes
+from saejax.attribution.trace.memory import PHASES, Bytes
 from saejax.parallel import describe
 from saejax.preflight import memory
 from saejax.preflight.graphs import GraphWork

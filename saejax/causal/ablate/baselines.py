@@ -12,7 +12,7 @@ import numpy as np
 from saejax.causal.ablate import bases, verdict
 from saejax.causal.controls import TooFewControls
 from saejax.causal.split import SplitModel
-from saejax.dictionaries import Dictionary, load_dictionary
+from saejax.dictionaries import Basis, Dictionary, load_dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings import BASES, AblateConfig
@@ -80,7 +80,7 @@ def _compare_with(
 
 def _basis(
     wanted: str, experiment: Movable, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
-) -> Dictionary | str:
+) -> Basis | str:
     """A basis, or why there is none."""
     if wanted == "neurons":
         if model.config.post_norms:

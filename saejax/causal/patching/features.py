@@ -17,7 +17,6 @@ from flax import nnx
 
 from saejax.causal import activity, controls, screening
 from saejax.causal.ablation import ablate_sets
-from saejax.causal.cut import Cut
 from saejax.causal.patching.cells import measurable
 from saejax.causal.replacements import Replacement
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
@@ -26,6 +25,7 @@ from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
+from saejax.models.split import SplitPoint
 from saejax.parallel import sharding
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
@@ -188,17 +188,19 @@ def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[Cl
             other_arrays = (other.value_BxTxD, other.read_BxTxD, other.domain_BxT)
             arrays = (*own_arrays, *other_arrays, own.last_B, own.answers_Bx2)
             rows = split.by_row(*(array[some] for array in arrays))
-            diff_B = _run_parts(split.cut, split.graph, parts, split.params, split.state, *rows)
+            diff_B = _run_parts(split.point, split.graph, parts, split.params, split.state, *rows)
             index_P = own.index_P[some]
             diff_P[index_P] = np.asarray(diff_B, np.float64)[: len(index_P)]
     if not np.isfinite(diff_P).all():
-        raise UserError(f"a logit difference after patching {split.cut.site} is not finite: try --model.dtype=float32")
+        raise UserError(
+            f"a logit difference after patching {split.point.site} is not finite: try --model.dtype=float32"
+        )
     return diff_P
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run_parts(
-    cut: Cut,
+    point: SplitPoint,
     graph: nnx.GraphDef,
     parts: str,
     params: decoder.Params,
@@ -224,5 +226,5 @@ def _run_parts(
             featured_BxTxD = matmul(other_BxTxF - f_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
             change_BxTxD = featured_BxTxD if parts == "features" else change_BxTxD - featured_BxTxD
         patched_BxTxD = value_BxTxD + jnp.where(domain_BxT[..., None], change_BxTxD, jnp.zeros_like(change_BxTxD))
-    diff_B = cut.tail(params, stream_BxTxD, patched_BxTxD, last_B, answers_Bx2)
-    return jax.lax.with_sharding_constraint(diff_B, sharding(cut.mesh))
+    diff_B = point.difference(params, point.tail(params, stream_BxTxD, patched_BxTxD), last_B, answers_Bx2)
+    return jax.lax.with_sharding_constraint(diff_B, sharding(point.mesh))
