@@ -23,6 +23,7 @@ ORDER = [
     "evaluation",
     "activations",
     "tasks",
+    "costs",
     "dictionaries",
     "models",
     "parallel",

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from saejax.costs.programs import Program
 from saejax.errors import UserError
-from saejax.preflight.programs import Program
 
 # The first two keep libtpu from asking a metadata server and from taking the machine's one TPU for itself; the
 # others only keep it quiet about not being on a TPU host.
