@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.causal import activity, controls, screening
 from saejax.causal.ablation import ablate_sets
@@ -22,6 +21,7 @@ from saejax.causal.replacements import Replacement
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
 from saejax.causal.stages import Tick, silent
 from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
+from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
@@ -81,7 +81,7 @@ class FeaturePatching:
         self._measure()
 
     def _measure(self) -> None:
-        ks, every = steps(len(self._top)), nnx.merge(self._split.graph, self._split.state).config.n_features
+        ks, every = steps(len(self._top)), self._split.dictionary.config.n_features
         singles = [[feature] for feature in self._top]
         nested = [self._top[:k] for k in ks]
         random = [drawn_K[: self._firing_within(k)] for k in ks for drawn_K in self._drawn_NxK]
@@ -188,7 +188,7 @@ def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[Cl
             other_arrays = (other.value_BxTxD, other.read_BxTxD, other.domain_BxT)
             arrays = (*own_arrays, *other_arrays, own.last_B, own.answers_Bx2)
             rows = split.by_row(*(array[some] for array in arrays))
-            diff_B = _run_parts(split.point, split.graph, parts, split.params, split.state, *rows)
+            diff_B = _run_parts(split.point, parts, split.params, split.dictionary, *rows)
             index_P = own.index_P[some]
             diff_P[index_P] = np.asarray(diff_B, np.float64)[: len(index_P)]
     if not np.isfinite(diff_P).all():
@@ -198,13 +198,12 @@ def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[Cl
     return diff_P
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_parts(
     point: SplitPoint,
-    graph: nnx.GraphDef,
     parts: str,
     params: decoder.Params,
-    state: nnx.State,
+    dictionary: Basis,
     stream_BxTxD: jax.Array,
     value_BxTxD: jax.Array,
     read_BxTxD: jax.Array,
@@ -220,9 +219,9 @@ def _run_parts(
     if parts != "site":
         change_BxTxD = other_value_BxTxD - value_BxTxD
         if parts != "both":
-            f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
-            other_BxTxF = active_features(graph, state, other_read_BxTxD, other_domain_BxT)
-            W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
+            f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
+            other_BxTxF = active_features(dictionary, other_read_BxTxD, other_domain_BxT)
+            W_dec_FxD = dictionary.W_dec_FxD[...]
             featured_BxTxD = matmul(other_BxTxF - f_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
             change_BxTxD = featured_BxTxD if parts == "features" else change_BxTxD - featured_BxTxD
         patched_BxTxD = value_BxTxD + jnp.where(domain_BxT[..., None], change_BxTxD, jnp.zeros_like(change_BxTxD))
