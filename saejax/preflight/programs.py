@@ -88,12 +88,11 @@ def abstract_params(work: Work, mesh: Mesh, dtype: str, layers: int | None = Non
     return params
 
 
-def abstract_dictionary(work: Work, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """The tested dictionary as a split module, whole on every device."""
+def abstract_dictionary(work: Work, mesh: Mesh) -> Dictionary:
+    """The tested dictionary, whole on every device."""
     config, train = work.tested, work.train
     module = nnx.eval_shape(lambda: Dictionary.initial(config, jax.random.key(0), train.matmul, train.state_dtype))
-    graph, state = nnx.split(module)
-    return graph, _placed(state, mesh)
+    return _placed(module, mesh)
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:
@@ -226,7 +225,7 @@ def _abstract_member(work: Work, mesh: Mesh) -> MemberData:
 def _ablate(work: Work, mesh: Mesh) -> list[Program]:
     model, length = work.model, work.prompt
     point = SplitPoint(model, work.site, work.site, mesh, work.rules)
-    params, (graph, state) = abstract_params(work, mesh, work.dtype), abstract_dictionary(work, mesh)
+    params, dictionary = abstract_params(work, mesh, work.dtype), abstract_dictionary(work, mesh)
     d, f, k, rows = work.tested.d_in, work.tested.n_features, work.features, work.rows
 
     def values(place: Callable, count: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -264,10 +263,9 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
             run_head,
             (
                 point,
-                graph,
                 "keep",
                 params,
-                state,
+                dictionary,
                 _by_row(mesh, (PROMPTS, length), jnp.int32),
                 ends(PROMPTS)[0],
                 _by_row(mesh, (PROMPTS, length), bool),
@@ -281,10 +279,9 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
             screening.score_features,
             (
                 point,
-                graph,
                 screening.points(work.estimate),
                 params,
-                state,
+                dictionary,
                 *values(_by_row, PROMPTS),
                 values(_by_row, PROMPTS)[1],
                 _by_row(mesh, (PROMPTS, length), bool),
@@ -298,7 +295,7 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
             "ablate: features",
             f"{work.prompts} prompts, {k} features",
             ablation_programs.gather,
-            (point, graph, state, replacement, sides, _whole(mesh, (k,), jnp.int32), work.prompts),
+            (point, dictionary, replacement, sides, _whole(mesh, (k,), jnp.int32), work.prompts),
             params,
             len(sides) / 2 * work.prompts * encode,
         ),
@@ -315,7 +312,7 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
                 _by_row(mesh, (shards, own, k), bool),
                 _by_row(mesh, (shards, own, 2), jnp.int32),
             ),
-            state,
+            dictionary,
             tail + 2.0 * rows * length * k * d,
         ),
     ]
