@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from saejax.causal.patching import stage
+from saejax.causal.patching import run as stage
 from saejax.causal.patching.cells import Cells, cells_file
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
