@@ -21,7 +21,20 @@ from saejax.workspace import SUMMARY, read_json
 T = TypeVar("T")
 Settings = Mapping[str, Mapping[str, Any]]  # group -> field -> value
 
-CLASSES: dict[str, str] = {}  # stage -> "module:Class" of its results
+CLASSES = {  # stage -> "module:Class" of its results
+    "preflight": "saejax.preflight.results:PreflightResults",
+    "baseline": "saejax.tasks.results:BaselineResults",
+    "benchmark": "saejax.tasks.results:BenchmarkResults",
+    "capture": "saejax.activations.results:CaptureResults",
+    "train": "saejax.training.results:TrainResults",
+    "evaluate": "saejax.evaluation.results:EvaluateResults",
+    "ablate": "saejax.causal.ablate.results:AblateResults",
+    "patch": "saejax.causal.patching.results:PatchResults",
+    "probe": "saejax.causal.probes.results:ProbeResults",
+    "study": "saejax.causal.study.results:StudyResults",
+    "export": "saejax.dictionaries.results:ExportResults",
+    "report": "saejax.report.stage:ReportResults",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +67,23 @@ class Devices:
 
     count: int
     kinds: tuple[str, ...]
+    processes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """A mesh.
+
+    Attributes:
+      devices: how many.
+      kinds: their names, each once.
+      axes: size of each.
+      processes: how many.
+    """
+
+    devices: int
+    kinds: tuple[str, ...]
+    axes: Mapping[str, int]
     processes: int
 
 
