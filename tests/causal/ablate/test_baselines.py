@@ -12,7 +12,8 @@ from saejax.causal.split import SplitModel
 from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
 from saejax.models.sites import Site
-from saejax.settings import GROUPS, AblateConfig
+from saejax.settings import AblateConfig
+from saejax.stages import GROUPS
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_a_basis_that_changed_is_compared_anew(dictionary, tmp_path):
     configs["ablate"] = AblateConfig(baselines=(str(tmp_path / "other"),))
 
     def mark():
-        plan = pipeline.Plan(configs)
+        plan = pipeline.Workplan(configs)
         plan._marks |= {"<model>": "m", "<corpus>": "c", "<prompts>": "p"}
         return plan.mark("ablate/topk")
 
