@@ -26,6 +26,7 @@ ORDER = [
     "dictionaries",
     "models",
     "parallel",
+    "results",
     "workspace",
     "stages",
     "stage",
