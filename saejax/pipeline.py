@@ -9,6 +9,7 @@ from typing import Any
 
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
+from saejax.results import to_json
 from saejax.stage import Configs, Stage, load
 from saejax.stages import STAGES, groups_of
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
@@ -107,7 +108,7 @@ def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, st
     results = load(STAGES[stage].run)(run)
     seconds = round(time.monotonic() - clock, 2)
     if _first(plan):
-        summary = _describe(plan, stage, inputs) | dict(start=started, seconds=seconds, results=results)
+        summary = _describe(plan, stage, inputs) | dict(start=started, seconds=seconds, results=to_json(results))
         workspace.finish(stage, name, mark, summary)
     say(f"{unit}: done in {seconds:.1f} s")
 

@@ -21,6 +21,7 @@ class Stage:
       name: of its folder in a workdir, and of its binary.
       summary: what it does, one line.
       run: "module:function" that does it: a ``workspace.Run`` in, its results out.
+      results: "module:Class" of its results; "": they are plain JSON data.
       groups: the groups of configuration that its result depends on, as classes.
       reads_all: whether its result depends on all other stages' groups, too.
       placement: groups it reads that change only where and how fast it is computed.
@@ -54,6 +55,7 @@ class Stage:
     cost: str = ""
     programs: str = ""
     section: str = ""
+    results: str = ""
     many_processes: bool = False
 
     def units(self, configs: Configs) -> list[str]:

@@ -8,6 +8,7 @@ CAPTURE = Stage(
     name="capture",
     summary="records activations of the model at the wanted sites",
     run="saejax.activations.capture:run_capture",
+    results="saejax.activations.results:CaptureResults",
     groups=(ModelConfig, CorpusConfig, CaptureConfig),
     placement=(MeshConfig,),
     after=("baseline",),

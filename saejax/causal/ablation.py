@@ -163,7 +163,7 @@ class Work(NamedTuple):
         if plain:
             first_SxP = np.zeros((len(sets), count), np.int64)
         else:
-            first_BxF = np.asarray(first_change(split.point, split.graph, split.state, *source.arrays))
+            first_BxF = np.asarray(first_change(split.point, split.dictionary, *source.arrays))
             first_SxP = first_changes(first_BxF[:count], sets)
             first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
         shards = split.point.mesh.shape["data"]
@@ -223,7 +223,7 @@ def _dispatched(
             if features_K is not batch.features_K:
                 features_K = batch.features_K
                 removed_BxTxK, W_dec_KxD = gather(
-                    split.point, split.graph, split.state, *source.arrays, features_K, len(run.index_P)
+                    split.point, split.dictionary, *source.arrays, features_K, len(run.index_P)
                 )
                 bank = Bank(run.stream_BxTxD, run.value_BxTxD, removed_BxTxK, W_dec_KxD, past, logp_BxV)
             tree, rows = batch.filled(prompts, sets)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from saejax.causal.replacements import Replacement
 from saejax.causal.split import active_features, of_features
+from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
@@ -31,9 +31,9 @@ class Bank(NamedTuple):
     logp_BxV: jax.Array | None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def first_change(
-    point: SplitPoint, graph: nnx.GraphDef, state: nnx.State, replacement: Replacement, arrays: Sequence[jax.Array]
+    point: SplitPoint, dictionary: Basis, replacement: Replacement, arrays: Sequence[jax.Array]
 ) -> jax.Array:
     """The first position at which removing each feature changes anything, int32 [B, F]; T where it changes nothing.
 
@@ -44,19 +44,18 @@ def first_change(
     position_T = jnp.arange(length, dtype=jnp.int32)
 
     def first(f_PxTxF: jax.Array, domain_PxT: jax.Array, *others: jax.Array) -> jax.Array:
-        other_PxTxF = active_features(graph, state, *others) if others else f_PxTxF
+        other_PxTxF = active_features(dictionary, *others) if others else f_PxTxF
         changes_PxTxF = replacement.changes(f_PxTxF, other_PxTxF, domain_PxT)
         return jnp.min(jnp.where(changes_PxTxF, position_T[None, :, None], jnp.int32(length)), axis=1)
 
-    first_BxF = of_features(graph, state, [*arrays[:2], *arrays[1:]], first)
+    first_BxF = of_features(dictionary, [*arrays[:2], *arrays[1:]], first)
     return jax.lax.with_sharding_constraint(first_BxF, sharding(point.mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def gather(
     point: SplitPoint,
-    graph: nnx.GraphDef,
-    state: nnx.State,
+    dictionary: Basis,
     replacement: Replacement,
     arrays: Sequence[jax.Array],
     features_K: jax.Array,
@@ -72,10 +71,10 @@ def gather(
     def chosen(f_PxTxF: jax.Array) -> jax.Array:
         return f_PxTxF[:, :, features_K]
 
-    f_BxTxK = of_features(graph, state, arrays[:2], chosen)
-    other_BxTxK = of_features(graph, state, arrays[2:], chosen) if arrays[2:] else f_BxTxK
+    f_BxTxK = of_features(dictionary, arrays[:2], chosen)
+    other_BxTxK = of_features(dictionary, arrays[2:], chosen) if arrays[2:] else f_BxTxK
     removed_BxTxK = replacement.removed(f_BxTxK, other_BxTxK, arrays[1], features_K, prompts)
-    W_dec_KxD = nnx.merge(graph, state).W_dec_FxD[...][features_K]
+    W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
     return jax.lax.with_sharding_constraint((removed_BxTxK, W_dec_KxD), sharding(point.mesh))
 
 

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
+from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
@@ -66,10 +66,9 @@ def attribution(
             parts += [other.read_BxTxD, other.domain_BxT] if other else []
             attribution_BxF = score_features(
                 point,
-                split.graph,
                 points(estimate),
                 split.params,
-                split.state,
+                split.dictionary,
                 *split.by_row(*(part[own] for part in parts)),
             )
             index_P = run.index_P[own]
@@ -89,16 +88,15 @@ def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
 
 
 def _n_features(split: SplitModel) -> int:
-    return nnx.merge(split.graph, split.state).config.n_features
+    return split.dictionary.config.n_features
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def score_features(
     point: SplitPoint,
-    graph: nnx.GraphDef,
     points: int,
     params: decoder.Params,
-    state: nnx.State,
+    dictionary: Basis,
     stream_BxTxD: jax.Array,
     value_BxTxD: jax.Array,
     read_BxTxD: jax.Array,
@@ -108,11 +106,11 @@ def score_features(
     *counterparts: jax.Array,
 ) -> jax.Array:
     """The program behind ``attribution``, for one batch: [B, F]."""
-    removed_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
+    removed_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
     if counterparts:
-        other_BxTxF = active_features(graph, state, *counterparts)
+        other_BxTxF = active_features(dictionary, *counterparts)
         removed_BxTxF = jnp.where(domain_BxT[..., None], removed_BxTxF - other_BxTxF, jnp.zeros_like(removed_BxTxF))
-    W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
+    W_dec_FxD = dictionary.W_dec_FxD[...]
 
     def difference(value_BxTxD: jax.Array) -> jax.Array:
         # Prompts do not see each other, so the gradient of the sum holds every prompt's own.

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.causal.positions import where
 from saejax.dictionaries import Basis
@@ -61,7 +60,7 @@ class SplitModel:
     Attributes:
       point: where, static.
       params: of the decoder.
-      graph, state: the dictionary, split; its arrays are on the model's devices.
+      dictionary: its arrays are on the model's devices.
 
     Raises:
       UserError: the dictionary belongs to another model, or its sites do not exist there.
@@ -86,9 +85,8 @@ class SplitModel:
             )
         self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules)
         self.params = model.params
-        self.graph, state = nnx.split(dictionary)
         # By way of the host: the mesh may reach over processes that each loaded the dictionary, or hold parts of it.
-        self.state = jax.device_put(jax.tree.map(to_host, state), sharding(model.mesh))
+        self.dictionary = jax.device_put(jax.tree.map(to_host, dictionary), sharding(model.mesh))
         self._model, self._positions, self._error = model, positions, error
 
     def run(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
@@ -161,7 +159,7 @@ class SplitModel:
         for first in range(0, len(ids_BxT), PROMPTS):
             own = slice(first, first + PROMPTS)
             rows = self.by_row(ids_BxT[own], last_B[own], wanted_BxT[own])
-            *part, finite_B = run_head(self.point, self.graph, self._error, self.params, self.state, *rows)
+            *part, finite_B = run_head(self.point, self._error, self.params, self.dictionary, *rows)
             for row in np.flatnonzero(~np.asarray(finite_B))[:1]:
                 raise UserError(
                     f"the value of {self.point.site} is not finite in the prompt {texts[first + row]!r}: the "
@@ -185,13 +183,12 @@ def prefixes(ids_PxT: np.ndarray) -> np.ndarray:
     return prefix_PxT
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def run_head(
     point: SplitPoint,
-    graph: nnx.GraphDef,
     error: str,
     params: decoder.Params,
-    state: nnx.State,
+    dictionary: Basis,
     ids_BxT: jax.Array,
     last_B: jax.Array,
     wanted_BxT: jax.Array,
@@ -199,11 +196,10 @@ def run_head(
     """The program of the head: stream, value and what is read [B, T, D], the domain [B, T], which are finite [B]."""
     stream_BxTxD, value_BxTxD, read_BxTxD = point.head(params, ids_BxT)
     real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
-    dictionary = nnx.merge(graph, state)
     domain_BxT = real_BxT & dictionary.in_domain(read_BxTxD)
     finite_BxT = jnp.isfinite(value_BxTxD).all(axis=-1) & jnp.isfinite(read_BxTxD).all(axis=-1)
     if error == "drop":
-        rebuilt_BxTxD = dictionary(read_BxTxD).astype(value_BxTxD.dtype)
+        rebuilt_BxTxD = dictionary.decode(dictionary.encode(read_BxTxD), read_BxTxD).astype(value_BxTxD.dtype)
         value_BxTxD = jnp.where(domain_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
     found = stream_BxTxD, value_BxTxD, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
     return jax.lax.with_sharding_constraint(found, sharding(point.mesh))  # edited rows pick theirs from all of these
@@ -219,7 +215,7 @@ def record(
     return jax.lax.with_sharding_constraint((last_BxD, past), sharding(point.mesh))
 
 
-def of_features(graph: nnx.GraphDef, state: nnx.State, arrays: Sequence[jax.Array], use: Callable) -> Any:
+def of_features(dictionary: Basis, arrays: Sequence[jax.Array], use: Callable) -> Any:
     """``use(f_PxTxF, *rest)`` of ``PROMPTS`` prompts at a time, put together: all features of all take gigabytes.
 
     Args:
@@ -227,12 +223,12 @@ def of_features(graph: nnx.GraphDef, state: nnx.State, arrays: Sequence[jax.Arra
       use: gives arrays with P rows.
     """
     chunks = [array.reshape(-1, PROMPTS, *array.shape[1:]) for array in arrays]
-    found = jax.lax.map(lambda chunk: use(active_features(graph, state, *chunk[:2]), *chunk[2:]), chunks)
+    found = jax.lax.map(lambda chunk: use(active_features(dictionary, *chunk[:2]), *chunk[2:]), chunks)
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def active_features(graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
+@jax.jit
+def active_features(dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
     """Feature activations [B, T, F]; 0 outside the domain."""
-    f_BxTxF = nnx.merge(graph, state).encode(read_BxTxD)
+    f_BxTxF = dictionary.encode(read_BxTxD)
     return jnp.where(domain_BxT[:, :, None], f_BxTxF, jnp.zeros_like(f_BxTxF))

@@ -54,11 +54,10 @@ def abstract_params(
     return params
 
 
-def abstract_dictionary(config: DictionaryConfig, train: TrainConfig, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """A dictionary as a split module, whole on every device."""
+def abstract_dictionary(config: DictionaryConfig, train: TrainConfig, mesh: Mesh) -> Dictionary:
+    """A dictionary, whole on every device."""
     module = nnx.eval_shape(lambda: Dictionary.initial(config, jax.random.key(0), train.matmul, train.state_dtype))
-    graph, state = nnx.split(module)
-    return graph, placed(state, mesh)
+    return placed(module, mesh)
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:

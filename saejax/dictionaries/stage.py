@@ -7,6 +7,7 @@ EXPORT = Stage(
     name="export",
     summary="writes trained dictionaries in the formats of other tools: SAELens folders, circuit-tracer sets",
     run="saejax.dictionaries.export:run_export",
+    results="saejax.dictionaries.results:ExportResults",
     groups=(ExportConfig,),
     after=("train", "ablate"),
     needs=lambda configs, name: (f"train/{name.partition('-')[2]}",),

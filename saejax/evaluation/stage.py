@@ -8,6 +8,7 @@ EVALUATE = Stage(
     name="evaluate",
     summary="scores dictionaries on held-out text: fidelity, sparsity, cross-entropy recovered",
     run="saejax.evaluation.evaluate:run_evaluate",
+    results="saejax.evaluation.results:EvaluateResults",
     groups=(ModelConfig, EvaluateConfig),
     placement=(MeshConfig,),
     after=("capture", "train"),

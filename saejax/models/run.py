@@ -96,14 +96,14 @@ def run_layers(
         return LayersRun(*_split(lax.fori_loop(start, stop, lambda layer, carry: body(carry, layer)[0], carry), {}))
     parts: list[dict[str, jax.Array]] = []
     for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop))), stop]:
-        if start < layer or not (parts or layer < stop):
+        if start < layer or (collect and not parts and layer == stop):  # of no layers, arrays of none are collected
             carry, found = lax.scan(loop, carry, jnp.arange(start, layer))
             parts.append(found)
         if layer < stop:
             carry, found = step(carry, layer, hooked=True)
             parts.append({name: value[None] for name, value in found.items()})
         start = layer + 1
-    collected = parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+    collected = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if len(parts) > 1 else dict(*parts)
     return LayersRun(*_split(carry, collected))
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -14,6 +13,7 @@ from saejax.parallel import describe
 from saejax.preflight import parity, rates, tables
 from saejax.preflight.advice import GIB, advice
 from saejax.preflight.place import Place, find_place
+from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResults, UnitNeeds
 from saejax.preflight.shapes import Shape, named, read_shapes
 from saejax.preflight.sums import Needs, make_scene, replicated, stage_programs
 from saejax.preflight.topology import compile_for
@@ -21,7 +21,7 @@ from saejax.tasks.corpora import read_corpus
 from saejax.workspace import Run
 
 
-def run_preflight(run: Run) -> dict:
+def run_preflight(run: Run) -> PreflightResults:
     """Checks every model of ``--preflight.models``; for a single one that is to run here, disk and time too.
 
     Raises:
@@ -44,14 +44,12 @@ def run_preflight(run: Run) -> dict:
             run.say(line)
     found = [_facts(scene, needs, _compile(run, scene, place), place) for scene, needs in checked]
     _check_memory(checked, found, place)
-    results: dict[str, Any] = dict(
-        mesh=describe(place.mesh), topology=config.topology, limit_bytes=place.limit, models=found
-    )
+    results = PreflightResults(describe(place.mesh), config.topology, place.limit, tuple(found))
     if runs_here and checked:
-        results |= _plan(run, *checked[0])
+        results = _with_plan(run, results, *checked[0])
     if config.parity:
-        results["parity"] = {shape.path: _parity(run, shape, place) for shape in shapes}
-        _check_parity(results["parity"], config.tolerance)
+        results = dataclasses.replace(results, parity={shape.path: _parity(run, shape, place) for shape in shapes})
+        _check_parity(results.parity or {}, config.tolerance)
     return results
 
 
@@ -84,7 +82,7 @@ def _scenes(run: Run, shapes: Sequence[Shape], place: Place, text: tuple[int, in
     return scenes
 
 
-def _compile(run: Run, scene: Scene, place: Place) -> list[dict[str, Any]]:
+def _compile(run: Run, scene: Scene, place: Place) -> tuple[CompiledProgram, ...]:
     """Compiles the stages' programs for the slice that was named, if any; a line for each.
 
     Raises:
@@ -92,54 +90,51 @@ def _compile(run: Run, scene: Scene, place: Place) -> list[dict[str, Any]]:
     """
     topology = run.configs["preflight"].topology
     if not topology:
-        return []
+        return ()
     run.say(tables.programs_header(scene.name, topology))
     rows = []
     for program in stage_programs(scene):
         if run.stopping():
             raise Interrupted("preflight: stopped; it starts anew")
-        compiled = compile_for(program, place.limit)
-        run.say(tables.program_line(program, compiled, place))
-        rows.append(dict(name=program.name, size=program.size, flops=program.flops, **dataclasses.asdict(compiled)))
-    largest, fits = max(rows, key=lambda row: row["memory"]), all(row["fits"] for row in rows)
-    run.say(tables.verdict_line(scene.name, largest["name"], largest["memory"], fits, place))
-    return rows
+        rows.append(compile_for(program, place.limit))
+        run.say(tables.program_line(rows[-1], place))
+    run.say(tables.verdict_line(scene.name, rows, place))
+    return tuple(rows)
 
 
-def _facts(scene: Scene, needs: Needs, compiled: Sequence[Mapping[str, Any]], place: Place) -> dict[str, Any]:
+def _facts(scene: Scene, needs: Needs, compiled: tuple[CompiledProgram, ...], place: Place) -> ModelNeeds:
     """One model's entry in the results; what was compiled decides whether it fits."""
-    return dict(
+    return ModelNeeds(
         name=scene.name,
         family=scene.model.family,
         layers=scene.model.n_layers,
         d=scene.model.d_model,
         parameters=parameters(scene.model),
         dtype=scene.dtype,
-        bytes={unit: dataclasses.asdict(cost.bytes) for unit, cost in needs.units.items()},
-        peak_bytes=max((row["memory"] for row in compiled), default=needs.peak),
-        fits=all(row["fits"] for row in compiled) if compiled else needs.peak <= place.limit,
-        replicated=replicated(scene, needs),
-        programs=list(compiled),
-        details={unit: dict(cost.details) for unit, cost in needs.units.items() if cost.details},
+        units={unit: UnitNeeds(cost.bytes, cost.counts, cost.details) for unit, cost in needs.units.items()},
+        peak_bytes=max((program.memory for program in compiled), default=needs.peak),
+        fits=all(program.fits for program in compiled) if compiled else needs.peak <= place.limit,
+        replicated=tuple(replicated(scene, needs)),
+        programs=compiled,
     )
 
 
-def _check_memory(checked: Sequence[tuple[Scene, Needs]], found: Sequence[Mapping[str, Any]], place: Place) -> None:
+def _check_memory(checked: Sequence[tuple[Scene, Needs]], found: Sequence[ModelNeeds], place: Place) -> None:
     """A ``UserError`` that names the models that do not fit, and what would."""
     messages = []
     for (scene, _), facts in zip(checked, found, strict=True):
-        if not facts["fits"]:
-            changes = advice(scene, place.limit, place.kind, facts["peak_bytes"])
+        if not facts.fits:
+            changes = advice(scene, place.limit, place.kind, facts.peak_bytes)
             messages.append(
-                f"{scene.name} needs about {facts['peak_bytes'] / GIB:.1f} GiB per device, but there are "
+                f"{scene.name} needs about {facts.peak_bytes / GIB:.1f} GiB per device, but there are "
                 f"{place.limit / GIB:.1f}: use {', or '.join(changes) or 'a smaller model'}"
             )
     if messages:
         raise UserError("; ".join(messages))
 
 
-def _plan(run: Run, scene: Scene, needs: Needs) -> dict[str, Any]:
-    """What the run reads and writes and how long it takes; a ``UserError`` if the disk is too small."""
+def _with_plan(run: Run, results: PreflightResults, scene: Scene, needs: Needs) -> PreflightResults:
+    """With what the run reads and writes and how long it takes; a ``UserError`` if the disk is too small."""
     measured = rates.matmul_rates()
     seconds, free = needs.seconds(measured), psutil.disk_usage(str(run.folder)).free
     shown = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in measured.items())
@@ -156,14 +151,14 @@ def _plan(run: Run, scene: Scene, needs: Needs) -> dict[str, Any]:
             f"the run needs about {needs.disk / GIB:.1f} GiB of disk, but {free / GIB:.1f} are free for {run.folder}: "
             "use another --workdir or a smaller --corpus.max_tokens"
         )
-    return dict(
+    return dataclasses.replace(
+        results,
         documents=scene.documents,
         tokens=scene.tokens,
         disk_bytes=needs.disk,
         disk_free_bytes=free,
         matmul_flops_per_second=measured,
         seconds=seconds,
-        counts={unit: dict(cost.counts) for unit, cost in needs.units.items() if cost.counts},
     )
 
 

@@ -24,6 +24,7 @@ PREFLIGHT = Stage(
     name="preflight",
     summary="says what will run, whether it fits, and roughly how long it takes",
     run="saejax.preflight.checks:run_preflight",
+    results="saejax.preflight.results:PreflightResults",
     groups=(PreflightConfig,),
     reads_all=True,
     first=True,

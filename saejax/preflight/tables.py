@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from saejax.costs.cost import Scene
 from saejax.costs.passes import parameters
-from saejax.costs.programs import Program
 from saejax.parallel import describe
 from saejax.preflight.advice import GIB
 from saejax.preflight.place import Place
+from saejax.preflight.results import CompiledProgram
 from saejax.preflight.sums import Needs, replicated
-from saejax.preflight.topology import Compiled
 
 _COLUMNS = ("parameters", "dtype", "layers", "model", "dictionary", "optimizer", "activations", "peak")
 
@@ -17,8 +16,8 @@ _COLUMNS = ("parameters", "dtype", "layers", "model", "dictionary", "optimizer",
 def place_line(place: Place) -> str:
     """The devices and their mesh."""
     facts = describe(place.mesh)
-    axes = " x ".join(f"{axis} {size}" for axis, size in facts["axes"].items())
-    return f"{facts['devices']} x {', '.join(facts['kinds'])}, {place.limit / GIB:.2f} GiB each; mesh {axes}"
+    axes = " x ".join(f"{axis} {size}" for axis, size in facts.axes.items())
+    return f"{facts.devices} x {', '.join(facts.kinds)}, {place.limit / GIB:.2f} GiB each; mesh {axes}"
 
 
 def memory_lines(found: Sequence[tuple[Scene, Needs]], place: Place) -> list[str]:
@@ -55,10 +54,11 @@ def seconds_line(seconds: Mapping[str, float]) -> str:
     return f"roughly {sum(seconds.values()) / 60:.0f} minutes if nothing is done yet: {stages}"
 
 
-def verdict_line(name: str, program: str, needed: int, fits: bool, place: Place) -> str:
+def verdict_line(name: str, programs: Sequence[CompiledProgram], place: Place) -> str:
     """What a model needs, by the compiler."""
-    sizes = f"{needed / GIB:.2f} of {place.limit / GIB:.2f} GiB per device"
-    return f"{name}: at the peak ({program}) {sizes}: {'fits' if fits else 'does not fit'}"
+    largest, fits = max(programs, key=lambda program: program.memory), all(program.fits for program in programs)
+    sizes = f"{largest.memory / GIB:.2f} of {place.limit / GIB:.2f} GiB per device"
+    return f"{name}: at the peak ({largest.name}) {sizes}: {'fits' if fits else 'does not fit'}"
 
 
 def programs_header(name: str, topology: str) -> str:
@@ -69,11 +69,11 @@ def programs_header(name: str, topology: str) -> str:
     )
 
 
-def program_line(program: Program, compiled: Compiled, place: Place) -> str:
+def program_line(program: CompiledProgram, place: Place) -> str:
     """What a program needs."""
-    verdict = "fits" if compiled.fits else f"does not fit into {place.limit / GIB:.2f}"
-    counted = "-" if compiled.counted_flops is None else f"{compiled.counted_flops / 1e9:,.1f}"
+    verdict = "fits" if program.fits else f"does not fit into {place.limit / GIB:.2f}"
+    counted = "-" if program.counted_flops is None else f"{program.counted_flops / 1e9:,.1f}"
     return (
-        f"  {program.name:<21} {program.size:<44} {compiled.memory / GIB:7.2f} GiB {verdict} "
-        f"{program.flops / 1e9:>13,.1f} GFLOP ({counted})  compiled in {compiled.seconds:.0f} s"
+        f"  {program.name:<21} {program.size:<44} {program.memory / GIB:7.2f} GiB {verdict} "
+        f"{program.flops / 1e9:>13,.1f} GFLOP ({counted})  compiled in {program.seconds:.0f} s"
     )

@@ -30,6 +30,7 @@ TRAIN = Stage(
     name="train",
     summary="trains sparse dictionaries on the captured activations",
     run="saejax.training.train:run_train",
+    results="saejax.training.results:TrainResults",
     groups=(TrainConfig,),
     placement=(MeshConfig,),
     after=("capture",),

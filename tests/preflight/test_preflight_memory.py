@@ -43,7 +43,7 @@ def test_what_stays_is_counted_to_the_byte(tiny_llama, data, model):
     moments = held(state.optimizer)
     assert need.optimizer == pytest.approx(moments + need.dictionary, abs=64)  # and the gradient; counters are left out
     abstract = abstract_dictionary(scene.dictionary("ablate"), scene.configs["train"], mesh)
-    assert units["ablate/topk"].bytes.dictionary == sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract[1]))
+    assert units["ablate/topk"].bytes.dictionary == sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract))
 
 
 def test_dtypes_and_what_capture_reads():

@@ -43,7 +43,7 @@ def test_a_list_of_models(tmp_path, capsys, host):
     assert "smollm2-135m.json: 9 query heads over 8 devices: o, q are replicated" in output
     results = json.loads((tmp_path / "preflight" / "summary.json").read_text())["results"]
     assert [model["parameters"] for model in results["models"]] == [134_515_008, 596_049_920]
-    weights = results["models"][0]["bytes"]["ablate/topk"]["model"]
+    weights = results["models"][0]["units"]["ablate/topk"]["bytes"]["model"]
     assert weights < 2 * 134_515_008 < 8 * weights
     assert results["mesh"]["axes"] == dict(member=1, data=1, model=8) and "seconds" not in results
 

@@ -68,24 +68,21 @@ def test_the_decoder_and_its_gradients(tiny_llama, one_device):
 
 @pytest.mark.parametrize("points", [1, 10])
 def test_attribution(tiny_llama, one_device, points):
-    from flax import nnx
-
     from saejax import load_model
     from saejax.dictionaries import DictionaryConfig
 
     lm = load_model(str(tiny_llama), mesh=one_device)
     config = DictionaryConfig(kind="standard", site="resid_post.1", d_in=lm.config.d_model, n_features=32)
-    graph, state = nnx.split(Dictionary.initial(config, jax.random.key(0)))
+    dictionary = Dictionary.initial(config, jax.random.key(0))
     site = Site.parse(config.site)
     point = SplitPoint(lm.config, site, site, one_device)
     value = jnp.ones((2, 6, lm.config.d_model))
     check(
-        lambda params, state: screening.score_features(
+        lambda params, dictionary: screening.score_features(
             point,
-            graph,
             points,
             params,
-            state,
+            dictionary,
             value,
             value,
             value,
@@ -94,6 +91,6 @@ def test_attribution(tiny_llama, one_device, points):
             jnp.ones((2, 2), int),
         ),
         lm.params,
-        state,
+        dictionary,
         least=8,
     )

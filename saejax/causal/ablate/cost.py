@@ -79,7 +79,7 @@ def ablate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
     used, train, prompts, k = scene.dictionary("ablate"), scene.configs["train"], kept_prompts(scene), _gathered(scene)
     site, d, f, rows = Site.parse(used.site), used.d_in, used.n_features, ablate.batch_rows
     point = SplitPoint(model, site, site, mesh, RunRules(remat=scene.configs["model"].remat))
-    params, (graph, state) = abstract_params(model, mesh, scene.dtype), abstract_dictionary(used, train, mesh)
+    params, dictionary = abstract_params(model, mesh, scene.dtype), abstract_dictionary(used, train, mesh)
 
     def values(place: Callable, count: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """The stream and the site's value."""
@@ -107,47 +107,28 @@ def ablate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
     own = -(-rows // shards)  # of a shard
     shapes = ((own,), (own,), (own, length), (own * length,), (own * length,))
     tree = Tree(*(by_row(mesh, (shards, *shape), jnp.int32) for shape in shapes))
+    ids_BxT, wanted_BxT = by_row(mesh, (PROMPTS, length), jnp.int32), by_row(mesh, (PROMPTS, length), bool)
+    head = (point, "keep", params, dictionary, ids_BxT, ends(PROMPTS)[0], wanted_BxT)
+    read_BxTxD = values(by_row, PROMPTS)[1]
+    slopes = (*values(by_row, PROMPTS), read_BxTxD, wanted_BxT, *ends(PROMPTS))
+    many, features_K = points(ablate.estimate), whole(mesh, (k,), jnp.int32)
+    edited = (by_row(mesh, (shards, own, k), bool), by_row(mesh, (shards, own, 2), jnp.int32))
+    slope_flops = 3.0 * many * pass_flops(model, PROMPTS * length, length, above) + 2.0 * PROMPTS * encode
     return [
-        Program(
-            "ablate: head",
-            size,
-            run_head,
-            (
-                point,
-                graph,
-                "keep",
-                params,
-                state,
-                by_row(mesh, (PROMPTS, length), jnp.int32),
-                ends(PROMPTS)[0],
-                by_row(mesh, (PROMPTS, length), bool),
-            ),
-            (),
-            pass_flops(model, PROMPTS * length, length, site.layer + 1),
-        ),
+        Program("ablate: head", size, run_head, head, (), pass_flops(model, PROMPTS * length, length, site.layer + 1)),
         Program(
             "ablate: attribution",
             size,
             screening.score_features,
-            (
-                point,
-                graph,
-                points(ablate.estimate),
-                params,
-                state,
-                *values(by_row, PROMPTS),
-                values(by_row, PROMPTS)[1],
-                by_row(mesh, (PROMPTS, length), bool),
-                *ends(PROMPTS),
-            ),
+            (point, many, params, dictionary, *slopes),
             (),
-            3.0 * points(ablate.estimate) * pass_flops(model, PROMPTS * length, length, above) + 2.0 * PROMPTS * encode,
+            slope_flops,
         ),
         Program(
             "ablate: features",
             f"{prompts} prompts, {k} features",
             ablation_programs.gather,
-            (point, graph, state, replacement, sides, whole(mesh, (k,), jnp.int32), prompts),
+            (point, dictionary, replacement, sides, features_K, prompts),
             params,
             len(sides) / 2 * prompts * encode,
         ),
@@ -155,16 +136,8 @@ def ablate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
             "ablate: tail",
             f"{rows} edited prompts",
             ablation_programs.run_rows,
-            (
-                point,
-                params,
-                bank,
-                tree,
-                tree.place_SxR,
-                by_row(mesh, (shards, own, k), bool),
-                by_row(mesh, (shards, own, 2), jnp.int32),
-            ),
-            state,
+            (point, params, bank, tree, tree.place_SxR, *edited),
+            dictionary,
             pass_flops(model, rows * length, length, above) + 2.0 * rows * length * k * d,
         ),
     ]

@@ -7,9 +7,9 @@ features it takes (``nested``). On request the top features are tested as a circ
 that fires is removed by itself (``importance``).
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from saejax.causal import positions, stability
 from saejax.causal.ablate import agreement, baselines, nested, verdict
 from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance
+from saejax.causal.ablate.results import AblateResults, BehaviourAblation, HalvesAgreement
 from saejax.causal.circuits.measure import test_circuit
 from saejax.causal.split import SplitModel
 from saejax.causal.stages import (
@@ -39,15 +40,12 @@ from saejax.settings import AblateConfig
 from saejax.workspace import Run, write_text
 
 
-def run_ablate(run: Run) -> dict:
+def run_ablate(run: Run) -> AblateResults:
     """Tests a dictionary's features on every behaviour.
 
     A behaviour is a part in the sense of ``stages``. Its logit differences, from which every figure can be derived
     again, are in ``<behaviour>-prompts.jsonl``, the drawn controls in ``<behaviour>-controls.jsonl`` and, if they were
     asked for, the effects of all features in ``<behaviour>-importance.parquet``.
-
-    Returns:
-      The results; WORKSPACE.md describes them.
     """
     config: AblateConfig = run.configs["ablate"]
     positions.parse(config.positions)
@@ -63,12 +61,12 @@ def run_ablate(run: Run) -> dict:
         def measure(name: str, tick: Tick) -> Measured:
             experiment = ModelExperiment(split, name, prompts[name], config, tick, partial_folder(run, name))
             results = _test_and_save(run, experiment, config, model, dictionary, others)
-            return Measured(results, results["reason"])
+            return Measured(results, results.reason)
 
         return measure
 
-    behaviours = each_part(run, list(prompts), begin)
-    return dict(
+    behaviours = each_part(run, list(prompts), begin, BehaviourAblation)
+    return AblateResults(
         dictionary=config.dictionary,
         site=dictionary.site,
         rule=verdict.rule(config),
@@ -86,25 +84,33 @@ def _test_and_save(
     model: LanguageModel,
     dictionary: Dictionary,
     others: Mapping[str, Dictionary],
-) -> dict[str, Any]:
+) -> BehaviourAblation:
     results, measured = verdict.judge(experiment.name, experiment, config)
-    of_sets, scores = _test_sets(experiment, measured, config)
-    results |= of_sets
+    results, scores = _with_sets(results, experiment, measured, config)
     if config.baselines:
-        results["baselines"] = baselines.compare(experiment, model, dictionary, config)
-    importance = None
+        results = dataclasses.replace(results, baselines=baselines.compare(experiment, model, dictionary, config))
     if config.effects == "all":
         importance, drop_NxP = measure_importance(experiment, config)
-        halves = stability.between_halves(drop_NxP, config.seed)
-        least = least_p(len(experiment.test), PERMUTATIONS)
-        results["importance"] = importance.summary(config.top) | dict(stability=halves, least_p=least)
+        halves = HalvesAgreement(**stability.between_halves(drop_NxP, config.seed))
+        summary = importance.summary(config.top, halves, least_p(len(experiment.test), PERMUTATIONS))
         if others:
             pairs = agreement.measure_agreement(experiment, importance, model, dictionary, others, config)
-            results["importance"]["agreement"] = pairs
-    if not is_first_process():
-        return results
-    if importance:
-        importance.save(importance_file(run.folder, experiment.name))
+            summary = dataclasses.replace(summary, agreement=pairs)
+        results = dataclasses.replace(results, importance=summary)
+        if is_first_process():
+            importance.save(importance_file(run.folder, experiment.name))
+    if is_first_process():
+        _save_scores(run, experiment, measured, scores)
+    return results
+
+
+def _save_scores(
+    run: Run,
+    experiment: ModelExperiment,
+    measured: verdict.JudgedDiffs,
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+) -> None:
+    """Writes the logit difference of every test prompt under every removal, and the drawn controls."""
     by_prompt = [
         dict(
             text=prompt.text,
@@ -122,24 +128,23 @@ def _test_and_save(
     for ending, lines in (("-prompts.jsonl", by_prompt), ("-controls.jsonl", drawn)):
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         write_text(part_file(run, experiment.name, ending), text)
-    return results
 
 
-def _test_sets(
-    experiment: ModelExperiment, measured: verdict.Measured, config: AblateConfig
-) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-    """The entries of sets in the results, as far as they were asked for, and the scores behind them, prompts last."""
-    results: dict[str, Any] = {}
+def _with_sets(
+    results: BehaviourAblation, experiment: ModelExperiment, measured: verdict.JudgedDiffs, config: AblateConfig
+) -> tuple[BehaviourAblation, dict[str, dict[str, np.ndarray]]]:
+    """The results with those of sets, as far as they were asked for, and the scores behind them, prompts last."""
     scores: dict[str, dict[str, np.ndarray]] = {}
     if config.curve:
         curve = nested.cumulative_curve(experiment, measured)
-        results["curve"] = curve.summary(config)
+        results = dataclasses.replace(results, curve=curve.summary(config))
         scores["curve"] = dict(top=curve.top_SxP, controls=curve.controls_CxNxP)
     if config.greedy:
         grown = nested.grow(experiment, measured.attribution_F, config.greedy)
-        results["greedy"] = grown.summary(config)
+        results = dataclasses.replace(results, greedy=grown.summary(config))
         scores["greedy"] = dict(greedy=grown.greedy_NxP, top=grown.top_NxP)
     if config.circuit_tests:
-        results["circuit"], of_circuit = test_circuit(experiment, measured.top, config)
+        circuit, of_circuit = test_circuit(experiment, measured.top, config)
+        results = dataclasses.replace(results, circuit=circuit)
         scores["circuit"] = of_circuit.by_kind if of_circuit else {}
     return results, scores

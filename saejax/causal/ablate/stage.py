@@ -25,6 +25,7 @@ ABLATE = Stage(
     name="ablate",
     summary="ablates top features against matched random ones and says which features cause the behaviours",
     run="saejax.causal.ablate.run:run_ablate",
+    results="saejax.causal.ablate.results:AblateResults",
     groups=(ModelConfig, AblateConfig),
     placement=(MeshConfig,),
     after=("baseline", "train", "evaluate"),

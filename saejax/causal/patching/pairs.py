@@ -2,10 +2,11 @@
 
 import collections
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from saejax.causal.patching.results import TokenColumn
 from saejax.causal.split import LENGTH_STEP
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
@@ -51,7 +52,7 @@ def fitting_pairs(
     return fitting, {"no counterpart": len(own) - len(paired), "other length": len(paired) - len(fitting)}
 
 
-def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> tuple[TokenColumn, ...]:
     """What stands at each position, counted from the end, first position first."""
     text = token_text(model.tokenizer)
     sides = [model.tokenize([getattr(p, side) for p in prompts]) for side in ("text", "counterpart")]
@@ -61,7 +62,7 @@ def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> list[di
         ids, others = (tokens.ids_BxT[has_P, (tokens.lengths_B + position)[has_P]] for tokens in sides)
         ((token, count),) = collections.Counter(ids.tolist()).most_common(1)
         columns.append(
-            dict(
+            TokenColumn(
                 position=position,
                 prompts=int(has_P.sum()),
                 token=text(token),
@@ -69,7 +70,7 @@ def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> list[di
                 differs=float((ids != others).mean()),
             )
         )
-    return columns
+    return tuple(columns)
 
 
 def group_pairs(model: LanguageModel, point: SplitPoint, prompts: Sequence[Prompt]) -> list[Pairs]:

@@ -4,15 +4,23 @@ A unit for each kind of site patches it at every layer and position (``sites``);
 features (``features``). Test prompts judge; train prompts choose features.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from saejax.causal.patching.cells import cells_file, make_cells, measurable
 from saejax.causal.patching.features import FeaturePatching
+from saejax.causal.patching.grid import grid_file, make_grid, measurable
 from saejax.causal.patching.pairs import describe_columns, fitting_pairs
+from saejax.causal.patching.results import (
+    FeaturePatchResults,
+    PatchedFeatures,
+    PatchedSites,
+    PatchResults,
+    SitePatchResults,
+    UnpatchedBehaviour,
+    WorkShare,
+)
 from saejax.causal.patching.sites import patch_sites
 from saejax.causal.split import SplitModel
 from saejax.causal.stages import (
@@ -37,17 +45,15 @@ AT_CHANCE = (
     "the model's logit difference does not clearly fall from the prompts to their counterparts: there is nothing to "
     "divide effects by"
 )
-MeasurePairs = Callable[[str, Sequence[Prompt], Sequence[Prompt], Tick], Measured]  # train prompts, test pairs
+# Of a behaviour by its name, train prompts, test pairs, and how many test prompts are left out and why.
+MeasurePairs = Callable[[str, Sequence[Prompt], Sequence[Prompt], Mapping[str, int], Tick], Measured]
 
 
-def run_patch(run: Run) -> dict:
+def run_patch(run: Run) -> PatchResults:
     """Patches a kind of site, or features, of every behaviour.
 
-    A behaviour is a part in the sense of ``stages``; of a kind of site every cell is in
-    ``<behaviour>-patching.parquet``.
-
-    Returns:
-      The results; WORKSPACE.md describes them. A behaviour that cannot be patched is said, and the others go on.
+    A behaviour is a part in the sense of ``stages``; of a kind of site every place is in
+    ``<behaviour>-patching.parquet``. A behaviour that cannot be patched is said, and the others go on.
 
     Raises:
       UserError: none can be patched.
@@ -66,14 +72,14 @@ def run_patch(run: Run) -> dict:
             pairs, left_out = fitting_pairs(model, prompts[name])
             missing = _missing(train if dictionary else None, pairs, left_out)
             if missing:
-                return Measured(dict(unpatched=missing), f"not patched: {missing}")
-            results, said = measure(name, train, pairs, tick)
-            return Measured(results | dict(left_out=left_out), said)
+                return Measured(UnpatchedBehaviour(missing), f"not patched: {missing}")
+            return measure(name, train, pairs, left_out, tick)
 
         return measure_pairs
 
-    found = each_part(run, named or list(prompts), begin, "tokens" if dictionary else "rows")
-    unpatched = {name: result["unpatched"] for name, result in found.items() if "unpatched" in result}
+    kind: Any = (PatchedFeatures if dictionary else PatchedSites) | UnpatchedBehaviour
+    found = each_part(run, named or list(prompts), begin, kind, "tokens" if dictionary else "rows")
+    unpatched = {name: one.unpatched for name, one in found.items() if isinstance(one, UnpatchedBehaviour)}
     if len(unpatched) == len(found):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unpatched.items())
         raise UserError(
@@ -81,11 +87,10 @@ def run_patch(run: Run) -> dict:
             "for features train prompts, too; give them in --task.prompts, or name other behaviours with "
             "--patch.behaviours"
         )
-    about: dict[str, Any] = dict(kind=run.name)
-    if dictionary:
-        about = dict(dictionary=config.dictionary, site=dictionary.site, top=config.top, draws=config.draws)
     behaviours = {name: result for name, result in found.items() if name not in unpatched}
-    return about | dict(behaviours=behaviours, unpatched=unpatched)
+    if not dictionary:
+        return SitePatchResults(run.name, behaviours, unpatched)
+    return FeaturePatchResults(config.dictionary, dictionary.site, config.top, config.draws, behaviours, unpatched)
 
 
 def _missing(train: Sequence[Prompt] | None, pairs: Sequence[Prompt], left_out: Mapping[str, int]) -> str:
@@ -99,26 +104,28 @@ def _missing(train: Sequence[Prompt] | None, pairs: Sequence[Prompt], left_out: 
 
 
 def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
-    """What patches the unit's kind of site at every layer and position, and writes the cells."""
+    """What patches the unit's kind of site at every layer and position, and writes the grid."""
     config: PatchConfig = run.configs["patch"]
 
-    def measure(name: str, train: Sequence[Prompt], pairs: Sequence[Prompt], tick: Tick) -> Measured:
+    def measure(
+        name: str, train: Sequence[Prompt], pairs: Sequence[Prompt], left_out: Mapping[str, int], tick: Tick
+    ) -> Measured:
         patched = patch_sites(model, run.name, pairs, config.batch_rows, tick)
-        cells = make_cells(patched, config.bootstrap, config.seed)
-        cells.save(cells_file(run.folder, name))
-        results = dict(
-            **differences(patched.clean_P, patched.corrupted_P, config),
+        grid = make_grid(patched, config.bootstrap, config.seed)
+        grid.save(grid_file(run.folder, name))
+        results = PatchedSites(
+            **differences(patched.clean_P, patched.corrupted_P, left_out, config),
             columns=describe_columns(model, pairs),
-            strongest=cells.strongest(),
-            rows=dict(run=patched.rows, all=patched.all_rows),
-            work=dict(run=patched.work, all=patched.all_work),
+            strongest=grid.strongest(),
+            rows=WorkShare(patched.rows, patched.all_rows),
+            work=WorkShare(patched.work, patched.all_work),
         )
-        found = results["strongest"]["denoising"]
-        said = (
-            f"{results['reason'] or 'most is restored'} at layer {found['layer']}, position {found['position']}: "
-            f"{found['effect']:.2f} of {results['difference']['mean']:.2f} logits"
+        found = results.strongest["denoising"]
+        message = (
+            f"{results.reason or 'most is restored'} at layer {found.layer}, position {found.position}: "
+            f"{found.effect:.2f} of {results.difference.mean:.2f} logits"
         )
-        return Measured(results, said)
+        return Measured(results, message)
 
     return measure
 
@@ -128,20 +135,21 @@ def _of_features(run: Run, model: LanguageModel, dictionary: Dictionary) -> Meas
     config: PatchConfig = run.configs["patch"]
     split = SplitModel(model, dictionary)
 
-    def measure(name: str, train: Sequence[Prompt], pairs: Sequence[Prompt], tick: Tick) -> Measured:
+    def measure(
+        name: str, train: Sequence[Prompt], pairs: Sequence[Prompt], left_out: Mapping[str, int], tick: Tick
+    ) -> Measured:
         patching = FeaturePatching(split, name, train, pairs, config, tick)
-        results = differences(patching.clean_P, patching.corrupted_P, config) | patching.results()
-        return Measured(results, results["interchange"]["said"])
+        results = patching.results(differences(patching.clean_P, patching.corrupted_P, left_out, config))
+        return Measured(results, results.interchange.said)
 
     return measure
 
 
-def differences(clean_P: np.ndarray, corrupted_P: np.ndarray, config: PatchConfig) -> dict[str, Any]:
-    """The runs without a patch: intervals, and why there are no normalised effects, if there are none."""
+def differences(
+    clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], config: PatchConfig
+) -> dict[str, Any]:
+    """The fields of ``PatchedPairs``: the runs without a patch."""
     values = dict(clean=clean_P, corrupted=corrupted_P, difference=clean_P - corrupted_P)
-    intervals = {
-        name: dataclasses.asdict(bootstrap_mean(values_P, config.bootstrap, config.seed))
-        for name, values_P in values.items()
-    }
+    intervals = {name: bootstrap_mean(values_P, config.bootstrap, config.seed) for name, values_P in values.items()}
     above = measurable(clean_P, corrupted_P, config.bootstrap, config.seed)
-    return dict(prompts=len(clean_P), **intervals, reason=None if above else AT_CHANCE)
+    return dict(prompts=len(clean_P), **intervals, reason=None if above else AT_CHANCE, left_out=dict(left_out))

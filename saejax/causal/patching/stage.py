@@ -23,6 +23,7 @@ PATCH = Stage(
     name="patch",
     summary="patches activations between prompts and their counterparts, if --patch.kinds or --patch.dictionary is set",
     run="saejax.causal.patching.run:run_patch",
+    results="saejax.causal.patching.results:PatchResults",
     groups=(ModelConfig, PatchConfig),
     placement=(MeshConfig,),
     after=("baseline", "train", "ablate"),

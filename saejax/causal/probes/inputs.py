@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.causal.split import CleanRun, SplitModel, of_features
+from saejax.dictionaries import Basis
 from saejax.errors import UserError
 from saejax.models.split import SplitPoint
 from saejax.parallel import sharding
@@ -45,15 +45,14 @@ def pooled_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tu
 
 
 def _pool_run(split: SplitModel, clean: CleanRun, pool: str) -> tuple[jax.Array, ...]:
-    return _pool(split.point, split.graph, pool, split.state, clean.value_BxTxD, clean.domain_BxT, clean.last_B)
+    return _pool(split.point, pool, split.dictionary, clean.value_BxTxD, clean.domain_BxT, clean.last_B)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _pool(
     point: SplitPoint,
-    graph: nnx.GraphDef,
     pool: str,
-    state: nnx.State,
+    dictionary: Basis,
     value_BxTxD: jax.Array,
     domain_BxT: jax.Array,
     last_B: jax.Array,
@@ -62,7 +61,7 @@ def _pool(
     is_last_BxT = jnp.arange(domain_BxT.shape[1])[None, :] == last_B[:, None]
     read_BxT = domain_BxT & is_last_BxT if pool == "last" else domain_BxT
     over = functools.partial(_over_positions, largest=pool == "max")
-    features_BxF = of_features(graph, state, (value_BxTxD, domain_BxT, read_BxT), over)
+    features_BxF = of_features(dictionary, (value_BxTxD, domain_BxT, read_BxT), over)
     pooled = features_BxF, over(value_BxTxD, read_BxT), read_BxT.any(axis=1)
     return jax.lax.with_sharding_constraint(pooled, sharding(point.mesh))
 

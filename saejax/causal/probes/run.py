@@ -15,9 +15,11 @@ from threadpoolctl import threadpool_limits
 
 from saejax.causal.probes.inputs import pooled_inputs
 from saejax.causal.probes.linear import Task, run_probes
+from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
 from saejax.causal.split import SplitModel
 from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_dictionary, load_run_model
 from saejax.errors import UserError
+from saejax.results import from_json, to_json
 from saejax.settings import ProbeConfig
 from saejax.tasks.behaviours import SPLITS, read_logit_diffs, read_prompts
 from saejax.tasks.labels import Labelled, label_prompts
@@ -27,14 +29,11 @@ TABLE = "probes.parquet"
 _INTERVALS = ("accuracy", "shuffled", "random")
 
 
-def run_probe(run: Run) -> dict[str, Any]:
+def run_probe(run: Run) -> ProbeResults:
     """Probes a dictionary's features, and the raw activations, for every label.
 
     A label, of all prompts or of a behaviour, is a part in the sense of ``stages``; ``probes.parquet`` has all of them
     as one table.
-
-    Returns:
-      The results; WORKSPACE.md describes them.
 
     Raises:
       UserError: there are no prompts of a split, the dictionary belongs to another model, or something is not finite.
@@ -62,10 +61,10 @@ def run_probe(run: Run) -> dict[str, Any]:
 
         return measure
 
-    results = list(each_part(run, list(asked), begin).values())
+    results = tuple(each_part(run, list(asked), begin, ProbedLabel).values())
     with whole_file(run.folder / TABLE) as beside:
         pq.write_table(table(results), beside)
-    return dict(dictionary=config.dictionary, site=dictionary.site, pool=config.pool, labels=results)
+    return ProbeResults(config.dictionary, dictionary.site, config.pool, results)
 
 
 def _probe_label(
@@ -76,10 +75,10 @@ def _probe_label(
         train_NxC, test_MxC = x_NxC[labelled.train_N], x_NxC[labelled.test_M]
         task = Task(train_NxC, labelled.train_class_N, test_MxC, labelled.test_class_M)
         for row in run_probes(task, config, [*f"{labelled.name} {name}".encode()]):
-            rows.append(dict(input=name) | row)
+            rows.append(from_json(ProbeFit, dict(input=name) | row, labelled.name))
             tick(0, 0)
     used_N = np.concatenate([labelled.train_N, labelled.test_M])
-    results = dict(
+    results = ProbedLabel(
         label=labelled.label,
         behaviour=labelled.behaviour,
         reason=labelled.reason or None,
@@ -87,24 +86,21 @@ def _probe_label(
         left_out=dict(labelled.left_out),
         unlabelled=labelled.unlabelled,
         unread=int((~read_N[used_N]).sum()),
-        probes=rows,
+        probes=tuple(rows),
     )
     return Measured(results, _line(labelled, rows))
 
 
-def _line(labelled: Labelled, rows: Sequence[Mapping[str, Any]]) -> str:
+def _line(labelled: Labelled, rows: Sequence[ProbeFit]) -> str:
     if labelled.reason:
         return f"no probe: {labelled.reason}"
-    full = [
-        "{input} {0:.0f} % [{1:.0f}, {2:.0f}]".format(*(100 * value for value in row["accuracy"].values()), **row)
-        for row in rows
-        if row["k"] is None
-    ]
-    majority = f"largest class {100 * rows[0]['majority']:.0f} %"
+    shares = {row.input: row.accuracy * 100 for row in rows if row.k is None}
+    full = [f"{name} {one.mean:.0f} % [{one.low:.0f}, {one.high:.0f}]" for name, one in shares.items()]
+    majority = f"largest class {100 * rows[0].majority:.0f} %"
     return f"accuracy on {len(labelled.test_M)} test prompts from all inputs: {', '.join(full)}; {majority}"
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> pa.Table:
+def table(results: Sequence[ProbedLabel]) -> pa.Table:
     """A row for each probe, and one for each label that has none; intervals in three columns, ends ``_low``, ``_high``.
 
     Args:
@@ -116,9 +112,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> pa.Table:
     columns |= dict.fromkeys(("balanced_accuracy", "majority", "p_value", "strength"), number)
     rows = []
     for result in results:
-        for probe in result["probes"] or [{}]:
-            spread = {name: probe.get(name) or {} for name in _INTERVALS}
-            parts = {f"{name}_{end}": value.get(end) for name, value in spread.items() for end in ("low", "high")}
-            means = {name: value.get("mean") for name, value in spread.items()}
-            rows.append(dict(result) | dict(probe) | parts | means)
+        for probe in result.probes or (None,):
+            row: dict[str, Any] = dict(label=result.label, behaviour=result.behaviour, reason=result.reason)
+            row |= to_json(probe) if probe else {}
+            for name in _INTERVALS:
+                spread = row.get(name) or {}
+                row |= {f"{name}_low": spread.get("low"), f"{name}_high": spread.get("high"), name: spread.get("mean")}
+            rows.append(row)
     return pa.Table.from_pylist(rows, schema=pa.schema(columns))

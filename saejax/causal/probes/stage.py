@@ -16,6 +16,7 @@ PROBE = Stage(
     name="probe",
     summary="probes features and raw activations for labels of the prompts, if --probe.labels names any",
     run="saejax.causal.probes.run:run_probe",
+    results="saejax.causal.probes.results:ProbeResults",
     groups=(ModelConfig, ProbeConfig),
     placement=(MeshConfig,),
     after=("baseline", "train", "ablate"),

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.causal.activity import fires_and_sizes, total
 from saejax.causal.controls import FeatureStatistics
 from saejax.causal.screening import weighted
 from saejax.causal.split import SplitModel, active_features, run_head
+from saejax.dictionaries import Basis
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
@@ -98,9 +98,8 @@ class References:
         for batch in self._batches():
             rows_BxF = attribute(
                 self._point,
-                split.graph,
                 split.params,
-                split.state,
+                split.dictionary,
                 batch.stream_BxTxD,
                 batch.value_BxTxD,
                 batch.read_BxTxD,
@@ -125,8 +124,7 @@ class References:
         """
         split = self._split
         counts = (
-            _count(self._point, split.graph, split.state, batch.read_BxTxD, batch.domain_BxT)
-            for batch in self._batches()
+            _count(self._point, split.dictionary, batch.read_BxTxD, batch.domain_BxT) for batch in self._batches()
         )
         return total(split, counts)
 
@@ -141,7 +139,7 @@ class References:
         split, features_K = self._split, np.asarray(features, np.int32)
         found: list[list[np.ndarray]] = [[] for _ in features]
         for batch in self._batches() if features else ():
-            f_BxTxK = _firing(self._point, split.graph, split.state, features_K, batch.read_BxTxD, batch.domain_BxT)
+            f_BxTxK = _firing(self._point, split.dictionary, features_K, batch.read_BxTxD, batch.domain_BxT)
             for own, f_BxT in zip(found, np.moveaxis(np.asarray(f_BxTxK), -1, 0), strict=True):
                 own.append(f_BxT[f_BxT != 0])
         pools = {}
@@ -163,7 +161,7 @@ class References:
             tokens, positions_BxC, targets_BxC = align([(one.context, one.answer) for one in filled], length)
             kept_Bx1 = np.arange(rows)[:, None] < len(chosen)
             head_rows = split.by_row(tokens.ids_BxT, tokens.last_B, np.broadcast_to(kept_Bx1, tokens.ids_BxT.shape))
-            *head, finite_B = run_head(split.point, split.graph, "keep", split.params, split.state, *head_rows)
+            *head, finite_B = run_head(split.point, "keep", split.params, split.dictionary, *head_rows)
             if not np.asarray(finite_B).all():
                 raise UserError(
                     f"the value of {split.point.site} is not finite on a benchmark's items: the model's weights hold "
@@ -176,12 +174,11 @@ class References:
             yield _Batch(*head, *placed)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def attribute(
     point: SplitPoint,
-    graph: nnx.GraphDef,
     params: decoder.Params,
-    state: nnx.State,
+    dictionary: Basis,
     stream_BxTxD: jax.Array,
     value_BxTxD: jax.Array,
     read_BxTxD: jax.Array,
@@ -194,8 +191,8 @@ def attribute(
 
     Logits exist only where answer tokens are predicted, a piece of them at a time; see ``likelihood.token_scores``.
     """
-    f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
-    W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
+    f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
+    W_dec_FxD = dictionary.W_dec_FxD[...]
 
     def objective(value_BxTxD: jax.Array) -> jax.Array:
         # Rows do not see each other, so the gradient of the sum holds every row's own.
@@ -207,26 +204,25 @@ def attribute(
     return jax.lax.with_sharding_constraint(weighted(f_BxTxF, slope_BxTxD, W_dec_FxD), sharding(point.mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _count(
-    point: SplitPoint, graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array
+    point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Positions, and of each feature: at how many it fires, and the sum of its sizes there."""
-    f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
-    counts = domain_BxT.sum(), *(array.sum(axis=(0, 1)) for array in fires_and_sizes(graph, state, f_BxTxF))
+    f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
+    counts = domain_BxT.sum(), *(array.sum(axis=(0, 1)) for array in fires_and_sizes(dictionary, f_BxTxF))
     return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _firing(
     point: SplitPoint,
-    graph: nnx.GraphDef,
-    state: nnx.State,
+    dictionary: Basis,
     features_K: jax.Array,
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
 ) -> jax.Array:
     """Activations [B, T, K] of some features where they fire, 0 elsewhere."""
-    f_BxTxK = active_features(graph, state, read_BxTxD, domain_BxT)[..., features_K]
-    fires_BxTxK = nnx.merge(graph, state).fires(f_BxTxK)
+    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[..., features_K]
+    fires_BxTxK = dictionary.fires(f_BxTxK)
     return jax.lax.with_sharding_constraint(jnp.where(fires_BxTxK, f_BxTxK, 0.0), sharding(point.mesh))

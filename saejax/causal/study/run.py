@@ -6,6 +6,7 @@ it fires, by its activation somewhere else (``Dictionary.redraw``), and the same
 place. ``scores`` says what that means.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,11 @@ from saejax.causal.stages import load_run_dictionary, load_run_model
 from saejax.causal.study import scores as judgement
 from saejax.causal.study.features import choose_features, edits_of
 from saejax.causal.study.items import ItemScores
-from saejax.causal.study.scores import CLEAN, Rows
+from saejax.causal.study.results import ChosenFeatures, ItemScore, StudyItems, StudyResults
+from saejax.causal.study.scores import CLEAN, Scored
 from saejax.errors import Interrupted, UserError
 from saejax.models.language_model import Edit
+from saejax.results import from_json, to_json
 from saejax.settings import StudyConfig
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmarks import Item, origin, read_items
@@ -29,15 +32,12 @@ from saejax.workspace import Run, read_json, write_json, write_text
 ITEMS, FEATURES = "items.jsonl", "features.json"
 
 
-def run_study(run: Run) -> dict[str, Any]:
+def run_study(run: Run) -> StudyResults:
     """Scores the benchmark named ``run.name`` with and without the top features of a dictionary.
 
     ``items.jsonl`` has a line for each test item under each condition, from which every figure can be derived again,
     and ``features.json`` what was replaced, and with what. Both are kept as soon as they are there: a run that was
     killed goes on with the next condition.
-
-    Returns:
-      The results; WORKSPACE.md describes them.
 
     Raises:
       UserError: there are too few items, the dictionary belongs to another model, an item is longer than the model's
@@ -67,23 +67,25 @@ def run_study(run: Run) -> dict[str, Any]:
         run.say(judgement.chance_reason(conditions.rows[CLEAN], chance, config) + further)
     path = run.folder / FEATURES
     if not path.exists():
-        write_json(path, choose_features(split, items, train, test, config, run.name, check_stop))
-    chosen = read_json(path)  # so that a run that goes on has the same numbers under the same keys
-    firing = sum(entry["firing_rate"] > 0 for entry in chosen["top"])
-    run.say(f"{len(chosen['top'])} top features, of which {firing} fire on the test items")
+        write_json(path, to_json(choose_features(split, items, train, test, config, run.name, check_stop)))
+    chosen = from_json(ChosenFeatures, read_json(path), path)  # a run that goes on has the same numbers
+    firing = sum(entry.firing_rate > 0 for entry in chosen.top)
+    run.say(f"{len(chosen.top)} top features, of which {firing} fire on the test items")
     for condition in judgement.conditions(config.draws)[1:]:
         conditions.add(condition, edits_of(dictionary, chosen, condition, lm.config.context, config), accuracy)
-    results = judgement.judge(conditions.rows, chance, config)
-    run.say(results["reason"])
-    return dict(
+    judged = judgement.judge(conditions.rows, chance, config)
+    run.say(judged.reason)
+    return StudyResults(
+        **{field.name: getattr(judged, field.name) for field in dataclasses.fields(judged)},
         dictionary=config.dictionary,
         site=dictionary.site,
         rule=judgement.rule(config),
         score=score,
-        items=dict(train=len(train), test=len(test)),
+        items=StudyItems(train=len(train), test=len(test)),
         chance=chance,
-        **{key: chosen[key] for key in ("top", "controls", "match")},
-        **results,
+        top=chosen.top,
+        controls=chosen.controls,
+        match=chosen.match,
         origin=str(origin(run.name, task)),
     )
 
@@ -108,7 +110,7 @@ class _Conditions:
     def __init__(self, run: Run, items: ItemScores, test: Sequence[Item]):
         self._run, self._items, self._test = run, items, test
         self._kept = _read(run.folder / ITEMS)
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, Scored] = {}
 
     def add(self, condition: str, edits: Sequence[Edit], accuracy: bool) -> None:
         """Takes what an earlier run kept of a condition, or scores it and writes it beside the others.
@@ -119,40 +121,36 @@ class _Conditions:
           accuracy: whether answers are judged, or log-likelihoods of the references alone measured.
         """
         kept = self._kept.get(condition, [])
-        if [row["id"] for row in kept] == [item.id for item in self._test]:
+        if [row.id for row in kept] == [item.id for item in self._test]:
             self.rows[condition] = kept
             return
         if condition != CLEAN and not edits:  # no features, no change
-            own: Rows = [dict(row) | dict(condition=condition) for row in self.rows[CLEAN]]
-            own = own if accuracy else [{key: row[key] for key in row if key not in _JUDGED} for row in own]
+            unjudged: dict[str, Any] = {} if accuracy else dict(answer=None, correct=None)
+            own = [dataclasses.replace(row, condition=condition, **unjudged) for row in self.rows[CLEAN]]
         else:
-            own = [dict(condition=condition) | row for row in self._items.score(self._test, edits, accuracy)]
+            own = self._items.score(condition, self._test, edits, accuracy)
         self.rows[condition] = own
-        lines = "".join(_json(row) for some in self.rows.values() for row in some)
-        write_text(self._run.folder / ITEMS, lines)
+        lines = (
+            json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) for some in self.rows.values() for row in some
+        )
+        write_text(self._run.folder / ITEMS, "".join(line + "\n" for line in lines))
         self._run.say(f"{condition}: {_line(own)}")
 
 
-_JUDGED = ("answer", "correct")
-
-
-def _line(rows: Rows) -> str:
+def _line(rows: Scored) -> str:
     nats = f"log-likelihood per token {judgement.nats_per_token(rows).mean():.3f} nats"
-    judged = all("correct" in row for row in rows)
-    return f"accuracy {100 * judgement.accuracies(rows).mean():.1f} %, {nats}" if judged else nats
+    if not judgement.are_judged(rows):
+        return nats
+    return f"accuracy {100 * judgement.accuracies(rows).mean():.1f} %, {nats}"
 
 
-def _json(row: Any) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _read(path: Path) -> dict[str, list[ItemScore]]:
     """The rows of an interrupted run of the same settings, by condition."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[ItemScore]] = {}
     if path.exists():
         # Not splitlines: answers may hold other line separators of Unicode.
         for line in path.read_text(encoding="utf-8").split("\n"):
             if line:
-                row = json.loads(line)
-                found.setdefault(row["condition"], []).append(row)
+                row = from_json(ItemScore, json.loads(line), path)
+                found.setdefault(row.condition, []).append(row)
     return found

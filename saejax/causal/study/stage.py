@@ -8,6 +8,7 @@ STUDY = Stage(
     name="study",
     summary="scores benchmarks without top features, beside matched random ones, if --study.benchmarks names any",
     run="saejax.causal.study.run:run_study",
+    results="saejax.causal.study.results:StudyResults",
     groups=(ModelConfig, TaskConfig, StudyConfig),
     placement=(MeshConfig,),
     after=("train", "ablate"),
