@@ -8,7 +8,7 @@ from saejax.costs.passes import layer_bytes, parameters, pass_flops, weight_byte
 from saejax.costs.programs import Program, abstract_params, by_row
 from saejax.models.language_model import forward
 
-_SHARES = dict(torch=dict(float32=0.8, bfloat16=0.6), jax=dict(float32=0.9, bfloat16=0.5))
+_OVERHEAD = 0.2
 
 
 def capture_cost(scene: Scene, name: str) -> Cost:
@@ -25,7 +25,7 @@ def capture_cost(scene: Scene, name: str) -> Cost:
     width = WIDTH[capture.store_dtype]
     return Cost(
         DeviceBytes(model=kept, activations=come_and_go),
-        [Products(flops, capture.dtype, _SHARES[scene.backend][capture.dtype])],
+        [Products(flops, capture.dtype, _OVERHEAD)],
         START,
         disk=recorded_rows(scene) * sum(site.width(model) * width + 16 for site in scene.sites),
     )

@@ -31,7 +31,7 @@ from saejax.dictionaries import DictionaryConfig
 from saejax.settings import GraphConfig
 from saejax.tasks.cost import PROMPT
 
-_SHARE = 0.4
+_OVERHEAD = 1.4
 _READ = 1e9  # bytes of transcoders that are read in a second
 
 
@@ -96,7 +96,7 @@ def attribute_cost(scene: Scene, name: str) -> Cost:
         missing = f"{scene.configs['graph'].transcoders} is no folder here, so its sizes are not known"
         why = "the graphs of SAEs follow no formula" if scene.configs["graph"].dictionaries else missing
         return Cost(lines=[f"attribute/{name} is not counted: {why}"])
-    products = [Products(planned.flops, "float32", _SHARE)]
+    products = [Products(planned.flops, "float32", _OVERHEAD)]
     cost = Cost(products=products, host_seconds=2 * START + planned.read_seconds)
     if scene.mesh is None:
         return cost

@@ -6,7 +6,7 @@ from saejax.costs.passes import dictionary_bytes, feature_bytes, layer_bytes, we
 from saejax.dictionaries import DictionaryConfig
 from saejax.models.sites import Site
 
-SHARE = dict(float32=0.75, bfloat16=0.5)
+OVERHEAD = 0.3
 FIRING = 0.85  # of rows: a set that changes nothing on a prompt is not run
 
 

@@ -26,7 +26,7 @@ from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.parallel import fitting_sharding, part_size
 
-_SHARE = dict(float32=0.45, bfloat16=0.3)
+_OVERHEAD = 1.1
 _HELD_OUT = 10  # one document in so many is held out by default
 _STEP = 16  # documents are padded to a multiple of this
 
@@ -50,7 +50,7 @@ def evaluate_cost(scene: Scene, kind: str) -> Cost:
     whole_arrays = dictionary_bytes(used, scene.configs["train"].state_dtype)
     return Cost(
         DeviceBytes(weight_bytes(model, scene.axes, dtype), whole_arrays, activations=come_and_go),
-        [Products(flops, dtype, _SHARE[dtype])],
+        [Products(flops, dtype, _OVERHEAD)],
         START,
         batches=dict(documents=rows),
     )

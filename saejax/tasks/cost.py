@@ -17,7 +17,7 @@ from saejax.tasks.benchmarks import definition
 from saejax.tasks.own_prompts import count_behaviours
 
 PROMPT = 16  # tokens: the behaviours' prompts have 8 to 26
-SHARE = dict(float32=0.6, bfloat16=0.4)
+OVERHEAD = 0.6
 _CHOICES = 4  # of a question of the logic benchmark
 _NEW = 4  # a generated token costs about as much as so many that are read
 
@@ -30,7 +30,7 @@ def baseline_cost(scene: Scene, name: str) -> Cost:
     kept = weight_bytes(scene.model, scene.axes, dtype)
     return Cost(
         DeviceBytes(model=kept, activations=layer_bytes(scene, BATCH, length, dtype)),
-        [Products(pass_flops(scene.model, texts * PROMPT, PROMPT, scene.model.n_layers), dtype, SHARE[dtype])],
+        [Products(pass_flops(scene.model, texts * PROMPT, PROMPT, scene.model.n_layers), dtype, OVERHEAD)],
         START,
     )
 
@@ -42,7 +42,7 @@ def benchmark_cost(scene: Scene, name: str) -> Cost:
     flops = pass_flops(scene.model, tokens, length, scene.model.n_layers)
     come_and_go = generated_bytes(scene, *generated_batch(scene)) if way(name, task) == "generate" else 0
     kept = weight_bytes(scene.model, scene.axes, dtype)
-    return Cost(DeviceBytes(model=kept, activations=come_and_go), [Products(flops, dtype, SHARE[dtype])], 2 * START)
+    return Cost(DeviceBytes(model=kept, activations=come_and_go), [Products(flops, dtype, OVERHEAD)], 2 * START)
 
 
 def benchmark_programs(scene: Scene, mesh: Mesh) -> list[Program]:

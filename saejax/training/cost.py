@@ -19,7 +19,7 @@ from saejax.training.members import SiteScale, members
 from saejax.training.step import Trainer
 from saejax.training.train import check_divides, chosen_sites, stack_shape
 
-_SHARE = dict(float32=0.7, bfloat16=0.4)
+_OVERHEAD = 0.45
 _START = 3.0  # seconds in which the step is compiled and the first batches are read
 _STEPS = 1000  # length of the run, of which only the schedules know
 
@@ -67,7 +67,7 @@ def train_cost(scene: Scene, kind: str) -> Cost:
     seen = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
     return Cost(
         DeviceBytes(dictionary=arrays, optimizer=3 * arrays, activations=here * WIDTH[train.state_dtype] * 4 * batch),
-        [Products(count * step_flops(seen, d, f), train.matmul, _SHARE[train.matmul])],
+        [Products(count * step_flops(seen, d, f), train.matmul, _OVERHEAD)],
         _START,
         disk=count * 7 * 4 * 2 * d * f,  # two checkpoints, with the optimizer's moments, and the arrays
     )

@@ -10,7 +10,7 @@ from saejax.causal import ablation_programs, screening
 from saejax.causal.ablate import nested
 from saejax.causal.ablation import FEATURES
 from saejax.causal.circuits import measure as circuits
-from saejax.causal.cost import FIRING, SHARE, edited_bytes, kept_prompts, layers_above, prompt_length, with_model
+from saejax.causal.cost import FIRING, OVERHEAD, edited_bytes, kept_prompts, layers_above, prompt_length, with_model
 from saejax.causal.replacements import Replacement
 from saejax.causal.screening import points
 from saejax.causal.split import PROMPTS, run_head
@@ -40,7 +40,7 @@ def ablate_cost(scene: Scene, name: str) -> Cost:
     flops = pass_flops(scene.model, tokens, PROMPT, layers_above(scene, used))
     return Cost(
         with_model(scene, edited_bytes(scene, used, _gathered(scene), ablate.batch_rows), used),
-        [Products(flops, scene.dtype, SHARE[scene.dtype])],
+        [Products(flops, scene.dtype, OVERHEAD)],
         START + _COMPILE * behaviours,
         batches=dict(prompts=PROMPTS, rows=ablate.batch_rows),
     )

@@ -1,6 +1,6 @@
 """What the stage ``patch`` takes."""
 
-from saejax.causal.cost import FIRING, SHARE, edited_bytes, layers_above, prompt_length, with_model
+from saejax.causal.cost import FIRING, OVERHEAD, edited_bytes, layers_above, prompt_length, with_model
 from saejax.causal.patching.features import steps
 from saejax.causal.patching.pairs import GROUP_BYTES, STEP
 from saejax.causal.screening import points
@@ -25,7 +25,7 @@ def _sites(scene: Scene) -> Cost:
     flops = pass_flops(model, tokens, PROMPT, layers / 2)
     return Cost(
         with_model(scene, _recorded(scene)),
-        [Products(flops, scene.dtype, SHARE[scene.dtype])],
+        [Products(flops, scene.dtype, OVERHEAD)],
         START,
         counts=dict(rows=rows, tokens=tokens),
     )
@@ -54,7 +54,7 @@ def _features(scene: Scene) -> Cost:
     come_and_go = edited_bytes(scene, used, 2 * used.n_features, patch.batch_rows)
     return Cost(
         with_model(scene, come_and_go, used),
-        [Products(flops, scene.dtype, SHARE[scene.dtype])],
+        [Products(flops, scene.dtype, OVERHEAD)],
         START,
         counts=dict(rows=rows, tokens=tokens),
     )

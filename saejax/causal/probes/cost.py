@@ -6,7 +6,7 @@ from saejax.costs.passes import pass_flops
 from saejax.models.sites import Site
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
-_SHARE = dict(float32=0.8, bfloat16=0.5)
+_OVERHEAD = 0.25
 _FIT = 0.02  # seconds of a logistic regression on some hundred prompts, on one core
 
 
@@ -23,7 +23,7 @@ def probe_cost(scene: Scene, name: str) -> Cost:
     streams = kept_prompts(scene) * prompt_length(scene) * 4 * 2 * used.d_in
     return Cost(
         with_model(scene, streams + clean_bytes(scene, used), used),
-        [Products(flops, scene.dtype, _SHARE[scene.dtype])],
+        [Products(flops, scene.dtype, _OVERHEAD)],
         START + _FIT * fits,
         counts=dict(rows=rows, tokens=rows * PROMPT, fits=fits),
     )

@@ -8,7 +8,7 @@ from saejax.dictionaries import DictionaryConfig
 from saejax.models.sites import Site
 from saejax.tasks.benchmark_scores import way
 from saejax.tasks.benchmarks import definition
-from saejax.tasks.cost import SHARE, generated_batch, generates, item_tokens
+from saejax.tasks.cost import OVERHEAD, generated_batch, generates, item_tokens
 
 
 def study_cost(scene: Scene, name: str) -> Cost:
@@ -27,7 +27,7 @@ def study_cost(scene: Scene, name: str) -> Cost:
     flops += pass_flops(model, below, length, Site.parse(used.site).layer + 1)
     return Cost(
         with_model(scene, _slope_bytes(scene, used), used),
-        [Products(flops, scene.dtype, SHARE[scene.dtype])],
+        [Products(flops, scene.dtype, OVERHEAD)],
         2 * START,
         counts=dict(rows=rows, tokens=scored + slopes + below),
     )
