@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from saejax.causal import ablation_programs, screening
-from saejax.causal.replacements import Replacement
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.split import PROMPTS, run_head
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table as dictionary_table
@@ -241,9 +241,9 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
     past = _placed(jax.eval_shape(point.record, params, stream_BxTxD, value_BxTxD)[1], mesh)
     f_BxTxK = _whole(mesh, (work.prompts, length, k), work.train.state_dtype)
     W_dec_KxD = _whole(mesh, (k, d), work.train.state_dtype)
-    bank = ablation_programs.Bank(stream_BxTxD, value_BxTxD, f_BxTxK, W_dec_KxD, past, None)
+    bank = ablation_programs.CleanValues(stream_BxTxD, value_BxTxD, f_BxTxK, W_dec_KxD, past, None)
     sides = [value_BxTxD, domain_BxT] * (2 if work.replacement == "counterpart" else 1)
-    replacement = Replacement(
+    replacement = ActivationSource(
         work.replacement,
         mean_F=jax.ShapeDtypeStruct((f,), jnp.float32) if work.replacement == "mean" else None,
         seed=jax.ShapeDtypeStruct((), jnp.uint32) if work.replacement == "random" else None,
