@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 from saejax.causal import ablation_programs, screening
 from saejax.causal.ablate import nested
 from saejax.causal.ablation import FEATURES
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.circuits import measure as circuits
 from saejax.causal.cost import FIRING, OVERHEAD, edited_bytes, kept_prompts, layers_above, prompt_length, with_model
-from saejax.causal.replacements import Replacement
 from saejax.causal.screening import points
 from saejax.causal.split import PROMPTS, run_head
 from saejax.costs.cost import START, Cost, Products, Scene
@@ -94,9 +94,9 @@ def ablate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
     past = placed(jax.eval_shape(point.record, params, stream_BxTxD, value_BxTxD)[1], mesh)
     f_BxTxK = whole(mesh, (prompts, length, k), train.state_dtype)
     W_dec_KxD = whole(mesh, (k, d), train.state_dtype)
-    bank = ablation_programs.Bank(stream_BxTxD, value_BxTxD, f_BxTxK, W_dec_KxD, past, None)
+    bank = ablation_programs.CleanValues(stream_BxTxD, value_BxTxD, f_BxTxK, W_dec_KxD, past, None)
     sides = [value_BxTxD, domain_BxT] * (2 if ablate.replacement == "counterpart" else 1)
-    replacement = Replacement(
+    source = ActivationSource(
         ablate.replacement,
         mean_F=jax.ShapeDtypeStruct((f,), jnp.float32) if ablate.replacement == "mean" else None,
         seed=jax.ShapeDtypeStruct((), jnp.uint32) if ablate.replacement == "random" else None,
@@ -128,7 +128,7 @@ def ablate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
             "ablate: features",
             f"{prompts} prompts, {k} features",
             ablation_programs.gather,
-            (point, dictionary, replacement, sides, features_K, prompts),
+            (point, dictionary, source, sides, features_K, prompts),
             params,
             len(sides) / 2 * prompts * encode,
         ),
