@@ -15,15 +15,17 @@ from saejax.preflight.advice import advice
 from saejax.preflight.causal import causal_units
 from saejax.preflight.memory import GIB, Memory
 from saejax.preflight.place import Place, find_place
+from saejax.preflight.results import PreflightResults
 from saejax.preflight.shapes import Shape, named, read_shapes
 from saejax.preflight.topology import compile_for
 from saejax.preflight.work import Work, plan_work
+from saejax.results import from_json
 from saejax.tasks.corpora import read_corpus
 from saejax.training.train import check_divides
 from saejax.workspace import Run
 
 
-def run_preflight(run: Run) -> dict:
+def run_preflight(run: Run) -> PreflightResults:
     """Checks every model of ``--preflight.models``; for a single one that is to run here, disk and time too.
 
     Raises:
@@ -54,7 +56,7 @@ def run_preflight(run: Run) -> dict:
     if config.parity:
         results["parity"] = {shape.path: _parity(run, shape, place) for shape in shapes}
         _check_parity(results["parity"], config.tolerance)
-    return results
+    return from_json(PreflightResults, results, "preflight")
 
 
 def _works(run: Run, shapes: Sequence[Shape], place: Place) -> list[Work]:
