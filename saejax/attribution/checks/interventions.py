@@ -111,7 +111,7 @@ def intervene(
                 moved_RxK = read_moved(x_TxD, states[place], inner)
                 readout_RxK[chunk, inner_K] += to_host(moved_RxK)[: chunk.stop - chunk.start]
             held = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
-            edited = (transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder else None
+            edited = (transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder is not None else None
             states[place], moved_RxJ = run_layer(*held, x_TxD, states[place], skip_DxD, edited, reader)
             if len(own_J):
                 feature_RxJ[chunk, own_J] += to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
