@@ -93,7 +93,8 @@ def run_layers(
     loop = jax.checkpoint(body, policy=rules.kept, prevent_cse=False)
     carry = x_BxTxD, attention.carried
     if not isinstance(start, int):
-        return LayersRun(*_split(lax.fori_loop(start, stop, lambda layer, carry: body(carry, layer)[0], carry), {}))
+        x, carried = lax.fori_loop(start, stop, lambda layer, carry: body(carry, layer)[0], carry)
+        return LayersRun(x, {}, carried)
     parts: list[dict[str, jax.Array]] = []
     for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop))), stop]:
         if start < layer or (collect and not parts and layer == stop):  # of no layers, arrays of none are collected
@@ -104,8 +105,4 @@ def run_layers(
             parts.append({name: value[None] for name, value in found.items()})
         start = layer + 1
     collected = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if len(parts) > 1 else dict(*parts)
-    return LayersRun(*_split(carry, collected))
-
-
-def _split(carry: tuple, collected: dict[str, jax.Array]) -> tuple:
-    return carry[0], collected, carry[1]
+    return LayersRun(carry[0], collected, carry[1])
