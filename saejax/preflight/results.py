@@ -9,149 +9,86 @@ from saejax.results import MeshShape
 
 @dataclasses.dataclass(frozen=True)
 class DeviceBytes:
-    """Memory that a model's stages need, bytes per device.
+    """Memory that a model's stages need, bytes per device."""
 
-    Attributes:
-      model: the weights in the dtype of `model.dtype`.
-      captured: in the dtype of `capture.dtype`: up to the last captured layer if JAX captures.
-      dictionary: the largest stack while it is trained.
-      whole_dictionary: the same where it is used: every device has all of it.
-      optimizer: Adam's two moments, and the gradient.
-      read: the dictionary that each of the other stages reads.
-      activations: what comes and goes, by stage.
-      stages: what each needs in all.
-    """
-
-    model: int
-    captured: int
-    dictionary: int
-    whole_dictionary: int
-    optimizer: int
-    read: Mapping[str, int]
-    activations: Mapping[str, int]
-    stages: Mapping[str, int]
+    model: int  #: the weights in the dtype of `model.dtype`
+    captured: int  #: in the dtype of `capture.dtype`: up to the last captured layer if JAX captures
+    dictionary: int  #: the largest stack while it is trained
+    whole_dictionary: int  #: the same where it is used: every device has all of it
+    optimizer: int  #: Adam's two moments, and the gradient
+    read: Mapping[str, int]  #: the dictionary that each of the other stages reads
+    activations: Mapping[str, int]  #: what comes and goes, by stage
+    stages: Mapping[str, int]  #: what each needs in all
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """A program compiled for a slice (`preflight.topology`).
+    """A program compiled for a slice (`preflight.topology`)."""
 
-    Attributes:
-      name: of the program.
-      size: of its arrays, in words.
-      flops: of all devices, by formula.
-      memory: bytes per device of arguments, results and temporaries, and of what else the stage keeps there.
-      fits: whether that is at most what a device has.
-      counted_flops: per device, by XLA, which takes the body of a loop once; None where the program does not fit.
-      seconds: to compile it.
-    """
-
-    name: str
-    size: str
-    flops: float
-    memory: int
-    fits: bool
+    name: str  #: of the program
+    size: str  #: of its arrays, in words
+    flops: float  #: of all devices, by formula
+    memory: int  #: bytes per device of arguments, results and temporaries, and of what else the stage keeps there
+    fits: bool  #: whether that is at most what a device has
+    #: per device, by XLA, which takes the body of a loop once; None where the program does not fit
     counted_flops: float | None
-    seconds: float
+    seconds: float  #: to compile it
 
 
 @dataclasses.dataclass(frozen=True)
 class GraphNeeds:
-    """What attribution graphs take.
+    """What attribution graphs take."""
 
-    Attributes:
-      unit: of the stage `attribute`.
-      prompts: to be traced.
-      tokens: of the longest.
-      rows: in all.
-      fitting_tokens: how many would fit.
-      bytes: by phase, on a device beside the model, and on the host.
-    """
-
-    unit: str
-    prompts: int
-    tokens: int
-    rows: int
-    fitting_tokens: int
-    bytes: Mapping[str, Mapping[str, int]]
+    unit: str  #: of the stage `attribute`
+    prompts: int  #: to be traced
+    tokens: int  #: of the longest
+    rows: int  #: in all
+    fitting_tokens: int  #: how many would fit
+    bytes: Mapping[str, Mapping[str, int]]  #: by phase, on a device beside the model, and on the host
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelNeeds:
-    """A model that was checked.
+    """A model that was checked."""
 
-    Attributes:
-      name: its last part.
-      family: of models.
-      layers: of the model.
-      d: width.
-      parameters: of the model.
-      dtype: it runs in.
-      bytes: by use.
-      peak_bytes: what the largest stage needs.
-      fits: whether that is there.
-      replicated: what the mesh does not divide, in words.
-      programs: compiled ones.
-      graphs: None if none are asked for, or nothing is known of them.
-    """
-
-    name: str
-    family: str
-    layers: int
-    d: int
-    parameters: int
-    dtype: str
-    bytes: DeviceBytes
-    peak_bytes: int
-    fits: bool
-    replicated: tuple[str, ...]
-    programs: tuple[CompiledProgram, ...]
-    graphs: GraphNeeds | None
+    name: str  #: its last part
+    family: str  #: of models
+    layers: int  #: of the model
+    d: int  #: width
+    parameters: int  #: of the model
+    dtype: str  #: it runs in
+    bytes: DeviceBytes  #: by use
+    peak_bytes: int  #: what the largest stage needs
+    fits: bool  #: whether that is there
+    replicated: tuple[str, ...]  #: what the mesh does not divide, in words
+    programs: tuple[CompiledProgram, ...]  #: compiled ones
+    graphs: GraphNeeds | None  #: None if none are asked for, or nothing is known of them
 
 
 @dataclasses.dataclass(frozen=True)
 class CausalWork:
-    """What a unit of patch, probe or study runs.
+    """What a unit of patch, probe or study runs."""
 
-    Attributes:
-      rows: prompts or items.
-      tokens: of these.
-      fits: of probes.
-    """
-
-    rows: int
-    tokens: int
-    fits: int
+    rows: int  #: prompts or items
+    tokens: int  #: of these
+    fits: int  #: of probes
 
 
 @dataclasses.dataclass(frozen=True)
 class PreflightResults:
-    """What will run, whether it fits, and how long it takes.
+    """What will run, whether it fits, and how long it takes."""
 
-    Attributes:
-      mesh: of the run.
-      topology: the slice that programs were compiled for; "" for the devices at hand.
-      limit_bytes: memory of a device.
-      models: each that was checked.
-      documents: of the corpus; this and what follows up to `causal` for a single model on the devices at hand.
-      tokens: of the corpus, estimated.
-      disk_bytes: that the run writes.
-      disk_free_bytes: in the workdir.
-      matmul_flops_per_second: measured, by dtype.
-      seconds: of each stage, estimated.
-      causal: by unit.
-      parity: model -> kind of tokens -> kind of site -> the largest relative error (`preflight.parity`).
-    """
-
-    mesh: MeshShape
-    topology: str
-    limit_bytes: int
-    models: tuple[ModelNeeds, ...]
+    mesh: MeshShape  #: of the run
+    topology: str  #: the slice that programs were compiled for; "" for the devices at hand
+    limit_bytes: int  #: memory of a device
+    models: tuple[ModelNeeds, ...]  #: each that was checked
+    #: of the corpus; this and what follows up to `causal` for a single model on the devices at hand
     documents: int | None = None
-    tokens: int | None = None
-    disk_bytes: int | None = None
-    disk_free_bytes: int | None = None
-    matmul_flops_per_second: Mapping[str, float] | None = None
-    seconds: Mapping[str, float] | None = None
-    causal: Mapping[str, CausalWork] | None = None
+    tokens: int | None = None  #: of the corpus, estimated
+    disk_bytes: int | None = None  #: that the run writes
+    disk_free_bytes: int | None = None  #: in the workdir
+    matmul_flops_per_second: Mapping[str, float] | None = None  #: measured, by dtype
+    seconds: Mapping[str, float] | None = None  #: of each stage, estimated
+    causal: Mapping[str, CausalWork] | None = None  #: by unit
+    #: model -> kind of tokens -> kind of site -> the largest relative error (`preflight.parity`)
     parity: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None
