@@ -14,16 +14,22 @@ class SinkCounts:
 
 
 @dataclasses.dataclass(frozen=True)
-class CapturedSite:
+class SiteNorms:
+    """The norms of a site's activations, and what the sink rule leaves out."""
+
+    median_norm: float  #: of the train rows
+    largest_norm: float  #: of all
+    max_norm: float  #: rows above it are sinks
+    sinks: SinkCounts  #: how many those are
+
+
+@dataclasses.dataclass(frozen=True)
+class CapturedSite(SiteNorms):
     """What was recorded at a site."""
 
     rows: int  #: tokens
     bytes: int  #: of the activations
     d: int  #: width
-    median_norm: float  #: of the train rows
-    largest_norm: float  #: of all
-    max_norm: float  #: rows above it are sinks
-    sinks: SinkCounts  #: how many those are
 
 
 @dataclasses.dataclass(frozen=True)
