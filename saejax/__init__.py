@@ -14,8 +14,8 @@ _HOMES = {
     "save_dictionary": "saejax.dictionaries",
     "save_transcoders": "saejax.dictionaries",
     "SiteEdit": "saejax.models.site_edits",
-    "trace": "saejax.attribution.attribute",
-    "trace_gradient": "saejax.attribution.gradient",
+    "trace": "saejax.attribution.trace.prompt",
+    "trace_gradient": "saejax.attribution.trace.gradient",
 }
 __all__ = list(_HOMES)
 

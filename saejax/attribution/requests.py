@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.supernode_files import CLUSTER
+from saejax.attribution.groups.supernode_files import CLUSTER
 from saejax.errors import UserError, one_of
 from saejax.models.identity import content
 from saejax.settings import GraphConfig
@@ -81,7 +81,7 @@ def unit_name(config: GraphConfig) -> str:
 def identity(config: GraphConfig) -> str:
     """A fingerprint of the files that graphs are made from beside the model's: dictionaries, prompts, supernodes."""
     if config.transcoders:
-        from saejax.attribution.transcoders import find_folder  # the stage's own imports take seconds
+        from saejax.attribution.local.transcoders import find_folder  # the stage's own imports take seconds
 
         _, folder, commit = find_folder(config.transcoders, config.revision, config.subfolder)
         folders = [folder]

@@ -11,21 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution import circuit_runs, circuits, supernodes, validation
-from saejax.attribution.attention import Attention, attend
-from saejax.attribution.attribute import Traced, prompt_ids, trace_prompt
-from saejax.attribution.gradient import TracedSaes, trace_saes
-from saejax.attribution.graph import ERROR, FEATURE, Graph
-from saejax.attribution.memory import GraphSize, certain_active, check_room
-from saejax.attribution.outputs import write_outputs
-from saejax.attribution.query_key import check_head
-from saejax.attribution.replacement import Replacement
+from saejax.attribution.checks import circuit_runs, circuits, validation
+from saejax.attribution.forms.attention import Attention, attend
+from saejax.attribution.forms.outputs import write_outputs
+from saejax.attribution.graph.graph import ERROR, FEATURE, Graph
+from saejax.attribution.groups import supernodes
+from saejax.attribution.groups.supernode_files import CLUSTER, read_groups
+from saejax.attribution.heads.query_key import check_head
+from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.saes import SaeSet
+from saejax.attribution.local.transcoders import TranscoderSet, open_transcoders
 from saejax.attribution.requests import Request, read_heads, read_requests
-from saejax.attribution.saes import SaeSet
-from saejax.attribution.supernode_files import CLUSTER, read_groups
-from saejax.attribution.targets import token_of
-from saejax.attribution.transcoders import TranscoderSet, open_transcoders
-from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_model, read_behaviours
+from saejax.attribution.trace.gradient import TracedSaes, trace_saes
+from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
+from saejax.attribution.trace.prompt import Traced, prompt_ids, trace_prompt
+from saejax.attribution.trace.targets import token_of
+from saejax.causal.stages import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings import GraphConfig
@@ -59,8 +60,8 @@ def run_attribute(run: Run) -> dict[str, Any]:
             texts = [prompt_ids(model, request.prompt, prepend=True) for request in requests.values()]
             means = circuit_runs.mean_activations(Replacement.of(model, dictionaries, ids_P) for ids_P in texts)
 
-        def measure(slug: str, tick: Tick) -> Measured:
-            tick(0, 1)
+        def measure(slug: str, on_progress: OnProgress) -> Measured:
+            on_progress(0, 1)
             return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), means)
 
         return measure

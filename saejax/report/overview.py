@@ -4,7 +4,7 @@ from pathlib import Path
 
 from saejax.causal.ablate.report_features import SLOPES, held_out
 from saejax.causal.ablate.results import AblateResults
-from saejax.causal.replacements import WORDS
+from saejax.causal.activation_sources import WORDS
 from saejax.dictionaries import stacks
 from saejax.reporting.document import Code, Section, Terms, Text
 from saejax.reporting.findings import Findings

@@ -13,7 +13,7 @@ from saejax.causal.ablate.results import ComparedBasis, UncomparedBasis
 from saejax.causal.controls import TooFewControls
 from saejax.causal.experiment import Experiment
 from saejax.causal.split import SplitModel
-from saejax.dictionaries import Dictionary, load_dictionary
+from saejax.dictionaries import Basis, Dictionary, load_dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings import BASES, AblateConfig
@@ -70,7 +70,7 @@ def _compare_with(
 
 def _basis(
     wanted: str, experiment: Experiment, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
-) -> Dictionary | str:
+) -> Basis | str:
     """A basis, or why there is none."""
     if wanted == "neurons":
         if model.config.post_norms:

@@ -13,11 +13,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.causal import activity, controls, screening
 from saejax.causal.ablation import ablate_sets
-from saejax.causal.cut import Cut
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.patching.grid import measurable
 from saejax.causal.patching.results import (
     Interchange,
@@ -27,13 +26,14 @@ from saejax.causal.patching.results import (
     PatchedSet,
     PatchEffect,
 )
-from saejax.causal.replacements import Replacement
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
-from saejax.causal.stages import Tick, silent
+from saejax.causal.stages import OnProgress, silent
 from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
+from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
+from saejax.models.split import SplitPoint
 from saejax.parallel import sharding
 from saejax.results import Interval
 from saejax.settings import PatchConfig
@@ -59,7 +59,7 @@ class FeaturePatching:
         activations, by the estimate, lower the logit difference most.
       pairs: test prompts of that sort, which judge them.
       config: of the stage.
-      tick: called with the tokens done and to do; may raise to stop.
+      on_progress: called with the tokens done and to do; may raise to stop.
 
     Attributes:
       clean_P, corrupted_P: logit differences of the test prompts and of their counterparts, float64.
@@ -75,9 +75,9 @@ class FeaturePatching:
         train: Sequence[Prompt],
         pairs: Sequence[Prompt],
         config: PatchConfig,
-        tick: Tick = silent,
+        on_progress: OnProgress = silent,
     ):
-        self._split, self._config, self._tick = split, config, tick
+        self._split, self._config, self._on_progress = split, config, on_progress
         self._sides = split.run(pairs), split.run_counterparts(pairs)
         sides = split.run(train), split.run_counterparts(train)
         attribution_NxF = screening.attribution(split, sides[0], config.estimate, sides[1])
@@ -90,7 +90,7 @@ class FeaturePatching:
         self._measure()
 
     def _measure(self) -> None:
-        ks, every = steps(len(self._top)), nnx.merge(self._split.graph, self._split.state).config.n_features
+        ks, every = steps(len(self._top)), self._split.dictionary.config.n_features
         singles = [[feature] for feature in self._top]
         nested = [self._top[:k] for k in ks]
         random = [drawn_K[: self._firing_within(k)] for k in ks for drawn_K in self._drawn_NxK]
@@ -101,8 +101,8 @@ class FeaturePatching:
                 base,
                 chosen,
                 self._config.batch_rows,
-                self._tick,
-                replacement=Replacement("counterpart"),
+                self._on_progress,
+                source=ActivationSource("counterpart"),
                 counterparts=source,
             )
             for base, source, chosen in (
@@ -199,21 +199,22 @@ def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[Cl
             other_arrays = (other.value_BxTxD, other.read_BxTxD, other.domain_BxT)
             arrays = (*own_arrays, *other_arrays, own.last_B, own.answers_Bx2)
             rows = split.by_row(*(array[some] for array in arrays))
-            diff_B = _run_parts(split.cut, split.graph, parts, split.params, split.state, *rows)
+            diff_B = _run_parts(split.point, parts, split.params, split.dictionary, *rows)
             index_P = own.index_P[some]
             diff_P[index_P] = np.asarray(diff_B, np.float64)[: len(index_P)]
     if not np.isfinite(diff_P).all():
-        raise UserError(f"a logit difference after patching {split.cut.site} is not finite: try --model.dtype=float32")
+        raise UserError(
+            f"a logit difference after patching {split.point.site} is not finite: try --model.dtype=float32"
+        )
     return diff_P
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_parts(
-    cut: Cut,
-    graph: nnx.GraphDef,
+    point: SplitPoint,
     parts: str,
     params: decoder.Params,
-    state: nnx.State,
+    dictionary: Basis,
     stream_BxTxD: jax.Array,
     value_BxTxD: jax.Array,
     read_BxTxD: jax.Array,
@@ -229,11 +230,11 @@ def _run_parts(
     if parts != "site":
         change_BxTxD = other_value_BxTxD - value_BxTxD
         if parts != "both":
-            f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
-            other_BxTxF = active_features(graph, state, other_read_BxTxD, other_domain_BxT)
-            W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
+            f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
+            other_BxTxF = active_features(dictionary, other_read_BxTxD, other_domain_BxT)
+            W_dec_FxD = dictionary.W_dec_FxD[...]
             featured_BxTxD = matmul(other_BxTxF - f_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
             change_BxTxD = featured_BxTxD if parts == "features" else change_BxTxD - featured_BxTxD
         patched_BxTxD = value_BxTxD + jnp.where(domain_BxT[..., None], change_BxTxD, jnp.zeros_like(change_BxTxD))
-    diff_B = cut.tail(params, stream_BxTxD, patched_BxTxD, last_B, answers_Bx2)
-    return jax.lax.with_sharding_constraint(diff_B, sharding(cut.mesh))
+    diff_B = point.difference(params, point.tail(params, stream_BxTxD, patched_BxTxD), last_B, answers_Bx2)
+    return jax.lax.with_sharding_constraint(diff_B, sharding(point.mesh))
