@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import saejax
-from saejax.attribution.graph.graph import FEATURE, Graph
-from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.costs import row_flops
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
@@ -34,7 +35,7 @@ TEXT = (
 )
 
 
-def random_transcoders(config: DecoderConfig, seed: int = 0) -> TranscoderSet:
+def random_transcoders(config: DecoderConfig, seed: int = 0) -> LayerTranscoders:
     """A transcoder of random directions for each layer, in memory."""
     kinds = [
         DictionaryConfig(
@@ -45,7 +46,7 @@ def random_transcoders(config: DecoderConfig, seed: int = 0) -> TranscoderSet:
     ]  # fmt: skip
     key = jax.random.key(seed)
     dictionaries = [Dictionary.initial(kind, jax.random.fold_in(key, layer)) for layer, kind in enumerate(kinds)]
-    return TranscoderSet.of(dictionaries, "random transcoders")
+    return LayerTranscoders.of(dictionaries, "random transcoders")
 
 
 def floor_gflop(graph: Graph, config: DecoderConfig) -> float:

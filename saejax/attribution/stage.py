@@ -14,13 +14,14 @@ import numpy as np
 from saejax.attribution.checks import circuit_runs, circuits, validation
 from saejax.attribution.forms.attention import Attention, attend
 from saejax.attribution.forms.outputs import write_outputs
-from saejax.attribution.graph.graph import ERROR, FEATURE, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import ERROR, FEATURE
 from saejax.attribution.groups import supernodes
 from saejax.attribution.groups.supernode_files import CLUSTER, read_groups
 from saejax.attribution.heads.query_key import check_head
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.local.saes import SaeSet
-from saejax.attribution.local.transcoders import TranscoderSet, open_transcoders
+from saejax.attribution.local.saes import LayerSaes
+from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.requests import Request, read_heads, read_requests
 from saejax.attribution.trace.gradient import TracedSaes, trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
@@ -56,7 +57,7 @@ def run_attribute(run: Run) -> dict[str, Any]:
         for request in requests.values():  # before hours are spent on the first
             _check_request(model, dictionaries, request, config)
         means = None
-        if config.circuits and config.circuit_rest == "mean" and isinstance(dictionaries, TranscoderSet):
+        if config.circuits and config.circuit_rest == "mean" and isinstance(dictionaries, LayerTranscoders):
             texts = [prompt_ids(model, request.prompt, prepend=True) for request in requests.values()]
             means = circuit_runs.mean_activations(Replacement.of(model, dictionaries, ids_P) for ids_P in texts)
 
@@ -70,14 +71,14 @@ def run_attribute(run: Run) -> dict[str, Any]:
     return dict(transcoders=config.transcoders, dictionaries=list(config.dictionaries), graphs=graphs)
 
 
-def _open(config: GraphConfig) -> TranscoderSet | SaeSet:
+def _open(config: GraphConfig) -> LayerTranscoders | LayerSaes:
     if config.dictionaries:
-        return SaeSet.of(config.dictionaries)
+        return LayerSaes.of(config.dictionaries)
     return open_transcoders(config.transcoders, config.revision, config.subfolder)
 
 
 def _check_request(
-    model: LanguageModel, dictionaries: TranscoderSet | SaeSet, request: Request, config: GraphConfig
+    model: LanguageModel, dictionaries: LayerTranscoders | LayerSaes, request: Request, config: GraphConfig
 ) -> None:
     """Refuses a prompt that cannot be traced.
 
@@ -90,7 +91,7 @@ def _check_request(
         _targets(model, request)
         for head in read_heads(config) or []:
             check_head(model.config, *head, tokens=len(ids_P))
-        if isinstance(dictionaries, TranscoderSet):
+        if isinstance(dictionaries, LayerTranscoders):
             first, checked = dictionaries.configs[0], bool(config.circuits or config.doubled)
             most = config.max_features or None
             size = GraphSize(model.config, first, certain_active(first), most, config.max_logits, checked)
@@ -112,7 +113,7 @@ def _targets(model: LanguageModel, request: Request) -> list[int | tuple[int, ..
 def _measure(
     run: Run,
     model: LanguageModel,
-    dictionaries: TranscoderSet | SaeSet,
+    dictionaries: LayerTranscoders | LayerSaes,
     request: Request,
     groups: Sequence[Sequence[str]],
     means: Mapping[int, np.ndarray] | None,
@@ -136,7 +137,7 @@ def _measure(
 
 
 def _trace(
-    model: LanguageModel, dictionaries: TranscoderSet | SaeSet, request: Request, config: GraphConfig
+    model: LanguageModel, dictionaries: LayerTranscoders | LayerSaes, request: Request, config: GraphConfig
 ) -> Traced | TracedSaes:
     options: dict[str, Any] = dict(
         targets=_targets(model, request),
@@ -144,7 +145,7 @@ def _trace(
         logit_mass=config.logit_mass,
         max_features=config.max_features or None,
     )
-    if isinstance(dictionaries, SaeSet):
+    if isinstance(dictionaries, LayerSaes):
         options |= dict(estimate=config.estimate, direct=config.direct)
         return trace_saes(model, dictionaries, request.prompt, **options)
     return trace_prompt(model, dictionaries, request.prompt, **options)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.checks.circuits import RUNS
+from saejax.attribution.graph.pruning import RUNS
 from saejax.attribution.local.replacement import padded_length
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.requests import Request, read_requests, unit_name

@@ -9,7 +9,7 @@ from made_transcoders import made_set
 
 from saejax import command, load_model, save_transcoders
 from saejax.attribution import stage
-from saejax.attribution.graph.graph import Graph
+from saejax.attribution.graph import Graph
 from saejax.attribution.requests import Request, read_requests, unit_name
 from saejax.attribution.trace import memory
 from saejax.errors import UserError
@@ -109,7 +109,7 @@ def test_all_prompts_are_looked_at_before_one_is_traced(flags, tmp_path, capsys,
 
 
 def test_a_curve_that_is_not_defined_is_json(monkeypatch):
-    found = stage.circuits.Curve(*(np.ones(2) for _ in range(5)), model=1.0, empty=1.0)
+    found = stage.circuits.CircuitCurve(*(np.ones(2) for _ in range(5)), model=1.0, empty=1.0)
     monkeypatch.setattr(stage.circuits, "curve", lambda *arguments, means: found)
     checked = stage._checked(stage.Traced(None, None, None), GraphConfig(doubled=0), means=None)
     assert checked["circuits"]["faithfulness"] == [None, None] == checked["circuits"]["incompleteness"]

@@ -21,7 +21,7 @@ from saejax.models.attention import Reach, full_reaches, mix
 from saejax.models.layers import einsum
 
 
-class Edits(NamedTuple):
+class LayerChanges(NamedTuple):
     """The changes of R rows in one layer, arrays [R, M]; what fills up is at position 0 and changes nothing.
 
     Attributes:
@@ -36,7 +36,7 @@ class Edits(NamedTuple):
     own_RxM: np.ndarray
 
 
-class Reader(NamedTuple):
+class ReadDirections(NamedTuple):
     """Directions whose products with a stream are read: positions [J] and directions [J, D]."""
 
     position_J: np.ndarray
@@ -52,8 +52,8 @@ def run_layer(
     x_TxD: jax.Array,
     x_RxTxD: jax.Array,
     skip_DxD: jax.Array | None,
-    edited: tuple[nnx.GraphDef, nnx.State, Edits] | None,
-    reader: Reader | None,
+    edited: tuple[nnx.GraphDef, nnx.State, LayerChanges] | None,
+    reader: ReadDirections | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """One layer of all rows.
 
@@ -96,7 +96,7 @@ def run_layer(
 
 
 def _added(
-    graph: nnx.GraphDef, state: nnx.State, edits: Edits, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array
+    graph: nnx.GraphDef, state: nnx.State, edits: LayerChanges, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array
 ) -> jax.Array:
     """What the changes add to the MLP's output [R, T, D]; ``read_RxTxD`` None: activations are the prompt's."""
     dictionary = nnx.merge(graph, state)
@@ -109,7 +109,7 @@ def _added(
     return jnp.zeros_like(like_RxTxD).at[row_Rx1, edits.position_RxM].add(added_RxMxD.astype(like_RxTxD.dtype))
 
 
-def _activations(dictionary: Dictionary, edits: Edits, read_RxTxD: jax.Array) -> jax.Array:
+def _activations(dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Array) -> jax.Array:
     """Those that the features that are changed have in each row [R, M]."""
     row_R, length = jnp.arange(len(read_RxTxD)), read_RxTxD.shape[1]
     if edits.position_RxM.shape[1] <= length:
@@ -129,7 +129,7 @@ def _activations(dictionary: Dictionary, edits: Edits, read_RxTxD: jax.Array) ->
 
 
 @jax.jit
-def read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, reader: Reader) -> jax.Array:
+def read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, reader: ReadDirections) -> jax.Array:
     """By how much directions of the stream entering a layer differ from the prompt's, [R, J]."""
     return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, reader.position_J], reader.vector_JxD)
 

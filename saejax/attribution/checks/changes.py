@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from saejax.attribution.checks.interventions import Change, intervene
-from saejax.attribution.graph.graph import FEATURE, KINDS, Graph, Nodes
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE, KINDS, Nodes
 from saejax.attribution.local.active import Active
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts

@@ -22,16 +22,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from saejax.attribution.checks.circuit_runs import Circuit, run_circuits
-from saejax.attribution.graph.graph import ERROR, FEATURE, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import ERROR, FEATURE
+from saejax.attribution.graph.pruning import SHARES
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
 
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-RUNS = 2 * len(SHARES) + 2  # circuits that a curve runs: each share, all the rest of each, everything, nothing
-
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
+class CircuitCurve:
     """Circuits of growing size.
 
     Attributes:
@@ -70,7 +69,7 @@ def curve(
     readouts: Readouts,
     shares: Sequence[float] = SHARES,
     means: Mapping[int, np.ndarray] | None = None,
-) -> Curve:
+) -> CircuitCurve:
     """Prunes a whole graph to growing shares of its influence, and runs each part alone and all the rest alone.
 
     Args:
@@ -83,7 +82,7 @@ def curve(
     rows = [*circuits, *(circuit.complement() for circuit in circuits), none.complement(), none]
     readout_C = run_circuits(replacement, rows, readouts, means)[:, 0]
     count = len(circuits)
-    return Curve(
+    return CircuitCurve(
         share_C=np.asarray(shares, np.float64),
         features_C=np.array([circuit.features_A.sum() for circuit in circuits]),
         errors_C=np.array([circuit.errors_LxP.sum() for circuit in circuits]),

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from saejax.attribution.checks.changed_layers import Edits, Reader, read_last, read_moved, run_layer
+from saejax.attribution.checks.changed_layers import LayerChanges, ReadDirections, read_last, read_moved, run_layer
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError
@@ -108,7 +108,7 @@ def intervene(
         skip_DxD = None if streams.skip_LxDxD is None else streams.skip_LxDxD[layer]
         for place, chunk in enumerate(chunks):
             if len(inner_K):
-                inner = Reader(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
+                inner = ReadDirections(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
                 moved_RxK = read_moved(x_TxD, states[place], inner)
                 readout_RxK[chunk, inner_K] += to_host(moved_RxK)[: chunk.stop - chunk.start]
             held = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
@@ -128,7 +128,7 @@ def intervene(
     return Changed(feature_RxJ, readout_RxK)
 
 
-def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) -> dict[int, Edits]:
+def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) -> dict[int, LayerChanges]:
     """The changes of all rows, by layer."""
     own = _own_activations(replacement)
     configs, tokens = replacement.transcoders.configs, len(replacement.ids_P)
@@ -151,7 +151,9 @@ def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) 
     most = max((len(changes) for lists in by_layer.values() for changes in lists), default=0)
     for layer, lists in by_layer.items():
         shape = len(rows), most
-        edits = Edits(np.zeros(shape, np.int32), *(np.zeros(shape, dtype) for dtype in (np.int32, *[np.float32] * 2)))
+        edits = LayerChanges(
+            np.zeros(shape, np.int32), *(np.zeros(shape, dtype) for dtype in (np.int32, *[np.float32] * 2))
+        )
         for row, changes in enumerate(lists):
             for m, (_, position, feature, value) in enumerate(changes):
                 own_value = own.get((layer, position, feature), 0.0)
@@ -167,15 +169,15 @@ def _own_activations(replacement: Replacement) -> Mapping[tuple[int, int, int], 
     return dict(zip(keys, active.value_A.tolist(), strict=True))
 
 
-def _encoders(replacement: Replacement, places: np.ndarray, most: int) -> Reader:
+def _encoders(replacement: Replacement, places: np.ndarray, most: int) -> ReadDirections:
     """Encoder rows of active features of one layer, filled up with zeros to a number for all layers."""
     active = replacement.active
     vector_JxD = replacement.encoder_rows(places)
     room = -(-most // _STEP) * _STEP - len(places)
-    return Reader(np.pad(active.position_A[places], (0, room)), np.pad(vector_JxD, ((0, room), (0, 0))))
+    return ReadDirections(np.pad(active.position_A[places], (0, room)), np.pad(vector_JxD, ((0, room), (0, 0))))
 
 
-def _chunks(rows: int, replacement: Replacement, edits: Mapping[int, Edits]) -> list[slice]:
+def _chunks(rows: int, replacement: Replacement, edits: Mapping[int, LayerChanges]) -> list[slice]:
     """Rows that go through a layer at once."""
     _, length, width = replacement.streams.stream_LxTxD.shape
     most = max(part.position_RxM.shape[1] for part in edits.values())  # each change has a direction of its own
@@ -191,6 +193,6 @@ def _unchanged(replacement: Replacement, rows: int, first: int) -> jax.Array:
     return x_RxTxD
 
 
-def _filled(edits: Edits, chunk: slice, rows: int) -> Edits:
+def _filled(edits: LayerChanges, chunk: slice, rows: int) -> LayerChanges:
     """The chunk's changes, with rows that change nothing up to the number of rows."""
-    return Edits(*(np.pad(array[chunk], ((0, rows - (chunk.stop - chunk.start)), (0, 0))) for array in edits))
+    return LayerChanges(*(np.pad(array[chunk], ((0, rows - (chunk.stop - chunk.start)), (0, 0))) for array in edits))

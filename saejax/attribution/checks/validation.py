@@ -19,7 +19,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from saejax.attribution.checks.interventions import Change, intervene
-from saejax.attribution.graph.graph import FEATURE, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace import perturbed
 from saejax.attribution.trace.gradient import SaeRun

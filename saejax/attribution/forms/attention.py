@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.forms.neuronpedia import node_ids
-from saejax.attribution.forms.page import Table
-from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Graph, Nodes
+from saejax.attribution.forms.page import PageTable
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
 from saejax.attribution.heads.heads import Carried, TooLarge, edge_heads
 from saejax.attribution.heads.query_key import Score, split_scores
 from saejax.attribution.trace.prompt import Traced
@@ -42,7 +42,7 @@ class Attention:
     carried: Carried
     heads: dict[str, Any] | None
     query_key: list[dict[str, Any]]
-    tables: list[Table]
+    tables: list[PageTable]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,18 +128,18 @@ def leading_heads(graph: Graph, carried: Carried, position: int | None = None) -
     return [Leading(*own, float(share[own] / targets_N.sum()), largest[own][1], largest[own][0]) for own in order]
 
 
-def _leading_table(best: Sequence[Leading], graph: Graph) -> Table:
-    ids = node_ids(graph)
+def _leading_table(best: Sequence[Leading], graph: Graph) -> PageTable:
+    ids = graph.ids
     rows: list[list[str | float]] = [
         [f"{one.layer}.{one.head}", f"{one.share:.1%}".replace("%", " %"), ids[one.edge[0]], ids[one.edge[1]], one.part]
         for one in best
     ]
-    return Table("Attention heads that carry most", ["Head", "Share", "From", "To", "Part"], rows, _LEADING_NOTE)
+    return PageTable("Attention heads that carry most", ["Head", "Share", "From", "To", "Part"], rows, _LEADING_NOTE)
 
 
-def _score_table(scores: Sequence[Score], nodes: Nodes, graph: Graph) -> Table:
+def _score_table(scores: Sequence[Score], nodes: Nodes, graph: Graph) -> PageTable:
     """A block of rows for each key: the score, its largest pairs, all others."""
-    first, ids = scores[0], set(node_ids(graph))
+    first, ids = scores[0], set(graph.ids)
     names = _source_ids(nodes, graph)
     rows: list[list[str | float]] = []
     for score in scores:
@@ -150,7 +150,7 @@ def _score_table(scores: Sequence[Score], nodes: Nodes, graph: Graph) -> Table:
         rows.append(["", "all other pairs", "", score.rest])
     keys = ", ".join(f"{_place(graph, score.key)} {score.weight:.0%}".replace("%", " %") for score in scores)
     title = f"Head {first.layer}.{first.head} at {_place(graph, first.query)} looks at {keys}"
-    return Table(title, ["Key", "Source of the query", "Source of the key", "Adds"], rows, _NOTE)
+    return PageTable(title, ["Key", "Source of the query", "Source of the key", "Adds"], rows, _NOTE)
 
 
 def _score_results(scores: Sequence[Score], nodes: Nodes, graph: Graph) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _score_results(scores: Sequence[Score], nodes: Nodes, graph: Graph) -> dict[
 
 def _source_ids(nodes: Nodes, graph: Graph) -> list[str]:
     """The ids of all sources, in the graph or not, and of the head's own biases."""
-    return [*node_ids(dataclasses.replace(graph, nodes=nodes)), OWN]
+    return [*nodes.ids(graph.n_layers), OWN]
 
 
 def _words(nodes: Nodes, n: int, graph: Graph) -> str:

@@ -17,9 +17,10 @@ from typing import Any
 from saejax.attribution.forms.attention import Attention
 from saejax.attribution.forms.figure import draw_graph, save_figure
 from saejax.attribution.forms.graph_folder import write_graph
-from saejax.attribution.forms.neuronpedia import node_ids, to_document
+from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.page import write_page
-from saejax.attribution.graph.graph import LOGIT, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.heads.heads import named_heads
 from saejax.causal.stages import part_file
 from saejax.parallel import is_first_process
@@ -42,7 +43,7 @@ def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[
     folder: Path = part_file(run, slug, "-graph")
     shutil.rmtree(folder, ignore_errors=True)
     pruned.save(folder)
-    ids = node_ids(pruned)
+    ids = pruned.ids
     pinned = ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
     document = to_document(pruned, slug, supernodes=groups, pinned=pinned)
     write_graph(run.folder / "graphs", document, replace=True)

@@ -5,17 +5,20 @@ graph.json          schema version, texts, settings, scores, SHA-256 of the othe
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from saejax.attribution.graph.graph import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Graph, Nodes, Pruning, Scores
+from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
+from saejax.attribution.graph.nodes import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Nodes
 from saejax.dictionaries.formats import tensors
 from saejax.errors import UserError
 from saejax.workspace import file_sha256, read_json, write_json
 
+AnyGraph = TypeVar("AnyGraph", bound=GraphData)
 DESCRIPTION, ARRAYS = "graph.json", "graph.safetensors"
 SCHEMA_VERSION = 1
 _TEXTS = ("tokens", "labels", "prompt", "n_layers", "model", "transcoders", "settings")
@@ -24,7 +27,7 @@ _COLUMNS = tuple(field.name for field in dataclasses.fields(Nodes))
 _DTYPES = dict(zip(_COLUMNS, DTYPES, strict=True)) | {"ids_P": np.int32, "node_N": np.int32}  # others: float32
 
 
-def save(folder: Path, graph: Graph) -> None:
+def save(folder: Path, graph: GraphData) -> None:
     """Writes a graph; it appears whole or not at all.
 
     Raises:
@@ -42,8 +45,8 @@ def save(folder: Path, graph: Graph) -> None:
         write_json(beside / DESCRIPTION, description | dict(sha256=file_sha256(beside / ARRAYS)))
 
 
-def load(folder: Path) -> Graph:
-    """Reads what ``save`` wrote.
+def load(folder: Path, kind: type[AnyGraph]) -> AnyGraph:
+    """Reads what ``save`` wrote, as a graph of a class.
 
     Raises:
       UserError: a file is missing or damaged, or was written by a later version.
@@ -55,7 +58,7 @@ def load(folder: Path) -> Graph:
     if not file.is_file() or file_sha256(file) != description.get("sha256"):
         raise UserError(f"{file} is missing or damaged: it is not what {DESCRIPTION} describes; trace the prompt again")
     try:
-        graph = _made(description, load_file(file))
+        graph = _made(kind, description, load_file(file))
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / DESCRIPTION} is damaged ({error} is missing): trace the prompt again") from None
     if problem := _problem(graph):
@@ -63,20 +66,20 @@ def load(folder: Path) -> Graph:
     return graph
 
 
-def _made(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Graph:
+def _made(kind: type[AnyGraph], description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> AnyGraph:
     texts: dict[str, Any] = {name: description[name] for name in _TEXTS}
     texts |= {name: tuple(texts[name]) for name in ("tokens", "labels")}
     pruning = None
     if found := description.get("pruning"):
-        scores = Scores(found["replacement"], found["completeness"])
+        scores = GraphScores(found["replacement"], found["completeness"])
         kept = arrays["node_N"], arrays["influence_N"]
         top_edges = found.get("top_edges", 0)
         pruning = Pruning(found["node_threshold"], found["edge_threshold"], *kept, scores, top_edges)
     nodes = Nodes(*(arrays[f"nodes.{name}"] for name in _COLUMNS))
-    return Graph(nodes=nodes, pruning=pruning, **texts | {name: arrays[name] for name in _ARRAYS})
+    return kind(nodes=nodes, pruning=pruning, **texts | {name: arrays[name] for name in _ARRAYS})
 
 
-def _problem(graph: Graph) -> str:
+def _problem(graph: GraphData) -> str:
     """The first thing that does not fit in a graph that was read; "" if all does."""
     nodes, logits = graph.nodes, graph.count(LOGIT)
     count, positions = len(nodes), len(graph.ids_P)

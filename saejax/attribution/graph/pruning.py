@@ -12,12 +12,17 @@ nodes by nodes. Nodes of the kinds first_mlp and bias are left out.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
-from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Graph, Pruning, Scores
+from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN
 from saejax.errors import UserError
 
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of influence, to which ``checks.circuits`` prunes
+RUNS = 2 * len(SHARES) + 2  # of parts: each share, all the rest of each, everything, nothing
+AnyGraph = TypeVar("AnyGraph", bound=GraphData)
 _SMALLEST = 1e-10  # least sum of a row's weights that it is divided by
 _BLOCK = 1 << 22  # numbers of the matrix that are worked on at once
 _LOW_BITS = 16  # of an fp32 score, those that the first pass of the search for a threshold leaves out
@@ -51,7 +56,7 @@ def influence(
     return influence_S
 
 
-def scores(graph: Graph) -> Scores:
+def scores(graph: GraphData) -> GraphScores:
     """Replacement and completeness scores of a whole graph."""
     adjacency_TxS, influence_S = _scored(graph), source_influence(graph)
     tokens, errors = influence_S[graph.slice_of(TOKEN)].sum(), influence_S[graph.slice_of(ERROR)].sum()
@@ -63,7 +68,7 @@ def scores(graph: Graph) -> Scores:
         error_T[rows] /= np.maximum(part_TxS.sum(axis=1, dtype=np.float64), _SMALLEST)
     total = influence_S.sum() + graph.probability_K.sum(dtype=np.float64)
     # Errors and tokens have no input, so no error has a part in it.
-    return Scores(float(tokens / max(tokens + errors, _SMALLEST)), float(1 - (weight_T @ error_T) / total))
+    return GraphScores(float(tokens / max(tokens + errors, _SMALLEST)), float(1 - (weight_T @ error_T) / total))
 
 
 def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
@@ -74,7 +79,7 @@ def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
     return share_N
 
 
-def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> Graph:
+def prune(graph: AnyGraph, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> AnyGraph:
     """The most influential nodes of a graph, and the most influential edges between them.
 
     1. Nodes are kept, the most influential first, until they have the share ``nodes`` of all influence; tokens and
@@ -135,7 +140,7 @@ def share_threshold(blocks: Callable[[], Iterable[np.ndarray]], share: float) ->
     return float(descending[min(index, len(descending) - 1)])
 
 
-def _influential_edges(graph: Graph, share: float) -> np.ndarray:
+def _influential_edges(graph: GraphData, share: float) -> np.ndarray:
     """Step 2 of ``prune``: True where an edge stays, [T, S]."""
     adjacency_TxS, influence_S = graph.adjacency_TxS, source_influence(graph)
     factor_T = _target_influence(graph, influence_S)
@@ -150,7 +155,7 @@ def _influential_edges(graph: Graph, share: float) -> np.ndarray:
     return np.concatenate([score_TxS >= threshold for score_TxS in blocks()])
 
 
-def _largest_edges(graph: Graph, count: int) -> np.ndarray:
+def _largest_edges(graph: GraphData, count: int) -> np.ndarray:
     """True at the ``count`` largest weights of each row by size, [T, S]."""
     size_TxS, edge_TxS = np.abs(graph.adjacency_TxS), np.ones(graph.adjacency_TxS.shape, bool)
     if count < size_TxS.shape[1]:
@@ -158,7 +163,7 @@ def _largest_edges(graph: Graph, count: int) -> np.ndarray:
     return edge_TxS
 
 
-def _connected(graph: Graph, edge_TxS: np.ndarray) -> np.ndarray:
+def _connected(graph: GraphData, edge_TxS: np.ndarray) -> np.ndarray:
     """Step 3 of ``prune``: True where a node stays, [N]; edges of the others become False."""
     kind_N, features = graph.nodes.kind_N, graph.count(FEATURE)
     keep_N, sources = np.ones(len(kind_N), bool), edge_TxS.shape[1]
@@ -172,7 +177,7 @@ def _connected(graph: Graph, edge_TxS: np.ndarray) -> np.ndarray:
         edge_TxS[:, ~keep_N[:sources]] = False
 
 
-def _cut(graph: Graph, keep_N: np.ndarray) -> Graph:
+def _cut(graph: AnyGraph, keep_N: np.ndarray) -> AnyGraph:
     """The graph of some of the nodes, all logits among them, with a matrix of its own."""
     rows, columns = graph.target_T[keep_N[graph.target_T]], np.flatnonzero(keep_N[: graph.adjacency_TxS.shape[1]])
     row_T = np.searchsorted(graph.target_T, rows)
@@ -181,24 +186,24 @@ def _cut(graph: Graph, keep_N: np.ndarray) -> Graph:
     return dataclasses.replace(graph, adjacency_TxS=adjacency_TxS, nodes=graph.nodes[keep_N], **of_targets)
 
 
-def _scored(graph: Graph) -> np.ndarray:
+def _scored(graph: GraphData) -> np.ndarray:
     """The matrix with the columns that take part in influences: features, errors and tokens."""
     return graph.adjacency_TxS[:, : graph.slice_of(TOKEN).stop]
 
 
-def source_influence(graph: Graph) -> np.ndarray:
+def source_influence(graph: GraphData) -> np.ndarray:
     """The influence of the graph's features, errors and tokens, in this order, float64."""
     features = graph.count(FEATURE)
     column_T = np.concatenate([np.arange(features), np.full(graph.count(LOGIT), -1)])
     return influence(_scored(graph), graph.nodes.layer_N[graph.target_T], column_T, _row_weights(graph))
 
 
-def _target_influence(graph: Graph, influence_S: np.ndarray) -> np.ndarray:
+def _target_influence(graph: GraphData, influence_S: np.ndarray) -> np.ndarray:
     """Influence of the features and weights of the logits, float64 [T]."""
     return np.concatenate([influence_S[graph.slice_of(FEATURE)], graph.probability_K])
 
 
-def _row_weights(graph: Graph) -> np.ndarray:
+def _row_weights(graph: GraphData) -> np.ndarray:
     """Weights of the logits, 0 for features, float64 [T]."""
     return np.concatenate([np.zeros(graph.count(FEATURE)), graph.probability_K.astype(np.float64)])
 

@@ -22,9 +22,8 @@ import numpy as np
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from saejax.attribution.forms.neuronpedia import node_ids
-from saejax.attribution.graph import pruning
-from saejax.attribution.graph.graph import FEATURE, Graph
+from saejax.attribution.graph import Graph, pruning
+from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.trace.targets import PromptRun
 from saejax.errors import UserError
 
@@ -125,7 +124,7 @@ def collapse(graph: Graph, supernodes: Sequence[Supernode]) -> Collapsed:
     """
     check_apart(graph, supernodes)
     grouped = {node for group in supernodes for node in group.nodes}
-    ids = node_ids(graph)
+    ids = graph.ids
     alone = [node for node in range(len(ids)) if node not in grouped]
     members = [group.nodes for group in supernodes] + [(node,) for node in alone]
     unit_N = np.empty(len(ids), np.int64)
@@ -145,7 +144,7 @@ def named(graph: Graph, groups: Sequence[Sequence[str]]) -> list[Supernode]:
     Raises:
       UserError: the graph has no node of an id, or a node is in two groups.
     """
-    place = {node_id: node for node, node_id in enumerate(node_ids(graph))}
+    place = {node_id: node for node, node_id in enumerate(graph.ids)}
     found = []
     for label, *members in groups:
         unknown = [member for member in members if member not in place]
@@ -161,7 +160,7 @@ def named(graph: Graph, groups: Sequence[Sequence[str]]) -> list[Supernode]:
 
 def as_groups(graph: Graph, supernodes: Sequence[Supernode]) -> list[list[str]]:
     """The form of Neuronpedia's ``qParams.supernodes``: of each the label, then the ids of its nodes."""
-    ids = node_ids(graph)
+    ids = graph.ids
     return [[group.label, *(ids[node] for node in group.nodes)] for group in supernodes]
 
 
@@ -172,7 +171,7 @@ def check_apart(graph: Graph, supernodes: Sequence[Supernode]) -> None:
         for node in nodes:
             if node in owner:
                 raise UserError(
-                    f"the node {node_ids(graph)[node]!r} is in the supernodes {owner[node]!r} and {label!r}: expected "
+                    f"the node {graph.ids[node]!r} is in the supernodes {owner[node]!r} and {label!r}: expected "
                     "it in one, once"
                 )
             owner[node] = label

@@ -13,7 +13,8 @@ Letters: S sources, R targets, E edges; L, T, D, H heads, K dimensions of a head
 
 import numpy as np
 
-from saejax.attribution.graph.graph import ERROR, FEATURE, LOGIT, TOKEN, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.attribution.heads.head_passes import STEP, Placed, edge_parts, mixed_values
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts

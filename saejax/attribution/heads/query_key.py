@@ -25,7 +25,7 @@ from jax import lax
 
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.trace.rows import Rows
+from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources
 from saejax.errors import UserError
 from saejax.models import decoder
@@ -165,7 +165,7 @@ def _parts(
     groups, width = vector_GxKxD.shape[:2]
     position_G = np.array([position, *opened.key_J[:count]], np.int32)
     part_RxS = np.zeros((groups * width, len(sources.nodes)), np.float32)
-    rows = Rows(replacement, sources, len(part_RxS))
+    rows = RowTracer(replacement, sources, len(part_RxS))
     layer_R, position_R = np.full(len(part_RxS), layer, np.int32), np.repeat(position_G, width)
     rows(layer_R, position_R, vector_GxKxD.reshape(len(part_RxS), -1), part_RxS.__setitem__, in_stream=True)
     own_GxK = np.stack([opened.own_query_K, *opened.own_key_JxK[:count]])

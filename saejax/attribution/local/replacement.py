@@ -22,7 +22,7 @@ import numpy as np
 
 from saejax.attribution.local.active import Active, active_features
 from saejax.attribution.local.frozen import FrozenModel
-from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
@@ -73,7 +73,7 @@ class Replacement:
     """
 
     model: LanguageModel
-    transcoders: TranscoderSet
+    transcoders: LayerTranscoders
     frozen: FrozenModel
     ids_P: np.ndarray
     active: Active
@@ -81,7 +81,7 @@ class Replacement:
     logits_V: np.ndarray
 
     @classmethod
-    def of(cls, model: LanguageModel, transcoders: TranscoderSet, ids_P: np.ndarray) -> "Replacement":
+    def of(cls, model: LanguageModel, transcoders: LayerTranscoders, ids_P: np.ndarray) -> "Replacement":
         """Runs the model on a prompt, once, and each transcoder beside its layer.
 
         Raises:
@@ -128,7 +128,7 @@ class Replacement:
         return cls(model, transcoders, frozen, ids_P, active, streams, logits_V)
 
     @property
-    def dictionaries(self) -> TranscoderSet:
+    def dictionaries(self) -> LayerTranscoders:
         """The transcoders, as every ``PromptRun`` names its dictionaries."""
         return self.transcoders
 

@@ -23,11 +23,11 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 
-Rows = Callable[[int, str, np.ndarray], np.ndarray]
+ReadRows = Callable[[int, str, np.ndarray], np.ndarray]
 _ADDRESS = re.compile(r"hf://(?P<repository>[^/]+/[^/]+)/(?P<file>[^?]+)(\?revision=(?P<revision>.+))?")
 
 
-class DictionarySet(abc.ABC):
+class LayerDictionaries(abc.ABC):
     """Dictionaries of several layers, one of each.
 
     Args:
@@ -45,7 +45,7 @@ class DictionarySet(abc.ABC):
         name: str,
         configs: Sequence[DictionaryConfig],
         load: Callable[[int], Dictionary],
-        rows: Rows | None = None,
+        rows: ReadRows | None = None,
         reads: str = "mlp_in",
         revision: str = "",
     ):
@@ -55,7 +55,7 @@ class DictionarySet(abc.ABC):
         self._rows = rows if rows and stored else self._rows_of_layer
 
     def rows(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
-        """Rows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
+        """ReadRows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
         return np.asarray(self._rows(layer, name, features_U), np.float32)
 
     def rows_of(self, name: str, layer_F: np.ndarray, feature_F: np.ndarray) -> np.ndarray:
@@ -77,15 +77,15 @@ class DictionarySet(abc.ABC):
         return np.asarray(arrays["W_enc_DxF"])[:, features_U].T
 
 
-class TranscoderSet(DictionarySet):
+class LayerTranscoders(LayerDictionaries):
     """A transcoder for every layer, from layer 0."""
 
     @classmethod
-    def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "TranscoderSet":
+    def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "LayerTranscoders":
         """The set of some transcoders that are in memory, in the order of layers."""
         return cls(name, [dictionary.config for dictionary in dictionaries], dictionaries.__getitem__)
 
-    def check(self, model: LanguageModel) -> "TranscoderSet":
+    def check(self, model: LanguageModel) -> "LayerTranscoders":
         """The set, if it belongs to a model.
 
         Raises:
@@ -96,7 +96,7 @@ class TranscoderSet(DictionarySet):
             check_dictionary(config, model, f"{self.name}, layer {layer}: the transcoder")
         return self
 
-    def check_shape(self, model: DecoderConfig, name: str) -> "TranscoderSet":
+    def check_shape(self, model: DecoderConfig, name: str) -> "LayerTranscoders":
         """The set, if it has a transcoder for each layer of a model of this name and shape.
 
         Raises:
@@ -142,7 +142,7 @@ def _check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what
         )
 
 
-def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = "") -> TranscoderSet:
+def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = "") -> LayerTranscoders:
     """Opens a set of transcoders, of which no array is read yet.
 
     Args:
@@ -163,11 +163,11 @@ def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = 
     places = [place for child in inside for place in (child, child / "dictionary")]
     places = [place for place in places if (place / own.DESCRIPTION).exists()]
     if not places:
-        return TranscoderSet.of(formats.load_transcoders(folder), name)
+        return LayerTranscoders.of(formats.load_transcoders(folder), name)
     configs = [own.read_config(place) for place in places]
     layers = [Site.parse(config.target or config.site).layer for config in configs]
     order = sorted(range(len(layers)), key=layers.__getitem__)
-    return TranscoderSet(name, [configs[i] for i in order], lambda layer: own.load(places[order[layer]]))
+    return LayerTranscoders(name, [configs[i] for i in order], lambda layer: own.load(places[order[layer]]))
 
 
 def find_folder(path: str, revision: str, subfolder: str) -> tuple[str, Path, str]:
@@ -184,7 +184,7 @@ def find_folder(path: str, revision: str, subfolder: str) -> tuple[str, Path, st
     return name, root / subfolder, root.name
 
 
-def _listed(name: str, folder: Path, commit: str) -> TranscoderSet:
+def _listed(name: str, folder: Path, commit: str) -> LayerTranscoders:
     """A set with a description of circuit-tracer's; its files may be elsewhere on the hub."""
     settings = description.read(folder / formats.SET)
     before_gain = description.reads_before_gain(settings)
@@ -197,13 +197,13 @@ def _listed(name: str, folder: Path, commit: str) -> TranscoderSet:
         return opened.tensors[layer][name].map()[features_U]
 
     reads = "mlp_normed" if before_gain else "mlp_in"
-    return TranscoderSet(name, opened.configs, opened.load, rows, reads, commit)
+    return LayerTranscoders(name, opened.configs, opened.load, rows, reads, commit)
 
 
-def _gemma_scope(name: str, files: Sequence[Path], before_gain: bool, commit: str, model: str) -> TranscoderSet:
+def _gemma_scope(name: str, files: Sequence[Path], before_gain: bool, commit: str, model: str) -> LayerTranscoders:
     configs = [gemma_scope.read_config(file, layer, model) for layer, file in enumerate(files)]
     reads = "mlp_normed" if before_gain else "mlp_in"
-    return TranscoderSet(
+    return LayerTranscoders(
         name, configs, lambda layer: gemma_scope.load(files[layer], configs[layer]), None, reads, commit
     )
 

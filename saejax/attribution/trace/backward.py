@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from saejax.attribution.local.frozen import FrozenModel
-from saejax.attribution.trace.sources import STEP, WIDTH, Bank
+from saejax.attribution.trace.sources import STEP, WIDTH, SourceBank
 from saejax.models import decoder
 from saejax.models.attention import full_reaches
 from saejax.models.layers import einsum
@@ -28,7 +28,7 @@ Pull = Callable[[tuple[jax.Array, jax.Array]], Any]  # a transposed layer, as ``
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class TargetBatch:
     """Targets that go down together, in N chunks of R; the chunks start from high layers to low.
 
     Attributes:
@@ -52,10 +52,10 @@ def contributions(
     params: decoder.Params,
     stream_LxTxD: jax.Array,
     skip_LxDxD: jax.Array | None,
-    bank: Bank,
+    bank: SourceBank,
     first_X: jax.Array,
     stop_X: jax.Array,
-    batch: Batch,
+    batch: TargetBatch,
 ) -> jax.Array:
     """The products of all blocks of sources with the cotangents of a batch of targets, fp32 [B, N, R, W].
 
@@ -133,7 +133,7 @@ def _turned(pull: Pull, width: int) -> tuple[list[jax.Array], Callable[[list[jax
     return [jnp.moveaxis(x, old, new) for x, (old, new) in zip(held, ends, strict=True)], back
 
 
-def _by_target(mesh: Mesh, cotangent_NxRxTxD: jax.Array, bank: Bank) -> tuple[jax.Array, jax.Array]:
+def _by_target(mesh: Mesh, cotangent_NxRxTxD: jax.Array, bank: SourceBank) -> tuple[jax.Array, jax.Array]:
     """The cotangents and the products, 0 at first, each chunk's targets split over ``data``."""
     chunks, targets = cotangent_NxRxTxD.shape[:2]
     read_BxNxRxW = jnp.zeros((len(bank.position_B), chunks, targets, WIDTH), cotangent_NxRxTxD.dtype)

@@ -29,11 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, TOKEN, Graph, Nodes
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, TOKEN, Nodes
 from saejax.attribution.local.active import Active, active_features
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.attribution.local.replacement import embed, padded_length, placed
-from saejax.attribution.local.saes import SaeSet
+from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.trace import perturbed
 from saejax.attribution.trace.perturbed import IN_STREAM, Places, Readings
 from saejax.attribution.trace.prompt import attributed, check_max_features, graph_of, prompt_ids
@@ -48,7 +49,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.parallel import by_row, to_host
 from saejax.settings import GRAPH_ESTIMATES
 
-Saes = SaeSet | Dictionary | str | Path | Sequence[Dictionary | str | Path]
+Saes = LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class SaeRun:
     """
 
     model: LanguageModel
-    saes: SaeSet
+    saes: LayerSaes
     rules: DecoderConfig
     places: Places
     ids_P: np.ndarray
@@ -82,7 +83,7 @@ class SaeRun:
 
     @classmethod
     def of(
-        cls, model: LanguageModel, saes: SaeSet, ids_P: np.ndarray, estimate: str = "gradient", direct: bool = False
+        cls, model: LanguageModel, saes: LayerSaes, ids_P: np.ndarray, estimate: str = "gradient", direct: bool = False
     ) -> "SaeRun":
         """Runs the model on a prompt and each SAE on its site.
 
@@ -123,7 +124,7 @@ class SaeRun:
         return self.active.b_enc_A[chosen_F]
 
     @property
-    def dictionaries(self) -> SaeSet:
+    def dictionaries(self) -> LayerSaes:
         """The SAEs, as every ``PromptRun`` names its dictionaries."""
         return self.saes
 
@@ -170,7 +171,7 @@ def trace_saes(
     """
     check_max_features(max_features)
     ids_P = prompt_ids(model, prompt, prepend)
-    run = SaeRun.of(model, SaeSet.of(saes), ids_P, estimate, direct)
+    run = SaeRun.of(model, LayerSaes.of(saes), ids_P, estimate, direct)
     readouts = read_targets(run, targets, max_logits, logit_mass)
     rows, active = _Rows(run), run.active
     kind_A = run.places.kind_S[_slots(run, active.layer_A)]
@@ -240,7 +241,7 @@ class _Rows:
             of = perturbed.gradients(run.rules, *fixed, batch, np.int32(top_B[own_B[0]]))
             put(own_B, self._contributions(*(to_host(part) for part in of))[: len(own_B)])
 
-        with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:  # as in ``rows.Rows``
+        with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:  # as in ``rows.RowTracer``
             list(pool.map(read, range(0, len(order_B), size)))
 
     def _contributions(self, site_SxBxTxD: np.ndarray, token_BxTxD: np.ndarray) -> np.ndarray:

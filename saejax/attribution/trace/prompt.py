@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saejax.attribution.graph import pruning
-from saejax.attribution.graph.graph import LOGIT, Graph, Nodes
+from saejax.attribution.graph import Graph, pruning
+from saejax.attribution.graph.nodes import LOGIT, Nodes
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.local.transcoders import TranscoderSet, open_transcoders
+from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
 from saejax.attribution.trace.row_store import Put, RowStore
-from saejax.attribution.trace.rows import Rows
+from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources
 from saejax.attribution.trace.targets import PromptRun, Readouts, Target, read_targets
 from saejax.dictionaries import Dictionary
@@ -35,7 +35,7 @@ class Traced(NamedTuple):
 
 def trace(
     model: LanguageModel,
-    transcoders: TranscoderSet | Sequence[Dictionary] | str | Path,
+    transcoders: LayerTranscoders | Sequence[Dictionary] | str | Path,
     prompt: str | Sequence[int],
     **options: Any,
 ) -> Graph:
@@ -45,7 +45,7 @@ def trace(
 
 def trace_prompt(
     model: LanguageModel,
-    transcoders: TranscoderSet | Sequence[Dictionary] | str | Path,
+    transcoders: LayerTranscoders | Sequence[Dictionary] | str | Path,
     prompt: str | Sequence[int],
     *,
     targets: Sequence[Target] = (),
@@ -77,8 +77,8 @@ def trace_prompt(
     """
     if isinstance(transcoders, str | Path):
         transcoders = open_transcoders(transcoders)
-    elif not isinstance(transcoders, TranscoderSet):
-        transcoders = TranscoderSet.of(transcoders)
+    elif not isinstance(transcoders, LayerTranscoders):
+        transcoders = LayerTranscoders.of(transcoders)
     check_max_features(max_features)
     ids_P = prompt_ids(model, prompt, prepend)
     transcoders.check(model)
@@ -97,7 +97,7 @@ def trace_prompt(
     sources = Sources.of(replacement, bias_nodes)
     active = replacement.active
     count = min(max_features or len(active), len(active))
-    rows = Rows(replacement, sources, count + len(readouts.labels))
+    rows = RowTracer(replacement, sources, count + len(readouts.labels))
 
     def fill(new_F: np.ndarray | None, put: Put) -> None:
         if new_F is None:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.trace.backward import Batch, contributions
+from saejax.attribution.trace.backward import TargetBatch, contributions
 from saejax.attribution.trace.row_store import Put
 from saejax.attribution.trace.sources import Sources
 from saejax.parallel import fitting_sharding, to_host
@@ -23,7 +23,7 @@ def batch_tokens(platform: str, length: int) -> int:
     return _CHUNKS * max(TOKENS[platform], length)
 
 
-class Rows:
+class RowTracer:
     """Attributes targets in batches.
 
     Args:
@@ -116,7 +116,7 @@ class Rows:
             jax.device_put(array, fitting_sharding(model.mesh, array.shape, None, "data", *[None] * (array.ndim - 2)))
             for array in arrays
         )
-        batch = Batch(vector_NxRxD, layer_NxR, position_NxR, start_N)
+        batch = TargetBatch(vector_NxRxD, layer_NxR, position_NxR, start_N)
         fixed = model.params, self._streams[index], streams.skip_LxDxD, sources.bank
         places = sources.first_X, self._stops[index]
         return contributions(self._replacement.frozen, model.mesh, *fixed, *places, batch)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local.active import Active
-from saejax.attribution.local.transcoders import DictionarySet
+from saejax.attribution.local.transcoders import LayerDictionaries
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
@@ -33,7 +33,7 @@ class PromptRun(Protocol):
         """The model."""
 
     @property
-    def dictionaries(self) -> DictionarySet:
+    def dictionaries(self) -> LayerDictionaries:
         """The transcoders or SAEs whose features are nodes."""
 
     @property

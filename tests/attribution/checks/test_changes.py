@@ -11,9 +11,9 @@ from saejax import load_model
 from saejax.attribution.checks import interventions
 from saejax.attribution.checks.changes import ablate, features_of, matched, moved, scale, set_to, steer, swap
 from saejax.attribution.checks.interventions import intervene
-from saejax.attribution.graph.graph import TOKEN, Nodes
+from saejax.attribution.graph.nodes import TOKEN, Nodes
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction, read_targets
 from saejax.errors import UserError
@@ -95,7 +95,7 @@ def setting(tiny_llama, one_device):
     jax.config.update("jax_exec_time_optimization_effort", -1.0)  # as ``quick_compiler``, which is of each test
     lm = load_model(str(tiny_llama), mesh=one_device)
     transcoders = made_set(lm, kind="topk")
-    opened = TranscoderSet.of(transcoders)
+    opened = LayerTranscoders.of(transcoders)
     graph, here, readouts = trace_prompt(lm, opened, IDS, targets=TARGETS)
     there = Replacement.of(lm, opened, np.array(OTHER))
     torch_model = source.load_torch_model(lm.source, "float32").double()

@@ -12,7 +12,7 @@ from saejax.attribution.checks.circuits import curve
 from saejax.attribution.checks.interventions import HOLDS, Change, intervene
 from saejax.attribution.checks.validation import double
 from saejax.attribution.local.replacement import Replacement, embed
-from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.targets import Direction, read_targets
 from saejax.errors import UserError
 
@@ -31,7 +31,7 @@ def traced(lm, request):
     skip = request.param == "skip"
     transcoders = made_set(lm, kind="jumprelu" if skip else request.param, skip=skip)
     targets = [7, 9, (7, 11), Direction(np.eye(lm.config.d_model)[3], layer=2, position=4)]
-    replacement = Replacement.of(lm, TranscoderSet.of(transcoders), np.array(IDS))
+    replacement = Replacement.of(lm, LayerTranscoders.of(transcoders), np.array(IDS))
     return (
         replacement,
         transcoders,

@@ -14,9 +14,10 @@ from reference_graphs import LAYERS, adjacency_of, each_graph, needs_graphs, nod
 import saejax
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.graph_folder import INDEX, write_graph
-from saejax.attribution.forms.neuronpedia import cantor_pair, cantor_unpair, node_ids, to_document
+from saejax.attribution.forms.neuronpedia import cantor_pair, cantor_unpair, to_document
 from saejax.attribution.forms.page import write_page
-from saejax.attribution.graph.graph import LOGIT, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.groups.network import to_networkx
 from saejax.errors import UserError
 
@@ -133,7 +134,7 @@ def test_what_the_document_says(graph):
 
 def test_directions_have_ids_of_their_own(graph):
     graph.nodes.index_N[graph.slice_of(LOGIT)] = -1
-    assert node_ids(graph)[-2:] == ["3_-1_2", "3_-2_2"]
+    assert graph.ids[-2:] == ["3_-1_2", "3_-2_2"]
     check_document(to_document(graph, "directions"))
 
 
@@ -194,7 +195,7 @@ def test_several_writers_lose_nothing(graph, tmp_path):
 @pytest.mark.parametrize("pruned", [True, False])
 def test_networkx_has_the_same_nodes_and_edges(graph, pruned):
     graph = graph if pruned else make_graph()
-    made, ids = to_networkx(graph), node_ids(graph)
+    made, ids = to_networkx(graph), graph.ids
     assert list(made) == ids
     source_E, target_E, weight_E = graph.edges()
     assert made.number_of_edges() == len(weight_E)
@@ -207,4 +208,4 @@ def test_networkx_has_the_same_nodes_and_edges(graph, pruned):
 
 def test_every_kind_of_node_has_an_id(graph):
     whole = dataclasses.replace(make_graph(), pruning=None)
-    assert {"bias_0", "bias_1"} <= set(node_ids(whole))
+    assert {"bias_0", "bias_1"} <= set(whole.ids)

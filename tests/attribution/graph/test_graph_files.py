@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from made_graphs import make_graph
 
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.data import GraphScores, Pruning
 from saejax.attribution.graph.files import ARRAYS, DESCRIPTION
-from saejax.attribution.graph.graph import LOGIT, TOKEN, Graph, Pruning, Scores
+from saejax.attribution.graph.nodes import LOGIT, TOKEN
 from saejax.errors import UserError
 
 
@@ -25,10 +27,9 @@ def test_a_graph_comes_back_as_it_was(pruned, tmp_path):
     graph = make_graph()
     if pruned:
         influence_N = np.linspace(0, 1, len(graph.nodes), dtype=np.float32)
-        graph = dataclasses.replace(
-            graph,
-            pruning=Pruning(0.8, 0.98, np.arange(len(graph.nodes), dtype=np.int32), influence_N, Scores(0.5, 0.75)),
-        )
+        node_N = np.arange(len(graph.nodes), dtype=np.int32)
+        pruning = Pruning(0.8, 0.98, node_N, influence_N, GraphScores(0.5, 0.75))
+        graph = dataclasses.replace(graph, pruning=pruning)
     graph.save(tmp_path / "a" / "b")
     assert same(Graph.load(tmp_path / "a" / "b"), graph)
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == [DESCRIPTION, ARRAYS]

@@ -8,8 +8,8 @@ import pytest
 from made_graphs import make_graph
 from reference_graphs import adjacency_of, each_graph, needs_graphs, nodes_of
 
-from saejax.attribution.graph import pruning
-from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Graph
+from saejax.attribution.graph import Graph, pruning
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, LOGIT, TOKEN
 from saejax.errors import UserError
 
 

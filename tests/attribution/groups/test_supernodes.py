@@ -11,8 +11,8 @@ from made_transcoders import made_set
 
 from saejax import command, load_model, save_transcoders
 from saejax.attribution import requests
-from saejax.attribution.forms.neuronpedia import node_ids
-from saejax.attribution.graph.graph import FEATURE, LOGIT, Graph, Nodes
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE, LOGIT, Nodes
 from saejax.attribution.groups import supernode_files
 from saejax.attribution.groups.network import to_networkx
 from saejax.attribution.groups.supernodes import Supernode, alikeness, as_groups, cluster, collapse, named
@@ -146,7 +146,7 @@ def test_edges_of_groups_are_sums_and_networkx_has_them():
     graph = make_graph(features=6)
     groups = [Supernode("left", (0, 2)), Supernode("right", (5, 1, 12)), Supernode("left", (18,))]
     found = collapse(graph, groups)
-    ids, wanted = node_ids(graph), {}
+    ids, wanted = graph.ids, {}
     unit = {node: number for number, group in enumerate(groups) for node in group.nodes}
     names = [ids[members[0]] if len(members) == 1 else None for members in found.members]
     for source, target, weight in zip(*graph.edges()):
@@ -168,7 +168,7 @@ def test_edges_of_groups_are_sums_and_networkx_has_them():
 
 def test_groups_of_ids():
     graph = make_graph()
-    ids = node_ids(graph)
+    ids = graph.ids
     groups = [["a", ids[0], ids[-1]], ["a", ids[3]]]
     assert as_groups(graph, named(graph, groups)) == groups
     with pytest.raises(UserError, match="supernode 'b' names 'E_9_9', and no node of the graph has that id"):
@@ -251,7 +251,7 @@ def test_the_stage_writes_groups_and_takes_back_what_the_page_saves(
         {str((int(id.split("_")[1]) + 24) % 48) for id in ids} & {id.split("_")[1] for id in ids}
         for _, *ids in params["supernodes"]
     )  # pairs are together
-    logits = node_ids(graph)[graph.slice_of(LOGIT)]
+    logits = graph.ids[graph.slice_of(LOGIT)]
     assert params["pinnedIds"] == [member for group in params["supernodes"] for member in group[1:]] + logits
     assert as_groups(graph, named(graph, params["supernodes"])) == params["supernodes"]
     assert results["circuits"]["rest"] == "mean"

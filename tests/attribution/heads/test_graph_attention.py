@@ -10,7 +10,6 @@ from made_transcoders import made_set
 from saejax import load_model
 from saejax.attribution.forms import outputs
 from saejax.attribution.forms.attention import OWN, attend, leading_heads
-from saejax.attribution.forms.neuronpedia import node_ids
 from saejax.attribution.heads import heads
 from saejax.attribution.requests import read_heads
 from saejax.attribution.trace.prompt import trace_prompt
@@ -65,7 +64,7 @@ def test_results_and_tables(traced, pruned):
     assert split["query"] == len(IDS) - 1 and len(split["keys"]) == 3
     assert score.title.startswith(f"Head {split['layer']}.{split['head']} at ")
     # Every block of the table is a score, its pairs and the others; pairs and others add up.
-    ids, starts = set(node_ids(pruned)), [n for n, row in enumerate(score.rows) if row[1] == "score"]
+    ids, starts = set(pruned.ids), [n for n, row in enumerate(score.rows) if row[1] == "score"]
     for key, start, stop in zip(split["keys"], starts, [*starts[1:], len(score.rows)], strict=True):
         block = score.rows[start:stop]
         assert block[0][3] == key["score"] and block[-1][1:] == ["all other pairs", "", key["rest"]]
@@ -117,7 +116,7 @@ def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, tr
     attention = attend(traced, pruned, True, None)
     (tmp_path / "heads").mkdir()
     outputs.write_outputs(SimpleNamespace(folder=tmp_path), "one", pruned, [], attention)
-    ids, (source_E, target_E, weight_E) = node_ids(pruned), pruned.edges()
+    ids, (source_E, target_E, weight_E) = pruned.ids, pruned.edges()
     largest = np.argsort(-np.abs(weight_E), kind="stable")[:5]
     strongest = {(ids[source_E[edge]], ids[target_E[edge]]) for edge in largest}
     assert set(written["heads"]) == strongest & set(heads.named_heads(attention.carried, ids))

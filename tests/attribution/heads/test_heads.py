@@ -8,10 +8,10 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import load_model
-from saejax.attribution.graph.graph import FEATURE
+from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.heads import heads
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.attribution.trace.rows import Rows
+from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources
 from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
@@ -42,7 +42,7 @@ def edges_without(traced, layer, head):
     sources = Sources.of(replacement)
     active = replacement.active
     matrix_TxS = np.zeros((len(active) + len(readouts.labels), len(sources.nodes)), np.float32)
-    rows = Rows(changed, sources, len(matrix_TxS))
+    rows = RowTracer(changed, sources, len(matrix_TxS))
     rows(active.layer_A, active.position_A, changed.encoder_rows(np.arange(len(active))), matrix_TxS.__setitem__)
     rows(
         readouts.layer_K,

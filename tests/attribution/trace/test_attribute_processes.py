@@ -8,7 +8,8 @@ import runs
 from made_transcoders import made_set
 
 from saejax import load_model, save_transcoders
-from saejax.attribution.graph.graph import FEATURE, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE
 
 CHECKED = ("--graph.node_threshold=1", "--graph.edge_threshold=1")
 BARE = (*CHECKED, "--graph.doubled=0", "--graph.circuits=false", "--graph.heads=false")

@@ -7,8 +7,8 @@ from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
 from saejax.attribution.checks.interventions import Change, intervene
-from saejax.attribution.graph.graph import ERROR, FEATURE, LOGIT, TOKEN
-from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 
 IDS = [0, 17, 230, 5, 42, 99, 7]
@@ -33,7 +33,7 @@ def relative(a, b) -> float:
 def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, tmp_path, one_device, quick_compiler):
     lm, normed = load_tiny(tmp_path, family, one_device), family == "gemma2"
     made = make_transcoders(lm.config, kind, skip)
-    transcoders = TranscoderSet(
+    transcoders = LayerTranscoders(
         "made", [t.config for t in made], made.__getitem__, reads="mlp_normed" if normed else "mlp_in"
     )
     graph = trace(lm, transcoders, IDS, max_logits=5)
@@ -62,7 +62,7 @@ def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, tmp_path, on
 def test_doubling_a_feature_adds_its_column(family, skip, tmp_path, one_device, quick_compiler):
     lm = load_tiny(tmp_path, family, one_device)
     made = make_transcoders(lm.config, "standard", skip)
-    transcoders = TranscoderSet(
+    transcoders = LayerTranscoders(
         "made", [t.config for t in made], made.__getitem__, reads="mlp_normed" if family == "gemma2" else "mlp_in"
     )
     graph, replacement, readouts = trace_prompt(lm, transcoders, IDS, max_logits=5)

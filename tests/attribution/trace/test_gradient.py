@@ -12,7 +12,8 @@ from torch_sites import MODULES, run_torch
 
 from saejax import command, save_dictionary, trace_gradient
 from saejax.attribution.checks.validation import double_saes
-from saejax.attribution.graph.graph import BIAS, FEATURE, LOGIT, TOKEN, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
 from saejax.attribution.trace.gradient import trace_saes
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table

@@ -6,7 +6,7 @@ import numpy as np
 from reference_graphs import adjacency_of, each_graph, needs_graphs, nodes_of
 
 from saejax import load_model, trace
-from saejax.attribution.graph.graph import BIAS, FIRST_MLP
+from saejax.attribution.graph.nodes import BIAS, FIRST_MLP
 
 
 def relative(a, b) -> float:

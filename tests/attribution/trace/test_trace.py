@@ -8,7 +8,7 @@ from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
 from saejax.attribution.graph import pruning
-from saejax.attribution.graph.graph import BIAS, FEATURE, FIRST_MLP, LOGIT, TOKEN
+from saejax.attribution.graph.nodes import BIAS, FEATURE, FIRST_MLP, LOGIT, TOKEN
 from saejax.attribution.trace import row_store, rows
 from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
