@@ -9,6 +9,7 @@ from typing import Any
 _HOMES = {
     "load_model": "saejax.models.language_model",
     "load_dictionary": "saejax.dictionaries",
+    "load_results": "saejax.results",
     "load_transcoders": "saejax.dictionaries",
     "save_dictionary": "saejax.dictionaries",
     "save_transcoders": "saejax.dictionaries",

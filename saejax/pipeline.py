@@ -12,6 +12,7 @@ from typing import Any
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
 from saejax.models.sites import ModuleSite
+from saejax.results import to_json
 from saejax.settings import BASES
 from saejax.stages import STAGES, Configs
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
@@ -151,7 +152,7 @@ def _run_unit(workspace: Workspace, plan: Plan, unit: str, say: Callable, stoppi
     results = getattr(importlib.import_module(module), function)(run)
     seconds = round(time.monotonic() - clock, 2)
     if _first(plan):
-        summary = _describe(plan, stage, inputs) | dict(start=started, seconds=seconds, results=results)
+        summary = _describe(plan, stage, inputs) | dict(start=started, seconds=seconds, results=to_json(results))
         workspace.finish(stage, name, mark, summary)
     say(f"{unit}: done in {seconds:.1f} s")
 

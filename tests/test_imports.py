@@ -27,6 +27,7 @@ ORDER = [
     "dictionaries",
     "models",
     "parallel",
+    "results",
     "workspace",
     "settings",
     "config",
