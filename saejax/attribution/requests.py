@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.groups.supernode_files import CLUSTER
 from saejax.errors import UserError, one_of
 from saejax.models.identity import content
-from saejax.settings import GraphConfig
+from saejax.settings.attribution import CLUSTER, GraphConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes
 from saejax.workspace import file_sha256, fingerprint

@@ -18,6 +18,7 @@ Letters: C circuits, K readouts; A, L, P, T, D, F as in ``replacement``.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE
 from saejax.attribution.graph.pruning import SHARES
 from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.results import CurveResults
 from saejax.attribution.trace.targets import Readouts
 
 
@@ -57,6 +59,14 @@ class CircuitCurve:
     def incompleteness_C(self) -> np.ndarray:
         """How much is left without the circuit: 0 if it was all."""
         return self._normalised(self.complement_C)
+
+    def results(self, rest: str) -> CurveResults:
+        """What the stage says of it; ``rest`` is what was left out: "zero" or "mean"."""
+        columns: Any = {
+            name: tuple(value if np.isfinite(value) else None for value in getattr(self, f"{name}_C").tolist())
+            for name in ("share", "features", "errors", "readout", "complement", "faithfulness", "incompleteness")
+        }
+        return CurveResults(**columns, model=self.model, empty=self.empty, rest=rest)
 
     def _normalised(self, readout_C: np.ndarray) -> np.ndarray:
         whole = self.model - self.empty

@@ -11,7 +11,6 @@ Three questions, each answered by running the prompt again (with SAEs the first 
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from saejax.attribution.checks.interventions import Change, intervene
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.results import DoublingResults, EdgeCorrelation
 from saejax.attribution.trace import perturbed
 from saejax.attribution.trace.gradient import SaeRun
 from saejax.attribution.trace.perturbed import Places
@@ -58,21 +58,22 @@ class Doubling:
         largest = np.abs(self.edge_RxT).max()
         return float(np.abs(self.held_RxT - self.edge_RxT).max() / (largest or 1.0))
 
-    def correlations(self) -> dict[str, float | None]:
-        """Of edges and what happened with nothing held, over all targets that an edge reaches; None: fewer than 3."""
+    def correlations(self) -> EdgeCorrelation:
+        """Of edges and what happened with nothing held, over all targets that an edge reaches."""
         reached_RxT = self.edge_RxT != 0
         edge_E, free_E = self.edge_RxT[reached_RxT], self.free_RxT[reached_RxT]
         if len(edge_E) < 3 or not edge_E.std() or not free_E.std():
-            return dict(pearson=None, spearman=None, sign=None)
-        return dict(
+            return EdgeCorrelation(None, None, None)
+        return EdgeCorrelation(
             pearson=float(np.corrcoef(edge_E, free_E)[0, 1]),
             spearman=float(spearmanr(edge_E, free_E).statistic),
             sign=float((np.sign(edge_E) == np.sign(free_E)).mean()),
         )
 
-    def results(self) -> dict[str, Any]:
-        """For JSON."""
-        return dict(features=len(self.node_R), held_error=self.held_error, free=self.correlations())
+    @property
+    def results(self) -> DoublingResults:
+        """What the stage says of it."""
+        return DoublingResults(len(self.node_R), self.held_error, self.correlations())
 
 
 def double(replacement: Replacement, graph: Graph, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:

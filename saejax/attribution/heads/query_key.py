@@ -38,7 +38,7 @@ _BLOCK = 1 << 22  # pairs that are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
+class HeadScore:
     """The score of a query with a key, and the pairs of sources that make it.
 
     Attributes:
@@ -119,7 +119,7 @@ def split_scores(
     position: int = -1,
     keys: int = 3,
     pairs: int = 10,
-) -> list[Score]:
+) -> list[HeadScore]:
     """Splits the scores of a query with the keys that it attends to most.
 
     Args:
@@ -149,7 +149,7 @@ def split_scores(
         whole = float(part_GxKxS[0].sum(axis=1, dtype=np.float64) @ part_KxS.sum(axis=1, dtype=np.float64))
         found: dict[str, Any] = dict(query_N=query_N, key_N=key_N, part_N=part_N, rest=whole - float(part_N.sum()))
         found |= dict(weight=float(opened.weight_J[j]), value=float(opened.score_J[j]))
-        scores.append(Score(layer=layer, head=head, query=position, key=int(opened.key_J[j]), **found))
+        scores.append(HeadScore(layer=layer, head=head, query=position, key=int(opened.key_J[j]), **found))
     return scores
 
 

@@ -133,8 +133,8 @@ def test_with_all_held_a_change_is_its_edge(traced):
     assert doubling.held_error < 3e-6
     assert np.abs(doubling.edge_RxT).max() > 0.01
     assert np.abs(doubling.free_RxT - doubling.edge_RxT).max() > 1e-3  # norms, attention and MLPs do react
-    found = doubling.results()["free"]
-    assert 0 < found["pearson"] <= 1 and found["sign"] > 0.5
+    found = doubling.results.free
+    assert 0 < found.pearson <= 1 and found.sign > 0.5
 
 
 def test_attention_can_be_held_alone(traced):

@@ -13,9 +13,9 @@ from saejax import command, load_model, save_transcoders
 from saejax.attribution import requests
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, LOGIT, Nodes
-from saejax.attribution.groups import supernode_files
+from saejax.attribution.groups.cluster import alikeness, cluster
 from saejax.attribution.groups.network import to_networkx
-from saejax.attribution.groups.supernodes import Supernode, alikeness, as_groups, cluster, collapse, named
+from saejax.attribution.groups.supernodes import Supernode, as_groups, collapse, named, read_groups
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.settings import GraphConfig
@@ -212,12 +212,12 @@ def test_files_of_groups(tmp_path, content, wanted):
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     config = GraphConfig(supernodes=str(file))
     if isinstance(wanted, dict):
-        assert supernode_files.read_groups(config, ["one", "two"]) == wanted
+        assert read_groups(config, ["one", "two"]) == wanted
     else:
         with pytest.raises(UserError, match=wanted) as error:
-            supernode_files.read_groups(config, ["one", "two"])
+            read_groups(config, ["one", "two"])
         assert "\n" not in str(error.value)
-    assert supernode_files.read_groups(GraphConfig(supernodes="cluster"), ["one"]) == {}
+    assert read_groups(GraphConfig(supernodes="cluster"), ["one"]) == {}
 
 
 def in_pairs(transcoder):

@@ -9,7 +9,7 @@ from made_transcoders import made_set
 
 from saejax import load_model
 from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.heads import heads
+from saejax.attribution.heads import edges as heads
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources

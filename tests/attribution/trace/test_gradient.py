@@ -199,8 +199,8 @@ def test_edges_foretell_edits_of_the_model(llama):
         np.testing.assert_allclose(doubling.free_RxT[row, above_T], twice_T - clean_T, atol=1e-5)
         more_T, less_T = (edited(lm, saes, graph, node, 1 + step)[above_T] for step in (0.03, -0.03))
         assert relative((more_T - less_T) / 0.06, doubling.edge_RxT[row, above_T]) < 1e-2
-    found = doubling.results()["free"]
-    assert 0 < found["pearson"] <= 1 and found["sign"] > 0.5
+    found = doubling.results.free
+    assert 0 < found.pearson <= 1 and found.sign > 0.5
 
 
 def test_fewer_features_are_the_most_influential_ones(llama):

@@ -15,7 +15,7 @@ import numpy as np
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
-from saejax.attribution.heads.head_passes import STEP, Placed, edge_parts, mixed_values
+from saejax.attribution.heads.passes import STEP, Placed, edge_parts, mixed_values
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError
