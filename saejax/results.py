@@ -8,7 +8,6 @@ only: it is left out of the file when it is None. Everything else must be in the
 
 import dataclasses
 import functools
-import importlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from saejax.errors import UserError
+from saejax.stage import load
+from saejax.stages import STAGES
 from saejax.workspace import SUMMARY, read_json
 
 T = TypeVar("T")
 Settings = Mapping[str, Mapping[str, Any]]  # group -> field -> value
-
-CLASSES: dict[str, str] = {}  # stage -> "module:Class" of its results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,23 @@ class Devices:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """A mesh.
+
+    Attributes:
+      devices: how many.
+      kinds: their names, each once.
+      axes: size of each.
+      processes: how many.
+    """
+
+    devices: int
+    kinds: tuple[str, ...]
+    axes: Mapping[str, int]
+    processes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Summary:
     """What ``summary.json`` says of a finished unit.
 
@@ -74,7 +90,7 @@ class Summary:
       seeds: by group.
       start: UTC, ISO 8601.
       seconds: how long it took in the process that finished it.
-      results: the stage's; a class of ``CLASSES``.
+      results: the stage's; see ``Stage.results``.
       files: every file of the unit with its size in bytes.
     """
 
@@ -116,10 +132,8 @@ def load_summary(folder: Path) -> Summary:
 
 def results_class(stage: str) -> Any:
     """The class of a stage's results; ``Any`` for one that has none."""
-    if stage not in CLASSES:
-        return Any
-    module, name = CLASSES[stage].split(":")
-    return getattr(importlib.import_module(module), name)
+    target = STAGES[stage].results if stage in STAGES else ""
+    return load(target) if target else Any
 
 
 def to_json(value: Any) -> Any:

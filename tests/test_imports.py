@@ -13,7 +13,6 @@ ORDER = [
     "experiments",
     "command",
     "pipeline",
-    "stages",
     "preflight",
     "ground_truth",
     "reporting",
@@ -29,6 +28,8 @@ ORDER = [
     "parallel",
     "results",
     "workspace",
+    "stages",
+    "stage",
     "settings",
     "config",
     "errors",
@@ -73,8 +74,9 @@ def test_torch_is_imported_in_few_places(path):
     assert not uses or str(path.relative_to(ROOT)) in TORCH_MAY_BE_IN
 
 
-def test_importing_saejax_is_light():
-    code = "import sys, saejax; print(sorted({'jax', 'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["saejax", "saejax.stages"])
+def test_importing_is_light(module):
+    code = f"import sys, {module}; print(sorted({{'jax', 'torch', 'transformers', 'matplotlib'}} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 import saejax
-from saejax import results
+from saejax import stage, stages
 from saejax.errors import UserError
 from saejax.results import Interval, from_json, to_json
 from saejax.workspace import SUMMARY, write_json
@@ -93,7 +93,8 @@ def made_summary(folder, stage, found):
 
 
 def test_results_of_a_unit_are_loaded_as_their_class(tmp_path, monkeypatch):
-    monkeypatch.setitem(results.CLASSES, "sample", f"{__name__}:Whole")
+    sample = stage.Stage("sample", "a sample", "", (), results=f"{__name__}:Whole")
+    monkeypatch.setitem(stages.STAGES, "sample", sample)
     made_summary(tmp_path / "sample" / "a", "sample", to_json(WHOLE))
     assert saejax.load_results(tmp_path / "sample" / "a") == WHOLE == saejax.load_results(tmp_path, "sample/a")
     made_summary(tmp_path / "sample" / "b", "sample", dict(n=1))

@@ -77,12 +77,6 @@ def unit_name(config: GraphConfig) -> str:
     return _slug_of(config.prompt or "-".join(map(str, config.token_ids)))
 
 
-def seen(config: GraphConfig) -> str:
-    """A mark of what can be known of prompts and transcoders while nothing is fetched or trained yet."""
-    folder = Path(config.transcoders).expanduser() / config.subfolder
-    return fingerprint([*_given_files(config), bool(config.transcoders) and folder.is_dir()])
-
-
 def identity(config: GraphConfig) -> str:
     """A fingerprint of the files that graphs are made from beside the model's: dictionaries, prompts, supernodes."""
     if config.transcoders:

@@ -18,8 +18,8 @@ _COLUMNS = ("parameters", "dtype", "layers", "model", "dictionary", "optimizer",
 def place_line(place: Place) -> str:
     """The devices and their mesh."""
     facts = describe(place.mesh)
-    axes = " x ".join(f"{axis} {size}" for axis, size in facts["axes"].items())
-    return f"{facts['devices']} x {', '.join(facts['kinds'])}, {place.limit / GIB:.2f} GiB each; mesh {axes}"
+    axes = " x ".join(f"{axis} {size}" for axis, size in facts.axes.items())
+    return f"{facts.devices} x {', '.join(facts.kinds)}, {place.limit / GIB:.2f} GiB each; mesh {axes}"
 
 
 def memory_lines(works: Sequence[Work], found: Sequence[Memory], place: Place) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import command, load_model, save_transcoders
-from saejax.attribution import stage
+from saejax.attribution import run as stage
 from saejax.attribution.graph import Graph
 from saejax.attribution.requests import Request, read_requests, unit_name
 from saejax.attribution.results import AttributeResults

@@ -4,7 +4,6 @@ Letters: R rows (sets of changes), M most changes of a row in a layer, J feature
 in ``replacement``.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -17,8 +16,9 @@ from jax import lax
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.dictionaries import Dictionary
 from saejax.models import decoder
-from saejax.models.attention import Reach, full_reaches, mix
+from saejax.models.attention import AttentionTables, attend, whole_prompts
 from saejax.models.layers import einsum
+from saejax.models.rules import RunRules
 
 
 class LayerChanges(NamedTuple):
@@ -65,14 +65,14 @@ def run_layer(
     Returns:
       The stream leaving the layer, and by how much what is read differs from the prompt's, [R, J].
     """
-    config = dataclasses.replace(frozen.original, first_fixes=hold == "all")
+    config, rules = frozen.config, RunRules(first_fixes=hold == "all")
     seen: dict[str, jax.Array] = {}
 
     def hook(kind: str, value_BxTxD: jax.Array) -> jax.Array:
         seen[kind] = value_BxTxD
         if kind != "mlp_out":
             return value_BxTxD
-        read_BxTxD = frozen.read(params, layer, seen, config)
+        read_BxTxD = frozen.read(params, layer, seen, rules)
         if hold == "all":  # of what the MLP gives, the skip path alone reacts
             skip = 0 if skip_DxD is None else einsum("btd,de->bte", read_BxTxD - read_BxTxD[:1], skip_DxD)
             value_BxTxD = jnp.broadcast_to(value_BxTxD[:1], value_BxTxD.shape) + skip
@@ -80,17 +80,16 @@ def run_layer(
             return value_BxTxD
         return value_BxTxD.at[1:].add(_added(*edited, None if hold == "all" else read_BxTxD[1:], value_BxTxD[1:]))
 
-    def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
+    def of_prompt(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
         q, k = (jnp.broadcast_to(part[:1], part.shape) for part in (q, k))  # the prompt's attention weights
-        return mix(config, q, k, v, reach)
+        return attend(config, rules, q, k, v, tables)
 
     x_BxTxD = jnp.concatenate([x_TxD[None], x_RxTxD])  # the prompt comes first
-    reaches = full_reaches(config, len(x_TxD))
-    held = meet if hold == "attention" else None
-    x_BxTxD = decoder.block(config, params, layer, x_BxTxD, reaches, hook, held)
+    tables, function = whole_prompts(config, len(x_TxD)), of_prompt if hold == "attention" else None
+    x_BxTxD = decoder.run_layer(config, rules, params, layer, x_BxTxD, tables, hook, function)
     if reader is None:
         return x_BxTxD[1:], None
-    read_BxTxD = frozen.read(params, layer, seen, config)
+    read_BxTxD = frozen.read(params, layer, seen, rules)
     moved_RxJxD = (read_BxTxD[1:] - read_BxTxD[:1])[:, reader.position_J]
     return x_BxTxD[1:], einsum("rjd,jd->rj", moved_RxJxD, reader.vector_JxD)
 
@@ -149,7 +148,7 @@ def read_last(
     Their directions are pulled back through the final norm with the prompt's factor. Unless all is held, the factor is
     that of each row, which multiplies what is read.
     """
-    x_RxD, config = x_RxTxD[:, last], frozen.original
+    x_RxD, config = x_RxTxD[:, last], frozen.config
     if hold == "all":
         return einsum("rd,kd->rk", x_RxD - last_D[None], vector_KxD)
 

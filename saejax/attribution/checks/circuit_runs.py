@@ -14,12 +14,12 @@ from flax import nnx
 
 from saejax.attribution.checks.changed_layers import read_last
 from saejax.attribution.local.active import AT_ONCE
-from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.attention import full_reaches
+from saejax.models.attention import whole_prompts
 from saejax.parallel import to_host
 
 
@@ -39,7 +39,7 @@ def run_circuits(
     circuits: Sequence[Circuit],
     readouts: Readouts,
     means: Mapping[int, np.ndarray] | None = None,
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """The readouts [C, K] of each circuit alone, fp32.
 
@@ -48,7 +48,7 @@ def run_circuits(
       readouts: of the last layer's output.
       means: by layer, activations [F] that stand in place of those of features that are active in the prompt and not
         kept, such as ``mean_activations``; None: zeros.
-      tick: called with the layers done and of all; may raise to stop.
+      on_progress: called with the layers done and of all; may raise to stop.
 
     Raises:
       UserError: a readout is not of the last layer's output, or not finite.
@@ -83,7 +83,7 @@ def run_circuits(
                 mean_F,
                 np.int32(tokens),
             )
-        tick(layer + 1, config.n_layers)
+        on_progress(layer + 1, config.n_layers)
     last = np.int32(tokens - 1)
     parts = readouts.vector_KxD, readouts.normed_K
     found = [
@@ -167,5 +167,5 @@ def run_layer(
         used_T = (position_T > 0) & (position_T < tokens)
         return jnp.where(used_T[None, :, None], kept_CxTxD.astype(value_CxTxD.dtype), value_CxTxD)
 
-    reaches = full_reaches(frozen.config, x_CxTxD.shape[1])
-    return decoder.block(frozen.config, params, layer, x_CxTxD, reaches, hook)
+    tables = whole_prompts(frozen.config, x_CxTxD.shape[1])
+    return decoder.run_layer(frozen.config, RELP, params, layer, x_CxTxD, tables, hook)

@@ -28,6 +28,7 @@ from saejax.attribution.trace.perturbed import Places
 from saejax.attribution.trace.targets import Readouts, logit_directions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
+from saejax.models.rules import RunRules
 from saejax.parallel import to_host
 
 _RUNS = 8  # changes that are made in one call
@@ -119,16 +120,18 @@ def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, 
         own = np.resize(np.arange(start, min(start + _RUNS, len(node_R))), _RUNS)
         delta_RxSxTxD = np.zeros((_RUNS, *run.read_SxTxD.shape), np.float32)
         delta_RxSxTxD[np.arange(_RUNS), slot_F[node_R[own]], position_F[node_R[own]]] = change_RxD[own]
-        for rows, (read_RxSxTxD, readout_RxK) in zip(moves, _moved(run.rules, *fixed, *probes, delta_RxSxTxD)):
+        found = _moved(run.model.config, run.rules, *fixed, *probes, delta_RxSxTxD)
+        for rows, (read_RxSxTxD, readout_RxK) in zip(moves, found, strict=True):
             feature_RxF = np.einsum("rfd,fd->rf", to_host(read_RxSxTxD)[:, slot_F, position_F], encoder_FxD)
             rows.append(np.concatenate([feature_RxF, readout_RxK], axis=1))
     edge_RxT = graph.adjacency_TxS[np.concatenate([np.ones(len(features), bool), top_K])][:, node_R].T
     return Doubling(node_R, edge_RxT.astype(np.float64), *(np.concatenate(rows)[: len(node_R)] for rows in moves))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _moved(
-    rules: DecoderConfig,
+    config: DecoderConfig,
+    rules: RunRules,
     params: decoder.Params,
     places: Places,
     x_TxD: jax.Array,
@@ -146,8 +149,8 @@ def _moved(
     """
 
     def seen(delta_SxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ran = perturbed.run(rules, params, places, x_TxD, last, delta_SxTxD, held_SxTxD)
-        logit_K = logit_directions(rules, params, ran.last_D, *pair_Kx2.T)[1]
+        ran = perturbed.run(config, rules, params, places, x_TxD, last, delta_SxTxD, held_SxTxD)
+        logit_K = logit_directions(config, rules, params, ran.last_D, *pair_Kx2.T)[1]
         return ran.read_SxTxD, jnp.where(normed_K, logit_K, vector_KxD @ ran.last_D)
 
     def one(delta_SxTxD: jax.Array) -> list[tuple[jax.Array, jax.Array]]:

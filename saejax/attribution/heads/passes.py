@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.attribution.local.replacement import Replacement
 from saejax.models import decoder
-from saejax.models.attention import Reach, full_reaches, mix
+from saejax.models.attention import AttentionTables, attend, whole_prompts
 from saejax.models.layers import einsum
 from saejax.parallel import to_host
 
@@ -88,12 +88,12 @@ def carry_up(
     def held(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
         mixtures: list[jax.Array] = []
 
-        def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
-            mixtures.append(mix(frozen.config, q, k, v, reach))
+        def look(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+            mixtures.append(attend(frozen.config, RELP, q, k, v, tables))
             return mixtures[0]
 
-        reaches = full_reaches(frozen.config, len(x_TxD))
-        return frozen.layer(params, layer, reaches, x_TxD, skip_DxD, meet)[0], mixtures[0]
+        tables = whole_prompts(frozen.config, len(x_TxD))
+        return frozen.layer(params, layer, tables, x_TxD, skip_DxD, look)[0], mixtures[0]
 
     return jax.vmap(lambda change_TxD: jax.jvp(held, (x_TxD,), (change_TxD,))[1])(change_SxTxD)
 
@@ -117,10 +117,10 @@ def carry_down(
     config = frozen.config
 
     def held(x_TxD: jax.Array, more_TxHxK: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
-            return mix(config, q, k, v, reach) + more_TxHxK
+        def add(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+            return attend(config, RELP, q, k, v, tables) + more_TxHxK
 
-        return frozen.layer(params, layer, full_reaches(config, len(x_TxD)), x_TxD, skip_DxD, meet)
+        return frozen.layer(params, layer, whole_prompts(config, len(x_TxD)), x_TxD, skip_DxD, add)
 
     nothing_TxHxK = jnp.zeros((len(x_TxD), config.n_heads, config.d_head), x_TxD.dtype)
     _, pull = jax.vjp(held, x_TxD, nothing_TxHxK)

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.attention import Reach, attention_weights, full_reaches
+from saejax.models.attention import AttentionTables, attention_weights, whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS
 from saejax.parallel import to_host
@@ -217,20 +217,20 @@ def open_head(
       query: its position.
       x_TxD: the stream entering the layer, that of the prompt.
     """
-    config, reaches = frozen.config, full_reaches(frozen.config, len(x_TxD))
+    config, tables = frozen.config, whole_prompts(frozen.config, len(x_TxD))
 
     def meets(params: decoder.Params, x_TxD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         """The head's scaled queries and its keys, both [T, K], and its weights at the query [T]."""
         seen: list[tuple[tuple[jax.Array, jax.Array], jax.Array]] = []
 
-        def meet(q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach) -> jax.Array:
-            weights_NxGxTxS = attention_weights(config, q, k, reach)
+        def look(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+            weights_NxGxTxS = attention_weights(config, RELP, q, k, tables)
             weight_HxTxS = weights_NxGxTxS.reshape(config.n_heads, *weights_NxGxTxS.shape[-2:])
             of_key = head * config.n_kv_heads // config.n_heads
-            seen.append(((q[:, head] * reach.scale, k[:, of_key]), weight_HxTxS[head, query]))
+            seen.append(((q[:, head] * tables.scale, k[:, of_key]), weight_HxTxS[head, query]))
             return jnp.zeros_like(q)  # what comes after is not asked for
 
-        frozen.layer(params, layer, reaches, x_TxD, None, meet)
+        frozen.layer(params, layer, tables, x_TxD, None, look)
         return seen[0]
 
     (q_TxK, k_TxK), pull, weight_S = jax.vjp(functools.partial(meets, params), x_TxD, has_aux=True)

@@ -4,7 +4,7 @@ Attention weights and the factors of norms (1 / root mean square, or 1 / standar
 MLP adds is a constant too, but for a transcoder's skip path. So a layer is an affine function of the stream that enters
 it: its linear part carries an effect up, the transposed one a cause down, its constant part is what biases add.
 
-It is the decoder's own layer, run with ``DecoderConfig.backward`` "relp": values are those of the model, and
+It is the decoder's own layer, run by the rules ``RELP``: values are those of the model, and
 differentiation takes attention weights and factors as constants.
 """
 
@@ -17,12 +17,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from saejax.models import decoder
-from saejax.models.attention import Meet, Reach, Reaches, attention_weights, mix, query_blocks
+from saejax.models.attention import (
+    AttentionFunction,
+    AttentionTables,
+    TablesByLayer,
+    attend,
+    attention_weights,
+    query_blocks,
+)
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import einsum, norm
 from saejax.models.parameters import LAYERS
+from saejax.models.rules import RunRules
 
 READS = ("mlp_in", "mlp_normed")
+RELP = RunRules(backward="relp")  # attention weights and factors of norms are constant to differentiation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,35 +39,30 @@ class FrozenModel:
     """A decoder whose layers are frozen. Hashable, so that it can be a static argument of ``jax.jit``.
 
     Attributes:
-      original: configuration of the decoder.
+      config: the decoder.
       reads: what transcoders read: "mlp_in", what the MLP does, or "mlp_normed", the same before the norm's gain.
     """
 
-    original: DecoderConfig
+    config: DecoderConfig
     reads: str = "mlp_in"
-
-    @property
-    def config(self) -> DecoderConfig:
-        """The decoder's configuration with attention weights and factors of norms constant to differentiation."""
-        return dataclasses.replace(self.original, backward="relp")
 
     def layer(
         self,
         params: decoder.Params,
         layer: int | jax.Array,
-        reaches: Reaches,
+        tables: TablesByLayer,
         x_TxD: jax.Array,
         skip_DxD: jax.Array | None = None,
-        meet: Meet | None = None,
+        function: AttentionFunction | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """The frozen layer.
 
         Args:
           layer: its number.
-          reaches: of the prompt.
+          tables: of the prompt.
           x_TxD: the stream entering the layer, that of the prompt: it fixes what is constant.
           skip_DxD: skip path of the layer's transcoder, applied as read @ skip.
-          meet: see ``attention.attention``; None: one that is quick to differentiate backwards, and cannot be forwards.
+          function: the attention function; None: one that is quick to differentiate backwards, and cannot be forwards.
 
         Returns:
           The stream leaving the layer without what the MLP adds, unless by the skip path; and what the transcoder
@@ -73,15 +77,15 @@ class FrozenModel:
             read_TxD = self.read(params, layer, seen)
             return jnp.zeros_like(value_TxD) if skip_DxD is None else einsum("td,de->te", read_TxD, skip_DxD)
 
-        leaving_TxD = decoder.block(self.config, params, layer, x_TxD, reaches, hook, meet or self._mix)
+        leaving_TxD = decoder.run_layer(self.config, RELP, params, layer, x_TxD, tables, hook, function or self._attend)
         return leaving_TxD, self.read(params, layer, seen)
 
-    def _mix(self, q_TxHxK: jax.Array, k_TxNxK: jax.Array, v_TxNxK: jax.Array, reach: Reach) -> jax.Array:
-        """As ``attention.mix``, with constant weights and a transpose that moves no more than it must."""
+    def _attend(self, q_TxHxK: jax.Array, k_TxNxK: jax.Array, v_TxNxK: jax.Array, tables: AttentionTables) -> jax.Array:
+        """As ``attention.attend``, with constant weights and a transpose that moves no more than it must."""
         parts = []
         for queries, keys in query_blocks(len(q_TxHxK), len(k_TxNxK)):
-            block = reach._replace(seen=reach.seen[queries, keys])
-            weights_NxGxTxS = attention_weights(self.config, q_TxHxK[queries], k_TxNxK[keys], block)
+            block = tables._replace(mask=tables.mask[queries, keys])
+            weights_NxGxTxS = attention_weights(self.config, RELP, q_TxHxK[queries], k_TxNxK[keys], block)
             parts.append(_weighted(weights_NxGxTxS, v_TxNxK[keys]))
         return jnp.concatenate(parts).reshape(q_TxHxK.shape)
 
@@ -90,30 +94,29 @@ class FrozenModel:
         params: decoder.Params,
         layer: int | jax.Array,
         seen: Mapping[str, jax.Array],
-        config: DecoderConfig | None = None,
+        rules: RunRules = RELP,
     ) -> jax.Array:
         """What the transcoder reads, from the values at a layer's sites.
 
         Args:
           seen: values [..., T, D] by kind of site.
-          config: in place of ``self.config``.
+          rules: of the run.
         """
         if self.reads == "mlp_in":
             return seen["mlp_in"]
-        config = config or self.config
-        weights = decoder.layer_params(params, layer)
+        config, weights = self.config, decoder.layer_params(params, layer)
         name = "attn_norm" if config.shared_norm else "mlp_norm"
         gain_D = weights[f"{name}_D"]
         plain = {f"{name}_D": jnp.full_like(gain_D, 0 if config.norm == "rms_plus_one" else 1)}
         if config.norm == "layer":
             plain[f"{name}_bias_D"] = jnp.zeros_like(gain_D)
-        return norm(config, plain, name, seen["resid_pre" if config.parallel else "resid_mid"])
+        return norm(config, rules, plain, name, seen["resid_pre" if config.parallel else "resid_mid"])
 
     def biases(
         self,
         params: decoder.Params,
         layer: int | jax.Array,
-        reaches: Reaches,
+        tables: TablesByLayer,
         x_TxD: jax.Array,
         skip_DxD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
@@ -124,8 +127,8 @@ class FrozenModel:
         own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
 
         def with_biases(biases: decoder.Params) -> tuple[jax.Array, jax.Array]:
-            meet = functools.partial(mix, self.config)  # which can be differentiated this way round
-            return self.layer({**params, **biases}, layer, reaches, x_TxD, skip_DxD, meet)
+            function = functools.partial(attend, self.config, RELP)  # which can be differentiated this way round
+            return self.layer({**params, **biases}, layer, tables, x_TxD, skip_DxD, function)
 
         return jax.jvp(with_biases, (own,), (own,))[1]
 

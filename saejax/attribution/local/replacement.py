@@ -21,15 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local.active import Active, active_features
-from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.attention import full_reaches
-from saejax.models.config import DecoderConfig
+from saejax.models.attention import whole_prompts
 from saejax.models.language_model import LanguageModel
+from saejax.models.rules import RunRules
 from saejax.parallel import fitting_sharding, to_host
 
 
@@ -133,9 +133,9 @@ class Replacement:
         return self.transcoders
 
     @property
-    def rules(self) -> DecoderConfig:
-        """The frozen decoder."""
-        return self.frozen.config
+    def rules(self) -> RunRules:
+        """Those of the frozen decoder."""
+        return RELP
 
     @property
     def last_D(self) -> jax.Array:
@@ -198,8 +198,8 @@ def run_layer(
         seen[kind] = value_TxD
         return value_TxD
 
-    reaches = full_reaches(frozen.config, len(x_TxD))
-    next_TxD = decoder.block(frozen.config, params, layer, x_TxD, reaches, hook)
+    tables = whole_prompts(frozen.config, len(x_TxD))
+    next_TxD = decoder.run_layer(frozen.config, RELP, params, layer, x_TxD, tables, hook)
     return next_TxD, frozen.read(params, layer, seen), seen["mlp_out"]
 
 
@@ -209,7 +209,7 @@ def read_out(
 ) -> tuple[jax.Array, jax.Array]:
     """The stream leaving the last layer at a position [D], and the logits there [V]."""
     last_1xD = jax.lax.dynamic_slice_in_dim(x_TxD, last, 1)
-    return last_1xD[0], decoder.unembed(frozen.config, params, last_1xD)[0]
+    return last_1xD[0], decoder.unembed(frozen.config, params, last_1xD, RELP)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -217,11 +217,11 @@ def run_biases(
     frozen: FrozenModel, params: decoder.Params, stream_LxTxD: jax.Array, skip_LxDxD: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """``FrozenModel.biases`` of all layers, both [L, T, D]."""
-    reaches = full_reaches(frozen.config, stream_LxTxD.shape[1])
+    tables = whole_prompts(frozen.config, stream_LxTxD.shape[1])
 
     def one(_: None, part: tuple[Any, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         layer, x_TxD, skip_DxD = part
-        return None, frozen.biases(params, layer, reaches, x_TxD, skip_DxD)
+        return None, frozen.biases(params, layer, tables, x_TxD, skip_DxD)
 
     layers = jnp.arange(frozen.config.n_layers)
     return jax.lax.scan(one, None, (layers, stream_LxTxD, skip_LxDxD))[1]

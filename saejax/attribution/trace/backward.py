@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.attribution.trace.sources import STEP, WIDTH, SourceBank
 from saejax.models import decoder
-from saejax.models.attention import full_reaches
+from saejax.models.attention import whole_prompts
 from saejax.models.layers import einsum
 from saejax.parallel import fitting_sharding
 
@@ -68,7 +68,7 @@ def contributions(
       first_X, stop_X: the blocks of each place that are at these positions.
     """
     length = stream_LxTxD.shape[1]
-    reaches, chunks = full_reaches(frozen.config, length), jnp.arange(len(batch.start_N))
+    tables, chunks = whole_prompts(frozen.config, length), jnp.arange(len(batch.start_N))
 
     def placed(chunk: jax.Array, layer: jax.Array) -> jax.Array:
         """The directions of those targets of a chunk that are of a layer, at their positions; else 0; [R, T, D]."""
@@ -97,7 +97,7 @@ def contributions(
         layer = batch.start_N[0] - 1 - index
         x_TxD = lax.dynamic_index_in_dim(stream_LxTxD, layer, keepdims=False)
         skip_DxD = None if skip_LxDxD is None else lax.dynamic_index_in_dim(skip_LxDxD, layer, keepdims=False)
-        _, pull = jax.vjp(lambda x_TxD: frozen.layer(params, layer, reaches, x_TxD, skip_DxD), x_TxD)
+        _, pull = jax.vjp(lambda x_TxD: frozen.layer(params, layer, tables, x_TxD, skip_DxD), x_TxD)
         turned, turned_back = _turned(pull, x_TxD.shape[-1])
 
         def one(chunk: jax.Array, cotangent_NxRxTxD: jax.Array) -> jax.Array:

@@ -44,8 +44,8 @@ from saejax.attribution.trace.targets import Readouts, Target, read_targets
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.models import decoder
-from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
+from saejax.models.rules import RunRules
 from saejax.parallel import by_row, to_host
 from saejax.settings import GRAPH_ESTIMATES
 
@@ -58,7 +58,7 @@ class SaeRun:
 
     Attributes:
       model, saes: of which it is made.
-      rules: the decoder, with the rules by which gradients go through it.
+      rules: those by which gradients go through it.
       places: where the SAEs stand.
       ids_P: int32 token ids.
       active: the active features.
@@ -70,7 +70,7 @@ class SaeRun:
 
     model: LanguageModel
     saes: LayerSaes
-    rules: DecoderConfig
+    rules: RunRules
     places: Places
     ids_P: np.ndarray
     active: Active
@@ -91,13 +91,14 @@ class SaeRun:
           UserError: SAEs and model do not go together, a value is not finite, or no feature is active.
         """
         saes.check(model)
-        rules = dataclasses.replace(model.config, backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
+        rules = RunRules(backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
         places = Places.of(saes.sites, model.config.n_layers)
         length = padded_length(len(ids_P))
-        x_TxD = embed(FrozenModel(rules), model.params, np.pad(ids_P, (0, length - len(ids_P))))
+        x_TxD = embed(FrozenModel(model.config), model.params, np.pad(ids_P, (0, length - len(ids_P))))
         none_SxTxD = jnp.zeros((len(saes.sites), *x_TxD.shape), x_TxD.dtype)
-        ran = perturbed.run(rules, model.params, places, x_TxD, np.int32(len(ids_P) - 1), none_SxTxD)
-        logits_V = to_host(decoder.unembed(rules, model.params, ran.last_D[None])[0])
+        last = np.int32(len(ids_P) - 1)
+        ran = perturbed.run(model.config, rules, model.params, places, x_TxD, last, none_SxTxD)
+        logits_V = to_host(decoder.unembed(model.config, model.params, ran.last_D[None], rules)[0])
         if not np.isfinite(logits_V).all():
             raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
         found, errors = [], []
@@ -238,7 +239,7 @@ class _Rows:
             own_B = order_B[start : start + size]
             batch = Readings(*by_row(mesh, *(part[np.resize(own_B, size)] for part in readings)))
             fixed = run.model.params, run.places, run.stream_LxTxD, run.held_SxTxD
-            of = perturbed.gradients(run.rules, *fixed, batch, np.int32(top_B[own_B[0]]))
+            of = perturbed.gradients(run.model.config, run.rules, *fixed, batch, np.int32(top_B[own_B[0]]))
             put(own_B, self._contributions(*(to_host(part) for part in of))[: len(own_B)])
 
         with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:  # as in ``rows.RowTracer``

@@ -17,8 +17,10 @@ import numpy as np
 from jax import lax
 
 from saejax.models import decoder
-from saejax.models.attention import Reaches, full_reaches
+from saejax.models.attention import whole_prompts
 from saejax.models.config import DecoderConfig
+from saejax.models.rules import RunRules
+from saejax.models.run import run_layers
 from saejax.models.sites import Site
 
 IN_STREAM = -1  # in place of a kind: the stream that enters a layer is read
@@ -68,9 +70,10 @@ class Readings(NamedTuple):
     position_B: np.ndarray
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def run(
     config: DecoderConfig,
+    rules: RunRules,
     params: decoder.Params,
     places: Places,
     x_TxD: jax.Array,
@@ -86,22 +89,32 @@ def run(
       delta_SxTxD: what is added at each site.
       held_SxTxD: values at which sites are held; None: they are not.
     """
-    reaches = full_reaches(config, len(x_TxD))
-
-    def body(x_TxD: jax.Array, layer: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        delta_KxTxD = _at(delta_SxTxD, places.slot_LxK[layer])
-        leaving_TxD, read_KxTxD = _block(config, params, places, layer, reaches, x_TxD, delta_KxTxD, held_SxTxD)
-        return leaving_TxD, (x_TxD, read_KxTxD)
-
     places = jax.tree.map(jnp.asarray, places)
-    layers = jnp.arange(config.n_layers)
-    leaving_TxD, (stream_LxTxD, read_LxKxTxD) = lax.scan(body, x_TxD, layers)
-    return Ran(stream_LxTxD, leaving_TxD[last], read_LxKxTxD[places.layer_S, places.kind_S])
+
+    def hook(kind: str, layer: int | jax.Array, value_TxD: jax.Array) -> jax.Array:
+        slot_K = places.slot_LxK[layer]
+        return _changed(places, kind, slot_K, value_TxD, _at(delta_SxTxD, slot_K), held_SxTxD)
+
+    leaving_TxD, seen, _ = run_layers(
+        config,
+        params,
+        x_TxD,
+        0,
+        config.n_layers,
+        hook,
+        hook_layers=None,
+        rules=rules,
+        collect=("resid_pre", *places.kinds),
+        before_hook=True,
+    )
+    read_LxKxTxD = jnp.stack([seen[kind] for kind in places.kinds], axis=1)
+    return Ran(seen["resid_pre"], leaving_TxD[last], read_LxKxTxD[places.layer_S, places.kind_S])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def gradients(
     config: DecoderConfig,
+    rules: RunRules,
     params: decoder.Params,
     places: Places,
     stream_LxTxD: jax.Array,
@@ -120,7 +133,7 @@ def gradients(
     """
     batch, width = readings.vector_BxD.shape
     tokens, kinds = stream_LxTxD.shape[1], len(places.kinds)
-    reaches, places = full_reaches(config, tokens), jax.tree.map(jnp.asarray, places)
+    tables, places = whole_prompts(config, tokens), jax.tree.map(jnp.asarray, places)
     at_BxTxD = (jnp.arange(tokens)[None] == readings.position_B[:, None])[..., None] * readings.vector_BxD[:, None]
 
     def seed(layer: jax.Array, kind: jax.Array) -> jax.Array:
@@ -133,13 +146,22 @@ def gradients(
         (above_BxTxD, site_SxBxTxD), layer = carry, top - 1 - index
         delta_KxTxD = jnp.zeros((kinds, tokens, width), stream_LxTxD.dtype)
 
+        slot_K = places.slot_LxK[layer]
+
         def own(x_TxD: jax.Array, delta_KxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return _block(config, params, places, layer, reaches, x_TxD, delta_KxTxD, held_SxTxD)
+            """The stream leaving the layer [T, D], and what is read at its sites [K, T, D], before changes."""
+            read = {}
+
+            def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
+                read[kind] = value_TxD
+                return _changed(places, kind, slot_K, value_TxD, delta_KxTxD, held_SxTxD)
+
+            leaving_TxD = decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook)
+            return leaving_TxD, jnp.stack([read[kind] for kind in places.kinds])
 
         _, pull = jax.vjp(own, stream_LxTxD[layer], delta_KxTxD)
         read_BxKxTxD = jnp.moveaxis(jax.vmap(seed, (None, 0))(layer, jnp.arange(kinds)), 0, 1)
         below_BxTxD, of_BxKxTxD = jax.vmap(lambda *both: pull(both))(above_BxTxD, read_BxKxTxD)
-        slot_K = places.slot_LxK[layer]
         site_SxBxTxD = site_SxBxTxD.at[slot_K].set(jnp.moveaxis(of_BxKxTxD, 1, 0), mode="drop")
         return below_BxTxD + seed(layer, jnp.int32(IN_STREAM)), site_SxBxTxD
 
@@ -148,31 +170,22 @@ def gradients(
     return site_SxBxTxD, token_BxTxD
 
 
-def _block(
-    config: DecoderConfig,
-    params: decoder.Params,
+def _changed(
     places: Places,
-    layer: jax.Array,
-    reaches: Reaches,
-    x_TxD: jax.Array,
+    kind: str,
+    slot_K: jax.Array,
+    value_TxD: jax.Array,
     delta_KxTxD: jax.Array,
     held_SxTxD: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """One layer: the stream leaving it [T, D], and what is read at its sites [K, T, D], before changes."""
-    slot_K, read = places.slot_LxK[layer], {}
-
-    def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
-        if kind not in places.kinds:
-            return value_TxD
-        index = places.kinds.index(kind)
-        read[kind] = value_TxD
-        if held_SxTxD is not None:
-            held_TxD = _at(held_SxTxD, slot_K[index])
-            value_TxD = jnp.where(slot_K[index] < len(held_SxTxD), held_TxD, value_TxD)
-        return value_TxD + delta_KxTxD[index]
-
-    leaving_TxD = decoder.block(config, params, layer, x_TxD, reaches, hook)
-    return leaving_TxD, jnp.stack([read[kind] for kind in places.kinds])
+) -> jax.Array:
+    """What the model goes on with at a site: its value, or the one at which it is held, and the change."""
+    if kind not in places.kinds:
+        return value_TxD
+    index = places.kinds.index(kind)
+    if held_SxTxD is not None:
+        held_TxD = _at(held_SxTxD, slot_K[index])
+        value_TxD = jnp.where(slot_K[index] < len(held_SxTxD), held_TxD, value_TxD)
+    return value_TxD + delta_KxTxD[index]
 
 
 def _at(array_SxTxD: jax.Array, slots: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import einsum, norm
+from saejax.models.rules import RunRules
 from saejax.models.tokens import token_text
 from saejax.parallel import to_host
 
@@ -37,8 +38,8 @@ class PromptRun(Protocol):
         """The transcoders or SAEs whose features are nodes."""
 
     @property
-    def rules(self) -> DecoderConfig:
-        """Its configuration with the rules (``backward``) by which gradients go through it."""
+    def rules(self) -> RunRules:
+        """The rules by which gradients go through it."""
 
     @property
     def ids_P(self) -> np.ndarray:
@@ -149,7 +150,7 @@ def _logits(run: PromptRun, targets: Sequence[Any], probability_V: np.ndarray) -
             pair[index] = token_of(model, token)
     first_K, second_K = pairs_Kx2.T
     single_K = second_K < 0
-    arrays = logit_directions(run.rules, model.params, run.last_D, first_K, second_K)
+    arrays = logit_directions(model.config, run.rules, model.params, run.last_D, first_K, second_K)
     vector_KxD, value_K, constant_K = map(to_host, arrays)
     labels = [text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}" for a, b in pairs_Kx2.tolist()]
     logits_V = run.logits_V
@@ -216,21 +217,26 @@ def token_of(model: LanguageModel, target: str | int) -> int:
     return target
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def logit_directions(
-    rules: DecoderConfig, params: decoder.Params, last_D: jax.Array, first_K: jax.Array, second_K: jax.Array
+    config: DecoderConfig,
+    rules: RunRules,
+    params: decoder.Params,
+    last_D: jax.Array,
+    first_K: jax.Array,
+    second_K: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Differences of logits, before capping, as directions of the stream that leaves the last layer.
 
     Args:
-      rules: the decoder; its ``backward`` says whether the final norm's factor is constant.
+      rules: say whether the final norm's factor is constant.
       last_D: that stream at the last position.
       first_K, second_K: token ids; -1 for the mean over the vocabulary.
 
     Returns:
       The directions [K, D], the differences [K], and the part of them [K] that biases are.
     """
-    embed_VxD = params["embed_VxD"] if rules.tied else params["unembed_DxV"].T
+    embed_VxD = params["embed_VxD"] if config.tied else params["unembed_DxV"].T
     rows_VxD = embed_VxD.astype(last_D.dtype)
 
     def less(rows: jax.Array) -> jax.Array:
@@ -239,10 +245,10 @@ def logit_directions(
         return rows[first_K] - jnp.where(single_K, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
 
     vector_KxD = less(rows_VxD)
-    final_D, pull = jax.vjp(functools.partial(norm, rules, params, "final_norm"), last_D)
+    final_D, pull = jax.vjp(functools.partial(norm, config, rules, params, "final_norm"), last_D)
     constant_K = jnp.zeros(len(vector_KxD), last_D.dtype)
     if "final_norm_bias_D" in params:
         constant_K += einsum("kd,d->k", vector_KxD, params["final_norm_bias_D"].astype(last_D.dtype))
-    unembed_bias_K = less(params["unembed_bias_V"].astype(last_D.dtype)) if rules.unembed_bias else 0
+    unembed_bias_K = less(params["unembed_bias_V"].astype(last_D.dtype)) if config.unembed_bias else 0
     value_K = einsum("kd,d->k", vector_KxD, final_D) + unembed_bias_K
     return jax.vmap(pull)(vector_KxD)[0], value_K, constant_K + unembed_bias_K

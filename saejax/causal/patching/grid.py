@@ -1,4 +1,4 @@
-"""What patching does, cell by cell: layer, position and direction, over prompts, in logits and normalised.
+"""What patching does at every place: layer, position and direction, over prompts, in logits and normalised.
 
 The normalised effect is the ratio of two means over the same prompts, effect / (clean - corrupted): 0 where patching
 changes nothing, 1 where it does as much as replacing the whole prompt. Where clean - corrupted is not clearly above 0,
@@ -7,19 +7,19 @@ there is nothing to divide by and no normalised effect.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from saejax.causal.columns import Columns
+from saejax.causal.patching.results import StrongestPatch
 from saejax.causal.patching.sites import DIRECTIONS, Patched
 from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
 from saejax.tasks.scoring import bootstrap_mean
 
 
 @dataclasses.dataclass(frozen=True)
-class Cells(Columns):
-    """The cells of a behaviour; arrays [N], sorted by direction, layer and position.
+class PatchingGrid(Columns):
+    """The places of a behaviour; arrays [N], sorted by direction, layer and position.
 
     Attributes:
       direction: one of ``patching.DIRECTIONS``.
@@ -46,14 +46,14 @@ class Cells(Columns):
         columns = len(np.unique(self.position))
         return getattr(self, name).reshape(len(DIRECTIONS), -1, columns)
 
-    def strongest(self) -> dict[str, dict[str, Any]]:
-        """Of each direction the cell of largest effect, for JSON."""
+    def strongest(self) -> dict[str, StrongestPatch]:
+        """Of each direction the place of largest effect."""
         found = {}
         for direction in DIRECTIONS:
             own_N = np.flatnonzero(self.direction == direction)
             best = own_N[np.argmax(self.effect[own_N])]
             normalised = float(self.normalised[best])
-            found[direction] = dict(
+            found[direction] = StrongestPatch(
                 layer=int(self.layer[best]),
                 position=int(self.position[best]),
                 effect=float(self.effect[best]),
@@ -62,7 +62,7 @@ class Cells(Columns):
         return found
 
 
-def cells_file(folder: Path, behaviour: str) -> Path:
+def grid_file(folder: Path, behaviour: str) -> Path:
     """Where the patch stage keeps a behaviour's table."""
     return folder / f"{behaviour}-patching.parquet"
 
@@ -72,8 +72,8 @@ def measurable(clean_P: np.ndarray, corrupted_P: np.ndarray, resamples: int, see
     return bootstrap_mean(clean_P - corrupted_P, resamples, seed).low > 0
 
 
-def make_cells(patched: Patched, resamples: int, seed: int) -> Cells:
-    """The cells of patched sites.
+def make_grid(patched: Patched, resamples: int, seed: int) -> PatchingGrid:
+    """The grid of patched sites.
 
     Args:
       patched: of one behaviour.
@@ -95,7 +95,7 @@ def make_cells(patched: Patched, resamples: int, seed: int) -> Cells:
         found_7xDxLxC[6, :, :, column] = own_P.sum()
     direction_N, layer_N, column_N = (index.ravel() for index in np.indices((directions, layers, columns)))
     names = ("effect", "effect_low", "effect_high", "normalised", "low", "high")
-    return Cells(
+    return PatchingGrid(
         direction=np.array(DIRECTIONS, object)[direction_N],
         layer=layer_N,
         position=column_N - columns,
