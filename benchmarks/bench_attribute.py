@@ -23,7 +23,7 @@ import saejax
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.attribution.trace.costs import row_flops
+from saejax.attribution.trace.rows import row_flops
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 

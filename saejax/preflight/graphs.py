@@ -9,8 +9,8 @@ from saejax.attribution.graph.pruning import RUNS
 from saejax.attribution.local.replacement import padded_length
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.requests import Request, read_requests, unit_name
-from saejax.attribution.trace.costs import row_flops
 from saejax.attribution.trace.memory import GraphSize, certain_active
+from saejax.attribution.trace.rows import row_flops
 from saejax.dictionaries import DictionaryConfig
 from saejax.models.config import DecoderConfig
 from saejax.preflight.costs import pass_flops

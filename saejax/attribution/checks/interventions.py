@@ -23,7 +23,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.attribution.checks.changed_layers import LayerChanges, ReadDirections, read_last, read_moved, run_layer
 from saejax.attribution.local.replacement import Replacement
@@ -79,18 +78,16 @@ def intervene(
         does, ``hold`` goes for all.
       on_progress: called with the layers done and of all; may raise to stop.
 
+    Returns:
+      What each row reads.
+
     Raises:
       UserError: a feature does not exist, is changed where it is not used or twice in a row, or what is read is not
         finite.
     """
-    if hold not in HOLDS:
-        raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
-    layers = replacement.model.config.n_layers
-    if hold_until is not None and not 0 <= hold_until <= layers:
-        raise UserError(f"hold_until is {hold_until}: expected a layer, 0 to {layers - 1}, or {layers}")
-    hold_L = [hold if hold_until is None or layer < hold_until else "nothing" for layer in range(layers + 1)]
+    layers, active = replacement.model.config.n_layers, replacement.active
+    hold_L = _hold_by_layer(hold, hold_until, layers)
     edits, chosen_J = _edits_by_layer(replacement, rows), np.asarray(features, np.int64)
-    config, active, streams = replacement.model.config, replacement.active, replacement.streams
     feature_RxJ = np.tile(active.value_A[chosen_J], (len(rows), 1))
     readout_RxK = np.tile(readouts.value_K, (len(rows), 1))
     if not edits:
@@ -99,33 +96,56 @@ def intervene(
     first = min(edits)
     most = int(np.bincount(active.layer_A[chosen_J]).max(initial=0))  # one size, so that layers share programs
     states = [_unchanged(replacement, chunk.stop - chunk.start, first) for chunk in chunks]
-    for layer in range(first, config.n_layers):
-        x_TxD = streams.stream_LxTxD[layer]
+    for layer in range(first, layers):
+        x_TxD = replacement.stream_LxTxD[layer]
         inner_K = np.flatnonzero(readouts.layer_K == layer)
+        inner = ReadDirections(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
         own_J = np.flatnonzero(active.layer_A[chosen_J] == layer)
         reader = _encoders(replacement, chosen_J[own_J], most) if most else None
-        transcoder = nnx.split(replacement.transcoders.load(layer)) if layer in edits else None
-        skip_DxD = None if streams.skip_LxDxD is None else streams.skip_LxDxD[layer]
+        transcoder = replacement.transcoders.load(layer) if layer in edits else None
         for place, chunk in enumerate(chunks):
             if len(inner_K):
-                inner = ReadDirections(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
-                moved_RxK = read_moved(x_TxD, states[place], inner)
-                readout_RxK[chunk, inner_K] += to_host(moved_RxK)[: chunk.stop - chunk.start]
-            held = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
-            edited = (*transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder else None
-            states[place], moved_RxJ = run_layer(*held, x_TxD, states[place], skip_DxD, edited, reader)
+                moved_RxK = to_host(read_moved(x_TxD, states[place], inner))
+                readout_RxK[chunk, inner_K] += moved_RxK[: chunk.stop - chunk.start]
+            same = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
+            edited = (transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder else None
+            states[place], moved_RxJ = run_layer(*same, x_TxD, states[place], replacement.skip(layer), edited, reader)
             if len(own_J):
                 feature_RxJ[chunk, own_J] += to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
-        on_progress(layer + 1 - first, config.n_layers - first)
-    final_K = np.flatnonzero(readouts.layer_K == config.n_layers)
-    for place, chunk in enumerate(chunks):
-        parts = readouts.vector_KxD[final_K], readouts.normed_K[final_K]
-        last = np.int32(len(replacement.ids_P) - 1)
-        moved_RxK = read_last(replacement.frozen, hold_L[-1], streams.last_D, states[place], last, *parts)
-        readout_RxK[chunk, final_K] += to_host(moved_RxK)[: chunk.stop - chunk.start]
-    if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
+        on_progress(layer + 1 - first, layers - first)
+    final_K = np.flatnonzero(readouts.layer_K == layers)
+    for chunk, x_RxTxD in zip(chunks, states, strict=True):
+        moved_RxK = _moved_final(replacement, readouts, final_K, hold_L[-1], x_RxTxD)
+        readout_RxK[chunk, final_K] += moved_RxK[: chunk.stop - chunk.start]
+    return _finite(Changed(feature_RxJ, readout_RxK))
+
+
+def _finite(changed: Changed) -> Changed:
+    if not (np.isfinite(changed.feature_RxJ).all() and np.isfinite(changed.readout_RxK).all()):
         raise UserError("the model is not finite after these changes: give features values that they can have")
-    return Changed(feature_RxJ, readout_RxK)
+    return changed
+
+
+def _moved_final(
+    replacement: Replacement, readouts: Readouts, chosen_K: np.ndarray, hold: str, x_RxTxD: jax.Array
+) -> np.ndarray:
+    """By how much some readouts of the stream leaving the last layer differ from the prompt's, fp32 [R, K]."""
+    parts = readouts.vector_KxD[chosen_K], readouts.normed_K[chosen_K]
+    last = np.int32(len(replacement.ids_P) - 1)
+    return to_host(read_last(replacement.frozen, hold, replacement.last_D, x_RxTxD, last, *parts))
+
+
+def _hold_by_layer(hold: str, hold_until: int | None, layers: int) -> list[str]:
+    """What each layer holds, and after them the final norm.
+
+    Raises:
+      UserError: there is no such way to hold, or no such layer.
+    """
+    if hold not in HOLDS:
+        raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
+    if hold_until is not None and not 0 <= hold_until <= layers:
+        raise UserError(f"hold_until is {hold_until}: expected a layer, 0 to {layers - 1}, or {layers}")
+    return [hold if hold_until is None or layer < hold_until else "nothing" for layer in range(layers + 1)]
 
 
 def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) -> dict[int, LayerChanges]:

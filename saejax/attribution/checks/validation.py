@@ -23,8 +23,8 @@ from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.results import DoublingResults, EdgeCorrelation
 from saejax.attribution.trace import perturbed
-from saejax.attribution.trace.gradient import SaeRun
 from saejax.attribution.trace.perturbed import Places
+from saejax.attribution.trace.sae_run import SaeRun
 from saejax.attribution.trace.targets import Readouts, logit_directions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig

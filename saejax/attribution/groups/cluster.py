@@ -20,7 +20,7 @@ from saejax.attribution.graph.data import GraphData
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.graph.pruning import source_influence
 from saejax.attribution.groups.supernodes import Supernode
-from saejax.attribution.trace.targets import PromptRun
+from saejax.attribution.local.prompt_run import PromptRun
 from saejax.errors import UserError
 
 _FAR = 2.0  # distance of nodes that may not be in one group; others are at most 1 apart

@@ -31,7 +31,7 @@ def mixed_values(replacement: Replacement, entries: Placed) -> list[np.ndarray]:
     streams, params = replacement.streams, replacement.model.params
     mixed, change_SxTxD = [], jnp.asarray(_placed(replacement, entries, 0))
     for layer, x_TxD in enumerate(streams.stream_LxTxD):
-        skip_DxD = _skip(replacement, layer)
+        skip_DxD = replacement.skip(layer)
         change_SxTxD, added = carry_up(replacement.frozen, params, np.int32(layer), x_TxD, skip_DxD, change_SxTxD)
         mixed.append(to_host(added))
         change_SxTxD += _placed(replacement, entries, layer + 1)
@@ -52,7 +52,7 @@ def edge_parts(
     layers, found_LxHxE = len(mixed), []
     cotangent_RxTxD = jnp.asarray(_placed(replacement, readers, 2 * layers))
     for layer in reversed(range(layers)):
-        fixed = frozen, params, np.int32(layer), streams.stream_LxTxD[layer], _skip(replacement, layer)
+        fixed = frozen, params, np.int32(layer), streams.stream_LxTxD[layer], replacement.skip(layer)
         cotangent_RxTxD, wanted_RxTxHxK = carry_down(*fixed, cotangent_RxTxD, _placed(replacement, readers, layer))
         cotangent_RxTxD += _placed(replacement, readers, layers + layer)
         part_RxSxH = to_host(through(wanted_RxTxHxK, mixed[layer]))
@@ -67,11 +67,6 @@ def _placed(replacement: Replacement, vectors: Placed, layer: int) -> np.ndarray
     own = np.flatnonzero(layer_N == layer)
     at_NxTxD[own, position_N[own]] = vector_NxD[own]
     return at_NxTxD
-
-
-def _skip(replacement: Replacement, layer: int) -> jax.Array | None:
-    skip_LxDxD = replacement.streams.skip_LxDxD
-    return None if skip_LxDxD is None else skip_LxDxD[layer]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -147,6 +147,10 @@ class Replacement:
         """See ``Streams``."""
         return self.streams.stream_LxTxD
 
+    def skip(self, layer: int) -> jax.Array | None:
+        """The skip path of a layer's transcoder [D, D]; None: there is none."""
+        return None if self.streams.skip_LxDxD is None else self.streams.skip_LxDxD[layer]
+
     def encoder_rows(self, chosen_F: np.ndarray) -> np.ndarray:
         """The directions that some of the active features read, fp32 [F, D]; each layer is read once."""
         return self.transcoders.rows_of("W_enc", self.active.layer_A[chosen_F], self.active.feature_A[chosen_F])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.local.transcoders import LayerDictionaries, check_dictionary
+from saejax.attribution.local.dictionaries import LayerDictionaries, check_dictionary
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.formats import load_all
 from saejax.errors import UserError

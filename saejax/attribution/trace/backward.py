@@ -77,20 +77,8 @@ def contributions(
         return jnp.where(here_RxT[..., None], batch.vector_NxRxD[chunk][:, None], 0)
 
     def read_off(place: jax.Array, cotangent_NxRxTxD: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
-        """With the products of a place's blocks with all cotangents there, 0 of a chunk that starts further down."""
-        begun_N = batch.start_N >= place
-
-        def body(index: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
-            start = first_X[place] + index * STEP
-            position_C = lax.dynamic_slice_in_dim(bank.position_B, start, STEP)
-            row_CxW = lax.dynamic_slice_in_dim(bank.row_BxW, start, STEP)
-            at_NxRxCxD = cotangent_NxRxTxD.at[:, :, position_C].get(mode="fill", fill_value=0)
-            at_NxRxCxD = jnp.where(begun_N[:, None, None, None], at_NxRxCxD, 0)
-            products_CxNxRxW = einsum("nrcd,cwd->cnrw", at_NxRxCxD, bank.table_UxD[row_CxW])
-            return lax.dynamic_update_slice_in_dim(read_BxNxRxW, products_CxNxRxW, start, 0)
-
-        steps = (stop_X[place] - first_X[place] + STEP - 1) // STEP
-        return lax.fori_loop(0, steps, body, read_BxNxRxW)
+        blocks = first_X[place], stop_X[place]
+        return _read_off(bank, *blocks, batch.start_N >= place, cotangent_NxRxTxD, read_BxNxRxW)
 
     def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """All chunks through one layer."""
@@ -114,6 +102,28 @@ def contributions(
     carry = _by_target(mesh, jax.vmap(placed)(chunks, batch.start_N), bank)
     cotangent_NxRxTxD, read_BxNxRxW = lax.fori_loop(0, batch.start_N[0], down, carry)
     return read_off(jnp.int32(0), cotangent_NxRxTxD, read_BxNxRxW)
+
+
+def _read_off(
+    bank: SourceBank,
+    first: jax.Array,
+    stop: jax.Array,
+    begun_N: jax.Array,
+    cotangent_NxRxTxD: jax.Array,
+    read_BxNxRxW: jax.Array,
+) -> jax.Array:
+    """With the products of a place's blocks with all cotangents there, 0 of a chunk that starts further down."""
+
+    def body(index: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
+        start = first + index * STEP
+        position_C = lax.dynamic_slice_in_dim(bank.position_B, start, STEP)
+        row_CxW = lax.dynamic_slice_in_dim(bank.row_BxW, start, STEP)
+        at_NxRxCxD = cotangent_NxRxTxD.at[:, :, position_C].get(mode="fill", fill_value=0)
+        at_NxRxCxD = jnp.where(begun_N[:, None, None, None], at_NxRxCxD, 0)
+        products_CxNxRxW = einsum("nrcd,cwd->cnrw", at_NxRxCxD, bank.table_UxD[row_CxW])
+        return lax.dynamic_update_slice_in_dim(read_BxNxRxW, products_CxNxRxW, start, 0)
+
+    return lax.fori_loop(0, (stop - first + STEP - 1) // STEP, body, read_BxNxRxW)
 
 
 def _turned(pull: Pull, width: int) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Pull]]:

@@ -10,6 +10,7 @@ from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.backward import TargetBatch, contributions
 from saejax.attribution.trace.row_store import Put
 from saejax.attribution.trace.sources import Sources
+from saejax.models.config import DecoderConfig
 from saejax.parallel import fitting_sharding, to_host
 
 _LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
@@ -21,6 +22,19 @@ TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's 
 def batch_tokens(platform: str, length: int) -> int:
     """Positions of the targets of a batch, together, on each device of a platform, of prompts of a length."""
     return _CHUNKS * max(TOKENS[platform], length)
+
+
+def row_flops(model: DecoderConfig, layers_T: np.ndarray | float, positions_T: np.ndarray | float) -> float:
+    """What rows of a graph need at the least, in operations; a product of [m, k] and [k, n] has 2 m k n.
+
+    That is the transposed projections of values and outputs of attention.
+
+    Args:
+      layers_T: how many layers each target goes down through.
+      positions_T: the positions up to its own.
+    """
+    per_token = 2.0 * model.d_model * model.d_head * (model.n_heads + model.n_kv_heads)
+    return float(np.sum(np.asarray(layers_T, np.float64) * positions_T)) * per_token
 
 
 class RowTracer:

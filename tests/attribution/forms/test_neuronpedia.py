@@ -14,11 +14,11 @@ from reference_graphs import LAYERS, adjacency_of, each_graph, needs_graphs, nod
 import saejax
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.graph_folder import INDEX, write_graph
+from saejax.attribution.forms.network import to_networkx
 from saejax.attribution.forms.neuronpedia import cantor_pair, cantor_unpair, to_document
 from saejax.attribution.forms.page import write_page
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import LOGIT
-from saejax.attribution.groups.network import to_networkx
 from saejax.errors import UserError
 
 

@@ -11,10 +11,10 @@ from made_transcoders import made_set
 
 from saejax import command, load_model, save_transcoders
 from saejax.attribution import requests
+from saejax.attribution.forms.network import to_networkx
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, LOGIT, Nodes
 from saejax.attribution.groups.cluster import alikeness, cluster
-from saejax.attribution.groups.network import to_networkx
 from saejax.attribution.groups.supernodes import Supernode, as_groups, collapse, named, read_groups
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
