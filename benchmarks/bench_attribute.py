@@ -51,7 +51,7 @@ def random_transcoders(config: DecoderConfig, seed: int = 0) -> LayerTranscoders
 
 def floor_gflop(graph: Graph, config: DecoderConfig) -> float:
     """The arithmetic of the projections of attention that the targets need, in 10^9 operations."""
-    nodes = graph.nodes[graph.target_T]
+    nodes = graph.nodes[graph.target_R]
     layers_T = np.where(nodes.kind_N == FEATURE, nodes.layer_N + 1, config.n_layers)
     return row_flops(config, layers_T, nodes.position_N + 1) / 1e9
 
@@ -78,7 +78,7 @@ def measure(rows: int, tokens: int, rounds: int) -> dict[str, float]:
         seconds.append(time.perf_counter() - start)
     steady = float(np.median(seconds[1:] or seconds))
     floor = floor_gflop(graph, lm.config) / gflops()
-    left = float(np.abs(graph.unexplained_T).max() / np.abs(graph.value_T).max())
+    left = float(np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max())
     return dict(
         rows=graph.count(FEATURE),
         active=graph.settings["active_features"],

@@ -70,7 +70,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     again = json.loads((folder / "summary.json").read_text())["results"]["graphs"]
     assert again["ids"] | dict(seconds=0) == results["ids"] | dict(seconds=0)
     assert "kept from an earlier run: water" in capsys.readouterr().out
-    np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_TxS, graph.adjacency_TxS)
+    np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_RxS, graph.adjacency_RxS)
 
 
 @pytest.mark.parametrize(

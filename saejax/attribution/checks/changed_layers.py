@@ -1,8 +1,4 @@
-"""The programs of ``interventions``: rows of streams through one layer with changed features, and what is read of them.
-
-Letters: R rows (sets of changes), M most changes of a row in a layer, J features that are read, K readouts; T, D, F as
-in ``replacement``.
-"""
+"""The programs of ``interventions``: streams through one layer with changed features, and what is read of them."""
 
 import functools
 from typing import NamedTuple

@@ -10,8 +10,6 @@ one call:
 A swap gives features the activations of another prompt. Positions are aligned from the end. With the features of all
 layers swapped this is still not the other prompt: tokens, attention from and to the first position, and errors remain.
 What transcoders do not explain in the run is added in each layer as it comes.
-
-Letters: A as in ``replacement``; M factors, S sets of features, K readouts.
 """
 
 import dataclasses

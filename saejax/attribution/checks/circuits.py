@@ -12,8 +12,6 @@ which no feature and no error is kept (Marks et al., 2024, arXiv 2403.19647),
     faithfulness = (m(C) - m(0)) / (m(M) - m(0)),        incompleteness = the same of all that is not in C
 
 A circuit that does the work has the first near 1 and the second near 0.
-
-Letters: C circuits, K readouts; A, L, P, T, D, F as in ``replacement``.
 """
 
 import dataclasses

@@ -11,9 +11,6 @@ what a change does to a target is what the graph's edge from the feature to the 
 layers alone (``hold_until``); above them the model runs freely.
 
 Layers are the outer loop: each transcoder is read once, and only where something changes.
-
-Letters: R rows (sets of changes), M most changes of a row in a layer, J features that are read, K readouts; L, T, D, F,
-A as in ``replacement``.
 """
 
 import dataclasses

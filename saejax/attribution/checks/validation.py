@@ -42,39 +42,39 @@ class Doubling:
     """What became of the targets when features were doubled, one by one.
 
     Attributes:
-      node_R: which nodes of the graph were doubled.
-      edge_RxT: what the graph says.
-      held_RxT: what happened with all held, per activation added; with SAEs to first order.
-      free_RxT: what happened with nothing held; with SAEs and direct edges, the sites of other SAEs held.
+      node_E: which nodes of the graph were doubled.
+      edge_ExR: what the graph says.
+      held_ExR: what happened with all held, per activation added; with SAEs to first order.
+      free_ExR: what happened with nothing held; with SAEs and direct edges, the sites of other SAEs held.
     """
 
-    node_R: np.ndarray
-    edge_RxT: np.ndarray
-    held_RxT: np.ndarray
-    free_RxT: np.ndarray
+    node_E: np.ndarray
+    edge_ExR: np.ndarray
+    held_ExR: np.ndarray
+    free_ExR: np.ndarray
 
     @property
     def held_error(self) -> float:
         """The largest difference of edges and what happened with all held, over the largest edge (1 if all are 0)."""
-        largest = np.abs(self.edge_RxT).max()
-        return float(np.abs(self.held_RxT - self.edge_RxT).max() / (largest or 1.0))
+        largest = np.abs(self.edge_ExR).max()
+        return float(np.abs(self.held_ExR - self.edge_ExR).max() / (largest or 1.0))
 
     def correlations(self) -> EdgeCorrelation:
         """Of edges and what happened with nothing held, over all targets that an edge reaches."""
-        reached_RxT = self.edge_RxT != 0
-        edge_E, free_E = self.edge_RxT[reached_RxT], self.free_RxT[reached_RxT]
-        if len(edge_E) < 3 or not edge_E.std() or not free_E.std():
+        reached_ExR = self.edge_ExR != 0
+        edges, free = self.edge_ExR[reached_ExR], self.free_ExR[reached_ExR]
+        if len(edges) < 3 or not edges.std() or not free.std():
             return EdgeCorrelation(None, None, None)
         return EdgeCorrelation(
-            pearson=float(np.corrcoef(edge_E, free_E)[0, 1]),
-            spearman=float(spearmanr(edge_E, free_E).statistic),
-            sign=float((np.sign(edge_E) == np.sign(free_E)).mean()),
+            pearson=float(np.corrcoef(edges, free)[0, 1]),
+            spearman=float(spearmanr(edges, free).statistic),
+            sign=float((np.sign(edges) == np.sign(free)).mean()),
         )
 
     @property
     def results(self) -> DoublingResults:
         """What the stage says of it."""
-        return DoublingResults(len(self.node_R), self.held_error, self.correlations())
+        return DoublingResults(len(self.node_E), self.held_error, self.correlations())
 
 
 def double(replacement: Replacement, graph: Graph, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:
@@ -86,19 +86,19 @@ def double(replacement: Replacement, graph: Graph, readouts: Readouts, count: in
     """
     features = graph.nodes[graph.slice_of(FEATURE)]
     place_F = replacement.active.places(features.layer_N, features.position_N, features.index_N)
-    node_R = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
-    clean_T = np.concatenate([replacement.active.value_A[place_F], readouts.value_K]).astype(np.float64)
+    node_E = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
+    clean_R = np.concatenate([replacement.active.value_A[place_F], readouts.value_K]).astype(np.float64)
 
     def moved(times: int, hold: str) -> np.ndarray:
-        """By how much targets [R, T] move when ``times`` a feature's activation is added to it, over ``times``."""
-        drawn = features[node_R]
+        """By how much targets [E, R] move when ``times`` a feature's activation is added to it, over ``times``."""
+        drawn = features[node_E]
         places = zip(drawn.layer_N.tolist(), drawn.position_N.tolist(), drawn.index_N.tolist(), strict=True)
         rows = [[Change(*at, (1 + times) * float(v))] for at, v in zip(places, drawn.value_N, strict=True)]
         changed = intervene(replacement, rows, readouts, place_F, hold)
-        return (np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - clean_T) / times
+        return (np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - clean_R) / times
 
-    edge_RxT = graph.adjacency_TxS[:, node_R].T.astype(np.float64)
-    return Doubling(node_R, edge_RxT, moved(_HELD_TIMES, "all"), moved(1, "nothing"))
+    edge_ExR = graph.adjacency_RxS[:, node_E].T.astype(np.float64)
+    return Doubling(node_E, edge_ExR, moved(_HELD_TIMES, "all"), moved(1, "nothing"))
 
 
 def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:
@@ -109,23 +109,23 @@ def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, 
     features, top_K = graph.nodes[graph.slice_of(FEATURE)], readouts.layer_K == graph.n_layers
     slot_F, position_F = np.searchsorted(run.places.layer_S, features.layer_N), features.position_N
     encoder_FxD = run.saes.rows_of("W_enc", features.layer_N, features.index_N)
-    node_R = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
-    change_RxD = run.saes.rows_of("W_dec", features.layer_N[node_R], features.index_N[node_R])
-    change_RxD *= features.value_N[node_R, None]
+    node_E = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
+    change_ExD = run.saes.rows_of("W_dec", features.layer_N[node_E], features.index_N[node_E])
+    change_ExD *= features.value_N[node_E, None]
     last = np.int32(len(run.ids_P) - 1)
     fixed = run.model.params, run.places, run.stream_LxTxD[0], last, run.held_SxTxD
     probes = readouts.pair_Kx2[top_K], readouts.normed_K[top_K], readouts.vector_KxD[top_K]
     moves: tuple[list[np.ndarray], list[np.ndarray]] = [], []
-    for start in range(0, len(node_R), _RUNS):
-        own = np.resize(np.arange(start, min(start + _RUNS, len(node_R))), _RUNS)
+    for start in range(0, len(node_E), _RUNS):
+        own = np.resize(np.arange(start, min(start + _RUNS, len(node_E))), _RUNS)
         delta_RxSxTxD = np.zeros((_RUNS, *run.read_SxTxD.shape), np.float32)
-        delta_RxSxTxD[np.arange(_RUNS), slot_F[node_R[own]], position_F[node_R[own]]] = change_RxD[own]
+        delta_RxSxTxD[np.arange(_RUNS), slot_F[node_E[own]], position_F[node_E[own]]] = change_ExD[own]
         found = _moved(run.model.config, run.rules, *fixed, *probes, delta_RxSxTxD)
         for rows, (read_RxSxTxD, readout_RxK) in zip(moves, found, strict=True):
             feature_RxF = np.einsum("rfd,fd->rf", to_host(read_RxSxTxD)[:, slot_F, position_F], encoder_FxD)
             rows.append(np.concatenate([feature_RxF, readout_RxK], axis=1))
-    edge_RxT = graph.adjacency_TxS[np.concatenate([np.ones(len(features), bool), top_K])][:, node_R].T
-    return Doubling(node_R, edge_RxT.astype(np.float64), *(np.concatenate(rows)[: len(node_R)] for rows in moves))
+    edge_ExR = graph.adjacency_RxS[np.concatenate([np.ones(len(features), bool), top_K])][:, node_E].T
+    return Doubling(node_E, edge_ExR.astype(np.float64), *(np.concatenate(rows)[: len(node_E)] for rows in moves))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

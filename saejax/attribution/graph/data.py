@@ -1,9 +1,9 @@
 """What an attribution graph is made of: its nodes, the matrix of its edges, and of what it was traced.
 
 The sources of edges are all nodes but the logits; their targets are the features and the logits. So a graph of N nodes
-has the first S of them as columns, and as rows the features and then the logits, T of them: ``adjacency_TxS[t, s]`` is
-what source s adds to the pre-activation of target t. Nodes of the kinds first_mlp and bias are there or not; they
-complete the sums (``unexplained_T``) and take no part in influences, scores and pruning.
+has the first S of them as columns, and as rows the features and then the logits, R of them: ``adjacency_RxS[r, s]`` is
+what source s adds to the pre-activation of target r. Nodes of the kinds first_mlp and bias are there or not; they
+complete the sums (``unexplained_R``) and take no part in influences, scores and pruning.
 """
 
 import dataclasses
@@ -54,11 +54,11 @@ class GraphData:
     """A graph of one prompt; ``graph.Graph`` is this and what is done with it.
 
     Attributes:
-      adjacency_TxS: float32 weights of the edges, targets by sources; 0: no edge.
+      adjacency_RxS: float32 weights of the edges, targets by sources; 0: no edge.
       nodes: the N nodes.
-      value_T: float32 pre-activation of each feature, and each logit less the mean over the vocabulary, before capping.
-      constant_T: float32 part of it that the target's own biases are (encoder, norm, unembedding).
-      unkept_T: float32 part of it that active features without a node add.
+      value_R: float32 pre-activation of each feature, and each logit less the mean over the vocabulary, before capping.
+      constant_R: float32 part of it that the target's own biases are (encoder, norm, unembedding).
+      unkept_R: float32 part of it that active features without a node add.
       ids_P: int32 token ids of the prompt.
       tokens: their texts.
       logit_K: float32 logits of the targets, as the model gives them.
@@ -68,14 +68,14 @@ class GraphData:
       model: name, revision, fingerprint and family of the model.
       transcoders: name and revision of the set of transcoders or SAEs, their kind and number of features, and more.
       settings: how the graph was made.
-      pruning: for a pruned graph, what it was cut from; then ``value_T`` and its parts are those of the whole one.
+      pruning: for a pruned graph, what it was cut from; then ``value_R`` and its parts are those of the whole one.
     """
 
-    adjacency_TxS: np.ndarray
+    adjacency_RxS: np.ndarray
     nodes: Nodes
-    value_T: np.ndarray
-    constant_T: np.ndarray
-    unkept_T: np.ndarray
+    value_R: np.ndarray
+    constant_R: np.ndarray
+    unkept_R: np.ndarray
     ids_P: np.ndarray
     tokens: tuple[str, ...]
     logit_K: np.ndarray
@@ -97,7 +97,7 @@ class GraphData:
         return slice(int(start), int(stop))
 
     @property
-    def target_T(self) -> np.ndarray:
+    def target_R(self) -> np.ndarray:
         """The node of each row."""
         return np.flatnonzero(np.isin(self.nodes.kind_N, (FEATURE, LOGIT)))
 
@@ -107,15 +107,15 @@ class GraphData:
         return self.nodes.value_N[self.slice_of(LOGIT)]
 
     @property
-    def unexplained_T(self) -> np.ndarray:
+    def unexplained_R(self) -> np.ndarray:
         """What is missing from each target's value, float64: rounding alone where the graph has bias nodes."""
-        parts = self.adjacency_TxS.sum(axis=1, dtype=np.float64), self.constant_T, self.unkept_T
-        return self.value_T - sum(part.astype(np.float64) for part in parts)
+        parts = self.adjacency_RxS.sum(axis=1, dtype=np.float64), self.constant_R, self.unkept_R
+        return self.value_R - sum(part.astype(np.float64) for part in parts)
 
     def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The edges: node of the source, node of the target, weight, each [E]; target by target."""
-        row_E, source_E = np.nonzero(self.adjacency_TxS)
-        return source_E, self.target_T[row_E], self.adjacency_TxS[row_E, source_E]
+        row_E, source_E = np.nonzero(self.adjacency_RxS)
+        return source_E, self.target_R[row_E], self.adjacency_RxS[row_E, source_E]
 
     @property
     def ids(self) -> list[str]:

@@ -22,7 +22,14 @@ AnyGraph = TypeVar("AnyGraph", bound=GraphData)
 DESCRIPTION, ARRAYS = "graph.json", "graph.safetensors"
 SCHEMA_VERSION = 1
 _TEXTS = ("tokens", "labels", "prompt", "n_layers", "model", "transcoders", "settings")
-_ARRAYS = ("adjacency_TxS", "value_T", "constant_T", "unkept_T", "ids_P", "logit_K")
+_ARRAYS = dict(  # of ``GraphData`` -> under which name in the file
+    adjacency_RxS="adjacency_TxS",
+    value_R="value_T",
+    constant_R="constant_T",
+    unkept_R="unkept_T",
+    ids_P="ids_P",
+    logit_K="logit_K",
+)
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Nodes))
 _DTYPES = dict(zip(_COLUMNS, DTYPES, strict=True)) | {"ids_P": np.int32, "node_N": np.int32}  # others: float32
 
@@ -33,7 +40,7 @@ def save(folder: Path, graph: GraphData) -> None:
     Raises:
       UserError: the folder holds a graph already.
     """
-    arrays = {name: getattr(graph, name) for name in _ARRAYS}
+    arrays = {stored: getattr(graph, name) for name, stored in _ARRAYS.items()}
     arrays |= {f"nodes.{name}": getattr(graph.nodes, name) for name in _COLUMNS}
     description = dict(schema_version=SCHEMA_VERSION, **{name: getattr(graph, name) for name in _TEXTS})
     if pruning := graph.pruning:
@@ -76,7 +83,7 @@ def _made(kind: type[AnyGraph], description: Mapping[str, Any], arrays: Mapping[
         top_edges = found.get("top_edges", 0)
         pruning = Pruning(found["node_threshold"], found["edge_threshold"], *kept, scores, top_edges)
     nodes = Nodes(*(arrays[f"nodes.{name}"] for name in _COLUMNS))
-    return kind(nodes=nodes, pruning=pruning, **texts | {name: arrays[name] for name in _ARRAYS})
+    return kind(nodes=nodes, pruning=pruning, **texts | {name: arrays[stored] for name, stored in _ARRAYS.items()})
 
 
 def _problem(graph: GraphData) -> str:
@@ -86,8 +93,8 @@ def _problem(graph: GraphData) -> str:
     targets = graph.count(FEATURE) + logits
     shapes = {
         **{name: (getattr(nodes, name), (count,)) for name in _COLUMNS},
-        "adjacency_TxS": (graph.adjacency_TxS, (targets, count - logits)),
-        **{name: (getattr(graph, name), (targets,)) for name in ("value_T", "constant_T", "unkept_T")},
+        "adjacency_RxS": (graph.adjacency_RxS, (targets, count - logits)),
+        **{name: (getattr(graph, name), (targets,)) for name in ("value_R", "constant_R", "unkept_R")},
         "ids_P": (graph.ids_P, (positions,)),
         "logit_K": (graph.logit_K, (logits,)),
     }

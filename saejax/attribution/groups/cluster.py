@@ -83,7 +83,7 @@ def cluster(
 def alikeness(graph: GraphData, run: PromptRun, others: Sequence[PromptRun] = ()) -> np.ndarray:
     """How alike any two features of a graph are, float64 [F, F] from 0 to 1; layers and positions play no part."""
     count = graph.count(FEATURE)
-    edges_FxF = (_cosines(graph.adjacency_TxS[:count]) + _cosines(graph.adjacency_TxS[:, :count].T)) / 2
+    edges_FxF = (_cosines(graph.adjacency_RxS[:count]) + _cosines(graph.adjacency_RxS[:, :count].T)) / 2
     parts = _cosines(_decoders(graph, run)), _cosines(_activity(graph, (run, *others))), edges_FxF
     return np.clip(sum(parts) / len(parts), 0, 1)
 

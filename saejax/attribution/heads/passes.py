@@ -1,8 +1,6 @@
 """The two passes that find which heads carry edges: sources up through the layers, targets down.
 
 Both go through the frozen layers and stop by at the mixtures of values, where heads are still apart.
-
-Letters: S sources, R targets, E edges, N either; L, T, D, H heads, K dimensions of a head, as elsewhere.
 """
 
 import functools

@@ -9,9 +9,6 @@ capping is then a sum over pairs, exactly:
 
 with q[a] the part of the query that comes from source a and k[b] that of the key from source b. The parts are what the
 sources contribute to 2 K directions of the stream, which the program that attributes features reads off.
-
-Letters: S sources, J keys, K dimensions of a head, A and B sources with a part in the query and in the key, N pairs; T,
-D, H as elsewhere.
 """
 
 import dataclasses

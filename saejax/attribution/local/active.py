@@ -1,7 +1,4 @@
-"""Which features of a prompt are active, and what the transcoder of a layer leaves over.
-
-Letters: T positions, D width, F features of a transcoder, A active features, J features that are looked for.
-"""
+"""Which features of a prompt are active, and what the transcoder of a layer leaves over."""
 
 import dataclasses
 from typing import Any

@@ -7,9 +7,6 @@ At every layer and every position but the first,
 exactly. Attention weights and factors of norms are those of the prompt (``frozen``), so all that comes after is linear
 in these terms. At the first position, an attention sink in most models, features are not used: there the MLP's output
 stands as it is, but for the skip path.
-
-Letters: L layers, T positions (the P of the prompt and padding behind them), D width, F features of a transcoder, A
-active features of the prompt.
 """
 
 import dataclasses

@@ -11,12 +11,9 @@ logit; one backward pass gives its edges from all sites. Two kinds of edges:
     direct   the sites between are held at their values: what goes through them is counted there alone, and
              influences, which follow paths, count each once
 
-Edges are estimates: rows do not add up to their targets (``Graph.unexplained_T`` says by how much), with one exception:
+Edges are estimates: rows do not add up to their targets (``Graph.unexplained_R`` says by how much), with one exception:
 direct edges with ``estimate="relp"`` in a model without biases do, since its rules make of every layer what is linear
 (``DecoderConfig.backward``).
-
-Letters: S SAEs, A active features, P tokens, T positions (P and padding), D width, F features, B targets of a batch, N
-sources.
 """
 
 from collections.abc import Sequence
@@ -104,7 +101,7 @@ def trace_saes(
 
     count = min(max_features or len(active), len(active))
     chosen_F, store = attributed(run, len(rows.nodes), readouts, fill, count, round_rows)
-    if not np.isfinite(store.row_TxC).all():
+    if not np.isfinite(store.row_RxC).all():
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     settings |= dict(edges=f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates")

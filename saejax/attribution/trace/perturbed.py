@@ -2,8 +2,6 @@
 
 A change is added after its site is read, so a read shows what came from below. Sites may be *held*: whatever comes from
 below, the model goes on with the value that is given, and the change.
-
-Letters: L layers, T positions, D width, S sites, K kinds of site, B targets of a batch.
 """
 
 import dataclasses

@@ -52,15 +52,15 @@ def attributed(
 def _most_influential(run: PromptRun, readouts: Readouts, store: RowStore, chosen_F: np.ndarray) -> np.ndarray:
     """The features that may get a row, by their influence through those that have one, the largest first."""
     active, logits = run.active, len(readouts.labels)
-    rows = store.row_TxC
-    layer_T = np.zeros(len(rows), np.int32)
-    column_T, weight_T = np.full(len(rows), -1), np.zeros(len(rows))
-    layer_T[: len(chosen_F)] = active.layer_A[chosen_F]
-    column_T[: len(chosen_F)] = np.searchsorted(store.column_C, chosen_F)
-    layer_T[-logits:], weight_T[-logits:] = run.model.config.n_layers, readouts.weight_K
-    influence_C = pruning.influence(rows, layer_T, column_T, weight_T, store.size_T[: len(rows)])
+    rows = store.row_RxC
+    layer_R = np.zeros(len(rows), np.int32)
+    column_R, weight_R = np.full(len(rows), -1), np.zeros(len(rows))
+    layer_R[: len(chosen_F)] = active.layer_A[chosen_F]
+    column_R[: len(chosen_F)] = np.searchsorted(store.column_C, chosen_F)
+    layer_R[-logits:], weight_R[-logits:] = run.model.config.n_layers, readouts.weight_K
+    influence_C = pruning.influence(rows, layer_R, column_R, weight_R, store.size_R[: len(rows)])
     features = np.searchsorted(store.column_C, len(active))
-    influence_C[column_T[: len(chosen_F)]] = -1
+    influence_C[column_R[: len(chosen_F)]] = -1
     order_C = np.argsort(-influence_C[:features], kind="stable")[: features - len(chosen_F)]
     return store.column_C[order_C]
 
@@ -76,19 +76,19 @@ def graph_of(
 ) -> Graph:
     """The graph of the rows, with the columns of the features that have one; ``nodes`` are the sources."""
     active, model = run.active, run.model
-    adjacency_TxS, nodes, unkept_T = store.row_TxC, nodes[store.column_C], store.dropped_T
+    adjacency_RxS, nodes, unkept_R = store.row_RxC, nodes[store.column_C], store.dropped_R
     if len(chosen_F) < len(active):
         dropped_C = (store.column_C < len(active)) & ~np.isin(store.column_C, chosen_F)
-        unkept_T = unkept_T + adjacency_TxS[:, dropped_C].sum(axis=1)
-        adjacency_TxS, nodes = adjacency_TxS[:, ~dropped_C], nodes[~dropped_C]
+        unkept_R = unkept_R + adjacency_RxS[:, dropped_C].sum(axis=1)
+        adjacency_RxS, nodes = adjacency_RxS[:, ~dropped_C], nodes[~dropped_C]
     text = token_text(model.tokenizer)
     of_logits = Nodes.of(LOGIT, model.config.n_layers, readouts.position_K, readouts.token_K, readouts.weight_K)
     return Graph(
-        adjacency_TxS=adjacency_TxS,
+        adjacency_RxS=adjacency_RxS,
         nodes=Nodes.joined(nodes, of_logits),
-        value_T=np.concatenate([active.value_A[chosen_F], readouts.value_K]),
-        constant_T=np.concatenate([run.constants(chosen_F), readouts.constant_K]),
-        unkept_T=unkept_T,
+        value_R=np.concatenate([active.value_A[chosen_F], readouts.value_K]),
+        constant_R=np.concatenate([run.constants(chosen_F), readouts.constant_K]),
+        unkept_R=unkept_R,
         ids_P=run.ids_P,
         tokens=tuple(text(int(token)) for token in run.ids_P),
         logit_K=readouts.logit_K,

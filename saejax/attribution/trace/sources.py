@@ -6,9 +6,6 @@ position. What a source contributes to a target is the dot product of its direct
 
 Directions at one place and position stand together, W of them in a block: one product with the cotangents of a whole
 batch of targets. Blocks name rows of a table, so a feature that is active at many positions is there once.
-
-Letters: E entries (a direction at a place and a position), U rows of the table, B blocks, S sources, R targets of a
-batch; L, T, P, D, A as in ``replacement``.
 """
 
 import dataclasses

@@ -28,11 +28,11 @@ def reference_graph(folder: Path) -> Graph:
     logits = [node for node in described["nodes"] if node["feature_type"] == "logit"]
     zeros = np.zeros(len(adjacency_of(ref)), np.float32)
     return Graph(
-        adjacency_TxS=adjacency_of(ref),
+        adjacency_RxS=adjacency_of(ref),
         nodes=nodes_of(ref),
-        value_T=zeros,
-        constant_T=zeros,
-        unkept_T=zeros,
+        value_R=zeros,
+        constant_R=zeros,
+        unkept_R=zeros,
         ids_P=ref["ids"].astype(np.int32),
         tokens=tuple(described["metadata"]["prompt_tokens"]),
         logit_K=np.zeros(len(logits), np.float32),
@@ -110,8 +110,8 @@ def graph():
     """A small pruned graph with a feature 0 where an error stands, too."""
     graph = make_graph(features=6, layers=2)
     graph.nodes.layer_N[0], graph.nodes.index_N[0] = 0, 0
-    below_S = graph.nodes.layer_N[: graph.adjacency_TxS.shape[1]]
-    graph.adjacency_TxS[below_S[None] >= graph.nodes.layer_N[graph.target_T][:, None]] = 0
+    below_S = graph.nodes.layer_N[: graph.adjacency_RxS.shape[1]]
+    graph.adjacency_RxS[below_S[None] >= graph.nodes.layer_N[graph.target_R][:, None]] = 0
     return graph.prune(1.0, 1.0)
 
 

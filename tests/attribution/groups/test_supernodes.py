@@ -36,9 +36,9 @@ def planted(seed=0, kinds=4, features=28, layers=5):
     order = np.lexsort((np.arange(features), position_F, layer_F))
     own = Nodes.of(FEATURE, layer_F[order], position_F[order], np.arange(features), 1 + rng.random(features))
     others = graph.nodes[graph.count(FEATURE) :]
-    mean_KxS = rng.normal(size=(kinds, graph.adjacency_TxS.shape[1]))
-    mean_TxK = rng.normal(size=(len(graph.adjacency_TxS), kinds))
-    noise = 0.4 * rng.normal(size=graph.adjacency_TxS.shape)
+    mean_KxS = rng.normal(size=(kinds, graph.adjacency_RxS.shape[1]))
+    mean_TxK = rng.normal(size=(len(graph.adjacency_RxS), kinds))
+    noise = 0.4 * rng.normal(size=graph.adjacency_RxS.shape)
     noise[:features] += mean_KxS[kind_F]
     noise[:, :features] += mean_TxK[:, kind_F]
     written_FxD = rng.normal(size=(kinds, WIDTH))[kind_F] + 0.4 * rng.normal(size=(features, WIDTH))
@@ -48,7 +48,7 @@ def planted(seed=0, kinds=4, features=28, layers=5):
         active=active, ids_P=np.zeros(POSITIONS), dictionaries=dictionaries, written=written_FxD
     )
     graph = dataclasses.replace(
-        graph, nodes=Nodes.joined(own, others), adjacency_TxS=noise.astype(np.float32), tokens=tuple("abcdef")
+        graph, nodes=Nodes.joined(own, others), adjacency_RxS=noise.astype(np.float32), tokens=tuple("abcdef")
     )
     return graph, replacement, kind_F
 
@@ -60,7 +60,7 @@ def cosine(a, b):
 
 def alike(graph, replacement, a, b, others=()):
     """How alike two features are, from the definition."""
-    nodes, edges = graph.nodes, graph.adjacency_TxS.astype(np.float64)
+    nodes, edges = graph.nodes, graph.adjacency_RxS.astype(np.float64)
 
     def activity(node):
         found = []
@@ -80,7 +80,7 @@ def test_alikeness_is_as_defined():
         layer_A=graph.nodes.layer_N[[0, 4, 9]], position_A=np.array([1, 1, 2]),
         feature_A=graph.nodes.index_N[[0, 4, 9]], value_A=np.array([1.0, 2.0, 3.0]),
     ))  # fmt: skip
-    graph.adjacency_TxS[3], graph.adjacency_TxS[:, 3] = 0, 0  # a node without edges is not alike in them
+    graph.adjacency_RxS[3], graph.adjacency_RxS[:, 3] = 0, 0  # a node without edges is not alike in them
     for others in ((), (second,)):
         found_FxF = alikeness(graph, replacement, others)
         for a in range(0, 28, 3):
@@ -124,9 +124,9 @@ def test_the_most_influential_groups_come_first_and_are_named():
     fewer = cluster(graph, replacement, similarity=0.3, layers=9, positions=9, most=2)
     assert len(found) > 2 and fewer == found[:2]
     # Each layer's influence flows from the logits' weights; the strongest group has the largest sum.
-    shares = np.abs(graph.adjacency_TxS[:, : graph.slice_of(2).stop]).astype(np.float64)
+    shares = np.abs(graph.adjacency_RxS[:, : graph.slice_of(2).stop]).astype(np.float64)
     shares /= shares.sum(axis=1, keepdims=True)
-    influence_S, layer_T = np.zeros(shares.shape[1]), graph.nodes.layer_N[graph.target_T]
+    influence_S, layer_T = np.zeros(shares.shape[1]), graph.nodes.layer_N[graph.target_R]
     weight_T = np.concatenate([np.zeros(28), graph.probability_K])
     for layer in sorted(set(layer_T), reverse=True):
         rows = np.flatnonzero(layer_T == layer)

@@ -92,7 +92,7 @@ def test_what_is_not_asked_for_is_not_there(traced, pruned, monkeypatch):
 
 def test_a_graph_without_edges_has_no_heads(traced):
     graph = traced.graph.prune(0.0, 0.0)
-    bare = dataclasses.replace(graph, adjacency_TxS=np.zeros_like(graph.adjacency_TxS))
+    bare = dataclasses.replace(graph, adjacency_RxS=np.zeros_like(graph.adjacency_RxS))
     found = attend(traced, bare, True, None)
     assert found.heads == HeadResults(edges=0, too_large="", leading=())
     assert found.query_key(bare) == () and attention_tables(found, bare) == []

@@ -61,7 +61,7 @@ def test_a_part_is_what_vanishes_without_the_head(traced):
     pruned = graph.prune(1.0, 1.0)
     found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100)
     edges, whole = edges_of(pruned), pruned.pruning.node_N
-    row_of = {node: row for row, node in enumerate(graph.target_T.tolist())}
+    row_of = {node: row for row, node in enumerate(graph.target_R.tolist())}
     scale, compared = max(abs(weight) for *_, weight in edges), 0
     for layer, head in ((0, 1), (2, 0), (3, 3)):
         without_TxS = edges_without(traced, layer, head)
@@ -69,7 +69,7 @@ def test_a_part_is_what_vanishes_without_the_head(traced):
             if pruned.nodes.layer_N[target] == layer:  # the norm before what this layer's features read moves, too
                 continue
             row, column = row_of[int(whole[target])], int(whole[source])
-            wanted = graph.adjacency_TxS[row, column] - without_TxS[row, column]
+            wanted = graph.adjacency_RxS[row, column] - without_TxS[row, column]
             ours = {(one, other): part for one, other, part in found.get((source, target), [])}.get((layer, head), 0.0)
             assert abs(ours - wanted) < 1e-5 * scale
             compared += abs(wanted) > 1e-3 * scale
