@@ -42,9 +42,9 @@ class DoublingResults:
 
     Attributes:
       features: how many.
-      held_error: their activation added 64 times with all held as the graph does, a 64th of what happens against the
+      held_error: their activation added 64 times with all frozen as the graph does, a 64th of what happens against the
         edges: the largest difference over the largest edge. With SAEs against derivatives taken forwards.
-      free: edges against what happens when activations are doubled and nothing is held.
+      free: edges against what happens when activations are doubled and nothing is frozen.
     """
 
     features: int

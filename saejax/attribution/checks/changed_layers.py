@@ -139,7 +139,7 @@ def read_last(
 ) -> jax.Array:
     """By how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
 
-    Their directions are pulled back through the final norm with the prompt's factor. Unless all is held, the factor is
+    Their directions are pulled back through the final norm with the prompt's factor. Unless all is frozen, the factor is
     that of each row, which multiplies what is read.
     """
     x_RxD, config = x_RxTxD[:, last], frozen.config

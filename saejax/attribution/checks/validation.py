@@ -2,10 +2,10 @@
 
 Three questions, each answered by running the prompt again (with SAEs the first two):
 
-1. Is the arithmetic right? A feature's activation is raised with all held as it was (``interventions``): every target
+1. Is the arithmetic right? A feature's activation is raised with all frozen as it was (``interventions``): every target
    must move by the weight of its edge, times how often the activation was added. With SAEs the same to first order, by
    differentiation forwards.
-2. Does the local picture hold? A feature is doubled with nothing held: how well do the edges foretell what happens?
+2. Does the local picture hold? A feature is doubled with nothing frozen: how well do the edges foretell what happens?
 3. Does the part that is shown do the work? ``circuits.curve``.
 """
 
@@ -32,7 +32,7 @@ from saejax.models.rules import RunRules
 from saejax.parallel import to_host
 
 _RUNS = 8  # changes that are made in one call
-# How often an activation is added with all held. The model is then affine, so this is doubling many times over; what it
+# How often an activation is added with all frozen. The model is then affine, so this is doubling many times over; what it
 # spares is the rounding of fp32: a difference of two streams is as far off whether it is small or large.
 _HELD_TIMES = 64
 
@@ -44,23 +44,23 @@ class Doubling:
     Attributes:
       node_E: which nodes of the graph were doubled.
       edge_ExR: what the graph says.
-      held_ExR: what happened with all held, per activation added; with SAEs to first order.
-      free_ExR: what happened with nothing held; with SAEs and direct edges, the sites of other SAEs held.
+      frozen_ExR: what happened with all frozen, per activation added; with SAEs to first order.
+      free_ExR: what happened with nothing frozen; with SAEs and direct edges, the sites of other SAEs frozen.
     """
 
     node_E: np.ndarray
     edge_ExR: np.ndarray
-    held_ExR: np.ndarray
+    frozen_ExR: np.ndarray
     free_ExR: np.ndarray
 
     @property
     def held_error(self) -> float:
-        """The largest difference of edges and what happened with all held, over the largest edge (1 if all are 0)."""
+        """The largest difference of edges and what happened with all frozen, over the largest edge (1 if all are 0)."""
         largest = np.abs(self.edge_ExR).max()
-        return float(np.abs(self.held_ExR - self.edge_ExR).max() / (largest or 1.0))
+        return float(np.abs(self.frozen_ExR - self.edge_ExR).max() / (largest or 1.0))
 
     def correlations(self) -> EdgeCorrelation:
-        """Of edges and what happened with nothing held, over all targets that an edge reaches."""
+        """Of edges and what happened with nothing frozen, over all targets that an edge reaches."""
         reached_ExR = self.edge_ExR != 0
         edges, free = self.edge_ExR[reached_ExR], self.free_ExR[reached_ExR]
         if len(edges) < 3 or not edges.std() or not free.std():
@@ -113,7 +113,7 @@ def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, 
     change_ExD = run.saes.rows_of("W_dec", features.layer_N[node_E], features.index_N[node_E])
     change_ExD *= features.value_N[node_E, None]
     last = np.int32(len(run.ids_P) - 1)
-    fixed = run.model.params, run.places, run.stream_LxTxD[0], last, run.held_SxTxD
+    fixed = run.model.params, run.places, run.stream_LxTxD[0], last, run.frozen_SxTxD
     probes = readouts.pair_Kx2[top_K], readouts.normed_K[top_K], readouts.vector_KxD[top_K]
     moves: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     for start in range(0, len(node_E), _RUNS):
@@ -136,7 +136,7 @@ def _moved(
     places: Places,
     x_TxD: jax.Array,
     last: jax.Array,
-    held_SxTxD: jax.Array | None,
+    frozen_SxTxD: jax.Array | None,
     pair_Kx2: jax.Array,
     normed_K: jax.Array,
     vector_KxD: jax.Array,
@@ -149,7 +149,7 @@ def _moved(
     """
 
     def seen(delta_SxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ran = perturbed.run(config, rules, params, places, x_TxD, last, delta_SxTxD, held_SxTxD)
+        ran = perturbed.run(config, rules, params, places, x_TxD, last, delta_SxTxD, frozen_SxTxD)
         logit_K = logit_directions(config, rules, params, ran.last_D, *pair_Kx2.T)[1]
         return ran.read_SxTxD, jnp.where(normed_K, logit_K, vector_KxD @ ran.last_D)
 

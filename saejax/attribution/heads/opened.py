@@ -78,7 +78,7 @@ def open_head(
     own_q_TxK, own_k_TxK = jnp.zeros_like(q_TxK), jnp.zeros_like(k_TxK)
     own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
     if own:  # linear in the biases, so it is its own derivative along them
-        held = lambda own: meets({**params, **own}, x_TxD)[0]  # noqa: E731
-        own_q_TxK, own_k_TxK = jax.jvp(held, (own,), (own,))[1]
+        with_biases = lambda own: meets({**params, **own}, x_TxD)[0]  # noqa: E731
+        own_q_TxK, own_k_TxK = jax.jvp(with_biases, (own,), (own,))[1]
     score_J = jnp.sum(q_TxK[query][None] * k_TxK[key_J], axis=-1)
     return Opened(weight_J, key_J, score_J, query_KxD, key_KxJxD, own_q_TxK[query], own_k_TxK[key_J])

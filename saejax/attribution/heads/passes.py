@@ -78,7 +78,7 @@ def carry_up(
 ) -> tuple[jax.Array, jax.Array]:
     """Changes of the stream through a layer [S, T, D], and what they add to the mixtures of its heads [S, T, H, K]."""
 
-    def held(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def frozen_layer(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
         mixtures: list[jax.Array] = []
 
         def look(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
@@ -88,7 +88,7 @@ def carry_up(
         tables = whole_prompts(frozen.config, len(x_TxD))
         return frozen.layer(params, layer, tables, x_TxD, skip_DxD, look)[0], mixtures[0]
 
-    return jax.vmap(lambda change_TxD: jax.jvp(held, (x_TxD,), (change_TxD,))[1])(change_SxTxD)
+    return jax.vmap(lambda change_TxD: jax.jvp(frozen_layer, (x_TxD,), (change_TxD,))[1])(change_SxTxD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -109,14 +109,14 @@ def carry_down(
     """
     config = frozen.config
 
-    def held(x_TxD: jax.Array, more_TxHxK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def frozen_layer(x_TxD: jax.Array, more_TxHxK: jax.Array) -> tuple[jax.Array, jax.Array]:
         def add(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
             return attend(config, RELP, q, k, v, tables) + more_TxHxK
 
         return frozen.layer(params, layer, whole_prompts(config, len(x_TxD)), x_TxD, skip_DxD, add)
 
     nothing_TxHxK = jnp.zeros((len(x_TxD), config.n_heads, config.d_head), x_TxD.dtype)
-    _, pull = jax.vjp(held, x_TxD, nothing_TxHxK)
+    _, pull = jax.vjp(frozen_layer, x_TxD, nothing_TxHxK)
     return jax.vmap(lambda cotangent_TxD, read_TxD: pull((cotangent_TxD, read_TxD)))(cotangent_RxTxD, read_RxTxD)
 
 

@@ -92,7 +92,7 @@ class Replacement:
         frozen, params = FrozenModel(model.config, transcoders.reads), model.params
         last, ids_T = np.int32(len(ids_P) - 1), np.pad(ids_P, (0, padded_length(len(ids_P)) - len(ids_P)))
         x_TxD = embed(frozen, params, ids_T)
-        found: list[tuple[np.ndarray, ...]] = []
+        found: list[Active] = []
         parts: dict[str, list[jax.Array]] = {}
         broken = []
         for layer in range(model.config.n_layers):
@@ -100,10 +100,10 @@ class Replacement:
             entering_TxD = x_TxD
             x_TxD, read_TxD, out_TxD = run_layer(frozen, params, np.int32(layer), x_TxD)
             used_T = (np.arange(len(ids_T)) > 0) & (np.arange(len(ids_T)) < len(ids_P))
-            own, part = active_features(transcoder, read_TxD, out_TxD, used_T)
-            if not (np.isfinite(own[2]).all() and jnp.isfinite(part["error_LxTxD"]).all()):
+            own, part = active_features(transcoder, layer, read_TxD, out_TxD, used_T)
+            if not (np.isfinite(own.value_A).all() and jnp.isfinite(part["error_LxTxD"]).all()):
                 broken.append(layer)
-            found.append((np.full(len(own[0]), layer, np.int32), *own))
+            found.append(own)
             for name, value in dict(stream_LxTxD=entering_TxD, **part).items():
                 parts.setdefault(name, []).append(value)
         last_D, logits_V = read_out(frozen, params, x_TxD, last)
@@ -115,7 +115,7 @@ class Replacement:
                 f"{transcoders.name}, layer {broken[0]}: what the transcoder gives is not finite: its file is damaged, "
                 "fetch or train it again"
             )
-        active = Active(*map(np.concatenate, zip(*found, strict=True)))
+        active = Active.joined(found)
         if not len(active):
             raise UserError(f"no feature of {transcoders.name} is active in this prompt: is it of this model?")
         streams = Streams(last_D=last_D, **{name: jnp.stack(parts.pop(name)) for name in list(parts)})

@@ -132,15 +132,15 @@ def _turned(pull: Pull, width: int) -> tuple[list[jax.Array], Callable[[list[jax
     Their transposed products then read them in order. Otherwise XLA:CPU turns them over for each chunk, which takes a
     seventh of the time of the products.
     """
-    held, tree = jax.tree.flatten(pull)
+    kept, tree = jax.tree.flatten(pull)
     ends = [
-        (2, 0) if x.shape[2:] == (width,) else (0, 2) if x.ndim == 3 and x.shape[0] == width else (0, 0) for x in held
+        (2, 0) if x.shape[2:] == (width,) else (0, 2) if x.ndim == 3 and x.shape[0] == width else (0, 0) for x in kept
     ]
 
     def back(turned: list[jax.Array]) -> Pull:
         return jax.tree.unflatten(tree, [jnp.moveaxis(x, new, old) for x, (old, new) in zip(turned, ends, strict=True)])
 
-    return [jnp.moveaxis(x, old, new) for x, (old, new) in zip(held, ends, strict=True)], back
+    return [jnp.moveaxis(x, old, new) for x, (old, new) in zip(kept, ends, strict=True)], back
 
 
 def _by_target(mesh: Mesh, cotangent_NxRxTxD: jax.Array, bank: SourceBank) -> tuple[jax.Array, jax.Array]:

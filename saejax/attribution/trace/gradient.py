@@ -8,7 +8,7 @@ logit; one backward pass gives its edges from all sites. Two kinds of edges:
 
     total    the gradient goes through the sites between, so what a term does through their features is counted here
              and again in the edges from these: a row adds up to more than the target
-    direct   the sites between are held at their values: what goes through them is counted there alone, and
+    direct   the sites between are frozen at their values: what goes through them is counted there alone, and
              influences, which follow paths, count each once
 
 Edges are estimates: rows do not add up to their targets (``Graph.unexplained_R`` says by how much), with one exception:
@@ -150,7 +150,7 @@ class _Rows:
         def read(start: int) -> None:
             own_B = order_B[start : start + size]
             batch = Readings(*by_row(mesh, *(part[np.resize(own_B, size)] for part in readings)))
-            fixed = run.model.params, run.places, run.stream_LxTxD, run.held_SxTxD
+            fixed = run.model.params, run.places, run.stream_LxTxD, run.frozen_SxTxD
             of = perturbed.gradients(run.model.config, run.rules, *fixed, batch, np.int32(top_B[own_B[0]]))
             put(own_B, self._contributions(*(to_host(part) for part in of))[: len(own_B)])
 

@@ -1,7 +1,6 @@
 """A model that was run on a prompt, and what SAEs at some of its sites make of it."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ class SaeRun:
       logits_V: fp32 logits at the last position.
       last_D, stream_LxTxD, read_SxTxD: what ``perturbed.run`` gave.
       error_SxTxD: fp32, what the SAEs do not explain; at attention sinks all but b_dec.
-      direct: whether sites are held at their values.
+      direct: whether sites are frozen at their values.
     """
 
     model: LanguageModel
@@ -73,20 +72,21 @@ class SaeRun:
         found, errors = [], []
         for site, read_TxD in zip(saes.sites, ran.read_SxTxD, strict=True):
             sae = placed(saes.load(site.layer), model)
-            own, part = active_features(sae, read_TxD, read_TxD, np.arange(length) < len(ids_P))
-            found.append((np.full(len(own[0]), site.layer, np.int32), *own))
+            own, part = active_features(sae, site.layer, read_TxD, read_TxD, np.arange(length) < len(ids_P))
+            found.append(own)
             errors.append(to_host(part["error_LxTxD"]))
-        active = Active(*map(np.concatenate, zip(*found, strict=True)))
+        active = Active.joined(found)
         if not len(active):
             raise UserError(f"no feature of {saes.name} is active in this prompt: is it of this model?")
-        made: dict[str, Any] = dict(
-            model=model, saes=saes, rules=rules, places=places, ids_P=ids_P, active=active, logits_V=logits_V
-        )
-        return cls(**made, **ran._asdict(), error_SxTxD=np.stack(errors), direct=direct)
+        return cls(
+            model, saes, rules, places, ids_P, active, logits_V,
+            last_D=ran.last_D, stream_LxTxD=ran.stream_LxTxD, read_SxTxD=ran.read_SxTxD,
+            error_SxTxD=np.stack(errors), direct=direct,
+        )  # fmt: skip
 
     @property
-    def held_SxTxD(self) -> jax.Array | None:
-        """The values at which sites are held; None: they are not."""
+    def frozen_SxTxD(self) -> jax.Array | None:
+        """The values at which sites are frozen; None: they are not."""
         return self.read_SxTxD if self.direct else None
 
     def constants(self, chosen_F: np.ndarray) -> np.ndarray:
