@@ -139,8 +139,17 @@ def read_last(
 ) -> jax.Array:
     """By how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
 
-    Their directions are pulled back through the final norm with the prompt's factor. Unless all is frozen, the factor is
-    that of each row, which multiplies what is read.
+    Their directions are pulled back through the final norm with the prompt's factor. Unless all is frozen, the factor
+    is that of each row, which multiplies what is read.
+
+    Args:
+      frozen: static.
+      hold: what the final norm holds, one of ``interventions.HOLDS``; static.
+      last_D: the prompt's stream leaving the last layer, at its last position.
+      x_RxTxD: the rows' streams leaving it.
+      last: that position.
+      vector_KxD: the readouts' directions.
+      normed_K: whether they were pulled back through the final norm.
     """
     x_RxD, config = x_RxTxD[:, last], frozen.config
     if hold == "all":

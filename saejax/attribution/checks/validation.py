@@ -32,8 +32,8 @@ from saejax.models.rules import RunRules
 from saejax.parallel import to_host
 
 _RUNS = 8  # changes that are made in one call
-# How often an activation is added with all frozen. The model is then affine, so this is doubling many times over; what it
-# spares is the rounding of fp32: a difference of two streams is as far off whether it is small or large.
+# How often an activation is added with all frozen. The model is then affine, so this is doubling many times over; what
+# it spares is the rounding of fp32: a difference of two streams is as far off whether it is small or large.
 _HELD_TIMES = 64
 
 
@@ -81,8 +81,11 @@ def double(replacement: Replacement, graph: Graph, readouts: Readouts, count: in
     """Doubles features of a whole graph one by one.
 
     Args:
+      replacement: of the prompt.
       graph: of the replacement model and the readouts, not pruned.
+      readouts: what the graph explains.
       count: how many features, drawn by the seed; all if there are fewer.
+      seed: of the choice.
     """
     features = graph.nodes[graph.slice_of(FEATURE)]
     place_F = replacement.active.places(features.layer_N, features.position_N, features.index_N)
@@ -102,9 +105,16 @@ def double(replacement: Replacement, graph: Graph, readouts: Readouts, count: in
 
 
 def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:
-    """Doubles features of a whole graph of SAEs one by one; ``count`` of them as in ``double``.
+    """Doubles features of a whole graph of SAEs one by one.
 
     The targets are the graph's features and its readouts of the stream leaving the last layer.
+
+    Args:
+      graph: of the run and the readouts, not pruned.
+      run: of the prompt.
+      readouts: what the graph explains.
+      count: how many features, drawn by the seed; all if there are fewer.
+      seed: of the choice.
     """
     features, top_K = graph.nodes[graph.slice_of(FEATURE)], readouts.layer_K == graph.n_layers
     slot_F, position_F = np.searchsorted(run.places.layer_S, features.layer_N), features.position_N

@@ -17,16 +17,7 @@ class Graph(GraphData):
         return self.pruning.scores if self.pruning else scores(self)
 
     def prune(self, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> Self:
-        """The most influential part of the graph; see ``pruning.prune``.
-
-        Args:
-          nodes: share of the influence of all nodes that is kept, 0 to 1.
-          edges: share of the influence of the edges between them that is kept, 0 to 1.
-          top_edges: most edges of a target that are kept, the largest ones; 0: any number.
-
-        Raises:
-          UserError: the graph is pruned already, or a number is out of its range.
-        """
+        """The most influential part of the graph: ``pruning.prune``, which has the same arguments."""
         return prune(self, nodes, edges, top_edges)
 
     def save(self, folder: str | os.PathLike) -> None:

@@ -88,6 +88,15 @@ def prune(graph: AnyGraph, nodes: float = 0.8, edges: float = 0.98, top_edges: i
        all scores, and of each target at most ``top_edges``, the largest by size (0: all).
     3. Features and errors from which no edge goes, and features to which none comes, are dropped until there are none.
 
+    Args:
+      graph: a whole one.
+      nodes: share of the influence of all nodes, 0 to 1.
+      edges: share of the scores of all edges between them, 0 to 1.
+      top_edges: most edges of a target; 0: any number.
+
+    Returns:
+      A graph with matrices of its own; its ``pruning`` says what was kept.
+
     Raises:
       UserError: the graph is pruned already, or a share is not between 0 and 1.
     """

@@ -81,7 +81,16 @@ def cluster(
 
 
 def alikeness(graph: GraphData, run: PromptRun, others: Sequence[PromptRun] = ()) -> np.ndarray:
-    """How alike any two features of a graph are, float64 [F, F] from 0 to 1; layers and positions play no part."""
+    """How alike any two features of a graph are; layers and positions play no part.
+
+    Args:
+      graph: pruned or whole.
+      run: what the graph is of.
+      others: more prompts of the same model and dictionaries.
+
+    Returns:
+      float64 [F, F], 0 to 1.
+    """
     count = graph.count(FEATURE)
     edges_FxF = (_cosines(graph.adjacency_RxS[:count]) + _cosines(graph.adjacency_RxS[:, :count].T)) / 2
     parts = _cosines(_decoders(graph, run)), _cosines(_activity(graph, (run, *others))), edges_FxF

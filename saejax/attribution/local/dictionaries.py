@@ -44,11 +44,19 @@ class LayerDictionaries(abc.ABC):
         self._rows = rows if rows and stored else self._rows_of_layer
 
     def rows(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
-        """ReadRows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
+        """Rows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
         return np.asarray(self._rows(layer, name, features_U), np.float32)
 
     def rows_of(self, name: str, layer_F: np.ndarray, feature_F: np.ndarray) -> np.ndarray:
-        """The same of features of several layers, fp32 [F, D]; each layer is read once."""
+        """Rows of "W_dec" or columns of "W_enc" of features of several layers; each layer is read once.
+
+        Args:
+          name: "W_enc" or "W_dec".
+          layer_F, feature_F: int32, the features.
+
+        Returns:
+          fp32 [F, D].
+        """
         vector_FxD = np.empty((len(layer_F), self.configs[0].d_in), np.float32)
         for layer in np.unique(layer_F):
             own = np.flatnonzero(layer_F == layer)

@@ -81,6 +81,11 @@ class Replacement:
     def of(cls, model: LanguageModel, transcoders: LayerTranscoders, ids_P: np.ndarray) -> "Replacement":
         """Runs the model on a prompt, once, and each transcoder beside its layer.
 
+        Args:
+          model: the language model.
+          transcoders: of all its layers.
+          ids_P: token ids of the prompt, two at least.
+
         Raises:
           UserError: the set does not belong to the model, the prompt has a single token, a value is not finite, or no
             feature is active.

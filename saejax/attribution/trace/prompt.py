@@ -119,7 +119,12 @@ def _run(
 
 
 def prompt_ids(model: LanguageModel, prompt: str | Sequence[int], prepend: bool) -> np.ndarray:
-    """Token ids of a prompt, int32 [P]; see ``trace``.
+    """Token ids of a prompt, int32 [P].
+
+    Args:
+      model: whose tokenizer reads a text.
+      prompt: the text, or its token ids, which are taken as they are.
+      prepend: put the tokenizer's first special token before a text that begins with none.
 
     Raises:
       UserError: there are none, more than the model reads, or one that it does not know.

@@ -1,6 +1,6 @@
 """Which features get rows, in rounds, and the graph that the rows make."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,9 +72,19 @@ def graph_of(
     chosen_F: np.ndarray,
     store: RowStore,
     prompt: str | Sequence[int],
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
 ) -> Graph:
-    """The graph of the rows, with the columns of the features that have one; ``nodes`` are the sources."""
+    """The graph of the rows, with the columns of the features that have one.
+
+    Args:
+      run: of the prompt.
+      nodes: the sources.
+      readouts: what is explained.
+      chosen_F: places in ``run.active`` of the features with a row, ascending.
+      store: the rows.
+      prompt: the text, or the token ids.
+      settings: how the graph was made.
+    """
     active, model = run.active, run.model
     adjacency_RxS, nodes, unkept_R = store.row_RxC, nodes[store.column_C], store.dropped_R
     if len(chosen_F) < len(active):
@@ -100,5 +110,5 @@ def graph_of(
             family=model.config.family,
         ),
         transcoders=run.dictionaries.describe(),
-        settings=settings | dict(active_features=len(active)),
+        settings=dict(settings, active_features=len(active)),
     )  # fmt: skip

@@ -55,6 +55,13 @@ class SaeRun:
     ) -> "SaeRun":
         """Runs the model on a prompt and each SAE on its site.
 
+        Args:
+          model: the language model.
+          saes: of some of its sites.
+          ids_P: int32 token ids of the prompt.
+          estimate: one of ``GRAPH_ESTIMATES``: the rules by which gradients go through the model.
+          direct: whether sites are frozen at their values.
+
         Raises:
           UserError: SAEs and model do not go together, a value is not finite, or no feature is active.
         """
