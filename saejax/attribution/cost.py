@@ -9,7 +9,7 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
-from saejax.attribution.checks.circuits import RUNS
+from saejax.attribution.graph.pruning import RUNS
 from saejax.attribution.local.replacement import padded_length
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.requests import Request, read_requests
