@@ -18,7 +18,6 @@ from saejax.reporting import style
 from saejax.reporting.document import Block, Links, Picture, Section, Terms, Text
 from saejax.reporting.findings import Draw, Findings
 from saejax.reporting.tables import MISSING, Table, number, percent, significant, visible
-from saejax.results import from_json
 from saejax.workspace import write_text
 
 SHOWN = 6  # graphs whose figures are on the page; the others are in the tables and have links
@@ -113,13 +112,9 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
 
 
 def _traced(found: Findings) -> list[TracedGraph]:
-    units = {
-        found.folders[f"attribute/{unit}"]: from_json(AttributeResults, results, unit)
-        for unit, results in found.of_stage("attribute").items()
-    }
     every = [
-        (folder, slug, results.transcoders, graph)
-        for folder, results in units.items()
+        (found.folders[f"attribute/{unit}"], slug, results.transcoders, graph)
+        for unit, results in found.each(AttributeResults).items()
         for slug, graph in results.graphs.items()
     ]
     return [TracedGraph(number, *one) for number, one in enumerate(every, 1)]

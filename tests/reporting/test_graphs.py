@@ -12,12 +12,14 @@ from made_up_workspace import make_run, make_workspace, write_summary
 from test_report import Page, both
 
 from saejax.attribution import report as graphs
+from saejax.attribution.results import AttributeResults
 from saejax.errors import UserError
 from saejax.report import run as report
 from saejax.report.run import run_report
 from saejax.reporting import style
 from saejax.reporting.document import Links, Picture
 from saejax.reporting.findings import Findings
+from saejax.results import from_json
 
 SHARE = [0.1, 0.5, 1.0]
 SVG = (
@@ -131,7 +133,7 @@ def test_links_lead_to_the_pages(made):
 def findings(report: Path, folders: dict[str, Path], **units) -> Findings:
     """What sections read of units of graphs."""
     summaries = {
-        f"attribute/{name}": types.SimpleNamespace(stage="attribute", name=name, results=results)
+        f"attribute/{name}": types.SimpleNamespace(results=from_json(AttributeResults, results, name))
         for name, results in units.items()
     }
     return Findings(summaries, folders, report, {})
@@ -145,8 +147,7 @@ def section_of(count: int, tmp_path: Path, **changes):
     by_slug = {f"g{number}": result(**changes) for number in range(count)}
     for slug in by_slug:
         (folder / f"{slug}.svg").write_text(SVG)
-    set_of = dict(transcoders="set", dictionaries=[], graphs=by_slug)
-    found = findings(tmp_path, {"attribute/u": folder}, u=set_of)
+    found = findings(tmp_path, {"attribute/u": folder}, u=dict(transcoders="set", dictionaries=[], graphs=by_slug))
 
     def draw(name, figure, caption, alt):
         drawn[name] = figure, caption, alt
@@ -186,7 +187,6 @@ def test_without_graphs_there_is_nothing(tmp_path):
 def test_a_missing_figure_is_named(tmp_path):
     inputs = add_units(tmp_path, {}, dict(paris=dict(paris=result())))
     (inputs["attribute/paris"] / "paris.svg").unlink()
-    set_of = dict(transcoders="set", dictionaries=[], graphs=dict(paris=result()))
-    found = findings(tmp_path, inputs, paris=set_of)
+    found = findings(tmp_path, inputs, paris=dict(transcoders="set", dictionaries=[], graphs=dict(paris=result())))
     with pytest.raises(UserError, match=r"paris\.svg is missing or damaged: delete .* and run attribute again"):
         graphs.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))

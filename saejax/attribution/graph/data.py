@@ -17,15 +17,10 @@ from saejax.attribution.graph.nodes import FEATURE, LOGIT, Nodes
 
 @dataclasses.dataclass(frozen=True)
 class GraphScores:
-    """How much of the graph goes through features; each between 0 and 1.
+    """How much of the graph goes through features; each between 0 and 1."""
 
-    Attributes:
-      replacement: influence of the tokens, of that of tokens and errors together.
-      completeness: mean over nodes, weighted by influence, of the share of a node's input that no error gives.
-    """
-
-    replacement: float
-    completeness: float
+    replacement: float  #: influence of the tokens, of that of tokens and errors together
+    completeness: float  #: mean over nodes, weighted by influence, of the share of a node's input that no error gives
 
 
 @dataclasses.dataclass(frozen=True)

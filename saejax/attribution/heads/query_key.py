@@ -1,8 +1,8 @@
 """Why a head looks where it looks: its scores, split over pairs of sources.
 
-With the factors of norms and the attention weights of earlier layers frozen, the stream that enters a layer is the sum
-of what the graph's sources add to it. So are the query at a position and the key at another, after their norms and
-their rotation, but for a part of their own that biases of the head's layer give. The score before its softmax and
+With the factors of norms and the attention weights of earlier layers frozen, the stream that enters a layer is the
+sum of what the graph's sources add to it. So are the query at a position and the key at another, after their norms
+and their rotation, but for a part of their own that biases of the head's layer give. The score before its softmax and
 before any capping is then a sum over pairs, exactly:
 
     score = scale q . k = sum over a, b of scale q[a] . k[b]
