@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, folding, formats
+from saejax.dictionaries import Dictionary, DictionaryConfig, formats, rescale
 from saejax.dictionaries.formats import circuit_tracer, gemma_scope, own
 from saejax.dictionaries.formats import circuit_tracer_settings as description
 from saejax.errors import UserError
@@ -226,7 +226,7 @@ def _plain(transcoder: Dictionary) -> Dictionary:
     Programs that run it are compiled once for all layers.
     """
     if transcoder.config.kind == "gated":
-        transcoder = folding.as_jumprelu(transcoder)
-    transcoder = folding.uncentred(transcoder)
+        transcoder = rescale.as_jumprelu(transcoder)
+    transcoder = rescale.uncentred(transcoder)
     config = dataclasses.replace(transcoder.config, site="", target="", origin="")
     return Dictionary(config, transcoder.operands, **transcoder.arrays)

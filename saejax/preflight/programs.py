@@ -19,7 +19,6 @@ from saejax.causal.cut import Cut
 from saejax.causal.replacements import Replacement
 from saejax.causal.split import PROMPTS, run_head
 from saejax.dictionaries import Dictionary
-from saejax.dictionaries.modules import parameter_table as dictionary_table
 from saejax.evaluation import programs as evaluation
 from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.evaluation.member_data import MemberData
@@ -214,13 +213,8 @@ def _evaluate(work: Work, mesh: Mesh) -> list[Program]:
 
 def _abstract_member(work: Work, mesh: Mesh) -> MemberData:
     """The tested dictionary as evaluate places it."""
-    arrays = {
-        name: jax.ShapeDtypeStruct(shape, work.train.state_dtype, sharding=fitting_sharding(mesh, shape, *axes))
-        for name, (shape, axes) in dictionary_table(work.tested).items()
-    }
-    k, fires_above = _whole(mesh, (), jnp.int32), _whole(mesh, (), jnp.float32)
-    common = dataclasses.replace(work.tested, site="", target="", fires_above=0.0, max_norm=0.0)
-    return MemberData(arrays, k, fires_above, common, "float32")
+    common = dataclasses.replace(work.tested, site="", target="", max_norm=0.0)
+    return MemberData.abstract(common, "float32", work.train.state_dtype, mesh)
 
 
 def _ablate(work: Work, mesh: Mesh) -> list[Program]:

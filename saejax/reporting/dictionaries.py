@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saejax.dictionaries.kinds import KINDS
 from saejax.dictionaries.stacks import full_name
 from saejax.reporting import dictionary_figures
 from saejax.reporting.document import Block, Picture, Section, Terms, Text
@@ -10,15 +11,6 @@ from saejax.reporting.findings import Findings
 from saejax.reporting.sections import Draw
 from saejax.reporting.tables import MISSING, Table, number, percent
 
-_KINDS = {
-    "topk": "keeps the k largest activations of each token",
-    "standard": "is a ReLU with an L1 penalty on the activations",
-    "linear": "has an L1 penalty on the activations and no ReLU",
-    "gated": "has a gate that decides which features are active and a magnitude of its own for each",
-    "jumprelu": "keeps activations above a threshold that each feature learns",
-    "batchtopk": "keeps the largest activations of a batch, k of them per token on average",
-    "matryoshka": "keeps the largest activations of a batch, and nested groups of its features rebuild by themselves",
-}
 _MEMBER_ROWS = 100  # longest list of a stack's members
 Scores = Mapping[str, Any]
 
@@ -38,7 +30,7 @@ def _intro(found: Findings) -> str:
     kinds = []
     for kind, members in found.scores.items():
         many = f" ({len(members)} of them)" if len(members) > 1 else ""
-        kinds.append(f"{kind}{many}, which {_KINDS.get(kind, kind)}")
+        kinds.append(f"{kind}{many}, which {KINDS[kind].about if kind in KINDS else kind}")
     return f"Trained: {'; '.join(kinds)}. The causal tests use {found.ablate['dictionary']}."
 
 

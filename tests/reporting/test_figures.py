@@ -5,13 +5,13 @@ import re
 
 import numpy as np
 import pytest
+from every_kind import KINDS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
 from saejax.causal.patching.cells import Cells
 from saejax.causal.patching.sites import DIRECTIONS
 from saejax.reporting import bases, dictionary_figures, figures, patching, style
-from saejax.settings import KINDS
 
 
 def interval(mean, half=0.1):

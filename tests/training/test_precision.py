@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_kind import KINDS
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small_stacks import B, D, make_trainer
 
@@ -14,7 +15,6 @@ from saejax.evaluation import reconstruction
 from saejax.evaluation.member_data import MemberData
 from saejax.models import decoder
 from saejax.models.sites import Site
-from saejax.settings import KINDS
 
 
 def products(jaxpr):
