@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.kinds import by_name
 from saejax.parallel import make_mesh
 from saejax.settings import TrainConfig
 from saejax.training.members import SiteScale, members
@@ -29,18 +30,16 @@ def make_trainer(
 ) -> Trainer:
     """A trainer of a stack with a member for each seed, on all devices; top-k kinds have AuxK, as in a real run."""
     topk = kind in ("topk", "batchtopk", "matryoshka")
-    usual = dict(k=(k,), l1=(0.5,), l0_coefficient=(1.0,), auxk=1 / 32 if topk else 0.0, dead_tokens=10_000_000)
+    usual = dict(k=(k,), l1=(0.5,), auxk=1 / 32 if topk else 0.0, dead_tokens=10_000_000)
     config = TrainConfig(sites=(SITE,), batch=batch, matmul=matmul, seed=tuple(seeds), **usual | settings)
+    stack = members(config, kind, config.sites)
     dictionary = DictionaryConfig(
         kind=kind,
         site=SITE,
         d_in=d,
         n_features=features,
-        k=k if topk else 0,
-        groups=tuple(round(share * features) for share in config.groups) if kind == "matryoshka" else (),
-        fires_above=config.fires_above if kind == "linear" else 0.0,
+        **by_name(kind).facts(stack[0].settings, config.of_kind(kind), features),
     )
-    stack = members(config, kind, config.sites)
     return Trainer(config, dictionary, stack, make_mesh(), steps, [SiteScale(1.0, 1.0, np.zeros(d))] * len(stack))
 
 

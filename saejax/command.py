@@ -6,8 +6,8 @@ asked for failed (one line says which), or a bug, with its traceback.
 
 import contextlib
 import ctypes
-import dataclasses
 import errno
+import importlib
 import os
 import signal
 import sys
@@ -43,7 +43,9 @@ def main(stages: Sequence[str], about: str, argv: Sequence[str] | None = None) -
 def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
     """Like ``main``, but returns the exit status."""
     flag_values = flags.FlagValues()
-    config.define_flags(GROUPS, flag_values)
+    flags.DEFINE_multi_string(
+        "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
+    )
     flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
     flags.DEFINE_bool("debug", False, "show the traceback of bad input too", flag_values=flag_values)
     flags.DEFINE_bool(
@@ -51,6 +53,9 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
     )
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
     try:
+        _environment()
+        _plugins(argv)
+        config.define_flags(GROUPS, flag_values)
         rest = flag_values(list(argv), known_only=False)
         if flag_values["help"].value:
             print(help_text(stages, about, flag_values))
@@ -62,7 +67,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         configs = config.from_flags(GROUPS, flag_values)
         runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
         shares_gpu = runs_model and configs["capture"].backend == "torch"
-        _environment(bool(flag_values["deterministic"].value), shares_gpu)
+        _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
         from saejax import pipeline
 
         pipeline.run_stages(stages, configs, flag_values["workdir"].value, _timed_say(), _sigterm())
@@ -87,6 +92,16 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         return _refuse(f"{flag_values['workdir'].value}: {_DISK[errno.ENOSPC]}", flag_values)
 
 
+def _plugins(argv: Sequence[str]) -> None:
+    """Runs the files of ``--plugins``, which add flags, before these are defined; reads nothing else of the flags."""
+    early = flags.FlagValues()
+    flags.DEFINE_multi_string("plugins", [], "", flag_values=early)
+    early(list(argv), known_only=True)
+    files = [file for value in early["plugins"].value or [] for file in value.split(",") if file]
+    if files:
+        importlib.import_module("saejax.dictionaries.kinds.plugins").load(files)
+
+
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
     """What the binary does, and every flag that its stages read, with its default."""
     read = {
@@ -101,13 +116,14 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
         "  --flagfile=FILE  read flags from a file, one a line",
     ]
     lines += [
+        "  --plugins=FILE  Python files that add kinds of dictionary, with commas between",
         "  --debug  show the traceback of bad input too",
         "  --deterministic  the same bits on a GPU at every run",
     ]
     for group in filter(read.__contains__, GROUPS):
         lines += ["", f"{group}: {(GROUPS[group].__doc__ or '').strip()}"]
-        for field in dataclasses.fields(GROUPS[group]):
-            flag = flag_values[f"{group}.{field.name}"]
+        for name, field in config.flag_fields(group, GROUPS[group]).items():
+            flag = flag_values[name]
             default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             lines.append(f"  --{flag.name}  {flag.help} (default: {default if default != '' else 'empty'})")
     unread = [group for group in GROUPS if group not in read]
@@ -125,22 +141,26 @@ def _refuse(message: str, flag_values: flags.FlagValues) -> int:
     return 2
 
 
-def _environment(deterministic: bool, shares_gpu: bool) -> None:
-    """Settings that libraries read when they are first imported.
-
-    Args:
-      deterministic: the same bits on a GPU at every run.
-      shares_gpu: whether torch uses the GPU beside JAX, which then takes memory as it needs it, not most of it at once.
-    """
+def _environment() -> None:
+    """Settings that libraries read when they are first imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not _may_have_tpu():  # then libtpu, if it is installed for preflight, is told what it would complain to miss
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    keep_freed_memory()
+
+
+def _environment_of_devices(deterministic: bool, shares_gpu: bool) -> None:
+    """Settings that JAX reads when it first looks for devices.
+
+    Args:
+      deterministic: the same bits on a GPU at every run.
+      shares_gpu: whether torch uses the GPU beside JAX, which then takes memory as it needs it, not most of it at once.
+    """
     if shares_gpu:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    keep_freed_memory()
     if deterministic:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
 

@@ -2,14 +2,15 @@
 
 A *group* is one frozen dataclass, such as ``TrainConfig``, whose name is that of the class, ``train``. Each of
 its fields is made with ``setting`` and becomes the flag ``--train.<field>``. Field types are str, int,
-float, bool and ``tuple[...]`` of those (written as a comma-separated list on the command line).
+float, bool and ``tuple[...]`` of those (written as a comma-separated list on the command line). One field may be made
+with ``nested``: groups by name, whose settings become ``--train.<name>.<field>``.
 """
 
 import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -23,9 +24,11 @@ def setting(
     *,
     low=None,
     high=None,
-    choices=None,
+    choices: Sequence[Any] | Callable[[], Sequence[Any]] | None = None,
     changes_results: bool = True,
-    only: tuple[str, ...] = (),
+    only: tuple[str, ...] | Callable[[str], bool] = (),
+    swept: bool = False,
+    implied: Any = None,
 ) -> Any:
     """A dataclass field that becomes a flag.
 
@@ -34,23 +37,59 @@ def setting(
       help: what it does, with its unit.
       low: smallest allowed value, inclusive (of each element, for a tuple).
       high: largest allowed value, inclusive.
-      choices: the allowed values.
+      choices: the allowed values, or a function that gives them.
       changes_results: False for what only affects speed, logging or which units there are; such a field does not
         make a finished unit run again.
-      only: names of the units whose results it changes, such as ("topk",); empty: of all.
+      only: names of the units whose results it changes, such as ("gsm8k",), or a test of the name; empty: of all.
+      swept: whether several values make as many members of a stack.
+      implied: the value of runs before there was this setting; with it their results are not made again.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, changes_results=changes_results, only=only)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | dict(swept=swept, implied=implied))
 
 
+def nested(groups: Callable[[], Mapping[str, type["Config"]]]) -> Any:
+    """A dataclass field of groups by name, dict[str, Config]; a unit depends on the group of its own name alone.
+
+    Args:
+      groups: gives the classes that there are.
+    """
+    return dataclasses.field(default_factory=dict, metadata=dict(nested=groups))
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Base of the groups: checks ranges and choices when it is made. Subclasses are frozen dataclasses."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in _settings(type(self)).values():
             value = getattr(self, field.name)
             for item in value if isinstance(value, tuple) else (value,):
                 _check(field, item)
+
+    def also(self, unit: str) -> dict[str, Any]:
+        """What else the results of the unit of this name depend on, beside settings; JSON data."""
+        return {}
+
+
+def _settings(cls: type) -> dict[str, dataclasses.Field]:
+    """The fields that are settings of the group itself."""
+    return {field.name: field for field in dataclasses.fields(cls) if "nested" not in field.metadata}
+
+
+def _nested(cls: type) -> Iterator[tuple[str, str, type[Config]]]:
+    """The groups inside a group: the field that holds them, their name and class."""
+    for field in dataclasses.fields(cls):
+        for name, own in field.metadata.get("nested", dict)().items():
+            yield field.name, name, own
+
+
+def flag_fields(group: str, cls: type) -> dict[str, dataclasses.Field]:
+    """The settings of a group and of those inside it, by the names of their flags."""
+    found = {f"{group}.{name}": field for name, field in _settings(cls).items()}
+    for _, name, own in _nested(cls):
+        found |= {f"{group}.{name}.{key}": field for key, field in _settings(own).items()}
+    return found
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
@@ -61,6 +100,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{field.name} is {value}: expected at least {low}")
     if high is not None and value > high:
         raise UserError(f"{field.name} is {value}: expected at most {high}")
+    choices = choices() if callable(choices) else choices
     if choices is not None and value not in choices:
         raise UserError(f"{field.name} is {value!r}: expected one of {', '.join(map(str, choices))}")
 
@@ -76,12 +116,22 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def identity(config: Any, unit: str = "") -> dict[str, Any]:
-    """The part of ``to_json`` that the results of the unit of this name depend on."""
-    return {
-        field.name: to_json(config)[field.name]
-        for field in dataclasses.fields(config)
-        if field.metadata["changes_results"] and (not field.metadata["only"] or unit in field.metadata["only"])
-    }
+    """The part of ``to_json`` that the results of the unit of this name depend on; its own nested group among it."""
+    inside = [getattr(config, field).get(name, own()) for field, name, own in _nested(type(config)) if name == unit]
+    found = config.also(unit)
+    for group in (config, *inside):
+        data = to_json(group)
+        found |= {name: data[name] for name, field in _settings(type(group)).items() if _counts(field, group, unit)}
+    return found
+
+
+def _counts(field: dataclasses.Field, group: Any, unit: str) -> bool:
+    only, implied = field.metadata["only"], field.metadata["implied"]
+    return (
+        field.metadata["changes_results"]
+        and (only(unit) if callable(only) else not only or unit in only)
+        and (implied is None or getattr(group, field.name) != implied)
+    )
 
 
 def from_json(cls: type, data: Mapping[str, Any]) -> Any:
@@ -94,11 +144,24 @@ def from_json(cls: type, data: Mapping[str, Any]) -> Any:
 
 
 def define_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> None:
-    """Defines ``--group.field`` for every field of every group, on ``flag_values``."""
+    """Defines ``--group.field`` for every field of every group, on ``flag_values``.
+
+    ``--group.name.field`` of a group inside it can also be written ``--group.field`` where that is no other flag.
+    """
     for group, cls in groups.items():
-        hints = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            _define(f"{group}.{field.name}", hints[field.name], field, flag_values)
+        _define_all(group, cls, flag_values)
+        for _, name, own in _nested(cls):
+            _define_all(f"{group}.{name}", own, flag_values)
+        for _, name, own in _nested(cls):
+            for key in _settings(own):
+                if f"{group}.{key}" not in flag_values:
+                    flags.DEFINE_alias(f"{group}.{key}", f"{group}.{name}.{key}", flag_values=flag_values)
+
+
+def _define_all(group: str, cls: type, flag_values: flags.FlagValues) -> None:
+    hints = typing.get_type_hints(cls)
+    for name, field in _settings(cls).items():
+        _define(f"{group}.{name}", hints[name], field, flag_values)
 
 
 def _define(name: str, hint: Any, field: dataclasses.Field, flag_values: flags.FlagValues) -> None:
@@ -144,9 +207,16 @@ def from_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> dic
     """
     configs = {}
     for group, cls in groups.items():
-        values = {f.name: flag_values[f"{group}.{f.name}"].value for f in dataclasses.fields(cls)}
-        try:
-            configs[group] = cls(**values)
-        except UserError as error:
-            raise UserError(f"--{group}.{error}") from None
+        inside: dict[str, dict[str, Config]] = {}
+        for field, name, own in _nested(cls):
+            inside.setdefault(field, {})[name] = _from_flags(f"{group}.{name}", own, flag_values)
+        configs[group] = _from_flags(group, cls, flag_values, inside)
     return configs
+
+
+def _from_flags(group: str, cls: type, flag_values: flags.FlagValues, inside: Mapping[str, Any] | None = None) -> Any:
+    values = {name: flag_values[f"{group}.{name}"].value for name in _settings(cls)}
+    try:
+        return cls(**values, **inside or {})
+    except UserError as error:
+        raise UserError(f"--{group}.{error}") from None

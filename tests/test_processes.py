@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 import runs
+from every_kind import KINDS, PLUGIN
 
 from saejax.causal.ablate.importance import Importance
 from saejax.dictionaries import load_dictionary
-from saejax.settings import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_sigterm_saves_and_exits_cleanly(inputs, whole, tmp_path):
 @pytest.mark.parametrize(("source", "kills"), [("store", 14), ("model", 6)])
 def test_killed_while_any_kind_trains_it_ends_with_the_same_bits(inputs, whole, tmp_path, source, kills):
     changes = dict(train__source=source, train__kinds=",".join(KINDS), train__epochs=60, train__k="8,4")
-    changes |= dict(train__buffer_rows=200, train__checkpoint_every=20, train__auxk=0.03)
+    changes |= dict(plugins=PLUGIN, train__buffer_rows=200, train__checkpoint_every=20, train__auxk=0.03)
 
     def start(folder, kinds=KINDS, mode="auto"):
         if not folder.exists():
@@ -95,7 +95,7 @@ def test_killed_while_any_kind_trains_it_ends_with_the_same_bits(inputs, whole, 
     runs.finish(start(tmp_path / "whole"))
     seconds = time.monotonic() - clock
     expected = runs.dictionary_checksums(tmp_path / "whole")
-    assert len(expected) == 4 + 3 * 2  # the kinds without k have one member
+    assert len(expected) == len(KINDS) - 3 + 3 * 2  # the kinds without k have one member
     moments, struck, number = random.Random(kills), [], 0
     while len(struck) < kills:
         folder = tmp_path / f"run{number}"
@@ -130,7 +130,7 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolera
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         captured_only(whole[0], folder)
-    changes = dict(train__max_steps=50, train__epochs=20, train__state_dtype=dtype, train__kinds=kind)
+    changes = dict(train__max_steps=50, train__epochs=20, train__state_dtype=dtype, train__kinds=kind, plugins=PLUGIN)
     x64 = dict(JAX_ENABLE_X64="1") if dtype == "float64" else {}
     stack = {name: value for name, value in mesh.items() if name.startswith("train")}
     one = runs.start("train", runs.small_flags(*inputs, folders[0], **changes | stack), **x64)

@@ -5,7 +5,7 @@ activations; memory does not grow with the store. Whether a feature is active ca
 but no sparsity function raises an activation above max(pre-activation, 0), and that bound takes one column of the
 encoder only. So only the rows whose bound could still make it are encoded, and the result is exact. The second
 pass encodes the neighbours of the rows found, so that each example shows the feature's activation on every token
-around its maximum. In a linear dictionary, whose activations have both signs, an activation here is its size.
+around its maximum. In a dictionary whose activations have both signs, an activation here is its size.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
@@ -101,35 +100,32 @@ class _Encoder:
 
     def __init__(self, store: Store, dictionary: Dictionary, features: Sequence[int]):
         self._store, self._site = store, dictionary.site
-        graph, self._state = nnx.split(dictionary)
+        self._dictionary = dictionary
         index_K = np.asarray(features)
-        self._W_enc_DxK = np.asarray(dictionary.W_enc_DxF[...][:, index_K], np.float32)
-        self._b_enc_K = np.asarray(dictionary.b_enc_F[...][index_K], np.float32)
-        if dictionary.config.kind == "gated":  # its activations are magnitudes
-            self._W_enc_DxK = self._W_enc_DxK * np.exp(np.asarray(dictionary.r_mag_F[...][index_K], np.float32))[None]
-            self._b_enc_K = np.asarray(dictionary.b_mag_F[...][index_K], np.float32)
+        kept = ("W_enc_DxF", "b_enc_F", *dictionary.kind.vectors)
+        own = {name: np.asarray(dictionary.arrays[name][..., index_K], np.float32) for name in kept}
+        self._W_enc_DxK, self._b_enc_K = dictionary.kind.bound(own)
         if dictionary.config.centred:
             self._b_enc_K = self._b_enc_K - np.asarray(dictionary.b_dec_D[...], np.float32) @ self._W_enc_DxK
-        self._linear = dictionary.config.kind == "linear"
+        self._signed = dictionary.kind.signed
 
-        def exact(state: nnx.State, x_NxD: jax.Array) -> jax.Array:
-            own = nnx.merge(graph, state)
-            f_NxF = own.encode(x_NxD)
-            return jnp.where(own.fires(f_NxF), jnp.abs(f_NxF), 0.0)[:, index_K]
+        def exact(dictionary: Dictionary, x_NxD: jax.Array) -> jax.Array:
+            f_NxF = dictionary.encode(x_NxD)
+            return jnp.where(dictionary.fires(f_NxF), jnp.abs(f_NxF), 0.0)[:, index_K]
 
         self._exact = jax.jit(exact)
 
     def bound(self, rows_B: np.ndarray) -> np.ndarray:
         """What the activations [B, K] cannot exceed."""
         pre_BxK = self._read(rows_B) @ self._W_enc_DxK + self._b_enc_K[None, :]
-        return np.maximum(np.abs(pre_BxK) if self._linear else pre_BxK, 0) * _SLACK
+        return np.maximum(np.abs(pre_BxK) if self._signed else pre_BxK, 0) * _SLACK
 
     def exact(self, rows_R: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Pairs (rows_N, activations_NxK) that cover the rows."""
         for start in range(0, len(rows_R), _ENCODED_AT_ONCE):
             rows_N = rows_R[start : start + _ENCODED_AT_ONCE]
             padded_NxD = np.pad(self._read(rows_N), ((0, _ENCODED_AT_ONCE - len(rows_N)), (0, 0)))
-            yield rows_N, np.asarray(self._exact(self._state, padded_NxD))[: len(rows_N)]
+            yield rows_N, np.asarray(self._exact(self._dictionary, padded_NxD))[: len(rows_N)]
 
     def _read(self, rows_N: np.ndarray) -> np.ndarray:
         return np.asarray(self._store.read(self._site, rows_N), np.float32)

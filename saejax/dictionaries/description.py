@@ -1,9 +1,9 @@
-"""What a dictionary is apart from the values of its arrays: its description, and the table of its arrays."""
+"""What a dictionary is, apart from its arrays."""
 
 import dataclasses
 
 from saejax.config import Config, setting
-from saejax.settings import KINDS
+from saejax.settings import kind_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,7 +11,7 @@ class DictionaryConfig(Config):
     """What a dictionary is, apart from its arrays.
 
     Attributes:
-      kind: its sparsity, one of ``settings.KINDS``.
+      kind: its sparsity, one of ``kinds.KINDS``.
       site: the site it reads, such as "resid_post.15".
       target: the site it predicts: a transcoder reads "mlp_in.15" and predicts "mlp_out.15"; "" for an SAE.
       d_in: width of both.
@@ -26,7 +26,7 @@ class DictionaryConfig(Config):
       origin: what a file in another tool's format that it was loaded from says besides (JSON), to be written back.
     """
 
-    kind: str = setting("topk", "kind", choices=KINDS)
+    kind: str = setting("topk", "kind", choices=kind_names)
     site: str = setting("", "site")
     target: str = setting("", "site that it predicts")
     d_in: int = setting(1, "width", low=1)
@@ -41,27 +41,3 @@ class DictionaryConfig(Config):
     revision: str = setting("", "its revision")
     fingerprint: str = setting("", "its fingerprint")
     origin: str = setting("", "what the file that it was loaded from says besides")
-
-    @property
-    def has_threshold(self) -> bool:
-        """Whether a feature is active where its pre-activation exceeds a stored threshold."""
-        return self.kind in ("jumprelu", "batchtopk", "matryoshka")
-
-
-def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
-    """Every array of a dictionary: its shape, and the mesh axis over which each dimension is split."""
-    d, f = config.d_in, config.n_features
-    by_feature: tuple[tuple[int, ...], tuple[str | None, ...]] = ((f,), ("model",))
-    table: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {
-        "W_enc_DxF": ((d, f), (None, "model")),
-        "b_enc_F": by_feature,
-        "W_dec_FxD": ((f, d), ("model", None)),
-        "b_dec_D": ((d,), (None,)),
-    }
-    if config.has_threshold:
-        table["threshold_F"] = by_feature
-    if config.kind == "gated":
-        table |= {"r_mag_F": by_feature, "b_mag_F": by_feature}
-    if config.skip:
-        table["W_skip_DxD"] = ((d, d), (None, None))
-    return table

@@ -8,20 +8,37 @@ length of what feature i adds; a dictionary loaded from another tool's file keep
 whose norm exceeds ``max_norm`` are attention sinks: the dictionary was not trained on them, is not scored on them, and
 its edits leave them as they are.
 
-The kinds differ in ``sparsity``: ``standard`` max(pre, 0); ``linear`` pre itself; ``gated`` a gate and a magnitude
-(Rajamanoharan et al., 2024); ``jumprelu`` pre where it exceeds a learnt threshold; ``topk`` the k largest;
-``batchtopk`` and ``matryoshka`` are trained with the B k largest of a batch and read with a threshold.
+Which features are active is the matter of its kind, of ``dictionaries.kinds``.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from saejax.dictionaries import sparsity
-from saejax.dictionaries.description import DictionaryConfig, parameter_table
+from saejax.dictionaries import kinds
+from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.editing import Editing
 from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.dictionaries.sparsity import row
+
+
+def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
+    """Every array of a dictionary: its shape, and the mesh axis over which each dimension is split."""
+    d, f = config.d_in, config.n_features
+    by_feature: tuple[tuple[int, ...], tuple[str | None, ...]] = ((f,), ("model",))
+    table: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {
+        "W_enc_DxF": ((d, f), (None, "model")),
+        "b_enc_F": by_feature,
+        "W_dec_FxD": ((f, d), ("model", None)),
+        "b_dec_D": ((d,), (None,)),
+    }
+    table |= {name: by_feature for name in kinds.by_name(config.kind).vectors}
+    if config.skip:
+        table["W_skip_DxD"] = ((d, d), (None, None))
+    return table
 
 
 class Dictionary(Editing, nnx.Module):
@@ -69,23 +86,26 @@ class Dictionary(Editing, nnx.Module):
             return centred_matmul(x_BxD, self.b_dec_D[...], self.W_enc_DxF[...], self.operands)
         return matmul(x_BxD, self.W_enc_DxF[...], self.operands)
 
-    def encode(self, x_BxD: jax.Array) -> jax.Array:
-        """Feature activations ``f_BxF`` of ``x_BxD`` (any leading dimensions); 0 or above unless the kind is linear."""
-        config = self.config
+    @property
+    def kind(self) -> kinds.Kind:
+        """What decides which of its features are active."""
+        return kinds.by_name(self.config.kind)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What its kind reads of ``config`` as numbers."""
+        return {name: getattr(self.config, name) for name in self.kind.numbers}
+
+    def encode(self, x_BxD: jax.Array, numbers: Mapping[str, Any] | None = None) -> jax.Array:
+        """Feature activations ``f_BxF`` of ``x_BxD`` (any leading dimensions); 0 or above unless its kind is signed.
+
+        Args:
+          x_BxD: values of the site.
+          numbers: in place of those of ``config``, such as traced ones.
+        """
         projected_BxF = self.pre_activations(x_BxD)
         pre_BxF = projected_BxF + row(self.b_enc_F[...], x_BxD.ndim)
-        if config.kind == "topk":
-            return sparsity.topk(pre_BxF, config.k)
-        if config.has_threshold:
-            return sparsity.threshold(pre_BxF, self.threshold_F[...])
-        if config.kind == "gated":
-            return sparsity.gated(pre_BxF, self.magnitudes(projected_BxF))
-        return pre_BxF if config.kind == "linear" else sparsity.relu(pre_BxF)
-
-    def magnitudes(self, projected_BxF: jax.Array) -> jax.Array:
-        """Pre-activations of a gated dictionary's magnitude path, which shares the encoder's directions."""
-        scale_F, bias_F = jnp.exp(self.r_mag_F[...]), self.b_mag_F[...]
-        return projected_BxF * row(scale_F, projected_BxF.ndim) + row(bias_F, projected_BxF.ndim)
+        return self.kind.encode(self, pre_BxF, projected_BxF, self.numbers if numbers is None else numbers)
 
     def decode(self, f_BxF: jax.Array, x_BxD: jax.Array | None = None) -> jax.Array:
         """The reconstruction, or the prediction of the target, from feature activations.
@@ -106,8 +126,8 @@ class Dictionary(Editing, nnx.Module):
         return self.decode(self.encode(x_BxD), x_BxD)
 
     def fires(self, f_BxF: jax.Array) -> jax.Array:
-        """Where features fire: above 0; for linear dictionaries, |f| above ``fires_above``."""
-        return jnp.abs(f_BxF) > self.config.fires_above if self.config.kind == "linear" else f_BxF > 0
+        """Where features fire: above 0 in most kinds."""
+        return self.kind.fires(f_BxF, self.numbers)
 
     def in_domain(self, x_BxD: jax.Array) -> jax.Array:
         """True where ``x`` is not an attention sink; the shape of ``x`` without its last axis."""

@@ -19,7 +19,6 @@ from saejax.costs.passes import (
 )
 from saejax.costs.programs import Program, abstract_params, by_row, whole
 from saejax.dictionaries import DictionaryConfig
-from saejax.dictionaries.modules import parameter_table
 from saejax.evaluation import programs
 from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.evaluation.member_data import MemberData
@@ -107,14 +106,8 @@ def evaluate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
 
 def _abstract_member(scene: Scene, used: DictionaryConfig, mesh: Mesh) -> MemberData:
     """A dictionary as the stage places it."""
-    dtype = scene.configs["train"].state_dtype
-    arrays = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *axes))
-        for name, (shape, axes) in parameter_table(used).items()
-    }
-    k, fires_above = whole(mesh, (), jnp.int32), whole(mesh, (), jnp.float32)
-    common = dataclasses.replace(used, site="", target="", fires_above=0.0, max_norm=0.0)
-    return MemberData(arrays, k, fires_above, common, "float32")
+    common = dataclasses.replace(used, site="", target="", max_norm=0.0)
+    return MemberData.abstract(common, "float32", scene.configs["train"].state_dtype, mesh)
 
 
 def _batch(scene: Scene) -> tuple[int, int]:

@@ -6,18 +6,17 @@ thresholds; here these leave the static part, as arrays or altogether, and what 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, sparsity
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
-from saejax.dictionaries.sparsity import row
 from saejax.parallel import fitting_sharding, sharding
 
-_COMPILED_IN = ("kind", "d_in", "n_features", "groups", "skip", "centred")  # beside the largest k
+_COMPILED_IN = ("kind", "d_in", "n_features", "groups", "skip", "centred")  # beside the largest of its numbers
 
 
 @jax.tree_util.register_dataclass
@@ -26,18 +25,12 @@ class MemberData:
     """A dictionary whose own numbers are arrays. Inside a program it encodes and decodes as the dictionary does.
 
     Attributes:
-      arrays: those of ``parameter_table``.
-      k: active features per token (topk).
-      fires_above: |f| above which a feature fires (linear).
-      common: what all members have in common; its ``k`` is the largest of theirs (static).
-      operands: dtype of the operands of matrix products (static).
+      dictionary: what all members have in common, and the member's arrays.
+      numbers: its own of ``Kind.numbers``, such as k (topk); those of ``dictionary`` are the largest of all members.
     """
 
-    arrays: dict[str, jax.Array]
-    k: jax.Array
-    fires_above: jax.Array
-    common: DictionaryConfig = dataclasses.field(metadata=dict(static=True))
-    operands: str = dataclasses.field(metadata=dict(static=True))
+    dictionary: Dictionary
+    numbers: dict[str, jax.Array]
 
     @classmethod
     def of(cls, dictionaries: Sequence[Dictionary], mesh: Mesh) -> list[Self]:
@@ -47,41 +40,53 @@ class MemberData:
           ValueError: they differ in kind or shape.
         """
         configs = [dictionary.config for dictionary in dictionaries]
-        largest = max(config.k for config in configs)
-        common = {
-            DictionaryConfig(k=largest, **{name: getattr(config, name) for name in _COMPILED_IN}) for config in configs
+        shared = [DictionaryConfig(**{name: getattr(config, name) for name in _COMPILED_IN}) for config in configs]
+        if len({*shared}) > 1 or len({dictionary.operands for dictionary in dictionaries}) > 1:
+            raise ValueError(f"dictionaries of one program must have one kind and shape: {sorted(map(str, shared))}")
+        largest: dict[str, Any] = {
+            name: max(each.numbers[name] for each in dictionaries) for name in dictionaries[0].numbers
         }
-        if len(common) > 1 or len({dictionary.operands for dictionary in dictionaries}) > 1:
-            raise ValueError(f"dictionaries of one program must have one kind and shape: {sorted(map(str, common))}")
-        shared = common.pop()
-        places = {name: fitting_sharding(mesh, shape, *axes) for name, (shape, axes) in parameter_table(shared).items()}
+        common = dataclasses.replace(shared[0], **largest)
+        abstract = cls.abstract(common, dictionaries[0].operands, "float32", mesh)
+        places = {name: leaf.sharding for name, leaf in abstract.dictionary.arrays.items()}
         return [
             cls(
-                arrays={name: jax.device_put(array, places[name]) for name, array in dictionary.arrays.items()},
-                k=jax.device_put(jnp.int32(dictionary.config.k), sharding(mesh)),
-                fires_above=jax.device_put(jnp.float32(dictionary.config.fires_above), sharding(mesh)),
-                common=shared,
-                operands=dictionary.operands,
+                Dictionary(
+                    common,
+                    each.operands,
+                    **{name: jax.device_put(array, places[name]) for name, array in each.arrays.items()},
+                ),
+                {name: jax.device_put(_number(value), sharding(mesh)) for name, value in each.numbers.items()},
             )
-            for dictionary in dictionaries
+            for each in dictionaries
         ]
 
-    @property
-    def _dictionary(self) -> Dictionary:
-        return Dictionary(self.common, self.operands, **self.arrays)
+    @classmethod
+    def abstract(cls, config: DictionaryConfig, operands: str, dtype: str, mesh: Mesh) -> Self:
+        """The shapes and shardings of a member of which this is common to all."""
+        arrays = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *axes))
+            for name, (shape, axes) in parameter_table(config).items()
+        }
+        dictionary = Dictionary(config, operands, **arrays)
+        numbers = {
+            name: jax.ShapeDtypeStruct((), _number(value).dtype, sharding=sharding(mesh))
+            for name, value in dictionary.numbers.items()
+        }
+        return cls(dictionary, numbers)
 
     def encode(self, x_BxD: jax.Array) -> jax.Array:
         """Feature activations, any leading dimensions."""
-        dictionary = self._dictionary
-        if self.common.kind != "topk":
-            return dictionary.encode(x_BxD)
-        pre_BxF = dictionary.pre_activations(x_BxD) + row(self.arrays["b_enc_F"], x_BxD.ndim)
-        return sparsity.topk(pre_BxF, self.k, self.common.k)
+        return self.dictionary.encode(x_BxD, self.numbers)
 
     def decode(self, f_BxF: jax.Array, x_BxD: jax.Array) -> jax.Array:
         """The reconstruction, or the prediction of the target."""
-        return self._dictionary.decode(f_BxF, x_BxD)
+        return self.dictionary.decode(f_BxF, x_BxD)
 
     def fires(self, f_BxF: jax.Array) -> jax.Array:
         """Where features fire."""
-        return jnp.abs(f_BxF) > self.fires_above if self.common.kind == "linear" else f_BxF > 0
+        return self.dictionary.kind.fires(f_BxF, self.numbers)
+
+
+def _number(value: float) -> np.ndarray:
+    return np.asarray(value, np.int32 if isinstance(value, int) else np.float32)

@@ -16,6 +16,7 @@ from saejax.settings.causal import AblateConfig as AblateConfig
 from saejax.settings.causal import PatchConfig as PatchConfig
 from saejax.settings.causal import ProbeConfig as ProbeConfig
 from saejax.settings.causal import StudyConfig as StudyConfig
+from saejax.settings.kinds import kind_names as kind_names
 from saejax.settings.run import ExportConfig as ExportConfig
 from saejax.settings.run import MeshConfig as MeshConfig
 from saejax.settings.run import ModelConfig as ModelConfig
@@ -26,7 +27,6 @@ from saejax.settings.tasks import BENCHMARKS as BENCHMARKS
 from saejax.settings.tasks import CaptureConfig as CaptureConfig
 from saejax.settings.tasks import CorpusConfig as CorpusConfig
 from saejax.settings.tasks import TaskConfig as TaskConfig
-from saejax.settings.training import KINDS as KINDS
 from saejax.settings.training import MOST_TOKENS as MOST_TOKENS
 from saejax.settings.training import EvaluateConfig as EvaluateConfig
 from saejax.settings.training import TrainConfig as TrainConfig

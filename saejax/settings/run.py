@@ -3,7 +3,7 @@
 import dataclasses
 
 from saejax.config import Config, setting
-from saejax.settings.training import KINDS
+from saejax.settings.kinds import kind_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ExportConfig(Config):
     dictionaries: tuple[str, ...] = setting(
         (),
         "kinds of trained dictionaries to export, each with all members of its stack; empty: none",
-        choices=KINDS,
+        choices=kind_names,
         changes_results=False,
     )
 

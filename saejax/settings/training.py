@@ -1,20 +1,25 @@
 """How dictionaries are trained and scored."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from saejax.config import Config, setting
+from saejax.config import Config, nested, setting
+from saejax.settings.kinds import kind_names, kinds, read_by_kind, settings_of_kinds
 from saejax.settings.sites import expand_ranges
 
-KINDS = ("standard", "linear", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 MOST_TOKENS = 2**31 - 1  # that a feature's silence is counted in
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
-    """The dictionaries and how they are trained. What may be a list makes a stack: one member for every combination."""
+    """The dictionaries and how they are trained. What may be a list makes a stack: one member for every combination.
+
+    What one kind alone reads is in its own settings, such as ``--train.jumprelu.bandwidth``.
+    """
 
     kinds: tuple[str, ...] = setting(
-        ("topk", "standard"), "kinds to train, one after the other", choices=KINDS, changes_results=False
+        ("topk", "standard"), "kinds to train, one after the other", choices=kind_names, changes_results=False
     )
     sites: tuple[str, ...] = setting(
         ("resid_post.15",),
@@ -28,58 +33,29 @@ class TrainConfig(Config):
     )
     expansion: int = setting(8, "features per input dimension", low=1)
     k: tuple[int, ...] = setting(
-        (32,), "active features per token (or a list)", low=1, only=("topk", "batchtopk", "matryoshka")
+        (32,), "active features per token (or a list)", low=1, swept=True, only=read_by_kind("k")
     )
     l1: tuple[float, ...] = setting(
         (2.0,),
         "L1 coefficient on decoder-norm-weighted activations, inputs scaled to mean norm sqrt(d) (or a list)",
         low=0.0,
-        only=("standard", "linear", "gated"),
+        swept=True,
+        only=read_by_kind("l1"),
     )
     l1_by_depth: tuple[float, ...] = setting(
         (),
         "L1 coefficients of early, middle and late layers (thirds of the sites' layers); replaces l1",
         low=0.0,
-        only=("standard", "linear", "gated"),
-    )
-    l0_coefficient: tuple[float, ...] = setting(
-        (1.0,),
-        "coefficient of the L0 penalty (or a list); with the penalty 'target', about five times the squared error per "
-        "token keeps L0 within a tenth of the target, less leaves it above",
-        low=0.0,
-        only=("jumprelu",),
-    )
-    l0_penalty: str = setting(
-        "step",
-        "penalty: the number of active features (step), a tanh of their size (tanh), or (L0 / target - 1)^2 (target)",
-        choices=("step", "tanh", "target"),
-        only=("jumprelu",),
-    )
-    target_l0: tuple[float, ...] = setting(
-        (64.0,), "L0 aimed at by the penalty 'target' (or a list)", low=1.0, only=("jumprelu",)
-    )
-    bandwidth: float = setting(
-        0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6, only=("jumprelu",)
-    )
-    initial_threshold: float = setting(0.01, "thresholds at the start", low=0.0, only=("jumprelu",))
-    dead_pre_activation: float = setting(
-        0.0, "coefficient of the loss that pulls dead features' pre-activations up", low=0.0, only=("jumprelu",)
+        only=read_by_kind("l1"),
     )
     threshold_rate: float = setting(
         0.01,
         "weight of each batch in the running mean of the smallest kept activation, the threshold at inference",
         low=0.0,
         high=1.0,
-        only=("batchtopk", "matryoshka"),
+        only=read_by_kind("threshold_rate"),
     )
-    groups: tuple[float, ...] = setting(
-        (0.0625, 0.125, 0.25, 0.5, 1.0),
-        "shares of the features, ascending to 1, that must reconstruct by themselves",
-        low=0.0,
-        high=1.0,
-        only=("matryoshka",),
-    )
-    fires_above: float = setting(1e-3, "|f| above which a feature counts as firing", low=0.0, only=("linear",))
+    own: Mapping[str, Config] = nested(settings_of_kinds)
     auxk: float = setting(
         0.0, "coefficient of AuxK: dead features learn what the living leave unexplained; 0: off", low=0.0
     )
@@ -114,13 +90,22 @@ class TrainConfig(Config):
     freeze: str = setting(
         "none", "leave the random decoder or encoder as it is, as a control", choices=("none", "decoder", "encoder")
     )
-    learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0)
+    learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0, swept=True)
+    b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=1.0, implied=0.9)
+    b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=1.0, implied=0.999)
+    eps: float = setting(1e-8, "what Adam adds to the root of that mean", low=0.0, implied=1e-8)
     clip: float = setting(1.0, "largest global norm of a member's gradient", low=0.0)
     warmup: float = setting(
         0.05, "share of the steps over which learning rate and penalty rise from 0", low=0.0, high=1.0
     )
     decay: float = setting(
         0.2, "share of the steps, at the end, over which the learning rate falls to 0", low=0.0, high=1.0
+    )
+    decay_shape: str = setting(
+        "linear", "how the learning rate falls: linear or cosine", choices=("linear", "cosine"), implied="linear"
+    )
+    accumulate: int = setting(
+        1, "steps whose gradients are averaged into one update, as of a batch so many times as large", low=1, implied=1
     )
     weight_decay: float = setting(
         0.0,
@@ -134,6 +119,7 @@ class TrainConfig(Config):
         "seed of initialisation (or a list); the first is also that of the order of tokens",
         low=0,
         high=2**31 - 1,
+        swept=True,
     )
     matmul: str = setting(
         "float32",
@@ -189,6 +175,15 @@ class TrainConfig(Config):
     def __post_init__(self):
         object.__setattr__(self, "sites", expand_ranges(self.sites))
         super().__post_init__()
+
+    def of_kind(self, kind: str) -> Any:
+        """The settings that a kind alone has."""
+        return self.own.get(kind) or kinds()[kind].Settings()
+
+    def also(self, unit: str) -> dict[str, Any]:
+        """The source of a plugin's kind, so that a changed one is trained anew."""
+        source = kinds()[unit].source if unit in kinds() else ""
+        return dict(plugin=source) if source else {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Training that starts from dictionaries of ours or of other tools (``--train.init_from``).
 
 A dictionary reads raw activations, the trainer scaled ones: here the scales go into the arrays, the inverse of
-``Trainer.finish``. Optimizer, counters and the running threshold of batchtopk begin anew.
+``Trainer.finish``. Optimizer, counters and running thresholds begin anew.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from saejax.dictionaries import Dictionary, folding
+from saejax.dictionaries import Dictionary, rescale
 from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, load_dictionary, own
 from saejax.errors import UserError
 from saejax.training.members import Member
@@ -69,22 +69,10 @@ def _scaled(trainer: Trainer, index: int, dictionary: Dictionary) -> dict[str, n
     """A member's parameters, float64, that ``Trainer.finish`` makes this dictionary of."""
     _check(trainer, index, dictionary)
     dictionary = _lengths(trainer, dictionary)
+    dictionary = rescale.centred(dictionary, trainer.dictionary.centred)
     arrays = {name: np.asarray(array, np.float64) for name, array in dictionary.arrays.items()}
-    if dictionary.config.centred != trainer.dictionary.centred:  # the encoder's bias makes up for it
-        sign = 1 if trainer.dictionary.centred else -1
-        shift_F = sign * (arrays["b_dec_D"] @ arrays["W_enc_DxF"])
-        arrays["b_enc_F"] += shift_F
-        if "b_mag_F" in arrays:
-            arrays["b_mag_F"] += np.exp(arrays["r_mag_F"]) * shift_F
-    scale = trainer.scales[index]
-    for name in arrays:
-        if name in ("W_enc_DxF", "W_skip_DxD"):
-            arrays[name] *= scale.output / scale.input
-        elif name not in ("W_dec_FxD", "r_mag_F"):
-            arrays[name] *= scale.output
-    if trainer.dictionary.kind in ("batchtopk", "matryoshka"):
-        arrays["threshold_F"] = np.zeros_like(arrays["threshold_F"])  # the state keeps its running mean instead
-    return arrays
+    scale, kind = trainer.scales[index], dictionary.kind
+    return kind.resume(rescale.raw(kind, arrays, 1 / scale.input, 1 / scale.output))
 
 
 def _lengths(trainer: Trainer, dictionary: Dictionary) -> Dictionary:
@@ -94,17 +82,17 @@ def _lengths(trainer: Trainer, dictionary: Dictionary) -> Dictionary:
     name = f"--train.init_from={trainer.config.init_from}"
     length_F = np.linalg.norm(np.asarray(dictionary.W_dec_FxD[...], np.float64), axis=1)
     if not length_F.all():
-        remedy = "give them directions" if trainer.dictionary.k else "use --train.decoder_norm=free"
+        remedy = "give them directions" if dictionary.kind.no_free_decoder else "use --train.decoder_norm=free"
         raise UserError(
             f"{name}: {np.sum(length_F == 0)} decoder rows are zero, such as {np.argmin(length_F)}, and training keeps "
             f"them at length 1: {remedy}"
         )
     try:
-        return folding.unit_decoder(dictionary)
+        return rescale.unit_decoder(dictionary)
     except UserError:
         raise UserError(
             f"{name}: its decoder rows have lengths from {length_F.min():.3g} to {length_F.max():.3g}; training keeps "
-            "them at one length, with which a topk dictionary would choose other features"
+            "them at one length, with which it would choose other features"
         ) from None
 
 

@@ -6,24 +6,16 @@ hyperparameters are arrays with a leading axis over members, so a sweep compiles
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from saejax.dictionaries.kinds import by_name
 from saejax.errors import UserError
 from saejax.models.sites import ModuleSite
 from saejax.settings import TrainConfig
-
-SWEPT = {
-    "standard": ("l1",),
-    "linear": ("l1",),
-    "gated": ("l1",),
-    "jumprelu": ("l0_coefficient", "target_l0"),
-    "topk": ("k",),
-    "batchtopk": ("k",),
-    "matryoshka": ("k",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +25,13 @@ class Member:
     Attributes:
       name: what tells it from the others: its site and swept settings, such as "resid_post.15-k32"; "" if it is alone.
       site, target: what it reads and predicts; the same for an SAE.
-      learning_rate, k, l1, l0_coefficient, target_l0, seed: its own of the settings of these names.
+      settings: its own of the settings that can be swept: "learning_rate", "seed" and those that its kind reads.
     """
 
     name: str
     site: str
     target: str
-    learning_rate: float
-    k: int
-    l1: float
-    l0_coefficient: float
-    target_l0: float
-    seed: int
+    settings: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +58,14 @@ class Hyper:
     """What the step reads of its members: arrays with a leading axis M, or without it for one member.
 
     Attributes:
-      learning_rate, k, l1, l0_coefficient, target_l0: as in ``Member``.
+      learning_rate, seed: as in ``Member``; ``own``: its other settings.
       input_scale, output_scale: as in ``SiteScale``.
       site: place in the batch of what the member reads.
-      seed: as in ``Member``.
       metric_DxD: as in ``SiteScale``; None if no member has one.
     """
 
     learning_rate: jax.Array
-    k: jax.Array
-    l1: jax.Array
-    l0_coefficient: jax.Array
-    target_l0: jax.Array
+    own: dict[str, jax.Array]
     input_scale: jax.Array
     output_scale: jax.Array
     site: jax.Array
@@ -96,19 +79,17 @@ class Hyper:
         """The arrays of these members, on the host; ``sites`` are the (input, target) pairs of a batch."""
 
         def column(name: str) -> np.ndarray:
-            return np.array([getattr(member, name) for member in members], dtype)
+            values = [member.settings[name] for member in members]
+            return np.array(values, np.int32 if all(isinstance(value, int) for value in values) else dtype)
 
         metrics = [scale.metric_DxD for scale in scales if scale.metric_DxD is not None]
         return cls(
-            learning_rate=column("learning_rate"),
-            k=column("k").astype(np.int32),
-            l1=column("l1"),
-            l0_coefficient=column("l0_coefficient"),
-            target_l0=column("target_l0"),
+            learning_rate=column("learning_rate").astype(dtype),
+            own={name: column(name) for name in members[0].settings if name not in ("learning_rate", "seed")},
             input_scale=np.array([scale.input for scale in scales], dtype),
             output_scale=np.array([scale.output for scale in scales], dtype),
             site=np.array([sites.index((member.site, member.target)) for member in members], np.int32),
-            seed=np.array([member.seed for member in members], np.int32),
+            seed=column("seed"),
             metric_DxD=np.stack(metrics).astype(dtype) if metrics else None,
         )
 
@@ -124,26 +105,32 @@ def members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member
     Raises:
       UserError: a transcoder's site is not "mlp_in.L", or ``l1_by_depth`` does not have three values.
     """
-    names = ("learning_rate", "seed", *SWEPT[kind])
-    swept = [name for name in names if len(getattr(config, name)) > 1]
+    lists = swept_settings(config, kind)
+    swept = [name for name, values in lists.items() if len(values) > 1]
     depth_l1 = _l1_by_depth(config, kind, sites)
     made = []
     for site in sites:
-        for values in itertools.product(*(getattr(config, name) for name in names)):
-            own = dict(zip(names, values, strict=True))
-            settings = {
-                name: own.get(name, getattr(config, name)[0])
-                for name in ("learning_rate", "k", "l1", "l0_coefficient", "target_l0", "seed")
-            }
-            settings |= depth_l1.get(site, {})
+        for values in itertools.product(*lists.values()):
+            own = dict(zip(lists, values, strict=True))
             parts = [site] if len(sites) > 1 else []
             parts += [f"{name}{own[name]}" if name == "seed" else f"{name}{own[name]:g}" for name in swept]
-            made.append(Member("-".join(parts), site, _target(config, site), **settings))
+            made.append(Member("-".join(parts), site, _target(config, site), own | depth_l1.get(site, {})))
     names_made = [member.name for member in made]
     if len(set(names_made)) < len(made):
         twice = next(name for name in names_made if names_made.count(name) > 1)
         raise UserError(f"the stack has two members {twice or 'with the same settings'}: name each value once")
     return made
+
+
+def swept_settings(config: TrainConfig, kind: str) -> dict[str, tuple[Any, ...]]:
+    """The values of each setting that can be swept and that a kind reads, in the order of members' names."""
+    read = ("learning_rate", "seed", *by_name(kind).reads)
+    shared = {field.name: field for field in dataclasses.fields(config)}
+    found = {name: getattr(config, name) for name in read if shared[name].metadata["swept"]}
+    own = config.of_kind(kind)
+    return found | {
+        field.name: getattr(own, field.name) for field in dataclasses.fields(own) if field.metadata["swept"]
+    }
 
 
 def _target(config: TrainConfig, site: str) -> str:
@@ -156,7 +143,7 @@ def _target(config: TrainConfig, site: str) -> str:
 
 
 def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[str, dict[str, float]]:
-    if not config.l1_by_depth or kind not in ("standard", "linear", "gated"):
+    if not config.l1_by_depth or "l1" not in by_name(kind).reads:
         return {}
     if len(config.l1_by_depth) != 3 or len(config.l1) > 1:
         raise UserError("--train.l1_by_depth takes three values (early, middle, late), and no list in --train.l1")

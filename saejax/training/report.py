@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.dictionaries.kinds import KINDS
 from saejax.dictionaries.stacks import full_name
 from saejax.errors import UserError
 from saejax.evaluation.results import DictionaryScores, EvaluateResults
@@ -17,17 +18,6 @@ from saejax.training.report_figures import TrainingCurve
 from saejax.training.results import TrainResults
 
 _POINTS = 400  # of a training curve; a longer one is thinned, its ends kept
-
-
-_KINDS = {
-    "topk": "keeps the k largest activations of each token",
-    "standard": "is a ReLU with an L1 penalty on the activations",
-    "linear": "has an L1 penalty on the activations and no ReLU",
-    "gated": "has a gate that decides which features are active and a magnitude of its own for each",
-    "jumprelu": "keeps activations above a threshold that each feature learns",
-    "batchtopk": "keeps the largest activations of a batch, k of them per token on average",
-    "matryoshka": "keeps the largest activations of a batch, and nested groups of its features rebuild by themselves",
-}
 
 
 _MEMBER_ROWS = 100  # longest list of a stack's members
@@ -59,7 +49,7 @@ def _intro(scores: Mapping[str, Sequence[DictionaryScores]], tested: str) -> str
     kinds = []
     for kind, members in scores.items():
         many = f" ({len(members)} of them)" if len(members) > 1 else ""
-        kinds.append(f"{kind}{many}, which {_KINDS.get(kind, kind)}")
+        kinds.append(f"{kind}{many}, which {KINDS[kind].about if kind in KINDS else kind}")
     return f"Trained: {'; '.join(kinds)}. The causal tests use {tested}."
 
 

@@ -5,7 +5,7 @@ Every ``resample_every`` steps, for each feature that has been silent for ``dead
     a token of the batch is drawn with a probability in proportion to its squared loss
     decoder row      the direction of the token's target, less the decoder's bias
     encoder column   the direction of its input, less the bias, 0.2 times as long as the living columns' mean
-    biases           0; a JumpReLU's threshold is what it was at the start
+    other arrays     what they were at the start, most of them 0
     Adam's moments   0, of all these
 
 They look at 819,200 tokens, we at one batch.
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries import DictionaryConfig, kinds
 from saejax.dictionaries.modules import parameter_table
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
@@ -59,10 +59,9 @@ def resampled(
     loss_B = jnp.sum(jnp.square(y_BxD - y_hat_BxD), axis=-1) * has_direction_B
     chosen_F = _drawn(hyper, state.step_M, loss_B, dead_F.shape[0])
     length = _LENGTH * _mean_length(params["W_enc_DxF"], dead_F)
-    started = {name: jnp.zeros_like(value) for name, value in params.items()}
+    start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
+    started = {name: jnp.full_like(value, start.get(name, 0.0)) for name, value in params.items()}
     started |= dict(W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=targets_BxD[chosen_F])
-    if dictionary.kind == "jumprelu":
-        started["threshold_F"] = jnp.full_like(params["threshold_F"], config.initial_threshold)
     table = parameter_table(dictionary)
     by_feature = {name: spec.index("model") for name, (_, spec) in table.items() if "model" in spec}
 

@@ -1,4 +1,4 @@
-"""What a training step changes: its arrays before the first step, and where each of them is on the mesh."""
+"""What a training step changes: its arrays before the first step, where they are on the mesh, what becomes of them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,13 +10,15 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, rescale
+from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import parameter_table
 from saejax.parallel import fitting_sharding
 from saejax.settings import TrainConfig
 from saejax.training.members import Member, SiteScale
-from saejax.training.objective import Arrays
 from saejax.training.updates import make_optimizer
+
+STATE_VERSION = 2  # of the tree below; a checkpoint of another is refused
 
 
 @jax.tree_util.register_dataclass
@@ -47,15 +49,15 @@ def initial_state(
     Random directions from each member's seed, the decoder's bias where its site's scale says, everything else 0.
     """
 
+    start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
+
     def one(seed: jax.Array, bias_D: jax.Array) -> Arrays:
         member = Dictionary.initial(dictionary, jax.random.key(seed), config.matmul, config.state_dtype)
         arrays = member.arrays | dict(b_dec_D=bias_D)
-        if dictionary.kind == "jumprelu":
-            arrays["threshold_F"] = jnp.full_like(arrays["threshold_F"], config.initial_threshold)
-        return arrays
+        return arrays | {name: jnp.full_like(arrays[name], value) for name, value in start.items()}
 
     bias_MxD = np.stack([scale.bias_D * scale.output for scale in scales]).astype(config.state_dtype)
-    seed_M = jnp.array([member.seed for member in members], jnp.int32)
+    seed_M = jnp.array([member.settings["seed"] for member in members], jnp.int32)
     # One by one, so that a member starts with the same bits alone and in a stack.
     params = lax.map(lambda args: one(*args), (seed_M, jnp.asarray(bias_MxD)))
     return TrainState(
@@ -79,3 +81,28 @@ def with_shardings(state: TrainState, dictionary: DictionaryConfig, mesh: Mesh) 
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def finished(
+    config: TrainConfig, dictionary: DictionaryConfig, member: Member, scale: SiteScale, arrays: Arrays, kept: jax.Array
+) -> Dictionary:
+    """A member's trained dictionary, for raw activations; decoder rows that grew freely are brought to length 1.
+
+    Args:
+      config: how it was trained.
+      dictionary: what the members have in common.
+      member, scale: which one it is, and the scales of its site.
+      arrays: as trained, for scaled activations.
+      kept: running mean of the smallest activation that a batch kept.
+    """
+    kind = kinds.by_name(dictionary.kind)
+    arrays = rescale.unit_rows(kind, kind.finish(arrays, kept))
+    described = dataclasses.replace(
+        dictionary,
+        site=member.site,
+        target="" if member.target == member.site else member.target,
+        k=member.settings.get("k", 0),
+        fires_above=dictionary.fires_above / scale.output,
+        max_norm=scale.max_norm,
+    )
+    return Dictionary(described, config.matmul, **rescale.raw(kind, arrays, scale.input, scale.output))

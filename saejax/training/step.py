@@ -15,15 +15,15 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries import Dictionary, DictionaryConfig, kinds
+from saejax.dictionaries.kinds.base import Arrays
 from saejax.parallel import fitting_sharding, sharding
 from saejax.settings import MOST_TOKENS, TrainConfig
-from saejax.training import resampling, schedules
-from saejax.training.finish import finished
+from saejax.training import resampling
 from saejax.training.members import Hyper, Member, SiteScale
-from saejax.training.objective import Arrays, Objective
-from saejax.training.state import TrainState, initial_state, with_shardings
-from saejax.training.updates import constrained, make_optimizer, projected
+from saejax.training.objective import Objective
+from saejax.training.state import TrainState, finished, initial_state, with_shardings
+from saejax.training.updates import constrained, learning_rate, make_optimizer
 
 
 class Trainer:
@@ -51,7 +51,7 @@ class Trainer:
         self.scales = list(scales)
         self._steps = steps
         self._objective = Objective(config, dictionary, steps)
-        self._optimizer = make_optimizer(config)
+        self._optimizer, self._rate = make_optimizer(config), learning_rate(config, steps)
         self.sites = list(dict.fromkeys((member.site, member.target) for member in members))  # of the batch, in order
         hyper = Hyper.of(members, scales, self.sites, config.state_dtype)
         self.abstract_hyper = jax.tree.map(
@@ -136,24 +136,21 @@ class Trainer:
         self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array, any_dead: jax.Array
     ) -> tuple[TrainState, Arrays]:
         """The step of one member; the state's arrays have no member axis here."""
-        config = self.config
+        config, params = self.config, state.params
         dead_F = state.silent_MxF >= config.dead_tokens
         gradient = jax.grad(self._objective, has_aux=True)
-        grads, (metrics, fired_F, smallest) = gradient(
-            state.params, x_BxD, y_BxD, hyper, state.step_M, dead_F, any_dead
-        )
-        grads = projected(config, grads, state.params)
-        updates, optimizer = self._optimizer.update(grads, state.optimizer, state.params)
-        rate = hyper.learning_rate * schedules.learning_rate(config, self._steps, state.step_M).astype(x_BxD.dtype)
-        params = {name: value - rate * updates[name] for name, value in state.params.items()}
-        params = constrained(config, self.dictionary, params, state.params)
+        grads, (metrics, fired_F, smallest) = gradient(params, x_BxD, y_BxD, hyper, state.step_M, dead_F, any_dead)
+        rate = hyper.learning_rate * self._rate(state.step_M).astype(x_BxD.dtype)
+        updates, optimizer = self._optimizer.update(grads, state.optimizer, params, learning_rate=rate)
+        kind = kinds.by_name(self.dictionary.kind)
+        after = constrained(config, kind, optax.apply_updates(params, updates), before=params)
         longest = MOST_TOKENS - x_BxD.shape[0]  # the count stops there
         silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + x_BxD.shape[0])
         mean = state.kept_M + config.threshold_rate * (smallest - state.kept_M)
         kept = jnp.where(state.step_M == 0, smallest, mean)
-        norm = optax.global_norm(grads)  # what is not finite here would be in the next state
+        norm = optax.tree.get(optimizer, "gradient_norm")
         metrics |= dict(learning_rate=rate, gradient_norm=norm, dead=jnp.mean(dead_F.astype(jnp.float32)))
-        return TrainState(params, optimizer, silent_F, kept, state.step_M + 1), metrics
+        return TrainState(after, optimizer, silent_F, kept, state.step_M + 1), metrics
 
 
 def over_members(one: Any, own: Any, shared: Sequence[jax.Array], mesh: Mesh) -> Any:

@@ -14,6 +14,7 @@ from saejax.activations.stream import ModelStream
 from saejax.config import identity, to_json
 from saejax.dictionaries import DictionaryConfig, save_dictionary
 from saejax.dictionaries.formats import own
+from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError, one_of
 from saejax.models.sites import KINDS as SITE_KINDS
@@ -27,7 +28,8 @@ from saejax.training.members import Member, members
 from saejax.training.model_input import FromModel, buffer_order, open_stream
 from saejax.training.results import TrainResults
 from saejax.training.scales import site_scales
-from saejax.training.step import Trainer, TrainState
+from saejax.training.state import STATE_VERSION, TrainState
+from saejax.training.step import Trainer
 from saejax.training.writers import make_writers
 from saejax.workspace import Run
 
@@ -83,7 +85,7 @@ def _train(
     config, dictionary = trainer.config, trainer.dictionary
     names = [member.name for member in trainer.members]
     settings = identity(config, run.name)
-    described = dict(settings=settings, dictionary=to_json(dictionary), members=names, steps=steps)
+    described = dict(settings=settings, dictionary=to_json(dictionary), members=names, steps=steps, state=STATE_VERSION)
     recorded, first_step = checkpoints.agree(described), checkpoints.latest_step or 0
     writers = make_writers(config, run.folder, run.name, first_step)
     if first_step:
@@ -121,7 +123,7 @@ def _member_results(trainer: Trainer, metrics: Metrics, dead_M: np.ndarray) -> t
             name=member.name,
             site=member.site,
             target=member.target,
-            settings={key: getattr(member, key) for key in ("learning_rate", "k", "l1", "target_l0", "seed")},
+            settings=dict(member.settings),
             input_scale=scale.input,
             output_scale=scale.output,
             dead_fraction=float(dead),
@@ -191,33 +193,26 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
         raise UserError(f"the sites of a stack must have one width, but have {widths}: train them in several runs")
     d_in = next(iter(widths.values()))
     features = config.expansion * d_in
-    k = max(member.k for member in stack) if kind in ("topk", "batchtopk", "matryoshka") else 0
-    if k > features:
-        raise UserError(f"--train.k={k} is more than the {features} features: lower it")
+    made = by_name(kind)
+    each = [made.facts(member.settings, config.of_kind(kind), features) for member in stack]
+    facts = {name: max(facts[name] for facts in each) for name in each[0]}
+    if facts.get("k", 0) > features:
+        raise UserError(f"--train.k={facts['k']} is more than the {features} features: lower it")
     if config.auxk and config.auxk_features > features:
         raise UserError(f"--train.auxk_features={config.auxk_features} is more than the {features} features: lower it")
-    if kind == "linear" and config.decoder_norm == "free":
-        raise UserError("--train.decoder_norm=free leaves open what --train.fires_above is compared with: use unit")
-    if k and config.decoder_norm == "free":
-        raise UserError(f"--train.decoder_norm=free has no penalty to hold it in a {kind} dictionary: use unit")
+    if made.no_free_decoder and config.decoder_norm == "free":
+        raise UserError(f"--train.decoder_norm=free {made.no_free_decoder}: use unit")
     if config.resample_every and config.freeze != "none":
         raise UserError(f"--train.resample_every replaces what --train.freeze={config.freeze} keeps: use one of them")
-    groups = tuple(round(share * features) for share in config.groups) if kind == "matryoshka" else ()
-    if groups and (sorted(set(groups)) != list(groups) or groups[0] < 1 or groups[-1] != features):
-        raise UserError(
-            f"--train.groups={config.groups} gives groups of {groups} features: expected shares ascending to 1"
-        )
     return DictionaryConfig(
         kind=kind,
         site=stack[0].site,
         target="" if config.form == "sae" else stack[0].target,
         d_in=d_in,
         n_features=features,
-        k=k,
-        groups=groups,
         skip=config.form == "skip_transcoder",
         centred=config.form == "sae",
-        fires_above=config.fires_above if kind == "linear" else 0.0,
+        **facts,
     )
 
 

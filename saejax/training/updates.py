@@ -1,55 +1,103 @@
-"""How gradients change a member's arrays: projection, clipping, Adam, and what must hold after every step."""
+"""How gradients change a member's arrays: one chain of optax, and what must hold after every step.
 
-import functools
+    freeze -> turn unit rows -> measure norm -> (mean over ``accumulate`` steps) -> clip -> Adam -> weight decay -> rate
+
+Learning rates are the members' own, so the chain's update takes them as an argument: ``update(grads, state, params,
+learning_rate=...)``.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.kinds.base import Arrays, Kind
 from saejax.settings import TrainConfig
-from saejax.training.objective import Arrays
 
 _FROZEN = {"none": (), "decoder": ("W_dec_FxD",), "encoder": ("W_enc_DxF",)}
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam's direction after clipping, with decoupled weight decay (Loshchilov and Hutter, 2019) of the encoder.
+class GradientNorm(NamedTuple):
+    """State of ``measure_norm``: the global norm of the newest gradient."""
 
-    The decoder's rows have unit norm and its bias starts at the data's mean: to decay those would undo that. The
-    learning rate is not in here, because members have their own.
+    gradient_norm: jax.Array
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+    """What turns gradients into updates; weight decay is decoupled (Loshchilov and Hutter, 2019), of the encoder alone.
+
+    The decoder's rows have unit norm and its bias starts at the data's mean: to decay those would undo that.
     """
-    parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    parts.append(optax.scale_by_adam())
+    frozen = _FROZEN[config.freeze]
+    update = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    update.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
     if config.weight_decay:
-        only_encoder = functools.partial(_named, "W_enc_DxF")
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=only_encoder))
-    return optax.chain(*parts)
-
-
-def _named(name: str, params: Arrays) -> dict[str, bool]:
-    return {key: key == name for key in params}
-
-
-def projected(config: TrainConfig, grads: Arrays, params: Arrays) -> Arrays:
-    """Gradients of what may move: none of what is frozen, and of unit rows only the part that turns them."""
-    grads = grads | {name: jnp.zeros_like(grads[name]) for name in _FROZEN[config.freeze]}
+        decayed = {"W_enc_DxF"} - {*frozen}
+        update.append(optax.add_decayed_weights(config.weight_decay, mask=lambda params: _named(params, decayed)))
+    whole = optax.chain(*update, scale_by_learning_rate())
+    if config.accumulate > 1:
+        steps = optax.MultiSteps(whole, config.accumulate)
+        whole = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    first = [optax.masked(optax.set_to_zero(), lambda params: _named(params, frozen))] if frozen else []
     if config.decoder_norm == "unit":
-        grads["W_dec_FxD"] = _tangent(grads["W_dec_FxD"], params["W_dec_FxD"])
-    return grads
+        first.append(turn_rows())
+    return optax.chain(*first, measure_norm(), whole)
 
 
-def constrained(config: TrainConfig, dictionary: DictionaryConfig, params: Arrays, before: Arrays) -> Arrays:
-    """What holds after every step: unit rows if asked for, thresholds of at least 0, frozen arrays as they were."""
-    params = dict(params)
+def turn_rows() -> optax.GradientTransformation:
+    """Removes from the gradient of the decoder the part along its unit rows, which would be undone anyway."""
+
+    def update(grads: Arrays, params: Arrays | None) -> Arrays:
+        assert params is not None
+        grad_FxD, W_dec_FxD = grads["W_dec_FxD"], params["W_dec_FxD"]
+        along_Fx1 = jnp.sum(grad_FxD * W_dec_FxD, axis=-1, keepdims=True)
+        return grads | dict(W_dec_FxD=grad_FxD - along_Fx1 * W_dec_FxD)
+
+    return optax.stateless(update)
+
+
+def measure_norm() -> optax.GradientTransformation:
+    """Keeps the gradient's global norm; what is not finite in the gradient would be in the next state."""
+    return optax.GradientTransformation(
+        lambda params: GradientNorm(jnp.zeros((), jax.tree.leaves(params)[0].dtype)),
+        lambda grads, state, params=None: (grads, GradientNorm(optax.global_norm(grads))),
+    )
+
+
+def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiplies by minus the argument ``learning_rate``."""
+
+    def update(updates: Arrays, state: Any, params: Any = None, *, learning_rate: jax.Array, **extra: Any) -> Any:
+        return jax.tree.map(lambda update: -learning_rate * update, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def constrained(config: TrainConfig, kind: Kind, params: Arrays, before: Arrays) -> Arrays:
+    """What holds after every step: unit rows if asked for, what the kind says, frozen arrays as they were."""
     if config.decoder_norm == "unit":
         W_dec_FxD = params["W_dec_FxD"]
-        params["W_dec_FxD"] = W_dec_FxD / jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
-    if dictionary.kind == "jumprelu":
-        params["threshold_F"] = jnp.maximum(params["threshold_F"], 0.0)
-    return params | {name: before[name] for name in _FROZEN[config.freeze]}
+        params = params | dict(W_dec_FxD=W_dec_FxD / jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True))
+    return kind.constrain(params) | {name: before[name] for name in _FROZEN[config.freeze]}
 
 
-def _tangent(grad_FxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """The part of the gradient that turns the unit rows; the part along them would be undone anyway."""
-    return grad_FxD - jnp.sum(grad_FxD * W_dec_FxD, axis=-1, keepdims=True) * W_dec_FxD
+def rising(config: TrainConfig, steps: int) -> optax.Schedule:
+    """Rises linearly from 0 over ``warmup`` of the steps, so that features form before they are thinned out."""
+    up = round(config.warmup * steps)
+    return optax.join_schedules([lambda step: (step + 1) / max(up, 1), optax.constant_schedule(1.0)], [up])
+
+
+def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
+    """Rises as ``rising``, stays, and falls to 0 over ``decay`` of the steps; a factor between 0 and 1."""
+    down = round(config.decay * steps)
+    if config.decay_shape == "cosine":
+        fall = optax.cosine_decay_schedule(1.0, max(down, 1))
+    else:
+        fall = lambda step: (down - step) / max(down, 1)  # noqa: E731
+    rise, whole = rising(config, steps), optax.join_schedules([optax.constant_schedule(1.0), fall], [steps - down])
+    return lambda step: jnp.clip(jnp.minimum(rise(step), whole(step)), 0.0, 1.0)
+
+
+def _named(params: Arrays, names: Any) -> dict[str, bool]:
+    return {key: key in names for key in params}

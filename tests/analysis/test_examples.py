@@ -5,11 +5,11 @@ import math
 import jax
 import numpy as np
 import pytest
+from every_kind import KINDS
 
 from saejax.analysis import examples
 from saejax.analysis.examples import top_examples
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.settings import KINDS
 
 SITE, WIDTH, FEATURES = "resid_post.3", 16, 32
 

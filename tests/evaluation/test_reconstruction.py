@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_kind import KINDS
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
@@ -13,7 +14,7 @@ from saejax.errors import UserError
 from saejax.evaluation import reconstruction
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.parallel import make_mesh
-from saejax.settings import KINDS, MeshConfig
+from saejax.settings import MeshConfig
 
 D, F = 12, 48
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from every_kind import KINDS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
@@ -18,7 +19,6 @@ from saejax.causal.probes import report as probes
 from saejax.evaluation.results import DensityHistogram
 from saejax.reporting import style
 from saejax.results import Interval
-from saejax.settings import KINDS
 from saejax.tasks import report as tasks
 from saejax.training import report_figures as dictionary_figures
 

@@ -1,20 +1,25 @@
 """Small stacks for the training tests: a trainer of any kind, batches with planted directions, and runs."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.kinds import by_name
 from saejax.parallel import AXES
 from saejax.settings import TrainConfig
+from saejax.settings.kinds import settings_of_kinds
 from saejax.training.members import members
 from saejax.training.step import SiteScale, Trainer
 
 D, F, B, STEPS = 16, 64, 32, 50
-TOPK_KINDS = ("topk", "batchtopk", "matryoshka")
+GROUPS = dict(matryoshka=dict(groups=(16, 32, F)))
 
 
 def make_config(**changes) -> TrainConfig:
+    """Settings, those of the kinds among them, under their names alone."""
     usual = dict(
         sites=("resid_post.1",),
         batch=B,
@@ -24,24 +29,33 @@ def make_config(**changes) -> TrainConfig:
         l0_coefficient=(0.01,),
         dead_tokens=200,
     )
-    return TrainConfig(**usual | changes)
+    given = usual | changes
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    kinds = {}
+    for name, settings in settings_of_kinds().items():
+        fields = {field.name for field in dataclasses.fields(settings)}
+        kinds[name] = settings(**{key: value for key, value in given.items() if key in fields})
+    unknown = given.keys() - names - {field.name for kind in kinds.values() for field in dataclasses.fields(kind)}
+    assert not unknown, unknown
+    return TrainConfig(own=kinds, **{key: value for key, value in given.items() if key in names})
 
 
 def make_trainer(kind="topk", mesh=None, scale=0.5, steps=STEPS, **changes) -> Trainer:
     """A trainer of D -> F; lists among the changes make a stack."""
     config = make_config(**changes)
     stack = members(config, kind, config.sites)
+    own = config.of_kind(kind)
+    each = [by_name(kind).facts(member.settings, own, F) for member in stack]
+    facts = {name: max(facts[name] for facts in each) for name in each[0]} | GROUPS.get(kind, {})
     dictionary = DictionaryConfig(
         kind=kind,
         site=stack[0].site,
         target="" if config.form == "sae" else stack[0].target,
         d_in=D,
         n_features=F,
-        k=max(member.k for member in stack) if kind in TOPK_KINDS else 0,
-        groups=(16, 32, F) if kind == "matryoshka" else (),
         skip=config.form == "skip_transcoder",
         centred=config.form == "sae",
-        fires_above=config.fires_above if kind == "linear" else 0.0,
+        **facts,
     )
     mesh = mesh or first_device()
     return Trainer(config, dictionary, stack, mesh, steps, [SiteScale(scale, scale, np.full(D, 0.7))] * len(stack))

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_kind import KINDS
 from safetensors.numpy import save_file
 from small_stacks import D, F, make_trainer
 
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.dictionaries.formats import save_transcoders
 from saejax.errors import UserError
-from saejax.settings import KINDS
 from saejax.training.initial import identity, state_from_dictionary
 
 SKIP = dict(form="skip_transcoder", sites=("mlp_in.1",))

@@ -7,11 +7,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from every_kind import KINDS
 from small_runs import ORDER, STEPS, Rows, go, make_trainer, resident, site_parts
 
 from saejax.errors import Interrupted, UserError
 from saejax.parallel import make_mesh
-from saejax.settings import KINDS, MeshConfig
+from saejax.settings import MeshConfig
 from saejax.training import inputs
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.placement import resident_bytes

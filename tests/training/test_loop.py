@@ -5,12 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
+from every_kind import KINDS
 from small_runs import ORDER, STEPS, Rows, go, make_trainer
 from small_stacks import D
 
 from saejax.errors import Interrupted, UserError
 from saejax.parallel import make_mesh
-from saejax.settings import KINDS, MeshConfig
+from saejax.settings import MeshConfig
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.loop import Metrics
 

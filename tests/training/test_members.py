@@ -11,13 +11,18 @@ SITES = tuple(f"resid_post.{layer}" for layer in range(6))
 
 def test_one_member_has_no_name():
     (member,) = members(make_config(k=(7,)), "topk", ("resid_post.3",))
-    assert (member.name, member.site, member.target, member.k) == ("", "resid_post.3", "resid_post.3", 7)
+    assert (member.name, member.site, member.target, member.settings["k"]) == ("", "resid_post.3", "resid_post.3", 7)
 
 
 def test_a_sweep_is_every_combination():
     made = members(make_config(k=(16, 32), learning_rate=(1e-3, 3e-4)), "topk", ("resid_post.3",))
     assert [m.name for m in made] == [f"learning_rate{rate}-k{k}" for rate in ("0.001", "0.0003") for k in (16, 32)]
-    assert [(m.learning_rate, m.k) for m in made] == [(1e-3, 16), (1e-3, 32), (3e-4, 16), (3e-4, 32)]
+    assert [(m.settings["learning_rate"], m.settings["k"]) for m in made] == [
+        (1e-3, 16),
+        (1e-3, 32),
+        (3e-4, 16),
+        (3e-4, 32),
+    ]
 
 
 def test_what_a_kind_does_not_read_is_not_swept():
@@ -27,7 +32,7 @@ def test_what_a_kind_does_not_read_is_not_swept():
 
 def test_l1_by_depth_goes_by_thirds_of_the_layers():
     made = members(make_config(l1_by_depth=(1.5e-4, 1e-4, 5e-5)), "standard", SITES)
-    assert [m.l1 for m in made] == [1.5e-4] * 2 + [1e-4] * 2 + [5e-5] * 2
+    assert [m.settings["l1"] for m in made] == [1.5e-4] * 2 + [1e-4] * 2 + [5e-5] * 2
     assert [m.name for m in made] == list(SITES)
 
 

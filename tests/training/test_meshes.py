@@ -5,10 +5,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+from every_kind import KINDS
 from small_stacks import STEPS, D, F, batches, make_trainer, run
 
 from saejax.parallel import make_mesh
-from saejax.settings import KINDS, MeshConfig
+from saejax.settings import MeshConfig
 
 SHAPES = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
 # One kind that shards its features freely and two that must find the largest over all of them; the others take minutes.

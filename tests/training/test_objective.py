@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_kind import KINDS
 from small_stacks import B, D, F, batches, make_trainer
 
 from saejax.dictionaries import losses, sparsity, straight_through
+from saejax.dictionaries.kinds.base import Batch
 from saejax.dictionaries.matmul import centred_matmul, matmul
-from saejax.settings import KINDS
 
 DECODER = ("W_dec_FxD", "b_dec_D")
 
@@ -79,8 +80,9 @@ def test_the_gates_own_error_reaches_the_encoder_only(name):
 
     def gate_error(params):
         member = _member(trainer, params)
-        pre = member.pre_activations(x) + params["b_enc_F"][None]
-        return trainer._objective._gate_error(member, pre, x, y, None)
+        pre, none = member.pre_activations(x) + params["b_enc_F"][None], jnp.zeros(F, bool)
+        batch = Batch(member, x, y, pre, member.encode(x), none, None, {}, None)
+        return member.kind.losses(batch)["gate_error"]
 
     gradient = jax.grad(gate_error)(params)
     centred = np.asarray(x) - np.asarray(params["b_dec_D"])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_kind import KINDS
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small_stacks import B, D, make_trainer
 
@@ -15,7 +16,6 @@ from saejax.models import decoder
 from saejax.models.run import run_layers
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
-from saejax.settings import KINDS
 
 
 def products(jaxpr):

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_kind import KINDS
 from small_stacks import STEPS, B, D, F, batches, make_config, make_trainer, parts, run
 
 from saejax.dictionaries import Dictionary
-from saejax.settings import KINDS
-from saejax.training import schedules
+from saejax.training import updates
 
 FORMS = ("sae", "transcoder", "skip_transcoder")
 
@@ -139,11 +139,42 @@ def test_the_inference_threshold_is_the_running_mean_of_the_smallest_kept(kind, 
 
 def test_schedules():
     config = make_config(warmup=0.1, decay=0.2)
-    rate = [schedules.learning_rate(config, 100, s) for s in (0, 4, 9, 50, 80, 90, 99)]
+    rate = [updates.learning_rate(config, 100)(s) for s in (0, 4, 9, 50, 80, 90, 99)]
     np.testing.assert_allclose(rate, [0.1, 0.5, 1, 1, 1, 0.5, 0.05], rtol=1e-6)
-    np.testing.assert_allclose([schedules.rising(config, 100, s) for s in (0, 4, 9, 99)], [0.1, 0.5, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose([updates.rising(config, 100)(s) for s in (0, 4, 9, 99)], [0.1, 0.5, 1, 1], rtol=1e-6)
     flat = make_config(warmup=0.0, decay=0.0)
-    np.testing.assert_allclose([schedules.learning_rate(flat, 5, s) for s in range(5)], 1.0)
+    np.testing.assert_allclose([updates.learning_rate(flat, 5)(s) for s in range(5)], 1.0)
+
+
+def test_the_learning_rate_may_fall_as_a_cosine():
+    rate = updates.learning_rate(make_config(warmup=0.1, decay=0.2, decay_shape="cosine"), 100)
+    expected = [0.1, 1, 1, *(0.5 + 0.5 * np.cos(np.pi * np.array([0.25, 0.5, 0.95])))]
+    np.testing.assert_allclose([rate(step) for step in (0, 9, 80, 85, 90, 99)], expected, rtol=1e-5)
+
+
+def test_accumulated_steps_are_one_of_all_their_tokens(one_device):
+    data, fixed = batches(4), dict(mesh=one_device, warmup=0.0, decay=0.0)
+    state, _ = run(make_trainer("standard", accumulate=2, **fixed), data)
+    large, _ = run(make_trainer("standard", batch=2 * B, **fixed), data.reshape(2, 2 * B, D))
+    for name, array in host(state).items():
+        np.testing.assert_allclose(array, host(large)[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    first, _ = run(make_trainer("standard", accumulate=2, **fixed), data[:1])
+    start = host(make_trainer("standard", **fixed).initial_state())
+    for name, array in host(first).items():
+        np.testing.assert_allclose(array, start[name], rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_settings_of_adam_are_its_own(one_device):
+    """Without memory each update is the gradient over its size and epsilon."""
+    fixed = dict(mesh=one_device, warmup=0.0, decay=0.0, clip=0.0, decoder_norm="free")
+    trainer = make_trainer("standard", b1=0.0, b2=0.0, eps=1e-2, **fixed)
+    start, data = host(trainer.initial_state()), batches(1)
+    state, _ = run(trainer, data)
+    other, _ = run(make_trainer("standard", b1=0.0, b2=0.0, eps=1e-20, **fixed), data)
+    for name, array in host(state).items():
+        small, whole = (np.abs(each - start[name]) / 3e-3 for each in (array, host(other)[name]))
+        assert np.all((np.abs(whole - 1) < 1e-2) | (whole < 1e-2)) and np.all(small <= whole + 1e-3)
+        assert np.any((small > 1e-3) & (small < 0.9)), name
 
 
 def test_members_of_a_stack_start_as_they_would_alone(one_device):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, folding
+from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
@@ -99,7 +99,7 @@ def _plain(transcoder: Dictionary) -> Dictionary:
     Programs that run it are compiled once for all layers.
     """
     if transcoder.config.kind == "gated":
-        transcoder = folding.as_jumprelu(transcoder)
-    transcoder = folding.uncentred(transcoder)
+        transcoder = rescale.as_jumprelu(transcoder)
+    transcoder = rescale.uncentred(transcoder)
     config = dataclasses.replace(transcoder.config, site="", target="", origin="")
     return Dictionary(config, transcoder.operands, **transcoder.arrays)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from saejax.dictionaries import folding
+from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import circuit_tracer, own, saelens, sparsify
 from saejax.dictionaries.formats.circuit_tracer_settings import DESCRIPTION as SET
 from saejax.dictionaries.modules import Dictionary
@@ -46,7 +46,7 @@ def load_dictionary(
     if load is None:
         raise UserError(f"{folder} holds no dictionary {_instead(folder)}")
     dictionary = load(operands, site, target)
-    return folding.unit_decoder(dictionary) if unit_norm else dictionary
+    return rescale.unit_decoder(dictionary) if unit_norm else dictionary
 
 
 def load_all(path: str | os.PathLike, operands: str = "float32") -> dict[str, Dictionary]:

@@ -17,10 +17,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import yaml
 
-from saejax.dictionaries import folding
+from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import circuit_tracer_settings as description
 from saejax.dictionaries.formats import origin, tensors
-from saejax.dictionaries.modules import Dictionary, DictionaryConfig
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
 from saejax.models.sites import Site
 from saejax.models.weights import Tensor
@@ -124,8 +124,8 @@ def save_each(folder: Path, configs: Sequence[DictionaryConfig], load: Callable[
         for layer, index in enumerate(by_layer):
             transcoder = load(index)
             if transcoder.config.kind == "gated":
-                transcoder = folding.as_jumprelu(transcoder)
-            transcoder = folding.uncentred(transcoder)
+                transcoder = rescale.as_jumprelu(transcoder)
+            transcoder = rescale.uncentred(transcoder)
             arrays, _ = tensors.host_arrays(transcoder)
             turned = {own: array.T if own in _TRANSPOSED else array for own, array in arrays.items()}
             named = {name: turned[own] for name, own in _names(transcoder.config).items()}
@@ -143,7 +143,7 @@ def _names(config: DictionaryConfig) -> dict[str, str]:
 def _shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
     d, f = config.d_in, config.n_features
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (f, d), "W_dec": (f, d), "b_enc": (f,), "b_dec": (d,)}
-    if config.has_threshold:
+    if "threshold_F" in parameter_table(config):
         shapes[description.THRESHOLD] = (f,)
     return shapes | ({"W_skip": (d, d)} if config.skip else {})
 

@@ -16,6 +16,7 @@ DESCRIPTION, LAYERS = "config.yaml", "layer_*.safetensors"
 FORMAT = "circuit_tracer"
 THRESHOLD = "activation_function.threshold"
 _HOOKS = ("feature_input_hook", "feature_output_hook")
+_WRITTEN = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 _ACTIVATIONS = {"relu": "standard", "jumprelu": "jumprelu", "jump_relu": "jumprelu", "topk": "topk"}
 
 
@@ -120,8 +121,8 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
     for config in configs:
         if not config.target:
             raise UserError(f"a transcoder set holds no SAEs, but one of {config.site} was given: write saelens")
-        if config.kind == "linear":
-            raise UserError("circuit-tracer has no linear transcoders: keep them in the format saejax")
+        if config.kind not in _WRITTEN:
+            raise UserError(f"circuit-tracer has no {config.kind} transcoders: keep them in the format saejax")
         if Site.parse(config.site).layer != Site.parse(config.target).layer:
             raise UserError(
                 f"a transcoder of a set stays in its layer, but one predicts {config.target} of {config.site}"

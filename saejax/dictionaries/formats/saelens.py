@@ -16,8 +16,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import folding
+from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import hooks, origin, saelens_settings, tensors
+from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
 from saejax.workspace import read_json, write_json
@@ -49,10 +50,10 @@ def load(folder: Path, operands: str = "float32", site: str = "", target: str = 
     if config.skip:
         arrays["W_skip_DxD"] = arrays["W_skip_DxD"].T
     if settings.get("rescale_acts_by_decoder_norm"):
-        length_F = folding.decoder_lengths(arrays["W_dec_FxD"])
+        length_F = rescale.decoder_lengths(arrays["W_dec_FxD"])
         if np.abs(length_F - 1).max() > _UNIT:  # SAELens trains with the setting, and saves rows of length 1
-            arrays = folding.scale_features(arrays, length_F)
-    if config.has_threshold:  # SAELens multiplies max(pre, 0) by the gate
+            arrays = rescale.scale_features(by_name(config.kind), arrays, length_F)
+    if "threshold_F" in table:  # SAELens multiplies max(pre, 0) by the gate
         arrays["threshold_F"] = np.maximum(arrays["threshold_F"], 0)
     described = origin.describe(_FORMAT, found["W_enc"].dtype, settings)
     placed = {name: jnp.asarray(array) for name, array in arrays.items()}
@@ -73,7 +74,7 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     arrays, dtype = tensors.host_arrays(dictionary)
     if config.skip:
         arrays["W_skip_DxD"] = arrays["W_skip_DxD"].T
-    if config.has_threshold and arrays["threshold_F"].min(initial=0) < 0:
+    if "threshold_F" in arrays and arrays["threshold_F"].min(initial=0) < 0:
         raise UserError("this dictionary has thresholds below 0, under which SAELens would not let anything pass")
     with tensors.whole_folder(folder, DESCRIPTION, WEIGHTS) as beside:
         tensors.write(beside / WEIGHTS, {name: arrays[own] for name, own in _names(config).items()})
@@ -91,8 +92,8 @@ def _expressible(dictionary: Dictionary) -> Dictionary:
     """The same dictionary in a form that SAELens has."""
     check(dictionary.config)
     if dictionary.config.target:  # its transcoders are ReLU or JumpReLU, and do not centre
-        dictionary = folding.as_jumprelu(dictionary) if dictionary.config.kind == "gated" else dictionary
-        dictionary = folding.uncentred(dictionary)
+        dictionary = rescale.as_jumprelu(dictionary) if dictionary.config.kind == "gated" else dictionary
+        dictionary = rescale.uncentred(dictionary)
     return dictionary
 
 

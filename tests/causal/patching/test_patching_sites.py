@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from saejax.causal.patching.cells import Cells, make_cells
 
 from saejax import load_model
-from saejax.causal.patching.cells import Cells, make_cells
 from saejax.causal.patching.sites import patch_sites
 from saejax.models.sites import KINDS
 from saejax.settings import PATCHABLE

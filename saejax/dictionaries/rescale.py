@@ -1,39 +1,57 @@
-"""The same function in other parameters: lengths, biases and gates moved from one array of a dictionary to another.
+"""The same function in other parameters: scales, lengths, biases and gates moved from one array to another.
 
-Computed on the host in float64 and rounded once to the arrays' own dtype.
+All kinds are homogeneous: inputs, biases and thresholds times s give activations times s. So scales and lengths of
+decoder rows can be folded in and out. Functions of arrays take those of JAX, or of numpy on the host; functions of
+dictionaries compute on the host in float64 and round once to the arrays' own dtype.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.dictionaries.kinds.base import Arrays, Kind
 from saejax.dictionaries.modules import Dictionary
 from saejax.errors import UserError
 
-Arrays = dict[str, np.ndarray]
+
+def raw(kind: Kind, arrays: Arrays, inputs: float, outputs: float) -> Arrays:
+    """Arrays for raw values of those for scaled ones: activations and outputs become 1 / ``outputs`` times as large.
+
+    Args:
+      kind: of the dictionary.
+      arrays: of ``modules.parameter_table``, for inputs and outputs times these factors; the inverse takes 1 / factor.
+      inputs, outputs: above 0.
+    """
+    factors = dict.fromkeys(("W_enc_DxF", "W_skip_DxD"), inputs / outputs)
+    factors |= dict.fromkeys(("W_dec_FxD", *kind.unscaled), 1.0)
+    return {name: array * factors[name] if name in factors else array / outputs for name, array in arrays.items()}
 
 
-def scale_features(arrays: Mapping[str, np.ndarray], factor_F: np.ndarray) -> Arrays:
+def scale_features(kind: Kind, arrays: Arrays, factor_F: Any) -> Arrays:
     """Arrays whose feature activations are ``factor_F`` times as large, and which reconstruct the same.
 
     Exact for every kind whose choice of active features does not compare features with each other: for topk only
     where all factors are equal, or where the choice was already made between scaled activations.
 
     Args:
+      kind: of the dictionary.
       arrays: of ``modules.parameter_table``.
       factor_F: above 0.
     """
-    factor_F = np.asarray(factor_F, np.float64)
-    scaled = {name: np.asarray(array) for name, array in arrays.items()}
-    scaled["W_enc_DxF"] = _multiply(scaled["W_enc_DxF"], factor_F[None])
-    scaled["W_dec_FxD"] = _multiply(scaled["W_dec_FxD"], 1 / factor_F[:, None])
-    for name in ("b_enc_F", "b_mag_F", "threshold_F"):
-        if name in scaled:
-            scaled[name] = _multiply(scaled[name], factor_F)
-    return scaled
+    of_activations = {"b_enc_F", *kind.vectors} - {*kind.unscaled}
+    scaled = {name: array * factor_F for name, array in arrays.items() if name in of_activations}
+    scaled |= dict(W_enc_DxF=arrays["W_enc_DxF"] * factor_F[None], W_dec_FxD=arrays["W_dec_FxD"] / factor_F[:, None])
+    return arrays | {name: array.astype(arrays[name].dtype) for name, array in scaled.items()}
+
+
+def unit_rows(kind: Kind, arrays: Arrays) -> Arrays:
+    """The same with decoder rows of length 1: activations take over the length. Of arrays of JAX."""
+    length_F = jnp.linalg.norm(arrays["W_dec_FxD"], axis=-1)
+    return scale_features(kind, arrays, jnp.where(length_F > 0, length_F, jnp.ones_like(length_F)))
 
 
 def decoder_lengths(W_dec_FxD: np.ndarray) -> np.ndarray:
@@ -50,15 +68,15 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
     """
     arrays = _host(dictionary)
     length_F = decoder_lengths(arrays["W_dec_FxD"])
-    if dictionary.config.kind == "topk":
+    if dictionary.kind.compares:
         mean = float(length_F.mean())
         if np.abs(length_F - mean).max() > 1e-5 * mean:
             raise UserError(
-                "this topk dictionary has decoder rows of different lengths: with rows of length 1 it would choose "
-                "other features, so load it with unit_norm=False"
+                f"this {dictionary.config.kind} dictionary has decoder rows of different lengths: with rows of length "
+                "1 it would choose other features, so load it with unit_norm=False"
             )
         length_F = np.full_like(length_F, mean)
-    return _made(dictionary, scale_features(arrays, length_F))
+    return _made(dictionary, scale_features(dictionary.kind, arrays, length_F))
 
 
 def as_jumprelu(dictionary: Dictionary) -> Dictionary:
@@ -80,18 +98,16 @@ def as_jumprelu(dictionary: Dictionary) -> Dictionary:
 
 def uncentred(dictionary: Dictionary) -> Dictionary:
     """The same dictionary without subtracting the decoder's bias from the input: the encoder's bias does it."""
-    if not dictionary.config.centred:
+    return centred(dictionary, False)
+
+
+def centred(dictionary: Dictionary, wanted: bool = True) -> Dictionary:
+    """The same dictionary, which subtracts the decoder's bias from the input or not: the encoder's bias makes up."""
+    if dictionary.config.centred == wanted:
         return dictionary
     arrays = {name: array.astype(np.float64) for name, array in _host(dictionary).items()}
-    shift_F = arrays["b_dec_D"] @ arrays["W_enc_DxF"]
-    arrays["b_enc_F"] = arrays["b_enc_F"] - shift_F
-    if "b_mag_F" in arrays:
-        arrays["b_mag_F"] = arrays["b_mag_F"] - np.exp(arrays["r_mag_F"]) * shift_F
-    return _made(dictionary, arrays, centred=False)
-
-
-def _multiply(array: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    return (array * factor).astype(array.dtype)
+    shift_F = (1 if wanted else -1) * (arrays["b_dec_D"] @ arrays["W_enc_DxF"])
+    return _made(dictionary, dictionary.kind.move_bias(arrays, shift_F), centred=wanted)
 
 
 def _host(dictionary: Dictionary) -> Arrays:

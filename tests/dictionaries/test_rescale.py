@@ -4,13 +4,13 @@ import known_dictionaries as known
 import numpy as np
 import pytest
 
-from saejax.dictionaries import folding
+from saejax.dictionaries import rescale
 
 
 @pytest.mark.parametrize("form", known.FORMS)
 def test_a_gated_dictionary_is_a_jumprelu(form):
     gated, x = known.make("gated", form), known.activations(400)
-    jumprelu = folding.as_jumprelu(gated)
+    jumprelu = rescale.as_jumprelu(gated)
     assert jumprelu.config.kind == "jumprelu" and float(jumprelu.threshold_F[...].max()) > 0.1
     f = np.asarray(gated.encode(x))
     np.testing.assert_array_equal(np.asarray(jumprelu.encode(x)) > 0, f > 0)
@@ -21,8 +21,8 @@ def test_a_gated_dictionary_is_a_jumprelu(form):
 @pytest.mark.parametrize("kind", known.KINDS)
 def test_the_encoders_bias_can_centre_the_input(kind):
     centred, x = known.make(kind), known.activations()
-    uncentred = folding.uncentred(centred)
-    assert not uncentred.config.centred and folding.uncentred(uncentred) is uncentred
+    uncentred = rescale.uncentred(centred)
+    assert not uncentred.config.centred and rescale.uncentred(uncentred) is uncentred
     assert known.relative(uncentred.encode(x), centred.encode(x)) < 1e-5
     assert known.relative(uncentred(x), centred(x)) < 1e-5
 
@@ -33,7 +33,7 @@ def test_decoder_rows_of_any_length(kind):
     factor_F = np.linspace(0.2, 5, known.F)
     dictionary.W_dec_FxD[...] = dictionary.W_dec_FxD[...] * factor_F[:, None].astype(np.float32)
     dictionary.W_dec_FxD[...] = dictionary.W_dec_FxD[...].at[7].set(0)
-    unit = folding.unit_decoder(dictionary)
+    unit = rescale.unit_decoder(dictionary)
     lengths = np.linalg.norm(unit.W_dec_FxD[...], axis=1)
     np.testing.assert_allclose(np.delete(lengths, 7), 1, rtol=1e-6)
     assert lengths[7] == 0
@@ -45,7 +45,7 @@ def test_decoder_rows_of_any_length(kind):
 def test_a_topk_with_rows_of_one_length():
     dictionary, x = known.make("topk"), known.activations()
     dictionary.W_dec_FxD[...] = dictionary.W_dec_FxD[...] * 3
-    unit = folding.unit_decoder(dictionary)
+    unit = rescale.unit_decoder(dictionary)
     assert (
         known.relative(unit.encode(x), 3 * dictionary.encode(x)) < 1e-5
         and known.relative(unit(x), dictionary(x)) < 1e-5

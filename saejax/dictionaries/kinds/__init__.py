@@ -1,0 +1,38 @@
+"""The kinds of dictionary, a file each, and the registry of all; ``docs/extending.md`` says how to add one."""
+
+from typing import TypeVar
+
+from saejax.dictionaries.kinds.base import Kind as Kind
+from saejax.dictionaries.kinds.batchtopk import BatchTopK
+from saejax.dictionaries.kinds.gated import Gated
+from saejax.dictionaries.kinds.jumprelu import JumpReLU
+from saejax.dictionaries.kinds.linear import Linear
+from saejax.dictionaries.kinds.matryoshka import Matryoshka
+from saejax.dictionaries.kinds.standard import Standard
+from saejax.dictionaries.kinds.topk import TopK
+from saejax.errors import one_of
+
+_Class = TypeVar("_Class", bound=type[Kind])
+_OWN = (Standard, Linear, Gated, JumpReLU, TopK, BatchTopK, Matryoshka)
+KINDS: dict[str, Kind] = {kind.name: kind() for kind in _OWN}
+
+
+def register(kind: _Class) -> _Class:
+    """Adds a kind, or replaces one of a plugin; a decorator of its class.
+
+    Raises:
+      ValueError: its name is one of this package's, or no word.
+    """
+    if kind.name in {own.name for own in _OWN} or not kind.name.replace("_", "").isalnum():
+        raise ValueError(f"a kind cannot be called {kind.name!r}: expected a word, and none of the package's own kinds")
+    KINDS[kind.name] = kind()
+    return kind
+
+
+def by_name(name: str) -> Kind:
+    """The kind of a name.
+
+    Raises:
+      UserError: there is none; the message lists all.
+    """
+    return KINDS[one_of(name, KINDS, "kind of dictionary (--plugins=FILE adds others)")]

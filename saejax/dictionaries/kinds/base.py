@@ -1,0 +1,159 @@
+"""What a kind of dictionary is: everything in which dictionaries of one kind differ from those of others.
+
+A kind is a subclass of ``Kind`` that is registered (``@register``). Its methods are pure functions of arrays that are
+traced, compiled and differentiated; a new kind overrides those in which it differs from a ReLU without a penalty.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from saejax.config import Config
+from saejax.dictionaries.description import DictionaryConfig
+
+Arrays = dict[str, Any]  # of jax, or of numpy where they are on the host
+Numbers = Mapping[str, Any]  # settings by name: Python's, or scalars of jax
+
+
+class Coder(Protocol):
+    """What a kind sees of a ``Dictionary``."""
+
+    config: DictionaryConfig
+    operands: str
+
+    @property
+    def arrays(self) -> Arrays:
+        """W_enc_DxF, b_enc_F, W_dec_FxD, b_dec_D, those of ``Kind.vectors``, and W_skip_DxD of a skip transcoder."""
+
+    def decode(self, f_BxF: jax.Array, x_BxD: jax.Array | None = None) -> jax.Array:
+        """f W_dec + b_dec, and x W_skip of a skip transcoder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One member of a stack on one batch of training, of which its losses are made.
+
+    Attributes:
+      member: the dictionary that is trained.
+      x_BxD, y_BxD: inputs and targets, scaled to a mean norm of sqrt(d).
+      pre_BxF: what the encoder gives, with its bias.
+      f_BxF: activations as in training.
+      dead_F: True for features that have been silent for too long.
+      metric_DxD: what errors are multiplied with before they are squared; None: nothing.
+      values: the member's own of the settings that can be swept, scalars by name.
+      own: the other settings of the kind.
+    """
+
+    member: Coder
+    x_BxD: jax.Array
+    y_BxD: jax.Array
+    pre_BxF: jax.Array
+    f_BxF: jax.Array
+    dead_F: jax.Array
+    metric_DxD: jax.Array | None
+    values: Numbers
+    own: Any
+
+
+class Kind:
+    """A kind of dictionary; this one is ReLU without a penalty.
+
+    Attributes:
+      name: as in ``--train.kinds`` and ``DictionaryConfig.kind``.
+      about: a line for the report that goes on after "which".
+      Settings: what it alone has, ``--train.<name>.<field>``. Those made with ``setting(..., swept=True)`` are
+        lists, and several values make as many members of a stack.
+      reads: settings that some kinds share and it reads: "k", "l1", "threshold_rate".
+      vectors: names of its arrays beyond the common ones, each [F], 0 at the start.
+      unscaled: those of them that are not in units of activations.
+      numbers: fields of ``DictionaryConfig``, besides shapes, that its inference reads and a stack's members differ in.
+      signed: whether activations may be below 0.
+      compares: whether inference compares features with each other, so that it matters how long decoder rows are.
+      no_free_decoder: why decoder rows may not grow freely; empty: they may.
+      source: hash of the file that it comes from, if it is a plugin's.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    Settings: ClassVar[type[Config]] = Config
+    reads: ClassVar[Sequence[str]] = ()
+    vectors: ClassVar[Sequence[str]] = ()
+    unscaled: ClassVar[Sequence[str]] = ()
+    numbers: ClassVar[Sequence[str]] = ()
+    signed: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+    no_free_decoder: ClassVar[str] = ""
+    source: str = ""
+
+    # What it computes.
+
+    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+        """Activations at inference [..., F].
+
+        Args:
+          member: the dictionary.
+          pre_BxF: what its encoder gives, with its bias; ``projected_BxF``: before its bias.
+          numbers: the fields of ``Kind.numbers``, which may be traced.
+        """
+        return jax.nn.relu(pre_BxF)
+
+    def fires(self, f_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+        """Where activations count as active."""
+        return f_BxF > 0
+
+    def bound(self, arrays: Arrays) -> tuple[Any, Any]:
+        """W_enc and b_enc of pre-activations which activations never exceed, in size where they are signed."""
+        return arrays["W_enc_DxF"], arrays["b_enc_F"]
+
+    def move_bias(self, arrays: Arrays, shift_F: Any) -> Arrays:
+        """The same dictionary for an encoder that gives ``shift_F`` less before its bias."""
+        return arrays | dict(b_enc_F=arrays["b_enc_F"] + shift_F)
+
+    # How it is trained.
+
+    def encode_in_training(
+        self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, own: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Activations [B, F] in training, and the smallest that was kept (0 where nothing is made of that)."""
+        return self.encode(member, pre_BxF, projected_BxF, values), jnp.zeros((), pre_BxF.dtype)
+
+    def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
+        """What must be like the targets, each [B, D]; the last is the whole dictionary's."""
+        return [member.decode(f_BxF, x_BxD)]
+
+    def penalty(self, batch: Batch) -> jax.Array | None:
+        """The penalty on activations, a mean over tokens; it rises over the warm-up."""
+        return None
+
+    def losses(self, batch: Batch) -> dict[str, jax.Array]:
+        """Further terms of the loss by the names of their metrics."""
+        return {}
+
+    def start(self, own: Any) -> dict[str, float]:
+        """Values at which ``vectors`` start where that is not 0."""
+        return {}
+
+    def constrain(self, params: Arrays) -> Arrays:
+        """What must hold of its arrays after every step."""
+        return params
+
+    # What becomes of it.
+
+    def facts(self, values: Numbers, own: Any, n_features: int) -> dict[str, Any]:
+        """Fields of ``DictionaryConfig`` of a member with these settings.
+
+        Raises:
+          UserError: they do not fit the number of features.
+        """
+        return dict(k=values["k"]) if "k" in self.reads else {}
+
+    def finish(self, arrays: Arrays, kept: jax.Array) -> Arrays:
+        """The arrays at the end; ``kept`` is the running mean of the smallest activations that were kept."""
+        return arrays
+
+    def resume(self, arrays: Arrays) -> Arrays:
+        """The arrays of a finished dictionary as training takes them up again."""
+        return arrays

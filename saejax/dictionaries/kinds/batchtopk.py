@@ -1,0 +1,37 @@
+"""The B k largest pre-activations of a whole batch of B tokens; a threshold at inference (Bussmann et al., 2024)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from saejax.dictionaries import sparsity
+from saejax.dictionaries.kinds.base import Arrays, Coder, Kind, Numbers
+
+
+class BatchTopK(Kind):
+    """k active features per token on average; the threshold is the running mean of the smallest that were kept."""
+
+    name = "batchtopk"
+    about = "keeps the largest activations of a batch, k of them per token on average"
+    reads = ("k", "threshold_rate")
+    vectors = ("threshold_F",)
+    no_free_decoder = "has no penalty to hold it in a batchtopk dictionary"
+
+    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+        """By the threshold, so that a token's features do not depend on others."""
+        return sparsity.threshold(pre_BxF, member.arrays["threshold_F"])
+
+    def encode_in_training(
+        self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, own: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The largest of the batch, and the smallest of these."""
+        return sparsity.batch_topk(pre_BxF, values["k"])
+
+    def finish(self, arrays: Arrays, kept: jax.Array) -> Arrays:
+        """All features have the threshold that the batches had on average."""
+        return arrays | dict(threshold_F=jnp.full_like(arrays["threshold_F"], kept))
+
+    def resume(self, arrays: Arrays) -> Arrays:
+        """No threshold: the state keeps its running mean instead."""
+        return arrays | dict(threshold_F=jnp.zeros_like(arrays["threshold_F"]))

@@ -1,0 +1,57 @@
+"""A gate that decides which features are active, and a magnitude of its own for each (Rajamanoharan et al., 2024).
+
+    gate = p + b_enc       magnitude = exp(r_mag) p + b_mag       f = max(magnitude, 0) where gate > 0
+
+Both share the projection p = (x - b_dec) W_enc.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from saejax.dictionaries import losses, sparsity
+from saejax.dictionaries.kinds.base import Arrays, Batch, Coder, Kind, Numbers
+from saejax.dictionaries.matmul import matmul
+from saejax.dictionaries.sparsity import row
+
+
+class Gated(Kind):
+    """Gate and magnitude; the L1 penalty is on the gate, because the magnitudes should not shrink."""
+
+    name = "gated"
+    about = "has a gate that decides which features are active and a magnitude of its own for each"
+    reads = ("l1",)
+    vectors = ("r_mag_F", "b_mag_F")
+    unscaled = ("r_mag_F",)
+
+    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+        """Magnitudes where the gate is open."""
+        scale_F, bias_F = jnp.exp(member.arrays["r_mag_F"]), member.arrays["b_mag_F"]
+        magnitude_BxF = projected_BxF * row(scale_F, projected_BxF.ndim) + row(bias_F, projected_BxF.ndim)
+        return sparsity.gated(pre_BxF, magnitude_BxF)
+
+    def bound(self, arrays: Arrays) -> tuple[Any, Any]:
+        """Those of the magnitudes."""
+        return arrays["W_enc_DxF"] * np.exp(arrays["r_mag_F"])[None], arrays["b_mag_F"]
+
+    def move_bias(self, arrays: Arrays, shift_F: Any) -> Arrays:
+        """Of the gate, and of the magnitude by as much as it is scaled."""
+        shifted_F = arrays["b_mag_F"] + np.exp(arrays["r_mag_F"]) * shift_F
+        return super().move_bias(arrays, shift_F) | dict(b_mag_F=shifted_F)
+
+    def penalty(self, batch: Batch) -> jax.Array | None:
+        """L1 of the gates' ReLU."""
+        gate_BxF = sparsity.relu(batch.pre_BxF)
+        return batch.values["l1"] * losses.l1_norm_weighted(gate_BxF, batch.member.arrays["W_dec_FxD"])
+
+    def losses(self, batch: Batch) -> dict[str, jax.Array]:
+        """Squared error of what the open gates alone would rebuild; the decoder is a constant here."""
+        fixed = {name: lax.stop_gradient(array) for name, array in batch.member.arrays.items()}
+        operands = batch.member.operands
+        y_hat_BxD = matmul(sparsity.relu(batch.pre_BxF), fixed["W_dec_FxD"], operands) + row(fixed["b_dec_D"], 2)
+        if "W_skip_DxD" in fixed:
+            y_hat_BxD += matmul(batch.x_BxD, fixed["W_skip_DxD"], operands)
+        return dict(gate_error=losses.squared_error(batch.y_BxD, y_hat_BxD, batch.metric_DxD, operands))

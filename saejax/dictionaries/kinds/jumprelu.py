@@ -1,0 +1,88 @@
+"""Pre-activations above a threshold that each feature learns (Rajamanoharan et al., 2024; Conerly et al., 2025)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from saejax.config import Config, setting
+from saejax.dictionaries import losses, sparsity, straight_through
+from saejax.dictionaries.kinds.base import Arrays, Batch, Coder, Kind, Numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class JumpReLUConfig(Config):
+    """Settings of JumpReLU dictionaries alone."""
+
+    l0_coefficient: tuple[float, ...] = setting(
+        (1.0,),
+        "coefficient of the L0 penalty (or a list); with the penalty 'target', about five times the squared error per "
+        "token keeps L0 within a tenth of the target, less leaves it above",
+        low=0.0,
+        swept=True,
+    )
+    l0_penalty: str = setting(
+        "step",
+        "penalty: the number of active features (step), a tanh of their size (tanh), or (L0 / target - 1)^2 (target)",
+        choices=("step", "tanh", "target"),
+    )
+    target_l0: tuple[float, ...] = setting(
+        (64.0,), "L0 aimed at by the penalty 'target' (or a list)", low=1.0, swept=True
+    )
+    bandwidth: float = setting(0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6)
+    initial_threshold: float = setting(0.01, "thresholds at the start", low=0.0)
+    dead_pre_activation: float = setting(
+        0.0, "coefficient of the loss that pulls dead features' pre-activations up", low=0.0
+    )
+
+
+class JumpReLU(Kind):
+    """f = pre where it exceeds the feature's threshold, else 0; the penalty is a function of L0."""
+
+    name = "jumprelu"
+    about = "keeps activations above a threshold that each feature learns"
+    Settings = JumpReLUConfig
+    vectors = ("threshold_F",)
+
+    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+        """Without gradients to the thresholds."""
+        return sparsity.threshold(pre_BxF, member.arrays["threshold_F"])
+
+    def encode_in_training(
+        self,
+        member: Coder,
+        pre_BxF: jax.Array,
+        projected_BxF: jax.Array,
+        values: Numbers,
+        own: JumpReLUConfig,
+    ) -> tuple[jax.Array, jax.Array]:
+        """With straight-through gradients to the thresholds."""
+        f_BxF = straight_through.jumprelu(pre_BxF, member.arrays["threshold_F"], own.bandwidth)
+        return f_BxF, jnp.zeros((), pre_BxF.dtype)
+
+    def penalty(self, batch: Batch) -> jax.Array | None:
+        """By ``l0_penalty``."""
+        own, arrays, coefficient = batch.own, batch.member.arrays, batch.values["l0_coefficient"]
+        if own.l0_penalty == "tanh":
+            return coefficient * losses.tanh_norm_weighted(batch.f_BxF, arrays["W_dec_FxD"])
+        active_BxF = straight_through.step(batch.pre_BxF, arrays["threshold_F"], own.bandwidth)
+        l0 = jnp.mean(jnp.sum(active_BxF, axis=-1))
+        if own.l0_penalty == "target":
+            l0 = jnp.square(l0 / batch.values["target_l0"] - 1)
+        return coefficient * l0
+
+    def losses(self, batch: Batch) -> dict[str, jax.Array]:
+        """The pull on dead features, if it is asked for."""
+        if not batch.own.dead_pre_activation:
+            return {}
+        arrays = batch.member.arrays
+        pull = losses.dead_pre_activation(batch.pre_BxF, arrays["threshold_F"], batch.dead_F, arrays["W_dec_FxD"])
+        return dict(dead_pre_activation=batch.own.dead_pre_activation * pull)
+
+    def start(self, own: JumpReLUConfig) -> dict[str, float]:
+        """Thresholds above 0, where the kernel sees pre-activations of both sides."""
+        return dict(threshold_F=own.initial_threshold)
+
+    def constrain(self, params: Arrays) -> Arrays:
+        """Thresholds of at least 0."""
+        return params | dict(threshold_F=jnp.maximum(params["threshold_F"], 0.0))

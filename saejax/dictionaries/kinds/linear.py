@@ -1,0 +1,41 @@
+"""No sparsity function: f = pre, of both signs, with an L1 penalty."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from saejax.config import Config, setting
+from saejax.dictionaries.kinds.base import Coder, Numbers
+from saejax.dictionaries.kinds.standard import Standard
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig(Config):
+    """Settings of linear dictionaries alone."""
+
+    fires_above: float = setting(1e-3, "|f| above which a feature counts as firing", low=0.0)
+
+
+class Linear(Standard):
+    """Pre-activations themselves; the penalty is that of ``Standard`` on their sizes."""
+
+    name = "linear"
+    about = "has an L1 penalty on the activations and no ReLU"
+    Settings = LinearConfig
+    numbers = ("fires_above",)
+    signed = True
+    no_free_decoder = "leaves open what --train.linear.fires_above is compared with"
+
+    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+        """pre."""
+        return pre_BxF
+
+    def fires(self, f_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+        """|f| above a stated threshold."""
+        return jnp.abs(f_BxF) > numbers["fires_above"]
+
+    def facts(self, values: Numbers, own: LinearConfig, n_features: int) -> dict[str, Any]:
+        """The threshold."""
+        return dict(fires_above=own.fires_above)

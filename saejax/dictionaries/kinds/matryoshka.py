@@ -1,0 +1,56 @@
+"""BatchTopK whose leading features must reconstruct by themselves, in nested groups (Bussmann et al., 2025)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from saejax.config import Config, setting
+from saejax.dictionaries.kinds.base import Coder, Numbers
+from saejax.dictionaries.kinds.batchtopk import BatchTopK
+from saejax.dictionaries.matmul import matmul
+from saejax.dictionaries.sparsity import row
+from saejax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class MatryoshkaConfig(Config):
+    """Settings of matryoshka dictionaries alone."""
+
+    groups: tuple[float, ...] = setting(
+        (0.0625, 0.125, 0.25, 0.5, 1.0),
+        "shares of the features, ascending to 1, that must reconstruct by themselves",
+        low=0.0,
+        high=1.0,
+    )
+
+
+class Matryoshka(BatchTopK):
+    """The errors of all groups are summed."""
+
+    name = "matryoshka"
+    about = "keeps the largest activations of a batch, and nested groups of its features rebuild by themselves"
+    Settings = MatryoshkaConfig
+    no_free_decoder = "has no penalty to hold it in a matryoshka dictionary"
+
+    def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
+        """Those of the nested groups, ascending."""
+        arrays, operands, start = member.arrays, member.operands, 0
+        nested, partial_BxD = [], row(arrays["b_dec_D"], 2)
+        if "W_skip_DxD" in arrays:
+            partial_BxD += matmul(x_BxD, arrays["W_skip_DxD"], operands)
+        for stop in member.config.groups:
+            partial_BxD += matmul(f_BxF[:, start:stop], arrays["W_dec_FxD"][start:stop], operands)
+            nested.append(partial_BxD)
+            start = stop
+        return nested
+
+    def facts(self, values: Numbers, own: MatryoshkaConfig, n_features: int) -> dict[str, Any]:
+        """The groups as numbers of features."""
+        groups = tuple(round(share * n_features) for share in own.groups)
+        if not groups or sorted(set(groups)) != list(groups) or groups[0] < 1 or groups[-1] != n_features:
+            raise UserError(
+                f"--train.matryoshka.groups={own.groups} gives groups of {groups} features: expected shares ascending "
+                "to 1"
+            )
+        return super().facts(values, own, n_features) | dict(groups=groups)

@@ -1,0 +1,21 @@
+"""The k largest pre-activations of each token (Gao et al., 2024)."""
+
+import jax
+
+from saejax.dictionaries import sparsity
+from saejax.dictionaries.kinds.base import Coder, Kind, Numbers
+
+
+class TopK(Kind):
+    """f = the k largest of max(pre, 0), else 0; no penalty."""
+
+    name = "topk"
+    about = "keeps the k largest activations of each token"
+    reads = ("k",)
+    numbers = ("k",)
+    compares = True
+    no_free_decoder = "has no penalty to hold it in a topk dictionary"
+
+    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+        """``member.config.k`` is the largest k of a stack's members."""
+        return sparsity.topk(pre_BxF, numbers["k"], member.config.k)

@@ -1,0 +1,140 @@
+"""The registry of kinds, kinds from a user's file, and the settings that each has."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import runs
+from absl import flags
+from every_kind import KINDS, MADE_UP, OWN_KINDS, PLUGIN
+
+from saejax import command, config
+from saejax.dictionaries import kinds, load_dictionary
+from saejax.dictionaries.kinds import plugins
+from saejax.errors import UserError
+from saejax.settings import GROUPS, TrainConfig
+
+SETTINGS = dict(plugins=PLUGIN, train__kinds=MADE_UP, ablate__dictionary=MADE_UP)
+
+
+def test_kinds_are_found_by_name_and_others_refused_with_the_names():
+    assert [kinds.by_name(name).name for name in KINDS] == list(KINDS) and MADE_UP not in OWN_KINDS
+    with pytest.raises(UserError, match="standard, linear, gated, jumprelu, topk, batchtopk, matryoshka"):
+        kinds.by_name("dense")
+    with pytest.raises(ValueError, match="topk"):
+        kinds.register(type("Other", (kinds.Kind,), dict(name="topk")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+        ("def broken(:", "SyntaxError"),
+        ("numbers = [1, 2]", "registers no kind"),
+        ("from saejax.dictionaries import kinds\n\n@kinds.register\nclass A(kinds.Kind):\n    name = 'topk'", "'topk'"),
+    ],
+)
+def test_a_bad_file_gives_one_line(tmp_path, capsys, text, message):
+    if text is not None:
+        (tmp_path / "kind.py").write_text(text)
+    assert command.run(["train"], "", ["train", f"--workdir={tmp_path}", f"--plugins={tmp_path}/kind.py"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0] and "kind.py" in error[0], error
+
+
+def parse(*arguments):
+    values = flags.FlagValues()
+    config.define_flags(GROUPS, values)
+    values(["program", *arguments])
+    return config.from_flags(GROUPS, values)["train"]
+
+
+def test_settings_of_a_kind_have_its_name_and_their_old_names_too():
+    assert parse().of_kind("jumprelu").bandwidth == 0.05
+    for flag in ("--train.jumprelu.bandwidth=0.5", "--train.bandwidth=0.5"):
+        assert parse(flag).of_kind("jumprelu").bandwidth == 0.5
+    assert parse("--train.groups=0.5,1").of_kind("matryoshka").groups == (0.5, 1.0)
+    assert parse("--train.shrunk.strength=1,2").of_kind(MADE_UP).strength == (1.0, 2.0)
+    with pytest.raises(UserError, match=r"--train.jumprelu.bandwidth is 0.0: expected at least"):
+        parse("--train.bandwidth=0")
+
+
+def test_a_unit_depends_on_the_settings_that_its_kind_reads():
+    plain, changed = config.identity(TrainConfig(), "topk"), config.identity(parse("--train.bandwidth=1"), "topk")
+    assert plain == changed and plain["k"] == [32] and "l1" not in plain and "plugin" not in plain
+    assert not {"b1", "b2", "eps", "accumulate", "decay_shape"} & plain.keys(), (
+        "at their defaults they are not recorded"
+    )
+    assert config.identity(parse("--train.b1=0.8"), "topk")["b1"] == 0.8
+    assert config.identity(parse("--train.bandwidth=1"), "jumprelu")["bandwidth"] == 1.0
+    assert config.identity(TrainConfig(), "standard")["l1"] == [2.0]
+
+
+def test_a_changed_file_is_another_unit(tmp_path):
+    before = config.identity(TrainConfig(), MADE_UP)
+    file = tmp_path / "kind.py"
+    file.write_text(PLUGIN.read_text() + "\n# changed\n")
+    try:
+        plugins.load([file])
+        after = config.identity(TrainConfig(), MADE_UP)
+    finally:
+        plugins.load([PLUGIN])
+    assert before.pop("plugin") != after.pop("plugin") and before == after
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    """A workdir in which processes of their own ran all stages on a stack of a user's kind."""
+    workdir = tmp_path_factory.mktemp("plugin") / "run"
+    changes = SETTINGS | dict(train__shrunk__strength="0.2,0.4", ablate__dictionary=f"{MADE_UP}/strength0.2")
+    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, workdir, **changes), JAX_NUM_CPU_DEVICES="8"))
+    return workdir
+
+
+def test_a_kind_of_a_users_file_goes_through_all_stages(trained):
+    summary = json.loads((trained / "train" / MADE_UP / "summary.json").read_text())["results"]
+    assert [member["settings"]["strength"] for member in summary["members"]] == [0.2, 0.4]
+    assert all("margins" in member["final"] for member in summary["members"])
+    for stage in ("evaluate", "ablate"):
+        assert list((trained / stage).glob("shrunk*/summary.json")), stage
+    assert "takes a margin that each feature learns off" in (trained / "report" / "report.md").read_text()
+    dictionary = load_dictionary(trained / "train" / MADE_UP / "strength0.4")
+    x_BxD = np.random.default_rng(0).normal(size=(9, dictionary.config.d_in)).astype(np.float32)
+    projected = (x_BxD - np.asarray(dictionary.b_dec_D[...])) @ np.asarray(dictionary.W_enc_DxF[...])
+    pre = projected + np.asarray(dictionary.b_enc_F[...]) - np.asarray(dictionary.margin_F[...])
+    np.testing.assert_allclose(dictionary.encode(x_BxD), np.maximum(pre, 0), rtol=1e-4, atol=1e-4)
+    assert np.any(np.asarray(dictionary.margin_F[...]) > 0)
+
+
+def test_a_user_who_forgets_the_file_is_told(trained, inputs, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    changes = dict(SETTINGS, plugins="")
+    output = runs.finish(runs.start("evaluate", runs.small_flags(*inputs, tmp_path / "run", **changes)), 2)
+    assert "shrunk" in output and "expected one of" in output and "Traceback" not in output
+
+
+def test_killed_it_ends_with_the_same_bits(trained, inputs, tmp_path):
+    """The kill strikes between the first checkpoint and the end."""
+    changes = SETTINGS | dict(train__epochs=400, train__checkpoint_every=20)
+    folders = [tmp_path / "whole", tmp_path / "broken"]
+    for folder in folders:
+        folder.mkdir()
+        for stage in ("baseline", "capture"):
+            shutil.copytree(trained / stage, folder / stage)
+    whole, broken = (runs.start("train", runs.small_flags(*inputs, folder, **changes)) for folder in folders)
+    saved = folders[1] / "train" / MADE_UP / "checkpoints"
+    while broken.poll() is None and not any(child.name.isdigit() for child in saved.glob("*")):
+        time.sleep(0.05)
+    time.sleep(random.Random(0).uniform(0.1, 0.5))
+    broken.send_signal(signal.SIGKILL)
+    broken.communicate()
+    assert not (folders[1] / "train" / MADE_UP / "summary.json").exists(), "it was done before the kill"
+    runs.finish(whole)
+    output = runs.finish(runs.start("train", runs.small_flags(*inputs, folders[1], **changes)))
+    assert "resuming shrunk at step" in output
+    assert runs.dictionary_checksums(folders[0]) == runs.dictionary_checksums(folders[1])
