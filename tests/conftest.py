@@ -14,6 +14,11 @@ os.environ["XLA_FLAGS"] += (
 ) * (not os.environ.get("SAEJAX_FULL_COMPILER"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import shapes
+
+if os.environ.get("SAEJAX_CHECK_SHAPES"):
+    shapes.install(listed=os.environ["SAEJAX_CHECK_SHAPES"] == "list")
+
 from pathlib import Path
 
 import jax
@@ -32,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process works on one alone at the end."""
     longest = ["test_processes.py", "test_attribute_processes.py", "test_meshes.py", "test_loop.py", "test_inputs.py"]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The arrays that contradict their names, where they are listed."""
+    if shapes.CONTRADICTIONS.listed:
+        terminalreporter.section(f"{len(shapes.CONTRADICTIONS.listed)} arrays contradict their names")
+        for place, what in sorted(shapes.CONTRADICTIONS.listed.items()):
+            terminalreporter.write_line(f"{place} {what}")
 
 
 @pytest.fixture(scope="module", autouse=True)
