@@ -22,14 +22,13 @@ from saejax.causal.patching.cells import measurable
 from saejax.causal.replacements import Replacement
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
 from saejax.causal.stages import Tick, silent
-from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.parallel import sharding
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.scoring import bootstrap_mean
+from saejax.tasks.scoring import bootstrap_mean, bootstrap_means
 
 _ADVICE = "lower --patch.top or --patch.matches, raise --task.test_prompts"
 
@@ -132,7 +131,7 @@ class FeaturePatching:
             entry: dict[str, Any] = dict(effect=dict(mean=float(effect_1xP.mean()), low=low, high=high))
             entry["normalised"] = None
             if measured:
-                low_1, high_1 = bootstrap_ratios(effect_1xP, whole_P, config.bootstrap, config.seed)
+                low_1, high_1 = bootstrap_means(effect_1xP, config.bootstrap, config.seed, whole_P)
                 share = float(effect_1xP.mean() / whole_P.mean())
                 entry["normalised"] = dict(mean=share, low=float(low_1[0]), high=float(high_1[0]))
             found[direction] = entry
