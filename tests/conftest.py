@@ -1,6 +1,14 @@
 """Eight CPU devices for every test, strict broadcasting, and the models that many tests share."""
 
 import os
+import sys
+from pathlib import Path
+
+if sys.dont_write_bytecode and not os.environ.get("NOPYC"):
+    # Dozens of processes import the same libraries, and compiling them is half of the work of one that reads a model:
+    # where the environment forbids that Python keeps what it compiled beside the sources, it is kept in build/.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(__file__).parent.parent / "build" / "pycache")
+    os.environ |= dict(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=sys.pycache_prefix)
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,13 +21,17 @@ os.environ["XLA_FLAGS"] += (
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
 ) * (not os.environ.get("SAEJAX_FULL_COMPILER"))
 os.environ["HF_HUB_OFFLINE"] = "1"
+if os.environ.get("JC"):
+    os.environ |= dict(
+        JAX_COMPILATION_CACHE_DIR=os.environ["JC"],
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+    )
 
 import shapes
 
 if os.environ.get("SAEJAX_CHECK_SHAPES"):
     shapes.install(listed=os.environ["SAEJAX_CHECK_SHAPES"] == "list")
-
-from pathlib import Path
 
 import jax
 import numpy as np
