@@ -21,10 +21,10 @@ import torch
 from saejax import load_dictionary, load_model
 from saejax.causal import ablation
 from saejax.causal.split import SplitModel
+from saejax.costs.passes import head_flops, pass_flops
 from saejax.dictionaries import Dictionary
 from saejax.models import source
 from saejax.models.sites import Site
-from saejax.preflight.costs import head_flops, pass_flops
 from saejax.settings import BEHAVIOURS
 from saejax.tasks.behaviours import Prompt, make_prompts
 
@@ -97,9 +97,9 @@ def measure(split: SplitModel, prompts: Sequence[Prompt], features: Sequence[int
 
 def work(split: SplitModel, plain: PlainLoop, features: int, diffs: ablation.LogitDiffs) -> tuple[float, float]:
     """Floating-point operations of ours and of the hooks."""
-    config = split.cut.config
+    config = split.point.config
     texts, length = plain.shape
-    below = Site.parse(str(split.cut.site)).layer + 1
+    below = Site.parse(str(split.point.site)).layer + 1
     head = pass_flops(config, texts * length, length, below)
     tail = pass_flops(config, diffs.tokens, length, config.n_layers - below)
     one = pass_flops(config, texts * length, length, config.n_layers) + head_flops(config, texts * length)

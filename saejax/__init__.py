@@ -9,12 +9,13 @@ from typing import Any
 _HOMES = {
     "load_model": "saejax.models.language_model",
     "load_dictionary": "saejax.dictionaries",
+    "load_results": "saejax.results",
     "load_transcoders": "saejax.dictionaries",
     "save_dictionary": "saejax.dictionaries",
     "save_transcoders": "saejax.dictionaries",
     "SiteEdit": "saejax.models.site_edits",
-    "trace": "saejax.attribution.attribute",
-    "trace_gradient": "saejax.attribution.gradient",
+    "trace": "saejax.attribution.trace.prompt",
+    "trace_gradient": "saejax.attribution.trace.gradient",
 }
 __all__ = list(_HOMES)
 

@@ -17,25 +17,26 @@ from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel import AgreedStop, from_first_process, is_first_process, make_mesh
+from saejax.results import from_json, to_json
 from saejax.tasks.behaviours import Prompt, read_prompts
 from saejax.workspace import Run, read_json, write_json
 
-Tick = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
+OnProgress = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
 _SAY_EVERY = 5.0  # seconds
 
 
 class Measured(NamedTuple):
     """The results of a part, and what to say of them in a line."""
 
-    results: dict[str, Any]
-    said: str
+    results: Any  # a class of results
+    message: str
 
 
-Measure = Callable[[str, Tick], Measured]  # of the part of this name
+Measure = Callable[[str, OnProgress], Measured]  # of the part of this name
 
 
 def silent(done: int, total: int) -> None:
-    """A ``Tick`` that does nothing."""
+    """A ``OnProgress`` that does nothing."""
 
 
 def load_run_model(run: Run) -> LanguageModel:
@@ -87,22 +88,24 @@ def partial_folder(run: Run, part: str) -> Path:
 
 
 def each_part(
-    run: Run, parts: Sequence[str], begin: Callable[[], Measure], unit: str = "tokens"
-) -> dict[str, dict[str, Any]]:
+    run: Run, parts: Sequence[str], begin: Callable[[], Measure], results: Any = Any, unit: str = "tokens"
+) -> dict[str, Any]:
     """The results of all parts, in their order: those kept from an earlier run, and the others measured.
 
     Args:
       run: of the stage.
       parts: their names, which are names of files.
       begin: called once if a part is left; gives what measures one, and writes what else the part keeps.
-      unit: what ticks count, for messages.
+      results: the class of a part's results; Any: they are plain JSON data.
+      unit: what it counts, for messages.
 
     Raises:
       Interrupted: asked to stop; parts that were finished are kept.
     """
     # The first process says what is there: it may write the next one before another has looked.
     there = from_first_process(np.array([part_file(run, part).exists() for part in parts], np.int32))
-    found = {part: read_json(part_file(run, part)) for part, done in zip(parts, there, strict=True) if done}
+    kept = {part: part_file(run, part) for part, done in zip(parts, there, strict=True) if done}
+    found = {part: from_json(results, read_json(path), path) for part, path in kept.items()}
     for part in found:
         _drop_partial(run, part)
     if found:
@@ -113,11 +116,11 @@ def each_part(
     for number, part in enumerate(parts, 1):
         if part not in found:
             label = f"{run.stage}: {part} ({number} of {len(parts)})"
-            found[part], said = measure(part, progress(run, label, stop, unit))
+            found[part], message = measure(part, progress(run, label, stop, unit))
             if is_first_process():
-                write_json(part_file(run, part), found[part])  # last: it says that the part is done
+                write_json(part_file(run, part), to_json(found[part]))  # last: it says that the part is done
                 _drop_partial(run, part)
-            run.say(f"{label}: {said}")
+            run.say(f"{label}: {message}")
     return {part: found[part] for part in parts}
 
 
@@ -127,20 +130,20 @@ def _drop_partial(run: Run, part: str) -> None:
         shutil.rmtree(partial_folder(run, part))
 
 
-def progress(run: Run, label: str, stop: AgreedStop, unit: str = "tokens") -> Tick:
+def progress(run: Run, label: str, stop: AgreedStop, unit: str = "tokens") -> OnProgress:
     """A function that says, now and then, how far it is, and raises ``Interrupted`` when the run is to stop."""
-    start = said = time.monotonic()
+    start = last = time.monotonic()
 
-    def tick(done: int, total: int) -> None:
-        nonlocal start, said
+    def on_progress(done: int, total: int) -> None:
+        nonlocal start, last
         if stop():
             raise Interrupted(f"{label}: stopped; what was measured is kept: run the same command to go on")
         now = time.monotonic()
         if not done:
             start = now
-        elif now - said > _SAY_EVERY and done < total:
+        elif now - last > _SAY_EVERY and done < total:
             speed = done / max(now - start, 1e-9)
             run.say(f"{label}: {done:,} of {total:,} {unit}, {speed:,.0f}/s, {(total - done) / speed:.0f} s to go")
-            said = now
+            last = now
 
-    return tick
+    return on_progress

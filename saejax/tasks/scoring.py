@@ -9,29 +9,15 @@ prompts an error rate of up to 14 % would still give that in one sample of twent
 draws how often each prompt comes, which is as likely, so that all resamples of all rows are one matrix product.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
+from saejax.results import Interval
+
 SEPARATION_LIMIT = 1e6  # stands for infinity, which JSON does not have
 _CHUNK = 8_000_000  # numbers held at once: 64 MB
 _ENDS = (0.025, 0.975)
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A figure and its 95 % bootstrap interval.
-
-    Attributes:
-      mean: the statistic on the values themselves (their mean, unless something else was asked for).
-      low: lower end of the interval.
-      high: upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
 
 
 def bootstrap(

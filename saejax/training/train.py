@@ -1,12 +1,12 @@
 """The train stage: a stack of dictionaries of one kind on sites of a captured store."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from saejax.activations.batches import Parts, sites_of, steps_per_epoch
 from saejax.activations.store import Store
@@ -14,6 +14,7 @@ from saejax.activations.stream import ModelStream
 from saejax.config import identity, to_json
 from saejax.dictionaries import DictionaryConfig, save_dictionary
 from saejax.dictionaries.formats import own
+from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError, one_of
 from saejax.models.sites import KINDS as SITE_KINDS
 from saejax.parallel import describe, is_first_process, make_mesh, sharding
@@ -24,13 +25,14 @@ from saejax.training.inputs import Input, make_input
 from saejax.training.loop import Metrics, train
 from saejax.training.members import Member, members
 from saejax.training.model_input import FromModel, buffer_order, open_stream
+from saejax.training.results import TrainResults
 from saejax.training.scales import site_scales
 from saejax.training.step import Trainer, TrainState
 from saejax.training.writers import make_writers
 from saejax.workspace import Run
 
 
-def run_train(run: Run) -> dict:
+def run_train(run: Run) -> TrainResults:
     """Trains the members of kind ``run.name`` and writes them to ``run.folder``.
 
     Writes ``checkpoints/``, ``metrics.jsonl`` and, for each member, ``dictionary/`` (in a folder of the member's name
@@ -49,7 +51,7 @@ def run_train(run: Run) -> dict:
     dictionary = describe_stack(config, run.name, store, stack)
     per_epoch = _steps_per_epoch(config, store, parts)
     steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
-    check_divides(config, dictionary, len(stack), mesh)
+    check_divides(config, dictionary, len(stack), mesh.shape)
     trainer = Trainer(config, dictionary, stack, mesh, steps, site_scales(store, config, stack, parts))
     with Checkpoints(run.folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
         state, metrics = _train(run, trainer, store, parts, steps, checkpoints)
@@ -62,7 +64,7 @@ def run_train(run: Run) -> dict:
         if is_first_process():
             (folder / own.DESCRIPTION).unlink(missing_ok=True)  # of a run killed between here and its summary
         save_dictionary(folder, trainer.finish(state, index))
-    return dict(
+    return TrainResults(
         kind=run.name,
         steps=steps,
         tokens=steps * config.batch,
@@ -70,7 +72,7 @@ def run_train(run: Run) -> dict:
         seconds=metrics.seconds,
         members=results,
         mesh=describe(mesh),
-        **(dict(best_checkpoint=best_step) if config.best else {}),
+        best_checkpoint=best_step if config.best else None,
     )
 
 
@@ -112,10 +114,10 @@ def _train(
     return state, metrics
 
 
-def _member_results(trainer: Trainer, metrics: Metrics, dead_M: np.ndarray) -> list[dict]:
+def _member_results(trainer: Trainer, metrics: Metrics, dead_M: np.ndarray) -> tuple[TrainedMember, ...]:
     """What the summary says of each member."""
-    return [
-        dict(
+    return tuple(
+        TrainedMember(
             name=member.name,
             site=member.site,
             target=member.target,
@@ -126,7 +128,7 @@ def _member_results(trainer: Trainer, metrics: Metrics, dead_M: np.ndarray) -> l
             final=metrics.last(member.name),
         )
         for member, scale, dead in zip(trainer.members, trainer.scales, dead_M, strict=True)
-    ]
+    )
 
 
 def chosen_sites(config: TrainConfig, captured: Sequence[str]) -> list[str]:
@@ -232,17 +234,16 @@ def _steps_per_epoch(config: TrainConfig, store: Store | ModelStream, parts: Par
     return per_epoch
 
 
-def check_divides(config: TrainConfig, dictionary: DictionaryConfig, members: int, mesh: Mesh) -> None:
+def check_divides(config: TrainConfig, dictionary: DictionaryConfig, members: int, axes: Mapping[str, int]) -> None:
     """A ``UserError`` unless the mesh divides the batch, the features and the members of a stack."""
-    if config.batch % mesh.shape["data"]:
+    if config.batch % axes["data"]:
+        raise UserError(f"--train.batch={config.batch} is not divisible by the {axes['data']} devices on the data axis")
+    if dictionary.n_features % axes["model"]:
+        raise UserError(f"{dictionary.n_features} features are not divisible by --mesh.model={axes['model']}")
+    if members % axes["member"]:
+        devices = math.prod(axes.values())
+        fitting = [n for n in range(1, devices + 1) if members % n == 0 and devices % n == 0]
         raise UserError(
-            f"--train.batch={config.batch} is not divisible by the {mesh.shape['data']} devices on the data axis"
-        )
-    if dictionary.n_features % mesh.shape["model"]:
-        raise UserError(f"{dictionary.n_features} features are not divisible by --mesh.model={mesh.shape['model']}")
-    if members % mesh.shape["member"]:
-        fitting = [n for n in range(1, mesh.devices.size + 1) if members % n == 0 and mesh.devices.size % n == 0]
-        raise UserError(
-            f"--mesh.member={mesh.shape['member']} does not divide the stack's {members} members: with "
-            f"{mesh.devices.size} devices it can be {', '.join(map(str, fitting))}"
+            f"--mesh.member={axes['member']} does not divide the stack's {members} members: with {devices} devices it "
+            f"can be {', '.join(map(str, fitting))}"
         )

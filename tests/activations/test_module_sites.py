@@ -17,7 +17,8 @@ from saejax.config import define_flags, from_flags
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.models import source
-from saejax.settings import GROUPS, ModelConfig
+from saejax.settings import ModelConfig
+from saejax.stages import GROUPS
 
 SITES = (
     "module:transformer.h.1.mlp.dense_4h_to_h",
@@ -52,9 +53,7 @@ def bloom_setup(bloom, tmp_path_factory):
 def test_an_architecture_that_the_decoder_does_not_know(bloom, bloom_setup):
     store, results = bloom_setup.capture("bloom", sites=SITES)
     assert store.sites == SITES
-    assert {name: facts["d"] for name, facts in results["sites"].items()} == dict(
-        zip(SITES, (32, 128, 32), strict=True)
-    )
+    assert {name: facts.d for name, facts in results.sites.items()} == dict(zip(SITES, (32, 128, 32), strict=True))
     model = source.load_torch_model(source.resolve(ModelConfig(path=str(bloom))))
     values = {}
 

@@ -1,0 +1,148 @@
+"""Supernodes of a graph: groups of nodes that do one thing together, named by hand or found by ``cluster``.
+
+All is linear, so what a group does to another is the sum of the edges between their nodes (``collapse``).
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saejax.attribution.graph.data import GraphData
+from saejax.errors import UserError
+from saejax.settings.attribution import CLUSTER, GraphConfig
+from saejax.tasks.files import decode, read_bytes
+
+_GROUPS = '{"paris": [["cities", "3_17_4", "5_208_4"]]}, or a state that the page saved'
+
+
+class Supernode(NamedTuple):
+    """A group of nodes, as places in the graph's table, under a name."""
+
+    label: str
+    nodes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collapsed:
+    """A graph whose nodes are groups, and the nodes that are in none.
+
+    Attributes:
+      labels: names of the groups, then ids of the other nodes in the graph's order.
+      members: the nodes of each, as places in the graph's table.
+      weight_UxU: float64 sums of the edges from one to another, targets by sources; 0 within a group.
+    """
+
+    labels: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+    weight_UxU: np.ndarray
+
+
+def collapse(graph: GraphData, supernodes: Sequence[Supernode]) -> Collapsed:
+    """Sums a graph's edges between groups; edges within a group are left out.
+
+    Edges can go both ways between two groups whose layers overlap.
+
+    Raises:
+      UserError: a node is in two groups.
+    """
+    check_apart(graph, supernodes)
+    grouped = {node for group in supernodes for node in group.nodes}
+    ids = graph.ids
+    alone = [node for node in range(len(ids)) if node not in grouped]
+    members = [group.nodes for group in supernodes] + [(node,) for node in alone]
+    unit_N = np.empty(len(ids), np.int64)
+    for unit, nodes in enumerate(members):
+        unit_N[list(nodes)] = unit
+    source_E, target_E, weight_E = graph.edges()
+    weight_UxU = np.zeros((len(members), len(members)))
+    np.add.at(weight_UxU, (unit_N[target_E], unit_N[source_E]), weight_E)
+    np.fill_diagonal(weight_UxU, 0)
+    labels = [group.label for group in supernodes] + [ids[node] for node in alone]
+    return Collapsed(tuple(labels), tuple(members), weight_UxU)
+
+
+def named(graph: GraphData, groups: Sequence[Sequence[str]]) -> list[Supernode]:
+    """The groups of Neuronpedia's ``qParams.supernodes``, each a label and ids of nodes.
+
+    Raises:
+      UserError: the graph has no node of an id, or a node is in two groups.
+    """
+    place = {node_id: node for node, node_id in enumerate(graph.ids)}
+    found = []
+    for label, *members in groups:
+        unknown = [member for member in members if member not in place]
+        if unknown:
+            raise UserError(
+                f"the supernode {label!r} names {unknown[0]!r}, and no node of the graph has that id: was it made of "
+                "another prompt, or is it pruned away?"
+            )
+        found.append(Supernode(label, tuple(place[member] for member in members)))
+    check_apart(graph, found)
+    return found
+
+
+def as_groups(graph: GraphData, supernodes: Sequence[Supernode]) -> list[list[str]]:
+    """The form of Neuronpedia's ``qParams.supernodes``: of each the label, then the ids of its nodes."""
+    ids = graph.ids
+    return [[group.label, *(ids[node] for node in group.nodes)] for group in supernodes]
+
+
+def check_apart(graph: GraphData, supernodes: Sequence[Supernode]) -> None:
+    """A ``UserError`` if a node is in two groups, or twice in one."""
+    owner: dict[int, str] = {}
+    for label, nodes in supernodes:
+        for node in nodes:
+            if node in owner:
+                raise UserError(
+                    f"the node {graph.ids[node]!r} is in the supernodes {owner[node]!r} and {label!r}: expected "
+                    "it in one, once"
+                )
+            owner[node] = label
+
+
+def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[list[str]]]:
+    """The supernodes of a file that ``--graph.supernodes`` names, by graph: of each its label and the ids of its nodes.
+
+    The file holds supernodes by graph, "*" for all others; or what the page saves, its state or the whole graph.
+
+    Args:
+      slugs: the graphs of this run.
+
+    Raises:
+      UserError: the file cannot be read, is no such file, or is for none of these graphs.
+    """
+    if config.supernodes in ("", CLUSTER):
+        return {}
+    path = Path(config.supernodes)
+    text = decode(read_bytes(path, "--graph.supernodes", f"name a file of supernodes, or {CLUSTER!r}"), path)
+    found = _by_graph(text)
+    if not all(map(_are_groups, found.values())) or not found:
+        raise UserError(f"{path} holds no supernodes: expected {_GROUPS}")
+    if not {"*", *slugs} & set(found):
+        raise UserError(f"{path} has supernodes for {', '.join(found)}: expected {', '.join(slugs)}, or * for all")
+    return {slug: found.get(slug, found.get("*", [])) for slug in slugs}
+
+
+def _by_graph(text: str) -> dict[str, Any]:
+    """What stands for each graph in a file of supernodes, whatever it is."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    params, metadata = found.get("qParams"), found.get("metadata")
+    if isinstance(params, dict) and isinstance(metadata, dict):  # a whole graph
+        return {str(metadata.get("slug", "*")): params.get("supernodes")}
+    return {"*": found.get("supernodes")} if "pinnedIds" in found else found
+
+
+def _are_groups(groups: Any) -> bool:
+    """Whether this is a list of labels with ids behind them."""
+    return isinstance(groups, list) and all(
+        isinstance(group, list) and len(group) > 1 and all(isinstance(part, str) for part in group) for group in groups
+    )

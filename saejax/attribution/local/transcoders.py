@@ -1,0 +1,148 @@
+"""The transcoders of all layers of a model, read layer by layer and row by row.
+
+Where they come from makes no difference here: a circuit-tracer set, Gemma Scope's files, our own checkpoints, or
+dictionaries that are in memory already. Of a set on disk nothing but descriptions is kept, and the layer read last.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.attribution.local.dictionaries import LayerDictionaries, check_dictionary, check_width
+from saejax.dictionaries import Dictionary, formats
+from saejax.dictionaries.formats import circuit_tracer, gemma_scope, own
+from saejax.dictionaries.formats import circuit_tracer_settings as description
+from saejax.errors import UserError
+from saejax.models import source
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import LanguageModel
+from saejax.models.sites import Site
+
+_ADDRESS = re.compile(r"hf://(?P<repository>[^/]+/[^/]+)/(?P<file>[^?]+)(\?revision=(?P<revision>.+))?")
+
+
+class LayerTranscoders(LayerDictionaries):
+    """A transcoder for every layer, from layer 0."""
+
+    @classmethod
+    def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "LayerTranscoders":
+        """The set of some transcoders that are in memory, in the order of layers."""
+        return cls(name, [dictionary.config for dictionary in dictionaries], dictionaries.__getitem__)
+
+    def check(self, model: LanguageModel) -> "LayerTranscoders":
+        """The set, if it belongs to a model.
+
+        Raises:
+          UserError: it lacks a layer, has another width, or was trained on another model or at other sites.
+        """
+        self.check_shape(model.config, model.source.name)
+        for layer, config in enumerate(self.configs):
+            check_dictionary(config, model, f"{self.name}, layer {layer}: the transcoder")
+        return self
+
+    def check_shape(self, model: DecoderConfig, name: str) -> "LayerTranscoders":
+        """The set, if it has a transcoder for each layer of a model of this name and shape.
+
+        Raises:
+          UserError: it lacks a layer, has another width, or reads and predicts other sites.
+        """
+        layers = [Site.parse(config.target).layer if config.target else -1 for config in self.configs]
+        missing = sorted(set(range(model.n_layers)) - set(layers))
+        if missing or layers != list(range(model.n_layers)):
+            told = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
+            raise UserError(f"{self.name} has {told}: expected one for each layer of {name}, 0 to {model.n_layers - 1}")
+        for layer, config in enumerate(self.configs):
+            check_width(config, model, name, f"{self.name}, layer {layer}: the transcoder")
+            if (config.site, config.target) != (f"mlp_in.{layer}", f"mlp_out.{layer}"):
+                raise UserError(
+                    f"{self.name}, layer {layer}: the transcoder reads {config.site} and predicts {config.target}: "
+                    f"expected mlp_in.{layer} and mlp_out.{layer}"
+                )
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """What a graph says of the set."""
+        first = self.configs[0]
+        own = dict(name=self.name, revision=self.revision, reads=self.reads, layers=len(self.configs))
+        return own | dict(kind=first.kind, n_features=first.n_features, skip=first.skip, model=first.model)
+
+
+def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = "") -> LayerTranscoders:
+    """Opens a set of transcoders, of which no array is read yet.
+
+    Args:
+      path: a circuit-tracer set, Gemma Scope's files, a folder of folders with our own dictionaries or SAELens ones; or
+        the hub id of a repository with such.
+      revision: branch, tag or commit of a hub repository.
+      subfolder: where in it the set is.
+
+    Raises:
+      UserError: there is none, it lacks a layer, or it is damaged.
+    """
+    name, folder, commit = find_folder(str(path), revision, subfolder)
+    if (folder / formats.SET).exists():
+        return _listed(name, folder, commit)
+    if files := gemma_scope.find_layers(folder):
+        return _gemma_scope(name, files, gemma_scope.before_gain(files), commit, "")
+    inside = sorted(child for child in folder.iterdir() if child.is_dir())
+    places = [place for child in inside for place in (child, child / "dictionary")]
+    places = [place for place in places if (place / own.DESCRIPTION).exists()]
+    if not places:
+        return LayerTranscoders.of(formats.load_transcoders(folder), name)
+    configs = [own.read_config(place) for place in places]
+    layers = [Site.parse(config.target or config.site).layer for config in configs]
+    order = sorted(range(len(layers)), key=layers.__getitem__)
+    return LayerTranscoders(name, [configs[i] for i in order], lambda layer: own.load(places[order[layer]]))
+
+
+def find_folder(path: str, revision: str, subfolder: str) -> tuple[str, Path, str]:
+    """The name of a set, its folder, which is fetched from the hub if need be, and the commit there."""
+    name = f"{path}/{subfolder}" if subfolder else path
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return name, local / subfolder, ""
+    if local.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"there is no folder {path} of transcoders: expected one, or a hub id such as org/name")
+    prefix = f"{subfolder}/" if subfolder else ""
+    files = [f"{prefix}{pattern}" for pattern in (formats.SET, "layer_*.safetensors", *(["*"] if subfolder else []))]
+    root = source.hub_folder(path, revision, files, what="set of transcoders")
+    return name, root / subfolder, root.name
+
+
+def _listed(name: str, folder: Path, commit: str) -> LayerTranscoders:
+    """A set with a description of circuit-tracer's; its files may be elsewhere on the hub."""
+    settings = description.read(folder / formats.SET)
+    before_gain = description.reads_before_gain(settings)
+    files = description.layer_files(folder, settings, _fetched)
+    if files and files[0].suffix == ".npz":
+        return _gemma_scope(name, files, before_gain, commit, str(settings.get("model_name") or ""))
+    opened = circuit_tracer.open_set(folder, "mlp_in" if before_gain else "", fetch=_fetched)
+
+    def rows(layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
+        return opened.tensors[layer][name].map()[features_U]
+
+    reads = "mlp_normed" if before_gain else "mlp_in"
+    return LayerTranscoders(name, opened.configs, opened.load, rows, reads, commit)
+
+
+def _gemma_scope(name: str, files: Sequence[Path], before_gain: bool, commit: str, model: str) -> LayerTranscoders:
+    configs = [gemma_scope.read_config(file, layer, model) for layer, file in enumerate(files)]
+    reads = "mlp_normed" if before_gain else "mlp_in"
+    return LayerTranscoders(
+        name, configs, lambda layer: gemma_scope.load(files[layer], configs[layer]), None, reads, commit
+    )
+
+
+def _fetched(address: str) -> Path:
+    """The file of an address such as "hf://org/name/layer_0.safetensors?revision=main"."""
+    found = _ADDRESS.fullmatch(address)
+    if not found:
+        raise UserError(f"{address} is no file on the hub: expected hf://org/name/file")
+    from huggingface_hub import hf_hub_download
+
+    repository, file, revision = found["repository"], found["file"], found["revision"] or "main"
+    with source.hub_errors(repository, revision, "set of transcoders", file, "a transcoder"):
+        return Path(hf_hub_download(repository, file, revision=revision))

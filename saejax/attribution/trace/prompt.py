@@ -1,0 +1,150 @@
+"""From a prompt to its attribution graph."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saejax.attribution.graph import Graph
+from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
+from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
+from saejax.attribution.trace.rounds import attributed, graph_of
+from saejax.attribution.trace.row_store import Put
+from saejax.attribution.trace.rows import RowTracer
+from saejax.attribution.trace.sources import Sources
+from saejax.attribution.trace.targets import Readouts, Target, read_targets
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import Tokens
+
+
+class Traced(NamedTuple):
+    """A graph, the replacement model that it is of, and what it explains."""
+
+    graph: Graph
+    replacement: Replacement
+    readouts: Readouts
+
+
+def trace(
+    model: LanguageModel,
+    transcoders: LayerTranscoders | Sequence[Dictionary] | str | Path,
+    prompt: str | Sequence[int],
+    **options: Any,
+) -> Graph:
+    """The attribution graph of a prompt: that of ``trace_prompt``, which has the same arguments."""
+    return trace_prompt(model, transcoders, prompt, **options).graph
+
+
+def trace_prompt(
+    model: LanguageModel,
+    transcoders: LayerTranscoders | Sequence[Dictionary] | str | Path,
+    prompt: str | Sequence[int],
+    *,
+    targets: Sequence[Target] = (),
+    max_logits: int = 10,
+    logit_mass: float = 0.95,
+    max_features: int | None = None,
+    bias_nodes: bool = True,
+    prepend: bool = True,
+    round_rows: int = 2048,
+) -> Traced:
+    """Traces a prompt.
+
+    Args:
+      model: the language model.
+      transcoders: one for each layer: an open set, dictionaries in memory, or what ``open_transcoders`` opens.
+      prompt: the text, or its token ids, which are taken as they are.
+      targets: what is explained: tokens, as ids or texts of one token; pairs of them, for the difference of their
+        logits; ``Direction``s. None: the most probable next tokens.
+      max_logits: most tokens that are explained, if no targets are named; 1 or more.
+      logit_mass: of the most probable tokens as few as have this probability together, 0 to 1.
+      max_features: most features that get nodes, the most influential ones; None: all active ones.
+      bias_nodes: whether biases, and the MLP's output at the first position, get nodes, so that sums are complete.
+      prepend: put the tokenizer's first special token before a text that begins with none. At the first position no
+        feature is used.
+      round_rows: with ``max_features``, features that are attributed between two rankings.
+
+    Returns:
+      The whole graph, its local replacement model, and the targets.
+
+    Raises:
+      UserError: set, model, prompt or targets do not go together, or the graph does not fit into the free memory; the
+        message says why.
+    """
+    dictionaries = _opened(transcoders)
+    check_max_features(max_features)
+    ids_P = prompt_ids(model, prompt, prepend)
+    replacement = _run(model, dictionaries, ids_P, max_features, len(targets) or max_logits)
+    readouts = read_targets(replacement, targets, max_logits, logit_mass)
+    sources = Sources.of(replacement, bias_nodes)
+    active = replacement.active
+    count = min(max_features or len(active), len(active))
+    rows = RowTracer(replacement, sources, count + len(readouts.labels))
+
+    def fill(new_F: np.ndarray | None, put: Put) -> None:
+        if new_F is None:
+            rows(readouts.layer_K, readouts.position_K, readouts.vector_KxD, put, in_stream=True)
+        else:
+            rows(active.layer_A[new_F], active.position_A[new_F], replacement.encoder_rows(new_F), put)
+
+    chosen_F, store = attributed(replacement, len(sources.nodes), readouts, fill, count, round_rows)
+    settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
+    graph = graph_of(replacement, sources.nodes, readouts, chosen_F, store, prompt, settings)
+    return Traced(graph, replacement, readouts)
+
+
+def _opened(transcoders: LayerTranscoders | Sequence[Dictionary] | str | Path) -> LayerTranscoders:
+    if isinstance(transcoders, str | Path):
+        return open_transcoders(transcoders)
+    return transcoders if isinstance(transcoders, LayerTranscoders) else LayerTranscoders.of(transcoders)
+
+
+def _run(
+    model: LanguageModel, dictionaries: LayerTranscoders, ids_P: np.ndarray, max_features: int | None, logits: int
+) -> Replacement:
+    """The local replacement model; memory is looked at before it is made, and again when its features are counted."""
+    dictionaries.check(model)
+    first = dictionaries.configs[0]
+    size = GraphSize(model.config, first, certain_active(first), max_features, logits)
+    check_room(size, len(ids_P), model.mesh)
+    replacement = Replacement.of(model, dictionaries, ids_P)
+    density = len(replacement.active) / (model.config.n_layers * (len(ids_P) - 1))
+    check_room(dataclasses.replace(size, active=density), len(ids_P), model.mesh)
+    return replacement
+
+
+def prompt_ids(model: LanguageModel, prompt: str | Sequence[int], prepend: bool) -> np.ndarray:
+    """Token ids of a prompt, int32 [P].
+
+    Args:
+      model: whose tokenizer reads a text.
+      prompt: the text, or its token ids, which are taken as they are.
+      prepend: put the tokenizer's first special token before a text that begins with none.
+
+    Raises:
+      UserError: there are none, more than the model reads, or one that it does not know.
+    """
+    if not len(prompt):
+        raise UserError("the prompt is empty: expected a text, or token ids")
+    if not isinstance(prompt, str):
+        ids_P = np.asarray(prompt, np.int32).reshape(-1)
+    else:
+        ids_P = model.tokenize([prompt]).ids_BxT[0]
+        tokenizer = model.tokenizer
+        first = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
+        first = [token for token in first if token is not None]
+        if prepend and first and not set(ids_P[:1].tolist()) & set(tokenizer.all_special_ids):
+            ids_P = np.concatenate([first[:1], ids_P]).astype(np.int32)
+    Tokens(ids_P[None], np.array([len(ids_P)], np.int32)).check(model.config.vocab, model.config.context)
+    return ids_P
+
+
+def check_max_features(max_features: int | None) -> None:
+    """A ``UserError`` unless it is None or a number of features."""
+    if max_features is not None and max_features < 1:
+        raise UserError(f"max_features is {max_features}: expected 1 or more")

@@ -1,0 +1,99 @@
+"""What stands in place of a feature's activation when the feature is removed.
+
+- ``zero``: nothing.
+- ``mean``: its mean over the positions of some prompts, at every position that the dictionary reads.
+- ``random``: where it fires, its activation at another position at which it fires, drawn from the tested prompts of the
+  same clean run; a feature that fires at one position only keeps its activation there.
+- ``counterpart``: its activation at the same position of the prompt's counterpart; 0 where that is an attention sink.
+
+What a source gives does not depend on which features are removed together, so that what a set changes is the sum of
+what its features change.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+WORDS = dict(
+    zero="its activation is set to zero",
+    mean="its activation is set, at every position, to its mean over the train prompts",
+    random="where it fires, its activation is replaced by that at another position at which it fires, drawn at random",
+    counterpart="its activation is replaced by that at the same position of the prompt's counterpart",
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ActivationSource:
+    """Where the activations that stand in place of removed ones come from.
+
+    Attributes:
+      kind: which (static).
+      mean_F: for ``mean``, of every feature.
+      seed: for ``random``, of the draws, an integer array [].
+    """
+
+    kind: str = dataclasses.field(default="zero", metadata=dict(static=True))
+    mean_F: jax.Array | None = None
+    seed: jax.Array | None = None
+
+    def changes(self, f_PxTxF: jax.Array, other_PxTxF: jax.Array, domain_PxT: jax.Array) -> jax.Array:
+        """Where a feature's activation may become another, bool.
+
+        Args:
+          f_PxTxF: all features of some prompts, 0 outside the dictionary's domain.
+          other_PxTxF: those of the prompts' counterparts.
+          domain_PxT: True at positions that the dictionary reads.
+        """
+        if self.kind in ("mean", "counterpart"):
+            stands_in = self._means(f_PxTxF) if self.kind == "mean" else other_PxTxF
+            return domain_PxT[:, :, None] & (f_PxTxF != stands_in)
+        return f_PxTxF != 0
+
+    def removed(
+        self,
+        f_BxTxK: jax.Array,
+        other_BxTxK: jax.Array,
+        domain_BxT: jax.Array,
+        features_K: jax.Array,
+        prompts: jax.Array,
+    ) -> jax.Array:
+        """By how much the activations of K features fall, [B, T, K].
+
+        Args:
+          f_BxTxK, other_BxTxK, domain_BxT: as for ``changes``, of all prompts of a clean run.
+          features_K: the features.
+          prompts: how many of the B rows are prompts; the others are copies.
+        """
+        if self.kind == "zero":
+            return f_BxTxK
+        if self.kind == "random":
+            return f_BxTxK - self._drawn(f_BxTxK, features_K, prompts)
+        stands_in = self._means(f_BxTxK, features_K) if self.kind == "mean" else other_BxTxK
+        return jnp.where(domain_BxT[:, :, None], f_BxTxK - stands_in, 0.0)  # not at sinks, though the other may be none
+
+    def _means(self, f_BxTxK: jax.Array, features_K: jax.Array | None = None) -> jax.Array:
+        assert self.mean_F is not None
+        mean_K = self.mean_F if features_K is None else self.mean_F[features_K]
+        return mean_K.astype(f_BxTxK.dtype)[None, None, :]
+
+    def _drawn(self, f_BxTxK: jax.Array, features_K: jax.Array, prompts: jax.Array) -> jax.Array:
+        """Where a feature fires, its activation at another position at which it does; elsewhere its own."""
+        assert self.seed is not None
+        key = jax.random.key(self.seed)
+        shape = f_BxTxK.shape
+        f_NxK = f_BxTxK.reshape(-1, shape[-1])
+        own_N = jnp.arange(len(f_NxK)) < prompts * shape[1]
+        fires_NxK = (f_NxK != 0) & own_N[:, None]
+        place_NxK = jnp.argsort(~fires_NxK, axis=0, stable=True)  # the firing positions come first, in their order
+        rank_NxK = jnp.cumsum(fires_NxK, axis=0) - 1
+        others_1xK = fires_NxK.sum(axis=0, keepdims=True) - 1
+        # Draws of each feature by itself, so that they are the same whatever features it is gathered with.
+        unit_NxK = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(key, k), (len(f_NxK),)), out_axes=1)(
+            features_K
+        )
+        drawn_NxK = jnp.minimum((unit_NxK * others_1xK).astype(jnp.int32), jnp.maximum(others_1xK - 1, 0))
+        drawn_NxK = jnp.where(drawn_NxK >= rank_NxK, drawn_NxK + 1, drawn_NxK)  # any but its own
+        found_NxK = jnp.take_along_axis(f_NxK, jnp.take_along_axis(place_NxK, drawn_NxK, axis=0), axis=0)
+        return jnp.where(fires_NxK & (others_1xK > 0), found_NxK, f_NxK).reshape(shape)

@@ -1,0 +1,63 @@
+"""Models made of others: where they are kept, and those with random weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from saejax import load_model
+from saejax.errors import UserError
+from saejax.models import model_cache, source
+from saejax.settings import ModelConfig
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_cache_is_in_the_home_folder_unless_told_otherwise(monkeypatch):
+    monkeypatch.setenv("SAEJAX_CACHE", "~/there")
+    assert model_cache.cache_folder() == Path.home() / "there"
+    monkeypatch.delenv("SAEJAX_CACHE")
+    assert model_cache.cache_folder() == Path.home() / ".cache" / "saejax"
+
+
+def test_a_random_model_has_all_but_the_weights(tiny_llama, cache):
+    drawn = source.resolve(ModelConfig(path=f"random:{tiny_llama}"), decoder=True)
+    own = source.resolve(ModelConfig(path=str(tiny_llama)))
+    assert drawn.name == f"random:{tiny_llama}" and drawn.folder.parent == cache
+    assert drawn.fingerprint != own.fingerprint
+    theirs, ours = (load_file(found.folder / "model.safetensors") for found in (own, drawn))
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    matrices = [name for name, value in ours.items() if value.ndim == 2]
+    assert len(matrices) > 7
+    for name in matrices:
+        assert np.abs(np.corrcoef(ours[name].ravel(), theirs[name].ravel())[0, 1]) < 0.1, name
+    lm, trained = load_model(f"random:{tiny_llama}"), load_model(str(tiny_llama))
+    tokens = lm.tokenize(["The cat near the dogs"])
+    np.testing.assert_array_equal(tokens.ids_BxT, trained.tokenize(["The cat near the dogs"]).ids_BxT)
+    assert np.isfinite(lm(tokens).logits_BxTxV).all()
+
+
+def test_it_is_drawn_once_and_needs_no_weights(tiny_llama, cache, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tiny_llama.iterdir():
+        if path.suffix != ".safetensors":
+            (copy / path.name).write_bytes(path.read_bytes())
+    first = source.resolve(ModelConfig(path=f"random:{copy}"))
+    written = (first.folder / "model.safetensors").stat().st_mtime_ns
+    assert source.resolve(ModelConfig(path=f"random:{copy}")) == first
+    assert (first.folder / "model.safetensors").stat().st_mtime_ns == written
+    tensors = load_file(first.folder / "model.safetensors")
+    save_file({name: value * 0 for name, value in tensors.items()}, first.folder / "model.safetensors")
+    assert source.resolve(ModelConfig(path=f"random:{copy}")) == first  # damaged, so it was drawn again: the same
+
+
+def test_bad_paths(cache, tmp_path):
+    for path, message in [("random:./nowhere", "no model folder"), (f"random:{tmp_path}", "no config.json")]:
+        with pytest.raises(UserError, match=message):
+            source.resolve(ModelConfig(path=path))
