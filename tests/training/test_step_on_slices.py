@@ -8,6 +8,8 @@ import pytest
 from saejax.preflight.costs import step_flops
 from saejax.preflight.programs import Program
 
+from saejax.costs.passes import step_flops
+from saejax.costs.programs import Program
 from saejax.dictionaries import DictionaryConfig
 from saejax.parallel import make_mesh
 from saejax.preflight import topology
