@@ -1,4 +1,4 @@
-"""Writes the sources of the site: the guides where they stand in the repository, the notebook, a reference page a package.
+"""Writes the sources of the site: guides where they stand in the repository, the notebook, a reference page a package.
 
 ``python docs/pages.py FOLDER``; `make docs` then has Sphinx build the site from that folder.
 """
@@ -64,7 +64,7 @@ def from_notebook(path: Path) -> str:
 
 
 def reference() -> dict[str, str]:
-    """The text of each page by its name: what ``saejax`` itself offers, then the packages, and the modules beside them."""
+    """The text of each page by its name: the names of ``saejax`` itself, then its packages and modules."""
     import saejax
 
     package = ROOT / "saejax"

@@ -80,22 +80,9 @@ def main() -> None:
         (place / "prompts.jsonl").write_text(PROMPTS.strip())
         run(binaries / "python", "-c", MODEL, "model", cwd=place, PYTHONPATH=str(ROOT / "tests"))
         run(binaries / "python", "-c", LIBRARY, cwd=place, WHERE=str(environment))
-        flags = (
-            "--task.behaviours=",
-            "--task.prompts=prompts.jsonl",
-            "--task.train_prompts=1",
-            "--task.test_prompts=1",
-        )
-        run(binaries / "saejax-baseline", "--workdir=run", "--model.path=model", *flags, cwd=place)
-        run(
-            binaries / "python",
-            "-m",
-            "saejax.experiments.baseline",
-            "--workdir=run",
-            "--model.path=model",
-            *flags,
-            cwd=place,
-        )
+        flags = ("--workdir=run", "--model.path=model", "--task.behaviours=", "--task.prompts=prompts.jsonl")
+        run(binaries / "saejax-baseline", *flags, cwd=place)
+        run(binaries / "python", "-m", "saejax.experiments.baseline", *flags, cwd=place)  # finds it done
         if not (place / "run/baseline/summary.json").exists():
             sys.exit("check_wheel: saejax-baseline wrote no summary")
 

@@ -16,6 +16,7 @@ ORDER = [
     "stages",
     "preflight",
     "ground_truth",
+    "library",
     "reporting",
     "analysis",
     "attribution",
