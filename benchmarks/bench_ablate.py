@@ -97,9 +97,9 @@ def measure(split: SplitModel, prompts: Sequence[Prompt], features: Sequence[int
 
 def work(split: SplitModel, plain: PlainLoop, features: int, diffs: ablation.LogitDiffs) -> tuple[float, float]:
     """Floating-point operations of ours and of the hooks."""
-    config = split.cut.config
+    config = split.point.config
     texts, length = plain.shape
-    below = Site.parse(str(split.cut.site)).layer + 1
+    below = Site.parse(str(split.point.site)).layer + 1
     head = pass_flops(config, texts * length, length, below)
     tail = pass_flops(config, diffs.tokens, length, config.n_layers - below)
     one = pass_flops(config, texts * length, length, config.n_layers) + head_flops(config, texts * length)

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import saejax
-from saejax.attribution.costs import row_flops
-from saejax.attribution.graph import FEATURE, Graph
-from saejax.attribution.transcoders import TranscoderSet
+from saejax.attribution.graph.graph import FEATURE, Graph
+from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.trace.costs import row_flops
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 

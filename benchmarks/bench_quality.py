@@ -139,9 +139,7 @@ def measure_ours(kind: str, theirs: Sequence[dict], store: Store, args: argparse
     run_stage("train", args, train__kinds=kind, **{f"train__{name}": value for name, value in flags.items()})
     trained = args.folder / "run" / "train" / kind
     members = stacks.members(trained)
-    found = [
-        dict(setting=member["name"]) | scored(load_dictionary(trained / member["name"]), store) for member in members
-    ]
+    found = [dict(setting=member.name) | scored(load_dictionary(trained / member.name), store) for member in members]
     return sorted(found, key=lambda scores: scores["l0"])
 
 

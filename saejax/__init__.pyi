@@ -1,8 +1,8 @@
 """The names of the library: editors and type checkers read them here, and ``__init__.py`` where to load them from."""
 
-from saejax.attribution.attribute import trace as trace
-from saejax.attribution.gradient import trace_gradient as trace_gradient
-from saejax.attribution.graph import Graph as Graph
+from saejax.attribution.graph.graph import Graph as Graph
+from saejax.attribution.trace.gradient import trace_gradient as trace_gradient
+from saejax.attribution.trace.prompt import trace as trace
 from saejax.dictionaries import Dictionary as Dictionary
 from saejax.dictionaries import load_dictionary as load_dictionary
 from saejax.dictionaries import load_transcoders as load_transcoders
@@ -21,4 +21,5 @@ from saejax.library.dictionaries import train as train
 from saejax.models.language_model import LanguageModel as LanguageModel
 from saejax.models.language_model import load_model as load_model
 from saejax.models.site_edits import SiteEdit as SiteEdit
+from saejax.results import load_results as load_results
 from saejax.tasks.behaviours import Prompt as Prompt

@@ -19,7 +19,7 @@ from absl import flags
 
 from saejax import config
 from saejax.errors import CheckFailed, Interrupted, UserError
-from saejax.settings import GROUPS
+from saejax.stages import GROUPS, STAGES, groups_of
 
 _DISK = {
     errno.ENOSPC: "the disk is full: free space, then run again",
@@ -89,11 +89,11 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
 
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
     """What the binary does, and every flag that its stages read, with its default."""
-    from saejax.stages import STAGES
-
-    read = [
-        group for group in GROUPS if any(group in (*STAGES[stage].groups, *STAGES[stage].placement) for stage in stages)
-    ]
+    read = {
+        name
+        for stage in map(STAGES.__getitem__, stages)
+        for name in (*groups_of(stage), *map(config.group_name, stage.placement))
+    }
     lines = [
         about,
         "",
@@ -104,7 +104,7 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
         "  --debug  show the traceback of bad input too",
         "  --deterministic  the same bits on a GPU at every run",
     ]
-    for group in read:
+    for group in filter(read.__contains__, GROUPS):
         lines += ["", f"{group}: {(GROUPS[group].__doc__ or '').strip()}"]
         for field in dataclasses.fields(GROUPS[group]):
             flag = flag_values[f"{group}.{field.name}"]

@@ -1,6 +1,6 @@
 """Configuration: frozen dataclasses that validate themselves, and the flags made from them.
 
-A *group* is one frozen dataclass, such as ``TrainConfig``, under a name, such as ``train``. Each of
+A *group* is one frozen dataclass, such as ``TrainConfig``, whose name is that of the class, ``train``. Each of
 its fields is made with ``setting`` and becomes the flag ``--train.<field>``. Field types are str, int,
 float, bool and ``tuple[...]`` of those (written as a comma-separated list on the command line).
 """
@@ -63,6 +63,11 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{field.name} is {value}: expected at most {high}")
     if choices is not None and value not in choices:
         raise UserError(f"{field.name} is {value!r}: expected one of {', '.join(map(str, choices))}")
+
+
+def group_name(group: type) -> str:
+    """The name of a group, and of its flags: "train" of ``TrainConfig``."""
+    return group.__name__.removesuffix("Config").lower()
 
 
 def to_json(config: Any) -> dict[str, Any]:

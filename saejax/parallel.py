@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saejax.errors import UserError
+from saejax.results import MeshShape
 from saejax.settings import MeshConfig
 
 AXES = ("member", "data", "model")
@@ -116,9 +117,7 @@ class AgreedStop:
         return self._stopping()
 
 
-def describe(mesh: Mesh) -> dict:
+def describe(mesh: Mesh) -> MeshShape:
     """The mesh for a summary: device kinds, axis sizes, processes."""
     kinds = sorted({device.device_kind for device in mesh.devices.flat})
-    return dict(
-        devices=math.prod(mesh.devices.shape), kinds=kinds, axes=dict(mesh.shape), processes=jax.process_count()
-    )
+    return MeshShape(math.prod(mesh.devices.shape), tuple(kinds), dict(mesh.shape), jax.process_count())

@@ -1,8 +1,6 @@
 """The stages of a run, one after the other: found finished, resumed, or done anew."""
 
 import contextlib
-import dataclasses
-import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +9,13 @@ from typing import Any
 
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
-from saejax.models.sites import ModuleSite
-from saejax.settings import BASES
-from saejax.stages import STAGES, Configs
+from saejax.results import to_json
+from saejax.stage import Configs, Stage, load
+from saejax.stages import STAGES, groups_of
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
 
 
-class Plan:
+class Workplan:
     """The units of a configuration and their fingerprints.
 
     Args:
@@ -27,10 +25,7 @@ class Plan:
     def __init__(self, configs: Configs):
         self.configs = configs
         self._marks: dict[str, str] = {}
-
-    def units(self, stage: str) -> list[str]:
-        """The stage's units, as "stage" or "stage/name"."""
-        return [f"{stage}/{name}" if name else stage for name in STAGES[stage].names(self.configs)]
+        self._sources: dict[Any, str] = {}
 
     def needs(self, unit: str) -> list[str]:
         """The units that a unit reads."""
@@ -46,56 +41,19 @@ class Plan:
         """The unit's fingerprint: a hash of its settings, of the units it reads and of the files from outside."""
         if unit not in self._marks:
             stage, _, name = unit.partition("/")
-            data = dict(
-                unit=unit,
-                settings={group: configuration.identity(self.configs[group], name) for group in STAGES[stage].groups},
-                needs={need: self.mark(need) for need in self.needs(unit)},
-                sources={source: self._source(source, name) for source in STAGES[stage].sources},
-            )
+            settings = {group: configuration.identity(self.configs[group], name) for group in groups_of(STAGES[stage])}
+            needs = {need: self.mark(need) for need in self.needs(unit)}
+            data = dict(unit=unit, settings=settings, needs=needs, sources=self._read(STAGES[stage], name))
             self._marks[unit] = fingerprint(data)
         return self._marks[unit]
 
-    def _source(self, source: str, name: str) -> str:
-        key = f"<{source}/{name}>" if source == "benchmark" else f"<{source}>"
-        if key not in self._marks:
-            if source == "model":
-                decoder = not all(map(ModuleSite.names, self.configs["capture"].sites))
-                resolve = importlib.import_module("saejax.models.source").resolve
-                mark = resolve(self.configs[source], decoder).fingerprint
-            elif source == "shapes":
-                mark = importlib.import_module("saejax.preflight.shapes").identity(self.configs)
-            elif source == "units":
-                asked = [
-                    unit for stage in ("ablate", "patch", "probe", "study", "attribute") for unit in self.units(stage)
-                ]
-                mark = fingerprint(asked)
-            elif source == "initial":
-                folder = self.configs["train"].init_from
-                mark = importlib.import_module("saejax.training.initial").identity(folder) if folder else ""
-            elif source == "bases":
-                folders = [name for name in self.configs["ablate"].baselines if name not in BASES]
-                identity = importlib.import_module("saejax.training.initial").identity
-                mark = fingerprint([identity(folder) for folder in folders])
-            elif source == "stream":
-                mark = self._stream() if self.configs["train"].source == "model" else ""
-            elif source == "graph":
-                mark = importlib.import_module("saejax.attribution.requests").identity(self.configs["graph"])
-            elif source == "prompts":
-                mark = importlib.import_module("saejax.tasks.own_prompts").identity(self.configs["task"])
-            elif source == "benchmark":
-                mark = importlib.import_module("saejax.tasks.benchmarks").identity(name, self.configs["task"])
-            else:
-                mark = importlib.import_module("saejax.tasks.corpora").identity(self.configs[source])
-            self._marks[key] = mark
-        return self._marks[key]
-
-    def _stream(self) -> str:
-        """What training straight from the model depends on beside its own settings."""
-        capture = dataclasses.replace(self.configs["capture"], sites=())  # those of training are read
-        settings = [
-            configuration.identity(config) for config in (self.configs["model"], self.configs["corpus"], capture)
-        ]
-        return fingerprint([self._source("model", ""), self._source("corpus", ""), settings])
+    def _read(self, stage: Stage, name: str) -> dict[str, str]:
+        """Fingerprints of what a unit reads from outside; what units share is looked at once."""
+        for identity in stage.identity.values():
+            if identity not in self._sources:
+                self._sources[identity] = identity(self.configs)
+        shared = {source: self._sources[identity] for source, identity in stage.identity.items()}
+        return shared | {source: identity(self.configs, name) for source, identity in stage.unit_identity.items()}
 
 
 def run_stages(
@@ -120,18 +78,18 @@ def run_stages(
     """
     for stage in stages:
         one_of(stage, STAGES, "stage")
-    workspace, plan = Workspace(workdir), Plan(configs)
-    if not any(plan.units(stage) for stage in stages):
+    workspace, plan = Workspace(workdir), Workplan(configs)
+    if not any(STAGES[stage].units(configs) for stage in stages):
         raise UserError(f"{', '.join(stages)} has nothing to do with these settings: --help says what to name")
     with workspace.lock() if configs["mesh"].process_id == 0 else contextlib.nullcontext():  # the first one holds it
         for stage in stages:
-            for unit in plan.units(stage):
+            for unit in STAGES[stage].units(configs):
                 if stopping():
                     raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
                 _run_unit(workspace, plan, unit, say, stopping)
 
 
-def _run_unit(workspace: Workspace, plan: Plan, unit: str, say: Callable, stopping: Callable) -> None:
+def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, stopping: Callable) -> None:
     stage, _, name = unit.partition("/")
     mark = plan.mark(unit)
     if workspace.finished(stage, name, mark):
@@ -141,24 +99,23 @@ def _run_unit(workspace: Workspace, plan: Plan, unit: str, say: Callable, stoppi
     _join_processes(stage, plan.configs)
     folder, found = workspace.begin(stage, name, mark) if _first(plan) else (workspace.folder(stage, name), "")
     if plan.configs["mesh"].processes > 1:  # no process may read what the first one moves away
-        importlib.import_module("saejax.parallel").wait_for_all(f"{unit} begun")
+        load("saejax.parallel:wait_for_all")(f"{unit} begun")
     if found and found != "resumed":
         say(f"{unit}: settings or inputs changed; the old result was moved to {found}")
     say(f"{unit}: {'going on' if found == 'resumed' else 'started'}")
     started, clock = now(), time.monotonic()
-    module, function = STAGES[stage].function.split(":")
     run = Run(stage, name, folder, plan.configs, inputs, lambda line: say(f"  {unit}: {line}"), stopping)
-    results = getattr(importlib.import_module(module), function)(run)
+    results = load(STAGES[stage].run)(run)
     seconds = round(time.monotonic() - clock, 2)
     if _first(plan):
-        summary = _describe(plan, stage, inputs) | dict(start=started, seconds=seconds, results=results)
+        summary = _describe(plan, stage, inputs) | dict(start=started, seconds=seconds, results=to_json(results))
         workspace.finish(stage, name, mark, summary)
     say(f"{unit}: done in {seconds:.1f} s")
 
 
-def _describe(plan: Plan, stage: str, inputs: Mapping[str, Path]) -> dict[str, Any]:
+def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """What a summary says of settings, inputs, versions and devices."""
-    read = (*STAGES[stage].groups, *STAGES[stage].placement)
+    read = (*groups_of(STAGES[stage]), *map(configuration.group_name, STAGES[stage].placement))
     return dict(
         config={group: configuration.to_json(plan.configs[group]) for group in read},
         inputs={need: plan.mark(need) for need in inputs},
@@ -178,11 +135,11 @@ def _devices() -> dict[str, Any] | None:
     return dict(count=jax.device_count(), kinds=kinds, processes=jax.process_count())
 
 
-def _first(plan: Plan) -> bool:
+def _first(plan: Workplan) -> bool:
     return plan.configs["mesh"].process_id == 0
 
 
-def _input_folder(workspace: Workspace, plan: Plan, unit: str, need: str) -> Path:
+def _input_folder(workspace: Workspace, plan: Workplan, unit: str, need: str) -> Path:
     stage, _, name = need.partition("/")
     if not workspace.finished(stage, name, plan.mark(need)):
         exists = (workspace.folder(stage, name) / SUMMARY).exists()

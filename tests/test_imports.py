@@ -13,7 +13,6 @@ ORDER = [
     "experiments",
     "command",
     "pipeline",
-    "stages",
     "preflight",
     "ground_truth",
     "library",
@@ -28,7 +27,10 @@ ORDER = [
     "dictionaries",
     "models",
     "parallel",
+    "results",
     "workspace",
+    "stages",
+    "stage",
     "settings",
     "config",
     "errors",
@@ -73,8 +75,9 @@ def test_torch_is_imported_in_few_places(path):
     assert not uses or str(path.relative_to(ROOT)) in TORCH_MAY_BE_IN
 
 
-def test_importing_saejax_is_light():
-    code = "import sys, saejax; print(sorted({'jax', 'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["saejax", "saejax.stages"])
+def test_importing_is_light(module):
+    code = f"import sys, {module}; print(sorted({{'jax', 'torch', 'transformers', 'matplotlib'}} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

@@ -7,7 +7,7 @@ import pytest
 
 from saejax import pipeline
 from saejax.errors import Interrupted, UserError
-from saejax.settings import GROUPS
+from saejax.stages import GROUPS
 
 ALL = ["preflight", "baseline", "capture", "train/topk", "train/standard", "evaluate/topk", "evaluate/standard"]
 ALL += ["ablate/topk", "report"]
@@ -30,7 +30,7 @@ def fake_stage(run) -> dict:
 @pytest.fixture(autouse=True)
 def fake_stages(monkeypatch):
     stages = {
-        name: dataclasses.replace(stage, function=f"{__name__}:fake_stage", sources=())
+        name: dataclasses.replace(stage, run=f"{__name__}:fake_stage", identity={}, unit_identity={})
         for name, stage in pipeline.STAGES.items()
     }
     monkeypatch.setattr(pipeline, "STAGES", stages)

@@ -17,6 +17,7 @@ from saejax.activations.buffers import ShardBuffers
 from saejax.activations.documents import COLUMNS, SPLITS, Documents, make_documents
 from saejax.activations.plan import Batch, Plan
 from saejax.activations.reader import Reader
+from saejax.activations.results import CapturedSite, CaptureResults, SinkCounts
 from saejax.activations.store import DTYPES
 from saejax.activations.wanted import Wanted, read_wanted
 from saejax.activations.writer import StoreWriter
@@ -54,7 +55,7 @@ class _Progress:
         return self._done / (time.monotonic() - self._start) if self._done else 0.0
 
 
-def run_capture(run: Run) -> dict:
+def run_capture(run: Run) -> CaptureResults:
     """Records activations of the corpus and of the behaviours' train prompts into a store in ``run.folder``.
 
     Finished shards of a run that was stopped or killed are kept; the store comes out the same.
@@ -89,9 +90,13 @@ def run_capture(run: Run) -> dict:
     writer.finish(_manifest(run, model_source, plan, described, counts))
     _say_sinks(run, described)
     size = DTYPES[config.store_dtype].itemsize
-    return dict(
+    return CaptureResults(
         sites={
-            name: dict(rows=plan.rows, bytes=plan.rows * facts["d"] * size, **facts)
+            name: CapturedSite(
+                rows=plan.rows,
+                bytes=plan.rows * facts["d"] * size,
+                **facts | dict(sinks=SinkCounts(**facts["sinks"])),
+            )
             for name, facts in described.items()
         },
         **counts,

@@ -97,7 +97,7 @@ class Store:
         """The sink rule: rows with a larger norm are attention sinks."""
         return self._site(site)["max_norm"]
 
-    def sinks(self, site: str) -> dict[str, float]:
+    def sinks(self, site: str) -> dict[str, Any]:
         """What the sink rule drops, both splits together.
 
         Returns:

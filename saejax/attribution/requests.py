@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.supernode_files import CLUSTER
+from saejax.attribution.groups.supernode_files import CLUSTER
 from saejax.errors import UserError, one_of
 from saejax.models.identity import content
 from saejax.settings import GraphConfig
@@ -78,16 +78,10 @@ def unit_name(config: GraphConfig) -> str:
     return _slug_of(config.prompt or "-".join(map(str, config.token_ids)))
 
 
-def seen(config: GraphConfig) -> str:
-    """A mark of what can be known of prompts and transcoders while nothing is fetched or trained yet."""
-    folder = Path(config.transcoders).expanduser() / config.subfolder
-    return fingerprint([*_given_files(config), bool(config.transcoders) and folder.is_dir()])
-
-
 def identity(config: GraphConfig) -> str:
     """A fingerprint of the files that graphs are made from beside the model's: dictionaries, prompts, supernodes."""
     if config.transcoders:
-        from saejax.attribution.transcoders import find_folder  # the stage's own imports take seconds
+        from saejax.attribution.local.transcoders import find_folder  # the stage's own imports take seconds
 
         _, folder, commit = find_folder(config.transcoders, config.revision, config.subfolder)
         folders = [folder]

@@ -30,7 +30,7 @@ from saejax.causal.replacements import Replacement
 from saejax.causal.rows import Prompts, RowBatch, all_different, batches_of, first_changes
 from saejax.causal.split import CleanRun, SplitModel
 from saejax.errors import UserError
-from saejax.models.incremental import Tree
+from saejax.models.tree import Tree
 from saejax.settings import READOUTS
 
 _IN_FLIGHT = 2  # batches that the device works on while the host waits for an earlier one
@@ -163,10 +163,10 @@ class Work(NamedTuple):
         if plain:
             first_SxP = np.zeros((len(sets), count), np.int64)
         else:
-            first_BxF = np.asarray(first_change(split.cut, split.graph, split.state, *source.arrays))
+            first_BxF = np.asarray(first_change(split.point, split.dictionary, *source.arrays))
             first_SxP = first_changes(first_BxF[:count], sets)
             first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
-        shards = split.cut.mesh.shape["data"]
+        shards = split.point.mesh.shape["data"]
         return cls(source, prompts, batches_of(first_SxP, prompts, sets, batch_rows * length, FEATURES, shards))
 
 
@@ -199,8 +199,8 @@ def _measure(
             real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
             if not np.isfinite(values_SxRxM[real_SxR]).all():
                 raise UserError(
-                    f"a logit difference after an edit at {split.cut.site} is not finite: the model or the dictionary "
-                    "holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+                    f"a logit difference after an edit at {split.point.site} is not finite: the model or the "
+                    "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
                 )
             chunks.add(values_SxRxM)
             done += batch.tokens * len(batch.shards)
@@ -217,19 +217,19 @@ def _dispatched(
             continue
         run = source.run
         end_BxD, past = split.past(run)
-        logp_BxV = clean_logp(split.cut, split.params, end_BxD) if readouts else None
+        logp_BxV = clean_logp(split.point, split.params, end_BxD) if readouts else None
         bank, features_K = None, None
         for batch in left:
             if features_K is not batch.features_K:
                 features_K = batch.features_K
                 removed_BxTxK, W_dec_KxD = gather(
-                    split.cut, split.graph, split.state, *source.arrays, features_K, len(run.index_P)
+                    split.point, split.dictionary, *source.arrays, features_K, len(run.index_P)
                 )
                 bank = Bank(run.stream_BxTxD, run.value_BxTxD, removed_BxTxK, W_dec_KxD, past, logp_BxV)
             tree, rows = batch.filled(prompts, sets)
             placed = Tree(*split.by_row(*tree))
             others = split.by_row(*rows, run.answers_Bx2[tree.place_SxR])
-            yield run_rows(split.cut, split.params, bank, placed, *others)
+            yield run_rows(split.point, split.params, bank, placed, *others)
 
 
 def lagging(items: Iterable) -> Iterator:

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from saejax.causal.cut import Cut
 from saejax.causal.replacements import Replacement
 from saejax.causal.split import active_features, of_features
+from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.models import decoder
-from saejax.models.incremental import Past, Tree
+from saejax.models.split import SplitPoint
+from saejax.models.tree import Past, Tree
 from saejax.parallel import fitting_sharding, sharding
 
 
@@ -31,9 +31,9 @@ class Bank(NamedTuple):
     logp_BxV: jax.Array | None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def first_change(
-    cut: Cut, graph: nnx.GraphDef, state: nnx.State, replacement: Replacement, arrays: Sequence[jax.Array]
+    point: SplitPoint, dictionary: Basis, replacement: Replacement, arrays: Sequence[jax.Array]
 ) -> jax.Array:
     """The first position at which removing each feature changes anything, int32 [B, F]; T where it changes nothing.
 
@@ -44,19 +44,18 @@ def first_change(
     position_T = jnp.arange(length, dtype=jnp.int32)
 
     def first(f_PxTxF: jax.Array, domain_PxT: jax.Array, *others: jax.Array) -> jax.Array:
-        other_PxTxF = active_features(graph, state, *others) if others else f_PxTxF
+        other_PxTxF = active_features(dictionary, *others) if others else f_PxTxF
         changes_PxTxF = replacement.changes(f_PxTxF, other_PxTxF, domain_PxT)
         return jnp.min(jnp.where(changes_PxTxF, position_T[None, :, None], jnp.int32(length)), axis=1)
 
-    first_BxF = of_features(graph, state, [*arrays[:2], *arrays[1:]], first)
-    return jax.lax.with_sharding_constraint(first_BxF, sharding(cut.mesh))
+    first_BxF = of_features(dictionary, [*arrays[:2], *arrays[1:]], first)
+    return jax.lax.with_sharding_constraint(first_BxF, sharding(point.mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def gather(
-    cut: Cut,
-    graph: nnx.GraphDef,
-    state: nnx.State,
+    point: SplitPoint,
+    dictionary: Basis,
     replacement: Replacement,
     arrays: Sequence[jax.Array],
     features_K: jax.Array,
@@ -72,23 +71,23 @@ def gather(
     def chosen(f_PxTxF: jax.Array) -> jax.Array:
         return f_PxTxF[:, :, features_K]
 
-    f_BxTxK = of_features(graph, state, arrays[:2], chosen)
-    other_BxTxK = of_features(graph, state, arrays[2:], chosen) if arrays[2:] else f_BxTxK
+    f_BxTxK = of_features(dictionary, arrays[:2], chosen)
+    other_BxTxK = of_features(dictionary, arrays[2:], chosen) if arrays[2:] else f_BxTxK
     removed_BxTxK = replacement.removed(f_BxTxK, other_BxTxK, arrays[1], features_K, prompts)
-    W_dec_KxD = nnx.merge(graph, state).W_dec_FxD[...][features_K]
-    return jax.lax.with_sharding_constraint((removed_BxTxK, W_dec_KxD), sharding(cut.mesh))
+    W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
+    return jax.lax.with_sharding_constraint((removed_BxTxK, W_dec_KxD), sharding(point.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def clean_logp(cut: Cut, params: decoder.Params, end_BxD: jax.Array) -> jax.Array:
+def clean_logp(point: SplitPoint, params: decoder.Params, end_BxD: jax.Array) -> jax.Array:
     """Log-probabilities of the next token after prompts without an edit, fp32 [B, V]."""
-    logp_BxV = jax.nn.log_softmax(decoder.unembed(cut.config, params, end_BxD))
-    return jax.lax.with_sharding_constraint(logp_BxV, sharding(cut.mesh))
+    logp_BxV = jax.nn.log_softmax(decoder.unembed(point.config, params, end_BxD))
+    return jax.lax.with_sharding_constraint(logp_BxV, sharding(point.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_rows(
-    cut: Cut,
+    point: SplitPoint,
     params: decoder.Params,
     bank: Bank,
     tree: Tree,
@@ -107,10 +106,10 @@ def run_rows(
     removed_SxNxK = jnp.where(tree.of_tokens(members_SxRxK), removed_SxNxK, jnp.zeros_like(removed_SxNxK))
     removed_SxNxD = matmul(removed_SxNxK, bank.W_dec_KxD)
     edited_SxNxD = (value_SxNxD.astype(removed_SxNxD.dtype) - removed_SxNxD).astype(value_SxNxD.dtype)
-    by_shard = fitting_sharding(cut.mesh, edited_SxNxD.shape, "data", None, None)
+    by_shard = fitting_sharding(point.mesh, edited_SxNxD.shape, "data", None, None)
     stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
-    x_SxNxD = cut.tail_of_tree(params, bank.past, tree, stream_SxNxD, edited_SxNxD)
+    x_SxNxD = point.tail_of_tree(params, bank.past, tree, stream_SxNxD, edited_SxNxD)
     x_RxD = jnp.take_along_axis(x_SxNxD, end_SxR[..., None], axis=1).reshape(-1, x_SxNxD.shape[-1])
     logp_RxV = None if bank.logp_BxV is None else bank.logp_BxV[tree.place_SxR.reshape(-1)]
-    values_RxM = cut.readouts(params, x_RxD, answers_SxRx2.reshape(-1, 2), logp_RxV)
-    return jax.lax.with_sharding_constraint(values_RxM.reshape(*end_SxR.shape, -1), sharding(cut.mesh))
+    values_RxM = point.readouts(params, x_RxD, answers_SxRx2.reshape(-1, 2), logp_RxV)
+    return jax.lax.with_sharding_constraint(values_RxM.reshape(*end_SxR.shape, -1), sharding(point.mesh))

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.causal.controls import FeatureStatistics
-from saejax.causal.cut import Cut
 from saejax.causal.split import CleanRun, SplitModel, of_features
+from saejax.dictionaries import Basis
 from saejax.errors import UserError
+from saejax.models.split import SplitPoint
 from saejax.parallel import sharding
 
 
@@ -30,7 +30,7 @@ def total(split: SplitModel, parts: Iterable[tuple[int, np.ndarray, np.ndarray]]
     Raises:
       UserError: a feature's activation is not finite.
     """
-    found = FeatureStatistics.total(parts, np.asarray(_norms(split.cut, split.graph, split.state), np.float64))
+    found = FeatureStatistics.total(parts, np.asarray(_norms(split.point, split.dictionary), np.float64))
     if not np.isfinite(found.sum_F).all():
         raise UserError(
             f"feature {int(np.argmin(np.isfinite(found.sum_F)))} has an activation that is not finite: the dictionary "
@@ -53,49 +53,53 @@ def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """
     rows_PxF = np.concatenate(
         [
-            np.asarray(_maxima(split.cut, split.graph, split.state, run.read_BxTxD, run.domain_BxT))[: len(run.index_P)]
+            np.asarray(_maxima(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT))[: len(run.index_P)]
             for run in runs
         ]
     )
     return rows_PxF[np.argsort(np.concatenate([run.index_P for run in runs]))]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _maxima(cut: Cut, graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
-    max_BxF = of_features(graph, state, (read_BxTxD, domain_BxT), lambda f_PxTxF: f_PxTxF.max(axis=1, initial=0.0))
-    return jax.lax.with_sharding_constraint(max_BxF, sharding(cut.mesh))
+@functools.partial(jax.jit, static_argnums=0)
+def _maxima(point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
+    max_BxF = of_features(dictionary, (read_BxTxD, domain_BxT), lambda f_PxTxF: f_PxTxF.max(axis=1, initial=0.0))
+    return jax.lax.with_sharding_constraint(max_BxF, sharding(point.mesh))
 
 
 def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Positions, and of each feature: at how many it fires, the sum of its sizes there, the sum of its activations."""
     kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
-    n, *sums = _count(split.cut, split.graph, split.state, run.read_BxTxD, run.domain_BxT, kept_B)
+    n, *sums = _count(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
     fires_F, size_F, total_F = (np.asarray(array) for array in sums)
     return int(n), fires_F, size_F, total_F.astype(np.float64)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _norms(cut: Cut, graph: nnx.GraphDef, state: nnx.State) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _norms(point: SplitPoint, dictionary: Basis) -> jax.Array:
     """Lengths of the features' directions, [F]."""
-    W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...].astype(jnp.float32)
-    return jax.lax.with_sharding_constraint(jnp.linalg.norm(W_dec_FxD, axis=1), sharding(cut.mesh))
+    W_dec_FxD = dictionary.W_dec_FxD[...].astype(jnp.float32)
+    return jax.lax.with_sharding_constraint(jnp.linalg.norm(W_dec_FxD, axis=1), sharding(point.mesh))
 
 
-def fires_and_sizes(graph: nnx.GraphDef, state: nnx.State, f: jax.Array) -> tuple[jax.Array, jax.Array]:
+def fires_and_sizes(dictionary: Basis, f: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Where activations [..., F] fire, and their sizes there; 0 elsewhere, but NaN where they are NaN."""
-    fires = nnx.merge(graph, state).fires(f)
+    fires = dictionary.fires(f)
     return fires, jnp.where(fires, jnp.abs(f), 0.0 * f)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _count(
-    cut: Cut, graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
+    point: SplitPoint,
+    dictionary: Basis,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    kept_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     domain_BxT = domain_BxT & kept_B[:, None]
 
     def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(array.sum(axis=1) for array in (*fires_and_sizes(graph, state, f_PxTxF), f_PxTxF))
+        return tuple(array.sum(axis=1) for array in (*fires_and_sizes(dictionary, f_PxTxF), f_PxTxF))
 
-    sums_BxF = of_features(graph, state, (read_BxTxD, domain_BxT), sums)
+    sums_BxF = of_features(dictionary, (read_BxTxD, domain_BxT), sums)
     counts = domain_BxT.sum(), *(array.sum(axis=0) for array in sums_BxF)
-    return jax.lax.with_sharding_constraint(counts, sharding(cut.mesh))
+    return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))

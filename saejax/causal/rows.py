@@ -2,7 +2,7 @@
 
 A *row* is one such pair: the prompt's tokens from the first that the set changes to the last. What stands at a token
 depends on the tokens before it and on what was changed there, so rows of one set whose prompts begin alike share their
-first tokens; each is run once (``incremental.Tree``).
+first tokens; each is run once (``tree.Tree``).
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from saejax.models.incremental import Tree
 from saejax.models.tokens import few_lengths
+from saejax.models.tree import Tree
 
 _STEP = 8  # rows and tokens are filled up to a multiple of this
 _PROGRAM = 16384  # tokens whose attention runs in the time in which a program of another shape is compiled, roughly

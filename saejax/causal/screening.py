@@ -9,7 +9,7 @@ the first-order estimate of how much L falls when the feature is removed, x_t ->
 counterpart are to take their place, f_{t,i} - g_{t,i} stands for f_{t,i}. Two other estimates have the same form and
 another slope in the gradient's place: ``integrated`` takes the mean gradient on the way from the clean value to that
 without any feature (or with the counterpart's), at the middles of 10 equal steps (integrated gradients; Sundararajan
-et al., 2017); ``relp`` goes back through the model by the rules of relevance patching (``DecoderConfig.backward``). The
+et al., 2017); ``relp`` goes back through the model by the rules of relevance patching (``RunRules.backward``). The
 estimate chooses the candidates; their effects are then measured exactly.
 """
 
@@ -20,13 +20,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from saejax.causal.cut import Cut
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
+from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
+from saejax.models.split import SplitPoint
 from saejax.parallel import sharding
 
 STEPS = 10  # of integrated gradients
@@ -56,7 +56,7 @@ def attribution(
       UserError: it is not finite.
     """
     backward = "relp" if estimate == "relp" else "gradient"
-    cut = dataclasses.replace(split.cut, config=dataclasses.replace(split.cut.config, backward=backward))
+    point = dataclasses.replace(split.point, rules=dataclasses.replace(split.point.rules, backward=backward))
     attribution_NxF = np.zeros((sum(len(run.index_P) for run in runs), _n_features(split)), np.float32)
     others: Sequence[CleanRun | None] = counterparts or [None] * len(runs)
     for run, other in zip(runs, others, strict=True):
@@ -65,18 +65,17 @@ def attribution(
             parts = [run.stream_BxTxD, run.value_BxTxD, run.read_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2]
             parts += [other.read_BxTxD, other.domain_BxT] if other else []
             attribution_BxF = score_features(
-                cut,
-                split.graph,
+                point,
                 points(estimate),
                 split.params,
-                split.state,
+                split.dictionary,
                 *split.by_row(*(part[own] for part in parts)),
             )
             index_P = run.index_P[own]
             attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
     if not np.isfinite(attribution_NxF).all():
         raise UserError(
-            f"the gradient of the logit difference with respect to {split.cut.site} is not finite: the model or the "
+            f"the gradient of the logit difference with respect to {split.point.site} is not finite: the model or the "
             "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
         )
     return attribution_NxF
@@ -89,16 +88,15 @@ def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
 
 
 def _n_features(split: SplitModel) -> int:
-    return nnx.merge(split.graph, split.state).config.n_features
+    return split.dictionary.config.n_features
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def score_features(
-    cut: Cut,
-    graph: nnx.GraphDef,
+    point: SplitPoint,
     points: int,
     params: decoder.Params,
-    state: nnx.State,
+    dictionary: Basis,
     stream_BxTxD: jax.Array,
     value_BxTxD: jax.Array,
     read_BxTxD: jax.Array,
@@ -108,15 +106,18 @@ def score_features(
     *counterparts: jax.Array,
 ) -> jax.Array:
     """The program behind ``attribution``, for one batch: [B, F]."""
-    removed_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
+    removed_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
     if counterparts:
-        other_BxTxF = active_features(graph, state, *counterparts)
+        other_BxTxF = active_features(dictionary, *counterparts)
         removed_BxTxF = jnp.where(domain_BxT[..., None], removed_BxTxF - other_BxTxF, jnp.zeros_like(removed_BxTxF))
-    W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
+    W_dec_FxD = dictionary.W_dec_FxD[...]
 
-    def slope(value_BxTxD: jax.Array) -> jax.Array:
+    def difference(value_BxTxD: jax.Array) -> jax.Array:
         # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-        return jax.grad(lambda value: cut.tail(params, stream_BxTxD, value, last_B, answers_Bx2).sum())(value_BxTxD)
+        x_BxTxD = point.tail(params, stream_BxTxD, value_BxTxD)
+        return point.difference(params, x_BxTxD, last_B, answers_Bx2).sum()
+
+    slope = jax.grad(difference)
 
     if points == 1:
         slope_BxTxD = slope(value_BxTxD)
@@ -124,7 +125,7 @@ def score_features(
         all_BxTxD = matmul(removed_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
         shares = (jnp.arange(points, dtype=value_BxTxD.dtype) + 0.5) / points
         slope_BxTxD = jax.lax.map(lambda share: slope(value_BxTxD - share * all_BxTxD), shares).mean(axis=0)
-    return jax.lax.with_sharding_constraint(weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD), sharding(cut.mesh))
+    return jax.lax.with_sharding_constraint(weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD), sharding(point.mesh))
 
 
 def weighted(f_BxTxF: jax.Array, slope_BxTxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:

@@ -8,16 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from saejax.causal.cut import Cut
 from saejax.causal.positions import where
-from saejax.dictionaries.modules import Dictionary
+from saejax.dictionaries import Basis
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.incremental import Past
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
+from saejax.models.split import SplitPoint
+from saejax.models.tree import Past
 from saejax.parallel import by_row, sharding, to_host
 from saejax.tasks.behaviours import Prompt
 
@@ -59,15 +58,15 @@ class SplitModel:
       error: "keep", or "drop": the clean run, too, goes through the dictionary, and what it cannot explain is gone.
 
     Attributes:
-      cut: where, static.
+      point: where, static.
       params: of the decoder.
-      graph, state: the dictionary, split; its arrays are on the model's devices.
+      dictionary: its arrays are on the model's devices.
 
     Raises:
       UserError: the dictionary belongs to another model, or its sites do not exist there.
     """
 
-    def __init__(self, model: LanguageModel, dictionary: Dictionary, positions: str = "all", error: str = "keep"):
+    def __init__(self, model: LanguageModel, dictionary: Basis, positions: str = "all", error: str = "keep"):
         reads = Site.parse(dictionary.site).check(model.config)
         writes = Site.parse(dictionary.config.target or dictionary.site).check(model.config)
         if writes != reads and (writes.layer != reads.layer or writes.kind in ("resid_pre", "resid_post")):
@@ -84,11 +83,10 @@ class SplitModel:
                 f"{dictionary.config.fingerprint}), but the model is {model.source.name} ({model.source.fingerprint}): "
                 "use the model it was trained on, or train one for this model"
             )
-        self.cut = Cut(model.config, writes, reads, model.mesh)
+        self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules)
         self.params = model.params
-        self.graph, state = nnx.split(dictionary)
         # By way of the host: the mesh may reach over processes that each loaded the dictionary, or hold parts of it.
-        self.state = jax.device_put(jax.tree.map(to_host, state), sharding(model.mesh))
+        self.dictionary = jax.device_put(jax.tree.map(to_host, dictionary), sharding(model.mesh))
         self._model, self._positions, self._error = model, positions, error
 
     def run(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
@@ -147,7 +145,7 @@ class SplitModel:
         """The stream leaving the last layer at each prompt's end [B, D], and keys and values of the tail's layers."""
         arrays = run.stream_BxTxD, run.value_BxTxD, run.last_B
         chunks = [slice(start, start + PROMPTS) for start in range(0, len(run.last_B), PROMPTS)]
-        parts = [record(self.cut, self.params, *self.by_row(*(array[own] for array in arrays))) for own in chunks]
+        parts = [record(self.point, self.params, *self.by_row(*(array[own] for array in arrays))) for own in chunks]
         if len(parts) == 1:
             return parts[0]
         ends, pasts = zip(*parts, strict=True)
@@ -161,10 +159,10 @@ class SplitModel:
         for first in range(0, len(ids_BxT), PROMPTS):
             own = slice(first, first + PROMPTS)
             rows = self.by_row(ids_BxT[own], last_B[own], wanted_BxT[own])
-            *part, finite_B = run_head(self.cut, self.graph, self._error, self.params, self.state, *rows)
+            *part, finite_B = run_head(self.point, self._error, self.params, self.dictionary, *rows)
             for row in np.flatnonzero(~np.asarray(finite_B))[:1]:
                 raise UserError(
-                    f"the value of {self.cut.site} is not finite in the prompt {texts[first + row]!r}: the "
+                    f"the value of {self.point.site} is not finite in the prompt {texts[first + row]!r}: the "
                     "model's weights hold NaN or it overflows; try --model.dtype=float32 or another model"
                 )
             parts.append(part)
@@ -172,7 +170,7 @@ class SplitModel:
 
     def by_row(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Puts arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
-        return by_row(self.cut.mesh, *arrays)
+        return by_row(self.point.mesh, *arrays)
 
 
 def prefixes(ids_PxT: np.ndarray) -> np.ndarray:
@@ -185,41 +183,39 @@ def prefixes(ids_PxT: np.ndarray) -> np.ndarray:
     return prefix_PxT
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def run_head(
-    cut: Cut,
-    graph: nnx.GraphDef,
+    point: SplitPoint,
     error: str,
     params: decoder.Params,
-    state: nnx.State,
+    dictionary: Basis,
     ids_BxT: jax.Array,
     last_B: jax.Array,
     wanted_BxT: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """The program of the head: stream, value and what is read [B, T, D], the domain [B, T], which are finite [B]."""
-    stream_BxTxD, value_BxTxD, read_BxTxD = cut.head(params, ids_BxT)
+    stream_BxTxD, value_BxTxD, read_BxTxD = point.head(params, ids_BxT)
     real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
-    dictionary = nnx.merge(graph, state)
     domain_BxT = real_BxT & dictionary.in_domain(read_BxTxD)
     finite_BxT = jnp.isfinite(value_BxTxD).all(axis=-1) & jnp.isfinite(read_BxTxD).all(axis=-1)
     if error == "drop":
-        rebuilt_BxTxD = dictionary(read_BxTxD).astype(value_BxTxD.dtype)
+        rebuilt_BxTxD = dictionary.decode(dictionary.encode(read_BxTxD), read_BxTxD).astype(value_BxTxD.dtype)
         value_BxTxD = jnp.where(domain_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
     found = stream_BxTxD, value_BxTxD, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
-    return jax.lax.with_sharding_constraint(found, sharding(cut.mesh))  # edited rows pick theirs from all of these
+    return jax.lax.with_sharding_constraint(found, sharding(point.mesh))  # edited rows pick theirs from all of these
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def record(
-    cut: Cut, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array, last_B: jax.Array
+    point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array, last_B: jax.Array
 ) -> tuple[jax.Array, Past]:
     """The program of ``SplitModel.past``."""
-    x_BxTxD, past = cut.record(params, stream_BxTxD, value_BxTxD)
+    x_BxTxD, past = point.record(params, stream_BxTxD, value_BxTxD)
     last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
-    return jax.lax.with_sharding_constraint((last_BxD, past), sharding(cut.mesh))
+    return jax.lax.with_sharding_constraint((last_BxD, past), sharding(point.mesh))
 
 
-def of_features(graph: nnx.GraphDef, state: nnx.State, arrays: Sequence[jax.Array], use: Callable) -> Any:
+def of_features(dictionary: Basis, arrays: Sequence[jax.Array], use: Callable) -> Any:
     """``use(f_PxTxF, *rest)`` of ``PROMPTS`` prompts at a time, put together: all features of all take gigabytes.
 
     Args:
@@ -227,12 +223,12 @@ def of_features(graph: nnx.GraphDef, state: nnx.State, arrays: Sequence[jax.Arra
       use: gives arrays with P rows.
     """
     chunks = [array.reshape(-1, PROMPTS, *array.shape[1:]) for array in arrays]
-    found = jax.lax.map(lambda chunk: use(active_features(graph, state, *chunk[:2]), *chunk[2:]), chunks)
+    found = jax.lax.map(lambda chunk: use(active_features(dictionary, *chunk[:2]), *chunk[2:]), chunks)
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def active_features(graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
+@jax.jit
+def active_features(dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
     """Feature activations [B, T, F]; 0 outside the domain."""
-    f_BxTxF = nnx.merge(graph, state).encode(read_BxTxD)
+    f_BxTxF = dictionary.encode(read_BxTxD)
     return jnp.where(domain_BxT[:, :, None], f_BxTxF, jnp.zeros_like(f_BxTxF))

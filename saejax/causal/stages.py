@@ -17,6 +17,7 @@ from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel import AgreedStop, from_first_process, is_first_process, make_mesh
+from saejax.results import from_json, to_json
 from saejax.tasks.behaviours import Prompt, read_prompts
 from saejax.workspace import Run, read_json, write_json
 
@@ -27,7 +28,7 @@ _SAY_EVERY = 5.0  # seconds
 class Measured(NamedTuple):
     """The results of a part, and what to say of them in a line."""
 
-    results: dict[str, Any]
+    results: Any  # a class of results
     said: str
 
 
@@ -87,14 +88,15 @@ def partial_folder(run: Run, part: str) -> Path:
 
 
 def each_part(
-    run: Run, parts: Sequence[str], begin: Callable[[], Measure], unit: str = "tokens"
-) -> dict[str, dict[str, Any]]:
+    run: Run, parts: Sequence[str], begin: Callable[[], Measure], results: Any = Any, unit: str = "tokens"
+) -> dict[str, Any]:
     """The results of all parts, in their order: those kept from an earlier run, and the others measured.
 
     Args:
       run: of the stage.
       parts: their names, which are names of files.
       begin: called once if a part is left; gives what measures one, and writes what else the part keeps.
+      results: the class of a part's results; Any: they are plain JSON data.
       unit: what ticks count, for messages.
 
     Raises:
@@ -102,7 +104,8 @@ def each_part(
     """
     # The first process says what is there: it may write the next one before another has looked.
     there = from_first_process(np.array([part_file(run, part).exists() for part in parts], np.int32))
-    found = {part: read_json(part_file(run, part)) for part, done in zip(parts, there, strict=True) if done}
+    kept = {part: part_file(run, part) for part, done in zip(parts, there, strict=True) if done}
+    found = {part: from_json(results, read_json(path), path) for part, path in kept.items()}
     for part in found:
         _drop_partial(run, part)
     if found:
@@ -115,7 +118,7 @@ def each_part(
             label = f"{run.stage}: {part} ({number} of {len(parts)})"
             found[part], said = measure(part, progress(run, label, stop, unit))
             if is_first_process():
-                write_json(part_file(run, part), found[part])  # last: it says that the part is done
+                write_json(part_file(run, part), to_json(found[part]))  # last: it says that the part is done
                 _drop_partial(run, part)
             run.say(f"{label}: {said}")
     return {part: found[part] for part in parts}

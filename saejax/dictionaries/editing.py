@@ -2,24 +2,20 @@
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from saejax.dictionaries.basis import Basis
 from saejax.dictionaries.edits import FeatureEdit
 from saejax.errors import UserError, one_of
 from saejax.models.edits import Positions, Span, Values
 from saejax.models.sites import KINDS, Site
 
-if TYPE_CHECKING:
-    from saejax.dictionaries.modules import DictionaryConfig
 
-
-class Editing:
-    """Edits of features, as methods of ``Dictionary``. Each gives an edit for ``lm(tokens, edits=[...])``.
+class Editing(Basis):
+    """Edits of features, as methods of every basis. Each gives an edit for ``lm(tokens, edits=[...])``.
 
     Features are indices, 0 <= i < n_features, none twice. The new activation g_i of each takes the place of its
     activation f_i; a transcoder's features are read at its site and changed at its target. Programs are compiled once
@@ -43,13 +39,6 @@ class Editing:
     All methods raise a ``UserError`` for features, positions and shapes that cannot be. A dictionary of another width
     than the site is found when a model runs.
     """
-
-    if TYPE_CHECKING:
-        config: DictionaryConfig
-
-        def encode(self, x_BxD: jax.Array) -> jax.Array: ...
-        def fires(self, f_BxF: jax.Array) -> jax.Array: ...
-        def in_domain(self, x_BxD: jax.Array) -> jax.Array: ...
 
     def ablate(self, features: Sequence[int], positions: str | Span = "all", error: str = "keep") -> FeatureEdit:
         """g = 0."""
@@ -175,8 +164,7 @@ class Editing:
         count = len(features_K)
         factors = Values.everywhere(factor, count, "the factor").values_BxTxN
         offsets = offset if isinstance(offset, Values) else Values.everywhere(offset, count, "the activation")
-        graph, state = nnx.split(self)
-        return FeatureEdit(state, jnp.asarray(features_K), factors, offsets, error, where, graph, reads, site)
+        return FeatureEdit(self, jnp.asarray(features_K), factors, offsets, error, where, reads, site)
 
     def _indices(self, features: Sequence[int]) -> np.ndarray:
         indices, n = list(map(operator.index, features)), self.config.n_features

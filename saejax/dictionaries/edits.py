@@ -4,8 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from saejax.dictionaries.basis import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.models.edits import ForwardPass, Positions, Values, check_width
 from saejax.models.sites import Site
@@ -23,29 +23,27 @@ class FeatureEdit:
     For a sparse autoencoder y is x; for a transcoder it is the value at the site that it predicts.
 
     Attributes:
-      state: the dictionary's arrays.
+      dictionary: the dictionary, or another basis.
       features_K: the feature indices.
       factor_1x1xK, offset: as above; the offset's N is K.
       error: e, its N is D; None: the error term stays.
       positions: where it acts; never at padding and attention sinks.
-      graph: the dictionary's structure (static).
       reads: the site of x (static).
       site: the site of y (static).
     """
 
-    state: nnx.State
+    dictionary: Basis
     features_K: jax.Array
     factor_1x1xK: jax.Array
     offset: Values
     error: Values | None
     positions: Positions
-    graph: nnx.GraphDef = dataclasses.field(metadata=dict(static=True))
     reads: Site = dataclasses.field(metadata=dict(static=True))
     site: Site = dataclasses.field(metadata=dict(static=True))
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """The edited value of ``site``."""
-        dictionary = nnx.merge(self.graph, self.state)
+        dictionary = self.dictionary
         check_width(self.site, value_BxTxD.shape[-1], "a dictionary", dictionary.config.d_in)
         x_BxTxD = value_BxTxD if self.reads == self.site else run.values[self.reads]
         f_BxTxF = dictionary.encode(x_BxTxD)

@@ -7,16 +7,18 @@ circuit_tracer    the members of all layers in one set; where the stack is a swe
 
 import functools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.dictionaries import stacks
 from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, load_dictionary, own, saelens
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
+from saejax.dictionaries.results import ExportedMember, ExportResults, TrainedMember
 from saejax.settings import ExportConfig
 from saejax.workspace import STARTED, Run
 
 
-def run_export(run: Run) -> dict:
+def run_export(run: Run) -> ExportResults:
     """Exports the train unit that ``run`` reads; all of it or nothing.
 
     Raises:
@@ -25,7 +27,7 @@ def run_export(run: Run) -> dict:
     config: ExportConfig = run.configs["export"]
     (unit,) = run.inputs.values()
     members = stacks.members(unit)
-    described = [own.read_config(unit / member["name"] / "dictionary") for member in members]
+    described = [own.read_config(unit / member.name / "dictionary") for member in members]
     _clear(run.folder)  # what a killed run left
     write = _write_sets if config.format == "circuit_tracer" else _write_folders
     try:
@@ -33,30 +35,31 @@ def run_export(run: Run) -> dict:
     except BaseException:
         _clear(run.folder)
         raise
-    kept = ("name", "site", "target")
-    exported = [{key: m[key] for key in kept} | dict(folder=folder) for m, folder in zip(members, folders, strict=True)]
+    exported = (ExportedMember(m.name, m.site, m.target, folder) for m, folder in zip(members, folders, strict=True))
     run.say(f"{len(members)} dictionaries to {run.folder} ({config.format}): {', '.join(sorted(set(folders)))}")
-    return dict(format=config.format, members=exported)
+    return ExportResults(config.format, tuple(exported))
 
 
-def _write_folders(out: Path, unit: Path, members: list[dict], configs: list[DictionaryConfig]) -> list[str]:
+def _write_folders(
+    out: Path, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]
+) -> list[str]:
     """Writes SAELens folders; returns their names, by member."""
     for config in configs:
         saelens.check(config)
-    folders = [member["name"] or member["site"] for member in members]
+    folders = [member.name or member.site for member in members]
     for member, folder in zip(members, folders, strict=True):
-        saelens.save(out / folder, load_dictionary(unit / member["name"]))
+        saelens.save(out / folder, load_dictionary(unit / member.name))
     return folders
 
 
-def _write_sets(out: Path, unit: Path, members: list[dict], configs: list[DictionaryConfig]) -> list[str]:
+def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]) -> list[str]:
     """Writes circuit-tracer sets; returns their folders, by member."""
-    settings = [member["name"].removeprefix(member["site"]).removeprefix("-") for member in members]
+    settings = [member.name.removeprefix(member.site).removeprefix("-") for member in members]
     sets = {setting: [i for i, of in enumerate(settings) if of == setting] for setting in settings}
     for indices in sets.values():
         circuit_tracer_settings.check([configs[i] for i in indices])
     for setting, indices in sets.items():
-        names = [members[i]["name"] for i in indices]
+        names = [members[i].name for i in indices]
         load = functools.partial(_load_nth, unit, names)
         circuit_tracer.save_each(out / setting, [configs[i] for i in indices], load)
     return [setting or "." for setting in settings]

@@ -6,11 +6,12 @@ dictionary is "topk", or "topk/k16".
 """
 
 from pathlib import Path
-from typing import Any
 
 from saejax.dictionaries.formats import load_dictionary
 from saejax.dictionaries.modules import Dictionary
+from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
+from saejax.results import from_json
 from saejax.workspace import SUMMARY, read_json
 
 
@@ -25,9 +26,10 @@ def full_name(kind: str, member: str) -> str:
     return f"{kind}/{member}" if member else kind
 
 
-def members(unit: Path) -> list[dict[str, Any]]:
-    """What the train stage said of each member, in its order: "name", "site", "target", "settings" and more."""
-    return read_json(Path(unit) / SUMMARY)["results"]["members"]
+def members(unit: Path) -> tuple[TrainedMember, ...]:
+    """What the train stage said of each member, in its order."""
+    path = Path(unit) / SUMMARY
+    return from_json(tuple[TrainedMember, ...], read_json(path)["results"]["members"], path, "results.members")
 
 
 def load_member(unit: Path, name: str, flag: str) -> Dictionary:
@@ -41,7 +43,7 @@ def load_member(unit: Path, name: str, flag: str) -> Dictionary:
     Raises:
       UserError: the unit has no such member, or is a stack and the flag names none of its members.
     """
-    check_member(name, [entry["name"] for entry in members(unit)], flag)
+    check_member(name, [entry.name for entry in members(unit)], flag)
     return load_dictionary(Path(unit) / kind_and_member(name)[1])
 
 

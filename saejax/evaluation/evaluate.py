@@ -13,16 +13,18 @@ from saejax.errors import Interrupted
 from saejax.evaluation import neighbours
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
+from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, StandInMeans
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import Site
 from saejax.parallel import make_mesh
+from saejax.results import from_json, to_json
 from saejax.settings import EvaluateConfig
 from saejax.workspace import Run, read_json, write_array, write_json
 
 SCORES = "scores.json"
 
 
-def run_evaluate(run: Run) -> dict[str, Any]:
+def run_evaluate(run: Run) -> EvaluateResults:
     """Scores the dictionaries of the train unit ``run.name`` on the store's held-out split.
 
     Writes for each member, in a folder of its name if there are several: ``firing_rate.npy`` and
@@ -34,9 +36,9 @@ def run_evaluate(run: Run) -> dict[str, Any]:
     stack = stacks.members(trained)
     waiting: dict[tuple[str, str], list[str]] = {}
     for member in stack:
-        if not (run.folder / member["name"] / SCORES).exists():
-            waiting.setdefault((member["site"], member["target"]), []).append(member["name"])
-    for site in dict.fromkeys(member["site"] for member in stack):
+        if not (run.folder / member.name / SCORES).exists():
+            waiting.setdefault((member.site, member.target), []).append(member.name)
+    for site in dict.fromkeys(member.site for member in stack):
         Site.parse(site)  # losses are measured in the decoder, which does not have a module of the PyTorch model
     if waiting:
         mesh, model = make_mesh(run.configs["mesh"]), run.configs["model"]
@@ -46,7 +48,8 @@ def run_evaluate(run: Run) -> dict[str, Any]:
             if run.stopping():
                 raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
             _score_site(run, config, store, lm, mesh, sites, {name: trained / name for name in names})
-    return dict(kind=run.name, members=[read_json(run.folder / member["name"] / SCORES) for member in stack])
+    paths = [run.folder / member.name / SCORES for member in stack]
+    return EvaluateResults(run.name, tuple(from_json(DictionaryScores, read_json(path), path) for path in paths))
 
 
 def _score_site(
@@ -72,19 +75,23 @@ def _score_site(
         config.batch_tokens,
         store.max_norm(target),
     )
-    sinks = dict(sinks=store.sinks(site)) | (dict(target_sinks=store.sinks(target)) if target != site else {})
+    sinks = LeftOutSinks(**store.sinks(site))
+    target_sinks = LeftOutSinks(**store.sinks(target)) if target != site else None
     for name, dictionary, score, loss in zip(folders, dictionaries, scores, losses, strict=True):
         folder = run.folder / name
         folder.mkdir(exist_ok=True)
         write_array(folder / "firing_rate.npy", score.firing_rate_F.astype(np.float32))
         write_array(folder / "mean_activation.npy", score.mean_activation_F.astype(np.float32))
-        described = dict(name=name, site=site, target=target) | _describe(config, dictionary, score, loss) | sinks
-        write_json(folder / SCORES, described)
+        where = dict(name=name, site=site, target=target, sinks=sinks, target_sinks=target_sinks)
+        described = _describe(config, dictionary, score, loss, **where)
+        write_json(folder / SCORES, to_json(described))
         run.say(_line(described))
 
 
-def _describe(config: EvaluateConfig, dictionary: Dictionary, score: Reconstruction, loss: Losses) -> dict[str, Any]:
-    return dict(
+def _describe(
+    config: EvaluateConfig, dictionary: Dictionary, score: Reconstruction, loss: Losses, **where: Any
+) -> DictionaryScores:
+    return DictionaryScores(
         tokens=score.tokens,
         explained_variance=score.explained_variance,
         fvu=score.fvu,
@@ -93,24 +100,31 @@ def _describe(config: EvaluateConfig, dictionary: Dictionary, score: Reconstruct
         dead_fraction=score.dead_fraction,
         dense_fraction=score.dense_fraction(config.dense_above),
         decoder_neighbours=neighbours.summary(neighbours.neighbour_cosines(dictionary.W_dec_FxD[...])),
-        ce=dict(loss.ce, tokens=loss.tokens),
-        kl=loss.kl,
+        ce=_means(loss.ce, loss.tokens),
+        kl=_means(loss.kl),
         ce_recovered_mean=recovered(loss.ce, "mean_ablated"),
         ce_recovered_zero=recovered(loss.ce, "zero_ablated"),
         kl_recovered_mean=recovered(loss.kl, "mean_ablated"),
         kl_recovered_zero=recovered(loss.kl, "zero_ablated"),
         density_histogram=score.density_histogram(),
+        **where,
     )
 
 
-def _line(scores: dict[str, Any]) -> str:
-    ce, kl = (scores[f"{loss}_recovered_mean"] for loss in ("ce", "kl"))
-    of_floor = [f"{value:.3f}" if value is not None else "nothing to recover" for value in (ce, kl)]
-    name = f"{scores['name']}: " if scores["name"] else ""
+def _means(values: dict[str, Any], tokens: int | None = None) -> StandInMeans:
+    return StandInMeans(**values, tokens=tokens)
+
+
+def _line(scores: DictionaryScores) -> str:
+    of_floor = [
+        "nothing to recover" if value is None else f"{value:.3f}"
+        for value in (scores.ce_recovered_mean, scores.kl_recovered_mean)
+    ]
+    name = f"{scores.name}: " if scores.name else ""
     return (
-        f"{name}explained variance {scores['explained_variance']:.3f}, L0 {scores['l0']:.1f}, "
-        f"dead {scores['dead_fraction']:.1%} on {scores['tokens']:,} held-out tokens; recovered against the mean: "
-        f"cross-entropy {of_floor[0]}, KL {of_floor[1]}, on {scores['ce']['tokens']:,}"
+        f"{name}explained variance {scores.explained_variance:.3f}, L0 {scores.l0:.1f}, "
+        f"dead {scores.dead_fraction:.1%} on {scores.tokens:,} held-out tokens; recovered against the mean: "
+        f"cross-entropy {of_floor[0]}, KL {of_floor[1]}, on {scores.ce.tokens:,}"
     )
 
 

@@ -24,6 +24,7 @@ from saejax.evaluation import programs
 from saejax.evaluation.member_data import MemberData
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
+from saejax.models.split import SplitPoint
 from saejax.models.tokens import even_batches, pad
 from saejax.parallel import fitting_sharding, sharding
 
@@ -85,18 +86,18 @@ def stand_in_losses(
     config = _same_rule(dictionaries)
     site = Site.parse(config.site).check(lm.config)
     target = Site.parse(config.target or config.site).check(lm.config)
+    point = SplitPoint(lm.config, target, site, lm.mesh)
     site_limit, target_limit, floor_D, zero_D = jax.device_put(
         tuple(np.asarray(a, np.float32) for a in (config.max_norm, target_max_norm, mean_D, np.zeros_like(mean_D))),
         sharding(lm.mesh),
     )
     ce_E, kl_E, tokens = np.zeros(3 + len(members)), np.zeros(3 + len(members)), 0
     for ids_BxT, lengths_B, predicted in _batches(lm, documents, batch_tokens):
-        stream_BxTxD, x_BxTxD, y_BxTxD, inside_BxT = programs.head(
-            lm.config, site, target, lm.params, ids_BxT, site_limit, target_limit
-        )
+        limits = site_limit, target_limit
+        stream_BxTxD, x_BxTxD, y_BxTxD, inside_BxT = programs.head(point, lm.params, ids_BxT, *limits)
         values = [y_BxTxD, *(programs.constant(y_BxTxD, inside_BxT, value_D) for value_D in (floor_D, zero_D))]
         values += [programs.stand_in(member, x_BxTxD, y_BxTxD, inside_BxT) for member in members]
-        left = [programs.tail(lm.config, target, lm.params, stream_BxTxD, value_BxTxD) for value_BxTxD in values]
+        left = [programs.tail(point, lm.params, stream_BxTxD, value_BxTxD) for value_BxTxD in values]
         ce_CxExB, kl_CxExB = programs.compare(lm.config, lm.params, jnp.stack(left), ids_BxT, lengths_B)
         ce_E += np.asarray(ce_CxExB, np.float64).sum((0, 2))
         kl_E += np.asarray(kl_CxExB, np.float64).sum((0, 2))

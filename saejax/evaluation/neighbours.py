@@ -1,12 +1,13 @@
 """How close the directions of a dictionary's features lie: two that coincide are one feature counted twice."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from saejax.evaluation.results import NeighbourCosines
 
 _BLOCK_VALUES = 2**25  # cosines at once: 128 MiB in fp32
 NEAR = 0.9  # a feature with a neighbour above this cosine has nearly a copy
@@ -29,17 +30,13 @@ def neighbour_cosines(W_dec_FxD: jax.Array) -> np.ndarray:
     return cosine_F
 
 
-def summary(cosine_F: np.ndarray) -> dict[str, Any] | None:
-    """The distribution of the neighbours' cosines; None for a dictionary of one feature.
-
-    Returns:
-      "mean", "median", "p90", "p99", "max", and "near", the share of features whose neighbour is above ``NEAR``.
-    """
+def summary(cosine_F: np.ndarray) -> NeighbourCosines | None:
+    """The distribution of the neighbours' cosines; None for a dictionary of one feature."""
     if not len(cosine_F):
         return None
     median, p90, p99 = np.quantile(cosine_F.astype(np.float64), [0.5, 0.9, 0.99]).tolist()
     mean, largest = float(cosine_F.mean(dtype=np.float64)), float(cosine_F.max())
-    return dict(mean=mean, median=median, p90=p90, p99=p99, max=largest, near=float(np.mean(cosine_F > NEAR)))
+    return NeighbourCosines(mean, median, p90, p99, largest, near=float(np.mean(cosine_F > NEAR)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,6 +1,6 @@
-"""The compiled programs of an evaluation on the language model: the model cut at a dictionary's target.
+"""The compiled programs of an evaluation on the language model, split at a dictionary's target.
 
-head                 token ids -> the stream entering the target's layer, values of site and target    once per batch
+head                 token ids -> the stream entering the tail, values of site and target              once per batch
 constant, stand_in   the site's value -> another value of the target                                   once per variant
 tail                 a value of the target -> the stream leaving the last layer                        once per variant
 compare              those streams -> cross-entropies and KL divergences                               once per batch
@@ -15,41 +15,26 @@ from jax import lax
 from saejax.evaluation.member_data import MemberData
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
-from saejax.models.sites import Site
+from saejax.models.split import SplitPoint
 
 _LOGITS_AT_ONCE = 512  # tokens whose logits are held at a time
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=0)
 def head(
-    config: DecoderConfig,
-    site: Site,
-    target: Site,
-    params: decoder.Params,
-    ids_BxT: jax.Array,
-    site_limit: jax.Array,
-    target_limit: jax.Array,
+    point: SplitPoint, params: decoder.Params, ids_BxT: jax.Array, site_limit: jax.Array, target_limit: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Runs up to the target's layer.
+    """``SplitPoint.head``, and what is a sink.
 
     Args:
-      site, target: in one layer, or the target in a later one.
       site_limit, target_limit: norms above which a position is an attention sink there.
 
     Returns:
-      The stream entering the target's layer, the site's value, the target's value, each [B, T, D], and bool [B, T]:
-      where neither value is a sink.
+      The stream entering the tail, the value that the dictionary reads, the target's value, each [B, T, D], and bool
+      [B, T]: where neither value is a sink.
     """
-    seen: dict[Site, jax.Array] = {}
-
-    def look(where: Site, value_BxTxD: jax.Array) -> jax.Array:
-        seen[where] = value_BxTxD
-        return value_BxTxD
-
-    x_BxTxD = decoder.embed(config, params, ids_BxT)
-    decoder.run_layers(config, params, x_BxTxD, 0, target.layer + 1, look, {site.layer, target.layer})
-    inside_BxT = (_norm(seen[site]) <= site_limit) & (_norm(seen[target]) <= target_limit)
-    return seen[Site("resid_pre", target.layer)], seen[site], seen[target], inside_BxT
+    stream_BxTxD, y_BxTxD, x_BxTxD = point.head(params, ids_BxT)
+    return stream_BxTxD, x_BxTxD, y_BxTxD, (_norm(x_BxTxD) <= site_limit) & (_norm(y_BxTxD) <= target_limit)
 
 
 @jax.jit
@@ -65,16 +50,10 @@ def stand_in(member: MemberData, x_BxTxD: jax.Array, y_BxTxD: jax.Array, inside_
     return jnp.where(inside_BxT[..., None], y_hat_BxTxD.astype(y_BxTxD.dtype), y_BxTxD)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def tail(
-    config: DecoderConfig, target: Site, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array
-) -> jax.Array:
-    """The stream [B, T, D] leaving the last layer, with ``value_BxTxD`` as the target's value."""
-
-    def put(where: Site, own_BxTxD: jax.Array) -> jax.Array:
-        return value_BxTxD if where == target else own_BxTxD
-
-    return decoder.run_layers(config, params, stream_BxTxD, target.layer, config.n_layers, put, {target.layer})
+@functools.partial(jax.jit, static_argnums=0)
+def tail(point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
+    """``SplitPoint.tail``: the stream [B, T, D] leaving the last layer, with another value of the target."""
+    return point.tail(params, stream_BxTxD, value_BxTxD)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.evaluation.member_data import MemberData
+from saejax.evaluation.results import DensityHistogram
 from saejax.parallel import fitting_sharding
 
 
@@ -49,13 +50,13 @@ class Reconstruction:
         """Share of features that fire on more than this share of the tokens."""
         return float(np.mean(self.firing_rate_F > above))
 
-    def density_histogram(self, bins_per_decade: int = 4) -> dict:
+    def density_histogram(self, bins_per_decade: int = 4) -> DensityHistogram:
         """Counts of features by log10 of the firing rate; features that never fire are counted apart."""
         lowest = np.floor(np.log10(1 / self.tokens))
         edges = np.linspace(lowest, 0, round(-lowest * bins_per_decade) + 1)
         rates = self.firing_rate_F[self.firing_rate_F > 0]
         counts, _ = np.histogram(np.clip(np.log10(rates), edges[0], 0), edges)
-        return dict(log10_edges=edges.tolist(), counts=counts.tolist(), never=int(np.sum(self.firing_rate_F == 0)))
+        return DensityHistogram(tuple(edges.tolist()), tuple(counts.tolist()), int(np.sum(self.firing_rate_F == 0)))
 
 
 def reconstruct(

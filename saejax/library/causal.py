@@ -8,6 +8,7 @@ import numpy as np
 
 from saejax.causal.ablate import verdict
 from saejax.causal.ablate.experiment import ModelExperiment
+from saejax.causal.ablate.results import BehaviourAblation
 from saejax.causal.patching.pairs import fitting_pairs
 from saejax.causal.patching.sites import Patched, patch_sites
 from saejax.causal.split import SplitModel
@@ -31,8 +32,7 @@ class Ablation:
       single_KxP: with each feature removed by itself.
       joint_P: with all removed together.
       controls_NxP: with each of N sets of matched random features removed.
-      causal: what the rule of ``saejax.causal.ablate.verdict`` says.
-      reason: why, in a sentence with figures.
+      results: what the stage saves: verdict and reason, intervals, how well the controls match.
     """
 
     features: Sequence[int]
@@ -40,8 +40,7 @@ class Ablation:
     single_KxP: np.ndarray
     joint_P: np.ndarray
     controls_NxP: np.ndarray
-    causal: bool
-    reason: str
+    results: BehaviourAblation
 
 
 def make_prompts(lm: LanguageModel, behaviour: str, train: int = 80, test: int = 20, seed: int = 42) -> list[Prompt]:
@@ -82,30 +81,26 @@ def ablate(
         settings["top"] = len(features)
     config = configured(AblateConfig, **settings)
     split = SplitModel(lm, dictionary, config.positions, config.error)
-    experiment = ModelExperiment(split, name, prompts, config)
-    judged: verdict.Experiment = experiment if features is None else _Named(experiment, features, dictionary)
-    results, measured = verdict.judge(name, judged, config)
-    return Ablation(
-        measured.top,
-        measured.clean_P,
-        measured.top_KxP,
-        measured.joint_P,
-        measured.controls_NxP,
-        results["verdict"],
-        results["reason"],
-    )
+    if features is None:
+        experiment = ModelExperiment(split, name, prompts, config)
+    else:
+        experiment = _NamedFeatures(features, dictionary.config.n_features, split, name, prompts, config)
+    results, measured = verdict.judge(name, experiment, config)
+    sets = measured.top_KxP, measured.joint_P, measured.controls_NxP
+    return Ablation(measured.top, measured.clean_P, *sets, results)
 
 
-class _Named:
-    """An experiment on features that are named, not chosen by their attribution: in their order, before all others."""
+class _NamedFeatures(ModelExperiment):
+    """Chooses named features, in their order, not by their attribution; further arguments are its parent's."""
 
-    def __init__(self, experiment: ModelExperiment, features: Sequence[int], dictionary: Dictionary):
-        self._attribution_F = np.zeros(dictionary.config.n_features)
-        self._attribution_F[list(features)] = np.arange(len(features), 0, -1)
-        self.statistics, self.ablate = experiment.statistics, experiment.ablate
+    def __init__(self, features: Sequence[int], count: int, *args: Any):
+        super().__init__(*args)
+        self._falling_F = np.zeros(count)
+        self._falling_F[list(features)] = np.arange(len(features), 0, -1)
 
     def attribution(self) -> np.ndarray:
-        return self._attribution_F
+        """Falls along the named features and is 0 for all others, [F]."""
+        return self._falling_F
 
 
 def patch(lm: LanguageModel, prompts: Sequence[Prompt], kind: str = "resid_post", split: str = "test") -> Patched:

@@ -6,12 +6,17 @@ attends to.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
+from saejax.models.attention import Attention, AttentionFunction, AttentionTables, tables_by_layer
 from saejax.models.config import DecoderConfig
+
+Stores = tuple[jax.Array, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +40,49 @@ class Cache:
         """Positions of the next ``new`` tokens, [B, T] int32; padding is at 0."""
         slots_T = self.length + jnp.arange(new)
         return jnp.maximum(slots_T[None, :] - self.pad_B[:, None], 0)
+
+    def attention(self, config: DecoderConfig, new: int) -> Attention:
+        """How ``new`` tokens attend to themselves and to those in the cache.
+
+        T is the length of the (left padded) prompts at first and 1 while decoding. The caller sees to it that there is
+        room for them. What stands at padding means nothing.
+
+        Args:
+          new: how many tokens there are (T).
+
+        Returns:
+          The attention of a run of all layers, which carries the keys and values on; see ``grown``.
+        """
+        slots_S = jnp.arange(self.k_LxBxSxNxK.shape[2])
+        age_TxS = (self.length + jnp.arange(new))[:, None] - slots_S[None, :]
+        real_Bx1xS = (slots_S[None, :] >= self.pad_B[:, None])[:, None]
+        # Padding attends to itself, so that it stays finite: a value that is no number would reach all through 0 * NaN.
+        mask_BxTxS = (age_TxS >= 0)[None] & real_Bx1xS | (age_TxS == 0)[None]
+
+        def function(
+            attend: AttentionFunction,
+            layer: int | jax.Array,
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            tables: AttentionTables,
+            stores: Stores,
+        ) -> tuple[jax.Array, Stores]:
+            start = (layer, 0, self.length, 0, 0)
+            k_store, v_store = (
+                lax.dynamic_update_slice(store, value[None].astype(store.dtype), start)
+                for store, value in zip(stores, (k, v), strict=True)
+            )
+            k, v = (lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in (k_store, v_store))
+            return attend(q, k, v, tables), (k_store, v_store)
+
+        tables = tables_by_layer(config, self.positions_BxT(new), age_TxS, mask_BxTxS)
+        return Attention(tables, function, (self.k_LxBxSxNxK, self.v_LxBxSxNxK))
+
+    def grown(self, stores: Any, new: int) -> "Cache":
+        """The cache with the new tokens in it, from what their run carried on."""
+        k_LxBxSxNxK, v_LxBxSxNxK = stores
+        return Cache(k_LxBxSxNxK, v_LxBxSxNxK, self.pad_B, self.length + new)
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, pad_B: jax.Array) -> Cache:

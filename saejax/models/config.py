@@ -1,4 +1,4 @@
-"""What the decoder has to know of a model: sizes and the choices that change its formulas."""
+"""What the decoder has to know of a model: sizes, and the choices that change its formulas. ``rules`` has the rest."""
 
 import dataclasses
 
@@ -52,12 +52,6 @@ class DecoderConfig:
       score_cap: attention scores s become ``cap * tanh(s / cap)``; None: they stay.
       logit_cap: the same for the logits.
       embed_scale: factor on the embedding where the stream begins, not where it ends.
-      remat: whether a gradient computes each layer again from the stream that enters it, which takes the least
-        memory; otherwise the results of matrix products are kept from the forward pass.
-      backward: what differentiation goes by: "gradient", the function itself; "relp", the rules of relevance patching
-        (Jafari et al., 2025, arXiv 2508.21258): the factors of norms and the attention weights are constants, an
-        activation is a constant ratio of its input, and a gated product passes half to each side. Values stay.
-      first_fixes: whether all prompts of a batch take the factors of norms and the attention weights of the first one.
     """
 
     family: str
@@ -92,6 +86,3 @@ class DecoderConfig:
     score_cap: float | None = None
     logit_cap: float | None = None
     embed_scale: float = 1.0
-    remat: bool = False
-    backward: str = "gradient"
-    first_fixes: bool = False

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models import decoder, incremental
+from saejax.models import decoder
 from saejax.models.cache import Cache, empty_cache
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import Params
 from saejax.models.edits import Edit, ForwardPass, layers_of
+from saejax.models.run import run_layers
 
 Edits = tuple[Edit, ...]
 
@@ -148,9 +149,11 @@ def _run(
     config: DecoderConfig, params: Params, ids_BxT: jax.Array, run: ForwardPass, cache: Cache, edits: Edits
 ) -> tuple[jax.Array, Cache]:
     """Runs new tokens; gives the logits [B, V] after the last of them."""
-    x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(ids_BxT.shape[1]))
-    x_BxTxD, cache = incremental.run_cached(config, params, x_BxTxD, cache, run.hook(edits), layers_of(edits))
-    return decoder.unembed(config, params, x_BxTxD[:, -1:])[:, 0], cache
+    new = ids_BxT.shape[1]
+    x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(new))
+    hooks, attention = (run.hook(edits), layers_of(edits)), cache.attention(config, new)
+    ran = run_layers(config, params, x_BxTxD, 0, config.n_layers, *hooks, attention=attention)
+    return decoder.unembed(config, params, ran.x[:, -1:])[:, 0], cache.grown(ran.carried, new)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -176,7 +179,7 @@ def recompute(
     mask_BxT = jnp.arange(ids_BxT.shape[1])[None, :] < lengths_B[:, None]
     x_BxTxD = decoder.embed(config, params, ids_BxT)
     run = dataclasses.replace(ForwardPass.over(mask_BxT), prompt_B=lengths_B - number)
-    x_BxTxD = decoder.run_layers(config, params, x_BxTxD, 0, config.n_layers, run.hook(edits), layers_of(edits))
+    x_BxTxD = run_layers(config, params, x_BxTxD, 0, config.n_layers, run.hook(edits), layers_of(edits)).x
     last_Bx1xD = jnp.take_along_axis(x_BxTxD, (lengths_B - 1)[:, None, None], axis=1)
     logits_BxV = decoder.unembed(config, params, last_Bx1xD)[:, 0]
     return choice(logits_BxV, number), jnp.isfinite(logits_BxV.max(axis=-1))

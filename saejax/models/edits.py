@@ -39,10 +39,11 @@ class ForwardPass:
         """True at real positions."""
         return self.position_BxT >= 0
 
-    def hook(self, edits: Sequence["Edit"]) -> Callable[[Site, jax.Array], jax.Array]:
-        """The hook, for ``decoder.run_layers``, that makes the edits, in their order where several act at one site."""
+    def hook(self, edits: Sequence["Edit"]) -> Callable[[str, Any, jax.Array], jax.Array]:
+        """The hook, for ``run.run_layers``, that makes the edits, in their order where several act at one site."""
 
-        def call(site: Site, value_BxTxD: jax.Array) -> jax.Array:
+        def call(kind: str, layer: int, value_BxTxD: jax.Array) -> jax.Array:
+            site = Site(kind, layer)
             for edit in edits:
                 if edit.site == site:
                     value_BxTxD = edit(value_BxTxD, self)

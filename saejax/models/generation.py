@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,10 @@ import numpy as np
 from saejax.errors import UserError
 from saejax.models import decoding
 from saejax.models.decoding import Choice, Edits
+from saejax.models.loaded import LoadedModel
 from saejax.models.tokens import Tokens
 from saejax.parallel import fitting_sharding
 from saejax.workspace import read_json
-
-if TYPE_CHECKING:
-    from saejax.models.language_model import LanguageModel
 
 _LOOK_EVERY = 16  # new tokens between two looks for stop strings
 _STEP = 32  # lengths are rounded up to a multiple of this, or to one of four lengths per power of two
@@ -40,7 +38,7 @@ class Generated:
 
 
 def generate(
-    lm: "LanguageModel",
+    lm: LoadedModel,
     tokens: Tokens,
     max_new_tokens: int,
     choice: Choice,
@@ -123,7 +121,7 @@ class _Ends:
 
 
 def _cached(
-    lm: "LanguageModel", tokens: Tokens, new: int, choice: Choice, ends: _Ends, edits: Edits
+    lm: LoadedModel, tokens: Tokens, new: int, choice: Choice, ends: _Ends, edits: Edits
 ) -> Iterator[np.ndarray]:
     """Yields the new ids, some [B, n] at a time. After a prompt's end they mean nothing."""
     width = rounded(int(tokens.lengths_B.max()))
@@ -146,7 +144,7 @@ def _cached(
 
 
 def _recomputed(
-    lm: "LanguageModel", tokens: Tokens, new: int, choice: Choice, ends: _Ends, edits: Edits
+    lm: LoadedModel, tokens: Tokens, new: int, choice: Choice, ends: _Ends, edits: Edits
 ) -> Iterator[np.ndarray]:
     """Like ``_cached``, but every token by a forward pass over all that went before."""
     longest, batch = int(tokens.lengths_B.max()), np.arange(len(tokens.lengths_B))
@@ -164,7 +162,7 @@ def _recomputed(
         yield np.asarray(next_B)[:, None]
 
 
-def _placed(lm: "LanguageModel", array: np.ndarray) -> jax.Array:
+def _placed(lm: LoadedModel, array: np.ndarray) -> jax.Array:
     """The array on the model's devices, prompts split over ``data``."""
     return jax.device_put(array, fitting_sharding(lm.mesh, array.shape, *("data", None)[: array.ndim]))
 

@@ -16,6 +16,9 @@ from saejax.models.edits import Edit as Edit
 from saejax.models.edits import ForwardPass, fit_values, layers_of
 from saejax.models.families import read_config
 from saejax.models.generation import Generated
+from saejax.models.loaded import LoadedModel
+from saejax.models.rules import GRADIENT, RunRules
+from saejax.models.run import run_layers
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens
 from saejax.parallel import fitting_sharding, make_mesh, sharding
@@ -56,34 +59,8 @@ class Output:
         return last_B if len(last_B) > 1 else last_B[0]
 
 
-class LanguageModel:
-    """A decoder with its weights and tokenizer.
-
-    Attributes:
-      config: sizes and choices of the decoder.
-      params: its parameters, for the functions of ``saejax.models.decoder``.
-      tokenizer: the model's own.
-      source: where it came from.
-      mesh: the devices it is on.
-    """
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        params: dict[str, jax.Array],
-        tokenizer: Any,
-        source: source.ModelSource,
-        mesh: Mesh,
-    ):
-        self.config, self.params, self.tokenizer, self.source, self.mesh = config, params, tokenizer, source, mesh
-
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token ids of the texts; a ``UserError`` if one is empty or longer than the context."""
-        return tokens.tokenize(self.tokenizer, texts, self.config.context)
-
-    def token_id(self, text: str) -> int:
-        """Id of the first token of an answer, taken as it is written: " Paris" and "Paris" differ."""
-        return tokens.first_token(self.tokenizer, text)
+class LanguageModel(LoadedModel):
+    """A decoder with its weights and tokenizer, which runs with sites captured and edits on, and goes on with text."""
 
     def __call__(
         self,
@@ -168,7 +145,7 @@ class LanguageModel:
         return jax.tree.map(place, edits)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="rules")
 def forward(
     config: DecoderConfig,
     capture: tuple[Site, ...],
@@ -177,6 +154,7 @@ def forward(
     ids_BxT: jax.Array,
     lengths_B: jax.Array,
     edits: tuple[Edit, ...] = (),
+    rules: RunRules = GRADIENT,
 ) -> tuple[jax.Array | None, list[jax.Array]]:
     """The program that runs a model, compiled once for each combination of static arguments, kinds of edits and shapes.
 
@@ -187,6 +165,7 @@ def forward(
       ids_BxT: int32, padded on the right.
       lengths_B: number of tokens of each prompt.
       edits: see ``Edit``.
+      rules: what differentiation goes by (static).
 
     Returns:
       Logits [B, T, V] or None, and the values [B, T, D] at the sites of ``capture``, in their order.
@@ -196,12 +175,15 @@ def forward(
     x_BxTxD = decoder.embed(config, params, ids_BxT)
     stop = config.n_layers if logits else max((site.layer + 1 for site in capture), default=0)
     if not edits and len({site.layer for site in capture}) > _UNROLLED:
-        x_BxTxD, stacked = decoder.scan_layers(config, params, x_BxTxD, 0, stop, {site.kind for site in capture})
+        kinds = {site.kind for site in capture}
+        x_BxTxD, stacked, _ = run_layers(config, params, x_BxTxD, 0, stop, rules=rules, collect=kinds)
         values = {site: stacked[site.kind][site.layer] for site in capture}
     else:
         hook_layers = {site.layer for site in capture} | layers_of(edits)
-        x_BxTxD, values = decoder.run_layers(config, params, x_BxTxD, 0, stop, run.hook(edits), hook_layers), run.values
-    return decoder.unembed(config, params, x_BxTxD) if logits else None, [values[site] for site in capture]
+        x_BxTxD = run_layers(config, params, x_BxTxD, 0, stop, run.hook(edits), hook_layers, rules=rules).x
+        values = run.values
+    logits_BxTxV = decoder.unembed(config, params, x_BxTxD, rules) if logits else None
+    return logits_BxTxV, [values[site] for site in capture]
 
 
 def load_model(
@@ -219,16 +201,15 @@ def load_model(
       dtype: "float32" or "bfloat16", of weights and products.
       mesh: the devices, with the axes of ``saejax.parallel``; heads, MLP and vocabulary are split over ``model`` where
         it divides them, prompts over ``data``. None: all devices on ``data``.
-      remat: see ``DecoderConfig``.
+      remat: see ``RunRules``.
 
     Raises:
       UserError: the model cannot be found or read, is not of a supported family, or does not fit its tokenizer.
     """
     model_source = source.resolve(ModelConfig(path=path, revision=revision, dtype=dtype), decoder=True)
     config_file = model_source.folder / "config.json"
-    config = dataclasses.replace(read_config(read_json(config_file), str(config_file)), remat=remat)
+    config = read_config(read_json(config_file), str(config_file))
     tokenizer = source.load_tokenizer(model_source)
     mesh = mesh or make_mesh()
-    return LanguageModel(
-        config, weights.load_params(model_source.folder, config, mesh, dtype), tokenizer, model_source, mesh
-    )
+    params = weights.load_params(model_source.folder, config, mesh, dtype)
+    return LanguageModel(config, params, tokenizer, model_source, mesh, RunRules(remat=remat))

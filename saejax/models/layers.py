@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from saejax.models.config import DecoderConfig
+from saejax.models.rules import RunRules
 
 Weights = Mapping[str, jax.Array]
 
@@ -21,7 +22,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 _PIECES = 8
 
 
-def norm(config: DecoderConfig, weights: Weights, name: str, x: jax.Array, letter: str = "D") -> jax.Array:
+def norm(
+    config: DecoderConfig, rules: RunRules, weights: Weights, name: str, x: jax.Array, letter: str = "D"
+) -> jax.Array:
     """Normalises the last dimension of x with the parameters ``name``, as ``config.norm`` says.
 
     - "rms": ``x / sqrt(mean(x^2) + eps) * scale`` (Zhang and Sennrich, 2019);
@@ -34,7 +37,7 @@ def norm(config: DecoderConfig, weights: Weights, name: str, x: jax.Array, lette
     y, scale = x.astype(wide(x)), weights[f"{name}_{letter}"]
     if config.norm == "layer":
         y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * held(config, lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_eps))
+    y = y * rules.factor(lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_eps))
     if config.norm == "rms":
         y = y.astype(x.dtype)
         return y * like(scale, y)
@@ -44,20 +47,21 @@ def norm(config: DecoderConfig, weights: Weights, name: str, x: jax.Array, lette
     return y.astype(x.dtype)
 
 
-def mlp_neurons(config: DecoderConfig, weights: Weights, x_BxTxD: jax.Array) -> jax.Array:
+def mlp_neurons(config: DecoderConfig, rules: RunRules, weights: Weights, x_BxTxD: jax.Array) -> jax.Array:
     """activation(up(x)), or where it is gated (Shazeer, 2020) activation(gate(x)) * up(x); [B, T, F]."""
+    activation = ACTIVATIONS[config.activation]
     hidden = _wide_project("...td,df->...tf", x_BxTxD, weights["up_DxF"], weights.get("up_bias_F"))
     if config.gated:
         gate = _wide_project("...td,df->...tf", x_BxTxD, weights["gate_DxF"], weights.get("gate_bias_F"))
-        hidden = _product(config, _activation(config, gate), hidden)
+        hidden = rules.product(rules.activation(gate, activation(gate)), hidden)
     else:
-        hidden = _activation(config, hidden)
+        hidden = rules.activation(hidden, activation(hidden))
     return hidden.astype(x_BxTxD.dtype)
 
 
-def mlp(config: DecoderConfig, weights: Weights, x_BxTxD: jax.Array) -> jax.Array:
+def mlp(config: DecoderConfig, rules: RunRules, weights: Weights, x_BxTxD: jax.Array) -> jax.Array:
     """down(``mlp_neurons``(x)), [B, T, D]."""
-    hidden = mlp_neurons(config, weights, x_BxTxD)
+    hidden = mlp_neurons(config, rules, weights, x_BxTxD)
     down_FxD, down_bias_D = weights["down_FxD"], weights.get("down_bias_D")
     if config.d_mlp % _PIECES or hidden.dtype != jnp.float32:
         return project("...tf,fd->...td", hidden, down_FxD, down_bias_D)
@@ -68,27 +72,6 @@ def mlp(config: DecoderConfig, weights: Weights, x_BxTxD: jax.Array) -> jax.Arra
     pieces = einsum("...tpf,pfd->p...td", hidden, down_FxD.reshape(_PIECES, -1, config.d_model))
     out_BxTxD = functools.reduce(jnp.add, [pieces[i] for i in range(_PIECES)])
     return out_BxTxD if down_bias_D is None else out_BxTxD + like(down_bias_D, out_BxTxD)
-
-
-def held(config: DecoderConfig, value: jax.Array) -> jax.Array:
-    """A factor of a norm, or scores of attention, as ``config.backward`` and ``config.first_fixes`` hold them."""
-    if config.first_fixes:
-        value = jnp.broadcast_to(value[:1], value.shape)
-    return lax.stop_gradient(value) if config.backward == "relp" else value
-
-
-def _activation(config: DecoderConfig, x: jax.Array) -> jax.Array:
-    y = ACTIVATIONS[config.activation](x)
-    if config.backward == "gradient":
-        return y
-    share = x * lax.stop_gradient(jnp.where(x == 0, 0.0, y / jnp.where(x == 0, 1.0, x)))
-    return lax.stop_gradient(y - share) + share
-
-
-def _product(config: DecoderConfig, a: jax.Array, b: jax.Array) -> jax.Array:
-    if config.backward == "gradient":
-        return a * b
-    return 0.5 * (a * lax.stop_gradient(b) + lax.stop_gradient(a) * b)
 
 
 def project(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from saejax.attribution.memory import check_room, fitting_tokens, graph_bytes
+from saejax.attribution.trace.memory import check_room, fitting_tokens, graph_bytes
 from saejax.errors import CheckFailed, Interrupted, UserError
 from saejax.parallel import describe
 from saejax.preflight import memory, parity, programs, tables, times

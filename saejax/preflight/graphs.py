@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.circuits import RUNS
-from saejax.attribution.costs import row_flops
-from saejax.attribution.memory import GraphSize, certain_active
-from saejax.attribution.replacement import padded_length
+from saejax.attribution.checks.circuits import RUNS
+from saejax.attribution.local.replacement import padded_length
+from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.requests import Request, read_requests, unit_name
-from saejax.attribution.transcoders import open_transcoders
+from saejax.attribution.trace.costs import row_flops
+from saejax.attribution.trace.memory import GraphSize, certain_active
 from saejax.dictionaries import DictionaryConfig
 from saejax.models.config import DecoderConfig
 from saejax.preflight.costs import pass_flops

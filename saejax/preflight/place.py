@@ -9,7 +9,7 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
-from saejax.attribution.memory import Room
+from saejax.attribution.trace.memory import Room
 from saejax.parallel import make_mesh
 
 

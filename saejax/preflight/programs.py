@@ -15,7 +15,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from saejax.causal import ablation_programs, screening
-from saejax.causal.cut import Cut
 from saejax.causal.replacements import Replacement
 from saejax.causal.split import PROMPTS, run_head
 from saejax.dictionaries import Dictionary
@@ -25,10 +24,11 @@ from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.evaluation.member_data import MemberData
 from saejax.models import decoding
 from saejax.models.generation import make_choice
-from saejax.models.incremental import Tree
 from saejax.models.language_model import forward
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.models.sites import Site
+from saejax.models.split import SplitPoint
+from saejax.models.tree import Tree
 from saejax.parallel import fitting_sharding, sharding
 from saejax.preflight.costs import head_flops, pass_flops, step_flops
 from saejax.preflight.work import Stack, Work
@@ -88,12 +88,11 @@ def abstract_params(work: Work, mesh: Mesh, dtype: str, layers: int | None = Non
     return params
 
 
-def abstract_dictionary(work: Work, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """The tested dictionary as a split module, whole on every device."""
+def abstract_dictionary(work: Work, mesh: Mesh) -> Dictionary:
+    """The tested dictionary, whole on every device."""
     config, train = work.tested, work.train
     module = nnx.eval_shape(lambda: Dictionary.initial(config, jax.random.key(0), train.matmul, train.state_dtype))
-    graph, state = nnx.split(module)
-    return graph, _placed(state, mesh)
+    return _placed(module, mesh)
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:
@@ -165,7 +164,7 @@ def _evaluate(work: Work, mesh: Mesh) -> list[Program]:
     rows, length = work.scored
     model, site, d, f = work.model, work.site, work.tested.d_in, work.tested.n_features
     target = Site.parse(work.tested.target or work.tested.site)
-    tokens, variants = rows * length, len(VARIANTS)
+    tokens, variants, point = rows * length, len(VARIANTS), SplitPoint(model, target, site, mesh)
     params, member = abstract_params(work, mesh, work.dtype), _abstract_member(work, mesh)
     ids_BxT, lengths_B = _by_row(mesh, (rows, length), jnp.int32), _by_row(mesh, (rows,), jnp.int32)
     value_BxTxD = _by_row(mesh, (rows, length, d), work.dtype)
@@ -181,7 +180,7 @@ def _evaluate(work: Work, mesh: Mesh) -> list[Program]:
             "evaluate: head",
             size,
             evaluation.head,
-            (model, site, target, params, ids_BxT, limit, limit),
+            (point, params, ids_BxT, limit, limit),
             member,
             pass_flops(model, tokens, length, target.layer + 1),
         ),
@@ -197,7 +196,7 @@ def _evaluate(work: Work, mesh: Mesh) -> list[Program]:
             "evaluate: tail",
             size,
             evaluation.tail,
-            (model, target, params, value_BxTxD, value_BxTxD),
+            (point, params, value_BxTxD, value_BxTxD),
             member,
             pass_flops(model, tokens, length, model.n_layers - target.layer),
         ),
@@ -225,8 +224,8 @@ def _abstract_member(work: Work, mesh: Mesh) -> MemberData:
 
 def _ablate(work: Work, mesh: Mesh) -> list[Program]:
     model, length = work.model, work.prompt
-    cut = Cut(model, work.site, work.site, mesh)
-    params, (graph, state) = abstract_params(work, mesh, work.dtype), abstract_dictionary(work, mesh)
+    point = SplitPoint(model, work.site, work.site, mesh, work.rules)
+    params, dictionary = abstract_params(work, mesh, work.dtype), abstract_dictionary(work, mesh)
     d, f, k, rows = work.tested.d_in, work.tested.n_features, work.features, work.rows
 
     def values(place: Callable, count: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -239,7 +238,7 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
 
     stream_BxTxD, value_BxTxD = values(_whole, work.prompts)
     domain_BxT = _whole(mesh, (work.prompts, length), bool)
-    past = _placed(jax.eval_shape(cut.record, params, stream_BxTxD, value_BxTxD)[1], mesh)
+    past = _placed(jax.eval_shape(point.record, params, stream_BxTxD, value_BxTxD)[1], mesh)
     f_BxTxK = _whole(mesh, (work.prompts, length, k), work.train.state_dtype)
     W_dec_KxD = _whole(mesh, (k, d), work.train.state_dtype)
     bank = ablation_programs.Bank(stream_BxTxD, value_BxTxD, f_BxTxK, W_dec_KxD, past, None)
@@ -263,11 +262,10 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
             size,
             run_head,
             (
-                cut,
-                graph,
+                point,
                 "keep",
                 params,
-                state,
+                dictionary,
                 _by_row(mesh, (PROMPTS, length), jnp.int32),
                 ends(PROMPTS)[0],
                 _by_row(mesh, (PROMPTS, length), bool),
@@ -280,11 +278,10 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
             size,
             screening.score_features,
             (
-                cut,
-                graph,
+                point,
                 screening.points(work.estimate),
                 params,
-                state,
+                dictionary,
                 *values(_by_row, PROMPTS),
                 values(_by_row, PROMPTS)[1],
                 _by_row(mesh, (PROMPTS, length), bool),
@@ -298,7 +295,7 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
             "ablate: features",
             f"{work.prompts} prompts, {k} features",
             ablation_programs.gather,
-            (cut, graph, state, replacement, sides, _whole(mesh, (k,), jnp.int32), work.prompts),
+            (point, dictionary, replacement, sides, _whole(mesh, (k,), jnp.int32), work.prompts),
             params,
             len(sides) / 2 * work.prompts * encode,
         ),
@@ -307,7 +304,7 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
             f"{rows} edited prompts",
             ablation_programs.run_rows,
             (
-                cut,
+                point,
                 params,
                 bank,
                 tree,
@@ -315,7 +312,7 @@ def _ablate(work: Work, mesh: Mesh) -> list[Program]:
                 _by_row(mesh, (shards, own, k), bool),
                 _by_row(mesh, (shards, own, 2), jnp.int32),
             ),
-            state,
+            dictionary,
             tail + 2.0 * rows * length * k * d,
         ),
     ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from saejax.attribution.memory import PHASES, Bytes
+from saejax.attribution.trace.memory import PHASES, Bytes
 from saejax.parallel import describe
 from saejax.preflight import memory
 from saejax.preflight.graphs import GraphWork
@@ -18,8 +18,8 @@ _COLUMNS = ("parameters", "dtype", "layers", "model", "dictionary", "optimizer",
 def place_line(place: Place) -> str:
     """The devices and their mesh."""
     facts = describe(place.mesh)
-    axes = " x ".join(f"{axis} {size}" for axis, size in facts["axes"].items())
-    return f"{facts['devices']} x {', '.join(facts['kinds'])}, {place.limit / GIB:.2f} GiB each; mesh {axes}"
+    axes = " x ".join(f"{axis} {size}" for axis, size in facts.axes.items())
+    return f"{facts.devices} x {', '.join(facts.kinds)}, {place.limit / GIB:.2f} GiB each; mesh {axes}"
 
 
 def memory_lines(works: Sequence[Work], found: Sequence[Memory], place: Place) -> list[str]:

@@ -9,6 +9,7 @@ from saejax.causal.split import GROUP_TOKENS, LENGTH_STEP, PROMPTS
 from saejax.dictionaries import DictionaryConfig, stacks
 from saejax.errors import UserError, one_of
 from saejax.models.config import DecoderConfig
+from saejax.models.rules import RunRules
 from saejax.models.sites import ModuleSite, Site
 from saejax.preflight.graphs import GraphWork, plan_graphs
 from saejax.settings import AblateConfig, TaskConfig, TrainConfig
@@ -37,6 +38,7 @@ class Work:
     Attributes:
       name: of the model, for messages.
       model: its decoder.
+      rules: how its gradients are taken.
       dtype: of its weights and products in JAX.
       capture: dtype of the same while it is captured.
       backend: what captures, "torch" or "jax".
@@ -64,6 +66,7 @@ class Work:
 
     name: str
     model: DecoderConfig
+    rules: RunRules
     dtype: str
     capture: str
     backend: str
@@ -133,7 +136,8 @@ def plan_work(name: str, model: DecoderConfig, configs: Mapping[str, Any]) -> Wo
     prompt = min(configs["preflight"].prompt_tokens, model.context)
     return Work(
         name=name,
-        model=dataclasses.replace(model, remat=configs["model"].remat),
+        model=model,
+        rules=RunRules(remat=configs["model"].remat),
         dtype=configs["model"].dtype,
         capture=capture.dtype,
         backend=capture.backend,

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from saejax.attribution import figure as graph_figure
+from saejax.attribution.forms import figure as graph_figure
 from saejax.errors import UserError
 from saejax.reporting import style
 from saejax.reporting.document import Block, Links, Picture, Section, Terms, Text

@@ -1,7 +1,7 @@
 """Every setting of every stage: the groups of configuration that become flags.
 
-Read these files to learn what can be changed. A stage reads the groups that ``stages.STAGES`` names for
-it; ``--help`` of its binary shows them.
+Read these files to learn what can be changed. A stage says in its ``stage.py`` which of them it reads; ``--help`` of
+its binary shows them. A group that one stage alone reads may also stand in that file.
 """
 
 from saejax.settings.attribution import GRAPH_ESTIMATES as GRAPH_ESTIMATES
@@ -30,21 +30,3 @@ from saejax.settings.training import KINDS as KINDS
 from saejax.settings.training import MOST_TOKENS as MOST_TOKENS
 from saejax.settings.training import EvaluateConfig as EvaluateConfig
 from saejax.settings.training import TrainConfig as TrainConfig
-
-GROUPS = dict(
-    model=ModelConfig,
-    mesh=MeshConfig,
-    preflight=PreflightConfig,
-    task=TaskConfig,
-    corpus=CorpusConfig,
-    capture=CaptureConfig,
-    train=TrainConfig,
-    evaluate=EvaluateConfig,
-    ablate=AblateConfig,
-    probe=ProbeConfig,
-    patch=PatchConfig,
-    study=StudyConfig,
-    graph=GraphConfig,
-    export=ExportConfig,
-    report=ReportConfig,
-)

@@ -73,6 +73,11 @@ class TaskConfig(Config):
     max_new_tokens: int = setting(256, "longest generated answer in tokens", low=1, only=BENCHMARKS)
     batch: int = setting(16, "benchmark answers generated at the same time", low=1, changes_results=False)
 
+    @property
+    def has_behaviours(self) -> bool:
+        """Whether there are behaviours to test."""
+        return bool(self.behaviours or self.prompts)
+
 
 @dataclasses.dataclass(frozen=True)
 class CorpusConfig(Config):

@@ -12,10 +12,8 @@ first token. Of the prompts of a split are reported, with 95 % bootstrap interva
   and counterpart accuracy of 1 in sum.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +26,9 @@ from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.tokens import Tokens
 from saejax.parallel import make_mesh
 from saejax.settings import TaskConfig
-from saejax.tasks.behaviours import SPLITS, Prompt, make_prompts, write_prompts
+from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore, make_prompts, write_prompts
 from saejax.tasks.own_prompts import read_own_prompts
+from saejax.tasks.results import BaselineBehaviour, BaselineResults, BaselineScores, PromptExample
 from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation
 from saejax.workspace import Run
 
@@ -37,11 +36,8 @@ _BATCH = 32  # prompts per forward pass
 _EXAMPLES = 3  # prompts shown in the results
 
 
-def run_baseline(run: Run) -> dict:
+def run_baseline(run: Run) -> BaselineResults:
     """Draws the prompts, scores them, and writes them with their scores to ``prompts.jsonl``.
-
-    Returns:
-      The results; WORKSPACE.md describes them.
 
     Raises:
       UserError: the model cannot be loaded, prompts cannot be made or are too long, or logits are not finite.
@@ -50,7 +46,7 @@ def run_baseline(run: Run) -> dict:
     model_config, task = run.configs["model"], run.configs["task"]
     model = load_model(model_config.path, model_config.revision, model_config.dtype, make_mesh(run.configs.get("mesh")))
     prompts: list[Prompt] = []
-    scores: list[dict[str, Any]] = []
+    scores: list[PromptScore] = []
     behaviours = {}
     own = read_own_prompts(task, model.token_id)
     for name in (*task.behaviours, *own):
@@ -63,11 +59,11 @@ def run_baseline(run: Run) -> dict:
         behaviours[name] = summarize(drawn, scored, task)
         run.say(_line(name, behaviours[name]))
     write_prompts(run.folder / "prompts.jsonl", prompts, scores)
-    return dict(behaviours=behaviours)
+    return BaselineResults(behaviours)
 
 
-def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """What the model makes of each prompt: the fields of ``behaviours.SCORES``.
+def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[PromptScore]:
+    """What the model makes of each prompt.
 
     Raises:
       UserError: a prompt is longer than the model's context, or its logits are not finite.
@@ -84,68 +80,56 @@ def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[dict[
         )
     diff_T = logits_Tx2[:, 0] - logits_Tx2[:, 1]
     counterpart = dict(zip(paired, (-diff_T[n:]).tolist(), strict=True))
-    return [
-        dict(
-            logit_diff=float(diff_T[i]),
-            top1=bool(top_T[i] == ids_Nx2[i, 0]),
-            counterpart_logit_diff=counterpart.get(i),
-        )
-        for i in range(n)
-    ]
+    return [PromptScore(float(diff_T[i]), bool(top_T[i] == ids_Nx2[i, 0]), counterpart.get(i)) for i in range(n)]
 
 
-def summarize(prompts: Sequence[Prompt], scores: Sequence[Mapping[str, Any]], task: TaskConfig) -> dict[str, Any]:
+def summarize(prompts: Sequence[Prompt], scores: Sequence[PromptScore], task: TaskConfig) -> BaselineBehaviour:
     """A behaviour's entry in the results of the stage: figures of both splits, what is weak in words, and examples."""
-    splits: dict[str, Any] = {}
-    for split in SPLITS:
-        rows = [score for prompt, score in zip(prompts, scores, strict=True) if prompt.split == split]
-        diff_N, top1_N = (np.array([row[key] for row in rows], np.float64) for key in ("logit_diff", "top1"))
-        paired = [row["counterpart_logit_diff"] for row in rows if row["counterpart_logit_diff"] is not None]
-        intervals = dict(
-            accuracy=bootstrap_mean(diff_N > 0, task.bootstrap, task.seed),
-            top1=bootstrap_mean(top1_N, task.bootstrap, task.seed),
-            logit_diff=bootstrap_mean(diff_N, task.bootstrap, task.seed),
-            separation=bootstrap_separation(diff_N, task.bootstrap, task.seed),
-        )
-        if paired:
-            counterpart_M = np.array(paired) > 0
-            intervals["counterpart_accuracy"] = bootstrap_mean(counterpart_M, task.bootstrap, task.seed)
-        described = {key: dataclasses.asdict(value) for key, value in intervals.items()}
-        splits[split] = dict(n=len(rows), counterpart_accuracy=None) | described
-    shown = [(p, s) for p, s in zip(prompts, scores, strict=True) if p.split == "test"][:_EXAMPLES]
-    examples = [dict(text=p.text, correct=p.correct, wrong=p.wrong, logit_diff=s["logit_diff"]) for p, s in shown]
-    return dict(**splits, flags=_flags(splits, task), examples=examples)
+    rows = list(zip(prompts, scores, strict=True))
+    splits = {name: _split_scores([score for prompt, score in rows if prompt.split == name], task) for name in SPLITS}
+    shown = [(prompt, score) for prompt, score in rows if prompt.split == "test"][:_EXAMPLES]
+    examples = (PromptExample(prompt.text, prompt.correct, prompt.wrong, score.logit_diff) for prompt, score in shown)
+    return BaselineBehaviour(**splits, flags=_flags(splits, task), examples=tuple(examples))
 
 
-def _flags(splits: Mapping[str, Any], task: TaskConfig) -> list[str]:
+def _split_scores(rows: Sequence[PromptScore], task: TaskConfig) -> BaselineScores:
+    diff_N, top1_N = (np.array([getattr(row, key) for row in rows], np.float64) for key in ("logit_diff", "top1"))
+    paired = [row.counterpart_logit_diff for row in rows if row.counterpart_logit_diff is not None]
+    mean = functools.partial(bootstrap_mean, resamples=task.bootstrap, seed=task.seed)
+    return BaselineScores(
+        n=len(rows),
+        accuracy=mean(diff_N > 0),
+        top1=mean(top1_N),
+        logit_diff=mean(diff_N),
+        separation=bootstrap_separation(diff_N, task.bootstrap, task.seed),
+        counterpart_accuracy=mean(np.array(paired) > 0) if paired else None,
+    )
+
+
+def _flags(splits: Mapping[str, BaselineScores], task: TaskConfig) -> tuple[str, ...]:
     least = [
         ("accuracy", task.min_accuracy),
         ("separation", task.min_separation),
         ("counterpart_accuracy", task.min_accuracy),
     ]
-    return [
-        f"{key.replace('_', ' ')} {splits[split][key]['mean']:.3f} on {split} prompts is below {limit:.3f}"
-        for split in SPLITS
-        for key, limit in least
-        if splits[split][key] and splits[split][key]["mean"] < limit
-    ]
-
-
-def _line(name: str, result: Mapping[str, Any]) -> str:
-    test = result["test"]
-    percent = {
-        key: "{mean:.0f} % [{low:.0f}, {high:.0f}]".format(**_times(test[key], 100)) for key in ("accuracy", "top1")
-    }
-    plain = {key: "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**test[key]) for key in ("logit_diff", "separation")}
-    flags = f"; weak: {'; '.join(result['flags'])}" if result["flags"] else ""
-    return (
-        f"{name}: on {test['n']} test prompts accuracy {percent['accuracy']}, top-1 {percent['top1']}, "
-        f"logit difference {plain['logit_diff']}, separation {plain['separation']}{flags}"
+    found = [(key, split, getattr(splits[split], key), limit) for split in SPLITS for key, limit in least]
+    return tuple(
+        f"{key.replace('_', ' ')} {value.mean:.3f} on {split} prompts is below {limit:.3f}"
+        for key, split, value, limit in found
+        if value and value.mean < limit
     )
 
 
-def _times(interval: Mapping[str, float], factor: float) -> dict[str, float]:
-    return {key: factor * value for key, value in interval.items()}
+def _line(name: str, result: BaselineBehaviour) -> str:
+    test = result.test
+    shares = (test.accuracy * 100, test.top1 * 100)
+    percent = [f"{one.mean:.0f} % [{one.low:.0f}, {one.high:.0f}]" for one in shares]
+    plain = [f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (test.logit_diff, test.separation)]
+    flags = f"; weak: {'; '.join(result.flags)}" if result.flags else ""
+    return (
+        f"{name}: on {test.n} test prompts accuracy {percent[0]}, top-1 {percent[1]}, "
+        f"logit difference {plain[0]}, separation {plain[1]}{flags}"
+    )
 
 
 def _answer_logits(model: LanguageModel, tokens: Tokens, ids_Nx2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ correct answer the worse one. What does not depend on the content cannot be righ
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from saejax.tasks.recipes import Draft, Recipe, recipes
 from saejax.workspace import write_text
 
 SPLITS = ("train", "test")
-SCORES = ("logit_diff", "top1", "counterpart_logit_diff")  # what the baseline adds to a prompt's line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +92,29 @@ def check_answers(prompt: Prompt, first_token: Callable[[str], int], advice: str
         )
 
 
-def write_prompts(path: Path, prompts: Sequence[Prompt], scores: Sequence[Mapping[str, Any]] | None = None) -> None:
-    """Writes prompts as JSON lines, each with its scores (named in ``SCORES``) if there are any."""
-    added = scores if scores is not None else [{}] * len(prompts)
+@dataclasses.dataclass(frozen=True)
+class PromptScore:
+    """What the model makes of a prompt; the baseline adds it to the prompt's line.
+
+    Attributes:
+      logit_diff: logit of the correct answer's first token minus the wrong one's, at the last position.
+      top1: whether the correct one is the highest of all.
+      counterpart_logit_diff: of the counterpart, its own correct answer first; None if there is none.
+    """
+
+    logit_diff: float
+    top1: bool
+    counterpart_logit_diff: float | None
+
+
+SCORES = tuple(field.name for field in dataclasses.fields(PromptScore))
+
+
+def write_prompts(path: Path, prompts: Sequence[Prompt], scores: Sequence[PromptScore] | None = None) -> None:
+    """Writes prompts as JSON lines, each with its scores if there are any."""
+    added = [dataclasses.asdict(score) for score in scores] if scores is not None else [{}] * len(prompts)
     lines = [
-        json.dumps(dataclasses.asdict(prompt) | dict(score), ensure_ascii=False, allow_nan=False) + "\n"
+        json.dumps(dataclasses.asdict(prompt) | score, ensure_ascii=False, allow_nan=False) + "\n"
         for prompt, score in zip(prompts, added, strict=True)
     ]
     write_text(path, "".join(lines))

@@ -17,11 +17,13 @@ import numpy as np
 from saejax.errors import UserError
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.models.tokens import pad
+from saejax.results import Interval
 from saejax.settings import TaskConfig
 from saejax.tasks.answers import Verdict, formula_verdicts, number_verdicts
 from saejax.tasks.benchmark_prompts import Prompter, make_prompter
 from saejax.tasks.benchmarks import Item, definition
 from saejax.tasks.likelihood import Likelihood, encode_pair, loglikelihoods
+from saejax.tasks.results import BenchmarkResults, ChoiceScores, UnparsedExample
 from saejax.tasks.scoring import bootstrap_mean
 
 _VERDICTS: dict[str, Callable[[str, str], dict[str, Verdict]]] = dict(gsm8k=number_verdicts, math=formula_verdicts)
@@ -174,61 +176,68 @@ def _check_length(
         )
 
 
-def summarize(name: str, rows: Sequence[Mapping[str, Any]], task: TaskConfig) -> dict[str, Any]:
-    """The figures over all items of a benchmark, with 95 % bootstrap intervals; WORKSPACE.md describes them.
+def summarize(name: str, rows: Sequence[Mapping[str, Any]], task: TaskConfig, origin: str = "") -> BenchmarkResults:
+    """The figures over all items of a benchmark, with 95 % bootstrap intervals.
 
     Args:
       name: of the benchmark.
       rows: what ``score_items`` gave, at least one.
       task: the settings under which they were made.
+      origin: of the items.
     """
     score = way(name, task)
-    figures: dict[str, Any] = dict(score=score, n=len(rows))
+    results = BenchmarkResults(score, len(rows), origin)
     if score == "likelihood":
-        keys = ("log_likelihood_per_token", "token_accuracy")
-        return figures | {key: _interval([row[key] for row in rows], task) for key in keys}
+        return dataclasses.replace(
+            results,
+            log_likelihood_per_token=_interval([row["log_likelihood_per_token"] for row in rows], task),
+            token_accuracy=_interval([row["token_accuracy"] for row in rows], task),
+        )
     rules = ("strict", "flexible") if score == "generate" else ("raw", "normalised")
-    figures["accuracy"] = {rule: _interval([row[rule]["correct"] for row in rows], task) for rule in rules}
+    accuracy = _accuracies(rows, rules, task)
     if score == "choice":
         parts = dict.fromkeys(row["task"] for row in rows)
         own = {part: [row for row in rows if row["task"] == part] for part in parts}
-        return figures | dict(
+        return dataclasses.replace(
+            results,
+            accuracy=accuracy,
             chance=float(np.mean([1 / len(row["choices"]) for row in rows])),
-            tasks={
-                part: dict(
-                    n=len(group), **{rule: _interval([row[rule]["correct"] for row in group], task) for rule in rules}
-                )
-                for part, group in own.items()
-            },
+            tasks={part: ChoiceScores(len(group), **_accuracies(group, rules, task)) for part, group in own.items()},
         )
     unparsed = {rule: [row for row in rows if row[rule]["found"] is None] for rule in rules}
-    return figures | dict(
+    shown = (UnparsedExample(row["id"], row["output"][-_TEXT:]) for row in unparsed["strict"][:_SHOWN])
+    return dataclasses.replace(
+        results,
+        accuracy=accuracy,
         unparsed={rule: len(without) for rule, without in unparsed.items()},
-        unparsed_examples=[dict(id=row["id"], output=row["output"][-_TEXT:]) for row in unparsed["strict"][:_SHOWN]],
+        unparsed_examples=tuple(shown),
         cut=sum(row["finished"] == "length" for row in rows),
     )
 
 
-def _interval(values: Sequence[float], task: TaskConfig) -> dict[str, float]:
-    return dataclasses.asdict(bootstrap_mean(np.array(values, np.float64), task.bootstrap, task.seed))
+def _accuracies(rows: Sequence[Mapping[str, Any]], rules: Sequence[str], task: TaskConfig) -> dict[str, Interval]:
+    return {rule: _interval([row[rule]["correct"] for row in rows], task) for rule in rules}
 
 
-def line(figures: Mapping[str, Any]) -> str:
+def _interval(values: Sequence[float], task: TaskConfig) -> Interval:
+    return bootstrap_mean(np.array(values, np.float64), task.bootstrap, task.seed)
+
+
+def line(results: BenchmarkResults) -> str:
     """The figures in a line of text."""
-    n = f"{figures['n']} items"
-    if figures["score"] == "likelihood":
-        nats, share = figures["log_likelihood_per_token"], figures["token_accuracy"]
+    n = f"{results.n} items"
+    if results.log_likelihood_per_token and results.token_accuracy:
+        nats = results.log_likelihood_per_token
         return (
-            f"{n}: log-likelihood per token {nats['mean']:.3f} [{nats['low']:.3f}, {nats['high']:.3f}] nats, token "
-            f"accuracy {_percent(share)}"
+            f"{n}: log-likelihood per token {nats.mean:.3f} [{nats.low:.3f}, {nats.high:.3f}] nats, token accuracy "
+            f"{_percent(results.token_accuracy)}"
         )
-    accuracy = ", ".join(f"{rule} {_percent(value)}" for rule, value in figures["accuracy"].items())
-    if figures["score"] == "choice":
-        return f"{n}: accuracy {accuracy}; chance {100 * figures['chance']:.1f} %"
-    unparsed = ", ".join(f"{rule} {count}" for rule, count in figures["unparsed"].items())
-    return f"{n}: accuracy {accuracy}; no answer found: {unparsed}; cut at the token limit: {figures['cut']}"
+    accuracy = ", ".join(f"{rule} {_percent(value)}" for rule, value in (results.accuracy or {}).items())
+    if results.chance is not None:
+        return f"{n}: accuracy {accuracy}; chance {100 * results.chance:.1f} %"
+    unparsed = ", ".join(f"{rule} {count}" for rule, count in (results.unparsed or {}).items())
+    return f"{n}: accuracy {accuracy}; no answer found: {unparsed}; cut at the token limit: {results.cut}"
 
 
-def _percent(interval: Mapping[str, float]) -> str:
-    mean, low, high = (100 * interval[key] for key in ("mean", "low", "high"))
-    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
+def _percent(value: Interval) -> str:
+    return f"{100 * value.mean:.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]"

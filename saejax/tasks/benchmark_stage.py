@@ -13,17 +13,15 @@ from saejax.models.language_model import load_model
 from saejax.parallel import make_mesh
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmarks import Item, origin, read_items
+from saejax.tasks.results import BenchmarkResults
 from saejax.workspace import Run, write_text
 
 FILE = "items.jsonl"
 _ITEMS = 64  # scored by log-likelihood between two writings
 
 
-def run_benchmark(run: Run) -> dict[str, Any]:
+def run_benchmark(run: Run) -> BenchmarkResults:
     """Scores the model on the benchmark named ``run.name``; writes ``items.jsonl``, a line per item.
-
-    Returns:
-      The results; WORKSPACE.md describes them.
 
     Raises:
       UserError: the items or the model cannot be read, an item is longer than the model's context, or a setting does
@@ -45,9 +43,9 @@ def run_benchmark(run: Run) -> dict[str, Any]:
         rows += benchmark_scores.score_items(lm, name, items[first : first + step], task)
         write_text(run.folder / FILE, "".join(_json(row) for row in rows))
         run.say(f"{len(rows)} of {len(items)} items")
-    figures = benchmark_scores.summarize(name, rows, task)
-    run.say(benchmark_scores.line(figures))
-    return figures | dict(origin=str(origin(name, task)))
+    results = benchmark_scores.summarize(name, rows, task, str(origin(name, task)))
+    run.say(benchmark_scores.line(results))
+    return results
 
 
 def _json(row: dict[str, Any]) -> str:

@@ -6,28 +6,14 @@ something that is the same for every prompt, such as 20 correct answers out of 2
 prompts an error rate of up to 14 % would still give that in one sample of twenty.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
+from saejax.results import Interval
+
 SEPARATION_LIMIT = 1e6  # stands for infinity, which JSON does not have
 _CHUNK = 2_000_000  # values resampled at once: 16 MB
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A figure and its 95 % bootstrap interval.
-
-    Attributes:
-      mean: the statistic on the values themselves (their mean, unless something else was asked for).
-      low: lower end of the interval.
-      high: upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
 
 
 def bootstrap(

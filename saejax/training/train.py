@@ -14,6 +14,7 @@ from saejax.activations.stream import ModelStream
 from saejax.config import identity, to_json
 from saejax.dictionaries import DictionaryConfig, save_dictionary
 from saejax.dictionaries.formats import own
+from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError, one_of
 from saejax.models.sites import KINDS as SITE_KINDS
 from saejax.parallel import describe, is_first_process, make_mesh, sharding
@@ -24,13 +25,14 @@ from saejax.training.inputs import Input, make_input
 from saejax.training.loop import Metrics, train
 from saejax.training.members import Member, members
 from saejax.training.model_input import FromModel, buffer_order, open_stream
+from saejax.training.results import TrainResults
 from saejax.training.scales import site_scales
 from saejax.training.step import Trainer, TrainState
 from saejax.training.writers import make_writers
 from saejax.workspace import Run
 
 
-def run_train(run: Run) -> dict:
+def run_train(run: Run) -> TrainResults:
     """Trains the members of kind ``run.name`` and writes them to ``run.folder``.
 
     Writes ``checkpoints/``, ``metrics.jsonl`` and, for each member, ``dictionary/`` (in a folder of the member's name
@@ -62,7 +64,7 @@ def run_train(run: Run) -> dict:
         if is_first_process():
             (folder / own.DESCRIPTION).unlink(missing_ok=True)  # of a run killed between here and its summary
         save_dictionary(folder, trainer.finish(state, index))
-    return dict(
+    return TrainResults(
         kind=run.name,
         steps=steps,
         tokens=steps * config.batch,
@@ -70,7 +72,7 @@ def run_train(run: Run) -> dict:
         seconds=metrics.seconds,
         members=results,
         mesh=describe(mesh),
-        **(dict(best_checkpoint=best_step) if config.best else {}),
+        best_checkpoint=best_step if config.best else None,
     )
 
 
@@ -112,10 +114,10 @@ def _train(
     return state, metrics
 
 
-def _member_results(trainer: Trainer, metrics: Metrics, dead_M: np.ndarray) -> list[dict]:
+def _member_results(trainer: Trainer, metrics: Metrics, dead_M: np.ndarray) -> tuple[TrainedMember, ...]:
     """What the summary says of each member."""
-    return [
-        dict(
+    return tuple(
+        TrainedMember(
             name=member.name,
             site=member.site,
             target=member.target,
@@ -126,7 +128,7 @@ def _member_results(trainer: Trainer, metrics: Metrics, dead_M: np.ndarray) -> l
             final=metrics.last(member.name),
         )
         for member, scale, dead in zip(trainer.members, trainer.scales, dead_M, strict=True)
-    ]
+    )
 
 
 def chosen_sites(config: TrainConfig, captured: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ import numpy as np
 from tiny_models import save_tiny, save_tiny_tokenizer
 
 from saejax import load_model
-from saejax.attribution.graph import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Graph, Nodes
+from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Graph, Nodes
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 

@@ -8,9 +8,10 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import command, load_model, save_transcoders
-from saejax.attribution import memory, stage
-from saejax.attribution.graph import Graph
+from saejax.attribution import run as stage
+from saejax.attribution.graph.graph import Graph
 from saejax.attribution.requests import Request, read_requests, unit_name
+from saejax.attribution.trace import memory
 from saejax.errors import UserError
 from saejax.settings import GraphConfig
 

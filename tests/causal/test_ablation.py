@@ -130,7 +130,8 @@ def test_removing_all_features_leaves_the_error_and_the_bias(split, runs, dictio
         x_BxTxD = run.value_BxTxD
         without_bias_BxTxD = dictionary.decode(dictionary.encode(x_BxTxD)) - dictionary.b_dec_D[...][None, None, :]
         left_BxTxD = jnp.where(run.domain_BxT[:, :, None], x_BxTxD - without_bias_BxTxD, x_BxTxD)
-        wanted_B = split.cut.tail(split.params, run.stream_BxTxD, left_BxTxD, run.last_B, run.answers_Bx2)
+        end_BxTxD = split.point.tail(split.params, run.stream_BxTxD, left_BxTxD)
+        wanted_B = split.point.difference(split.params, end_BxTxD, run.last_B, run.answers_Bx2)
         count = len(run.index_P)
         np.testing.assert_allclose(diffs.ablated_SxP[0, run.index_P], np.asarray(wanted_B)[:count], atol=1e-4)
 
@@ -151,7 +152,7 @@ def test_neither_batch_size_nor_mesh_matter(split, runs, dictionary, prompts, ti
     wanted = ablation.ablate_sets(split, runs, sets, batch_rows=64)
     odd = ablation.ablate_sets(split, runs, sets, batch_rows=7)
     over_8 = SplitModel(load_model(str(tiny_llama)), dictionary)
-    assert over_8.cut.mesh.shape["data"] == 8
+    assert over_8.point.mesh.shape["data"] == 8
     spread = ablation.ablate_sets(over_8, over_8.run(prompts), sets, batch_rows=64)
     for other in (odd, spread):
         assert other.rows == wanted.rows

@@ -57,7 +57,8 @@ def plain_effects(split, run, W_dec_FxD, changed_BxTxF, sets):
         removed = np.zeros_like(changed_BxTxF)
         removed[:, :, chosen] = changed_BxTxF[:, :, chosen]
         value = jnp.asarray(np.asarray(run.value_BxTxD, np.float64) - removed @ W_dec_FxD, jnp.float32)
-        diff_B = split.cut.tail(split.params, run.stream_BxTxD, value, run.last_B, run.answers_Bx2)
+        end_BxTxD = split.point.tail(split.params, run.stream_BxTxD, value)
+        diff_B = split.point.difference(split.params, end_BxTxD, run.last_B, run.answers_Bx2)
         found.append(np.asarray(diff_B)[: len(run.index_P)])
     return np.array(found)
 
@@ -105,9 +106,7 @@ def test_draws_are_activations_at_other_positions(split, dictionary, pairs):
     f_BxTxF = activations(split, dictionary, run)[: len(run.index_P)]
     features_K = np.arange(f_BxTxF.shape[2])
     source = ablation.Source(run, run, Replacement("random", seed=np.uint32(7)))
-    removed_BxTxK, _ = ablation.gather(
-        split.cut, split.graph, split.state, *source.arrays, features_K, len(run.index_P)
-    )
+    removed_BxTxK, _ = ablation.gather(split.point, split.dictionary, *source.arrays, features_K, len(run.index_P))
     kept_BxTxK = f_BxTxF - np.asarray(removed_BxTxK, np.float64)[: len(f_BxTxF)]
     moved = 0
     for feature in features_K:
@@ -123,10 +122,10 @@ def test_draws_are_activations_at_other_positions(split, dictionary, pairs):
     assert moved > 300
     # Draws do not depend on what else is gathered, and others come with another seed.
     some = features_K[30:50]
-    again, _ = ablation.gather(split.cut, split.graph, split.state, *source.arrays, some, len(run.index_P))
+    again, _ = ablation.gather(split.point, split.dictionary, *source.arrays, some, len(run.index_P))
     np.testing.assert_allclose(np.asarray(again), np.asarray(removed_BxTxK)[:, :, some], atol=1e-6)
     other = ablation.Source(run, run, Replacement("random", seed=np.uint32(8)))
-    others, _ = ablation.gather(split.cut, split.graph, split.state, *other.arrays, some, len(run.index_P))
+    others, _ = ablation.gather(split.point, split.dictionary, *other.arrays, some, len(run.index_P))
     assert np.abs(np.asarray(others) - np.asarray(again)).max() > 0.1
 
 
@@ -140,7 +139,7 @@ def test_every_other_position_is_drawn_as_often(split, dictionary, pairs):
     for seed in range(150):
         source = ablation.Source(run, run, Replacement("random", seed=np.uint32(seed)))
         removed, _ = ablation.gather(
-            split.cut, split.graph, split.state, *source.arrays, np.array([feature]), len(run.index_P)
+            split.point, split.dictionary, *source.arrays, np.array([feature]), len(run.index_P)
         )
         kept = f_BxTxF[:, :, feature] - np.asarray(removed)[: len(f_BxTxF), :, 0]
         drawn.append(kept[f_BxTxF[:, :, feature] != 0])

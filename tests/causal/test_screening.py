@@ -11,6 +11,7 @@ from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models import language_model
+from saejax.models.rules import RunRules
 
 
 @pytest.mark.parametrize("site", ["resid_post.1", "mlp_in.1"])
@@ -81,11 +82,8 @@ def test_relevance_goes_by_its_rules(tiny, prompts, make_dictionary, plain, site
 
 def test_the_rules_change_no_value(tiny):
     tokens = tiny.tokenize(["The cat near the dogs"])
-    ruled = dataclasses.replace(tiny.config, backward="relp")
-    plain, again = (
-        language_model.forward(config, (), True, tiny.params, tokens.ids_BxT, tokens.lengths_B)[0]
-        for config in (tiny.config, ruled)
-    )
+    fixed = tiny.config, (), True, tiny.params, tokens.ids_BxT, tokens.lengths_B
+    plain, again = (language_model.forward(*fixed, rules=rules)[0] for rules in (RunRules(), RunRules(backward="relp")))
     np.testing.assert_allclose(again, plain, atol=2e-6 * np.abs(plain).max())
 
 

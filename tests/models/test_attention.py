@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from saejax.models import attention
-from saejax.models.attention import cached_reaches, full_reaches
+from saejax.models.attention import whole_prompts
 from saejax.models.cache import empty_cache
 from saejax.models.config import DecoderConfig
+from saejax.models.rules import GRADIENT
 
 CONFIG = DecoderConfig(
     family="llama",
@@ -49,8 +50,9 @@ def formula(config, q_BxTxHxK, k_BxSxNxK, v_BxSxNxK, seen_BxTxS):
     return mixed
 
 
-def mixed(config, reaches, q, k, v):
-    return attention.mix(config, *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), reaches.at(config, 0))
+def attended(config, tables, q, k, v):
+    arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    return attention.attend(config, GRADIENT, *arrays, tables.at(config, 0))
 
 
 @pytest.mark.parametrize("config", [CONFIG, CAPPED_LOCAL], ids=["plain", "local, soft cap"])
@@ -59,7 +61,7 @@ def test_whole_prompts(config, length):
     q, k, v = draw(2, length, 6, 8), draw(2, length, 2, 8, seed=1), draw(2, length, 2, 8, seed=2)
     age_TxT = np.arange(length)[:, None] - np.arange(length)
     seen_TxT = (age_TxT >= 0) & (age_TxT < (config.window or length))
-    found = mixed(config, full_reaches(config, length), q, k, v)
+    found = attended(config, whole_prompts(config, length), q, k, v)
     expected = formula(config, q, k, v, np.broadcast_to(seen_TxT, (2, length, length)))
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
@@ -71,7 +73,7 @@ def test_left_padded_prompts_with_a_cache(new, slots):
     cache = empty_cache(CONFIG, 2, slots, jnp.float32, pad_B)
     cache = dataclasses.replace(cache, length=jnp.int32(slots - new))
     q, k, v = draw(2, new, 6, 8), draw(2, slots, 2, 8, seed=1), draw(2, slots, 2, 8, seed=2)
-    found = mixed(CONFIG, cached_reaches(CONFIG, cache, new), q, k, v)
+    found = attended(CONFIG, cache.attention(CONFIG, new).tables, q, k, v)
     age_TxS = np.arange(slots - new, slots)[:, None] - np.arange(slots)
     seen_BxTxS = (age_TxS >= 0) & (np.arange(slots) >= pad_B[:, None])[:, None] | (age_TxS == 0)
     expected = formula(CONFIG, q, k, v, seen_BxTxS)
@@ -84,8 +86,10 @@ def test_gradients_of_blocks_equal_those_of_one(monkeypatch):
     weight = draw(1, length, 6, 8, seed=3)
 
     def gradients():
+        tables = whole_prompts(CONFIG, length).at(CONFIG, 0)
+
         def loss(q, k, v):
-            return jnp.sum(weight * attention.mix(CONFIG, q, k, v, full_reaches(CONFIG, length).at(CONFIG, 0)))
+            return jnp.sum(weight * attention.attend(CONFIG, GRADIENT, q, k, v, tables))
 
         return jax.grad(loss, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float32) for x in arrays))
 

@@ -13,9 +13,11 @@ from tiny_models import save_tiny_llama
 from torch_sites import run_torch
 from transformers import AutoModelForCausalLM
 
-from saejax.models import decoder, incremental
+from saejax.models import decoder
 from saejax.models.cache import empty_cache
 from saejax.models.families import read_config
+from saejax.models.rules import RunRules
+from saejax.models.run import run_layers
 from saejax.models.sites import KINDS, Site
 from saejax.models.weights import load_params
 from saejax.workspace import read_json
@@ -45,7 +47,7 @@ def fifty_prompts() -> list[str]:
 
 
 def all_logits(config, params, ids_BxT):
-    x_BxTxD = decoder.run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, config.n_layers)
+    x_BxTxD = run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, config.n_layers).x
     return decoder.unembed(config, params, x_BxTxD)
 
 
@@ -98,7 +100,7 @@ def test_smollm2_gradient_equals_autograd(smollm2, smollm2_torch):
     @jax.jit
     @jax.grad
     def gradient(x_BxTxD, params):  # parameters are arguments: XLA would take hours over them as constants
-        x_BxTxD = decoder.run_layers(smollm2.config, params, x_BxTxD, 16, 30)
+        x_BxTxD = run_layers(smollm2.config, params, x_BxTxD, 16, 30).x
         logits_BxV = decoder.unembed(smollm2.config, params, x_BxTxD[rows, last])
         return (logits_BxV[:, right] - logits_BxV[:, wrong]).sum()
 
@@ -130,12 +132,13 @@ def test_gradients_at_every_site_equal_autograd(tmp_path, one_device):
         """A scalar of the logits, with something added at every site; the logits and the values at the sites."""
         values = {}
 
-        def hook(site, value_BxTxD):
-            values[str(site)] = value_BxTxD + added[str(site)]
-            return values[str(site)]
+        def hook(kind, layer, value_BxTxD):
+            site = f"{kind}.{layer}"
+            values[site] = value_BxTxD + added[site]
+            return values[site]
 
         x_BxTxD = decoder.embed(config, params, ids_BxT)
-        x_BxTxD = decoder.run_layers(config, params, x_BxTxD, 0, 2, hook, hook_layers=range(2))
+        x_BxTxD = run_layers(config, params, x_BxTxD, 0, 2, hook, hook_layers=range(2)).x
         logits_BxTxV = decoder.unembed(config, params, x_BxTxD)
         return (logits_BxTxV * weights_BxTxV).sum(), (logits_BxTxV, values)
 
@@ -159,12 +162,12 @@ def tiny(tmp_path_factory, one_device):
 
 def test_scanned_unrolled_and_split_runs_agree(tiny):
     config, params, x_BxTxD = tiny
-    run = jax.jit(partial(decoder.run_layers, config), static_argnums=(2, 3, 4, 5))
+    run = jax.jit(lambda *args: run_layers(config, *args).x, static_argnums=(2, 3, 4, 5))
     whole = run(params, x_BxTxD, 0, 4)
     seen = []
 
-    def hook(site, value_BxTxD):
-        seen.append(str(site))
+    def hook(kind, layer, value_BxTxD):
+        seen.append(f"{kind}.{layer}")
         return value_BxTxD
 
     mixed = run(params, x_BxTxD, 0, 4, hook, (2, 0, 9))
@@ -174,8 +177,8 @@ def test_scanned_unrolled_and_split_runs_agree(tiny):
     assert seen == [f"{kind}.{layer}" for layer in (0, 2) for kind in KINDS]
     np.testing.assert_array_equal(run(params, x_BxTxD, 4, 4), x_BxTxD)
 
-    scan = jax.jit(partial(decoder.scan_layers, config), static_argnums=(2, 3, 4))
-    final, stacked = scan(params, x_BxTxD, 1, 4, ("resid_post", "mlp_in"))
+    collect = jax.jit(partial(run_layers, config, start=1, stop=4, collect=("resid_post", "mlp_in")))
+    final, stacked, _ = collect(params, x_BxTxD)
     assert {kind: value.shape for kind, value in stacked.items()} == {
         "resid_post": (3, 3, 12, 64),
         "mlp_in": (3, 3, 12, 64),
@@ -188,7 +191,7 @@ def test_vmap_over_perturbations_and_scan_gradient(tiny):
     direction = jax.random.normal(jax.random.key(1), x_BxTxD.shape)
 
     def f(x_BxTxD, scale):
-        x_BxTxD = decoder.run_layers(config, params, x_BxTxD + scale * direction, 1, 4)
+        x_BxTxD = run_layers(config, params, x_BxTxD + scale * direction, 1, 4).x
         return decoder.unembed(config, params, x_BxTxD[:, -1:])[..., 5].sum()
 
     scales = jnp.array([0.0, 0.3, -2.0])
@@ -207,7 +210,7 @@ def test_gradient_through_a_scan_is_the_slope(tiny):
 
         @jax.jit
         def f(x_BxTxD):
-            x_BxTxD = decoder.run_layers(config, params, x_BxTxD, 1, 4)
+            x_BxTxD = run_layers(config, params, x_BxTxD, 1, 4).x
             return decoder.unembed(config, params, x_BxTxD[:, -1:])[..., 5].sum()
 
         slope = (f(x_BxTxD + step_BxTxD) - f(x_BxTxD - step_BxTxD)) / 2
@@ -217,7 +220,7 @@ def test_gradient_through_a_scan_is_the_slope(tiny):
 def test_later_positions_and_padding_do_not_reach_earlier_ones(tiny):
     config, params, x_BxTxD = tiny
     changed = x_BxTxD.at[:, 7:].add(100.0)
-    run = jax.jit(partial(decoder.run_layers, config, params, start=0, stop=4))
+    run = jax.jit(lambda x_BxTxD: run_layers(config, params, x_BxTxD, 0, 4).x)
     np.testing.assert_array_equal(run(changed)[:, :7], run(x_BxTxD)[:, :7])
     assert not np.allclose(run(changed)[:, 7:], run(x_BxTxD)[:, 7:])
 
@@ -225,7 +228,7 @@ def test_later_positions_and_padding_do_not_reach_earlier_ones(tiny):
 def test_a_gradient_keeps_no_copy_of_the_parameters(tiny):
     config, params, x_BxTxD = tiny
     config_bytes = sum(value.nbytes for name, value in params.items() if name.startswith("layers."))
-    tail = jax.grad(lambda params, x: decoder.run_layers(config, params, x, 0, 4)[:, -1].sum(), argnums=1)
+    tail = jax.grad(lambda params, x: run_layers(config, params, x, 0, 4).x[:, -1].sum(), argnums=1)
     compiled = jax.jit(tail).lower(params, x_BxTxD[:1, :2]).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * config_bytes
 
@@ -235,8 +238,8 @@ def test_remat_takes_less_memory_for_the_same_gradient(tiny):
     x_BxTxD = jnp.tile(x_BxTxD, (4, 2, 1))
     gradients, memory = [], []
     for remat in (False, True):
-        this = dataclasses.replace(config, remat=remat)
-        gradient = jax.grad(lambda x, params, this=this: decoder.run_layers(this, params, x, 0, 4)[:, -1].sum())
+        run = partial(run_layers, config, start=0, stop=4, rules=RunRules(remat=remat))
+        gradient = jax.grad(lambda x, params, run=run: run(params, x).x[:, -1].sum())
         compiled = jax.jit(gradient).lower(x_BxTxD, params).compile()
         gradients.append(compiled(x_BxTxD, params))
         memory.append(compiled.memory_analysis().temp_size_in_bytes)
@@ -260,20 +263,26 @@ def test_a_cached_run_equals_a_whole_one(tiny):
     lengths, prompt, new = [9, 5, 1], 9, 3
     ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (3, prompt + new))
     pad_B = prompt - np.array(lengths)
-    run = jax.jit(incremental.run_cached, static_argnums=0)
+
+    @jax.jit
+    def run(params, ids_BxT, cache):
+        new = ids_BxT.shape[1]
+        x_BxTxD = decoder.embed(config, params, ids_BxT)
+        ran = run_layers(config, params, x_BxTxD, 0, 4, attention=cache.attention(config, new))
+        return ran.x, cache.grown(ran.carried, new)
+
     cache = empty_cache(config, 3, prompt + new + 2, jnp.float32, pad_B)
     np.testing.assert_array_equal(cache.positions_BxT(3), [[0, 1, 2], [0, 0, 0], [0, 0, 0]])
     parts = []
     for part_BxT in (ids_BxT[:, :prompt], *np.split(ids_BxT[:, prompt:], new, axis=1)):
-        x_BxTxD, cache = run(config, params, decoder.embed(config, params, part_BxT), cache)
+        x_BxTxD, cache = run(params, part_BxT, cache)
         parts.append(x_BxTxD)
     cached_BxTxD = np.concatenate(parts, axis=1)
     assert np.isfinite(cached_BxTxD).all()
     assert int(cache.length) == prompt + new
     right_BxT = np.stack([np.roll(row, -pad) for row, pad in zip(ids_BxT, pad_B, strict=True)])
-    whole_BxTxD = jax.jit(partial(decoder.run_layers, config, start=0, stop=4))(
-        params, decoder.embed(config, params, right_BxT)
-    )
+    embedded_BxTxD = decoder.embed(config, params, right_BxT)
+    whole_BxTxD = jax.jit(partial(run_layers, config, start=0, stop=4))(params, embedded_BxTxD).x
     for pad, cached_TxD, whole_TxD in zip(pad_B, cached_BxTxD, whole_BxTxD, strict=True):
         whole_TxD = whole_TxD[: len(whole_TxD) - pad]
         np.testing.assert_allclose(cached_TxD[pad:], whole_TxD, atol=2e-5 * np.abs(whole_TxD).max())

@@ -12,9 +12,10 @@ from tiny_models import save_tiny
 from torch_sites import run_torch
 from transformers import AutoModelForCausalLM
 
-from saejax.models import decoder, incremental
+from saejax.models import decoder
 from saejax.models.cache import empty_cache
 from saejax.models.families import read_config
+from saejax.models.run import run_layers
 from saejax.models.sites import KINDS
 from saejax.models.weights import load_params
 from saejax.parallel import AXES, fitting_sharding
@@ -149,15 +150,15 @@ def numpy_of(values):
 def run_all(config, params, ids_BxT):
     """Logits, the values at all sites, and the gradients of a logit difference at the sites of the layer ``MIDDLE``."""
     x_BxTxD = decoder.embed(config, params, ids_BxT)
-    x_BxTxD, sites = decoder.scan_layers(config, params, x_BxTxD, 0, config.n_layers, KINDS)
+    x_BxTxD, sites, _ = run_layers(config, params, x_BxTxD, 0, config.n_layers, collect=KINDS)
     logits_BxTxV = decoder.unembed(config, params, x_BxTxD)
 
     def difference(added):
-        def hook(site, value_BxTxD):
-            return value_BxTxD + added[site.kind]
+        def hook(kind, layer, value_BxTxD):
+            return value_BxTxD + added[kind]
 
         start_BxTxD = sites["resid_pre"][MIDDLE]
-        end_BxTxD = decoder.run_layers(config, params, start_BxTxD, MIDDLE, config.n_layers, hook, {MIDDLE})
+        end_BxTxD = run_layers(config, params, start_BxTxD, MIDDLE, config.n_layers, hook, {MIDDLE}).x
         logits_BxV = decoder.unembed(config, params, end_BxTxD[:, -1])
         return (logits_BxV[:, 7] - logits_BxV[:, 20]).sum()
 
@@ -168,7 +169,7 @@ def run_all(config, params, ids_BxT):
 @functools.partial(quick_jit, static_argnums=0)
 def run_plain(config, params, ids_BxT):
     x_BxTxD = decoder.embed(config, params, ids_BxT)
-    x_BxTxD, sites = decoder.scan_layers(config, params, x_BxTxD, 0, config.n_layers, KINDS)
+    x_BxTxD, sites, _ = run_layers(config, params, x_BxTxD, 0, config.n_layers, collect=KINDS)
     return decoder.unembed(config, params, x_BxTxD), sites
 
 
@@ -177,13 +178,15 @@ def run_chunk(config, params, ids_BxT, cache):
     """Some new tokens of prompts: logits, the values at the sites of layer 0, and the cache."""
     seen = {}
 
-    def hook(site, value_BxTxD):
-        seen[site.kind] = value_BxTxD
+    def hook(kind, layer, value_BxTxD):
+        seen[kind] = value_BxTxD
         return value_BxTxD
 
-    x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(ids_BxT.shape[1]))
-    x_BxTxD, cache = incremental.run_cached(config, params, x_BxTxD, cache, hook, {0})
-    return decoder.unembed(config, params, x_BxTxD), seen, cache
+    new = ids_BxT.shape[1]
+    x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(new))
+    attention = cache.attention(config, new)
+    ran = run_layers(config, params, x_BxTxD, 0, config.n_layers, hook, {0}, attention=attention)
+    return decoder.unembed(config, params, ran.x), seen, cache.grown(ran.carried, new)
 
 
 def check_fp32(config, params, model, ids_BxT) -> dict[str, float]:

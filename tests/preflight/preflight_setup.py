@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
 from saejax.preflight.work import Work, plan_work
-from saejax.settings import GROUPS
+from saejax.stages import GROUPS
 from saejax.training.members import SiteScale
 from saejax.training.step import Trainer
 

@@ -14,7 +14,7 @@ from saejax.preflight.advice import SLICES
 from saejax.preflight.memory import GIB
 from saejax.preflight.shapes import read_shapes
 from saejax.preflight.work import plan_work
-from saejax.settings import GROUPS
+from saejax.stages import GROUPS
 from saejax.training.train import named_sites
 
 FILES = sorted(CONFIGS.glob("*.flags"))

@@ -14,7 +14,7 @@ import pytest
 from made_up_workspace import made_up_contexts, make_run, make_workspace
 from test_figures import contrast
 
-from saejax import settings
+from saejax import stages
 from saejax.config import define_flags, from_flags
 from saejax.errors import UserError
 from saejax.reporting import report
@@ -173,14 +173,14 @@ def test_the_settings_can_be_used_as_a_flag_file(made, tmp_path):
     from absl import flags
 
     values = flags.FlagValues()
-    define_flags(settings.GROUPS, values)
+    define_flags(stages.GROUPS, values)
     block = re.search(r"```\n(--model.*?)\n```", (made[0] / "report.md").read_text(), re.DOTALL).group(1)
     (tmp_path / "run.flags").write_text(block.replace("--task.train_prompts=80", "--task.train_prompts=81"))
     values(["program", f"--flagfile={tmp_path / 'run.flags'}"])
-    configs = from_flags(settings.GROUPS, values)
+    configs = from_flags(stages.GROUPS, values)
     assert configs["task"].train_prompts == 81
     assert {group: config for group, config in configs.items() if group != "task"} == {
-        group: cls() for group, cls in settings.GROUPS.items() if group != "task"
+        group: cls() for group, cls in stages.GROUPS.items() if group != "task"
     }
 
 

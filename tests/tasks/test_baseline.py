@@ -11,7 +11,8 @@ import runs
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.models.language_model import LanguageModel, load_model
-from saejax.settings import BEHAVIOURS, GROUPS, ModelConfig, TaskConfig
+from saejax.settings import BEHAVIOURS, ModelConfig, TaskConfig
+from saejax.stages import GROUPS
 from saejax.tasks import baseline
 from saejax.tasks.behaviours import SCORES, make_prompts, read_prompts
 from saejax.workspace import Run

@@ -12,7 +12,8 @@ from benchmark_rows import GSM8K, write_all
 from saejax import command, load_model, pipeline
 from saejax.errors import Interrupted, UserError
 from saejax.models.language_model import LanguageModel
-from saejax.settings import BENCHMARKS, GROUPS, ModelConfig, TaskConfig
+from saejax.settings import BENCHMARKS, ModelConfig, TaskConfig
+from saejax.stages import GROUPS
 from saejax.tasks import benchmark_scores, benchmark_stage
 from saejax.tasks.benchmark_scores import line, score_items, summarize
 from saejax.tasks.benchmarks import read_items
@@ -241,9 +242,9 @@ def plan(folder, **changes):
     """The fingerprints of all units, but for the model and the corpus."""
     changes = dict(path=str(folder)) | changes
     configs = {group: cls() for group, cls in GROUPS.items()} | dict(task=TaskConfig(**changes))
-    made = pipeline.Plan(configs)
+    made = pipeline.Workplan(configs)
     made._marks |= {"<model>": "m", "<corpus>": "c"}
-    return {unit: made.mark(unit) for stage in pipeline.STAGES for unit in made.units(stage)}
+    return {unit: made.mark(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
 
 
 def test_benchmarks_and_what_they_do_not_touch(folder, tmp_path):

@@ -13,8 +13,9 @@ from small_stacks import B, D
 from saejax import command
 from saejax.activations.stream import BufferOrder
 from saejax.errors import Interrupted
-from saejax.pipeline import Plan
-from saejax.settings import GROUPS, ModelConfig
+from saejax.pipeline import Workplan
+from saejax.settings import ModelConfig
+from saejax.stages import GROUPS
 from saejax.training.inputs import Streamed
 from saejax.training.model_input import FromModel
 
@@ -55,7 +56,7 @@ def test_what_it_depends_on(inputs):
         for key, value in (dict(train__source="model") | changes).items():
             group, field = key.split("__")
             configs[group] = dataclasses.replace(configs[group], **{field: value})
-        return Plan(configs).mark("train/topk")
+        return Workplan(configs).mark("train/topk")
 
     assert mark() == mark(capture__sites=("mlp_out.0",), capture__batch_tokens=9, task__seed=9)
     others = dict(corpus__seed=5, capture__dtype="bfloat16", train__buffer_rows=9, train__sites=("mlp_out.0",))

@@ -8,12 +8,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from small_stacks import B, D, make_trainer
 
 from saejax.causal import screening
-from saejax.causal.cut import Cut
 from saejax.dictionaries import Dictionary
 from saejax.evaluation import reconstruction
 from saejax.evaluation.member_data import MemberData
 from saejax.models import decoder
+from saejax.models.run import run_layers
 from saejax.models.sites import Site
+from saejax.models.split import SplitPoint
 from saejax.settings import KINDS
 
 
@@ -59,7 +60,7 @@ def test_the_decoder_and_its_gradients(tiny_llama, one_device):
 
     def loss(params, ids_BxT):
         x_BxTxD = decoder.embed(lm.config, params, ids_BxT)
-        x_BxTxD = decoder.run_layers(lm.config, params, x_BxTxD, 0, lm.config.n_layers)
+        x_BxTxD = run_layers(lm.config, params, x_BxTxD, 0, lm.config.n_layers).x
         return decoder.unembed(lm.config, params, x_BxTxD).sum()
 
     check(jax.grad(loss), lm.params, np.zeros((2, 6), np.int32), least=20)
@@ -67,24 +68,21 @@ def test_the_decoder_and_its_gradients(tiny_llama, one_device):
 
 @pytest.mark.parametrize("points", [1, 10])
 def test_attribution(tiny_llama, one_device, points):
-    from flax import nnx
-
     from saejax import load_model
     from saejax.dictionaries import DictionaryConfig
 
     lm = load_model(str(tiny_llama), mesh=one_device)
     config = DictionaryConfig(kind="standard", site="resid_post.1", d_in=lm.config.d_model, n_features=32)
-    graph, state = nnx.split(Dictionary.initial(config, jax.random.key(0)))
+    dictionary = Dictionary.initial(config, jax.random.key(0))
     site = Site.parse(config.site)
-    cut = Cut(lm.config, site, site, one_device)
+    point = SplitPoint(lm.config, site, site, one_device)
     value = jnp.ones((2, 6, lm.config.d_model))
     check(
-        lambda params, state: screening.score_features(
-            cut,
-            graph,
+        lambda params, dictionary: screening.score_features(
+            point,
             points,
             params,
-            state,
+            dictionary,
             value,
             value,
             value,
@@ -93,6 +91,6 @@ def test_attribution(tiny_llama, one_device, points):
             jnp.ones((2, 2), int),
         ),
         lm.params,
-        state,
+        dictionary,
         least=8,
     )

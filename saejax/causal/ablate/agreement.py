@@ -6,24 +6,20 @@ features are matched by direction, elsewhere by activity on the test prompts.
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from saejax.causal.ablate.importance import Importance, Measurable, measure_importance
+from saejax.causal.ablate.importance import Importance, measure_importance
+from saejax.causal.ablate.results import DictionaryAgreement
+from saejax.causal.experiment import Experiment
 from saejax.causal.split import SplitModel
 from saejax.causal.stability import compare, match_by_activity, match_by_direction
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
+from saejax.results import from_json
 from saejax.settings import AblateConfig
-
-
-class Movable(Measurable, Protocol):
-    """A behaviour's experiment that can be done with other dictionaries."""
-
-    def on(self, split: SplitModel, basis: str) -> Measurable:
-        """The same behaviour on the model cut for another dictionary, which has this name."""
 
 
 class Effects(NamedTuple):
@@ -46,13 +42,13 @@ def check(config: AblateConfig) -> None:
 
 
 def measure_agreement(
-    experiment: Movable,
+    experiment: Experiment,
     importance: Importance,
     model: LanguageModel,
     dictionary: Dictionary,
     others: Mapping[str, Dictionary],
     config: AblateConfig,
-) -> list[dict[str, Any]]:
+) -> tuple[DictionaryAgreement, ...]:
     """Compares the tested dictionary and others on a behaviour.
 
     Args:
@@ -64,8 +60,7 @@ def measure_agreement(
       config: of the stage.
 
     Returns:
-      For each pair ``first`` and ``second``, their names, ``by`` ("direction" or "activity"), and what
-      ``stability.compare`` says.
+      For each pair.
 
     Raises:
       UserError: a dictionary belongs to another model, or something is not finite.
@@ -74,14 +69,16 @@ def measure_agreement(
     for name, other in others.items():
         moved = experiment.on(SplitModel(model, other, config.positions, config.error), name)
         found[name] = Effects(other, measure_importance(moved, config)[0], moved.max_activations())
-    return [
-        dict(first=first, second=second) | compare_effects(found[first], found[second], config)
+    return tuple(
+        compare_effects(first, second, found[first], found[second], config)
         for first, second in itertools.combinations(found, 2)
-    ]
+    )
 
 
-def compare_effects(first: Effects, second: Effects, config: AblateConfig) -> dict[str, Any]:
-    """An entry of ``measure_agreement``, but for the names."""
+def compare_effects(
+    name: str, other: str, first: Effects, second: Effects, config: AblateConfig
+) -> DictionaryAgreement:
+    """An entry of ``measure_agreement``."""
     sites = [effects.dictionary.config.target or effects.dictionary.site for effects in (first, second)]
     by = "direction" if sites[0] == sites[1] else "activity"
     if by == "direction":
@@ -89,4 +86,5 @@ def compare_effects(first: Effects, second: Effects, config: AblateConfig) -> di
         matches = match_by_direction(first_FxD, second_GxD)
     else:
         matches = match_by_activity(first.largest_PxF, second.largest_PxF)
-    return dict(by=by) | compare(first.importance, second.importance, matches, seed=config.seed)
+    found = compare(first.importance, second.importance, matches, seed=config.seed)
+    return from_json(DictionaryAgreement, dict(first=name, second=other, by=by) | found, "agreement")

@@ -5,31 +5,20 @@ each beside random directions of its own basis matched as features are (``contro
 """
 
 import dataclasses
-from typing import Any, Protocol
 
 import numpy as np
 
 from saejax.causal.ablate import bases, verdict
+from saejax.causal.ablate.results import ComparedBasis, UncomparedBasis
 from saejax.causal.controls import TooFewControls
+from saejax.causal.experiment import Experiment
 from saejax.causal.split import SplitModel
-from saejax.dictionaries import Dictionary, load_dictionary
+from saejax.dictionaries import Basis, Dictionary, load_dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings import BASES, AblateConfig
 
 DRAWS = 20  # of matched random directions in each basis
-
-
-class Movable(verdict.Experiment, Protocol):
-    """A behaviour's experiment that can be done on other bases."""
-
-    name: str
-
-    def on(self, split: SplitModel, basis: str) -> verdict.Experiment:
-        """The same behaviour on the model cut for another basis, which has this name."""
-
-    def train_values(self) -> np.ndarray:
-        """Values of the site on the train prompts, [N, D]."""
 
 
 def check(config: AblateConfig) -> None:
@@ -42,14 +31,9 @@ def check(config: AblateConfig) -> None:
 
 
 def compare(
-    experiment: Movable, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
-) -> dict[str, dict[str, Any]]:
+    experiment: Experiment, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
+) -> dict[str, ComparedBasis | UncomparedBasis]:
     """Removes the top directions of each basis in ``config.baselines`` from a behaviour's test prompts.
-
-    Returns:
-      For each basis "joint", "difference", "percentile" and "verdict" as in the behaviour's own results,
-      "control_drop" (mean over draws), "size" (number of its directions), and "top", which were removed; or a "reason"
-      why it was not measured.
 
     Raises:
       UserError: a folder holds no dictionary, or one of another model.
@@ -58,29 +42,35 @@ def compare(
 
 
 def _compare_with(
-    wanted: str, experiment: Movable, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
-) -> dict[str, Any]:
+    wanted: str, experiment: Experiment, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
+) -> ComparedBasis | UncomparedBasis:
     basis = _basis(wanted, experiment, model, dictionary, config)
     if isinstance(basis, str):
-        return dict(reason=basis)
+        return UncomparedBasis(basis)
     size = basis.config.n_features
     if size < 2 * config.top + config.matches:
         reason = f"it has {size} directions: too few for {config.top}, and as many matched ones to choose from"
-        return dict(size=size, reason=reason)
+        return UncomparedBasis(reason, size)
     on_basis = experiment.on(SplitModel(model, basis, config.positions), wanted)
     few = dataclasses.replace(config, draws=min(config.draws, DRAWS))
     try:
         results, measured = verdict.judge(experiment.name, on_basis, few)
     except TooFewControls as error:  # the dictionary's features have their controls: what is said of them stands
-        return dict(size=size, reason=error.fact)
-    kept = {key: results[key] for key in ("joint", "difference", "percentile", "verdict")}
-    control_drop = float(np.mean(results["controls"]["logit_diff_drop"]))
-    return kept | dict(control_drop=control_drop, size=size, top=measured.top)
+        return UncomparedBasis(error.fact, size)
+    return ComparedBasis(
+        joint=results.joint,
+        difference=results.difference,
+        percentile=results.percentile,
+        verdict=results.verdict,
+        control_drop=float(np.mean(results.controls.logit_diff_drop)),
+        size=size,
+        top=tuple(measured.top),
+    )
 
 
 def _basis(
-    wanted: str, experiment: Movable, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
-) -> Dictionary | str:
+    wanted: str, experiment: Experiment, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
+) -> Basis | str:
     """A basis, or why there is none."""
     if wanted == "neurons":
         if model.config.post_norms:

@@ -20,18 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries import Basis, Dictionary, DictionaryConfig
+from saejax.dictionaries.editing import Editing
+from saejax.dictionaries.matmul import matmul
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import mlp_neurons
+from saejax.models.rules import GRADIENT
 from saejax.models.sites import Site
 
 _WEIGHTS = ("gate_DxF", "gate_bias_F", "up_DxF", "up_bias_F")
 
 
-class Neurons(Dictionary):
-    """The neurons of an MLP, as a transcoder from ``mlp_in`` to ``mlp_out`` whose encoder is the model's own.
+class Neurons(Editing, nnx.Module):
+    """The neurons of an MLP: a basis that reads ``mlp_in`` by the model's own weights and writes ``mlp_out``.
 
     Args:
       model: the language model.
@@ -60,7 +63,11 @@ class Neurons(Dictionary):
     def encode(self, x_BxTxD: jax.Array) -> jax.Array:
         """The neurons' activations [B, T, F]."""
         config: DecoderConfig = self.decoder
-        return mlp_neurons(config, {name: getattr(self, name)[...] for name in self.names}, x_BxTxD)
+        return mlp_neurons(config, GRADIENT, {name: getattr(self, name)[...] for name in self.names}, x_BxTxD)
+
+    def decode(self, f_BxTxF: jax.Array, x_BxTxD: jax.Array | None = None) -> jax.Array:
+        """What the neurons add to ``mlp_out`` [B, T, D]; the MLP's bias is the error term."""
+        return matmul(f_BxTxF, self.W_dec_FxD[...])
 
     def fires(self, f_BxF: jax.Array) -> jax.Array:
         """Where activations are not 0: everywhere, in most models."""
@@ -110,6 +117,6 @@ def _like(dictionary: Dictionary, **changes: object) -> DictionaryConfig:
     return dataclasses.replace(config, **plain | changes)
 
 
-def neurons(model: LanguageModel, site: str) -> Dictionary:
+def neurons(model: LanguageModel, site: str) -> Basis:
     """The neurons of the layer that a site is in."""
     return Neurons(model, Site.parse(site).layer)

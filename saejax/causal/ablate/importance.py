@@ -11,17 +11,16 @@ difference, over prompts. It needs no intervention, and says nothing of causes.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from scipy.spatial import cKDTree
 from scipy.stats import pearsonr, rankdata, spearmanr
 
-from saejax.causal.ablation import LogitDiffs
+from saejax.causal.ablate.results import EstimateFit, FeatureEffect, HalvesAgreement, ImportanceSummary
 from saejax.causal.columns import Columns
-from saejax.causal.controls import FeatureStatistics
+from saejax.causal.experiment import Experiment
 from saejax.causal.statistics import bootstrap_means, false_discovery_rates, sign_flip_p
 from saejax.settings import ESTIMATES, AblateConfig
 from saejax.tasks.scoring import separation
@@ -31,29 +30,13 @@ PERMUTATIONS = 20_000
 DISCOVERY = 0.05  # largest q-value of a discovery
 
 
-class Measurable(Protocol):
-    """What is measured on the test prompts of a behaviour."""
-
-    def statistics(self) -> FeatureStatistics:
-        """How often and how strongly the features fire."""
-
-    def test_attribution(self, estimate: str) -> np.ndarray:
-        """Each feature's attribution by one of ``settings.ESTIMATES``, mean over the test prompts, [F]."""
-
-    def max_activations(self) -> np.ndarray:
-        """Each feature's largest activation on each prompt, [P, F]."""
-
-    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
-        """The logit difference of each prompt without each set of features."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Importance(Columns):
     """What each of the N features that fire on the test prompts is worth there; arrays [N], features rising.
 
     Attributes:
       feature: its number.
-      firing_rate, mean_activation: as ``Measurable.statistics`` counts them.
+      firing_rate, mean_activation: as ``Experiment.statistics`` counts them.
       gradient, integrated, relp: attribution by each estimate, mean over the prompts.
       drop, drop_low, drop_high: by how much the logit difference falls without it, mean over the prompts, and the 95 %
         bootstrap interval.
@@ -83,24 +66,31 @@ class Importance(Columns):
     pearson: np.ndarray
     spearman: np.ndarray
 
-    def summary(self, leaders: int) -> dict[str, Any]:
-        """For JSON: numbers of features and discoveries, how good the estimate is, and the largest drops.
+    def summary(self, leaders: int, stability: HalvesAgreement, least_p: float) -> ImportanceSummary:
+        """What there is to say of all features, and of so many of largest drop.
 
-        ``correlations`` holds how well the size of each correlation ranks the features that have one by their drop.
+        Args:
+          leaders: how many.
+          stability: of the drops.
+          least_p: the smallest p-value that there can be.
         """
         order_N = np.argsort(-self.drop, kind="stable")[:leaders]
-        return dict(
+        return ImportanceSummary(
             features=len(self.feature),
             discoveries=int((self.q_value <= DISCOVERY).sum()),
             estimates={
-                name: dict(
+                name: EstimateFit(
                     pearson=_correlation(pearsonr, getattr(self, name), self.drop),
                     spearman=_correlation(spearmanr, getattr(self, name), self.drop),
                 )
                 for name in ESTIMATES
             },
             correlations={name: self._rank_agreement(getattr(self, name)) for name in ("pearson", "spearman")},
-            leaders=[{name: _plain(values_N[n]) for name, values_N in self.columns.items()} for n in order_N],
+            leaders=tuple(
+                FeatureEffect(**{name: _plain(values_N[n]) for name, values_N in self.columns.items()}) for n in order_N
+            ),
+            stability=stability,
+            least_p=least_p,
         )
 
     def _rank_agreement(self, correlation_N: np.ndarray) -> float | None:
@@ -113,7 +103,7 @@ def importance_file(folder: Path, behaviour: str) -> Path:
     return folder / f"{behaviour}-importance.parquet"
 
 
-def measure_importance(experiment: Measurable, config: AblateConfig) -> tuple[Importance, np.ndarray]:
+def measure_importance(experiment: Experiment, config: AblateConfig) -> tuple[Importance, np.ndarray]:
     """Removes every feature that fires on the test prompts, one by one.
 
     Returns:
@@ -178,7 +168,7 @@ def control_percentiles(drop_N: np.ndarray, place_NxC: np.ndarray, nearest: int 
     return (smaller_NxM & ~itself_NxM).sum(axis=1) / others
 
 
-def _plain(value: np.generic) -> int | float | None:
+def _plain(value: np.generic) -> Any:
     """For JSON, which has no NaN."""
     return None if np.isnan(value) else value.item()
 

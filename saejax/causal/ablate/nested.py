@@ -7,34 +7,24 @@ each other, are told apart; test prompts judge it beside as many top features.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol
 
 import numpy as np
 
 from saejax.causal import screening
-from saejax.causal.ablate.verdict import Measured
-from saejax.causal.ablation import LogitDiffs
+from saejax.causal.ablate.results import CumulativeCurve, CurvePoints, GreedySet
+from saejax.causal.ablate.verdict import JudgedDiffs
+from saejax.causal.experiment import Experiment
+from saejax.results import Interval
 from saejax.settings import AblateConfig
-from saejax.tasks.scoring import bootstrap_difference, bootstrap_mean
+from saejax.tasks.scoring import bootstrap_mean
 
 SIZES, CONTROL_SIZES = 20, 8  # most sizes on a curve, of the top features and of their controls
 DRAWS = 5  # control sets that a curve follows
 CANDIDATES = 3  # leading features, per feature of a greedy set, that it chooses from
 
 
-class Experiment(Protocol):
-    """What is measured on a behaviour's prompts."""
-
-    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
-        """The logit difference of each test prompt without each set of features."""
-
-    def ablate_train(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
-        """The logit difference of each train prompt without each set of features."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Curve:
+class CurveDiffs:
     """Logit differences of the test prompts without the first so many features.
 
     Attributes:
@@ -49,27 +39,25 @@ class Curve:
     top_SxP: np.ndarray
     controls_CxNxP: np.ndarray
 
-    def summary(self, config: AblateConfig) -> dict[str, Any]:
-        """For JSON: of ``top`` and ``controls`` the ``sizes`` and, for each, the ``logit_diff`` and ``accuracy`` left.
+    def summary(self, config: AblateConfig) -> CumulativeCurve:
+        """What is left at each size; intervals of the controls are of each prompt's mean over the sets."""
 
-        Intervals are over prompts; those of the controls are of each prompt's mean over the sets.
-        """
+        def points(sizes: list[int], diff_SxP: np.ndarray, correct_SxP: np.ndarray) -> CurvePoints:
+            return CurvePoints(tuple(sizes), _intervals(diff_SxP, config), _intervals(correct_SxP, config))
 
-        def intervals(scores_SxP: np.ndarray) -> list[dict[str, float]]:
-            return [dataclasses.asdict(bootstrap_mean(s_P, config.bootstrap, config.seed)) for s_P in scores_SxP]
-
-        return dict(
-            draws=self.controls_CxNxP.shape[1],
-            top=dict(sizes=self.sizes, logit_diff=intervals(self.top_SxP), accuracy=intervals(self.top_SxP > 0)),
-            controls=dict(
-                sizes=self.control_sizes,
-                logit_diff=intervals(self.controls_CxNxP.mean(axis=1)),
-                accuracy=intervals((self.controls_CxNxP > 0).mean(axis=1)),
-            ),
+        controls_CxNxP = self.controls_CxNxP
+        return CumulativeCurve(
+            draws=controls_CxNxP.shape[1],
+            top=points(self.sizes, self.top_SxP, self.top_SxP > 0),
+            controls=points(self.control_sizes, controls_CxNxP.mean(axis=1), (controls_CxNxP > 0).mean(axis=1)),
         )
 
 
-def cumulative_curve(experiment: Experiment, measured: Measured) -> Curve:
+def _intervals(values_SxP: np.ndarray, config: AblateConfig) -> tuple[Interval, ...]:
+    return tuple(bootstrap_mean(values_P, config.bootstrap, config.seed) for values_P in values_SxP)
+
+
+def cumulative_curve(experiment: Experiment, measured: JudgedDiffs) -> CurveDiffs:
     """Removes the first 1, 2, 3, ... top features together, and those matched to them.
 
     Args:
@@ -87,7 +75,7 @@ def cumulative_curve(experiment: Experiment, measured: Measured) -> Curve:
     )
     top_SxP, controls_AxP = np.split(diffs.ablated_SxP, [len(sizes)])
     controls_CxNxP = controls_AxP.reshape(len(control_sizes), len(drawn_NxC), -1)
-    return Curve(sizes, control_sizes, top_SxP, controls_CxNxP)
+    return CurveDiffs(sizes, control_sizes, top_SxP, controls_CxNxP)
 
 
 def curve_sizes(count: int, most: int) -> list[int]:
@@ -116,26 +104,15 @@ class Grown:
     greedy_NxP: np.ndarray
     top_NxP: np.ndarray
 
-    def summary(self, config: AblateConfig) -> dict[str, Any]:
-        """For JSON: the features, and the drop of the test prompts' logit difference at every size, with intervals.
-
-        ``difference`` is the greedy set's drop minus that of the top features, paired by prompt.
-        """
-
-        def drops(ablated_NxP: np.ndarray) -> list[dict[str, float]]:
-            lost_NxP = self.clean_P[None, :] - ablated_NxP
-            return [dataclasses.asdict(bootstrap_mean(lost_P, config.bootstrap, config.seed)) for lost_P in lost_NxP]
-
-        return dict(
-            features=self.features,
-            train_drop=self.train_drop,
-            top=self.top,
-            greedy_drop=drops(self.greedy_NxP),
-            top_drop=drops(self.top_NxP),
-            difference=[
-                dataclasses.asdict(bootstrap_difference(top_P, greedy_P, config.bootstrap, config.seed))
-                for top_P, greedy_P in zip(self.top_NxP, self.greedy_NxP, strict=True)
-            ],
+    def summary(self, config: AblateConfig) -> GreedySet:
+        """The features, and the drop of the test prompts' logit difference at every size."""
+        return GreedySet(
+            features=tuple(self.features),
+            train_drop=tuple(self.train_drop),
+            top=tuple(self.top),
+            greedy_drop=_intervals(self.clean_P[None, :] - self.greedy_NxP, config),
+            top_drop=_intervals(self.clean_P[None, :] - self.top_NxP, config),
+            difference=_intervals(self.top_NxP - self.greedy_NxP, config),
         )
 
 

@@ -1,145 +1,38 @@
-"""The stage ``ablate``: which features cause each behaviour, judged by a rule written before the data are seen.
+"""The stage ``ablate``."""
 
-Train prompts choose the top features by attribution (``screening``); test prompts judge them: they are removed one by
-one and together (``ablation``), beside sets of as many random features matched on the same prompts and positions
-(``controls``), and a rule says yes or no (``verdict``). Sets that grow show how many
-features it takes (``nested``). On request the top features are tested as a circuit (``circuits``), and every feature
-that fires is removed by itself (``importance``).
-"""
+from collections.abc import Sequence
 
-import json
-from collections.abc import Mapping
-from typing import Any
+from saejax.settings import BASES, AblateConfig, MeshConfig, ModelConfig
+from saejax.stage import Configs, Stage, folder_name, train_unit
+from saejax.tasks import identities
+from saejax.workspace import fingerprint
 
-import numpy as np
 
-from saejax.causal import positions, stability
-from saejax.causal.ablate import agreement, baselines, nested, verdict
-from saejax.causal.ablate.experiment import ModelExperiment
-from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance
-from saejax.causal.circuits.measure import test_circuit
-from saejax.causal.split import SplitModel
-from saejax.causal.stages import (
-    Measure,
-    Measured,
-    Tick,
-    each_part,
-    load_run_dictionary,
-    load_run_model,
-    load_trained,
-    part_file,
-    partial_folder,
-    read_behaviours,
+def _needs(configs: Configs, name: str) -> Sequence[str]:
+    """The units of the tested dictionary and of those that it is compared with."""
+    names = (configs["ablate"].dictionary, *configs["ablate"].compare)
+    return tuple(dict.fromkeys(("baseline", *map(train_unit, names))))
+
+
+def _bases(configs: Configs) -> str:
+    """Dictionaries beside the one that is tested."""
+    from saejax.training import initial
+
+    return fingerprint([initial.identity(folder) for folder in configs["ablate"].baselines if folder not in BASES])
+
+
+ABLATE = Stage(
+    name="ablate",
+    summary="ablates top features against matched random ones and says which features cause the behaviours",
+    run="saejax.causal.ablate.run:run_ablate",
+    results="saejax.causal.ablate.results:AblateResults",
+    groups=(ModelConfig, AblateConfig),
+    placement=(MeshConfig,),
+    after=("baseline", "train", "evaluate"),
+    needs=_needs,
+    names=lambda configs: [folder_name(configs["ablate"].dictionary)] if configs["task"].has_behaviours else (),
+    identity=dict(model=identities.model, bases=_bases),
+    cost="saejax.causal.ablate.cost:ablate_cost",
+    programs="saejax.causal.ablate.cost:ablate_programs",
+    many_processes=True,
 )
-from saejax.causal.statistics import least_p
-from saejax.dictionaries import Dictionary
-from saejax.models.language_model import LanguageModel
-from saejax.parallel import is_first_process
-from saejax.settings import AblateConfig
-from saejax.workspace import Run, write_text
-
-
-def run_ablate(run: Run) -> dict:
-    """Tests a dictionary's features on every behaviour.
-
-    A behaviour is a part in the sense of ``stages``. Its logit differences, from which every figure can be derived
-    again, are in ``<behaviour>-prompts.jsonl``, the drawn controls in ``<behaviour>-controls.jsonl`` and, if they were
-    asked for, the effects of all features in ``<behaviour>-importance.parquet``.
-
-    Returns:
-      The results; WORKSPACE.md describes them.
-    """
-    config: AblateConfig = run.configs["ablate"]
-    positions.parse(config.positions)
-    baselines.check(config)
-    agreement.check(config)
-    prompts, dictionary = read_behaviours(run), load_run_dictionary(run)
-    others = {name: load_trained(run, name, "--ablate.compare") for name in config.compare}
-
-    def begin() -> Measure:
-        model = load_run_model(run)
-        split = SplitModel(model, dictionary, config.positions, config.error)
-
-        def measure(name: str, tick: Tick) -> Measured:
-            experiment = ModelExperiment(split, name, prompts[name], config, tick, partial_folder(run, name))
-            results = _test_and_save(run, experiment, config, model, dictionary, others)
-            return Measured(results, results["reason"])
-
-        return measure
-
-    behaviours = each_part(run, list(prompts), begin)
-    return dict(
-        dictionary=config.dictionary,
-        site=dictionary.site,
-        rule=verdict.rule(config),
-        replacement=config.replacement,
-        top=config.top,
-        draws=config.draws,
-        behaviours=behaviours,
-    )
-
-
-def _test_and_save(
-    run: Run,
-    experiment: ModelExperiment,
-    config: AblateConfig,
-    model: LanguageModel,
-    dictionary: Dictionary,
-    others: Mapping[str, Dictionary],
-) -> dict[str, Any]:
-    results, measured = verdict.judge(experiment.name, experiment, config)
-    of_sets, scores = _test_sets(experiment, measured, config)
-    results |= of_sets
-    if config.baselines:
-        results["baselines"] = baselines.compare(experiment, model, dictionary, config)
-    importance = None
-    if config.effects == "all":
-        importance, drop_NxP = measure_importance(experiment, config)
-        halves = stability.between_halves(drop_NxP, config.seed)
-        least = least_p(len(experiment.test), PERMUTATIONS)
-        results["importance"] = importance.summary(config.top) | dict(stability=halves, least_p=least)
-        if others:
-            pairs = agreement.measure_agreement(experiment, importance, model, dictionary, others, config)
-            results["importance"]["agreement"] = pairs
-    if not is_first_process():
-        return results
-    if importance:
-        importance.save(importance_file(run.folder, experiment.name))
-    by_prompt = [
-        dict(
-            text=prompt.text,
-            correct=prompt.correct,
-            wrong=prompt.wrong,
-            clean=float(measured.clean_P[p]),
-            joint=float(measured.joint_P[p]),
-            top=measured.top_KxP[:, p].tolist(),
-            controls=measured.controls_NxP[:, p].tolist(),
-            **{test: {of: score[..., p].tolist() for of, score in kinds.items()} for test, kinds in scores.items()},
-        )
-        for p, prompt in enumerate(experiment.test)
-    ]
-    drawn = [dict(draw=n, features=features_C.tolist()) for n, features_C in enumerate(measured.controls_NxC)]
-    for ending, lines in (("-prompts.jsonl", by_prompt), ("-controls.jsonl", drawn)):
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        write_text(part_file(run, experiment.name, ending), text)
-    return results
-
-
-def _test_sets(
-    experiment: ModelExperiment, measured: verdict.Measured, config: AblateConfig
-) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-    """The entries of sets in the results, as far as they were asked for, and the scores behind them, prompts last."""
-    results: dict[str, Any] = {}
-    scores: dict[str, dict[str, np.ndarray]] = {}
-    if config.curve:
-        curve = nested.cumulative_curve(experiment, measured)
-        results["curve"] = curve.summary(config)
-        scores["curve"] = dict(top=curve.top_SxP, controls=curve.controls_CxNxP)
-    if config.greedy:
-        grown = nested.grow(experiment, measured.attribution_F, config.greedy)
-        results["greedy"] = grown.summary(config)
-        scores["greedy"] = dict(greedy=grown.greedy_NxP, top=grown.top_NxP)
-    if config.circuit_tests:
-        results["circuit"], of_circuit = test_circuit(experiment, measured.top, config)
-        scores["circuit"] = of_circuit.by_kind if of_circuit else {}
-    return results, scores

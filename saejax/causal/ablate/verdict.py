@@ -9,32 +9,26 @@ activations do not count as firing, of nearly 0). It has no matched control, and
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol
 
 import numpy as np
 
 from saejax.causal import controls, screening
+from saejax.causal.ablate.results import (
+    BehaviourAblation,
+    ControlDraws,
+    JointAblation,
+    ReadoutChange,
+    TopFeature,
+)
 from saejax.causal.ablation import LogitDiffs
-from saejax.causal.controls import FeatureStatistics
+from saejax.causal.experiment import Experiment
 from saejax.causal.replacements import WORDS
+from saejax.causal.results import ControlMatch
+from saejax.results import Interval
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_mean
 
 SINGLES = 3  # matched features that are removed one by one beside each top feature
-
-
-class Experiment(Protocol):
-    """What the test of one behaviour measures on a model and a dictionary."""
-
-    def attribution(self) -> np.ndarray:
-        """Each feature's attribution, mean over the train prompts, [F]."""
-
-    def statistics(self) -> FeatureStatistics:
-        """How often and how strongly features fire on the test prompts, and on those that lend replacements."""
-
-    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
-        """The logit difference of each test prompt without each set of features."""
 
 
 def rule(config: AblateConfig) -> str:
@@ -48,7 +42,7 @@ def rule(config: AblateConfig) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class JudgedDiffs:
     """The logit differences that were measured for one behaviour, and with what.
 
     Attributes:
@@ -70,7 +64,7 @@ class Measured:
     controls_NxP: np.ndarray
 
 
-def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[dict[str, Any], Measured]:
+def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[BehaviourAblation, JudgedDiffs]:
     """Chooses the top features of a behaviour, removes them and their controls, and applies the rule.
 
     Args:
@@ -98,89 +92,105 @@ def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[dict
     ends = np.cumsum([len(top), 1, config.draws])
     top_KxP, joint_1xP, controls_NxP, singles_UxP = np.split(diffs.ablated_SxP, ends)
     fires_K = statistics.fires_at_all_F[np.asarray(top, np.int64)]
-    measured = Measured(top, fires_K, attribution_F, controls_NxC, diffs.clean_P, joint_1xP[0], top_KxP, controls_NxP)
+    measured = JudgedDiffs(
+        top, fires_K, attribution_F, controls_NxC, diffs.clean_P, joint_1xP[0], top_KxP, controls_NxP
+    )
     single_drop_U = (diffs.clean_P[None, :] - singles_UxP).mean(axis=1)
     single_drop_C = single_drop_U[np.searchsorted(singles, nearest_CxS)].mean(axis=1)
     control_drop = dict(zip(firing, single_drop_C.tolist(), strict=True))
-    entries = [
-        dict(
+    entries = tuple(
+        TopFeature(
             feature=feature,
             attribution=float(attribution_F[feature]),
-            **statistics.of(feature),
-            **_drops(diffs.clean_P, ablated_P, config),
+            firing_rate=float(statistics.firing_rate_F[feature]),
+            mean_activation=float(statistics.mean_activation_F[feature]),
+            logit_diff_drop=_interval(diffs.clean_P - ablated_P, config),
+            accuracy_drop=_interval(_correct(diffs.clean_P) - _correct(ablated_P), config),
             control_drop=control_drop.get(feature),
         )
         for feature, ablated_P in zip(top, top_KxP, strict=True)
-    ]
-    match = controls.match_ratios(statistics, firing, controls_NxC)
-    judged = _verdict(measured, len(firing), match, config)
-    judged["joint"]["readouts"] = {
-        name: dict(
+    )
+    match = ControlMatch(**controls.match_ratios(statistics, firing, controls_NxC))
+    joint = _joint(measured, len(firing), _readouts(diffs, len(top), config), config)
+    return _judged(measured, entries, joint, match, diffs.rows, config), measured
+
+
+def _readouts(diffs: LogitDiffs, top: int, config: AblateConfig) -> dict[str, ReadoutChange]:
+    """Of the set of all top features, which stands after each of them, before the controls."""
+    return {
+        name: ReadoutChange(
             clean=float(clean_P.mean()),
-            ablated=float(ablated_SxP[len(top)].mean()),
-            controls=float(ablated_SxP[len(top) + 1 : len(top) + 1 + config.draws].mean()),
-            change=_interval(ablated_SxP[len(top)] - clean_P, config),
+            ablated=float(ablated_SxP[top].mean()),
+            controls=float(ablated_SxP[top + 1 : top + 1 + config.draws].mean()),
+            change=_interval(ablated_SxP[top] - clean_P, config),
         )
         for name, (clean_P, ablated_SxP) in diffs.readouts.items()
     }
-    return dict(top=entries, rows=diffs.rows, **judged), measured
 
 
-def _verdict(measured: Measured, firing: int, match: dict[str, float | None], config: AblateConfig) -> dict[str, Any]:
-    clean_P, joint_P = measured.clean_P, measured.joint_P
-    control_drop_NxP = clean_P[None, :] - measured.controls_NxP
-    control_lost_NxP = _correct(clean_P)[None, :] - _correct(measured.controls_NxP)
-    joint_drop_P = clean_P - joint_P
-    drops = _drops(clean_P, joint_P, config)
-    difference = _interval(joint_drop_P - control_drop_NxP.mean(axis=0), config)
-    joint = dict(
+def _joint(
+    measured: JudgedDiffs, firing: int, readouts: dict[str, ReadoutChange], config: AblateConfig
+) -> JointAblation:
+    return JointAblation(
         n=len(measured.top),
         firing=firing,
-        clean_accuracy=float(_correct(clean_P).mean()),
-        ablated_accuracy=float(_correct(joint_P).mean()),
-        clean_logit_diff=float(clean_P.mean()),
-        **drops,
+        clean_accuracy=float(_correct(measured.clean_P).mean()),
+        ablated_accuracy=float(_correct(measured.joint_P).mean()),
+        clean_logit_diff=float(measured.clean_P.mean()),
+        logit_diff_drop=_interval(measured.clean_P - measured.joint_P, config),
+        accuracy_drop=_interval(_correct(measured.clean_P) - _correct(measured.joint_P), config),
+        readouts=readouts,
     )
-    return dict(
+
+
+def _judged(
+    measured: JudgedDiffs,
+    top: tuple[TopFeature, ...],
+    joint: JointAblation,
+    match: ControlMatch,
+    rows: int,
+    config: AblateConfig,
+) -> BehaviourAblation:
+    clean_P, joint_drop_P = measured.clean_P, measured.clean_P - measured.joint_P
+    control_drop_NxP = clean_P[None, :] - measured.controls_NxP
+    control_lost_NxP = _correct(clean_P)[None, :] - _correct(measured.controls_NxP)
+    difference = _interval(joint_drop_P - control_drop_NxP.mean(axis=0), config)
+    control_drop_N = control_drop_NxP.mean(axis=1)
+    return BehaviourAblation(
+        top=top,
+        rows=rows,
         joint=joint,
-        controls=dict(
+        controls=ControlDraws(
             draws=config.draws,
-            logit_diff_drop=control_drop_NxP.mean(axis=1).tolist(),
-            accuracy_drop=control_lost_NxP.mean(axis=1).tolist(),
+            logit_diff_drop=tuple(control_drop_N.tolist()),
+            accuracy_drop=tuple(control_lost_NxP.mean(axis=1).tolist()),
             match=match,
         ),
         difference=difference,
-        percentile=float((control_drop_NxP.mean(axis=1) < joint_drop_P.mean()).mean()),
-        verdict=drops["accuracy_drop"]["mean"] > config.min_accuracy_drop and difference["low"] > 0,
+        percentile=float((control_drop_N < joint_drop_P.mean()).mean()),
+        verdict=joint.accuracy_drop.mean > config.min_accuracy_drop and difference.low > 0,
         reason=_reason(joint, difference, config),
     )
 
 
-def _reason(joint: dict[str, Any], difference: dict[str, float], config: AblateConfig) -> str:
-    if not joint["n"]:
+def _reason(joint: JointAblation, difference: Interval, config: AblateConfig) -> str:
+    if not joint.n:
         return "No: no feature has an attribution above zero on the train prompts."
-    drop, least = 100 * joint["accuracy_drop"]["mean"], 100 * config.min_accuracy_drop
-    costs, beats = joint["accuracy_drop"]["mean"] > config.min_accuracy_drop, difference["low"] > 0
-    silent = joint["n"] - joint["firing"]
+    drop, least = 100 * joint.accuracy_drop.mean, 100 * config.min_accuracy_drop
+    costs, beats = joint.accuracy_drop.mean > config.min_accuracy_drop, difference.low > 0
+    silent = joint.n - joint.firing
     return (
-        f"{'Yes' if costs and beats else 'No'}: without the {joint['n']} features accuracy goes from "
-        f"{100 * joint['clean_accuracy']:.0f} % to {100 * joint['ablated_accuracy']:.0f} %, a drop of "
+        f"{'Yes' if costs and beats else 'No'}: without the {joint.n} features accuracy goes from "
+        f"{100 * joint.clean_accuracy:.0f} % to {100 * joint.ablated_accuracy:.0f} %, a drop of "
         f"{drop:.1f} points ({'more' if costs else 'not more'} than {least:g}), and the logit difference falls by "
-        f"{joint['logit_diff_drop']['mean']:.2f}, which beyond matched random features is {difference['mean']:.2f} "
-        f"[{difference['low']:.2f}, {difference['high']:.2f}] ({'above' if beats else 'not clearly above'} zero)"
+        f"{joint.logit_diff_drop.mean:.2f}, which beyond matched random features is {difference.mean:.2f} "
+        f"[{difference.low:.2f}, {difference.high:.2f}] ({'above' if beats else 'not clearly above'} zero)"
         + (f"; {silent} of the features never fire on the test prompts and have no control." if silent else ".")
     )
 
 
-def _drops(clean_P: np.ndarray, ablated_P: np.ndarray, config: AblateConfig) -> dict[str, dict[str, float]]:
-    return dict(
-        logit_diff_drop=_interval(clean_P - ablated_P, config),
-        accuracy_drop=_interval(_correct(clean_P) - _correct(ablated_P), config),
-    )
-
-
-def _interval(values_P: np.ndarray, config: AblateConfig) -> dict[str, float]:
-    return dataclasses.asdict(bootstrap_mean(values_P, config.bootstrap, config.seed))
+def _interval(values_P: np.ndarray, config: AblateConfig) -> Interval:
+    return bootstrap_mean(values_P, config.bootstrap, config.seed)
 
 
 def _correct(logit_diff: np.ndarray) -> np.ndarray:

@@ -2,11 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import numpy as np
 
-from saejax.causal.ablation import LogitDiffs
 from saejax.causal.circuits.hypotheses import (
     LEVEL,
     REJECTED_BY_A_CIRCUIT,
@@ -17,25 +15,17 @@ from saejax.causal.circuits.hypotheses import (
     necessity,
     sufficiency,
 )
+from saejax.causal.circuits.results import CircuitFeature, CircuitResult, CircuitTest
 from saejax.causal.controls import FeatureStatistics, draw_controls
+from saejax.causal.experiment import Experiment
 from saejax.causal.statistics import holm
 from saejax.settings import AblateConfig
 
 DRAWS = 100  # random sets, and random added features
 
 
-class Experiment(Protocol):
-    """What is measured on the test prompts of a behaviour."""
-
-    def statistics(self) -> FeatureStatistics:
-        """How often and how strongly the features fire."""
-
-    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
-        """The logit difference of each prompt without each set of features."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Scores:
+class CircuitDiffs:
     """The logit differences that the tests rest on.
 
     Attributes:
@@ -67,7 +57,9 @@ class Scores:
         )
 
 
-def test_circuit(experiment: Experiment, features: Sequence[int], config: AblateConfig) -> tuple[dict, Scores | None]:
+def test_circuit(
+    experiment: Experiment, features: Sequence[int], config: AblateConfig
+) -> tuple[CircuitResult, CircuitDiffs | None]:
     """Measures a set of features and applies the five tests (``hypotheses``).
 
     Features that fire on no test prompt cannot change anything: they are not minimal, and no random set matches them.
@@ -79,10 +71,7 @@ def test_circuit(experiment: Experiment, features: Sequence[int], config: Ablate
       config: of the stage; its ``seed`` and ``matches`` are used.
 
     Returns:
-      For JSON: ``n``, ``firing``, the mean logit differences ``clean``, ``kept`` and ``removed``; ``tests`` (name ->
-      ``statistic``, ``p_value``, ``p_holm``, ``rejected`` at the level of 0.05 after Holm's correction, ``verdict``:
-      whether that is what a circuit does); ``features`` (``feature``, ``change``, ``p_value``, ``p_holm``,
-      ``minimal``). And what it was derived from.
+      The outcomes, and what they were derived from.
 
     Raises:
       UserError: too few other features fire for matched controls, or something is not finite.
@@ -90,12 +79,10 @@ def test_circuit(experiment: Experiment, features: Sequence[int], config: Ablate
     statistics = experiment.statistics()
     fires_F = statistics.fires_at_all_F
     members = [int(feature) for feature in features if fires_F[feature]]
-    said: dict[str, Any] = dict(n=len(features), firing=len(members))
     if not members:
-        nothing = dict.fromkeys(("statistic", "p_value", "p_holm", "rejected", "verdict"))
-        return said | dict(
-            clean=None, kept=None, removed=None, tests={name: nothing for name in REJECTED_BY_A_CIRCUIT}, features=[]
-        ), None
+        nothing = CircuitTest(None, None, None, None, None)
+        tests = dict.fromkeys(REJECTED_BY_A_CIRCUIT, nothing)
+        return CircuitResult(len(features), 0, clean=None, kept=None, removed=None, tests=tests, features=()), None
     scores = _measure(experiment, statistics, members, config)
     change_K = np.zeros(len(features))
     change_K[fires_F[list(features)]] = apart(scores.kept_P, scores.lesser_KxP)
@@ -109,25 +96,26 @@ def test_circuit(experiment: Experiment, features: Sequence[int], config: Ablate
     )
     corrected = holm(np.array([outcome.p_value for outcome in outcomes.values()])).tolist()
     by_feature = zip(features, change_K.tolist(), p_K.tolist(), holm(p_K).tolist(), strict=True)
-    return said | dict(
+    return CircuitResult(
+        n=len(features),
+        firing=len(members),
         clean=float(scores.clean_P.mean()),
         kept=float(scores.kept_P.mean()),
         removed=float(scores.removed_P.mean()),
         tests={
-            name: outcome._asdict()
-            | dict(p_holm=p, rejected=p <= LEVEL, verdict=(p <= LEVEL) == REJECTED_BY_A_CIRCUIT[name])
+            name: CircuitTest(*outcome, p, rejected=p <= LEVEL, verdict=(p <= LEVEL) == REJECTED_BY_A_CIRCUIT[name])
             for (name, outcome), p in zip(outcomes.items(), corrected, strict=True)
         },
-        features=[
-            dict(feature=int(feature), change=change, p_value=p, p_holm=adjusted, minimal=adjusted <= LEVEL)
-            for feature, change, p, adjusted in by_feature
-        ],
+        features=tuple(
+            CircuitFeature(int(feature), change, p_value, adjusted, minimal=adjusted <= LEVEL)
+            for feature, change, p_value, adjusted in by_feature
+        ),
     ), scores
 
 
 def _measure(
     experiment: Experiment, statistics: FeatureStatistics, members: Sequence[int], config: AblateConfig
-) -> Scores:
+) -> CircuitDiffs:
     firing_C = np.flatnonzero(statistics.fires_at_all_F)
     random_NxK = draw_controls(statistics, members, DRAWS, config.matches, seed=[config.seed, len(members)])
     rng = np.random.default_rng([config.seed, DRAWS])
@@ -152,6 +140,6 @@ def _measure(
     score_SxP = np.where(differs_SxP, diffs.ablated_SxP, clean_P[None, :])
     ends = np.cumsum([1, 1, DRAWS, DRAWS, len(members)])
     kept_1xP, removed_1xP, random_kept, random_removed, lesser, inflated_UxP = np.split(score_SxP, ends)
-    return Scores(
+    return CircuitDiffs(
         clean_P, kept_1xP[0], removed_1xP[0], random_kept, random_removed, lesser, inflated_UxP[added_N.reshape(-1)]
     )

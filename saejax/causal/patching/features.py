@@ -7,26 +7,35 @@ its counterpart, whose answer noising turns into the counterpart's.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.causal import activity, controls, screening
 from saejax.causal.ablation import ablate_sets
-from saejax.causal.cut import Cut
-from saejax.causal.patching.cells import measurable
+from saejax.causal.patching.grid import measurable
+from saejax.causal.patching.results import (
+    Interchange,
+    InterchangeTop,
+    PatchedFeature,
+    PatchedFeatures,
+    PatchedSet,
+    PatchEffect,
+)
 from saejax.causal.replacements import Replacement
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
 from saejax.causal.stages import Tick, silent
 from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
+from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
+from saejax.models.split import SplitPoint
 from saejax.parallel import sharding
+from saejax.results import Interval
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import bootstrap_mean
@@ -81,7 +90,7 @@ class FeaturePatching:
         self._measure()
 
     def _measure(self) -> None:
-        ks, every = steps(len(self._top)), nnx.merge(self._split.graph, self._split.state).config.n_features
+        ks, every = steps(len(self._top)), self._split.dictionary.config.n_features
         singles = [[feature] for feature in self._top]
         nested = [self._top[:k] for k in ks]
         random = [drawn_K[: self._firing_within(k)] for k in ks for drawn_K in self._drawn_NxK]
@@ -110,60 +119,62 @@ class FeaturePatching:
         """How many of the first k top features fire: so many have a matched one."""
         return sum(feature in self._firing for feature in self._top[:k])
 
-    def results(self) -> dict[str, Any]:
-        """For JSON: effects of the features one by one and together, and the IIA of growing sets."""
+    def results(self, pairs: Mapping[str, Any]) -> PatchedFeatures:
+        """Effects of the features one by one and together, and the IIA of growing sets.
+
+        Args:
+          pairs: the fields of ``PatchedPairs``.
+        """
         ks, single = steps(len(self._top)), len(self._top)
         both_P = (self.clean_P > 0) & (self.corrupted_P < 0)
-        together = [dict(features=count, **self._effects(single + place)) for place, count in enumerate([*ks, "all"])]
-        return dict(
-            features=[dict(feature=feature, **self._effects(place)) for place, feature in enumerate(self._top)],
-            together=together,
+        names: list[int | Literal["all"]] = [*ks, "all"]
+        return PatchedFeatures(
+            **pairs,
+            features=tuple(PatchedFeature(feature, *self._effects(i)) for i, feature in enumerate(self._top)),
+            together=tuple(PatchedSet(name, *self._effects(single + i)) for i, name in enumerate(names)),
             interchange=self._interchange(ks, both_P),
         )
 
-    def _effects(self, place: int) -> dict[str, Any]:
-        """Of one set, by direction: the effect in logits and normalised, with intervals."""
+    def _effects(self, place: int) -> list[PatchEffect]:
+        """Of one set, by direction."""
         config, whole_P = self._config, self.clean_P - self.corrupted_P
         measured = measurable(self.clean_P, self.corrupted_P, config.bootstrap, config.seed)
-        found = {}
-        for direction, effect_SxP in zip(("denoising", "noising"), self._effect_DxSxP, strict=True):
+        found = []
+        for effect_SxP in self._effect_DxSxP:
             effect_1xP = effect_SxP[place : place + 1]
             low, high = (float(end_1[0]) for end_1 in bootstrap_means(effect_1xP, config.bootstrap, config.seed))
-            entry: dict[str, Any] = dict(effect=dict(mean=float(effect_1xP.mean()), low=low, high=high))
-            entry["normalised"] = None
+            share = None
             if measured:
                 low_1, high_1 = bootstrap_ratios(effect_1xP, whole_P, config.bootstrap, config.seed)
-                share = float(effect_1xP.mean() / whole_P.mean())
-                entry["normalised"] = dict(mean=share, low=float(low_1[0]), high=float(high_1[0]))
-            found[direction] = entry
+                share = Interval(float(effect_1xP.mean() / whole_P.mean()), float(low_1[0]), float(high_1[0]))
+            found.append(PatchEffect(Interval(float(effect_1xP.mean()), low, high), share))
         return found
 
-    def _interchange(self, ks: Sequence[int], both_P: np.ndarray) -> dict[str, Any]:
+    def _interchange(self, ks: Sequence[int], both_P: np.ndarray) -> Interchange:
         prompts = int(both_P.sum())
         if not prompts:
-            said = "on no prompt is the model right both about it and about its counterpart"
-            return dict(prompts=0, top=[], all=None, error=None, site=None, said=said)
+            message = "on no prompt is the model right both about it and about its counterpart"
+            return Interchange(0, (), all=None, error=None, site=None, said=message)
         flipped_SxP = (self._noised_SxP < 0)[:, both_P]
         random_KxNxP = (self._random_SxP < 0)[:, both_P].reshape(len(ks), self._config.draws, prompts)
         nested_KxP = flipped_SxP[len(self._top) : len(self._top) + len(ks)]
-        top: list[dict[str, Any]] = [
-            dict(features=k, accuracy=self._share(own_P), random=self._share(drawn_NxP.mean(axis=0)))
+        top = tuple(
+            InterchangeTop(k, accuracy=self._share(own_P), random=self._share(drawn_NxP.mean(axis=0)))
             for k, own_P, drawn_NxP in zip(ks, nested_KxP, random_KxNxP, strict=True)
-        ]
+        )
         every = self._share(flipped_SxP[-1])
         site, error = (
             self._share((patch_parts(self._split, *self._sides, parts) < 0)[both_P]) for parts in ("site", "error")
         )
-        best = f"the top {ks[-1]} features {100 * top[-1]['accuracy']['mean']:.0f} %, " if ks else "no top features, "
-        said = (
-            f"answers carried over: {best}all features {100 * every['mean']:.0f} %, the error "
-            f"term {100 * error['mean']:.0f} %, the site {100 * site['mean']:.0f} %"
+        best = f"the top {ks[-1]} features {100 * top[-1].accuracy.mean:.0f} %, " if ks else "no top features, "
+        message = (
+            f"answers carried over: {best}all features {100 * every.mean:.0f} %, the error "
+            f"term {100 * error.mean:.0f} %, the site {100 * site.mean:.0f} %"
         )
-        return dict(prompts=prompts, top=top, all=every, error=error, site=site, said=said)
+        return Interchange(prompts, top, every, error, site, message)
 
-    def _share(self, values_P: np.ndarray) -> dict[str, float]:
-        found = bootstrap_mean(np.asarray(values_P, np.float64), self._config.bootstrap, self._config.seed)
-        return dict(mean=found.mean, low=found.low, high=found.high)
+    def _share(self, values_P: np.ndarray) -> Interval:
+        return bootstrap_mean(np.asarray(values_P, np.float64), self._config.bootstrap, self._config.seed)
 
 
 def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[CleanRun], parts: str) -> np.ndarray:
@@ -188,21 +199,22 @@ def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[Cl
             other_arrays = (other.value_BxTxD, other.read_BxTxD, other.domain_BxT)
             arrays = (*own_arrays, *other_arrays, own.last_B, own.answers_Bx2)
             rows = split.by_row(*(array[some] for array in arrays))
-            diff_B = _run_parts(split.cut, split.graph, parts, split.params, split.state, *rows)
+            diff_B = _run_parts(split.point, parts, split.params, split.dictionary, *rows)
             index_P = own.index_P[some]
             diff_P[index_P] = np.asarray(diff_B, np.float64)[: len(index_P)]
     if not np.isfinite(diff_P).all():
-        raise UserError(f"a logit difference after patching {split.cut.site} is not finite: try --model.dtype=float32")
+        raise UserError(
+            f"a logit difference after patching {split.point.site} is not finite: try --model.dtype=float32"
+        )
     return diff_P
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_parts(
-    cut: Cut,
-    graph: nnx.GraphDef,
+    point: SplitPoint,
     parts: str,
     params: decoder.Params,
-    state: nnx.State,
+    dictionary: Basis,
     stream_BxTxD: jax.Array,
     value_BxTxD: jax.Array,
     read_BxTxD: jax.Array,
@@ -218,11 +230,11 @@ def _run_parts(
     if parts != "site":
         change_BxTxD = other_value_BxTxD - value_BxTxD
         if parts != "both":
-            f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
-            other_BxTxF = active_features(graph, state, other_read_BxTxD, other_domain_BxT)
-            W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
+            f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
+            other_BxTxF = active_features(dictionary, other_read_BxTxD, other_domain_BxT)
+            W_dec_FxD = dictionary.W_dec_FxD[...]
             featured_BxTxD = matmul(other_BxTxF - f_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
             change_BxTxD = featured_BxTxD if parts == "features" else change_BxTxD - featured_BxTxD
         patched_BxTxD = value_BxTxD + jnp.where(domain_BxT[..., None], change_BxTxD, jnp.zeros_like(change_BxTxD))
-    diff_B = cut.tail(params, stream_BxTxD, patched_BxTxD, last_B, answers_Bx2)
-    return jax.lax.with_sharding_constraint(diff_B, sharding(cut.mesh))
+    diff_B = point.difference(params, point.tail(params, stream_BxTxD, patched_BxTxD), last_B, answers_Bx2)
+    return jax.lax.with_sharding_constraint(diff_B, sharding(point.mesh))

@@ -2,14 +2,15 @@
 
 import collections
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from saejax.causal.cut import Cut
+from saejax.causal.patching.results import TokenColumn
 from saejax.causal.split import LENGTH_STEP
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
+from saejax.models.split import SplitPoint
 from saejax.models.tokens import token_text
 from saejax.tasks.behaviours import Prompt
 
@@ -51,7 +52,7 @@ def fitting_pairs(
     return fitting, {"no counterpart": len(own) - len(paired), "other length": len(paired) - len(fitting)}
 
 
-def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> tuple[TokenColumn, ...]:
     """What stands at each position, counted from the end, first position first."""
     text = token_text(model.tokenizer)
     sides = [model.tokenize([getattr(p, side) for p in prompts]) for side in ("text", "counterpart")]
@@ -61,7 +62,7 @@ def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> list[di
         ids, others = (tokens.ids_BxT[has_P, (tokens.lengths_B + position)[has_P]] for tokens in sides)
         ((token, count),) = collections.Counter(ids.tolist()).most_common(1)
         columns.append(
-            dict(
+            TokenColumn(
                 position=position,
                 prompts=int(has_P.sum()),
                 token=text(token),
@@ -69,10 +70,10 @@ def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> list[di
                 differs=float((ids != others).mean()),
             )
         )
-    return columns
+    return tuple(columns)
 
 
-def group_pairs(model: LanguageModel, cut: Cut, prompts: Sequence[Prompt]) -> list[Pairs]:
+def group_pairs(model: LanguageModel, point: SplitPoint, prompts: Sequence[Prompt]) -> list[Pairs]:
     """The pairs sorted by length, in groups whose recorded runs take at most ``GROUP_BYTES`` each."""
     sides = [model.tokenize([getattr(prompt, side) for prompt in prompts]) for side in ("text", "counterpart")]
     lengths_P, others_P = (tokens.lengths_B for tokens in sides)
@@ -84,7 +85,7 @@ def group_pairs(model: LanguageModel, cut: Cut, prompts: Sequence[Prompt]) -> li
     while len(order_P):
         length_P = -(-lengths_P[order_P] // LENGTH_STEP) * LENGTH_STEP
         rows_P = -(-np.arange(1, len(order_P) + 1) // STEP) * STEP
-        fits = int(np.sum(rows_P * length_P * _token_bytes(cut, model.params) <= GROUP_BYTES))
+        fits = int(np.sum(rows_P * length_P * _token_bytes(point, model.params) <= GROUP_BYTES))
         count = max(fits, min(STEP, len(order_P)))
         index_P, order_P = order_P[:count], order_P[count:]
         rows_B, length = np.resize(index_P, rows_P[count - 1]), length_P[count - 1]
@@ -96,8 +97,8 @@ def group_pairs(model: LanguageModel, cut: Cut, prompts: Sequence[Prompt]) -> li
     return groups
 
 
-def _token_bytes(cut: Cut, params: decoder.Params) -> int:
+def _token_bytes(point: SplitPoint, params: decoder.Params) -> int:
     """What a token of a recorded run takes."""
-    config = cut.config
-    streams = (config.n_layers + 1) * (1 if cut.in_stream else 2) * config.d_model
+    config = point.config
+    streams = (config.n_layers + 1) * (1 if point.in_stream else 2) * config.d_model
     return (streams + 2 * config.n_layers * config.n_kv_heads * config.d_head) * params["embed_VxD"].dtype.itemsize

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from saejax.causal.cut import Cut
 from saejax.models import decoder
-from saejax.models.incremental import Past, Tree, run_recorded, run_tree_from
+from saejax.models.run import KEYS, VALUES, run_layers
+from saejax.models.split import SplitPoint
+from saejax.models.tree import Past, Tree
 from saejax.parallel import fitting_sharding, sharding
 
 
@@ -34,26 +35,29 @@ class Recorded(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def record(cut: Cut, params: decoder.Params, ids_BxT: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array) -> Recorded:
-    """The program of a run without a patch; of the cut's site, the kind counts."""
-    kinds = {"resid_pre", cut.site.kind}
-    x_BxTxD = decoder.embed(cut.config, params, ids_BxT)
-    x_BxTxD, past, seen = run_recorded(cut.config, params, x_BxTxD, 0, cut.config.n_layers, kinds=kinds)
+def record(
+    point: SplitPoint, params: decoder.Params, ids_BxT: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array
+) -> Recorded:
+    """The program of a run without a patch; of the split point's site, the kind counts."""
+    x_BxTxD = decoder.embed(point.config, params, ids_BxT)
+    collect = {"resid_pre", point.site.kind, KEYS, VALUES}
+    x_BxTxD, seen, _ = run_layers(point.config, params, x_BxTxD, 0, point.config.n_layers, collect=collect)
     stream_KxBxTxD = jnp.concatenate([seen["resid_pre"], x_BxTxD[None]])
-    value_LxBxTxD = None if cut.in_stream else seen[cut.site.kind]
-    run = Recorded(stream_KxBxTxD, value_LxBxTxD, past, cut.difference(params, x_BxTxD, last_B, answers_Bx2))
-    return jax.lax.with_sharding_constraint(run, sharding(cut.mesh))  # patched rows pick theirs from all of these
+    value_LxBxTxD = None if point.in_stream else seen[point.site.kind]
+    past = Past(seen[KEYS], seen[VALUES])
+    run = Recorded(stream_KxBxTxD, value_LxBxTxD, past, point.difference(params, x_BxTxD, last_B, answers_Bx2))
+    return jax.lax.with_sharding_constraint(run, sharding(point.mesh))  # patched rows pick theirs from all of these
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def differing(cut: Cut, first_ExBxTxD: jax.Array, second_ExBxTxD: jax.Array) -> jax.Array:
+def differing(point: SplitPoint, first_ExBxTxD: jax.Array, second_ExBxTxD: jax.Array) -> jax.Array:
     """Where two runs' values are not the same, to the last bit, bool [E, B, T]."""
-    return jax.lax.with_sharding_constraint((first_ExBxTxD != second_ExBxTxD).any(axis=-1), sharding(cut.mesh))
+    return jax.lax.with_sharding_constraint((first_ExBxTxD != second_ExBxTxD).any(axis=-1), sharding(point.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_rows(
-    cut: Cut,
+    point: SplitPoint,
     length: int,
     params: decoder.Params,
     base: Recorded,
@@ -74,7 +78,7 @@ def run_rows(
     """
     token_RxT = first_R[:, None] + jnp.arange(length)[None, :]
     stream_BxTxD = jax.lax.dynamic_index_in_dim(base.stream_KxBxTxD, start, keepdims=False)
-    by_rows = fitting_sharding(cut.mesh, (*token_RxT.shape, stream_BxTxD.shape[-1]), "data", None, None)
+    by_rows = fitting_sharding(point.mesh, (*token_RxT.shape, stream_BxTxD.shape[-1]), "data", None, None)
     x_RxTxD = jax.lax.with_sharding_constraint(stream_BxTxD[place_R[:, None], token_RxT], by_rows)
     patch_Rx1xD = patch_ExBxTxD[entry_R, place_R, position_R][:, None, :]
     here_RxTx1 = (token_RxT == position_R[:, None])[:, :, None]
@@ -84,23 +88,25 @@ def run_rows(
         put_RxTxD = jnp.where(here_RxTx1 & (entry_R == layer)[:, None, None], patch_Rx1xD, value_RxTxD)
         return put_RxTxD.reshape(value.shape)
 
-    def hook(layer: jax.Array, kind: str, value: jax.Array) -> jax.Array:
-        return put(layer, value) if kind == ("resid_pre" if cut.in_stream else cut.site.kind) else value
+    def hook(kind: str, layer: jax.Array | int, value: jax.Array) -> jax.Array:
+        return put(layer, value) if kind == ("resid_pre" if point.in_stream else point.site.kind) else value
 
-    data = cut.mesh.shape["data"]
+    data = point.mesh.shape["data"]
     shards = 1 if len(place_R) % data else data
     tree = Tree.unshared(place_R, first_R, length, shards)
     x_SxNxD = x_RxTxD.reshape(shards, -1, x_RxTxD.shape[-1])
-    x_SxNxD = run_tree_from(cut.config, params, x_SxNxD, start, base.past, tree, hook)
-    patched_RxTxD = put(cut.config.n_layers, x_SxNxD).reshape(x_RxTxD.shape)
+    attention = tree.attention(point.config, base.past, 0)
+    layers = point.config.n_layers
+    x_SxNxD = run_layers(point.config, params, x_SxNxD, start, layers, hook, None, attention=attention).x
+    patched_RxTxD = put(layers, x_SxNxD).reshape(x_RxTxD.shape)
     return jax.lax.with_sharding_constraint(
-        cut.difference(params, patched_RxTxD, last_R - first_R, answers_Rx2), sharding(cut.mesh)
+        point.difference(params, patched_RxTxD, last_R - first_R, answers_Rx2), sharding(point.mesh)
     )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_plain(
-    cut: Cut,
+    point: SplitPoint,
     params: decoder.Params,
     base_RxT: jax.Array,
     source_RxT: jax.Array,
@@ -109,9 +115,10 @@ def run_plain(
     answers_Rx2: jax.Array,
 ) -> jax.Array:
     """``run_rows`` for one layer, from token ids: all layers on all tokens of both runs."""
-    stream_RxTxD, value_RxTxD, _ = cut.head(params, base_RxT)
-    source_RxTxD = cut.head(params, source_RxT)[1]
+    stream_RxTxD, value_RxTxD, _ = point.head(params, base_RxT)
+    source_RxTxD = point.head(params, source_RxT)[1]
     here_RxTx1 = (jnp.arange(base_RxT.shape[1])[None, :] == position_R[:, None])[:, :, None]
     patched_RxTxD = jnp.where(here_RxTx1, source_RxTxD, value_RxTxD)
-    diff_R = cut.tail(params, stream_RxTxD, patched_RxTxD, last_R, answers_Rx2)
-    return jax.lax.with_sharding_constraint(diff_R, sharding(cut.mesh))
+    x_RxTxD = point.tail(params, stream_RxTxD, patched_RxTxD)
+    diff_R = point.difference(params, x_RxTxD, last_R, answers_Rx2)
+    return jax.lax.with_sharding_constraint(diff_R, sharding(point.mesh))

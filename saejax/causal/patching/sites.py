@@ -27,7 +27,6 @@ import jax
 import numpy as np
 
 from saejax.causal.ablation import lagging
-from saejax.causal.cut import Cut
 from saejax.causal.patching.pairs import STEP, Pairs, group_pairs
 from saejax.causal.patching.programs import Recorded, differing, record, run_plain, run_rows
 from saejax.causal.stages import Tick, silent
@@ -35,6 +34,7 @@ from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
+from saejax.models.split import SplitPoint
 from saejax.models.tokens import even_batches
 from saejax.parallel import by_row
 from saejax.tasks.behaviours import Prompt
@@ -102,8 +102,8 @@ def patch_sites(
       UserError: a prompt is too long, or a logit difference is not finite.
     """
     site, layers = Site(kind, 0), model.config.n_layers
-    cut = Cut(model.config, site, site, model.mesh)
-    groups = group_pairs(model, cut, prompts)
+    point = SplitPoint(model.config, site, site, model.mesh)
+    groups = group_pairs(model, point, prompts)
     ends_P = np.concatenate([pairs.ends_P for pairs in groups])
     columns, total = int(ends_P.max()), 2 * layers * int(ends_P.sum())
     base_2xP = np.full((2, len(prompts)), np.nan)
@@ -111,20 +111,22 @@ def patch_sites(
     rows = done = work = 0
     tick(done, total)
     for pairs in groups:
-        runs = [_record(cut, model.params, pairs, ids_BxT) for ids_BxT in pairs.ids_2xBxT]
-        base_2xP[:, pairs.index_P] = own_2xP = np.stack([_read(run.diff_B, cut)[: len(pairs.index_P)] for run in runs])
+        runs = [_record(point, model.params, pairs, ids_BxT) for ids_BxT in pairs.ids_2xBxT]
+        base_2xP[:, pairs.index_P] = own_2xP = np.stack(
+            [_read(run.diff_B, point)[: len(pairs.index_P)] for run in runs]
+        )
         own_DxLxPxT = np.zeros((2, layers, 1, pairs.ids_2xBxT.shape[2])) + own_2xP[::-1, None, :, None]
-        found = _found(cut, pairs, runs, plain)
+        found = _found(point, pairs, runs, plain)
         done += 2 * (layers * int(pairs.ends_P.sum()) - len(found.entry_N))
         for direction, part, device_diff_R, cost in lagging(
-            _dispatched(cut, model.params, pairs, runs, found, batch_rows, plain)
+            _dispatched(point, model.params, pairs, runs, found, batch_rows, plain)
         ):
             layer_R, place_R, position_R = (
-                found.entry_N[part] - _shift(cut),
+                found.entry_N[part] - _shift(point),
                 found.place_N[part],
                 found.position_N[part],
             )
-            own_DxLxPxT[direction, layer_R, place_R, position_R] = _read(device_diff_R, cut)[: len(part)]
+            own_DxLxPxT[direction, layer_R, place_R, position_R] = _read(device_diff_R, point)[: len(part)]
             rows, done, work = rows + len(part), done + len(part), work + cost
             tick(done, total)
         for place, (index, end) in enumerate(zip(pairs.index_P, pairs.ends_P, strict=True)):
@@ -133,22 +135,22 @@ def patch_sites(
     return Patched(clean_P, corrupted_P, diff_DxLxPxC, rows, total, work, 2 * layers**2 * int((ends_P**2).sum()))
 
 
-def _shift(cut: Cut) -> int:
+def _shift(point: SplitPoint) -> int:
     """The entry of a patch is its layer; what leaves a layer is patched where it enters the next one."""
-    return int(cut.site.kind == "resid_post")
+    return int(point.site.kind == "resid_post")
 
 
-def _found(cut: Cut, pairs: Pairs, runs: Sequence[Recorded], everything: bool) -> Rows:
+def _found(point: SplitPoint, pairs: Pairs, runs: Sequence[Recorded], everything: bool) -> Rows:
     """The rows to run in each direction, by rising layer: those in which the two runs differ, or all."""
     count, length = len(pairs.index_P), pairs.ids_2xBxT.shape[2]
     real_PxT = np.arange(length)[None, :] < pairs.ends_P[:, None]
-    entries = slice(_shift(cut), _shift(cut) + cut.config.n_layers)
-    differs_LxPxT = np.asarray(differing(cut, *(run.patches for run in runs)))[entries, :count] | everything
+    entries = slice(_shift(point), _shift(point) + point.config.n_layers)
+    differs_LxPxT = np.asarray(differing(point, *(run.patches for run in runs)))[entries, :count] | everything
     layer_N, place_N, position_N = (index_N.astype(np.int32) for index_N in np.nonzero(differs_LxPxT & real_PxT[None]))
-    return Rows(layer_N + np.int32(_shift(cut)), place_N, position_N)
+    return Rows(layer_N + np.int32(_shift(point)), place_N, position_N)
 
 
-def _batches(cut: Cut, pairs: Pairs, found: Rows, batch_rows: int, plain: bool) -> list[tuple[np.ndarray, int, int]]:
+def _batches(pairs: Pairs, found: Rows, batch_rows: int, plain: bool) -> list[tuple[np.ndarray, int, int]]:
     """Rows, batch size and tokens of each batch; the rows' layers rise within it."""
     length = pairs.ids_2xBxT.shape[2]
     if plain:
@@ -159,7 +161,7 @@ def _batches(cut: Cut, pairs: Pairs, found: Rows, batch_rows: int, plain: bool) 
 
 
 def _dispatched(
-    cut: Cut,
+    point: SplitPoint,
     params: decoder.Params,
     pairs: Pairs,
     runs: Sequence[Recorded],
@@ -168,40 +170,40 @@ def _dispatched(
     plain: bool,
 ) -> Iterator[tuple[int, np.ndarray, jax.Array, int]]:
     """Starts all rows; yields direction, rows, their logit differences, and tokens times layers of each batch."""
-    layers, batches = cut.config.n_layers, _batches(cut, pairs, found, batch_rows, plain)
+    layers, batches = point.config.n_layers, _batches(pairs, found, batch_rows, plain)
     for direction, (base, source) in enumerate(((1, 0), (0, 1))):
         for part, size, length in batches:
             filled_R = np.resize(part, size)
             entry_R, place_R, position_R = (array_N[filled_R] for array_N in found)
             start, last_R, answers_Rx2 = entry_R.min(), pairs.last_B[place_R], pairs.answers_Bx2[place_R]
             if plain:
-                site = Site(cut.site.kind, int(start) - _shift(cut))
-                layer = dataclasses.replace(cut, site=site, reads=site)
+                site = Site(point.site.kind, int(start) - _shift(point))
+                layer = dataclasses.replace(point, site=site, reads=site)
                 ids = pairs.ids_2xBxT[base][place_R], pairs.ids_2xBxT[source][place_R]
-                rows = by_row(cut.mesh, *ids, position_R, last_R, answers_Rx2)
+                rows = by_row(point.mesh, *ids, position_R, last_R, answers_Rx2)
                 yield direction, part, run_plain(layer, params, *rows), size * length * layers
             else:
                 first_R = np.maximum(last_R - length + 1, 0)
-                rows = by_row(cut.mesh, entry_R, place_R, position_R, first_R, last_R, answers_Rx2)
+                rows = by_row(point.mesh, entry_R, place_R, position_R, first_R, last_R, answers_Rx2)
                 sides = runs[base], runs[source].patches
                 yield (
                     direction,
                     part,
-                    run_rows(cut, length, params, *sides, start, *rows),
+                    run_rows(point, length, params, *sides, start, *rows),
                     size * length * (layers - int(start)),
                 )
 
 
-def _record(cut: Cut, params: decoder.Params, pairs: Pairs, ids_BxT: np.ndarray) -> Recorded:
-    return record(cut, params, *by_row(cut.mesh, ids_BxT, pairs.last_B, pairs.answers_Bx2))
+def _record(point: SplitPoint, params: decoder.Params, pairs: Pairs, ids_BxT: np.ndarray) -> Recorded:
+    return record(point, params, *by_row(point.mesh, ids_BxT, pairs.last_B, pairs.answers_Bx2))
 
 
-def _read(diff_R: jax.Array, cut: Cut) -> np.ndarray:
+def _read(diff_R: jax.Array, point: SplitPoint) -> np.ndarray:
     """Logit differences in float64, which must be finite."""
     read_R = np.asarray(diff_R, np.float64)
     if not np.isfinite(read_R).all():
         raise UserError(
-            f"a logit difference with {cut.site.kind} patched is not finite: the model's weights hold NaN or it "
+            f"a logit difference with {point.site.kind} patched is not finite: the model's weights hold NaN or it "
             "overflows; try --model.dtype=float32 or another model"
         )
     return read_R

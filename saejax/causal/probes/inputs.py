@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from saejax.causal.cut import Cut
 from saejax.causal.split import CleanRun, SplitModel, of_features
+from saejax.dictionaries import Basis
 from saejax.errors import UserError
+from saejax.models.split import SplitPoint
 from saejax.parallel import sharding
 from saejax.tasks.behaviours import Prompt
 
@@ -45,15 +45,14 @@ def pooled_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tu
 
 
 def _pool_run(split: SplitModel, clean: CleanRun, pool: str) -> tuple[jax.Array, ...]:
-    return _pool(split.cut, split.graph, pool, split.state, clean.value_BxTxD, clean.domain_BxT, clean.last_B)
+    return _pool(split.point, pool, split.dictionary, clean.value_BxTxD, clean.domain_BxT, clean.last_B)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _pool(
-    cut: Cut,
-    graph: nnx.GraphDef,
+    point: SplitPoint,
     pool: str,
-    state: nnx.State,
+    dictionary: Basis,
     value_BxTxD: jax.Array,
     domain_BxT: jax.Array,
     last_B: jax.Array,
@@ -62,9 +61,9 @@ def _pool(
     is_last_BxT = jnp.arange(domain_BxT.shape[1])[None, :] == last_B[:, None]
     read_BxT = domain_BxT & is_last_BxT if pool == "last" else domain_BxT
     over = functools.partial(_over_positions, largest=pool == "max")
-    features_BxF = of_features(graph, state, (value_BxTxD, domain_BxT, read_BxT), over)
+    features_BxF = of_features(dictionary, (value_BxTxD, domain_BxT, read_BxT), over)
     pooled = features_BxF, over(value_BxTxD, read_BxT), read_BxT.any(axis=1)
-    return jax.lax.with_sharding_constraint(pooled, sharding(cut.mesh))
+    return jax.lax.with_sharding_constraint(pooled, sharding(point.mesh))
 
 
 def _over_positions(x_BxTxC: jax.Array, read_BxT: jax.Array, largest: bool) -> jax.Array:

@@ -1,124 +1,28 @@
-"""The stage ``probe``: what a linear probe reads off a dictionary's features, and off the activations they are made of.
+"""The stage ``probe``."""
 
-Every label that was asked for (``tasks.labels``) is read off the features and off the raw activations at the
-dictionary's site, by probes of a few inputs and of all (``linear``). What a probe can read, the model need not use:
-that is what ``ablate`` tests.
-"""
+from collections.abc import Sequence
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from threadpoolctl import threadpool_limits
-
-from saejax.causal.probes.inputs import pooled_inputs
-from saejax.causal.probes.linear import Task, run_probes
-from saejax.causal.split import SplitModel
-from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_dictionary, load_run_model
-from saejax.errors import UserError
-from saejax.settings import ProbeConfig
-from saejax.tasks.behaviours import SPLITS, read_logit_diffs, read_prompts
-from saejax.tasks.labels import Labelled, label_prompts
-from saejax.workspace import Run, whole_file
-
-TABLE = "probes.parquet"
-_INTERVALS = ("accuracy", "shuffled", "random")
+from saejax.settings import MeshConfig, ModelConfig, ProbeConfig
+from saejax.stage import Configs, Stage, folder_name, train_unit
+from saejax.tasks import identities
 
 
-def run_probe(run: Run) -> dict[str, Any]:
-    """Probes a dictionary's features, and the raw activations, for every label.
-
-    A label, of all prompts or of a behaviour, is a part in the sense of ``stages``; ``probes.parquet`` has all of them
-    as one table.
-
-    Returns:
-      The results; WORKSPACE.md describes them.
-
-    Raises:
-      UserError: there are no prompts of a split, the dictionary belongs to another model, or something is not finite.
-      Interrupted: asked to stop; labels that were finished are kept.
-    """
-    config: ProbeConfig = run.configs["probe"]
-    if not config.strengths:
-        raise UserError("--probe.strengths is empty: name at least one inverse strength, such as 0.01")
-    path = run.inputs["baseline"] / "prompts.jsonl"
-    prompts, logit_diffs = read_prompts(path), read_logit_diffs(path)
-    for split in SPLITS:
-        if not any(prompt.split == split for prompt in prompts):
-            raise UserError(f"{path} has no {split} prompts: run the stage baseline again")
-    asked = {
-        some.name: some for label in dict.fromkeys(config.labels) for some in label_prompts(label, prompts, logit_diffs)
-    }
-    dictionary = load_run_dictionary(run)
-
-    def begin() -> Measure:
-        inputs, read_N = pooled_inputs(SplitModel(load_run_model(run), dictionary), prompts, config.pool)
-
-        def measure(name: str, tick: Tick) -> Measured:
-            with threadpool_limits(1):  # threads of products this small only wait for each other
-                return _probe_label(config, asked[name], inputs, read_N, tick)
-
-        return measure
-
-    results = list(each_part(run, list(asked), begin).values())
-    with whole_file(run.folder / TABLE) as beside:
-        pq.write_table(table(results), beside)
-    return dict(dictionary=config.dictionary, site=dictionary.site, pool=config.pool, labels=results)
+def _names(configs: Configs) -> Sequence[str]:
+    asked = configs["probe"].labels and configs["task"].has_behaviours
+    return (folder_name(configs["probe"].dictionary),) if asked else ()
 
 
-def _probe_label(
-    config: ProbeConfig, labelled: Labelled, inputs: Mapping[str, np.ndarray], read_N: np.ndarray, tick: Tick
-) -> Measured:
-    rows = []
-    for name, x_NxC in inputs.items() if not labelled.reason else ():
-        train_NxC, test_MxC = x_NxC[labelled.train_N], x_NxC[labelled.test_M]
-        task = Task(train_NxC, labelled.train_class_N, test_MxC, labelled.test_class_M)
-        for row in run_probes(task, config, [*f"{labelled.name} {name}".encode()]):
-            rows.append(dict(input=name) | row)
-            tick(0, 0)
-    used_N = np.concatenate([labelled.train_N, labelled.test_M])
-    results = dict(
-        label=labelled.label,
-        behaviour=labelled.behaviour,
-        reason=labelled.reason or None,
-        classes={name: dict(zip(SPLITS, counts, strict=True)) for name, counts in labelled.classes.items()},
-        left_out=dict(labelled.left_out),
-        unlabelled=labelled.unlabelled,
-        unread=int((~read_N[used_N]).sum()),
-        probes=rows,
-    )
-    return Measured(results, _line(labelled, rows))
-
-
-def _line(labelled: Labelled, rows: Sequence[Mapping[str, Any]]) -> str:
-    if labelled.reason:
-        return f"no probe: {labelled.reason}"
-    full = [
-        "{input} {0:.0f} % [{1:.0f}, {2:.0f}]".format(*(100 * value for value in row["accuracy"].values()), **row)
-        for row in rows
-        if row["k"] is None
-    ]
-    majority = f"largest class {100 * rows[0]['majority']:.0f} %"
-    return f"accuracy on {len(labelled.test_M)} test prompts from all inputs: {', '.join(full)}; {majority}"
-
-
-def table(results: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """A row for each probe, and one for each label that has none; intervals in three columns, ends ``_low``, ``_high``.
-
-    Args:
-      results: as in the stage's ``labels``.
-    """
-    text, number = pa.string(), pa.float64()
-    columns = dict(label=text, behaviour=text, reason=text, input=text, k=pa.int64(), inputs=pa.list_(pa.int64()))
-    columns |= {f"{name}{end}": number for name in _INTERVALS for end in ("", "_low", "_high")}
-    columns |= dict.fromkeys(("balanced_accuracy", "majority", "p_value", "strength"), number)
-    rows = []
-    for result in results:
-        for probe in result["probes"] or [{}]:
-            spread = {name: probe.get(name) or {} for name in _INTERVALS}
-            parts = {f"{name}_{end}": value.get(end) for name, value in spread.items() for end in ("low", "high")}
-            means = {name: value.get("mean") for name, value in spread.items()}
-            rows.append(dict(result) | dict(probe) | parts | means)
-    return pa.Table.from_pylist(rows, schema=pa.schema(columns))
+PROBE = Stage(
+    name="probe",
+    summary="probes features and raw activations for labels of the prompts, if --probe.labels names any",
+    run="saejax.causal.probes.run:run_probe",
+    results="saejax.causal.probes.results:ProbeResults",
+    groups=(ModelConfig, ProbeConfig),
+    placement=(MeshConfig,),
+    after=("baseline", "train", "ablate"),
+    needs=lambda configs, name: ("baseline", train_unit(configs["probe"].dictionary)),
+    names=_names,
+    identity=dict(model=identities.model),
+    cost="saejax.causal.probes.cost:probe_cost",
+    section="saejax.reporting.probes:sections",
+)

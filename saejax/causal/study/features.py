@@ -1,13 +1,14 @@
 """The features of a study: the top ones by attribution, matched random ones, and what each is replaced with."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from saejax.causal.controls import draw_controls, match_ratios
+from saejax.causal.results import ControlMatch, RankedFeature
 from saejax.causal.screening import leaders
 from saejax.causal.split import SplitModel
 from saejax.causal.study.items import ItemScores
 from saejax.causal.study.references import Reference, References
+from saejax.causal.study.results import ChosenFeatures
 from saejax.dictionaries import Dictionary
 from saejax.models.language_model import Edit
 from saejax.settings import StudyConfig
@@ -25,7 +26,7 @@ def choose_features(
     config: StudyConfig,
     name: str,
     tick: Callable[[], None],
-) -> dict[str, Any]:
+) -> ChosenFeatures:
     """The top features of a benchmark, their controls, and activations of both.
 
     Args:
@@ -36,11 +37,6 @@ def choose_features(
       config: of the stage.
       name: of the benchmark; with ``config.seed`` it decides the draws.
       tick: called before each batch; may raise to stop.
-
-    Returns:
-      For JSON: ``top`` (``feature``, ``attribution``, ``firing_rate`` and ``mean_activation`` on test items),
-      ``controls`` (of each draw its features), ``match`` (``controls.match_ratios``) and ``pools`` (of each feature up
-      to 256 activations where it fires on train items).
 
     Raises:
       UserError: too few features fire for matched controls, or something is not finite.
@@ -56,37 +52,40 @@ def choose_features(
     seed = [config.seed, *name.encode()]
     controls_NxC = draw_controls(statistics, firing, config.draws, config.matches, seed, _ADVICE)
     replaced = sorted({*top, *controls_NxC.ravel().tolist()})
-    return dict(
-        top=[
-            dict(feature=feature, attribution=float(attribution_F[feature]), **statistics.of(feature))
+    return ChosenFeatures(
+        top=tuple(
+            RankedFeature(feature, attribution=float(attribution_F[feature]), **statistics.of(feature))
             for feature in top
-        ],
-        controls=controls_NxC.tolist(),
-        match=match_ratios(statistics, firing, controls_NxC),
-        pools=in_batches(scores.solutions(train)).pools(replaced, _POOL, config.seed),
+        ),
+        controls=tuple(map(tuple, controls_NxC.tolist())),
+        match=ControlMatch(**match_ratios(statistics, firing, controls_NxC)),
+        pools={
+            int(feature): tuple(pool)
+            for feature, pool in in_batches(scores.solutions(train)).pools(replaced, _POOL, config.seed).items()
+        },
     )
 
 
 def edits_of(
-    dictionary: Dictionary, chosen: dict[str, Any], condition: str, context: int, config: StudyConfig
+    dictionary: Dictionary, chosen: ChosenFeatures, condition: str, context: int, config: StudyConfig
 ) -> list[Edit]:
     """The edit of a condition (``scores.conditions``); none if it has no features.
 
     Args:
       dictionary: whose features they are.
-      chosen: from ``choose_features``, by way of JSON.
+      chosen: from ``choose_features``.
       condition: its name.
       context: longest prompt, in tokens, that random replacements are drawn for.
       config: of the stage.
     """
     which, replacement = condition.split("/")
     if which == "top":
-        features = [entry["feature"] for entry in chosen["top"]]
+        features: Sequence[int] = [entry.feature for entry in chosen.top]
     else:
-        features = chosen["controls"][int(which.removeprefix("control-"))]
+        features = chosen.controls[int(which.removeprefix("control-"))]
     if not features:
         return []
     if replacement == "zero":
         return [dictionary.ablate(features)]
-    pools = [chosen["pools"][str(feature)] for feature in features]
+    pools = [chosen.pools[feature] for feature in features]
     return [dictionary.redraw(features, pools, context, config.seed)]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from saejax.causal.study.references import Reference
+from saejax.causal.study.results import ItemScore
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.settings import TaskConfig
 from saejax.tasks import benchmark_scores
@@ -53,10 +54,12 @@ class ItemScores:
             found += [self.reference(place, item, item.answer), self.reference(place, item, max(wrong)[1], sign=-1.0)]
         return found
 
-    def score(self, items: Sequence[Item], edits: Sequence[Edit], accuracy: bool) -> list[dict[str, Any]]:
+    def score(self, condition: str, items: Sequence[Item], edits: Sequence[Edit], accuracy: bool) -> list[ItemScore]:
         """A row for each item: its reference's log-likelihood and tokens and, where it is judged, its answer.
 
         Args:
+          condition: its name.
+          items: to score.
           edits: on while the items are scored.
           accuracy: whether answers are judged, or log-likelihoods of the references alone measured.
         """
@@ -69,7 +72,7 @@ class ItemScores:
             likelihood = dataclasses.replace(self._task, score="likelihood")
             totals = [row["log_likelihood"] for row in self._slices(items, edits, likelihood)]
         return [
-            dict(id=item.id, log_likelihood=total, tokens=count) | _judged(row)
+            ItemScore(condition, item.id, total, count, *_judged(row))
             for item, total, count, row in zip(items, totals, tokens, judged, strict=True)
         ]
 
@@ -83,8 +86,8 @@ class ItemScores:
         return rows
 
 
-def _judged(row: dict[str, Any]) -> dict[str, Any]:
-    """The model's answer and whether it is right, by the strict or the raw rule; {} if none was asked for."""
+def _judged(row: dict[str, Any]) -> tuple[str | None, bool | None]:
+    """The model's answer and whether it is right, by the strict or the raw rule; None if none was asked for."""
     if "strict" in row:
-        return dict(answer=row["output"], correct=row["strict"]["correct"])
-    return dict(answer=row["raw"]["found"], correct=row["raw"]["correct"]) if "raw" in row else {}
+        return row["output"], row["strict"]["correct"]
+    return (row["raw"]["found"], row["raw"]["correct"]) if "raw" in row else (None, None)

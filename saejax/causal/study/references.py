@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.causal.activity import fires_and_sizes, total
 from saejax.causal.controls import FeatureStatistics
-from saejax.causal.cut import Cut
 from saejax.causal.screening import weighted
 from saejax.causal.split import SplitModel, active_features, run_head
+from saejax.dictionaries import Basis
 from saejax.errors import UserError
 from saejax.models import decoder
+from saejax.models.split import SplitPoint
 from saejax.models.tokens import even_batches
 from saejax.parallel import sharding
 from saejax.tasks.likelihood import align, token_scores
@@ -84,8 +84,8 @@ class References:
         self._split, self._references = split, references
         self._batch_tokens, self._tick = batch_tokens, tick
         # Prompts with worked examples are long: what a gradient keeps of each layer would not fit.
-        config = dataclasses.replace(split.cut.config, remat=True)
-        self._cut = dataclasses.replace(split.cut, config=config)
+        rules = dataclasses.replace(split.point.rules, remat=True)
+        self._point = dataclasses.replace(split.point, rules=rules)
 
     def attribution(self) -> np.ndarray:
         """Each feature's attribution, summed over an item's references, mean over items: fp64 [F], in nats.
@@ -97,10 +97,9 @@ class References:
         split = self._split
         for batch in self._batches():
             rows_BxF = attribute(
-                self._cut,
-                split.graph,
+                self._point,
                 split.params,
-                split.state,
+                split.dictionary,
                 batch.stream_BxTxD,
                 batch.value_BxTxD,
                 batch.read_BxTxD,
@@ -112,8 +111,8 @@ class References:
             total_F = total_F + np.asarray(rows_BxF, np.float64).sum(axis=0)
         if not np.isfinite(total_F).all():
             raise UserError(
-                f"the gradient of the log-likelihood with respect to {split.cut.site} is not finite: the model or the "
-                "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+                f"the gradient of the log-likelihood with respect to {split.point.site} is not finite: the model or "
+                "the dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
             )
         return total_F / len({reference.item for reference in self._references})
 
@@ -125,7 +124,7 @@ class References:
         """
         split = self._split
         counts = (
-            _count(self._cut, split.graph, split.state, batch.read_BxTxD, batch.domain_BxT) for batch in self._batches()
+            _count(self._point, split.dictionary, batch.read_BxTxD, batch.domain_BxT) for batch in self._batches()
         )
         return total(split, counts)
 
@@ -140,7 +139,7 @@ class References:
         split, features_K = self._split, np.asarray(features, np.int32)
         found: list[list[np.ndarray]] = [[] for _ in features]
         for batch in self._batches() if features else ():
-            f_BxTxK = _firing(self._cut, split.graph, split.state, features_K, batch.read_BxTxD, batch.domain_BxT)
+            f_BxTxK = _firing(self._point, split.dictionary, features_K, batch.read_BxTxD, batch.domain_BxT)
             for own, f_BxT in zip(found, np.moveaxis(np.asarray(f_BxTxK), -1, 0), strict=True):
                 own.append(f_BxT[f_BxT != 0])
         pools = {}
@@ -154,17 +153,19 @@ class References:
     def _batches(self) -> Iterator[_Batch]:
         split = self._split
         lengths_N = np.array([len(reference) for reference in self._references])
-        for chosen, rows, length in even_batches(lengths_N, self._batch_tokens, split.cut.mesh.shape["data"], _PROGRAM):
+        for chosen, rows, length in even_batches(
+            lengths_N, self._batch_tokens, split.point.mesh.shape["data"], _PROGRAM
+        ):
             self._tick()
             filled = [self._references[i] for i in np.resize(chosen, rows)]
             tokens, positions_BxC, targets_BxC = align([(one.context, one.answer) for one in filled], length)
             kept_Bx1 = np.arange(rows)[:, None] < len(chosen)
             head_rows = split.by_row(tokens.ids_BxT, tokens.last_B, np.broadcast_to(kept_Bx1, tokens.ids_BxT.shape))
-            *head, finite_B = run_head(split.cut, split.graph, "keep", split.params, split.state, *head_rows)
+            *head, finite_B = run_head(split.point, "keep", split.params, split.dictionary, *head_rows)
             if not np.asarray(finite_B).all():
                 raise UserError(
-                    f"the value of {split.cut.site} is not finite on a benchmark's items: the model's weights hold NaN "
-                    "or it overflows; try --model.dtype=float32 or another model"
+                    f"the value of {split.point.site} is not finite on a benchmark's items: the model's weights hold "
+                    "NaN or it overflows; try --model.dtype=float32 or another model"
                 )
             ends_Bx1 = np.array([len(one.answer) for one in filled])[:, None]
             sign_Bx1 = np.array([one.sign for one in filled], np.float32)[:, None]
@@ -173,12 +174,11 @@ class References:
             yield _Batch(*head, *placed)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def attribute(
-    cut: Cut,
-    graph: nnx.GraphDef,
+    point: SplitPoint,
     params: decoder.Params,
-    state: nnx.State,
+    dictionary: Basis,
     stream_BxTxD: jax.Array,
     value_BxTxD: jax.Array,
     read_BxTxD: jax.Array,
@@ -191,39 +191,38 @@ def attribute(
 
     Logits exist only where answer tokens are predicted, a piece of them at a time; see ``likelihood.token_scores``.
     """
-    f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
-    W_dec_FxD = nnx.merge(graph, state).W_dec_FxD[...]
+    f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
+    W_dec_FxD = dictionary.W_dec_FxD[...]
 
     def objective(value_BxTxD: jax.Array) -> jax.Array:
         # Rows do not see each other, so the gradient of the sum holds every row's own.
-        x_BxTxD = cut.run_on(params, stream_BxTxD, value_BxTxD)
-        logp_BxC, _ = token_scores(cut.config, params, x_BxTxD, positions_BxC, targets_BxC)
+        x_BxTxD = point.tail(params, stream_BxTxD, value_BxTxD)
+        logp_BxC, _ = token_scores(point.config, params, x_BxTxD, positions_BxC, targets_BxC)
         return (weight_BxC * logp_BxC).sum()
 
     slope_BxTxD = jax.grad(objective)(value_BxTxD)
-    return jax.lax.with_sharding_constraint(weighted(f_BxTxF, slope_BxTxD, W_dec_FxD), sharding(cut.mesh))
+    return jax.lax.with_sharding_constraint(weighted(f_BxTxF, slope_BxTxD, W_dec_FxD), sharding(point.mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _count(
-    cut: Cut, graph: nnx.GraphDef, state: nnx.State, read_BxTxD: jax.Array, domain_BxT: jax.Array
+    point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Positions, and of each feature: at how many it fires, and the sum of its sizes there."""
-    f_BxTxF = active_features(graph, state, read_BxTxD, domain_BxT)
-    counts = domain_BxT.sum(), *(array.sum(axis=(0, 1)) for array in fires_and_sizes(graph, state, f_BxTxF))
-    return jax.lax.with_sharding_constraint(counts, sharding(cut.mesh))
+    f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
+    counts = domain_BxT.sum(), *(array.sum(axis=(0, 1)) for array in fires_and_sizes(dictionary, f_BxTxF))
+    return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _firing(
-    cut: Cut,
-    graph: nnx.GraphDef,
-    state: nnx.State,
+    point: SplitPoint,
+    dictionary: Basis,
     features_K: jax.Array,
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
 ) -> jax.Array:
     """Activations [B, T, K] of some features where they fire, 0 elsewhere."""
-    f_BxTxK = active_features(graph, state, read_BxTxD, domain_BxT)[..., features_K]
-    fires_BxTxK = nnx.merge(graph, state).fires(f_BxTxK)
-    return jax.lax.with_sharding_constraint(jnp.where(fires_BxTxK, f_BxTxK, 0.0), sharding(cut.mesh))
+    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[..., features_K]
+    fires_BxTxK = dictionary.fires(f_BxTxK)
+    return jax.lax.with_sharding_constraint(jnp.where(fires_BxTxK, f_BxTxK, 0.0), sharding(point.mesh))

@@ -1,158 +1,21 @@
-"""The stage ``study``: what removing a dictionary's top features does to the model's score on a benchmark.
+"""The stage ``study``."""
 
-Half of the items, chosen by seed, choose the top features by attribution of the reference answer's log-likelihood
-(``references``); the other half is scored without an edit, with these features set to zero, with each replaced, where
-it fires, by its activation somewhere else (``Dictionary.redraw``), and the same with matched random features in their
-place. ``scores`` says what that means.
-"""
+from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
+from saejax.stage import Stage, train_unit
+from saejax.tasks import identities
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-from saejax.causal.split import SplitModel
-from saejax.causal.stages import load_run_dictionary, load_run_model
-from saejax.causal.study import scores as judgement
-from saejax.causal.study.features import choose_features, edits_of
-from saejax.causal.study.items import ItemScores
-from saejax.causal.study.scores import CLEAN, Rows
-from saejax.errors import Interrupted, UserError
-from saejax.models.language_model import Edit
-from saejax.settings import StudyConfig
-from saejax.tasks import benchmark_scores
-from saejax.tasks.benchmarks import Item, origin, read_items
-from saejax.workspace import Run, read_json, write_json, write_text
-
-ITEMS, FEATURES = "items.jsonl", "features.json"
-
-
-def run_study(run: Run) -> dict[str, Any]:
-    """Scores the benchmark named ``run.name`` with and without the top features of a dictionary.
-
-    ``items.jsonl`` has a line for each test item under each condition, from which every figure can be derived again,
-    and ``features.json`` what was replaced, and with what. Both are kept as soon as they are there: a run that was
-    killed goes on with the next condition.
-
-    Returns:
-      The results; WORKSPACE.md describes them.
-
-    Raises:
-      UserError: there are too few items, the dictionary belongs to another model, an item is longer than the model's
-        context, or something is not finite.
-      Interrupted: asked to stop; conditions that were finished are kept.
-    """
-    config: StudyConfig = run.configs["study"]
-    task = run.configs["task"]
-    score = benchmark_scores.way(run.name, task)
-    train, test = halves(read_items(run.name, task), config, run.name)
-    dictionary, lm = load_run_dictionary(run), load_run_model(run)
-
-    def check_stop() -> None:
-        if run.stopping():
-            raise Interrupted(f"{run.name}: stopped; conditions that were finished are kept")
-
-    split, items = SplitModel(lm, dictionary), ItemScores(lm, run.name, task, check_stop)
-    conditions = _Conditions(run, items, test)
-    accuracy = score != "likelihood"
-    conditions.add(CLEAN, (), accuracy)
-    chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
-    if accuracy and judgement.at_chance(conditions.rows[CLEAN], chance, config):
-        accuracy = config.even_at_chance
-        further = (
-            "" if accuracy else " Only log-likelihoods are compared; --study.even_at_chance measures accuracy, too."
-        )
-        run.say(judgement.chance_reason(conditions.rows[CLEAN], chance, config) + further)
-    path = run.folder / FEATURES
-    if not path.exists():
-        write_json(path, choose_features(split, items, train, test, config, run.name, check_stop))
-    chosen = read_json(path)  # so that a run that goes on has the same numbers under the same keys
-    firing = sum(entry["firing_rate"] > 0 for entry in chosen["top"])
-    run.say(f"{len(chosen['top'])} top features, of which {firing} fire on the test items")
-    for condition in judgement.conditions(config.draws)[1:]:
-        conditions.add(condition, edits_of(dictionary, chosen, condition, lm.config.context, config), accuracy)
-    results = judgement.judge(conditions.rows, chance, config)
-    run.say(results["reason"])
-    return dict(
-        dictionary=config.dictionary,
-        site=dictionary.site,
-        rule=judgement.rule(config),
-        score=score,
-        items=dict(train=len(train), test=len(test)),
-        chance=chance,
-        **{key: chosen[key] for key in ("top", "controls", "match")},
-        **results,
-        origin=str(origin(run.name, task)),
-    )
-
-
-def halves(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[list[Item], list[Item]]:
-    """The items that choose features and those that judge them, drawn by seed; the second half is not the smaller one.
-
-    Raises:
-      UserError: there are fewer than two.
-    """
-    if len(items) < 2:
-        raise UserError(f"{name} has {len(items)} items for --study: expected at least 2; raise --task.examples")
-    items = items[: config.items]
-    order = np.random.default_rng([config.seed, *name.encode()]).permutation(len(items))
-    half = len(items) // 2
-    return [items[i] for i in order[:half]], [items[i] for i in order[half:]]
-
-
-class _Conditions:
-    """The rows of the test items under each condition, kept on disk as soon as they are there."""
-
-    def __init__(self, run: Run, items: ItemScores, test: Sequence[Item]):
-        self._run, self._items, self._test = run, items, test
-        self._kept = _read(run.folder / ITEMS)
-        self.rows: dict[str, Rows] = {}
-
-    def add(self, condition: str, edits: Sequence[Edit], accuracy: bool) -> None:
-        """Takes what an earlier run kept of a condition, or scores it and writes it beside the others.
-
-        Args:
-          condition: its name.
-          edits: its edits.
-          accuracy: whether answers are judged, or log-likelihoods of the references alone measured.
-        """
-        kept = self._kept.get(condition, [])
-        if [row["id"] for row in kept] == [item.id for item in self._test]:
-            self.rows[condition] = kept
-            return
-        if condition != CLEAN and not edits:  # no features, no change
-            own: Rows = [dict(row) | dict(condition=condition) for row in self.rows[CLEAN]]
-            own = own if accuracy else [{key: row[key] for key in row if key not in _JUDGED} for row in own]
-        else:
-            own = [dict(condition=condition) | row for row in self._items.score(self._test, edits, accuracy)]
-        self.rows[condition] = own
-        lines = "".join(_json(row) for some in self.rows.values() for row in some)
-        write_text(self._run.folder / ITEMS, lines)
-        self._run.say(f"{condition}: {_line(own)}")
-
-
-_JUDGED = ("answer", "correct")
-
-
-def _line(rows: Rows) -> str:
-    nats = f"log-likelihood per token {judgement.nats_per_token(rows).mean():.3f} nats"
-    judged = all("correct" in row for row in rows)
-    return f"accuracy {100 * judgement.accuracies(rows).mean():.1f} %, {nats}" if judged else nats
-
-
-def _json(row: Any) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of an interrupted run of the same settings, by condition."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    if path.exists():
-        # Not splitlines: answers may hold other line separators of Unicode.
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            if line:
-                row = json.loads(line)
-                found.setdefault(row["condition"], []).append(row)
-    return found
+STUDY = Stage(
+    name="study",
+    summary="scores benchmarks without top features, beside matched random ones, if --study.benchmarks names any",
+    run="saejax.causal.study.run:run_study",
+    results="saejax.causal.study.results:StudyResults",
+    groups=(ModelConfig, TaskConfig, StudyConfig),
+    placement=(MeshConfig,),
+    after=("train", "ablate"),
+    needs=lambda configs, name: (train_unit(configs["study"].dictionary),),
+    names=lambda configs: configs["study"].benchmarks,
+    identity=dict(model=identities.model),
+    unit_identity=dict(benchmark=identities.benchmark),
+    cost="saejax.causal.study.cost:study_cost",
+    section="saejax.reporting.studies:sections",
+)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saejax.causal import ablation, activity
-from saejax.causal.ablate import stage
+from saejax.causal.ablate import run as stage
 from saejax.causal.ablate.importance import Importance, importance_file
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary

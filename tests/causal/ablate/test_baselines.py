@@ -12,7 +12,8 @@ from saejax.causal.split import SplitModel
 from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
 from saejax.models.sites import Site
-from saejax.settings import GROUPS, AblateConfig
+from saejax.settings import AblateConfig
+from saejax.stages import GROUPS
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def test_removing_neurons_equals_zeros_in_front_of_the_down_projection(tiny, tin
 
     few, chosen = prompts[:4], [3, 17, 40]
     split = SplitModel(tiny, bases.neurons(tiny, "resid_post.1"))
-    assert split.cut.site == Site("mlp_out", 1) and split.cut.reads == Site("mlp_in", 1)
+    assert split.point.site == Site("mlp_out", 1) and split.point.reads == Site("mlp_in", 1)
     diffs = ablation.ablate_sets(split, split.run(few), [chosen])
 
     def without(module, args):
@@ -118,7 +119,7 @@ def test_a_basis_that_changed_is_compared_anew(dictionary, tmp_path):
     configs["ablate"] = AblateConfig(baselines=(str(tmp_path / "other"),))
 
     def mark():
-        plan = pipeline.Plan(configs)
+        plan = pipeline.Workplan(configs)
         plan._marks |= {"<model>": "m", "<corpus>": "c", "<prompts>": "p"}
         return plan.mark("ablate/topk")
 

@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import pytest
-
-from saejax.causal.patching import stage
 from saejax.causal.patching.cells import Cells, cells_file
+
+from saejax.causal.patching import run as stage
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.settings import MeshConfig, ModelConfig, PatchConfig

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from saejax.causal.probes import inputs as probe_inputs
-from saejax.causal.probes import stage
+from saejax.causal.probes import run as stage
 from saejax.causal.probes.linear import (
     Task,
     answers,

@@ -11,13 +11,14 @@ import torch
 from saejax import pipeline
 from saejax.causal import stages
 from saejax.causal.split import SplitModel
+from saejax.causal.study import run as stage
 from saejax.causal.study import scores as study_scores
-from saejax.causal.study import stage
 from saejax.causal.study.references import Reference, References
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.models.tokens import pad
-from saejax.settings import GROUPS, MeshConfig, ModelConfig, StudyConfig, TaskConfig
+from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
+from saejax.stages import GROUPS
 from saejax.tasks.benchmark_scores import score_items
 from saejax.tasks.benchmarks import LOGIC_TASKS, read_items
 from saejax.workspace import Run, write_json
@@ -278,9 +279,9 @@ def test_what_is_refused(make_run, dictionary):
 def test_the_units(task):
     def plan(**changes):
         configs = {group: cls() for group, cls in GROUPS.items()} | dict(task=task, study=StudyConfig(**changes))
-        made = pipeline.Plan(configs)
+        made = pipeline.Workplan(configs)
         made._marks |= {"<model>": "m", "<corpus>": "c"}
-        return {unit: made.mark(unit) for stage in pipeline.STAGES for unit in made.units(stage)}
+        return {unit: made.mark(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
 
     plain, both = plan(), plan(benchmarks=("logic", "gsm8k"))
     units = {"study/logic", "study/gsm8k"}

@@ -1,0 +1,160 @@
+"""The programs of ``interventions``: rows of streams through one layer with changed features, and what is read of them.
+
+Letters: R rows (sets of changes), M most changes of a row in a layer, J features that are read, K readouts; T, D, F as
+in ``replacement``.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from saejax.attribution.local.frozen import FrozenModel
+from saejax.dictionaries import Dictionary
+from saejax.models import decoder
+from saejax.models.attention import AttentionTables, attend, whole_prompts
+from saejax.models.layers import einsum
+from saejax.models.rules import RunRules
+
+
+class Edits(NamedTuple):
+    """The changes of R rows in one layer, arrays [R, M]; what fills up is at position 0 and changes nothing.
+
+    Attributes:
+      position_RxM, feature_RxM: int32.
+      value_RxM: fp32, the new activations.
+      own_RxM: fp32, those of the prompt.
+    """
+
+    position_RxM: np.ndarray
+    feature_RxM: np.ndarray
+    value_RxM: np.ndarray
+    own_RxM: np.ndarray
+
+
+class Reader(NamedTuple):
+    """Directions whose products with a stream are read: positions [J] and directions [J, D]."""
+
+    position_J: np.ndarray
+    vector_JxD: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_layer(
+    frozen: FrozenModel,
+    hold: str,
+    params: decoder.Params,
+    layer: jax.Array,
+    x_TxD: jax.Array,
+    x_RxTxD: jax.Array,
+    skip_DxD: jax.Array | None,
+    edited: tuple[nnx.GraphDef, nnx.State, Edits] | None,
+    reader: Reader | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """One layer of all rows.
+
+    Args:
+      x_TxD, x_RxTxD: the stream entering the layer, of the prompt and of the rows.
+      edited: the layer's transcoder, and what is changed there; None: nothing.
+      reader: what is read from the transcoder's input.
+
+    Returns:
+      The stream leaving the layer, and by how much what is read differs from the prompt's, [R, J].
+    """
+    config, rules = frozen.config, RunRules(first_fixes=hold == "all")
+    seen: dict[str, jax.Array] = {}
+
+    def hook(kind: str, value_BxTxD: jax.Array) -> jax.Array:
+        seen[kind] = value_BxTxD
+        if kind != "mlp_out":
+            return value_BxTxD
+        read_BxTxD = frozen.read(params, layer, seen, rules)
+        if hold == "all":  # of what the MLP gives, the skip path alone reacts
+            skip = 0 if skip_DxD is None else einsum("btd,de->bte", read_BxTxD - read_BxTxD[:1], skip_DxD)
+            value_BxTxD = jnp.broadcast_to(value_BxTxD[:1], value_BxTxD.shape) + skip
+        if edited is None:
+            return value_BxTxD
+        return value_BxTxD.at[1:].add(_added(*edited, None if hold == "all" else read_BxTxD[1:], value_BxTxD[1:]))
+
+    def of_prompt(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+        q, k = (jnp.broadcast_to(part[:1], part.shape) for part in (q, k))  # the prompt's attention weights
+        return attend(config, rules, q, k, v, tables)
+
+    x_BxTxD = jnp.concatenate([x_TxD[None], x_RxTxD])  # the prompt comes first
+    tables, function = whole_prompts(config, len(x_TxD)), of_prompt if hold == "attention" else None
+    x_BxTxD = decoder.run_layer(config, rules, params, layer, x_BxTxD, tables, hook, function)
+    if reader is None:
+        return x_BxTxD[1:], None
+    read_BxTxD = frozen.read(params, layer, seen, rules)
+    moved_RxJxD = (read_BxTxD[1:] - read_BxTxD[:1])[:, reader.position_J]
+    return x_BxTxD[1:], einsum("rjd,jd->rj", moved_RxJxD, reader.vector_JxD)
+
+
+def _added(
+    graph: nnx.GraphDef, state: nnx.State, edits: Edits, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array
+) -> jax.Array:
+    """What the changes add to the MLP's output [R, T, D]; ``read_RxTxD`` None: activations are the prompt's."""
+    dictionary = nnx.merge(graph, state)
+    row_Rx1 = jnp.arange(len(edits.position_RxM))[:, None]
+    own_RxM = edits.own_RxM
+    if read_RxTxD is not None:
+        own_RxM = _activations(dictionary, edits, read_RxTxD)
+    change_RxM = jnp.where(edits.position_RxM > 0, edits.value_RxM - own_RxM, jnp.zeros_like(edits.value_RxM))
+    added_RxMxD = change_RxM[..., None] * dictionary.W_dec_FxD[...][edits.feature_RxM]
+    return jnp.zeros_like(like_RxTxD).at[row_Rx1, edits.position_RxM].add(added_RxMxD.astype(like_RxTxD.dtype))
+
+
+def _activations(dictionary: Dictionary, edits: Edits, read_RxTxD: jax.Array) -> jax.Array:
+    """Those that the features that are changed have in each row [R, M]."""
+    row_R, length = jnp.arange(len(read_RxTxD)), read_RxTxD.shape[1]
+    if edits.position_RxM.shape[1] <= length:
+
+        def of_change(places: tuple[jax.Array, jax.Array]) -> jax.Array:
+            position_R, feature_R = places
+            acts_RxF = dictionary.encode(read_RxTxD[row_R, position_R])
+            return jnp.take_along_axis(acts_RxF, feature_R[:, None], axis=1)[:, 0]
+
+        return lax.map(of_change, (edits.position_RxM.T, edits.feature_RxM.T)).T
+
+    def at_position(own_RxM: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:  # encodes less often
+        acts_RxM = jnp.take_along_axis(dictionary.encode(read_RxTxD[:, position]), edits.feature_RxM, axis=1)
+        return jnp.where(edits.position_RxM == position, acts_RxM.astype(own_RxM.dtype), own_RxM), None
+
+    return lax.scan(at_position, jnp.zeros_like(edits.own_RxM), jnp.arange(length))[0]
+
+
+@jax.jit
+def read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, reader: Reader) -> jax.Array:
+    """By how much directions of the stream entering a layer differ from the prompt's, [R, J]."""
+    return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, reader.position_J], reader.vector_JxD)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def read_last(
+    frozen: FrozenModel,
+    hold: str,
+    last_D: jax.Array,
+    x_RxTxD: jax.Array,
+    last: jax.Array,
+    vector_KxD: jax.Array,
+    normed_K: jax.Array,
+) -> jax.Array:
+    """By how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
+
+    Their directions are pulled back through the final norm with the prompt's factor. Unless all is held, the factor is
+    that of each row, which multiplies what is read.
+    """
+    x_RxD, config = x_RxTxD[:, last], frozen.config
+    if hold == "all":
+        return einsum("rd,kd->rk", x_RxD - last_D[None], vector_KxD)
+
+    def factor(x_RxD: jax.Array) -> jax.Array:
+        centred_RxD = x_RxD - jnp.mean(x_RxD, axis=-1, keepdims=True) if config.norm == "layer" else x_RxD
+        return lax.rsqrt(jnp.mean(jnp.square(centred_RxD), axis=-1, keepdims=True) + config.norm_eps)
+
+    ratio_RxK = jnp.where(normed_K[None], factor(x_RxD) / factor(last_D[None]), 1.0)
+    return einsum("rd,kd->rk", x_RxD, vector_KxD) * ratio_RxK - einsum("rd,kd->rk", last_D[None], vector_KxD)

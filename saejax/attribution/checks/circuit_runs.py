@@ -1,0 +1,171 @@
+"""Running a prompt with some of the features and errors alone: circuits side by side, layer by layer; see ``circuits``.
+
+Letters: C circuits, K readouts; A, L, P, T, D, F as in ``replacement``.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from saejax.attribution.checks.changed_layers import read_last
+from saejax.attribution.local.active import AT_ONCE
+from saejax.attribution.local.frozen import RELP, FrozenModel
+from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.trace.targets import Readouts
+from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.models.attention import whole_prompts
+from saejax.parallel import to_host
+
+
+class Circuit(NamedTuple):
+    """Which features are kept [A], of ``Replacement.active``, and which errors [L, P]."""
+
+    features_A: np.ndarray
+    errors_LxP: np.ndarray
+
+    def complement(self) -> "Circuit":
+        """All that is not in it."""
+        return Circuit(~self.features_A, ~self.errors_LxP)
+
+
+def run_circuits(
+    replacement: Replacement,
+    circuits: Sequence[Circuit],
+    readouts: Readouts,
+    means: Mapping[int, np.ndarray] | None = None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """The readouts [C, K] of each circuit alone, fp32.
+
+    Args:
+      circuits: what is kept; a feature that is not active in the prompt is not in any.
+      readouts: of the last layer's output.
+      means: by layer, activations [F] that stand in place of those of features that are active in the prompt and not
+        kept, such as ``mean_activations``; None: zeros.
+      tick: called with the layers done and of all; may raise to stop.
+
+    Raises:
+      UserError: a readout is not of the last layer's output, or not finite.
+    """
+    config, streams, active = replacement.model.config, replacement.streams, replacement.active
+    if (readouts.layer_K != config.n_layers).any():
+        raise UserError("a circuit is judged by logits, or by a direction of the stream that leaves the last layer")
+    length, tokens = streams.stream_LxTxD.shape[1], len(replacement.ids_P)
+    most = int(np.bincount(active.layer_A).max())
+    size = max(AT_ONCE // (length * replacement.transcoders.configs[0].n_features), 1)
+    chunks = [slice(start, min(start + size, len(circuits))) for start in range(0, len(circuits), size)]
+    states = [jnp.tile(streams.stream_LxTxD[0][None], (min(size, len(circuits)), 1, 1)) for _ in chunks]
+    for layer in range(config.n_layers):
+        transcoder = nnx.split(replacement.transcoders.load(layer))
+        own_A = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
+        places = active.position_A[own_A], active.feature_A[own_A]
+        mean_F = None if means is None else means[layer]
+        for number, chunk in enumerate(chunks):
+            kept_CxA = np.zeros((len(states[number]), len(places[0])), bool)
+            error_CxT = np.zeros((len(states[number]), length), bool)
+            for row, circuit in enumerate(circuits[chunk]):
+                kept_CxA[row], error_CxT[row, :tokens] = circuit.features_A[own_A], circuit.errors_LxP[layer]
+            features = _padded(places, kept_CxA, most, replacement.transcoders.configs[0].n_features)
+            states[number] = run_layer(
+                replacement.frozen,
+                replacement.model.params,
+                np.int32(layer),
+                states[number],
+                transcoder,
+                *features,
+                error_CxT,
+                mean_F,
+                np.int32(tokens),
+            )
+        tick(layer + 1, config.n_layers)
+    last = np.int32(tokens - 1)
+    parts = readouts.vector_KxD, readouts.normed_K
+    found = [
+        to_host(read_last(replacement.frozen, "nothing", streams.last_D, x, last, *parts))[: c.stop - c.start]
+        for x, c in zip(states, chunks, strict=True)
+    ]
+    readout_CxK = readouts.value_K[None] + np.concatenate(found)
+    if not np.isfinite(readout_CxK).all():
+        raise UserError("the model is not finite with a part of its features: try --model.dtype=float32")
+    return readout_CxK
+
+
+def mean_activations(replacements: Iterable[Replacement]) -> dict[int, np.ndarray]:
+    """Mean activations of all features over the positions of some prompts where features are used, by layer; fp32 [F].
+
+    Args:
+      replacements: of the prompts, one model and one set; used one at a time.
+    """
+    total: dict[int, np.ndarray] = {}
+    count = 0
+    for replacement in replacements:
+        active, count = replacement.active, count + len(replacement.ids_P) - 1
+        for layer, config in enumerate(replacement.transcoders.configs):
+            own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
+            sum_F = np.bincount(active.feature_A[own], weights=active.value_A[own], minlength=config.n_features)
+            total[layer] = total.get(layer, 0) + sum_F
+    return {layer: (sum_F / count).astype(np.float32) for layer, sum_F in total.items()}
+
+
+def _padded(
+    places: tuple[np.ndarray, np.ndarray], kept_CxA: np.ndarray, most: int, features: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions, features and whether they are kept, filled up (out of range) to a number for all layers."""
+    room = most - len(places[0])
+    position_A, feature_A = (np.pad(place, (0, room), constant_values=features) for place in places)
+    return position_A, feature_A, np.pad(kept_CxA, ((0, 0), (0, room)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_layer(
+    frozen: FrozenModel,
+    params: decoder.Params,
+    layer: jax.Array,
+    x_CxTxD: jax.Array,
+    transcoder: tuple[nnx.GraphDef, nnx.State],
+    position_A: jax.Array,
+    feature_A: jax.Array,
+    kept_CxA: jax.Array,
+    error_CxT: jax.Array,
+    mean_F: jax.Array | None,
+    tokens: jax.Array,
+) -> jax.Array:
+    """One layer of all circuits: the stream leaving it [C, T, D].
+
+    Args:
+      position_A, feature_A: the layer's active features; those out of range fill up.
+      kept_CxA: which of them each circuit keeps; a feature that is not active in the prompt is not kept.
+      error_CxT: at which positions the error is kept.
+      mean_F: activations of the active features that are not kept; None: 0.
+      tokens: of the prompt.
+    """
+    dictionary, seen = nnx.merge(*transcoder), {}
+    row_Cx1 = jnp.arange(len(x_CxTxD))[:, None]
+
+    def hook(kind: str, value_CxTxD: jax.Array) -> jax.Array:
+        seen[kind] = value_CxTxD
+        if kind != "mlp_out":
+            return value_CxTxD
+        read_CxTxD = frozen.read(params, layer, seen)
+        acts_CxTxF = dictionary.encode(read_CxTxD)
+        error_CxTxD = value_CxTxD - dictionary.decode(acts_CxTxF, read_CxTxD)
+        mask_CxTxF = jnp.zeros(acts_CxTxF.shape, bool)
+        mask_CxTxF = mask_CxTxF.at[row_Cx1, position_A[None], feature_A[None]].set(kept_CxA, mode="drop")
+        rest_CxTxF = jnp.zeros_like(acts_CxTxF)
+        if mean_F is not None:
+            mean_CxA = jnp.broadcast_to(mean_F[feature_A].astype(rest_CxTxF.dtype)[None], kept_CxA.shape)
+            rest_CxTxF = rest_CxTxF.at[row_Cx1, position_A[None], feature_A[None]].set(mean_CxA, mode="drop")
+        rebuilt_CxTxD = dictionary.decode(jnp.where(mask_CxTxF, acts_CxTxF, rest_CxTxF), read_CxTxD)
+        kept_CxTxD = rebuilt_CxTxD + jnp.where(error_CxT[..., None], error_CxTxD, jnp.zeros_like(error_CxTxD))
+        position_T = jnp.arange(x_CxTxD.shape[1])
+        used_T = (position_T > 0) & (position_T < tokens)
+        return jnp.where(used_T[None, :, None], kept_CxTxD.astype(value_CxTxD.dtype), value_CxTxD)
+
+    tables = whole_prompts(frozen.config, x_CxTxD.shape[1])
+    return decoder.run_layer(frozen.config, RELP, params, layer, x_CxTxD, tables, hook)

@@ -1,0 +1,196 @@
+"""What the model does when features of its transcoders take other values: many sets of changes to one prompt at once.
+
+A change gives a feature another activation at a position, which adds to what its layer's MLP gives there:
+
+    mlp_out_t  ->  mlp_out_t + (value - f_t) W_dec
+
+What stays as it was in the prompt is a choice. With ``hold`` "nothing" the model runs on from there, and f_t is the
+activation in that run, after all earlier changes. With "attention" the attention weights are those of the prompt. With
+"all" the factors of norms and the outputs of MLPs are, too: then all is linear, f_t is the prompt's own activation, and
+what a change does to a target is what the graph's edge from the feature to the target says. It may stay so in the lower
+layers alone (``hold_until``); above them the model runs freely.
+
+Layers are the outer loop: each transcoder is read once, and only where something changes.
+
+Letters: R rows (sets of changes), M most changes of a row in a layer, J features that are read, K readouts; L, T, D, F,
+A as in ``replacement``.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from saejax.attribution.checks.changed_layers import Edits, Reader, read_last, read_moved, run_layer
+from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.trace.targets import Readouts
+from saejax.errors import UserError
+from saejax.parallel import by_row, to_host
+
+HOLDS = ("nothing", "attention", "all")
+_STEP = 8  # rows, changes and features are filled up to a multiple of this
+_CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
+
+
+class Change(NamedTuple):
+    """Feature ``feature`` of layer ``layer`` has the activation ``value`` at a position."""
+
+    layer: int
+    position: int
+    feature: int
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """What each row reads, fp32.
+
+    Attributes:
+      feature_RxJ: pre-activations of the features that were asked for.
+      readout_RxK: the readouts, as ``Readouts.value_K`` has them.
+    """
+
+    feature_RxJ: np.ndarray
+    readout_RxK: np.ndarray
+
+
+def intervene(
+    replacement: Replacement,
+    rows: Sequence[Sequence[Change]],
+    readouts: Readouts,
+    features: Sequence[int] | np.ndarray = (),
+    hold: str = "nothing",
+    hold_until: int | None = None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Changed:
+    """Runs the prompt with the changes of each row.
+
+    Args:
+      replacement: of the prompt.
+      rows: changes that are made together; a row without any is the prompt itself.
+      readouts: what is read at the end, from ``targets.read_targets``.
+      features: active features, as places in ``replacement.active``, whose pre-activations are read.
+      hold: one of ``HOLDS``.
+      hold_until: the layer from which on the model runs freely; their number: the final norm alone does. None: nothing
+        does, ``hold`` goes for all.
+      tick: called with the layers done and of all; may raise to stop.
+
+    Raises:
+      UserError: a feature does not exist, is changed where it is not used or twice in a row, or what is read is not
+        finite.
+    """
+    if hold not in HOLDS:
+        raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
+    layers = replacement.model.config.n_layers
+    if hold_until is not None and not 0 <= hold_until <= layers:
+        raise UserError(f"hold_until is {hold_until}: expected a layer, 0 to {layers - 1}, or {layers}")
+    hold_L = [hold if hold_until is None or layer < hold_until else "nothing" for layer in range(layers + 1)]
+    edits, chosen_J = _edits_by_layer(replacement, rows), np.asarray(features, np.int64)
+    config, active, streams = replacement.model.config, replacement.active, replacement.streams
+    feature_RxJ = np.tile(active.value_A[chosen_J], (len(rows), 1))
+    readout_RxK = np.tile(readouts.value_K, (len(rows), 1))
+    if not edits:
+        return Changed(feature_RxJ, readout_RxK)
+    chunks = _chunks(len(rows), replacement, edits)
+    first = min(edits)
+    most = int(np.bincount(active.layer_A[chosen_J]).max(initial=0))  # one size, so that layers share programs
+    states = [_unchanged(replacement, chunk.stop - chunk.start, first) for chunk in chunks]
+    for layer in range(first, config.n_layers):
+        x_TxD = streams.stream_LxTxD[layer]
+        inner_K = np.flatnonzero(readouts.layer_K == layer)
+        own_J = np.flatnonzero(active.layer_A[chosen_J] == layer)
+        reader = _encoders(replacement, chosen_J[own_J], most) if most else None
+        transcoder = nnx.split(replacement.transcoders.load(layer)) if layer in edits else None
+        skip_DxD = None if streams.skip_LxDxD is None else streams.skip_LxDxD[layer]
+        for place, chunk in enumerate(chunks):
+            if len(inner_K):
+                inner = Reader(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
+                moved_RxK = read_moved(x_TxD, states[place], inner)
+                readout_RxK[chunk, inner_K] += to_host(moved_RxK)[: chunk.stop - chunk.start]
+            held = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
+            edited = (*transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder else None
+            states[place], moved_RxJ = run_layer(*held, x_TxD, states[place], skip_DxD, edited, reader)
+            if len(own_J):
+                feature_RxJ[chunk, own_J] += to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
+        tick(layer + 1 - first, config.n_layers - first)
+    final_K = np.flatnonzero(readouts.layer_K == config.n_layers)
+    for place, chunk in enumerate(chunks):
+        parts = readouts.vector_KxD[final_K], readouts.normed_K[final_K]
+        last = np.int32(len(replacement.ids_P) - 1)
+        moved_RxK = read_last(replacement.frozen, hold_L[-1], streams.last_D, states[place], last, *parts)
+        readout_RxK[chunk, final_K] += to_host(moved_RxK)[: chunk.stop - chunk.start]
+    if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
+        raise UserError("the model is not finite after these changes: give features values that they can have")
+    return Changed(feature_RxJ, readout_RxK)
+
+
+def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) -> dict[int, Edits]:
+    """The changes of all rows, by layer."""
+    own = _own_activations(replacement)
+    configs, tokens = replacement.transcoders.configs, len(replacement.ids_P)
+    by_layer: dict[int, list[list[Change]]] = {}
+    for row, changes in enumerate(rows):
+        if len({change[:3] for change in changes}) != len(changes):
+            raise UserError(f"row {row} changes a feature twice at one position: give it one value")
+        for change in changes:
+            layer, position, feature, value = change
+            exists = 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
+            if not (exists and np.isfinite(value)):
+                raise UserError(
+                    f"feature {feature} of layer {layer} cannot be set to {value}: expected one of {len(configs)} "
+                    f"layers, of {configs[0].n_features} features, and a finite number"
+                )
+            if not 0 < position < tokens:
+                raise UserError(f"position {position}: features are used at 1 to {tokens - 1} of this prompt")
+            by_layer.setdefault(int(layer), [[] for _ in rows])[row].append(change)
+    found = {}
+    most = max((len(changes) for lists in by_layer.values() for changes in lists), default=0)
+    for layer, lists in by_layer.items():
+        shape = len(rows), most
+        edits = Edits(np.zeros(shape, np.int32), *(np.zeros(shape, dtype) for dtype in (np.int32, *[np.float32] * 2)))
+        for row, changes in enumerate(lists):
+            for m, (_, position, feature, value) in enumerate(changes):
+                own_value = own.get((layer, position, feature), 0.0)
+                for array, entry in zip(edits, (position, feature, value, own_value), strict=True):
+                    array[row, m] = entry
+        found[layer] = edits
+    return found
+
+
+def _own_activations(replacement: Replacement) -> Mapping[tuple[int, int, int], float]:
+    active = replacement.active
+    keys = zip(active.layer_A.tolist(), active.position_A.tolist(), active.feature_A.tolist(), strict=True)
+    return dict(zip(keys, active.value_A.tolist(), strict=True))
+
+
+def _encoders(replacement: Replacement, places: np.ndarray, most: int) -> Reader:
+    """Encoder rows of active features of one layer, filled up with zeros to a number for all layers."""
+    active = replacement.active
+    vector_JxD = replacement.encoder_rows(places)
+    room = -(-most // _STEP) * _STEP - len(places)
+    return Reader(np.pad(active.position_A[places], (0, room)), np.pad(vector_JxD, ((0, room), (0, 0))))
+
+
+def _chunks(rows: int, replacement: Replacement, edits: Mapping[int, Edits]) -> list[slice]:
+    """Rows that go through a layer at once."""
+    _, length, width = replacement.streams.stream_LxTxD.shape
+    most = max(part.position_RxM.shape[1] for part in edits.values())  # each change has a direction of its own
+    size = max(_CHUNK // (max(length, most) * width) // _STEP, 1) * _STEP
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _unchanged(replacement: Replacement, rows: int, first: int) -> jax.Array:
+    """The stream entering layer ``first`` of rows in which nothing is changed yet, filled up."""
+    x_TxD = replacement.streams.stream_LxTxD[first]
+    filled = -(-rows // _STEP) * _STEP
+    (x_RxTxD,) = by_row(replacement.model.mesh, jnp.tile(x_TxD[None], (filled, 1, 1)))
+    return x_RxTxD
+
+
+def _filled(edits: Edits, chunk: slice, rows: int) -> Edits:
+    """The chunk's changes, with rows that change nothing up to the number of rows."""
+    return Edits(*(np.pad(array[chunk], ((0, rows - (chunk.stop - chunk.start)), (0, 0))) for array in edits))

@@ -1,0 +1,70 @@
+"""A folder of graphs as circuit-tracer's local server shows them: a file for each, and a list of them."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from saejax.attribution.forms.document import check_document
+from saejax.attribution.forms.neuronpedia import check_slug
+from saejax.errors import UserError
+from saejax.workspace import write_json, write_text
+
+INDEX = "graph-metadata.json"  # the list
+_LISTED = ("slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_threshold", "schema_version")
+
+
+def write_graph(folder: Path, document: Mapping[str, Any], *, replace: bool = False) -> Path:
+    """Writes ``folder/<slug>.json`` and enters the graph in ``folder/graph-metadata.json``.
+
+    The entries of other graphs stay, also when several processes write at once.
+
+    Args:
+      folder: made if it does not exist.
+      document: of ``to_document``.
+      replace: whether a graph of the same slug may be replaced.
+
+    Returns:
+      The path of the graph.
+
+    Raises:
+      UserError: there is a graph of that slug and ``replace`` is False, or the list is damaged.
+    """
+    check_document(document)
+    folder, metadata = Path(folder), document["metadata"]
+    slug, path = metadata["slug"], folder / f"{metadata['slug']}.json"
+    check_slug(slug)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / f".{INDEX}.lock"):
+        listed = _listed(folder / INDEX)
+        slugs = [one.get("slug") if isinstance(one, dict) else None for one in listed["graphs"]]
+        if not replace and (slug in slugs or path.exists()):
+            raise UserError(f"{folder} has a graph {slug!r} already: name another slug, or ask for it to be replaced")
+        entry = {name: metadata[name] for name in _LISTED if name in metadata}
+        place = slugs.index(slug) if slug in slugs else len(slugs)
+        others = [one for one, name in zip(listed["graphs"], slugs) if name != slug]
+        # Before its entry: a list never names a graph that is not there. Without indents: graphs are large.
+        write_text(path, json.dumps(document, allow_nan=False, separators=(",", ":")))
+        write_json(folder / INDEX, {**listed, "graphs": [*others[:place], entry, *others[place:]]})
+    return path
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    """The list of a folder's graphs; what is no such list is left alone."""
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"graphs": []}
+    except ValueError:
+        listed = None
+    if not isinstance(listed, dict) or not isinstance(listed.get("graphs"), list):
+        raise UserError(f"{path} is no list of graphs: move it away, or name another folder")
+    return listed
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Waits until no other process holds the lock."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

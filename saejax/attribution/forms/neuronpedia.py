@@ -1,0 +1,176 @@
+"""Graphs as Neuronpedia and circuit-tracer's viewer read them.
+
+``to_document`` gives the JSON, node by node and key by key as circuit-tracer writes it, with one difference. There an
+error's id is ``0_{layer}_{position}``, which is also the id of a feature of layer 0, the one whose number is the
+error's layer: a graph that holds both has two nodes of one name, and no reader can tell whose edges are whose. Here it
+is ``{layer}_-1_{position}`` (its ``feature`` is -1 in both), so ids are unique.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from saejax.attribution.forms.document import check_document
+from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Graph, Pruning
+from saejax.errors import UserError
+from saejax.workspace import package_versions
+
+_TYPES = {
+    FEATURE: "cross layer transcoder",  # of per-layer transcoders, too: the viewers know no other
+    ERROR: "mlp reconstruction error",
+    TOKEN: "embedding",
+    LOGIT: "logit",
+}
+# How Neuronpedia calls settings of ours; others keep their names.
+_SETTINGS = {"max_logits": "max_n_logits", "logit_mass": "desired_logit_prob", "max_features": "max_feature_nodes"}
+
+
+def to_document(
+    graph: Graph,
+    slug: str,
+    *,
+    scan: str = "",
+    labels: Mapping[tuple[int, int], str] | None = None,
+    supernodes: Sequence[Sequence[str]] = (),
+    pinned: Sequence[str] = (),
+    info: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A pruned graph as Neuronpedia's JSON: ``metadata``, ``qParams``, ``nodes``, ``links``.
+
+    Args:
+      graph: a pruned graph, since the format holds cumulative influences and has no bias nodes.
+      slug: the graph's name in addresses and file names.
+      scan: Neuronpedia's id of the model; by default the last part of the model's name.
+      labels: (layer, feature) -> what the feature is called.
+      supernodes: of each its label and the ids of the nodes in it, which are pinned; see ``supernodes.as_groups``.
+      pinned: ids of more nodes to pin.
+      info: more for ``metadata.info``, such as ``description``, ``creator_name`` and ``create_time_ms``.
+
+    Raises:
+      UserError: the graph is not pruned, the slug is no file name, a supernode names a node that is not there, or two
+        logits have the same token.
+    """
+    if graph.pruning is None:
+        raise UserError("the graph is not pruned: prune it first (nodes=1, edges=1 keeps all that has influence)")
+    check_slug(slug)
+    ids = node_ids(graph)
+    source_E, target_E, weight_E = graph.edges()
+    links = [
+        dict(source=ids[source], target=ids[target], weight=weight)
+        for source, target, weight in zip(source_E.tolist(), target_E.tolist(), weight_E.tolist())
+    ]
+    groups = [list(group) for group in supernodes]
+    pins = list(dict.fromkeys([*(member for group in groups for member in group[1:]), *pinned]))
+    unknown = set(pins) - set(ids)
+    if unknown:
+        raise UserError(f"supernodes name {min(unknown)!r}, and no node of the graph has that id")
+    document = dict(
+        metadata=_metadata(graph, slug, scan, info or {}),
+        qParams=dict(pinnedIds=pins, supernodes=groups, linkType="both", clickedId="", sg_pos=""),
+        nodes=_nodes(graph, ids, labels or {}),
+        links=links,
+    )
+    check_document(document)
+    return document
+
+
+def node_ids(graph: Graph) -> list[str]:
+    """The ids of a graph's nodes, in the order of its table."""
+    nodes, ids = graph.nodes, []
+    columns = nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N
+    directions = 0
+    for kind, layer, position, index in zip(*(column.tolist() for column in columns)):
+        if kind == FEATURE:
+            ids.append(f"{layer}_{index}_{position}")
+        elif kind == ERROR:
+            ids.append(f"{layer}_-1_{position}")  # no feature's id: see the top of this module
+        elif kind == TOKEN:
+            ids.append(f"E_{index}_{position}")
+        elif kind == LOGIT:
+            directions += index < 0  # a direction is no token: -1, -2, ...
+            ids.append(f"{graph.n_layers + 1}_{index if index >= 0 else -directions}_{position}")
+        else:
+            ids.append(f"{ {FIRST_MLP: 'first_mlp', BIAS: 'bias'}[kind] }_{layer}")
+    return ids
+
+
+def cantor_pair(layer: int, feature: int) -> int:
+    """One number for the two, as the viewers look features up: (l + f)(l + f + 1) / 2 + f."""
+    return (layer + feature) * (layer + feature + 1) // 2 + feature
+
+
+def cantor_unpair(number: int) -> tuple[int, int]:
+    """Layer and feature of ``cantor_pair``, exactly, however large."""
+    total = (math.isqrt(8 * number + 1) - 1) // 2
+    feature = number - total * (total + 1) // 2
+    return total - feature, feature
+
+
+def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
+    assert graph.pruning
+    nodes, made = graph.nodes, []
+    columns = nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N, nodes.value_N, graph.pruning.influence_N
+    first_logit = graph.slice_of(LOGIT).start
+    rows = zip(ids, *(column.tolist() for column in columns), strict=True)
+    for k, (node_id, kind, layer, position, index, value, share) in enumerate(rows):
+        token = int(node_id.split("_")[1])
+        number, name, label = {
+            FEATURE: (cantor_pair(layer, index), f"{layer}_{index}-0", labels.get((layer, index), "")),
+            ERROR: (-1, f"{layer}_{position}-0", ""),
+            TOKEN: (position, f"E_{index}-{position}", ""),
+            LOGIT: (token, f"L_{token}-{position}", f'Output "{_logit_label(graph, k)}" (p={value:.3f})'),
+        }[kind]
+        made.append(
+            dict(
+                node_id=node_id,
+                feature=number,
+                layer={TOKEN: "E", LOGIT: str(graph.n_layers + 1)}.get(kind, str(layer)),
+                ctx_idx=position,
+                feature_type=_TYPES[kind],
+                token_prob=value if kind == LOGIT else 0.0,
+                is_target_logit=k == first_logit,
+                run_idx=0,
+                reverse_ctx_idx=0,
+                jsNodeId=name,
+                clerp=label,
+                influence=None if kind == LOGIT else share,
+                activation=value if kind == FEATURE else None,
+            )
+        )
+    return made
+
+
+def _logit_label(graph: Graph, k: int) -> str:
+    return graph.labels[k - graph.slice_of(LOGIT).start] if k >= graph.slice_of(LOGIT).start else ""
+
+
+def _metadata(graph: Graph, slug: str, scan: str, info: Mapping[str, Any]) -> dict[str, Any]:
+    assert graph.pruning
+    settings = {_SETTINGS.get(name, name): value for name, value in graph.settings.items() if value is not None}
+    generator = dict(name="saejax", version=package_versions().get("saejax", ""))
+    return dict(
+        slug=slug,
+        scan=scan or str(graph.model.get("name", "")).rstrip("/").split("/")[-1],
+        transcoder_list=[],
+        prompt_tokens=list(graph.tokens),
+        prompt=graph.prompt,
+        node_threshold=graph.pruning.node_threshold,
+        schema_version=1,  # says that ``feature`` is a Cantor pair
+        info=dict(generator=generator) | dict(info),
+        generation_settings=settings | dict(transcoders=graph.transcoders.get("name", "")),
+        pruning_settings=_pruning_settings(graph.pruning),
+        replacement_score=graph.pruning.scores.replacement,
+        completeness_score=graph.pruning.scores.completeness,
+    )
+
+
+def _pruning_settings(pruning: Pruning) -> dict[str, float]:
+    settings: dict[str, float] = dict(node_threshold=pruning.node_threshold, edge_threshold=pruning.edge_threshold)
+    return settings | (dict(top_edges=pruning.top_edges) if pruning.top_edges else {})
+
+
+def check_slug(slug: str) -> None:
+    """Refuses (``UserError``) what cannot be the name of a graph's file."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) or slug == "graph-metadata":
+        raise UserError(f"{slug!r} cannot name a graph: use letters, digits, '.', '_' and '-', as in a file's name")

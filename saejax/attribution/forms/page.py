@@ -1,0 +1,145 @@
+"""An interactive page of an attribution graph: one HTML file, complete in itself, that loads nothing from anywhere.
+
+It shows layers by positions, and for the node that is selected what feeds it and what it feeds. ``viewer`` holds its
+template, style and scripts; the scripts are written into the page in the order of ``_SCRIPTS`` and share one scope.
+What they read is the document that Neuronpedia reads, so any graph in that format can be shown, ours or not.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from saejax.attribution.forms.document import check_document
+from saejax.workspace import write_text
+
+_VIEWER = Path(__file__).parent / "viewer"
+_SCRIPTS = [
+    *("model", "state", "layout", "paint", "draw", "elements", "panel", "tip", "search", "units", "pins", "subgraph"),
+    *("tables", "app", "main"),
+]
+Feature = tuple[int, int]  # layer, number of the feature
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table on the page.
+
+    Attributes:
+      title: one line.
+      columns: their headings.
+      rows: their cells, numbers or texts; a text that is the id of a node becomes a button that selects it.
+      note: a sentence or two above the table.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float]]
+    note: str = ""
+
+
+def write_page(
+    path: Path,
+    document: Mapping[str, Any],
+    *,
+    labels: Mapping[Feature, str] | None = None,
+    examples: Mapping[Feature, Sequence[Any]] | None = None,
+    heads: Mapping[tuple[str, str], Sequence[tuple[int, int, float]]] | None = None,
+    tables: Sequence[Table] = (),
+) -> None:
+    """Writes the page of a graph, whole or not at all.
+
+    Args:
+      path: the HTML file.
+      document: the graph in Neuronpedia's format: metadata, qParams, nodes, links.
+      labels: what features are called; goes before the document's own ``clerp``.
+      examples: the contexts in which features fire most strongly, strongest first. Each has ``tokens`` and
+        ``activations``, as attributes or as keys; an activation that is not known is NaN or None.
+      heads: (id of the source, id of the target) -> the attention heads that carry the edge, the strongest first:
+        (layer, head, part of the weight that vanishes without it).
+      tables: shown below the graph, such as query-key scores split over pairs of nodes.
+
+    Raises:
+      UserError: the document is not a graph: keys are missing, ids are not unique, links lead nowhere.
+    """
+    check_document(document)
+    data = {
+        "document": document,
+        "labels": {_key(feature): label for feature, label in (labels or {}).items()},
+        "examples": {_key(feature): [_example(one) for one in some] for feature, some in (examples or {}).items()},
+        "heads": {f"{source} {target}": list(carried) for (source, target), carried in (heads or {}).items()},
+        "tables": [dataclasses.asdict(table) for table in tables],
+    }
+    write_text(Path(path), _render(data))
+
+
+def _render(data: Mapping[str, Any]) -> str:
+    script = "(() => {\n'use strict';\n" + "\n".join(_read(f"{name}.js") for name in _SCRIPTS) + "})();\n"
+    style = _read("graph.css")
+    metadata = data["document"]["metadata"]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(_read("graph.html.jinja")).render(
+        title=f"Attribution graph: {metadata['prompt'] or metadata['slug']}",
+        heading=metadata["prompt"] or metadata["slug"],
+        about=_about(metadata),
+        style=style,
+        style_hash=_hash(style),
+        script=script,
+        script_hash=_hash(script),
+        data=embedded(data),
+        tables=bool(data["tables"]),
+    )
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand inside a ``<script>`` element: nothing in it can end the element or open a comment.
+
+    The two line separators are legal in JSON but were line ends in JavaScript for long, so they are escaped, too.
+    """
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _about(metadata: Mapping[str, Any]) -> str:
+    """One line below the heading: the model, the graph's name, its scores, and what was kept."""
+    parts = [f"Attribution graph {metadata['slug']}", f"model {metadata['scan']}"]
+    for name in ("replacement_score", "completeness_score"):
+        if isinstance(metadata.get(name), int | float):
+            parts.append(f"{name.replace('_', ' ')} {metadata[name]:.2f}")
+    settings = metadata.get("pruning_settings") or {}
+    kept = settings.get("node_threshold", metadata.get("node_threshold"))
+    if isinstance(kept, int | float):
+        parts.append(f"pruned to {kept:.0%} of the influence of nodes".replace("%", " %"))
+    if isinstance(settings.get("edge_threshold"), int | float):
+        parts.append(f"{settings['edge_threshold']:.0%} of that of edges".replace("%", " %"))
+    return ", ".join(parts) + "."
+
+
+def _example(example: Any) -> dict[str, list]:
+    tokens, values = (
+        (example["tokens"], example["activations"])
+        if isinstance(example, Mapping)
+        else (example.tokens, example.activations)
+    )
+    known = [None if value is None or not math.isfinite(value) else float(value) for value in values]
+    return {"tokens": list(tokens), "activations": known}
+
+
+def _key(feature: Feature) -> str:
+    return f"{feature[0]}_{feature[1]}"
+
+
+def _read(name: str) -> str:
+    return (_VIEWER / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

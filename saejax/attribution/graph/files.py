@@ -1,0 +1,105 @@
+"""The files of a graph: the arrays in safetensors, all else in JSON.
+
+graph.safetensors   the arrays of ``Graph`` and, under names such as "nodes.layer_N", the table of nodes
+graph.json          schema version, texts, settings, scores, SHA-256 of the other file. Written last.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from saejax.attribution.graph.graph import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Graph, Nodes, Pruning, Scores
+from saejax.dictionaries.formats import tensors
+from saejax.errors import UserError
+from saejax.workspace import file_sha256, read_json, write_json
+
+DESCRIPTION, ARRAYS = "graph.json", "graph.safetensors"
+SCHEMA_VERSION = 1
+_TEXTS = ("tokens", "labels", "prompt", "n_layers", "model", "transcoders", "settings")
+_ARRAYS = ("adjacency_TxS", "value_T", "constant_T", "unkept_T", "ids_P", "logit_K")
+_COLUMNS = tuple(field.name for field in dataclasses.fields(Nodes))
+_DTYPES = dict(zip(_COLUMNS, DTYPES, strict=True)) | {"ids_P": np.int32, "node_N": np.int32}  # others: float32
+
+
+def save(folder: Path, graph: Graph) -> None:
+    """Writes a graph; it appears whole or not at all.
+
+    Raises:
+      UserError: the folder holds a graph already.
+    """
+    arrays = {name: getattr(graph, name) for name in _ARRAYS}
+    arrays |= {f"nodes.{name}": getattr(graph.nodes, name) for name in _COLUMNS}
+    description = dict(schema_version=SCHEMA_VERSION, **{name: getattr(graph, name) for name in _TEXTS})
+    if pruning := graph.pruning:
+        arrays |= dict(node_N=pruning.node_N, influence_N=pruning.influence_N)
+        how = {name: getattr(pruning, name) for name in ("node_threshold", "edge_threshold", "top_edges")}
+        description["pruning"] = how | dataclasses.asdict(pruning.scores)
+    with tensors.whole_folder(folder, DESCRIPTION, ARRAYS) as beside:
+        tensors.write(beside / ARRAYS, arrays)
+        write_json(beside / DESCRIPTION, description | dict(sha256=file_sha256(beside / ARRAYS)))
+
+
+def load(folder: Path) -> Graph:
+    """Reads what ``save`` wrote.
+
+    Raises:
+      UserError: a file is missing or damaged, or was written by a later version.
+    """
+    description, file = read_json(folder / DESCRIPTION), folder / ARRAYS
+    version = description.get("schema_version") if isinstance(description, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{folder / DESCRIPTION} has the schema version {version}: expected {SCHEMA_VERSION}")
+    if not file.is_file() or file_sha256(file) != description.get("sha256"):
+        raise UserError(f"{file} is missing or damaged: it is not what {DESCRIPTION} describes; trace the prompt again")
+    try:
+        graph = _made(description, load_file(file))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / DESCRIPTION} is damaged ({error} is missing): trace the prompt again") from None
+    if problem := _problem(graph):
+        raise UserError(f"{folder} holds no graph that fits together: {problem}; trace the prompt again")
+    return graph
+
+
+def _made(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Graph:
+    texts: dict[str, Any] = {name: description[name] for name in _TEXTS}
+    texts |= {name: tuple(texts[name]) for name in ("tokens", "labels")}
+    pruning = None
+    if found := description.get("pruning"):
+        scores = Scores(found["replacement"], found["completeness"])
+        kept = arrays["node_N"], arrays["influence_N"]
+        top_edges = found.get("top_edges", 0)
+        pruning = Pruning(found["node_threshold"], found["edge_threshold"], *kept, scores, top_edges)
+    nodes = Nodes(*(arrays[f"nodes.{name}"] for name in _COLUMNS))
+    return Graph(nodes=nodes, pruning=pruning, **texts | {name: arrays[name] for name in _ARRAYS})
+
+
+def _problem(graph: Graph) -> str:
+    """The first thing that does not fit in a graph that was read; "" if all does."""
+    nodes, logits = graph.nodes, graph.count(LOGIT)
+    count, positions = len(nodes), len(graph.ids_P)
+    targets = graph.count(FEATURE) + logits
+    shapes = {
+        **{name: (getattr(nodes, name), (count,)) for name in _COLUMNS},
+        "adjacency_TxS": (graph.adjacency_TxS, (targets, count - logits)),
+        **{name: (getattr(graph, name), (targets,)) for name in ("value_T", "constant_T", "unkept_T")},
+        "ids_P": (graph.ids_P, (positions,)),
+        "logit_K": (graph.logit_K, (logits,)),
+    }
+    if graph.pruning:
+        shapes |= {name: (getattr(graph.pruning, name), (count,)) for name in ("node_N", "influence_N")}
+    for name, (array, shape) in shapes.items():
+        dtype = np.dtype(_DTYPES.get(name, np.float32))
+        if array.shape != shape or array.dtype != dtype:
+            return f"{name} has the shape {array.shape} in {array.dtype}, expected {shape} in {dtype}"
+        if not np.isfinite(array).all():
+            return f"{name} is not finite"
+    if (np.diff(nodes.kind_N) < 0).any() or (count and not 0 <= nodes.kind_N[0] <= nodes.kind_N[-1] < len(KINDS)):
+        return "the nodes are not in the order of their kinds"
+    if count and not 0 <= nodes.position_N.min() <= nodes.position_N.max() < positions:
+        return "a node stands outside the prompt"
+    if (len(graph.tokens), len(graph.labels), graph.count(TOKEN)) != (positions, logits, positions):
+        return "tokens or labels are missing"
+    return ""

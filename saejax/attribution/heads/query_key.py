@@ -1,0 +1,251 @@
+"""Why a head looks where it looks: its scores, split over pairs of sources.
+
+With the factors of norms and the attention weights of earlier layers held, the stream that enters a layer is the sum of
+what the graph's sources add to it. So are the query at a position and the key at another, after their norms and their
+rotation, but for a part of their own that biases of the head's layer give. The score before its softmax and before any
+capping is then a sum over pairs, exactly:
+
+    score = scale q . k = sum over a, b of scale q[a] . k[b]
+
+with q[a] the part of the query that comes from source a and k[b] that of the key from source b. The parts are what the
+sources contribute to 2 K directions of the stream, which the program that attributes features reads off.
+
+Letters: S sources, J keys, K dimensions of a head, A and B sources with a part in the query and in the key, N pairs; T,
+D, H as elsewhere.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from saejax.attribution.local.frozen import RELP, FrozenModel
+from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.trace.rows import Rows
+from saejax.attribution.trace.sources import Sources
+from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.models.attention import AttentionTables, attention_weights, whole_prompts
+from saejax.models.config import DecoderConfig
+from saejax.models.parameters import LAYERS
+from saejax.parallel import to_host
+
+_BLOCK = 1 << 22  # pairs that are in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The score of a query with a key, and the pairs of sources that make it.
+
+    Attributes:
+      layer, head: which head.
+      query, key: positions.
+      weight: how much the query attends to the key, 0 to 1.
+      value: the score as the model has it: scaled, before capping and softmax.
+      query_N, key_N: sources of the largest pairs, by their place in ``Sources.nodes``; its length stands for the
+        biases of the head's own layer.
+      part_N: float64 what each pair adds to the score, the largest by size first.
+      rest: what all other pairs add.
+    """
+
+    layer: int
+    head: int
+    query: int
+    key: int
+    weight: float
+    value: float
+    query_N: np.ndarray
+    key_N: np.ndarray
+    part_N: np.ndarray
+    rest: float
+
+    @property
+    def unexplained(self) -> float:
+        """What is missing from the sum of all pairs: rounding alone where sources have bias nodes."""
+        return self.value - float(self.part_N.sum()) - self.rest
+
+
+class Opened(NamedTuple):
+    """A head's query at one position and its keys at those positions that it attends to most.
+
+    Attributes:
+      weight_J, key_J: how much it attends to each, falling, and where they are.
+      score_J: scores.
+      query_KxD, key_KxJxD: the directions of the stream, at their own positions, that each dimension reads.
+      own_query_K, own_key_JxK: parts that are of no source.
+    """
+
+    weight_J: jax.Array
+    key_J: jax.Array
+    score_J: jax.Array
+    query_KxD: jax.Array
+    key_KxJxD: jax.Array
+    own_query_K: jax.Array
+    own_key_JxK: jax.Array
+
+
+def check_head(config: DecoderConfig, layer: int, head: int, position: int, tokens: int) -> int:
+    """The position from the start, if there is such a head and such a position.
+
+    Args:
+      position: below 0, from the end.
+      tokens: of the prompt.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not (0 <= layer < config.n_layers and 0 <= head < config.n_heads):
+        raise UserError(
+            f"there is no head {layer}.{head}: expected a layer from 0 to {config.n_layers - 1} and a head from 0 to "
+            f"{config.n_heads - 1}"
+        )
+    if not -tokens <= position < tokens:
+        raise UserError(
+            f"the prompt has no position {position} for head {layer}.{head}: it has {tokens} tokens, expected "
+            f"{-tokens} to {tokens - 1}"
+        )
+    return position % tokens
+
+
+def split_scores(
+    replacement: Replacement,
+    sources: Sources,
+    layer: int,
+    head: int,
+    position: int = -1,
+    keys: int = 3,
+    pairs: int = 10,
+) -> list[Score]:
+    """Splits the scores of a query with the keys that it attends to most.
+
+    Args:
+      replacement: the local replacement model of a prompt, such as ``trace_prompt(...).replacement``.
+      sources: ``Sources.of(replacement)``.
+      layer, head: which head.
+      position: of the query; below 0, from the end.
+      keys: most keys.
+      pairs: how many pairs of each score are told apart.
+
+    Returns:
+      A score for each key, that of the largest attention weight first.
+
+    Raises:
+      UserError: there is no such head or position.
+    """
+    config, model, tokens = replacement.frozen.config, replacement.model, len(replacement.ids_P)
+    position = check_head(config, layer, head, position, tokens)
+    where = np.int32(layer), np.int32(head), np.int32(position)
+    x_TxD = replacement.streams.stream_LxTxD[layer]
+    opened = Opened(*map(to_host, open_head(replacement.frozen, min(keys, len(x_TxD)), model.params, *where, x_TxD)))
+    count = int((np.asarray(opened.weight_J) > 0).sum())  # fewer at early positions
+    part_GxKxS = _parts(replacement, sources, opened, layer, position, count)
+    scores = []
+    for j, part_KxS in enumerate(part_GxKxS[1:]):
+        query_N, key_N, part_N = _largest(part_GxKxS[0], part_KxS, pairs)
+        whole = float(part_GxKxS[0].sum(axis=1, dtype=np.float64) @ part_KxS.sum(axis=1, dtype=np.float64))
+        found: dict[str, Any] = dict(query_N=query_N, key_N=key_N, part_N=part_N, rest=whole - float(part_N.sum()))
+        found |= dict(weight=float(opened.weight_J[j]), value=float(opened.score_J[j]))
+        scores.append(Score(layer=layer, head=head, query=position, key=int(opened.key_J[j]), **found))
+    return scores
+
+
+def _parts(
+    replacement: Replacement, sources: Sources, opened: Opened, layer: int, position: int, count: int
+) -> np.ndarray:
+    """The parts of the query, and of the first ``count`` keys, that each source gives, the head's own last.
+
+    Returns:
+      fp32 [1 + count, K, S + 1].
+    """
+    vector_GxKxD = np.stack([opened.query_KxD, *np.moveaxis(opened.key_KxJxD, 1, 0)[:count]])
+    groups, width = vector_GxKxD.shape[:2]
+    position_G = np.array([position, *opened.key_J[:count]], np.int32)
+    part_RxS = np.zeros((groups * width, len(sources.nodes)), np.float32)
+    rows = Rows(replacement, sources, len(part_RxS))
+    layer_R, position_R = np.full(len(part_RxS), layer, np.int32), np.repeat(position_G, width)
+    rows(layer_R, position_R, vector_GxKxD.reshape(len(part_RxS), -1), part_RxS.__setitem__, in_stream=True)
+    own_GxK = np.stack([opened.own_query_K, *opened.own_key_JxK[:count]])
+    return np.concatenate([part_RxS.reshape(groups, width, -1), own_GxK[..., None]], axis=2)
+
+
+def _largest(query_KxS: np.ndarray, key_KxS: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pairs with the largest products by size: the query's source, the key's, and the product, each [N].
+
+    No product is larger than that of the lengths, so sources of the query go from long ones to short ones until none
+    that is left can make a larger pair.
+    """
+    length_A, length_B = np.linalg.norm(query_KxS, axis=0), np.linalg.norm(key_KxS, axis=0)
+    order_A, of_key = np.argsort(-length_A, kind="stable")[: (length_A > 0).sum()], np.flatnonzero(length_B)
+    best = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
+    if not len(of_key):
+        return best
+    key_KxB, most = key_KxS[:, of_key].astype(np.float64), length_B.max()
+    size = max(1, _BLOCK // len(of_key))
+    for start in range(0, len(order_A), size):
+        of_query = order_A[start : start + size]
+        if len(best[2]) == count and length_A[of_query[0]] * most < abs(best[2][-1]):
+            break
+        part_X = (query_KxS[:, of_query].astype(np.float64).T @ key_KxB).reshape(-1)
+        top = np.argpartition(-np.abs(part_X), min(count, len(part_X)) - 1)[:count]
+        row, column = np.divmod(top, len(of_key))
+        found = of_query[row], of_key[column], part_X[top]
+        joined = [np.concatenate(pair) for pair in zip(best, found, strict=True)]
+        order = np.argsort(-np.abs(joined[2]), kind="stable")[:count]
+        best = joined[0][order], joined[1][order], joined[2][order]
+    return best
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def open_head(
+    frozen: FrozenModel,
+    keys: int,
+    params: decoder.Params,
+    layer: jax.Array,
+    head: jax.Array,
+    query: jax.Array,
+    x_TxD: jax.Array,
+) -> Opened:
+    """What a head's query and keys read of the stream.
+
+    Args:
+      frozen: static.
+      keys: how many keys; static.
+      query: its position.
+      x_TxD: the stream entering the layer, that of the prompt.
+    """
+    config, tables = frozen.config, whole_prompts(frozen.config, len(x_TxD))
+
+    def meets(params: decoder.Params, x_TxD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        """The head's scaled queries and its keys, both [T, K], and its weights at the query [T]."""
+        seen: list[tuple[tuple[jax.Array, jax.Array], jax.Array]] = []
+
+        def look(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+            weights_NxGxTxS = attention_weights(config, RELP, q, k, tables)
+            weight_HxTxS = weights_NxGxTxS.reshape(config.n_heads, *weights_NxGxTxS.shape[-2:])
+            of_key = head * config.n_kv_heads // config.n_heads
+            seen.append(((q[:, head] * tables.scale, k[:, of_key]), weight_HxTxS[head, query]))
+            return jnp.zeros_like(q)  # what comes after is not asked for
+
+        frozen.layer(params, layer, tables, x_TxD, None, look)
+        return seen[0]
+
+    (q_TxK, k_TxK), pull, weight_S = jax.vjp(functools.partial(meets, params), x_TxD, has_aux=True)
+    weight_J, key_J = lax.top_k(weight_S, keys)
+
+    def read_by(unit_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The directions of one dimension: a query or a key reads nothing but its own position."""
+        all_TxK, none_TxK = jnp.broadcast_to(unit_K, q_TxK.shape), jnp.zeros_like(q_TxK)
+        return pull((all_TxK, none_TxK))[0][query], pull((none_TxK, all_TxK))[0][key_J]
+
+    query_KxD, key_KxJxD = lax.map(read_by, jnp.eye(q_TxK.shape[-1], dtype=q_TxK.dtype))
+    own_q_TxK, own_k_TxK = jnp.zeros_like(q_TxK), jnp.zeros_like(k_TxK)
+    own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
+    if own:  # linear in the biases, so it is its own derivative along them
+        held = lambda own: meets({**params, **own}, x_TxD)[0]  # noqa: E731
+        own_q_TxK, own_k_TxK = jax.jvp(held, (own,), (own,))[1]
+    score_J = jnp.sum(q_TxK[query][None] * k_TxK[key_J], axis=-1)
+    return Opened(weight_J, key_J, score_J, query_KxD, key_KxJxD, own_q_TxK[query], own_k_TxK[key_J])

@@ -1,0 +1,227 @@
+"""The local replacement model of a prompt: the model with each MLP written as features, plus what they leave over.
+
+At every layer and every position but the first,
+
+    mlp_out = sum over active features of activation * W_dec + b_dec + skip(read) + error
+
+exactly. Attention weights and factors of norms are those of the prompt (``frozen``), so all that comes after is linear
+in these terms. At the first position, an attention sink in most models, features are not used: there the MLP's output
+stands as it is, but for the skip path.
+
+Letters: L layers, T positions (the P of the prompt and padding behind them), D width, F features of a transcoder, A
+active features of the prompt.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.attribution.local.active import Active, active_features
+from saejax.attribution.local.frozen import RELP, FrozenModel
+from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.dictionaries import Dictionary
+from saejax.dictionaries.modules import parameter_table
+from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.models.attention import whole_prompts
+from saejax.models.language_model import LanguageModel
+from saejax.models.rules import RunRules
+from saejax.parallel import fitting_sharding, to_host
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """What one run of the model leaves on the devices, all fp32.
+
+    Attributes:
+      stream_LxTxD: the stream entering each layer.
+      last_D: the stream leaving the last layer at the prompt's last position.
+      error_LxTxD: what transcoders do not explain; 0 at the first position and at padding.
+      first_LxD: the MLP's output at the first position, less the skip path.
+      b_dec_LxD: biases of the decoders.
+      skip_LxDxD: skip paths of the transcoders, applied as x @ skip; None: there are none.
+      bias_LxTxD, read_bias_LxTxD: what the model's own biases in each layer add to the stream and to what is read;
+        None: it has none in its layers.
+    """
+
+    stream_LxTxD: jax.Array
+    last_D: jax.Array
+    error_LxTxD: jax.Array
+    first_LxD: jax.Array
+    b_dec_LxD: jax.Array
+    skip_LxDxD: jax.Array | None = None
+    bias_LxTxD: jax.Array | None = None
+    read_bias_LxTxD: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """The local replacement model of one prompt.
+
+    Attributes:
+      model, transcoders: of which it is made.
+      frozen: the layers that stay.
+      ids_P: int32 token ids.
+      active: the active features.
+      streams: arrays on the devices.
+      logits_V: fp32 logits at the last position.
+    """
+
+    model: LanguageModel
+    transcoders: TranscoderSet
+    frozen: FrozenModel
+    ids_P: np.ndarray
+    active: Active
+    streams: Streams
+    logits_V: np.ndarray
+
+    @classmethod
+    def of(cls, model: LanguageModel, transcoders: TranscoderSet, ids_P: np.ndarray) -> "Replacement":
+        """Runs the model on a prompt, once, and each transcoder beside its layer.
+
+        Raises:
+          UserError: the set does not belong to the model, the prompt has a single token, a value is not finite, or no
+            feature is active.
+        """
+        transcoders.check(model)
+        ids_P = np.asarray(ids_P, np.int32)
+        if len(ids_P) < 2:
+            raise UserError("the prompt is a single token, at which no feature is used: expected two at least")
+        frozen, params = FrozenModel(model.config, transcoders.reads), model.params
+        last, ids_T = np.int32(len(ids_P) - 1), np.pad(ids_P, (0, padded_length(len(ids_P)) - len(ids_P)))
+        x_TxD = embed(frozen, params, ids_T)
+        found: list[tuple[np.ndarray, ...]] = []
+        parts: dict[str, list[jax.Array]] = {}
+        broken = []
+        for layer in range(model.config.n_layers):
+            transcoder = placed(transcoders.load(layer), model)
+            entering_TxD = x_TxD
+            x_TxD, read_TxD, out_TxD = run_layer(frozen, params, np.int32(layer), x_TxD)
+            used_T = (np.arange(len(ids_T)) > 0) & (np.arange(len(ids_T)) < len(ids_P))
+            own, part = active_features(transcoder, read_TxD, out_TxD, used_T)
+            if not (np.isfinite(own[2]).all() and jnp.isfinite(part["error_LxTxD"]).all()):
+                broken.append(layer)
+            found.append((np.full(len(own[0]), layer, np.int32), *own))
+            for name, value in dict(stream_LxTxD=entering_TxD, **part).items():
+                parts.setdefault(name, []).append(value)
+        last_D, logits_V = read_out(frozen, params, x_TxD, last)
+        logits_V = to_host(logits_V)
+        if not np.isfinite(logits_V).all():
+            raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
+        if broken:
+            raise UserError(
+                f"{transcoders.name}, layer {broken[0]}: what the transcoder gives is not finite: its file is damaged, "
+                "fetch or train it again"
+            )
+        active = Active(*map(np.concatenate, zip(*found, strict=True)))
+        if not len(active):
+            raise UserError(f"no feature of {transcoders.name} is active in this prompt: is it of this model?")
+        streams = Streams(last_D=last_D, **{name: jnp.stack(parts.pop(name)) for name in list(parts)})
+        if any("_bias" in name for name in params):
+            bias_LxTxD, read_bias_LxTxD = run_biases(frozen, params, streams.stream_LxTxD, streams.skip_LxDxD)
+            streams = dataclasses.replace(streams, bias_LxTxD=bias_LxTxD, read_bias_LxTxD=read_bias_LxTxD)
+        return cls(model, transcoders, frozen, ids_P, active, streams, logits_V)
+
+    @property
+    def dictionaries(self) -> TranscoderSet:
+        """The transcoders, as every ``PromptRun`` names its dictionaries."""
+        return self.transcoders
+
+    @property
+    def rules(self) -> RunRules:
+        """Those of the frozen decoder."""
+        return RELP
+
+    @property
+    def last_D(self) -> jax.Array:
+        """See ``Streams``."""
+        return self.streams.last_D
+
+    @property
+    def stream_LxTxD(self) -> jax.Array:
+        """See ``Streams``."""
+        return self.streams.stream_LxTxD
+
+    def encoder_rows(self, chosen_F: np.ndarray) -> np.ndarray:
+        """The directions that some of the active features read, fp32 [F, D]; each layer is read once."""
+        return self.transcoders.rows_of("W_enc", self.active.layer_A[chosen_F], self.active.feature_A[chosen_F])
+
+    def constants(self, chosen_F: np.ndarray) -> np.ndarray:
+        """What biases of their own add to the pre-activations of some of the active features, fp32 [F].
+
+        These are the encoder's bias and the bias of the norm that the transcoder reads behind, no source's.
+        """
+        own_F = self.active.b_enc_A[chosen_F]
+        if self.streams.read_bias_LxTxD is None:
+            return own_F
+        layer_F, position_F = self.active.layer_A[chosen_F], self.active.position_A[chosen_F]
+        read_FxD = to_host(self.streams.read_bias_LxTxD)[layer_F, position_F]
+        return own_F + np.einsum("fd,fd->f", read_FxD, self.encoder_rows(chosen_F))
+
+
+def padded_length(tokens: int) -> int:
+    """The length to which a prompt is padded, so that prompts of similar length share compiled programs."""
+    step = max(4, (1 << tokens.bit_length()) >> 3)
+    return -(-tokens // step) * step
+
+
+def placed(transcoder: Dictionary, model: LanguageModel) -> Dictionary:
+    """The transcoder on the model's devices, its features split over ``model``."""
+    table = parameter_table(transcoder.config)
+    arrays = {
+        name: jax.device_put(array, fitting_sharding(model.mesh, table[name][0], *table[name][1]))
+        for name, array in transcoder.arrays.items()
+    }
+    return Dictionary(transcoder.config, transcoder.operands, **arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed(frozen: FrozenModel, params: decoder.Params, ids_T: jax.Array) -> jax.Array:
+    """The stream entering layer 0, fp32 [T, D]: it stays fp32 in all layers, whatever the weights are."""
+    x_TxD = decoder.embed(frozen.config, params, ids_T)
+    return x_TxD.astype(jnp.promote_types(x_TxD.dtype, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_layer(
+    frozen: FrozenModel, params: decoder.Params, layer: jax.Array, x_TxD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A layer of the model: the stream leaving it, what its transcoder reads, and what its MLP adds, each [T, D]."""
+    seen = {}
+
+    def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
+        seen[kind] = value_TxD
+        return value_TxD
+
+    tables = whole_prompts(frozen.config, len(x_TxD))
+    next_TxD = decoder.run_layer(frozen.config, RELP, params, layer, x_TxD, tables, hook)
+    return next_TxD, frozen.read(params, layer, seen), seen["mlp_out"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read_out(
+    frozen: FrozenModel, params: decoder.Params, x_TxD: jax.Array, last: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The stream leaving the last layer at a position [D], and the logits there [V]."""
+    last_1xD = jax.lax.dynamic_slice_in_dim(x_TxD, last, 1)
+    return last_1xD[0], decoder.unembed(frozen.config, params, last_1xD, RELP)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_biases(
+    frozen: FrozenModel, params: decoder.Params, stream_LxTxD: jax.Array, skip_LxDxD: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """``FrozenModel.biases`` of all layers, both [L, T, D]."""
+    tables = whole_prompts(frozen.config, stream_LxTxD.shape[1])
+
+    def one(_: None, part: tuple[Any, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        layer, x_TxD, skip_DxD = part
+        return None, frozen.biases(params, layer, tables, x_TxD, skip_DxD)
+
+    layers = jnp.arange(frozen.config.n_layers)
+    return jax.lax.scan(one, None, (layers, stream_LxTxD, skip_LxDxD))[1]

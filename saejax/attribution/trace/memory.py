@@ -1,0 +1,229 @@
+"""How much memory a graph takes, and how many tokens fit into what is free: known before the work starts.
+
+A graph is made in three phases, and what the first leaves stays in the others:
+
+    layers    one transcoder after the other beside its layer, with the activations of all its features
+    rows      directions of the sources, batches of cotangents and their products; on the host the rows of the graph
+    checks    features doubled, parts of the graph run alone, several prunings
+
+The largest arrays that are alive at once are counted, so a run may take a quarter more or less. Arrays are fp32, and
+sizes below are numbers of them until they are given out as bytes.
+"""
+
+import dataclasses
+from math import prod
+from typing import NamedTuple
+
+import psutil
+from jax.sharding import Mesh
+
+from saejax.attribution.checks.circuits import RUNS
+from saejax.attribution.local.active import AT_ONCE
+from saejax.attribution.local.replacement import padded_length
+from saejax.attribution.trace.row_store import WHOLE, columns_kept
+from saejax.attribution.trace.rows import batch_tokens
+from saejax.attribution.trace.sources import WIDTH
+from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.modules import parameter_table
+from saejax.errors import UserError
+from saejax.models.config import DecoderConfig
+from saejax.models.parameters import parameter_table as model_table
+from saejax.training.placement import free_bytes
+
+GIB = 2**30
+_FP32 = 4
+_PROGRAMS = 400 * 2**20  # bytes of compiled programs and of compiling them, on the host
+_COPIES = 3  # of the activations of a layer: before and after the sparsity function, and masked
+_SCORES = 2.5  # attention weights, and what they are made of
+_ROUND = 2048  # features that are attributed between two rankings
+_CHANGED = 8  # least sets of changed features that go through a layer together
+PHASES = dict(
+    layers="the layers and their transcoders", rows="the graph's rows", checks="running parts of the graph to check it"
+)
+
+
+class Bytes(NamedTuple):
+    """What a phase takes on each device, and on the host beside."""
+
+    device: int
+    host: int
+
+
+class Room(NamedTuple):
+    """What is free on each device, and on the host; CPU devices have the host's memory together."""
+
+    device: int
+    host: int
+
+    def holds(self, need: Bytes, mesh: Mesh) -> bool:
+        """Whether a phase fits."""
+        if mesh.devices.flat[0].platform == "cpu":
+            return need.device * mesh.size + need.host <= self.host
+        return need.device <= self.device and need.host <= self.host
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphSize:
+    """What decides how much memory a graph takes, beside the number of tokens.
+
+    Attributes:
+      model: the decoder.
+      transcoder: one of the set's, which all have one size.
+      active: active features of a layer at a position, a mean.
+      max_features: most features that get rows; None: all active ones.
+      logits: most targets that are no features.
+      checked: whether the graph is checked by running it.
+    """
+
+    model: DecoderConfig
+    transcoder: DictionaryConfig
+    active: float
+    max_features: int | None = None
+    logits: int = 10
+    checked: bool = False
+
+    def active_features(self, tokens: int) -> int:
+        """Of a prompt; at its first position there are none."""
+        return int(self.active * self.model.n_layers * (tokens - 1))
+
+    def traced(self, tokens: int) -> int:
+        """Features that get rows."""
+        active = self.active_features(tokens)
+        return min(self.max_features or active, active)
+
+
+def certain_active(transcoder: DictionaryConfig) -> float:
+    """Active features of a layer at a position of which one can be sure before a prompt is run."""
+    return transcoder.k if transcoder.kind == "topk" else 0.0
+
+
+def graph_bytes(size: GraphSize, tokens: int, mesh: Mesh) -> dict[str, Bytes]:
+    """What a graph takes beside the model, by phase.
+
+    Args:
+      tokens: of the prompt, its special first one included.
+      mesh: the devices.
+    """
+    phases = dict(layers=_layers(size, tokens), rows=_rows(size, tokens, mesh))
+    if size.checked:
+        phases["checks"] = _checks(size, tokens)
+    return {name: Bytes(int(_FP32 * on), int(_FP32 * beside) + _PROGRAMS) for name, (on, beside) in phases.items()}
+
+
+def fitting_tokens(size: GraphSize, mesh: Mesh, room: Room) -> int:
+    """The most tokens of a prompt whose graph fits, at most as many as the model reads; below 2: none."""
+    low, high = 1, size.model.context
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = all(room.holds(need, mesh) for need in graph_bytes(size, middle, mesh).values())
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def free_room(mesh: Mesh) -> Room:
+    """What is free now."""
+    return Room(free_bytes(mesh), psutil.virtual_memory().available)
+
+
+def check_room(size: GraphSize, tokens: int, mesh: Mesh, room: Room | None = None) -> None:
+    """Refuses a prompt whose graph does not fit.
+
+    Args:
+      room: None: what is free now.
+
+    Raises:
+      UserError: it does not; the message says first how many tokens would.
+    """
+    room = room or free_room(mesh)
+    needs = graph_bytes(size, tokens, mesh)
+    short = {name: need for name, need in needs.items() if not room.holds(need, mesh)}
+    if not short:
+        return
+    name = max(short, key=lambda name: sum(short[name]))
+    most = fitting_tokens(size, mesh, room)
+    told = f"about {most:,} tokens fit" if most > 1 else "no prompt fits"
+    raise UserError(
+        f"{told} into the memory that is free, {_said(room, mesh)}, and the prompt has {tokens:,} tokens, for which "
+        f"{PHASES[name]} would take {_said(short[name], mesh)}: shorten it{_advice(size, tokens, name)}"
+    )
+
+
+def _said(amount: Bytes | Room, mesh: Mesh) -> str:
+    if mesh.devices.flat[0].platform != "cpu":
+        return f"{amount.device / GIB:.1f} GiB a device and {amount.host / GIB:.1f} on the host"
+    total = amount.host if isinstance(amount, Room) else amount.device * mesh.size + amount.host
+    return f"{total / GIB:.1f} GiB"
+
+
+def _advice(size: GraphSize, tokens: int, phase: str) -> str:
+    if phase == "checks":
+        return ", or leave the checks out (--graph.circuits=false --graph.doubled=0)"
+    if phase == "rows" and size.traced(tokens):
+        return f", or trace fewer features than {size.traced(tokens):,} (max_features)"
+    return ""
+
+
+def _kept(size: GraphSize, length: int) -> float:
+    """The streams, errors and biases of all layers, and skip paths."""
+    model, width = size.model, size.model.d_model
+    streams = 4 if any("_bias" in name for name in model_table(model)) else 2
+    return model.n_layers * width * (streams * length + 2 + (width if size.transcoder.skip else 0))
+
+
+def _attention(size: GraphSize, length: int) -> float:
+    return _SCORES * size.model.n_heads * length**2
+
+
+def _inside(size: GraphSize) -> int:
+    """Of a position in a layer: the streams, queries, keys and values; the MLP's own."""
+    model = size.model
+    heads = model.d_head * (2 * model.n_heads + 2 * model.n_kv_heads)
+    return 6 * model.d_model + max(heads, (3 if model.gated else 2) * model.d_mlp)
+
+
+def _transcoders(size: GraphSize) -> int:
+    """Two of them: the one that is left, and the next."""
+    return 2 * sum(prod(shape) for shape, _ in parameter_table(size.transcoder).values())
+
+
+def _layers(size: GraphSize, tokens: int) -> tuple[float, float]:
+    length, features = padded_length(tokens), size.transcoder.n_features
+    acts = features * max(1, min(length, AT_ONCE // features))
+    stacked = size.model.n_layers * length * size.model.d_model  # streams are copied when they are put together
+    running = _inside(size) * length + _attention(size, length)
+    device = _transcoders(size) + _COPIES * acts + running + _kept(size, length) + stacked
+    return device, acts + 8 * size.active_features(tokens)
+
+
+def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
+    model, length, width = size.model, padded_length(tokens), size.model.d_model
+    active, traced = size.active_features(tokens), size.traced(tokens)
+    targets = traced + size.logits
+    sources = active + model.n_layers * (tokens + 2) + tokens
+    directions = min(active, model.n_layers * size.transcoder.n_features)
+    bank = width * (directions + 2 * model.n_layers * length + length)
+    # A block holds sources of one layer and position, and the last one of each is half empty.
+    slots = sources + WIDTH // 2 * (model.n_layers + 1) * tokens
+    positions = batch_tokens(mesh.devices.flat[0].platform, length)
+    batch = positions * (2 * width + slots / length) + _inside(size) * positions / 8 + _attention(size, length)
+    at_once = 2 if mesh.size == 1 else 1
+    # Rows are copied when columns are given up, and when in the end the features without a row are left out.
+    columns = columns_kept(targets, active, sources - active)
+    left_out = targets * (traced + sources - active) if traced < active else 0
+    adjacency = targets * columns + max(left_out, WHOLE if columns < sources else 0)
+    read = 2 * at_once * positions / length * sources
+    encoders = width * (min(traced, _ROUND) if traced < active else traced)
+    device = _kept(size, length) + 2 * bank + at_once * batch
+    return device, adjacency + read + encoders + width * directions
+
+
+def _checks(size: GraphSize, tokens: int) -> tuple[float, float]:
+    model, length, features = size.model, padded_length(tokens), size.transcoder.n_features
+    circuits = min(max(AT_ONCE // (length * features), 1), RUNS)
+    running = _inside(size) * length + _attention(size, length)
+    acts = _COPIES * circuits * length * features
+    device = _kept(size, length) + _transcoders(size) + max(acts + circuits * running, _CHANGED * running)
+    traced = size.traced(tokens)
+    graph = (traced + size.logits) * (traced + model.n_layers * (tokens + 2) + tokens)
+    # The graph, its part while it is cut, its edges (bits of a byte each) and the part that is left.
+    return device, 3.25 * graph

@@ -1,0 +1,122 @@
+"""Batches of targets, and the program run on them."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.trace.backward import Batch, contributions
+from saejax.attribution.trace.row_store import Put
+from saejax.attribution.trace.sources import Sources
+from saejax.parallel import fitting_sharding, to_host
+
+_LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
+_CHUNKS = 8  # chunks of targets in a batch
+_WORTH = 2  # batches that have to be at hand for each length
+TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's targets, together, on each device
+
+
+def batch_tokens(platform: str, length: int) -> int:
+    """Positions of the targets of a batch, together, on each device of a platform, of prompts of a length."""
+    return _CHUNKS * max(TOKENS[platform], length)
+
+
+class Rows:
+    """Attributes targets in batches.
+
+    Args:
+      replacement: the model.
+      sources: what contributions come from.
+      count: number of targets that will come.
+    """
+
+    def __init__(self, replacement: Replacement, sources: Sources, count: int):
+        self._replacement, self._sources = replacement, sources
+        mesh, length = replacement.model.mesh, replacement.streams.stream_LxTxD.shape[1]
+        self._shards, self._tokens = mesh.shape["data"], TOKENS[mesh.devices.flat[0].platform]
+        batches = count * length // (self._tokens * self._shards * _CHUNKS)
+        step = -(-length // min(max(batches // _WORTH, 1), _LENGTHS))
+        self._lengths = np.array([*range(step, length, step), length])
+        self._streams = [replacement.streams.stream_LxTxD[:, :length] for length in self._lengths]
+        self._stops = [sources.stop_X(length) for length in self._lengths]
+
+    def __call__(
+        self,
+        layer_T: np.ndarray,
+        position_T: np.ndarray,
+        vector_TxD: np.ndarray,
+        put: Put,
+        in_stream: bool = False,
+    ) -> None:
+        """Gives what each source contributes to each target.
+
+        Args:
+          layer_T: int32 layer whose transcoder reads; or, of the stream, the layer that it enters.
+          position_T: int32 where.
+          vector_TxD: the directions that are read.
+          put: takes rows and what they are, in any order and from more than one thread.
+          in_stream: whether the directions are of the stream.
+        """
+
+        def run(batch: tuple[int, list[np.ndarray]]) -> None:
+            index, chunks = batch
+            read_BxNxRxW = to_host(self._start(index, chunks, layer_T, position_T, vector_TxD, in_stream))
+            for chunk, targets in enumerate(chunks):
+                put(targets, self._sources.collect(read_BxNxRxW[:, chunk, : len(targets)]))
+
+        # One such program leaves cores of a CPU idle, so two run at a time, on other devices one beside its sorting.
+        # Programs that speak with each other over several devices have to start in one order everywhere.
+        workers = 2 if self._replacement.model.mesh.size == 1 else 1
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(run, self._batches(layer_T, position_T, in_stream)))
+
+    def _batches(
+        self, layer_T: np.ndarray, position_T: np.ndarray, in_stream: bool
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Chunks of targets of similar position and layer, in batches: the number of their length, and which they are.
+
+        Directions of the stream share a chunk only with others of the same layer. The longest come first, so that of
+        workers side by side none is left alone with a long one.
+        """
+        length_T = np.searchsorted(self._lengths, position_T + 1)
+        for index in reversed(range(len(self._lengths))):
+            own = np.flatnonzero(length_T == index)
+            own = own[np.argsort(-layer_T[own], kind="stable")]
+            changes = np.flatnonzero(np.diff(layer_T[own]) * in_stream) + 1
+            size = self._chunk_size(index)
+            chunks = [
+                part[start : start + size] for part in np.split(own, changes) for start in range(0, len(part), size)
+            ]
+            for start in range(0, len(chunks), _CHUNKS):
+                yield index, chunks[start : start + _CHUNKS]
+
+    def _chunk_size(self, index: int) -> int:
+        return max(self._tokens // int(self._lengths[index]), 1) * self._shards
+
+    def _start(
+        self,
+        index: int,
+        chunks: list[np.ndarray],
+        layer_T: np.ndarray,
+        position_T: np.ndarray,
+        vector_TxD: np.ndarray,
+        in_stream: bool,
+    ) -> jax.Array:
+        """Starts the program on a batch; chunks are filled up with copies, the batch with chunks that never start."""
+        size = self._chunk_size(index)
+        filled_NxR = np.stack([np.resize(targets, size) for targets in chunks])
+        filled_NxR = filled_NxR[np.minimum(np.arange(_CHUNKS), len(chunks) - 1)]
+        start_N = np.zeros(_CHUNKS, np.int32)
+        start_N[: len(chunks)] = layer_T[filled_NxR[: len(chunks)]].max(axis=1) + (not in_stream)
+        model, streams, sources = self._replacement.model, self._replacement.streams, self._sources
+        arrays = vector_TxD[filled_NxR], layer_T[filled_NxR], position_T[filled_NxR]
+        vector_NxRxD, layer_NxR, position_NxR = (
+            jax.device_put(array, fitting_sharding(model.mesh, array.shape, None, "data", *[None] * (array.ndim - 2)))
+            for array in arrays
+        )
+        batch = Batch(vector_NxRxD, layer_NxR, position_NxR, start_N)
+        fixed = model.params, self._streams[index], streams.skip_LxDxD, sources.bank
+        places = sources.first_X, self._stops[index]
+        return contributions(self._replacement.frozen, model.mesh, *fixed, *places, batch)

@@ -1,0 +1,174 @@
+"""The sources of a replacement model, laid out so that they are read off cotangents by products of matrices.
+
+A source is a direction that is added at a place and a position. Place 0 is the stream entering layer 0, where tokens
+come in; place l + 1 is the output of layer l's MLP, for features, errors, biases, and for the whole output at the first
+position. What a source contributes to a target is the dot product of its direction with the target's cotangent there.
+
+Directions at one place and position stand together, W of them in a block: one product with the cotangents of a whole
+batch of targets. Blocks name rows of a table, so a feature that is active at many positions is there once.
+
+Letters: E entries (a direction at a place and a position), U rows of the table, B blocks, S sources, R targets of a
+batch; L, T, P, D, A as in ``replacement``.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
+from saejax.attribution.local.replacement import Replacement
+from saejax.parallel import sharding
+
+WIDTH = 32  # directions in a block
+STEP = 4  # blocks that are read at once
+_ROWS, _BLOCKS = 512, 64  # sizes are rounded up to multiples, so that prompts share compiled programs
+_NOWHERE = np.iinfo(np.int32).max  # position of a block that fills up its place
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """Blocks of directions, on the devices.
+
+    Attributes:
+      table_UxD: directions.
+      row_BxW: int32 rows of the table in each block; slots that are left over name any.
+      position_B: int32 position of each block, rising within a place.
+    """
+
+    table_UxD: jax.Array
+    row_BxW: jax.Array
+    position_B: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The sources and where they are in the bank.
+
+    Attributes:
+      nodes: the S sources; features first, biases last.
+      bank: their directions.
+      first_X: int32 first block of each place, and the end of the last.
+      at_E: slot of each entry among all; the entries are the sources in order, but a bias has one at each position.
+      factor_E: fp32, by which the direction is multiplied: a feature's activation.
+    """
+
+    nodes: Nodes
+    bank: Bank
+    first_X: np.ndarray
+    at_E: np.ndarray
+    factor_E: np.ndarray
+
+    @classmethod
+    def of(cls, replacement: Replacement, bias_nodes: bool = True) -> "Sources":
+        """Lays out the sources of a replacement model.
+
+        Args:
+          bias_nodes: whether there are nodes for biases and for the MLP's output at the first position.
+        """
+        active, streams = replacement.active, replacement.streams
+        layers, length, _ = streams.stream_LxTxD.shape
+        tokens = len(replacement.ids_P)
+        layer_E, position_E = (part.reshape(-1) for part in np.mgrid[:layers, :tokens])
+        every_L, every_P = np.arange(layers), np.arange(tokens)
+        row_A, decoder_UxD = _decoder_rows(replacement)
+        tables = [decoder_UxD, streams.error_LxTxD, streams.stream_LxTxD[0]]
+        start_error, start_token = len(decoder_UxD), len(decoder_UxD) + layers * length
+        kinds = [
+            Nodes.of(FEATURE, active.layer_A, active.position_A, active.feature_A, active.value_A),
+            Nodes.of(ERROR, layer_E, position_E),
+            Nodes.of(TOKEN, -1, every_P, replacement.ids_P),
+        ]
+        # Of each entry: its place, its position, and its row in the table.
+        entries = [
+            (active.layer_A + 1, active.position_A, row_A),
+            (layer_E + 1, position_E, start_error + layer_E * length + position_E),
+            (np.zeros_like(every_P), every_P, start_token + every_P),
+        ]
+        if bias_nodes:
+            kinds += [Nodes.of(FIRST_MLP, every_L, 0), Nodes.of(BIAS, every_L, 0)]
+            start = start_token + length
+            entries.append((every_L + 1, np.zeros_like(every_L), start + every_L))
+            bias_XxD = _biases(replacement)
+            if len(bias_XxD) > layers:
+                row_E = layer_E * length + position_E
+            else:  # biases of decoders alone, and the first position has none
+                later = position_E > 0
+                layer_E, position_E = layer_E[later], position_E[later]
+                row_E = layer_E
+            entries.append((layer_E + 1, position_E, start + layers + row_E))
+            tables += [streams.first_LxD, bias_XxD]
+        nodes = Nodes.joined(*kinds)
+        place_E, position_E, row_E = (np.concatenate(parts) for parts in zip(*entries, strict=True))
+        factor_E = np.ones(len(place_E), np.float32)
+        factor_E[: len(active)] = active.value_A
+        at_E, first_X, row_BxW, position_B = _blocks(place_E, position_E, row_E, layers + 1, tokens)
+        width = streams.last_D.shape[-1]
+        table_UxD = jnp.concatenate([jnp.asarray(table).reshape(-1, width) for table in tables])
+        bank = jax.device_put(Bank(table_UxD, row_BxW, position_B), sharding(replacement.model.mesh))
+        return cls(nodes, bank, first_X, at_E, factor_E)
+
+    def stop_X(self, length: int) -> np.ndarray:
+        """The end of the blocks of each place that are at the first ``length`` positions, int32."""
+        position_B, ends = np.asarray(self.bank.position_B), zip(self.first_X, self.first_X[1:], strict=False)
+        return np.array([start + np.searchsorted(position_B[start:stop], length) for start, stop in ends], np.int32)
+
+    def collect(self, read_BxRxW: np.ndarray) -> np.ndarray:
+        """What each source contributes to each target, fp32 [R, S], from the products of all blocks."""
+        flat_RxX = np.moveaxis(read_BxRxW, 1, 0).reshape(read_BxRxW.shape[1], -1)
+        value_RxE = flat_RxX[:, self.at_E] * self.factor_E
+        layers = int((self.nodes.kind_N == BIAS).sum())
+        if not layers:
+            return value_RxE
+        single = len(self.nodes) - layers
+        bias_RxL = value_RxE[:, single:].reshape(len(value_RxE), layers, -1).sum(axis=-1)
+        return np.concatenate([value_RxE[:, :single], bias_RxL], axis=1)
+
+
+def _decoder_rows(replacement: Replacement) -> tuple[np.ndarray, np.ndarray]:
+    """The directions of the active features, each once [U, D], and which of them each active feature has [A]."""
+    active, rows = replacement.active, []
+    row_A, known = np.empty(len(active), np.int64), 0
+    for layer in range(replacement.model.config.n_layers):
+        own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
+        features_U, index_A = np.unique(active.feature_A[own], return_inverse=True)
+        if len(features_U):
+            rows.append(replacement.transcoders.rows(layer, "W_dec", features_U))
+        row_A[own] = known + index_A
+        known += len(features_U)
+    decoder_UxD = np.concatenate(rows)
+    return row_A, np.pad(decoder_UxD, ((0, -known % _ROWS), (0, 0)))
+
+
+def _biases(replacement: Replacement) -> jax.Array:
+    """The biases of each layer [L, D], or of each layer and position [L T, D] where the model's own differ."""
+    streams = replacement.streams
+    if streams.bias_LxTxD is None:
+        return streams.b_dec_LxD
+    later_T = np.arange(streams.bias_LxTxD.shape[1]) > 0  # the first position has no decoder
+    bias_LxTxD = streams.bias_LxTxD + jnp.where(later_T[None, :, None], streams.b_dec_LxD[:, None], 0)
+    return bias_LxTxD.reshape(-1, bias_LxTxD.shape[-1])
+
+
+def _blocks(
+    place_E: np.ndarray, position_E: np.ndarray, row_E: np.ndarray, places: int, tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Entries in blocks by place and position: ``at_E``, ``first_X``, ``row_BxW`` and ``position_B``."""
+    group_E = place_E * tokens + position_E
+    order_E = np.argsort(group_E, kind="stable")
+    count_G = np.bincount(group_E, minlength=places * tokens)
+    within_E = np.empty(len(group_E), np.int64)
+    within_E[order_E] = np.arange(len(group_E)) - np.repeat(np.cumsum(count_G) - count_G, count_G)
+    blocks_G = -(-count_G // WIDTH)
+    of_place_X = blocks_G.reshape(places, tokens).sum(axis=1)
+    room_X = -(-of_place_X // STEP) * STEP
+    first_X = np.concatenate([[0], np.cumsum(room_X)])
+    before_G = np.cumsum(blocks_G) - blocks_G + np.repeat(first_X[:-1] - (np.cumsum(of_place_X) - of_place_X), tokens)
+    at_E = (before_G[group_E] + within_E // WIDTH) * WIDTH + within_E % WIDTH
+    total = -(-int(first_X[-1]) // _BLOCKS) * _BLOCKS
+    row_BxW, position_B = np.zeros((total, WIDTH), np.int32), np.full(total, _NOWHERE, np.int32)
+    row_BxW.reshape(-1)[at_E] = row_E
+    position_B[at_E // WIDTH] = position_E
+    return at_E, first_X.astype(np.int32), row_BxW, position_B

@@ -1,0 +1,254 @@
+"""What a graph explains: logits, differences of two, other directions of the stream.
+
+A logit is read from the stream leaving the last layer, at the last position, through the final norm, whose factor is
+constant where the model is frozen. Its direction is its column of the unembedding less the mean over the vocabulary, as
+only differences of logits matter. Capping of logits is left out of it; probabilities are those of the capped logits.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.attribution.local.active import Active
+from saejax.attribution.local.transcoders import DictionarySet
+from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import LanguageModel
+from saejax.models.layers import einsum, norm
+from saejax.models.rules import RunRules
+from saejax.models.tokens import token_text
+from saejax.parallel import to_host
+
+
+class PromptRun(Protocol):
+    """A model that was run on a prompt, as targets and graphs see it; ``Replacement`` is one."""
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model."""
+
+    @property
+    def dictionaries(self) -> DictionarySet:
+        """The transcoders or SAEs whose features are nodes."""
+
+    @property
+    def rules(self) -> RunRules:
+        """The rules by which gradients go through it."""
+
+    @property
+    def ids_P(self) -> np.ndarray:
+        """int32 token ids."""
+
+    @property
+    def active(self) -> Active:
+        """The active features."""
+
+    @property
+    def logits_V(self) -> np.ndarray:
+        """fp32 logits at the last position."""
+
+    @property
+    def last_D(self) -> jax.Array:
+        """The stream leaving the last layer at the last position, fp32."""
+
+    @property
+    def stream_LxTxD(self) -> jax.Array:
+        """The stream entering each layer, fp32."""
+
+    def constants(self, chosen_F: np.ndarray) -> np.ndarray:
+        """What biases of their own add to the pre-activations of some of the active features, fp32 [F]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Direction:
+    """A direction of the stream as a target.
+
+    Attributes:
+      vector_D: the direction; its dot product with the stream is explained.
+      label: its name in the graph.
+      layer: the stream entering this layer is read; None: the one leaving the last layer.
+      position: where; below 0, from the end. Of the stream leaving the last layer it must be the last.
+    """
+
+    vector_D: np.ndarray
+    label: str = "direction"
+    layer: int | None = None
+    position: int = -1
+
+
+Target = str | int | tuple[str | int, str | int] | Direction
+
+
+@dataclasses.dataclass(frozen=True)
+class Readouts:
+    """K targets as directions of the stream; tokens and differences first, other directions last.
+
+    Attributes:
+      layer_K, position_K: int32, which stream, by the layer it enters, and where.
+      token_K: int32 token of a logit; -1 for others.
+      pair_Kx2: int32 tokens of a logit or a difference, -1 where there is none.
+      vector_KxD: fp32 directions.
+      value_K: fp32 dot product with the stream, plus biases.
+      normed_K: whether they were pulled back through the final norm.
+      constant_K: fp32 part of it that biases of the final norm and the unembedding are.
+      weight_K: fp32 weight in influences: the probability of a token, 1 for others.
+      logit_K: fp32 logit, or difference of two; the value for other directions.
+      labels: names.
+    """
+
+    layer_K: np.ndarray
+    position_K: np.ndarray
+    token_K: np.ndarray
+    pair_Kx2: np.ndarray
+    vector_KxD: np.ndarray
+    value_K: np.ndarray
+    normed_K: np.ndarray
+    constant_K: np.ndarray
+    weight_K: np.ndarray
+    logit_K: np.ndarray
+    labels: tuple[str, ...]
+
+
+def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, logit_mass: float) -> Readouts:
+    """The targets that are asked for.
+
+    Args:
+      targets: tokens (ids, or texts of one token), pairs of them for the difference of their logits, directions; none:
+        the most probable tokens, as few as have the probability ``logit_mass`` together, at most ``max_logits``.
+
+    Raises:
+      UserError: a token does not exist, a text is not one token, or a direction does not fit the model.
+    """
+    logits_V = run.logits_V.astype(np.float64)
+    probability_V = np.exp(logits_V - logits_V.max())
+    probability_V /= probability_V.sum()
+    if not targets:
+        order_V = np.argsort(-probability_V, kind="stable")[: max(max_logits, 1)]
+        count = int(np.searchsorted(np.cumsum(probability_V[order_V]), logit_mass)) + 1
+        targets = [int(token) for token in order_V[:count]]
+    tokens = [target for target in targets if not isinstance(target, Direction)]
+    parts = [_logits(run, tokens, probability_V)] if tokens else []
+    parts += [_direction(run, target) for target in targets if isinstance(target, Direction)]
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0]) if name != "labels"
+    }
+    return Readouts(**joined, labels=tuple(label for part in parts for label in part.labels))
+
+
+def _logits(run: PromptRun, targets: Sequence[Any], probability_V: np.ndarray) -> Readouts:
+    """Tokens, and pairs of them."""
+    model, text = run.model, token_text(run.model.tokenizer)
+    pairs_Kx2 = np.full((len(targets), 2), -1, np.int32)
+    for pair, target in zip(pairs_Kx2, targets, strict=True):
+        for index, token in enumerate(target if isinstance(target, tuple) else (target,)):
+            pair[index] = token_of(model, token)
+    first_K, second_K = pairs_Kx2.T
+    single_K = second_K < 0
+    arrays = logit_directions(model.config, run.rules, model.params, run.last_D, first_K, second_K)
+    vector_KxD, value_K, constant_K = map(to_host, arrays)
+    labels = [text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}" for a, b in pairs_Kx2.tolist()]
+    logits_V = run.logits_V
+    return Readouts(
+        layer_K=np.full(len(targets), model.config.n_layers, np.int32),
+        position_K=np.full(len(targets), len(run.ids_P) - 1, np.int32),
+        token_K=np.where(single_K, first_K, -1).astype(np.int32),
+        pair_Kx2=pairs_Kx2,
+        vector_KxD=vector_KxD,
+        value_K=value_K,
+        normed_K=np.ones(len(targets), bool),
+        constant_K=constant_K,
+        weight_K=np.where(single_K, probability_V[first_K], 1).astype(np.float32),
+        logit_K=logits_V[first_K] - np.where(single_K, 0, logits_V[second_K]).astype(np.float32),
+        labels=tuple(labels),
+    )
+
+
+def _direction(run: PromptRun, target: Direction) -> Readouts:
+    config, tokens = run.model.config, len(run.ids_P)
+    vector_D = np.asarray(target.vector_D, np.float32)
+    if vector_D.shape != (config.d_model,) or not np.isfinite(vector_D).all():
+        raise UserError(f"the target {target.label!r} has the shape {vector_D.shape}: expected ({config.d_model},)")
+    layer = config.n_layers if target.layer is None else target.layer
+    position = target.position + (tokens if target.position < 0 else 0)
+    if not 0 <= layer <= config.n_layers or not 0 <= position < tokens:
+        raise UserError(
+            f"the target {target.label!r} is at layer {target.layer}, position {target.position}: expected a layer "
+            f"from 0 to {config.n_layers} and one of the {tokens} positions"
+        )
+    if layer == config.n_layers and position != tokens - 1:
+        raise UserError(f"the target {target.label!r} leaves the last layer: expected it at the last position")
+    stream_D = run.last_D if layer == config.n_layers else run.stream_LxTxD[layer, position]
+    value_K = np.array([to_host(stream_D).astype(np.float64) @ vector_D], np.float32)
+    one = np.ones(1, np.int32)
+    return Readouts(
+        layer_K=layer * one,
+        position_K=position * one,
+        token_K=-one,
+        pair_Kx2=np.full((1, 2), -1, np.int32),
+        vector_KxD=vector_D[None],
+        value_K=value_K,
+        normed_K=np.zeros(1, bool),
+        constant_K=np.zeros(1, np.float32),
+        weight_K=np.ones(1, np.float32),
+        logit_K=value_K,
+        labels=(target.label,),
+    )
+
+
+def token_of(model: LanguageModel, target: str | int) -> int:
+    """The id of a token; a text is taken as it is written.
+
+    Raises:
+      UserError: the text is not one token, or there is no such token.
+    """
+    if isinstance(target, str):
+        ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise UserError(f"the target {target!r} is {len(ids)} tokens: expected a text of one, such as ' Paris'")
+        target = int(ids[0])
+    if not 0 <= target < model.config.vocab:
+        raise UserError(f"the target token {target} does not exist: expected 0 to {model.config.vocab - 1}")
+    return target
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def logit_directions(
+    config: DecoderConfig,
+    rules: RunRules,
+    params: decoder.Params,
+    last_D: jax.Array,
+    first_K: jax.Array,
+    second_K: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Differences of logits, before capping, as directions of the stream that leaves the last layer.
+
+    Args:
+      rules: say whether the final norm's factor is constant.
+      last_D: that stream at the last position.
+      first_K, second_K: token ids; -1 for the mean over the vocabulary.
+
+    Returns:
+      The directions [K, D], the differences [K], and the part of them [K] that biases are.
+    """
+    embed_VxD = params["embed_VxD"] if config.tied else params["unembed_DxV"].T
+    rows_VxD = embed_VxD.astype(last_D.dtype)
+
+    def less(rows: jax.Array) -> jax.Array:
+        """Rows of the first tokens less those of the second ones or the mean."""
+        single_K = jnp.reshape(second_K < 0, (-1,) + (1,) * (rows.ndim - 1))
+        return rows[first_K] - jnp.where(single_K, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
+
+    vector_KxD = less(rows_VxD)
+    final_D, pull = jax.vjp(functools.partial(norm, config, rules, params, "final_norm"), last_D)
+    constant_K = jnp.zeros(len(vector_KxD), last_D.dtype)
+    if "final_norm_bias_D" in params:
+        constant_K += einsum("kd,d->k", vector_KxD, params["final_norm_bias_D"].astype(last_D.dtype))
+    unembed_bias_K = less(params["unembed_bias_V"].astype(last_D.dtype)) if config.unembed_bias else 0
+    value_K = einsum("kd,d->k", vector_KxD, final_D) + unembed_bias_K
+    return jax.vmap(pull)(vector_KxD)[0], value_K, constant_K + unembed_bias_K

@@ -1,0 +1,40 @@
+"""What the tests of features measure a behaviour with."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from saejax.causal.ablation import LogitDiffs
+from saejax.causal.controls import FeatureStatistics
+from saejax.causal.split import SplitModel
+
+
+class Experiment(Protocol):
+    """A behaviour on a model and a dictionary of F features, with N positions of train and P test prompts."""
+
+    name: str
+
+    def attribution(self) -> np.ndarray:
+        """Each feature's attribution, mean over the train prompts, [F]."""
+
+    def test_attribution(self, estimate: str) -> np.ndarray:
+        """Each feature's attribution by one of ``settings.ESTIMATES``, mean over the test prompts, [F]."""
+
+    def statistics(self) -> FeatureStatistics:
+        """How often and how strongly features fire on the test prompts, and on those that lend replacements."""
+
+    def max_activations(self) -> np.ndarray:
+        """Each feature's largest activation on each test prompt, [P, F]."""
+
+    def train_values(self) -> np.ndarray:
+        """Values of the site on the train prompts, [N, D]."""
+
+    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
+        """The logit difference of each test prompt without each set of features."""
+
+    def ablate_train(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
+        """The logit difference of each train prompt without each set of features."""
+
+    def on(self, split: SplitModel, basis: str) -> "Experiment":
+        """The same behaviour on the model cut for another basis, which has this name."""

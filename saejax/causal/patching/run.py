@@ -1,0 +1,155 @@
+"""The stage ``patch``: what moves a prompt's answer when it is carried over from the prompt's counterpart, or to it.
+
+A unit for each kind of site patches it at every layer and position (``sites``); the unit of a dictionary patches
+features (``features``). Test prompts judge; train prompts choose features.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax.causal.patching.features import FeaturePatching
+from saejax.causal.patching.grid import grid_file, make_grid, measurable
+from saejax.causal.patching.pairs import describe_columns, fitting_pairs
+from saejax.causal.patching.results import (
+    FeaturePatchResults,
+    PatchedFeatures,
+    PatchedSites,
+    PatchResults,
+    SitePatchResults,
+    UnpatchedBehaviour,
+    WorkShare,
+)
+from saejax.causal.patching.sites import patch_sites
+from saejax.causal.split import SplitModel
+from saejax.causal.stages import (
+    Measure,
+    Measured,
+    Tick,
+    each_part,
+    load_run_dictionary,
+    load_run_model,
+    read_behaviours,
+)
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError, one_of
+from saejax.models.language_model import LanguageModel
+from saejax.models.sites import KINDS
+from saejax.settings import PatchConfig
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.scoring import bootstrap_mean
+from saejax.workspace import Run
+
+AT_CHANCE = (
+    "the model's logit difference does not clearly fall from the prompts to their counterparts: there is nothing to "
+    "divide effects by"
+)
+# Of a behaviour by its name, train prompts, test pairs, and how many test prompts are left out and why.
+MeasurePairs = Callable[[str, Sequence[Prompt], Sequence[Prompt], Mapping[str, int], Tick], Measured]
+
+
+def run_patch(run: Run) -> PatchResults:
+    """Patches a kind of site, or features, of every behaviour.
+
+    A behaviour is a part in the sense of ``stages``; of a kind of site every place is in
+    ``<behaviour>-patching.parquet``. A behaviour that cannot be patched is said, and the others go on.
+
+    Raises:
+      UserError: none can be patched.
+    """
+    config: PatchConfig = run.configs["patch"]
+    prompts = read_behaviours(run)
+    named = [one_of(name, prompts, "behaviour (--patch.behaviours)") for name in config.behaviours]
+    dictionary = None if run.name in KINDS else load_run_dictionary(run)
+
+    def begin() -> Measure:
+        model = load_run_model(run)
+        measure = _of_features(run, model, dictionary) if dictionary else _of_sites(run, model)
+
+        def measure_pairs(name: str, tick: Tick) -> Measured:
+            train, _ = fitting_pairs(model, prompts[name], "train")
+            pairs, left_out = fitting_pairs(model, prompts[name])
+            missing = _missing(train if dictionary else None, pairs, left_out)
+            if missing:
+                return Measured(UnpatchedBehaviour(missing), f"not patched: {missing}")
+            return measure(name, train, pairs, left_out, tick)
+
+        return measure_pairs
+
+    kind: Any = (PatchedFeatures if dictionary else PatchedSites) | UnpatchedBehaviour
+    found = each_part(run, named or list(prompts), begin, kind, "tokens" if dictionary else "rows")
+    unpatched = {name: one.unpatched for name, one in found.items() if isinstance(one, UnpatchedBehaviour)}
+    if len(unpatched) == len(found):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unpatched.items())
+        raise UserError(
+            f"no behaviour can be patched ({reasons}): expected test prompts with counterparts of as many tokens, and "
+            "for features train prompts, too; give them in --task.prompts, or name other behaviours with "
+            "--patch.behaviours"
+        )
+    behaviours = {name: result for name, result in found.items() if name not in unpatched}
+    if not dictionary:
+        return SitePatchResults(run.name, behaviours, unpatched)
+    return FeaturePatchResults(config.dictionary, dictionary.site, config.top, config.draws, behaviours, unpatched)
+
+
+def _missing(train: Sequence[Prompt] | None, pairs: Sequence[Prompt], left_out: Mapping[str, int]) -> str:
+    """What a behaviour lacks to be patched; "" for nothing. Train pairs are None where none are needed."""
+    if not pairs:
+        return (
+            f"of {sum(left_out.values())} test prompts {left_out['no counterpart']} have no counterpart and "
+            f"{left_out['other length']} one of another number of tokens"
+        )
+    return "it has no train prompts with counterparts of as many tokens, which choose features" if train == [] else ""
+
+
+def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
+    """What patches the unit's kind of site at every layer and position, and writes the grid."""
+    config: PatchConfig = run.configs["patch"]
+
+    def measure(
+        name: str, train: Sequence[Prompt], pairs: Sequence[Prompt], left_out: Mapping[str, int], tick: Tick
+    ) -> Measured:
+        patched = patch_sites(model, run.name, pairs, config.batch_rows, tick)
+        grid = make_grid(patched, config.bootstrap, config.seed)
+        grid.save(grid_file(run.folder, name))
+        results = PatchedSites(
+            **differences(patched.clean_P, patched.corrupted_P, left_out, config),
+            columns=describe_columns(model, pairs),
+            strongest=grid.strongest(),
+            rows=WorkShare(patched.rows, patched.all_rows),
+            work=WorkShare(patched.work, patched.all_work),
+        )
+        found = results.strongest["denoising"]
+        message = (
+            f"{results.reason or 'most is restored'} at layer {found.layer}, position {found.position}: "
+            f"{found.effect:.2f} of {results.difference.mean:.2f} logits"
+        )
+        return Measured(results, message)
+
+    return measure
+
+
+def _of_features(run: Run, model: LanguageModel, dictionary: Dictionary) -> MeasurePairs:
+    """What patches the top features of a dictionary."""
+    config: PatchConfig = run.configs["patch"]
+    split = SplitModel(model, dictionary)
+
+    def measure(
+        name: str, train: Sequence[Prompt], pairs: Sequence[Prompt], left_out: Mapping[str, int], tick: Tick
+    ) -> Measured:
+        patching = FeaturePatching(split, name, train, pairs, config, tick)
+        results = patching.results(differences(patching.clean_P, patching.corrupted_P, left_out, config))
+        return Measured(results, results.interchange.said)
+
+    return measure
+
+
+def differences(
+    clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], config: PatchConfig
+) -> dict[str, Any]:
+    """The fields of ``PatchedPairs``: the runs without a patch."""
+    values = dict(clean=clean_P, corrupted=corrupted_P, difference=clean_P - corrupted_P)
+    intervals = {name: bootstrap_mean(values_P, config.bootstrap, config.seed) for name, values_P in values.items()}
+    above = measurable(clean_P, corrupted_P, config.bootstrap, config.seed)
+    return dict(prompts=len(clean_P), **intervals, reason=None if above else AT_CHANCE, left_out=dict(left_out))

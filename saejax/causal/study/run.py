@@ -1,0 +1,156 @@
+"""The stage ``study``: what removing a dictionary's top features does to the model's score on a benchmark.
+
+Half of the items, chosen by seed, choose the top features by attribution of the reference answer's log-likelihood
+(``references``); the other half is scored without an edit, with these features set to zero, with each replaced, where
+it fires, by its activation somewhere else (``Dictionary.redraw``), and the same with matched random features in their
+place. ``scores`` says what that means.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.causal.split import SplitModel
+from saejax.causal.stages import load_run_dictionary, load_run_model
+from saejax.causal.study import scores as judgement
+from saejax.causal.study.features import choose_features, edits_of
+from saejax.causal.study.items import ItemScores
+from saejax.causal.study.results import ChosenFeatures, ItemScore, StudyItems, StudyResults
+from saejax.causal.study.scores import CLEAN, Scored
+from saejax.errors import Interrupted, UserError
+from saejax.models.language_model import Edit
+from saejax.results import from_json, to_json
+from saejax.settings import StudyConfig
+from saejax.tasks import benchmark_scores
+from saejax.tasks.benchmarks import Item, origin, read_items
+from saejax.workspace import Run, read_json, write_json, write_text
+
+ITEMS, FEATURES = "items.jsonl", "features.json"
+
+
+def run_study(run: Run) -> StudyResults:
+    """Scores the benchmark named ``run.name`` with and without the top features of a dictionary.
+
+    ``items.jsonl`` has a line for each test item under each condition, from which every figure can be derived again,
+    and ``features.json`` what was replaced, and with what. Both are kept as soon as they are there: a run that was
+    killed goes on with the next condition.
+
+    Raises:
+      UserError: there are too few items, the dictionary belongs to another model, an item is longer than the model's
+        context, or something is not finite.
+      Interrupted: asked to stop; conditions that were finished are kept.
+    """
+    config: StudyConfig = run.configs["study"]
+    task = run.configs["task"]
+    score = benchmark_scores.way(run.name, task)
+    train, test = halves(read_items(run.name, task), config, run.name)
+    dictionary, lm = load_run_dictionary(run), load_run_model(run)
+
+    def check_stop() -> None:
+        if run.stopping():
+            raise Interrupted(f"{run.name}: stopped; conditions that were finished are kept")
+
+    split, items = SplitModel(lm, dictionary), ItemScores(lm, run.name, task, check_stop)
+    conditions = _Conditions(run, items, test)
+    accuracy = score != "likelihood"
+    conditions.add(CLEAN, (), accuracy)
+    chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
+    if accuracy and judgement.at_chance(conditions.rows[CLEAN], chance, config):
+        accuracy = config.even_at_chance
+        further = (
+            "" if accuracy else " Only log-likelihoods are compared; --study.even_at_chance measures accuracy, too."
+        )
+        run.say(judgement.chance_reason(conditions.rows[CLEAN], chance, config) + further)
+    path = run.folder / FEATURES
+    if not path.exists():
+        write_json(path, to_json(choose_features(split, items, train, test, config, run.name, check_stop)))
+    chosen = from_json(ChosenFeatures, read_json(path), path)  # a run that goes on has the same numbers
+    firing = sum(entry.firing_rate > 0 for entry in chosen.top)
+    run.say(f"{len(chosen.top)} top features, of which {firing} fire on the test items")
+    for condition in judgement.conditions(config.draws)[1:]:
+        conditions.add(condition, edits_of(dictionary, chosen, condition, lm.config.context, config), accuracy)
+    judged = judgement.judge(conditions.rows, chance, config)
+    run.say(judged.reason)
+    return StudyResults(
+        **{field.name: getattr(judged, field.name) for field in dataclasses.fields(judged)},
+        dictionary=config.dictionary,
+        site=dictionary.site,
+        rule=judgement.rule(config),
+        score=score,
+        items=StudyItems(train=len(train), test=len(test)),
+        chance=chance,
+        top=chosen.top,
+        controls=chosen.controls,
+        match=chosen.match,
+        origin=str(origin(run.name, task)),
+    )
+
+
+def halves(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[list[Item], list[Item]]:
+    """The items that choose features and those that judge them, drawn by seed; the second half is not the smaller one.
+
+    Raises:
+      UserError: there are fewer than two.
+    """
+    if len(items) < 2:
+        raise UserError(f"{name} has {len(items)} items for --study: expected at least 2; raise --task.examples")
+    items = items[: config.items]
+    order = np.random.default_rng([config.seed, *name.encode()]).permutation(len(items))
+    half = len(items) // 2
+    return [items[i] for i in order[:half]], [items[i] for i in order[half:]]
+
+
+class _Conditions:
+    """The rows of the test items under each condition, kept on disk as soon as they are there."""
+
+    def __init__(self, run: Run, items: ItemScores, test: Sequence[Item]):
+        self._run, self._items, self._test = run, items, test
+        self._kept = _read(run.folder / ITEMS)
+        self.rows: dict[str, Scored] = {}
+
+    def add(self, condition: str, edits: Sequence[Edit], accuracy: bool) -> None:
+        """Takes what an earlier run kept of a condition, or scores it and writes it beside the others.
+
+        Args:
+          condition: its name.
+          edits: its edits.
+          accuracy: whether answers are judged, or log-likelihoods of the references alone measured.
+        """
+        kept = self._kept.get(condition, [])
+        if [row.id for row in kept] == [item.id for item in self._test]:
+            self.rows[condition] = kept
+            return
+        if condition != CLEAN and not edits:  # no features, no change
+            unjudged: dict[str, Any] = {} if accuracy else dict(answer=None, correct=None)
+            own = [dataclasses.replace(row, condition=condition, **unjudged) for row in self.rows[CLEAN]]
+        else:
+            own = self._items.score(condition, self._test, edits, accuracy)
+        self.rows[condition] = own
+        lines = (
+            json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) for some in self.rows.values() for row in some
+        )
+        write_text(self._run.folder / ITEMS, "".join(line + "\n" for line in lines))
+        self._run.say(f"{condition}: {_line(own)}")
+
+
+def _line(rows: Scored) -> str:
+    nats = f"log-likelihood per token {judgement.nats_per_token(rows).mean():.3f} nats"
+    if not judgement.are_judged(rows):
+        return nats
+    return f"accuracy {100 * judgement.accuracies(rows).mean():.1f} %, {nats}"
+
+
+def _read(path: Path) -> dict[str, list[ItemScore]]:
+    """The rows of an interrupted run of the same settings, by condition."""
+    found: dict[str, list[ItemScore]] = {}
+    if path.exists():
+        # Not splitlines: answers may hold other line separators of Unicode.
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            if line:
+                row = from_json(ItemScore, json.loads(line), path)
+                found.setdefault(row.condition, []).append(row)
+    return found

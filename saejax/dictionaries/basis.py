@@ -1,0 +1,41 @@
+"""What a basis is: directions at a site with activations. Dictionaries are bases; so are neurons and components."""
+
+import abc
+from typing import Any
+
+import jax
+
+from saejax.dictionaries.description import DictionaryConfig
+
+
+class Basis(abc.ABC):
+    """What ablation and edits need of a basis; a pytree, passed to programs as it is.
+
+    Attributes:
+      config: the sites that it reads and writes, its width and its number of features.
+      W_dec_FxD: what each feature adds where it is written, by its activation; an array, or a parameter that holds one.
+    """
+
+    config: DictionaryConfig
+    W_dec_FxD: Any
+
+    @property
+    def site(self) -> str:
+        """The site that is read."""
+        return self.config.site
+
+    @abc.abstractmethod
+    def encode(self, x_BxD: jax.Array) -> jax.Array:
+        """Activations [..., F] of values [..., D] at the site that is read."""
+
+    @abc.abstractmethod
+    def decode(self, f_BxF: jax.Array, x_BxD: jax.Array | None = None) -> jax.Array:
+        """Values [..., D] at the site that is written, of activations [..., F] and what was read."""
+
+    @abc.abstractmethod
+    def fires(self, f_BxF: jax.Array) -> jax.Array:
+        """Where activations count as active; bool, of their shape."""
+
+    @abc.abstractmethod
+    def in_domain(self, x_BxD: jax.Array) -> jax.Array:
+        """The positions at which the basis means something; bool, the shape of ``x`` without its last axis."""

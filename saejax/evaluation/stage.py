@@ -1,0 +1,20 @@
+"""The stage ``evaluate``."""
+
+from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
+from saejax.stage import Stage
+from saejax.tasks import identities
+
+EVALUATE = Stage(
+    name="evaluate",
+    summary="scores dictionaries on held-out text: fidelity, sparsity, cross-entropy recovered",
+    run="saejax.evaluation.evaluate:run_evaluate",
+    results="saejax.evaluation.results:EvaluateResults",
+    groups=(ModelConfig, EvaluateConfig),
+    placement=(MeshConfig,),
+    after=("capture", "train"),
+    needs=lambda configs, name: ("capture", f"train/{name}"),
+    names=lambda configs: configs["train"].kinds,
+    identity=dict(model=identities.model),
+    cost="saejax.evaluation.cost:evaluate_cost",
+    programs="saejax.evaluation.cost:evaluate_programs",
+)

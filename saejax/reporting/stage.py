@@ -1,0 +1,27 @@
+"""The stage ``report``."""
+
+from collections.abc import Sequence
+
+from saejax.settings import ReportConfig
+from saejax.stage import Configs, Stage
+
+_READ = ("baseline", "benchmark", "capture", "train", "evaluate", "ablate")  # by the sections there always are
+
+
+def _needs(configs: Configs, name: str) -> Sequence[str]:
+    """The units of these, and of every stage that writes a section of its own."""
+    from saejax.stages import STAGES
+
+    read = [stage for stage in STAGES.values() if stage.name in _READ or stage.section]
+    return [unit for stage in read for unit in stage.units(configs)]
+
+
+REPORT = Stage(
+    name="report",
+    summary="writes the report: index.html, report.md, figures",
+    run="saejax.reporting.report:run_report",
+    groups=(ReportConfig,),
+    after=("*",),
+    needs=_needs,
+    names=lambda configs: ("",) if configs["task"].has_behaviours else (),
+)

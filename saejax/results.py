@@ -1,0 +1,234 @@
+"""Results of the stages as classes: frozen dataclasses to JSON and back, and the results of finished units.
+
+A stage returns a frozen dataclass; its summary's ``results`` are the JSON of it, a key for each field, and are read
+back as the same class. Fields may be bool, int, float, str, ``Literal``, None where something is not defined (JSON has
+no NaN), other such classes, tuples, and mappings by name or number. A field whose default is None is there on request
+only: it is left out of the file when it is None. Everything else must be in the file, and nothing else may.
+"""
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from saejax.errors import UserError
+from saejax.stage import load
+from saejax.stages import STAGES
+from saejax.workspace import SUMMARY, read_json
+
+T = TypeVar("T")
+Settings = Mapping[str, Mapping[str, Any]]  # group -> field -> value
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A figure and its 95 % interval, bootstrap over prompts or items unless something else is said.
+
+    Attributes:
+      mean: the statistic on the values themselves: their mean, unless something else was asked for.
+      low: lower end of the interval.
+      high: upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __mul__(self, factor: float) -> "Interval":
+        return Interval(self.mean * factor, self.low * factor, self.high * factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """What a unit ran on.
+
+    Attributes:
+      count: of devices.
+      kinds: their names, each once.
+      processes: how many.
+    """
+
+    count: int
+    kinds: tuple[str, ...]
+    processes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """A mesh.
+
+    Attributes:
+      devices: how many.
+      kinds: their names, each once.
+      axes: size of each.
+      processes: how many.
+    """
+
+    devices: int
+    kinds: tuple[str, ...]
+    axes: Mapping[str, int]
+    processes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What ``summary.json`` says of a finished unit.
+
+    Attributes:
+      schema_version: of the file.
+      stage: of the unit.
+      name: of the unit among the stage's; "" where there is one.
+      fingerprint: 16 hex digits: a hash of the unit's settings, of the fingerprints of the units it reads, and of the
+        model's and corpus's files.
+      config: every setting of the groups it read.
+      inputs: fingerprints of the units it read.
+      packages: versions.
+      devices: None if JAX was not used.
+      seeds: by group.
+      start: UTC, ISO 8601.
+      seconds: how long it took in the process that finished it.
+      results: the stage's; see ``Stage.results``.
+      files: every file of the unit with its size in bytes.
+    """
+
+    schema_version: int
+    stage: str
+    name: str
+    fingerprint: str
+    config: Settings
+    inputs: Mapping[str, str]
+    packages: Mapping[str, str]
+    devices: Devices | None
+    seeds: Mapping[str, Any]
+    start: str
+    seconds: float
+    results: Any
+    files: Mapping[str, int]
+
+
+def load_results(folder: str | Path, unit: str = "") -> Any:
+    """The results of a finished unit, as the class that its stage returned.
+
+    Args:
+      folder: of the unit, such as "runs/demo/ablate/topk"; or a workdir, with
+      unit: such as "ablate/topk".
+
+    Raises:
+      UserError: the unit is not finished, or its summary is damaged; the message names the file and the field.
+    """
+    return load_summary(Path(folder) / unit).results
+
+
+def load_summary(folder: Path) -> Summary:
+    """The whole summary of a finished unit; raises as ``load_results``."""
+    path = folder / SUMMARY
+    summary = from_json(Summary, read_json(path), path)
+    cls = results_class(summary.stage)
+    return dataclasses.replace(summary, results=from_json(cls, summary.results, path, "results"))
+
+
+def results_class(stage: str) -> Any:
+    """The class of a stage's results; ``Any`` for one that has none."""
+    target = STAGES[stage].results if stage in STAGES else ""
+    return load(target) if target else Any
+
+
+def to_json(value: Any) -> Any:
+    """A result, or a part of one, as plain JSON data."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: to_json(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.default is not None or getattr(value, field.name) is not None
+        }
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(cls: type[T], data: Any, source: str | Path, field: str = "") -> T:
+    """The result that ``to_json`` wrote.
+
+    Args:
+      cls: its class, or another type that a field may have.
+      data: what was read. What is of its class already is left as it is.
+      source: the file that it was read from, for messages.
+      field: where in the file it stands, likewise.
+
+    Raises:
+      UserError: a field is missing, unknown or of another type.
+    """
+    try:
+        return _read(cls, data, field)
+    except _Unfit as unfit:
+        raise UserError(
+            f"{source} {unfit}: it is damaged or was written by another version; delete its folder and run the stage "
+            "again"
+        ) from None
+
+
+class _Unfit(Exception):
+    """Data are not of a type; says which field, and why."""
+
+
+def _read(hint: Any, data: Any, field: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        return _read_union(arguments, data, field)
+    if origin is Literal and data in arguments:
+        return data
+    if dataclasses.is_dataclass(hint):
+        return data if isinstance(data, typing.cast(type, hint)) else _read_fields(hint, data, field)
+    if origin in (dict, Mapping) and isinstance(data, Mapping):
+        key, value = arguments
+        return {key(name): _read(value, item, f"{field}.{name}") for name, item in data.items()}
+    if origin in (tuple, Sequence) and isinstance(data, list | tuple):
+        every = arguments[:1] * len(data) if arguments[-1] is ... or origin is Sequence else arguments
+        if len(every) == len(data):
+            return tuple(_read(one, item, f"{field}[{i}]") for i, (one, item) in enumerate(zip(every, data)))
+    if hint is float and isinstance(data, int | float) and not isinstance(data, bool):
+        return float(data)
+    if hint in (int, str, bool, types.NoneType) and type(data) is hint:
+        return data
+    raise _Unfit(f"has {data!r:.60} in {field or 'it'}, expected {getattr(hint, '__name__', hint)}")
+
+
+def _read_union(choices: Sequence[Any], data: Any, field: str) -> Any:
+    """As the first type that fits; of classes alone as the one whose fields' names are most alike."""
+    if data is None and types.NoneType in choices:
+        return None
+    left = [choice for choice in choices if choice is not types.NoneType]
+    if isinstance(data, Mapping) and all(map(dataclasses.is_dataclass, left)):
+        return _read(min(left, key=lambda choice: len(set(_hints(choice)) ^ set(data))), data, field)
+    for choice in left[:-1]:
+        try:
+            return _read(choice, data, field)
+        except _Unfit:
+            continue
+    return _read(left[-1], data, field)
+
+
+def _read_fields(cls: Any, data: Any, field: str) -> Any:
+    inside = f"{field}." if field else ""
+    if not isinstance(data, Mapping):
+        raise _Unfit(f"has {data!r:.60} in {field or 'it'}, expected the fields of {cls.__name__}")
+    hints = _hints(cls)
+    for name in data:
+        if name not in hints:
+            raise _Unfit(f"has a field {inside}{name} that is unknown")
+    for one in dataclasses.fields(cls):
+        if one.name not in data and one.default is not None:
+            raise _Unfit(f"has no field {inside}{one.name}")
+    return cls(**{name: _read(hints[name], item, f"{inside}{name}") for name, item in data.items()})
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)

@@ -1,0 +1,43 @@
+"""The stage ``train``."""
+
+import dataclasses
+
+from saejax.config import identity
+from saejax.settings import MeshConfig, TrainConfig
+from saejax.stage import Configs, Stage
+from saejax.tasks import identities
+from saejax.workspace import fingerprint
+
+
+def _initial(configs: Configs) -> str:
+    """The dictionaries that training starts from."""
+    from saejax.training import initial
+
+    folder = configs["train"].init_from
+    return initial.identity(folder) if folder else ""
+
+
+def _stream(configs: Configs) -> str:
+    """Model, text and settings of training straight from the model."""
+    if configs["train"].source != "model":
+        return ""
+    capture = dataclasses.replace(configs["capture"], sites=())  # those of training are read
+    settings = [identity(config) for config in (configs["model"], configs["corpus"], capture)]
+    return fingerprint([identities.model(configs), identities.corpus(configs), settings])
+
+
+TRAIN = Stage(
+    name="train",
+    summary="trains sparse dictionaries on the captured activations",
+    run="saejax.training.train:run_train",
+    results="saejax.training.results:TrainResults",
+    groups=(TrainConfig,),
+    placement=(MeshConfig,),
+    after=("capture",),
+    needs=lambda configs, name: ("capture",) if configs["train"].source == "store" else (),
+    names=lambda configs: configs["train"].kinds,
+    identity=dict(initial=_initial, stream=_stream),
+    cost="saejax.training.cost:train_cost",
+    programs="saejax.training.cost:train_programs",
+    many_processes=True,
+)

@@ -1,0 +1,226 @@
+"""Rows of changes made of a graph's features: against sums of edges, and against hooks in PyTorch."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+from made_transcoders import made_set
+
+from saejax import load_model
+from saejax.attribution.checks import interventions
+from saejax.attribution.checks.changes import ablate, features_of, matched, moved, scale, set_to, steer, swap
+from saejax.attribution.checks.interventions import intervene
+from saejax.attribution.graph.graph import TOKEN, Nodes
+from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.trace.prompt import trace_prompt
+from saejax.attribution.trace.targets import Direction, read_targets
+from saejax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+IDS = [5, 17, 33, 8, 41, 100]
+OTHER = [5, 90, 17, 61, 8, 2, 77, 100]  # two tokens more
+TARGETS = [7, (9, 11)]
+
+
+@dataclasses.dataclass
+class Setting:
+    """A prompt, its graph and another prompt, and the model in PyTorch with its transcoders' arrays."""
+
+    here: Replacement
+    there: Replacement
+    transcoders: list
+    readouts: object
+    graph: object
+    torch_model: object
+
+    def group(self, seed=1, count=9):
+        """Some features of all layers."""
+        rng = np.random.default_rng(seed)
+        return features_of(self.graph, np.sort(rng.permutation(len(self.here.active))[:count]))
+
+    def plain(self, edit, entering=None, ids=IDS):
+        """The readouts in fp64, where ``edit(layer, activations [T, F])`` gives what is added to each activation.
+
+        ``entering``: a layer, and the stream [T, D] that enters it instead.
+        """
+        import torch
+
+        handles = []
+        for layer, block in enumerate(self.torch_model.model.layers):
+
+            def write(module, inputs, output, layer=layer):
+                w = {name: np.asarray(array, np.float64) for name, array in self.transcoders[layer].arrays.items()}
+                pre_TxF = inputs[0][0].numpy() @ w["W_enc_DxF"] + w["b_enc_F"]
+                largest_Tx1 = np.sort(pre_TxF, axis=1)[:, -6:-5]
+                acts_TxF = np.where((pre_TxF >= largest_Tx1) & (pre_TxF > 0), pre_TxF, 0)
+                return output + torch.from_numpy(edit(layer, acts_TxF) @ w["W_dec_FxD"])[None]
+
+            def enter(module, inputs, layer=layer):
+                if entering and entering[0] == layer:
+                    return (torch.from_numpy(entering[1])[None], *inputs[1:])
+
+            handles += [block.mlp.register_forward_hook(write), block.register_forward_pre_hook(enter)]
+        with torch.no_grad():
+            logits_V = self.torch_model(torch.tensor([ids])).logits[0, -1].numpy()
+        for handle in handles:
+            handle.remove()
+        return np.array([logits_V[7] - logits_V.mean(), logits_V[9] - logits_V[11]])
+
+    def making(self, row, first=0):
+        """An ``edit`` that makes a row's changes in the layers from ``first`` on."""
+
+        def edit(layer, acts_TxF):
+            added_TxF = np.zeros_like(acts_TxF)
+            for _, position, feature, value in (c for c in row if c.layer == layer >= first):
+                added_TxF[position, feature] = value - acts_TxF[position, feature]
+            return added_TxF
+
+        return edit
+
+
+def keys_of(features: Nodes) -> set[tuple[int, int, int]]:
+    """Layer, position and number of some features."""
+    return set(zip(features.layer_N.tolist(), features.position_N.tolist(), features.index_N.tolist()))
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_llama, one_device):
+    import jax
+
+    from saejax.models import source
+
+    before = jax.config.values["jax_exec_time_optimization_effort"]
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)  # as ``quick_compiler``, which is of each test
+    lm = load_model(str(tiny_llama), mesh=one_device)
+    transcoders = made_set(lm, kind="topk")
+    opened = TranscoderSet.of(transcoders)
+    graph, here, readouts = trace_prompt(lm, opened, IDS, targets=TARGETS)
+    there = Replacement.of(lm, opened, np.array(OTHER))
+    torch_model = source.load_torch_model(lm.source, "float32").double()
+    yield Setting(here, there, transcoders, readouts, graph, torch_model)
+    jax.config.update("jax_exec_time_optimization_effort", before)
+
+
+def test_with_all_held_ablation_takes_the_sum_of_the_edges_away(setting):
+    graph, here = setting.graph, setting.here
+    groups = [np.arange(0, 40, 3), np.arange(len(here.active)), np.array([7])]
+    rows = [ablate(features_of(graph, group)) for group in groups]
+    every_A = np.arange(len(here.active))
+    changed = intervene(here, rows, setting.readouts, every_A, hold="all")
+    after_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1).astype(np.float64)
+    moved_RxT = after_RxT - np.concatenate([here.active.value_A, setting.readouts.value_K])
+    edges_RxT = np.stack([graph.adjacency_TxS[:, group].sum(axis=1, dtype=np.float64) for group in groups])
+    assert np.abs(moved_RxT + edges_RxT).max() < 1e-5 * np.abs(edges_RxT).max()
+    size_K = np.abs(graph.adjacency_TxS[-2:, : len(every_A)]).sum(axis=1)  # of all features, the parts of each logit
+    assert (np.abs(moved_RxT[1, -2:] + edges_RxT[1, -2:]) < 1e-5 * size_K).all() and (size_K > 0.1).all()
+
+
+def test_with_nothing_held_the_model_runs_as_with_hooks_in_torch(setting):
+    here, group = setting.here, setting.group()
+    rows = [ablate(group), scale(group, -1.5), set_to(group, np.linspace(0, 2, len(group))), swap(here, setting.there)]
+    rows += [swap(here, here)]
+    ours_RxK = intervene(here, rows, setting.readouts).readout_RxK
+    for row, ours_K in zip(rows[:4], ours_RxK, strict=False):
+        wanted_K = setting.plain(setting.making(row))
+        assert np.abs(wanted_K - setting.readouts.value_K).max() > 0.01
+        np.testing.assert_allclose(ours_K, wanted_K, atol=2e-5)
+    np.testing.assert_allclose(ours_RxK[4], setting.readouts.value_K, atol=1e-5)
+
+
+def test_above_the_last_held_layer_the_model_runs_freely(setting):
+    here, row, until = setting.here, ablate(setting.group(2, 24)), 2
+    assert {change.layer for change in row} == {0, 1, 2, 3}
+    ways = {u: intervene(here, [row], setting.readouts, hold="all", hold_until=u).readout_RxK[0] for u in range(5)}
+    ways |= {hold: intervene(here, [row], setting.readouts, hold=hold).readout_RxK[0] for hold in ("nothing", "all")}
+    np.testing.assert_array_equal(ways[0], ways["nothing"])
+    np.testing.assert_allclose(ways[1], ways["nothing"], atol=5e-6)  # nothing has changed when layer 0 runs
+    assert all(np.abs(ways[u] - ways[v]).max() > 1e-3 for u, v in ((1, 2), (2, 3), (3, 4), (4, "all")))
+    # The stream that enters layer 2 is the prompt's and what all changes below add to it, number by number.
+    width = here.model.config.d_model
+    axes = [
+        Direction(axis_D, layer=until, position=t)
+        for t in range(len(IDS))
+        for axis_D in np.eye(width, dtype=np.float32)
+    ]
+    below = [change for change in row if change.layer < until]
+    entering_TxD = intervene(here, [below], read_targets(here, axes, 10, 0.95), hold="all").readout_RxK
+    entering = until, entering_TxD.reshape(len(IDS), width).astype(np.float64)
+    np.testing.assert_allclose(ways[until], setting.plain(setting.making(row, until), entering), atol=2e-5)
+
+
+def test_a_swap_gives_features_the_other_prompts_activations(setting):
+    here, there = setting.here, setting.there
+    assert swap(here, here) == scale(features_of(setting.graph, np.arange(len(here.active))), 1.0)
+    dense = [np.zeros((4, len(ids), 48)) for ids in (IDS, OTHER)]
+    for one, into_LxPxF in zip((here, there), dense, strict=True):
+        into_LxPxF[one.active.layer_A, one.active.position_A, one.active.feature_A] = one.active.value_A
+    own_LxPxF, theirs_LxPxF = dense[0], dense[1][:, 2:]  # aligned from the end
+    either_LxPxF = (own_LxPxF != 0) | (theirs_LxPxF != 0)
+    either_LxPxF[:, 0] = False
+    wanted = [(*map(int, key), float(theirs_LxPxF[tuple(key)])) for key in np.argwhere(either_LxPxF)]
+    assert [tuple(change) for change in swap(here, there)] == wanted
+    fresh = [change for change in wanted if not own_LxPxF[change[:3]]]
+    assert fresh and len({change[1] for change in wanted}) == 5 and any(change[3] == 0 for change in wanted)
+
+
+def test_a_swap_the_other_way_round_leaves_positions_without_a_counterpart(setting):
+    # The longer prompt runs: its positions 1 and 2 would be the shorter one's -1 and 0.
+    assert {change.position for change in swap(setting.there, setting.here)} == {3, 4, 5, 6, 7}
+    first = setting.group()[:1]
+    at_two = dataclasses.replace(first, position_N=np.array([2], np.int32))
+    with pytest.raises(UserError, match="position 2 has no counterpart in the other prompt, of 6 tokens: expected 3"):
+        swap(setting.there, setting.here, at_two)
+    theirs = moved(first, setting.there, setting.here)
+    assert theirs.position_N[0] == first.position_N[0] + 2
+    (change,) = swap(setting.there, setting.here, theirs)
+    assert change.value == pytest.approx(first.value_N[0])
+
+
+def test_curves_of_sets_and_of_others_like_them(setting):
+    group, value_K = setting.group(), setting.readouts.value_K
+    controls = matched(setting.here, group, 3)
+    found = steer(setting.here, [group, *controls], setting.readouts, (-1, 0, 1, 2), hold="all")
+    curve_SxMxK = found.readout_SxMxK
+    np.testing.assert_allclose(curve_SxMxK[:, 2], np.tile(value_K, (4, 1)), atol=1e-6)
+    for members, curve_MxK in zip((group, *controls), curve_SxMxK, strict=True):
+        places = setting.here.active.places(members.layer_N, members.position_N, members.index_N)
+        sum_K = setting.graph.adjacency_TxS[-2:, places].sum(axis=1)
+        np.testing.assert_allclose(curve_MxK - value_K, (found.factor_M - 1)[:, None] * sum_K[None], atol=5e-6)
+    own, every = keys_of(group), keys_of(features_of(setting.graph, np.arange(len(setting.here.active))))
+    for control in controls:
+        keys = keys_of(control)
+        assert len(keys) == len(group) and not keys & own
+        assert np.array_equal(np.sort(control.layer_N), np.sort(group.layer_N))
+        counts, taken, free = (Counter(key[:2] for key in part) for part in (keys, own, every))
+        assert all(counts[at] >= min(taken[at], free[at] - taken[at]) for at in taken)
+    again = matched(setting.here, group, 3)
+    assert all(np.array_equal(a.index_N, b.index_N) for a, b in zip(controls, again))
+    assert any(not np.array_equal(a.index_N, b.index_N) for a, b in zip(controls, matched(setting.here, group, 3, 1)))
+
+
+def test_thousands_of_rows_in_one_call_are_those_of_single_calls(setting, monkeypatch):
+    here, count = setting.here, len(setting.here.active)
+    rows = [ablate(features_of(setting.graph, [node % count])) for node in range(2048)]
+    monkeypatch.setattr(interventions, "_CHUNK", 2**18)  # 512 rows at once
+    together_RxK = intervene(here, rows, setting.readouts).readout_RxK
+    assert len(np.unique(together_RxK[:count, 0])) > count / 2
+    some = [0, 511, 512, 1999]
+    alone_RxK = intervene(here, [rows[number] for number in some], setting.readouts).readout_RxK
+    np.testing.assert_allclose(together_RxK[some], alone_RxK, atol=5e-6)
+
+
+def test_bad_input(setting, tiny_llama, one_device):
+    graph, here = setting.graph, setting.here
+    with pytest.raises(UserError, match="is of the kind token: features alone can be changed"):
+        features_of(graph, [0, graph.slice_of(TOKEN).start])
+    with pytest.raises(UserError, match="cannot be set to nan"):
+        intervene(here, [scale(setting.group(), float("nan"))], setting.readouts)
+    with pytest.raises(UserError, match="hold_until is 5: expected a layer, 0 to 3, or 4"):
+        intervene(here, [], setting.readouts, hold="all", hold_until=5)
+    with pytest.raises(UserError, match="other active features: expected"):
+        matched(here, features_of(graph, np.arange(len(here.active))), 1)
+    with pytest.raises(UserError, match="different models or transcoders"):
+        swap(here, dataclasses.replace(setting.there, model=load_model(str(tiny_llama), mesh=one_device)))
+    assert ablate(setting.group(count=0)) == [] and steer(here, [], setting.readouts).readout_SxMxK.size == 0

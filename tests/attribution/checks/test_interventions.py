@@ -1,0 +1,219 @@
+"""Features set to other values: against hooks in PyTorch, and against what holds by construction."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from made_transcoders import made_set
+
+from saejax import load_model, trace
+from saejax.attribution.checks import interventions
+from saejax.attribution.checks.circuit_runs import Circuit, mean_activations, run_circuits
+from saejax.attribution.checks.circuits import curve
+from saejax.attribution.checks.interventions import HOLDS, Change, intervene
+from saejax.attribution.checks.validation import double
+from saejax.attribution.local.replacement import Replacement, embed
+from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.trace.targets import Direction, read_targets
+from saejax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+IDS = [5, 17, 33, 8, 41, 100]
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_llama, one_device):
+    return load_model(str(tiny_llama), mesh=one_device)
+
+
+@pytest.fixture(scope="module", params=["standard", "topk", "skip"])
+def traced(lm, request):
+    """A replacement model, its transcoders, its readouts (two logits, a difference, a direction), and the graph."""
+    skip = request.param == "skip"
+    transcoders = made_set(lm, kind="jumprelu" if skip else request.param, skip=skip)
+    targets = [7, 9, (7, 11), Direction(np.eye(lm.config.d_model)[3], layer=2, position=4)]
+    replacement = Replacement.of(lm, TranscoderSet.of(transcoders), np.array(IDS))
+    return (
+        replacement,
+        transcoders,
+        read_targets(replacement, targets, 10, 0.95),
+        trace(lm, transcoders, IDS, targets=targets),
+    )
+
+
+def some_rows(replacement, rng):
+    """Rows of one change and of three, of active features and of others."""
+    active, rows = replacement.active, []
+    for count in (1, 1, 3, 3):
+        chosen = rng.permutation(len(active))[:count]
+        rows.append(
+            [
+                Change(int(active.layer_A[c]), int(active.position_A[c]), int(active.feature_A[c]), float(v))
+                for c, v in zip(chosen, rng.normal(1.0, 1.0, count), strict=True)
+            ]
+        )
+    return [*rows, [Change(1, 3, 0, 2.5), Change(0, 3, 1, 1.5), Change(2, 5, 2, 0.0)]]
+
+
+def test_the_model_runs_on_as_with_hooks_in_torch(traced, lm):
+    import torch
+
+    from saejax.models import source
+
+    replacement, transcoders, readouts, _ = traced
+    model = source.load_torch_model(lm.source, "float32").double()
+    rows = some_rows(replacement, np.random.default_rng(1))
+    ours_RxK = intervene(replacement, rows, readouts).readout_RxK
+    for row, ours_K in zip(rows, ours_RxK, strict=True):
+        handles, streams = [], {}
+        for layer, block in enumerate(model.model.layers):
+
+            def change(module, inputs, output, layer=layer, row=row):
+                transcoder, output = transcoders[layer], output.clone()
+                acts_TxF = np.asarray(transcoder.encode(np.asarray(inputs[0][0].numpy(), np.float32)))
+                for _, position, feature, value in (c for c in row if c.layer == layer):
+                    direction_D = torch.from_numpy(np.array(transcoder.W_dec_FxD[...])[feature]).double()
+                    output[0, position] += (value - float(acts_TxF[position, feature])) * direction_D
+                return output
+
+            def keep(module, inputs, layer=layer, streams=streams):
+                streams[layer] = inputs[0][0].numpy()
+
+            handles += [block.mlp.register_forward_hook(change), block.register_forward_pre_hook(keep)]
+        with torch.no_grad():
+            logits_V = model(torch.tensor([IDS])).logits[0, -1].numpy()
+        for handle in handles:
+            handle.remove()
+        mean = logits_V.mean()
+        wanted_K = [logits_V[7] - mean, logits_V[9] - mean, logits_V[7] - logits_V[11], streams[2][4, 3]]
+        np.testing.assert_allclose(ours_K, wanted_K, atol=2e-5)
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+def test_a_feature_set_to_its_own_value_changes_nothing(traced, hold):
+    replacement, _, readouts, _ = traced
+    active = replacement.active
+    own = [
+        Change(int(active.layer_A[a]), int(active.position_A[a]), int(active.feature_A[a]), float(active.value_A[a]))
+        for a in (0, len(active) // 2, len(active) - 1)
+    ]
+    changed = intervene(replacement, [own, []], readouts, range(len(active)), hold)
+    np.testing.assert_allclose(changed.readout_RxK, np.tile(readouts.value_K, (2, 1)), atol=5e-6)
+    np.testing.assert_allclose(changed.feature_RxJ, np.tile(active.value_A, (2, 1)), atol=5e-6)
+    assert (intervene(replacement, [[]], readouts, [0], hold).readout_RxK == readouts.value_K).all()
+
+
+def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_same(traced, monkeypatch):
+    replacement, _, readouts, graph = traced
+    active, streams = replacement.active, replacement.streams
+    other_T = np.pad([88, 3, 61, 12, 240, 7], (0, streams.stream_LxTxD.shape[1] - len(IDS)))
+    other_TxD = embed(replacement.frozen, replacement.model.params, other_T)
+
+    def swapped(replacement, rows, first):
+        assert first == 0
+        return jnp.tile(other_TxD[None], (rows, 1, 1))
+
+    monkeypatch.setattr(interventions, "_unchanged", swapped)
+    chosen = np.linspace(0, len(active) - 1, 8).astype(int)
+    columns = zip(
+        *(getattr(active, name)[chosen].tolist() for name in ("layer_A", "position_A", "feature_A")), strict=True
+    )
+    raised = [[Change(*place, 65 * float(active.value_A[a]))] for a, place in zip(chosen, columns, strict=True)]
+    changed = intervene(replacement, [[], *raised], readouts, range(len(active)), hold="all")
+    seen_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1)
+    assert np.abs(seen_RxT[0, -4:] - readouts.value_K).max() > 0.05  # the tokens do make a difference
+    edge_RxT = graph.adjacency_TxS[:, chosen].T
+    assert np.abs(edge_RxT).max() > 0.01
+    moved_RxT = (seen_RxT[1:] - seen_RxT[:1]) / 64
+    assert np.abs(moved_RxT - edge_RxT).max() < 3e-6 * np.abs(edge_RxT).max()
+
+
+def test_with_all_held_a_change_is_its_edge(traced):
+    replacement, _, readouts, graph = traced
+    doubling = double(replacement, graph, readouts, 12)
+    assert doubling.held_error < 3e-6
+    assert np.abs(doubling.edge_RxT).max() > 0.01
+    assert np.abs(doubling.free_RxT - doubling.edge_RxT).max() > 1e-3  # norms, attention and MLPs do react
+    found = doubling.results()["free"]
+    assert 0 < found["pearson"] <= 1 and found["sign"] > 0.5
+
+
+def test_attention_can_be_held_alone(traced):
+    replacement, _, readouts, _ = traced
+    rows = some_rows(replacement, np.random.default_rng(2))
+    free, attention, held = (intervene(replacement, rows, readouts, hold=hold).readout_RxK for hold in HOLDS)
+    assert np.abs(free - attention).max() > 1e-4 and np.abs(held - attention).max() > 1e-4
+    at_last = [[change for change in row if change.position == len(IDS) - 1 and change.layer == 3] for row in rows]
+    # A change in the last layer at the last position meets no further attention.
+    free, attention = (intervene(replacement, at_last, readouts, hold=hold).readout_RxK for hold in HOLDS[:2])
+    np.testing.assert_allclose(free, attention, atol=1e-6)
+
+
+def test_everything_kept_is_the_model_and_parts_are_between(traced):
+    replacement, _, readouts, graph = traced
+    if (readouts.layer_K != replacement.model.config.n_layers).any():
+        readouts = read_targets(replacement, [7], 10, 0.95)
+        graph = trace(replacement.model, replacement.transcoders, IDS, targets=[7])
+    found = curve(replacement, graph, readouts, (0.3, 0.8, 1.0))
+    np.testing.assert_allclose(found.model, readouts.value_K[0], atol=1e-5)
+    assert found.features_C[0] < found.features_C[1] < found.features_C[2]
+    assert abs(found.model - found.empty) > 0.01
+    every = Circuit(np.ones(len(replacement.active), bool), np.ones((4, len(IDS)), bool))
+    np.testing.assert_allclose(
+        run_circuits(replacement, [every, every.complement()], readouts)[:, 0], [found.model, found.empty], atol=1e-5
+    )
+
+
+def test_what_is_left_out_may_have_its_mean_activation(traced, lm):
+    import torch
+
+    from saejax.models import source
+
+    replacement, transcoders, _, _ = traced
+    readouts = read_targets(replacement, [7], 10, 0.95)
+    other = Replacement.of(lm, replacement.transcoders, np.array(IDS[:2] + [90, 61]))
+    means = mean_activations([replacement, other])
+    for layer in range(4):
+        total_F = np.zeros(48)
+        for active in (replacement.active, other.active):
+            own = active.layer_A == layer
+            np.add.at(total_F, active.feature_A[own], active.value_A[own])
+        np.testing.assert_allclose(means[layer], total_F / (len(IDS) - 1 + 3), rtol=1e-6)
+    every = Circuit(np.ones(len(replacement.active), bool), np.ones((4, len(IDS)), bool))
+    kept, none = run_circuits(replacement, [every, every.complement()], readouts, means)[:, 0]
+    np.testing.assert_allclose(kept, readouts.value_K[0], atol=1e-5)
+    assert abs(none - run_circuits(replacement, [every.complement()], readouts)[0, 0]) > 1e-3
+    graph = trace(lm, replacement.transcoders, IDS, targets=[7])
+    found = curve(replacement, graph, readouts, (1.0,), means)
+    np.testing.assert_allclose([found.model, found.empty], [kept, none], atol=1e-5)
+    # In torch: of each MLP, the means of the features that are active in the prompt, the bias and the skip path.
+    model, active = source.load_torch_model(lm.source, "float32").double(), replacement.active
+    for layer, block in enumerate(model.model.layers):
+
+        def write(module, inputs, output, layer=layer):
+            acts_TxF, own = np.zeros((len(IDS), 48), np.float32), active.layer_A == layer
+            acts_TxF[active.position_A[own], active.feature_A[own]] = means[layer][active.feature_A[own]]
+            read_TxD = inputs[0][0].numpy().astype(np.float32)
+            written_TxD = torch.from_numpy(np.array(transcoders[layer].decode(acts_TxF, read_TxD))).double()
+            return torch.cat([output[:, :1], written_TxD[None, 1:]], dim=1)
+
+        block.mlp.register_forward_hook(write)
+    with torch.no_grad():
+        logits_V = model(torch.tensor([IDS])).logits[0, -1]
+    np.testing.assert_allclose(none, float(logits_V[7] - logits_V.mean()), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "rows,message",
+    [
+        ([[Change(9, 1, 0, 1.0)]], "feature 0 of layer 9"),
+        ([[Change(0, 1, 99, 1.0)]], "feature 99 of layer 0"),
+        ([[Change(0, 1, 0, float("nan"))]], "a finite number"),
+        ([[Change(0, 0, 0, 1.0)]], "position 0"),
+        ([[Change(0, 1, 0, 1.0), Change(0, 1, 0, 2.0)]], "twice"),
+    ],
+)
+def test_bad_input(traced, rows, message):
+    with pytest.raises(UserError, match=message):
+        intervene(traced[0], rows, traced[2])
+    with pytest.raises(UserError, match="expected one of nothing, attention, all"):
+        intervene(traced[0], [], traced[2], hold="most")

@@ -1,0 +1,102 @@
+"""A graph comes back from its files as it was, and damaged files are refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from made_graphs import make_graph
+
+from saejax.attribution.graph.files import ARRAYS, DESCRIPTION
+from saejax.attribution.graph.graph import LOGIT, TOKEN, Graph, Pruning, Scores
+from saejax.errors import UserError
+
+
+def same(a, b) -> bool:
+    if dataclasses.is_dataclass(a):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    return a == b
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_graph_comes_back_as_it_was(pruned, tmp_path):
+    graph = make_graph()
+    if pruned:
+        influence_N = np.linspace(0, 1, len(graph.nodes), dtype=np.float32)
+        graph = dataclasses.replace(
+            graph,
+            pruning=Pruning(0.8, 0.98, np.arange(len(graph.nodes), dtype=np.int32), influence_N, Scores(0.5, 0.75)),
+        )
+    graph.save(tmp_path / "a" / "b")
+    assert same(Graph.load(tmp_path / "a" / "b"), graph)
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == [DESCRIPTION, ARRAYS]
+    with pytest.raises(UserError, match="already holds graph.json"):
+        graph.save(tmp_path / "a" / "b")
+
+
+def test_nodes_rows_and_columns(tmp_path):
+    graph = make_graph(features=2, layers=1)
+    assert graph.nodes.kind_N.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 4, 5, 5]
+    assert graph.target_T.tolist() == [0, 1, 9, 10]
+    assert graph.slice_of(TOKEN) == slice(5, 8) and graph.count(TOKEN, LOGIT) == 5
+    assert graph.probability_K.tolist() == pytest.approx([0.6, 0.3])
+    graph.adjacency_TxS[1:] = 0
+    source_E, target_E, weight_E = graph.edges()
+    assert source_E.tolist() == list(range(9)) and set(target_E) == {0}
+    assert np.array_equal(weight_E, graph.adjacency_TxS[0])
+    missing = graph.value_T[0] - graph.constant_T[0] - graph.unkept_T[0] - graph.adjacency_TxS[0].sum()
+    assert graph.unexplained_T[0] == pytest.approx(missing, abs=1e-6)
+
+
+def damaged(folder, how):
+    file, description = folder / ARRAYS, json.loads((folder / DESCRIPTION).read_text())
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-4])
+    elif how == "changed":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(bytes(content))
+    elif how == "removed":
+        file.unlink()
+    elif how == "no json":
+        (folder / DESCRIPTION).write_text('{"a"')
+    else:
+        (folder / DESCRIPTION).write_text(json.dumps({k: v for k, v in description.items() if k != how}))
+
+
+@pytest.mark.parametrize(
+    "how,message",
+    [
+        ("truncated", "graph.safetensors is missing or damaged"),
+        ("changed", "graph.safetensors is missing or damaged"),
+        ("removed", "graph.safetensors is missing or damaged"),
+        ("no json", "graph.json is not valid JSON"),
+        ("prompt", "graph.json is damaged .'prompt' is missing"),
+        ("schema_version", "schema version None: expected 1"),
+    ],
+)
+def test_damaged_files_are_refused(how, message, tmp_path):
+    make_graph().save(tmp_path)
+    damaged(tmp_path, how)
+    with pytest.raises(UserError, match=message) as error:
+        Graph.load(tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="does not exist"):
+        Graph.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(logit_K=np.zeros(3, np.float32)), "logit_K has the shape"),
+        (dict(value_T=np.zeros(9)), "value_T has the shape .* in float64"),
+        (dict(value_T=np.full(9, np.nan, np.float32)), "value_T is not finite"),
+        (dict(labels=("a",)), "labels are missing"),
+    ],
+)
+def test_graphs_that_do_not_fit_together_are_refused(change, message, tmp_path):
+    dataclasses.replace(make_graph(), **change).save(tmp_path)
+    with pytest.raises(UserError, match=message):
+        Graph.load(tmp_path)

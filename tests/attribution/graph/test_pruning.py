@@ -1,0 +1,136 @@
+"""Influences, scores and masks, against the definitions on a square matrix and against circuit-tracer's own."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from made_graphs import make_graph
+from reference_graphs import adjacency_of, each_graph, needs_graphs, nodes_of
+
+from saejax.attribution.graph import pruning
+from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Graph
+from saejax.errors import UserError
+
+
+def layered(seed=0, **sizes) -> Graph:
+    """A random graph whose edges go up, sparse, with weights of very different sizes."""
+    graph, rng = make_graph(seed=seed, **sizes), np.random.default_rng(seed)
+    layer_S = graph.nodes.layer_N[: graph.adjacency_TxS.shape[1]]
+    up_TxS = layer_S[None, :] < graph.nodes.layer_N[graph.target_T][:, None]
+    weights = graph.adjacency_TxS * np.exp(2 * rng.normal(size=up_TxS.shape)) * (rng.random(up_TxS.shape) < 0.6)
+    return dataclasses.replace(graph, adjacency_TxS=np.where(up_TxS, weights, 0).astype(np.float32))
+
+
+def by_definition(graph: Graph, nodes: float, edges: float):
+    """Masks, cumulative shares and scores as circuit-tracer defines them, on a square float64 matrix, all sorted."""
+    kind_N, count = graph.nodes.kind_N, len(graph.nodes)
+    square, weight_N = np.zeros((count, count)), np.where(kind_N == LOGIT, graph.nodes.value_N, 0).astype(np.float64)
+    square[graph.target_T, : graph.adjacency_TxS.shape[1]] = graph.adjacency_TxS
+    square[:, kind_N == BIAS] = 0
+
+    def shares(matrix):
+        return np.abs(matrix) / np.maximum(np.abs(matrix).sum(1, keepdims=True), 1e-10)
+
+    def paths(normed):
+        total, step = np.zeros(count), weight_N
+        while step.any():
+            step = step @ normed
+            total += step
+        return total
+
+    def threshold(values, share):
+        descending = -np.sort(-values)
+        return descending[min(np.searchsorted(np.cumsum(descending) / values.sum(), share), len(values) - 1)]
+
+    influence_N = paths(shares(square))
+    node_N = (influence_N >= threshold(influence_N, nodes)) | np.isin(kind_N, (TOKEN, LOGIT))
+    cut = shares(np.where(node_N[:, None] & node_N[None], square, 0))
+    score = cut * (paths(cut) + weight_N)[:, None]
+    edge_NxN = (score >= threshold(score.ravel(), edges)) & (score > 0)
+    while True:
+        before = node_N.copy()
+        node_N &= edge_NxN.any(0) | np.isin(kind_N, (TOKEN, LOGIT))
+        node_N &= edge_NxN.any(1) | (kind_N != FEATURE)
+        edge_NxN &= node_N[:, None] & node_N[None]
+        if (node_N == before).all():
+            break
+    tokens, errors = influence_N[kind_N == TOKEN].sum(), influence_N[kind_N == ERROR].sum()
+    without_error_N = 1 - shares(square)[:, kind_N == ERROR].sum(1)
+    completeness = np.average(without_error_N, weights=influence_N + weight_N)
+    return node_N, edge_NxN, influence_N, (tokens / (tokens + errors), completeness)
+
+
+def check(graph, node_N, edge_NxN, scores, nodes=0.8, edges=0.98, tolerance=1e-6):
+    pruned = graph.prune(nodes, edges)
+    assert np.array_equal(pruned.pruning.node_N, np.flatnonzero(node_N))
+    source_E, target_E, _ = pruned.edges()
+    found = np.zeros_like(edge_NxN)
+    found[pruned.pruning.node_N[target_E], pruned.pruning.node_N[source_E]] = True
+    assert np.array_equal(found, edge_NxN)
+    assert np.array_equal(pruned.nodes.value_N, graph.nodes.value_N[node_N])
+    for score, wanted in zip(dataclasses.astuple(pruned.scores()), scores, strict=True):
+        assert abs(score - wanted) < tolerance
+    return pruned
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("thresholds", [(0.8, 0.98), (0.5, 0.9), (0.97, 0.6), (0.999, 0.9999)])
+def test_masks_and_scores_are_those_of_the_definition(seed, thresholds, monkeypatch):
+    graph = layered(seed, features=60, layers=4, positions=3)
+    node_N, edge_NxN, influence_N, scores = by_definition(graph, *thresholds)
+    monkeypatch.setattr(pruning, "_BLOCK", 200)  # several blocks
+    check(graph, node_N, edge_NxN, scores, *thresholds)
+    share_N = pruning.cumulative_share(influence_N)
+    order = np.argsort(-influence_N)
+    assert np.allclose(share_N[order], np.cumsum(influence_N[order]) / influence_N.sum(), atol=1e-6)
+
+
+def test_bias_nodes_change_no_figure():
+    graph = layered(features=40)
+    without = graph.nodes.kind_N != BIAS
+    plain = pruning._cut(graph, without)
+    (a, b), bias = (graph.prune(), plain.prune()), graph.count(BIAS)
+    assert bias and len(plain.nodes) == len(graph.nodes) - bias and graph.scores() == plain.scores()
+    assert np.array_equal(a.adjacency_TxS, b.adjacency_TxS) and a.count(BIAS) == 0
+    assert np.array_equal(a.pruning.influence_N, b.pruning.influence_N)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.98, 0.9999])
+def test_the_threshold_is_that_of_a_full_sort(share):
+    values = np.exp(4 * np.random.default_rng(1).normal(size=5000)).astype(np.float32)
+    values[::3], values[1::50] = 0, values[1]
+    descending = -np.sort(-values[values > 0]).astype(np.float64)
+    wanted = descending[np.searchsorted(np.cumsum(descending), share * descending.sum() * (1 - 1e-12))]  # rounding
+    assert pruning.share_threshold(lambda: np.array_split(values, 7), share) == np.float32(wanted)
+    assert pruning.share_threshold(lambda: [values], 1.0) <= wanted
+    assert pruning.share_threshold(lambda: [np.zeros(3, np.float32)], share) == np.inf
+
+
+def test_what_cannot_be_pruned_is_refused():
+    graph = layered()
+    with pytest.raises(UserError, match="nodes is 1.5: expected a share"):
+        graph.prune(nodes=1.5)
+    with pytest.raises(UserError, match="pruned already"):
+        graph.prune().prune()
+
+
+def test_a_graph_without_edges_keeps_tokens_and_logits():
+    graph = layered()
+    pruned = dataclasses.replace(graph, adjacency_TxS=np.zeros_like(graph.adjacency_TxS)).prune()
+    assert set(pruned.nodes.kind_N) == {TOKEN, LOGIT}
+
+
+@needs_graphs
+@each_graph
+def test_circuit_tracer_prunes_its_graphs_alike(folder):
+    ref = np.load(folder / "reference.npz")
+    nodes, adjacency_TxS = nodes_of(ref), adjacency_of(ref)
+    graph = dataclasses.replace(
+        make_graph(), nodes=nodes, adjacency_TxS=adjacency_TxS,
+        **dict.fromkeys(("value_T", "constant_T", "unkept_T"), np.zeros(len(adjacency_TxS), np.float32)),
+    )  # fmt: skip
+    pruned = check(graph, ref["node_mask"], ref["edge_mask"], ref["scores"])
+    assert np.abs(pruned.pruning.influence_N - ref["cumulative"][ref["node_mask"]]).max() < 1e-6
+    described = json.loads((folder / "graph.json").read_text())
+    assert len(pruned.nodes) == len(described["nodes"]) and len(pruned.edges()[0]) == len(described["links"])

@@ -1,0 +1,124 @@
+"""Where a graph's attention came from: the leading heads, results and tables."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from made_transcoders import made_set
+
+from saejax import load_model
+from saejax.attribution.forms import outputs
+from saejax.attribution.forms.attention import OWN, attend, leading_heads
+from saejax.attribution.forms.neuronpedia import node_ids
+from saejax.attribution.heads import heads
+from saejax.attribution.requests import read_heads
+from saejax.attribution.trace.prompt import trace_prompt
+from saejax.errors import UserError
+from saejax.settings import GraphConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+IDS = [5, 17, 33, 8, 41]
+
+
+@pytest.fixture(scope="module")
+def traced(tiny_llama, one_device):
+    lm = load_model(str(tiny_llama), mesh=one_device)
+    return trace_prompt(lm, made_set(lm, 24), IDS, targets=[7])
+
+
+@pytest.fixture(scope="module")
+def pruned(traced):
+    return traced.graph.prune(0.9, 0.98)
+
+
+def test_shares_are_means_over_targets(traced, pruned):
+    carried = heads.edge_heads(traced.replacement, traced.readouts, pruned)
+    source_E, target_E, weight_E = pruned.edges()
+    for position in (None, 4):
+        targets = [
+            t for t in np.unique(target_E).tolist() if position is None or pruned.nodes.position_N[t] == position
+        ]
+        best = leading_heads(pruned, carried, position)
+        assert len(best) > 5 and [one.share for one in best] == sorted((one.share for one in best), reverse=True)
+        for one in best[:5]:
+            shares, edge = [], (0.0, (-1, -1))
+            for target in targets:
+                through = 0.0
+                for source in source_E[target_E == target].tolist():
+                    if position is not None and pruned.nodes.position_N[source] == position:
+                        continue
+                    parts = {(layer, head): part for layer, head, part in carried.get((source, target), [])}
+                    part = parts.get((one.layer, one.head), 0.0)
+                    through += abs(part)
+                    edge = max(edge, (abs(part), (source, target)))
+                shares.append(through / np.abs(weight_E[target_E == target]).sum())
+            assert one.share == pytest.approx(np.mean(shares)) and one.edge == edge[1]
+
+
+def test_results_and_tables(traced, pruned):
+    found = attend(traced, pruned, True, None)
+    assert found.heads["edges"] == len(found.carried) > 10 and not found.heads["too_large"]
+    leading, score = found.tables
+    assert leading.rows[0][0] == "{layer}.{head}".format(**found.heads["leading"][0])
+    (split,) = found.query_key
+    assert split["query"] == len(IDS) - 1 and len(split["keys"]) == 3
+    assert score.title.startswith(f"Head {split['layer']}.{split['head']} at ")
+    # Every block of the table is a score, its pairs and the others; pairs and others add up.
+    ids, starts = set(node_ids(pruned)), [n for n, row in enumerate(score.rows) if row[1] == "score"]
+    for key, start, stop in zip(split["keys"], starts, [*starts[1:], len(score.rows)], strict=True):
+        block = score.rows[start:stop]
+        assert block[0][3] == key["score"] and block[-1][1:] == ["all other pairs", "", key["rest"]]
+        assert sum(row[3] for row in block[1:]) == pytest.approx(key["score"], abs=1e-5)
+        for row, pair in zip(block[1:-1], key["pairs"], strict=True):
+            for name, cell in ((pair["query"], row[1]), (pair["key"], row[2])):
+                kind = name.split("_")[0]
+                expected = {"own": "biases of the head", "first": "MLP of layer", "bias": "biases of layer"}
+                assert cell == name if name in ids else cell.startswith(expected.get(kind, ("feature", "error", "␣")))
+    assert any(pair["query"] == OWN or "_" in pair["query"] for key in split["keys"] for pair in key["pairs"])
+
+
+def test_what_is_not_asked_for_is_not_there(traced, pruned, monkeypatch):
+    assert attend(traced, pruned, False, None).tables == []
+    assert attend(traced, pruned, False, []).heads is None
+    asked = attend(traced, pruned, False, [(1, 2, 3), (0, 0, 0)])
+    assert [(one["layer"], one["head"], one["query"]) for one in asked.query_key] == [(1, 2, 3), (0, 0, 0)]
+    monkeypatch.setattr(heads, "MOST_GROUPS", 0)
+    found = attend(traced, pruned, True, None)
+    assert "prune the graph" in found.heads["too_large"] and (found.carried, found.query_key, found.tables) == (
+        {},
+        [],
+        [],
+    )
+
+
+def test_a_graph_without_edges_has_no_heads(traced):
+    graph = traced.graph.prune(0.0, 0.0)
+    bare = dataclasses.replace(graph, adjacency_TxS=np.zeros_like(graph.adjacency_TxS))
+    found = attend(traced, bare, True, None)
+    assert found.heads == dict(edges=0, too_large="", leading=[]) and found.query_key == found.tables == []
+
+
+def test_heads_as_they_are_written():
+    def read(*texts):
+        return read_heads(GraphConfig(query_key=texts))
+
+    assert read() is None and read("none") == []
+    assert read("12.3", " 0.0@5", "1.2@-3", "12.3") == [(12, 3, -1), (0, 0, 5), (1, 2, -3)]
+    for wrong in (("12",), ("a.b",), ("1.2@",), ("1.2", "none"), ("-1.0",)):
+        with pytest.raises(UserError, match="--graph.query_key=.*expected layer.head"):
+            read(*wrong)
+
+
+def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, traced, pruned):
+    written = {}
+    monkeypatch.setattr(outputs, "_HEADS_ON_PAGE", 5)
+    monkeypatch.setattr(outputs, "write_page", lambda path, document, **rest: written.update(rest))
+    attention = attend(traced, pruned, True, None)
+    (tmp_path / "heads").mkdir()
+    outputs.write_outputs(SimpleNamespace(folder=tmp_path), "one", pruned, [], attention)
+    ids, (source_E, target_E, weight_E) = node_ids(pruned), pruned.edges()
+    largest = np.argsort(-np.abs(weight_E), kind="stable")[:5]
+    strongest = {(ids[source_E[edge]], ids[target_E[edge]]) for edge in largest}
+    assert set(written["heads"]) == strongest & set(heads.named_heads(attention.carried, ids))
+    assert 0 < len(written["heads"]) < len(attention.carried)

@@ -1,0 +1,121 @@
+"""Parts of edges that go through heads: what is gone when a head is taken out."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+from made_transcoders import made_set
+
+from saejax import load_model
+from saejax.attribution.graph.graph import FEATURE
+from saejax.attribution.heads import heads
+from saejax.attribution.trace.prompt import trace_prompt
+from saejax.attribution.trace.rows import Rows
+from saejax.attribution.trace.sources import Sources
+from saejax.attribution.trace.targets import Direction
+from saejax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+IDS = [5, 17, 33, 8, 41]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "skip"])
+def traced(tiny_llama, one_device, request):
+    lm = load_model(str(tiny_llama), mesh=one_device)
+    targets = [7, Direction(np.eye(lm.config.d_model, dtype=np.float32)[3], layer=2, position=4)]
+    return trace_prompt(lm, made_set(lm, 24, skip=request.param), IDS, targets=targets)
+
+
+def edges_of(graph):
+    return list(zip(*(part.tolist() for part in graph.edges()), strict=True))
+
+
+def edges_without(traced, layer, head):
+    """The whole matrix of a replacement model in which a head adds nothing; its weights elsewhere are as they were."""
+    replacement, readouts = traced.replacement, traced.readouts
+    model = copy.copy(replacement.model)
+    params = dict(model.params)
+    params["layers.o_HxKxD"] = params["layers.o_HxKxD"].at[layer, head].set(0)
+    model.params = params
+    changed = dataclasses.replace(replacement, model=model)
+    sources = Sources.of(replacement)
+    active = replacement.active
+    matrix_TxS = np.zeros((len(active) + len(readouts.labels), len(sources.nodes)), np.float32)
+    rows = Rows(changed, sources, len(matrix_TxS))
+    rows(active.layer_A, active.position_A, changed.encoder_rows(np.arange(len(active))), matrix_TxS.__setitem__)
+    rows(
+        readouts.layer_K,
+        readouts.position_K,
+        readouts.vector_KxD,
+        matrix_TxS[len(active) :].__setitem__,
+        in_stream=True,
+    )
+    return matrix_TxS
+
+
+def test_a_part_is_what_vanishes_without_the_head(traced):
+    graph = traced.graph
+    if traced.replacement.streams.skip_LxDxD is not None:
+        pytest.skip("a head that is taken out changes the norm before its layer's skip path, which is to be held")
+    pruned = graph.prune(1.0, 1.0)
+    found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100)
+    edges, whole = edges_of(pruned), pruned.pruning.node_N
+    row_of = {node: row for row, node in enumerate(graph.target_T.tolist())}
+    scale, compared = max(abs(weight) for *_, weight in edges), 0
+    for layer, head in ((0, 1), (2, 0), (3, 3)):
+        without_TxS = edges_without(traced, layer, head)
+        for source, target, _ in edges:
+            if pruned.nodes.layer_N[target] == layer:  # the norm before what this layer's features read moves, too
+                continue
+            row, column = row_of[int(whole[target])], int(whole[source])
+            wanted = graph.adjacency_TxS[row, column] - without_TxS[row, column]
+            ours = {(one, other): part for one, other, part in found.get((source, target), [])}.get((layer, head), 0.0)
+            assert abs(ours - wanted) < 1e-5 * scale
+            compared += abs(wanted) > 1e-3 * scale
+    assert len(edges) > 200 and compared > 50
+
+
+def test_heads_alone_move_between_positions(traced):
+    """From what enters a layer to what reads in it, heads of that layer are the only way to another position."""
+    pruned = traced.graph.prune(1.0, 1.0)
+    found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100)
+    nodes, compared = pruned.nodes, 0
+    for source, target, weight in edges_of(pruned):
+        moves = nodes.position_N[source] != nodes.position_N[target]
+        assert not moves or (source, target) in found
+        if moves and nodes.kind_N[target] == FEATURE and nodes.layer_N[target] == nodes.layer_N[source] + 1:
+            carried = found[source, target]
+            assert {layer for layer, _, _ in carried} == {nodes.layer_N[target]}
+            assert sum(part for *_, part in carried) == pytest.approx(weight, abs=1e-5)
+            compared += 1
+    assert compared > 10
+
+
+def test_groups_of_sources_and_targets_change_nothing(traced, monkeypatch):
+    pruned = traced.graph.prune(1.0, 1.0)
+    whole = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4)
+    config, length = traced.replacement.model.config, traced.replacement.streams.stream_LxTxD.shape[1]
+    monkeypatch.setattr(heads, "MOST_BYTES", 16 * 4 * length * config.n_layers * config.n_heads * config.d_head)
+    parts = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4)
+    assert parts.keys() == whole.keys() and len(np.unique([source for source, _ in whole])) > 32
+    for edge, carried in whole.items():
+        assert [head[:2] for head in parts[edge]] == [head[:2] for head in carried]
+        np.testing.assert_allclose([head[2] for head in parts[edge]], [head[2] for head in carried], atol=1e-6)
+
+
+def test_ids_and_limits(traced, monkeypatch):
+    pruned = traced.graph.prune(0.99, 0.999)
+    found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=2)
+    assert all(len(carried) <= 2 for carried in found.values())
+    ids = [f"n{place}" for place in range(len(pruned.nodes))]
+    named = heads.named_heads(found, ids)
+    assert len(named) == len(found) and all(source.startswith("n") for source, _ in named)
+    for carried, own in zip(found.values(), named.values(), strict=True):
+        assert [part[:2] for part in carried] == [part[:2] for part in own]
+        assert [part[2] for part in carried] == pytest.approx([part[2] for part in own], rel=1e-3)
+    for most, groups, message in ((1000, 8, "too long"), (2**31, 0, "prune the graph")):
+        monkeypatch.setattr(heads, "MOST_BYTES", most)
+        monkeypatch.setattr(heads, "MOST_GROUPS", groups)
+        with pytest.raises(UserError, match=message):
+            heads.edge_heads(traced.replacement, traced.readouts, pruned)

@@ -1,0 +1,130 @@
+"""Scores split over pairs: against the scores of transformers, and against an explicit Jacobian in float64."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from dense_reference import Dense
+from made_graphs import load_tiny, make_transcoders
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3 import modeling_qwen3
+
+from saejax.attribution.graph.graph import ERROR, FEATURE, TOKEN
+from saejax.attribution.heads import query_key
+from saejax.attribution.heads.query_key import split_scores
+from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.trace.sources import Sources
+from saejax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+IDS = [0, 17, 230, 5, 42, 99, 7]
+CASES = [(0, 1, -1), (1, 2, 4), (2, 3, -1), (2, 0, 0)]  # layer, head, position of the query
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return {}
+
+
+@pytest.fixture(params=["llama", "qwen3", "gpt2", "gemma2"])
+def opened(request, kept, tmp_path, one_device, quick_compiler):
+    """A model's folder, its transcoders, its replacement model, and the sources; made once for each family."""
+    if request.param not in kept:
+        lm = load_tiny(tmp_path, request.param, one_device)
+        made = make_transcoders(lm.config, skip=request.param in ("qwen3", "gemma2"))
+        replacement = Replacement.of(lm, TranscoderSet.of(made), np.array(IDS))
+        kept[request.param] = tmp_path, made, replacement, Sources.of(replacement)
+    return kept[request.param]
+
+
+def torch_scores(folder):
+    """The scores of all layers in float64, before capping [L, H, T, T], and the weights."""
+    seen, softmax = [], torch.nn.functional.softmax
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+
+    def record(x, dim=None, dtype=None):
+        seen.append((x[0], softmax(x, dim=dim)[0]))
+        return softmax(x, dim=dim)
+
+    with torch.no_grad(), mock.patch("torch.nn.functional.softmax", record):
+        model(torch.tensor([IDS]), use_cache=False)
+    score_LxHxTxT, weight_LxHxTxT = (torch.stack(parts).numpy() for parts in zip(*seen))
+    if cap := getattr(model.config, "attn_logit_softcapping", None):
+        score_LxHxTxT = cap * np.arctanh(np.clip(score_LxHxTxT / cap, -1 + 1e-9, 1 - 1e-9))
+    return score_LxHxTxT, weight_LxHxTxT
+
+
+def test_all_pairs_add_up_to_the_scores_of_transformers(opened):
+    folder, _, replacement, sources = opened
+    score_LxHxTxT, weight_LxHxTxT = torch_scores(folder)
+    for layer, head, position in CASES:
+        wanted_T = score_LxHxTxT[layer, head, position][: position % len(IDS) + 1]
+        weight_T, size = weight_LxHxTxT[layer, head, position], np.abs(wanted_T).max()
+        scores = split_scores(replacement, sources, layer, head, position, keys=2)
+        assert [score.key for score in scores] == np.argsort(-weight_T)[: min(2, len(wanted_T))].tolist()
+        for score in scores:
+            assert score.weight == pytest.approx(weight_T[score.key], rel=1e-5)
+            assert abs(score.value - wanted_T[score.key]) < 1e-5 * size
+            whole = score.part_N.sum() + score.rest
+            assert abs(whole - wanted_T[score.key]) < 1e-5 * max(size, np.abs(score.part_N).max())
+            assert (np.diff(np.abs(score.part_N)) <= 0).all() and (layer == 0 or score.query == 0 or score.rest != 0)
+
+
+@pytest.mark.parametrize("opened", ["qwen3"], indirect=True)
+def test_pairs_are_those_of_an_explicit_jacobian(opened):
+    folder, made, replacement, sources = opened
+    seen, rotate = [], modeling_qwen3.apply_rotary_pos_emb
+
+    def record(*args, **kwargs):
+        seen.append(rotate(*args, **kwargs))
+        return seen[-1]
+
+    with mock.patch.object(modeling_qwen3, "apply_rotary_pos_emb", record):
+        dense = Dense(folder, made, IDS, normed=False)
+    layer, head, position = 2, 3, 5
+    q_HxTxK, k_NxTxK = (part[0] for part in seen[layer])
+    scale = dense.model.config.head_dim**-0.5
+    query_KxS = np.stack([dense._row(x) for x in q_HxTxK[head, position]])
+    count, told = len(sources.nodes), np.isin(sources.nodes.kind_N, (FEATURE, ERROR, TOKEN))
+    for score in split_scores(replacement, sources, layer, head, position, keys=3, pairs=10**6):
+        key_KxS = np.stack([dense._row(x) for x in k_NxTxK[head // 2, score.key]])
+        wanted_SxS = scale * query_KxS.T @ key_KxS
+        pair_SxS = np.zeros((count + 1, count + 1))
+        pair_SxS[score.query_N, score.key_N] = score.part_N
+        ours_SxS = pair_SxS[:count, :count][np.ix_(told, told)]
+        assert np.abs(ours_SxS - wanted_SxS).max() < 1e-5 * np.abs(wanted_SxS).max()
+        assert (np.abs(wanted_SxS) > 1e-3 * np.abs(wanted_SxS).max()).sum() > 500
+        assert abs(score.rest) < 1e-6 * np.abs(score.part_N).max()
+
+
+@pytest.mark.parametrize("count", [1, 7, 10_000])
+def test_the_largest_pairs_in_blocks(monkeypatch, count):
+    rng = np.random.default_rng(0)
+    query_KxS, key_KxS = rng.normal(size=(2, 5, 40)).astype(np.float32) * rng.lognormal(0, 2, (2, 1, 40))
+    query_KxS[:, ::3], key_KxS[:, 1::4] = 0, 0
+    monkeypatch.setattr(query_key, "_BLOCK", 90)
+    query_N, key_N, part_N = query_key._largest(query_KxS, key_KxS, count)
+    wanted_SxS = query_KxS.T.astype(np.float64) @ key_KxS
+    np.testing.assert_allclose(part_N, wanted_SxS[query_N, key_N], rtol=1e-12)
+    wanted_X = -np.sort(-np.abs(wanted_SxS[wanted_SxS != 0]))[:count]
+    np.testing.assert_allclose(np.abs(part_N), wanted_X, rtol=1e-12)
+    assert len(query_key._largest(query_KxS, 0 * key_KxS, count)[2]) == 0
+
+
+@pytest.mark.parametrize(
+    "head,message",
+    [
+        ((4, 0, -1), "no head 4.0: expected a layer from 0 to 3 and a head from 0 to 3"),
+        ((0, 4, -1), "no head 0.4"),
+        ((-1, 0, -1), "no head -1.0"),
+        ((0, 0, 3), "no position 3 for head 0.0: it has 3 tokens, expected -3 to 2"),
+        ((0, 0, -4), "no position -4"),
+    ],
+)
+def test_heads_and_positions_that_are_not_there(tiny_llama, one_device, head, message):
+    from saejax import load_model
+
+    with pytest.raises(UserError, match=message):
+        query_key.check_head(load_model(str(tiny_llama), mesh=one_device).config, *head, tokens=3)

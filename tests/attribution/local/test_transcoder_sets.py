@@ -1,0 +1,166 @@
+"""Sets of transcoders of every format are the same set, read layer by layer; what does not fit is refused."""
+
+import numpy as np
+import pytest
+import yaml
+from made_graphs import FEATURES, load_tiny, make_transcoders
+from safetensors.numpy import save_file
+
+from saejax import save_dictionary, save_transcoders, trace
+from saejax.attribution.local.transcoders import TranscoderSet, open_transcoders
+from saejax.attribution.trace.prompt import Replacement
+from saejax.errors import UserError
+
+IDS = [0, 17, 230, 5, 42]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, one_device):
+    return load_tiny(tmp_path_factory.mktemp("model"), "llama", one_device, num_hidden_layers=2)
+
+
+def gemma_scope(folder, made, version):
+    for layer, transcoder in enumerate(made):
+        arrays = {name.rpartition("_")[0]: np.array(array) for name, array in transcoder.arrays.items()}
+        place = folder / (
+            f"layer_{layer}/width_16k/average_l0_9" if version == 1 else f"layer_{layer}_width_16k_l0_small"
+        )
+        place.mkdir(parents=True)
+        if version == 1:
+            np.savez(place / "params.npz", **arrays)
+        else:
+            names = dict(W_enc="w_enc", W_dec="w_dec", W_skip="affine_skip_connection")
+            save_file({names.get(name, name): array for name, array in arrays.items()}, place / "params.safetensors")
+    return folder
+
+
+def write(folder, made, form):
+    if form.startswith("gemma"):
+        return gemma_scope(folder, made, int(form[-1]))
+    if form == "circuit_tracer":
+        save_transcoders(folder, made)
+    for layer, transcoder in enumerate(made if form == "own" else ()):
+        save_dictionary(folder / f"mlp_in.{layer}" / "dictionary", transcoder)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["circuit_tracer", "own", "gemma_scope_1", "gemma_scope_2"])
+def test_every_format_gives_the_same_rows(form, tiny, tmp_path):
+    made = make_transcoders(tiny.config, "jumprelu", skip=form == "gemma_scope_2")
+    opened = open_transcoders(write(tmp_path / "set", made, form)).check(tiny)
+    assert opened.reads == ("mlp_normed" if form == "gemma_scope_1" else "mlp_in")
+    chosen = np.array([5, 0, 41])
+    for layer, transcoder in enumerate(made):
+        loaded = opened.load(layer)
+        for name, array in transcoder.arrays.items():
+            assert np.array_equal(loaded.arrays[name], array), name
+        assert np.array_equal(opened.rows(layer, "W_dec", chosen), np.asarray(transcoder.W_dec_FxD)[chosen])
+        assert np.array_equal(opened.rows(layer, "W_enc", chosen), np.asarray(transcoder.W_enc_DxF)[:, chosen].T)
+
+
+def test_a_set_may_list_files_on_the_hub_that_read_before_the_gain(tiny, tmp_path, monkeypatch):
+    made = make_transcoders(tiny.config, "jumprelu")
+    gemma_scope(tmp_path / "hub", made, 1)
+    asked = []
+
+    def fetch(repository, file, revision):
+        asked.append((repository, file, revision))
+        return tmp_path / "hub" / file
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    files = [f"layer_{layer}/width_16k/average_l0_9/params.npz" for layer in range(2)]
+    settings = dict(
+        model_name="m", model_kind="transcoder_set", feature_input_hook="ln2.hook_normalized",
+        feature_output_hook="hook_mlp_out", transcoders=[f"hf://org/scope/{files[0]}", f"hf://org/scope/{files[1]}?revision=v2"],
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    opened = open_transcoders(tmp_path)
+    assert opened.reads == "mlp_normed" and len(opened.configs) == 2
+    assert asked == [("org/scope", files[0], "main"), ("org/scope", files[1], "v2")]
+
+
+def test_a_set_is_fetched_from_the_hub_with_revision_and_subfolder(tiny, tmp_path, monkeypatch):
+    save_transcoders(tmp_path / "abc" / "small", make_transcoders(tiny.config))
+    asked = {}
+
+    def snapshot(name, **settings):
+        asked.update(settings, name=name)
+        return str(tmp_path / "abc")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    opened = open_transcoders("org/plts", revision="v1", subfolder="small")
+    assert (opened.revision, asked["name"], asked["revision"]) == ("abc", "org/plts", "v1")
+    assert "small/config.yaml" in asked["allow_patterns"] and opened.check(tiny)
+    with pytest.raises(UserError, match="no folder a/b/c of transcoders"):
+        open_transcoders("a/b/c")
+
+
+def test_at_most_one_layer_is_kept(tiny):
+    made, loaded = make_transcoders(tiny.config), []
+    opened = TranscoderSet("made", [t.config for t in made], lambda layer: loaded.append(layer) or made[layer])
+    Replacement.of(tiny, opened, IDS)
+    assert loaded == [0, 1] and opened.load.cache_info().currsize == 1
+
+
+def altered(transcoder, **changes):
+    return type(transcoder)(type(transcoder.config)(**{**vars(transcoder.config), **changes}), **transcoder.arrays)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda made: made[:1], "no transcoder of layer 1: expected one for each layer"),
+        (lambda made: made[::-1], r"transcoders of the layers \[1, 0\]"),
+        (lambda made: [altered(t, fingerprint="other", model="x") for t in made], "trained on x .fingerprint other"),
+        (lambda made: [altered(t, site=t.config.target) for t in made], "reads mlp_out.0 and predicts mlp_out.0"),
+        (lambda made: [altered(t, kind="linear") for t in made], "no active features"),
+    ],
+)
+def test_sets_that_do_not_fit_the_model_are_refused(change, message, tiny):
+    with pytest.raises(UserError, match=message) as error:
+        trace(tiny, change(make_transcoders(tiny.config)), IDS)
+    assert "\n" not in str(error.value)
+
+
+def test_another_width_is_refused(tiny, tmp_path, one_device):
+    other = load_tiny(tmp_path, "llama", one_device, num_hidden_layers=2, hidden_size=24)
+    with pytest.raises(UserError, match="reads 24 dimensions, but .* has 40"):
+        trace(tiny, make_transcoders(other.config), IDS)
+
+
+def test_a_truncated_file_a_missing_layer_and_wrong_widths_are_named(tiny, tmp_path):
+    made = make_transcoders(tiny.config)
+    folder = tmp_path / "set"
+    save_transcoders(folder, made)
+    file = folder / "layer_1.safetensors"
+    whole = file.read_bytes()
+    for size in (0, 5, 60, len(whole) - 8):
+        file.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"layer_1\.safetensors") as error:
+            trace(tiny, folder, IDS)
+        assert "\n" not in str(error.value) and ("truncated" in str(error.value) or "damaged" in str(error.value)), size
+    for read, predicted, message in ((41, 40, "reads width 41 and predicts 40"), (41, 41, "layers of different sizes")):
+        shapes = dict(W_enc=(48, read), W_dec=(48, predicted), b_enc=48, b_dec=predicted)
+        save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, file)
+        with pytest.raises(UserError, match=message):
+            open_transcoders(folder)
+    file.unlink()
+    with pytest.raises(UserError, match="no transcoder of layer 1: expected one for each layer"):
+        trace(tiny, folder, IDS)
+
+
+def test_damaged_files_are_refused(tiny, tmp_path):
+    folder = gemma_scope(tmp_path / "a", make_transcoders(tiny.config, "jumprelu"), 1)
+    file = next(folder.rglob("layer_1/**/params.npz"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"params.npz is damaged"):
+        open_transcoders(folder)
+    file.unlink()
+    (folder / "layer_1" / "x").mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "layer_1" / "x" / "params.npz", W_enc=np.zeros((3, FEATURES)))
+    with pytest.raises(UserError, match="lacks matrices W_enc and W_dec"):
+        open_transcoders(folder)
+    (folder / "layer_1" / "x" / "params.npz").rename(folder / "layer_1" / "x" / "old.txt")
+    next(folder.rglob("layer_0/**/params.npz")).rename(folder / "layer_2.npz")
+    with pytest.raises(UserError, match="no transcoder of layer 0"):
+        open_transcoders(folder)

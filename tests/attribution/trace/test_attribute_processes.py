@@ -1,0 +1,43 @@
+"""Two processes trace as one does."""
+
+import json
+
+import numpy as np
+import pytest
+import runs
+from made_transcoders import made_set
+
+from saejax import load_model, save_transcoders
+from saejax.attribution.graph.graph import FEATURE, Graph
+
+CHECKED = ("--graph.node_threshold=1", "--graph.edge_threshold=1")
+BARE = (*CHECKED, "--graph.doubled=0", "--graph.circuits=false", "--graph.heads=false")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings"),
+    [
+        (dict(data=2), BARE),
+        pytest.param(dict(data=2), CHECKED, marks=pytest.mark.slow),
+        pytest.param(dict(model=2), CHECKED, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_trace_as_one(tiny_llama, one_device, tmp_path, mesh, settings):
+    save_transcoders(tmp_path / "set", made_set(load_model(str(tiny_llama), mesh=one_device), skip=True))
+    flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={tmp_path / 'set'}", "--graph.token_ids=5,17,33,8"]
+    flags += ["--graph.max_logits=3", "--graph.slug=ids", *settings]
+    runs.finish(runs.start("attribute", [*flags, f"--workdir={tmp_path / 'one'}"]))
+    both = [*flags, f"--workdir={tmp_path / 'two'}", *(f"--mesh.{axis}={size}" for axis, size in mesh.items())]
+    for process in runs.start_pair("attribute", both):
+        runs.finish(process)
+    one, two = (Graph.load(tmp_path / name / "attribute" / "ids" / "ids-graph") for name in ("one", "two"))
+    assert np.array_equal(one.nodes.index_N, two.nodes.index_N) and one.count(FEATURE) > 20
+    scale = np.abs(one.adjacency_TxS).max()
+    assert np.abs(one.adjacency_TxS - two.adjacency_TxS).max() < 1e-5 * scale
+    one, two = (json.loads((tmp_path / name / "attribute" / "ids" / "ids.json").read_text()) for name in ("one", "two"))
+    assert one["scores"] == pytest.approx(two["scores"], abs=1e-6)
+    if settings == BARE:
+        return
+    assert two["doubling"]["held_error"] < 1e-4
+    np.testing.assert_allclose(two["circuits"]["readout"], one["circuits"]["readout"], atol=1e-4)
+    assert one["heads"]["edges"] == two["heads"]["edges"] > 0

@@ -1,0 +1,301 @@
+"""Graphs with SAEs: against torch's gradients in float64, edits of the real model, and what holds by construction."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from made_graphs import load_tiny
+from torch_sites import MODULES, run_torch
+
+from saejax import command, save_dictionary, trace_gradient
+from saejax.attribution.checks.validation import double_saes
+from saejax.attribution.graph.graph import BIAS, FEATURE, LOGIT, TOKEN, Graph
+from saejax.attribution.trace.gradient import trace_saes
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.modules import parameter_table
+from saejax.errors import UserError
+from saejax.models import source
+from saejax.models.tokens import Tokens
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+IDS = [17, 230, 5, 42]
+CASES = [("llama", "resid_post.0", "mlp_out.2"), ("gpt2", "resid_mid.0", "resid_post.1")]
+
+
+def made_sae(lm, site, kind="topk", seed=0, features=32, **changes) -> Dictionary:
+    """A random SAE in which a fifth of the features or so is active; the largest token at its site is a sink."""
+    rng, width = np.random.default_rng(seed), lm.config.d_model
+    tokens = Tokens(np.array([IDS], np.int32), np.array([len(IDS)], np.int32))
+    read_TxD = np.asarray(lm(tokens, capture=[site]).sites[site])[0]
+    norms = np.sort(np.linalg.norm(read_TxD, axis=1))
+    fields = dict(kind=kind, site=site, d_in=width, n_features=features, k=6 if kind == "topk" else 0)
+    fields |= dict(max_norm=float(norms[-2:].mean()), fingerprint=lm.source.fingerprint, model="tiny")
+    arrays = dict(
+        W_enc_DxF=rng.normal(size=(width, features)) / np.sqrt(width),
+        b_enc_F=0.3 * rng.normal(size=features),
+        W_dec_FxD=rng.normal(size=(features, width)) / np.sqrt(width),
+        b_dec_D=0.1 * rng.normal(size=width),
+    )
+    if kind == "jumprelu":
+        arrays["threshold_F"] = rng.uniform(0.3, 0.6, features)
+    made = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+    return Dictionary(DictionaryConfig(**fields | changes), **made)
+
+
+def fp64(array) -> torch.Tensor:
+    return torch.from_numpy(np.array(array, np.float64))
+
+
+def explained(sae, x_TxD):
+    """Pre-activations, activations and error of an SAE in float64, from its definition."""
+    w = {name: fp64(array) for name, array in sae.arrays.items()}
+    pre_TxF = (x_TxD - w["b_dec_D"]) @ w["W_enc_DxF"] + w["b_enc_F"]
+    if sae.config.kind == "topk":
+        active_TxF = pre_TxF >= pre_TxF.topk(sae.config.k).values[:, -1:]
+    else:
+        active_TxF = pre_TxF > w["threshold_F"]
+    active_TxF = active_TxF & (pre_TxF > 0) & (x_TxD.norm(dim=1) <= sae.config.max_norm)[:, None]
+    acts_TxF = torch.where(active_TxF, pre_TxF, 0).detach()
+    return pre_TxF, acts_TxF, (x_TxD - acts_TxF @ w["W_dec_FxD"] - w["b_dec_D"]).detach()
+
+
+def torch_rows(model, saes, graph, held=False):
+    """The rows of a graph by ``torch.autograd``, in the order of its targets and sources.
+
+    Held, what an SAE's site passes on is a leaf, so that no gradient goes through it.
+    """
+    handles, read = [], {}
+    where = MODULES[model.config.model_type]
+    for sae in saes if held else ():
+        kind, layer = sae.site.split(".")
+
+        def cut(module, args, output, site=sae.site):
+            read[site] = output
+            return output.detach()
+
+        layer = model.get_submodule(where.layers)[int(layer)]
+        module = layer if kind == "resid_post" else layer.get_submodule(where.mlp_out)
+        handles.append(module.register_forward_hook(cut))
+    logits_BxTxV, values = run_torch(model, np.array([graph.ids_P]))
+    for handle in handles:
+        handle.remove()
+    logits_V, by_layer = logits_BxTxV[0, -1], {int(sae.site.split(".")[1]): sae for sae in saes}
+    of = {layer: explained(sae, (read or values)[sae.site][0]) for layer, sae in by_layer.items()}
+    leaves = [values[sae.site] for sae in saes] + [values["resid_pre.0"]]
+    table = list(zip(graph.nodes.kind_N, graph.nodes.layer_N, graph.nodes.position_N, graph.nodes.index_N, strict=True))
+
+    def edge(kind, layer, position, index, slopes):
+        slope_TxD = slopes[-1 if kind == TOKEN else list(by_layer).index(layer)]
+        if slope_TxD is None:
+            return 0.0
+        if kind == TOKEN:
+            return slope_TxD[0, position] @ values["resid_pre.0"][0, position]
+        _, acts_TxF, error_TxD = of[layer]
+        if kind == BIAS:
+            return slope_TxD[0].sum(dim=0) @ fp64(by_layer[layer].arrays["b_dec_D"])
+        if kind == FEATURE:
+            return acts_TxF[position, index] * (
+                slope_TxD[0, position] @ fp64(by_layer[layer].arrays["W_dec_FxD"])[index]
+            )
+        return slope_TxD[0, position] @ error_TxD[position]
+
+    rows = []
+    for kind, own, position, index in table:
+        if kind not in (FEATURE, LOGIT):
+            continue
+        target = of[own][0][position, index] if kind == FEATURE else logits_V[index] - logits_V.mean()
+        slopes = torch.autograd.grad(target, leaves, retain_graph=True, allow_unused=True)
+        sources = table[: graph.adjacency_TxS.shape[1]]
+        with torch.no_grad():
+            rows.append([0.0 if source[1] == own else float(edge(*source, slopes)) for source in sources])
+    return np.array(rows)
+
+
+def relative(a, b) -> float:
+    return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0])
+def case(request, tmp_path_factory, one_device):
+    """A tiny model, SAEs at two layers, and the model in torch, in float64."""
+    family, *sites = request.param
+    lm = load_tiny(tmp_path_factory.mktemp(family), family, one_device)
+    saes = [made_sae(lm, site, kind, seed) for seed, (site, kind) in enumerate(zip(sites, ("topk", "jumprelu")))]
+    return lm, saes, source.load_torch_model(lm.source, "float32").double()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, one_device):
+    lm = load_tiny(tmp_path_factory.mktemp("llama"), "llama", one_device)
+    return lm, [made_sae(lm, "resid_post.0"), made_sae(lm, "mlp_out.2", "jumprelu", 1)]
+
+
+def test_rows_are_torchs_gradients(case):
+    lm, saes, model = case
+    graph = trace_gradient(lm, saes, IDS, max_logits=3)
+    features = graph.nodes[graph.slice_of(FEATURE)]
+    _, values = run_torch(model, np.array([IDS]))
+    for sae in saes:
+        acts_TxF = explained(sae, values[sae.site][0])[1].numpy()
+        own = features[features.layer_N == int(sae.site.split(".")[1])]
+        assert np.array_equal(np.argwhere(acts_TxF), np.stack([own.position_N, own.index_N], axis=1)) and len(own) > 8
+        assert len(np.unique(own.position_N)) == len(IDS) - 1  # one token is a sink
+        assert relative(own.value_N, acts_TxF[own.position_N, own.index_N]) < 1e-5
+    wanted = torch_rows(model, saes, graph)
+    error = relative(graph.adjacency_TxS, wanted)
+    print(f"rows {error:.1e}")
+    assert error < 1e-5 and (wanted[: len(features)] != 0).any()
+
+
+def test_direct_edges_go_through_no_other_site(llama):
+    lm, saes = llama
+    model = source.load_torch_model(lm.source, "float32").double()
+    graph = trace_gradient(lm, saes, IDS, max_logits=2, direct=True)
+    assert relative(graph.adjacency_TxS, torch_rows(model, saes, graph, held=True)) < 1e-5
+    # All of the stream goes through resid_post.0, so tokens reach the features there and nothing else.
+    later = graph.nodes.layer_N[graph.target_T] > 0
+    assert not graph.adjacency_TxS[later, graph.slice_of(TOKEN)].any()
+    assert graph.adjacency_TxS[~later, graph.slice_of(TOKEN)].any()
+
+
+def test_direct_rows_of_relevance_patching_add_up(llama):
+    lm, saes = llama
+    graph = trace_gradient(lm, saes, IDS, max_logits=3, direct=True, estimate="relp")
+    assert np.abs(graph.unexplained_T).max() < 1e-5 * np.abs(graph.value_T).max()
+    total = trace_gradient(lm, saes, IDS, max_logits=3)
+    assert np.abs(total.unexplained_T).max() > 0.1 * np.abs(total.value_T).max()
+
+
+def edited(lm, saes, graph, node, factor):
+    """The features and logits of a graph when one feature is scaled by the library's own edit."""
+    nodes, position = graph.nodes, int(graph.nodes.position_N[node])
+    sites = {int(sae.site.split(".")[1]): sae for sae in saes}
+    edit = sites[nodes.layer_N[node]].scale([int(nodes.index_N[node])], factor, positions=(position, position + 1))
+    out = lm(Tokens(np.array([IDS], np.int32), np.array([len(IDS)], np.int32)), list({s.site: 0 for s in saes}), [edit])
+    logits_V = np.asarray(out.logits_BxTxV[0, -1], np.float64)
+    features = nodes[graph.slice_of(FEATURE)]
+    found = [
+        float(explained(sites[layer], fp64(out.sites[sites[layer].site][0]))[0][position, index])
+        for layer, position, index in zip(features.layer_N, features.position_N, features.index_N, strict=True)
+    ]
+    return np.array([*found, *(logits_V[nodes.index_N[graph.slice_of(LOGIT)]] - logits_V.mean())])
+
+
+def test_edges_foretell_edits_of_the_model(llama):
+    lm, saes = llama
+    traced = trace_saes(lm, saes, IDS, max_logits=3)
+    graph = traced.graph
+    doubling = double_saes(*traced, count=10)
+    assert doubling.held_error < 1e-5
+    lower = np.flatnonzero(graph.nodes.layer_N[doubling.node_R] == 0)[:3]
+    above_T = graph.nodes.layer_N[graph.target_T] > 0  # an edit shows at its own site, too
+    for row in lower:
+        node = doubling.node_R[row]
+        clean_T, twice_T = (edited(lm, saes, graph, node, factor)[above_T] for factor in (1.0, 2.0))
+        np.testing.assert_allclose(doubling.free_RxT[row, above_T], twice_T - clean_T, atol=1e-5)
+        more_T, less_T = (edited(lm, saes, graph, node, 1 + step)[above_T] for step in (0.03, -0.03))
+        assert relative((more_T - less_T) / 0.06, doubling.edge_RxT[row, above_T]) < 1e-2
+    found = doubling.results()["free"]
+    assert 0 < found["pearson"] <= 1 and found["sign"] > 0.5
+
+
+def test_fewer_features_are_the_most_influential_ones(llama):
+    lm, saes = llama
+    graph, part = (trace_gradient(lm, saes, IDS, max_logits=2, max_features=most, round_rows=4) for most in (None, 11))
+    assert part.count(FEATURE) == 11 and part.settings["active_features"] == graph.count(FEATURE)
+    ids = [list(zip(g.nodes.layer_N, g.nodes.position_N, g.nodes.index_N))[: g.count(FEATURE)] for g in (graph, part)]
+    kept = [ids[0].index(one) for one in ids[1]]
+    rows, columns = [*kept, -2, -1], [*kept, *range(len(ids[0]), graph.adjacency_TxS.shape[1])]
+    assert relative(part.adjacency_TxS, graph.adjacency_TxS[np.ix_(rows, columns)]) < 1e-6
+    assert relative(part.unexplained_T, graph.unexplained_T[rows]) < 1e-4
+
+
+def test_one_sae_and_one_token(llama):
+    lm, saes = llama
+    graph = trace_gradient(lm, saes[0], IDS, max_logits=3)
+    features = graph.count(FEATURE)
+    assert set(graph.nodes.layer_N[:features]) == {0} and not graph.adjacency_TxS[:features, :features].any()
+    # To the features of the first site and the logits, edges are those of two SAEs.
+    both, rows = trace_gradient(lm, saes, IDS, max_logits=3), [*range(features), -3, -2, -1]
+    assert relative(graph.adjacency_TxS[:, :features], both.adjacency_TxS[rows, :features]) < 1e-6
+    graph = trace_gradient(lm, saes, IDS[-1:], max_logits=1)
+    assert graph.ids_P.shape == (1,) and graph.adjacency_TxS[-1].all()
+    pruned = graph.prune()
+    assert 0 <= pruned.scores().replacement <= 1 and 0 <= pruned.scores().completeness <= 1
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(target="mlp_out.0"), "is a transcoder, from resid_post.0 to mlp_out.0: expected SAEs"),
+        (dict(site="mlp_out.2"), r"SAEs of one layer \(mlp_out.2\): expected one of each layer"),
+        (dict(site="resid_post.9"), "there is no site resid_post.9: the model has 3 layers"),
+        (dict(site="module:a.b"), "a module of the PyTorch model"),
+        (dict(d_in=5), "reads 5 dimensions, but .* has 40"),
+        (dict(fingerprint="another"), "the SAE of resid_post.0 was trained on tiny .fingerprint another"),
+        (dict(kind="linear", k=0), "a linear dictionary"),
+        (dict(max_norm=0.0), "no feature of .* is active"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused(llama, change, message):
+    lm, saes = llama
+    config = dataclasses.replace(saes[0].config, **change)
+    shapes = {name: shape for name, (shape, _) in parameter_table(config).items()}
+    arrays = {name: array[tuple(map(slice, shapes[name]))] for name, array in saes[0].arrays.items()}
+    changed = Dictionary(config, **arrays)
+    saes = [changed] if "max_norm" in change else [changed, saes[1]]
+    with pytest.raises(UserError, match=message):
+        trace_gradient(lm, saes, IDS)
+
+
+def test_other_bad_input_is_refused(llama):
+    lm, saes = llama
+    with pytest.raises(UserError, match="no SAE"):
+        trace_gradient(lm, [], IDS)
+    with pytest.raises(UserError, match="nowhere holds no dictionary"):
+        trace_gradient(lm, "nowhere", IDS)
+    with pytest.raises(UserError, match="estimate"):
+        trace_gradient(lm, saes, IDS, estimate="integrated")
+    with pytest.raises(UserError, match="max_features is 0"):
+        trace_gradient(lm, saes, IDS, max_features=0)
+    nan = Dictionary(saes[0].config, **saes[0].arrays | dict(W_dec_FxD=saes[0].arrays["W_dec_FxD"] * np.nan))
+    with pytest.raises(UserError, match="not finite"):
+        trace_gradient(lm, nan, IDS)
+
+
+def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, capsys):
+    lm, saes = llama
+    folders = [tmp_path / sae.site for sae in saes]
+    for folder, sae in zip(folders, saes, strict=True):
+        save_dictionary(folder, sae)
+    named = f"--graph.dictionaries={','.join(map(str, folders))}"
+    flags = [f"--model.path={lm.source.folder}", f"--workdir={tmp_path / 'run'}", "--mesh.data=8"]
+    flags += ["--graph.token_ids=" + ",".join(map(str, IDS)), "--graph.slug=mine", "--graph.doubled=5"]
+    flags += ["--graph.top_edges=6", "--graph.max_logits=3"]
+    assert command.run(["attribute"], "", ["attribute", *flags, named]) == 0
+    folder = tmp_path / "run" / "attribute" / "mine"
+    summary = json.loads((folder / "summary.json").read_text())["results"]
+    results = summary["graphs"]["mine"]
+    assert summary["dictionaries"] == list(map(str, folders)) and results["circuits"] is None
+    assert results["doubling"]["held_error"] < 1e-4 and results["doubling"]["free"]["pearson"] > 0
+    document = json.loads((folder / "graphs" / "mine.json").read_text())
+    targets = [link["target"] for link in document["links"]]
+    assert targets and max(map(targets.count, targets)) <= 6
+    assert document["metadata"]["generation_settings"]["edges"].startswith("total gradient x activation")
+    pruned, whole = Graph.load(folder / "mine-graph"), trace_gradient(lm, folders, IDS, max_logits=3)
+    again = whole.prune(top_edges=6)
+    assert np.array_equal(pruned.pruning.node_N, again.pruning.node_N) and pruned.pruning.top_edges == 6
+    assert relative(pruned.adjacency_TxS, again.adjacency_TxS) < 1e-4
+    for ending in (".html", ".svg"):
+        assert (folder / f"mine{ending}").stat().st_size > 1000
+    for wrong, message in (
+        (["--graph.transcoders=set", named], "--graph.transcoders and --graph.dictionaries: expected one of them"),
+        (["--graph.transcoders=set", "--graph.direct=true"], "are for SAEs"),
+        (["--graph.dictionaries=nowhere/at/all"], "nowhere/at/all holds no dictionary"),
+    ):
+        assert command.run(["attribute"], "", ["attribute", *flags, *wrong]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

@@ -1,0 +1,177 @@
+"""Tracing: targets, how many features are kept, devices, and what is refused."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from made_graphs import load_tiny, make_transcoders
+
+from saejax import trace
+from saejax.attribution.graph import pruning
+from saejax.attribution.graph.graph import BIAS, FEATURE, FIRST_MLP, LOGIT, TOKEN
+from saejax.attribution.trace import row_store, rows
+from saejax.attribution.trace.targets import Direction
+from saejax.errors import UserError
+from saejax.models.language_model import load_model
+from saejax.parallel import AXES
+
+IDS = [0, 17, 230, 5, 42, 99, 7]
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def tiny(folder, one_device):
+    return load_tiny(folder, "llama", one_device)
+
+
+@pytest.fixture(scope="module")
+def made(tiny):
+    return make_transcoders(tiny.config, "standard", skip=True)
+
+
+@pytest.fixture(scope="module")
+def graph(tiny, made):
+    return trace(tiny, made, IDS, max_logits=4)
+
+
+def relative(a, b) -> float:
+    return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
+
+
+def test_one_device_and_eight_agree(folder, made, graph):
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    other = trace(load_model(str(folder), mesh=mesh), made, IDS, max_logits=4)
+    assert np.array_equal(other.nodes.index_N, graph.nodes.index_N)
+    assert relative(other.adjacency_TxS, graph.adjacency_TxS) < 1e-5
+    assert np.array_equal(other.prune().pruning.node_N, graph.prune().pruning.node_N)
+
+
+def test_short_batches_and_long_ones_agree(tiny, made, graph, monkeypatch):
+    monkeypatch.setattr(rows, "TOKENS", dict(cpu=24))
+    monkeypatch.setattr(rows, "_CHUNKS", 3)
+    assert relative(trace(tiny, made, IDS, max_logits=4).adjacency_TxS, graph.adjacency_TxS) < 1e-6
+
+
+def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
+    options = dict(max_logits=4, max_features=40, round_rows=10)
+    whole = trace(tiny, made, IDS, **options)
+    narrowed = []
+    monkeypatch.setattr(row_store, "_LEAST", 60)
+    monkeypatch.setattr(row_store, "_LEAST_ROWS", 20)
+    monkeypatch.setattr(row_store, "_SPARE", 1)
+    monkeypatch.setattr(row_store, "WHOLE", 1000)
+    monkeypatch.setattr(row_store, "_BLOCK", 100)
+    narrow = row_store.RowStore.narrow
+    monkeypatch.setattr(
+        row_store.RowStore, "narrow", lambda store, *args: (narrowed.append(len(store.column_C)), narrow(store, *args))
+    )
+    graph = trace(tiny, made, IDS, **options)
+    assert narrowed == [len(whole.nodes) - 44 + whole.settings["active_features"]]  # once, when all had a column
+    assert np.array_equal(graph.nodes.index_N, whole.nodes.index_N)
+    assert np.array_equal(graph.adjacency_TxS, whole.adjacency_TxS)
+    assert relative(graph.unkept_T, whole.unkept_T) < 1e-5
+
+
+def test_the_most_influential_features_are_kept(tiny, made, graph):
+    count, most = graph.count(FEATURE), 20
+    part = trace(tiny, made, IDS, max_logits=4, max_features=most, round_rows=5)
+    assert part.count(FEATURE) == most and part.settings["active_features"] == count
+    # By definition: in rounds of five, the features with the largest influence through those that were taken.
+    taken: list[int] = []
+    layer_T, weight_T = graph.nodes.layer_N[graph.target_T], np.r_[np.zeros(count), graph.probability_K]
+    while len(taken) < most:
+        known = np.isin(np.arange(len(layer_T)), taken) | (np.arange(len(layer_T)) >= count)
+        column_T = np.where(np.arange(len(layer_T)) < count, np.arange(len(layer_T)), -1)
+        matrix = np.where(known[:, None], graph.adjacency_TxS, 0)
+        influence = pruning.influence(matrix, layer_T, column_T, weight_T)[:count]
+        taken += [i for i in np.argsort(-influence, kind="stable") if i not in taken][:5]
+    kept = np.sort(taken)
+    assert np.array_equal(part.nodes.index_N[:most], graph.nodes.index_N[kept])
+    columns = np.r_[kept, np.arange(count, graph.adjacency_TxS.shape[1])]
+    targets = np.r_[kept, np.arange(count, len(graph.target_T))]
+    assert relative(part.adjacency_TxS, graph.adjacency_TxS[np.ix_(targets, columns)]) < 1e-6
+    assert np.abs(part.unexplained_T).max() < 1e-5 * np.abs(part.value_T).max()
+
+
+def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
+    a, b = (int(token) for token in graph.nodes.index_N[graph.slice_of(LOGIT)][:2])
+    vector_D = np.random.default_rng(0).normal(size=tiny.config.d_model)
+    targets = [(a, b), a, Direction(vector_D, "mine", layer=2, position=3), Direction(vector_D)]
+    targets.append(Direction(vector_D, layer=0, position=4))
+    part = trace(tiny, made, IDS, targets=targets)
+    count = graph.count(FEATURE)
+    assert relative(part.adjacency_TxS[count], graph.adjacency_TxS[count] - graph.adjacency_TxS[count + 1]) < 1e-5
+    assert relative(part.adjacency_TxS[count + 1], graph.adjacency_TxS[count]) < 1e-6
+    assert part.labels[2:] == ("mine", "direction", "direction") and " - " in part.labels[0]
+    assert part.logit_K[0] == pytest.approx(graph.logit_K[0] - graph.logit_K[1], rel=1e-4)
+    assert np.abs(part.unexplained_T).max() < 1e-5 * np.abs(part.value_T).max()
+    sources = part.nodes[: part.adjacency_TxS.shape[1]]
+    assert not part.adjacency_TxS[count + 2][(sources.layer_N >= 2) | (sources.position_N > 3)].any()
+    assert np.flatnonzero(part.adjacency_TxS[-1]).tolist() == [part.slice_of(TOKEN).start + 4]
+
+
+def test_edges_come_from_below_and_from_no_later_position(graph):
+    sources, targets = graph.nodes[: graph.adjacency_TxS.shape[1]], graph.nodes[graph.target_T]
+    later = sources.position_N[None] > targets.position_N[:, None]
+    level = sources.layer_N[None] >= targets.layer_N[:, None]
+    assert not graph.adjacency_TxS[later | level].any()
+    assert (graph.adjacency_TxS != 0)[~later & ~level].mean() > 0.5
+
+
+def test_without_bias_nodes_all_else_is_the_same(tiny, made, graph):
+    plain = trace(tiny, made, IDS, max_logits=4, bias_nodes=False)
+    assert plain.count(BIAS, FIRST_MLP) == 0 and plain.scores() == graph.scores()
+    assert np.array_equal(plain.adjacency_TxS, graph.adjacency_TxS[:, : plain.adjacency_TxS.shape[1]])
+    assert np.abs(plain.unexplained_T).max() > 1e-3
+
+
+def test_a_text_begins_with_a_special_token(tiny, made):
+    text = trace(tiny, made, "The cat near the dogs", max_logits=2)
+    assert (
+        text.tokens[0] == "<end>" and text.prompt == "The cat near the dogs" and "".join(text.tokens[1:]) == text.prompt
+    )
+    assert trace(tiny, made, "<end>The cat", max_logits=2).ids_P[1] != text.ids_P[0]
+    assert len(trace(tiny, made, "The cat near the dogs", prepend=False, max_logits=2).ids_P) == len(text.ids_P) - 1
+
+
+@pytest.mark.parametrize(
+    "prompt,settings,message",
+    [
+        ([5], {}, "a single token"),
+        ([], {}, "the prompt is empty"),
+        ("", {}, "the prompt is empty: expected a text, or token ids"),
+        (IDS, dict(targets=["cat near the"]), "is [0-9]+ tokens: expected a text of one"),
+        (IDS, dict(targets=[400]), "token 400 does not exist: expected 0 to 383"),
+        (IDS, dict(targets=[Direction(np.zeros(3))]), r"has the shape \(3,\): expected \(40,\)"),
+        (IDS, dict(targets=[Direction(np.zeros(40), layer=9)]), "expected a layer from 0 to 3"),
+        (IDS, dict(max_features=0), "max_features is 0"),
+        ([0, 999], {}, "token ids are 0 to 999"),
+        ([0] * 100, {}, "100 tokens: expected 1 to 64"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused(prompt, settings, message, tiny, made):
+    with pytest.raises(UserError, match=message):
+        trace(tiny, made, prompt, **settings)
+
+
+@pytest.mark.parametrize("name", ["W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D", "W_skip_DxD"])
+def test_a_transcoder_with_values_that_are_no_numbers_is_named(name, tiny, made):
+    broken = np.array(made[1].arrays[name])
+    broken.flat[3] = np.nan
+    damaged = [made[0], type(made[1])(made[1].config, **{**made[1].arrays, name: broken}), *made[2:]]
+    with pytest.raises(
+        UserError, match="layer 1: what the transcoder gives is not finite: its file is damaged"
+    ) as error:
+        trace(tiny, damaged, IDS)
+    assert "\n" not in str(error.value)
+
+
+def test_no_active_feature_is_an_error(tiny, made):
+    silent = [type(t)(t.config, **{**t.arrays, "b_enc_F": t.arrays["b_enc_F"] - 1e4}) for t in made]
+    with pytest.raises(UserError, match="no feature of .* is active"):
+        trace(tiny, silent, IDS)

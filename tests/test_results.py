@@ -1,0 +1,104 @@
+"""Results are written as JSON and read back as the same class; what does not fit is refused by file and field."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Literal
+
+import pytest
+
+import saejax
+from saejax import stage, stages
+from saejax.errors import UserError
+from saejax.results import Interval, from_json, to_json
+from saejax.workspace import SUMMARY, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    name: Literal["zero", "random"]
+    drop: Interval | None
+    tokens: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    n: int
+    share: float
+    parts: Mapping[str, Part | Other]
+    pools: Mapping[int, tuple[float, ...]]
+    sizes: tuple[int | Literal["all"], ...]
+    pair: tuple[int, str]
+    asked: bool | None = None
+    curve: Part | None = None
+
+
+WHOLE = Whole(
+    n=3,
+    share=0.25,
+    parts=dict(a=Part("zero", Interval(0.1, 0.0, 0.2), ("x",)), b=Part("random", None), c=Other("c", "too few")),
+    pools={7: (0.5, 1.0)},
+    sizes=(1, 2, "all"),
+    pair=(1, "one"),
+)
+
+
+def test_what_is_written_is_read_back_as_it_was():
+    data = json.loads(json.dumps(to_json(WHOLE)))
+    assert from_json(Whole, data, "a.json") == WHOLE
+    assert data["parts"]["b"] == dict(name="random", drop=None, tokens=[])  # null is written where it has no default
+    assert set(data) == {"n", "share", "parts", "pools", "sizes", "pair"}  # and left out where it has
+
+
+def test_what_is_there_already_is_kept():
+    part = Part("zero", None)
+    assert from_json(Mapping[str, Part], dict(a=part), "a.json")["a"] is part
+    assert from_json(Interval, dict(mean=1, low=0, high=2), "a.json") == Interval(1.0, 0.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda data: data.pop("n"), "has no field n"),
+        (lambda data: data.update(more=1), "has a field more that is unknown"),
+        (lambda data: data["parts"]["a"]["drop"].pop("low"), "has no field parts.a.drop.low"),
+        (lambda data: data["parts"]["b"].update(name="mean"), "has 'mean' in parts.b.name"),
+        (lambda data: data.update(n=3.5), "has 3.5 in n, expected int"),
+        (lambda data: data.update(n=True), "has True in n, expected int"),
+        (lambda data: data.update(share=None), "has None in share, expected float"),
+        (lambda data: data["sizes"].append("none"), "has 'none' in sizes[3]"),
+        (lambda data: data.update(pair=[1]), "in pair"),
+        (lambda data: data.update(parts=[]), "in parts"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_file_and_field(change, said):
+    data = to_json(WHOLE)
+    change(data)
+    with pytest.raises(UserError, match=r"^runs/a\.json ") as refused:
+        from_json(Whole, data, "runs/a.json")
+    assert said in str(refused.value)
+
+
+def made_summary(folder, stage, found):
+    about = dict(schema_version=1, stage=stage, name="", fingerprint="0" * 16, config={}, inputs={}, packages={})
+    about |= dict(devices=None, seeds={}, start="2025-01-01T00:00:00+00:00", seconds=1.0, files={})
+    folder.mkdir(parents=True)
+    write_json(folder / SUMMARY, about | dict(results=found))
+
+
+def test_results_of_a_unit_are_loaded_as_their_class(tmp_path, monkeypatch):
+    sample = stage.Stage("sample", "a sample", "", (), results=f"{__name__}:Whole")
+    monkeypatch.setitem(stages.STAGES, "sample", sample)
+    made_summary(tmp_path / "sample" / "a", "sample", to_json(WHOLE))
+    assert saejax.load_results(tmp_path / "sample" / "a") == WHOLE == saejax.load_results(tmp_path, "sample/a")
+    made_summary(tmp_path / "sample" / "b", "sample", dict(n=1))
+    with pytest.raises(UserError, match=r"b/summary\.json has no field results\.share"):
+        saejax.load_results(tmp_path, "sample/b")
+    with pytest.raises(UserError, match="does not exist"):
+        saejax.load_results(tmp_path, "sample/c")
