@@ -24,6 +24,7 @@ ORDER = [
     "evaluation",
     "activations",
     "tasks",
+    "costs",
     "dictionaries",
     "models",
     "parallel",

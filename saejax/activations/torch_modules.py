@@ -5,52 +5,15 @@ import difflib
 from typing import Any
 
 from saejax.errors import UserError
+from saejax.models.families import FAMILIES, Modules
 from saejax.models.sites import AnySite, ModuleSite
 
-
-@dataclasses.dataclass(frozen=True)
-class Modules:
-    """Where a family computes what.
-
-    Attributes:
-      layers: path from the model to its layers; the others start at a layer.
-      attn_out, mlp_out: modules whose output is added to the stream.
-      mlp: module that reads ``mlp_in``.
-      mid: module that reads the stream between attention and MLP; None if there is none, because both are added at
-        once.
-    """
-
-    layers: str
-    attn_out: str
-    mlp: str
-    mlp_out: str
-    mid: str | None
-
-
-_LLAMA = Modules("model.layers", "self_attn", "mlp", "mlp", "post_attention_layernorm")
-_GEMMA2 = Modules(
-    "model.layers", "post_attention_layernorm", "mlp", "post_feedforward_layernorm", "pre_feedforward_layernorm"
-)
-MODULES = {
-    "gpt2": Modules("transformer.h", "attn", "mlp", "mlp", "ln_2"),
-    "gpt_neox": Modules("gpt_neox.layers", "attention", "mlp", "mlp", "post_attention_layernorm"),
-    "gemma": _LLAMA,
-    "gemma2": _GEMMA2,
-    "gemma3": dataclasses.replace(_GEMMA2, layers="model.language_model.layers"),
-    "gemma3_text": _GEMMA2,
-    "phi": dataclasses.replace(_LLAMA, mid=None),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-}
+MODULES = {name: family.modules for name, family in FAMILIES.items()}
 
 
 def modules_of(model: Any) -> Modules:
-    """Where a transformers model of one of the ``MODULES``' families computes what."""
-    kind = model.config.model_type
-    modules = MODULES[kind]
-    parallel = kind == "gpt_neox" and model.config.use_parallel_residual
+    """Where a transformers model of one of the ``FAMILIES`` computes what."""
+    modules, parallel = FAMILIES[model.config.model_type].modules, getattr(model.config, "use_parallel_residual", False)
     return dataclasses.replace(modules, mid=None) if parallel else modules
 
 

@@ -26,7 +26,7 @@ from saejax.attribution.trace.gradient import TracedSaes, trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
 from saejax.attribution.trace.prompt import Traced, prompt_ids, trace_prompt
 from saejax.attribution.trace.targets import token_of
-from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_model, read_behaviours
+from saejax.causal.stages import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings import GraphConfig
@@ -60,8 +60,8 @@ def run_attribute(run: Run) -> dict[str, Any]:
             texts = [prompt_ids(model, request.prompt, prepend=True) for request in requests.values()]
             means = circuit_runs.mean_activations(Replacement.of(model, dictionaries, ids_P) for ids_P in texts)
 
-        def measure(slug: str, tick: Tick) -> Measured:
-            tick(0, 1)
+        def measure(slug: str, on_progress: OnProgress) -> Measured:
+            on_progress(0, 1)
             return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), means)
 
         return measure

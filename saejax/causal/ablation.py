@@ -4,8 +4,9 @@ Removing the set S from a prompt changes the site's value at every position in t
 
     x'_t = x_t - sum_{i in S} (f_{t,i} - g_{t,i}) W_dec_i,
 
-where f is computed once, from the clean x, and g stands in its place (``replacements``; nothing, unless something else
-is asked for). The part of x that the dictionary does not explain (its error term), attention sinks and padding stay.
+where f is computed once, from the clean x, and g stands in its place (``activation_sources``; nothing, unless something
+else is asked for). The part of x that the dictionary does not explain (its error term), attention sinks and padding
+stay.
 One *row* of work is one (set, prompt). What cannot matter is not computed:
 
 - layers below the site, and the prompt's tokens before the first at which a feature of the set changes, are those of
@@ -24,9 +25,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from saejax.causal.ablation_programs import Bank, clean_logp, first_change, gather, run_rows
+from saejax.causal.ablation_programs import CleanValues, clean_logp, first_change, gather, run_rows
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.chunks import Chunks
-from saejax.causal.replacements import Replacement
 from saejax.causal.rows import Prompts, RowBatch, all_different, batches_of, first_changes
 from saejax.causal.split import CleanRun, SplitModel
 from saejax.errors import UserError
@@ -34,7 +35,7 @@ from saejax.models.tree import Tree
 from saejax.settings import READOUTS
 
 _IN_FLIGHT = 2  # batches that the device works on while the host waits for an earlier one
-ZERO = Replacement()
+ZERO = ActivationSource()
 FEATURES = 1024  # most features that are gathered at once, unless one set has more
 
 
@@ -71,9 +72,9 @@ def ablate_sets(
     runs: Sequence[CleanRun],
     sets: Sequence[Sequence[int]],
     batch_rows: int = 64,
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     plain: bool = False,
-    replacement: Replacement = ZERO,
+    source: ActivationSource = ZERO,
     counterparts: Sequence[CleanRun] = (),
     readouts: bool = False,
     folder: Path | None = None,
@@ -86,11 +87,11 @@ def ablate_sets(
       sets: feature indices; none twice in a set.
       batch_rows: a batch of the tail has the tokens of so many whole prompts. Its shards, one for each place on the
         mesh's ``data`` axis, run side by side.
-      tick: called at the start and after each batch with the tokens done and of all, padding included, of those that
-        are to be run; may raise to stop.
+      on_progress: called at the start and after each batch with the tokens done and of all, padding included, of those
+        that are to be run; may raise to stop.
       plain: run every row on all its tokens, sharing none, as a check of what is left out otherwise.
-      replacement: what stands in the features' place.
-      counterparts: for the replacement ``counterpart``, from ``split.run_counterparts``.
+      source: what stands in the features' place.
+      counterparts: for the source ``counterpart``, from ``split.run_counterparts``.
       readouts: whether all readouts are wanted: they take the logits of the whole vocabulary.
       folder: where batches that are done are kept, so that the same call, when it was killed, goes on there; see
         ``chunks.Chunks``. None: nowhere.
@@ -101,13 +102,13 @@ def ablate_sets(
     if any(len(set(s)) != len(s) for s in sets):
         raise ValueError("a feature is twice in one set")
     all_sets = [np.asarray(s, np.int64) for s in [*sets, (), ()]]  # the clean run, from all tokens and from the last
-    sources = [Source(run, other, replacement) for run, other in zip(runs, counterparts or runs, strict=True)]
-    work = [Work.plan(split, source, all_sets, batch_rows, plain) for source in sources]
-    batches = [(part.source.run.index_P, batch) for part in work for batch in part.batches]
+    ablated = [AblatedRun(run, other, source) for run, other in zip(runs, counterparts or runs, strict=True)]
+    plans = [RowPlan.of(split, one, all_sets, batch_rows, plain) for one in ablated]
+    batches = [(plan.ablated.run.index_P, batch) for plan in plans for batch in plan.batches]
     names = ("logit_diff", *READOUTS) if readouts else ("logit_diff",)
     shapes = [(len(batch.shards), batch.size, len(names)) for _, batch in batches]
-    chunks = Chunks(folder, shapes, _plan(work, all_sets))
-    _measure(split, work, all_sets, readouts, chunks, tick)
+    chunks = Chunks(folder, shapes, _decisive(plans, all_sets))
+    _measure(split, plans, all_sets, readouts, chunks, on_progress)
     found_MxSxP = np.full((len(names), len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
     for (index_P, batch), values_SxRxM in zip(batches, chunks.values, strict=True):
         for shard, values_RxM in zip(batch.shards, values_SxRxM, strict=True):
@@ -122,59 +123,59 @@ def ablate_sets(
     return LogitDiffs(clean_MxP[0], ablated_MxSxP[0], np.abs(whole_P - clean_MxP[0]), rows, tokens, more)
 
 
-class Source(NamedTuple):
+class AblatedRun(NamedTuple):
     """Prompts without an edit, their counterparts (or once more themselves), and what stands in place of features."""
 
     run: CleanRun
     other: CleanRun
-    replacement: Replacement
+    source: ActivationSource
 
     @property
-    def arrays(self) -> tuple[Replacement, list[jax.Array]]:
-        """What the programs take: the replacement; of the prompts and, if they count, of the counterparts what is read
+    def arrays(self) -> tuple[ActivationSource, list[jax.Array]]:
+        """What the programs take: the source; of the prompts and, if they count, of the counterparts what is read
         and the domain."""
         arrays = [array for run in (self.run, self.other) for array in (run.read_BxTxD, run.domain_BxT)]
-        return self.replacement, arrays if self.replacement.kind == "counterpart" else arrays[:2]
+        return self.source, arrays if self.source.kind == "counterpart" else arrays[:2]
 
     def alike(self) -> np.ndarray:
         """``prefix_PxT`` as far as what is changed in the prompts is the same."""
         prefix_PxT, other_PxT = self.run.prefix_PxT, self.other.prefix_PxT
-        if self.replacement.kind == "random":  # draws differ from prompt to prompt
+        if self.source.kind == "random":  # draws differ from prompt to prompt
             return all_different(prefix_PxT)
-        both = self.replacement.kind == "counterpart"
+        both = self.source.kind == "counterpart"
         return prefix_PxT * (int(other_PxT.max(initial=0)) + 1) + other_PxT if both else prefix_PxT
 
 
-class Work(NamedTuple):
+class RowPlan(NamedTuple):
     """What is to be run on the prompts of one clean run."""
 
-    source: Source
+    ablated: AblatedRun
     prompts: Prompts
     batches: list[RowBatch]
 
     @classmethod
-    def plan(
-        cls, split: SplitModel, source: Source, sets: Sequence[np.ndarray], batch_rows: int, plain: bool
-    ) -> "Work":
+    def of(
+        cls, split: SplitModel, ablated: AblatedRun, sets: Sequence[np.ndarray], batch_rows: int, plain: bool
+    ) -> "RowPlan":
         """The last two sets, which are empty, are run on all tokens and on the last one."""
-        run, (count, length) = source.run, source.run.prefix_PxT.shape
-        alike_PxT = all_different(run.prefix_PxT) if plain else source.alike()
+        run, (count, length) = ablated.run, ablated.run.prefix_PxT.shape
+        alike_PxT = all_different(run.prefix_PxT) if plain else ablated.alike()
         prompts = Prompts(run.last_B[:count], alike_PxT)
         if plain:
             first_SxP = np.zeros((len(sets), count), np.int64)
         else:
-            first_BxF = np.asarray(first_change(split.point, split.dictionary, *source.arrays))
+            first_BxF = np.asarray(first_change(split.point, split.dictionary, *ablated.arrays))
             first_SxP = first_changes(first_BxF[:count], sets)
             first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
         shards = split.point.mesh.shape["data"]
-        return cls(source, prompts, batches_of(first_SxP, prompts, sets, batch_rows * length, FEATURES, shards))
+        return cls(ablated, prompts, batches_of(first_SxP, prompts, sets, batch_rows * length, FEATURES, shards))
 
 
-def _plan(work: Sequence[Work], sets: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """What decides each batch's values, beside the model, the dictionary, the prompts and the replacement."""
+def _decisive(plans: Sequence[RowPlan], sets: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """What decides each batch's values, beside the model, the dictionary, the prompts and the activation source."""
     yield from sets
-    for part in work:
-        for batch in part.batches:
+    for plan in plans:
+        for batch in plan.batches:
             yield np.array([batch.size, batch.length, batch.tokens])
             for shard in batch.shards:
                 yield from (shard.set_N, shard.place_N, shard.first_N)
@@ -182,19 +183,19 @@ def _plan(work: Sequence[Work], sets: Sequence[np.ndarray]) -> Iterator[np.ndarr
 
 def _measure(
     split: SplitModel,
-    work: Sequence[Work],
+    plans: Sequence[RowPlan],
     sets: Sequence[np.ndarray],
     readouts: bool,
     chunks: Chunks,
-    tick: Callable[[int, int], None],
+    on_progress: Callable[[int, int], None],
 ) -> None:
     """Runs the batches that ``chunks`` lacks."""
     before = len(chunks.values)
-    left = [batch for part in work for batch in part.batches][before:]
+    left = [batch for plan in plans for batch in plan.batches][before:]
     done, total = 0, sum(batch.tokens * len(batch.shards) for batch in left)
-    tick(0, total)
+    on_progress(0, total)
     with chunks:
-        for batch, device_SxRxM in zip(left, lagging(_dispatched(split, work, sets, readouts, before)), strict=True):
+        for batch, device_SxRxM in zip(left, lagging(_dispatched(split, plans, sets, readouts, before)), strict=True):
             values_SxRxM = np.asarray(device_SxRxM)
             real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
             if not np.isfinite(values_SxRxM[real_SxR]).all():
@@ -204,32 +205,32 @@ def _measure(
                 )
             chunks.add(values_SxRxM)
             done += batch.tokens * len(batch.shards)
-            tick(done, total)
+            on_progress(done, total)
 
 
 def _dispatched(
-    split: SplitModel, work: Sequence[Work], sets: Sequence[np.ndarray], readouts: bool, before: int
+    split: SplitModel, plans: Sequence[RowPlan], sets: Sequence[np.ndarray], readouts: bool, before: int
 ) -> Iterator[jax.Array]:
     """Starts the tail on the rows of all batches but the first so many; yields each one's readouts."""
-    for source, prompts, batches in work:
+    for ablated, prompts, batches in plans:
         left, before = batches[before:], max(before - len(batches), 0)
         if not left:
             continue
-        run = source.run
+        run = ablated.run
         end_BxD, past = split.past(run)
         logp_BxV = clean_logp(split.point, split.params, end_BxD) if readouts else None
-        bank, features_K = None, None
+        clean, features_K = None, None
         for batch in left:
             if features_K is not batch.features_K:
                 features_K = batch.features_K
                 removed_BxTxK, W_dec_KxD = gather(
-                    split.point, split.dictionary, *source.arrays, features_K, len(run.index_P)
+                    split.point, split.dictionary, *ablated.arrays, features_K, len(run.index_P)
                 )
-                bank = Bank(run.stream_BxTxD, run.value_BxTxD, removed_BxTxK, W_dec_KxD, past, logp_BxV)
+                clean = CleanValues(run.stream_BxTxD, run.value_BxTxD, removed_BxTxK, W_dec_KxD, past, logp_BxV)
             tree, rows = batch.filled(prompts, sets)
             placed = Tree(*split.by_row(*tree))
             others = split.by_row(*rows, run.answers_Bx2[tree.place_SxR])
-            yield run_rows(split.point, split.params, bank, placed, *others)
+            yield run_rows(split.point, split.params, clean, placed, *others)
 
 
 def lagging(items: Iterable) -> Iterator:

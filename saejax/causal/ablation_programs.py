@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from saejax.causal.replacements import Replacement
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.split import active_features, of_features
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
@@ -20,7 +20,7 @@ from saejax.models.tree import Past, Tree
 from saejax.parallel import fitting_sharding, sharding
 
 
-class Bank(NamedTuple):
+class CleanValues(NamedTuple):
     """What the rows on a clean run's prompts are built from: K features."""
 
     stream_BxTxD: jax.Array
@@ -33,7 +33,7 @@ class Bank(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def first_change(
-    point: SplitPoint, dictionary: Basis, replacement: Replacement, arrays: Sequence[jax.Array]
+    point: SplitPoint, dictionary: Basis, source: ActivationSource, arrays: Sequence[jax.Array]
 ) -> jax.Array:
     """The first position at which removing each feature changes anything, int32 [B, F]; T where it changes nothing.
 
@@ -45,7 +45,7 @@ def first_change(
 
     def first(f_PxTxF: jax.Array, domain_PxT: jax.Array, *others: jax.Array) -> jax.Array:
         other_PxTxF = active_features(dictionary, *others) if others else f_PxTxF
-        changes_PxTxF = replacement.changes(f_PxTxF, other_PxTxF, domain_PxT)
+        changes_PxTxF = source.changes(f_PxTxF, other_PxTxF, domain_PxT)
         return jnp.min(jnp.where(changes_PxTxF, position_T[None, :, None], jnp.int32(length)), axis=1)
 
     first_BxF = of_features(dictionary, [*arrays[:2], *arrays[1:]], first)
@@ -56,7 +56,7 @@ def first_change(
 def gather(
     point: SplitPoint,
     dictionary: Basis,
-    replacement: Replacement,
+    source: ActivationSource,
     arrays: Sequence[jax.Array],
     features_K: jax.Array,
     prompts: jax.Array,
@@ -73,7 +73,7 @@ def gather(
 
     f_BxTxK = of_features(dictionary, arrays[:2], chosen)
     other_BxTxK = of_features(dictionary, arrays[2:], chosen) if arrays[2:] else f_BxTxK
-    removed_BxTxK = replacement.removed(f_BxTxK, other_BxTxK, arrays[1], features_K, prompts)
+    removed_BxTxK = source.removed(f_BxTxK, other_BxTxK, arrays[1], features_K, prompts)
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
     return jax.lax.with_sharding_constraint((removed_BxTxK, W_dec_KxD), sharding(point.mesh))
 
@@ -89,27 +89,27 @@ def clean_logp(point: SplitPoint, params: decoder.Params, end_BxD: jax.Array) ->
 def run_rows(
     point: SplitPoint,
     params: decoder.Params,
-    bank: Bank,
+    clean: CleanValues,
     tree: Tree,
     end_SxR: jax.Array,
     members_SxRxK: jax.Array,
     answers_SxRx2: jax.Array,
 ) -> jax.Array:
-    """The rows' readouts [S, R, M]: the logit difference, and if the bank has clean probabilities all others.
+    """The rows' readouts [S, R, M]: the logit difference, and if the clean has clean probabilities all others.
 
     Args:
       end_SxR: which of its shard's tokens is each row's last.
       members_SxRxK: the features that each row removes.
       answers_SxRx2: token ids of the correct and the wrong answer.
     """
-    stream_SxNxD, value_SxNxD, removed_SxNxK = (array[tree.place_SxN, tree.position_SxN] for array in bank[:3])
+    stream_SxNxD, value_SxNxD, removed_SxNxK = (array[tree.place_SxN, tree.position_SxN] for array in clean[:3])
     removed_SxNxK = jnp.where(tree.of_tokens(members_SxRxK), removed_SxNxK, jnp.zeros_like(removed_SxNxK))
-    removed_SxNxD = matmul(removed_SxNxK, bank.W_dec_KxD)
+    removed_SxNxD = matmul(removed_SxNxK, clean.W_dec_KxD)
     edited_SxNxD = (value_SxNxD.astype(removed_SxNxD.dtype) - removed_SxNxD).astype(value_SxNxD.dtype)
     by_shard = fitting_sharding(point.mesh, edited_SxNxD.shape, "data", None, None)
     stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
-    x_SxNxD = point.tail_of_tree(params, bank.past, tree, stream_SxNxD, edited_SxNxD)
+    x_SxNxD = point.tail_of_tree(params, clean.past, tree, stream_SxNxD, edited_SxNxD)
     x_RxD = jnp.take_along_axis(x_SxNxD, end_SxR[..., None], axis=1).reshape(-1, x_SxNxD.shape[-1])
-    logp_RxV = None if bank.logp_BxV is None else bank.logp_BxV[tree.place_SxR.reshape(-1)]
+    logp_RxV = None if clean.logp_BxV is None else clean.logp_BxV[tree.place_SxR.reshape(-1)]
     values_RxM = point.readouts(params, x_RxD, answers_SxRx2.reshape(-1, 2), logp_RxV)
     return jax.lax.with_sharding_constraint(values_RxM.reshape(*end_SxR.shape, -1), sharding(point.mesh))

@@ -18,7 +18,7 @@ _PROGRAM = 16384  # tokens whose attention runs in the time in which a program o
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class SetRows:
     """Rows to run on the prompts of one clean run; arrays [N].
 
     Attributes:
@@ -30,8 +30,8 @@ class Rows:
     place_N: np.ndarray
     first_N: np.ndarray
 
-    def __getitem__(self, chosen: np.ndarray | slice) -> "Rows":
-        return Rows(self.set_N[chosen], self.place_N[chosen], self.first_N[chosen])
+    def __getitem__(self, chosen: np.ndarray | slice) -> "SetRows":
+        return SetRows(self.set_N[chosen], self.place_N[chosen], self.first_N[chosen])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RowBatch:
       features_K: all features that the sets hold, rising; the same object in all batches that share them.
     """
 
-    shards: list[Rows]
+    shards: list[SetRows]
     size: int
     length: int
     tokens: int
@@ -85,7 +85,7 @@ class Prompts:
     last_P: np.ndarray
     prefix_PxT: np.ndarray
 
-    def keys(self, rows: Rows, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def keys(self, rows: SetRows, length: int) -> tuple[np.ndarray, np.ndarray]:
         """A number for each token of each row, equal where the token can be shared; and where rows have any, [N, T]."""
         position_NxT = rows.first_N[:, None] + np.arange(length)[None, :]
         real_NxT = position_NxT <= self.last_P[rows.place_N][:, None]
@@ -139,7 +139,7 @@ def batches_of(
         features_K = features_K if len(features_K) else np.zeros(1, np.int64)  # programs have no empty arrays
         number_N, order_N = np.nonzero((first_SxP[chosen] <= prompts.last_P[None, :])[:, place_P])
         set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
-        rows = Rows(set_N, place_N, first_SxP[set_N, place_N])
+        rows = SetRows(set_N, place_N, first_SxP[set_N, place_N])
         length_N = prompts.last_P[place_N] + 1 - rows.first_N
         lengths = few_lengths(length_N, _PROGRAM)
         shape_N = np.searchsorted(lengths, length_N)
@@ -154,7 +154,7 @@ def batches_of(
     return batches
 
 
-def _parts(rows: Rows, prompts: Prompts, length: int, most: int) -> list[Rows]:
+def _parts(rows: SetRows, prompts: Prompts, length: int, most: int) -> list[SetRows]:
     """Rows in consecutive parts of about as many different tokens, ``most`` at the most, or one row."""
     key_NxT, real_NxT = prompts.keys(rows, length)
     _, first_M = np.unique(key_NxT[real_NxT], return_index=True)
@@ -165,7 +165,7 @@ def _parts(rows: Rows, prompts: Prompts, length: int, most: int) -> list[Rows]:
     return [rows[part_N == part] for part in np.unique(part_N)]
 
 
-def _distinct(rows: Rows, prompts: Prompts, length: int) -> int:
+def _distinct(rows: SetRows, prompts: Prompts, length: int) -> int:
     key_NxT, real_NxT = prompts.keys(rows, length)
     return len(np.unique(key_NxT[real_NxT]))
 

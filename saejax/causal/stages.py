@@ -21,7 +21,7 @@ from saejax.results import from_json, to_json
 from saejax.tasks.behaviours import Prompt, read_prompts
 from saejax.workspace import Run, read_json, write_json
 
-Tick = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
+OnProgress = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
 _SAY_EVERY = 5.0  # seconds
 
 
@@ -29,14 +29,14 @@ class Measured(NamedTuple):
     """The results of a part, and what to say of them in a line."""
 
     results: Any  # a class of results
-    said: str
+    message: str
 
 
-Measure = Callable[[str, Tick], Measured]  # of the part of this name
+Measure = Callable[[str, OnProgress], Measured]  # of the part of this name
 
 
 def silent(done: int, total: int) -> None:
-    """A ``Tick`` that does nothing."""
+    """A ``OnProgress`` that does nothing."""
 
 
 def load_run_model(run: Run) -> LanguageModel:
@@ -97,7 +97,7 @@ def each_part(
       parts: their names, which are names of files.
       begin: called once if a part is left; gives what measures one, and writes what else the part keeps.
       results: the class of a part's results; Any: they are plain JSON data.
-      unit: what ticks count, for messages.
+      unit: what it counts, for messages.
 
     Raises:
       Interrupted: asked to stop; parts that were finished are kept.
@@ -116,11 +116,11 @@ def each_part(
     for number, part in enumerate(parts, 1):
         if part not in found:
             label = f"{run.stage}: {part} ({number} of {len(parts)})"
-            found[part], said = measure(part, progress(run, label, stop, unit))
+            found[part], message = measure(part, progress(run, label, stop, unit))
             if is_first_process():
                 write_json(part_file(run, part), to_json(found[part]))  # last: it says that the part is done
                 _drop_partial(run, part)
-            run.say(f"{label}: {said}")
+            run.say(f"{label}: {message}")
     return {part: found[part] for part in parts}
 
 
@@ -130,20 +130,20 @@ def _drop_partial(run: Run, part: str) -> None:
         shutil.rmtree(partial_folder(run, part))
 
 
-def progress(run: Run, label: str, stop: AgreedStop, unit: str = "tokens") -> Tick:
+def progress(run: Run, label: str, stop: AgreedStop, unit: str = "tokens") -> OnProgress:
     """A function that says, now and then, how far it is, and raises ``Interrupted`` when the run is to stop."""
-    start = said = time.monotonic()
+    start = last = time.monotonic()
 
-    def tick(done: int, total: int) -> None:
-        nonlocal start, said
+    def on_progress(done: int, total: int) -> None:
+        nonlocal start, last
         if stop():
             raise Interrupted(f"{label}: stopped; what was measured is kept: run the same command to go on")
         now = time.monotonic()
         if not done:
             start = now
-        elif now - said > _SAY_EVERY and done < total:
+        elif now - last > _SAY_EVERY and done < total:
             speed = done / max(now - start, 1e-9)
             run.say(f"{label}: {done:,} of {total:,} {unit}, {speed:,.0f}/s, {(total - done) / speed:.0f} s to go")
-            said = now
+            last = now
 
-    return tick
+    return on_progress

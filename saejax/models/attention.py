@@ -56,7 +56,7 @@ class TablesByLayer(NamedTuple):
         return tables._replace(scale=tables.scale / (layer + 1)) if config.scale_by_layer else tables
 
 
-class Attention(NamedTuple):
+class RunAttention(NamedTuple):
     """How the tokens of a run attend, in all of its layers.
 
     Attributes:

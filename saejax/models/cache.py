@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from saejax.models.attention import Attention, AttentionFunction, AttentionTables, tables_by_layer
+from saejax.models.attention import AttentionFunction, AttentionTables, RunAttention, tables_by_layer
 from saejax.models.config import DecoderConfig
 
 Stores = tuple[jax.Array, jax.Array]
@@ -41,7 +41,7 @@ class Cache:
         slots_T = self.length + jnp.arange(new)
         return jnp.maximum(slots_T[None, :] - self.pad_B[:, None], 0)
 
-    def attention(self, config: DecoderConfig, new: int) -> Attention:
+    def attention(self, config: DecoderConfig, new: int) -> RunAttention:
         """How ``new`` tokens attend to themselves and to those in the cache.
 
         T is the length of the (left padded) prompts at first and 1 while decoding. The caller sees to it that there is
@@ -77,7 +77,7 @@ class Cache:
             return attend(q, k, v, tables), (k_store, v_store)
 
         tables = tables_by_layer(config, self.positions_BxT(new), age_TxS, mask_BxTxS)
-        return Attention(tables, function, (self.k_LxBxSxNxK, self.v_LxBxSxNxK))
+        return RunAttention(tables, function, (self.k_LxBxSxNxK, self.v_LxBxSxNxK))
 
     def grown(self, stores: Any, new: int) -> "Cache":
         """The cache with the new tokens in it, from what their run carried on."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.models.identity import content
-from saejax.models.made import made_once, save_pretrained
+from saejax.models.model_cache import cached_model, save_pretrained
 
 _CONVERSION = 2  # raise it when the conversion changes, so that old caches are left behind
 # Settings of a file, below its architecture, that cannot change the result: sizes that the tensors show, or facts of
@@ -27,7 +27,7 @@ def dequantised(gguf: Path) -> Path:
       UserError: transformers cannot read the file, or not all of it; or the cache cannot be written.
     """
     name = f"{gguf.stem}-{content(gguf)[:16]}-{_CONVERSION}"
-    return made_once(name, gguf.name, lambda folder: _convert(gguf, folder))
+    return cached_model(name, gguf.name, lambda folder: _convert(gguf, folder))
 
 
 def _convert(gguf: Path, folder: Path) -> None:

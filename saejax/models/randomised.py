@@ -8,7 +8,7 @@ import hashlib
 from pathlib import Path
 
 from saejax.errors import UserError
-from saejax.models.made import made_once, save_pretrained
+from saejax.models.model_cache import cached_model, save_pretrained
 from saejax.workspace import file_sha256
 
 _SEED, _MAKING = 0, 1  # raise _MAKING when what is made changes
@@ -27,7 +27,7 @@ def randomised(folder: Path) -> Path:
     for path in sorted(path for pattern in ("*.json", "*.model", "*.txt", "*.jinja") for path in folder.glob(pattern)):
         facts.update(f"{path.name} {file_sha256(path)}\n".encode())
     name = f"random-{_SEED}-{facts.hexdigest()[:16]}-{_MAKING}"
-    return made_once(name, f"random weights, seed {_SEED}", lambda target: _draw(folder, target))
+    return cached_model(name, f"random weights, seed {_SEED}", lambda target: _draw(folder, target))
 
 
 def _draw(folder: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.attention import Attention, AttentionTables, attend, whole_prompts
+from saejax.models.attention import AttentionTables, RunAttention, attend, whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import Params, run_layer
 from saejax.models.rules import GRADIENT, RunRules
@@ -42,7 +42,7 @@ def run_layers(
     hook_layers: Collection[int] | None = (),
     *,
     rules: RunRules = GRADIENT,
-    attention: Attention | None = None,
+    attention: RunAttention | None = None,
     collect: Collection[str] = (),
     before_hook: bool = False,
 ) -> LayersRun:
@@ -64,7 +64,7 @@ def run_layers(
       collect: kinds of site, ``KEYS`` and ``VALUES``.
       before_hook: collect the values of sites as they were before the hook changed them.
     """
-    attention = attention or Attention(whole_prompts(config, x_BxTxD.shape[-2]))
+    attention = attention or RunAttention(whole_prompts(config, x_BxTxD.shape[-2]))
     plain = functools.partial(attend, config, rules)
 
     def step(carry: tuple, layer: int | jax.Array, hooked: bool) -> tuple[tuple, dict[str, jax.Array]]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from saejax.models import decoder
-from saejax.models.attention import Attention
+from saejax.models.attention import RunAttention
 from saejax.models.config import DecoderConfig
 from saejax.models.rules import GRADIENT, RunRules
 from saejax.models.run import KEYS, VALUES, Hook, LayersRun, run_layers
@@ -111,7 +111,7 @@ class SplitPoint:
         params: decoder.Params,
         stream: jax.Array,
         value: jax.Array,
-        attention: Attention | None = None,
+        attention: RunAttention | None = None,
         collect: tuple[str, ...] = (),
     ) -> LayersRun:
         """Runs the tail. Unless the site is the stream, a hook in the first layer puts the value there."""

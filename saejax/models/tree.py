@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.attention import Attention, AttentionFunction, AttentionTables, TablesByLayer, tables_by_layer
+from saejax.models.attention import AttentionFunction, AttentionTables, RunAttention, TablesByLayer, tables_by_layer
 from saejax.models.config import DecoderConfig
 
 
@@ -58,7 +58,7 @@ class Tree(NamedTuple):
         """The position of each token."""
         return self.of_tokens(self.first_SxR) + self.column_SxN
 
-    def attention(self, config: DecoderConfig, past: Past, below: int) -> Attention:
+    def attention(self, config: DecoderConfig, past: Past, below: int) -> RunAttention:
         """How the tokens attend to the earlier ones of their rows and to those of the past before their first.
 
         All but attention acts on each token once, however many rows share it. A run gives the same as full runs of the
@@ -86,7 +86,7 @@ class Tree(NamedTuple):
             of_token = jax.vmap(lambda part, row, column: part[row, column])
             return of_token(attended_SxRxTxHxK, self.row_SxN, self.column_SxN), carried
 
-        return Attention(self._tables(config, past.k_LxPxSxNxK.shape[2]), function)
+        return RunAttention(self._tables(config, past.k_LxPxSxNxK.shape[2]), function)
 
     def _tables(self, config: DecoderConfig, known: int) -> TablesByLayer:
         """Rotary tables of the N tokens; masks [S, R, T, known + T] of rows, which see what is known before them."""

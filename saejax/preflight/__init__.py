@@ -1,10 +1,13 @@
 """What will run, whether it fits, and roughly how long it takes, before hours are spent.
 
-- ``shapes``: which models, from their ``config.json`` alone;
-- ``work``: the sizes of what the stages run for a model;
-- ``memory``, ``advice``: bytes per device on a mesh, and what to change where they do not fit;
-- ``costs``, ``times``: floating-point operations, seconds, disk;
-- ``programs``, ``topology``: the stages' own jitted functions, compiled for a TPU slice that need not be there;
+What a unit takes is said by its stage, in a function beside its code (``Stage.cost``). Here the configuration becomes a
+scene, the stages' costs are asked for and added up, and there is a verdict:
+
+- ``shapes``: which models, from their ``config.json`` alone; ``place``: on which devices;
+- ``sums``: the scene of a model, the costs of all units on it, and their sums;
+- ``advice``: what to change where they do not fit;
+- ``rates``: how fast this machine is;
+- ``topology``: the stages' own jitted functions, compiled for a TPU slice that need not be there;
 - ``parity``: the decoder against transformers;
-- ``checks``: the stage; ``place``: its devices; ``tables``: what it prints.
+- ``checks``: the stage; ``tables``: what it prints.
 """

@@ -1,7 +1,6 @@
 """Where the models would run: the devices at hand, or a TPU slice that exists in name only."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,6 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
-from saejax.attribution.trace.memory import Room
 from saejax.parallel import make_mesh
 
 
@@ -21,21 +19,13 @@ class Place:
       mesh: the devices.
       limit: bytes of memory on each.
       kind: what they are, for messages.
-      shares_host: whether torch's models share their memory: true on a host's CPU and GPU devices, not on a TPU.
+      torch_here: whether torch's models share their memory: true on a host's CPU and GPU devices, not on a TPU.
     """
 
     mesh: Mesh
     limit: int
     kind: str
-    shares_host: bool
-
-    def room(self, weights: int) -> Room:
-        """What is left for an attribution graph beside so many bytes of weights on each device."""
-        device = self.mesh.devices.flat[0]
-        if device.platform == "cpu":
-            return Room(self.limit - weights, (self.limit - weights) * self.mesh.size)
-        here = device.client == jax.devices()[0].client
-        return Room(self.limit - weights, psutil.virtual_memory().available if here else sys.maxsize)
+    torch_here: bool
 
 
 def find_place(configs: Mapping[str, Any]) -> Place:

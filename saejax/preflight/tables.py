@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from saejax.attribution.trace.memory import PHASES, Bytes
+from saejax.costs.cost import Scene
+from saejax.costs.passes import parameters
 from saejax.parallel import describe
-from saejax.preflight import memory
-from saejax.preflight.graphs import GraphWork
-from saejax.preflight.memory import GIB, Memory
+from saejax.preflight.advice import GIB
 from saejax.preflight.place import Place
-from saejax.preflight.programs import Program
-from saejax.preflight.topology import Compiled
-from saejax.preflight.work import Work
+from saejax.preflight.results import CompiledProgram
+from saejax.preflight.sums import Needs, replicated
 
 _COLUMNS = ("parameters", "dtype", "layers", "model", "dictionary", "optimizer", "activations", "peak")
 
@@ -22,19 +20,18 @@ def place_line(place: Place) -> str:
     return f"{facts.devices} x {', '.join(facts.kinds)}, {place.limit / GIB:.2f} GiB each; mesh {axes}"
 
 
-def memory_lines(works: Sequence[Work], found: Sequence[Memory], place: Place) -> list[str]:
+def memory_lines(found: Sequence[tuple[Scene, Needs]], place: Place) -> list[str]:
     """Memory per device, one line a model, and what is replicated."""
-    width = max([len("GiB per device"), *(len(work.name) for work in works)])
+    width = max([len("GiB per device"), *(len(scene.name) for scene, _ in found)])
     lines = [f"{'GiB per device':<{width}}  {_row(_COLUMNS)}"]
-    for work, need in zip(works, found, strict=True):
-        sizes = (need.model, need.whole_dictionary, need.optimizer, max(need.activations.values()), need.peak)
-        cells = [f"{memory.parameters(work.model) / 1e6:,.1f} M", work.dtype, f"{work.model.n_layers}"]
+    for scene, needs in found:
+        most = needs.bytes
+        sizes = (most.model, most.dictionary, most.optimizer, most.activations, needs.peak)
+        cells = [f"{parameters(scene.model) / 1e6:,.1f} M", scene.dtype, f"{scene.model.n_layers}"]
         cells += [f"{size / GIB:.2f}" for size in sizes]
-        verdict = "fits" if need.peak <= place.limit else "does not fit"
-        lines.append(f"{work.name:<{width}}  {_row(cells)}  in {need.largest}: {verdict}")
-    for work in works:
-        lines += [f"{work.name}: {line}" for line in memory.replicated(work, place.mesh.shape)]
-    return lines
+        verdict = "fits" if needs.peak <= place.limit else "does not fit"
+        lines.append(f"{scene.name:<{width}}  {_row(cells)}  in {needs.largest.partition('/')[0]}: {verdict}")
+    return lines + [f"{scene.name}: {line}" for scene, needs in found for line in replicated(scene, needs)]
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -42,36 +39,41 @@ def _row(cells: Sequence[str]) -> str:
     return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
-def graphs_line(graphs: GraphWork, needs: Mapping[str, Bytes], most: int) -> str:
-    """What the attribution graphs take, the limit first."""
-    phase = max(needs, key=lambda name: sum(needs[name]))
-    count = f"{len(graphs.lengths)} prompts, the longest" if len(graphs.lengths) > 1 else "a prompt"
-    return (
-        f"attribute/{graphs.unit}: up to about {most:,} tokens fit; {count} of about {graphs.longest:,}, "
-        f"{graphs.rows:,} rows in all: {needs[phase].device / GIB:.2f} GiB a device beside the model, "
-        f"{needs[phase].host / GIB:.2f} on the host, for {PHASES[phase]}"
-    )
+def unit_lines(needs: Needs) -> list[str]:
+    """What else stages say of their units: what they count, and lines of their own."""
+    lines = [line for cost in needs.units.values() for line in cost.lines]
+    for unit, cost in needs.units.items():
+        if cost.counts:
+            lines.append(f"{unit}: about {', '.join(f'{count:,} {what}' for what, count in cost.counts.items())}")
+    return lines
 
 
-def verdict_line(work: Work, program: str, needed: int, fits: bool, place: Place) -> str:
+def seconds_line(seconds: Mapping[str, float]) -> str:
+    """How long the stages take."""
+    stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    return f"roughly {sum(seconds.values()) / 60:.0f} minutes if nothing is done yet: {stages}"
+
+
+def verdict_line(name: str, programs: Sequence[CompiledProgram], place: Place) -> str:
     """What a model needs, by the compiler."""
-    sizes = f"{needed / GIB:.2f} of {place.limit / GIB:.2f} GiB per device"
-    return f"{work.name}: at the peak ({program}) {sizes}: {'fits' if fits else 'does not fit'}"
+    largest, fits = max(programs, key=lambda program: program.memory), all(program.fits for program in programs)
+    sizes = f"{largest.memory / GIB:.2f} of {place.limit / GIB:.2f} GiB per device"
+    return f"{name}: at the peak ({largest.name}) {sizes}: {'fits' if fits else 'does not fit'}"
 
 
-def programs_header(work: Work, topology: str) -> str:
+def programs_header(name: str, topology: str) -> str:
     """What the lines of a model's programs mean."""
     return (
-        f"{work.name}, compiled for {topology}: memory of a device, what else the stage keeps there included; GFLOP of "
+        f"{name}, compiled for {topology}: memory of a device, what else the stage keeps there included; GFLOP of "
         "all devices by formula (by XLA, of one device, counting the body of a loop once)"
     )
 
 
-def program_line(program: Program, compiled: Compiled, place: Place) -> str:
+def program_line(program: CompiledProgram, place: Place) -> str:
     """What a program needs."""
-    verdict = "fits" if compiled.fits else f"does not fit into {place.limit / GIB:.2f}"
-    counted = "-" if compiled.counted_flops is None else f"{compiled.counted_flops / 1e9:,.1f}"
+    verdict = "fits" if program.fits else f"does not fit into {place.limit / GIB:.2f}"
+    counted = "-" if program.counted_flops is None else f"{program.counted_flops / 1e9:,.1f}"
     return (
-        f"  {program.name:<21} {program.size:<44} {compiled.memory / GIB:7.2f} GiB {verdict} "
-        f"{program.flops / 1e9:>13,.1f} GFLOP ({counted})  compiled in {compiled.seconds:.0f} s"
+        f"  {program.name:<21} {program.size:<44} {program.memory / GIB:7.2f} GiB {verdict} "
+        f"{program.flops / 1e9:>13,.1f} GFLOP ({counted})  compiled in {program.seconds:.0f} s"
     )

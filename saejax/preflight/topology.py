@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from saejax.costs.programs import Program
 from saejax.errors import UserError
-from saejax.preflight.programs import Program
+from saejax.preflight.results import CompiledProgram
 
 # The first two keep libtpu from asking a metadata server and from taking the machine's one TPU for itself; the
 # others only keep it quiet about not being on a TPU host.
@@ -47,23 +48,6 @@ class Slice:
     limit: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler said of a program.
-
-    Attributes:
-      memory: bytes per device of arguments, results and temporaries, and of what else the stage keeps there.
-      fits: whether that is at most what a device has.
-      counted_flops: per device, by XLA, which takes the body of a loop once; None where the program does not fit.
-      seconds: to compile it.
-    """
-
-    memory: int
-    fits: bool
-    counted_flops: float | None
-    seconds: float
-
-
 def find_slice(name: str) -> Slice:
     """The slice of this name.
 
@@ -81,14 +65,14 @@ def find_slice(name: str) -> Slice:
     return Slice(name, devices, _limit(devices[0]))
 
 
-def compile_for(program: Program, limit: int) -> Compiled:
+def compile_for(program: Program, limit: int) -> CompiledProgram:
     """Compiles a program for the devices of its arguments.
 
     Args:
       program: what to compile.
       limit: bytes that a device has.
     """
-    start = time.monotonic()
+    start, about = time.monotonic(), (program.name, program.size, program.flops)
     kept = _bytes_per_device(program.kept)
     arguments = _bytes_per_device(program.arguments)
     try:
@@ -97,13 +81,13 @@ def compile_for(program: Program, limit: int) -> Compiled:
         needed = _exceeded(error)
         if needed is None:
             raise
-        return Compiled(needed[0] + kept, False, None, time.monotonic() - start)
+        return CompiledProgram(*about, needed[0] + kept, False, None, time.monotonic() - start)
     stated = compiled.memory_analysis()
     # Arguments that the program does not use are not among those that the compiler counts, but they are there.
     memory = max(arguments, stated.argument_size_in_bytes) + kept
     memory += stated.output_size_in_bytes + stated.temp_size_in_bytes - stated.alias_size_in_bytes
     flops = float((compiled.cost_analysis() or {}).get("flops", 0.0))
-    return Compiled(memory, memory <= limit, flops, time.monotonic() - start)
+    return CompiledProgram(*about, memory, memory <= limit, flops, time.monotonic() - start)
 
 
 def _devices(name: str) -> Sequence[jax.Device]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from saejax.causal.ablate.importance import DISCOVERY
-from saejax.causal.replacements import WORDS
+from saejax.causal.activation_sources import WORDS
 from saejax.reporting import figures
 from saejax.reporting.document import Block, Code, Picture, Section, Strips, Terms, Text
 from saejax.reporting.findings import Findings

@@ -32,7 +32,7 @@ from saejax.tasks.results import BaselineBehaviour, BaselineResults, BaselineSco
 from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation
 from saejax.workspace import Run
 
-_BATCH = 32  # prompts per forward pass
+BATCH = 32  # prompts per forward pass
 _EXAMPLES = 3  # prompts shown in the results
 
 
@@ -137,13 +137,13 @@ def _answer_logits(model: LanguageModel, tokens: Tokens, ids_Nx2: np.ndarray) ->
     last_site = f"resid_post.{model.config.n_layers - 1}"
     n = len(tokens.lengths_B)
     chosen, top = [], []
-    for first in range(0, n, _BATCH):
-        rows_B = np.resize(np.arange(first, min(first + _BATCH, n)), _BATCH)  # the last batch is filled up with copies
+    for first in range(0, n, BATCH):
+        rows_B = np.resize(np.arange(first, min(first + BATCH, n)), BATCH)  # the last batch is filled up with copies
         batch = Tokens(tokens.ids_BxT[rows_B], tokens.lengths_B[rows_B])
         # Logits at every position would be most of the memory and a fifth of the work.
         x_BxTxD = model(batch, capture=[last_site], logits=False).sites[last_site]
         chosen_Bx2, top_B = _last_logits(model.config, model.params, x_BxTxD, batch.last_B, ids_Nx2[rows_B])
-        real = min(_BATCH, n - first)
+        real = min(BATCH, n - first)
         chosen.append(np.asarray(chosen_Bx2)[:real])
         top.append(np.asarray(top_B)[:real])
     return np.concatenate(chosen), np.concatenate(top)

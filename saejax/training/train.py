@@ -1,12 +1,12 @@
 """The train stage: a stack of dictionaries of one kind on sites of a captured store."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from saejax.activations.batches import Parts, sites_of, steps_per_epoch
 from saejax.activations.store import Store
@@ -51,7 +51,7 @@ def run_train(run: Run) -> TrainResults:
     dictionary = describe_stack(config, run.name, store, stack)
     per_epoch = _steps_per_epoch(config, store, parts)
     steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
-    check_divides(config, dictionary, len(stack), mesh)
+    check_divides(config, dictionary, len(stack), mesh.shape)
     trainer = Trainer(config, dictionary, stack, mesh, steps, site_scales(store, config, stack, parts))
     with Checkpoints(run.folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
         state, metrics = _train(run, trainer, store, parts, steps, checkpoints)
@@ -234,17 +234,16 @@ def _steps_per_epoch(config: TrainConfig, store: Store | ModelStream, parts: Par
     return per_epoch
 
 
-def check_divides(config: TrainConfig, dictionary: DictionaryConfig, members: int, mesh: Mesh) -> None:
+def check_divides(config: TrainConfig, dictionary: DictionaryConfig, members: int, axes: Mapping[str, int]) -> None:
     """A ``UserError`` unless the mesh divides the batch, the features and the members of a stack."""
-    if config.batch % mesh.shape["data"]:
+    if config.batch % axes["data"]:
+        raise UserError(f"--train.batch={config.batch} is not divisible by the {axes['data']} devices on the data axis")
+    if dictionary.n_features % axes["model"]:
+        raise UserError(f"{dictionary.n_features} features are not divisible by --mesh.model={axes['model']}")
+    if members % axes["member"]:
+        devices = math.prod(axes.values())
+        fitting = [n for n in range(1, devices + 1) if members % n == 0 and devices % n == 0]
         raise UserError(
-            f"--train.batch={config.batch} is not divisible by the {mesh.shape['data']} devices on the data axis"
-        )
-    if dictionary.n_features % mesh.shape["model"]:
-        raise UserError(f"{dictionary.n_features} features are not divisible by --mesh.model={mesh.shape['model']}")
-    if members % mesh.shape["member"]:
-        fitting = [n for n in range(1, mesh.devices.size + 1) if members % n == 0 and mesh.devices.size % n == 0]
-        raise UserError(
-            f"--mesh.member={mesh.shape['member']} does not divide the stack's {members} members: with "
-            f"{mesh.devices.size} devices it can be {', '.join(map(str, fitting))}"
+            f"--mesh.member={axes['member']} does not divide the stack's {members} members: with {devices} devices it "
+            f"can be {', '.join(map(str, fitting))}"
         )

@@ -96,12 +96,12 @@ def test_stopped_after_every_batch_it_ends_with_the_same_bits(tmp_path, tiny, ma
     def once():
         """One attempt, stopped after its first batch."""
 
-        def tick(done, total):
+        def on_progress(done, total):
             seen.append((done, total))
             if done:
                 raise Interrupted("stopped")
 
-        return ablation.ablate_sets(split, runs, sets, 4, tick, readouts=True, folder=tmp_path)
+        return ablation.ablate_sets(split, runs, sets, 4, on_progress, readouts=True, folder=tmp_path)
 
     batches, left = 0, whole.tokens
     while left:

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from saejax import load_model
 from saejax.causal import ablation, screening
-from saejax.causal.replacements import Replacement
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.tasks.behaviours import Prompt
@@ -93,7 +93,7 @@ def test_fifty_random_triples_of_each_edit_agree_with_the_plain_way(tiny, prompt
     runs = split.run(prompts)
     rng = np.random.default_rng([5, *kind.encode(), *positions.encode()])
     features = rng.permutation(dictionary.config.n_features)[:50]
-    replacement = Replacement(
+    replacement = ActivationSource(
         kind,
         mean_F=rng.uniform(0, 1, dictionary.config.n_features).astype(np.float32) if kind == "mean" else None,
         seed=np.uint32(3) if kind == "random" else None,
@@ -101,9 +101,7 @@ def test_fifty_random_triples_of_each_edit_agree_with_the_plain_way(tiny, prompt
     turned = [Prompt(**{**vars(p), "counterpart": p.text.replace("near", "and")}) for p in prompts]
     others = split.run_counterparts(turned) if kind == "counterpart" else []
     sides = [
-        ablation.ablate_sets(
-            split, runs, [[i] for i in features], plain=plain, replacement=replacement, counterparts=others
-        )
+        ablation.ablate_sets(split, runs, [[i] for i in features], plain=plain, source=replacement, counterparts=others)
         for plain in (False, True)
     ]
     np.testing.assert_allclose(sides[0].ablated_SxP, sides[1].ablated_SxP, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Work for preflight's tests."""
+"""Scenes for preflight's tests."""
 
 import dataclasses
 import json
@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.costs.cost import Scene
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
-from saejax.preflight.work import Work, plan_work
+from saejax.preflight import sums
 from saejax.stages import GROUPS
 from saejax.training.members import SiteScale
 from saejax.training.step import Trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+ONE = dict(member=1, data=1, model=1)
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -32,13 +34,27 @@ def shape(name: str) -> DecoderConfig:
     return read_config(json.loads((CONFIGS / "shapes" / f"{name}.json").read_text()), name)
 
 
-def make_work(model: DecoderConfig, site: str = "resid_post.15", **changes: Any) -> Work:
-    """The work of a model with its dictionary at a site."""
-    return plan_work("model", model, settings(capture__sites=(site,), train__sites=(site,), **changes))
+def make_scene(
+    model: DecoderConfig, site: str = "", axes: Any = ONE, text: tuple[int, int] = (0, 0), **changes: Any
+) -> Scene:
+    """A model's scene with its dictionary at a site; on one device, unless ``axes`` are given."""
+    if site:
+        changes |= dict(capture__sites=(site,), train__sites=(site,))
+    return sums.make_scene("model", model, settings(**changes), axes, documents=text[0], tokens=text[1])
 
 
-def make_trainer(work: Work, mesh: Mesh) -> Trainer:
-    """The trainer of the work's first stack."""
-    stack = work.stacks[0]
+def make_needs(*arguments: Any, **changes: Any) -> sums.Needs:
+    """What the units of ``make_scene`` cost."""
+    return sums.Needs.of(make_scene(*arguments, **changes))
+
+
+def on_mesh(scene: Scene, mesh: Mesh) -> Scene:
+    """The scene on these devices."""
+    return dataclasses.replace(scene, mesh=mesh, axes=mesh.shape)
+
+
+def make_trainer(scene: Scene, mesh: Mesh) -> Trainer:
+    """The trainer of the scene's first stack."""
+    stack = next(iter(scene.stacks.values()))
     scale = SiteScale(1.0, 1.0, np.zeros(stack.dictionary.d_in, np.float32))
-    return Trainer(work.train, stack.dictionary, stack.members, mesh, 10, [scale] * len(stack.members))
+    return Trainer(scene.configs["train"], stack.dictionary, stack.members, mesh, 10, [scale] * len(stack.members))

@@ -1,15 +1,12 @@
 """What patch, probe and study take: rows counted as the stages count them, time and memory by what is asked for."""
 
 import pytest
-from preflight_setup import make_work, settings, shape
+from preflight_setup import make_needs, shape
 
 from saejax.causal.patching.features import steps
-from saejax.preflight import memory, times
-from saejax.preflight.causal import causal_units
 from saejax.settings import TaskConfig
 
 RATES = dict(float32=1e11, bfloat16=2e11)
-AXES = dict(member=1, data=1, model=1)
 ASKED = dict(
     patch__kinds=("resid_post", "attn_out"),
     patch__dictionary="topk",
@@ -24,22 +21,28 @@ def model():
 
 
 def units(model, **changes):
-    return causal_units(make_work(model, **changes), settings(**changes))
+    """What units count beside their bytes and time."""
+    return {unit: cost.counts for unit, cost in make_needs(model, **changes).units.items() if cost.counts}
+
+
+def stages(model, **changes):
+    """The stages whose memory is counted."""
+    return {unit.partition("/")[0] for unit in make_needs(model, **changes).units}
 
 
 def seconds(model, **changes):
-    return times.stage_seconds(make_work(model, **changes), settings(**changes), 1000, 100_000, RATES)
+    return make_needs(model, text=(1000, 100_000), **changes).seconds(RATES)
 
 
 def test_only_what_is_asked_for(model):
     assert units(model) == {}
-    assert not {"patch", "probe", "study"} & {*seconds(model), *memory.device_memory(make_work(model), AXES).stages}
+    assert not {"patch", "probe", "study"} & {*seconds(model), *stages(model)}
     asked = units(model, **ASKED)
     assert list(asked) == [
         "patch/resid_post", "patch/attn_out", "patch/topk", "probe/topk", "study/logic", "study/math",
     ]  # fmt: skip
     assert {"patch", "probe", "study"} <= {*seconds(model, **ASKED)}
-    assert {"patch", "probe", "study"} <= {*memory.device_memory(make_work(model, **ASKED), AXES).stages}
+    assert {"patch", "probe", "study"} <= stages(model, **ASKED)
     without = ASKED | dict(task__behaviours=())
     assert list(units(model, **without)) == ["study/logic", "study/math"]
 
@@ -48,14 +51,14 @@ def test_rows_are_those_of_the_stages(model):
     found, task = units(model, **ASKED), TaskConfig()
     behaviours, pairs = len(task.behaviours), len(task.behaviours) * task.test_prompts
     # Two directions, 30 layers, half of 16 positions.
-    assert found["patch/resid_post"].rows == 2 * 30 * 8 * pairs
+    assert found["patch/resid_post"]["rows"] == 2 * 30 * 8 * pairs
     sets = 2 * (20 + len(steps(20)) + 1) + 20 * len(steps(20))
-    assert found["patch/topk"].rows == pytest.approx(0.85 * pairs * sets, abs=1)
+    assert found["patch/topk"]["rows"] == pytest.approx(0.85 * pairs * sets, abs=1)
     probe = found["probe/topk"]
-    assert probe.rows == behaviours * (task.train_prompts + task.test_prompts)
+    assert probe["rows"] == behaviours * (task.train_prompts + task.test_prompts)
     # On features and on raw activations: 5 folds of 6 penalties, the probe itself, 20 shuffles; sparse ones thrice.
-    assert probe.fits == 2 * (1 + behaviours) * (51 + 5 * 71)
-    assert found["study/logic"].rows == 100 * (1 + 2 + 2 * 10)
+    assert probe["fits"] == 2 * (1 + behaviours) * (51 + 5 * 71)
+    assert found["study/logic"]["rows"] == 100 * (1 + 2 + 2 * 10)
 
 
 @pytest.mark.parametrize(
@@ -77,17 +80,18 @@ def test_what_makes_a_stage_longer(model, stage, more):
 
 def test_memory_follows_what_is_gathered(model):
     def need(**changes):
-        return memory.device_memory(make_work(model, **changes), AXES)
+        return {unit: cost.bytes for unit, cost in make_needs(model, **changes).units.items()}
 
     both = need(**ASKED)
     # All features of prompts and counterparts at once; recorded runs of sites take more here.
     features, fewer = (need(patch__dictionary="topk", train__expansion=width) for width in (16, 4))
-    assert features.activations["patch"] > 1.6 * fewer.activations["patch"]
+    assert features["patch/topk"].activations > 1.6 * fewer["patch/topk"].activations
     few, many = (need(study__benchmarks=("logic",), study__batch_tokens=tokens) for tokens in (2048, 8192))
-    assert many.activations["study"] > 1.5 * few.activations["study"]
+    assert many["study/logic"].activations > 1.5 * few["study/logic"].activations
     sites = need(patch__kinds=("resid_post",))
-    assert sites.read["patch"] == 0 < both.read["patch"] == both.whole_dictionary
-    assert sites.stages["patch"] == sites.model + sites.activations["patch"]
-    assert "study" not in sites.stages
-    generated = need(**ASKED | dict(study__benchmarks=("gsm8k",), task__batch=64))
-    assert generated.activations["study"] >= generated.activations["benchmark"] > 0
+    patched = sites["patch/resid_post"]
+    assert patched.dictionary == 0 < both["patch/topk"].dictionary == both["ablate/topk"].dictionary
+    assert patched.total == patched.model + patched.activations
+    assert not any(unit.startswith("study") for unit in sites)
+    generated = need(**ASKED | dict(study__benchmarks=("gsm8k",), task__benchmarks=("gsm8k",), task__batch=64))
+    assert generated["study/gsm8k"].activations >= generated["benchmark/gsm8k"].activations > 0

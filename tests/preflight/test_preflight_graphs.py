@@ -6,15 +6,14 @@ import types
 import jax
 import pytest
 import runs
-from preflight_setup import settings, shape
+from preflight_setup import make_scene, shape
 
 from saejax import command, save_transcoders
+from saejax.attribution.cost import planned_graphs
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.families import read_config
-from saejax.preflight import place, times
-from saejax.preflight.graphs import plan_graphs
-from saejax.preflight.work import plan_work
+from saejax.preflight import place, sums
 
 RATES = dict(float32=1e11, bfloat16=2e11)
 
@@ -49,44 +48,47 @@ def trained(kind="topk", k=16):
 
 
 def make(model, **changes):
-    return plan_work("model", model, settings(**trained() | changes))
+    return planned_graphs(make_scene(model, **trained() | changes))
+
+
+def make_seconds(model, **changes):
+    scene = make_scene(model, text=(1000, 100_000), **trained() | changes)
+    return sums.Needs.of(scene).seconds(RATES)
 
 
 def test_nothing_is_counted_that_is_not_asked_for(model):
-    work = make(model)
-    assert work.graphs is None and work.uncounted == ""
-    assert "attribute" not in times.stage_seconds(work, settings(**trained()), 1000, 100_000, RATES)
+    assert not any(unit.startswith("attribute") for unit in sums.Needs.of(make_scene(model, **trained())).units)
+    assert "attribute" not in make_seconds(model)
 
 
 def test_prompts_and_transcoders_that_the_run_trains(model, tmp_path):
     found = make(model, graph__prompt="The capital of France is" * 20)
-    assert (
-        found.uncounted == "" and found.graphs.size.transcoder.n_features == 8 * 576 and found.graphs.size.active == 16
-    )
-    assert 100 < found.graphs.longest < 150
-    assert make(model, graph__token_ids=(1, 2, 3)).graphs.lengths == (3,)
+    assert found.size.transcoder.n_features == 8 * 576 and found.size.active == 16
+    assert 100 < found.longest < 150
+    assert make(model, graph__token_ids=(1, 2, 3)).lengths == (3,)
     file = tmp_path / "two.jsonl"
     file.write_text('{"prompt": "a b c d"}\n{"token_ids": [1, 2, 3, 4, 5, 6]}\n')
-    two = make(model, graph__prompts=str(file)).graphs
-    assert two.unit == "two" and two.lengths == (4, 6) and two.longest == 6
+    prompts = dict(graph__prompts=str(file))
+    two = make(model, **prompts)
+    assert "attribute/two" in sums.Needs.of(make_scene(model, **trained() | prompts)).units
+    assert two.lengths == (4, 6) and two.longest == 6
     assert two.rows == 16 * 30 * (3 + 5)  # all are fewer than --graph.max_features
-    assert make(model, graph__behaviours=("capital", "addition")).graphs.lengths == (16, 16)
+    assert make(model, graph__behaviours=("capital", "addition")).lengths == (16, 16)
     jumprelu = trained("jumprelu") | dict(graph__prompt="a", preflight__active_features=7)
-    assert make(model, **jumprelu).graphs.size.active == 7
-    assert "is no folder here" in make(model, graph__prompt="a", graph__transcoders="org/set").uncounted
+    assert make(model, **jumprelu).size.active == 7
+    unknown = sums.Needs.of(make_scene(model, **trained() | dict(graph__prompt="a", graph__transcoders="org/set")))
+    assert "is no folder here" in unknown.units["attribute/a"].lines[0]
 
 
 def test_what_makes_tracing_longer(model):
     def seconds(**changes):
         asked = dict(graph__prompt="word " * 50) | changes
-        return times.stage_seconds(make(model, **asked), settings(**trained() | asked), 1000, 100_000, RATES)[
-            "attribute"
-        ]
+        return make_seconds(model, **asked)["attribute"]
 
     unchecked = dict(graph__circuits=False, graph__doubled=0)
     assert seconds() > seconds(**unchecked) > seconds(**unchecked, graph__max_features=64)
     assert seconds(graph__prompt="word " * 200) > 2 * seconds()
-    work = make(model, graph__token_ids=tuple(range(101)), graph__max_features=1000, **unchecked).graphs
+    work = make(model, graph__token_ids=tuple(range(101)), graph__max_features=1000, **unchecked)
     # The transposed values and outputs of 9 + 3 heads of 64, from the middle of 30 layers and 101 positions.
     floor = 1000 * 15.5 * 51 * 2 * 576 * 12 * 64
     assert floor < work.flops < 3 * floor
@@ -95,11 +97,11 @@ def test_what_makes_tracing_longer(model):
 def test_a_set_on_disk_is_read_and_must_fit_the_model(tmp_path, inputs):
     config = read_config(json.loads((inputs[0] / "config.json").read_text()), "m")
     save_set(tmp_path / "set", config)
-    asked = settings(graph__prompt="a", graph__transcoders=str(tmp_path / "set"))
-    found = plan_graphs(config, asked, ())
+    asked = dict(graph__prompt="a", graph__transcoders=str(tmp_path / "set"))
+    found = planned_graphs(make_scene(config, "resid_post.1", **asked))
     assert (found.size.transcoder.n_features, found.size.active) == (48, 64)
     with pytest.raises(UserError, match="no transcoder of layer 2: expected one for each layer of smollm2, 0 to 29"):
-        plan_graphs(shape("smollm2-135m"), asked, ())
+        planned_graphs(make_scene(shape("smollm2-135m"), **asked))
 
 
 def test_the_stage_says_the_limit_first(tmp_path, inputs, capsys, monkeypatch):
@@ -112,7 +114,10 @@ def test_the_stage_says_the_limit_first(tmp_path, inputs, capsys, monkeypatch):
     limit = config.context
     assert f"attribute/1-2-3-4: up to about {limit:,} tokens fit; a prompt of about 4, " in output
     results = json.loads((tmp_path / "run" / "preflight" / "summary.json").read_text())["results"]
-    assert results["models"][0]["graphs"]["fitting_tokens"] == limit and results["seconds"]["attribute"] > 0
+    assert (
+        results["models"][0]["units"]["attribute/1-2-3-4"]["details"]["fitting_tokens"] == limit
+        and results["seconds"]["attribute"] > 0
+    )
     free = types.SimpleNamespace(available=int(0.3 * 2**30))
     monkeypatch.setattr(place.psutil, "virtual_memory", lambda: free)
     assert command.run(["preflight"], "", ["preflight", *flags, "--graph.token_ids=1,2,3,4,5"]) == 2

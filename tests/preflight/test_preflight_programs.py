@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from preflight_setup import make_trainer, make_work, settings
+from preflight_setup import make_scene, make_trainer, on_mesh, settings
 
 from saejax import load_model
 from saejax.activations import jax_capture
 from saejax.activations.documents import Documents
 from saejax.causal import ablation, screening, split
+from saejax.causal.cost import kept_prompts, prompt_length
+from saejax.costs.passes import pass_flops, step_flops
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation import loss_recovered
 from saejax.evaluation import programs as evaluation
@@ -19,8 +21,7 @@ from saejax.models import decoding, language_model
 from saejax.models.families import read_config
 from saejax.models.sites import Site
 from saejax.parallel import AXES
-from saejax.preflight.costs import pass_flops, step_flops
-from saejax.preflight.programs import stage_programs
+from saejax.preflight.sums import stage_programs
 from saejax.tasks.behaviours import Prompt
 from saejax.training.step import Trainer
 
@@ -39,9 +40,9 @@ def lm(tiny_llama, mesh):
 
 
 @pytest.fixture(scope="module")
-def work(tiny_llama):
+def scene(tiny_llama, mesh):
     model = read_config(json.loads((tiny_llama / "config.json").read_text()), "tiny")
-    return make_work(
+    scene = make_scene(
         model,
         "mlp_out.1",
         corpus__context=32,
@@ -59,11 +60,12 @@ def work(tiny_llama):
         ablate__matches=9,
         ablate__dictionary="standard",
     )
+    return on_mesh(scene, mesh)
 
 
 @pytest.fixture(scope="module")
-def programs(work, mesh):
-    return {program.name: program for program in stage_programs(work, mesh)}
+def programs(scene):
+    return {program.name: program for program in stage_programs(scene)}
 
 
 def arrays(arguments) -> list[tuple]:
@@ -98,19 +100,20 @@ def spy(monkeypatch):
     return watch
 
 
-def make_dictionary(lm, work) -> Dictionary:
+def make_dictionary(lm, scene) -> Dictionary:
+    tested = scene.dictionary("ablate")
     config = DictionaryConfig(
         kind="standard",
-        site=str(work.site),
-        d_in=work.tested.d_in,
-        n_features=work.tested.n_features,
+        site=tested.site,
+        d_in=tested.d_in,
+        n_features=tested.n_features,
         model=lm.source.name,
         fingerprint=lm.source.fingerprint,
     )
     return Dictionary.initial(config, jax.random.key(0))
 
 
-def test_ablation(programs, work, lm, spy):
+def test_ablation(programs, scene, lm, spy):
     calls = {
         "ablate: head": spy(split, "run_head"),
         "ablate: attribution": spy(screening, "score_features"),
@@ -118,13 +121,15 @@ def test_ablation(programs, work, lm, spy):
         "ablate: tail": spy(ablation, "run_rows"),
     }
     text = "The cat near the dogs far"
-    prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * work.prompts
-    assert work.prompt == len(lm.tokenize([text]).ids_BxT[0])  # nothing is padded, and the batches below are full
-    cut_model = split.SplitModel(lm, make_dictionary(lm, work))
+    prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * kept_prompts(scene)
+    assert prompt_length(scene) == len(
+        lm.tokenize([text]).ids_BxT[0]
+    )  # nothing is padded, and the batches below are full
+    cut_model = split.SplitModel(lm, make_dictionary(lm, scene))
     runs = cut_model.run(prompts)
     screening.attribution(cut_model, runs)
-    assert work.features == K
-    ablation.ablate_sets(cut_model, runs, [list(range(K))] * 6, work.rows, plain=True)
+    rows = scene.configs["ablate"].batch_rows
+    ablation.ablate_sets(cut_model, runs, [list(range(K))] * 6, rows, plain=True)
     for name, seen in calls.items():
         assert_same_call(programs[name], seen[-1])
     assert len(calls) == sum(name.startswith("ablate") for name in programs)
@@ -136,16 +141,18 @@ def test_generation(programs, lm, spy):
     assert_same_call(programs["benchmark: prefill"], calls[-1])
 
 
-def test_evaluation(programs, work, lm, spy):
+def test_evaluation(programs, scene, lm, spy):
     calls = {name: spy(evaluation, name.replace("-", "_")) for name in ("head", "stand-in", "tail", "compare")}
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 384, 32) for _ in range(8)]
-    loss_recovered.stand_in_losses(lm, [make_dictionary(lm, work)], documents, np.zeros(work.tested.d_in), 256)
+    loss_recovered.stand_in_losses(
+        lm, [make_dictionary(lm, scene)], documents, np.zeros(scene.dictionary("ablate").d_in), 256
+    )
     for name, seen in calls.items():
         assert_same_call(programs[f"evaluate: {name}"], seen[-1])
 
 
-def test_capture(programs, work, lm, mesh, spy, tiny_llama):
+def test_capture(programs, lm, mesh, spy, tiny_llama):
     from saejax.activations.plan import Plan
 
     calls = spy(jax_capture, "forward")
@@ -163,8 +170,8 @@ def _documents(count: int, length: int) -> Documents:
     return Documents(ids_N, offsets_N, np.zeros((count, 4), np.int32), ["group"])
 
 
-def test_training(programs, work, mesh):
-    trainer = make_trainer(work, mesh)
+def test_training(programs, scene, mesh):
+    trainer = make_trainer(scene, mesh)
     batch = jax.make_array_from_process_local_data(trainer.batch_sharding, np.ones((1, 64, 64), np.float32))
     assert_same_call(programs["train: topk step"], (trainer.initial_state(), trainer.hyper, (batch,)))
 
@@ -176,12 +183,12 @@ def test_they_are_the_stages_own_functions(programs):
     assert programs["train: standard step"].function.__wrapped__.__func__ is Trainer.pure_step
 
 
-def test_flops_against_xla(work, mesh):
+def test_flops_against_xla(scene, mesh):
     """One layer and no loop: then XLA's count is right, and ours is its products."""
-    one = make_work(work.model, "resid_post.0", capture__batch_tokens=256, corpus__context=32, capture__dtype="float32")
-    program = stage_programs(one, mesh)[0]
+    changes = dict(capture__batch_tokens=256, corpus__context=32, capture__dtype="float32")
+    program = stage_programs(on_mesh(make_scene(scene.model, "resid_post.0", **changes), mesh))[0]
     counted = program.lower().compile().cost_analysis()["flops"] * 2  # devices on the data axis; heads: 4 over 4
-    model = work.model
+    model = scene.model
     assert program.flops == pass_flops(model, 256, 32, 1)
     by_hand = 2 * 256 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96) + 256 * 4 * 32 * 64
     assert program.flops == by_hand

@@ -6,8 +6,9 @@ import os
 import pytest
 from preflight_setup import CONFIGS, settings, shape
 
+from saejax.costs.passes import parameters
 from saejax.errors import UserError
-from saejax.preflight import memory, shapes
+from saejax.preflight import shapes
 
 # As the models' own papers and pages count them.
 PARAMETERS = {
@@ -35,7 +36,7 @@ def test_every_shape_is_counted():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_number_of_parameters(name):
-    assert memory.parameters(shape(name)) == PARAMETERS[name]
+    assert parameters(shape(name)) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", ["gpt2-medium", "pythia-1.4b", "gemma-2b", "phi-2", "mistral-7b", "qwen3-0.6b"])

@@ -43,7 +43,8 @@ def test_a_list_of_models(tmp_path, capsys, host):
     assert "smollm2-135m.json: 9 query heads over 8 devices: o, q are replicated" in output
     results = json.loads((tmp_path / "preflight" / "summary.json").read_text())["results"]
     assert [model["parameters"] for model in results["models"]] == [134_515_008, 596_049_920]
-    assert results["models"][0]["bytes"]["model"] < 2 * 134_515_008 < 8 * results["models"][0]["bytes"]["model"]
+    weights = results["models"][0]["units"]["ablate/topk"]["bytes"]["model"]
+    assert weights < 2 * 134_515_008 < 8 * weights
     assert results["mesh"]["axes"] == dict(member=1, data=1, model=8) and "seconds" not in results
 
 
@@ -63,7 +64,7 @@ def test_one_model_is_planned(tmp_path, inputs, capsys):
 
 def test_a_machine_without_bfloat16(tmp_path, inputs, capsys, monkeypatch):
     model, corpus = inputs
-    monkeypatch.setattr(checks.times, "matmul_rates", lambda: dict(float32=1e11, bfloat16=5e10))
+    monkeypatch.setattr(checks.rates, "matmul_rates", lambda: dict(float32=1e11, bfloat16=5e10))
     assert preflight(*runs.small_flags(model, corpus, tmp_path, capture__dtype="bfloat16")) == 0
     output = capsys.readouterr().out
     assert "--capture.dtype=float32 would take less time" in output and "--train.matmul=float32 would" not in output

@@ -1,9 +1,11 @@
 """How long a run takes, against whole runs that were timed; and what it writes."""
 
 import pytest
-from preflight_setup import make_work, settings, shape
+from preflight_setup import make_needs, make_scene, shape
 
-from saejax.preflight import times
+from saejax.activations.cost import recorded_rows
+from saejax.preflight import rates
+from saejax.preflight.sums import Needs
 
 # Two runs of the demo on two cores, one of them beside other work: rates at the start, then seconds by stage.
 RUNS = [
@@ -24,19 +26,18 @@ TIMED = dict(
 )
 
 
-@pytest.mark.parametrize("rates,measured", RUNS)
-def test_estimates_against_timed_runs(rates, measured):
-    work = make_work(shape("smollm2-135m"), **TIMED)
-    seconds = times.stage_seconds(work, settings(**TIMED), 2319, 288_888, rates)
+@pytest.mark.parametrize("speed,measured", RUNS)
+def test_estimates_against_timed_runs(speed, measured):
+    seconds = make_needs(shape("smollm2-135m"), text=(2319, 288_888), **TIMED).seconds(speed)
     for stage, real in measured.items():
         assert 1 / 1.5 < seconds[stage] / real < 1.5, (stage, seconds[stage], real)
 
 
 def test_what_makes_a_run_longer():
-    model, rates = shape("smollm2-135m"), dict(float32=1e11, bfloat16=2e11)
+    model, speed = shape("smollm2-135m"), dict(float32=1e11, bfloat16=2e11)
 
     def seconds(**changes) -> dict[str, float]:
-        return times.stage_seconds(make_work(model, **changes), settings(**changes), 1000, 100_000, rates)
+        return make_needs(model, text=(1000, 100_000), **changes).seconds(speed)
 
     base = seconds()
     assert "benchmark" not in base
@@ -56,15 +57,18 @@ def test_what_makes_a_run_longer():
 
 
 def test_what_is_written():
-    work = make_work(shape("smollm2-135m"), capture__store_dtype="float32", train__kinds=("topk",))
+    def scene(documents: int, tokens: int, last: int):
+        changes = dict(capture__store_dtype="float32", train__kinds=("topk",), capture__last=last)
+        return make_scene(shape("smollm2-135m"), text=(documents, tokens), **changes)
+
     dictionary = 4 * 2 * 576 * 4608
-    assert times.disk_bytes(work, 1000) == 1000 * (4 * 576 + 16) + 7 * dictionary
-    assert times.recorded_rows(work, 100, 20_000, 0) == 20_000
-    assert times.recorded_rows(work, 100, 20_000, 5) == 500
-    assert times.recorded_rows(work, 1, 20_000, 5) == 79 * 5, "one document is cut into 79 pieces of 256 tokens"
-    assert times.recorded_rows(work, 100, 300, 5) == 300
+    assert Needs.of(scene(10, 1000, 0)).disk == 1000 * (4 * 576 + 16) + 7 * dictionary
+    assert recorded_rows(scene(100, 20_000, 0)) == 20_000
+    assert recorded_rows(scene(100, 20_000, 5)) == 500
+    assert recorded_rows(scene(1, 20_000, 5)) == 79 * 5, "one document is cut into 79 pieces of 256 tokens"
+    assert recorded_rows(scene(100, 300, 5)) == 300
 
 
 def test_rates_are_of_this_machine():
-    rates = times.matmul_rates(256, 2)
-    assert set(rates) == {"float32", "bfloat16"} and all(rate > 1e7 for rate in rates.values())
+    found = rates.matmul_rates(256, 2)
+    assert set(found) == {"float32", "bfloat16"} and all(rate > 1e7 for rate in found.values())

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
-from preflight_setup import CONFIGS, make_work, shape
+from preflight_setup import CONFIGS, make_scene, on_mesh, shape
 
 from saejax import command
+from saejax.costs.programs import Program
 from saejax.errors import UserError
 from saejax.parallel import make_mesh
 from saejax.preflight import topology
-from saejax.preflight.programs import Program, stage_programs
+from saejax.preflight.sums import stage_programs
 from saejax.settings import MeshConfig
 
 GIB = 2**30
@@ -77,9 +78,9 @@ def test_a_program_that_does_not_fit(v5e):
 @needs_libtpu
 def test_stages_compile_for_a_slice(v5e, quick_compiler):
     """A training step sharded over features, and an edit: the quickest of the programs to compile."""
-    work = make_work(shape("llama-3-8b"), "resid_post.16", train__batch=64, model__dtype="bfloat16")
+    scene = make_scene(shape("llama-3-8b"), "resid_post.16", train__batch=64, model__dtype="bfloat16")
     mesh = make_mesh(MeshConfig(data=2, model=4), v5e.devices)
-    programs = {program.name: program for program in stage_programs(work, mesh)}
+    programs = {program.name: program for program in stage_programs(on_mesh(scene, mesh))}
     step = topology.compile_for(programs["train: standard step"], v5e.limit)
     state = 3 * 2 * 4096 * 32_768 * 4 / 4  # parameters and two moments, a quarter of the features
     assert step.fits and state < step.memory < 2 * state

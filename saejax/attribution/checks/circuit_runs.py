@@ -39,7 +39,7 @@ def run_circuits(
     circuits: Sequence[Circuit],
     readouts: Readouts,
     means: Mapping[int, np.ndarray] | None = None,
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """The readouts [C, K] of each circuit alone, fp32.
 
@@ -48,7 +48,7 @@ def run_circuits(
       readouts: of the last layer's output.
       means: by layer, activations [F] that stand in place of those of features that are active in the prompt and not
         kept, such as ``mean_activations``; None: zeros.
-      tick: called with the layers done and of all; may raise to stop.
+      on_progress: called with the layers done and of all; may raise to stop.
 
     Raises:
       UserError: a readout is not of the last layer's output, or not finite.
@@ -83,7 +83,7 @@ def run_circuits(
                 mean_F,
                 np.int32(tokens),
             )
-        tick(layer + 1, config.n_layers)
+        on_progress(layer + 1, config.n_layers)
     last = np.int32(tokens - 1)
     parts = readouts.vector_KxD, readouts.normed_K
     found = [

@@ -65,7 +65,7 @@ def intervene(
     features: Sequence[int] | np.ndarray = (),
     hold: str = "nothing",
     hold_until: int | None = None,
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Changed:
     """Runs the prompt with the changes of each row.
 
@@ -77,7 +77,7 @@ def intervene(
       hold: one of ``HOLDS``.
       hold_until: the layer from which on the model runs freely; their number: the final norm alone does. None: nothing
         does, ``hold`` goes for all.
-      tick: called with the layers done and of all; may raise to stop.
+      on_progress: called with the layers done and of all; may raise to stop.
 
     Raises:
       UserError: a feature does not exist, is changed where it is not used or twice in a row, or what is read is not
@@ -116,7 +116,7 @@ def intervene(
             states[place], moved_RxJ = run_layer(*held, x_TxD, states[place], skip_DxD, edited, reader)
             if len(own_J):
                 feature_RxJ[chunk, own_J] += to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
-        tick(layer + 1 - first, config.n_layers - first)
+        on_progress(layer + 1 - first, config.n_layers - first)
     final_K = np.flatnonzero(readouts.layer_K == config.n_layers)
     for place, chunk in enumerate(chunks):
         parts = readouts.vector_KxD[final_K], readouts.normed_K[final_K]

@@ -7,10 +7,10 @@ import numpy as np
 
 from saejax.causal import ablation, activity, screening
 from saejax.causal.ablation import LogitDiffs
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.controls import FeatureStatistics
-from saejax.causal.replacements import Replacement
 from saejax.causal.split import CleanRun, SplitModel
-from saejax.causal.stages import Tick, silent
+from saejax.causal.stages import OnProgress, silent
 from saejax.errors import UserError
 from saejax.settings import AblateConfig
 from saejax.tasks.behaviours import Prompt
@@ -25,7 +25,7 @@ class ModelExperiment:
       name: of the behaviour.
       prompts: of this behaviour, of both splits.
       config: of the stage.
-      tick: called with the tokens done and to do; may raise to stop.
+      on_progress: called with the tokens done and to do; may raise to stop.
       folder: where measurements are kept, so that an experiment that was killed does not repeat them. None: nowhere.
 
     Raises:
@@ -38,10 +38,10 @@ class ModelExperiment:
         name: str,
         prompts: Sequence[Prompt],
         config: AblateConfig,
-        tick: Tick = silent,
+        on_progress: OnProgress = silent,
         folder: Path | None = None,
     ):
-        self.name, self._split, self._config, self._tick, self._folder = name, split, config, tick, folder
+        self.name, self._split, self._config, self._on_progress, self._folder = name, split, config, on_progress, folder
         self._prompts = prompts
         self._train = [prompt for prompt in prompts if prompt.split == "train"]
         self.test = [prompt for prompt in prompts if prompt.split == "test"]
@@ -50,12 +50,12 @@ class ModelExperiment:
                 f"behaviour {name} has {len(self._train)} train and {len(self.test)} test prompts: expected some of "
                 "each; give both in --task.prompts, or run the stage baseline again"
             )
-        tick(0, 0)
+        on_progress(0, 0)
         self._runs, self._train_runs = split.run(self.test), split.run(self._train)
         counterpart = config.replacement == "counterpart"
         self._counterparts = split.run_counterparts(self.test) if counterpart else []
         self._train_counterparts = split.run_counterparts(self._train) if counterpart and config.greedy else []
-        self._replacement = Replacement(
+        self._replacement = ActivationSource(
             config.replacement,
             mean_F=activity.means(split, self._train_runs) if config.replacement == "mean" else None,
             seed=np.uint32(config.seed) if config.replacement == "random" else None,
@@ -64,7 +64,7 @@ class ModelExperiment:
     def on(self, split: SplitModel, basis: str) -> "ModelExperiment":
         """The same behaviour on the model cut for another basis."""
         folder = self._folder and self._folder / fingerprint(basis)
-        return ModelExperiment(split, self.name, self._prompts, self._config, self._tick, folder)
+        return ModelExperiment(split, self.name, self._prompts, self._config, self._on_progress, folder)
 
     def train_values(self) -> np.ndarray:
         """Values of the site on the train prompts, where features may change, [N, D]."""
@@ -81,7 +81,7 @@ class ModelExperiment:
 
     def _attribution(self, runs: Sequence[CleanRun], estimate: str) -> np.ndarray:
         attribution_NxF = screening.attribution(self._split, runs, estimate)
-        self._tick(0, 0)
+        self._on_progress(0, 0)
         return attribution_NxF.mean(axis=0, dtype=np.float64)
 
     def statistics(self) -> FeatureStatistics:
@@ -106,8 +106,8 @@ class ModelExperiment:
             runs,
             sets,
             self._config.batch_rows,
-            self._tick,
-            replacement=self._replacement,
+            self._on_progress,
+            source=self._replacement,
             counterparts=counterparts,
             readouts=self._config.readouts,
             folder=self._folder / half if self._folder else None,

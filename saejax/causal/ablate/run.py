@@ -23,7 +23,7 @@ from saejax.causal.split import SplitModel
 from saejax.causal.stages import (
     Measure,
     Measured,
-    Tick,
+    OnProgress,
     each_part,
     load_run_dictionary,
     load_run_model,
@@ -58,8 +58,8 @@ def run_ablate(run: Run) -> AblateResults:
         model = load_run_model(run)
         split = SplitModel(model, dictionary, config.positions, config.error)
 
-        def measure(name: str, tick: Tick) -> Measured:
-            experiment = ModelExperiment(split, name, prompts[name], config, tick, partial_folder(run, name))
+        def measure(name: str, on_progress: OnProgress) -> Measured:
+            experiment = ModelExperiment(split, name, prompts[name], config, on_progress, partial_folder(run, name))
             results = _test_and_save(run, experiment, config, model, dictionary, others)
             return Measured(results, results.reason)
 

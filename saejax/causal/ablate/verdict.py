@@ -21,8 +21,8 @@ from saejax.causal.ablate.results import (
     TopFeature,
 )
 from saejax.causal.ablation import LogitDiffs
+from saejax.causal.activation_sources import WORDS
 from saejax.causal.experiment import Experiment
-from saejax.causal.replacements import WORDS
 from saejax.causal.results import ControlMatch
 from saejax.results import Interval
 from saejax.settings import AblateConfig

@@ -16,6 +16,7 @@ import numpy as np
 
 from saejax.causal import activity, controls, screening
 from saejax.causal.ablation import ablate_sets
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.patching.grid import measurable
 from saejax.causal.patching.results import (
     Interchange,
@@ -25,9 +26,8 @@ from saejax.causal.patching.results import (
     PatchedSet,
     PatchEffect,
 )
-from saejax.causal.replacements import Replacement
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
-from saejax.causal.stages import Tick, silent
+from saejax.causal.stages import OnProgress, silent
 from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
@@ -59,7 +59,7 @@ class FeaturePatching:
         activations, by the estimate, lower the logit difference most.
       pairs: test prompts of that sort, which judge them.
       config: of the stage.
-      tick: called with the tokens done and to do; may raise to stop.
+      on_progress: called with the tokens done and to do; may raise to stop.
 
     Attributes:
       clean_P, corrupted_P: logit differences of the test prompts and of their counterparts, float64.
@@ -75,9 +75,9 @@ class FeaturePatching:
         train: Sequence[Prompt],
         pairs: Sequence[Prompt],
         config: PatchConfig,
-        tick: Tick = silent,
+        on_progress: OnProgress = silent,
     ):
-        self._split, self._config, self._tick = split, config, tick
+        self._split, self._config, self._on_progress = split, config, on_progress
         self._sides = split.run(pairs), split.run_counterparts(pairs)
         sides = split.run(train), split.run_counterparts(train)
         attribution_NxF = screening.attribution(split, sides[0], config.estimate, sides[1])
@@ -101,8 +101,8 @@ class FeaturePatching:
                 base,
                 chosen,
                 self._config.batch_rows,
-                self._tick,
-                replacement=Replacement("counterpart"),
+                self._on_progress,
+                source=ActivationSource("counterpart"),
                 counterparts=source,
             )
             for base, source, chosen in (

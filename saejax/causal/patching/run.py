@@ -26,7 +26,7 @@ from saejax.causal.split import SplitModel
 from saejax.causal.stages import (
     Measure,
     Measured,
-    Tick,
+    OnProgress,
     each_part,
     load_run_dictionary,
     load_run_model,
@@ -46,7 +46,7 @@ AT_CHANCE = (
     "divide effects by"
 )
 # Of a behaviour by its name, train prompts, test pairs, and how many test prompts are left out and why.
-MeasurePairs = Callable[[str, Sequence[Prompt], Sequence[Prompt], Mapping[str, int], Tick], Measured]
+MeasurePairs = Callable[[str, Sequence[Prompt], Sequence[Prompt], Mapping[str, int], OnProgress], Measured]
 
 
 def run_patch(run: Run) -> PatchResults:
@@ -67,13 +67,13 @@ def run_patch(run: Run) -> PatchResults:
         model = load_run_model(run)
         measure = _of_features(run, model, dictionary) if dictionary else _of_sites(run, model)
 
-        def measure_pairs(name: str, tick: Tick) -> Measured:
+        def measure_pairs(name: str, on_progress: OnProgress) -> Measured:
             train, _ = fitting_pairs(model, prompts[name], "train")
             pairs, left_out = fitting_pairs(model, prompts[name])
             missing = _missing(train if dictionary else None, pairs, left_out)
             if missing:
                 return Measured(UnpatchedBehaviour(missing), f"not patched: {missing}")
-            return measure(name, train, pairs, left_out, tick)
+            return measure(name, train, pairs, left_out, on_progress)
 
         return measure_pairs
 
@@ -108,9 +108,13 @@ def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
     config: PatchConfig = run.configs["patch"]
 
     def measure(
-        name: str, train: Sequence[Prompt], pairs: Sequence[Prompt], left_out: Mapping[str, int], tick: Tick
+        name: str,
+        train: Sequence[Prompt],
+        pairs: Sequence[Prompt],
+        left_out: Mapping[str, int],
+        on_progress: OnProgress,
     ) -> Measured:
-        patched = patch_sites(model, run.name, pairs, config.batch_rows, tick)
+        patched = patch_sites(model, run.name, pairs, config.batch_rows, on_progress)
         grid = make_grid(patched, config.bootstrap, config.seed)
         grid.save(grid_file(run.folder, name))
         results = PatchedSites(
@@ -136,9 +140,13 @@ def _of_features(run: Run, model: LanguageModel, dictionary: Dictionary) -> Meas
     split = SplitModel(model, dictionary)
 
     def measure(
-        name: str, train: Sequence[Prompt], pairs: Sequence[Prompt], left_out: Mapping[str, int], tick: Tick
+        name: str,
+        train: Sequence[Prompt],
+        pairs: Sequence[Prompt],
+        left_out: Mapping[str, int],
+        on_progress: OnProgress,
     ) -> Measured:
-        patching = FeaturePatching(split, name, train, pairs, config, tick)
+        patching = FeaturePatching(split, name, train, pairs, config, on_progress)
         results = patching.results(differences(patching.clean_P, patching.corrupted_P, left_out, config))
         return Measured(results, results.interchange.said)
 

@@ -29,7 +29,7 @@ import numpy as np
 from saejax.causal.ablation import lagging
 from saejax.causal.patching.pairs import STEP, Pairs, group_pairs
 from saejax.causal.patching.programs import Recorded, differing, record, run_plain, run_rows
-from saejax.causal.stages import Tick, silent
+from saejax.causal.stages import OnProgress, silent
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
@@ -71,7 +71,7 @@ class Patched:
         return np.stack([restored_LxPxC, self.clean_P[None, :, None] - noised_LxPxC])
 
 
-class Rows(NamedTuple):
+class PatchRows(NamedTuple):
     """Rows of work: the entry, the prompt (its place in the group) and the position of each."""
 
     entry_N: np.ndarray
@@ -84,7 +84,7 @@ def patch_sites(
     kind: str,
     prompts: Sequence[Prompt],
     batch_rows: int = 64,
-    tick: Tick = silent,
+    on_progress: OnProgress = silent,
     plain: bool = False,
 ) -> Patched:
     """Patches a kind of site at every layer and position, in both directions.
@@ -94,7 +94,7 @@ def patch_sites(
       kind: one of ``sites.KINDS``.
       prompts: with counterparts of as many tokens, at least one.
       batch_rows: as for ``ablation.ablate_sets``.
-      tick: called at the start and after each batch with the rows done and of all; may raise to stop.
+      on_progress: called at the start and after each batch with the rows done and of all; may raise to stop.
       plain: run all layers on all tokens of every row, a program for each layer, as a check of what is left out
         otherwise.
 
@@ -109,7 +109,7 @@ def patch_sites(
     base_2xP = np.full((2, len(prompts)), np.nan)
     diff_DxLxPxC = np.full((2, layers, len(prompts), columns), np.nan)
     rows = done = work = 0
-    tick(done, total)
+    on_progress(done, total)
     for pairs in groups:
         runs = [_record(point, model.params, pairs, ids_BxT) for ids_BxT in pairs.ids_2xBxT]
         base_2xP[:, pairs.index_P] = own_2xP = np.stack(
@@ -128,7 +128,7 @@ def patch_sites(
             )
             own_DxLxPxT[direction, layer_R, place_R, position_R] = _read(device_diff_R, point)[: len(part)]
             rows, done, work = rows + len(part), done + len(part), work + cost
-            tick(done, total)
+            on_progress(done, total)
         for place, (index, end) in enumerate(zip(pairs.index_P, pairs.ends_P, strict=True)):
             diff_DxLxPxC[:, :, index, columns - end :] = own_DxLxPxT[:, :, place, :end]
     clean_P, corrupted_P = base_2xP
@@ -140,18 +140,18 @@ def _shift(point: SplitPoint) -> int:
     return int(point.site.kind == "resid_post")
 
 
-def _found(point: SplitPoint, pairs: Pairs, runs: Sequence[Recorded], everything: bool) -> Rows:
+def _found(point: SplitPoint, pairs: Pairs, runs: Sequence[Recorded], everything: bool) -> PatchRows:
     """The rows to run in each direction, by rising layer: those in which the two runs differ, or all."""
     count, length = len(pairs.index_P), pairs.ids_2xBxT.shape[2]
     real_PxT = np.arange(length)[None, :] < pairs.ends_P[:, None]
     entries = slice(_shift(point), _shift(point) + point.config.n_layers)
     differs_LxPxT = np.asarray(differing(point, *(run.patches for run in runs)))[entries, :count] | everything
     layer_N, place_N, position_N = (index_N.astype(np.int32) for index_N in np.nonzero(differs_LxPxT & real_PxT[None]))
-    return Rows(layer_N + np.int32(_shift(point)), place_N, position_N)
+    return PatchRows(layer_N + np.int32(_shift(point)), place_N, position_N)
 
 
-def _batches(pairs: Pairs, found: Rows, batch_rows: int, plain: bool) -> list[tuple[np.ndarray, int, int]]:
-    """Rows, batch size and tokens of each batch; the rows' layers rise within it."""
+def _batches(pairs: Pairs, found: PatchRows, batch_rows: int, plain: bool) -> list[tuple[np.ndarray, int, int]]:
+    """PatchRows, batch size and tokens of each batch; the rows' layers rise within it."""
     length = pairs.ids_2xBxT.shape[2]
     if plain:
         layers = [np.flatnonzero(found.entry_N == entry) for entry in np.unique(found.entry_N)]
@@ -165,7 +165,7 @@ def _dispatched(
     params: decoder.Params,
     pairs: Pairs,
     runs: Sequence[Recorded],
-    found: Rows,
+    found: PatchRows,
     batch_rows: int,
     plain: bool,
 ) -> Iterator[tuple[int, np.ndarray, jax.Array, int]]:

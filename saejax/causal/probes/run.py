@@ -17,7 +17,7 @@ from saejax.causal.probes.inputs import pooled_inputs
 from saejax.causal.probes.linear import Task, run_probes
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
 from saejax.causal.split import SplitModel
-from saejax.causal.stages import Measure, Measured, Tick, each_part, load_run_dictionary, load_run_model
+from saejax.causal.stages import Measure, Measured, OnProgress, each_part, load_run_dictionary, load_run_model
 from saejax.errors import UserError
 from saejax.results import from_json, to_json
 from saejax.settings import ProbeConfig
@@ -55,9 +55,9 @@ def run_probe(run: Run) -> ProbeResults:
     def begin() -> Measure:
         inputs, read_N = pooled_inputs(SplitModel(load_run_model(run), dictionary), prompts, config.pool)
 
-        def measure(name: str, tick: Tick) -> Measured:
+        def measure(name: str, on_progress: OnProgress) -> Measured:
             with threadpool_limits(1):  # threads of products this small only wait for each other
-                return _probe_label(config, asked[name], inputs, read_N, tick)
+                return _probe_label(config, asked[name], inputs, read_N, on_progress)
 
         return measure
 
@@ -68,7 +68,11 @@ def run_probe(run: Run) -> ProbeResults:
 
 
 def _probe_label(
-    config: ProbeConfig, labelled: Labelled, inputs: Mapping[str, np.ndarray], read_N: np.ndarray, tick: Tick
+    config: ProbeConfig,
+    labelled: Labelled,
+    inputs: Mapping[str, np.ndarray],
+    read_N: np.ndarray,
+    on_progress: OnProgress,
 ) -> Measured:
     rows = []
     for name, x_NxC in inputs.items() if not labelled.reason else ():
@@ -76,7 +80,7 @@ def _probe_label(
         task = Task(train_NxC, labelled.train_class_N, test_MxC, labelled.test_class_M)
         for row in run_probes(task, config, [*f"{labelled.name} {name}".encode()]):
             rows.append(from_json(ProbeFit, dict(input=name) | row, labelled.name))
-            tick(0, 0)
+            on_progress(0, 0)
     used_N = np.concatenate([labelled.train_N, labelled.test_M])
     results = ProbedLabel(
         label=labelled.label,

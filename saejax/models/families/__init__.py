@@ -10,10 +10,10 @@ from typing import Any
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.families import gemma, gpt2, llama, neox
-from saejax.models.families.table import Family, Weight
+from saejax.models.families.table import Family, Modules, Weight
 from saejax.models.fields import Fields
 
-__all__ = ["FAMILIES", "Family", "Weight", "check_family", "read_config"]
+__all__ = ["FAMILIES", "Family", "Modules", "Weight", "check_family", "read_config"]
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from saejax.models.config import DecoderConfig
 from saejax.models.families.rotary import read_rope
-from saejax.models.families.table import Family, Weight, linear, linear_of_heads, vector
+from saejax.models.families.table import Family, Modules, Weight, linear, linear_of_heads, vector
 from saejax.models.fields import Fields
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -125,6 +125,7 @@ _QWEN = _SHARED | dict(
     max_window_layers=28,
     use_sliding_window=False,
 )
+MODULES = Modules("model.layers", "self_attn", "mlp", "mlp", "post_attention_layernorm")
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 FAMILIES = {
@@ -132,14 +133,16 @@ FAMILIES = {
         _read_llama,
         WEIGHTS,
         _SHARED | dict(max_position_embeddings=2048, attention_bias=False, mlp_bias=False),
+        MODULES,
         IGNORED,
     ),
     "mistral": Family(
         _read_mistral,
         WEIGHTS,
         _SHARED | dict(num_key_value_heads=8, max_position_embeddings=131_072, sliding_window=4096),
+        MODULES,
         IGNORED,
     ),
-    "qwen2": Family(_read_qwen2, WEIGHTS, _QWEN, IGNORED),
-    "qwen3": Family(_read_qwen3, WEIGHTS, _QWEN | dict(head_dim=128, attention_bias=False), IGNORED),
+    "qwen2": Family(_read_qwen2, WEIGHTS, _QWEN, MODULES, IGNORED),
+    "qwen3": Family(_read_qwen3, WEIGHTS, _QWEN | dict(head_dim=128, attention_bias=False), MODULES, IGNORED),
 }

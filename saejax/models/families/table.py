@@ -1,4 +1,4 @@
-"""What a family of models is made of: a reader of its configuration and a table of where its weights are."""
+"""What a family of models is made of: a reader of its configuration, and where its weights and its sites are."""
 
 import dataclasses
 import math
@@ -52,6 +52,25 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
+class Modules:
+    """Where the transformers model of a family computes what, for capture by hooks.
+
+    Attributes:
+      layers: path from the model to its layers; the others start at a layer.
+      attn_out, mlp_out: modules whose output is added to the stream.
+      mlp: module that reads ``mlp_in``.
+      mid: module that reads the stream between attention and MLP; None if there is none, because both are added at
+        once.
+    """
+
+    layers: str
+    attn_out: str
+    mlp: str
+    mlp_out: str
+    mid: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """How one ``model_type`` is read.
 
@@ -59,6 +78,7 @@ class Family:
       read_config: from the fields of its ``config.json``.
       weights: the place of every parameter of ``parameters.parameter_table``.
       defaults: what transformers takes for fields that are absent.
+      modules: where its PyTorch model has the values of sites.
       ignored: patterns of tensors that some checkpoints carry and a forward pass on text does not need.
       renamed: patterns of tensors that some checkpoints name otherwise, and what stands in the patterns' place here.
     """
@@ -66,6 +86,7 @@ class Family:
     read_config: Callable[[Fields], DecoderConfig]
     weights: Mapping[str, Weight]
     defaults: Mapping[str, Any]
+    modules: Modules
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from saejax.causal.ablation import ablate_sets
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.patching.features import FeaturePatching, patch_parts
 from saejax.causal.patching.sites import patch_sites
-from saejax.causal.replacements import Replacement
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.models.site_edits import SiteEdit
@@ -91,7 +91,7 @@ def test_parts_are_those_of_the_experiment(tiny, pairs, make_dictionary):
     split = SplitModel(tiny, dictionary)
     sides = split.run(pairs), split.run_counterparts(pairs)
     every = [list(range(dictionary.config.n_features))]
-    diffs = ablate_sets(split, sides[0], every, replacement=Replacement("counterpart"), counterparts=sides[1])
+    diffs = ablate_sets(split, sides[0], every, source=ActivationSource("counterpart"), counterparts=sides[1])
     np.testing.assert_allclose(patch_parts(split, *sides, "features"), diffs.ablated_SxP[0], atol=1e-4)
     assert not all(np.asarray(run.domain_BxT)[p, : run.last_B[p] + 1].all() for run in sides[0] for p in range(5))
 

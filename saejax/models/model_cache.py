@@ -25,7 +25,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SAEJAX_CACHE") or Path.home() / ".cache" / "saejax").expanduser()
 
 
-def made_once(name: str, origin: str, make: Callable[[Path], None]) -> Path:
+def cached_model(name: str, origin: str, make: Callable[[Path], None]) -> Path:
     """A model from the cache, or made now.
 
     Args:

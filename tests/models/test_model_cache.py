@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from saejax import load_model
 from saejax.errors import UserError
-from saejax.models import made, source
+from saejax.models import model_cache, source
 from saejax.settings import ModelConfig
 
 
@@ -20,9 +20,9 @@ def cache(tmp_path, monkeypatch):
 
 def test_the_cache_is_in_the_home_folder_unless_told_otherwise(monkeypatch):
     monkeypatch.setenv("SAEJAX_CACHE", "~/there")
-    assert made.cache_folder() == Path.home() / "there"
+    assert model_cache.cache_folder() == Path.home() / "there"
     monkeypatch.delenv("SAEJAX_CACHE")
-    assert made.cache_folder() == Path.home() / ".cache" / "saejax"
+    assert model_cache.cache_folder() == Path.home() / ".cache" / "saejax"
 
 
 def test_a_random_model_has_all_but_the_weights(tiny_llama, cache):

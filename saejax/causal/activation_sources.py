@@ -6,8 +6,8 @@
   same clean run; a feature that fires at one position only keeps its activation there.
 - ``counterpart``: its activation at the same position of the prompt's counterpart; 0 where that is an attention sink.
 
-A replacement does not depend on which features are removed together, so that what a set changes is the sum of what its
-features change.
+What a source gives does not depend on which features are removed together, so that what a set changes is the sum of
+what its features change.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ WORDS = dict(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Replacement:
-    """One of them.
+class ActivationSource:
+    """Where the activations that stand in place of removed ones come from.
 
     Attributes:
       kind: which (static).

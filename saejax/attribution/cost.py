@@ -1,0 +1,174 @@
+"""What the stage ``attribute`` takes: which prompts, which transcoders, operations and memory."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import psutil
+from jax.sharding import Mesh
+
+from saejax.attribution.checks.circuits import RUNS
+from saejax.attribution.local.replacement import padded_length
+from saejax.attribution.local.transcoders import open_transcoders
+from saejax.attribution.requests import Request, read_requests
+from saejax.attribution.trace.costs import row_flops
+from saejax.attribution.trace.memory import (
+    GIB,
+    PHASES,
+    Bytes,
+    GraphSize,
+    Room,
+    certain_active,
+    check_room,
+    fitting_tokens,
+    graph_bytes,
+)
+from saejax.costs.cost import CHARACTERS_PER_TOKEN, START, Cost, Products, Scene
+from saejax.costs.passes import pass_flops, weight_bytes
+from saejax.dictionaries import DictionaryConfig
+from saejax.settings import GraphConfig
+from saejax.tasks.cost import PROMPT
+
+_OVERHEAD = 1.4
+_READ = 1e9  # bytes of transcoders that are read in a second
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedGraphs:
+    """The graphs that are asked for.
+
+    Attributes:
+      lengths: about how many tokens each prompt has.
+      size: what else decides what a graph takes.
+      doubled: features that are doubled one by one.
+    """
+
+    lengths: tuple[int, ...]
+    size: GraphSize
+    doubled: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(self.lengths)
+
+    @property
+    def rows(self) -> int:
+        """Features that get rows, of all graphs."""
+        return sum(self.size.traced(tokens) for tokens in self.lengths)
+
+    @property
+    def flops(self) -> float:
+        """Of all graphs."""
+        return sum(map(self._flops, self.lengths))
+
+    @property
+    def read_seconds(self) -> float:
+        """Seconds in which transcoders are read: once to trace, and once for each check."""
+        transcoder = self.size.transcoder
+        layer = 2 * 4 * transcoder.d_in * transcoder.n_features
+        times = 1 + 3 * self.size.checked
+        return len(self.lengths) * times * self.size.model.n_layers * layer / _READ
+
+    def _flops(self, tokens: int) -> float:
+        """A run with the transcoders; rows, which on average start in the middle, and what reads them off; checks."""
+        model, size, length = self.size.model, self.size, padded_length(tokens)
+        run = pass_flops(model, length, length, model.n_layers)
+        explained = 4.0 * size.transcoder.d_in * size.transcoder.n_features * model.n_layers * length
+        rows, active = size.traced(tokens), size.active_features(tokens)
+        down = row_flops(model, rows * (model.n_layers + 1) / 2 + size.logits * model.n_layers, (tokens + 1) / 2)
+        read_off = rows * active / 4 * 2.0 * model.d_model
+        checks = (RUNS * (run + 1.5 * explained) + 2 * self.doubled * run) if size.checked else 0.0
+        return run + explained + down + read_off + checks
+
+
+def attribute_cost(scene: Scene, name: str) -> Cost:
+    """All graphs of a unit; all but the model's own products is fp32, whatever its dtype.
+
+    Raises:
+      UserError: prompts or transcoders are not what the stage takes, or the longest prompt's graph does not fit into
+        what is free on the scene's mesh; the message says first how many tokens would.
+    """
+    planned = planned_graphs(scene)
+    if planned is None:
+        missing = f"{scene.configs['graph'].transcoders} is no folder here, so its sizes are not known"
+        why = "the graphs of SAEs follow no formula" if scene.configs["graph"].dictionaries else missing
+        return Cost(lines=[f"attribute/{name} is not counted: {why}"])
+    products = [Products(planned.flops, "float32", _OVERHEAD)]
+    cost = Cost(products=products, host_seconds=2 * START + planned.read_seconds)
+    if scene.mesh is None:
+        return cost
+    room = _room(scene, scene.mesh)
+    check_room(planned.size, planned.longest, scene.mesh, room)
+    needs = graph_bytes(planned.size, planned.longest, scene.mesh)
+    most = fitting_tokens(planned.size, scene.mesh, room)
+    details = dict(
+        unit=name,
+        prompts=len(planned.lengths),
+        tokens=planned.longest,
+        rows=planned.rows,
+        fitting_tokens=most,
+        bytes={phase: dict(device=bytes_.device, host=bytes_.host) for phase, bytes_ in needs.items()},
+    )
+    return dataclasses.replace(cost, lines=[_line(name, planned, needs, most)], details=details)
+
+
+def planned_graphs(scene: Scene) -> PlannedGraphs | None:
+    """The graphs of a configuration on one model; None if they are of SAEs, or nothing is known of their transcoders.
+
+    Raises:
+      UserError: prompts or transcoders are not what the stage takes.
+    """
+    config: GraphConfig = scene.configs["graph"]
+    lengths = [PROMPT] * len(config.behaviours) or [_tokens(request) for request in read_requests(config)]
+    transcoder = _transcoder(scene, config) if config.transcoders else None
+    if transcoder is None:
+        return None
+    size = GraphSize(
+        scene.model,
+        transcoder,
+        certain_active(transcoder) or scene.configs["preflight"].active_features,
+        config.max_features or None,
+        config.max_logits,
+        checked=bool(config.circuits or config.doubled),
+    )
+    return PlannedGraphs(tuple(lengths), size, config.doubled)
+
+
+def _room(scene: Scene, mesh: Mesh) -> Room:
+    """What is left beside the weights; nothing is known of the host of devices that are not here."""
+    device, left = mesh.devices.flat[0], scene.limit - weight_bytes(scene.model, scene.axes, scene.dtype)
+    if device.platform == "cpu":
+        return Room(left, left * mesh.size)
+    here = device.client == jax.devices()[0].client
+    return Room(left, psutil.virtual_memory().available if here else sys.maxsize)
+
+
+def _line(name: str, planned: PlannedGraphs, needs: Mapping[str, Bytes], most: int) -> str:
+    """What the graphs take, the limit first."""
+    phase = max(needs, key=lambda name: sum(needs[name]))
+    count = f"{len(planned.lengths)} prompts, the longest" if len(planned.lengths) > 1 else "a prompt"
+    return (
+        f"attribute/{name}: up to about {most:,} tokens fit; {count} of about {planned.longest:,}, "
+        f"{planned.rows:,} rows in all: {needs[phase].device / GIB:.2f} GiB a device beside the model, "
+        f"{needs[phase].host / GIB:.2f} on the host, for {PHASES[phase]}"
+    )
+
+
+def _tokens(request: Request) -> int:
+    """About how many tokens a prompt has, one before it included."""
+    if isinstance(request.prompt, str):
+        return 2 + round(len(request.prompt) / CHARACTERS_PER_TOKEN)
+    return len(request.prompt)
+
+
+def _transcoder(scene: Scene, config: GraphConfig) -> DictionaryConfig | None:
+    """One of the set's transcoders: of a folder that is there, or of those that the run will train into it."""
+    folder = Path(config.transcoders).expanduser() / config.subfolder
+    if folder.is_dir():
+        opened = open_transcoders(config.transcoders, config.revision, config.subfolder)
+        return opened.check_shape(scene.model, scene.configs["model"].path).configs[0]
+    trained = (stack.dictionary for stack in scene.stacks.values())
+    return next((own for own in trained if own.target and own.kind == folder.name), None)

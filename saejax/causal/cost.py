@@ -1,0 +1,48 @@
+"""What the causal stages' costs share: prompts, the layers above a site, and prompts with an edit."""
+
+from saejax.causal.split import GROUP_TOKENS, LENGTH_STEP, PROMPTS
+from saejax.costs.cost import WIDTH, DeviceBytes, Scene
+from saejax.costs.passes import dictionary_bytes, feature_bytes, layer_bytes, weight_bytes
+from saejax.dictionaries import DictionaryConfig
+from saejax.models.sites import Site
+
+OVERHEAD = 0.3
+FIRING = 0.85  # of rows: a set that changes nothing on a prompt is not run
+
+
+def prompt_length(scene: Scene) -> int:
+    """Tokens of a behaviour's prompt, padded, as memory is counted."""
+    return -(-min(scene.configs["preflight"].prompt_tokens, scene.model.context) // LENGTH_STEP) * LENGTH_STEP
+
+
+def kept_prompts(scene: Scene) -> int:
+    """The prompts of a behaviour, filled up to whole runs of the head, or as many as one group holds."""
+    task = scene.configs["task"]
+    length = min(scene.configs["preflight"].prompt_tokens, scene.model.context)
+    most = max(GROUP_TOKENS // length // PROMPTS, 1)
+    return PROMPTS * min(-(-max(task.train_prompts, task.test_prompts) // PROMPTS), most)
+
+
+def layers_above(scene: Scene, used: DictionaryConfig) -> int:
+    """How many layers stand above a dictionary's site."""
+    return scene.model.n_layers - Site.parse(used.site).layer - 1
+
+
+def with_model(scene: Scene, activations: int, used: DictionaryConfig | None = None) -> DeviceBytes:
+    """The model, a dictionary whole on every device, and what comes and goes."""
+    arrays = dictionary_bytes(used, scene.configs["train"].state_dtype) if used else 0
+    return DeviceBytes(weight_bytes(scene.model, scene.axes, scene.dtype), arrays, activations=activations)
+
+
+def clean_bytes(scene: Scene, used: DictionaryConfig) -> int:
+    """A run of the head without an edit, and the features of its prompts."""
+    length = prompt_length(scene)
+    return layer_bytes(scene, PROMPTS, length, scene.dtype) + feature_bytes(used.n_features, PROMPTS, length)
+
+
+def edited_bytes(scene: Scene, used: DictionaryConfig, gathered: int, rows: int) -> int:
+    """Prompts without an edit, with their keys, values and gathered features; the head, or a batch of edited rows."""
+    model, length = scene.model, prompt_length(scene)
+    past = 2 * WIDTH[scene.dtype] * layers_above(scene, used) * model.n_kv_heads * model.d_head
+    bank = kept_prompts(scene) * length * (4 * (gathered + 2 * used.d_in) + past)
+    return bank + max(clean_bytes(scene, used), layer_bytes(scene, rows, length, scene.dtype, kept=4))

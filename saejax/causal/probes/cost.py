@@ -1,0 +1,29 @@
+"""What the stage ``probe`` takes."""
+
+from saejax.causal.cost import clean_bytes, kept_prompts, prompt_length, with_model
+from saejax.costs.cost import START, Cost, Products, Scene
+from saejax.costs.passes import pass_flops
+from saejax.models.sites import Site
+from saejax.tasks.cost import PROMPT, count_all_behaviours
+
+_OVERHEAD = 0.25
+_FIT = 0.02  # seconds of a logistic regression on some hundred prompts, on one core
+
+
+def probe_cost(scene: Scene, name: str) -> Cost:
+    """All prompts up to the site, and for every label probes of features and of raw activations."""
+    task, probe, used = scene.configs["task"], scene.configs["probe"], scene.dictionary("probe")
+    behaviours = count_all_behaviours(task)
+    rows = behaviours * (task.train_prompts + task.test_prompts)
+    labels = sum(1 if label == "behaviour" else behaviours for label in dict.fromkeys(probe.labels))
+    chosen = probe.folds * len(probe.strengths) if len(probe.strengths) > 1 else 0
+    full, sparse = chosen + 1 + probe.shuffles, chosen + 1 + 2 * probe.shuffles
+    fits = 2 * labels * (full + len(set(probe.sparse)) * sparse)
+    flops = pass_flops(scene.model, rows * PROMPT, PROMPT, Site.parse(used.site).layer + 1)
+    streams = kept_prompts(scene) * prompt_length(scene) * 4 * 2 * used.d_in
+    return Cost(
+        with_model(scene, streams + clean_bytes(scene, used), used),
+        [Products(flops, scene.dtype, _OVERHEAD)],
+        START + _FIT * fits,
+        counts=dict(rows=rows, tokens=rows * PROMPT, fits=fits),
+    )

@@ -1,0 +1,42 @@
+"""What the stage ``study`` takes."""
+
+from saejax.causal.cost import layers_above, with_model
+from saejax.causal.study.scores import conditions
+from saejax.costs.cost import START, Cost, Products, Scene
+from saejax.costs.passes import feature_bytes, generated_bytes, layer_bytes, pass_flops
+from saejax.dictionaries import DictionaryConfig
+from saejax.models.sites import Site
+from saejax.tasks.benchmark_scores import way
+from saejax.tasks.benchmarks import definition
+from saejax.tasks.cost import OVERHEAD, generated_batch, generates, item_tokens
+
+
+def study_cost(scene: Scene, name: str) -> Cost:
+    """Half of the items under every condition, and slopes of the answers of the other half."""
+    task, study, used = scene.configs["task"], scene.configs["study"], scene.dictionary("study")
+    model, length = scene.model, scene.configs["preflight"].benchmark_tokens
+    items = min(study.items, task.examples or definition(name).examples)
+    train, each = items // 2, item_tokens(name, task, length)
+    likelihood = length if way(name, task) == "generate" else 0  # of the solution, beside the generated answer
+    rows = (items - train) * len(conditions(study.draws))
+    answers = train * (2 if way(name, task) == "choice" else 1)
+    slopes = 4 * answers * length  # forwards, and backwards at twice the cost and the layers once more
+    scored, below = rows * (each + likelihood), (answers + items) * length
+    flops = pass_flops(model, scored, length, model.n_layers)
+    flops += pass_flops(model, slopes, length, layers_above(scene, used))
+    flops += pass_flops(model, below, length, Site.parse(used.site).layer + 1)
+    return Cost(
+        with_model(scene, _slope_bytes(scene, used), used),
+        [Products(flops, scene.dtype, OVERHEAD)],
+        2 * START,
+        counts=dict(rows=rows, tokens=scored + slopes + below),
+    )
+
+
+def _slope_bytes(scene: Scene, used: DictionaryConfig) -> int:
+    """A layer forwards and backwards, what enters every layer above, all features; or generated answers."""
+    length = min(scene.configs["preflight"].benchmark_tokens, scene.model.context)
+    rows = max(1, scene.configs["study"].batch_tokens // length)
+    slopes = 2 * layer_bytes(scene, rows, length, scene.dtype, kept=layers_above(scene, used))
+    slopes += feature_bytes(used.n_features, rows, length)
+    return max(slopes, generated_bytes(scene, *generated_batch(scene)) if generates(scene) else 0)

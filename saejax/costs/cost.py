@@ -1,0 +1,153 @@
+"""What a unit of a stage takes, as the stage itself says it beside its code; preflight adds it up."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from saejax.dictionaries import DictionaryConfig, stacks
+from saejax.errors import one_of
+from saejax.models.config import DecoderConfig
+from saejax.models.sites import Site
+
+Axes = Mapping[str, int]  # sizes of the mesh's axes
+WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
+START = 4.0  # seconds on the host in which a unit loads the model and compiles its first programs
+CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStack:
+    """Dictionaries that one program will train.
+
+    Attributes:
+      dictionary: what its members have in common.
+      members: who they are, each with its ``name``, ``site`` and ``target``.
+    """
+
+    dictionary: DictionaryConfig
+    members: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What stages' costs follow from: a configuration, a model, and devices that need not be there.
+
+    Attributes:
+      configs: the groups of configuration.
+      name: of the model, for messages.
+      model: its decoder.
+      sites: sites of the decoder that are captured.
+      stacks: the dictionaries that are trained, by kind.
+      axes: sizes of the mesh's axes.
+      documents, tokens: of the text that is used; 0 where seconds and disk are not asked for.
+      torch_here: whether torch's models take the memory of the devices.
+      mesh: the devices; None where their number alone is considered.
+      limit: bytes of memory on each of them.
+    """
+
+    configs: Mapping[str, Any]
+    name: str
+    model: DecoderConfig
+    sites: tuple[Site, ...]
+    stacks: Mapping[str, PlannedStack]
+    axes: Axes
+    documents: int = 0
+    tokens: int = 0
+    torch_here: bool = True
+    mesh: Mesh | None = None
+    limit: int = 0
+
+    @property
+    def dtype(self) -> str:
+        """Of the model's weights and products in JAX."""
+        return self.configs["model"].dtype
+
+    @property
+    def backend(self) -> str:
+        """What captures: "torch" or "jax"."""
+        return self.configs["capture"].backend if self.torch_here else "jax"
+
+    def dictionary(self, stage: str) -> DictionaryConfig:
+        """The dictionary that ``--<stage>.dictionary`` names.
+
+        Raises:
+          UserError: none of this name is trained.
+        """
+        name = self.configs[stage].dictionary
+        kind, member = stacks.kind_and_member(name)
+        stack = self.stacks[one_of(kind, self.stacks, f"dictionary for {stage} (--train.kinds)")]
+        stacks.check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")
+        site = next(entry.site for entry in stack.members if entry.name == member)
+        return dataclasses.replace(stack.dictionary, site=site)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceBytes:
+    """Bytes on each device.
+
+    Attributes:
+      model: weights of the model.
+      dictionary: arrays of dictionaries.
+      optimizer: Adam's two moments, and the gradient.
+      activations: what comes and goes.
+    """
+
+    model: int = 0
+    dictionary: int = 0
+    optimizer: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.model + self.dictionary + self.optimizer + self.activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Matrix products.
+
+    Attributes:
+      flops: floating-point operations, of all devices.
+      dtype: of the operands.
+      overhead: time of all that is not a product, as measured, in units of that of the products in float32.
+    """
+
+    flops: float
+    dtype: str
+    overhead: float
+
+    def seconds(self, rates: Mapping[str, float]) -> float:
+        """How long they take where large products run at these rates, FLOP/s by dtype; these are a bit smaller."""
+        return self.flops * (1.1 / rates[self.dtype] + self.overhead / rates["float32"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a unit takes.
+
+    Attributes:
+      bytes: on each device.
+      products: what takes its time on the devices.
+      host_seconds: what takes time beside them.
+      disk: bytes that it writes.
+      batches: by name, how many rows of a batch are split over the ``data`` axis if it divides them.
+      counts: what else there is to say of it in numbers, such as rows and tokens.
+      lines: what else there is to say of it.
+      details: what else goes into preflight's results, as JSON.
+    """
+
+    bytes: DeviceBytes = DeviceBytes()
+    products: Sequence[Products] = ()
+    host_seconds: float = 0.0
+    disk: int = 0
+    batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    lines: Sequence[str] = ()
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def seconds(self, rates: Mapping[str, float]) -> float:
+        """How long it takes where large matrix products run at these rates, FLOP/s by dtype."""
+        return self.host_seconds + sum(product.seconds(rates) for product in self.products)

@@ -1,0 +1,76 @@
+"""A stage's jitted function with arguments that are shapes only, placed as the stage places them.
+
+So it can be lowered and compiled for devices that are not there.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.models.config import DecoderConfig
+from saejax.models.parameters import LAYERS, parameter_table
+from saejax.parallel import fitting_sharding, sharding
+from saejax.settings import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted function of a stage: what the stage itself calls, not a copy.
+
+    Attributes:
+      name: stage and function.
+      size: of its batch, in words.
+      function: what the stage calls.
+      arguments: what it is called with; arrays are shapes with their shardings.
+      kept: arrays that the stage keeps on the devices beside the arguments.
+      flops: of all devices, by formula.
+    """
+
+    name: str
+    size: str
+    function: Callable
+    arguments: tuple
+    kept: Any
+    flops: float
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces the function for the arguments' devices."""
+        return self.function.lower(*self.arguments)  # type: ignore[attr-defined]
+
+
+def abstract_params(
+    model: DecoderConfig, mesh: Mesh, dtype: str, layers: int | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The decoder's parameters as ``weights.load_params`` places them; only the first ``layers`` if that is given."""
+    params = {}
+    for name, (shape, spec) in parameter_table(model).items():
+        shape = (layers or shape[0], *shape[1:]) if name.startswith(LAYERS) else shape
+        params[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *spec))
+    return params
+
+
+def abstract_dictionary(config: DictionaryConfig, train: TrainConfig, mesh: Mesh) -> Dictionary:
+    """A dictionary, whole on every device."""
+    module = nnx.eval_shape(lambda: Dictionary.initial(config, jax.random.key(0), train.matmul, train.state_dtype))
+    return placed(module, mesh)
+
+
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of a tree, replicated."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh)), tree)
+
+
+def by_row(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array whose rows are split over ``data`` where that divides them."""
+    where = fitting_sharding(mesh, shape, "data", *[None] * (len(shape) - 1))
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=where)
+
+
+def whole(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array that every device has all of."""
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding(mesh))

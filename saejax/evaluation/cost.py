@@ -1,0 +1,129 @@
+"""What the stage ``evaluate`` takes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from saejax.costs.cost import START, Cost, DeviceBytes, Products, Scene
+from saejax.costs.passes import (
+    dictionary_bytes,
+    feature_bytes,
+    head_flops,
+    layer_bytes,
+    logit_bytes,
+    pass_flops,
+    weight_bytes,
+)
+from saejax.costs.programs import Program, abstract_params, by_row, whole
+from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.modules import parameter_table
+from saejax.evaluation import programs
+from saejax.evaluation.loss_recovered import VARIANTS
+from saejax.evaluation.member_data import MemberData
+from saejax.models.sites import Site
+from saejax.models.split import SplitPoint
+from saejax.parallel import fitting_sharding, part_size
+
+_OVERHEAD = 1.1
+_HELD_OUT = 10  # one document in so many is held out by default
+_STEP = 16  # documents are padded to a multiple of this
+
+
+def evaluate_cost(scene: Scene, kind: str) -> Cost:
+    """Cross-entropy of held-out documents: the clean model and the floors once for each site, and every member."""
+    evaluate, model, dtype = scene.configs["evaluate"], scene.model, scene.dtype
+    stack, (rows, length) = scene.stacks[kind], _batch(scene)
+    used, local = stack.dictionary, part_size(scene.axes, (rows,), "data")
+    come_and_go = max(
+        layer_bytes(scene, rows, length, dtype) + feature_bytes(used.n_features, local, length),
+        layer_bytes(scene, rows, length, dtype, kept=4) + logit_bytes(scene, rows, length),
+    )
+    documents = evaluate.ce_documents or scene.documents // _HELD_OUT
+    of_document = min(length, -(-scene.tokens // max(scene.documents, 1) // _STEP) * _STEP)
+    tokens, sites = documents * of_document, {(member.site, member.target) for member in stack.members}
+    tails = (len(VARIANTS) - 1) * len(sites) + len(stack.members)
+    at = Site.parse(used.site).layer
+    layers = len(sites) * at + tails * (model.n_layers - at)
+    flops = pass_flops(model, tokens, of_document, layers) + tails * head_flops(model, tokens)
+    whole_arrays = dictionary_bytes(used, scene.configs["train"].state_dtype)
+    return Cost(
+        DeviceBytes(weight_bytes(model, scene.axes, dtype), whole_arrays, activations=come_and_go),
+        [Products(flops, dtype, _OVERHEAD)],
+        START,
+        batches=dict(documents=rows),
+    )
+
+
+def evaluate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
+    """The programs that measure cross-entropy, for the dictionary that is tested, or else the first."""
+    rows, length = _batch(scene)
+    model, first = scene.model, next(iter(scene.stacks.values())).dictionary
+    used = scene.dictionary("ablate") if scene.configs["task"].has_behaviours else first
+    site, d, f = Site.parse(used.site), used.d_in, used.n_features
+    target = Site.parse(used.target or used.site)
+    tokens, variants, point = rows * length, len(VARIANTS), SplitPoint(model, target, site, mesh)
+    params, member = abstract_params(model, mesh, scene.dtype), _abstract_member(scene, used, mesh)
+    ids_BxT, lengths_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
+    value_BxTxD = by_row(mesh, (rows, length, d), scene.dtype)
+    inside_BxT, limit = by_row(mesh, (rows, length), bool), whole(mesh, (), jnp.float32)
+    streams = jax.ShapeDtypeStruct(
+        (variants, rows, length, d),
+        scene.dtype,
+        sharding=fitting_sharding(mesh, (variants, rows, length, d), None, "data", None, None),
+    )
+    size = f"{rows} x {length} tokens"
+    return [
+        Program(
+            "evaluate: head",
+            size,
+            programs.head,
+            (point, params, ids_BxT, limit, limit),
+            member,
+            pass_flops(model, tokens, length, target.layer + 1),
+        ),
+        Program(
+            "evaluate: stand-in",
+            size,
+            programs.stand_in,
+            (member, value_BxTxD, value_BxTxD, inside_BxT),
+            params,
+            4.0 * tokens * d * f,
+        ),
+        Program(
+            "evaluate: tail",
+            size,
+            programs.tail,
+            (point, params, value_BxTxD, value_BxTxD),
+            member,
+            pass_flops(model, tokens, length, model.n_layers - target.layer),
+        ),
+        Program(
+            "evaluate: compare",
+            f"{size}, {variants} variants",
+            programs.compare,
+            (model, params, streams, ids_BxT, lengths_B),
+            member,
+            variants * head_flops(model, tokens),
+        ),
+    ]
+
+
+def _abstract_member(scene: Scene, used: DictionaryConfig, mesh: Mesh) -> MemberData:
+    """A dictionary as the stage places it."""
+    dtype = scene.configs["train"].state_dtype
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *axes))
+        for name, (shape, axes) in parameter_table(used).items()
+    }
+    k, fires_above = whole(mesh, (), jnp.int32), whole(mesh, (), jnp.float32)
+    common = dataclasses.replace(used, site="", target="", fires_above=0.0, max_norm=0.0)
+    return MemberData(arrays, k, fires_above, common, "float32")
+
+
+def _batch(scene: Scene) -> tuple[int, int]:
+    """Rows and length of a batch of documents."""
+    length = min(scene.configs["corpus"].context, scene.model.context)
+    length = -(-length // 32) * 32
+    return max(1, scene.configs["evaluate"].batch_tokens // length), length

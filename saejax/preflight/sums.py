@@ -1,0 +1,151 @@
+"""A configuration on one model: what each unit takes, and what that is in all."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from saejax.costs.cost import Axes, Cost, DeviceBytes, Scene
+from saejax.costs.programs import Program
+from saejax.errors import UserError
+from saejax.models.config import DecoderConfig
+from saejax.models.parameters import LAYERS, parameter_table
+from saejax.models.sites import ModuleSite, Site
+from saejax.parallel import fitting_spec
+from saejax.stage import load
+from saejax.stages import STAGES
+from saejax.training.cost import planned_stacks
+
+_DIMENSIONS = {
+    "H": "query heads",
+    "N": "key-value heads",
+    "F": "dimensions of the MLP",
+    "V": "entries of the vocabulary",
+}
+
+
+def make_scene(name: str, model: DecoderConfig, configs: Mapping[str, Any], axes: Axes, **more: Any) -> Scene:
+    """What stages' costs follow from.
+
+    Args:
+      name: of the model.
+      model: its decoder.
+      configs: the groups of configuration.
+      axes: sizes of the mesh's axes.
+      more: other fields of ``Scene``.
+
+    Raises:
+      UserError: a site does not exist in this model, or is trained on and not captured; k is above the features.
+    """
+    capture = configs["capture"]
+    try:
+        # Modules of the PyTorch model, which may be captured beside the sites, have sizes that only it knows.
+        sites = tuple(Site.parse(site).check(model) for site in capture.sites if not ModuleSite.names(site))
+        stacks = planned_stacks(configs["train"], capture.sites, model)
+    except UserError as error:
+        raise UserError(f"{name}: {error}: choose --capture.sites and --train.sites for this model") from None
+    return Scene(configs, name, model, sites, stacks, axes, **more)
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What the units of a configuration take on a model.
+
+    Attributes:
+      units: the cost of each, in the order in which they run.
+    """
+
+    units: Mapping[str, Cost]
+
+    @classmethod
+    def of(cls, scene: Scene) -> "Needs":
+        """Asks every stage for what its units cost.
+
+        Raises:
+          UserError: a unit cannot run: its dictionary is not trained, or something does not fit or divide.
+        """
+        return cls(
+            {
+                unit: load(stage.cost)(scene, unit.partition("/")[2])
+                for stage in STAGES.values()
+                if stage.cost
+                for unit in stage.units(scene.configs)
+            }
+        )
+
+    @property
+    def largest(self) -> str:
+        """The unit that needs most memory of a device."""
+        return max(self.units, key=lambda unit: self.units[unit].bytes.total)
+
+    @property
+    def peak(self) -> int:
+        """What that unit needs."""
+        return self.units[self.largest].bytes.total
+
+    @property
+    def bytes(self) -> DeviceBytes:
+        """The most of any unit, by use."""
+        parts = (field.name for field in dataclasses.fields(DeviceBytes))
+        return DeviceBytes(**{part: max(getattr(cost.bytes, part) for cost in self.units.values()) for part in parts})
+
+    @property
+    def disk(self) -> int:
+        """Bytes that the run writes."""
+        return sum(cost.disk for cost in self.units.values())
+
+    def seconds(self, rates: Mapping[str, float]) -> dict[str, float]:
+        """Seconds of the stages that take long, their units together.
+
+        Args:
+          rates: FLOP/s of large matrix products, by dtype.
+        """
+        found: dict[str, float] = {}
+        for unit, cost in self.units.items():
+            stage, took = unit.partition("/")[0], cost.seconds(rates)
+            found[stage] = found.get(stage, 0.0) + took
+        return {stage: value for stage, value in found.items() if value}
+
+
+def stage_programs(scene: Scene) -> list[Program]:
+    """The large programs of all stages that have any.
+
+    Raises:
+      UserError: the mesh does not divide the training batch or the features.
+    """
+    return [
+        program for stage in STAGES.values() if stage.programs for program in load(stage.programs)(scene, scene.mesh)
+    ]
+
+
+def replicated(scene: Scene, needs: Needs) -> list[str]:
+    """What the mesh does not divide, so that every device holds or runs all of it; one line each."""
+    lines, over = _replicated_weights(scene.model, scene.axes), scene.axes["data"]
+    batches = {
+        (count, f"{what} of {unit.partition('/')[0]}"): None
+        for unit, cost in needs.units.items()
+        for what, count in cost.batches.items()
+    }
+    return lines + [
+        f"{count} {what} over {over} devices: every device runs all of them" for count, what in batches if count % over
+    ]
+
+
+def _replicated_weights(model: DecoderConfig, axes: Axes) -> list[str]:
+    over = axes["model"]
+    names: dict[tuple[int, str], list[str]] = {}
+    for name, (shape, spec) in parameter_table(model).items():
+        label, _, letters = name.rpartition("_")
+        split = fitting_spec(axes, shape, *spec)
+        for size, letter, axis, kept in zip(shape, _letters(letters, len(spec)), spec, split, strict=True):
+            if axis and over > 1 and not kept:
+                names.setdefault((size, letter), []).append(label.removeprefix(LAYERS))
+    return [
+        f"{size:,} {_DIMENSIONS.get(letter, letter)} over {over} devices: {', '.join(sorted(found))} are replicated"
+        for (size, letter), found in names.items()
+    ]
+
+
+def _letters(letters: str, count: int) -> list[str]:
+    """The letters of "DxHxK", with "" for the layers in front of them."""
+    named = letters.split("x")
+    return [""] * (count - len(named)) + named

@@ -1,0 +1,89 @@
+"""What the stages ``baseline`` and ``benchmark`` take."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.costs.cost import START, Cost, DeviceBytes, Products, Scene
+from saejax.costs.passes import generated_bytes, head_flops, layer_bytes, pass_flops, weight_bytes
+from saejax.costs.programs import Program, abstract_params, by_row
+from saejax.models import decoding
+from saejax.models.generation import make_choice
+from saejax.settings import TaskConfig
+from saejax.tasks.baseline import BATCH
+from saejax.tasks.benchmark_scores import way
+from saejax.tasks.benchmarks import definition
+from saejax.tasks.own_prompts import count_behaviours
+
+PROMPT = 16  # tokens: the behaviours' prompts have 8 to 26
+OVERHEAD = 0.6
+_CHOICES = 4  # of a question of the logic benchmark
+_NEW = 4  # a generated token costs about as much as so many that are read
+
+
+def baseline_cost(scene: Scene, name: str) -> Cost:
+    """Every prompt once, with its counterpart."""
+    task, dtype = scene.configs["task"], scene.dtype
+    texts = 2 * count_all_behaviours(task) * (task.train_prompts + task.test_prompts)
+    length = min(scene.configs["preflight"].prompt_tokens, scene.model.context)
+    kept = weight_bytes(scene.model, scene.axes, dtype)
+    return Cost(
+        DeviceBytes(model=kept, activations=layer_bytes(scene, BATCH, length, dtype)),
+        [Products(pass_flops(scene.model, texts * PROMPT, PROMPT, scene.model.n_layers), dtype, OVERHEAD)],
+        START,
+    )
+
+
+def benchmark_cost(scene: Scene, name: str) -> Cost:
+    """The prompts, once or once a choice; of generated answers every token."""
+    task, length, dtype = scene.configs["task"], scene.configs["preflight"].benchmark_tokens, scene.dtype
+    tokens = item_tokens(name, task, length) * (task.examples or definition(name).examples)
+    flops = pass_flops(scene.model, tokens, length, scene.model.n_layers)
+    come_and_go = generated_bytes(scene, *generated_batch(scene)) if way(name, task) == "generate" else 0
+    kept = weight_bytes(scene.model, scene.axes, dtype)
+    return Cost(DeviceBytes(model=kept, activations=come_and_go), [Products(flops, dtype, OVERHEAD)], 2 * START)
+
+
+def benchmark_programs(scene: Scene, mesh: Mesh) -> list[Program]:
+    """The pass over the prompts, which holds the largest cache: with and without room for the new tokens."""
+    if not generates(scene):
+        return []
+    rows, length, new = generated_batch(scene)
+    ids_BxT, pad_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
+    greedy = jax.eval_shape(lambda: make_choice(0.0, 1.0, 0))
+    params = abstract_params(scene.model, mesh, scene.dtype)
+    return [
+        Program(
+            "benchmark: prefill",
+            f"{rows} prompts of {length} tokens, {new} new",
+            decoding.prefill,
+            (scene.model, new, params, ids_BxT, pad_B, np.zeros(1, np.int32), (), greedy),
+            (),
+            pass_flops(scene.model, rows * length, length, scene.model.n_layers) + head_flops(scene.model, rows),
+        )
+    ]
+
+
+def generates(scene: Scene) -> bool:
+    """Whether answers are generated, for benchmarks or for studies of them."""
+    task = scene.configs["task"]
+    return any(way(name, task) == "generate" for name in (*task.benchmarks, *scene.configs["study"].benchmarks))
+
+
+def generated_batch(scene: Scene) -> tuple[int, int, int]:
+    """Rows, tokens of a prompt and new tokens of a batch of benchmark answers."""
+    task, context = scene.configs["task"], scene.model.context
+    new = min(task.max_new_tokens, context - 1)
+    return task.batch, min(scene.configs["preflight"].benchmark_tokens, context - new), new
+
+
+def count_all_behaviours(task: TaskConfig) -> int:
+    """How many behaviours are measured, the user's own included."""
+    return len(task.behaviours) + count_behaviours(task)
+
+
+def item_tokens(name: str, task: TaskConfig, length: int) -> int:
+    """About how many tokens it takes to score an item of a benchmark whose prompts have this length."""
+    each = dict(generate=length + _NEW * task.max_new_tokens, choice=_CHOICES * length, likelihood=length)
+    return each[way(name, task)]

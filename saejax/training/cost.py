@@ -1,0 +1,102 @@
+"""What the stage ``train`` takes, and which dictionaries it will train."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.activations.cost import recorded_rows
+from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedStack, Products, Scene
+from saejax.costs.passes import dictionary_bytes, step_flops
+from saejax.costs.programs import Program
+from saejax.errors import UserError
+from saejax.models.config import DecoderConfig
+from saejax.models.sites import Site
+from saejax.parallel import part_size
+from saejax.settings import TrainConfig
+from saejax.training.members import SiteScale, members
+from saejax.training.step import Trainer
+from saejax.training.train import check_divides, chosen_sites, stack_shape
+
+_OVERHEAD = 0.45
+_START = 3.0  # seconds in which the step is compiled and the first batches are read
+_STEPS = 1000  # length of the run, of which only the schedules know
+
+
+def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderConfig) -> dict[str, PlannedStack]:
+    """The dictionaries that will be trained on a model, by kind.
+
+    Args:
+      train: how.
+      captured: the sites that will be in the store.
+      model: its decoder.
+
+    Raises:
+      UserError: a site does not exist in this model, or is trained on and not captured; k is above the features.
+    """
+    sites = chosen_sites(train, captured if train.sites == ("all",) else train.sites)
+    trained = {}
+    for kind in train.kinds:
+        stack = members(train, kind, sites)
+        needed = list(dict.fromkeys(site for member in stack for site in (member.site, member.target)))
+        widths = {site: Site.parse(site).check(model).width(model) for site in needed}
+        missing = [site for site in needed if site not in captured]
+        if missing and train.source == "store":
+            raise UserError(
+                f"--train.sites needs {', '.join(missing)}, which --capture.sites={','.join(captured)} leaves out"
+            )
+        trained[kind] = PlannedStack(stack_shape(train, kind, stack, widths), tuple(stack))
+    return trained
+
+
+def train_cost(scene: Scene, kind: str) -> Cost:
+    """All members of a stack, their features split over ``model``, themselves over ``member``.
+
+    Raises:
+      UserError: the mesh does not divide the batch, the features or the members.
+    """
+    train, stack = scene.configs["train"], scene.stacks[kind]
+    dictionary, count = stack.dictionary, len(stack.members)
+    check_divides(train, dictionary, count, scene.axes)
+    here, (d, f) = -(-count // scene.axes["member"]), (dictionary.d_in, dictionary.n_features)
+    arrays = here * dictionary_bytes(dictionary, train.state_dtype, scene.axes)
+    batch = part_size(scene.axes, (train.batch, d), "data", None)
+    batch += part_size(scene.axes, (train.batch, f), "data", "model")
+    rows = recorded_rows(scene)
+    seen = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
+    return Cost(
+        DeviceBytes(dictionary=arrays, optimizer=3 * arrays, activations=here * WIDTH[train.state_dtype] * 4 * batch),
+        [Products(count * step_flops(seen, d, f), train.matmul, _OVERHEAD)],
+        _START,
+        disk=count * 7 * 4 * 2 * d * f,  # two checkpoints, with the optimizer's moments, and the arrays
+    )
+
+
+def train_programs(scene: Scene, mesh: Mesh) -> list[Program]:
+    """The step of every stack.
+
+    Raises:
+      UserError: the mesh does not divide the batch, the features or the members.
+    """
+    return [_step(scene, stack, mesh) for stack in scene.stacks.values()]
+
+
+def _step(scene: Scene, stack: PlannedStack, mesh: Mesh) -> Program:
+    config, dictionary, members = scene.configs["train"], stack.dictionary, stack.members
+    d_in = dictionary.d_in
+    check_divides(config, dictionary, len(members), mesh.shape)
+    metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
+    scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
+    trainer = Trainer(config, dictionary, members, mesh, _STEPS, [scale] * len(members))
+    shape = (len(trainer.sites), config.batch, d_in)
+    batch = jax.ShapeDtypeStruct(shape, scene.configs["capture"].store_dtype, sharding=trainer.batch_sharding)
+    many = f"{len(members)} members, " if len(members) > 1 else ""
+    return Program(
+        f"train: {dictionary.kind} step",
+        f"{many}{config.batch} tokens, {d_in} -> {dictionary.n_features:,}",
+        trainer.compiled,
+        (trainer.abstract_state, trainer.abstract_hyper, (batch,) if config.form == "sae" else (batch, batch)),
+        (),
+        len(members) * step_flops(config.batch, d_in, dictionary.n_features),
+    )

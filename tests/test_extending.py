@@ -1,0 +1,79 @@
+"""What docs/extending.md says how to add, added as it says."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import TINY_FIELDS, save_tiny, save_tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from saejax import load_model
+from saejax.models import families
+
+PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+
+
+def code_of(path: str) -> str:
+    """The page's code that begins with a comment that names this file."""
+    (code,) = re.findall(rf"```python\n# {re.escape(path)}\n(.*?)```", PAGE, re.S)
+    return code
+
+
+@pytest.fixture
+def starcoder2(monkeypatch):
+    name = "saejax.models.families.starcoder2"
+    module = types.ModuleType(name)
+    exec(compile(code_of("saejax/models/families/starcoder2.py"), "docs/extending.md", "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(families, "starcoder2", module, raising=False)
+    joined: dict = {}
+    exec(compile(code_of("saejax/models/families/__init__.py"), "docs/extending.md", "exec"), joined)
+    assert set(joined["FAMILIES"]) == {*families.FAMILIES, "starcoder2"}
+    monkeypatch.setitem(families.FAMILIES, "starcoder2", joined["FAMILIES"]["starcoder2"])
+    monkeypatch.setitem(TINY_FIELDS, "starcoder2", TINY_FIELDS["llama"])
+
+
+@pytest.mark.parametrize("changes", [{}, dict(sliding_window=5, use_bias=False, tie_word_embeddings=False)])
+def test_a_family_of_models(tmp_path, one_device, starcoder2, changes):
+    save_tiny(tmp_path, "starcoder2", **changes)
+    save_tiny_tokenizer(tmp_path, 131)
+    lm = load_model(str(tmp_path), mesh=one_device)
+    tokens = lm.tokenize(["The cat near the dogs"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens.ids_BxT)).logits.numpy()
+    ours = np.asarray(lm(tokens).logits_BxTxV)
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+
+
+def test_its_sites_are_those_of_the_pytorch_model(tmp_path, one_device, starcoder2):
+    from saejax.activations.torch_modules import places
+    from saejax.models.sites import KINDS, Site
+
+    save_tiny(tmp_path, "starcoder2")
+    save_tiny_tokenizer(tmp_path, 131)
+    lm = load_model(str(tmp_path), mesh=one_device)
+    tokens = lm.tokenize(["The cat near the dogs"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    found = lm(tokens, capture=[f"{kind}.1" for kind in KINDS]).sites
+    for kind in KINDS:
+        values = []
+
+        def keep(module, inputs, output=None, values=values):
+            value = inputs[0] if output is None else output
+            values.append((value[0] if isinstance(value, tuple) else value).detach().numpy())
+
+        hooks = [
+            module.register_forward_hook(keep) if after else module.register_forward_pre_hook(keep)
+            for module, after in places(model, Site(kind, 1))
+        ]
+        with torch.no_grad():
+            model(torch.tensor(tokens.ids_BxT))
+        for hook in hooks:
+            hook.remove()
+        theirs = sum(values)
+        assert np.abs(np.asarray(found[f"{kind}.1"]) - theirs).max() < 1e-5 * np.abs(theirs).max(), kind
