@@ -43,7 +43,7 @@ def attribution(
     """Activation x slope of every feature on every prompt.
 
     Args:
-      split: the model, cut at the dictionary's site.
+      split: the model, split at the dictionary's site.
       runs: from ``split.run``; N prompts in all.
       estimate: one of ``settings.ESTIMATES``.
       counterparts: from ``split.run_counterparts``, to estimate what their features do in place of the prompts' own.
