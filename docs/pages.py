@@ -69,7 +69,8 @@ def reference() -> dict[str, str]:
 
     package = ROOT / "saejax"
     pages = {"saejax": _titled("saejax") + ".. automodule:: saejax\n   :no-members:\n\n"}
-    pages["saejax"] += "".join(f".. autofunction:: saejax.{name}\n\n" for name in saejax.__all__)
+    directives = {name: "autoclass" if name[0].isupper() else "autofunction" for name in saejax.__all__}
+    pages["saejax"] += "".join(f".. {directive}:: saejax.{name}\n\n" for name, directive in directives.items())
     for path in sorted(package.iterdir()):
         if path.name.startswith("_") or not (path.suffix == ".py" or (path / "__init__.py").exists()):
             continue
