@@ -10,6 +10,10 @@ from pathlib import Path
 
 from tiny_models import save_tiny_llama
 
+from saejax.dictionaries.results import TrainedMember
+from saejax.results import to_json
+from saejax.workspace import write_json
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -113,3 +117,11 @@ def dictionary_checksums(workdir: Path) -> dict:
         member = path.parent.parent.relative_to(workdir / "train")
         found[str(member)] = json.loads(path.read_text())["arrays"]
     return found
+
+
+def write_members(unit, *members):
+    """The summary of a train unit with members of these names, or (name, site, target)."""
+    told = [(one, "", "") if isinstance(one, str) else one for one in members]
+    rest = dict(settings={}, input_scale=1.0, output_scale=1.0, dead_fraction=0.0, final={})
+    made = [TrainedMember(*one, **rest) for one in told]
+    write_json(unit / "summary.json", dict(results=dict(members=to_json(made))))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, Products, Scene
+from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, Scene
 from saejax.costs.passes import layer_bytes, parameters, pass_flops, weight_bytes
 from saejax.costs.programs import Program, abstract_params, by_row
 from saejax.models.language_model import forward
@@ -25,7 +25,9 @@ def capture_cost(scene: Scene, name: str) -> Cost:
     width = WIDTH[capture.store_dtype]
     return Cost(
         DeviceBytes(model=kept, activations=come_and_go),
-        [Products(flops, capture.dtype, _OVERHEAD)],
+        flops,
+        capture.dtype,
+        _OVERHEAD,
         START,
         disk=recorded_rows(scene) * sum(site.width(model) * width + 16 for site in scene.sites),
     )

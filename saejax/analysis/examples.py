@@ -20,38 +20,12 @@ from flax import nnx
 
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
+from saejax.reporting.document import Example
 
 _SPARE = 4  # candidates kept per example asked for, because contexts that repeat are passed over
 _ROWS_AT_ONCE = 1_000_000  # rows whose documents and positions are looked up at once
 _ENCODED_AT_ONCE = 256  # rows per call of the encoder
 _SLACK = 1.02  # on the bound, for rounding: its products are float32, the encoder's may be bfloat16
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One context of a feature.
-
-    Attributes:
-      document: index of the document in the store.
-      position: position of the maximum in it, from 0.
-      tokens: the text of each token shown, in order.
-      activations: the feature's activation on each; NaN where the store holds no row (an attention sink, or a
-        position that was not captured).
-      peak: index of the maximum in ``tokens``.
-      place: in words, where the maximum stands in the corpus or among the prompts.
-    """
-
-    document: int
-    position: int
-    tokens: tuple[str, ...]
-    activations: tuple[float, ...]
-    peak: int
-    place: str
-
-    @property
-    def activation(self) -> float:
-        """The activation at the maximum."""
-        return self.activations[self.peak]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from saejax.attribution.trace.memory import (
     fitting_tokens,
     graph_bytes,
 )
-from saejax.costs.cost import CHARACTERS_PER_TOKEN, START, Cost, Products, Scene
+from saejax.costs.cost import CHARACTERS_PER_TOKEN, START, Cost, Scene
 from saejax.costs.passes import pass_flops, weight_bytes
 from saejax.dictionaries import DictionaryConfig
 from saejax.settings import GraphConfig
@@ -96,8 +96,8 @@ def attribute_cost(scene: Scene, name: str) -> Cost:
         missing = f"{scene.configs['graph'].transcoders} is no folder here, so its sizes are not known"
         why = "the graphs of SAEs follow no formula" if scene.configs["graph"].dictionaries else missing
         return Cost(lines=[f"attribute/{name} is not counted: {why}"])
-    products = [Products(planned.flops, "float32", _OVERHEAD)]
-    cost = Cost(products=products, host_seconds=2 * START + planned.read_seconds)
+    seconds = 2 * START + planned.read_seconds
+    cost = Cost(flops=planned.flops, overhead=_OVERHEAD, host_seconds=seconds)
     if scene.mesh is None:
         return cost
     room = _room(scene, scene.mesh)

@@ -33,6 +33,6 @@ ATTRIBUTE = Stage(
     names=_names,
     identity=dict(model=identities.model, graph=_dictionaries),
     cost="saejax.attribution.cost:attribute_cost",
-    section="saejax.reporting.graphs:sections",
+    section="saejax.attribution.report:sections",
     many_processes=True,
 )

@@ -106,32 +106,15 @@ class DeviceBytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Products:
-    """Matrix products.
-
-    Attributes:
-      flops: floating-point operations, of all devices.
-      dtype: of the operands.
-      overhead: time of all that is not a product, as measured, in units of that of the products in float32.
-    """
-
-    flops: float
-    dtype: str
-    overhead: float
-
-    def seconds(self, rates: Mapping[str, float]) -> float:
-        """How long they take where large products run at these rates, FLOP/s by dtype; these are a bit smaller."""
-        return self.flops * (1.1 / rates[self.dtype] + self.overhead / rates["float32"])
-
-
-@dataclasses.dataclass(frozen=True)
 class Cost:
     """What a unit takes.
 
     Attributes:
       bytes: on each device.
-      products: what takes its time on the devices.
-      host_seconds: what takes time beside them.
+      flops: floating-point operations of its matrix products, of all devices.
+      dtype: of their operands.
+      overhead: time of what else the devices do, as measured, in units of that of the products in float32.
+      host_seconds: what takes time beside the devices.
       disk: bytes that it writes.
       batches: by name, how many rows of a batch are split over the ``data`` axis if it divides them.
       counts: what else there is to say of it in numbers, such as rows and tokens.
@@ -140,7 +123,9 @@ class Cost:
     """
 
     bytes: DeviceBytes = DeviceBytes()
-    products: Sequence[Products] = ()
+    flops: float = 0.0
+    dtype: str = "float32"
+    overhead: float = 0.0
     host_seconds: float = 0.0
     disk: int = 0
     batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -149,5 +134,5 @@ class Cost:
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def seconds(self, rates: Mapping[str, float]) -> float:
-        """How long it takes where large matrix products run at these rates, FLOP/s by dtype."""
-        return self.host_seconds + sum(product.seconds(rates) for product in self.products)
+        """How long it takes where large products run at these rates, FLOP/s by dtype; its own are a bit smaller."""
+        return self.host_seconds + self.flops * (1.1 / rates[self.dtype] + self.overhead / rates["float32"])

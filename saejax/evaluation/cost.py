@@ -1,12 +1,13 @@
 """What the stage ``evaluate`` takes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from saejax.costs.cost import START, Cost, DeviceBytes, Products, Scene
+from saejax.costs.cost import START, Cost, DeviceBytes, Scene
 from saejax.costs.passes import (
     dictionary_bytes,
     feature_bytes,
@@ -50,7 +51,9 @@ def evaluate_cost(scene: Scene, kind: str) -> Cost:
     whole_arrays = dictionary_bytes(used, scene.configs["train"].state_dtype)
     return Cost(
         DeviceBytes(weight_bytes(model, scene.axes, dtype), whole_arrays, activations=come_and_go),
-        [Products(flops, dtype, _OVERHEAD)],
+        flops,
+        dtype,
+        _OVERHEAD,
         START,
         batches=dict(documents=rows),
     )
@@ -68,21 +71,13 @@ def evaluate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
     ids_BxT, lengths_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
     value_BxTxD = by_row(mesh, (rows, length, d), scene.dtype)
     inside_BxT, limit = by_row(mesh, (rows, length), bool), whole(mesh, (), jnp.float32)
-    streams = jax.ShapeDtypeStruct(
-        (variants, rows, length, d),
-        scene.dtype,
-        sharding=fitting_sharding(mesh, (variants, rows, length, d), None, "data", None, None),
-    )
-    size = f"{rows} x {length} tokens"
+    shape = (variants, rows, length, d)
+    where = fitting_sharding(mesh, shape, None, "data", None, None)
+    streams = jax.ShapeDtypeStruct(shape, scene.dtype, sharding=where)
+    size, layers = f"{rows} x {length} tokens", functools.partial(pass_flops, model, tokens, length)
+    head, compare = (point, params, ids_BxT, limit, limit), (model, params, streams, ids_BxT, lengths_B)
     return [
-        Program(
-            "evaluate: head",
-            size,
-            programs.head,
-            (point, params, ids_BxT, limit, limit),
-            member,
-            pass_flops(model, tokens, length, target.layer + 1),
-        ),
+        Program("evaluate: head", size, programs.head, head, member, layers(target.layer + 1)),
         Program(
             "evaluate: stand-in",
             size,
@@ -97,13 +92,13 @@ def evaluate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
             programs.tail,
             (point, params, value_BxTxD, value_BxTxD),
             member,
-            pass_flops(model, tokens, length, model.n_layers - target.layer),
+            layers(model.n_layers - target.layer),
         ),
         Program(
             "evaluate: compare",
             f"{size}, {variants} variants",
             programs.compare,
-            (model, params, streams, ids_BxT, lengths_B),
+            compare,
             member,
             variants * head_flops(model, tokens),
         ),

@@ -34,8 +34,7 @@ def run_preflight(run: Run) -> PreflightResults:
         _check_parity_is_possible(shapes, config.topology)
     place = find_place(configs)
     runs_here = len(shapes) == 1 and not config.topology
-    text = rates.used_text(read_corpus(configs["corpus"]), configs["corpus"]) if runs_here else (0, 0)
-    checked = [(scene, Needs.of(scene)) for scene in _scenes(run, shapes, place, text)]
+    checked = [(scene, Needs.of(scene)) for scene in _scenes(run, shapes, place, runs_here)]
     run.say(tables.place_line(place))
     for line in tables.memory_lines(checked, place):
         run.say(line)
@@ -53,28 +52,21 @@ def run_preflight(run: Run) -> PreflightResults:
     return results
 
 
-def _scenes(run: Run, shapes: Sequence[Shape], place: Place, text: tuple[int, int]) -> list[Scene]:
+def _scenes(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bool) -> list[Scene]:
     """A scene for every model that has the sites; that one has not is an error, unless parity is all it is for.
+
+    Its text is looked at if it ``runs_here``.
 
     Raises:
       UserError: a model lacks a site.
     """
-    scenes = []
+    corpus, scenes = run.configs["corpus"], []
+    documents, tokens = rates.used_text(read_corpus(corpus), corpus) if runs_here else (0, 0)
+    here = dict(documents=documents, tokens=tokens, torch_here=place.torch_here, mesh=place.mesh, limit=place.limit)
     for shape in shapes:
         try:
-            scenes.append(
-                make_scene(
-                    Path(shape.path).name,
-                    shape.config,
-                    run.configs,
-                    place.mesh.shape,
-                    documents=text[0],
-                    tokens=text[1],
-                    torch_here=place.torch_here,
-                    mesh=place.mesh,
-                    limit=place.limit,
-                )
-            )
+            name = Path(shape.path).name
+            scenes.append(make_scene(name, shape.config, run.configs, place.mesh.shape, **here))
         except UserError as error:
             if not run.configs["preflight"].parity:
                 raise

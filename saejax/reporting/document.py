@@ -14,7 +14,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from saejax.analysis.examples import Example
 from saejax.reporting.tables import Table, escape_markdown, number, visible
 
 
@@ -43,7 +42,7 @@ class Terms:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class VerdictBlock:
     """The answer for one behaviour.
 
     Attributes:
@@ -118,6 +117,33 @@ class Piece:
     share: float
     peak: bool
     said: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One context of a feature in the captured text.
+
+    Attributes:
+      document: index of the document in the store.
+      position: position of the maximum in it, from 0.
+      tokens: the text of each token shown, in order.
+      activations: the feature's activation on each; NaN where the store holds no row (an attention sink, or a
+        position that was not captured).
+      peak: index of the maximum in ``tokens``.
+      place: in words, where the maximum stands in the corpus or among the prompts.
+    """
+
+    document: int
+    position: int
+    tokens: tuple[str, ...]
+    activations: tuple[float, ...]
+    peak: int
+    place: str
+
+    @property
+    def activation(self) -> float:
+        """The activation at the maximum."""
+        return self.activations[self.peak]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,16 +232,17 @@ class Links:
         return "\n".join(([f"{escape_markdown(self.title)}:", ""] if self.title else []) + links)
 
 
-Block = Text | Terms | Verdict | Picture | Strips | Code | Table | Links
+Block = Text | Terms | VerdictBlock | Picture | Strips | Code | Table | Links
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading, of level 2 or 3, and what stands under it."""
+    """A heading, of level 2 or 3, and what stands under it; perhaps a paragraph for the beginning of the report."""
 
     title: str
     blocks: tuple[Block, ...]
     level: int = 2
+    lead: str = ""
 
     @property
     def anchor(self) -> str:

@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from saejax.results import Interval
 from saejax.workspace import whole_file
 
-Interval = Mapping[str, float]  # "mean", "low", "high": 95 %
 P = ParamSpec("P")
 
 INK, PAPER = "#1b1f24", "#ffffff"
@@ -89,7 +89,7 @@ def panels(heights: Sequence[float], titles: Sequence[str]) -> tuple[Figure, lis
 
 def error_lengths(value: Interval, scale: float = 1.0) -> np.ndarray:
     """[2, 1] lengths of the error bar below and above the mean, never negative."""
-    mean, low, high = (value[key] * scale for key in ("mean", "low", "high"))
+    mean, low, high = (one * scale for one in (value.mean, value.low, value.high))
     return np.array([[max(mean - low, 0.0)], [max(high - mean, 0.0)]])
 
 
@@ -111,7 +111,7 @@ def height_of(names: Iterable[str], least: float) -> float:
 
 def point(axes: Axes, value: Interval, y: float, color: str, marker: str, label: str, scale: float = 1.0, size=6.0):
     axes.errorbar(
-        [value["mean"] * scale], [y], xerr=error_lengths(value, scale), fmt=marker, color=color, markersize=size,
+        [value.mean * scale], [y], xerr=error_lengths(value, scale), fmt=marker, color=color, markersize=size,
         elinewidth=1.8, capsize=3, label=label, zorder=3,
     )  # fmt: skip
 

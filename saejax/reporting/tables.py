@@ -7,9 +7,10 @@ on the page as itself. Numbers use a true minus sign and intervals read ``mean [
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 
 from markupsafe import Markup, escape
+
+from saejax.results import Interval
 
 MISSING = "–"
 
@@ -35,9 +36,9 @@ def percent(share: float | None, digits: int = 0) -> str:
     return MISSING if share is None or math.isnan(share) else number(100 * share, digits) + "\u00a0%"
 
 
-def interval(value: Mapping[str, float], digits: int = 2, scale: float = 1.0) -> str:
-    """An interval ``{"mean", "low", "high"}``, each times ``scale``: "3.10 [2.80, 3.40]"; brackets stay on one line."""
-    mean, low, high = (number(value[key] * scale, digits) for key in ("mean", "low", "high"))
+def interval(value: Interval, digits: int = 2, scale: float = 1.0) -> str:
+    """An interval, each figure times ``scale``: "3.10 [2.80, 3.40]"; brackets stay on one line."""
+    mean, low, high = (number(one * scale, digits) for one in (value.mean, value.low, value.high))
     return f"{mean} [{low},\u00a0{high}]"
 
 

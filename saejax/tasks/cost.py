@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.costs.cost import START, Cost, DeviceBytes, Products, Scene
+from saejax.costs.cost import START, Cost, DeviceBytes, Scene
 from saejax.costs.passes import generated_bytes, head_flops, layer_bytes, pass_flops, weight_bytes
 from saejax.costs.programs import Program, abstract_params, by_row
 from saejax.models import decoding
@@ -30,7 +30,9 @@ def baseline_cost(scene: Scene, name: str) -> Cost:
     kept = weight_bytes(scene.model, scene.axes, dtype)
     return Cost(
         DeviceBytes(model=kept, activations=layer_bytes(scene, BATCH, length, dtype)),
-        [Products(pass_flops(scene.model, texts * PROMPT, PROMPT, scene.model.n_layers), dtype, OVERHEAD)],
+        pass_flops(scene.model, texts * PROMPT, PROMPT, scene.model.n_layers),
+        dtype,
+        OVERHEAD,
         START,
     )
 
@@ -42,7 +44,7 @@ def benchmark_cost(scene: Scene, name: str) -> Cost:
     flops = pass_flops(scene.model, tokens, length, scene.model.n_layers)
     come_and_go = generated_bytes(scene, *generated_batch(scene)) if way(name, task) == "generate" else 0
     kept = weight_bytes(scene.model, scene.axes, dtype)
-    return Cost(DeviceBytes(model=kept, activations=come_and_go), [Products(flops, dtype, OVERHEAD)], 2 * START)
+    return Cost(DeviceBytes(model=kept, activations=come_and_go), flops, dtype, OVERHEAD, 2 * START)
 
 
 def benchmark_programs(scene: Scene, mesh: Mesh) -> list[Program]:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.activations.cost import recorded_rows
-from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedStack, Products, Scene
+from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedStack, Scene
 from saejax.costs.passes import dictionary_bytes, step_flops
 from saejax.costs.programs import Program
 from saejax.errors import UserError
@@ -67,7 +67,9 @@ def train_cost(scene: Scene, kind: str) -> Cost:
     seen = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
     return Cost(
         DeviceBytes(dictionary=arrays, optimizer=3 * arrays, activations=here * WIDTH[train.state_dtype] * 4 * batch),
-        [Products(count * step_flops(seen, d, f), train.matmul, _OVERHEAD)],
+        count * step_flops(seen, d, f),
+        train.matmul,
+        _OVERHEAD,
         _START,
         disk=count * 7 * 4 * 2 * d * f,  # two checkpoints, with the optimizer's moments, and the arrays
     )

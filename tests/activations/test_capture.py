@@ -23,11 +23,11 @@ def test_every_token_is_stored_once_and_no_padding(captured):
     store, results = captured
     expected = {(i, position) for i, ids in enumerate(store.documents) for position in range(len(ids))}
     assert set(rows_by_place(store)) == expected
-    assert results["padding_share"] > 0  # there was padding to leave out
+    assert results.padding_share > 0  # there was padding to leave out
     assert 1 in store.documents.lengths_N  # and a document of one token
-    assert results["documents"] == {split: len(store.documents.of(split)) for split in ("train", "held_out")}
-    assert sum(results["tokens"].values()) == len(expected) == results["sites"]["attn_out.0"]["rows"]
-    assert results["sites"]["attn_out.0"] | dict(d=64, bytes=len(expected) * 64 * 4) == results["sites"]["attn_out.0"]
+    assert results.documents == {split: len(store.documents.of(split)) for split in ("train", "held_out")}
+    assert sum(results.tokens.values()) == len(expected) == results.sites["attn_out.0"].rows
+    assert (results.sites["attn_out.0"].d, results.sites["attn_out.0"].bytes) == (64, len(expected) * 64 * 4)
 
 
 def test_documents_are_the_texts_cut_up_and_the_train_prompts(captured, setup):
@@ -125,4 +125,4 @@ def test_progress_tells_speed_and_time_to_go(setup, monkeypatch):
     lines = []
     _, results = setup.capture("progress", say=lines.append, sites=("resid_pre.0",))
     assert sum("tokens/s" in line and "s to go" in line for line in lines) > 3
-    assert results["tokens_per_second"] > 0
+    assert results.tokens_per_second > 0

@@ -50,8 +50,8 @@ def test_too_many_sinks_are_an_error_that_names_share_and_flag(setup):
     store, results = setup.capture("sinks", **options)
     norms = store.norms("resid_post.1", np.arange(store.manifest["rows"]))
     median = np.median(norms[store.documents.split_N[store.tokens(np.arange(len(norms)))[0]] == 0])
-    sinks = results["sites"]["resid_post.1"]["sinks"]
-    assert sinks["position_0"] + sinks["beyond"] == (norms > median).sum() > 10
+    sinks = results.sites["resid_post.1"].sinks
+    assert sinks.position_0 + sinks.beyond == (norms > median).sum() > 10
     assert (
         len(store.rows("train", "resid_post.1")) + len(store.rows("held_out", "resid_post.1"))
         == (norms <= median).sum()

@@ -48,9 +48,9 @@ def assert_same_store(found, expected, tolerance=1e-5):
 def test_both_backends_make_the_same_store(setup, on_one_device, options):
     stores = [setup.capture(backend, backend=backend, **options) for backend in ("torch", "jax")]
     assert_same_store(stores[1][0], stores[0][0])
-    speeds = [results.pop("tokens_per_second") for _, results in stores]
+    speeds = [results.tokens_per_second for _, results in stores]
     assert min(speeds) > 0
-    counts = [{key: results[key] for key in ("documents", "tokens", "padding_share")} for _, results in stores]
+    counts = [(results.documents, results.tokens, results.padding_share) for _, results in stores]
     assert counts[0] == counts[1]
 
 

@@ -53,9 +53,7 @@ def bloom_setup(bloom, tmp_path_factory):
 def test_an_architecture_that_the_decoder_does_not_know(bloom, bloom_setup):
     store, results = bloom_setup.capture("bloom", sites=SITES)
     assert store.sites == SITES
-    assert {name: facts["d"] for name, facts in results["sites"].items()} == dict(
-        zip(SITES, (32, 128, 32), strict=True)
-    )
+    assert {name: facts.d for name, facts in results.sites.items()} == dict(zip(SITES, (32, 128, 32), strict=True))
     model = source.load_torch_model(source.resolve(ModelConfig(path=str(bloom))))
     values = {}
 

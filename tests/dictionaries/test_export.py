@@ -2,6 +2,7 @@
 
 import known_dictionaries as known
 import pytest
+from runs import write_members
 
 from saejax import command
 from saejax.dictionaries import export, load_dictionary, load_transcoders, save_dictionary
@@ -15,8 +16,8 @@ def unit(folder, dictionaries):
     entries = []
     for name, dictionary in dictionaries.items():
         save_dictionary(folder / name / "dictionary", dictionary)
-        entries.append(dict(name=name, site=dictionary.config.site, target=dictionary.config.target or dictionary.site))
-    write_json(folder / "summary.json", dict(results=dict(members=entries)))
+        entries.append((name, dictionary.config.site, dictionary.config.target or dictionary.site))
+    write_members(folder, *entries)
     return folder
 
 
@@ -32,7 +33,7 @@ def run(tmp_path, source, format="saelens"):
 def test_one_dictionary_is_in_a_folder_of_its_sites_name(tmp_path):
     source = unit(tmp_path / "topk", {"": known.make("topk")})
     folder, go = run(tmp_path, source)
-    assert [entry["folder"] for entry in go()["members"]] == ["resid_post.3"]
+    assert [entry.folder for entry in go().members] == ["resid_post.3"]
     x = known.activations()
     assert (load_dictionary(folder / "resid_post.3")(x) == load_dictionary(source)(x)).all()
 
@@ -49,7 +50,7 @@ def test_every_member_of_a_stack_is_exported(tmp_path):
 def test_transcoders_of_all_layers_become_a_set(tmp_path):
     members = {f"mlp_in.{layer}": known.make("jumprelu", "transcoder", layer, seed=layer) for layer in range(12)}
     folder, go = run(tmp_path, unit(tmp_path / "jumprelu", members), "circuit_tracer")
-    assert {entry["folder"] for entry in go()["members"]} == {"."}
+    assert {entry.folder for entry in go().members} == {"."}
     x = known.activations()
     for layer, transcoder in enumerate(load_transcoders(folder)):
         assert (transcoder.encode(x) == members[f"mlp_in.{layer}"].encode(x)).all()

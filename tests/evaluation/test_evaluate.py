@@ -12,6 +12,8 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
 from saejax.errors import Interrupted
 from saejax.evaluation import evaluate
+from saejax.evaluation.results import EvaluateResults
+from saejax.results import from_json, to_json
 from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
 from saejax.workspace import Run, write_json
 
@@ -62,17 +64,17 @@ def make_run(workdir, inputs):
 def check(workdir, kind, entry, written):
     """Figures of one member against its dictionary and the store, the plain way."""
     store = Store.open(workdir / "capture")
-    dictionary = load_dictionary(workdir / "train" / kind / entry["name"])
-    rows = store.rows("held_out", *{entry["site"], entry["target"]})
-    x, y = (store.read(entry[key], rows).astype(np.float32) for key in ("site", "target"))
+    dictionary = load_dictionary(workdir / "train" / kind / entry.name)
+    rows = store.rows("held_out", *{entry.site, entry.target})
+    x, y = (store.read(site, rows).astype(np.float32) for site in (entry.site, entry.target))
     fires = np.asarray(dictionary.fires(dictionary.encode(x)))
     np.testing.assert_allclose(np.load(written / "firing_rate.npy"), fires.mean(0), atol=1e-6)
     assert len(np.load(written / "mean_activation.npy")) == dictionary.config.n_features
     error = np.square(y - np.asarray(dictionary(x), np.float64)).sum() / np.square(y - y.mean(0)).sum()
-    np.testing.assert_allclose(entry["explained_variance"], 1 - error, rtol=1e-3)
-    assert entry["tokens"] == len(rows) and entry["sinks"]["max_norm"] == store.max_norm(entry["site"])
-    assert 0 < entry["ce"]["clean"] < 12 and entry["kl"]["clean"] == 0 < entry["kl"]["reconstructed"]
-    assert {"mean", "near", "max"} < set(entry["decoder_neighbours"])
+    np.testing.assert_allclose(entry.explained_variance, 1 - error, rtol=1e-3)
+    assert entry.tokens == len(rows) and entry.sinks.max_norm == store.max_norm(entry.site)
+    assert 0 < entry.ce.clean < 12 and entry.kl.clean == 0 < entry.kl.reconstructed
+    assert {"mean", "near", "max"} < set(vars(entry.decoder_neighbours))
 
 
 def test_a_stack_stopped_and_gone_on_with(workdir, make_run, tmp_path, monkeypatch):
@@ -89,31 +91,31 @@ def test_a_stack_stopped_and_gone_on_with(workdir, make_run, tmp_path, monkeypat
     )
     results = evaluate.run_evaluate(make_run("topk", stopped))
     assert scored == ["resid_post.0", "resid_post.1", "resid_post.1"]
-    assert json.loads(json.dumps(results)) == results
-    assert results["kind"] == "topk" and [entry["name"] for entry in results["members"]] == NAMES
-    for entry in results["members"]:
-        check(workdir, "topk", entry, stopped / entry["name"])
-        assert entry["name"].startswith(entry["site"]) and entry["target"] == entry["site"]
-        assert entry["l0"] <= int(entry["name"][-1])
-    first, second, third, _ = results["members"]
+    assert from_json(EvaluateResults, json.loads(json.dumps(to_json(results))), "") == results
+    assert results.kind == "topk" and [entry.name for entry in results.members] == NAMES
+    for entry in results.members:
+        check(workdir, "topk", entry, stopped / entry.name)
+        assert entry.name.startswith(entry.site) and entry.target == entry.site
+        assert entry.l0 <= int(entry.name[-1])
+    first, second, third, _ = results.members
     for key in ("clean", "mean_ablated"):  # scored alone or together
-        np.testing.assert_allclose(first["ce"][key], second["ce"][key], rtol=1e-6)
-    assert first["ce"]["mean_ablated"] != third["ce"]["mean_ablated"]
+        np.testing.assert_allclose(getattr(first.ce, key), getattr(second.ce, key), rtol=1e-6)
+    assert first.ce.mean_ablated != third.ce.mean_ablated
     monkeypatch.setattr(evaluate, "load_model", None)  # nothing is left that needs it
     assert evaluate.run_evaluate(make_run("topk", stopped)) == results
 
 
 def test_a_linear_dictionary_alone_has_no_folder_of_its_own(workdir, make_run, tmp_path):
-    (entry,) = evaluate.run_evaluate(make_run("linear", tmp_path))["members"]
-    assert entry["name"] == ""
+    (entry,) = evaluate.run_evaluate(make_run("linear", tmp_path)).members
+    assert entry.name == ""
     check(workdir, "linear", entry, tmp_path)
     rate = np.load(tmp_path / "firing_rate.npy")
-    np.testing.assert_allclose(entry["l0"], rate.sum(dtype=np.float64), rtol=1e-5)
-    assert entry["l0"] < 0.9 * len(rate)  # by size, not by being other than zero
+    np.testing.assert_allclose(entry.l0, rate.sum(dtype=np.float64), rtol=1e-5)
+    assert entry.l0 < 0.9 * len(rate)  # by size, not by being other than zero
 
 
 def test_a_transcoder_is_scored_against_its_target(workdir, make_run, tmp_path):
-    (entry,) = evaluate.run_evaluate(make_run("jumprelu", tmp_path))["members"]
-    assert (entry["site"], entry["target"]) == ("mlp_in.1", "mlp_out.1")
+    (entry,) = evaluate.run_evaluate(make_run("jumprelu", tmp_path)).members
+    assert (entry.site, entry.target) == ("mlp_in.1", "mlp_out.1")
     check(workdir, "jumprelu", entry, tmp_path)
-    assert entry["target_sinks"]["max_norm"] == Store.open(workdir / "capture").max_norm("mlp_out.1")
+    assert entry.target_sinks.max_norm == Store.open(workdir / "capture").max_norm("mlp_out.1")

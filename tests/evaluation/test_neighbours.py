@@ -31,7 +31,7 @@ def test_opposite_directions_are_no_neighbours():
 
 def test_the_summary():
     told = neighbours.summary(np.array([0.0] * 50 + [0.5] * 40 + [0.95] * 10, np.float32))
-    assert told == dict(
+    assert vars(told) == dict(
         mean=pytest.approx(0.295), median=0.25, p90=pytest.approx(0.545), p99=pytest.approx(0.95),
         max=pytest.approx(0.95), near=0.1,
     )  # fmt: skip

@@ -59,7 +59,7 @@ def check(scores, dictionary: Dictionary, x, y):
     assert scores.dead_fraction == np.mean(fires.sum(0) == 0) >= 3 / F
     assert scores.dense_fraction(0.99) == np.mean(fires.mean(0) > 0.99) > 0
     histogram = scores.density_histogram()
-    assert sum(histogram["counts"]) + histogram["never"] == F
+    assert sum(histogram.counts) + histogram.never == F
 
 
 @pytest.mark.parametrize("kind", KINDS)

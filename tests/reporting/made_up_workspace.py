@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from saejax import settings, stages
-from saejax.analysis.examples import Example
 from saejax.causal.ablate.importance import Importance, importance_file
+from saejax.causal.ablate.results import HalvesAgreement
 from saejax.config import to_json
+from saejax.reporting.document import Example
+from saejax.results import to_json as results_to_json
 from saejax.workspace import SUMMARY, Run, write_json
 
 FEATURES = 512
@@ -36,6 +38,7 @@ def made_up_baseline() -> dict:
                 top1=interval(accuracy - 0.2, 0.08),
                 logit_diff=interval(6 * accuracy - 3, 0.6),
                 separation=interval(2 * accuracy, 0.3),
+                counterpart_accuracy=None,
             )
             for split, n in (("train", 80), ("test", 20))
         }
@@ -105,6 +108,7 @@ def made_up_effects(name: str, rng, top: int, draws: int) -> dict:
     mean = float(np.mean(controls))
     return dict(
         top=singles,
+        rows=120,
         joint=dict(
             n=top,
             firing=top - 1,
@@ -166,10 +170,41 @@ def made_up_sets(result: dict) -> dict:
     tests["equivalence"]["verdict"], tests["independence"]["verdict"] = False, True
     grown = [interval(0.5 * size, 0.2) for size in (1, 2, 3)]
     return dict(
-        curve=dict(draws=5, **{kind: dict(sizes=sizes, logit_diff=value) for kind, value in left.items()}),
-        circuit=dict(n=len(sizes) - 1, firing=len(sizes) - 2, clean=4.1, kept=3.0, removed=0.2, tests=tests),
-        greedy=dict(features=[3, 1, 2], greedy_drop=grown, top_drop=grown, difference=[interval(0.1, 0.2)] * 3),
+        curve=dict(
+            draws=5, **{kind: dict(sizes=sizes, logit_diff=value, accuracy=value) for kind, value in left.items()}
+        ),
+        circuit=dict(
+            n=len(sizes) - 1, firing=len(sizes) - 2, clean=4.1, kept=3.0, removed=0.2, tests=tests, features=[]
+        ),
+        greedy=dict(
+            features=[3, 1, 2],
+            train_drop=[0.5, 1.0, 1.5],
+            top=[1, 2, 3],
+            greedy_drop=grown,
+            top_drop=grown,
+            difference=[interval(0.1, 0.2)] * 3,
+        ),
     )
+
+
+def write_summary(folder: Path, stage: str, name: str, results: dict, **changes) -> None:
+    """The summary of a finished unit."""
+    summary = dict(
+        schema_version=1,
+        stage=stage,
+        name=name,
+        fingerprint="0" * 16,
+        config={},
+        inputs={},
+        packages=dict(jax="0.10.2", numpy="2.4.6"),
+        devices=None,
+        seeds=dict(task=42, train=[123]),
+        start="2025-01-01T00:00:00+00:00",
+        seconds=12.34,
+        results=results,
+        files={},
+    )
+    write_json(folder / SUMMARY, summary | changes)
 
 
 def make_workspace(
@@ -186,21 +221,32 @@ def make_workspace(
         rule="Yes if removing the top 20 features together lowers accuracy by more than 5 percentage points.",
         behaviours={name: made_up_effects(name, rng, top, draws) for name in NAMES},
     )
-    results = {"baseline": made_up_baseline(), "capture": {}}
+    sinks = dict(position_0=1017, beyond=41, share_beyond=0.0016)
+    site = dict(rows=9, bytes=9, d=4, median_norm=1.0, largest_norm=2.0, max_norm=10.0, sinks=sinks)
+    counts = dict(train=8, held_out=1)
+    captured = dict(sites={"resid_post.15": site}, documents=counts, tokens=counts)
+    results = {
+        "baseline": made_up_baseline(),
+        "capture": captured | dict(tokens_per_second=0.0, padding_share=0.1),
+    }
+    trained = dict(site="resid_post.15", target="resid_post.15", settings=dict(seed=123), final={})
+    trained |= dict(input_scale=1.0, output_scale=1.0, dead_fraction=0.0)
     for kind in kinds:
         results[f"train/{kind}"] = dict(
             kind=kind,
             steps=1300,
             tokens=1_331_200,
             tokens_per_second=14_021.5,
-            members=[dict(name=name, site="resid_post.15", target="resid_post.15", final={}) for name in members],
+            seconds=95.0,
+            mesh=dict(devices=1, kinds=["cpu"], axes=dict(member=1, data=1, model=1), processes=1),
+            members=[dict(name=name, **trained) for name in members],
         )
         results[f"evaluate/{kind}"] = dict(
             kind=kind, members=[made_up_member(kind, name, place) for place, name in enumerate(members)]
         )
     importance = made_up_importance(rng)
-    stability = dict(rank_correlation=0.61, spearman_brown=0.76)
-    ablate["behaviours"][NAMES[0]]["importance"] = importance.summary(top) | dict(least_p=2e-6, stability=stability)
+    summary = importance.summary(top, HalvesAgreement(0.61, 0.76), least_p=2e-6)
+    ablate["behaviours"][NAMES[0]]["importance"] = results_to_json(summary)
     for result in list(ablate["behaviours"].values())[:2]:
         result |= made_up_sets(result)
     results[f"ablate/{kinds[0]}"] = ablate
@@ -217,17 +263,8 @@ def make_workspace(
         inputs[unit].mkdir(parents=True)
         config = {group: to_json(stages.GROUPS[group]()) for group in groups[unit.split("/")[0]]}
         devices = None if unit == "capture" else dict(count=1, kinds=["cpu"], processes=1)
-        summary = dict(
-            stage=unit,
-            config=config,
-            packages=dict(jax="0.10.2", numpy="2.4.6"),
-            devices=devices,
-            seeds=dict(task=42, train=[123]),
-            start="2025-01-01T00:00:00+00:00",
-            seconds=12.34,
-            results=result,
-        )
-        write_json(inputs[unit] / SUMMARY, summary)
+        stage, _, name = unit.partition("/")
+        write_summary(inputs[unit], stage, name, result, config=config, devices=devices)
     importance.save(importance_file(inputs[f"ablate/{kinds[0]}"], NAMES[0]))
     for kind in kinds:
         steps = np.arange(20, 1301, 20)

@@ -2,45 +2,55 @@
 
 import itertools
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
-from saejax.causal.patching.cells import Cells
+from saejax.causal.ablate import report_figures as figures
+from saejax.causal.ablate.results import CumulativeCurve, CurvePoints
+from saejax.causal.patching import report as patching
+from saejax.causal.patching.grid import PatchingGrid
 from saejax.causal.patching.sites import DIRECTIONS
-from saejax.reporting import bases, dictionary_figures, figures, patching, style
+from saejax.causal.probes import report as probes
+from saejax.evaluation.results import DensityHistogram
+from saejax.reporting import style
+from saejax.results import Interval
 from saejax.settings import KINDS
+from saejax.tasks import report as tasks
+from saejax.training import report_figures as dictionary_figures
 
 
 def interval(mean, half=0.1):
-    return dict(mean=mean, low=mean - half, high=mean + half)
+    return Interval(mean, mean - half, mean + half)
 
 
 NAMES = ("Subject-verb agreement", "Capital of a country", "A behaviour with quite a long name indeed", "x")
 
 
 def baselines_figure():
-    split = dict(accuracy=dict(mean=0.95, low=0.85, high=1.0), logit_diff=interval(-3.1, 2.0))
-    return figures.baselines({name: dict(test=split, train=split) for name in NAMES}, 0.8)
+    split = SimpleNamespace(accuracy=Interval(0.95, 0.85, 1.0), logit_diff=interval(-3.1, 2.0))
+    both = SimpleNamespace(splits=dict(test=split, train=split))
+    return tasks.baselines(dict.fromkeys(NAMES, both), 0.8)
 
 
 def training_figure(members=1):
     curves = [
-        dict(tokens=[1e4, 1e6], explained_variance=[-0.2, 0.9 - 0.1 * i], l0=[3000, 40 * (i + 1)])
+        dictionary_figures.TrainingCurve([1e4, 1e6], [-0.2, 0.9 - 0.1 * i], [3000, 40 * (i + 1)])
         for i in range(members)
     ]
     return dictionary_figures.training({"topk": curves, "standard": curves})
 
 
 def density_figure(edges=(-6, -4, -2, 0), counts=(0, 5, 9)):
-    histogram = dict(log10_edges=list(edges), counts=list(counts), never=1234)
+    histogram = DensityHistogram(tuple(edges), tuple(counts), never=1234)
     return dictionary_figures.density({"topk": [histogram], "standard": [histogram]}, 0.1)
 
 
 def point(l0, explained_variance, ce_recovered):
-    return dict(l0=l0, explained_variance=explained_variance, ce_recovered=ce_recovered)
+    return SimpleNamespace(l0=l0, explained_variance=explained_variance, ce_recovered_mean=ce_recovered)
 
 
 SWEEP = [point(16, 0.7, 0.9), point(64, 0.8, 0.97), point(32, 0.75, 0.95), point(40, 0.6, 0.96)]
@@ -76,30 +86,32 @@ def estimates_figure(count=500, scale=0.03):
 
 def cumulative_figure(count=4, steps=20):
     sizes = list(range(steps + 1))
-    top = dict(sizes=sizes, logit_diff=[interval(4 - 0.2 * size, 0.5) for size in sizes])
-    controls = dict(sizes=sizes[::2], logit_diff=[interval(4.0, 0.5)] * len(sizes[::2]))
-    curve = dict(top=top, controls=controls)
+    top = CurvePoints(sizes, [interval(4 - 0.2 * size, 0.5) for size in sizes], ())
+    controls = CurvePoints(sizes[::2], [interval(4.0, 0.5)] * len(sizes[::2]), ())
+    curve = CumulativeCurve(5, top, controls)
     return figures.cumulative(dict.fromkeys(NAMES[:count], curve))
 
 
 def probe_rows(sizes=(1, 20, None)):
     return [
-        dict(input=name, k=k, accuracy=interval(0.5 + shift), shuffled=interval(0.3 + shift, 0.05), majority=0.4)
+        SimpleNamespace(
+            input=name, k=k, accuracy=interval(0.5 + shift), shuffled=interval(0.3 + shift, 0.05), majority=0.4
+        )
         for name, shift in (("features", 0.1), ("raw", -0.1))
         for k in sizes
     ]
 
 
 def probes_figure():
-    return figures.probes({name: probe_rows() for name in NAMES})
+    return probes.probes({name: probe_rows() for name in NAMES})
 
 
 def bases_figure(count=4):
     rows = {
-        name: dict(drop=interval(mean, 0.4), control=0.1 * mean)
+        name: figures.Effect(interval(mean, 0.4), [0.1 * mean])
         for name, mean in (("features", 3.0), ("MLP neurons", 1.0), ("principal components", 2.5), ("own-frozen", -0.1))
     }
-    return bases.figure(dict.fromkeys(NAMES[:count], rows))
+    return figures.bases(dict.fromkeys(NAMES[:count], rows))
 
 
 def heatmap_figure(layers=30, length=14, reason=None):
@@ -107,10 +119,12 @@ def heatmap_figure(layers=30, length=14, reason=None):
     direction_N, layer_N, column_N = (index.ravel() for index in np.indices(shape))
     share_N = np.where(np.abs(column_N - length // 2) < 1, layer_N / layers, 0.02)
     values = dict.fromkeys(("effect", "effect_low", "effect_high", "normalised", "low", "high"), share_N)
-    cells = Cells(np.array(DIRECTIONS, object)[direction_N], layer_N, column_N - length, prompts=0 * layer_N, **values)
+    grid = PatchingGrid(
+        np.array(DIRECTIONS, object)[direction_N], layer_N, column_N - length, prompts=0 * layer_N, **values
+    )
     words = ["The", " near", "\n", " ", " extraordinarily", "7"]
-    columns = [dict(token=words[i % 6], differs=float(i == length // 2)) for i in range(length)]
-    return patching.heatmap(cells, dict(reason=reason, columns=columns))
+    columns = [SimpleNamespace(token=words[i % 6], differs=float(i == length // 2)) for i in range(length)]
+    return patching.heatmap(grid, SimpleNamespace(reason=reason, columns=columns))
 
 
 DRAWN = [
@@ -120,7 +134,7 @@ DRAWN = [
     lambda: cumulative_figure(1, 0),
     lambda: cumulative_figure(2, 1),
     probes_figure,
-    lambda: figures.probes({"x": probe_rows((None,))}),
+    lambda: probes.probes({"x": probe_rows((None,))}),
     baselines_figure,
     training_figure,
     density_figure,
@@ -255,8 +269,8 @@ def test_density_counts_and_axis():
 
 
 def test_density_of_a_stack_is_the_mean_bin_by_bin():
-    few = dict(log10_edges=[-4, -2, 0], counts=[4, 6], never=10)
-    more = dict(log10_edges=[-6, -4, -2, 0], counts=[2, 2, 2], never=20)  # more tokens reach further down
+    few = DensityHistogram((-4, -2, 0), (4, 6), never=10)
+    more = DensityHistogram((-6, -4, -2, 0), (2, 2, 2), never=20)  # more tokens reach further down
     (axes,) = dictionary_figures.density({"topk": [few, more]}, 0.1).axes
     assert list(axes.patches[0].get_data().values) == [1, 3, 4]
     assert axes.get_legend_handles_labels()[1][0] == "topk, mean of 2 (15 never fire)"

@@ -8,14 +8,16 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from made_up_workspace import make_run, make_workspace
+from made_up_workspace import make_run, make_workspace, write_summary
 from test_report import Page, both
 
+from saejax.attribution import report as graphs
 from saejax.errors import UserError
-from saejax.reporting import graphs, report, style
+from saejax.report import run as report
+from saejax.report.run import run_report
+from saejax.reporting import style
 from saejax.reporting.document import Links, Picture
-from saejax.reporting.report import run_report
-from saejax.workspace import SUMMARY, write_json
+from saejax.reporting.findings import Findings
 
 SHARE = [0.1, 0.5, 1.0]
 SVG = (
@@ -54,7 +56,7 @@ def add_units(root: Path, inputs: dict, units: dict[str, dict[str, dict]]) -> di
         folder = root / "inputs" / "attribute" / unit
         folder.mkdir(parents=True)
         results = dict(transcoders=f"/far/away/sets/{unit}", graphs=by_slug)
-        write_json(folder / SUMMARY, dict(config=dict(graph=dict(slug=unit)), results=results))
+        write_summary(folder, "attribute", unit, results, config=dict(graph=dict(slug=unit)))
         for slug in by_slug:
             (folder / f"{slug}.svg").write_text(SVG)
             (folder / f"{slug}.html").write_text("page")
@@ -98,7 +100,7 @@ def test_page_and_markdown_say_what_was_found(made):
 
 def test_figures_of_graphs_take_the_pages_colours_and_stay_as_files(made):
     folder, results, page = made
-    names = [name for name in results["figures"] if name.startswith("graph_")]
+    names = [name for name in results.figures if name.startswith("graph_")]
     assert names == ["graph_curves", "graph_1_paris", "graph_2_paris", "graph_3_flat", "graph_4_bare"]
     ids = page.attributes("id")
     assert len(ids) == len(set(ids)) and {"graph_1_paris-a", "graph_2_paris-a"} <= set(ids)
@@ -118,6 +120,15 @@ def test_links_lead_to_the_pages(made):
     assert all(f"]({link})" in (folder / "report.md").read_text() for link in pages)
 
 
+def findings(report: Path, folders: dict[str, Path], **units) -> Findings:
+    """What sections read of units of graphs."""
+    summaries = {
+        f"attribute/{name}": types.SimpleNamespace(stage="attribute", name=name, results=results)
+        for name, results in units.items()
+    }
+    return Findings(summaries, folders, report, {})
+
+
 def section_of(count: int, tmp_path: Path, **changes):
     """The section on so many graphs, the figures that were drawn, and the sections of graphs."""
     folder, drawn = tmp_path / "unit", {}
@@ -126,15 +137,13 @@ def section_of(count: int, tmp_path: Path, **changes):
     by_slug = {f"g{number}": result(**changes) for number in range(count)}
     for slug in by_slug:
         (folder / f"{slug}.svg").write_text(SVG)
-    found = types.SimpleNamespace(
-        graphs=dict(u=dict(transcoders="set", graphs=by_slug)), folders={"attribute/u": folder}
-    )
+    found = findings(tmp_path, {"attribute/u": folder}, u=dict(transcoders="set", graphs=by_slug))
 
     def draw(name, figure, caption, alt):
         drawn[name] = figure, caption, alt
         return Picture(name, "", caption, alt)
 
-    return *graphs.sections(found, draw, tmp_path), drawn
+    return *graphs.sections(found, draw), drawn
 
 
 def test_curves_show_what_was_measured_and_leave_gaps(tmp_path):
@@ -162,15 +171,12 @@ def test_of_many_graphs_all_have_a_row_and_the_first_ones_a_figure(tmp_path):
 
 
 def test_without_graphs_there_is_nothing(tmp_path):
-    found = types.SimpleNamespace(graphs={}, folders={})
-    assert graphs.sections(found, None, tmp_path) == [] and graphs.lead(found) == ()
+    assert graphs.sections(findings(tmp_path, {}), None) == []
 
 
 def test_a_missing_figure_is_named(tmp_path):
     inputs = add_units(tmp_path, {}, dict(paris=dict(paris=result())))
     (inputs["attribute/paris"] / "paris.svg").unlink()
-    found = types.SimpleNamespace(
-        graphs=dict(paris=dict(transcoders="set", graphs=dict(paris=result()))), folders=inputs
-    )
+    found = findings(tmp_path, inputs, paris=dict(transcoders="set", graphs=dict(paris=result())))
     with pytest.raises(UserError, match=r"paris\.svg is missing or damaged: delete .* and run attribute again"):
-        graphs.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt), tmp_path)
+        graphs.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))

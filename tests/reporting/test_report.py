@@ -17,8 +17,8 @@ from test_figures import contrast
 from saejax import stages
 from saejax.config import define_flags, from_flags
 from saejax.errors import UserError
-from saejax.reporting import report
-from saejax.reporting.report import run_report, token_text
+from saejax.report import run as report
+from saejax.report.run import run_report, token_text
 from saejax.workspace import SUMMARY, read_json, write_json
 
 CHROMIUM = next(
@@ -84,14 +84,14 @@ def test_the_page_is_complete_in_itself(made):
     assert not {"script", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
     text = (folder / "index.html").read_text(encoding="utf-8")
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
-    assert results["html_bytes"] == len(text.encode()) < 1_500_000
+    assert results.html_bytes == len(text.encode()) < 1_500_000
 
 
 def test_figures_are_written_embedded_and_described(made):
     folder, results, page = made
     names = {"ablation", "baselines", "training", "density", "cumulative", "every_feature_agreement"}
-    names |= {f"features_{name}" for name in results["verdicts"]}
-    assert set(results["figures"]) == names
+    names |= {f"features_{name}" for name in results.verdicts}
+    assert set(results.figures) == names
     assert {path.name for path in (folder / "figures").iterdir()} == {
         f"{n}.{end}" for n in names for end in ("png", "svg")
     }
@@ -118,7 +118,7 @@ def both(made):
 
 
 def test_both_say_the_verdicts_and_their_figures(made):
-    assert made[1]["verdicts"] == dict(agreement=True, capital=True, greater_than=False, addition=False)
+    assert made[1].verdicts == dict(agreement=True, capital=True, greater_than=False, addition=False)
     for text in both(made):
         assert "Yes for 2 of 4 behaviours: Subject-verb agreement, Capital of a country." in text
         assert "do not beat the matched random ones on: Greater-than on years." in text
@@ -139,14 +139,14 @@ def test_all_features_are_shown_where_they_were_measured(made):
         assert "Each of the 900 features that fire on the test prompts was removed by itself." in text
         assert "40 effects are discoveries" in text
         assert "Correlation of estimates with the effect: gradient 0.99 (of ranks 0." in text and "; relp 0.99" in text
-    assert "every_feature_agreement" in made[1]["figures"] and "every_feature_capital" not in made[1]["figures"]
+    assert "every_feature_agreement" in made[1].figures and "every_feature_capital" not in made[1].figures
 
 
 def test_sets_of_features_are_shown_where_they_were_measured(made):
     for text in both(made):
         assert "not equivalent" in text and "Sets grown on train prompts" in text
         assert "has a rank correlation of " in text and "two halves of the prompts have one of 0.61" in text
-    assert made[1]["figures"].count("cumulative") == 1
+    assert made[1].figures.count("cumulative") == 1
 
 
 def test_the_control_stands_beside_the_top_features(made):
@@ -188,7 +188,7 @@ def test_a_run_with_stacks_lists_their_members_and_draws_the_frontier(tmp_path):
     inputs = make_workspace(tmp_path, members=("k16", "k32", "k64"))
     run = make_run(tmp_path, inputs)
     results = run_report(run)
-    assert "frontier" in results["figures"]
+    assert "frontier" in results.figures
     page = Page((run.folder / "index.html").read_text(encoding="utf-8"))
     both_texts = [page.text, (run.folder / "report.md").read_text(encoding="utf-8")]
     for text in (" ".join(text.split()) for text in both_texts):
@@ -214,20 +214,18 @@ def test_tokens_arrive_as_they_are(made):
 
 def test_features_have_numbers_contexts_and_where_they_are_missing_a_reason(made):
     _, results, _ = made
-    assert results["contexts"]["7"] == 0 and set(results["contexts"].values()) == {0, 5}
+    assert results.contexts[7] == 0 and set(results.contexts.values()) == {0, 5}
     for text in both(made):
         assert text.count("It fires nowhere in the captured text, so there is no context to show.") == 4
         assert text.count("It fires on no held-out token.") == 4
-        for feature in results["contexts"]:
+        for feature in results.contexts:
             assert f"Feature {feature}" in text
         assert "also among the top features of: Subject-verb agreement, Capital of a country" in text
 
 
 def test_one_maximum_per_context_is_bold_and_coloured(made):
     strips = re.findall(r'<span class="strip">(.*?)</span> <small>', (made[0] / "index.html").read_text(), re.DOTALL)
-    assert (
-        len(strips) == sum(n for n in made[1]["contexts"].values()) + 0 * len(made[1]["contexts"]) or len(strips) > 20
-    )
+    assert len(strips) == sum(n for n in made[1].contexts.values()) + 0 * len(made[1].contexts) or len(strips) > 20
     for strip in strips:
         assert len(re.findall(r'<b style="--heat:', strip)) == 1
         heats = [float(heat) for heat in re.findall(r"--heat:([0-9.]+)", strip)]
@@ -247,7 +245,7 @@ def test_all_no_one_dictionary_long_lists_and_an_empty_one(tmp_path):
     )
     write_json(inputs["ablate/topk"] / SUMMARY, summary)
     run = make_run(tmp_path, inputs, title="Is <this> & that so?", features=1)
-    assert run_report(run)["figures"].count("features_addition") == 0
+    assert run_report(run).figures.count("features_addition") == 0
     text = Page((run.folder / "index.html").read_text()).text
     assert "No: for none of the 4 behaviours do the top features pass the test." in text
     assert "Is <this> & that so?" in text

@@ -1,27 +1,63 @@
 """Sections of the report that a made-up workspace does not have: benchmarks, probes, studies."""
 
 import types
+from pathlib import Path
 
-from saejax.reporting import agreement, bases, patching, probes, sections, studies
+from saejax.causal.ablate import report_sets
+from saejax.causal.ablate.results import AblateResults, ComparedBasis, UncomparedBasis
+from saejax.causal.patching import report as patching
+from saejax.causal.patching.results import FeaturePatchResults
+from saejax.causal.probes import report as probes
+from saejax.causal.probes.results import ProbeResults
+from saejax.causal.study import report as studies
+from saejax.causal.study.results import StudyEffects, StudyResults
 from saejax.reporting.document import Picture
+from saejax.reporting.findings import Findings
+from saejax.results import Interval
+from saejax.tasks import report as tasks
+from saejax.tasks.results import BenchmarkResults
+
+some = types.SimpleNamespace
 
 
 def interval(mean):
-    return dict(mean=mean, low=mean - 0.1, high=mean + 0.1)
+    return Interval(mean, mean - 0.1, mean + 0.1)
+
+
+def partly(cls, **fields):
+    """Results of a class with some of its fields, those that a section reads."""
+    made = object.__new__(cls)
+    made.__dict__.update(fields)
+    return made
+
+
+def findings(settings=None, **units):
+    """Findings with the results of units, by their names."""
+    summaries = {f"stage/{name}": some(results=results, stage="stage", config={}) for name, results in units.items()}
+    return Findings(summaries, {}, Path(), settings or {})
+
+
+def draw(name, figure, caption, alt):
+    return Picture(name, "", caption, alt)
 
 
 def test_benchmarks_are_shown_by_their_kind_of_score():
     results = dict(
-        gsm8k=dict(
+        gsm8k=BenchmarkResults(
+            origin="",
             score="generate",
             n=20,
             accuracy=dict(strict=interval(0.25), flexible=interval(0.5)),
             unparsed=dict(strict=7, flexible=0),
         ),
-        logic=dict(score="choice", n=30, chance=0.31, accuracy=dict(raw=interval(0.4), normalised=interval(0.5))),
-        math=dict(score="likelihood", n=40, log_likelihood_per_token=interval(-1.25), token_accuracy=interval(0.6)),
+        logic=BenchmarkResults(
+            "choice", 30, "", chance=0.31, accuracy=dict(raw=interval(0.4), normalised=interval(0.5))
+        ),
+        math=BenchmarkResults(
+            "likelihood", 40, "", log_likelihood_per_token=interval(-1.25), token_accuracy=interval(0.6)
+        ),
     )
-    (section,) = sections.benchmarks(types.SimpleNamespace(benchmarks=results))
+    (section,) = tasks.benchmark_sections(findings(**results))
     text = section.blocks[0].markdown()
     for row in [
         "| gsm8k | exact match, strict, % | 25.0 \\[15.0,\u00a035.0\\] | 7 | 20 |",
@@ -35,18 +71,18 @@ def test_benchmarks_are_shown_by_their_kind_of_score():
 
 
 def test_without_benchmarks_there_is_no_section():
-    assert sections.benchmarks(types.SimpleNamespace(benchmarks={})) == []
+    assert tasks.benchmark_sections(findings()) == []
 
 
 def test_a_basis_that_was_not_compared_is_said():
-    compared = dict(joint=dict(logit_diff_drop=interval(0.4)), control_drop=0.1)
-    result = dict(
-        controls=dict(logit_diff_drop=[0.1, 0.3]),
-        joint=dict(logit_diff_drop=interval(2.0)),
-        baselines=dict(neurons=dict(reason="only 2 features fire"), random=compared),
+    compared = partly(ComparedBasis, joint=some(logit_diff_drop=interval(0.4)), control_drop=0.1)
+    result = some(
+        controls=some(logit_diff_drop=[0.1, 0.3]),
+        joint=some(logit_diff_drop=interval(2.0)),
+        baselines=dict(neurons=UncomparedBasis("only 2 features fire"), random=compared),
     )
-    found = types.SimpleNamespace(ablate=dict(top=3, behaviours=dict(capital=result)))
-    (section,) = bases.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))
+    found = findings(topk=partly(AblateResults, top=3, behaviours=dict(capital=result)))
+    (section,) = report_sets.bases(found, draw)
     picture, said = section.blocks
     assert "untrained dictionary 0.40" in picture.alt and "neurons" not in picture.alt
     assert said.markdown() == "Not compared: MLP neurons, Capital of a country: only 2 features fire."
@@ -55,26 +91,31 @@ def test_a_basis_that_was_not_compared_is_said():
 def test_agreement_with_other_dictionaries():
     pair = dict(first="topk", second="standard", by="direction", matched=120, shares=[0.25, 0.5], similarity=0.912)
     pairs = [
-        pair | dict(rank_correlation=interval(0.6), shuffled=interval(0.0), alike=interval(0.2)),
-        pair | dict(matched=0, shares=[0.0, 0.0], similarity=None, rank_correlation=None, shuffled=None, alike=None),
+        some(**pair, rank_correlation=interval(0.6), shuffled=interval(0.0), alike=interval(0.2)),
+        some(
+            **pair | dict(matched=0, shares=[0.0, 0.0], similarity=None),
+            rank_correlation=None,
+            shuffled=None,
+            alike=None,
+        ),
     ]
-    behaviours = dict(capital=dict(importance=dict(agreement=pairs)), addition=dict(importance={}), agreement={})
-    (section,) = agreement.sections(types.SimpleNamespace(ablate=dict(behaviours=behaviours)))
+    behaviours = dict(capital=some(importance=some(agreement=pairs)), addition=some(importance=some(agreement=None)))
+    behaviours["agreement"] = some(importance=None)
+    (section,) = report_sets.agreement(findings(topk=partly(AblateResults, behaviours=behaviours)))
     first, second = section.blocks[0].rows
     assert first[:5] == ("Capital of a country", "topk, standard", "direction", "120 (25\u00a0%, 50\u00a0%)", "0.91")
     assert first[5].startswith("0.60 [0.50") and first[7].startswith("0.20 [")
     assert second[3:] == ("0 (0\u00a0%, 0\u00a0%)", "–", "–", "–", "–")
-    assert agreement.sections(types.SimpleNamespace(ablate=dict(behaviours={}))) == []
+    assert report_sets.agreement(findings(topk=partly(AblateResults, behaviours={}))) == []
 
 
 def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
-    share = dict(features=20, accuracy=interval(0.5), random=interval(0.1))
-    carried = dict(prompts=12, top=[share], all=interval(0.7), error=interval(0.2), site=interval(0.9))
-    together = [dict(features=20, denoising=dict(normalised=interval(0.4))), dict(features="all")]
+    share = some(features=20, accuracy=interval(0.5), random=interval(0.1))
+    carried = some(prompts=12, top=[share], all=interval(0.7), error=interval(0.2), site=interval(0.9))
+    together = [some(features=20, denoising=some(normalised=interval(0.4))), some(features="all")]
     results = dict(dictionary="topk", site="resid_post.15", top=20, unpatched=dict(addition="it has no train prompts"))
-    results["behaviours"] = dict(capital=dict(interchange=carried, together=together))
-    found = types.SimpleNamespace(summaries={"patch/topk": dict(results=results)}, cells={})
-    table, without = patching.sections(found, None)[0].blocks
+    results["behaviours"] = dict(capital=some(interchange=carried, together=together))
+    table, without = patching.sections(findings(topk=partly(FeaturePatchResults, **results)), None)[0].blocks
     shares = [f"{mean}\u00a0% [{mean - 10}\u00a0%, {mean + 10}\u00a0%]" for mean in (50, 10, 70, 20, 90)]
     assert table.rows == (("Capital of a country", "12", *shares, "0.40 [0.30,\u00a00.50]"),)
     assert len(table.columns) == len(table.rows[0])
@@ -95,13 +136,17 @@ def test_probes_are_shown_and_labels_without_one_said():
     )
     whole, raw = row | dict(k=None, inputs=None, random=None), dict(input="raw")
     labels = [
-        dict(label="answer", behaviour="addition", reason=None, probes=[row, whole, row | raw, whole | raw]),
-        dict(label="correct", behaviour="capital", reason="fewer than two classes: right 80", probes=[]),
+        some(
+            label="answer",
+            behaviour="addition",
+            reason=None,
+            probes=[some(**one) for one in (row, whole, row | raw, whole | raw)],
+        ),
+        some(label="correct", behaviour="capital", reason="fewer than two classes: right 80", probes=[]),
     ]
     results = dict(dictionary="topk", site="resid_post.15", pool="last", labels=labels)
     settings = dict(probe=dict(shuffles=20))
-    found = types.SimpleNamespace(probes=dict(topk=results), settings=lambda: settings)
-    (section,) = probes.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))
+    (section,) = probes.sections(findings(settings, topk=partly(ProbeResults, **results)), draw)
     intro, picture, table, without = section.blocks
     assert "the features of topk" in intro.text and "at a prompt's last position" in intro.text
     assert (
@@ -114,12 +159,13 @@ def test_probes_are_shown_and_labels_without_one_said():
         ("Model right or wrong: Capital of a country", "no probe: fewer than two classes: right 80."),
     )
     results["labels"] = labels[1:]
+    found = findings(settings, topk=partly(ProbeResults, **results))
     assert [block.kind for block in probes.sections(found, lambda *drawn: None)[0].blocks] == ["text", "terms"]
-    assert probes.sections(types.SimpleNamespace(probes={}), lambda *drawn: None) == []
+    assert probes.sections(findings(), lambda *drawn: None) == []
 
 
 def test_studies_show_every_measure_and_replacement():
-    one = dict(
+    one = some(
         after=interval(0.3),
         drop=interval(0.2),
         controls=[0.1, 0.1],
@@ -127,14 +173,14 @@ def test_studies_show_every_measure_and_replacement():
         percentile=1.0,
         difference=interval(0.15),
     )
-    both = dict(before=interval(0.5), zero=one, random=one)
+    both = StudyEffects(before=interval(0.5), zero=one, random=one)
     logic = dict(
         dictionary="topk",
         site="resid_post.15",
         rule="Yes if so. Otherwise no.",
         score="choice",
         chance=0.25,
-        items=dict(train=20, test=21),
+        items=some(train=20, test=21),
         accuracy=both,
         log_likelihood_per_token=both,
         verdicts=dict(zero=True, random=False),
@@ -143,13 +189,13 @@ def test_studies_show_every_measure_and_replacement():
     weak = logic | dict(
         score="generate",
         chance=0.0,
-        accuracy=dict(before=interval(0.0), zero=None, random=None),
+        accuracy=StudyEffects(before=interval(0.0), zero=None, random=None),
         verdicts=dict(zero=None, random=None),
         reason="At chance before any edit.",
     )
     settings = dict(study=dict(top=20, draws=2), model=dict(path="smollm2"))
-    found = types.SimpleNamespace(studies=dict(logic=logic, gsm8k=weak), settings=lambda: settings)
-    (section,) = studies.sections(found)
+    found = findings(settings, logic=partly(StudyResults, **logic), gsm8k=partly(StudyResults, **weak))
+    (section,) = studies.sections(found, draw)
     intro, rule, reasons, table = section.blocks
     assert "20 features of topk" in intro.text and "Yes if so." in rule.text
     assert reasons.items == (("logic", "Yes: it falls."), ("gsm8k", "At chance before any edit."))
@@ -169,4 +215,4 @@ def test_studies_show_every_measure_and_replacement():
     assert table.rows[1][3:4] + table.rows[1][-1:] == ("at random", "no")
     assert table.rows[2][1:3] == ("nats per token", "0.500 [0.400,\u00a00.600]") and table.rows[2][-1] == "–"
     assert table.rows[4][1] == "exact match, %" and table.rows[4][4:] == ("–",) * 6
-    assert studies.sections(types.SimpleNamespace(studies={})) == []
+    assert studies.sections(findings(), draw) == []

@@ -5,6 +5,7 @@ import html.parser
 import pytest
 
 from saejax.reporting.tables import Table, escape_markdown, interval, number, percent, significant, visible
+from saejax.results import Interval
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_significant(value, text):
 
 
 def test_interval_and_percent():
-    assert interval(dict(mean=-0.055, low=-0.1, high=0), 1, 100) == "−5.5 [−10.0,\u00a00.0]"
+    assert interval(Interval(-0.055, -0.1, 0), 1, 100) == "−5.5 [−10.0,\u00a00.0]"
     assert percent(0.875, 1) == "87.5\u00a0%"
     assert percent(None) == "–"
 

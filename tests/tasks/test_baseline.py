@@ -11,10 +11,11 @@ import runs
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.models.language_model import LanguageModel, load_model
+from saejax.results import to_json
 from saejax.settings import BEHAVIOURS, ModelConfig, TaskConfig
 from saejax.stages import GROUPS
 from saejax.tasks import baseline
-from saejax.tasks.behaviours import SCORES, make_prompts, read_prompts
+from saejax.tasks.behaviours import SCORES, PromptScore, make_prompts, read_prompts
 from saejax.workspace import Run
 
 TASK = TaskConfig(train_prompts=15, test_prompts=6, bootstrap=300)
@@ -56,9 +57,9 @@ def test_scores_are_those_of_pytorch(finished):
 def test_results_sum_up_the_scores(finished):
     _, folder, results, lines = finished
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    assert list(results["behaviours"]) == list(BEHAVIOURS) and len(lines) == len(BEHAVIOURS)
-    json.dumps(results, allow_nan=False)
-    for (name, result), line in zip(results["behaviours"].items(), lines, strict=True):
+    assert list(results.behaviours) == list(BEHAVIOURS) and len(lines) == len(BEHAVIOURS)
+    json.dumps(to_json(results), allow_nan=False)
+    for (name, result), line in zip(results.behaviours.items(), lines, strict=True):
         for split, n in (("train", 15), ("test", 6)):
             own = [row for row in rows if row["behaviour"] == name and row["split"] == split]
             diffs = np.array([row["logit_diff"] for row in own])
@@ -69,14 +70,15 @@ def test_results_sum_up_the_scores(finished):
                 separation=diffs.mean() / diffs.std(),
                 counterpart_accuracy=np.mean([row["counterpart_logit_diff"] > 0 for row in own]),
             )
-            assert result[split].pop("n") == n == len(own)
-            assert {key: score["mean"] for key, score in result[split].items()} == pytest.approx(expected)
-            assert all(score["low"] <= score["mean"] <= score["high"] for score in result[split].values())
+            scores = dict(vars(result.splits[split]))
+            assert scores.pop("n") == n == len(own)
+            assert {key: score.mean for key, score in scores.items()} == pytest.approx(expected)
+            assert all(score.low <= score.mean <= score.high for score in scores.values())
         # A random model has no behaviour, and the line says so.
-        assert any(flag.startswith("separation") for flag in result["flags"])
-        assert line.startswith(f"{name}: on 6 test prompts accuracy") and result["flags"][0] in line
+        assert any(flag.startswith("separation") for flag in result.flags)
+        assert line.startswith(f"{name}: on 6 test prompts accuracy") and result.flags[0] in line
         tests = [row for row in rows if row["behaviour"] == name and row["split"] == "test"]
-        assert result["examples"] == [
+        assert [vars(example) for example in result.examples] == [
             {key: row[key] for key in ("text", "correct", "wrong", "logit_diff")} for row in tests[:3]
         ]
 
@@ -93,36 +95,37 @@ def test_smollm2_has_the_behaviours(smollm2):
     for name in BEHAVIOURS:
         prompts = make_prompts(name, 2, 14, 42, smollm2.token_id)
         scores = baseline.score_prompts(smollm2, prompts)
-        assert all(tuple(score) == SCORES for score in scores)
-        assert np.mean([score["logit_diff"] > 0 for score in scores]) >= 0.85
-        assert np.mean([score["counterpart_logit_diff"] > 0 for score in scores]) >= 0.85
+        assert all(tuple(vars(score)) == SCORES for score in scores)
+        assert np.mean([score.logit_diff > 0 for score in scores]) >= 0.85
+        assert np.mean([score.counterpart_logit_diff > 0 for score in scores]) >= 0.85
 
 
 def summary_of(diffs, **changes):
     prompts = make_prompts("agreement", 2, len(diffs), 42, hash)
-    scores = [dict(logit_diff=diff, top1=True, counterpart_logit_diff=1.0) for diff in (1.0, 2.0, *diffs)]
+    scores = [PromptScore(logit_diff=diff, top1=True, counterpart_logit_diff=1.0) for diff in (1.0, 2.0, *diffs)]
     return baseline.summarize(prompts, scores, dataclasses.replace(TASK, **changes))
 
 
 def test_weak_behaviours_are_flagged_in_words():
-    assert summary_of([2.0, 2.1, 1.9, 2.0, 1.0])["flags"] == []
-    assert summary_of([2.0, 2.1, 1.9, 2.0, -0.1])["flags"] == []  # 0.80 is not below 0.80
-    assert summary_of([2.0, 2.1, 1.9, 2.0, -0.1], min_accuracy=0.81)["flags"] == [
-        "accuracy 0.800 on test prompts is below 0.810"
-    ]
-    assert summary_of([2.0, 0.1, -0.1, 2.0])["flags"] == [
+    assert summary_of([2.0, 2.1, 1.9, 2.0, 1.0]).flags == ()
+    assert summary_of([2.0, 2.1, 1.9, 2.0, -0.1]).flags == ()  # 0.80 is not below 0.80
+    assert summary_of([2.0, 2.1, 1.9, 2.0, -0.1], min_accuracy=0.81).flags == (
+        "accuracy 0.800 on test prompts is below 0.810",
+    )
+    assert summary_of([2.0, 0.1, -0.1, 2.0]).flags == (
         "accuracy 0.750 on test prompts is below 0.800",
         "separation 0.998 on test prompts is below 1.000",
-    ]
-    assert summary_of([0.0] * 4)["test"]["accuracy"]["mean"] == 0  # a tie is not a correct answer
-    json.dumps(summary_of([3.0] * 4), allow_nan=False)
+    )
+    assert summary_of([0.0] * 4).test.accuracy.mean == 0  # a tie is not a correct answer
+    json.dumps(to_json(summary_of([3.0] * 4)), allow_nan=False)
 
 
 def test_a_model_that_ignores_the_content_is_flagged():
     prompts = make_prompts("agreement", 2, 2, 42, hash)
-    scores = [dict(logit_diff=x, top1=True, counterpart_logit_diff=-x) for x in (1.0, 1.5, 1.0, 1.5)]
-    flags = baseline.summarize(prompts, scores, TASK)["flags"]
-    assert flags == [f"counterpart accuracy 0.000 on {split} prompts is below 0.800" for split in ("train", "test")]
+    scores = [PromptScore(logit_diff=x, top1=True, counterpart_logit_diff=-x) for x in (1.0, 1.5, 1.0, 1.5)]
+    flags = baseline.summarize(prompts, scores, TASK).flags
+    told = [f"counterpart accuracy 0.000 on {split} prompts is below 0.800" for split in ("train", "test")]
+    assert list(flags) == told
 
 
 def test_answers_that_begin_with_the_same_token_are_refused(tiny_llama, tmp_path):
@@ -162,7 +165,7 @@ def test_batches_have_one_shape(finished, one_device):
     together = baseline.score_prompts(model, prompts)  # 80 texts: two full batches and a half one
     assert baseline._last_logits._cache_size() == before
     assert len(together) == 40
-    np.testing.assert_allclose([s["logit_diff"] for s in together[:2]], [s["logit_diff"] for s in alone], atol=1e-5)
+    np.testing.assert_allclose([s.logit_diff for s in together[:2]], [s.logit_diff for s in alone], atol=1e-5)
 
 
 def test_own_behaviours_need_no_counterparts(finished, tmp_path):
@@ -170,10 +173,10 @@ def test_own_behaviours_need_no_counterparts(finished, tmp_path):
     lines = [dict(line, split=split) for line, split in zip(lines, ("train", "train", "test", "test"), strict=True)]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = dataclasses.replace(TASK, behaviours=("capital",), prompts=str(tmp_path / "own.jsonl"))
-    results = baseline.run_baseline(make_run(tmp_path, finished[0], task))["behaviours"]
+    results = baseline.run_baseline(make_run(tmp_path, finished[0], task)).behaviours
     assert list(results) == ["capital", "plural"]
-    assert results["plural"]["test"]["n"] == 2 and results["plural"]["test"]["counterpart_accuracy"] is None
-    assert results["capital"]["test"]["counterpart_accuracy"]["mean"] >= 0
+    assert results["plural"].test.n == 2 and results["plural"].test.counterpart_accuracy is None
+    assert results["capital"].test.counterpart_accuracy.mean >= 0
     assert [p.text for p in read_prompts(tmp_path / "prompts.jsonl") if p.behaviour == "plural"] == [
         line["text"] for line in lines
     ]

@@ -18,6 +18,7 @@ from saejax.tasks import benchmark_scores, benchmark_stage
 from saejax.tasks.benchmark_scores import line, score_items, summarize
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.likelihood import encode_pair, loglikelihoods
+from saejax.tasks.results import UnparsedExample
 from saejax.workspace import Run
 
 
@@ -70,12 +71,12 @@ def test_generated_numbers_are_judged(lm, task, writes):
     assert first.ids_BxT[0, : first.lengths_B[0]].tolist() == lm.tokenizer(rows[0]["prompt"])["input_ids"]
 
     figures = summarize("gsm8k", rows, task)
-    assert figures["score"] == "generate" and figures["n"] == 6 and figures["cut"] == 0
-    assert figures["unparsed"] == dict(strict=3, flexible=2)
-    assert figures["unparsed_examples"][1] == dict(id=items[3].id, output="who knows")
-    accuracy = {rule: value["mean"] for rule, value in figures["accuracy"].items()}
+    assert figures.score == "generate" and figures.n == 6 and figures.cut == 0
+    assert figures.unparsed == dict(strict=3, flexible=2)
+    assert figures.unparsed_examples[1] == UnparsedExample(id=items[3].id, output="who knows")
+    accuracy = {rule: value.mean for rule, value in figures.accuracy.items()}
     assert accuracy == pytest.approx(dict(strict=2 / 6, flexible=2 / 6))
-    assert all(0 <= value["low"] < value["mean"] < value["high"] <= 1 for value in figures["accuracy"].values())
+    assert all(0 <= value.low < value.mean < value.high <= 1 for value in figures.accuracy.values())
     said = line(figures)
     assert "6 items: accuracy strict 33.3 % [" in said and "no answer found: strict 3, flexible 2" in said
 
@@ -86,7 +87,7 @@ def test_generated_formulas_are_judged(lm, task, writes):
     rows = score_items(lm, "math", items, task)
     assert [row["strict"]["correct"] for row in rows] == [True] * 4 + [False] * 2
     assert [row["flexible"]["correct"] for row in rows] == [True] * 5 + [False]
-    assert summarize("math", rows, task)["unparsed"] == dict(strict=2, flexible=1)
+    assert summarize("math", rows, task).unparsed == dict(strict=2, flexible=1)
 
 
 def test_choices_are_judged_by_likelihood(lm, task):
@@ -102,11 +103,11 @@ def test_choices_are_judged_by_likelihood(lm, task):
         for rule, index in best.items():
             assert row[rule] == dict(found=item.choices[index], correct=item.choices[index] == item.answer)
     figures = summarize("logic", rows, every)
-    assert figures["chance"] == pytest.approx(np.mean([1 / len(item.choices) for item in items]))
-    assert sum(part["n"] for part in figures["tasks"].values()) == figures["n"] == 15
+    assert figures.chance == pytest.approx(np.mean([1 / len(item.choices) for item in items]))
+    assert sum(part.n for part in figures.tasks.values()) == figures.n == 15
     for rule in ("raw", "normalised"):
         correct = [row[rule]["correct"] for row in rows if row["task"] == "web_of_lies"]
-        assert figures["tasks"]["web_of_lies"][rule]["mean"] == np.mean(correct)
+        assert getattr(figures.tasks["web_of_lies"], rule).mean == np.mean(correct)
     assert line(figures).endswith("; chance 36.7 %")
 
 
@@ -134,10 +135,10 @@ def test_solutions_are_scored_by_likelihood(lm, task):
         assert row["token_accuracy"] == one.correct_tokens / one.tokens
     figures = summarize("gsm8k", rows, weak)
     mean = np.mean([row["log_likelihood_per_token"] for row in rows])
-    interval = figures["log_likelihood_per_token"]
-    assert interval["mean"] == pytest.approx(mean) and interval["low"] < mean < interval["high"] < 0
-    assert 0 <= figures["token_accuracy"]["mean"] <= 1 and "nats" in line(figures)
-    assert summarize("logic", score_items(lm, "logic", read_items("logic", weak), weak), weak)["n"] == 6
+    interval = figures.log_likelihood_per_token
+    assert interval.mean == pytest.approx(mean) and interval.low < mean < interval.high < 0
+    assert 0 <= figures.token_accuracy.mean <= 1 and "nats" in line(figures)
+    assert summarize("logic", score_items(lm, "logic", read_items("logic", weak), weak), weak).n == 6
 
 
 def test_edits_reach_every_way_of_scoring(lm, task, writes, monkeypatch):
@@ -187,7 +188,7 @@ def test_an_interrupted_benchmark_goes_on(inputs, task, tmp_path, writes):
     texts += ["5", "6"]
     lines = []
     results = benchmark_stage.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, lines))
-    assert lines[0] == "4 of 6 items were done before" and results["n"] == 6 and not texts
+    assert lines[0] == "4 of 6 items were done before" and results.n == 6 and not texts
     rows = [json.loads(text) for text in (tmp_path / "items.jsonl").read_text().split("\n") if text]
     assert [row["output"] for row in rows] == ["#### 1\u2028x", "2", "3", "4", "5", "6"]
 

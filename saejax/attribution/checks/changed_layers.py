@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
 from saejax.attribution.local.frozen import FrozenModel
@@ -52,7 +51,7 @@ def run_layer(
     x_TxD: jax.Array,
     x_RxTxD: jax.Array,
     skip_DxD: jax.Array | None,
-    edited: tuple[nnx.GraphDef, nnx.State, Edits] | None,
+    edited: tuple[Dictionary, Edits] | None,
     reader: Reader | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """One layer of all rows.
@@ -94,11 +93,8 @@ def run_layer(
     return x_BxTxD[1:], einsum("rjd,jd->rj", moved_RxJxD, reader.vector_JxD)
 
 
-def _added(
-    graph: nnx.GraphDef, state: nnx.State, edits: Edits, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array
-) -> jax.Array:
+def _added(dictionary: Dictionary, edits: Edits, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array) -> jax.Array:
     """What the changes add to the MLP's output [R, T, D]; ``read_RxTxD`` None: activations are the prompt's."""
-    dictionary = nnx.merge(graph, state)
     row_Rx1 = jnp.arange(len(edits.position_RxM))[:, None]
     own_RxM = edits.own_RxM
     if read_RxTxD is not None:

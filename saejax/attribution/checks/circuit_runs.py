@@ -10,13 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.attribution.checks.changed_layers import read_last
 from saejax.attribution.local.active import AT_ONCE
 from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import whole_prompts
@@ -62,7 +62,7 @@ def run_circuits(
     chunks = [slice(start, min(start + size, len(circuits))) for start in range(0, len(circuits), size)]
     states = [jnp.tile(streams.stream_LxTxD[0][None], (min(size, len(circuits)), 1, 1)) for _ in chunks]
     for layer in range(config.n_layers):
-        transcoder = nnx.split(replacement.transcoders.load(layer))
+        transcoder = replacement.transcoders.load(layer)
         own_A = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
         places = active.position_A[own_A], active.feature_A[own_A]
         mean_F = None if means is None else means[layer]
@@ -128,7 +128,7 @@ def run_layer(
     params: decoder.Params,
     layer: jax.Array,
     x_CxTxD: jax.Array,
-    transcoder: tuple[nnx.GraphDef, nnx.State],
+    dictionary: Dictionary,
     position_A: jax.Array,
     feature_A: jax.Array,
     kept_CxA: jax.Array,
@@ -145,7 +145,7 @@ def run_layer(
       mean_F: activations of the active features that are not kept; None: 0.
       tokens: of the prompt.
     """
-    dictionary, seen = nnx.merge(*transcoder), {}
+    seen: dict[str, jax.Array] = {}
     row_Cx1 = jnp.arange(len(x_CxTxD))[:, None]
 
     def hook(kind: str, value_CxTxD: jax.Array) -> jax.Array:

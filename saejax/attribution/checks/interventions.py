@@ -23,7 +23,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.attribution.checks.changed_layers import Edits, Reader, read_last, read_moved, run_layer
 from saejax.attribution.local.replacement import Replacement
@@ -104,7 +103,7 @@ def intervene(
         inner_K = np.flatnonzero(readouts.layer_K == layer)
         own_J = np.flatnonzero(active.layer_A[chosen_J] == layer)
         reader = _encoders(replacement, chosen_J[own_J], most) if most else None
-        transcoder = nnx.split(replacement.transcoders.load(layer)) if layer in edits else None
+        transcoder = replacement.transcoders.load(layer) if layer in edits else None
         skip_DxD = None if streams.skip_LxDxD is None else streams.skip_LxDxD[layer]
         for place, chunk in enumerate(chunks):
             if len(inner_K):
@@ -112,7 +111,7 @@ def intervene(
                 moved_RxK = read_moved(x_TxD, states[place], inner)
                 readout_RxK[chunk, inner_K] += to_host(moved_RxK)[: chunk.stop - chunk.start]
             held = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
-            edited = (*transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder else None
+            edited = (transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder is not None else None
             states[place], moved_RxJ = run_layer(*held, x_TxD, states[place], skip_DxD, edited, reader)
             if len(own_J):
                 feature_RxJ[chunk, own_J] += to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]

@@ -4,13 +4,11 @@ Letters: T positions, D width, F features of a transcoder, A active features, J 
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
@@ -67,13 +65,12 @@ def active_features(
     Returns:
       Position, feature, activation and encoder bias of its active features; and the layer's parts of ``Streams``.
     """
-    graph, state = nnx.split(transcoder)
     length, features = len(read_TxD), transcoder.config.n_features
     size = max(1, min(length, AT_ONCE // features))
     active, errors, firsts = [], [], []
     for start in range(0, length, size):
         chunk = slice(start, start + size)
-        acts_TxF, error_TxD, first_D = explain(graph, state, read_TxD[chunk], out_TxD[chunk], used_T[chunk])
+        acts_TxF, error_TxD, first_D = explain(transcoder, read_TxD[chunk], out_TxD[chunk], used_T[chunk])
         acts_TxF = to_host(acts_TxF)
         position_A, feature_A = np.nonzero(acts_TxF)
         active.append((position_A + start, feature_A, acts_TxF[position_A, feature_A]))
@@ -87,18 +84,16 @@ def active_features(
     return (position_A.astype(np.int32), feature_A.astype(np.int32), value_A, b_enc_A), part
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit
 def explain(
-    graph: nnx.GraphDef, state: nnx.State, read_TxD: jax.Array, out_TxD: jax.Array, used_T: jax.Array
+    transcoder: Dictionary, read_TxD: jax.Array, out_TxD: jax.Array, used_T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Activations [T, F], errors [T, D], and the MLP's output less the skip path at the first of the positions [D].
 
     Args:
-      graph, state: the transcoder.
       read_TxD, out_TxD: what it reads, and what the MLP adds.
       used_T: where features are used; elsewhere activations and errors are 0.
     """
-    transcoder = nnx.merge(graph, state)
     used_Tx1 = (used_T & transcoder.in_domain(read_TxD))[:, None]
     acts_TxF = transcoder.encode(read_TxD)
     acts_TxF = jnp.where(used_Tx1, acts_TxF, jnp.zeros_like(acts_TxF))

@@ -14,7 +14,7 @@ from saejax.causal.circuits import measure as circuits
 from saejax.causal.cost import FIRING, OVERHEAD, edited_bytes, kept_prompts, layers_above, prompt_length, with_model
 from saejax.causal.screening import points
 from saejax.causal.split import PROMPTS, run_head
-from saejax.costs.cost import START, Cost, Products, Scene
+from saejax.costs.cost import START, Cost, Scene
 from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
 from saejax.models.rules import RunRules
@@ -40,7 +40,9 @@ def ablate_cost(scene: Scene, name: str) -> Cost:
     flops = pass_flops(scene.model, tokens, PROMPT, layers_above(scene, used))
     return Cost(
         with_model(scene, edited_bytes(scene, used, _gathered(scene), ablate.batch_rows), used),
-        [Products(flops, scene.dtype, OVERHEAD)],
+        flops,
+        scene.dtype,
+        OVERHEAD,
         START + _COMPILE * behaviours,
         batches=dict(prompts=PROMPTS, rows=ablate.batch_rows),
     )

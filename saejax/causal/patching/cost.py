@@ -4,7 +4,7 @@ from saejax.causal.cost import FIRING, OVERHEAD, edited_bytes, layers_above, pro
 from saejax.causal.patching.features import steps
 from saejax.causal.patching.pairs import GROUP_BYTES, STEP
 from saejax.causal.screening import points
-from saejax.costs.cost import START, WIDTH, Cost, Products, Scene
+from saejax.costs.cost import START, WIDTH, Cost, Scene
 from saejax.costs.passes import layer_bytes, pass_flops
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
@@ -25,7 +25,9 @@ def _sites(scene: Scene) -> Cost:
     flops = pass_flops(model, tokens, PROMPT, layers / 2)
     return Cost(
         with_model(scene, _recorded(scene)),
-        [Products(flops, scene.dtype, OVERHEAD)],
+        flops,
+        scene.dtype,
+        OVERHEAD,
         START,
         counts=dict(rows=rows, tokens=tokens),
     )
@@ -54,7 +56,9 @@ def _features(scene: Scene) -> Cost:
     come_and_go = edited_bytes(scene, used, 2 * used.n_features, patch.batch_rows)
     return Cost(
         with_model(scene, come_and_go, used),
-        [Products(flops, scene.dtype, OVERHEAD)],
+        flops,
+        scene.dtype,
+        OVERHEAD,
         START,
         counts=dict(rows=rows, tokens=tokens),
     )

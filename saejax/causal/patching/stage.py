@@ -31,5 +31,5 @@ PATCH = Stage(
     names=_names,
     identity=dict(model=identities.model),
     cost="saejax.causal.patching.cost:patch_cost",
-    section="saejax.reporting.patching:sections",
+    section="saejax.causal.patching.report:sections",
 )

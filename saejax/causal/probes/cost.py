@@ -1,7 +1,7 @@
 """What the stage ``probe`` takes."""
 
 from saejax.causal.cost import clean_bytes, kept_prompts, prompt_length, with_model
-from saejax.costs.cost import START, Cost, Products, Scene
+from saejax.costs.cost import START, Cost, Scene
 from saejax.costs.passes import pass_flops
 from saejax.models.sites import Site
 from saejax.tasks.cost import PROMPT, count_all_behaviours
@@ -23,7 +23,9 @@ def probe_cost(scene: Scene, name: str) -> Cost:
     streams = kept_prompts(scene) * prompt_length(scene) * 4 * 2 * used.d_in
     return Cost(
         with_model(scene, streams + clean_bytes(scene, used), used),
-        [Products(flops, scene.dtype, _OVERHEAD)],
+        flops,
+        scene.dtype,
+        _OVERHEAD,
         START + _FIT * fits,
         counts=dict(rows=rows, tokens=rows * PROMPT, fits=fits),
     )

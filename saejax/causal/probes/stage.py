@@ -24,5 +24,5 @@ PROBE = Stage(
     names=_names,
     identity=dict(model=identities.model),
     cost="saejax.causal.probes.cost:probe_cost",
-    section="saejax.reporting.probes:sections",
+    section="saejax.causal.probes.report:sections",
 )

@@ -2,7 +2,7 @@
 
 from saejax.causal.cost import layers_above, with_model
 from saejax.causal.study.scores import conditions
-from saejax.costs.cost import START, Cost, Products, Scene
+from saejax.costs.cost import START, Cost, Scene
 from saejax.costs.passes import feature_bytes, generated_bytes, layer_bytes, pass_flops
 from saejax.dictionaries import DictionaryConfig
 from saejax.models.sites import Site
@@ -27,7 +27,9 @@ def study_cost(scene: Scene, name: str) -> Cost:
     flops += pass_flops(model, below, length, Site.parse(used.site).layer + 1)
     return Cost(
         with_model(scene, _slope_bytes(scene, used), used),
-        [Products(flops, scene.dtype, OVERHEAD)],
+        flops,
+        scene.dtype,
+        OVERHEAD,
         2 * START,
         counts=dict(rows=rows, tokens=scored + slopes + below),
     )

@@ -17,5 +17,5 @@ STUDY = Stage(
     identity=dict(model=identities.model),
     unit_identity=dict(benchmark=identities.benchmark),
     cost="saejax.causal.study.cost:study_cost",
-    section="saejax.reporting.studies:sections",
+    section="saejax.causal.study.report:sections",
 )

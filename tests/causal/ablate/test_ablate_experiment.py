@@ -56,17 +56,17 @@ def test_a_feature_that_fires_only_where_its_replacement_is_from_has_a_control(
     config = dataclasses.replace(CONFIG, replacement=replacement)
     experiment = only(ModelExperiment(split, "tiny", prompts, config), feature)
     results, measured = verdict.judge("tiny", experiment, config)
-    (entry,) = results["top"]
-    assert entry["feature"] == feature and entry["logit_diff_drop"]["mean"] != 0
-    assert results["joint"]["firing"] == 1 and measured.controls_NxC.shape == (4, 1)
-    assert entry["firing_rate"] > 0 and entry["control_drop"] is not None
+    (entry,) = results.top
+    assert entry.feature == feature and entry.logit_diff_drop.mean != 0
+    assert results.joint.firing == 1 and measured.controls_NxC.shape == (4, 1)
+    assert entry.firing_rate > 0 and entry.control_drop is not None
     # Set to zero, the same feature has no effect and is said to have no control.
     config = dataclasses.replace(CONFIG, replacement="zero")
     experiment = only(ModelExperiment(split, "tiny", prompts, config), feature)
     results, measured = verdict.judge("tiny", experiment, config)
-    (entry,) = results["top"]
-    assert entry["logit_diff_drop"]["mean"] == 0 and entry["control_drop"] is None
-    assert "1 of the features never fire on the test prompts and have no control" in results["reason"]
+    (entry,) = results.top
+    assert entry.logit_diff_drop.mean == 0 and entry.control_drop is None
+    assert "1 of the features never fire on the test prompts and have no control" in results.reason
 
 
 def test_prompts_of_one_split_only(split, make_prompt):

@@ -5,17 +5,20 @@ import json
 
 import numpy as np
 import pytest
+from runs import write_members
 
 from saejax.causal import ablation, activity
 from saejax.causal.ablate import run as stage
 from saejax.causal.ablate.importance import Importance, importance_file
+from saejax.causal.ablate.results import AblateResults, ImportanceSummary
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
+from saejax.results import from_json, to_json
 from saejax.settings import AblateConfig, MeshConfig, ModelConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.tasks.scoring import bootstrap_mean
-from saejax.workspace import Run, write_json
+from saejax.workspace import Run
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
     ]
     write_prompts(baseline / "prompts.jsonl", prompts)
     save_dictionary(train, make_dictionary("resid_post.1"))
-    write_json(train / "summary.json", dict(results=dict(members=[dict(name="")])))
+    write_members(train, "")
 
     def make(name, **changes):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -46,25 +49,25 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
 def test_the_stage_end_to_end_killed_and_resumed(make_run):
     whole, said = make_run("whole")
     results = stage.run_ablate(whole)
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert list(results["behaviours"]) == ["first", "second"]
-    assert (results["dictionary"], results["site"], results["top"], results["draws"]) == ("topk", "resid_post.1", 4, 12)
+    assert from_json(AblateResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    assert list(results.behaviours) == ["first", "second"]
+    assert (results.dictionary, results.site, results.top, results.draws) == ("topk", "resid_post.1", 4, 12)
     assert any(line.startswith("ablate: second (2 of 2): ") for line in said)
 
     # Every figure can be derived again from the saved logit differences.
-    for name, entry in results["behaviours"].items():
+    for name, entry in results.behaviours.items():
         lines = [json.loads(line) for line in (whole.folder / f"{name}-prompts.jsonl").read_text().splitlines()]
         tested = [p for p in read_prompts(whole.inputs["baseline"] / "prompts.jsonl") if p.behaviour == name]
         assert [line["text"] for line in lines] == [p.text for p in tested if p.split == "test"]
         clean_P, joint_P = (np.array([line[key] for line in lines]) for key in ("clean", "joint"))
         again = bootstrap_mean(clean_P - joint_P, 500, whole.configs["ablate"].seed)
-        assert entry["joint"]["logit_diff_drop"] == dataclasses.asdict(again)
+        assert entry.joint.logit_diff_drop == again
         controls_PxN = np.array([line["controls"] for line in lines])
         np.testing.assert_allclose(
-            entry["controls"]["logit_diff_drop"], (clean_P[:, None] - controls_PxN).mean(axis=0), atol=1e-12
+            entry.controls.logit_diff_drop, (clean_P[:, None] - controls_PxN).mean(axis=0), atol=1e-12
         )
         drawn = [json.loads(line) for line in (whole.folder / f"{name}-controls.jsonl").read_text().splitlines()]
-        assert len(drawn) == 12 and all(len(line["features"]) == entry["joint"]["firing"] for line in drawn)
+        assert len(drawn) == 12 and all(len(line["features"]) == entry.joint.firing for line in drawn)
 
     # Asked to stop once the first behaviour is there: it is kept, and what comes then is the same to the bit.
     folder = whole.folder.parent / "stopped"
@@ -86,16 +89,18 @@ def test_sets_on_request(make_run, tiny, make_dictionary):
     run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], curve=True, circuit_tests=True, greedy=2)
     prompts = [p for p in read_prompts(run.inputs["baseline"] / "prompts.jsonl") if p.behaviour == "first"]
     write_prompts(run.inputs["baseline"] / "prompts.jsonl", prompts)
-    result = stage.run_ablate(run)["behaviours"]["first"]
-    assert json.loads((run.folder / "first.json").read_text()) == json.loads(json.dumps(result, allow_nan=False))
+    result = stage.run_ablate(run).behaviours["first"]
+    assert json.loads((run.folder / "first.json").read_text()) == json.loads(
+        json.dumps(to_json(result), allow_nan=False)
+    )
     lines = [json.loads(line) for line in (run.folder / "first-prompts.jsonl").read_text().splitlines()]
     split = SplitModel(tiny, make_dictionary("resid_post.1"))
     runs, train_runs = (split.run([p for p in prompts if p.split == half]) for half in ("test", "train"))
-    top = [entry["feature"] for entry in result["top"]]
+    top = [entry.feature for entry in result.top]
     firing = np.flatnonzero(activity.statistics(split, runs).fires_at_all_F).tolist()
 
     # Kept alone, removed, the curve and the greedy set are ablations of these sets.
-    chosen = result["greedy"]["features"]
+    chosen = result.greedy.features
     sets = [[f for f in firing if f not in top], top, top[:2], chosen]
     kept_P, removed_P, two_P, grown_P = ablation.ablate_sets(split, runs, sets).ablated_SxP
     for wanted_P, got in (
@@ -106,16 +111,17 @@ def test_sets_on_request(make_run, tiny, make_dictionary):
         (grown_P, [line["greedy"]["greedy"][1] for line in lines]),
     ):
         np.testing.assert_allclose(got, wanted_P, atol=1e-4)
-    assert result["circuit"]["kept"] == pytest.approx(kept_P.mean(), abs=1e-4)
+    assert result.circuit.kept == pytest.approx(kept_P.mean(), abs=1e-4)
     train_drop = ablation.ablate_sets(split, train_runs, [chosen[:1], chosen]).drop_SxP.mean(axis=1)
-    np.testing.assert_allclose(result["greedy"]["train_drop"], train_drop, atol=1e-4)
+    np.testing.assert_allclose(result.greedy.train_drop, train_drop, atol=1e-4)
 
 
 def test_every_feature_on_request(make_run, tiny, make_dictionary):
     run, _ = make_run("every")
     run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], effects="all")
-    results = stage.run_ablate(run)["behaviours"]
-    assert json.loads((run.folder / "first.json").read_text())["importance"] == results["first"]["importance"]
+    results = stage.run_ablate(run).behaviours
+    kept = json.loads((run.folder / "first.json").read_text())["importance"]
+    assert from_json(ImportanceSummary, kept, "") == results["first"].importance
     found = Importance.load(importance_file(run.folder, "first"))
     prompts = [p for p in read_prompts(run.inputs["baseline"] / "prompts.jsonl") if p.behaviour == "first"]
     split = SplitModel(tiny, make_dictionary("resid_post.1"))
@@ -130,10 +136,10 @@ def test_every_feature_on_request(make_run, tiny, make_dictionary):
     read_BxT = tokens.mask_BxT & np.asarray(dictionary.in_domain(x_BxTxD))
     largest_PxF = (np.asarray(dictionary.encode(x_BxTxD)) * read_BxT[:, :, None]).max(axis=1)
     np.testing.assert_allclose(activity.maxima(split, runs), largest_PxF, atol=1e-4)
-    top = {item["feature"]: item["logit_diff_drop"]["mean"] for item in results["first"]["top"]}
+    top = {item.feature: item.logit_diff_drop.mean for item in results["first"].top}
     for feature, drop in zip(found.feature.tolist(), found.drop, strict=True):
         assert drop == pytest.approx(top.get(feature, drop), abs=1e-5)
-    assert results["first"]["importance"]["features"] == len(found.feature) > 100
+    assert results["first"].importance.features == len(found.feature) > 100
 
 
 def test_other_dictionaries_on_request(make_run, make_dictionary):
@@ -151,22 +157,22 @@ def test_other_dictionaries_on_request(make_run, make_dictionary):
     train = run.inputs["train/topk"].parent / "standard"
     for name, other in dict(seed1=permuted, seed2=elsewhere).items():
         save_dictionary(train / name / "dictionary", other)
-    write_json(train / "summary.json", dict(results=dict(members=[dict(name=name) for name in ("seed1", "seed2")])))
+    write_members(train, "seed1", "seed2")
     run.inputs["train/standard"] = train
     run.configs["ablate"] = dataclasses.replace(
         run.configs["ablate"], effects="all", compare=("standard/seed1", "standard/seed2")
     )
-    results = stage.run_ablate(run)["behaviours"]
-    pairs = results["first"]["importance"]["agreement"]
-    assert json.loads(json.dumps(pairs, allow_nan=False)) == pairs
-    assert [(pair["first"], pair["second"], pair["by"]) for pair in pairs] == [
+    results = stage.run_ablate(run).behaviours
+    pairs = results["first"].importance.agreement
+    assert len(json.dumps(to_json(pairs), allow_nan=False)) > 100
+    assert [(pair.first, pair.second, pair.by) for pair in pairs] == [
         ("topk", "standard/seed1", "direction"),
         ("topk", "standard/seed2", "activity"),
         ("standard/seed1", "standard/seed2", "activity"),
     ]
-    assert pairs[0]["matched"] == results["first"]["importance"]["features"] and pairs[0]["shares"] == [1.0, 1.0]
-    assert pairs[0]["rank_correlation"]["mean"] > 0.99 > 0.5 > pairs[0]["shuffled"]["high"]
-    assert 0 < pairs[1]["matched"] < 160
+    assert pairs[0].matched == results["first"].importance.features and pairs[0].shares == (1.0, 1.0)
+    assert pairs[0].rank_correlation.mean > 0.99 > 0.5 > pairs[0].shuffled.high
+    assert 0 < pairs[1].matched < 160
 
     run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], effects="top")
     with pytest.raises(UserError, match="give --ablate.effects=all, or leave it out"):
@@ -178,8 +184,7 @@ def test_other_dictionaries_on_request(make_run, make_dictionary):
 
 def test_a_stack_asks_which_of_its_members(make_run):
     run, _ = make_run("refused")
-    members = [dict(name=name) for name in ("k16", "k32")]
-    write_json(run.inputs["train/topk"] / "summary.json", dict(results=dict(members=members)))
+    write_members(run.inputs["train/topk"], "k16", "k32")
     with pytest.raises(UserError, match=r"topk is a stack of 2 .* --ablate.dictionary=topk/k16, of k16, k32"):
         stage.run_ablate(run)
     for name, told in (("topk/k8", "there is no member k8: name one, .* of k16, k32"), ("topk/", "is a stack of 2")):
@@ -198,10 +203,10 @@ def test_one_dictionary_has_no_members(make_run):
 def test_a_member_of_a_stack_is_tested(make_run, make_dictionary):
     run, _ = make_run("member")
     save_dictionary(run.inputs["train/topk"] / "k16" / "dictionary", make_dictionary("resid_post.1"))
-    write_json(run.inputs["train/topk"] / "summary.json", dict(results=dict(members=[dict(name="k16")])))
+    write_members(run.inputs["train/topk"], "k16")
     run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], dictionary="topk/k16", top=1, draws=2)
     results = stage.run_ablate(run)
-    assert (results["dictionary"], results["site"]) == ("topk/k16", "resid_post.1")
+    assert (results.dictionary, results.site) == ("topk/k16", "resid_post.1")
 
 
 def test_features_of_a_transcoder_are_removed_from_what_it_predicts(tiny, make_dictionary, prompts):

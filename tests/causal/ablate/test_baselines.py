@@ -8,6 +8,7 @@ from saejax import pipeline
 from saejax.causal import ablation
 from saejax.causal.ablate import baselines, bases
 from saejax.causal.ablate.experiment import ModelExperiment
+from saejax.causal.ablate.results import UncomparedBasis
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
@@ -71,12 +72,10 @@ def test_every_basis_goes_through_the_same_experiment(tiny, prompts, dictionary)
     found = baselines.compare(experiment, tiny, dictionary, config)
     assert list(found) == ["neurons", "components", "random"]
     for name, entry in found.items():
-        assert len(entry["top"]) == 3 == entry["joint"]["n"] and entry["size"] >= 60, name
-        assert entry["joint"]["clean_logit_diff"] == pytest.approx(
-            float(experiment.ablate([]).clean_P.mean()), abs=1e-5
-        )
+        assert len(entry.top) == 3 == entry.joint.n and entry.size >= 60, name
+        assert entry.joint.clean_logit_diff == pytest.approx(float(experiment.ablate([]).clean_P.mean()), abs=1e-5)
     many = AblateConfig(top=40, matches=2, bootstrap=100, baselines=("components",))
-    assert "too few" in baselines.compare(experiment, tiny, dictionary, many)["components"]["reason"]
+    assert "too few" in baselines.compare(experiment, tiny, dictionary, many)["components"].reason
 
 
 class Few(LinearExperiment):
@@ -95,10 +94,10 @@ class Few(LinearExperiment):
 def test_a_basis_that_cannot_be_compared_says_why_and_the_others_go_on(tiny, dictionary):
     config = AblateConfig(top=3, draws=4, matches=4, bootstrap=100, baselines=("neurons", "components", "random"))
     found = baselines.compare(Few(np.ones(160)), tiny, dictionary, config)
-    assert found["neurons"]["reason"] == (
+    assert found["neurons"].reason == (
         "only 2 features besides the 3 under test fire on the test prompts, but matched controls need 6"
     )
-    assert found["components"] == dict(
+    assert found["components"] == UncomparedBasis(
         reason="no train prompt has a position at which features may change, so there is nothing to decompose"
     )
     assert found["random"]["joint"]["n"] == 3 and "reason" not in found["random"]

@@ -10,11 +10,14 @@ from linear_experiment import LinearExperiment
 from scipy import stats
 
 from saejax.causal.ablate.importance import Importance, control_percentiles, measure_importance
+from saejax.causal.ablate.results import HalvesAgreement, ImportanceSummary
 from saejax.causal.controls import coordinates
 from saejax.causal.stability import between_halves
+from saejax.results import from_json, to_json
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_mean
 
+HALVES = HalvesAgreement(0.5, 0.67)
 CONFIG = AblateConfig(bootstrap=2000)
 
 
@@ -74,13 +77,14 @@ def test_effects_of_the_size_of_rounding_are_none(experiment):
 
 
 def test_the_summary_is_json(found):
-    summary = json.loads(json.dumps(found.summary(5), allow_nan=False))
-    assert summary["features"] == 390 and len(summary["leaders"]) == 5
-    assert summary["discoveries"] == (found.q_value <= 0.05).sum()
-    drops = [leader["drop"] for leader in summary["leaders"]]
+    summary = found.summary(5, HALVES, 0.01)
+    assert from_json(ImportanceSummary, json.loads(json.dumps(to_json(summary), allow_nan=False)), "") == summary
+    assert summary.features == 390 and len(summary.leaders) == 5
+    assert summary.discoveries == (found.q_value <= 0.05).sum()
+    drops = [leader.drop for leader in summary.leaders]
     assert drops == sorted(drops, reverse=True) and drops[0] == found.drop.max()
-    for fit in summary["estimates"].values():
-        assert 0.3 < fit["pearson"] <= 1 and 0 < fit["spearman"] <= 1
+    for fit in summary.estimates.values():
+        assert 0.3 < fit.pearson <= 1 and 0 < fit.spearman <= 1
 
 
 def test_it_is_read_as_it_was_written(found, tmp_path):
@@ -113,7 +117,7 @@ def test_correlations_are_those_of_scipy(experiment, found, tmp_path):
             f_P = constant.f_PxF[:, feature]
             assert again.pearson[n] == pytest.approx(stats.pearsonr(f_P, clean_P).statistic)
             assert again.spearman[n] == pytest.approx(stats.spearmanr(f_P, clean_P).statistic)
-    agreement = again.summary(5)["correlations"]
+    agreement = again.summary(5, HALVES, 0.01).correlations
     for name in ("pearson", "spearman"):
         size_N = np.abs(np.delete(getattr(again, name), 7))
         wanted = stats.spearmanr(size_N, np.delete(again.drop, 7)).statistic
@@ -146,10 +150,11 @@ def test_many_features_at_one_place():
 def test_hardly_any_features(features):
     experiment = LinearExperiment(np.ones(4), dead=range(features, 4))
     found, drop_NxP = measure_importance(experiment, CONFIG)
-    summary = json.loads(json.dumps(found.summary(5), allow_nan=False))
-    assert summary["features"] == len(summary["leaders"]) == features
+    summary = found.summary(5, HALVES, 0.01)
+    assert from_json(ImportanceSummary, json.loads(json.dumps(to_json(summary), allow_nan=False)), "") == summary
+    assert summary.features == len(summary.leaders) == features
     if features < 2:
         assert between_halves(drop_NxP, 0) == dict(rank_correlation=None, spearman_brown=None)
-        assert summary["correlations"] == dict(pearson=None, spearman=None)
+        assert summary.correlations == dict(pearson=None, spearman=None)
     if features == 1:
-        assert summary["leaders"][0]["control_percentile"] is None and summary["estimates"]["relp"]["pearson"] is None
+        assert summary.leaders[0].control_percentile is None and summary.estimates["relp"].pearson is None

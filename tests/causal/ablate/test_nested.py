@@ -8,6 +8,7 @@ import pytest
 from linear_experiment import LinearExperiment
 
 from saejax.causal.ablate import nested, stage, verdict
+from saejax.results import to_json
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_mean
 
@@ -35,25 +36,25 @@ def test_the_curve_equals_the_formula():
             np.testing.assert_allclose(curve.controls_CxNxP[size, n], wanted_P)
         columns += size < 8 and measured.top[size] != 51
     np.testing.assert_allclose(curve.top_SxP[8], measured.joint_P)
-    said = json.loads(json.dumps(curve.summary(CONFIG), allow_nan=False))
-    assert said["draws"] == 5
-    for kind in ("top", "controls"):
-        assert said[kind]["sizes"] == curve.sizes
-        assert [len(said[kind][of]) for of in ("logit_diff", "accuracy")] == [9, 9]
-        assert said[kind]["logit_diff"][0]["mean"] == pytest.approx(results["joint"]["clean_logit_diff"])
+    said = curve.summary(CONFIG)
+    assert said.draws == 5 and json.dumps(to_json(said), allow_nan=False)
+    for points in (said.top, said.controls):
+        assert list(points.sizes) == curve.sizes
+        assert len(points.logit_diff) == len(points.accuracy) == 9
+        assert points.logit_diff[0].mean == pytest.approx(results.joint.clean_logit_diff)
     wanted = bootstrap_mean(curve.controls_CxNxP[5].mean(axis=0), 500, CONFIG.seed)
-    assert said["controls"]["logit_diff"][5] == pytest.approx(vars(wanted))
-    assert said["top"]["accuracy"][8]["mean"] == results["joint"]["ablated_accuracy"]
+    assert vars(said.controls.logit_diff[5]) == pytest.approx(vars(wanted))
+    assert said.top.accuracy[8].mean == results.joint.ablated_accuracy
 
 
 def test_without_top_features_the_curve_is_a_point():
     experiment = LinearExperiment(np.ones(100), attribution_F=-np.ones(100))
     _, measured = verdict.judge("none", experiment, CONFIG)
     said = nested.cumulative_curve(experiment, measured).summary(CONFIG)
-    assert said["top"]["sizes"] == said["controls"]["sizes"] == [0]
-    assert said["top"]["logit_diff"][0] == pytest.approx(said["controls"]["logit_diff"][0])
+    assert said.top.sizes == said.controls.sizes == (0,)
+    assert vars(said.top.logit_diff[0]) == pytest.approx(vars(said.controls.logit_diff[0]))
     grown = nested.grow(experiment, measured.attribution_F, 3)
-    assert grown.features == [] and grown.summary(CONFIG)["greedy_drop"] == []
+    assert grown.features == [] and grown.summary(CONFIG).greedy_drop == ()
 
 
 @pytest.mark.parametrize("count", [0, 1, 20, 21, 500])
@@ -83,13 +84,14 @@ def test_a_greedy_set_is_the_best_step_by_step():
     assert grown.features == sorted(candidates, key=lambda feature: -drop_F[feature])[:6]
     assert grown.top == candidates[:6].tolist() and grown.top != grown.features
     np.testing.assert_allclose(grown.train_drop, np.cumsum(drop_F[grown.features]))
-    said = json.loads(json.dumps(grown.summary(CONFIG), allow_nan=False))
+    said = grown.summary(CONFIG)
+    assert json.dumps(to_json(said), allow_nan=False)
     for n in range(6):
-        assert said["greedy_drop"][n]["mean"] == pytest.approx(drop_F[grown.features[: n + 1]].sum())
-        assert said["top_drop"][n]["mean"] == pytest.approx(drop_F[grown.top[: n + 1]].sum())
-        apart = said["greedy_drop"][n]["mean"] - said["top_drop"][n]["mean"]
-        assert said["difference"][n]["mean"] == pytest.approx(apart)
-        assert said["difference"][n]["low"] <= apart <= said["difference"][n]["high"]
+        assert said.greedy_drop[n].mean == pytest.approx(drop_F[grown.features[: n + 1]].sum())
+        assert said.top_drop[n].mean == pytest.approx(drop_F[grown.top[: n + 1]].sum())
+        apart = said.greedy_drop[n].mean - said.top_drop[n].mean
+        assert said.difference[n].mean == pytest.approx(apart)
+        assert said.difference[n].low <= apart <= said.difference[n].high
 
 
 def test_features_that_matter_only_together_wait_for_each_other():

@@ -8,6 +8,7 @@ import pytest
 from linear_experiment import LinearExperiment
 
 from saejax.causal.ablate import verdict
+from saejax.results import Interval, to_json
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_mean
 
@@ -25,38 +26,38 @@ def planted():
 def test_features_that_carry_the_answer_get_a_yes(planted):
     results, measured = verdict.judge("planted", planted, CONFIG)
     assert sorted(measured.top) == list(range(50, 70))
-    assert results["verdict"] is True and results["reason"].startswith("Yes: without the 20 features")
+    assert results.verdict is True and results.reason.startswith("Yes: without the 20 features")
     drop_P = planted.drop(range(50, 70))
-    np.testing.assert_allclose(results["joint"]["logit_diff_drop"]["mean"], drop_P.mean())
-    assert results["joint"]["clean_accuracy"] == 1.0 and results["joint"]["ablated_accuracy"] < 0.5
-    assert results["percentile"] == 1.0
-    assert results["difference"]["low"] > 0.8 * drop_P.mean()
-    for entry in results["top"]:
-        drop_P = planted.f_PxF[:, entry["feature"]] * 0.5
-        np.testing.assert_allclose(entry["logit_diff_drop"]["mean"], drop_P.mean())
-        np.testing.assert_allclose(entry["firing_rate"], (drop_P > 0).mean())
-        np.testing.assert_allclose(entry["mean_activation"], drop_P[drop_P > 0].mean() / 0.5)
-        assert abs(entry["control_drop"]) < 0.1 * entry["logit_diff_drop"]["mean"] + 0.02
-    assert entry["attribution"] <= results["top"][0]["attribution"]
+    np.testing.assert_allclose(results.joint.logit_diff_drop.mean, drop_P.mean())
+    assert results.joint.clean_accuracy == 1.0 and results.joint.ablated_accuracy < 0.5
+    assert results.percentile == 1.0
+    assert results.difference.low > 0.8 * drop_P.mean()
+    for entry in results.top:
+        drop_P = planted.f_PxF[:, entry.feature] * 0.5
+        np.testing.assert_allclose(entry.logit_diff_drop.mean, drop_P.mean())
+        np.testing.assert_allclose(entry.firing_rate, (drop_P > 0).mean())
+        np.testing.assert_allclose(entry.mean_activation, drop_P[drop_P > 0].mean() / 0.5)
+        assert abs(entry.control_drop) < 0.1 * entry.logit_diff_drop.mean + 0.02
+    assert entry.attribution <= results.top[0].attribution
 
 
 def test_controls_are_what_their_features_do(planted):
     results, measured = verdict.judge("planted", planted, CONFIG)
     assert measured.controls_NxC.shape == (100, 20) and not np.isin(measured.controls_NxC, measured.top).any()
     drop_NxP = np.stack([planted.drop(s) for s in measured.controls_NxC])
-    controls = results["controls"]
-    np.testing.assert_allclose(controls["logit_diff_drop"], drop_NxP.mean(axis=1), atol=1e-12)
+    controls = results.controls
+    np.testing.assert_allclose(controls.logit_diff_drop, drop_NxP.mean(axis=1), atol=1e-12)
     clean_P = measured.clean_P
     lost_N = ((clean_P > 0).astype(int)[None, :] - (clean_P[None, :] - drop_NxP > 0)).mean(axis=1)
-    np.testing.assert_allclose(controls["accuracy_drop"], lost_N, atol=1e-12)
-    assert 0.8 < controls["match"]["firing_rate_ratio"] < 1.25 and 0.8 < controls["match"]["activation_ratio"] < 1.25
+    np.testing.assert_allclose(controls.accuracy_drop, lost_N, atol=1e-12)
+    assert 0.8 < controls.match.firing_rate_ratio < 1.25 and 0.8 < controls.match.activation_ratio < 1.25
 
 
 def test_the_difference_is_paired_by_prompt(planted):
     results, measured = verdict.judge("planted", planted, CONFIG)
     paired_P = measured.controls_NxP.mean(axis=0) - measured.joint_P
     wanted = bootstrap_mean(paired_P, CONFIG.bootstrap, CONFIG.seed)
-    assert results["difference"] == pytest.approx(dataclasses.asdict(wanted))
+    assert vars(results.difference) == pytest.approx(vars(wanted))
 
 
 def test_features_that_carry_nothing_get_a_no():
@@ -68,8 +69,8 @@ def test_features_that_carry_nothing_get_a_no():
         rng = np.random.default_rng([seed, 7])
         null = LinearExperiment(0.1 * rng.normal(size=(20, 400)), seed=seed, attribution_F=rng.normal(size=400))
         results = verdict.judge("null", null, lenient)[0]
-        assert results["verdict"] is False or results["difference"]["low"] > 0
-        yes += results["verdict"]
+        assert results.verdict is False or results.difference.low > 0
+        yes += results.verdict
     assert yes <= 4
 
 
@@ -85,8 +86,8 @@ def edge_case():
 
 def test_exactly_the_accuracy_drop_of_the_rule_is_not_enough():
     results = verdict.judge("edge", edge_case(), CONFIG)[0]
-    assert results["joint"]["accuracy_drop"]["mean"] == 0.05 and results["difference"]["low"] > 0
-    assert results["verdict"] is False and "(not more than 5)" in results["reason"]
+    assert results.joint.accuracy_drop.mean == 0.05 and results.difference.low > 0
+    assert results.verdict is False and "(not more than 5)" in results.reason
     less_asked = dataclasses.replace(CONFIG, min_accuracy_drop=0.049)
     assert verdict.judge("edge", edge_case(), less_asked)[0]["verdict"] is True
 
@@ -96,30 +97,30 @@ def test_accuracy_that_falls_no_more_than_with_other_features_is_not_enough():
     alike.f_PxF[:] = 1.0
     alike.base_P[:] = 1.0 - 400 * 0.2
     results = verdict.judge("alike", alike, CONFIG)[0]
-    assert results["joint"]["accuracy_drop"]["mean"] == 1.0 and abs(results["difference"]["low"]) < 1e-9
-    assert results["verdict"] is False and "not clearly above zero" in results["reason"]
-    assert results["percentile"] < 1.0
+    assert results.joint.accuracy_drop.mean == 1.0 and abs(results.difference.low) < 1e-9
+    assert results.verdict is False and "not clearly above zero" in results.reason
+    assert results.percentile < 1.0
 
 
 def test_a_top_feature_that_never_fires(planted):
     silent = LinearExperiment(planted.gain_PxF[0], base=-1.0, dead=[50, 51])
     results, measured = verdict.judge("planted", silent, CONFIG)
-    entries = {entry["feature"]: entry for entry in results["top"]}
+    entries = {entry.feature: entry for entry in results.top}
     for feature in (50, 51):
-        zero = dict(mean=0.0, low=0.0, high=0.0)
-        assert entries[feature]["logit_diff_drop"] == entries[feature]["accuracy_drop"] == zero
-        assert entries[feature]["firing_rate"] == entries[feature]["mean_activation"] == 0.0
-        assert entries[feature]["control_drop"] is None
+        zero = Interval(0.0, 0.0, 0.0)
+        assert entries[feature].logit_diff_drop == entries[feature].accuracy_drop == zero
+        assert entries[feature].firing_rate == entries[feature].mean_activation == 0.0
+        assert entries[feature].control_drop is None
     assert measured.controls_NxC.shape == (100, 18)
-    assert results["joint"]["n"] == 20 and results["joint"]["firing"] == 18
-    assert "2 of the features never fire on the test prompts" in results["reason"]
+    assert results.joint.n == 20 and results.joint.firing == 18
+    assert "2 of the features never fire on the test prompts" in results.reason
 
 
 def test_no_feature_with_a_positive_attribution(planted):
     results = verdict.judge("none", LinearExperiment(planted.gain_PxF, 5.0, -np.ones(400)), CONFIG)[0]
-    assert results["top"] == [] and results["verdict"] is False and results["joint"]["logit_diff_drop"]["mean"] == 0.0
-    assert "no feature has an attribution above zero" in results["reason"]
-    json.dumps(results, allow_nan=False)
+    assert results.top == () and results.verdict is False and results.joint.logit_diff_drop.mean == 0.0
+    assert "no feature has an attribution above zero" in results.reason
+    json.dumps(to_json(results), allow_nan=False)
 
 
 def test_the_rule_in_words_has_the_configs_numbers():

@@ -11,6 +11,7 @@ from scipy.stats import binom
 from saejax.causal.circuits import hypotheses
 from saejax.causal.circuits.measure import test_circuit as measure_circuit
 from saejax.errors import UserError
+from saejax.results import to_json
 from saejax.settings import AblateConfig
 
 CONFIG = AblateConfig()
@@ -34,22 +35,22 @@ def planted():
 
 
 def verdicts(results):
-    return {name: outcome["verdict"] for name, outcome in results["tests"].items()}
+    return {name: outcome.verdict for name, outcome in results.tests.items()}
 
 
 def test_a_true_circuit_passes_every_test(planted):
     results, scores = measure_circuit(planted, CIRCUIT, CONFIG)
-    assert all(verdicts(results).values()) and len(results["tests"]) == 5
-    assert results["tests"]["minimality"]["statistic"] == 1.0 and all(f["minimal"] for f in results["features"])
+    assert all(verdicts(results).values()) and len(results.tests) == 5
+    assert results.tests["minimality"].statistic == 1.0 and all(f.minimal for f in results.features)
     drop_P, all_P = planted.drop(CIRCUIT), planted.drop(range(300))
     np.testing.assert_allclose(scores.removed_P, planted.clean() - drop_P)
     np.testing.assert_allclose(scores.kept_P, planted.clean() - all_P + drop_P)
     means = [planted.clean().mean(), scores.kept_P.mean(), scores.removed_P.mean()]
-    assert [results[key] for key in ("clean", "kept", "removed")] == pytest.approx(means)
-    for n, entry in enumerate(results["features"]):
-        assert entry["feature"] == CIRCUIT[n]
+    assert [results.clean, results.kept, results.removed] == pytest.approx(means)
+    for n, entry in enumerate(results.features):
+        assert entry.feature == CIRCUIT[n]
         change = planted.drop([CIRCUIT[n]]).mean()
-        assert entry["change"] == pytest.approx(change)
+        assert entry.change == pytest.approx(change)
         np.testing.assert_allclose(scores.lesser_KxP[n], scores.kept_P - planted.drop([CIRCUIT[n]]))
     assert scores.random_kept_NxP.shape == scores.random_removed_NxP.shape == scores.inflated_NxP.shape == (100, 40)
     # What is left when a random set is kept, and when it is removed, adds up.
@@ -60,10 +61,10 @@ def test_a_true_circuit_passes_every_test(planted):
 def test_a_random_set_passes_none(planted):
     results, _ = measure_circuit(planted, range(100, 110), CONFIG)
     assert not any(verdicts(results).values())
-    tests = results["tests"]
-    assert tests["equivalence"]["rejected"] and tests["independence"]["rejected"]
-    assert tests["equivalence"]["statistic"] == 0.0 and results["kept"] < results["clean"]
-    assert not any(tests[name]["rejected"] for name in ("minimality", "sufficiency", "necessity"))
+    tests = results.tests
+    assert tests["equivalence"].rejected and tests["independence"].rejected
+    assert tests["equivalence"].statistic == 0.0 and results.kept < results.clean
+    assert not any(tests[name].rejected for name in ("minimality", "sufficiency", "necessity"))
 
 
 def test_a_superfluous_feature_is_found(planted):
@@ -72,8 +73,8 @@ def test_a_superfluous_feature_is_found(planted):
     size_F = np.abs(planted.f_PxF * planted.gain_PxF).mean(axis=0)
     extra = sorted(outside, key=lambda feature: size_F[feature])[len(outside) // 2]
     results, _ = measure_circuit(planted, [*CIRCUIT, extra], CONFIG)
-    assert [entry["feature"] for entry in results["features"] if not entry["minimal"]] == [extra]
-    assert results["tests"]["minimality"]["statistic"] == pytest.approx(10 / 11)
+    assert [entry.feature for entry in results.features if not entry.minimal] == [extra]
+    assert results.tests["minimality"].statistic == pytest.approx(10 / 11)
     passed = verdicts(results)
     assert passed.pop("minimality") is False and all(passed.values())
 
@@ -88,28 +89,28 @@ def test_half_a_circuit_is_necessary_in_part_but_does_not_do_as_well(planted):
 def test_features_that_never_fire_are_not_minimal_and_change_nothing_else():
     silent = world(dead=[55, 290])
     results, scores = measure_circuit(silent, [*CIRCUIT, 290], CONFIG)
-    assert (results["n"], results["firing"]) == (11, 9) and len(scores.lesser_KxP) == 9
-    for entry in results["features"]:
-        dead = entry["feature"] in (55, 290)
-        assert entry["minimal"] is not dead and (entry["change"] == 0) is dead
+    assert (results.n, results.firing) == (11, 9) and len(scores.lesser_KxP) == 9
+    for entry in results.features:
+        dead = entry.feature in (55, 290)
+        assert entry.minimal is not dead and (entry.change == 0) is dead
     assert verdicts(results)["sufficiency"] and not verdicts(results)["minimality"]
 
 
 @pytest.mark.parametrize("features", [[], [290, 291]])
 def test_a_set_in_which_nothing_fires_is_not_tested(features):
     results, scores = measure_circuit(world(dead=[290, 291]), features, CONFIG)
-    assert scores is None and results["n"] == len(features) and results["firing"] == 0
-    assert set(results["tests"]) == set(hypotheses.REJECTED_BY_A_CIRCUIT)
-    for outcome in results["tests"].values():
-        assert all(value is None for value in outcome.values()) and "p_value" in outcome
-    json.dumps(results, allow_nan=False)
+    assert scores is None and results.n == len(features) and results.firing == 0
+    assert set(results.tests) == set(hypotheses.REJECTED_BY_A_CIRCUIT)
+    for outcome in results.tests.values():
+        assert all(value is None for value in vars(outcome).values()) and outcome.p_value is None
+    json.dumps(to_json(results), allow_nan=False)
 
 
 def test_one_prompt_says_nothing_of_equivalence_and_independence():
     results, _ = measure_circuit(world(prompts=1), CIRCUIT, CONFIG)
     for name in ("equivalence", "independence"):
-        assert results["tests"][name]["p_value"] == 1.0 and not results["tests"][name]["rejected"]
-    json.dumps(results, allow_nan=False)
+        assert results.tests[name].p_value == 1.0 and not results.tests[name].rejected
+    json.dumps(to_json(results), allow_nan=False)
 
 
 def test_everything_kept_is_the_model():
@@ -130,7 +131,7 @@ def test_a_difference_of_the_size_of_rounding_is_a_tie(planted):
 
     rounded = Rounded(planted.gain_PxF, prompts=40)
     results, _ = measure_circuit(rounded, CIRCUIT, CONFIG)
-    assert results["tests"]["equivalence"]["statistic"] is None and results["kept"] == results["clean"]
+    assert results.tests["equivalence"].statistic is None and results.kept == results.clean
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 20])

@@ -4,14 +4,17 @@ import dataclasses
 import json
 
 import pytest
-from saejax.causal.patching.cells import Cells, cells_file
+from runs import write_members
 
 from saejax.causal.patching import run as stage
+from saejax.causal.patching.grid import PatchingGrid, grid_file
+from saejax.causal.patching.results import PatchResults
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
+from saejax.results import from_json, to_json
 from saejax.settings import MeshConfig, ModelConfig, PatchConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
-from saejax.workspace import Run, write_json
+from saejax.workspace import Run
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
         prompts.append(dataclasses.replace(own[-1], counterpart=""))
     write_prompts(baseline / "prompts.jsonl", prompts)
     save_dictionary(train, make_dictionary("resid_post.1"))
-    write_json(train / "summary.json", dict(results=dict(members=[dict(name="")])))
+    write_members(train, "")
 
     def make(unit, folder, **changes):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -43,12 +46,12 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
 def test_sites_killed_and_resumed(make_run):
     whole = make_run("resid_post", "whole")
     results = stage.run_patch(whole)
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
-    first = results["behaviours"]["first"]
-    assert first["prompts"] + sum(first["left_out"].values()) == 8 and first["left_out"]["no counterpart"] == 1
-    cells = Cells.load(cells_file(whole.folder, "first"))
-    assert cells.effect.max() == max(first["strongest"][name]["effect"] for name in ("denoising", "noising"))
-    assert [column["position"] for column in first["columns"]] == sorted(set(cells.position.tolist()))
+    assert from_json(PatchResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    first = results.behaviours["first"]
+    assert first.prompts + sum(first.left_out.values()) == 8 and first.left_out["no counterpart"] == 1
+    grid = PatchingGrid.load(grid_file(whole.folder, "first"))
+    assert grid.effect.max() == max(first.strongest[name].effect for name in ("denoising", "noising"))
+    assert [column.position for column in first.columns] == sorted(set(grid.position.tolist()))
 
     folder = whole.folder.parent / "stopped"
     with pytest.raises(Interrupted, match="second .2 of 2.: stopped"):
@@ -58,10 +61,10 @@ def test_sites_killed_and_resumed(make_run):
 
 def test_features(make_run):
     results = stage.run_patch(make_run("topk", "features"))
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert (results["dictionary"], results["site"]) == ("topk", "resid_post.1")
-    for entry in results["behaviours"].values():
-        assert [item["features"] for item in entry["together"]] == [1, 2, 3, "all"]
+    assert from_json(PatchResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    assert (results.dictionary, results.site) == ("topk", "resid_post.1")
+    for entry in results.behaviours.values():
+        assert [item.features for item in entry.together] == [1, 2, 3, "all"]
 
 
 def test_a_behaviour_that_cannot_be_patched_is_said_and_the_others_go_on(make_run):
@@ -70,13 +73,13 @@ def test_a_behaviour_that_cannot_be_patched_is_said_and_the_others_go_on(make_ru
     prompts = read_prompts(path)
     write_prompts(path, [p for p in prompts if (p.behaviour, p.split) != ("first", "train")])
     results = stage.run_patch(run)
-    assert list(results["behaviours"]) == ["second"]
-    assert results["unpatched"] == dict(
+    assert list(results.behaviours) == ["second"]
+    assert results.unpatched == dict(
         first="it has no train prompts with counterparts of as many tokens, which choose features"
     )
     # Sites need no train prompts.
     results = stage.run_patch(make_run("resid_post", "sites"))
-    assert list(results["behaviours"]) == ["first", "second"] and results["unpatched"] == {}
+    assert list(results.behaviours) == ["first", "second"] and results.unpatched == {}
 
     write_prompts(path, [dataclasses.replace(p, counterpart="") for p in prompts])
     told = r"no behaviour can be patched .first: of 8 test prompts 8 have no counterpart and 0 .*in --task.prompts"

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from runs import write_members
 from scipy.stats import binomtest
 from sklearn.feature_selection import f_classif
 from sklearn.linear_model import LogisticRegression
@@ -26,13 +27,15 @@ from saejax.causal.probes.linear import (
     run_probes,
     wilson,
 )
+from saejax.causal.probes.results import ProbeResults
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
+from saejax.results import from_json, to_json
 from saejax.settings import PROBE_LABELS, MeshConfig, ModelConfig, ProbeConfig
-from saejax.tasks.behaviours import Prompt, write_prompts
+from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
 from saejax.tasks.labels import LABELS, label_prompts
-from saejax.workspace import Run, write_json
+from saejax.workspace import Run
 
 CONFIG = ProbeConfig(strengths=(0.01, 1.0), sparse=(1, 2), shuffles=4, permutations=200, folds=3)
 
@@ -185,10 +188,10 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
     prompts = [
         make_prompt(i, "train" if i < 14 else "test", behaviour) for behaviour in ("first", "second") for i in range(22)
     ]
-    scores = [dict(logit_diff=1.0, top1=True, counterpart_logit_diff=None)] * len(prompts)
+    scores = [PromptScore(logit_diff=1.0, top1=True, counterpart_logit_diff=None)] * len(prompts)
     write_prompts(baseline / "prompts.jsonl", prompts, scores)
     save_dictionary(train, make_dictionary("resid_post.1"))
-    write_json(train / "summary.json", dict(results=dict(members=[dict(name="")])))
+    write_members(train, "")
 
     def make(name, **changes):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -204,30 +207,30 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
 def test_the_stage_end_to_end_killed_and_resumed(make_run):
     whole, said = make_run("whole")
     results = stage.run_probe(whole)
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert (results["dictionary"], results["site"], results["pool"]) == ("topk", "resid_post.1", "last")
-    answer, again, first, second = results["labels"]
-    assert (answer["label"], answer["behaviour"]) == ("answer", "first") and again["behaviour"] == "second"
-    assert answer["classes"] == {"runs": dict(train=7, test=4), "the": dict(train=7, test=4)}
-    assert [(row["input"], row["k"]) for row in answer["probes"]] == [
+    assert from_json(ProbeResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    assert (results.dictionary, results.site, results.pool) == ("topk", "resid_post.1", "last")
+    answer, again, first, second = results.labels
+    assert (answer.label, answer.behaviour) == ("answer", "first") and again.behaviour == "second"
+    assert answer.classes == {"runs": dict(train=7, test=4), "the": dict(train=7, test=4)}
+    assert [(row.input, row.k) for row in answer.probes] == [
         (name, k) for name in ("features", "raw") for k in (1, 2, None)
     ]
     for label in (first, second):
-        assert label["reason"] == "fewer than two classes with 5 train prompts: right 14" and not label["probes"]
+        assert label.reason == "fewer than two classes with 5 train prompts: right 14" and not label.probes
     assert any("correct-first (3 of 4): no probe: fewer than two classes" in line for line in said)
 
     rows = pq.read_table(whole.folder / stage.TABLE).to_pylist()
     assert len(rows) == 6 + 6 + 1 + 1
-    for row, result in zip(rows[:6], answer["probes"], strict=True):
+    for row, result in zip(rows[:6], answer.probes, strict=True):
         assert (row["label"], row["behaviour"], row["input"], row["k"]) == (
             "answer",
             "first",
-            result["input"],
-            result["k"],
+            result.input,
+            result.k,
         )
-        assert [row[f"accuracy{end}"] for end in ("", "_low", "_high")] == list(result["accuracy"].values())
-        assert (row["p_value"], row["inputs"]) == (result["p_value"], result["inputs"])
-    assert rows[-1]["reason"] == second["reason"] and rows[-1]["accuracy"] is None
+        assert [row[f"accuracy{end}"] for end in ("", "_low", "_high")] == list(vars(result.accuracy).values())
+        assert (row["p_value"], row["inputs"]) == (result.p_value, list(result.inputs) if result.inputs else None)
+    assert rows[-1]["reason"] == second.reason and rows[-1]["accuracy"] is None
 
     folder = whole.folder.parent / "stopped"
     stopped, _ = make_run("stopped", stopping=lambda: (folder / "answer-first.json").exists())

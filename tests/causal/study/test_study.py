@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from runs import write_members
 
 from saejax import pipeline
 from saejax.causal import stages
@@ -14,14 +15,16 @@ from saejax.causal.split import SplitModel
 from saejax.causal.study import run as stage
 from saejax.causal.study import scores as study_scores
 from saejax.causal.study.references import Reference, References
+from saejax.causal.study.results import ItemScore, StudyEffects, StudyItems, StudyResults
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.models.tokens import pad
+from saejax.results import Interval, from_json, to_json
 from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
 from saejax.stages import GROUPS
 from saejax.tasks.benchmark_scores import score_items
 from saejax.tasks.benchmarks import LOGIC_TASKS, read_items
-from saejax.workspace import Run, write_json
+from saejax.workspace import Run
 
 SITE = "resid_post.1"
 CONFIG = StudyConfig(
@@ -66,7 +69,7 @@ def make_run(tmp_path, tiny_llama, dictionary, task):
         train = tmp_path / f"{folder}-topk"
         if not train.exists():
             save_dictionary(train, made)
-            write_json(train / "summary.json", dict(results=dict(members=[dict(name="")])))
+            write_members(train, "")
         (tmp_path / folder).mkdir(exist_ok=True)
         configs = dict(
             model=ModelConfig(path=str(tiny_llama)),
@@ -104,20 +107,20 @@ def test_conditions_by_hand_killed_and_resumed(make_run, tiny, dictionary, task,
 
     run, said = make_run(name, **settings)
     results = stage.run_study(run)
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert from_json(StudyResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     rows = read(run)
     assert rows[:12] == kept and not any(line.startswith(("clean:", "top/zero:")) for line in said)
-    assert results["at_chance"] is (True if judged else None)
+    assert results.at_chance is (True if judged else None)
     assert said[0].startswith("At chance before any edit: accuracy on 6 test items is ") == judged
     by_condition = {}
     for row in rows:
         by_condition.setdefault(row["condition"], []).append(row)
-    assert list(by_condition) == study_scores.conditions(2) and results["items"] == dict(train=6, test=6)
+    assert list(by_condition) == study_scores.conditions(2) and results.items == StudyItems(train=6, test=6)
     assert all(("correct" in row) == (judged and (every or row["condition"] == "clean")) for row in rows)
 
     chosen = json.loads((run.folder / stage.FEATURES).read_text())
-    top = [entry["feature"] for entry in results["top"]]
-    assert len(top) == 3 and not set(top) & set(np.ravel(results["controls"]))
+    top = [entry.feature for entry in results.top]
+    assert len(top) == 3 and not set(top) & set(np.ravel(results.controls))
     train, test = stage.halves(read_items(name, task), CONFIG, name)
     assert not {item.id for item in train} & {item.id for item in test}
     pools = [chosen["pools"][str(feature)] for feature in top]
@@ -125,7 +128,7 @@ def test_conditions_by_hand_killed_and_resumed(make_run, tiny, dictionary, task,
         "clean": [],
         "top/zero": [dictionary.ablate(top)],
         "top/random": [dictionary.redraw(top, pools, 128, seed=42)],
-        "control-1/zero": [dictionary.ablate(results["controls"][1])],
+        "control-1/zero": [dictionary.ablate(results.controls[1])],
     }
     for condition, own in edits.items():
         solved = score_items(tiny, name, test, dataclasses.replace(task, score="likelihood"), own)
@@ -137,25 +140,25 @@ def test_conditions_by_hand_killed_and_resumed(make_run, tiny, dictionary, task,
             assert (row["answer"], row["correct"]) == (choice["raw"]["found"], choice["raw"]["correct"])
     nats = {key: np.array([r["log_likelihood"] / r["tokens"] for r in own]) for key, own in by_condition.items()}
     assert len({value.tobytes() for value in nats.values()}) == 7  # no edit is without effect
-    _same_figures(results["log_likelihood_per_token"], nats)
+    _same_figures(results.log_likelihood_per_token, nats)
     if every:
         right = {key: np.array([float(r["correct"]) for r in own]) for key, own in by_condition.items()}
-        _same_figures(results["accuracy"], right)
+        _same_figures(results.accuracy, right)
     else:
-        assert results["verdicts"] == dict(zero=None, random=None)
-        assert results["reason"].endswith("were compared." if judged else "(--task.score=likelihood).")
+        assert results.verdicts == dict(zero=None, random=None)
+        assert results.reason.endswith("were compared." if judged else "(--task.score=likelihood).")
 
 
 def _same_figures(found, scores):
     """The figures are those of the kept rows."""
-    assert found["before"]["mean"] == pytest.approx(scores["clean"].mean())
+    assert found.before.mean == pytest.approx(scores["clean"].mean())
     for kind in ("zero", "random"):
         drop = (scores["clean"] - scores[f"top/{kind}"]).mean()
         others = [(scores["clean"] - scores[f"control-{n}/{kind}"]).mean() for n in range(2)]
-        assert found[kind]["drop"]["mean"] == pytest.approx(drop)
-        assert found[kind]["controls"] == pytest.approx(others)
-        assert found[kind]["difference"]["mean"] == pytest.approx(drop - np.mean(others))
-        assert found[kind]["percentile"] == np.mean(np.array(others) < drop)
+        assert found.replaced[kind].drop.mean == pytest.approx(drop)
+        assert found.replaced[kind].controls == pytest.approx(others)
+        assert found.replaced[kind].difference.mean == pytest.approx(drop - np.mean(others))
+        assert found.replaced[kind].percentile == np.mean(np.array(others) < drop)
 
 
 @pytest.mark.parametrize("batch_tokens", [200, pytest.param(16, marks=pytest.mark.slow)])
@@ -218,10 +221,10 @@ def test_where_nothing_is_answered_rightly_only_likelihoods_are_measured(make_ru
     results = stage.run_study(run)
     place = next(i for i, line in enumerate(said) if line.startswith("At chance before any edit: none of 6 test items"))
     assert said[place - 1].startswith("clean:") and not any(line.startswith("top/") for line in said[:place])
-    assert results["at_chance"] is True and results["verdicts"] == dict(zero=None, random=None)
-    assert results["accuracy"] == dict(before=dict(mean=0.0, low=0.0, high=0.0), zero=None, random=None)
-    assert results["reason"].startswith("At chance before") and results["reason"].endswith("were compared.")
-    assert results["log_likelihood_per_token"]["zero"]["drop"]["mean"] != 0
+    assert results.at_chance is True and results.verdicts == dict(zero=None, random=None)
+    assert results.accuracy == StudyEffects(before=Interval(0.0, 0.0, 0.0), zero=None, random=None)
+    assert results.reason.startswith("At chance before") and results.reason.endswith("were compared.")
+    assert results.log_likelihood_per_token.zero.drop.mean != 0
     assert all(("correct" in row) == (row["condition"] == "clean") for row in read(run))
 
 
@@ -230,13 +233,13 @@ def test_a_dictionary_none_of_whose_features_fires(make_run, dictionary):
     arrays["b_enc_F"] = jnp.full_like(arrays["b_enc_F"], -1e4)
     run, _ = make_run("gsm8k", made=Dictionary(dictionary.config, **arrays), score="likelihood")
     results = stage.run_study(run)
-    assert results["top"] == [] and results["controls"] == [[], []]
-    effect = results["log_likelihood_per_token"]["random"]
-    assert effect["drop"] == dict(mean=0.0, low=0.0, high=0.0) and effect["controls"] == [0.0, 0.0]
+    assert results.top == () and results.controls == ((), ())
+    effect = results.log_likelihood_per_token.random
+    assert effect.drop == Interval(0.0, 0.0, 0.0) and effect.controls == (0.0, 0.0)
 
 
 def rows_of(right, nats):
-    return [dict(correct=bool(a), log_likelihood=4 * b, tokens=4) for a, b in zip(right, nats, strict=True)]
+    return [ItemScore("", "", 4 * b, 4, correct=bool(a)) for a, b in zip(right, nats, strict=True)]
 
 
 def test_the_verdict():
@@ -246,20 +249,20 @@ def test_the_verdict():
     rows["top/zero"] = rows_of(right & (np.arange(20) >= 8), nats - 1)
     rows["control-0/zero"] = rows_of(right & (np.arange(20) >= 1), nats - 0.25)
     found = study_scores.judge(rows, 0.5, config)
-    assert found["verdicts"] == dict(zero=True, random=False) and found["at_chance"] is False
-    zero = found["accuracy"]["zero"]
-    assert zero["drop"]["mean"] == pytest.approx(0.4) and zero["controls"] == pytest.approx([0.05, 0.0])
-    assert zero["difference"]["mean"] == pytest.approx(0.375) and zero["percentile"] == 1.0
-    assert found["log_likelihood_per_token"]["zero"]["difference"]["mean"] == pytest.approx(0.875)
-    assert "Yes: with the top features set to zero, accuracy falls by 40.0 points (more than 25)" in found["reason"]
+    assert found.verdicts == dict(zero=True, random=False) and found.at_chance is False
+    zero = found.accuracy.zero
+    assert zero.drop.mean == pytest.approx(0.4) and zero.controls == pytest.approx([0.05, 0.0])
+    assert zero.difference.mean == pytest.approx(0.375) and zero.percentile == 1.0
+    assert found.log_likelihood_per_token.zero.difference.mean == pytest.approx(0.875)
+    assert "Yes: with the top features set to zero, accuracy falls by 40.0 points (more than 25)" in found.reason
     rows["control-0/zero"] = rows["control-1/zero"] = rows["top/zero"]  # controls that cost as much
-    assert study_scores.judge(rows, 0.5, config)["verdicts"]["zero"] is False
-    assert study_scores.judge(rows, 0.7, config)["at_chance"] is True
+    assert study_scores.judge(rows, 0.5, config).verdicts["zero"] is False
+    assert study_scores.judge(rows, 0.7, config).at_chance is True
     assert study_scores.at_chance(rows_of(np.arange(20) < 1, nats), 0.0, config) is False
     assert study_scores.at_chance(rows_of(np.arange(20) < 0, nats), 0.0, config) is True
-    without = {name: [{k: r[k] for k in ("log_likelihood", "tokens")} for r in own] for name, own in rows.items()}
+    without = {name: [dataclasses.replace(r, correct=None) for r in own] for name, own in rows.items()}
     found = study_scores.judge(without, 0.0, config)
-    assert found["accuracy"] is found["at_chance"] is None and "--task.score=likelihood" in found["reason"]
+    assert found.accuracy is found.at_chance is None and "--task.score=likelihood" in found.reason
 
 
 def test_what_is_refused(make_run, dictionary):

@@ -1,20 +1,37 @@
-"""The report's figures of dictionaries: plain data in, a matplotlib ``Figure`` out, for ``style.save``."""
+"""The report's figures of dictionaries: plain data in, a matplotlib ``Figure`` out."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from saejax.evaluation.results import DensityHistogram, DictionaryScores
 from saejax.reporting.style import INK, LINES, legend, log_limits, panels, plain_log, styled
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingCurve:
+    """A member's training; P points.
+
+    Attributes:
+      tokens: seen, repeats counted.
+      explained_variance: of the batch.
+      l0: features active per token.
+    """
+
+    tokens: Sequence[float]
+    explained_variance: Sequence[float]
+    l0: Sequence[float]
+
+
 @styled
-def training(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> Figure:
+def training(curves: Mapping[str, Sequence[TrainingCurve]]) -> Figure:
     """How training went: explained variance and L0 on training batches.
 
     Args:
-      curves: kind -> for each member {"tokens", "explained_variance", "l0"}, of equal lengths; none if there is no
-        record. Of several members the median is drawn, and a band from the least to the greatest.
+      curves: kind -> of each member, of equal lengths; none if there is no record. Of several members the median is
+        drawn, and a band from the least to the greatest.
     """
     figure, (upper, lower) = panels(
         (2.0, 2.3), ("Share of variance explained, on training batches", "Features active per token (L0)")
@@ -22,15 +39,15 @@ def training(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> F
     for (name, members), (color, line, _) in zip(curves.items(), LINES, strict=False):
         if not members:
             continue
-        tokens = np.asarray(members[0]["tokens"]) / 1e6
+        tokens = np.asarray(members[0].tokens) / 1e6
         label = f"{name}, {len(members)} members" if len(members) > 1 else name
         for axes, key in ((upper, "explained_variance"), (lower, "l0")):
-            values_MxP = np.array([member[key] for member in members], float)
+            values_MxP = np.array([getattr(member, key) for member in members], float)
             axes.plot(tokens, np.median(values_MxP, axis=0), color=color, linestyle=line, label=label)
             if len(members) > 1:
                 band = dict(color=color, alpha=0.18, linewidth=0)
                 axes.fill_between(tokens, values_MxP.min(axis=0), values_MxP.max(axis=0), **band)
-    reached = [value for members in curves.values() for member in members for value in member["explained_variance"]]
+    reached = [value for members in curves.values() for member in members for value in member.explained_variance]
     upper.set_ylim(max(np.floor(10 * min(reached, default=0.0)) / 10, 0.0), 1.0)
     lower.set(yscale="log", xlabel="training tokens, millions, repeats counted")
     plain_log(lower.yaxis)
@@ -41,21 +58,22 @@ def training(curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> F
 
 
 @styled
-def frontier(members: Mapping[str, Sequence[Sequence[Mapping[str, float | None]]]]) -> Figure:
+def frontier(members: Mapping[str, Sequence[Sequence[DictionaryScores]]]) -> Figure:
     """Sparsity against fidelity, on held-out text: the higher and the further left, the better.
 
     Args:
-      members: kind -> for each site its members {"l0", "explained_variance", "ce_recovered"}. A point is a member; the
-        line of a site joins those that no other of its members beats in both. Members without L0 or without the
-        measure are not drawn.
+      members: kind -> for each site its members. A point is a member; the line of a site joins those that no other of
+        its members beats in both. Members without L0 or without the measure are not drawn.
     """
     titles = ("Share of variance explained", "Cross-entropy recovered, against the mean")
     figure, below = panels((2.5, 2.8), titles)
     reached: list[float] = []
-    for axes, key in zip(below, ("explained_variance", "ce_recovered"), strict=True):
+    for axes, key in zip(below, ("explained_variance", "ce_recovered_mean"), strict=True):
         for (name, sites), (color, line, marker) in zip(members.items(), LINES, strict=False):
             for of_site in sites:
-                points_Nx2 = np.array(sorted((m["l0"], m[key]) for m in of_site if m["l0"] and m[key] is not None))
+                points_Nx2 = np.array(
+                    sorted((m.l0, getattr(m, key)) for m in of_site if m.l0 and getattr(m, key) is not None)
+                )
                 if not len(points_Nx2):
                     continue
                 l0_N, value_N = points_Nx2.T
@@ -76,21 +94,20 @@ def frontier(members: Mapping[str, Sequence[Sequence[Mapping[str, float | None]]
 
 
 @styled
-def density(histograms: Mapping[str, Sequence[Mapping]], dense_above: float) -> Figure:
+def density(histograms: Mapping[str, Sequence[DensityHistogram]], dense_above: float) -> Figure:
     """On what share of held-out tokens features fire.
 
     Args:
-      histograms: kind -> for each member {"log10_edges": [n + 1] up to 0, "counts": [n], "never": features that never
-        fire}, in bins of one width. Of several members the mean is drawn.
+      histograms: kind -> of each member, in bins of one width. Of several members the mean is drawn.
       dense_above: the firing rate above which a feature counts as dense, drawn as a line; 0 to 1.
     """
     figure, (axes,) = panels((2.9,), ("How often each feature fires, on held-out text",))
     reached = []
     for (name, members), (color, line, _) in zip(histograms.items(), LINES, strict=False):
-        edges = np.asarray(max((member["log10_edges"] for member in members), key=len))
-        padded = [[0] * (len(edges) - 1 - len(member["counts"])) + list(member["counts"]) for member in members]
+        edges = np.asarray(max((member.log10_edges for member in members), key=len))
+        padded = [[0] * (len(edges) - 1 - len(member.counts)) + list(member.counts) for member in members]
         counts = np.mean(padded, axis=0)
-        never = np.mean([member["never"] for member in members])
+        never = np.mean([member.never for member in members])
         label = f"{name}{f', mean of {len(members)}' if len(members) > 1 else ''} ({never:,.0f} never fire)"
         axes.stairs(counts, edges, color=color, linestyle=line, linewidth=1.8, label=label)
         axes.stairs(counts, edges, color=color, fill=True, alpha=0.18)

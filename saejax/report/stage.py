@@ -19,7 +19,8 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
 REPORT = Stage(
     name="report",
     summary="writes the report: index.html, report.md, figures",
-    run="saejax.reporting.report:run_report",
+    run="saejax.report.run:run_report",
+    results="saejax.report.results:ReportResults",
     groups=(ReportConfig,),
     after=("*",),
     needs=_needs,

@@ -1,75 +1,22 @@
-"""The report's figures of behaviours, effects, probes: plain data in, a matplotlib ``Figure`` out for ``style.save``.
+"""The report's figures of effects: results in, a matplotlib ``Figure`` out."""
 
-An interval is a mapping ``{"mean", "low", "high"}``; all intervals shown are 95 % intervals.
-"""
-
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from saejax.reporting.style import (
-    BLUE,
-    GREY,
-    INK,
-    ORANGE,
-    Interval,
-    error_lengths,
-    height_of,
-    legend,
-    name_rows,
-    panels,
-    point,
-    styled,
-)
+from saejax.causal.ablate.results import CumulativeCurve
+from saejax.reporting import style
+from saejax.reporting.style import BLUE, GREY, INK, ORANGE, height_of, legend, name_rows, panels, point, styled
+from saejax.results import Interval
 
 MANY_POINTS = 300  # above this, a cloud of points is drawn as pixels also in an SVG
 
 
-@styled
-def baselines(scores: Mapping[str, Mapping[str, Mapping[str, Interval]]], min_accuracy: float) -> Figure:
-    """What the model can do: accuracy and logit difference of each behaviour.
-
-    Args:
-      scores: behaviour -> split ("test", "train") -> {"accuracy", "logit_diff"} intervals.
-      min_accuracy: the accuracy below which a behaviour is flagged, drawn as a line; 0 to 1.
-    """
-    rows = height_of(scores, 0.36)
-    figure, (left, right) = panels(
-        (rows + 0.75, rows + 1.0),
-        ("Accuracy: correct answer above the wrong one", "Logit of the correct minus the wrong answer"),
-    )
-    for row, splits in enumerate(scores.values()):
-        for shift, (split, color, marker) in zip(
-            (-0.14, 0.14), (("test", BLUE, "o"), ("train", GREY, "s")), strict=True
-        ):
-            label = f"{split} prompts, with 95 % interval"
-            point(left, splits[split]["accuracy"], row + shift, color, marker, label, scale=100)
-            point(right, splits[split]["logit_diff"], row + shift, color, marker, label)
-    left.axvline(100 * min_accuracy, color=INK, linewidth=1, linestyle=":")
-    left.set(
-        xlabel=f"% of prompts (dotted: flagged below {100 * min_accuracy:.0f} %)",
-        xlim=(min(left.get_xlim()[0], 45), 102),
-    )
-    right.axvline(0, color=INK, linewidth=1)
-    right.set_xlabel("logits")
-    for axes in (left, right):
-        name_rows(axes, list(scores))
-    legend(right, 1)
-    return figure
-
-
-@dataclasses.dataclass(frozen=True)
-class Effect:
-    """What the joint ablation of a behaviour's top features costs, and what each control draw costs.
-
-    Attributes:
-      drop: the top features' drop, an interval.
-      controls: the drop of each draw of control features.
-    """
+class Effect(NamedTuple):
+    """What the joint ablation of a behaviour's top features costs, and what each control draw costs."""
 
     drop: Interval
     controls: Sequence[float]
@@ -141,20 +88,20 @@ def single_features(features: Sequence[int], drops: Sequence[Interval], controls
 
 
 @styled
-def cumulative(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+def cumulative(curves: Mapping[str, CumulativeCurve]) -> Figure:
     """The logit difference that is left when more and more top features are removed together, a panel per behaviour.
 
     Args:
-      curves: behaviour -> {"top" and "controls": {"sizes": S numbers, "logit_diff": S intervals}}.
+      curves: by behaviour.
     """
     figure, all_axes = panels([1.75] * (len(curves) - 1) + [2.25], list(curves))
     for axes, curve in zip(all_axes, curves.values(), strict=True):
-        for kind, color, dashes, marker, label in (
-            ("controls", GREY, "--", "s", "as many matched random features, mean of the draws"),
-            ("top", ORANGE, "-", "o", "the top features, by attribution"),
+        for points, color, dashes, marker, label in (
+            (curve.controls, GREY, "--", "s", "as many matched random features, mean of the draws"),
+            (curve.top, ORANGE, "-", "o", "the top features, by attribution"),
         ):
-            mean, low, high = ([value[key] for value in curve[kind]["logit_diff"]] for key in ("mean", "low", "high"))
-            sizes = curve[kind]["sizes"]
+            mean, low, high = zip(*((one.mean, one.low, one.high) for one in points.logit_diff), strict=True)
+            sizes = points.sizes
             axes.fill_between(sizes, low, high, color=color, alpha=0.22, linewidth=0)
             axes.plot(sizes, mean, dashes, color=color, marker=marker, markersize=3.2, label=label)
         axes.axhline(0, color=INK, linewidth=0.8)
@@ -202,44 +149,21 @@ def estimates(estimate_N: np.ndarray, drop_N: np.ndarray, discovered_N: np.ndarr
     return figure
 
 
-@styled
-def probes(labels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """How well labels are read off features and raw activations, by how many of them a probe sees.
-
-    Args:
-      labels: title -> its probes, each {"input" ("features" or "raw"), "k" (None: all), "accuracy" and "shuffled"
-        (intervals), "majority"}; shares. Those of an input stand in order of k.
-    """
-    heights = [1.45 + 1.0 / len(labels)] * len(labels)  # the legend takes an inch
-    figure, below = panels(heights, list(labels))
-    looks = dict(features=(ORANGE, "o", -0.07, "features"), raw=(BLUE, "s", 0.07, "raw dimensions"))
-    for axes, rows in zip(below, labels.values(), strict=True):
-        sizes = [row["k"] for row in rows if row["input"] == rows[0]["input"]]
-        low_K, high_K = (
-            [100 * pick(row["shuffled"][end] for row in rows if row["k"] == k) for k in sizes]
-            for pick, end in ((min, "low"), (max, "high"))
-        )
-        places = np.arange(len(sizes))
-        axes.fill_between(places, low_K, high_K, color=GREY, alpha=0.25, linewidth=0, label="shuffled labels")
-        axes.axhline(100 * rows[0]["majority"], color=INK, linewidth=1, linestyle=":", label="largest class")
-        for name, (color, marker, shift, label) in looks.items():
-            accuracies = [row["accuracy"] for row in rows if row["input"] == name]
-            lengths_2xK = np.hstack([error_lengths(accuracy, 100) for accuracy in accuracies])
-            axes.errorbar(
-                places + shift,
-                [100 * accuracy["mean"] for accuracy in accuracies],
-                yerr=lengths_2xK,
-                color=color,
-                marker=marker,
-                markersize=5,
-                linewidth=1.2,
-                elinewidth=1.2,
-                capsize=2,
-                label=f"{label}, with 95 % interval",
+@style.styled
+def bases(compared: Mapping[str, Mapping[str, Effect]]) -> Figure:
+    """What the top directions of each basis cost, a panel for each behaviour: its title -> basis -> effect."""
+    heights = [0.55 + style.height_of(rows, 0.3) for rows in compared.values()]
+    heights[-1] += 0.6  # the legend takes it
+    drawn, below = style.panels(heights, [f"{name}: logit difference lost" for name in compared])
+    for axes, rows in zip(below, compared.values(), strict=True):
+        style.name_rows(axes, list(rows))
+        for place, (name, row) in enumerate(rows.items()):
+            color = style.BLUE if name == "features" else style.ORANGE
+            axes.plot(
+                [np.mean(row.controls)], [place], "x", color=style.GREY, label="matched random directions", zorder=2
             )
-        axes.set_xticks(places, [str(k or "all") for k in sizes])
-        axes.set(ylim=(-7, 107), yticks=(0, 50, 100), ylabel="%")
-        axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
-    below[-1].set_xlabel("features, or dimensions, that a probe sees")
-    legend(below[-1], 1)
-    return figure
+            label = "top features" if name == "features" else "top directions of another basis"
+            style.point(axes, row.drop, place, color, "o" if name == "features" else "s", label)
+        axes.axvline(0, color=style.INK, linewidth=0.8, alpha=0.5)
+    style.legend(below[-1], 1)
+    return drawn

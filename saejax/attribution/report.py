@@ -16,8 +16,7 @@ from saejax.attribution.forms import figure as graph_figure
 from saejax.errors import UserError
 from saejax.reporting import style
 from saejax.reporting.document import Block, Links, Picture, Section, Terms, Text
-from saejax.reporting.findings import Findings
-from saejax.reporting.sections import Draw
+from saejax.reporting.findings import Draw, Findings
 from saejax.reporting.tables import MISSING, Table, number, percent, significant, visible
 from saejax.workspace import write_text
 
@@ -66,11 +65,8 @@ class TracedGraph:
         return doubling["free"]["pearson"] if doubling else None
 
 
-def lead(found: Findings) -> tuple[str, ...]:
-    """A paragraph on all graphs for the beginning of the report; none if there are none."""
-    graphs = _traced(found)
-    if not graphs:
-        return ()
+def lead(graphs: Sequence[TracedGraph]) -> str:
+    """A paragraph on all graphs for the beginning of the report."""
     explained = [graph.results["scores"]["replacement"] for graph in graphs]
     prompts = "One prompt was" if len(graphs) == 1 else f"{len(graphs)} prompts were"
     said = (
@@ -84,19 +80,16 @@ def lead(found: Findings) -> tuple[str, ...]:
             " What the edges foretell has a correlation of "
             f"{_range(correlations, number)} with what happens when features are doubled."
         )
-    return (said,)
+    return said
 
 
-def sections(found: Findings, draw: Draw, report: Path) -> list[Section]:
+def sections(found: Findings, draw: Draw) -> list[Section]:
     """A table of all graphs, their curves, and the figures of the first ones; no section if there are none.
-
-    Args:
-      report: the report's folder, to which the graphs' figures are copied and from which their pages are linked.
 
     Raises:
       UserError: the figure of a graph is missing.
     """
-    graphs = _traced(found)
+    graphs, report = _traced(found), found.report
     if not graphs:
         return []
     several = "Graphs were" if len(graphs) > 1 else "The graph was"
@@ -115,13 +108,14 @@ def sections(found: Findings, draw: Draw, report: Path) -> list[Section]:
         )
     if graphs[SHOWN:]:
         blocks.append(Links("Pages of the other graphs", tuple(_link(graph, report) for graph in graphs[SHOWN:])))
-    return [Section("Attribution graphs", tuple(blocks)), *(_section(graph, report) for graph in graphs[:SHOWN])]
+    first = Section("Attribution graphs", tuple(blocks), lead=lead(graphs))
+    return [first, *(_section(graph, report) for graph in graphs[:SHOWN])]
 
 
 def _traced(found: Findings) -> list[TracedGraph]:
     every = [
         (found.folders[f"attribute/{unit}"], slug, results["transcoders"], graph)
-        for unit, results in found.graphs.items()
+        for unit, results in found.of_stage("attribute").items()
         for slug, graph in results["graphs"].items()
     ]
     return [TracedGraph(number, *one) for number, one in enumerate(every, 1)]

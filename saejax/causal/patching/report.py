@@ -1,0 +1,123 @@
+"""The report on activation patching: where in the model a prompt's content stands, and which features carry it."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from saejax.causal.patching.grid import PatchingGrid, grid_file
+from saejax.causal.patching.results import (
+    FeaturePatchResults,
+    PatchedFeatures,
+    PatchedSet,
+    PatchedSites,
+    SitePatchResults,
+)
+from saejax.causal.patching.sites import DIRECTIONS
+from saejax.reporting import style
+from saejax.reporting.document import Block, Picture, Section, Terms
+from saejax.reporting.findings import Draw, Findings
+from saejax.reporting.tables import MISSING, Table, interval, percent
+from saejax.reporting.words import behaviour
+from saejax.results import Interval
+
+_TITLES = dict(
+    denoising="denoising: from prompt to counterpart",
+    noising="noising: from counterpart to prompt",
+)
+
+
+def sections(found: Findings, draw: Draw) -> list[Section]:
+    """Heatmaps of sites, and what features carry over; no section if nothing was patched."""
+    blocks: list[Block] = []
+    for unit, summary in found.summaries.items():
+        results = summary.results
+        if not isinstance(results, SitePatchResults | FeaturePatchResults):
+            continue
+        if isinstance(results, SitePatchResults):
+            grids = {name: PatchingGrid.load(grid_file(found.folders[unit], name)) for name in results.behaviours}
+            blocks += [
+                _picture(results.kind, name, results.behaviours[name], grid, draw) for name, grid in grids.items()
+            ]
+        else:
+            blocks.append(_features_table(results))
+        without = [(behaviour(name), f"not patched: {reason}.") for name, reason in results.unpatched.items()]
+        if without:
+            blocks.append(Terms(tuple(without)))
+    return [Section("Where the content stands", tuple(blocks))] if blocks else []
+
+
+def _picture(kind: str, name: str, result: PatchedSites, grid: PatchingGrid, draw: Draw) -> Picture:
+    scale = "of the whole difference" if result.reason is None else "in logits"
+    caption = (
+        f"{behaviour(name)}: the value of {kind} at one layer and position is replaced, on {result.prompts} pairs "
+        f"of prompts; how much of the answer moves, {scale}. Positions are counted from the end, named by their most "
+        "frequent token; where prompt and counterpart differ the name is bold."
+    )
+    if result.reason:
+        caption += f" Not normalised: {result.reason}."
+    alt = f"Patching {kind}, {behaviour(name)}. " + " ".join(
+        f"{direction}: strongest at layer {best.layer}, position {best.position}, {best.effect:.2f} logits."
+        for direction, best in result.strongest.items()
+    )
+    return draw(f"patching-{kind}-{name}", heatmap(grid, result), caption, alt)
+
+
+@style.styled
+def heatmap(measured: PatchingGrid, result: PatchedSites) -> Figure:
+    """The effect of every layer and position, a panel for each direction."""
+    normalised = result.reason is None
+    grid_DxLxC = measured.grid("normalised" if normalised else "effect")
+    columns, layers = result.columns, grid_DxLxC.shape[1]
+    limit = 1.0 if normalised else float(np.nanmax(np.abs(grid_DxLxC), initial=1e-6))
+    height = 0.9 + 0.055 * layers + 0.4
+    figure, below = style.panels([height, height], [_TITLES[direction] for direction in DIRECTIONS])
+    for axes, grid_LxC in zip(below, grid_DxLxC, strict=True):
+        image = axes.imshow(
+            grid_LxC, cmap="RdBu_r", vmin=-limit, vmax=limit, origin="lower", aspect="auto", interpolation="nearest"
+        )
+        axes.set_ylabel("layer")
+        size = min(9.0, 190 / len(columns))  # points: labels of neighbours do not touch
+        axes.set_xticks(range(len(columns)), [_label(column.token) for column in columns], rotation=90, size=size)
+        for text, column in zip(axes.get_xticklabels(), columns, strict=True):
+            text.set_fontweight("bold" if column.differs else "normal")
+        axes.tick_params(axis="x", length=2)
+    figure.colorbar(image, ax=below, shrink=0.5, aspect=30, label="share moved" if normalised else "logits")
+    return figure
+
+
+def _label(token: str) -> str:
+    shown = token.replace("\n", "\u21b5").strip() or "\u2423"
+    return shown if len(shown) <= 12 else shown[:11] + "\u2026"
+
+
+def _features_table(results: FeaturePatchResults) -> Table:
+    sets = ("Top features", "As many random", "All features", "The error", "The whole site")
+    columns = ("Behaviour", "Pairs", *sets, "Restored")
+    rows = tuple(_features_row(name, result, results.top) for name, result in results.behaviours.items())
+    note = (
+        f"Features of {results.dictionary} at {results.site} take the values they have on the counterpart: how "
+        "often the answer becomes the counterpart's, of the pairs on which the model is right both times (interchange-"
+        "intervention accuracy; Geiger et al., 2021). The error: what the dictionary does not "
+        "explain, alone. Last column: the share of the logit difference that the top "
+        "features restore when they are carried from the prompt to its counterpart. 95 % intervals."
+    )
+    return Table(f"Interchange of the top {results.top} features", columns, rows, note=note)
+
+
+def _features_row(name: str, result: PatchedFeatures, top: int) -> tuple[str, ...]:
+    found = result.interchange
+    restored = _restored(result.together)
+    if not found.prompts:
+        return (behaviour(name), "0", *5 * (MISSING,), restored)
+    most = (found.top[-1].accuracy, found.top[-1].random) if found.top else (None, None)
+    shares = (*most, found.all, found.error, found.site)
+    return (behaviour(name), str(found.prompts), *map(_share, shares), restored)
+
+
+def _restored(together: tuple[PatchedSet, ...]) -> str:
+    tops = [entry for entry in together if entry.features != "all"]
+    value = tops[-1].denoising.normalised if tops else None
+    return interval(value) if value else MISSING
+
+
+def _share(value: Interval | None) -> str:
+    return MISSING if value is None else f"{percent(value.mean)} [{percent(value.low)}, {percent(value.high)}]"

@@ -1,0 +1,156 @@
+"""The report on linear probes: what can be read off features and off raw activations."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
+from saejax.reporting.document import Block, Picture, Section, Terms, Text
+from saejax.reporting.findings import Draw, Findings
+from saejax.reporting.style import BLUE, GREY, INK, ORANGE, error_lengths, legend, panels, styled
+from saejax.reporting.tables import MISSING, Table, interval, number, percent
+from saejax.reporting.words import behaviour, place
+
+_LABELS = {
+    "behaviour": "Which behaviour",
+    "answer": "Answer",
+    "parity": "Answer even or odd",
+    "correct": "Model right or wrong",
+    "number": "Number of the subject",
+}
+_INPUTS = {"features": "features", "raw": "raw dimensions"}
+_POOLS = {
+    "last": "at a prompt's last position",
+    "max": "as the maximum over a prompt's positions",
+    "mean": "as the mean over a prompt's positions",
+}
+
+
+def sections(found: Findings, draw: Draw) -> list[Section]:
+    """The probes; no section if none was asked for."""
+    return [_section(results, found, draw) for results in found.each(ProbeResults).values()]
+
+
+def _section(results: ProbeResults, found: Findings, draw: Draw) -> Section:
+    learned = [label for label in results.labels if label.probes]
+    intro = (
+        f"A linear probe (logistic regression) was given the features of {results.dictionary}, or the raw "
+        f"activations of {place(results.site)}, {_POOLS[results.pool]}. It was fitted on train prompts; the "
+        "accuracy is that on test prompts. A sparse probe sees only the few features, or dimensions, that separate "
+        "the classes best on train prompts. What can be read off, the model need not use."
+    )
+    without = [(_title(label), f"no probe: {label.reason}.") for label in results.labels if label.reason]
+    blocks: list[Block] = [Text(intro)]
+    if learned:
+        shuffles = found.settings()["probe"]["shuffles"]
+        blocks += [_picture(learned, shuffles, draw), _table(learned, shuffles)]
+    if without:
+        blocks.append(Terms(tuple(without)))
+    return Section("Linear probes", tuple(blocks))
+
+
+def _title(label: ProbedLabel) -> str:
+    own = f": {behaviour(label.behaviour)}" if label.behaviour else ""
+    return f"{_LABELS[label.label]}{own}"
+
+
+def _picture(learned: Sequence[ProbedLabel], shuffles: int, draw: Draw) -> Picture:
+    shown = {_title(label): label.probes for label in learned}
+    caption = (
+        "Accuracy on the test prompts of probes that see a few features, or dimensions, or all of them, with 95 % "
+        "Wilson intervals. Grey: what probes of shuffled labels reach, the 5th to 95th percentile over "
+        f"{shuffles} shuffles of either input. Dotted: always naming the largest class."
+    )
+    alt = "Accuracy of probes of all inputs. " + " ".join(
+        f"{title}: " + ", ".join(f"{_INPUTS[row.input]} {_accuracy(row)} %" for row in rows if row.k is None) + "."
+        for title, rows in shown.items()
+    )
+    return draw("probes", probes(shown), caption, alt)
+
+
+@styled
+def probes(labels: Mapping[str, Sequence[ProbeFit]]) -> Figure:
+    """How well labels are read off features and raw activations, by how many of them a probe sees.
+
+    Args:
+      labels: title -> its probes; those of an input stand in order of k.
+    """
+    heights = [1.45 + 1.0 / len(labels)] * len(labels)  # the legend takes an inch
+    figure, below = panels(heights, list(labels))
+    looks = dict(features=(ORANGE, "o", -0.07, "features"), raw=(BLUE, "s", 0.07, "raw dimensions"))
+    for axes, rows in zip(below, labels.values(), strict=True):
+        sizes = [row.k for row in rows if row.input == rows[0].input]
+        low_K, high_K = (
+            [100 * pick(getattr(row.shuffled, end) for row in rows if row.k == k) for k in sizes]
+            for pick, end in ((min, "low"), (max, "high"))
+        )
+        places = np.arange(len(sizes))
+        axes.fill_between(places, low_K, high_K, color=GREY, alpha=0.25, linewidth=0, label="shuffled labels")
+        axes.axhline(100 * rows[0].majority, color=INK, linewidth=1, linestyle=":", label="largest class")
+        for name, (color, marker, shift, label) in looks.items():
+            accuracies = [row.accuracy for row in rows if row.input == name]
+            lengths_2xK = np.hstack([error_lengths(accuracy, 100) for accuracy in accuracies])
+            axes.errorbar(
+                places + shift,
+                [100 * accuracy.mean for accuracy in accuracies],
+                yerr=lengths_2xK,
+                color=color,
+                marker=marker,
+                markersize=5,
+                linewidth=1.2,
+                elinewidth=1.2,
+                capsize=2,
+                label=f"{label}, with 95 % interval",
+            )
+        axes.set_xticks(places, [str(k or "all") for k in sizes])
+        axes.set(ylim=(-7, 107), yticks=(0, 50, 100), ylabel="%")
+        axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
+    below[-1].set_xlabel("features, or dimensions, that a probe sees")
+    legend(below[-1], 1)
+    return figure
+
+
+def _seen(row: ProbeFit) -> str:
+    name = _INPUTS[row.input]
+    return f"1 {name.removesuffix('s')}" if row.k == 1 else f"{row.k or 'all'} {name}"
+
+
+def _accuracy(row: ProbeFit) -> str:
+    return interval(row.accuracy, 0, 100)
+
+
+def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
+    rows = tuple(
+        (
+            _title(label),
+            _seen(row),
+            _accuracy(row),
+            percent(row.balanced_accuracy),
+            percent(row.majority),
+            interval(row.shuffled, 0, 100),
+            interval(row.random, 0, 100) if row.random else MISSING,
+            number(row.p_value, 4),
+            ", ".join(map(str, row.inputs[:3])) if row.inputs else MISSING,
+        )
+        for label in learned
+        for row in label.probes
+    )
+    columns = (
+        "Label",
+        "Probe sees",
+        "Accuracy, %",
+        "Balanced",
+        "Largest class",
+        "Shuffled labels, %",
+        "Random inputs, %",
+        "p",
+        "Inputs",
+    )
+    note = (
+        "Accuracy: on test prompts, with its 95 % Wilson interval. Balanced: mean over classes. Shuffled labels and "
+        f"random inputs: mean over {shuffles} draws, and the 5th and 95th percentile. p: share of permutations of the "
+        "test labels that agree with the probe as often, not adjusted for the number of probes. Inputs: the first "
+        "three that a sparse probe sees."
+    )
+    return Table("Probes", columns, rows, frozenset({1, 8}), stack=False, note=note)

@@ -1,0 +1,159 @@
+"""The frame of the report: what was done, what was left out, how far the answer reaches, how to run it again."""
+
+from pathlib import Path
+
+from saejax.causal.ablate.report_features import SLOPES, held_out
+from saejax.causal.ablate.results import AblateResults
+from saejax.causal.activation_sources import WORDS
+from saejax.dictionaries import stacks
+from saejax.reporting.document import Code, Section, Terms, Text
+from saejax.reporting.findings import Findings
+from saejax.reporting.tables import MISSING, Table, number, percent
+from saejax.reporting.words import BEHAVIOURS, behaviour, place
+from saejax.results import Devices
+from saejax.tasks.results import BaselineResults
+from saejax.training.report import scores_of
+
+_MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
+
+
+def prompt_count(found: Findings) -> str:
+    """How many test prompts a behaviour has, as "20", or "19 or 20" where they differ."""
+    return " or ".join(map(str, sorted({one.test.n for one in found.one(BaselineResults).behaviours.values()})))
+
+
+def lead(found: Findings) -> tuple[str, ...]:
+    """What was done, for a reader who knows transformers: paragraphs."""
+    ablate, behaviours = found.one(AblateResults), found.one(BaselineResults).behaviours
+    wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in behaviours)
+    path = found.settings()["model"]["path"]
+    model = _MODELS.get(path) or (Path(path).name if path.startswith(("/", ".", "~")) else path)
+    features = len(held_out(found, "firing_rate"))
+    return (
+        f"The language model {model} was given prompts that ask for: {wanted}. A sparse dictionary, "
+        f"trained on the model's activations in {place(ablate.site)}, writes each of them as a sum of a few out of "
+        f"{features:,} features. A feature is a direction; its activation says how much of it is in "
+        "a token.",
+        f"For each behaviour the {ablate.top} features with the largest estimated effect on the answer were chosen "
+        f"on one set of prompts and removed together on {prompt_count(found)} others. The same was done with "
+        f"{ablate.draws} draws of as many random features that fire as often and as strongly on those prompts. "
+        "Where the first harms the model and the second does not, the features cause part of the behaviour.",
+    )
+
+
+def left_out(found: Findings) -> Section:
+    """What the scores do not cover, by which rule, and how much it is."""
+    kind, name = stacks.kind_and_member(found.one(AblateResults).dictionary)
+    sinks = next(scores.sinks for scores in scores_of(found)[kind] if scores.name == name)
+    capture = found.settings()["capture"]
+    text = (
+        "Attention sinks: on a few tokens, the first of every text above all, the activations are many times longer "
+        "than elsewhere. A dictionary trained with them would learn little else. The rule: a position whose norm "
+        f"exceeds {number(capture['sink_factor'], 0)} times the median, here {number(sinks.max_norm, 0)}, is not "
+        "trained on, not scored and not edited; it passes through the model untouched. The rule leaves out "
+        f"{sinks.position_0:,} captured tokens at position 0 and {sinks.beyond:,} beyond it, which is "
+        f"{percent(sinks.share_beyond, 2)} of the tokens beyond position 0. More than "
+        f"{percent(capture['max_sink_share'])} would have been an error."
+    )
+    return Section("What was left out", (Text(text),))
+
+
+def limits(found: Findings) -> Section:
+    """How far the answer reaches."""
+    ablate, behaviours = found.one(AblateResults), found.one(BaselineResults).behaviours
+    settings = found.settings()
+    fewest = min(one.test.n for one in behaviours.values())
+    ratios = "; ".join(
+        f"{behaviour(name)} "
+        + ", ".join(map(number, (match.firing_rate_ratio, match.activation_ratio, match.norm_ratio)))
+        for name, match in ((name, result.controls.match) for name, result in ablate.behaviours.items())
+    )
+    items = [
+        (
+            "Few prompts",
+            f"with {prompt_count(found)} test prompts a behaviour, accuracy moves in steps of "
+            f"{number(100 / fewest, 1)} percentage points. Intervals are over prompts of the same form; other wordings "
+            "were not tried.",
+        ),
+        (
+            "One place",
+            f"only {place(ablate.site)} was tested, with one dictionary ({ablate.dictionary}) from "
+            "one training seed. Another seed gives other features.",
+        ),
+        (
+            "Removing is crude",
+            f"when a feature is removed, {WORDS[ablate.replacement]}. That can leave the model in a state "
+            "that no text leads to, and the rest of the model can make up for it. What the dictionary fails to rebuild "
+            "stays in place, so effects through it are not seen.",
+        ),
+        (
+            "Ranking is an estimate",
+            f"features were ranked by activation times {SLOPES[settings['ablate']['estimate']]}, a "
+            "first-order estimate; features that matter only together can be missed.",
+        ),
+        (
+            "The control",
+            "random features are matched in firing rate, activation and decoder norm, not in direction or attribution. "
+            f"Median ratio of control to top feature in each (1 is a perfect match): {ratios}.",
+        ),
+        (
+            "Contexts",
+            "the strongest contexts show a feature's peak, not all that it does. They come from the captured text, "
+            "which holds the behaviours' train prompts besides the corpus.",
+        ),
+    ]
+    if not settings["corpus"]["path"] and settings["model"]["path"] == "smollm2":
+        easy = (
+            "the embedded corpus was sampled from SmolLM2-135M-Instruct, so it is text that this model finds easy: "
+            "explained variance and cross-entropy recovered do not compare with those on other corpora."
+        )
+        items.insert(2, ("Text of its own making", easy))
+    weak = [behaviour(name) for name, one in behaviours.items() if one.flags]
+    if weak:
+        unsure = "the model itself is unsure here, so that effects are hard to see and little follows from them."
+        items.insert(0, ("Weak behaviours", f"{', '.join(weak)}: {unsure}"))
+    return Section("Limits", (Terms(tuple(items)),))
+
+
+def reproduce(found: Findings) -> Section:
+    """Everything needed to run it again."""
+    rows = tuple(
+        (
+            unit,
+            number(summary.seconds, 1),
+            _devices(summary.devices),
+            ", ".join(f"{group} {_flag(seed)}" for group, seed in summary.seeds.items()) or MISSING,
+            summary.start.replace("T", " ").replace("+00:00", ""),
+        )
+        for unit, summary in found.summaries.items()
+    )
+    columns = ("Stage", "Seconds", "Devices", "Seeds", "Started, UTC")
+    stages = Table("The stages that this report reads", columns, rows, frozenset({2, 3, 4}))
+    flags = "\n".join(
+        f"--{group}.{field}={_flag(value)}"
+        for group, fields in found.settings().items()
+        for field, value in fields.items()
+    )
+    packages: dict[str, str] = {}
+    for summary in found.summaries.values():
+        packages |= summary.packages
+    versions = "\n".join(f"{package}=={version}" for package, version in packages.items())
+    command = "python -m experiments.pipeline --workdir=runs/again --flagfile=run.flags"
+    blocks = (
+        Code("With the settings below saved as run.flags", command, folded=False),
+        Code("Settings, as a flag file", flags),
+        Code("Package versions", versions),
+        stages,
+    )
+    return Section("How to reproduce", blocks)
+
+
+def _devices(devices: Devices | None) -> str:
+    return f"{devices.count} × {', '.join(devices.kinds)}" if devices else MISSING
+
+
+def _flag(value: object) -> str:
+    """A setting as it is written on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

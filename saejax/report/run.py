@@ -1,0 +1,99 @@
+"""The report stage: gathers what the other stages found and writes it for a reader.
+
+Written to the unit's folder: ``index.html`` (complete in itself), ``report.md`` (the same content), and
+``figures/`` (each figure as PNG and SVG; of attribution graphs the SVG).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from saejax.activations.store import Store
+from saejax.analysis.examples import top_examples
+from saejax.causal.ablate import report as ablation
+from saejax.causal.ablate import report_features, report_sets
+from saejax.causal.ablate.results import AblateResults
+from saejax.config import to_json
+from saejax.dictionaries import stacks
+from saejax.models.source import load_tokenizer, resolve
+from saejax.models.tokens import token_text
+from saejax.report import overview
+from saejax.report.results import ReportResults
+from saejax.reporting import style
+from saejax.reporting.document import Example, Picture, Section, to_html, to_markdown
+from saejax.reporting.findings import Draw, Findings, read_findings
+from saejax.stage import load
+from saejax.stages import STAGES
+from saejax.tasks import report as tasks
+from saejax.training import report as training
+from saejax.workspace import Run, package_versions, write_text
+
+
+def run_report(run: Run) -> ReportResults:
+    """Writes the report of ``run.inputs``.
+
+    Raises:
+      UserError: a file of an input is missing or damaged.
+    """
+    config = run.configs["report"]
+    found = read_findings(run.inputs, run.folder, {"report": to_json(config)})
+    ablate = found.one(AblateResults)
+    wanted = [item.feature for result in ablate.behaviours.values() for item in result.top[: config.features]]
+    run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
+    found = dataclasses.replace(found, examples=contexts(run, ablate.dictionary, wanted, config.examples))
+    (run.folder / "figures").mkdir(exist_ok=True)
+
+    def draw(name: str, figure: Figure, caption: str, alt: str) -> Picture:
+        svg = style.save(figure, run.folder / "figures", name)
+        return Picture(name, style.inline(svg, name, alt), caption, alt)
+
+    parts = sections(found, draw, config.features)
+    footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
+    lead = (*overview.lead(found), *(part.lead for part in parts if part.lead))
+    page = to_html(config.title, lead, parts, footer)
+    write_text(run.folder / "report.md", to_markdown(config.title, lead, parts, footer))
+    write_text(run.folder / "index.html", page)
+    run.say(f"read {run.folder / 'index.html'}")
+    return ReportResults(
+        verdicts={name: result.verdict for name, result in ablate.behaviours.items()},
+        figures=tuple(block.name for part in parts for block in part.blocks if isinstance(block, Picture)),
+        contexts={feature: len(found.examples.get(feature, ())) for feature in wanted},
+        html_bytes=len(page.encode()),
+    )
+
+
+def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
+    """All sections: those there always are and, before the features one by one, those of stages that were asked for.
+
+    Args:
+      found: what to write of.
+      draw: saves a figure.
+      shown: features of each behaviour that are shown with contexts.
+    """
+    asked = [load(stage.section) for stage in STAGES.values() if stage.section]
+    return [
+        ablation.answer(found, draw),
+        tasks.behaviours_section(found, draw),
+        *tasks.benchmark_sections(found),
+        training.section(found, draw, found.one(AblateResults).dictionary),
+        *report_sets.bases(found, draw),
+        *report_sets.agreement(found),
+        *report_sets.feature_sets(found, draw),
+        *(section for write in asked for section in write(found, draw)),
+        *report_features.features(found, draw, shown),
+        overview.left_out(found),
+        overview.limits(found),
+        overview.reproduce(found),
+    ]
+
+
+def contexts(run: Run, name: str, features: Sequence[int], count: int) -> dict[int, list[Example]]:
+    """The strongest contexts of features of the dictionary ``name`` in the captured text."""
+    if not features:
+        return {}
+    store = Store.open(run.inputs["capture"])
+    kind, _ = stacks.kind_and_member(name)
+    dictionary = stacks.load_member(run.inputs[f"train/{kind}"], name, "--ablate.dictionary")
+    tokenizer = load_tokenizer(resolve(run.configs["model"]))
+    return top_examples(store, dictionary, features, count, token_text(tokenizer))

@@ -1,0 +1,63 @@
+"""Words that several sections of the report share: titles of behaviours and sites, signs, spreads of control draws."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from saejax.reporting.tables import interval, number
+from saejax.results import Interval
+
+# Title, and what the model is to name.
+BEHAVIOURS = {
+    "agreement": ("Subject-verb agreement", "the verb that agrees with the subject, with another noun in between"),
+    "capital": ("Capital of a country", "the capital of a country"),
+    "greater_than": ("Greater-than on years", "an end year that lies after the start year"),
+    "addition": ("Single-digit addition", "the sum of two digits, after worked examples"),
+}
+
+
+_SITES = {
+    "resid_pre": "the residual stream before layer {}",
+    "resid_mid": "the residual stream between attention and MLP of layer {}",
+    "resid_post": "the residual stream after layer {}",
+    "attn_out": "the output of attention in layer {}",
+    "mlp_in": "the input of the MLP in layer {}",
+    "mlp_out": "the output of the MLP in layer {}",
+}
+
+
+def behaviour(name: str) -> str:
+    """A behaviour's title; an unknown one's name in words."""
+    return BEHAVIOURS[name][0] if name in BEHAVIOURS else name.replace("_", " ").capitalize()
+
+
+def place(site: str) -> str:
+    """A site in words: "the residual stream after layer 15 (resid_post.15)"."""
+    kind, _, layer = site.partition(".")
+    return f"{_SITES[kind].format(layer)} ({site})" if kind in _SITES else site
+
+
+def detail_title(name: str) -> str:
+    """The title of the section on a behaviour's features."""
+    return f"Features: {behaviour(name)}"
+
+
+def signed(text: str) -> str:
+    """With true minus signs."""
+    return re.sub(r"(?<!\w)-(?=\d)", "−", text)
+
+
+def sentence(text: str) -> str:
+    """With a capital at the start, a full stop at the end, and true minus signs."""
+    text = signed(text.strip())
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def spread(draws: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:
+    """Mean of the control draws, and the range of the middle 95 % of them."""
+    values = np.asarray(draws, float) * scale
+    if np.ptp(values) == 0:
+        return f"{number(float(values[0]), digits)} in every draw"
+    low, high = np.quantile(values, [0.025, 0.975])
+    return interval(Interval(float(values.mean()), float(low), float(high)), digits)

@@ -1,0 +1,229 @@
+"""The report on the dictionaries: how well they rebuild what they read, how sparsely, and how training went."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from saejax.dictionaries.stacks import full_name
+from saejax.errors import UserError
+from saejax.evaluation.results import DictionaryScores, EvaluateResults
+from saejax.reporting.document import Block, Picture, Section, Terms, Text
+from saejax.reporting.findings import Draw, Findings
+from saejax.reporting.tables import MISSING, Table, number, percent
+from saejax.training import report_figures
+from saejax.training.report_figures import TrainingCurve
+from saejax.training.results import TrainResults
+
+_POINTS = 400  # of a training curve; a longer one is thinned, its ends kept
+
+
+_KINDS = {
+    "topk": "keeps the k largest activations of each token",
+    "standard": "is a ReLU with an L1 penalty on the activations",
+    "linear": "has an L1 penalty on the activations and no ReLU",
+    "gated": "has a gate that decides which features are active and a magnitude of its own for each",
+    "jumprelu": "keeps activations above a threshold that each feature learns",
+    "batchtopk": "keeps the largest activations of a batch, k of them per token on average",
+    "matryoshka": "keeps the largest activations of a batch, and nested groups of its features rebuild by themselves",
+}
+
+
+_MEMBER_ROWS = 100  # longest list of a stack's members
+
+
+def scores_of(found: Findings) -> dict[str, tuple[DictionaryScores, ...]]:
+    """Held-out scores of the members of each kind."""
+    return {kind: results.members for kind, results in found.each(EvaluateResults).items()}
+
+
+def section(found: Findings, draw: Draw, tested: str) -> Section:
+    """The measures, tables and figures of all dictionaries.
+
+    Args:
+      found: what to write of.
+      draw: saves a figure.
+      tested: name of the dictionary that the causal tests use.
+    """
+    dense_above, scores = found.settings()["evaluate"]["dense_above"], scores_of(found)
+    stacks = {kind: members for kind, members in scores.items() if len(members) > 1}
+    pictures = [_frontier(scores, draw)] if stacks else []
+    pictures += [_training(found, draw, bool(stacks)), _density(scores, draw, dense_above)]
+    tables = [_table(found, tested), *(_members_table(kind, members) for kind, members in stacks.items())]
+    blocks: tuple[Block, ...] = (Text(_intro(scores, tested)), Terms(_terms(dense_above)), *tables, *pictures)
+    return Section("The dictionaries", blocks)
+
+
+def _intro(scores: Mapping[str, Sequence[DictionaryScores]], tested: str) -> str:
+    kinds = []
+    for kind, members in scores.items():
+        many = f" ({len(members)} of them)" if len(members) > 1 else ""
+        kinds.append(f"{kind}{many}, which {_KINDS.get(kind, kind)}")
+    return f"Trained: {'; '.join(kinds)}. The causal tests use {tested}."
+
+
+def _terms(dense_above: float) -> tuple[tuple[str, str], ...]:
+    return (
+        (
+            "Explained variance",
+            "share of the activations' variance that the reconstruction accounts for; 1 is perfect.",
+        ),
+        (
+            "Cosine",
+            "similarity of the activations and their reconstruction, mean over tokens; 1 is the same direction.",
+        ),
+        ("L0", "features active per token, on average."),
+        ("Dead", "share of features that fire on no held-out token."),
+        ("Dense", f"share of features that fire on more than {percent(dense_above)} of the tokens."),
+        (
+            "Nearest neighbour",
+            "cosine similarity of a feature's direction and the closest other one; near 1, the two are copies.",
+        ),
+        (
+            "Cross-entropy recovered",
+            "how well the model predicts text when the reconstruction stands in for the activations: 1 is as well as "
+            "untouched, 0 as badly as with the activations' mean (or zeros) in their place.",
+        ),
+        ("KL recovered", "the same for the KL divergence of the model's predictions from the untouched model's."),
+    )
+
+
+def _table(found: Findings, tested: str) -> Table:
+    """A column for every dictionary that stands alone, and for the one that was tested."""
+    shown = {
+        full_name(kind, member.name): (member, found.each(TrainResults)[kind])
+        for kind, members in scores_of(found).items()
+        for member in members
+        if len(members) == 1 or full_name(kind, member.name) == tested
+    }
+    scores, trained = [member for member, _ in shown.values()], [train for _, train in shown.values()]
+    rows = (
+        ("Explained variance", *(number(score.explained_variance, 3) for score in scores)),
+        ("Cosine", *(number(score.cosine, 3) for score in scores)),
+        ("L0", *(number(score.l0, 1) for score in scores)),
+        ("Dead", *(percent(score.dead_fraction, 1) for score in scores)),
+        ("Dense", *(percent(score.dense_fraction, 1) for score in scores)),
+        ("Nearest neighbour, median", *(_neighbour(score) for score in scores)),
+        ("Cross-entropy recovered (mean)", *(number(score.ce_recovered_mean, 3) for score in scores)),
+        ("Cross-entropy recovered (zeros)", *(number(score.ce_recovered_zero, 3) for score in scores)),
+        ("KL recovered (mean)", *(number(score.kl_recovered_mean, 3) for score in scores)),
+        ("Cross-entropy: untouched", *(number(score.ce.clean, 3) for score in scores)),
+        ("Cross-entropy: reconstruction", *(number(score.ce.reconstructed, 3) for score in scores)),
+        ("Cross-entropy: mean", *(number(score.ce.mean_ablated, 3) for score in scores)),
+        ("Cross-entropy: zeros", *(number(score.ce.zero_ablated, 3) for score in scores)),
+        ("Held-out tokens", *(f"{score.tokens:,}" for score in scores)),
+        ("Training tokens (repeats counted)", *(f"{train.tokens:,}" for train in trained)),
+        ("Training, tokens per second", *(number(train.tokens_per_second, 0) for train in trained)),
+    )
+    note = "Cross-entropy in nats per token. Attention sinks are left out (see below)."
+    return Table("The dictionaries on held-out text", ("Measure", *shown), rows, stack=False, note=note)
+
+
+def _members_table(kind: str, members: Sequence[DictionaryScores]) -> Table:
+    """A row for every member of a stack."""
+    rows = tuple(
+        (
+            member.name,
+            number(member.l0, 1),
+            number(member.explained_variance, 3),
+            number(member.cosine, 3),
+            number(member.ce_recovered_mean, 3),
+            number(member.kl_recovered_mean, 3),
+            percent(member.dead_fraction, 1),
+            percent(member.dense_fraction, 1),
+            _neighbour(member),
+        )
+        for member in members[:_MEMBER_ROWS]
+    )
+    columns = (
+        "Member",
+        "L0",
+        "Explained variance",
+        "Cosine",
+        "Cross-entropy recovered",
+        "KL recovered",
+        "Dead",
+        "Dense",
+        "Nearest neighbour",
+    )
+    rest = f" The first {_MEMBER_ROWS} of {len(members)} members." if len(members) > _MEMBER_ROWS else ""
+    note = f"Recovered against the mean. Nearest neighbour: median over the features.{rest}"
+    return Table(f"The members of {kind}", columns, rows, stack=False, note=note)
+
+
+def _neighbour(scores: DictionaryScores) -> str:
+    return number(scores.decoder_neighbours.median, 2) if scores.decoder_neighbours else MISSING
+
+
+def _frontier(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw) -> Picture:
+    """All dictionaries, those that stand alone as well, each kind in lines of one site."""
+    points: dict[str, list[list[DictionaryScores]]] = {}
+    for kind, members in scores.items():
+        sites: dict[tuple[str, str], list[DictionaryScores]] = {}
+        for member in members:
+            sites.setdefault((member.site, member.target), []).append(member)
+        points[kind] = list(sites.values())
+    silent = sum(member.l0 == 0 for members in scores.values() for member in members)
+    left_out = f" Not drawn, because no feature is ever active: {silent}." if silent else ""
+    caption = (
+        "Sparsity against fidelity, on held-out text. Each point is a dictionary; higher and further left is better. A "
+        "line joins the dictionaries of one kind and site that no other of these beats in both; those that are beaten "
+        f"are pale.{left_out}"
+    )
+    best = " ".join(
+        f"{kind}: explained variance {_range([member.explained_variance for member in members], 3)} at L0 "
+        f"{_range([member.l0 for member in members], 0)}."
+        for kind, members in scores.items()
+    )
+    return draw("frontier", report_figures.frontier(points), caption, f"Explained variance rises with L0. {best}")
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    low, high = (number(of(values), digits) for of in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def _training(found: Findings, draw: Draw, stacks: bool) -> Picture:
+    curves = {kind: training_curves(found.folders[f"train/{kind}"]) for kind in found.each(TrainResults)}
+    last = {kind: [curve.explained_variance[-1] for curve in own] for kind, own in curves.items() if own}
+    band = " Of a stack: the median of its members, and the band between the least and the greatest."
+    caption = "Training curves, on training batches; L0 on a logarithmic axis." + (band if stacks else "")
+    final = " ".join(f"{kind}: {_range(values, 2)}." for kind, values in last.items())
+    alt = f"Explained variance rises with training tokens. On the last batch: {final}"
+    return draw("training", report_figures.training(curves), caption, alt)
+
+
+def _density(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw, dense_above: float) -> Picture:
+    histograms = {kind: [member.density_histogram for member in members] for kind, members in scores.items()}
+    never = " ".join(
+        f"{kind}: {_range([histogram.never for histogram in own], 0)} never fire." for kind, own in histograms.items()
+    )
+    mean = " Of a stack: the mean over its members." if any(len(own) > 1 for own in histograms.values()) else ""
+    return draw(
+        "density",
+        report_figures.density(histograms, dense_above),
+        f"Feature density: how many features fire on what share of held-out tokens.{mean}",
+        f"Histogram of the features' firing rates on held-out tokens. {never}",
+    )
+
+
+def training_curves(unit: Path) -> list[TrainingCurve]:
+    """The training curve of every member of a train unit; a ``UserError`` if its file is missing or damaged."""
+    path, names = unit / "metrics.jsonl", ("tokens", "explained_variance", "l0")
+    points: dict[str, list[list[float]]] = {}
+    try:
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            points.setdefault(line["member"], []).append([float(line[name]) for name in names])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is missing or damaged: expected one JSON object with member, {', '.join(names)} per line; "
+            f"delete {unit} and run the train stage again"
+        ) from None
+    return [TrainingCurve(*zip(*_thinned(own), strict=True)) for own in points.values()]
+
+
+def _thinned(points: list[list[float]]) -> list[list[float]]:
+    keep = np.unique(np.linspace(0, len(points) - 1, min(len(points), _POINTS)).round().astype(int))
+    return [points[i] for i in keep]

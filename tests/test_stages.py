@@ -1,0 +1,101 @@
+"""Stages are found beside their code, in an order that follows from what they wait for; the page adds one."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import runs
+
+from saejax.settings import ModelConfig
+from saejax.stage import Stage, load
+from saejax.stages import GROUPS, STAGES, ordered
+
+PAGE = (runs.ROOT / "docs" / "extending.md").read_text()
+FILES = ("saejax/lengths/stage.py", "saejax/lengths/lengths.py", "experiments/lengths.py")
+
+
+def stage(name: str, *after: str, **more) -> Stage:
+    return Stage(name=name, summary="", run="", groups=(ModelConfig,), after=after, **more)
+
+
+def test_the_order_follows_from_what_stages_wait_for():
+    made = [stage("last", "*"), stage("b", "c"), stage("a", "b"), stage("c"), stage("check", first=True)]
+    assert list(ordered(made)) == ["check", "c", "b", "a", "last"]
+    for wrong in ([stage("a", "b"), stage("b", "a")], [stage("a", "nothing")]):
+        with pytest.raises(ValueError, match=r"wait for each other, or for one that does not exist: \['a'"):
+            ordered(wrong)
+
+
+def test_every_stage_comes_after_those_whose_units_it_reads():
+    configs = {group: cls() for group, cls in GROUPS.items()}
+    asked = dict(graph=dict(prompt="a", transcoders="set"), study=dict(benchmarks=("logic",)))
+    asked |= dict(patch=dict(kinds=("mlp_out",), dictionary="topk"), probe=dict(labels=("answer",)))
+    asked |= dict(export=dict(dictionaries=("topk",)), task=dict(benchmarks=("gsm8k",)))
+    configs |= {group: dataclasses.replace(configs[group], **changes) for group, changes in asked.items()}
+    order = list(STAGES)
+    for name, declared in STAGES.items():
+        names = declared.names(configs)
+        assert names, f"{name} has no unit here"
+        for need in (need for unit in names for need in declared.needs(configs, unit)):
+            assert order.index(need.partition("/")[0]) < order.index(name), f"{name} reads {need}"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_what_a_stage_names_exists(name):
+    declared = STAGES[name]
+    for target in (declared.run, declared.results, declared.cost, declared.programs, declared.section):
+        assert not target or callable(load(target))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the package, with the page's stage in it."""
+    root = tmp_path_factory.mktemp("copy")
+    for folder in ("saejax", "experiments"):
+        shutil.copytree(runs.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    before = {path for path in root.rglob("*") if path.is_file()}
+    for file in FILES:
+        (code,) = re.findall(rf"```python\n# {re.escape(file)}\n(.*?)```", PAGE, re.S)
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_text(code)
+    assert {path for path in root.rglob("*") if path.is_file()} - before == {root / file for file in FILES}
+    return root
+
+
+def run(copy, code: str, *flags: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_stage_of_the_page(copy, inputs, tmp_path):
+    flags = [*runs.small_flags(*inputs, tmp_path), "--lengths.share=1"]
+    binary = subprocess.run(
+        [sys.executable, "-m", "experiments.lengths", *flags], cwd=copy, capture_output=True, text=True
+    )
+    assert binary.returncode == 0, binary.stderr
+    results = json.loads((tmp_path / "lengths" / "summary.json").read_text())["results"]
+    assert results["documents"] == 40 and 20 < results["tokens"] < 200
+    start = "from saejax import command; import sys; command.main({}, '', sys.argv)"
+    assert "lengths: done before, unchanged" in run(copy, start.format(["preflight", "lengths"]), *flags)
+    checked = json.loads((tmp_path / "preflight" / "summary.json").read_text())["results"]
+    assert checked["models"][0]["units"]["lengths"]["counts"] == dict(documents=40)
+    assert 1.0 < checked["seconds"]["lengths"] < 1.1
+    assert "--lengths.share" in run(copy, start.format(["lengths"]), "--help")
+    assert "lengths: started" in run(copy, start.format(["lengths"]), *flags, "--lengths.share=0.5")
+
+
+def test_the_stage_of_the_page_is_in_the_report(copy):
+    code = """
+from saejax.stage import load
+from saejax.stages import GROUPS, STAGES
+configs = {group: cls() for group, cls in GROUPS.items()}
+assert list(STAGES)[-1] == "report" and "lengths" in STAGES["report"].needs(configs, "")
+(section,) = load(STAGES["lengths"].section)(types.SimpleNamespace(one=lambda cls: cls(3, 7.0)), None)
+print(section.title, section.blocks[0])
+"""
+    assert "3 documents, at most 7 tokens" in run(copy, code)
