@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from saejax.preflight.costs import head_flops, pass_flops
 
 from saejax import load_dictionary, load_model
 from saejax.causal import ablation
@@ -24,7 +25,6 @@ from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.models import source
 from saejax.models.sites import Site
-from saejax.preflight.costs import head_flops, pass_flops
 from saejax.settings import BEHAVIOURS
 from saejax.tasks.behaviours import Prompt, make_prompts
 

@@ -25,17 +25,11 @@ Settings = Mapping[str, Mapping[str, Any]]  # group -> field -> value
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A figure and its 95 % interval, bootstrap over prompts or items unless something else is said.
+    """A figure and its 95 % interval, bootstrap over prompts or items unless something else is said."""
 
-    Attributes:
-      mean: the statistic on the values themselves: their mean, unless something else was asked for.
-      low: lower end of the interval.
-      high: upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
+    mean: float  #: the statistic on the values themselves: their mean, unless something else was asked for
+    low: float  #: lower end of the interval
+    high: float  #: upper end
 
     def __mul__(self, factor: float) -> "Interval":
         return Interval(self.mean * factor, self.low * factor, self.high * factor)
@@ -43,70 +37,42 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """What a unit ran on.
+    """What a unit ran on."""
 
-    Attributes:
-      count: of devices.
-      kinds: their names, each once.
-      processes: how many.
-    """
-
-    count: int
-    kinds: tuple[str, ...]
-    processes: int
+    count: int  #: of devices
+    kinds: tuple[str, ...]  #: their names, each once
+    processes: int  #: how many
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """A mesh.
+    """A mesh."""
 
-    Attributes:
-      devices: how many.
-      kinds: their names, each once.
-      axes: size of each.
-      processes: how many.
-    """
-
-    devices: int
-    kinds: tuple[str, ...]
-    axes: Mapping[str, int]
-    processes: int
+    devices: int  #: how many
+    kinds: tuple[str, ...]  #: their names, each once
+    axes: Mapping[str, int]  #: size of each
+    processes: int  #: how many
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What ``summary.json`` says of a finished unit.
+    """What ``summary.json`` says of a finished unit."""
 
-    Attributes:
-      schema_version: of the file.
-      stage: of the unit.
-      name: of the unit among the stage's; "" where there is one.
-      fingerprint: 16 hex digits: a hash of the unit's settings, of the fingerprints of the units it reads, and of the
-        model's and corpus's files.
-      config: every setting of the groups it read.
-      inputs: fingerprints of the units it read.
-      packages: versions.
-      devices: None if JAX was not used.
-      seeds: by group.
-      start: UTC, ISO 8601.
-      seconds: how long it took in the process that finished it.
-      results: the stage's; see ``Stage.results``.
-      files: every file of the unit with its size in bytes.
-    """
-
-    schema_version: int
-    stage: str
-    name: str
+    schema_version: int  #: of the file
+    stage: str  #: of the unit
+    name: str  #: of the unit among the stage's; "" where there is one
+    #: 16 hex digits: a hash of the unit's settings, of the fingerprints of the units it reads, and of the model's and
+    #: corpus's files
     fingerprint: str
-    config: Settings
-    inputs: Mapping[str, str]
-    packages: Mapping[str, str]
-    devices: Devices | None
-    seeds: Mapping[str, Any]
-    start: str
-    seconds: float
-    results: Any
-    files: Mapping[str, int]
+    config: Settings  #: every setting of the groups it read
+    inputs: Mapping[str, str]  #: fingerprints of the units it read
+    packages: Mapping[str, str]  #: versions
+    devices: Devices | None  #: None if JAX was not used
+    seeds: Mapping[str, Any]  #: by group
+    start: str  #: UTC, ISO 8601
+    seconds: float  #: how long it took in the process that finished it
+    results: Any  #: the stage's; see ``Stage.results``
+    files: Mapping[str, int]  #: every file of the unit with its size in bytes
 
 
 def load_results(folder: str | Path, unit: str = "") -> Any:

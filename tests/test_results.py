@@ -1,8 +1,10 @@
 """Results are written as JSON and read back as the same class; what does not fit is refused by file and field."""
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -102,3 +104,15 @@ def test_results_of_a_unit_are_loaded_as_their_class(tmp_path, monkeypatch):
         saejax.load_results(tmp_path, "sample/b")
     with pytest.raises(UserError, match="does not exist"):
         saejax.load_results(tmp_path, "sample/c")
+
+
+def test_the_page_says_what_every_field_is():
+    """WORKSPACE.md holds what ``scripts/document_results.py`` writes."""
+    path = Path(__file__).parent.parent / "scripts" / "document_results.py"
+    spec = importlib.util.spec_from_file_location("document_results", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert script.documented(text) == {name for name, one in stages.STAGES.items() if one.results}
+    assert script.page(text) == text, "run python scripts/document_results.py"
+    assert not any(": ;" in line or line.endswith(":.") for line in text.splitlines())  # fields without a comment

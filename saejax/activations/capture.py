@@ -18,7 +18,7 @@ from saejax.activations.documents import COLUMNS, SPLITS, Documents, make_docume
 from saejax.activations.plan import Batch, Plan
 from saejax.activations.reader import Reader
 from saejax.activations.request import CaptureRequest, read_request
-from saejax.activations.results import CapturedSite, CaptureResults, SinkCounts
+from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.store import DTYPES
 from saejax.activations.writer import StoreWriter
 from saejax.config import identity
@@ -26,6 +26,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import AnySite, Site
+from saejax.results import to_json
 from saejax.settings import CaptureConfig
 from saejax.tasks import corpora
 from saejax.tasks.behaviours import read_prompts
@@ -86,18 +87,16 @@ def run_capture(run: Run) -> CaptureResults:
     statistics = writer.site_statistics(plan.shards, documents, config.sink_factor)
     _check_sinks(statistics, config)
     counts = _counts(documents, plan)
-    described = {str(site): dict(d=width, **statistics[str(site)]) for site, width in widths.items()}
+    described = {str(site): dict(d=width, **to_json(statistics[str(site)])) for site, width in widths.items()}
     writer.finish(_manifest(run, model_source, plan, described, counts))
-    _say_sinks(run, described)
+    _say_sinks(run, statistics)
     size = DTYPES[config.store_dtype].itemsize
     return CaptureResults(
         sites={
-            name: CapturedSite(
-                rows=plan.rows,
-                bytes=plan.rows * facts["d"] * size,
-                **facts | dict(sinks=SinkCounts(**facts["sinks"])),
+            str(site): CapturedSite(
+                **vars(statistics[str(site)]), rows=plan.rows, bytes=plan.rows * width * size, d=width
             )
-            for name, facts in described.items()
+            for site, width in widths.items()
         },
         **counts,
         tokens_per_second=round(rate, 1),
@@ -194,22 +193,22 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan) -> Reader:
     return DecoderReader(request.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.store_dtype)
 
 
-def _check_sinks(statistics: dict[str, dict[str, Any]], config: CaptureConfig) -> None:
+def _check_sinks(statistics: Mapping[str, SiteNorms], config: CaptureConfig) -> None:
     for site, facts in statistics.items():
-        share = facts["sinks"]["share_beyond"]
+        share = facts.sinks.share_beyond
         if share > config.max_sink_share:
             raise UserError(
-                f"at {site}, {share:.2%} of the tokens beyond position 0 have a norm above {facts['max_norm']:.4g}, "
+                f"at {site}, {share:.2%} of the tokens beyond position 0 have a norm above {facts.max_norm:.4g}, "
                 f"{config.sink_factor:g} times the median, and would be dropped as attention sinks; expected at most "
                 f"{config.max_sink_share:.2%}: raise --capture.sink_factor, or allow more by --capture.max_sink_share"
             )
 
 
-def _say_sinks(run: Run, sites: Mapping[str, Mapping[str, Any]]) -> None:
+def _say_sinks(run: Run, sites: Mapping[str, SiteNorms]) -> None:
     for name, facts in sites.items():
         run.say(
-            f"{name}: median norm {facts['median_norm']:.4g}; norms above {facts['max_norm']:.4g} are attention sinks: "
-            f"{facts['sinks']['position_0']:,} at position 0, {facts['sinks']['share_beyond']:.2%} of the others"
+            f"{name}: median norm {facts.median_norm:.4g}; norms above {facts.max_norm:.4g} are attention sinks: "
+            f"{facts.sinks.position_0:,} at position 0, {facts.sinks.share_beyond:.2%} of the others"
         )
 
 

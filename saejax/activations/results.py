@@ -6,56 +6,38 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class SinkCounts:
-    """What the sink rule leaves out at a site.
+    """What the sink rule leaves out at a site."""
 
-    Attributes:
-      position_0: tokens at position 0.
-      beyond: tokens after it.
-      share_beyond: these, of all tokens after position 0.
-    """
-
-    position_0: int
-    beyond: int
-    share_beyond: float
+    position_0: int  #: tokens at position 0
+    beyond: int  #: tokens after it
+    share_beyond: float  #: these, of all tokens after position 0
 
 
 @dataclasses.dataclass(frozen=True)
-class CapturedSite:
-    """What was recorded at a site.
+class SiteNorms:
+    """The norms of a site's activations, and what the sink rule leaves out."""
 
-    Attributes:
-      rows: tokens.
-      bytes: of the activations.
-      d: width.
-      median_norm: of the train rows.
-      largest_norm: of all.
-      max_norm: rows above it are sinks.
-      sinks: how many those are.
-    """
+    median_norm: float  #: of the train rows
+    largest_norm: float  #: of all
+    max_norm: float  #: rows above it are sinks
+    sinks: SinkCounts  #: how many those are
 
-    rows: int
-    bytes: int
-    d: int
-    median_norm: float
-    largest_norm: float
-    max_norm: float
-    sinks: SinkCounts
+
+@dataclasses.dataclass(frozen=True)
+class CapturedSite(SiteNorms):
+    """What was recorded at a site."""
+
+    rows: int  #: tokens
+    bytes: int  #: of the activations
+    d: int  #: width
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptureResults:
-    """The activation store.
+    """The activation store."""
 
-    Attributes:
-      sites: by name.
-      documents: by split.
-      tokens: recorded ones, by split.
-      tokens_per_second: padding left out; 0 if all was done before.
-      padding_share: of the tokens that the model ran on.
-    """
-
-    sites: Mapping[str, CapturedSite]
-    documents: Mapping[str, int]
-    tokens: Mapping[str, int]
-    tokens_per_second: float
-    padding_share: float
+    sites: Mapping[str, CapturedSite]  #: by name
+    documents: Mapping[str, int]  #: by split
+    tokens: Mapping[str, int]  #: recorded ones, by split
+    tokens_per_second: float  #: padding left out; 0 if all was done before
+    padding_share: float  #: of the tokens that the model ran on

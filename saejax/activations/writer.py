@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from saejax.activations.documents import SPLITS, Documents
+from saejax.activations.results import SinkCounts, SiteNorms
 from saejax.activations.store import MANIFEST, SCHEMA_VERSION, shard_files
 from saejax.errors import UserError
 from saejax.workspace import file_sha256, whole_file, write_json
@@ -64,14 +65,10 @@ class StoreWriter:
         for name, array in documents.arrays().items():
             self._files[f"documents/{name}"] = self._write(f"documents/{name}", array)
 
-    def site_statistics(self, shards: int, documents: Documents, sink_factor: float) -> dict[str, dict[str, Any]]:
+    def site_statistics(self, shards: int, documents: Documents, sink_factor: float) -> dict[str, SiteNorms]:
         """The norms of every site and what the sink rule drops there.
 
         A row is a sink where its norm exceeds ``sink_factor`` times the median norm of all training rows.
-
-        Returns:
-          Per site: "median_norm", "largest_norm", "max_norm" (the rule) and "sinks": "position_0", "beyond",
-          "share_beyond" (of rows after position 0).
         """
         index_Rx3 = np.concatenate([self._read(shard, "index") for shard in range(shards)])
         train_R = documents.split_N[index_Rx3[:, 0]] == SPLITS.index("train")
@@ -82,14 +79,12 @@ class StoreWriter:
             median = np.median(norm_R[train_R])
             max_norm = np.float32(sink_factor * float(median))
             sink_R = norm_R > max_norm
-            sinks = dict(
+            sinks = SinkCounts(
                 position_0=int((sink_R & ~beyond_R).sum()),
                 beyond=int((sink_R & beyond_R).sum()),
                 share_beyond=float((sink_R & beyond_R).sum() / max(beyond_R.sum(), 1)),
             )
-            statistics[site] = dict(
-                median_norm=float(median), largest_norm=float(norm_R.max()), max_norm=float(max_norm), sinks=sinks
-            )
+            statistics[site] = SiteNorms(float(median), float(norm_R.max()), float(max_norm), sinks)
         return statistics
 
     def finish(self, manifest: Mapping[str, Any]) -> None:

@@ -59,30 +59,6 @@ class PlannedGraphs:
         """Features that get rows, of all graphs."""
         return sum(self.size.traced(tokens) for tokens in self.lengths)
 
-    @property
-    def flops(self) -> float:
-        """Of all graphs."""
-        return sum(map(self._flops, self.lengths))
-
-    @property
-    def read_seconds(self) -> float:
-        """Seconds in which transcoders are read: once to trace, and once for each check."""
-        transcoder = self.size.transcoder
-        layer = 2 * 4 * transcoder.d_in * transcoder.n_features
-        times = 1 + 3 * self.size.checked
-        return len(self.lengths) * times * self.size.model.n_layers * layer / _READ
-
-    def _flops(self, tokens: int) -> float:
-        """A run with the transcoders; rows, which on average start in the middle, and what reads them off; checks."""
-        model, size, length = self.size.model, self.size, padded_length(tokens)
-        run = pass_flops(model, length, length, model.n_layers)
-        explained = 4.0 * size.transcoder.d_in * size.transcoder.n_features * model.n_layers * length
-        rows, active = size.traced(tokens), size.active_features(tokens)
-        down = row_flops(model, rows * (model.n_layers + 1) / 2 + size.logits * model.n_layers, (tokens + 1) / 2)
-        read_off = rows * active / 4 * 2.0 * model.d_model
-        checks = (RUNS * (run + 1.5 * explained) + 2 * self.doubled * run) if size.checked else 0.0
-        return run + explained + down + read_off + checks
-
 
 def attribute_cost(scene: Scene, name: str) -> Cost:
     """All graphs of a unit; all but the model's own products is fp32, whatever its dtype.
@@ -96,8 +72,8 @@ def attribute_cost(scene: Scene, name: str) -> Cost:
         missing = f"{scene.configs['graph'].transcoders} is no folder here, so its sizes are not known"
         why = "the graphs of SAEs follow no formula" if scene.configs["graph"].dictionaries else missing
         return Cost(lines=[f"attribute/{name} is not counted: {why}"])
-    seconds = 2 * START + planned.read_seconds
-    cost = Cost(flops=planned.flops, overhead=_OVERHEAD, host_seconds=seconds)
+    flops = sum(_flops(planned, tokens) for tokens in planned.lengths)
+    cost = Cost(flops=flops, overhead=_OVERHEAD, host_seconds=2 * START + _read_seconds(planned))
     if scene.mesh is None:
         return cost
     room = _room(scene, scene.mesh)
@@ -105,7 +81,6 @@ def attribute_cost(scene: Scene, name: str) -> Cost:
     needs = graph_bytes(planned.size, planned.longest, scene.mesh)
     most = fitting_tokens(planned.size, scene.mesh, room)
     details = dict(
-        unit=name,
         prompts=len(planned.lengths),
         tokens=planned.longest,
         rows=planned.rows,
@@ -135,6 +110,25 @@ def planned_graphs(scene: Scene) -> PlannedGraphs | None:
         checked=bool(config.circuits or config.doubled),
     )
     return PlannedGraphs(tuple(lengths), size, config.doubled)
+
+
+def _flops(planned: PlannedGraphs, tokens: int) -> float:
+    """A run with the transcoders; rows, which on average start in the middle, and what reads them off; checks."""
+    model, size, length = planned.size.model, planned.size, padded_length(tokens)
+    run = pass_flops(model, length, length, model.n_layers)
+    explained = 4.0 * size.transcoder.d_in * size.transcoder.n_features * model.n_layers * length
+    rows, active = size.traced(tokens), size.active_features(tokens)
+    down = row_flops(model, rows * (model.n_layers + 1) / 2 + size.logits * model.n_layers, (tokens + 1) / 2)
+    read_off = rows * active / 4 * 2.0 * model.d_model
+    checks = (RUNS * (run + 1.5 * explained) + 2 * planned.doubled * run) if size.checked else 0.0
+    return run + explained + down + read_off + checks
+
+
+def _read_seconds(planned: PlannedGraphs) -> float:
+    """Seconds in which transcoders are read: once to trace, and once for each check."""
+    size, transcoder = planned.size, planned.size.transcoder
+    layer = 2 * 4 * transcoder.d_in * transcoder.n_features
+    return len(planned.lengths) * (1 + 3 * size.checked) * size.model.n_layers * layer / _READ
 
 
 def _room(scene: Scene, mesh: Mesh) -> Room:

@@ -1,12 +1,14 @@
 """What the causal stages' costs share: prompts, the layers above a site, and prompts with an edit."""
 
+from typing import Any
+
 from saejax.causal.split import GROUP_TOKENS, LENGTH_STEP, PROMPTS
-from saejax.costs.cost import WIDTH, DeviceBytes, Scene
+from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, Scene
 from saejax.costs.passes import dictionary_bytes, feature_bytes, layer_bytes, weight_bytes
 from saejax.dictionaries import DictionaryConfig
 from saejax.models.sites import Site
 
-OVERHEAD = 0.3
+_OVERHEAD = 0.3
 FIRING = 0.85  # of rows: a set that changes nothing on a prompt is not run
 
 
@@ -28,10 +30,21 @@ def layers_above(scene: Scene, used: DictionaryConfig) -> int:
     return scene.model.n_layers - Site.parse(used.site).layer - 1
 
 
-def with_model(scene: Scene, activations: int, used: DictionaryConfig | None = None) -> DeviceBytes:
-    """The model, a dictionary whole on every device, and what comes and goes."""
+def causal_cost(
+    scene: Scene, flops: float, activations: int, used: DictionaryConfig | None = None, **more: Any
+) -> Cost:
+    """A unit that holds the model and perhaps a dictionary, whole on every device.
+
+    Args:
+      scene: what it follows from.
+      flops: of the model's products.
+      activations: bytes of what comes and goes.
+      used: the dictionary.
+      more: other fields of ``Cost``.
+    """
     arrays = dictionary_bytes(used, scene.configs["train"].state_dtype) if used else 0
-    return DeviceBytes(weight_bytes(scene.model, scene.axes, scene.dtype), arrays, activations=activations)
+    held = DeviceBytes(weight_bytes(scene.model, scene.axes, scene.dtype), arrays, activations=activations)
+    return Cost(held, flops, scene.dtype, **dict(overhead=_OVERHEAD, host_seconds=START) | more)
 
 
 def clean_bytes(scene: Scene, used: DictionaryConfig) -> int:

@@ -7,51 +7,31 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class TrainedMember:
-    """A dictionary of a stack.
+    """A dictionary of a stack."""
 
-    Attributes:
-      name: among the members; "" for one alone.
-      site: that it reads.
-      target: that it rebuilds or predicts.
-      settings: its own, such as seed, k and coefficients.
-      input_scale, output_scale: by which activations are multiplied for training; folded into the dictionary.
-      dead_fraction: of the features, those silent for an epoch, or for the whole run if it was shorter.
-      final: its metrics at the last recorded step, as in `metrics.jsonl`.
-    """
-
-    name: str
-    site: str
-    target: str
-    settings: Mapping[str, Any]
-    input_scale: float
-    output_scale: float
-    dead_fraction: float
-    final: Mapping[str, float]
+    name: str  #: among the members; "" for one alone
+    site: str  #: that it reads
+    target: str  #: that it rebuilds or predicts
+    settings: Mapping[str, Any]  #: its own, such as seed, k and coefficients
+    input_scale: float  #: by which activations are multiplied for training; folded into the dictionary
+    output_scale: float  #: by which activations are multiplied for training; folded into the dictionary
+    dead_fraction: float  #: of the features, those silent for an epoch, or for the whole run if it was shorter
+    final: Mapping[str, float]  #: its metrics at the last recorded step, as in `metrics.jsonl`
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportedMember:
-    """A dictionary in the other format.
+    """A dictionary in the other format."""
 
-    Attributes:
-      name, site, target: as trained.
-      folder: that holds it.
-    """
-
-    name: str
-    site: str
-    target: str
-    folder: str
+    name: str  #: as trained
+    site: str  #: as trained
+    target: str  #: as trained
+    folder: str  #: that holds it
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportResults:
-    """A train unit in the format of another tool.
+    """A train unit in the format of another tool."""
 
-    Attributes:
-      format: of `export.format`.
-      members: each with its folder.
-    """
-
-    format: str
-    members: tuple[ExportedMember, ...]
+    format: str  #: of `export.format`
+    members: tuple[ExportedMember, ...]  #: each with its folder

@@ -12,6 +12,7 @@ from saejax.activations.writer import StoreWriter
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens, even_batches
+from saejax.results import to_json
 
 _PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 
@@ -62,7 +63,7 @@ class Activations:
         norms = {f"{site} norms": np.linalg.norm(value, axis=1) for site, value in self.values.items()}
         writer.write_shard(0, {"index": self.index_Nx3, **self.values, **norms})
         facts = writer.site_statistics(1, documents, self.sink_factor)
-        described = {site: dict(d=value.shape[1], **facts[site]) for site, value in self.values.items()}
+        described = {site: dict(d=value.shape[1], **to_json(facts[site])) for site, value in self.values.items()}
         writer.finish(
             dict(
                 sites=described,

@@ -6,16 +6,9 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class ReportResults:
-    """The written report.
+    """The written report."""
 
-    Attributes:
-      verdicts: by behaviour.
-      figures: names of all.
-      contexts: feature -> how many contexts are shown.
-      html_bytes: of the page.
-    """
-
-    verdicts: Mapping[str, bool]
-    figures: tuple[str, ...]
-    contexts: Mapping[int, int]
-    html_bytes: int
+    verdicts: Mapping[str, bool]  #: by behaviour
+    figures: tuple[str, ...]  #: names of all
+    contexts: Mapping[int, int]  #: feature -> how many contexts are shown
+    html_bytes: int  #: of the page

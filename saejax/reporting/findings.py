@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from matplotlib.figure import Figure
 
 from saejax.reporting.document import Example, Picture
-from saejax.results import Summary, load_summary
+from saejax.results import Settings, Summary, load_summary
 
 T = TypeVar("T")
 Draw = Callable[[str, Figure, str, str], Picture]  # name, figure, caption, alt
@@ -29,7 +29,7 @@ class Findings:
     summaries: Mapping[str, Summary]
     folders: Mapping[str, Path]
     report: Path
-    own: Mapping[str, Mapping[str, Any]]
+    own: Settings
     examples: Mapping[int, Sequence[Example]] = dataclasses.field(default_factory=dict)
 
     def each(self, results: type[T]) -> dict[str, T]:
@@ -45,15 +45,13 @@ class Findings:
         """Name of the unit -> its results, of a stage whose results have no class."""
         return {summary.name: summary.results for summary in self.summaries.values() if summary.stage == stage}
 
-    def settings(self) -> dict[str, dict[str, Any]]:
+    def settings(self) -> Settings:
         """The resolved configuration of all the units together: group -> field -> value."""
-        groups: dict[str, dict[str, Any]] = {}
-        for summary in self.summaries.values():
-            groups |= {group: dict(fields) for group, fields in summary.config.items()}
-        return groups | {group: dict(fields) for group, fields in self.own.items()}
+        groups = [summary.config for summary in self.summaries.values()]
+        return {group: fields for some in (*groups, self.own) for group, fields in some.items()}
 
 
-def read_findings(inputs: Mapping[str, Path], report: Path, own: Mapping[str, Mapping[str, Any]]) -> Findings:
+def read_findings(inputs: Mapping[str, Path], report: Path, own: Settings) -> Findings:
     """Reads the summaries of units.
 
     Args:

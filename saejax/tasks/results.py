@@ -8,57 +8,35 @@ from saejax.results import Interval
 
 @dataclasses.dataclass(frozen=True)
 class BaselineScores:
-    """How well the model has a behaviour, on the prompts of a split.
+    """How well the model has a behaviour, on the prompts of a split."""
 
-    Attributes:
-      n: prompts.
-      accuracy: share of the prompts whose correct answer has a higher logit than the wrong one.
-      top1: share whose correct answer has the highest logit of all tokens.
-      logit_diff: mean logit of the correct answer minus the wrong one's.
-      separation: its mean over its standard deviation, cut at 1e6.
-      counterpart_accuracy: share of the counterparts that prefer their own answer; None where no prompt has one.
-    """
-
-    n: int
-    accuracy: Interval
-    top1: Interval
-    logit_diff: Interval
-    separation: Interval
+    n: int  #: prompts
+    accuracy: Interval  #: share of the prompts whose correct answer has a higher logit than the wrong one
+    top1: Interval  #: share whose correct answer has the highest logit of all tokens
+    logit_diff: Interval  #: mean logit of the correct answer minus the wrong one's
+    separation: Interval  #: its mean over its standard deviation, cut at 1e6
+    #: share of the counterparts that prefer their own answer; None where no prompt has one
     counterpart_accuracy: Interval | None
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptExample:
-    """A prompt.
+    """A prompt."""
 
-    Attributes:
-      text: what the model reads.
-      correct: the answer, as it goes on from the text.
-      wrong: likewise.
-      logit_diff: logit of the correct minus that of the wrong answer.
-    """
-
-    text: str
-    correct: str
-    wrong: str
-    logit_diff: float
+    text: str  #: what the model reads
+    correct: str  #: the answer, as it goes on from the text
+    wrong: str  #: likewise
+    logit_diff: float  #: logit of the correct minus that of the wrong answer
 
 
 @dataclasses.dataclass(frozen=True)
 class BaselineBehaviour:
-    """How well the model has a behaviour.
+    """How well the model has a behaviour."""
 
-    Attributes:
-      train: on the prompts that choose features.
-      test: on those that judge them.
-      flags: what is weak, in words.
-      examples: the first test prompts.
-    """
-
-    train: BaselineScores
-    test: BaselineScores
-    flags: tuple[str, ...]
-    examples: tuple[PromptExample, ...]
+    train: BaselineScores  #: on the prompts that choose features
+    test: BaselineScores  #: on those that judge them
+    flags: tuple[str, ...]  #: what is weak, in words
+    examples: tuple[PromptExample, ...]  #: the first test prompts
 
     @property
     def splits(self) -> dict[str, BaselineScores]:
@@ -68,70 +46,43 @@ class BaselineBehaviour:
 
 @dataclasses.dataclass(frozen=True)
 class BaselineResults:
-    """What the model can do before anything is explained.
+    """What the model can do before anything is explained."""
 
-    Attributes:
-      behaviours: by name.
-    """
-
-    behaviours: Mapping[str, BaselineBehaviour]
+    behaviours: Mapping[str, BaselineBehaviour]  #: by name
 
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceScores:
-    """Scores on one of logic's tasks.
+    """Scores on one of logic's tasks."""
 
-    Attributes:
-      n: items.
-      raw: accuracy where the likeliest choice is the answer.
-      normalised: where the likeliest per character is.
-    """
-
-    n: int
-    raw: Interval
-    normalised: Interval
+    n: int  #: items
+    raw: Interval  #: accuracy where the likeliest choice is the answer
+    normalised: Interval  #: where the likeliest per character is
 
 
 @dataclasses.dataclass(frozen=True)
 class UnparsedExample:
-    """An answer in which no final answer was found.
+    """An answer in which no final answer was found."""
 
-    Attributes:
-      id: of the item.
-      output: the last 300 characters of what the model wrote.
-    """
-
-    id: str
-    output: str
+    id: str  #: of the item
+    output: str  #: the last 300 characters of what the model wrote
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkResults:
-    """The model on a benchmark.
+    """The model on a benchmark."""
 
-    Attributes:
-      score: how items were scored: generate, choice or likelihood.
-      n: items.
-      origin: where they came from.
-      accuracy: share of right answers by rule: "strict" and "flexible" of generated ones, "raw" and "normalised" of
-        choices; not of likelihoods.
-      chance: accuracy of guessing; of choices.
-      tasks: scores on each of logic's tasks; of choices.
-      unparsed: answers without a final answer, by rule; of generated ones.
-      unparsed_examples: the first of them by the strict rule.
-      cut: answers cut at the token limit; of generated ones.
-      log_likelihood_per_token: of the reference solution, nats; of likelihoods.
-      token_accuracy: share of its tokens that were the likeliest where they stand; of likelihoods.
-    """
-
-    score: str
-    n: int
-    origin: str
+    score: str  #: how items were scored: generate, choice or likelihood
+    n: int  #: items
+    origin: str  #: where they came from
+    #: share of right answers by rule: "strict" and "flexible" of generated ones, "raw" and "normalised" of choices;
+    #: not of likelihoods
     accuracy: Mapping[str, Interval] | None = None
-    chance: float | None = None
-    tasks: Mapping[str, ChoiceScores] | None = None
-    unparsed: Mapping[str, int] | None = None
-    unparsed_examples: tuple[UnparsedExample, ...] | None = None
-    cut: int | None = None
-    log_likelihood_per_token: Interval | None = None
+    chance: float | None = None  #: accuracy of guessing; of choices
+    tasks: Mapping[str, ChoiceScores] | None = None  #: scores on each of logic's tasks; of choices
+    unparsed: Mapping[str, int] | None = None  #: answers without a final answer, by rule; of generated ones
+    unparsed_examples: tuple[UnparsedExample, ...] | None = None  #: the first of them by the strict rule
+    cut: int | None = None  #: answers cut at the token limit; of generated ones
+    log_likelihood_per_token: Interval | None = None  #: of the reference solution, nats; of likelihoods
+    #: share of its tokens that were the likeliest where they stand; of likelihoods
     token_accuracy: Interval | None = None

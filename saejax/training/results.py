@@ -8,24 +8,13 @@ from saejax.results import MeshShape
 
 @dataclasses.dataclass(frozen=True)
 class TrainResults:
-    """A stack that was trained.
+    """A stack that was trained."""
 
-    Attributes:
-      kind: of the dictionaries.
-      steps: of training.
-      tokens: of training, repeats counted.
-      tokens_per_second: without compilation.
-      seconds: of all steps.
-      members: of the stack.
-      mesh: that it was trained on.
-      best_checkpoint: step of the best one by `train.best`.
-    """
-
-    kind: str
-    steps: int
-    tokens: int
-    tokens_per_second: float
-    seconds: float
-    members: tuple[TrainedMember, ...]
-    mesh: MeshShape
-    best_checkpoint: int | None = None
+    kind: str  #: of the dictionaries
+    steps: int  #: of training
+    tokens: int  #: of training, repeats counted
+    tokens_per_second: float  #: without compilation
+    seconds: float  #: of all steps
+    members: tuple[TrainedMember, ...]  #: of the stack
+    mesh: MeshShape  #: that it was trained on
+    best_checkpoint: int | None = None  #: step of the best one by `train.best`

@@ -9,6 +9,7 @@ from saejax.activations.documents import COLUMNS, SPLITS, Documents
 from saejax.activations.plan import Plan
 from saejax.activations.store import DTYPES, Store
 from saejax.activations.writer import StoreWriter
+from saejax.results import to_json
 
 SITES = {"resid_post.1": 6, "mlp_out.0": 3}
 LENGTHS = (1, 9, 4, 7, 12, 5, 1, 8, 30, 3, 11, 2)
@@ -70,7 +71,7 @@ def write(folder: Path, dtype: str = "bfloat16", shard_rows: int = 16) -> Known:
     statistics = writer.site_statistics(plan.shards, documents, sink_factor=10.0)
     writer.finish(
         dict(
-            sites={site: dict(d=d, **statistics[site]) for site, d in SITES.items()},
+            sites={site: dict(d=d, **to_json(statistics[site])) for site, d in SITES.items()},
             dtype=dtype,
             rows=plan.rows,
             shards=plan.shards,

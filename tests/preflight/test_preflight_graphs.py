@@ -88,10 +88,11 @@ def test_what_makes_tracing_longer(model):
     unchecked = dict(graph__circuits=False, graph__doubled=0)
     assert seconds() > seconds(**unchecked) > seconds(**unchecked, graph__max_features=64)
     assert seconds(graph__prompt="word " * 200) > 2 * seconds()
-    work = make(model, graph__token_ids=tuple(range(101)), graph__max_features=1000, **unchecked)
+    asked = dict(graph__token_ids=tuple(range(101)), graph__max_features=1000, graph__slug="long", **unchecked)
+    cost = sums.Needs.of(make_scene(model, **trained() | asked)).units["attribute/long"]
     # The transposed values and outputs of 9 + 3 heads of 64, from the middle of 30 layers and 101 positions.
     floor = 1000 * 15.5 * 51 * 2 * 576 * 12 * 64
-    assert floor < work.flops < 3 * floor
+    assert floor < cost.flops < 3 * floor
 
 
 def test_a_set_on_disk_is_read_and_must_fit_the_model(tmp_path, inputs):

@@ -11,7 +11,7 @@ from saejax.causal.ablate import nested
 from saejax.causal.ablation import FEATURES
 from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.circuits import measure as circuits
-from saejax.causal.cost import FIRING, OVERHEAD, edited_bytes, kept_prompts, layers_above, prompt_length, with_model
+from saejax.causal.cost import FIRING, causal_cost, edited_bytes, kept_prompts, layers_above, prompt_length
 from saejax.causal.screening import points
 from saejax.causal.split import PROMPTS, run_head
 from saejax.costs.cost import START, Cost, Scene
@@ -38,14 +38,8 @@ def ablate_cost(scene: Scene, name: str) -> Cost:
         slopes += sum(map(points, ESTIMATES)) * task.test_prompts
     tokens = int(behaviours * (task.test_prompts * sets + grown + 3 * slopes)) * PROMPT
     flops = pass_flops(scene.model, tokens, PROMPT, layers_above(scene, used))
-    return Cost(
-        with_model(scene, edited_bytes(scene, used, _gathered(scene), ablate.batch_rows), used),
-        flops,
-        scene.dtype,
-        OVERHEAD,
-        START + _COMPILE * behaviours,
-        batches=dict(prompts=PROMPTS, rows=ablate.batch_rows),
-    )
+    more = dict(host_seconds=START + _COMPILE * behaviours, batches=dict(prompts=PROMPTS, rows=ablate.batch_rows))
+    return causal_cost(scene, flops, edited_bytes(scene, used, _gathered(scene), ablate.batch_rows), used, **more)
 
 
 def _sets(scene: Scene) -> float:

@@ -1,10 +1,10 @@
 """What the stage ``patch`` takes."""
 
-from saejax.causal.cost import FIRING, OVERHEAD, edited_bytes, layers_above, prompt_length, with_model
+from saejax.causal.cost import FIRING, causal_cost, edited_bytes, layers_above, prompt_length
 from saejax.causal.patching.features import steps
 from saejax.causal.patching.pairs import GROUP_BYTES, STEP
 from saejax.causal.screening import points
-from saejax.costs.cost import START, WIDTH, Cost, Scene
+from saejax.costs.cost import WIDTH, Cost, Scene
 from saejax.costs.passes import layer_bytes, pass_flops
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
@@ -23,14 +23,7 @@ def _sites(scene: Scene) -> Cost:
     rows = round(2 * layers * _CHANGED * PROMPT * pairs)
     tokens = round(rows * _CHANGED * PROMPT / 2) + 2 * pairs * PROMPT
     flops = pass_flops(model, tokens, PROMPT, layers / 2)
-    return Cost(
-        with_model(scene, _recorded(scene)),
-        flops,
-        scene.dtype,
-        OVERHEAD,
-        START,
-        counts=dict(rows=rows, tokens=tokens),
-    )
+    return causal_cost(scene, flops, _recorded(scene), counts=dict(rows=rows, tokens=tokens))
 
 
 def _recorded(scene: Scene) -> int:
@@ -54,11 +47,4 @@ def _features(scene: Scene) -> Cost:
     flops = pass_flops(scene.model, tokens, PROMPT, layers_above(scene, used))
     # All features at once, those of the prompts and those of the counterparts.
     come_and_go = edited_bytes(scene, used, 2 * used.n_features, patch.batch_rows)
-    return Cost(
-        with_model(scene, come_and_go, used),
-        flops,
-        scene.dtype,
-        OVERHEAD,
-        START,
-        counts=dict(rows=rows, tokens=tokens),
-    )
+    return causal_cost(scene, flops, come_and_go, used, counts=dict(rows=rows, tokens=tokens))

@@ -1,12 +1,11 @@
 """What the stage ``probe`` takes."""
 
-from saejax.causal.cost import clean_bytes, kept_prompts, prompt_length, with_model
+from saejax.causal.cost import causal_cost, clean_bytes, kept_prompts, prompt_length
 from saejax.costs.cost import START, Cost, Scene
 from saejax.costs.passes import pass_flops
 from saejax.models.sites import Site
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
-_OVERHEAD = 0.25
 _FIT = 0.02  # seconds of a logistic regression on some hundred prompts, on one core
 
 
@@ -21,11 +20,5 @@ def probe_cost(scene: Scene, name: str) -> Cost:
     fits = 2 * labels * (full + len(set(probe.sparse)) * sparse)
     flops = pass_flops(scene.model, rows * PROMPT, PROMPT, Site.parse(used.site).layer + 1)
     streams = kept_prompts(scene) * prompt_length(scene) * 4 * 2 * used.d_in
-    return Cost(
-        with_model(scene, streams + clean_bytes(scene, used), used),
-        flops,
-        scene.dtype,
-        _OVERHEAD,
-        START + _FIT * fits,
-        counts=dict(rows=rows, tokens=rows * PROMPT, fits=fits),
-    )
+    more = dict(host_seconds=START + _FIT * fits, counts=dict(rows=rows, tokens=rows * PROMPT, fits=fits))
+    return causal_cost(scene, flops, streams + clean_bytes(scene, used), used, **more)

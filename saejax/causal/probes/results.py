@@ -9,70 +9,40 @@ from saejax.results import Interval
 
 @dataclasses.dataclass(frozen=True)
 class ProbeFit:
-    """A linear probe.
+    """A linear probe."""
 
-    Attributes:
-      input: what it reads.
-      k: how many features or dimensions it sees; None: all.
-      strength: the inverse strength of the penalty (C of scikit-learn).
-      inputs: those that a sparse probe sees, best first; None for all.
-      random: accuracy of probes of as many random inputs: mean, 5th and 95th percentile; None for all.
-      accuracy: on test prompts, with its 95 % Wilson interval.
-      balanced_accuracy: mean over classes.
-      majority: accuracy of always naming the largest train class.
-      shuffled: that of probes of shuffled train labels: mean, 5th and 95th percentile.
-      p_value: permutations of the test labels, one-sided, not adjusted for the number of probes.
-    """
-
-    input: Literal["features", "raw"]
-    k: int | None
-    strength: float
-    inputs: tuple[int, ...] | None
+    input: Literal["features", "raw"]  #: what it reads
+    k: int | None  #: how many features or dimensions it sees; None: all
+    strength: float  #: the inverse strength of the penalty (C of scikit-learn)
+    inputs: tuple[int, ...] | None  #: those that a sparse probe sees, best first; None for all
+    #: accuracy of probes of as many random inputs: mean, 5th and 95th percentile; None for all
     random: Interval | None
-    accuracy: Interval
-    balanced_accuracy: float
-    majority: float
-    shuffled: Interval
-    p_value: float
+    accuracy: Interval  #: on test prompts, with its 95 % Wilson interval
+    balanced_accuracy: float  #: mean over classes
+    majority: float  #: accuracy of always naming the largest train class
+    shuffled: Interval  #: that of probes of shuffled train labels: mean, 5th and 95th percentile
+    p_value: float  #: permutations of the test labels, one-sided, not adjusted for the number of probes
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbedLabel:
-    """The probes of a label; also in `<label>.json` or `<label>-<behaviour>.json`.
+    """The probes of a label; also in `<label>.json` or `<label>-<behaviour>.json`."""
 
-    Attributes:
-      label: its name.
-      behaviour: whose prompts; "" for those of all.
-      reason: why there is no probe; None where there is.
-      classes: class -> its prompts by split.
-      left_out: prompts of classes with fewer than 5 train prompts, by class.
-      unlabelled: prompts without such a label.
-      unread: prompts without a position that the dictionary reads: their inputs are 0.
-      probes: none if there is a reason.
-    """
-
-    label: str
-    behaviour: str
-    reason: str | None
-    classes: Mapping[str, Mapping[str, int]]
-    left_out: Mapping[str, int]
-    unlabelled: int
-    unread: int
-    probes: tuple[ProbeFit, ...]
+    label: str  #: its name
+    behaviour: str  #: whose prompts; "" for those of all
+    reason: str | None  #: why there is no probe; None where there is
+    classes: Mapping[str, Mapping[str, int]]  #: class -> its prompts by split
+    left_out: Mapping[str, int]  #: prompts of classes with fewer than 5 train prompts, by class
+    unlabelled: int  #: prompts without such a label
+    unread: int  #: prompts without a position that the dictionary reads: their inputs are 0
+    probes: tuple[ProbeFit, ...]  #: none if there is a reason
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeResults:
-    """What can be read off a dictionary's features, and off raw activations.
+    """What can be read off a dictionary's features, and off raw activations."""
 
-    Attributes:
-      dictionary: its name.
-      site: that it reads, or writes to.
-      pool: over positions: last, max or mean.
-      labels: each of all prompts or of a behaviour.
-    """
-
-    dictionary: str
-    site: str
-    pool: str
-    labels: tuple[ProbedLabel, ...]
+    dictionary: str  #: its name
+    site: str  #: that it reads, or writes to
+    pool: str  #: over positions: last, max or mean
+    labels: tuple[ProbedLabel, ...]  #: each of all prompts or of a behaviour

@@ -1,6 +1,6 @@
 """What the stage ``study`` takes."""
 
-from saejax.causal.cost import layers_above, with_model
+from saejax.causal.cost import causal_cost, layers_above
 from saejax.causal.study.scores import conditions
 from saejax.costs.cost import START, Cost, Scene
 from saejax.costs.passes import feature_bytes, generated_bytes, layer_bytes, pass_flops
@@ -25,14 +25,8 @@ def study_cost(scene: Scene, name: str) -> Cost:
     flops = pass_flops(model, scored, length, model.n_layers)
     flops += pass_flops(model, slopes, length, layers_above(scene, used))
     flops += pass_flops(model, below, length, Site.parse(used.site).layer + 1)
-    return Cost(
-        with_model(scene, _slope_bytes(scene, used), used),
-        flops,
-        scene.dtype,
-        OVERHEAD,
-        2 * START,
-        counts=dict(rows=rows, tokens=scored + slopes + below),
-    )
+    more = dict(overhead=OVERHEAD, host_seconds=2 * START, counts=dict(rows=rows, tokens=scored + slopes + below))
+    return causal_cost(scene, flops, _slope_bytes(scene, used), used, **more)
 
 
 def _slope_bytes(scene: Scene, used: DictionaryConfig) -> int:

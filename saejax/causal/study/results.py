@@ -9,78 +9,48 @@ from saejax.results import Interval
 
 @dataclasses.dataclass(frozen=True)
 class ItemScore:
-    """A test item under a condition; a line of `items.jsonl`.
+    """A test item under a condition; a line of `items.jsonl`."""
 
-    Attributes:
-      condition: clean; top/zero and top/random, the top features set to zero, or each replaced, where it fires, by one
-        of up to 256 activations where it fires on train items (a feature that never does stays as it is);
-        control-<n>/zero and /random, the same with matched random features.
-      id: of the item.
-      log_likelihood: of the reference solution, nats.
-      tokens: of the reference solution.
-      answer: the model's, where answers were judged.
-      correct: whether it is right, by the strict or the raw rule, where answers were judged.
-    """
-
+    #: clean; top/zero and top/random, the top features set to zero, or each replaced, where it fires, by one of up to
+    #: 256 activations where it fires on train items (a feature that never does stays as it is); control-<n>/zero and
+    #: /random, the same with matched random features
     condition: str
-    id: str
-    log_likelihood: float
-    tokens: int
-    answer: str | None = None
-    correct: bool | None = None
+    id: str  #: of the item
+    log_likelihood: float  #: of the reference solution, nats
+    tokens: int  #: of the reference solution
+    answer: str | None = None  #: the model's, where answers were judged
+    correct: bool | None = None  #: whether it is right, by the strict or the raw rule, where answers were judged
 
 
 @dataclasses.dataclass(frozen=True)
 class ChosenFeatures:
-    """What is replaced, and with what: `features.json`, kept for a run that goes on.
+    """What is replaced, and with what: `features.json`, kept for a run that goes on."""
 
-    Attributes:
-      top: the top features.
-      controls: of each draw its features.
-      match: how well they match.
-      pools: feature -> up to 256 activations where it fires on train items.
-    """
-
-    top: tuple[RankedFeature, ...]
-    controls: tuple[tuple[int, ...], ...]
-    match: ControlMatch
-    pools: Mapping[int, tuple[float, ...]]
+    top: tuple[RankedFeature, ...]  #: the top features
+    controls: tuple[tuple[int, ...], ...]  #: of each draw its features
+    match: ControlMatch  #: how well they match
+    pools: Mapping[int, tuple[float, ...]]  #: feature -> up to 256 activations where it fires on train items
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyEffect:
-    """What replacing the top features does to a score.
+    """What replacing the top features does to a score."""
 
-    Attributes:
-      after: the score.
-      drop: before - after.
-      controls: mean drop of each draw of matched random features.
-      control_drop: mean of all draws.
-      percentile: share of the draws with a smaller drop.
-      difference: the drop beyond the controls' mean, paired by item.
-    """
-
-    after: Interval
-    drop: Interval
-    controls: tuple[float, ...]
-    control_drop: float
-    percentile: float
-    difference: Interval
+    after: Interval  #: the score
+    drop: Interval  #: before - after
+    controls: tuple[float, ...]  #: mean drop of each draw of matched random features
+    control_drop: float  #: mean of all draws
+    percentile: float  #: share of the draws with a smaller drop
+    difference: Interval  #: the drop beyond the controls' mean, paired by item
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyEffects:
-    """A score on the test items.
+    """A score on the test items."""
 
-    Attributes:
-      before: any edit.
-      zero: with features set to zero; None if it was not measured.
-      random: with features replaced at random; None if it was not measured.
-    """
-
-    before: Interval
-    zero: StudyEffect | None
-    random: StudyEffect | None
+    before: Interval  #: any edit
+    zero: StudyEffect | None  #: with features set to zero; None if it was not measured
+    random: StudyEffect | None  #: with features replaced at random; None if it was not measured
 
     @property
     def replaced(self) -> dict[str, StudyEffect | None]:
@@ -90,60 +60,36 @@ class StudyEffects:
 
 @dataclasses.dataclass(frozen=True)
 class StudyItems:
-    """Items of the benchmark.
+    """Items of the benchmark."""
 
-    Attributes:
-      train: that choose features.
-      test: that judge them.
-    """
-
-    train: int
-    test: int
+    train: int  #: that choose features
+    test: int  #: that judge them
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyJudgement:
-    """What the scores say.
+    """What the scores say."""
 
-    Attributes:
-      at_chance: whether accuracy's interval before any edit holds that of guessing (of generated answers: whether
-        nothing is right). Then only log-likelihoods are compared, unless `study.even_at_chance` is set. None without
-        accuracy.
-      accuracy: None if it was not measured.
-      log_likelihood_per_token: of the reference, nats.
-      verdicts: by replacement; None where there is none.
-      reason: in words.
-    """
-
+    #: whether accuracy's interval before any edit holds that of guessing (of generated answers: whether nothing is
+    #: right). Then only log-likelihoods are compared, unless `study.even_at_chance` is set. None without accuracy.
     at_chance: bool | None
-    accuracy: StudyEffects | None
-    log_likelihood_per_token: StudyEffects
-    verdicts: Mapping[str, bool | None]
-    reason: str
+    accuracy: StudyEffects | None  #: None if it was not measured
+    log_likelihood_per_token: StudyEffects  #: of the reference, nats
+    verdicts: Mapping[str, bool | None]  #: by replacement; None where there is none
+    reason: str  #: in words
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyResults(StudyJudgement):
-    """What replacing a dictionary's top features does to a benchmark's score.
+    """What replacing a dictionary's top features does to a benchmark's score."""
 
-    Attributes:
-      dictionary: its name.
-      site: that it writes to, or reads.
-      rule: of the verdicts, in words.
-      score: how items are scored: generate, choice or likelihood.
-      items: how many.
-      chance: accuracy of guessing; 0 of generated answers.
-      top, controls, match: as in `features.json`.
-      origin: of the items.
-    """
-
-    dictionary: str
-    site: str
-    rule: str
-    score: str
-    items: StudyItems
-    chance: float
-    top: tuple[RankedFeature, ...]
-    controls: tuple[tuple[int, ...], ...]
-    match: ControlMatch
-    origin: str
+    dictionary: str  #: its name
+    site: str  #: that it writes to, or reads
+    rule: str  #: of the verdicts, in words
+    score: str  #: how items are scored: generate, choice or likelihood
+    items: StudyItems  #: how many
+    chance: float  #: accuracy of guessing; 0 of generated answers
+    top: tuple[RankedFeature, ...]  #: as in `features.json`
+    controls: tuple[tuple[int, ...], ...]  #: as in `features.json`
+    match: ControlMatch  #: as in `features.json`
+    origin: str  #: of the items
