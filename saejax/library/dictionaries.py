@@ -55,7 +55,7 @@ def train(
         chosen = site or next(iter(store.sites))
         if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
-        config = configured(TrainConfig, kinds=kind, sites=chosen, **settings)
+        config = configured(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
         target = Path(folder or Path(beside) / "train")
         target.mkdir(parents=True, exist_ok=True)
         configs = dict(train=config, mesh=mesh or MeshConfig())
