@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import saejax
-from saejax.attribution.graph.graph import FEATURE, Graph
-from saejax.attribution.local.transcoders import TranscoderSet
-from saejax.attribution.trace.costs import row_flops
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.trace.rows import row_flops
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 
@@ -34,7 +35,7 @@ TEXT = (
 )
 
 
-def random_transcoders(config: DecoderConfig, seed: int = 0) -> TranscoderSet:
+def random_transcoders(config: DecoderConfig, seed: int = 0) -> LayerTranscoders:
     """A transcoder of random directions for each layer, in memory."""
     kinds = [
         DictionaryConfig(
@@ -45,12 +46,12 @@ def random_transcoders(config: DecoderConfig, seed: int = 0) -> TranscoderSet:
     ]  # fmt: skip
     key = jax.random.key(seed)
     dictionaries = [Dictionary.initial(kind, jax.random.fold_in(key, layer)) for layer, kind in enumerate(kinds)]
-    return TranscoderSet.of(dictionaries, "random transcoders")
+    return LayerTranscoders.of(dictionaries, "random transcoders")
 
 
 def floor_gflop(graph: Graph, config: DecoderConfig) -> float:
     """The arithmetic of the projections of attention that the targets need, in 10^9 operations."""
-    nodes = graph.nodes[graph.target_T]
+    nodes = graph.nodes[graph.target_R]
     layers_T = np.where(nodes.kind_N == FEATURE, nodes.layer_N + 1, config.n_layers)
     return row_flops(config, layers_T, nodes.position_N + 1) / 1e9
 
@@ -77,7 +78,7 @@ def measure(rows: int, tokens: int, rounds: int) -> dict[str, float]:
         seconds.append(time.perf_counter() - start)
     steady = float(np.median(seconds[1:] or seconds))
     floor = floor_gflop(graph, lm.config) / gflops()
-    left = float(np.abs(graph.unexplained_T).max() / np.abs(graph.value_T).max())
+    left = float(np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max())
     return dict(
         rows=graph.count(FEATURE),
         active=graph.settings["active_features"],

@@ -38,6 +38,24 @@ ORDER = [
     "config",
     "errors",
 ]
+# The same inside a package.
+INSIDE = {
+    "attribution": [
+        "stage",
+        "run",
+        "cost",
+        "report",
+        "requests",
+        "forms",
+        "groups",
+        "checks",
+        "heads",
+        "trace",
+        "local",
+        "results",
+        "graph",
+    ],
+}
 TORCH_MAY_BE_IN = {"saejax/activations/torch_capture.py", "saejax/models/source.py", "saejax/models/randomised.py"}
 SOURCES = sorted(p for top in ("saejax", "experiments") for p in (ROOT / top).rglob("*.py"))
 
@@ -72,6 +90,19 @@ def test_imports_go_one_way(path):
         target = part(name)
         if target in ORDER and target != own:
             assert ORDER.index(own) < ORDER.index(target), f"{path}: {own} must not import {name}"
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_imports_inside_a_package_go_one_way(package):
+    order = INSIDE[package]
+    for path in (ROOT / "saejax" / package).rglob("*.py"):
+        own = path.relative_to(ROOT / "saejax" / package).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        for name in imported(path):
+            pieces = name.split(".")
+            if pieces[:2] == ["saejax", package] and len(pieces) > 2 and pieces[2] != own:
+                assert order.index(own) < order.index(pieces[2]), f"{path}: {own} must not import {name}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

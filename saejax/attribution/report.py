@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
 from saejax.attribution.forms import figure as graph_figure
+from saejax.attribution.results import AttributeResults, CurveResults, GraphResults, GraphTarget
 from saejax.errors import UserError
 from saejax.reporting import style
 from saejax.reporting.document import Block, Links, Picture, Section, Terms, Text
@@ -45,7 +45,7 @@ class TracedGraph:
     folder: Path
     slug: str
     transcoders: str
-    results: Mapping[str, Any]
+    results: GraphResults
 
     @property
     def name(self) -> str:
@@ -53,21 +53,20 @@ class TracedGraph:
         return f"Graph {self.number}: {self.slug}"
 
     @property
-    def curve(self) -> Mapping[str, Any] | None:
+    def curve(self) -> CurveResults | None:
         """Its curves; None if none were measured, or none is defined."""
-        curve = self.results["circuits"]
-        return curve if curve and any(map(_known, curve["faithfulness"])) else None
+        curve = self.results.circuits
+        return curve if curve and any(map(_known, curve.faithfulness)) else None
 
     @property
     def correlation(self) -> float | None:
         """Of edges with what happens when features are doubled and nothing is held; None: not known."""
-        doubling = self.results["doubling"]
-        return doubling["free"]["pearson"] if doubling else None
+        return self.results.doubling.free.pearson if self.results.doubling else None
 
 
 def lead(graphs: Sequence[TracedGraph]) -> str:
     """A paragraph on all graphs for the beginning of the report."""
-    explained = [graph.results["scores"]["replacement"] for graph in graphs]
+    explained = [graph.results.scores.replacement for graph in graphs]
     prompts = "One prompt was" if len(graphs) == 1 else f"{len(graphs)} prompts were"
     said = (
         f"{prompts} traced into attribution graphs, which say what in all layers made the answer. Of the influence on "
@@ -101,7 +100,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     blocks: list[Block] = [Text(intro), *_tables(graphs), _meaning(graphs)]
     if any(graph.curve for graph in graphs):
         blocks.append(_curves(graphs, draw))
-    undefined = [graph.name for graph in graphs if graph.results["circuits"] and not graph.curve]
+    undefined = [graph.name for graph in graphs if graph.results.circuits and not graph.curve]
     if undefined:
         blocks.append(
             Text(f"No curves of {'; '.join(undefined)}: the answer is the same without any feature and error.")
@@ -114,9 +113,9 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
 
 def _traced(found: Findings) -> list[TracedGraph]:
     every = [
-        (found.folders[f"attribute/{unit}"], slug, results["transcoders"], graph)
-        for unit, results in found.of_stage("attribute").items()
-        for slug, graph in results["graphs"].items()
+        (found.folders[f"attribute/{unit}"], slug, results.transcoders, graph)
+        for unit, results in found.each(AttributeResults).items()
+        for slug, graph in results.graphs.items()
     ]
     return [TracedGraph(number, *one) for number, one in enumerate(every, 1)]
 
@@ -156,14 +155,16 @@ def _short(name: str, names: Sequence[str]) -> str:
 
 
 def _row(graph: TracedGraph) -> tuple[str, ...]:
-    results, doubling = graph.results, graph.results["doubling"]
-    labels = [_shown(target["label"]) for target in results["targets"]]
+    results, doubling = graph.results, graph.results.doubling
+    labels = [_shown(target.label) for target in results.targets]
+    counts = results.active, results.traced, results.features, results.errors, results.edges
     return (
         f"{graph.number}: {graph.slug}",
         labels[0] + (f" and {len(labels) - 1} more" if labels[1:] else ""),
-        *(f"{results[key]:,}" for key in ("active", "traced", "features", "errors", "edges")),
-        *(number(results["scores"][key]) for key in ("replacement", "completeness")),
-        significant(doubling["held_error"], 2) if doubling else MISSING,
+        *(f"{count:,}" for count in counts),
+        number(results.scores.replacement),
+        number(results.scores.completeness),
+        significant(doubling.held_error, 2) if doubling else MISSING,
         number(graph.correlation),
     )
 
@@ -177,7 +178,7 @@ def _meaning(graphs: Sequence[TracedGraph]) -> Terms:
         "Completeness": "the share of the nodes' input, weighted by their influence, that no error gives. This score "
         "and the last are of the whole graph, before pruning.",
     }
-    if any(graph.results["doubling"] for graph in graphs):
+    if any(graph.results.doubling for graph in graphs):
         said |= {
             "Edges off by": "features were raised one by one with all held as the graph has it; the largest "
             "difference between an edge and what happened, over the largest edge. More than rounding, about 1e−5, is "
@@ -190,42 +191,48 @@ def _meaning(graphs: Sequence[TracedGraph]) -> Terms:
 
 def _curves(graphs: Sequence[TracedGraph], draw: Draw) -> Picture:
     shown = {graph.name: graph.curve for graph in graphs if graph.curve}
-    kept = next(graph.results["circuits"] for graph in graphs if graph.curve)["share"]
+    kept = next(iter(shown.values())).share
     caption = (
         "Each graph was pruned to growing shares of its influence, and the model run with these features and errors "
         "alone (above), and with all others alone (below). 0 is the first answer's logit without any feature and "
         "error, 1 that of the model. A part that does the work is near 1 above and near 0 below."
     )
-    if any(not _LOW <= v <= _HIGH for curve in shown.values() for kind in _PANELS for v in curve[kind] if _known(v)):
+    if any(
+        not _LOW <= v <= _HIGH
+        for curve in shown.values()
+        for kind in _PANELS
+        for v in getattr(curve, kind)
+        if _known(v)
+    ):
         caption += " Values beyond the panels are drawn at their edges."
     if len(shown) > len(style.LINES):
         caption += " Grey: each graph; blue: their median."
     alt = "Faithfulness and incompleteness. " + " ".join(
-        f"{name}: alone {number(curve['faithfulness'][middle])}, all others {number(curve['incompleteness'][middle])} "
+        f"{name}: alone {number(curve.faithfulness[middle])}, all others {number(curve.incompleteness[middle])} "
         f"at {percent(kept[middle])} of the influence."
         for name, curve in shown.items()
-        for middle in [len(curve["share"]) // 2]
+        for middle in [len(curve.share) // 2]
     )
     return draw("graph_curves", curves(shown), caption, alt)
 
 
 @style.styled
-def curves(shown: Mapping[str, Mapping[str, Any]]) -> Figure:
+def curves(shown: Mapping[str, CurveResults]) -> Figure:
     """Faithfulness and incompleteness by the share of influence that is kept, a line for each graph.
 
     Args:
-      shown: name -> {"share", "faithfulness", "incompleteness"}, lists of one length; None or NaN leaves a gap. Of
-        more graphs than there are styles of lines all are grey, and their median stands out.
+      shown: by name; None or NaN leaves a gap. Of more graphs than there are styles of lines all are grey, and their
+        median stands out.
     """
     many = len(shown) > len(style.LINES)
     legend_inches = 0.35 + 0.17 * (2 if many else len(shown))
     figure, below = style.panels([1.9, 1.9 + legend_inches], list(_PANELS.values()))
     for axes, kind in zip(below, _PANELS, strict=True):
-        lines = {name: np.array(curve[kind], float) for name, curve in shown.items()}
+        lines = {name: np.array(getattr(curve, kind), float) for name, curve in shown.items()}
         for (name, line_C), place in zip(lines.items(), range(len(lines)), strict=True):
             color, dashes, marker = (style.GREY, "-", "") if many else style.LINES[place]
             look = dict(alpha=0.5, linewidth=1.0) if many else dict(markersize=3.5, linewidth=1.4)
-            share_C, shown_C = 100 * np.array(shown[name]["share"]), np.clip(line_C, _LOW, _HIGH)
+            share_C, shown_C = 100 * np.array(shown[name].share), np.clip(line_C, _LOW, _HIGH)
             label = "a graph" if many else name
             axes.plot(share_C, shown_C, color=color, linestyle=dashes, marker=marker, label=label, **look)
         if many:
@@ -240,11 +247,11 @@ def curves(shown: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _median(shown: Mapping[str, Mapping[str, Any]], kind: str) -> tuple[np.ndarray, np.ndarray]:
+def _median(shown: Mapping[str, CurveResults], kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Of all graphs, at every share that one of them has: the shares in per cent, and the medians of known values."""
     points: dict[float, list[float]] = {}
     for curve in shown.values():
-        for share, value in zip(curve["share"], curve[kind], strict=True):
+        for share, value in zip(curve.share, getattr(curve, kind), strict=True):
             if _known(value):
                 points.setdefault(share, []).append(value)
     share_C = np.array(sorted(points))
@@ -253,7 +260,7 @@ def _median(shown: Mapping[str, Mapping[str, Any]], kind: str) -> tuple[np.ndarr
 
 def _section(graph: TracedGraph, report: Path) -> Section:
     results = graph.results
-    said = f"Prompt: “{_shown(results['prompt'])}”. Explained: {_targets(results['targets'])}."
+    said = f"Prompt: “{_shown(results.prompt)}”. Explained: {_targets(results.targets)}."
     blocks = (Text(said), _picture(graph, report), Links("", (_link(graph, report),)))
     return Section(graph.name, blocks, level=3)
 
@@ -263,19 +270,19 @@ def _shown(text: str) -> str:
     return visible(text).strip() or "␣"
 
 
-def _targets(targets: Sequence[Mapping[str, Any]], most: int = 5) -> str:
+def _targets(targets: Sequence[GraphTarget], most: int = 5) -> str:
     """Tokens with their probabilities, differences with their logits; of many, the first ones."""
     said = [
-        f"{_shown(target['label'])} "
-        + (f"(difference of {number(target['logit'])})" if " - " in target["label"] else f"({_chance(target)})")
+        f"{_shown(target.label)} "
+        + (f"(difference of {number(target.logit)})" if " - " in target.label else f"({_chance(target)})")
         for target in targets[:most]
     ]
     rest = f", and {len(targets) - most} more" if len(targets) > most else ""
     return ", ".join(said) + rest
 
 
-def _chance(target: Mapping[str, Any]) -> str:
-    return percent(target["weight"], 0 if target["weight"] >= 0.1 else 1)
+def _chance(target: GraphTarget) -> str:
+    return percent(target.weight, 0 if target.weight >= 0.1 else 1)
 
 
 def _picture(graph: TracedGraph, report: Path) -> Picture:
@@ -288,14 +295,14 @@ def _picture(graph: TracedGraph, report: Path) -> Picture:
         raise UserError(f"{path} is missing or damaged: delete {graph.folder} and run attribute again") from None
     write_text(report / "figures" / f"{name}.svg", svg)
     caption = (
-        f"The most influential of {results['features']:,} features (rounded boxes, named by their numbers) and "
-        f"{results['errors']:,} errors (broken outline), the strongest edges between them, and the tokens and logits. "
+        f"The most influential of {results.features:,} features (rounded boxes, named by their numbers) and "
+        f"{results.errors:,} errors (broken outline), the strongest edges between them, and the tokens and logits. "
         "From below: layer by layer. Across: the prompt's positions."
     )
-    explained, complete = results["scores"]["replacement"], results["scores"]["completeness"]
+    explained, complete = results.scores.replacement, results.scores.completeness
     alt = (
-        f"Attribution graph of “{_shown(results['prompt'])}” with {results['features']:,} features, "
-        f"{results['errors']:,} errors and {results['edges']:,} edges; replacement score {number(explained)}, "
+        f"Attribution graph of “{_shown(results.prompt)}” with {results.features:,} features, "
+        f"{results.errors:,} errors and {results.edges:,} edges; replacement score {number(explained)}, "
         f"completeness {number(complete)}."
     )
     colours = {graph_figure.CARD: "--card", graph_figure.PAPER: "--paper", graph_figure.SOFT: "--soft"}

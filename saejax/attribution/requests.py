@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.groups.supernode_files import CLUSTER
 from saejax.errors import UserError, one_of
 from saejax.models.identity import content
-from saejax.settings import GraphConfig
+from saejax.settings.attribution import CLUSTER, GraphConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes
 from saejax.workspace import file_sha256, fingerprint
@@ -19,7 +18,7 @@ _KEYS = ("slug", "prompt", "token_ids", "targets")
 _LONGEST = 40  # characters of a name that is made of a prompt
 _TAKEN = ("started", "summary", "graphs", "heads")  # files of every stage, and folders
 
-Target = str | tuple[str, str]
+TargetText = str | tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Request:
 
     slug: str
     prompt: str | tuple[int, ...]
-    targets: tuple[Target, ...]
+    targets: tuple[TargetText, ...]
     answers: bool = False
 
 
@@ -153,7 +152,7 @@ def read_heads(config: GraphConfig) -> list[tuple[int, int, int]] | None:
     return list(dict.fromkeys(found)) or None
 
 
-def _of_behaviour(name: str, behaviours: Mapping[str, Sequence[Prompt]], targets: tuple[Target, ...]) -> Request:
+def _of_behaviour(name: str, behaviours: Mapping[str, Sequence[Prompt]], targets: tuple[TargetText, ...]) -> Request:
     prompts = behaviours[one_of(name, behaviours, "behaviour (--graph.behaviours)")]
     first = next((prompt for prompt in prompts if prompt.split == "test"), prompts[0])
     if targets:
@@ -161,7 +160,7 @@ def _of_behaviour(name: str, behaviours: Mapping[str, Sequence[Prompt]], targets
     return Request(name, first.text, ((first.correct, first.wrong),), answers=True)
 
 
-def _of_line(record: Any, targets: tuple[Target, ...], where: str) -> Request:
+def _of_line(record: Any, targets: tuple[TargetText, ...], where: str) -> Request:
     if not isinstance(record, dict) or set(record) - set(_KEYS) or ("prompt" in record) == ("token_ids" in record):
         raise UserError(f"{where} is no prompt to trace: expected {_EXAMPLE}, or token_ids in place of prompt")
     text, ids, own = record.get("prompt", ""), record.get("token_ids", ()), record.get("targets")
@@ -175,7 +174,7 @@ def _of_line(record: Any, targets: tuple[Target, ...], where: str) -> Request:
     return Request(slug, text or tuple(ids), targets if own is None else tuple(map(_target, own)))
 
 
-def _target(text: str) -> Target:
+def _target(text: str) -> TargetText:
     """ " Paris", or " Paris> Rome" for the difference."""
     better, sign, worse = text.partition(">")
     return (better, worse) if sign and better and worse else text

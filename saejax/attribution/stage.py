@@ -26,6 +26,7 @@ ATTRIBUTE = Stage(
     name="attribute",
     summary="traces prompts into attribution graphs, if --graph.prompt, token_ids, prompts or behaviours is set",
     run="saejax.attribution.run:run_attribute",
+    results="saejax.attribution.results:AttributeResults",
     groups=(ModelConfig, GraphConfig),
     placement=(MeshConfig,),
     after=("baseline", "train", "ablate"),  # --graph.transcoders may name what this run trains

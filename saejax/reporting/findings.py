@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from matplotlib.figure import Figure
 
@@ -40,10 +40,6 @@ class Findings:
     def one(self, results: type[T]) -> T:
         """The results of the first unit of a class, which there must be."""
         return next(iter(self.each(results).values()))
-
-    def of_stage(self, stage: str) -> dict[str, Any]:
-        """Name of the unit -> its results, of a stage whose results have no class."""
-        return {summary.name: summary.results for summary in self.summaries.values() if summary.stage == stage}
 
     def settings(self) -> Settings:
         """The resolved configuration of all the units together: group -> field -> value."""

@@ -5,6 +5,7 @@ import dataclasses
 from saejax.config import Config, setting
 
 GRAPH_ESTIMATES = ("gradient", "relp")
+CLUSTER = "cluster"  # in place of a file of supernodes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ import numpy as np
 from tiny_models import save_tiny, save_tiny_tokenizer
 
 from saejax import load_model
-from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Graph, Nodes
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Nodes
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 
@@ -24,10 +25,10 @@ def make_graph(features=7, layers=2, positions=3, logits=2, seed=0) -> Graph:
         Nodes.of(LOGIT, layers, positions - 1, [11, 12], [0.6, 0.3]),
     )
     targets = features + logits
-    adjacency_TxS = rng.normal(size=(targets, len(nodes) - logits)).astype(np.float32)
-    rest = {name: rng.normal(size=targets).astype(np.float32) for name in ("value_T", "constant_T", "unkept_T")}
+    adjacency_RxS = rng.normal(size=(targets, len(nodes) - logits)).astype(np.float32)
+    rest = {name: rng.normal(size=targets).astype(np.float32) for name in ("value_R", "constant_R", "unkept_R")}
     return Graph(
-        adjacency_TxS=adjacency_TxS,
+        adjacency_RxS=adjacency_RxS,
         nodes=nodes,
         **rest,
         ids_P=np.array([5, 6, 7], np.int32),

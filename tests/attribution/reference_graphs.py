@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saejax.attribution.graph.graph import ERROR, FEATURE, LOGIT, TOKEN, Nodes
+from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
 
 REFERENCE = Path(os.environ.get("SAEJAX_REFERENCE", Path(__file__).parents[3] / "shared" / "reference")) / "graphs"
 FOLDERS = sorted(path.parent for path in REFERENCE.glob("*/reference.npz"))

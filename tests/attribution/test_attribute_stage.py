@@ -9,10 +9,12 @@ from made_transcoders import made_set
 
 from saejax import command, load_model, save_transcoders
 from saejax.attribution import run as stage
-from saejax.attribution.graph.graph import Graph
+from saejax.attribution.graph import Graph
 from saejax.attribution.requests import Request, read_requests, unit_name
+from saejax.attribution.results import AttributeResults
 from saejax.attribution.trace import memory
 from saejax.errors import UserError
+from saejax.results import from_json, to_json
 from saejax.settings import GraphConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -41,6 +43,8 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     folder = tmp_path / "run" / "attribute" / "some"
     results = json.loads((folder / "summary.json").read_text())["results"]["graphs"]
     assert list(results) == ["water", "ids"]
+    whole = json.loads((folder / "summary.json").read_text())["results"]
+    assert to_json(from_json(AttributeResults, whole, folder)) == whole  # nothing is lost in its class
     water = results["water"]
     assert len(water["targets"]) == 1 and "way" in water["targets"][0]["label"]
     assert water["unexplained"] < 1e-5 and water["doubling"]["held_error"] < 1e-4
@@ -66,7 +70,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     again = json.loads((folder / "summary.json").read_text())["results"]["graphs"]
     assert again["ids"] | dict(seconds=0) == results["ids"] | dict(seconds=0)
     assert "kept from an earlier run: water" in capsys.readouterr().out
-    np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_TxS, graph.adjacency_TxS)
+    np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_RxS, graph.adjacency_RxS)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +113,11 @@ def test_all_prompts_are_looked_at_before_one_is_traced(flags, tmp_path, capsys,
 
 
 def test_a_curve_that_is_not_defined_is_json(monkeypatch):
-    found = stage.circuits.Curve(*(np.ones(2) for _ in range(5)), model=1.0, empty=1.0)
+    found = stage.circuits.CircuitCurve(*(np.ones(2) for _ in range(5)), model=1.0, empty=1.0)
     monkeypatch.setattr(stage.circuits, "curve", lambda *arguments, means: found)
-    checked = stage._checked(stage.Traced(None, None, None), GraphConfig(doubled=0), means=None)
-    assert checked["circuits"]["faithfulness"] == [None, None] == checked["circuits"]["incompleteness"]
-    assert json.loads(json.dumps(checked, allow_nan=False))["circuits"]["readout"] == [1.0, 1.0]
+    _, curve = stage._checked(stage.Traced(None, None, None), GraphConfig(doubled=0), means=None)
+    checked = json.loads(json.dumps(to_json(curve), allow_nan=False))
+    assert checked["faithfulness"] == [None, None] == checked["incompleteness"] and checked["readout"] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,14 @@ from made_up_workspace import make_run, make_workspace, write_summary
 from test_report import Page, both
 
 from saejax.attribution import report as graphs
+from saejax.attribution.results import AttributeResults
 from saejax.errors import UserError
 from saejax.report import run as report
 from saejax.report.run import run_report
 from saejax.reporting import style
 from saejax.reporting.document import Links, Picture
 from saejax.reporting.findings import Findings
+from saejax.results import from_json
 
 SHARE = [0.1, 0.5, 1.0]
 SVG = (
@@ -27,9 +29,14 @@ SVG = (
 )
 
 
+def curve(**changes) -> dict:
+    """What the stage says of parts of a graph."""
+    same = dict.fromkeys(("readout", "complement"), [0.0] * 3) | dict.fromkeys(("features", "errors"), [1] * 3)
+    return dict(share=SHARE, **same, model=3.0, empty=1.0, rest="zero") | changes
+
+
 def result(**changes) -> dict:
     """What the stage says of a graph."""
-    curve = dict(share=SHARE, faithfulness=[0.0, 0.75, 1.0], incompleteness=[1.0, 0.5, 0.25], model=3.0, empty=1.0)
     return (
         dict(
             prompt="The capital of\nFrance <b>is",
@@ -44,7 +51,10 @@ def result(**changes) -> dict:
             unexplained=1e-7,
             seconds=7.3,
             doubling=dict(features=32, held_error=2.2e-7, free=dict(pearson=0.751, spearman=0.6, sign=0.7)),
-            circuits=curve,
+            circuits=curve(faithfulness=[0.0, 0.75, 1.0], incompleteness=[1.0, 0.5, 0.25]),
+            supernodes=0,
+            heads=None,
+            query_key=[],
         )
         | changes
     )
@@ -55,7 +65,7 @@ def add_units(root: Path, inputs: dict, units: dict[str, dict[str, dict]]) -> di
     for unit, by_slug in units.items():
         folder = root / "inputs" / "attribute" / unit
         folder.mkdir(parents=True)
-        results = dict(transcoders=f"/far/away/sets/{unit}", graphs=by_slug)
+        results = dict(transcoders=f"/far/away/sets/{unit}", dictionaries=[], graphs=by_slug)
         write_summary(folder, "attribute", unit, results, config=dict(graph=dict(slug=unit)))
         for slug in by_slug:
             (folder / f"{slug}.svg").write_text(SVG)
@@ -67,7 +77,7 @@ def add_units(root: Path, inputs: dict, units: dict[str, dict[str, dict]]) -> di
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The report on a workspace with graphs of two sets of transcoders: its folder, its results, its page."""
-    undefined = dict(share=SHARE, faithfulness=[None] * 3, incompleteness=[None] * 3, model=1.0, empty=1.0)
+    undefined = curve(faithfulness=[None] * 3, incompleteness=[None] * 3, model=1.0)
     units = dict(
         paris=dict(paris=result()),
         wide=dict(paris=result(scores=dict(replacement=0.9, completeness=0.95)), flat=result(circuits=undefined)),
@@ -123,7 +133,7 @@ def test_links_lead_to_the_pages(made):
 def findings(report: Path, folders: dict[str, Path], **units) -> Findings:
     """What sections read of units of graphs."""
     summaries = {
-        f"attribute/{name}": types.SimpleNamespace(stage="attribute", name=name, results=results)
+        f"attribute/{name}": types.SimpleNamespace(results=from_json(AttributeResults, results, name))
         for name, results in units.items()
     }
     return Findings(summaries, folders, report, {})
@@ -137,7 +147,7 @@ def section_of(count: int, tmp_path: Path, **changes):
     by_slug = {f"g{number}": result(**changes) for number in range(count)}
     for slug in by_slug:
         (folder / f"{slug}.svg").write_text(SVG)
-    found = findings(tmp_path, {"attribute/u": folder}, u=dict(transcoders="set", graphs=by_slug))
+    found = findings(tmp_path, {"attribute/u": folder}, u=dict(transcoders="set", dictionaries=[], graphs=by_slug))
 
     def draw(name, figure, caption, alt):
         drawn[name] = figure, caption, alt
@@ -147,8 +157,8 @@ def section_of(count: int, tmp_path: Path, **changes):
 
 
 def test_curves_show_what_was_measured_and_leave_gaps(tmp_path):
-    curve = dict(share=SHARE, faithfulness=[-7.0, math.nan, 0.9], incompleteness=[1.0, None, 0.2])
-    *_, drawn = section_of(1, tmp_path, circuits=curve)
+    gaps = curve(faithfulness=[-7.0, math.nan, 0.9], incompleteness=[1.0, None, 0.2])
+    *_, drawn = section_of(1, tmp_path, circuits=gaps)
     figure, caption, alt = drawn["graph_curves"]
     above, below = (axes.lines[0] for axes in figure.axes)
     np.testing.assert_array_equal(above.get_xdata(), [10, 50, 100])
@@ -177,6 +187,6 @@ def test_without_graphs_there_is_nothing(tmp_path):
 def test_a_missing_figure_is_named(tmp_path):
     inputs = add_units(tmp_path, {}, dict(paris=dict(paris=result())))
     (inputs["attribute/paris"] / "paris.svg").unlink()
-    found = findings(tmp_path, inputs, paris=dict(transcoders="set", graphs=dict(paris=result())))
+    found = findings(tmp_path, inputs, paris=dict(transcoders="set", dictionaries=[], graphs=dict(paris=result())))
     with pytest.raises(UserError, match=r"paris\.svg is missing or damaged: delete .* and run attribute again"):
         graphs.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))

@@ -1,5 +1,6 @@
 """The report over a made-up workspace: complete in itself, says what was found, and says no when it is no."""
 
+import dataclasses
 import html.parser
 import itertools
 import json
@@ -19,6 +20,7 @@ from saejax.config import define_flags, from_flags
 from saejax.errors import UserError
 from saejax.report import run as report
 from saejax.report.run import run_report, token_text
+from saejax.results import load_results, to_json
 from saejax.workspace import SUMMARY, read_json, write_json
 
 CHROMIUM = next(
@@ -330,3 +332,12 @@ def test_nothing_is_wider_than_a_phone(made, tmp_path):
     ).stdout
     measured = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", out).group(1)))
     assert measured == dict(over=0, wide=[])
+
+
+def test_results_of_every_unit_are_read_as_classes_and_written_as_they_were(made):
+    units = sorted((made[0].parent / "inputs").rglob(SUMMARY))
+    assert len(units) == 7
+    for path in units:
+        results = load_results(path.parent)
+        assert dataclasses.is_dataclass(results)
+        assert to_json(results) == read_json(path)["results"]

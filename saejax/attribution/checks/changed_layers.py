@@ -1,8 +1,4 @@
-"""The programs of ``interventions``: rows of streams through one layer with changed features, and what is read of them.
-
-Letters: R rows (sets of changes), M most changes of a row in a layer, J features that are read, K readouts; T, D, F as
-in ``replacement``.
-"""
+"""The programs of ``interventions``: streams through one layer with changed features, and what is read of them."""
 
 import functools
 from typing import NamedTuple
@@ -20,7 +16,7 @@ from saejax.models.layers import einsum
 from saejax.models.rules import RunRules
 
 
-class Edits(NamedTuple):
+class LayerChanges(NamedTuple):
     """The changes of R rows in one layer, arrays [R, M]; what fills up is at position 0 and changes nothing.
 
     Attributes:
@@ -35,7 +31,7 @@ class Edits(NamedTuple):
     own_RxM: np.ndarray
 
 
-class Reader(NamedTuple):
+class ReadDirections(NamedTuple):
     """Directions whose products with a stream are read: positions [J] and directions [J, D]."""
 
     position_J: np.ndarray
@@ -51,8 +47,8 @@ def run_layer(
     x_TxD: jax.Array,
     x_RxTxD: jax.Array,
     skip_DxD: jax.Array | None,
-    edited: tuple[Dictionary, Edits] | None,
-    reader: Reader | None,
+    edited: tuple[Dictionary, LayerChanges] | None,
+    reader: ReadDirections | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """One layer of all rows.
 
@@ -93,7 +89,9 @@ def run_layer(
     return x_BxTxD[1:], einsum("rjd,jd->rj", moved_RxJxD, reader.vector_JxD)
 
 
-def _added(dictionary: Dictionary, edits: Edits, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array) -> jax.Array:
+def _added(
+    dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array
+) -> jax.Array:
     """What the changes add to the MLP's output [R, T, D]; ``read_RxTxD`` None: activations are the prompt's."""
     row_Rx1 = jnp.arange(len(edits.position_RxM))[:, None]
     own_RxM = edits.own_RxM
@@ -104,7 +102,7 @@ def _added(dictionary: Dictionary, edits: Edits, read_RxTxD: jax.Array | None, l
     return jnp.zeros_like(like_RxTxD).at[row_Rx1, edits.position_RxM].add(added_RxMxD.astype(like_RxTxD.dtype))
 
 
-def _activations(dictionary: Dictionary, edits: Edits, read_RxTxD: jax.Array) -> jax.Array:
+def _activations(dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Array) -> jax.Array:
     """Those that the features that are changed have in each row [R, M]."""
     row_R, length = jnp.arange(len(read_RxTxD)), read_RxTxD.shape[1]
     if edits.position_RxM.shape[1] <= length:
@@ -124,7 +122,7 @@ def _activations(dictionary: Dictionary, edits: Edits, read_RxTxD: jax.Array) ->
 
 
 @jax.jit
-def read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, reader: Reader) -> jax.Array:
+def read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, reader: ReadDirections) -> jax.Array:
     """By how much directions of the stream entering a layer differ from the prompt's, [R, J]."""
     return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, reader.position_J], reader.vector_JxD)
 
@@ -141,8 +139,17 @@ def read_last(
 ) -> jax.Array:
     """By how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
 
-    Their directions are pulled back through the final norm with the prompt's factor. Unless all is held, the factor is
-    that of each row, which multiplies what is read.
+    Their directions are pulled back through the final norm with the prompt's factor. Unless all is frozen, the factor
+    is that of each row, which multiplies what is read.
+
+    Args:
+      frozen: static.
+      hold: what the final norm holds, one of ``interventions.HOLDS``; static.
+      last_D: the prompt's stream leaving the last layer, at its last position.
+      x_RxTxD: the rows' streams leaving it.
+      last: that position.
+      vector_KxD: the readouts' directions.
+      normed_K: whether they were pulled back through the final norm.
     """
     x_RxD, config = x_RxTxD[:, last], frozen.config
     if hold == "all":

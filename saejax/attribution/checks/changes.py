@@ -10,8 +10,6 @@ one call:
 A swap gives features the activations of another prompt. Positions are aligned from the end. With the features of all
 layers swapped this is still not the other prompt: tokens, attention from and to the first position, and errors remain.
 What transcoders do not explain in the run is added in each layer as it comes.
-
-Letters: A as in ``replacement``; M factors, S sets of features, K readouts.
 """
 
 import dataclasses
@@ -20,7 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from saejax.attribution.checks.interventions import Change, intervene
-from saejax.attribution.graph.graph import FEATURE, KINDS, Graph, Nodes
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE, KINDS, Nodes
 from saejax.attribution.local.active import Active
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts

@@ -1,7 +1,4 @@
-"""Running a prompt with some of the features and errors alone: circuits side by side, layer by layer; see ``circuits``.
-
-Letters: C circuits, K readouts; A, L, P, T, D, F as in ``replacement``.
-"""
+"""Running a prompt with some of the features and errors alone: circuits side by side, layer by layer."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -12,26 +12,25 @@ which no feature and no error is kept (Marks et al., 2024, arXiv 2403.19647),
     faithfulness = (m(C) - m(0)) / (m(M) - m(0)),        incompleteness = the same of all that is not in C
 
 A circuit that does the work has the first near 1 and the second near 0.
-
-Letters: C circuits, K readouts; A, L, P, T, D, F as in ``replacement``.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from saejax.attribution.checks.circuit_runs import Circuit, run_circuits
-from saejax.attribution.graph.graph import ERROR, FEATURE, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import ERROR, FEATURE
+from saejax.attribution.graph.pruning import SHARES
 from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.results import CurveResults
 from saejax.attribution.trace.targets import Readouts
-
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-RUNS = 2 * len(SHARES) + 2  # circuits that a curve runs: each share, all the rest of each, everything, nothing
 
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
+class CircuitCurve:
     """Circuits of growing size.
 
     Attributes:
@@ -59,6 +58,14 @@ class Curve:
         """How much is left without the circuit: 0 if it was all."""
         return self._normalised(self.complement_C)
 
+    def results(self, rest: str) -> CurveResults:
+        """What the stage says of it; ``rest`` is what was left out: "zero" or "mean"."""
+        columns: Any = {
+            name: tuple(value if np.isfinite(value) else None for value in getattr(self, f"{name}_C").tolist())
+            for name in ("share", "features", "errors", "readout", "complement", "faithfulness", "incompleteness")
+        }
+        return CurveResults(**columns, model=self.model, empty=self.empty, rest=rest)
+
     def _normalised(self, readout_C: np.ndarray) -> np.ndarray:
         whole = self.model - self.empty
         return (readout_C - self.empty) / whole if whole else np.full(len(readout_C), np.nan)
@@ -70,7 +77,7 @@ def curve(
     readouts: Readouts,
     shares: Sequence[float] = SHARES,
     means: Mapping[int, np.ndarray] | None = None,
-) -> Curve:
+) -> CircuitCurve:
     """Prunes a whole graph to growing shares of its influence, and runs each part alone and all the rest alone.
 
     Args:
@@ -83,7 +90,7 @@ def curve(
     rows = [*circuits, *(circuit.complement() for circuit in circuits), none.complement(), none]
     readout_C = run_circuits(replacement, rows, readouts, means)[:, 0]
     count = len(circuits)
-    return Curve(
+    return CircuitCurve(
         share_C=np.asarray(shares, np.float64),
         features_C=np.array([circuit.features_A.sum() for circuit in circuits]),
         errors_C=np.array([circuit.errors_LxP.sum() for circuit in circuits]),

@@ -11,9 +11,6 @@ what a change does to a target is what the graph's edge from the feature to the 
 layers alone (``hold_until``); above them the model runs freely.
 
 Layers are the outer loop: each transcoder is read once, and only where something changes.
-
-Letters: R rows (sets of changes), M most changes of a row in a layer, J features that are read, K readouts; L, T, D, F,
-A as in ``replacement``.
 """
 
 import dataclasses
@@ -24,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.checks.changed_layers import Edits, Reader, read_last, read_moved, run_layer
+from saejax.attribution.checks.changed_layers import LayerChanges, ReadDirections, read_last, read_moved, run_layer
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError
@@ -78,18 +75,16 @@ def intervene(
         does, ``hold`` goes for all.
       on_progress: called with the layers done and of all; may raise to stop.
 
+    Returns:
+      What each row reads.
+
     Raises:
       UserError: a feature does not exist, is changed where it is not used or twice in a row, or what is read is not
         finite.
     """
-    if hold not in HOLDS:
-        raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
-    layers = replacement.model.config.n_layers
-    if hold_until is not None and not 0 <= hold_until <= layers:
-        raise UserError(f"hold_until is {hold_until}: expected a layer, 0 to {layers - 1}, or {layers}")
-    hold_L = [hold if hold_until is None or layer < hold_until else "nothing" for layer in range(layers + 1)]
+    layers, active = replacement.model.config.n_layers, replacement.active
+    hold_L = _hold_by_layer(hold, hold_until, layers)
     edits, chosen_J = _edits_by_layer(replacement, rows), np.asarray(features, np.int64)
-    config, active, streams = replacement.model.config, replacement.active, replacement.streams
     feature_RxJ = np.tile(active.value_A[chosen_J], (len(rows), 1))
     readout_RxK = np.tile(readouts.value_K, (len(rows), 1))
     if not edits:
@@ -98,36 +93,59 @@ def intervene(
     first = min(edits)
     most = int(np.bincount(active.layer_A[chosen_J]).max(initial=0))  # one size, so that layers share programs
     states = [_unchanged(replacement, chunk.stop - chunk.start, first) for chunk in chunks]
-    for layer in range(first, config.n_layers):
-        x_TxD = streams.stream_LxTxD[layer]
+    for layer in range(first, layers):
+        x_TxD = replacement.stream_LxTxD[layer]
         inner_K = np.flatnonzero(readouts.layer_K == layer)
+        inner = ReadDirections(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
         own_J = np.flatnonzero(active.layer_A[chosen_J] == layer)
         reader = _encoders(replacement, chosen_J[own_J], most) if most else None
         transcoder = replacement.transcoders.load(layer) if layer in edits else None
-        skip_DxD = None if streams.skip_LxDxD is None else streams.skip_LxDxD[layer]
         for place, chunk in enumerate(chunks):
             if len(inner_K):
-                inner = Reader(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
-                moved_RxK = read_moved(x_TxD, states[place], inner)
-                readout_RxK[chunk, inner_K] += to_host(moved_RxK)[: chunk.stop - chunk.start]
-            held = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
+                moved_RxK = to_host(read_moved(x_TxD, states[place], inner))
+                readout_RxK[chunk, inner_K] += moved_RxK[: chunk.stop - chunk.start]
+            same = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
             edited = (transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder is not None else None
-            states[place], moved_RxJ = run_layer(*held, x_TxD, states[place], skip_DxD, edited, reader)
+            states[place], moved_RxJ = run_layer(*same, x_TxD, states[place], replacement.skip(layer), edited, reader)
             if len(own_J):
                 feature_RxJ[chunk, own_J] += to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
-        on_progress(layer + 1 - first, config.n_layers - first)
-    final_K = np.flatnonzero(readouts.layer_K == config.n_layers)
-    for place, chunk in enumerate(chunks):
-        parts = readouts.vector_KxD[final_K], readouts.normed_K[final_K]
-        last = np.int32(len(replacement.ids_P) - 1)
-        moved_RxK = read_last(replacement.frozen, hold_L[-1], streams.last_D, states[place], last, *parts)
-        readout_RxK[chunk, final_K] += to_host(moved_RxK)[: chunk.stop - chunk.start]
-    if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
+        on_progress(layer + 1 - first, layers - first)
+    final_K = np.flatnonzero(readouts.layer_K == layers)
+    for chunk, x_RxTxD in zip(chunks, states, strict=True):
+        moved_RxK = _moved_final(replacement, readouts, final_K, hold_L[-1], x_RxTxD)
+        readout_RxK[chunk, final_K] += moved_RxK[: chunk.stop - chunk.start]
+    return _finite(Changed(feature_RxJ, readout_RxK))
+
+
+def _finite(changed: Changed) -> Changed:
+    if not (np.isfinite(changed.feature_RxJ).all() and np.isfinite(changed.readout_RxK).all()):
         raise UserError("the model is not finite after these changes: give features values that they can have")
-    return Changed(feature_RxJ, readout_RxK)
+    return changed
 
 
-def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) -> dict[int, Edits]:
+def _moved_final(
+    replacement: Replacement, readouts: Readouts, chosen_K: np.ndarray, hold: str, x_RxTxD: jax.Array
+) -> np.ndarray:
+    """By how much some readouts of the stream leaving the last layer differ from the prompt's, fp32 [R, K]."""
+    parts = readouts.vector_KxD[chosen_K], readouts.normed_K[chosen_K]
+    last = np.int32(len(replacement.ids_P) - 1)
+    return to_host(read_last(replacement.frozen, hold, replacement.last_D, x_RxTxD, last, *parts))
+
+
+def _hold_by_layer(hold: str, hold_until: int | None, layers: int) -> list[str]:
+    """What each layer holds, and after them the final norm.
+
+    Raises:
+      UserError: there is no such way to hold, or no such layer.
+    """
+    if hold not in HOLDS:
+        raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
+    if hold_until is not None and not 0 <= hold_until <= layers:
+        raise UserError(f"hold_until is {hold_until}: expected a layer, 0 to {layers - 1}, or {layers}")
+    return [hold if hold_until is None or layer < hold_until else "nothing" for layer in range(layers + 1)]
+
+
+def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) -> dict[int, LayerChanges]:
     """The changes of all rows, by layer."""
     own = _own_activations(replacement)
     configs, tokens = replacement.transcoders.configs, len(replacement.ids_P)
@@ -150,7 +168,9 @@ def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) 
     most = max((len(changes) for lists in by_layer.values() for changes in lists), default=0)
     for layer, lists in by_layer.items():
         shape = len(rows), most
-        edits = Edits(np.zeros(shape, np.int32), *(np.zeros(shape, dtype) for dtype in (np.int32, *[np.float32] * 2)))
+        edits = LayerChanges(
+            np.zeros(shape, np.int32), *(np.zeros(shape, dtype) for dtype in (np.int32, *[np.float32] * 2))
+        )
         for row, changes in enumerate(lists):
             for m, (_, position, feature, value) in enumerate(changes):
                 own_value = own.get((layer, position, feature), 0.0)
@@ -166,15 +186,15 @@ def _own_activations(replacement: Replacement) -> Mapping[tuple[int, int, int], 
     return dict(zip(keys, active.value_A.tolist(), strict=True))
 
 
-def _encoders(replacement: Replacement, places: np.ndarray, most: int) -> Reader:
+def _encoders(replacement: Replacement, places: np.ndarray, most: int) -> ReadDirections:
     """Encoder rows of active features of one layer, filled up with zeros to a number for all layers."""
     active = replacement.active
     vector_JxD = replacement.encoder_rows(places)
     room = -(-most // _STEP) * _STEP - len(places)
-    return Reader(np.pad(active.position_A[places], (0, room)), np.pad(vector_JxD, ((0, room), (0, 0))))
+    return ReadDirections(np.pad(active.position_A[places], (0, room)), np.pad(vector_JxD, ((0, room), (0, 0))))
 
 
-def _chunks(rows: int, replacement: Replacement, edits: Mapping[int, Edits]) -> list[slice]:
+def _chunks(rows: int, replacement: Replacement, edits: Mapping[int, LayerChanges]) -> list[slice]:
     """Rows that go through a layer at once."""
     _, length, width = replacement.streams.stream_LxTxD.shape
     most = max(part.position_RxM.shape[1] for part in edits.values())  # each change has a direction of its own
@@ -190,6 +210,6 @@ def _unchanged(replacement: Replacement, rows: int, first: int) -> jax.Array:
     return x_RxTxD
 
 
-def _filled(edits: Edits, chunk: slice, rows: int) -> Edits:
+def _filled(edits: LayerChanges, chunk: slice, rows: int) -> LayerChanges:
     """The chunk's changes, with rows that change nothing up to the number of rows."""
-    return Edits(*(np.pad(array[chunk], ((0, rows - (chunk.stop - chunk.start)), (0, 0))) for array in edits))
+    return LayerChanges(*(np.pad(array[chunk], ((0, rows - (chunk.stop - chunk.start)), (0, 0))) for array in edits))

@@ -2,16 +2,15 @@
 
 Three questions, each answered by running the prompt again (with SAEs the first two):
 
-1. Is the arithmetic right? A feature's activation is raised with all held as it was (``interventions``): every target
+1. Is the arithmetic right? A feature's activation is raised with all frozen as it was (``interventions``): every target
    must move by the weight of its edge, times how often the activation was added. With SAEs the same to first order, by
    differentiation forwards.
-2. Does the local picture hold? A feature is doubled with nothing held: how well do the edges foretell what happens?
+2. Does the local picture hold? A feature is doubled with nothing frozen: how well do the edges foretell what happens?
 3. Does the part that is shown do the work? ``circuits.curve``.
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,13 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from saejax.attribution.checks.interventions import Change, intervene
-from saejax.attribution.graph.graph import FEATURE, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.results import DoublingResults, EdgeCorrelation
 from saejax.attribution.trace import perturbed
-from saejax.attribution.trace.gradient import SaeRun
 from saejax.attribution.trace.perturbed import Places
+from saejax.attribution.trace.sae_run import SaeRun
 from saejax.attribution.trace.targets import Readouts, logit_directions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
@@ -31,8 +32,8 @@ from saejax.models.rules import RunRules
 from saejax.parallel import to_host
 
 _RUNS = 8  # changes that are made in one call
-# How often an activation is added with all held. The model is then affine, so this is doubling many times over; what it
-# spares is the rounding of fp32: a difference of two streams is as far off whether it is small or large.
+# How often an activation is added with all frozen. The model is then affine, so this is doubling many times over; what
+# it spares is the rounding of fp32: a difference of two streams is as far off whether it is small or large.
 _HELD_TIMES = 64
 
 
@@ -41,89 +42,100 @@ class Doubling:
     """What became of the targets when features were doubled, one by one.
 
     Attributes:
-      node_R: which nodes of the graph were doubled.
-      edge_RxT: what the graph says.
-      held_RxT: what happened with all held, per activation added; with SAEs to first order.
-      free_RxT: what happened with nothing held; with SAEs and direct edges, the sites of other SAEs held.
+      node_E: which nodes of the graph were doubled.
+      edge_ExR: what the graph says.
+      frozen_ExR: what happened with all frozen, per activation added; with SAEs to first order.
+      free_ExR: what happened with nothing frozen; with SAEs and direct edges, the sites of other SAEs frozen.
     """
 
-    node_R: np.ndarray
-    edge_RxT: np.ndarray
-    held_RxT: np.ndarray
-    free_RxT: np.ndarray
+    node_E: np.ndarray
+    edge_ExR: np.ndarray
+    frozen_ExR: np.ndarray
+    free_ExR: np.ndarray
 
     @property
     def held_error(self) -> float:
-        """The largest difference of edges and what happened with all held, over the largest edge (1 if all are 0)."""
-        largest = np.abs(self.edge_RxT).max()
-        return float(np.abs(self.held_RxT - self.edge_RxT).max() / (largest or 1.0))
+        """The largest difference of edges and what happened with all frozen, over the largest edge (1 if all are 0)."""
+        largest = np.abs(self.edge_ExR).max()
+        return float(np.abs(self.frozen_ExR - self.edge_ExR).max() / (largest or 1.0))
 
-    def correlations(self) -> dict[str, float | None]:
-        """Of edges and what happened with nothing held, over all targets that an edge reaches; None: fewer than 3."""
-        reached_RxT = self.edge_RxT != 0
-        edge_E, free_E = self.edge_RxT[reached_RxT], self.free_RxT[reached_RxT]
-        if len(edge_E) < 3 or not edge_E.std() or not free_E.std():
-            return dict(pearson=None, spearman=None, sign=None)
-        return dict(
-            pearson=float(np.corrcoef(edge_E, free_E)[0, 1]),
-            spearman=float(spearmanr(edge_E, free_E).statistic),
-            sign=float((np.sign(edge_E) == np.sign(free_E)).mean()),
+    def correlations(self) -> EdgeCorrelation:
+        """Of edges and what happened with nothing frozen, over all targets that an edge reaches."""
+        reached_ExR = self.edge_ExR != 0
+        edges, free = self.edge_ExR[reached_ExR], self.free_ExR[reached_ExR]
+        if len(edges) < 3 or not edges.std() or not free.std():
+            return EdgeCorrelation(None, None, None)
+        return EdgeCorrelation(
+            pearson=float(np.corrcoef(edges, free)[0, 1]),
+            spearman=float(spearmanr(edges, free).statistic),
+            sign=float((np.sign(edges) == np.sign(free)).mean()),
         )
 
-    def results(self) -> dict[str, Any]:
-        """For JSON."""
-        return dict(features=len(self.node_R), held_error=self.held_error, free=self.correlations())
+    @property
+    def results(self) -> DoublingResults:
+        """What the stage says of it."""
+        return DoublingResults(len(self.node_E), self.held_error, self.correlations())
 
 
 def double(replacement: Replacement, graph: Graph, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:
     """Doubles features of a whole graph one by one.
 
     Args:
+      replacement: of the prompt.
       graph: of the replacement model and the readouts, not pruned.
+      readouts: what the graph explains.
       count: how many features, drawn by the seed; all if there are fewer.
+      seed: of the choice.
     """
     features = graph.nodes[graph.slice_of(FEATURE)]
     place_F = replacement.active.places(features.layer_N, features.position_N, features.index_N)
-    node_R = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
-    clean_T = np.concatenate([replacement.active.value_A[place_F], readouts.value_K]).astype(np.float64)
+    node_E = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
+    clean_R = np.concatenate([replacement.active.value_A[place_F], readouts.value_K]).astype(np.float64)
 
     def moved(times: int, hold: str) -> np.ndarray:
-        """By how much targets [R, T] move when ``times`` a feature's activation is added to it, over ``times``."""
-        drawn = features[node_R]
+        """By how much targets [E, R] move when ``times`` a feature's activation is added to it, over ``times``."""
+        drawn = features[node_E]
         places = zip(drawn.layer_N.tolist(), drawn.position_N.tolist(), drawn.index_N.tolist(), strict=True)
         rows = [[Change(*at, (1 + times) * float(v))] for at, v in zip(places, drawn.value_N, strict=True)]
         changed = intervene(replacement, rows, readouts, place_F, hold)
-        return (np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - clean_T) / times
+        return (np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - clean_R) / times
 
-    edge_RxT = graph.adjacency_TxS[:, node_R].T.astype(np.float64)
-    return Doubling(node_R, edge_RxT, moved(_HELD_TIMES, "all"), moved(1, "nothing"))
+    edge_ExR = graph.adjacency_RxS[:, node_E].T.astype(np.float64)
+    return Doubling(node_E, edge_ExR, moved(_HELD_TIMES, "all"), moved(1, "nothing"))
 
 
 def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:
-    """Doubles features of a whole graph of SAEs one by one; ``count`` of them as in ``double``.
+    """Doubles features of a whole graph of SAEs one by one.
 
     The targets are the graph's features and its readouts of the stream leaving the last layer.
+
+    Args:
+      graph: of the run and the readouts, not pruned.
+      run: of the prompt.
+      readouts: what the graph explains.
+      count: how many features, drawn by the seed; all if there are fewer.
+      seed: of the choice.
     """
     features, top_K = graph.nodes[graph.slice_of(FEATURE)], readouts.layer_K == graph.n_layers
     slot_F, position_F = np.searchsorted(run.places.layer_S, features.layer_N), features.position_N
     encoder_FxD = run.saes.rows_of("W_enc", features.layer_N, features.index_N)
-    node_R = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
-    change_RxD = run.saes.rows_of("W_dec", features.layer_N[node_R], features.index_N[node_R])
-    change_RxD *= features.value_N[node_R, None]
+    node_E = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
+    change_ExD = run.saes.rows_of("W_dec", features.layer_N[node_E], features.index_N[node_E])
+    change_ExD *= features.value_N[node_E, None]
     last = np.int32(len(run.ids_P) - 1)
-    fixed = run.model.params, run.places, run.stream_LxTxD[0], last, run.held_SxTxD
+    fixed = run.model.params, run.places, run.stream_LxTxD[0], last, run.frozen_SxTxD
     probes = readouts.pair_Kx2[top_K], readouts.normed_K[top_K], readouts.vector_KxD[top_K]
     moves: tuple[list[np.ndarray], list[np.ndarray]] = [], []
-    for start in range(0, len(node_R), _RUNS):
-        own = np.resize(np.arange(start, min(start + _RUNS, len(node_R))), _RUNS)
+    for start in range(0, len(node_E), _RUNS):
+        own = np.resize(np.arange(start, min(start + _RUNS, len(node_E))), _RUNS)
         delta_RxSxTxD = np.zeros((_RUNS, *run.read_SxTxD.shape), np.float32)
-        delta_RxSxTxD[np.arange(_RUNS), slot_F[node_R[own]], position_F[node_R[own]]] = change_RxD[own]
+        delta_RxSxTxD[np.arange(_RUNS), slot_F[node_E[own]], position_F[node_E[own]]] = change_ExD[own]
         found = _moved(run.model.config, run.rules, *fixed, *probes, delta_RxSxTxD)
         for rows, (read_RxSxTxD, readout_RxK) in zip(moves, found, strict=True):
             feature_RxF = np.einsum("rfd,fd->rf", to_host(read_RxSxTxD)[:, slot_F, position_F], encoder_FxD)
             rows.append(np.concatenate([feature_RxF, readout_RxK], axis=1))
-    edge_RxT = graph.adjacency_TxS[np.concatenate([np.ones(len(features), bool), top_K])][:, node_R].T
-    return Doubling(node_R, edge_RxT.astype(np.float64), *(np.concatenate(rows)[: len(node_R)] for rows in moves))
+    edge_ExR = graph.adjacency_RxS[np.concatenate([np.ones(len(features), bool), top_K])][:, node_E].T
+    return Doubling(node_E, edge_ExR.astype(np.float64), *(np.concatenate(rows)[: len(node_E)] for rows in moves))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -134,7 +146,7 @@ def _moved(
     places: Places,
     x_TxD: jax.Array,
     last: jax.Array,
-    held_SxTxD: jax.Array | None,
+    frozen_SxTxD: jax.Array | None,
     pair_Kx2: jax.Array,
     normed_K: jax.Array,
     vector_KxD: jax.Array,
@@ -147,7 +159,7 @@ def _moved(
     """
 
     def seen(delta_SxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ran = perturbed.run(config, rules, params, places, x_TxD, last, delta_SxTxD, held_SxTxD)
+        ran = perturbed.run(config, rules, params, places, x_TxD, last, delta_SxTxD, frozen_SxTxD)
         logit_K = logit_directions(config, rules, params, ran.last_D, *pair_Kx2.T)[1]
         return ran.read_SxTxD, jnp.where(normed_K, logit_K, vector_KxD @ ran.last_D)
 

@@ -1,9 +1,7 @@
 """Graphs as Neuronpedia and circuit-tracer's viewer read them.
 
-``to_document`` gives the JSON, node by node and key by key as circuit-tracer writes it, with one difference. There an
-error's id is ``0_{layer}_{position}``, which is also the id of a feature of layer 0, the one whose number is the
-error's layer: a graph that holds both has two nodes of one name, and no reader can tell whose edges are whose. Here it
-is ``{layer}_-1_{position}`` (its ``feature`` is -1 in both), so ids are unique.
+``to_document`` gives the JSON, node by node and key by key as circuit-tracer writes it, but for the ids of errors
+(``Nodes.ids`` says why).
 """
 
 import math
@@ -12,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saejax.attribution.forms.document import check_document
-from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Graph, Pruning
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.data import Pruning
+from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.errors import UserError
 from saejax.workspace import package_versions
 
@@ -54,7 +54,7 @@ def to_document(
     if graph.pruning is None:
         raise UserError("the graph is not pruned: prune it first (nodes=1, edges=1 keeps all that has influence)")
     check_slug(slug)
-    ids = node_ids(graph)
+    ids = graph.ids
     source_E, target_E, weight_E = graph.edges()
     links = [
         dict(source=ids[source], target=ids[target], weight=weight)
@@ -73,26 +73,6 @@ def to_document(
     )
     check_document(document)
     return document
-
-
-def node_ids(graph: Graph) -> list[str]:
-    """The ids of a graph's nodes, in the order of its table."""
-    nodes, ids = graph.nodes, []
-    columns = nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N
-    directions = 0
-    for kind, layer, position, index in zip(*(column.tolist() for column in columns)):
-        if kind == FEATURE:
-            ids.append(f"{layer}_{index}_{position}")
-        elif kind == ERROR:
-            ids.append(f"{layer}_-1_{position}")  # no feature's id: see the top of this module
-        elif kind == TOKEN:
-            ids.append(f"E_{index}_{position}")
-        elif kind == LOGIT:
-            directions += index < 0  # a direction is no token: -1, -2, ...
-            ids.append(f"{graph.n_layers + 1}_{index if index >= 0 else -directions}_{position}")
-        else:
-            ids.append(f"{ {FIRST_MLP: 'first_mlp', BIAS: 'bias'}[kind] }_{layer}")
-    return ids
 
 
 def cantor_pair(layer: int, feature: int) -> int:

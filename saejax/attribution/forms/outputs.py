@@ -14,13 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.attention import Attention
+from saejax.attribution.forms.attention_tables import attention_tables
 from saejax.attribution.forms.figure import draw_graph, save_figure
 from saejax.attribution.forms.graph_folder import write_graph
-from saejax.attribution.forms.neuronpedia import node_ids, to_document
+from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.page import write_page
-from saejax.attribution.graph.graph import LOGIT, Graph
-from saejax.attribution.heads.heads import named_heads
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import LOGIT
+from saejax.attribution.heads.attention import Attention
+from saejax.attribution.heads.edges import named_heads
 from saejax.causal.stages import part_file
 from saejax.parallel import is_first_process
 from saejax.workspace import Run, write_text
@@ -42,7 +44,7 @@ def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[
     folder: Path = part_file(run, slug, "-graph")
     shutil.rmtree(folder, ignore_errors=True)
     pruned.save(folder)
-    ids = node_ids(pruned)
+    ids = pruned.ids
     pinned = ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
     document = to_document(pruned, slug, supernodes=groups, pinned=pinned)
     write_graph(run.folder / "graphs", document, replace=True)
@@ -53,7 +55,7 @@ def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[
         (run.folder / "heads").mkdir(exist_ok=True)
         write_text(run.folder / "heads" / f"{slug}.json", f'{{"edges":[\n{lines}\n]}}\n')
     shown = {edge: carried[edge] for edge in _strongest(document, _HEADS_ON_PAGE) if edge in carried}
-    write_page(part_file(run, slug, ".html"), document, heads=shown, tables=attention.tables)
+    write_page(part_file(run, slug, ".html"), document, heads=shown, tables=attention_tables(attention, pruned))
     save_figure(draw_graph(document), part_file(run, slug, ".svg"))
 
 

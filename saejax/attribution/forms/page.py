@@ -28,7 +28,7 @@ Feature = tuple[int, int]  # layer, number of the feature
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class PageTable:
     """A table on the page.
 
     Attributes:
@@ -51,7 +51,7 @@ def write_page(
     labels: Mapping[Feature, str] | None = None,
     examples: Mapping[Feature, Sequence[Any]] | None = None,
     heads: Mapping[tuple[str, str], Sequence[tuple[int, int, float]]] | None = None,
-    tables: Sequence[Table] = (),
+    tables: Sequence[PageTable] = (),
 ) -> None:
     """Writes the page of a graph, whole or not at all.
 

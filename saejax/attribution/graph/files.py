@@ -5,32 +5,42 @@ graph.json          schema version, texts, settings, scores, SHA-256 of the othe
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from saejax.attribution.graph.graph import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Graph, Nodes, Pruning, Scores
+from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
+from saejax.attribution.graph.nodes import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Nodes
 from saejax.dictionaries.formats import tensors
 from saejax.errors import UserError
 from saejax.workspace import file_sha256, read_json, write_json
 
+AnyGraph = TypeVar("AnyGraph", bound=GraphData)
 DESCRIPTION, ARRAYS = "graph.json", "graph.safetensors"
 SCHEMA_VERSION = 1
 _TEXTS = ("tokens", "labels", "prompt", "n_layers", "model", "transcoders", "settings")
-_ARRAYS = ("adjacency_TxS", "value_T", "constant_T", "unkept_T", "ids_P", "logit_K")
+_ARRAYS = dict(  # of ``GraphData`` -> under which name in the file
+    adjacency_RxS="adjacency_TxS",
+    value_R="value_T",
+    constant_R="constant_T",
+    unkept_R="unkept_T",
+    ids_P="ids_P",
+    logit_K="logit_K",
+)
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Nodes))
 _DTYPES = dict(zip(_COLUMNS, DTYPES, strict=True)) | {"ids_P": np.int32, "node_N": np.int32}  # others: float32
 
 
-def save(folder: Path, graph: Graph) -> None:
+def save(folder: Path, graph: GraphData) -> None:
     """Writes a graph; it appears whole or not at all.
 
     Raises:
       UserError: the folder holds a graph already.
     """
-    arrays = {name: getattr(graph, name) for name in _ARRAYS}
+    arrays = {stored: getattr(graph, name) for name, stored in _ARRAYS.items()}
     arrays |= {f"nodes.{name}": getattr(graph.nodes, name) for name in _COLUMNS}
     description = dict(schema_version=SCHEMA_VERSION, **{name: getattr(graph, name) for name in _TEXTS})
     if pruning := graph.pruning:
@@ -42,8 +52,8 @@ def save(folder: Path, graph: Graph) -> None:
         write_json(beside / DESCRIPTION, description | dict(sha256=file_sha256(beside / ARRAYS)))
 
 
-def load(folder: Path) -> Graph:
-    """Reads what ``save`` wrote.
+def load(folder: Path, kind: type[AnyGraph]) -> AnyGraph:
+    """Reads what ``save`` wrote, as a graph of a class.
 
     Raises:
       UserError: a file is missing or damaged, or was written by a later version.
@@ -55,7 +65,7 @@ def load(folder: Path) -> Graph:
     if not file.is_file() or file_sha256(file) != description.get("sha256"):
         raise UserError(f"{file} is missing or damaged: it is not what {DESCRIPTION} describes; trace the prompt again")
     try:
-        graph = _made(description, load_file(file))
+        graph = _made(kind, description, load_file(file))
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / DESCRIPTION} is damaged ({error} is missing): trace the prompt again") from None
     if problem := _problem(graph):
@@ -63,28 +73,28 @@ def load(folder: Path) -> Graph:
     return graph
 
 
-def _made(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Graph:
+def _made(kind: type[AnyGraph], description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> AnyGraph:
     texts: dict[str, Any] = {name: description[name] for name in _TEXTS}
     texts |= {name: tuple(texts[name]) for name in ("tokens", "labels")}
     pruning = None
     if found := description.get("pruning"):
-        scores = Scores(found["replacement"], found["completeness"])
+        scores = GraphScores(found["replacement"], found["completeness"])
         kept = arrays["node_N"], arrays["influence_N"]
         top_edges = found.get("top_edges", 0)
         pruning = Pruning(found["node_threshold"], found["edge_threshold"], *kept, scores, top_edges)
     nodes = Nodes(*(arrays[f"nodes.{name}"] for name in _COLUMNS))
-    return Graph(nodes=nodes, pruning=pruning, **texts | {name: arrays[name] for name in _ARRAYS})
+    return kind(nodes=nodes, pruning=pruning, **texts | {name: arrays[stored] for name, stored in _ARRAYS.items()})
 
 
-def _problem(graph: Graph) -> str:
+def _problem(graph: GraphData) -> str:
     """The first thing that does not fit in a graph that was read; "" if all does."""
     nodes, logits = graph.nodes, graph.count(LOGIT)
     count, positions = len(nodes), len(graph.ids_P)
     targets = graph.count(FEATURE) + logits
     shapes = {
         **{name: (getattr(nodes, name), (count,)) for name in _COLUMNS},
-        "adjacency_TxS": (graph.adjacency_TxS, (targets, count - logits)),
-        **{name: (getattr(graph, name), (targets,)) for name in ("value_T", "constant_T", "unkept_T")},
+        "adjacency_RxS": (graph.adjacency_RxS, (targets, count - logits)),
+        **{name: (getattr(graph, name), (targets,)) for name in ("value_R", "constant_R", "unkept_R")},
         "ids_P": (graph.ids_P, (positions,)),
         "logit_K": (graph.logit_K, (logits,)),
     }

@@ -1,7 +1,7 @@
 """How much each node matters for the logits, and the part of a graph that matters most.
 
-The influence of a node counts all paths from it to the logits. With N[t, s] = |A[t, s]| / sum_s |A[t, s]|, the share
-of target t's input that comes from source s, and w the weights of the logits (their probabilities),
+The influence of a node counts all paths from it to the logits. With N[r, s] = |A[r, s]| / sum_s |A[r, s]|, the share
+of target r's input that comes from source s, and w the weights of the logits (their probabilities),
 
     influence = w (N + N^2 + N^3 + ...)
 
@@ -12,58 +12,63 @@ nodes by nodes. Nodes of the kinds first_mlp and bias are left out.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
-from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Graph, Pruning, Scores
+from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN
 from saejax.errors import UserError
 
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of influence, to which ``checks.circuits`` prunes
+RUNS = 2 * len(SHARES) + 2  # of parts: each share, all the rest of each, everything, nothing
+AnyGraph = TypeVar("AnyGraph", bound=GraphData)
 _SMALLEST = 1e-10  # least sum of a row's weights that it is divided by
 _BLOCK = 1 << 22  # numbers of the matrix that are worked on at once
 _LOW_BITS = 16  # of an fp32 score, those that the first pass of the search for a threshold leaves out
 
 
 def influence(
-    adjacency_TxS: np.ndarray,
-    layer_T: np.ndarray,
-    column_T: np.ndarray,
-    weight_T: np.ndarray,
-    elsewhere_T: np.ndarray | None = None,
+    adjacency_RxS: np.ndarray,
+    layer_R: np.ndarray,
+    column_R: np.ndarray,
+    weight_R: np.ndarray,
+    elsewhere_R: np.ndarray | None = None,
 ) -> np.ndarray:
     """The influence of every source, float64 [S].
 
     Args:
-      adjacency_TxS: rows with edges from layers below their own only.
-      layer_T: of each row; logits stand above all.
-      column_T: where each row's node is among the sources; -1 for a logit.
-      weight_T: weights of the logits; 0 for the others.
-      elsewhere_T: absolute sum of each row's edges from sources that are not among these; None: there are none.
+      adjacency_RxS: rows with edges from layers below their own only.
+      layer_R: of each row; logits stand above all.
+      column_R: where each row's node is among the sources; -1 for a logit.
+      weight_R: weights of the logits; 0 for the others.
+      elsewhere_R: absolute sum of each row's edges from sources that are not among these; None: there are none.
     """
-    elsewhere_T = np.zeros(len(layer_T)) if elsewhere_T is None else elsewhere_T
-    influence_S = np.zeros(adjacency_TxS.shape[1])
-    for layer in np.unique(layer_T)[::-1]:
-        own = np.flatnonzero(layer_T == layer)
-        for rows in _blocks(own, adjacency_TxS.shape[1]):
-            weight = weight_T[rows] + np.where(column_T[rows] >= 0, influence_S[column_T[rows]], 0)
-            part_TxS = np.abs(adjacency_TxS[rows])
-            sum_T = part_TxS.sum(axis=1, dtype=np.float64) + elsewhere_T[rows]
-            influence_S += (weight / np.maximum(sum_T, _SMALLEST)) @ part_TxS
+    elsewhere_R = np.zeros(len(layer_R)) if elsewhere_R is None else elsewhere_R
+    influence_S = np.zeros(adjacency_RxS.shape[1])
+    for layer in np.unique(layer_R)[::-1]:
+        own = np.flatnonzero(layer_R == layer)
+        for rows in _blocks(own, adjacency_RxS.shape[1]):
+            weight = weight_R[rows] + np.where(column_R[rows] >= 0, influence_S[column_R[rows]], 0)
+            part_RxS = np.abs(adjacency_RxS[rows])
+            sum_R = part_RxS.sum(axis=1, dtype=np.float64) + elsewhere_R[rows]
+            influence_S += (weight / np.maximum(sum_R, _SMALLEST)) @ part_RxS
     return influence_S
 
 
-def scores(graph: Graph) -> Scores:
+def scores(graph: GraphData) -> GraphScores:
     """Replacement and completeness scores of a whole graph."""
-    adjacency_TxS, influence_S = _scored(graph), source_influence(graph)
+    adjacency_RxS, influence_S = _scored(graph), source_influence(graph)
     tokens, errors = influence_S[graph.slice_of(TOKEN)].sum(), influence_S[graph.slice_of(ERROR)].sum()
-    weight_T = _target_influence(graph, influence_S)
-    error_T = np.zeros(len(weight_T))
-    for rows in _blocks(np.arange(len(weight_T)), adjacency_TxS.shape[1]):
-        part_TxS = np.abs(adjacency_TxS[rows])
-        error_T[rows] = part_TxS[:, graph.slice_of(ERROR)].sum(axis=1, dtype=np.float64)
-        error_T[rows] /= np.maximum(part_TxS.sum(axis=1, dtype=np.float64), _SMALLEST)
+    weight_R = _target_influence(graph, influence_S)
+    error_R = np.zeros(len(weight_R))
+    for rows in _blocks(np.arange(len(weight_R)), adjacency_RxS.shape[1]):
+        part_RxS = np.abs(adjacency_RxS[rows])
+        error_R[rows] = part_RxS[:, graph.slice_of(ERROR)].sum(axis=1, dtype=np.float64)
+        error_R[rows] /= np.maximum(part_RxS.sum(axis=1, dtype=np.float64), _SMALLEST)
     total = influence_S.sum() + graph.probability_K.sum(dtype=np.float64)
     # Errors and tokens have no input, so no error has a part in it.
-    return Scores(float(tokens / max(tokens + errors, _SMALLEST)), float(1 - (weight_T @ error_T) / total))
+    return GraphScores(float(tokens / max(tokens + errors, _SMALLEST)), float(1 - (weight_R @ error_R) / total))
 
 
 def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
@@ -74,14 +79,23 @@ def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
     return share_N
 
 
-def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> Graph:
+def prune(graph: AnyGraph, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> AnyGraph:
     """The most influential nodes of a graph, and the most influential edges between them.
 
     1. Nodes are kept, the most influential first, until they have the share ``nodes`` of all influence; tokens and
        logits always.
-    2. Among these, an edge scores N[t, s] (influence[t] + w[t]); edges are kept until they have the share ``edges`` of
+    2. Among these, an edge scores N[r, s] (influence[r] + w[r]); edges are kept until they have the share ``edges`` of
        all scores, and of each target at most ``top_edges``, the largest by size (0: all).
     3. Features and errors from which no edge goes, and features to which none comes, are dropped until there are none.
+
+    Args:
+      graph: a whole one.
+      nodes: share of the influence of all nodes, 0 to 1.
+      edges: share of the scores of all edges between them, 0 to 1.
+      top_edges: most edges of a target; 0: any number.
+
+    Returns:
+      A graph with matrices of its own; its ``pruning`` says what was kept.
 
     Raises:
       UserError: the graph is pruned already, or a share is not between 0 and 1.
@@ -99,11 +113,11 @@ def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98, top_edges: int 
     kept_N = influence_N >= share_threshold(lambda: [influence_N], nodes)
     kept_N = (kept_N | np.isin(graph.nodes.kind_N, (TOKEN, LOGIT))) & ~np.isin(graph.nodes.kind_N, (FIRST_MLP, BIAS))
     cut = _cut(graph, kept_N)
-    edge_TxS = _influential_edges(cut, edges)
+    edge_RxS = _influential_edges(cut, edges)
     if top_edges:
-        edge_TxS &= _largest_edges(cut, top_edges)
-    connected_N = _connected(cut, edge_TxS)
-    cut.adjacency_TxS[~edge_TxS] = 0
+        edge_RxS &= _largest_edges(cut, top_edges)
+    connected_N = _connected(cut, edge_RxS)
+    cut.adjacency_RxS[~edge_RxS] = 0
     node_N = np.flatnonzero(kept_N)[connected_N].astype(np.int32)
     pruning = Pruning(nodes, edges, node_N, cumulative_share(influence_N)[node_N], scores(graph), top_edges)
     return dataclasses.replace(_cut(cut, connected_N), pruning=pruning)
@@ -135,71 +149,71 @@ def share_threshold(blocks: Callable[[], Iterable[np.ndarray]], share: float) ->
     return float(descending[min(index, len(descending) - 1)])
 
 
-def _influential_edges(graph: Graph, share: float) -> np.ndarray:
-    """Step 2 of ``prune``: True where an edge stays, [T, S]."""
-    adjacency_TxS, influence_S = graph.adjacency_TxS, source_influence(graph)
-    factor_T = _target_influence(graph, influence_S)
+def _influential_edges(graph: GraphData, share: float) -> np.ndarray:
+    """Step 2 of ``prune``: True where an edge stays, [R, S]."""
+    adjacency_RxS, influence_S = graph.adjacency_RxS, source_influence(graph)
+    factor_R = _target_influence(graph, influence_S)
 
     def blocks() -> Iterator[np.ndarray]:
-        for rows in _blocks(np.arange(len(factor_T)), adjacency_TxS.shape[1]):
-            part_TxS = np.abs(adjacency_TxS[rows])
-            total_T = np.maximum(part_TxS.sum(axis=1, dtype=np.float64), _SMALLEST)
-            yield part_TxS * (factor_T[rows] / total_T).astype(np.float32)[:, None]
+        for rows in _blocks(np.arange(len(factor_R)), adjacency_RxS.shape[1]):
+            part_RxS = np.abs(adjacency_RxS[rows])
+            total_R = np.maximum(part_RxS.sum(axis=1, dtype=np.float64), _SMALLEST)
+            yield part_RxS * (factor_R[rows] / total_R).astype(np.float32)[:, None]
 
     threshold = share_threshold(blocks, share)
-    return np.concatenate([score_TxS >= threshold for score_TxS in blocks()])
+    return np.concatenate([score_RxS >= threshold for score_RxS in blocks()])
 
 
-def _largest_edges(graph: Graph, count: int) -> np.ndarray:
-    """True at the ``count`` largest weights of each row by size, [T, S]."""
-    size_TxS, edge_TxS = np.abs(graph.adjacency_TxS), np.ones(graph.adjacency_TxS.shape, bool)
-    if count < size_TxS.shape[1]:
-        np.put_along_axis(edge_TxS, np.argpartition(-size_TxS, count - 1, axis=1)[:, count:], False, axis=1)
-    return edge_TxS
+def _largest_edges(graph: GraphData, count: int) -> np.ndarray:
+    """True at the ``count`` largest weights of each row by size, [R, S]."""
+    size_RxS, edge_RxS = np.abs(graph.adjacency_RxS), np.ones(graph.adjacency_RxS.shape, bool)
+    if count < size_RxS.shape[1]:
+        np.put_along_axis(edge_RxS, np.argpartition(-size_RxS, count - 1, axis=1)[:, count:], False, axis=1)
+    return edge_RxS
 
 
-def _connected(graph: Graph, edge_TxS: np.ndarray) -> np.ndarray:
+def _connected(graph: GraphData, edge_RxS: np.ndarray) -> np.ndarray:
     """Step 3 of ``prune``: True where a node stays, [N]; edges of the others become False."""
     kind_N, features = graph.nodes.kind_N, graph.count(FEATURE)
-    keep_N, sources = np.ones(len(kind_N), bool), edge_TxS.shape[1]
+    keep_N, sources = np.ones(len(kind_N), bool), edge_RxS.shape[1]
     while True:
         before = keep_N.copy()
-        keep_N[:sources] &= edge_TxS.any(axis=0) | (kind_N[:sources] == TOKEN)
-        keep_N[:features] &= edge_TxS[:features].any(axis=1)
+        keep_N[:sources] &= edge_RxS.any(axis=0) | (kind_N[:sources] == TOKEN)
+        keep_N[:features] &= edge_RxS[:features].any(axis=1)
         if np.array_equal(keep_N, before):
             return keep_N
-        edge_TxS[:features][~keep_N[:features]] = False
-        edge_TxS[:, ~keep_N[:sources]] = False
+        edge_RxS[:features][~keep_N[:features]] = False
+        edge_RxS[:, ~keep_N[:sources]] = False
 
 
-def _cut(graph: Graph, keep_N: np.ndarray) -> Graph:
+def _cut(graph: AnyGraph, keep_N: np.ndarray) -> AnyGraph:
     """The graph of some of the nodes, all logits among them, with a matrix of its own."""
-    rows, columns = graph.target_T[keep_N[graph.target_T]], np.flatnonzero(keep_N[: graph.adjacency_TxS.shape[1]])
-    row_T = np.searchsorted(graph.target_T, rows)
-    of_targets = {name: getattr(graph, name)[row_T] for name in ("value_T", "constant_T", "unkept_T")}
-    adjacency_TxS = graph.adjacency_TxS[np.ix_(row_T, columns)]
-    return dataclasses.replace(graph, adjacency_TxS=adjacency_TxS, nodes=graph.nodes[keep_N], **of_targets)
+    rows, columns = graph.target_R[keep_N[graph.target_R]], np.flatnonzero(keep_N[: graph.adjacency_RxS.shape[1]])
+    row_R = np.searchsorted(graph.target_R, rows)
+    of_targets = {name: getattr(graph, name)[row_R] for name in ("value_R", "constant_R", "unkept_R")}
+    adjacency_RxS = graph.adjacency_RxS[np.ix_(row_R, columns)]
+    return dataclasses.replace(graph, adjacency_RxS=adjacency_RxS, nodes=graph.nodes[keep_N], **of_targets)
 
 
-def _scored(graph: Graph) -> np.ndarray:
+def _scored(graph: GraphData) -> np.ndarray:
     """The matrix with the columns that take part in influences: features, errors and tokens."""
-    return graph.adjacency_TxS[:, : graph.slice_of(TOKEN).stop]
+    return graph.adjacency_RxS[:, : graph.slice_of(TOKEN).stop]
 
 
-def source_influence(graph: Graph) -> np.ndarray:
+def source_influence(graph: GraphData) -> np.ndarray:
     """The influence of the graph's features, errors and tokens, in this order, float64."""
     features = graph.count(FEATURE)
-    column_T = np.concatenate([np.arange(features), np.full(graph.count(LOGIT), -1)])
-    return influence(_scored(graph), graph.nodes.layer_N[graph.target_T], column_T, _row_weights(graph))
+    column_R = np.concatenate([np.arange(features), np.full(graph.count(LOGIT), -1)])
+    return influence(_scored(graph), graph.nodes.layer_N[graph.target_R], column_R, _row_weights(graph))
 
 
-def _target_influence(graph: Graph, influence_S: np.ndarray) -> np.ndarray:
-    """Influence of the features and weights of the logits, float64 [T]."""
+def _target_influence(graph: GraphData, influence_S: np.ndarray) -> np.ndarray:
+    """Influence of the features and weights of the logits, float64 [R]."""
     return np.concatenate([influence_S[graph.slice_of(FEATURE)], graph.probability_K])
 
 
-def _row_weights(graph: Graph) -> np.ndarray:
-    """Weights of the logits, 0 for features, float64 [T]."""
+def _row_weights(graph: GraphData) -> np.ndarray:
+    """Weights of the logits, 0 for features, float64 [R]."""
     return np.concatenate([np.zeros(graph.count(FEATURE)), graph.probability_K.astype(np.float64)])
 
 

@@ -1,44 +1,34 @@
 """Why a head looks where it looks: its scores, split over pairs of sources.
 
-With the factors of norms and the attention weights of earlier layers held, the stream that enters a layer is the sum of
-what the graph's sources add to it. So are the query at a position and the key at another, after their norms and their
-rotation, but for a part of their own that biases of the head's layer give. The score before its softmax and before any
-capping is then a sum over pairs, exactly:
+With the factors of norms and the attention weights of earlier layers frozen, the stream that enters a layer is the
+sum of what the graph's sources add to it. So are the query at a position and the key at another, after their norms
+and their rotation, but for a part of their own that biases of the head's layer give. The score before its softmax and
+before any capping is then a sum over pairs, exactly:
 
     score = scale q . k = sum over a, b of scale q[a] . k[b]
 
 with q[a] the part of the query that comes from source a and k[b] that of the key from source b. The parts are what the
 sources contribute to 2 K directions of the stream, which the program that attributes features reads off.
-
-Letters: S sources, J keys, K dimensions of a head, A and B sources with a part in the query and in the key, N pairs; T,
-D, H as elsewhere.
 """
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from saejax.attribution.local.frozen import RELP, FrozenModel
+from saejax.attribution.heads.opened import Opened, open_head
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.trace.rows import Rows
+from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources
 from saejax.errors import UserError
-from saejax.models import decoder
-from saejax.models.attention import AttentionTables, attention_weights, whole_prompts
 from saejax.models.config import DecoderConfig
-from saejax.models.parameters import LAYERS
 from saejax.parallel import to_host
 
 _BLOCK = 1 << 22  # pairs that are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
+class HeadScore:
     """The score of a query with a key, and the pairs of sources that make it.
 
     Attributes:
@@ -67,25 +57,6 @@ class Score:
     def unexplained(self) -> float:
         """What is missing from the sum of all pairs: rounding alone where sources have bias nodes."""
         return self.value - float(self.part_N.sum()) - self.rest
-
-
-class Opened(NamedTuple):
-    """A head's query at one position and its keys at those positions that it attends to most.
-
-    Attributes:
-      weight_J, key_J: how much it attends to each, falling, and where they are.
-      score_J: scores.
-      query_KxD, key_KxJxD: the directions of the stream, at their own positions, that each dimension reads.
-      own_query_K, own_key_JxK: parts that are of no source.
-    """
-
-    weight_J: jax.Array
-    key_J: jax.Array
-    score_J: jax.Array
-    query_KxD: jax.Array
-    key_KxJxD: jax.Array
-    own_query_K: jax.Array
-    own_key_JxK: jax.Array
 
 
 def check_head(config: DecoderConfig, layer: int, head: int, position: int, tokens: int) -> int:
@@ -119,7 +90,7 @@ def split_scores(
     position: int = -1,
     keys: int = 3,
     pairs: int = 10,
-) -> list[Score]:
+) -> list[HeadScore]:
     """Splits the scores of a query with the keys that it attends to most.
 
     Args:
@@ -149,7 +120,7 @@ def split_scores(
         whole = float(part_GxKxS[0].sum(axis=1, dtype=np.float64) @ part_KxS.sum(axis=1, dtype=np.float64))
         found: dict[str, Any] = dict(query_N=query_N, key_N=key_N, part_N=part_N, rest=whole - float(part_N.sum()))
         found |= dict(weight=float(opened.weight_J[j]), value=float(opened.score_J[j]))
-        scores.append(Score(layer=layer, head=head, query=position, key=int(opened.key_J[j]), **found))
+        scores.append(HeadScore(layer=layer, head=head, query=position, key=int(opened.key_J[j]), **found))
     return scores
 
 
@@ -165,7 +136,7 @@ def _parts(
     groups, width = vector_GxKxD.shape[:2]
     position_G = np.array([position, *opened.key_J[:count]], np.int32)
     part_RxS = np.zeros((groups * width, len(sources.nodes)), np.float32)
-    rows = Rows(replacement, sources, len(part_RxS))
+    rows = RowTracer(replacement, sources, len(part_RxS))
     layer_R, position_R = np.full(len(part_RxS), layer, np.int32), np.repeat(position_G, width)
     rows(layer_R, position_R, vector_GxKxD.reshape(len(part_RxS), -1), part_RxS.__setitem__, in_stream=True)
     own_GxK = np.stack([opened.own_query_K, *opened.own_key_JxK[:count]])
@@ -197,55 +168,3 @@ def _largest(query_KxS: np.ndarray, key_KxS: np.ndarray, count: int) -> tuple[np
         order = np.argsort(-np.abs(joined[2]), kind="stable")[:count]
         best = joined[0][order], joined[1][order], joined[2][order]
     return best
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def open_head(
-    frozen: FrozenModel,
-    keys: int,
-    params: decoder.Params,
-    layer: jax.Array,
-    head: jax.Array,
-    query: jax.Array,
-    x_TxD: jax.Array,
-) -> Opened:
-    """What a head's query and keys read of the stream.
-
-    Args:
-      frozen: static.
-      keys: how many keys; static.
-      query: its position.
-      x_TxD: the stream entering the layer, that of the prompt.
-    """
-    config, tables = frozen.config, whole_prompts(frozen.config, len(x_TxD))
-
-    def meets(params: decoder.Params, x_TxD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        """The head's scaled queries and its keys, both [T, K], and its weights at the query [T]."""
-        seen: list[tuple[tuple[jax.Array, jax.Array], jax.Array]] = []
-
-        def look(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
-            weights_NxGxTxS = attention_weights(config, RELP, q, k, tables)
-            weight_HxTxS = weights_NxGxTxS.reshape(config.n_heads, *weights_NxGxTxS.shape[-2:])
-            of_key = head * config.n_kv_heads // config.n_heads
-            seen.append(((q[:, head] * tables.scale, k[:, of_key]), weight_HxTxS[head, query]))
-            return jnp.zeros_like(q)  # what comes after is not asked for
-
-        frozen.layer(params, layer, tables, x_TxD, None, look)
-        return seen[0]
-
-    (q_TxK, k_TxK), pull, weight_S = jax.vjp(functools.partial(meets, params), x_TxD, has_aux=True)
-    weight_J, key_J = lax.top_k(weight_S, keys)
-
-    def read_by(unit_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The directions of one dimension: a query or a key reads nothing but its own position."""
-        all_TxK, none_TxK = jnp.broadcast_to(unit_K, q_TxK.shape), jnp.zeros_like(q_TxK)
-        return pull((all_TxK, none_TxK))[0][query], pull((none_TxK, all_TxK))[0][key_J]
-
-    query_KxD, key_KxJxD = lax.map(read_by, jnp.eye(q_TxK.shape[-1], dtype=q_TxK.dtype))
-    own_q_TxK, own_k_TxK = jnp.zeros_like(q_TxK), jnp.zeros_like(k_TxK)
-    own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
-    if own:  # linear in the biases, so it is its own derivative along them
-        held = lambda own: meets({**params, **own}, x_TxD)[0]  # noqa: E731
-        own_q_TxK, own_k_TxK = jax.jvp(held, (own,), (own,))[1]
-    score_J = jnp.sum(q_TxK[query][None] * k_TxK[key_J], axis=-1)
-    return Opened(weight_J, key_J, score_J, query_KxD, key_KxJxD, own_q_TxK[query], own_k_TxK[key_J])

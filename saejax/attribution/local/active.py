@@ -1,10 +1,7 @@
-"""Which features of a prompt are active, and what the transcoder of a layer leaves over.
-
-Letters: T positions, D width, F features of a transcoder, A active features, J features that are looked for.
-"""
+"""Which features of a prompt are active, and what the transcoder of a layer leaves over."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +33,14 @@ class Active:
     def __len__(self) -> int:
         return len(self.layer_A)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Active"]) -> "Active":
+        """The features of several layers, given in their order."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
     def places(self, layer_J: np.ndarray, position_J: np.ndarray, feature_J: np.ndarray) -> np.ndarray:
-        """Which of them some features are, [J].
+        """Which of them some features at positions are, int64 [J].
 
         Raises:
           UserError: one of those is not active.
@@ -55,15 +58,19 @@ class Active:
 
 
 def active_features(
-    transcoder: Dictionary, read_TxD: jax.Array, out_TxD: jax.Array, used_T: np.ndarray
-) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+    transcoder: Dictionary, layer: int, read_TxD: jax.Array, out_TxD: jax.Array, used_T: np.ndarray
+) -> tuple[Active, dict[str, jax.Array]]:
     """What a layer's transcoder makes of its input.
 
     Args:
+      transcoder: or an SAE.
+      layer: its number.
+      read_TxD: what it reads.
+      out_TxD: what it predicts: the MLP's output, or of an SAE what it reads.
       used_T: True where features are used.
 
     Returns:
-      Position, feature, activation and encoder bias of its active features; and the layer's parts of ``Streams``.
+      Its active features; and the layer's parts of ``replacement.Streams``, by the names of their stacks.
     """
     length, features = len(read_TxD), transcoder.config.n_features
     size = max(1, min(length, AT_ONCE // features))
@@ -81,7 +88,8 @@ def active_features(
     part = dict(error_LxTxD=jnp.concatenate(errors), first_LxD=firsts[0], b_dec_LxD=transcoder.b_dec_D[...])
     if transcoder.config.skip:
         part["skip_LxDxD"] = transcoder.W_skip_DxD[...]
-    return (position_A.astype(np.int32), feature_A.astype(np.int32), value_A, b_enc_A), part
+    layer_A = np.full(len(value_A), layer, np.int32)
+    return Active(layer_A, position_A.astype(np.int32), feature_A.astype(np.int32), value_A, b_enc_A), part
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""One layer of the local replacement model: what is left of a decoder layer when all that the prompt fixes is held.
+"""One layer of the local replacement model: what is left of a decoder layer when all that the prompt fixes is frozen.
 
 Attention weights and the factors of norms (1 / root mean square, or 1 / standard deviation) are constants, and what the
 MLP adds is a constant too, but for a transcoder's skip path. So a layer is an affine function of the stream that enters

@@ -7,9 +7,6 @@ At every layer and every position but the first,
 exactly. Attention weights and factors of norms are those of the prompt (``frozen``), so all that comes after is linear
 in these terms. At the first position, an attention sink in most models, features are not used: there the MLP's output
 stands as it is, but for the skip path.
-
-Letters: L layers, T positions (the P of the prompt and padding behind them), D width, F features of a transcoder, A
-active features of the prompt.
 """
 
 import dataclasses
@@ -22,7 +19,7 @@ import numpy as np
 
 from saejax.attribution.local.active import Active, active_features
 from saejax.attribution.local.frozen import RELP, FrozenModel
-from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
@@ -73,7 +70,7 @@ class Replacement:
     """
 
     model: LanguageModel
-    transcoders: TranscoderSet
+    transcoders: LayerTranscoders
     frozen: FrozenModel
     ids_P: np.ndarray
     active: Active
@@ -81,8 +78,13 @@ class Replacement:
     logits_V: np.ndarray
 
     @classmethod
-    def of(cls, model: LanguageModel, transcoders: TranscoderSet, ids_P: np.ndarray) -> "Replacement":
+    def of(cls, model: LanguageModel, transcoders: LayerTranscoders, ids_P: np.ndarray) -> "Replacement":
         """Runs the model on a prompt, once, and each transcoder beside its layer.
+
+        Args:
+          model: the language model.
+          transcoders: of all its layers.
+          ids_P: token ids of the prompt, two at least.
 
         Raises:
           UserError: the set does not belong to the model, the prompt has a single token, a value is not finite, or no
@@ -95,7 +97,7 @@ class Replacement:
         frozen, params = FrozenModel(model.config, transcoders.reads), model.params
         last, ids_T = np.int32(len(ids_P) - 1), np.pad(ids_P, (0, padded_length(len(ids_P)) - len(ids_P)))
         x_TxD = embed(frozen, params, ids_T)
-        found: list[tuple[np.ndarray, ...]] = []
+        found: list[Active] = []
         parts: dict[str, list[jax.Array]] = {}
         broken = []
         for layer in range(model.config.n_layers):
@@ -103,10 +105,10 @@ class Replacement:
             entering_TxD = x_TxD
             x_TxD, read_TxD, out_TxD = run_layer(frozen, params, np.int32(layer), x_TxD)
             used_T = (np.arange(len(ids_T)) > 0) & (np.arange(len(ids_T)) < len(ids_P))
-            own, part = active_features(transcoder, read_TxD, out_TxD, used_T)
-            if not (np.isfinite(own[2]).all() and jnp.isfinite(part["error_LxTxD"]).all()):
+            own, part = active_features(transcoder, layer, read_TxD, out_TxD, used_T)
+            if not (np.isfinite(own.value_A).all() and jnp.isfinite(part["error_LxTxD"]).all()):
                 broken.append(layer)
-            found.append((np.full(len(own[0]), layer, np.int32), *own))
+            found.append(own)
             for name, value in dict(stream_LxTxD=entering_TxD, **part).items():
                 parts.setdefault(name, []).append(value)
         last_D, logits_V = read_out(frozen, params, x_TxD, last)
@@ -118,7 +120,7 @@ class Replacement:
                 f"{transcoders.name}, layer {broken[0]}: what the transcoder gives is not finite: its file is damaged, "
                 "fetch or train it again"
             )
-        active = Active(*map(np.concatenate, zip(*found, strict=True)))
+        active = Active.joined(found)
         if not len(active):
             raise UserError(f"no feature of {transcoders.name} is active in this prompt: is it of this model?")
         streams = Streams(last_D=last_D, **{name: jnp.stack(parts.pop(name)) for name in list(parts)})
@@ -128,7 +130,7 @@ class Replacement:
         return cls(model, transcoders, frozen, ids_P, active, streams, logits_V)
 
     @property
-    def dictionaries(self) -> TranscoderSet:
+    def dictionaries(self) -> LayerTranscoders:
         """The transcoders, as every ``PromptRun`` names its dictionaries."""
         return self.transcoders
 
@@ -146,6 +148,10 @@ class Replacement:
     def stream_LxTxD(self) -> jax.Array:
         """See ``Streams``."""
         return self.streams.stream_LxTxD
+
+    def skip(self, layer: int) -> jax.Array | None:
+        """The skip path of a layer's transcoder [D, D]; None: there is none."""
+        return None if self.streams.skip_LxDxD is None else self.streams.skip_LxDxD[layer]
 
     def encoder_rows(self, chosen_F: np.ndarray) -> np.ndarray:
         """The directions that some of the active features read, fp32 [F, D]; each layer is read once."""

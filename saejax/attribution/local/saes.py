@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.local.transcoders import DictionarySet, check_dictionary
+from saejax.attribution.local.dictionaries import LayerDictionaries, check_dictionary
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.formats import load_all
 from saejax.errors import UserError
@@ -12,7 +12,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 
 
-class SaeSet(DictionarySet):
+class LayerSaes(LayerDictionaries):
     """SAEs of a model's sites; ``load`` and ``rows`` take the number of the layer.
 
     Args:
@@ -44,16 +44,16 @@ class SaeSet(DictionarySet):
         super().__init__(name, [sae.config for _, sae in kept], lambda layer: by_layer[layer][1])
 
     @classmethod
-    def of(cls, saes: "SaeSet | Dictionary | str | Path | Sequence[Dictionary | str | Path]") -> "SaeSet":
+    def of(cls, saes: "LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]") -> "LayerSaes":
         """A set of SAEs in memory, or in folders; a folder of several, such as a trained stack, stands for all."""
-        if isinstance(saes, SaeSet):
+        if isinstance(saes, LayerSaes):
             return saes
         found: list[tuple[str, Dictionary]] = []
         for each in [saes] if isinstance(saes, Dictionary | str | Path) else saes:
             found += [("a dictionary in memory", each)] if isinstance(each, Dictionary) else load_all(each).items()
         return cls(found)
 
-    def check(self, model: LanguageModel) -> "SaeSet":
+    def check(self, model: LanguageModel) -> "LayerSaes":
         """The set, if it belongs to a model.
 
         Raises:

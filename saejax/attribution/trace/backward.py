@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from saejax.attribution.local.frozen import FrozenModel
-from saejax.attribution.trace.sources import STEP, WIDTH, Bank
+from saejax.attribution.trace.sources import STEP, WIDTH, SourceBank
 from saejax.models import decoder
 from saejax.models.attention import whole_prompts
 from saejax.models.layers import einsum
@@ -28,7 +28,7 @@ Pull = Callable[[tuple[jax.Array, jax.Array]], Any]  # a transposed layer, as ``
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class TargetBatch:
     """Targets that go down together, in N chunks of R; the chunks start from high layers to low.
 
     Attributes:
@@ -52,10 +52,10 @@ def contributions(
     params: decoder.Params,
     stream_LxTxD: jax.Array,
     skip_LxDxD: jax.Array | None,
-    bank: Bank,
+    bank: SourceBank,
     first_X: jax.Array,
     stop_X: jax.Array,
-    batch: Batch,
+    batch: TargetBatch,
 ) -> jax.Array:
     """The products of all blocks of sources with the cotangents of a batch of targets, fp32 [B, N, R, W].
 
@@ -77,20 +77,8 @@ def contributions(
         return jnp.where(here_RxT[..., None], batch.vector_NxRxD[chunk][:, None], 0)
 
     def read_off(place: jax.Array, cotangent_NxRxTxD: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
-        """With the products of a place's blocks with all cotangents there, 0 of a chunk that starts further down."""
-        begun_N = batch.start_N >= place
-
-        def body(index: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
-            start = first_X[place] + index * STEP
-            position_C = lax.dynamic_slice_in_dim(bank.position_B, start, STEP)
-            row_CxW = lax.dynamic_slice_in_dim(bank.row_BxW, start, STEP)
-            at_NxRxCxD = cotangent_NxRxTxD.at[:, :, position_C].get(mode="fill", fill_value=0)
-            at_NxRxCxD = jnp.where(begun_N[:, None, None, None], at_NxRxCxD, 0)
-            products_CxNxRxW = einsum("nrcd,cwd->cnrw", at_NxRxCxD, bank.table_UxD[row_CxW])
-            return lax.dynamic_update_slice_in_dim(read_BxNxRxW, products_CxNxRxW, start, 0)
-
-        steps = (stop_X[place] - first_X[place] + STEP - 1) // STEP
-        return lax.fori_loop(0, steps, body, read_BxNxRxW)
+        blocks = first_X[place], stop_X[place]
+        return _read_off(bank, *blocks, batch.start_N >= place, cotangent_NxRxTxD, read_BxNxRxW)
 
     def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """All chunks through one layer."""
@@ -116,24 +104,46 @@ def contributions(
     return read_off(jnp.int32(0), cotangent_NxRxTxD, read_BxNxRxW)
 
 
+def _read_off(
+    bank: SourceBank,
+    first: jax.Array,
+    stop: jax.Array,
+    begun_N: jax.Array,
+    cotangent_NxRxTxD: jax.Array,
+    read_BxNxRxW: jax.Array,
+) -> jax.Array:
+    """With the products of a place's blocks with all cotangents there, 0 of a chunk that starts further down."""
+
+    def body(index: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
+        start = first + index * STEP
+        position_C = lax.dynamic_slice_in_dim(bank.position_B, start, STEP)
+        row_CxW = lax.dynamic_slice_in_dim(bank.row_BxW, start, STEP)
+        at_NxRxCxD = cotangent_NxRxTxD.at[:, :, position_C].get(mode="fill", fill_value=0)
+        at_NxRxCxD = jnp.where(begun_N[:, None, None, None], at_NxRxCxD, 0)
+        products_CxNxRxW = einsum("nrcd,cwd->cnrw", at_NxRxCxD, bank.table_UxD[row_CxW])
+        return lax.dynamic_update_slice_in_dim(read_BxNxRxW, products_CxNxRxW, start, 0)
+
+    return lax.fori_loop(0, (stop - first + STEP - 1) // STEP, body, read_BxNxRxW)
+
+
 def _turned(pull: Pull, width: int) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Pull]]:
     """What the transpose of a layer holds, the matrices between the stream and heads turned over; and the way back.
 
     Their transposed products then read them in order. Otherwise XLA:CPU turns them over for each chunk, which takes a
     seventh of the time of the products.
     """
-    held, tree = jax.tree.flatten(pull)
+    kept, tree = jax.tree.flatten(pull)
     ends = [
-        (2, 0) if x.shape[2:] == (width,) else (0, 2) if x.ndim == 3 and x.shape[0] == width else (0, 0) for x in held
+        (2, 0) if x.shape[2:] == (width,) else (0, 2) if x.ndim == 3 and x.shape[0] == width else (0, 0) for x in kept
     ]
 
     def back(turned: list[jax.Array]) -> Pull:
         return jax.tree.unflatten(tree, [jnp.moveaxis(x, new, old) for x, (old, new) in zip(turned, ends, strict=True)])
 
-    return [jnp.moveaxis(x, old, new) for x, (old, new) in zip(held, ends, strict=True)], back
+    return [jnp.moveaxis(x, old, new) for x, (old, new) in zip(kept, ends, strict=True)], back
 
 
-def _by_target(mesh: Mesh, cotangent_NxRxTxD: jax.Array, bank: Bank) -> tuple[jax.Array, jax.Array]:
+def _by_target(mesh: Mesh, cotangent_NxRxTxD: jax.Array, bank: SourceBank) -> tuple[jax.Array, jax.Array]:
     """The cotangents and the products, 0 at first, each chunk's targets split over ``data``."""
     chunks, targets = cotangent_NxRxTxD.shape[:2]
     read_BxNxRxW = jnp.zeros((len(bank.position_B), chunks, targets, WIDTH), cotangent_NxRxTxD.dtype)

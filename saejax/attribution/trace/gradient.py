@@ -8,125 +8,38 @@ logit; one backward pass gives its edges from all sites. Two kinds of edges:
 
     total    the gradient goes through the sites between, so what a term does through their features is counted here
              and again in the edges from these: a row adds up to more than the target
-    direct   the sites between are held at their values: what goes through them is counted there alone, and
+    direct   the sites between are frozen at their values: what goes through them is counted there alone, and
              influences, which follow paths, count each once
 
-Edges are estimates: rows do not add up to their targets (``Graph.unexplained_T`` says by how much), with one exception:
+Edges are estimates: rows do not add up to their targets (``Graph.unexplained_R`` says by how much), with one exception:
 direct edges with ``estimate="relp"`` in a model without biases do, since its rules make of every layer what is linear
 (``DecoderConfig.backward``).
-
-Letters: S SAEs, A active features, P tokens, T positions (P and padding), D width, F features, B targets of a batch, N
-sources.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, TOKEN, Graph, Nodes
-from saejax.attribution.local.active import Active, active_features
-from saejax.attribution.local.frozen import FrozenModel
-from saejax.attribution.local.replacement import embed, padded_length, placed
-from saejax.attribution.local.saes import SaeSet
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, TOKEN, Nodes
+from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.trace import perturbed
-from saejax.attribution.trace.perturbed import IN_STREAM, Places, Readings
-from saejax.attribution.trace.prompt import attributed, check_max_features, graph_of, prompt_ids
+from saejax.attribution.trace.perturbed import IN_STREAM, Readings
+from saejax.attribution.trace.prompt import check_max_features, prompt_ids
+from saejax.attribution.trace.rounds import attributed, graph_of
 from saejax.attribution.trace.row_store import Put
 from saejax.attribution.trace.rows import TOKENS
+from saejax.attribution.trace.sae_run import SaeRun
 from saejax.attribution.trace.targets import Readouts, Target, read_targets
 from saejax.dictionaries import Dictionary
-from saejax.errors import UserError, one_of
-from saejax.models import decoder
+from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.models.rules import RunRules
 from saejax.parallel import by_row, to_host
-from saejax.settings import GRAPH_ESTIMATES
 
-Saes = SaeSet | Dictionary | str | Path | Sequence[Dictionary | str | Path]
-
-
-@dataclasses.dataclass(frozen=True)
-class SaeRun:
-    """A model that was run on a prompt, and what its SAEs say of it; a ``PromptRun``.
-
-    Attributes:
-      model, saes: of which it is made.
-      rules: those by which gradients go through it.
-      places: where the SAEs stand.
-      ids_P: int32 token ids.
-      active: the active features.
-      logits_V: fp32 logits at the last position.
-      last_D, stream_LxTxD, read_SxTxD: what ``perturbed.run`` gave.
-      error_SxTxD: fp32, what the SAEs do not explain; at attention sinks all but b_dec.
-      direct: whether sites are held at their values.
-    """
-
-    model: LanguageModel
-    saes: SaeSet
-    rules: RunRules
-    places: Places
-    ids_P: np.ndarray
-    active: Active
-    logits_V: np.ndarray
-    last_D: jax.Array
-    stream_LxTxD: jax.Array
-    read_SxTxD: jax.Array
-    error_SxTxD: np.ndarray
-    direct: bool
-
-    @classmethod
-    def of(
-        cls, model: LanguageModel, saes: SaeSet, ids_P: np.ndarray, estimate: str = "gradient", direct: bool = False
-    ) -> "SaeRun":
-        """Runs the model on a prompt and each SAE on its site.
-
-        Raises:
-          UserError: SAEs and model do not go together, a value is not finite, or no feature is active.
-        """
-        saes.check(model)
-        rules = RunRules(backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
-        places = Places.of(saes.sites, model.config.n_layers)
-        length = padded_length(len(ids_P))
-        x_TxD = embed(FrozenModel(model.config), model.params, np.pad(ids_P, (0, length - len(ids_P))))
-        none_SxTxD = jnp.zeros((len(saes.sites), *x_TxD.shape), x_TxD.dtype)
-        last = np.int32(len(ids_P) - 1)
-        ran = perturbed.run(model.config, rules, model.params, places, x_TxD, last, none_SxTxD)
-        logits_V = to_host(decoder.unembed(model.config, model.params, ran.last_D[None], rules)[0])
-        if not np.isfinite(logits_V).all():
-            raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
-        found, errors = [], []
-        for site, read_TxD in zip(saes.sites, ran.read_SxTxD, strict=True):
-            sae = placed(saes.load(site.layer), model)
-            own, part = active_features(sae, read_TxD, read_TxD, np.arange(length) < len(ids_P))
-            found.append((np.full(len(own[0]), site.layer, np.int32), *own))
-            errors.append(to_host(part["error_LxTxD"]))
-        active = Active(*map(np.concatenate, zip(*found, strict=True)))
-        if not len(active):
-            raise UserError(f"no feature of {saes.name} is active in this prompt: is it of this model?")
-        made: dict[str, Any] = dict(
-            model=model, saes=saes, rules=rules, places=places, ids_P=ids_P, active=active, logits_V=logits_V
-        )
-        return cls(**made, **ran._asdict(), error_SxTxD=np.stack(errors), direct=direct)
-
-    @property
-    def held_SxTxD(self) -> jax.Array | None:
-        """The values at which sites are held; None: they are not."""
-        return self.read_SxTxD if self.direct else None
-
-    def constants(self, chosen_F: np.ndarray) -> np.ndarray:
-        """The encoder's bias of some of the active features, fp32 [F]."""
-        return self.active.b_enc_A[chosen_F]
-
-    @property
-    def dictionaries(self) -> SaeSet:
-        """The SAEs, as every ``PromptRun`` names its dictionaries."""
-        return self.saes
+Saes = LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]
 
 
 class TracedSaes(NamedTuple):
@@ -171,7 +84,7 @@ def trace_saes(
     """
     check_max_features(max_features)
     ids_P = prompt_ids(model, prompt, prepend)
-    run = SaeRun.of(model, SaeSet.of(saes), ids_P, estimate, direct)
+    run = SaeRun.of(model, LayerSaes.of(saes), ids_P, estimate, direct)
     readouts = read_targets(run, targets, max_logits, logit_mass)
     rows, active = _Rows(run), run.active
     kind_A = run.places.kind_S[_slots(run, active.layer_A)]
@@ -188,7 +101,7 @@ def trace_saes(
 
     count = min(max_features or len(active), len(active))
     chosen_F, store = attributed(run, len(rows.nodes), readouts, fill, count, round_rows)
-    if not np.isfinite(store.row_TxC).all():
+    if not np.isfinite(store.row_RxC).all():
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     settings |= dict(edges=f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates")
@@ -237,11 +150,11 @@ class _Rows:
         def read(start: int) -> None:
             own_B = order_B[start : start + size]
             batch = Readings(*by_row(mesh, *(part[np.resize(own_B, size)] for part in readings)))
-            fixed = run.model.params, run.places, run.stream_LxTxD, run.held_SxTxD
+            fixed = run.model.params, run.places, run.stream_LxTxD, run.frozen_SxTxD
             of = perturbed.gradients(run.model.config, run.rules, *fixed, batch, np.int32(top_B[own_B[0]]))
             put(own_B, self._contributions(*(to_host(part) for part in of))[: len(own_B)])
 
-        with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:  # as in ``rows.Rows``
+        with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:  # as in ``rows.RowTracer``
             list(pool.map(read, range(0, len(order_B), size)))
 
     def _contributions(self, site_SxBxTxD: np.ndarray, token_BxTxD: np.ndarray) -> np.ndarray:

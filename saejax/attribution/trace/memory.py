@@ -17,7 +17,7 @@ from typing import NamedTuple
 import psutil
 from jax.sharding import Mesh
 
-from saejax.attribution.checks.circuits import RUNS
+from saejax.attribution.graph.pruning import RUNS
 from saejax.attribution.local.active import AT_ONCE
 from saejax.attribution.local.replacement import padded_length
 from saejax.attribution.trace.row_store import WHOLE, columns_kept

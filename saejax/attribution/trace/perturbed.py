@@ -1,9 +1,7 @@
 """The decoder with changes added at sites, and gradients with respect to them, through all that it computes.
 
-A change is added after its site is read, so a read shows what came from below. Sites may be *held*: whatever comes from
-below, the model goes on with the value that is given, and the change.
-
-Letters: L layers, T positions, D width, S sites, K kinds of site, B targets of a batch.
+A change is added after its site is read, so a read shows what came from below. Sites may be *frozen*: whatever comes
+from below, the model goes on with the value that is given, and the change.
 """
 
 import dataclasses
@@ -79,7 +77,7 @@ def run(
     x_TxD: jax.Array,
     last: jax.Array,
     delta_SxTxD: jax.Array,
-    held_SxTxD: jax.Array | None = None,
+    frozen_SxTxD: jax.Array | None = None,
 ) -> Ran:
     """Runs the model.
 
@@ -87,13 +85,13 @@ def run(
       x_TxD: the stream entering layer 0.
       last: position whose last stream is returned.
       delta_SxTxD: what is added at each site.
-      held_SxTxD: values at which sites are held; None: they are not.
+      frozen_SxTxD: values at which sites are frozen; None: they are not.
     """
     places = jax.tree.map(jnp.asarray, places)
 
     def hook(kind: str, layer: int | jax.Array, value_TxD: jax.Array) -> jax.Array:
         slot_K = places.slot_LxK[layer]
-        return _changed(places, kind, slot_K, value_TxD, _at(delta_SxTxD, slot_K), held_SxTxD)
+        return _changed(places, kind, slot_K, value_TxD, _at(delta_SxTxD, slot_K), frozen_SxTxD)
 
     leaving_TxD, seen, _ = run_layers(
         config,
@@ -118,14 +116,14 @@ def gradients(
     params: decoder.Params,
     places: Places,
     stream_LxTxD: jax.Array,
-    held_SxTxD: jax.Array | None,
+    frozen_SxTxD: jax.Array | None,
     readings: Readings,
     top: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of what a batch of targets reads, with respect to changes at sites and to the embedded tokens.
 
     Args:
-      stream_LxTxD, held_SxTxD: of the clean run, and as in ``run``.
+      stream_LxTxD, frozen_SxTxD: of the clean run, and as in ``run``.
       top: no target reads above the stream entering this layer.
 
     Returns:
@@ -154,7 +152,7 @@ def gradients(
 
             def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
                 read[kind] = value_TxD
-                return _changed(places, kind, slot_K, value_TxD, delta_KxTxD, held_SxTxD)
+                return _changed(places, kind, slot_K, value_TxD, delta_KxTxD, frozen_SxTxD)
 
             leaving_TxD = decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook)
             return leaving_TxD, jnp.stack([read[kind] for kind in places.kinds])
@@ -176,15 +174,15 @@ def _changed(
     slot_K: jax.Array,
     value_TxD: jax.Array,
     delta_KxTxD: jax.Array,
-    held_SxTxD: jax.Array | None,
+    frozen_SxTxD: jax.Array | None,
 ) -> jax.Array:
-    """What the model goes on with at a site: its value, or the one at which it is held, and the change."""
+    """What the model goes on with at a site: its value, or the one at which it is frozen, and the change."""
     if kind not in places.kinds:
         return value_TxD
     index = places.kinds.index(kind)
-    if held_SxTxD is not None:
-        held_TxD = _at(held_SxTxD, slot_K[index])
-        value_TxD = jnp.where(slot_K[index] < len(held_SxTxD), held_TxD, value_TxD)
+    if frozen_SxTxD is not None:
+        frozen_TxD = _at(frozen_SxTxD, slot_K[index])
+        value_TxD = jnp.where(slot_K[index] < len(frozen_SxTxD), frozen_TxD, value_TxD)
     return value_TxD + delta_KxTxD[index]
 
 

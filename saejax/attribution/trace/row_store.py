@@ -5,15 +5,13 @@ tokens with 540 active features each have 550,000, which for 8,192 rows is 18 GB
 ``WHOLE`` numbers together. Then features keep a column if they have a row already or are among the most influential so
 far, several times as many as rows are wanted; no other gets a row any more. What the features without a column
 contribute to a row is kept as one sum. Errors, tokens and biases always have their columns.
-
-Letters: A active features, K rows that are of no feature, T rows, S sources, C columns, R rows that are written.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-Put = Callable[[np.ndarray, np.ndarray], None]  # which rows [R], and what they are over all sources [R, S]
+Put = Callable[[np.ndarray, np.ndarray], None]  # which rows [B], and what they are over all sources [B, S]
 
 WHOLE = 1 << 28  # numbers that whole rows may have together: 1 GiB
 _SPARE = 4  # features with a column for each that gets a row
@@ -39,40 +37,40 @@ class RowStore:
       sources: their number S.
 
     Attributes:
-      row_TxC: fp32, over the sources that have a column.
+      row_RxC: fp32, over the sources that have a column.
       column_C: which sources these are, ascending.
-      dropped_T, size_T: fp32 sums, and sums of absolute values, over the sources that have none.
+      dropped_R, size_R: fp32 sums, and sums of absolute values, over the sources that have none.
     """
 
     def __init__(self, count: int, others: int, active: int, sources: int):
         self._count, self._others, self._active = count, others, active
         self._room = columns_kept(count + others, active, sources - active)
         first = count if self._room == sources else min(count, max(WHOLE // sources - others, _LEAST_ROWS))
-        self.row_TxC = np.zeros((first + others, sources), np.float32)
+        self.row_RxC = np.zeros((first + others, sources), np.float32)
         self.column_C = np.arange(sources)
-        self.dropped_T, self.size_T = np.zeros((2, count + others), np.float32)
+        self.dropped_R, self.size_R = np.zeros((2, count + others), np.float32)
         self._left_C = np.empty(0, np.int64)
 
     def room(self, done: int) -> int:
         """How many more rows of features fit, after so many of them, before columns have to be given up."""
-        return len(self.row_TxC) - self._others - done
+        return len(self.row_RxC) - self._others - done
 
     def put(self, start: int | None) -> Put:
         """Where rows are written to: to those from ``start`` on, or (None) to those that are of no feature."""
-        first = len(self.row_TxC) - self._others if start is None else start
+        first = len(self.row_RxC) - self._others if start is None else start
 
-        def write(row_R: np.ndarray, value_RxS: np.ndarray) -> None:
+        def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
             if len(self._left_C):
-                self._write_narrow(first + row_R, value_RxS)
+                self._write_narrow(first + row_B, value_BxS)
             else:
-                self.row_TxC[first + row_R] = value_RxS
+                self.row_RxC[first + row_B] = value_BxS
 
         return write
 
-    def _write_narrow(self, row_R: np.ndarray, value_RxS: np.ndarray) -> None:
-        left_RxC = value_RxS[:, self._left_C]
-        self.row_TxC[row_R] = value_RxS[:, self.column_C]
-        self.dropped_T[row_R], self.size_T[row_R] = left_RxC.sum(axis=1), np.abs(left_RxC).sum(axis=1)
+    def _write_narrow(self, row_B: np.ndarray, value_BxS: np.ndarray) -> None:
+        left_BxC = value_BxS[:, self._left_C]
+        self.row_RxC[row_B] = value_BxS[:, self.column_C]
+        self.dropped_R[row_B], self.size_R[row_B] = left_BxC.sum(axis=1), np.abs(left_BxC).sum(axis=1)
 
     def narrow(self, ranked_A: np.ndarray, done: int) -> None:
         """Gives up columns of features, and makes room for the rows that are left.
@@ -81,21 +79,21 @@ class RowStore:
           ranked_A: active features, those that are to keep their column first.
           done: rows of features that there are.
         """
-        old_TxC, sources = self.row_TxC, len(self.column_C)
+        old_RxC, sources = self.row_RxC, len(self.column_C)
         others = sources - self._active
         kept_S = np.ones(sources, bool)
         kept_S[: self._active] = False
         kept_S[ranked_A[: self._room - others]] = True
         self.column_C, self._left_C = np.flatnonzero(kept_S), np.flatnonzero(~kept_S)
-        self.row_TxC = np.zeros((self._count + self._others, len(self.column_C)), np.float32)
+        self.row_RxC = np.zeros((self._count + self._others, len(self.column_C)), np.float32)
         for row in (*range(done), *range(-self._others, 0)):  # one by one: there is no room for copies
-            self._write_narrow(np.array([row]), old_TxC[row][None])
+            self._write_narrow(np.array([row]), old_RxC[row][None])
 
     def sort(self, order_F: np.ndarray) -> None:
         """Puts the rows of features in another order, a few columns at a time: there is no room for a second copy."""
-        rows_FxC = self.row_TxC[: self._count]
+        rows_FxC = self.row_RxC[: self._count]
         size = max(_BLOCK // max(len(rows_FxC), 1), 1)
         for start in range(0, rows_FxC.shape[1], size):
             rows_FxC[:, start : start + size] = rows_FxC[order_F, start : start + size]
-        for sum_T in (self.dropped_T, self.size_T):
-            sum_T[: self._count] = sum_T[: self._count][order_F]
+        for sum_R in (self.dropped_R, self.size_R):
+            sum_R[: self._count] = sum_R[: self._count][order_F]

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.trace.backward import Batch, contributions
+from saejax.attribution.trace.backward import TargetBatch, contributions
 from saejax.attribution.trace.row_store import Put
 from saejax.attribution.trace.sources import Sources
+from saejax.models.config import DecoderConfig
 from saejax.parallel import fitting_sharding, to_host
 
 _LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
@@ -23,7 +24,20 @@ def batch_tokens(platform: str, length: int) -> int:
     return _CHUNKS * max(TOKENS[platform], length)
 
 
-class Rows:
+def row_flops(model: DecoderConfig, layers_R: np.ndarray | float, positions_R: np.ndarray | float) -> float:
+    """What rows of a graph need at the least, in operations; a product of [m, k] and [k, n] has 2 m k n.
+
+    That is the transposed projections of values and outputs of attention.
+
+    Args:
+      layers_R: how many layers each target goes down through.
+      positions_R: the positions up to its own.
+    """
+    per_token = 2.0 * model.d_model * model.d_head * (model.n_heads + model.n_kv_heads)
+    return float(np.sum(np.asarray(layers_R, np.float64) * positions_R)) * per_token
+
+
+class RowTracer:
     """Attributes targets in batches.
 
     Args:
@@ -44,25 +58,25 @@ class Rows:
 
     def __call__(
         self,
-        layer_T: np.ndarray,
-        position_T: np.ndarray,
-        vector_TxD: np.ndarray,
+        layer_R: np.ndarray,
+        position_R: np.ndarray,
+        vector_RxD: np.ndarray,
         put: Put,
         in_stream: bool = False,
     ) -> None:
         """Gives what each source contributes to each target.
 
         Args:
-          layer_T: int32 layer whose transcoder reads; or, of the stream, the layer that it enters.
-          position_T: int32 where.
-          vector_TxD: the directions that are read.
+          layer_R: int32 layer whose transcoder reads; or, of the stream, the layer that it enters.
+          position_R: int32 where.
+          vector_RxD: the directions that are read.
           put: takes rows and what they are, in any order and from more than one thread.
           in_stream: whether the directions are of the stream.
         """
 
         def run(batch: tuple[int, list[np.ndarray]]) -> None:
             index, chunks = batch
-            read_BxNxRxW = to_host(self._start(index, chunks, layer_T, position_T, vector_TxD, in_stream))
+            read_BxNxRxW = to_host(self._start(index, chunks, layer_R, position_R, vector_RxD, in_stream))
             for chunk, targets in enumerate(chunks):
                 put(targets, self._sources.collect(read_BxNxRxW[:, chunk, : len(targets)]))
 
@@ -70,21 +84,21 @@ class Rows:
         # Programs that speak with each other over several devices have to start in one order everywhere.
         workers = 2 if self._replacement.model.mesh.size == 1 else 1
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(run, self._batches(layer_T, position_T, in_stream)))
+            list(pool.map(run, self._batches(layer_R, position_R, in_stream)))
 
     def _batches(
-        self, layer_T: np.ndarray, position_T: np.ndarray, in_stream: bool
+        self, layer_R: np.ndarray, position_R: np.ndarray, in_stream: bool
     ) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Chunks of targets of similar position and layer, in batches: the number of their length, and which they are.
 
         Directions of the stream share a chunk only with others of the same layer. The longest come first, so that of
         workers side by side none is left alone with a long one.
         """
-        length_T = np.searchsorted(self._lengths, position_T + 1)
+        length_R = np.searchsorted(self._lengths, position_R + 1)
         for index in reversed(range(len(self._lengths))):
-            own = np.flatnonzero(length_T == index)
-            own = own[np.argsort(-layer_T[own], kind="stable")]
-            changes = np.flatnonzero(np.diff(layer_T[own]) * in_stream) + 1
+            own = np.flatnonzero(length_R == index)
+            own = own[np.argsort(-layer_R[own], kind="stable")]
+            changes = np.flatnonzero(np.diff(layer_R[own]) * in_stream) + 1
             size = self._chunk_size(index)
             chunks = [
                 part[start : start + size] for part in np.split(own, changes) for start in range(0, len(part), size)
@@ -99,9 +113,9 @@ class Rows:
         self,
         index: int,
         chunks: list[np.ndarray],
-        layer_T: np.ndarray,
-        position_T: np.ndarray,
-        vector_TxD: np.ndarray,
+        layer_R: np.ndarray,
+        position_R: np.ndarray,
+        vector_RxD: np.ndarray,
         in_stream: bool,
     ) -> jax.Array:
         """Starts the program on a batch; chunks are filled up with copies, the batch with chunks that never start."""
@@ -109,14 +123,14 @@ class Rows:
         filled_NxR = np.stack([np.resize(targets, size) for targets in chunks])
         filled_NxR = filled_NxR[np.minimum(np.arange(_CHUNKS), len(chunks) - 1)]
         start_N = np.zeros(_CHUNKS, np.int32)
-        start_N[: len(chunks)] = layer_T[filled_NxR[: len(chunks)]].max(axis=1) + (not in_stream)
+        start_N[: len(chunks)] = layer_R[filled_NxR[: len(chunks)]].max(axis=1) + (not in_stream)
         model, streams, sources = self._replacement.model, self._replacement.streams, self._sources
-        arrays = vector_TxD[filled_NxR], layer_T[filled_NxR], position_T[filled_NxR]
+        arrays = vector_RxD[filled_NxR], layer_R[filled_NxR], position_R[filled_NxR]
         vector_NxRxD, layer_NxR, position_NxR = (
             jax.device_put(array, fitting_sharding(model.mesh, array.shape, None, "data", *[None] * (array.ndim - 2)))
             for array in arrays
         )
-        batch = Batch(vector_NxRxD, layer_NxR, position_NxR, start_N)
+        batch = TargetBatch(vector_NxRxD, layer_NxR, position_NxR, start_N)
         fixed = model.params, self._streams[index], streams.skip_LxDxD, sources.bank
         places = sources.first_X, self._stops[index]
         return contributions(self._replacement.frozen, model.mesh, *fixed, *places, batch)

@@ -6,9 +6,6 @@ position. What a source contributes to a target is the dot product of its direct
 
 Directions at one place and position stand together, W of them in a block: one product with the cotangents of a whole
 batch of targets. Blocks name rows of a table, so a feature that is active at many positions is there once.
-
-Letters: E entries (a direction at a place and a position), U rows of the table, B blocks, S sources, R targets of a
-batch; L, T, P, D, A as in ``replacement``.
 """
 
 import dataclasses
@@ -17,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
 from saejax.attribution.local.replacement import Replacement
 from saejax.parallel import sharding
 
@@ -29,7 +26,7 @@ _NOWHERE = np.iinfo(np.int32).max  # position of a block that fills up its place
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Bank:
+class SourceBank:
     """Blocks of directions, on the devices.
 
     Attributes:
@@ -56,7 +53,7 @@ class Sources:
     """
 
     nodes: Nodes
-    bank: Bank
+    bank: SourceBank
     first_X: np.ndarray
     at_E: np.ndarray
     factor_E: np.ndarray
@@ -107,7 +104,7 @@ class Sources:
         at_E, first_X, row_BxW, position_B = _blocks(place_E, position_E, row_E, layers + 1, tokens)
         width = streams.last_D.shape[-1]
         table_UxD = jnp.concatenate([jnp.asarray(table).reshape(-1, width) for table in tables])
-        bank = jax.device_put(Bank(table_UxD, row_BxW, position_B), sharding(replacement.model.mesh))
+        bank = jax.device_put(SourceBank(table_UxD, row_BxW, position_B), sharding(replacement.model.mesh))
         return cls(nodes, bank, first_X, at_E, factor_E)
 
     def stop_X(self, length: int) -> np.ndarray:

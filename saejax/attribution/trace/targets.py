@@ -8,14 +8,13 @@ only differences of logits matter. Capping of logits is left out of it; probabil
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.local.active import Active
-from saejax.attribution.local.transcoders import DictionarySet
+from saejax.attribution.local.prompt_run import PromptRun
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
@@ -24,45 +23,6 @@ from saejax.models.layers import einsum, norm
 from saejax.models.rules import RunRules
 from saejax.models.tokens import token_text
 from saejax.parallel import to_host
-
-
-class PromptRun(Protocol):
-    """A model that was run on a prompt, as targets and graphs see it; ``Replacement`` is one."""
-
-    @property
-    def model(self) -> LanguageModel:
-        """The model."""
-
-    @property
-    def dictionaries(self) -> DictionarySet:
-        """The transcoders or SAEs whose features are nodes."""
-
-    @property
-    def rules(self) -> RunRules:
-        """The rules by which gradients go through it."""
-
-    @property
-    def ids_P(self) -> np.ndarray:
-        """int32 token ids."""
-
-    @property
-    def active(self) -> Active:
-        """The active features."""
-
-    @property
-    def logits_V(self) -> np.ndarray:
-        """fp32 logits at the last position."""
-
-    @property
-    def last_D(self) -> jax.Array:
-        """The stream leaving the last layer at the last position, fp32."""
-
-    @property
-    def stream_LxTxD(self) -> jax.Array:
-        """The stream entering each layer, fp32."""
-
-    def constants(self, chosen_F: np.ndarray) -> np.ndarray:
-        """What biases of their own add to the pre-activations of some of the active features, fp32 [F]."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ from saejax import load_model
 from saejax.attribution.checks import interventions
 from saejax.attribution.checks.changes import ablate, features_of, matched, moved, scale, set_to, steer, swap
 from saejax.attribution.checks.interventions import intervene
-from saejax.attribution.graph.graph import TOKEN, Nodes
+from saejax.attribution.graph.nodes import TOKEN, Nodes
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction, read_targets
 from saejax.errors import UserError
@@ -95,7 +95,7 @@ def setting(tiny_llama, one_device):
     jax.config.update("jax_exec_time_optimization_effort", -1.0)  # as ``quick_compiler``, which is of each test
     lm = load_model(str(tiny_llama), mesh=one_device)
     transcoders = made_set(lm, kind="topk")
-    opened = TranscoderSet.of(transcoders)
+    opened = LayerTranscoders.of(transcoders)
     graph, here, readouts = trace_prompt(lm, opened, IDS, targets=TARGETS)
     there = Replacement.of(lm, opened, np.array(OTHER))
     torch_model = source.load_torch_model(lm.source, "float32").double()
@@ -111,9 +111,9 @@ def test_with_all_held_ablation_takes_the_sum_of_the_edges_away(setting):
     changed = intervene(here, rows, setting.readouts, every_A, hold="all")
     after_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1).astype(np.float64)
     moved_RxT = after_RxT - np.concatenate([here.active.value_A, setting.readouts.value_K])
-    edges_RxT = np.stack([graph.adjacency_TxS[:, group].sum(axis=1, dtype=np.float64) for group in groups])
+    edges_RxT = np.stack([graph.adjacency_RxS[:, group].sum(axis=1, dtype=np.float64) for group in groups])
     assert np.abs(moved_RxT + edges_RxT).max() < 1e-5 * np.abs(edges_RxT).max()
-    size_K = np.abs(graph.adjacency_TxS[-2:, : len(every_A)]).sum(axis=1)  # of all features, the parts of each logit
+    size_K = np.abs(graph.adjacency_RxS[-2:, : len(every_A)]).sum(axis=1)  # of all features, the parts of each logit
     assert (np.abs(moved_RxT[1, -2:] + edges_RxT[1, -2:]) < 1e-5 * size_K).all() and (size_K > 0.1).all()
 
 
@@ -186,7 +186,7 @@ def test_curves_of_sets_and_of_others_like_them(setting):
     np.testing.assert_allclose(curve_SxMxK[:, 2], np.tile(value_K, (4, 1)), atol=1e-6)
     for members, curve_MxK in zip((group, *controls), curve_SxMxK, strict=True):
         places = setting.here.active.places(members.layer_N, members.position_N, members.index_N)
-        sum_K = setting.graph.adjacency_TxS[-2:, places].sum(axis=1)
+        sum_K = setting.graph.adjacency_RxS[-2:, places].sum(axis=1)
         np.testing.assert_allclose(curve_MxK - value_K, (found.factor_M - 1)[:, None] * sum_K[None], atol=5e-6)
     own, every = keys_of(group), keys_of(features_of(setting.graph, np.arange(len(setting.here.active))))
     for control in controls:

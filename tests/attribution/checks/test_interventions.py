@@ -12,7 +12,7 @@ from saejax.attribution.checks.circuits import curve
 from saejax.attribution.checks.interventions import HOLDS, Change, intervene
 from saejax.attribution.checks.validation import double
 from saejax.attribution.local.replacement import Replacement, embed
-from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.targets import Direction, read_targets
 from saejax.errors import UserError
 
@@ -31,7 +31,7 @@ def traced(lm, request):
     skip = request.param == "skip"
     transcoders = made_set(lm, kind="jumprelu" if skip else request.param, skip=skip)
     targets = [7, 9, (7, 11), Direction(np.eye(lm.config.d_model)[3], layer=2, position=4)]
-    replacement = Replacement.of(lm, TranscoderSet.of(transcoders), np.array(IDS))
+    replacement = Replacement.of(lm, LayerTranscoders.of(transcoders), np.array(IDS))
     return (
         replacement,
         transcoders,
@@ -121,7 +121,7 @@ def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_sa
     changed = intervene(replacement, [[], *raised], readouts, range(len(active)), hold="all")
     seen_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1)
     assert np.abs(seen_RxT[0, -4:] - readouts.value_K).max() > 0.05  # the tokens do make a difference
-    edge_RxT = graph.adjacency_TxS[:, chosen].T
+    edge_RxT = graph.adjacency_RxS[:, chosen].T
     assert np.abs(edge_RxT).max() > 0.01
     moved_RxT = (seen_RxT[1:] - seen_RxT[:1]) / 64
     assert np.abs(moved_RxT - edge_RxT).max() < 3e-6 * np.abs(edge_RxT).max()
@@ -131,10 +131,10 @@ def test_with_all_held_a_change_is_its_edge(traced):
     replacement, _, readouts, graph = traced
     doubling = double(replacement, graph, readouts, 12)
     assert doubling.held_error < 3e-6
-    assert np.abs(doubling.edge_RxT).max() > 0.01
-    assert np.abs(doubling.free_RxT - doubling.edge_RxT).max() > 1e-3  # norms, attention and MLPs do react
-    found = doubling.results()["free"]
-    assert 0 < found["pearson"] <= 1 and found["sign"] > 0.5
+    assert np.abs(doubling.edge_ExR).max() > 0.01
+    assert np.abs(doubling.free_ExR - doubling.edge_ExR).max() > 1e-3  # norms, attention and MLPs do react
+    found = doubling.results.free
+    assert 0 < found.pearson <= 1 and found.sign > 0.5
 
 
 def test_attention_can_be_held_alone(traced):

@@ -14,10 +14,11 @@ from reference_graphs import LAYERS, adjacency_of, each_graph, needs_graphs, nod
 import saejax
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.graph_folder import INDEX, write_graph
-from saejax.attribution.forms.neuronpedia import cantor_pair, cantor_unpair, node_ids, to_document
+from saejax.attribution.forms.network import to_networkx
+from saejax.attribution.forms.neuronpedia import cantor_pair, cantor_unpair, to_document
 from saejax.attribution.forms.page import write_page
-from saejax.attribution.graph.graph import LOGIT, Graph
-from saejax.attribution.groups.network import to_networkx
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import LOGIT
 from saejax.errors import UserError
 
 
@@ -27,11 +28,11 @@ def reference_graph(folder: Path) -> Graph:
     logits = [node for node in described["nodes"] if node["feature_type"] == "logit"]
     zeros = np.zeros(len(adjacency_of(ref)), np.float32)
     return Graph(
-        adjacency_TxS=adjacency_of(ref),
+        adjacency_RxS=adjacency_of(ref),
         nodes=nodes_of(ref),
-        value_T=zeros,
-        constant_T=zeros,
-        unkept_T=zeros,
+        value_R=zeros,
+        constant_R=zeros,
+        unkept_R=zeros,
         ids_P=ref["ids"].astype(np.int32),
         tokens=tuple(described["metadata"]["prompt_tokens"]),
         logit_K=np.zeros(len(logits), np.float32),
@@ -109,8 +110,8 @@ def graph():
     """A small pruned graph with a feature 0 where an error stands, too."""
     graph = make_graph(features=6, layers=2)
     graph.nodes.layer_N[0], graph.nodes.index_N[0] = 0, 0
-    below_S = graph.nodes.layer_N[: graph.adjacency_TxS.shape[1]]
-    graph.adjacency_TxS[below_S[None] >= graph.nodes.layer_N[graph.target_T][:, None]] = 0
+    below_S = graph.nodes.layer_N[: graph.adjacency_RxS.shape[1]]
+    graph.adjacency_RxS[below_S[None] >= graph.nodes.layer_N[graph.target_R][:, None]] = 0
     return graph.prune(1.0, 1.0)
 
 
@@ -133,7 +134,7 @@ def test_what_the_document_says(graph):
 
 def test_directions_have_ids_of_their_own(graph):
     graph.nodes.index_N[graph.slice_of(LOGIT)] = -1
-    assert node_ids(graph)[-2:] == ["3_-1_2", "3_-2_2"]
+    assert graph.ids[-2:] == ["3_-1_2", "3_-2_2"]
     check_document(to_document(graph, "directions"))
 
 
@@ -194,7 +195,7 @@ def test_several_writers_lose_nothing(graph, tmp_path):
 @pytest.mark.parametrize("pruned", [True, False])
 def test_networkx_has_the_same_nodes_and_edges(graph, pruned):
     graph = graph if pruned else make_graph()
-    made, ids = to_networkx(graph), node_ids(graph)
+    made, ids = to_networkx(graph), graph.ids
     assert list(made) == ids
     source_E, target_E, weight_E = graph.edges()
     assert made.number_of_edges() == len(weight_E)
@@ -207,4 +208,4 @@ def test_networkx_has_the_same_nodes_and_edges(graph, pruned):
 
 def test_every_kind_of_node_has_an_id(graph):
     whole = dataclasses.replace(make_graph(), pruning=None)
-    assert {"bias_0", "bias_1"} <= set(node_ids(whole))
+    assert {"bias_0", "bias_1"} <= set(whole.ids)

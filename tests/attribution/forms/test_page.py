@@ -11,7 +11,7 @@ import pytest
 from browser import CHROMIUM, chromium
 from made_up_documents import made_up_document
 
-from saejax.attribution.forms.page import Table, embedded, write_page
+from saejax.attribution.forms.page import PageTable, embedded, write_page
 from saejax.errors import UserError
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
@@ -402,7 +402,7 @@ def test_heads_and_tables_are_shown_where_they_are_given(browser, document, tmp_
     node = busy_feature(document)
     source, weight = strongest(document, node, True)[0]
     rows_ = [[node, source, 0.25], ["bias", "bias", -1.5]]
-    table = Table("Head 3.1 at <b>is</b>", ["query", "key", "score"], rows_, "A note.")
+    table = PageTable("Head 3.1 at <b>is</b>", ["query", "key", "score"], rows_, "A note.")
     heads = {(source, node): [(3, 1, 0.5 * weight), (2, 0, -0.125)]}
     write_page(tmp_path / "graph.html", document, heads=heads, tables=[table])
     browser.view(1440, 900)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from made_graphs import make_graph
 
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.data import GraphScores, Pruning
 from saejax.attribution.graph.files import ARRAYS, DESCRIPTION
-from saejax.attribution.graph.graph import LOGIT, TOKEN, Graph, Pruning, Scores
+from saejax.attribution.graph.nodes import LOGIT, TOKEN
 from saejax.errors import UserError
 
 
@@ -25,10 +27,9 @@ def test_a_graph_comes_back_as_it_was(pruned, tmp_path):
     graph = make_graph()
     if pruned:
         influence_N = np.linspace(0, 1, len(graph.nodes), dtype=np.float32)
-        graph = dataclasses.replace(
-            graph,
-            pruning=Pruning(0.8, 0.98, np.arange(len(graph.nodes), dtype=np.int32), influence_N, Scores(0.5, 0.75)),
-        )
+        node_N = np.arange(len(graph.nodes), dtype=np.int32)
+        pruning = Pruning(0.8, 0.98, node_N, influence_N, GraphScores(0.5, 0.75))
+        graph = dataclasses.replace(graph, pruning=pruning)
     graph.save(tmp_path / "a" / "b")
     assert same(Graph.load(tmp_path / "a" / "b"), graph)
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == [DESCRIPTION, ARRAYS]
@@ -39,15 +40,15 @@ def test_a_graph_comes_back_as_it_was(pruned, tmp_path):
 def test_nodes_rows_and_columns(tmp_path):
     graph = make_graph(features=2, layers=1)
     assert graph.nodes.kind_N.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 4, 5, 5]
-    assert graph.target_T.tolist() == [0, 1, 9, 10]
+    assert graph.target_R.tolist() == [0, 1, 9, 10]
     assert graph.slice_of(TOKEN) == slice(5, 8) and graph.count(TOKEN, LOGIT) == 5
     assert graph.probability_K.tolist() == pytest.approx([0.6, 0.3])
-    graph.adjacency_TxS[1:] = 0
+    graph.adjacency_RxS[1:] = 0
     source_E, target_E, weight_E = graph.edges()
     assert source_E.tolist() == list(range(9)) and set(target_E) == {0}
-    assert np.array_equal(weight_E, graph.adjacency_TxS[0])
-    missing = graph.value_T[0] - graph.constant_T[0] - graph.unkept_T[0] - graph.adjacency_TxS[0].sum()
-    assert graph.unexplained_T[0] == pytest.approx(missing, abs=1e-6)
+    assert np.array_equal(weight_E, graph.adjacency_RxS[0])
+    missing = graph.value_R[0] - graph.constant_R[0] - graph.unkept_R[0] - graph.adjacency_RxS[0].sum()
+    assert graph.unexplained_R[0] == pytest.approx(missing, abs=1e-6)
 
 
 def damaged(folder, how):
@@ -91,8 +92,8 @@ def test_damaged_files_are_refused(how, message, tmp_path):
     "change,message",
     [
         (dict(logit_K=np.zeros(3, np.float32)), "logit_K has the shape"),
-        (dict(value_T=np.zeros(9)), "value_T has the shape .* in float64"),
-        (dict(value_T=np.full(9, np.nan, np.float32)), "value_T is not finite"),
+        (dict(value_R=np.zeros(9)), "value_R has the shape .* in float64"),
+        (dict(value_R=np.full(9, np.nan, np.float32)), "value_R is not finite"),
         (dict(labels=("a",)), "labels are missing"),
     ],
 )

@@ -8,25 +8,25 @@ import pytest
 from made_graphs import make_graph
 from reference_graphs import adjacency_of, each_graph, needs_graphs, nodes_of
 
-from saejax.attribution.graph import pruning
-from saejax.attribution.graph.graph import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Graph
+from saejax.attribution.graph import Graph, pruning
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, LOGIT, TOKEN
 from saejax.errors import UserError
 
 
 def layered(seed=0, **sizes) -> Graph:
     """A random graph whose edges go up, sparse, with weights of very different sizes."""
     graph, rng = make_graph(seed=seed, **sizes), np.random.default_rng(seed)
-    layer_S = graph.nodes.layer_N[: graph.adjacency_TxS.shape[1]]
-    up_TxS = layer_S[None, :] < graph.nodes.layer_N[graph.target_T][:, None]
-    weights = graph.adjacency_TxS * np.exp(2 * rng.normal(size=up_TxS.shape)) * (rng.random(up_TxS.shape) < 0.6)
-    return dataclasses.replace(graph, adjacency_TxS=np.where(up_TxS, weights, 0).astype(np.float32))
+    layer_S = graph.nodes.layer_N[: graph.adjacency_RxS.shape[1]]
+    up_TxS = layer_S[None, :] < graph.nodes.layer_N[graph.target_R][:, None]
+    weights = graph.adjacency_RxS * np.exp(2 * rng.normal(size=up_TxS.shape)) * (rng.random(up_TxS.shape) < 0.6)
+    return dataclasses.replace(graph, adjacency_RxS=np.where(up_TxS, weights, 0).astype(np.float32))
 
 
 def by_definition(graph: Graph, nodes: float, edges: float):
     """Masks, cumulative shares and scores as circuit-tracer defines them, on a square float64 matrix, all sorted."""
     kind_N, count = graph.nodes.kind_N, len(graph.nodes)
     square, weight_N = np.zeros((count, count)), np.where(kind_N == LOGIT, graph.nodes.value_N, 0).astype(np.float64)
-    square[graph.target_T, : graph.adjacency_TxS.shape[1]] = graph.adjacency_TxS
+    square[graph.target_R, : graph.adjacency_RxS.shape[1]] = graph.adjacency_RxS
     square[:, kind_N == BIAS] = 0
 
     def shares(matrix):
@@ -92,7 +92,7 @@ def test_bias_nodes_change_no_figure():
     plain = pruning._cut(graph, without)
     (a, b), bias = (graph.prune(), plain.prune()), graph.count(BIAS)
     assert bias and len(plain.nodes) == len(graph.nodes) - bias and graph.scores() == plain.scores()
-    assert np.array_equal(a.adjacency_TxS, b.adjacency_TxS) and a.count(BIAS) == 0
+    assert np.array_equal(a.adjacency_RxS, b.adjacency_RxS) and a.count(BIAS) == 0
     assert np.array_equal(a.pruning.influence_N, b.pruning.influence_N)
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_pruned_is_refused():
 
 def test_a_graph_without_edges_keeps_tokens_and_logits():
     graph = layered()
-    pruned = dataclasses.replace(graph, adjacency_TxS=np.zeros_like(graph.adjacency_TxS)).prune()
+    pruned = dataclasses.replace(graph, adjacency_RxS=np.zeros_like(graph.adjacency_RxS)).prune()
     assert set(pruned.nodes.kind_N) == {TOKEN, LOGIT}
 
 
@@ -125,10 +125,10 @@ def test_a_graph_without_edges_keeps_tokens_and_logits():
 @each_graph
 def test_circuit_tracer_prunes_its_graphs_alike(folder):
     ref = np.load(folder / "reference.npz")
-    nodes, adjacency_TxS = nodes_of(ref), adjacency_of(ref)
+    nodes, adjacency_RxS = nodes_of(ref), adjacency_of(ref)
     graph = dataclasses.replace(
-        make_graph(), nodes=nodes, adjacency_TxS=adjacency_TxS,
-        **dict.fromkeys(("value_T", "constant_T", "unkept_T"), np.zeros(len(adjacency_TxS), np.float32)),
+        make_graph(), nodes=nodes, adjacency_RxS=adjacency_RxS,
+        **dict.fromkeys(("value_R", "constant_R", "unkept_R"), np.zeros(len(adjacency_RxS), np.float32)),
     )  # fmt: skip
     pruned = check(graph, ref["node_mask"], ref["edge_mask"], ref["scores"])
     assert np.abs(pruned.pruning.influence_N - ref["cumulative"][ref["node_mask"]]).max() < 1e-6

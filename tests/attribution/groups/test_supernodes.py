@@ -11,11 +11,11 @@ from made_transcoders import made_set
 
 from saejax import command, load_model, save_transcoders
 from saejax.attribution import requests
-from saejax.attribution.forms.neuronpedia import node_ids
-from saejax.attribution.graph.graph import FEATURE, LOGIT, Graph, Nodes
-from saejax.attribution.groups import supernode_files
-from saejax.attribution.groups.network import to_networkx
-from saejax.attribution.groups.supernodes import Supernode, alikeness, as_groups, cluster, collapse, named
+from saejax.attribution.forms.network import to_networkx
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE, LOGIT, Nodes
+from saejax.attribution.groups.cluster import alikeness, cluster
+from saejax.attribution.groups.supernodes import Supernode, as_groups, collapse, named, read_groups
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.settings import GraphConfig
@@ -36,9 +36,9 @@ def planted(seed=0, kinds=4, features=28, layers=5):
     order = np.lexsort((np.arange(features), position_F, layer_F))
     own = Nodes.of(FEATURE, layer_F[order], position_F[order], np.arange(features), 1 + rng.random(features))
     others = graph.nodes[graph.count(FEATURE) :]
-    mean_KxS = rng.normal(size=(kinds, graph.adjacency_TxS.shape[1]))
-    mean_TxK = rng.normal(size=(len(graph.adjacency_TxS), kinds))
-    noise = 0.4 * rng.normal(size=graph.adjacency_TxS.shape)
+    mean_KxS = rng.normal(size=(kinds, graph.adjacency_RxS.shape[1]))
+    mean_TxK = rng.normal(size=(len(graph.adjacency_RxS), kinds))
+    noise = 0.4 * rng.normal(size=graph.adjacency_RxS.shape)
     noise[:features] += mean_KxS[kind_F]
     noise[:, :features] += mean_TxK[:, kind_F]
     written_FxD = rng.normal(size=(kinds, WIDTH))[kind_F] + 0.4 * rng.normal(size=(features, WIDTH))
@@ -48,7 +48,7 @@ def planted(seed=0, kinds=4, features=28, layers=5):
         active=active, ids_P=np.zeros(POSITIONS), dictionaries=dictionaries, written=written_FxD
     )
     graph = dataclasses.replace(
-        graph, nodes=Nodes.joined(own, others), adjacency_TxS=noise.astype(np.float32), tokens=tuple("abcdef")
+        graph, nodes=Nodes.joined(own, others), adjacency_RxS=noise.astype(np.float32), tokens=tuple("abcdef")
     )
     return graph, replacement, kind_F
 
@@ -60,7 +60,7 @@ def cosine(a, b):
 
 def alike(graph, replacement, a, b, others=()):
     """How alike two features are, from the definition."""
-    nodes, edges = graph.nodes, graph.adjacency_TxS.astype(np.float64)
+    nodes, edges = graph.nodes, graph.adjacency_RxS.astype(np.float64)
 
     def activity(node):
         found = []
@@ -80,7 +80,7 @@ def test_alikeness_is_as_defined():
         layer_A=graph.nodes.layer_N[[0, 4, 9]], position_A=np.array([1, 1, 2]),
         feature_A=graph.nodes.index_N[[0, 4, 9]], value_A=np.array([1.0, 2.0, 3.0]),
     ))  # fmt: skip
-    graph.adjacency_TxS[3], graph.adjacency_TxS[:, 3] = 0, 0  # a node without edges is not alike in them
+    graph.adjacency_RxS[3], graph.adjacency_RxS[:, 3] = 0, 0  # a node without edges is not alike in them
     for others in ((), (second,)):
         found_FxF = alikeness(graph, replacement, others)
         for a in range(0, 28, 3):
@@ -124,9 +124,9 @@ def test_the_most_influential_groups_come_first_and_are_named():
     fewer = cluster(graph, replacement, similarity=0.3, layers=9, positions=9, most=2)
     assert len(found) > 2 and fewer == found[:2]
     # Each layer's influence flows from the logits' weights; the strongest group has the largest sum.
-    shares = np.abs(graph.adjacency_TxS[:, : graph.slice_of(2).stop]).astype(np.float64)
+    shares = np.abs(graph.adjacency_RxS[:, : graph.slice_of(2).stop]).astype(np.float64)
     shares /= shares.sum(axis=1, keepdims=True)
-    influence_S, layer_T = np.zeros(shares.shape[1]), graph.nodes.layer_N[graph.target_T]
+    influence_S, layer_T = np.zeros(shares.shape[1]), graph.nodes.layer_N[graph.target_R]
     weight_T = np.concatenate([np.zeros(28), graph.probability_K])
     for layer in sorted(set(layer_T), reverse=True):
         rows = np.flatnonzero(layer_T == layer)
@@ -146,7 +146,7 @@ def test_edges_of_groups_are_sums_and_networkx_has_them():
     graph = make_graph(features=6)
     groups = [Supernode("left", (0, 2)), Supernode("right", (5, 1, 12)), Supernode("left", (18,))]
     found = collapse(graph, groups)
-    ids, wanted = node_ids(graph), {}
+    ids, wanted = graph.ids, {}
     unit = {node: number for number, group in enumerate(groups) for node in group.nodes}
     names = [ids[members[0]] if len(members) == 1 else None for members in found.members]
     for source, target, weight in zip(*graph.edges()):
@@ -168,7 +168,7 @@ def test_edges_of_groups_are_sums_and_networkx_has_them():
 
 def test_groups_of_ids():
     graph = make_graph()
-    ids = node_ids(graph)
+    ids = graph.ids
     groups = [["a", ids[0], ids[-1]], ["a", ids[3]]]
     assert as_groups(graph, named(graph, groups)) == groups
     with pytest.raises(UserError, match="supernode 'b' names 'E_9_9', and no node of the graph has that id"):
@@ -212,12 +212,12 @@ def test_files_of_groups(tmp_path, content, wanted):
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     config = GraphConfig(supernodes=str(file))
     if isinstance(wanted, dict):
-        assert supernode_files.read_groups(config, ["one", "two"]) == wanted
+        assert read_groups(config, ["one", "two"]) == wanted
     else:
         with pytest.raises(UserError, match=wanted) as error:
-            supernode_files.read_groups(config, ["one", "two"])
+            read_groups(config, ["one", "two"])
         assert "\n" not in str(error.value)
-    assert supernode_files.read_groups(GraphConfig(supernodes="cluster"), ["one"]) == {}
+    assert read_groups(GraphConfig(supernodes="cluster"), ["one"]) == {}
 
 
 def in_pairs(transcoder):
@@ -251,7 +251,7 @@ def test_the_stage_writes_groups_and_takes_back_what_the_page_saves(
         {str((int(id.split("_")[1]) + 24) % 48) for id in ids} & {id.split("_")[1] for id in ids}
         for _, *ids in params["supernodes"]
     )  # pairs are together
-    logits = node_ids(graph)[graph.slice_of(LOGIT)]
+    logits = graph.ids[graph.slice_of(LOGIT)]
     assert params["pinnedIds"] == [member for group in params["supernodes"] for member in group[1:]] + logits
     assert as_groups(graph, named(graph, params["supernodes"])) == params["supernodes"]
     assert results["circuits"]["rest"] == "mean"

@@ -9,10 +9,11 @@ from made_transcoders import made_set
 
 from saejax import load_model
 from saejax.attribution.forms import outputs
-from saejax.attribution.forms.attention import OWN, attend, leading_heads
-from saejax.attribution.forms.neuronpedia import node_ids
-from saejax.attribution.heads import heads
+from saejax.attribution.forms.attention_tables import attention_tables
+from saejax.attribution.heads import edges as heads
+from saejax.attribution.heads.attention import OWN, attend, leading_heads
 from saejax.attribution.requests import read_heads
+from saejax.attribution.results import HeadResults
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.errors import UserError
 from saejax.settings import GraphConfig
@@ -58,45 +59,43 @@ def test_shares_are_means_over_targets(traced, pruned):
 
 def test_results_and_tables(traced, pruned):
     found = attend(traced, pruned, True, None)
-    assert found.heads["edges"] == len(found.carried) > 10 and not found.heads["too_large"]
-    leading, score = found.tables
-    assert leading.rows[0][0] == "{layer}.{head}".format(**found.heads["leading"][0])
-    (split,) = found.query_key
-    assert split["query"] == len(IDS) - 1 and len(split["keys"]) == 3
-    assert score.title.startswith(f"Head {split['layer']}.{split['head']} at ")
+    assert found.heads.edges == len(found.carried) > 10 and not found.heads.too_large
+    leading, score = attention_tables(found, pruned)
+    assert leading.rows[0][0] == f"{found.heads.leading[0].layer}.{found.heads.leading[0].head}"
+    (split,) = found.query_key(pruned)
+    assert split.query == len(IDS) - 1 and len(split.keys) == 3
+    assert score.title.startswith(f"Head {split.layer}.{split.head} at ")
     # Every block of the table is a score, its pairs and the others; pairs and others add up.
-    ids, starts = set(node_ids(pruned)), [n for n, row in enumerate(score.rows) if row[1] == "score"]
-    for key, start, stop in zip(split["keys"], starts, [*starts[1:], len(score.rows)], strict=True):
+    ids, starts = set(pruned.ids), [n for n, row in enumerate(score.rows) if row[1] == "score"]
+    for key, start, stop in zip(split.keys, starts, [*starts[1:], len(score.rows)], strict=True):
         block = score.rows[start:stop]
-        assert block[0][3] == key["score"] and block[-1][1:] == ["all other pairs", "", key["rest"]]
-        assert sum(row[3] for row in block[1:]) == pytest.approx(key["score"], abs=1e-5)
-        for row, pair in zip(block[1:-1], key["pairs"], strict=True):
-            for name, cell in ((pair["query"], row[1]), (pair["key"], row[2])):
+        assert block[0][3] == key.score and block[-1][1:] == ["all other pairs", "", key.rest]
+        assert sum(row[3] for row in block[1:]) == pytest.approx(key.score, abs=1e-5)
+        for row, pair in zip(block[1:-1], key.pairs, strict=True):
+            for name, cell in ((pair.query, row[1]), (pair.key, row[2])):
                 kind = name.split("_")[0]
                 expected = {"own": "biases of the head", "first": "MLP of layer", "bias": "biases of layer"}
                 assert cell == name if name in ids else cell.startswith(expected.get(kind, ("feature", "error", "␣")))
-    assert any(pair["query"] == OWN or "_" in pair["query"] for key in split["keys"] for pair in key["pairs"])
+    assert any(pair.query == OWN or "_" in pair.query for key in split.keys for pair in key.pairs)
 
 
 def test_what_is_not_asked_for_is_not_there(traced, pruned, monkeypatch):
-    assert attend(traced, pruned, False, None).tables == []
+    assert attention_tables(attend(traced, pruned, False, None), pruned) == []
     assert attend(traced, pruned, False, []).heads is None
     asked = attend(traced, pruned, False, [(1, 2, 3), (0, 0, 0)])
-    assert [(one["layer"], one["head"], one["query"]) for one in asked.query_key] == [(1, 2, 3), (0, 0, 0)]
+    assert [(one.layer, one.head, one.query) for one in asked.query_key(pruned)] == [(1, 2, 3), (0, 0, 0)]
     monkeypatch.setattr(heads, "MOST_GROUPS", 0)
     found = attend(traced, pruned, True, None)
-    assert "prune the graph" in found.heads["too_large"] and (found.carried, found.query_key, found.tables) == (
-        {},
-        [],
-        [],
-    )
+    assert "prune the graph" in found.heads.too_large
+    assert (found.carried, found.query_key(pruned), attention_tables(found, pruned)) == ({}, (), [])
 
 
 def test_a_graph_without_edges_has_no_heads(traced):
     graph = traced.graph.prune(0.0, 0.0)
-    bare = dataclasses.replace(graph, adjacency_TxS=np.zeros_like(graph.adjacency_TxS))
+    bare = dataclasses.replace(graph, adjacency_RxS=np.zeros_like(graph.adjacency_RxS))
     found = attend(traced, bare, True, None)
-    assert found.heads == dict(edges=0, too_large="", leading=[]) and found.query_key == found.tables == []
+    assert found.heads == HeadResults(edges=0, too_large="", leading=())
+    assert found.query_key(bare) == () and attention_tables(found, bare) == []
 
 
 def test_heads_as_they_are_written():
@@ -117,7 +116,7 @@ def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, tr
     attention = attend(traced, pruned, True, None)
     (tmp_path / "heads").mkdir()
     outputs.write_outputs(SimpleNamespace(folder=tmp_path), "one", pruned, [], attention)
-    ids, (source_E, target_E, weight_E) = node_ids(pruned), pruned.edges()
+    ids, (source_E, target_E, weight_E) = pruned.ids, pruned.edges()
     largest = np.argsort(-np.abs(weight_E), kind="stable")[:5]
     strongest = {(ids[source_E[edge]], ids[target_E[edge]]) for edge in largest}
     assert set(written["heads"]) == strongest & set(heads.named_heads(attention.carried, ids))

@@ -8,10 +8,10 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import load_model
-from saejax.attribution.graph.graph import FEATURE
-from saejax.attribution.heads import heads
+from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.heads import edges as heads
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.attribution.trace.rows import Rows
+from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources
 from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
@@ -42,7 +42,7 @@ def edges_without(traced, layer, head):
     sources = Sources.of(replacement)
     active = replacement.active
     matrix_TxS = np.zeros((len(active) + len(readouts.labels), len(sources.nodes)), np.float32)
-    rows = Rows(changed, sources, len(matrix_TxS))
+    rows = RowTracer(changed, sources, len(matrix_TxS))
     rows(active.layer_A, active.position_A, changed.encoder_rows(np.arange(len(active))), matrix_TxS.__setitem__)
     rows(
         readouts.layer_K,
@@ -61,7 +61,7 @@ def test_a_part_is_what_vanishes_without_the_head(traced):
     pruned = graph.prune(1.0, 1.0)
     found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100)
     edges, whole = edges_of(pruned), pruned.pruning.node_N
-    row_of = {node: row for row, node in enumerate(graph.target_T.tolist())}
+    row_of = {node: row for row, node in enumerate(graph.target_R.tolist())}
     scale, compared = max(abs(weight) for *_, weight in edges), 0
     for layer, head in ((0, 1), (2, 0), (3, 3)):
         without_TxS = edges_without(traced, layer, head)
@@ -69,7 +69,7 @@ def test_a_part_is_what_vanishes_without_the_head(traced):
             if pruned.nodes.layer_N[target] == layer:  # the norm before what this layer's features read moves, too
                 continue
             row, column = row_of[int(whole[target])], int(whole[source])
-            wanted = graph.adjacency_TxS[row, column] - without_TxS[row, column]
+            wanted = graph.adjacency_RxS[row, column] - without_TxS[row, column]
             ours = {(one, other): part for one, other, part in found.get((source, target), [])}.get((layer, head), 0.0)
             assert abs(ours - wanted) < 1e-5 * scale
             compared += abs(wanted) > 1e-3 * scale

@@ -10,11 +10,11 @@ from made_graphs import load_tiny, make_transcoders
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3 import modeling_qwen3
 
-from saejax.attribution.graph.graph import ERROR, FEATURE, TOKEN
+from saejax.attribution.graph.nodes import ERROR, FEATURE, TOKEN
 from saejax.attribution.heads import query_key
 from saejax.attribution.heads.query_key import split_scores
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.sources import Sources
 from saejax.errors import UserError
 
@@ -34,7 +34,7 @@ def opened(request, kept, tmp_path, one_device, quick_compiler):
     if request.param not in kept:
         lm = load_tiny(tmp_path, request.param, one_device)
         made = make_transcoders(lm.config, skip=request.param in ("qwen3", "gemma2"))
-        replacement = Replacement.of(lm, TranscoderSet.of(made), np.array(IDS))
+        replacement = Replacement.of(lm, LayerTranscoders.of(made), np.array(IDS))
         kept[request.param] = tmp_path, made, replacement, Sources.of(replacement)
     return kept[request.param]
 

@@ -7,7 +7,7 @@ from made_graphs import FEATURES, load_tiny, make_transcoders
 from safetensors.numpy import save_file
 
 from saejax import save_dictionary, save_transcoders, trace
-from saejax.attribution.local.transcoders import TranscoderSet, open_transcoders
+from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.trace.prompt import Replacement
 from saejax.errors import UserError
 
@@ -97,7 +97,7 @@ def test_a_set_is_fetched_from_the_hub_with_revision_and_subfolder(tiny, tmp_pat
 
 def test_at_most_one_layer_is_kept(tiny):
     made, loaded = make_transcoders(tiny.config), []
-    opened = TranscoderSet("made", [t.config for t in made], lambda layer: loaded.append(layer) or made[layer])
+    opened = LayerTranscoders("made", [t.config for t in made], lambda layer: loaded.append(layer) or made[layer])
     Replacement.of(tiny, opened, IDS)
     assert loaded == [0, 1] and opened.load.cache_info().currsize == 1
 

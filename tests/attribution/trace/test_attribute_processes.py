@@ -8,7 +8,8 @@ import runs
 from made_transcoders import made_set
 
 from saejax import load_model, save_transcoders
-from saejax.attribution.graph.graph import FEATURE, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE
 
 CHECKED = ("--graph.node_threshold=1", "--graph.edge_threshold=1")
 BARE = (*CHECKED, "--graph.doubled=0", "--graph.circuits=false", "--graph.heads=false")
@@ -32,8 +33,8 @@ def test_two_processes_trace_as_one(tiny_llama, one_device, tmp_path, mesh, sett
         runs.finish(process)
     one, two = (Graph.load(tmp_path / name / "attribute" / "ids" / "ids-graph") for name in ("one", "two"))
     assert np.array_equal(one.nodes.index_N, two.nodes.index_N) and one.count(FEATURE) > 20
-    scale = np.abs(one.adjacency_TxS).max()
-    assert np.abs(one.adjacency_TxS - two.adjacency_TxS).max() < 1e-5 * scale
+    scale = np.abs(one.adjacency_RxS).max()
+    assert np.abs(one.adjacency_RxS - two.adjacency_RxS).max() < 1e-5 * scale
     one, two = (json.loads((tmp_path / name / "attribute" / "ids" / "ids.json").read_text()) for name in ("one", "two"))
     assert one["scores"] == pytest.approx(two["scores"], abs=1e-6)
     if settings == BARE:

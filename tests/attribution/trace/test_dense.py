@@ -7,8 +7,8 @@ from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
 from saejax.attribution.checks.interventions import Change, intervene
-from saejax.attribution.graph.graph import ERROR, FEATURE, LOGIT, TOKEN
-from saejax.attribution.local.transcoders import TranscoderSet
+from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 
 IDS = [0, 17, 230, 5, 42, 99, 7]
@@ -33,7 +33,7 @@ def relative(a, b) -> float:
 def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, tmp_path, one_device, quick_compiler):
     lm, normed = load_tiny(tmp_path, family, one_device), family == "gemma2"
     made = make_transcoders(lm.config, kind, skip)
-    transcoders = TranscoderSet(
+    transcoders = LayerTranscoders(
         "made", [t.config for t in made], made.__getitem__, reads="mlp_normed" if normed else "mlp_in"
     )
     graph = trace(lm, transcoders, IDS, max_logits=5)
@@ -42,16 +42,16 @@ def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, tmp_path, on
     found = np.stack([nodes.layer_N, nodes.position_N, nodes.index_N], axis=1)[:features]
     assert features > 20 and np.array_equal(found, dense.active)
     assert relative(nodes.value_N[:features], [dense.acts[l][t, f] for l, t, f in found]) < 1e-5
-    columns = np.isin(nodes.kind_N[: graph.adjacency_TxS.shape[1]], (FEATURE, ERROR, TOKEN))
-    rows_TxS = graph.adjacency_TxS[:, columns]
+    columns = np.isin(nodes.kind_N[: graph.adjacency_RxS.shape[1]], (FEATURE, ERROR, TOKEN))
+    rows_TxS = graph.adjacency_RxS[:, columns]
     sample = np.random.default_rng(0).permutation(features)[:40]
     wanted = np.stack([dense.feature_row(*found[i]) for i in sample])
     logits = np.stack([dense.logit_row(token) for token in nodes.index_N[graph.slice_of(LOGIT)]])
     errors = relative(rows_TxS[sample], wanted), relative(rows_TxS[features:], logits)
     # With bias nodes the sum of a row is the target's value, at every depth.
-    left_T, layer_T = np.abs(graph.unexplained_T), nodes.layer_N[graph.target_T]
+    left_T, layer_T = np.abs(graph.unexplained_R), nodes.layer_N[graph.target_R]
     sums = [
-        left_T[layer_T == layer].max() / np.abs(graph.value_T[layer_T == layer]).max() for layer in np.unique(layer_T)
+        left_T[layer_T == layer].max() / np.abs(graph.value_R[layer_T == layer]).max() for layer in np.unique(layer_T)
     ]
     print(family, kind, skip, "rows {:.1e}, logits {:.1e}".format(*errors), f"sums {max(sums):.1e}")
     assert max(errors) < 1e-5 and max(sums) < 1e-5
@@ -62,7 +62,7 @@ def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, tmp_path, on
 def test_doubling_a_feature_adds_its_column(family, skip, tmp_path, one_device, quick_compiler):
     lm = load_tiny(tmp_path, family, one_device)
     made = make_transcoders(lm.config, "standard", skip)
-    transcoders = TranscoderSet(
+    transcoders = LayerTranscoders(
         "made", [t.config for t in made], made.__getitem__, reads="mlp_normed" if family == "gemma2" else "mlp_in"
     )
     graph, replacement, readouts = trace_prompt(lm, transcoders, IDS, max_logits=5)
@@ -73,7 +73,7 @@ def test_doubling_a_feature_adds_its_column(family, skip, tmp_path, one_device, 
         for i in doubled
     ]
     changed = intervene(replacement, rows, readouts, np.arange(features), hold="all")
-    moved_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - graph.value_T[None]
-    error = relative(moved_RxT, graph.adjacency_TxS[:, doubled].T)
+    moved_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - graph.value_R[None]
+    error = relative(moved_RxT, graph.adjacency_RxS[:, doubled].T)
     print(family, skip, f"{error:.1e}")
     assert error < 1e-5

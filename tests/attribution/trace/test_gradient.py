@@ -12,7 +12,8 @@ from torch_sites import MODULES, run_torch
 
 from saejax import command, save_dictionary, trace_gradient
 from saejax.attribution.checks.validation import double_saes
-from saejax.attribution.graph.graph import BIAS, FEATURE, LOGIT, TOKEN, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
 from saejax.attribution.trace.gradient import trace_saes
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
@@ -108,7 +109,7 @@ def torch_rows(model, saes, graph, held=False):
             continue
         target = of[own][0][position, index] if kind == FEATURE else logits_V[index] - logits_V.mean()
         slopes = torch.autograd.grad(target, leaves, retain_graph=True, allow_unused=True)
-        sources = table[: graph.adjacency_TxS.shape[1]]
+        sources = table[: graph.adjacency_RxS.shape[1]]
         with torch.no_grad():
             rows.append([0.0 if source[1] == own else float(edge(*source, slopes)) for source in sources])
     return np.array(rows)
@@ -145,7 +146,7 @@ def test_rows_are_torchs_gradients(case):
         assert len(np.unique(own.position_N)) == len(IDS) - 1  # one token is a sink
         assert relative(own.value_N, acts_TxF[own.position_N, own.index_N]) < 1e-5
     wanted = torch_rows(model, saes, graph)
-    error = relative(graph.adjacency_TxS, wanted)
+    error = relative(graph.adjacency_RxS, wanted)
     print(f"rows {error:.1e}")
     assert error < 1e-5 and (wanted[: len(features)] != 0).any()
 
@@ -154,19 +155,19 @@ def test_direct_edges_go_through_no_other_site(llama):
     lm, saes = llama
     model = source.load_torch_model(lm.source, "float32").double()
     graph = trace_gradient(lm, saes, IDS, max_logits=2, direct=True)
-    assert relative(graph.adjacency_TxS, torch_rows(model, saes, graph, held=True)) < 1e-5
+    assert relative(graph.adjacency_RxS, torch_rows(model, saes, graph, held=True)) < 1e-5
     # All of the stream goes through resid_post.0, so tokens reach the features there and nothing else.
-    later = graph.nodes.layer_N[graph.target_T] > 0
-    assert not graph.adjacency_TxS[later, graph.slice_of(TOKEN)].any()
-    assert graph.adjacency_TxS[~later, graph.slice_of(TOKEN)].any()
+    later = graph.nodes.layer_N[graph.target_R] > 0
+    assert not graph.adjacency_RxS[later, graph.slice_of(TOKEN)].any()
+    assert graph.adjacency_RxS[~later, graph.slice_of(TOKEN)].any()
 
 
 def test_direct_rows_of_relevance_patching_add_up(llama):
     lm, saes = llama
     graph = trace_gradient(lm, saes, IDS, max_logits=3, direct=True, estimate="relp")
-    assert np.abs(graph.unexplained_T).max() < 1e-5 * np.abs(graph.value_T).max()
+    assert np.abs(graph.unexplained_R).max() < 1e-5 * np.abs(graph.value_R).max()
     total = trace_gradient(lm, saes, IDS, max_logits=3)
-    assert np.abs(total.unexplained_T).max() > 0.1 * np.abs(total.value_T).max()
+    assert np.abs(total.unexplained_R).max() > 0.1 * np.abs(total.value_R).max()
 
 
 def edited(lm, saes, graph, node, factor):
@@ -190,16 +191,16 @@ def test_edges_foretell_edits_of_the_model(llama):
     graph = traced.graph
     doubling = double_saes(*traced, count=10)
     assert doubling.held_error < 1e-5
-    lower = np.flatnonzero(graph.nodes.layer_N[doubling.node_R] == 0)[:3]
-    above_T = graph.nodes.layer_N[graph.target_T] > 0  # an edit shows at its own site, too
+    lower = np.flatnonzero(graph.nodes.layer_N[doubling.node_E] == 0)[:3]
+    above_T = graph.nodes.layer_N[graph.target_R] > 0  # an edit shows at its own site, too
     for row in lower:
-        node = doubling.node_R[row]
+        node = doubling.node_E[row]
         clean_T, twice_T = (edited(lm, saes, graph, node, factor)[above_T] for factor in (1.0, 2.0))
-        np.testing.assert_allclose(doubling.free_RxT[row, above_T], twice_T - clean_T, atol=1e-5)
+        np.testing.assert_allclose(doubling.free_ExR[row, above_T], twice_T - clean_T, atol=1e-5)
         more_T, less_T = (edited(lm, saes, graph, node, 1 + step)[above_T] for step in (0.03, -0.03))
-        assert relative((more_T - less_T) / 0.06, doubling.edge_RxT[row, above_T]) < 1e-2
-    found = doubling.results()["free"]
-    assert 0 < found["pearson"] <= 1 and found["sign"] > 0.5
+        assert relative((more_T - less_T) / 0.06, doubling.edge_ExR[row, above_T]) < 1e-2
+    found = doubling.results.free
+    assert 0 < found.pearson <= 1 and found.sign > 0.5
 
 
 def test_fewer_features_are_the_most_influential_ones(llama):
@@ -208,21 +209,21 @@ def test_fewer_features_are_the_most_influential_ones(llama):
     assert part.count(FEATURE) == 11 and part.settings["active_features"] == graph.count(FEATURE)
     ids = [list(zip(g.nodes.layer_N, g.nodes.position_N, g.nodes.index_N))[: g.count(FEATURE)] for g in (graph, part)]
     kept = [ids[0].index(one) for one in ids[1]]
-    rows, columns = [*kept, -2, -1], [*kept, *range(len(ids[0]), graph.adjacency_TxS.shape[1])]
-    assert relative(part.adjacency_TxS, graph.adjacency_TxS[np.ix_(rows, columns)]) < 1e-6
-    assert relative(part.unexplained_T, graph.unexplained_T[rows]) < 1e-4
+    rows, columns = [*kept, -2, -1], [*kept, *range(len(ids[0]), graph.adjacency_RxS.shape[1])]
+    assert relative(part.adjacency_RxS, graph.adjacency_RxS[np.ix_(rows, columns)]) < 1e-6
+    assert relative(part.unexplained_R, graph.unexplained_R[rows]) < 1e-4
 
 
 def test_one_sae_and_one_token(llama):
     lm, saes = llama
     graph = trace_gradient(lm, saes[0], IDS, max_logits=3)
     features = graph.count(FEATURE)
-    assert set(graph.nodes.layer_N[:features]) == {0} and not graph.adjacency_TxS[:features, :features].any()
+    assert set(graph.nodes.layer_N[:features]) == {0} and not graph.adjacency_RxS[:features, :features].any()
     # To the features of the first site and the logits, edges are those of two SAEs.
     both, rows = trace_gradient(lm, saes, IDS, max_logits=3), [*range(features), -3, -2, -1]
-    assert relative(graph.adjacency_TxS[:, :features], both.adjacency_TxS[rows, :features]) < 1e-6
+    assert relative(graph.adjacency_RxS[:, :features], both.adjacency_RxS[rows, :features]) < 1e-6
     graph = trace_gradient(lm, saes, IDS[-1:], max_logits=1)
-    assert graph.ids_P.shape == (1,) and graph.adjacency_TxS[-1].all()
+    assert graph.ids_P.shape == (1,) and graph.adjacency_RxS[-1].all()
     pruned = graph.prune()
     assert 0 <= pruned.scores().replacement <= 1 and 0 <= pruned.scores().completeness <= 1
 
@@ -288,7 +289,7 @@ def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, caps
     pruned, whole = Graph.load(folder / "mine-graph"), trace_gradient(lm, folders, IDS, max_logits=3)
     again = whole.prune(top_edges=6)
     assert np.array_equal(pruned.pruning.node_N, again.pruning.node_N) and pruned.pruning.top_edges == 6
-    assert relative(pruned.adjacency_TxS, again.adjacency_TxS) < 1e-4
+    assert relative(pruned.adjacency_RxS, again.adjacency_RxS) < 1e-4
     for ending in (".html", ".svg"):
         assert (folder / f"mine{ending}").stat().st_size > 1000
     for wrong, message in (

@@ -6,7 +6,7 @@ import numpy as np
 from reference_graphs import adjacency_of, each_graph, needs_graphs, nodes_of
 
 from saejax import load_model, trace
-from saejax.attribution.graph.graph import BIAS, FIRST_MLP
+from saejax.attribution.graph.nodes import BIAS, FIRST_MLP
 
 
 def relative(a, b) -> float:
@@ -26,16 +26,16 @@ def test_a_traced_graph_is_that_of_circuit_tracer(folder, one_device, quick_comp
     for name in ("kind_N", "layer_N", "position_N", "index_N"):
         assert np.array_equal(getattr(ours, name), getattr(wanted, name)), name
     assert relative(ours.value_N, wanted.value_N) < 1e-5
-    adjacency_TxS = adjacency_of(ref)
-    error = relative(graph.adjacency_TxS[:, : adjacency_TxS.shape[1]], adjacency_TxS)
-    left = np.abs(graph.unexplained_T).max() / np.abs(graph.value_T).max()
+    adjacency_RxS = adjacency_of(ref)
+    error = relative(graph.adjacency_RxS[:, : adjacency_RxS.shape[1]], adjacency_RxS)
+    left = np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max()
     print(f"{folder.name}: adjacency {error:.1e}, sums {left:.1e}")
     assert error < 1e-5 and left < 1e-5
     pruned = graph.prune()
     node_N = np.flatnonzero(ref["node_mask"])
     shift = graph.count(FIRST_MLP, BIAS)  # these stand before the logits here, and nowhere there
     kept_N = pruned.pruning.node_N
-    assert np.array_equal(np.where(kept_N >= adjacency_TxS.shape[1], kept_N - shift, kept_N), node_N)
+    assert np.array_equal(np.where(kept_N >= adjacency_RxS.shape[1], kept_N - shift, kept_N), node_N)
     source_E, target_E, _ = pruned.edges()
     edge_NxN = np.zeros_like(ref["edge_mask"])
     edge_NxN[node_N[target_E], node_N[source_E]] = True

@@ -8,7 +8,7 @@ from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
 from saejax.attribution.graph import pruning
-from saejax.attribution.graph.graph import BIAS, FEATURE, FIRST_MLP, LOGIT, TOKEN
+from saejax.attribution.graph.nodes import BIAS, FEATURE, FIRST_MLP, LOGIT, TOKEN
 from saejax.attribution.trace import row_store, rows
 from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
@@ -47,14 +47,14 @@ def test_one_device_and_eight_agree(folder, made, graph):
     mesh = Mesh(np.array(jax.devices()).reshape(1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
     other = trace(load_model(str(folder), mesh=mesh), made, IDS, max_logits=4)
     assert np.array_equal(other.nodes.index_N, graph.nodes.index_N)
-    assert relative(other.adjacency_TxS, graph.adjacency_TxS) < 1e-5
+    assert relative(other.adjacency_RxS, graph.adjacency_RxS) < 1e-5
     assert np.array_equal(other.prune().pruning.node_N, graph.prune().pruning.node_N)
 
 
 def test_short_batches_and_long_ones_agree(tiny, made, graph, monkeypatch):
     monkeypatch.setattr(rows, "TOKENS", dict(cpu=24))
     monkeypatch.setattr(rows, "_CHUNKS", 3)
-    assert relative(trace(tiny, made, IDS, max_logits=4).adjacency_TxS, graph.adjacency_TxS) < 1e-6
+    assert relative(trace(tiny, made, IDS, max_logits=4).adjacency_RxS, graph.adjacency_RxS) < 1e-6
 
 
 def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
@@ -73,8 +73,8 @@ def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
     graph = trace(tiny, made, IDS, **options)
     assert narrowed == [len(whole.nodes) - 44 + whole.settings["active_features"]]  # once, when all had a column
     assert np.array_equal(graph.nodes.index_N, whole.nodes.index_N)
-    assert np.array_equal(graph.adjacency_TxS, whole.adjacency_TxS)
-    assert relative(graph.unkept_T, whole.unkept_T) < 1e-5
+    assert np.array_equal(graph.adjacency_RxS, whole.adjacency_RxS)
+    assert relative(graph.unkept_R, whole.unkept_R) < 1e-5
 
 
 def test_the_most_influential_features_are_kept(tiny, made, graph):
@@ -83,19 +83,19 @@ def test_the_most_influential_features_are_kept(tiny, made, graph):
     assert part.count(FEATURE) == most and part.settings["active_features"] == count
     # By definition: in rounds of five, the features with the largest influence through those that were taken.
     taken: list[int] = []
-    layer_T, weight_T = graph.nodes.layer_N[graph.target_T], np.r_[np.zeros(count), graph.probability_K]
+    layer_T, weight_T = graph.nodes.layer_N[graph.target_R], np.r_[np.zeros(count), graph.probability_K]
     while len(taken) < most:
         known = np.isin(np.arange(len(layer_T)), taken) | (np.arange(len(layer_T)) >= count)
         column_T = np.where(np.arange(len(layer_T)) < count, np.arange(len(layer_T)), -1)
-        matrix = np.where(known[:, None], graph.adjacency_TxS, 0)
+        matrix = np.where(known[:, None], graph.adjacency_RxS, 0)
         influence = pruning.influence(matrix, layer_T, column_T, weight_T)[:count]
         taken += [i for i in np.argsort(-influence, kind="stable") if i not in taken][:5]
     kept = np.sort(taken)
     assert np.array_equal(part.nodes.index_N[:most], graph.nodes.index_N[kept])
-    columns = np.r_[kept, np.arange(count, graph.adjacency_TxS.shape[1])]
-    targets = np.r_[kept, np.arange(count, len(graph.target_T))]
-    assert relative(part.adjacency_TxS, graph.adjacency_TxS[np.ix_(targets, columns)]) < 1e-6
-    assert np.abs(part.unexplained_T).max() < 1e-5 * np.abs(part.value_T).max()
+    columns = np.r_[kept, np.arange(count, graph.adjacency_RxS.shape[1])]
+    targets = np.r_[kept, np.arange(count, len(graph.target_R))]
+    assert relative(part.adjacency_RxS, graph.adjacency_RxS[np.ix_(targets, columns)]) < 1e-6
+    assert np.abs(part.unexplained_R).max() < 1e-5 * np.abs(part.value_R).max()
 
 
 def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
@@ -105,29 +105,29 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
     targets.append(Direction(vector_D, layer=0, position=4))
     part = trace(tiny, made, IDS, targets=targets)
     count = graph.count(FEATURE)
-    assert relative(part.adjacency_TxS[count], graph.adjacency_TxS[count] - graph.adjacency_TxS[count + 1]) < 1e-5
-    assert relative(part.adjacency_TxS[count + 1], graph.adjacency_TxS[count]) < 1e-6
+    assert relative(part.adjacency_RxS[count], graph.adjacency_RxS[count] - graph.adjacency_RxS[count + 1]) < 1e-5
+    assert relative(part.adjacency_RxS[count + 1], graph.adjacency_RxS[count]) < 1e-6
     assert part.labels[2:] == ("mine", "direction", "direction") and " - " in part.labels[0]
     assert part.logit_K[0] == pytest.approx(graph.logit_K[0] - graph.logit_K[1], rel=1e-4)
-    assert np.abs(part.unexplained_T).max() < 1e-5 * np.abs(part.value_T).max()
-    sources = part.nodes[: part.adjacency_TxS.shape[1]]
-    assert not part.adjacency_TxS[count + 2][(sources.layer_N >= 2) | (sources.position_N > 3)].any()
-    assert np.flatnonzero(part.adjacency_TxS[-1]).tolist() == [part.slice_of(TOKEN).start + 4]
+    assert np.abs(part.unexplained_R).max() < 1e-5 * np.abs(part.value_R).max()
+    sources = part.nodes[: part.adjacency_RxS.shape[1]]
+    assert not part.adjacency_RxS[count + 2][(sources.layer_N >= 2) | (sources.position_N > 3)].any()
+    assert np.flatnonzero(part.adjacency_RxS[-1]).tolist() == [part.slice_of(TOKEN).start + 4]
 
 
 def test_edges_come_from_below_and_from_no_later_position(graph):
-    sources, targets = graph.nodes[: graph.adjacency_TxS.shape[1]], graph.nodes[graph.target_T]
+    sources, targets = graph.nodes[: graph.adjacency_RxS.shape[1]], graph.nodes[graph.target_R]
     later = sources.position_N[None] > targets.position_N[:, None]
     level = sources.layer_N[None] >= targets.layer_N[:, None]
-    assert not graph.adjacency_TxS[later | level].any()
-    assert (graph.adjacency_TxS != 0)[~later & ~level].mean() > 0.5
+    assert not graph.adjacency_RxS[later | level].any()
+    assert (graph.adjacency_RxS != 0)[~later & ~level].mean() > 0.5
 
 
 def test_without_bias_nodes_all_else_is_the_same(tiny, made, graph):
     plain = trace(tiny, made, IDS, max_logits=4, bias_nodes=False)
     assert plain.count(BIAS, FIRST_MLP) == 0 and plain.scores() == graph.scores()
-    assert np.array_equal(plain.adjacency_TxS, graph.adjacency_TxS[:, : plain.adjacency_TxS.shape[1]])
-    assert np.abs(plain.unexplained_T).max() > 1e-3
+    assert np.array_equal(plain.adjacency_RxS, graph.adjacency_RxS[:, : plain.adjacency_RxS.shape[1]])
+    assert np.abs(plain.unexplained_R).max() > 1e-3
 
 
 def test_a_text_begins_with_a_special_token(tiny, made):

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from saejax.attribution.forms.neuronpedia import node_ids
-from saejax.attribution.graph.graph import KINDS, LOGIT, Graph
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import KINDS, LOGIT
 from saejax.attribution.groups.supernodes import Supernode, collapse
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def to_networkx(graph: Graph, supernodes: Sequence[Supernode] = ()) -> "networkx
     import networkx
 
     made = networkx.DiGraph(prompt=graph.prompt, model=graph.model.get("name", ""))
-    ids, nodes = node_ids(graph), graph.nodes
+    ids, nodes = graph.ids, graph.nodes
     columns = (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N, nodes.value_N)
     for name, kind, layer, position, index, value in zip(ids, *(column.tolist() for column in columns), strict=True):
         token = graph.tokens[position] if kind != LOGIT else graph.labels[made.number_of_nodes() - len(ids)]

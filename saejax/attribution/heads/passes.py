@@ -1,8 +1,6 @@
 """The two passes that find which heads carry edges: sources up through the layers, targets down.
 
 Both go through the frozen layers and stop by at the mixtures of values, where heads are still apart.
-
-Letters: S sources, R targets, E edges, N either; L, T, D, H heads, K dimensions of a head, as elsewhere.
 """
 
 import functools
@@ -31,7 +29,7 @@ def mixed_values(replacement: Replacement, entries: Placed) -> list[np.ndarray]:
     streams, params = replacement.streams, replacement.model.params
     mixed, change_SxTxD = [], jnp.asarray(_placed(replacement, entries, 0))
     for layer, x_TxD in enumerate(streams.stream_LxTxD):
-        skip_DxD = _skip(replacement, layer)
+        skip_DxD = replacement.skip(layer)
         change_SxTxD, added = carry_up(replacement.frozen, params, np.int32(layer), x_TxD, skip_DxD, change_SxTxD)
         mixed.append(to_host(added))
         change_SxTxD += _placed(replacement, entries, layer + 1)
@@ -52,7 +50,7 @@ def edge_parts(
     layers, found_LxHxE = len(mixed), []
     cotangent_RxTxD = jnp.asarray(_placed(replacement, readers, 2 * layers))
     for layer in reversed(range(layers)):
-        fixed = frozen, params, np.int32(layer), streams.stream_LxTxD[layer], _skip(replacement, layer)
+        fixed = frozen, params, np.int32(layer), streams.stream_LxTxD[layer], replacement.skip(layer)
         cotangent_RxTxD, wanted_RxTxHxK = carry_down(*fixed, cotangent_RxTxD, _placed(replacement, readers, layer))
         cotangent_RxTxD += _placed(replacement, readers, layers + layer)
         part_RxSxH = to_host(through(wanted_RxTxHxK, mixed[layer]))
@@ -69,11 +67,6 @@ def _placed(replacement: Replacement, vectors: Placed, layer: int) -> np.ndarray
     return at_NxTxD
 
 
-def _skip(replacement: Replacement, layer: int) -> jax.Array | None:
-    skip_LxDxD = replacement.streams.skip_LxDxD
-    return None if skip_LxDxD is None else skip_LxDxD[layer]
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def carry_up(
     frozen: FrozenModel,
@@ -85,7 +78,7 @@ def carry_up(
 ) -> tuple[jax.Array, jax.Array]:
     """Changes of the stream through a layer [S, T, D], and what they add to the mixtures of its heads [S, T, H, K]."""
 
-    def held(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def frozen_layer(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
         mixtures: list[jax.Array] = []
 
         def look(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
@@ -95,7 +88,7 @@ def carry_up(
         tables = whole_prompts(frozen.config, len(x_TxD))
         return frozen.layer(params, layer, tables, x_TxD, skip_DxD, look)[0], mixtures[0]
 
-    return jax.vmap(lambda change_TxD: jax.jvp(held, (x_TxD,), (change_TxD,))[1])(change_SxTxD)
+    return jax.vmap(lambda change_TxD: jax.jvp(frozen_layer, (x_TxD,), (change_TxD,))[1])(change_SxTxD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -116,14 +109,14 @@ def carry_down(
     """
     config = frozen.config
 
-    def held(x_TxD: jax.Array, more_TxHxK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def frozen_layer(x_TxD: jax.Array, more_TxHxK: jax.Array) -> tuple[jax.Array, jax.Array]:
         def add(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
             return attend(config, RELP, q, k, v, tables) + more_TxHxK
 
         return frozen.layer(params, layer, whole_prompts(config, len(x_TxD)), x_TxD, skip_DxD, add)
 
     nothing_TxHxK = jnp.zeros((len(x_TxD), config.n_heads, config.d_head), x_TxD.dtype)
-    _, pull = jax.vjp(held, x_TxD, nothing_TxHxK)
+    _, pull = jax.vjp(frozen_layer, x_TxD, nothing_TxHxK)
     return jax.vmap(lambda cotangent_TxD, read_TxD: pull((cotangent_TxD, read_TxD)))(cotangent_RxTxD, read_RxTxD)
 
 

@@ -7,14 +7,13 @@ heads, one after the other, is counted for each of them, so parts need not add u
 With m[s] what source s adds to the head's mixture of values (from below), and g[t] what target t reads of it (from
 above), the part is their dot product over positions and the head's dimensions: one pass up and one down for all edges,
 or for as many sources and targets at a time as memory holds.
-
-Letters: S sources, R targets, E edges; L, T, D, H heads, K dimensions of a head, as elsewhere.
 """
 
 import numpy as np
 
-from saejax.attribution.graph.graph import ERROR, FEATURE, LOGIT, TOKEN, Graph
-from saejax.attribution.heads.head_passes import STEP, Placed, edge_parts, mixed_values
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
+from saejax.attribution.heads.passes import STEP, Placed, edge_parts, mixed_values
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError

@@ -1,0 +1,118 @@
+"""What an attribution graph is made of: its nodes, the matrix of its edges, and of what it was traced.
+
+The sources of edges are all nodes but the logits; their targets are the features and the logits. So a graph of N nodes
+has the first S of them as columns, and as rows the features and then the logits, R of them: ``adjacency_RxS[r, s]`` is
+what source s adds to the pre-activation of target r. Nodes of the kinds first_mlp and bias are there or not; they
+complete the sums (``unexplained_R``) and take no part in influences, scores and pruning.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from saejax.attribution.graph.nodes import FEATURE, LOGIT, Nodes
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphScores:
+    """How much of the graph goes through features; each between 0 and 1."""
+
+    replacement: float  #: influence of the tokens, of that of tokens and errors together
+    completeness: float  #: mean over nodes, weighted by influence, of the share of a node's input that no error gives
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """What a pruned graph keeps of the whole one.
+
+    Attributes:
+      node_threshold, edge_threshold: the shares of influence that were kept.
+      node_N: int32 place of each kept node in the table of the whole graph.
+      influence_N: float32 cumulative share of influence of each kept node: that of all nodes with at least as much. It
+        is small for the most influential ones.
+      scores: of the whole graph.
+      top_edges: most edges of a target that were kept; 0: any number.
+    """
+
+    node_threshold: float
+    edge_threshold: float
+    node_N: np.ndarray
+    influence_N: np.ndarray
+    scores: GraphScores
+    top_edges: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphData:
+    """A graph of one prompt; ``graph.Graph`` is this and what is done with it.
+
+    Attributes:
+      adjacency_RxS: float32 weights of the edges, targets by sources; 0: no edge.
+      nodes: the N nodes.
+      value_R: float32 pre-activation of each feature, and each logit less the mean over the vocabulary, before capping.
+      constant_R: float32 part of it that the target's own biases are (encoder, norm, unembedding).
+      unkept_R: float32 part of it that active features without a node add.
+      ids_P: int32 token ids of the prompt.
+      tokens: their texts.
+      logit_K: float32 logits of the targets, as the model gives them.
+      labels: the texts of the logits: a token, or a name of the direction.
+      prompt: the text.
+      n_layers: of the model.
+      model: name, revision, fingerprint and family of the model.
+      transcoders: name and revision of the set of transcoders or SAEs, their kind and number of features, and more.
+      settings: how the graph was made.
+      pruning: for a pruned graph, what it was cut from; then ``value_R`` and its parts are those of the whole one.
+    """
+
+    adjacency_RxS: np.ndarray
+    nodes: Nodes
+    value_R: np.ndarray
+    constant_R: np.ndarray
+    unkept_R: np.ndarray
+    ids_P: np.ndarray
+    tokens: tuple[str, ...]
+    logit_K: np.ndarray
+    labels: tuple[str, ...]
+    prompt: str
+    n_layers: int
+    model: Mapping[str, Any]
+    transcoders: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    pruning: Pruning | None = None
+
+    def count(self, *kinds: int) -> int:
+        """Number of nodes of these kinds."""
+        return int(np.isin(self.nodes.kind_N, kinds).sum())
+
+    def slice_of(self, kind: int) -> slice:
+        """Where the nodes of a kind stand in the table."""
+        start, stop = np.searchsorted(self.nodes.kind_N, [kind, kind + 1])
+        return slice(int(start), int(stop))
+
+    @property
+    def target_R(self) -> np.ndarray:
+        """The node of each row."""
+        return np.flatnonzero(np.isin(self.nodes.kind_N, (FEATURE, LOGIT)))
+
+    @property
+    def probability_K(self) -> np.ndarray:
+        """Weights of the logits in influences, fp32: their probabilities."""
+        return self.nodes.value_N[self.slice_of(LOGIT)]
+
+    @property
+    def unexplained_R(self) -> np.ndarray:
+        """What is missing from each target's value, float64: rounding alone where the graph has bias nodes."""
+        parts = self.adjacency_RxS.sum(axis=1, dtype=np.float64), self.constant_R, self.unkept_R
+        return self.value_R - sum(part.astype(np.float64) for part in parts)
+
+    def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The edges: node of the source, node of the target, weight, each [E]; target by target."""
+        row_E, source_E = np.nonzero(self.adjacency_RxS)
+        return source_E, self.target_R[row_E], self.adjacency_RxS[row_E, source_E]
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the nodes, as Neuronpedia and supernodes name them."""
+        return self.nodes.ids(self.n_layers)

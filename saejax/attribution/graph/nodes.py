@@ -1,0 +1,88 @@
+"""The nodes of an attribution graph: one table, kind after kind.
+
+feature     an active feature at a position, in the order (layer, position, feature)
+error       what a layer's transcoder does not explain of the MLP's output at a position, or an SAE of its site's
+            value; (layer, position)
+token       the embedding of the token at a position
+first_mlp   the MLP's output at the first position, which no feature explains; one for each layer
+bias        what the biases of a layer's attention, norms and decoder add, at all positions; one for each layer
+logit       a logit, a difference of two, or another direction of the last layer's output
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+KINDS = ("feature", "error", "token", "first_mlp", "bias", "logit")
+DTYPES = (np.int8, np.int32, np.int32, np.int32, np.float32)  # of the columns of ``Nodes``
+FEATURE, ERROR, TOKEN, FIRST_MLP, BIAS, LOGIT = range(len(KINDS))  # places in ``KINDS``
+
+
+@dataclasses.dataclass(frozen=True)
+class Nodes:
+    """The table of nodes; plain arrays of one length N.
+
+    Attributes:
+      kind_N: int8 index into ``KINDS``, ascending.
+      layer_N: int32 layer; -1 for tokens, the number of layers for logits.
+      position_N: int32 position in the prompt; 0 for biases, the last one for logits.
+      index_N: int32 number of the feature, id of the token, or id of the logit's token; -1 where there is none.
+      value_N: float32 activation of a feature, weight of a logit in influences (its probability), else 0.
+    """
+
+    kind_N: np.ndarray
+    layer_N: np.ndarray
+    position_N: np.ndarray
+    index_N: np.ndarray
+    value_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.kind_N)
+
+    def __getitem__(self, chosen: np.ndarray | slice) -> "Nodes":
+        return Nodes(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+
+    @classmethod
+    def of(cls, kind: int, layer: Any, position: Any, index: Any = -1, value: Any = 0) -> "Nodes":
+        """Nodes of one kind.
+
+        Args:
+          kind: its place in ``KINDS``.
+          layer, position, index, value: the columns [N]; a number stands for an array of it.
+        """
+        arrays: Any = np.broadcast_arrays(*map(np.atleast_1d, (kind, layer, position, index, value)))
+        return cls(*(array.astype(dtype) for array, dtype in zip(arrays, DTYPES, strict=True)))
+
+    @classmethod
+    def joined(cls, *parts: "Nodes") -> "Nodes":
+        """The parts' nodes, one after the other."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def ids(self, n_layers: int) -> list[str]:
+        """The ids of the nodes, in the order of the table.
+
+        They are circuit-tracer's with one difference. There an error's id is ``0_{layer}_{position}``, which is also
+        the id of a feature of layer 0, the one whose number is the error's layer: a graph that holds both has two nodes
+        of one name, and no reader can tell whose edges are whose. Here it is ``{layer}_-1_{position}``, so ids are
+        unique.
+
+        Args:
+          n_layers: of the model.
+        """
+        ids, directions = [], 0
+        columns = self.kind_N, self.layer_N, self.position_N, self.index_N
+        for kind, layer, position, index in zip(*(column.tolist() for column in columns)):
+            if kind == FEATURE:
+                ids.append(f"{layer}_{index}_{position}")
+            elif kind == ERROR:
+                ids.append(f"{layer}_-1_{position}")
+            elif kind == TOKEN:
+                ids.append(f"E_{index}_{position}")
+            elif kind == LOGIT:
+                directions += index < 0  # a direction is no token: -1, -2, ...
+                ids.append(f"{n_layers + 1}_{index if index >= 0 else -directions}_{position}")
+            else:
+                ids.append(f"{KINDS[kind]}_{layer}")
+        return ids

@@ -1,0 +1,105 @@
+"""Dictionaries of several layers of a model, one of each: what transcoders and SAEs have in common."""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax.dictionaries import Dictionary, DictionaryConfig, folding
+from saejax.errors import UserError
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import LanguageModel
+
+ReadRows = Callable[[int, str, np.ndarray], np.ndarray]
+
+
+class LayerDictionaries(abc.ABC):
+    """Dictionaries of several layers, one of each.
+
+    Args:
+      name: where the set comes from, for messages and results.
+      configs: what each is, in the order of layers.
+      load: reads one layer's.
+      rows: given a layer, "W_enc" or "W_dec" and features [U], reads the directions that these read from or write to,
+        [U, D]; None: by loading the layer.
+      reads: see ``FrozenModel``.
+      revision: of a hub repository.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        configs: Sequence[DictionaryConfig],
+        load: Callable[[int], Dictionary],
+        rows: ReadRows | None = None,
+        reads: str = "mlp_in",
+        revision: str = "",
+    ):
+        self.name, self.configs, self.reads, self.revision = name, tuple(configs), reads, revision
+        self.load = functools.lru_cache(maxsize=1)(lambda layer: _plain(load(layer)))
+        stored = not any(config.centred or config.kind == "gated" for config in configs)
+        self._rows = rows if rows and stored else self._rows_of_layer
+
+    def rows(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
+        """Rows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
+        return np.asarray(self._rows(layer, name, features_U), np.float32)
+
+    def rows_of(self, name: str, layer_F: np.ndarray, feature_F: np.ndarray) -> np.ndarray:
+        """Rows of "W_dec" or columns of "W_enc" of features of several layers; each layer is read once.
+
+        Args:
+          name: "W_enc" or "W_dec".
+          layer_F, feature_F: int32, the features.
+
+        Returns:
+          fp32 [F, D].
+        """
+        vector_FxD = np.empty((len(layer_F), self.configs[0].d_in), np.float32)
+        for layer in np.unique(layer_F):
+            own = np.flatnonzero(layer_F == layer)
+            vector_FxD[own] = self.rows(int(layer), name, feature_F[own])
+        return vector_FxD
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a graph says of the set."""
+
+    def _rows_of_layer(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
+        arrays = self.load(layer).arrays
+        if name == "W_dec":
+            return np.asarray(arrays["W_dec_FxD"])[features_U]
+        return np.asarray(arrays["W_enc_DxF"])[:, features_U].T
+
+
+def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
+    """A ``UserError`` that begins with ``what`` unless features of such a dictionary can be traced in a model."""
+    check_width(config, model.config, model.source.name, what)
+    if config.fingerprint and config.fingerprint != model.source.fingerprint:
+        raise UserError(
+            f"{what} was trained on {config.model} (fingerprint {config.fingerprint}), but the model is "
+            f"{model.source.name} ({model.source.fingerprint})"
+        )
+    if config.kind == "linear":
+        raise UserError(f"{what} is a linear dictionary, which has no active features to trace")
+
+
+def check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what: str) -> None:
+    if config.d_in != model.d_model:
+        raise UserError(
+            f"{what} reads {config.d_in} dimensions, but {name} has {model.d_model}: use the model it was trained on"
+        )
+
+
+def _plain(transcoder: Dictionary) -> Dictionary:
+    """The same function with features that are relu, threshold or topk of x W_enc + b_enc; of no layer.
+
+    Programs that run it are compiled once for all layers.
+    """
+    if transcoder.config.kind == "gated":
+        transcoder = folding.as_jumprelu(transcoder)
+    transcoder = folding.uncentred(transcoder)
+    config = dataclasses.replace(transcoder.config, site="", target="", origin="")
+    return Dictionary(config, transcoder.operands, **transcoder.arrays)

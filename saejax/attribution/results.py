@@ -1,0 +1,136 @@
+"""Results of the stage ``attribute``."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from saejax.attribution.graph.data import GraphScores
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphTarget:
+    """What a graph explains."""
+
+    label: str  #: a token, a difference of two such as "' Paris' - ' Rome'", or the name of a direction
+    logit: float  #: the logit or the difference, as the model gives it
+    weight: float  #: in influences: the probability of a token, 1 for others
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgeCorrelation:
+    """How well edges foretell what happens, over all targets that an edge reaches; None where fewer than 3 do."""
+
+    pearson: float | None  #: correlation, -1 to 1
+    spearman: float | None  #: of the ranks
+    sign: float | None  #: share of equal signs, 0 to 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DoublingResults:
+    """Features changed one by one."""
+
+    features: int  #: how many
+    #: their activation added 64 times with all frozen as the graph does, a 64th of what happens against the edges: the
+    #: largest difference over the largest edge; with SAEs against derivatives taken forwards
+    held_error: float
+    free: EdgeCorrelation  #: edges against what happens when activations are doubled and nothing is frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class CurveResults:
+    """The model run with a part of the graph alone, for growing shares of influence; a number for each share."""
+
+    share: tuple[float, ...]  #: of the influence of all nodes, 0 to 1
+    features: tuple[int, ...]  #: that are kept
+    errors: tuple[int, ...]  #: that are kept
+    readout: tuple[float | None, ...]  #: the first target with these alone
+    complement: tuple[float | None, ...]  #: the first target with all others alone
+    #: ``readout`` between ``empty`` (0) and ``model`` (1); None where these two are the same
+    faithfulness: tuple[float | None, ...]
+    incompleteness: tuple[float | None, ...]  #: ``complement`` likewise
+    model: float  #: the first target of the whole model
+    empty: float  #: the first target without any feature and error
+    #: what is left out becomes "zero", or "mean": each feature's mean activation over all positions but the first of
+    #: all prompts of the run, for features that are active in the prompt (the others stay at 0, and so do errors)
+    rest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeadingHead:
+    """An attention head that carries much of a graph."""
+
+    layer: int  #: of the head
+    head: int  #: its number in the layer
+    share: float  #: of its targets' inputs that vanishes without the head, mean over targets, 0 to 1
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadResults:
+    """The heads that carry the edges; ``heads/<slug>.json`` has those of each edge."""
+
+    edges: int  #: whose heads are known
+    too_large: str  #: why there are none; "" where there are
+    leading: tuple[LeadingHead, ...]  #: the heads of the largest shares, at most ten
+
+
+@dataclasses.dataclass(frozen=True)
+class SourcePair:
+    """What a pair of sources adds to a score."""
+
+    query: str  #: id of the node that adds to the query; "own_bias": biases of the head's own layer
+    key: str  #: id of the node that adds to the key, likewise
+    part: float  #: of the score, before the softmax
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyScore:
+    """The score of a query with one key."""
+
+    key: int  #: its position
+    weight: float  #: how much the query attends to it, 0 to 1
+    score: float  #: before softmax and capping
+    pairs: tuple[SourcePair, ...]  #: those that add most to it, the largest by size first
+    rest: float  #: what all other pairs add
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryScores:
+    """The scores of one head at one position, split over pairs of sources."""
+
+    layer: int  #: of the head
+    head: int  #: its number in the layer
+    query: int  #: position of the query
+    keys: tuple[KeyScore, ...]  #: those that it attends to most
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphResults:
+    """The graph of one prompt; also in ``<slug>.json``."""
+
+    prompt: str  #: its text
+    tokens: tuple[str, ...]  #: their texts
+    targets: tuple[GraphTarget, ...]  #: what is explained
+    active: int  #: active features of the prompt
+    traced: int  #: those that have a node
+    features: int  #: that are kept by pruning
+    errors: int  #: that are kept by pruning
+    edges: int  #: that are kept by pruning
+    scores: GraphScores  #: of the whole graph
+    #: what rows with bias nodes lack of their pre-activations: the largest by size, over the largest value
+    unexplained: float
+    #: groups of nodes in the document's ``qParams.supernodes``; their members and the logits are pinned
+    supernodes: int
+    seconds: float  #: of tracing
+    doubling: DoublingResults | None  #: None: not asked for
+    circuits: CurveResults | None  #: None: not asked for, or a graph of SAEs
+    heads: HeadResults | None  #: None: not asked for, or a graph of SAEs
+    #: of each head that is looked into: those asked for, or the one that carries most into the last position
+    query_key: tuple[QueryScores, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttributeResults:
+    """Attribution graphs."""
+
+    transcoders: str  #: the set that they were made with; "" with SAEs
+    dictionaries: tuple[str, ...]  #: the SAEs' folders; none with transcoders
+    graphs: Mapping[str, GraphResults]  #: by slug

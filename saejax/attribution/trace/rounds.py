@@ -1,0 +1,114 @@
+"""Which features get rows, in rounds, and the graph that the rows make."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax.attribution.graph import Graph, pruning
+from saejax.attribution.graph.nodes import LOGIT, Nodes
+from saejax.attribution.local.prompt_run import PromptRun
+from saejax.attribution.trace.row_store import Put, RowStore
+from saejax.attribution.trace.targets import Readouts
+from saejax.models.tokens import token_text
+
+# Writes the rows of some of the active features, or of the readouts (None), over all sources.
+FillRows = Callable[[np.ndarray | None, Put], None]
+
+
+def attributed(
+    run: PromptRun, sources: int, readouts: Readouts, fill: FillRows, count: int, round_rows: int
+) -> tuple[np.ndarray, RowStore]:
+    """Attributes the logits and the features that get nodes, in rounds: in each the most influential ones so far.
+
+    Args:
+      sources: their number S; active features come first.
+      fill: gives rows over all sources, of features, or (None) of the readouts.
+      count: number of features that get nodes.
+      round_rows: features that are attributed between two rankings.
+
+    Returns:
+      Which of the active features these are, ascending; and their rows.
+    """
+    active = run.active
+    store = RowStore(count, len(readouts.labels), len(active), sources)
+    fill(None, store.put(None))
+    chosen_F = np.empty(0, np.int64)
+    while len(chosen_F) < count:
+        new_F = np.arange(count)
+        if count < len(active):
+            ranked_F = _most_influential(run, readouts, store, chosen_F)
+            if not store.room(len(chosen_F)):
+                store.narrow(np.concatenate([chosen_F, ranked_F]), len(chosen_F))
+            new_F = ranked_F[: min(round_rows, store.room(len(chosen_F)))]
+        fill(new_F, store.put(len(chosen_F)))
+        chosen_F = np.concatenate([chosen_F, new_F])
+    order_F = np.argsort(chosen_F)
+    if count < len(active):
+        store.sort(order_F)
+    return chosen_F[order_F], store
+
+
+def _most_influential(run: PromptRun, readouts: Readouts, store: RowStore, chosen_F: np.ndarray) -> np.ndarray:
+    """The features that may get a row, by their influence through those that have one, the largest first."""
+    active, logits = run.active, len(readouts.labels)
+    rows = store.row_RxC
+    layer_R = np.zeros(len(rows), np.int32)
+    column_R, weight_R = np.full(len(rows), -1), np.zeros(len(rows))
+    layer_R[: len(chosen_F)] = active.layer_A[chosen_F]
+    column_R[: len(chosen_F)] = np.searchsorted(store.column_C, chosen_F)
+    layer_R[-logits:], weight_R[-logits:] = run.model.config.n_layers, readouts.weight_K
+    influence_C = pruning.influence(rows, layer_R, column_R, weight_R, store.size_R[: len(rows)])
+    features = np.searchsorted(store.column_C, len(active))
+    influence_C[column_R[: len(chosen_F)]] = -1
+    order_C = np.argsort(-influence_C[:features], kind="stable")[: features - len(chosen_F)]
+    return store.column_C[order_C]
+
+
+def graph_of(
+    run: PromptRun,
+    nodes: Nodes,
+    readouts: Readouts,
+    chosen_F: np.ndarray,
+    store: RowStore,
+    prompt: str | Sequence[int],
+    settings: Mapping[str, Any],
+) -> Graph:
+    """The graph of the rows, with the columns of the features that have one.
+
+    Args:
+      run: of the prompt.
+      nodes: the sources.
+      readouts: what is explained.
+      chosen_F: places in ``run.active`` of the features with a row, ascending.
+      store: the rows.
+      prompt: the text, or the token ids.
+      settings: how the graph was made.
+    """
+    active, model = run.active, run.model
+    adjacency_RxS, nodes, unkept_R = store.row_RxC, nodes[store.column_C], store.dropped_R
+    if len(chosen_F) < len(active):
+        dropped_C = (store.column_C < len(active)) & ~np.isin(store.column_C, chosen_F)
+        unkept_R = unkept_R + adjacency_RxS[:, dropped_C].sum(axis=1)
+        adjacency_RxS, nodes = adjacency_RxS[:, ~dropped_C], nodes[~dropped_C]
+    text = token_text(model.tokenizer)
+    of_logits = Nodes.of(LOGIT, model.config.n_layers, readouts.position_K, readouts.token_K, readouts.weight_K)
+    return Graph(
+        adjacency_RxS=adjacency_RxS,
+        nodes=Nodes.joined(nodes, of_logits),
+        value_R=np.concatenate([active.value_A[chosen_F], readouts.value_K]),
+        constant_R=np.concatenate([run.constants(chosen_F), readouts.constant_K]),
+        unkept_R=unkept_R,
+        ids_P=run.ids_P,
+        tokens=tuple(text(int(token)) for token in run.ids_P),
+        logit_K=readouts.logit_K,
+        labels=readouts.labels,
+        prompt=prompt if isinstance(prompt, str) else str(model.tokenizer.decode(run.ids_P)),
+        n_layers=model.config.n_layers,
+        model=dict(
+            name=model.source.name, revision=model.source.revision, fingerprint=model.source.fingerprint,
+            family=model.config.family,
+        ),
+        transcoders=run.dictionaries.describe(),
+        settings=dict(settings, active_features=len(active)),
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""A model that was run on a prompt, and what SAEs at some of its sites make of it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.attribution.local.active import Active, active_features
+from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.replacement import embed, padded_length, placed
+from saejax.attribution.local.saes import LayerSaes
+from saejax.attribution.trace import perturbed
+from saejax.attribution.trace.perturbed import Places
+from saejax.errors import UserError, one_of
+from saejax.models import decoder
+from saejax.models.language_model import LanguageModel
+from saejax.models.rules import RunRules
+from saejax.parallel import to_host
+from saejax.settings import GRAPH_ESTIMATES
+
+
+@dataclasses.dataclass(frozen=True)
+class SaeRun:
+    """A model that was run on a prompt, and what its SAEs say of it; a ``PromptRun``.
+
+    Attributes:
+      model, saes: of which it is made.
+      rules: those by which gradients go through it.
+      places: where the SAEs stand.
+      ids_P: int32 token ids.
+      active: the active features.
+      logits_V: fp32 logits at the last position.
+      last_D, stream_LxTxD, read_SxTxD: what ``perturbed.run`` gave.
+      error_SxTxD: fp32, what the SAEs do not explain; at attention sinks all but b_dec.
+      direct: whether sites are frozen at their values.
+    """
+
+    model: LanguageModel
+    saes: LayerSaes
+    rules: RunRules
+    places: Places
+    ids_P: np.ndarray
+    active: Active
+    logits_V: np.ndarray
+    last_D: jax.Array
+    stream_LxTxD: jax.Array
+    read_SxTxD: jax.Array
+    error_SxTxD: np.ndarray
+    direct: bool
+
+    @classmethod
+    def of(
+        cls, model: LanguageModel, saes: LayerSaes, ids_P: np.ndarray, estimate: str = "gradient", direct: bool = False
+    ) -> "SaeRun":
+        """Runs the model on a prompt and each SAE on its site.
+
+        Args:
+          model: the language model.
+          saes: of some of its sites.
+          ids_P: int32 token ids of the prompt.
+          estimate: one of ``GRAPH_ESTIMATES``: the rules by which gradients go through the model.
+          direct: whether sites are frozen at their values.
+
+        Raises:
+          UserError: SAEs and model do not go together, a value is not finite, or no feature is active.
+        """
+        saes.check(model)
+        rules = RunRules(backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
+        places = Places.of(saes.sites, model.config.n_layers)
+        length = padded_length(len(ids_P))
+        x_TxD = embed(FrozenModel(model.config), model.params, np.pad(ids_P, (0, length - len(ids_P))))
+        none_SxTxD = jnp.zeros((len(saes.sites), *x_TxD.shape), x_TxD.dtype)
+        last = np.int32(len(ids_P) - 1)
+        ran = perturbed.run(model.config, rules, model.params, places, x_TxD, last, none_SxTxD)
+        logits_V = to_host(decoder.unembed(model.config, model.params, ran.last_D[None], rules)[0])
+        if not np.isfinite(logits_V).all():
+            raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
+        found, errors = [], []
+        for site, read_TxD in zip(saes.sites, ran.read_SxTxD, strict=True):
+            sae = placed(saes.load(site.layer), model)
+            own, part = active_features(sae, site.layer, read_TxD, read_TxD, np.arange(length) < len(ids_P))
+            found.append(own)
+            errors.append(to_host(part["error_LxTxD"]))
+        active = Active.joined(found)
+        if not len(active):
+            raise UserError(f"no feature of {saes.name} is active in this prompt: is it of this model?")
+        return cls(
+            model, saes, rules, places, ids_P, active, logits_V,
+            last_D=ran.last_D, stream_LxTxD=ran.stream_LxTxD, read_SxTxD=ran.read_SxTxD,
+            error_SxTxD=np.stack(errors), direct=direct,
+        )  # fmt: skip
+
+    @property
+    def frozen_SxTxD(self) -> jax.Array | None:
+        """The values at which sites are frozen; None: they are not."""
+        return self.read_SxTxD if self.direct else None
+
+    def constants(self, chosen_F: np.ndarray) -> np.ndarray:
+        """The encoder's bias of some of the active features, fp32 [F]."""
+        return self.active.b_enc_A[chosen_F]
+
+    @property
+    def dictionaries(self) -> LayerSaes:
+        """The SAEs, as every ``PromptRun`` names its dictionaries."""
+        return self.saes
