@@ -27,7 +27,7 @@ from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.parallel import fitting_sharding, part_size
 
-_OVERHEAD = 1.1
+_OVERHEAD = 1.5
 _HELD_OUT = 10  # one document in so many is held out by default
 _STEP = 16  # documents are padded to a multiple of this
 
