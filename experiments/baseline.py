@@ -1,8 +1,6 @@
-"""Behaviours and benchmarks before anything is explained: ``python -m experiments.baseline --help``."""
+"""``python -m experiments.baseline --help``: see ``saejax.experiments.baseline``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.baseline import main
 
 if __name__ == "__main__":
-    stages = ["baseline", "benchmark"]
-    command.main(stages, "baseline: " + "; ".join(STAGES[stage].summary for stage in stages) + ".")
+    main()

@@ -1,7 +1,6 @@
-"""The capture stage as a binary: ``python -m experiments.capture --help``."""
+"""``python -m experiments.capture --help``: see ``saejax.experiments.capture``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.capture import main
 
 if __name__ == "__main__":
-    command.main(["capture"], f"capture: {STAGES['capture'].summary}.")
+    main()

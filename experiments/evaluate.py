@@ -1,7 +1,6 @@
-"""The evaluate stage as a binary: ``python -m experiments.evaluate --help``."""
+"""``python -m experiments.evaluate --help``: see ``saejax.experiments.evaluate``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.evaluate import main
 
 if __name__ == "__main__":
-    command.main(["evaluate"], f"evaluate: {STAGES['evaluate'].summary}.")
+    main()

@@ -1,7 +1,6 @@
-"""The export stage as a binary: ``python -m experiments.export --help``."""
+"""``python -m experiments.export --help``: see ``saejax.experiments.export``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.export import main
 
 if __name__ == "__main__":
-    command.main(["export"], f"export: {STAGES['export'].summary}.")
+    main()

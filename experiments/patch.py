@@ -1,7 +1,6 @@
-"""The patch stage as a binary: ``python -m experiments.patch --help``."""
+"""``python -m experiments.patch --help``: see ``saejax.experiments.patch``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.patch import main
 
 if __name__ == "__main__":
-    command.main(["patch"], f"patch: {STAGES['patch'].summary}.")
+    main()

@@ -1,7 +1,6 @@
-"""Every stage in order: ``python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags``."""
+"""``python -m experiments.pipeline --help``: see ``saejax.experiments.pipeline``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.pipeline import main
 
 if __name__ == "__main__":
-    command.main(list(STAGES), "pipeline: runs every stage in order; what is finished and unchanged is not run again.")
+    main()

@@ -1,7 +1,6 @@
-"""The preflight stage as a binary: ``python -m experiments.preflight --help``."""
+"""``python -m experiments.preflight --help``: see ``saejax.experiments.preflight``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.preflight import main
 
 if __name__ == "__main__":
-    command.main(["preflight"], f"preflight: {STAGES['preflight'].summary}.")
+    main()

@@ -1,7 +1,6 @@
-"""The probe stage as a binary: ``python -m experiments.probe --help``."""
+"""``python -m experiments.probe --help``: see ``saejax.experiments.probe``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.probe import main
 
 if __name__ == "__main__":
-    command.main(["probe"], f"probe: {STAGES['probe'].summary}.")
+    main()

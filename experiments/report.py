@@ -1,7 +1,6 @@
-"""The report stage as a binary: ``python -m experiments.report --help``."""
+"""``python -m experiments.report --help``: see ``saejax.experiments.report``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.report import main
 
 if __name__ == "__main__":
-    command.main(["report"], f"report: {STAGES['report'].summary}.")
+    main()

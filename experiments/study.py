@@ -1,7 +1,6 @@
-"""The study stage as a binary: ``python -m experiments.study --help``."""
+"""``python -m experiments.study --help``: see ``saejax.experiments.study``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.study import main
 
 if __name__ == "__main__":
-    command.main(["study"], f"study: {STAGES['study'].summary}.")
+    main()

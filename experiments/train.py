@@ -1,7 +1,6 @@
-"""The train stage as a binary: ``python -m experiments.train --help``."""
+"""``python -m experiments.train --help``: see ``saejax.experiments.train``."""
 
-from saejax import command
-from saejax.stages import STAGES
+from saejax.experiments.train import main
 
 if __name__ == "__main__":
-    command.main(["train"], f"train: {STAGES['train'].summary}.")
+    main()

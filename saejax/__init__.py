@@ -1,21 +1,17 @@
 """saejax: which internal features a language model computes with, and whether they cause its answers.
 
-The names below are loaded when they are first used, so that ``import saejax`` is quick and starts no device.
+The names are those that ``__init__.pyi`` imports, where editors and type checkers read them. Each is loaded when it is
+first used, so that ``import saejax`` is quick and starts no device.
 """
 
+import ast
 import importlib
+from pathlib import Path
 from typing import Any
 
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text("utf-8"))
 _HOMES = {
-    "load_model": "saejax.models.language_model",
-    "load_dictionary": "saejax.dictionaries",
-    "load_results": "saejax.results",
-    "load_transcoders": "saejax.dictionaries",
-    "save_dictionary": "saejax.dictionaries",
-    "save_transcoders": "saejax.dictionaries",
-    "SiteEdit": "saejax.models.site_edits",
-    "trace": "saejax.attribution.trace.prompt",
-    "trace_gradient": "saejax.attribution.trace.gradient",
+    alias.name: str(node.module) for node in _STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names
 }
 __all__ = list(_HOMES)
 

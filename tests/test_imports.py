@@ -16,6 +16,7 @@ ORDER = [
     "pipeline",
     "preflight",
     "ground_truth",
+    "library",
     "report",
     "analysis",
     "attribution",

@@ -1,13 +1,19 @@
-"""The README's Python example runs as it stands."""
+"""The README's Python example runs as it stands, and the guides name what exists."""
 
 import json
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
 
+import saejax
+from saejax import config
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
+from saejax.stages import GROUPS
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -16,8 +22,8 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys, smollm2):
     """On a random dictionary in place of the demo's, which takes minutes to train."""
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
-    config = DictionaryConfig(kind="topk", site="resid_post.15", d_in=576, n_features=1152, k=48, max_norm=1600.0)
-    dictionary = Dictionary.initial(config, jax.random.key(0))
+    described = DictionaryConfig(kind="topk", site="resid_post.15", d_in=576, n_features=1152, k=48, max_norm=1600.0)
+    dictionary = Dictionary.initial(described, jax.random.key(0))
     save_dictionary(tmp_path / "runs/demo/train/topk/dictionary", dictionary)
     (tmp_path / "runs/demo/ablate/topk").mkdir(parents=True)
     entries = [dict(feature=feature) for feature in range(200)]
@@ -40,3 +46,31 @@ def test_the_readme_names_only_what_exists():
         assert re.search(rf"^{target}:", (root / "Makefile").read_text(), re.MULTILINE), target
     for binary in re.findall(r"experiments\.(\w+)", text):
         assert (root / "experiments" / f"{binary}.py").exists(), binary
+
+
+@pytest.mark.parametrize("guide", ["README.md", "WORKSPACE.md", "CONTRIBUTING.md"])
+def test_flags_and_names_of_the_guides_exist(guide):
+    """Every --group.field is a flag, every saejax.name a name of the library, every command one of the package."""
+    text = (README.parent / guide).read_text()
+    scripts = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]["scripts"]
+    known = flags.FlagValues()
+    config.define_flags(GROUPS, known)
+    for flag in re.findall(r"--(\w+(?:\.\w+)+)", text):
+        assert flag in known, flag
+    for name in re.findall(r"(?<![\w/.-])saejax\.(\w+)\(", text):
+        assert name in saejax.__all__, name
+    for command in re.findall(r"\bsaejax-[a-z]+\b", text):
+        assert command in scripts, command
+
+
+@pytest.mark.parametrize("guide", ["README.md", "WORKSPACE.md", "CONTRIBUTING.md"])
+def test_command_lines_of_the_guides_are_read(guide):
+    """As far as flags go: their names, ranges and choices, and the flag files they name."""
+    text = (README.parent / guide).read_text().replace("\\\n", " ")
+    for line in re.findall(r"^\.venv/bin/python -m experiments\.\w+ (.*)$", text, re.MULTILINE):
+        values = flags.FlagValues()
+        config.define_flags(GROUPS, values)
+        flags.DEFINE_string("workdir", "", "", flag_values=values)
+        words = [word.replace("=configs/", f"={README.parent}/configs/") for word in shlex.split(line, comments=True)]
+        assert values(["program", *words]) == ["program"], line
+        config.from_flags(GROUPS, values)

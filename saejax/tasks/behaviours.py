@@ -45,9 +45,9 @@ class Prompt:
     text: str
     correct: str
     wrong: str
-    counterpart: str
-    counterpart_correct: str
-    items: tuple[str, ...]
+    counterpart: str = ""
+    counterpart_correct: str = ""
+    items: tuple[str, ...] = ()
 
 
 def make_prompts(behaviour: str, train: int, test: int, seed: int, first_token: Callable[[str], int]) -> list[Prompt]:

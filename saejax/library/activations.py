@@ -1,0 +1,121 @@
+"""Activations of texts in memory."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from saejax.activations.documents import COLUMNS, Documents
+from saejax.activations.store import Store
+from saejax.activations.writer import StoreWriter
+from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import Tokens, even_batches
+from saejax.results import to_json
+
+_PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Values of some sites on the tokens of texts, in memory; row r of every site is the same token.
+
+    Attributes:
+      values: fp32 [N, D] of every site, by its name.
+      index_Nx3: int32 columns: the text (its place in the list), the position in it, the token id.
+      texts: token ids of the texts.
+      sink_factor: rows with norms above so many times the median of their site are attention sinks.
+      model: the language model: "name", "revision", "fingerprint", "dtype".
+    """
+
+    values: Mapping[str, np.ndarray]
+    index_Nx3: np.ndarray
+    texts: Sequence[np.ndarray]
+    sink_factor: float
+    model: Mapping[str, str]
+
+    def max_norm(self, site: str) -> float:
+        """Norm above which a row is an attention sink."""
+        return float(np.float32(self.sink_factor * float(np.median(np.linalg.norm(self.values[site], axis=1)))))
+
+    def rows(self, *sites: str) -> np.ndarray:
+        """Rows, ascending, that are attention sinks at none of the sites; all sites by default."""
+        sites = sites or tuple(self.values)
+        norms = [np.linalg.norm(self.values[site], axis=1) <= self.max_norm(site) for site in sites]
+        return np.flatnonzero(np.all(norms, axis=0))
+
+    def save(self, folder: str | Path) -> Store:
+        """Writes them as a store of one shard, all of the train split, as the stage ``capture`` does; opens it.
+
+        Args:
+          folder: made if missing; a store that is there is replaced.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        offsets_N = np.concatenate([[0], np.cumsum([len(text) for text in self.texts])]).astype(np.int64)
+        table_Nx5 = np.zeros((len(self.texts), len(COLUMNS)), np.int32)
+        table_Nx5[:, COLUMNS.index("source")] = np.arange(len(self.texts))
+        documents = Documents(np.concatenate(self.texts), offsets_N, table_Nx5, ("text",))
+        rows = len(self.index_Nx3)
+        writer = StoreWriter(folder, list(self.values), "library")
+        writer.write_documents(documents)
+        norms = {f"{site} norms": np.linalg.norm(value, axis=1) for site, value in self.values.items()}
+        writer.write_shard(0, {"index": self.index_Nx3, **self.values, **norms})
+        facts = writer.site_statistics(1, documents, self.sink_factor)
+        described = {site: dict(d=value.shape[1], **to_json(facts[site])) for site, value in self.values.items()}
+        writer.finish(
+            dict(
+                sites=described,
+                dtype="float32",
+                rows=rows,
+                shards=1,
+                shard_rows=rows,
+                model=dict(self.model),
+                sink_factor=self.sink_factor,
+                documents=dict(columns=COLUMNS, groups=documents.groups),
+            )
+        )
+        return Store.open(folder)
+
+
+def capture(
+    lm: LanguageModel,
+    texts: Sequence[str],
+    sites: Sequence[str],
+    *,
+    batch_tokens: int = 4096,
+    sink_factor: float = 10.0,
+) -> Activations:
+    """Runs texts through a model and keeps the values of some sites.
+
+    Args:
+      lm: the model.
+      texts: each at most as long as the model's context.
+      sites: such as ["resid_post.15"].
+      batch_tokens: most tokens of a batch, padding included.
+      sink_factor: norms above so many times the median of their site are attention sinks.
+
+    Raises:
+      UserError: a text is empty or too long, a site does not exist, or a value is not finite.
+    """
+    tokens = lm.tokenize(texts)
+    ends_N = np.concatenate([[0], np.cumsum(tokens.lengths_B)])
+    values: dict[str, np.ndarray] = {}
+    for chosen, rows, length in even_batches(tokens.lengths_B, batch_tokens, lm.mesh.shape["data"], _PROGRAM):
+        filled_B = np.resize(chosen, rows)
+        batch = Tokens(tokens.ids_BxT[filled_B, :length], tokens.lengths_B[filled_B])
+        for site, value_BxTxD in lm(batch, capture=sites, logits=False).sites.items():
+            host_BxTxD = np.asarray(value_BxTxD, np.float32)
+            kept_NxD = values.setdefault(site, np.empty((ends_N[-1], host_BxTxD.shape[2]), np.float32))
+            for text, value_TxD in zip(chosen, host_BxTxD, strict=False):
+                kept_NxD[ends_N[text] : ends_N[text + 1]] = value_TxD[: tokens.lengths_B[text]]
+    for site, value_NxD in values.items():
+        if not np.isfinite(value_NxD).all():
+            raise UserError(f"activations at {site} are NaN or infinite: check the model's weights, or use float32")
+    texts_ids = [row_T[:length] for row_T, length in zip(tokens.ids_BxT, tokens.lengths_B, strict=True)]
+    text_N = np.repeat(np.arange(len(texts_ids)), tokens.lengths_B)
+    index_Nx3 = np.stack([text_N, np.arange(ends_N[-1]) - ends_N[text_N], np.concatenate(texts_ids)], axis=1)
+    model = {name: getattr(lm.source, name) for name in ("name", "revision", "fingerprint")}
+    model["dtype"] = str(lm.params["embed_VxD"].dtype)
+    return Activations(values, index_Nx3.astype(np.int32), texts_ids, sink_factor, model)

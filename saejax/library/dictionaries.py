@@ -1,0 +1,132 @@
+"""Dictionaries: trained on activations, scored on texts, written for other tools."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.activations.store import Store
+from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
+from saejax.errors import UserError
+from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
+from saejax.evaluation.reconstruction import Reconstruction, reconstruct
+from saejax.library.activations import Activations, capture
+from saejax.library.settings import configured
+from saejax.models.language_model import LanguageModel
+from saejax.settings import MeshConfig, TrainConfig
+from saejax.training.train import run_train
+from saejax.workspace import Run
+
+
+def train(
+    acts: Activations | Store | str | Path,
+    site: str = "",
+    kind: str = "topk",
+    *,
+    folder: str | Path | None = None,
+    mesh: MeshConfig | None = None,
+    on_progress: Callable[[str], None] = print,
+    **settings: Any,
+) -> Dictionary:
+    """Trains a dictionary as the stage ``train`` does.
+
+    Args:
+      acts: of ``capture``; or a store, or its folder.
+      site: what it reads; may be left out where ``acts`` has one site. A transcoder (``form="transcoder"``) reads
+        "mlp_in.L" and predicts "mlp_out.L"; both must be in ``acts``.
+      kind: one of ``saejax.settings.KINDS``.
+      folder: where checkpoints, metrics and the dictionary are kept, and where an interrupted training goes on. None:
+        nothing is kept.
+      mesh: how devices are arranged.
+      on_progress: takes lines that say how far it is.
+      **settings: other fields of ``saejax.settings.TrainConfig``, such as k=32, expansion=8, learning_rate=1e-3.
+
+    Raises:
+      UserError: a setting is unknown or out of range, the site is not there, or training diverges.
+    """
+    with tempfile.TemporaryDirectory(prefix="saejax-train-") as beside:
+        if isinstance(acts, Activations):
+            store = acts.save(Path(beside) / "capture")
+        else:
+            store = acts if isinstance(acts, Store) else Store.open(acts)
+        chosen = site or next(iter(store.sites))
+        if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
+            raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
+        config = configured(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
+        target = Path(folder or Path(beside) / "train")
+        target.mkdir(parents=True, exist_ok=True)
+        configs = dict(train=config, mesh=mesh or MeshConfig())
+        run_train(Run("train", kind, target, configs, {"capture": store.folder}, on_progress, lambda: False))
+        return load_dictionary(target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How good a dictionary is on some texts.
+
+    Attributes:
+      reconstruction: explained variance, L0 and each feature's firing.
+      losses: cross-entropy and KL divergence with the dictionary's output in place of the site.
+    """
+
+    reconstruction: Reconstruction
+    losses: Losses
+
+    @property
+    def explained_variance(self) -> float:
+        """1 - sum |y - y_hat|^2 / sum |y - mean|^2."""
+        return self.reconstruction.explained_variance
+
+    @property
+    def l0(self) -> float:
+        """Mean number of features that fire on a token."""
+        return self.reconstruction.l0
+
+    @property
+    def ce_recovered(self) -> float | None:
+        """Share of cross-entropy recovered against the site's mean; None where that floor does no harm."""
+        return recovered(self.losses.ce, "mean_ablated")
+
+
+def evaluate(
+    lm: LanguageModel, dictionary: Dictionary, texts: Sequence[str], *, mean_D: np.ndarray | None = None
+) -> Evaluation:
+    """Scores a dictionary as the stage ``evaluate`` does, on texts that it was not trained on.
+
+    Args:
+      lm: the model that it was trained on.
+      dictionary: an SAE or a transcoder.
+      texts: each at most as long as the model's context.
+      mean_D: mean of the target over training tokens, the floor of ``ce_recovered``. None: its mean over these texts.
+    """
+    site, target = dictionary.site, dictionary.config.target or dictionary.site
+    acts = capture(lm, texts, list(dict.fromkeys((site, target))))
+    limits = {target: acts.max_norm(target)} | {site: dictionary.config.max_norm}
+    inside_N = np.all([np.linalg.norm(acts.values[name], axis=1) <= limit for name, limit in limits.items()], axis=0)
+    parts = [value_NxD[inside_N] for value_NxD in acts.values.values()]
+    mean_D = parts[-1].astype(np.float64).mean(axis=0) if mean_D is None else mean_D
+    (score,) = reconstruct([dictionary], [parts], lm.mesh)
+    (losses,) = stand_in_losses(lm, [dictionary], acts.texts, mean_D, target_max_norm=limits[target])
+    return Evaluation(score, losses)
+
+
+def export(folder: str | Path, dictionaries: Dictionary | Sequence[Dictionary], format: str = "saelens") -> None:
+    """Writes a dictionary, or transcoders of all layers, for another tool.
+
+    Args:
+      folder: where to; made if missing.
+      dictionaries: one; for "circuit_tracer" a transcoder of every layer from 0.
+      format: "saelens", "circuit_tracer", or "saejax", our own.
+
+    Raises:
+      UserError: the folder holds such files already, or the format has nothing like these.
+    """
+    if format == "circuit_tracer":
+        save_transcoders(folder, [dictionaries] if isinstance(dictionaries, Dictionary) else dictionaries)
+    elif isinstance(dictionaries, Dictionary):
+        save_dictionary(folder, dictionaries, format)
+    else:
+        raise UserError(f"the format {format} has one dictionary in a folder: export them one by one")

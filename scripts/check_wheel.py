@@ -1,0 +1,91 @@
+"""Builds the wheel, looks into it, installs it in an empty environment, and runs binaries of it.
+
+``make check-wheel``. Nothing of the repository is on the path of what runs: a file that the wheel lacks is missed here.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet")
+PROMPTS = """
+{"behaviour": "plural", "text": "The cat near the", "correct": " dogs", "wrong": " runs", "split": "train"}
+{"behaviour": "plural", "text": "The dogs near the", "correct": " cat", "wrong": " run", "split": "train"}
+{"behaviour": "plural", "text": "She saw the", "correct": " dogs", "wrong": " runs", "split": "test"}
+{"behaviour": "plural", "text": "One day, the", "correct": " cat", "wrong": " run", "split": "test"}
+"""
+MODEL = """
+import sys
+from pathlib import Path
+from tiny_models import save_tiny_llama, save_tiny_tokenizer
+folder = Path(sys.argv[1])
+save_tiny_llama(folder)
+save_tiny_tokenizer(folder, 384)
+"""
+LIBRARY = """
+import importlib.util, os, saejax
+assert os.environ["WHERE"] in saejax.__file__, saejax.__file__
+assert importlib.util.find_spec("experiments") is None, "the wheel brings a package of the name experiments"
+lm = saejax.load_model("model")
+print("logits", lm(lm.tokenize(["The cat near the dogs runs."])).logits_BxTxV.shape)
+"""
+
+
+def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> None:
+    """Runs a command without this environment's paths; ends the program if it fails."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    print("$", *(str(word) if "\n" not in str(word) else "..." for word in command), flush=True)
+    status = subprocess.run([*map(str, command)], cwd=cwd, env=kept | environment).returncode
+    if status:
+        sys.exit(f"check_wheel: exit status {status}")
+
+
+def build(folder: Path) -> Path:
+    """The wheel of the repository, from a copy without what earlier builds left."""
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "saejax", source / "saejax", ignore=shutil.ignore_patterns("__pycache__"))
+    run(sys.executable, *PIP, "wheel", "--no-deps", "-w", folder, source)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def check_files(wheel: Path) -> None:
+    """Every file of the package is in the wheel, and nothing else."""
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    files = (path for path in (ROOT / "saejax").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    wanted = {path.relative_to(ROOT).as_posix() for path in files}
+    if inside != wanted:
+        sys.exit(f"check_wheel: missing {sorted(wanted - inside)}, not of the package {sorted(inside - wanted)}")
+    print(f"{wheel.name}: {len(inside)} files, {wheel.stat().st_size / 1e6:.1f} MB")
+
+
+def main() -> None:
+    """See the top of the file."""
+    with tempfile.TemporaryDirectory(prefix="saejax-wheel-") as name:
+        folder = Path(name).resolve()
+        wheel, environment, place = build(folder), folder / "environment", folder / "elsewhere"
+        check_files(wheel)
+        run(sys.executable, "-m", "venv", environment)
+        binaries = environment / "bin"
+        run(binaries / "python", *PIP, "install", "--no-compile", "-c", ROOT / "constraints.txt", wheel)
+        place.mkdir()
+        (place / "prompts.jsonl").write_text(PROMPTS.strip())
+        run(binaries / "python", "-c", MODEL, "model", cwd=place, PYTHONPATH=str(ROOT / "tests"))
+        run(binaries / "python", "-c", LIBRARY, cwd=place, WHERE=str(environment))
+        flags = ("--workdir=run", "--model.path=model", "--task.behaviours=", "--task.prompts=prompts.jsonl")
+        run(binaries / "saejax-baseline", *flags, cwd=place)
+        run(binaries / "python", "-m", "saejax.experiments.baseline", *flags, cwd=place)  # finds it done
+        if not (place / "run/baseline/summary.json").exists():
+            sys.exit("check_wheel: saejax-baseline wrote no summary")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The site, the notebook and the files for contributors hold together."""
+
+import ast
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+TOUR = ROOT / "docs/tour.ipynb"
+GUIDES = sorted(path for pattern in ("*.md", "docs/*.md", "CITATION.cff") for path in ROOT.glob(pattern))
+# Of registries and hubs; spelt so that this file does not name them.
+HOSTS = re.compile(r"\b(pypi|pythonhosted|huggingface|hf|github|anaconda|docker|readthedocs)\.(org|co|com|io)\b")
+
+
+def code_cells() -> list[str]:
+    return [
+        "".join(cell["source"]) for cell in json.loads(TOUR.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"
+    ]
+
+
+@pytest.mark.slow
+def test_the_tour_runs(monkeypatch, tmp_path, capsys):
+    """As it stands, cell by cell; it takes two minutes."""
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for number, cell in enumerate(code_cells()):
+        exec(compile(cell, f"tour.ipynb, cell {number}", "exec"), names)
+    printed = capsys.readouterr().out
+    assert names["scores"].explained_variance > 0.3 and names["found"].results.reason in printed
+    assert 0 < len(names["pruned"].nodes) <= len(names["graph"].nodes)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_tour_is_a_notebook_without_outputs():
+    notebook = json.loads(TOUR.read_text("utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs") and not cell.get("execution_count")
+    for code in code_cells():
+        ast.parse(code)
+
+
+def test_the_tour_uses_names_that_exist():
+    import saejax
+
+    for name in re.findall(r"saejax\.(\w+)\(", "\n".join(code_cells())):
+        assert name in saejax.__all__, name
+
+
+def test_pages_of_the_site(tmp_path):
+    """What Sphinx is given; whether it can read all docstrings without a warning, `make docs` says."""
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "docs/pages.py")
+    assert spec and spec.loader
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    pages.main(tmp_path / "sources")
+    written = {path.relative_to(tmp_path / "sources").as_posix() for path in (tmp_path / "sources").rglob("*.*")}
+    assert {"index.md", "README.md", "WORKSPACE.md", "docs/tour.md", "docs/ablation.png"} <= written
+    text = "".join(path.read_text() for path in (tmp_path / "sources/reference").iterdir())
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "saejax").rglob("*.py")
+    }
+    assert modules == set(re.findall(r"automodule:: (\S+)", text))
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
+def test_guides_name_what_exists(path):
+    text = path.read_text("utf-8")
+    assert not HOSTS.search(text)
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert (path.parent / link).exists(), link
+    for target in re.findall(r"^make ([\w-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_the_contributing_guide_names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    for name in re.findall(r"\b(?:tests|configs|saejax)/[\w/]+\.\w+", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_hooks_and_workflow_use_what_the_environment_has():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]
+    assert all(hook["entry"].startswith(".venv/bin/") for hook in hooks[0]["hooks"])
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["jobs"]["run"]["steps"][-1]["run"] == ".ci/run" and (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()

@@ -1,0 +1,216 @@
+"""The library: its names, their types, and its functions against the model and numpy."""
+
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import TINY_TEXT
+
+import saejax
+from saejax.errors import UserError
+from saejax.stages import STAGES
+
+ROOT = Path(__file__).parent.parent
+SITE = "resid_post.1"
+TEXTS = [sentence.strip() + "." for sentence in TINY_TEXT.split(".") if sentence.strip()] * 6
+LINES = [
+    ("train", "The cat near the", " dogs", " runs"),
+    ("train", "The dogs near the", " cat", " run"),
+    ("test", "She saw the", " dogs", " runs"),
+    ("test", "One day, the cat near the", " cat", " runs"),
+    ("test", "The war lasted from the", " year", " way"),
+]
+PROMPTS = [saejax.Prompt("animal", *line) for line in LINES]
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_llama, one_device):
+    return saejax.load_model(str(tiny_llama), mesh=one_device)
+
+
+@pytest.fixture(scope="module")
+def acts(lm):
+    return saejax.capture(lm, TEXTS, [SITE, "mlp_in.1", "mlp_out.1"], batch_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def sae(acts):
+    lines: list[str] = []
+    settings = dict(k=8, expansion=2, batch=64, epochs=6, learning_rate=3e-3, log_every=1)
+    dictionary = saejax.train(acts, SITE, "topk", on_progress=lines.append, **settings)
+    assert any("step" in line for line in lines)
+    return dictionary
+
+
+def test_the_library_has_what_it_promises():
+    promised = "load_model load_dictionary load_transcoders capture train evaluate ablate patch trace Graph export"
+    assert set(promised.split()) <= set(saejax.__all__) <= set(dir(saejax))
+    for name in saejax.__all__:
+        assert getattr(saejax, name).__doc__, name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        saejax.no_such_name  # noqa: B018
+
+
+def test_checkers_know_the_types_of_names(tmp_path):
+    """As an editor would complete them: through the package's own stub, not as Any."""
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text(
+        "import saejax\n"
+        "reveal_type(saejax.load_model)\n"
+        "reveal_type(saejax.train)\n"
+        "reveal_type(saejax.trace)\n"
+        "saejax.no_such_name\n"
+        "saejax.load_model(path=3)\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(snippet)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    model, train, trace, missing, wrong = (
+        "\n".join(line for line in found.splitlines() if f"snippet.py:{number}:" in line) for number in range(2, 7)
+    )
+    assert re.search(r"LanguageModel\"$", model), found
+    assert re.search(r"kind: .*str.*Dictionary\"$", train), found
+    assert 'Any"' not in trace and "Graph" in trace, found
+    assert "no_such_name" in missing, found
+    assert "incompatible type" in wrong, found
+
+
+def test_captured_rows_are_the_models_own_values(lm, acts):
+    for text in (0, 3, len(TEXTS) - 1):
+        tokens = lm.tokenize([TEXTS[text]])
+        for site, value_NxD in acts.values.items():
+            own = acts.index_Nx3[:, 0] == text
+            expected_TxD = np.asarray(lm(tokens, capture=[site]).sites[site][0])
+            np.testing.assert_allclose(value_NxD[own], expected_TxD, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(acts.index_Nx3[own, 2], tokens.ids_BxT[0])
+        np.testing.assert_array_equal(acts.index_Nx3[own, 1], np.arange(tokens.lengths_B[0]))
+
+
+def test_saved_activations_are_a_store(acts, tmp_path):
+    store = acts.save(tmp_path / "store")
+    rows = store.rows("train", SITE)
+    np.testing.assert_array_equal(rows, acts.rows(SITE))
+    np.testing.assert_array_equal(store.read(SITE, rows), acts.values[SITE][rows])
+    assert store.max_norm(SITE) == acts.max_norm(SITE)
+    assert store.documents[2].tolist() == acts.texts[2].tolist()
+    store.verify()
+
+
+def test_sinks_are_left_out(acts):
+    values = {site: value_NxD.copy() for site, value_NxD in acts.values.items()}
+    values[SITE][5] *= 1000.0
+    spoiled = saejax.Activations(values, acts.index_Nx3, acts.texts, acts.sink_factor, acts.model)
+    assert 5 not in spoiled.rows(SITE) and 5 in spoiled.rows("mlp_in.1") and 5 not in spoiled.rows()
+
+
+def test_a_trained_dictionary_rebuilds_its_site(lm, acts, sae):
+    x_NxD = acts.values[SITE]
+    f_NxF = np.asarray(sae.encode(x_NxD))
+    assert sae.site == SITE and f_NxF.shape[1] == 2 * x_NxD.shape[1] and (np.count_nonzero(f_NxF, axis=1) <= 8).all()
+    found = saejax.evaluate(lm, sae, TEXTS[:5])
+    own = np.isin(acts.index_Nx3[:, 0], range(5)) & (np.linalg.norm(x_NxD, axis=1) <= sae.config.max_norm)
+    y_NxD, y_hat_NxD = x_NxD[own].astype(np.float64), np.asarray(sae(x_NxD[own]), np.float64)
+    expected = 1 - np.square(y_NxD - y_hat_NxD).sum() / np.square(y_NxD - y_NxD.mean(axis=0)).sum()
+    assert found.explained_variance == pytest.approx(expected, abs=1e-5) and expected > 0.3
+    assert found.l0 == pytest.approx((f_NxF[own] > 0).sum(axis=1).mean())
+
+
+def test_cross_entropy_is_that_of_the_edited_model(lm, sae):
+    texts = TEXTS[:3]
+    found = saejax.evaluate(lm, sae, texts)
+    nats, count = 0.0, 0
+    for text in texts:
+        tokens = lm.tokenize([text])
+        logits_TxV = np.asarray(lm(tokens).logits_BxTxV[0], np.float64)
+        logp_TxV = logits_TxV - np.log(np.exp(logits_TxV).sum(axis=1, keepdims=True))
+        targets_T = tokens.ids_BxT[0, 1:]
+        nats, count = nats - logp_TxV[np.arange(len(targets_T)), targets_T].sum(), count + len(targets_T)
+    assert found.losses.tokens == count
+    assert found.losses.ce["clean"] == pytest.approx(nats / count, rel=1e-5)
+    assert found.losses.kl["clean"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_transcoder_reads_one_site_and_predicts_the_other(lm, acts):
+    settings = dict(k=8, expansion=1, batch=64, max_steps=3, form="transcoder")
+    transcoder = saejax.train(acts, "mlp_in.1", on_progress=lambda line: None, **settings)
+    assert (transcoder.site, transcoder.config.target) == ("mlp_in.1", "mlp_out.1")
+    assert np.isfinite(saejax.evaluate(lm, transcoder, TEXTS[:2]).losses.ce["reconstructed"])
+
+
+def test_training_goes_on_in_its_folder(acts, tmp_path):
+    settings = dict(k=4, expansion=1, batch=64, max_steps=4, checkpoint_every=2)
+    whole = saejax.train(acts, SITE, on_progress=lambda line: None, folder=tmp_path / "run", **settings)
+    lines: list[str] = []
+    again = saejax.train(acts, SITE, on_progress=lines.append, folder=tmp_path / "run", **settings)
+    assert any("resuming" in line for line in lines), lines
+    for name, array in whole.arrays.items():
+        np.testing.assert_array_equal(array, again.arrays[name])
+
+
+def test_named_features_are_removed_as_by_an_edit(lm, sae):
+    prompts = [prompt for prompt in PROMPTS if prompt.split == "test"]
+    tokens = lm.tokenize([prompt.text for prompt in prompts])
+    f_BxTxF = np.asarray(sae.encode(lm(tokens, capture=[SITE]).sites[SITE])) * tokens.mask_BxT[:, :, None]
+    features = np.argsort(-f_BxTxF.sum(axis=(0, 1)))[:2].tolist()
+    found = saejax.ablate(lm, sae, PROMPTS, features=features, draws=3, matches=2, bootstrap=100)
+    assert list(found.features) == features and found.controls_NxP.shape == (3, len(prompts))
+    answers_Px2 = np.array([[lm.token_id(prompt.correct), lm.token_id(prompt.wrong)] for prompt in prompts])
+    for edits, found_P in (([], found.clean_P), ([sae.ablate(features)], found.joint_P)):
+        rows_P, logits_BxTxV = np.arange(len(prompts)), np.asarray(lm(tokens, edits=edits).logits_BxTxV)
+        last_Px2 = logits_BxTxV[rows_P[:, None], tokens.last_B[:, None], answers_Px2]
+        np.testing.assert_allclose(found_P, last_Px2[:, 0] - last_Px2[:, 1], atol=2e-4)
+    assert found.results.reason.startswith("Yes" if found.results.verdict else "No")
+
+
+def test_top_features_are_chosen_by_train_prompts(lm, sae):
+    found = saejax.ablate(lm, sae, PROMPTS, top=2, draws=3, matches=2, bootstrap=100)
+    assert len(found.features) <= 2 and found.single_KxP.shape == (len(found.features), 3)
+
+
+def test_patching_between_prompts_and_counterparts(lm):
+    pair = saejax.Prompt("animal", "test", "The cat near the", " dogs", " cat", "The dogs near the", " cat")
+    found = saejax.patch(lm, [pair], "resid_post")
+    texts = lm.tokenize([pair.text, pair.counterpart])
+    assert found.diff_DxLxPxC.shape == (2, lm.config.n_layers, 1, int(texts.lengths_B[0]))
+    # The last token's stream after the last layer is all that is read: patching it is the other run.
+    np.testing.assert_allclose(found.diff_DxLxPxC[0, -1, 0, -1], found.clean_P[0], atol=1e-4)
+    np.testing.assert_allclose(found.diff_DxLxPxC[1, -1, 0, -1], found.corrupted_P[0], atol=1e-4)
+    with pytest.raises(UserError, match="counterpart"):
+        saejax.patch(lm, PROMPTS)
+
+
+def test_dictionaries_go_to_other_tools(sae, tmp_path):
+    saejax.export(tmp_path / "saelens", sae, "saelens")
+    back = saejax.load_dictionary(tmp_path / "saelens")
+    np.testing.assert_array_equal(back.W_dec_FxD[...], sae.W_dec_FxD[...])
+    with pytest.raises(UserError, match="one by one"):
+        saejax.export(tmp_path / "two", [sae, sae], "saelens")
+
+
+def test_bad_input_is_said(lm, acts, sae):
+    with pytest.raises(UserError, match="setting of TrainConfig"):
+        saejax.train(acts, SITE, learning_rte=1)
+    with pytest.raises(UserError, match="name the site"):
+        saejax.train(acts)
+    with pytest.raises(UserError, match="resid_post.9"):
+        saejax.capture(lm, TEXTS, ["resid_post.9"])
+    with pytest.raises(UserError, match="0 train and"):
+        saejax.ablate(lm, sae, [])
+
+
+def test_every_binary_of_the_package_is_a_command():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    names = {path.stem for path in (ROOT / "saejax/experiments").glob("*.py")} - {"__init__"}
+    assert scripts == {f"saejax-{name}": f"saejax.experiments.{name}:main" for name in names}
+    for name in names:
+        binary = importlib.import_module(f"saejax.experiments.{name}").main
+        assert importlib.import_module(f"experiments.{name}").main is binary and callable(binary)
+
+
+def test_every_stage_has_a_binary():
+    names = {path.stem for path in (ROOT / "experiments").glob("*.py")}
+    assert set(STAGES) - {"benchmark"} <= names  # which the baseline's binary runs
