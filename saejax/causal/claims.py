@@ -157,7 +157,7 @@ class _Candidates:
         """Which candidates pass, of those whose adjusted p is small; intervals are computed for these alone."""
         passes_C = small_C & (self._lost_C > self._rule.min_accuracy_drop)
         for candidate in np.flatnonzero(passes_C):
-            passes_C[candidate] = self.interval(candidate)[0] > 0
+            passes_C[candidate] = self.interval(int(candidate))[0] > 0
         return passes_C
 
     def interval(self, candidate: int) -> tuple[float, float]:
