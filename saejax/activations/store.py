@@ -12,6 +12,9 @@ order within a shard. Attention *sinks* are rows whose norm exceeds ``sink_facto
 site's training rows; every site has its own, and ``rows`` leaves them out.
 """
 
+import collections
+import resource
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +32,7 @@ MANIFEST = "manifest.json"
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _ON_DISK: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 _DOCUMENTS = ("ids.npy", "offsets.npy", "table.npy")
+_MOST_MAPS = 4096  # maps held open at once; each takes a file descriptor
 
 
 def shard_files(sites: Sequence[str], shard: int) -> dict[str, str]:
@@ -48,7 +52,8 @@ class Store:
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
         self.folder, self.manifest = folder, manifest
-        self._maps: dict[str, np.ndarray] = {}
+        self._maps: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()  # least recently used first
+        self._most_maps, self._lock, self._checked = _map_limit(), threading.Lock(), set[str]()
         self._rows: dict[tuple[str, ...], np.ndarray] = {}
         self._documents: Documents | None = None
 
@@ -187,14 +192,22 @@ class Store:
 
     def _part(self, shard: int, part: str) -> np.ndarray:
         name = shard_files(self.sites, shard)[part]
-        if name not in self._maps:
+        with self._lock:
+            if name in self._maps:
+                self._maps.move_to_end(name)
+                return self._maps[name]
+        if name not in self._checked:
             self._check_content(name)
-            array = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
-            shape, dtype = self._expected(shard, part)
-            if (array.shape, array.dtype) != (shape, dtype):
-                raise UserError(f"{self.folder / name} is {array.dtype} {array.shape}, expected {dtype} {shape}")
+            self._checked.add(name)
+        array = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+        shape, dtype = self._expected(shard, part)
+        if (array.shape, array.dtype) != (shape, dtype):
+            raise UserError(f"{self.folder / name} is {array.dtype} {array.shape}, expected {dtype} {shape}")
+        with self._lock:
             self._maps[name] = array
-        return self._maps[name]
+            while len(self._maps) > self._most_maps:  # who still reads an older map keeps it alive
+                self._maps.popitem(last=False)
+        return array
 
     def _expected(self, shard: int, part: str) -> tuple[tuple[int, ...], np.dtype]:
         rows = min(self.manifest["shard_rows"], self.manifest["rows"] - shard * self.manifest["shard_rows"])
@@ -218,6 +231,17 @@ class Store:
                 f"{self.folder / name} is damaged (its checksum differs from the manifest's): delete {self.folder} and "
                 "run capture again"
             )
+
+
+def _map_limit() -> int:
+    """How many shards may be mapped at once, once the process has as many file descriptors as it is allowed.
+
+    A map keeps its file open. Many systems give a process 1,024 descriptors unless it asks for more.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return _MOST_MAPS if hard == resource.RLIM_INFINITY else max(16, min(_MOST_MAPS, hard // 2))
 
 
 def _name(model: Mapping[str, str]) -> str:

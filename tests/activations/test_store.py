@@ -4,6 +4,8 @@ import errno
 import functools
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import known_store
@@ -192,3 +194,25 @@ def test_a_full_disk_is_said_and_leaves_no_part_of_a_file(make_store, monkeypatc
 def test_other_errors_of_the_disk_are_not_taken_for_a_full_one():
     with pytest.raises(PermissionError), writer_module._disk_room(Path("x")):
         raise PermissionError(errno.EACCES, "denied")
+
+
+def test_a_store_of_more_files_than_a_process_may_open_is_read(make_store):
+    known = make_store("float32", shard_rows=1)
+    assert known.store.manifest["shards"] > 64
+    script = f"""
+import concurrent.futures, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+import numpy as np
+from saejax.activations.store import Store
+store = Store.open({str(known.store.folder)!r})
+rows = np.random.default_rng(0).permutation(store.manifest["rows"])
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    read = list(pool.map(lambda site: store.read(site, rows), {SITES * 4!r}))
+    kept = [len(store.rows("train", site)) for site in {SITES!r}]
+print([value.tobytes().hex() for value in read[:2]], kept)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = np.random.default_rng(0).permutation(known.store.manifest["rows"])
+    expected = [known.store.read(site, rows).tobytes().hex() for site in SITES]
+    assert done.stdout.strip() == f"{expected} {[len(known.store.rows('train', site)) for site in SITES]}"

@@ -1,0 +1,219 @@
+"""When a set of features may be said to cause a behaviour: a rule that matched random sets pass no more than it says.
+
+Removing any set of features that fires often costs something. The rule therefore asks whether the tested set costs more
+than *draws*: sets of as many other features, matched to it one to one (``controls``). Of N draws and the tested set,
+were it one more draw, every one would be as likely to cost most, so that
+
+    p = (1 + draws that cost at least as much) / (1 + N)
+
+is at most a with a probability of at most a (Davison and Hinkley, 1997, section 4.2; Phipson and Smyth, 2010). A run
+says *yes* of a behaviour where all of this holds:
+
+- p, the larger of those of logit difference and accuracy, is at most the level after Holm's correction (1979) over the
+  behaviours of the run. Both must be small, so taking the larger costs no error (Berger, 1982);
+- the 95 % bootstrap interval, over templates and prompts, of the drop in logit difference minus the draws' mean drop
+  lies above zero: what is seen is not owed to a few prompts;
+- accuracy falls by more than a given share, which is what the words "costs the behaviour" mean.
+
+An interval alone, over prompts and around the draws' mean, is no such rule: how much sets differ from one another does
+not enter it, and it says yes to a quarter of random sets where features' effects differ.
+
+The *placebo rate* is how often the same rule says yes to the draws, each put in the place of the tested set beside all
+others. It is measured on the run's own draws, so whoever reads a yes can see what a yes is worth.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from scipy.stats import binomtest
+
+_ROUNDING = 1e-9  # of the largest effect: equal effects differ in their last bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Effects:
+    """What removing a tested set and N drawn sets costs on P test prompts of a behaviour.
+
+    Attributes:
+      drop_P: by how much the logit difference falls without the tested set.
+      lost_P: 1 where the answer was right and is not any more, -1 the other way round, else 0.
+      draw_drop_NxP, draw_lost_NxP: the same without each drawn set.
+      template_P: which template each prompt was made from; prompts of one template are not independent.
+    """
+
+    drop_P: np.ndarray
+    lost_P: np.ndarray
+    draw_drop_NxP: np.ndarray
+    draw_lost_NxP: np.ndarray
+    template_P: np.ndarray
+
+    @property
+    def draws(self) -> int:
+        """How many drawn sets there are."""
+        return len(self.draw_drop_NxP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What the rule says of a behaviour, and how often it says so of drawn sets.
+
+    Attributes:
+      yes: whether the tested set passes.
+      p_logit_diff, p_accuracy: p of each, before correction.
+      p_holm: the larger of both, after Holm's correction over the behaviours of the run.
+      low, high: the 95 % interval of the drop in logit difference minus the draws' mean drop.
+      placebo_rate: share of draws to which the rule says yes.
+      placebo_low, placebo_high: its 95 % Wilson interval.
+      attainable: whether so many draws can give a yes at all.
+    """
+
+    yes: bool
+    p_logit_diff: float
+    p_accuracy: float
+    p_holm: float
+    low: float
+    high: float
+    placebo_rate: float
+    placebo_low: float
+    placebo_high: float
+    attainable: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The rule's numbers.
+
+    Attributes:
+      level: probability, at most, with which a run says yes to anything where nothing is true; 0 to 1.
+      min_accuracy_drop: share of accuracy that must be lost.
+      resamples: of the bootstrap.
+      seed: of the bootstrap.
+    """
+
+    level: float = 0.05
+    min_accuracy_drop: float = 0.05
+    resamples: int = 2000
+    seed: int = 456
+
+    def least_draws(self, behaviours: int) -> int:
+        """Draws below which no set can pass, however much it costs."""
+        return int(np.ceil(behaviours / self.level - 1e-9)) - 1
+
+
+def claims(effects: Mapping[str, Effects], rule: Rule) -> dict[str, Claim]:
+    """Applies the rule to the behaviours of a run, and to their draws.
+
+    Args:
+      effects: by behaviour; finite, with the same number of draws each, at least 2.
+      rule: its numbers.
+    """
+    count = {part.draws for part in effects.values()}
+    if len(count) > 1 or min(count, default=2) < 2:
+        raise ValueError(f"expected as many draws for all behaviours, at least 2: got {sorted(count)}")
+    candidates = [_Candidates(part, rule) for part in effects.values()]
+    adjusted_BxC = holm_columns(np.stack([each.p_C for each in candidates])) if candidates else np.zeros((0, 0))
+    found = {}
+    for name, each, adjusted_C in zip(effects, candidates, adjusted_BxC, strict=True):
+        passes_C = each.passes(adjusted_C <= rule.level)
+        placebo = binomtest(int(passes_C[1:].sum()), each.draws)
+        ends = placebo.proportion_ci(method="wilson")
+        low, high = each.interval(0)
+        found[name] = Claim(
+            yes=bool(passes_C[0]),
+            p_logit_diff=float(each.p_drop_C[0]),
+            p_accuracy=float(each.p_lost_C[0]),
+            p_holm=float(adjusted_C[0]),
+            low=low,
+            high=high,
+            placebo_rate=float(passes_C[1:].mean()),
+            placebo_low=float(ends.low),
+            placebo_high=float(ends.high),
+            attainable=each.draws >= rule.least_draws(len(effects)),
+        )
+    return found
+
+
+class _Candidates:
+    """The tested set (candidate 0) and the draws, each judged beside all draws but itself; C is 1 + N."""
+
+    def __init__(self, effects: Effects, rule: Rule):
+        self.draws, self._rule = effects.draws, rule
+        self._share_RxP = resampled_shares(effects.template_P, rule.resamples, rule.seed)
+        self._drop_CxP = np.concatenate([effects.drop_P[None], effects.draw_drop_NxP]).astype(np.float64)
+        lost_CxP = np.concatenate([effects.lost_P[None], effects.draw_lost_NxP]).astype(np.float64)
+        if not np.isfinite(self._drop_CxP).all() or not self._drop_CxP.shape[1]:
+            raise ValueError(f"expected finite effects on at least one prompt: got {self._drop_CxP.shape}")
+        self._lost_C = lost_CxP.mean(axis=1)
+        self.p_drop_C = randomisation_p(self._drop_CxP.mean(axis=1))
+        self.p_lost_C = randomisation_p(self._lost_C)
+
+    @property
+    def p_C(self) -> np.ndarray:
+        """The larger of both p of each candidate."""
+        return np.maximum(self.p_drop_C, self.p_lost_C)
+
+    def passes(self, small_C: np.ndarray) -> np.ndarray:
+        """Which candidates pass, of those whose adjusted p is small; intervals are computed for these alone."""
+        passes_C = small_C & (self._lost_C > self._rule.min_accuracy_drop)
+        for candidate in np.flatnonzero(passes_C):
+            passes_C[candidate] = self.interval(int(candidate))[0] > 0
+        return passes_C
+
+    def interval(self, candidate: int) -> tuple[float, float]:
+        """The 95 % bootstrap interval of a candidate's drop minus the mean drop of the other draws."""
+        others_CxP = np.delete(self._drop_CxP, [0, candidate], axis=0)
+        beyond_P = self._drop_CxP[candidate] - others_CxP.mean(axis=0)
+        low, high = np.quantile(self._share_RxP @ beyond_P, (0.025, 0.975))
+        return float(low), float(high)
+
+
+def randomisation_p(effect_C: np.ndarray) -> np.ndarray:
+    """(1 + draws that cost at least as much) / (1 + draws) of each candidate, [C].
+
+    Args:
+      effect_C: mean effects; the first is that of the tested set, the others are those of the draws. A draw is compared
+        with all other draws, not with itself and not with the tested set.
+    """
+    tested, draws_N = effect_C[0], effect_C[1:]
+    rounding = _ROUNDING * max(np.abs(effect_C).max(), 1e-300)
+    rising_N = np.sort(draws_N)
+
+    def as_large(value: np.ndarray) -> np.ndarray:
+        return len(draws_N) - np.searchsorted(rising_N, value - rounding, side="left")
+
+    own = (1 + as_large(tested)) / (1 + len(draws_N))
+    return np.concatenate([[own], as_large(draws_N) / len(draws_N)])  # each of them counts itself: the 1 is in it
+
+
+def holm_columns(p_BxC: np.ndarray) -> np.ndarray:
+    """Holm's adjusted p-values over the first axis, [B, C]; see ``statistics.holm``."""
+    count = len(p_BxC)
+    order_BxC = np.argsort(p_BxC, axis=0, kind="stable")
+    rising_BxC = np.take_along_axis(p_BxC, order_BxC, axis=0) * np.arange(count, 0, -1)[:, None]
+    adjusted_BxC = np.empty_like(p_BxC)
+    np.put_along_axis(adjusted_BxC, order_BxC, np.maximum.accumulate(rising_BxC, axis=0), axis=0)
+    return np.minimum(adjusted_BxC, 1.0)
+
+
+def resampled_shares(template_P: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """How much of the mean each prompt makes up in each bootstrap sample of templates, and of prompts within them.
+
+    Templates are drawn with replacement, then of each drawn one as many prompts as it has. Where every prompt has a
+    template of its own, or all have the same one, this is the ordinary bootstrap over prompts.
+
+    Args:
+      template_P: a label for each prompt.
+
+    Returns:
+      [R, P]; rows sum to 1.
+    """
+    rng = np.random.default_rng(seed)
+    labels, template_P = np.unique(template_P, return_inverse=True)
+    size_G = np.bincount(template_P)
+    drawn_RxG = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=resamples)
+    count_RxP = np.empty((resamples, len(template_P)))
+    for group, size in enumerate(size_G):
+        inside_RxQ = rng.multinomial(size * drawn_RxG[:, group], np.full(size, 1 / size))
+        count_RxP[:, template_P == group] = inside_RxQ
+    return count_RxP / count_RxP.sum(axis=1, keepdims=True)

@@ -1,0 +1,180 @@
+"""The rule of a claim where nothing is true, where something is, and in odd cases."""
+
+import numpy as np
+import pytest
+
+from saejax.causal.claims import Effects, Rule, claims, holm_columns, randomisation_p, resampled_shares
+from saejax.causal.statistics import holm
+
+BEHAVIOURS, DRAWS, SLOTS, MATCHES, TEMPLATES = 4, 199, 20, 40, 3
+RUNS = 1000
+LIMIT = 0.05 + 3 * np.sqrt(0.05 * 0.95 / RUNS)
+
+
+def sets_of(rng, effect_SxM, draws):
+    """Effects of a tested set, one feature of each of S slots, and of draws of one of each slot's M other features."""
+    own, others_SxM = effect_SxM[:, 0], effect_SxM[:, 1:]
+    drawn_NxS = others_SxM[np.arange(len(own)), rng.integers(others_SxM.shape[1], size=(draws, len(own)))]
+    return np.concatenate([own[None], drawn_NxS]).sum(axis=1)
+
+
+def prompt_noise(rng, draws, prompts, template_P):
+    """All sets cost the same but for noise on each prompt."""
+    return 1.0 + rng.normal(size=(1 + draws, prompts))
+
+
+def different_features(rng, draws, prompts, template_P):
+    """Features have effects of their own, heavy-tailed; the tested ones are not chosen for theirs."""
+    effect_SxM = rng.standard_t(3, size=(SLOTS, 1 + MATCHES)) / np.sqrt(SLOTS)
+    return 1.0 + sets_of(rng, effect_SxM, draws)[:, None] + 0.5 * rng.normal(size=(1 + draws, prompts))
+
+
+def correlated_prompts(rng, draws, prompts, template_P):
+    """Effects depend on the template, which all of its prompts share."""
+    per_template = [
+        sets_of(rng, rng.normal(size=(SLOTS, 1 + MATCHES)) / np.sqrt(SLOTS), draws) for _ in range(TEMPLATES)
+    ]
+    return 1.0 + np.stack(per_template, axis=1)[:, template_P] + 0.3 * rng.normal(size=(1 + draws, prompts))
+
+
+def measured(drop_CxP, clean_P, template_P):
+    """As the ablation measures it: the answer is right where the logit difference is above zero."""
+    lost_CxP = (clean_P > 0).astype(float) - (clean_P - drop_CxP > 0)
+    return Effects(drop_CxP[0], lost_CxP[0], drop_CxP[1:], lost_CxP[1:], template_P)
+
+
+def run_of(rng, world, prompts=60, draws=DRAWS, planted=0.0):
+    template_P = np.arange(prompts) % TEMPLATES
+    effects = {}
+    for behaviour in range(BEHAVIOURS):
+        drop_CxP = world(rng, draws, prompts, template_P)
+        drop_CxP[0] += planted
+        effects[str(behaviour)] = measured(drop_CxP, rng.normal(2.0, 1.5, size=prompts), template_P)
+    return effects
+
+
+@pytest.mark.parametrize("world", [prompt_noise, different_features, correlated_prompts])
+def test_where_nothing_is_true_a_run_says_yes_no_more_often_than_its_level(world):
+    rng = np.random.default_rng(42)
+    rule = Rule(resamples=200, min_accuracy_drop=0.0)
+    said = [any(claim.yes for claim in claims(run_of(rng, world), rule).values()) for _ in range(RUNS)]
+    assert np.mean(said) <= LIMIT
+
+
+def test_an_interval_around_the_mean_of_the_draws_is_no_rule():
+    """What the rule replaces: it says yes to many random sets where features differ. So the test above can fail."""
+    rng, said = np.random.default_rng(42), []
+    for _ in range(100):
+        effects = run_of(rng, different_features)["0"]
+        beyond_P = effects.drop_P - effects.draw_drop_NxP.mean(axis=0)
+        share_RxP = resampled_shares(np.arange(len(beyond_P)), 200, 0)
+        said.append(np.quantile(share_RxP @ beyond_P, 0.025) > 0)
+    assert np.mean(said) > 0.25
+
+
+def test_one_behaviour_alone_keeps_its_level_by_logit_difference_alone():
+    """The randomisation p by itself, with no help from the other conditions."""
+    rng = np.random.default_rng(7)
+    for world in (prompt_noise, different_features):
+        p = [randomisation_p(world(rng, DRAWS, 30, np.arange(30) % TEMPLATES).mean(axis=1))[0] for _ in range(2 * RUNS)]
+        assert np.mean(np.array(p) <= 0.05) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / (2 * RUNS))
+
+
+def test_the_placebo_rate_is_that_of_the_draws():
+    rng = np.random.default_rng(3)
+    rule = Rule(resamples=200, min_accuracy_drop=0.0)
+    effects = run_of(rng, different_features, draws=399)
+    found = claims(effects, rule)
+    by_hand = []
+    for number in range(399):  # every draw in the place of the tested set, by the rule itself
+        placed = {
+            name: Effects(
+                part.draw_drop_NxP[number],
+                part.draw_lost_NxP[number],
+                np.delete(part.draw_drop_NxP, number, axis=0),
+                np.delete(part.draw_lost_NxP, number, axis=0),
+                part.template_P,
+            )
+            for name, part in effects.items()
+        }
+        by_hand.append([claim.yes for claim in claims(placed, rule).values()])
+    np.testing.assert_allclose([claim.placebo_rate for claim in found.values()], np.mean(by_hand, axis=0), atol=1e-12)
+    assert all(claim.placebo_low <= claim.placebo_rate <= claim.placebo_high for claim in found.values())
+    assert all(claim.placebo_rate <= 0.05 for claim in found.values())
+
+
+def test_a_planted_effect_is_found_as_often_as_computed_beforehand():
+    """Draws are normal with deviation 1: the largest of 199 is exceeded with a probability that can be written down."""
+    rng, planted, trials = np.random.default_rng(11), 3.0, 2000
+    effect_TxC = rng.normal(size=(trials, 1 + DRAWS))
+    effect_TxC[:, 0] += planted
+    found = np.mean([randomisation_p(effect_C)[0] <= 0.05 / BEHAVIOURS for effect_C in effect_TxC])
+    # At most one of 199 draws may be as large: its distribution is binomial, given the tested set's own effect.
+    from scipy.stats import binom, norm
+
+    grid = np.linspace(-6, 6, 4001)
+    power = np.trapezoid(norm.pdf(grid) * binom.cdf(1, DRAWS, norm.sf(grid + planted)), grid)
+    assert abs(found - power) < 0.05 and 0.3 < power < 0.95
+
+
+def test_a_set_that_costs_everything_passes():
+    effects = run_of(np.random.default_rng(5), different_features, planted=8.0)
+    found = claims(effects, Rule(resamples=200))
+    assert all(claim.yes and claim.low > 0 and claim.p_holm <= 0.05 for claim in found.values())
+
+
+def test_too_few_draws_cannot_say_yes_and_are_said_to():
+    effects = run_of(np.random.default_rng(5), different_features, draws=20, planted=8.0)
+    found = claims(effects, Rule(resamples=200))
+    assert not any(claim.yes or claim.attainable for claim in found.values())
+    assert Rule().least_draws(4) == 79 and Rule().least_draws(1) == 19
+    for draws, able in ((79, True), (78, False)):
+        some = run_of(np.random.default_rng(5), prompt_noise, draws=draws, planted=30.0)
+        assert all(
+            claim.yes is able and claim.attainable is able for claim in claims(some, Rule(resamples=50)).values()
+        )
+
+
+def test_accuracy_counts_too():
+    """Logit differences fall much, but no answer changes."""
+    rng = np.random.default_rng(5)
+    drop_CxP = different_features(rng, DRAWS, 30, np.arange(30) % 3)
+    drop_CxP[0] += 20
+    effects = measured(drop_CxP, np.full(30, 100.0), np.arange(30) % 3)
+    claim = claims(dict(one=effects), Rule())["one"]
+    assert claim.p_logit_diff == 1 / (1 + DRAWS) and claim.p_accuracy == 1.0 and not claim.yes
+
+
+def test_equal_effects_are_at_least_as_large():
+    np.testing.assert_array_equal(
+        randomisation_p(np.array([1.0, 1.0 + 1e-13, 1.0 - 1e-13, 0.0])), [0.75, 2 / 3, 2 / 3, 1]
+    )
+    np.testing.assert_array_equal(randomisation_p(np.zeros(5)), np.ones(5))
+
+
+def test_one_prompt_and_no_behaviour():
+    one = Effects(np.ones(1), np.ones(1), np.zeros((19, 1)), np.zeros((19, 1)), np.zeros(1))
+    assert claims(dict(one=one), Rule())["one"].yes
+    assert claims({}, Rule()) == {}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_effects_that_are_not_finite_are_refused(bad):
+    one = Effects(np.array([bad]), np.ones(1), np.zeros((19, 1)), np.zeros((19, 1)), np.zeros(1))
+    with pytest.raises(ValueError, match="finite"):
+        claims(dict(one=one), Rule())
+
+
+def test_holm_by_columns_is_holm():
+    p_BxC = np.random.default_rng(0).uniform(size=(5, 7)) ** 3
+    np.testing.assert_allclose(holm_columns(p_BxC), np.stack([holm(p_B) for p_B in p_BxC.T], axis=1))
+
+
+def test_resampling_templates_widens_what_resampling_prompts_gives():
+    template_P = np.repeat(np.arange(4), 10)
+    value_P = np.repeat([0.0, 1.0, 2.0, 3.0], 10)
+    by_template = (resampled_shares(template_P, 4000, 0) @ value_P).std()
+    by_prompt = (resampled_shares(np.arange(40), 4000, 0) @ value_P).std()
+    np.testing.assert_allclose(by_prompt, value_P.std() / np.sqrt(40), rtol=0.05)
+    np.testing.assert_allclose(by_template, value_P.std() / np.sqrt(4), rtol=0.05)
+    np.testing.assert_allclose(resampled_shares(template_P, 10, 0).sum(axis=1), 1.0)
