@@ -23,7 +23,7 @@ def configured(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for field in dataclasses.fields(cls):
         own = field.metadata.get("nested", dict)().get(unit)
         names = set(typing.get_type_hints(own)) - set(hints) if own else set()
         if inside := {name: settings.pop(name) for name in names & set(settings)}:

@@ -5,8 +5,6 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
-from saejax.preflight.costs import step_flops
-from saejax.preflight.programs import Program
 
 from saejax.costs.passes import step_flops
 from saejax.costs.programs import Program
