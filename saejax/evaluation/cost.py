@@ -28,7 +28,6 @@ from saejax.models.split import SplitPoint
 from saejax.parallel import fitting_sharding, part_size
 
 _OVERHEAD = 1.5
-_HELD_OUT = 10  # one document in so many is held out by default
 _STEP = 16  # documents are padded to a multiple of this
 
 
@@ -41,7 +40,8 @@ def evaluate_cost(plan: PlannedRun, kind: str) -> Cost:
         layer_bytes(plan, rows, length, dtype) + feature_bytes(used.n_features, local, length),
         layer_bytes(plan, rows, length, dtype, kept=4) + logit_bytes(plan, rows, length),
     )
-    documents = evaluate.ce_documents or plan.documents // _HELD_OUT
+    held_out = round(plan.documents * plan.configs["corpus"].held_out)
+    documents = min(evaluate.ce_documents or held_out, held_out)
     of_document = min(length, -(-plan.tokens // max(plan.documents, 1) // _STEP) * _STEP)
     tokens, sites = documents * of_document, {(member.site, member.target) for member in stack.members}
     tails = (len(VARIANTS) - 1) * len(sites) + len(stack.members)
