@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-if sys.dont_write_bytecode and not os.environ.get("NOPYC"):
+if sys.dont_write_bytecode:
     # Dozens of processes import the same libraries, and compiling them is half of the work of one that reads a model:
     # where the environment forbids that Python keeps what it compiled beside the sources, it is kept in build/.
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(__file__).parent.parent / "build" / "pycache")
@@ -21,12 +21,6 @@ os.environ["XLA_FLAGS"] += (
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
 ) * (not os.environ.get("SAEJAX_FULL_COMPILER"))
 os.environ["HF_HUB_OFFLINE"] = "1"
-if os.environ.get("JC"):
-    os.environ |= dict(
-        JAX_COMPILATION_CACHE_DIR=os.environ["JC"],
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-    )
 
 import shapes
 

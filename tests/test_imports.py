@@ -1,6 +1,7 @@
 """Imports go one way, and torch stays where it belongs."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ TORCH_MAY_BE_IN = {"saejax/activations/torch_capture.py", "saejax/models/source.
 SOURCES = sorted(p for top in ("saejax", "experiments") for p in (ROOT / top).rglob("*.py"))
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
