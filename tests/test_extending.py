@@ -39,8 +39,8 @@ def starcoder2(monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=5, use_bias=False, tie_word_embeddings=False)])
 def test_a_family_of_models(tmp_path, one_device, starcoder2, changes):
-    save_tiny(tmp_path, "starcoder2", **changes)
-    save_tiny_tokenizer(tmp_path, 131)
+    save_tiny(tmp_path, "starcoder2", vocab_size=300, **changes)
+    save_tiny_tokenizer(tmp_path, 300)
     lm = load_model(str(tmp_path), mesh=one_device)
     tokens = lm.tokenize(["The cat near the dogs"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
@@ -54,8 +54,8 @@ def test_its_sites_are_those_of_the_pytorch_model(tmp_path, one_device, starcode
     from saejax.activations.torch_modules import places
     from saejax.models.sites import KINDS, Site
 
-    save_tiny(tmp_path, "starcoder2")
-    save_tiny_tokenizer(tmp_path, 131)
+    save_tiny(tmp_path, "starcoder2", vocab_size=300)
+    save_tiny_tokenizer(tmp_path, 300)
     lm = load_model(str(tmp_path), mesh=one_device)
     tokens = lm.tokenize(["The cat near the dogs"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()

@@ -42,6 +42,8 @@ INSIDE = {
     "attribution": [
         "stage",
         "run",
+        "cost",
+        "report",
         "requests",
         "forms",
         "groups",

@@ -17,9 +17,9 @@ from saejax.activations.buffers import ShardBuffers
 from saejax.activations.documents import COLUMNS, SPLITS, Documents, make_documents
 from saejax.activations.plan import Batch, Plan
 from saejax.activations.reader import Reader
+from saejax.activations.request import CaptureRequest, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.store import DTYPES
-from saejax.activations.wanted import Wanted, read_wanted
 from saejax.activations.writer import StoreWriter
 from saejax.config import identity
 from saejax.errors import Interrupted, UserError
@@ -67,13 +67,13 @@ def run_capture(run: Run) -> CaptureResults:
       Interrupted: asked to stop; finished shards are kept.
     """
     config: CaptureConfig = run.configs["capture"]
-    wanted = read_wanted(run.configs)
-    model_source, names = wanted.source, [str(site) for site in wanted.sites]
-    documents = text_documents(run, wanted)
+    request = read_request(run.configs)
+    model_source, names = request.source, [str(site) for site in request.sites]
+    documents = text_documents(run, request)
     plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
-    reader, widths = None, wanted.widths()
+    reader, widths = None, request.widths()
     if widths is None:
-        reader = load_reader(run, wanted, plan)
+        reader = load_reader(run, request, plan)
         widths = reader.widths
     writer = StoreWriter(run.folder, names, _work(run, model_source, documents))
     missing = [shard for shard in range(plan.shards) if not writer.has(shard)]
@@ -83,7 +83,7 @@ def run_capture(run: Run) -> CaptureResults:
         f"{len(documents):,} documents, {plan.rows:,} tokens at {', '.join(config.sites)}; "
         f"{plan.shards - len(missing)} of {plan.shards} shards are done"
     )
-    rate = _capture(run, wanted, plan, writer, widths, missing, reader) if missing else 0.0
+    rate = _capture(run, request, plan, writer, widths, missing, reader) if missing else 0.0
     statistics = writer.site_statistics(plan.shards, documents, config.sink_factor)
     _check_sinks(statistics, config)
     counts = _counts(documents, plan)
@@ -104,13 +104,13 @@ def run_capture(run: Run) -> CaptureResults:
     )
 
 
-def text_documents(run: Run, wanted: Wanted) -> Documents:
+def text_documents(run: Run, request: CaptureRequest) -> Documents:
     """The documents of the corpus and, where behaviours were asked for, their train prompts."""
     prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl") if "baseline" in run.inputs else []
     chosen = {index: prompt for index, prompt in enumerate(prompts) if prompt.split == "train"}
-    tokenizer, config = source.load_tokenizer(wanted.source), run.configs["corpus"]
-    documents = make_documents(config, chosen, tokenizer, wanted.context or config.context)
-    vocabulary = source.vocabulary(wanted.source)
+    tokenizer, config = source.load_tokenizer(request.source), run.configs["corpus"]
+    documents = make_documents(config, chosen, tokenizer, request.context or config.context)
+    vocabulary = source.vocabulary(request.source)
     if vocabulary is not None and documents.ids_T.max() >= vocabulary:
         raise UserError(
             f"the text holds {tokenizer.decode([documents.ids_T.max()])!r}, a special token for which the model has no "
@@ -140,7 +140,7 @@ def _check_disk(
 
 def _capture(
     run: Run,
-    wanted: Wanted,
+    request: CaptureRequest,
     plan: Plan,
     writer: StoreWriter,
     widths: dict[AnySite, int],
@@ -149,7 +149,7 @@ def _capture(
 ) -> float:
     """Makes the shards; returns the speed in tokens per second."""
     config: CaptureConfig = run.configs["capture"]
-    reader = reader or load_reader(run, wanted, plan)
+    reader = reader or load_reader(run, request, plan)
     buffers = ShardBuffers(widths, max(map(plan.size, shards)), config.store_dtype)
     progress = _Progress(run.say, sum(map(plan.size, shards)))
 
@@ -178,19 +178,19 @@ def _capture(
     return progress.rate
 
 
-def load_reader(run: Run, wanted: Wanted, plan: Plan) -> Reader:
+def load_reader(run: Run, request: CaptureRequest, plan: Plan) -> Reader:
     """The backend, which alone is imported: torch takes seconds to import, and JAX takes the devices."""
     config: CaptureConfig = run.configs["capture"]
     if config.backend == "torch":
         from saejax.activations.torch_capture import SiteReader
 
-        return SiteReader(source.load_torch_model(wanted.source, config.dtype), wanted.sites)
+        return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites)
     from saejax.activations.jax_capture import DecoderReader
     from saejax.parallel import make_mesh
 
-    mesh, decoder = make_mesh(run.configs["mesh"]), cast(DecoderConfig, wanted.decoder)
-    sites = [site for site in wanted.sites if isinstance(site, Site)]  # which all are: modules were refused
-    return DecoderReader(wanted.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.store_dtype)
+    mesh, decoder = make_mesh(run.configs["mesh"]), cast(DecoderConfig, request.decoder)
+    sites = [site for site in request.sites if isinstance(site, Site)]  # which all are: modules were refused
+    return DecoderReader(request.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.store_dtype)
 
 
 def _check_sinks(statistics: Mapping[str, SiteNorms], config: CaptureConfig) -> None:

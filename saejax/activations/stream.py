@@ -15,8 +15,8 @@ from saejax.activations.buffers import ShardBuffers
 from saejax.activations.capture import load_reader, text_documents
 from saejax.activations.documents import SPLITS, Documents
 from saejax.activations.plan import Batch, Plan
+from saejax.activations.request import read_request
 from saejax.activations.store import DTYPES
-from saejax.activations.wanted import read_wanted
 from saejax.errors import UserError
 from saejax.models.sites import AnySite
 from saejax.workspace import Run
@@ -45,11 +45,11 @@ class ModelStream:
     def __init__(self, run: Run, sites: Sequence[str], rows: int):
         config = dataclasses.replace(run.configs["capture"], sites=tuple(sites))
         run = dataclasses.replace(run, configs=dict(run.configs) | dict(capture=config), inputs={})
-        wanted = read_wanted(run.configs)
-        self._run, self._source, self.sites = run, wanted.source, tuple(sites)
-        documents = _training(text_documents(run, wanted))
+        request = read_request(run.configs)
+        self._run, self._source, self.sites = run, request.source, tuple(sites)
+        documents = _training(text_documents(run, request))
         self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
-        self._reader = load_reader(run, wanted, self._plan)
+        self._reader = load_reader(run, request, self._plan)
         self._dtype = config.store_dtype
         self._buffers = ShardBuffers(self._reader.widths, max(map(self.size, range(len(self)))), self._dtype)
         self._parts: dict[str, np.ndarray] = {}

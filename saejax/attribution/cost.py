@@ -13,7 +13,6 @@ from saejax.attribution.graph.pruning import RUNS
 from saejax.attribution.local.replacement import padded_length
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.requests import Request, read_requests
-from saejax.attribution.trace.costs import row_flops
 from saejax.attribution.trace.memory import (
     GIB,
     PHASES,
@@ -25,6 +24,7 @@ from saejax.attribution.trace.memory import (
     fitting_tokens,
     graph_bytes,
 )
+from saejax.attribution.trace.rows import row_flops
 from saejax.costs.cost import CHARACTERS_PER_TOKEN, START, Cost, Scene
 from saejax.costs.passes import pass_flops, weight_bytes
 from saejax.dictionaries import DictionaryConfig

@@ -51,12 +51,8 @@ def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
 
     At least 0, which stands where the dictionary does not read; of a linear dictionary it is the largest positive one.
     """
-    rows_PxF = np.concatenate(
-        [
-            np.asarray(_maxima(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT))[: len(run.index_P)]
-            for run in runs
-        ]
-    )
+    found = [_maxima(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT) for run in runs]
+    rows_PxF = np.concatenate([np.asarray(rows)[: len(run.index_P)] for rows, run in zip(found, runs, strict=True)])
     return rows_PxF[np.argsort(np.concatenate([run.index_P for run in runs]))]
 
 
@@ -89,11 +85,7 @@ def fires_and_sizes(dictionary: Basis, f: jax.Array) -> tuple[jax.Array, jax.Arr
 
 @functools.partial(jax.jit, static_argnums=0)
 def _count(
-    point: SplitPoint,
-    dictionary: Basis,
-    read_BxTxD: jax.Array,
-    domain_BxT: jax.Array,
-    kept_B: jax.Array,
+    point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     domain_BxT = domain_BxT & kept_B[:, None]
 

@@ -43,7 +43,7 @@ def attribution(
     """Activation x slope of every feature on every prompt.
 
     Args:
-      split: the model, cut at the dictionary's site.
+      split: the model, split at the dictionary's site.
       runs: from ``split.run``; N prompts in all.
       estimate: one of ``settings.ESTIMATES``.
       counterparts: from ``split.run_counterparts``, to estimate what their features do in place of the prompts' own.
@@ -57,20 +57,16 @@ def attribution(
     """
     backward = "relp" if estimate == "relp" else "gradient"
     point = dataclasses.replace(split.point, rules=dataclasses.replace(split.point.rules, backward=backward))
-    attribution_NxF = np.zeros((sum(len(run.index_P) for run in runs), _n_features(split)), np.float32)
+    shape = sum(len(run.index_P) for run in runs), split.dictionary.config.n_features
+    attribution_NxF = np.zeros(shape, np.float32)
     others: Sequence[CleanRun | None] = counterparts or [None] * len(runs)
     for run, other in zip(runs, others, strict=True):
         for first in range(0, len(run.last_B), PROMPTS):
             own = slice(first, first + PROMPTS)
             parts = [run.stream_BxTxD, run.value_BxTxD, run.read_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2]
             parts += [other.read_BxTxD, other.domain_BxT] if other else []
-            attribution_BxF = score_features(
-                point,
-                points(estimate),
-                split.params,
-                split.dictionary,
-                *split.by_row(*(part[own] for part in parts)),
-            )
+            rows = split.by_row(*(part[own] for part in parts))
+            attribution_BxF = score_features(point, points(estimate), split.params, split.dictionary, *rows)
             index_P = run.index_P[own]
             attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
     if not np.isfinite(attribution_NxF).all():
@@ -85,10 +81,6 @@ def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
     """The features of largest attribution, largest first: at most ``top``, and only ones above 0."""
     order_F = np.argsort(-attribution_F, kind="stable")[:top]
     return [int(feature) for feature in order_F if attribution_F[feature] > 0]
-
-
-def _n_features(split: SplitModel) -> int:
-    return split.dictionary.config.n_features
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,4 +1,4 @@
-"""A language model cut at a dictionary's site, and its prompts run without an edit."""
+"""A language model split at a dictionary's site, and its prompts run without an edit."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ class CleanRun:
 
 
 class SplitModel:
-    """A language model cut at the site that the features of a dictionary write to.
+    """A language model split at the site that the features of a dictionary write to.
 
     Args:
       model: the language model.

@@ -65,47 +65,57 @@ def run_layers(
       before_hook: collect the values of sites as they were before the hook changed them.
     """
     attention = attention or RunAttention(whole_prompts(config, x_BxTxD.shape[-2]))
-    plain = functools.partial(attend, config, rules)
-
-    def step(carry: tuple, layer: int | jax.Array, hooked: bool) -> tuple[tuple, dict[str, jax.Array]]:
-        (x, carried), found = carry, {}
-
-        def at_site(kind: str, value: jax.Array) -> jax.Array:
-            new = hook(kind, layer, value) if hook and hooked else value
-            if kind in collect:
-                found[kind] = value if before_hook else new
-            return new
-
-        def attended(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
-            nonlocal carried
-            found.update({name: part for name, part in ((KEYS, k), (VALUES, v)) if name in collect})
-            if attention.function is None:
-                return plain(q, k, v, tables)
-            out, carried = attention.function(plain, layer, q, k, v, tables, carried)
-            return out
-
-        x = run_layer(config, rules, params, layer, x, attention.tables, at_site, attended)
-        return (x, carried), found
-
-    # For a gradient, matrix products are kept from the forward pass and the rest is computed again (all of it with
-    # remat); otherwise a copy of every layer's parameters would be kept too.
-    body = functools.partial(step, hooked=hook_layers is None)
-    loop = jax.checkpoint(body, policy=rules.kept, prevent_cse=False)
+    step = functools.partial(_step, config, rules, params, attention, hook, collect, before_hook)
+    body = functools.partial(step, hook_layers is None)
     carry = x_BxTxD, attention.carried
     if not isinstance(start, int):
-        return LayersRun(*_split(lax.fori_loop(start, stop, lambda layer, carry: body(carry, layer)[0], carry), {}))
+        x, carried = lax.fori_loop(start, stop, lambda layer, carry: body(carry, layer)[0], carry)
+        return LayersRun(x, {}, carried)
+    # For a gradient, matrix products are kept from the forward pass and the rest is computed again (all of it with
+    # remat); otherwise a copy of every layer's parameters would be kept too.
+    loop = jax.checkpoint(body, policy=rules.kept, prevent_cse=False)
     parts: list[dict[str, jax.Array]] = []
     for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop))), stop]:
         if start < layer or (collect and not parts and layer == stop):  # of no layers, arrays of none are collected
             carry, found = lax.scan(loop, carry, jnp.arange(start, layer))
             parts.append(found)
         if layer < stop:
-            carry, found = step(carry, layer, hooked=True)
+            carry, found = step(True, carry, layer)
             parts.append({name: value[None] for name, value in found.items()})
         start = layer + 1
     collected = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if len(parts) > 1 else dict(*parts)
-    return LayersRun(*_split(carry, collected))
+    return LayersRun(carry[0], collected, carry[1])
 
 
-def _split(carry: tuple, collected: dict[str, jax.Array]) -> tuple:
-    return carry[0], collected, carry[1]
+def _step(
+    config: DecoderConfig,
+    rules: RunRules,
+    params: Params,
+    attention: RunAttention,
+    hook: Hook | None,
+    collect: Collection[str],
+    before_hook: bool,
+    hooked: bool,
+    carry: tuple[jax.Array, Any],
+    layer: int | jax.Array,
+) -> tuple[tuple[jax.Array, Any], dict[str, jax.Array]]:
+    """One layer: the stream leaving it and what the attention carries on, and what is collected there."""
+    (x, carried), found = carry, {}
+    plain = functools.partial(attend, config, rules)
+
+    def at_site(kind: str, value: jax.Array) -> jax.Array:
+        new = hook(kind, layer, value) if hook and hooked else value
+        if kind in collect:
+            found[kind] = value if before_hook else new
+        return new
+
+    def attended(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+        nonlocal carried
+        found.update({name: part for name, part in ((KEYS, k), (VALUES, v)) if name in collect})
+        if attention.function is None:
+            return plain(q, k, v, tables)
+        out, carried = attention.function(plain, layer, q, k, v, tables, carried)
+        return out
+
+    x = run_layer(config, rules, params, layer, x, attention.tables, at_site, attended)
+    return (x, carried), found

@@ -105,7 +105,7 @@ def intervene(
                 moved_RxK = to_host(read_moved(x_TxD, states[place], inner))
                 readout_RxK[chunk, inner_K] += moved_RxK[: chunk.stop - chunk.start]
             same = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
-            edited = (transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder else None
+            edited = (transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder is not None else None
             states[place], moved_RxJ = run_layer(*same, x_TxD, states[place], replacement.skip(layer), edited, reader)
             if len(own_J):
                 feature_RxJ[chunk, own_J] += to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]

@@ -30,7 +30,7 @@ def choose_features(
     """The top features of a benchmark, their controls, and activations of both.
 
     Args:
-      split: the model, cut at the dictionary's site.
+      split: the model, split at the dictionary's site.
       scores: encodes the items.
       train: items that choose the features and lend activations.
       test: items on which controls are matched.

@@ -1,4 +1,4 @@
-"""Benchmark items with an answer to each, run through a model cut at a dictionary's site.
+"""Benchmark items with an answer to each, run through a model split at a dictionary's site.
 
 The attribution of feature i on an item is activation x gradient, as in ``screening``, of another objective:
 
@@ -65,7 +65,7 @@ class _Batch:
 
 
 class References:
-    """References on a model cut at a dictionary's site.
+    """References on a model split at a dictionary's site.
 
     Args:
       split: the model.

@@ -16,13 +16,13 @@ _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "ma
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class CaptureRequest:
     """What a capture is asked for.
 
     Attributes:
       source: the model's files.
-      sites: the wanted sites, in the order given.
-      decoder: the decoder's configuration; None if only modules are wanted, of a model that it may not know.
+      sites: the sites, in the order given.
+      decoder: the decoder's configuration; None if only modules are asked for, of a model that it may not know.
       context: the longest input in tokens; None: it has no limit.
     """
 
@@ -38,7 +38,7 @@ class Wanted:
         return dict.fromkeys(self.sites, self.decoder.d_model)
 
 
-def read_wanted(configs: Mapping[str, Any]) -> Wanted:
+def read_request(configs: Mapping[str, Any]) -> CaptureRequest:
     """What the settings ask for.
 
     Raises:
@@ -51,7 +51,7 @@ def read_wanted(configs: Mapping[str, Any]) -> Wanted:
     modules_only = all(isinstance(site, ModuleSite) for site in sites)
     if modules_only:
         text = fields | (fields.get("text_config") or {})
-        return Wanted(found, sites, None, next((text[name] for name in _CONTEXT if text.get(name)), None))
+        return CaptureRequest(found, sites, None, next((text[name] for name in _CONTEXT if text.get(name)), None))
     if fields.get("model_type") not in FAMILIES and config.backend == "torch":
         raise UserError(
             f"{where}: models of the family {fields.get('model_type')!r} have no site such as {sites[0]} here: name "
@@ -61,7 +61,7 @@ def read_wanted(configs: Mapping[str, Any]) -> Wanted:
     for site in sites:
         if isinstance(site, Site):
             site.check(decoder)
-    return Wanted(found, sites, decoder, decoder.context)
+    return CaptureRequest(found, sites, decoder, decoder.context)
 
 
 def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:
