@@ -1,0 +1,83 @@
+"""The one way to run layers: however it is asked for, it computes the same."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import save_tiny
+
+from saejax.models.families import read_config
+from saejax.models.run import KEYS, VALUES, run_layers
+from saejax.models.split import SplitPoint
+from saejax.models.weights import load_params
+from saejax.workspace import read_json
+
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, one_device):
+    """Configuration and parameters of a model with local layers, and a stream [2, 9, D] that enters it."""
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny(folder, "gemma3_text")
+    config = read_config(read_json(folder / "config.json"), "config.json")
+    x_BxTxD = jax.random.normal(jax.random.key(0), (2, 9, config.d_model))
+    return config, load_params(folder, config, one_device, "float32"), x_BxTxD
+
+
+@pytest.mark.parametrize("start", range(LAYERS + 1))
+def test_a_start_known_when_the_program_runs(model, start):
+    config, params, x_BxTxD = model
+    run = jax.jit(lambda start: run_layers(config, params, x_BxTxD, start, LAYERS).x)
+    np.testing.assert_allclose(run(jnp.int32(start)), run_layers(config, params, x_BxTxD, start, LAYERS).x, atol=1e-5)
+
+
+def test_a_hook_of_all_layers_in_the_loop_or_unrolled(model):
+    """It changes a site of two layers; values are collected before the change or after it."""
+    config, params, x_BxTxD = model
+
+    def hook(kind, layer, value_BxTxD):
+        added = jnp.where((layer == 1) | (layer == 3), 0.5, 0.0)
+        return value_BxTxD + added if kind == "attn_out" else value_BxTxD
+
+    run = functools.partial(run_layers, config, params, x_BxTxD, 0, LAYERS, hook, collect=("attn_out", KEYS, VALUES))
+    looped, unrolled, before = run(None), run(range(LAYERS)), run({1, 3}, before_hook=True)
+    for other in (unrolled, before):
+        np.testing.assert_allclose(looped.x, other.x, atol=1e-5)
+        np.testing.assert_allclose(looped.collected[KEYS], other.collected[KEYS], atol=1e-5)
+        np.testing.assert_allclose(looped.collected[VALUES], other.collected[VALUES], atol=1e-5)
+    np.testing.assert_allclose(looped.collected["attn_out"], unrolled.collected["attn_out"], atol=1e-5)
+    change_L = (looped.collected["attn_out"] - before.collected["attn_out"]).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(change_L, [0, 0.5, 0, 0.5], atol=1e-5)
+    assert np.abs(looped.x - run_layers(config, params, x_BxTxD, 0, LAYERS).x).max() > 0.1
+
+
+def test_a_run_of_no_layers(model):
+    config, params, x_BxTxD = model
+    run = run_layers(config, params, x_BxTxD, LAYERS, LAYERS, collect=("mlp_out", KEYS))
+    np.testing.assert_array_equal(run.x, x_BxTxD)
+    assert run.collected["mlp_out"].shape == (0, *x_BxTxD.shape)
+    assert run.collected[KEYS].shape == (0, 2, 9, config.n_kv_heads, config.d_head)
+
+
+@pytest.mark.parametrize(
+    ("site", "reads"), [("resid_post.1", "resid_post.1"), ("mlp_out.2", "mlp_in.2"), ("resid_post.3", "resid_mid.1")]
+)
+def test_the_two_halves_of_a_split_decoder_are_the_whole(model, one_device, site, reads):
+    from saejax.models import decoder
+    from saejax.models.sites import Site
+
+    config, params, _ = model
+    ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (2, 9))
+    point = SplitPoint(config, Site.parse(site), Site.parse(reads), one_device)
+    stream_BxTxD, value_BxTxD, read_BxTxD = point.head(params, ids_BxT)
+    whole = run_layers(
+        config, params, decoder.embed(config, params, ids_BxT), 0, LAYERS, collect=(point.site.kind, point.reads.kind)
+    )
+    np.testing.assert_allclose(value_BxTxD, whole.collected[point.site.kind][point.site.layer], atol=1e-4)
+    np.testing.assert_allclose(read_BxTxD, whole.collected[point.reads.kind][point.reads.layer], atol=1e-4)
+    np.testing.assert_allclose(point.tail(params, stream_BxTxD, value_BxTxD), whole.x, atol=1e-4)
+    changed_BxTxD = point.tail(params, stream_BxTxD, value_BxTxD + 1)
+    assert np.abs(changed_BxTxD - whole.x).max() > 0.1
