@@ -22,6 +22,7 @@ from saejax.preflight.costs import head_flops, pass_flops
 from saejax import load_dictionary, load_model
 from saejax.causal import ablation
 from saejax.causal.split import SplitModel
+from saejax.costs.passes import head_flops, pass_flops
 from saejax.dictionaries import Dictionary
 from saejax.models import source
 from saejax.models.sites import Site

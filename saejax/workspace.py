@@ -18,7 +18,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -52,6 +52,22 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[IO[str]]:
+    """Holds a lock file, which is made if it does not exist and is free as soon as the process ends, however it ends.
+
+    Args:
+      path: in a folder that exists.
+      wait: until it is free; otherwise a lock that another process holds is an ``OSError``.
+
+    Returns:
+      The open file, in which the holder can leave word.
+    """
+    with open(path, "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -112,12 +128,11 @@ class Workspace:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the workdir; a second run at the same time is a ``UserError``. Freed when the process dies."""
-        with open(self.root / ".lock", "a+") as file:
+        with contextlib.ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file = held.enter_context(locked(self.root / ".lock", wait=False))
             except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = (self.root / ".lock").read_text().strip() or "another process"
                 raise UserError(f"{self.root} is in use by {holder}: wait for it, or use another --workdir") from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -1,6 +1,14 @@
 """Eight CPU devices for every test, strict broadcasting, and the models that many tests share."""
 
 import os
+import sys
+from pathlib import Path
+
+if sys.dont_write_bytecode and not os.environ.get("NOPYC"):
+    # Dozens of processes import the same libraries, and compiling them is half of the work of one that reads a model:
+    # where the environment forbids that Python keeps what it compiled beside the sources, it is kept in build/.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(__file__).parent.parent / "build" / "pycache")
+    os.environ |= dict(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=sys.pycache_prefix)
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,8 +21,17 @@ os.environ["XLA_FLAGS"] += (
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
 ) * (not os.environ.get("SAEJAX_FULL_COMPILER"))
 os.environ["HF_HUB_OFFLINE"] = "1"
+if os.environ.get("JC"):
+    os.environ |= dict(
+        JAX_COMPILATION_CACHE_DIR=os.environ["JC"],
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+    )
 
-from pathlib import Path
+import shapes
+
+if os.environ.get("SAEJAX_CHECK_SHAPES"):
+    shapes.install(listed=os.environ["SAEJAX_CHECK_SHAPES"] == "list")
 
 import jax
 import numpy as np
@@ -32,6 +49,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process works on one alone at the end."""
     longest = ["test_processes.py", "test_attribute_processes.py", "test_meshes.py", "test_loop.py", "test_inputs.py"]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The arrays that contradict their names, where they are listed."""
+    if shapes.CONTRADICTIONS.listed:
+        terminalreporter.section(f"{len(shapes.CONTRADICTIONS.listed)} arrays contradict their names")
+        for place, what in sorted(shapes.CONTRADICTIONS.listed.items()):
+            terminalreporter.write_line(f"{place} {what}")
 
 
 @pytest.fixture(scope="module", autouse=True)

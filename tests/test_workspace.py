@@ -85,10 +85,10 @@ def test_files_of_others_are_left_alone(tmp_path):
 
 def test_two_runs_at_once_are_refused_and_a_dead_one_frees_the_lock(tmp_path):
     code = (
-        f"from saejax.workspace import Workspace; import sys, time\n"
-        f"with Workspace({str(tmp_path)!r}).lock():\n print('held', flush=True); time.sleep(60)"
+        f"from saejax.workspace import Workspace; import sys\n"
+        f"with Workspace({str(tmp_path)!r}).lock():\n print('held', flush=True); sys.stdin.read()"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline().strip() == "held"
     with pytest.raises(UserError, match=f"in use by process {holder.pid}"), Workspace(tmp_path).lock():
         pass

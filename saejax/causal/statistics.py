@@ -1,57 +1,14 @@
-"""Tests of effects measured on the same prompts: intervals, permutation p-values, corrections for many tests.
+"""Tests of effects measured on the same prompts: permutation p-values, corrections for many tests.
 
 An *effect* is a number per prompt, here the drop in logit difference when something is removed; effects of N features
-on the same P prompts form an array [N, P].
+on the same P prompts form an array [N, P]. Their intervals are in ``tasks.scoring``; q-values are scipy's.
 """
 
 import numpy as np
 
+from saejax.tasks.scoring import checked_effects, chunks
+
 _EXACT = 16  # up to so many prompts all sign patterns are counted: 65,536
-_CHUNK = 8_000_000  # numbers held at once: 64 MB
-
-
-def bootstrap_means(effect_NxP: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """95 % percentile bootstrap intervals of the mean over prompts: lower and upper ends [N].
-
-    Prompts are drawn again with replacement, the same ones for all features.
-
-    Args:
-      effect_NxP: finite; P at least 1.
-      resamples: how many, at least 1.
-      seed: of the resampling.
-    """
-    effect_NxP = _checked(effect_NxP)
-    count, prompts = effect_NxP.shape
-    rng = np.random.default_rng(seed)
-    share_RxP = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
-    low_N, high_N = np.empty(count), np.empty(count)
-    for some in _chunks(count, resamples):
-        low_N[some], high_N[some] = np.quantile(share_RxP @ effect_NxP[some].T, (0.025, 0.975), axis=0)
-    return low_N, high_N
-
-
-def bootstrap_ratios(
-    effect_NxP: np.ndarray, whole_P: np.ndarray, resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """95 % percentile bootstrap intervals of mean effect / mean whole over prompts: lower and upper ends [N].
-
-    Both means are over the same prompts, drawn as by ``bootstrap_means``.
-
-    Args:
-      effect_NxP: finite; P at least 1.
-      whole_P: what an effect of 1 would be on each prompt; its mean clearly above 0.
-      resamples: how many, at least 1.
-      seed: of the resampling.
-    """
-    effect_NxP, whole_P = _checked(effect_NxP), _checked(np.asarray(whole_P)[None, :])[0]
-    count, prompts = effect_NxP.shape
-    rng = np.random.default_rng(seed)
-    share_RxP = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
-    low_N, high_N = np.empty(count), np.empty(count)
-    for some in _chunks(count, resamples):
-        ratio_RxN = (share_RxP @ effect_NxP[some].T) / (share_RxP @ whole_P)[:, None]
-        low_N[some], high_N[some] = np.quantile(ratio_RxN, (0.025, 0.975), axis=0)
-    return low_N, high_N
 
 
 def sign_flip_p(effect_NxP: np.ndarray, draws: int, seed: int) -> np.ndarray:
@@ -67,7 +24,7 @@ def sign_flip_p(effect_NxP: np.ndarray, draws: int, seed: int) -> np.ndarray:
       draws: random patterns for more than 16 prompts, at least 1.
       seed: of the patterns.
     """
-    effect_NxP = _checked(effect_NxP)
+    effect_NxP = checked_effects(effect_NxP)
     count, prompts = effect_NxP.shape
     exact = prompts <= _EXACT
     if exact:
@@ -77,7 +34,7 @@ def sign_flip_p(effect_NxP: np.ndarray, draws: int, seed: int) -> np.ndarray:
     total_N = np.abs(effect_NxP.sum(axis=1))
     rounding_N = 1e-12 * np.abs(effect_NxP).sum(axis=1)  # equal sums differ in their last bits
     p_N = np.empty(count)
-    for some in _chunks(count, len(signs_RxP)):
+    for some in chunks(count, len(signs_RxP)):
         as_far_N = (np.abs(signs_RxP @ effect_NxP[some].T) >= (total_N - rounding_N)[some]).sum(axis=0)
         p_N[some] = as_far_N / len(signs_RxP) if exact else (1 + as_far_N) / (1 + draws)
     return p_N
@@ -86,20 +43,6 @@ def sign_flip_p(effect_NxP: np.ndarray, draws: int, seed: int) -> np.ndarray:
 def least_p(prompts: int, draws: int) -> float:
     """The smallest p-value that ``sign_flip_p`` can give."""
     return 2.0 ** (1 - prompts) if prompts <= _EXACT else 1 / (1 + draws)
-
-
-def false_discovery_rates(p_N: np.ndarray) -> np.ndarray:
-    """Benjamini and Hochberg's q-values [N]: rejecting all q <= 0.05 keeps false discoveries at 5 % on average.
-
-    The q-value of the k-th smallest of N p-values is the least of N p / rank over it and all larger ones (Benjamini and
-    Hochberg, 1995).
-    """
-    p_N = np.asarray(p_N, np.float64)
-    order_N = np.argsort(p_N, kind="stable")
-    scaled_N = p_N[order_N] * len(p_N) / np.arange(1, len(p_N) + 1)
-    q_N = np.empty(len(p_N))
-    q_N[order_N] = np.minimum.accumulate(scaled_N[::-1])[::-1]
-    return np.minimum(q_N, 1.0)
 
 
 def holm(p_N: np.ndarray) -> np.ndarray:
@@ -131,7 +74,7 @@ def hsic(a_P: np.ndarray, b_P: np.ndarray, permutations: int, seed: int) -> tupl
     Returns:
       HSIC, at least 0, and p.
     """
-    a_P, b_P = _checked(np.stack([a_P, b_P]))
+    a_P, b_P = checked_effects(np.stack([a_P, b_P]))
     if np.ptp(a_P) == 0 or np.ptp(b_P) == 0:
         return 0.0, 1.0
     prompts = len(a_P)
@@ -141,7 +84,7 @@ def hsic(a_P: np.ndarray, b_P: np.ndarray, permutations: int, seed: int) -> tupl
     order_RxP = rng.permuted(np.tile(np.arange(prompts), (permutations, 1)), axis=1)
     seen = (centred_PxP * kernel_PxP).sum()
     as_large = 0
-    for some in _chunks(permutations, prompts**2):
+    for some in chunks(permutations, prompts**2):
         order_SxP = order_RxP[some]
         drawn_S = np.einsum("pq,spq->s", centred_PxP, kernel_PxP[order_SxP[:, :, None], order_SxP[:, None, :]])
         as_large += int((drawn_S >= seen - 1e-12 * prompts**2).sum())  # equal sums differ in their last bits
@@ -151,15 +94,3 @@ def hsic(a_P: np.ndarray, b_P: np.ndarray, permutations: int, seed: int) -> tupl
 def _kernel(values_P: np.ndarray) -> np.ndarray:
     apart_PxP = np.abs(values_P[:, None] - values_P[None, :])
     return np.exp(-np.square(apart_PxP / np.median(apart_PxP[apart_PxP > 0])) / 2)
-
-
-def _checked(effect_NxP: np.ndarray) -> np.ndarray:
-    effect_NxP = np.asarray(effect_NxP, np.float64)
-    if effect_NxP.ndim != 2 or not effect_NxP.shape[1] or not np.isfinite(effect_NxP).all():
-        raise ValueError(f"expected finite effects [N, P] on at least one prompt: got an array {effect_NxP.shape}")
-    return effect_NxP
-
-
-def _chunks(count: int, columns: int) -> list[slice]:
-    size = max(1, _CHUNK // columns)
-    return [slice(start, start + size) for start in range(0, count, size)]

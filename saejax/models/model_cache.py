@@ -4,18 +4,16 @@ They are kept in ``$SAEJAX_CACHE`` (by default ``~/.cache/saejax``), each in a f
 and is used only while its content is what was written.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
 from saejax.models.identity import MARK, fingerprint
-from saejax.workspace import read_json, write_json
+from saejax.workspace import locked, read_json, write_json
 
 _LOADING = ("local_files_only", "is_local")
 
@@ -40,7 +38,8 @@ def cached_model(name: str, origin: str, make: Callable[[Path], None]) -> Path:
     if _is_whole(folder):
         return folder
     try:
-        with _locked(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_name(f".{folder.name}.lock")):
             if not _is_whole(folder):  # another process may have made it meanwhile
                 _make(folder, origin, make)
     except OSError as error:
@@ -78,15 +77,6 @@ def _is_whole(folder: Path) -> bool:
         return json.loads((folder / MARK).read_text())["fingerprint"] == fingerprint(folder)
     except (OSError, ValueError, KeyError, UserError):
         return False
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Waits until no other process makes this folder. A process that dies lets go."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _make(folder: Path, origin: str, make: Callable[[Path], None]) -> None:

@@ -28,6 +28,8 @@ RANDOM = "random:"
 _HUB_SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_FILES = ["*.safetensors", *_HUB_SETTINGS]
 _HUB_SKIPPED = ["*/*", "consolidated*"]
+# Families for which transformers takes the class that tokenizer_config.json names.
+_PLAIN_TOKENIZERS = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +130,8 @@ def load_tokenizer(source: ModelSource) -> Any:
       UserError: there is none, or it has ids for which the model has no embeddings. (Special tokens may be such: Gemma
         3 has one for images that its text models do without. A prompt with one is refused where it is used.)
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+        tokenizer = _tokenizer_class(source.folder).from_pretrained(source.folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{source.folder} has no usable tokenizer ({error}): expected tokenizer.json") from None
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -143,6 +143,20 @@ def load_tokenizer(source: ModelSource) -> Any:
             "the two do not belong together"
         )
     return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """``AutoTokenizer``, whose import loads torch for seconds; or what it would choose, where that is plain."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    plain = settings.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in settings
+    if plain and read_model_config(folder).get("model_type") in _PLAIN_TOKENIZERS:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def vocabulary(source: ModelSource) -> int | None:

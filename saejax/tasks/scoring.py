@@ -4,6 +4,9 @@ Prompts are drawn again with replacement, the statistic is computed on every suc
 from its 2.5 % to its 97.5 % quantile. It says how much the figure would change with other prompts of the same kind; of
 something that is the same for every prompt, such as 20 correct answers out of 20, it has no width, although with 20
 prompts an error rate of up to 14 % would still give that in one sample of twenty.
+
+``bootstrap`` takes any statistic of one value per prompt. ``bootstrap_means`` is for the means of thousands of rows: it
+draws how often each prompt comes, which is as likely, so that all resamples of all rows are one matrix product.
 """
 
 from collections.abc import Callable
@@ -13,7 +16,8 @@ import numpy as np
 from saejax.results import Interval
 
 SEPARATION_LIMIT = 1e6  # stands for infinity, which JSON does not have
-_CHUNK = 2_000_000  # values resampled at once: 16 MB
+_CHUNK = 8_000_000  # numbers held at once: 64 MB
+_ENDS = (0.025, 0.975)
 
 
 def bootstrap(
@@ -34,10 +38,10 @@ def bootstrap(
     if values_N.ndim != 1 or not len(values_N) or not np.isfinite(values_N).all():
         raise ValueError(f"expected finite numbers in one dimension, at least one: got {values_N!r}")
     n, rng = len(values_N), np.random.default_rng(seed)
-    rows = max(1, _CHUNK // n)
+    rows = max(1, _CHUNK // (4 * n))  # places, values, and what the statistic makes of them
     sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
     drawn_R = np.concatenate([statistic(values_N[rng.integers(n, size=(size, n))]) for size in sizes])
-    low, high = np.quantile(drawn_R, (0.025, 0.975))
+    low, high = np.quantile(drawn_R, _ENDS)
     return Interval(float(statistic(values_N[None, :])[0]), float(low), float(high))
 
 
@@ -56,6 +60,46 @@ def bootstrap_difference(first_N: np.ndarray, second_N: np.ndarray, resamples: i
     if np.shape(first_N) != np.shape(second_N):
         raise ValueError(f"paired values have shapes {np.shape(first_N)} and {np.shape(second_N)}: expected the same")
     return bootstrap_mean(np.subtract(first_N, second_N, dtype=np.float64), resamples, seed)
+
+
+def bootstrap_means(
+    effect_NxP: np.ndarray, resamples: int, seed: int, whole_P: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Intervals of the mean over prompts of each of N rows, or of its share of another mean: lower and upper ends [N].
+
+    Args:
+      effect_NxP: finite; P at least 1. The same prompts are drawn for all rows.
+      resamples: how many, at least 1.
+      seed: of the resampling.
+      whole_P: the interval is of mean effect / mean whole, both over the prompts drawn; its mean clearly above 0.
+
+    Raises:
+      ValueError: there is no prompt, or something is not finite.
+    """
+    effect_NxP = checked_effects(effect_NxP)
+    count, prompts = effect_NxP.shape
+    rng = np.random.default_rng(seed)
+    share_RxP = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
+    whole_R = np.ones(resamples) if whole_P is None else share_RxP @ checked_effects(np.asarray(whole_P)[None])[0]
+    low_N, high_N = np.empty(count), np.empty(count)
+    for some in chunks(count, resamples):
+        mean_RxN = share_RxP @ effect_NxP[some].T
+        low_N[some], high_N[some] = np.quantile(mean_RxN / whole_R[:, None], _ENDS, axis=0)
+    return low_N, high_N
+
+
+def checked_effects(effect_NxP: np.ndarray) -> np.ndarray:
+    """Effects in float64; a ``ValueError`` where there is no prompt, or one is not finite."""
+    effect_NxP = np.asarray(effect_NxP, np.float64)
+    if effect_NxP.ndim != 2 or not effect_NxP.shape[1] or not np.isfinite(effect_NxP).all():
+        raise ValueError(f"expected finite effects [N, P] on at least one prompt: got an array {effect_NxP.shape}")
+    return effect_NxP
+
+
+def chunks(count: int, columns: int) -> list[slice]:
+    """Slices of N rows with so many columns that 64 MB hold one."""
+    size = max(1, _CHUNK // columns)
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def separation(values_RxN: np.ndarray) -> np.ndarray:

@@ -102,10 +102,10 @@ class Browser:
             "value"
         ]
 
-    def wait(self, expression: str, seconds: float = 20.0) -> None:
-        """Waits until an expression is true."""
-        end = time.monotonic() + seconds
-        while not self.js(f"Boolean({expression})"):
+    def wait(self, expression: str, in_frame: bool = False) -> None:
+        """Waits until an expression is true; patiently, as the machine may be busy."""
+        end, value = time.monotonic() + 300, self.js_in_frame if in_frame else self.js
+        while not value(f"Boolean({expression})"):
             assert time.monotonic() < end, f"never became true: {expression}; errors: {self.errors}"
             time.sleep(0.02)
 
@@ -143,7 +143,8 @@ class Browser:
         self.settle()
 
     def click_on(self, selector: str) -> None:
-        """Clicks the middle of the first element that a selector names, scrolled into sight."""
+        """Clicks the middle of the first element that a selector names, scrolled into sight, once all is drawn."""
+        self.settle()
         place = self.js(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
             " e.scrollIntoView({block: 'nearest'});"
@@ -176,7 +177,7 @@ class Browser:
         with contextlib.suppress(Exception):
             self.send("Browser.close", at_page=False)
         try:
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -7,13 +7,15 @@ import pytest
 from scipy import stats
 
 from saejax.causal import statistics
+from saejax.tasks import scoring
+from saejax.tasks.scoring import bootstrap_means
 
 RNG = np.random.default_rng(5)
 
 
 def test_intervals_are_those_of_the_bootstrap():
     effect_NxP = RNG.normal(0.3, 1.0, (3, 20)) * np.array([[1.0], [10.0], [0.1]])
-    low_N, high_N = statistics.bootstrap_means(effect_NxP, 100_000, seed=1)
+    low_N, high_N = bootstrap_means(effect_NxP, 100_000, seed=1)
     for effect_P, low, high in zip(effect_NxP, low_N, high_N, strict=True):
         theirs = stats.bootstrap(
             (effect_P,), np.mean, n_resamples=100_000, batch=10_000, method="percentile", rng=np.random.default_rng(2)
@@ -24,7 +26,7 @@ def test_intervals_are_those_of_the_bootstrap():
 
 def test_intervals_hold_the_mean_as_often_as_they_say():
     effect_NxP = np.random.default_rng(6).normal(0.5, 1.0, (2000, 40))
-    low_N, high_N = statistics.bootstrap_means(effect_NxP, 500, seed=3)
+    low_N, high_N = bootstrap_means(effect_NxP, 500, seed=3)
     assert 0.91 < np.mean((low_N < 0.5) & (high_N > 0.5)) < 0.96
 
 
@@ -60,16 +62,20 @@ def test_p_values_of_nothing_are_uniform_and_discoveries_as_rare_as_promised():
     nothing_NxP = rng.standard_t(3, (2000, 20))
     p_N = statistics.sign_flip_p(nothing_NxP, 5000, seed=0)
     assert stats.kstest(p_N, "uniform").pvalue > 1e-3
-    assert not (statistics.false_discovery_rates(p_N) <= 0.05).any()
+    assert not (stats.false_discovery_control(p_N) <= 0.05).any()
     planted_NxP = np.concatenate([rng.normal(1.5, 1.0, (100, 20)), nothing_NxP[:900]])
-    found_N = statistics.false_discovery_rates(statistics.sign_flip_p(planted_NxP, 50_000, seed=0)) <= 0.05
+    found_N = stats.false_discovery_control(statistics.sign_flip_p(planted_NxP, 50_000, seed=0)) <= 0.05
     assert found_N[:100].mean() > 0.9 and found_N[100:].sum() <= 0.1 * found_N.sum()
 
 
-def test_q_values_are_those_of_scipy():
+def test_q_values_are_those_of_benjamini_and_hochberg():
+    """The q-value of the k-th smallest of N p-values is the least of N p / rank over it and all larger ones."""
     p_N = np.concatenate([RNG.uniform(0, 0.01, 10), RNG.uniform(0, 1, 90), [0.5, 0.5, 1.0, 1e-9]])
-    np.testing.assert_allclose(statistics.false_discovery_rates(p_N), stats.false_discovery_control(p_N))
-    assert len(statistics.false_discovery_rates(np.zeros(0))) == 0
+    ranked_N = np.sort(p_N)
+    scaled_N = len(p_N) * ranked_N / np.arange(1, len(p_N) + 1)
+    expected_N = [min(1.0, scaled_N[ranked_N >= p].min()) for p in p_N]
+    np.testing.assert_allclose(stats.false_discovery_control(p_N), expected_N)
+    assert len(stats.false_discovery_control(np.zeros(0))) == 0
 
 
 def test_holm_rejects_step_by_step():
@@ -120,22 +126,22 @@ def test_hsic_of_what_is_constant():
 def test_hsic_chunks_make_no_difference(monkeypatch):
     a_P, b_P = RNG.normal(size=(2, 12))
     whole = statistics.hsic(a_P, b_P, 200, seed=0)
-    monkeypatch.setattr(statistics, "_CHUNK", 1000)
+    monkeypatch.setattr(scoring, "_CHUNK", 1000)
     assert statistics.hsic(a_P, b_P, 200, seed=0) == whole
 
 
 def test_chunks_make_no_difference(monkeypatch):
     effect_NxP = RNG.normal(0.2, 1.0, (50, 18))
-    whole = statistics.bootstrap_means(effect_NxP, 300, 0), statistics.sign_flip_p(effect_NxP, 300, 0)
-    monkeypatch.setattr(statistics, "_CHUNK", 1000)
-    parts = statistics.bootstrap_means(effect_NxP, 300, 0), statistics.sign_flip_p(effect_NxP, 300, 0)
+    whole = bootstrap_means(effect_NxP, 300, 0), statistics.sign_flip_p(effect_NxP, 300, 0)
+    monkeypatch.setattr(scoring, "_CHUNK", 1000)
+    parts = bootstrap_means(effect_NxP, 300, 0), statistics.sign_flip_p(effect_NxP, 300, 0)
     np.testing.assert_allclose(whole[0], parts[0])
     np.testing.assert_array_equal(whole[1], parts[1])
 
 
 @pytest.mark.parametrize("effects", [np.zeros((3, 0)), np.zeros(3), np.array([[1.0, np.nan]])])
 def test_bad_effects(effects):
-    for call in (statistics.bootstrap_means, statistics.sign_flip_p):
+    for call in (bootstrap_means, statistics.sign_flip_p):
         with pytest.raises(ValueError, match="expected finite effects"):
             call(effects, 10, 0)
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +30,24 @@ def test_a_local_folder(tiny_llama):
     assert source.load_tokenizer(found)("water")["input_ids"]
     model = source.load_torch_model(found, "bfloat16")
     assert str(model.dtype) == "torch.bfloat16" and not model.training
+
+
+def test_a_plain_tokenizer_is_what_transformers_chooses_without_torch(tiny_llama):
+    """Importing torch takes seconds; runs on JAX alone need none."""
+    from transformers import AutoTokenizer
+
+    for path in (tiny_llama, "smollm2"):
+        found = resolve(path)
+        ours, theirs = source.load_tokenizer(found), AutoTokenizer.from_pretrained(found.folder)
+        assert type(ours) is type(theirs) and ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+        assert ours.init_kwargs == theirs.init_kwargs and ours.chat_template == theirs.chat_template
+        assert ours.special_tokens_map == theirs.special_tokens_map and ours.padding_side == theirs.padding_side
+    code = (
+        "import sys; from saejax.models import source; from saejax.settings import ModelConfig\n"
+        f"source.load_tokenizer(source.resolve(ModelConfig(path={str(tiny_llama)!r})))\n"
+        "assert not {'torch', 'jax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

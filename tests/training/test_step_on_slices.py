@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from saejax.costs.passes import step_flops
+from saejax.costs.programs import Program
 from saejax.dictionaries import DictionaryConfig
 from saejax.parallel import make_mesh
 from saejax.preflight import topology
-from saejax.preflight.costs import step_flops
-from saejax.preflight.programs import Program
 from saejax.settings import MeshConfig, TrainConfig
 from saejax.training.members import SiteScale, members
 from saejax.training.step import Trainer

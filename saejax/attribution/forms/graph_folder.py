@@ -1,16 +1,14 @@
 """A folder of graphs as circuit-tracer's local server shows them: a file for each, and a list of them."""
 
-import contextlib
-import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.neuronpedia import check_slug
 from saejax.errors import UserError
-from saejax.workspace import write_json, write_text
+from saejax.workspace import locked, write_json, write_text
 
 INDEX = "graph-metadata.json"  # the list
 _LISTED = ("slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_threshold", "schema_version")
@@ -37,7 +35,7 @@ def write_graph(folder: Path, document: Mapping[str, Any], *, replace: bool = Fa
     slug, path = metadata["slug"], folder / f"{metadata['slug']}.json"
     check_slug(slug)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f".{INDEX}.lock"):
+    with locked(folder / f".{INDEX}.lock"):
         listed = _listed(folder / INDEX)
         slugs = [one.get("slug") if isinstance(one, dict) else None for one in listed["graphs"]]
         if not replace and (slug in slugs or path.exists()):
@@ -60,11 +58,3 @@ def _listed(path: Path) -> dict[str, Any]:
     if not isinstance(listed, dict) or not isinstance(listed.get("graphs"), list):
         raise UserError(f"{path} is no list of graphs: move it away, or name another folder")
     return listed
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Waits until no other process holds the lock."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 from scipy.spatial import cKDTree
-from scipy.stats import pearsonr, rankdata, spearmanr
+from scipy.stats import false_discovery_control, pearsonr, rankdata, spearmanr
 
 from saejax.causal.ablate.results import EstimateFit, FeatureEffect, HalvesAgreement, ImportanceSummary
 from saejax.causal.columns import Columns
 from saejax.causal.experiment import Experiment
-from saejax.causal.statistics import bootstrap_means, false_discovery_rates, sign_flip_p
+from saejax.causal.statistics import sign_flip_p
 from saejax.settings import ESTIMATES, AblateConfig
-from saejax.tasks.scoring import separation
+from saejax.tasks.scoring import bootstrap_means, separation
 
 NEAREST = 100  # features that a control percentile is over
 PERMUTATIONS = 20_000
@@ -133,7 +133,7 @@ def measure_importance(experiment: Experiment, config: AblateConfig) -> tuple[Im
         accuracy_drop=((diffs.clean_P > 0).mean() - (diffs.ablated_SxP > 0).mean(axis=1)),
         effect_size=separation(drop_NxP) if len(drop_NxP) else np.zeros(0),
         p_value=p_N,
-        q_value=false_discovery_rates(p_N),
+        q_value=false_discovery_control(p_N),
         control_percentile=control_percentiles(drop_NxP.mean(axis=1), statistics.coordinates(feature_N)),
         pearson=correlations(largest_NxP, diffs.clean_P),
         spearman=correlations(rankdata(largest_NxP, axis=1), rankdata(diffs.clean_P)),

@@ -28,7 +28,6 @@ from saejax.causal.patching.results import (
 )
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
 from saejax.causal.stages import OnProgress, silent
-from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
@@ -38,7 +37,7 @@ from saejax.parallel import sharding
 from saejax.results import Interval
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.scoring import bootstrap_mean
+from saejax.tasks.scoring import bootstrap_mean, bootstrap_means
 
 _ADVICE = "lower --patch.top or --patch.matches, raise --task.test_prompts"
 
@@ -145,7 +144,7 @@ class FeaturePatching:
             low, high = (float(end_1[0]) for end_1 in bootstrap_means(effect_1xP, config.bootstrap, config.seed))
             share = None
             if measured:
-                low_1, high_1 = bootstrap_ratios(effect_1xP, whole_P, config.bootstrap, config.seed)
+                low_1, high_1 = bootstrap_means(effect_1xP, config.bootstrap, config.seed, whole_P)
                 share = Interval(float(effect_1xP.mean() / whole_P.mean()), float(low_1[0]), float(high_1[0]))
             found.append(PatchEffect(Interval(float(effect_1xP.mean()), low, high), share))
         return found

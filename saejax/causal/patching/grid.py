@@ -13,8 +13,7 @@ import numpy as np
 from saejax.causal.columns import Columns
 from saejax.causal.patching.results import StrongestPatch
 from saejax.causal.patching.sites import DIRECTIONS, Patched
-from saejax.causal.statistics import bootstrap_means, bootstrap_ratios
-from saejax.tasks.scoring import bootstrap_mean
+from saejax.tasks.scoring import bootstrap_mean, bootstrap_means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,7 @@ def make_grid(patched: Patched, resamples: int, seed: int) -> PatchingGrid:
         effect_NxP = effect_DxLxPxC[:, :, own_P, column].reshape(-1, own_P.sum())
         rows = [effect_NxP.mean(axis=1), *bootstrap_means(effect_NxP, resamples, seed)]
         if has_whole and bootstrap_mean(whole_P[own_P], resamples, seed).low > 0:
-            ends = bootstrap_ratios(effect_NxP, whole_P[own_P], resamples, seed)
+            ends = bootstrap_means(effect_NxP, resamples, seed, whole_P[own_P])
             rows += [rows[0] / whole_P[own_P].mean(), *ends]
         found_7xDxLxC[: len(rows), :, :, column] = np.reshape(rows, (len(rows), directions, layers))
         found_7xDxLxC[6, :, :, column] = own_P.sum()

@@ -18,19 +18,19 @@ bears no penalty, but lets the solver converge sooner.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import recall_score
 from sklearn.model_selection import StratifiedKFold
+from sklearn.preprocessing import StandardScaler
 
 from saejax.settings import ProbeConfig
 
 _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
-_Z = float(norm.ppf(0.975))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +80,8 @@ def run_probes(task: Task, config: ProbeConfig, seed: list[int]) -> Iterator[dic
             found["inputs"] = varying_C[leaders(task, k)].tolist()
             found["random"] = _spread([_random_accuracy(task, k, strength, rng) for _ in range(config.shuffles)])
         shuffled = [_shuffled_accuracy(task, k, strength, rng) for _ in range(config.shuffles)]
-        agreed_M = answer_M == task.test_class_M
         yield found | dict(
-            accuracy=wilson(int(agreed_M.sum()), len(agreed_M)),
+            accuracy=share(answer_M == task.test_class_M),
             balanced_accuracy=balanced_accuracy(answer_M, task.test_class_M),
             majority=float((task.test_class_M == np.bincount(task.train_class_N).argmax()).mean()),
             shuffled=_spread(shuffled),
@@ -143,17 +142,15 @@ def f_statistics(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
     return np.divide(between_KxC * (len(class_N) - 2), within_KxC, out=certain_KxC, where=within_KxC > 0)
 
 
-def wilson(successes: int, trials: int) -> dict[str, float]:
-    """A share and its 95 % score interval (Wilson, 1927): ``mean``, ``low``, ``high``."""
-    share, z2 = successes / trials, _Z**2
-    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = _Z / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return dict(mean=share, low=max(middle - half, 0.0), high=min(middle + half, 1.0))
+def share(right_M: np.ndarray) -> dict[str, float]:
+    """How many of M are True, and its 95 % score interval (Wilson, 1927): ``mean``, ``low``, ``high``."""
+    low, high = binomtest(int(right_M.sum()), len(right_M)).proportion_ci(method="wilson")
+    return dict(mean=float(right_M.mean()), low=float(low), high=float(high))
 
 
 def balanced_accuracy(answer_M: np.ndarray, class_M: np.ndarray) -> float:
     """The share of right answers within each class, mean over the classes that there are."""
-    return float(np.mean([(answer_M[class_M == k] == k).mean() for k in np.unique(class_M)]))
+    return float(recall_score(class_M, answer_M, labels=np.unique(class_M), average="macro"))
 
 
 def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np.random.Generator) -> float:
@@ -168,16 +165,12 @@ def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np
 
 def _prepared(task: Task, k: int | None) -> tuple[np.ndarray, np.ndarray]:
     """What the solver is given of the train and of the test prompts; a column of zeros where nothing varies."""
-    train_NxR, test_MxR = _standardised(task.narrowed(leaders(task, k))) if k else _rotated(*_standardised(task))
-    if train_NxR.shape[1]:
-        return train_NxR, test_MxR
-    return np.zeros((len(train_NxR), 1)), np.zeros((len(test_MxR), 1))
-
-
-def _standardised(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    mean_C, spread_C = task.train_NxC.mean(axis=0), task.train_NxC.std(axis=0)
-    scale_C = np.where(spread_C > 0, spread_C, np.inf)  # an input that does not vary says nothing
-    return (task.train_NxC - mean_C) / scale_C, (task.test_MxC - mean_C) / scale_C
+    task = task.narrowed(leaders(task, k)) if k else task
+    if not np.ptp(task.train_NxC, axis=0).any():
+        return np.zeros((len(task.train_NxC), 1)), np.zeros((len(task.test_MxC), 1))
+    scaler = StandardScaler().fit(task.train_NxC)
+    scaled = scaler.transform(task.train_NxC), scaler.transform(task.test_MxC)
+    return scaled if k else _rotated(*scaled)
 
 
 def _rotated(train_NxC: np.ndarray, test_MxC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -89,8 +89,8 @@ def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(tiny, pai
     patched = patch_sites(tiny, "resid_post", own)
     effect_DxLxPxC = patched.effect_DxLxPxC
     assert (effect_DxLxPxC[~np.isnan(effect_DxLxPxC)] == 0).all() and patched.rows == 0
-    cells = make_grid(patched, 100, 0)
-    assert np.isnan(cells.normalised).all() and (cells.effect == 0).all()
+    grid = make_grid(patched, 100, 0)
+    assert np.isnan(grid.normalised).all() and (grid.effect == 0).all()
 
 
 def test_the_last_token_at_the_end_is_all_there_is(tiny, pairs):
@@ -116,16 +116,16 @@ def test_cells_are_ratios_of_means(tiny, pairs, tmp_path):
     order = np.sign(found.clean_P - found.corrupted_P)  # so that there is something to divide by
     clean_P = found.corrupted_P + np.abs(found.clean_P - found.corrupted_P) * np.abs(order) + 0.1
     patched = dataclasses.replace(found, clean_P=clean_P)
-    cells = make_grid(patched, 200, 0)
-    cells.save(tmp_path / "cells.parquet")
+    grid = make_grid(patched, 200, 0)
+    grid.save(tmp_path / "cells.parquet")
     again = PatchingGrid.load(tmp_path / "cells.parquet")
     for field in dataclasses.fields(PatchingGrid):
-        np.testing.assert_array_equal(getattr(again, field.name), getattr(cells, field.name))
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(grid, field.name))
     last = patched.effect_DxLxPxC[..., -1]
-    np.testing.assert_allclose(cells.grid("effect")[..., -1], last.mean(axis=2))
+    np.testing.assert_allclose(grid.grid("effect")[..., -1], last.mean(axis=2))
     share = last.mean(axis=2) / (patched.clean_P - patched.corrupted_P).mean()
-    np.testing.assert_allclose(cells.grid("normalised")[..., -1], share)
-    assert (cells.low <= cells.high)[~np.isnan(cells.low)].all()
+    np.testing.assert_allclose(grid.grid("normalised")[..., -1], share)
+    assert (grid.low <= grid.high)[~np.isnan(grid.low)].all()
 
 
 def test_every_kind_of_site_can_be_patched():

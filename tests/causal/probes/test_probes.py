@@ -25,7 +25,7 @@ from saejax.causal.probes.linear import (
     leaders,
     permutation_p,
     run_probes,
-    wilson,
+    share,
 )
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.split import SplitModel
@@ -151,7 +151,9 @@ def test_the_seed_decides():
 def test_intervals_and_balanced_accuracy():
     for right, trials in ((0, 20), (13, 20), (20, 20), (1, 1)):
         theirs = binomtest(right, trials).proportion_ci(method="wilson")
-        assert wilson(right, trials) == pytest.approx(dict(mean=right / trials, low=theirs.low, high=theirs.high))
+        assert share(np.arange(trials) < right) == pytest.approx(
+            dict(mean=right / trials, low=theirs.low, high=theirs.high)
+        )
     assert balanced_accuracy(np.array([0, 0, 0, 0]), np.array([0, 0, 0, 1])) == 0.5
 
 

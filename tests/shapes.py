@@ -1,0 +1,243 @@
+"""Shapes checked while tests run: what a name's suffix says of an array must be so.
+
+``SAEJAX_CHECK_SHAPES=1 pytest tests/models`` raises at the first array that contradicts its name, and
+``SAEJAX_CHECK_SHAPES=list`` lists all contradictions at the end. An argument, a local variable or a field called
+``acts_BxTxD`` must be an array of three dimensions, and B, T and D must be the same wherever these letters stand in one
+call of one function (in one round of a loop). A number is a fixed size, as in ``answers_Bx2``. An x in front or behind
+stands for any further dimensions: ``pre_xF`` has features last, ``cache_SxRx`` has slots and rows first. WORKSPACE.md
+has the letters.
+
+The source stays free of annotations: modules are rewritten when they are imported. Functions and rounds of loops are
+wrapped in jaxtyping's context, and every array is compared with ``Shaped[Any, "B T D"]`` there. Lambdas and
+comprehensions are not seen, and in generators each array is checked by itself.
+"""
+
+import ast
+import contextlib
+import functools
+import re
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from jaxtyping import Shaped, jaxtyped
+
+ROOT = Path(__file__).parent.parent
+CHECKED = ("models", "dictionaries", "training", "causal", "attribution", "evaluation")
+_SUFFIX = re.compile(r"_*[A-Za-z0-9]\w*?_(x?(?:[A-Z]|\d+)(?:x(?:[A-Z]|\d+))*x?)")
+
+
+def suffix(name: str) -> str | None:
+    """The shape at the end of a name, such as "BxTxD"; None where there is none."""
+    found = _SUFFIX.fullmatch(name)
+    return found[1] if found and re.search("[A-Z]|x", found[1]) else None
+
+
+def letters(name: str) -> set[str]:
+    """The letters of a name's shape, none if it has no shape."""
+    return set(re.findall("[A-Z]", suffix(name) or ""))
+
+
+def table() -> dict[str, str]:
+    """WORKSPACE.md's table of letters: what each letter means."""
+    rows = re.findall(r"^\| ([A-Z]) \| (.+?) \|$", (ROOT / "WORKSPACE.md").read_text(), re.MULTILINE)
+    assert len(dict(rows)) == len(rows), "a letter stands twice in WORKSPACE.md's table"
+    return dict(rows)
+
+
+@functools.cache
+def annotation(shape: str) -> Any:
+    """jaxtyping's type of a shape: "BxTxD" is "B T D", "xF" is "*before F", "SxRx" is "S R *behind"."""
+    before, behind = shape.startswith("x"), shape.endswith("x")
+    return Shaped[Any, " ".join(["*before"] * before + shape.strip("x").split("x") + ["*behind"] * behind)]
+
+
+class Contradictions:
+    """What is wrong: raised at once, or kept to be listed at the end."""
+
+    def __init__(self) -> None:
+        self.listed: dict[str, str] | None = None
+
+    def check(self, name: str, value: Any, where: str) -> None:
+        """Compares a value with its name, in the scope that was entered last."""
+        shape = getattr(value, "shape", None)
+        if value is None or isinstance(value, type):
+            return
+        if shape is None or not hasattr(value, "dtype"):
+            return self._report(f"{where} {name}", f"{type(value).__name__} is no array")
+        try:
+            expected = annotation(suffix(name) or "")
+            if not isinstance(value, expected):
+                self._report(f"{where} {name}", f"is {list(shape)}: {expected.__instancecheck_str__(value)}")
+        except NotImplementedError:
+            return
+
+    def _report(self, place: str, what: str) -> None:
+        if self.listed is None:
+            raise AssertionError(f"{place} {what}")
+        self.listed.setdefault(place, what)
+
+
+CONTRADICTIONS = Contradictions()
+
+
+def scope() -> contextlib.AbstractContextManager:
+    """Within it the letters keep the sizes that they were first seen with."""
+    return jaxtyped("context")
+
+
+def install(listed: bool) -> None:
+    """Rewrites the numeric packages at their import; nothing of saejax may have been imported before."""
+    assert not any(name.startswith("saejax.") for name in sys.modules), "shapes must be installed before saejax"
+    CONTRADICTIONS.listed = {} if listed else None
+    sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        pieces = fullname.split(".")
+        if len(pieces) < 2 or pieces[0] != "saejax" or pieces[1] not in CHECKED:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:  # past the compiled files, which are of the source as it stands
+        where = Path(self.path)
+        return rewritten(where.read_text(), str(where.relative_to(ROOT)))
+
+
+def rewritten(source: str, path: str) -> CodeType:
+    """A module with its checks."""
+    tree = _Checked(path).visit(ast.parse(source))
+    start = _start(tree.body)
+    tree.body[start:start] = ast.parse("from shapes import CONTRADICTIONS as _shapes_, scope as _scope_").body
+    return compile(ast.fix_missing_locations(tree), str(ROOT / path), "exec", dont_inherit=True)
+
+
+def _start(body: list[ast.stmt]) -> int:
+    """Where statements start: behind the docstring and imports from the future."""
+    start = int(bool(body) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant))
+    while start < len(body) and getattr(body[start], "module", None) == "__future__":
+        start += 1
+    return start
+
+
+class _Checked(ast.NodeTransformer):
+    """Puts checks behind assignments, at the start of functions and of the rounds of loops."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.scoped: list[bool] = []  # for each function around: does it have a scope of its own
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        self.scoped.append(not any(isinstance(n, ast.Yield | ast.YieldFrom) for n in _own_nodes(node)))
+        own = node.args
+        checks = [
+            self._check(arg.arg, ast.Name(arg.arg, ast.Load()), node)
+            for arg in own.posonlyargs + own.args + own.kwonlyargs
+        ]
+        start = _start(node.body)
+        body = [c for c in checks if c] + self._statements(node.body[start:])
+        # A generator's body runs in pieces, between which others are in force: there each array is checked by itself.
+        node.body = node.body[:start] + ([_in_scope(body, node)] if self.scoped.pop() and body else body)
+        return node
+
+    def visit_For(self, node: ast.For) -> ast.For:
+        targets = self._targets([node.target], node)
+        return self._round(node, targets)
+
+    def visit_While(self, node: ast.While) -> ast.While:
+        return self._round(node, [])
+
+    def visit_With(self, node: ast.With) -> ast.With:
+        targets = [item.optional_vars for item in node.items if item.optional_vars]
+        node.body = self._targets(targets, node) + self._statements(node.body)
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> Any:
+        return self._with_checks(node, node.targets)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
+        return self._with_checks(node, [node.target])
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        return self._with_checks(node, [node.target] if node.value else [])
+
+    def _with_checks(self, node: Any, targets: list[Any]) -> Any:
+        node = self.generic_visit(node)
+        return [node, *self._targets(targets, node)] if self.scoped else node
+
+    def _statements(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        made: list[ast.stmt] = []
+        for statement in body:
+            new = self.visit(statement)
+            made += new if isinstance(new, list) else [new]
+        return made
+
+    def _round(self, node: Any, checks: list[ast.stmt]) -> Any:
+        """A loop, with letters of its own in each round; those of the arrays that it reads from outside hold there."""
+        changed = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        read = {
+            n.id for s in node.body for n in _own_nodes(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+        }
+        known = [self._known(name, node) for name in sorted(read - changed) if suffix(name)]
+        node.body = checks + self._statements(node.body)
+        node.orelse = self._statements(node.orelse)
+        if self.scoped and self.scoped[-1] and any(_is_check(n) for s in node.body for n in ast.walk(s)):
+            node.body = [_in_scope(known + node.body, node)]
+        return node
+
+    def _known(self, name: str, node: Any) -> ast.stmt:
+        # A name of the function or around it, which may not have a value yet.
+        source = f"try: _shapes_.check({name!r}, {name}, '{self.path}:{node.lineno}')\nexcept NameError: pass"
+        return ast.copy_location(ast.parse(source).body[0], node)
+
+    def _targets(self, targets: list[Any], node: Any) -> list[ast.stmt]:
+        made: list[ast.stmt | None] = []
+        for target in targets:
+            if isinstance(target, ast.Tuple | ast.List):
+                made += self._targets(target.elts, node)
+            elif isinstance(target, ast.Name):
+                made.append(self._check(target.id, ast.Name(target.id, ast.Load()), node))
+            elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+                read = ast.Attribute(ast.Name(target.value.id, ast.Load()), target.attr, ast.Load())
+                made.append(self._check(target.attr, read, node))
+        return [check for check in made if check]
+
+    def _check(self, name: str, value: ast.expr, node: Any) -> ast.stmt | None:
+        if not suffix(name):
+            return None
+        call = ast.parse("_shapes_.check(0, 0, 0)", mode="eval").body
+        assert isinstance(call, ast.Call)
+        call.args = [ast.Constant(name), value, ast.Constant(f"{self.path}:{node.lineno}")]
+        check: ast.stmt = ast.copy_location(ast.Expr(call), node)
+        if self.scoped[-1:] != [True]:
+            check = _in_scope([check], node)
+        return check
+
+
+def _own_nodes(node: ast.AST) -> Any:
+    """The nodes of a function or statement, without those of functions defined in it."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from _own_nodes(child)
+
+
+def _in_scope(body: list[ast.stmt], node: ast.AST) -> ast.With:
+    made = ast.parse("with _scope_(): pass").body[0]
+    assert isinstance(made, ast.With)
+    made.body = body
+    return ast.copy_location(made, node)
+
+
+def _is_check(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "_shapes_"
