@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from saejax.preflight.costs import head_flops, pass_flops
 
 from saejax import load_dictionary, load_model
 from saejax.causal import ablation
