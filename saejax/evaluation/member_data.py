@@ -47,8 +47,7 @@ class MemberData:
             name: max(each.numbers[name] for each in dictionaries) for name in dictionaries[0].numbers
         }
         common = dataclasses.replace(shared[0], **largest)
-        abstract = cls.abstract(common, dictionaries[0].operands, "float32", mesh)
-        places = {name: leaf.sharding for name, leaf in abstract.dictionary.arrays.items()}
+        places = {name: fitting_sharding(mesh, shape, *axes) for name, (shape, axes) in parameter_table(common).items()}
         return [
             cls(
                 Dictionary(
