@@ -1,11 +1,14 @@
 """The registry of kinds, kinds from a user's file, and the settings that each has."""
 
+import dataclasses
 import json
 import random
 import shutil
 import signal
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -13,7 +16,7 @@ from absl import flags
 from every_kind import KINDS, MADE_UP, OWN_KINDS, PLUGIN
 
 from saejax import command, config
-from saejax.dictionaries import kinds, load_dictionary
+from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, load_dictionary
 from saejax.dictionaries.kinds import plugins
 from saejax.errors import UserError
 from saejax.settings import GROUPS, TrainConfig
@@ -85,6 +88,21 @@ def test_a_changed_file_is_another_unit(tmp_path):
     finally:
         plugins.load([PLUGIN])
     assert before.pop("plugin") != after.pop("plugin") and before == after
+
+
+def test_the_example_of_the_guide_is_a_kind(tmp_path):
+    page = (runs.ROOT / "docs" / "extending.md").read_text()
+    (tmp_path / "shrunk.py").write_text(page.split("```python\n")[1].split("```")[0])
+    described = DictionaryConfig(kind=MADE_UP, site="resid_post.1", d_in=8, n_features=16)
+    try:
+        plugins.load([tmp_path / "shrunk.py"])
+        dictionary = Dictionary.initial(described, jax.random.key(0))
+        dictionary.margin_F[...] = jnp.full(16, 0.5)
+        x_BxD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
+        plain = Dictionary.initial(dataclasses.replace(described, kind="standard"), jax.random.key(0))
+        np.testing.assert_allclose(dictionary.encode(x_BxD), np.maximum(plain.encode(x_BxD) - 0.5, 0), atol=1e-6)
+    finally:
+        plugins.load([PLUGIN])
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from every_kind import KINDS
+from every_kind import KINDS, MADE_UP
 from small_stacks import STEPS, D, F, batches, make_trainer, run
 
 from saejax.parallel import make_mesh
@@ -14,7 +14,8 @@ from saejax.settings import MeshConfig
 SHAPES = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
 # One kind that shards its features freely and two that must find the largest over all of them; the others take minutes.
 FEW_KINDS = [
-    kind if kind in ("standard", "topk", "batchtopk") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
+    kind if kind in ("standard", "topk", "batchtopk", MADE_UP) else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in KINDS
 ]
 SWEEP = dict(learning_rate=(3e-3, 1e-3), seed=(1, 2))  # four members
 EXTRAS = dict(auxk=0.03, decorrelation=0.01)
