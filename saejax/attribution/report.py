@@ -30,7 +30,7 @@ _PANELS = dict(
 
 
 @dataclasses.dataclass(frozen=True)
-class TracedGraph:
+class ReportedGraph:
     """A graph that the report shows.
 
     Attributes:
@@ -64,7 +64,7 @@ class TracedGraph:
         return self.results.doubling.free.pearson if self.results.doubling else None
 
 
-def lead(graphs: Sequence[TracedGraph]) -> str:
+def lead(graphs: Sequence[ReportedGraph]) -> str:
     """A paragraph on all graphs for the beginning of the report."""
     explained = [graph.results.scores.replacement for graph in graphs]
     prompts = "One prompt was" if len(graphs) == 1 else f"{len(graphs)} prompts were"
@@ -111,13 +111,13 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     return [first, *(_section(graph, report) for graph in graphs[:SHOWN])]
 
 
-def _traced(found: Findings) -> list[TracedGraph]:
+def _traced(found: Findings) -> list[ReportedGraph]:
     every = [
         (found.folders[f"attribute/{unit}"], slug, results.transcoders, graph)
         for unit, results in found.each(AttributeResults).items()
         for slug, graph in results.graphs.items()
     ]
-    return [TracedGraph(number, *one) for number, one in enumerate(every, 1)]
+    return [ReportedGraph(number, *one) for number, one in enumerate(every, 1)]
 
 
 def _known(value: float | None) -> bool:
@@ -129,7 +129,7 @@ def _range(values: Sequence[float], written: Callable[[float], str]) -> str:
     return " to ".join(dict.fromkeys(written(value) for value in (min(values), max(values))))
 
 
-def _tables(graphs: Sequence[TracedGraph]) -> list[Table]:
+def _tables(graphs: Sequence[ReportedGraph]) -> list[Table]:
     """A table for each set of transcoders."""
     columns = (
         "Graph", "Answer", "Active features", "Traced", "Features kept", "Errors kept", "Edges", "Replacement",
@@ -154,7 +154,7 @@ def _short(name: str, names: Sequence[str]) -> str:
     return short[names.index(name)] if len(set(short)) == len(short) else name
 
 
-def _row(graph: TracedGraph) -> tuple[str, ...]:
+def _row(graph: ReportedGraph) -> tuple[str, ...]:
     results, doubling = graph.results, graph.results.doubling
     labels = [_shown(target.label) for target in results.targets]
     counts = results.active, results.traced, results.features, results.errors, results.edges
@@ -169,7 +169,7 @@ def _row(graph: TracedGraph) -> tuple[str, ...]:
     )
 
 
-def _meaning(graphs: Sequence[TracedGraph]) -> Terms:
+def _meaning(graphs: Sequence[ReportedGraph]) -> Terms:
     """What the columns of the tables are."""
     said = {
         "Traced": "active features that have a node, the most influential ones.",
@@ -189,7 +189,7 @@ def _meaning(graphs: Sequence[TracedGraph]) -> Terms:
     return Terms(tuple(said.items()))
 
 
-def _curves(graphs: Sequence[TracedGraph], draw: Draw) -> Picture:
+def _curves(graphs: Sequence[ReportedGraph], draw: Draw) -> Picture:
     shown = {graph.name: graph.curve for graph in graphs if graph.curve}
     kept = next(iter(shown.values())).share
     caption = (
@@ -258,7 +258,7 @@ def _median(shown: Mapping[str, CurveResults], kind: str) -> tuple[np.ndarray, n
     return 100 * share_C, np.clip([np.median(points[share]) for share in share_C], _LOW, _HIGH)
 
 
-def _section(graph: TracedGraph, report: Path) -> Section:
+def _section(graph: ReportedGraph, report: Path) -> Section:
     results = graph.results
     said = f"Prompt: “{_shown(results.prompt)}”. Explained: {_targets(results.targets)}."
     blocks = (Text(said), _picture(graph, report), Links("", (_link(graph, report),)))
@@ -285,7 +285,7 @@ def _chance(target: GraphTarget) -> str:
     return percent(target.weight, 0 if target.weight >= 0.1 else 1)
 
 
-def _picture(graph: TracedGraph, report: Path) -> Picture:
+def _picture(graph: ReportedGraph, report: Path) -> Picture:
     """The stage's own figure, with the page's colours in place of its own."""
     name, results = f"graph_{graph.number}_{graph.slug}", graph.results
     path = graph.folder / f"{graph.slug}.svg"
@@ -312,6 +312,6 @@ def _picture(graph: TracedGraph, report: Path) -> Picture:
     return Picture(name, style.inline(svg, name, alt, colours), caption, alt, "svg", width)
 
 
-def _link(graph: TracedGraph, report: Path) -> tuple[str, str]:
+def _link(graph: ReportedGraph, report: Path) -> tuple[str, str]:
     page = Path(os.path.relpath(graph.folder / f"{graph.slug}.html", report)).as_posix()
     return f"Open the interactive page of {graph.name[0].lower()}{graph.name[1:]}", quote(page)

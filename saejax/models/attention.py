@@ -4,7 +4,7 @@ S counts the tokens that are attended to: T where tokens attend to one another, 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ class AttentionTables(NamedTuple):
 # Given the tokens' queries [B, T, H, K], keys and values [B, T, N, K] and the layer's tables, an attention function
 # returns for each query the mean of the values that it attends to, [B, T, H, K]; ``attend`` is the plain one.
 AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array, AttentionTables], jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # one with its tables
+Layer: TypeAlias = int | jax.Array  # its number, which may be known only when the program runs
+QKV = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class TablesByLayer(NamedTuple):
@@ -62,13 +65,13 @@ class RunAttention(NamedTuple):
     Attributes:
       tables: masks and rotary tables.
       function: None: tokens attend to one another. Otherwise it is given the plain attention function, the layer's
-        number, queries, keys, values, the layer's tables, and what the layer before it carried on; it returns the
-        attended values, and what it carries on.
+        number, queries, keys and values, and what the layer before it carried on; it returns the attended values, and
+        what it carries on.
       carried: a pytree, as the first layer is given it.
     """
 
     tables: TablesByLayer
-    function: Callable[..., tuple[jax.Array, Any]] | None = None
+    function: Callable[[Attend, Layer, QKV, Any], tuple[jax.Array, Any]] | None = None
     carried: Any = ()
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from saejax.models.attention import AttentionFunction, AttentionTables, RunAttention, tables_by_layer
+from saejax.models.attention import QKV, Attend, Layer, RunAttention, tables_by_layer
 from saejax.models.config import DecoderConfig
 
 Stores = tuple[jax.Array, jax.Array]
@@ -59,22 +59,14 @@ class Cache:
         # Padding attends to itself, so that it stays finite: a value that is no number would reach all through 0 * NaN.
         mask_BxTxS = (age_TxS >= 0)[None] & real_Bx1xS | (age_TxS == 0)[None]
 
-        def function(
-            attend: AttentionFunction,
-            layer: int | jax.Array,
-            q: jax.Array,
-            k: jax.Array,
-            v: jax.Array,
-            tables: AttentionTables,
-            stores: Stores,
-        ) -> tuple[jax.Array, Stores]:
+        def function(attend: Attend, layer: Layer, qkv: QKV, stores: Stores) -> tuple[jax.Array, Stores]:
             start = (layer, 0, self.length, 0, 0)
             k_store, v_store = (
                 lax.dynamic_update_slice(store, value[None].astype(store.dtype), start)
-                for store, value in zip(stores, (k, v), strict=True)
+                for store, value in zip(stores, qkv[1:], strict=True)
             )
             k, v = (lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in (k_store, v_store))
-            return attend(q, k, v, tables), (k_store, v_store)
+            return attend(qkv[0], k, v), (k_store, v_store)
 
         tables = tables_by_layer(config, self.positions_BxT(new), age_TxS, mask_BxTxS)
         return RunAttention(tables, function, (self.k_LxBxSxNxK, self.v_LxBxSxNxK))

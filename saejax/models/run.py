@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.attention import AttentionTables, RunAttention, attend, whole_prompts
+from saejax.models.attention import AttentionTables, Layer, RunAttention, attend, whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import Params, run_layer
 from saejax.models.rules import GRADIENT, RunRules
 
-Hook = Callable[[str, int | jax.Array, jax.Array], jax.Array]
+Hook = Callable[[str, Layer, jax.Array], jax.Array]
 KEYS, VALUES = "keys", "values"  # what can be collected beside the kinds of site
 
 
@@ -97,11 +97,10 @@ def _step(
     before_hook: bool,
     hooked: bool,
     carry: tuple[jax.Array, Any],
-    layer: int | jax.Array,
+    layer: Layer,
 ) -> tuple[tuple[jax.Array, Any], dict[str, jax.Array]]:
     """One layer: the stream leaving it and what the attention carries on, and what is collected there."""
     (x, carried), found = carry, {}
-    plain = functools.partial(attend, config, rules)
 
     def at_site(kind: str, value: jax.Array) -> jax.Array:
         new = hook(kind, layer, value) if hook and hooked else value
@@ -112,9 +111,10 @@ def _step(
     def attended(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
         nonlocal carried
         found.update({name: part for name, part in ((KEYS, k), (VALUES, v)) if name in collect})
+        plain = functools.partial(attend, config, rules, tables=tables)
         if attention.function is None:
-            return plain(q, k, v, tables)
-        out, carried = attention.function(plain, layer, q, k, v, tables, carried)
+            return plain(q, k, v)
+        out, carried = attention.function(plain, layer, (q, k, v), carried)
         return out
 
     x = run_layer(config, rules, params, layer, x, attention.tables, at_site, attended)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.attention import AttentionFunction, AttentionTables, RunAttention, TablesByLayer, tables_by_layer
+from saejax.models.attention import QKV, Attend, Layer, RunAttention, TablesByLayer, tables_by_layer
 from saejax.models.config import DecoderConfig
 
 
@@ -69,20 +69,12 @@ class Tree(NamedTuple):
           below: the past's first layer.
         """
 
-        def function(
-            attend: AttentionFunction,
-            layer: int | jax.Array,
-            q: jax.Array,
-            k: jax.Array,
-            v: jax.Array,
-            tables: AttentionTables,
-            carried: tuple[()],
-        ) -> tuple[jax.Array, tuple[()]]:
+        def function(attend: Attend, layer: Layer, qkv: QKV, carried: tuple[()]) -> tuple[jax.Array, tuple[()]]:
             k_known, v_known = (lax.dynamic_index_in_dim(part, layer - below, keepdims=False) for part in past)
-            q, k, v = (jax.vmap(lambda part, token: part[token])(part, self.token_SxRxT) for part in (q, k, v))
+            q, k, v = (jax.vmap(lambda part, token: part[token])(part, self.token_SxRxT) for part in qkv)
             k = jnp.concatenate([k_known[self.place_SxR], k], axis=2)
             v = jnp.concatenate([v_known[self.place_SxR], v], axis=2)
-            attended_SxRxTxHxK = attend(q, k, v, tables)
+            attended_SxRxTxHxK = attend(q, k, v)
             of_token = jax.vmap(lambda part, row, column: part[row, column])
             return of_token(attended_SxRxTxHxK, self.row_SxN, self.column_SxN), carried
 

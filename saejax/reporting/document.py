@@ -68,8 +68,8 @@ class VerdictBlock:
         (_, *headings), *rows = self.measures
         lines = [f"- **{escape_markdown(self.name)}: {'YES' if self.yes else 'NO'}.** {escape_markdown(self.answer)}"]
         for what, *values in rows:
-            said = "; ".join(f"{heading}: {value}" for heading, value in zip(headings, values, strict=True))
-            lines.append(f"  - {escape_markdown(f'{what}; {said}')}")
+            shown = "; ".join(f"{heading}: {value}" for heading, value in zip(headings, values, strict=True))
+            lines.append(f"  - {escape_markdown(f'{what}; {shown}')}")
         lines += [f"  - {escape_markdown(' '.join(self.sentences))}"]
         if self.flag:
             lines.append(f"  - **Flagged:** {escape_markdown(self.flag)}")
@@ -110,13 +110,13 @@ class Piece:
       text: on one line; of nothing but spaces, made visible.
       share: its activation over the feature's largest one, 0 to 1.
       peak: whether it is the context's maximum.
-      said: its activation, in words.
+      label: its activation, in words.
     """
 
     text: str
     share: float
     peak: bool
-    said: str
+    label: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Strips:
                         text=_token(token),
                         share=0.0 if math.isnan(value) else min(max(value / largest, 0.0), 1.0),
                         peak=i == example.peak,
-                        said="not scored" if math.isnan(value) else number(value),
+                        label="not scored" if math.isnan(value) else number(value),
                     )
                     for i, (token, value) in enumerate(zip(example.tokens, example.activations, strict=True))
                 ],

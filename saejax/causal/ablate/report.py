@@ -38,8 +38,8 @@ def answer(found: Findings, draw: Draw) -> Section:
         "random ones the range of the middle 95 % of the draws."
     )
     verdicts = [_verdict(found, name, result) for name, result in results.items()]
-    said = (Text(headline, strong=True), Text(rule))
-    blocks: tuple[Block, ...] = (*said, *verdicts, Text(brackets), _joint_picture(found, draw))
+    opening = (Text(headline, strong=True), Text(rule))
+    blocks: tuple[Block, ...] = (*opening, *verdicts, Text(brackets), _joint_picture(found, draw))
     return Section("The answer", blocks)
 
 

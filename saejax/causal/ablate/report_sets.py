@@ -55,8 +55,8 @@ def bases(found: Findings, draw: Draw) -> list[Section]:
             if isinstance(entry, UncomparedBasis)
         }
     )
-    said = [Text(f"Not compared: {'; '.join(missing)}.")] if missing else []
-    return [Section("Beside other bases", (picture, *said))]
+    notes = [Text(f"Not compared: {'; '.join(missing)}.")] if missing else []
+    return [Section("Beside other bases", (picture, *notes))]
 
 
 def rows_of(result: BehaviourAblation) -> dict[str, Effect]:

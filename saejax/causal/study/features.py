@@ -25,7 +25,7 @@ def choose_features(
     test: Sequence[Item],
     config: StudyConfig,
     name: str,
-    tick: Callable[[], None],
+    check_stop: Callable[[], None],
 ) -> ChosenFeatures:
     """The top features of a benchmark, their controls, and activations of both.
 
@@ -36,14 +36,14 @@ def choose_features(
       test: items on which controls are matched.
       config: of the stage.
       name: of the benchmark; with ``config.seed`` it decides the draws.
-      tick: called before each batch; may raise to stop.
+      check_stop: called before each batch; may raise to stop.
 
     Raises:
       UserError: too few features fire for matched controls, or something is not finite.
     """
 
     def in_batches(references: Sequence[Reference]) -> References:
-        return References(split, references, config.batch_tokens, tick)
+        return References(split, references, config.batch_tokens, check_stop)
 
     attribution_F = in_batches(scores.objectives(train)).attribution()
     top = leaders(attribution_F, config.top)

@@ -71,7 +71,7 @@ class References:
       split: the model.
       references: at least one.
       batch_tokens: tokens per batch, padding included.
-      tick: called before each batch; may raise to stop.
+      check_stop: called before each batch; may raise to stop.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class References:
         split: SplitModel,
         references: Sequence[Reference],
         batch_tokens: int,
-        tick: Callable[[], None] = lambda: None,
+        check_stop: Callable[[], None] = lambda: None,
     ):
         self._split, self._references = split, references
-        self._batch_tokens, self._tick = batch_tokens, tick
+        self._batch_tokens, self._check_stop = batch_tokens, check_stop
         # Prompts with worked examples are long: what a gradient keeps of each layer would not fit.
         rules = dataclasses.replace(split.point.rules, remat=True)
         self._point = dataclasses.replace(split.point, rules=rules)
@@ -156,7 +156,7 @@ class References:
         for chosen, rows, length in even_batches(
             lengths_N, self._batch_tokens, split.point.mesh.shape["data"], _PROGRAM
         ):
-            self._tick()
+            self._check_stop()
             filled = [self._references[i] for i in np.resize(chosen, rows)]
             tokens, positions_BxC, targets_BxC = align([(one.context, one.answer) for one in filled], length)
             kept_Bx1 = np.arange(rows)[:, None] < len(chosen)

@@ -8,7 +8,7 @@ from saejax import pipeline
 from saejax.causal import ablation
 from saejax.causal.ablate import baselines, bases
 from saejax.causal.ablate.experiment import ModelExperiment
-from saejax.causal.ablate.results import UncomparedBasis
+from saejax.causal.ablate.results import ComparedBasis, UncomparedBasis
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
@@ -100,7 +100,7 @@ def test_a_basis_that_cannot_be_compared_says_why_and_the_others_go_on(tiny, dic
     assert found["components"] == UncomparedBasis(
         reason="no train prompt has a position at which features may change, so there is nothing to decompose"
     )
-    assert found["random"]["joint"]["n"] == 3 and "reason" not in found["random"]
+    assert isinstance(found["random"], ComparedBasis) and found["random"].joint.n == 3
     with pytest.raises(ValueError, match="no values"):
         bases.components(dictionary, np.zeros((0, 64)))
 

@@ -110,11 +110,11 @@ def test_features_that_matter_only_together_wait_for_each_other():
 
 def test_the_stage_keeps_what_was_asked_for_and_the_scores_behind_it():
     experiment = make()
-    _, measured = verdict.judge("planted", experiment, CONFIG)
+    judged, measured = verdict.judge("planted", experiment, CONFIG)
     asked = dataclasses.replace(CONFIG, greedy=2, circuit_tests=True)
-    results, scores = stage._test_sets(experiment, measured, asked)
-    assert list(results) == list(scores) == ["curve", "greedy", "circuit"]
-    json.dumps(results, allow_nan=False)
+    results, scores = stage._with_sets(judged, experiment, measured, asked)
+    assert list(scores) == ["curve", "greedy", "circuit"] and all(getattr(results, name) for name in scores)
+    json.dumps(to_json(results), allow_nan=False)
     assert all(score.shape[-1] == 20 for kinds in scores.values() for score in kinds.values())
     np.testing.assert_allclose(scores["circuit"]["removed"], measured.joint_P)
-    assert stage._test_sets(experiment, measured, dataclasses.replace(CONFIG, curve=False)) == ({}, {})
+    assert stage._with_sets(judged, experiment, measured, dataclasses.replace(CONFIG, curve=False)) == (judged, {})

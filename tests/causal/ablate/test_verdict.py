@@ -89,7 +89,7 @@ def test_exactly_the_accuracy_drop_of_the_rule_is_not_enough():
     assert results.joint.accuracy_drop.mean == 0.05 and results.difference.low > 0
     assert results.verdict is False and "(not more than 5)" in results.reason
     less_asked = dataclasses.replace(CONFIG, min_accuracy_drop=0.049)
-    assert verdict.judge("edge", edge_case(), less_asked)[0]["verdict"] is True
+    assert verdict.judge("edge", edge_case(), less_asked)[0].verdict is True
 
 
 def test_accuracy_that_falls_no_more_than_with_other_features_is_not_enough():

@@ -9,6 +9,7 @@ import pytest
 from saejax.causal.ablation import ablate_sets
 from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.patching.features import FeaturePatching, patch_parts
+from saejax.causal.patching.run import differences
 from saejax.causal.patching.sites import patch_sites
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
@@ -108,10 +109,11 @@ def test_an_edit_of_a_whole_site_gives_the_other_run(tiny, pairs, base, source):
 def test_all_features_of_a_dictionary_without_an_error_give_the_other_run(tiny, pairs, prompts, exact):
     train = [prompt for prompt in prompts if prompt.split == "train"]
     patching = FeaturePatching(SplitModel(tiny, exact), "tiny", train, pairs, CONFIG)
-    together = patching.results()["together"][-1]
-    assert together["features"] == "all"
+    whole_pairs = differences(patching.clean_P, patching.corrupted_P, {}, CONFIG)
+    together = patching.results(whole_pairs).together[-1]
+    assert together.features == "all"
     whole = float((patching.clean_P - patching.corrupted_P).mean())
-    for direction in ("denoising", "noising"):
-        assert together[direction]["effect"]["mean"] == pytest.approx(whole, abs=1e-4)
+    for one in (together.denoising, together.noising):
+        assert one.effect.mean == pytest.approx(whole, abs=1e-4)
     sides = [last_diffs(tiny, pairs, side) for side in ("text", "counterpart")]
     np.testing.assert_allclose([patching.clean_P, patching.corrupted_P], sides, atol=1e-4)

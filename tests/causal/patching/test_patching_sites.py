@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saejax import load_model
-from saejax.causal.patching.cells import Cells, make_cells
+from saejax.causal.patching.grid import PatchingGrid, make_grid
 from saejax.causal.patching.sites import patch_sites
 from saejax.models.sites import KINDS
 from saejax.settings import PATCHABLE
@@ -89,7 +89,7 @@ def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(tiny, pai
     patched = patch_sites(tiny, "resid_post", own)
     effect_DxLxPxC = patched.effect_DxLxPxC
     assert (effect_DxLxPxC[~np.isnan(effect_DxLxPxC)] == 0).all() and patched.rows == 0
-    cells = make_cells(patched, 100, 0)
+    cells = make_grid(patched, 100, 0)
     assert np.isnan(cells.normalised).all() and (cells.effect == 0).all()
 
 
@@ -116,10 +116,10 @@ def test_cells_are_ratios_of_means(tiny, pairs, tmp_path):
     order = np.sign(found.clean_P - found.corrupted_P)  # so that there is something to divide by
     clean_P = found.corrupted_P + np.abs(found.clean_P - found.corrupted_P) * np.abs(order) + 0.1
     patched = dataclasses.replace(found, clean_P=clean_P)
-    cells = make_cells(patched, 200, 0)
+    cells = make_grid(patched, 200, 0)
     cells.save(tmp_path / "cells.parquet")
-    again = Cells.load(tmp_path / "cells.parquet")
-    for field in dataclasses.fields(Cells):
+    again = PatchingGrid.load(tmp_path / "cells.parquet")
+    for field in dataclasses.fields(PatchingGrid):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(cells, field.name))
     last = patched.effect_DxLxPxC[..., -1]
     np.testing.assert_allclose(cells.grid("effect")[..., -1], last.mean(axis=2))
