@@ -32,10 +32,10 @@ class Stage:
       names: its units' names, given the configuration; [""] for one unit.
       identity: what it reads from outside the workdir: its fingerprint, given the configuration.
       unit_identity: the same of what only the unit of one name reads, given the name, too.
-      cost: "module:function" that says what a unit takes: a ``costs.Scene`` and the unit's name in, a ``costs.Cost``
-        out; "" where that is little.
-      programs: "module:function" that gives the large jitted functions that it runs, as ``costs.Program``, of a
-        ``costs.Scene``, the unit's name and a mesh.
+      cost: "module:function" that says what a unit takes: a ``PlannedRun`` and the unit's name in, a ``Cost`` out, both
+        of ``costs``; "" where that is little.
+      programs: "module:function" that gives the large jitted functions that it runs, as ``Program`` of ``costs``: a
+        ``PlannedRun`` and a mesh in.
       section: "module:function" that writes its part of the report: ``Findings`` and ``Draw`` in, sections out.
       many_processes: whether it can run in several.
     """

@@ -25,7 +25,7 @@ from saejax.attribution.trace.memory import (
     graph_bytes,
 )
 from saejax.attribution.trace.rows import row_flops
-from saejax.costs.cost import CHARACTERS_PER_TOKEN, START, Cost, Scene
+from saejax.costs.cost import CHARACTERS_PER_TOKEN, START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops, weight_bytes
 from saejax.dictionaries import DictionaryConfig
 from saejax.settings import GraphConfig
@@ -60,26 +60,26 @@ class PlannedGraphs:
         return sum(self.size.traced(tokens) for tokens in self.lengths)
 
 
-def attribute_cost(scene: Scene, name: str) -> Cost:
+def attribute_cost(plan: PlannedRun, name: str) -> Cost:
     """All graphs of a unit; all but the model's own products is fp32, whatever its dtype.
 
     Raises:
       UserError: prompts or transcoders are not what the stage takes, or the longest prompt's graph does not fit into
-        what is free on the scene's mesh; the message says first how many tokens would.
+        what is free on the plan's mesh; the message says first how many tokens would.
     """
-    planned = planned_graphs(scene)
+    planned = planned_graphs(plan)
     if planned is None:
-        missing = f"{scene.configs['graph'].transcoders} is no folder here, so its sizes are not known"
-        why = "the graphs of SAEs follow no formula" if scene.configs["graph"].dictionaries else missing
+        missing = f"{plan.configs['graph'].transcoders} is no folder here, so its sizes are not known"
+        why = "the graphs of SAEs follow no formula" if plan.configs["graph"].dictionaries else missing
         return Cost(lines=[f"attribute/{name} is not counted: {why}"])
     flops = sum(_flops(planned, tokens) for tokens in planned.lengths)
     cost = Cost(flops=flops, overhead=_OVERHEAD, host_seconds=2 * START + _read_seconds(planned))
-    if scene.mesh is None:
+    if plan.mesh is None:
         return cost
-    room = _room(scene, scene.mesh)
-    check_room(planned.size, planned.longest, scene.mesh, room)
-    needs = graph_bytes(planned.size, planned.longest, scene.mesh)
-    most = fitting_tokens(planned.size, scene.mesh, room)
+    room = _room(plan, plan.mesh)
+    check_room(planned.size, planned.longest, plan.mesh, room)
+    needs = graph_bytes(planned.size, planned.longest, plan.mesh)
+    most = fitting_tokens(planned.size, plan.mesh, room)
     details = dict(
         prompts=len(planned.lengths),
         tokens=planned.longest,
@@ -90,21 +90,21 @@ def attribute_cost(scene: Scene, name: str) -> Cost:
     return dataclasses.replace(cost, lines=[_line(name, planned, needs, most)], details=details)
 
 
-def planned_graphs(scene: Scene) -> PlannedGraphs | None:
+def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
     """The graphs of a configuration on one model; None if they are of SAEs, or nothing is known of their transcoders.
 
     Raises:
       UserError: prompts or transcoders are not what the stage takes.
     """
-    config: GraphConfig = scene.configs["graph"]
+    config: GraphConfig = plan.configs["graph"]
     lengths = [PROMPT] * len(config.behaviours) or [_tokens(request) for request in read_requests(config)]
-    transcoder = _transcoder(scene, config) if config.transcoders else None
+    transcoder = _transcoder(plan, config) if config.transcoders else None
     if transcoder is None:
         return None
     size = GraphSize(
-        scene.model,
+        plan.model,
         transcoder,
-        certain_active(transcoder) or scene.configs["preflight"].active_features,
+        certain_active(transcoder) or plan.configs["preflight"].active_features,
         config.max_features or None,
         config.max_logits,
         checked=bool(config.circuits or config.doubled),
@@ -131,9 +131,9 @@ def _read_seconds(planned: PlannedGraphs) -> float:
     return len(planned.lengths) * (1 + 3 * size.checked) * size.model.n_layers * layer / _READ
 
 
-def _room(scene: Scene, mesh: Mesh) -> Room:
+def _room(plan: PlannedRun, mesh: Mesh) -> Room:
     """What is left beside the weights; nothing is known of the host of devices that are not here."""
-    device, left = mesh.devices.flat[0], scene.limit - weight_bytes(scene.model, scene.axes, scene.dtype)
+    device, left = mesh.devices.flat[0], plan.limit - weight_bytes(plan.model, plan.axes, plan.dtype)
     if device.platform == "cpu":
         return Room(left, left * mesh.size)
     here = device.client == jax.devices()[0].client
@@ -158,11 +158,11 @@ def _tokens(request: Request) -> int:
     return len(request.prompt)
 
 
-def _transcoder(scene: Scene, config: GraphConfig) -> DictionaryConfig | None:
+def _transcoder(plan: PlannedRun, config: GraphConfig) -> DictionaryConfig | None:
     """One of the set's transcoders: of a folder that is there, or of those that the run will train into it."""
     folder = Path(config.transcoders).expanduser() / config.subfolder
     if folder.is_dir():
         opened = open_transcoders(config.transcoders, config.revision, config.subfolder)
-        return opened.check_shape(scene.model, scene.configs["model"].path).configs[0]
-    trained = (stack.dictionary for stack in scene.stacks.values())
+        return opened.check_shape(plan.model, plan.configs["model"].path).configs[0]
+    trained = (stack.dictionary for stack in plan.stacks.values())
     return next((own for own in trained if own.target and own.kind == folder.name), None)

@@ -31,7 +31,7 @@ class PlannedStack:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
+class PlannedRun:
     """What stages' costs follow from: a configuration, a model, and devices that need not be there.
 
     Attributes:

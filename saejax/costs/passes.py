@@ -8,7 +8,7 @@ may need less or up to twice as much.
 
 from math import prod
 
-from saejax.costs.cost import WIDTH, Axes, Scene
+from saejax.costs.cost import WIDTH, Axes, PlannedRun
 from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.modules import parameter_table as dictionary_table
 from saejax.models.config import DecoderConfig
@@ -66,9 +66,9 @@ def dictionary_bytes(dictionary: DictionaryConfig, dtype: str, axes: Axes | None
     )
 
 
-def layer_bytes(scene: Scene, rows: int, length: int, dtype: str, kept: int = 0) -> int:
+def layer_bytes(plan: PlannedRun, rows: int, length: int, dtype: str, kept: int = 0) -> int:
     """A pass through the layers: the stream and what the largest of them makes, and ``kept`` copies of a site."""
-    model, axes, width = scene.model, scene.axes, WIDTH[dtype]
+    model, axes, width = plan.model, plan.axes, WIDTH[dtype]
     data_rows = part_size(axes, (rows,), "data")
     heads, kv_heads, mlp = (
         part_size(axes, (size,), "model") for size in (model.n_heads, model.n_kv_heads, model.d_mlp)
@@ -80,9 +80,9 @@ def layer_bytes(scene: Scene, rows: int, length: int, dtype: str, kept: int = 0)
     return (4 + kept) * stream + max(2 * heads_wide + scores, hidden)
 
 
-def logit_bytes(scene: Scene, rows: int, length: int) -> int:
+def logit_bytes(plan: PlannedRun, rows: int, length: int) -> int:
     """fp32 logits at every position, and as much again for their softmax."""
-    return 2 * 4 * part_size(scene.axes, (rows, length, scene.model.vocab), "data", None, "model")
+    return 2 * 4 * part_size(plan.axes, (rows, length, plan.model.vocab), "data", None, "model")
 
 
 def feature_bytes(n_features: int, rows: int, length: int) -> int:
@@ -90,9 +90,9 @@ def feature_bytes(n_features: int, rows: int, length: int) -> int:
     return 2 * 4 * rows * length * n_features
 
 
-def generated_bytes(scene: Scene, rows: int, length: int, new: int) -> int:
+def generated_bytes(plan: PlannedRun, rows: int, length: int, new: int) -> int:
     """The pass over the prompts, and keys and values of all tokens, which are copied when room is made for new ones."""
-    model = scene.model
-    heads = part_size(scene.axes, (rows, model.n_kv_heads), "data", "model")
-    cache = 2 * WIDTH[scene.dtype] * model.n_layers * heads * (length + new) * model.d_head
-    return layer_bytes(scene, rows, length, scene.dtype) + 2 * cache
+    model = plan.model
+    heads = part_size(plan.axes, (rows, model.n_kv_heads), "data", "model")
+    cache = 2 * WIDTH[plan.dtype] * model.n_layers * heads * (length + new) * model.d_head
+    return layer_bytes(plan, rows, length, plan.dtype) + 2 * cache

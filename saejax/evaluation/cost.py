@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from saejax.costs.cost import START, Cost, DeviceBytes, Scene
+from saejax.costs.cost import START, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import (
     dictionary_bytes,
     feature_bytes,
@@ -28,29 +28,29 @@ from saejax.models.split import SplitPoint
 from saejax.parallel import fitting_sharding, part_size
 
 _OVERHEAD = 1.5
-_HELD_OUT = 10  # one document in so many is held out by default
 _STEP = 16  # documents are padded to a multiple of this
 
 
-def evaluate_cost(scene: Scene, kind: str) -> Cost:
+def evaluate_cost(plan: PlannedRun, kind: str) -> Cost:
     """Cross-entropy of held-out documents: the clean model and the floors once for each site, and every member."""
-    evaluate, model, dtype = scene.configs["evaluate"], scene.model, scene.dtype
-    stack, (rows, length) = scene.stacks[kind], _batch(scene)
-    used, local = stack.dictionary, part_size(scene.axes, (rows,), "data")
+    evaluate, model, dtype = plan.configs["evaluate"], plan.model, plan.dtype
+    stack, (rows, length) = plan.stacks[kind], _batch(plan)
+    used, local = stack.dictionary, part_size(plan.axes, (rows,), "data")
     come_and_go = max(
-        layer_bytes(scene, rows, length, dtype) + feature_bytes(used.n_features, local, length),
-        layer_bytes(scene, rows, length, dtype, kept=4) + logit_bytes(scene, rows, length),
+        layer_bytes(plan, rows, length, dtype) + feature_bytes(used.n_features, local, length),
+        layer_bytes(plan, rows, length, dtype, kept=4) + logit_bytes(plan, rows, length),
     )
-    documents = evaluate.ce_documents or scene.documents // _HELD_OUT
-    of_document = min(length, -(-scene.tokens // max(scene.documents, 1) // _STEP) * _STEP)
+    held_out = round(plan.documents * plan.configs["corpus"].held_out)
+    documents = min(evaluate.ce_documents or held_out, held_out)
+    of_document = min(length, -(-plan.tokens // max(plan.documents, 1) // _STEP) * _STEP)
     tokens, sites = documents * of_document, {(member.site, member.target) for member in stack.members}
     tails = (len(VARIANTS) - 1) * len(sites) + len(stack.members)
     at = Site.parse(used.site).layer
     layers = len(sites) * at + tails * (model.n_layers - at)
     flops = pass_flops(model, tokens, of_document, layers) + tails * head_flops(model, tokens)
-    whole_arrays = dictionary_bytes(used, scene.configs["train"].state_dtype)
+    whole_arrays = dictionary_bytes(used, plan.configs["train"].state_dtype)
     return Cost(
-        DeviceBytes(weight_bytes(model, scene.axes, dtype), whole_arrays, activations=come_and_go),
+        DeviceBytes(weight_bytes(model, plan.axes, dtype), whole_arrays, activations=come_and_go),
         flops,
         dtype,
         _OVERHEAD,
@@ -59,21 +59,21 @@ def evaluate_cost(scene: Scene, kind: str) -> Cost:
     )
 
 
-def evaluate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
+def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The programs that measure cross-entropy, for the dictionary that is tested, or else the first."""
-    rows, length = _batch(scene)
-    model, first = scene.model, next(iter(scene.stacks.values())).dictionary
-    used = scene.dictionary("ablate") if scene.configs["task"].has_behaviours else first
+    rows, length = _batch(plan)
+    model, first = plan.model, next(iter(plan.stacks.values())).dictionary
+    used = plan.dictionary("ablate") if plan.configs["task"].has_behaviours else first
     site, d, f = Site.parse(used.site), used.d_in, used.n_features
     target = Site.parse(used.target or used.site)
     tokens, variants, point = rows * length, len(VARIANTS), SplitPoint(model, target, site, mesh)
-    params, member = abstract_params(model, mesh, scene.dtype), _abstract_member(scene, used, mesh)
+    params, member = abstract_params(model, mesh, plan.dtype), _abstract_member(plan, used, mesh)
     ids_BxT, lengths_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
-    value_BxTxD = by_row(mesh, (rows, length, d), scene.dtype)
+    value_BxTxD = by_row(mesh, (rows, length, d), plan.dtype)
     inside_BxT, limit = by_row(mesh, (rows, length), bool), whole(mesh, (), jnp.float32)
     shape = (variants, rows, length, d)
     where = fitting_sharding(mesh, shape, None, "data", None, None)
-    streams = jax.ShapeDtypeStruct(shape, scene.dtype, sharding=where)
+    streams = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=where)
     size, layers = f"{rows} x {length} tokens", functools.partial(pass_flops, model, tokens, length)
     head, compare = (point, params, ids_BxT, limit, limit), (model, params, streams, ids_BxT, lengths_B)
     return [
@@ -105,9 +105,9 @@ def evaluate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
     ]
 
 
-def _abstract_member(scene: Scene, used: DictionaryConfig, mesh: Mesh) -> MemberData:
+def _abstract_member(plan: PlannedRun, used: DictionaryConfig, mesh: Mesh) -> MemberData:
     """A dictionary as the stage places it."""
-    dtype = scene.configs["train"].state_dtype
+    dtype = plan.configs["train"].state_dtype
     arrays = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *axes))
         for name, (shape, axes) in parameter_table(used).items()
@@ -117,8 +117,8 @@ def _abstract_member(scene: Scene, used: DictionaryConfig, mesh: Mesh) -> Member
     return MemberData(arrays, k, fires_above, common, "float32")
 
 
-def _batch(scene: Scene) -> tuple[int, int]:
+def _batch(plan: PlannedRun) -> tuple[int, int]:
     """Rows and length of a batch of documents."""
-    length = min(scene.configs["corpus"].context, scene.model.context)
+    length = min(plan.configs["corpus"].context, plan.model.context)
     length = -(-length // 32) * 32
-    return max(1, scene.configs["evaluate"].batch_tokens // length), length
+    return max(1, plan.configs["evaluate"].batch_tokens // length), length

@@ -3,7 +3,7 @@
 import dataclasses
 from math import prod
 
-from saejax.costs.cost import Scene
+from saejax.costs.cost import PlannedRun
 from saejax.errors import UserError
 from saejax.parallel import AXES
 from saejax.preflight.sums import Needs
@@ -13,26 +13,26 @@ GIB = 2**30
 SLICES = {"v5e:2x4": (8, 15.75), "v6e:2x4": (8, 31.25), "v5p:2x2x2": (8, 95.74), "v5e:4x4": (16, 15.75)}
 
 
-def advice(scene: Scene, limit: int, devices: str, needed: int) -> list[str]:
+def advice(plan: PlannedRun, limit: int, devices: str, needed: int) -> list[str]:
     """What to change where a model does not fit: up to two changes of flags on as many devices, and TPU slices.
 
     Args:
-      scene: what is run.
+      plan: what is run.
       limit: bytes per device.
       devices: what they are, for messages.
       needed: bytes per device that it takes now, by estimate or, better, by the compiler.
     """
-    scene = dataclasses.replace(scene, mesh=None)
-    scale = max(1.0, needed / Needs.of(scene).peak)
-    count = prod(scene.axes.values())
+    plan = dataclasses.replace(plan, mesh=None)
+    scale = max(1.0, needed / Needs.of(plan).peak)
+    count = prod(plan.axes.values())
     found = []
-    for change, changed in _changes(scene).items():
+    for change, changed in _changes(plan).items():
         if scale * Needs.of(changed).peak <= limit:
             found.append(change)
         elif split := _smallest_split(changed, count, limit, scale):
             found.append(f"{change} --mesh.model={split[0]}".strip() + f" on the same {count} {devices}")
     found = [change for change in found if change][:2]
-    on_tpu = dataclasses.replace(scene, torch_here=False)
+    on_tpu = dataclasses.replace(plan, torch_here=False)
     for name, (number, gib) in SLICES.items():
         if name not in devices and (split := _smallest_split(on_tpu, number, int(gib * GIB), scale)):
             size, peak = split
@@ -40,27 +40,27 @@ def advice(scene: Scene, limit: int, devices: str, needed: int) -> list[str]:
     return found
 
 
-def _changes(scene: Scene) -> dict[str, Scene]:
-    """Other ways to run it: the flags, and the scene with them; the scene as it is first."""
-    changes = {"": scene}
-    if scene.backend == "torch":
-        changes["--capture.backend=jax"] = dataclasses.replace(scene, torch_here=False)
+def _changes(plan: PlannedRun) -> dict[str, PlannedRun]:
+    """Other ways to run it: the flags, and the plan with them; the plan as it is first."""
+    changes = {"": plan}
+    if plan.backend == "torch":
+        changes["--capture.backend=jax"] = dataclasses.replace(plan, torch_here=False)
     groups = ("model", "capture")
-    narrow = [f"--{group}.dtype=bfloat16" for group in groups if scene.configs[group].dtype != "bfloat16"]
+    narrow = [f"--{group}.dtype=bfloat16" for group in groups if plan.configs[group].dtype != "bfloat16"]
     if narrow:
-        both = {group: dataclasses.replace(scene.configs[group], dtype="bfloat16") for group in groups}
+        both = {group: dataclasses.replace(plan.configs[group], dtype="bfloat16") for group in groups}
         for flags, changed in list(changes.items()):
-            narrower = dataclasses.replace(changed, configs={**scene.configs, **both})
+            narrower = dataclasses.replace(changed, configs={**plan.configs, **both})
             changes[" ".join([*narrow, flags]).strip()] = narrower
     return changes
 
 
-def _smallest_split(scene: Scene, devices: int, limit: int, scale: float) -> tuple[int, int] | None:
+def _smallest_split(plan: PlannedRun, devices: int, limit: int, scale: float) -> tuple[int, int] | None:
     """The smallest size of the ``model`` axis with which it fits, and the bytes per device then; None if none does."""
     for model in (size for size in range(1, devices + 1) if devices % size == 0):
         axes = dict(zip(AXES, (1, devices // model, model), strict=True))
         try:
-            peak = int(scale * Needs.of(dataclasses.replace(scene, axes=axes)).peak)
+            peak = int(scale * Needs.of(dataclasses.replace(plan, axes=axes)).peak)
         except UserError:  # these axes do not divide it
             continue
         if peak <= limit:

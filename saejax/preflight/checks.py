@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from saejax.costs.cost import Scene
+from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import parameters
 from saejax.errors import CheckFailed, Interrupted, UserError
 from saejax.parallel import describe
@@ -15,7 +15,7 @@ from saejax.preflight.advice import GIB, advice
 from saejax.preflight.place import Place, find_place
 from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResults, UnitNeeds
 from saejax.preflight.shapes import Shape, named, read_shapes
-from saejax.preflight.sums import Needs, make_scene, replicated, stage_programs
+from saejax.preflight.sums import Needs, plan_run, replicated, stage_programs
 from saejax.preflight.topology import compile_for
 from saejax.tasks.corpora import read_corpus
 from saejax.workspace import Run
@@ -34,14 +34,14 @@ def run_preflight(run: Run) -> PreflightResults:
         _check_parity_is_possible(shapes, config.topology)
     place = find_place(configs)
     runs_here = len(shapes) == 1 and not config.topology
-    checked = [(scene, Needs.of(scene)) for scene in _scenes(run, shapes, place, runs_here)]
+    checked = [(plan, Needs.of(plan)) for plan in _planned_runs(run, shapes, place, runs_here)]
     run.say(tables.place_line(place))
     for line in tables.memory_lines(checked, place):
         run.say(line)
     for _, needs in checked:
         for line in tables.unit_lines(needs):
             run.say(line)
-    found = [_facts(scene, needs, _compile(run, scene, place), place) for scene, needs in checked]
+    found = [_facts(plan, needs, _compile(run, plan, place), place) for plan, needs in checked]
     _check_memory(checked, found, place)
     results = PreflightResults(describe(place.mesh), config.topology, place.limit, tuple(found))
     if runs_here and checked:
@@ -52,29 +52,29 @@ def run_preflight(run: Run) -> PreflightResults:
     return results
 
 
-def _scenes(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bool) -> list[Scene]:
-    """A scene for every model that has the sites; that one has not is an error, unless parity is all it is for.
+def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bool) -> list[PlannedRun]:
+    """A plan for every model that has the sites; that one has not is an error, unless parity is all it is for.
 
     Its text is looked at if it ``runs_here``.
 
     Raises:
       UserError: a model lacks a site.
     """
-    corpus, scenes = run.configs["corpus"], []
+    corpus, plans = run.configs["corpus"], []
     documents, tokens = rates.used_text(read_corpus(corpus), corpus) if runs_here else (0, 0)
     here = dict(documents=documents, tokens=tokens, torch_here=place.torch_here, mesh=place.mesh, limit=place.limit)
     for shape in shapes:
         try:
             name = Path(shape.path).name
-            scenes.append(make_scene(name, shape.config, run.configs, place.mesh.shape, **here))
+            plans.append(plan_run(name, shape.config, run.configs, place.mesh.shape, **here))
         except UserError as error:
             if not run.configs["preflight"].parity:
                 raise
             run.say(f"memory is not counted: {error}")
-    return scenes
+    return plans
 
 
-def _compile(run: Run, scene: Scene, place: Place) -> tuple[CompiledProgram, ...]:
+def _compile(run: Run, plan: PlannedRun, place: Place) -> tuple[CompiledProgram, ...]:
     """Compiles the stages' programs for the slice that was named, if any; a line for each.
 
     Raises:
@@ -83,56 +83,56 @@ def _compile(run: Run, scene: Scene, place: Place) -> tuple[CompiledProgram, ...
     topology = run.configs["preflight"].topology
     if not topology:
         return ()
-    run.say(tables.programs_header(scene.name, topology))
+    run.say(tables.programs_header(plan.name, topology))
     rows = []
-    for program in stage_programs(scene):
+    for program in stage_programs(plan):
         if run.stopping():
             raise Interrupted("preflight: stopped; it starts anew")
         rows.append(compile_for(program, place.limit))
         run.say(tables.program_line(rows[-1], place))
-    run.say(tables.verdict_line(scene.name, rows, place))
+    run.say(tables.verdict_line(plan.name, rows, place))
     return tuple(rows)
 
 
-def _facts(scene: Scene, needs: Needs, compiled: tuple[CompiledProgram, ...], place: Place) -> ModelNeeds:
+def _facts(plan: PlannedRun, needs: Needs, compiled: tuple[CompiledProgram, ...], place: Place) -> ModelNeeds:
     """One model's entry in the results; what was compiled decides whether it fits."""
     return ModelNeeds(
-        name=scene.name,
-        family=scene.model.family,
-        layers=scene.model.n_layers,
-        d=scene.model.d_model,
-        parameters=parameters(scene.model),
-        dtype=scene.dtype,
+        name=plan.name,
+        family=plan.model.family,
+        layers=plan.model.n_layers,
+        d=plan.model.d_model,
+        parameters=parameters(plan.model),
+        dtype=plan.dtype,
         units={unit: UnitNeeds(cost.bytes, cost.counts, cost.details) for unit, cost in needs.units.items()},
         peak_bytes=max((program.memory for program in compiled), default=needs.peak),
         fits=all(program.fits for program in compiled) if compiled else needs.peak <= place.limit,
-        replicated=tuple(replicated(scene, needs)),
+        replicated=tuple(replicated(plan, needs)),
         programs=compiled,
     )
 
 
-def _check_memory(checked: Sequence[tuple[Scene, Needs]], found: Sequence[ModelNeeds], place: Place) -> None:
+def _check_memory(checked: Sequence[tuple[PlannedRun, Needs]], found: Sequence[ModelNeeds], place: Place) -> None:
     """A ``UserError`` that names the models that do not fit, and what would."""
     messages = []
-    for (scene, _), facts in zip(checked, found, strict=True):
+    for (plan, _), facts in zip(checked, found, strict=True):
         if not facts.fits:
-            changes = advice(scene, place.limit, place.kind, facts.peak_bytes)
+            changes = advice(plan, place.limit, place.kind, facts.peak_bytes)
             messages.append(
-                f"{scene.name} needs about {facts.peak_bytes / GIB:.1f} GiB per device, but there are "
+                f"{plan.name} needs about {facts.peak_bytes / GIB:.1f} GiB per device, but there are "
                 f"{place.limit / GIB:.1f}: use {', or '.join(changes) or 'a smaller model'}"
             )
     if messages:
         raise UserError("; ".join(messages))
 
 
-def _with_plan(run: Run, results: PreflightResults, scene: Scene, needs: Needs) -> PreflightResults:
+def _with_plan(run: Run, results: PreflightResults, plan: PlannedRun, needs: Needs) -> PreflightResults:
     """With what the run reads and writes and how long it takes; a ``UserError`` if the disk is too small."""
     measured = rates.matmul_rates()
     seconds, free = needs.seconds(measured), psutil.disk_usage(str(run.folder)).free
     shown = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in measured.items())
-    run.say(f"text: {scene.documents:,} documents, about {scene.tokens:,} tokens; matrix products: {shown}")
+    run.say(f"text: {plan.documents:,} documents, about {plan.tokens:,} tokens; matrix products: {shown}")
     if measured["bfloat16"] < measured["float32"]:
-        dtypes = {"--capture.dtype": scene.configs["capture"].dtype, "--train.matmul": scene.configs["train"].matmul}
+        dtypes = {"--capture.dtype": plan.configs["capture"].dtype, "--train.matmul": plan.configs["train"].matmul}
         for flag, dtype in dtypes.items():
             if dtype == "bfloat16":
                 run.say(f"this machine multiplies bfloat16 slower than float32: {flag}=float32 would take less time")
@@ -145,8 +145,8 @@ def _with_plan(run: Run, results: PreflightResults, scene: Scene, needs: Needs) 
         )
     return dataclasses.replace(
         results,
-        documents=scene.documents,
-        tokens=scene.tokens,
+        documents=plan.documents,
+        tokens=plan.tokens,
         disk_bytes=needs.disk,
         disk_free_bytes=free,
         matmul_flops_per_second=measured,

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from saejax.costs.cost import Axes, Cost, DeviceBytes, Scene
+from saejax.costs.cost import Axes, Cost, DeviceBytes, PlannedRun
 from saejax.costs.programs import Program
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
@@ -23,7 +23,7 @@ _DIMENSIONS = {
 }
 
 
-def make_scene(name: str, model: DecoderConfig, configs: Mapping[str, Any], axes: Axes, **more: Any) -> Scene:
+def plan_run(name: str, model: DecoderConfig, configs: Mapping[str, Any], axes: Axes, **more: Any) -> PlannedRun:
     """What stages' costs follow from.
 
     Args:
@@ -31,7 +31,7 @@ def make_scene(name: str, model: DecoderConfig, configs: Mapping[str, Any], axes
       model: its decoder.
       configs: the groups of configuration.
       axes: sizes of the mesh's axes.
-      more: other fields of ``Scene``.
+      more: other fields of ``PlannedRun``.
 
     Raises:
       UserError: a site does not exist in this model, or is trained on and not captured; k is above the features.
@@ -43,7 +43,7 @@ def make_scene(name: str, model: DecoderConfig, configs: Mapping[str, Any], axes
         stacks = planned_stacks(configs["train"], capture.sites, model)
     except UserError as error:
         raise UserError(f"{name}: {error}: choose --capture.sites and --train.sites for this model") from None
-    return Scene(configs, name, model, sites, stacks, axes, **more)
+    return PlannedRun(configs, name, model, sites, stacks, axes, **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Needs:
     units: Mapping[str, Cost]
 
     @classmethod
-    def of(cls, scene: Scene) -> "Needs":
+    def of(cls, plan: PlannedRun) -> "Needs":
         """Asks every stage for what its units cost.
 
         Raises:
@@ -65,10 +65,10 @@ class Needs:
         """
         return cls(
             {
-                unit: load(stage.cost)(scene, unit.partition("/")[2])
+                unit: load(stage.cost)(plan, unit.partition("/")[2])
                 for stage in STAGES.values()
                 if stage.cost
-                for unit in stage.units(scene.configs)
+                for unit in stage.units(plan.configs)
             }
         )
 
@@ -106,20 +106,18 @@ class Needs:
         return {stage: value for stage, value in found.items() if value}
 
 
-def stage_programs(scene: Scene) -> list[Program]:
+def stage_programs(plan: PlannedRun) -> list[Program]:
     """The large programs of all stages that have any.
 
     Raises:
       UserError: the mesh does not divide the training batch or the features.
     """
-    return [
-        program for stage in STAGES.values() if stage.programs for program in load(stage.programs)(scene, scene.mesh)
-    ]
+    return [program for stage in STAGES.values() if stage.programs for program in load(stage.programs)(plan, plan.mesh)]
 
 
-def replicated(scene: Scene, needs: Needs) -> list[str]:
+def replicated(plan: PlannedRun, needs: Needs) -> list[str]:
     """What the mesh does not divide, so that every device holds or runs all of it; one line each."""
-    lines, over = _replicated_weights(scene.model, scene.axes), scene.axes["data"]
+    lines, over = _replicated_weights(plan.model, plan.axes), plan.axes["data"]
     batches = {
         (count, f"{what} of {unit.partition('/')[0]}"): None
         for unit, cost in needs.units.items()

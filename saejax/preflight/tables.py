@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from saejax.costs.cost import Scene
+from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import parameters
 from saejax.parallel import describe
 from saejax.preflight.advice import GIB
@@ -20,18 +20,18 @@ def place_line(place: Place) -> str:
     return f"{facts.devices} x {', '.join(facts.kinds)}, {place.limit / GIB:.2f} GiB each; mesh {axes}"
 
 
-def memory_lines(found: Sequence[tuple[Scene, Needs]], place: Place) -> list[str]:
+def memory_lines(found: Sequence[tuple[PlannedRun, Needs]], place: Place) -> list[str]:
     """Memory per device, one line a model, and what is replicated."""
-    width = max([len("GiB per device"), *(len(scene.name) for scene, _ in found)])
+    width = max([len("GiB per device"), *(len(plan.name) for plan, _ in found)])
     lines = [f"{'GiB per device':<{width}}  {_row(_COLUMNS)}"]
-    for scene, needs in found:
+    for plan, needs in found:
         most = needs.bytes
         sizes = (most.model, most.dictionary, most.optimizer, most.activations, needs.peak)
-        cells = [f"{parameters(scene.model) / 1e6:,.1f} M", scene.dtype, f"{scene.model.n_layers}"]
+        cells = [f"{parameters(plan.model) / 1e6:,.1f} M", plan.dtype, f"{plan.model.n_layers}"]
         cells += [f"{size / GIB:.2f}" for size in sizes]
         verdict = "fits" if needs.peak <= place.limit else "does not fit"
-        lines.append(f"{scene.name:<{width}}  {_row(cells)}  in {needs.largest.partition('/')[0]}: {verdict}")
-    return lines + [f"{scene.name}: {line}" for scene, needs in found for line in replicated(scene, needs)]
+        lines.append(f"{plan.name:<{width}}  {_row(cells)}  in {needs.largest.partition('/')[0]}: {verdict}")
+    return lines + [f"{plan.name}: {line}" for plan, needs in found for line in replicated(plan, needs)]
 
 
 def _row(cells: Sequence[str]) -> str:

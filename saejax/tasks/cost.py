@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.costs.cost import START, Cost, DeviceBytes, Scene
+from saejax.costs.cost import START, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import generated_bytes, head_flops, layer_bytes, pass_flops, weight_bytes
 from saejax.costs.programs import Program, abstract_params, by_row
 from saejax.models import decoding
@@ -22,62 +22,62 @@ _CHOICES = 4  # of a question of the logic benchmark
 _NEW = 4  # a generated token costs about as much as so many that are read
 
 
-def baseline_cost(scene: Scene, name: str) -> Cost:
+def baseline_cost(plan: PlannedRun, name: str) -> Cost:
     """Every prompt once, with its counterpart."""
-    task, dtype = scene.configs["task"], scene.dtype
+    task, dtype = plan.configs["task"], plan.dtype
     texts = 2 * count_all_behaviours(task) * (task.train_prompts + task.test_prompts)
-    length = min(scene.configs["preflight"].prompt_tokens, scene.model.context)
-    kept = weight_bytes(scene.model, scene.axes, dtype)
+    length = min(plan.configs["preflight"].prompt_tokens, plan.model.context)
+    kept = weight_bytes(plan.model, plan.axes, dtype)
     return Cost(
-        DeviceBytes(model=kept, activations=layer_bytes(scene, BATCH, length, dtype)),
-        pass_flops(scene.model, texts * PROMPT, PROMPT, scene.model.n_layers),
+        DeviceBytes(model=kept, activations=layer_bytes(plan, BATCH, length, dtype)),
+        pass_flops(plan.model, texts * PROMPT, PROMPT, plan.model.n_layers),
         dtype,
         OVERHEAD,
         START,
     )
 
 
-def benchmark_cost(scene: Scene, name: str) -> Cost:
+def benchmark_cost(plan: PlannedRun, name: str) -> Cost:
     """The prompts, once or once a choice; of generated answers every token."""
-    task, length, dtype = scene.configs["task"], scene.configs["preflight"].benchmark_tokens, scene.dtype
+    task, length, dtype = plan.configs["task"], plan.configs["preflight"].benchmark_tokens, plan.dtype
     tokens = item_tokens(name, task, length) * (task.examples or definition(name).examples)
-    flops = pass_flops(scene.model, tokens, length, scene.model.n_layers)
-    come_and_go = generated_bytes(scene, *generated_batch(scene)) if way(name, task) == "generate" else 0
-    kept = weight_bytes(scene.model, scene.axes, dtype)
+    flops = pass_flops(plan.model, tokens, length, plan.model.n_layers)
+    come_and_go = generated_bytes(plan, *generated_batch(plan)) if way(name, task) == "generate" else 0
+    kept = weight_bytes(plan.model, plan.axes, dtype)
     return Cost(DeviceBytes(model=kept, activations=come_and_go), flops, dtype, OVERHEAD, 2 * START)
 
 
-def benchmark_programs(scene: Scene, mesh: Mesh) -> list[Program]:
+def benchmark_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The pass over the prompts, which holds the largest cache: with and without room for the new tokens."""
-    if not generates(scene):
+    if not generates(plan):
         return []
-    rows, length, new = generated_batch(scene)
+    rows, length, new = generated_batch(plan)
     ids_BxT, pad_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
     greedy = jax.eval_shape(lambda: make_choice(0.0, 1.0, 0))
-    params = abstract_params(scene.model, mesh, scene.dtype)
+    params = abstract_params(plan.model, mesh, plan.dtype)
     return [
         Program(
             "benchmark: prefill",
             f"{rows} prompts of {length} tokens, {new} new",
             decoding.prefill,
-            (scene.model, new, params, ids_BxT, pad_B, np.zeros(1, np.int32), (), greedy),
+            (plan.model, new, params, ids_BxT, pad_B, np.zeros(1, np.int32), (), greedy),
             (),
-            pass_flops(scene.model, rows * length, length, scene.model.n_layers) + head_flops(scene.model, rows),
+            pass_flops(plan.model, rows * length, length, plan.model.n_layers) + head_flops(plan.model, rows),
         )
     ]
 
 
-def generates(scene: Scene) -> bool:
+def generates(plan: PlannedRun) -> bool:
     """Whether answers are generated, for benchmarks or for studies of them."""
-    task = scene.configs["task"]
-    return any(way(name, task) == "generate" for name in (*task.benchmarks, *scene.configs["study"].benchmarks))
+    task = plan.configs["task"]
+    return any(way(name, task) == "generate" for name in (*task.benchmarks, *plan.configs["study"].benchmarks))
 
 
-def generated_batch(scene: Scene) -> tuple[int, int, int]:
+def generated_batch(plan: PlannedRun) -> tuple[int, int, int]:
     """Rows, tokens of a prompt and new tokens of a batch of benchmark answers."""
-    task, context = scene.configs["task"], scene.model.context
+    task, context = plan.configs["task"], plan.model.context
     new = min(task.max_new_tokens, context - 1)
-    return task.batch, min(scene.configs["preflight"].benchmark_tokens, context - new), new
+    return task.batch, min(plan.configs["preflight"].benchmark_tokens, context - new), new
 
 
 def count_all_behaviours(task: TaskConfig) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.activations.cost import recorded_rows
-from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedStack, Scene
+from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedRun, PlannedStack
 from saejax.costs.passes import dictionary_bytes, step_flops
 from saejax.costs.programs import Program
 from saejax.errors import UserError
@@ -50,20 +50,20 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
     return trained
 
 
-def train_cost(scene: Scene, kind: str) -> Cost:
+def train_cost(plan: PlannedRun, kind: str) -> Cost:
     """All members of a stack, their features split over ``model``, themselves over ``member``.
 
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
     """
-    train, stack = scene.configs["train"], scene.stacks[kind]
+    train, stack = plan.configs["train"], plan.stacks[kind]
     dictionary, count = stack.dictionary, len(stack.members)
-    check_divides(train, dictionary, count, scene.axes)
-    here, (d, f) = -(-count // scene.axes["member"]), (dictionary.d_in, dictionary.n_features)
-    arrays = here * dictionary_bytes(dictionary, train.state_dtype, scene.axes)
-    batch = part_size(scene.axes, (train.batch, d), "data", None)
-    batch += part_size(scene.axes, (train.batch, f), "data", "model")
-    rows = recorded_rows(scene)
+    check_divides(train, dictionary, count, plan.axes)
+    here, (d, f) = -(-count // plan.axes["member"]), (dictionary.d_in, dictionary.n_features)
+    arrays = here * dictionary_bytes(dictionary, train.state_dtype, plan.axes)
+    batch = part_size(plan.axes, (train.batch, d), "data", None)
+    batch += part_size(plan.axes, (train.batch, f), "data", "model")
+    rows = recorded_rows(plan)
     seen = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
     return Cost(
         DeviceBytes(dictionary=arrays, optimizer=3 * arrays, activations=here * WIDTH[train.state_dtype] * 4 * batch),
@@ -75,24 +75,24 @@ def train_cost(scene: Scene, kind: str) -> Cost:
     )
 
 
-def train_programs(scene: Scene, mesh: Mesh) -> list[Program]:
+def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The step of every stack.
 
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
     """
-    return [_step(scene, stack, mesh) for stack in scene.stacks.values()]
+    return [_step(plan, stack, mesh) for stack in plan.stacks.values()]
 
 
-def _step(scene: Scene, stack: PlannedStack, mesh: Mesh) -> Program:
-    config, dictionary, members = scene.configs["train"], stack.dictionary, stack.members
+def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
+    config, dictionary, members = plan.configs["train"], stack.dictionary, stack.members
     d_in = dictionary.d_in
     check_divides(config, dictionary, len(members), mesh.shape)
     metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
     scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
     trainer = Trainer(config, dictionary, members, mesh, _STEPS, [scale] * len(members))
     shape = (len(trainer.sites), config.batch, d_in)
-    batch = jax.ShapeDtypeStruct(shape, scene.configs["capture"].store_dtype, sharding=trainer.batch_sharding)
+    batch = jax.ShapeDtypeStruct(shape, plan.configs["capture"].store_dtype, sharding=trainer.batch_sharding)
     many = f"{len(members)} members, " if len(members) > 1 else ""
     return Program(
         f"train: {dictionary.kind} step",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.costs.cost import Scene
+from saejax.costs.cost import PlannedRun
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
 from saejax.preflight import sums
@@ -34,27 +34,27 @@ def shape(name: str) -> DecoderConfig:
     return read_config(json.loads((CONFIGS / "shapes" / f"{name}.json").read_text()), name)
 
 
-def make_scene(
+def plan_run(
     model: DecoderConfig, site: str = "", axes: Any = ONE, text: tuple[int, int] = (0, 0), **changes: Any
-) -> Scene:
-    """A model's scene with its dictionary at a site; on one device, unless ``axes`` are given."""
+) -> PlannedRun:
+    """A model's plan with its dictionary at a site; on one device, unless ``axes`` are given."""
     if site:
         changes |= dict(capture__sites=(site,), train__sites=(site,))
-    return sums.make_scene("model", model, settings(**changes), axes, documents=text[0], tokens=text[1])
+    return sums.plan_run("model", model, settings(**changes), axes, documents=text[0], tokens=text[1])
 
 
 def make_needs(*arguments: Any, **changes: Any) -> sums.Needs:
-    """What the units of ``make_scene`` cost."""
-    return sums.Needs.of(make_scene(*arguments, **changes))
+    """What the units of ``plan_run`` cost."""
+    return sums.Needs.of(plan_run(*arguments, **changes))
 
 
-def on_mesh(scene: Scene, mesh: Mesh) -> Scene:
-    """The scene on these devices."""
-    return dataclasses.replace(scene, mesh=mesh, axes=mesh.shape)
+def on_mesh(plan: PlannedRun, mesh: Mesh) -> PlannedRun:
+    """The plan on these devices."""
+    return dataclasses.replace(plan, mesh=mesh, axes=mesh.shape)
 
 
-def make_trainer(scene: Scene, mesh: Mesh) -> Trainer:
-    """The trainer of the scene's first stack."""
-    stack = next(iter(scene.stacks.values()))
+def make_trainer(plan: PlannedRun, mesh: Mesh) -> Trainer:
+    """The trainer of the plan's first stack."""
+    stack = next(iter(plan.stacks.values()))
     scale = SiteScale(1.0, 1.0, np.zeros(stack.dictionary.d_in, np.float32))
-    return Trainer(scene.configs["train"], stack.dictionary, stack.members, mesh, 10, [scale] * len(stack.members))
+    return Trainer(plan.configs["train"], stack.dictionary, stack.members, mesh, 10, [scale] * len(stack.members))

@@ -12,7 +12,7 @@ from saejax.attribution.cost import planned_graphs
 from saejax.errors import UserError
 from saejax.preflight.advice import GIB, SLICES
 from saejax.preflight.shapes import read_shapes
-from saejax.preflight.sums import Needs, make_scene
+from saejax.preflight.sums import Needs, plan_run
 from saejax.stages import GROUPS
 from saejax.training.train import named_sites
 
@@ -63,11 +63,11 @@ def test_training_from_the_model_needs_no_captured_sites(monkeypatch):
     configs = read(CONFIGS / "demo_graphs.flags")
     configs |= dict(ablate=dataclasses.replace(configs["ablate"], dictionary="topk/mlp_in.0"))
     (shape,) = read_shapes(configs)
-    (stack,) = make_scene(shape.path, shape.config, configs, ONE).stacks.values()
+    (stack,) = plan_run(shape.path, shape.config, configs, ONE).stacks.values()
     assert [member.site for member in stack.members] == [f"mlp_in.{layer}" for layer in range(30)]
     configs |= dict(train=dataclasses.replace(configs["train"], source="store"))
     with pytest.raises(UserError, match="--train.sites needs mlp_in.0"):
-        make_scene(shape.path, shape.config, configs, ONE)
+        plan_run(shape.path, shape.config, configs, ONE)
 
 
 def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
@@ -78,8 +78,8 @@ def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
         configs["graph"], transcoders="runs/qwen3/train/topk", prompt="The capital of France is", target=" Paris"
     )
     (shape,) = read_shapes(configs)
-    scene = make_scene(shape.path, shape.config, configs | dict(graph=graph), ONE)
-    (stack,) = scene.stacks.values()
+    plan = plan_run(shape.path, shape.config, configs | dict(graph=graph), ONE)
+    (stack,) = plan.stacks.values()
     assert [(member.site, member.target) for member in stack.members] == [
         (f"mlp_in.{layer}", f"mlp_out.{layer}") for layer in range(28)
     ]
@@ -87,12 +87,12 @@ def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
     steps = configs["corpus"].max_tokens // configs["train"].batch
     assert 48_800 <= steps < 48_900 and "48,800 steps" in path.read_text()
     buffer = configs["train"].buffer_rows * 2 * 28 * 1024 * 2
-    assert Needs.of(scene).units["train/topk"].bytes.total + buffer < 80e9
+    assert Needs.of(plan).units["train/topk"].bytes.total + buffer < 80e9
     devices, gib = SLICES["v6e:2x4"]
-    split = Needs.of(dataclasses.replace(scene, axes=dict(member=1, data=1, model=devices))).units["train/topk"]
+    split = Needs.of(dataclasses.replace(plan, axes=dict(member=1, data=1, model=devices))).units["train/topk"]
     assert split.bytes.total + buffer < gib * GIB
     # The set is not trained yet, but its sizes are known.
-    size = planned_graphs(scene).size
+    size = planned_graphs(plan).size
     assert size.transcoder.n_features == 16_384 and size.active == 64
 
 
@@ -106,7 +106,7 @@ def test_each_fits_the_slice_that_it_names(path, monkeypatch):
     name, model = FITS.search(path.read_text()).groups()
     devices, gib = SLICES[name]
     axes = dict(member=1, data=devices // int(model or 1), model=int(model or 1))
-    needs = Needs.of(make_scene(shape.path, shape.config, configs, axes))
+    needs = Needs.of(plan_run(shape.path, shape.config, configs, axes))
     tested = {unit for unit in needs.units if unit.startswith("ablate/")} or needs.units  # without behaviours: all
     assert all(needs.units[unit].bytes.total < gib * GIB for unit in tested)
     assert configs["train"].batch % axes["data"] == 0

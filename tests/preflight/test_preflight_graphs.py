@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 import runs
-from preflight_setup import make_scene, shape
+from preflight_setup import plan_run, shape
 
 from saejax import command, save_transcoders
 from saejax.attribution.cost import planned_graphs
@@ -48,16 +48,16 @@ def trained(kind="topk", k=16):
 
 
 def make(model, **changes):
-    return planned_graphs(make_scene(model, **trained() | changes))
+    return planned_graphs(plan_run(model, **trained() | changes))
 
 
 def make_seconds(model, **changes):
-    scene = make_scene(model, text=(1000, 100_000), **trained() | changes)
-    return sums.Needs.of(scene).seconds(RATES)
+    plan = plan_run(model, text=(1000, 100_000), **trained() | changes)
+    return sums.Needs.of(plan).seconds(RATES)
 
 
 def test_nothing_is_counted_that_is_not_asked_for(model):
-    assert not any(unit.startswith("attribute") for unit in sums.Needs.of(make_scene(model, **trained())).units)
+    assert not any(unit.startswith("attribute") for unit in sums.Needs.of(plan_run(model, **trained())).units)
     assert "attribute" not in make_seconds(model)
 
 
@@ -70,13 +70,13 @@ def test_prompts_and_transcoders_that_the_run_trains(model, tmp_path):
     file.write_text('{"prompt": "a b c d"}\n{"token_ids": [1, 2, 3, 4, 5, 6]}\n')
     prompts = dict(graph__prompts=str(file))
     two = make(model, **prompts)
-    assert "attribute/two" in sums.Needs.of(make_scene(model, **trained() | prompts)).units
+    assert "attribute/two" in sums.Needs.of(plan_run(model, **trained() | prompts)).units
     assert two.lengths == (4, 6) and two.longest == 6
     assert two.rows == 16 * 30 * (3 + 5)  # all are fewer than --graph.max_features
     assert make(model, graph__behaviours=("capital", "addition")).lengths == (16, 16)
     jumprelu = trained("jumprelu") | dict(graph__prompt="a", preflight__active_features=7)
     assert make(model, **jumprelu).size.active == 7
-    unknown = sums.Needs.of(make_scene(model, **trained() | dict(graph__prompt="a", graph__transcoders="org/set")))
+    unknown = sums.Needs.of(plan_run(model, **trained() | dict(graph__prompt="a", graph__transcoders="org/set")))
     assert "is no folder here" in unknown.units["attribute/a"].lines[0]
 
 
@@ -89,7 +89,7 @@ def test_what_makes_tracing_longer(model):
     assert seconds() > seconds(**unchecked) > seconds(**unchecked, graph__max_features=64)
     assert seconds(graph__prompt="word " * 200) > 2 * seconds()
     asked = dict(graph__token_ids=tuple(range(101)), graph__max_features=1000, graph__slug="long", **unchecked)
-    cost = sums.Needs.of(make_scene(model, **trained() | asked)).units["attribute/long"]
+    cost = sums.Needs.of(plan_run(model, **trained() | asked)).units["attribute/long"]
     # The transposed values and outputs of 9 + 3 heads of 64, from the middle of 30 layers and 101 positions.
     floor = 1000 * 15.5 * 51 * 2 * 576 * 12 * 64
     assert floor < cost.flops < 3 * floor
@@ -99,10 +99,10 @@ def test_a_set_on_disk_is_read_and_must_fit_the_model(tmp_path, inputs):
     config = read_config(json.loads((inputs[0] / "config.json").read_text()), "m")
     save_set(tmp_path / "set", config)
     asked = dict(graph__prompt="a", graph__transcoders=str(tmp_path / "set"))
-    found = planned_graphs(make_scene(config, "resid_post.1", **asked))
+    found = planned_graphs(plan_run(config, "resid_post.1", **asked))
     assert (found.size.transcoder.n_features, found.size.active) == (48, 64)
     with pytest.raises(UserError, match="no transcoder of layer 2: expected one for each layer of smollm2, 0 to 29"):
-        planned_graphs(make_scene(shape("smollm2-135m"), **asked))
+        planned_graphs(plan_run(shape("smollm2-135m"), **asked))
 
 
 def test_the_stage_says_the_limit_first(tmp_path, inputs, capsys, monkeypatch):

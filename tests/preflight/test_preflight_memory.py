@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from preflight_setup import make_needs, make_scene, make_trainer, on_mesh, shape
+from preflight_setup import make_needs, make_trainer, on_mesh, plan_run, shape
 
 from saejax import load_model
 from saejax.costs.programs import abstract_dictionary
@@ -34,15 +34,15 @@ def held(tree) -> int:
 def test_what_stays_is_counted_to_the_byte(tiny_llama, data, model):
     mesh = make_mesh(data, model)
     lm = load_model(str(tiny_llama), mesh=mesh)  # 4 query heads and 2 key-value heads: not divided by 4 and 8
-    scene = make_scene(lm.config, "resid_post.1", axes(data, model), train__batch=64)
-    units = Needs.of(scene).units
+    plan = plan_run(lm.config, "resid_post.1", axes(data, model), train__batch=64)
+    units = Needs.of(plan).units
     assert units["ablate/topk"].bytes.model == held(lm.params)
-    trainer, need = make_trainer(scene, mesh), units["train/topk"].bytes
+    trainer, need = make_trainer(plan, mesh), units["train/topk"].bytes
     state = trainer.initial_state()
     assert need.dictionary == held(state.params)
     moments = held(state.optimizer)
     assert need.optimizer == pytest.approx(moments + need.dictionary, abs=64)  # and the gradient; counters are left out
-    abstract = abstract_dictionary(scene.dictionary("ablate"), scene.configs["train"], mesh)
+    abstract = abstract_dictionary(plan.dictionary("ablate"), plan.configs["train"], mesh)
     assert units["ablate/topk"].bytes.dictionary == sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract))
 
 
@@ -64,8 +64,8 @@ def test_dtypes_and_what_capture_reads():
 
 def test_replicated_parts_are_named():
     def of(name: str, axes) -> list[str]:
-        scene = make_scene(shape(name), "", axes)
-        return replicated(scene, Needs.of(scene))
+        plan = plan_run(shape(name), "", axes)
+        return replicated(plan, Needs.of(plan))
 
     lines = of("smollm2-135m", axes(1, 8))
     assert lines == [
@@ -82,12 +82,12 @@ def test_replicated_parts_are_named():
 
 
 def test_advice():
-    scene = make_scene(shape("llama-3-8b"), "", axes(8, 1), train__batch=32)
+    plan = plan_run(shape("llama-3-8b"), "", axes(8, 1), train__batch=32)
     limit = int(15.75 * GIB)
-    peak = Needs.of(scene).peak
-    lines = advice(scene, limit, "GPUs", peak)
+    peak = Needs.of(plan).peak
+    lines = advice(plan, limit, "GPUs", peak)
     assert lines[0] == "--capture.backend=jax --mesh.model=4 on the same 8 GPUs"  # torch reads all of it onto one
-    sharded = dataclasses.replace(scene, torch_here=False)
+    sharded = dataclasses.replace(plan, torch_here=False)
     assert Needs.of(dataclasses.replace(sharded, axes=axes(2, 4))).peak <= limit
     assert Needs.of(dataclasses.replace(sharded, axes=axes(4, 2))).peak > limit, "a smaller split would not do"
     assert lines[1].startswith("--model.dtype=bfloat16 --capture.dtype=bfloat16")
@@ -99,8 +99,8 @@ def test_advice():
     # A narrower dtype alone will do; nothing will; 3 tokens a step cannot be split.
     one, narrow = dataclasses.replace(sharded, axes=axes()), "--model.dtype=bfloat16 --capture.dtype=bfloat16"
     assert advice(one, 24 * GIB, "GPU", peak)[0] == narrow
-    assert not any("same" in line for line in advice(dataclasses.replace(scene, axes=axes()), 1024, "GPU", peak))
-    odd = make_scene(shape("llama-3-8b"), "", axes(1, 8), train__batch=3, capture__backend="jax")
+    assert not any("same" in line for line in advice(dataclasses.replace(plan, axes=axes()), 1024, "GPU", peak))
+    odd = plan_run(shape("llama-3-8b"), "", axes(1, 8), train__batch=3, capture__backend="jax")
     assert "--mesh.model=8" in advice(odd, limit, "GPUs", peak)[0]
 
 
@@ -124,9 +124,9 @@ def test_estimates_against_a_compiler(tiny_llama):
         score_scale=32**-0.5,
         rope=Rope(tuple(1e4 ** -(i / 16) for i in range(16))),
     )
-    scene = make_scene(model, "resid_post.2", capture__backend="jax", train__batch=512)
-    needs = {unit.partition("/")[0]: cost.bytes for unit, cost in Needs.of(scene).units.items()}
-    for program in stage_programs(on_mesh(scene, make_mesh(1, 1))):
+    plan = plan_run(model, "resid_post.2", capture__backend="jax", train__batch=512)
+    needs = {unit.partition("/")[0]: cost.bytes for unit, cost in Needs.of(plan).units.items()}
+    for program in stage_programs(on_mesh(plan, make_mesh(1, 1))):
         stage = program.name.partition(":")[0]
         if program.name in ("capture: forward", "train: standard step", "evaluate: losses", "ablate: tail"):
             stated = program.lower().compile().memory_analysis()

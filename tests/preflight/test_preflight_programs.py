@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from preflight_setup import make_scene, make_trainer, on_mesh, settings
+from preflight_setup import make_trainer, on_mesh, plan_run, settings
 
 from saejax import load_model
 from saejax.activations import jax_capture
@@ -40,9 +40,9 @@ def lm(tiny_llama, mesh):
 
 
 @pytest.fixture(scope="module")
-def scene(tiny_llama, mesh):
+def plan(tiny_llama, mesh):
     model = read_config(json.loads((tiny_llama / "config.json").read_text()), "tiny")
-    scene = make_scene(
+    plan = plan_run(
         model,
         "mlp_out.1",
         corpus__context=32,
@@ -60,12 +60,12 @@ def scene(tiny_llama, mesh):
         ablate__matches=9,
         ablate__dictionary="standard",
     )
-    return on_mesh(scene, mesh)
+    return on_mesh(plan, mesh)
 
 
 @pytest.fixture(scope="module")
-def programs(scene):
-    return {program.name: program for program in stage_programs(scene)}
+def programs(plan):
+    return {program.name: program for program in stage_programs(plan)}
 
 
 def arrays(arguments) -> list[tuple]:
@@ -100,8 +100,8 @@ def spy(monkeypatch):
     return watch
 
 
-def make_dictionary(lm, scene) -> Dictionary:
-    tested = scene.dictionary("ablate")
+def make_dictionary(lm, plan) -> Dictionary:
+    tested = plan.dictionary("ablate")
     config = DictionaryConfig(
         kind="standard",
         site=tested.site,
@@ -113,7 +113,7 @@ def make_dictionary(lm, scene) -> Dictionary:
     return Dictionary.initial(config, jax.random.key(0))
 
 
-def test_ablation(programs, scene, lm, spy):
+def test_ablation(programs, plan, lm, spy):
     calls = {
         "ablate: head": spy(split, "run_head"),
         "ablate: attribution": spy(screening, "score_features"),
@@ -121,14 +121,14 @@ def test_ablation(programs, scene, lm, spy):
         "ablate: tail": spy(ablation, "run_rows"),
     }
     text = "The cat near the dogs far"
-    prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * kept_prompts(scene)
-    assert prompt_length(scene) == len(
+    prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * kept_prompts(plan)
+    assert prompt_length(plan) == len(
         lm.tokenize([text]).ids_BxT[0]
     )  # nothing is padded, and the batches below are full
-    cut_model = split.SplitModel(lm, make_dictionary(lm, scene))
+    cut_model = split.SplitModel(lm, make_dictionary(lm, plan))
     runs = cut_model.run(prompts)
     screening.attribution(cut_model, runs)
-    rows = scene.configs["ablate"].batch_rows
+    rows = plan.configs["ablate"].batch_rows
     ablation.ablate_sets(cut_model, runs, [list(range(K))] * 6, rows, plain=True)
     for name, seen in calls.items():
         assert_same_call(programs[name], seen[-1])
@@ -141,12 +141,12 @@ def test_generation(programs, lm, spy):
     assert_same_call(programs["benchmark: prefill"], calls[-1])
 
 
-def test_evaluation(programs, scene, lm, spy):
+def test_evaluation(programs, plan, lm, spy):
     calls = {name: spy(evaluation, name.replace("-", "_")) for name in ("head", "stand-in", "tail", "compare")}
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 384, 32) for _ in range(8)]
     loss_recovered.stand_in_losses(
-        lm, [make_dictionary(lm, scene)], documents, np.zeros(scene.dictionary("ablate").d_in), 256
+        lm, [make_dictionary(lm, plan)], documents, np.zeros(plan.dictionary("ablate").d_in), 256
     )
     for name, seen in calls.items():
         assert_same_call(programs[f"evaluate: {name}"], seen[-1])
@@ -170,8 +170,8 @@ def _documents(count: int, length: int) -> Documents:
     return Documents(ids_N, offsets_N, np.zeros((count, 4), np.int32), ["group"])
 
 
-def test_training(programs, scene, mesh):
-    trainer = make_trainer(scene, mesh)
+def test_training(programs, plan, mesh):
+    trainer = make_trainer(plan, mesh)
     batch = jax.make_array_from_process_local_data(trainer.batch_sharding, np.ones((1, 64, 64), np.float32))
     assert_same_call(programs["train: topk step"], (trainer.initial_state(), trainer.hyper, (batch,)))
 
@@ -183,12 +183,12 @@ def test_they_are_the_stages_own_functions(programs):
     assert programs["train: standard step"].function.__wrapped__.__func__ is Trainer.pure_step
 
 
-def test_flops_against_xla(scene, mesh):
+def test_flops_against_xla(plan, mesh):
     """One layer and no loop: then XLA's count is right, and ours is its products."""
     changes = dict(capture__batch_tokens=256, corpus__context=32, capture__dtype="float32")
-    program = stage_programs(on_mesh(make_scene(scene.model, "resid_post.0", **changes), mesh))[0]
+    program = stage_programs(on_mesh(plan_run(plan.model, "resid_post.0", **changes), mesh))[0]
     counted = program.lower().compile().cost_analysis()["flops"] * 2  # devices on the data axis; heads: 4 over 4
-    model = scene.model
+    model = plan.model
     assert program.flops == pass_flops(model, 256, 32, 1)
     by_hand = 2 * 256 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96) + 256 * 4 * 32 * 64
     assert program.flops == by_hand

@@ -1,7 +1,7 @@
 """How long a run takes, against whole runs that were timed; and what it writes."""
 
 import pytest
-from preflight_setup import make_needs, make_scene, shape
+from preflight_setup import make_needs, plan_run, shape
 
 from saejax.activations.cost import recorded_rows
 from saejax.preflight import rates
@@ -57,16 +57,16 @@ def test_what_makes_a_run_longer():
 
 
 def test_what_is_written():
-    def scene(documents: int, tokens: int, last: int):
+    def plan(documents: int, tokens: int, last: int):
         changes = dict(capture__store_dtype="float32", train__kinds=("topk",), capture__last=last)
-        return make_scene(shape("smollm2-135m"), text=(documents, tokens), **changes)
+        return plan_run(shape("smollm2-135m"), text=(documents, tokens), **changes)
 
     dictionary = 4 * 2 * 576 * 4608
-    assert Needs.of(scene(10, 1000, 0)).disk == 1000 * (4 * 576 + 16) + 7 * dictionary
-    assert recorded_rows(scene(100, 20_000, 0)) == 20_000
-    assert recorded_rows(scene(100, 20_000, 5)) == 500
-    assert recorded_rows(scene(1, 20_000, 5)) == 79 * 5, "one document is cut into 79 pieces of 256 tokens"
-    assert recorded_rows(scene(100, 300, 5)) == 300
+    assert Needs.of(plan(10, 1000, 0)).disk == 1000 * (4 * 576 + 16) + 7 * dictionary
+    assert recorded_rows(plan(100, 20_000, 0)) == 20_000
+    assert recorded_rows(plan(100, 20_000, 5)) == 500
+    assert recorded_rows(plan(1, 20_000, 5)) == 79 * 5, "one document is cut into 79 pieces of 256 tokens"
+    assert recorded_rows(plan(100, 300, 5)) == 300
 
 
 def test_rates_are_of_this_machine():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
-from preflight_setup import CONFIGS, make_scene, on_mesh, shape
+from preflight_setup import CONFIGS, on_mesh, plan_run, shape
 
 from saejax import command
 from saejax.costs.programs import Program
@@ -78,9 +78,9 @@ def test_a_program_that_does_not_fit(v5e):
 @needs_libtpu
 def test_stages_compile_for_a_slice(v5e, quick_compiler):
     """A training step sharded over features, and an edit: the quickest of the programs to compile."""
-    scene = make_scene(shape("llama-3-8b"), "resid_post.16", train__batch=64, model__dtype="bfloat16")
+    plan = plan_run(shape("llama-3-8b"), "resid_post.16", train__batch=64, model__dtype="bfloat16")
     mesh = make_mesh(MeshConfig(data=2, model=4), v5e.devices)
-    programs = {program.name: program for program in stage_programs(on_mesh(scene, mesh))}
+    programs = {program.name: program for program in stage_programs(on_mesh(plan, mesh))}
     step = topology.compile_for(programs["train: standard step"], v5e.limit)
     state = 3 * 2 * 4096 * 32_768 * 4 / 4  # parameters and two moments, a quarter of the features
     assert step.fits and state < step.memory < 2 * state

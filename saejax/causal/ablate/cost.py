@@ -14,7 +14,7 @@ from saejax.causal.circuits import measure as circuits
 from saejax.causal.cost import FIRING, causal_cost, edited_bytes, kept_prompts, layers_above, prompt_length
 from saejax.causal.screening import points
 from saejax.causal.split import PROMPTS, run_head
-from saejax.costs.cost import START, Cost, Scene
+from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
 from saejax.models.rules import RunRules
@@ -27,59 +27,59 @@ from saejax.tasks.cost import PROMPT, count_all_behaviours
 _COMPILE = 5.0  # seconds in which a behaviour's programs are compiled, whose prompts have a length of their own
 
 
-def ablate_cost(scene: Scene, name: str) -> Cost:
+def ablate_cost(plan: PlannedRun, name: str) -> Cost:
     """The tail on every test prompt without each of the sets, and its gradient on every train prompt."""
-    task, ablate, used = scene.configs["task"], scene.configs["ablate"], scene.dictionary("ablate")
-    behaviours, sets = count_all_behaviours(task), _sets(scene)
+    task, ablate, used = plan.configs["task"], plan.configs["ablate"], plan.dictionary("ablate")
+    behaviours, sets = count_all_behaviours(task), _sets(plan)
     # Greedy sets: N steps over what is left of the candidates, on train prompts.
     grown = ablate.greedy * ((nested.CANDIDATES - 0.5) * ablate.greedy + 0.5) * task.train_prompts
     slopes = points(ablate.estimate) * task.train_prompts
     if ablate.effects == "all":
         slopes += sum(map(points, ESTIMATES)) * task.test_prompts
     tokens = int(behaviours * (task.test_prompts * sets + grown + 3 * slopes)) * PROMPT
-    flops = pass_flops(scene.model, tokens, PROMPT, layers_above(scene, used))
+    flops = pass_flops(plan.model, tokens, PROMPT, layers_above(plan, used))
     more = dict(host_seconds=START + _COMPILE * behaviours, batches=dict(prompts=PROMPTS, rows=ablate.batch_rows))
-    return causal_cost(scene, flops, edited_bytes(scene, used, _gathered(scene), ablate.batch_rows), used, **more)
+    return causal_cost(plan, flops, edited_bytes(plan, used, _gathered(plan), ablate.batch_rows), used, **more)
 
 
-def _sets(scene: Scene) -> float:
+def _sets(plan: PlannedRun) -> float:
     """How many sets are removed from a test prompt and run.
 
     About one row in six changes nothing and is not run. Where every feature is removed by itself, most rows are such:
     a feature fires on a few per cent of tokens.
     """
-    ablate = scene.configs["ablate"]
+    ablate = plan.configs["ablate"]
     sets = FIRING * (ablate.draws + 4 * ablate.top + 1)  # the top features one by one, each with three of its like
     if ablate.curve:
         sets += FIRING * (min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES))
     if ablate.circuit_tests:
         sets += 3 * circuits.DRAWS + ablate.top
     if ablate.effects == "all":
-        sets += 0.2 * scene.dictionary("ablate").n_features * (1 + len(ablate.compare))
+        sets += 0.2 * plan.dictionary("ablate").n_features * (1 + len(ablate.compare))
     return sets
 
 
-def _gathered(scene: Scene) -> int:
+def _gathered(plan: PlannedRun) -> int:
     """The features whose activations are kept at once; a circuit kept alone is all others removed."""
-    ablate, features = scene.configs["ablate"], scene.dictionary("ablate").n_features
+    ablate, features = plan.configs["ablate"], plan.dictionary("ablate").n_features
     if ablate.circuit_tests:
         return features
     return min(features, max(ablate.top * (1 + ablate.matches), FEATURES if ablate.effects == "all" else 0))
 
 
-def ablate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
+def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The head, the slopes, the features that are removed, and the tail without them."""
-    if not scene.configs["task"].has_behaviours:
+    if not plan.configs["task"].has_behaviours:
         return []
-    model, length, ablate = scene.model, prompt_length(scene), scene.configs["ablate"]
-    used, train, prompts, k = scene.dictionary("ablate"), scene.configs["train"], kept_prompts(scene), _gathered(scene)
+    model, length, ablate = plan.model, prompt_length(plan), plan.configs["ablate"]
+    used, train, prompts, k = plan.dictionary("ablate"), plan.configs["train"], kept_prompts(plan), _gathered(plan)
     site, d, f, rows = Site.parse(used.site), used.d_in, used.n_features, ablate.batch_rows
-    point = SplitPoint(model, site, site, mesh, RunRules(remat=scene.configs["model"].remat))
-    params, dictionary = abstract_params(model, mesh, scene.dtype), abstract_dictionary(used, train, mesh)
+    point = SplitPoint(model, site, site, mesh, RunRules(remat=plan.configs["model"].remat))
+    params, dictionary = abstract_params(model, mesh, plan.dtype), abstract_dictionary(used, train, mesh)
 
     def values(place: Callable, count: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """The stream and the site's value."""
-        return place(mesh, (count, length, d), scene.dtype), place(mesh, (count, length, d), scene.dtype)
+        return place(mesh, (count, length, d), plan.dtype), place(mesh, (count, length, d), plan.dtype)
 
     def ends(count: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Last positions and answers."""
@@ -97,7 +97,7 @@ def ablate_programs(scene: Scene, mesh: Mesh) -> list[Program]:
         mean_F=jax.ShapeDtypeStruct((f,), jnp.float32) if ablate.replacement == "mean" else None,
         seed=jax.ShapeDtypeStruct((), jnp.uint32) if ablate.replacement == "random" else None,
     )
-    above, encode = layers_above(scene, used), 2.0 * length * d * f  # of a prompt
+    above, encode = layers_above(plan, used), 2.0 * length * d * f  # of a prompt
     size = f"{PROMPTS} prompts of {length} tokens"
     shards = mesh.shape["data"]
     own = -(-rows // shards)  # of a shard

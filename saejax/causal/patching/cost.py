@@ -4,47 +4,47 @@ from saejax.causal.cost import FIRING, causal_cost, edited_bytes, layers_above, 
 from saejax.causal.patching.features import steps
 from saejax.causal.patching.pairs import GROUP_BYTES, STEP
 from saejax.causal.screening import points
-from saejax.costs.cost import WIDTH, Cost, Scene
+from saejax.costs.cost import WIDTH, Cost, PlannedRun
 from saejax.costs.passes import layer_bytes, pass_flops
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
 _CHANGED = 0.5  # of a prompt's positions: those from the first on at which its counterpart differs
 
 
-def patch_cost(scene: Scene, name: str) -> Cost:
+def patch_cost(plan: PlannedRun, name: str) -> Cost:
     """A kind of site, or the features of the dictionary."""
-    return _sites(scene) if name in scene.configs["patch"].kinds else _features(scene)
+    return _sites(plan) if name in plan.configs["patch"].kinds else _features(plan)
 
 
-def _sites(scene: Scene) -> Cost:
+def _sites(plan: PlannedRun) -> Cost:
     """Every layer and position in both directions, from there on: on average half of what is left of each."""
-    task, model = scene.configs["task"], scene.model
+    task, model = plan.configs["task"], plan.model
     layers, pairs = model.n_layers, count_all_behaviours(task) * task.test_prompts
     rows = round(2 * layers * _CHANGED * PROMPT * pairs)
     tokens = round(rows * _CHANGED * PROMPT / 2) + 2 * pairs * PROMPT
     flops = pass_flops(model, tokens, PROMPT, layers / 2)
-    return causal_cost(scene, flops, _recorded(scene), counts=dict(rows=rows, tokens=tokens))
+    return causal_cost(plan, flops, _recorded(plan), counts=dict(rows=rows, tokens=tokens))
 
 
-def _recorded(scene: Scene) -> int:
+def _recorded(plan: PlannedRun) -> int:
     """Two recorded runs of a group of pairs, and a batch of patched rows."""
-    model, length = scene.model, prompt_length(scene)
+    model, length = plan.model, prompt_length(plan)
     streams = (2 * model.n_layers + 1) * model.d_model
-    token = (streams + 2 * model.n_layers * model.n_kv_heads * model.d_head) * WIDTH[scene.dtype]
-    pairs = -(-scene.configs["task"].test_prompts // STEP) * STEP
+    token = (streams + 2 * model.n_layers * model.n_kv_heads * model.d_head) * WIDTH[plan.dtype]
+    pairs = -(-plan.configs["task"].test_prompts // STEP) * STEP
     recorded = min(pairs * length * token, max(GROUP_BYTES, STEP * length * token))
-    return 2 * recorded + layer_bytes(scene, scene.configs["patch"].batch_rows, length, scene.dtype, kept=4)
+    return 2 * recorded + layer_bytes(plan, plan.configs["patch"].batch_rows, length, plan.dtype, kept=4)
 
 
-def _features(scene: Scene) -> Cost:
+def _features(plan: PlannedRun) -> Cost:
     """The top features one by one and in growing sets in both directions, and random sets in one."""
-    task, patch, used = scene.configs["task"], scene.configs["patch"], scene.dictionary("patch")
+    task, patch, used = plan.configs["task"], plan.configs["patch"], plan.dictionary("patch")
     behaviours, grown = count_all_behaviours(task), len(steps(patch.top))
     sets = 2 * (patch.top + grown + 1) + patch.draws * grown
     rows = round(behaviours * task.test_prompts * sets * FIRING)
     slopes = 3 * points(patch.estimate) * behaviours * task.train_prompts  # forwards, and backwards at twice the cost
     tokens = (rows + slopes) * PROMPT
-    flops = pass_flops(scene.model, tokens, PROMPT, layers_above(scene, used))
+    flops = pass_flops(plan.model, tokens, PROMPT, layers_above(plan, used))
     # All features at once, those of the prompts and those of the counterparts.
-    come_and_go = edited_bytes(scene, used, 2 * used.n_features, patch.batch_rows)
-    return causal_cost(scene, flops, come_and_go, used, counts=dict(rows=rows, tokens=tokens))
+    come_and_go = edited_bytes(plan, used, 2 * used.n_features, patch.batch_rows)
+    return causal_cost(plan, flops, come_and_go, used, counts=dict(rows=rows, tokens=tokens))

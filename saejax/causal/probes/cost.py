@@ -1,7 +1,7 @@
 """What the stage ``probe`` takes."""
 
 from saejax.causal.cost import causal_cost, clean_bytes, kept_prompts, prompt_length
-from saejax.costs.cost import START, Cost, Scene
+from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops
 from saejax.models.sites import Site
 from saejax.tasks.cost import PROMPT, count_all_behaviours
@@ -9,16 +9,16 @@ from saejax.tasks.cost import PROMPT, count_all_behaviours
 _FIT = 0.02  # seconds of a logistic regression on some hundred prompts, on one core
 
 
-def probe_cost(scene: Scene, name: str) -> Cost:
+def probe_cost(plan: PlannedRun, name: str) -> Cost:
     """All prompts up to the site, and for every label probes of features and of raw activations."""
-    task, probe, used = scene.configs["task"], scene.configs["probe"], scene.dictionary("probe")
+    task, probe, used = plan.configs["task"], plan.configs["probe"], plan.dictionary("probe")
     behaviours = count_all_behaviours(task)
     rows = behaviours * (task.train_prompts + task.test_prompts)
     labels = sum(1 if label == "behaviour" else behaviours for label in dict.fromkeys(probe.labels))
     chosen = probe.folds * len(probe.strengths) if len(probe.strengths) > 1 else 0
     full, sparse = chosen + 1 + probe.shuffles, chosen + 1 + 2 * probe.shuffles
     fits = 2 * labels * (full + len(set(probe.sparse)) * sparse)
-    flops = pass_flops(scene.model, rows * PROMPT, PROMPT, Site.parse(used.site).layer + 1)
-    streams = kept_prompts(scene) * prompt_length(scene) * 4 * 2 * used.d_in
+    flops = pass_flops(plan.model, rows * PROMPT, PROMPT, Site.parse(used.site).layer + 1)
+    streams = kept_prompts(plan) * prompt_length(plan) * 4 * 2 * used.d_in
     more = dict(host_seconds=START + _FIT * fits, counts=dict(rows=rows, tokens=rows * PROMPT, fits=fits))
-    return causal_cost(scene, flops, streams + clean_bytes(scene, used), used, **more)
+    return causal_cost(plan, flops, streams + clean_bytes(plan, used), used, **more)

@@ -2,7 +2,7 @@
 
 from saejax.causal.cost import causal_cost, layers_above
 from saejax.causal.study.scores import conditions
-from saejax.costs.cost import START, Cost, Scene
+from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import feature_bytes, generated_bytes, layer_bytes, pass_flops
 from saejax.dictionaries import DictionaryConfig
 from saejax.models.sites import Site
@@ -11,10 +11,10 @@ from saejax.tasks.benchmarks import definition
 from saejax.tasks.cost import OVERHEAD, generated_batch, generates, item_tokens
 
 
-def study_cost(scene: Scene, name: str) -> Cost:
+def study_cost(plan: PlannedRun, name: str) -> Cost:
     """Half of the items under every condition, and slopes of the answers of the other half."""
-    task, study, used = scene.configs["task"], scene.configs["study"], scene.dictionary("study")
-    model, length = scene.model, scene.configs["preflight"].benchmark_tokens
+    task, study, used = plan.configs["task"], plan.configs["study"], plan.dictionary("study")
+    model, length = plan.model, plan.configs["preflight"].benchmark_tokens
     items = min(study.items, task.examples or definition(name).examples)
     train, each = items // 2, item_tokens(name, task, length)
     likelihood = length if way(name, task) == "generate" else 0  # of the solution, beside the generated answer
@@ -23,16 +23,16 @@ def study_cost(scene: Scene, name: str) -> Cost:
     slopes = 4 * answers * length  # forwards, and backwards at twice the cost and the layers once more
     scored, below = rows * (each + likelihood), (answers + items) * length
     flops = pass_flops(model, scored, length, model.n_layers)
-    flops += pass_flops(model, slopes, length, layers_above(scene, used))
+    flops += pass_flops(model, slopes, length, layers_above(plan, used))
     flops += pass_flops(model, below, length, Site.parse(used.site).layer + 1)
     more = dict(overhead=OVERHEAD, host_seconds=2 * START, counts=dict(rows=rows, tokens=scored + slopes + below))
-    return causal_cost(scene, flops, _slope_bytes(scene, used), used, **more)
+    return causal_cost(plan, flops, _slope_bytes(plan, used), used, **more)
 
 
-def _slope_bytes(scene: Scene, used: DictionaryConfig) -> int:
+def _slope_bytes(plan: PlannedRun, used: DictionaryConfig) -> int:
     """A layer forwards and backwards, what enters every layer above, all features; or generated answers."""
-    length = min(scene.configs["preflight"].benchmark_tokens, scene.model.context)
-    rows = max(1, scene.configs["study"].batch_tokens // length)
-    slopes = 2 * layer_bytes(scene, rows, length, scene.dtype, kept=layers_above(scene, used))
+    length = min(plan.configs["preflight"].benchmark_tokens, plan.model.context)
+    rows = max(1, plan.configs["study"].batch_tokens // length)
+    slopes = 2 * layer_bytes(plan, rows, length, plan.dtype, kept=layers_above(plan, used))
     slopes += feature_bytes(used.n_features, rows, length)
-    return max(slopes, generated_bytes(scene, *generated_batch(scene)) if generates(scene) else 0)
+    return max(slopes, generated_bytes(plan, *generated_batch(plan)) if generates(plan) else 0)
