@@ -32,6 +32,7 @@ from saejax.settings import GraphConfig
 from saejax.tasks.cost import PROMPT
 
 _OVERHEAD = 1.4
+_CHECKS = 15.0  # how much longer checks take than their products, which are small, as measured on two prompts
 _READ = 1e9  # bytes of transcoders that are read in a second
 
 
@@ -121,7 +122,7 @@ def _flops(planned: PlannedGraphs, tokens: int) -> float:
     down = row_flops(model, rows * (model.n_layers + 1) / 2 + size.logits * model.n_layers, (tokens + 1) / 2)
     read_off = rows * active / 4 * 2.0 * model.d_model
     checks = (RUNS * (run + 1.5 * explained) + 2 * planned.doubled * run) if size.checked else 0.0
-    return run + explained + down + read_off + checks
+    return run + explained + down + read_off + _CHECKS * checks
 
 
 def _read_seconds(planned: PlannedGraphs) -> float:
