@@ -72,6 +72,42 @@ def _backward_centred(operands, saved, cotangent_BxN):
 centred_matmul.defvjp(_forward_centred, _backward_centred)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def group_products(
+    a_BxK: jax.Array, b_KxN: jax.Array, stops: tuple[int, ...], operands: str = "float32"
+) -> list[jax.Array]:
+    """Of each group of columns of ``a`` and rows of ``b`` their product, as ``matmul``.
+
+    In the gradient ``b`` is transposed as a whole: XLA:CPU (jaxlib 0.10) can make programs that crash where slices of
+    it in bfloat16 are transposed and written out in memory.
+
+    Args:
+      a_BxK, b_KxN: matrices.
+      stops: the end of each group, ascending; the last is K.
+      operands: as for ``matmul``.
+    """
+    return [_product(a_BxK[:, group], b_KxN[group], operands) for group in _groups(stops)]
+
+
+def _forward_groups(a_BxK, b_KxN, stops, operands):
+    return group_products(a_BxK, b_KxN, stops, operands), (a_BxK, b_KxN)
+
+
+def _backward_groups(stops, operands, saved, cotangents):
+    a_BxK, b_KxN = saved
+    b_NxK, pairs = _transposed(b_KxN, operands), list(zip(_groups(stops), cotangents, strict=True))
+    to_a = [_product(cotangent_BxN, b_NxK[:, group], operands) for group, cotangent_BxN in pairs]
+    to_b = [_over_rows(a_BxK[:, group], cotangent_BxN, operands) for group, cotangent_BxN in pairs]
+    return jnp.concatenate(to_a, axis=1), jnp.concatenate(to_b)
+
+
+group_products.defvjp(_forward_groups, _backward_groups)
+
+
+def _groups(stops):
+    return [slice(start, stop) for start, stop in zip((0, *stops), stops, strict=False)]
+
+
 def _rows(a_BxK: jax.Array) -> jax.Array:
     return a_BxK.reshape(-1, a_BxK.shape[-1])
 

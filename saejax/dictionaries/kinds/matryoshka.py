@@ -8,7 +8,7 @@ import jax
 from saejax.config import Config, setting
 from saejax.dictionaries.kinds.base import Coder, Numbers
 from saejax.dictionaries.kinds.batchtopk import BatchTopK
-from saejax.dictionaries.matmul import matmul
+from saejax.dictionaries.matmul import group_products, matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError
 
@@ -35,14 +35,13 @@ class Matryoshka(BatchTopK):
 
     def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
         """Those of the nested groups, ascending."""
-        arrays, operands, start = member.arrays, member.operands, 0
+        arrays, operands = member.arrays, member.operands
         nested, partial_BxD = [], row(arrays["b_dec_D"], 2)
         if "W_skip_DxD" in arrays:
             partial_BxD += matmul(x_BxD, arrays["W_skip_DxD"], operands)
-        for stop in member.config.groups:
-            partial_BxD += matmul(f_BxF[:, start:stop], arrays["W_dec_FxD"][start:stop], operands)
+        for product_BxD in group_products(f_BxF, arrays["W_dec_FxD"], member.config.groups, operands):
+            partial_BxD += product_BxD
             nested.append(partial_BxD)
-            start = stop
         return nested
 
     def facts(self, values: Numbers, own: MatryoshkaConfig, n_features: int) -> dict[str, Any]:
