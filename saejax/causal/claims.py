@@ -28,6 +28,7 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.stats import binomtest
 
+LEVEL = 0.05  # of the rule
 _ROUNDING = 1e-9  # of the largest effect: equal effects differ in their last bits
 
 
@@ -56,28 +57,19 @@ class Effects:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What the rule says of a behaviour, and how often it says so of drawn sets.
+    """What the rule says of a behaviour, and how often it says so of drawn sets."""
 
-    Attributes:
-      yes: whether the tested set passes.
-      p_logit_diff, p_accuracy: p of each, before correction.
-      p_holm: the larger of both, after Holm's correction over the behaviours of the run.
-      low, high: the 95 % interval of the drop in logit difference minus the draws' mean drop.
-      placebo_rate: share of draws to which the rule says yes.
-      placebo_low, placebo_high: its 95 % Wilson interval.
-      attainable: whether so many draws can give a yes at all.
-    """
-
-    yes: bool
-    p_logit_diff: float
-    p_accuracy: float
-    p_holm: float
-    low: float
-    high: float
-    placebo_rate: float
-    placebo_low: float
-    placebo_high: float
-    attainable: bool
+    yes: bool  #: whether the tested set passes
+    p_logit_diff: float  #: of the drop in logit difference, before correction
+    p_accuracy: float  #: of the drop in accuracy, before correction
+    p_holm: float  #: the larger of both, after Holm's correction over so many behaviours
+    behaviours: int  #: of the run, which the correction is over
+    low: float  #: of the drop in logit difference minus the draws' mean drop: lower end of the 95 % interval
+    high: float  #: its upper end
+    placebo_rate: float  #: share of draws to which the rule says yes
+    placebo_low: float  #: lower end of its 95 % Wilson interval
+    placebo_high: float  #: its upper end
+    least_draws: int  #: draws below which no set can pass, however much it costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +83,7 @@ class Rule:
       seed: of the bootstrap.
     """
 
-    level: float = 0.05
+    level: float = LEVEL
     min_accuracy_drop: float = 0.05
     resamples: int = 2000
     seed: int = 456
@@ -124,12 +116,13 @@ def claims(effects: Mapping[str, Effects], rule: Rule) -> dict[str, Claim]:
             p_logit_diff=float(each.p_drop_C[0]),
             p_accuracy=float(each.p_lost_C[0]),
             p_holm=float(adjusted_C[0]),
+            behaviours=len(effects),
             low=low,
             high=high,
             placebo_rate=float(passes_C[1:].mean()),
             placebo_low=float(ends.low),
             placebo_high=float(ends.high),
-            attainable=each.draws >= rule.least_draws(len(effects)),
+            least_draws=rule.least_draws(len(effects)),
         )
     return found
 

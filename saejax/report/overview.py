@@ -1,5 +1,6 @@
 """The frame of the report: what was done, what was left out, how far the answer reaches, how to run it again."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from saejax.causal.ablate.report_features import SLOPES, held_out
@@ -10,7 +11,7 @@ from saejax.reporting.document import Code, Section, Terms, Text
 from saejax.reporting.findings import Findings
 from saejax.reporting.tables import MISSING, Table, number, percent
 from saejax.reporting.words import BEHAVIOURS, behaviour, place
-from saejax.results import Devices
+from saejax.results import Devices, Settings
 from saejax.tasks.results import BaselineResults
 from saejax.training.report import scores_of
 
@@ -129,11 +130,7 @@ def reproduce(found: Findings) -> Section:
     )
     columns = ("Stage", "Seconds", "Devices", "Seeds", "Started, UTC")
     stages = Table("The stages that this report reads", columns, rows, frozenset({2, 3, 4}))
-    flags = "\n".join(
-        f"--{group}.{field}={_flag(value)}"
-        for group, fields in found.settings().items()
-        for field, value in fields.items()
-    )
+    flags = "\n".join(_flags(found.settings()))
     packages: dict[str, str] = {}
     for summary in found.summaries.values():
         packages |= summary.packages
@@ -150,6 +147,16 @@ def reproduce(found: Findings) -> Section:
 
 def _devices(devices: Devices | None) -> str:
     return f"{devices.count} × {', '.join(devices.kinds)}" if devices else MISSING
+
+
+def _flags(settings: Settings) -> Iterator[str]:
+    """A line for each setting; of groups inside a group, the field that holds them is not part of the flag's name."""
+    for group, fields in settings.items():
+        for field, value in fields.items():
+            if isinstance(value, Mapping):
+                yield from _flags({f"{group}.{name}": inside for name, inside in value.items()})
+            else:
+                yield f"--{group}.{field}={_flag(value)}"
 
 
 def _flag(value: object) -> str:

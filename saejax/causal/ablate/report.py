@@ -5,6 +5,7 @@ import re
 from saejax.causal.ablate import report_figures
 from saejax.causal.ablate.report_figures import Effect
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation
+from saejax.causal.claims import LEVEL
 from saejax.reporting.document import Block, Picture, Section, Text, VerdictBlock, anchor
 from saejax.reporting.findings import Draw, Findings
 from saejax.reporting.tables import interval, percent
@@ -26,6 +27,9 @@ def answer(found: Findings, draw: Draw) -> Section:
         headline += f" The top features do not beat the matched random ones on: {', '.join(unbeaten)}."
     else:
         headline += f" The top features cost more than the matched random ones on all {len(results)}."
+    placebo = {name: result.claim for name, result in results.items() if result.claim}
+    if above := [behaviour(name) for name, claim in placebo.items() if claim.placebo_low > LEVEL]:
+        headline = f"The rule says yes too often to random features on: {', '.join(above)}. {headline}"
     chance = [
         behaviour(name) for name, result in results.items() if result.verdict and not result.joint.accuracy_drop.low > 0
     ]
@@ -54,6 +58,11 @@ def _verdict(found: Findings, name: str, result: BehaviourAblation) -> VerdictBl
     compared = f"Together the top features cost more logit difference than {below} of the {controls.draws} draws."
     if not result.difference.low > 0:
         compared = f"The top features do not beat the matched random ones. {compared}"
+    if claim := result.claim:
+        compared += (
+            f" Put in their place, {percent(claim.placebo_rate)} of the matched random sets get a yes by the same rule "
+            f"({percent(claim.placebo_low)} to {percent(claim.placebo_high)})."
+        )
     if yes and not joint.accuracy_drop.low > 0:
         compared += " The interval of the accuracy lost reaches zero: this loss alone could be chance."
     baseline = found.one(BaselineResults).behaviours.get(name)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from saejax.causal.circuits.results import CircuitResult
+from saejax.causal.claims import Claim
 from saejax.causal.results import ControlMatch, RankedFeature
 from saejax.results import Interval
 
@@ -194,6 +195,7 @@ class BehaviourAblation:
     percentile: float  #: share of the draws with a smaller drop
     verdict: bool  #: by the rule
     reason: str  #: in words
+    claim: Claim | None = None  #: what the verdict rests on, and the placebo rate
     curve: CumulativeCurve | None = None  #: of growing sets
     #: by basis: neurons (of the layer's MLP; the first token is left alone), components (the principal components of
     #: the site on the train prompts; removing one sets it to the mean), random (an untrained TopK dictionary, as

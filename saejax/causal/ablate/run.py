@@ -19,6 +19,7 @@ from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, HalvesAgreement
 from saejax.causal.circuits.measure import test_circuit
+from saejax.causal.claims import Effects
 from saejax.causal.split import SplitModel
 from saejax.causal.stages import (
     Measure,
@@ -35,7 +36,7 @@ from saejax.causal.stages import (
 from saejax.causal.statistics import least_p
 from saejax.dictionaries import Dictionary
 from saejax.models.language_model import LanguageModel
-from saejax.parallel import is_first_process
+from saejax.parallel import is_first_process, wait_for_all
 from saejax.settings import AblateConfig
 from saejax.workspace import Run, write_text
 
@@ -65,7 +66,9 @@ def run_ablate(run: Run) -> AblateResults:
 
         return measure
 
-    behaviours = each_part(run, list(prompts), begin, BehaviourAblation)
+    parts = each_part(run, list(prompts), begin, BehaviourAblation)
+    wait_for_all("ablate: scores written")  # by the first process
+    behaviours = verdict.settled(parts, {name: _saved_effects(run, name) for name in parts}, config)
     return AblateResults(
         dictionary=config.dictionary,
         site=dictionary.site,
@@ -102,6 +105,13 @@ def _test_and_save(
     if is_first_process():
         _save_scores(run, experiment, measured, scores)
     return results
+
+
+def _saved_effects(run: Run, name: str) -> Effects:
+    """What the rule asks about, from the scores that a behaviour's part wrote."""
+    lines = [json.loads(line) for line in part_file(run, name, "-prompts.jsonl").read_text("utf-8").splitlines()]
+    clean_P, joint_P, controls_PxN = (np.array([line[of] for line in lines]) for of in ("clean", "joint", "controls"))
+    return verdict.effects_of(clean_P, joint_P, controls_PxN.T)
 
 
 def _save_scores(

@@ -9,6 +9,7 @@ activations do not count as firing, of nearly 0). It has no matched control, and
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from saejax.causal.ablate.results import (
 )
 from saejax.causal.ablation import LogitDiffs
 from saejax.causal.activation_sources import WORDS
+from saejax.causal.claims import Claim, Effects, Rule, claims
 from saejax.causal.experiment import Experiment
 from saejax.causal.results import ControlMatch
 from saejax.results import Interval
@@ -35,10 +37,17 @@ def rule(config: AblateConfig) -> str:
     """The rule of the verdict, in words."""
     return (
         f"Yes if removing the top {config.top} features together lowers accuracy on the test prompts by more than "
-        f"{100 * config.min_accuracy_drop:g} percentage points, and the 95 % bootstrap interval of the drop in logit "
-        f"difference minus the mean drop of {config.draws} sets of as many matched random features, paired by prompt, "
-        f"lies above zero. Otherwise no. When a feature is removed, {WORDS[config.replacement]}."
+        f"{100 * config.min_accuracy_drop:g} percentage points; if so few of {config.draws} sets of as many matched "
+        "random features cost as much logit difference, and as much accuracy, that both p-values are at most "
+        f"{claim_rule(config).level:g} after Holm's correction over the behaviours of the run; and if the 95 % "
+        "bootstrap interval over prompts of the drop in logit difference minus the mean drop of those sets lies above "
+        f"zero. Otherwise no. When a feature is removed, {WORDS[config.replacement]}."
     )
+
+
+def claim_rule(config: AblateConfig) -> Rule:
+    """The numbers of the rule."""
+    return Rule(min_accuracy_drop=config.min_accuracy_drop, resamples=config.bootstrap, seed=config.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +72,40 @@ class JudgedDiffs:
     top_KxP: np.ndarray
     controls_NxP: np.ndarray
 
+    @property
+    def effects(self) -> Effects:
+        """What the rule asks about."""
+        return effects_of(self.clean_P, self.joint_P, self.controls_NxP)
+
+
+def effects_of(clean_P: np.ndarray, joint_P: np.ndarray, controls_NxP: np.ndarray) -> Effects:
+    """What removing the top features and N sets of controls costs on each of P prompts.
+
+    Args:
+      clean_P, joint_P, controls_NxP: logit differences with nothing, all top features and each control set removed.
+    """
+    correct_P = _correct(clean_P)
+    return Effects(
+        drop_P=clean_P - joint_P,
+        lost_P=correct_P - _correct(joint_P),
+        draw_drop_NxP=clean_P[None, :] - controls_NxP,
+        draw_lost_NxP=correct_P[None, :] - _correct(controls_NxP),
+        template_P=np.zeros(len(clean_P), np.int64),  # prompts do not say what they were made from
+    )
+
+
+def settled(
+    results: Mapping[str, BehaviourAblation], effects: Mapping[str, Effects], config: AblateConfig
+) -> dict[str, BehaviourAblation]:
+    """The behaviours' results with the verdicts of the run: corrected for how many behaviours it tests."""
+    found = claims(effects, claim_rule(config))
+    return {
+        name: dataclasses.replace(
+            result, verdict=found[name].yes, claim=found[name], reason=_reason(result, found[name], config)
+        )
+        for name, result in results.items()
+    }
+
 
 def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[BehaviourAblation, JudgedDiffs]:
     """Chooses the top features of a behaviour, removes them and their controls, and applies the rule.
@@ -73,7 +116,8 @@ def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[Beha
       config: of the stage.
 
     Returns:
-      The behaviour's entry in the results of the stage, and what it was derived from.
+      The behaviour's entry in the results of the stage, as if it were the only one of its run (``settled``), and what
+      it was derived from.
 
     Raises:
       UserError: too few other features fire for matched controls, or something is not finite.
@@ -112,7 +156,8 @@ def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[Beha
     )
     match = ControlMatch(**controls.match_ratios(statistics, firing, controls_NxC))
     joint = _joint(measured, len(firing), _readouts(diffs, len(top), config), config)
-    return _judged(measured, entries, joint, match, diffs.rows, config), measured
+    judged = _judged(measured, entries, joint, match, diffs.rows, config)
+    return settled({name: judged}, {name: measured.effects}, config)[name], measured
 
 
 def _readouts(diffs: LogitDiffs, top: int, config: AblateConfig) -> dict[str, ReadoutChange]:
@@ -151,11 +196,8 @@ def _judged(
     rows: int,
     config: AblateConfig,
 ) -> BehaviourAblation:
-    clean_P, joint_drop_P = measured.clean_P, measured.clean_P - measured.joint_P
-    control_drop_NxP = clean_P[None, :] - measured.controls_NxP
-    control_lost_NxP = _correct(clean_P)[None, :] - _correct(measured.controls_NxP)
-    difference = _interval(joint_drop_P - control_drop_NxP.mean(axis=0), config)
-    control_drop_N = control_drop_NxP.mean(axis=1)
+    effects = measured.effects
+    control_drop_N = effects.draw_drop_NxP.mean(axis=1)
     return BehaviourAblation(
         top=top,
         rows=rows,
@@ -163,28 +205,34 @@ def _judged(
         controls=ControlDraws(
             draws=config.draws,
             logit_diff_drop=tuple(control_drop_N.tolist()),
-            accuracy_drop=tuple(control_lost_NxP.mean(axis=1).tolist()),
+            accuracy_drop=tuple(effects.draw_lost_NxP.mean(axis=1).tolist()),
             match=match,
         ),
-        difference=difference,
-        percentile=float((control_drop_N < joint_drop_P.mean()).mean()),
-        verdict=joint.accuracy_drop.mean > config.min_accuracy_drop and difference.low > 0,
-        reason=_reason(joint, difference, config),
+        difference=_interval(effects.drop_P - effects.draw_drop_NxP.mean(axis=0), config),
+        percentile=float((control_drop_N < effects.drop_P.mean()).mean()),
+        verdict=False,
+        reason="",
     )
 
 
-def _reason(joint: JointAblation, difference: Interval, config: AblateConfig) -> str:
+def _reason(result: BehaviourAblation, claim: Claim, config: AblateConfig) -> str:
+    joint, difference = result.joint, result.difference
     if not joint.n:
         return "No: no feature has an attribution above zero on the train prompts."
     drop, least = 100 * joint.accuracy_drop.mean, 100 * config.min_accuracy_drop
-    costs, beats = joint.accuracy_drop.mean > config.min_accuracy_drop, difference.low > 0
+    costs, beats = joint.accuracy_drop.mean > config.min_accuracy_drop, claim.low > 0
     silent = joint.n - joint.firing
+    family = f" after correction for {claim.behaviours} behaviours" if claim.behaviours > 1 else ""
+    few = result.controls.draws < claim.least_draws
     return (
-        f"{'Yes' if costs and beats else 'No'}: without the {joint.n} features accuracy goes from "
+        f"{'Yes' if claim.yes else 'No'}: without the {joint.n} features accuracy goes from "
         f"{100 * joint.clean_accuracy:.0f} % to {100 * joint.ablated_accuracy:.0f} %, a drop of "
         f"{drop:.1f} points ({'more' if costs else 'not more'} than {least:g}), and the logit difference falls by "
         f"{joint.logit_diff_drop.mean:.2f}, which beyond matched random features is {difference.mean:.2f} "
-        f"[{difference.low:.2f}, {difference.high:.2f}] ({'above' if beats else 'not clearly above'} zero)"
+        f"[{difference.low:.2f}, {difference.high:.2f}] ({'above' if beats else 'not clearly above'} zero); matched "
+        f"random sets cost as much with p = {claim.p_logit_diff:.2g} in logit difference and {claim.p_accuracy:.2g} in "
+        f"accuracy, {claim.p_holm:.2g}{family}"
+        + (f"; {config.draws} draws are too few for a yes: at least {claim.least_draws} are needed" if few else "")
         + (f"; {silent} of the features never fire on the test prompts and have no control." if silent else ".")
     )
 
