@@ -19,6 +19,7 @@ from saejax.activations.documents import COLUMNS, SPLITS, Documents
 from saejax.activations.plan import Plan
 from saejax.activations.store import DTYPES, Store
 from saejax.activations.writer import StoreWriter
+from saejax.results import to_json
 
 SITE = "resid_post.15"
 PARTS = ((SITE,),)
@@ -44,7 +45,7 @@ def random_store(folder: Path, rows: int, d: int, dtype: str, shard_rows: int) -
     statistics = writer.site_statistics(plan.shards, documents, sink_factor=10.0)
     writer.finish(
         dict(
-            sites={SITE: dict(d=d, **statistics[SITE])},
+            sites={SITE: dict(d=d, **to_json(statistics[SITE]))},
             dtype=dtype,
             rows=plan.rows,
             shards=plan.shards,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from saejax.config import Config, setting
 from saejax.dictionaries.kinds import Kind, register
-from saejax.dictionaries.kinds.base import Arrays, Batch, Coder, Numbers
+from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Numbers
 from saejax.dictionaries.losses import norms
 
 
@@ -34,11 +34,11 @@ class Shrunk(Kind):
         shape = (1,) * (pre_BxF.ndim - 1) + margin_F.shape
         return jax.nn.relu(pre_BxF - margin_F.reshape(shape))
 
-    def penalty(self, batch: Batch) -> jax.Array:
+    def penalty(self, batch: EncodedBatch) -> jax.Array:
         sizes_BxF = jnp.log1p(batch.f_BxF * norms(batch.member.arrays["W_dec_FxD"])[None])
         return batch.values["strength"] * jnp.mean(jnp.sum(sizes_BxF, axis=-1))
 
-    def losses(self, batch: Batch) -> dict[str, jax.Array]:
+    def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
         return dict(margins=batch.own.width * jnp.mean(jnp.square(batch.member.arrays["margin_F"])))
 
     def start(self, own: ShrunkConfig) -> dict[str, float]:

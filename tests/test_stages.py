@@ -91,6 +91,7 @@ def test_the_stage_of_the_page(copy, inputs, tmp_path):
 
 def test_the_stage_of_the_page_is_in_the_report(copy):
     code = """
+import types
 from saejax.stage import load
 from saejax.stages import GROUPS, STAGES
 configs = {group: cls() for group, cls in GROUPS.items()}

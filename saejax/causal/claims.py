@@ -33,7 +33,7 @@ _ROUNDING = 1e-9  # of the largest effect: equal effects differ in their last bi
 
 
 @dataclasses.dataclass(frozen=True)
-class Effects:
+class SetEffects:
     """What removing a tested set and N drawn sets costs on P test prompts of a behaviour.
 
     Attributes:
@@ -93,7 +93,7 @@ class Rule:
         return int(np.ceil(behaviours / self.level - 1e-9)) - 1
 
 
-def claims(effects: Mapping[str, Effects], rule: Rule) -> dict[str, Claim]:
+def claims(effects: Mapping[str, SetEffects], rule: Rule) -> dict[str, Claim]:
     """Applies the rule to the behaviours of a run, and to their draws.
 
     Args:
@@ -130,7 +130,7 @@ def claims(effects: Mapping[str, Effects], rule: Rule) -> dict[str, Claim]:
 class _Candidates:
     """The tested set (candidate 0) and the draws, each judged beside all draws but itself; C is 1 + N."""
 
-    def __init__(self, effects: Effects, rule: Rule):
+    def __init__(self, effects: SetEffects, rule: Rule):
         self.draws, self._rule = effects.draws, rule
         self._share_RxP = resampled_shares(effects.template_P, rule.resamples, rule.seed)
         self._drop_CxP = np.concatenate([effects.drop_P[None], effects.draw_drop_NxP]).astype(np.float64)
@@ -207,6 +207,6 @@ def resampled_shares(template_P: np.ndarray, resamples: int, seed: int) -> np.nd
     drawn_RxG = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=resamples)
     count_RxP = np.empty((resamples, len(template_P)))
     for group, size in enumerate(size_G):
-        inside_RxQ = rng.multinomial(size * drawn_RxG[:, group], np.full(size, 1 / size))
-        count_RxP[:, template_P == group] = inside_RxQ
+        inside_RxP = rng.multinomial(size * drawn_RxG[:, group], np.full(size, 1 / size))
+        count_RxP[:, template_P == group] = inside_RxP
     return count_RxP / count_RxP.sum(axis=1, keepdims=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, losses
-from saejax.dictionaries.kinds.base import Arrays, Batch
+from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
 from saejax.dictionaries.sparsity import row
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
@@ -66,7 +66,7 @@ class Objective:
         ]
         y_hat_BxD = reconstructions[-1]
 
-        batch = Batch(member, x_BxD, y_BxD, pre_BxF, f_BxF, dead_F, hyper.metric_DxD, hyper.own, own)
+        batch = EncodedBatch(member, x_BxD, y_BxD, pre_BxF, f_BxF, dead_F, hyper.metric_DxD, hyper.own, own)
         parts = dict(error=sum(errors[1:], errors[0]))
         penalty = kind.penalty(batch)
         if penalty is not None:

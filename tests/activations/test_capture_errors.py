@@ -56,7 +56,7 @@ def test_too_many_sinks_are_an_error_that_names_share_and_flag(setup):
         len(store.rows("train", "resid_post.1")) + len(store.rows("held_out", "resid_post.1"))
         == (norms <= median).sum()
     )
-    share = f"{sinks['share_beyond']:.2%}"
+    share = f"{sinks.share_beyond:.2%}"
     with pytest.raises(
         UserError, match=rf"at resid_post\.1, {share} of .* at most 30.00%.*--capture.sink_factor.*"
     ) as e:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from saejax.causal.claims import Effects, Rule, claims, holm_columns, randomisation_p, resampled_shares
+from saejax.causal.claims import Rule, SetEffects, claims, holm_columns, randomisation_p, resampled_shares
 from saejax.causal.statistics import holm
 
 BEHAVIOURS, DRAWS, SLOTS, MATCHES, TEMPLATES = 4, 199, 20, 40, 3
@@ -30,7 +30,7 @@ def different_features(rng, draws, prompts, template_P):
 
 
 def correlated_prompts(rng, draws, prompts, template_P):
-    """Effects depend on the template, which all of its prompts share."""
+    """SetEffects depend on the template, which all of its prompts share."""
     per_template = [
         sets_of(rng, rng.normal(size=(SLOTS, 1 + MATCHES)) / np.sqrt(SLOTS), draws) for _ in range(TEMPLATES)
     ]
@@ -40,7 +40,7 @@ def correlated_prompts(rng, draws, prompts, template_P):
 def measured(drop_CxP, clean_P, template_P):
     """As the ablation measures it: the answer is right where the logit difference is above zero."""
     lost_CxP = (clean_P > 0).astype(float) - (clean_P - drop_CxP > 0)
-    return Effects(drop_CxP[0], lost_CxP[0], drop_CxP[1:], lost_CxP[1:], template_P)
+    return SetEffects(drop_CxP[0], lost_CxP[0], drop_CxP[1:], lost_CxP[1:], template_P)
 
 
 def run_of(rng, world, prompts=60, draws=DRAWS, planted=0.0):
@@ -88,7 +88,7 @@ def test_the_placebo_rate_is_that_of_the_draws():
     by_hand = []
     for number in range(399):  # every draw in the place of the tested set, by the rule itself
         placed = {
-            name: Effects(
+            name: SetEffects(
                 part.draw_drop_NxP[number],
                 part.draw_lost_NxP[number],
                 np.delete(part.draw_drop_NxP, number, axis=0),
@@ -151,14 +151,14 @@ def test_equal_effects_are_at_least_as_large():
 
 
 def test_one_prompt_and_no_behaviour():
-    one = Effects(np.ones(1), np.ones(1), np.zeros((19, 1)), np.zeros((19, 1)), np.zeros(1))
+    one = SetEffects(np.ones(1), np.ones(1), np.zeros((19, 1)), np.zeros((19, 1)), np.zeros(1))
     assert claims(dict(one=one), Rule())["one"].yes
     assert claims({}, Rule()) == {}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_effects_that_are_not_finite_are_refused(bad):
-    one = Effects(np.array([bad]), np.ones(1), np.zeros((19, 1)), np.zeros((19, 1)), np.zeros(1))
+    one = SetEffects(np.array([bad]), np.ones(1), np.zeros((19, 1)), np.zeros((19, 1)), np.zeros(1))
     with pytest.raises(ValueError, match="finite"):
         claims(dict(one=one), Rule())
 

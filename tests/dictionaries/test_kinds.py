@@ -19,7 +19,8 @@ from saejax import command, config
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, load_dictionary
 from saejax.dictionaries.kinds import plugins
 from saejax.errors import UserError
-from saejax.settings import GROUPS, TrainConfig
+from saejax.settings import TrainConfig
+from saejax.stages import GROUPS
 
 SETTINGS = dict(plugins=PLUGIN, train__kinds=MADE_UP, ablate__dictionary=MADE_UP)
 
@@ -92,7 +93,7 @@ def test_a_changed_file_is_another_unit(tmp_path):
 
 def test_the_example_of_the_guide_is_a_kind(tmp_path):
     page = (runs.ROOT / "docs" / "extending.md").read_text()
-    (tmp_path / "shrunk.py").write_text(page.split("```python\n")[1].split("```")[0])
+    (tmp_path / "shrunk.py").write_text(page[page.index("# shrunk.py\n") :].partition("```")[0])
     described = DictionaryConfig(kind=MADE_UP, site="resid_post.1", d_in=8, n_features=16)
     try:
         plugins.load([tmp_path / "shrunk.py"])

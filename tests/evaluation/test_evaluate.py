@@ -15,7 +15,7 @@ from saejax.evaluation import evaluate
 from saejax.evaluation.results import EvaluateResults
 from saejax.results import from_json, to_json
 from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
-from saejax.workspace import Run, write_json
+from saejax.workspace import Run
 
 NAMES = ["resid_post.0-k4", "resid_post.0-k8", "resid_post.1-k4", "resid_post.1-k8"]
 
@@ -32,8 +32,8 @@ def workdir(inputs, tmp_path_factory):
     save(folder, "jumprelu", "", site="mlp_in.1", target="mlp_out.1", skip=True, centred=False)
     for kind, names in dict(topk=NAMES, linear=[""], jumprelu=[""]).items():
         configs = [load_dictionary(folder / "train" / kind / name).config for name in names]
-        members = [dict(name=n, site=c.site, target=c.target or c.site) for n, c in zip(names, configs, strict=True)]
-        write_json(folder / "train" / kind / "summary.json", dict(results=dict(kind=kind, members=members)))
+        told = [(n, c.site, c.target or c.site) for n, c in zip(names, configs, strict=True)]
+        runs.write_members(folder / "train" / kind, *told)
     return folder
 
 

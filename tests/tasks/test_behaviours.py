@@ -9,7 +9,7 @@ import pytest
 
 from saejax.errors import UserError
 from saejax.settings import BEHAVIOURS
-from saejax.tasks.behaviours import make_prompts, read_prompts, write_prompts
+from saejax.tasks.behaviours import PromptScore, make_prompts, read_prompts, write_prompts
 from saejax.tasks.recipes import recipes
 
 SINGULAR_OF = {
@@ -184,7 +184,7 @@ def test_prompts_are_read_as_they_were_written(tmp_path):
     prompts = make("capital", 3, 2) + make("addition", 2, 2)
     write_prompts(path, prompts)
     assert read_prompts(path) == prompts
-    scores = [dict(logit_diff=0.5, top1=True, counterpart_logit_diff=-1.0)] * len(prompts)
+    scores = [PromptScore(logit_diff=0.5, top1=True, counterpart_logit_diff=-1.0)] * len(prompts)
     write_prompts(path, prompts, scores)
     assert read_prompts(path) == prompts
     line = json.loads(path.read_text().splitlines()[0])

@@ -119,7 +119,7 @@ def test_memory_is_bounded(monkeypatch):
         seen.append(values_RxN.shape)
         return values_RxN.mean(axis=1)
 
-    monkeypatch.setattr(scoring, "_CHUNK", 1000)
+    monkeypatch.setattr(scoring, "_CHUNK", 4000)
     bootstrap(np.arange(90.0), statistic, 105, seed=0)
     assert [rows for rows, _ in seen] == [11] * 9 + [6] + [1]  # the last is the statistic of the values themselves
     assert len(seen) == 11 and all(n == 90 for _, n in seen)

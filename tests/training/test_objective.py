@@ -11,7 +11,7 @@ from every_kind import KINDS
 from small_stacks import B, D, F, batches, make_trainer
 
 from saejax.dictionaries import losses, sparsity, straight_through
-from saejax.dictionaries.kinds.base import Batch
+from saejax.dictionaries.kinds.base import EncodedBatch
 from saejax.dictionaries.matmul import centred_matmul, matmul
 
 DECODER = ("W_dec_FxD", "b_dec_D")
@@ -81,7 +81,7 @@ def test_the_gates_own_error_reaches_the_encoder_only(name):
     def gate_error(params):
         member = _member(trainer, params)
         pre, none = member.pre_activations(x) + params["b_enc_F"][None], jnp.zeros(F, bool)
-        batch = Batch(member, x, y, pre, member.encode(x), none, None, {}, None)
+        batch = EncodedBatch(member, x, y, pre, member.encode(x), none, None, {}, None)
         return member.kind.losses(batch)["gate_error"]
 
     gradient = jax.grad(gate_error)(params)

@@ -19,7 +19,7 @@ from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, HalvesAgreement
 from saejax.causal.circuits.measure import test_circuit
-from saejax.causal.claims import Effects
+from saejax.causal.claims import SetEffects
 from saejax.causal.split import SplitModel
 from saejax.causal.stages import (
     Measure,
@@ -107,7 +107,7 @@ def _test_and_save(
     return results
 
 
-def _saved_effects(run: Run, name: str) -> Effects:
+def _saved_effects(run: Run, name: str) -> SetEffects:
     """What the rule asks about, from the scores that a behaviour's part wrote."""
     lines = [json.loads(line) for line in part_file(run, name, "-prompts.jsonl").read_text("utf-8").splitlines()]
     clean_P, joint_P, controls_PxN = (np.array([line[of] for line in lines]) for of in ("clean", "joint", "controls"))

@@ -23,7 +23,7 @@ from saejax.causal.ablate.results import (
 )
 from saejax.causal.ablation import LogitDiffs
 from saejax.causal.activation_sources import WORDS
-from saejax.causal.claims import Claim, Effects, Rule, claims
+from saejax.causal.claims import Claim, Rule, SetEffects, claims
 from saejax.causal.experiment import Experiment
 from saejax.causal.results import ControlMatch
 from saejax.results import Interval
@@ -73,19 +73,19 @@ class JudgedDiffs:
     controls_NxP: np.ndarray
 
     @property
-    def effects(self) -> Effects:
+    def effects(self) -> SetEffects:
         """What the rule asks about."""
         return effects_of(self.clean_P, self.joint_P, self.controls_NxP)
 
 
-def effects_of(clean_P: np.ndarray, joint_P: np.ndarray, controls_NxP: np.ndarray) -> Effects:
+def effects_of(clean_P: np.ndarray, joint_P: np.ndarray, controls_NxP: np.ndarray) -> SetEffects:
     """What removing the top features and N sets of controls costs on each of P prompts.
 
     Args:
       clean_P, joint_P, controls_NxP: logit differences with nothing, all top features and each control set removed.
     """
     correct_P = _correct(clean_P)
-    return Effects(
+    return SetEffects(
         drop_P=clean_P - joint_P,
         lost_P=correct_P - _correct(joint_P),
         draw_drop_NxP=clean_P[None, :] - controls_NxP,
@@ -95,7 +95,7 @@ def effects_of(clean_P: np.ndarray, joint_P: np.ndarray, controls_NxP: np.ndarra
 
 
 def settled(
-    results: Mapping[str, BehaviourAblation], effects: Mapping[str, Effects], config: AblateConfig
+    results: Mapping[str, BehaviourAblation], effects: Mapping[str, SetEffects], config: AblateConfig
 ) -> dict[str, BehaviourAblation]:
     """The behaviours' results with the verdicts of the run: corrected for how many behaviours it tests."""
     found = claims(effects, claim_rule(config))

@@ -33,7 +33,7 @@ class Coder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class EncodedBatch:
     """One member of a stack on one batch of training, of which its losses are made.
 
     Attributes:
@@ -124,11 +124,11 @@ class Kind:
         """What must be like the targets, each [B, D]; the last is the whole dictionary's."""
         return [member.decode(f_BxF, x_BxD)]
 
-    def penalty(self, batch: Batch) -> jax.Array | None:
+    def penalty(self, batch: EncodedBatch) -> jax.Array | None:
         """The penalty on activations, a mean over tokens; it rises over the warm-up."""
         return None
 
-    def losses(self, batch: Batch) -> dict[str, jax.Array]:
+    def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
         """Further terms of the loss by the names of their metrics."""
         return {}
 

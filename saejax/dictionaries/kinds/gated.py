@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from saejax.dictionaries import losses, sparsity
-from saejax.dictionaries.kinds.base import Arrays, Batch, Coder, Kind, Numbers
+from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Kind, Numbers
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 
@@ -42,12 +42,12 @@ class Gated(Kind):
         shifted_F = arrays["b_mag_F"] + np.exp(arrays["r_mag_F"]) * shift_F
         return super().move_bias(arrays, shift_F) | dict(b_mag_F=shifted_F)
 
-    def penalty(self, batch: Batch) -> jax.Array | None:
+    def penalty(self, batch: EncodedBatch) -> jax.Array | None:
         """L1 of the gates' ReLU."""
         gate_BxF = sparsity.relu(batch.pre_BxF)
         return batch.values["l1"] * losses.l1_norm_weighted(gate_BxF, batch.member.arrays["W_dec_FxD"])
 
-    def losses(self, batch: Batch) -> dict[str, jax.Array]:
+    def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
         """Squared error of what the open gates alone would rebuild; the decoder is a constant here."""
         fixed = {name: lax.stop_gradient(array) for name, array in batch.member.arrays.items()}
         operands = batch.member.operands

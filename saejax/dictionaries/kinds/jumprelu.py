@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from saejax.config import Config, setting
 from saejax.dictionaries import losses, sparsity, straight_through
-from saejax.dictionaries.kinds.base import Arrays, Batch, Coder, Kind, Numbers
+from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Kind, Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class JumpReLU(Kind):
         f_BxF = straight_through.jumprelu(pre_BxF, member.arrays["threshold_F"], own.bandwidth)
         return f_BxF, jnp.zeros((), pre_BxF.dtype)
 
-    def penalty(self, batch: Batch) -> jax.Array | None:
+    def penalty(self, batch: EncodedBatch) -> jax.Array | None:
         """By ``l0_penalty``."""
         own, arrays, coefficient = batch.own, batch.member.arrays, batch.values["l0_coefficient"]
         if own.l0_penalty == "tanh":
@@ -71,7 +71,7 @@ class JumpReLU(Kind):
             l0 = jnp.square(l0 / batch.values["target_l0"] - 1)
         return coefficient * l0
 
-    def losses(self, batch: Batch) -> dict[str, jax.Array]:
+    def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
         """The pull on dead features, if it is asked for."""
         if not batch.own.dead_pre_activation:
             return {}

@@ -3,7 +3,7 @@
 import jax
 
 from saejax.dictionaries import losses
-from saejax.dictionaries.kinds.base import Batch, Kind
+from saejax.dictionaries.kinds.base import EncodedBatch, Kind
 
 
 class Standard(Kind):
@@ -13,6 +13,6 @@ class Standard(Kind):
     about = "is a ReLU with an L1 penalty on the activations"
     reads = ("l1",)
 
-    def penalty(self, batch: Batch) -> jax.Array | None:
+    def penalty(self, batch: EncodedBatch) -> jax.Array | None:
         """L1, weighted by the decoder rows' lengths."""
         return batch.values["l1"] * losses.l1_norm_weighted(batch.f_BxF, batch.member.arrays["W_dec_FxD"])

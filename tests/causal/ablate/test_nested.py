@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from linear_experiment import LinearExperiment
 
-from saejax.causal.ablate import nested, stage, verdict
+from saejax.causal.ablate import nested, run, verdict
 from saejax.results import to_json
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_mean
@@ -112,9 +112,9 @@ def test_the_stage_keeps_what_was_asked_for_and_the_scores_behind_it():
     experiment = make()
     judged, measured = verdict.judge("planted", experiment, CONFIG)
     asked = dataclasses.replace(CONFIG, greedy=2, circuit_tests=True)
-    results, scores = stage._with_sets(judged, experiment, measured, asked)
+    results, scores = run._with_sets(judged, experiment, measured, asked)
     assert list(scores) == ["curve", "greedy", "circuit"] and all(getattr(results, name) for name in scores)
     json.dumps(to_json(results), allow_nan=False)
     assert all(score.shape[-1] == 20 for kinds in scores.values() for score in kinds.values())
     np.testing.assert_allclose(scores["circuit"]["removed"], measured.joint_P)
-    assert stage._with_sets(judged, experiment, measured, dataclasses.replace(CONFIG, curve=False)) == (judged, {})
+    assert run._with_sets(judged, experiment, measured, dataclasses.replace(CONFIG, curve=False)) == (judged, {})
