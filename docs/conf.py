@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 project = "saejax"
 copyright = "the authors of saejax, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+suppress_warnings = ["ref.python"]  # fields called as a built-in type is, such as bytes, and the type itself
 html_theme = "furo"
 html_title = "saejax"
 myst_heading_anchors = 3
@@ -42,7 +43,9 @@ def restructure(app, what, name, obj, options, lines: list[str]) -> None:
             paragraphs += ["::", shown]
         else:
             paragraphs.append(plain(paragraph))
-    lines[:] = "\n\n".join(paragraphs).splitlines() + [""]
+    # Of attributes napoleon takes what stands before a colon in the first line for a type: that line says nothing.
+    first = ["\\"] * (what in ("attribute", "data", "property"))
+    lines[:] = [*first, *"\n\n".join(paragraphs).splitlines(), ""]
 
 
 def setup(app) -> None:

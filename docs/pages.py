@@ -40,7 +40,7 @@ def main(target: Path) -> None:
         if name.endswith(".ipynb"):
             (target / name).with_suffix(".md").write_text(from_notebook(ROOT / name))
         else:
-            shutil.copy(ROOT / name, target / name)
+            (target / name).write_text((ROOT / name).read_text("utf-8").replace(".ipynb)", ".md)"))
     for image in (ROOT / "docs").glob("*.png"):
         shutil.copy(image, target / "docs")
     pages = reference()
