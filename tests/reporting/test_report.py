@@ -256,6 +256,29 @@ def test_all_no_one_dictionary_long_lists_and_an_empty_one(tmp_path):
     assert "standard" not in text.replace("standard deviation", "").split("How to reproduce")[0]
 
 
+def test_claims_decide_what_beats_random_features_and_a_rule_that_says_yes_too_often_stands_first(tmp_path):
+    inputs = make_workspace(tmp_path, kinds=("topk",), top=3, draws=100)
+    summary = read_json(inputs["ablate/topk"] / SUMMARY)
+    claim = dict(yes=False, p_logit_diff=0.3, p_accuracy=1.0, p_holm=1.0, behaviours=4, low=0.1, high=1.0)
+    placebo = dict(placebo_rate=0.02, placebo_low=0.01, placebo_high=0.07, least_draws=79)
+    for result in summary["results"]["behaviours"].values():
+        result |= dict(verdict=False, claim=claim | placebo, difference=dict(mean=0.5, low=0.1, high=1.0))
+    write_json(inputs["ablate/topk"] / SUMMARY, summary)
+    run = make_run(tmp_path, inputs)
+    run_report(run)
+    text = (run.folder / "report.md").read_text().replace("\xa0", " ")
+    assert "do not beat the matched random ones on: " in text and "cost more than the matched random ones" not in text
+    assert "2 % of the matched random sets get a yes by the same rule (1 % to 7 %)" in text
+    assert "too often" not in text
+    summary["results"]["behaviours"]["capital"]["claim"] |= dict(placebo_rate=0.2, placebo_low=0.13)
+    write_json(inputs["ablate/topk"] / SUMMARY, summary)
+    run_report(run)
+    assert (
+        "The rule says yes too often to random features on: Capital of a country."
+        in (run.folder / "report.md").read_text()
+    )
+
+
 @pytest.mark.parametrize(
     ("unit", "name", "content"),
     [

@@ -18,7 +18,7 @@ def answer(found: Findings, draw: Draw) -> Section:
     ablate = found.one(AblateResults)
     results = ablate.behaviours
     yes = [behaviour(name) for name, result in results.items() if result.verdict]
-    unbeaten = [behaviour(name) for name, result in results.items() if not result.difference.low > 0]
+    unbeaten = [behaviour(name) for name, result in results.items() if not _beats(result)]
     if yes:
         headline = f"Yes for {len(yes)} of {len(results)} behaviours: {', '.join(yes)}."
     else:
@@ -47,6 +47,14 @@ def answer(found: Findings, draw: Draw) -> Section:
     return Section("The answer", blocks)
 
 
+def _beats(result: BehaviourAblation) -> bool:
+    """Whether the top features cost more logit difference than all but a few of the matched random sets.
+
+    Results of before there were claims have an interval around the mean of the draws instead, which says yes too often.
+    """
+    return result.claim.p_logit_diff <= LEVEL if result.claim else result.difference.low > 0
+
+
 def _verdict(found: Findings, name: str, result: BehaviourAblation) -> VerdictBlock:
     joint, controls, yes = result.joint, result.controls, result.verdict
     measures = (
@@ -56,7 +64,7 @@ def _verdict(found: Findings, name: str, result: BehaviourAblation) -> VerdictBl
     )
     below = {0.0: "none", 1.0: "every one"}.get(result.percentile, percent(result.percentile))
     compared = f"Together the top features cost more logit difference than {below} of the {controls.draws} draws."
-    if not result.difference.low > 0:
+    if not _beats(result):
         compared = f"The top features do not beat the matched random ones. {compared}"
     if claim := result.claim:
         compared += (
