@@ -185,7 +185,7 @@ class ImportanceSummary:
 
 @dataclasses.dataclass(frozen=True)
 class BehaviourAblation:
-    """Which features cause a behaviour; also in `<behaviour>.json`."""
+    """Which features cause a behaviour; also in `<behaviour>.json`, judged there as if it were alone in its run."""
 
     top: tuple[TopFeature, ...]  #: the top features, one by one
     rows: int  #: of the model that were run
