@@ -38,6 +38,7 @@ class Prompt:
         own has none.
       counterpart_correct: the better answer to ``counterpart``.
       items: the content items of the text and of its counterpart; none of prompts of the user's own.
+      template: the words around the content; prompts of one template are not independent. "" if it is not known.
     """
 
     behaviour: str
@@ -48,6 +49,7 @@ class Prompt:
     counterpart: str = ""
     counterpart_correct: str = ""
     items: tuple[str, ...] = ()
+    template: str = ""
 
 
 def make_prompts(behaviour: str, train: int, test: int, seed: int, first_token: Callable[[str], int]) -> list[Prompt]:
