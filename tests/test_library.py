@@ -163,7 +163,7 @@ def test_named_features_are_removed_as_by_an_edit(lm, sae):
         rows_P, logits_BxTxV = np.arange(len(prompts)), np.asarray(lm(tokens, edits=edits).logits_BxTxV)
         last_Px2 = logits_BxTxV[rows_P[:, None], tokens.last_B[:, None], answers_Px2]
         np.testing.assert_allclose(found_P, last_Px2[:, 0] - last_Px2[:, 1], atol=2e-4)
-    assert found.results.reason.startswith("Yes" if found.results.verdict else "No")
+    assert found.results.grades.harms.reason.startswith("without the 2 features accuracy goes from ")
 
 
 def test_top_features_are_chosen_by_train_prompts(lm, sae):

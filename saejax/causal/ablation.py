@@ -171,6 +171,22 @@ class RowPlan(NamedTuple):
         return cls(ablated, prompts, batches_of(first_SxP, prompts, sets, batch_rows * length, FEATURES, shards))
 
 
+def changes(split: SplitModel, ablated: AblatedRun, features: Sequence[int]) -> np.ndarray:
+    """Inner products of what removing each of K features changes at the site, summed over positions, fp64 [K, K].
+
+    What removing a set changes is the sum of what removing its features does, so that the sum of its block of this
+    matrix is the squared norm of the whole change.
+    """
+    features_K = np.asarray(features, np.int64)
+    filled_K = np.resize(features_K, 2 ** max(len(features_K) - 1, 0).bit_length())  # programs of few sizes
+    count, run = len(ablated.run.index_P), ablated.run
+    removed_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *ablated.arrays, filled_K, count)
+    real_PxT = np.arange(run.prefix_PxT.shape[1])[None, :] <= run.last_B[:count, None]
+    removed_NxK = np.asarray(removed_BxTxK)[:count][real_PxT][:, : len(features_K)].astype(np.float64)
+    W_dec_KxD = np.asarray(W_dec_KxD)[: len(features_K)].astype(np.float64)
+    return (removed_NxK.T @ removed_NxK) * (W_dec_KxD @ W_dec_KxD.T)
+
+
 def _decisive(plans: Sequence[RowPlan], sets: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """What decides each batch's values, beside the model, the dictionary, the prompts and the activation source."""
     yield from sets

@@ -21,10 +21,10 @@ def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics
     Raises:
       UserError: a feature's activation is not finite.
     """
-    return total(split, (_counts(split, run)[:3] for run in runs))
+    return total(split, (counts[:4] for counts in (_counts(split, run) for run in runs)))
 
 
-def total(split: SplitModel, parts: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> FeatureStatistics:
+def total(split: SplitModel, parts: Iterable[Sequence]) -> FeatureStatistics:
     """``FeatureStatistics.total`` of the split's dictionary, which must be finite.
 
     Raises:
@@ -42,7 +42,7 @@ def total(split: SplitModel, parts: Iterable[tuple[int, np.ndarray, np.ndarray]]
 def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """Every feature's mean activation over the positions that it could fire at, fp64 [F]; 0 without such positions."""
     counts = [_counts(split, run) for run in runs]
-    positions, total_F = sum(count[0] for count in counts), sum(count[3] for count in counts)
+    positions, total_F = sum(count[0] for count in counts), sum(count[4] for count in counts)
     return np.asarray(total_F) / max(positions, 1)
 
 
@@ -62,12 +62,13 @@ def _maxima(point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_
     return jax.lax.with_sharding_constraint(max_BxF, sharding(point.mesh))
 
 
-def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """Positions, and of each feature: at how many it fires, the sum of its sizes there, the sum of its activations."""
+def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Positions, and of each feature: at how many it fires, the sums of its sizes and of its places there (the last
+    token is 1), the sum of its activations."""
     kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
-    n, *sums = _count(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
-    fires_F, size_F, total_F = (np.asarray(array) for array in sums)
-    return int(n), fires_F, size_F, total_F.astype(np.float64)
+    n, *sums = _count(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B, run.last_B)
+    fires_F, size_F, place_F, total_F = (np.asarray(array) for array in sums)
+    return int(n), fires_F, size_F, place_F, total_F.astype(np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -85,13 +86,21 @@ def fires_and_sizes(dictionary: Basis, f: jax.Array) -> tuple[jax.Array, jax.Arr
 
 @functools.partial(jax.jit, static_argnums=0)
 def _count(
-    point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    point: SplitPoint,
+    dictionary: Basis,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    kept_B: jax.Array,
+    last_B: jax.Array,
+) -> tuple[jax.Array, ...]:
     domain_BxT = domain_BxT & kept_B[:, None]
+    place_BxT = last_B[:, None] + 1 - jnp.arange(domain_BxT.shape[1])[None, :]
 
-    def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(array.sum(axis=1) for array in (*fires_and_sizes(dictionary, f_PxTxF), f_PxTxF))
+    def sums(f_PxTxF: jax.Array, place_PxT: jax.Array) -> tuple[jax.Array, ...]:
+        fires_PxTxF, size_PxTxF = fires_and_sizes(dictionary, f_PxTxF)
+        placed_PxTxF = jnp.where(fires_PxTxF, place_PxT[..., None], 0)
+        return tuple(array.sum(axis=1) for array in (fires_PxTxF, size_PxTxF, placed_PxTxF, f_PxTxF))
 
-    sums_BxF = of_features(dictionary, (read_BxTxD, domain_BxT), sums)
+    sums_BxF = of_features(dictionary, (read_BxTxD, domain_BxT, place_BxT), sums)
     counts = domain_BxT.sum(), *(array.sum(axis=0) for array in sums_BxF)
     return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))

@@ -13,7 +13,16 @@ says *yes* of a behaviour where all of this holds:
   behaviours of the run. Both must be small, so taking the larger costs no error (Berger, 1982);
 - the 95 % bootstrap interval, over templates and prompts, of the drop in logit difference minus the draws' mean drop
   lies above zero: what is seen is not owed to a few prompts;
-- accuracy falls by more than a given share, which is what the words "costs the behaviour" mean.
+- accuracy falls by more than a given share, which is what the words "costs the behaviour" mean;
+- the pool of matched features holds at least ``LEAST_SETS`` sets without a feature in common.
+
+Draws from a pool that holds D disjoint sets know the mean of all such sets to one part in D of the variance between
+them, and the tested set, if it is one more of them, lies further from it by the factor (1 + 1/D)^(1/2). So the draws'
+distances from their mean are first multiplied by it, as a prediction interval is wider than the data; without that, a
+run said yes to 9 to 13 % of sets in null worlds with D = 5 (``tests/causal/test_claims.py``).
+
+Draws are run in blocks (``blocks``), and no more of them once none could change a no (``settled_no``): the answer is
+that of all draws, and so is its error rate (curtailed sampling; compare Besag and Clifford, 1991).
 
 An interval alone, over prompts and around the draws' mean, is no such rule: how much sets differ from one another does
 not enter it, and it says yes to a quarter of random sets where features' effects differ.
@@ -28,7 +37,10 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.stats import binomtest
 
+from saejax.results import Interval
+
 LEVEL = 0.05  # of the rule
+LEAST_SETS = 5  # disjoint sets that the pool must hold: of fewer the draws' variance is not known either
 _ROUNDING = 1e-9  # of the largest effect: equal effects differ in their last bits
 
 
@@ -41,6 +53,7 @@ class SetEffects:
       lost_P: 1 where the answer was right and is not any more, -1 the other way round, else 0.
       draw_drop_NxP, draw_lost_NxP: the same without each drawn set.
       template_P: which template each prompt was made from; prompts of one template are not independent.
+      disjoint: how many sets without a feature in common the pool of the draws holds; None: it was not counted.
     """
 
     drop_P: np.ndarray
@@ -48,6 +61,7 @@ class SetEffects:
     draw_drop_NxP: np.ndarray
     draw_lost_NxP: np.ndarray
     template_P: np.ndarray
+    disjoint: int | None = None
 
     @property
     def draws(self) -> int:
@@ -70,6 +84,9 @@ class Claim:
     placebo_low: float  #: lower end of its 95 % Wilson interval
     placebo_high: float  #: its upper end
     least_draws: int  #: draws below which no set can pass, however much it costs
+    draws: int | None = None  #: that were run: fewer than asked for where no further one could change a no
+    prompts: int | None = None  #: on which they were run
+    disjoint_sets: int | None = None  #: that the pool of the draws holds; fewer than 5 allow no yes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,16 +114,18 @@ def claims(effects: Mapping[str, SetEffects], rule: Rule) -> dict[str, Claim]:
     """Applies the rule to the behaviours of a run, and to their draws.
 
     Args:
-      effects: by behaviour; finite, with the same number of draws each, at least 2.
+      effects: by behaviour; finite, with at least 2 draws each. Draws of a behaviour that has fewer stand more than
+        once beside those of the others in the placebo rate.
       rule: its numbers.
     """
-    count = {part.draws for part in effects.values()}
-    if len(count) > 1 or min(count, default=2) < 2:
-        raise ValueError(f"expected as many draws for all behaviours, at least 2: got {sorted(count)}")
+    if min((part.draws for part in effects.values()), default=2) < 2:
+        raise ValueError("expected at least 2 draws of each behaviour")
     candidates = [_Candidates(part, rule) for part in effects.values()]
-    adjusted_BxC = holm_columns(np.stack([each.p_C for each in candidates])) if candidates else np.zeros((0, 0))
+    most = max((part.draws for part in effects.values()), default=0)
+    p_BxC = np.array([[each.p_C[0], *np.resize(each.p_C[1:], most)] for each in candidates])
     found = {}
-    for name, each, adjusted_C in zip(effects, candidates, adjusted_BxC, strict=True):
+    for (name, part), each, adjusted_C in zip(effects.items(), candidates, holm_columns(p_BxC), strict=True):
+        adjusted_C = adjusted_C[: 1 + part.draws]
         passes_C = each.passes(adjusted_C <= rule.level)
         placebo = binomtest(int(passes_C[1:].sum()), each.draws)
         ends = placebo.proportion_ci(method="wilson")
@@ -123,23 +142,47 @@ def claims(effects: Mapping[str, SetEffects], rule: Rule) -> dict[str, Claim]:
             placebo_low=float(ends.low),
             placebo_high=float(ends.high),
             least_draws=rule.least_draws(len(effects)),
+            draws=part.draws,
+            prompts=len(part.drop_P),
+            disjoint_sets=part.disjoint,
         )
     return found
+
+
+def blocks(draws: int) -> list[slice]:
+    """The draws in the order in which they are run, an eighth first, then as many again: after each one may stop."""
+    ends = sorted({max(draws // share, min(draws, 2)) for share in (8, 4, 2, 1)})
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def settled_no(effects: SetEffects, draws: int, rule: Rule) -> bool:
+    """Whether the answer is no whatever the draws that are left cost.
+
+    Args:
+      effects: with the draws that were run.
+      draws: that were asked for in all.
+      rule: its numbers.
+    """
+    too_small = not effects.lost_P.mean() > rule.min_accuracy_drop
+    return too_small or any(
+        1 + as_large(drop_P.mean(), widened(draw_NxP.mean(axis=1), effects.disjoint)) > rule.level * (1 + draws)
+        for drop_P, draw_NxP in ((effects.drop_P, effects.draw_drop_NxP), (effects.lost_P, effects.draw_lost_NxP))
+    )
 
 
 class _Candidates:
     """The tested set (candidate 0) and the draws, each judged beside all draws but itself; C is 1 + N."""
 
     def __init__(self, effects: SetEffects, rule: Rule):
-        self.draws, self._rule = effects.draws, rule
+        self.draws, self._rule, self._disjoint = effects.draws, rule, effects.disjoint
         self._share_RxP = resampled_shares(effects.template_P, rule.resamples, rule.seed)
         self._drop_CxP = np.concatenate([effects.drop_P[None], effects.draw_drop_NxP]).astype(np.float64)
         lost_CxP = np.concatenate([effects.lost_P[None], effects.draw_lost_NxP]).astype(np.float64)
         if not np.isfinite(self._drop_CxP).all() or not self._drop_CxP.shape[1]:
             raise ValueError(f"expected finite effects on at least one prompt: got {self._drop_CxP.shape}")
         self._lost_C = lost_CxP.mean(axis=1)
-        self.p_drop_C = randomisation_p(self._drop_CxP.mean(axis=1))
-        self.p_lost_C = randomisation_p(self._lost_C)
+        self.p_drop_C = randomisation_p(self._drop_CxP.mean(axis=1), effects.disjoint)
+        self.p_lost_C = randomisation_p(self._lost_C, effects.disjoint)
 
     @property
     def p_C(self) -> np.ndarray:
@@ -149,6 +192,8 @@ class _Candidates:
     def passes(self, small_C: np.ndarray) -> np.ndarray:
         """Which candidates pass, of those whose adjusted p is small; intervals are computed for these alone."""
         passes_C = small_C & (self._lost_C > self._rule.min_accuracy_drop)
+        if self._disjoint is not None and self._disjoint < LEAST_SETS:
+            passes_C = np.zeros_like(passes_C)
         for candidate in np.flatnonzero(passes_C):
             passes_C[candidate] = self.interval(int(candidate))[0] > 0
         return passes_C
@@ -156,32 +201,55 @@ class _Candidates:
     def interval(self, candidate: int) -> tuple[float, float]:
         """The 95 % bootstrap interval of a candidate's drop minus the mean drop of the other draws."""
         others_CxP = np.delete(self._drop_CxP, [0, candidate], axis=0)
-        beyond_P = self._drop_CxP[candidate] - others_CxP.mean(axis=0)
-        low, high = np.quantile(self._share_RxP @ beyond_P, (0.025, 0.975))
-        return float(low), float(high)
+        found = interval_over_templates(self._drop_CxP[candidate] - others_CxP.mean(axis=0), self._share_RxP)
+        return found.low, found.high
 
 
-def randomisation_p(effect_C: np.ndarray) -> np.ndarray:
+def randomisation_p(effect_C: np.ndarray, disjoint: int | None = None) -> np.ndarray:
     """(1 + draws that cost at least as much) / (1 + draws) of each candidate, [C].
 
     Args:
       effect_C: mean effects; the first is that of the tested set, the others are those of the draws. A draw is compared
         with all other draws, not with itself and not with the tested set.
+      disjoint: how many disjoint sets their pool holds; None: as many as there are draws.
     """
     tested, draws_N = effect_C[0], effect_C[1:]
-    rounding = _ROUNDING * max(np.abs(effect_C).max(), 1e-300)
-    rising_N = np.sort(draws_N)
+    wide_N = widened(draws_N, disjoint)
+    own = (1 + as_large(tested, wide_N)) / (1 + len(draws_N))
+    # A draw that lies above the mean counts itself: the 1 is in it.
+    return np.concatenate([[own], np.maximum(as_large(draws_N, wide_N), 1) / len(draws_N)])
 
-    def as_large(value: np.ndarray) -> np.ndarray:
-        return len(draws_N) - np.searchsorted(rising_N, value - rounding, side="left")
 
-    own = (1 + as_large(tested)) / (1 + len(draws_N))
-    return np.concatenate([[own], as_large(draws_N) / len(draws_N)])  # each of them counts itself: the 1 is in it
+def widened(draws_N: np.ndarray, disjoint: int | None) -> np.ndarray:
+    """The draws as far from their mean as one more set may lie, given how many disjoint sets their pool holds."""
+    if disjoint is None:
+        return draws_N
+    mean = draws_N.mean()
+    return mean + (draws_N - mean) * np.sqrt(1 + 1 / max(disjoint, 1))
+
+
+def as_large(value: np.ndarray, draws_N: np.ndarray) -> np.ndarray:
+    """How many draws cost at least as much as each value; equal but for rounding is at least as much."""
+    rounding = _ROUNDING * max(np.abs(value).max(initial=0.0), np.abs(draws_N).max(initial=0.0), 1e-300)
+    return len(draws_N) - np.searchsorted(np.sort(draws_N), value - rounding, side="left")
+
+
+def interval_over_templates(values_P: np.ndarray, share_RxP: np.ndarray) -> Interval:
+    """The mean over prompts and its 95 % bootstrap interval.
+
+    Args:
+      values_P: one number per prompt.
+      share_RxP: of bootstrap samples; see ``resampled_shares``.
+    """
+    low, high = np.quantile(share_RxP @ values_P, (0.025, 0.975))
+    return Interval(float(np.mean(values_P)), float(low), float(high))
 
 
 def holm_columns(p_BxC: np.ndarray) -> np.ndarray:
     """Holm's adjusted p-values over the first axis, [B, C]; see ``statistics.holm``."""
     count = len(p_BxC)
+    if not count:
+        return p_BxC
     order_BxC = np.argsort(p_BxC, axis=0, kind="stable")
     rising_BxC = np.take_along_axis(p_BxC, order_BxC, axis=0) * np.arange(count, 0, -1)[:, None]
     adjusted_BxC = np.empty_like(p_BxC)

@@ -6,17 +6,21 @@ effect is measured, and on those that lend what stands in a removed feature's pl
 
 - *firing rate*: the share of positions at which the feature fires (activation above zero; in a linear dictionary, its
   size above the dictionary's threshold),
-- *mean activation*: the mean of the activation's size over the positions at which it fires, and
-- *decoder norm*: the length of its direction; 1 in most dictionaries, but not of neurons.
+- *mean activation*: the mean of the activation's size over the positions at which it fires,
+- *decoder norm*: the length of its direction; 1 in most dictionaries, but not of neurons, and
+- *position*: how far from the prompt's end it fires, on average: what is changed late reaches the answer by fewer ways.
 
-The distance between two features is Euclidean in the logarithms of all three, each divided by its standard
-deviation over all features that fire (``coordinates``).
+The distance between two features is Euclidean in the logarithms of all four, each divided by its standard
+deviation over all features that fire (``coordinates``). Features that match one by one may still add up or cancel, so
+of the drawn sets those are kept that change the site by as much together as the tested set does (``nearest_in_size``).
 """
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from saejax.errors import UserError
 
@@ -44,24 +48,25 @@ class FeatureStatistics:
       fires_F: at how many of them each feature fires, int64.
       sum_F: the sizes of each feature's activations summed over those, float64.
       norm_F: lengths of the features' directions; None: they are all alike.
+      place_F: at which token, counted from the prompt's last one as 1, each feature fires, summed over its positions,
+        float64; None: it is not known.
     """
 
     positions: int
     fires_F: np.ndarray
     sum_F: np.ndarray
     norm_F: np.ndarray | None = None
+    place_F: np.ndarray | None = None
 
     @classmethod
-    def total(
-        cls, parts: Iterable[tuple[int, np.ndarray, np.ndarray]], norm_F: np.ndarray | None = None
-    ) -> "FeatureStatistics":
-        """Adds up (positions, fires_F, sum_F) of disjoint sets of positions; sums are in float64."""
-        positions, fires_F, sum_F = 0, np.zeros((), np.int64), np.zeros((), np.float64)
-        for part_positions, part_fires_F, part_sum_F in parts:
+    def total(cls, parts: Iterable[Sequence], norm_F: np.ndarray | None = None) -> "FeatureStatistics":
+        """Adds up (positions, fires_F, sum_F), and perhaps place_F, of disjoint sets of positions, in float64."""
+        positions, sums = 0, [np.zeros(()), np.zeros(())]
+        for part_positions, *part_sums in parts:
             positions += int(part_positions)
-            fires_F = fires_F + np.asarray(part_fires_F, np.int64)
-            sum_F = sum_F + np.asarray(part_sum_F, np.float64)
-        return cls(positions, fires_F, sum_F, norm_F)
+            sums += [np.zeros(())] * (len(part_sums) - len(sums))
+            sums = [whole + np.asarray(part_F, np.float64) for whole, part_F in zip(sums, part_sums, strict=True)]
+        return cls(positions, np.asarray(sums[0], np.int64), sums[1], norm_F, sums[2] if len(sums) > 2 else None)
 
     @property
     def firing_rate_F(self) -> np.ndarray:
@@ -81,7 +86,8 @@ class FeatureStatistics:
     def coordinates(self, features: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where N features that fire stand for matching, [N, C]; see ``coordinates``."""
         norm_N = None if self.norm_F is None else self.norm_F[features]
-        return coordinates(self.firing_rate_F[features], self.mean_activation_F[features], norm_N)
+        place_N = None if self.place_F is None else (self.place_F / np.maximum(self.fires_F, 1))[features]
+        return coordinates(self.firing_rate_F[features], self.mean_activation_F[features], norm_N, place_N)
 
     def firing(self, features: Sequence[int]) -> list[int]:
         """Those of some features that fire anywhere."""
@@ -94,16 +100,19 @@ class FeatureStatistics:
         )
 
 
-def coordinates(rate_N: np.ndarray, size_N: np.ndarray, norm_N: np.ndarray | None = None) -> np.ndarray:
-    """Logarithms of N features' firing rates, sizes and decoder norms, each in units of its standard deviation, [N, C].
+def coordinates(
+    rate_N: np.ndarray, size_N: np.ndarray, norm_N: np.ndarray | None = None, place_N: np.ndarray | None = None
+) -> np.ndarray:
+    """Logarithms of what N features are matched by, each in units of its standard deviation, [N, C].
 
     What is the same for all of them is 0. A direction of no length counts as a millionth of the longest one.
 
     Args:
-      rate_N, size_N: above 0.
-      norm_N: at least 0; None: they are all alike.
+      rate_N, size_N: firing rates and sizes, above 0.
+      norm_N: decoder norms, at least 0; None: they are all alike.
+      place_N: the mean token at which each fires, counted from the end, at least 1; None: it is not known.
     """
-    columns = [rate_N, size_N]
+    columns = [rate_N, size_N] + ([place_N] if place_N is not None else [])
     if norm_N is not None:
         longest = norm_N.max(initial=0.0)
         columns.append(np.maximum(norm_N, 1e-6 * longest if longest else 1.0))
@@ -133,6 +142,11 @@ def nearest_features(statistics: FeatureStatistics, features: Sequence[int]) -> 
     own_KxC, other_CxC = (place_NxC[np.searchsorted(firing_N, some)] for some in (features_K, candidates_C))
     apart_KxC = np.square(own_KxC[:, None, :] - other_CxC[None, :, :]).sum(axis=2)
     return candidates_C[np.argsort(apart_KxC, axis=1, kind="stable")]
+
+
+def fitting_matches(statistics: FeatureStatistics, features: Sequence[int], matches: int) -> int:
+    """As many of ``matches`` as ``draw_controls`` can always give a choice among; at least 1, which it may refuse."""
+    return max(min(matches, int(statistics.fires_at_all_F.sum()) - 2 * len(features) + 1), 1)
 
 
 def draw_controls(
@@ -181,14 +195,65 @@ def draw_controls(
     return drawn_NxK
 
 
+def nearest_in_size(size_N: np.ndarray, wanted: float, count: int) -> np.ndarray:
+    """Which ``count`` of N sets change the site by most nearly as much as the tested one, in their order.
+
+    Args:
+      size_N: how much each set changes the site, at least 0; see ``joint_size``.
+      wanted: the same of the tested set.
+      count: at most N.
+    """
+    least = max(1e-6 * max(wanted, size_N.max(initial=0.0)), 1e-300)
+    apart_N = np.abs(np.log(np.maximum(size_N, least)) - np.log(max(wanted, least)))
+    return np.sort(np.argsort(apart_N, kind="stable")[:count])
+
+
+def joint_size(change_KxK: np.ndarray, features_K: np.ndarray, sets: Sequence[Sequence[int]]) -> np.ndarray:
+    """The norm of what removing each set changes at the site, [S]: that of the sum, not the sum of the norms.
+
+    Args:
+      change_KxK: inner products of what removing each of K features changes, over all positions.
+      features_K: which features they are, rising.
+      sets: of them.
+    """
+    places = [np.searchsorted(features_K, np.asarray(one, np.int64)) for one in sets]
+    return np.sqrt([max(float(change_KxK[np.ix_(place, place)].sum()), 0.0) for place in places])
+
+
+def disjoint_sets(statistics: FeatureStatistics, features: Sequence[int], matches: int) -> int:
+    """How many control sets without a feature in common the pool holds: each one's ``matches`` nearest features.
+
+    Found by bisection: m sets are there if m copies of each of K slots can be given different features, which is a
+    maximum matching in a bipartite graph.
+
+    Args:
+      statistics: measured on the prompts and positions of the test.
+      features: K distinct features that fire there.
+      matches: how many nearest features of each are in the pool.
+    """
+    pool_KxM = nearest_features(statistics, features)[:, :matches]
+    count, width = pool_KxM.shape
+    low, high = 0, len(np.unique(pool_KxM)) // max(count, 1)
+    while low < high:
+        copies = (low + high + 1) // 2
+        columns = np.repeat(pool_KxM, copies, axis=0).reshape(-1)
+        starts = np.arange(count * copies + 1) * width
+        graph = csr_array(
+            (np.ones(len(columns), bool), columns, starts), shape=(count * copies, len(statistics.fires_F))
+        )
+        fits = (maximum_bipartite_matching(graph, perm_type="column") >= 0).all()
+        low, high = (copies, high) if fits else (low, copies - 1)
+    return low
+
+
 def match_ratios(
     statistics: FeatureStatistics, features: Sequence[int], controls_NxK: np.ndarray
 ) -> dict[str, float | None]:
     """How well the controls match: the median over draws and features of control / feature.
 
     Returns:
-      ``firing_rate_ratio``, ``activation_ratio`` and ``norm_ratio``; near 1 where the match is good, None with no
-      features or where the tested ones' values are 0.
+      ``firing_rate_ratio``, ``activation_ratio``, ``norm_ratio`` and, where positions are known, ``place_ratio``; near
+      1 where the match is good, None with no features or where the tested ones' values are 0.
     """
     features_1xK = np.asarray(features, np.int64)[None, :]
 
@@ -197,8 +262,11 @@ def match_ratios(
         return float(np.median(value_F[controls_NxK] / own_1xK)) if controls_NxK.size and own_1xK.all() else None
 
     norm_F = np.ones(len(statistics.fires_F)) if statistics.norm_F is None else statistics.norm_F
-    return dict(
+    found = dict(
         firing_rate_ratio=ratio(statistics.firing_rate_F),
         activation_ratio=ratio(statistics.mean_activation_F),
         norm_ratio=ratio(norm_F),
     )
+    if statistics.place_F is not None:
+        found["place_ratio"] = ratio(statistics.place_F / np.maximum(statistics.fires_F, 1))
+    return found

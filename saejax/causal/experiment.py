@@ -14,6 +14,7 @@ class Experiment(Protocol):
     """A behaviour on a model and a dictionary of F features, with N positions of train and P test prompts."""
 
     name: str
+    templates: Sequence[str]  # of the test prompts, in their order
 
     def attribution(self) -> np.ndarray:
         """Each feature's attribution, mean over the train prompts, [F]."""
@@ -30,8 +31,14 @@ class Experiment(Protocol):
     def train_values(self) -> np.ndarray:
         """Values of the site on the train prompts, [N, D]."""
 
-    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
-        """The logit difference of each test prompt without each set of features."""
+    def answer_means(self) -> np.ndarray:
+        """Means of the site's last value over the train prompts of each of G correct answers, [G, D]."""
+
+    def changes(self, features: Sequence[int]) -> np.ndarray:
+        """Inner products of what removing each of K features changes at the site, mean over test prompts, [K, K]."""
+
+    def ablate(self, sets: Sequence[Sequence[int]], prompts: Sequence[int] | None = None) -> LogitDiffs:
+        """The logit difference of each test prompt, or of those at these places, without each set of features."""
 
     def ablate_train(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
         """The logit difference of each train prompt without each set of features."""

@@ -11,6 +11,8 @@ class ControlMatch:
     activation_ratio: float | None  #: of mean activations
     #: of decoder norms. None, as in the others, without features, or where a feature's own value is 0.
     norm_ratio: float | None
+    place_ratio: float | None = None  #: of the mean token, counted from the prompt's end, at which they fire
+    size_ratio: float | None = None  #: of how much whole sets change the site; median over draws
 
 
 @dataclasses.dataclass(frozen=True)

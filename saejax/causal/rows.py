@@ -14,6 +14,7 @@ from saejax.models.tokens import few_lengths
 from saejax.models.tree import Tree
 
 _STEP = 8  # rows and tokens are filled up to a multiple of this
+_MANY = 8  # from so many batches on, to a multiple of 32: the programs of one call serve the next, whose rows differ
 _PROGRAM = 16384  # tokens whose attention runs in the time in which a program of another shape is compiled, roughly
 
 
@@ -41,7 +42,8 @@ class RowBatch:
     Attributes:
       shards: the rows of each.
       size, length, tokens: rows, tokens of a row, and tokens of a shard, with those that fill it up: R, T and N.
-      features_K: all features that the sets hold, rising; the same object in all batches that share them.
+      features_K: all features that the sets hold, rising, the last one repeated up to a power of two; the same object
+        in all batches that share them.
     """
 
     shards: list[SetRows]
@@ -137,6 +139,7 @@ def batches_of(
     for chosen in _chunks(sets, features):
         features_K = np.unique(np.concatenate([sets[s] for s in chosen]))
         features_K = features_K if len(features_K) else np.zeros(1, np.int64)  # programs have no empty arrays
+        features_K = np.pad(features_K, (0, 2 ** (len(features_K) - 1).bit_length() - len(features_K)), mode="edge")
         number_N, order_N = np.nonzero((first_SxP[chosen] <= prompts.last_P[None, :])[:, place_P])
         set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
         rows = SetRows(set_N, place_N, first_SxP[set_N, place_N])
@@ -147,8 +150,9 @@ def batches_of(
             own, length = rows[shape_N == shape], int(lengths[shape])
             parts = _parts(own, prompts, length, max(most // shards, 1))
             parts += [own[:0]] * (-len(parts) % shards)
-            size = _filled(max(len(part.set_N) for part in parts))
-            tokens = _filled(max(_distinct(part, prompts, length) for part in parts))
+            step = 4 * _STEP if len(parts) >= _MANY * shards else _STEP
+            size = _filled(max(len(part.set_N) for part in parts), step)
+            tokens = _filled(max(_distinct(part, prompts, length) for part in parts), step)
             for first in range(0, len(parts), shards):
                 batches.append(RowBatch(parts[first : first + shards], size, length, tokens, features_K))
     return batches
@@ -170,8 +174,8 @@ def _distinct(rows: SetRows, prompts: Prompts, length: int) -> int:
     return len(np.unique(key_NxT[real_NxT]))
 
 
-def _filled(count: int) -> int:
-    return max(-(-count // _STEP), 1) * _STEP
+def _filled(count: int, step: int) -> int:
+    return max(-(-count // step), 1) * step
 
 
 def _chunks(sets: Sequence[np.ndarray], features: int) -> Iterator[list[int]]:

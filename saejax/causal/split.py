@@ -87,7 +87,7 @@ class SplitModel:
         self.params = model.params
         # By way of the host: the mesh may reach over processes that each loaded the dictionary, or hold parts of it.
         self.dictionary = jax.device_put(jax.tree.map(to_host, dictionary), sharding(model.mesh))
-        self._model, self._positions, self._error = model, positions, error
+        self._model, self._positions, self.error = model, positions, error
 
     def run(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
         """Runs prompts without an edit, sorted by length, in groups of at most ``GROUP_TOKENS`` tokens.
@@ -159,7 +159,7 @@ class SplitModel:
         for first in range(0, len(ids_BxT), PROMPTS):
             own = slice(first, first + PROMPTS)
             rows = self.by_row(ids_BxT[own], last_B[own], wanted_BxT[own])
-            *part, finite_B = run_head(self.point, self._error, self.params, self.dictionary, *rows)
+            *part, finite_B = run_head(self.point, self.error, self.params, self.dictionary, *rows)
             for row in np.flatnonzero(~np.asarray(finite_B))[:1]:
                 raise UserError(
                     f"the value of {self.point.site} is not finite in the prompt {texts[first + row]!r}: the "

@@ -86,7 +86,7 @@ def ablate(
     else:
         experiment = _NamedFeatures(features, dictionary.config.n_features, split, name, prompts, config)
     results, measured = verdict.judge(name, experiment, config)
-    sets = measured.top_KxP, measured.joint_P, measured.controls_NxP
+    sets = measured.top_KxP, measured.joint_P, measured.controls_NxQ
     return Ablation(measured.top, measured.clean_P, *sets, results)
 
 

@@ -1,5 +1,6 @@
 """The frame of the report: what was done, what was left out, how far the answer reaches, how to run it again."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -37,8 +38,9 @@ def lead(found: Findings) -> tuple[str, ...]:
         "a token.",
         f"For each behaviour the {ablate.top} features with the largest estimated effect on the answer were chosen "
         f"on one set of prompts and removed together on {prompt_count(found)} others. The same was done with "
-        f"{ablate.draws} draws of as many random features that fire as often and as strongly on those prompts. "
-        "Where the first harms the model and the second does not, the features cause part of the behaviour.",
+        f"up to {ablate.draws} draws of as many random features that fire as often and as strongly on those prompts, "
+        "with other bases of the same place at equal dose, on the other behaviours and on held-out text. Four answers, "
+        "each of which asks for more than the one before, say what follows for the features.",
     )
 
 
@@ -65,8 +67,7 @@ def limits(found: Findings) -> Section:
     settings = found.settings()
     fewest = min(one.test.n for one in behaviours.values())
     ratios = "; ".join(
-        f"{behaviour(name)} "
-        + ", ".join(map(number, (match.firing_rate_ratio, match.activation_ratio, match.norm_ratio)))
+        f"{behaviour(name)} " + ", ".join(map(number, dataclasses.astuple(match)))
         for name, match in ((name, result.controls.match) for name, result in ablate.behaviours.items())
     )
     items = [
@@ -94,8 +95,9 @@ def limits(found: Findings) -> Section:
         ),
         (
             "The control",
-            "random features are matched in firing rate, activation and decoder norm, not in direction or attribution. "
-            f"Median ratio of control to top feature in each (1 is a perfect match): {ratios}.",
+            "random features are matched in firing rate, activation, decoder norm and the position at which they fire, "
+            "whole sets in how much they change the site together; not in direction or attribution. Median ratio of "
+            f"control to top feature in each (1 is a perfect match): {ratios}.",
         ),
         (
             "Contexts",

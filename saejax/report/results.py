@@ -8,7 +8,7 @@ from collections.abc import Mapping
 class ReportResults:
     """The written report."""
 
-    verdicts: Mapping[str, bool]  #: by behaviour
+    grades: Mapping[str, str]  #: by behaviour, the highest answer that holds; "none"
     figures: tuple[str, ...]  #: names of all
     contexts: Mapping[int, int]  #: feature -> how many contexts are shown
     html_bytes: int  #: of the page

@@ -56,7 +56,7 @@ def run_report(run: Run) -> ReportResults:
     write_text(run.folder / "index.html", page)
     run.say(f"read {run.folder / 'index.html'}")
     return ReportResults(
-        verdicts={name: result.verdict for name, result in ablate.behaviours.items()},
+        grades={name: result.grades.highest for name, result in ablate.behaviours.items()},
         figures=tuple(block.name for part in parts for block in part.blocks if isinstance(block, Picture)),
         contexts={feature: len(found.examples.get(feature, ())) for feature in wanted},
         html_bytes=len(page.encode()),

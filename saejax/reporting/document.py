@@ -19,15 +19,16 @@ from saejax.reporting.tables import Table, escape_markdown, number, visible
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A paragraph; ``strong`` sets it off as something the reader should not miss."""
+    """A paragraph; ``strong`` sets it off as what a reader should not miss, ``alarm`` in red as what is wrong."""
 
     text: str
     strong: bool = False
+    alarm: bool = False
     kind = "text"
 
     def markdown(self) -> str:
         text = escape_markdown(self.text)
-        return f"> {text}" if self.strong else text
+        return f"> **{text}**" if self.alarm else f"> {text}" if self.strong else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,10 @@ class VerdictBlock:
     Attributes:
       name: the behaviour.
       anchor: of the section that shows the details.
-      yes: the verdict.
-      answer: the verdict in words, with its reason.
+      yes: whether any answer holds.
+      badge: the highest answer that holds, in a word or two.
+      answer: the same in a sentence.
+      grades: the answers one by one: in words, "yes", "no" or "not known", and the reason.
       measures: what was measured, on the top features and on the random ones; headings first.
       sentences: what else there is to say.
       flag: doubts that go with it, if any.
@@ -58,7 +61,9 @@ class VerdictBlock:
     name: str
     anchor: str
     yes: bool
+    badge: str
     answer: str
+    grades: tuple[tuple[str, str, str], ...]
     measures: tuple[tuple[str, str, str], ...]
     sentences: tuple[str, ...]
     flag: str = ""
@@ -66,7 +71,11 @@ class VerdictBlock:
 
     def markdown(self) -> str:
         (_, *headings), *rows = self.measures
-        lines = [f"- **{escape_markdown(self.name)}: {'YES' if self.yes else 'NO'}.** {escape_markdown(self.answer)}"]
+        lines = [f"- **{escape_markdown(self.name)}: {escape_markdown(self.badge)}.** {escape_markdown(self.answer)}"]
+        lines += [
+            f"  - {escape_markdown(words)}: **{said}**: {escape_markdown(reason)}"
+            for words, said, reason in self.grades
+        ]
         for what, *values in rows:
             shown = "; ".join(f"{heading}: {value}" for heading, value in zip(headings, values, strict=True))
             lines.append(f"  - {escape_markdown(f'{what}; {shown}')}")

@@ -8,9 +8,12 @@ from saejax.settings.tasks import BENCHMARKS
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
 ESTIMATES = ("gradient", "integrated", "relp")
 READOUTS = ("log_likelihood", "top1", "kl")  # beside the logit difference
-BASES = ("neurons", "components", "random")  # those that need no folder
+BASES = ("neurons", "components", "random", "difference")  # those that need no folder
 PROBE_LABELS = ("behaviour", "answer", "parity", "correct", "number")
-_MATCHES = "how many features, the nearest by firing rate, activation size and decoder norm, each control is drawn from"
+_MATCHES = (
+    "how many features, the nearest by firing rate, activation size, decoder norm and the position at which they fire, "
+    "each control is drawn from"
+)
 PATCHABLE = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 
 
@@ -57,10 +60,19 @@ class AblateConfig(Config):
         "often it is the likeliest of all, and the divergence from the clean next-token probabilities",
     )
     baselines: tuple[str, ...] = setting(
-        (),
-        "other bases to run the same experiment on: neurons (of the layer's MLP), components (principal, of the site "
-        "on the train prompts), random (an untrained dictionary), or the folder of a dictionary, such as one trained "
-        "with --train.freeze=decoder",
+        BASES,
+        "other bases to compare with at equal dose: neurons (of the layer's MLP), components (principal, of the site "
+        "on the train prompts), random (an untrained dictionary), difference (of the site's means by answer), or the "
+        "folder of a dictionary, such as one trained with --train.freeze=decoder; empty: none",
+    )
+    text_documents: int = setting(
+        8,
+        "held-out documents of the corpus, 128 tokens of each, on which removing features must leave cross-entropy as "
+        "it is; 0: none, and it is not known whether effects are selective",
+        low=0,
+    )
+    max_ce_rise: float = setting(
+        0.05, "selective: removing the top features must raise cross-entropy on that text by less, in nats", low=0.0
     )
     compare: tuple[str, ...] = setting(
         (),
@@ -79,8 +91,16 @@ class AblateConfig(Config):
         "removal with the set costs most; judged on test prompts beside as many top features (0: none)",
         low=0,
     )
-    draws: int = setting(100, "draws of as many matched random features", low=2)
-    matches: int = setting(10, _MATCHES, low=1)
+    draws: int = setting(
+        1000, "draws of as many matched random features; fewer are run where no further one could change a no", low=2
+    )
+    draw_prompts: int = setting(
+        20,
+        "test prompts on which drawn sets are removed, and the top features beside them, spread evenly over templates; "
+        "0: all",
+        low=0,
+    )
+    matches: int = setting(40, _MATCHES, low=1)
     seed: int = setting(
         456, "seed of the control draws, the bootstrap, the permutations and random replacements", low=0
     )

@@ -20,6 +20,7 @@ class LinearExperiment:
         self.f_PxF[:, list(dead)] = 0.0
         self.gain_PxF = np.broadcast_to(gain_F, self.f_PxF.shape).astype(np.float64)
         self.base_P = np.full(prompts, base, np.float64)
+        self.templates = [""] * prompts
         self.attribution_F = rate_F * size_F * gain_F if attribution_F is None else np.asarray(attribution_F)
 
     def attribution(self):
@@ -43,7 +44,12 @@ class LinearExperiment:
     def ablate_train(self, sets):
         return self.ablate(sets)  # the same prompts: what is learnt on them holds on them
 
-    def ablate(self, sets):
+    def changes(self, features):
+        f_PxK = self.f_PxF[:, list(features)]  # every feature has a direction of its own, of length 1
+        return np.diag(np.square(f_PxK).mean(axis=0))
+
+    def ablate(self, sets, prompts=None):
         drop_SxP = np.array([self.drop(s) for s in sets]).reshape(len(sets), len(self.f_PxF))
-        nothing_P = np.zeros(len(self.f_PxF))
-        return LogitDiffs(self.clean(), self.clean()[None, :] - drop_SxP, nothing_P, drop_SxP.size, drop_SxP.size)
+        chosen = slice(None) if prompts is None else prompts
+        clean_P, drop_SxP = self.clean()[chosen], drop_SxP[:, chosen]
+        return LogitDiffs(clean_P, clean_P[None, :] - drop_SxP, 0 * clean_P, drop_SxP.size, drop_SxP.size)

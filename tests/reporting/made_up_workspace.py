@@ -126,13 +126,39 @@ def made_up_effects(name: str, rng, top: int, draws: int) -> dict:
         ),
         difference={key: value - mean for key, value in drop.items()},
         percentile=1.0 if strong else 0.93,
-        verdict=strong,
-        reason=(
-            "Yes: without the 20 features accuracy goes from 95 % to 40 %, a drop of 55.0 points (more than 5), and "
-            "the logit difference falls by 4.30, which beyond matched random features is 4.19 [3.49, 4.89]."
-            if strong
-            else "No: without the 20 features accuracy goes from 95 % to 90 %, a drop of 5.0 points (not more than 5)"
+        grades=made_up_grades(name, strong),
+        **(dict(doses=made_up_doses()) if strong else {}),
+    )
+
+
+def made_up_grades(name: str, strong: bool) -> dict:
+    harms = (
+        "without the 20 features accuracy goes from 95 % to 40 %, a drop of 55.0 points (more than 5)"
+        if strong
+        else "without the 20 features accuracy goes from 95 % to 90 %, a drop of 5.0 points (not more than 5)"
+    )
+    said = dict(
+        harms=(strong, harms),
+        beyond_matched=(strong, "the logit difference falls by 4.19 [3.49, 4.89] more than with matched random sets"),
+        beyond_bases=(
+            name == "agreement" if strong else None,
+            "at equal dose less is lost along those of: neurons" if strong else "no other basis was compared",
         ),
+        selective=(False, "Addition suffers, too"),
+    )
+    highest = "none" if not strong else "beyond_bases" if name == "agreement" else "beyond_matched"
+    return {grade: dict(holds=holds, reason=why) for grade, (holds, why) in said.items()} | dict(highest=highest)
+
+
+def made_up_doses() -> dict:
+    curve = dict(size=512, top=[1, 2, 3], sizes=[1, 3], dose=[1.0, 2.5], logit_diff_drop=[0.6, 1.9], kl=[0.01, 0.02])
+    apart = dict(reach=2.0, features=1.2, basis=0.7, difference=interval(0.5, 0.2))
+    level = dict(reach=2.0, features=1.2, basis=1.1, difference=interval(0.1, 0.2))
+    return dict(
+        features=curve,
+        neurons=curve | dict(by_norm=apart, by_kl=apart),
+        components=curve | dict(by_norm=level, by_kl=apart),
+        difference=dict(reason="its train prompts have one answer, so there is no difference of means"),
     )
 
 
@@ -218,7 +244,7 @@ def make_workspace(
         replacement="zero",
         top=top,
         draws=draws,
-        rule="Yes if removing the top 20 features together lowers accuracy by more than 5 percentage points.",
+        rule="Removing the top 20 features together harms a behaviour if accuracy falls by more than 5 points.",
         behaviours={name: made_up_effects(name, rng, top, draws) for name in NAMES},
     )
     sinks = dict(position_0=1017, beyond=41, share_beyond=0.0016)

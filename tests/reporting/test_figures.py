@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
 from saejax.causal.ablate import report_figures as figures
-from saejax.causal.ablate.results import CumulativeCurve, CurvePoints
+from saejax.causal.ablate.results import CumulativeCurve, CurvePoints, DoseCurve
 from saejax.causal.patching import report as patching
 from saejax.causal.patching.grid import PatchingGrid
 from saejax.causal.patching.sites import DIRECTIONS
@@ -106,12 +106,13 @@ def probes_figure():
     return probes.probes({name: probe_rows() for name in NAMES})
 
 
-def bases_figure(count=4):
+def doses_figure(count=4):
+    sizes = tuple(range(1, 7))
     rows = {
-        name: figures.Effect(interval(mean, 0.4), [0.1 * mean])
-        for name, mean in (("features", 3.0), ("MLP neurons", 1.0), ("principal components", 2.5), ("own-frozen", -0.1))
+        name: DoseCurve(500, sizes, sizes, tuple(wide * s for s in sizes), tuple(deep * s for s in sizes), None)
+        for name, wide, deep in (("top features", 3.0, 1.0), ("MLP neurons", 1.0, 2.5), ("own-frozen", 20.0, -0.1))
     }
-    return figures.bases(dict.fromkeys(NAMES[:count], rows))
+    return figures.doses(dict.fromkeys(NAMES[:count], rows))
 
 
 def heatmap_figure(layers=30, length=14, reason=None):
@@ -128,8 +129,8 @@ def heatmap_figure(layers=30, length=14, reason=None):
 
 
 DRAWN = [
-    bases_figure,
-    lambda: bases_figure(1),
+    doses_figure,
+    lambda: doses_figure(1),
     cumulative_figure,
     lambda: cumulative_figure(1, 0),
     lambda: cumulative_figure(2, 1),
@@ -248,7 +249,7 @@ def test_a_heatmap_holds_the_cells_with_the_first_layer_at_the_bottom():
 
 
 def test_each_basis_stands_beside_its_own_random_directions():
-    axes = bases_figure(1).axes[0]
+    axes = doses_figure(1).axes[0]
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
     assert [line.get_xdata()[0] for line in crosses] == pytest.approx([0.3, 0.1, 0.25, -0.01])
     assert [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()][1] == "MLP neurons"

@@ -91,8 +91,8 @@ def test_the_page_is_complete_in_itself(made):
 
 def test_figures_are_written_embedded_and_described(made):
     folder, results, page = made
-    names = {"ablation", "baselines", "training", "density", "cumulative", "every_feature_agreement"}
-    names |= {f"features_{name}" for name in results.verdicts}
+    names = {"ablation", "baselines", "training", "density", "cumulative", "doses", "every_feature_agreement"}
+    names |= {f"features_{name}" for name in results.grades}
     assert set(results.figures) == names
     assert {path.name for path in (folder / "figures").iterdir()} == {
         f"{n}.{end}" for n in names for end in ("png", "svg")
@@ -120,10 +120,13 @@ def both(made):
 
 
 def test_both_say_the_verdicts_and_their_figures(made):
-    assert made[1].verdicts == dict(agreement=True, capital=True, greater_than=False, addition=False)
+    grades = dict(agreement="beyond_bases", capital="beyond_matched", greater_than="none", addition="none")
+    assert made[1].grades == grades
     for text in both(made):
-        assert "Yes for 2 of 4 behaviours: Subject-verb agreement, Capital of a country." in text
-        assert "do not beat the matched random ones on: Greater-than on years." in text
+        assert "The top features cost Subject-verb agreement more than other bases at equal dose, but not these" in text
+        assert "Not shown that removing the top features costs Greater-than on years, Single-digit addition." in text
+        assert "do as well or better: Subject-verb agreement: principal components; Capital of a country: princ" in text
+        assert "difference of means, Capital of a country: its train prompts have one answer" in text
         assert "55 [35, 75]" in text and "4.30 [3.60, 5.00]" in text  # the top features, with intervals
         assert text.count("The interval of the accuracy lost reaches zero") == 1 and "10 [0, 25]" in text  # capital
         assert "0.00 in every draw" in text  # a control without spread
@@ -131,9 +134,9 @@ def test_both_say_the_verdicts_and_their_figures(made):
         assert "Accuracy 0.70 on test prompts is below 0.80; separation −0.1 is below 1.00." in text  # the flags
         assert "−0.10 [−∞, 1.20]" in text
         assert not re.search(r"[ \[]-\d", text)  # true minus signs
-        assert "Yes if removing the top 20 features together" in text  # the rule
-        assert text.count("These features cause part of the behaviour.") == 2
-        assert text.count("Not shown that these features cause it.") == 2
+        assert "Removing the top 20 features together harms a behaviour if" in text  # the rule
+        assert text.count("Not shown that removing these features costs the behaviour.") == 2
+        assert "Beyond other bases at equal dose: not known" in text and "less is lost along those of: MLP neu" in text
 
 
 def test_all_features_are_shown_where_they_were_measured(made):
@@ -158,7 +161,6 @@ def test_the_control_stands_beside_the_top_features(made):
     shown = f"{draws.mean():.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
     for text in both(made):
         assert shown in text
-        assert text.count("The top features do not beat the matched random ones. Together") == 1  # greater_than
 
 
 def test_both_say_scores_sinks_and_settings(made):
@@ -239,7 +241,7 @@ def test_all_no_one_dictionary_long_lists_and_an_empty_one(tmp_path):
     summary = read_json(inputs["ablate/topk"] / SUMMARY)
     results = summary["results"]["behaviours"]
     for result in results.values():
-        result |= dict(verdict=False, reason="No: too little")
+        result["grades"] |= dict(harms=dict(holds=False, reason="too little"), highest="none")
     nothing = results["addition"]
     nothing["top"], nothing["joint"]["n"] = [], 0
     nothing["controls"] |= dict(
@@ -249,34 +251,34 @@ def test_all_no_one_dictionary_long_lists_and_an_empty_one(tmp_path):
     run = make_run(tmp_path, inputs, title="Is <this> & that so?", features=1)
     assert run_report(run).figures.count("features_addition") == 0
     text = Page((run.folder / "index.html").read_text()).text
-    assert "No: for none of the 4 behaviours do the top features pass the test." in text
+    assert text.count("Not shown that removing the top features costs ") == 1
     assert "Is <this> & that so?" in text
     assert "No feature was tested" in text
     assert "The first 50 of 60 features." in text and "The figure shows the first 30." in text
     assert "standard" not in text.replace("standard deviation", "").split("How to reproduce")[0]
 
 
-def test_claims_decide_what_beats_random_features_and_a_rule_that_says_yes_too_often_stands_first(tmp_path):
+def test_a_rule_that_says_yes_too_often_stands_first_in_red(tmp_path):
     inputs = make_workspace(tmp_path, kinds=("topk",), top=3, draws=100)
     summary = read_json(inputs["ablate/topk"] / SUMMARY)
     claim = dict(yes=False, p_logit_diff=0.3, p_accuracy=1.0, p_holm=1.0, behaviours=4, low=0.1, high=1.0)
     placebo = dict(placebo_rate=0.02, placebo_low=0.01, placebo_high=0.07, least_draws=79)
     for result in summary["results"]["behaviours"].values():
-        result |= dict(verdict=False, claim=claim | placebo, difference=dict(mean=0.5, low=0.1, high=1.0))
+        result |= dict(claim=claim | placebo)
     write_json(inputs["ablate/topk"] / SUMMARY, summary)
     run = make_run(tmp_path, inputs)
     run_report(run)
     text = (run.folder / "report.md").read_text().replace("\xa0", " ")
-    assert "do not beat the matched random ones on: " in text and "cost more than the matched random ones" not in text
-    assert "2 % of the matched random sets get a yes by the same rule (1 % to 7 %)" in text
+    assert "2.0 % of the matched random sets pass by the same rule (1.0 % to 7.0 %)" in text
     assert "too often" not in text
     summary["results"]["behaviours"]["capital"]["claim"] |= dict(placebo_rate=0.2, placebo_low=0.13)
     write_json(inputs["ablate/topk"] / SUMMARY, summary)
     run_report(run)
-    assert (
-        "The rule says yes too often to random features on: Capital of a country."
-        in (run.folder / "report.md").read_text()
-    )
+    said = "The rule says yes too often to random features on: Capital of a country."
+    assert said in (run.folder / "report.md").read_text()
+    page = (run.folder / "index.html").read_text()
+    assert f'<p class="strong alarm">{said}' in page
+    assert page.index(said) < page.index("that removing the top features costs")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Sections of the report that a made-up workspace does not have: benchmarks, probes, studies."""
 
+import dataclasses
 import types
 from pathlib import Path
 
 from saejax.causal.ablate import report_sets
-from saejax.causal.ablate.results import AblateResults, ComparedBasis, UncomparedBasis
+from saejax.causal.ablate.results import AblateResults, DoseCurve, EqualDose, UncomparedBasis
 from saejax.causal.patching import report as patching
 from saejax.causal.patching.results import FeaturePatchResults
 from saejax.causal.probes import report as probes
@@ -74,18 +75,18 @@ def test_without_benchmarks_there_is_no_section():
     assert tasks.benchmark_sections(findings()) == []
 
 
-def test_a_basis_that_was_not_compared_is_said():
-    compared = partly(ComparedBasis, joint=some(logit_diff_drop=interval(0.4)), control_drop=0.1)
-    result = some(
-        controls=some(logit_diff_drop=[0.1, 0.3]),
-        joint=some(logit_diff_drop=interval(2.0)),
-        baselines=dict(neurons=UncomparedBasis("only 2 features fire"), random=compared),
-    )
+def test_bases_are_shown_at_equal_dose_and_one_that_was_not_compared_is_said():
+    curve = DoseCurve(160, (4, 2), (1, 2), (1.0, 2.0), (0.3, 0.4), (0.1, 0.2))
+    apart = EqualDose(1.5, 0.9, 0.4, interval(0.5))
+    doses = dict(features=curve, random=dataclasses.replace(curve, by_norm=apart))
+    result = some(doses=doses | dict(neurons=UncomparedBasis("this model norms what its neurons add")))
     found = findings(topk=partly(AblateResults, top=3, behaviours=dict(capital=result)))
     (section,) = report_sets.bases(found, draw)
-    picture, said = section.blocks
+    picture, table, said = section.blocks
     assert "untrained dictionary 0.40" in picture.alt and "neurons" not in picture.alt
-    assert said.markdown() == "Not compared: MLP neurons, Capital of a country: only 2 features fire."
+    row = ("Capital of a country", "untrained dictionary (160)", "0.90 / 0.40", "0.50 [0.40,\u00a00.60]", "–", "–")
+    assert table.rows == (row,)
+    assert said.markdown().startswith("Not compared: MLP neurons, Capital of a country: this model norms")
 
 
 def test_agreement_with_other_dictionaries():

@@ -7,12 +7,16 @@
   mean along it.
 - ``random``: a dictionary that was never trained: random unit directions, as many as the dictionary has features, and
   as many active per position, the largest projections.
+- ``difference``: differences of means. The site's value at the last position is averaged over the train prompts of each
+  correct answer; the directions are the principal ones of these means around their own mean, of two answers their
+  difference. Removing one sets the value to the mean along it, as with components.
 
 Published work finds neurons and random dictionaries close to trained ones on many scores; a dictionary whose top
 features do no more than these has not earned its place.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -78,6 +82,45 @@ class Neurons(Editing, nnx.Module):
         return jnp.broadcast_to(jnp.arange(x_BxTxD.shape[-2]) > 0, x_BxTxD.shape[:-1])
 
 
+class Joined(Editing, nnx.Module):
+    """Several bases of one site as one, so that programs are compiled and prompts are run for all of them together.
+
+    Args:
+      members: dictionaries that read and write the same site; their directions follow one another.
+    """
+
+    def __init__(self, members: Sequence[Basis]):
+        self.count = nnx.static(len(members))
+        for number, member in enumerate(members):
+            setattr(self, f"member{number}", member)
+        self.W_dec_FxD = nnx.Param(jnp.concatenate([member.W_dec_FxD[...] for member in members]))
+        size = sum(member.config.n_features for member in members)
+        self.config = nnx.static(dataclasses.replace(members[0].config, kind="linear", k=0, n_features=size))
+
+    @property
+    def _members(self) -> list[Basis]:
+        return [getattr(self, f"member{number}") for number in range(self.count)]
+
+    def encode(self, x_BxTxD: jax.Array) -> jax.Array:
+        """All activations [B, T, F], of each member 0 outside its own domain."""
+        parts = [
+            jnp.where(member.in_domain(x_BxTxD)[..., None], member.encode(x_BxTxD), 0.0) for member in self._members
+        ]
+        return jnp.concatenate(parts, axis=-1)
+
+    def decode(self, f_BxTxF: jax.Array, x_BxTxD: jax.Array | None = None) -> jax.Array:
+        """What all directions add [B, T, D]; centres are left out."""
+        return matmul(f_BxTxF, self.W_dec_FxD[...])
+
+    def fires(self, f_BxF: jax.Array) -> jax.Array:
+        """Where activations are not 0."""
+        return f_BxF != 0
+
+    def in_domain(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Where any member's domain is."""
+        return jnp.stack([member.in_domain(x_BxTxD) for member in self._members]).any(axis=0)
+
+
 def components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary:
     """The principal components of some values at the dictionary's site, as a linear dictionary.
 
@@ -88,10 +131,22 @@ def components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary:
     if not len(values_NxD):
         raise ValueError("there are no values to find principal components of")
     mean_D = values_NxD.mean(axis=0, dtype=np.float64)
-    directions_FxD = np.linalg.svd(values_NxD - mean_D[None, :], full_matrices=False)[2]
+    return directions(dictionary, values_NxD - mean_D[None, :], mean_D)
+
+
+def directions(dictionary: Dictionary, rows_NxD: np.ndarray, centre_D: np.ndarray) -> Dictionary:
+    """The principal directions of some rows, those of no size left out, as a linear dictionary around a centre.
+
+    Args:
+      dictionary: which site it is, and what counts as a sink there.
+      rows_NxD: not centred here.
+      centre_D: where a value stands from which all directions were removed.
+    """
+    _, size_F, directions_FxD = np.linalg.svd(rows_NxD, full_matrices=False)
+    directions_FxD = directions_FxD[size_F > 1e-6 * max(size_F.max(initial=0.0), 1e-30)]
     config = _like(dictionary, kind="linear", n_features=len(directions_FxD))
     arrays = dict(
-        W_enc_DxF=directions_FxD.T, b_enc_F=np.zeros(len(directions_FxD)), W_dec_FxD=directions_FxD, b_dec_D=mean_D
+        W_enc_DxF=directions_FxD.T, b_enc_F=np.zeros(len(directions_FxD)), W_dec_FxD=directions_FxD, b_dec_D=centre_D
     )
     return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from saejax.causal import ablation_programs, screening
-from saejax.causal.ablate import nested
+from saejax.causal.ablate import dose, nested, text
 from saejax.causal.ablation import FEATURES
 from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.circuits import measure as circuits
@@ -33,12 +33,18 @@ def ablate_cost(plan: PlannedRun, name: str) -> Cost:
     behaviours, sets = count_all_behaviours(task), _sets(plan)
     # Greedy sets: N steps over what is left of the candidates, on train prompts.
     grown = ablate.greedy * ((nested.CANDIDATES - 0.5) * ablate.greedy + 0.5) * task.train_prompts
-    slopes = points(ablate.estimate) * task.train_prompts
+    slopes = points(ablate.estimate) * task.train_prompts * (1 + len(ablate.baselines) + (behaviours > 1) / 3)
     if ablate.effects == "all":
         slopes += sum(map(points, ESTIMATES)) * task.test_prompts
     tokens = int(behaviours * (task.test_prompts * sets + grown + 3 * slopes)) * PROMPT
+    if ablate.text_documents:  # the head of the vocabulary is as much again
+        doses = dose.SIZES * (1 + len(ablate.baselines)) * min(text.FOR_DOSE, ablate.text_documents)
+        tokens += 2 * behaviours * (doses + ablate.text_documents) * text.LENGTH
     flops = pass_flops(plan.model, tokens, PROMPT, layers_above(plan, used))
-    more = dict(host_seconds=START + _COMPILE * behaviours, batches=dict(prompts=PROMPTS, rows=ablate.batch_rows))
+    more = dict(
+        host_seconds=START + _COMPILE * behaviours * (1 + len(ablate.baselines) / 2),
+        batches=dict(prompts=PROMPTS, rows=ablate.batch_rows),
+    )
     return causal_cost(plan, flops, edited_bytes(plan, used, _gathered(plan), ablate.batch_rows), used, **more)
 
 
@@ -48,8 +54,10 @@ def _sets(plan: PlannedRun) -> float:
     About one row in six changes nothing and is not run. Where every feature is removed by itself, most rows are such:
     a feature fires on a few per cent of tokens.
     """
-    ablate = plan.configs["ablate"]
-    sets = FIRING * (ablate.draws + 4 * ablate.top + 1)  # the top features one by one, each with three of its like
+    ablate, task = plan.configs["ablate"], plan.configs["task"]
+    share = min(ablate.draw_prompts or task.test_prompts, task.test_prompts) / task.test_prompts
+    sets = FIRING * (ablate.draws * share + 4 * ablate.top + 1)  # features one by one, each with three of its like
+    sets += FIRING * dose.SIZES * (1 + len(ablate.baselines)) + count_all_behaviours(task) - 1
     if ablate.curve:
         sets += FIRING * (min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES))
     if ablate.circuit_tests:

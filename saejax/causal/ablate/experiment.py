@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from saejax.causal import ablation, activity, screening
-from saejax.causal.ablation import LogitDiffs
+from saejax.causal.ablation import AblatedRun, LogitDiffs
 from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.controls import FeatureStatistics
 from saejax.causal.split import CleanRun, SplitModel
@@ -45,6 +45,7 @@ class ModelExperiment:
         self._prompts = prompts
         self._train = [prompt for prompt in prompts if prompt.split == "train"]
         self.test = [prompt for prompt in prompts if prompt.split == "test"]
+        self.templates = [prompt.template for prompt in self.test]
         if not self._train or not self.test:
             raise UserError(
                 f"behaviour {name} has {len(self._train)} train and {len(self.test)} test prompts: expected some of "
@@ -55,11 +56,17 @@ class ModelExperiment:
         counterpart = config.replacement == "counterpart"
         self._counterparts = split.run_counterparts(self.test) if counterpart else []
         self._train_counterparts = split.run_counterparts(self._train) if counterpart and config.greedy else []
+        self._some: dict[tuple[int, ...], tuple[list[CleanRun], list[CleanRun]]] = {}
         self._replacement = ActivationSource(
             config.replacement,
             mean_F=activity.means(split, self._train_runs) if config.replacement == "mean" else None,
             seed=np.uint32(config.seed) if config.replacement == "random" else None,
         )
+
+    @property
+    def replacement(self) -> ActivationSource:
+        """What stands in place of removed features."""
+        return self._replacement
 
     def on(self, split: SplitModel, basis: str) -> "ModelExperiment":
         """The same behaviour on the model cut for another basis."""
@@ -72,6 +79,14 @@ class ModelExperiment:
         return np.concatenate(
             [np.asarray(value[:count], np.float32)[np.asarray(domain[:count])] for value, domain, count in kept]
         )
+
+    def answer_means(self) -> np.ndarray:
+        last: dict[int, list[np.ndarray]] = {}
+        for run in self._train_runs:
+            for row in range(len(run.index_P)):
+                value_D = np.asarray(run.value_BxTxD[row, run.last_B[row]], np.float64)
+                last.setdefault(int(run.answers_Bx2[row, 0]), []).append(value_D)
+        return np.stack([np.mean(values, axis=0) for _, values in sorted(last.items())])
 
     def attribution(self) -> np.ndarray:
         return self._attribution(self._train_runs, self._config.estimate)
@@ -92,8 +107,23 @@ class ModelExperiment:
     def max_activations(self) -> np.ndarray:
         return activity.maxima(self._split, self._runs)
 
-    def ablate(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
-        return self._ablate("test", self._runs, self._counterparts, sets)
+    def changes(self, features: Sequence[int]) -> np.ndarray:
+        others = self._counterparts or self._runs
+        parts = [
+            ablation.changes(self._split, AblatedRun(run, other, self._replacement), features)
+            for run, other in zip(self._runs, others, strict=True)
+        ]
+        return np.sum(parts, axis=0) / len(self.test)
+
+    def ablate(self, sets: Sequence[Sequence[int]], prompts: Sequence[int] | None = None) -> LogitDiffs:
+        if prompts is None or len(prompts) == len(self.test):
+            return self._ablate("test", self._runs, self._counterparts, sets)
+        key = tuple(map(int, prompts))
+        if key not in self._some:
+            chosen = [self.test[place] for place in key]
+            others = self._split.run_counterparts(chosen) if self._counterparts else []
+            self._some[key] = self._split.run(chosen), others
+        return self._ablate("some", *self._some[key], sets)
 
     def ablate_train(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
         return self._ablate("train", self._train_runs, self._train_counterparts, sets)

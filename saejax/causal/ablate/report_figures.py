@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from saejax.causal.ablate.results import CumulativeCurve
+from saejax.causal.ablate.results import CumulativeCurve, DoseCurve
 from saejax.reporting import style
 from saejax.reporting.style import BLUE, GREY, INK, ORANGE, height_of, legend, name_rows, panels, point, styled
 from saejax.results import Interval
@@ -44,7 +44,7 @@ def ablation(
             # The golden ratio spreads the draws evenly over the row's height, the same way every time.
             spread = ((np.arange(len(effect.controls)) * 0.6180339887) % 1 - 0.5) * 0.5
             drops = np.asarray(effect.controls, float) * scale
-            label = f"{draws} draws of {top} matched random features"
+            label = f"up to {draws} draws of {top} matched random features"
             dots = dict(color=GREY, alpha=0.55, markersize=3.2, markeredgewidth=0)
             axes.plot(drops, row + spread, "o", rasterized=many, label=label, **dots)
             axes.plot([drops.mean()] * 2, [row - 0.33, row + 0.33], color=INK, label="mean of the draws")
@@ -149,21 +149,25 @@ def estimates(estimate_N: np.ndarray, drop_N: np.ndarray, discovered_N: np.ndarr
     return figure
 
 
-@style.styled
-def bases(compared: Mapping[str, Mapping[str, Effect]]) -> Figure:
-    """What the top directions of each basis cost, a panel for each behaviour: its title -> basis -> effect."""
-    heights = [0.55 + style.height_of(rows, 0.3) for rows in compared.values()]
-    heights[-1] += 0.6  # the legend takes it
-    drawn, below = style.panels(heights, [f"{name}: logit difference lost" for name in compared])
-    for axes, rows in zip(below, compared.values(), strict=True):
-        style.name_rows(axes, list(rows))
-        for place, (name, row) in enumerate(rows.items()):
-            color = style.BLUE if name == "features" else style.ORANGE
-            axes.plot(
-                [np.mean(row.controls)], [place], "x", color=style.GREY, label="matched random directions", zorder=2
-            )
-            label = "top features" if name == "features" else "top directions of another basis"
-            style.point(axes, row.drop, place, color, "o" if name == "features" else "s", label)
-        axes.axvline(0, color=style.INK, linewidth=0.8, alpha=0.5)
-    style.legend(below[-1], 1)
-    return drawn
+@styled
+def doses(compared: Mapping[str, Mapping[str, DoseCurve]]) -> Figure:
+    """What growing sets of each basis's top directions cost against the norm of the change, a panel for each behaviour.
+
+    Args:
+      compared: behaviour -> basis, in words -> its curve.
+    """
+    figure, below = panels(
+        [1.75] * (len(compared) - 1) + [2.6], [f"{name}: logit difference lost" for name in compared]
+    )
+    for axes, curves in zip(below, compared.values(), strict=True):
+        for (color, dashes, marker), (name, curve) in zip(style.LINES, curves.items(), strict=False):
+            order = np.argsort(curve.dose)
+            dose, drop = ([0.0, *np.asarray(values)[order]] for values in (curve.dose, curve.logit_diff_drop))
+            axes.plot(dose, drop, dashes, color=color, marker=marker, markersize=3.2, label=name)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_ylabel("logits lost")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+        axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
+    below[-1].set_xlabel("dose: norm of the change at the site")
+    legend(below[-1], 1)
+    return figure

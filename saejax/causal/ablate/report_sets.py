@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 from saejax.causal.ablate import report_figures
-from saejax.causal.ablate.report_figures import Effect
 from saejax.causal.ablate.results import (
     AblateResults,
     BehaviourAblation,
-    ComparedBasis,
     CumulativeCurve,
     DictionaryAgreement,
+    DoseCurve,
+    EqualDose,
     GreedySet,
     UncomparedBasis,
 )
@@ -20,7 +20,13 @@ from saejax.reporting.findings import Draw, Findings
 from saejax.reporting.tables import MISSING, Table, interval, number, percent
 from saejax.reporting.words import behaviour
 
-_BASES = dict(neurons="MLP neurons", components="principal components", random="untrained dictionary")
+BASES = dict(
+    features="top features",
+    neurons="MLP neurons",
+    components="principal components",
+    random="untrained dictionary",
+    difference="difference of means",
+)
 _TESTS = {  # of a null hypothesis that is rejected, and of one that is kept
     "equivalence": ("not equivalent", "not refuted"),
     "independence": ("depends", "not refuted"),
@@ -31,42 +37,72 @@ _TESTS = {  # of a null hypothesis that is rejected, and of one that is kept
 
 
 def bases(found: Findings, draw: Draw) -> list[Section]:
-    """A figure of all behaviours; no section if nothing was compared."""
-    ablate = found.one(AblateResults)
-    results = ablate.behaviours
-    compared = {behaviour(name): rows_of(result) for name, result in results.items() if result.baselines}
-    if not compared:
-        return []
-    caption = (
-        f"The logit difference that is lost without the top {ablate.top} directions of each basis, chosen on "
-        "train prompts, on the test prompts; and without as many random ones of the same basis, matched in firing "
-        "rate, size and length (grey crosses: mean over draws). 95 % bootstrap intervals over prompts."
-    )
-    alt = "Logit difference lost. " + " ".join(
-        f"{name}: " + ", ".join(f"{basis} {interval(row.drop)}" for basis, row in rows.items()) + "."
-        for name, rows in compared.items()
-    )
-    picture: Picture = draw("bases", report_figures.bases(compared), caption, alt)
+    """The curves of effect against dose and their areas; no section if nothing was compared."""
+    results = {behaviour(name): result for name, result in found.one(AblateResults).behaviours.items()}
+    curves = {name: _curves_of(result) for name, result in results.items()}
+    compared = {name: of_bases for name, of_bases in curves.items() if len(of_bases) > 1}
     missing = sorted(
         {
-            f"{_BASES.get(name, name)}, {behaviour(of)}: {entry.reason}"
+            f"{_named(name)}, {of}: {entry.reason}"
             for of, result in results.items()
-            for name, entry in (result.baselines or {}).items()
+            for name, entry in (result.doses or {}).items()
             if isinstance(entry, UncomparedBasis)
         }
     )
     notes = [Text(f"Not compared: {'; '.join(missing)}.")] if missing else []
-    return [Section("Beside other bases", (picture, *notes))]
+    if not compared:
+        return [Section("Beside other bases at equal dose", tuple(notes))] if notes else []
+    caption = (
+        "The logit difference that is lost on the test prompts without growing sets of each basis's top directions, "
+        "chosen on train prompts, against how much that changes the site. A curve above another: the same dose costs "
+        "more."
+    )
+    alt = "Logit difference lost by the largest set of each basis. " + " ".join(
+        f"{name}: " + ", ".join(f"{basis} {number(curve.logit_diff_drop[-1])}" for basis, curve in rows.items()) + "."
+        for name, rows in compared.items()
+    )
+    picture: Picture = draw("doses", report_figures.doses(compared), caption, alt)
+    return [Section("Beside other bases at equal dose", (picture, _areas(compared), *notes))]
 
 
-def rows_of(result: BehaviourAblation) -> dict[str, Effect]:
-    """Of one behaviour, basis -> what its top directions cost, and what random ones do."""
-    rows = {"features": Effect(result.joint.logit_diff_drop, result.controls.logit_diff_drop)}
-    for name, entry in (result.baselines or {}).items():
-        if isinstance(entry, ComparedBasis):
-            words = _BASES.get(name, name.rstrip("/").rpartition("/")[2])
-            rows[words] = Effect(entry.joint.logit_diff_drop, (entry.control_drop,))
-    return rows
+def _areas(compared: Mapping[str, Mapping[str, DoseCurve]]) -> Table:
+    rows = tuple(
+        (
+            name,
+            f"{basis} ({curve.size:,})",
+            *(text for at in (curve.by_norm, curve.by_kl) for text in _equal_dose(at)),
+        )
+        for name, curves in compared.items()
+        for basis, curve in curves.items()
+        if curve.by_norm or curve.by_kl
+    )
+    note = (
+        "Mean logit difference lost over all doses that both reach (the area under the curve by its width): of the top "
+        "features, of the other basis (in brackets how many directions it has), and the difference, paired by prompt, "
+        "with a 95 % bootstrap interval over templates and prompts. Dose by norm: of the change at the site. Dose by "
+        "divergence: of the predictions on held-out text from the clean ones. Bases: "
+        "neurons of the layer's MLP; principal components of the site on the train prompts; a dictionary that was "
+        "never trained, as sparse as the tested one; difference of means, the principal directions of the site's means "
+        "by answer."
+    )
+    columns = ("Behaviour", "Basis", "Features / basis, equal norm", "Difference")
+    columns += ("Features / basis, equal divergence", "Difference")
+    return Table("Effects at equal dose", columns, rows, stack=True, note=note)
+
+
+def _equal_dose(at: EqualDose | None) -> tuple[str, str]:
+    if at is None:
+        return MISSING, MISSING
+    return f"{number(at.features)} / {number(at.basis)}", interval(at.difference)
+
+
+def _curves_of(result: BehaviourAblation) -> dict[str, DoseCurve]:
+    """By the basis in words, the features first."""
+    return {_named(name): curve for name, curve in (result.doses or {}).items() if isinstance(curve, DoseCurve)}
+
+
+def _named(basis: str) -> str:
+    return BASES.get(basis, basis.rstrip("/").rpartition("/")[2])
 
 
 def agreement(found: Findings) -> list[Section]:

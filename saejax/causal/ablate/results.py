@@ -49,10 +49,14 @@ class JointAblation:
 class ControlDraws:
     """The draws of matched random features."""
 
-    draws: int  #: how many
-    logit_diff_drop: tuple[float, ...]  #: mean over the test prompts, of each draw
-    accuracy_drop: tuple[float, ...]  #: mean over the test prompts, of each draw
+    draws: int  #: how many were run
+    logit_diff_drop: tuple[float, ...]  #: mean over these prompts, of each draw
+    accuracy_drop: tuple[float, ...]  #: mean over these prompts, of each draw
     match: ControlMatch  #: how well they match
+    prompts: int | None = None  #: test prompts on which they were removed (`ablate.draw_prompts`)
+    top_logit_diff_drop: float | None = None  #: of the top features, mean over the same prompts
+    top_accuracy_drop: float | None = None  #: of the top features, mean over the same prompts
+    disjoint_sets: int | None = None  #: that their pool holds, without a feature in common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +90,27 @@ class GreedySet:
 
 
 @dataclasses.dataclass(frozen=True)
-class ComparedBasis:
-    """The same test in another basis (`ablate.baselines`)."""
+class EqualDose:
+    """The features and another basis over a range of doses that both reach."""
 
-    joint: JointAblation  #: as of the dictionary's features
-    difference: Interval  #: as of the dictionary's features
-    percentile: float  #: as of the dictionary's features
-    verdict: bool  #: as of the dictionary's features
-    control_drop: float  #: mean drop of the logit difference over 20 draws of the basis's own matched directions
+    reach: float  #: the range's upper end; its lower end is 0
+    features: float  #: mean drop of the logit difference over the range: the area under the curve by its width
+    basis: float  #: likewise
+    difference: Interval  #: features - basis, paired by prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class DoseCurve:
+    """What growing sets of a basis's top directions cost, and how much they change."""
+
     size: int  #: directions in the basis
-    top: tuple[int, ...]  #: those that were removed
+    top: tuple[int, ...]  #: its top directions, as many as the largest set holds
+    sizes: tuple[int, ...]  #: of the sets, rising
+    dose: tuple[float, ...]  #: norm of the change at the site, root mean square over test prompts, of each set
+    logit_diff_drop: tuple[float, ...]  #: mean over the test prompts, of each set
+    kl: tuple[float, ...] | None  #: divergence from the clean predictions on held-out text, nats per token, of each set
+    by_norm: EqualDose | None = None  #: beside the features at equal norms; None of the features themselves
+    by_kl: EqualDose | None = None  #: beside the features at equal divergences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +119,47 @@ class UncomparedBasis:
 
     reason: str  #: why, in words
     size: int | None = None  #: directions in the basis, if there is one
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherBehaviour:
+    """What removing a behaviour's top features costs another behaviour of the run."""
+
+    logit_diff_drop: Interval  #: on the other's test prompts
+    accuracy_drop: Interval  #: on the other's test prompts
+    #: share of the logit difference lost on the behaviour itself minus that lost on the other; None where the clean
+    #: mean of one of them is not above 0
+    share_apart: Interval | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEffect:
+    """What removing a behaviour's top features does to held-out text."""
+
+    documents: int  #: how many
+    tokens: int  #: that were predicted
+    clean: float  #: cross-entropy with nothing removed, nats per token
+    rise: Interval  #: of cross-entropy, with a 95 % bootstrap interval over documents
+    kl: float  #: divergence from the clean predictions, nats per token
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """One of the four answers."""
+
+    holds: bool | None  #: None: not known, because something was not measured
+    reason: str  #: in words
+
+
+@dataclasses.dataclass(frozen=True)
+class Grades:
+    """The graded answers, each asking more than the one before."""
+
+    harms: Grade  #: removing the top features costs the behaviour
+    beyond_matched: Grade  #: and more than removing matched random features
+    beyond_bases: Grade  #: and more than changing the site as much along the top directions of other bases
+    selective: Grade  #: and neither the other behaviours of the run nor held-out text
+    highest: str  #: the name of the last that holds with all before it; "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,14 +249,15 @@ class BehaviourAblation:
     controls: ControlDraws  #: as many matched random ones, together
     difference: Interval  #: joint drop of the logit difference minus the controls' mean drop, paired by prompt
     percentile: float  #: share of the draws with a smaller drop
-    verdict: bool  #: by the rule
-    reason: str  #: in words
-    claim: Claim | None = None  #: what the verdict rests on, and the placebo rate
+    grades: Grades  #: the four answers
+    claim: Claim | None = None  #: what `beyond_matched` rests on, and the placebo rate
     curve: CumulativeCurve | None = None  #: of growing sets
-    #: by basis: neurons (of the layer's MLP; the first token is left alone), components (the principal components of
-    #: the site on the train prompts; removing one sets it to the mean), random (an untrained TopK dictionary, as
-    #: sparse as the tested one), or a dictionary's folder
-    baselines: Mapping[str, ComparedBasis | UncomparedBasis] | None = None
+    #: by basis: features (the tested ones), neurons (of the layer's MLP; the first token is left alone), components
+    #: (principal, of the site on the train prompts; removing one sets it to the mean), random (an untrained TopK
+    #: dictionary, as sparse as the tested one), difference (of the site's means by answer), or a dictionary's folder
+    doses: Mapping[str, DoseCurve | UncomparedBasis] | None = None
+    others: Mapping[str, OtherBehaviour] | None = None  #: the other behaviours of the run, by name
+    text: TextEffect | None = None  #: held-out text
     greedy: GreedySet | None = None  #: a set grown on train prompts
     circuit: CircuitResult | None = None  #: the top features tested as a circuit (`ablate.circuit_tests`)
     importance: ImportanceSummary | None = None  #: of all features
@@ -212,8 +269,8 @@ class AblateResults:
 
     dictionary: str  #: its name
     site: str  #: that it writes to, or reads
-    rule: str  #: of the verdicts, in words
+    rule: str  #: of the answers, in words
     replacement: str  #: what stands in a removed feature's place
     top: int  #: features chosen
-    draws: int  #: of control sets
+    draws: int  #: of control sets, at most
     behaviours: Mapping[str, BehaviourAblation]  #: by name

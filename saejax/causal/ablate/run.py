@@ -1,8 +1,9 @@
-"""The stage ``ablate``: which features cause each behaviour, judged by a rule written before the data are seen.
+"""The stage ``ablate``: which features cause each behaviour, judged by rules written before the data are seen.
 
 Train prompts choose the top features by attribution (``screening``); test prompts judge them: they are removed one by
 one and together (``ablation``), beside sets of as many random features matched on the same prompts and positions
-(``controls``), and a rule says yes or no (``verdict``). Sets that grow show how many
+(``controls``), beside other bases of the site at equal dose (``dose``), and from the prompts of the other behaviours
+and from held-out text (``text``); rules say which of four answers hold (``grades``). Sets that grow show how many
 features it takes (``nested``). On request the top features are tested as a circuit (``circuits``), and every feature
 that fires is removed by itself (``importance``).
 """
@@ -10,16 +11,17 @@ that fires is removed by itself (``importance``).
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from saejax.causal import positions, stability
-from saejax.causal.ablate import agreement, baselines, nested, verdict
+from saejax.causal import positions, screening, stability
+from saejax.causal.ablate import agreement, dose, grades, nested, verdict
 from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, HalvesAgreement
+from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
-from saejax.causal.claims import SetEffects
 from saejax.causal.split import SplitModel
 from saejax.causal.stages import (
     Measure,
@@ -50,7 +52,7 @@ def run_ablate(run: Run) -> AblateResults:
     """
     config: AblateConfig = run.configs["ablate"]
     positions.parse(config.positions)
-    baselines.check(config)
+    dose.check(config)
     agreement.check(config)
     prompts, dictionary = read_behaviours(run), load_run_dictionary(run)
     others = {name: load_trained(run, name, "--ablate.compare") for name in config.compare}
@@ -58,21 +60,28 @@ def run_ablate(run: Run) -> AblateResults:
     def begin() -> Measure:
         model = load_run_model(run)
         split = SplitModel(model, dictionary, config.positions, config.error)
+        text = HeldOutText.of(run.configs["corpus"], model, config.text_documents)
+        tops: dict[str, list[int]] = {}
+        for name in prompts if len(prompts) > 1 else ():
+            attribution_F = ModelExperiment(split, name, prompts[name], config).attribution()
+            tops[name] = screening.leaders(attribution_F, config.top)
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
             experiment = ModelExperiment(split, name, prompts[name], config, on_progress, partial_folder(run, name))
-            results = _test_and_save(run, experiment, config, model, dictionary, others)
-            return Measured(results, results.reason)
+            foreign = {other: top for other, top in tops.items() if other != name}
+            results = _test_and_save(run, experiment, config, Beside(model, split, dictionary, text, others, foreign))
+            return Measured(results, _line(results))
 
         return measure
 
     parts = each_part(run, list(prompts), begin, BehaviourAblation)
     wait_for_all("ablate: scores written")  # by the first process
-    behaviours = verdict.settled(parts, {name: _saved_effects(run, name) for name in parts}, config)
+    saved = {name: _saved_effects(run, name, result) for name, result in parts.items()}
+    behaviours = grades.settled(parts, saved, config)
     return AblateResults(
         dictionary=config.dictionary,
         site=dictionary.site,
-        rule=verdict.rule(config),
+        rule=grades.rule(config),
         replacement=config.replacement,
         top=config.top,
         draws=config.draws,
@@ -80,18 +89,37 @@ def run_ablate(run: Run) -> AblateResults:
     )
 
 
-def _test_and_save(
-    run: Run,
-    experiment: ModelExperiment,
-    config: AblateConfig,
-    model: LanguageModel,
-    dictionary: Dictionary,
-    others: Mapping[str, Dictionary],
-) -> BehaviourAblation:
-    results, measured = verdict.judge(experiment.name, experiment, config)
+class Beside(NamedTuple):
+    """What a behaviour is tested with beside its own prompts."""
+
+    model: LanguageModel
+    split: SplitModel
+    dictionary: Dictionary
+    text: HeldOutText | None
+    others: Mapping[str, Dictionary]  # other dictionaries, by name
+    foreign: Mapping[str, list[int]]  # top features of other behaviours, by name
+
+
+def _line(results: BehaviourAblation) -> str:
+    """What is said of a behaviour when it is done; a run's own answers are corrected for all of its behaviours."""
+    found = {name: getattr(results.grades, name) for name in grades.GRADES}
+    words = {True: "yes", False: "no", None: "not known"}
+    return "; ".join(f"{name.replace('_', ' ')}: {words[grade.holds]}" for name, grade in found.items())
+
+
+def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, beside: Beside) -> BehaviourAblation:
+    model, split, dictionary, text, others, foreign = beside
+    results, measured = verdict.judge(experiment.name, experiment, config, foreign)
     results, scores = _with_sets(results, experiment, measured, config)
+    source = experiment.replacement
+    if text and measured.top:
+        effect = text.effects(split, source, [measured.top]).summary(config)
+        results = dataclasses.replace(results, text=effect)
     if config.baselines:
-        results = dataclasses.replace(results, baselines=baselines.compare(experiment, model, dictionary, config))
+        curves = dose.compare(experiment, measured.top, split, model, dictionary, text, source, config)
+        results = dataclasses.replace(results, doses=curves)
+    assert results.claim
+    results = grades.graded(results, results.claim, config)
     if config.effects == "all":
         importance, drop_NxP = measure_importance(experiment, config)
         halves = HalvesAgreement(**stability.between_halves(drop_NxP, config.seed))
@@ -107,11 +135,16 @@ def _test_and_save(
     return results
 
 
-def _saved_effects(run: Run, name: str) -> SetEffects:
-    """What the rule asks about, from the scores that a behaviour's part wrote."""
+def _saved_effects(run: Run, name: str, result: BehaviourAblation) -> grades.SavedEffects:
+    """What the answers rest on, from the scores that a behaviour's part wrote."""
     lines = [json.loads(line) for line in part_file(run, name, "-prompts.jsonl").read_text("utf-8").splitlines()]
-    clean_P, joint_P, controls_PxN = (np.array([line[of] for line in lines]) for of in ("clean", "joint", "controls"))
-    return verdict.effects_of(clean_P, joint_P, controls_PxN.T)
+    clean_P, joint_P, template_P = (np.array([line[of] for line in lines]) for of in ("clean", "joint", "template"))
+    chosen_Q = np.array([p for p, line in enumerate(lines) if line["controls"] is not None])
+    controls_QxN = np.array([lines[p]["controls"] for p in chosen_Q])
+    own = clean_P[chosen_Q], joint_P[chosen_Q], controls_QxN.T, template_P[chosen_Q]
+    others = {other: np.array([line["others"][other] for line in lines]) for other in lines[0]["others"]}
+    effects = verdict.effects_of(*own, result.controls.disjoint_sets)
+    return grades.SavedEffects(effects, clean_P, joint_P, template_P, others)
 
 
 def _save_scores(
@@ -121,21 +154,24 @@ def _save_scores(
     scores: Mapping[str, Mapping[str, np.ndarray]],
 ) -> None:
     """Writes the logit difference of every test prompt under every removal, and the drawn controls."""
+    drawn = {int(p): measured.controls_NxQ[:, q].tolist() for q, p in enumerate(measured.chosen_Q)}
     by_prompt = [
         dict(
             text=prompt.text,
             correct=prompt.correct,
             wrong=prompt.wrong,
+            template=prompt.template,
             clean=float(measured.clean_P[p]),
             joint=float(measured.joint_P[p]),
             top=measured.top_KxP[:, p].tolist(),
-            controls=measured.controls_NxP[:, p].tolist(),
+            controls=drawn.get(p),
+            others={other: float(left_P[p]) for other, left_P in measured.others.items()},
             **{test: {of: score[..., p].tolist() for of, score in kinds.items()} for test, kinds in scores.items()},
         )
         for p, prompt in enumerate(experiment.test)
     ]
-    drawn = [dict(draw=n, features=features_C.tolist()) for n, features_C in enumerate(measured.controls_NxC)]
-    for ending, lines in (("-prompts.jsonl", by_prompt), ("-controls.jsonl", drawn)):
+    sets = [dict(draw=n, features=features_C.tolist()) for n, features_C in enumerate(measured.controls_NxC)]
+    for ending, lines in (("-prompts.jsonl", by_prompt), ("-controls.jsonl", sets)):
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         write_text(part_file(run, experiment.name, ending), text)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from saejax.settings import BASES, AblateConfig, MeshConfig, ModelConfig
+from saejax.settings import BASES, AblateConfig, CorpusConfig, MeshConfig, ModelConfig
 from saejax.stage import Configs, Stage, folder_name, train_unit
 from saejax.tasks import identities
 from saejax.workspace import fingerprint
@@ -26,12 +26,12 @@ ABLATE = Stage(
     summary="ablates top features against matched random ones and says which features cause the behaviours",
     run="saejax.causal.ablate.run:run_ablate",
     results="saejax.causal.ablate.results:AblateResults",
-    groups=(ModelConfig, AblateConfig),
+    groups=(ModelConfig, CorpusConfig, AblateConfig),
     placement=(MeshConfig,),
     after=("baseline", "train", "evaluate"),
     needs=_needs,
     names=lambda configs: [folder_name(configs["ablate"].dictionary)] if configs["task"].has_behaviours else (),
-    identity=dict(model=identities.model, bases=_bases),
+    identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
     cost="saejax.causal.ablate.cost:ablate_cost",
     programs="saejax.causal.ablate.cost:ablate_programs",
     many_processes=True,

@@ -1,7 +1,7 @@
-"""The judgement of one behaviour: which features are tested, beside which controls, and what the rule says.
+"""What is measured of one behaviour: which features are tested, what removing them costs, and beside which controls.
 
 A *drop* is clean minus ablated, of logit(correct) - logit(wrong) or of accuracy (1 where the correct answer's logit is
-above the wrong one's, else 0). Intervals are 95 % bootstrap intervals over test prompts.
+above the wrong one's, else 0). Intervals are 95 % bootstrap intervals over templates and the test prompts in them.
 
 A top feature that fires neither on the test prompts nor on those that lend what stands in its place (the train prompts
 for ``mean``, the counterparts for ``counterpart``) has an effect of exactly 0 (in a linear dictionary, whose small
@@ -9,11 +9,12 @@ activations do not count as firing, of nearly 0). It has no matched control, and
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from saejax.causal import controls, screening
+from saejax.causal.ablate.grades import UNKNOWN, claim_rule, graded
 from saejax.causal.ablate.results import (
     BehaviourAblation,
     ControlDraws,
@@ -22,32 +23,22 @@ from saejax.causal.ablate.results import (
     TopFeature,
 )
 from saejax.causal.ablation import LogitDiffs
-from saejax.causal.activation_sources import WORDS
-from saejax.causal.claims import Claim, Rule, SetEffects, claims
+from saejax.causal.claims import (
+    SetEffects,
+    blocks,
+    claims,
+    interval_over_templates,
+    resampled_shares,
+    settled_no,
+)
+from saejax.causal.controls import FeatureStatistics
 from saejax.causal.experiment import Experiment
 from saejax.causal.results import ControlMatch
 from saejax.results import Interval
 from saejax.settings import AblateConfig
-from saejax.tasks.scoring import bootstrap_mean
 
 SINGLES = 3  # matched features that are removed one by one beside each top feature
-
-
-def rule(config: AblateConfig) -> str:
-    """The rule of the verdict, in words."""
-    return (
-        f"Yes if removing the top {config.top} features together lowers accuracy on the test prompts by more than "
-        f"{100 * config.min_accuracy_drop:g} percentage points; if so few of {config.draws} sets of as many matched "
-        "random features cost as much logit difference, and as much accuracy, that both p-values are at most "
-        f"{claim_rule(config).level:g} after Holm's correction over the behaviours of the run; and if the 95 % "
-        "bootstrap interval over prompts of the drop in logit difference minus the mean drop of those sets lies above "
-        f"zero. Otherwise no. When a feature is removed, {WORDS[config.replacement]}."
-    )
-
-
-def claim_rule(config: AblateConfig) -> Rule:
-    """The numbers of the rule."""
-    return Rule(min_accuracy_drop=config.min_accuracy_drop, resamples=config.bootstrap, seed=config.seed)
+_SPARE = 4  # sets drawn for each that is kept: those that change the site most nearly as much as the tested one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,31 +49,44 @@ class JudgedDiffs:
       top: the K top features, by attribution.
       fires_K: whether each of them fires, and so has matched controls, bool.
       attribution_F: of every feature, on the train prompts.
-      controls_NxC: the N drawn control sets; column c is matched to the c-th top feature that fires.
+      controls_NxC: the N control sets that were run; column c is matched to the c-th top feature that fires.
+      disjoint: how many sets without a feature in common their pool holds.
       clean_P, joint_P: of the test prompts, with nothing and with all top features removed.
-      top_KxP, controls_NxP: with each top feature and with each control set removed.
+      top_KxP: with each top feature removed.
+      chosen_Q: the places of the Q test prompts on which control sets were removed.
+      controls_NxQ: with each control set removed.
+      template_P: which template each test prompt was made from.
+      others: without the top features of other behaviours, by their names, [P].
     """
 
     top: list[int]
     fires_K: np.ndarray
     attribution_F: np.ndarray
     controls_NxC: np.ndarray
+    disjoint: int
     clean_P: np.ndarray
     joint_P: np.ndarray
     top_KxP: np.ndarray
-    controls_NxP: np.ndarray
+    chosen_Q: np.ndarray
+    controls_NxQ: np.ndarray
+    template_P: np.ndarray
+    others: Mapping[str, np.ndarray]
 
     @property
     def effects(self) -> SetEffects:
         """What the rule asks about."""
-        return effects_of(self.clean_P, self.joint_P, self.controls_NxP)
+        own = self.clean_P[self.chosen_Q], self.joint_P[self.chosen_Q]
+        return effects_of(*own, self.controls_NxQ, self.template_P[self.chosen_Q], self.disjoint)
 
 
-def effects_of(clean_P: np.ndarray, joint_P: np.ndarray, controls_NxP: np.ndarray) -> SetEffects:
+def effects_of(
+    clean_P: np.ndarray, joint_P: np.ndarray, controls_NxP: np.ndarray, template_P: np.ndarray, disjoint: int | None
+) -> SetEffects:
     """What removing the top features and N sets of controls costs on each of P prompts.
 
     Args:
       clean_P, joint_P, controls_NxP: logit differences with nothing, all top features and each control set removed.
+      template_P, disjoint: as in ``SetEffects``.
     """
     correct_P = _correct(clean_P)
     return SetEffects(
@@ -90,34 +94,54 @@ def effects_of(clean_P: np.ndarray, joint_P: np.ndarray, controls_NxP: np.ndarra
         lost_P=correct_P - _correct(joint_P),
         draw_drop_NxP=clean_P[None, :] - controls_NxP,
         draw_lost_NxP=correct_P[None, :] - _correct(controls_NxP),
-        template_P=np.zeros(len(clean_P), np.int64),  # prompts do not say what they were made from
+        template_P=template_P,
+        disjoint=disjoint,
     )
 
 
-def settled(
-    results: Mapping[str, BehaviourAblation], effects: Mapping[str, SetEffects], config: AblateConfig
-) -> dict[str, BehaviourAblation]:
-    """The behaviours' results with the verdicts of the run: corrected for how many behaviours it tests."""
-    found = claims(effects, claim_rule(config))
-    return {
-        name: dataclasses.replace(
-            result, verdict=found[name].yes, claim=found[name], reason=_reason(result, found[name], config)
-        )
-        for name, result in results.items()
-    }
+@dataclasses.dataclass(frozen=True)
+class _Controls:
+    """The sets of features that stand beside the tested one."""
+
+    sets_NxC: np.ndarray
+    match: ControlMatch
+    disjoint: int
 
 
-def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[BehaviourAblation, JudgedDiffs]:
-    """Chooses the top features of a behaviour, removes them and their controls, and applies the rule.
+def _draw(
+    name: str, experiment: Experiment, statistics: FeatureStatistics, firing: Sequence[int], config: AblateConfig
+) -> _Controls:
+    """As many sets as are asked for, out of more: those that change the site as much as the tested one does."""
+    matches = controls.fitting_matches(statistics, firing, config.matches)
+    spare = _SPARE * config.draws if len(firing) > 1 else config.draws
+    drawn_NxC = controls.draw_controls(statistics, firing, spare, matches, seed=[config.seed, *name.encode()])
+    if not len(firing):
+        return _Controls(drawn_NxC[: config.draws], ControlMatch(None, None, None), 0)
+    pool_K = np.unique([*firing, *drawn_NxC.ravel().tolist()])
+    change_KxK = experiment.changes(pool_K.tolist())
+    size_N = controls.joint_size(change_KxK, pool_K, drawn_NxC)
+    own = float(controls.joint_size(change_KxK, pool_K, [firing])[0])
+    kept_N = controls.nearest_in_size(size_N, own, config.draws)
+    sets_NxC = drawn_NxC[kept_N]
+    ratio = float(np.median(size_N[kept_N]) / own) if own else None
+    match = ControlMatch(**controls.match_ratios(statistics, firing, sets_NxC), size_ratio=ratio)
+    return _Controls(sets_NxC, match, controls.disjoint_sets(statistics, firing, matches))
+
+
+def judge(
+    name: str, experiment: Experiment, config: AblateConfig, others: Mapping[str, Sequence[int]] | None = None
+) -> tuple[BehaviourAblation, JudgedDiffs]:
+    """Chooses the top features of a behaviour and removes them and their controls.
 
     Args:
       name: of the behaviour; with ``config.seed`` it decides the draws.
       experiment: what to measure with.
       config: of the stage.
+      others: top features of other behaviours, by name, which are removed from this one's test prompts, too.
 
     Returns:
-      The behaviour's entry in the results of the stage, as if it were the only one of its run (``settled``), and what
-      it was derived from.
+      The behaviour's entry in the results of the stage, as if it were the only one of its run, and what it was derived
+      from.
 
     Raises:
       UserError: too few other features fire for matched controls, or something is not finite.
@@ -126,19 +150,28 @@ def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[Beha
     top = screening.leaders(attribution_F, config.top)
     statistics = experiment.statistics()
     firing = statistics.firing(top)
-    controls_NxC = controls.draw_controls(
-        statistics, firing, config.draws, config.matches, seed=[config.seed, *name.encode()]
-    )
+    drawn = _draw(name, experiment, statistics, firing, config)
     nearest_CxS = controls.nearest_features(statistics, firing)[:, : min(SINGLES, config.matches)]
-    singles = np.unique(nearest_CxS)
-    diffs = experiment.ablate([*([feature] for feature in top), top, *controls_NxC, *([single] for single in singles)])
-
-    ends = np.cumsum([len(top), 1, config.draws])
-    top_KxP, joint_1xP, controls_NxP, singles_UxP = np.split(diffs.ablated_SxP, ends)
-    fires_K = statistics.fires_at_all_F[np.asarray(top, np.int64)]
+    singles, foreign = np.unique(nearest_CxS), dict(others or {})
+    diffs = experiment.ablate([*([f] for f in top), top, *foreign.values(), *([single] for single in singles)])
+    ends = np.cumsum([len(top), 1, len(foreign)])
+    top_KxP, joint_1xP, foreign_BxP, singles_UxP = np.split(diffs.ablated_SxP, ends)
     measured = JudgedDiffs(
-        top, fires_K, attribution_F, controls_NxC, diffs.clean_P, joint_1xP[0], top_KxP, controls_NxP
+        top=top,
+        fires_K=statistics.fires_at_all_F[np.asarray(top, np.int64)],
+        attribution_F=attribution_F,
+        controls_NxC=drawn.sets_NxC,
+        disjoint=drawn.disjoint,
+        clean_P=diffs.clean_P,
+        joint_P=joint_1xP[0],
+        top_KxP=top_KxP,
+        chosen_Q=spread_over(experiment.templates, config.draw_prompts),
+        controls_NxQ=np.zeros((0, 0)),
+        template_P=np.asarray(experiment.templates),
+        others=dict(zip(foreign, foreign_BxP, strict=True)),
     )
+    measured, run = _with_draws(measured, experiment, config)
+    over = over_prompts(measured.template_P, config)
     single_drop_U = (diffs.clean_P[None, :] - singles_UxP).mean(axis=1)
     single_drop_C = single_drop_U[np.searchsorted(singles, nearest_CxS)].mean(axis=1)
     control_drop = dict(zip(firing, single_drop_C.tolist(), strict=True))
@@ -148,33 +181,66 @@ def judge(name: str, experiment: Experiment, config: AblateConfig) -> tuple[Beha
             attribution=float(attribution_F[feature]),
             firing_rate=float(statistics.firing_rate_F[feature]),
             mean_activation=float(statistics.mean_activation_F[feature]),
-            logit_diff_drop=_interval(diffs.clean_P - ablated_P, config),
-            accuracy_drop=_interval(_correct(diffs.clean_P) - _correct(ablated_P), config),
+            logit_diff_drop=over(diffs.clean_P - ablated_P),
+            accuracy_drop=over(_correct(diffs.clean_P) - _correct(ablated_P)),
             control_drop=control_drop.get(feature),
         )
         for feature, ablated_P in zip(top, top_KxP, strict=True)
     )
-    match = ControlMatch(**controls.match_ratios(statistics, firing, controls_NxC))
-    joint = _joint(measured, len(firing), _readouts(diffs, len(top), config), config)
-    judged = _judged(measured, entries, joint, match, diffs.rows, config)
-    return settled({name: judged}, {name: measured.effects}, config)[name], measured
+    joint = _joint(measured, len(firing), _readouts(diffs, run, len(top), over), over)
+    rows = diffs.rows + sum(part.rows for part in run)
+    return _judged(measured, entries, joint, drawn.match, rows, config), measured
 
 
-def _readouts(diffs: LogitDiffs, top: int, config: AblateConfig) -> dict[str, ReadoutChange]:
-    """Of the set of all top features, which stands after each of them, before the controls."""
+def spread_over(templates: Sequence[str], count: int) -> np.ndarray:
+    """The places of so many prompts, evenly spread over their templates, rising; of all for 0."""
+    order_P = np.argsort(np.asarray(templates), kind="stable")
+    if not 0 < count < len(order_P):
+        return np.arange(len(order_P))
+    return np.sort(order_P[np.arange(count) * len(order_P) // count])
+
+
+def over_prompts(template_P: np.ndarray, config: AblateConfig) -> Callable[[np.ndarray], Interval]:
+    """Gives the mean of a number per prompt, and its bootstrap interval over templates and prompts."""
+    share_RxP = resampled_shares(template_P, config.bootstrap, config.seed)
+    return lambda values_P: interval_over_templates(np.asarray(values_P, np.float64), share_RxP)
+
+
+def _with_draws(
+    measured: JudgedDiffs, experiment: Experiment, config: AblateConfig
+) -> tuple[JudgedDiffs, list[LogitDiffs]]:
+    """Removes the control sets, block by block, until all are run or none could change a no."""
+    run: list[LogitDiffs] = []
+    for block in blocks(config.draws):
+        sets_NxC = measured.controls_NxC[: block.stop]
+        run.append(experiment.ablate(sets_NxC[block.start :].tolist(), measured.chosen_Q))
+        controls_NxQ = np.concatenate([part.ablated_SxP for part in run])
+        found = dataclasses.replace(measured, controls_NxC=sets_NxC, controls_NxQ=controls_NxQ)
+        if settled_no(found.effects, config.draws, claim_rule(config)):
+            break
+    return found, run
+
+
+def _readouts(
+    diffs: LogitDiffs, run: Sequence[LogitDiffs], top: int, over: Callable[[np.ndarray], Interval]
+) -> dict[str, ReadoutChange]:
+    """Of the set of all top features, which stands after each of them, and of the controls."""
     return {
         name: ReadoutChange(
             clean=float(clean_P.mean()),
             ablated=float(ablated_SxP[top].mean()),
-            controls=float(ablated_SxP[top + 1 : top + 1 + config.draws].mean()),
-            change=_interval(ablated_SxP[top] - clean_P, config),
+            controls=float(np.concatenate([part.readouts[name][1] for part in run]).mean()),
+            change=over(ablated_SxP[top] - clean_P),
         )
         for name, (clean_P, ablated_SxP) in diffs.readouts.items()
     }
 
 
 def _joint(
-    measured: JudgedDiffs, firing: int, readouts: dict[str, ReadoutChange], config: AblateConfig
+    measured: JudgedDiffs,
+    firing: int,
+    readouts: dict[str, ReadoutChange],
+    over: Callable[[np.ndarray], Interval],
 ) -> JointAblation:
     return JointAblation(
         n=len(measured.top),
@@ -182,8 +248,8 @@ def _joint(
         clean_accuracy=float(_correct(measured.clean_P).mean()),
         ablated_accuracy=float(_correct(measured.joint_P).mean()),
         clean_logit_diff=float(measured.clean_P.mean()),
-        logit_diff_drop=_interval(measured.clean_P - measured.joint_P, config),
-        accuracy_drop=_interval(_correct(measured.clean_P) - _correct(measured.joint_P), config),
+        logit_diff_drop=over(measured.clean_P - measured.joint_P),
+        accuracy_drop=over(_correct(measured.clean_P) - _correct(measured.joint_P)),
         readouts=readouts,
     )
 
@@ -198,47 +264,27 @@ def _judged(
 ) -> BehaviourAblation:
     effects = measured.effects
     control_drop_N = effects.draw_drop_NxP.mean(axis=1)
-    return BehaviourAblation(
+    over = over_prompts(effects.template_P, config)
+    claim = claims(dict(one=effects), claim_rule(config))["one"]
+    found = BehaviourAblation(
         top=top,
         rows=rows,
         joint=joint,
         controls=ControlDraws(
-            draws=config.draws,
+            draws=effects.draws,
             logit_diff_drop=tuple(control_drop_N.tolist()),
             accuracy_drop=tuple(effects.draw_lost_NxP.mean(axis=1).tolist()),
             match=match,
+            prompts=len(effects.drop_P),
+            top_logit_diff_drop=float(effects.drop_P.mean()),
+            top_accuracy_drop=float(effects.lost_P.mean()),
+            disjoint_sets=measured.disjoint,
         ),
-        difference=_interval(effects.drop_P - effects.draw_drop_NxP.mean(axis=0), config),
+        difference=over(effects.drop_P - effects.draw_drop_NxP.mean(axis=0)),
         percentile=float((control_drop_N < effects.drop_P.mean()).mean()),
-        verdict=False,
-        reason="",
+        grades=UNKNOWN,
     )
-
-
-def _reason(result: BehaviourAblation, claim: Claim, config: AblateConfig) -> str:
-    joint, difference = result.joint, result.difference
-    if not joint.n:
-        return "No: no feature has an attribution above zero on the train prompts."
-    drop, least = 100 * joint.accuracy_drop.mean, 100 * config.min_accuracy_drop
-    costs, beats = joint.accuracy_drop.mean > config.min_accuracy_drop, claim.low > 0
-    silent = joint.n - joint.firing
-    family = f" after correction for {claim.behaviours} behaviours" if claim.behaviours > 1 else ""
-    few = result.controls.draws < claim.least_draws
-    return (
-        f"{'Yes' if claim.yes else 'No'}: without the {joint.n} features accuracy goes from "
-        f"{100 * joint.clean_accuracy:.0f} % to {100 * joint.ablated_accuracy:.0f} %, a drop of "
-        f"{drop:.1f} points ({'more' if costs else 'not more'} than {least:g}), and the logit difference falls by "
-        f"{joint.logit_diff_drop.mean:.2f}, which beyond matched random features is {difference.mean:.2f} "
-        f"[{difference.low:.2f}, {difference.high:.2f}] ({'above' if beats else 'not clearly above'} zero); matched "
-        f"random sets cost as much with p = {claim.p_logit_diff:.2g} in logit difference and {claim.p_accuracy:.2g} in "
-        f"accuracy, {claim.p_holm:.2g}{family}"
-        + (f"; {config.draws} draws are too few for a yes: at least {claim.least_draws} are needed" if few else "")
-        + (f"; {silent} of the features never fire on the test prompts and have no control." if silent else ".")
-    )
-
-
-def _interval(values_P: np.ndarray, config: AblateConfig) -> Interval:
-    return bootstrap_mean(values_P, config.bootstrap, config.seed)
+    return graded(found, claim, config)
 
 
 def _correct(logit_diff: np.ndarray) -> np.ndarray:

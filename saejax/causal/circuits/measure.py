@@ -16,7 +16,7 @@ from saejax.causal.circuits.hypotheses import (
     sufficiency,
 )
 from saejax.causal.circuits.results import CircuitFeature, CircuitResult, CircuitTest
-from saejax.causal.controls import FeatureStatistics, draw_controls
+from saejax.causal.controls import FeatureStatistics, draw_controls, fitting_matches
 from saejax.causal.experiment import Experiment
 from saejax.causal.statistics import holm
 from saejax.settings import AblateConfig
@@ -117,7 +117,8 @@ def _measure(
     experiment: Experiment, statistics: FeatureStatistics, members: Sequence[int], config: AblateConfig
 ) -> CircuitDiffs:
     firing_C = np.flatnonzero(statistics.fires_at_all_F)
-    random_NxK = draw_controls(statistics, members, DRAWS, config.matches, seed=[config.seed, len(members)])
+    matches = fitting_matches(statistics, members, config.matches)
+    random_NxK = draw_controls(statistics, members, DRAWS, matches, seed=[config.seed, len(members)])
     rng = np.random.default_rng([config.seed, DRAWS])
     added_U, added_N = np.unique(rng.choice(np.setdiff1d(firing_C, members), DRAWS), return_inverse=True)
 

@@ -9,15 +9,15 @@ from runs import write_members
 
 from saejax.causal import ablation, activity
 from saejax.causal.ablate import run as stage
+from saejax.causal.ablate import verdict
 from saejax.causal.ablate.importance import Importance, importance_file
 from saejax.causal.ablate.results import AblateResults, ImportanceSummary
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
-from saejax.settings import AblateConfig, MeshConfig, ModelConfig
+from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
-from saejax.tasks.scoring import bootstrap_mean
 from saejax.workspace import Run
 
 
@@ -38,7 +38,10 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
         configs = dict(
             model=ModelConfig(path=str(tiny_llama)),
             mesh=MeshConfig(),
-            ablate=AblateConfig(top=4, draws=12, matches=6, bootstrap=500, batch_rows=32, curve=False),
+            corpus=CorpusConfig(),
+            ablate=AblateConfig(
+                top=4, draws=12, matches=6, bootstrap=500, batch_rows=32, curve=False, baselines=(), text_documents=2
+            ),
         )
         inputs = {"baseline": baseline, "train/topk": train}
         return Run("ablate", "topk", tmp_path / name, configs, inputs, say=said.append, **changes), said
@@ -60,14 +63,21 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
         tested = [p for p in read_prompts(whole.inputs["baseline"] / "prompts.jsonl") if p.behaviour == name]
         assert [line["text"] for line in lines] == [p.text for p in tested if p.split == "test"]
         clean_P, joint_P = (np.array([line[key] for line in lines]) for key in ("clean", "joint"))
-        again = bootstrap_mean(clean_P - joint_P, 500, whole.configs["ablate"].seed)
+        again = verdict.over_prompts(np.array([""] * 8), whole.configs["ablate"])(clean_P - joint_P)
         assert entry.joint.logit_diff_drop == again
         controls_PxN = np.array([line["controls"] for line in lines])
+        (other,) = entry.others  # what this one's top features cost the other behaviour
+        beside = [json.loads(line) for line in (whole.folder / f"{other}-prompts.jsonl").read_text().splitlines()]
+        left = np.mean([line["clean"] - line["others"][name] for line in beside])
+        assert entry.others[other].logit_diff_drop.mean == pytest.approx(left)
+        assert entry.text.documents == 2 and entry.grades.selective.holds in (True, False)
         np.testing.assert_allclose(
             entry.controls.logit_diff_drop, (clean_P[:, None] - controls_PxN).mean(axis=0), atol=1e-12
         )
         drawn = [json.loads(line) for line in (whole.folder / f"{name}-controls.jsonl").read_text().splitlines()]
-        assert len(drawn) == 12 and all(len(line["features"]) == entry.joint.firing for line in drawn)
+        assert len(drawn) == entry.controls.draws in (2, 3, 6, 12) and all(
+            len(line["features"]) == entry.joint.firing for line in drawn
+        )
 
     # Asked to stop once the first behaviour is there: it is kept, and what comes then is the same to the bit.
     folder = whole.folder.parent / "stopped"

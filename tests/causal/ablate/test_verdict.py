@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from linear_experiment import LinearExperiment
 
-from saejax.causal.ablate import verdict
+from saejax.causal.ablate import grades, verdict
 from saejax.results import Interval, to_json
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_mean
 
-CONFIG = AblateConfig(bootstrap=2000)
+CONFIG = AblateConfig(bootstrap=2000, draws=199, matches=10)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,9 @@ def planted():
 def test_features_that_carry_the_answer_get_a_yes(planted):
     results, measured = verdict.judge("planted", planted, CONFIG)
     assert sorted(measured.top) == list(range(50, 70))
-    assert results.verdict is True and results.reason.startswith("Yes: without the 20 features")
+    assert results.grades.harms.holds and results.grades.beyond_matched.holds and results.claim.yes
+    assert results.grades.highest == "beyond_matched" and results.grades.beyond_bases.holds is None
+    assert results.grades.harms.reason.startswith("without the 20 features accuracy goes from 100 % to ")
     drop_P = planted.drop(range(50, 70))
     np.testing.assert_allclose(results.joint.logit_diff_drop.mean, drop_P.mean())
     assert results.joint.clean_accuracy == 1.0 and results.joint.ablated_accuracy < 0.5
@@ -43,7 +45,7 @@ def test_features_that_carry_the_answer_get_a_yes(planted):
 
 def test_controls_are_what_their_features_do(planted):
     results, measured = verdict.judge("planted", planted, CONFIG)
-    assert measured.controls_NxC.shape == (100, 20) and not np.isin(measured.controls_NxC, measured.top).any()
+    assert measured.controls_NxC.shape == (199, 20) and not np.isin(measured.controls_NxC, measured.top).any()
     drop_NxP = np.stack([planted.drop(s) for s in measured.controls_NxC])
     controls = results.controls
     np.testing.assert_allclose(controls.logit_diff_drop, drop_NxP.mean(axis=1), atol=1e-12)
@@ -55,9 +57,9 @@ def test_controls_are_what_their_features_do(planted):
 
 def test_the_difference_is_paired_by_prompt(planted):
     results, measured = verdict.judge("planted", planted, CONFIG)
-    paired_P = measured.controls_NxP.mean(axis=0) - measured.joint_P
-    wanted = bootstrap_mean(paired_P, CONFIG.bootstrap, CONFIG.seed)
-    assert vars(results.difference) == pytest.approx(vars(wanted))
+    paired_P = measured.controls_NxQ.mean(axis=0) - measured.joint_P
+    wanted = bootstrap_mean(paired_P, CONFIG.bootstrap, CONFIG.seed)  # with draws of its own
+    assert vars(results.difference) == pytest.approx(vars(wanted), rel=0.05)
 
 
 def test_features_that_carry_nothing_get_a_no():
@@ -69,8 +71,8 @@ def test_features_that_carry_nothing_get_a_no():
         rng = np.random.default_rng([seed, 7])
         null = LinearExperiment(0.1 * rng.normal(size=(20, 400)), seed=seed, attribution_F=rng.normal(size=400))
         results = verdict.judge("null", null, lenient)[0]
-        assert results.verdict is False or results.difference.low > 0
-        yes += results.verdict
+        assert not results.claim.yes or results.difference.low > 0
+        yes += results.claim.yes
     assert yes <= 4
 
 
@@ -87,19 +89,20 @@ def edge_case():
 def test_exactly_the_accuracy_drop_of_the_rule_is_not_enough():
     results = verdict.judge("edge", edge_case(), CONFIG)[0]
     assert results.joint.accuracy_drop.mean == 0.05 and results.difference.low > 0
-    assert results.verdict is False and "(not more than 5)" in results.reason
+    assert results.grades.harms.holds is False and "(not more than 5)" in results.grades.harms.reason
+    assert results.grades.highest == "none" and results.controls.draws == 24  # no further draw could change the no
     less_asked = dataclasses.replace(CONFIG, min_accuracy_drop=0.049)
-    assert verdict.judge("edge", edge_case(), less_asked)[0].verdict is True
+    assert verdict.judge("edge", edge_case(), less_asked)[0].grades.harms.holds is True
 
 
 def test_accuracy_that_falls_no_more_than_with_other_features_is_not_enough():
     alike = LinearExperiment(np.full(400, 0.2), attribution_F=np.random.default_rng(0).random(400))
     alike.f_PxF[:] = 1.0
     alike.base_P[:] = 1.0 - 400 * 0.2
-    results = verdict.judge("alike", alike, CONFIG)[0]
+    results = verdict.judge("alike", alike, dataclasses.replace(CONFIG, matches=300))[0]
     assert results.joint.accuracy_drop.mean == 1.0 and abs(results.difference.low) < 1e-9
-    assert results.verdict is False and "not clearly above zero" in results.reason
-    assert results.percentile < 1.0
+    assert results.grades.harms.holds and results.grades.beyond_matched.holds is False
+    assert results.grades.highest == "harms" and results.percentile < 1.0
 
 
 def test_a_top_feature_that_never_fires(planted):
@@ -111,18 +114,45 @@ def test_a_top_feature_that_never_fires(planted):
         assert entries[feature].logit_diff_drop == entries[feature].accuracy_drop == zero
         assert entries[feature].firing_rate == entries[feature].mean_activation == 0.0
         assert entries[feature].control_drop is None
-    assert measured.controls_NxC.shape == (100, 18)
+    assert measured.controls_NxC.shape == (199, 18)
     assert results.joint.n == 20 and results.joint.firing == 18
-    assert "2 of the features never fire on the test prompts" in results.reason
+    assert "2 of the features never fire on the test prompts" in results.grades.harms.reason
 
 
 def test_no_feature_with_a_positive_attribution(planted):
     results = verdict.judge("none", LinearExperiment(planted.gain_PxF, 5.0, -np.ones(400)), CONFIG)[0]
-    assert results.top == () and results.verdict is False and results.joint.logit_diff_drop.mean == 0.0
-    assert "no feature has an attribution above zero" in results.reason
+    assert results.top == () and results.grades.highest == "none" and results.joint.logit_diff_drop.mean == 0.0
+    assert "no feature has an attribution above zero" in results.grades.harms.reason
+    assert results.grades.beyond_matched.holds is None
     json.dumps(to_json(results), allow_nan=False)
 
 
 def test_the_rule_in_words_has_the_configs_numbers():
-    words = verdict.rule(AblateConfig(top=7, draws=33, min_accuracy_drop=0.125))
-    assert "top 7 features" in words and "12.5 percentage points" in words and "33 sets" in words
+    words = grades.rule(AblateConfig(top=7, draws=33, min_accuracy_drop=0.125, max_ce_rise=0.07))
+    for number in ("top 7 features", "12.5 percentage points", "33 sets", "0.07 nats"):
+        assert number in words
+
+
+def test_prompts_of_draws_are_spread_over_templates():
+    templates = ["a"] * 40 + ["b"] * 20 + ["c"] * 40
+    chosen_Q = verdict.spread_over(templates, 10)
+    assert [sum(templates[place] == name for place in chosen_Q) for name in "abc"] == [4, 2, 4]
+    assert verdict.spread_over(templates, 0).tolist() == verdict.spread_over(templates, 100).tolist() == [*range(100)]
+
+
+def test_draws_on_some_prompts_stand_beside_the_top_features_on_the_same(planted):
+    few = dataclasses.replace(CONFIG, draw_prompts=6)
+    results, measured = verdict.judge("planted", planted, few)
+    assert measured.controls_NxQ.shape == (199, 6) and results.controls.prompts == results.claim.prompts == 6
+    drop_Q = planted.drop(range(50, 70))[measured.chosen_Q]
+    assert results.controls.top_logit_diff_drop == pytest.approx(drop_Q.mean())
+    assert results.joint.logit_diff_drop.mean == pytest.approx(planted.drop(range(50, 70)).mean())
+
+
+def test_a_pool_of_few_sets_gives_no_answer():
+    gain_F = np.zeros(70)
+    gain_F[:20] = 0.5
+    results = verdict.judge("narrow", LinearExperiment(gain_F, base=-1.0), CONFIG)[0]
+    assert results.controls.disjoint_sets == 2 and results.grades.harms.holds
+    assert results.grades.beyond_matched.holds is None and not results.claim.yes
+    assert "holds 2 sets without a feature in common" in results.grades.beyond_matched.reason

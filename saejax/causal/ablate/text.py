@@ -1,0 +1,160 @@
+"""What removing directions does to text that has nothing to do with a behaviour: cross-entropy and divergence.
+
+The text is held-out documents of the corpus, of which the first ``LENGTH`` tokens are read. Directions are removed at
+all positions but attention sinks. Where a counterpart's activations stand in for removed ones, text has none, and they
+are set to zero.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.causal.ablate.results import TextEffect
+from saejax.causal.activation_sources import ActivationSource
+from saejax.causal.split import SplitModel, active_features, run_head
+from saejax.dictionaries import Basis
+from saejax.dictionaries.matmul import matmul
+from saejax.evaluation import programs
+from saejax.models.language_model import LanguageModel
+from saejax.models.split import SplitPoint
+from saejax.models.tokens import pad
+from saejax.parallel import sharding
+from saejax.results import Interval
+from saejax.settings import AblateConfig, CorpusConfig
+from saejax.tasks import corpora
+from saejax.tasks.scoring import bootstrap_means
+
+LENGTH = 128  # tokens of a document
+_AT_ONCE = 4  # documents of a program
+FOR_DOSE = 4  # documents on which the divergence is measured that is a dose
+
+
+@dataclasses.dataclass(frozen=True)
+class TextDiffs:
+    """Sums over the predicted tokens of N documents.
+
+    Attributes:
+      tokens_N: how many there are.
+      clean_N: cross-entropy with nothing removed.
+      rise_SxN: of cross-entropy without each of S sets.
+      kl_SxN: KL(clean || without the set).
+    """
+
+    tokens_N: np.ndarray
+    clean_N: np.ndarray
+    rise_SxN: np.ndarray
+    kl_SxN: np.ndarray
+
+    def summary(self, config: AblateConfig) -> TextEffect:
+        """Of the first set; nats per token."""
+        total, tokens_N = float(self.tokens_N.sum()), self.tokens_N.astype(np.float64)
+        low_1, high_1 = bootstrap_means(self.rise_SxN[:1], config.bootstrap, config.seed, whole_P=tokens_N)
+        return TextEffect(
+            documents=len(tokens_N),
+            tokens=int(total),
+            clean=float(self.clean_N.sum() / total),
+            rise=Interval(float(self.rise_SxN[0].sum() / total), float(low_1[0]), float(high_1[0])),
+            kl=float(self.kl_SxN[0].sum() / total),
+        )
+
+
+class HeldOutText:
+    """Documents on which sets of directions are removed.
+
+    Args:
+      documents: token ids, at least 2 of each.
+    """
+
+    def __init__(self, documents: Sequence[Sequence[int]]):
+        self._documents = [list(document) for document in documents]
+
+    @classmethod
+    def of(cls, corpus: CorpusConfig, model: LanguageModel, count: int) -> "HeldOutText | None":
+        """Of so many documents of the corpus, evenly spread over those that are held out; None for 0.
+
+        Raises:
+          UserError: the corpus cannot be read, or not be split.
+        """
+        if not count:
+            return None
+        held_out = corpora.split(corpora.read_corpus(corpus), corpus.held_out, corpus.seed)[1]
+        chosen = [held_out[place] for place in np.unique(np.arange(count) * len(held_out) // count)]
+        tokens = [model.tokenize([document.text[: 16 * LENGTH]]) for document in chosen]
+        length = min(LENGTH, model.config.context)
+        read = [one.ids_BxT[0, : min(int(one.lengths_B[0]), length)] for one in tokens if one.lengths_B[0] > 1]
+        return cls(read) if read else None
+
+    def effects(
+        self, split: SplitModel, source: ActivationSource, sets: Sequence[Sequence[int]], documents: int | None = None
+    ) -> TextDiffs:
+        """Removes each set from the first so many documents, or all.
+
+        Args:
+          split: the model, split at the site that the directions are written to.
+          source: what stands in their activations' place.
+          sets: of directions.
+          documents: how many.
+        """
+        source = ActivationSource() if source.kind == "counterpart" else source
+        own = self._documents[:documents]
+        features_K = np.unique(np.concatenate([np.asarray(one, np.int64) for one in [*sets, [0]]]))
+        members_SxK = np.stack([np.isin(features_K, np.asarray(one, np.int64)) for one in sets])
+        fill = 2 ** (len(features_K) - 1).bit_length() - len(features_K)  # programs of few sizes
+        features_K = np.pad(features_K, (0, fill), mode="edge")
+        members_SxK = np.pad(members_SxK, ((0, 0), (0, fill)))
+        parts = [
+            self._batch(split, source, own[first : first + _AT_ONCE], features_K, members_SxK)
+            for first in range(0, len(own), _AT_ONCE)
+        ]
+        tokens_N = np.array([len(document) - 1 for document in own])
+        return TextDiffs(tokens_N, *(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
+
+    def _batch(
+        self,
+        split: SplitModel,
+        source: ActivationSource,
+        documents: Sequence[Sequence[int]],
+        features_K: np.ndarray,
+        members_SxK: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of some documents: clean [N], rise [S, N], divergence [S, N]."""
+        real, point = len(documents), split.point
+        padded = pad([*documents, *[[0, 0]] * (_AT_ONCE - real)])
+        width = -(-max(map(len, self._documents)) // 16) * 16
+        ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, width - padded.ids_BxT.shape[1])))
+        rows = split.by_row(ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool))
+        stream, value, read, domain, _ = run_head(point, split.error, split.params, split.dictionary, *rows)
+        lengths_B = split.by_row(padded.lengths_B)[0]
+        clean = programs.tail(point, split.params, stream, value)
+        found = []
+        for members_K in members_SxK:
+            sites = value, read, domain, features_K, members_K
+            left = programs.tail(point, split.params, stream, _without(point, split.dictionary, source, *sites))
+            sums = programs.compare(point.config, split.params, jnp.stack([clean, left]), rows[0], lengths_B)
+            found.append([np.asarray(part, np.float64).sum(axis=0)[:, :real] for part in sums])
+        ce_Sx2xN, kl_Sx2xN = (np.stack(part) for part in zip(*found, strict=True))
+        return ce_Sx2xN[0, 0], ce_Sx2xN[:, 1] - ce_Sx2xN[:, 0], kl_Sx2xN[:, 1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _without(
+    point: SplitPoint,
+    dictionary: Basis,
+    source: ActivationSource,
+    value_BxTxD: jax.Array,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    features_K: jax.Array,
+    members_K: jax.Array,
+) -> jax.Array:
+    """The site's value without those of K directions that are members."""
+    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[:, :, features_K]
+    removed_BxTxK = source.removed(f_BxTxK, f_BxTxK, domain_BxT, features_K, jnp.int32(len(f_BxTxK)))
+    removed_BxTxK = jnp.where(members_K[None, None, :], removed_BxTxK, jnp.zeros_like(removed_BxTxK))
+    removed_BxTxD = matmul(removed_BxTxK, dictionary.W_dec_FxD[...][features_K])
+    left_BxTxD = (value_BxTxD.astype(removed_BxTxD.dtype) - removed_BxTxD).astype(value_BxTxD.dtype)
+    return jax.lax.with_sharding_constraint(left_BxTxD, sharding(point.mesh))
