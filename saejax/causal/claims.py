@@ -150,8 +150,11 @@ def claims(effects: Mapping[str, SetEffects], rule: Rule) -> dict[str, Claim]:
 
 
 def blocks(draws: int) -> list[slice]:
-    """The draws in the order in which they are run, an eighth first, then as many again: after each one may stop."""
-    ends = sorted({max(draws // share, min(draws, 2)) for share in (8, 4, 2, 1)})
+    """The draws in the order in which they are run, an eighth first, then as many again: after each one may stop.
+
+    The first block holds at least 20, so that there is something to say of where the tested set stands.
+    """
+    ends = [draws // share for share in (8, 4, 2) if draws // share >= 20] + [draws]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 

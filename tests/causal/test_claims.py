@@ -1,9 +1,21 @@
 """The rule of a claim where nothing is true, where something is, and in odd cases."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from saejax.causal.claims import Rule, SetEffects, claims, holm_columns, randomisation_p, resampled_shares
+from saejax.causal.claims import (
+    Rule,
+    SetEffects,
+    blocks,
+    claims,
+    holm_columns,
+    randomisation_p,
+    resampled_shares,
+    settled_no,
+    widened,
+)
 from saejax.causal.statistics import holm
 
 BEHAVIOURS, DRAWS, SLOTS, MATCHES, TEMPLATES = 4, 199, 20, 40, 3
@@ -59,6 +71,49 @@ def test_where_nothing_is_true_a_run_says_yes_no_more_often_than_its_level(world
     rule = Rule(resamples=200, min_accuracy_drop=0.0)
     said = [any(claim.yes for claim in claims(run_of(rng, world), rule).values()) for _ in range(RUNS)]
     assert np.mean(said) <= LIMIT
+
+
+def narrow_pool(rng, disjoint):
+    """Features that differ, of which the draws know so many beside each tested one."""
+    effect_SxM = rng.normal(size=(SLOTS, 1 + disjoint)) / np.sqrt(SLOTS)
+    return sets_of(rng, effect_SxM, DRAWS)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_narrow_pool_is_made_up_for(corrected):
+    """Without the correction of ``widened`` p is small too often: so this test can fail."""
+    rng, runs = np.random.default_rng(9), 4000
+    p = np.array([randomisation_p(narrow_pool(rng, 5), 5 if corrected else None)[0] for _ in range(runs)])
+    for level in (0.05, 0.0125):
+        limit = level + 3 * np.sqrt(level * (1 - level) / runs)
+        assert (np.mean(p <= level) <= 1.15 * limit) is corrected
+    np.testing.assert_allclose(widened(np.array([0.0, 2.0]), 1), [1 - np.sqrt(2), 1 + np.sqrt(2)])
+
+
+def test_stopping_early_changes_no_answer():
+    """Every run is judged with all draws, and with those after which none could change a no."""
+    rng, rule, stopped = np.random.default_rng(21), Rule(resamples=100, min_accuracy_drop=0.0), 0
+    for trial in range(60):
+        whole = run_of(rng, different_features, draws=399, planted=2.0 * (trial % 2))
+        short = {}
+        for name, part in whole.items():
+            for block in blocks(399):
+                own = part.draw_drop_NxP[: block.stop], part.draw_lost_NxP[: block.stop]
+                short[name] = SetEffects(part.drop_P, part.lost_P, *own, part.template_P)
+                if settled_no(short[name], 399, rule):
+                    break
+            stopped += short[name].draws < 399
+        found, wanted = claims(short, rule), claims(whole, rule)
+        assert {name: claim.yes for name, claim in found.items()} == {n: claim.yes for n, claim in wanted.items()}
+    assert stopped > 60
+    assert [block.stop for block in blocks(1000)] == [125, 250, 500, 1000] and len(blocks(30)) == 1
+
+
+def test_too_few_disjoint_sets_give_no_yes():
+    effects = run_of(np.random.default_rng(5), different_features, planted=8.0)
+    for disjoint, able in ((4, False), (5, True)):
+        few = {name: dataclasses.replace(part, disjoint=disjoint) for name, part in effects.items()}
+        assert all(claim.yes is able for claim in claims(few, Rule(resamples=100)).values())
 
 
 def test_an_interval_around_the_mean_of_the_draws_is_no_rule():

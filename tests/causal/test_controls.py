@@ -121,3 +121,46 @@ def test_lengths_of_directions_count_too(many):
 def test_a_dead_feature_has_no_control(many):
     with pytest.raises(ValueError, match="never fires"):
         controls.nearest_features(many, [0])
+
+
+def test_position_counts_too():
+    """Of 12 features alike in all else, half fire near the end of prompts."""
+    statistics = statistics_of(np.full(12, 0.1), np.full(12, 2.0))
+    place_F = statistics.fires_F * np.where(np.arange(12) < 6, 9.0, 2.0)
+    placed = dataclasses.replace(statistics, place_F=place_F)
+    assert controls.nearest_features(placed, [8])[0, :5].tolist() == [6, 7, 9, 10, 11]
+    drawn_NxK = controls.draw_controls(placed, [8], draws=20, matches=5, seed=0)
+    assert controls.match_ratios(placed, [8], drawn_NxK)["place_ratio"] == 1.0
+    parts = [(100, statistics.fires_F, statistics.sum_F, place_F)] * 2
+    np.testing.assert_array_equal(controls.FeatureStatistics.total(parts).place_F, 2 * place_F)
+
+
+def test_the_size_of_a_set_is_that_of_its_sum():
+    rng = np.random.default_rng(3)
+    features_K, removed_NxK, W_KxD = np.array([2, 5, 9, 11]), rng.random((30, 4)), rng.normal(size=(4, 6))
+    change_KxK = (removed_NxK.T @ removed_NxK) * (W_KxD @ W_KxD.T)
+    for chosen in ([0, 3], [1], [0, 1, 2, 3]):
+        whole_NxD = removed_NxK[:, chosen] @ W_KxD[chosen]
+        (found,) = controls.joint_size(change_KxK, features_K, [features_K[chosen]])
+        assert found == pytest.approx(np.sqrt(np.square(whole_NxD).sum()))
+    assert controls.nearest_in_size(np.array([1.0, 8.0, 2.2, 1.9, 0.0]), 2.0, 3).tolist() == [0, 2, 3]
+
+
+def test_disjoint_sets_are_as_many_as_can_be_given_out():
+    # Three features far apart, with 4, 4 and 2 features near them: the scarcest decides.
+    rate_F = np.concatenate([[0.01, 0.1, 0.5], np.full(4, 0.0101), np.full(4, 0.101), np.full(2, 0.501)])
+    statistics = statistics_of(rate_F, np.ones(13))
+    assert controls.disjoint_sets(statistics, [0, 1], 4) == 4
+    assert controls.disjoint_sets(statistics, [0, 1, 2], 2) == 2
+    # Two alike share their pool.
+    alike = statistics_of(np.full(12, 0.1), np.ones(12))
+    assert controls.disjoint_sets(alike, [0, 1], 9) == 4 and controls.disjoint_sets(alike, [0], 3) == 3
+    assert controls.disjoint_sets(alike, [], 3) == 0
+
+
+def test_matches_shrink_to_what_there_is():
+    few = statistics_of([0.1] * 9 + [0.0] * 50, np.ones(59))
+    assert controls.fitting_matches(few, [0, 1, 2], 40) == 4
+    controls.draw_controls(few, [0, 1, 2], draws=2, matches=4, seed=0)
+    with pytest.raises(UserError, match="only 3 features besides the 6"):
+        controls.draw_controls(few, range(6), 2, controls.fitting_matches(few, range(6), 40), seed=0)

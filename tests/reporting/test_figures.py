@@ -248,11 +248,11 @@ def test_a_heatmap_holds_the_cells_with_the_first_layer_at_the_bottom():
     assert [label.get_fontweight() for label in axes.get_xticklabels()] == ["normal"] * 2 + ["bold"] + ["normal"] * 2
 
 
-def test_each_basis_stands_beside_its_own_random_directions():
-    axes = doses_figure(1).axes[0]
-    crosses = [line for line in axes.lines if line.get_marker() == "x"]
-    assert [line.get_xdata()[0] for line in crosses] == pytest.approx([0.3, 0.1, 0.25, -0.01])
-    assert [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()][1] == "MLP neurons"
+def test_curves_of_doses_begin_at_nothing_and_go_by_dose():
+    curve = DoseCurve(9, (1, 2), (1, 2), (5.0, 2.0), (0.7, 0.4), None)
+    (axes,) = figures.doses(dict(one=dict(features=curve))).axes
+    (line,) = [line for line in axes.lines if line.get_label() == "features"]
+    assert list(line.get_xdata()) == [0, 2, 5] and list(line.get_ydata()) == [0, 0.4, 0.7]
 
 
 def test_single_features_stand_in_order_from_the_top():

@@ -99,7 +99,8 @@ def settled(
                     other: _other(saved[name], saved[other], saved[other].others[name], config)
                     for other in results
                     if name in saved[other].others
-                },
+                }
+                or None,
             ),
             found[name],
             config,

@@ -83,9 +83,9 @@ class HeldOutText:
             return None
         held_out = corpora.split(corpora.read_corpus(corpus), corpus.held_out, corpus.seed)[1]
         chosen = [held_out[place] for place in np.unique(np.arange(count) * len(held_out) // count)]
-        tokens = [model.tokenize([document.text[: 16 * LENGTH]]) for document in chosen]
         length = min(LENGTH, model.config.context)
-        read = [one.ids_BxT[0, : min(int(one.lengths_B[0]), length)] for one in tokens if one.lengths_B[0] > 1]
+        ids = [model.tokenizer(document.text[: 16 * LENGTH])["input_ids"][:length] for document in chosen]
+        read = [one for one in ids if len(one) > 1]
         return cls(read) if read else None
 
     def effects(

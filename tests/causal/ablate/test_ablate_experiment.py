@@ -66,7 +66,7 @@ def test_a_feature_that_fires_only_where_its_replacement_is_from_has_a_control(
     results, measured = verdict.judge("tiny", experiment, config)
     (entry,) = results.top
     assert entry.logit_diff_drop.mean == 0 and entry.control_drop is None
-    assert "1 of the features never fire on the test prompts and have no control" in results.reason
+    assert "1 of the features never fire on the test prompts" in results.grades.harms.reason
 
 
 def test_prompts_of_one_split_only(split, make_prompt):
