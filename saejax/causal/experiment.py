@@ -14,7 +14,7 @@ class Experiment(Protocol):
     """A behaviour on a model and a dictionary of F features, with N positions of train and P test prompts."""
 
     name: str
-    templates: Sequence[str]  # of the test prompts, in their order
+    templates: list[str]  # of the test prompts, in their order
 
     def attribution(self) -> np.ndarray:
         """Each feature's attribution, mean over the train prompts, [F]."""

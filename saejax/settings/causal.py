@@ -66,8 +66,8 @@ class AblateConfig(Config):
         "folder of a dictionary, such as one trained with --train.freeze=decoder; empty: none",
     )
     text_documents: int = setting(
-        8,
-        "held-out documents of the corpus, 128 tokens of each, on which removing features must leave cross-entropy as "
+        16,
+        "held-out documents of the corpus, 64 tokens of each, on which removing features must leave cross-entropy as "
         "it is; 0: none, and it is not known whether effects are selective",
         low=0,
     )

@@ -25,7 +25,8 @@ from saejax.results import Interval
 from saejax.settings import AblateConfig
 
 GRADES = ("harms", "beyond_matched", "beyond_bases", "selective")
-UNKNOWN = Grades(*[Grade(None, "not measured")] * 4, highest="none")
+_NOT_YET = Grade(None, "not measured")
+UNKNOWN = Grades(_NOT_YET, _NOT_YET, _NOT_YET, _NOT_YET, highest="none")
 
 
 def claim_rule(config: AblateConfig) -> Rule:

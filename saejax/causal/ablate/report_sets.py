@@ -85,8 +85,8 @@ def _areas(compared: Mapping[str, Mapping[str, DoseCurve]]) -> Table:
         "never trained, as sparse as the tested one; difference of means, the principal directions of the site's means "
         "by answer."
     )
-    columns = ("Behaviour", "Basis", "Features / basis, equal norm", "Difference")
-    columns += ("Features / basis, equal divergence", "Difference")
+    sides = "Features / basis, equal norm", "Difference", "Features / basis, equal divergence", "Difference"
+    columns = "Behaviour", "Basis", *sides
     return Table("Effects at equal dose", columns, rows, stack=True, note=note)
 
 

@@ -28,7 +28,7 @@ from saejax.settings import AblateConfig, CorpusConfig
 from saejax.tasks import corpora
 from saejax.tasks.scoring import bootstrap_means
 
-LENGTH = 128  # tokens of a document
+LENGTH = 64  # tokens of a document
 _AT_ONCE = 4  # documents of a program
 FOR_DOSE = 4  # documents on which the divergence is measured that is a dose
 

@@ -119,7 +119,7 @@ def _draw(
         return _Controls(drawn_NxC[: config.draws], ControlMatch(None, None, None), 0)
     pool_K = np.unique([*firing, *drawn_NxC.ravel().tolist()])
     change_KxK = experiment.changes(pool_K.tolist())
-    size_N = controls.joint_size(change_KxK, pool_K, drawn_NxC)
+    size_N = controls.joint_size(change_KxK, pool_K, drawn_NxC.tolist())
     own = float(controls.joint_size(change_KxK, pool_K, [firing])[0])
     kept_N = controls.nearest_in_size(size_N, own, config.draws)
     sets_NxC = drawn_NxC[kept_N]
@@ -213,7 +213,7 @@ def _with_draws(
     run: list[LogitDiffs] = []
     for block in blocks(config.draws):
         sets_NxC = measured.controls_NxC[: block.stop]
-        run.append(experiment.ablate(sets_NxC[block.start :].tolist(), measured.chosen_Q))
+        run.append(experiment.ablate(sets_NxC[block.start :].tolist(), measured.chosen_Q.tolist()))
         controls_NxQ = np.concatenate([part.ablated_SxP for part in run])
         found = dataclasses.replace(measured, controls_NxC=sets_NxC, controls_NxQ=controls_NxQ)
         if settled_no(found.effects, config.draws, claim_rule(config)):
