@@ -226,3 +226,11 @@ def test_two_processes_ablate_as_one(inputs, trained, tested, tmp_path, mesh):
         one, two = (Importance.load(file) for file in (path, folder / "ablate" / "topk" / path.name))
         np.testing.assert_array_equal(two.feature, one.feature)
         np.testing.assert_allclose(two.drop, one.drop, atol=1e-5)
+
+
+def test_two_processes_run_a_whole_pipeline_as_one(inputs, whole, tmp_path):
+    """Capture in parts, training together, everything else by the first process while the other waits."""
+    flags = runs.small_flags(*inputs, tmp_path / "run")
+    first, second = (runs.finish(process) for process in runs.start_pair("pipeline", flags))
+    assert "report: done" in first and not second.strip(), second
+    assert runs.checksums(tmp_path / "run")["store"] == runs.checksums(whole[0])["store"]
