@@ -28,14 +28,15 @@ def join(config: MeshConfig) -> MeshConfig:
         return config
     import jax
 
+    coordinator = config.coordinator or None
     if config.distributed == "flags":
-        told = dict(coordinator_address=config.coordinator or None, num_processes=config.processes)
-        jax.distributed.initialize(**told, process_id=config.process_id, heartbeat_timeout_seconds=HEARTBEAT)
+        told = dict(num_processes=config.processes, process_id=config.process_id)
+        jax.distributed.initialize(coordinator, **told, heartbeat_timeout_seconds=HEARTBEAT)
         return config
     if not jax.distributed.is_initialized():
         ids = gpus_of_process(os.environ, len(glob.glob("/dev/nvidia[0-9]*")))
         try:
-            jax.distributed.initialize(local_device_ids=ids, heartbeat_timeout_seconds=HEARTBEAT)
+            jax.distributed.initialize(coordinator, local_device_ids=ids, heartbeat_timeout_seconds=HEARTBEAT)
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 "--mesh.distributed=auto found neither SLURM, Open MPI nor a TPU slice of several hosts "

@@ -1,5 +1,6 @@
 """A SLURM cluster of two nodes on this machine, in one folder: slurm-wlm and munge, as root, without systemd."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -44,6 +45,15 @@ def missing() -> list[str]:
     return [name for name in _PROGRAMS if not shutil.which(name)] + ([] if os.getuid() == 0 else ["root"])
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that no one listens on."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
 class Slurm:
     """A cluster that runs while the block does.
 
@@ -61,12 +71,7 @@ class Slurm:
         key.write_bytes(os.urandom(32))
         key.chmod(0o600)
         host = socket.gethostname().partition(".")[0]
-        sockets = [socket.socket() for _ in range(3)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in sockets]
-        for each in sockets:
-            each.close()
+        ports = free_ports(3)
         (self.folder / "slurm.conf").write_text(_CONFIG.format(host=host, folder=self.folder, ports=ports))
         own = {name: self.folder / f"munge.{name}" for name in ("socket", "pid", "log", "seed")}
         self._munge_pid = own["pid"]
@@ -78,7 +83,11 @@ class Slurm:
         self.call("slurmctld", "-f", conf)
         for node in ("d0", "d1"):
             self.call("slurmd", "-N", node, "-f", conf)
-        self.wait(lambda: self.call("sinfo", "-h", "-o", "%T").split() == ["idle", "idle"], 60)
+        try:
+            self.wait(lambda: set(self.call("sinfo", "-h", "-o", "%T").split()) == {"idle"}, 60)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
