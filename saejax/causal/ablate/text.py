@@ -22,7 +22,7 @@ from saejax.evaluation import programs
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import pad
-from saejax.parallel import sharding
+from saejax.parallel import sharding, to_host
 from saejax.results import Interval
 from saejax.settings import AblateConfig, CorpusConfig
 from saejax.tasks import corpora
@@ -135,7 +135,7 @@ class HeldOutText:
             sites = value, read, domain, features_K, members_K
             left = programs.tail(point, split.params, stream, _without(point, split.dictionary, source, *sites))
             sums = programs.compare(point.config, split.params, jnp.stack([clean, left]), rows[0], lengths_B)
-            found.append([np.asarray(part, np.float64).sum(axis=0)[:, :real] for part in sums])
+            found.append([to_host(part).astype(np.float64).sum(axis=0)[:, :real] for part in sums])
         ce_Sx2xN, kl_Sx2xN = (np.stack(part) for part in zip(*found, strict=True))
         return ce_Sx2xN[0, 0], ce_Sx2xN[:, 1] - ce_Sx2xN[:, 0], kl_Sx2xN[:, 1]
 
