@@ -68,11 +68,12 @@ def _sets(plan: PlannedRun) -> float:
 
 
 def _gathered(plan: PlannedRun) -> int:
-    """The features whose activations are kept at once; a circuit kept alone is all others removed."""
+    """The features whose activations are kept at once, filled up; a circuit kept alone is all others removed."""
     ablate, features = plan.configs["ablate"], plan.dictionary("ablate").n_features
-    if ablate.circuit_tests:
-        return features
-    return min(features, max(ablate.top * (1 + ablate.matches), FEATURES if ablate.effects == "all" else 0))
+    most = ablate.top * (1 + ablate.matches)
+    if ablate.circuit_tests or ablate.effects == "all":
+        most = max(most, features if ablate.circuit_tests else FEATURES)
+    return 2 ** (min(features, most) - 1).bit_length()
 
 
 def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
