@@ -23,6 +23,9 @@ TIMED = dict(
     train__k=(64,),
     evaluate__ce_documents=40,
     ablate__curve=False,
+    ablate__draws=100,
+    ablate__baselines=(),
+    ablate__text_documents=0,
 )
 
 
@@ -37,7 +40,8 @@ def test_what_makes_a_run_longer():
     model, speed = shape("smollm2-135m"), dict(float32=1e11, bfloat16=2e11)
 
     def seconds(**changes) -> dict[str, float]:
-        return make_needs(model, text=(1000, 100_000), **changes).seconds(speed)
+        few = dict(ablate__draws=100, ablate__baselines=(), ablate__text_documents=0)
+        return make_needs(model, text=(1000, 100_000), **few | changes).seconds(speed)
 
     base = seconds()
     assert "benchmark" not in base
@@ -45,6 +49,8 @@ def test_what_makes_a_run_longer():
     assert seconds(train__max_steps=1)["train"] < 0.2 * base["train"]
     assert seconds(capture__dtype="bfloat16")["capture"] < 0.8 * base["capture"]
     assert seconds(ablate__draws=1000)["ablate"] > 3 * base["ablate"]
+    for more in (dict(ablate__baselines=("components",)), dict(ablate__text_documents=16)):
+        assert seconds(**more)["ablate"] > base["ablate"]
     asked = (dict(ablate__circuit_tests=True), dict(ablate__greedy=5), dict(ablate__effects="all"))
     assert all(
         seconds(**more)["ablate"] > 1.1 * base["ablate"] > seconds(ablate__curve=False)["ablate"] for more in asked
