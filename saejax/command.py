@@ -7,7 +7,6 @@ asked for failed (one line says which), or a bug, with its traceback.
 import contextlib
 import ctypes
 import errno
-import importlib
 import os
 import signal
 import sys
@@ -99,7 +98,9 @@ def _plugins(argv: Sequence[str]) -> None:
     early(list(argv), known_only=True)
     files = [file for value in early["plugins"].value or [] for file in value.split(",") if file]
     if files:
-        importlib.import_module("saejax.dictionaries.kinds.plugins").load(files)
+        from saejax.dictionaries.kinds import plugins
+
+        plugins.load(files)
 
 
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:

@@ -99,7 +99,9 @@ def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, st
     _join_processes(stage, plan.configs)
     folder, found = workspace.begin(stage, name, mark) if _first(plan) else (workspace.folder(stage, name), "")
     if plan.configs["mesh"].processes > 1:  # no process may read what the first one moves away
-        load("saejax.parallel:wait_for_all")(f"{unit} begun")
+        from saejax.parallel import wait_for_all
+
+        wait_for_all(f"{unit} begun")
     if found and found != "resumed":
         say(f"{unit}: settings or inputs changed; the old result was moved to {found}")
     say(f"{unit}: {'going on' if found == 'resumed' else 'started'}")

@@ -14,7 +14,6 @@ class BatchTopK(Kind):
 
     name = "batchtopk"
     about = "keeps the largest activations of a batch, k of them per token on average"
-    reads = ("k", "threshold_rate")
     vectors = ("threshold_F",)
     no_free_decoder = "has no penalty to hold it in a batchtopk dictionary"
 
