@@ -70,6 +70,7 @@ class Kind:
       numbers: fields of ``DictionaryConfig``, besides shapes, that its inference reads and a stack's members differ in.
       signed: whether activations may be below 0.
       compares: whether inference compares features with each other, so that it matters how long decoder rows are.
+      jumprelu: whether at inference it is a JumpReLU dictionary, that of ``as_jumprelu``: so other tools can have it.
       no_free_decoder: why decoder rows may not grow freely; empty: they may.
     """
 
@@ -82,6 +83,7 @@ class Kind:
     numbers: ClassVar[Sequence[str]] = ()
     signed: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    jumprelu: ClassVar[bool] = False
     no_free_decoder: ClassVar[str] = ""
 
     # What it computes.
@@ -107,6 +109,10 @@ class Kind:
     def move_bias(self, arrays: Arrays, shift_F: Any) -> Arrays:
         """The same dictionary for an encoder that gives ``shift_F`` less before its bias."""
         return arrays | dict(b_enc_F=arrays["b_enc_F"] + shift_F)
+
+    def as_jumprelu(self, arrays: Arrays) -> Arrays:
+        """The arrays, with "threshold_F", of the JumpReLU dictionary that it is; called if ``jumprelu`` says so."""
+        return arrays
 
     # How it is trained.
 

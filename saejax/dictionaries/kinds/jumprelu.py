@@ -14,6 +14,7 @@ class JumpReLU(Kind):
     name = "jumprelu"
     about = "keeps activations above a threshold that each feature learns"
     vectors = ("threshold_F",)
+    jumprelu = True
 
     def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
         """Without gradients to the thresholds."""
