@@ -18,7 +18,7 @@ from absl import flags
 
 from saejax import config
 from saejax.errors import CheckFailed, Interrupted, UserError
-from saejax.stages import GROUPS, STAGES, groups_of
+from saejax.registry import GROUPS, STAGES, groups_of
 
 _DISK = {
     errno.ENOSPC: "the disk is full: free space, then run again",

@@ -31,10 +31,10 @@ ORDER = [
     "dictionaries",
     "models",
     "parallel",
-    "reporting",
+    "page",
     "results",
     "workspace",
-    "stages",
+    "registry",
     "stage",
     "settings",
     "config",
@@ -123,7 +123,7 @@ def run_and_list(code: str) -> tuple[str, str]:
     return done.stdout + done.stderr, done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", ["saejax", "saejax.stages", "saejax.settings"])
+@pytest.mark.parametrize("module", ["saejax", "saejax.registry", "saejax.settings"])
 def test_importing_is_light(module):
     assert run_and_list(f"import {module}") == ("[]\n", "[]")
 

@@ -14,10 +14,10 @@ from matplotlib.ticker import MultipleLocator
 from saejax.attribution.forms import figure as graph_figure
 from saejax.attribution.results import AttributeResults, CurveResults, GraphResults, GraphTarget
 from saejax.errors import UserError
-from saejax.reporting import style
-from saejax.reporting.document import Block, Links, Picture, Section, Terms, Text
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.tables import MISSING, Table, number, percent, significant, visible
+from saejax.page import style
+from saejax.page.document import Block, Links, Picture, Section, Terms, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import MISSING, Table, number, percent, significant, visible
 from saejax.workspace import write_text
 
 SHOWN = 6  # graphs whose figures are on the page; the others are in the tables and have links

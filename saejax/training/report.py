@@ -10,9 +10,9 @@ from saejax.dictionaries.kinds import KINDS
 from saejax.dictionaries.stacks import full_name
 from saejax.errors import UserError
 from saejax.evaluation.results import DictionaryScores, EvaluateResults
-from saejax.reporting.document import Block, Picture, Section, Terms, Text
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.tables import MISSING, Table, number, percent
+from saejax.page.document import Block, Picture, Section, Terms, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import MISSING, Table, number, percent
 from saejax.training import report_figures
 from saejax.training.report_figures import TrainingCurve
 from saejax.training.results import TrainResults

@@ -19,9 +19,9 @@ from saejax import command, config
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, load_dictionary, save_dictionary
 from saejax.dictionaries.kinds import plugins
 from saejax.errors import UserError
+from saejax.registry import GROUPS
 from saejax.settings import TrainConfig
 from saejax.settings.kinds import KIND_SETTINGS
-from saejax.stages import GROUPS
 
 SETTINGS = dict(plugins=PLUGIN, train__kinds=MADE_UP, ablate__dictionary=MADE_UP)
 
@@ -120,13 +120,12 @@ def test_a_kind_that_is_a_jumprelu_at_inference_is_written_for_other_tools(tmp_p
         dictionary = Dictionary.initial(described, jax.random.key(0))
         dictionary.threshold_F[...] = jnp.full(16, 0.5)
         save_dictionary(tmp_path / "written", dictionary, "saelens")
-        loaded = load_dictionary(tmp_path / "written")
+        loaded, x_BxD = load_dictionary(tmp_path / "written"), jax.random.normal(jax.random.key(1), (9, 8))
+        f_BxF = loaded.encode(x_BxD)
+        assert loaded.config.kind == "jumprelu" and (f_BxF > 0).any()
+        np.testing.assert_array_equal(f_BxF, dictionary.encode(x_BxD))
     finally:
         del kinds.KINDS["above"], KIND_SETTINGS["above"]
-    x_BxD = jax.random.normal(jax.random.key(1), (9, 8))
-    f_BxF = loaded.encode(x_BxD)
-    assert loaded.config.kind == "jumprelu" and (f_BxF > 0).any()
-    np.testing.assert_array_equal(f_BxF, dictionary.encode(x_BxD))
 
 
 def test_what_settings_know_of_kinds_and_what_computes_them_go_together():
