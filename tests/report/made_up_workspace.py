@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax import settings
+from saejax import registry, settings
 from saejax.causal.ablate.importance import Importance, importance_file
 from saejax.causal.ablate.results import HalvesAgreement
 from saejax.config import to_json
