@@ -64,7 +64,8 @@ class Kind:
     Attributes:
       name: as in ``--train.kinds`` and ``DictionaryConfig.kind``.
       about: a line for the report that goes on after "which".
-      Settings, reads: of a kind from outside, what ``settings.kinds.KindSettings`` says of the package's own.
+      Settings, reads: of a kind that is registered, ``own`` and ``reads`` of its ``settings.kinds.KindSettings``; for
+        the package's own kinds both stand there.
       vectors: names of its arrays beyond the common ones, each [F], 0 at the start.
       unscaled: those of them that are not in units of activations.
       numbers: fields of ``DictionaryConfig``, besides shapes, that its inference reads and a stack's members differ in.
