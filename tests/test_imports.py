@@ -36,6 +36,7 @@ ORDER = [
     "workspace",
     "registry",
     "stage",
+    "processes",
     "settings",
     "config",
     "errors",
