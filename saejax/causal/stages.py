@@ -70,7 +70,7 @@ def load_trained(run: Run, name: str, flag: str) -> Dictionary:
 
 
 def read_behaviours(run: Run, named: Sequence[str] = (), flag: str = "") -> dict[str, list[Prompt]]:
-    """The prompts of the behaviours that are to be tested; a line for each that is left out. See ``gate.read_tested``."""
+    """The prompts of the behaviours to be tested; a line for each that is left out. See ``gate.read_tested``."""
     found = read_tested(run.inputs["baseline"], named, flag)
     for name, why in found.left_out.items():
         run.say(f"{run.stage}: {name} is left out: {why}")

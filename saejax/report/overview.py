@@ -63,6 +63,7 @@ def limits(found: Findings) -> Section:
     """How far the answer reaches."""
     ablate, behaviours = found.one(AblateResults), found.one(BaselineResults).behaviours
     settings = found.settings()
+    with_prompts = settings["corpus"]["behaviours"]
     fewest = min(one.test.n for one in behaviours.values())
     ratios = "; ".join(
         f"{behaviour(name)} "
@@ -99,8 +100,8 @@ def limits(found: Findings) -> Section:
         ),
         (
             "Contexts",
-            "the strongest contexts show a feature's peak, not all that it does. They come from the captured text, "
-            "which holds the behaviours' train prompts besides the corpus.",
+            "the strongest contexts show a feature's peak, not all that it does. They come from the captured text"
+            + (", which holds the behaviours' train prompts besides the corpus." if with_prompts else "."),
         ),
     ]
     if not settings["corpus"]["path"] and settings["model"]["path"] == "smollm2":

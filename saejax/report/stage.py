@@ -16,8 +16,8 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     tested = configs["ablate"].dictionary
     if is_folder(tested):
         raise UserError(
-            f"the report shows dictionaries that its workdir trained, and --ablate.dictionary={tested} is a folder: run "
-            "the report there, or read the results of ablate"
+            f"the report shows dictionaries that its workdir trained, and --ablate.dictionary={tested} is a folder: "
+            "run the report there, or read the results of ablate"
         )
     read = [stage for stage in STAGES.values() if stage.name in _READ or stage.section]
     return [unit for stage in read for unit in stage.units(configs)]

@@ -17,7 +17,7 @@ singular. Greater-than: an end in the decade after the first year's is correct, 
 the counterpart it is the other way round as far as it can be: both decades are later, the wrong answer's is the next.
 Other later decades would be right, too, so its top-1 share is low in a model that can do it.
 Addition: two numbers of two digits with a sum below 100, after two worked examples that are used for nothing else,
-in either order. The sums of a prompt and its counterpart begin with different digits.
+in either order. The tens of the sums of a prompt and its counterpart differ by two or more.
 
 Before an answer that is a number stands a mark ("'", "="), never a space or a digit: some vocabularies keep a space
 with the digits after it, some do not, and some join digits by twos or threes; so every one of them begins a token where
@@ -124,7 +124,7 @@ def recipes() -> Mapping[str, Recipe]:
                 f"We know that {first}, that {second} and that {{a}}+{{b}}=",
             ),
             dict(pairs=[pair for pair in sums if not {pair, pair[::-1]} & set(_EXAMPLES)]),
-            least=366,  # of so many pairs not all sums begin with the same digit
+            least=366,  # of so many drawn pairs some sums are far from any other
             capacity=lambda pairs: pairs,
             drawer=_addition,
         ),
@@ -180,7 +180,7 @@ def _addition(rng: np.random.Generator, pairs: list[tuple[int, int]]) -> Callabl
 
     def draft(i: int, template: str) -> Draft:
         pair = next(deck)
-        other = _pick(rng, [other for other in pairs if sum(other) // 10 != sum(pair) // 10])
+        other = _pick(rng, [other for other in pairs if abs(sum(other) // 10 - sum(pair) // 10) > 1])
         texts = []
         for a, b in (pair, other):
             a, b = (a, b) if rng.integers(2) else (b, a)

@@ -12,7 +12,10 @@ from importlib import resources
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN_3 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 KINDS = ("gpt2", "pythia", "gemma", "phi2", "llama3", "mistral", "qwen3")
 _PIECES = r"▁?\p{L}+|\p{N}|▁?[^▁\p{L}\p{N}\s]+|▁+|\s"
