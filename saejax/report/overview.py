@@ -25,8 +25,8 @@ def prompt_count(found: Findings) -> str:
 
 def lead(found: Findings) -> tuple[str, ...]:
     """What was done, for a reader who knows transformers: paragraphs."""
-    ablate, behaviours = found.one(AblateResults), found.one(BaselineResults).behaviours
-    wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in behaviours)
+    ablate = found.one(AblateResults)
+    wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in ablate.behaviours)
     path = found.settings()["model"]["path"]
     model = _MODELS.get(path) or (Path(path).name if path.startswith(("/", ".", "~")) else path)
     features = len(held_out(found, "firing_rate"))

@@ -60,7 +60,7 @@ def _baseline_table(scores_of: Mapping[str, BaselineBehaviour]) -> Table:
     note = (
         "Accuracy: the correct answer's first token has a higher logit than the wrong one's. Logit difference: correct "
         "minus wrong, at the prompt's last token. Separation: its mean over its standard deviation. Top-1: the correct "
-        "token has the highest logit of all. Whole answer: the correct answer is likelier than the wrong one, all their "
+        "token has the highest logit of all. Whole answer: the correct one is likelier than the wrong one, all their "
         "tokens counted. Features are chosen on train prompts and judged on test prompts, which in "
         "the built-in behaviours share no content with them. Square brackets: 95 % bootstrap intervals over prompts."
     )
