@@ -110,7 +110,8 @@ def _targets(model: LanguageModel, request: Request) -> list[int | tuple[int, ..
     """
     id_of: Callable[[Any], int] = functools.partial(token_of, model)
     if request.answers:
-        id_of = lambda answer: answer_ids(model.tokenizer, request.prompt, answer)[0]  # noqa: E731
+        text = str(request.prompt)  # of a behaviour
+        id_of = lambda answer: answer_ids(model.tokenizer, text, answer)[0]  # noqa: E731
     return [tuple(map(id_of, target)) if isinstance(target, tuple) else id_of(target) for target in request.targets]
 
 

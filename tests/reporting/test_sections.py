@@ -149,9 +149,7 @@ def test_probes_are_shown_and_labels_without_one_said():
     (section,) = probes.sections(findings(settings, topk=partly(ProbeResults, **results)), draw)
     intro, picture, table, without = section.blocks
     assert "the features of topk" in intro.text and "at a prompt's last position" in intro.text
-    assert (
-        "Answer: Two-digit addition: features 50 [40,\u00a060] %, raw dimensions 50 [40,\u00a060] %." in picture.alt
-    )
+    assert "Answer: Two-digit addition: features 50 [40,\u00a060] %, raw dimensions 50 [40,\u00a060] %." in picture.alt
     assert table.rows[0][:4] == ("Answer: Two-digit addition", "2 features", "50 [40,\u00a060]", "40\u00a0%")
     assert table.rows[0][6:] == ("10 [0,\u00a020]", "0.0123", "7, 8")
     assert table.rows[1][1] == "all features" and table.rows[1][6] == table.rows[1][8] == "–"
