@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.errors import UserError, one_of
+from saejax.errors import UserError
 from saejax.models.identity import content
 from saejax.settings.attribution import CLUSTER, GraphConfig
 from saejax.tasks.behaviours import Prompt
@@ -110,15 +110,15 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
 
     Args:
       config: of the stage.
-      behaviours: the prompts that the baseline measured, where ``config`` names behaviours.
+      behaviours: the prompts of those that ``config`` names, if it does.
 
     Raises:
-      UserError: a file cannot be read, a line is no such request or repeats a name, or a behaviour does not exist.
+      UserError: a file cannot be read, or a line is no such request or repeats a name.
     """
     targets = (_target(config.target),) if config.target else ()
     if config.behaviours:
         assert behaviours is not None
-        return [_of_behaviour(name, behaviours, targets) for name in config.behaviours]
+        return [_of_behaviour(name, prompts, targets) for name, prompts in behaviours.items()]
     if not config.prompts:
         return [Request(unit_name(config), config.prompt or config.token_ids, targets)]
     path, requests = Path(config.prompts), []
@@ -152,8 +152,7 @@ def read_heads(config: GraphConfig) -> list[tuple[int, int, int]] | None:
     return list(dict.fromkeys(found)) or None
 
 
-def _of_behaviour(name: str, behaviours: Mapping[str, Sequence[Prompt]], targets: tuple[TargetText, ...]) -> Request:
-    prompts = behaviours[one_of(name, behaviours, "behaviour (--graph.behaviours)")]
+def _of_behaviour(name: str, prompts: Sequence[Prompt], targets: tuple[TargetText, ...]) -> Request:
     first = next((prompt for prompt in prompts if prompt.split == "test"), prompts[0])
     if targets:
         return Request(name, first.text, targets)

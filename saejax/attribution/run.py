@@ -5,7 +5,7 @@ A prompt is a part in the sense of ``causal.parts``; ``outputs`` writes its file
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_r
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings.attribution import CLUSTER, GraphConfig
+from saejax.tasks.answer_tokens import answer_ids
 from saejax.workspace import Run
 
 _NO_ATTENTION = Attention({}, None)  # of SAEs' graphs, whose edges are not paths
@@ -47,7 +48,7 @@ def run_attribute(run: Run) -> AttributeResults:
       UserError: a prompt, its targets, the transcoders or SAEs and the model do not go together.
     """
     config: GraphConfig = run.configs["graph"]
-    behaviours = read_behaviours(run) if config.behaviours else None
+    behaviours = read_behaviours(run, config.behaviours, "--graph.behaviours") if config.behaviours else None
     requests = {request.slug: request for request in read_requests(config, behaviours)}
     groups = read_groups(config, list(requests))
 
@@ -105,9 +106,12 @@ def _targets(model: LanguageModel, request: Request) -> list[int | tuple[int, ..
     """The tokens that a request's targets mean.
 
     Raises:
-      UserError: a target is not one token.
+      UserError: a target is not one token, or an answer has no token of its own after the prompt.
     """
-    id_of = model.token_id if request.answers else functools.partial(token_of, model)
+    id_of: Callable[[Any], int] = functools.partial(token_of, model)
+    if request.answers:
+        text = str(request.prompt)  # of a behaviour
+        id_of = lambda answer: answer_ids(model.tokenizer, text, answer)[0]  # noqa: E731
     return [tuple(map(id_of, target)) if isinstance(target, tuple) else id_of(target) for target in request.targets]
 
 

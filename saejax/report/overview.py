@@ -25,8 +25,8 @@ def prompt_count(found: Findings) -> str:
 
 def lead(found: Findings) -> tuple[str, ...]:
     """What was done, for a reader who knows transformers: paragraphs."""
-    ablate, behaviours = found.one(AblateResults), found.one(BaselineResults).behaviours
-    wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in behaviours)
+    ablate = found.one(AblateResults)
+    wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in ablate.behaviours)
     path = found.settings()["model"]["path"]
     model = _MODELS.get(path) or (Path(path).name if path.startswith(("/", ".", "~")) else path)
     features = len(held_out(found, "firing_rate"))
@@ -63,6 +63,7 @@ def limits(found: Findings) -> Section:
     """How far the answer reaches."""
     ablate, behaviours = found.one(AblateResults), found.one(BaselineResults).behaviours
     settings = found.settings()
+    with_prompts = settings["corpus"]["behaviours"]
     fewest = min(one.test.n for one in behaviours.values())
     ratios = "; ".join(
         f"{behaviour(name)} "
@@ -99,8 +100,8 @@ def limits(found: Findings) -> Section:
         ),
         (
             "Contexts",
-            "the strongest contexts show a feature's peak, not all that it does. They come from the captured text, "
-            "which holds the behaviours' train prompts besides the corpus.",
+            "the strongest contexts show a feature's peak, not all that it does. They come from the captured text"
+            + (", which holds the behaviours' train prompts besides the corpus." if with_prompts else "."),
         ),
     ]
     if not settings["corpus"]["path"] and settings["model"]["path"] == "smollm2":

@@ -93,7 +93,6 @@ def contexts(run: Run, name: str, features: Sequence[int], count: int) -> dict[i
     if not features:
         return {}
     store = Store.open(run.inputs["capture"])
-    kind, _ = stacks.kind_and_member(name)
-    dictionary = stacks.load_member(run.inputs[f"train/{kind}"], name, "--ablate.dictionary")
+    dictionary = stacks.load_trained(name, run.inputs, "--ablate.dictionary")
     tokenizer = load_tokenizer(resolve(run.configs["model"]))
     return top_examples(store, dictionary, features, count, token_text(tokenizer))
