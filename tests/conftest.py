@@ -24,8 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import shapes
 
-if os.environ.get("SAEJAX_CHECK_SHAPES"):
-    shapes.install(listed=os.environ["SAEJAX_CHECK_SHAPES"] == "list")
+shapes.install(os.environ.get("SAEJAX_CHECK_SHAPES", ""))
 
 import jax
 import numpy as np

@@ -14,7 +14,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 # What is still to be mended; each list may only become shorter.
 KNOWN_CIRCLES: list[set[str]] = []
 KNOWN_DOUBLES: set[str] = set()
-KNOWN_LETTERS = {"O", "U", "W", "X"}
+KNOWN_LETTERS: set[str] = set()
 
 
 def imported(name: str) -> set[str]:

@@ -175,5 +175,5 @@ def _training(documents: Documents) -> Documents:
     """The documents of the train split."""
     kept_N = np.flatnonzero(documents.split_N == SPLITS.index("train"))
     ids = [documents[int(document)] for document in kept_N]
-    offsets_N = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
-    return Documents(np.concatenate(ids), offsets_N, documents.table_Nx5[kept_N], documents.groups)
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
+    return Documents(np.concatenate(ids), offsets, documents.table_Nx5[kept_N], documents.groups)

@@ -57,9 +57,7 @@ def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
     activations of n tokens, |Z' Z|^2 = |Z Z'|^2, which costs n^2 F instead of n F^2.
     """
     n_tokens, features = f_BxF.shape
-    if n_tokens > tokens:
-        f_BxF = f_BxF[np.arange(tokens) * n_tokens // tokens]
-    f_NxF = f_BxF
+    f_NxF = f_BxF if n_tokens <= tokens else f_BxF[np.arange(tokens) * n_tokens // tokens]
     centred_NxF = f_NxF - jnp.mean(f_NxF, axis=0, keepdims=True)
     degrees = max(f_NxF.shape[0] - 1, 1)
     all_pairs = jnp.sum(jnp.square(matmul(centred_NxF, centred_NxF.T))) / degrees**2

@@ -74,17 +74,17 @@ class MemberData:
         }
         return cls(dictionary, numbers)
 
-    def encode(self, x_BxD: jax.Array) -> jax.Array:
+    def encode(self, x_xD: jax.Array) -> jax.Array:
         """Feature activations, any leading dimensions."""
-        return self.dictionary.encode(x_BxD, self.numbers)
+        return self.dictionary.encode(x_xD, self.numbers)
 
-    def decode(self, f_BxF: jax.Array, x_BxD: jax.Array) -> jax.Array:
+    def decode(self, f_xF: jax.Array, x_xD: jax.Array) -> jax.Array:
         """The reconstruction, or the prediction of the target."""
-        return self.dictionary.decode(f_BxF, x_BxD)
+        return self.dictionary.decode(f_xF, x_xD)
 
-    def fires(self, f_BxF: jax.Array) -> jax.Array:
+    def fires(self, f_xF: jax.Array) -> jax.Array:
         """Where features fire."""
-        return self.dictionary.kind.fires(f_BxF, self.numbers)
+        return self.dictionary.kind.fires(f_xF, self.numbers)
 
 
 def _number(value: float) -> np.ndarray:

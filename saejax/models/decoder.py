@@ -42,14 +42,14 @@ def embed(
     return x_BxTxD
 
 
-def unembed(config: DecoderConfig, params: Params, x_BxTxD: jax.Array, rules: RunRules = GRADIENT) -> jax.Array:
-    """Final norm and head: logits [B, T, V] in fp32 of the stream leaving the last layer."""
-    x_BxTxD = norm(config, rules, params, "final_norm", x_BxTxD)
+def unembed(config: DecoderConfig, params: Params, x_xD: jax.Array, rules: RunRules = GRADIENT) -> jax.Array:
+    """Final norm and head: logits [..., V] in fp32 of the stream leaving the last layer."""
+    x_xD = norm(config, rules, params, "final_norm", x_xD)
     name, pattern = ("embed_VxD", "...d,vd->...v") if config.tied else ("unembed_DxV", "...d,dv->...v")
-    logits_BxTxV = einsum(pattern, x_BxTxD, params[name])
+    logits_xV = einsum(pattern, x_xD, params[name])
     if config.unembed_bias:
-        logits_BxTxV = logits_BxTxV + like(params["unembed_bias_V"], logits_BxTxV)
-    return soft_cap(logits_BxTxV, config.logit_cap)
+        logits_xV = logits_xV + like(params["unembed_bias_V"], logits_xV)
+    return soft_cap(logits_xV, config.logit_cap)
 
 
 def head_of(config: DecoderConfig, params: Params, ids_N: jax.Array) -> Params:

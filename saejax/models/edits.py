@@ -114,9 +114,9 @@ class Values:
     by_position: bool = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
-    def everywhere(cls, values_N: Any, n: int, what: str) -> Self:
+    def everywhere(cls, values: Any, n: int, what: str) -> Self:
         """N finite numbers, or one for all of them; a ``UserError`` that names ``what`` for anything else."""
-        found = np.asarray(values_N, np.float32)
+        found = np.asarray(values, np.float32)
         if found.shape not in ((), (n,)):
             raise UserError(f"{what} has the shape {found.shape}: expected a number or the shape ({n},)")
         if not np.isfinite(found).all():
@@ -124,9 +124,9 @@ class Values:
         return cls(jnp.asarray(np.broadcast_to(found, (1, 1, n))), False)
 
     @classmethod
-    def of_prompts(cls, values_BxTxN: Any, n: int | None, what: str) -> Self:
+    def of_prompts(cls, values: Any, n: int | None, what: str) -> Self:
         """Numbers for every position of prompts; a ``UserError`` unless they are [B, T, n] (None: any n)."""
-        found = jnp.asarray(values_BxTxN)
+        found = jnp.asarray(values)
         if found.ndim != 3 or n not in (None, found.shape[-1]):
             raise UserError(f"{what} has the shape {found.shape}: expected [prompts, tokens, {n or 'width'}]")
         return cls(found, True)

@@ -84,9 +84,9 @@ class Tree(NamedTuple):
         """Rotary tables of the N tokens; masks [S, R, T, known + T] of rows, which see what is known before them."""
         first_SxRx1, new = self.first_SxR[..., None], self.token_SxRxT.shape[2]
         position_SxRxT = first_SxRx1 + jnp.arange(new)[None, None, :]
-        known_SxRxO = jnp.broadcast_to(jnp.arange(known)[None, None, :], (*self.first_SxR.shape, known))
-        slot_SxRxA = jnp.concatenate([known_SxRxO, position_SxRxT], axis=-1)
-        age_SxRxTxA = position_SxRxT[..., :, None] - slot_SxRxA[..., None, :]
-        real_SxRxA = jnp.concatenate([known_SxRxO < first_SxRx1, jnp.ones_like(position_SxRxT, bool)], axis=-1)
-        mask_SxRxTxA = (age_SxRxTxA >= 0) & real_SxRxA[..., None, :]
-        return tables_by_layer(config, self.position_SxN, age_SxRxTxA, mask_SxRxTxA)
+        known_SxRxC = jnp.broadcast_to(jnp.arange(known)[None, None, :], (*self.first_SxR.shape, known))
+        slot_SxRxW = jnp.concatenate([known_SxRxC, position_SxRxT], axis=-1)
+        age_SxRxTxW = position_SxRxT[..., :, None] - slot_SxRxW[..., None, :]
+        real_SxRxW = jnp.concatenate([known_SxRxC < first_SxRx1, jnp.ones_like(position_SxRxT, bool)], axis=-1)
+        mask_SxRxTxW = (age_SxRxTxW >= 0) & real_SxRxW[..., None, :]
+        return tables_by_layer(config, self.position_SxN, age_SxRxTxW, mask_SxRxTxW)

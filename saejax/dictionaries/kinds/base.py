@@ -28,7 +28,7 @@ class Coder(Protocol):
     def arrays(self) -> Arrays:
         """W_enc_DxF, b_enc_F, W_dec_FxD, b_dec_D, those of ``Kind.vectors``, and W_skip_DxD of a skip transcoder."""
 
-    def decode(self, f_BxF: jax.Array, x_BxD: jax.Array | None = None) -> jax.Array:
+    def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
         """f W_dec + b_dec, and x W_skip of a skip transcoder."""
 
 
@@ -90,19 +90,19 @@ class Kind:
 
     # What it computes.
 
-    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Activations at inference [..., F].
 
         Args:
           member: the dictionary.
-          pre_BxF: what its encoder gives, with its bias; ``projected_BxF``: before its bias.
+          pre_xF: what its encoder gives, with its bias; ``projected_xF``: before its bias.
           numbers: the fields of ``Kind.numbers``, which may be traced.
         """
-        return jax.nn.relu(pre_BxF)
+        return jax.nn.relu(pre_xF)
 
-    def fires(self, f_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def fires(self, f_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Where activations count as active."""
-        return f_BxF > 0
+        return f_xF > 0
 
     def bound(self, arrays: Arrays) -> tuple[Any, Any]:
         """W_enc and b_enc of pre-activations which activations never exceed, in size where they are signed."""

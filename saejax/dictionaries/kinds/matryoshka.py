@@ -36,12 +36,12 @@ class Matryoshka(BatchTopK):
     def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
         """Those of the nested groups, ascending."""
         arrays, operands = member.arrays, member.operands
-        nested, partial_BxD = [], row(arrays["b_dec_D"], 2)
+        nested, partial = [], row(arrays["b_dec_D"], 2)
         if "W_skip_DxD" in arrays:
-            partial_BxD += matmul(x_BxD, arrays["W_skip_DxD"], operands)
+            partial += matmul(x_BxD, arrays["W_skip_DxD"], operands)
         for product_BxD in group_products(f_BxF, arrays["W_dec_FxD"], member.config.groups, operands):
-            partial_BxD += product_BxD
-            nested.append(partial_BxD)
+            partial += product_BxD
+            nested.append(partial)
         return nested
 
     def facts(self, values: Numbers, own: MatryoshkaConfig, n_features: int) -> dict[str, Any]:
