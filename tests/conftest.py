@@ -24,7 +24,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import shapes
 
-shapes.install(os.environ.get("SAEJAX_CHECK_SHAPES", ""))
+if (shown := os.environ.get("SAEJAX_CHECK_SHAPES")) != "off":
+    shapes.install(listed=shown == "list")
 
 import jax
 import numpy as np

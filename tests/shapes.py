@@ -2,11 +2,12 @@
 
 An array of the ``CHECKED`` packages that contradicts its name fails the test in which it does.
 ``SAEJAX_CHECK_SHAPES=list pytest tests/causal`` lists the contradictions of these and of the ``UNCHECKED`` packages at
-the end; ``=off`` checks nothing. An argument, a local variable or a field called
-``acts_BxTxD`` must be an array of three dimensions, and B, T and D must be the same wherever these letters stand in one
-call of one function (in one round of a loop). A number is a fixed size, as in ``answers_Bx2``. An x in front or behind
-stands for any further dimensions, the same in one call: ``pre_xF`` has features last, ``array_SxRx`` has shards and rows first. WORKSPACE.md
-has the letters.
+the end; ``=off`` checks nothing.
+
+An argument, a local variable or a field called ``acts_BxTxD`` must be an array of three dimensions, and B, T and D must
+be the same wherever these letters stand in one call of one function (in one round of a loop). A number is a fixed size,
+as in ``answers_Bx2``. An x in front or behind stands for any further dimensions, the same in one call: ``pre_xF`` has
+features last, ``array_SxRx`` has shards and rows first. WORKSPACE.md has the letters.
 
 The source stays free of annotations: modules are rewritten when they are imported. Functions and rounds of loops are
 wrapped in jaxtyping's context, and every array is compared with ``Shaped[Any, "B T D"]`` there. Lambdas and
@@ -92,16 +93,11 @@ def scope() -> contextlib.AbstractContextManager:
     return jaxtyped("context")
 
 
-def install(mode: str) -> None:
-    """Rewrites packages at their import; nothing of saejax may have been imported before.
-
-    Args:
-      mode: "list", "off", or anything else to raise.
-    """
+def install(listed: bool) -> None:
+    """Rewrites packages at their import, all of them if contradictions are listed; saejax must not be imported yet."""
     assert not any(name.startswith("saejax.") for name in sys.modules), "shapes must be installed before saejax"
-    CONTRADICTIONS.listed = {} if mode == "list" else None
-    if mode != "off":
-        sys.meta_path.insert(0, _Finder(CHECKED + UNCHECKED * (mode == "list")))
+    CONTRADICTIONS.listed = {} if listed else None
+    sys.meta_path.insert(0, _Finder(CHECKED + UNCHECKED * listed))
 
 
 class _Finder(MetaPathFinder):
