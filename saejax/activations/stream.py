@@ -163,7 +163,7 @@ class BufferOrder:
         return epoch, buffer, stop - int(self._steps_N[buffer]), stop
 
     def places(self, epoch: int, buffer: int, rows: int) -> np.ndarray:
-        """The batches of a buffer, [batches, batch]: places among its rows that are no sinks.
+        """The batches of a buffer in an epoch, [batches, batch]: places among its rows that are no sinks.
 
         Every place comes before one comes twice, which makes up for the sinks.
         """

@@ -30,7 +30,7 @@ class Basis(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
-        """Values [..., D] at the site that is written, of activations [..., F] and what was read."""
+        """Values [..., D] at the site that is written, of activations f and of x, what was read."""
 
     @abc.abstractmethod
     def fires(self, f_xF: jax.Array) -> jax.Array:

@@ -68,7 +68,7 @@ class Dictionary(Editing, nnx.Module):
     def initial(
         cls, config: DictionaryConfig, key: jax.Array, operands: str = "float32", dtype: str = "float32"
     ) -> "Dictionary":
-        """A dictionary of random unit directions; the encoder is the decoder's transpose, all else is 0."""
+        """A dictionary of unit directions drawn by ``key``; the encoder is the decoder's transpose, all else is 0."""
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
         directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
         arrays = {name: jnp.zeros(shape, dtype) for name, (shape, _) in parameter_table(config).items()}

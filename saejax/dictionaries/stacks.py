@@ -22,7 +22,7 @@ def kind_and_member(name: str) -> tuple[str, str]:
 
 
 def full_name(kind: str, member: str) -> str:
-    """The name of a dictionary: "topk/k16", or "topk" for one that is alone."""
+    """The name of a dictionary by its kind and member: "topk/k16", or "topk" for one that is alone."""
     return f"{kind}/{member}" if member else kind
 
 
@@ -48,7 +48,7 @@ def load_member(unit: Path, name: str, flag: str) -> Dictionary:
 
 
 def check_member(name: str, known: list[str], flag: str) -> None:
-    """A ``UserError`` unless the dictionary ``name`` is one of a unit's members, whose names are ``known``."""
+    """A ``UserError`` that names the flag unless the dictionary ``name`` is one of a unit's members, ``known``."""
     kind, member = kind_and_member(name)
     if member in known:
         return

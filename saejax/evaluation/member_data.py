@@ -62,7 +62,7 @@ class MemberData:
 
     @classmethod
     def abstract(cls, config: DictionaryConfig, operands: str, dtype: str, mesh: Mesh) -> Self:
-        """The shapes and shardings of a member of which this is common to all."""
+        """The shapes and shardings of a member with this config; ``operands`` and ``dtype`` as for ``Dictionary``."""
         arrays = {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *axes))
             for name, (shape, axes) in parameter_table(config).items()
@@ -79,7 +79,7 @@ class MemberData:
         return self.dictionary.encode(x_xD, self.numbers)
 
     def decode(self, f_xF: jax.Array, x_xD: jax.Array) -> jax.Array:
-        """The reconstruction, or the prediction of the target."""
+        """The reconstruction, or the prediction of the target, of activations f and inputs x."""
         return self.dictionary.decode(f_xF, x_xD)
 
     def fires(self, f_xF: jax.Array) -> jax.Array:

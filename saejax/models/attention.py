@@ -155,11 +155,16 @@ def attend(
     v_xSxNxK: jax.Array,
     tables: AttentionTables,
 ) -> jax.Array:
-    """The mean of the values at the tokens that each query attends to, weighted by softmax; [B, T, H, K].
+    """The mean of the values at the tokens that each query attends to, weighted by softmax; [..., T, H, K].
 
     Heads come first, so that both products are plain batches of matrices and nothing as large as the scores is ever
     transposed. Where the keys are those of the queries' own tokens, the queries go in blocks, each of which meets only
     the keys up to its end. Measured on a CPU, on 10 prompts of 192 tokens: 12 ms; without either, 46.
+
+    Args:
+      q_xTxHxK: queries, after the rotary embedding.
+      k_xSxNxK, v_xSxNxK: keys, after it, and values.
+      tables: of the layer.
     """
     q_xNxGxTxK = _by_group(config, q_xTxHxK)
     k_xNxSxK, v_xNxSxK = jnp.swapaxes(k_xSxNxK, -2, -3), jnp.swapaxes(v_xSxNxK, -2, -3)
@@ -172,7 +177,10 @@ def attend(
 
 
 def query_blocks(length: int, slots: int) -> list[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys that it may meet: of the queries' own tokens none after its end."""
+    """Blocks of ``length`` queries, each with those of the ``slots`` keys that it may meet.
+
+    Where there are as many keys they are the queries' own tokens, and none after a block's end is met.
+    """
     if length != slots or length < _BLOCKS_FROM:
         return [(slice(0, length), slice(0, slots))]
     size = -(-length // _BLOCKS)
@@ -183,7 +191,7 @@ def query_blocks(length: int, slots: int) -> list[tuple[slice, slice]]:
 def attention_weights(
     config: DecoderConfig, rules: RunRules, q_xTxHxK: jax.Array, k_xSxNxK: jax.Array, tables: AttentionTables
 ) -> jax.Array:
-    """How much each query attends to each key, [B, N, G, T, S]; the sum over keys is 1."""
+    """How much each query q attends to each key k, [..., N, G, T, S]; the sum over keys is 1. See ``attend``."""
     shares = _exponentials(config, rules, _by_group(config, q_xTxHxK), jnp.swapaxes(k_xSxNxK, -2, -3), tables)
     return shares / jnp.sum(shares, axis=-1, keepdims=True)
 

@@ -30,6 +30,7 @@ def embed(
     """The residual stream entering layer 0, [B, T, D].
 
     Args:
+      ids_BxT: int32 token ids.
       positions_BxT: for families with learned positions; None: 0 to T-1.
     """
     x_BxTxD = params["embed_VxD"][ids_BxT]

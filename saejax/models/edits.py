@@ -115,7 +115,7 @@ class Values:
 
     @classmethod
     def everywhere(cls, values: Any, n: int, what: str) -> Self:
-        """N finite numbers, or one for all of them; a ``UserError`` that names ``what`` for anything else."""
+        """``n`` finite numbers, or one for all of them; a ``UserError`` that names ``what`` for anything else."""
         found = np.asarray(values, np.float32)
         if found.shape not in ((), (n,)):
             raise UserError(f"{what} has the shape {found.shape}: expected a number or the shape ({n},)")
@@ -125,7 +125,7 @@ class Values:
 
     @classmethod
     def of_prompts(cls, values: Any, n: int | None, what: str) -> Self:
-        """Numbers for every position of prompts; a ``UserError`` unless they are [B, T, n] (None: any n)."""
+        """Numbers for every position; a ``UserError`` about ``what`` unless they are [B, T, n] (None: any n)."""
         found = jnp.asarray(values)
         if found.ndim != 3 or n not in (None, found.shape[-1]):
             raise UserError(f"{what} has the shape {found.shape}: expected [prompts, tokens, {n or 'width'}]")
@@ -183,6 +183,6 @@ def layers_of(edits: Sequence[Edit]) -> set[int]:
 
 
 def check_width(site: Site, width: int, what: str, found: int) -> None:
-    """A ``UserError`` unless what acts at a site is as wide as the site."""
+    """A ``UserError`` unless what acts at a site, which is ``found`` wide, has the site's width."""
     if found != width:
         raise UserError(f"{what} has the width {found}, but {site} is {width} wide: take one made for this model")

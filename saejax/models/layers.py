@@ -75,7 +75,7 @@ def mlp(config: DecoderConfig, rules: RunRules, weights: Weights, x_BxTxD: jax.A
 
 
 def project(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """The ``einsum`` of x and weight, plus the bias if there is one, in the dtype of x."""
+    """The ``einsum`` of x and weight by a pattern, plus the bias if there is one, in the dtype of x."""
     return _wide_project(pattern, x, weight, bias).astype(x.dtype)
 
 
@@ -86,7 +86,7 @@ def _wide_project(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array
 
 
 def einsum(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The product in the wide dtype; of fp32 operands to their full precision, which GPUs and TPUs would cut short."""
+    """The product of a and b by a pattern, in the wide dtype; of fp32 to all digits, which GPUs and TPUs cut off."""
     precision = None if a.dtype == jnp.bfloat16 else "highest"
     return jnp.einsum(pattern, a, b, preferred_element_type=wide(a), precision=precision)
 

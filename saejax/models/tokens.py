@@ -32,7 +32,7 @@ class Tokens:
         return self.lengths_B - 1
 
     def check(self, vocab: int, context: int) -> None:
-        """A ``UserError`` unless the prompts fit a model of this vocabulary and context, in tokens."""
+        """A ``UserError`` unless the prompts fit a model with ``vocab`` token ids and this context, in tokens."""
         ids, lengths = self.ids_BxT, self.lengths_B
         if ids.ndim != 2 or lengths.shape != ids.shape[:1] or 0 in ids.shape:
             raise UserError(f"tokens have the shapes {ids.shape} and {lengths.shape}: expected [B, T] and [B]")
@@ -85,7 +85,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], context: int) -> Tokens:
 
 
 def first_token(tokenizer: Any, text: str) -> int:
-    """Id of the first token of an answer, which is taken as it is written, leading space and all."""
+    """Id of the first token that a tokenizer makes of an answer, a text taken as it is, leading space and all."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"the answer {text!r} has no tokens: expected at least one")

@@ -51,7 +51,13 @@ def _initial_bias(kind: str, acts_NxD: np.ndarray) -> np.ndarray:
 
 
 def geometric_median(acts_NxD: np.ndarray, start_D: np.ndarray, rounds: int = 50) -> np.ndarray:
-    """The point with the smallest sum of distances to all rows, by Weiszfeld's iteration."""
+    """The point with the smallest sum of distances to all rows of ``acts``, by Weiszfeld's iteration.
+
+    Args:
+      acts_NxD: the rows.
+      start_D: where it starts.
+      rounds: at most; it ends where a round moves the point by less than a millionth of its length.
+    """
     point_D = start_D
     for _ in range(rounds):
         distance_N = np.maximum(np.linalg.norm(acts_NxD - point_D, axis=1), 1e-12)

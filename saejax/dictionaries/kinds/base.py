@@ -6,7 +6,7 @@ traced, compiled and differentiated; a new kind overrides those in which it diff
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,14 @@ from saejax.dictionaries.description import DictionaryConfig
 
 Arrays = dict[str, Any]  # of jax, or of numpy where they are on the host
 Numbers = Mapping[str, Any]  # settings by name: Python's, or scalars of jax
+
+
+class Facts(TypedDict, total=False):
+    """Fields of ``DictionaryConfig`` that follow from a kind's settings."""
+
+    k: int
+    groups: tuple[int, ...]
+    fires_above: float
 
 
 class Coder(Protocol):
@@ -117,11 +125,17 @@ class Kind:
     def encode_in_training(
         self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, own: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Activations [B, F] in training, and the smallest that was kept (0 where nothing is made of that)."""
+        """Activations [B, F] in training, and the smallest that was kept (0 where nothing is made of that).
+
+        Args:
+          member, pre_BxF, projected_BxF: as for ``encode``, of one batch.
+          values: the member's own of the settings that can be swept, scalars that may be traced.
+          own: the other settings of the kind.
+        """
         return self.encode(member, pre_BxF, projected_BxF, values), jnp.zeros((), pre_BxF.dtype)
 
     def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
-        """What must be like the targets, each [B, D]; the last is the whole dictionary's."""
+        """What must be like the targets, each [B, D], made of f and x; the last is the whole dictionary's."""
         return [member.decode(f_BxF, x_BxD)]
 
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
@@ -142,13 +156,17 @@ class Kind:
 
     # What becomes of it.
 
-    def facts(self, values: Numbers, own: Any, n_features: int) -> dict[str, Any]:
+    def facts(self, values: Numbers, own: Any, n_features: int) -> Facts:
         """Fields of ``DictionaryConfig`` of a member with these settings.
+
+        Args:
+          values, own: as for ``encode_in_training``, Python's numbers.
+          n_features: number of features F.
 
         Raises:
           UserError: they do not fit the number of features.
         """
-        return dict(k=values["k"]) if "k" in self.reads else {}
+        return Facts(k=values["k"]) if "k" in self.reads else Facts()
 
     def finish(self, arrays: Arrays, kept: jax.Array) -> Arrays:
         """The arrays at the end; ``kept`` is the running mean of the smallest activations that were kept."""

@@ -1,13 +1,12 @@
 """No sparsity function: f = pre, of both signs, with an L1 penalty."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from saejax.config import Config, setting
-from saejax.dictionaries.kinds.base import Coder, Numbers
+from saejax.dictionaries.kinds.base import Coder, Facts, Numbers
 from saejax.dictionaries.kinds.standard import Standard
 
 
@@ -36,6 +35,6 @@ class Linear(Standard):
         """|f| above a stated threshold."""
         return jnp.abs(f_xF) > numbers["fires_above"]
 
-    def facts(self, values: Numbers, own: LinearConfig, n_features: int) -> dict[str, Any]:
+    def facts(self, values: Numbers, own: LinearConfig, n_features: int) -> Facts:
         """The threshold."""
-        return dict(fires_above=own.fires_above)
+        return Facts(fires_above=own.fires_above)

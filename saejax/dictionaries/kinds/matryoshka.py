@@ -1,12 +1,11 @@
 """BatchTopK whose leading features must reconstruct by themselves, in nested groups (Bussmann et al., 2025)."""
 
 import dataclasses
-from typing import Any
 
 import jax
 
 from saejax.config import Config, setting
-from saejax.dictionaries.kinds.base import Coder, Numbers
+from saejax.dictionaries.kinds.base import Coder, Facts, Numbers
 from saejax.dictionaries.kinds.batchtopk import BatchTopK
 from saejax.dictionaries.matmul import group_products, matmul
 from saejax.dictionaries.sparsity import row
@@ -44,7 +43,7 @@ class Matryoshka(BatchTopK):
             nested.append(partial)
         return nested
 
-    def facts(self, values: Numbers, own: MatryoshkaConfig, n_features: int) -> dict[str, Any]:
+    def facts(self, values: Numbers, own: MatryoshkaConfig, n_features: int) -> Facts:
         """The groups as numbers of features."""
         groups = tuple(round(share * n_features) for share in own.groups)
         if not groups or sorted(set(groups)) != list(groups) or groups[0] < 1 or groups[-1] != n_features:
@@ -52,4 +51,4 @@ class Matryoshka(BatchTopK):
                 f"--train.matryoshka.groups={own.groups} gives groups of {groups} features: expected shares ascending "
                 "to 1"
             )
-        return super().facts(values, own, n_features) | dict(groups=groups)
+        return super().facts(values, own, n_features) | Facts(groups=groups)
