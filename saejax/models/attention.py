@@ -106,23 +106,23 @@ def _rope_tables(rope: Rope | None, positions: jax.Array) -> tuple[jax.Array, ja
     return rope.gain * jnp.cos(angles), rope.gain * jnp.sin(angles)
 
 
-def rotate(x_BxTxNxK: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+def rotate(x_xTxHxK: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
     """Rotary embedding (Su et al., 2021) in the half-split layout: of 2R dimensions, i turns with i + R."""
     if rope is None:
-        return x_BxTxNxK
-    cos, sin = (like(table[..., None, :], x_BxTxNxK) for table in rope)
+        return x_xTxHxK
+    cos, sin = (like(table[..., None, :], x_xTxHxK) for table in rope)
     pairs = cos.shape[-1]
-    x = x_BxTxNxK.astype(wide(x_BxTxNxK))
+    x = x_xTxHxK.astype(wide(x_xTxHxK))
     first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
-    return turned.astype(x_BxTxNxK.dtype)
+    return turned.astype(x_xTxHxK.dtype)
 
 
 def attention(
     config: DecoderConfig,
     rules: RunRules,
     weights: Weights,
-    x_BxTxD: jax.Array,
+    x_xTxD: jax.Array,
     tables: AttentionTables,
     function: AttentionFunction | None = None,
 ) -> jax.Array:
@@ -130,16 +130,16 @@ def attention(
 
     Args:
       weights: those of the layer.
-      x_BxTxD: after the norm.
+      x_xTxD: after the norm.
       tables: of the layer.
       function: the attention function; None: ``attend``.
 
     Returns:
       What attention gives at each position, [B, T, D].
     """
-    q = project("...td,dhk->...thk", x_BxTxD, weights["q_DxHxK"], weights.get("q_bias_HxK"))
-    k = project("...td,dnk->...tnk", x_BxTxD, weights["k_DxNxK"], weights.get("k_bias_NxK"))
-    v = project("...td,dnk->...tnk", x_BxTxD, weights["v_DxNxK"], weights.get("v_bias_NxK"))
+    q = project("...td,dhk->...thk", x_xTxD, weights["q_DxHxK"], weights.get("q_bias_HxK"))
+    k = project("...td,dnk->...tnk", x_xTxD, weights["k_DxNxK"], weights.get("k_bias_NxK"))
+    v = project("...td,dnk->...tnk", x_xTxD, weights["v_DxNxK"], weights.get("v_bias_NxK"))
     if config.qk_norm:
         q, k = norm(config, rules, weights, "q_norm", q, "K"), norm(config, rules, weights, "k_norm", k, "K")
     q, k = rotate(q, tables.rope), rotate(k, tables.rope)

@@ -36,13 +36,13 @@ class Tree(NamedTuple):
     column_SxN: jax.Array
 
     @classmethod
-    def unshared(cls, place_R: jax.Array, first_R: jax.Array, length: int, shards: int) -> "Tree":
+    def unshared(cls, place_X: jax.Array, first_X: jax.Array, length: int, shards: int) -> "Tree":
         """Rows of which each has ``length`` tokens of its own, in order."""
-        count = len(place_R) // shards
+        count = len(place_X) // shards
         token_RxT = jnp.arange(count * length, dtype=jnp.int32).reshape(count, length)
         row_N, column_N = jnp.divmod(token_RxT.reshape(-1), length)
         shared = (jnp.broadcast_to(array[None], (shards, *array.shape)) for array in (token_RxT, row_N, column_N))
-        return cls(place_R.reshape(shards, count), first_R.reshape(shards, count), *shared)
+        return cls(place_X.reshape(shards, count), first_X.reshape(shards, count), *shared)
 
     def of_tokens(self, array_SxRx: jax.Array) -> jax.Array:
         """What holds for the row in which each token stands, [S, N, ...] of [S, R, ...]."""
