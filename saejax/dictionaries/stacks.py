@@ -27,7 +27,7 @@ def kind_and_member(name: str) -> tuple[str, str]:
 
 
 def full_name(kind: str, member: str) -> str:
-    """The name of a dictionary: "topk/k16", or "topk" for one that is alone."""
+    """The name of a dictionary by its kind and member: "topk/k16", or "topk" for one that is alone."""
     return f"{kind}/{member}" if member else kind
 
 
@@ -80,7 +80,7 @@ def identity(folder: str) -> str:
 
 
 def check_member(name: str, known: list[str], flag: str) -> None:
-    """A ``UserError`` unless the dictionary ``name`` is one of a unit's members, whose names are ``known``."""
+    """A ``UserError`` that names the flag unless the dictionary ``name`` is one of a unit's members, ``known``."""
     kind, member = kind_and_member(name)
     if member in known:
         return

@@ -30,8 +30,8 @@ def state_from_dictionary(trainer: Trainer, folder: str) -> TrainState:
     loaded = [_scaled(trainer, index, _load(Path(folder), member)) for index, member in enumerate(trainer.members)]
     state = trainer.initial_state()
     for name, array in state.params.items():
-        host_M = np.stack([arrays[name] for arrays in loaded]).astype(array.dtype)
-        state.params[name] = jax.make_array_from_callback(array.shape, array.sharding, host_M.__getitem__)
+        host_Mx = np.stack([arrays[name] for arrays in loaded]).astype(array.dtype)
+        state.params[name] = jax.make_array_from_callback(array.shape, array.sharding, host_Mx.__getitem__)
     return state
 
 

@@ -46,7 +46,7 @@ class TranscoderSet:
         return len(self.configs)
 
     def load(self, layer: int, operands: str = "float32") -> Dictionary:
-        """Reads the transcoder of a layer."""
+        """Reads the transcoder of a layer; ``operands`` as for ``Dictionary``."""
         config, found = self.configs[layer], self.tensors[layer]
         arrays = {own: tensors.widened(found[name]) for name, own in _names(config).items()}
         turned = {own: jnp.asarray(array.T if own in _TRANSPOSED else array) for own, array in arrays.items()}

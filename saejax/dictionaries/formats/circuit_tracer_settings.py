@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import yaml
 
@@ -20,7 +20,19 @@ _HOOKS = ("feature_input_hook", "feature_output_hook")
 _ACTIVATIONS = {"relu": "standard", "jumprelu": "jumprelu", "jump_relu": "jumprelu", "topk": "topk"}
 
 
-def read(file: Path) -> dict[str, Any]:
+class SetSettings(TypedDict, total=False):
+    """What is read of the description of a set; it may say more, and ``read`` checks the hooks alone."""
+
+    model_kind: str
+    model_name: Any
+    feature_input_hook: str  #: without its layer
+    feature_output_hook: str
+    activation: Any
+    k: Any
+    transcoders: Any  #: files of the layers, where they are listed
+
+
+def read(file: Path) -> SetSettings:
     """The description of a set, checked.
 
     Raises:
@@ -40,10 +52,10 @@ def read(file: Path) -> dict[str, Any]:
             f"{file}: model_kind is {settings.get('model_kind')!r}, expected 'transcoder_set': each transcoder must "
             "read and predict one layer"
         )
-    return settings
+    return cast(SetSettings, settings)
 
 
-def layer_files(folder: Path, settings: dict[str, Any], fetch: Callable[[str], Path] | None = None) -> list[Path]:
+def layer_files(folder: Path, settings: SetSettings, fetch: Callable[[str], Path] | None = None) -> list[Path]:
     """The files of the layers, in order; those that are listed need not exist.
 
     Args:
@@ -69,8 +81,18 @@ def layer_files(folder: Path, settings: dict[str, Any], fetch: Callable[[str], P
     return [folder / f"layer_{layer}.safetensors" for layer in layers]
 
 
-def kind_of(file: Path, settings: dict[str, Any], layer: int, has_threshold: bool) -> str:
-    """The kind of a layer's transcoder, whose file has thresholds or has none."""
+def kind_of(file: Path, settings: SetSettings, layer: int, has_threshold: bool) -> str:
+    """The kind of a layer's transcoder.
+
+    Args:
+      file: of the settings.
+      settings: of the set.
+      layer: its number, for messages.
+      has_threshold: whether its file has thresholds.
+
+    Raises:
+      UserError: the settings name an activation that is unknown or does not go with that.
+    """
     stored = "jumprelu" if has_threshold else "standard"
     named = settings.get("activation")
     if named is None:
@@ -88,21 +110,19 @@ def kind_of(file: Path, settings: dict[str, Any], layer: int, has_threshold: boo
     return kind
 
 
-def reads_before_gain(settings: dict[str, Any]) -> bool:
+def reads_before_gain(settings: SetSettings) -> bool:
     """Whether transcoders read what the norm before the MLP gives before its gain, which is none of the sites."""
     return settings["feature_input_hook"] == "ln2.hook_normalized"
 
 
-def sites_of(settings: dict[str, Any], layer: int, site: str, target: str) -> tuple[str, str]:
+def sites_of(settings: SetSettings, layer: int, site: str, target: str) -> tuple[str, str]:
     """What a layer's transcoder reads and predicts; ``site`` and ``target`` are kinds in place of the hooks."""
-    read, predicted = _HOOKS
-    return _site(settings, read, layer, site), _site(settings, predicted, layer, target)
+    model = str(settings.get("model_name") or "")
 
+    def named(hook: str, given: str) -> str:
+        return str(Site.parse(f"{given}.{layer}")) if given else hooks.to_site(f"blocks.{layer}.{hook}", model)
 
-def _site(settings: dict[str, Any], key: str, layer: int, given: str) -> str:
-    if given:
-        return str(Site.parse(f"{given}.{layer}"))
-    return hooks.to_site(f"blocks.{layer}.{settings[key]}", str(settings.get("model_name") or ""))
+    return named(settings["feature_input_hook"], site), named(settings["feature_output_hook"], target)
 
 
 def describe(config: DictionaryConfig) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def find_layers(folder: Path) -> list[Path]:
 
 
 def read_config(file: Path, layer: int, model: str = "") -> DictionaryConfig:
-    """What the transcoder in a file is, of which no array is read.
+    """What the transcoder in a file is, of this layer of a language model; no array is read.
 
     Raises:
       UserError: the file is missing, damaged or of another format.

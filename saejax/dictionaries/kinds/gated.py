@@ -27,11 +27,11 @@ class Gated(Kind):
     unscaled = ("r_mag_F",)
     jumprelu = True
 
-    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Magnitudes where the gate is open."""
         scale_F, bias_F = jnp.exp(member.arrays["r_mag_F"]), member.arrays["b_mag_F"]
-        magnitude_BxF = projected_BxF * row(scale_F, projected_BxF.ndim) + row(bias_F, projected_BxF.ndim)
-        return sparsity.gated(pre_BxF, magnitude_BxF)
+        magnitude_xF = projected_xF * row(scale_F, projected_xF.ndim) + row(bias_F, projected_xF.ndim)
+        return sparsity.gated(pre_xF, magnitude_xF)
 
     def bound(self, arrays: Arrays) -> tuple[Any, Any]:
         """Those of the magnitudes."""

@@ -16,9 +16,9 @@ class JumpReLU(Kind):
     vectors = ("threshold_F",)
     jumprelu = True
 
-    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Without gradients to the thresholds."""
-        return sparsity.threshold(pre_BxF, member.arrays["threshold_F"])
+        return sparsity.threshold(pre_xF, member.arrays["threshold_F"])
 
     def encode_in_training(
         self,
