@@ -109,6 +109,7 @@ def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
         config.max_features or None,
         config.max_logits,
         checked=bool(config.circuits or config.doubled),
+        heads=config.heads,
     )
     return PlannedGraphs(tuple(lengths), size, config.doubled)
 

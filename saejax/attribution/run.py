@@ -34,7 +34,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.settings.attribution import CLUSTER, GraphConfig
 from saejax.workspace import Run
 
-_NO_ATTENTION = Attention({}, None)  # of SAEs' graphs, whose edges are not paths
+_NO_ATTENTION = Attention()  # of SAEs' graphs, whose edges are not paths
 
 
 def run_attribute(run: Run) -> AttributeResults:
@@ -95,7 +95,7 @@ def _check_request(
         if isinstance(dictionaries, LayerTranscoders):
             first, checked = dictionaries.configs[0], bool(config.circuits or config.doubled)
             most = config.max_features or None
-            size = GraphSize(model.config, first, certain_active(first), most, config.max_logits, checked)
+            size = GraphSize(model.config, first, certain_active(first), most, config.max_logits, checked, config.heads)
             check_room(size, len(ids_P), model.mesh)
     except UserError as error:
         raise UserError(f"{request.slug}: {error}") from None
@@ -183,8 +183,6 @@ def _message(results: GraphResults) -> str:
         pearson = doubling.free.pearson
         foretold = "none" if pearson is None else f"{pearson:.2f}"
         message += f"; edges off by {doubling.held_error:.1e}, correlation with what happens {foretold}"
-    if results.heads and results.heads.too_large:
-        message += f"; no heads of edges: {results.heads.too_large}"
     return message
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from saejax.attribution.local.active import activations
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.dictionaries import Dictionary
 from saejax.models import decoder
@@ -109,13 +110,13 @@ def _activations(dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Ar
 
         def of_change(places: tuple[jax.Array, jax.Array]) -> jax.Array:
             position_R, feature_R = places
-            acts_RxF = dictionary.encode(read_RxTxD[row_R, position_R])
+            acts_RxF = activations(dictionary, read_RxTxD[row_R, position_R])
             return jnp.take_along_axis(acts_RxF, feature_R[:, None], axis=1)[:, 0]
 
         return lax.map(of_change, (edits.position_RxM.T, edits.feature_RxM.T)).T
 
     def at_position(own_RxM: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:  # encodes less often
-        acts_RxM = jnp.take_along_axis(dictionary.encode(read_RxTxD[:, position]), edits.feature_RxM, axis=1)
+        acts_RxM = jnp.take_along_axis(activations(dictionary, read_RxTxD[:, position]), edits.feature_RxM, axis=1)
         return jnp.where(edits.position_RxM == position, acts_RxM.astype(own_RxM.dtype), own_RxM), None
 
     return lax.scan(at_position, jnp.zeros_like(edits.own_RxM), jnp.arange(length))[0]

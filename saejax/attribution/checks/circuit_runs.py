@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.checks.changed_layers import read_last
-from saejax.attribution.local.active import AT_ONCE
+from saejax.attribution.local.active import AT_ONCE, activations
 from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
@@ -150,7 +150,7 @@ def run_layer(
         if kind != "mlp_out":
             return value_CxTxD
         read_CxTxD = frozen.read(params, layer, seen)
-        acts_CxTxF = dictionary.encode(read_CxTxD)
+        acts_CxTxF = activations(dictionary, read_CxTxD)
         error_CxTxD = value_CxTxD - dictionary.decode(acts_CxTxF, read_CxTxD)
         mask_CxTxF = jnp.zeros(acts_CxTxF.shape, bool)
         mask_CxTxF = mask_CxTxF.at[row_Cx1, position_A[None], feature_A[None]].set(kept_CxA, mode="drop")

@@ -48,7 +48,7 @@ def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[
     pinned = ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
     document = to_document(pruned, slug, supernodes=groups, pinned=pinned)
     write_graph(run.folder / "graphs", document, replace=True)
-    carried = named_heads(attention.carried, ids)
+    carried = named_heads(attention.carried, ids) if attention.carried else {}
     if carried:
         edges = [dict(source=source, target=target, heads=heads) for (source, target), heads in carried.items()]
         lines = ",\n".join(json.dumps(edge, separators=(",", ":")) for edge in edges)

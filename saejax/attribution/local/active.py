@@ -92,6 +92,12 @@ def active_features(
     return Active(layer_A, position_A.astype(np.int32), feature_A.astype(np.int32), value_A, b_enc_A), part
 
 
+def activations(dictionary: Dictionary, read_TxD: jax.Array) -> jax.Array:
+    """Activations [T, F], any leading dimensions: at attention sinks, where no feature is used, 0."""
+    acts_TxF = dictionary.encode(read_TxD)
+    return jnp.where(dictionary.in_domain(read_TxD)[..., None], acts_TxF, jnp.zeros_like(acts_TxF))
+
+
 @jax.jit
 def explain(
     transcoder: Dictionary, read_TxD: jax.Array, out_TxD: jax.Array, used_T: jax.Array
@@ -102,9 +108,8 @@ def explain(
       read_TxD, out_TxD: what it reads, and what the MLP adds.
       used_T: where features are used; elsewhere activations and errors are 0.
     """
-    used_Tx1 = (used_T & transcoder.in_domain(read_TxD))[:, None]
-    acts_TxF = transcoder.encode(read_TxD)
-    acts_TxF = jnp.where(used_Tx1, acts_TxF, jnp.zeros_like(acts_TxF))
+    acts_TxF = activations(transcoder, read_TxD)
+    acts_TxF = jnp.where(used_T[:, None], acts_TxF, jnp.zeros_like(acts_TxF))
     left_TxD = out_TxD - transcoder.decode(acts_TxF, read_TxD)
     error_TxD = jnp.where(used_T[:, None], left_TxD, jnp.zeros_like(left_TxD))
     return acts_TxF, error_TxD, left_TxD[0] + transcoder.b_dec_D[...]

@@ -1,5 +1,7 @@
 """Features set to other values: against hooks in PyTorch, and against what holds by construction."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from saejax.attribution.checks.validation import double
 from saejax.attribution.local.replacement import Replacement, embed
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.targets import Direction, read_targets
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.models.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 IDS = [5, 17, 33, 8, 41, 100]
@@ -161,6 +165,24 @@ def test_everything_kept_is_the_model_and_parts_are_between(traced):
     np.testing.assert_allclose(
         run_circuits(replacement, [every, every.complement()], readouts)[:, 0], [found.model, found.empty], atol=1e-5
     )
+
+
+def test_everything_kept_is_the_model_with_sinks_too(lm):
+    """At a sink no feature is used, and all that the MLP adds but the decoder's bias is the error."""
+    tokens = Tokens(np.array([IDS], np.int32), np.array([len(IDS)], np.int32))
+    made = []
+    for transcoder in made_set(lm):
+        norm_T = np.linalg.norm(np.asarray(lm(tokens, capture=[transcoder.site]).sites[transcoder.site])[0], axis=-1)
+        config = dataclasses.replace(transcoder.config, max_norm=float(np.sort(norm_T[1:])[-2:].mean()))
+        made.append(Dictionary(config, **transcoder.arrays))
+    replacement = Replacement.of(lm, LayerTranscoders.of(made), np.array(IDS))
+    sinks_LxP = np.ones((4, len(IDS)), bool)
+    sinks_LxP[replacement.active.layer_A, replacement.active.position_A] = False
+    assert (sinks_LxP[:, 1:].sum(axis=1) == 1).all()
+    readouts = read_targets(replacement, [7], 10, 0.95)
+    every = Circuit(np.ones(len(replacement.active), bool), np.ones((4, len(IDS)), bool))
+    kept = run_circuits(replacement, [every], readouts)[0, 0]
+    np.testing.assert_allclose(kept, readouts.value_K[0], atol=1e-6)
 
 
 def test_what_is_left_out_may_have_its_mean_activation(traced, lm):
