@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import Pruning
@@ -58,7 +60,7 @@ def to_document(
     source_E, target_E, weight_E = graph.edges()
     links = [
         dict(source=ids[source], target=ids[target], weight=weight)
-        for source, target, weight in zip(source_E.tolist(), target_E.tolist(), weight_E.tolist())
+        for source, target, weight in zip(source_E.tolist(), target_E.tolist(), _decimal(weight_E))
     ]
     groups = [list(group) for group in supernodes]
     pins = list(dict.fromkeys([*(member for group in groups for member in group[1:]), *pinned]))
@@ -90,9 +92,9 @@ def cantor_unpair(number: int) -> tuple[int, int]:
 def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
     assert graph.pruning
     nodes, made = graph.nodes, []
-    columns = nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N, nodes.value_N, graph.pruning.influence_N
+    columns = (column.tolist() for column in (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N))
     first_logit = graph.slice_of(LOGIT).start
-    rows = zip(ids, *(column.tolist() for column in columns), strict=True)
+    rows = zip(ids, *columns, _decimal(nodes.value_N), _decimal(graph.pruning.influence_N), strict=True)
     for k, (node_id, kind, layer, position, index, value, share) in enumerate(rows):
         token = int(node_id.split("_")[1])
         number, name, label = {
@@ -119,6 +121,11 @@ def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) 
             )
         )
     return made
+
+
+def _decimal(numbers: np.ndarray) -> list[float]:
+    """fp32 numbers with no more digits than tell them apart, in JSON half as long as their digits in fp64."""
+    return numbers.astype(str).astype(np.float64).tolist()
 
 
 def _logit_label(graph: Graph, k: int) -> str:

@@ -7,18 +7,17 @@ heads/<slug>.json    the attention heads that carry each edge
 graphs/<slug>.json   the same as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
 """
 
-import heapq
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from saejax.attribution.forms.attention_tables import attention_tables
 from saejax.attribution.forms.figure import draw_graph, save_figure
 from saejax.attribution.forms.graph_folder import write_graph
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.page import write_page
+from saejax.attribution.forms.scores import strongest
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.heads.attention import Attention
@@ -54,12 +53,8 @@ def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[
         lines = ",\n".join(json.dumps(edge, separators=(",", ":")) for edge in edges)
         (run.folder / "heads").mkdir(exist_ok=True)
         write_text(run.folder / "heads" / f"{slug}.json", f'{{"edges":[\n{lines}\n]}}\n')
-    shown = {edge: carried[edge] for edge in _strongest(document, _HEADS_ON_PAGE) if edge in carried}
+    first = [document["links"][place] for place in strongest(document)[:_HEADS_ON_PAGE]]
+    ends = [(link["source"], link["target"]) for link in first]
+    shown = {edge: carried[edge] for edge in ends if edge in carried}
     write_page(part_file(run, slug, ".html"), document, heads=shown, tables=attention_tables(attention, pruned))
     save_figure(draw_graph(document), part_file(run, slug, ".svg"))
-
-
-def _strongest(document: Mapping[str, Any], count: int) -> list[tuple[str, str]]:
-    """The edges of the largest weights, as ids of source and target."""
-    links = heapq.nlargest(count, document["links"], key=lambda link: abs(link["weight"]))
-    return [(link["source"], link["target"]) for link in links]

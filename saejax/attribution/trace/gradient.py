@@ -67,7 +67,7 @@ def trace_saes(
     estimate: str = "gradient",
     direct: bool = False,
     prepend: bool = True,
-    round_rows: int = 2048,
+    round_rows: int | None = None,
 ) -> TracedSaes:
     """Traces a prompt with SAEs.
 
@@ -100,7 +100,7 @@ def trace_saes(
             rows(Readings(vector_FxD, layer_F, kind_A[new_F], position_F), layer_F + 1, put)
 
     count = min(max_features or len(active), len(active))
-    chosen_F, store = attributed(run, len(rows.nodes), readouts, fill, count, round_rows)
+    chosen_F, store = attributed(run, rows.nodes, readouts, fill, count, round_rows)
     if not np.isfinite(store.row_RxC).all():
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)

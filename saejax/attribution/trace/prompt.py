@@ -51,7 +51,7 @@ def trace_prompt(
     max_features: int | None = None,
     bias_nodes: bool = True,
     prepend: bool = True,
-    round_rows: int = 2048,
+    round_rows: int | None = None,
 ) -> Traced:
     """Traces a prompt.
 
@@ -67,7 +67,8 @@ def trace_prompt(
       bias_nodes: whether biases, and the MLP's output at the first position, get nodes, so that sums are complete.
       prepend: put the tokenizer's first special token before a text that begins with none. At the first position no
         feature is used.
-      round_rows: with ``max_features``, features that are attributed between two rankings.
+      round_rows: with ``max_features``, features that are attributed between two rankings; None: a
+        quarter of them, at most 2,048.
 
     Returns:
       The whole graph, its local replacement model, and the targets.
@@ -92,7 +93,7 @@ def trace_prompt(
         else:
             rows(active.layer_A[new_F], active.position_A[new_F], replacement.encoder_rows(new_F), put)
 
-    chosen_F, store = attributed(replacement, len(sources.nodes), readouts, fill, count, round_rows)
+    chosen_F, store = attributed(replacement, sources.nodes, readouts, fill, count, round_rows)
     settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     graph = graph_of(replacement, sources.nodes, readouts, chosen_F, store, prompt, settings)
     return Traced(graph, replacement, readouts)

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from made_transcoders import made_set
+from pages import scores
 
 from saejax import load_model
 from saejax.attribution.forms import outputs
 from saejax.attribution.forms.attention_tables import attention_tables
+from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.heads import edges as heads
 from saejax.attribution.heads.attention import OWN, attend
 from saejax.attribution.requests import read_heads
@@ -115,8 +117,8 @@ def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, tr
     attention = attend(traced, pruned, True, None)
     (tmp_path / "heads").mkdir()
     outputs.write_outputs(SimpleNamespace(folder=tmp_path), "one", pruned, [], attention)
-    ids, (source_E, target_E, weight_E) = pruned.ids, pruned.edges()
-    largest = np.argsort(-np.abs(weight_E), kind="stable")[:5]
-    strongest = {(ids[source_E[edge]], ids[target_E[edge]]) for edge in largest}
+    ids, (source_E, target_E, _) = pruned.ids, pruned.edges()
+    score_E = np.array(scores(to_document(pruned, "one")))
+    strongest = {(ids[source_E[edge]], ids[target_E[edge]]) for edge in np.argsort(-score_E, kind="stable")[:5]}
     assert set(written["heads"]) == strongest & set(heads.named_heads(attention.carried, ids))
     assert 0 < len(written["heads"]) < len(attention.carried.by_edge())

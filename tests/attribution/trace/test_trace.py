@@ -1,5 +1,7 @@
 """Tracing: targets, how many features are kept, devices, and what is refused."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
 from saejax.attribution.graph import pruning
-from saejax.attribution.graph.nodes import BIAS, FEATURE, FIRST_MLP, LOGIT, TOKEN
-from saejax.attribution.trace import row_store, rows
+from saejax.attribution.graph.nodes import BIAS, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
+from saejax.attribution.local.active import Active
+from saejax.attribution.trace import rounds, row_store, rows
 from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
 from saejax.models.language_model import load_model
@@ -96,6 +99,36 @@ def test_the_most_influential_features_are_kept(tiny, made, graph):
     targets = np.r_[kept, np.arange(count, len(graph.target_R))]
     assert relative(part.adjacency_RxS, graph.adjacency_RxS[np.ix_(targets, columns)]) < 1e-6
     assert np.abs(part.unexplained_R).max() < 1e-5 * np.abs(part.value_R).max()
+
+
+def test_biases_have_no_part_in_the_choice_and_rounds_see_more_than_one_ranking():
+    """Of two layers of features: those below act through those above, which one ranking from the logit does not see."""
+    rng = np.random.default_rng(3)
+    matrix_RxS = np.zeros((41, 44), np.float32)  # 40 features and a logit; after the features two tokens and two biases
+    matrix_RxS[40, 20:40] = rng.exponential(size=20) ** 2
+    matrix_RxS[20:40, :20] = rng.exponential(size=(20, 20)) ** 4
+    matrix_RxS[40, :20] = 0.02 * rng.exponential(size=20)
+    layer_A = np.repeat([0, 1], 20).astype(np.int32)
+    columns = np.r_[np.arange(40), -1]
+    whole_S = pruning.influence(matrix_RxS[:, :42], np.r_[layer_A, 2], columns, np.r_[np.zeros(40), 1.0])
+    best = set(np.argsort(-whole_S[:40])[:12].tolist())
+    nodes = Nodes.joined(Nodes.of(FEATURE, layer_A, 1), Nodes.of(TOKEN, -1, [0, 1]), Nodes.of(BIAS, [0, 1], 0))
+    active = Active(layer_A, *(np.zeros(40) for _ in range(4)))
+    run = SimpleNamespace(active=active, model=SimpleNamespace(config=SimpleNamespace(n_layers=2)))
+    readouts = SimpleNamespace(labels=("one",), weight_K=np.ones(1))
+
+    def chosen(round_rows=None, biases=0.0):
+        rows = matrix_RxS.copy()
+        rows[:, 42:] = biases * rng.exponential(size=(41, 2))
+
+        def fill(new_F, put):
+            own = np.array([40]) if new_F is None else new_F
+            put(np.arange(len(own)), rows[own])
+
+        return rounds.attributed(run, nodes, readouts, fill, 12, round_rows)[0].tolist()
+
+    assert chosen() == chosen(biases=1e4)
+    assert len(best & set(chosen())) > len(best & set(chosen(12)))
 
 
 def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
