@@ -22,7 +22,7 @@ from saejax.attribution.heads.query_key import check_head
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
-from saejax.attribution.requests import Request, read_heads, read_requests
+from saejax.attribution.requests import Request, read_heads, read_labels, read_requests
 from saejax.attribution.results import AttributeResults, CurveResults, DoublingResults, GraphResults, GraphTarget
 from saejax.attribution.trace.gradient import TracedSaes, trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
@@ -49,7 +49,7 @@ def run_attribute(run: Run) -> AttributeResults:
     config: GraphConfig = run.configs["graph"]
     behaviours = read_behaviours(run) if config.behaviours else None
     requests = {request.slug: request for request in read_requests(config, behaviours)}
-    groups = read_groups(config, list(requests))
+    groups, labels = read_groups(config, list(requests)), read_labels(config)
 
     def begin() -> Measure:
         dictionaries = _open(config)
@@ -64,7 +64,7 @@ def run_attribute(run: Run) -> AttributeResults:
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             on_progress(0, 1)
-            return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), means)
+            return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), labels, means)
 
         return measure
 
@@ -75,7 +75,7 @@ def run_attribute(run: Run) -> AttributeResults:
 def _open(config: GraphConfig) -> LayerTranscoders | LayerSaes:
     if config.dictionaries:
         return LayerSaes.of(config.dictionaries)
-    return open_transcoders(config.transcoders, config.revision, config.subfolder)
+    return open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
 
 
 def _check_request(
@@ -117,6 +117,7 @@ def _measure(
     dictionaries: LayerTranscoders | LayerSaes,
     request: Request,
     groups: Sequence[Sequence[str]],
+    labels: Mapping[tuple[int, int], str],
     means: Mapping[int, np.ndarray] | None,
 ) -> Measured:
     config: GraphConfig = run.configs["graph"]
@@ -131,7 +132,7 @@ def _measure(
     attention = _NO_ATTENTION
     if isinstance(traced, Traced):
         attention = attend(traced, pruned, config.heads, read_heads(config))
-    write_outputs(run, request.slug, pruned, groups, attention)
+    write_outputs(run, request.slug, pruned, groups, attention, labels)
     doubling, curve = _checked(traced, config, means)
     results = GraphResults(
         prompt=graph.prompt,

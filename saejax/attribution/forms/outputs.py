@@ -9,7 +9,7 @@ graphs/<slug>.json   the same as Neuronpedia and circuit-tracer's viewer read it
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saejax.attribution.forms.attention_tables import attention_tables
@@ -24,12 +24,20 @@ from saejax.attribution.heads.attention import Attention
 from saejax.attribution.heads.edges import named_heads
 from saejax.causal.stages import part_file
 from saejax.parallel import is_first_process
+from saejax.settings.attribution import GraphConfig
 from saejax.workspace import Run, write_text
 
 _HEADS_ON_PAGE = 20_000  # edges, the strongest ones, whose heads the page has; the file has all
 
 
-def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[str]], attention: Attention) -> None:
+def write_outputs(
+    run: Run,
+    slug: str,
+    pruned: Graph,
+    groups: Sequence[Sequence[str]],
+    attention: Attention,
+    labels: Mapping[tuple[int, int], str],
+) -> None:
     """Writes a graph in all its forms, over what a run that was killed may have left; the first process does.
 
     Args:
@@ -37,6 +45,7 @@ def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[
       slug: the graph's name.
       groups: its supernodes, as ``supernodes.as_groups`` gives them.
       attention: the heads of its edges.
+      labels: (layer, feature) -> what the feature is called.
     """
     if not is_first_process():
         return
@@ -45,7 +54,9 @@ def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[
     pruned.save(folder)
     ids = pruned.ids
     pinned = ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
-    document = to_document(pruned, slug, supernodes=groups, pinned=pinned)
+    config: GraphConfig = run.configs["graph"]
+    named = dict(scan=config.scan, source_set=config.source_set)
+    document = to_document(pruned, slug, supernodes=groups, pinned=pinned, labels=labels, **named)
     write_graph(run.folder / "graphs", document, replace=True)
     carried = named_heads(attention.carried, ids) if attention.carried else {}
     if carried:

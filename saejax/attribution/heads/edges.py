@@ -87,7 +87,7 @@ def source_blocks(entries: Placed, length: int, size: int) -> list[SourceBlock]:
         own = own[np.argsort(entries.layer_N[own], kind="stable")]
         for start in range(0, len(own), size):
             chosen_B = own[start : start + size]
-            blocks.append(SourceBlock(chosen_B, int(entries.layer_N[chosen_B].min()), -(-part * length // _PARTS)))
+            blocks.append(SourceBlock(chosen_B, int(entries.layer_N[chosen_B].min()), int(-(-part * length // _PARTS))))
     return blocks
 
 

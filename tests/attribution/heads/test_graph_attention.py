@@ -116,7 +116,8 @@ def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, tr
     monkeypatch.setattr(outputs, "write_page", lambda path, document, **rest: written.update(rest))
     attention = attend(traced, pruned, True, None)
     (tmp_path / "heads").mkdir()
-    outputs.write_outputs(SimpleNamespace(folder=tmp_path), "one", pruned, [], attention)
+    run = SimpleNamespace(folder=tmp_path, configs=dict(graph=GraphConfig()))
+    outputs.write_outputs(run, "one", pruned, [], attention, {})
     ids, (source_E, target_E, _) = pruned.ids, pruned.edges()
     score_E = np.array(scores(to_document(pruned, "one")))
     strongest = {(ids[source_E[edge]], ids[target_E[edge]]) for edge in np.argsort(-score_E, kind="stable")[:5]}
