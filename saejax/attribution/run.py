@@ -59,7 +59,7 @@ def run_attribute(run: Run) -> AttributeResults:
             _check_request(model, dictionaries, request, config)
         means = None
         if config.circuits and config.circuit_rest == "mean" and isinstance(dictionaries, LayerTranscoders):
-            texts = [prompt_ids(model, request.prompt, prepend=True) for request in requests.values()]
+            texts = [prompt_ids(model, request.prompt, chat=config.chat_template) for request in requests.values()]
             means = circuit_runs.mean_activations(Replacement.of(model, dictionaries, ids_P) for ids_P in texts)
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
@@ -88,7 +88,7 @@ def _check_request(
         memory.
     """
     try:
-        ids_P = prompt_ids(model, request.prompt, prepend=True)
+        ids_P = prompt_ids(model, request.prompt, chat=config.chat_template)
         _targets(model, request)
         for head in read_heads(config) or []:
             check_head(model.config, *head, tokens=len(ids_P))
@@ -166,6 +166,7 @@ def _trace(
         max_logits=config.max_logits,
         logit_mass=config.logit_mass,
         max_features=config.max_features or None,
+        chat=config.chat_template,
     )
     if isinstance(dictionaries, LayerSaes):
         options |= dict(estimate=config.estimate, direct=config.direct)

@@ -49,6 +49,9 @@ class GraphConfig(Config):
     behaviours: tuple[str, ...] = setting(
         (), "behaviours instead: of each the first test prompt, whose target is the logit difference"
     )
+    chat_template: bool = setting(
+        False, "put prompts that are texts into the tokenizer's chat template, as what a user says"
+    )
     target: str = setting(
         "",
         "what is explained: a token as it is written, such as ' Paris', or ' Paris> Rome' for the difference of their "

@@ -21,7 +21,7 @@ from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.attribution.heads.carried import Carried
 from saejax.attribution.heads.passes import Placed, carry_down, carry_up, through
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.trace.memory import heads_block
+from saejax.attribution.trace.memory import HEADS_STEP, heads_block
 from saejax.attribution.trace.targets import Readouts
 from saejax.models.config import DecoderConfig
 from saejax.parallel import to_host
@@ -53,6 +53,7 @@ def edge_heads(replacement: Replacement, readouts: Readouts, graph: Graph, top: 
         return carried
     entries, readers = _entries(replacement, graph, sources), _readers(replacement, readouts, graph, targets)
     size = heads_block(replacement.model.mesh.devices.flat[0].platform, length)
+    size = min(size, -(-max(len(sources), len(targets)) // HEADS_STEP) * HEADS_STEP)
     blocks = source_blocks(entries, length, size)
     order_R = np.argsort(-_top(readers, config.n_layers), kind="stable")
     most = max(free_bytes(replacement.model.mesh) // 2, 1)
@@ -81,13 +82,11 @@ def value_bytes(config: DecoderConfig, layers: int, positions: int, sources: int
 def source_blocks(entries: Placed, length: int, size: int) -> list[SourceBlock]:
     """The sources in blocks of similar positions and, among these, of similar layers."""
     part_S = entries.position_N * _PARTS // length
-    blocks = []
-    for part in np.unique(part_S):
-        own = np.flatnonzero(part_S == part)
-        own = own[np.argsort(entries.layer_N[own], kind="stable")]
-        for start in range(0, len(own), size):
-            chosen_B = own[start : start + size]
-            blocks.append(SourceBlock(chosen_B, int(entries.layer_N[chosen_B].min()), int(-(-part * length // _PARTS))))
+    order_S, blocks = np.lexsort((entries.layer_N, part_S)), []
+    for start in range(0, len(order_S), size):
+        chosen_B = order_S[start : start + size]
+        position = -(-int(part_S[chosen_B].min()) * length // _PARTS)
+        blocks.append(SourceBlock(chosen_B, int(entries.layer_N[chosen_B].min()), position))
     return blocks
 
 

@@ -67,6 +67,7 @@ def trace_saes(
     estimate: str = "gradient",
     direct: bool = False,
     prepend: bool = True,
+    chat: bool = False,
     round_rows: int | None = None,
 ) -> TracedSaes:
     """Traces a prompt with SAEs.
@@ -74,8 +75,8 @@ def trace_saes(
     Args:
       model: the language model.
       saes: SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.
-      prompt, targets, max_logits, logit_mass, max_features, prepend, round_rows: as in ``trace_prompt``. Features are
-        used at all positions but attention sinks.
+      prompt, targets, max_logits, logit_mass, max_features, prepend, chat, round_rows: as in ``trace_prompt``.
+        Features are used at all positions but attention sinks.
       estimate: "gradient", or "relp", by the rules of relevance patching.
       direct: whether edges are direct; see the top of this module.
 
@@ -83,7 +84,7 @@ def trace_saes(
       UserError: SAEs, model, prompt or targets do not go together; the message says why.
     """
     check_max_features(max_features)
-    ids_P = prompt_ids(model, prompt, prepend)
+    ids_P = prompt_ids(model, prompt, prepend, chat)
     run = SaeRun.of(model, LayerSaes.of(saes), ids_P, estimate, direct)
     readouts = read_targets(run, targets, max_logits, logit_mass)
     rows, active = _Rows(run), run.active

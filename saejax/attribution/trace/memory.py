@@ -38,8 +38,8 @@ _COPIES = 3  # of the activations of a layer: before and after the sparsity func
 _SCORES = 2.5  # attention weights, and what they are made of
 _ROUND = 2048  # features that are attributed between two rankings, at the most
 _CHANGED = 8  # least sets of changed features that go through a layer together
-_HEADS = {"cpu": 1 << 11, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of the sources of a block, together
-_HEADS_STEP, _HEADS_MOST = 16, 256  # sources of a block: a multiple, and the most
+_HEADS = {"cpu": 1 << 9, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of the sources of a block, together
+HEADS_STEP, _HEADS_MOST = 16, 256  # sources of a block: a multiple, and the most
 PHASES = dict(
     layers="the layers and their transcoders",
     rows="the graph's rows",
@@ -122,7 +122,7 @@ def graph_bytes(size: GraphSize, tokens: int, mesh: Mesh) -> dict[str, Bytes]:
 
 def heads_block(platform: str, length: int) -> int:
     """How many sources, or targets, go through the layers together when the heads of edges are looked for."""
-    return min(max(_HEADS[platform] // length // _HEADS_STEP * _HEADS_STEP, _HEADS_STEP), _HEADS_MOST)
+    return min(max(_HEADS[platform] // length // HEADS_STEP * HEADS_STEP, HEADS_STEP), _HEADS_MOST)
 
 
 def fitting_tokens(size: GraphSize, mesh: Mesh, room: Room) -> int:

@@ -144,7 +144,7 @@ def test_with_all_held_a_change_is_its_edge(traced):
 def test_attention_can_be_held_alone(traced):
     replacement, _, readouts, _ = traced
     rows = some_rows(replacement, np.random.default_rng(2))
-    free, attention, held = (intervene(replacement, rows, readouts, hold=hold).readout_RxK for hold in HOLDS)
+    free, attention, held = (intervene(replacement, rows, readouts, hold=hold).readout_RxK for hold in HOLDS[:3])
     assert np.abs(free - attention).max() > 1e-4 and np.abs(held - attention).max() > 1e-4
     at_last = [[change for change in row if change.position == len(IDS) - 1 and change.layer == 3] for row in rows]
     # A change in the last layer at the last position meets no further attention.
@@ -230,12 +230,94 @@ def test_what_is_left_out_may_have_its_mean_activation(traced, lm):
         ([[Change(9, 1, 0, 1.0)]], "feature 0 of layer 9"),
         ([[Change(0, 1, 99, 1.0)]], "feature 99 of layer 0"),
         ([[Change(0, 1, 0, float("nan"))]], "a finite number"),
-        ([[Change(0, 0, 0, 1.0)]], "position 0"),
+        ([[Change(0, 6, 0, 1.0)]], "position 6: this prompt has the positions 0 to 5"),
+        ([[Change(0, slice(2, 4), 0, 1.0), Change(0, 3, 0, 2.0)]], "twice"),
         ([[Change(0, 1, 0, 1.0), Change(0, 1, 0, 2.0)]], "twice"),
     ],
 )
 def test_bad_input(traced, rows, message):
     with pytest.raises(UserError, match=message):
         intervene(traced[0], rows, traced[2])
-    with pytest.raises(UserError, match="expected one of nothing, attention, all"):
+    with pytest.raises(UserError, match="expected one of nothing, attention, all, constrained"):
         intervene(traced[0], [], traced[2], hold="most")
+
+
+def test_slices_the_first_position_and_all_logits_as_with_hooks_in_torch(traced, lm):
+    """A feature at every position, also at the first, where it has the activation 0 before."""
+    import torch
+
+    from saejax.models import source
+
+    replacement, transcoders, readouts, _ = traced
+    row = [Change(1, slice(None), 3, 2.0)]
+    changed = intervene(replacement, [row, []], readouts, logits=True)
+    model = source.load_torch_model(lm.source, "float32").double()
+
+    def change(module, inputs, output):
+        acts_T = np.asarray(transcoders[1].encode(np.asarray(inputs[0][0].numpy(), np.float32)))[:, 3].copy()
+        acts_T[0] = 0
+        direction_D = np.array(transcoders[1].W_dec_FxD[...])[3]
+        return output + torch.from_numpy((2.0 - acts_T)[:, None] * direction_D).double()[None]
+
+    handle = model.model.layers[1].mlp.register_forward_hook(change)
+    with torch.no_grad():
+        np.testing.assert_allclose(changed.logits_RxV[0], model(torch.tensor([IDS])).logits[0, -1], atol=2e-5)
+        handle.remove()
+        np.testing.assert_allclose(changed.logits_RxV[1], model(torch.tensor([IDS])).logits[0, -1], atol=2e-5)
+    np.testing.assert_allclose(intervene(replacement, [[]], readouts, logits=True).logits_RxV[0], replacement.logits_V)
+
+
+def test_constrained_is_all_held_below_a_layer_but_for_norms(traced, lm):
+    """As circuit-tracer has it: of all layers it is "all"; of some, MLPs are held there, attention everywhere."""
+    import torch
+
+    from saejax.models import source
+
+    replacement, transcoders, readouts, _ = traced
+    rows = [[Change(0, 2, 3, 2.0)], [Change(1, 3, 5, 1.0), Change(0, 4, 1, 0.5)]]
+    held, constrained = (intervene(replacement, rows, readouts, hold=hold) for hold in ("all", "constrained"))
+    np.testing.assert_array_equal(held.readout_RxK, constrained.readout_RxK)
+    some = intervene(replacement, rows[:1], readouts, hold="constrained", hold_until=2)
+    if transcoders[0].config.skip:
+        return
+    model = source.load_torch_model(lm.source, "float32").double()
+    model.set_attn_implementation("eager")
+    clean, patterns = {}, []
+    softmax = torch.nn.functional.softmax
+    active = replacement.active
+    own_A = (active.layer_A == 0) & (active.position_A == 2) & (active.feature_A == 3)
+    before = float(active.value_A[own_A].sum())
+
+    def keep(layer):
+        return lambda module, inputs, output: clean.setdefault(layer, output.detach())
+
+    def fixed(layer):
+        def hook(module, inputs, output):
+            output = clean[layer].clone()
+            if layer == 0:
+                output[0, 2] += (2.0 - before) * torch.from_numpy(np.array(transcoders[0].W_dec_FxD[...])[3]).double()
+            return output
+
+        return hook
+
+    def recorded(x, dim, dtype=None):
+        patterns.append(softmax(x, dim))
+        return patterns[-1]
+
+    def run(hook, layers, softmax):
+        handles = [model.model.layers[layer].mlp.register_forward_hook(hook(layer)) for layer in layers]
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.nn.functional.softmax", softmax)
+            logits_V = model(torch.tensor([IDS])).logits[0, -1].numpy()
+        for handle in handles:
+            handle.remove()
+        return logits_V
+
+    run(keep, range(4), recorded)
+    assert len(patterns) == 4
+    again = iter(patterns)
+    logits_V = run(fixed, range(2), lambda x, dim, dtype=None: next(again))
+    wanted_K = [logits_V[7] - logits_V.mean(), logits_V[9] - logits_V.mean(), logits_V[7] - logits_V[11]]
+    np.testing.assert_allclose(some.readout_RxK[0, :3], wanted_K, atol=2e-5)
+    with pytest.raises(UserError, match="a feature of layer 1 is changed, and layers below 1 are constrained"):
+        intervene(replacement, rows[1:], readouts, hold="constrained", hold_until=1)

@@ -96,7 +96,7 @@ def test_groups_and_blocks_of_sources_and_targets_change_nothing(traced, monkeyp
     pruned = traced.graph.prune(1.0, 1.0)
     whole = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4).by_edge()
     assert len(np.unique([source for source, _ in whole])) > 32
-    monkeypatch.setattr(heads, "_MOST", 16)
+    monkeypatch.setattr(heads, "heads_block", lambda platform, length: 16)
     monkeypatch.setattr(heads, "free_bytes", lambda mesh: 0)  # as many groups as blocks
     parts = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4).by_edge()
     assert parts.keys() == whole.keys()
@@ -108,12 +108,12 @@ def test_groups_and_blocks_of_sources_and_targets_change_nothing(traced, monkeyp
 def test_blocks_of_sources_leave_out_what_is_before_them():
     layer_S, position_S = (part.reshape(-1) for part in np.mgrid[:6, :16])
     entries = Placed(layer_S, position_S, np.zeros((96, 1), np.float32))
-    blocks = heads.source_blocks(entries, 16, 16)
+    blocks = heads.source_blocks(entries, 16, 12)
     assert np.array_equal(np.sort(np.concatenate([block.chosen_B for block in blocks])), np.arange(96))
     for block in blocks:
-        assert len(block.chosen_B) <= 16 and np.ptp(position_S[block.chosen_B]) < 4
+        assert len(block.chosen_B) == 12 and np.ptp(position_S[block.chosen_B]) < 4
         assert layer_S[block.chosen_B].min() == block.layer and position_S[block.chosen_B].min() >= block.position
-    assert {block.position for block in blocks} == {0, 4, 8, 12} and max(block.layer for block in blocks) == 4
+    assert {block.position for block in blocks} == {0, 4, 8, 12} and max(block.layer for block in blocks) == 3
     # Of all the values, 6 layers at 16 positions of 96 sources, less than a half is kept.
     assert sum((6 - block.layer) * (16 - block.position) * len(block.chosen_B) for block in blocks) < 96 * 6 * 16 / 2
 

@@ -9,10 +9,13 @@ from jax.sharding import AxisType, Mesh
 from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
+from saejax.attribution.checks.circuit_runs import Circuit, run_circuits
 from saejax.attribution.graph import pruning
-from saejax.attribution.graph.nodes import BIAS, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
+from saejax.attribution.local import replacement
 from saejax.attribution.local.active import Active
 from saejax.attribution.trace import rounds, row_store, rows
+from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
 from saejax.models.language_model import load_model
@@ -208,3 +211,36 @@ def test_no_active_feature_is_an_error(tiny, made):
     silent = [type(t)(t.config, **{**t.arrays, "b_enc_F": t.arrays["b_enc_F"] - 1e4}) for t in made]
     with pytest.raises(UserError, match="no feature of .* is active"):
         trace(tiny, silent, IDS)
+
+
+def test_a_chat_prefix_of_sinks_has_no_features_and_sums_stay_whole(tmp_path, one_device, monkeypatch):
+    """Of Gemma 3's template the first four tokens; biases and decoders go on from the fifth."""
+    lm = load_tiny(tmp_path, "gemma3_text", one_device, num_hidden_layers=2)
+    assert replacement.CHAT_STARTS[lm.config.family] == (2, 105, 2364, 107)
+    made = make_transcoders(lm.config)
+    ids = [0, 17, 230, 5, 42, 99, 7]
+    plain = trace(lm, made, ids, max_logits=2)
+    monkeypatch.setitem(replacement.CHAT_STARTS, lm.config.family, tuple(ids[:4]))
+    found = trace_prompt(lm, made, ids, max_logits=2)
+    graph = found.graph
+    assert (plain.nodes.position_N[plain.slice_of(FEATURE)].min(), found.replacement.first) == (1, 4)
+    features, errors = (graph.nodes[graph.slice_of(kind)] for kind in (FEATURE, ERROR))
+    assert features.position_N.min() == 4
+    assert not graph.adjacency_RxS[:, graph.slice_of(ERROR)][:, errors.position_N < 4].any()
+    assert graph.adjacency_RxS[:, graph.slice_of(FIRST_MLP)].any(axis=0).any()
+    assert np.abs(graph.unexplained_R).max() < 1e-5 * np.abs(graph.value_R).max()
+    with pytest.raises(UserError, match="no feature is used at the first 4 tokens"):
+        trace(lm, made, ids[:4])
+    every = Circuit(np.ones(len(found.replacement.active), bool), np.ones((2, len(ids)), bool))
+    kept, none = run_circuits(found.replacement, [every, every.complement()], found.readouts)[:, 0]
+    assert kept == pytest.approx(found.readouts.value_K[0], abs=1e-5) and abs(none - kept) > 1e-3
+
+
+def test_a_text_may_stand_in_the_chat_template(tiny, made, monkeypatch):
+    with pytest.raises(UserError, match="has no chat template: leave --graph.chat_template out"):
+        trace(tiny, made, "The war", chat=True)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}>"
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
+    graph = trace(tiny, made, "The war", chat=True, max_logits=2)
+    assert "".join(graph.tokens) == "<user>The war>" and graph.prompt == "The war"
+    assert trace(tiny, made, IDS, chat=True, max_logits=2).ids_P.tolist() == IDS
