@@ -52,7 +52,7 @@ def run_layer(
     skip_DxD: jax.Array | None,
     edited: tuple[Dictionary, LayerChanges] | None,
     reader: ReadDirections | None,
-    first: jax.Array,
+    bounds: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array | None]:
     """One layer of all rows.
 
@@ -60,7 +60,8 @@ def run_layer(
       x_TxD, x_RxTxD: the stream entering the layer, of the prompt and of the rows.
       edited: the layer's transcoder, and what is changed there; None: nothing.
       reader: what is read from the transcoder's input.
-      first: the first position at which features are used; before it their activations are 0.
+      bounds: the first position at which features are used, before which their activations are 0; and up to which
+        position attention is held where it is.
 
     Returns:
       The stream leaving the layer, and by how much what is read differs from the prompt's, [R, J].
@@ -79,12 +80,14 @@ def run_layer(
         if edited is None:
             return value_BxTxD
         return value_BxTxD.at[1:].add(
-            _added(*edited, None if hold in FIXED else read_BxTxD[1:], value_BxTxD[1:], first)
+            _added(*edited, None if hold in FIXED else read_BxTxD[1:], value_BxTxD[1:], bounds[0])
         )
 
     def of_prompt(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
-        q, k = (jnp.broadcast_to(part[:1], part.shape) for part in (q, k))  # the prompt's attention weights
-        return attend(config, rules, q, k, v, tables)
+        first_q, first_k = (jnp.broadcast_to(part[:1], part.shape) for part in (q, k))  # the prompt's weights
+        held_T = jnp.arange(len(x_TxD)) < bounds[1]
+        held = attend(config, rules, first_q, first_k, v, tables)
+        return jnp.where(held_T[None, :, None, None], held, attend(config, rules, q, k, v, tables))
 
     x_BxTxD = jnp.concatenate([x_TxD[None], x_RxTxD])  # the prompt comes first
     tables, function = whole_prompts(config, len(x_TxD)), of_prompt if hold in ("attention", "constrained") else None

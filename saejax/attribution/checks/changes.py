@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.attribution.checks.interventions import Change, intervene
+from saejax.attribution.checks.edits import Change
+from saejax.attribution.checks.interventions import intervene
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, KINDS, Nodes
 from saejax.attribution.local.active import Active

@@ -15,7 +15,6 @@ Layers are the outer loop: each transcoder is read once, and only where somethin
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from saejax.attribution.checks.changed_layers import (
     read_moved,
     run_layer,
 )
+from saejax.attribution.checks.edits import Change, edits_by_layer
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError
@@ -38,15 +38,6 @@ from saejax.parallel import by_row, to_host
 HOLDS = ("nothing", "attention", "all", "constrained")
 _STEP = 8  # rows, changes and features are filled up to a multiple of this
 _CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
-
-
-class Change(NamedTuple):
-    """Feature ``feature`` of layer ``layer`` has the activation ``value`` at a position, or at all of a slice."""
-
-    layer: int
-    position: int | slice
-    feature: int
-    value: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +87,7 @@ def intervene(
     """
     layers, active = replacement.model.config.n_layers, replacement.active
     hold_L, chosen_J = _hold_by_layer(hold, hold_until, layers), np.asarray(features, np.int64)
-    rows = [_at_positions(row, len(replacement.ids_P)) for row in rows]
-    edits = _edits_by_layer(replacement, rows)
+    edits = edits_by_layer(replacement, rows, len(replacement.ids_P))
     if hold == "constrained" and any(hold_L[layer] not in FIXED for layer in edits):
         raise UserError(f"a feature of layer {max(edits)} is changed, and layers below {hold_until} are constrained")
     feature_RxJ = np.tile(active.value_A[chosen_J], (len(rows), 1))
@@ -122,9 +112,8 @@ def intervene(
                 readout_RxK[chunk, inner_K] += moved_RxK[: chunk.stop - chunk.start]
             same = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
             edited = (transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder is not None else None
-            states[place], moved_RxJ = run_layer(
-                *same, x_TxD, states[place], replacement.skip(layer), edited, reader, np.int32(replacement.first)
-            )
+            given = replacement.skip(layer), edited, reader, (np.int32(replacement.first), np.int32(len(x_TxD)))
+            states[place], moved_RxJ = run_layer(*same, x_TxD, states[place], *given)
             if len(own_J):
                 feature_RxJ[chunk, own_J] += to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
         on_progress(layer + 1 - first, layers - first)
@@ -142,17 +131,6 @@ def intervene(
         for chunk, x_RxTxD in zip(chunks, states, strict=True)
     ]
     return dataclasses.replace(changed, logits_RxV=np.concatenate(parts))
-
-
-def _at_positions(row: Sequence[Change], tokens: int) -> list[Change]:
-    """The changes with each slice as its positions."""
-    return [
-        change._replace(position=position)
-        for change in row
-        for position in (
-            range(*change.position.indices(tokens)) if isinstance(change.position, slice) else [change.position]
-        )
-    ]
 
 
 def _finite(changed: Changed) -> Changed:
@@ -180,53 +158,12 @@ def _hold_by_layer(hold: str, hold_until: int | None, layers: int) -> list[str]:
         raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
     if hold_until is not None and not 0 <= hold_until <= layers:
         raise UserError(f"hold_until is {hold_until}: expected a layer, 0 to {layers - 1}, or {layers}")
-    every = hold_until is None
+    until = layers + 1 if hold_until is None else hold_until
     if hold == "constrained":
-        if every or hold_until == layers:
-            return ["all"] * (layers + 1)
-        return [hold if layer < hold_until else "attention" for layer in range(layers + 1)]
-    return [hold if every or layer < hold_until else "nothing" for layer in range(layers + 1)]
-
-
-def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) -> dict[int, LayerChanges]:
-    """The changes of all rows, by layer."""
-    own = _own_activations(replacement)
-    configs, tokens = replacement.transcoders.configs, len(replacement.ids_P)
-    by_layer: dict[int, list[list[Change]]] = {}
-    for row, changes in enumerate(rows):
-        if len({change[:3] for change in changes}) != len(changes):
-            raise UserError(f"row {row} changes a feature twice at one position: give it one value")
-        for change in changes:
-            layer, position, feature, value = change
-            exists = 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
-            if not (exists and np.isfinite(value)):
-                raise UserError(
-                    f"feature {feature} of layer {layer} cannot be set to {value}: expected one of {len(configs)} "
-                    f"layers, of {configs[0].n_features} features, and a finite number"
-                )
-            if not 0 <= position < tokens:
-                raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
-            by_layer.setdefault(int(layer), [[] for _ in rows])[row].append(change)
-    found = {}
-    most = max((len(changes) for lists in by_layer.values() for changes in lists), default=0)
-    for layer, lists in by_layer.items():
-        shape = len(rows), most
-        edits = LayerChanges(
-            np.zeros(shape, np.int32), *(np.zeros(shape, dtype) for dtype in (np.int32, *[np.float32] * 2))
-        )
-        for row, changes in enumerate(lists):
-            for m, (_, position, feature, value) in enumerate(changes):
-                own_value = own.get((layer, position, feature), 0.0)
-                for array, entry in zip(edits, (position, feature, value, own_value), strict=True):
-                    array[row, m] = entry
-        found[layer] = edits
-    return found
-
-
-def _own_activations(replacement: Replacement) -> Mapping[tuple[int, int, int], float]:
-    active = replacement.active
-    keys = zip(active.layer_A.tolist(), active.position_A.tolist(), active.feature_A.tolist(), strict=True)
-    return dict(zip(keys, active.value_A.tolist(), strict=True))
+        hold, after = ("all", "all") if until >= layers else (hold, "attention")
+    else:
+        after = "nothing"
+    return [hold if layer < until else after for layer in range(layers + 1)]
 
 
 def _encoders(replacement: Replacement, places: np.ndarray, most: int) -> ReadDirections:

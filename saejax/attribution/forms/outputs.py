@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from saejax.attribution.forms.attention_tables import attention_tables
 from saejax.attribution.forms.figure import draw_graph, save_figure
@@ -55,8 +56,8 @@ def write_outputs(
     ids = pruned.ids
     pinned = ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
     config: GraphConfig = run.configs["graph"]
-    named = dict(scan=config.scan, source_set=config.source_set)
-    document = to_document(pruned, slug, supernodes=groups, pinned=pinned, labels=labels, **named)
+    names: Any = dict(scan=config.scan, source_set=config.source_set, labels=labels)
+    document = to_document(pruned, slug, supernodes=groups, pinned=pinned, **names)
     write_graph(run.folder / "graphs", document, replace=True)
     carried = named_heads(attention.carried, ids) if attention.carried else {}
     if carried:

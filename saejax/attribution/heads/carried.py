@@ -95,8 +95,9 @@ class Carried:
             targets_N, size_NxX = targets_N & (self._nodes.position_N == position), self._moved_NxX
         share_X = (size_NxX[targets_N] / self._input_N[targets_N, None]).sum(axis=0) / max(targets_N.sum(), 1)
         best = [head for head in np.argsort(-share_X, kind="stable").tolist() if share_X[head] > 0]
-        ends = list(zip(self.source_E.tolist(), self.target_E.tolist(), strict=True))
-        return [
-            Leading(*divmod(x, self._heads), float(share_X[x]), ends[self._edge_X[x]], float(self._largest_X[x]))
-            for x in best
-        ]
+        found = []
+        for head in best:
+            layer, own = divmod(head, self._heads)
+            edge = int(self.source_E[self._edge_X[head]]), int(self.target_E[self._edge_X[head]])
+            found.append(Leading(layer, own, float(share_X[head]), edge, float(self._largest_X[head])))
+        return found

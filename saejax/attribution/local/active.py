@@ -93,10 +93,10 @@ def active_features(
     return Active(layer_A, position_A.astype(np.int32), feature_A.astype(np.int32), value_A, b_enc_A), part
 
 
-def activations(dictionary: Dictionary, read_TxD: jax.Array) -> jax.Array:
-    """Activations [T, F], any leading dimensions: at attention sinks, where no feature is used, 0."""
-    acts_TxF = dictionary.encode(read_TxD)
-    return jnp.where(dictionary.in_domain(read_TxD)[..., None], acts_TxF, jnp.zeros_like(acts_TxF))
+def activations(dictionary: Dictionary, read_xD: jax.Array) -> jax.Array:
+    """Activations [..., F]: at attention sinks, where no feature is used, 0."""
+    acts_xF = dictionary.encode(read_xD)
+    return jnp.where(dictionary.in_domain(read_xD)[..., None], acts_xF, jnp.zeros_like(acts_xF))
 
 
 @jax.jit
