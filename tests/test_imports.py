@@ -46,6 +46,8 @@ INSIDE = {
         "run",
         "cost",
         "report",
+        "report_curves",
+        "report_graphs",
         "requests",
         "forms",
         "groups",
