@@ -1,8 +1,8 @@
 """What a stage is: one object, beside the code that it describes.
 
-Every file ``saejax/**/stage.py`` declares the stages of its folder as ``Stage`` objects at the top level; ``stages``
-finds them. Such a file is read by every binary, so it imports settings and this module alone: what does the work is
-named as "module:function" and imported when it is called, or imported inside a function.
+Every file ``saejax/**/stage.py`` declares the stages of its folder as ``Stage`` objects at the top level;
+``registry`` finds them. Such a file is read by every binary, so it imports settings and this module alone: what does
+the work is named as "module:function" and imported when it is called, or imported inside a function.
 """
 
 import dataclasses

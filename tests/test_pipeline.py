@@ -7,7 +7,7 @@ import pytest
 
 from saejax import pipeline
 from saejax.errors import Interrupted, UserError
-from saejax.stages import GROUPS
+from saejax.registry import GROUPS
 
 ALL = ["preflight", "baseline", "capture", "train/topk", "train/standard", "evaluate/topk", "evaluate/standard"]
 ALL += ["ablate/topk", "report"]

@@ -11,15 +11,26 @@ PATHS = sorted(path for top in ("saejax", "experiments") for path in (ROOT / top
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
+LOADERS = {"import_module", "__import__", "load"}  # functions that take the name of a module
+
 # What is still to be mended; each list may only become shorter.
 KNOWN_CIRCLES: list[set[str]] = []
 KNOWN_DOUBLES: set[str] = set()
 KNOWN_LETTERS = {"O", "U", "W", "X"}
 
 
+def loaded_by_name(tree: ast.Module) -> set[str]:
+    """The modules that a file names as text where it loads them: "module" or "module:function"."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    loads = [node.args[0] for node in calls if getattr(node.func, "attr", getattr(node.func, "id", "")) in LOADERS]
+    return {
+        text.value.partition(":")[0] for text in loads if isinstance(text, ast.Constant) and type(text.value) is str
+    }
+
+
 def imported(name: str) -> set[str]:
-    """The modules that a module's statements name, wherever in the file they stand."""
-    found = set()
+    """The modules that a module's statements name, wherever in the file they stand, or load by their names."""
+    found = loaded_by_name(TREES[name])
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -74,6 +85,13 @@ def test_what_tests_and_benchmarks_import_is_there():
 def test_circles_are_found():
     graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"b"}, "d": set(), "e": {"f"}, "f": {"g"}, "g": {"e"}}
     assert circles(graph) == [{"b", "c"}, {"e", "f", "g"}]
+
+
+def test_what_is_loaded_by_name_counts_as_imported():
+    text = (
+        'import_module("a.b"); importlib.import_module("c"); load("d:run"); load(stage.run); importlib.import_module(e)'
+    )
+    assert loaded_by_name(ast.parse(text)) == {"a.b", "c", "d"}
 
 
 def test_no_circle_between_files():

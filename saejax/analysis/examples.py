@@ -19,7 +19,7 @@ import numpy as np
 
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
-from saejax.reporting.document import Example
+from saejax.page.document import Example
 
 _SPARE = 4  # candidates kept per example asked for, because contexts that repeat are passed over
 _ROWS_AT_ONCE = 1_000_000  # rows whose documents and positions are looked up at once

@@ -11,10 +11,10 @@ from saejax.attribution.report_curves import pictured
 from saejax.attribution.report_graphs import ReportedGraph, meaning, missed, one_line, span, tables
 from saejax.attribution.results import AttributeResults, GraphTarget
 from saejax.errors import UserError
-from saejax.reporting import style
-from saejax.reporting.document import Block, Links, Picture, Section, Text
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.tables import number, percent
+from saejax.page import style
+from saejax.page.document import Block, Links, Picture, Section, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import number, percent
 from saejax.workspace import write_text
 
 SHOWN = 6  # graphs whose figures are on the page; the others are in the tables and have links

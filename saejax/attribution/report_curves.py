@@ -8,10 +8,10 @@ from matplotlib.ticker import MultipleLocator
 
 from saejax.attribution.report_graphs import ReportedGraph, known
 from saejax.attribution.results import CurveResults
-from saejax.reporting import style
-from saejax.reporting.document import Picture
-from saejax.reporting.findings import Draw
-from saejax.reporting.tables import number, percent
+from saejax.page import style
+from saejax.page.document import Picture
+from saejax.page.findings import Draw
+from saejax.page.tables import number, percent
 
 _LOW, _HIGH = -0.5, 1.5  # of the shares that the curves show
 _PANELS = dict(

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from saejax.attribution.results import CurveResults, GraphResults
-from saejax.reporting.document import Terms
-from saejax.reporting.tables import MISSING, Table, number, significant, visible
+from saejax.page.document import Terms
+from saejax.page.tables import MISSING, Table, number, significant, visible
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The stage ``attribute``: prompts to attribution graphs, each checked by running it.
 
-A prompt is a part in the sense of ``causal.stages``; ``outputs`` writes its files.
+A prompt is a part in the sense of ``causal.parts``; ``outputs`` writes its files.
 """
 
 import functools
@@ -28,7 +28,7 @@ from saejax.attribution.trace.gradient import TracedSaes, trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
 from saejax.attribution.trace.prompt import Traced, prompt_ids, trace_prompt
 from saejax.attribution.trace.targets import token_of
-from saejax.causal.stages import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours
+from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings.attribution import CLUSTER, GraphConfig

@@ -85,19 +85,12 @@ class PlannedRun:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceBytes:
-    """Bytes on each device.
+    """Bytes on each device."""
 
-    Attributes:
-      model: weights of the model.
-      dictionary: arrays of dictionaries.
-      optimizer: Adam's two moments, and the gradient.
-      activations: what comes and goes.
-    """
-
-    model: int = 0
-    dictionary: int = 0
-    optimizer: int = 0
-    activations: int = 0
+    model: int = 0  #: weights of the model
+    dictionary: int = 0  #: arrays of dictionaries
+    optimizer: int = 0  #: Adam's two moments, and the gradient
+    activations: int = 0  #: what comes and goes
 
     @property
     def total(self) -> int:

@@ -7,10 +7,10 @@ from saejax.causal.ablate.report_features import SLOPES, held_out
 from saejax.causal.ablate.results import AblateResults
 from saejax.causal.activation_sources import WORDS
 from saejax.dictionaries import stacks
-from saejax.reporting.document import Code, Section, Terms, Text
-from saejax.reporting.findings import Findings
-from saejax.reporting.tables import MISSING, Table, number, percent
-from saejax.reporting.words import BEHAVIOURS, behaviour, place
+from saejax.page.document import Code, Section, Terms, Text
+from saejax.page.findings import Findings
+from saejax.page.tables import MISSING, Table, number, percent
+from saejax.page.words import BEHAVIOURS, behaviour, place
 from saejax.results import Devices, Settings
 from saejax.tasks.results import BaselineResults
 from saejax.training.report import scores_of

@@ -10,7 +10,7 @@ _READ = ("baseline", "benchmark", "capture", "train", "evaluate", "ablate")  # b
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
     """The units of these, and of every stage that writes a section of its own."""
-    from saejax.stages import STAGES
+    from saejax.registry import STAGES
 
     read = [stage for stage in STAGES.values() if stage.name in _READ or stage.section]
     return [unit for stage in read for unit in stage.units(configs)]

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from saejax.reporting.document import Section, Text
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.style import BLUE, GREY, INK, height_of, legend, name_rows, panels, point, styled
-from saejax.reporting.tables import MISSING, Table, interval, number, percent
-from saejax.reporting.words import behaviour, signed
+from saejax.page.document import Section, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.style import BLUE, GREY, INK, height_of, legend, name_rows, panels, point, styled
+from saejax.page.tables import MISSING, Table, interval, number, percent
+from saejax.page.words import behaviour, signed
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BenchmarkResults
 from saejax.tasks.scoring import SEPARATION_LIMIT
 

@@ -11,9 +11,9 @@ import runs
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.models.language_model import LanguageModel, load_model
+from saejax.registry import GROUPS
 from saejax.results import to_json
 from saejax.settings import BEHAVIOURS, ModelConfig, TaskConfig
-from saejax.stages import GROUPS
 from saejax.tasks import baseline
 from saejax.tasks.behaviours import SCORES, PromptScore, make_prompts, read_prompts
 from saejax.workspace import Run

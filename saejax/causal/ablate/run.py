@@ -20,8 +20,7 @@ from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measu
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, HalvesAgreement
 from saejax.causal.circuits.measure import test_circuit
 from saejax.causal.claims import SetEffects
-from saejax.causal.split import SplitModel
-from saejax.causal.stages import (
+from saejax.causal.parts import (
     Measure,
     Measured,
     OnProgress,
@@ -33,6 +32,7 @@ from saejax.causal.stages import (
     partial_folder,
     read_behaviours,
 )
+from saejax.causal.split import SplitModel
 from saejax.causal.statistics import least_p
 from saejax.dictionaries import Dictionary
 from saejax.models.language_model import LanguageModel

@@ -9,6 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from saejax.causal.parts import (
+    Measure,
+    Measured,
+    OnProgress,
+    each_part,
+    load_run_dictionary,
+    load_run_model,
+    read_behaviours,
+)
 from saejax.causal.patching.features import FeaturePatching
 from saejax.causal.patching.grid import grid_file, make_grid, measurable
 from saejax.causal.patching.pairs import describe_columns, fitting_pairs
@@ -23,15 +32,6 @@ from saejax.causal.patching.results import (
 )
 from saejax.causal.patching.sites import patch_sites
 from saejax.causal.split import SplitModel
-from saejax.causal.stages import (
-    Measure,
-    Measured,
-    OnProgress,
-    each_part,
-    load_run_dictionary,
-    load_run_model,
-    read_behaviours,
-)
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.models.language_model import LanguageModel

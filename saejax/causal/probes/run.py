@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from threadpoolctl import threadpool_limits
 
+from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_dictionary, load_run_model
 from saejax.causal.probes.inputs import pooled_inputs
 from saejax.causal.probes.linear import Task, run_probes
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
 from saejax.causal.split import SplitModel
-from saejax.causal.stages import Measure, Measured, OnProgress, each_part, load_run_dictionary, load_run_model
 from saejax.errors import UserError
 from saejax.results import from_json, to_json
 from saejax.settings import ProbeConfig

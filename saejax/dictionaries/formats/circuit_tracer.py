@@ -20,6 +20,7 @@ import yaml
 from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import circuit_tracer_settings as description
 from saejax.dictionaries.formats import origin, tensors
+from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
 from saejax.models.sites import Site
@@ -81,7 +82,7 @@ def open_set(
             target=predicted,
             d_in=width,
             n_features=features,
-            k=settings["k"] if kind == "topk" else 0,
+            k=settings["k"] if "k" in by_name(kind).numbers else 0,
             skip="W_skip" in found,
             centred=False,
             model=str(settings.get("model_name") or ""),
@@ -123,7 +124,7 @@ def save_each(folder: Path, configs: Sequence[DictionaryConfig], load: Callable[
     with tensors.whole_folder(folder, description.DESCRIPTION, description.LAYERS) as beside:
         for layer, index in enumerate(by_layer):
             transcoder = load(index)
-            if transcoder.config.kind == "gated":
+            if transcoder.kind.jumprelu:
                 transcoder = rescale.as_jumprelu(transcoder)
             transcoder = rescale.uncentred(transcoder)
             arrays, _ = tensors.host_arrays(transcoder)

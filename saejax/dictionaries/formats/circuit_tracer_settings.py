@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from saejax.dictionaries.formats import hooks, origin
+from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.modules import DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.sites import Site
@@ -16,7 +17,6 @@ DESCRIPTION, LAYERS = "config.yaml", "layer_*.safetensors"
 FORMAT = "circuit_tracer"
 THRESHOLD = "activation_function.threshold"
 _HOOKS = ("feature_input_hook", "feature_output_hook")
-_WRITTEN = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 _ACTIVATIONS = {"relu": "standard", "jumprelu": "jumprelu", "jump_relu": "jumprelu", "topk": "topk"}
 
 
@@ -78,11 +78,13 @@ def kind_of(file: Path, settings: dict[str, Any], layer: int, has_threshold: boo
     kind = _ACTIVATIONS.get(str(named).lower())
     if kind is None:
         raise UserError(f"{file}: activation is {named!r}: expected one of {', '.join(_ACTIVATIONS)}")
-    if (kind == "jumprelu") != (stored == "jumprelu"):
+    if ("threshold_F" in by_name(kind).vectors) != has_threshold:
         has = "has" if has_threshold else "has no"
         raise UserError(f"{file}: activation is {named!r}, but layer {layer} {has} {THRESHOLD}")
-    if kind == "topk" and (not isinstance(settings.get("k"), int) or settings["k"] < 1):
-        raise UserError(f"{file}: activation is topk, but k is {settings.get('k')!r}: expected a whole number above 0")
+    if "k" in by_name(kind).numbers and (not isinstance(settings.get("k"), int) or settings["k"] < 1):
+        raise UserError(
+            f"{file}: activation is {named}, but k is {settings.get('k')!r}: expected a whole number above 0"
+        )
     return kind
 
 
@@ -107,11 +109,19 @@ def describe(config: DictionaryConfig) -> dict[str, Any]:
     """The content of ``config.yaml`` for a set of such transcoders."""
     settings = {key: value for key, value in origin.settings_of(config, FORMAT).items() if key != "transcoders"}
     settings |= dict(model_name=config.model, model_kind="transcoder_set") | _hooks(config)
-    if config.kind == "topk":
-        settings |= dict(activation="topk", k=config.k)
-    elif settings.get("activation") == "topk":
-        del settings["activation"]
-    return settings
+    if _ACTIVATIONS.get(str(settings.get("activation")).lower()) != config.kind:
+        settings.pop("activation", None)
+    return settings | _sparsity(config)
+
+
+def has(kind: str) -> bool:
+    """Whether a set can hold transcoders of a kind."""
+    return kind in _ACTIVATIONS.values() or by_name(kind).jumprelu
+
+
+def _sparsity(config: DictionaryConfig) -> dict[str, Any]:
+    """What a set says of kinds with a k at inference; those of others are told by their arrays."""
+    return dict(activation=config.kind, k=config.k) if "k" in by_name(config.kind).numbers else {}
 
 
 def check(configs: Sequence[DictionaryConfig]) -> None:
@@ -121,7 +131,7 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
     for config in configs:
         if not config.target:
             raise UserError(f"a transcoder set holds no SAEs, but one of {config.site} was given: write saelens")
-        if config.kind not in _WRITTEN:
+        if not has(config.kind):
             raise UserError(f"circuit-tracer has no {config.kind} transcoders: keep them in the format saejax")
         if Site.parse(config.site).layer != Site.parse(config.target).layer:
             raise UserError(
@@ -138,7 +148,7 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
         "number of features": {config.n_features for config in configs},
         "skip path": {config.skip for config in configs},
         "hooks": {tuple(_hooks(config).values()) for config in configs},
-        "sparsity": {(config.kind == "topk", config.k if config.kind == "topk" else 0) for config in configs},
+        "sparsity": {tuple(_sparsity(config).items()) for config in configs},
     }
     differ = [what for what, values in same.items() if len(values) > 1]
     if differ:

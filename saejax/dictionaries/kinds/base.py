@@ -64,16 +64,15 @@ class Kind:
     Attributes:
       name: as in ``--train.kinds`` and ``DictionaryConfig.kind``.
       about: a line for the report that goes on after "which".
-      Settings: what it alone has, ``--train.<name>.<field>``. Those made with ``setting(..., swept=True)`` are
-        lists, and several values make as many members of a stack.
-      reads: settings that some kinds share and it reads: "k", "l1", "threshold_rate".
+      Settings, reads: of a kind that is registered, ``own`` and ``reads`` of its ``settings.kinds.KindSettings``; for
+        the package's own kinds both stand there.
       vectors: names of its arrays beyond the common ones, each [F], 0 at the start.
       unscaled: those of them that are not in units of activations.
       numbers: fields of ``DictionaryConfig``, besides shapes, that its inference reads and a stack's members differ in.
       signed: whether activations may be below 0.
       compares: whether inference compares features with each other, so that it matters how long decoder rows are.
+      jumprelu: whether at inference it is a JumpReLU dictionary, that of ``as_jumprelu``: so other tools can have it.
       no_free_decoder: why decoder rows may not grow freely; empty: they may.
-      source: hash of the file that it comes from, if it is a plugin's.
     """
 
     name: ClassVar[str]
@@ -85,8 +84,8 @@ class Kind:
     numbers: ClassVar[Sequence[str]] = ()
     signed: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    jumprelu: ClassVar[bool] = False
     no_free_decoder: ClassVar[str] = ""
-    source: str = ""
 
     # What it computes.
 
@@ -111,6 +110,10 @@ class Kind:
     def move_bias(self, arrays: Arrays, shift_F: Any) -> Arrays:
         """The same dictionary for an encoder that gives ``shift_F`` less before its bias."""
         return arrays | dict(b_enc_F=arrays["b_enc_F"] + shift_F)
+
+    def as_jumprelu(self, arrays: Arrays) -> Arrays:
+        """The arrays, with "threshold_F", of the JumpReLU dictionary that it is; called if ``jumprelu`` says so."""
+        return arrays
 
     # How it is trained.
 
@@ -148,7 +151,7 @@ class Kind:
         Raises:
           UserError: they do not fit the number of features.
         """
-        return dict(k=values["k"]) if "k" in self.reads else {}
+        return dict(k=values["k"]) if "k" in values else {}
 
     def finish(self, arrays: Arrays, kept: jax.Array) -> Arrays:
         """The arrays at the end; ``kept`` is the running mean of the smallest activations that were kept."""

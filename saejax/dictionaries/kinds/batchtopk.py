@@ -14,8 +14,8 @@ class BatchTopK(Kind):
 
     name = "batchtopk"
     about = "keeps the largest activations of a batch, k of them per token on average"
-    reads = ("k", "threshold_rate")
     vectors = ("threshold_F",)
+    jumprelu = True
     no_free_decoder = "has no penalty to hold it in a batchtopk dictionary"
 
     def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:

@@ -1,21 +1,13 @@
 """No sparsity function: f = pre, of both signs, with an L1 penalty."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from saejax.config import Config, setting
 from saejax.dictionaries.kinds.base import Coder, Numbers
 from saejax.dictionaries.kinds.standard import Standard
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearConfig(Config):
-    """Settings of linear dictionaries alone."""
-
-    fires_above: float = setting(1e-3, "|f| above which a feature counts as firing", low=0.0)
+from saejax.settings.kinds import LinearConfig
 
 
 class Linear(Standard):
@@ -23,7 +15,6 @@ class Linear(Standard):
 
     name = "linear"
     about = "has an L1 penalty on the activations and no ReLU"
-    Settings = LinearConfig
     numbers = ("fires_above",)
     signed = True
     no_free_decoder = "leaves open what --train.linear.fires_above is compared with"

@@ -1,28 +1,15 @@
 """BatchTopK whose leading features must reconstruct by themselves, in nested groups (Bussmann et al., 2025)."""
 
-import dataclasses
 from typing import Any
 
 import jax
 
-from saejax.config import Config, setting
 from saejax.dictionaries.kinds.base import Coder, Numbers
 from saejax.dictionaries.kinds.batchtopk import BatchTopK
 from saejax.dictionaries.matmul import group_products, matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class MatryoshkaConfig(Config):
-    """Settings of matryoshka dictionaries alone."""
-
-    groups: tuple[float, ...] = setting(
-        (0.0625, 0.125, 0.25, 0.5, 1.0),
-        "shares of the features, ascending to 1, that must reconstruct by themselves",
-        low=0.0,
-        high=1.0,
-    )
+from saejax.settings.kinds import MatryoshkaConfig
 
 
 class Matryoshka(BatchTopK):
@@ -30,7 +17,6 @@ class Matryoshka(BatchTopK):
 
     name = "matryoshka"
     about = "keeps the largest activations of a batch, and nested groups of its features rebuild by themselves"
-    Settings = MatryoshkaConfig
     no_free_decoder = "has no penalty to hold it in a matryoshka dictionary"
 
     def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:

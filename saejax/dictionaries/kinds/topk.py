@@ -11,7 +11,6 @@ class TopK(Kind):
 
     name = "topk"
     about = "keeps the k largest activations of each token"
-    reads = ("k",)
     numbers = ("k",)
     compares = True
     no_free_decoder = "has no penalty to hold it in a topk dictionary"

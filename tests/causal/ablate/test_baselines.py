@@ -13,8 +13,8 @@ from saejax.causal.split import SplitModel
 from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
 from saejax.models.sites import Site
+from saejax.registry import GROUPS
 from saejax.settings import AblateConfig
-from saejax.stages import GROUPS
 
 
 @pytest.fixture(scope="module")

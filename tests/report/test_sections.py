@@ -11,8 +11,8 @@ from saejax.causal.probes import report as probes
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.study import report as studies
 from saejax.causal.study.results import StudyEffects, StudyResults
-from saejax.reporting.document import Picture
-from saejax.reporting.findings import Findings
+from saejax.page.document import Picture
+from saejax.page.findings import Findings
 from saejax.results import Interval
 from saejax.tasks import report as tasks
 from saejax.tasks.results import BenchmarkResults

@@ -14,11 +14,11 @@ from test_report import Page, both
 from saejax.attribution import report as graphs
 from saejax.attribution.results import AttributeResults
 from saejax.errors import UserError
+from saejax.page import style
+from saejax.page.document import Links, Picture
+from saejax.page.findings import Findings
 from saejax.report import run as report
 from saejax.report.run import run_report
-from saejax.reporting import style
-from saejax.reporting.document import Links, Picture
-from saejax.reporting.findings import Findings
 from saejax.results import from_json
 
 SHARE = [0.1, 0.5, 1.0]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.reporting.tables import interval, number
+from saejax.page.tables import interval, number
 from saejax.results import Interval
 
 # Title, and what the model is to name.
