@@ -48,6 +48,8 @@ INSIDE = {
         "run",
         "cost",
         "report",
+        "report_curves",
+        "report_graphs",
         "requests",
         "forms",
         "groups",

@@ -1,6 +1,7 @@
 """Which prompts are traced, and what of them is explained: read from flags, a file, or the baseline's behaviours."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ def identity(config: GraphConfig) -> str:
     if config.transcoders:
         from saejax.attribution.local.transcoders import find_folder  # the stage's own imports take seconds
 
-        _, folder, commit = find_folder(config.transcoders, config.revision, config.subfolder)
+        _, folder, commit = find_folder(config.transcoders, config.revision, config.subfolder, config.l0)
         folders = [folder]
     else:
         folders, commit = list(map(Path, config.dictionaries)), ""
@@ -94,7 +95,7 @@ def identity(config: GraphConfig) -> str:
 
 def _given_files(config: GraphConfig) -> list[str]:
     """What the files hold that the flags name; "" for one that is not there."""
-    files = [config.prompts, "" if config.supernodes == CLUSTER else config.supernodes]
+    files = [config.prompts, config.labels, "" if config.supernodes == CLUSTER else config.supernodes]
     return [file_sha256(Path(file)) if file and Path(file).exists() else "" for file in files]
 
 
@@ -130,6 +131,26 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     if not requests:
         raise UserError(f"--graph.prompts={path} holds no prompts: expected lines such as {_EXAMPLE}")
     return requests
+
+
+def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
+    """The names of features that a file gives, by layer and number; none if no file is named.
+
+    Raises:
+      UserError: it cannot be read, or is no such file.
+    """
+    if not config.labels:
+        return {}
+    path = Path(config.labels)
+    text = decode(read_bytes(path, "--graph.labels", "name a file of labels"), path)
+    try:
+        labels = json.loads(text)
+    except ValueError:
+        labels = None
+    known = isinstance(labels, dict) and all(re.fullmatch(r"\d+_\d+", key) for key in labels)
+    if not known or not all(isinstance(label, str) for label in labels.values()):
+        raise UserError(f'{path} holds no labels: expected {{"3_17": "cities"}}, by layer and number of the feature')
+    return {(int(layer), int(index)): label for key, label in labels.items() for layer, index in [key.split("_")]}
 
 
 def read_heads(config: GraphConfig) -> list[tuple[int, int, int]] | None:
