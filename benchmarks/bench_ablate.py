@@ -26,7 +26,8 @@ from saejax.dictionaries import Dictionary
 from saejax.models import source
 from saejax.models.sites import Site
 from saejax.settings import BEHAVIOURS
-from saejax.tasks.behaviours import Prompt, make_prompts
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.draw import make_prompts
 
 AGREEMENT = 1e-3  # of the two sides' effects, in logits
 
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--all", action=argparse.BooleanOptionalAction, default=True, help="then all features, too")
     args = parser.parse_args()
     lm, dictionary = load_model(args.model), load_dictionary(args.dictionary)
-    prompts = make_prompts(args.behaviour, args.prompts, 2, 42, lm.token_id)[: args.prompts]
+    prompts = make_prompts(args.behaviour, args.prompts, 2, 42, lm.tokenizer).prompts[: args.prompts]
     split, plain = SplitModel(lm, dictionary), PlainLoop(args.model, dictionary, prompts)
     fires_PxF = (plain._f_BxTxF != 0).any(dim=1).numpy()
     on_P_of_F = fires_PxF.sum(0)

@@ -24,8 +24,8 @@ from benchmarks.saelens_environment import saelens_python
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
+from saejax.page import style
 from saejax.parallel import make_mesh
-from saejax.reporting import style
 from saejax.workspace import read_json, write_json
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,6 @@
-"""``python -m experiments.ablate --help``: see ``saejax.experiments.ablate``."""
+"""``python -m experiments.ablate --help``."""
 
-from saejax.experiments.ablate import main
+from saejax.experiments import ablate
 
 if __name__ == "__main__":
-    main()
+    ablate()

@@ -1,6 +1,6 @@
-"""``python -m experiments.attribute --help``: see ``saejax.experiments.attribute``."""
+"""``python -m experiments.attribute --help``."""
 
-from saejax.experiments.attribute import main
+from saejax.experiments import attribute
 
 if __name__ == "__main__":
-    main()
+    attribute()

@@ -1,6 +1,6 @@
-"""``python -m experiments.baseline --help``: see ``saejax.experiments.baseline``."""
+"""``python -m experiments.baseline --help``."""
 
-from saejax.experiments.baseline import main
+from saejax.experiments import baseline
 
 if __name__ == "__main__":
-    main()
+    baseline()

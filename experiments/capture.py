@@ -1,6 +1,6 @@
-"""``python -m experiments.capture --help``: see ``saejax.experiments.capture``."""
+"""``python -m experiments.capture --help``."""
 
-from saejax.experiments.capture import main
+from saejax.experiments import capture
 
 if __name__ == "__main__":
-    main()
+    capture()

@@ -1,6 +1,6 @@
-"""``python -m experiments.evaluate --help``: see ``saejax.experiments.evaluate``."""
+"""``python -m experiments.evaluate --help``."""
 
-from saejax.experiments.evaluate import main
+from saejax.experiments import evaluate
 
 if __name__ == "__main__":
-    main()
+    evaluate()

@@ -1,6 +1,6 @@
-"""``python -m experiments.export --help``: see ``saejax.experiments.export``."""
+"""``python -m experiments.export --help``."""
 
-from saejax.experiments.export import main
+from saejax.experiments import export
 
 if __name__ == "__main__":
-    main()
+    export()

@@ -1,6 +1,6 @@
-"""``python -m experiments.patch --help``: see ``saejax.experiments.patch``."""
+"""``python -m experiments.patch --help``."""
 
-from saejax.experiments.patch import main
+from saejax.experiments import patch
 
 if __name__ == "__main__":
-    main()
+    patch()

@@ -1,6 +1,6 @@
-"""``python -m experiments.pipeline --help``: see ``saejax.experiments.pipeline``."""
+"""``python -m experiments.pipeline --help``."""
 
-from saejax.experiments.pipeline import main
+from saejax.experiments import pipeline
 
 if __name__ == "__main__":
-    main()
+    pipeline()

@@ -1,6 +1,6 @@
-"""``python -m experiments.preflight --help``: see ``saejax.experiments.preflight``."""
+"""``python -m experiments.preflight --help``."""
 
-from saejax.experiments.preflight import main
+from saejax.experiments import preflight
 
 if __name__ == "__main__":
-    main()
+    preflight()

@@ -1,6 +1,6 @@
-"""``python -m experiments.probe --help``: see ``saejax.experiments.probe``."""
+"""``python -m experiments.probe --help``."""
 
-from saejax.experiments.probe import main
+from saejax.experiments import probe
 
 if __name__ == "__main__":
-    main()
+    probe()

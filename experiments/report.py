@@ -1,6 +1,6 @@
-"""``python -m experiments.report --help``: see ``saejax.experiments.report``."""
+"""``python -m experiments.report --help``."""
 
-from saejax.experiments.report import main
+from saejax.experiments import report
 
 if __name__ == "__main__":
-    main()
+    report()

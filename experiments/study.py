@@ -1,6 +1,6 @@
-"""``python -m experiments.study --help``: see ``saejax.experiments.study``."""
+"""``python -m experiments.study --help``."""
 
-from saejax.experiments.study import main
+from saejax.experiments import study
 
 if __name__ == "__main__":
-    main()
+    study()

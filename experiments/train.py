@@ -1,6 +1,6 @@
-"""``python -m experiments.train --help``: see ``saejax.experiments.train``."""
+"""``python -m experiments.train --help``."""
 
-from saejax.experiments.train import main
+from saejax.experiments import train
 
 if __name__ == "__main__":
-    main()
+    train()

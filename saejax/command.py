@@ -7,7 +7,6 @@ asked for failed (one line says which), or a bug, with its traceback.
 import contextlib
 import ctypes
 import errno
-import importlib
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from absl import flags
 
 from saejax import config
 from saejax.errors import CheckFailed, Interrupted, UserError
-from saejax.stages import GROUPS, STAGES, groups_of
+from saejax.registry import GROUPS, STAGES, groups_of
 
 _DISK = {
     errno.ENOSPC: "the disk is full: free space, then run again",
@@ -99,7 +98,9 @@ def _plugins(argv: Sequence[str]) -> None:
     early(list(argv), known_only=True)
     files = [file for value in early["plugins"].value or [] for file in value.split(",") if file]
     if files:
-        importlib.import_module("saejax.dictionaries.kinds.plugins").load(files)
+        from saejax.dictionaries.kinds import plugins
+
+        plugins.load(files)
 
 
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:

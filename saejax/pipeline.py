@@ -9,10 +9,10 @@ from typing import Any
 
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
+from saejax.registry import STAGES, groups_of
 from saejax.results import to_json
 from saejax.settings import MeshConfig
 from saejax.stage import Configs, Stage, load
-from saejax.stages import STAGES, groups_of
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
 
 _LOOK_EVERY = 0.5  # seconds, while another process works
@@ -106,7 +106,9 @@ def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, st
         return _wait_for_first(workspace, unit, mark)
     folder, found = workspace.begin(stage, name, mark) if _first(plan) else (workspace.folder(stage, name), "")
     if together and several:  # no process may read what the first one moves away
-        load("saejax.parallel:wait_for_all")(f"{unit} begun")
+        from saejax.parallel import wait_for_all
+
+        wait_for_all(f"{unit} begun")
     if found and found != "resumed":
         say(f"{unit}: settings or inputs changed; the old result was moved to {found}")
     say(f"{unit}: {'going on' if found == 'resumed' else 'started'}")

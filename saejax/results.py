@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from saejax.errors import UserError
+from saejax.registry import STAGES
 from saejax.stage import load
-from saejax.stages import STAGES
 from saejax.workspace import SUMMARY, read_json
 
 T = TypeVar("T")

@@ -1,14 +1,20 @@
 """What a stage is: one object, beside the code that it describes.
 
-Every file ``saejax/**/stage.py`` declares the stages of its folder as ``Stage`` objects at the top level; ``stages``
-finds them. Such a file is read by every binary, so it imports settings and this module alone: what does the work is
-named as "module:function" and imported when it is called, or imported inside a function.
+Every file ``saejax/**/stage.py`` declares the stages of its folder as ``Stage`` objects at the top level;
+``registry`` finds them. Such a file is read by every binary, so it imports settings and this module alone: what does
+the work is named as "module:function" and imported when it is called, or imported inside a function.
 """
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from saejax.settings.kinds import kind_names
+
+_LONGEST = 100  # characters of the name of a folder's unit
 
 Configs = Mapping[str, Any]  # the groups of configuration by name
 
@@ -71,10 +77,18 @@ def load(target: str) -> Callable:
 
 
 def folder_name(dictionary: str) -> str:
-    """The name of the unit of a dictionary such as "topk" or "topk/k32", which has a folder of its own, "topk-k32"."""
-    return dictionary.replace("/", "-")
+    """The name of the unit of a dictionary: "topk-k32" of "topk/k32", "runs-demo-train-topk" of a folder."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", dictionary).strip("-.")[-_LONGEST:].lstrip("-.") or "dictionary"
 
 
-def train_unit(dictionary: str) -> str:
-    """The unit that trains a dictionary such as "topk" or "topk/k32"."""
-    return f"train/{dictionary.partition('/')[0]}"
+def is_folder(dictionary: str) -> bool:
+    """Whether a flag names a dictionary by its folder, and not by its kind as "topk" or "topk/k32" do."""
+    if dictionary.partition("/")[0] in kind_names():
+        return False
+    return "/" in dictionary or Path(dictionary).is_dir()
+
+
+def train_units(*dictionaries: str) -> tuple[str, ...]:
+    """The units that train these dictionaries, each once; of those that are named by a folder there is none."""
+    kinds = [name.partition("/")[0] for name in dictionaries if not is_folder(name)]
+    return tuple(dict.fromkeys(f"train/{kind}" for kind in kinds))

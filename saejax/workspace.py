@@ -18,11 +18,12 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Any
 
 from saejax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SCHEMA_VERSION = 1
 SUMMARY, STARTED = "summary.json", "started.json"
@@ -81,8 +82,10 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-def write_array(path: Path, array: np.ndarray) -> None:
+def write_array(path: Path, array: "np.ndarray") -> None:
     """Writes a whole ``.npy`` file, or nothing."""
+    import numpy as np
+
     buffer = io.BytesIO()  # numpy writing to a file itself loses the error number of a full disk
     np.save(buffer, array)
     with whole_file(path) as beside:

@@ -82,7 +82,7 @@ def main() -> None:
         run(binaries / "python", "-c", LIBRARY, cwd=place, WHERE=str(environment))
         flags = ("--workdir=run", "--model.path=model", "--task.behaviours=", "--task.prompts=prompts.jsonl")
         run(binaries / "saejax-baseline", *flags, cwd=place)
-        run(binaries / "python", "-m", "saejax.experiments.baseline", *flags, cwd=place)  # finds it done
+        run(binaries / "saejax-baseline", *flags, cwd=place)  # finds it done
         if not (place / "run/baseline/summary.json").exists():
             sys.exit("check_wheel: saejax-baseline wrote no summary")
 

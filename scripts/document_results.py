@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from saejax import results
-from saejax.stages import STAGES
+from saejax.registry import STAGES
 
 PAGE = Path(__file__).parent.parent / "WORKSPACE.md"
 COMMON = (results.Interval, results.MeshShape)

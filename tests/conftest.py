@@ -24,8 +24,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import shapes
 
-if os.environ.get("SAEJAX_CHECK_SHAPES"):
-    shapes.install(listed=os.environ["SAEJAX_CHECK_SHAPES"] == "list")
+if (shown := os.environ.get("SAEJAX_CHECK_SHAPES")) != "off":
+    shapes.install(listed=shown == "list")
 
 import jax
 import numpy as np

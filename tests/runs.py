@@ -56,6 +56,7 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
         "task.train_prompts": 4,
         "task.test_prompts": 3,
         "task.bootstrap": 200,
+        "task.gate": 1,  # a random model has no behaviour
         "corpus.path": corpus,
         "corpus.held_out": 0.3,
         "capture.sites": "resid_post.0",

@@ -29,10 +29,10 @@ class Shrunk(Kind):
     Settings = ShrunkConfig
     vectors = ("margin_F",)
 
-    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         margin_F = member.arrays["margin_F"]
-        shape = (1,) * (pre_BxF.ndim - 1) + margin_F.shape
-        return jax.nn.relu(pre_BxF - margin_F.reshape(shape))
+        shape = (1,) * (pre_xF.ndim - 1) + margin_F.shape
+        return jax.nn.relu(pre_xF - margin_F.reshape(shape))
 
     def penalty(self, batch: EncodedBatch) -> jax.Array:
         sizes_BxF = jnp.log1p(batch.f_BxF * norms(batch.member.arrays["W_dec_FxD"])[None])

@@ -8,8 +8,8 @@ from absl import flags
 from saejax import config
 from saejax.config import Config, setting
 from saejax.errors import UserError
+from saejax.registry import GROUPS
 from saejax.settings.sites import expand_ranges
-from saejax.stages import GROUPS
 
 
 @dataclasses.dataclass(frozen=True)

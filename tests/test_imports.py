@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_structure import loaded_by_name
 
 ROOT = Path(__file__).parent.parent
 # A module imports only from what stands to its right. A stage's folder that is not named here stands behind the
@@ -30,11 +31,12 @@ ORDER = [
     "dictionaries",
     "models",
     "parallel",
-    "reporting",
+    "page",
     "results",
     "workspace",
-    "stages",
+    "registry",
     "stage",
+    "processes",
     "settings",
     "config",
     "errors",
@@ -46,6 +48,8 @@ INSIDE = {
         "run",
         "cost",
         "report",
+        "report_curves",
+        "report_graphs",
         "requests",
         "forms",
         "groups",
@@ -63,8 +67,9 @@ SOURCES = sorted(p for top in ("saejax", "experiments") for p in (ROOT / top).rg
 
 @functools.cache
 def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    names = loaded_by_name(tree)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -113,9 +118,30 @@ def test_torch_is_imported_in_few_places(path):
     assert not uses or str(path.relative_to(ROOT)) in TORCH_MAY_BE_IN
 
 
-@pytest.mark.parametrize("module", ["saejax", "saejax.stages"])
+def run_and_list(code: str) -> tuple[str, str]:
+    """What a program writes, and which large libraries it has imported at the end."""
+    large = {"jax", "flax", "orbax", "torch", "transformers", "matplotlib", "numpy"}
+    code = f"import sys\ntry:\n    {code}\nfinally:\n    print(sorted({large} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    return done.stdout + done.stderr, done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("module", ["saejax", "saejax.registry", "saejax.settings"])
 def test_importing_is_light(module):
-    code = f"import sys, {module}; print(sorted({{'jax', 'torch', 'transformers', 'matplotlib'}} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    assert run_and_list(f"import {module}") == ("[]\n", "[]")
+
+
+@pytest.mark.parametrize(
+    ("binary", "flag", "says"),
+    [
+        ("train", "--help", "--train.jumprelu.bandwidth"),
+        ("pipeline", "--help", "--train.jumprelu.bandwidth"),
+        ("train", "--train.no_such_flag=1", "error: Unknown command line flag"),
+        ("train", "--train.kinds=no_such_kind", "error: --train.kinds is 'no_such_kind': expected one of standard,"),
+    ],
+)
+def test_help_and_bad_flags_are_light(binary, flag, says):
+    """Nobody waits for JAX to be told how a program is called."""
+    run = f"import runpy; sys.argv[1:] = ['--workdir=nowhere', '{flag}']; "
+    written, large = run_and_list(f"{run}runpy.run_module('experiments.{binary}', run_name='__main__')")
+    assert says in written and large == "[]"

@@ -12,8 +12,9 @@ import pytest
 from tiny_models import TINY_TEXT
 
 import saejax
+from saejax import experiments
 from saejax.errors import UserError
-from saejax.stages import STAGES
+from saejax.registry import STAGES
 
 ROOT = Path(__file__).parent.parent
 SITE = "resid_post.1"
@@ -194,6 +195,8 @@ def test_dictionaries_go_to_other_tools(sae, tmp_path):
 def test_bad_input_is_said(lm, acts, sae):
     with pytest.raises(UserError, match="setting of TrainConfig"):
         saejax.train(acts, SITE, learning_rte=1)
+    with pytest.raises(UserError, match=r"make 2 dictionaries \(k4, k8\), and this trains one"):
+        saejax.train(acts, SITE, k=(4, 8), on_progress=pytest.fail)
     with pytest.raises(UserError, match="name the site"):
         saejax.train(acts)
     with pytest.raises(UserError, match="resid_post.9"):
@@ -204,11 +207,10 @@ def test_bad_input_is_said(lm, acts, sae):
 
 def test_every_binary_of_the_package_is_a_command():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    names = {path.stem for path in (ROOT / "saejax/experiments").glob("*.py")} - {"__init__"}
-    assert scripts == {f"saejax-{name}": f"saejax.experiments.{name}:main" for name in names}
+    names = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__"}
+    assert scripts == {f"saejax-{name}": f"saejax.experiments:{name}" for name in names}
     for name in names:
-        binary = importlib.import_module(f"saejax.experiments.{name}").main
-        assert importlib.import_module(f"experiments.{name}").main is binary and callable(binary)
+        assert getattr(importlib.import_module(f"experiments.{name}"), name) is getattr(experiments, name)
 
 
 def test_every_stage_has_a_binary():

@@ -7,7 +7,7 @@ import pytest
 
 from saejax import pipeline
 from saejax.errors import Interrupted, UserError
-from saejax.stages import GROUPS
+from saejax.registry import GROUPS
 
 ALL = ["preflight", "baseline", "capture", "train/topk", "train/standard", "evaluate/topk", "evaluate/standard"]
 ALL += ["ablate/topk", "report"]
@@ -63,7 +63,8 @@ def test_a_second_run_does_nothing(tmp_path):
         (dict(train__k=(9,)), ["train/topk", "evaluate/topk", "ablate/topk", "report"]),
         (dict(train__l1=(9.0,)), ["train/standard", "evaluate/standard", "report"]),
         (dict(train__batch=9), [u for u in ALL if u.split("/")[0] in ("train", "evaluate", "ablate", "report")]),
-        (dict(task__seed=9), [u for u in ALL if u != "preflight"]),
+        (dict(task__seed=9), ["baseline", "ablate/topk", "report"]),  # other prompts: no other activations
+        (dict(corpus__behaviours=True), [u for u in ALL if u not in ("preflight", "baseline")]),
         (dict(model__dtype="bfloat16"), [u for u in ALL if u != "preflight"]),
         (dict(train__log_every=7, capture__batch_tokens=9, mesh__model=2), []),
         (dict(ablate__dictionary="standard"), ["ablate/standard", "report"]),
@@ -80,6 +81,24 @@ def test_a_changed_flag_runs_again_only_what_depends_on_it(tmp_path, change, aga
     go(tmp_path)
     assert [unit for unit in go(tmp_path, **change) if unit != "preflight"] == again
     assert go(tmp_path, **change) == []
+
+
+def test_prompts_count_for_the_text_that_they_are_part_of(tmp_path):
+    go(tmp_path, corpus__behaviours=True)
+    again = go(tmp_path, corpus__behaviours=True, task__seed=9)
+    assert again == ALL
+
+
+@pytest.mark.parametrize("folder", ["runs/other/train/topk/k9", "/else/where/topk", "./topk"])
+def test_a_dictionary_in_a_folder_is_tested_without_capture_and_training(tmp_path, folder):
+    changes = dict(probe__labels=("answer",)) | {
+        f"{stage}__dictionary": folder for stage in ("ablate", "patch", "probe")
+    }
+    name = folder.strip("./").replace("/", "-")
+    wanted = ["baseline", f"ablate/{name}", f"patch/{name}", f"probe/{name}"]
+    assert go(tmp_path, ["baseline", "ablate", "patch", "probe"], **changes) == wanted
+    with pytest.raises(UserError, match="shows dictionaries that its workdir trained"):
+        go(tmp_path, ["report"], **changes)
 
 
 def test_superseded_results_are_kept(tmp_path):
@@ -99,11 +118,11 @@ def test_an_interrupted_unit_goes_on_and_finished_ones_stay(tmp_path):
 
 
 def test_a_stage_without_its_inputs_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"capture reads baseline, which has not been made"):
-        go(tmp_path, ["capture"])
-    go(tmp_path, ["baseline"])
+    with pytest.raises(UserError, match=r"train/topk reads capture, which has not been made"):
+        go(tmp_path, ["train"])
+    go(tmp_path, ["capture"])
     with pytest.raises(UserError, match=r"which was made with other settings"):
-        go(tmp_path, ["capture"], task__seed=1)
+        go(tmp_path, ["train"], corpus__seed=1)
 
 
 def test_summaries_say_what_was_done(tmp_path):

@@ -240,8 +240,10 @@ def test_two_processes_run_a_whole_pipeline_as_one(inputs, whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_dies_the_others_end(inputs, whole, tmp_path, victim):
-    captured_only(whole[0], tmp_path)
-    flags = runs.small_flags(*inputs, tmp_path, train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk")
+    captured_only(whole[0], tmp_path / "run")
+    flags = runs.small_flags(
+        *inputs, tmp_path / "run", train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk"
+    )
     pair = runs.start_pair("train", flags)
     for line in pair[0].stdout:
         if "tokens/s" in line:

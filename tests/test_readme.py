@@ -13,7 +13,7 @@ from absl import flags
 import saejax
 from saejax import config
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
-from saejax.stages import GROUPS
+from saejax.registry import GROUPS
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 import saejax
-from saejax import stage, stages
+from saejax import registry, stage
 from saejax.errors import UserError
 from saejax.results import Interval, from_json, to_json
 from saejax.workspace import SUMMARY, write_json
@@ -96,7 +96,7 @@ def made_summary(folder, stage, found):
 
 def test_results_of_a_unit_are_loaded_as_their_class(tmp_path, monkeypatch):
     sample = stage.Stage("sample", "a sample", "", (), results=f"{__name__}:Whole")
-    monkeypatch.setitem(stages.STAGES, "sample", sample)
+    monkeypatch.setitem(registry.STAGES, "sample", sample)
     made_summary(tmp_path / "sample" / "a", "sample", to_json(WHOLE))
     assert saejax.load_results(tmp_path / "sample" / "a") == WHOLE == saejax.load_results(tmp_path, "sample/a")
     made_summary(tmp_path / "sample" / "b", "sample", dict(n=1))
@@ -113,6 +113,6 @@ def test_the_page_says_what_every_field_is():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     text = script.PAGE.read_text(encoding="utf-8")
-    assert script.documented(text) == {name for name, one in stages.STAGES.items() if one.results}
+    assert script.documented(text) == {name for name, one in registry.STAGES.items() if one.results}
     assert script.page(text) == text, "run python scripts/document_results.py"
     assert not any(": ;" in line or line.endswith(":.") for line in text.splitlines())  # fields without a comment

@@ -10,9 +10,9 @@ import sys
 import pytest
 import runs
 
+from saejax.registry import GROUPS, STAGES, ordered
 from saejax.settings import ModelConfig
 from saejax.stage import Stage, load
-from saejax.stages import GROUPS, STAGES, ordered
 
 PAGE = (runs.ROOT / "docs" / "extending.md").read_text()
 FILES = ("saejax/lengths/stage.py", "saejax/lengths/lengths.py", "experiments/lengths.py")
@@ -93,7 +93,7 @@ def test_the_stage_of_the_page_is_in_the_report(copy):
     code = """
 import types
 from saejax.stage import load
-from saejax.stages import GROUPS, STAGES
+from saejax.registry import GROUPS, STAGES
 configs = {group: cls() for group, cls in GROUPS.items()}
 assert list(STAGES)[-1] == "report" and "lengths" in STAGES["report"].needs(configs, "")
 (section,) = load(STAGES["lengths"].section)(types.SimpleNamespace(one=lambda cls: cls(3, 7.0)), None)

@@ -1,6 +1,7 @@
 """What keeps the code one house: no circle of imports, each class name once, letters of shapes from one table."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,15 +12,26 @@ PATHS = sorted(path for top in ("saejax", "experiments") for path in (ROOT / top
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
+LOADERS = {"import_module", "__import__", "load"}  # functions that take the name of a module
+
 # What is still to be mended; each list may only become shorter.
 KNOWN_CIRCLES: list[set[str]] = []
 KNOWN_DOUBLES: set[str] = set()
-KNOWN_LETTERS = {"O", "U", "W", "X"}
+KNOWN_LETTERS: set[str] = set()
+
+
+def loaded_by_name(tree: ast.Module) -> set[str]:
+    """The modules that a file names as text where it loads them: "module" or "module:function"."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    loads = [node.args[0] for node in calls if getattr(node.func, "attr", getattr(node.func, "id", "")) in LOADERS]
+    return {
+        text.value.partition(":")[0] for text in loads if isinstance(text, ast.Constant) and type(text.value) is str
+    }
 
 
 def imported(name: str) -> set[str]:
-    """The modules that a module's statements name, wherever in the file they stand."""
-    found = set()
+    """The modules that a module's statements name, wherever in the file they stand, or load by their names."""
+    found = loaded_by_name(TREES[name])
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -76,6 +88,13 @@ def test_circles_are_found():
     assert circles(graph) == [{"b", "c"}, {"e", "f", "g"}]
 
 
+def test_what_is_loaded_by_name_counts_as_imported():
+    text = (
+        'import_module("a.b"); importlib.import_module("c"); load("d:run"); load(stage.run); importlib.import_module(e)'
+    )
+    assert loaded_by_name(ast.parse(text)) == {"a.b", "c", "d"}
+
+
 def test_no_circle_between_files():
     found = circles({name: imported(name) for name in MODULES})
     assert not [circle for circle in found if circle not in KNOWN_CIRCLES], "files import each other in a circle"
@@ -110,3 +129,55 @@ def test_letters_are_from_the_table():
     unknown = {letter: sorted(where) for letter, where in places.items() if letter not in KNOWN_LETTERS}
     assert not unknown, "letters that WORKSPACE.md's table does not have"
     assert not KNOWN_LETTERS - places.keys(), "mended: take it from KNOWN_LETTERS"
+
+
+PLAIN = {"Array", "ndarray", "int", "float", "str", "bool", "Any"}  # types that do not say what a parameter is
+
+
+def undescribed(node: ast.FunctionDef, told: str) -> list[str]:
+    """The parameters of plain types, if there are two or more, that the docstring does not speak of."""
+    if re.search("(See|see|As|as|those of) ``", told):
+        return []
+    own = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+    kinds = {one.arg: {part.split(".")[-1] for part in _written(one.annotation).split(" | ")} for one in own}
+    plain = [name for name, kind in kinds.items() if name not in ("self", "cls") and kind <= PLAIN | {"None"}]
+    stems = {name: re.split("_(?=[A-Zx0-9])", name)[0] for name in plain}
+    missing = [name for name, stem in stems.items() if not re.search(rf"(?<![a-zA-Z0-9]){stem}(?![a-zA-Z0-9])", told)]
+    return missing if len(plain) > 1 else []
+
+
+def _written(annotation: ast.expr | None) -> str:
+    return "Any" if annotation is None else ast.unparse(annotation)
+
+
+def test_a_parameter_that_the_docstring_leaves_out_is_found():
+    source = "def f(acts_BxF: jax.Array, k: int | None, config: TrainConfig, rest=None): ..."
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef)
+    assert undescribed(function, "Keeps k of the acts, and the rest.") == []
+    assert undescribed(function, "Keeps some of the rest.") == ["acts_BxF", "k"]
+    assert undescribed(function, "Like ``g``, see ``g``.") == []
+
+
+def test_docstrings_of_the_numeric_packages_say_what_parameters_are():
+    """A name such as ``config: TrainConfig`` says it; two arrays or numbers or more do not."""
+    classes = {node.name: node for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def inherited(owner: ast.ClassDef, name: str) -> bool:
+        bases = [classes[base] for base in map(ast.unparse, owner.bases) if base in classes]
+        return any(name in {getattr(n, "name", "") for n in base.body} or inherited(base, name) for base in bases)
+
+    wrong = []
+    for module in (name for name in TREES if name.split(".")[1:2] and name.split(".")[1] in shapes.CHECKED):
+        for owner in [None, *(n for n in TREES[module].body if isinstance(n, ast.ClassDef) and n.name[0] != "_")]:
+            for node in (owner or TREES[module]).body:
+                if (
+                    not isinstance(node, ast.FunctionDef)
+                    or node.name[0] == "_"
+                    or (owner and inherited(owner, node.name))
+                ):
+                    continue
+                told = (ast.get_docstring(node) or "") + ((owner and ast.get_docstring(owner)) or "")
+                if missing := undescribed(node, told):
+                    wrong.append(f"{module}:{node.lineno} {node.name}: {', '.join(missing)}")
+    assert not wrong

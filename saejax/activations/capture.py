@@ -58,7 +58,7 @@ class _Progress:
 
 
 def run_capture(run: Run) -> CaptureResults:
-    """Records activations of the corpus and of the behaviours' train prompts into a store in ``run.folder``.
+    """Records activations of the training text into a store in ``run.folder``.
 
     Finished shards of a run that was stopped or killed are kept; the store comes out the same. Where a run has several
     processes, each makes its part of the shards with its own devices, and the first one makes them a store.
@@ -112,7 +112,7 @@ def run_capture(run: Run) -> CaptureResults:
 
 
 def text_documents(run: Run, request: CaptureRequest) -> Documents:
-    """The documents of the corpus and, where behaviours were asked for, their train prompts."""
+    """The documents of the corpus and, with --corpus.behaviours, the behaviours' train prompts."""
     prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl") if "baseline" in run.inputs else []
     chosen = {index: prompt for index, prompt in enumerate(prompts) if prompt.split == "train"}
     tokenizer, config = source.load_tokenizer(request.source), run.configs["corpus"]

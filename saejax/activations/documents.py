@@ -30,7 +30,7 @@ class Documents:
 
     Attributes:
       ids_T: token ids of all documents, one after the other, int32.
-      offsets_N: where each begins in ``ids_T``, and the end of the last; int64, one more than documents.
+      offsets: where each begins in ``ids_T``, and the end of the last; int64 [N + 1].
       table_Nx5: int32 columns: split (index in ``SPLITS``), kind (in ``KINDS``), group (in ``groups``), source (index
         of the text in the corpus, or of the prompt in the baseline's file), start (the piece's first token, counted
         in the source).
@@ -38,7 +38,7 @@ class Documents:
     """
 
     ids_T: np.ndarray
-    offsets_N: np.ndarray
+    offsets: np.ndarray
     table_Nx5: np.ndarray
     groups: tuple[str, ...]
 
@@ -48,7 +48,7 @@ class Documents:
     def __getitem__(self, document: int) -> np.ndarray:
         if not 0 <= document < len(self):
             raise IndexError(f"document {document}: there are {len(self)}")
-        return self.ids_T[self.offsets_N[document] : self.offsets_N[document + 1]]
+        return self.ids_T[self.offsets[document] : self.offsets[document + 1]]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[document] for document in range(len(self)))
@@ -56,7 +56,7 @@ class Documents:
     @property
     def lengths_N(self) -> np.ndarray:
         """Number of tokens of each document."""
-        return np.diff(self.offsets_N)
+        return np.diff(self.offsets)
 
     @property
     def split_N(self) -> np.ndarray:
@@ -80,14 +80,14 @@ class Documents:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is stored, by file name; ``groups`` go into the manifest."""
-        return {"ids.npy": self.ids_T, "offsets.npy": self.offsets_N, "table.npy": self.table_Nx5}
+        return {"ids.npy": self.ids_T, "offsets.npy": self.offsets, "table.npy": self.table_Nx5}
 
     @classmethod
     def read(cls, folder: Path, groups: Sequence[str]) -> "Documents":
         """The documents whose ``arrays`` were written to a folder. The ids stay on disk until they are used."""
         ids_T = np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False)
-        offsets_N, table_Nx5 = (np.load(folder / name, allow_pickle=False) for name in ("offsets.npy", "table.npy"))
-        return cls(ids_T, offsets_N, table_Nx5, tuple(groups))
+        offsets, table_Nx5 = (np.load(folder / name, allow_pickle=False) for name in ("offsets.npy", "table.npy"))
+        return cls(ids_T, offsets, table_Nx5, tuple(groups))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +178,10 @@ def _assemble(pieces: Sequence[_Piece]) -> Documents:
     groups = tuple(sorted({piece.group for piece in pieces}))
     index = {group: i for i, group in enumerate(groups)}
     table = [(piece.split, piece.kind, index[piece.group], piece.source, piece.start) for piece in pieces]
-    offsets_N = np.concatenate([[0], np.cumsum([len(piece.ids_T) for piece in pieces])]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum([len(piece.ids_T) for piece in pieces])]).astype(np.int64)
     return Documents(
         np.concatenate([piece.ids_T for piece in pieces]),
-        offsets_N,
+        offsets,
         np.array(table, np.int32).reshape(-1, len(COLUMNS)),
         groups,
     )

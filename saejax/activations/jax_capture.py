@@ -80,5 +80,5 @@ class DecoderReader:
     def _give(self, running: tuple[Batch, list[jax.Array]] | None, take: Take) -> None:
         if running is not None:
             batch, values = running
-            for site, value_BxTxD in zip(self._sites, values, strict=True):
-                take(batch, site, np.asarray(value_BxTxD))
+            for site, value in zip(self._sites, values, strict=True):
+                take(batch, site, np.asarray(value))

@@ -128,8 +128,8 @@ class Plan:
         """What a shard records: documents, in order, with the first and one past the last position of each."""
         start, stop = shard * self.shard_rows, shard * self.shard_rows + self.size(shard)
         from_document, to_document = np.searchsorted(self._ends_N, [start, stop - 1], side="right")
-        documents_S = np.arange(from_document, to_document + 1)
-        documents_S = documents_S[self.recorded_N[documents_S] > 0]
+        within = np.arange(from_document, to_document + 1)
+        documents_S = within[self.recorded_N[within] > 0]
         begin_S = self._ends_N[documents_S] - self.recorded_N[documents_S]  # each document's first row in the store
         first_S, stop_S = np.maximum(begin_S, start), np.minimum(self._ends_N[documents_S], stop)
         shift_S = self._first_N[documents_S] - begin_S

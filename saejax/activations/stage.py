@@ -12,7 +12,7 @@ CAPTURE = Stage(
     groups=(ModelConfig, CorpusConfig, CaptureConfig),
     placement=(MeshConfig,),
     after=("baseline",),
-    needs=lambda configs, name: ("baseline",) if configs["task"].has_behaviours else (),
+    needs=lambda configs, name: identities.training_text(configs),
     identity=dict(model=identities.model, corpus=identities.corpus),
     cost="saejax.activations.cost:capture_cost",
     programs="saejax.activations.cost:capture_programs",

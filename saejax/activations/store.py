@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from saejax.activations.documents import SPLITS, Documents
+from saejax.activations.results import SinkCounts
 from saejax.errors import UserError, one_of
 from saejax.models.source import ModelSource
 from saejax.workspace import file_sha256, read_json
@@ -102,14 +103,9 @@ class Store:
         """The sink rule: rows with a larger norm are attention sinks."""
         return self._site(site)["max_norm"]
 
-    def sinks(self, site: str) -> dict[str, Any]:
-        """What the sink rule drops, both splits together.
-
-        Returns:
-          "position_0" and "beyond" (numbers of rows at and after position 0), "share_beyond" (of all rows after
-          position 0) and "max_norm".
-        """
-        return dict(self._site(site)["sinks"], max_norm=self.max_norm(site))
+    def sinks(self, site: str) -> SinkCounts:
+        """What the sink rule drops, both splits together."""
+        return SinkCounts(**self._site(site)["sinks"])
 
     @property
     def documents(self) -> Documents:
@@ -142,7 +138,7 @@ class Store:
         return self._rows[key]
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] of rows, in the order asked for; float32 or bfloat16, as stored.
+        """The vectors [n, d] of rows at a site, in the order asked for; float32 or bfloat16, as stored.
 
         Safe to call from several threads. Each shard is checked against its checksum when it is first used.
         """
@@ -154,7 +150,7 @@ class Store:
         return index_Nx3[:, 0], index_Nx3[:, 1], index_Nx3[:, 2]
 
     def norms(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """Euclidean norms of the vectors of rows, float32."""
+        """Euclidean norms of the vectors of rows at a site, float32."""
         return self._gather(f"{self._known(site)} norms", rows)
 
     def check_model(self, source: ModelSource) -> None:

@@ -163,7 +163,7 @@ class BufferOrder:
         return epoch, buffer, stop - int(self._steps_N[buffer]), stop
 
     def places(self, epoch: int, buffer: int, rows: int) -> np.ndarray:
-        """The batches of a buffer, [batches, batch]: places among its rows that are no sinks.
+        """The batches of a buffer in an epoch, [batches, batch]: places among its rows that are no sinks.
 
         Every place comes before one comes twice, which makes up for the sinks.
         """
@@ -175,5 +175,5 @@ def _training(documents: Documents) -> Documents:
     """The documents of the train split."""
     kept_N = np.flatnonzero(documents.split_N == SPLITS.index("train"))
     ids = [documents[int(document)] for document in kept_N]
-    offsets_N = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
-    return Documents(np.concatenate(ids), offsets_N, documents.table_Nx5[kept_N], documents.groups)
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
+    return Documents(np.concatenate(ids), offsets, documents.table_Nx5[kept_N], documents.groups)

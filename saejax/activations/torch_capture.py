@@ -98,15 +98,14 @@ class SiteReader:
 
     def _forward(self, ids_BxT: np.ndarray, mask_BxT: np.ndarray) -> None:
         inputs = dict(input_ids=ids_BxT.astype(np.int64), attention_mask=mask_BxT)
-        options: dict[str, Any] = {
+        options = {
             name: torch.from_numpy(array).to(self._device)
             for name, array in inputs.items()
             if name in self._accepted  # recurrent models know no mask, and need none: padding is on the right
         }
-        if "use_cache" in self._accepted:
-            options["use_cache"] = False
+        without_cache = dict(use_cache=False) if "use_cache" in self._accepted else {}
         with torch.inference_mode():
-            self._model(**options)
+            self._model(**options, **without_cache)
 
     @contextlib.contextmanager
     def _hooks(self, sites: Sequence[AnySite], take: Callable[[AnySite, Any], None]) -> Iterator[None]:

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -16,6 +16,13 @@ from saejax.activations.results import SinkCounts, SiteNorms
 from saejax.activations.store import MANIFEST, SCHEMA_VERSION, shard_files
 from saejax.errors import UserError
 from saejax.workspace import file_sha256, whole_file, write_json
+
+
+class FileFacts(TypedDict):
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
 
 
 class StoreWriter:
@@ -29,7 +36,7 @@ class StoreWriter:
 
     def __init__(self, folder: Path, sites: Sequence[str], work: str):
         self.folder, self.sites, self.work = Path(folder), tuple(sites), work
-        self._files: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, FileFacts] = {}
 
     def begin(self) -> None:
         """Before anything is written: the folder is no store yet, and half-written files go."""
@@ -99,7 +106,7 @@ class StoreWriter:
     def _read(self, shard: int, part: str) -> np.ndarray:
         return np.load(self.folder / shard_files(self.sites, shard)[part], allow_pickle=False)
 
-    def _write(self, name: str, data: np.ndarray) -> dict[str, Any]:
+    def _write(self, name: str, data: np.ndarray) -> FileFacts:
         path = self.folder / name
         # Written by hand: numpy's own writer loses the error number, so that a full disk looks like a bug.
         chunks = (_npy_header(data), np.ascontiguousarray(data).data.cast("B"))
@@ -110,7 +117,7 @@ class StoreWriter:
                 for chunk in chunks:
                     file.write(chunk)
                     digest.update(chunk)
-        return dict(bytes=sum(map(len, chunks)), sha256=digest.hexdigest())
+        return FileFacts(bytes=sum(map(len, chunks)), sha256=digest.hexdigest())
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
-from saejax.reporting.document import Example
+from saejax.page.document import Example
 
 _SPARE = 4  # candidates kept per example asked for, because contexts that repeat are passed over
 _ROWS_AT_ONCE = 1_000_000  # rows whose documents and positions are looked up at once
@@ -148,19 +148,19 @@ class _Best:
     def add(self, value_B: np.ndarray, row_B: np.ndarray, document_B: np.ndarray, group_B: np.ndarray) -> None:
         """Takes in a batch; only activations above zero count, equals go by row id."""
         fires_B = value_B > 0
-        value_N = np.concatenate([self.value_N, value_B[fires_B]])
-        row_N = np.concatenate([self.row_N, row_B[fires_B]])
-        document_N = np.concatenate([self.document_N, document_B[fires_B]])
-        group_N = np.concatenate([self.group_N, group_B[fires_B]])
-        order_N = np.lexsort((row_N, -value_N))
-        groups_N, documents_N = self._first(group_N[order_N]), self._first(document_N[order_N])
-        anywhere_N = np.arange(min(self._keep, len(order_N)))
-        kept_N = order_N[functools.reduce(np.union1d, (groups_N, documents_N, anywhere_N))]
-        if len(groups_N) == self._keep:
+        value_C = np.concatenate([self.value_N, value_B[fires_B]])
+        row_C = np.concatenate([self.row_N, row_B[fires_B]])
+        document_C = np.concatenate([self.document_N, document_B[fires_B]])
+        group_C = np.concatenate([self.group_N, group_B[fires_B]])
+        order_C = np.lexsort((row_C, -value_C))
+        groups, documents = self._first(group_C[order_C]), self._first(document_C[order_C])
+        anywhere = np.arange(min(self._keep, len(order_C)))
+        kept = order_C[functools.reduce(np.union1d, (groups, documents, anywhere))]
+        if len(groups) == self._keep:
             # The weakest of the groups' maxima is at most the weakest of the other two lists.
-            self.threshold = value_N[order_N[groups_N[-1]]]
-        self.value_N, self.row_N = value_N[kept_N], row_N[kept_N]
-        self.document_N, self.group_N = document_N[kept_N], group_N[kept_N]
+            self.threshold = value_C[order_C[groups[-1]]]
+        self.value_N, self.row_N = value_C[kept], row_C[kept]
+        self.document_N, self.group_N = document_C[kept], group_C[kept]
 
     def _first(self, key_N: np.ndarray) -> np.ndarray:
         """Where the first ``keep`` different keys come first."""

@@ -109,6 +109,7 @@ def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
         config.max_features or None,
         config.max_logits,
         checked=bool(config.circuits or config.doubled),
+        heads=config.heads,
     )
     return PlannedGraphs(tuple(lengths), size, config.doubled)
 
@@ -163,7 +164,7 @@ def _transcoder(plan: PlannedRun, config: GraphConfig) -> DictionaryConfig | Non
     """One of the set's transcoders: of a folder that is there, or of those that the run will train into it."""
     folder = Path(config.transcoders).expanduser() / config.subfolder
     if folder.is_dir():
-        opened = open_transcoders(config.transcoders, config.revision, config.subfolder)
+        opened = open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
         return opened.check_shape(plan.model, plan.configs["model"].path).configs[0]
     trained = (stack.dictionary for stack in plan.stacks.values())
     return next((own for own in trained if own.target and own.kind == folder.name), None)

@@ -1,12 +1,13 @@
 """Which prompts are traced, and what of them is explained: read from flags, a file, or the baseline's behaviours."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.errors import UserError, one_of
+from saejax.errors import UserError
 from saejax.models.identity import content
 from saejax.settings.attribution import CLUSTER, GraphConfig
 from saejax.tasks.behaviours import Prompt
@@ -82,7 +83,7 @@ def identity(config: GraphConfig) -> str:
     if config.transcoders:
         from saejax.attribution.local.transcoders import find_folder  # the stage's own imports take seconds
 
-        _, folder, commit = find_folder(config.transcoders, config.revision, config.subfolder)
+        _, folder, commit = find_folder(config.transcoders, config.revision, config.subfolder, config.l0)
         folders = [folder]
     else:
         folders, commit = list(map(Path, config.dictionaries)), ""
@@ -94,7 +95,7 @@ def identity(config: GraphConfig) -> str:
 
 def _given_files(config: GraphConfig) -> list[str]:
     """What the files hold that the flags name; "" for one that is not there."""
-    files = [config.prompts, "" if config.supernodes == CLUSTER else config.supernodes]
+    files = [config.prompts, config.labels, "" if config.supernodes == CLUSTER else config.supernodes]
     return [file_sha256(Path(file)) if file and Path(file).exists() else "" for file in files]
 
 
@@ -110,15 +111,15 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
 
     Args:
       config: of the stage.
-      behaviours: the prompts that the baseline measured, where ``config`` names behaviours.
+      behaviours: the prompts of those that ``config`` names, if it does.
 
     Raises:
-      UserError: a file cannot be read, a line is no such request or repeats a name, or a behaviour does not exist.
+      UserError: a file cannot be read, or a line is no such request or repeats a name.
     """
     targets = (_target(config.target),) if config.target else ()
     if config.behaviours:
         assert behaviours is not None
-        return [_of_behaviour(name, behaviours, targets) for name in config.behaviours]
+        return [_of_behaviour(name, prompts, targets) for name, prompts in behaviours.items()]
     if not config.prompts:
         return [Request(unit_name(config), config.prompt or config.token_ids, targets)]
     path, requests = Path(config.prompts), []
@@ -130,6 +131,26 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     if not requests:
         raise UserError(f"--graph.prompts={path} holds no prompts: expected lines such as {_EXAMPLE}")
     return requests
+
+
+def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
+    """The names of features that a file gives, by layer and number; none if no file is named.
+
+    Raises:
+      UserError: it cannot be read, or is no such file.
+    """
+    if not config.labels:
+        return {}
+    path = Path(config.labels)
+    text = decode(read_bytes(path, "--graph.labels", "name a file of labels"), path)
+    try:
+        labels = json.loads(text)
+    except ValueError:
+        labels = None
+    known = isinstance(labels, dict) and all(re.fullmatch(r"\d+_\d+", key) for key in labels)
+    if not known or not all(isinstance(label, str) for label in labels.values()):
+        raise UserError(f'{path} holds no labels: expected {{"3_17": "cities"}}, by layer and number of the feature')
+    return {(int(layer), int(index)): label for key, label in labels.items() for layer, index in [key.split("_")]}
 
 
 def read_heads(config: GraphConfig) -> list[tuple[int, int, int]] | None:
@@ -152,8 +173,7 @@ def read_heads(config: GraphConfig) -> list[tuple[int, int, int]] | None:
     return list(dict.fromkeys(found)) or None
 
 
-def _of_behaviour(name: str, behaviours: Mapping[str, Sequence[Prompt]], targets: tuple[TargetText, ...]) -> Request:
-    prompts = behaviours[one_of(name, behaviours, "behaviour (--graph.behaviours)")]
+def _of_behaviour(name: str, prompts: Sequence[Prompt], targets: tuple[TargetText, ...]) -> Request:
     first = next((prompt for prompt in prompts if prompt.split == "test"), prompts[0])
     if targets:
         return Request(name, first.text, targets)

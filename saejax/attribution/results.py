@@ -68,7 +68,6 @@ class HeadResults:
     """The heads that carry the edges; ``heads/<slug>.json`` has those of each edge."""
 
     edges: int  #: whose heads are known
-    too_large: str  #: why there are none; "" where there are
     leading: tuple[LeadingHead, ...]  #: the heads of the largest shares, at most ten
 
 

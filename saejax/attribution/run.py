@@ -1,11 +1,11 @@
 """The stage ``attribute``: prompts to attribution graphs, each checked by running it.
 
-A prompt is a part in the sense of ``causal.stages``; ``outputs`` writes its files.
+A prompt is a part in the sense of ``causal.parts``; ``outputs`` writes its files.
 """
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,19 +22,20 @@ from saejax.attribution.heads.query_key import check_head
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
-from saejax.attribution.requests import Request, read_heads, read_requests
+from saejax.attribution.requests import Request, read_heads, read_labels, read_requests
 from saejax.attribution.results import AttributeResults, CurveResults, DoublingResults, GraphResults, GraphTarget
 from saejax.attribution.trace.gradient import TracedSaes, trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
 from saejax.attribution.trace.prompt import Traced, prompt_ids, trace_prompt
 from saejax.attribution.trace.targets import token_of
-from saejax.causal.stages import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours
+from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings.attribution import CLUSTER, GraphConfig
+from saejax.tasks.answer_tokens import answer_ids
 from saejax.workspace import Run
 
-_NO_ATTENTION = Attention({}, None)  # of SAEs' graphs, whose edges are not paths
+_NO_ATTENTION = Attention()  # of SAEs' graphs, whose edges are not paths
 
 
 def run_attribute(run: Run) -> AttributeResults:
@@ -47,9 +48,9 @@ def run_attribute(run: Run) -> AttributeResults:
       UserError: a prompt, its targets, the transcoders or SAEs and the model do not go together.
     """
     config: GraphConfig = run.configs["graph"]
-    behaviours = read_behaviours(run) if config.behaviours else None
+    behaviours = read_behaviours(run, config.behaviours, "--graph.behaviours") if config.behaviours else None
     requests = {request.slug: request for request in read_requests(config, behaviours)}
-    groups = read_groups(config, list(requests))
+    groups, labels = read_groups(config, list(requests)), read_labels(config)
 
     def begin() -> Measure:
         dictionaries = _open(config)
@@ -59,12 +60,12 @@ def run_attribute(run: Run) -> AttributeResults:
             _check_request(model, dictionaries, request, config)
         means = None
         if config.circuits and config.circuit_rest == "mean" and isinstance(dictionaries, LayerTranscoders):
-            texts = [prompt_ids(model, request.prompt, prepend=True) for request in requests.values()]
+            texts = [prompt_ids(model, request.prompt, chat=config.chat_template) for request in requests.values()]
             means = circuit_runs.mean_activations(Replacement.of(model, dictionaries, ids_P) for ids_P in texts)
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             on_progress(0, 1)
-            return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), means)
+            return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), labels, means)
 
         return measure
 
@@ -75,7 +76,7 @@ def run_attribute(run: Run) -> AttributeResults:
 def _open(config: GraphConfig) -> LayerTranscoders | LayerSaes:
     if config.dictionaries:
         return LayerSaes.of(config.dictionaries)
-    return open_transcoders(config.transcoders, config.revision, config.subfolder)
+    return open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
 
 
 def _check_request(
@@ -88,14 +89,14 @@ def _check_request(
         memory.
     """
     try:
-        ids_P = prompt_ids(model, request.prompt, prepend=True)
+        ids_P = prompt_ids(model, request.prompt, chat=config.chat_template)
         _targets(model, request)
         for head in read_heads(config) or []:
             check_head(model.config, *head, tokens=len(ids_P))
         if isinstance(dictionaries, LayerTranscoders):
             first, checked = dictionaries.configs[0], bool(config.circuits or config.doubled)
             most = config.max_features or None
-            size = GraphSize(model.config, first, certain_active(first), most, config.max_logits, checked)
+            size = GraphSize(model.config, first, certain_active(first), most, config.max_logits, checked, config.heads)
             check_room(size, len(ids_P), model.mesh)
     except UserError as error:
         raise UserError(f"{request.slug}: {error}") from None
@@ -105,9 +106,12 @@ def _targets(model: LanguageModel, request: Request) -> list[int | tuple[int, ..
     """The tokens that a request's targets mean.
 
     Raises:
-      UserError: a target is not one token.
+      UserError: a target is not one token, or an answer has no token of its own after the prompt.
     """
-    id_of = model.token_id if request.answers else functools.partial(token_of, model)
+    id_of: Callable[[Any], int] = functools.partial(token_of, model)
+    if request.answers:
+        text = str(request.prompt)  # of a behaviour
+        id_of = lambda answer: answer_ids(model.tokenizer, text, answer)[0]  # noqa: E731
     return [tuple(map(id_of, target)) if isinstance(target, tuple) else id_of(target) for target in request.targets]
 
 
@@ -117,6 +121,7 @@ def _measure(
     dictionaries: LayerTranscoders | LayerSaes,
     request: Request,
     groups: Sequence[Sequence[str]],
+    labels: Mapping[tuple[int, int], str],
     means: Mapping[int, np.ndarray] | None,
 ) -> Measured:
     config: GraphConfig = run.configs["graph"]
@@ -131,7 +136,7 @@ def _measure(
     attention = _NO_ATTENTION
     if isinstance(traced, Traced):
         attention = attend(traced, pruned, config.heads, read_heads(config))
-    write_outputs(run, request.slug, pruned, groups, attention)
+    write_outputs(run, request.slug, pruned, groups, attention, labels)
     doubling, curve = _checked(traced, config, means)
     results = GraphResults(
         prompt=graph.prompt,
@@ -165,6 +170,7 @@ def _trace(
         max_logits=config.max_logits,
         logit_mass=config.logit_mass,
         max_features=config.max_features or None,
+        chat=config.chat_template,
     )
     if isinstance(dictionaries, LayerSaes):
         options |= dict(estimate=config.estimate, direct=config.direct)
@@ -183,8 +189,6 @@ def _message(results: GraphResults) -> str:
         pearson = doubling.free.pearson
         foretold = "none" if pearson is None else f"{pearson:.2f}"
         message += f"; edges off by {doubling.held_error:.1e}, correlation with what happens {foretold}"
-    if results.heads and results.heads.too_large:
-        message += f"; no heads of edges: {results.heads.too_large}"
     return message
 
 

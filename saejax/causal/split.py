@@ -18,6 +18,7 @@ from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tree import Past
 from saejax.parallel import by_row, sharding, to_host
+from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
 PROMPTS = 16  # prompts per run of the head
@@ -93,13 +94,10 @@ class SplitModel:
         """Runs prompts without an edit, sorted by length, in groups of at most ``GROUP_TOKENS`` tokens.
 
         Raises:
-          UserError: a prompt is too long, or the site's value is not finite.
+          UserError: a prompt is too long, an answer has no token of its own, or the site's value is not finite.
         """
         tokens = self._model.tokenize([prompt.text for prompt in prompts])
-        answers_Nx2 = np.array(
-            [[self._model.token_id(answer) for answer in (prompt.correct, prompt.wrong)] for prompt in prompts],
-            np.int32,
-        )
+        answers_Nx2 = first_answer_ids(self._model.tokenizer, prompts)
         order_N = np.argsort(tokens.lengths_B, kind="stable")
         runs = []
         while len(order_N):

@@ -7,9 +7,11 @@ from typing import Any
 from jax.sharding import Mesh
 
 from saejax.dictionaries import DictionaryConfig, stacks
+from saejax.dictionaries.formats import read_config
 from saejax.errors import one_of
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site
+from saejax.stage import is_folder
 
 Axes = Mapping[str, int]  # sizes of the mesh's axes
 WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
@@ -73,9 +75,11 @@ class PlannedRun:
         """The dictionary that ``--<stage>.dictionary`` names.
 
         Raises:
-          UserError: none of this name is trained.
+          UserError: none of this name is trained, or the folder holds none.
         """
         name = self.configs[stage].dictionary
+        if is_folder(name):
+            return read_config(name)
         kind, member = stacks.kind_and_member(name)
         stack = self.stacks[one_of(kind, self.stacks, f"dictionary for {stage} (--train.kinds)")]
         stacks.check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")
@@ -85,19 +89,12 @@ class PlannedRun:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceBytes:
-    """Bytes on each device.
+    """Bytes on each device."""
 
-    Attributes:
-      model: weights of the model.
-      dictionary: arrays of dictionaries.
-      optimizer: Adam's two moments, and the gradient.
-      activations: what comes and goes.
-    """
-
-    model: int = 0
-    dictionary: int = 0
-    optimizer: int = 0
-    activations: int = 0
+    model: int = 0  #: weights of the model
+    dictionary: int = 0  #: arrays of dictionaries
+    optimizer: int = 0  #: Adam's two moments, and the gradient
+    activations: int = 0  #: what comes and goes
 
     @property
     def total(self) -> int:

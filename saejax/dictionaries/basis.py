@@ -25,17 +25,17 @@ class Basis(abc.ABC):
         return self.config.site
 
     @abc.abstractmethod
-    def encode(self, x_BxD: jax.Array) -> jax.Array:
+    def encode(self, x_xD: jax.Array) -> jax.Array:
         """Activations [..., F] of values [..., D] at the site that is read."""
 
     @abc.abstractmethod
-    def decode(self, f_BxF: jax.Array, x_BxD: jax.Array | None = None) -> jax.Array:
-        """Values [..., D] at the site that is written, of activations [..., F] and what was read."""
+    def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
+        """Values [..., D] at the site that is written, of activations f and of x, what was read."""
 
     @abc.abstractmethod
-    def fires(self, f_BxF: jax.Array) -> jax.Array:
+    def fires(self, f_xF: jax.Array) -> jax.Array:
         """Where activations count as active; bool, of their shape."""
 
     @abc.abstractmethod
-    def in_domain(self, x_BxD: jax.Array) -> jax.Array:
+    def in_domain(self, x_xD: jax.Array) -> jax.Array:
         """The positions at which the basis means something; bool, the shape of ``x`` without its last axis."""

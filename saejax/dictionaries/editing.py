@@ -47,7 +47,7 @@ class Editing(Basis):
     def set(
         self, features: Sequence[int], activations: Any, positions: str | Span = "all", error: str = "keep"
     ) -> FeatureEdit:
-        """g = a number, or one for each feature, [K], such as their means over some text."""
+        """g = the activations: a number, or one for each feature, [K], such as their means over some text."""
         return self._edit(features, 0.0, activations, positions, error)
 
     def scale(

@@ -48,9 +48,9 @@ class FeatureEdit:
         x_BxTxD = value_BxTxD if self.reads == self.site else run.values[self.reads]
         f_BxTxF = dictionary.encode(x_BxTxD)
         f_BxTxK = f_BxTxF[..., self.features_K]
-        offset_BxTxK, known_BxT = self.offset.at(run)
+        offset_xK, known_BxT = self.offset.at(run)
         where_BxT = self.positions.at(run) & known_BxT & dictionary.in_domain(x_BxTxD)
-        change_BxTxK = (self.factor_1x1xK - 1) * f_BxTxK + offset_BxTxK
+        change_BxTxK = (self.factor_1x1xK - 1) * f_BxTxK + offset_xK
         if self.positions.only == "fires":
             fires_BxTxK = dictionary.fires(f_BxTxK)
             change_BxTxK = jnp.where(fires_BxTxK, change_BxTxK, 0.0)
@@ -58,7 +58,7 @@ class FeatureEdit:
         if self.error is None:
             new_BxTxD = value_BxTxD + matmul(change_BxTxK, dictionary.W_dec_FxD[...][self.features_K])
         else:
-            error_BxTxD, known_BxT = self.error.at(run)
+            error, known_BxT = self.error.at(run)
             where_BxT &= known_BxT
-            new_BxTxD = dictionary.decode(f_BxTxF.at[..., self.features_K].add(change_BxTxK), x_BxTxD) + error_BxTxD
+            new_BxTxD = dictionary.decode(f_BxTxF.at[..., self.features_K].add(change_BxTxK), x_BxTxD) + error
         return jnp.where(where_BxT[..., None], new_BxTxD.astype(value_BxTxD.dtype), value_BxTxD)

@@ -27,7 +27,7 @@ def squared_error(
 
 
 def whitening(acts_NxD: np.ndarray, power: float) -> np.ndarray:
-    """The matrix C^(-power/2) of the covariance C of some activations, [D, D] fp64, times a factor.
+    """The matrix C^(-power/2) of the covariance C of activations ``acts``, [D, D] fp64, times a factor.
 
     The squared error of ``error @ whitening`` weighs directions of small variance up: of C's eigenvalues v it makes
     v^(1 - power), the same for all at power 1. The factor keeps the total variance as it was. Eigenvalues
@@ -51,15 +51,13 @@ def tanh_norm_weighted(f_BxF: jax.Array, W_dec_FxD: jax.Array, slope: float = 4.
 
 
 def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
-    """Mean over pairs i != j of the squared covariance of the activations of features i and j.
+    """Mean over pairs i != j of the squared covariance of the activations f_i and f_j.
 
     Taken over at most ``tokens`` tokens, evenly spaced in the batch, and through the Gram matrix: with Z the centred
     activations of n tokens, |Z' Z|^2 = |Z Z'|^2, which costs n^2 F instead of n F^2.
     """
     n_tokens, features = f_BxF.shape
-    if n_tokens > tokens:
-        f_BxF = f_BxF[np.arange(tokens) * n_tokens // tokens]
-    f_NxF = f_BxF
+    f_NxF = f_BxF if n_tokens <= tokens else f_BxF[np.arange(tokens) * n_tokens // tokens]
     centred_NxF = f_NxF - jnp.mean(f_NxF, axis=0, keepdims=True)
     degrees = max(f_NxF.shape[0] - 1, 1)
     all_pairs = jnp.sum(jnp.square(matmul(centred_NxF, centred_NxF.T))) / degrees**2
@@ -136,7 +134,7 @@ def dead_pre_activation(
 
 
 def explained_variance(y_BxD: jax.Array, y_hat_BxD: jax.Array) -> jax.Array:
-    """1 - sum of squared errors / sum of squared deviations from the batch mean; 0 where there are no deviations."""
+    """1 - sum |y - y_hat|^2 / sum |y - mean of the batch|^2; 0 where all rows are the same."""
     deviations_BxD = y_BxD - jnp.mean(y_BxD, axis=0, keepdims=True)
     error, total = jnp.sum(jnp.square(y_BxD - y_hat_BxD)), jnp.sum(jnp.square(deviations_BxD))
     return jnp.where(total > 0, 1 - error / jnp.where(total > 0, total, 1.0), 0.0)

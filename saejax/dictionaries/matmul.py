@@ -9,7 +9,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(a_BxK: jax.Array, b_KxN: jax.Array, operands: str = "float32") -> jax.Array:
+def matmul(a_xK: jax.Array, b_KxN: jax.Array, operands: str = "float32") -> jax.Array:
     """a @ b.
 
     With ``operands="bfloat16"`` both operands are rounded to bfloat16 and the products summed in
@@ -17,11 +17,11 @@ def matmul(a_BxK: jax.Array, b_KxN: jax.Array, operands: str = "float32") -> jax
     would multiply the float32 cotangent with a bfloat16 operand.)
 
     Args:
-      a_BxK: any leading dimensions.
+      a_xK: any leading dimensions.
       b_KxN: a matrix.
       operands: "float32" (the arrays' own dtype, to its full precision on every device) or "bfloat16".
     """
-    return _product(a_BxK, b_KxN, operands)
+    return _product(a_xK, b_KxN, operands)
 
 
 def _product(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
@@ -34,11 +34,11 @@ def _forward(a, b, operands):
     return _product(a, b, operands), (a, b)
 
 
-def _backward(operands, saved, cotangent_BxN):
-    a_BxK, b_KxN = saved
+def _backward(operands, saved, cotangent_xN):
+    a_xK, b_KxN = saved
     return (
-        _product(cotangent_BxN, _transposed(b_KxN, operands), operands),
-        _over_rows(_rows(a_BxK), _rows(cotangent_BxN), operands),
+        _product(cotangent_xN, _transposed(b_KxN, operands), operands),
+        _over_rows(_rows(a_xK), _rows(cotangent_xN), operands),
     )
 
 
@@ -46,27 +46,27 @@ matmul.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def centred_matmul(x_BxK: jax.Array, centre_K: jax.Array, b_KxN: jax.Array, operands: str = "float32") -> jax.Array:
+def centred_matmul(x_xK: jax.Array, centre_K: jax.Array, b_KxN: jax.Array, operands: str = "float32") -> jax.Array:
     """(x - centre) @ b, as ``matmul``.
 
     The centre's gradient is minus the sum over rows of x's. Summed before it is multiplied it costs next to nothing,
     where nobody asks for x's gradient; otherwise a whole product, a sixth of a training step.
     """
-    return _product(_centred(x_BxK, centre_K), b_KxN, operands)
+    return _product(_centred(x_xK, centre_K), b_KxN, operands)
 
 
-def _centred(x_BxK, centre_K):
-    return x_BxK - centre_K.reshape((1,) * (x_BxK.ndim - 1) + centre_K.shape)
+def _centred(x_xK, centre_K):
+    return x_xK - centre_K.reshape((1,) * (x_xK.ndim - 1) + centre_K.shape)
 
 
-def _forward_centred(x_BxK, centre_K, b_KxN, operands):
-    centred_BxK = _centred(x_BxK, centre_K)
-    return _product(centred_BxK, b_KxN, operands), (centred_BxK, b_KxN)
+def _forward_centred(x_xK, centre_K, b_KxN, operands):
+    centred_xK = _centred(x_xK, centre_K)
+    return _product(centred_xK, b_KxN, operands), (centred_xK, b_KxN)
 
 
-def _backward_centred(operands, saved, cotangent_BxN):
-    to_x_BxK, to_b_KxN = _backward(operands, saved, cotangent_BxN)
-    return to_x_BxK, -_product(saved[1], _rows(cotangent_BxN).sum(0), "float32"), to_b_KxN
+def _backward_centred(operands, saved, cotangent_xN):
+    to_x_xK, to_b_KxN = _backward(operands, saved, cotangent_xN)
+    return to_x_xK, -_product(saved[1], _rows(cotangent_xN).sum(0), "float32"), to_b_KxN
 
 
 centred_matmul.defvjp(_forward_centred, _backward_centred)
@@ -108,8 +108,8 @@ def _groups(stops):
     return [slice(start, stop) for start, stop in zip((0, *stops), stops, strict=False)]
 
 
-def _rows(a_BxK: jax.Array) -> jax.Array:
-    return a_BxK.reshape(-1, a_BxK.shape[-1])
+def _rows(a_xK: jax.Array) -> jax.Array:
+    return a_xK.reshape(-1, a_xK.shape[-1])
 
 
 def _over_rows(a_BxK: jax.Array, g_BxN: jax.Array, operands: str) -> jax.Array:

@@ -68,7 +68,7 @@ class Dictionary(Editing, nnx.Module):
     def initial(
         cls, config: DictionaryConfig, key: jax.Array, operands: str = "float32", dtype: str = "float32"
     ) -> "Dictionary":
-        """A dictionary of random unit directions; the encoder is the decoder's transpose, all else is 0."""
+        """A dictionary of unit directions drawn by ``key``; the encoder is the decoder's transpose, all else is 0."""
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
         directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
         arrays = {name: jnp.zeros(shape, dtype) for name, (shape, _) in parameter_table(config).items()}
@@ -79,12 +79,12 @@ class Dictionary(Editing, nnx.Module):
         """Its arrays by name."""
         return {name: getattr(self, name)[...] for name in parameter_table(self.config)}
 
-    def pre_activations(self, x_BxD: jax.Array) -> jax.Array:
+    def pre_activations(self, x_xD: jax.Array) -> jax.Array:
         """What the encoder gives before its bias, ``[..., F]``."""
-        x_BxD = x_BxD.astype(self.b_dec_D.dtype)
+        x_xD = x_xD.astype(self.b_dec_D.dtype)
         if self.config.centred:
-            return centred_matmul(x_BxD, self.b_dec_D[...], self.W_enc_DxF[...], self.operands)
-        return matmul(x_BxD, self.W_enc_DxF[...], self.operands)
+            return centred_matmul(x_xD, self.b_dec_D[...], self.W_enc_DxF[...], self.operands)
+        return matmul(x_xD, self.W_enc_DxF[...], self.operands)
 
     @property
     def kind(self) -> kinds.Kind:
@@ -96,39 +96,39 @@ class Dictionary(Editing, nnx.Module):
         """What its kind reads of ``config`` as numbers."""
         return {name: getattr(self.config, name) for name in self.kind.numbers}
 
-    def encode(self, x_BxD: jax.Array, numbers: Mapping[str, Any] | None = None) -> jax.Array:
-        """Feature activations ``f_BxF`` of ``x_BxD`` (any leading dimensions); 0 or above unless its kind is signed.
+    def encode(self, x_xD: jax.Array, numbers: Mapping[str, Any] | None = None) -> jax.Array:
+        """Feature activations ``f_xF`` of ``x_xD`` (any leading dimensions); 0 or above unless its kind is signed.
 
         Args:
-          x_BxD: values of the site.
+          x_xD: values of the site.
           numbers: in place of those of ``config``, such as traced ones.
         """
-        projected_BxF = self.pre_activations(x_BxD)
-        pre_BxF = projected_BxF + row(self.b_enc_F[...], x_BxD.ndim)
-        return self.kind.encode(self, pre_BxF, projected_BxF, self.numbers if numbers is None else numbers)
+        projected_xF = self.pre_activations(x_xD)
+        pre_xF = projected_xF + row(self.b_enc_F[...], x_xD.ndim)
+        return self.kind.encode(self, pre_xF, projected_xF, self.numbers if numbers is None else numbers)
 
-    def decode(self, f_BxF: jax.Array, x_BxD: jax.Array | None = None) -> jax.Array:
+    def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
         """The reconstruction, or the prediction of the target, from feature activations.
 
         Args:
-          f_BxF: feature activations.
-          x_BxD: the input, which a skip transcoder needs.
+          f_xF: feature activations.
+          x_xD: the input, which a skip transcoder needs.
         """
-        y_BxD = matmul(f_BxF, self.W_dec_FxD[...], self.operands) + row(self.b_dec_D[...], f_BxF.ndim)
+        y_xD = matmul(f_xF, self.W_dec_FxD[...], self.operands) + row(self.b_dec_D[...], f_xF.ndim)
         if not self.config.skip:
-            return y_BxD
-        if x_BxD is None:
-            raise ValueError("a skip transcoder decodes with its input: give x_BxD")
-        return y_BxD + matmul(x_BxD.astype(y_BxD.dtype), self.W_skip_DxD[...], self.operands)
+            return y_xD
+        if x_xD is None:
+            raise ValueError("a skip transcoder decodes with its input: give x_xD")
+        return y_xD + matmul(x_xD.astype(y_xD.dtype), self.W_skip_DxD[...], self.operands)
 
-    def __call__(self, x_BxD: jax.Array) -> jax.Array:
+    def __call__(self, x_xD: jax.Array) -> jax.Array:
         """Encodes and decodes."""
-        return self.decode(self.encode(x_BxD), x_BxD)
+        return self.decode(self.encode(x_xD), x_xD)
 
-    def fires(self, f_BxF: jax.Array) -> jax.Array:
+    def fires(self, f_xF: jax.Array) -> jax.Array:
         """Where features fire: above 0 in most kinds."""
-        return self.kind.fires(f_BxF, self.numbers)
+        return self.kind.fires(f_xF, self.numbers)
 
-    def in_domain(self, x_BxD: jax.Array) -> jax.Array:
+    def in_domain(self, x_xD: jax.Array) -> jax.Array:
         """True where ``x`` is not an attention sink; the shape of ``x`` without its last axis."""
-        return jnp.linalg.norm(x_BxD.astype(jnp.float32), axis=-1) <= self.config.max_norm
+        return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1) <= self.config.max_norm

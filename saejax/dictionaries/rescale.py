@@ -80,20 +80,9 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
 
 
 def as_jumprelu(dictionary: Dictionary) -> Dictionary:
-    """A gated dictionary as the JumpReLU dictionary that it is (Rajamanoharan et al., 2024).
-
-    Gate and magnitude share the projection p, so the gate p + b_gate > 0 is a threshold on the magnitude:
-
-        f = max(m, 0) where m = exp(r) p + b_mag > b_mag - exp(r) b_gate
-    """
+    """The JumpReLU dictionary that a dictionary of another kind is at inference, if its kind is ``jumprelu``."""
     arrays = {name: array.astype(np.float64) for name, array in _host(dictionary).items()}
-    scale_F, b_gate_F, b_mag_F = np.exp(arrays.pop("r_mag_F")), arrays["b_enc_F"], arrays.pop("b_mag_F")
-    arrays |= dict(
-        W_enc_DxF=arrays["W_enc_DxF"] * scale_F[None],
-        b_enc_F=b_mag_F,
-        threshold_F=np.maximum(b_mag_F - scale_F * b_gate_F, 0.0),
-    )
-    return _made(dictionary, arrays, kind="jumprelu")
+    return _made(dictionary, dictionary.kind.as_jumprelu(arrays), kind="jumprelu")
 
 
 def uncentred(dictionary: Dictionary) -> Dictionary:

@@ -1,6 +1,6 @@
 """From pre-activations to sparse feature activations.
 
-Every function takes ``pre_BxF`` and returns ``acts_BxF`` of the same shape; leading dimensions are free.
+Every function takes ``pre_xF`` and returns ``acts_xF`` of the same shape; leading dimensions are free.
 """
 
 import functools
@@ -14,22 +14,22 @@ _SAMPLED = 16  # one of so many tokens is looked at first
 _BLOCK = 32  # features, of which the maximum is taken before the k largest are chosen
 
 
-def relu(pre_BxF: jax.Array) -> jax.Array:
+def relu(pre_xF: jax.Array) -> jax.Array:
     """max(pre, 0)."""
-    return jax.nn.relu(pre_BxF)
+    return jax.nn.relu(pre_xF)
 
 
-def gated(gate_BxF: jax.Array, magnitude_BxF: jax.Array) -> jax.Array:
+def gated(gate_xF: jax.Array, magnitude_xF: jax.Array) -> jax.Array:
     """max(magnitude, 0) where the gate is above 0, else 0 (Gated SAE; Rajamanoharan et al., 2024)."""
-    return jnp.where(gate_BxF > 0, jax.nn.relu(magnitude_BxF), jnp.zeros_like(magnitude_BxF))
+    return jnp.where(gate_xF > 0, jax.nn.relu(magnitude_xF), jnp.zeros_like(magnitude_xF))
 
 
-def threshold(pre_BxF: jax.Array, threshold_F: jax.Array) -> jax.Array:
+def threshold(pre_xF: jax.Array, threshold_F: jax.Array) -> jax.Array:
     """pre where it exceeds the feature's threshold, else 0 (JumpReLU; Rajamanoharan et al., 2024)."""
-    return jnp.where(pre_BxF > row(threshold_F, pre_BxF.ndim), pre_BxF, jnp.zeros_like(pre_BxF))
+    return jnp.where(pre_xF > row(threshold_F, pre_xF.ndim), pre_xF, jnp.zeros_like(pre_xF))
 
 
-def topk(pre_BxF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
+def topk(pre_xF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
     """Keeps the k largest positive pre-activations of each token; the rest are 0.
 
     A token with fewer than k positive pre-activations keeps those. Values that tie with the k-th largest
@@ -37,13 +37,13 @@ def topk(pre_BxF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax
     the feature axis is sharded.
 
     Args:
-      pre_BxF: pre-activations, float32 or wider (a bfloat16 input is widened for the comparison).
+      pre_xF: pre-activations, float32 or wider (a bfloat16 input is widened for the comparison).
       k: 1 <= k; k >= F keeps every positive one. May be traced; then
       most: is the largest k there can be, as a Python number.
     """
-    acts_BxF = jax.nn.relu(pre_BxF)
-    below_Bx1 = kth_largest_below(lax.stop_gradient(acts_BxF), k, most)
-    return jnp.where(acts_BxF > below_Bx1, acts_BxF, jnp.zeros_like(acts_BxF))
+    acts_xF = jax.nn.relu(pre_xF)
+    below_x1 = kth_largest_below(lax.stop_gradient(acts_xF), k, most)
+    return jnp.where(acts_xF > below_x1, acts_xF, jnp.zeros_like(acts_xF))
 
 
 def batch_topk(pre_BxF: jax.Array, k: int | jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -72,10 +72,10 @@ def _bracket(
     The share of values above a threshold differs little between samples of tokens, so the thresholds of a little more
     and of a little less of it in a sample nearly always enclose that of all; where they do not, a bound stays.
     """
-    sample_SxF = values_BxF[::_SAMPLED]
+    sample_RxF = values_BxF[::_SAMPLED]
     for share in (1.05, 0.95):
-        of_sample = (keep * (share * sample_SxF.shape[0] / values_BxF.shape[0])).astype(jnp.int32)
-        guess_1x1 = _search(sample_SxF, of_sample, jnp.zeros_like(low_1x1), sample_SxF.max(keepdims=True), _count_all)
+        of_sample = (keep * (share * sample_RxF.shape[0] / values_BxF.shape[0])).astype(jnp.int32)
+        guess_1x1 = _search(sample_RxF, of_sample, jnp.zeros_like(low_1x1), sample_RxF.max(keepdims=True), _count_all)
         above_1x1 = _count_all(values_BxF, guess_1x1)
         is_low, is_high = (above_1x1 >= keep) & (guess_1x1 > low_1x1), (above_1x1 < keep) & (guess_1x1 < high_1x1)
         low_1x1, high_1x1 = jnp.where(is_low, guess_1x1, low_1x1), jnp.where(is_high, guess_1x1, high_1x1)
@@ -83,7 +83,7 @@ def _bracket(
     return low_1x1, high_1x1, above_high_1x1
 
 
-def kth_largest_below(acts_BxF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
+def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
     """A threshold just below the k-th largest activation of each token.
 
     XLA's own top-k sorts, which on a CPU takes ten times as long as the matrix products of the step and on a GPU is
@@ -92,38 +92,38 @@ def kth_largest_below(acts_BxF: jax.Array, k: int | jax.Array, most: int | None 
     so that on a CPU, where counting all values takes long, only those blocks are looked at.
 
     Args:
-      acts_BxF: not negative.
+      acts_xF: not negative.
       k: how many to keep; may be traced.
       most: the largest k there can be; k itself where that is a Python number.
 
     Returns:
-      threshold_Bx1, such that ``acts > threshold`` keeps the k largest (all positive ones if fewer).
+      threshold_x1, such that ``acts > threshold`` keeps the k largest (all positive ones if fewer).
     """
-    acts_BxF = acts_BxF.astype(jnp.promote_types(acts_BxF.dtype, jnp.float32))
-    keep, features = jnp.asarray(k, jnp.int32), acts_BxF.shape[-1]
+    acts_xF = acts_xF.astype(jnp.promote_types(acts_xF.dtype, jnp.float32))
+    keep, features = jnp.asarray(k, jnp.int32), acts_xF.shape[-1]
     most = min(int(k) if most is None else most, features)
     if features % _BLOCK or most >= features // _BLOCK:
-        highest_Bx1 = acts_BxF.max(-1, keepdims=True)
-        return _search(acts_BxF, keep, jnp.zeros_like(highest_Bx1), highest_Bx1, _count_each)
+        highest_x1 = acts_xF.max(-1, keepdims=True)
+        return _search(acts_xF, keep, jnp.zeros_like(highest_x1), highest_x1, _count_each)
 
-    def all_blocks(acts_BxF: jax.Array) -> jax.Array:
-        maxima_BxM = _blocks(acts_BxF).max(-1)
-        highest_Bx1 = maxima_BxM.max(-1, keepdims=True)
-        low_Bx1 = _search(maxima_BxM, keep, jnp.zeros_like(highest_Bx1), highest_Bx1, _count_each)
-        return _search(acts_BxF, keep, low_Bx1, highest_Bx1, _count_each)
+    def all_blocks(acts_xF: jax.Array) -> jax.Array:
+        maxima_xN = _blocks(acts_xF).max(-1)
+        highest_x1 = maxima_xN.max(-1, keepdims=True)
+        low_x1 = _search(maxima_xN, keep, jnp.zeros_like(highest_x1), highest_x1, _count_each)
+        return _search(acts_xF, keep, low_x1, highest_x1, _count_each)
 
-    def best_blocks(acts_BxF: jax.Array) -> jax.Array:
-        blocks_BxMxN = _blocks(acts_BxF)
-        largest_BxK, place_BxK = lax.top_k(blocks_BxMxN.max(-1), most)
-        chosen_BxKxN = jnp.take_along_axis(blocks_BxMxN, place_BxK[..., None], axis=-2)
-        chosen_BxC = chosen_BxKxN.reshape(*acts_BxF.shape[:-1], -1)
-        return _search(chosen_BxC, keep, largest_BxK[..., -1:], largest_BxK[..., :1], _count_each)
+    def best_blocks(acts_xF: jax.Array) -> jax.Array:
+        blocks_xNx32 = _blocks(acts_xF)
+        largest_xK, place_xK = lax.top_k(blocks_xNx32.max(-1), most)
+        chosen_xKx32 = jnp.take_along_axis(blocks_xNx32, place_xK[..., None], axis=-2)
+        chosen = chosen_xKx32.reshape(*acts_xF.shape[:-1], -1)
+        return _search(chosen, keep, largest_xK[..., -1:], largest_xK[..., :1], _count_each)
 
-    return lax.platform_dependent(acts_BxF, cpu=best_blocks, default=all_blocks)
+    return lax.platform_dependent(acts_xF, cpu=best_blocks, default=all_blocks)
 
 
-def _blocks(acts_BxF: jax.Array) -> jax.Array:
-    return acts_BxF.reshape(*acts_BxF.shape[:-1], -1, _BLOCK)
+def _blocks(acts_xF: jax.Array) -> jax.Array:
+    return acts_xF.reshape(*acts_xF.shape[:-1], -1, _BLOCK)
 
 
 def _search(
@@ -183,10 +183,11 @@ def _search(
     return to_float(lax.while_loop(unsettled, narrow, (low_bits, to_bits(high), above_low, *ends, jnp.int32(0)))[0])
 
 
-def _count_each(acts_BxF: jax.Array, threshold_Bx1: jax.Array) -> jax.Array:
+def _count_each(acts_xF: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Values above a threshold of each token's own, or of all tokens; [..., 1]."""
     # Floats, because XLA:CPU vectorises neither comparisons nor sums of integers; exact up to 2^24 features.
-    above_Bx1 = jnp.sum((acts_BxF > threshold_Bx1).astype(jnp.float32), axis=-1, keepdims=True)
-    return above_Bx1.astype(jnp.int32)
+    above_x1 = jnp.sum((acts_xF > threshold).astype(jnp.float32), axis=-1, keepdims=True)
+    return above_x1.astype(jnp.int32)
 
 
 def _count_all(acts_BxF: jax.Array, threshold_1x1: jax.Array) -> jax.Array:

@@ -5,6 +5,8 @@ the unit's folder; those of a stack stand in folders of their names, such as ``t
 dictionary is "topk", or "topk/k16".
 """
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from saejax.dictionaries.formats import load_dictionary
@@ -12,7 +14,10 @@ from saejax.dictionaries.modules import Dictionary
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.results import from_json
-from saejax.workspace import SUMMARY, read_json
+from saejax.stage import is_folder
+from saejax.workspace import SUMMARY, file_sha256, read_json
+
+_HASHED = ("dictionary.json", "cfg.json", "config.yaml", "*.safetensors")  # the first holds checksums of its arrays
 
 
 def kind_and_member(name: str) -> tuple[str, str]:
@@ -22,7 +27,7 @@ def kind_and_member(name: str) -> tuple[str, str]:
 
 
 def full_name(kind: str, member: str) -> str:
-    """The name of a dictionary: "topk/k16", or "topk" for one that is alone."""
+    """The name of a dictionary by its kind and member: "topk/k16", or "topk" for one that is alone."""
     return f"{kind}/{member}" if member else kind
 
 
@@ -47,8 +52,35 @@ def load_member(unit: Path, name: str, flag: str) -> Dictionary:
     return load_dictionary(Path(unit) / kind_and_member(name)[1])
 
 
+def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
+    """Loads the dictionary that a flag names, of this workdir or by its folder.
+
+    Args:
+      name: such as "topk" or "topk/k16", or a folder that ``load_dictionary`` reads.
+      units: folders of the train units, such as that of "train/topk", unless a folder is named.
+      flag: for the message, such as "--ablate.dictionary".
+
+    Raises:
+      UserError: as ``load_member``, or the folder holds no dictionary.
+    """
+    if not is_folder(name):
+        return load_member(units[f"train/{kind_and_member(name)[0]}"], name, flag)
+    try:
+        return load_dictionary(name)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
+def identity(folder: str) -> str:
+    """A hash, 16 hexadecimal digits, of the dictionaries in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _HASHED for path in Path(folder).rglob(pattern)):
+        digest.update(f"{path.relative_to(folder)} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def check_member(name: str, known: list[str], flag: str) -> None:
-    """A ``UserError`` unless the dictionary ``name`` is one of a unit's members, whose names are ``known``."""
+    """A ``UserError`` that names the flag unless the dictionary ``name`` is one of a unit's members, ``known``."""
     kind, member = kind_and_member(name)
     if member in known:
         return

@@ -75,8 +75,8 @@ def _score_site(
         config.batch_tokens,
         store.max_norm(target),
     )
-    sinks = LeftOutSinks(**store.sinks(site))
-    target_sinks = LeftOutSinks(**store.sinks(target)) if target != site else None
+    sinks = _left_out(store, site)
+    target_sinks = _left_out(store, target) if target != site else None
     for name, dictionary, score, loss in zip(folders, dictionaries, scores, losses, strict=True):
         folder = run.folder / name
         folder.mkdir(exist_ok=True)
@@ -111,7 +111,11 @@ def _describe(
     )
 
 
-def _means(values: dict[str, Any], tokens: int | None = None) -> StandInMeans:
+def _left_out(store: Store, site: str) -> LeftOutSinks:
+    return LeftOutSinks(**vars(store.sinks(site)), max_norm=store.max_norm(site))
+
+
+def _means(values: dict[str, float], tokens: int | None = None) -> StandInMeans:
     return StandInMeans(**values, tokens=tokens)
 
 

@@ -62,7 +62,7 @@ class MemberData:
 
     @classmethod
     def abstract(cls, config: DictionaryConfig, operands: str, dtype: str, mesh: Mesh) -> Self:
-        """The shapes and shardings of a member of which this is common to all."""
+        """The shapes and shardings of a member with this config; ``operands`` and ``dtype`` as for ``Dictionary``."""
         arrays = {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *axes))
             for name, (shape, axes) in parameter_table(config).items()
@@ -74,17 +74,17 @@ class MemberData:
         }
         return cls(dictionary, numbers)
 
-    def encode(self, x_BxD: jax.Array) -> jax.Array:
+    def encode(self, x_xD: jax.Array) -> jax.Array:
         """Feature activations, any leading dimensions."""
-        return self.dictionary.encode(x_BxD, self.numbers)
+        return self.dictionary.encode(x_xD, self.numbers)
 
-    def decode(self, f_BxF: jax.Array, x_BxD: jax.Array) -> jax.Array:
-        """The reconstruction, or the prediction of the target."""
-        return self.dictionary.decode(f_BxF, x_BxD)
+    def decode(self, f_xF: jax.Array, x_xD: jax.Array) -> jax.Array:
+        """The reconstruction, or the prediction of the target, of activations f and inputs x."""
+        return self.dictionary.decode(f_xF, x_xD)
 
-    def fires(self, f_BxF: jax.Array) -> jax.Array:
+    def fires(self, f_xF: jax.Array) -> jax.Array:
         """Where features fire."""
-        return self.dictionary.kind.fires(f_BxF, self.numbers)
+        return self.dictionary.kind.fires(f_xF, self.numbers)
 
 
 def _number(value: float) -> np.ndarray:

@@ -27,6 +27,7 @@ def head(
     """``SplitPoint.head``, and what is a sink.
 
     Args:
+      ids_BxT: prompts, padded on the right.
       site_limit, target_limit: norms above which a position is an attention sink there.
 
     Returns:
@@ -39,13 +40,13 @@ def head(
 
 @jax.jit
 def constant(y_BxTxD: jax.Array, inside_BxT: jax.Array, value_D: jax.Array) -> jax.Array:
-    """``value_D`` in place of the target's value, except at sinks."""
+    """``value_D`` in place of y, the target's value, ``inside``: not at sinks."""
     return jnp.where(inside_BxT[..., None], value_D[None, None].astype(y_BxTxD.dtype), y_BxTxD)
 
 
 @jax.jit
 def stand_in(member: MemberData, x_BxTxD: jax.Array, y_BxTxD: jax.Array, inside_BxT: jax.Array) -> jax.Array:
-    """What the dictionary makes of the site's value in place of the target's, except at sinks."""
+    """What the dictionary makes of x, the site's value, in place of y, the target's, ``inside``: not at sinks."""
     y_hat_BxTxD = member.decode(member.encode(x_BxTxD), x_BxTxD)
     return jnp.where(inside_BxT[..., None], y_hat_BxTxD.astype(y_BxTxD.dtype), y_BxTxD)
 

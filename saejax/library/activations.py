@@ -53,10 +53,10 @@ class Activations:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        offsets_N = np.concatenate([[0], np.cumsum([len(text) for text in self.texts])]).astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum([len(text) for text in self.texts])]).astype(np.int64)
         table_Nx5 = np.zeros((len(self.texts), len(COLUMNS)), np.int32)
         table_Nx5[:, COLUMNS.index("source")] = np.arange(len(self.texts))
-        documents = Documents(np.concatenate(self.texts), offsets_N, table_Nx5, ("text",))
+        documents = Documents(np.concatenate(self.texts), offsets, table_Nx5, ("text",))
         rows = len(self.index_Nx3)
         writer = StoreWriter(folder, list(self.values), "library")
         writer.begin()

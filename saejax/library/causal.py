@@ -18,7 +18,7 @@ from saejax.library.settings import configured
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS
 from saejax.settings import AblateConfig
-from saejax.tasks import behaviours
+from saejax.tasks import draw
 from saejax.tasks.behaviours import Prompt
 
 
@@ -43,16 +43,16 @@ class Ablation:
     results: BehaviourAblation
 
 
-def make_prompts(lm: LanguageModel, behaviour: str, train: int = 80, test: int = 20, seed: int = 42) -> list[Prompt]:
+def make_prompts(lm: LanguageModel, behaviour: str, train: int = 80, test: int = 100, seed: int = 42) -> list[Prompt]:
     """Draws the prompts of a behaviour that comes with saejax, as the stage ``baseline`` does.
 
     Args:
-      lm: the model; the two answers to a prompt must begin with different tokens of it.
+      lm: the model, whose tokenizer must keep the answers apart from the text and from each other.
       behaviour: one of ``saejax.settings.BEHAVIOURS``.
       train, test: how many prompts of each split.
       seed: of the choice.
     """
-    return behaviours.make_prompts(behaviour, train, test, seed, lm.token_id)
+    return draw.make_prompts(behaviour, train, test, seed, lm.tokenizer).prompts
 
 
 def ablate(

@@ -17,7 +17,8 @@ from saejax.library.activations import Activations, capture
 from saejax.library.settings import configured
 from saejax.models.language_model import LanguageModel
 from saejax.settings import MeshConfig, TrainConfig
-from saejax.training.train import run_train
+from saejax.training.members import members
+from saejax.training.train import chosen_sites, run_train
 from saejax.workspace import Run
 
 
@@ -37,7 +38,7 @@ def train(
       acts: of ``capture``; or a store, or its folder.
       site: what it reads; may be left out where ``acts`` has one site. A transcoder (``form="transcoder"``) reads
         "mlp_in.L" and predicts "mlp_out.L"; both must be in ``acts``.
-      kind: one of ``saejax.settings.KINDS``.
+      kind: one of ``saejax.settings.kind_names()``.
       folder: where checkpoints, metrics and the dictionary are kept, and where an interrupted training goes on. None:
         nothing is kept.
       mesh: how devices are arranged.
@@ -45,7 +46,8 @@ def train(
       **settings: other fields of ``saejax.settings.TrainConfig``, such as k=32, expansion=8, learning_rate=1e-3.
 
     Raises:
-      UserError: a setting is unknown or out of range, the site is not there, or training diverges.
+      UserError: a setting is unknown, out of range or a list of several values, the site is not there, or training
+        diverges.
     """
     with tempfile.TemporaryDirectory(prefix="saejax-train-") as beside:
         if isinstance(acts, Activations):
@@ -56,6 +58,12 @@ def train(
         if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
         config = configured(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
+        stack = members(config, kind, chosen_sites(config, list(store.sites)))
+        if len(stack) > 1:
+            raise UserError(
+                f"these settings make {len(stack)} dictionaries ({', '.join(member.name for member in stack)}), "
+                "and this trains one: call it for each, or train them as a stack with experiments.train"
+            )
         target = Path(folder or Path(beside) / "train")
         target.mkdir(parents=True, exist_ok=True)
         configs = dict(train=config, mesh=mesh or MeshConfig())

@@ -106,23 +106,23 @@ def _rope_tables(rope: Rope | None, positions: jax.Array) -> tuple[jax.Array, ja
     return rope.gain * jnp.cos(angles), rope.gain * jnp.sin(angles)
 
 
-def rotate(x_BxTxNxK: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+def rotate(x_xTxHxK: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
     """Rotary embedding (Su et al., 2021) in the half-split layout: of 2R dimensions, i turns with i + R."""
     if rope is None:
-        return x_BxTxNxK
-    cos, sin = (like(table[..., None, :], x_BxTxNxK) for table in rope)
+        return x_xTxHxK
+    cos, sin = (like(table[..., None, :], x_xTxHxK) for table in rope)
     pairs = cos.shape[-1]
-    x = x_BxTxNxK.astype(wide(x_BxTxNxK))
+    x = x_xTxHxK.astype(wide(x_xTxHxK))
     first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
-    return turned.astype(x_BxTxNxK.dtype)
+    return turned.astype(x_xTxHxK.dtype)
 
 
 def attention(
     config: DecoderConfig,
     rules: RunRules,
     weights: Weights,
-    x_BxTxD: jax.Array,
+    x_xTxD: jax.Array,
     tables: AttentionTables,
     function: AttentionFunction | None = None,
 ) -> jax.Array:
@@ -130,16 +130,16 @@ def attention(
 
     Args:
       weights: those of the layer.
-      x_BxTxD: after the norm.
+      x_xTxD: after the norm.
       tables: of the layer.
       function: the attention function; None: ``attend``.
 
     Returns:
       What attention gives at each position, [B, T, D].
     """
-    q = project("...td,dhk->...thk", x_BxTxD, weights["q_DxHxK"], weights.get("q_bias_HxK"))
-    k = project("...td,dnk->...tnk", x_BxTxD, weights["k_DxNxK"], weights.get("k_bias_NxK"))
-    v = project("...td,dnk->...tnk", x_BxTxD, weights["v_DxNxK"], weights.get("v_bias_NxK"))
+    q = project("...td,dhk->...thk", x_xTxD, weights["q_DxHxK"], weights.get("q_bias_HxK"))
+    k = project("...td,dnk->...tnk", x_xTxD, weights["k_DxNxK"], weights.get("k_bias_NxK"))
+    v = project("...td,dnk->...tnk", x_xTxD, weights["v_DxNxK"], weights.get("v_bias_NxK"))
     if config.qk_norm:
         q, k = norm(config, rules, weights, "q_norm", q, "K"), norm(config, rules, weights, "k_norm", k, "K")
     q, k = rotate(q, tables.rope), rotate(k, tables.rope)
@@ -150,29 +150,37 @@ def attention(
 def attend(
     config: DecoderConfig,
     rules: RunRules,
-    q_BxTxHxK: jax.Array,
-    k_BxSxNxK: jax.Array,
-    v_BxSxNxK: jax.Array,
+    q_xTxHxK: jax.Array,
+    k_xSxNxK: jax.Array,
+    v_xSxNxK: jax.Array,
     tables: AttentionTables,
 ) -> jax.Array:
-    """The mean of the values at the tokens that each query attends to, weighted by softmax; [B, T, H, K].
+    """The mean of the values at the tokens that each query attends to, weighted by softmax; [..., T, H, K].
 
     Heads come first, so that both products are plain batches of matrices and nothing as large as the scores is ever
     transposed. Where the keys are those of the queries' own tokens, the queries go in blocks, each of which meets only
     the keys up to its end. Measured on a CPU, on 10 prompts of 192 tokens: 12 ms; without either, 46.
+
+    Args:
+      q_xTxHxK: queries, after the rotary embedding.
+      k_xSxNxK, v_xSxNxK: keys, after it, and values.
+      tables: of the layer.
     """
-    q_BxNxGxTxK = _by_group(config, q_BxTxHxK)
-    k_BxNxSxK, v_BxNxSxK = jnp.swapaxes(k_BxSxNxK, -2, -3), jnp.swapaxes(v_BxSxNxK, -2, -3)
+    q_xNxGxTxK = _by_group(config, q_xTxHxK)
+    k_xNxSxK, v_xNxSxK = jnp.swapaxes(k_xSxNxK, -2, -3), jnp.swapaxes(v_xSxNxK, -2, -3)
     parts = []
-    for queries, keys in query_blocks(q_BxTxHxK.shape[-3], k_BxSxNxK.shape[-3]):
-        block = q_BxNxGxTxK[..., queries, :], k_BxNxSxK[..., keys, :], v_BxNxSxK[..., keys, :]
+    for queries, keys in query_blocks(q_xTxHxK.shape[-3], k_xSxNxK.shape[-3]):
+        block = q_xNxGxTxK[..., queries, :], k_xNxSxK[..., keys, :], v_xNxSxK[..., keys, :]
         parts.append(_attend_block(config, rules, *block, tables._replace(mask=tables.mask[..., queries, keys])))
-    attended_BxTxNxGxK = jnp.moveaxis(jnp.concatenate(parts, axis=-2), -2, -4)
-    return attended_BxTxNxGxK.reshape(q_BxTxHxK.shape).astype(v_BxSxNxK.dtype)
+    attended_xTxNxGxK = jnp.moveaxis(jnp.concatenate(parts, axis=-2), -2, -4)
+    return attended_xTxNxGxK.reshape(q_xTxHxK.shape).astype(v_xSxNxK.dtype)
 
 
 def query_blocks(length: int, slots: int) -> list[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys that it may meet: of the queries' own tokens none after its end."""
+    """Blocks of ``length`` queries, each with those of the ``slots`` keys that it may meet.
+
+    Where there are as many keys they are the queries' own tokens, and none after a block's end is met.
+    """
     if length != slots or length < _BLOCKS_FROM:
         return [(slice(0, length), slice(0, slots))]
     size = -(-length // _BLOCKS)
@@ -181,43 +189,43 @@ def query_blocks(length: int, slots: int) -> list[tuple[slice, slice]]:
 
 
 def attention_weights(
-    config: DecoderConfig, rules: RunRules, q_BxTxHxK: jax.Array, k_BxSxNxK: jax.Array, tables: AttentionTables
+    config: DecoderConfig, rules: RunRules, q_xTxHxK: jax.Array, k_xSxNxK: jax.Array, tables: AttentionTables
 ) -> jax.Array:
-    """How much each query attends to each key, [B, N, G, T, S]; the sum over keys is 1."""
-    shares = _exponentials(config, rules, _by_group(config, q_BxTxHxK), jnp.swapaxes(k_BxSxNxK, -2, -3), tables)
+    """How much each query q attends to each key k, [..., N, G, T, S]; the sum over keys is 1. See ``attend``."""
+    shares = _exponentials(config, rules, _by_group(config, q_xTxHxK), jnp.swapaxes(k_xSxNxK, -2, -3), tables)
     return shares / jnp.sum(shares, axis=-1, keepdims=True)
 
 
-def _by_group(config: DecoderConfig, q_BxTxHxK: jax.Array) -> jax.Array:
+def _by_group(config: DecoderConfig, q_xTxHxK: jax.Array) -> jax.Array:
     """Queries by key-value head and by query head of its group, [B, N, G, T, K]."""
     groups = config.n_heads // config.n_kv_heads
-    return jnp.moveaxis(q_BxTxHxK.reshape(*q_BxTxHxK.shape[:-2], config.n_kv_heads, groups, config.d_head), -4, -2)
+    return jnp.moveaxis(q_xTxHxK.reshape(*q_xTxHxK.shape[:-2], config.n_kv_heads, groups, config.d_head), -4, -2)
 
 
 def _attend_block(
     config: DecoderConfig,
     rules: RunRules,
-    q_BxNxGxTxK: jax.Array,
-    k_BxNxSxK: jax.Array,
-    v_BxNxSxK: jax.Array,
+    q_xNxGxTxK: jax.Array,
+    k_xNxSxK: jax.Array,
+    v_xNxSxK: jax.Array,
     tables: AttentionTables,
 ) -> jax.Array:
     """``attend`` with heads first, in the wide dtype."""
-    shares = _exponentials(config, rules, q_BxNxGxTxK, k_BxNxSxK, tables)
+    shares = _exponentials(config, rules, q_xNxGxTxK, k_xNxSxK, tables)
     # The softmax's division comes after the product with the values, which are fewer than the scores.
-    shares_BxNxRxS = shares.astype(v_BxNxSxK.dtype).reshape(*shares.shape[:-3], -1, shares.shape[-1])  # R = G x T rows
-    attended = einsum("...rs,...sk->...rk", shares_BxNxRxS, v_BxNxSxK)
-    return attended.reshape(q_BxNxGxTxK.shape) / jnp.sum(shares, axis=-1, keepdims=True)
+    shares_xNxRxS = shares.astype(v_xNxSxK.dtype).reshape(*shares.shape[:-3], -1, shares.shape[-1])  # R = G x T rows
+    attended = einsum("...rs,...sk->...rk", shares_xNxRxS, v_xNxSxK)
+    return attended.reshape(q_xNxGxTxK.shape) / jnp.sum(shares, axis=-1, keepdims=True)
 
 
 def _exponentials(
-    config: DecoderConfig, rules: RunRules, q_BxNxGxTxK: jax.Array, k_BxNxSxK: jax.Array, tables: AttentionTables
+    config: DecoderConfig, rules: RunRules, q_xNxGxTxK: jax.Array, k_xNxSxK: jax.Array, tables: AttentionTables
 ) -> jax.Array:
     """The softmax's numerators [B, N, G, T, S], the largest of each query 1."""
-    shape = q_BxNxGxTxK.shape
-    q_BxNxRxK = q_BxNxGxTxK.reshape(*shape[:-3], -1, shape[-1])
-    scores_BxNxRxS = einsum("...rk,...sk->...rs", q_BxNxRxK, k_BxNxSxK) * tables.scale
-    scores = soft_cap(scores_BxNxRxS, config.score_cap).reshape(*shape[:-1], -1)
+    shape = q_xNxGxTxK.shape
+    q_xNxRxK = q_xNxGxTxK.reshape(*shape[:-3], -1, shape[-1])
+    scores_xNxRxS = einsum("...rk,...sk->...rs", q_xNxRxK, k_xNxSxK) * tables.scale
+    scores = soft_cap(scores_xNxRxS, config.score_cap).reshape(*shape[:-1], -1)
     mask = like(tables.mask[..., None, None, :, :], scores)
     scores = rules.factor(jnp.where(jnp.broadcast_to(mask, scores.shape), scores, -jnp.inf))
     return jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))

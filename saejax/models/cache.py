@@ -72,7 +72,7 @@ class Cache:
         return RunAttention(tables, function, (self.k_LxBxSxNxK, self.v_LxBxSxNxK))
 
     def grown(self, stores: Any, new: int) -> "Cache":
-        """The cache with the new tokens in it, from what their run carried on."""
+        """The cache with ``new`` tokens in it, from the stores of keys and values that their run carried on."""
         k_LxBxSxNxK, v_LxBxSxNxK = stores
         return Cache(k_LxBxSxNxK, v_LxBxSxNxK, self.pad_B, self.length + new)
 

@@ -24,32 +24,31 @@ Params = Mapping[str, Any]
 LayerHook = Callable[[str, jax.Array], jax.Array]  # of a kind of site and its value there: what the layer goes on with
 
 
-def embed(
-    config: DecoderConfig, params: Params, ids_BxT: jax.Array, positions_BxT: jax.Array | None = None
-) -> jax.Array:
-    """The residual stream entering layer 0, [B, T, D].
+def embed(config: DecoderConfig, params: Params, ids_xT: jax.Array, positions_xT: jax.Array | None = None) -> jax.Array:
+    """The residual stream entering layer 0, [..., T, D].
 
     Args:
-      positions_BxT: for families with learned positions; None: 0 to T-1.
+      ids_xT: int32 token ids.
+      positions_xT: for families with learned positions; None: 0 to T-1.
     """
-    x_BxTxD = params["embed_VxD"][ids_BxT]
+    x_xTxD = params["embed_VxD"][ids_xT]
     if config.embed_scale != 1:
         # The factor in the stream's dtype: these models are trained with what bfloat16 makes of it.
-        x_BxTxD = x_BxTxD * jnp.asarray(config.embed_scale, x_BxTxD.dtype)
+        x_xTxD = x_xTxD * jnp.asarray(config.embed_scale, x_xTxD.dtype)
     if config.learned_positions:
-        positions = jnp.arange(ids_BxT.shape[-1]) if positions_BxT is None else positions_BxT
-        x_BxTxD = x_BxTxD + like(params["position_CxD"][positions], x_BxTxD)
-    return x_BxTxD
+        positions = jnp.arange(ids_xT.shape[-1]) if positions_xT is None else positions_xT
+        x_xTxD = x_xTxD + like(params["position_CxD"][positions], x_xTxD)
+    return x_xTxD
 
 
-def unembed(config: DecoderConfig, params: Params, x_BxTxD: jax.Array, rules: RunRules = GRADIENT) -> jax.Array:
-    """Final norm and head: logits [B, T, V] in fp32 of the stream leaving the last layer."""
-    x_BxTxD = norm(config, rules, params, "final_norm", x_BxTxD)
+def unembed(config: DecoderConfig, params: Params, x_xD: jax.Array, rules: RunRules = GRADIENT) -> jax.Array:
+    """Final norm and head: logits [..., V] in fp32 of the stream leaving the last layer."""
+    x_xD = norm(config, rules, params, "final_norm", x_xD)
     name, pattern = ("embed_VxD", "...d,vd->...v") if config.tied else ("unembed_DxV", "...d,dv->...v")
-    logits_BxTxV = einsum(pattern, x_BxTxD, params[name])
+    logits_xV = einsum(pattern, x_xD, params[name])
     if config.unembed_bias:
-        logits_BxTxV = logits_BxTxV + like(params["unembed_bias_V"], logits_BxTxV)
-    return soft_cap(logits_BxTxV, config.logit_cap)
+        logits_xV = logits_xV + like(params["unembed_bias_V"], logits_xV)
+    return soft_cap(logits_xV, config.logit_cap)
 
 
 def head_of(config: DecoderConfig, params: Params, ids_N: jax.Array) -> Params:
@@ -66,7 +65,7 @@ def run_layer(
     rules: RunRules,
     params: Params,
     layer: int | jax.Array,
-    x_BxTxD: jax.Array,
+    x_xTxD: jax.Array,
     tables: TablesByLayer,
     hook: LayerHook,
     function: AttentionFunction | None = None,
@@ -75,7 +74,7 @@ def run_layer(
 
     Args:
       layer: its number, which may be known only when the program runs.
-      x_BxTxD: the stream entering it.
+      x_xTxD: the stream entering it.
       tables: masks and rotary tables of all layers.
       hook: called while tracing, at each of the layer's sites in their order, with its kind and its value [B, T, D];
         the layer goes on with what it returns.
@@ -85,18 +84,18 @@ def run_layer(
       The stream leaving it, [B, T, D].
     """
     weights = layer_params(params, layer)
-    before_BxTxD = hook("resid_pre", x_BxTxD)
-    normed_BxTxD = norm(config, rules, weights, "attn_norm", before_BxTxD)
-    out_BxTxD = attention(config, rules, weights, normed_BxTxD, tables.at(config, layer), function)
+    before_xTxD = hook("resid_pre", x_xTxD)
+    normed_xTxD = norm(config, rules, weights, "attn_norm", before_xTxD)
+    out_xTxD = attention(config, rules, weights, normed_xTxD, tables.at(config, layer), function)
     if config.post_norms:
-        out_BxTxD = norm(config, rules, weights, "attn_post_norm", out_BxTxD)
-    x_BxTxD = hook("resid_mid", before_BxTxD + hook("attn_out", out_BxTxD))
+        out_xTxD = norm(config, rules, weights, "attn_post_norm", out_xTxD)
+    x_xTxD = hook("resid_mid", before_xTxD + hook("attn_out", out_xTxD))
     if not config.shared_norm:
-        normed_BxTxD = norm(config, rules, weights, "mlp_norm", before_BxTxD if config.parallel else x_BxTxD)
-    out_BxTxD = mlp(config, rules, weights, hook("mlp_in", normed_BxTxD))
+        normed_xTxD = norm(config, rules, weights, "mlp_norm", before_xTxD if config.parallel else x_xTxD)
+    out_xTxD = mlp(config, rules, weights, hook("mlp_in", normed_xTxD))
     if config.post_norms:
-        out_BxTxD = norm(config, rules, weights, "mlp_post_norm", out_BxTxD)
-    return hook("resid_post", x_BxTxD + hook("mlp_out", out_BxTxD))
+        out_xTxD = norm(config, rules, weights, "mlp_post_norm", out_xTxD)
+    return hook("resid_post", x_xTxD + hook("mlp_out", out_xTxD))
 
 
 def layer_params(params: Params, layer: int | jax.Array) -> dict[str, jax.Array]:

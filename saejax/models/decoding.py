@@ -81,7 +81,7 @@ class State:
     finite_B: jax.Array
 
     def add(self, cache: Cache, logits_BxV: jax.Array, choice: Choice, end_ids_E: jax.Array) -> "State":
-        """The state after the next token was chosen by the logits."""
+        """The state after the next token was chosen by the logits; ``end_ids_E`` are the ids that end a text."""
         next_B = choice(logits_BxV, self.count)
         return State(
             cache,
@@ -132,7 +132,10 @@ def decode(
     edits: Edits,
     choice: Choice,
 ) -> State:
-    """Makes new tokens until there are ``limit`` of them or all texts have ended. The state that goes in is used up."""
+    """Makes new tokens until there are ``limit`` of them or all texts have ended with one of ``end_ids_E``.
+
+    The state that goes in is used up.
+    """
     batch = state.done_B.shape[0]
 
     def step(state: State) -> State:

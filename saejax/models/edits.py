@@ -114,9 +114,9 @@ class Values:
     by_position: bool = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
-    def everywhere(cls, values_N: Any, n: int, what: str) -> Self:
-        """N finite numbers, or one for all of them; a ``UserError`` that names ``what`` for anything else."""
-        found = np.asarray(values_N, np.float32)
+    def everywhere(cls, values: Any, n: int, what: str) -> Self:
+        """``n`` finite numbers, or one for all of them; a ``UserError`` that names ``what`` for anything else."""
+        found = np.asarray(values, np.float32)
         if found.shape not in ((), (n,)):
             raise UserError(f"{what} has the shape {found.shape}: expected a number or the shape ({n},)")
         if not np.isfinite(found).all():
@@ -124,9 +124,9 @@ class Values:
         return cls(jnp.asarray(np.broadcast_to(found, (1, 1, n))), False)
 
     @classmethod
-    def of_prompts(cls, values_BxTxN: Any, n: int | None, what: str) -> Self:
-        """Numbers for every position of prompts; a ``UserError`` unless they are [B, T, n] (None: any n)."""
-        found = jnp.asarray(values_BxTxN)
+    def of_prompts(cls, values: Any, n: int | None, what: str) -> Self:
+        """Numbers for every position; a ``UserError`` about ``what`` unless they are [B, T, n] (None: any n)."""
+        found = jnp.asarray(values)
         if found.ndim != 3 or n not in (None, found.shape[-1]):
             raise UserError(f"{what} has the shape {found.shape}: expected [prompts, tokens, {n or 'width'}]")
         return cls(found, True)
@@ -183,6 +183,6 @@ def layers_of(edits: Sequence[Edit]) -> set[int]:
 
 
 def check_width(site: Site, width: int, what: str, found: int) -> None:
-    """A ``UserError`` unless what acts at a site is as wide as the site."""
+    """A ``UserError`` unless what acts at a site, which is ``found`` wide, has the site's width."""
     if found != width:
         raise UserError(f"{what} has the width {found}, but {site} is {width} wide: take one made for this model")

@@ -124,7 +124,7 @@ class Fields:
         raise UserError(f"{self.where}: field {self._path + name!r} is {value!r}, expected {names}")
 
     def size(self, name: str, default: int | None = None) -> int:
-        """Like ``take``, for a whole number above 0."""
+        """As ``take``, for a whole number above 0."""
         return self._positive(name, self.take(name, int, default), "at least 1")
 
     def size_or_null(self, name: str) -> int | None:
@@ -133,7 +133,7 @@ class Fields:
         return value if value is None else self._positive(name, value, "at least 1")
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Like ``take``, for a number above 0."""
+        """As ``take``, for a number above 0."""
         return float(self._positive(name, self.take(name, (int, float), default), "above 0"))
 
     def number_or_null(self, name: str) -> float | None:
@@ -147,7 +147,7 @@ class Fields:
         return value
 
     def quotient(self, whole: str, parts: str) -> int:
-        """One size divided by another; a ``UserError`` if that leaves a remainder."""
+        """The field ``whole`` divided by the field ``parts``; a ``UserError`` if that leaves a remainder."""
         if self.size(whole) % self.size(parts):
             raise UserError(
                 f"{self.where}: {self._path + parts!r} ({self.size(parts)}) does not divide {self._path + whole!r} "
@@ -171,21 +171,25 @@ class Fields:
             raise self.refuse(name, found, repr(value))
 
     def agreeing(self, others: Sequence[tuple["Fields", str]], name: str, default: float) -> float:
-        """One number that this object and others may hold, by their names for it; a ``UserError`` if they differ."""
+        """One number that this object and others may hold, by their names for it, or ``default``.
+
+        Raises:
+          UserError: they differ.
+        """
         found = {fields._path + own: fields.number(own) for fields, own in [(self, name), *others] if own in fields}
         if len(set(found.values())) > 1:
             raise self.contradiction(*(f"{own} ({value:g})" for own, value in found.items()))
         return next(iter(found.values()), default)
 
     def activation(self, name: str, default: str | None = None) -> str:
-        """The decoder's name of an activation function."""
+        """The decoder's name of an activation function, which a field holds or else ``default``."""
         value = self.take(name, str, default)
         if value not in _HF_ACTIVATIONS:
             raise self.refuse(name, value, f"one of {', '.join(sorted(_HF_ACTIVATIONS))}")
         return _HF_ACTIVATIONS[value]
 
     def refuse(self, name: str, value: Any, expected: str) -> UserError:
-        """The error for a field whose value the decoder cannot honour."""
+        """The error for a field whose value the decoder cannot honour; ``expected`` says what it can, in words."""
         return UserError(
             f"{self.where}: {self._path + name} {value!r} is not supported, expected {expected}: use another model"
         )

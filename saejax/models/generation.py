@@ -68,7 +68,7 @@ def generate(
 
 
 def make_choice(temperature: float, top_p: float, seed: int) -> Choice:
-    """How tokens are chosen; a ``UserError`` for what is out of range."""
+    """How tokens are chosen, as ``LanguageModel.generate`` says; a ``UserError`` for what is out of range."""
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature}: expected a number of at least 0")
     if not 0 < top_p <= 1:

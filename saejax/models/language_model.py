@@ -91,10 +91,11 @@ class LanguageModel(LoadedModel):
             (ids_BxT, tokens.lengths_B), (on_data, fitting_sharding(self.mesh, tokens.lengths_B.shape, "data"))
         )
         edits = self._placed(fit_values(edits, tokens.ids_BxT.shape, ids_BxT.shape[1]))
-        logits_BxTxV, values = forward(self.config, sites, logits, self.params, ids_BxT, lengths_B, edits)
+        given = forward(self.config, sites, logits, self.params, ids_BxT, lengths_B, edits)
         if ids_BxT.shape[1] > length:
-            logits_BxTxV, values = jax.tree.map(lambda value: value[:, :length], (logits_BxTxV, values))
-        return Output(logits_BxTxV, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
+            given = jax.tree.map(lambda value: value[:, :length], given)
+        of_tokens, values = given
+        return Output(of_tokens, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
 
     def generate(
         self,

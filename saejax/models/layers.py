@@ -47,21 +47,21 @@ def norm(
     return y.astype(x.dtype)
 
 
-def mlp_neurons(config: DecoderConfig, rules: RunRules, weights: Weights, x_BxTxD: jax.Array) -> jax.Array:
+def mlp_neurons(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD: jax.Array) -> jax.Array:
     """activation(up(x)), or where it is gated (Shazeer, 2020) activation(gate(x)) * up(x); [B, T, F]."""
     activation = ACTIVATIONS[config.activation]
-    hidden = _wide_project("...td,df->...tf", x_BxTxD, weights["up_DxF"], weights.get("up_bias_F"))
+    hidden = _wide_project("...td,df->...tf", x_xTxD, weights["up_DxF"], weights.get("up_bias_F"))
     if config.gated:
-        gate = _wide_project("...td,df->...tf", x_BxTxD, weights["gate_DxF"], weights.get("gate_bias_F"))
+        gate = _wide_project("...td,df->...tf", x_xTxD, weights["gate_DxF"], weights.get("gate_bias_F"))
         hidden = rules.product(rules.activation(gate, activation(gate)), hidden)
     else:
         hidden = rules.activation(hidden, activation(hidden))
-    return hidden.astype(x_BxTxD.dtype)
+    return hidden.astype(x_xTxD.dtype)
 
 
-def mlp(config: DecoderConfig, rules: RunRules, weights: Weights, x_BxTxD: jax.Array) -> jax.Array:
+def mlp(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD: jax.Array) -> jax.Array:
     """down(``mlp_neurons``(x)), [B, T, D]."""
-    hidden = mlp_neurons(config, rules, weights, x_BxTxD)
+    hidden = mlp_neurons(config, rules, weights, x_xTxD)
     down_FxD, down_bias_D = weights["down_FxD"], weights.get("down_bias_D")
     if config.d_mlp % _PIECES or hidden.dtype != jnp.float32:
         return project("...tf,fd->...td", hidden, down_FxD, down_bias_D)
@@ -70,12 +70,12 @@ def mlp(config: DecoderConfig, rules: RunRules, weights: Weights, x_BxTxD: jax.A
     # as long as the pieces are added one by one: XLA's own reduction over a leading dimension is slow there.
     hidden = hidden.reshape(*hidden.shape[:-1], _PIECES, -1)
     pieces = einsum("...tpf,pfd->p...td", hidden, down_FxD.reshape(_PIECES, -1, config.d_model))
-    out_BxTxD = functools.reduce(jnp.add, [pieces[i] for i in range(_PIECES)])
-    return out_BxTxD if down_bias_D is None else out_BxTxD + like(down_bias_D, out_BxTxD)
+    out_xTxD = functools.reduce(jnp.add, [pieces[i] for i in range(_PIECES)])
+    return out_xTxD if down_bias_D is None else out_xTxD + like(down_bias_D, out_xTxD)
 
 
 def project(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """The ``einsum`` of x and weight, plus the bias if there is one, in the dtype of x."""
+    """The ``einsum`` of x and weight by a pattern, plus the bias if there is one, in the dtype of x."""
     return _wide_project(pattern, x, weight, bias).astype(x.dtype)
 
 
@@ -86,7 +86,7 @@ def _wide_project(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array
 
 
 def einsum(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The product in the wide dtype; of fp32 operands to their full precision, which GPUs and TPUs would cut short."""
+    """The product of a and b by a pattern, in the wide dtype; of fp32 to all digits, which GPUs and TPUs cut off."""
     precision = None if a.dtype == jnp.bfloat16 else "highest"
     return jnp.einsum(pattern, a, b, preferred_element_type=wide(a), precision=precision)
 

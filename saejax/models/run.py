@@ -35,7 +35,7 @@ class LayersRun(NamedTuple):
 def run_layers(
     config: DecoderConfig,
     params: Params,
-    x_BxTxD: jax.Array,
+    x_xTxD: jax.Array,
     start: int | jax.Array,
     stop: int,
     hook: Hook | None = None,
@@ -52,7 +52,7 @@ def run_layers(
     run in one loop that indexes the stacked parameters, so that the time to compile does not grow with their number.
 
     Args:
-      x_BxTxD: the stream entering layer ``start``.
+      x_xTxD: the stream entering layer ``start``.
       start: if it is an array (int32 []), one program runs from any layer; then nothing is collected, and the run
         cannot be differentiated backwards.
       hook: called while tracing, at every site of the layers in ``hook_layers``, with its kind, its layer's number and
@@ -64,10 +64,10 @@ def run_layers(
       collect: kinds of site, ``KEYS`` and ``VALUES``.
       before_hook: collect the values of sites as they were before the hook changed them.
     """
-    attention = attention or RunAttention(whole_prompts(config, x_BxTxD.shape[-2]))
+    attention = attention or RunAttention(whole_prompts(config, x_xTxD.shape[-2]))
     step = functools.partial(_step, config, rules, params, attention, hook, collect, before_hook)
     body = functools.partial(step, hook_layers is None)
-    carry = x_BxTxD, attention.carried
+    carry = x_xTxD, attention.carried
     if not isinstance(start, int):
         x, carried = lax.fori_loop(start, stop, lambda layer, carry: body(carry, layer)[0], carry)
         return LayersRun(x, {}, carried)

@@ -41,9 +41,9 @@ class SiteEdit:
         return cls._of(site, 0.0, Values(jnp.zeros((1, 1, 1)), False), positions)
 
     @classmethod
-    def set(cls, site: str | Site, vector_D: Any, positions: str | Span = "all") -> Self:
-        """x' = vector, such as the site's mean over some text."""
-        return cls._of(site, 0.0, _vector(vector_D, "the vector"), positions)
+    def set(cls, site: str | Site, vector: Any, positions: str | Span = "all") -> Self:
+        """x' = vector, [D], such as the site's mean over some text."""
+        return cls._of(site, 0.0, _vector(vector, "the vector"), positions)
 
     @classmethod
     def patch(cls, site: str | Site, values_BxTxD: Any, positions: str | Span = "all") -> Self:
@@ -51,9 +51,9 @@ class SiteEdit:
         return cls._of(site, 0.0, Values.of_prompts(values_BxTxD, None, "what is patched in"), positions)
 
     @classmethod
-    def steer(cls, site: str | Site, direction_D: Any, amount: float = 1.0, positions: str | Span = "all") -> Self:
-        """x' = x + amount x direction. The direction is taken as long as it is."""
-        return cls._of(site, 1.0, _vector(np.float32(amount) * np.asarray(direction_D), "the direction"), positions)
+    def steer(cls, site: str | Site, direction: Any, amount: float = 1.0, positions: str | Span = "all") -> Self:
+        """x' = x + amount x direction, [D]. The direction is taken as long as it is."""
+        return cls._of(site, 1.0, _vector(np.float32(amount) * np.asarray(direction), "the direction"), positions)
 
     @classmethod
     def _of(cls, site: str | Site, factor: float, offset: Values, positions: str | Span) -> Self:
@@ -62,16 +62,14 @@ class SiteEdit:
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """The edited site."""
-        offset_BxTxD, known_BxT = self.offset.at(run)
-        if offset_BxTxD.shape[-1] > 1:
-            check_width(self.site, value_BxTxD.shape[-1], "an edit", offset_BxTxD.shape[-1])
-        new_BxTxD = (self.factor * value_BxTxD + offset_BxTxD).astype(value_BxTxD.dtype)
+        offset, known_BxT = self.offset.at(run)
+        if offset.shape[-1] > 1:
+            check_width(self.site, value_BxTxD.shape[-1], "an edit", offset.shape[-1])
+        new_BxTxD = (self.factor * value_BxTxD + offset).astype(value_BxTxD.dtype)
         return jnp.where((self.positions.at(run) & known_BxT)[..., None], new_BxTxD, value_BxTxD)
 
 
-def _vector(vector_D: Any, what: str) -> Values:
-    if np.ndim(vector_D) != 1 or np.size(vector_D) < 2:
-        raise UserError(
-            f"{what} has the shape {np.shape(vector_D)}: expected one number for each dimension of the site"
-        )
-    return Values.everywhere(vector_D, np.size(vector_D), what)
+def _vector(vector: Any, what: str) -> Values:
+    if np.ndim(vector) != 1 or np.size(vector) < 2:
+        raise UserError(f"{what} has the shape {np.shape(vector)}: expected one number for each dimension of the site")
+    return Values.everywhere(vector, np.size(vector), what)

@@ -249,6 +249,11 @@ def hub_folder(
 ) -> Path:
     """The folder of a hub repository with the files of some patterns, fetched if need be.
 
+    Args:
+      name, revision: of the repository.
+      files, skipped: patterns of what is wanted, and of what is not all the same.
+      what: the repository holds, in words, for messages.
+
     Raises:
       UserError: there is no such repository or revision, or it cannot be reached.
     """

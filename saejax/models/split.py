@@ -86,7 +86,7 @@ class SplitPoint:
         return self._run_on(params, stream_BxTxD, value_BxTxD).x
 
     def record(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> tuple[jax.Array, Past]:
-        """``tail`` that gives the keys and values of its layers too."""
+        """As ``tail``, and the keys and values of its layers too."""
         run = self._run_on(params, stream_BxTxD, value_BxTxD, collect=(KEYS, VALUES))
         return run.x, Past(run.collected[KEYS], run.collected[VALUES])
 
@@ -178,7 +178,7 @@ class SplitPoint:
         return jnp.stack([value.astype(logits_RxV.dtype) for value in values], axis=1)
 
     def logits(self, params: decoder.Params, x_RxD: jax.Array, ids_RxN: jax.Array) -> jax.Array:
-        """The logits [R, N] of these ids only, from the stream leaving the last layer."""
+        """The logits [R, N] of these ids only, from the stream x leaving the last layer."""
 
         def one(x_D: jax.Array, ids_N: jax.Array) -> jax.Array:
             head = decoder.head_of(self.config, params, ids_N)

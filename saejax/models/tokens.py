@@ -32,16 +32,15 @@ class Tokens:
         return self.lengths_B - 1
 
     def check(self, vocab: int, context: int) -> None:
-        """A ``UserError`` unless the prompts fit a model of this vocabulary and context, in tokens."""
-        ids_BxT, lengths_B = self.ids_BxT, self.lengths_B
-        if ids_BxT.ndim != 2 or lengths_B.shape != ids_BxT.shape[:1] or 0 in ids_BxT.shape:
-            raise UserError(f"tokens have the shapes {ids_BxT.shape} and {lengths_B.shape}: expected [B, T] and [B]")
-        if lengths_B.min() < 1 or lengths_B.max() > min(ids_BxT.shape[1], context):
+        """A ``UserError`` unless the prompts fit a model with ``vocab`` token ids and this context, in tokens."""
+        ids, lengths = self.ids_BxT, self.lengths_B
+        if ids.ndim != 2 or lengths.shape != ids.shape[:1] or 0 in ids.shape:
+            raise UserError(f"tokens have the shapes {ids.shape} and {lengths.shape}: expected [B, T] and [B]")
+        if lengths.min() < 1 or lengths.max() > min(ids.shape[1], context):
             raise UserError(
-                f"prompts have {lengths_B.min()} to {lengths_B.max()} tokens: expected 1 to "
-                f"{min(ids_BxT.shape[1], context)}"
+                f"prompts have {lengths.min()} to {lengths.max()} tokens: expected 1 to {min(ids.shape[1], context)}"
             )
-        real = ids_BxT[self.mask_BxT]
+        real = ids[self.mask_BxT]
         if real.min() < 0 or real.max() >= vocab:
             raise UserError(
                 f"token ids are {real.min()} to {real.max()}: expected 0 to {vocab - 1}, the ids of this model"
@@ -86,7 +85,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], context: int) -> Tokens:
 
 
 def first_token(tokenizer: Any, text: str) -> int:
-    """Id of the first token of an answer, which is taken as it is written, leading space and all."""
+    """Id of the first token that a tokenizer makes of an answer, a text taken as it is, leading space and all."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"the answer {text!r} has no tokens: expected at least one")
@@ -122,12 +121,12 @@ def few_lengths(lengths_N: np.ndarray, program: int) -> np.ndarray:
       The lengths, rising; a text takes the first that is not shorter. The last is that of the longest text.
     """
     length_U, count_U = np.unique(lengths_N, return_counts=True)
-    below_U = np.concatenate([[0], np.cumsum(count_U)])  # number of shorter texts
-    cost_U, before_U = np.zeros(len(length_U) + 1), np.zeros(len(length_U), np.int64)
+    below = np.concatenate([[0], np.cumsum(count_U)])  # number of shorter texts
+    cost, before_U = np.zeros(len(length_U) + 1), np.zeros(len(length_U), np.int64)
     for i, length in enumerate(length_U):  # the least cost of all texts up to this length, by the one before
-        costs = cost_U[: i + 1] + (below_U[i + 1] - below_U[: i + 1]) * length + program
+        costs = cost[: i + 1] + (below[i + 1] - below[: i + 1]) * length + program
         before_U[i] = np.argmin(costs)
-        cost_U[i + 1] = costs[before_U[i]]
+        cost[i + 1] = costs[before_U[i]]
     chosen, i = [], len(length_U)
     while i:
         chosen.append(length_U[i - 1])

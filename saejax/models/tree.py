@@ -36,13 +36,13 @@ class Tree(NamedTuple):
     column_SxN: jax.Array
 
     @classmethod
-    def unshared(cls, place_R: jax.Array, first_R: jax.Array, length: int, shards: int) -> "Tree":
+    def unshared(cls, place_X: jax.Array, first_X: jax.Array, length: int, shards: int) -> "Tree":
         """Rows of which each has ``length`` tokens of its own, in order."""
-        count = len(place_R) // shards
+        count = len(place_X) // shards
         token_RxT = jnp.arange(count * length, dtype=jnp.int32).reshape(count, length)
         row_N, column_N = jnp.divmod(token_RxT.reshape(-1), length)
         shared = (jnp.broadcast_to(array[None], (shards, *array.shape)) for array in (token_RxT, row_N, column_N))
-        return cls(place_R.reshape(shards, count), first_R.reshape(shards, count), *shared)
+        return cls(place_X.reshape(shards, count), first_X.reshape(shards, count), *shared)
 
     def of_tokens(self, array_SxRx: jax.Array) -> jax.Array:
         """What holds for the row in which each token stands, [S, N, ...] of [S, R, ...]."""
@@ -84,9 +84,9 @@ class Tree(NamedTuple):
         """Rotary tables of the N tokens; masks [S, R, T, known + T] of rows, which see what is known before them."""
         first_SxRx1, new = self.first_SxR[..., None], self.token_SxRxT.shape[2]
         position_SxRxT = first_SxRx1 + jnp.arange(new)[None, None, :]
-        known_SxRxO = jnp.broadcast_to(jnp.arange(known)[None, None, :], (*self.first_SxR.shape, known))
-        slot_SxRxA = jnp.concatenate([known_SxRxO, position_SxRxT], axis=-1)
-        age_SxRxTxA = position_SxRxT[..., :, None] - slot_SxRxA[..., None, :]
-        real_SxRxA = jnp.concatenate([known_SxRxO < first_SxRx1, jnp.ones_like(position_SxRxT, bool)], axis=-1)
-        mask_SxRxTxA = (age_SxRxTxA >= 0) & real_SxRxA[..., None, :]
-        return tables_by_layer(config, self.position_SxN, age_SxRxTxA, mask_SxRxTxA)
+        known_SxRxC = jnp.broadcast_to(jnp.arange(known)[None, None, :], (*self.first_SxR.shape, known))
+        slot_SxRxW = jnp.concatenate([known_SxRxC, position_SxRxT], axis=-1)
+        age_SxRxTxW = position_SxRxT[..., :, None] - slot_SxRxW[..., None, :]
+        real_SxRxW = jnp.concatenate([known_SxRxC < first_SxRx1, jnp.ones_like(position_SxRxT, bool)], axis=-1)
+        mask_SxRxTxW = (age_SxRxTxW >= 0) & real_SxRxW[..., None, :]
+        return tables_by_layer(config, self.position_SxN, age_SxRxTxW, mask_SxRxTxW)

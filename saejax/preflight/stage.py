@@ -15,7 +15,7 @@ def _shapes(configs: Configs) -> str:
 
 def _units(configs: Configs) -> str:
     """Which units are asked for."""
-    from saejax.stages import STAGES
+    from saejax.registry import STAGES
 
     return fingerprint([unit for stage in STAGES.values() if stage.cost for unit in stage.units(configs)])
 

@@ -11,8 +11,8 @@ from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.models.sites import ModuleSite, Site
 from saejax.parallel import fitting_spec
+from saejax.registry import STAGES
 from saejax.stage import load
-from saejax.stages import STAGES
 from saejax.training.cost import planned_stacks
 
 _DIMENSIONS = {

@@ -8,10 +8,10 @@ from saejax.causal.ablate.report_features import SLOPES, held_out
 from saejax.causal.ablate.results import AblateResults
 from saejax.causal.activation_sources import WORDS
 from saejax.dictionaries import stacks
-from saejax.reporting.document import Code, Section, Terms, Text
-from saejax.reporting.findings import Findings
-from saejax.reporting.tables import MISSING, Table, number, percent
-from saejax.reporting.words import BEHAVIOURS, behaviour, place
+from saejax.page.document import Code, Section, Terms, Text
+from saejax.page.findings import Findings
+from saejax.page.tables import MISSING, Table, number, percent
+from saejax.page.words import BEHAVIOURS, behaviour, place
 from saejax.results import Devices, Settings
 from saejax.tasks.results import BaselineResults
 from saejax.training.report import scores_of
@@ -26,8 +26,8 @@ def prompt_count(found: Findings) -> str:
 
 def lead(found: Findings) -> tuple[str, ...]:
     """What was done, for a reader who knows transformers: paragraphs."""
-    ablate, behaviours = found.one(AblateResults), found.one(BaselineResults).behaviours
-    wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in behaviours)
+    ablate = found.one(AblateResults)
+    wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in ablate.behaviours)
     path = found.settings()["model"]["path"]
     model = _MODELS.get(path) or (Path(path).name if path.startswith(("/", ".", "~")) else path)
     features = len(held_out(found, "firing_rate"))
@@ -65,6 +65,7 @@ def limits(found: Findings) -> Section:
     """How far the answer reaches."""
     ablate, behaviours = found.one(AblateResults), found.one(BaselineResults).behaviours
     settings = found.settings()
+    with_prompts = settings["corpus"]["behaviours"]
     fewest = min(one.test.n for one in behaviours.values())
     ratios = "; ".join(
         f"{behaviour(name)} " + ", ".join(map(number, dataclasses.astuple(match)))
@@ -101,8 +102,8 @@ def limits(found: Findings) -> Section:
         ),
         (
             "Contexts",
-            "the strongest contexts show a feature's peak, not all that it does. They come from the captured text, "
-            "which holds the behaviours' train prompts besides the corpus.",
+            "the strongest contexts show a feature's peak, not all that it does. They come from the captured text"
+            + (", which holds the behaviours' train prompts besides the corpus." if with_prompts else "."),
         ),
     ]
     if not settings["corpus"]["path"] and settings["model"]["path"] == "smollm2":

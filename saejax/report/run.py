@@ -18,13 +18,13 @@ from saejax.config import to_json
 from saejax.dictionaries import stacks
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
+from saejax.page import style
+from saejax.page.document import Example, Picture, Section, to_html, to_markdown
+from saejax.page.findings import Draw, Findings, read_findings
+from saejax.registry import STAGES
 from saejax.report import overview
 from saejax.report.results import ReportResults
-from saejax.reporting import style
-from saejax.reporting.document import Example, Picture, Section, to_html, to_markdown
-from saejax.reporting.findings import Draw, Findings, read_findings
 from saejax.stage import load
-from saejax.stages import STAGES
 from saejax.tasks import report as tasks
 from saejax.training import report as training
 from saejax.workspace import Run, package_versions, write_text
@@ -93,7 +93,6 @@ def contexts(run: Run, name: str, features: Sequence[int], count: int) -> dict[i
     if not features:
         return {}
     store = Store.open(run.inputs["capture"])
-    kind, _ = stacks.kind_and_member(name)
-    dictionary = stacks.load_member(run.inputs[f"train/{kind}"], name, "--ablate.dictionary")
+    dictionary = stacks.load_trained(name, run.inputs, "--ablate.dictionary")
     tokenizer = load_tokenizer(resolve(run.configs["model"]))
     return top_examples(store, dictionary, features, count, token_text(tokenizer))

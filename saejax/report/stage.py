@@ -2,16 +2,23 @@
 
 from collections.abc import Sequence
 
+from saejax.errors import UserError
 from saejax.settings import ReportConfig
-from saejax.stage import Configs, Stage
+from saejax.stage import Configs, Stage, is_folder
 
 _READ = ("baseline", "benchmark", "capture", "train", "evaluate", "ablate")  # by the sections there always are
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
     """The units of these, and of every stage that writes a section of its own."""
-    from saejax.stages import STAGES
+    from saejax.registry import STAGES
 
+    tested = configs["ablate"].dictionary
+    if is_folder(tested):
+        raise UserError(
+            f"the report shows dictionaries that its workdir trained, and --ablate.dictionary={tested} is a folder: "
+            "run the report there, or read the results of ablate"
+        )
     read = [stage for stage in STAGES.values() if stage.name in _READ or stage.section]
     return [unit for stage in read for unit in stage.units(configs)]
 

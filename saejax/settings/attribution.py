@@ -19,6 +19,11 @@ class GraphConfig(Config):
     )
     revision: str = setting("main", "revision of a set on the hub")
     subfolder: str = setting("", "folder of the set within its repository")
+    l0: tuple[str, ...] = setting(
+        (),
+        "which transcoders of a Gemma Scope folder that holds several of each layer: words of their names, such as "
+        "small, or 16k,big,affine; a number: of each layer the one with the nearest L0, such as 100",
+    )
     dictionaries: tuple[str, ...] = setting(
         (),
         "SAEs instead, where there are no transcoders: their folders, such as runs/mine/train/topk, at most one SAE of "
@@ -43,6 +48,9 @@ class GraphConfig(Config):
     )
     behaviours: tuple[str, ...] = setting(
         (), "behaviours instead: of each the first test prompt, whose target is the logit difference"
+    )
+    chat_template: bool = setting(
+        False, "put prompts that are texts into the tokenizer's chat template, as what a user says"
     )
     target: str = setting(
         "",
@@ -79,6 +87,19 @@ class GraphConfig(Config):
         "",
         'groups of features that the page and Neuronpedia show: empty for none, "cluster" for those that are alike, or '
         'a file, .json: {"paris": [["cities", "3_17_4", "5_208_4"]]} ("*": all graphs), or a state that the page saved',
+    )
+    labels: str = setting(
+        "", 'file of names of features, .json: {"3_17": "cities"}, by layer and number; pages and Neuronpedia show them'
+    )
+    source_set: str = setting(
+        "",
+        "the name that Neuronpedia has for the set, such as gemmascope-transcoder-16k: graphs are then "
+        "written for Neuronpedia, which takes files of 100 MB at the most; else for circuit-tracer's viewer",
+    )
+    scan: str = setting(
+        "",
+        "where a viewer looks for the features; empty: the model's id at Neuronpedia, its name in small letters, or "
+        "without --graph.source_set the address of a set on the hub",
     )
     heads: bool = setting(True, "find the attention heads that carry each edge of the pruned graph")
     query_key: tuple[str, ...] = setting(

@@ -22,7 +22,10 @@ class AblateConfig(Config):
     """Causal tests of features."""
 
     dictionary: str = setting(
-        "topk", "which trained dictionary to test: topk, or a member of a stack as in topk/k32", changes_results=False
+        "topk",
+        "which trained dictionary to test: topk, a member of a stack as in topk/k32, or the folder of one, such as "
+        "runs/demo/train/topk, with which nothing is captured or trained here",
+        changes_results=False,
     )
     top: int = setting(20, "features, ranked on train prompts, that are ablated one by one and together", low=1)
     estimate: str = setting(
@@ -123,7 +126,9 @@ class ProbeConfig(Config):
         choices=PROBE_LABELS,
     )
     dictionary: str = setting(
-        "topk", "whose features to probe: topk, or a member of a stack as in topk/k32", changes_results=False
+        "topk",
+        "whose features to probe: topk, a member of a stack as in topk/k32, or the folder of a dictionary",
+        changes_results=False,
     )
     pool: str = setting(
         "last",
@@ -157,7 +162,8 @@ class PatchConfig(Config):
     )
     dictionary: str = setting(
         "",
-        "which trained dictionary's features to patch: topk, or a member of a stack as in topk/k32; empty: none",
+        "which trained dictionary's features to patch: topk, a member of a stack as in topk/k32, or the folder of one; "
+        "empty: none",
         changes_results=False,
     )
     behaviours: tuple[str, ...] = setting((), "behaviours to patch; empty: all that the baseline measured")
@@ -185,7 +191,9 @@ class StudyConfig(Config):
         choices=BENCHMARKS,
         changes_results=False,
     )
-    dictionary: str = setting("topk", "whose features: topk, or a member of a stack as in topk/k32")
+    dictionary: str = setting(
+        "topk", "whose features: topk, a member of a stack as in topk/k32, or the folder of a dictionary"
+    )
     items: int = setting(
         200,
         "items of each benchmark at most, of those of --task.examples: half choose features, half judge them",

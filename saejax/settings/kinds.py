@@ -1,30 +1,97 @@
-"""What settings know of the kinds of dictionary: their names, which settings each reads, and settings of their own.
+"""The kinds of dictionary as settings know them: their names, which settings each reads, and those that it alone has.
 
-The kinds are classes of ``dictionaries.kinds``, which stands above the settings and is imported when it is first asked.
+What a kind computes is its class in ``dictionaries.kinds``, under the same name. A kind from outside (``--plugins``) is
+added to both when its class is registered.
 """
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Callable
 
-from saejax.config import Config
+from saejax.config import Config, setting
 
 
-def kinds() -> Mapping[str, Any]:
-    """All kinds by name, those of ``--plugins`` among them."""
-    return importlib.import_module("saejax.dictionaries.kinds").KINDS
+@dataclasses.dataclass(frozen=True)
+class LinearConfig(Config):
+    """Settings of linear dictionaries alone."""
+
+    fires_above: float = setting(1e-3, "|f| above which a feature counts as firing", low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class JumpReLUConfig(Config):
+    """Settings of JumpReLU dictionaries alone."""
+
+    l0_coefficient: tuple[float, ...] = setting(
+        (1.0,),
+        "coefficient of the L0 penalty (or a list); with the penalty 'target', about five times the squared error per "
+        "token keeps L0 within a tenth of the target, less leaves it above",
+        low=0.0,
+        swept=True,
+    )
+    l0_penalty: str = setting(
+        "step",
+        "penalty: the number of active features (step), a tanh of their size (tanh), or (L0 / target - 1)^2 (target)",
+        choices=("step", "tanh", "target"),
+    )
+    target_l0: tuple[float, ...] = setting(
+        (64.0,), "L0 aimed at by the penalty 'target' (or a list)", low=1.0, swept=True
+    )
+    bandwidth: float = setting(0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6)
+    initial_threshold: float = setting(0.01, "thresholds at the start", low=0.0)
+    dead_pre_activation: float = setting(
+        0.0, "coefficient of the loss that pulls dead features' pre-activations up", low=0.0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MatryoshkaConfig(Config):
+    """Settings of matryoshka dictionaries alone."""
+
+    groups: tuple[float, ...] = setting(
+        (0.0625, 0.125, 0.25, 0.5, 1.0),
+        "shares of the features, ascending to 1, that must reconstruct by themselves",
+        low=0.0,
+        high=1.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class KindSettings:
+    """What settings know of a kind.
+
+    Attributes:
+      own: the class of those that it alone has, ``--train.<name>.<field>``. Fields made with ``setting(...,
+        swept=True)`` are lists, and several values make as many members of a stack.
+      reads: those of ``--train`` that some kinds share and it reads: "k", "l1", "threshold_rate".
+      source: hash of the file that it comes from, if it is a plugin's.
+    """
+
+    own: type[Config] = Config
+    reads: tuple[str, ...] = ()
+    source: str = ""
+
+
+KIND_SETTINGS = {
+    "standard": KindSettings(reads=("l1",)),
+    "linear": KindSettings(LinearConfig, reads=("l1",)),
+    "gated": KindSettings(reads=("l1",)),
+    "jumprelu": KindSettings(JumpReLUConfig),
+    "topk": KindSettings(reads=("k",)),
+    "batchtopk": KindSettings(reads=("k", "threshold_rate")),
+    "matryoshka": KindSettings(MatryoshkaConfig, reads=("k", "threshold_rate")),
+}
 
 
 def kind_names() -> tuple[str, ...]:
-    """The names of all kinds."""
-    return tuple(kinds())
+    """The names of all kinds, those of ``--plugins`` among them."""
+    return tuple(KIND_SETTINGS)
 
 
 def settings_of_kinds() -> dict[str, type[Config]]:
     """The classes of the settings that one kind alone has, by its name."""
-    return {name: kind.Settings for name, kind in kinds().items()}
+    return {name: kind.own for name, kind in KIND_SETTINGS.items()}
 
 
 def read_by_kind(setting: str) -> Callable[[str], bool]:
     """A test of a unit's name: whether it is that of a kind that reads a setting which not all kinds read."""
-    return lambda unit: unit in kinds() and setting in kinds()[unit].reads
+    return lambda unit: unit in KIND_SETTINGS and setting in KIND_SETTINGS[unit].reads

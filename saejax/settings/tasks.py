@@ -18,12 +18,13 @@ class TaskConfig(Config):
         "",
         "a .jsonl or .jsonl.gz file with behaviours of your own, tested beside --task.behaviours (which may be empty): "
         "a line for each prompt with 'behaviour', 'text', 'correct' and 'wrong' (the answers as they go on from the "
-        "text), and perhaps 'counterpart' (a text to which the wrong answer is right) and 'split' (train or test)",
+        "text), and perhaps 'counterpart' (a text to which the wrong answer is right), 'split' (train or test) and "
+        "'template' (a name that the prompts with the same words around their content share)",
         changes_results=False,  # what is in it counts, not its place
         only=("",),
     )
     train_prompts: int = setting(80, "prompts per behaviour that choose features", low=2, only=("",))
-    test_prompts: int = setting(20, "prompts per behaviour that judge them", low=2, only=("",))
+    test_prompts: int = setting(100, "prompts per behaviour that judge them", low=2, only=("",))
     seed: int = setting(42, "seed of the choice of prompts, of benchmark examples and of the bootstrap", low=0)
     min_accuracy: float = setting(
         0.8,
@@ -35,6 +36,14 @@ class TaskConfig(Config):
     min_separation: float = setting(
         1.0,
         "a behaviour whose mean logit difference over its standard deviation is below this is flagged",
+        only=("",),
+    )
+    gate: float = setting(
+        0.05,
+        "a behaviour is left out of the causal tests unless the model is right on more than half of its train prompts, "
+        "by an exact binomial test at this level; 1: none is left out",
+        low=0.0,
+        high=1.0,
         only=("",),
     )
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
@@ -90,6 +99,11 @@ class CorpusConfig(Config):
     held_out: float = setting(0.1, "share of the documents' groups that is held out from training", low=0.01, high=0.5)
     context: int = setting(256, "longest document piece in tokens; longer documents are cut into pieces", low=2)
     seed: int = setting(789, "seed of the held-out split and of the order of documents", low=0)
+    behaviours: bool = setting(
+        False,
+        "the behaviours' train prompts join the training text; then other prompts mean other activations and other "
+        "dictionaries, which are captured and trained anew",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saejax.config import Config, nested, setting
-from saejax.settings.kinds import kind_names, kinds, read_by_kind, settings_of_kinds
+from saejax.settings.kinds import KIND_SETTINGS, kind_names, read_by_kind, settings_of_kinds
 from saejax.settings.sites import expand_ranges
 
 MOST_TOKENS = 2**31 - 1  # that a feature's silence is counted in
@@ -184,11 +184,11 @@ class TrainConfig(Config):
 
     def of_kind(self, kind: str) -> Any:
         """The settings that a kind alone has."""
-        return self.own.get(kind) or kinds()[kind].Settings()
+        return self.own.get(kind) or KIND_SETTINGS[kind].own()
 
     def also(self, unit: str) -> dict[str, Any]:
         """The source of a plugin's kind, so that a changed one is trained anew."""
-        source = kinds()[unit].source if unit in kinds() else ""
+        source = KIND_SETTINGS[unit].source if unit in KIND_SETTINGS else ""
         return dict(plugin=source) if source else {}
 
 

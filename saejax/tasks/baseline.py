@@ -9,7 +9,11 @@ first token. Of the prompts of a split are reported, with 95 % bootstrap interva
 - ``separation``: its mean over its standard deviation (``scoring.separation``);
 - ``counterpart_accuracy``: the share whose counterpart prompt prefers its own answer, which is the wrong one here, of
   the prompts that have one; None if none has. A model that gives the same answer whatever the prompt says has accuracy
-  and counterpart accuracy of 1 in sum.
+  and counterpart accuracy of 1 in sum;
+- ``log_likelihood`` and ``answer_accuracy``: of the whole answers, where a vocabulary cuts them into several tokens.
+
+A behaviour that the model does not have (``gate``), or of which its tokenizer leaves too few prompts, is left out of
+the causal tests.
 """
 
 import functools
@@ -26,7 +30,11 @@ from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.tokens import Tokens
 from saejax.parallel import make_mesh
 from saejax.settings import TaskConfig
-from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore, make_prompts, write_prompts
+from saejax.tasks.answer_tokens import answer_ids
+from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore, write_prompts
+from saejax.tasks.draw import Drawn, TooFewPrompts, make_prompts
+from saejax.tasks.gate import gate, none_left, write_left_out
+from saejax.tasks.likelihood import loglikelihoods
 from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BaselineScores, PromptExample
 from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation
@@ -47,19 +55,35 @@ def run_baseline(run: Run) -> BaselineResults:
     model = load_model(model_config.path, model_config.revision, model_config.dtype, make_mesh(run.configs.get("mesh")))
     prompts: list[Prompt] = []
     scores: list[PromptScore] = []
-    behaviours = {}
-    own = read_own_prompts(task, model.token_id)
+    behaviours, left_out = {}, {}
+    own = read_own_prompts(task, model.tokenizer)
     for name in (*task.behaviours, *own):
         if run.stopping():
             raise Interrupted("baseline: stopped; it starts anew")
-        drawn = own.get(name) or make_prompts(name, task.train_prompts, task.test_prompts, task.seed, model.token_id)
-        scored = score_prompts(model, drawn)
-        prompts += drawn
+        try:
+            drawn = Drawn(own[name], {}) if name in own else _make(name, task, model)
+        except TooFewPrompts as error:
+            left_out[name] = str(error)
+            run.say(f"{name}: not measured: {error}")
+            continue
+        scored = score_prompts(model, drawn.prompts)
+        prompts += drawn.prompts
         scores += scored
         behaviours[name] = summarize(drawn, scored, task)
         run.say(_line(name, behaviours[name]))
+        if why := behaviours[name].left_out:
+            left_out[name] = why
+    if not behaviours and left_out:
+        raise UserError(none_left(left_out))
+    if left_out and len(left_out) == len(own) + len(task.behaviours):
+        run.say(none_left(left_out))
     write_prompts(run.folder / "prompts.jsonl", prompts, scores)
-    return BaselineResults(behaviours)
+    write_left_out(run.folder, left_out)
+    return BaselineResults(behaviours, left_out or None)
+
+
+def _make(name: str, task: TaskConfig, model: LanguageModel) -> Drawn:
+    return make_prompts(name, task.train_prompts, task.test_prompts, task.seed, model.tokenizer)
 
 
 def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[PromptScore]:
@@ -68,10 +92,12 @@ def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[Promp
     Raises:
       UserError: a prompt is longer than the model's context, or its logits are not finite.
     """
-    ids_Nx2 = np.array([[model.token_id(p.correct), model.token_id(p.wrong)] for p in prompts], np.int32)
+    answers = [[answer_ids(model.tokenizer, p.text, answer) for answer in (p.correct, p.wrong)] for p in prompts]
+    ids_Nx2 = np.array([[ids[0] for ids in pair] for pair in answers], np.int32)
     paired = [row for row, prompt in enumerate(prompts) if prompt.counterpart]
     texts = [p.text for p in prompts] + [prompts[row].counterpart for row in paired]
-    logits_Tx2, top_T = _answer_logits(model, model.tokenize(texts), np.concatenate([ids_Nx2, ids_Nx2[paired]]))
+    tokens = model.tokenize(texts)
+    logits_Tx2, logsum_T, top_T = _answer_logits(model, tokens, np.concatenate([ids_Nx2, ids_Nx2[paired]]))
     n = len(prompts)
     for row in np.flatnonzero(~np.isfinite(logits_Tx2).all(axis=1))[:1]:
         raise UserError(
@@ -80,21 +106,39 @@ def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[Promp
         )
     diff_T = logits_Tx2[:, 0] - logits_Tx2[:, 1]
     counterpart = dict(zip(paired, (-diff_T[n:]).tolist(), strict=True))
-    return [PromptScore(float(diff_T[i]), bool(top_T[i] == ids_Nx2[i, 0]), counterpart.get(i)) for i in range(n)]
+    whole_Nx2 = logits_Tx2[:n] - logsum_T[:n, None]
+    longer = [(i, side) for i, pair in enumerate(answers) for side, ids in enumerate(pair) if len(ids) > 1]
+    contexts = [tokens.ids_BxT[i, : tokens.lengths_B[i]].tolist() for i, _ in longer]
+    for place, found in zip(longer, loglikelihoods(model, contexts, [answers[i][side] for i, side in longer])):
+        whole_Nx2[place] = found.total
+    whole = whole_Nx2.tolist()
+    return [
+        PromptScore(float(diff_T[i]), bool(top_T[i] == ids_Nx2[i, 0]), counterpart.get(i), *whole[i]) for i in range(n)
+    ]
 
 
-def summarize(prompts: Sequence[Prompt], scores: Sequence[PromptScore], task: TaskConfig) -> BaselineBehaviour:
+def summarize(drawn: Drawn, scores: Sequence[PromptScore], task: TaskConfig) -> BaselineBehaviour:
     """A behaviour's entry in the results of the stage: figures of both splits, what is weak in words, and examples."""
-    rows = list(zip(prompts, scores, strict=True))
+    rows = list(zip(drawn.prompts, scores, strict=True))
     splits = {name: _split_scores([score for prompt, score in rows if prompt.split == name], task) for name in SPLITS}
     shown = [(prompt, score) for prompt, score in rows if prompt.split == "test"][:_EXAMPLES]
     examples = (PromptExample(prompt.text, prompt.correct, prompt.wrong, score.logit_diff) for prompt, score in shown)
-    return BaselineBehaviour(**splits, flags=_flags(splits, task), examples=tuple(examples))
+    right = [score.logit_diff > 0 for prompt, score in rows if prompt.split == "train"]
+    p_value, why = gate(sum(right), len(right), task.gate)
+    return BaselineBehaviour(
+        **splits,
+        flags=_flags(splits, task),
+        examples=tuple(examples),
+        p_value=p_value,
+        left_out=why or None,
+        replaced=drawn.replaced or None,
+    )
 
 
 def _split_scores(rows: Sequence[PromptScore], task: TaskConfig) -> BaselineScores:
     diff_N, top1_N = (np.array([getattr(row, key) for row in rows], np.float64) for key in ("logit_diff", "top1"))
     paired = [row.counterpart_logit_diff for row in rows if row.counterpart_logit_diff is not None]
+    whole_Nx2 = np.array([[row.correct_log_likelihood, row.wrong_log_likelihood] for row in rows], np.float64)
     mean = functools.partial(bootstrap_mean, resamples=task.bootstrap, seed=task.seed)
     return BaselineScores(
         n=len(rows),
@@ -103,6 +147,8 @@ def _split_scores(rows: Sequence[PromptScore], task: TaskConfig) -> BaselineScor
         logit_diff=mean(diff_N),
         separation=bootstrap_separation(diff_N, task.bootstrap, task.seed),
         counterpart_accuracy=mean(np.array(paired) > 0) if paired else None,
+        answer_accuracy=mean(whole_Nx2[:, 0] > whole_Nx2[:, 1]),
+        log_likelihood=mean(whole_Nx2[:, 0]),
     )
 
 
@@ -126,33 +172,38 @@ def _line(name: str, result: BaselineBehaviour) -> str:
     percent = [f"{one.mean:.0f} % [{one.low:.0f}, {one.high:.0f}]" for one in shares]
     plain = [f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (test.logit_diff, test.separation)]
     flags = f"; weak: {'; '.join(result.flags)}" if result.flags else ""
+    flags += f"; left out of the causal tests: {result.left_out}" if result.left_out else ""
+    flags += f"; {sum(result.replaced.values())} drafts were replaced" if result.replaced else ""
     return (
         f"{name}: on {test.n} test prompts accuracy {percent[0]}, top-1 {percent[1]}, "
         f"logit difference {plain[0]}, separation {plain[1]}{flags}"
     )
 
 
-def _answer_logits(model: LanguageModel, tokens: Tokens, ids_Nx2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, 2] of two answers at each text's last position, and the token with the highest logit, [N]."""
+def _answer_logits(
+    model: LanguageModel, tokens: Tokens, ids_Nx2: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """At each text's last position logits [N, 2] of two answers, the log of all logits' exponentials' sum, and the
+    token with the highest logit, both [N]."""
     last_site = f"resid_post.{model.config.n_layers - 1}"
     n = len(tokens.lengths_B)
-    chosen, top = [], []
+    parts = []
     for first in range(0, n, BATCH):
         rows_B = np.resize(np.arange(first, min(first + BATCH, n)), BATCH)  # the last batch is filled up with copies
         batch = Tokens(tokens.ids_BxT[rows_B], tokens.lengths_B[rows_B])
         # Logits at every position would be most of the memory and a fifth of the work.
         x_BxTxD = model(batch, capture=[last_site], logits=False).sites[last_site]
-        chosen_Bx2, top_B = _last_logits(model.config, model.params, x_BxTxD, batch.last_B, ids_Nx2[rows_B])
-        real = min(BATCH, n - first)
-        chosen.append(np.asarray(chosen_Bx2)[:real])
-        top.append(np.asarray(top_B)[:real])
-    return np.concatenate(chosen), np.concatenate(top)
+        found = _last_logits(model.config, model.params, x_BxTxD, batch.last_B, ids_Nx2[rows_B])
+        parts.append([np.asarray(part)[: n - first] for part in found])
+    chosen_Nx2, logsum_N, top_N = map(np.concatenate, zip(*parts, strict=True))
+    return chosen_Nx2, logsum_N, top_N
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _last_logits(
     config: DecoderConfig, params: decoder.Params, x_BxTxD: jax.Array, last_B: jax.Array, ids_Bx2: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     x_Bx1xD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)
     logits_BxV = decoder.unembed(config, params, x_Bx1xD)[:, 0]
-    return jnp.take_along_axis(logits_BxV, ids_Bx2, axis=1), logits_BxV.argmax(axis=-1)
+    logsum_B = jax.nn.logsumexp(logits_BxV, axis=-1)
+    return jnp.take_along_axis(logits_BxV, ids_Bx2, axis=1), logsum_B, logits_BxV.argmax(axis=-1)

@@ -16,7 +16,7 @@ from saejax.tasks.benchmark_scores import way
 from saejax.tasks.benchmarks import definition
 from saejax.tasks.own_prompts import count_behaviours
 
-PROMPT = 16  # tokens: the behaviours' prompts have 8 to 26
+PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32
 OVERHEAD = 0.6
 _CHOICES = 4  # of a question of the logic benchmark
 _NEW = 4  # a generated token costs about as much as so many that are read

@@ -1,6 +1,6 @@
 """Fingerprints of what stages read from outside the workdir, for their declarations: imports are inside functions."""
 
-from saejax.stage import Configs
+from saejax.stage import Configs, is_folder
 
 
 def model(configs: Configs) -> str:
@@ -17,6 +17,19 @@ def corpus(configs: Configs) -> str:
     from saejax.tasks import corpora
 
     return corpora.identity(configs["corpus"])
+
+
+def training_text(configs: Configs) -> tuple[str, ...]:
+    """The units that training text is read from: that of the behaviours' prompts, if these are part of it."""
+    return ("baseline",) if configs["corpus"].behaviours and configs["task"].has_behaviours else ()
+
+
+def dictionary(configs: Configs, stage: str) -> str:
+    """Of the folder that ``--<stage>.dictionary`` names; "" where it names a dictionary that is trained here."""
+    from saejax.dictionaries import stacks
+
+    name = configs[stage].dictionary
+    return stacks.identity(name) if is_folder(name) else ""
 
 
 def prompts(configs: Configs) -> str:

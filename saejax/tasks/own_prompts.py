@@ -2,15 +2,16 @@
 
     {"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat", "counterpart": "One", "split": "test"}
 
-"counterpart" (the same text with other content, to which the wrong answer is the better one) and "split" may be left
-out. Of a behaviour whose lines have no split, train and test prompts are drawn at random, as many as were asked for.
-No text stands in a behaviour twice; that the two splits share no content beyond that is up to the user.
+"counterpart" (the same text with other content, to which the wrong answer is the better one), "split" and "template"
+(a name of the words around the content: prompts that share it are not independent) may be left out. Of a behaviour
+whose lines have no split, train and test prompts are drawn at random, as many as were asked for. No text stands in a
+behaviour twice; that the two splits share no content beyond that is up to the user.
 """
 
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,26 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.settings import BEHAVIOURS, TaskConfig
-from saejax.tasks.behaviours import SPLITS, Prompt, check_answers
+from saejax.tasks.answer_tokens import fault
+from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes, shown
 
 _FLAG = "--task.prompts"
 _TAKEN = (*BEHAVIOURS, "started", "summary")  # behaviours of our own, and files of every stage
-_NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split")
+_NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split", "template")
 _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}'
 
 
-def read_own_prompts(task: TaskConfig, first_token: Callable[[str], int]) -> dict[str, list[Prompt]]:
+def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]]:
     """The prompts of each behaviour of ``task.prompts``, train prompts first; none if no file is named.
 
     Args:
       task: names the file; its seed draws the splits of behaviours that have none.
-      first_token: the id of an answer's first token, such as ``LanguageModel.token_id``.
+      tokenizer: of the model that is to be asked.
 
     Raises:
-      UserError: the file cannot be read, a line is no such prompt or repeats another, a behaviour has too few of them
-        or a name that is taken, only some of its lines have a split, or two answers begin alike.
+      UserError: the file cannot be read, a line is no such prompt or repeats another, its answers have no tokens of
+        their own or begin alike, a behaviour has too few lines or a name that is taken, or only some have a split.
     """
     if not task.prompts:
         return {}
@@ -48,14 +50,16 @@ def read_own_prompts(task: TaskConfig, first_token: Callable[[str], int]) -> dic
         text = fields["behaviour"], fields["text"]
         if text in texts:
             raise UserError(f"{path}, line {number} has the text of an earlier line of {text[0]!r}: remove one of them")
+        if why := fault(tokenizer, _prompt("train", fields)):
+            raise UserError(
+                f"{path}, line {number}: {fields['text']!r} with {fields['correct']!r} or {fields['wrong']!r}: {why}, "
+                "as this model's tokenizer cuts them: write it otherwise, or take it out"
+            )
         texts.add(text)
         lines.setdefault(fields["behaviour"], []).append(fields)
     if not lines:
         raise UserError(f"{_FLAG}={path} holds no prompts: expected lines such as {_EXAMPLE}")
-    prompts = {name: _prompts(name, found, task, path) for name, found in lines.items()}
-    for prompt in (prompt for drawn in prompts.values() for prompt in drawn):
-        check_answers(prompt, first_token, f"take it out of {path}, or give other answers")
-    return prompts
+    return {name: _prompts(name, found, task, path) for name, found in lines.items()}
 
 
 def count_behaviours(task: TaskConfig) -> int:
@@ -134,5 +138,5 @@ def _prompt(split: str, line: Mapping[str, str]) -> Prompt:
         wrong=line["wrong"],
         counterpart=counterpart,
         counterpart_correct=line["wrong"] if counterpart else "",
-        items=(),
+        template=line.get("template", ""),
     )

@@ -1,23 +1,31 @@
-"""The four behaviours: their content items, and how a prompt is made of them.
+"""The four behaviours: their content items, their templates, and how a prompt is made of both.
 
-==============  ==============================================  =======  =======  =================================
-behaviour       prompt                                          correct  wrong    counterpart
-==============  ==============================================  =======  =======  =================================
-agreement       Everyone knows that the keys near the cabinet   " are"   " is"    the subject's number (key) swapped
-capital         The capital of France is the city of            " Paris" " Rome"  another country (Italy)
-greater_than    The siege lasted from 1762 to 17                "7"      "3"      a year of another decade (1722)
-addition        9 + 4 = 13, 7 + 1 = 8, 2 + 6 =                  "8"      "5"      other digits (1 + 4)
-==============  ==============================================  =======  =======  =================================
+==============  ================================================  =======  =======  ==============================
+behaviour       prompt                                            correct  wrong    counterpart
+==============  ================================================  =======  =======  ==============================
+agreement       Everyone knows that the keys near the cabinet     " are"   " is"    the subject's number (key)
+capital         The capital of France is the city of              " Paris" " Rome"  another place (Italy)
+greater_than    The siege lasted from '62 to '                    "75"     "35"     a year of another decade ('22)
+addition        13+24=37, 58+16=74, 21+45=                        "66"     "38"     other numbers (12+26)
+==============  ================================================  =======  =======  ==============================
+
+Each behaviour has three templates. The last is held out: only test prompts are made of it, so that what train prompts
+teach of their wording cannot pass for the behaviour.
 
 Agreement: the noun beside the verb always has the other number, so following it gives 0 %; half of the subjects are
 singular. Greater-than: an end in the decade after the first year's is correct, one before the first year is wrong; in
 the counterpart it is the other way round as far as it can be: both decades are later, the wrong answer's is the next.
 Other later decades would be right, too, so its top-1 share is low in a model that can do it.
-Addition: two worked examples, one with a sum of two digits, out of four that are used for nothing else. Where the sum
-has two digits, the prompt ends with the first of them ("7 + 8 = 1"), so that the answer is always one digit.
+Addition: two numbers of two digits with a sum below 100, after two worked examples that are used for nothing else,
+in either order. The tens of the sums of a prompt and its counterpart differ by two or more.
 
-The words, in ``data/behaviours.json``, were written for this project. Nouns, events and countries are those that are
-one token in SmolLM2, so that a behaviour's prompts are equally long; none was left out for what a model makes of it.
+Before an answer that is a number stands a mark ("'", "="), never a space or a digit: some vocabularies keep a space
+with the digits after it, some do not, and some join digits by twos or threes; so every one of them begins a token where
+the answer begins. Both digits of it are given; a vocabulary of single digits is asked for the first.
+
+The words, in ``data/behaviours.json``, were written for this project. Nouns, events and places (countries and parts of
+some) are those that are one token in SmolLM2, so that the prompts of a template are equally long; none was left out for
+what a model makes of it.
 """
 
 import functools
@@ -31,14 +39,13 @@ import numpy as np
 
 _PLACES = ("near", "beside", "behind")
 _VERBS = (" is", " are")
-_CENTURIES = range(11, 19)
 _LATE_DECADES = range(2, 9)  # leaves two earlier decades and a later one
-_ONE_DIGIT_EXAMPLES, _TWO_DIGIT_EXAMPLES = ((2, 3), (7, 1)), ((6, 8), (9, 4))
+_EXAMPLES = ((13, 24), (58, 16))  # of addition
 _Item = TypeVar("_Item")
 
 
 class Draft(NamedTuple):
-    """A prompt that has no split yet; the fields are those of ``behaviours.Prompt``."""
+    """A prompt that has no split and template yet; the fields are those of ``behaviours.Prompt``."""
 
     text: str
     correct: str
@@ -51,116 +58,135 @@ class Recipe(NamedTuple):
     """How a behaviour's prompts are made.
 
     Attributes:
+      templates: texts with the content's places in braces; the last is for test prompts only.
       pools: its content items, by kind.
       least: how many of each kind a split needs for a prompt and its counterpart.
-      capacity: from the numbers of items of a split, by kind, how many different prompts they give.
-      drawer: from a random generator and a split's items, by kind, a function that drafts prompt number i.
+      capacity: from the numbers of items of a split, by kind, how many different prompts they give of a template.
+      drawer: from a random generator and a split's items, by kind, a function that drafts a prompt of a template; of
+        those with an even and an odd number there should be as many.
     """
 
+    templates: Sequence[str]
     pools: Mapping[str, Sequence]
     least: int
     capacity: Callable[..., int]
-    drawer: Callable[..., Callable[[int], Draft]]
+    drawer: Callable[..., Callable[[int, str], Draft]]
+
+    def of_split(self, split: str) -> Sequence[str]:
+        """The templates of a split; of test prompts the held-out one first, so that the fewest prompts have it."""
+        return self.templates[:-1] if split == "train" else self.templates[::-1]
 
 
 @functools.cache
 def recipes() -> Mapping[str, Recipe]:
     """The recipe of every behaviour, by name."""
     words = json.loads((importlib.resources.files(__package__) / "data" / "behaviours.json").read_text("utf-8"))
-    reserved = (*_ONE_DIGIT_EXAMPLES, *_TWO_DIGIT_EXAMPLES)
-    pairs = [pair for pair in itertools.product(range(10), repeat=2) if pair not in reserved]
+    sums = [pair for pair in itertools.combinations(range(11, 90), 2) if sum(pair) < 100]
+    first, second = (f"{a}+{b}={a + b}" for a, b in _EXAMPLES)
     return dict(
         agreement=Recipe(
+            (
+                "Everyone knows that the {subject} {place} the {other}",
+                "In the picture, the {subject} {place} the {other}",
+                "The {subject} that stood {place} the {other}",
+            ),
             dict(nouns=list(words["nouns"].items())),
             least=2,
             capacity=lambda nouns: nouns * (nouns - 1) * len(_PLACES) * len(_VERBS),
             drawer=_agreement,
         ),
         capital=Recipe(
-            dict(countries=list(words["countries"].items())),
+            (
+                "The capital of {place} is the city of",
+                "The government of {place} sits in its capital,",
+                "They flew to {place} and spent a week in its capital,",
+            ),
+            dict(places=list(words["places"].items())),
             least=2,
-            capacity=lambda countries: countries,
+            capacity=lambda places: places,
             drawer=_capital,
         ),
         greater_than=Recipe(
-            dict(columns=list(itertools.product(_CENTURIES, range(10))), events=words["events"]),
+            (
+                "The {event} lasted from '{year} to '",
+                "The {event} began in '{year} and ended in '",
+                "Our records of the {event} cover the years from '{year} to '",
+            ),
+            dict(digits=range(10), events=words["events"]),
             least=1,
-            capacity=lambda columns, events: columns * events * len(_LATE_DECADES),
+            capacity=lambda digits, events: digits * events * len(_LATE_DECADES),
             drawer=_greater_than,
         ),
         addition=Recipe(
-            dict(
-                one_digit=[pair for pair in pairs if sum(pair) < 10],
-                two_digits=[pair for pair in pairs if sum(pair) >= 10],
+            (
+                f"{first}, {second}, {{a}}+{{b}}=",
+                f"{first}\n{second}\n{{a}}+{{b}}=",
+                f"We know that {first}, that {second} and that {{a}}+{{b}}=",
             ),
-            least=11,  # no sum has more than ten pairs, so that there is always another sum
-            capacity=lambda one_digit, two_digits: (one_digit + two_digits) * 2 * 2 * 2,
+            dict(pairs=[pair for pair in sums if not {pair, pair[::-1]} & set(_EXAMPLES)]),
+            least=366,  # of so many drawn pairs some sums are far from any other
+            capacity=lambda pairs: pairs,
             drawer=_addition,
         ),
     )
 
 
-def _agreement(rng: np.random.Generator, nouns: list[tuple[str, str]]) -> Callable[[int], Draft]:
+def _agreement(rng: np.random.Generator, nouns: list[tuple[str, str]]) -> Callable[[int, str], Draft]:
     deck = _deal(rng, nouns)
 
-    def draft(i: int) -> Draft:
-        number, subject, distractor = i % 2, next(deck), next(deck)
-        while distractor == subject:
-            distractor = next(deck)
-        rest = f"{_pick(rng, _PLACES)} the {distractor[1 - number]}"
-        text, counterpart = (f"Everyone knows that the {subject[n]} {rest}" for n in (number, 1 - number))
-        return Draft(text, _VERBS[number], counterpart, _VERBS[1 - number], (subject[0], distractor[0]))
+    def draft(i: int, template: str) -> Draft:
+        number, subject, other = i % 2, next(deck), next(deck)
+        while other == subject:
+            other = next(deck)
+        place = _pick(rng, _PLACES)
+        text, counterpart = (
+            template.format(subject=subject[n], place=place, other=other[1 - number]) for n in (number, 1 - number)
+        )
+        return Draft(text, _VERBS[number], counterpart, _VERBS[1 - number], (subject[0], other[0]))
 
     return draft
 
 
-def _capital(rng: np.random.Generator, countries: list[tuple[str, str]]) -> Callable[[int], Draft]:
-    deck = _deal(rng, countries)
+def _capital(rng: np.random.Generator, places: list[tuple[str, str]]) -> Callable[[int, str], Draft]:
+    deck = _deal(rng, places)
 
-    def draft(i: int) -> Draft:
+    def draft(i: int, template: str) -> Draft:
         here = next(deck)
-        others = [other for other in countries if other != here]
+        others = [other for other in places if other != here]
         # Another first letter is another first token in every tokenizer.
         there = _pick(rng, [other for other in others if other[1][0] != here[1][0]] or others)
-        text, counterpart = (f"The capital of {country} is the city of" for country in (here[0], there[0]))
+        text, counterpart = (template.format(place=place) for place in (here[0], there[0]))
         return Draft(text, f" {here[1]}", counterpart, f" {there[1]}", (here[0], there[0]))
 
     return draft
 
 
-def _greater_than(
-    rng: np.random.Generator, columns: list[tuple[int, int]], events: list[str]
-) -> Callable[[int], Draft]:
-    # A column is the years of a century that end in the same digit, so that a year and its counterpart differ in the
-    # decade's digit alone.
-    column_deck, event_deck, decade_deck = _deal(rng, columns), _deal(rng, events), _deal(rng, _LATE_DECADES)
+def _greater_than(rng: np.random.Generator, digits: list[int], events: list[str]) -> Callable[[int, str], Draft]:
+    # A year and its counterpart end in the same digit, so that they differ in the decade's alone.
+    digit_deck, event_deck, decade_deck = _deal(rng, digits), _deal(rng, events), _deal(rng, _LATE_DECADES)
 
-    def draft(i: int) -> Draft:
-        (century, unit), event, late = next(column_deck), next(event_deck), next(decade_deck)
+    def draft(i: int, template: str) -> Draft:
+        digit, event, late, end = next(digit_deck), next(event_deck), next(decade_deck), int(rng.integers(10))
         early = int(rng.integers(late - 1))
-        years = [f"{century}{decade}{unit}" for decade in (late, early)]
-        text, counterpart = (f"The {event} lasted from {year} to {century}" for year in years)
-        return Draft(text, str(late + 1), counterpart, str(early + 1), (event, *years))
+        years = [f"{decade}{digit}" for decade in (late, early)]
+        text, counterpart = (template.format(event=event, year=year) for year in years)
+        return Draft(text, f"{late + 1}{end}", counterpart, f"{early + 1}{end}", (event, *years))
 
     return draft
 
 
-def _addition(
-    rng: np.random.Generator, one_digit: list[tuple[int, int]], two_digits: list[tuple[int, int]]
-) -> Callable[[int], Draft]:
-    deck = _deal(rng, one_digit + two_digits)
+def _addition(rng: np.random.Generator, pairs: list[tuple[int, int]]) -> Callable[[int, str], Draft]:
+    deck = _deal(rng, pairs)
 
-    def draft(i: int) -> Draft:
+    def draft(i: int, template: str) -> Draft:
         pair = next(deck)
-        alike = one_digit if sum(pair) < 10 else two_digits
-        other = _pick(rng, [other for other in alike if sum(other) != sum(pair)])
-        examples = [_pick(rng, _ONE_DIGIT_EXAMPLES), _pick(rng, _TWO_DIGIT_EXAMPLES)]
-        if rng.integers(2):
-            examples.reverse()
-        shown = "".join(f"{a} + {b} = {a + b}, " for a, b in examples)
-        text, counterpart = (f"{shown}{a} + {b} = {'1' if a + b >= 10 else ''}" for a, b in (pair, other))
-        items = tuple(f"{a} + {b}" for a, b in (pair, other))
-        return Draft(text, str(sum(pair) % 10), counterpart, str(sum(other) % 10), items)
+        other = _pick(rng, [other for other in pairs if abs(sum(other) // 10 - sum(pair) // 10) > 1])
+        texts = []
+        for a, b in (pair, other):
+            a, b = (a, b) if rng.integers(2) else (b, a)
+            texts.append(template.format(a=a, b=b))
+        items = tuple(f"{a}+{b}" for a, b in (pair, other))  # whatever the order in the text
+        return Draft(texts[0], str(sum(pair)), texts[1], str(sum(other)), items)
 
     return draft
 

@@ -4,18 +4,23 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from saejax.reporting.document import Section, Text
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.style import BLUE, GREY, INK, height_of, legend, name_rows, panels, point, styled
-from saejax.reporting.tables import MISSING, Table, interval, number, percent
-from saejax.reporting.words import behaviour, signed
+from saejax.page.document import Section, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.style import BLUE, GREY, INK, height_of, legend, name_rows, panels, point, styled
+from saejax.page.tables import MISSING, Table, interval, number, percent
+from saejax.page.words import behaviour, signed
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BenchmarkResults
 from saejax.tasks.scoring import SEPARATION_LIMIT
 
 
 def behaviours_section(found: Findings, draw: Draw) -> Section:
     """What the model can do before anything is removed."""
-    scores_of = {behaviour(name): scores for name, scores in found.one(BaselineResults).behaviours.items()}
+    baseline = found.one(BaselineResults)
+    scores_of = {behaviour(name): scores for name, scores in baseline.behaviours.items()}
+    untested = tuple(
+        Text(f"Left out of the causal tests: {behaviour(name)}, because {why}.", strong=True)
+        for name, why in (baseline.left_out or {}).items()
+    )
     flagged = [f"{name} ({signed('; '.join(scores.flags))})" for name, scores in scores_of.items() if scores.flags]
     weak = "No behaviour was flagged as weak."
     if flagged:
@@ -33,7 +38,9 @@ def behaviours_section(found: Findings, draw: Draw) -> Section:
     )
     caption = "What the model can do with nothing removed. A behaviour that it does not have cannot be explained."
     picture = draw("baselines", figure, caption, alt)
-    return Section("The behaviours", (Text(weak, strong=bool(flagged)), shown, picture, _baseline_table(scores_of)))
+    return Section(
+        "The behaviours", (*untested, Text(weak, strong=bool(flagged)), shown, picture, _baseline_table(scores_of))
+    )
 
 
 def _baseline_table(scores_of: Mapping[str, BaselineBehaviour]) -> Table:
@@ -44,6 +51,7 @@ def _baseline_table(scores_of: Mapping[str, BaselineBehaviour]) -> Table:
             interval(scores.logit_diff),
             interval(scores.separation).replace(number(SEPARATION_LIMIT), "∞"),
             interval(scores.top1, 0, 100),
+            interval(scores.answer_accuracy, 0, 100) if scores.answer_accuracy else MISSING,
             str(scores.n),
         )
         for name, of_splits in scores_of.items()
@@ -52,10 +60,11 @@ def _baseline_table(scores_of: Mapping[str, BaselineBehaviour]) -> Table:
     note = (
         "Accuracy: the correct answer's first token has a higher logit than the wrong one's. Logit difference: correct "
         "minus wrong, at the prompt's last token. Separation: its mean over its standard deviation. Top-1: the correct "
-        "token has the highest logit of all. Features are chosen on train prompts and judged on test prompts, which in "
+        "token has the highest logit of all. Whole answer: the correct one is likelier than the wrong one, all their "
+        "tokens counted. Features are chosen on train prompts and judged on test prompts, which in "
         "the built-in behaviours share no content with them. Square brackets: 95 % bootstrap intervals over prompts."
     )
-    columns = ("Behaviour", "Accuracy, %", "Logit difference", "Separation", "Top-1, %", "Prompts")
+    columns = ("Behaviour", "Accuracy, %", "Logit difference", "Separation", "Top-1, %", "Whole answer, %", "Prompts")
     return Table("The behaviours before anything is removed", columns, rows, stack=False, note=note)
 
 

@@ -17,6 +17,9 @@ class BaselineScores:
     separation: Interval  #: its mean over its standard deviation, cut at 1e6
     #: share of the counterparts that prefer their own answer; None where no prompt has one
     counterpart_accuracy: Interval | None
+    #: share whose whole correct answer is likelier than the whole wrong one; not in files of before it was measured
+    answer_accuracy: Interval | None = None
+    log_likelihood: Interval | None = None  #: mean log-likelihood of the whole correct answer, nats; likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,12 @@ class BaselineBehaviour:
     test: BaselineScores  #: on those that judge them
     flags: tuple[str, ...]  #: what is weak, in words
     examples: tuple[PromptExample, ...]  #: the first test prompts
+    #: of the exact binomial test that the model is right on more than half of the train prompts; not in files of before
+    p_value: float | None = None
+    left_out: str | None = None  #: why the causal tests leave it out; None: they do not
+    #: drafts that this model's tokenizer cannot be asked and in whose place others were drawn, by why; None: there were
+    #: none
+    replaced: Mapping[str, int] | None = None
 
     @property
     def splits(self) -> dict[str, BaselineScores]:
@@ -49,6 +58,9 @@ class BaselineResults:
     """What the model can do before anything is explained."""
 
     behaviours: Mapping[str, BaselineBehaviour]  #: by name
+    #: behaviours that the causal tests leave out, and why; one with too few prompts for this model's tokenizer is not
+    #: measured at all. None: none is left out
+    left_out: Mapping[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

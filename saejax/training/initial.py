@@ -4,7 +4,6 @@ A dictionary reads raw activations, the trainer scaled ones: here the scales go 
 ``Trainer.finish``. Optimizer, counters and running thresholds begin anew.
 """
 
-import hashlib
 from pathlib import Path
 
 import jax
@@ -15,9 +14,6 @@ from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings,
 from saejax.errors import UserError
 from saejax.training.members import Member
 from saejax.training.step import Trainer, TrainState
-from saejax.workspace import file_sha256
-
-_HASHED = ("dictionary.json", "cfg.json", "config.yaml", "*.safetensors")  # the first holds checksums of its arrays
 
 
 def state_from_dictionary(trainer: Trainer, folder: str) -> TrainState:
@@ -34,17 +30,9 @@ def state_from_dictionary(trainer: Trainer, folder: str) -> TrainState:
     loaded = [_scaled(trainer, index, _load(Path(folder), member)) for index, member in enumerate(trainer.members)]
     state = trainer.initial_state()
     for name, array in state.params.items():
-        host_M = np.stack([arrays[name] for arrays in loaded]).astype(array.dtype)
-        state.params[name] = jax.make_array_from_callback(array.shape, array.sharding, host_M.__getitem__)
+        host_Mx = np.stack([arrays[name] for arrays in loaded]).astype(array.dtype)
+        state.params[name] = jax.make_array_from_callback(array.shape, array.sharding, host_Mx.__getitem__)
     return state
-
-
-def identity(folder: str) -> str:
-    """A hash, 16 hexadecimal digits, of the dictionaries in a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in _HASHED for path in Path(folder).rglob(pattern)):
-        digest.update(f"{path.relative_to(folder)} {file_sha256(path)}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def _load(folder: Path, member: Member) -> Dictionary:

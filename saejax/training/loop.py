@@ -148,7 +148,12 @@ class Metrics:
         )
 
     def tokens_per_second(self, step: int | None = None, seconds: float | None = None) -> float:
-        """Speed since the first step of this process, compilation left out; 0 before there is any. Each member's."""
+        """Each member's speed since the first step of this process, compilation left out; 0 before there is any.
+
+        Args:
+          step: steps done; None: those of the last record.
+          seconds: of this process; None: until now.
+        """
         step = self.records[-1]["step"] if step is None else step
         seconds = self.seconds - self._before if seconds is None else seconds
         if self._warm is None or step <= self._warm[0] or seconds <= self._warm[1]:

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from saejax.dictionaries.kinds import by_name
 from saejax.errors import UserError
 from saejax.models.sites import ModuleSite
 from saejax.settings import TrainConfig
+from saejax.settings.kinds import KIND_SETTINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member
 
 def swept_settings(config: TrainConfig, kind: str) -> dict[str, tuple[Any, ...]]:
     """The values of each setting that can be swept and that a kind reads, in the order of members' names."""
-    read = ("learning_rate", "seed", *by_name(kind).reads)
+    read = ("learning_rate", "seed", *KIND_SETTINGS[kind].reads)
     shared = {field.name: field for field in dataclasses.fields(config)}
     found = {name: getattr(config, name) for name in read if shared[name].metadata["swept"]}
     own = config.of_kind(kind)
@@ -143,7 +143,7 @@ def _target(config: TrainConfig, site: str) -> str:
 
 
 def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[str, dict[str, float]]:
-    if not config.l1_by_depth or "l1" not in by_name(kind).reads:
+    if not config.l1_by_depth or "l1" not in KIND_SETTINGS[kind].reads:
         return {}
     if len(config.l1_by_depth) != 3 or len(config.l1) > 1:
         raise UserError("--train.l1_by_depth takes three values (early, middle, late), and no list in --train.l1")

@@ -27,7 +27,7 @@ class Rows(Protocol):
         ...
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] of rows."""
+        """The vectors [n, d] of rows at a site."""
         ...
 
 

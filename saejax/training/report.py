@@ -1,7 +1,7 @@
 """The report on the dictionaries: how well they rebuild what they read, how sparsely, and how training went."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +10,36 @@ from saejax.dictionaries.kinds import KINDS
 from saejax.dictionaries.stacks import full_name
 from saejax.errors import UserError
 from saejax.evaluation.results import DictionaryScores, EvaluateResults
-from saejax.reporting.document import Block, Picture, Section, Terms, Text
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.tables import MISSING, Table, number, percent
+from saejax.page.document import Block, Picture, Section, Terms, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import MISSING, Table, number, percent
 from saejax.training import report_figures
 from saejax.training.report_figures import TrainingCurve
 from saejax.training.results import TrainResults
 
 _POINTS = 400  # of a training curve; a longer one is thinned, its ends kept
-
-
 _MEMBER_ROWS = 100  # longest list of a stack's members
+# Of a dictionary: those in every table, and those that only the tested one and those that stand alone have room for.
+_MEASURES: dict[str, Callable[[DictionaryScores], str]] = {
+    "L0": lambda score: number(score.l0, 1),
+    "Explained variance": lambda score: number(score.explained_variance, 3),
+    "Cosine": lambda score: number(score.cosine, 3),
+    "Dead": lambda score: percent(score.dead_fraction, 1),
+    "Dense": lambda score: percent(score.dense_fraction, 1),
+    "Nearest neighbour, median": lambda score: (
+        number(score.decoder_neighbours.median, 2) if score.decoder_neighbours else MISSING
+    ),
+    "Cross-entropy recovered (mean)": lambda score: number(score.ce_recovered_mean, 3),
+    "KL recovered (mean)": lambda score: number(score.kl_recovered_mean, 3),
+}
+_MORE_MEASURES: dict[str, Callable[[DictionaryScores], str]] = {
+    "Cross-entropy recovered (zeros)": lambda score: number(score.ce_recovered_zero, 3),
+    "Cross-entropy: untouched": lambda score: number(score.ce.clean, 3),
+    "Cross-entropy: reconstruction": lambda score: number(score.ce.reconstructed, 3),
+    "Cross-entropy: mean": lambda score: number(score.ce.mean_ablated, 3),
+    "Cross-entropy: zeros": lambda score: number(score.ce.zero_ablated, 3),
+    "Held-out tokens": lambda score: f"{score.tokens:,}",
+}
 
 
 def scores_of(found: Findings) -> dict[str, tuple[DictionaryScores, ...]]:
@@ -87,24 +106,10 @@ def _table(found: Findings, tested: str) -> Table:
         for member in members
         if len(members) == 1 or full_name(kind, member.name) == tested
     }
-    scores, trained = [member for member, _ in shown.values()], [train for _, train in shown.values()]
     rows = (
-        ("Explained variance", *(number(score.explained_variance, 3) for score in scores)),
-        ("Cosine", *(number(score.cosine, 3) for score in scores)),
-        ("L0", *(number(score.l0, 1) for score in scores)),
-        ("Dead", *(percent(score.dead_fraction, 1) for score in scores)),
-        ("Dense", *(percent(score.dense_fraction, 1) for score in scores)),
-        ("Nearest neighbour, median", *(_neighbour(score) for score in scores)),
-        ("Cross-entropy recovered (mean)", *(number(score.ce_recovered_mean, 3) for score in scores)),
-        ("Cross-entropy recovered (zeros)", *(number(score.ce_recovered_zero, 3) for score in scores)),
-        ("KL recovered (mean)", *(number(score.kl_recovered_mean, 3) for score in scores)),
-        ("Cross-entropy: untouched", *(number(score.ce.clean, 3) for score in scores)),
-        ("Cross-entropy: reconstruction", *(number(score.ce.reconstructed, 3) for score in scores)),
-        ("Cross-entropy: mean", *(number(score.ce.mean_ablated, 3) for score in scores)),
-        ("Cross-entropy: zeros", *(number(score.ce.zero_ablated, 3) for score in scores)),
-        ("Held-out tokens", *(f"{score.tokens:,}" for score in scores)),
-        ("Training tokens (repeats counted)", *(f"{train.tokens:,}" for train in trained)),
-        ("Training, tokens per second", *(number(train.tokens_per_second, 0) for train in trained)),
+        *((name, *(show(score) for score, _ in shown.values())) for name, show in (_MEASURES | _MORE_MEASURES).items()),
+        ("Training tokens (repeats counted)", *(f"{train.tokens:,}" for _, train in shown.values())),
+        ("Training, tokens per second", *(number(train.tokens_per_second, 0) for _, train in shown.values())),
     )
     note = "Cross-entropy in nats per token. Attention sinks are left out (see below)."
     return Table("The dictionaries on held-out text", ("Measure", *shown), rows, stack=False, note=note)
@@ -112,38 +117,9 @@ def _table(found: Findings, tested: str) -> Table:
 
 def _members_table(kind: str, members: Sequence[DictionaryScores]) -> Table:
     """A row for every member of a stack."""
-    rows = tuple(
-        (
-            member.name,
-            number(member.l0, 1),
-            number(member.explained_variance, 3),
-            number(member.cosine, 3),
-            number(member.ce_recovered_mean, 3),
-            number(member.kl_recovered_mean, 3),
-            percent(member.dead_fraction, 1),
-            percent(member.dense_fraction, 1),
-            _neighbour(member),
-        )
-        for member in members[:_MEMBER_ROWS]
-    )
-    columns = (
-        "Member",
-        "L0",
-        "Explained variance",
-        "Cosine",
-        "Cross-entropy recovered",
-        "KL recovered",
-        "Dead",
-        "Dense",
-        "Nearest neighbour",
-    )
-    rest = f" The first {_MEMBER_ROWS} of {len(members)} members." if len(members) > _MEMBER_ROWS else ""
-    note = f"Recovered against the mean. Nearest neighbour: median over the features.{rest}"
-    return Table(f"The members of {kind}", columns, rows, stack=False, note=note)
-
-
-def _neighbour(scores: DictionaryScores) -> str:
-    return number(scores.decoder_neighbours.median, 2) if scores.decoder_neighbours else MISSING
+    rows = tuple((member.name, *(show(member) for show in _MEASURES.values())) for member in members[:_MEMBER_ROWS])
+    note = f"The first {_MEMBER_ROWS} of {len(members)} members." if len(members) > _MEMBER_ROWS else ""
+    return Table(f"The members of {kind}", ("Member", *_MEASURES), rows, stack=False, note=note)
 
 
 def _frontier(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw) -> Picture:

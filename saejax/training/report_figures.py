@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from saejax.evaluation.results import DensityHistogram, DictionaryScores
-from saejax.reporting.style import INK, LINES, legend, log_limits, panels, plain_log, styled
+from saejax.page.style import INK, LINES, legend, log_limits, panels, plain_log, styled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,8 +94,8 @@ def _drawn(hyper: Hyper, step: jax.Array, loss_B: jax.Array, features: int) -> j
 
 def _directions(values_BxD: jax.Array) -> jax.Array:
     """Rows of length 1; 0 where they were."""
-    length_B = jnp.linalg.norm(values_BxD, axis=-1, keepdims=True)
-    return values_BxD / jnp.maximum(length_B, 1e-30)
+    length_Bx1 = jnp.linalg.norm(values_BxD, axis=-1, keepdims=True)
+    return values_BxD / jnp.maximum(length_Bx1, 1e-30)
 
 
 def _mean_length(W_enc_DxF: jax.Array, dead_F: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ def site_scales(
     rows = store.rows("train", *sites_of(parts))
     if len(rows) > _SAMPLE:
         rows = np.sort(np.random.default_rng(config.seed[0]).choice(rows, _SAMPLE, replace=False))
-    factor, bias_D, metric = {}, {}, {}
+    factor, bias, metric = {}, {}, {}
     for site in sites_of(parts):
         acts_NxD = store.read(site, rows).astype(np.float64)
         norm = float(np.linalg.norm(acts_NxD, axis=1).mean())
@@ -34,11 +34,11 @@ def site_scales(
             raise UserError(f"all activations at {site} are zero: nothing can be learned from this store")
         factor[site] = math.sqrt(acts_NxD.shape[1]) / norm
         if any(site == member.target for member in stack):
-            bias_D[site] = _initial_bias(config.initial_bias, acts_NxD)
+            bias[site] = _initial_bias(config.initial_bias, acts_NxD)
             if config.whiten_error:
                 metric[site] = losses.whitening(acts_NxD, config.whiten_error)
     return [
-        SiteScale(factor[m.site], factor[m.target], bias_D[m.target], store.max_norm(m.site), metric.get(m.target))
+        SiteScale(factor[m.site], factor[m.target], bias[m.target], store.max_norm(m.site), metric.get(m.target))
         for m in stack
     ]
 
@@ -51,7 +51,13 @@ def _initial_bias(kind: str, acts_NxD: np.ndarray) -> np.ndarray:
 
 
 def geometric_median(acts_NxD: np.ndarray, start_D: np.ndarray, rounds: int = 50) -> np.ndarray:
-    """The point with the smallest sum of distances to all rows, by Weiszfeld's iteration."""
+    """The point with the smallest sum of distances to all rows of ``acts``, by Weiszfeld's iteration.
+
+    Args:
+      acts_NxD: the rows.
+      start_D: where it starts.
+      rounds: at most; it ends where a round moves the point by less than a millionth of its length.
+    """
     point_D = start_D
     for _ in range(rounds):
         distance_N = np.maximum(np.linalg.norm(acts_NxD - point_D, axis=1), 1e-12)

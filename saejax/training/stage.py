@@ -1,6 +1,7 @@
 """The stage ``train``."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from saejax.config import identity
 from saejax.settings import MeshConfig, TrainConfig
@@ -11,10 +12,10 @@ from saejax.workspace import fingerprint
 
 def _initial(configs: Configs) -> str:
     """The dictionaries that training starts from."""
-    from saejax.training import initial
+    from saejax.dictionaries import stacks
 
     folder = configs["train"].init_from
-    return initial.identity(folder) if folder else ""
+    return stacks.identity(folder) if folder else ""
 
 
 def _stream(configs: Configs) -> str:
@@ -26,6 +27,10 @@ def _stream(configs: Configs) -> str:
     return fingerprint([identities.model(configs), identities.corpus(configs), settings])
 
 
+def _needs(configs: Configs, name: str) -> Sequence[str]:
+    return ("capture",) if configs["train"].source == "store" else identities.training_text(configs)
+
+
 TRAIN = Stage(
     name="train",
     summary="trains sparse dictionaries on the captured activations",
@@ -34,7 +39,7 @@ TRAIN = Stage(
     groups=(TrainConfig,),
     placement=(MeshConfig,),
     after=("capture",),
-    needs=lambda configs, name: ("capture",) if configs["train"].source == "store" else (),
+    needs=_needs,
     names=lambda configs: configs["train"].kinds,
     identity=dict(initial=_initial, stream=_stream),
     cost="saejax.training.cost:train_cost",

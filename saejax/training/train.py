@@ -195,7 +195,7 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
     features = config.expansion * d_in
     made = by_name(kind)
     each = [made.facts(member.settings, config.of_kind(kind), features) for member in stack]
-    facts = {name: max(facts[name] for facts in each) for name in each[0]}
+    facts = max(each, key=lambda facts: facts.get("k", 0))
     if facts.get("k", 0) > features:
         raise UserError(f"--train.k={facts['k']} is more than the {features} features: lower it")
     if config.auxk and config.auxk_features > features:

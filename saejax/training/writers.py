@@ -104,7 +104,7 @@ class Wandb:
         )
 
     def write(self, step: int, member: str, metrics: Mapping[str, float]) -> None:
-        """Logs the metrics under the step."""
+        """Logs the metrics of a member under the step."""
         prefix = f"{member}/" if member else ""
         self._run.log({f"{prefix}{name}": value for name, value in metrics.items()}, step=step)
 

@@ -17,8 +17,8 @@ from saejax.config import define_flags, from_flags
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.models import source
+from saejax.registry import GROUPS
 from saejax.settings import ModelConfig
-from saejax.stages import GROUPS
 
 SITES = (
     "module:transformer.h.1.mlp.dense_4h_to_h",

@@ -56,10 +56,10 @@ def test_rows_are_those_of_the_split_without_the_sites_sinks(make_store):
             expected = {place for place in known.vectors[site] if known.documents.split_N[place[0]] == index}
             assert set(known.places(rows)) == expected - known.sinks[site]
     sinks = known.store.sinks("resid_post.1")
-    assert (sinks["position_0"], sinks["beyond"], sinks["share_beyond"]) == (12, 0, 0.0)
+    assert (sinks.position_0, sinks.beyond, sinks.share_beyond) == (12, 0, 0.0)
     sinks = known.store.sinks("mlp_out.0")
-    assert (sinks["position_0"], sinks["beyond"]) == (0, 1)
-    assert sinks["share_beyond"] == pytest.approx(1 / (93 - 12))
+    assert (sinks.position_0, sinks.beyond) == (0, 1)
+    assert sinks.share_beyond == pytest.approx(1 / (93 - 12))
 
 
 def test_the_sink_rule_is_the_median_of_the_training_rows(make_store):

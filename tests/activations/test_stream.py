@@ -8,8 +8,8 @@ import pytest
 from saejax.activations.capture import run_capture
 from saejax.activations.store import Store
 from saejax.activations.stream import BufferOrder, ModelStream
+from saejax.registry import GROUPS
 from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig
-from saejax.stages import GROUPS
 from saejax.workspace import Run, write_json
 
 SITES = ("resid_post.1", "mlp_out.0")

@@ -39,6 +39,8 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
         dict(slug="ids", token_ids=[5, 17, 33, 8, 41], targets=[]),
     ]
     prompts.write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "labels.json").write_text(json.dumps({f"0_{feature}": f"my {feature}" for feature in range(48)}))
+    flags = [*flags, f"--graph.labels={tmp_path / 'labels.json'}", "--graph.source_set=plt-9"]
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 0
     folder = tmp_path / "run" / "attribute" / "some"
     results = json.loads((folder / "summary.json").read_text())["results"]["graphs"]
@@ -52,6 +54,11 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     graph = Graph.load(folder / "ids-graph")
     document = json.loads((folder / "graphs" / "ids.json").read_text())
     assert len(document["nodes"]) == len(graph.nodes) and len(document["links"]) == results["ids"]["edges"]
+    assert document["metadata"]["feature_details"] == dict(neuronpedia_source_set="plt-9")
+    labels = {node["node_id"]: node["clerp"] for node in document["nodes"] if node["activation"] is not None}
+    for name, label in labels.items():
+        assert label == (f"my {name.split('_')[1]}" if name.startswith("0_") else "")
+    assert any(labels.values()) and "my " in (folder / "ids.html").read_text()
     listed = json.loads((folder / "graphs" / "graph-metadata.json").read_text())["graphs"]
     assert [entry["slug"] for entry in listed] == ["water", "ids"]
     carried = json.loads((folder / "heads" / "ids.json").read_text())["edges"]
@@ -88,6 +95,8 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
         (["--graph.token_ids=3,4", "--graph.query_key=first"], "--graph.query_key=first: expected layer.head"),
         (["--graph.token_ids=3,4", "--graph.query_key=9.0"], "no head 9.0"),
         (["--graph.token_ids=3,4", "--graph.query_key=1.0@2"], "no position 2 for head 1.0"),
+        (["--graph.token_ids=3,4", "--graph.labels=none.json"], "none.json does not exist"),
+        (["--graph.token_ids=3,4", f"--graph.labels={__file__}"], "holds no labels: expected"),
         ([], "has nothing to do with these settings"),
     ],
 )

@@ -16,11 +16,12 @@ from absl import flags
 from every_kind import KINDS, MADE_UP, OWN_KINDS, PLUGIN
 
 from saejax import command, config
-from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, load_dictionary
+from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, load_dictionary, save_dictionary
 from saejax.dictionaries.kinds import plugins
 from saejax.errors import UserError
+from saejax.registry import GROUPS
 from saejax.settings import TrainConfig
-from saejax.stages import GROUPS
+from saejax.settings.kinds import KIND_SETTINGS
 
 SETTINGS = dict(plugins=PLUGIN, train__kinds=MADE_UP, ablate__dictionary=MADE_UP)
 
@@ -104,6 +105,31 @@ def test_the_example_of_the_guide_is_a_kind(tmp_path):
         np.testing.assert_allclose(dictionary.encode(x_BxD), np.maximum(plain.encode(x_BxD) - 0.5, 0), atol=1e-6)
     finally:
         plugins.load([PLUGIN])
+
+
+def test_a_kind_that_is_a_jumprelu_at_inference_is_written_for_other_tools(tmp_path):
+    (tmp_path / "above.py").write_text(
+        "from saejax.dictionaries import kinds, sparsity\n\n\n@kinds.register\nclass Above(kinds.Kind):\n"
+        "    name, vectors, jumprelu = 'above', ('threshold_F',), True\n\n"
+        "    def encode(self, member, pre, projected, numbers):\n"
+        "        return sparsity.threshold(pre, member.arrays['threshold_F'])\n"
+    )
+    try:
+        plugins.load([tmp_path / "above.py"])
+        described = DictionaryConfig(kind="above", site="resid_post.1", d_in=8, n_features=16)
+        dictionary = Dictionary.initial(described, jax.random.key(0))
+        dictionary.threshold_F[...] = jnp.full(16, 0.5)
+        save_dictionary(tmp_path / "written", dictionary, "saelens")
+        loaded, x_BxD = load_dictionary(tmp_path / "written"), jax.random.normal(jax.random.key(1), (9, 8))
+        f_BxF = loaded.encode(x_BxD)
+        assert loaded.config.kind == "jumprelu" and (f_BxF > 0).any()
+        np.testing.assert_array_equal(f_BxF, dictionary.encode(x_BxD))
+    finally:
+        del kinds.KINDS["above"], KIND_SETTINGS["above"]
+
+
+def test_what_settings_know_of_kinds_and_what_computes_them_go_together():
+    assert list(KIND_SETTINGS) == list(kinds.KINDS)
 
 
 @pytest.fixture(scope="module")

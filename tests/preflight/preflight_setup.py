@@ -12,7 +12,7 @@ from saejax.costs.cost import PlannedRun
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
 from saejax.preflight import sums
-from saejax.stages import GROUPS
+from saejax.registry import GROUPS
 from saejax.training.members import SiteScale
 from saejax.training.step import Trainer
 

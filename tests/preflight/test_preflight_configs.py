@@ -13,7 +13,7 @@ from saejax.errors import UserError
 from saejax.preflight.advice import GIB, SLICES
 from saejax.preflight.shapes import read_shapes
 from saejax.preflight.sums import Needs, plan_run
-from saejax.stages import GROUPS
+from saejax.registry import GROUPS
 from saejax.training.train import named_sites
 
 FILES = sorted(CONFIGS.glob("*.flags"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +12,17 @@ import runs
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.models.language_model import LanguageModel, load_model
+from saejax.registry import GROUPS
 from saejax.results import to_json
 from saejax.settings import BEHAVIOURS, ModelConfig, TaskConfig
-from saejax.stages import GROUPS
 from saejax.tasks import baseline
-from saejax.tasks.behaviours import SCORES, PromptScore, make_prompts, read_prompts
+from saejax.tasks.answer_tokens import MERGED
+from saejax.tasks.behaviours import SCORES, PromptScore, read_prompts
+from saejax.tasks.draw import make_prompts
+from saejax.tasks.gate import gate, read_tested
 from saejax.workspace import Run
 
-TASK = TaskConfig(train_prompts=15, test_prompts=6, bootstrap=300)
+TASK = TaskConfig(train_prompts=15, test_prompts=6, bootstrap=300, gate=1.0)
 
 
 def make_run(folder, path, task=TASK, lines=None, stopping=lambda: False):
@@ -43,7 +47,14 @@ def test_scores_are_those_of_pytorch(finished):
     lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     assert len(lines) == len(BEHAVIOURS) * 21
     for line in lines:
-        correct, wrong = (tokenizer(line[key])["input_ids"][0] for key in ("correct", "wrong"))
+        length = len(tokenizer(line["text"])["input_ids"])
+        answers = [tokenizer(line["text"] + line[key])["input_ids"][length:] for key in ("correct", "wrong")]
+        correct, wrong = (ids[0] for ids in answers)
+        for key, ids in zip(("correct", "wrong"), answers, strict=True):
+            with torch.no_grad():
+                logp = torch_model(torch.tensor([tokenizer(line["text"] + line[key])["input_ids"]])).logits[0]
+            logp = logp.double().log_softmax(-1)[length - 1 : -1][range(len(ids)), ids].sum()
+            np.testing.assert_allclose(line[f"{key}_log_likelihood"], float(logp), atol=5e-5)
         texts = torch.tensor(tokenizer([line["text"], line["counterpart"]])["input_ids"])
         with torch.no_grad():
             logits, counterpart = torch_model(texts).logits[:, -1]
@@ -69,6 +80,8 @@ def test_results_sum_up_the_scores(finished):
                 logit_diff=diffs.mean(),
                 separation=diffs.mean() / diffs.std(),
                 counterpart_accuracy=np.mean([row["counterpart_logit_diff"] > 0 for row in own]),
+                answer_accuracy=np.mean([row["correct_log_likelihood"] > row["wrong_log_likelihood"] for row in own]),
+                log_likelihood=np.mean([row["correct_log_likelihood"] for row in own]),
             )
             scores = dict(vars(result.splits[split]))
             assert scores.pop("n") == n == len(own)
@@ -87,23 +100,27 @@ def test_prompts_are_those_of_the_task(finished):
     model, folder, _, _ = finished
     prompts = read_prompts(folder / "prompts.jsonl")
     tokenizer = source.load_tokenizer(source.resolve(ModelConfig(path=str(model))))
-    first_token = lambda text: tokenizer(text)["input_ids"][0]  # noqa: E731
-    assert prompts == [p for name in BEHAVIOURS for p in make_prompts(name, 15, 6, TASK.seed, first_token)]
+    assert prompts == [p for name in BEHAVIOURS for p in make_prompts(name, 15, 6, TASK.seed, tokenizer).prompts]
 
 
 def test_smollm2_has_the_behaviours(smollm2):
     for name in BEHAVIOURS:
-        prompts = make_prompts(name, 2, 14, 42, smollm2.token_id)
+        prompts, _ = make_prompts(name, 2, 10, 42, smollm2.tokenizer)
         scores = baseline.score_prompts(smollm2, prompts)
         assert all(tuple(vars(score)) == SCORES for score in scores)
-        assert np.mean([score.logit_diff > 0 for score in scores]) >= 0.85
-        assert np.mean([score.counterpart_logit_diff > 0 for score in scores]) >= 0.85
+        assert np.mean([score.logit_diff > 0 for score in scores]) >= 0.8
+        assert np.mean([score.counterpart_logit_diff > 0 for score in scores]) >= 0.8
+
+
+def words(text, verbose):
+    """A tokenizer of words."""
+    return dict(input_ids=list(map(hash, text.split(" "))))
 
 
 def summary_of(diffs, **changes):
-    prompts = make_prompts("agreement", 2, len(diffs), 42, hash)
-    scores = [PromptScore(logit_diff=diff, top1=True, counterpart_logit_diff=1.0) for diff in (1.0, 2.0, *diffs)]
-    return baseline.summarize(prompts, scores, dataclasses.replace(TASK, **changes))
+    drawn = make_prompts("agreement", 2, len(diffs), 42, words)
+    scores = [PromptScore(diff, True, 1.0, -1.0, -2.0) for diff in (1.0, 2.0, *diffs)]
+    return baseline.summarize(drawn, scores, dataclasses.replace(TASK, **changes))
 
 
 def test_weak_behaviours_are_flagged_in_words():
@@ -121,24 +138,68 @@ def test_weak_behaviours_are_flagged_in_words():
 
 
 def test_a_model_that_ignores_the_content_is_flagged():
-    prompts = make_prompts("agreement", 2, 2, 42, hash)
-    scores = [PromptScore(logit_diff=x, top1=True, counterpart_logit_diff=-x) for x in (1.0, 1.5, 1.0, 1.5)]
-    flags = baseline.summarize(prompts, scores, TASK).flags
+    drawn = make_prompts("agreement", 2, 2, 42, words)
+    scores = [PromptScore(x, True, -x, -1.0, -2.0) for x in (1.0, 1.5, 1.0, 1.5)]
+    flags = baseline.summarize(drawn, scores, TASK).flags
     told = [f"counterpart accuracy 0.000 on {split} prompts is below 0.800" for split in ("train", "test")]
     assert list(flags) == told
 
 
-def test_answers_that_begin_with_the_same_token_are_refused(tiny_llama, tmp_path):
-    # Its byte-level tokenizer has no word for a city: every answer begins with the space.
-    task = dataclasses.replace(TASK, behaviours=("capital",))
-    with pytest.raises(UserError, match="The capital of .* begin with the same token"):
-        baseline.run_baseline(make_run(tmp_path, tiny_llama, task))
+def test_the_gate_is_an_exact_binomial_test():
+    p, why = gate(49, 80, 0.05)
+    assert p == pytest.approx(sum(math.comb(80, k) for k in range(49, 81)) / 2**80) and p < 0.05 and why == ""
+    p, why = gate(47, 80, 0.05)
+    assert p > 0.05 and "right on 47 of 80 train prompts (59 %)" in why and "p = 0.073, above --task.gate=0.05" in why
+    assert gate(0, 80, 1.0)[1] == ""
+    assert summary_of([1.0, 2.0], gate=0.05).left_out.startswith("the model does not have it: right on 2 of 2")
+    assert summary_of([1.0, 2.0], gate=0.05).p_value == 0.25 and summary_of([1.0, 2.0]).left_out is None
+
+
+def test_behaviours_that_the_model_does_not_have_are_left_out(tmp_path, finished, monkeypatch):
+    def score(model, prompts):  # capital alone
+        return [PromptScore(1.0 if p.behaviour == "capital" else -1.0, True, 1.0, -1.0, -2.0) for p in prompts]
+
+    monkeypatch.setattr(baseline, "score_prompts", score)
+    task, lines = dataclasses.replace(TASK, behaviours=("agreement", "capital"), gate=0.05), []
+    results = baseline.run_baseline(make_run(tmp_path, finished[0], task, lines))
+    assert list(results.left_out) == ["agreement"] and list(results.behaviours) == ["agreement", "capital"]
+    assert "left out of the causal tests: the model does not have it: right on 0 of 15" in lines[0]
+    found = read_tested(tmp_path)
+    assert list(found.prompts) == ["capital"] and len(found.prompts["capital"]) == 21
+    assert found.left_out == dict(results.left_out)
+    assert read_tested(tmp_path, ["capital"]).left_out == {}
+    with pytest.raises(UserError, match="no behaviour is left to test: agreement: the model does not have it"):
+        read_tested(tmp_path, ["agreement"])
+    with pytest.raises(UserError, match=r"unknown behaviour \(--x\) 'rhyme': expected one of agreement, capital"):
+        read_tested(tmp_path, ["rhyme"], "--x")
+    (tmp_path / "left_out.json").unlink()  # as in a folder of before
+    assert list(read_tested(tmp_path).prompts) == ["agreement", "capital"]
+
+
+def test_if_no_behaviour_is_left_it_is_said(tmp_path, finished):
+    lines = []
+    task = dataclasses.replace(TASK, behaviours=("agreement",), gate=0.0)
+    baseline.run_baseline(make_run(tmp_path, finished[0], task, lines))
+    assert lines[-1].startswith("no behaviour is left to test: agreement: the model does not have it")
+
+
+def test_a_tokenizer_without_the_answers_is_refused_unless_others_are_left(finished, tmp_path, monkeypatch):
+    joined = lambda tokenizer, prompt: MERGED if prompt.behaviour == "capital" else ""  # noqa: E731
+    monkeypatch.setattr("saejax.tasks.draw.fault", joined)
+    task, lines = dataclasses.replace(TASK, behaviours=("capital",)), []
+    with pytest.raises(UserError, match="no behaviour is left to test: capital: 0 of 15 train .* is joined with"):
+        baseline.run_baseline(make_run(tmp_path, finished[0], task))
     assert not list(tmp_path.iterdir())
+    task = dataclasses.replace(task, behaviours=("capital", "agreement"))
+    results = baseline.run_baseline(make_run(tmp_path, finished[0], task, lines))
+    assert list(results.behaviours) == ["agreement"] and list(results.left_out) == ["capital"]
+    assert lines[0].startswith("capital: not measured: 0 of 15 train prompts could be made")
+    assert list(read_tested(tmp_path).prompts) == ["agreement"]
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
     model = runs.save_model(tmp_path / "model", max_position_embeddings=20)
-    with pytest.raises(UserError, match="has 26 tokens, more than the model's context of 20"):
+    with pytest.raises(UserError, match="has 2[0-9] tokens, more than the model's context of 20"):
         baseline.run_baseline(make_run(tmp_path, model, dataclasses.replace(TASK, behaviours=("addition",))))
     assert not (tmp_path / "prompts.jsonl").exists()
 
@@ -146,7 +207,7 @@ def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
 def test_logits_that_are_not_finite_are_refused(smollm2):
     params = smollm2.params | dict(final_norm_D=jnp.full_like(smollm2.params["final_norm_D"], jnp.nan))
     broken = LanguageModel(smollm2.config, params, smollm2.tokenizer, smollm2.source, smollm2.mesh)
-    prompts = make_prompts("capital", 2, 2, 42, smollm2.token_id)
+    prompts, _ = make_prompts("capital", 2, 2, 42, smollm2.tokenizer)
     with pytest.raises(UserError, match=f"not finite on '{prompts[0].text}'"):
         baseline.score_prompts(broken, prompts)
 
@@ -159,13 +220,13 @@ def test_it_stops_when_asked(finished, tmp_path):
 
 def test_batches_have_one_shape(finished, one_device):
     model = load_model(str(finished[0]), mesh=one_device)
-    prompts = make_prompts("capital", 20, 20, 42, model.token_id)
-    alone = baseline.score_prompts(model, prompts[:2])
+    prompts, _ = make_prompts("capital", 20, 20, 42, model.tokenizer)
+    alone = baseline.score_prompts(model, prompts[20:22])  # one is of the longest template
     before = baseline._last_logits._cache_size()
     together = baseline.score_prompts(model, prompts)  # 80 texts: two full batches and a half one
     assert baseline._last_logits._cache_size() == before
     assert len(together) == 40
-    np.testing.assert_allclose([s.logit_diff for s in together[:2]], [s.logit_diff for s in alone], atol=1e-5)
+    np.testing.assert_allclose([s.logit_diff for s in together[20:22]], [s.logit_diff for s in alone], atol=1e-5)
 
 
 def test_own_behaviours_need_no_counterparts(finished, tmp_path):

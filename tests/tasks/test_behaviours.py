@@ -9,13 +9,20 @@ import pytest
 
 from saejax.errors import UserError
 from saejax.settings import BEHAVIOURS
-from saejax.tasks.behaviours import PromptScore, make_prompts, read_prompts, write_prompts
+from saejax.tasks.answer_tokens import ALIKE
+from saejax.tasks.behaviours import PromptScore, read_prompts, write_prompts
+from saejax.tasks.draw import TooFewPrompts, make_prompts
 from saejax.tasks.recipes import recipes
 
 SINGULAR_OF = {
     form: singular for singular, plural in recipes()["agreement"].pools["nouns"] for form in (singular, plural)
 }
-CAPITAL_OF = dict(recipes()["capital"].pools["countries"])
+CAPITAL_OF = dict(recipes()["capital"].pools["places"])
+
+
+def letters(text, verbose=False):
+    """A tokenizer of words' first letters with the space before them, and of all other letters."""
+    return dict(input_ids=[hash(piece) for piece in re.findall(r" \w|.", text, re.DOTALL)])
 
 
 def first_letter(answer: str) -> int:
@@ -23,42 +30,65 @@ def first_letter(answer: str) -> int:
 
 
 def make(behaviour, train=80, test=20, seed=42):
-    return make_prompts(behaviour, train, test, seed, first_letter)
+    return make_prompts(behaviour, train, test, seed, letters).prompts
 
 
-def in_agreement(text: str) -> tuple[str, str]:
-    """Subject and distractor, as they stand in the text."""
-    return re.fullmatch(r"Everyone knows that the (\w+) (?:near|beside|behind) the (\w+)", text).groups()
+def fields_of(prompt, text: str) -> dict[str, str]:
+    """What stands at the template's places, read from the text alone."""
+    pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[\\w ]+)", re.escape(prompt.template))
+    return re.fullmatch(pattern, text).groupdict()
 
 
-def pairs_in(text: str) -> list[tuple[int, int]]:
-    return [(int(a), int(b)) for a, b in re.findall(r"(\d) \+ (\d) =", text)]
-
-
-def content(behaviour: str, text: str) -> set[str]:
-    """The content items of a text, read from the text alone."""
-    match behaviour:
+def content(prompt, text: str) -> set[str]:
+    """The content items of a text; of a sum in one order, so that a commuted one is the same."""
+    found = fields_of(prompt, text)
+    match prompt.behaviour:
         case "agreement":
-            return {SINGULAR_OF[noun] for noun in in_agreement(text)}
-        case "capital":
-            return {re.fullmatch(r"The capital of (.+) is the city of", text)[1]}
-        case "greater_than":
-            return set(re.fullmatch(r"The (\w+) lasted from (\d{4}) to \d\d", text).groups())
+            return {SINGULAR_OF[found["subject"]], SINGULAR_OF[found["other"]]}
         case "addition":
-            return {"{} + {}".format(*pairs_in(text)[-1])}
+            return {"+".join(sorted(found.values()))}
+    return set(found.values())
+
+
+def sums_in(text: str) -> set[str]:
+    """The pairs of numbers that a text adds, worked examples among them, each in one order."""
+    return {"+".join(sorted(pair)) for pair in re.findall(r"(\d+)\+(\d+)", text)}
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
-def test_splits_have_their_sizes_and_share_no_content(behaviour):
-    prompts = make(behaviour)
-    assert [p.split for p in prompts] == ["train"] * 80 + ["test"] * 20
-    assert len({p.text for p in prompts}) == 100
+@pytest.mark.parametrize("test", [20, 100])
+def test_splits_have_their_sizes_and_share_no_content(behaviour, test):
+    prompts = make(behaviour, test=test)
+    assert [p.split for p in prompts] == ["train"] * 80 + ["test"] * test
+    assert len({p.text for p in prompts}) == 80 + test
     of_split = {"train": set(), "test": set()}
     for p in prompts:
-        own = content(behaviour, p.text) | content(behaviour, p.counterpart)
+        own = content(p, p.text) | content(p, p.counterpart)
         assert own == set(p.items)
         of_split[p.split] |= own
     assert not of_split["train"] & of_split["test"]
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_one_template_is_for_test_prompts_alone(behaviour):
+    templates = recipes()[behaviour].templates
+    assert len(templates) == 3
+    count = Counter((p.split, p.template) for p in make(behaviour, 80, 100))
+    assert [count["train", template] for template in templates] == [40, 40, 0]
+    assert [count["test", template] for template in templates] == [33, 33, 34]
+    assert make(behaviour, 1, 1)[1].template == templates[-1]  # the last to be without prompts
+
+
+def test_no_worked_example_and_no_commuted_sum():
+    prompts = make("addition", 80, 100)
+    asked = {p.split: set() for p in prompts}
+    for p in prompts:
+        own = content(p, p.text) | content(p, p.counterpart)
+        examples = sums_in(p.template)
+        assert len(examples) == 2 and not own & examples
+        asked[p.split] |= own
+    seen = asked["train"].union(*(sums_in(p.text) for p in prompts if p.split == "train"))
+    assert not asked["test"] & seen
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
@@ -72,57 +102,52 @@ def test_the_counterpart_turns_the_answer_around(behaviour):
 def test_agreement_answers():
     prompts = make("agreement")
     for p in prompts:
-        subject, distractor = in_agreement(p.text)
+        subject, other = (fields_of(p, p.text)[name] for name in ("subject", "other"))
         plural = SINGULAR_OF[subject] != subject
         assert p.correct == (" are" if plural else " is")
-        assert (SINGULAR_OF[distractor] != distractor) is not plural
-        other, rest = in_agreement(p.counterpart)
-        assert SINGULAR_OF[other] == SINGULAR_OF[subject] and other != subject and rest == distractor
+        assert (SINGULAR_OF[other] != other) is not plural
+        changed = fields_of(p, p.counterpart)
+        assert SINGULAR_OF[changed["subject"]] == SINGULAR_OF[subject] and changed["subject"] != subject
+        assert changed["other"] == other
     for split, half in (("train", 40), ("test", 10)):
         assert Counter(p.correct for p in prompts if p.split == split) == {" is": half, " are": half}
+    # The template does not tell the answer, either.
+    assert set(Counter((p.template, p.correct) for p in prompts[:80]).values()) == {20}
 
 
 def test_capital_answers():
     for p in make("capital"):
-        (country,), (other,) = content("capital", p.text), content("capital", p.counterpart)
-        assert p.correct == " " + CAPITAL_OF[country] and p.wrong == " " + CAPITAL_OF[other]
+        (place,), (other,) = content(p, p.text), content(p, p.counterpart)
+        assert p.correct == " " + CAPITAL_OF[place] and p.wrong == " " + CAPITAL_OF[other]
+    assert len(set(CAPITAL_OF.values())) == len(CAPITAL_OF)  # no answer of a split stands in the other
 
 
 def test_greater_than_answers():
     prompts = make("greater_than")
     for p in prompts:
-        year, century = map(int, re.findall(r"\d+", p.text))
-        assert century == year // 100
+        year, other = (int(fields_of(p, text)["year"]) for text in (p.text, p.counterpart))
+        right, wrong = int(p.correct), int(p.wrong)
         # Every year of the correct decade is later, none of the wrong one's is.
-        assert year < int(f"{century}{p.correct}0") and int(f"{century}{p.wrong}9") < year
-        other = int(re.search(r"\d{4}", p.counterpart)[0])
-        assert other < int(f"{century}{p.wrong}0") <= other + 10
-        assert [a != b for a, b in zip(str(year), str(other), strict=True)] == [False, False, True, False]
-    assert set(Counter(p.correct for p in prompts[80:]).values()) <= {2, 3}  # of 7 digits, none is favoured
+        assert len(p.correct) == len(p.wrong) == 2 and right // 10 * 10 > year > wrong // 10 * 10 + 9
+        assert other < wrong // 10 * 10 <= other + 10 and year % 10 == other % 10
+    assert set(Counter(p.correct[0] for p in prompts[80:]).values()) <= {2, 3}  # of 7 digits, none is favoured
 
 
 def test_addition_answers():
     prompts = make("addition")
-    asked = {pair for p in prompts for text in (p.text, p.counterpart) for pair in pairs_in(text)[-1:]}
     for p in prompts:
         for text, answer in ((p.text, p.correct), (p.counterpart, p.wrong)):
-            *examples, (a, b) = pairs_in(text)
-            assert len(answer) == 1
-            assert (
-                eval(text.rpartition(", ")[2].partition(" = ")[0]) == int(text.rpartition(" = ")[2] + answer) == a + b
-            )
-            assert len(examples) == 2 and not asked & set(examples)
-            for shown in text.split(", ")[:-1]:
-                left, right = shown.split(" = ")
-                assert eval(left) == int(right)
-        assert len(p.text) == len(p.counterpart)
-    assert len({pairs_in(p.text)[-1] for p in prompts[80:]}) == 20  # no test pair is asked twice
+            found = fields_of(p, text)
+            assert int(answer) == int(found["a"]) + int(found["b"]) and len(answer) == 2
+        assert all(eval(left) == int(right) for left, right in re.findall(r"([\d+]+)=(\d+)", p.template))
+        assert abs(int(p.correct[0]) - int(p.wrong[0])) > 1 and len(p.text) == len(p.counterpart)
+    assert len({p.items[0] for p in prompts}) == 100  # no sum is asked twice
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_the_choice_depends_on_its_seed_alone(behaviour):
     prompts = make(behaviour)
-    assert prompts == make_prompts(behaviour, 80, 20, 42, first_token=hash)
+    assert prompts == make_prompts(behaviour, 80, 20, 42, lambda text, verbose: letters("x" + text)).prompts
     assert prompts != make(behaviour, seed=43)
 
 
@@ -135,24 +160,17 @@ def test_any_small_numbers(behaviour, train, test):
 
 
 def test_too_many_prompts_says_how_many_there_can_be():
-    with pytest.raises(
-        UserError, match="capital give at most 92 train prompts beside 20 test prompts, but 93 were asked"
-    ):
-        make("capital", 93, 20)
-    assert len({p.text for p in make("capital", 92, 20)}) == 112
-    with pytest.raises(UserError, match=r"at most 22 test prompts beside 90 train .* lower --task\.test_prompts"):
-        make("capital", 90, 100)
-    with pytest.raises(UserError, match="at most 112 prompts in all"):
-        make("capital", 500, 500)
+    # 177 places, of each split a share; two templates of train prompts and three of test prompts.
+    with pytest.raises(UserError, match="capital give at most 334 train prompts beside 20 test prompts, but 400 were"):
+        make("capital", 400, 20)
+    assert len({p.text for p in make("capital", 334, 20)}) == 354
+    with pytest.raises(UserError, match=r"at most \d+ test prompts beside 90 train .* lower --task\.test_prompts"):
+        make("capital", 90, 600)
+    with pytest.raises(UserError, match="at most 531 prompts in all"):
+        make("capital", 600, 600)
     for behaviour in ("agreement", "greater_than", "addition"):
         with pytest.raises(UserError, match=f"{behaviour} give at most [0-9]+ train prompts beside 20 test prompts"):
             make(behaviour, 10**7, 20)
-    with pytest.raises(UserError) as error:
-        make("addition", 10_000, 20)
-    most = int(re.search(r"at most (\d+)", str(error.value))[1])
-    assert len({p.text for p in make("addition", most, 20)}) == most + 20
-    with pytest.raises(UserError):
-        make("addition", most + 1, 20)
 
 
 def test_bad_requests():
@@ -160,23 +178,33 @@ def test_bad_requests():
         make("rhyme")
     with pytest.raises(UserError, match="0 test prompts"):
         make("capital", 5, 0)
-    prompt = make("capital")[0]
-    with pytest.raises(
-        UserError, match=re.escape(f"{prompt.text!r}: the answers {prompt.correct!r} and {prompt.wrong!r}")
-    ):
-        make_prompts("capital", 80, 20, 42, lambda answer: 7)
+
+
+def test_what_a_tokenizer_cannot_be_asked_is_counted_and_replaced():
+    def no_letter_b(text, verbose):  # capitals with B begin with the token of those with C
+        return letters(text.replace(" B", " C"))
+
+    prompts, replaced = make_prompts("capital", 80, 100, 42, no_letter_b)
+    assert len(prompts) == 180 and list(replaced) == [ALIKE] and 0 < replaced[ALIKE] < 40
+    assert all({p.correct[1], p.wrong[1]} != {"B", "C"} for p in prompts)
+    assert not {item for p in prompts[:80] for item in p.items} & {item for p in prompts[80:] for item in p.items}
+
+
+def test_a_template_without_prompts_is_named():
+    def merging(text, verbose):  # a comma takes what follows into its token
+        return letters(re.sub(",.*", "", text))
+
+    with pytest.raises(TooFewPrompts, match=r"1 of 5 train prompts .* 'The government of {place} .*joined .* drafts"):
+        make_prompts("capital", 5, 5, 42, merging)
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_smollm2_reads_prompts_and_counterparts_of_one_length(behaviour, smollm2):
-    prompts = make_prompts(behaviour, 80, 20, 42, smollm2.token_id)
+    prompts, replaced = make_prompts(behaviour, 80, 100, 42, smollm2.tokenizer)
+    assert replaced == {}
     length_N = smollm2.tokenize([p.text for p in prompts]).lengths_B
     assert (length_N == smollm2.tokenize([p.counterpart for p in prompts]).lengths_B).all()
-    assert length_N.max() - length_N.min() <= 1
-    for p in prompts:
-        # The prompt's tokens are the beginning of the answered prompt's: the answer's first token comes next.
-        ids = smollm2.tokenizer(p.text)["input_ids"]
-        assert smollm2.tokenizer(p.text + p.correct)["input_ids"][: len(ids) + 1] == [*ids, smollm2.token_id(p.correct)]
+    assert len(set(zip(length_N.tolist(), (p.template for p in prompts)))) == 3  # one for each template
 
 
 def test_prompts_are_read_as_they_were_written(tmp_path):
@@ -184,6 +212,9 @@ def test_prompts_are_read_as_they_were_written(tmp_path):
     prompts = make("capital", 3, 2) + make("addition", 2, 2)
     write_prompts(path, prompts)
     assert read_prompts(path) == prompts
+    old = [{key: value for key, value in json.loads(line).items() if key != "template"} for line in path.open()]
+    (tmp_path / "old.jsonl").write_text("\n".join(map(json.dumps, old)))
+    assert read_prompts(tmp_path / "old.jsonl") == [dataclasses.replace(p, template="") for p in prompts]
     scores = [PromptScore(logit_diff=0.5, top1=True, counterpart_logit_diff=-1.0)] * len(prompts)
     write_prompts(path, prompts, scores)
     assert read_prompts(path) == prompts

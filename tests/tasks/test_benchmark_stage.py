@@ -12,8 +12,8 @@ from benchmark_rows import GSM8K, write_all
 from saejax import command, load_model, pipeline
 from saejax.errors import Interrupted, UserError
 from saejax.models.language_model import LanguageModel
+from saejax.registry import GROUPS
 from saejax.settings import BENCHMARKS, ModelConfig, TaskConfig
-from saejax.stages import GROUPS
 from saejax.tasks import benchmark_scores, benchmark_stage
 from saejax.tasks.benchmark_scores import line, score_items, summarize
 from saejax.tasks.benchmarks import read_items

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import re
 
 import pytest
 
@@ -18,8 +19,9 @@ LINES = [
 SPLIT = [dict(line, split="test" if i < 2 else "train") for i, line in enumerate(LINES)]
 
 
-def first_letter(answer):
-    return ord(answer.strip()[0])
+def letters(text, verbose):
+    """A tokenizer of letters, of those that begin a word with the space before it."""
+    return dict(input_ids=[hash(piece) for piece in re.findall(r"\\.*| \w|.", text)])
 
 
 @pytest.fixture
@@ -29,13 +31,13 @@ def read(tmp_path):
         text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
         path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
         task = TaskConfig(**dict(train_prompts=3, test_prompts=2, prompts=str(path)) | changes)
-        return read_own_prompts(task, first_letter)
+        return read_own_prompts(task, letters)
 
     return read
 
 
 def test_none_unless_a_file_is_named():
-    assert read_own_prompts(TaskConfig(), first_letter) == {} and identity(TaskConfig()) == ""
+    assert read_own_prompts(TaskConfig(), letters) == {} and identity(TaskConfig()) == ""
 
 
 @pytest.mark.parametrize("name", ["own.jsonl", "own.jsonl.gz"])
@@ -57,6 +59,11 @@ def test_a_counterpart_may_be_missing(read):
     line = {key: value for key, value in LINES[0].items() if key != "counterpart"}
     prompt = next(p for p in read([line, *LINES[1:5]])["plural"] if p.text == "Two")
     assert prompt.counterpart == prompt.counterpart_correct == ""
+
+
+def test_a_template_may_be_named(read):
+    found = read([dict(line, template=f"t{i % 2}") for i, line in enumerate(LINES)])["plural"]
+    assert {prompt.template for prompt in found} == {"t0", "t1"} and read(LINES)["plural"][0].template == ""
 
 
 def test_how_many_behaviours(tmp_path):
@@ -98,7 +105,12 @@ def test_the_identity_is_of_the_content(tmp_path):
         ([line | dict(behaviour="Capital") for line in LINES], {}, 'the name "Capital" is taken'),
         ([line | dict(behaviour="summary") for line in LINES], {}, 'the name "summary" is taken'),
         ([*LINES, LINES[2]], {}, "line 7 has the text of an earlier line of 'plural'"),
-        ([line | dict(wrong=" cows") for line in LINES], {}, "begin with the same token of this model: take it out of"),
+        (
+            [line | dict(wrong=" cows") for line in LINES],
+            {},
+            r"line 1: 'Two' with .* both answers begin with the same token",
+        ),
+        ([*LINES[:3], LINES[3] | dict(counterpart="Four\\")], {}, "line 4: 'Five' .*joined"),
     ],
 )
 def test_bad_files(read, lines, changes, message):

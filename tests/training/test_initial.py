@@ -13,8 +13,9 @@ from small_stacks import D, F, make_trainer
 
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.dictionaries.formats import save_transcoders
+from saejax.dictionaries.stacks import identity
 from saejax.errors import UserError
-from saejax.training.initial import identity, state_from_dictionary
+from saejax.training.initial import state_from_dictionary
 
 SKIP = dict(form="skip_transcoder", sites=("mlp_in.1",))
 

@@ -14,8 +14,8 @@ from saejax import command
 from saejax.activations.stream import BufferOrder
 from saejax.errors import Interrupted
 from saejax.pipeline import Workplan
+from saejax.registry import GROUPS
 from saejax.settings import ModelConfig
-from saejax.stages import GROUPS
 from saejax.training.inputs import Streamed
 from saejax.training.model_input import FromModel
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from every_kind import KINDS
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small_stacks import B, D, make_trainer
@@ -16,6 +17,7 @@ from saejax.models import decoder
 from saejax.models.run import run_layers
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
+from saejax.results import load_results
 
 
 def products(jaxpr):
@@ -94,3 +96,12 @@ def test_attribution(tiny_llama, one_device, points):
         dictionary,
         least=8,
     )
+
+
+def test_a_program_of_nested_bfloat16_products_runs_to_its_end(inputs, tmp_path):
+    """In a process of its own, compiled as in real runs: the compiled step once ended it, on a CPU."""
+    changes = dict(task__behaviours="", train__kinds="matryoshka", train__matmul="bfloat16", train__source="model")
+    flags = runs.small_flags(*inputs, tmp_path, train__max_steps=4, **changes)
+    runs.finish(runs.start("train", flags, XLA_FLAGS=""))
+    (member,) = load_results(tmp_path / "train" / "matryoshka").members
+    assert np.isfinite(member.final["loss"])

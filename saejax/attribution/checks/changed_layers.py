@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from saejax.attribution.local.active import activations
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.dictionaries import Dictionary
 from saejax.models import decoder
@@ -15,9 +16,11 @@ from saejax.models.attention import AttentionTables, attend, whole_prompts
 from saejax.models.layers import einsum
 from saejax.models.rules import RunRules
 
+FIXED = ("all", "constrained")  # ways to hold a layer with which its MLP gives what it gave in the prompt
+
 
 class LayerChanges(NamedTuple):
-    """The changes of R rows in one layer, arrays [R, M]; what fills up is at position 0 and changes nothing.
+    """The changes of R rows in one layer, arrays [R, M]; what fills up sets features to 0 where they are: position 0.
 
     Attributes:
       position_RxM, feature_RxM: int32.
@@ -49,6 +52,7 @@ def run_layer(
     skip_DxD: jax.Array | None,
     edited: tuple[Dictionary, LayerChanges] | None,
     reader: ReadDirections | None,
+    bounds: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array | None]:
     """One layer of all rows.
 
@@ -56,6 +60,8 @@ def run_layer(
       x_TxD, x_RxTxD: the stream entering the layer, of the prompt and of the rows.
       edited: the layer's transcoder, and what is changed there; None: nothing.
       reader: what is read from the transcoder's input.
+      bounds: the first position at which features are used, before which their activations are 0; and up to which
+        position attention is held where it is.
 
     Returns:
       The stream leaving the layer, and by how much what is read differs from the prompt's, [R, J].
@@ -68,19 +74,23 @@ def run_layer(
         if kind != "mlp_out":
             return value_BxTxD
         read_BxTxD = frozen.read(params, layer, seen, rules)
-        if hold == "all":  # of what the MLP gives, the skip path alone reacts
+        if hold in FIXED:  # of what the MLP gives, the skip path alone reacts
             skip = 0 if skip_DxD is None else einsum("btd,de->bte", read_BxTxD - read_BxTxD[:1], skip_DxD)
             value_BxTxD = jnp.broadcast_to(value_BxTxD[:1], value_BxTxD.shape) + skip
         if edited is None:
             return value_BxTxD
-        return value_BxTxD.at[1:].add(_added(*edited, None if hold == "all" else read_BxTxD[1:], value_BxTxD[1:]))
+        return value_BxTxD.at[1:].add(
+            _added(*edited, None if hold in FIXED else read_BxTxD[1:], value_BxTxD[1:], bounds[0])
+        )
 
     def of_prompt(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
-        q, k = (jnp.broadcast_to(part[:1], part.shape) for part in (q, k))  # the prompt's attention weights
-        return attend(config, rules, q, k, v, tables)
+        first_q, first_k = (jnp.broadcast_to(part[:1], part.shape) for part in (q, k))  # the prompt's weights
+        held_T = jnp.arange(len(x_TxD)) < bounds[1]
+        held = attend(config, rules, first_q, first_k, v, tables)
+        return jnp.where(held_T[None, :, None, None], held, attend(config, rules, q, k, v, tables))
 
     x_BxTxD = jnp.concatenate([x_TxD[None], x_RxTxD])  # the prompt comes first
-    tables, function = whole_prompts(config, len(x_TxD)), of_prompt if hold == "attention" else None
+    tables, function = whole_prompts(config, len(x_TxD)), of_prompt if hold in ("attention", "constrained") else None
     x_BxTxD = decoder.run_layer(config, rules, params, layer, x_BxTxD, tables, hook, function)
     if reader is None:
         return x_BxTxD[1:], None
@@ -90,14 +100,14 @@ def run_layer(
 
 
 def _added(
-    dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array
+    dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array, first: jax.Array
 ) -> jax.Array:
     """What the changes add to the MLP's output [R, T, D]; ``read_RxTxD`` None: activations are the prompt's."""
     row_Rx1 = jnp.arange(len(edits.position_RxM))[:, None]
     own_RxM = edits.own_RxM
     if read_RxTxD is not None:
-        own_RxM = _activations(dictionary, edits, read_RxTxD)
-    change_RxM = jnp.where(edits.position_RxM > 0, edits.value_RxM - own_RxM, jnp.zeros_like(edits.value_RxM))
+        own_RxM = jnp.where(edits.position_RxM >= first, _activations(dictionary, edits, read_RxTxD), 0)
+    change_RxM = edits.value_RxM - own_RxM
     added_RxMxD = change_RxM[..., None] * dictionary.W_dec_FxD[...][edits.feature_RxM]
     return jnp.zeros_like(like_RxTxD).at[row_Rx1, edits.position_RxM].add(added_RxMxD.astype(like_RxTxD.dtype))
 
@@ -109,13 +119,13 @@ def _activations(dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Ar
 
         def of_change(places: tuple[jax.Array, jax.Array]) -> jax.Array:
             position_R, feature_R = places
-            acts_RxF = dictionary.encode(read_RxTxD[row_R, position_R])
+            acts_RxF = activations(dictionary, read_RxTxD[row_R, position_R])
             return jnp.take_along_axis(acts_RxF, feature_R[:, None], axis=1)[:, 0]
 
         return lax.map(of_change, (edits.position_RxM.T, edits.feature_RxM.T)).T
 
     def at_position(own_RxM: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:  # encodes less often
-        acts_RxM = jnp.take_along_axis(dictionary.encode(read_RxTxD[:, position]), edits.feature_RxM, axis=1)
+        acts_RxM = jnp.take_along_axis(activations(dictionary, read_RxTxD[:, position]), edits.feature_RxM, axis=1)
         return jnp.where(edits.position_RxM == position, acts_RxM.astype(own_RxM.dtype), own_RxM), None
 
     return lax.scan(at_position, jnp.zeros_like(edits.own_RxM), jnp.arange(length))[0]
@@ -161,3 +171,12 @@ def read_last(
 
     ratio_RxK = jnp.where(normed_K[None], factor(x_RxD) / factor(last_D[None]), 1.0)
     return einsum("rd,kd->rk", x_RxD, vector_KxD) * ratio_RxK - einsum("rd,kd->rk", last_D[None], vector_KxD)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def read_logits(
+    frozen: FrozenModel, hold: str, params: decoder.Params, last_D: jax.Array, x_RxTxD: jax.Array, last: jax.Array
+) -> jax.Array:
+    """The logits of the rows at the last position, [R, V]; see ``read_last``."""
+    x_BxD = jnp.concatenate([last_D[None], x_RxTxD[:, last]])  # the prompt comes first
+    return decoder.unembed(frozen.config, params, x_BxD[:, None], RunRules(first_fixes=hold == "all"))[1:, 0]

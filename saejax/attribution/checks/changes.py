@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.attribution.checks.interventions import Change, intervene
+from saejax.attribution.checks.edits import Change
+from saejax.attribution.checks.interventions import intervene
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, KINDS, Nodes
 from saejax.attribution.local.active import Active
@@ -87,11 +88,12 @@ def swap(here: Replacement, there: Replacement, features: Nodes | None = None) -
         raise UserError("the two prompts were run with different models or transcoders: expected the same")
     features = features_of_both(here, there) if features is None else features
     shift = _shift(here, there)
-    without = features.position_N[features.position_N - shift <= 0]
+    first = max(shift + there.first, here.first)
+    without = features.position_N[features.position_N < first]
     if len(without):
         raise UserError(
             f"position {without[0]} has no counterpart in the other prompt, of {len(there.ids_P)} tokens: expected "
-            f"{max(shift, 0) + 1} or more, as both are aligned from the end and the first has no features"
+            f"{first} or more, as both are aligned from the end and the first has no features"
         )
     value_A = dict(zip(_keys(_nodes_of(there.active, shift)), there.active.value_A.tolist(), strict=True))
     return _changes(features, np.array([value_A.get(key, 0.0) for key in _keys(features)]))
@@ -109,7 +111,7 @@ def features_of_both(here: Replacement, there: Replacement) -> Nodes:
     known = set(_keys(own))
     other.value_N[:] = 0
     joined = Nodes.joined(own, other[np.array([key not in known for key in _keys(other)], bool)])
-    joined = joined[joined.position_N > max(shift, 0)]
+    joined = joined[joined.position_N >= max(shift + there.first, here.first)]
     return joined[np.lexsort((joined.index_N, joined.position_N, joined.layer_N))]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.checks.changed_layers import read_last
-from saejax.attribution.local.active import AT_ONCE
+from saejax.attribution.local.active import AT_ONCE, activations
 from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
@@ -78,7 +78,7 @@ def run_circuits(
                 *features,
                 error_CxT,
                 mean_F,
-                np.int32(tokens),
+                (np.int32(replacement.first), np.int32(tokens)),
             )
         on_progress(layer + 1, config.n_layers)
     last = np.int32(tokens - 1)
@@ -102,7 +102,7 @@ def mean_activations(replacements: Iterable[Replacement]) -> dict[int, np.ndarra
     total: dict[int, np.ndarray] = {}
     count = 0
     for replacement in replacements:
-        active, count = replacement.active, count + len(replacement.ids_P) - 1
+        active, count = replacement.active, count + len(replacement.ids_P) - replacement.first
         for layer, config in enumerate(replacement.transcoders.configs):
             own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
             sum_F = np.bincount(active.feature_A[own], weights=active.value_A[own], minlength=config.n_features)
@@ -131,7 +131,7 @@ def run_layer(
     kept_CxA: jax.Array,
     error_CxT: jax.Array,
     mean_F: jax.Array | None,
-    tokens: jax.Array,
+    used: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
     """One layer of all circuits: the stream leaving it [C, T, D].
 
@@ -140,7 +140,7 @@ def run_layer(
       kept_CxA: which of them each circuit keeps; a feature that is not active in the prompt is not kept.
       error_CxT: at which positions the error is kept.
       mean_F: activations of the active features that are not kept; None: 0.
-      tokens: of the prompt.
+      used: the first position at which features are used, and the end of the prompt.
     """
     seen: dict[str, jax.Array] = {}
     row_Cx1 = jnp.arange(len(x_CxTxD))[:, None]
@@ -150,7 +150,7 @@ def run_layer(
         if kind != "mlp_out":
             return value_CxTxD
         read_CxTxD = frozen.read(params, layer, seen)
-        acts_CxTxF = dictionary.encode(read_CxTxD)
+        acts_CxTxF = activations(dictionary, read_CxTxD)
         error_CxTxD = value_CxTxD - dictionary.decode(acts_CxTxF, read_CxTxD)
         mask_CxTxF = jnp.zeros(acts_CxTxF.shape, bool)
         mask_CxTxF = mask_CxTxF.at[row_Cx1, position_A[None], feature_A[None]].set(kept_CxA, mode="drop")
@@ -161,7 +161,7 @@ def run_layer(
         rebuilt_CxTxD = dictionary.decode(jnp.where(mask_CxTxF, acts_CxTxF, rest_CxTxF), read_CxTxD)
         kept_CxTxD = rebuilt_CxTxD + jnp.where(error_CxT[..., None], error_CxTxD, jnp.zeros_like(error_CxTxD))
         position_T = jnp.arange(x_CxTxD.shape[1])
-        used_T = (position_T > 0) & (position_T < tokens)
+        used_T = (position_T >= used[0]) & (position_T < used[1])
         return jnp.where(used_T[None, :, None], kept_CxTxD.astype(value_CxTxD.dtype), value_CxTxD)
 
     tables = whole_prompts(frozen.config, x_CxTxD.shape[1])

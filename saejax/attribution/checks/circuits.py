@@ -1,6 +1,6 @@
 """What a part of a graph does alone: the model run with some of the features and errors, the others gone.
 
-At every layer and every position but the first the MLP's output becomes
+At every layer and every position at which features are used the MLP's output becomes
 
     sum over kept features of f_t W_dec + b_dec + skip(read_t) + error_t if it is kept
 

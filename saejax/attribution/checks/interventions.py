@@ -15,30 +15,29 @@ Layers are the outer loop: each transcoder is read once, and only where somethin
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.checks.changed_layers import LayerChanges, ReadDirections, read_last, read_moved, run_layer
+from saejax.attribution.checks.changed_layers import (
+    FIXED,
+    LayerChanges,
+    ReadDirections,
+    read_last,
+    read_logits,
+    read_moved,
+    run_layer,
+)
+from saejax.attribution.checks.edits import Change, edits_by_layer
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError
 from saejax.parallel import by_row, to_host
 
-HOLDS = ("nothing", "attention", "all")
+HOLDS = ("nothing", "attention", "all", "constrained")
 _STEP = 8  # rows, changes and features are filled up to a multiple of this
 _CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
-
-
-class Change(NamedTuple):
-    """Feature ``feature`` of layer ``layer`` has the activation ``value`` at a position."""
-
-    layer: int
-    position: int
-    feature: int
-    value: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +47,12 @@ class Changed:
     Attributes:
       feature_RxJ: pre-activations of the features that were asked for.
       readout_RxK: the readouts, as ``Readouts.value_K`` has them.
+      logits_RxV: all logits at the last position; None: not asked for.
     """
 
     feature_RxJ: np.ndarray
     readout_RxK: np.ndarray
+    logits_RxV: np.ndarray | None = None
 
 
 def intervene(
@@ -62,6 +63,7 @@ def intervene(
     hold: str = "nothing",
     hold_until: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    logits: bool = False,
 ) -> Changed:
     """Runs the prompt with the changes of each row.
 
@@ -74,6 +76,7 @@ def intervene(
       hold_until: the layer from which on the model runs freely; their number: the final norm alone does. None: nothing
         does, ``hold`` goes for all.
       on_progress: called with the layers done and of all; may raise to stop.
+      logits: whether all logits are read, too.
 
     Returns:
       What each row reads.
@@ -83,12 +86,15 @@ def intervene(
         finite.
     """
     layers, active = replacement.model.config.n_layers, replacement.active
-    hold_L = _hold_by_layer(hold, hold_until, layers)
-    edits, chosen_J = _edits_by_layer(replacement, rows), np.asarray(features, np.int64)
+    hold_L, chosen_J = _hold_by_layer(hold, hold_until, layers), np.asarray(features, np.int64)
+    edits = edits_by_layer(replacement, rows, len(replacement.ids_P))
+    if hold == "constrained" and any(hold_L[layer] not in FIXED for layer in edits):
+        raise UserError(f"a feature of layer {max(edits)} is changed, and layers below {hold_until} are constrained")
     feature_RxJ = np.tile(active.value_A[chosen_J], (len(rows), 1))
     readout_RxK = np.tile(readouts.value_K, (len(rows), 1))
     if not edits:
-        return Changed(feature_RxJ, readout_RxK)
+        every = np.tile(replacement.logits_V, (len(rows), 1)) if logits else None
+        return Changed(feature_RxJ, readout_RxK, every)
     chunks = _chunks(len(rows), replacement, edits)
     first = min(edits)
     most = int(np.bincount(active.layer_A[chosen_J]).max(initial=0))  # one size, so that layers share programs
@@ -106,7 +112,8 @@ def intervene(
                 readout_RxK[chunk, inner_K] += moved_RxK[: chunk.stop - chunk.start]
             same = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
             edited = (transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder is not None else None
-            states[place], moved_RxJ = run_layer(*same, x_TxD, states[place], replacement.skip(layer), edited, reader)
+            given = replacement.skip(layer), edited, reader, (np.int32(replacement.first), np.int32(len(x_TxD)))
+            states[place], moved_RxJ = run_layer(*same, x_TxD, states[place], *given)
             if len(own_J):
                 feature_RxJ[chunk, own_J] += to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
         on_progress(layer + 1 - first, layers - first)
@@ -114,7 +121,16 @@ def intervene(
     for chunk, x_RxTxD in zip(chunks, states, strict=True):
         moved_RxK = _moved_final(replacement, readouts, final_K, hold_L[-1], x_RxTxD)
         readout_RxK[chunk, final_K] += moved_RxK[: chunk.stop - chunk.start]
-    return _finite(Changed(feature_RxJ, readout_RxK))
+    changed = _finite(Changed(feature_RxJ, readout_RxK))
+    if not logits:
+        return changed
+    same = replacement.frozen, hold_L[-1], replacement.model.params, replacement.last_D
+    last = np.int32(len(replacement.ids_P) - 1)
+    parts = [
+        to_host(read_logits(*same, x_RxTxD, last))[: chunk.stop - chunk.start]
+        for chunk, x_RxTxD in zip(chunks, states, strict=True)
+    ]
+    return dataclasses.replace(changed, logits_RxV=np.concatenate(parts))
 
 
 def _finite(changed: Changed) -> Changed:
@@ -142,48 +158,12 @@ def _hold_by_layer(hold: str, hold_until: int | None, layers: int) -> list[str]:
         raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
     if hold_until is not None and not 0 <= hold_until <= layers:
         raise UserError(f"hold_until is {hold_until}: expected a layer, 0 to {layers - 1}, or {layers}")
-    return [hold if hold_until is None or layer < hold_until else "nothing" for layer in range(layers + 1)]
-
-
-def _edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]]) -> dict[int, LayerChanges]:
-    """The changes of all rows, by layer."""
-    own = _own_activations(replacement)
-    configs, tokens = replacement.transcoders.configs, len(replacement.ids_P)
-    by_layer: dict[int, list[list[Change]]] = {}
-    for row, changes in enumerate(rows):
-        if len({change[:3] for change in changes}) != len(changes):
-            raise UserError(f"row {row} changes a feature twice at one position: give it one value")
-        for change in changes:
-            layer, position, feature, value = change
-            exists = 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
-            if not (exists and np.isfinite(value)):
-                raise UserError(
-                    f"feature {feature} of layer {layer} cannot be set to {value}: expected one of {len(configs)} "
-                    f"layers, of {configs[0].n_features} features, and a finite number"
-                )
-            if not 0 < position < tokens:
-                raise UserError(f"position {position}: features are used at 1 to {tokens - 1} of this prompt")
-            by_layer.setdefault(int(layer), [[] for _ in rows])[row].append(change)
-    found = {}
-    most = max((len(changes) for lists in by_layer.values() for changes in lists), default=0)
-    for layer, lists in by_layer.items():
-        shape = len(rows), most
-        edits = LayerChanges(
-            np.zeros(shape, np.int32), *(np.zeros(shape, dtype) for dtype in (np.int32, *[np.float32] * 2))
-        )
-        for row, changes in enumerate(lists):
-            for m, (_, position, feature, value) in enumerate(changes):
-                own_value = own.get((layer, position, feature), 0.0)
-                for array, entry in zip(edits, (position, feature, value, own_value), strict=True):
-                    array[row, m] = entry
-        found[layer] = edits
-    return found
-
-
-def _own_activations(replacement: Replacement) -> Mapping[tuple[int, int, int], float]:
-    active = replacement.active
-    keys = zip(active.layer_A.tolist(), active.position_A.tolist(), active.feature_A.tolist(), strict=True)
-    return dict(zip(keys, active.value_A.tolist(), strict=True))
+    until = layers + 1 if hold_until is None else hold_until
+    if hold == "constrained":
+        hold, after = ("all", "all") if until >= layers else (hold, "attention")
+    else:
+        after = "nothing"
+    return [hold if layer < until else after for layer in range(layers + 1)]
 
 
 def _encoders(replacement: Replacement, places: np.ndarray, most: int) -> ReadDirections:

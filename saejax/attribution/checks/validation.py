@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import spearmanr
 
-from saejax.attribution.checks.interventions import Change, intervene
+from saejax.attribution.checks.edits import Change
+from saejax.attribution.checks.interventions import intervene
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.local.replacement import Replacement

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from saejax.attribution.forms.page import PageTable
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
-from saejax.attribution.heads.attention import Attention, Leading
+from saejax.attribution.heads.attention import Attention
+from saejax.attribution.heads.carried import Leading
 from saejax.attribution.heads.query_key import HeadScore
 
 _NOTE = (

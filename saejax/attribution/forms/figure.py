@@ -16,6 +16,7 @@ from matplotlib.path import Path as Curve
 
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.figure_layout import GAP, GUTTER, SIZE, Box, fitted, text_width
+from saejax.attribution.forms.scores import strongest
 from saejax.errors import UserError
 from saejax.workspace import whole_file
 
@@ -36,8 +37,8 @@ def draw_graph(
       document: metadata, qParams, nodes, links.
       max_nodes: how many features and errors are drawn at most, the most influential ones. Those without an edge to
         another of them are left out, and so are such tokens; outputs are always drawn.
-      max_edges: how many edges between them are drawn, those of the largest |weight|; besides, the strongest input
-        and the strongest output of every node, so that each has its place in the circuit.
+      max_edges: how many edges between them are drawn, those of the largest score (``scores``); besides, the
+        strongest input and the strongest output of every node, so that each has its place in the circuit.
       labels: (layer, feature) -> what the feature is called; goes before the document's ``clerp``.
 
     Raises:
@@ -57,9 +58,9 @@ def draw_graph(
             axes.plot([GUTTER, width], [above, above], color=LINE, linewidth=0.4, zorder=0)
             axes.text(GUTTER - 0.08, y, name, size=SIZE, color=SOFT, ha="right", va="center")
         _draw_legend(axes)
-        most = max((abs(link["weight"]) for link in links), default=1.0) or 1.0
-        for link in sorted(links, key=lambda link: abs(link["weight"])):
-            axes.add_patch(_edge(boxes[link["source"]], boxes[link["target"]], link["weight"], most))
+        for place, link in reversed(list(enumerate(links))):  # the strongest last, above the others
+            ends = boxes[link["source"]], boxes[link["target"]]
+            axes.add_patch(_edge(*ends, link["weight"] >= 0, 1 - place / len(links)))
         for box in boxes.values():
             _draw_box(axes, box)
     return figure
@@ -86,8 +87,8 @@ def _chosen(document: Mapping[str, Any], max_nodes: int, max_edges: int) -> tupl
     inner.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
     kept = {node["node_id"] for node in inner[:max_nodes]}
     around = {node["node_id"] for node in document["nodes"] if node["feature_type"] in fixed}
-    links = [link for link in document["links"] if {link["source"], link["target"]} <= kept | around]
-    links.sort(key=lambda link: -abs(link["weight"]))
+    ordered = [document["links"][place] for place in strongest(document)]
+    links = [link for link in ordered if {link["source"], link["target"]} <= kept | around]
     seen: set[tuple[str, str]] = set()
     wanted = []
     for k, link in enumerate(links):
@@ -100,14 +101,14 @@ def _chosen(document: Mapping[str, Any], max_nodes: int, max_edges: int) -> tupl
     return [node for node in document["nodes"] if node["node_id"] in ends | logits], wanted
 
 
-def _edge(source: Box, target: Box, weight: float, most: float) -> PathPatch:
+def _edge(source: Box, target: Box, excites: bool, strength: float) -> PathPatch:
+    """An edge; ``strength``, by its rank, is above 0 and at most 1."""
     below, above = source.y + source.height / 2, target.y - target.height / 2
     bend = max(0.12, 0.45 * (above - below))
     points = [(source.x, below), (source.x, below + bend), (target.x, above - bend), (target.x, above)]
-    strength = abs(weight) / most
     return PathPatch(
         Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]), facecolor="none",
-        edgecolor=BLUE if weight >= 0 else ORANGE, linestyle="-" if weight >= 0 else (0, (4, 1.5)),
+        edgecolor=BLUE if excites else ORANGE, linestyle="-" if excites else (0, (4, 1.5)),
         linewidth=0.4 + 2.2 * strength, alpha=0.35 + 0.55 * strength**0.5, zorder=1 + strength,
     )  # fmt: skip
 

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import Pruning
@@ -31,6 +33,7 @@ def to_document(
     slug: str,
     *,
     scan: str = "",
+    source_set: str = "",
     labels: Mapping[tuple[int, int], str] | None = None,
     supernodes: Sequence[Sequence[str]] = (),
     pinned: Sequence[str] = (),
@@ -41,7 +44,10 @@ def to_document(
     Args:
       graph: a pruned graph, since the format holds cumulative influences and has no bias nodes.
       slug: the graph's name in addresses and file names.
-      scan: Neuronpedia's id of the model; by default the last part of the model's name.
+      scan: where viewers look for the features: Neuronpedia by its id of the model, circuit-tracer's by the address of
+        the set. By default that id, which is the last part of the model's name in small letters; without
+        ``source_set`` the address, if the set is on the hub.
+      source_set: the set's name at Neuronpedia, such as "gemmascope-transcoder-16k".
       labels: (layer, feature) -> what the feature is called.
       supernodes: of each its label and the ids of the nodes in it, which are pinned; see ``supernodes.as_groups``.
       pinned: ids of more nodes to pin.
@@ -58,7 +64,7 @@ def to_document(
     source_E, target_E, weight_E = graph.edges()
     links = [
         dict(source=ids[source], target=ids[target], weight=weight)
-        for source, target, weight in zip(source_E.tolist(), target_E.tolist(), weight_E.tolist())
+        for source, target, weight in zip(source_E.tolist(), target_E.tolist(), _decimal(weight_E))
     ]
     groups = [list(group) for group in supernodes]
     pins = list(dict.fromkeys([*(member for group in groups for member in group[1:]), *pinned]))
@@ -66,7 +72,7 @@ def to_document(
     if unknown:
         raise UserError(f"supernodes name {min(unknown)!r}, and no node of the graph has that id")
     document = dict(
-        metadata=_metadata(graph, slug, scan, info or {}),
+        metadata=_metadata(graph, slug, scan or _scan(graph, source_set), source_set, info or {}),
         qParams=dict(pinnedIds=pins, supernodes=groups, linkType="both", clickedId="", sg_pos=""),
         nodes=_nodes(graph, ids, labels or {}),
         links=links,
@@ -90,9 +96,9 @@ def cantor_unpair(number: int) -> tuple[int, int]:
 def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
     assert graph.pruning
     nodes, made = graph.nodes, []
-    columns = nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N, nodes.value_N, graph.pruning.influence_N
+    columns = (column.tolist() for column in (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N))
     first_logit = graph.slice_of(LOGIT).start
-    rows = zip(ids, *(column.tolist() for column in columns), strict=True)
+    rows = zip(ids, *columns, _decimal(nodes.value_N), _decimal(graph.pruning.influence_N), strict=True)
     for k, (node_id, kind, layer, position, index, value, share) in enumerate(rows):
         token = int(node_id.split("_")[1])
         number, name, label = {
@@ -121,17 +127,22 @@ def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) 
     return made
 
 
+def _decimal(numbers: np.ndarray) -> list[float]:
+    """fp32 numbers with no more digits than tell them apart, in JSON half as long as their digits in fp64."""
+    return numbers.astype(str).astype(np.float64).tolist()
+
+
 def _logit_label(graph: Graph, k: int) -> str:
     return graph.labels[k - graph.slice_of(LOGIT).start] if k >= graph.slice_of(LOGIT).start else ""
 
 
-def _metadata(graph: Graph, slug: str, scan: str, info: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(graph: Graph, slug: str, scan: str, source_set: str, info: Mapping[str, Any]) -> dict[str, Any]:
     assert graph.pruning
     settings = {_SETTINGS.get(name, name): value for name, value in graph.settings.items() if value is not None}
     generator = dict(name="saejax", version=package_versions().get("saejax", ""))
     return dict(
         slug=slug,
-        scan=scan or str(graph.model.get("name", "")).rstrip("/").split("/")[-1],
+        scan=scan,
         transcoder_list=[],
         prompt_tokens=list(graph.tokens),
         prompt=graph.prompt,
@@ -142,7 +153,17 @@ def _metadata(graph: Graph, slug: str, scan: str, info: Mapping[str, Any]) -> di
         pruning_settings=_pruning_settings(graph.pruning),
         replacement_score=graph.pruning.scores.replacement,
         completeness_score=graph.pruning.scores.completeness,
+        **(dict(feature_details=dict(neuronpedia_source_set=source_set)) if source_set else {}),
     )
+
+
+def _scan(graph: Graph, source_set: str) -> str:
+    """Where viewers look for the features; see ``to_document``."""
+    name, commit = str(graph.transcoders.get("name", "")), graph.transcoders.get("revision")
+    if commit and not source_set:
+        owner, repository, *folder = name.split("/")
+        return f"{owner}/{repository}" + (f"//{'/'.join(folder)}" if folder else "") + f"@{commit}"
+    return str(graph.model.get("name", "")).rstrip("/").split("/")[-1].lower()
 
 
 def _pruning_settings(pruning: Pruning) -> dict[str, float]:

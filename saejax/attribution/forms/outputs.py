@@ -7,7 +7,6 @@ heads/<slug>.json    the attention heads that carry each edge
 graphs/<slug>.json   the same as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
 """
 
-import heapq
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,18 +18,27 @@ from saejax.attribution.forms.figure import draw_graph, save_figure
 from saejax.attribution.forms.graph_folder import write_graph
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.page import write_page
+from saejax.attribution.forms.scores import strongest
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.heads.attention import Attention
 from saejax.attribution.heads.edges import named_heads
-from saejax.causal.stages import part_file
+from saejax.causal.parts import part_file
 from saejax.parallel import is_first_process
+from saejax.settings.attribution import GraphConfig
 from saejax.workspace import Run, write_text
 
 _HEADS_ON_PAGE = 20_000  # edges, the strongest ones, whose heads the page has; the file has all
 
 
-def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[str]], attention: Attention) -> None:
+def write_outputs(
+    run: Run,
+    slug: str,
+    pruned: Graph,
+    groups: Sequence[Sequence[str]],
+    attention: Attention,
+    labels: Mapping[tuple[int, int], str],
+) -> None:
     """Writes a graph in all its forms, over what a run that was killed may have left; the first process does.
 
     Args:
@@ -38,6 +46,7 @@ def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[
       slug: the graph's name.
       groups: its supernodes, as ``supernodes.as_groups`` gives them.
       attention: the heads of its edges.
+      labels: (layer, feature) -> what the feature is called.
     """
     if not is_first_process():
         return
@@ -46,20 +55,18 @@ def write_outputs(run: Run, slug: str, pruned: Graph, groups: Sequence[Sequence[
     pruned.save(folder)
     ids = pruned.ids
     pinned = ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
-    document = to_document(pruned, slug, supernodes=groups, pinned=pinned)
+    config: GraphConfig = run.configs["graph"]
+    names: Any = dict(scan=config.scan, source_set=config.source_set, labels=labels)
+    document = to_document(pruned, slug, supernodes=groups, pinned=pinned, **names)
     write_graph(run.folder / "graphs", document, replace=True)
-    carried = named_heads(attention.carried, ids)
+    carried = named_heads(attention.carried, ids) if attention.carried else {}
     if carried:
         edges = [dict(source=source, target=target, heads=heads) for (source, target), heads in carried.items()]
         lines = ",\n".join(json.dumps(edge, separators=(",", ":")) for edge in edges)
         (run.folder / "heads").mkdir(exist_ok=True)
         write_text(run.folder / "heads" / f"{slug}.json", f'{{"edges":[\n{lines}\n]}}\n')
-    shown = {edge: carried[edge] for edge in _strongest(document, _HEADS_ON_PAGE) if edge in carried}
+    first = [document["links"][place] for place in strongest(document)[:_HEADS_ON_PAGE]]
+    ends = [(link["source"], link["target"]) for link in first]
+    shown = {edge: carried[edge] for edge in ends if edge in carried}
     write_page(part_file(run, slug, ".html"), document, heads=shown, tables=attention_tables(attention, pruned))
     save_figure(draw_graph(document), part_file(run, slug, ".svg"))
-
-
-def _strongest(document: Mapping[str, Any], count: int) -> list[tuple[str, str]]:
-    """The edges of the largest weights, as ids of source and target."""
-    links = heapq.nlargest(count, document["links"], key=lambda link: abs(link["weight"]))
-    return [(link["source"], link["target"]) for link in links]

@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 
 from saejax.attribution.forms.document import check_document
+from saejax.attribution.forms.scores import link_scores
 from saejax.workspace import write_text
 
 _VIEWER = Path(__file__).parent / "viewer"
@@ -73,6 +74,7 @@ def write_page(
         "document": document,
         "labels": {_key(feature): label for feature, label in (labels or {}).items()},
         "examples": {_key(feature): [_example(one) for one in some] for feature, some in (examples or {}).items()},
+        "scores": [float(f"{score:.3g}") for score in link_scores(document)],
         "heads": {f"{source} {target}": list(carried) for (source, target), carried in (heads or {}).items()},
         "tables": [dataclasses.asdict(table) for table in tables],
     }

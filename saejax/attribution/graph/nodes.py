@@ -4,7 +4,7 @@ feature     an active feature at a position, in the order (layer, position, feat
 error       what a layer's transcoder does not explain of the MLP's output at a position, or an SAE of its site's
             value; (layer, position)
 token       the embedding of the token at a position
-first_mlp   the MLP's output at the first position, which no feature explains; one for each layer
+first_mlp   the MLP's output at the first position (or first few), which no feature explains; one for each layer
 bias        what the biases of a layer's attention, norms and decoder add, at all positions; one for each layer
 logit       a logit, a difference of two, or another direction of the last layer's output
 """

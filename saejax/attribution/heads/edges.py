@@ -4,28 +4,38 @@ The part of an edge that goes through a head is what vanishes of it when that he
 what it adds to the stream, is taken out of the local replacement model and all else stays. A path through several
 heads, one after the other, is counted for each of them, so parts need not add up to the edge.
 
-With m[s] what source s adds to the head's mixture of values (from below), and g[t] what target t reads of it (from
-above), the part is their dot product over positions and the head's dimensions: one pass up and one down for all edges,
-or for as many sources and targets at a time as memory holds.
+With v[s] what source s adds to the values that a head mixes (from below), and g[t] what target t reads of these values
+through the head (from above), the part is their dot product over positions and the head's dimensions. Sources go up in
+blocks of similar positions and layers, of which nothing is kept below their lowest layer or before their first
+position; targets go down in blocks. Where the values of all sources are more than half of the memory that is free, the
+targets go down again for each part of them.
 """
 
+from typing import Any, NamedTuple
+
+import jax
 import numpy as np
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
-from saejax.attribution.heads.passes import STEP, Placed, edge_parts, mixed_values
+from saejax.attribution.heads.carried import Carried
+from saejax.attribution.heads.passes import Placed, carry_down, carry_up, through
 from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.trace.memory import HEADS_STEP, heads_block
 from saejax.attribution.trace.targets import Readouts
-from saejax.errors import UserError
+from saejax.models.config import DecoderConfig
 from saejax.parallel import to_host
+from saejax.training.placement import free_bytes
 
-MOST_BYTES = 2**31  # of what is kept between the two passes, and of the targets that go down at once
-MOST_GROUPS = 8  # of sources, for each of which all targets go down again
-Carried = dict[tuple[int, int], list[tuple[int, int, float]]]
+_PARTS = 4  # parts of a prompt in which sources of a block begin
 
 
-class TooLarge(UserError):
-    """A graph of too many sources for the memory."""
+class SourceBlock(NamedTuple):
+    """Sources that go up together: which, their lowest layer, and the position before which they change nothing."""
+
+    chosen_B: np.ndarray
+    layer: int
+    position: int
 
 
 def edge_heads(replacement: Replacement, readouts: Readouts, graph: Graph, top: int = 3) -> Carried:
@@ -34,100 +44,144 @@ def edge_heads(replacement: Replacement, readouts: Readouts, graph: Graph, top: 
     Args:
       replacement, readouts: of which the graph is.
       graph: a pruned one; bias and first_mlp nodes have no edges here.
-      top: how many heads of each edge, those of the largest parts by size.
-
-    Returns:
-      (source, target), as places in the graph's table of nodes -> (layer, head, part), the largest first. Edges within
-      one position that no head carries are left out.
-
-    Raises:
-      TooLarge: it would take more than ``MOST_GROUPS`` groups of sources, each of ``MOST_BYTES``.
+      top: how many heads of each edge are told apart.
     """
-    source_E, target_E, _ = graph.edges()
-    if not len(source_E):
-        return {}
-    found: Carried = {}
-    for group in _source_groups(replacement, np.unique(source_E), len(source_E)):
-        own = np.isin(source_E, group)
-        part_XxE = _group_parts(replacement, readouts, graph, group, source_E[own], target_E[own])
-        best_NxE = _largest(np.abs(part_XxE), top)
-        for edge, ends in enumerate(zip(source_E[own].tolist(), target_E[own].tolist(), strict=True)):
-            parts = [(x, float(part_XxE[x, edge])) for x in best_NxE[:, edge].tolist() if part_XxE[x, edge]]
-            if parts:
-                heads = replacement.model.config.n_heads
-                found[ends] = [(x // heads, x % heads, part) for x, part in parts]
-    return found
-
-
-def _source_groups(replacement: Replacement, sources: np.ndarray, edges: int) -> list[np.ndarray]:
-    """The sources in groups, for each of which what they add to all mixtures can be kept."""
     config, (_, length, _) = replacement.model.config, replacement.streams.stream_LxTxD.shape
-    each = 4 * length * config.n_layers * config.n_heads * config.d_head
-    size = MOST_BYTES // each // STEP * STEP
-    if len(sources) > size * MOST_GROUPS:
-        advice = f"prune the graph to about {size * MOST_GROUPS:,} nodes first" if size else "the prompt is too long"
-        needed = f"{len(sources) * each / 2**30:,.1f} GiB"
-        raise TooLarge(f"heads of {edges:,} edges between {len(sources):,} sources would take {needed}: {advice}")
-    return np.array_split(sources, -(-len(sources) // size))
-
-
-def _group_parts(
-    replacement: Replacement,
-    readouts: Readouts,
-    graph: Graph,
-    sources: np.ndarray,
-    source_E: np.ndarray,
-    target_E: np.ndarray,
-) -> np.ndarray:
-    """The part of every edge from some sources that goes through every head, [L H, E]."""
-    config, (layers, length, width) = replacement.model.config, replacement.streams.stream_LxTxD.shape
-    part_LxHxE = np.zeros((layers, config.n_heads, len(source_E)), np.float32)
-    mixed = mixed_values(replacement, _entries(replacement, graph, sources))
-    targets = np.unique(target_E)
-    size = max(MOST_BYTES // (4 * length * (3 * width + config.n_heads * config.d_head)), 1)
-    for group in np.array_split(targets, -(-len(targets) // size)):
-        own = np.flatnonzero(np.isin(target_E, group))
-        place = np.searchsorted(sources, source_E[own]), np.searchsorted(group, target_E[own])
-        readers = _readers(replacement, readouts, graph, group)
-        part_LxHxE[:, :, own] = edge_parts(replacement, mixed, readers, *place)
-    return part_LxHxE.reshape(-1, len(source_E))
-
-
-def _largest(size_XxE: np.ndarray, count: int) -> np.ndarray:
-    """Which rows have the largest values of each column, the largest first; without sorting all."""
-    count = min(count, len(size_XxE))
-    some_NxE = np.argpartition(-size_XxE, count - 1, axis=0)[:count]
-    order_NxE = np.argsort(-np.take_along_axis(size_XxE, some_NxE, axis=0), axis=0, kind="stable")
-    return np.take_along_axis(some_NxE, order_NxE, axis=0)
+    carried = Carried(graph, config.n_layers, config.n_heads, top)
+    sources, targets = np.unique(carried.source_E), np.unique(carried.target_E)
+    if not len(sources):
+        return carried
+    entries, readers = _entries(replacement, graph, sources), _readers(replacement, readouts, graph, targets)
+    size = heads_block(replacement.model.mesh.devices.flat[0].platform, length)
+    size = min(size, -(-max(len(sources), len(targets)) // HEADS_STEP) * HEADS_STEP)
+    blocks = source_blocks(entries, length, size)
+    order_R = np.argsort(-_top(readers, config.n_layers), kind="stable")
+    most = max(free_bytes(replacement.model.mesh) // 2, 1)
+    for group in _groups(blocks, config, length, size, most):
+        values = [_values(replacement, entries, block, size) for block in group]
+        for start in range(0, len(targets), size):
+            _go_down(
+                replacement, readers, order_R[start : start + size], size, (group, values), carried, (sources, targets)
+            )
+    return carried
 
 
 def named_heads(carried: Carried, ids: list[str]) -> dict[tuple[str, str], list[tuple[int, int, float]]]:
-    """The same by the nodes' ids, as ``page.write_page`` takes it, parts to four digits."""
+    """The heads of each edge by the nodes' ids, as ``page.write_page`` takes them, parts to four digits."""
     return {
         (ids[source], ids[target]): [(layer, head, float(f"{part:.4g}")) for layer, head, part in heads]
-        for (source, target), heads in carried.items()
+        for (source, target), heads in carried.by_edge().items()
     }
 
 
+def value_bytes(config: DecoderConfig, layers: int, positions: int, sources: int) -> int:
+    """Of what is kept of some sources, at so many layers and positions."""
+    return 4 * sources * layers * positions * config.n_kv_heads * config.d_head
+
+
+def source_blocks(entries: Placed, length: int, size: int) -> list[SourceBlock]:
+    """The sources in blocks of similar positions and, among these, of similar layers."""
+    part_S = entries.position_N * _PARTS // length
+    order_S, blocks = np.lexsort((entries.layer_N, part_S)), []
+    for start in range(0, len(order_S), size):
+        chosen_B = order_S[start : start + size]
+        position = -(-int(part_S[chosen_B].min()) * length // _PARTS)
+        blocks.append(SourceBlock(chosen_B, int(entries.layer_N[chosen_B].min()), position))
+    return blocks
+
+
+def _groups(
+    blocks: list[SourceBlock], config: DecoderConfig, length: int, size: int, most: int
+) -> list[list[SourceBlock]]:
+    """Blocks whose values can be kept together: that take ``most`` bytes, or one alone."""
+    groups: list[list[SourceBlock]] = []
+    room = 0
+    for block in blocks:
+        need = value_bytes(config, config.n_layers - block.layer, length - block.position, size)
+        if need > room or not groups:
+            groups.append([])
+            room = most
+        groups[-1].append(block)
+        room -= need
+    return groups
+
+
+def _values(replacement: Replacement, entries: Placed, block: SourceBlock, size: int) -> list[jax.Array]:
+    """What a block's sources add to the values of each layer from the block's own on, [N, S, T, K]."""
+    streams, params = replacement.streams, replacement.model.params
+    own, found = entries.chosen(block.chosen_B, size), []
+    change_SxTxD = _nothing(replacement, size)
+    for layer in range(block.layer, replacement.model.config.n_layers):
+        fixed = params, np.int32(layer), streams.stream_LxTxD[layer], replacement.skip(layer)
+        change_SxTxD, added_NxSxTxK = carry_up(replacement.frozen, *fixed, own, change_SxTxD)
+        found.append(added_NxSxTxK[:, :, block.position :])
+    return found
+
+
+def _go_down(
+    replacement: Replacement,
+    readers: Placed,
+    down_B: np.ndarray,
+    size: int,
+    above: tuple[list[SourceBlock], list[list[jax.Array]]],
+    carried: Carried,
+    ends: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Takes a block of targets down, and enters the parts of their edges from some blocks of sources.
+
+    Args:
+      down_B: which of the readers.
+      above: the blocks of sources, and their values.
+      ends: the nodes that sources and readers are.
+    """
+    streams, params, config = replacement.streams, replacement.model.params, replacement.model.config
+    pairs = [_edges_between(carried, ends, block.chosen_B, down_B) for block in above[0]]
+    own, cotangent_RxTxD = readers.chosen(down_B, size), _nothing(replacement, size)
+    for layer in reversed(range(int(_top(readers, config.n_layers)[down_B].max()) + 1)):
+        fixed = params, np.int32(layer), streams.stream_LxTxD[layer], replacement.skip(layer)
+        cotangent_RxTxD, wanted = carry_down(replacement.frozen, *fixed, own, cotangent_RxTxD)
+        for block, values, (edge_E, source_E, target_E) in zip(*above, pairs, strict=True):
+            if layer >= block.layer and len(edge_E):
+                part_RxSxNxG = to_host(through(wanted, values[layer - block.layer], block.position))
+                carried.add(edge_E, layer, part_RxSxNxG[target_E, source_E].reshape(len(edge_E), -1))
+
+
+def _edges_between(
+    carried: Carried, ends: tuple[np.ndarray, np.ndarray], source_B: np.ndarray, target_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The edges from a block of sources to one of targets, ascending, and the places of their ends in the blocks."""
+    places = []
+    for all_E, nodes, chosen_B in ((carried.source_E, ends[0], source_B), (carried.target_E, ends[1], target_B)):
+        place_N = np.full(nodes[-1] + 1, -1)
+        place_N[nodes[chosen_B]] = np.arange(len(chosen_B))
+        places.append(place_N[all_E])
+    edge_E = np.flatnonzero((places[0] >= 0) & (places[1] >= 0))
+    return edge_E, places[0][edge_E], places[1][edge_E]
+
+
+def _nothing(replacement: Replacement, size: int) -> Any:
+    return np.zeros((size, *replacement.streams.stream_LxTxD.shape[1:]), np.float32)
+
+
+def _top(readers: Placed, layers: int) -> np.ndarray:
+    """The highest layer that each target goes down through; -1: none."""
+    return np.where(readers.layer_N < layers, readers.layer_N, readers.layer_N - layers - 1)
+
+
 def _entries(replacement: Replacement, graph: Graph, chosen: np.ndarray) -> Placed:
-    """Of each source the layer that it enters, its position and its vector: [S], [S], [S, D]."""
+    """The sources by the layer whose entering stream they are added to."""
     nodes, streams = graph.nodes[chosen], replacement.streams
     vector_SxD = np.zeros((len(nodes), replacement.model.config.d_model), np.float32)
     features, errors, tokens = (np.flatnonzero(nodes.kind_N == kind) for kind in (FEATURE, ERROR, TOKEN))
-    for layer in np.unique(nodes.layer_N[features]):
-        own = features[nodes.layer_N[features] == layer]
-        rows_UxD = replacement.transcoders.rows(int(layer), "W_dec", nodes.index_N[own])
-        vector_SxD[own] = nodes.value_N[own, None] * rows_UxD
+    rows = replacement.transcoders.rows_of("W_dec", nodes.layer_N[features], nodes.index_N[features])
+    vector_SxD[features] = nodes.value_N[features, None] * rows
     vector_SxD[errors] = to_host(streams.error_LxTxD)[nodes.layer_N[errors], nodes.position_N[errors]]
     vector_SxD[tokens] = to_host(streams.stream_LxTxD[0])[nodes.position_N[tokens]]
-    return nodes.layer_N + 1, nodes.position_N, vector_SxD  # tokens have the layer -1
+    return Placed(nodes.layer_N + 1, nodes.position_N, vector_SxD)  # tokens have the layer -1
 
 
 def _readers(replacement: Replacement, readouts: Readouts, graph: Graph, chosen: np.ndarray) -> Placed:
-    """Of each target a layer, its position and its vector: [R], [R], [R, D].
-
-    The layer is the one whose transcoder reads; of readouts, L + the one whose entering stream is read.
-    """
+    """The targets by the layer whose transcoder reads; readouts by L + the one whose entering stream is read."""
     nodes, layers = graph.nodes[chosen], replacement.model.config.n_layers
     features = np.flatnonzero(nodes.kind_N == FEATURE)
     layer_R, vector_RxD = nodes.layer_N.copy(), np.zeros((len(nodes), replacement.model.config.d_model), np.float32)
@@ -138,4 +192,4 @@ def _readers(replacement: Replacement, readouts: Readouts, graph: Graph, chosen:
     number = chosen[logits] - graph.slice_of(LOGIT).start
     vector_RxD[logits] = readouts.vector_KxD[number]
     layer_R[logits] = layers + readouts.layer_K[number]
-    return layer_R, nodes.position_N, vector_RxD
+    return Placed(layer_R, nodes.position_N, vector_RxD)

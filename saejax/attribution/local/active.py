@@ -67,44 +67,50 @@ def active_features(
       layer: its number.
       read_TxD: what it reads.
       out_TxD: what it predicts: the MLP's output, or of an SAE what it reads.
-      used_T: True where features are used.
+      used_T: True where features are used, from some position on.
 
     Returns:
       Its active features; and the layer's parts of ``replacement.Streams``, by the names of their stacks.
     """
     length, features = len(read_TxD), transcoder.config.n_features
     size = max(1, min(length, AT_ONCE // features))
-    active, errors, firsts = [], [], []
+    active, errors, rest = [], [], []
     for start in range(0, length, size):
         chunk = slice(start, start + size)
-        acts_TxF, error_TxD, first_D = explain(transcoder, read_TxD[chunk], out_TxD[chunk], used_T[chunk])
+        acts_TxF, error_TxD, left_TxD = explain(transcoder, read_TxD[chunk], out_TxD[chunk], used_T[chunk])
         acts_TxF = to_host(acts_TxF)
         position_A, feature_A = np.nonzero(acts_TxF)
         active.append((position_A + start, feature_A, acts_TxF[position_A, feature_A]))
         errors.append(error_TxD)
-        firsts.append(first_D)
+        rest.append(left_TxD)
     position_A, feature_A, value_A = map(np.concatenate, zip(*active, strict=True))
     b_enc_A = to_host(transcoder.b_enc_F[...])[feature_A]
-    part = dict(error_LxTxD=jnp.concatenate(errors), first_LxD=firsts[0], b_dec_LxD=transcoder.b_dec_D[...])
+    first_UxD = jnp.concatenate(rest)[: int(np.argmax(used_T))]
+    part = dict(error_LxTxD=jnp.concatenate(errors), first_LxUxD=first_UxD, b_dec_LxD=transcoder.b_dec_D[...])
     if transcoder.config.skip:
         part["skip_LxDxD"] = transcoder.W_skip_DxD[...]
     layer_A = np.full(len(value_A), layer, np.int32)
     return Active(layer_A, position_A.astype(np.int32), feature_A.astype(np.int32), value_A, b_enc_A), part
 
 
+def activations(dictionary: Dictionary, read_xD: jax.Array) -> jax.Array:
+    """Activations [..., F]: at attention sinks, where no feature is used, 0."""
+    acts_xF = dictionary.encode(read_xD)
+    return jnp.where(dictionary.in_domain(read_xD)[..., None], acts_xF, jnp.zeros_like(acts_xF))
+
+
 @jax.jit
 def explain(
     transcoder: Dictionary, read_TxD: jax.Array, out_TxD: jax.Array, used_T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Activations [T, F], errors [T, D], and the MLP's output less the skip path at the first of the positions [D].
+    """Activations [T, F], errors [T, D], and where no features are used the MLP's output less the skip path [T, D].
 
     Args:
       read_TxD, out_TxD: what it reads, and what the MLP adds.
       used_T: where features are used; elsewhere activations and errors are 0.
     """
-    used_Tx1 = (used_T & transcoder.in_domain(read_TxD))[:, None]
-    acts_TxF = transcoder.encode(read_TxD)
-    acts_TxF = jnp.where(used_Tx1, acts_TxF, jnp.zeros_like(acts_TxF))
+    acts_TxF = activations(transcoder, read_TxD)
+    acts_TxF = jnp.where(used_T[:, None], acts_TxF, jnp.zeros_like(acts_TxF))
     left_TxD = out_TxD - transcoder.decode(acts_TxF, read_TxD)
     error_TxD = jnp.where(used_T[:, None], left_TxD, jnp.zeros_like(left_TxD))
-    return acts_TxF, error_TxD, left_TxD[0] + transcoder.b_dec_D[...]
+    return acts_TxF, error_TxD, left_TxD + transcoder.b_dec_D[...][None]

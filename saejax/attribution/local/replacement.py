@@ -6,7 +6,8 @@ At every layer and every position but the first,
 
 exactly. Attention weights and factors of norms are those of the prompt (``frozen``), so all that comes after is linear
 in these terms. At the first position, an attention sink in most models, features are not used: there the MLP's output
-stands as it is, but for the skip path.
+stands as it is, but for the skip path. In prompts that begin as Gemma 3's chat template does, that is so at its first
+four positions, as in circuit-tracer.
 """
 
 import dataclasses
@@ -25,9 +26,13 @@ from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import whole_prompts
+from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.rules import RunRules
 from saejax.parallel import fitting_sharding, to_host
+
+# How chat templates begin whose tokens are all sinks: of Gemma 3 "<bos><start_of_turn>user" and a line end.
+CHAT_STARTS = dict.fromkeys(("gemma3", "gemma3_text"), (2, 105, 2364, 107))
 
 
 @jax.tree_util.register_dataclass
@@ -38,8 +43,8 @@ class Streams:
     Attributes:
       stream_LxTxD: the stream entering each layer.
       last_D: the stream leaving the last layer at the prompt's last position.
-      error_LxTxD: what transcoders do not explain; 0 at the first position and at padding.
-      first_LxD: the MLP's output at the first position, less the skip path.
+      error_LxTxD: what transcoders do not explain; 0 at the first positions and at padding.
+      first_LxUxD: the MLP's output at the first positions, those without features, less the skip path.
       b_dec_LxD: biases of the decoders.
       skip_LxDxD: skip paths of the transcoders, applied as x @ skip; None: there are none.
       bias_LxTxD, read_bias_LxTxD: what the model's own biases in each layer add to the stream and to what is read;
@@ -49,7 +54,7 @@ class Streams:
     stream_LxTxD: jax.Array
     last_D: jax.Array
     error_LxTxD: jax.Array
-    first_LxD: jax.Array
+    first_LxUxD: jax.Array
     b_dec_LxD: jax.Array
     skip_LxDxD: jax.Array | None = None
     bias_LxTxD: jax.Array | None = None
@@ -92,8 +97,11 @@ class Replacement:
         """
         transcoders.check(model)
         ids_P = np.asarray(ids_P, np.int32)
+        first = first_used(model.config, ids_P)
         if len(ids_P) < 2:
             raise UserError("the prompt is a single token, at which no feature is used: expected two at least")
+        if len(ids_P) <= first:
+            raise UserError(f"no feature is used at the first {first} tokens, and the prompt has no further one")
         frozen, params = FrozenModel(model.config, transcoders.reads), model.params
         last, ids_T = np.int32(len(ids_P) - 1), np.pad(ids_P, (0, padded_length(len(ids_P)) - len(ids_P)))
         x_TxD = embed(frozen, params, ids_T)
@@ -104,7 +112,7 @@ class Replacement:
             transcoder = placed(transcoders.load(layer), model)
             entering_TxD = x_TxD
             x_TxD, read_TxD, out_TxD = run_layer(frozen, params, np.int32(layer), x_TxD)
-            used_T = (np.arange(len(ids_T)) > 0) & (np.arange(len(ids_T)) < len(ids_P))
+            used_T = (np.arange(len(ids_T)) >= first) & (np.arange(len(ids_T)) < len(ids_P))
             own, part = active_features(transcoder, layer, read_TxD, out_TxD, used_T)
             if not (np.isfinite(own.value_A).all() and jnp.isfinite(part["error_LxTxD"]).all()):
                 broken.append(layer)
@@ -149,6 +157,11 @@ class Replacement:
         """See ``Streams``."""
         return self.streams.stream_LxTxD
 
+    @property
+    def first(self) -> int:
+        """The first position at which features are used."""
+        return self.streams.first_LxUxD.shape[1]
+
     def skip(self, layer: int) -> jax.Array | None:
         """The skip path of a layer's transcoder [D, D]; None: there is none."""
         return None if self.streams.skip_LxDxD is None else self.streams.skip_LxDxD[layer]
@@ -168,6 +181,12 @@ class Replacement:
         layer_F, position_F = self.active.layer_A[chosen_F], self.active.position_A[chosen_F]
         read_FxD = to_host(self.streams.read_bias_LxTxD)[layer_F, position_F]
         return own_F + np.einsum("fd,fd->f", read_FxD, self.encoder_rows(chosen_F))
+
+
+def first_used(config: DecoderConfig, ids_P: np.ndarray) -> int:
+    """The first position of a prompt at which features are used."""
+    start = CHAT_STARTS.get(config.family, ())
+    return len(start) if start and tuple(ids_P[: len(start)].tolist()) == start else 1
 
 
 def padded_length(tokens: int) -> int:

@@ -70,7 +70,9 @@ class LayerTranscoders(LayerDictionaries):
         return own | dict(kind=first.kind, n_features=first.n_features, skip=first.skip, model=first.model)
 
 
-def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = "") -> LayerTranscoders:
+def open_transcoders(
+    path: str | Path, revision: str = "main", subfolder: str = "", choice: Sequence[str] = ()
+) -> LayerTranscoders:
     """Opens a set of transcoders, of which no array is read yet.
 
     Args:
@@ -78,14 +80,16 @@ def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = 
         the hub id of a repository with such.
       revision: branch, tag or commit of a hub repository.
       subfolder: where in it the set is.
+      choice: which of several transcoders of a layer are meant, by words of their names such as "16k" and "small"; see
+        ``gemma_scope.chosen_layers``.
 
     Raises:
       UserError: there is none, it lacks a layer, or it is damaged.
     """
-    name, folder, commit = find_folder(str(path), revision, subfolder)
+    name, folder, commit = find_folder(str(path), revision, subfolder, choice)
     if (folder / formats.SET).exists():
         return _listed(name, folder, commit)
-    if files := gemma_scope.find_layers(folder):
+    if files := gemma_scope.find_layers(folder, choice):
         return _gemma_scope(name, files, gemma_scope.before_gain(files), commit, "")
     inside = sorted(child for child in folder.iterdir() if child.is_dir())
     places = [place for child in inside for place in (child, child / "dictionary")]
@@ -98,8 +102,11 @@ def open_transcoders(path: str | Path, revision: str = "main", subfolder: str = 
     return LayerTranscoders(name, [configs[i] for i in order], lambda layer: own.load(places[order[layer]]))
 
 
-def find_folder(path: str, revision: str, subfolder: str) -> tuple[str, Path, str]:
-    """The name of a set, its folder, which is fetched from the hub if need be, and the commit there."""
+def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] = ()) -> tuple[str, Path, str]:
+    """The name of a set, its folder, which is fetched from the hub if need be, and the commit there.
+
+    Of a repository with several transcoders of each layer nothing is fetched but those that are meant.
+    """
     name = f"{path}/{subfolder}" if subfolder else path
     local = Path(path).expanduser()
     if local.is_dir():
@@ -107,9 +114,22 @@ def find_folder(path: str, revision: str, subfolder: str) -> tuple[str, Path, st
     if local.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"there is no folder {path} of transcoders: expected one, or a hub id such as org/name")
     prefix = f"{subfolder}/" if subfolder else ""
-    files = [f"{prefix}{pattern}" for pattern in (formats.SET, "layer_*.safetensors", *(["*"] if subfolder else []))]
-    root = source.hub_folder(path, revision, files, what="set of transcoders")
+    listed = [f"{prefix}{formats.SET}", f"{prefix}layer_*.safetensors"]
+    root = source.hub_folder(path, revision, listed, [f"{prefix}*/*"], what="set of transcoders")
+    if not (root / prefix / formats.SET).exists():
+        inside = [file.removeprefix(prefix) for file in _files_of(path, root.name) if file.startswith(prefix)]
+        chosen = gemma_scope.chosen_layers(inside, choice, name)
+        files = [f"{prefix}{file}" for file in chosen] or [f"{prefix}*"]
+        root = source.hub_folder(path, root.name, files, what="set of transcoders")
     return name, root / subfolder, root.name
+
+
+def _files_of(repository: str, revision: str) -> list[str]:
+    """The paths of all files of a hub repository."""
+    import huggingface_hub
+
+    with source.hub_errors(repository, revision, "set of transcoders", formats.SET, "a set of transcoders"):
+        return huggingface_hub.list_repo_files(repository, revision=revision)
 
 
 def _listed(name: str, folder: Path, commit: str) -> LayerTranscoders:
@@ -117,7 +137,7 @@ def _listed(name: str, folder: Path, commit: str) -> LayerTranscoders:
     settings = description.read(folder / formats.SET)
     before_gain = description.reads_before_gain(settings)
     files = description.layer_files(folder, settings, _fetched)
-    if files and files[0].suffix == ".npz":
+    if files and gemma_scope.is_one(files[0]):
         return _gemma_scope(name, files, before_gain, commit, str(settings.get("model_name") or ""))
     opened = circuit_tracer.open_set(folder, "mlp_in" if before_gain else "", fetch=_fetched)
 

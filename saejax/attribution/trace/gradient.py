@@ -67,15 +67,16 @@ def trace_saes(
     estimate: str = "gradient",
     direct: bool = False,
     prepend: bool = True,
-    round_rows: int = 2048,
+    chat: bool = False,
+    round_rows: int | None = None,
 ) -> TracedSaes:
     """Traces a prompt with SAEs.
 
     Args:
       model: the language model.
       saes: SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.
-      prompt, targets, max_logits, logit_mass, max_features, prepend, round_rows: as in ``trace_prompt``. Features are
-        used at all positions but attention sinks.
+      prompt, targets, max_logits, logit_mass, max_features, prepend, chat, round_rows: as in ``trace_prompt``.
+        Features are used at all positions but attention sinks.
       estimate: "gradient", or "relp", by the rules of relevance patching.
       direct: whether edges are direct; see the top of this module.
 
@@ -83,7 +84,7 @@ def trace_saes(
       UserError: SAEs, model, prompt or targets do not go together; the message says why.
     """
     check_max_features(max_features)
-    ids_P = prompt_ids(model, prompt, prepend)
+    ids_P = prompt_ids(model, prompt, prepend, chat)
     run = SaeRun.of(model, LayerSaes.of(saes), ids_P, estimate, direct)
     readouts = read_targets(run, targets, max_logits, logit_mass)
     rows, active = _Rows(run), run.active
@@ -100,7 +101,7 @@ def trace_saes(
             rows(Readings(vector_FxD, layer_F, kind_A[new_F], position_F), layer_F + 1, put)
 
     count = min(max_features or len(active), len(active))
-    chosen_F, store = attributed(run, len(rows.nodes), readouts, fill, count, round_rows)
+    chosen_F, store = attributed(run, rows.nodes, readouts, fill, count, round_rows)
     if not np.isfinite(store.row_RxC).all():
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)

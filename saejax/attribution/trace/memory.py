@@ -1,9 +1,10 @@
 """How much memory a graph takes, and how many tokens fit into what is free: known before the work starts.
 
-A graph is made in three phases, and what the first leaves stays in the others:
+A graph is made in phases, and what the first leaves stays in the others:
 
     layers    one transcoder after the other beside its layer, with the activations of all its features
     rows      directions of the sources, batches of cotangents and their products; on the host the rows of the graph
+    heads     sources and targets of the pruned graph, some at a time, and what they do to the values of attention
     checks    features doubled, parts of the graph run alone, several prunings
 
 The largest arrays that are alive at once are counted, so a run may take a quarter more or less. Arrays are fp32, and
@@ -35,10 +36,15 @@ _FP32 = 4
 _PROGRAMS = 400 * 2**20  # bytes of compiled programs and of compiling them, on the host
 _COPIES = 3  # of the activations of a layer: before and after the sparsity function, and masked
 _SCORES = 2.5  # attention weights, and what they are made of
-_ROUND = 2048  # features that are attributed between two rankings
+_ROUND = 2048  # features that are attributed between two rankings, at the most
 _CHANGED = 8  # least sets of changed features that go through a layer together
+_HEADS = {"cpu": 1 << 9, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of the sources of a block, together
+HEADS_STEP, _HEADS_MOST = 16, 256  # sources of a block: a multiple, and the most
 PHASES = dict(
-    layers="the layers and their transcoders", rows="the graph's rows", checks="running parts of the graph to check it"
+    layers="the layers and their transcoders",
+    rows="the graph's rows",
+    heads="finding the heads of its edges",
+    checks="running parts of the graph to check it",
 )
 
 
@@ -73,6 +79,7 @@ class GraphSize:
       max_features: most features that get rows; None: all active ones.
       logits: most targets that are no features.
       checked: whether the graph is checked by running it.
+      heads: whether the heads of its edges are looked for.
     """
 
     model: DecoderConfig
@@ -81,6 +88,7 @@ class GraphSize:
     max_features: int | None = None
     logits: int = 10
     checked: bool = False
+    heads: bool = False
 
     def active_features(self, tokens: int) -> int:
         """Of a prompt; at its first position there are none."""
@@ -105,9 +113,16 @@ def graph_bytes(size: GraphSize, tokens: int, mesh: Mesh) -> dict[str, Bytes]:
       mesh: the devices.
     """
     phases = dict(layers=_layers(size, tokens), rows=_rows(size, tokens, mesh))
+    if size.heads:
+        phases["heads"] = _heads(size, tokens, mesh)
     if size.checked:
         phases["checks"] = _checks(size, tokens)
     return {name: Bytes(int(_FP32 * on), int(_FP32 * beside) + _PROGRAMS) for name, (on, beside) in phases.items()}
+
+
+def heads_block(platform: str, length: int) -> int:
+    """How many sources, or targets, go through the layers together when the heads of edges are looked for."""
+    return min(max(_HEADS[platform] // length // HEADS_STEP * HEADS_STEP, HEADS_STEP), _HEADS_MOST)
 
 
 def fitting_tokens(size: GraphSize, mesh: Mesh, room: Room) -> int:
@@ -158,6 +173,8 @@ def _said(amount: Bytes | Room, mesh: Mesh) -> str:
 def _advice(size: GraphSize, tokens: int, phase: str) -> str:
     if phase == "checks":
         return ", or leave the checks out (--graph.circuits=false --graph.doubled=0)"
+    if phase == "heads":
+        return ", or leave the heads out (--graph.heads=false)"
     if phase == "rows" and size.traced(tokens):
         return f", or trace fewer features than {size.traced(tokens):,} (max_features)"
     return ""
@@ -215,6 +232,16 @@ def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
     encoders = width * (min(traced, _ROUND) if traced < active else traced)
     device = _kept(size, length) + 2 * bank + at_once * batch
     return device, adjacency + read + encoders + width * directions
+
+
+def _heads(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
+    """Two blocks of sources, one of which is kept in all layers, as more are only where they fit."""
+    model, length = size.model, padded_length(tokens)
+    positions = heads_block(mesh.devices.flat[0].platform, length) * length
+    values = model.n_layers * model.n_kv_heads * model.d_head
+    mixed = 3 * model.n_heads * model.d_head
+    ends = model.d_model * (size.traced(tokens) + model.n_layers * tokens)  # vectors of the graph's nodes
+    return _kept(size, length) + positions * (values + mixed + _inside(size)) + 2 * _attention(size, length), ends
 
 
 def _checks(size: GraphSize, tokens: int) -> tuple[float, float]:

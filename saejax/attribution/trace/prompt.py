@@ -51,7 +51,8 @@ def trace_prompt(
     max_features: int | None = None,
     bias_nodes: bool = True,
     prepend: bool = True,
-    round_rows: int = 2048,
+    chat: bool = False,
+    round_rows: int | None = None,
 ) -> Traced:
     """Traces a prompt.
 
@@ -67,7 +68,9 @@ def trace_prompt(
       bias_nodes: whether biases, and the MLP's output at the first position, get nodes, so that sums are complete.
       prepend: put the tokenizer's first special token before a text that begins with none. At the first position no
         feature is used.
-      round_rows: with ``max_features``, features that are attributed between two rankings.
+      chat: put a text into the tokenizer's chat template, as what a user says.
+      round_rows: with ``max_features``, features that are attributed between two rankings; None: a
+        quarter of them, at most 2,048.
 
     Returns:
       The whole graph, its local replacement model, and the targets.
@@ -78,7 +81,7 @@ def trace_prompt(
     """
     dictionaries = _opened(transcoders)
     check_max_features(max_features)
-    ids_P = prompt_ids(model, prompt, prepend)
+    ids_P = prompt_ids(model, prompt, prepend, chat)
     replacement = _run(model, dictionaries, ids_P, max_features, len(targets) or max_logits)
     readouts = read_targets(replacement, targets, max_logits, logit_mass)
     sources = Sources.of(replacement, bias_nodes)
@@ -92,7 +95,7 @@ def trace_prompt(
         else:
             rows(active.layer_A[new_F], active.position_A[new_F], replacement.encoder_rows(new_F), put)
 
-    chosen_F, store = attributed(replacement, len(sources.nodes), readouts, fill, count, round_rows)
+    chosen_F, store = attributed(replacement, sources.nodes, readouts, fill, count, round_rows)
     settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     graph = graph_of(replacement, sources.nodes, readouts, chosen_F, store, prompt, settings)
     return Traced(graph, replacement, readouts)
@@ -118,19 +121,25 @@ def _run(
     return replacement
 
 
-def prompt_ids(model: LanguageModel, prompt: str | Sequence[int], prepend: bool) -> np.ndarray:
+def prompt_ids(
+    model: LanguageModel, prompt: str | Sequence[int], prepend: bool = True, chat: bool = False
+) -> np.ndarray:
     """Token ids of a prompt, int32 [P].
 
     Args:
       model: whose tokenizer reads a text.
       prompt: the text, or its token ids, which are taken as they are.
       prepend: put the tokenizer's first special token before a text that begins with none.
+      chat: put a text into the tokenizer's chat template.
 
     Raises:
-      UserError: there are none, more than the model reads, or one that it does not know.
+      UserError: the tokenizer has no chat template, or there are no ids, more than the model reads, or one that it
+        does not know.
     """
     if not len(prompt):
         raise UserError("the prompt is empty: expected a text, or token ids")
+    if chat and isinstance(prompt, str):
+        prompt = _in_template(model, prompt)
     if not isinstance(prompt, str):
         ids_P = np.asarray(prompt, np.int32).reshape(-1)
     else:
@@ -142,6 +151,15 @@ def prompt_ids(model: LanguageModel, prompt: str | Sequence[int], prepend: bool)
             ids_P = np.concatenate([first[:1], ids_P]).astype(np.int32)
     Tokens(ids_P[None], np.array([len(ids_P)], np.int32)).check(model.config.vocab, model.config.context)
     return ids_P
+
+
+def _in_template(model: LanguageModel, prompt: str) -> list[int]:
+    """Token ids of what a user says and the beginning of the answer; the template writes special tokens itself."""
+    if not getattr(model.tokenizer, "chat_template", None):
+        raise UserError(f"the tokenizer of {model.source.name} has no chat template: leave --graph.chat_template out")
+    messages = [dict(role="user", content=prompt)]
+    text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def check_max_features(max_features: int | None) -> None:

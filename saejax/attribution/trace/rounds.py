@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from saejax.attribution.graph import Graph, pruning
-from saejax.attribution.graph.nodes import LOGIT, Nodes
+from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.trace.row_store import Put, RowStore
 from saejax.attribution.trace.targets import Readouts
@@ -16,28 +16,36 @@ from saejax.models.tokens import token_text
 FillRows = Callable[[np.ndarray | None, Put], None]
 
 
+_ROUNDS, ROUND_ROWS = 4, 2048  # rankings, at the least, and features that are attributed between two, at the most
+
+
 def attributed(
-    run: PromptRun, sources: int, readouts: Readouts, fill: FillRows, count: int, round_rows: int
+    run: PromptRun, nodes: Nodes, readouts: Readouts, fill: FillRows, count: int, round_rows: int | None = None
 ) -> tuple[np.ndarray, RowStore]:
     """Attributes the logits and the features that get nodes, in rounds: in each the most influential ones so far.
 
+    The first ranking sees what acts on the logits directly, the later ones also what acts through the features that
+    have rows by then: of the 64 truly most influential features of a small model's graph four rounds find 59, one 47.
+
     Args:
-      sources: their number S; active features come first.
+      nodes: the S sources; active features come first, those that take no part in influences last.
       fill: gives rows over all sources, of features, or (None) of the readouts.
       count: number of features that get nodes.
-      round_rows: features that are attributed between two rankings.
+      round_rows: features that are attributed between two rankings; None: a quarter of them, at most ``ROUND_ROWS``.
 
     Returns:
       Which of the active features these are, ascending; and their rows.
     """
     active = run.active
-    store = RowStore(count, len(readouts.labels), len(active), sources)
+    store = RowStore(count, len(readouts.labels), len(active), len(nodes))
+    round_rows = round_rows or min(-(-count // _ROUNDS), ROUND_ROWS)
+    scored = int(np.isin(nodes.kind_N, (FEATURE, ERROR, TOKEN)).sum())
     fill(None, store.put(None))
     chosen_F = np.empty(0, np.int64)
     while len(chosen_F) < count:
         new_F = np.arange(count)
         if count < len(active):
-            ranked_F = _most_influential(run, readouts, store, chosen_F)
+            ranked_F = _most_influential(run, readouts, store, chosen_F, scored)
             if not store.room(len(chosen_F)):
                 store.narrow(np.concatenate([chosen_F, ranked_F]), len(chosen_F))
             new_F = ranked_F[: min(round_rows, store.room(len(chosen_F)))]
@@ -49,10 +57,16 @@ def attributed(
     return chosen_F[order_F], store
 
 
-def _most_influential(run: PromptRun, readouts: Readouts, store: RowStore, chosen_F: np.ndarray) -> np.ndarray:
-    """The features that may get a row, by their influence through those that have one, the largest first."""
+def _most_influential(
+    run: PromptRun, readouts: Readouts, store: RowStore, chosen_F: np.ndarray, scored: int
+) -> np.ndarray:
+    """The features that may get a row, by their influence through those that have one, the largest first.
+
+    Args:
+      scored: number of sources, the first ones, that take part in influences.
+    """
     active, logits = run.active, len(readouts.labels)
-    rows = store.row_RxC
+    rows = store.row_RxC[:, : np.searchsorted(store.column_C, scored)]
     layer_R = np.zeros(len(rows), np.int32)
     column_R, weight_R = np.full(len(rows), -1), np.zeros(len(rows))
     layer_R[: len(chosen_F)] = active.layer_A[chosen_F]

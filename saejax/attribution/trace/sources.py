@@ -2,7 +2,8 @@
 
 A source is a direction that is added at a place and a position. Place 0 is the stream entering layer 0, where tokens
 come in; place l + 1 is the output of layer l's MLP, for features, errors, biases, and for the whole output at the first
-position. What a source contributes to a target is the dot product of its direction with the target's cotangent there.
+positions, where no features are used. What a source contributes to a target is the dot product of its direction with
+the target's cotangent there.
 
 Directions at one place and position stand together, W of them in a block: one product with the cotangents of a whole
 batch of targets. Blocks name rows of a table, so a feature that is active at many positions is there once.
@@ -48,8 +49,10 @@ class Sources:
       nodes: the S sources; features first, biases last.
       bank: their directions.
       first_X: int32 first block of each place, and the end of the last.
-      at_E: slot of each entry among all; the entries are the sources in order, but a bias has one at each position.
+      at_E: slot of each entry among all; the entries are the sources in order, but a bias has one at each position, and
+        a first_mlp one at each of the first positions.
       factor_E: fp32, by which the direction is multiplied: a feature's activation.
+      first: the first position at which features are used.
     """
 
     nodes: Nodes
@@ -57,6 +60,7 @@ class Sources:
     first_X: np.ndarray
     at_E: np.ndarray
     factor_E: np.ndarray
+    first: int
 
     @classmethod
     def of(cls, replacement: Replacement, bias_nodes: bool = True) -> "Sources":
@@ -86,17 +90,18 @@ class Sources:
         ]
         if bias_nodes:
             kinds += [Nodes.of(FIRST_MLP, every_L, 0), Nodes.of(BIAS, every_L, 0)]
-            start = start_token + length
-            entries.append((every_L + 1, np.zeros_like(every_L), start + every_L))
+            start, first = start_token + length, replacement.first
+            layer_X, position_X = (part.reshape(-1) for part in np.mgrid[:layers, :first])
+            entries.append((layer_X + 1, position_X, start + np.arange(layers * first)))
             bias_XxD = _biases(replacement)
             if len(bias_XxD) > layers:
                 row_E = layer_E * length + position_E
-            else:  # biases of decoders alone, and the first position has none
-                later = position_E > 0
+            else:  # biases of decoders alone, and the first positions have none
+                later = position_E >= first
                 layer_E, position_E = layer_E[later], position_E[later]
                 row_E = layer_E
-            entries.append((layer_E + 1, position_E, start + layers + row_E))
-            tables += [streams.first_LxD, bias_XxD]
+            entries.append((layer_E + 1, position_E, start + layers * first + row_E))
+            tables += [streams.first_LxUxD, bias_XxD]
         nodes = Nodes.joined(*kinds)
         place_E, position_E, row_E = (np.concatenate(parts) for parts in zip(*entries, strict=True))
         factor_E = np.ones(len(place_E), np.float32)
@@ -105,7 +110,7 @@ class Sources:
         width = streams.last_D.shape[-1]
         table_UxD = jnp.concatenate([jnp.asarray(table).reshape(-1, width) for table in tables])
         bank = jax.device_put(SourceBank(table_UxD, row_BxW, position_B), sharding(replacement.model.mesh))
-        return cls(nodes, bank, first_X, at_E, factor_E)
+        return cls(nodes, bank, first_X, at_E, factor_E, replacement.first)
 
     def stop_X(self, length: int) -> np.ndarray:
         """The end of the blocks of each place that are at the first ``length`` positions, int32."""
@@ -119,9 +124,13 @@ class Sources:
         layers = int((self.nodes.kind_N == BIAS).sum())
         if not layers:
             return value_RxE
-        single = len(self.nodes) - layers
-        bias_RxL = value_RxE[:, single:].reshape(len(value_RxE), layers, -1).sum(axis=-1)
-        return np.concatenate([value_RxE[:, :single], bias_RxL], axis=1)
+        single = len(self.nodes) - 2 * layers
+        ends = single, single + layers * self.first
+        sums = [
+            value_RxE[:, start:stop].reshape(len(value_RxE), layers, -1).sum(axis=-1)
+            for start, stop in (ends, (ends[1], None))
+        ]
+        return np.concatenate([value_RxE[:, :single], *sums], axis=1)
 
 
 def _decoder_rows(replacement: Replacement) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +153,7 @@ def _biases(replacement: Replacement) -> jax.Array:
     streams = replacement.streams
     if streams.bias_LxTxD is None:
         return streams.b_dec_LxD
-    later_T = np.arange(streams.bias_LxTxD.shape[1]) > 0  # the first position has no decoder
+    later_T = np.arange(streams.bias_LxTxD.shape[1]) >= replacement.first  # those before have no decoder
     bias_LxTxD = streams.bias_LxTxD + jnp.where(later_T[None, :, None], streams.b_dec_LxD[:, None], 0)
     return bias_LxTxD.reshape(-1, bias_LxTxD.shape[-1])
 

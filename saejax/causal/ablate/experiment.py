@@ -9,8 +9,8 @@ from saejax.causal import ablation, activity, screening
 from saejax.causal.ablation import AblatedRun, LogitDiffs
 from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.controls import FeatureStatistics
+from saejax.causal.parts import OnProgress, silent
 from saejax.causal.split import CleanRun, SplitModel
-from saejax.causal.stages import OnProgress, silent
 from saejax.errors import UserError
 from saejax.settings import AblateConfig
 from saejax.tasks.behaviours import Prompt

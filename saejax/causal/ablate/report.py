@@ -6,10 +6,10 @@ from saejax.causal.ablate.report_figures import Effect
 from saejax.causal.ablate.report_sets import BASES
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, DoseCurve, Grade
 from saejax.causal.claims import LEVEL
-from saejax.reporting.document import Block, Picture, Section, Text, VerdictBlock, anchor
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.tables import interval, percent
-from saejax.reporting.words import behaviour, detail_title, sentence, spread
+from saejax.page.document import Block, Picture, Section, Text, VerdictBlock, anchor
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import interval, percent
+from saejax.page.words import behaviour, detail_title, sentence, spread
 from saejax.tasks.results import BaselineResults
 
 _BADGES = dict(

@@ -9,10 +9,10 @@ from saejax.causal.ablate.importance import DISCOVERY, Importance, importance_fi
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, ImportanceSummary, TopFeature
 from saejax.dictionaries import stacks
 from saejax.errors import UserError
-from saejax.reporting.document import Block, Picture, Section, Strips, Text
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.tables import MISSING, Table, interval, number, percent, significant
-from saejax.reporting.words import behaviour, detail_title
+from saejax.page.document import Block, Picture, Section, Strips, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import MISSING, Table, interval, number, percent, significant
+from saejax.page.words import behaviour, detail_title
 
 SLOPES = dict(gradient="the gradient", integrated="the integrated gradient", relp="the slope (relevance patching)")
 

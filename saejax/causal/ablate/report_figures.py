@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from saejax.causal.ablate.results import CumulativeCurve, DoseCurve
-from saejax.reporting import style
-from saejax.reporting.style import BLUE, GREY, INK, ORANGE, height_of, legend, name_rows, panels, point, styled
+from saejax.page import style
+from saejax.page.style import BLUE, GREY, INK, ORANGE, height_of, legend, name_rows, panels, point, styled
 from saejax.results import Interval
 
 MANY_POINTS = 300  # above this, a cloud of points is drawn as pixels also in an SVG

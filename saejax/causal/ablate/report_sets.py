@@ -15,10 +15,10 @@ from saejax.causal.ablate.results import (
 )
 from saejax.causal.circuits.results import CircuitResult, CircuitTest
 from saejax.causal.stability import DRAWS, LEAST
-from saejax.reporting.document import Block, Picture, Section, Text
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.tables import MISSING, Table, interval, number, percent
-from saejax.reporting.words import behaviour
+from saejax.page.document import Block, Picture, Section, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import MISSING, Table, interval, number, percent
+from saejax.page.words import behaviour
 
 BASES = dict(
     features="top features",

@@ -22,8 +22,7 @@ from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measu
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, HalvesAgreement
 from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
-from saejax.causal.split import SplitModel
-from saejax.causal.stages import (
+from saejax.causal.parts import (
     Measure,
     Measured,
     OnProgress,
@@ -35,6 +34,7 @@ from saejax.causal.stages import (
     partial_folder,
     read_behaviours,
 )
+from saejax.causal.split import SplitModel
 from saejax.causal.statistics import least_p
 from saejax.dictionaries import Dictionary
 from saejax.models.language_model import LanguageModel
@@ -46,7 +46,7 @@ from saejax.workspace import Run, write_text
 def run_ablate(run: Run) -> AblateResults:
     """Tests a dictionary's features on every behaviour.
 
-    A behaviour is a part in the sense of ``stages``. Its logit differences, from which every figure can be derived
+    A behaviour is a part in the sense of ``parts``. Its logit differences, from which every figure can be derived
     again, are in ``<behaviour>-prompts.jsonl``, the drawn controls in ``<behaviour>-controls.jsonl`` and, if they were
     asked for, the effects of all features in ``<behaviour>-importance.parquet``.
     """

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from saejax.settings import BASES, AblateConfig, CorpusConfig, MeshConfig, ModelConfig
-from saejax.stage import Configs, Stage, folder_name, train_unit
+from saejax.stage import Configs, Stage, folder_name, is_folder, train_units
 from saejax.tasks import identities
 from saejax.workspace import fingerprint
 
@@ -11,14 +11,16 @@ from saejax.workspace import fingerprint
 def _needs(configs: Configs, name: str) -> Sequence[str]:
     """The units of the tested dictionary and of those that it is compared with."""
     names = (configs["ablate"].dictionary, *configs["ablate"].compare)
-    return tuple(dict.fromkeys(("baseline", *map(train_unit, names))))
+    return ("baseline", *train_units(*names))
 
 
 def _bases(configs: Configs) -> str:
-    """Dictionaries beside the one that is tested."""
-    from saejax.training import initial
+    """Dictionaries that are named by their folders: other bases, and tested ones."""
+    from saejax.dictionaries import stacks
 
-    return fingerprint([initial.identity(folder) for folder in configs["ablate"].baselines if folder not in BASES])
+    ablate = configs["ablate"]
+    others = [name for name in (ablate.dictionary, *ablate.compare) if is_folder(name)]
+    return fingerprint([stacks.identity(name) for name in (*ablate.baselines, *others) if name not in BASES])
 
 
 ABLATE = Stage(

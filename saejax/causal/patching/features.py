@@ -17,6 +17,7 @@ import numpy as np
 from saejax.causal import activity, controls, screening
 from saejax.causal.ablation import ablate_sets
 from saejax.causal.activation_sources import ActivationSource
+from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.grid import measurable
 from saejax.causal.patching.results import (
     Interchange,
@@ -27,7 +28,6 @@ from saejax.causal.patching.results import (
     PatchEffect,
 )
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
-from saejax.causal.stages import OnProgress, silent
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError

@@ -12,6 +12,7 @@ from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import token_text
+from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
 GROUP_BYTES = 2**28  # most memory of a recorded run, unless a few prompts need more
@@ -79,7 +80,7 @@ def group_pairs(model: LanguageModel, point: SplitPoint, prompts: Sequence[Promp
     lengths_P, others_P = (tokens.lengths_B for tokens in sides)
     if (lengths_P != others_P).any():
         raise ValueError("a prompt and its counterpart have different numbers of tokens")
-    answers = [[model.token_id(answer) for answer in (prompt.correct, prompt.wrong)] for prompt in prompts]
+    answers_Px2 = first_answer_ids(model.tokenizer, prompts)
     order_P = np.argsort(lengths_P, kind="stable")
     groups = []
     while len(order_P):
@@ -93,7 +94,7 @@ def group_pairs(model: LanguageModel, point: SplitPoint, prompts: Sequence[Promp
         for ids_BxT, tokens in zip(ids_2xBxT, sides, strict=True):
             kept = min(length, tokens.ids_BxT.shape[1])
             ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
-        groups.append(Pairs(index_P, ids_2xBxT, sides[0].last_B[rows_B], np.array(answers, np.int32)[rows_B]))
+        groups.append(Pairs(index_P, ids_2xBxT, sides[0].last_B[rows_B], answers_Px2[rows_B]))
     return groups
 
 

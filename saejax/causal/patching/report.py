@@ -12,11 +12,11 @@ from saejax.causal.patching.results import (
     SitePatchResults,
 )
 from saejax.causal.patching.sites import DIRECTIONS
-from saejax.reporting import style
-from saejax.reporting.document import Block, Picture, Section, Terms
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.tables import MISSING, Table, interval, percent
-from saejax.reporting.words import behaviour
+from saejax.page import style
+from saejax.page.document import Block, Picture, Section, Terms
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import MISSING, Table, interval, percent
+from saejax.page.words import behaviour
 from saejax.results import Interval
 
 _TITLES = dict(

@@ -9,6 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from saejax.causal.parts import (
+    Measure,
+    Measured,
+    OnProgress,
+    each_part,
+    load_run_dictionary,
+    load_run_model,
+    read_behaviours,
+)
 from saejax.causal.patching.features import FeaturePatching
 from saejax.causal.patching.grid import grid_file, make_grid, measurable
 from saejax.causal.patching.pairs import describe_columns, fitting_pairs
@@ -23,17 +32,8 @@ from saejax.causal.patching.results import (
 )
 from saejax.causal.patching.sites import patch_sites
 from saejax.causal.split import SplitModel
-from saejax.causal.stages import (
-    Measure,
-    Measured,
-    OnProgress,
-    each_part,
-    load_run_dictionary,
-    load_run_model,
-    read_behaviours,
-)
 from saejax.dictionaries import Dictionary
-from saejax.errors import UserError, one_of
+from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS
 from saejax.settings import PatchConfig
@@ -59,8 +59,7 @@ def run_patch(run: Run) -> PatchResults:
       UserError: none can be patched.
     """
     config: PatchConfig = run.configs["patch"]
-    prompts = read_behaviours(run)
-    named = [one_of(name, prompts, "behaviour (--patch.behaviours)") for name in config.behaviours]
+    prompts = read_behaviours(run, config.behaviours, "--patch.behaviours")
     dictionary = None if run.name in KINDS else load_run_dictionary(run)
 
     def begin() -> Measure:
@@ -78,7 +77,7 @@ def run_patch(run: Run) -> PatchResults:
         return measure_pairs
 
     kind: Any = (PatchedFeatures if dictionary else PatchedSites) | UnpatchedBehaviour
-    found = each_part(run, named or list(prompts), begin, kind, "tokens" if dictionary else "rows")
+    found = each_part(run, list(prompts), begin, kind, "tokens" if dictionary else "rows")
     unpatched = {name: one.unpatched for name, one in found.items() if isinstance(one, UnpatchedBehaviour)}
     if len(unpatched) == len(found):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unpatched.items())

@@ -27,9 +27,9 @@ import jax
 import numpy as np
 
 from saejax.causal.ablation import lagging
+from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.pairs import STEP, Pairs, group_pairs
 from saejax.causal.patching.programs import Recorded, differing, record, run_plain, run_rows
-from saejax.causal.stages import OnProgress, silent
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from saejax.settings import MeshConfig, ModelConfig, PatchConfig
-from saejax.stage import Configs, Stage, folder_name, train_unit
+from saejax.stage import Configs, Stage, folder_name, train_units
 from saejax.tasks import identities
 
 
@@ -16,7 +16,11 @@ def _names(configs: Configs) -> Sequence[str]:
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
     patch = configs["patch"]
-    return ("baseline",) if name in patch.kinds else ("baseline", train_unit(patch.dictionary))
+    return ("baseline",) if name in patch.kinds else ("baseline", *train_units(patch.dictionary))
+
+
+def _dictionary(configs: Configs, name: str) -> str:
+    return "" if name in configs["patch"].kinds else identities.dictionary(configs, "patch")
 
 
 PATCH = Stage(
@@ -30,6 +34,7 @@ PATCH = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model),
+    unit_identity=dict(dictionary=_dictionary),
     cost="saejax.causal.patching.cost:patch_cost",
     section="saejax.causal.patching.report:sections",
 )

@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
-from saejax.reporting.document import Block, Picture, Section, Terms, Text
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.style import BLUE, GREY, INK, ORANGE, error_lengths, legend, panels, styled
-from saejax.reporting.tables import MISSING, Table, interval, number, percent
-from saejax.reporting.words import behaviour, place
+from saejax.page.document import Block, Picture, Section, Terms, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.style import BLUE, GREY, INK, ORANGE, error_lengths, legend, panels, styled
+from saejax.page.tables import MISSING, Table, interval, number, percent
+from saejax.page.words import behaviour, place
 
 _LABELS = {
     "behaviour": "Which behaviour",

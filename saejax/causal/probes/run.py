@@ -13,11 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from threadpoolctl import threadpool_limits
 
+from saejax.causal.parts import (
+    Measure,
+    Measured,
+    OnProgress,
+    each_part,
+    load_run_dictionary,
+    load_run_model,
+    read_behaviours,
+)
 from saejax.causal.probes.inputs import pooled_inputs
 from saejax.causal.probes.linear import Task, run_probes
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
 from saejax.causal.split import SplitModel
-from saejax.causal.stages import Measure, Measured, OnProgress, each_part, load_run_dictionary, load_run_model
 from saejax.errors import UserError
 from saejax.results import from_json, to_json
 from saejax.settings import ProbeConfig
@@ -43,7 +51,9 @@ def run_probe(run: Run) -> ProbeResults:
     if not config.strengths:
         raise UserError("--probe.strengths is empty: name at least one inverse strength, such as 0.01")
     path = run.inputs["baseline"] / "prompts.jsonl"
-    prompts, logit_diffs = read_prompts(path), read_logit_diffs(path)
+    kept, every = read_behaviours(run), zip(read_prompts(path), read_logit_diffs(path), strict=True)
+    rows = [(prompt, diff) for prompt, diff in every if prompt.behaviour in kept]
+    prompts, logit_diffs = [prompt for prompt, _ in rows], [diff for _, diff in rows]
     for split in SPLITS:
         if not any(prompt.split == split for prompt in prompts):
             raise UserError(f"{path} has no {split} prompts: run the stage baseline again")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from saejax.settings import MeshConfig, ModelConfig, ProbeConfig
-from saejax.stage import Configs, Stage, folder_name, train_unit
+from saejax.stage import Configs, Stage, folder_name, train_units
 from saejax.tasks import identities
 
 
@@ -20,9 +20,9 @@ PROBE = Stage(
     groups=(ModelConfig, ProbeConfig),
     placement=(MeshConfig,),
     after=("baseline", "train", "ablate"),
-    needs=lambda configs, name: ("baseline", train_unit(configs["probe"].dictionary)),
+    needs=lambda configs, name: ("baseline", *train_units(configs["probe"].dictionary)),
     names=_names,
-    identity=dict(model=identities.model),
+    identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "probe")),
     cost="saejax.causal.probes.cost:probe_cost",
     section="saejax.causal.probes.report:sections",
 )

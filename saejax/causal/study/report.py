@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from saejax.causal.study.results import StudyResults
-from saejax.reporting.document import Section, Terms, Text
-from saejax.reporting.findings import Draw, Findings
-from saejax.reporting.tables import MISSING, Table, interval, percent
-from saejax.reporting.words import place, sentence, spread
+from saejax.page.document import Section, Terms, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import MISSING, Table, interval, percent
+from saejax.page.words import place, sentence, spread
 
 _SCORES = {"generate": "exact match, %", "choice": "multiple choice, %"}
 _REPLACEMENTS = {"zero": "set to zero", "random": "at random"}

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from saejax.causal.parts import load_run_dictionary, load_run_model
 from saejax.causal.split import SplitModel
-from saejax.causal.stages import load_run_dictionary, load_run_model
 from saejax.causal.study import scores as judgement
 from saejax.causal.study.features import choose_features, edits_of
 from saejax.causal.study.items import ItemScores

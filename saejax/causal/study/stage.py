@@ -1,7 +1,7 @@
 """The stage ``study``."""
 
 from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
-from saejax.stage import Stage, train_unit
+from saejax.stage import Stage, train_units
 from saejax.tasks import identities
 
 STUDY = Stage(
@@ -12,9 +12,9 @@ STUDY = Stage(
     groups=(ModelConfig, TaskConfig, StudyConfig),
     placement=(MeshConfig,),
     after=("train", "ablate"),
-    needs=lambda configs, name: (train_unit(configs["study"].dictionary),),
+    needs=lambda configs, name: train_units(configs["study"].dictionary),
     names=lambda configs: configs["study"].benchmarks,
-    identity=dict(model=identities.model),
+    identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "study")),
     unit_identity=dict(benchmark=identities.benchmark),
     cost="saejax.causal.study.cost:study_cost",
     section="saejax.causal.study.report:sections",

@@ -16,7 +16,7 @@ from pathlib import Path
 from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import circuit_tracer, own, saelens, sparsify
 from saejax.dictionaries.formats.circuit_tracer_settings import DESCRIPTION as SET
-from saejax.dictionaries.modules import Dictionary
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError, one_of
 from saejax.models.sites import Site
 
@@ -47,6 +47,14 @@ def load_dictionary(
         raise UserError(f"{folder} holds no dictionary {_instead(folder)}")
     dictionary = load(operands, site, target)
     return rescale.unit_decoder(dictionary) if unit_norm else dictionary
+
+
+def read_config(path: str | os.PathLike) -> DictionaryConfig:
+    """What the dictionary in a folder is; of one in our own format no array is read. Raises as ``load_dictionary``."""
+    for folder in (Path(path), Path(path) / "dictionary"):
+        if (folder / own.DESCRIPTION).exists():
+            return own.read_config(folder)
+    return load_dictionary(path).config
 
 
 def load_all(path: str | os.PathLike, operands: str = "float32") -> dict[str, Dictionary]:

@@ -20,6 +20,7 @@ import yaml
 from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import circuit_tracer_settings as description
 from saejax.dictionaries.formats import origin, tensors
+from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
 from saejax.models.sites import Site
@@ -45,7 +46,7 @@ class TranscoderSet:
         return len(self.configs)
 
     def load(self, layer: int, operands: str = "float32") -> Dictionary:
-        """Reads the transcoder of a layer."""
+        """Reads the transcoder of a layer; ``operands`` as for ``Dictionary``."""
         config, found = self.configs[layer], self.tensors[layer]
         arrays = {own: tensors.widened(found[name]) for name, own in _names(config).items()}
         turned = {own: jnp.asarray(array.T if own in _TRANSPOSED else array) for own, array in arrays.items()}
@@ -81,7 +82,7 @@ def open_set(
             target=predicted,
             d_in=width,
             n_features=features,
-            k=settings["k"] if kind == "topk" else 0,
+            k=settings["k"] if "k" in by_name(kind).numbers else 0,
             skip="W_skip" in found,
             centred=False,
             model=str(settings.get("model_name") or ""),
@@ -123,7 +124,7 @@ def save_each(folder: Path, configs: Sequence[DictionaryConfig], load: Callable[
     with tensors.whole_folder(folder, description.DESCRIPTION, description.LAYERS) as beside:
         for layer, index in enumerate(by_layer):
             transcoder = load(index)
-            if transcoder.config.kind == "gated":
+            if transcoder.kind.jumprelu:
                 transcoder = rescale.as_jumprelu(transcoder)
             transcoder = rescale.uncentred(transcoder)
             arrays, _ = tensors.host_arrays(transcoder)

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import yaml
 
 from saejax.dictionaries.formats import hooks, origin
+from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.modules import DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.sites import Site
@@ -16,11 +17,22 @@ DESCRIPTION, LAYERS = "config.yaml", "layer_*.safetensors"
 FORMAT = "circuit_tracer"
 THRESHOLD = "activation_function.threshold"
 _HOOKS = ("feature_input_hook", "feature_output_hook")
-_WRITTEN = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 _ACTIVATIONS = {"relu": "standard", "jumprelu": "jumprelu", "jump_relu": "jumprelu", "topk": "topk"}
 
 
-def read(file: Path) -> dict[str, Any]:
+class SetSettings(TypedDict, total=False):
+    """What is read of the description of a set; it may say more, and ``read`` checks the hooks alone."""
+
+    model_kind: str
+    model_name: Any
+    feature_input_hook: str  #: without its layer
+    feature_output_hook: str
+    activation: Any
+    k: Any
+    transcoders: Any  #: files of the layers, where they are listed
+
+
+def read(file: Path) -> SetSettings:
     """The description of a set, checked.
 
     Raises:
@@ -40,10 +52,10 @@ def read(file: Path) -> dict[str, Any]:
             f"{file}: model_kind is {settings.get('model_kind')!r}, expected 'transcoder_set': each transcoder must "
             "read and predict one layer"
         )
-    return settings
+    return cast(SetSettings, settings)
 
 
-def layer_files(folder: Path, settings: dict[str, Any], fetch: Callable[[str], Path] | None = None) -> list[Path]:
+def layer_files(folder: Path, settings: SetSettings, fetch: Callable[[str], Path] | None = None) -> list[Path]:
     """The files of the layers, in order; those that are listed need not exist.
 
     Args:
@@ -69,8 +81,18 @@ def layer_files(folder: Path, settings: dict[str, Any], fetch: Callable[[str], P
     return [folder / f"layer_{layer}.safetensors" for layer in layers]
 
 
-def kind_of(file: Path, settings: dict[str, Any], layer: int, has_threshold: bool) -> str:
-    """The kind of a layer's transcoder, whose file has thresholds or has none."""
+def kind_of(file: Path, settings: SetSettings, layer: int, has_threshold: bool) -> str:
+    """The kind of a layer's transcoder.
+
+    Args:
+      file: of the settings.
+      settings: of the set.
+      layer: its number, for messages.
+      has_threshold: whether its file has thresholds.
+
+    Raises:
+      UserError: the settings name an activation that is unknown or does not go with that.
+    """
     stored = "jumprelu" if has_threshold else "standard"
     named = settings.get("activation")
     if named is None:
@@ -78,40 +100,48 @@ def kind_of(file: Path, settings: dict[str, Any], layer: int, has_threshold: boo
     kind = _ACTIVATIONS.get(str(named).lower())
     if kind is None:
         raise UserError(f"{file}: activation is {named!r}: expected one of {', '.join(_ACTIVATIONS)}")
-    if (kind == "jumprelu") != (stored == "jumprelu"):
+    if ("threshold_F" in by_name(kind).vectors) != has_threshold:
         has = "has" if has_threshold else "has no"
         raise UserError(f"{file}: activation is {named!r}, but layer {layer} {has} {THRESHOLD}")
-    if kind == "topk" and (not isinstance(settings.get("k"), int) or settings["k"] < 1):
-        raise UserError(f"{file}: activation is topk, but k is {settings.get('k')!r}: expected a whole number above 0")
+    if "k" in by_name(kind).numbers and (not isinstance(settings.get("k"), int) or settings["k"] < 1):
+        raise UserError(
+            f"{file}: activation is {named}, but k is {settings.get('k')!r}: expected a whole number above 0"
+        )
     return kind
 
 
-def reads_before_gain(settings: dict[str, Any]) -> bool:
+def reads_before_gain(settings: SetSettings) -> bool:
     """Whether transcoders read what the norm before the MLP gives before its gain, which is none of the sites."""
     return settings["feature_input_hook"] == "ln2.hook_normalized"
 
 
-def sites_of(settings: dict[str, Any], layer: int, site: str, target: str) -> tuple[str, str]:
+def sites_of(settings: SetSettings, layer: int, site: str, target: str) -> tuple[str, str]:
     """What a layer's transcoder reads and predicts; ``site`` and ``target`` are kinds in place of the hooks."""
-    read, predicted = _HOOKS
-    return _site(settings, read, layer, site), _site(settings, predicted, layer, target)
+    model = str(settings.get("model_name") or "")
 
+    def named(hook: str, given: str) -> str:
+        return str(Site.parse(f"{given}.{layer}")) if given else hooks.to_site(f"blocks.{layer}.{hook}", model)
 
-def _site(settings: dict[str, Any], key: str, layer: int, given: str) -> str:
-    if given:
-        return str(Site.parse(f"{given}.{layer}"))
-    return hooks.to_site(f"blocks.{layer}.{settings[key]}", str(settings.get("model_name") or ""))
+    return named(settings["feature_input_hook"], site), named(settings["feature_output_hook"], target)
 
 
 def describe(config: DictionaryConfig) -> dict[str, Any]:
     """The content of ``config.yaml`` for a set of such transcoders."""
     settings = {key: value for key, value in origin.settings_of(config, FORMAT).items() if key != "transcoders"}
     settings |= dict(model_name=config.model, model_kind="transcoder_set") | _hooks(config)
-    if config.kind == "topk":
-        settings |= dict(activation="topk", k=config.k)
-    elif settings.get("activation") == "topk":
-        del settings["activation"]
-    return settings
+    if _ACTIVATIONS.get(str(settings.get("activation")).lower()) != config.kind:
+        settings.pop("activation", None)
+    return settings | _sparsity(config)
+
+
+def has(kind: str) -> bool:
+    """Whether a set can hold transcoders of a kind."""
+    return kind in _ACTIVATIONS.values() or by_name(kind).jumprelu
+
+
+def _sparsity(config: DictionaryConfig) -> dict[str, Any]:
+    """What a set says of kinds with a k at inference; those of others are told by their arrays."""
+    return dict(activation=config.kind, k=config.k) if "k" in by_name(config.kind).numbers else {}
 
 
 def check(configs: Sequence[DictionaryConfig]) -> None:
@@ -121,7 +151,7 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
     for config in configs:
         if not config.target:
             raise UserError(f"a transcoder set holds no SAEs, but one of {config.site} was given: write saelens")
-        if config.kind not in _WRITTEN:
+        if not has(config.kind):
             raise UserError(f"circuit-tracer has no {config.kind} transcoders: keep them in the format saejax")
         if Site.parse(config.site).layer != Site.parse(config.target).layer:
             raise UserError(
@@ -138,7 +168,7 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
         "number of features": {config.n_features for config in configs},
         "skip path": {config.skip for config in configs},
         "hooks": {tuple(_hooks(config).values()) for config in configs},
-        "sparsity": {(config.kind == "topk", config.k if config.kind == "topk" else 0) for config in configs},
+        "sparsity": {tuple(_sparsity(config).items()) for config in configs},
     }
     differ = [what for what, values in same.items() if len(values) > 1]
     if differ:

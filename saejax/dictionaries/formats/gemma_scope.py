@@ -6,12 +6,13 @@ params.safetensors   Gemma Scope 2: the same in small letters, w_enc and w_dec; 
                      affine_skip_connection [d, d], applied as x @ affine_skip_connection. They read what the MLP reads.
 
 Both predict what the MLP adds to the stream, after the norm that follows it. The layer is in the path: "layer_3/..." or
-"layer_3_width_16k_l0_small/...".
+"layer_3_width_16k_l0_small/...". A folder may hold several of each layer, of other widths or with more features
+active; words of their names choose.
 """
 
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -32,27 +33,67 @@ _NAMES = {
 }
 
 
-def find_layers(folder: Path) -> list[Path]:
+def find_layers(folder: Path, choice: Sequence[str] = ()) -> list[Path]:
     """The files of the layers in a folder, in order; none if there are none.
 
+    Args:
+      choice: see ``chosen_layers``.
+
     Raises:
-      UserError: a layer is there twice, or one is missing.
+      UserError: of a layer there is none, or several of which ``choice`` leaves not one.
     """
-    found: dict[int, Path] = {}
-    for file in sorted([*folder.rglob("*.npz"), *folder.rglob("params.safetensors")]):
-        if named := _LAYER.search(str(file.relative_to(folder))):
-            layer = int(named[1])
-            if layer in found:
-                raise UserError(f"{folder} holds two transcoders of layer {layer}, {found[layer]} and {file}: keep one")
-            found[layer] = file
-    missing = sorted(set(range(max(found, default=-1) + 1)) - set(found))
+    files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.*")) if file.is_file()]
+    return [folder / file for file in chosen_layers(files, choice, str(folder))]
+
+
+def chosen_layers(files: Iterable[str], choice: Sequence[str], where: str) -> list[str]:
+    """Of the paths of a folder's files those of its transcoders, one for each layer, in order; none if there are none.
+
+    Args:
+      files: paths within the folder; those that are no transcoders' are left out.
+      choice: words of the paths, such as "16k", "small" or "affine", that tell which of several transcoders of a layer
+        is meant. A number that is no word of any stands for the nearest L0, each layer's own.
+      where: name of the folder, for messages.
+
+    Raises:
+      UserError: of a layer there is none, or several of which ``choice`` leaves not one; the message lists them.
+    """
+    by_layer: dict[int, dict[str, str]] = {}
+    for file in files:
+        named = _LAYER.search(file)
+        if named and (file.endswith(".npz") or file.rpartition("/")[2] == "params.safetensors"):
+            name = (file[: named.start()] + file[named.end() :]).rpartition("/")[0].strip("/_")
+            by_layer.setdefault(int(named[1]), {})[name or file] = file
+    missing = sorted(set(range(max(by_layer, default=-1) + 1)) - set(by_layer))
     if missing:
-        raise UserError(f"{folder} holds no transcoder of layer {missing[0]}: a set has every layer from 0")
-    return [found[layer] for layer in sorted(found)]
+        raise UserError(f"{where} holds no transcoder of layer {missing[0]}: a set has every layer from 0")
+    found = []
+    for layer, names in sorted(by_layer.items()):
+        kept = _meant(list(names), choice) if len(names) > 1 else list(names)
+        if len(kept) != 1:
+            has = f"{len(names)} transcoders of layer {layer} ({', '.join(sorted(names))})"
+            told = f"none of them is {' '.join(choice)}" if not kept else "words of their names tell which"
+            example = ",".join(re.split("[_/]", min(names))[1::2])
+            raise UserError(f"{where} holds {has}: {told}, such as --graph.l0={example}")
+        found.append(names[kept[0]])
+    return found
+
+
+def _meant(names: list[str], choice: Sequence[str]) -> list[str]:
+    """Which of several names of a layer's transcoders have all words of a choice."""
+    for word in choice:
+        own = [name for name in names if word in re.split("[_/]", name)]
+        numbers = {name: int(number[1]) for name in names if (number := re.search(r"l0_(\d+)", name))}
+        widths = {re.sub(r"l0_\d+", "", name) for name in numbers}
+        if not own and word.isdigit() and len(widths) == 1:
+            own = [min(numbers, key=lambda name: abs(numbers[name] - int(word)))]
+        names = own or (names if word.isdigit() and numbers else [])
+    exact = [name for name in names if re.split("[_/]", name)[-1] in choice]  # "small" is not "small_affine"
+    return exact if len(exact) == 1 else names
 
 
 def read_config(file: Path, layer: int, model: str = "") -> DictionaryConfig:
-    """What the transcoder in a file is, of which no array is read.
+    """What the transcoder in a file is, of this layer of a language model; no array is read.
 
     Raises:
       UserError: the file is missing, damaged or of another format.
@@ -91,6 +132,11 @@ def load(file: Path, config: DictionaryConfig) -> Dictionary:
     if config.skip:
         named["W_skip_DxD"] = jnp.asarray(found[_SKIP])
     return Dictionary(config, **named)
+
+
+def is_one(file: Path) -> bool:
+    """Whether a file that a set lists is of this format: by its name, or by the names of its tensors."""
+    return file.suffix == ".npz" or (file.is_file() and "w_enc" in tensors.find(file))
 
 
 def before_gain(files: Sequence[Path]) -> bool:

@@ -84,7 +84,7 @@ def to_hook(site: str) -> str | None:
 
 
 def kept(name: str | None, site: str, model: str = "") -> bool:
-    """Whether a name that a file had still means this site."""
+    """Whether a name that a file had still means this site of a language model."""
     try:
         return to_site(name, model) == site
     except UserError:

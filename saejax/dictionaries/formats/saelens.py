@@ -69,7 +69,7 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     Raises:
       UserError: SAELens has nothing like this dictionary, or the folder holds one already.
     """
-    dictionary = _expressible(dictionary)
+    trained_as, dictionary = dictionary.config.kind, _expressible(dictionary)
     config = dictionary.config
     arrays, dtype = tensors.host_arrays(dictionary)
     if config.skip:
@@ -79,7 +79,8 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     with tensors.whole_folder(folder, DESCRIPTION, WEIGHTS) as beside:
         tensors.write(beside / WEIGHTS, {name: arrays[own] for name, own in _names(config).items()})
         before = origin.settings_of(config, _FORMAT)
-        write_json(beside / DESCRIPTION, saelens_settings.describe(config, dtype, before))
+        described = dataclasses.replace(config, kind=trained_as)
+        write_json(beside / DESCRIPTION, saelens_settings.describe(described, dtype, before))
 
 
 def check(config: DictionaryConfig) -> None:
@@ -91,10 +92,10 @@ def check(config: DictionaryConfig) -> None:
 def _expressible(dictionary: Dictionary) -> Dictionary:
     """The same dictionary in a form that SAELens has."""
     check(dictionary.config)
-    if dictionary.config.target:  # its transcoders are ReLU or JumpReLU, and do not centre
-        dictionary = rescale.as_jumprelu(dictionary) if dictionary.config.kind == "gated" else dictionary
-        dictionary = rescale.uncentred(dictionary)
-    return dictionary
+    kind, transcoder, _ = saelens_settings.ARCHITECTURES[saelens_settings.architecture(dictionary.config)]
+    if kind != dictionary.config.kind:
+        dictionary = rescale.as_jumprelu(dictionary)
+    return rescale.uncentred(dictionary) if transcoder else dictionary  # its transcoders do not centre
 
 
 def _names(config: DictionaryConfig) -> dict[str, str]:

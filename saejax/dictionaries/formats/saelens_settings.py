@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saejax.dictionaries.formats import hooks
+from saejax.dictionaries.formats import circuit_tracer_settings, hooks
+from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.modules import DictionaryConfig
 from saejax.errors import UserError, one_of
 
@@ -19,8 +20,6 @@ ARCHITECTURES = {
     "skip_transcoder": ("standard", True, True),
     "jumprelu_skip_transcoder": ("jumprelu", True, True),
 }
-# As what SAELens saves or would save a kind.
-_SAVED_AS = {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}
 # The kinds that it trains as another architecture than it saves them.
 _TRAINED_AS = {"batchtopk": "batchtopk", "matryoshka": "matryoshka_batchtopk"}
 _VERSION = "6.0.0"  # the first with this layout
@@ -59,7 +58,7 @@ def understand(file: Path, settings: Any, site: str = "", target: str = "") -> D
     kind, transcoder, skip = ARCHITECTURES[name]
     _check_settings(file, settings, transcoder)
     metadata = settings["metadata"]
-    k = _number(file, settings, "k") if kind == "topk" else 0
+    k = _number(file, settings, "k") if "k" in by_name(kind).numbers else 0
     width, features = _number(file, settings, "d_in"), _number(file, settings, "d_sae")
     if k > features:
         raise UserError(f"{file}: k is {k}, more than the {features} features")
@@ -94,16 +93,15 @@ def architecture(config: DictionaryConfig) -> str:
     Raises:
       UserError: it has nothing like it.
     """
-    kind, transcoder = _SAVED_AS.get(config.kind, config.kind), bool(config.target)
-    if transcoder and kind == "gated":
-        kind = "jumprelu"
-    for name, described in ARCHITECTURES.items():
-        if described == (kind, transcoder, config.skip):
-            return name
+    transcoder, also = bool(config.target), ("jumprelu",) if by_name(config.kind).jumprelu else ()
+    names = {described: name for name, described in ARCHITECTURES.items()}
+    for kind in (config.kind, *also):
+        if (kind, transcoder, config.skip) in names:
+            return names[kind, transcoder, config.skip]
     form = ("transcoder" if transcoder else "SAE") + (" with a skip path" if config.skip else "")
     raise UserError(
         f"SAELens has no architecture for a {config.kind} {form}: keep it in the format saejax"
-        + (", or write circuit_tracer" if config.kind == "topk" and transcoder else "")
+        + (", or write circuit_tracer" if transcoder and circuit_tracer_settings.has(config.kind) else "")
     )
 
 
@@ -119,7 +117,7 @@ def describe(config: DictionaryConfig, dtype: str, before: Mapping[str, Any]) ->
     own: dict[str, Any] = dict(d_in=config.d_in, d_sae=config.n_features, dtype=dtype, device="cpu")
     own |= dict(apply_b_dec_to_input=config.centred, normalize_activations="none", reshape_activations="none")
     own["metadata"] = _metadata(config, before.get("metadata", {}))
-    if name == "topk":
+    if "k" in by_name(config.kind).numbers:
         # Where the folder that it came from had it set, decoder rows have length 1 now, and it makes no difference.
         own |= dict(k=config.k, rescale_acts_by_decoder_norm=before.get("rescale_acts_by_decoder_norm", False))
     if config.target:

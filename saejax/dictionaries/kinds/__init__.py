@@ -11,6 +11,7 @@ from saejax.dictionaries.kinds.matryoshka import Matryoshka
 from saejax.dictionaries.kinds.standard import Standard
 from saejax.dictionaries.kinds.topk import TopK
 from saejax.errors import one_of
+from saejax.settings.kinds import KIND_SETTINGS, KindSettings
 
 _Class = TypeVar("_Class", bound=type[Kind])
 _OWN = (Standard, Linear, Gated, JumpReLU, TopK, BatchTopK, Matryoshka)
@@ -18,13 +19,14 @@ KINDS: dict[str, Kind] = {kind.name: kind() for kind in _OWN}
 
 
 def register(kind: _Class) -> _Class:
-    """Adds a kind, or replaces one of a plugin; a decorator of its class.
+    """Adds a kind, or replaces one of a plugin, and its settings to those that there are; a decorator of its class.
 
     Raises:
       ValueError: its name is one of this package's, or no word.
     """
     if kind.name in {own.name for own in _OWN} or not kind.name.replace("_", "").isalnum():
         raise ValueError(f"a kind cannot be called {kind.name!r}: expected a word, and none of the package's own kinds")
+    KIND_SETTINGS[kind.name] = KindSettings(kind.Settings, tuple(kind.reads))
     KINDS[kind.name] = kind()
     return kind
 

@@ -6,7 +6,7 @@ traced, compiled and differentiated; a new kind overrides those in which it diff
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,14 @@ from saejax.dictionaries.description import DictionaryConfig
 
 Arrays = dict[str, Any]  # of jax, or of numpy where they are on the host
 Numbers = Mapping[str, Any]  # settings by name: Python's, or scalars of jax
+
+
+class Facts(TypedDict, total=False):
+    """Fields of ``DictionaryConfig`` that follow from a kind's settings."""
+
+    k: int
+    groups: tuple[int, ...]
+    fires_above: float
 
 
 class Coder(Protocol):
@@ -28,7 +36,7 @@ class Coder(Protocol):
     def arrays(self) -> Arrays:
         """W_enc_DxF, b_enc_F, W_dec_FxD, b_dec_D, those of ``Kind.vectors``, and W_skip_DxD of a skip transcoder."""
 
-    def decode(self, f_BxF: jax.Array, x_BxD: jax.Array | None = None) -> jax.Array:
+    def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
         """f W_dec + b_dec, and x W_skip of a skip transcoder."""
 
 
@@ -64,16 +72,15 @@ class Kind:
     Attributes:
       name: as in ``--train.kinds`` and ``DictionaryConfig.kind``.
       about: a line for the report that goes on after "which".
-      Settings: what it alone has, ``--train.<name>.<field>``. Those made with ``setting(..., swept=True)`` are
-        lists, and several values make as many members of a stack.
-      reads: settings that some kinds share and it reads: "k", "l1", "threshold_rate".
+      Settings, reads: of a kind that is registered, ``own`` and ``reads`` of its ``settings.kinds.KindSettings``; for
+        the package's own kinds both stand there.
       vectors: names of its arrays beyond the common ones, each [F], 0 at the start.
       unscaled: those of them that are not in units of activations.
       numbers: fields of ``DictionaryConfig``, besides shapes, that its inference reads and a stack's members differ in.
       signed: whether activations may be below 0.
       compares: whether inference compares features with each other, so that it matters how long decoder rows are.
+      jumprelu: whether at inference it is a JumpReLU dictionary, that of ``as_jumprelu``: so other tools can have it.
       no_free_decoder: why decoder rows may not grow freely; empty: they may.
-      source: hash of the file that it comes from, if it is a plugin's.
     """
 
     name: ClassVar[str]
@@ -85,24 +92,24 @@ class Kind:
     numbers: ClassVar[Sequence[str]] = ()
     signed: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    jumprelu: ClassVar[bool] = False
     no_free_decoder: ClassVar[str] = ""
-    source: str = ""
 
     # What it computes.
 
-    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Activations at inference [..., F].
 
         Args:
           member: the dictionary.
-          pre_BxF: what its encoder gives, with its bias; ``projected_BxF``: before its bias.
+          pre_xF: what its encoder gives, with its bias; ``projected_xF``: before its bias.
           numbers: the fields of ``Kind.numbers``, which may be traced.
         """
-        return jax.nn.relu(pre_BxF)
+        return jax.nn.relu(pre_xF)
 
-    def fires(self, f_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def fires(self, f_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Where activations count as active."""
-        return f_BxF > 0
+        return f_xF > 0
 
     def bound(self, arrays: Arrays) -> tuple[Any, Any]:
         """W_enc and b_enc of pre-activations which activations never exceed, in size where they are signed."""
@@ -112,16 +119,26 @@ class Kind:
         """The same dictionary for an encoder that gives ``shift_F`` less before its bias."""
         return arrays | dict(b_enc_F=arrays["b_enc_F"] + shift_F)
 
+    def as_jumprelu(self, arrays: Arrays) -> Arrays:
+        """The arrays, with "threshold_F", of the JumpReLU dictionary that it is; called if ``jumprelu`` says so."""
+        return arrays
+
     # How it is trained.
 
     def encode_in_training(
         self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, own: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Activations [B, F] in training, and the smallest that was kept (0 where nothing is made of that)."""
+        """Activations [B, F] in training, and the smallest that was kept (0 where nothing is made of that).
+
+        Args:
+          member, pre_BxF, projected_BxF: as for ``encode``, of one batch.
+          values: the member's own of the settings that can be swept, scalars that may be traced.
+          own: the other settings of the kind.
+        """
         return self.encode(member, pre_BxF, projected_BxF, values), jnp.zeros((), pre_BxF.dtype)
 
     def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
-        """What must be like the targets, each [B, D]; the last is the whole dictionary's."""
+        """What must be like the targets, each [B, D], made of f and x; the last is the whole dictionary's."""
         return [member.decode(f_BxF, x_BxD)]
 
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
@@ -142,13 +159,17 @@ class Kind:
 
     # What becomes of it.
 
-    def facts(self, values: Numbers, own: Any, n_features: int) -> dict[str, Any]:
+    def facts(self, values: Numbers, own: Any, n_features: int) -> Facts:
         """Fields of ``DictionaryConfig`` of a member with these settings.
+
+        Args:
+          values, own: as for ``encode_in_training``, Python's numbers.
+          n_features: number of features F.
 
         Raises:
           UserError: they do not fit the number of features.
         """
-        return dict(k=values["k"]) if "k" in self.reads else {}
+        return Facts(k=values["k"]) if "k" in values else Facts()
 
     def finish(self, arrays: Arrays, kept: jax.Array) -> Arrays:
         """The arrays at the end; ``kept`` is the running mean of the smallest activations that were kept."""

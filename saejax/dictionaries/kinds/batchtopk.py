@@ -14,13 +14,13 @@ class BatchTopK(Kind):
 
     name = "batchtopk"
     about = "keeps the largest activations of a batch, k of them per token on average"
-    reads = ("k", "threshold_rate")
     vectors = ("threshold_F",)
+    jumprelu = True
     no_free_decoder = "has no penalty to hold it in a batchtopk dictionary"
 
-    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """By the threshold, so that a token's features do not depend on others."""
-        return sparsity.threshold(pre_BxF, member.arrays["threshold_F"])
+        return sparsity.threshold(pre_xF, member.arrays["threshold_F"])
 
     def encode_in_training(
         self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, own: Any

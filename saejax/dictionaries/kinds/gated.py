@@ -23,15 +23,15 @@ class Gated(Kind):
 
     name = "gated"
     about = "has a gate that decides which features are active and a magnitude of its own for each"
-    reads = ("l1",)
     vectors = ("r_mag_F", "b_mag_F")
     unscaled = ("r_mag_F",)
+    jumprelu = True
 
-    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Magnitudes where the gate is open."""
         scale_F, bias_F = jnp.exp(member.arrays["r_mag_F"]), member.arrays["b_mag_F"]
-        magnitude_BxF = projected_BxF * row(scale_F, projected_BxF.ndim) + row(bias_F, projected_BxF.ndim)
-        return sparsity.gated(pre_BxF, magnitude_BxF)
+        magnitude_xF = projected_xF * row(scale_F, projected_xF.ndim) + row(bias_F, projected_xF.ndim)
+        return sparsity.gated(pre_xF, magnitude_xF)
 
     def bound(self, arrays: Arrays) -> tuple[Any, Any]:
         """Those of the magnitudes."""
@@ -41,6 +41,16 @@ class Gated(Kind):
         """Of the gate, and of the magnitude by as much as it is scaled."""
         shifted_F = arrays["b_mag_F"] + np.exp(arrays["r_mag_F"]) * shift_F
         return super().move_bias(arrays, shift_F) | dict(b_mag_F=shifted_F)
+
+    def as_jumprelu(self, arrays: Arrays) -> Arrays:
+        """Gate and magnitude share p, so the gate is a threshold on the magnitude m (Rajamanoharan et al., 2024).
+
+        f = max(m, 0) where m = exp(r_mag) p + b_mag > b_mag - exp(r_mag) b_enc
+        """
+        kept = {name: array for name, array in arrays.items() if name not in self.vectors}
+        scale_F, b_mag_F = np.exp(arrays["r_mag_F"]), arrays["b_mag_F"]
+        threshold_F = np.maximum(b_mag_F - scale_F * arrays["b_enc_F"], 0.0)
+        return kept | dict(W_enc_DxF=arrays["W_enc_DxF"] * scale_F[None], b_enc_F=b_mag_F, threshold_F=threshold_F)
 
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
         """L1 of the gates' ReLU."""

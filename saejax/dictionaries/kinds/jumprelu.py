@@ -1,39 +1,11 @@
 """Pre-activations above a threshold that each feature learns (Rajamanoharan et al., 2024; Conerly et al., 2025)."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-from saejax.config import Config, setting
 from saejax.dictionaries import losses, sparsity, straight_through
 from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Kind, Numbers
-
-
-@dataclasses.dataclass(frozen=True)
-class JumpReLUConfig(Config):
-    """Settings of JumpReLU dictionaries alone."""
-
-    l0_coefficient: tuple[float, ...] = setting(
-        (1.0,),
-        "coefficient of the L0 penalty (or a list); with the penalty 'target', about five times the squared error per "
-        "token keeps L0 within a tenth of the target, less leaves it above",
-        low=0.0,
-        swept=True,
-    )
-    l0_penalty: str = setting(
-        "step",
-        "penalty: the number of active features (step), a tanh of their size (tanh), or (L0 / target - 1)^2 (target)",
-        choices=("step", "tanh", "target"),
-    )
-    target_l0: tuple[float, ...] = setting(
-        (64.0,), "L0 aimed at by the penalty 'target' (or a list)", low=1.0, swept=True
-    )
-    bandwidth: float = setting(0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6)
-    initial_threshold: float = setting(0.01, "thresholds at the start", low=0.0)
-    dead_pre_activation: float = setting(
-        0.0, "coefficient of the loss that pulls dead features' pre-activations up", low=0.0
-    )
+from saejax.settings.kinds import JumpReLUConfig
 
 
 class JumpReLU(Kind):
@@ -41,12 +13,12 @@ class JumpReLU(Kind):
 
     name = "jumprelu"
     about = "keeps activations above a threshold that each feature learns"
-    Settings = JumpReLUConfig
     vectors = ("threshold_F",)
+    jumprelu = True
 
-    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Without gradients to the thresholds."""
-        return sparsity.threshold(pre_BxF, member.arrays["threshold_F"])
+        return sparsity.threshold(pre_xF, member.arrays["threshold_F"])
 
     def encode_in_training(
         self,

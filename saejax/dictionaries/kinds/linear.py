@@ -1,21 +1,11 @@
 """No sparsity function: f = pre, of both signs, with an L1 penalty."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from saejax.config import Config, setting
-from saejax.dictionaries.kinds.base import Coder, Numbers
+from saejax.dictionaries.kinds.base import Coder, Facts, Numbers
 from saejax.dictionaries.kinds.standard import Standard
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearConfig(Config):
-    """Settings of linear dictionaries alone."""
-
-    fires_above: float = setting(1e-3, "|f| above which a feature counts as firing", low=0.0)
+from saejax.settings.kinds import LinearConfig
 
 
 class Linear(Standard):
@@ -23,19 +13,18 @@ class Linear(Standard):
 
     name = "linear"
     about = "has an L1 penalty on the activations and no ReLU"
-    Settings = LinearConfig
     numbers = ("fires_above",)
     signed = True
     no_free_decoder = "leaves open what --train.linear.fires_above is compared with"
 
-    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """pre."""
-        return pre_BxF
+        return pre_xF
 
-    def fires(self, f_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def fires(self, f_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """|f| above a stated threshold."""
-        return jnp.abs(f_BxF) > numbers["fires_above"]
+        return jnp.abs(f_xF) > numbers["fires_above"]
 
-    def facts(self, values: Numbers, own: LinearConfig, n_features: int) -> dict[str, Any]:
+    def facts(self, values: Numbers, own: LinearConfig, n_features: int) -> Facts:
         """The threshold."""
-        return dict(fires_above=own.fires_above)
+        return Facts(fires_above=own.fires_above)

@@ -1,28 +1,13 @@
 """BatchTopK whose leading features must reconstruct by themselves, in nested groups (Bussmann et al., 2025)."""
 
-import dataclasses
-from typing import Any
-
 import jax
 
-from saejax.config import Config, setting
-from saejax.dictionaries.kinds.base import Coder, Numbers
+from saejax.dictionaries.kinds.base import Coder, Facts, Numbers
 from saejax.dictionaries.kinds.batchtopk import BatchTopK
 from saejax.dictionaries.matmul import group_products, matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class MatryoshkaConfig(Config):
-    """Settings of matryoshka dictionaries alone."""
-
-    groups: tuple[float, ...] = setting(
-        (0.0625, 0.125, 0.25, 0.5, 1.0),
-        "shares of the features, ascending to 1, that must reconstruct by themselves",
-        low=0.0,
-        high=1.0,
-    )
+from saejax.settings.kinds import MatryoshkaConfig
 
 
 class Matryoshka(BatchTopK):
@@ -30,21 +15,20 @@ class Matryoshka(BatchTopK):
 
     name = "matryoshka"
     about = "keeps the largest activations of a batch, and nested groups of its features rebuild by themselves"
-    Settings = MatryoshkaConfig
     no_free_decoder = "has no penalty to hold it in a matryoshka dictionary"
 
     def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
         """Those of the nested groups, ascending."""
         arrays, operands = member.arrays, member.operands
-        nested, partial_BxD = [], row(arrays["b_dec_D"], 2)
+        nested, partial = [], row(arrays["b_dec_D"], 2)
         if "W_skip_DxD" in arrays:
-            partial_BxD += matmul(x_BxD, arrays["W_skip_DxD"], operands)
+            partial += matmul(x_BxD, arrays["W_skip_DxD"], operands)
         for product_BxD in group_products(f_BxF, arrays["W_dec_FxD"], member.config.groups, operands):
-            partial_BxD += product_BxD
-            nested.append(partial_BxD)
+            partial += product_BxD
+            nested.append(partial)
         return nested
 
-    def facts(self, values: Numbers, own: MatryoshkaConfig, n_features: int) -> dict[str, Any]:
+    def facts(self, values: Numbers, own: MatryoshkaConfig, n_features: int) -> Facts:
         """The groups as numbers of features."""
         groups = tuple(round(share * n_features) for share in own.groups)
         if not groups or sorted(set(groups)) != list(groups) or groups[0] < 1 or groups[-1] != n_features:
@@ -52,4 +36,4 @@ class Matryoshka(BatchTopK):
                 f"--train.matryoshka.groups={own.groups} gives groups of {groups} features: expected shares ascending "
                 "to 1"
             )
-        return super().facts(values, own, n_features) | dict(groups=groups)
+        return super().facts(values, own, n_features) | Facts(groups=groups)

@@ -1,5 +1,6 @@
 """Kinds from outside: Python files that a user names with ``--plugins`` and that register them when they are run."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import sys
@@ -8,10 +9,11 @@ from pathlib import Path
 
 from saejax.dictionaries import kinds
 from saejax.errors import UserError
+from saejax.settings.kinds import KIND_SETTINGS
 
 
 def load(files: Sequence[str | Path]) -> None:
-    """Runs each file and notes its hash with the kinds that it registers.
+    """Runs each file and notes its hash with the settings of the kinds that it registers.
 
     Raises:
       UserError: a file is missing, fails, or registers nothing; one line names it and says why.
@@ -24,13 +26,13 @@ def load(files: Sequence[str | Path]) -> None:
         source = hashlib.sha256(content).hexdigest()
         before = dict(kinds.KINDS)
         _run(file, f"saejax_plugin_{source[:16]}")
-        added = [kind for name, kind in kinds.KINDS.items() if before.get(name) is not kind]
+        added = [name for name, kind in kinds.KINDS.items() if before.get(name) is not kind]
         if not added:
             raise UserError(
                 f"--plugins={file} registers no kind: decorate its class with saejax.dictionaries.kinds.register"
             )
-        for kind in added:
-            kind.source = source
+        for name in added:
+            KIND_SETTINGS[name] = dataclasses.replace(KIND_SETTINGS[name], source=source)
 
 
 def _run(file: Path, name: str) -> None:

@@ -11,7 +11,6 @@ class Standard(Kind):
 
     name = "standard"
     about = "is a ReLU with an L1 penalty on the activations"
-    reads = ("l1",)
 
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
         """L1, weighted by the decoder rows' lengths."""

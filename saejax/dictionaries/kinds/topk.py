@@ -11,11 +11,10 @@ class TopK(Kind):
 
     name = "topk"
     about = "keeps the k largest activations of each token"
-    reads = ("k",)
     numbers = ("k",)
     compares = True
     no_free_decoder = "has no penalty to hold it in a topk dictionary"
 
-    def encode(self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """``member.config.k`` is the largest k of a stack's members."""
-        return sparsity.topk(pre_BxF, numbers["k"], member.config.k)
+        return sparsity.topk(pre_xF, numbers["k"], member.config.k)

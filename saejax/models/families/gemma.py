@@ -5,7 +5,7 @@ import dataclasses
 import math
 from typing import Any
 
-from saejax.models.config import DecoderConfig
+from saejax.models.config import DecoderConfig, Rope
 from saejax.models.families.llama import GLOBAL, IGNORED, LOCAL, MODULES, WEIGHTS, read_local, rms_decoder
 from saejax.models.families.rotary import make_rope, rope_object
 from saejax.models.families.table import Family, Modules, Weight
@@ -58,10 +58,11 @@ def _read_gemma3_text(fields: Fields, family: str = "gemma3_text") -> DecoderCon
     local = read_local(
         fields, fields.size_or_null("sliding_window"), lambda layer: LOCAL if (layer + 1) % period else GLOBAL
     )
-    return _read_later(fields, family, qk_norm=True, **local, **_read_ropes(fields))
+    rope, local_rope = _read_ropes(fields)
+    return _read_later(fields, family, qk_norm=True, rope=rope, local_rope=local_rope, **local)
 
 
-def _read_ropes(fields: Fields) -> dict[str, Any]:
+def _read_ropes(fields: Fields) -> tuple[Rope, Rope]:
     """The rotary embeddings of global and of local layers, which transformers 4 writes into different fields."""
     d_head, context = fields.size("head_dim"), fields.size("max_position_embeddings")
     rope = rope_object(fields)
@@ -72,9 +73,7 @@ def _read_ropes(fields: Fields) -> dict[str, Any]:
         far, near = rope, Fields({}, fields.where)
     theta = far.agreeing([(fields, "rope_theta")], "rope_theta", 1_000_000.0)
     local_theta = near.agreeing([(fields, "rope_local_base_freq")], "rope_theta", 10_000.0)
-    return dict(
-        rope=make_rope(far, theta, 1.0, d_head, context), local_rope=make_rope(near, local_theta, 1.0, d_head, context)
-    )
+    return make_rope(far, theta, 1.0, d_head, context), make_rope(near, local_theta, 1.0, d_head, context)
 
 
 def _read_gemma3(fields: Fields) -> DecoderConfig:

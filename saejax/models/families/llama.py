@@ -1,7 +1,7 @@
 """Llama and the families built like it: Mistral, Qwen 2 and Qwen 3."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 from saejax.models.config import DecoderConfig
 from saejax.models.families.rotary import read_rope
@@ -42,7 +42,14 @@ def rms_decoder(fields: Fields, family: str, **differences: Any) -> DecoderConfi
     return DecoderConfig(family=family, **shared | differences)
 
 
-def read_local(fields: Fields, window: int | None, kind_of: Callable[[int], str]) -> dict[str, Any]:
+class LocalLayers(TypedDict, total=False):
+    """Fields of ``DecoderConfig``; none where no layer is local."""
+
+    local: tuple[bool, ...]
+    window: int
+
+
+def read_local(fields: Fields, window: int | None, kind_of: Callable[[int], str]) -> LocalLayers:
     """Which layers are local, and how far they see.
 
     Args:
@@ -57,10 +64,10 @@ def read_local(fields: Fields, window: int | None, kind_of: Callable[[int], str]
     if len(kinds) != n_layers:
         raise fields.contradiction(f"'layer_types' ({len(kinds)} of them)", f"'num_hidden_layers' ({n_layers})")
     if LOCAL not in kinds:
-        return {}
+        return LocalLayers()
     if window is None:
         raise fields.contradiction(f"'layer_types' (with '{LOCAL}')", "'sliding_window' (null or switched off)")
-    return dict(local=tuple(kind == LOCAL for kind in kinds), window=window)
+    return LocalLayers(local=tuple(kind == LOCAL for kind in kinds), window=window)
 
 
 def _read_llama(fields: Fields) -> DecoderConfig:
@@ -85,7 +92,7 @@ def _read_qwen3(fields: Fields) -> DecoderConfig:
     return rms_decoder(fields, "qwen3", qk_norm=True, qkv_bias=bias, o_bias=bias, **_read_qwen_local(fields))
 
 
-def _read_qwen_local(fields: Fields) -> dict[str, Any]:
+def _read_qwen_local(fields: Fields) -> LocalLayers:
     fields.expect("use_mrope", False)
     window, first = fields.size_or_null("sliding_window"), fields.take("max_window_layers", int)
     if not fields.take("use_sliding_window", bool):

@@ -54,7 +54,14 @@ def rope_object(fields: Fields) -> Fields:
 
 
 def make_rope(rope: Fields, theta: float, share: float, d_head: int, context: int) -> Rope:
-    """The rotary embedding that an object such as "rope_parameters" describes, once its base and share are known."""
+    """The rotary embedding that an object such as "rope_parameters" describes.
+
+    Args:
+      rope: the object.
+      theta: base of the frequencies.
+      share: of ``d_head``, the width of a head, that turns.
+      context: the longest prompt in tokens.
+    """
     old, kind = (rope.take(name, str, "") for name in ("type", "rope_type"))
     if old and kind and old != kind:
         raise rope.contradiction(f"'type' ({old})", f"'rope_type' ({kind})")

@@ -7,9 +7,11 @@ import pytest
 from made_up_documents import made_up_document
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
+from pages import scores
 
 from saejax.attribution.forms.figure import draw_graph, save_figure
 from saejax.attribution.forms.figure_layout import visible_token
+from saejax.attribution.forms.scores import link_scores
 from saejax.errors import UserError
 
 
@@ -63,6 +65,22 @@ def test_it_shows_the_most_influential_nodes_and_strongest_edges():
     first = tuple(map(int, inner[0]["node_id"].split("_")[:2]))
     named = draw_graph(document, max_nodes=10, labels={first: "the label that I gave"})
     assert "the label that I\ngave" in [text.get_text() for text in named.axes[0].texts]
+
+
+def test_edges_are_ranked_by_the_influence_that_goes_through_them_not_by_their_units():
+    document = made_up_document(features=40, edges=300)
+    assert np.allclose(link_scores(document), scores(document), atol=1e-12)
+    # A target whose unit is a thousandth of what it was: nothing that matters is another.
+    target = document["links"][0]["target"]
+    scaled = dict(document, links=[dict(one) for one in document["links"]])
+    for link in scaled["links"]:
+        link["weight"] *= 1000 if link["target"] == target else 1
+    assert np.allclose(link_scores(scaled), scores(document), atol=1e-12)
+    drawn, again = (
+        sorted(edge.get_path().vertices.tolist() for edge in edges(draw_graph(one, max_nodes=10, max_edges=25)))
+        for one in (document, scaled)
+    )
+    assert drawn == again
 
 
 def test_files_are_whole_and_the_same_bytes(tmp_path):

@@ -67,9 +67,11 @@ def test_circuit_tracers_own_graph_key_by_key(folder):
         assert list(node) == list(wanted)
         share, wanted_share = node.pop("influence"), wanted.pop("influence")
         assert share == wanted_share or abs(share - wanted_share) < 1e-6
+        assert node.pop("activation") == as_fp32(wanted.pop("activation"))
+        assert node.pop("token_prob") == as_fp32(wanted.pop("token_prob"))
         assert {**node, "node_id": theirs(node["node_id"])} == wanted
     links = [{**link, **{end: theirs(link[end]) for end in ("source", "target")}} for link in document["links"]]
-    assert links == described["links"]
+    assert links == [{**link, "weight": as_fp32(link["weight"])} for link in described["links"]]
 
 
 @needs_graphs
@@ -113,6 +115,37 @@ def graph():
     below_S = graph.nodes.layer_N[: graph.adjacency_RxS.shape[1]]
     graph.adjacency_RxS[below_S[None] >= graph.nodes.layer_N[graph.target_R][:, None]] = 0
     return graph.prune(1.0, 1.0)
+
+
+def as_fp32(number):
+    """The shortest decimal of what a number is in fp32."""
+    return None if number is None else float(str(np.float32(number)))
+
+
+def test_a_viewer_finds_the_features():
+    """Neuronpedia by its ids, in small letters, and the name of the set; circuit-tracer's by the set's address."""
+    graph = dataclasses.replace(make_graph().prune(1.0, 1.0), model=dict(name="google/Gemma-2-2B"))
+    of_hub = dict(name="org/plts/small", revision="4f1c")
+
+    def metadata(transcoders, **options):
+        return to_document(dataclasses.replace(graph, transcoders=transcoders), "one", **options)["metadata"]
+
+    assert metadata(of_hub)["scan"] == "org/plts//small@4f1c"
+    assert metadata(of_hub | dict(name="org/plts"))["scan"] == "org/plts@4f1c"
+    assert metadata(dict(name="runs/a/train/topk", revision=""))["scan"] == "gemma-2-2b"
+    ours = metadata(of_hub, source_set="gemmascope-transcoder-16k")
+    assert ours["scan"] == "gemma-2-2b"
+    assert ours["feature_details"] == dict(neuronpedia_source_set="gemmascope-transcoder-16k")
+    assert metadata(of_hub, scan="mine", source_set="x")["scan"] == "mine" and "feature_details" not in metadata(of_hub)
+
+
+def test_numbers_have_no_more_digits_than_fp32():
+    graph = make_graph().prune(1.0, 1.0)
+    document = to_document(graph, "short")
+    weights = [link["weight"] for link in document["links"]]
+    assert np.array_equal(np.float32(weights), graph.edges()[2])  # nothing is lost
+    assert all(number == as_fp32(number) for number in weights)
+    assert max(len(f"{number:.17g}") for number in map(float, graph.edges()[2])) > 15
 
 
 def test_what_the_document_says(graph):

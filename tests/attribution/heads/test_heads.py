@@ -10,11 +10,11 @@ from made_transcoders import made_set
 from saejax import load_model
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.heads import edges as heads
+from saejax.attribution.heads.passes import Placed
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources
 from saejax.attribution.trace.targets import Direction
-from saejax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 IDS = [5, 17, 33, 8, 41]
@@ -59,7 +59,7 @@ def test_a_part_is_what_vanishes_without_the_head(traced):
     if traced.replacement.streams.skip_LxDxD is not None:
         pytest.skip("a head that is taken out changes the norm before its layer's skip path, which is to be held")
     pruned = graph.prune(1.0, 1.0)
-    found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100)
+    found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100).by_edge()
     edges, whole = edges_of(pruned), pruned.pruning.node_N
     row_of = {node: row for row, node in enumerate(graph.target_R.tolist())}
     scale, compared = max(abs(weight) for *_, weight in edges), 0
@@ -79,7 +79,7 @@ def test_a_part_is_what_vanishes_without_the_head(traced):
 def test_heads_alone_move_between_positions(traced):
     """From what enters a layer to what reads in it, heads of that layer are the only way to another position."""
     pruned = traced.graph.prune(1.0, 1.0)
-    found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100)
+    found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100).by_edge()
     nodes, compared = pruned.nodes, 0
     for source, target, weight in edges_of(pruned):
         moves = nodes.position_N[source] != nodes.position_N[target]
@@ -92,30 +92,40 @@ def test_heads_alone_move_between_positions(traced):
     assert compared > 10
 
 
-def test_groups_of_sources_and_targets_change_nothing(traced, monkeypatch):
+def test_groups_and_blocks_of_sources_and_targets_change_nothing(traced, monkeypatch):
     pruned = traced.graph.prune(1.0, 1.0)
-    whole = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4)
-    config, length = traced.replacement.model.config, traced.replacement.streams.stream_LxTxD.shape[1]
-    monkeypatch.setattr(heads, "MOST_BYTES", 16 * 4 * length * config.n_layers * config.n_heads * config.d_head)
-    parts = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4)
-    assert parts.keys() == whole.keys() and len(np.unique([source for source, _ in whole])) > 32
+    whole = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4).by_edge()
+    assert len(np.unique([source for source, _ in whole])) > 32
+    monkeypatch.setattr(heads, "heads_block", lambda platform, length: 16)
+    monkeypatch.setattr(heads, "free_bytes", lambda mesh: 0)  # as many groups as blocks
+    parts = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4).by_edge()
+    assert parts.keys() == whole.keys()
     for edge, carried in whole.items():
         assert [head[:2] for head in parts[edge]] == [head[:2] for head in carried]
         np.testing.assert_allclose([head[2] for head in parts[edge]], [head[2] for head in carried], atol=1e-6)
 
 
-def test_ids_and_limits(traced, monkeypatch):
+def test_blocks_of_sources_leave_out_what_is_before_them():
+    layer_S, position_S = (part.reshape(-1) for part in np.mgrid[:6, :16])
+    entries = Placed(layer_S, position_S, np.zeros((96, 1), np.float32))
+    blocks = heads.source_blocks(entries, 16, 12)
+    assert np.array_equal(np.sort(np.concatenate([block.chosen_B for block in blocks])), np.arange(96))
+    for block in blocks:
+        assert len(block.chosen_B) == 12 and np.ptp(position_S[block.chosen_B]) < 4
+        assert layer_S[block.chosen_B].min() == block.layer and position_S[block.chosen_B].min() >= block.position
+    assert {block.position for block in blocks} == {0, 4, 8, 12} and max(block.layer for block in blocks) == 3
+    # Of all the values, 6 layers at 16 positions of 96 sources, less than a half is kept.
+    assert sum((6 - block.layer) * (16 - block.position) * len(block.chosen_B) for block in blocks) < 96 * 6 * 16 / 2
+
+
+def test_named_heads(traced):
     pruned = traced.graph.prune(0.99, 0.999)
-    found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=2)
-    assert all(len(carried) <= 2 for carried in found.values())
+    carried = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=2)
+    found = carried.by_edge()
+    assert all(len(some) <= 2 for some in found.values())
     ids = [f"n{place}" for place in range(len(pruned.nodes))]
-    named = heads.named_heads(found, ids)
+    named = heads.named_heads(carried, ids)
     assert len(named) == len(found) and all(source.startswith("n") for source, _ in named)
-    for carried, own in zip(found.values(), named.values(), strict=True):
-        assert [part[:2] for part in carried] == [part[:2] for part in own]
-        assert [part[2] for part in carried] == pytest.approx([part[2] for part in own], rel=1e-3)
-    for most, groups, message in ((1000, 8, "too long"), (2**31, 0, "prune the graph")):
-        monkeypatch.setattr(heads, "MOST_BYTES", most)
-        monkeypatch.setattr(heads, "MOST_GROUPS", groups)
-        with pytest.raises(UserError, match=message):
-            heads.edge_heads(traced.replacement, traced.readouts, pruned)
+    for some, own in zip(found.values(), named.values(), strict=True):
+        assert [part[:2] for part in some] == [part[:2] for part in own]
+        assert [part[2] for part in some] == pytest.approx([part[2] for part in own], rel=1e-3)

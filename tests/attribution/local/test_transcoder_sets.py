@@ -1,5 +1,7 @@
 """Sets of transcoders of every format are the same set, read layer by layer; what does not fit is refused."""
 
+import re
+
 import numpy as np
 import pytest
 import yaml
@@ -9,6 +11,7 @@ from safetensors.numpy import save_file
 from saejax import save_dictionary, save_transcoders, trace
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.trace.prompt import Replacement
+from saejax.dictionaries.formats.gemma_scope import chosen_layers
 from saejax.errors import UserError
 
 IDS = [0, 17, 230, 5, 42]
@@ -19,11 +22,13 @@ def tiny(tmp_path_factory, one_device):
     return load_tiny(tmp_path_factory.mktemp("model"), "llama", one_device, num_hidden_layers=2)
 
 
-def gemma_scope(folder, made, version):
+def gemma_scope(folder, made, version, l0=None):
     for layer, transcoder in enumerate(made):
         arrays = {name.rpartition("_")[0]: np.array(array) for name, array in transcoder.arrays.items()}
         place = folder / (
-            f"layer_{layer}/width_16k/average_l0_9" if version == 1 else f"layer_{layer}_width_16k_l0_small"
+            f"layer_{layer}/width_16k/average_l0_{l0 or 9}"
+            if version == 1
+            else f"layer_{layer}_width_16k_l0_{l0 or 'small'}"
         )
         place.mkdir(parents=True)
         if version == 1:
@@ -77,6 +82,69 @@ def test_a_set_may_list_files_on_the_hub_that_read_before_the_gain(tiny, tmp_pat
     opened = open_transcoders(tmp_path)
     assert opened.reads == "mlp_normed" and len(opened.configs) == 2
     assert asked == [("org/scope", files[0], "main"), ("org/scope", files[1], "v2")]
+
+
+def test_a_set_may_list_gemma_scopes_second_files(tiny, tmp_path, monkeypatch):
+    """As circuit-tracer's folder lists them: files of safetensors under other names, affine and not."""
+    made = make_transcoders(tiny.config, "jumprelu", skip=True)
+    gemma_scope(tmp_path / "hub", made, 2)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file, revision: tmp_path / "hub" / file)
+    files = [f"hf://google/scope/layer_{layer}_width_16k_l0_small/params.safetensors" for layer in range(2)]
+    settings = dict(
+        model_name="google/gemma-3-1b-pt", model_kind="transcoder_set", feature_input_hook="mlp.hook_in",
+        feature_output_hook="hook_mlp_out", transcoders=files,
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    opened = open_transcoders(tmp_path)
+    assert opened.reads == "mlp_in" and [config.skip for config in opened.configs] == [True, True]
+    for layer, transcoder in enumerate(made):
+        for name, array in transcoder.arrays.items():
+            assert np.array_equal(opened.load(layer).arrays[name], array), name
+
+
+def test_of_several_transcoders_of_a_layer_words_choose(tiny, tmp_path, monkeypatch):
+    sets = {
+        l0: make_transcoders(tiny.config, "jumprelu", seed=n) for n, l0 in enumerate(("big", "small", "small_affine"))
+    }
+    for l0, made in sets.items():
+        gemma_scope(tmp_path / "hub", made, 2, l0)
+    told = "holds 3 transcoders of layer 0 .width_16k_l0_big, width_16k_l0_small, width_16k_l0_small_affine.: words"
+    with pytest.raises(UserError, match=told + ".* such as --graph.l0=16k,big$"):
+        open_transcoders(tmp_path / "hub")
+    with pytest.raises(UserError, match="none of them is medium"):
+        open_transcoders(tmp_path / "hub", choice=("medium",))
+    for choice, l0 in ((("big",), "big"), (("16k", "small"), "small"), (("small", "affine"), "small_affine")):
+        opened = open_transcoders(tmp_path / "hub", choice=choice)
+        assert np.array_equal(opened.load(1).arrays["W_enc_DxF"], sets[l0][1].arrays["W_enc_DxF"])
+    # From the hub nothing but these is fetched.
+    there, fetched = [path.relative_to(tmp_path).as_posix() for path in (tmp_path / "hub").rglob("*.safetensors")], []
+
+    def snapshot(name, allow_patterns, **rest):
+        fetched.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, revision: [*there, "README.md"])
+    open_transcoders("org/scope", subfolder="hub", choice=("big",))
+    assert fetched[1] == [f"hub/layer_{layer}_width_16k_l0_big/params.safetensors" for layer in range(2)]
+    with pytest.raises(UserError, match="org/scope/hub holds 3 transcoders of layer 0"):
+        open_transcoders("org/scope", subfolder="hub")
+    assert len(fetched) == 3
+
+
+def test_a_number_chooses_the_nearest_l0_of_each_layer():
+    def files(*l0s):
+        return [f"layer_{layer}/width_16k/average_l0_{l0}/params.npz" for layer, some in enumerate(l0s) for l0 in some]
+
+    def chosen(number, some):
+        return [int(re.search(r"l0_(\d+)", file)[1]) for file in chosen_layers(some, (number,), "here")]
+
+    assert chosen("100", files((5, 76, 310), (90, 12, 200))) == [76, 90]
+    assert chosen("12", files((5, 76), (90, 12))) == [5, 12]
+    wide = [*files((5, 76)), "layer_0/width_65k/average_l0_9/params.npz"]
+    with pytest.raises(UserError, match="holds 3 transcoders of layer 0"):
+        chosen("10", wide)
+    assert chosen_layers(wide, ("16k", "10"), "here") == wide[:1]
 
 
 def test_a_set_is_fetched_from_the_hub_with_revision_and_subfolder(tiny, tmp_path, monkeypatch):

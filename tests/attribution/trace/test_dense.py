@@ -6,7 +6,8 @@ from dense_reference import Dense
 from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
-from saejax.attribution.checks.interventions import Change, intervene
+from saejax.attribution.checks.edits import Change
+from saejax.attribution.checks.interventions import intervene
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt

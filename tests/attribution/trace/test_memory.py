@@ -56,6 +56,29 @@ def test_all_features_need_the_square_and_no_copy(large, one_device):
     assert 1 < host / (4 * (2 * 24 * 1023) ** 2) < 2
 
 
+def test_heads_of_edges_take_what_one_block_does(large, one_device):
+    """Of any number of sources: 16 at a time of 1,024 positions, whose values are kept in all layers."""
+    wide = dataclasses.replace(large, heads=True, model=dataclasses.replace(large.model, n_kv_heads=4))
+    need = graph_bytes(wide, 1024, one_device)["heads"]
+    values, mixed = 16 * 1024 * 24 * 4 * 128 * 4, 16 * 1024 * 2048 * 4
+    streams, weights = 2 * 24 * 1024 * 2048 * 4, 16 * 1024**2 * 4
+    assert values + mixed + streams + weights < need.device < 3 * (values + mixed + streams + weights)
+    assert "heads" not in graph_bytes(large, 1024, one_device)
+    room = Room(0, need.device // 2)
+    with pytest.raises(UserError, match="leave the heads out"):
+        check_room(
+            dataclasses.replace(
+                wide,
+                active=0.01,
+                max_features=1,
+                transcoder=DictionaryConfig(kind="topk", d_in=2048, n_features=8, k=1),
+            ),
+            1024,
+            one_device,
+            room,
+        )
+
+
 def test_memory_grows_with_what_it_is_made_of(large, one_device):
     def peak(**changes):
         return max(map(sum, graph_bytes(dataclasses.replace(large, **changes), 512, one_device).values()))

@@ -6,7 +6,8 @@ import numpy as np
 from reference_graphs import adjacency_of, each_graph, needs_graphs, nodes_of
 
 from saejax import load_model, trace
-from saejax.attribution.graph.nodes import BIAS, FIRST_MLP
+from saejax.attribution.graph.nodes import BIAS, FEATURE, FIRST_MLP
+from saejax.attribution.graph.pruning import source_influence
 
 
 def relative(a, b) -> float:
@@ -44,3 +45,22 @@ def test_a_traced_graph_is_that_of_circuit_tracer(folder, one_device, quick_comp
     assert abs(graph.scores().completeness - ref["scores"][1]) < 1e-6
     assert np.abs(pruned.pruning.influence_N - ref["cumulative"][node_N]).max() < 1e-6
     assert graph.prompt and len(json.loads((folder / "graph.json").read_text())["nodes"]) == len(pruned.nodes)
+
+
+@needs_graphs
+@each_graph
+def test_of_few_features_that_are_kept_most_are_the_truly_most_influential(folder, one_device, quick_compiler):
+    """circuit-tracer's own choice of 64 has 56 of them on the Qwen3 graph."""
+    ref = np.load(folder / "reference.npz")
+    lm, options = load_model(str(folder / "hf_model"), mesh=one_device), dict(max_logits=len(ref["logit_ids"]))
+    whole = trace(lm, folder / "transcoders", ref["ids"], **options, logit_mass=1.0)
+    some = trace(lm, folder / "transcoders", ref["ids"], **options, logit_mass=1.0, max_features=64)
+    features = whole.nodes[whole.slice_of(FEATURE)]
+    best = np.argsort(-source_influence(whole)[: len(features)], kind="stable")[:64]
+
+    def keys(nodes):
+        return set(zip(nodes.layer_N.tolist(), nodes.position_N.tolist(), nodes.index_N.tolist(), strict=True))
+
+    found = len(keys(features[best]) & keys(some.nodes[some.slice_of(FEATURE)]))
+    print(f"{folder.name}: {found} of the 64 most influential features")
+    assert found >= 59

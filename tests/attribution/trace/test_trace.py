@@ -1,5 +1,7 @@
 """Tracing: targets, how many features are kept, devices, and what is refused."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,9 +9,13 @@ from jax.sharding import AxisType, Mesh
 from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
+from saejax.attribution.checks.circuit_runs import Circuit, run_circuits
 from saejax.attribution.graph import pruning
-from saejax.attribution.graph.nodes import BIAS, FEATURE, FIRST_MLP, LOGIT, TOKEN
-from saejax.attribution.trace import row_store, rows
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
+from saejax.attribution.local import replacement
+from saejax.attribution.local.active import Active
+from saejax.attribution.trace import rounds, row_store, rows
+from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
 from saejax.models.language_model import load_model
@@ -98,6 +104,36 @@ def test_the_most_influential_features_are_kept(tiny, made, graph):
     assert np.abs(part.unexplained_R).max() < 1e-5 * np.abs(part.value_R).max()
 
 
+def test_biases_have_no_part_in_the_choice_and_rounds_see_more_than_one_ranking():
+    """Of two layers of features: those below act through those above, which one ranking from the logit does not see."""
+    rng = np.random.default_rng(3)
+    matrix_RxS = np.zeros((41, 44), np.float32)  # 40 features and a logit; after the features two tokens and two biases
+    matrix_RxS[40, 20:40] = rng.exponential(size=20) ** 2
+    matrix_RxS[20:40, :20] = rng.exponential(size=(20, 20)) ** 4
+    matrix_RxS[40, :20] = 0.02 * rng.exponential(size=20)
+    layer_A = np.repeat([0, 1], 20).astype(np.int32)
+    columns = np.r_[np.arange(40), -1]
+    whole_S = pruning.influence(matrix_RxS[:, :42], np.r_[layer_A, 2], columns, np.r_[np.zeros(40), 1.0])
+    best = set(np.argsort(-whole_S[:40])[:12].tolist())
+    nodes = Nodes.joined(Nodes.of(FEATURE, layer_A, 1), Nodes.of(TOKEN, -1, [0, 1]), Nodes.of(BIAS, [0, 1], 0))
+    active = Active(layer_A, *(np.zeros(40) for _ in range(4)))
+    run = SimpleNamespace(active=active, model=SimpleNamespace(config=SimpleNamespace(n_layers=2)))
+    readouts = SimpleNamespace(labels=("one",), weight_K=np.ones(1))
+
+    def chosen(round_rows=None, biases=0.0):
+        rows = matrix_RxS.copy()
+        rows[:, 42:] = biases * rng.exponential(size=(41, 2))
+
+        def fill(new_F, put):
+            own = np.array([40]) if new_F is None else new_F
+            put(np.arange(len(own)), rows[own])
+
+        return rounds.attributed(run, nodes, readouts, fill, 12, round_rows)[0].tolist()
+
+    assert chosen() == chosen(biases=1e4)
+    assert len(best & set(chosen())) > len(best & set(chosen(12)))
+
+
 def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
     a, b = (int(token) for token in graph.nodes.index_N[graph.slice_of(LOGIT)][:2])
     vector_D = np.random.default_rng(0).normal(size=tiny.config.d_model)
@@ -175,3 +211,36 @@ def test_no_active_feature_is_an_error(tiny, made):
     silent = [type(t)(t.config, **{**t.arrays, "b_enc_F": t.arrays["b_enc_F"] - 1e4}) for t in made]
     with pytest.raises(UserError, match="no feature of .* is active"):
         trace(tiny, silent, IDS)
+
+
+def test_a_chat_prefix_of_sinks_has_no_features_and_sums_stay_whole(tmp_path, one_device, monkeypatch):
+    """Of Gemma 3's template the first four tokens; biases and decoders go on from the fifth."""
+    lm = load_tiny(tmp_path, "gemma3_text", one_device, num_hidden_layers=2)
+    assert replacement.CHAT_STARTS[lm.config.family] == (2, 105, 2364, 107)
+    made = make_transcoders(lm.config)
+    ids = [0, 17, 230, 5, 42, 99, 7]
+    plain = trace(lm, made, ids, max_logits=2)
+    monkeypatch.setitem(replacement.CHAT_STARTS, lm.config.family, tuple(ids[:4]))
+    found = trace_prompt(lm, made, ids, max_logits=2)
+    graph = found.graph
+    assert (plain.nodes.position_N[plain.slice_of(FEATURE)].min(), found.replacement.first) == (1, 4)
+    features, errors = (graph.nodes[graph.slice_of(kind)] for kind in (FEATURE, ERROR))
+    assert features.position_N.min() == 4
+    assert not graph.adjacency_RxS[:, graph.slice_of(ERROR)][:, errors.position_N < 4].any()
+    assert graph.adjacency_RxS[:, graph.slice_of(FIRST_MLP)].any(axis=0).any()
+    assert np.abs(graph.unexplained_R).max() < 1e-5 * np.abs(graph.value_R).max()
+    with pytest.raises(UserError, match="no feature is used at the first 4 tokens"):
+        trace(lm, made, ids[:4])
+    every = Circuit(np.ones(len(found.replacement.active), bool), np.ones((2, len(ids)), bool))
+    kept, none = run_circuits(found.replacement, [every, every.complement()], found.readouts)[:, 0]
+    assert kept == pytest.approx(found.readouts.value_K[0], abs=1e-5) and abs(none - kept) > 1e-3
+
+
+def test_a_text_may_stand_in_the_chat_template(tiny, made, monkeypatch):
+    with pytest.raises(UserError, match="has no chat template: leave --graph.chat_template out"):
+        trace(tiny, made, "The war", chat=True)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}>"
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
+    graph = trace(tiny, made, "The war", chat=True, max_logits=2)
+    assert "".join(graph.tokens) == "<user>The war>" and graph.prompt == "The war"
+    assert trace(tiny, made, IDS, chat=True, max_logits=2).ids_P.tolist() == IDS

@@ -20,9 +20,9 @@ from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens
+from saejax.registry import GROUPS
 from saejax.results import Interval
 from saejax.settings import AblateConfig
-from saejax.stages import GROUPS
 
 
 @pytest.fixture(scope="module")

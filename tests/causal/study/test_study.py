@@ -10,7 +10,7 @@ import torch
 from runs import write_members
 
 from saejax import pipeline
-from saejax.causal import stages
+from saejax.causal import parts
 from saejax.causal.split import SplitModel
 from saejax.causal.study import run as stage
 from saejax.causal.study import scores as study_scores
@@ -19,9 +19,9 @@ from saejax.causal.study.results import ItemScore, StudyEffects, StudyItems, Stu
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.models.tokens import pad
+from saejax.registry import GROUPS
 from saejax.results import Interval, from_json, to_json
 from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
-from saejax.stages import GROUPS
 from saejax.tasks.benchmark_scores import score_items
 from saejax.tasks.benchmarks import LOGIC_TASKS, read_items
 from saejax.workspace import Run
@@ -35,7 +35,7 @@ CONFIG = StudyConfig(
 @pytest.fixture(autouse=True)
 def small_machine(quick_compiler, one_device, monkeypatch):
     """Most of the time of these tests is compiling, for eight devices the more so."""
-    monkeypatch.setattr(stages, "make_mesh", lambda config: one_device)
+    monkeypatch.setattr(parts, "make_mesh", lambda config: one_device)
 
 
 def write_lines(path, rows):

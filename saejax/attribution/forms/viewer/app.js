@@ -2,7 +2,7 @@
 
 const at = (id) => document.getElementById(id);
 const given = JSON.parse(at("graph-data").textContent);
-const graph = readGraph(given.document, given.labels);
+const graph = readGraph(given.document, given.labels, given.scores);
 const [stage, view, world] = ["stage", "view", "world"].map(at);
 const picture = new Picture(graph, at("lower"), at("upper"));
 

@@ -72,7 +72,7 @@ class Picture {
     const { graph, visible } = this;
     const context = this.begin(this.lower);
     context.globalCompositeOperation = "destination-over";
-    const most = graph.m ? Math.abs(graph.weight[0]) : 1;
+    const most = (graph.m && graph.score[0]) || 1;
     const crowd = Math.min(1, 20 / Math.sqrt(visible.edges + 1)); // the more edges, the fainter the weak ones
     let e = 0;
     let spent = 0;
@@ -80,7 +80,7 @@ class Picture {
       const start = performance.now();
       while (e < visible.last && rest > 0) {
         if (visible.edge[e]) {
-          const strength = Math.sqrt(Math.abs(graph.weight[e]) / most);
+          const strength = Math.sqrt(graph.score[e] / most);
           context.globalAlpha = 0.04 + 0.05 * crowd + 0.7 * strength ** (2.4 - 1.4 * crowd);
           this.strokeEdge(context, e, 0.5 + 1.8 * strength);
           rest--;
@@ -142,10 +142,10 @@ class Picture {
     for (const into of [true, false]) {
       if (linkType === (into ? "output" : "input")) continue;
       const edges = edgesShown(node, into);
-      const most = edges.length ? Math.abs(graph.weight[edges[0]]) : 1;
+      const most = edges.length ? shareOf(graph, edges[0], into) || 1 : 1;
       for (const e of edges.reverse()) {
         // the strongest on top
-        const strength = Math.abs(graph.weight[e]) / most;
+        const strength = shareOf(graph, e, into) / most;
         context.globalAlpha = alpha * (0.25 + 0.75 * strength);
         this.strokeEdge(context, e, 0.6 + 3.4 * strength);
         touched.set(into ? graph.source[e] : graph.target[e], e);

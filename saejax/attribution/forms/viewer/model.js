@@ -1,4 +1,4 @@
-// The graph as typed arrays. Nodes keep the order of the document; edges are sorted by |weight|, strongest first,
+// The graph as typed arrays. Nodes keep the order of the document; edges are sorted by score, strongest first,
 // so that "edge e is among the strongest" is a comparison of integers, and each node's lists of edges come sorted.
 
 const FEATURE = 0;
@@ -27,7 +27,7 @@ function visibleText(text) {
   });
 }
 
-function readGraph(doc, labels) {
+function readGraph(doc, labels, scores) {
   const n = doc.nodes.length;
   const m = doc.links.length;
   const tokens = doc.metadata.prompt_tokens;
@@ -63,7 +63,7 @@ function readGraph(doc, labels) {
     index,
     doc,
     ids: doc.nodes.map((node) => node.node_id),
-    ...readEdges(doc.links, index, n),
+    ...readEdges(doc.links, scores, index, n),
   };
   graph.labels = doc.nodes.map((node, i) => labelOf(graph, node, i, labels));
   graph.named = doc.nodes.map((node, i) => Boolean(labels[featureKey(node)] || node.clerp) && kind[i] === FEATURE);
@@ -78,16 +78,20 @@ function readGraph(doc, labels) {
   return graph;
 }
 
-function readEdges(links, index, n) {
+/** Weights are in the units of their targets; scores, the influence that goes through an edge, compare. */
+function readEdges(links, scores, index, n) {
   const m = links.length;
   const weights = Float64Array.from(links, (link) => link.weight);
-  const order = Array.from({ length: m }, (_, e) => e).sort((a, b) => Math.abs(weights[b]) - Math.abs(weights[a]));
+  const order = Array.from({ length: m }, (_, e) => e).sort(
+    (a, b) => scores[b] - scores[a] || Math.abs(weights[b]) - Math.abs(weights[a]),
+  );
   const source = new Int32Array(m);
   const target = new Int32Array(m);
   const weight = new Float64Array(m);
-  const before = new Float64Array(m); // share of the total |weight| that stronger edges have
-  const inTotal = new Float64Array(n);
-  const outTotal = new Float64Array(n);
+  const score = new Float64Array(m);
+  const before = new Float64Array(m); // share of all scores that stronger edges have
+  const inTotal = new Float64Array(n); // of |weight|
+  const outTotal = new Float64Array(n); // of scores
   const inStart = new Int32Array(n + 1);
   const outStart = new Int32Array(n + 1);
   let total = 0;
@@ -95,10 +99,11 @@ function readEdges(links, index, n) {
     source[e] = index.get(links[from].source);
     target[e] = index.get(links[from].target);
     weight[e] = weights[from];
+    score[e] = scores[from];
     before[e] = total;
-    total += Math.abs(weight[e]);
+    total += score[e];
     inTotal[target[e]] += Math.abs(weight[e]);
-    outTotal[source[e]] += Math.abs(weight[e]);
+    outTotal[source[e]] += score[e];
     inStart[target[e] + 1]++;
     outStart[source[e] + 1]++;
   });
@@ -115,7 +120,7 @@ function readEdges(links, index, n) {
     inEdge[inNext[target[e]]++] = e;
     outEdge[outNext[source[e]]++] = e;
   }
-  return { source, target, weight, before, inTotal, outTotal, inStart, inEdge, outStart, outEdge };
+  return { source, target, weight, score, before, inTotal, outTotal, inStart, inEdge, outStart, outEdge };
 }
 
 /** "layer_feature" of a feature node: what labels and examples are keyed by. */
@@ -145,6 +150,12 @@ function labelOf(graph, node, i, labels) {
   const label = labels[featureKey(node)] || node.clerp;
   return label ? visibleText(label) : `feature ${node.node_id.split("_")[1] ?? node.feature}`;
 }
+
+/** The share that an edge has of its target's input, or of all that its source does. */
+const shareOf = (graph, e, into) =>
+  into
+    ? Math.abs(graph.weight[e]) / (graph.inTotal[graph.target[e]] || 1)
+    : graph.score[e] / (graph.outTotal[graph.source[e]] || 1);
 
 /** The edges into (or out of) a node, strongest first. */
 function edgesOf(graph, i, into) {

@@ -1,6 +1,5 @@
 // The panel beside the picture: what a node is, what feeds it and what it feeds. Every row is a button that goes on.
 
-const ROWS_AT_FIRST = 40;
 const KEYS = [
   ["↑ ↓", "strongest output, strongest input"],
   ["← →", "the next node in the same layer"],
@@ -45,8 +44,7 @@ function makePanel(graph, { examples, heads }, app) {
   const row = (i) => withHover(nodeRow(graph, i, app.select), i);
   const edgeRow = (e, into) => {
     const i = into ? graph.source[e] : graph.target[e];
-    const share =
-      Math.abs(graph.weight[e]) / ((into ? graph.inTotal[graph.target[e]] : graph.outTotal[graph.source[e]]) || 1);
+    const share = shareOf(graph, e, into);
     const made = row(i);
     made.classList.add(graph.weight[e] < 0 ? "minus" : "plus");
     made.style.setProperty("--share", share.toFixed(4));
@@ -74,7 +72,7 @@ function makePanel(graph, { examples, heads }, app) {
       const showAll = element("button", { type: "button", class: "plain", onclick: () => fill(all) }, "Show all");
       more.append(`${count(left)} weaker ${left === 1 ? "edge is" : "edges are"} not shown. `, showAll);
     };
-    fill(app.edgesShown(i, into).slice(0, ROWS_AT_FIRST));
+    fill(app.edgesShown(i, into).slice(0, AT_LEAST));
     const title = element("h3", {}, into ? "Inputs " : "Outputs ", element("small", {}, count(all.length)));
     const body = all.length ? [rows, more] : [element("p", { class: "note" }, nothing(i, into))];
     return element("section", { class: into ? "inputs" : "outputs" }, title, body);

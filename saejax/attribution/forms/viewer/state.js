@@ -3,6 +3,7 @@
 
 const LINK_TYPES = ["both", "input", "output"];
 const EDGES_AT_FIRST = 1500; // what a first look can take in; the slider shows the rest
+const AT_LEAST = 40; // of the edges of a node that is looked at
 
 function firstState(graph) {
   const last = Math.min(EDGES_AT_FIRST, graph.m) - 1;
@@ -140,16 +141,15 @@ function visibility(graph, state) {
   return { node, edge, nodes, edges, last };
 }
 
-/** The edges of one node, strongest first, until they carry the slider's share of |weight|: here of its own inputs
- * (or outputs), since weights of different nodes have different scales. Edges to hidden nodes are left out. */
+/** The edges of one node, strongest first: at least its AT_LEAST strongest, and further ones until they have the
+ * slider's share of what it gets (or does). Edges to hidden nodes are left out. */
 function edgesShown(graph, state, visible, i, into) {
-  const total = (into ? graph.inTotal[i] : graph.outTotal[i]) || 1;
   const other = into ? graph.source : graph.target;
   const shown = [];
   let before = 0;
   for (const e of edgesOf(graph, i, into)) {
-    if (before >= state.edges * total && state.edges < 1) break;
-    before += Math.abs(graph.weight[e]);
+    if (shown.length >= AT_LEAST && before >= state.edges && state.edges < 1) break;
+    before += shareOf(graph, e, into);
     if (visible.node[other[e]]) shown.push(e);
   }
   return shown;

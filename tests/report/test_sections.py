@@ -12,8 +12,8 @@ from saejax.causal.probes import report as probes
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.study import report as studies
 from saejax.causal.study.results import StudyEffects, StudyResults
-from saejax.reporting.document import Picture
-from saejax.reporting.findings import Findings
+from saejax.page.document import Picture
+from saejax.page.findings import Findings
 from saejax.results import Interval
 from saejax.tasks import report as tasks
 from saejax.tasks.results import BenchmarkResults
@@ -120,7 +120,7 @@ def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
     shares = [f"{mean}\u00a0% [{mean - 10}\u00a0%, {mean + 10}\u00a0%]" for mean in (50, 10, 70, 20, 90)]
     assert table.rows == (("Capital of a country", "12", *shares, "0.40 [0.30,\u00a00.50]"),)
     assert len(table.columns) == len(table.rows[0])
-    assert without.items == (("Single-digit addition", "not patched: it has no train prompts."),)
+    assert without.items == (("Two-digit addition", "not patched: it has no train prompts."),)
 
 
 def test_probes_are_shown_and_labels_without_one_said():
@@ -150,10 +150,8 @@ def test_probes_are_shown_and_labels_without_one_said():
     (section,) = probes.sections(findings(settings, topk=partly(ProbeResults, **results)), draw)
     intro, picture, table, without = section.blocks
     assert "the features of topk" in intro.text and "at a prompt's last position" in intro.text
-    assert (
-        "Answer: Single-digit addition: features 50 [40,\u00a060] %, raw dimensions 50 [40,\u00a060] %." in picture.alt
-    )
-    assert table.rows[0][:4] == ("Answer: Single-digit addition", "2 features", "50 [40,\u00a060]", "40\u00a0%")
+    assert "Answer: Two-digit addition: features 50 [40,\u00a060] %, raw dimensions 50 [40,\u00a060] %." in picture.alt
+    assert table.rows[0][:4] == ("Answer: Two-digit addition", "2 features", "50 [40,\u00a060]", "40\u00a0%")
     assert table.rows[0][6:] == ("10 [0,\u00a020]", "0.0123", "7, 8")
     assert table.rows[1][1] == "all features" and table.rows[1][6] == table.rows[1][8] == "–"
     assert without.items == (

@@ -18,7 +18,8 @@ from saejax.errors import Interrupted
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel import AgreedStop, from_first_process, is_first_process, make_mesh
 from saejax.results import from_json, to_json
-from saejax.tasks.behaviours import Prompt, read_prompts
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.gate import read_tested
 from saejax.workspace import Run, read_json, write_json
 
 OnProgress = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
@@ -55,26 +56,25 @@ def load_run_dictionary(run: Run) -> Dictionary:
 
 
 def load_trained(run: Run, name: str, flag: str) -> Dictionary:
-    """A trained dictionary, such as "topk" or "topk/k32", of the units that a stage reads.
+    """A trained dictionary, such as "topk" or "topk/k32" of the units that a stage reads, or of any folder.
 
     Args:
       run: of the stage.
-      name: of the dictionary.
+      name: of the dictionary, or its folder.
       flag: that names it, for messages.
 
     Raises:
       UserError: there is none of this name.
     """
-    kind, _ = stacks.kind_and_member(name)
-    return stacks.load_member(run.inputs[f"train/{kind}"], name, flag)
+    return stacks.load_trained(name, run.inputs, flag)
 
 
-def read_behaviours(run: Run) -> dict[str, list[Prompt]]:
-    """The prompts that the baseline measured, by behaviour."""
-    found: dict[str, list[Prompt]] = {}
-    for prompt in read_prompts(run.inputs["baseline"] / "prompts.jsonl"):
-        found.setdefault(prompt.behaviour, []).append(prompt)
-    return found
+def read_behaviours(run: Run, named: Sequence[str] = (), flag: str = "") -> dict[str, list[Prompt]]:
+    """The prompts of the behaviours to be tested; a line for each that is left out. See ``gate.read_tested``."""
+    found = read_tested(run.inputs["baseline"], named, flag)
+    for name, why in found.left_out.items():
+        run.say(f"{run.stage}: {name} is left out: {why}")
+    return found.prompts
 
 
 def part_file(run: Run, part: str, ending: str = ".json") -> Path:

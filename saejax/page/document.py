@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from saejax.reporting.tables import Table, escape_markdown, number, visible
+from saejax.page.tables import Table, escape_markdown, number, visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +267,7 @@ def anchor(title: str) -> str:
 def to_html(title: str, lead: Sequence[str], sections: Sequence[Section], footer: str) -> str:
     """The page, complete in itself: no script, no outside resource; ``Links`` lead to other files of the workdir."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("saejax.reporting", "."),
+        loader=jinja2.PackageLoader("saejax.page", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=_bind,

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from matplotlib.figure import Figure
 
-from saejax.reporting.document import Example, Picture
+from saejax.page.document import Example, Picture
 from saejax.results import Settings, Summary, load_summary
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from saejax.causal.patching.grid import PatchingGrid
 from saejax.causal.patching.sites import DIRECTIONS
 from saejax.causal.probes import report as probes
 from saejax.evaluation.results import DensityHistogram
-from saejax.reporting import style
+from saejax.page import style
 from saejax.results import Interval
 from saejax.tasks import report as tasks
 from saejax.training import report_figures as dictionary_figures

@@ -15,7 +15,7 @@ import pytest
 from made_up_workspace import made_up_contexts, make_run, make_workspace
 from test_figures import contrast
 
-from saejax import stages
+from saejax import registry
 from saejax.config import define_flags, from_flags
 from saejax.errors import UserError
 from saejax.report import run as report
@@ -178,12 +178,12 @@ def test_the_settings_can_be_used_as_a_flag_file(made, tmp_path):
 
     values, plain = flags.FlagValues(), flags.FlagValues()
     for each in (values, plain):
-        define_flags(stages.GROUPS, each)
+        define_flags(registry.GROUPS, each)
     block = re.search(r"```\n(--model.*?)\n```", (made[0] / "report.md").read_text(), re.DOTALL).group(1)
     (tmp_path / "run.flags").write_text(block.replace("--task.train_prompts=80", "--task.train_prompts=81"))
     values(["program", f"--flagfile={tmp_path / 'run.flags'}"])
     plain(["program"])
-    configs, defaults = from_flags(stages.GROUPS, values), from_flags(stages.GROUPS, plain)
+    configs, defaults = from_flags(registry.GROUPS, values), from_flags(registry.GROUPS, plain)
     assert configs.pop("task").train_prompts == 81 and defaults.pop("task")
     assert configs == defaults
 

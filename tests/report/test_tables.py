@@ -4,7 +4,7 @@ import html.parser
 
 import pytest
 
-from saejax.reporting.tables import Table, escape_markdown, interval, number, percent, significant, visible
+from saejax.page.tables import Table, escape_markdown, interval, number, percent, significant, visible
 from saejax.results import Interval
 
 

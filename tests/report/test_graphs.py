@@ -14,11 +14,11 @@ from test_report import Page, both
 from saejax.attribution import report as graphs
 from saejax.attribution.results import AttributeResults
 from saejax.errors import UserError
+from saejax.page import style
+from saejax.page.document import Links, Picture
+from saejax.page.findings import Findings
 from saejax.report import run as report
 from saejax.report.run import run_report
-from saejax.reporting import style
-from saejax.reporting.document import Links, Picture
-from saejax.reporting.findings import Findings
 from saejax.results import from_json
 
 SHARE = [0.1, 0.5, 1.0]
@@ -190,3 +190,16 @@ def test_a_missing_figure_is_named(tmp_path):
     found = findings(tmp_path, inputs, paris=dict(transcoders="set", dictionaries=[], graphs=dict(paris=result())))
     with pytest.raises(UserError, match=r"paris\.svg is missing or damaged: delete .* and run attribute again"):
         graphs.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))
+
+
+def test_graphs_of_saes_have_a_title_and_their_own_words(tmp_path):
+    inputs = add_units(tmp_path, {}, dict(paris=dict(paris=result(circuits=None))))
+    of = dict(transcoders="", dictionaries=["runs/a/train/topk", "runs/a/train/other"])
+    found = findings(tmp_path, inputs, paris=dict(of, graphs=dict(paris=result(circuits=None))))
+    (tmp_path / "figures").mkdir()
+    first, _ = graphs.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))
+    text, table, terms = first.blocks[:3]
+    assert table.caption == "Graphs with the SAEs train/topk, train/other"
+    said = " ".join([first.lead, text.text, *(part for term in terms.items for part in term)])
+    assert "the SAEs do not explain" in first.lead and "as gradients estimate it" in text.text
+    assert "transcoder" not in said and "derivatives" in said

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.reporting.tables import interval, number
+from saejax.page.tables import interval, number
 from saejax.results import Interval
 
 # Title, and what the model is to name.
 BEHAVIOURS = {
     "agreement": ("Subject-verb agreement", "the verb that agrees with the subject, with another noun in between"),
-    "capital": ("Capital of a country", "the capital of a country"),
+    "capital": ("Capital of a country", "the capital of a country or a part of one"),
     "greater_than": ("Greater-than on years", "an end year that lies after the start year"),
-    "addition": ("Single-digit addition", "the sum of two digits, after worked examples"),
+    "addition": ("Two-digit addition", "the sum of two numbers of two digits, after worked examples"),
 }
 
 

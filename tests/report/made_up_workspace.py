@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax import settings, stages
+from saejax import registry, settings
 from saejax.causal.ablate.importance import Importance, importance_file
 from saejax.causal.ablate.results import HalvesAgreement
 from saejax.config import to_json
-from saejax.reporting.document import Example
+from saejax.page.document import Example
 from saejax.results import to_json as results_to_json
 from saejax.workspace import SUMMARY, Run, write_json
 
@@ -287,7 +287,7 @@ def make_workspace(
     for unit, result in results.items():
         inputs[unit] = root / "inputs" / unit
         inputs[unit].mkdir(parents=True)
-        config = {group: to_json(stages.GROUPS[group]()) for group in groups[unit.split("/")[0]]}
+        config = {group: to_json(registry.GROUPS[group]()) for group in groups[unit.split("/")[0]]}
         devices = None if unit == "capture" else dict(count=1, kinds=["cpu"], processes=1)
         stage, _, name = unit.partition("/")
         write_summary(inputs[unit], stage, name, result, config=config, devices=devices)
@@ -355,6 +355,6 @@ def made_up_contexts(features, count: int) -> dict[int, list[Example]]:
 
 def make_run(root: Path, inputs: dict[str, Path], **own) -> Run:
     """A run of the report stage over the inputs, with settings of its own."""
-    configs = {group: cls() for group, cls in stages.GROUPS.items()} | dict(report=settings.ReportConfig(**own))
+    configs = {group: cls() for group, cls in registry.GROUPS.items()} | dict(report=settings.ReportConfig(**own))
     (root / "report").mkdir()
     return Run("report", "", root / "report", configs, inputs, say=lambda line: None)

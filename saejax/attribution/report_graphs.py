@@ -1,0 +1,133 @@
+"""The graphs that the report shows, in tables: what was traced, how much of it is explained, and whether edges hold."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from saejax.attribution.results import CurveResults, GraphResults
+from saejax.page.document import Terms
+from saejax.page.tables import MISSING, Table, number, significant, visible
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportedGraph:
+    """A graph that the report shows.
+
+    Attributes:
+      number: its place in the report, from 1.
+      folder: of the unit that made it.
+      slug: its name there.
+      dictionaries: the set of transcoders that it was made with, or the folders of SAEs.
+      saes: whether it is of SAEs.
+      results: what the stage ``attribute`` says of it.
+    """
+
+    number: int
+    folder: Path
+    slug: str
+    dictionaries: str
+    saes: bool
+    results: GraphResults
+
+    @property
+    def name(self) -> str:
+        """Its name on the page: of several units two may have the same slug."""
+        return f"Graph {self.number}: {self.slug}"
+
+    @property
+    def curve(self) -> CurveResults | None:
+        """Its curves; None if none were measured, or none is defined."""
+        curve = self.results.circuits
+        return curve if curve and any(map(known, curve.faithfulness)) else None
+
+    @property
+    def correlation(self) -> float | None:
+        """Of edges with what happens when features are doubled and nothing is held; None: not known."""
+        return self.results.doubling.free.pearson if self.results.doubling else None
+
+
+def missed(graphs: Sequence[ReportedGraph]) -> str:
+    """What errors of the graphs are left over by: "transcoders", "SAEs" or both."""
+    kinds = {"SAEs" if graph.saes else "transcoders" for graph in graphs}
+    return " or ".join(sorted(kinds, reverse=True))
+
+
+def tables(graphs: Sequence[ReportedGraph]) -> list[Table]:
+    """A table for each set of transcoders or SAEs."""
+    columns = (
+        "Graph", "Answer", "Active features", "Traced", "Features kept", "Errors kept", "Edges", "Replacement",
+        "Completeness", "Edges off by", "Correlation",
+    )  # fmt: skip
+    sets = list(dict.fromkeys((graph.dictionaries, graph.saes) for graph in graphs))
+    names = [name for name, _ in sets]
+    return [
+        Table(
+            f"Graphs with the {'SAEs' if saes else 'transcoders'} {_short(name, names)}",
+            columns,
+            tuple(_row(graph) for graph in graphs if (graph.dictionaries, graph.saes) == (name, saes)),
+            frozenset({1}),
+            stack=False,
+        )
+        for name, saes in sets
+    ]
+
+
+def _short(name: str, names: Sequence[str]) -> str:
+    """The last two parts of each path, which all of a hub id are, unless others have the same."""
+    short = [", ".join("/".join(Path(part).parts[-2:]) for part in other.split(",")) for other in names]
+    return short[names.index(name)] if len(set(short)) == len(short) else name
+
+
+def _row(graph: ReportedGraph) -> tuple[str, ...]:
+    results, doubling = graph.results, graph.results.doubling
+    labels = [one_line(target.label) for target in results.targets]
+    counts = results.active, results.traced, results.features, results.errors, results.edges
+    return (
+        f"{graph.number}: {graph.slug}",
+        labels[0] + (f" and {len(labels) - 1} more" if labels[1:] else ""),
+        *(f"{count:,}" for count in counts),
+        number(results.scores.replacement),
+        number(results.scores.completeness),
+        significant(doubling.held_error, 2) if doubling else MISSING,
+        number(graph.correlation),
+    )
+
+
+def meaning(graphs: Sequence[ReportedGraph]) -> Terms:
+    """What the columns of the tables are."""
+    said = {
+        "Traced": "active features that have a node, the most influential ones.",
+        "Replacement": "of the influence on the answer, which starts at tokens and at errors, the share of the tokens: "
+        "1 if features explain all, 0 if errors do.",
+        "Completeness": "the share of the nodes' input, weighted by their influence, that no error gives. This score "
+        "and the last are of the whole graph, before pruning.",
+    }
+    if any(graph.results.doubling for graph in graphs):
+        held = dict(
+            transcoders="features were raised one by one with all held as the graph has it",
+            SAEs="the effect of each of some features was taken by derivatives forwards",
+        )
+        said |= {
+            "Edges off by": f"{'; of SAEs '.join(held[kind] for kind in missed(graphs).split(' or '))}; the largest "
+            "difference between an edge and what came out, over the largest edge. More than rounding, about 1e−5, is "
+            "an error of the arithmetic.",
+            "Correlation": "of edges with what happened when features were doubled and nothing was held: how well the "
+            "picture drawn on this prompt foretells the model.",
+        }
+    return Terms(tuple(said.items()))
+
+
+def known(value: float | None) -> bool:
+    return value is not None and bool(np.isfinite(value))
+
+
+def span(values: Sequence[float], written: Callable[[float], str]) -> str:
+    """The smallest and the largest, or the one that both are."""
+    return " to ".join(dict.fromkeys(written(value) for value in (min(values), max(values))))
+
+
+def one_line(text: str) -> str:
+    """A text on one line, spaces at its ends left out."""
+    return visible(text).strip() or "␣"

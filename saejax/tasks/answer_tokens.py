@@ -1,0 +1,56 @@
+"""The tokens of an answer: those that it adds to its prompt's.
+
+An answer that stands alone may have other tokens than one that goes on from a text: SentencePiece vocabularies put a
+marker of a word's beginning before what stands alone, and those that join digits or letters may join the answer's with
+the prompt's. So a prompt and its answer are tokenised together, and what is longer than the prompt alone is the answer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax.errors import UserError
+from saejax.tasks.behaviours import Prompt
+
+MERGED = "an answer is joined with the end of the text"
+ALIKE = "both answers begin with the same token"
+OTHER = "after the counterpart an answer begins with another token"
+
+
+def answer_ids(tokenizer: Any, text: str, answer: str) -> list[int]:
+    """Token ids of an answer that goes on from a text, at least one.
+
+    Raises:
+      UserError: the text's own tokens are other ones when the answer follows, so that no token begins the answer.
+    """
+    found = _added(tokenizer, text, answer)
+    if not found:
+        raise UserError(
+            f"the answer {answer!r} has no token of its own after {text!r}: {MERGED}; write it so that the answer "
+            "begins a word, or follows a mark such as '=' or '$'"
+        )
+    return found
+
+
+def first_answer_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
+    """The first tokens of each prompt's correct and wrong answer, int32 [N, 2]; raises as ``answer_ids``."""
+    answers = [[(prompt.text, prompt.correct), (prompt.text, prompt.wrong)] for prompt in prompts]
+    return np.array([[answer_ids(tokenizer, *pair)[0] for pair in pairs] for pairs in answers], np.int32)
+
+
+def fault(tokenizer: Any, prompt: Prompt) -> str:
+    """Why a prompt's answers cannot be told apart by their first tokens; "" if they can."""
+    texts = [prompt.text, *([prompt.counterpart] if prompt.counterpart else [])]
+    found = [[_added(tokenizer, text, answer)[:1] for answer in (prompt.correct, prompt.wrong)] for text in texts]
+    if not all(map(all, found)):
+        return MERGED
+    if found[0][0] == found[0][1]:
+        return ALIKE
+    return "" if found[0] == found[-1] else OTHER
+
+
+def _added(tokenizer: Any, text: str, answer: str) -> list[int]:
+    """What an answer adds to a text's tokens; none if these do not stay as they are."""
+    before, whole = (tokenizer(part, verbose=False)["input_ids"] for part in (text, text + answer))
+    return whole[len(before) :] if whole[: len(before)] == before else []

@@ -1,0 +1,138 @@
+"""Prompts of the behaviours that come with saejax, drawn by seed.
+
+A behaviour's *content items* (nouns, places, years and events, pairs of numbers in whatever order) are first dealt out
+to the two splits, so that no item stands in both. A prompt whose answers the model's tokenizer does not keep apart from
+the text, or from each other, is left out, counted, and another drawn.
+"""
+
+import collections
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saejax.errors import UserError, one_of
+from saejax.tasks.answer_tokens import fault
+from saejax.tasks.behaviours import SPLITS, Prompt
+from saejax.tasks.recipes import Recipe, recipes
+
+_PATIENCE = 3000  # drafts in a row without a new prompt, after which there are none
+
+
+class TooFewPrompts(UserError):
+    """A behaviour has too few prompts that this model's tokenizer can be asked."""
+
+
+class Drawn(NamedTuple):
+    """Prompts of a behaviour, train prompts first, and how many others were left out, by why."""
+
+    prompts: list[Prompt]
+    replaced: dict[str, int]
+
+
+def make_prompts(behaviour: str, train: int, test: int, seed: int, tokenizer: Any) -> Drawn:
+    """Draws the prompts of a behaviour; which ones depends on the arguments alone.
+
+    Args:
+      behaviour: one of ``settings.BEHAVIOURS``.
+      train: number of train prompts, at least 1; all are different.
+      test: number of test prompts, likewise; no content item stands in both splits, and the behaviour's last template
+        in the test prompts alone.
+      seed: of the choice, at least 0.
+      tokenizer: of the model that is to be asked; see ``answer_tokens.fault``.
+
+    Raises:
+      TooFewPrompts: this tokenizer leaves too few.
+      UserError: the word lists do not give so many.
+    """
+    recipe = recipes()[one_of(behaviour, recipes(), "behaviour")]
+    if train < 1 or test < 1:
+        raise UserError(f"{train} train and {test} test prompts were asked for: expected at least 1 of each")
+    _check_capacity(behaviour, recipe, train, test)
+    rng = np.random.default_rng((seed, zlib.crc32(behaviour.encode())))
+    pools: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
+    for kind, items in recipe.pools.items():
+        shuffled = [items[i] for i in rng.permutation(len(items))]
+        for split, n in zip(SPLITS, _shares(len(items), train, test, recipe.least), strict=True):
+            pools[split][kind] = [shuffled.pop() for _ in range(n)]
+    prompts: list[Prompt] = []
+    replaced: collections.Counter[str] = collections.Counter()
+    for split, n in zip(SPLITS, (train, test), strict=True):
+        prompts += _fitting(_drafts(behaviour, split, recipe, rng, pools[split]), n, tokenizer, replaced)
+    return Drawn(prompts, dict(replaced))
+
+
+def _drafts(
+    behaviour: str, split: str, recipe: Recipe, rng: np.random.Generator, pools: Mapping[str, Sequence]
+) -> Callable[[int], Prompt]:
+    """A function that drafts a prompt to follow so many of the same split."""
+    draft, templates = recipe.drawer(rng, **pools), recipe.of_split(split)
+
+    def prompt(kept: int) -> Prompt:
+        turn, place = divmod(kept, len(templates))
+        template = templates[place]
+        # So of each template, and of all, as many are even as odd.
+        text, correct, counterpart, wrong, items = draft(turn + place, template)
+        return Prompt(behaviour, split, text, correct, wrong, counterpart, wrong, items, template)
+
+    return prompt
+
+
+def _fitting(
+    draft: Callable[[int], Prompt], n: int, tokenizer: Any, replaced: collections.Counter[str]
+) -> list[Prompt]:
+    """The first n different prompts without a fault; those that have one are counted."""
+    kept: dict[str, Prompt] = {}
+    left_out: set[str] = set()
+    tries = 0
+    while len(kept) < n:
+        prompt, tries = draft(len(kept)), tries + 1
+        if prompt.text in kept or prompt.text in left_out:
+            pass
+        elif why := fault(tokenizer, prompt):
+            left_out.add(prompt.text)
+            replaced[why] += 1
+        else:
+            kept[prompt.text], tries = prompt, 0
+        if tries == _PATIENCE:
+            said = "; ".join(f"{why} ({count} drafts)" for why, count in replaced.items())
+            raise TooFewPrompts(
+                f"{len(kept)} of {n} {prompt.split} prompts could be made, and no more of the template "
+                f"{prompt.template!r}: {said or 'the word lists give none'}"
+            )
+    return list(kept.values())
+
+
+def _shares(items: int, train: int, test: int, least: int) -> tuple[int, int]:
+    """How many of a kind's items go to train and to test: in proportion, but ``least`` to each."""
+    for_test = min(max(-(-items * test // (train + test)), least), items - least)
+    return items - for_test, for_test
+
+
+def _fits(recipe: Recipe, train: int, test: int) -> bool:
+    shares = {kind: _shares(len(items), train, test, recipe.least) for kind, items in recipe.pools.items()}
+    room = [
+        len(recipe.of_split(split)) * recipe.capacity(**{kind: share[side] for kind, share in shares.items()})
+        for side, split in enumerate(SPLITS)
+    ]
+    return train <= room[0] and test <= room[1]
+
+
+def _check_capacity(behaviour: str, recipe: Recipe, train: int, test: int) -> None:
+    if _fits(recipe, train, test):
+        return
+    most = len(recipe.templates) * recipe.capacity(**{kind: len(items) for kind, items in recipe.pools.items()})
+    # The larger number is the one to lower, unless the smaller one alone is too large.
+    for split, other in (SPLITS, SPLITS[::-1]) if train >= test else (SPLITS[::-1], SPLITS):
+        asked = dict(train=train, test=test)
+        for n in range(min(asked[split], most), 0, -1):
+            if _fits(recipe, **asked | {split: n}):
+                raise UserError(
+                    f"the word lists of {behaviour} give at most {n} {split} prompts beside {asked[other]} {other} "
+                    f"prompts, but {asked[split]} were asked for: lower --task.{split}_prompts"
+                )
+    raise UserError(
+        f"the word lists of {behaviour} give at most {most} prompts in all, but {train} train and {test} test prompts "
+        "were asked for: lower --task.train_prompts and --task.test_prompts"
+    )

@@ -1,0 +1,76 @@
+"""The gate: which behaviours the model has. Nothing can be said of what causes one that it does not have.
+
+A behaviour passes where the model is right on more of its train prompts than guessing between the two answers would be:
+an exact binomial test of accuracy <= 1/2, one-sided, at the level ``--task.gate``. Train prompts decide, so that the
+test prompts, which judge, are not chosen by what the model makes of them. The stage ``baseline`` writes what is left
+out to ``left_out.json``; the stages that test behaviours ask ``read_tested``.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from scipy.stats import binomtest
+
+from saejax.errors import UserError, one_of
+from saejax.tasks.behaviours import Prompt, read_prompts
+from saejax.workspace import read_json, write_json
+
+_FILE = "left_out.json"
+
+
+class Tested(NamedTuple):
+    """The prompts of the behaviours that the causal tests take, by behaviour, and why others are left out."""
+
+    prompts: dict[str, list[Prompt]]
+    left_out: dict[str, str]
+
+
+def gate(right: int, n: int, level: float) -> tuple[float, str]:
+    """The p-value of the test, and why the behaviour is left out; "" if it passes.
+
+    Args:
+      right: train prompts whose correct answer has the higher logit.
+      n: train prompts, at least 1.
+      level: 0 to 1; 1 lets every behaviour pass.
+    """
+    p = float(binomtest(right, n, alternative="greater").pvalue)
+    if p <= level:
+        return p, ""
+    return p, (
+        f"the model does not have it: right on {right} of {n} train prompts ({100 * right / n:.0f} %), where guessing "
+        f"gives half (p = {p:.2g}, above --task.gate={level:g})"
+    )
+
+
+def write_left_out(folder: Path, left_out: Mapping[str, str]) -> None:
+    """Writes which behaviours are left out, and why, beside the baseline's prompts."""
+    write_json(folder / _FILE, dict(left_out))
+
+
+def read_tested(folder: Path, named: Sequence[str] = (), flag: str = "") -> Tested:
+    """The behaviours of a baseline that the causal tests take.
+
+    Args:
+      folder: of the unit; one of before there was a gate leaves nothing out.
+      named: which ones are asked for; none: all.
+      flag: by which they were named, for messages.
+
+    Raises:
+      UserError: a file is damaged, a name is unknown, or no behaviour is left.
+    """
+    prompts: dict[str, list[Prompt]] = {}
+    for prompt in read_prompts(folder / "prompts.jsonl"):
+        prompts.setdefault(prompt.behaviour, []).append(prompt)
+    left_out = read_json(folder / _FILE) if (folder / _FILE).exists() else {}
+    asked = [one_of(name, prompts | left_out, f"behaviour ({flag})") for name in named] or list(prompts | left_out)
+    kept = {name: prompts[name] for name in asked if name not in left_out}
+    if asked and not kept:
+        raise UserError(none_left({name: left_out[name] for name in asked}))
+    return Tested(kept, {name: left_out[name] for name in asked if name in left_out})
+
+
+def none_left(left_out: Mapping[str, str]) -> str:
+    """What to say where every behaviour is left out."""
+    reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+    return f"no behaviour is left to test: {reasons}; name others in --task.behaviours or --task.prompts"

@@ -1,0 +1,84 @@
+"""Prompts continued with changed features: against hooks in PyTorch, and against the generation without changes."""
+
+import numpy as np
+import pytest
+from made_transcoders import made_set
+
+from saejax import load_model, trace
+from saejax.attribution.checks.continued import continue_prompt
+from saejax.attribution.checks.edits import Change
+from saejax.attribution.checks.interventions import intervene
+from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.trace.targets import Direction, read_targets
+from saejax.errors import UserError
+from saejax.models.tokens import Tokens
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+IDS = [5, 17, 33, 8, 41, 100]
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_llama, one_device):
+    return load_model(str(tiny_llama), mesh=one_device)
+
+
+@pytest.fixture(scope="module", params=["standard", "topk", "skip"])
+def traced(lm, request):
+    """A replacement model, its transcoders, its readouts (two logits, a difference, a direction), and the graph."""
+    skip = request.param == "skip"
+    transcoders = made_set(lm, kind="jumprelu" if skip else request.param, skip=skip)
+    targets = [7, 9, (7, 11), Direction(np.eye(lm.config.d_model)[3], layer=2, position=4)]
+    replacement = Replacement.of(lm, LayerTranscoders.of(transcoders), np.array(IDS))
+    return (
+        replacement,
+        transcoders,
+        read_targets(replacement, targets, 10, 0.95),
+        trace(lm, transcoders, IDS, targets=targets),
+    )
+
+
+def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, lm):
+    import torch
+
+    from saejax.models import source
+
+    replacement, transcoders, *_ = traced
+    changes = [Change(1, slice(3, None), 3, 2.0), Change(2, 2, 5, 1.5), Change(2, slice(0, 2), 5, 1.0)]
+    found = continue_prompt(replacement, changes, 4)
+    assert found.ids_N.tolist() == found.logits_NxV.argmax(axis=1).tolist() and len(found.ids_N) == 4
+    model = source.load_torch_model(lm.source, "float32").double()
+
+    def write(layer, feature, value_of):
+        def hook(module, inputs, output):
+            acts_T = np.asarray(transcoders[layer].encode(np.asarray(inputs[0][0].numpy(), np.float32)))[:, feature]
+            moved_T = [value_of.get(t, value_of.get("on") if t >= 3 else None) for t in range(len(acts_T))]
+            own_T = np.where(np.arange(len(acts_T)) > 0, acts_T, 0)
+            added_T = [0 if value is None else value - own for value, own in zip(moved_T, own_T, strict=True)]
+            direction_D = np.array(transcoders[layer].W_dec_FxD[...])[feature]
+            return output + torch.from_numpy(np.array(added_T)[:, None] * direction_D).double()[None]
+
+        return model.model.layers[layer].mlp.register_forward_hook(hook)
+
+    write(1, 3, {"on": 2.0})
+    write(2, 5, {0: 1.0, 1: 1.0, 2: 1.5})
+    ids = list(IDS)
+    for logits_V in found.logits_NxV:
+        with torch.no_grad():
+            np.testing.assert_allclose(logits_V, model(torch.tensor([ids])).logits[0, -1], atol=3e-5)
+        ids.append(int(logits_V.argmax()))
+
+
+def test_attention_may_be_held_while_a_prompt_is_continued(traced, lm):
+    replacement, _, readouts, _ = traced
+    row = [Change(0, 2, 3, 4.0), Change(1, 3, 5, 3.0)]
+    free, held = (continue_prompt(replacement, row, 2, hold) for hold in ("nothing", "attention"))
+    for found, hold in ((free, "nothing"), (held, "attention")):
+        wanted_V = intervene(replacement, [row], readouts, hold=hold, logits=True).logits_RxV[0]
+        np.testing.assert_allclose(found.logits_NxV[0], wanted_V, atol=1e-5)
+    assert np.abs(free.logits_NxV[0] - held.logits_NxV[0]).max() > 1e-4
+    tokens = Tokens(np.array([IDS], np.int32), np.array([len(IDS)], np.int32))
+    (plain,) = lm.generate(tokens, 3)
+    assert continue_prompt(replacement, [], 3, "attention").ids_N.tolist()[: len(plain.ids)] == list(plain.ids)
+    with pytest.raises(UserError, match="hold is 'all'"):
+        continue_prompt(replacement, row, 2, "all")

@@ -1,0 +1,41 @@
+"""A page of a made-up graph, open in a browser."""
+
+import pytest
+from browser import chromium
+from made_up_documents import made_up_document
+from pages import FEATURE, show
+
+from saejax.attribution.forms.page import write_page
+
+
+@pytest.fixture(scope="module")
+def document():
+    return made_up_document()
+
+
+@pytest.fixture(scope="module")
+def page(document, tmp_path_factory):
+    """The address of the page of a small graph; its features have examples, and one a label that is HTML."""
+    path = tmp_path_factory.mktemp("page") / "graph.html"
+    first = dict(tokens=["The", " city\n", "</script><i>", " Austin"], activations=[0.0, None, 1.5, float("nan")])
+    features = [node for node in document["nodes"] if node["feature_type"] == FEATURE]
+    keys = [tuple(map(int, node["node_id"].split("_")[:2])) for node in features]
+    write_page(
+        path, document, labels={keys[0]: "<img src=x onerror=alert(1)>"}, examples={key: [first] for key in keys}
+    )
+    return path.as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def opened(browser, page):
+    """The browser with the small graph on a desk's screen; whatever a test did, the page must have raised no error."""
+    browser.view(1440, 900, still=True)
+    show(browser, page)
+    yield browser
+    assert browser.errors == []

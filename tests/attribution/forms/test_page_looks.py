@@ -1,0 +1,181 @@
+"""How the page looks: for every reader, on every screen, whatever the graph holds."""
+
+import json
+
+import numpy as np
+import pytest
+from made_up_documents import made_up_document
+from pages import FEATURE, busy_feature, click_node, clicked, needs_chromium, show, strongest, text
+
+from saejax.attribution.forms.page import PageTable, write_page
+
+
+@needs_chromium
+def test_nothing_in_the_graph_becomes_html_and_white_space_is_visible(opened, document):
+    first = next(node["node_id"] for node in document["nodes"] if node["feature_type"] == FEATURE)
+    click_node(opened, first)
+    assert text(opened, "#panel h2") == "<img src=x onerror=alert(1)>"
+    assert opened.js("document.images.length + document.querySelectorAll('i:not(.legend i)').length") == 0
+    assert "</script><i>" in text(opened, "#panel .contexts") and "⏎" in text(opened, "#panel .contexts")
+    opened.click_on("#search")
+    opened.type("E_100")
+    opened.key("Enter")
+    assert text(opened, "#panel h2") == "<bos>"
+    click_node(opened, "E_104_4")
+    assert text(opened, "#panel h2") == "␣capital"
+
+
+@needs_chromium
+def test_a_difference_of_logits_is_named_by_its_two_tokens_and_has_no_probability(browser, tmp_path):
+    document = made_up_document(features=20, edges=60)
+    output = next(node for node in document["nodes"] if node["feature_type"] == "logit")
+    output |= dict(clerp="Output \"' is' - ' are'\" (p=1.000)", token_prob=1.0)
+    write_page(tmp_path / "graph.html", document)
+    browser.view(1440, 900, still=True)
+    show(browser, (tmp_path / "graph.html").as_uri())
+    click_node(browser, output["node_id"])
+    assert text(browser, "#panel h2") == "␣is − ␣are"
+    panel = text(browser, "#panel")
+    assert "difference of logits" in panel and "Probability" not in panel
+    assert browser.errors == []
+
+
+@needs_chromium
+def test_the_page_asks_nobody_for_anything(opened, page):
+    assert opened.js("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_light_and_dark_follow_the_reader(browser, page, dark):
+    browser.view(1440, 900, dark=dark)
+    show(browser, page)
+    paper = browser.js("getComputedStyle(document.body).backgroundColor")
+    assert paper == ("rgb(20, 24, 29)" if dark else "rgb(255, 255, 255)")
+    inside = "getComputedStyle(document.documentElement).getPropertyValue('--%s')"
+    for ink in ("ink", "soft", "link", "plus", "minus"):
+        colours = [browser.js(inside % name).strip() for name in (ink, "paper")]
+        assert contrast(*colours) >= 4.5, (ink, colours)
+    browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
+    browser.settle()
+    assert browser.js("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def contrast(a, b):
+    """WCAG 2 contrast ratio of two colours "#rrggbb"."""
+    luminances = []
+    for colour in (a, b):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    dark, light = sorted(luminances)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@needs_chromium
+def test_a_phone_shows_all_of_it(browser, page, document):
+    browser.view(360, 740, phone=True)
+    show(browser, page)
+    assert browser.js("document.documentElement.scrollWidth") <= 360
+    wide = """[...document.querySelectorAll('body *')].filter(e =>
+      !e.closest('#stage, #subgraph-figure, .unseen, [hidden]') && e.getBoundingClientRect().right > 361
+    ).map(e => e.outerHTML.slice(0, 80))"""
+    assert browser.js(wide) == []
+    node = busy_feature(document)
+    browser.js("document.getElementById('stage').scrollIntoView()")
+    browser.settle()
+    place = browser.js(f"attributionGraph.place({json.dumps(node)})")
+    browser.js(f"document.getElementById('stage').scrollLeft += {place['x'] - 180}")
+    browser.settle()
+    place = browser.js(f"attributionGraph.place({json.dumps(node)})")
+    browser.tap(place["x"], place["y"])
+    browser.wait(f"attributionGraph.state.clickedId === {json.dumps(node)}")
+    assert browser.js("document.getElementById('tip').hidden")
+    assert browser.js("document.querySelector('#panel').getBoundingClientRect().width") > 340
+    assert browser.js("document.querySelector('#selected').getBoundingClientRect().bottom") <= 741
+    assert browser.js(wide) == []
+
+
+@needs_chromium
+def test_heads_and_tables_are_shown_where_they_are_given(browser, document, tmp_path):
+    node = busy_feature(document)
+    source, weight, _ = strongest(document, node, True)[0]
+    rows_ = [[node, source, 0.25], ["bias", "bias", -1.5]]
+    table = PageTable("Head 3.1 at <b>is</b>", ["query", "key", "score"], rows_, "A note.")
+    heads = {(source, node): [(3, 1, 0.5 * weight), (2, 0, -0.125)]}
+    write_page(tmp_path / "graph.html", document, heads=heads, tables=[table])
+    browser.view(1440, 900)
+    show(browser, (tmp_path / "graph.html").as_uri())
+    assert text(browser, "#tables summary") == "Head 3.1 at <b>is</b>"
+    browser.click_on("#tables summary")
+    assert text(browser, "#tables tbody").split("\n")[-1].split("\t") == ["bias", "bias", "−1.50"]
+    browser.click_on("#tables td button")
+    assert clicked(browser) == node
+    assert text(browser, "#panel .inputs .row .via").startswith("via 3.1 ")
+    assert "2.0 −0.13" in text(browser, "#panel .inputs .row .via")
+    assert "counts for each" in text(browser, "#panel")
+    assert browser.errors == []
+
+
+ODD = {
+    "tokens alone": dict(features=0, edges=0, errors=0, outputs=1, positions=2, layers=1),
+    "one layer": dict(features=30, edges=60, layers=1, errors=0),
+    "long prompt": dict(features=400, edges=2000, positions=600, layers=8),
+    "deep": dict(features=300, edges=2000, layers=120),
+}
+
+
+@needs_chromium
+@pytest.mark.parametrize("shape", ODD.values(), ids=ODD)
+def test_odd_graphs_are_drawn(browser, tmp_path, shape):
+    odd = made_up_document(**shape)
+    for node in odd["nodes"]:
+        node["influence"] = None
+    odd["qParams"], odd["metadata"]["prompt"] = {}, ""
+    write_page(tmp_path / "graph.html", odd)
+    for width in (360, 1440):
+        browser.view(width, 800)
+        show(browser, (tmp_path / "graph.html").as_uri())
+        browser.js("document.getElementById('stage').focus()")
+        for key in ("ArrowDown", "ArrowDown", "ArrowLeft", "p", "+", "-"):
+            browser.key(key)
+        assert clicked(browser)
+        assert browser.js("document.documentElement.scrollWidth") <= width
+    assert browser.errors == []
+
+
+@needs_chromium
+def test_every_control_has_a_name(opened, document):
+    node = busy_feature(document)
+    click_node(opened, node, modifiers=8)
+    click_node(opened, strongest(document, node, True)[0][0], modifiers=8)
+    click_node(opened, node)
+    tree = opened.send("Accessibility.getFullAXTree")["nodes"]
+    named = {}
+    for one in tree:
+        role = one.get("role", {}).get("value")
+        if not one.get("ignored") and role in ("button", "slider", "combobox", "checkbox", "textbox", "application"):
+            named.setdefault(role, []).append(one.get("name", {}).get("value", ""))
+    assert {"button", "slider", "combobox", "checkbox", "textbox", "application"} <= set(named)
+    assert all(name.strip() for names in named.values() for name in names)
+    assert opened.js("document.querySelector('[aria-live]').textContent").startswith(
+        opened.js(f"attributionGraph.place({json.dumps(node)}).label")
+    )
+
+
+@needs_chromium
+def test_nothing_moves_for_who_does_not_want_it(opened):
+    moving = "[...document.querySelectorAll('*')].filter(e => parseFloat(getComputedStyle(e).transitionDuration) > 0)"
+    assert opened.js(f"{moving}.length") == 0
+    opened.view(1440, 900, still=False)
+    assert opened.js(f"{moving}.length") == 1
+
+
+@needs_chromium
+def test_nodes_do_not_cover_each_other(opened, document):
+    ids = [node["node_id"] for node in document["nodes"] if node["feature_type"] != "logit"]
+    places = opened.js(f"{json.dumps(ids)}.map(id => attributionGraph.place(id))")
+    at = np.array([(place["x"], place["y"]) for place in places])
+    radius = np.array([place["radius"] for place in places])
+    apart = np.hypot(*(at[:, None] - at[None]).transpose(2, 0, 1)) - (radius[:, None] + radius[None])
+    assert apart[~np.eye(len(at), dtype=bool)].min() >= 0

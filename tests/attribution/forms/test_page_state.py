@@ -1,0 +1,135 @@
+"""What a reader chooses on the page: groups, the address, downloads, the way back."""
+
+import html
+import json
+import re
+import time
+from urllib.parse import parse_qs
+
+import pytest
+from pages import busy_feature, click_node, clicked, needs_chromium, rows, show, slide, strongest, text
+
+from saejax.attribution.forms.page import write_page
+
+
+@needs_chromium
+def test_pins_become_groups_with_summed_edges(opened, document):
+    node = busy_feature(document)
+    sources = [other for other, *_ in strongest(document, node, True)[:3]]
+    for pinned in (node, *sources):
+        click_node(opened, pinned, modifiers=8)
+    assert opened.js("attributionGraph.state.pinnedIds") == [node, *sources]
+    assert opened.js("document.querySelectorAll('#subgraph .unit').length") == 4
+    names = {one: opened.js(f"attributionGraph.place({json.dumps(one)}).label") for one in sources[:2]}
+    for one in sources[:2]:
+        index = opened.js(
+            f"[...document.querySelectorAll('#pins li')].findIndex(li => li.dataset.units === {json.dumps(one)})"
+        )
+        opened.click_on(f"#pins li:nth-child({index + 1}) input[type=checkbox]")
+    opened.click_on("#pin-tools input")
+    opened.type("both <of> them")
+    opened.click_on("#pin-tools button")
+    (group,) = opened.js("attributionGraph.state.supernodes")
+    assert group[0] == "both <of> them" and set(group[1:]) == set(names)
+    assert opened.js("document.querySelectorAll('#subgraph .unit').length") == 3
+    total = sum(weight for other, weight, _ in strongest(document, node, True) if other in names)
+    titles = opened.js("[...document.querySelectorAll('#subgraph .link title')].map(t => t.textContent)")
+    (title,) = [one for one in titles if "both <of> them →" in one and "sum of 2 edges" in one]
+    assert float(re.search(r": ([+−][\d.]+)", title).group(1).replace("−", "-")) == pytest.approx(
+        total, rel=0.02, abs=0.006
+    )
+    opened.click_on("#pins li:has(.group-name) input[type=checkbox]")
+    index = opened.js(
+        f"[...document.querySelectorAll('#pins li')].findIndex(li => li.dataset.units === {json.dumps(sources[2])})"
+    )
+    opened.click_on(f"#pins li:nth-child({index + 1}) input[type=checkbox]")
+    assert text(opened, "#pin-tools button") == "Merge ticked"
+    opened.click_on("#pin-tools button")
+    (group,) = opened.js("attributionGraph.state.supernodes")
+    assert set(group[1:]) == set(sources)
+    opened.click_on("#pins li:has(.group-name) > .plain")
+    assert opened.js("attributionGraph.state.supernodes") == []
+    assert set(opened.js("attributionGraph.state.pinnedIds")) == {node, *sources}
+
+
+@needs_chromium
+def test_the_address_holds_the_view(opened, document, page):
+    node = busy_feature(document)
+    click_node(opened, node)
+    opened.key("p")
+    slide(opened, "edges", 0.6)
+    opened.click_on("#search")
+    opened.type("texas")
+    opened.wait("location.hash.includes('q=texas')")
+    address = opened.js("location.href")
+    assert parse_qs(address.split("#")[1])["clickedId"] == [node]
+    before = opened.js("attributionGraph.state"), text(opened, "#counts")
+    show(opened, address)
+    assert (opened.js("attributionGraph.state"), text(opened, "#counts")) == before
+    assert opened.js("document.getElementById('search').value") == "texas"
+    damaged = page + "#clickedId=nobody&pinnedIds=x,y&supernodes=[[&nodes=7&edges=&linkType=?"
+    show(opened, damaged)
+    assert clicked(opened) == "" and opened.js("attributionGraph.state.pinnedIds") == []
+
+
+@needs_chromium
+def test_the_state_of_the_document_is_shown(browser, document, tmp_path):
+    node = busy_feature(document)
+    other = strongest(document, node, True)[0][0]
+    params = dict(pinnedIds=[node, other, "gone"], supernodes=[["pair", node, other]], linkType="input", clickedId=node)
+    write_page(tmp_path / "graph.html", {**document, "qParams": params})
+    show(browser, (tmp_path / "graph.html").as_uri())
+    assert clicked(browser) == node
+    assert browser.js("attributionGraph.state.supernodes") == [["pair", node, other]]
+    assert rows(browser, "outputs") == [] and rows(browser, "inputs")
+
+
+@needs_chromium
+def test_downloads_hold_the_state_and_the_graph(opened, document, tmp_path):
+    opened.send("Browser.setDownloadBehavior", at_page=False, behavior="allow", downloadPath=str(tmp_path))
+    node = busy_feature(document)
+    click_node(opened, node, modifiers=8)
+    opened.click_on(".saves summary")
+    for button, name in (
+        ("state", "-state.json"),
+        ("graph", ".json"),
+        ("picture", ".png"),
+        ("subgraph", "-subgraph.svg"),
+    ):
+        opened.click_on(f"#save-{button}")
+        while not (tmp_path / f"made-up{name}").exists():  # one that never comes fails by the test's time limit
+            time.sleep(0.05)
+    state = json.loads((tmp_path / "made-up-state.json").read_text())
+    assert state["pinnedIds"] == [node]
+    saved = json.loads((tmp_path / "made-up.json").read_text())
+    assert saved == {**document, "qParams": state}
+    assert (tmp_path / "made-up.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "made-up-subgraph.svg").read_text()
+
+
+@needs_chromium
+def test_going_back_restores_sliders(opened, document):
+    slide(opened, "edges", 0.5)
+    click_node(opened, busy_feature(document))  # at once, before the slider's state is in the address
+    counts = text(opened, "#counts")
+    slide(opened, "edges", 0.2)
+    opened.js("history.back()")
+    opened.wait("attributionGraph.state.clickedId === ''")
+    assert text(opened, "#counts") == counts
+    opened.js("new Promise(done => setTimeout(done, 300))")  # longer than an address may be late
+    assert "clickedId=&" in opened.js("location.hash") and "edges=0.5" in opened.js("location.hash")
+
+
+@needs_chromium
+def test_a_notebook_can_show_it_in_a_frame(browser, document, tmp_path):
+    write_page(tmp_path / "graph.html", document)
+    frame = html.escape((tmp_path / "graph.html").read_text(), quote=True)
+    (tmp_path / "notebook.html").write_text(f'<iframe sandbox="allow-scripts" width=1000 height=700 srcdoc="{frame}">')
+    browser.view(1100, 800)
+    browser.open((tmp_path / "notebook.html").as_uri())
+    browser.wait("document.querySelector('#panel .row')", in_frame=True)
+    box = browser.js_in_frame("JSON.stringify(document.querySelector('#panel .row').getBoundingClientRect())")
+    browser.click(json.loads(box)["x"] + 40, json.loads(box)["y"] + 20)
+    assert browser.js_in_frame("document.querySelector('#pin').innerText") == "Pin"
+    assert browser.js_in_frame("document.querySelectorAll('#panel .inputs .row').length") > 0
+    assert browser.errors == []

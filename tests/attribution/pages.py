@@ -1,0 +1,70 @@
+"""What tests of the page share: what it shows, and what a reader does with it."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from browser import CHROMIUM
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
+FEATURE = "cross layer transcoder"
+
+
+def show(browser, address):
+    browser.open(address)
+    browser.wait("window.attributionGraph && attributionGraph.painted")
+    browser.settle()
+
+
+def scores(document):
+    """Of each link: its share of its target's input times the influence of the target, over all paths."""
+    place = {node["node_id"]: n for n, node in enumerate(document["nodes"])}
+    share_NxN = np.zeros((len(place), len(place)))  # targets by sources
+    for link in document["links"]:
+        share_NxN[place[link["target"]], place[link["source"]]] = abs(link["weight"])
+    share_NxN /= np.maximum(share_NxN.sum(axis=1, keepdims=True), 1e-30)
+    weight_N = np.array([node["token_prob"] if node["feature_type"] == "logit" else 0 for node in document["nodes"]])
+    influence_N = weight_N @ np.linalg.inv(np.eye(len(place)) - share_NxN)
+    return [(influence_N[:, None] * share_NxN)[place[li["target"]], place[li["source"]]] for li in document["links"]]
+
+
+def strongest(document, node_id, into):
+    """The edges into (out of) a node as (other end, weight, score), the largest score first."""
+    own, other = ("target", "source") if into else ("source", "target")
+    links = zip(document["links"], scores(document), strict=True)
+    edges = [(link[other], link["weight"], score) for link, score in links if link[own] == node_id]
+    return sorted(edges, key=lambda edge: (-float(f"{edge[2]:.3g}"), -abs(edge[1])))
+
+
+def busy_feature(document):
+    """A feature with several inputs and outputs."""
+    ids = [node["node_id"] for node in document["nodes"] if node["feature_type"] == FEATURE]
+    ends = [Counter(link[end] for link in document["links"]) for end in ("source", "target")]
+    return max(ids, key=lambda i: min(count[i] for count in ends))
+
+
+def click_node(browser, node_id, modifiers=0):
+    place = browser.js(f"attributionGraph.place({json.dumps(node_id)})")
+    browser.click(place["x"], place["y"], modifiers)
+
+
+def clicked(browser):
+    return browser.js("attributionGraph.state.clickedId")
+
+
+def rows(browser, which):
+    browser.settle()
+    return browser.js(f"[...document.querySelectorAll('#panel .{which} .row')].map(row => row.dataset.node)")
+
+
+def text(browser, selector):
+    browser.settle()
+    return browser.js(f"document.querySelector({json.dumps(selector)}).innerText")
+
+
+def slide(browser, slider, value):
+    """Moves a slider; the browser sends the page the events of a real one."""
+    browser.js(f"(() => {{ const s = document.getElementById('{slider}'); s.focus(); s.value = {value};"
+               " s.dispatchEvent(new Event('input', {bubbles: true})); })()")  # fmt: skip
+    browser.settle()

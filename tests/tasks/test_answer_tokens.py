@@ -1,0 +1,75 @@
+"""The answers' tokens, in small tokenizers of every family's format."""
+
+import pytest
+from tokenizer_kinds import KINDS, tokenizer
+
+from saejax.errors import UserError
+from saejax.settings import BEHAVIOURS
+from saejax.tasks.answer_tokens import ALIKE, MERGED, OTHER, answer_ids, fault, first_answer_ids
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.draw import make_prompts
+
+
+def ask(text, correct, wrong, counterpart=""):
+    return Prompt("own", "train", text, correct, wrong, counterpart)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_has_the_behaviours_by_default(kind):
+    reads = tokenizer(kind)
+    for behaviour in BEHAVIOURS:
+        prompts, replaced = make_prompts(behaviour, 80, 100, 42, reads)
+        assert len(prompts) == 180 and replaced == {}
+        for p, (first, second) in zip(prompts, first_answer_ids(reads, prompts), strict=True):
+            ids = reads(p.text)["input_ids"]
+            for answer, token in ((p.correct, first), (p.wrong, second)):
+                whole = reads(p.text + answer)["input_ids"]
+                assert whole[: len(ids)] == ids and whole[len(ids)] == token
+                assert reads.decode(whole[len(ids) :]).strip() == answer.strip()
+            assert first != second
+
+
+def test_numbers_are_cut_as_in_each_family():
+    """The kinds differ where it matters: what one token is, and what a space belongs to."""
+    cut = {kind: tokenizer(kind).tokenize("a 1762=13") for kind in KINDS}
+    assert cut["gpt2"][-2:] == ["=", "13"] and cut["gpt2"][1].startswith("Ġ1")
+    assert cut["llama3"][1] == "Ġ" and all(len(piece) <= 3 for piece in cut["llama3"])
+    assert cut["qwen3"][-3:] == ["=", "1", "3"] and cut["qwen3"][1] == "Ġ"
+    assert cut["gemma"][-3:] == ["=", "1", "3"] and cut["gemma"][0] == "a"
+    assert cut["mistral"][0] == "▁a"
+
+
+def test_an_answer_alone_may_have_another_token():
+    reads = tokenizer("mistral")
+    alone, after = reads("66", add_special_tokens=False)["input_ids"][0], answer_ids(reads, "21+45=", "66")[0]
+    assert alone != after and reads.convert_ids_to_tokens([after]) == ["6"]
+    assert answer_ids(reads, "21+45=", "66") == [after, after]
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "why"),
+    [
+        ("gpt2", ask("2 + 6 = ", "8", "5"), MERGED),
+        ("llama3", ask("The siege lasted from 1762 to 17", "75", "35"), MERGED),
+        ("qwen3", ask("The siege lasted from 1762 to 17", "75", "35"), ""),
+        ("qwen3", ask("21+45=", "66", "69"), ALIKE),
+        ("gpt2", ask("21+45=", "66", "69"), ""),
+        ("gpt2", ask("2+6=", "8", "5", "1+4= "), MERGED),
+        ("mistral", ask("21+45=", "66", "38", "12+26="), ""),
+    ],
+)
+def test_what_is_wrong_with_a_prompt(kind, prompt, why):
+    assert fault(tokenizer(kind), prompt) == why
+
+
+def test_a_counterpart_must_leave_the_answers_as_they_are():
+    def letters(text, verbose):  # "x" takes what follows into its token, but for the last letter
+        return dict(input_ids=[ord(letter) + 1000 * (i > 0 and text[i - 1] == "y") for i, letter in enumerate(text)])
+
+    assert fault(letters, ask("a", "b", "c", "a")) == ""
+    assert fault(letters, ask("a", "b", "c", "y")) == OTHER
+
+
+def test_a_merged_answer_is_named():
+    with pytest.raises(UserError, match="the answer '8' has no token of its own after '2 . 6 = '"):
+        answer_ids(tokenizer("gpt2"), "2 + 6 = ", "8")

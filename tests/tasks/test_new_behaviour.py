@@ -1,0 +1,63 @@
+"""A behaviour of one's own on a dictionary that is there: nothing is captured or trained again."""
+
+import json
+import shutil
+
+import pytest
+import runs
+
+from saejax import command
+from saejax.results import load_results
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    """A workdir with a dictionary, and a file of a behaviour that was not thought of."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert go(["baseline", "capture", "train"], inputs, workdir) == 0
+    lines = [
+        dict(behaviour="colour", text=f"The {thing} was painted", correct=" red", wrong=" blue", template=thing[0])
+        for thing in ("door", "boat", "wall", "fence", "chair", "table", "house")
+    ]
+    lines = [line | dict(counterpart=line["text"].replace("was", "is")) for line in lines]
+    (workdir.parent / "colour.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return workdir
+
+
+def go(stages, inputs, workdir, **changes):
+    changes = dict(train__kinds="topk", ablate__draws=2, patch__top=2, patch__draws=2) | changes
+    return command.run(stages, "", ["program", *runs.small_flags(*inputs, workdir, **changes)])
+
+
+def test_it_is_added_in_the_same_workdir(inputs, trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    changes = dict(task__prompts=trained.parent / "colour.jsonl", task__behaviours="agreement")
+    assert go(["baseline", "capture", "train", "ablate"], inputs, workdir, **changes) == 0
+    said = capsys.readouterr().out
+    assert "capture: done before, unchanged" in said and "train/topk: done before, unchanged" in said
+    assert list(load_results(workdir, "ablate/topk").behaviours) == ["agreement", "colour"]
+
+
+def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, tmp_path):
+    workdir, folder = tmp_path / "fresh", trained / "train" / "topk"
+    changes = dict(task__prompts=trained.parent / "colour.jsonl", task__behaviours="", probe__labels="correct")
+    changes |= {f"{stage}__dictionary": folder for stage in ("ablate", "patch", "probe")}
+    assert go(["baseline", "ablate", "patch", "probe"], inputs, workdir, **changes) == 0
+    assert sorted(path.name for path in workdir.iterdir() if path.is_dir()) == ["ablate", "baseline", "patch", "probe"]
+    (unit,) = (workdir / "ablate").iterdir()
+    assert load_results(unit).dictionary == str(folder)
+    # The same as by name where it was trained.
+    there = tmp_path / "there"
+    shutil.copytree(trained, there)
+    assert go(["baseline", "ablate"], inputs, there, **changes | dict(ablate__dictionary="topk")) == 0
+    assert load_results(there, "ablate/topk").behaviours == load_results(unit).behaviours
+
+
+@pytest.mark.parametrize("folder", ["nowhere/at/all", "train"])
+def test_a_folder_without_a_dictionary(inputs, trained, tmp_path, capsys, folder):
+    changes = dict(ablate__dictionary=trained / folder, task__behaviours="agreement")
+    assert go(["baseline", "ablate"], inputs, tmp_path / "run", **changes) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --ablate.dictionary: ") and "holds no dictionary" in line
+    assert not list((tmp_path / "run" / "ablate").rglob("summary.json"))
