@@ -39,6 +39,7 @@ from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import bootstrap_mean, bootstrap_means
 
+COUNTERPART = ActivationSource("counterpart")
 _ADVICE = "lower --patch.top or --patch.matches, raise --task.test_prompts"
 
 
@@ -79,7 +80,7 @@ class FeaturePatching:
         self._split, self._config, self._on_progress = split, config, on_progress
         self._sides = split.run(pairs), split.run_counterparts(pairs)
         sides = split.run(train), split.run_counterparts(train)
-        attribution_NxF = screening.attribution(split, sides[0], config.estimate, sides[1])
+        attribution_NxF = screening.attribution(split, sides[0], config.estimate, COUNTERPART, sides[1])
         self._top = screening.leaders(attribution_NxF.mean(axis=0, dtype=np.float64), config.top)
         statistics = activity.statistics(split, [*self._sides[0], *self._sides[1]])
         self._firing = statistics.firing(self._top)
@@ -101,7 +102,7 @@ class FeaturePatching:
                 chosen,
                 self._config.batch_rows,
                 self._on_progress,
-                source=ActivationSource("counterpart"),
+                source=COUNTERPART,
                 counterparts=source,
             )
             for base, source, chosen in (
