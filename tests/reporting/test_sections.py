@@ -111,14 +111,14 @@ def test_agreement_with_other_dictionaries():
 
 def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
     share = some(features=20, accuracy=interval(0.5), random=interval(0.1))
-    carried = some(prompts=12, top=[share], all=interval(0.7), error=interval(0.2), site=interval(0.9))
+    carried = some(prompts=12, top=[share], all=interval(0.7), error=interval(0.2), ceiling=interval(0.9))
     together = [some(features=20, denoising=some(normalised=interval(0.4))), some(features="all")]
     results = dict(dictionary="topk", site="resid_post.15", top=20, unpatched=dict(addition="it has no train prompts"))
-    results["behaviours"] = dict(capital=some(interchange=carried, together=together))
+    results["behaviours"] = dict(capital=some(interchange=carried, together=together, templates=0))
     table, without = patching.sections(findings(topk=partly(FeaturePatchResults, **results)), None)[0].blocks
     shares = [f"{mean}\u00a0% [{mean - 10}\u00a0%, {mean + 10}\u00a0%]" for mean in (50, 10, 70, 20, 90)]
     assert table.rows == (("Capital of a country", "12", *shares, "0.40 [0.30,\u00a00.50]"),)
-    assert len(table.columns) == len(table.rows[0])
+    assert len(table.columns) == len(table.rows[0]) and table.columns[6] == "Ceiling: the whole site"
     assert without.items == (("Single-digit addition", "not patched: it has no train prompts."),)
 
 

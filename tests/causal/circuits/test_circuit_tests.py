@@ -20,7 +20,7 @@ CONFIG = AblateConfig()
 CIRCUIT = list(range(50, 60))
 
 
-def world(dead=(), seed=0, prompts=120):
+def world(dead=(), seed=0, prompts=140):
     """300 features: 50 to 59 carry the answer, the others push every second prompt a little up, the others down."""
     gain_PxF = 0.005 * np.random.default_rng([seed, 1]).normal(size=(prompts, 300))
     gain_PxF[:, CIRCUIT] = 1.0
@@ -61,7 +61,7 @@ def test_a_true_circuit_passes_every_test(planted):
         change = planted.drop([CIRCUIT[n]]).mean()
         assert entry.change == pytest.approx(change)
         np.testing.assert_allclose(scores.lesser_KxP[n], scores.kept_P - planted.drop([CIRCUIT[n]]))
-    assert scores.random_kept_NxP.shape == scores.random_removed_NxP.shape == (100, 120)
+    assert scores.random_kept_NxP.shape == scores.random_removed_NxP.shape == (100, 140)
     # What is left when a random set is kept, and when it is removed, adds up.
     both_NxP = scores.random_kept_NxP + scores.random_removed_NxP
     np.testing.assert_allclose(both_NxP, np.broadcast_to(2 * planted.clean() - all_P, both_NxP.shape), atol=1e-9)
@@ -133,9 +133,9 @@ def test_a_difference_of_the_size_of_rounding_is_a_tie(planted):
             found = super().ablate(sets)
             # Every ablated score is a little too large, and alone the set would always seem to do better.
             up_SxP = found.clean_P[None, :] + 1e-3
-            return dataclasses.replace(found, ablated_SxP=up_SxP + 0 * found.ablated_SxP, rounding_P=np.full(120, 5e-4))
+            return dataclasses.replace(found, ablated_SxP=up_SxP + 0 * found.ablated_SxP, rounding_P=np.full(140, 5e-4))
 
-    rounded = Rounded(planted.gain_PxF, prompts=100)
+    rounded = Rounded(planted.gain_PxF, prompts=140)
     results, _ = measure_circuit(rounded, CIRCUIT, CONFIG)
     assert results.tests["equivalence"].statistic == 0.5 and results.kept == results.clean
 
