@@ -10,6 +10,7 @@ score intervals (``wilson``).
 draws how often each prompt comes, which is as likely, so that all resamples of all rows are one matrix product.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -69,7 +70,7 @@ def wilson(right_N: np.ndarray, size: float | None = None) -> Interval:
     share = float(np.mean(right_N))
     n, z = len(right_N) if size is None else size, float(norm.ppf(_ENDS[1]))
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share))
 
 

@@ -152,6 +152,7 @@ def made_up_importance(rng) -> Importance:
         effect_size=ones_N,
         p_value=np.where(drop_N > 0.05, 1e-5, 0.5),
         q_value=np.where(drop_N > 0.05, 1e-3, 0.9),
+        p_max_t=np.where(drop_N > 0.05, 2e-3, 1.0),
         control_percentile=0.5 * ones_N,
         pearson=np.where(np.arange(900) < 890, rng.uniform(-1, 1, 900), np.nan),
         spearman=rng.uniform(-1, 1, 900),

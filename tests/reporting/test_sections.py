@@ -138,11 +138,12 @@ def test_probes_are_shown_and_labels_without_one_said():
     labels = [
         some(
             label="answer",
+            congruent=0,
             behaviour="addition",
             reason=None,
             probes=[some(**one) for one in (row, whole, row | raw, whole | raw)],
         ),
-        some(label="correct", behaviour="capital", reason="fewer than two classes: right 80", probes=[]),
+        some(label="correct", behaviour="capital", reason="fewer than two classes: right 80", probes=[], congruent=0),
     ]
     results = dict(dictionary="topk", site="resid_post.15", pool="last", labels=labels)
     settings = dict(probe=dict(shuffles=20))
@@ -170,7 +171,7 @@ def test_studies_show_every_measure_and_replacement():
         drop=interval(0.2),
         controls=[0.1, 0.1],
         control_drop=0.1,
-        percentile=1.0,
+        p_value=0.048,
         difference=interval(0.15),
     )
     both = StudyEffects(before=interval(0.5), zero=one, random=one)
@@ -183,20 +184,21 @@ def test_studies_show_every_measure_and_replacement():
         items=some(train=20, test=21),
         accuracy=both,
         log_likelihood_per_token=both,
-        verdicts=dict(zero=True, random=False),
+        claims=dict(zero=some(yes=True, p_holm=0.02), random=some(yes=False, p_holm=0.2)),
         reason="Yes: it falls.",
     )
     weak = logic | dict(
         score="generate",
         chance=0.0,
         accuracy=StudyEffects(before=interval(0.0), zero=None, random=None),
-        verdicts=dict(zero=None, random=None),
+        claims=dict(zero=None, random=None),
         reason="At chance before any edit.",
     )
     settings = dict(study=dict(top=20, draws=2), model=dict(path="smollm2"))
     found = findings(settings, logic=partly(StudyResults, **logic), gsm8k=partly(StudyResults, **weak))
     (section,) = studies.sections(found, draw)
-    intro, rule, reasons, table = section.blocks
+    intro, rule, few, reasons, table = section.blocks
+    assert few.text == "No yes is possible: 2 draws were made, and the rule takes 39 with 2 benchmarks."
     assert "20 features of topk" in intro.text and "Yes if so." in rule.text
     assert reasons.items == (("logic", "Yes: it falls."), ("gsm8k", "At chance before any edit."))
     assert len(table.rows) == 8 and "smollm2" in table.caption
@@ -208,9 +210,9 @@ def test_studies_show_every_measure_and_replacement():
         "30.0 [20.0,\u00a040.0]",
         "20.0 [10.0,\u00a030.0]",
         "10.0 in every draw",
-        "100\u00a0%",
+        "0.048",
         "15.0 [5.0,\u00a025.0]",
-        "yes",
+        "yes (p = 0.020)",
     )
     assert table.rows[1][3:4] + table.rows[1][-1:] == ("at random", "no")
     assert table.rows[2][1:3] == ("nats per token", "0.500 [0.400,\u00a00.600]") and table.rows[2][-1] == "–"

@@ -122,7 +122,10 @@ class FeatureEffect:
     accuracy_drop: float  #: a share
     effect_size: float  #: mean drop over its standard deviation
     p_value: float  #: sign-flip permutations over prompts, two-sided
-    q_value: float  #: Benjamini and Hochberg's, over all features of the table
+    #: Benjamini and Hochberg's, over all features of the table: bounds the share of false discoveries if the tests are
+    #: independent or positively dependent
+    q_value: float
+    p_max_t: float  #: adjusted for all of them by step-down maxT (Westfall and Young), however they depend
     #: share of the 100 features nearest in firing rate, activation and decoder norm with a smaller drop; None for a
     #: feature alone
     control_percentile: float | None
@@ -174,6 +177,7 @@ class ImportanceSummary:
 
     features: int  #: how many fire
     discoveries: int  #: effects with q at most 0.05
+    sure: int  #: effects with p_max_t at most 0.05
     estimates: Mapping[str, EstimateFit]  #: how well each estimate fits
     #: how well the size of `pearson` and of `spearman` ranks features by their drop
     correlations: Mapping[str, float | None]

@@ -75,10 +75,10 @@ def test_a_random_set_passes_none(planted):
 
 
 def test_a_superfluous_feature_is_found(planted):
-    # The one whose effect is the median of those outside: a random one exceeds it half of the time.
+    # One of small effect among those outside: matched ones exceed it most of the time.
     outside = [feature for feature in range(300) if feature not in CIRCUIT]
     size_F = np.abs(planted.f_PxF * planted.gain_PxF).mean(axis=0)
-    extra = sorted(outside, key=lambda feature: size_F[feature])[len(outside) // 2]
+    extra = sorted(outside, key=lambda feature: size_F[feature])[len(outside) // 5]
     results, _ = measure_circuit(planted, [*CIRCUIT, extra], CONFIG)
     assert [entry.feature for entry in results.features if not entry.minimal] == [extra]
     assert results.tests["minimality"].statistic == pytest.approx(10 / 11)

@@ -24,9 +24,9 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
     prompts = []
     for behaviour in ("first", "second"):
         own = [make_prompt(i, "train" if i < 8 else "test", behaviour) for i in range(16)]
-        prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that ")) for p in own[:-1]]
         if behaviour == "second":
-            prompts = [dataclasses.replace(p, template=f"{i % 2}") for i, p in enumerate(prompts)]
+            own = [dataclasses.replace(p, template=str(i % 2)) for i, p in enumerate(own)]
+        prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that ")) for p in own[:-1]]
         prompts.append(dataclasses.replace(own[-1], counterpart=""))
     write_prompts(baseline / "prompts.jsonl", prompts)
     save_dictionary(train, make_dictionary("resid_post.1"))
