@@ -10,6 +10,7 @@ from typing import Any
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
 from saejax.results import to_json
+from saejax.rules import shows_data, write_rules
 from saejax.stage import Configs, Stage, load
 from saejax.stages import STAGES, groups_of
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
@@ -97,6 +98,8 @@ def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, st
         return
     inputs = {need: _input_folder(workspace, plan, unit, need) for need in plan.needs(unit)}
     _join_processes(stage, plan.configs)
+    if _first(plan) and shows_data(stage):
+        write_rules(workspace.root, plan.configs)
     folder, found = workspace.begin(stage, name, mark) if _first(plan) else (workspace.folder(stage, name), "")
     if plan.configs["mesh"].processes > 1:  # no process may read what the first one moves away
         load("saejax.parallel:wait_for_all")(f"{unit} begun")

@@ -1,7 +1,7 @@
 """The stage ``baseline``: how well the model has each behaviour, before anything is explained.
 
 The *logit difference* of a prompt is logit(correct) - logit(wrong) at its last position, each answer standing for its
-first token. Of the prompts of a split are reported, with 95 % bootstrap intervals:
+first token. Of the prompts of a split are reported, with 95 % intervals, Wilson's of shares, bootstrap of the others:
 
 - ``accuracy``: the share with a logit difference above 0;
 - ``top1``: the share whose correct answer has the highest logit of the whole vocabulary;
@@ -29,7 +29,7 @@ from saejax.settings import TaskConfig
 from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore, make_prompts, write_prompts
 from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BaselineScores, PromptExample
-from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation
+from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation, wilson
 from saejax.workspace import Run
 
 BATCH = 32  # prompts per forward pass
@@ -98,11 +98,11 @@ def _split_scores(rows: Sequence[PromptScore], task: TaskConfig) -> BaselineScor
     mean = functools.partial(bootstrap_mean, resamples=task.bootstrap, seed=task.seed)
     return BaselineScores(
         n=len(rows),
-        accuracy=mean(diff_N > 0),
-        top1=mean(top1_N),
+        accuracy=wilson(diff_N > 0),
+        top1=wilson(top1_N),
         logit_diff=mean(diff_N),
         separation=bootstrap_separation(diff_N, task.bootstrap, task.seed),
-        counterpart_accuracy=mean(np.array(paired) > 0) if paired else None,
+        counterpart_accuracy=wilson(np.array(paired) > 0) if paired else None,
     )
 
 

@@ -214,7 +214,7 @@ def test_studies_show_every_measure_and_replacement():
         "15.0 [5.0,\u00a025.0]",
         "yes (p = 0.020)",
     )
-    assert table.rows[1][3:4] + table.rows[1][-1:] == ("at random", "no")
+    assert table.rows[1][3:4] + table.rows[1][-1:] == ("at random", "no (p = 0.200)")
     assert table.rows[2][1:3] == ("nats per token", "0.500 [0.400,\u00a00.600]") and table.rows[2][-1] == "–"
     assert table.rows[4][1] == "exact match, %" and table.rows[4][4:] == ("–",) * 6
     assert studies.sections(findings(), draw) == []

@@ -1,4 +1,4 @@
-"""The stage ``ablate``: which features cause each behaviour, judged by a rule written before the data are seen.
+"""The stage ``ablate``: which features cause each behaviour, judged by a rule written down before there are data.
 
 Train prompts choose the top features by attribution (``screening``); test prompts judge them: they are removed one by
 one and together (``ablation``), beside sets of as many random features matched on the same prompts and positions

@@ -9,6 +9,7 @@ from saejax.reporting.document import Section, Terms, Text
 from saejax.reporting.findings import Draw, Findings
 from saejax.reporting.tables import MISSING, Table, interval, number, percent
 from saejax.reporting.words import place, sentence, spread
+from saejax.rules import said
 
 _SCORES = {"generate": "exact match, %", "choice": "multiple choice, %"}
 _REPLACEMENTS = {"zero": "set to zero", "random": "at random"}
@@ -28,7 +29,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         f"fires, by its activation somewhere else; and the same with {settings['study']['draws']} sets of as many "
         "random features that fire as often and as strongly on those items."
     )
-    rule = f"The rule, written before any data were seen: {sentence(one.rule)}"
+    rule = f"{said(found.report.parent, 'study', one.rule)}: {sentence(one.rule)}"
     reasons = tuple((name, sentence(results.reason)) for name, results in studies.items())
     few = _too_few(len(studies), settings["study"]["draws"])
     blocks = (Text(intro), Text(rule), *few, Terms(reasons), _table(found))

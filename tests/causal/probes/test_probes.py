@@ -33,7 +33,7 @@ from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
 from saejax.settings import PROBE_LABELS, MeshConfig, ModelConfig, ProbeConfig
-from saejax.tasks.behaviours import Prompt, PromptScore, make_prompts, write_prompts
+from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
 from saejax.tasks.labels import LABELS, label_prompts
 from saejax.workspace import Run
 
@@ -180,12 +180,17 @@ def test_labels():
 
 def test_the_noun_beside_the_verb_does_not_say_the_subjects_number():
     """As the prompts are, that noun gives every number away; a probe of nothing but that noun must be guessing."""
-    prompts = make_prompts("agreement", 80, 20, 0, len)
     words = json.loads((importlib.resources.files("saejax.tasks") / "data" / "behaviours.json").read_text("utf-8"))
-    plurals = set(words["nouns"].values())
+    nouns = list(words["nouns"].items())[:20]
+    prompts = []
+    for i in range(100):  # as they are in the behaviour: the other noun has the other number
+        (subject, beside), plural = (nouns[i % 20], nouns[(7 * i + 3) % 20]), i % 2
+        text = f"Everyone knows that the {subject[plural]} near the {beside[1 - plural]}"
+        split, verb = "train" if i < 80 else "test", " are" if plural else " is"
+        prompts.append(Prompt("agreement", split, text, verb, " x", items=(subject[0], beside[0])))
 
     def beside_is_plural(some):
-        return np.array([prompt.text.split()[-1] in plurals for prompt in some])
+        return np.array([prompt.text.split()[-1] in words["nouns"].values() for prompt in some])
 
     assert (beside_is_plural(prompts) == [prompt.correct == " is" for prompt in prompts]).all()
     (label,) = label_prompts("number", prompts, [1.0] * len(prompts))
