@@ -216,7 +216,7 @@ def summarize(name: str, rows: Sequence[Mapping[str, Any]], task: TaskConfig, or
 
 
 def _accuracies(rows: Sequence[Mapping[str, Any]], rules: Sequence[str]) -> dict[str, Interval]:
-    return {rule: wilson([row[rule]["correct"] for row in rows]) for rule in rules}
+    return {rule: wilson(np.array([row[rule]["correct"] for row in rows])) for rule in rules}
 
 
 def _interval(values: Sequence[float], task: TaskConfig) -> Interval:

@@ -154,21 +154,28 @@ class HalvesAgreement:
 
 
 @dataclasses.dataclass(frozen=True)
-class DictionaryAgreement:
-    """The drops of matched features of two dictionaries (`ablate.compare`)."""
+class MatchedDrops:
+    """The drops of matched features of two dictionaries."""
+
+    matched: int  #: pairs
+    shares: tuple[float, float]  #: of the features of each that fire, those in a pair
+    similarity: float | None  #: median over the pairs; None without any
+    #: of the drops, with an interval over pairs; None, as what follows, with fewer than 3 pairs, or where all drops are
+    #: the same
+    rank_correlation: Interval | None
+    shuffled: Interval | None  #: the same where pairs are shuffled; mean and middle 95 % of 200 draws
+    #: where each partner is one of the ten features nearest to it in firing rate and activation
+    alike: Interval | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DictionaryAgreement(MatchedDrops):
+    """Two dictionaries compared (`ablate.compare`)."""
 
     first: str  #: the dictionaries
     second: str  #: the dictionaries
     #: what they were matched by: cosine of decoder rows, or correlation of largest activations over prompts
     by: Literal["direction", "activity"]
-    matched: int  #: pairs
-    shares: tuple[float, float]  #: of the features of each that fire, those in a pair
-    similarity: float | None  #: median over the pairs; None without any
-    #: of the drops, with an interval over pairs; None, as what follows, with fewer than 3 pairs
-    rank_correlation: Interval | None
-    shuffled: Interval | None  #: the same where pairs are shuffled; mean and middle 95 % of 200 draws
-    #: where each partner is one of the ten features nearest to it in firing rate and activation
-    alike: Interval | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from saejax.causal.claims import Rule
 from saejax.causal.study.results import StudyResults
 from saejax.causal.study.scores import settled
-from saejax.reporting.document import Section, Terms, Text
+from saejax.reporting.document import Block, Section, Terms, Text
 from saejax.reporting.findings import Draw, Findings
 from saejax.reporting.tables import MISSING, Table, interval, number, percent
 from saejax.reporting.words import place, sentence, spread
@@ -32,7 +32,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     rule = f"{said(found.report.parent, 'study', one.rule)}: {sentence(one.rule)}"
     reasons = tuple((name, sentence(results.reason)) for name, results in studies.items())
     few = _too_few(len(studies), settings["study"]["draws"])
-    blocks = (Text(intro), Text(rule), *few, Terms(reasons), _table(found))
+    blocks: tuple[Block, ...] = (Text(intro), Text(rule), *few, Terms(reasons), _table(found))
     return [Section("Benchmarks without features", blocks)]
 
 
