@@ -198,7 +198,7 @@ def test_studies_show_every_measure_and_replacement():
     found = findings(settings, logic=partly(StudyResults, **logic), gsm8k=partly(StudyResults, **weak))
     (section,) = studies.sections(found, draw)
     intro, rule, few, reasons, table = section.blocks
-    assert few.text == "No yes is possible: 2 draws were made, and the rule takes 39 with 2 benchmarks."
+    assert few.text == "No yes is possible: 2 draws were made, and the rule takes 39 for the benchmarks of this run."
     assert "20 features of topk" in intro.text and "Yes if so." in rule.text
     assert reasons.items == (("logic", "Yes: it falls."), ("gsm8k", "At chance before any edit."))
     assert len(table.rows) == 8 and "smollm2" in table.caption

@@ -41,7 +41,7 @@ def _too_few(benchmarks: int, draws: int) -> tuple[Text, ...]:
     least = Rule().least_draws(benchmarks)
     if draws >= least:
         return ()
-    said = f"No yes is possible: {draws} draws were made, and the rule takes {least} with {benchmarks} benchmarks."
+    said = f"No yes is possible: {draws} draws were made, and the rule takes {least} for the benchmarks of this run."
     return (Text(said, strong=True),)
 
 
