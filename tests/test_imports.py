@@ -32,6 +32,7 @@ ORDER = [
     "parallel",
     "reporting",
     "results",
+    "rules",
     "workspace",
     "stages",
     "stage",
