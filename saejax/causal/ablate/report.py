@@ -10,6 +10,7 @@ from saejax.page.document import Block, Picture, Section, Text, VerdictBlock, an
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import interval, percent
 from saejax.page.words import behaviour, detail_title, sentence, spread
+from saejax.rules import said
 from saejax.tasks.results import BaselineResults
 
 
@@ -35,7 +36,7 @@ def answer(found: Findings, draw: Draw) -> Section:
     ]
     if chance:
         headline += f" Borderline, because the loss of accuracy alone could be chance: {', '.join(chance)}."
-    rule = f"The rule, written in the configuration before any data were seen: {sentence(ablate.rule)}"
+    rule = f"{said(found.report.parent, 'ablate', ablate.rule)}: {sentence(ablate.rule)}"
     brackets = (
         "Points are percentage points of accuracy on the test prompts. Logit difference is the correct answer's logit "
         "minus the wrong one's. Square brackets: for the top features a 95 % bootstrap interval over prompts, for the "

@@ -1,4 +1,4 @@
-"""The stage ``ablate``: which features cause each behaviour, judged by a rule written before the data are seen.
+"""The stage ``ablate``: which features cause each behaviour, judged by a rule written down before there are data.
 
 Train prompts choose the top features by attribution (``screening``); test prompts judge them: they are removed one by
 one and together (``ablation``), beside sets of as many random features matched on the same prompts and positions
@@ -17,7 +17,7 @@ from saejax.causal import positions, stability
 from saejax.causal.ablate import agreement, baselines, nested, verdict
 from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance
-from saejax.causal.ablate.results import AblateResults, BehaviourAblation, HalvesAgreement
+from saejax.causal.ablate.results import AblateResults, BehaviourAblation
 from saejax.causal.circuits.measure import test_circuit
 from saejax.causal.claims import SetEffects
 from saejax.causal.parts import (
@@ -94,7 +94,7 @@ def _test_and_save(
         results = dataclasses.replace(results, baselines=baselines.compare(experiment, model, dictionary, config))
     if config.effects == "all":
         importance, drop_NxP = measure_importance(experiment, config)
-        halves = HalvesAgreement(**stability.between_halves(drop_NxP, config.seed))
+        halves = stability.between_halves(drop_NxP, config.seed)
         summary = importance.summary(config.top, halves, least_p(len(experiment.test), PERMUTATIONS))
         if others:
             pairs = agreement.measure_agreement(experiment, importance, model, dictionary, others, config)
