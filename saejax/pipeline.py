@@ -11,6 +11,7 @@ from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
 from saejax.registry import STAGES, groups_of
 from saejax.results import to_json
+from saejax.rules import shows_data, write_rules
 from saejax.settings import MeshConfig
 from saejax.stage import Configs, Stage, load
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
@@ -104,6 +105,8 @@ def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, st
     together, several = STAGES[stage].many_processes, plan.configs["mesh"].processes > 1
     if not (together or _first(plan)):
         return _wait_for_first(workspace, unit, mark)
+    if _first(plan) and shows_data(stage):
+        write_rules(workspace.root, plan.configs)
     folder, found = workspace.begin(stage, name, mark) if _first(plan) else (workspace.folder(stage, name), "")
     if together and several:  # no process may read what the first one moves away
         from saejax.parallel import wait_for_all

@@ -43,6 +43,8 @@ class Stage:
       programs: "module:function" that gives the large jitted functions that it runs, as ``Program`` of ``costs``: a
         ``PlannedRun`` and a mesh in.
       section: "module:function" that writes its part of the report: ``Findings`` and ``Draw`` in, sections out.
+      rule: "module:function" that gives the rule of its verdicts in words, from its own settings; "" without verdicts.
+        Runs write it down before there are data (``rules``).
       many_processes: whether all processes of a run take part in it; otherwise the first one does it alone, on its own
         devices, and the others wait.
     """
@@ -63,6 +65,7 @@ class Stage:
     programs: str = ""
     section: str = ""
     results: str = ""
+    rule: str = ""
     many_processes: bool = False
 
     def units(self, configs: Configs) -> list[str]:

@@ -33,6 +33,7 @@ ORDER = [
     "parallel",
     "page",
     "results",
+    "rules",
     "workspace",
     "registry",
     "stage",

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from saejax.causal.ablation_programs import CleanValues, clean_logp, first_change, gather, run_rows
-from saejax.causal.activation_sources import ActivationSource
+from saejax.causal.activation_sources import ZERO, ActivationSource
 from saejax.causal.chunks import Chunks
 from saejax.causal.rows import Prompts, RowBatch, all_different, batches_of, first_changes
 from saejax.causal.split import CleanRun, SplitModel
@@ -35,7 +35,6 @@ from saejax.models.tree import Tree
 from saejax.settings import READOUTS
 
 _IN_FLIGHT = 2  # batches that the device works on while the host waits for an earlier one
-ZERO = ActivationSource()
 FEATURES = 1024  # most features that are gathered at once, unless one set has more
 
 
@@ -102,7 +101,8 @@ def ablate_sets(
     if any(len(set(s)) != len(s) for s in sets):
         raise ValueError("a feature is twice in one set")
     all_sets = [np.asarray(s, np.int64) for s in [*sets, (), ()]]  # the clean run, from all tokens and from the last
-    ablated = [AblatedRun(run, other, source) for run, other in zip(runs, counterparts or runs, strict=True)]
+    others = zip(runs, counterparts or runs, strict=True)
+    ablated = [AblatedRun(run, other, source.of_run(number)) for number, (run, other) in enumerate(others)]
     plans = [RowPlan.of(split, one, all_sets, batch_rows, plain) for one in ablated]
     batches = [(plan.ablated.run.index_P, batch) for plan in plans for batch in plan.batches]
     names = ("logit_diff", *READOUTS) if readouts else ("logit_diff",)

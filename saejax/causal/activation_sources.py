@@ -14,6 +14,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 WORDS = dict(
     zero="its activation is set to zero",
@@ -37,6 +38,13 @@ class ActivationSource:
     kind: str = dataclasses.field(default="zero", metadata=dict(static=True))
     mean_F: jax.Array | None = None
     seed: jax.Array | None = None
+
+    def of_run(self, number: int) -> "ActivationSource":
+        """The same with draws of their own for one of several clean runs; those of the first are the source's."""
+        if self.seed is None or not number:
+            return self
+        own = np.random.SeedSequence([int(self.seed), number]).generate_state(1)[0]
+        return dataclasses.replace(self, seed=np.uint32(own))
 
     def changes(self, f_PxTxF: jax.Array, other_PxTxF: jax.Array, domain_PxT: jax.Array) -> jax.Array:
         """Where a feature's activation may become another, bool.
@@ -97,3 +105,18 @@ class ActivationSource:
         drawn_NxK = jnp.where(drawn_NxK >= rank_NxK, drawn_NxK + 1, drawn_NxK)  # any but its own
         found_NxK = jnp.take_along_axis(f_NxK, jnp.take_along_axis(place_NxK, drawn_NxK, axis=0), axis=0)
         return jnp.where(fires_NxK & (others_1xK > 0), found_NxK, f_NxK).reshape(shape)
+
+
+ZERO = ActivationSource()
+
+
+def removed_on_average(f_BxTxF: jax.Array, fires_F: jax.Array, sum_F: jax.Array) -> jax.Array:
+    """By how much activations fall, mean over the draws of the source ``random``, [B, T, F].
+
+    Args:
+      fires_F: at how many positions of the clean run each feature is not 0.
+      sum_F: the sum of its activations there.
+    """
+    others_1x1xF = fires_F[None, None, :] - 1
+    mean_BxTxF = (sum_F[None, None, :] - f_BxTxF) / jnp.maximum(others_1x1xF, 1)
+    return jnp.where((f_BxTxF != 0) & (others_1x1xF > 0), f_BxTxF - mean_BxTxF, 0.0)

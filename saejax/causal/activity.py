@@ -46,6 +46,23 @@ def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     return np.asarray(total_F) / max(positions, 1)
 
 
+def firing_sums(split: SplitModel, run: CleanRun) -> tuple[jax.Array, jax.Array]:
+    """At how many positions of a clean run each feature is not 0, and the sum of its activations there, [F] each."""
+    kept_B = np.arange(len(run.last_B)) < len(run.index_P)
+    return _sum(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sum(
+    point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (f_PxTxF != 0).sum(axis=1), f_PxTxF.sum(axis=1)
+
+    fires_BxF, sum_BxF = of_features(dictionary, (read_BxTxD, domain_BxT & kept_B[:, None]), sums)
+    return jax.lax.with_sharding_constraint((fires_BxF.sum(axis=0), sum_BxF.sum(axis=0)), sharding(point.mesh))
+
+
 def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """Every feature's largest activation on each prompt, fp32 [P, F], prompts in their order.
 

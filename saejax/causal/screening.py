@@ -5,12 +5,12 @@ The attribution of feature i on a prompt is activation x gradient,
     a_i = sum_t f_{t,i} <dL/dx_t, W_dec_i>,    L = logit(correct) - logit(wrong) at the last position,
 
 the first-order estimate of how much L falls when the feature is removed, x_t -> x_t - f_{t,i} W_dec_i
-(attribution patching; Nanda, 2023; for dictionaries, Marks et al., 2024, arXiv 2403.19647). Where the features of a
-counterpart are to take their place, f_{t,i} - g_{t,i} stands for f_{t,i}. Two other estimates have the same form and
-another slope in the gradient's place: ``integrated`` takes the mean gradient on the way from the clean value to that
-without any feature (or with the counterpart's), at the middles of 10 equal steps (integrated gradients; Sundararajan
-et al., 2017); ``relp`` goes back through the model by the rules of relevance patching (``RunRules.backward``). The
-estimate chooses the candidates; their effects are then measured exactly.
+(attribution patching; Nanda, 2023; for dictionaries, Marks et al., 2024, arXiv 2403.19647). Where something else is to
+take their place (``activation_sources``), f_{t,i} - g_{t,i} stands for f_{t,i}; of random activations g, their mean
+over the draws. Two other estimates have the same form and another slope in the gradient's place: ``integrated`` takes
+the mean gradient on the way from the clean value to that with g in place of every feature, at the middles of 10 equal
+steps (integrated gradients; Sundararajan et al., 2017); ``relp`` goes back through the model by the rules of relevance
+patching (``RunRules.backward``). The estimate chooses the candidates; their effects are then measured exactly.
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.causal.activation_sources import ZERO, ActivationSource, removed_on_average
+from saejax.causal.activity import firing_sums
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
@@ -38,19 +40,24 @@ def points(estimate: str) -> int:
 
 
 def attribution(
-    split: SplitModel, runs: Sequence[CleanRun], estimate: str = "gradient", counterparts: Sequence[CleanRun] = ()
+    split: SplitModel,
+    runs: Sequence[CleanRun],
+    estimate: str = "gradient",
+    source: ActivationSource = ZERO,
+    counterparts: Sequence[CleanRun] = (),
 ) -> np.ndarray:
-    """Activation x slope of every feature on every prompt.
+    """Fall of activation x slope of every feature on every prompt.
 
     Args:
       split: the model, split at the dictionary's site.
       runs: from ``split.run``; N prompts in all.
       estimate: one of ``settings.ESTIMATES``.
-      counterparts: from ``split.run_counterparts``, to estimate what their features do in place of the prompts' own.
+      source: what is to stand in the features' place.
+      counterparts: for the source ``counterpart``, from ``split.run_counterparts``.
 
     Returns:
-      fp32 [N, F] in logits; above 0 where removing the feature, or giving it the counterpart's activation, should lower
-      the logit difference. Attention sinks and padding count for nothing.
+      fp32 [N, F] in logits; above 0 where what stands in the feature's place should lower the logit difference.
+      Attention sinks and padding count for nothing.
 
     Raises:
       UserError: it is not finite.
@@ -59,14 +66,16 @@ def attribution(
     point = dataclasses.replace(split.point, rules=dataclasses.replace(split.point.rules, backward=backward))
     shape = sum(len(run.index_P) for run in runs), split.dictionary.config.n_features
     attribution_NxF = np.zeros(shape, np.float32)
-    others: Sequence[CleanRun | None] = counterparts or [None] * len(runs)
-    for run, other in zip(runs, others, strict=True):
+    for run, other in zip(runs, counterparts or runs, strict=True):
+        sums = firing_sums(split, run) if source.kind == "random" else ()
         for first in range(0, len(run.last_B), PROMPTS):
             own = slice(first, first + PROMPTS)
             parts = [run.stream_BxTxD, run.value_BxTxD, run.read_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2]
-            parts += [other.read_BxTxD, other.domain_BxT] if other else []
             rows = split.by_row(*(part[own] for part in parts))
-            attribution_BxF = score_features(point, points(estimate), split.params, split.dictionary, *rows)
+            lent = (other.read_BxTxD[own], other.domain_BxT[own]) if source.kind == "counterpart" else ()
+            attribution_BxF = score_features(
+                point, points(estimate), split.params, split.dictionary, *rows, source, sums or (*split.by_row(*lent),)
+            )
             index_P = run.index_P[own]
             attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
     if not np.isfinite(attribution_NxF).all():
@@ -95,13 +104,22 @@ def score_features(
     domain_BxT: jax.Array,
     last_B: jax.Array,
     answers_Bx2: jax.Array,
-    *counterparts: jax.Array,
+    source: ActivationSource = ZERO,
+    lent: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
-    """The program behind ``attribution``, for one batch: [B, F]."""
-    removed_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
-    if counterparts:
-        other_BxTxF = active_features(dictionary, *counterparts)
-        removed_BxTxF = jnp.where(domain_BxT[..., None], removed_BxTxF - other_BxTxF, jnp.zeros_like(removed_BxTxF))
+    """The program behind ``attribution``, for one batch: [B, F].
+
+    Args:
+      lent: for the source ``counterpart``, what is read and the domain of the counterparts; for ``random``, at how many
+        positions of the clean run each feature is not 0, and the sum of its activations.
+    """
+    f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
+    if source.kind == "random":
+        removed_BxTxF = removed_on_average(f_BxTxF, *lent)
+    else:
+        other_BxTxF = active_features(dictionary, *lent) if lent else f_BxTxF
+        every_F = jnp.arange(f_BxTxF.shape[-1])
+        removed_BxTxF = source.removed(f_BxTxF, other_BxTxF, domain_BxT, every_F, jnp.int32(len(last_B)))
     W_dec_FxD = dictionary.W_dec_FxD[...]
 
     def difference(value_BxTxD: jax.Array) -> jax.Array:
@@ -121,6 +139,6 @@ def score_features(
 
 
 def weighted(f_BxTxF: jax.Array, slope_BxTxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """Activation x slope along each feature's direction, summed over positions: [B, F]."""
+    """Fall of activation x slope along each feature's direction, summed over positions: [B, F]."""
     along_BxTxF = matmul(slope_BxTxD.astype(W_dec_FxD.dtype), W_dec_FxD.T)  # dL/df
     return (f_BxTxF * along_BxTxF).sum(axis=1)

@@ -15,14 +15,17 @@ dictionary that are nearest to it in firing rate and size: features that fire of
 that alone makes ranks agree.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import numpy as np
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 
 from saejax.causal.ablate.importance import Importance, correlations
+from saejax.causal.ablate.results import HalvesAgreement, MatchedDrops
 from saejax.causal.controls import coordinates
+from saejax.results import Interval
 
 SPLITS = 100  # of the prompts in random halves
 LEAST = 0.7  # similarity of a match
@@ -45,7 +48,7 @@ class Matches(NamedTuple):
     similarity_M: np.ndarray
 
 
-def between_halves(drop_NxP: np.ndarray, seed: int) -> dict[str, float | None]:
+def between_halves(drop_NxP: np.ndarray, seed: int) -> HalvesAgreement:
     """How well half of the prompts ranks the features as the other half does.
 
     Args:
@@ -53,9 +56,9 @@ def between_halves(drop_NxP: np.ndarray, seed: int) -> dict[str, float | None]:
       seed: of the halves.
 
     Returns:
-      ``rank_correlation``: Spearman's, of the mean drops on two random halves (an odd prompt is left out), mean over
-      100 splits; ``spearman_brown``: what it would be between two samples as large as this one, 2 r / (1 + r)
-      (Spearman, 1910; Brown, 1910). None with one prompt, or where a half sees no difference between features.
+      Spearman's correlation of the mean drops on two random halves (an odd prompt is left out), mean over 100 splits,
+      and what it would be between two samples as large as this one (Spearman, 1910; Brown, 1910). None with one prompt,
+      or where a half sees no difference between features.
     """
     rng = np.random.default_rng(seed)
     prompts = drop_NxP.shape[1]
@@ -65,7 +68,7 @@ def between_halves(drop_NxP: np.ndarray, seed: int) -> dict[str, float | None]:
         found.extend(_rank_correlations(*(drop_NxP[None, :, half_H].mean(axis=2) for half_H in halves_2xH)).tolist())
     defined = [value for value in found if not np.isnan(value)]
     r = float(np.mean(defined)) if defined else None
-    return dict(rank_correlation=r, spearman_brown=None if r is None or r <= -1 else 2 * r / (1 + r))
+    return HalvesAgreement(r, None if r is None or r <= -1 else 2 * r / (1 + r))
 
 
 def match_by_direction(first_FxD: np.ndarray, second_GxD: np.ndarray, least: float = LEAST) -> Matches:
@@ -101,7 +104,7 @@ def match_by_activity(first_PxF: np.ndarray, second_PxG: np.ndarray, least: floa
 
 def compare(
     first: Importance, second: Importance, matches: Matches, resamples: int = 1000, seed: int = 0
-) -> dict[str, Any]:
+) -> MatchedDrops:
     """Whether two dictionaries give matched features the same importance for one behaviour.
 
     Args:
@@ -109,35 +112,26 @@ def compare(
       matches: between all features of the two; those count whose features are in both tables.
       resamples: of the bootstrap over pairs.
       seed: of the bootstrap and the controls.
-
-    Returns:
-      For JSON: ``matched`` (pairs that count); ``shares``, of each table's features, that are in one; ``similarity``,
-      their median; ``rank_correlation`` of the drops (``mean``, ``low``, ``high``: 95 % bootstrap interval over pairs);
-      and as controls ``shuffled`` and ``alike`` (``mean``, ``low``, ``high``: 2.5th and 97.5th percentile of 200
-      draws). None where fewer than 3 pairs count, or all drops are the same.
     """
     kept_M = np.isin(matches.first_M, first.feature) & np.isin(matches.second_M, second.feature)
-    place_M = np.searchsorted(first.feature, matches.first_M[kept_M])
     other_M = np.searchsorted(second.feature, matches.second_M[kept_M])
-    count = len(place_M)
-    about = dict(
-        matched=count,
-        shares=[count / max(len(table.feature), 1) for table in (first, second)],
-        similarity=float(np.median(matches.similarity_M[kept_M])) if count else None,
-    )
-    one_M, two_M = first.drop[place_M], second.drop[other_M]
+    count = len(other_M)
+    shares = [count / max(len(table.feature), 1) for table in (first, second)]
+    similarity = float(np.median(matches.similarity_M[kept_M])) if count else None
+    about = functools.partial(MatchedDrops, count, (shares[0], shares[1]), similarity)
+    one_M = first.drop[np.searchsorted(first.feature, matches.first_M[kept_M])]
+    two_M = second.drop[other_M]
     if count < 3 or np.ptp(one_M) == 0 or np.ptp(two_M) == 0:
-        return about | dict(rank_correlation=None, shuffled=None, alike=None)
+        return about(None, None, None)
     rng = np.random.default_rng(seed)
     drawn_RxM = rng.integers(count, size=(resamples, count))
     shuffled_RxM = rng.permuted(np.tile(two_M, (DRAWS, 1)), axis=1)
     near_MxA = _nearest(second)[other_M]
     picked_RxM = rng.integers(near_MxA.shape[1], size=(DRAWS, count))
     alike_RxM = second.drop[near_MxA[np.arange(count)[None, :], picked_RxM]]
-    return about | dict(
-        rank_correlation=_spread(
-            _rank_correlations(one_M[drawn_RxM], two_M[drawn_RxM]), _rank_correlations(one_M[None], two_M[None])[0]
-        ),
+    seen = _rank_correlations(one_M[None], two_M[None])[0]
+    return about(
+        rank_correlation=_spread(_rank_correlations(one_M[drawn_RxM], two_M[drawn_RxM]), seen),
         shuffled=_spread(_rank_correlations(np.broadcast_to(one_M, shuffled_RxM.shape), shuffled_RxM)),
         alike=_spread(_rank_correlations(np.broadcast_to(one_M, alike_RxM.shape), alike_RxM)),
     )
@@ -151,11 +145,11 @@ def _rank_correlations(first_RxM: np.ndarray, second_RxM: np.ndarray) -> np.ndar
     return np.array([correlations(one_M[None], two_M)[0] for one_M, two_M in pairs])
 
 
-def _spread(values_R: np.ndarray, mean: float | None = None) -> dict[str, float]:
+def _spread(values_R: np.ndarray, mean: float | None = None) -> Interval:
     """Mean, unless another is given, and the middle 95 % of those that are defined."""
     defined = values_R[~np.isnan(values_R)]
     low, high = np.quantile(defined, (0.025, 0.975)) if len(defined) else (np.nan, np.nan)
-    return dict(mean=float(defined.mean() if mean is None else mean), low=float(low), high=float(high))
+    return Interval(float(defined.mean() if mean is None else mean), float(low), float(high))
 
 
 def _nearest(table: Importance) -> np.ndarray:

@@ -80,29 +80,42 @@ class Editing(Basis):
         """
         return self._edit(features, 1.0, amount, positions, error)
 
-    def redraw(self, features: Sequence[int], pools: Sequence[Any], length: int, seed: int = 789) -> FeatureEdit:
+    def redraw(
+        self,
+        features: Sequence[int],
+        pools: Sequence[Any],
+        length: int,
+        seed: int = 789,
+        texts: Sequence[int] | None = None,
+    ) -> FeatureEdit:
         """g = where the feature fires, an activation drawn at random from a pool of its own; new tokens, too.
 
-        The draw depends on seed, feature and place in the text alone, so that it is the same in every batch and with
-        every method of generation. It is so in all texts: what they begin with alike is replaced alike.
+        The draw depends on seed, feature, text and place in the text alone, so that it is the same in every batch and
+        with every method of generation.
 
         Args:
           pools: for each feature the activations, [N], that are drawn from, such as those where it fires on some text;
             a feature whose pool is empty stays as it is.
           length: places of a text with draws of their own, such as the model's context; later ones share one draw.
           seed: of the draws.
+          texts: a number for each text that the edit is used on; those of one number are replaced alike. None: all are,
+            however many.
         """
         features_K = self._indices(features)
-        drawn_TxK, factor_K = np.zeros((length, len(features_K)), np.float32), np.ones(len(features_K), np.float32)
+        numbers, row_B = np.unique(np.zeros(1, int) if texts is None else texts, return_inverse=True)
+        drawn_NxTxK = np.zeros((len(numbers), length, len(features_K)), np.float32)
+        factor_K = np.ones(len(features_K), np.float32)
         for k, (feature, pool) in enumerate(zip(features_K.tolist(), pools, strict=True)):
             pool_N = np.asarray(pool, np.float32)
             if not np.isfinite(pool_N).all():
                 raise UserError(f"the pool of feature {feature} holds NaN or infinity: expected finite activations")
             if len(pool_N):
-                drawn_TxK[:, k] = np.random.default_rng([seed, feature]).choice(pool_N, length)
+                for drawn_TxK, number in zip(drawn_NxTxK, numbers.tolist(), strict=True):
+                    own = [seed, feature] if texts is None else [seed, feature, number]
+                    drawn_TxK[:, k] = np.random.default_rng(own).choice(pool_N, length)
                 factor_K[k] = 0.0
         where = Positions.of("fires", ("fires",))
-        return self._made(features_K, factor_K, Values.along_texts(drawn_TxK), where, None)
+        return self._made(features_K, factor_K, Values.along_texts(drawn_NxTxK[row_B]), where, None)
 
     def ablate_error(self, positions: str | Span = "all") -> FeatureEdit:
         """x' = decode(f): the dictionary's error term goes and all features stay."""

@@ -106,7 +106,8 @@ class Values:
     """N numbers for every position of some prompts, or of any text, or the same N everywhere.
 
     Attributes:
-      values_BxTxN: [1, 1, N] if they are the same everywhere, [1, T, N] if they are for the places of any text.
+      values_BxTxN: [1, 1, N] if they are the same everywhere, [1, T, N] if they are for the places of any text,
+        [B, T, N] if each of B texts has its own.
       by_position: whether they are for prompts of their own (static). New tokens have none then.
     """
 
@@ -132,18 +133,24 @@ class Values:
         return cls(found, True)
 
     @classmethod
-    def along_texts(cls, values_TxN: np.ndarray) -> Self:
-        """Numbers for the places 0 to T-1 of any text, new tokens included; places beyond take the last ones."""
-        return cls(jnp.asarray(values_TxN[None], jnp.float32), False)
+    def along_texts(cls, values_BxTxN: np.ndarray) -> Self:
+        """Numbers for the places 0 to T-1 of B texts, or with a B of 1 of any, new tokens included.
+
+        Places beyond take the last ones.
+        """
+        return cls(jnp.asarray(values_BxTxN, jnp.float32), False)
 
     def at(self, run: ForwardPass) -> tuple[jax.Array, jax.Array]:
         """The numbers, [B, T, N] or broadcast to that, and where there are some, [B, T]."""
-        if not self.by_position and self.values_BxTxN.shape[1] == 1:
+        texts, places = self.values_BxTxN.shape[:2]
+        if not self.by_position and places == 1:
             return self.values_BxTxN, run.mask_BxT
-        place_BxT = jnp.clip(run.position_BxT, 0, self.values_BxTxN.shape[1] - 1)
-        if not self.by_position:
+        place_BxT = jnp.clip(run.position_BxT, 0, places - 1)
+        if not self.by_position and texts == 1:
             return self.values_BxTxN[0][place_BxT], run.mask_BxT
-        known_BxT = run.mask_BxT & (run.position_BxT < run.prompt_B[:, None])
+        known_BxT = run.mask_BxT
+        if self.by_position:
+            known_BxT &= run.position_BxT < run.prompt_B[:, None]
         return jnp.take_along_axis(self.values_BxTxN, place_BxT[..., None], axis=1), known_BxT
 
 
@@ -161,9 +168,13 @@ def fit_values(
     """
 
     def fit(leaf: Any) -> Any:
-        if not isinstance(leaf, Values) or not leaf.by_position:
+        if not isinstance(leaf, Values) or (not leaf.by_position and len(leaf.values_BxTxN) == 1):
             return leaf
         found = leaf.values_BxTxN
+        if not leaf.by_position:
+            if len(found) != shape[0]:
+                raise UserError(f"an edit is for {len(found)} texts, but it is used on {shape[0]}: give one for each")
+            return leaf if rows is None else Values(found[np.asarray(rows)], False)
         if found.shape[:2] != shape:
             raise UserError(
                 f"an edit has values for {found.shape[0]} prompts of {found.shape[1]} tokens, but it is used on "

@@ -1,7 +1,7 @@
 """The stage ``baseline``: how well the model has each behaviour, before anything is explained.
 
 The *logit difference* of a prompt is logit(correct) - logit(wrong) at its last position, each answer standing for its
-first token. Of the prompts of a split are reported, with 95 % bootstrap intervals:
+first token. Of the prompts of a split are reported, with 95 % intervals, Wilson's of shares, bootstrap of the others:
 
 - ``accuracy``: the share with a logit difference above 0;
 - ``top1``: the share whose correct answer has the highest logit of the whole vocabulary;
@@ -37,7 +37,7 @@ from saejax.tasks.gate import gate, none_left, write_left_out
 from saejax.tasks.likelihood import loglikelihoods
 from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BaselineScores, PromptExample
-from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation
+from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation, wilson
 from saejax.workspace import Run
 
 BATCH = 32  # prompts per forward pass
@@ -142,12 +142,12 @@ def _split_scores(rows: Sequence[PromptScore], task: TaskConfig) -> BaselineScor
     mean = functools.partial(bootstrap_mean, resamples=task.bootstrap, seed=task.seed)
     return BaselineScores(
         n=len(rows),
-        accuracy=mean(diff_N > 0),
-        top1=mean(top1_N),
+        accuracy=wilson(diff_N > 0),
+        top1=wilson(top1_N),
         logit_diff=mean(diff_N),
         separation=bootstrap_separation(diff_N, task.bootstrap, task.seed),
-        counterpart_accuracy=mean(np.array(paired) > 0) if paired else None,
-        answer_accuracy=mean(whole_Nx2[:, 0] > whole_Nx2[:, 1]),
+        counterpart_accuracy=wilson(np.array(paired) > 0) if paired else None,
+        answer_accuracy=wilson(whole_Nx2[:, 0] > whole_Nx2[:, 1]),
         log_likelihood=mean(whole_Nx2[:, 0]),
     )
 

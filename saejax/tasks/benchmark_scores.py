@@ -24,7 +24,7 @@ from saejax.tasks.benchmark_prompts import Prompter, make_prompter
 from saejax.tasks.benchmarks import Item, definition
 from saejax.tasks.likelihood import Likelihood, encode_pair, loglikelihoods
 from saejax.tasks.results import BenchmarkResults, ChoiceScores, UnparsedExample
-from saejax.tasks.scoring import bootstrap_mean
+from saejax.tasks.scoring import bootstrap_mean, wilson
 
 _VERDICTS: dict[str, Callable[[str, str], dict[str, Verdict]]] = dict(gsm8k=number_verdicts, math=formula_verdicts)
 _SHOWN = 3  # answers without a final answer that are shown
@@ -177,7 +177,7 @@ def _check_length(
 
 
 def summarize(name: str, rows: Sequence[Mapping[str, Any]], task: TaskConfig, origin: str = "") -> BenchmarkResults:
-    """The figures over all items of a benchmark, with 95 % bootstrap intervals.
+    """The figures over all items of a benchmark, with 95 % intervals, Wilson's of accuracies.
 
     Args:
       name: of the benchmark.
@@ -194,7 +194,7 @@ def summarize(name: str, rows: Sequence[Mapping[str, Any]], task: TaskConfig, or
             token_accuracy=_interval([row["token_accuracy"] for row in rows], task),
         )
     rules = ("strict", "flexible") if score == "generate" else ("raw", "normalised")
-    accuracy = _accuracies(rows, rules, task)
+    accuracy = _accuracies(rows, rules)
     if score == "choice":
         parts = dict.fromkeys(row["task"] for row in rows)
         own = {part: [row for row in rows if row["task"] == part] for part in parts}
@@ -202,7 +202,7 @@ def summarize(name: str, rows: Sequence[Mapping[str, Any]], task: TaskConfig, or
             results,
             accuracy=accuracy,
             chance=float(np.mean([1 / len(row["choices"]) for row in rows])),
-            tasks={part: ChoiceScores(len(group), **_accuracies(group, rules, task)) for part, group in own.items()},
+            tasks={part: ChoiceScores(len(group), **_accuracies(group, rules)) for part, group in own.items()},
         )
     unparsed = {rule: [row for row in rows if row[rule]["found"] is None] for rule in rules}
     shown = (UnparsedExample(row["id"], row["output"][-_TEXT:]) for row in unparsed["strict"][:_SHOWN])
@@ -215,8 +215,8 @@ def summarize(name: str, rows: Sequence[Mapping[str, Any]], task: TaskConfig, or
     )
 
 
-def _accuracies(rows: Sequence[Mapping[str, Any]], rules: Sequence[str], task: TaskConfig) -> dict[str, Interval]:
-    return {rule: _interval([row[rule]["correct"] for row in rows], task) for rule in rules}
+def _accuracies(rows: Sequence[Mapping[str, Any]], rules: Sequence[str]) -> dict[str, Interval]:
+    return {rule: wilson(np.array([row[rule]["correct"] for row in rows])) for rule in rules}
 
 
 def _interval(values: Sequence[float], task: TaskConfig) -> Interval:

@@ -10,16 +10,21 @@ correct    whether the model is right: its logit difference is above 0     one b
 number     the number of the subject, which the verb " is" or " are" says  one behaviour
 =========  ==============================================================  ===================
 
+In agreement the noun beside the verb always has the other number, so whoever reads that noun knows the subject's. The
+label ``number`` is therefore read off prompts of which every second has a noun of the same number (``congruent``).
+
 A class needs ``LEAST`` train prompts to be learned from; prompts of rarer classes are left out, and counted.
 """
 
 import dataclasses
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from saejax.tasks.behaviours import SPLITS, Prompt
+from saejax.tasks.recipes import recipes
 
 LEAST = 5  # train prompts of a class
 _NUMBERS = dict(zip(("is", "are"), ("singular", "plural"), strict=True))
@@ -48,28 +53,58 @@ class Labelled:
       label: its name, of ``settings.PROBE_LABELS``.
       behaviour: whose prompts; "" for those of all.
       classes: class -> how many train and test prompts have it, most frequent first; none if ``reason`` says why.
-      train_N, test_M: the places of these prompts in the list they came from.
+      prompts: what is read: those that were given, or of ``number`` every second one ``congruent``.
+      train_N, test_M: the places of these prompts.
       train_class_N, test_class_M: their classes, as places in ``classes``.
       left_out: class -> how many prompts have it, of classes with fewer than ``LEAST`` train prompts.
       unlabelled: prompts to which the label does not apply.
+      congruent: how many of the labelled prompts are not as they were given.
       reason: why there is nothing to learn; "" where there is.
     """
 
     label: str
     behaviour: str
     classes: Mapping[str, tuple[int, int]]
+    prompts: tuple[Prompt, ...]
     train_N: np.ndarray
     test_M: np.ndarray
     train_class_N: np.ndarray
     test_class_M: np.ndarray
     left_out: Mapping[str, int]
     unlabelled: int
+    congruent: int
     reason: str = ""
 
     @property
     def name(self) -> str:
         """The label, and whose it is: "behaviour", "answer-addition"."""
         return f"{self.label}-{self.behaviour}" if self.behaviour else self.label
+
+
+def congruent(prompt: Prompt) -> Prompt | None:
+    """An agreement prompt with the noun beside the verb in the subject's number; None of a prompt of another kind."""
+    plurals: dict[str, str] = dict(recipes()["agreement"].pools["nouns"])
+    beside = prompt.items[1] if len(prompt.items) == 2 else ""
+    if beside not in plurals or prompt.correct.strip() not in _NUMBERS:
+        return None
+    forms = (beside, plurals[beside])
+    wanted = forms[_NUMBERS[prompt.correct.strip()] == "plural"]
+    return dataclasses.replace(prompt, text=re.sub(rf"\b({'|'.join(forms)})\b", wanted, prompt.text))
+
+
+def balanced(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    """The prompts, every second one of each split, template and number congruent.
+
+    In what results, the noun beside the verb says nothing of the subject's number.
+    """
+    seen: dict[tuple[str, ...], int] = defaultdict(int)
+    found = list(prompts)
+    for place, prompt in enumerate(prompts):
+        if same := congruent(prompt):
+            group = (prompt.behaviour, prompt.split, prompt.template, prompt.correct)
+            found[place] = same if seen[group] % 2 else prompt
+            seen[group] += 1
+    return tuple(found)
 
 
 def label_prompts(label: str, prompts: Sequence[Prompt], logit_diffs: Sequence[float]) -> list[Labelled]:
@@ -81,10 +116,16 @@ def label_prompts(label: str, prompts: Sequence[Prompt], logit_diffs: Sequence[f
       logit_diffs: the model's on each of them.
     """
     behaviours = [""] if label == "behaviour" else list(dict.fromkeys(prompt.behaviour for prompt in prompts))
-    return [_labelled(label, behaviour, prompts, logit_diffs) for behaviour in behaviours]
+    read = balanced(prompts) if label == "number" else tuple(prompts)
+    changed = {place for place, pair in enumerate(zip(read, prompts, strict=True)) if pair[0] != pair[1]}
+    found = [_labelled(label, behaviour, read, logit_diffs) for behaviour in behaviours]
+    return [
+        dataclasses.replace(one, congruent=len(changed & {*one.train_N.tolist(), *one.test_M.tolist()}))
+        for one in found
+    ]
 
 
-def _labelled(label: str, behaviour: str, prompts: Sequence[Prompt], logit_diffs: Sequence[float]) -> Labelled:
+def _labelled(label: str, behaviour: str, prompts: tuple[Prompt, ...], logit_diffs: Sequence[float]) -> Labelled:
     own = [place for place, prompt in enumerate(prompts) if behaviour in ("", prompt.behaviour)]
     labels = {place: LABELS[label](prompts[place], logit_diffs[place]) for place in own}
     of = {place: name for place, name in labels.items() if name is not None}
@@ -109,11 +150,13 @@ def _labelled(label: str, behaviour: str, prompts: Sequence[Prompt], logit_diffs
         label=label,
         behaviour=behaviour,
         classes={} if reason else {name: (train[name], test[name]) for name in learned},
+        prompts=prompts,
         train_N=np.array(rows["train"], np.int64),
         test_M=np.array(rows["test"], np.int64),
         train_class_N=classes["train"],
         test_class_M=classes["test"],
         left_out={name: train[name] + test[name] for name in every if name not in learned},
         unlabelled=len(labels) - len(of),
+        congruent=0,
         reason=reason,
     )

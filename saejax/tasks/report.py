@@ -62,7 +62,8 @@ def _baseline_table(scores_of: Mapping[str, BaselineBehaviour]) -> Table:
         "minus wrong, at the prompt's last token. Separation: its mean over its standard deviation. Top-1: the correct "
         "token has the highest logit of all. Whole answer: the correct one is likelier than the wrong one, all their "
         "tokens counted. Features are chosen on train prompts and judged on test prompts, which in "
-        "the built-in behaviours share no content with them. Square brackets: 95 % bootstrap intervals over prompts."
+        "the built-in behaviours share no content with them. Square brackets: 95 % intervals over prompts, Wilson's of "
+        "shares, bootstrap of the others."
     )
     columns = ("Behaviour", "Accuracy, %", "Logit difference", "Separation", "Top-1, %", "Whole answer, %", "Prompts")
     return Table("The behaviours before anything is removed", columns, rows, stack=False, note=note)
@@ -108,7 +109,8 @@ def benchmark_sections(found: Findings) -> list[Section]:
     note = (
         "Exact match: the strict rule takes the answer from the place where it should stand, the flexible one the last "
         "number or formula of the text. An answer that was not found counts as wrong. Multiple choice: the likeliest "
-        "of the given answers; normalised: per character. Square brackets: 95 % bootstrap intervals over items."
+        "of the given answers; normalised: per character. Square brackets: 95 % intervals over items, Wilson's of "
+        "shares, bootstrap of the others."
     )
     columns = ("Benchmark", "Measure", "Value", "No answer found", "Items")
     return [Section("Benchmarks", (Table("The model on benchmarks", columns, tuple(rows), frozenset({1}), note=note),))]

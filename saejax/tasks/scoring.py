@@ -3,15 +3,18 @@
 Prompts are drawn again with replacement, the statistic is computed on every such resample, and the interval runs
 from its 2.5 % to its 97.5 % quantile. It says how much the figure would change with other prompts of the same kind; of
 something that is the same for every prompt, such as 20 correct answers out of 20, it has no width, although with 20
-prompts an error rate of up to 14 % would still give that in one sample of twenty.
+prompts an error rate of up to 14 % would still give that in one sample of twenty. Shares of prompts therefore have
+score intervals (``wilson``).
 
 ``bootstrap`` takes any statistic of one value per prompt. ``bootstrap_means`` is for the means of thousands of rows: it
 draws how often each prompt comes, which is as likely, so that all resamples of all rows are one matrix product.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy.stats import norm
 
 from saejax.results import Interval
 
@@ -55,31 +58,53 @@ def bootstrap_separation(values_N: np.ndarray, resamples: int, seed: int) -> Int
     return bootstrap(values_N, separation, resamples, seed)
 
 
-def bootstrap_difference(first_N: np.ndarray, second_N: np.ndarray, resamples: int, seed: int) -> Interval:
-    """The mean of first minus second over the same prompts, resampled in pairs."""
-    if np.shape(first_N) != np.shape(second_N):
-        raise ValueError(f"paired values have shapes {np.shape(first_N)} and {np.shape(second_N)}: expected the same")
-    return bootstrap_mean(np.subtract(first_N, second_N, dtype=np.float64), resamples, seed)
+def wilson(right_N: np.ndarray, size: float | None = None) -> Interval:
+    """A share, and its 95 % score interval (Wilson, 1927), which has a width even where the share is 0 or 1.
+
+    With z = 1.96 the ends are the shares p for which |share - p| = z sqrt(p (1 - p) / size).
+
+    Args:
+      right_N: True or 1 for what the share counts, at least one value.
+      size: how many independent ones the N are worth; None: N.
+    """
+    share = float(np.mean(right_N))
+    n, z = len(right_N) if size is None else size, float(norm.ppf(_ENDS[1]))
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Interval(share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share))
 
 
 def bootstrap_means(
     effect_NxP: np.ndarray, resamples: int, seed: int, whole_P: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
+    """``interval_ends`` for prompts that are drawn one by one, the same for all rows.
+
+    Args:
+      effect_NxP, whole_P: as there.
+      resamples: how many, at least 1.
+      seed: of the resampling.
+    """
+    effect_NxP = checked_effects(effect_NxP)
+    prompts = effect_NxP.shape[1]
+    share_RxP = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), resamples) / prompts
+    return interval_ends(effect_NxP, share_RxP, whole_P)
+
+
+def interval_ends(
+    effect_NxP: np.ndarray, share_RxP: np.ndarray, whole_P: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Intervals of the mean over prompts of each of N rows, or of its share of another mean: lower and upper ends [N].
 
     Args:
-      effect_NxP: finite; P at least 1. The same prompts are drawn for all rows.
-      resamples: how many, at least 1.
-      seed: of the resampling.
+      effect_NxP: finite; P at least 1.
+      share_RxP: how much of the mean each prompt makes up in each of R bootstrap samples.
       whole_P: the interval is of mean effect / mean whole, both over the prompts drawn; its mean clearly above 0.
 
     Raises:
       ValueError: there is no prompt, or something is not finite.
     """
     effect_NxP = checked_effects(effect_NxP)
-    count, prompts = effect_NxP.shape
-    rng = np.random.default_rng(seed)
-    share_RxP = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
+    count, resamples = len(effect_NxP), len(share_RxP)
     whole_R = np.ones(resamples) if whole_P is None else share_RxP @ checked_effects(np.asarray(whole_P)[None])[0]
     low_N, high_N = np.empty(count), np.empty(count)
     for some in chunks(count, resamples):

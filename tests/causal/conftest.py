@@ -191,6 +191,17 @@ class PlainRun:
             slopes.append(kept[0].grad[0].numpy())
         return (f_TxF * (np.mean(slopes, axis=0) @ W_dec_FxD.T)).sum(axis=0)
 
+    def slopes(self):
+        """The gradient of the logit difference with respect to the site's value, [T, D]."""
+        kept = []
+
+        def change(x_1xTxD):
+            kept.append(x_1xTxD.detach().requires_grad_())
+            return kept[0]
+
+        self.run(change).backward()
+        return kept[0].grad[0].numpy()
+
     @contextlib.contextmanager
     def relevance_rules(self):
         """Has the model's backward pass go by the rules of relevance patching."""

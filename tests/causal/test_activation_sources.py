@@ -147,6 +147,20 @@ def test_every_other_position_is_drawn_as_often(split, dictionary, pairs):
     assert counts.sum() >= 900 and counts.min() > 0.7 * 150 and counts.max() < 1.3 * 150
 
 
+def test_each_clean_run_has_draws_of_its_own():
+    source = ActivationSource("random", seed=np.uint32(3))
+    seeds = [int(source.of_run(number).seed) for number in range(4)]
+    assert len(set(seeds)) == 4 and seeds[0] == 3 and ActivationSource().of_run(2) == ActivationSource()
+
+
+def test_two_clean_runs_of_the_same_prompts_are_replaced_differently(split, pairs):
+    (run,) = split.run(pairs)
+    other = dataclasses.replace(run, index_P=run.index_P + len(pairs))
+    diffs = ablation.ablate_sets(split, [run, other], SETS, source=ActivationSource("random", seed=np.uint32(3)))
+    first_SxP, second_SxP = np.split(diffs.drop_SxP, 2, axis=1)
+    assert np.abs(first_SxP - second_SxP).max() > 0.01
+
+
 def test_random_effects_equal_the_plain_way(split, pairs):
     runs = split.run(pairs)
     drawn = ActivationSource("random", seed=np.uint32(3))

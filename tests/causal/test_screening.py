@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from saejax.causal import ablation, screening
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
@@ -35,13 +36,43 @@ def test_with_counterparts_their_activations_stand_in(tiny, prompts, make_dictio
     others = {length: prompt for length, prompt in zip(lengths, prompts, strict=True)}  # the last of each length
     few = [dataclasses.replace(p, counterpart=others[n].text) for n, p in zip(lengths[:6], prompts, strict=False)]
     runs = split.run(few), split.run_counterparts(few)
-    attribution_NxF = screening.attribution(split, runs[0], estimate, runs[1])
+    attribution_NxF = screening.attribution(split, runs[0], estimate, ActivationSource("counterpart"), runs[1])
     for p in range(0, len(few), 2):
         other = plain(dictionary, dataclasses.replace(few[p], text=few[p].counterpart))
         wanted_F = plain(dictionary, few[p]).attribution(shares, other)
         assert np.abs(wanted_F).max() > 0.01
         np.testing.assert_allclose(attribution_NxF[p], wanted_F, atol=1e-4 * np.abs(wanted_F).max())
-    assert (screening.attribution(split, runs[0], estimate, runs[0]) == 0).all()
+    same_NxF = screening.attribution(split, runs[0], estimate, ActivationSource("counterpart"), runs[0])
+    assert (same_NxF == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["mean", "random"])
+def test_the_ranking_follows_the_replacement(tiny, prompts, make_dictionary, plain, kind):
+    """(f - g) x gradient: of means g at every position that is read, of random draws their mean where f is not 0."""
+    dictionary = make_dictionary("resid_post.1")
+    split, few = SplitModel(tiny, dictionary), prompts[:12]
+    (run,) = split.run(few)
+    values = [plain(dictionary, prompt) for prompt in few]
+    # As the model computes them: what is nearly 0 there may be 0 in fp64, and is then not drawn.
+    place_P = np.argsort(run.index_P)
+    read_PxT = np.asarray(run.domain_BxT)[place_P]
+    f_PxTxF = np.asarray(dictionary.encode(run.read_BxTxD), np.float64)[place_P] * read_PxT[:, :, None]
+    f_NxF = f_PxTxF[read_PxT]
+    fires_F = (f_NxF != 0).sum(axis=0)
+    mean_F = f_NxF.mean(axis=0)
+    source = ActivationSource("mean", mean_F=mean_F) if kind == "mean" else ActivationSource("random", seed=3)
+    attribution_NxF = screening.attribution(split, [run], "gradient", source)
+    for p in range(0, len(few), 3):
+        gradient_TxF = values[p].slopes() @ np.asarray(dictionary.W_dec_FxD[...], np.float64).T
+        f_TxF, read_Tx1 = f_PxTxF[p, : len(gradient_TxF)], read_PxT[p, : len(gradient_TxF), None]
+        if kind == "mean":
+            fall_TxF = (f_TxF - mean_F) * read_Tx1
+        else:
+            others_TxF = (f_NxF.sum(axis=0) - f_TxF) / np.maximum(fires_F - 1, 1)
+            fall_TxF = np.where((f_TxF != 0) & (fires_F > 1), f_TxF - others_TxF, 0.0)
+        wanted_F = (fall_TxF * gradient_TxF).sum(axis=0)
+        np.testing.assert_allclose(attribution_NxF[p], wanted_F, atol=2e-4 * np.abs(wanted_F).max())
+        assert np.abs(wanted_F - (f_TxF * gradient_TxF).sum(axis=0)).max() > 0.05 * np.abs(wanted_F).max()
 
 
 def test_attribution_is_the_slope_of_the_effect(tiny, prompts, make_dictionary, plain):

@@ -9,7 +9,9 @@ from linear_experiment import LinearExperiment
 
 from saejax.causal import stability
 from saejax.causal.ablate.importance import measure_importance
+from saejax.causal.ablate.results import HalvesAgreement, MatchedDrops
 from saejax.causal.stability import Matches, between_halves, compare, match_by_activity, match_by_direction
+from saejax.results import from_json, to_json
 from saejax.settings import AblateConfig
 
 
@@ -17,18 +19,18 @@ def test_halves_of_the_prompts():
     rng = np.random.default_rng(3)
     worth_N = rng.normal(size=300)
     same = between_halves(np.repeat(worth_N[:, None], 6, axis=1), seed=0)
-    assert same == dict(rank_correlation=pytest.approx(1.0), spearman_brown=pytest.approx(1.0))
-    assert abs(between_halves(rng.normal(size=(300, 20)), seed=0)["rank_correlation"]) < 0.1
+    assert same == HalvesAgreement(pytest.approx(1.0), pytest.approx(1.0))
+    assert abs(between_halves(rng.normal(size=(300, 20)), seed=0).rank_correlation) < 0.1
     # Noise of one unit a prompt: a mean over H prompts has reliability H / (H + 1), and ranks correlate a little less.
     noisy_NxP = rng.normal(size=(3000, 1)) + rng.normal(size=(3000, 9))
     got = between_halves(noisy_NxP, seed=0)
-    assert got["rank_correlation"] == pytest.approx(6 / np.pi * np.arcsin(4 / 5 / 2), abs=0.03)
-    assert got["spearman_brown"] == pytest.approx(2 * got["rank_correlation"] / (1 + got["rank_correlation"]))
+    assert got.rank_correlation == pytest.approx(6 / np.pi * np.arcsin(4 / 5 / 2), abs=0.03)
+    assert got.spearman_brown == pytest.approx(2 * got.rank_correlation / (1 + got.rank_correlation))
 
 
 @pytest.mark.parametrize("drop_NxP", [np.ones((5, 1)), np.ones((1, 9)), np.ones((4, 8)), np.zeros((0, 4))])
 def test_halves_that_say_nothing(drop_NxP):
-    assert between_halves(drop_NxP, seed=0) == dict(rank_correlation=None, spearman_brown=None)
+    assert between_halves(drop_NxP, seed=0) == HalvesAgreement(None, None)
 
 
 def table_of(experiment):
@@ -68,14 +70,13 @@ def test_a_dictionary_with_its_features_in_another_order(rows_FxD, experiment):
         np.testing.assert_array_equal(order_F[matches.second_M], matches.first_M)
         np.testing.assert_allclose(matches.similarity_M, 1.0, atol=1e-5)
         found = compare(first, second, matches, seed=4)
-        assert json.loads(json.dumps(found, allow_nan=False)) == found
-        assert found["matched"] == min(count, 180) and found["shares"] == [min(count, 180) / 180] * 2
-        assert found["similarity"] == pytest.approx(1.0, abs=1e-5)
-        for key in ("mean", "low", "high"):
-            assert found["rank_correlation"][key] == pytest.approx(1.0)
-        for control in ("shuffled", "alike"):
-            assert found[control]["low"] < found[control]["mean"] < found[control]["high"] < 0.5
-        assert abs(found["shuffled"]["mean"]) < 0.05
+        assert from_json(MatchedDrops, json.loads(json.dumps(to_json(found), allow_nan=False)), "") == found
+        assert found.matched == min(count, 180) and found.shares == (min(count, 180) / 180,) * 2
+        assert found.similarity == pytest.approx(1.0, abs=1e-5)
+        assert vars(found.rank_correlation) == pytest.approx(dict(mean=1.0, low=1.0, high=1.0))
+        for control in (found.shuffled, found.alike):
+            assert control.low < control.mean < control.high < 0.5
+        assert abs(found.shuffled.mean) < 0.05
 
 
 def test_unrelated_dictionaries_are_no_better_than_their_controls(experiment):
@@ -83,15 +84,13 @@ def test_unrelated_dictionaries_are_no_better_than_their_controls(experiment):
     other = LinearExperiment(rng.normal(size=200), seed=9, prompts=60)
     matches = Matches(np.arange(200), rng.permutation(200), np.ones(200))
     found = compare(table_of(experiment), table_of(other), matches, seed=4)
-    assert found["shuffled"]["low"] < found["rank_correlation"]["mean"] < found["shuffled"]["high"]
-    assert found["rank_correlation"]["low"] < 0 < found["rank_correlation"]["high"]
+    assert found.shuffled.low < found.rank_correlation.mean < found.shuffled.high
+    assert found.rank_correlation.low < 0 < found.rank_correlation.high
     # Directions at random are hardly ever near each other.
     apart = match_by_direction(rng.normal(size=(200, 48)), rng.normal(size=(200, 48)))
     assert len(apart.first_M) == 0
     nothing = compare(table_of(experiment), table_of(other), apart)
-    assert nothing == dict(
-        matched=0, shares=[0.0, 0.0], similarity=None, rank_correlation=None, shuffled=None, alike=None
-    )
+    assert nothing == MatchedDrops(0, (0.0, 0.0), None, None, None, None)
 
 
 def test_that_what_fires_often_matters_more_is_no_agreement():
@@ -108,8 +107,8 @@ def test_that_what_fires_often_matters_more_is_no_agreement():
 
     every = np.arange(400)
     found = compare(made(1), made(2), Matches(every, every, np.ones(400)))
-    assert found["rank_correlation"]["mean"] > 0.8 and found["shuffled"]["high"] < 0.2
-    assert found["alike"]["low"] < found["rank_correlation"]["mean"] < found["alike"]["high"] + 0.02
+    assert found.rank_correlation.mean > 0.8 and found.shuffled.high < 0.2
+    assert found.alike.low < found.rank_correlation.mean < found.alike.high + 0.02
 
 
 def test_matches_are_mutual_and_above_the_threshold(monkeypatch):

@@ -68,6 +68,40 @@ def test_p_values_of_nothing_are_uniform_and_discoveries_as_rare_as_promised():
     assert found_N[:100].mean() > 0.9 and found_N[100:].sum() <= 0.1 * found_N.sum()
 
 
+@pytest.mark.parametrize("prompts", [9, 30])
+def test_max_t_steps_down(prompts):
+    """Against the algorithm as it is written: successive maxima, from the smallest statistic on."""
+    effect_NxP = np.random.default_rng(prompts).normal([[0.0], [0.4], [1.5], [-1.2], [0.0]], 1.0, (5, prompts))
+    effect_NxP[4] = 0.0
+    patterns = statistics._sign_patterns(prompts, 999, 0)
+
+    def size(effect_P):
+        return abs(effect_P.sum()) / (np.square(effect_P).sum() ** 0.5 or 1.0)
+
+    t_N = np.array([size(effect_P) for effect_P in effect_NxP])
+    falling = np.argsort(-t_N)
+    expected_N, before = np.zeros(5), 0.0
+    for step, n in enumerate(falling):
+        largest = [max(size(signs * effect_NxP[m]) for m in falling[step:]) for signs in patterns]
+        before = expected_N[n] = max(before, np.mean([value >= t_N[n] - 1e-9 for value in largest]))
+    found_N = statistics.max_t_p(effect_NxP, 999, 0)
+    np.testing.assert_allclose(found_N, expected_N)
+    assert found_N[4] == 1.0 and (found_N >= statistics.sign_flip_p(effect_NxP, 999, 0) - 1e-12).all()
+
+
+def test_max_t_is_wrong_no_more_often_than_it_says_however_effects_depend():
+    """Half of the effects are nearly the same one, turned around: neither independent nor positively dependent."""
+    rng, wrong = np.random.default_rng(11), []
+    for _ in range(300):
+        shared_P, nothing_NxP = rng.normal(size=12), rng.normal(size=(30, 12))
+        nothing_NxP[:15] = 0.2 * nothing_NxP[:15] + shared_P * np.where(np.arange(15) % 2, 1.0, -1.0)[:, None]
+        planted_NxP = rng.normal(4.0, 1.0, (2, 12))
+        p_N = statistics.max_t_p(np.concatenate([nothing_NxP, planted_NxP]), 0, 0)
+        wrong.append((p_N[:30] <= 0.05).any())
+        assert (p_N[30:] <= 0.05).all()
+    assert np.mean(wrong) <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
+
+
 def test_q_values_are_those_of_benjamini_and_hochberg():
     """The q-value of the k-th smallest of N p-values is the least of N p / rank over it and all larger ones."""
     p_N = np.concatenate([RNG.uniform(0, 0.01, 10), RNG.uniform(0, 1, 90), [0.5, 0.5, 1.0, 1e-9]])
@@ -133,15 +167,17 @@ def test_hsic_chunks_make_no_difference(monkeypatch):
 def test_chunks_make_no_difference(monkeypatch):
     effect_NxP = RNG.normal(0.2, 1.0, (50, 18))
     whole = bootstrap_means(effect_NxP, 300, 0), statistics.sign_flip_p(effect_NxP, 300, 0)
+    together = statistics.max_t_p(effect_NxP, 300, 0)
     monkeypatch.setattr(scoring, "_CHUNK", 1000)
     parts = bootstrap_means(effect_NxP, 300, 0), statistics.sign_flip_p(effect_NxP, 300, 0)
     np.testing.assert_allclose(whole[0], parts[0])
     np.testing.assert_array_equal(whole[1], parts[1])
+    np.testing.assert_array_equal(together, statistics.max_t_p(effect_NxP, 300, 0))
 
 
 @pytest.mark.parametrize("effects", [np.zeros((3, 0)), np.zeros(3), np.array([[1.0, np.nan]])])
 def test_bad_effects(effects):
-    for call in (bootstrap_means, statistics.sign_flip_p):
+    for call in (bootstrap_means, statistics.sign_flip_p, statistics.max_t_p):
         with pytest.raises(ValueError, match="expected finite effects"):
             call(effects, 10, 0)
 

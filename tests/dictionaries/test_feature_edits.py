@@ -319,6 +319,20 @@ def test_redrawn_activations_come_from_pools_in_prompts_and_new_tokens(llama, qu
         assert [done.ids for done in found] == [next_ids(llama, b, plain, new_tokens) for b in range(3)]
     again = llama.sae.redraw(FEATURES[::-1], pools[::-1], 40, seed=3)  # each feature has draws of its own
     np.testing.assert_array_equal(np.asarray(again.offset.values_BxTxN[0])[:, ::-1], drawn_TxK)
+    own = llama.sae.redraw(FEATURES, pools, 40, seed=3, texts=[5, 2, 5])  # texts have draws of their own
+    drawn_BxTxK = np.asarray(own.offset.values_BxTxN)
+    assert (drawn_BxTxK[0] != drawn_BxTxK[1]).any()
+    np.testing.assert_array_equal(drawn_BxTxK[0], drawn_BxTxK[2])
+
+    def plain_of_its_own(b, prompt=None):
+        def new(k, t, f):
+            return drawn_BxTxK[b, t, k] if pools[k] else f
+
+        return [(SITE, lambda x_TxD: plain_sae.edited(x_TxD, x_TxD, FEATURES, new, "fires"))]
+
+    llama.check([own], plain_of_its_own)
+    with pytest.raises(UserError, match="an edit is for 2 texts, but it is used on 3"):
+        llama.lm(llama.tokens, edits=[llama.sae.redraw(FEATURES, pools, 40, texts=[0, 1])])
     with pytest.raises(UserError, match="the pool of feature 3 holds NaN"):
         llama.sae.redraw([3], [[np.nan]], 40)
 

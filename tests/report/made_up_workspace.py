@@ -178,6 +178,7 @@ def made_up_importance(rng) -> Importance:
         effect_size=ones_N,
         p_value=np.where(drop_N > 0.05, 1e-5, 0.5),
         q_value=np.where(drop_N > 0.05, 1e-3, 0.9),
+        p_max_t=np.where(drop_N > 0.05, 2e-3, 1.0),
         control_percentile=0.5 * ones_N,
         pearson=np.where(np.arange(900) < 890, rng.uniform(-1, 1, 900), np.nan),
         spearman=rng.uniform(-1, 1, 900),
@@ -188,12 +189,23 @@ def made_up_sets(result: dict) -> dict:
     """What is asked for beside the verdict: a curve, a greedy set, the tests of a circuit."""
     sizes = list(range(result["joint"]["n"] + 1))
     left = {"top": [interval(4.1 - 0.25 * size, 0.6) for size in sizes], "controls": [interval(4.0, 0.5)] * len(sizes)}
-    rejected = dict(equivalence=True, independence=False, minimality=False, sufficiency=True, necessity=True)
+    answers = dict(
+        equivalence="refuted",
+        independence="inconclusive",
+        minimality="inconclusive",
+        sufficiency="shown",
+        necessity="shown",
+    )
     tests = {
-        name: dict(statistic=0.85, p_value=0.002, p_holm=0.01 if no else 0.6, rejected=no, verdict=no)
-        for name, no in rejected.items()
+        name: dict(
+            statistic=0.85,
+            p_value=None if name == "independence" else 0.002,
+            p_holm=None if name == "independence" else 0.01 if answer == "shown" else 0.6,
+            p_against=0.03 if name in ("equivalence", "independence") else None,
+            answer=answer,
+        )
+        for name, answer in answers.items()
     }
-    tests["equivalence"]["verdict"], tests["independence"]["verdict"] = False, True
     grown = [interval(0.5 * size, 0.2) for size in (1, 2, 3)]
     return dict(
         curve=dict(

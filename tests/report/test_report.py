@@ -142,7 +142,7 @@ def test_both_say_the_verdicts_and_their_figures(made):
 def test_all_features_are_shown_where_they_were_measured(made):
     for text in both(made):
         assert "Each of the 900 features that fire on the test prompts was removed by itself." in text
-        assert "40 effects are discoveries" in text
+        assert "40 effects are discoveries" in text and "independent or positively dependent; 40 by maxT" in text
         assert "Correlation of estimates with the effect: gradient 0.99 (of ranks 0." in text and "; relp 0.99" in text
     assert "every_feature_agreement" in made[1].figures and "every_feature_capital" not in made[1].figures
 

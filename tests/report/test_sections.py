@@ -112,14 +112,14 @@ def test_agreement_with_other_dictionaries():
 
 def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
     share = some(features=20, accuracy=interval(0.5), random=interval(0.1))
-    carried = some(prompts=12, top=[share], all=interval(0.7), error=interval(0.2), site=interval(0.9))
+    carried = some(prompts=12, top=[share], all=interval(0.7), error=interval(0.2), ceiling=interval(0.9))
     together = [some(features=20, denoising=some(normalised=interval(0.4))), some(features="all")]
     results = dict(dictionary="topk", site="resid_post.15", top=20, unpatched=dict(addition="it has no train prompts"))
-    results["behaviours"] = dict(capital=some(interchange=carried, together=together))
+    results["behaviours"] = dict(capital=some(interchange=carried, together=together, templates=0))
     table, without = patching.sections(findings(topk=partly(FeaturePatchResults, **results)), None)[0].blocks
     shares = [f"{mean}\u00a0% [{mean - 10}\u00a0%, {mean + 10}\u00a0%]" for mean in (50, 10, 70, 20, 90)]
     assert table.rows == (("Capital of a country", "12", *shares, "0.40 [0.30,\u00a00.50]"),)
-    assert len(table.columns) == len(table.rows[0])
+    assert len(table.columns) == len(table.rows[0]) and table.columns[6] == "Ceiling: the whole site"
     assert without.items == (("Two-digit addition", "not patched: it has no train prompts."),)
 
 
@@ -139,11 +139,12 @@ def test_probes_are_shown_and_labels_without_one_said():
     labels = [
         some(
             label="answer",
+            congruent=0,
             behaviour="addition",
             reason=None,
             probes=[some(**one) for one in (row, whole, row | raw, whole | raw)],
         ),
-        some(label="correct", behaviour="capital", reason="fewer than two classes: right 80", probes=[]),
+        some(label="correct", behaviour="capital", reason="fewer than two classes: right 80", probes=[], congruent=0),
     ]
     results = dict(dictionary="topk", site="resid_post.15", pool="last", labels=labels)
     settings = dict(probe=dict(shuffles=20))
@@ -169,7 +170,7 @@ def test_studies_show_every_measure_and_replacement():
         drop=interval(0.2),
         controls=[0.1, 0.1],
         control_drop=0.1,
-        percentile=1.0,
+        p_value=0.048,
         difference=interval(0.15),
     )
     both = StudyEffects(before=interval(0.5), zero=one, random=one)
@@ -182,20 +183,21 @@ def test_studies_show_every_measure_and_replacement():
         items=some(train=20, test=21),
         accuracy=both,
         log_likelihood_per_token=both,
-        verdicts=dict(zero=True, random=False),
+        claims=dict(zero=some(yes=True, p_holm=0.02), random=some(yes=False, p_holm=0.2)),
         reason="Yes: it falls.",
     )
     weak = logic | dict(
         score="generate",
         chance=0.0,
         accuracy=StudyEffects(before=interval(0.0), zero=None, random=None),
-        verdicts=dict(zero=None, random=None),
+        claims=dict(zero=None, random=None),
         reason="At chance before any edit.",
     )
     settings = dict(study=dict(top=20, draws=2), model=dict(path="smollm2"))
     found = findings(settings, logic=partly(StudyResults, **logic), gsm8k=partly(StudyResults, **weak))
     (section,) = studies.sections(found, draw)
-    intro, rule, reasons, table = section.blocks
+    intro, rule, few, reasons, table = section.blocks
+    assert few.text == "No yes is possible: 2 draws were made, and the rule takes 39 for the benchmarks of this run."
     assert "20 features of topk" in intro.text and "Yes if so." in rule.text
     assert reasons.items == (("logic", "Yes: it falls."), ("gsm8k", "At chance before any edit."))
     assert len(table.rows) == 8 and "smollm2" in table.caption
@@ -207,11 +209,11 @@ def test_studies_show_every_measure_and_replacement():
         "30.0 [20.0,\u00a040.0]",
         "20.0 [10.0,\u00a030.0]",
         "10.0 in every draw",
-        "100\u00a0%",
+        "0.048",
         "15.0 [5.0,\u00a025.0]",
-        "yes",
+        "yes (p = 0.020)",
     )
-    assert table.rows[1][3:4] + table.rows[1][-1:] == ("at random", "no")
+    assert table.rows[1][3:4] + table.rows[1][-1:] == ("at random", "no (p = 0.200)")
     assert table.rows[2][1:3] == ("nats per token", "0.500 [0.400,\u00a00.600]") and table.rows[2][-1] == "–"
     assert table.rows[4][1] == "exact match, %" and table.rows[4][4:] == ("–",) * 6
     assert studies.sections(findings(), draw) == []

@@ -213,7 +213,8 @@ def test_the_binary_writes_a_unit_per_benchmark(inputs, folder, tmp_path):
     assert [row["id"] for row in rows] == [item.id for item in items]
     # A random model writes anything, and hardly "#### ".
     assert all(row["output"] and row["finished"] in ("length", "eos", "stop") for row in rows)
-    assert results["gsm8k"]["accuracy"]["strict"] == dict(mean=0.0, low=0.0, high=0.0)
+    strict = results["gsm8k"]["accuracy"]["strict"]  # Wilson: none of three may still be half
+    assert (strict["mean"], strict["low"]) == (0.0, 0.0) and strict["high"] > 0.4
     assert results["gsm8k"]["unparsed"]["strict"] == 3 and results["gsm8k"]["origin"].endswith("gsm8k/test.jsonl")
 
 

@@ -7,16 +7,17 @@ import statistics
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from saejax.tasks import scoring
 from saejax.tasks.scoring import (
     SEPARATION_LIMIT,
     Interval,
     bootstrap,
-    bootstrap_difference,
     bootstrap_mean,
     bootstrap_separation,
     separation,
+    wilson,
 )
 
 
@@ -87,17 +88,20 @@ def test_a_resample_may_have_no_spread():
     json.dumps(dataclasses.asdict(interval), allow_nan=False)
 
 
-def test_pairs_are_kept_together():
-    rng = np.random.default_rng(0)
-    first_N = rng.normal(0, 10, 50)
-    second_N = first_N - 1 + rng.normal(0, 0.1, 50)
-    interval = bootstrap_difference(first_N, second_N, 2000, seed=0)
-    assert interval == bootstrap_mean(first_N - second_N, 2000, seed=0)
-    assert 0.9 < interval.low < interval.mean < interval.high < 1.1
-    right, wrong = np.array([True, True, False]), np.array([False, True, True])
-    assert bootstrap_difference(right, wrong, 100, seed=0).mean == 0
-    with pytest.raises(ValueError, match=r"shapes \(50,\) and \(1,\)"):
-        bootstrap_difference(first_N, second_N[:1], 100, seed=0)
+@pytest.mark.parametrize("right, trials", [(0, 20), (13, 20), (20, 20), (1, 1), (97, 100)])
+def test_intervals_of_shares_are_those_of_scipy(right, trials):
+    theirs = binomtest(right, trials).proportion_ci(method="wilson")
+    found = wilson(np.arange(trials) < right)
+    assert (found.mean, found.low, found.high) == pytest.approx((right / trials, theirs.low, theirs.high))
+    # Worth fewer independent ones, the interval is that of fewer.
+    fewer = wilson(np.arange(4 * trials) < 4 * right, trials)
+    assert (fewer.low, fewer.high) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_the_interval_of_a_share_of_all_has_a_width():
+    assert bootstrap_mean(np.ones(20), 200, seed=0).low == 1.0 and wilson(np.ones(20)).low == pytest.approx(
+        0.839, abs=1e-3
+    )
 
 
 def test_any_statistic():

@@ -6,7 +6,7 @@ features are matched by direction, elsewhere by activity on the test prompts.
 
 import itertools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from saejax.causal.stability import compare, match_by_activity, match_by_directi
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.results import from_json
 from saejax.settings import AblateConfig
 
 
@@ -80,11 +79,11 @@ def compare_effects(
 ) -> DictionaryAgreement:
     """An entry of ``measure_agreement``."""
     sites = [effects.dictionary.config.target or effects.dictionary.site for effects in (first, second)]
-    by = "direction" if sites[0] == sites[1] else "activity"
+    by: Literal["direction", "activity"] = "direction" if sites[0] == sites[1] else "activity"
     if by == "direction":
         first_FxD, second_GxD = (np.asarray(effects.dictionary.W_dec_FxD[...]) for effects in (first, second))
         matches = match_by_direction(first_FxD, second_GxD)
     else:
         matches = match_by_activity(first.largest_PxF, second.largest_PxF)
     found = compare(first.importance, second.importance, matches, seed=config.seed)
-    return from_json(DictionaryAgreement, dict(first=name, second=other, by=by) | found, "agreement")
+    return DictionaryAgreement(first=name, second=other, by=by, **vars(found))

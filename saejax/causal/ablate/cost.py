@@ -115,7 +115,9 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     ids_BxT, wanted_BxT = by_row(mesh, (PROMPTS, length), jnp.int32), by_row(mesh, (PROMPTS, length), bool)
     head = (point, "keep", params, dictionary, ids_BxT, ends(PROMPTS)[0], wanted_BxT)
     read_BxTxD = values(by_row, PROMPTS)[1]
-    slopes = (*values(by_row, PROMPTS), read_BxTxD, wanted_BxT, *ends(PROMPTS))
+    sums = whole(mesh, (f,), jnp.int32), whole(mesh, (f,), train.state_dtype)
+    lent = dict(counterpart=(read_BxTxD, wanted_BxT), random=sums).get(ablate.replacement, ())
+    slopes = (*values(by_row, PROMPTS), read_BxTxD, wanted_BxT, *ends(PROMPTS), source, lent)
     many, features_K = points(ablate.estimate), whole(mesh, (k,), jnp.int32)
     edited = (by_row(mesh, (shards, own, k), bool), by_row(mesh, (shards, own, 2), jnp.int32))
     slope_flops = 3.0 * many * pass_flops(model, PROMPTS * length, length, above) + 2.0 * PROMPTS * encode

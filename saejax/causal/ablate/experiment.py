@@ -55,7 +55,7 @@ class ModelExperiment:
         self._runs, self._train_runs = split.run(self.test), split.run(self._train)
         counterpart = config.replacement == "counterpart"
         self._counterparts = split.run_counterparts(self.test) if counterpart else []
-        self._train_counterparts = split.run_counterparts(self._train) if counterpart and config.greedy else []
+        self._train_counterparts = split.run_counterparts(self._train) if counterpart else []
         self._some: dict[tuple[int, ...], tuple[list[CleanRun], list[CleanRun]]] = {}
         self._replacement = ActivationSource(
             config.replacement,
@@ -89,13 +89,13 @@ class ModelExperiment:
         return np.stack([np.mean(values, axis=0) for _, values in sorted(last.items())])
 
     def attribution(self) -> np.ndarray:
-        return self._attribution(self._train_runs, self._config.estimate)
+        return self._attribution(self._train_runs, self._config.estimate, self._train_counterparts)
 
     def test_attribution(self, estimate: str) -> np.ndarray:
-        return self._attribution(self._runs, estimate)
+        return self._attribution(self._runs, estimate, self._counterparts)
 
-    def _attribution(self, runs: Sequence[CleanRun], estimate: str) -> np.ndarray:
-        attribution_NxF = screening.attribution(self._split, runs, estimate)
+    def _attribution(self, runs: Sequence[CleanRun], estimate: str, counterparts: Sequence[CleanRun]) -> np.ndarray:
+        attribution_NxF = screening.attribution(self._split, runs, estimate, self._replacement, counterparts)
         self._on_progress(0, 0)
         return attribution_NxF.mean(axis=0, dtype=np.float64)
 

@@ -2,8 +2,8 @@
 
 Every feature of a dictionary that fires on the test prompts (or on those that lend what stands in its place) is removed
 by itself, exactly. Beside its mean drop in logit difference stand a bootstrap interval, a permutation p-value, a
-q-value over all these features, and its *control percentile*: the share of the 100 features nearest in firing rate,
-activation size and decoder norm whose removal costs less.
+q-value and a p-value adjusted over all these features (``statistics``), and its *control percentile*: the share of the
+100 features nearest in firing rate, activation size and decoder norm whose removal costs less.
 
 The estimates, of which one chooses the candidates elsewhere (``screening``), are computed on the same prompts and
 compared. So is *importance by correlation*: that of a feature's largest activation on a prompt with the clean logit
@@ -21,13 +21,13 @@ from scipy.stats import false_discovery_control, pearsonr, rankdata, spearmanr
 from saejax.causal.ablate.results import EstimateFit, FeatureEffect, HalvesAgreement, ImportanceSummary
 from saejax.causal.columns import Columns
 from saejax.causal.experiment import Experiment
-from saejax.causal.statistics import sign_flip_p
+from saejax.causal.statistics import max_t_p, sign_flip_p
 from saejax.settings import ESTIMATES, AblateConfig
 from saejax.tasks.scoring import bootstrap_means, separation
 
 NEAREST = 100  # features that a control percentile is over
 PERMUTATIONS = 20_000
-DISCOVERY = 0.05  # largest q-value of a discovery
+DISCOVERY = 0.05  # largest q-value of a discovery, and adjusted p-value of a sure one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Importance(Columns):
       accuracy_drop: by how much accuracy falls, 0 to 1.
       effect_size: mean drop over its standard deviation; see ``scoring.separation``.
       p_value: of a sign-flip permutation test, two-sided.
-      q_value: Benjamini and Hochberg's, over all N.
+      q_value: Benjamini and Hochberg's, over all N; the share of false discoveries is bounded if the tests are
+        independent or positively dependent.
+      p_max_t: the p-value adjusted for all N by step-down maxT, however they depend on each other.
       control_percentile: share of the nearest features with a smaller drop, 0 to 1.
       pearson, spearman: correlation over prompts of its largest activation with the clean logit difference; NaN where
         one of the two is the same on every prompt.
@@ -62,6 +64,7 @@ class Importance(Columns):
     effect_size: np.ndarray
     p_value: np.ndarray
     q_value: np.ndarray
+    p_max_t: np.ndarray
     control_percentile: np.ndarray
     pearson: np.ndarray
     spearman: np.ndarray
@@ -78,6 +81,7 @@ class Importance(Columns):
         return ImportanceSummary(
             features=len(self.feature),
             discoveries=int((self.q_value <= DISCOVERY).sum()),
+            sure=int((self.p_max_t <= DISCOVERY).sum()),
             estimates={
                 name: EstimateFit(
                     pearson=_correlation(pearsonr, getattr(self, name), self.drop),
@@ -134,6 +138,7 @@ def measure_importance(experiment: Experiment, config: AblateConfig) -> tuple[Im
         effect_size=separation(drop_NxP) if len(drop_NxP) else np.zeros(0),
         p_value=p_N,
         q_value=false_discovery_control(p_N),
+        p_max_t=max_t_p(drop_NxP, PERMUTATIONS, config.seed),
         control_percentile=control_percentiles(drop_NxP.mean(axis=1), statistics.coordinates(feature_N)),
         pearson=correlations(largest_NxP, diffs.clean_P),
         spearman=correlations(rankdata(largest_NxP, axis=1), rankdata(diffs.clean_P)),

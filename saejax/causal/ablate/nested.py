@@ -7,6 +7,7 @@ each other, are told apart; test prompts judge it beside as many top features.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from saejax.causal.ablate.verdict import JudgedDiffs
 from saejax.causal.experiment import Experiment
 from saejax.results import Interval
 from saejax.settings import AblateConfig
-from saejax.tasks.scoring import bootstrap_mean
+from saejax.tasks.scoring import bootstrap_mean, wilson
 
 SIZES, CONTROL_SIZES = 20, 8  # most sizes on a curve, of the top features and of their controls
 DRAWS = 5  # control sets that a curve follows
@@ -42,14 +43,19 @@ class CurveDiffs:
     def summary(self, config: AblateConfig) -> CumulativeCurve:
         """What is left at each size; intervals of the controls are of each prompt's mean over the sets."""
 
-        def points(sizes: list[int], diff_SxP: np.ndarray, correct_SxP: np.ndarray) -> CurvePoints:
-            return CurvePoints(tuple(sizes), _intervals(diff_SxP, config), _intervals(correct_SxP, config))
+        def points(sizes: list[int], diff_SxP: np.ndarray, correct_SxP: np.ndarray, share: Callable) -> CurvePoints:
+            return CurvePoints(tuple(sizes), _intervals(diff_SxP, config), tuple(map(share, correct_SxP)))
+
+        def of_sets(correct_P: np.ndarray) -> Interval:
+            return bootstrap_mean(correct_P, config.bootstrap, config.seed)
 
         controls_CxNxP = self.controls_CxNxP
         return CumulativeCurve(
             draws=controls_CxNxP.shape[1],
-            top=points(self.sizes, self.top_SxP, self.top_SxP > 0),
-            controls=points(self.control_sizes, controls_CxNxP.mean(axis=1), (controls_CxNxP > 0).mean(axis=1)),
+            top=points(self.sizes, self.top_SxP, self.top_SxP > 0, wilson),
+            controls=points(
+                self.control_sizes, controls_CxNxP.mean(axis=1), (controls_CxNxP > 0).mean(axis=1), of_sets
+            ),
         )
 
 

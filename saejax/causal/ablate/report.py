@@ -10,6 +10,7 @@ from saejax.page.document import Block, Picture, Section, Text, VerdictBlock, an
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import interval, percent
 from saejax.page.words import behaviour, detail_title, sentence, spread
+from saejax.rules import said
 from saejax.tasks.results import BaselineResults
 
 _BADGES = dict(
@@ -46,7 +47,7 @@ def answer(found: Findings, draw: Draw) -> Section:
         alarm = f"The rule says yes too often to random features on: {', '.join(above)}. Its answers there mean little."
         opening.append(Text(alarm, alarm=True))
     opening.append(Text(_headline(ablate), strong=True))
-    opening.append(Text(f"The rules, written in the configuration before any data were seen: {sentence(ablate.rule)}"))
+    opening.append(Text(f"{said(found.report.parent, 'ablate', ablate.rule)}: {sentence(ablate.rule)}"))
     brackets = (
         "Points are percentage points of accuracy on the test prompts. Logit difference is the correct answer's logit "
         "minus the wrong one's. Square brackets: for the top features a 95 % bootstrap interval over templates and "
@@ -62,7 +63,7 @@ def _headline(ablate: AblateResults) -> str:
     by_grade: dict[str, list[str]] = {name: [] for name in (*reversed(GRADES), "none")}
     for name, result in results.items():
         by_grade[result.grades.highest].append(behaviour(name))
-    said = dict(
+    sentences = dict(
         selective="The top features cost {} more than other bases at equal dose, and nothing else suffers as much.",
         beyond_bases="The top features cost {} more than other bases at equal dose, but not these alone.",
         beyond_matched="The top features cost {} more than matched random ones; that they do more than a simpler basis "
@@ -70,7 +71,7 @@ def _headline(ablate: AblateResults) -> str:
         harms="Removing the top features costs {}, but not clearly more than removing matched random ones.",
         none="Not shown that removing the top features costs {}.",
     )
-    parts = [said[grade].format(", ".join(names)) for grade, names in by_grade.items() if names]
+    parts = [sentences[grade].format(", ".join(names)) for grade, names in by_grade.items() if names]
     simpler = {behaviour(name): _as_well(result) for name, result in results.items()}
     if any(simpler.values()):
         listed = "; ".join(f"{name}: {', '.join(bases)}" for name, bases in simpler.items() if bases)

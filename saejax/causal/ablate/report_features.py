@@ -78,7 +78,9 @@ def _every(found: Findings, name: str, result: BehaviourAblation, summary: Impor
     caption = (
         f"Each of the {summary.features:,} features that fire on the test prompts was removed by itself. "
         f"{summary.discoveries:,} effects are discoveries (sign-flip permutations, q at most {DISCOVERY:g} after "
-        f"Benjamini and Hochberg; so few prompts allow no p-value below {summary.least_p:.2g}). Correlation of "
+        "Benjamini and Hochberg, which holds if the tests are independent or positively dependent; "
+        f"{summary.sure:,} by maxT, which holds however they depend; so few prompts allow no p-value below "
+        f"{summary.least_p:.2g}). Correlation of "
         f"estimates with the effect: {'; '.join(fits) or 'not defined'}. {_agreement(summary)}"
         f"Of the {len(top)} features chosen on the train prompts, {len(strongest & set(top))} are among the {len(top)} "
         "with the largest measured effects. Both axes are linear around zero and logarithmic beyond."

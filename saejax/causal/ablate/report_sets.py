@@ -27,12 +27,12 @@ BASES = dict(
     random="untrained dictionary",
     difference="difference of means",
 )
-_TESTS = {  # of a null hypothesis that is rejected, and of one that is kept
-    "equivalence": ("not equivalent", "not refuted"),
-    "independence": ("depends", "not refuted"),
-    "minimality": ("minimal", "not shown"),
-    "sufficiency": ("sufficient", "not shown"),
-    "necessity": ("necessary", "not shown"),
+_TESTS = {  # of a claim that is shown, refuted, and neither
+    "equivalence": dict(shown="equivalent", refuted="not equivalent", inconclusive="inconclusive"),
+    "independence": dict(refuted="depends", inconclusive="not refuted"),
+    "minimality": dict(shown="minimal", inconclusive="not shown"),
+    "sufficiency": dict(shown="sufficient", inconclusive="not shown"),
+    "necessity": dict(shown="necessary", inconclusive="not shown"),
 }
 
 
@@ -207,20 +207,25 @@ def _circuit_table(tested: Mapping[str, CircuitResult]) -> Table:
         for name, circuit in tested.items()
     )
     note = (
-        "Hypothesis tests of the top features as a circuit (Shi et al., 2024). Alone: all other features that fire "
-        "are removed. Equivalent: alone the set does better than the model as often as worse. Independent: what is "
-        "left without the set does not depend on the model's score. Minimal: every feature matters more than a random "
-        "one (share of those that do). Sufficient, necessary: the set beats matched random sets, kept or removed "
-        "(share of those beaten). In brackets p-values after Holm's correction for five tests; not refuted does not "
-        "mean true. Last column: mean logit difference of the model, of the set alone, without the set."
+        "Claims about the top features as a circuit, tested (after Shi et al., 2024). Alone: all other features that "
+        "fire are removed. Equivalent: alone the set does better than the model as often as worse, within 10 points "
+        "(share of prompts on which it does better; two one-sided tests, so that too few prompts are inconclusive and "
+        "no yes). Independent: what is left without the set does not depend on the model's score, which can be "
+        "refuted but not shown. Minimal: every feature matters more than features matched to it (share of those that "
+        "do). Sufficient, necessary: the set beats matched random sets, kept or removed (share of those beaten). In "
+        "brackets p-values: of claims after Holm's correction for four; of what speaks against the set (not "
+        "equivalent, depends) without, as that would help the set. Last column: mean logit difference of the model, "
+        "of the set alone, without the set."
     )
     columns = ("Behaviour", "Equivalent", "Independent", "Minimal", "Sufficient", "Necessary", "Clean / kept / removed")
     return Table("The top features as a circuit", columns, rows, frozenset(range(1, 6)), stack=True, note=note)
 
 
 def _cell(kind: str, outcome: CircuitTest) -> str:
-    if outcome.p_holm is None:
+    if outcome.answer is None:
         return MISSING
-    share = f"{percent(outcome.statistic)}, " if kind in ("minimality", "sufficiency", "necessity") else ""
-    p = "< 0.001" if outcome.p_holm < 0.001 else f"= {number(outcome.p_holm, 3)}"
-    return f"{_TESTS[kind][not outcome.rejected]} ({share}p {p})"
+    share = "" if kind == "independence" else f"{percent(outcome.statistic)}, "
+    against = outcome.answer == "refuted" or outcome.p_holm is None
+    value = outcome.p_against if against else outcome.p_holm
+    p = f"= {number(value, 3)}" if value is None or value >= 0.001 else "< 0.001"
+    return f"{_TESTS[kind][outcome.answer]} ({share}p {p})"

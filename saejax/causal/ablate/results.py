@@ -178,7 +178,10 @@ class FeatureEffect:
     accuracy_drop: float  #: a share
     effect_size: float  #: mean drop over its standard deviation
     p_value: float  #: sign-flip permutations over prompts, two-sided
-    q_value: float  #: Benjamini and Hochberg's, over all features of the table
+    #: Benjamini and Hochberg's, over all features of the table: bounds the share of false discoveries if the tests are
+    #: independent or positively dependent
+    q_value: float
+    p_max_t: float  #: adjusted for all of them by step-down maxT (Westfall and Young), however they depend
     #: share of the 100 features nearest in firing rate, activation and decoder norm with a smaller drop; None for a
     #: feature alone
     control_percentile: float | None
@@ -207,21 +210,28 @@ class HalvesAgreement:
 
 
 @dataclasses.dataclass(frozen=True)
-class DictionaryAgreement:
-    """The drops of matched features of two dictionaries (`ablate.compare`)."""
+class MatchedDrops:
+    """The drops of matched features of two dictionaries."""
+
+    matched: int  #: pairs
+    shares: tuple[float, float]  #: of the features of each that fire, those in a pair
+    similarity: float | None  #: median over the pairs; None without any
+    #: of the drops, with an interval over pairs; None, as what follows, with fewer than 3 pairs, or where all drops are
+    #: the same
+    rank_correlation: Interval | None
+    shuffled: Interval | None  #: the same where pairs are shuffled; mean and middle 95 % of 200 draws
+    #: where each partner is one of the ten features nearest to it in firing rate and activation
+    alike: Interval | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DictionaryAgreement(MatchedDrops):
+    """Two dictionaries compared (`ablate.compare`)."""
 
     first: str  #: the dictionaries
     second: str  #: the dictionaries
     #: what they were matched by: cosine of decoder rows, or correlation of largest activations over prompts
     by: Literal["direction", "activity"]
-    matched: int  #: pairs
-    shares: tuple[float, float]  #: of the features of each that fire, those in a pair
-    similarity: float | None  #: median over the pairs; None without any
-    #: of the drops, with an interval over pairs; None, as what follows, with fewer than 3 pairs
-    rank_correlation: Interval | None
-    shuffled: Interval | None  #: the same where pairs are shuffled; mean and middle 95 % of 200 draws
-    #: where each partner is one of the ten features nearest to it in firing rate and activation
-    alike: Interval | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +240,7 @@ class ImportanceSummary:
 
     features: int  #: how many fire
     discoveries: int  #: effects with q at most 0.05
+    sure: int  #: effects with p_max_t at most 0.05
     estimates: Mapping[str, EstimateFit]  #: how well each estimate fits
     #: how well the size of `pearson` and of `spearman` ranks features by their drop
     correlations: Mapping[str, float | None]

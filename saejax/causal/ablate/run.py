@@ -1,4 +1,4 @@
-"""The stage ``ablate``: which features cause each behaviour, judged by rules written before the data are seen.
+"""The stage ``ablate``: which features cause each behaviour, judged by rules written down before there are data.
 
 Train prompts choose the top features by attribution (``screening``); test prompts judge them: they are removed one by
 one and together (``ablation``), beside sets of as many random features matched on the same prompts and positions
@@ -19,7 +19,7 @@ from saejax.causal import positions, screening, stability
 from saejax.causal.ablate import agreement, dose, grades, nested, verdict
 from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance
-from saejax.causal.ablate.results import AblateResults, BehaviourAblation, HalvesAgreement
+from saejax.causal.ablate.results import AblateResults, BehaviourAblation
 from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
 from saejax.causal.parts import (
@@ -122,7 +122,7 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, 
     results = grades.graded(results, results.claim, config)
     if config.effects == "all":
         importance, drop_NxP = measure_importance(experiment, config)
-        halves = HalvesAgreement(**stability.between_halves(drop_NxP, config.seed))
+        halves = stability.between_halves(drop_NxP, config.seed)
         summary = importance.summary(config.top, halves, least_p(len(experiment.test), PERMUTATIONS))
         if others:
             pairs = agreement.measure_agreement(experiment, importance, model, dictionary, others, config)

@@ -34,6 +34,7 @@ ABLATE = Stage(
     needs=_needs,
     names=lambda configs: [folder_name(configs["ablate"].dictionary)] if configs["task"].has_behaviours else (),
     identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
+    rule="saejax.causal.ablate.grades:rule",
     cost="saejax.causal.ablate.cost:ablate_cost",
     programs="saejax.causal.ablate.cost:ablate_programs",
     many_processes=True,

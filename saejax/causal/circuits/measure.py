@@ -7,7 +7,8 @@ import numpy as np
 
 from saejax.causal.circuits.hypotheses import (
     LEVEL,
-    REJECTED_BY_A_CIRCUIT,
+    TESTS,
+    Outcome,
     apart,
     equivalence,
     independence,
@@ -15,13 +16,13 @@ from saejax.causal.circuits.hypotheses import (
     necessity,
     sufficiency,
 )
-from saejax.causal.circuits.results import CircuitFeature, CircuitResult, CircuitTest
+from saejax.causal.circuits.results import Answer, CircuitFeature, CircuitResult, CircuitTest
 from saejax.causal.controls import FeatureStatistics, draw_controls, fitting_matches
 from saejax.causal.experiment import Experiment
 from saejax.causal.statistics import holm
 from saejax.settings import AblateConfig
 
-DRAWS = 100  # random sets, and random added features
+DRAWS = 100  # random sets, and features added for each of the set's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,8 @@ class CircuitDiffs:
       kept_P, removed_P: with only the set kept, and with the set removed.
       random_kept_NxP, random_removed_NxP: the same of each random set.
       lesser_KxP: with only the set kept but for one feature, for each that fires.
-      inflated_NxP: with only the set and one random feature kept.
+      inflated_UxP: with only the set and one other feature kept, for each of those that were drawn.
+      added_NxK: which of these U the draws match to each feature that fires.
     """
 
     clean_P: np.ndarray
@@ -42,7 +44,8 @@ class CircuitDiffs:
     random_kept_NxP: np.ndarray
     random_removed_NxP: np.ndarray
     lesser_KxP: np.ndarray
-    inflated_NxP: np.ndarray
+    inflated_UxP: np.ndarray
+    added_NxK: np.ndarray
 
     @property
     def by_kind(self) -> dict[str, np.ndarray]:
@@ -53,7 +56,7 @@ class CircuitDiffs:
             random_kept=self.random_kept_NxP,
             random_removed=self.random_removed_NxP,
             lesser=self.lesser_KxP,
-            inflated=self.inflated_NxP,
+            inflated=self.inflated_UxP,
         )
 
 
@@ -80,21 +83,15 @@ def test_circuit(
     fires_F = statistics.fires_at_all_F
     members = [int(feature) for feature in features if fires_F[feature]]
     if not members:
-        nothing = CircuitTest(None, None, None, None, None)
-        tests = dict.fromkeys(REJECTED_BY_A_CIRCUIT, nothing)
+        tests = dict.fromkeys(TESTS, CircuitTest(None, None, None, None, None))
         return CircuitResult(len(features), 0, clean=None, kept=None, removed=None, tests=tests, features=()), None
     scores = _measure(experiment, statistics, members, config)
-    change_K = np.zeros(len(features))
-    change_K[fires_F[list(features)]] = apart(scores.kept_P, scores.lesser_KxP)
-    smallest, p_K = minimality(change_K, apart(scores.kept_P, scores.inflated_NxP))
-    outcomes = dict(
-        equivalence=equivalence(scores.clean_P, scores.kept_P),
-        independence=independence(scores.clean_P, scores.removed_P, config.seed),
-        minimality=smallest,
-        sufficiency=sufficiency(scores.clean_P, scores.kept_P, scores.random_kept_NxP),
-        necessity=necessity(scores.clean_P, scores.removed_P, scores.random_removed_NxP),
-    )
-    corrected = holm(np.array([outcome.p_value for outcome in outcomes.values()])).tolist()
+    fires_K = fires_F[list(features)]
+    # A feature that never fires has no matched one, and changes nothing: it beats none.
+    change_K, random_change_NxK = np.zeros(len(features)), np.zeros((DRAWS, len(features)))
+    change_K[fires_K] = apart(scores.kept_P, scores.lesser_KxP)
+    random_change_NxK[:, fires_K] = apart(scores.kept_P, scores.inflated_UxP)[scores.added_NxK]
+    smallest, p_K = minimality(change_K, random_change_NxK)
     by_feature = zip(features, change_K.tolist(), p_K.tolist(), holm(p_K).tolist(), strict=True)
     return CircuitResult(
         n=len(features),
@@ -102,15 +99,33 @@ def test_circuit(
         clean=float(scores.clean_P.mean()),
         kept=float(scores.kept_P.mean()),
         removed=float(scores.removed_P.mean()),
-        tests={
-            name: CircuitTest(*outcome, p, rejected=p <= LEVEL, verdict=(p <= LEVEL) == REJECTED_BY_A_CIRCUIT[name])
-            for (name, outcome), p in zip(outcomes.items(), corrected, strict=True)
-        },
+        tests=_answered(scores, smallest, config),
         features=tuple(
             CircuitFeature(int(feature), change, p_value, adjusted, minimal=adjusted <= LEVEL)
             for feature, change, p_value, adjusted in by_feature
         ),
     ), scores
+
+
+def _answered(scores: CircuitDiffs, smallest: Outcome, config: AblateConfig) -> dict[str, CircuitTest]:
+    """The answers to all claims, given the outcome of minimality."""
+    outcomes = dict(
+        equivalence=equivalence(scores.clean_P, scores.kept_P),
+        independence=independence(scores.clean_P, scores.removed_P, config.seed),
+        minimality=smallest,
+        sufficiency=sufficiency(scores.clean_P, scores.kept_P, scores.random_kept_NxP),
+        necessity=necessity(scores.clean_P, scores.removed_P, scores.random_removed_NxP),
+    )
+    claims = {name: outcome.p_value for name, outcome in outcomes.items() if outcome.p_value is not None}
+    corrected = dict(zip(claims, holm(np.array(list(claims.values()))).tolist(), strict=True))
+    return {name: _answer(outcome, corrected.get(name)) for name, outcome in outcomes.items()}
+
+
+def _answer(outcome: Outcome, p_holm: float | None) -> CircuitTest:
+    shown = p_holm is not None and p_holm <= LEVEL
+    refuted = outcome.p_against is not None and outcome.p_against <= LEVEL
+    answer: Answer = "shown" if shown else "refuted" if refuted else "inconclusive"
+    return CircuitTest(outcome.statistic, outcome.p_value, p_holm, outcome.p_against, answer)
 
 
 def _measure(
@@ -119,8 +134,7 @@ def _measure(
     firing_C = np.flatnonzero(statistics.fires_at_all_F)
     matches = fitting_matches(statistics, members, config.matches)
     random_NxK = draw_controls(statistics, members, DRAWS, matches, seed=[config.seed, len(members)])
-    rng = np.random.default_rng([config.seed, DRAWS])
-    added_U, added_N = np.unique(rng.choice(np.setdiff1d(firing_C, members), DRAWS), return_inverse=True)
+    added_U, added_NxK = np.unique(random_NxK, return_inverse=True)
 
     def all_but(kept: Sequence[int] | np.ndarray) -> list[int]:
         return np.setdiff1d(firing_C, kept).tolist()
@@ -141,6 +155,7 @@ def _measure(
     score_SxP = np.where(differs_SxP, diffs.ablated_SxP, clean_P[None, :])
     ends = np.cumsum([1, 1, DRAWS, DRAWS, len(members)])
     kept_1xP, removed_1xP, random_kept, random_removed, lesser, inflated_UxP = np.split(score_SxP, ends)
+    added_NxK = added_NxK.reshape(random_NxK.shape)
     return CircuitDiffs(
-        clean_P, kept_1xP[0], removed_1xP[0], random_kept, random_removed, lesser, inflated_UxP[added_N.reshape(-1)]
+        clean_P, kept_1xP[0], removed_1xP[0], random_kept, random_removed, lesser, inflated_UxP, added_NxK
     )

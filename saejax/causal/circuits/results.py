@@ -2,17 +2,21 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
+
+Answer = Literal["shown", "refuted", "inconclusive"]
 
 
 @dataclasses.dataclass(frozen=True)
 class CircuitTest:
-    """A hypothesis test; all None where no feature of the set fires."""
+    """A claim that a circuit makes, tested; all None where no feature of the set fires."""
 
-    statistic: float | None  #: None where nothing defines it
-    p_value: float | None  #: of the null hypothesis
-    p_holm: float | None  #: after Holm's correction for five tests
-    rejected: bool | None  #: whether p_holm is at most 0.05
-    verdict: bool | None  #: whether that is what a circuit does
+    statistic: float | None  #: what the claim is of
+    p_value: float | None  #: of its opposite; None of independence, which no test can show
+    p_holm: float | None  #: after Holm's correction for the claims that can be shown
+    p_against: float | None  #: of a test against the claim, not corrected; None where there is none
+    #: shown (p_holm at most 0.05), refuted (p_against at most 0.05) or neither
+    answer: Answer | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,7 @@ class CircuitFeature:
 
     feature: int  #: its number
     change: float  #: of the kept set's score without it: mean size over prompts, logits
-    p_value: float  #: that this is no more than a random added feature's
+    p_value: float  #: that this is no more than that of an added feature matched to it
     p_holm: float  #: after Holm's correction for all features
     minimal: bool  #: whether p_holm is at most 0.05
 

@@ -19,7 +19,9 @@ def patch_cost(plan: PlannedRun, name: str) -> Cost:
 def _sites(plan: PlannedRun) -> Cost:
     """Every layer and position in both directions, from there on: on average half of what is left of each."""
     task, model = plan.configs["task"], plan.model
-    layers, pairs = model.n_layers, count_all_behaviours(task) * task.test_prompts
+    layers = model.n_layers
+    choosing = min(task.train_prompts, task.test_prompts)  # of the strongest place
+    pairs = count_all_behaviours(task) * (task.test_prompts + choosing)
     rows = round(2 * layers * _CHANGED * PROMPT * pairs)
     tokens = round(rows * _CHANGED * PROMPT / 2) + 2 * pairs * PROMPT
     flops = pass_flops(model, tokens, PROMPT, layers / 2)

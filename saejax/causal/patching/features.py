@@ -3,12 +3,13 @@
 *Noising* puts the activations of the counterpart's features into the prompt's run, *denoising* the prompt's into the
 counterpart's; error terms and sinks stay those of the base run. The interchange-intervention accuracy (IIA; Geiger et
 al., 2021, arXiv 2106.02997) is the share of prompts, among those on which the model is right about the prompt and about
-its counterpart, whose answer noising turns into the counterpart's.
+its counterpart, whose answer noising turns into the counterpart's. That of the whole site is a ceiling for its parts:
+it says how much of the content stands at this site, not what carries it.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 from saejax.causal import activity, controls, screening
 from saejax.causal.ablation import ablate_sets
 from saejax.causal.activation_sources import ActivationSource
+from saejax.causal.clustered import of_prompts
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.grid import measurable
 from saejax.causal.patching.results import (
@@ -24,6 +26,7 @@ from saejax.causal.patching.results import (
     InterchangeTop,
     PatchedFeature,
     PatchedFeatures,
+    PatchedPairs,
     PatchedSet,
     PatchEffect,
 )
@@ -37,8 +40,9 @@ from saejax.parallel import sharding
 from saejax.results import Interval
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.scoring import bootstrap_mean, bootstrap_means
+from saejax.tasks.scoring import interval_ends
 
+COUNTERPART = ActivationSource("counterpart")
 _ADVICE = "lower --patch.top or --patch.matches, raise --task.test_prompts"
 
 
@@ -77,9 +81,10 @@ class FeaturePatching:
         on_progress: OnProgress = silent,
     ):
         self._split, self._config, self._on_progress = split, config, on_progress
+        self._resampling = of_prompts(pairs, config.bootstrap, config.seed)
         self._sides = split.run(pairs), split.run_counterparts(pairs)
         sides = split.run(train), split.run_counterparts(train)
-        attribution_NxF = screening.attribution(split, sides[0], config.estimate, sides[1])
+        attribution_NxF = screening.attribution(split, sides[0], config.estimate, COUNTERPART, sides[1])
         self._top = screening.leaders(attribution_NxF.mean(axis=0, dtype=np.float64), config.top)
         statistics = activity.statistics(split, [*self._sides[0], *self._sides[1]])
         self._firing = statistics.firing(self._top)
@@ -101,7 +106,7 @@ class FeaturePatching:
                 chosen,
                 self._config.batch_rows,
                 self._on_progress,
-                source=ActivationSource("counterpart"),
+                source=COUNTERPART,
                 counterparts=source,
             )
             for base, source, chosen in (
@@ -118,17 +123,13 @@ class FeaturePatching:
         """How many of the first k top features fire: so many have a matched one."""
         return sum(feature in self._firing for feature in self._top[:k])
 
-    def results(self, pairs: Mapping[str, Any]) -> PatchedFeatures:
-        """Effects of the features one by one and together, and the IIA of growing sets.
-
-        Args:
-          pairs: the fields of ``PatchedPairs``.
-        """
+    def results(self, pairs: PatchedPairs) -> PatchedFeatures:
+        """Effects of the features one by one and together, and the IIA of growing sets; ``pairs`` are those of both."""
         ks, single = steps(len(self._top)), len(self._top)
         both_P = (self.clean_P > 0) & (self.corrupted_P < 0)
         names: list[int | Literal["all"]] = [*ks, "all"]
         return PatchedFeatures(
-            **pairs,
+            **vars(pairs),
             features=tuple(PatchedFeature(feature, *self._effects(i)) for i, feature in enumerate(self._top)),
             together=tuple(PatchedSet(name, *self._effects(single + i)) for i, name in enumerate(names)),
             interchange=self._interchange(ks, both_P),
@@ -136,44 +137,40 @@ class FeaturePatching:
 
     def _effects(self, place: int) -> list[PatchEffect]:
         """Of one set, by direction."""
-        config, whole_P = self._config, self.clean_P - self.corrupted_P
-        measured = measurable(self.clean_P, self.corrupted_P, config.bootstrap, config.seed)
+        whole_P, share_RxP = self.clean_P - self.corrupted_P, self._resampling.share_RxP
+        measured = measurable(self.clean_P, self.corrupted_P, self._resampling)
         found = []
         for effect_SxP in self._effect_DxSxP:
-            effect_1xP = effect_SxP[place : place + 1]
-            low, high = (float(end_1[0]) for end_1 in bootstrap_means(effect_1xP, config.bootstrap, config.seed))
-            share = None
+            effect_1xP, share = effect_SxP[place : place + 1], None
             if measured:
-                low_1, high_1 = bootstrap_means(effect_1xP, config.bootstrap, config.seed, whole_P)
+                low_1, high_1 = interval_ends(effect_1xP, share_RxP, whole_P)
                 share = Interval(float(effect_1xP.mean() / whole_P.mean()), float(low_1[0]), float(high_1[0]))
-            found.append(PatchEffect(Interval(float(effect_1xP.mean()), low, high), share))
+            found.append(PatchEffect(self._resampling.mean(effect_1xP[0]), share))
         return found
 
     def _interchange(self, ks: Sequence[int], both_P: np.ndarray) -> Interchange:
         prompts = int(both_P.sum())
         if not prompts:
             message = "on no prompt is the model right both about it and about its counterpart"
-            return Interchange(0, (), all=None, error=None, site=None, said=message)
+            return Interchange(0, (), all=None, error=None, ceiling=None, said=message)
+        own = self._resampling.among(both_P)
         flipped_SxP = (self._noised_SxP < 0)[:, both_P]
         random_KxNxP = (self._random_SxP < 0)[:, both_P].reshape(len(ks), self._config.draws, prompts)
         nested_KxP = flipped_SxP[len(self._top) : len(self._top) + len(ks)]
         top = tuple(
-            InterchangeTop(k, accuracy=self._share(own_P), random=self._share(drawn_NxP.mean(axis=0)))
+            InterchangeTop(k, accuracy=own.share(own_P), random=own.mean(drawn_NxP.mean(axis=0)))
             for k, own_P, drawn_NxP in zip(ks, nested_KxP, random_KxNxP, strict=True)
         )
-        every = self._share(flipped_SxP[-1])
-        site, error = (
-            self._share((patch_parts(self._split, *self._sides, parts) < 0)[both_P]) for parts in ("site", "error")
+        every = own.share(flipped_SxP[-1])
+        ceiling, error = (
+            own.share((patch_parts(self._split, *self._sides, parts) < 0)[both_P]) for parts in ("site", "error")
         )
         best = f"the top {ks[-1]} features {100 * top[-1].accuracy.mean:.0f} %, " if ks else "no top features, "
         message = (
             f"answers carried over: {best}all features {100 * every.mean:.0f} %, the error "
-            f"term {100 * error.mean:.0f} %, the site {100 * site.mean:.0f} %"
+            f"term {100 * error.mean:.0f} %; the ceiling, the whole site, {100 * ceiling.mean:.0f} %"
         )
-        return Interchange(prompts, top, every, error, site, message)
-
-    def _share(self, values_P: np.ndarray) -> Interval:
-        return bootstrap_mean(np.asarray(values_P, np.float64), self._config.bootstrap, self._config.seed)
+        return Interchange(prompts, top, every, error, ceiling, message)
 
 
 def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[CleanRun], parts: str) -> np.ndarray:

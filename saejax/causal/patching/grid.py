@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.causal.clustered import Resampling
 from saejax.causal.columns import Columns
 from saejax.causal.patching.results import StrongestPatch
 from saejax.causal.patching.sites import DIRECTIONS, Patched
-from saejax.tasks.scoring import bootstrap_mean, bootstrap_means
+from saejax.results import Interval
+from saejax.tasks.scoring import interval_ends
+
+_EFFECT, _SHARE = ("effect", "effect_low", "effect_high"), ("normalised", "low", "high")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +49,33 @@ class PatchingGrid(Columns):
         columns = len(np.unique(self.position))
         return getattr(self, name).reshape(len(DIRECTIONS), -1, columns)
 
-    def strongest(self) -> dict[str, StrongestPatch]:
-        """Of each direction the place of largest effect."""
-        found = {}
-        for direction in DIRECTIONS:
-            own_N = np.flatnonzero(self.direction == direction)
-            best = own_N[np.argmax(self.effect[own_N])]
-            normalised = float(self.normalised[best])
+    def strongest(self, train: Patched) -> dict[str, StrongestPatch]:
+        """Of each direction the place of largest mean effect on train prompts, with what it does on these ones.
+
+        The largest of many effects is large by chance, too: on the prompts that chose it, it would seem larger than it
+        is.
+
+        Args:
+          train: the same kind of site, patched on train prompts.
+        """
+        found, columns = {}, self.grid("effect").shape[2]
+        for d, direction in enumerate(DIRECTIONS):
+            effect_LxPxC = train.effect_DxLxPxC[d, :, :, -columns:]
+            has_PxC = ~np.isnan(effect_LxPxC[0])
+            mean_LxC = np.nansum(effect_LxPxC, axis=1) / np.maximum(has_PxC.sum(axis=0), 1)
+            mean_LxC[:, ~has_PxC.any(axis=0)] = -np.inf
+            layer, column = np.unravel_index(np.argmax(mean_LxC), mean_LxC.shape)
+            position = int(column) - mean_LxC.shape[1]
+            (place,) = np.flatnonzero(
+                (self.direction == direction) & (self.layer == layer) & (self.position == position)
+            )
+            normalised = Interval(*(float(getattr(self, name)[place]) for name in _SHARE))
             found[direction] = StrongestPatch(
-                layer=int(self.layer[best]),
-                position=int(self.position[best]),
-                effect=float(self.effect[best]),
-                normalised=None if np.isnan(normalised) else normalised,
+                layer=int(layer),
+                position=position,
+                train_effect=float(mean_LxC[layer, column]),
+                effect=Interval(*(float(getattr(self, name)[place]) for name in _EFFECT)),
+                normalised=None if np.isnan(normalised.mean) else normalised,
             )
         return found
 
@@ -66,38 +85,37 @@ def grid_file(folder: Path, behaviour: str) -> Path:
     return folder / f"{behaviour}-patching.parquet"
 
 
-def measurable(clean_P: np.ndarray, corrupted_P: np.ndarray, resamples: int, seed: int) -> bool:
+def measurable(clean_P: np.ndarray, corrupted_P: np.ndarray, resampling: Resampling) -> bool:
     """Whether clean - corrupted is above 0 with its whole 95 % interval."""
-    return bootstrap_mean(clean_P - corrupted_P, resamples, seed).low > 0
+    return resampling.mean(clean_P - corrupted_P).low > 0
 
 
-def make_grid(patched: Patched, resamples: int, seed: int) -> PatchingGrid:
+def make_grid(patched: Patched, resampling: Resampling) -> PatchingGrid:
     """The grid of patched sites.
 
     Args:
       patched: of one behaviour.
-      resamples: of the bootstrap.
-      seed: likewise.
+      resampling: of its prompts.
     """
     effect_DxLxPxC, whole_P = patched.effect_DxLxPxC, patched.clean_P - patched.corrupted_P
     directions, layers, _, columns = effect_DxLxPxC.shape
-    has_whole = measurable(patched.clean_P, patched.corrupted_P, resamples, seed)
+    has_whole = measurable(patched.clean_P, patched.corrupted_P, resampling)
     found_7xDxLxC = np.full((7, directions, layers, columns), np.nan)
     for column in range(columns):
         own_P = ~np.isnan(effect_DxLxPxC[0, 0, :, column])
+        own = resampling.among(own_P)
         effect_NxP = effect_DxLxPxC[:, :, own_P, column].reshape(-1, own_P.sum())
-        rows = [effect_NxP.mean(axis=1), *bootstrap_means(effect_NxP, resamples, seed)]
-        if has_whole and bootstrap_mean(whole_P[own_P], resamples, seed).low > 0:
-            ends = bootstrap_means(effect_NxP, resamples, seed, whole_P[own_P])
+        rows = [effect_NxP.mean(axis=1), *interval_ends(effect_NxP, own.share_RxP)]
+        if has_whole and own.mean(whole_P[own_P]).low > 0:
+            ends = interval_ends(effect_NxP, own.share_RxP, whole_P[own_P])
             rows += [rows[0] / whole_P[own_P].mean(), *ends]
         found_7xDxLxC[: len(rows), :, :, column] = np.reshape(rows, (len(rows), directions, layers))
         found_7xDxLxC[6, :, :, column] = own_P.sum()
     direction_N, layer_N, column_N = (index.ravel() for index in np.indices((directions, layers, columns)))
-    names = ("effect", "effect_low", "effect_high", "normalised", "low", "high")
     return PatchingGrid(
         direction=np.array(DIRECTIONS, object)[direction_N],
         layer=layer_N,
         position=column_N - columns,
         prompts=found_7xDxLxC[6].ravel().astype(np.int64),
-        **{name: values.ravel() for name, values in zip(names, found_7xDxLxC[:6], strict=True)},
+        **{name: values.ravel() for name, values in zip((*_EFFECT, *_SHARE), found_7xDxLxC[:6], strict=True)},
     )

@@ -15,7 +15,7 @@ from saejax.causal.patching.sites import DIRECTIONS
 from saejax.page import style
 from saejax.page.document import Block, Picture, Section, Terms
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, percent
+from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import behaviour
 from saejax.results import Interval
 
@@ -54,10 +54,14 @@ def _picture(kind: str, name: str, result: PatchedSites, grid: PatchingGrid, dra
     )
     if result.reason:
         caption += f" Not normalised: {result.reason}."
-    alt = f"Patching {kind}, {behaviour(name)}. " + " ".join(
-        f"{direction}: strongest at layer {best.layer}, position {best.position}, {best.effect:.2f} logits."
+    strongest = " ".join(
+        f"{direction.capitalize()}: strongest at layer {best.layer}, position {number(best.position, 0)}, "
+        f"{interval(best.effect)} logits."
         for direction, best in result.strongest.items()
     )
+    if strongest:
+        caption += f" The strongest places were chosen on train prompts and measured on test prompts. {strongest}"
+    alt = f"Patching {kind}, {behaviour(name)}. {strongest}"
     return draw(f"patching-{kind}-{name}", heatmap(grid, result), caption, alt)
 
 
@@ -90,15 +94,19 @@ def _label(token: str) -> str:
 
 
 def _features_table(results: FeaturePatchResults) -> Table:
-    sets = ("Top features", "As many random", "All features", "The error", "The whole site")
+    sets = ("Top features", "As many random", "All features", "The error", "Ceiling: the whole site")
     columns = ("Behaviour", "Pairs", *sets, "Restored")
     rows = tuple(_features_row(name, result, results.top) for name, result in results.behaviours.items())
+    templates = [result.templates for result in results.behaviours.values()]
     note = (
         f"Features of {results.dictionary} at {results.site} take the values they have on the counterpart: how "
         "often the answer becomes the counterpart's, of the pairs on which the model is right both times (interchange-"
         "intervention accuracy; Geiger et al., 2021). The error: what the dictionary does not "
-        "explain, alone. Last column: the share of the logit difference that the top "
-        "features restore when they are carried from the prompt to its counterpart. 95 % intervals."
+        "explain, alone. The whole site is a ceiling: all of its content at all positions, of which the others are "
+        "parts; it says that the content passes here, not what carries it. Last column: the share of the logit "
+        "difference that the top features restore when they are carried from the prompt to its counterpart. 95 % "
+        "intervals: Wilson's of the shares of pairs, bootstrap of the others"
+        + (", by template." if any(templates) else ".")
     )
     return Table(f"Interchange of the top {results.top} features", columns, rows, note=note)
 
@@ -109,7 +117,7 @@ def _features_row(name: str, result: PatchedFeatures, top: int) -> tuple[str, ..
     if not found.prompts:
         return (behaviour(name), "0", *5 * (MISSING,), restored)
     most = (found.top[-1].accuracy, found.top[-1].random) if found.top else (None, None)
-    shares = (*most, found.all, found.error, found.site)
+    shares = (*most, found.all, found.error, found.ceiling)
     return (behaviour(name), str(found.prompts), *map(_share, shares), restored)
 
 

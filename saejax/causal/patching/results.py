@@ -12,6 +12,7 @@ class PatchedPairs:
     """The pairs of prompts and counterparts of a behaviour, without a patch."""
 
     prompts: int  #: pairs
+    templates: int  #: that they were made from, which intervals resample first; 0: pairs are resampled one by one
     clean: Interval  #: logit difference of the prompts, and of their counterparts
     corrupted: Interval  #: logit difference of the prompts, and of their counterparts
     difference: Interval  #: clean - corrupted, by which effects are normalised
@@ -33,12 +34,13 @@ class TokenColumn:
 
 @dataclasses.dataclass(frozen=True)
 class StrongestPatch:
-    """The place of largest effect."""
+    """The place of largest effect on train prompts, as many as there are test prompts, judged on test prompts."""
 
     layer: int  #: from 0
     position: int  #: from the end
-    effect: float  #: logits
-    normalised: float | None  #: a share; None where that is not defined
+    train_effect: float  #: by which it was chosen, logits; larger than on other prompts, as the largest of many
+    effect: Interval  #: on test prompts, logits
+    normalised: Interval | None  #: a share; None where that is not defined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +56,9 @@ class PatchedSites(PatchedPairs):
     """A kind of site patched at every layer and position; also in `<behaviour>.json`."""
 
     columns: tuple[TokenColumn, ...]  #: the positions, first to last
-    strongest: Mapping[str, StrongestPatch]  #: by direction
-    rows: WorkShare  #: of the model
-    work: WorkShare  #: tokens times layers
+    strongest: Mapping[str, StrongestPatch]  #: by direction; none without train prompts that choose it
+    rows: WorkShare  #: of the model, for test and train prompts
+    work: WorkShare  #: tokens times layers, likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +92,24 @@ class InterchangeTop:
     """How often a set carries the answer over."""
 
     features: int  #: how many of the top ones
-    accuracy: Interval  #: share of the pairs
+    accuracy: Interval  #: share of the pairs, with its 95 % Wilson interval
     random: Interval  #: the same of as many matched random features, mean over the draws
 
 
 @dataclasses.dataclass(frozen=True)
 class Interchange:
-    """How often the counterpart's values turn the answer into the counterpart's (IIA); None without such pairs."""
+    """How often the counterpart's values turn the answer into the counterpart's (IIA); None without such pairs.
+
+    Shares have 95 % Wilson intervals.
+    """
 
     prompts: int  #: pairs on which the model is right both times
     top: tuple[InterchangeTop, ...]  #: growing sets of top features
     all: Interval | None  #: all features
     error: Interval | None  #: the error term alone
-    site: Interval | None  #: the whole site
+    #: the whole site, features and error at every position: no part of it can carry over more than by chance, so this
+    #: is the ceiling that the others are read against, and no finding of its own
+    ceiling: Interval | None
     said: str  #: in words
 
 

@@ -1,7 +1,7 @@
 """The stage ``patch``: what moves a prompt's answer when it is carried over from the prompt's counterpart, or to it.
 
 A unit for each kind of site patches it at every layer and position (``sites``); the unit of a dictionary patches
-features (``features``). Test prompts judge; train prompts choose features.
+features (``features``). Test prompts judge; train prompts choose features and the strongest place.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from saejax.causal.clustered import Resampling, of_prompts
 from saejax.causal.parts import (
     Measure,
     Measured,
@@ -24,6 +25,7 @@ from saejax.causal.patching.pairs import describe_columns, fitting_pairs
 from saejax.causal.patching.results import (
     FeaturePatchResults,
     PatchedFeatures,
+    PatchedPairs,
     PatchedSites,
     PatchResults,
     SitePatchResults,
@@ -38,7 +40,6 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.scoring import bootstrap_mean
 from saejax.workspace import Run
 
 AT_CHANCE = (
@@ -79,6 +80,14 @@ def run_patch(run: Run) -> PatchResults:
     kind: Any = (PatchedFeatures if dictionary else PatchedSites) | UnpatchedBehaviour
     found = each_part(run, list(prompts), begin, kind, "tokens" if dictionary else "rows")
     unpatched = {name: one.unpatched for name, one in found.items() if isinstance(one, UnpatchedBehaviour)}
+    _check_any_patched(found, unpatched)
+    behaviours = {name: result for name, result in found.items() if name not in unpatched}
+    if not dictionary:
+        return SitePatchResults(run.name, behaviours, unpatched)
+    return FeaturePatchResults(config.dictionary, dictionary.site, config.top, config.draws, behaviours, unpatched)
+
+
+def _check_any_patched(found: Mapping[str, Any], unpatched: Mapping[str, str]) -> None:
     if len(unpatched) == len(found):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unpatched.items())
         raise UserError(
@@ -86,10 +95,6 @@ def run_patch(run: Run) -> PatchResults:
             "for features train prompts, too; give them in --task.prompts, or name other behaviours with "
             "--patch.behaviours"
         )
-    behaviours = {name: result for name, result in found.items() if name not in unpatched}
-    if not dictionary:
-        return SitePatchResults(run.name, behaviours, unpatched)
-    return FeaturePatchResults(config.dictionary, dictionary.site, config.top, config.draws, behaviours, unpatched)
 
 
 def _missing(train: Sequence[Prompt] | None, pairs: Sequence[Prompt], left_out: Mapping[str, int]) -> str:
@@ -114,21 +119,20 @@ def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
         on_progress: OnProgress,
     ) -> Measured:
         patched = patch_sites(model, run.name, pairs, config.batch_rows, on_progress)
-        grid = make_grid(patched, config.bootstrap, config.seed)
+        resampling = of_prompts(pairs, config.bootstrap, config.seed)
+        grid = make_grid(patched, resampling)
         grid.save(grid_file(run.folder, name))
+        some = train[: len(pairs)]  # as many choose the strongest place as judge it
+        choosing = [patch_sites(model, run.name, some, config.batch_rows, on_progress)] if some else []
+        every = [patched, *choosing]
         results = PatchedSites(
-            **differences(patched.clean_P, patched.corrupted_P, left_out, config),
+            **vars(differences(patched.clean_P, patched.corrupted_P, left_out, resampling)),
             columns=describe_columns(model, pairs),
-            strongest=grid.strongest(),
-            rows=WorkShare(patched.rows, patched.all_rows),
-            work=WorkShare(patched.work, patched.all_work),
+            strongest=grid.strongest(choosing[0]) if choosing else {},
+            rows=WorkShare(sum(one.rows for one in every), sum(one.all_rows for one in every)),
+            work=WorkShare(sum(one.work for one in every), sum(one.all_work for one in every)),
         )
-        found = results.strongest["denoising"]
-        message = (
-            f"{results.reason or 'most is restored'} at layer {found.layer}, position {found.position}: "
-            f"{found.effect:.2f} of {results.difference.mean:.2f} logits"
-        )
-        return Measured(results, message)
+        return Measured(results, _strongest_line(results))
 
     return measure
 
@@ -146,17 +150,34 @@ def _of_features(run: Run, model: LanguageModel, dictionary: Dictionary) -> Meas
         on_progress: OnProgress,
     ) -> Measured:
         patching = FeaturePatching(split, name, train, pairs, config, on_progress)
-        results = patching.results(differences(patching.clean_P, patching.corrupted_P, left_out, config))
+        resampling = of_prompts(pairs, config.bootstrap, config.seed)
+        results = patching.results(differences(patching.clean_P, patching.corrupted_P, left_out, resampling))
         return Measured(results, results.interchange.said)
 
     return measure
 
 
+def _strongest_line(results: PatchedSites) -> str:
+    if not results.strongest:
+        return "no train prompts with counterparts of as many tokens, so that no strongest place is named"
+    found = results.strongest["denoising"]
+    return (
+        f"{results.reason or 'most is restored'} at layer {found.layer}, position {found.position}, chosen on train "
+        f"prompts: {found.effect.mean:.2f} [{found.effect.low:.2f}, {found.effect.high:.2f}] of "
+        f"{results.difference.mean:.2f} logits"
+    )
+
+
 def differences(
-    clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], config: PatchConfig
-) -> dict[str, Any]:
-    """The fields of ``PatchedPairs``: the runs without a patch."""
-    values = dict(clean=clean_P, corrupted=corrupted_P, difference=clean_P - corrupted_P)
-    intervals = {name: bootstrap_mean(values_P, config.bootstrap, config.seed) for name, values_P in values.items()}
-    above = measurable(clean_P, corrupted_P, config.bootstrap, config.seed)
-    return dict(prompts=len(clean_P), **intervals, reason=None if above else AT_CHANCE, left_out=dict(left_out))
+    clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], resampling: Resampling
+) -> PatchedPairs:
+    """The runs without a patch."""
+    return PatchedPairs(
+        prompts=len(clean_P),
+        templates=resampling.templates,
+        clean=resampling.mean(clean_P),
+        corrupted=resampling.mean(corrupted_P),
+        difference=resampling.mean(clean_P - corrupted_P),
+        reason=None if measurable(clean_P, corrupted_P, resampling) else AT_CHANCE,
+        left_out=dict(left_out),
+    )

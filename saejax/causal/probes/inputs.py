@@ -24,8 +24,8 @@ def pooled_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tu
       pool: "last", "max" or "mean".
 
     Returns:
-      ``features`` [N, F] and ``raw`` activations [N, D], fp32, 0 for prompts without such a position; and which prompts
-      have one, bool [N].
+      ``features`` [N, F] and ``raw`` activations [N, D] of the site that the dictionary reads, fp32, 0 for prompts
+      without such a position; and which prompts have one, bool [N].
 
     Raises:
       UserError: an activation is not finite.
@@ -45,7 +45,7 @@ def pooled_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tu
 
 
 def _pool_run(split: SplitModel, clean: CleanRun, pool: str) -> tuple[jax.Array, ...]:
-    return _pool(split.point, pool, split.dictionary, clean.value_BxTxD, clean.domain_BxT, clean.last_B)
+    return _pool(split.point, pool, split.dictionary, clean.read_BxTxD, clean.domain_BxT, clean.last_B)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -53,24 +53,28 @@ def _pool(
     point: SplitPoint,
     pool: str,
     dictionary: Basis,
-    value_BxTxD: jax.Array,
+    read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
     last_B: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Features [B, F], raw activations [B, D], and whether the prompt has a position that is read [B]."""
+    """Features [B, F], raw activations [B, D], and whether the prompt has a position that is seen [B].
+
+    Args:
+      read_BxTxD: what the dictionary reads: of a transcoder its input, whose features these are, not its target.
+    """
     is_last_BxT = jnp.arange(domain_BxT.shape[1])[None, :] == last_B[:, None]
-    read_BxT = domain_BxT & is_last_BxT if pool == "last" else domain_BxT
+    seen_BxT = domain_BxT & is_last_BxT if pool == "last" else domain_BxT
     over = functools.partial(_over_positions, largest=pool == "max")
-    features_BxF = of_features(dictionary, (value_BxTxD, domain_BxT, read_BxT), over)
-    pooled = features_BxF, over(value_BxTxD, read_BxT), read_BxT.any(axis=1)
+    features_BxF = of_features(dictionary, (read_BxTxD, domain_BxT, seen_BxT), over)
+    pooled = features_BxF, over(read_BxTxD, seen_BxT), seen_BxT.any(axis=1)
     return jax.lax.with_sharding_constraint(pooled, sharding(point.mesh))
 
 
-def _over_positions(x_BxTxC: jax.Array, read_BxT: jax.Array, largest: bool) -> jax.Array:
-    """Maximum or mean [B, C] over the positions that are read; 0 where there are none."""
+def _over_positions(x_BxTxC: jax.Array, seen_BxT: jax.Array, largest: bool) -> jax.Array:
+    """Maximum or mean [B, C] over the positions that are seen; 0 where there are none."""
     x_BxTxC = x_BxTxC.astype(jnp.float32)
-    read_BxTx1 = read_BxT[:, :, None]
+    seen_BxTx1 = seen_BxT[:, :, None]
     if largest:
-        highest_BxC = jnp.where(read_BxTx1, x_BxTxC, -jnp.inf).max(axis=1)
-        return jnp.where(read_BxTx1.any(axis=1), highest_BxC, 0.0)
-    return jnp.where(read_BxTx1, x_BxTxC, 0.0).sum(axis=1) / jnp.maximum(read_BxTx1.sum(axis=1), 1)
+        highest_BxC = jnp.where(seen_BxTx1, x_BxTxC, -jnp.inf).max(axis=1)
+        return jnp.where(seen_BxTx1.any(axis=1), highest_BxC, 0.0)
+    return jnp.where(seen_BxTx1, x_BxTxC, 0.0).sum(axis=1) / jnp.maximum(seen_BxTx1.sum(axis=1), 1)

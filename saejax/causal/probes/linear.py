@@ -22,13 +22,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import recall_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
+from saejax.causal.probes.results import ProbeFit
+from saejax.results import Interval
 from saejax.settings import ProbeConfig
+from saejax.tasks.scoring import wilson
 
 _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
 
@@ -54,19 +56,14 @@ class Task:
         return dataclasses.replace(self, train_NxC=self.train_NxC[:, inputs], test_MxC=self.test_MxC[:, inputs])
 
 
-def run_probes(task: Task, config: ProbeConfig, seed: list[int]) -> Iterator[dict[str, Any]]:
+def run_probes(task: Task, config: ProbeConfig, seed: list[int], name: str = "features") -> Iterator[ProbeFit]:
     """The sparse probes, smallest first, and the probe of all inputs, whose ``k`` is None.
 
     Args:
       task: what to learn.
       config: of the stage.
       seed: of folds, shuffles, random inputs and permutations, beside ``config.seed``.
-
-    Returns:
-      Of each, for JSON: ``k``, the chosen ``strength``, the ``inputs`` that a sparse probe sees (numbers of columns,
-      best first; fewer than k where fewer vary), ``accuracy`` (``mean``, ``low``, ``high``), ``balanced_accuracy``,
-      ``majority``, ``shuffled`` and, for a sparse probe, ``random`` (``mean``, ``low``, ``high``: 5th and 95th
-      percentile), and ``p_value``.
+      name: of the inputs, "features" or "raw".
     """
     varying_C = np.flatnonzero(np.ptp(task.train_NxC, axis=0) > 0)
     task = task.narrowed(varying_C)
@@ -75,13 +72,15 @@ def run_probes(task: Task, config: ProbeConfig, seed: list[int]) -> Iterator[dic
         rng = np.random.default_rng([config.seed, *seed, k or 0])
         strength = choose_strength(task, k, config, int(rng.integers(2**31)))
         answer_M = answers(task, k, strength)
-        found: dict[str, Any] = dict(k=k, strength=strength, inputs=None, random=None)
-        if k:
-            found["inputs"] = varying_C[leaders(task, k)].tolist()
-            found["random"] = _spread([_random_accuracy(task, k, strength, rng) for _ in range(config.shuffles)])
+        of_random = [_random_accuracy(task, k, strength, rng) for _ in range(config.shuffles)] if k else []
         shuffled = [_shuffled_accuracy(task, k, strength, rng) for _ in range(config.shuffles)]
-        yield found | dict(
-            accuracy=share(answer_M == task.test_class_M),
+        yield ProbeFit(
+            input=name,
+            k=k,
+            strength=strength,
+            inputs=tuple(varying_C[leaders(task, k)].tolist()) if k else None,
+            random=_spread(of_random) if k else None,
+            accuracy=wilson(answer_M == task.test_class_M),
             balanced_accuracy=balanced_accuracy(answer_M, task.test_class_M),
             majority=float((task.test_class_M == np.bincount(task.train_class_N).argmax()).mean()),
             shuffled=_spread(shuffled),
@@ -142,12 +141,6 @@ def f_statistics(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
     return np.divide(between_KxC * (len(class_N) - 2), within_KxC, out=certain_KxC, where=within_KxC > 0)
 
 
-def share(right_M: np.ndarray) -> dict[str, float]:
-    """How many of M are True, and its 95 % score interval (Wilson, 1927): ``mean``, ``low``, ``high``."""
-    low, high = binomtest(int(right_M.sum()), len(right_M)).proportion_ci(method="wilson")
-    return dict(mean=float(right_M.mean()), low=float(low), high=float(high))
-
-
 def balanced_accuracy(answer_M: np.ndarray, class_M: np.ndarray) -> float:
     """The share of right answers within each class, mean over the classes that there are."""
     return float(recall_score(class_M, answer_M, labels=np.unique(class_M), average="macro"))
@@ -203,6 +196,6 @@ def _random_accuracy(task: Task, k: int, strength: float, rng: np.random.Generat
     return _accuracy(task.narrowed(rng.choice(inputs, min(k, inputs), replace=False)), k, strength)
 
 
-def _spread(accuracy_R: list[float]) -> dict[str, float]:
+def _spread(accuracy_R: list[float]) -> Interval:
     low, high = np.quantile(accuracy_R, (0.05, 0.95))
-    return dict(mean=float(np.mean(accuracy_R)), low=float(low), high=float(high))
+    return Interval(float(np.mean(accuracy_R)), float(low), float(high))

@@ -40,6 +40,11 @@ def _section(results: ProbeResults, found: Findings, draw: Draw) -> Section:
         "accuracy is that on test prompts. A sparse probe sees only the few features, or dimensions, that separate "
         "the classes best on train prompts. What can be read off, the model need not use."
     )
+    if congruent := [label for label in learned if label.congruent]:
+        intro += (
+            f" Where the number of the subject is read, {sum(label.congruent for label in congruent)} prompts had the "
+            "noun beside the verb put into the subject's number, so that this noun does not give the number away."
+        )
     without = [(_title(label), f"no probe: {label.reason}.") for label in results.labels if label.reason]
     blocks: list[Block] = [Text(intro)]
     if learned:

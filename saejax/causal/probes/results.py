@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
 
 from saejax.results import Interval
 
@@ -11,7 +10,7 @@ from saejax.results import Interval
 class ProbeFit:
     """A linear probe."""
 
-    input: Literal["features", "raw"]  #: what it reads
+    input: str  #: what it reads: "features" or "raw"
     k: int | None  #: how many features or dimensions it sees; None: all
     strength: float  #: the inverse strength of the penalty (C of scikit-learn)
     inputs: tuple[int, ...] | None  #: those that a sparse probe sees, best first; None for all
@@ -34,6 +33,9 @@ class ProbedLabel:
     classes: Mapping[str, Mapping[str, int]]  #: class -> its prompts by split
     left_out: Mapping[str, int]  #: prompts of classes with fewer than 5 train prompts, by class
     unlabelled: int  #: prompts without such a label
+    #: of `number`: prompts whose noun beside the verb was given the subject's number, half of those of agreement; 0:
+    #: that noun, if there is one, may give the number away
+    congruent: int
     unread: int  #: prompts without a position that the dictionary reads: their inputs are 0
     probes: tuple[ProbeFit, ...]  #: none if there is a reason
 
@@ -43,6 +45,6 @@ class ProbeResults:
     """What can be read off a dictionary's features, and off raw activations."""
 
     dictionary: str  #: its name
-    site: str  #: that it reads, or writes to
+    site: str  #: that it reads: of a transcoder, its input
     pool: str  #: over positions: last, max or mean
     labels: tuple[ProbedLabel, ...]  #: each of all prompts or of a behaviour

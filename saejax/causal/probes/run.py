@@ -5,6 +5,7 @@ dictionary's site, by probes of a few inputs and of all (``linear``). What a pro
 that is what ``ablate`` tests.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from saejax.causal.probes.linear import Task, run_probes
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
 from saejax.causal.split import SplitModel
 from saejax.errors import UserError
-from saejax.results import from_json, to_json
+from saejax.results import to_json
 from saejax.settings import ProbeConfig
 from saejax.tasks.behaviours import SPLITS, read_logit_diffs, read_prompts
 from saejax.tasks.labels import Labelled, label_prompts
@@ -63,11 +64,12 @@ def run_probe(run: Run) -> ProbeResults:
     dictionary = load_run_dictionary(run)
 
     def begin() -> Measure:
-        inputs, read_N = pooled_inputs(SplitModel(load_run_model(run), dictionary), prompts, config.pool)
+        split = SplitModel(load_run_model(run), dictionary)
+        pooled = functools.cache(lambda some: pooled_inputs(split, some, config.pool))
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
             with threadpool_limits(1):  # threads of products this small only wait for each other
-                return _probe_label(config, asked[name], inputs, read_N, on_progress)
+                return _probe_label(config, asked[name], *pooled(asked[name].prompts), on_progress)
 
         return measure
 
@@ -88,8 +90,8 @@ def _probe_label(
     for name, x_NxC in inputs.items() if not labelled.reason else ():
         train_NxC, test_MxC = x_NxC[labelled.train_N], x_NxC[labelled.test_M]
         task = Task(train_NxC, labelled.train_class_N, test_MxC, labelled.test_class_M)
-        for row in run_probes(task, config, [*f"{labelled.name} {name}".encode()]):
-            rows.append(from_json(ProbeFit, dict(input=name) | row, labelled.name))
+        for row in run_probes(task, config, [*f"{labelled.name} {name}".encode()], name):
+            rows.append(row)
             on_progress(0, 0)
     used_N = np.concatenate([labelled.train_N, labelled.test_M])
     results = ProbedLabel(
@@ -99,6 +101,7 @@ def _probe_label(
         classes={name: dict(zip(SPLITS, counts, strict=True)) for name, counts in labelled.classes.items()},
         left_out=dict(labelled.left_out),
         unlabelled=labelled.unlabelled,
+        congruent=labelled.congruent,
         unread=int((~read_N[used_N]).sum()),
         probes=tuple(rows),
     )

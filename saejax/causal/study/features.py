@@ -67,7 +67,12 @@ def choose_features(
 
 
 def edits_of(
-    dictionary: Dictionary, chosen: ChosenFeatures, condition: str, context: int, config: StudyConfig
+    dictionary: Dictionary,
+    chosen: ChosenFeatures,
+    condition: str,
+    length: int,
+    config: StudyConfig,
+    texts: Sequence[int],
 ) -> list[Edit]:
     """The edit of a condition (``scores.conditions``); none if it has no features.
 
@@ -75,8 +80,9 @@ def edits_of(
       dictionary: whose features they are.
       chosen: from ``choose_features``.
       condition: its name.
-      context: longest prompt, in tokens, that random replacements are drawn for.
+      length: tokens of the longest text.
       config: of the stage.
+      texts: which item each text of a batch is of: every item has random replacements of its own.
     """
     which, replacement = condition.split("/")
     if which == "top":
@@ -88,4 +94,4 @@ def edits_of(
     if replacement == "zero":
         return [dictionary.ablate(features)]
     pools = [chosen.pools[feature] for feature in features]
-    return [dictionary.redraw(features, pools, context, config.seed)]
+    return [dictionary.redraw(features, pools, length, config.seed, texts)]

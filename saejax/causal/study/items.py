@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from saejax.causal.study.references import Reference
 from saejax.causal.study.results import ItemScore
 from saejax.models.language_model import Edit, LanguageModel
@@ -12,6 +14,7 @@ from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmark_prompts import make_prompter
 from saejax.tasks.benchmarks import Item
 
+EditsOf = Callable[[Sequence[int]], Sequence[Edit]]  # of the texts of a batch, given which item each is of
 _ITEMS = 16  # scored by log-likelihood between two looks whether to stop
 
 
@@ -44,7 +47,7 @@ class ItemScores:
         if self._way != "choice":
             return self.solutions(items)
         found = []
-        rows = self._slices(items, (), self._task)
+        rows = self._slices(items, unedited, self._task)
         for place, (item, row) in enumerate(zip(items, rows, strict=True)):
             wrong = [
                 (total, choice)
@@ -54,13 +57,19 @@ class ItemScores:
             found += [self.reference(place, item, item.answer), self.reference(place, item, max(wrong)[1], sign=-1.0)]
         return found
 
-    def score(self, condition: str, items: Sequence[Item], edits: Sequence[Edit], accuracy: bool) -> list[ItemScore]:
+    def longest(self, items: Sequence[Item]) -> int:
+        """The most tokens of an item's text: with an answer, its solution or what may be generated."""
+        answered = [self.reference(0, item, answer) for item in items for answer in (*item.choices, item.solution)]
+        new = self._task.max_new_tokens if self._way == "generate" else 0
+        return max(len(one.context) + max(len(one.answer), new) for one in answered)
+
+    def score(self, condition: str, items: Sequence[Item], edits: EditsOf, accuracy: bool) -> list[ItemScore]:
         """A row for each item: its reference's log-likelihood and tokens and, where it is judged, its answer.
 
         Args:
           condition: its name.
           items: to score.
-          edits: on while the items are scored.
+          edits: on while the items are scored; items are named by their places.
           accuracy: whether answers are judged, or log-likelihoods of the references alone measured.
         """
         tokens = [len(reference.answer) for reference in self.solutions(items)]
@@ -76,14 +85,23 @@ class ItemScores:
             for item, total, count, row in zip(items, totals, tokens, judged, strict=True)
         ]
 
-    def _slices(self, items: Sequence[Item], edits: Sequence[Edit], task: TaskConfig) -> benchmark_scores.Rows:
+    def _slices(self, items: Sequence[Item], edits: EditsOf, task: TaskConfig) -> benchmark_scores.Rows:
         """``score_items``, with looks in between whether to stop."""
-        step = task.batch if benchmark_scores.way(self._name, task) == "generate" else _ITEMS
+        way = benchmark_scores.way(self._name, task)
+        step = task.batch if way == "generate" else _ITEMS
         rows = []
         for first in range(0, len(items), step):
             self._check_stop()
-            rows += benchmark_scores.score_items(self._lm, self._name, items[first : first + step], task, edits)
+            some = items[first : first + step]
+            each = [len(item.choices) if way == "choice" else 1 for item in some]
+            texts = np.repeat(np.arange(first, first + len(some)), each).tolist()
+            rows += benchmark_scores.score_items(self._lm, self._name, some, task, edits(texts))
         return rows
+
+
+def unedited(texts: Sequence[int]) -> Sequence[Edit]:
+    """No edit."""
+    return ()
 
 
 def _judged(row: dict[str, Any]) -> tuple[str | None, bool | None]:

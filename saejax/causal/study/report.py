@@ -1,16 +1,18 @@
 """The report on benchmarks without a dictionary's top features."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from saejax.causal.claims import Rule
 from saejax.causal.study.results import StudyResults
-from saejax.page.document import Section, Terms, Text
+from saejax.causal.study.scores import settled
+from saejax.page.document import Block, Section, Terms, Text
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, percent
+from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import place, sentence, spread
+from saejax.rules import said
 
 _SCORES = {"generate": "exact match, %", "choice": "multiple choice, %"}
 _REPLACEMENTS = {"zero": "set to zero", "random": "at random"}
-_VERDICTS = {True: "yes", False: "no", None: MISSING}
 _NATS = "nats per token"
 
 
@@ -27,13 +29,26 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         f"fires, by its activation somewhere else; and the same with {settings['study']['draws']} sets of as many "
         "random features that fire as often and as strongly on those items."
     )
-    rule = f"The rule, written before any data were seen: {sentence(one.rule)}"
-    reasons = tuple((name, sentence(results.reason)) for name, results in found.each(StudyResults).items())
-    return [Section("Benchmarks without features", (Text(intro), Text(rule), Terms(reasons), _table(found)))]
+    rule = f"{said(found.report.parent, 'study', one.rule)}: {sentence(one.rule)}"
+    reasons = tuple((name, sentence(results.reason)) for name, results in studies.items())
+    few = _too_few(len(studies), settings["study"]["draws"])
+    blocks: tuple[Block, ...] = (Text(intro), Text(rule), *few, Terms(reasons), _table(found))
+    return [Section("Benchmarks without features", blocks)]
+
+
+def _too_few(benchmarks: int, draws: int) -> tuple[Text, ...]:
+    """That so few draws allow no yes, if they do not."""
+    least = Rule().least_draws(benchmarks)
+    if draws >= least:
+        return ()
+    said = f"No yes is possible: {draws} draws were made, and the rule takes {least} for the benchmarks of this run."
+    return (Text(said, strong=True),)
 
 
 def _table(found: Findings) -> Table:
-    rows = tuple(row for name, results in found.each(StudyResults).items() for row in _rows(name, results))
+    studies = found.each(StudyResults)
+    verdicts = settled({name: results.claims for name, results in studies.items()})
+    rows = tuple(row for name, results in studies.items() for row in _rows(name, results, verdicts[name]))
     columns = (
         "Benchmark",
         "Measure",
@@ -42,20 +57,21 @@ def _table(found: Findings) -> Table:
         "After",
         "Drop",
         "Drop, random features",
-        "Draws with less",
+        "p",
         "Drop beyond them",
         "Yes or no",
     )
     note = (
-        "Drops of accuracy are in percentage points. Square brackets: 95 % bootstrap intervals over items; for random "
-        "features the range of the middle 95 % of the draws. Draws with less: share of the draws that cost less than "
-        "the top features."
+        "Drops of accuracy are in percentage points. Square brackets: 95 % intervals over items, Wilson's of accuracy, "
+        "bootstrap of all else; for random features the range of the middle 95 % of the draws. p: the share of the "
+        "draws and the top features that cost at least as much. Yes or no: by the rule, with p after Holm's correction "
+        "over the benchmarks."
     )
     model = found.settings()["model"]["path"]
     return Table(f"{model} on benchmarks without features", columns, rows, frozenset({1, 3, 9}), stack=False, note=note)
 
 
-def _rows(name: str, results: StudyResults) -> Iterator[tuple[str, ...]]:
+def _rows(name: str, results: StudyResults, verdicts: Mapping[str, tuple[bool, float]]) -> Iterator[tuple[str, ...]]:
     measures = [(results.log_likelihood_per_token, _NATS, 3, 1)]
     if results.accuracy:
         chance = f" (chance {percent(results.chance)})" if results.chance else ""
@@ -67,6 +83,9 @@ def _rows(name: str, results: StudyResults) -> Iterator[tuple[str, ...]]:
             shown = [MISSING] * 5
             if one:
                 shown = [interval(value, digits, scale) for value in (one.after, one.drop, one.difference)]
-                shown[2:2] = [spread(one.controls, digits, scale), percent(one.percentile)]
-            verdict = _VERDICTS[results.verdicts[replacement]] if judged else MISSING
+                shown[2:2] = [spread(one.controls, digits, scale), number(one.p_value, 3)]
+            verdict = MISSING
+            if judged and replacement in verdicts:
+                yes, p = verdicts[replacement]
+                verdict = f"{'yes' if yes else 'no'} (p = {number(p, 3)})"
             yield (f"{name} ({results.items.test} items)", measure, before, words, *shown, verdict)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from saejax.causal.claims import Claim
 from saejax.causal.results import ControlMatch, RankedFeature
 from saejax.results import Interval
 
@@ -40,7 +41,7 @@ class StudyEffect:
     drop: Interval  #: before - after
     controls: tuple[float, ...]  #: mean drop of each draw of matched random features
     control_drop: float  #: mean of all draws
-    percentile: float  #: share of the draws with a smaller drop
+    p_value: float  #: (1 + draws with as large a drop) / (1 + draws): never below 1 / (1 + draws)
     difference: Interval  #: the drop beyond the controls' mean, paired by item
 
 
@@ -48,7 +49,7 @@ class StudyEffect:
 class StudyEffects:
     """A score on the test items."""
 
-    before: Interval  #: any edit
+    before: Interval  #: any edit; of accuracy, as after it, with a 95 % Wilson interval
     zero: StudyEffect | None  #: with features set to zero; None if it was not measured
     random: StudyEffect | None  #: with features replaced at random; None if it was not measured
 
@@ -75,7 +76,9 @@ class StudyJudgement:
     at_chance: bool | None
     accuracy: StudyEffects | None  #: None if it was not measured
     log_likelihood_per_token: StudyEffects  #: of the reference, nats
-    verdicts: Mapping[str, bool | None]  #: by replacement; None where there is none
+    #: by replacement, as if this were the run's only benchmark; `p_logit_diff`, `low` and `high` are of the reference's
+    #: log-likelihood per token. None where accuracy was not measured.
+    claims: Mapping[str, Claim | None]
     reason: str  #: in words
 
 
@@ -85,7 +88,7 @@ class StudyResults(StudyJudgement):
 
     dictionary: str  #: its name
     site: str  #: that it writes to, or reads
-    rule: str  #: of the verdicts, in words
+    rule: str  #: of the claims, in words
     score: str  #: how items are scored: generate, choice or likelihood
     items: StudyItems  #: how many
     chance: float  #: accuracy of guessing; 0 of generated answers

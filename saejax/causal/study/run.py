@@ -2,15 +2,15 @@
 
 Half of the items, chosen by seed, choose the top features by attribution of the reference answer's log-likelihood
 (``references``); the other half is scored without an edit, with these features set to zero, with each replaced, where
-it fires, by its activation somewhere else (``Dictionary.redraw``), and the same with matched random features in their
-place. ``scores`` says what that means.
+it fires, by its activation somewhere else (``Dictionary.redraw``, other draws for every item), and the same with
+matched random features in their place. ``scores`` says what that means.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,11 +18,10 @@ from saejax.causal.parts import load_run_dictionary, load_run_model
 from saejax.causal.split import SplitModel
 from saejax.causal.study import scores as judgement
 from saejax.causal.study.features import choose_features, edits_of
-from saejax.causal.study.items import ItemScores
+from saejax.causal.study.items import EditsOf, ItemScores, unedited
 from saejax.causal.study.results import ChosenFeatures, ItemScore, StudyItems, StudyResults
 from saejax.causal.study.scores import CLEAN, Scored
 from saejax.errors import Interrupted, UserError
-from saejax.models.language_model import Edit
 from saejax.results import from_json, to_json
 from saejax.settings import StudyConfig
 from saejax.tasks import benchmark_scores
@@ -57,22 +56,24 @@ def run_study(run: Run) -> StudyResults:
     split, items = SplitModel(lm, dictionary), ItemScores(lm, run.name, task, check_stop)
     conditions = _Conditions(run, items, test)
     accuracy = score != "likelihood"
-    conditions.add(CLEAN, (), accuracy)
+    conditions.add(CLEAN, unedited, accuracy)
     chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
-    if accuracy and judgement.at_chance(conditions.rows[CLEAN], chance, config):
+    if accuracy and judgement.at_chance(conditions.rows[CLEAN], chance):
         accuracy = config.even_at_chance
         further = (
             "" if accuracy else " Only log-likelihoods are compared; --study.even_at_chance measures accuracy, too."
         )
-        run.say(judgement.chance_reason(conditions.rows[CLEAN], chance, config) + further)
+        run.say(judgement.chance_reason(conditions.rows[CLEAN], chance) + further)
     path = run.folder / FEATURES
     if not path.exists():
         write_json(path, to_json(choose_features(split, items, train, test, config, run.name, check_stop)))
     chosen = from_json(ChosenFeatures, read_json(path), path)  # a run that goes on has the same numbers
     firing = sum(entry.firing_rate > 0 for entry in chosen.top)
     run.say(f"{len(chosen.top)} top features, of which {firing} fire on the test items")
+    length = items.longest(test)
     for condition in judgement.conditions(config.draws)[1:]:
-        conditions.add(condition, edits_of(dictionary, chosen, condition, lm.config.context, config), accuracy)
+        edits = functools.partial(edits_of, dictionary, chosen, condition, length, config)
+        conditions.add(condition, edits, accuracy)
     judged = judgement.judge(conditions.rows, chance, config)
     run.say(judged.reason)
     return StudyResults(
@@ -112,21 +113,21 @@ class _Conditions:
         self._kept = _read(run.folder / ITEMS)
         self.rows: dict[str, Scored] = {}
 
-    def add(self, condition: str, edits: Sequence[Edit], accuracy: bool) -> None:
+    def add(self, condition: str, edits: EditsOf, accuracy: bool) -> None:
         """Takes what an earlier run kept of a condition, or scores it and writes it beside the others.
 
         Args:
           condition: its name.
-          edits: its edits.
+          edits: its edits, given the items of a batch's texts.
           accuracy: whether answers are judged, or log-likelihoods of the references alone measured.
         """
         kept = self._kept.get(condition, [])
         if [row.id for row in kept] == [item.id for item in self._test]:
             self.rows[condition] = kept
             return
-        if condition != CLEAN and not edits:  # no features, no change
-            unjudged: dict[str, Any] = {} if accuracy else dict(answer=None, correct=None)
-            own = [dataclasses.replace(row, condition=condition, **unjudged) for row in self.rows[CLEAN]]
+        if condition != CLEAN and not edits([0]):  # no features, no change
+            same = [dataclasses.replace(row, condition=condition) for row in self.rows[CLEAN]]
+            own = same if accuracy else [dataclasses.replace(row, answer=None, correct=None) for row in same]
         else:
             own = self._items.score(condition, self._test, edits, accuracy)
         self.rows[condition] = own

@@ -16,6 +16,7 @@ STUDY = Stage(
     names=lambda configs: configs["study"].benchmarks,
     identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "study")),
     unit_identity=dict(benchmark=identities.benchmark),
+    rule="saejax.causal.study.scores:rule",
     cost="saejax.causal.study.cost:study_cost",
     section="saejax.causal.study.report:sections",
 )

@@ -56,6 +56,9 @@ def test_planted_features_come_first_and_chance_gives_no_more_than_is_allowed(ex
     often = {i for i in range(50, 70) if (experiment.f_PxF[:, i] > 0).sum() >= 16}
     assert len(often) > 5 and often <= discovered
     assert len(discovered - set(range(50, 70))) <= 0.1 * len(discovered)
+    sure = set(found.feature[found.p_max_t <= 0.05].tolist())
+    assert sure and sure <= set(range(50, 70)) and sure <= discovered
+    assert (found.p_max_t >= found.p_value - 1e-12).all()
     top = set(found.feature[np.argsort(-found.drop)[:15]].tolist())
     assert top <= set(range(50, 70))
     assert found.control_percentile[[n for n in range(390) if n in top]].min() > 0.8
@@ -154,7 +157,7 @@ def test_hardly_any_features(features):
     assert from_json(ImportanceSummary, json.loads(json.dumps(to_json(summary), allow_nan=False)), "") == summary
     assert summary.features == len(summary.leaders) == features
     if features < 2:
-        assert between_halves(drop_NxP, 0) == dict(rank_correlation=None, spearman_brown=None)
+        assert between_halves(drop_NxP, 0) == HalvesAgreement(None, None)
         assert summary.correlations == dict(pearson=None, spearman=None)
     if features == 1:
         assert summary.leaders[0].control_percentile is None and summary.estimates["relp"].pearson is None

@@ -24,6 +24,8 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
     prompts = []
     for behaviour in ("first", "second"):
         own = [make_prompt(i, "train" if i < 8 else "test", behaviour) for i in range(16)]
+        if behaviour == "second":
+            own = [dataclasses.replace(p, template=str(i % 2)) for i, p in enumerate(own)]
         prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that ")) for p in own[:-1]]
         prompts.append(dataclasses.replace(own[-1], counterpart=""))
     write_prompts(baseline / "prompts.jsonl", prompts)
@@ -50,7 +52,10 @@ def test_sites_killed_and_resumed(make_run):
     first = results.behaviours["first"]
     assert first.prompts + sum(first.left_out.values()) == 8 and first.left_out["no counterpart"] == 1
     grid = PatchingGrid.load(grid_file(whole.folder, "first"))
-    assert grid.effect.max() == max(first.strongest[name].effect for name in ("denoising", "noising"))
+    for direction, best in first.strongest.items():
+        place = (grid.direction == direction) & (grid.layer == best.layer) & (grid.position == best.position)
+        assert grid.effect[place] == best.effect.mean
+    assert first.templates == 0 and results.behaviours["second"].templates == 2
     assert [column.position for column in first.columns] == sorted(set(grid.position.tolist()))
 
     folder = whole.folder.parent / "stopped"
@@ -65,6 +70,7 @@ def test_features(make_run):
     assert (results.dictionary, results.site) == ("topk", "resid_post.1")
     for entry in results.behaviours.values():
         assert [item.features for item in entry.together] == [1, 2, 3, "all"]
+        assert "the ceiling, the whole site, " in entry.interchange.said or not entry.interchange.prompts
 
 
 def test_a_behaviour_that_cannot_be_patched_is_said_and_the_others_go_on(make_run):
@@ -77,8 +83,9 @@ def test_a_behaviour_that_cannot_be_patched_is_said_and_the_others_go_on(make_ru
     assert results.unpatched == dict(
         first="it has no train prompts with counterparts of as many tokens, which choose features"
     )
-    # Sites need no train prompts.
+    # Sites need no train prompts, but without them no place is the strongest.
     results = stage.run_patch(make_run("resid_post", "sites"))
+    assert results.behaviours["first"].strongest == {} and len(results.behaviours["second"].strongest) == 2
     assert list(results.behaviours) == ["first", "second"] and results.unpatched == {}
 
     write_prompts(path, [dataclasses.replace(p, counterpart="") for p in prompts])

@@ -8,6 +8,7 @@ import pytest
 
 from saejax.causal.ablation import ablate_sets
 from saejax.causal.activation_sources import ActivationSource
+from saejax.causal.clustered import of_prompts
 from saejax.causal.patching.features import FeaturePatching, patch_parts
 from saejax.causal.patching.run import differences
 from saejax.causal.patching.sites import patch_sites
@@ -109,7 +110,7 @@ def test_an_edit_of_a_whole_site_gives_the_other_run(tiny, pairs, base, source):
 def test_all_features_of_a_dictionary_without_an_error_give_the_other_run(tiny, pairs, prompts, exact):
     train = [prompt for prompt in prompts if prompt.split == "train"]
     patching = FeaturePatching(SplitModel(tiny, exact), "tiny", train, pairs, CONFIG)
-    whole_pairs = differences(patching.clean_P, patching.corrupted_P, {}, CONFIG)
+    whole_pairs = differences(patching.clean_P, patching.corrupted_P, {}, of_prompts(pairs, 100, 0))
     together = patching.results(whole_pairs).together[-1]
     assert together.features == "all"
     whole = float((patching.clean_P - patching.corrupted_P).mean())

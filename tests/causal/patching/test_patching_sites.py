@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from saejax import load_model
+from saejax.causal.clustered import Resampling
 from saejax.causal.patching.grid import PatchingGrid, make_grid
-from saejax.causal.patching.sites import patch_sites
+from saejax.causal.patching.sites import Patched, patch_sites
 from saejax.models.sites import KINDS
 from saejax.settings import PATCHABLE
 
@@ -89,7 +91,7 @@ def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(tiny, pai
     patched = patch_sites(tiny, "resid_post", own)
     effect_DxLxPxC = patched.effect_DxLxPxC
     assert (effect_DxLxPxC[~np.isnan(effect_DxLxPxC)] == 0).all() and patched.rows == 0
-    grid = make_grid(patched, 100, 0)
+    grid = make_grid(patched, one_by_one(patched, 100))
     assert np.isnan(grid.normalised).all() and (grid.effect == 0).all()
 
 
@@ -111,12 +113,72 @@ def test_one_prompt_and_a_mesh_of_eight(tiny, tiny_llama, pairs):
     np.testing.assert_allclose(spread.diff_DxLxPxC, wanted.diff_DxLxPxC, atol=1e-5)
 
 
+def one_by_one(patched, resamples):
+    return Resampling.of(np.zeros(len(patched.clean_P)), resamples, 0)
+
+
+def made_up(effect_LxC, prompts=30, seed=0) -> Patched:
+    """Denoising brings back these effects, and on each prompt something of its own."""
+    noise_LxPxC = np.random.default_rng(seed).normal(0, 3.0, (len(effect_LxC), prompts, effect_LxC.shape[1]))
+    denoised_LxPxC = effect_LxC[:, None, :] + noise_LxPxC - 1.0
+    diff_DxLxPxC = np.stack([denoised_LxPxC, 1.0 - noise_LxPxC])
+    return Patched(np.ones(prompts), -np.ones(prompts), diff_DxLxPxC, 1, 1, 1, 1)
+
+
+def test_the_strongest_place_is_chosen_on_train_prompts():
+    """Of many places without effect the largest seems to have one, on the prompts that chose it."""
+    nothing = np.zeros((20, 12))
+    train, test = made_up(nothing, seed=1), made_up(nothing, seed=2)
+    grid = make_grid(test, one_by_one(test, 300))
+    best = grid.strongest(train)["denoising"]
+    mean_LxC = train.effect_DxLxPxC[0].mean(axis=1)
+    assert best.train_effect == mean_LxC.max() == mean_LxC[best.layer, best.position]
+    place = (grid.direction == "denoising") & (grid.layer == best.layer) & (grid.position == best.position)
+    assert (best.effect.mean, best.effect.low, best.effect.high) == (
+        grid.effect[place][0],
+        grid.effect_low[place][0],
+        grid.effect_high[place][0],
+    )
+    assert best.train_effect > 1.0 and best.effect.low < 0 < best.effect.high
+    # Train prompts may be shorter or longer: only places that both have are chosen from.
+    short = dataclasses.replace(train, diff_DxLxPxC=train.diff_DxLxPxC[..., -3:])
+    assert grid.strongest(short)["noising"].position >= -3
+    assert make_grid(short, one_by_one(short, 100)).strongest(train)["denoising"].position >= -3
+
+
+def test_intervals_resample_templates():
+    """Three templates, each with an effect of its own: other templates would give another mean."""
+    patched = made_up(np.zeros((1, 1)), prompts=30)
+    template_P = np.repeat(["a", "b", "c"], 10)
+    effect_P = np.repeat([0.0, 1.0, 2.0], 10)
+    patched = dataclasses.replace(patched, diff_DxLxPxC=np.stack([effect_P - 1.0, 1.0 - effect_P])[:, None, :, None])
+    by_template, by_prompt = (
+        make_grid(patched, Resampling.of(labels, 4000, 0)) for labels in (template_P, np.full(30, ""))
+    )
+    assert by_template.effect_high[0] - by_template.effect_low[0] > 1.9
+    assert by_prompt.effect_high[0] - by_prompt.effect_low[0] < 0.7
+    np.testing.assert_allclose(by_template.normalised, by_template.effect / 2)
+    np.testing.assert_allclose(by_template.high, by_template.effect_high / 2)
+
+
+def test_shares_of_pairs():
+    alike, apart = Resampling.of(np.full(20, ""), 500, 0), Resampling.of(np.repeat(["a", "b", "c", "d"], 5), 4000, 0)
+    assert (alike.templates, apart.templates) == (0, 4)
+    everybody = alike.share(np.ones(20))
+    assert everybody.high == 1.0 and everybody.low == pytest.approx(0.839, abs=1e-3)
+    right_P = np.repeat([1.0, 1.0, 0.0, 0.0], 5)
+    own = binomtest(10, 20).proportion_ci(method="wilson")
+    assert (alike.share(right_P).low, alike.share(right_P).high) == pytest.approx((own.low, own.high))
+    four = binomtest(2, 4).proportion_ci(method="wilson")  # templates decide: they are worth one prompt each
+    assert (apart.share(right_P).low, apart.share(right_P).high) == pytest.approx((four.low, four.high), abs=0.01)
+
+
 def test_cells_are_ratios_of_means(tiny, pairs, tmp_path):
     found = patch_sites(tiny, "resid_post", pairs)
     order = np.sign(found.clean_P - found.corrupted_P)  # so that there is something to divide by
     clean_P = found.corrupted_P + np.abs(found.clean_P - found.corrupted_P) * np.abs(order) + 0.1
     patched = dataclasses.replace(found, clean_P=clean_P)
-    grid = make_grid(patched, 200, 0)
+    grid = make_grid(patched, one_by_one(patched, 200))
     grid.save(tmp_path / "cells.parquet")
     again = PatchingGrid.load(tmp_path / "cells.parquet")
     for field in dataclasses.fields(PatchingGrid):

@@ -1,6 +1,7 @@
 """Probes find what was planted and nothing else; the stage end to end; labels that cannot be learned are said."""
 
 import dataclasses
+import importlib.resources
 import json
 
 import numpy as np
@@ -25,7 +26,6 @@ from saejax.causal.probes.linear import (
     leaders,
     permutation_p,
     run_probes,
-    share,
 )
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.split import SplitModel
@@ -60,14 +60,14 @@ def make_task(inputs=40, train=120, test=60, classes=2, seed=0, planted=True) ->
 
 def test_sparse_probes_find_the_planted_inputs():
     one, two, full = run_probes(make_task(classes=4), CONFIG, [1])
-    assert (one["k"], two["k"], full["k"]) == (1, 2, None)
-    assert set(two["inputs"]) == {3, 8} and one["inputs"] == two["inputs"][:1] and full["inputs"] is None
+    assert (one.k, two.k, full.k) == (1, 2, None)
+    assert set(two.inputs) == {3, 8} and one.inputs == two.inputs[:1] and full.inputs is None
     # Two independent bits, each read with an error rate of P(z > 1 / 0.7), 7.7 %: 85 % are right.
-    assert two["accuracy"]["low"] < 0.852 < two["accuracy"]["high"]
-    assert one["accuracy"]["mean"] < 0.6 < two["accuracy"]["mean"]
-    assert two["p_value"] == 1 / 201
-    assert two["shuffled"]["high"] < 0.5 and two["random"]["mean"] < 0.5 and full["random"] is None
-    assert two["balanced_accuracy"] == pytest.approx(two["accuracy"]["mean"], abs=0.1)
+    assert two.accuracy.low < 0.852 < two.accuracy.high
+    assert one.accuracy.mean < 0.6 < two.accuracy.mean
+    assert two.p_value == 1 / 201
+    assert two.shuffled.high < 0.5 and two.random.mean < 0.5 and full.random is None
+    assert two.balanced_accuracy == pytest.approx(two.accuracy.mean, abs=0.1)
 
 
 def test_random_labels_are_not_read():
@@ -101,8 +101,8 @@ def test_the_penalty_is_chosen_on_train_prompts():
     assert choose_strength(make_task(planted=False), None, config, 0) == strong
     task = make_task()
     upside_down = dataclasses.replace(task, test_class_M=1 - task.test_class_M, test_MxC=-task.test_MxC)
-    assert [row["strength"] for row in run_probes(task, config, [1])] == [
-        row["strength"] for row in run_probes(upside_down, config, [1])
+    assert [row.strength for row in run_probes(task, config, [1])] == [
+        row.strength for row in run_probes(upside_down, config, [1])
     ]
 
 
@@ -134,8 +134,8 @@ def test_inputs_that_never_vary():
     class_N = np.array([1] * 20 + [0] * 10)
     silent = Task(np.zeros((30, 7)), class_N, np.ones((4, 7)), np.array([1, 1, 0, 0]))
     for row in run_probes(silent, CONFIG, [1]):
-        assert row["accuracy"]["mean"] == row["majority"] == row["balanced_accuracy"] == 0.5
-        assert row["p_value"] == 1.0 and row["inputs"] in ([], None)
+        assert row.accuracy.mean == row.majority == row.balanced_accuracy == 0.5
+        assert row.p_value == 1.0 and row.inputs in ((), None)
     task = make_task()
     moved = dataclasses.replace(task, test_MxC=task.test_MxC + 9.0 * (np.arange(40) == 5))  # fires on test prompts only
     assert list(run_probes(moved, CONFIG, [1])) == list(run_probes(task, CONFIG, [1]))
@@ -148,12 +148,7 @@ def test_the_seed_decides():
     assert first != list(run_probes(task, dataclasses.replace(CONFIG, seed=1), [1]))
 
 
-def test_intervals_and_balanced_accuracy():
-    for right, trials in ((0, 20), (13, 20), (20, 20), (1, 1)):
-        theirs = binomtest(right, trials).proportion_ci(method="wilson")
-        assert share(np.arange(trials) < right) == pytest.approx(
-            dict(mean=right / trials, low=theirs.low, high=theirs.high)
-        )
+def test_balanced_accuracy():
     assert balanced_accuracy(np.array([0, 0, 0, 0]), np.array([0, 0, 0, 1])) == 0.5
 
 
@@ -181,6 +176,41 @@ def test_labels():
     assert always.reason == "fewer than two classes with 5 train prompts: right 10"
     (every,) = label_prompts("behaviour", prompts, diffs)
     assert every.name == "behaviour" and every.classes == {"sums": (15, 3), "verbs": (10, 0)}
+
+
+def test_the_noun_beside_the_verb_does_not_say_the_subjects_number():
+    """As the prompts are, that noun gives every number away; a probe of nothing but that noun must be guessing."""
+    words = json.loads((importlib.resources.files("saejax.tasks") / "data" / "behaviours.json").read_text("utf-8"))
+    nouns = list(words["nouns"].items())[:20]
+    prompts = []
+    for i in range(100):  # as they are in the behaviour: the other noun has the other number
+        (subject, beside), plural = (nouns[i % 20], nouns[(7 * i + 3) % 20]), i % 2
+        text = f"Everyone knows that the {subject[plural]} near the {beside[1 - plural]}"
+        split, verb = "train" if i < 80 else "test", " are" if plural else " is"
+        prompts.append(Prompt("agreement", split, text, verb, " x", items=(subject[0], beside[0])))
+
+    def beside_is_plural(some):
+        return np.array([prompt.text.split()[-1] in words["nouns"].values() for prompt in some])
+
+    assert (beside_is_plural(prompts) == [prompt.correct == " is" for prompt in prompts]).all()
+    (label,) = label_prompts("number", prompts, [1.0] * len(prompts))
+    assert label.classes == {"plural": (40, 10), "singular": (40, 10)} and label.congruent == 50
+    beside_N = beside_is_plural(label.prompts)
+    for places, class_N in ((label.train_N, label.train_class_N), (label.test_M, label.test_class_M)):
+        assert beside_N[places][class_N == 0].mean() == beside_N[places][class_N == 1].mean() == 0.5
+    task = Task(
+        beside_N[label.train_N, None] * 1.0,
+        label.train_class_N,
+        beside_N[label.test_M, None] * 1.0,
+        label.test_class_M,
+    )
+    assert (answers(task, 1, 1.0) == task.test_class_M).mean() == 0.5
+    # Subjects and what is right stay; other behaviours and prompts of one's own are left as they are.
+    for old, new in zip(prompts, label.prompts, strict=True):
+        assert (new.correct, new.text.split()[:5]) == (old.correct, old.text.split()[:5])
+    own = [dataclasses.replace(prompt, items=()) for prompt in prompts]
+    assert label_prompts("number", own, [1.0] * 100)[0].prompts == tuple(own)
+    assert label_prompts("answer", prompts, [1.0] * 100)[0].prompts == tuple(prompts)
 
 
 @pytest.fixture
@@ -244,9 +274,20 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
     assert said[0] == "probe: kept from an earlier run: answer-first"
 
 
-@pytest.mark.parametrize("pool", ["last", "max", "mean"])
-def test_inputs_are_pooled_over_the_positions_that_are_read(tiny, make_dictionary, prompts, plain, pool):
-    dictionary = make_dictionary("resid_post.1")
+@pytest.mark.parametrize(
+    "pool,site,target",
+    [
+        ("last", "resid_post.1", None),
+        ("max", "resid_post.1", None),
+        ("mean", "resid_post.1", None),
+        ("max", "mlp_in.1", "mlp_out.1"),  # a transcoder reads its input
+    ],
+)
+def test_inputs_are_pooled_over_the_positions_that_are_read(tiny, make_dictionary, prompts, plain, pool, site, target):
+    dictionary = make_dictionary(site)
+    if target:
+        config = dataclasses.replace(dictionary.config, target=target, centred=False)
+        dictionary = Dictionary(config, **dictionary.arrays | dict(b_dec_D=np.zeros(config.d_in, np.float32)))
     pooled, read_N = probe_inputs.pooled_inputs(SplitModel(tiny, dictionary), prompts, pool)
     tokens = tiny.tokenize([prompt.text for prompt in prompts])
     x_NxTxD = np.asarray(tiny(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site], np.float64)

@@ -1,0 +1,67 @@
+"""Intervals over prompts that share templates: prompts made from one template are not independent."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from saejax.causal.claims import resampled_shares
+from saejax.results import Interval
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.scoring import interval_ends, wilson
+
+
+@dataclasses.dataclass(frozen=True)
+class Resampling:
+    """Bootstrap samples of P prompts, by template where they have several: the same for all that is measured on them.
+
+    Attributes:
+      template_P: of each prompt.
+      resamples: how many.
+      seed: of the samples.
+      share_RxP: how much of the mean each prompt makes up in each; see ``claims.resampled_shares``.
+    """
+
+    template_P: np.ndarray
+    resamples: int
+    seed: int
+    share_RxP: np.ndarray
+
+    @classmethod
+    def of(cls, template_P: Sequence[str] | np.ndarray, resamples: int, seed: int) -> "Resampling":
+        """The samples of prompts with these templates."""
+        template_P = np.asarray(template_P)
+        return cls(template_P, resamples, seed, resampled_shares(template_P, resamples, seed))
+
+    @property
+    def templates(self) -> int:
+        """How many templates the intervals resample; 0 where prompts are resampled one by one."""
+        count = len(np.unique(self.template_P))
+        return count if 1 < count < len(self.template_P) else 0
+
+    def among(self, own_P: np.ndarray) -> "Resampling":
+        """That of some of the prompts, bool [P]."""
+        return self if own_P.all() else Resampling.of(self.template_P[own_P], self.resamples, self.seed)
+
+    def mean(self, values_P: np.ndarray) -> Interval:
+        """The mean over prompts and its 95 % bootstrap interval."""
+        values_P = np.asarray(values_P, np.float64)
+        low_1, high_1 = interval_ends(values_P[None], self.share_RxP)
+        return Interval(float(values_P.mean()), float(low_1[0]), float(high_1[0]))
+
+    def share(self, right_P: np.ndarray) -> Interval:
+        """The share of prompts of which something is true, and its 95 % Wilson interval.
+
+        With several templates the prompts are worth fewer: as many as would let the share vary as much as it does
+        between the bootstrap samples (the effective sample size of Kish, 1965).
+        """
+        right_P = np.asarray(right_P, np.float64)
+        variance = float((self.share_RxP @ right_P).var()) if self.templates else 0.0
+        share, prompts = right_P.mean(), len(right_P)
+        worth = share * (1 - share) / variance if variance else prompts
+        return wilson(right_P, min(max(worth, 1.0), prompts))
+
+
+def of_prompts(prompts: Sequence[Prompt], resamples: int, seed: int) -> Resampling:
+    """Bootstrap samples of prompts."""
+    return Resampling.of([prompt.template for prompt in prompts], resamples, seed)
