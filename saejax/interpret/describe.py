@@ -15,7 +15,7 @@ from saejax.activations.store import Store
 from saejax.analysis.examples import Best, choose
 from saejax.interpret.detectors import PairCounts
 from saejax.interpret.firings import Block
-from saejax.interpret.text import CodeCounts, Text
+from saejax.interpret.text import CodeCounts, CodedText
 
 GROUPS = 10
 BEFORE, AFTER = 10, 5  # tokens of a context before and after the firing
@@ -78,7 +78,7 @@ def position_bins(position: np.ndarray) -> np.ndarray:
     return np.minimum(np.ceil(np.log2(position + 1)).astype(np.int64), _POSITIONS - 1)
 
 
-def positions(block: Block, text: Text) -> np.ndarray:
+def positions(block: Block, text: CodedText) -> np.ndarray:
     """Firings by bin of position, int64 [features, bins]."""
     joint = block.feature * _POSITIONS + position_bins(text.position(block.place))
     return np.bincount(joint, minlength=block.size * _POSITIONS).reshape(block.size, _POSITIONS)
@@ -105,7 +105,7 @@ def group_draws(block: Block, draws: int) -> tuple[np.ndarray, np.ndarray]:
     return order[by_priority][kept], joint[kept] % GROUPS
 
 
-def strongest(block: Block, store: Store, text: Text, feature: int, count: int) -> list[int]:
+def strongest(block: Block, store: Store, text: CodedText, feature: int, count: int) -> list[int]:
     """Places of a feature's strongest firings, in contexts that differ as in ``analysis.examples``."""
     own, best = block.of(feature), Best(_SPARE * count)
     document = text.document(block.place[own])
@@ -115,7 +115,9 @@ def strongest(block: Block, store: Store, text: Text, feature: int, count: int) 
     return [int(store.documents.offsets_N[window.document] + window.position) for window in windows]
 
 
-def contexts(block: Block, text: Text, known: np.ndarray, feature: int, places: Sequence[int]) -> list[dict]:
+def contexts(
+    block: Block, text: CodedText, known: np.ndarray, feature: int, places: Sequence[int] | np.ndarray
+) -> list[dict]:
     """Contexts of a feature's firings, as JSON.
 
     Args:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from saejax.interpret.firings import Block
-from saejax.interpret.text import FAMILIES, CodeCounts, Text
+from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.results import Interval
 
 MOST = 8  # codes of a detector
@@ -43,7 +43,7 @@ class Detector:
         """The family whose codes it reads."""
         return "next" if self.family == OUTPUT else self.family
 
-    def says(self, text: Text) -> str:
+    def says(self, text: CodedText) -> str:
         """The detector in words."""
         if self.family == "position":
             return f"position {_ranges(self.codes)}"
@@ -133,7 +133,7 @@ def search(block: Block, family: str, base: CodeCounts, pairs: PairCounts) -> li
 
 
 def best_detectors(
-    block: Block, text: Text, bases: Mapping[str, CodeCounts], output: Sequence[Codes]
+    block: Block, text: CodedText, bases: Mapping[str, CodeCounts], output: Sequence[Codes]
 ) -> tuple[list[dict[str, tuple[Detector, float]]], PairCounts]:
     """The best detectors of every feature of a block on the search text.
 
@@ -164,7 +164,7 @@ def best_detectors(
 
 
 def scores(
-    block: Block, text: Text, bases: Mapping[str, CodeCounts], detectors: Sequence[Sequence[Detector]]
+    block: Block, text: CodedText, bases: Mapping[str, CodeCounts], detectors: Sequence[Sequence[Detector]]
 ) -> list[list[DetectorScore]]:
     """The scores of detectors on a text.
 

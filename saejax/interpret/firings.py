@@ -80,7 +80,7 @@ def record(
     members = [MemberData.of([dictionary], mesh)[0] for dictionary in dictionaries.values()]
     with contextlib.ExitStack() as opened:
         files = [_Files(opened, folder, d.config.n_features) for folder, d in dictionaries.items()]
-        waiting: list[tuple] = []  # a batch is packed while the devices work on the next one
+        waiting: list[tuple[np.ndarray, list]] = []  # a batch is packed while the devices work on the next one
         for start in range(0, len(rows), batch):
             if stopping():
                 raise Interrupted("stopped: dictionaries that were finished are kept; run the same command to go on")
@@ -89,9 +89,9 @@ def record(
             placed_BxD = jax.device_put(x_BxD, fitting_sharding(mesh, x_BxD.shape, "data", None))
             waiting.append((places_of(store, rows_B), [_encode(member, placed_BxD, len(rows_B)) for member in members]))
             if len(waiting) > 1:
-                _write(files, *waiting.pop(0), batch, on_batch)
+                _write(files, *waiting.pop(0), on_batch)
         for place_B, encoded in waiting:
-            _write(files, place_B, encoded, batch, on_batch)
+            _write(files, place_B, encoded, on_batch)
     return np.sort(places_of(store, rows))
 
 
@@ -114,7 +114,7 @@ class _Files:
             firings.tofile(file)
 
 
-def _write(files: list[_Files], place_B: np.ndarray, encoded: list, batch: int, on_batch: OnBatch | None) -> None:
+def _write(files: list[_Files], place_B: np.ndarray, encoded: list, on_batch: OnBatch | None) -> None:
     for number, (own, (size_BxF, words, ends)) in enumerate(zip(files, encoded, strict=True)):
         count = int(ends[-1])
         room = min(_ROOM, 1 << max(count - 1, 1).bit_length())

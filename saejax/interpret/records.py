@@ -12,7 +12,7 @@ from saejax.interpret.describe import Associations
 from saejax.interpret.detectors import PairCounts
 from saejax.interpret.firings import Block
 from saejax.interpret.neighbours import Together
-from saejax.interpret.text import CodeCounts, Text
+from saejax.interpret.text import CodeCounts, CodedText
 
 _TOGETHER = 6
 _BY_SUM, _BY_MEAN = 6, 6  # tokens listed, by summed and by mean activation
@@ -37,7 +37,7 @@ class Describer:
     """
 
     store: Store
-    text: Text
+    text: CodedText
     place: np.ndarray
     bases: Mapping[str, CodeCounts]
     examples: int

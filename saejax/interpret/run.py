@@ -24,7 +24,7 @@ from saejax.interpret.firings import BLOCK, blocks, record
 from saejax.interpret.records import Describer
 from saejax.interpret.results import InterpretedDictionary, InterpretResults
 from saejax.interpret.scored import Scored
-from saejax.interpret.text import FAMILIES, CodeCounts, Text
+from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import Site
 from saejax.models.tokens import token_text
@@ -56,7 +56,7 @@ def run_interpret(run: Run) -> InterpretResults:
         lm = load_model(model.path, model.revision, model.dtype, mesh)
         store.check_model(lm.source)
         as_text = token_text(lm.tokenizer)
-        text = Text(store.documents, [as_text(token) for token in range(lm.config.vocab)])
+        text = CodedText(store.documents, [as_text(token) for token in range(lm.config.vocab)])
         for member, path in zip(stack, paths, strict=True):
             if run.stopping():
                 raise Interrupted(
@@ -92,7 +92,7 @@ class Interpreter:
 
     run: Run
     store: Store
-    text: Text
+    text: CodedText
     lm: LanguageModel
     mesh: Mesh
     name: str

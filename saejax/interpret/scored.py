@@ -13,7 +13,7 @@ from saejax.interpret.detectors import Detector, DetectorScore, scores
 from saejax.interpret.firings import blocks
 from saejax.interpret.labels import bars, partners
 from saejax.interpret.results import LabelCounts
-from saejax.interpret.text import CodeCounts, Text
+from saejax.interpret.text import CodeCounts, CodedText
 from saejax.results import to_json
 
 Found = Sequence[Mapping[str, tuple[Detector, float]]]  # of each feature: family -> detector, F1 on the search text
@@ -32,7 +32,7 @@ class Scored:
       shuffled: F1 of the detector of another feature that fires about as often.
     """
 
-    text: Text
+    text: CodedText
     found: Found
     score: list[dict[str, DetectorScore]]
     chosen: list[str]
@@ -40,7 +40,7 @@ class Scored:
     shuffled: np.ndarray
 
     @classmethod
-    def of(cls, folder: Path, found: Found, text: Text, bases: Mapping[str, CodeCounts], rate: np.ndarray) -> Self:
+    def of(cls, folder: Path, found: Found, text: CodedText, bases: Mapping[str, CodeCounts], rate: np.ndarray) -> Self:
         """Scores detectors.
 
         Args:

@@ -45,7 +45,7 @@ def _letters(body: str) -> str:
     return "Capitalised word" if capitalised else "letters of no or mixed case"
 
 
-class Text:
+class CodedText:
     """The documents of a store, as codes of places.
 
     Args:
@@ -109,13 +109,13 @@ class Text:
         return [code // self._vocabulary**steps % self._vocabulary for steps in reversed(range(length))]
 
 
-def _shape_in_words(text: Text, code: int) -> str:
+def _shape_in_words(text: CodedText, code: int) -> str:
     spaced, shape = divmod(code, len(SHAPES))
     return SHAPES[shape] + (" after a space" if spaced else "")
 
 
-Codes = Callable[[Text, np.ndarray], np.ndarray]
-Words = Callable[[Text, int], str]
+Codes = Callable[[CodedText, np.ndarray], np.ndarray]
+Words = Callable[[CodedText, int], str]
 
 # In the order in which the first of equals is taken.
 FAMILIES: dict[str, tuple[Codes, Words]] = {

@@ -14,7 +14,7 @@ from saejax.activations.writer import StoreWriter
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interpret.run import Interpreter
 from saejax.interpret.stage import InterpretConfig
-from saejax.interpret.text import Text
+from saejax.interpret.text import CodedText
 from saejax.parallel import make_mesh
 from saejax.results import to_json
 from saejax.settings import MeshConfig
@@ -118,7 +118,7 @@ def interpreter(folder: Path, store: Store, lm, of: Dictionary, **settings) -> I
     """What interprets a dictionary of the store."""
     config = dataclasses.replace(InterpretConfig(), batch_tokens=500, **settings)
     run = Run("interpret", "standard", folder, dict(interpret=config), {}, say=lambda line: None)
-    return Interpreter(run, store, Text(store.documents, TEXTS), lm, make_mesh(MeshConfig()), "", of)
+    return Interpreter(run, store, CodedText(store.documents, TEXTS), lm, make_mesh(MeshConfig()), "", of)
 
 
 def no_model() -> SimpleNamespace:

@@ -13,7 +13,7 @@ from saejax.interpret.describe import AFTER, BEFORE, BINS, GROUPS, LOWEST
 from saejax.interpret.detectors import PairCounts
 from saejax.interpret.firings import Block, record
 from saejax.interpret.records import Describer
-from saejax.interpret.text import FAMILIES, CodeCounts, Text
+from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.parallel import make_mesh
 from saejax.settings import MeshConfig
 
@@ -37,7 +37,7 @@ class Dense:
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("describe")
     store, dictionary = planted.make_store(folder / "store", documents=60), planted.dictionary(FEATURES)
-    text = Text(store.documents, planted.TEXTS)
+    text = CodedText(store.documents, planted.TEXTS)
     together = neighbours.Together(FEATURES, 10)
     together._least = np.uint64(0)
     mesh = make_mesh(MeshConfig())

@@ -13,8 +13,12 @@ const visible = (text) => {
   const line = text.replace(/\r\n|\n|\r/g, '↵').replace(/\t/g, '⇥').replace(/[\u0000-\u001f\u007f]/g, '·');
   return line.trim() ? line : '␣'.repeat(Math.max(line.length, 1));
 };
-const number = (value, digits = 3) =>
-  value === null || value === undefined ? '–' : value.toLocaleString('en', {maximumSignificantDigits: digits}).replace('-', '−');
+const number = (value, digits = 3) => {
+  if (value === null || value === undefined) return '–';
+  const small = value !== 0 && Math.abs(value) < 1e-3;
+  const text = small ? value.toExponential(digits - 1) : value.toLocaleString('en', {maximumSignificantDigits: digits});
+  return text.replaceAll('-', '−');
+};
 const percent = (share) => `${number(100 * share)} %`;
 const interval = (one) => `${one.mean.toFixed(2)} [${one.low.toFixed(2)}, ${one.high.toFixed(2)}]`;
 const token = (text) => make('span', {class: 'token'}, visible(text));
@@ -80,8 +84,10 @@ function featurePage(record, dictionary, labelOf) {
       section(`${10 * group} to ${10 * group + 10} % of firings`, group === groups[0] ? 'Draws from tenths of the firings, by activation.' : '',
         ...record.groups.filter((one) => one.group === group).map(context));
     }
+    const used = record.histogram.map((count, i) => [count, i]).filter(([count]) => count).map(([, i]) => i);
+    const [first, last] = [used[0], used[used.length - 1] + 1];
     section('Activations', 'Firings by activation; bins of half an octave.',
-      ...bars(record.histogram, '2^−10', '2^10', 'Histogram of activations'));
+      ...bars(record.histogram.slice(first, last), number(2 ** (first / 2 - 10), 2), number(2 ** (last / 2 - 10), 2), 'Histogram of activations'));
     section('Positions', 'Firings by position: 0, 1, 2 to 3, 4 to 7, and so on.', ...bars(record.positions, '0', '1,024 and more', 'Histogram of positions'));
     if (record.detectors.length) {
       section('Detectors', 'The best of each sort on training text, scored on held-out text, with 95 % intervals.',
