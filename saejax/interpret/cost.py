@@ -5,7 +5,7 @@ from saejax.costs.passes import dictionary_bytes, weight_bytes
 from saejax.interpret.control import MOST
 from saejax.parallel import part_size
 
-_FIRING = 2e-6  # seconds on the host for each, measured
+_FIRING = 3e-6  # seconds on the host for each, measured
 _FEATURE = 4e-3  # seconds on the host for each: contexts and their files
 _RECORD = 10  # bytes of a firing on disk
 _L0 = 64  # firings a token where the kind does not say

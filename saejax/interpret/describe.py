@@ -22,6 +22,7 @@ BEFORE, AFTER = 10, 5  # tokens of a context before and after the firing
 LOWEST, BINS, PER_OCTAVE = -10, 40, 2  # of the histogram: the first edge is 2^LOWEST
 _POSITIONS = 12  # bins of positions: 0, 1, 2 to 3, 4 to 7, ...
 _SPARE = 4  # candidates for each of the strongest examples, because contexts that repeat are passed over
+_JOINT = 13  # bits of a feature of a block and one of its groups
 _BLOCK_CODES = 64  # tokens of each feature with which associations are tested, those on which it fires most
 
 
@@ -94,11 +95,13 @@ def group_draws(block: Block, draws: int) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       Indices in the block's firings, by feature, then by group, then by falling priority; and the group of each.
     """
-    order = np.lexsort((block.value, block.feature))  # firings of a feature, the weakest first
+    # One key sorts several times as fast as two. Bits of floats above 0 rise with them.
+    order = np.argsort(block.feature << 32 | block.value.view(np.int32), kind="stable")  # the weakest first
     rank = np.arange(len(order)) - block.starts[block.feature[order]]
     group = rank * GROUPS // np.maximum(block.counts, 1)[block.feature[order]]
     joint = block.feature[order] * GROUPS + group
-    by_priority = np.lexsort((np.iinfo(np.uint64).max - priority(block.place[order]), joint))
+    last = ~priority(block.place[order]) >> np.uint64(_JOINT)
+    by_priority = np.argsort(joint.astype(np.uint64) << np.uint64(64 - _JOINT) | last)
     joint = joint[by_priority]
     first = np.searchsorted(joint, np.arange(block.size * GROUPS))
     kept = np.arange(len(joint)) - first[joint] < draws

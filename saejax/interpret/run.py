@@ -20,7 +20,7 @@ from saejax.errors import Interrupted
 from saejax.interpret import neighbours
 from saejax.interpret.control import random_directions
 from saejax.interpret.detectors import Detector, best_detectors
-from saejax.interpret.firings import BLOCK, blocks, record
+from saejax.interpret.firings import blocks, record
 from saejax.interpret.records import Describer
 from saejax.interpret.results import InterpretedDictionary, InterpretResults
 from saejax.interpret.scored import Scored
@@ -41,8 +41,8 @@ Found = list[dict[str, tuple[Detector, float]]]  # of every feature: family -> d
 def run_interpret(run: Run) -> InterpretResults:
     """Interprets the dictionaries of the train unit ``run.name``, those left from an earlier run excepted.
 
-    Writes for each member, in a folder of its name if there are several: ``features/00000.json`` and so on, 512
-    features each, and ``labels.json``, the labels that were found.
+    Writes for each member, in a folder of its name if there are several: ``features/00000.json`` and so on, up
+    to 512 features each, and ``labels.json``, the labels that were found.
 
     Raises:
       UserError: the store belongs to another model, or a split has no text.
@@ -113,13 +113,14 @@ class Interpreter:
         kept = (config.examples, config.draws, output, nearest, together)
         describer = Describer(self.store, self.text, place, bases, *kept)
         found: Found = []
-        (folder / FEATURES).mkdir(parents=True, exist_ok=True)
-        for block in blocks(own, features):
+        shutil.rmtree(folder / FEATURES, ignore_errors=True)
+        (folder / FEATURES).mkdir(parents=True)
+        for number, block in enumerate(blocks(own, features)):
             raised = output[0][block.first : block.first + block.size, :_OUTPUT] if output else ()
             codes = [tuple(ids.tolist()) for ids in raised]
             detectors, tokens = best_detectors(block, self.text, bases, codes)
             found += detectors
-            write_json(_file(folder, block.first), describer.records(block, tokens))
+            write_json(folder / FEATURES / f"{number:05d}.json", describer.records(block, tokens))
         rate = describer.fires / len(place)
         random = random_directions(self.store, self.dictionary, rate, config.seed)
         self._record("train", {control: random})
@@ -168,8 +169,7 @@ class Interpreter:
 
     def _finish(self, folder: Path, scored: "Scored", labels: dict[int, Label], describer: Describer) -> None:
         """Adds to the records what is known at the end: labels and their scores, and adjusted p-values."""
-        for first in range(0, self.dictionary.config.n_features, BLOCK):
-            path = _file(folder, first)
+        for path in sorted((folder / FEATURES).glob("*.json")):
             records = read_json(path)
             for one in records:
                 describer.adjust(one)
@@ -177,7 +177,3 @@ class Interpreter:
                 if one["feature"] in labels:
                     one["label"] = labels[one["feature"]].label
             write_text(path, json.dumps(records, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
-
-
-def _file(folder: Path, first: int) -> Path:
-    return folder / FEATURES / f"{first // BLOCK:05d}.json"
