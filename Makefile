@@ -3,11 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-graphs demo-tiny test test-slow test-cluster lint docs check-wheel bench-input bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-graphs demo-tiny test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
 	@echo "Open runs/demo/report/index.html"
+
+# After the demo: what each of its 4,608 features means, with a page for each.
+demo-atlas: $(INSTALLED)
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags --interpret.dictionaries=topk
+	@echo "Open runs/demo/atlas/topk/index.html"
 
 # After the demo: transcoders of all layers, and a graph for each of two behaviours in the demo's report.
 demo-graphs: $(INSTALLED)
@@ -47,6 +52,9 @@ check-wheel: $(INSTALLED)
 
 bench-input: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_input
+
+bench-interpret: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_interpret
 
 bench-ablate: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_ablate
