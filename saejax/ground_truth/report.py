@@ -1,0 +1,2 @@
+def sections(found, draw):
+    return []
