@@ -15,7 +15,9 @@ class FoundFeatures:
     recovered: Interval  #: share whose feature has a cosine above 0.9, each direction with a feature of its own
     mcc: Interval  #: mean cosine of features and directions, matched one to one (the Hungarian method)
     f1: Interval  #: of when a direction is there and when the feature that is matched to it fires, mean
-    f1_features: Interval  #: the same of every feature with its nearest direction, mean over all features (SynthSAEBench)
+    f1_features: (
+        Interval  #: the same of every feature with its nearest direction, mean over all features (SynthSAEBench)
+    )
     uniqueness: Interval  #: number of different nearest directions, over the features
     split: Interval  #: share that two features or more have most of their length along
     merged: Interval  #: share whose nearest feature is close to another direction, too, and its nearest

@@ -30,8 +30,8 @@ from saejax.workspace import Run, write_json
 def run_ground_truth(run: Run) -> TruthResults:
     """Trains the members of kind ``run.name``, or the controls, and judges them.
 
-    Writes what the stage ``train`` writes, and ``scores.json`` beside each dictionary. An interrupted run goes on at its
-    newest checkpoint and ends with the same bits as one that was not.
+    Writes what the stage ``train`` writes, and ``scores.json`` beside each dictionary. An interrupted run goes on at
+    its newest checkpoint and ends with the same bits as one that was not.
 
     Raises:
       UserError: there is no such world, or the trainer refuses its settings.

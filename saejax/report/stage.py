@@ -12,7 +12,8 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     """The units of these, and of every stage that writes a section of its own."""
     from saejax.stages import STAGES
 
-    read = [stage for stage in STAGES.values() if stage.name in _READ or stage.section]
+    always = _READ if configs["task"].has_behaviours else ()
+    read = [stage for stage in STAGES.values() if stage.name in always or stage.section]
     return [unit for stage in read for unit in stage.units(configs)]
 
 
@@ -24,5 +25,5 @@ REPORT = Stage(
     groups=(ReportConfig,),
     after=("*",),
     needs=_needs,
-    names=lambda configs: ("",) if configs["task"].has_behaviours else (),
+    names=lambda configs: ("",) if configs["task"].has_behaviours or configs["truth"].features else (),
 )
