@@ -51,12 +51,12 @@ def section(results: Sequence[TruthResults], frequent: float) -> Section:
     seeds = len(judged[0][1].seeds)
     spread = f"with 95 % t intervals over {seeds} seeds" if seeds > 1 else "of one seed each, so without intervals"
     intro = (
-        f"This world is synthetic: its vectors, of {world.dimensions:,} dimensions, are sums of {world.features:,} known "
-        f"directions, of which {number(world.l0, 1)} are there at a time. A direction's nearest other has a cosine of "
-        f"{number(world.nearest_cosine)} with it, on average. Dictionaries of {some.features:,} features were trained on "
-        f"{some.samples:,} vectors by the code that trains on a model's activations, and judged on {some.held_out:,} "
-        f"others. {world.frequent:,} features fire on more than {percent(frequent, 2)} of the vectors, and these must be "
-        "found."
+        f"This world is synthetic: its vectors, of {world.dimensions:,} dimensions, are sums of {world.features:,} "
+        f"known directions, of which {number(world.l0, 1)} are there at a time. A direction's nearest other has a "
+        f"cosine of {number(world.nearest_cosine)} with it, on average. Dictionaries of {some.features:,} features "
+        f"were trained on {some.samples:,} vectors by the code that trains on a model's activations, and judged on "
+        f"{some.held_out:,} others. {world.frequent:,} features fire on more than {percent(frequent, 2)} of the "
+        "vectors, and these must be found."
     )
     verdict = line(judged)
     columns = ("Dictionary", *(heading for heading, *_ in _COLUMNS))
@@ -75,7 +75,8 @@ def line(judged: Sequence[tuple[str, JudgedDictionary]]) -> str:
     answer = "YES" if share.mean >= ENOUGH and share.mean > above else "NO"
     return (
         f"Does the method find what is known to be there? {answer}: of the synthetic world's frequent features {name} "
-        f"recovers {interval(share, 1, 100)} % ({percent(ENOUGH)} were asked for), the best control {percent(above, 1)}."
+        f"recovers {interval(share, 1, 100)} % ({percent(ENOUGH)} were asked for), the best control "
+        f"{percent(above, 1)}."
     )
 
 
