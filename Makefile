@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-graphs demo-tiny demo-truth test test-slow lint docs check-wheel bench-input bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-graphs demo-tiny demo-truth test test-slow test-cluster lint docs check-wheel bench-input bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -31,6 +31,10 @@ test: lint
 
 test-slow: $(INSTALLED)
 	SAEJAX_FULL_COMPILER=1 $(BIN)/python -m pytest -m slow
+
+# A SLURM cluster of two nodes on this machine: takes slurm-wlm and munge, and root.
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow tests/cluster
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

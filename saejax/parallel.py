@@ -5,8 +5,9 @@ One mesh with the axes ``member``, ``data`` and ``model``: a stack of dictionari
 and on many hosts.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -20,10 +21,22 @@ from saejax.settings import MeshConfig
 AXES = ("member", "data", "model")
 
 
-def start_processes(config: MeshConfig) -> None:
-    """Joins this process to the others of a multi-process run; does nothing for a run of one process."""
-    if config.processes > 1:
-        jax.distributed.initialize(config.coordinator or None, config.processes, config.process_id)
+_alone = [False]  # whether this process works by itself for the time being
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In the block this process works by itself, on its own devices, as if it were the only one of its run."""
+    before, _alone[0] = _alone[0], True
+    try:
+        yield
+    finally:
+        _alone[0] = before
+
+
+def process_count() -> int:
+    """How many processes work together: 1 in a block of ``alone``."""
+    return 1 if _alone[0] else jax.process_count()
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -31,13 +44,18 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
 
     Args:
       config: the axis sizes; ``data=0`` takes the devices that the other axes leave. None: all devices on ``data``.
-      devices: None: all that there are.
+        One process of several that works ``alone`` has the largest part of ``model`` that divides its own devices, and
+        the others on ``data``.
+      devices: None: all that there are, or this process's own where it works ``alone``.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     config = config or MeshConfig()
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.local_devices() if _alone[0] else jax.devices()
+        if len(devices) < jax.device_count():
+            config = MeshConfig(model=math.gcd(config.model, len(devices)))
     rest = config.member * config.model
     data = config.data or max(1, len(devices) // rest)
     if rest * data != len(devices):
@@ -77,12 +95,12 @@ def part_size(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) 
 
 def is_first_process() -> bool:
     """Whether this process writes the files that exist once."""
-    return jax.process_index() == 0
+    return _alone[0] or jax.process_index() == 0
 
 
 def from_first_process(array: np.ndarray | np.generic) -> np.ndarray:
     """The first process's array, in all processes. All give one of the same shape, of a type of 32 bits at most."""
-    return np.asarray(array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array))
+    return np.asarray(array if process_count() == 1 else multihost_utils.broadcast_one_to_all(array))
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
@@ -94,7 +112,7 @@ def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 def wait_for_all(place: str) -> None:
     """Waits until all processes have come to the place of this name."""
-    if jax.process_count() > 1:
+    if process_count() > 1:
         multihost_utils.sync_global_devices(place)
 
 
@@ -112,7 +130,7 @@ class AgreedStop:
 
     def __call__(self) -> bool:
         self._asked += 1
-        if jax.process_count() > 1:
+        if process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(self._asked - 1)
         return self._stopping()
 
@@ -120,4 +138,4 @@ class AgreedStop:
 def describe(mesh: Mesh) -> MeshShape:
     """The mesh for a summary: device kinds, axis sizes, processes."""
     kinds = sorted({device.device_kind for device in mesh.devices.flat})
-    return MeshShape(math.prod(mesh.devices.shape), tuple(kinds), dict(mesh.shape), jax.process_count())
+    return MeshShape(math.prod(mesh.devices.shape), tuple(kinds), dict(mesh.shape), process_count())

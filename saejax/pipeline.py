@@ -3,16 +3,19 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
 from saejax.results import to_json
+from saejax.settings import MeshConfig
 from saejax.stage import Configs, Stage, load
 from saejax.stages import STAGES, groups_of
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
+
+_LOOK_EVERY = 0.5  # seconds, while another process works
 
 
 class Workplan:
@@ -78,10 +81,12 @@ def run_stages(
     """
     for stage in stages:
         one_of(stage, STAGES, "stage")
-    workspace, plan = Workspace(workdir), Workplan(configs)
+    workspace = Workspace(workdir)
     if not any(STAGES[stage].units(configs) for stage in stages):
         raise UserError(f"{', '.join(stages)} has nothing to do with these settings: --help says what to name")
-    with workspace.lock() if configs["mesh"].process_id == 0 else contextlib.nullcontext():  # the first one holds it
+    with _joined(workspace, configs) as configs:
+        plan = Workplan(configs)
+        say = say if _first(plan) else _silent
         for stage in stages:
             for unit in STAGES[stage].units(configs):
                 if stopping():
@@ -96,20 +101,24 @@ def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, st
         say(f"{unit}: done before, unchanged")
         return
     inputs = {need: _input_folder(workspace, plan, unit, need) for need in plan.needs(unit)}
-    _join_processes(stage, plan.configs)
+    together, several = STAGES[stage].many_processes, plan.configs["mesh"].processes > 1
+    if not (together or _first(plan)):
+        return _wait_for_first(workspace, unit, mark)
     folder, found = workspace.begin(stage, name, mark) if _first(plan) else (workspace.folder(stage, name), "")
-    if plan.configs["mesh"].processes > 1:  # no process may read what the first one moves away
+    if together and several:  # no process may read what the first one moves away
         load("saejax.parallel:wait_for_all")(f"{unit} begun")
     if found and found != "resumed":
         say(f"{unit}: settings or inputs changed; the old result was moved to {found}")
     say(f"{unit}: {'going on' if found == 'resumed' else 'started'}")
     started, clock = now(), time.monotonic()
     run = Run(stage, name, folder, plan.configs, inputs, lambda line: say(f"  {unit}: {line}"), stopping)
-    results = load(STAGES[stage].run)(run)
+    with load("saejax.parallel:alone")() if several and not together else contextlib.nullcontext():
+        results = load(STAGES[stage].run)(run)
     seconds = round(time.monotonic() - clock, 2)
-    if _first(plan):
-        summary = _describe(plan, stage, inputs) | dict(start=started, seconds=seconds, results=to_json(results))
-        workspace.finish(stage, name, mark, summary)
+    if not _first(plan):
+        return _wait_for_first(workspace, unit, mark)
+    summary = _describe(plan, stage, inputs) | dict(start=started, seconds=seconds, results=to_json(results))
+    workspace.finish(stage, name, mark, summary)
     say(f"{unit}: done in {seconds:.1f} s")
 
 
@@ -150,18 +159,34 @@ def _input_folder(workspace: Workspace, plan: Workplan, unit: str, need: str) ->
     return workspace.folder(stage, name)
 
 
-def _join_processes(stage: str, configs: Configs) -> None:
-    mesh = configs["mesh"]
-    if mesh.processes == 1:
+@contextlib.contextmanager
+def _joined(workspace: Workspace, configs: Configs) -> Iterator[Configs]:
+    """The processes of a run together, of which the first one holds the workdir; gives what each of them is to do."""
+    mesh: MeshConfig = configs["mesh"]
+    if mesh.distributed == "flags" and mesh.processes == 1:
+        with workspace.lock():
+            yield configs
         return
-    if not STAGES[stage].many_processes:
-        able = " and ".join(f"experiments.{name}" for name in STAGES if STAGES[name].many_processes)
-        raise UserError(
-            f"{stage} runs in one process: run it with --mesh.processes=1, and {able} with {mesh.processes}"
-        )
-    import jax
+    from saejax.processes import join
 
-    if not jax.distributed.is_initialized():
-        from saejax.parallel import start_processes
+    configs = {**configs, "mesh": join(mesh)}
+    with workspace.lock() if configs["mesh"].process_id == 0 else contextlib.nullcontext():
+        load("saejax.parallel:wait_for_all")("the workdir is held")
+        yield configs
 
-        start_processes(mesh)
+
+def _wait_for_first(workspace: Workspace, unit: str, mark: str) -> None:
+    """Waits until the first process has done a unit.
+
+    Raises:
+      Interrupted: it has ended before.
+    """
+    stage, _, name = unit.partition("/")
+    while not workspace.finished(stage, name, mark):
+        if workspace.is_free() and not workspace.finished(stage, name, mark):
+            raise Interrupted(f"the first process ended before {unit} was done: its output says why")
+        time.sleep(_LOOK_EVERY)
+
+
+def _silent(line: str) -> None:
+    """What processes but the first say: all would say the same."""

@@ -37,7 +37,8 @@ class Stage:
       programs: "module:function" that gives the large jitted functions that it runs, as ``Program`` of ``costs``: a
         ``PlannedRun`` and a mesh in.
       section: "module:function" that writes its part of the report: ``Findings`` and ``Draw`` in, sections out.
-      many_processes: whether it can run in several.
+      many_processes: whether all processes of a run take part in it; otherwise the first one does it alone, on its own
+        devices, and the others wait.
     """
 
     name: str

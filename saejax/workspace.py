@@ -139,6 +139,12 @@ class Workspace:
             file.flush()
             yield
 
+    def is_free(self) -> bool:
+        """Whether no process holds the workdir."""
+        with contextlib.suppress(OSError), locked(self.root / ".lock", wait=False):
+            return True
+        return False
+
     def finished(self, stage: str, name: str, mark: str) -> bool:
         """Whether the unit is done with this fingerprint and all the files it listed are there whole."""
         folder = self.folder(stage, name)

@@ -226,3 +226,28 @@ def test_two_processes_ablate_as_one(inputs, trained, tested, tmp_path, mesh):
         one, two = (Importance.load(file) for file in (path, folder / "ablate" / "topk" / path.name))
         np.testing.assert_array_equal(two.feature, one.feature)
         np.testing.assert_allclose(two.drop, one.drop, atol=1e-5)
+
+
+def test_two_processes_run_a_whole_pipeline_as_one(inputs, whole, tmp_path):
+    """Capture in parts, training together, everything else by the first process while the other waits."""
+    flags = runs.small_flags(*inputs, tmp_path / "run")
+    first, second = (runs.finish(process) for process in runs.start_pair("pipeline", flags))
+    said = [line for line in second.splitlines() if not line.startswith("[Gloo]")]  # which only the first one says
+    assert "report: done" in first and not said, second
+    assert runs.checksums(tmp_path / "run")["store"] == runs.checksums(whole[0])["store"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_dies_the_others_end(inputs, whole, tmp_path, victim):
+    captured_only(whole[0], tmp_path)
+    flags = runs.small_flags(*inputs, tmp_path, train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk")
+    pair = runs.start_pair("train", flags)
+    for line in pair[0].stdout:
+        if "tokens/s" in line:
+            break
+    pair[victim].kill()
+    clock = time.monotonic()
+    pair[1 - victim].communicate(timeout=600)
+    print(f"after {time.monotonic() - clock:.0f} s")
+    assert pair[1 - victim].returncode

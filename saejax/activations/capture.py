@@ -27,12 +27,13 @@ from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import AnySite, Site
 from saejax.results import to_json
-from saejax.settings import CaptureConfig
+from saejax.settings import CaptureConfig, MeshConfig
 from saejax.tasks import corpora
 from saejax.tasks.behaviours import read_prompts
 from saejax.workspace import Run, fingerprint
 
 _SAY_EVERY = 5.0  # seconds
+_LOOK_EVERY = 0.2  # seconds, for the shards of other processes
 
 
 class _Progress:
@@ -59,7 +60,8 @@ class _Progress:
 def run_capture(run: Run) -> CaptureResults:
     """Records activations of the corpus and of the behaviours' train prompts into a store in ``run.folder``.
 
-    Finished shards of a run that was stopped or killed are kept; the store comes out the same.
+    Finished shards of a run that was stopped or killed are kept; the store comes out the same. Where a run has several
+    processes, each makes its part of the shards with its own devices, and the first one makes them a store.
 
     Raises:
       UserError: a site, the corpus or the model is not usable; activations are not finite; too many positions are
@@ -76,19 +78,24 @@ def run_capture(run: Run) -> CaptureResults:
         reader = load_reader(run, request, plan)
         widths = reader.widths
     writer = StoreWriter(run.folder, names, _work(run, model_source, documents))
-    missing = [shard for shard in range(plan.shards) if not writer.has(shard)]
+    mesh: MeshConfig = run.configs["mesh"]
+    first = mesh.process_id == 0
+    missing = _missing(writer, plan, mesh)
     _check_disk(run.folder, plan, missing, widths, config)
-    writer.write_documents(documents)
+    if first:
+        writer.begin()
+        writer.write_documents(documents)
     run.say(
         f"{len(documents):,} documents, {plan.rows:,} tokens at {', '.join(config.sites)}; "
         f"{plan.shards - len(missing)} of {plan.shards} shards are done"
     )
-    rate = _capture(run, request, plan, writer, widths, missing, reader) if missing else 0.0
+    rate = _capture_parts(run, request, plan, writer, widths, missing, reader) if missing else 0.0
     statistics = writer.site_statistics(plan.shards, documents, config.sink_factor)
     _check_sinks(statistics, config)
     counts = _counts(documents, plan)
     described = {str(site): dict(d=width, **to_json(statistics[str(site)])) for site, width in widths.items()}
-    writer.finish(_manifest(run, model_source, plan, described, counts))
+    if first:
+        writer.finish(_manifest(run, model_source, plan, described, counts))
     _say_sinks(run, statistics)
     size = DTYPES[config.store_dtype].itemsize
     return CaptureResults(
@@ -136,6 +143,43 @@ def _check_disk(
             f"the disk is full: the store needs {needed / 2**20:,.0f} MiB more and {free / 2**20:,.0f} are free in "
             f"{folder}: free space, use another --workdir or a smaller --corpus.max_tokens"
         )
+
+
+def _missing(writer: StoreWriter, plan: Plan, mesh: MeshConfig) -> list[int]:
+    """The shards that are not there, whole and of this work: read by the first process, which tells the others."""
+    missing_S = np.zeros(plan.shards, np.int32)
+    if mesh.process_id == 0:
+        missing_S[:] = [not writer.has(shard) for shard in range(plan.shards)]
+    if mesh.processes > 1:
+        from saejax.parallel import from_first_process
+
+        missing_S = from_first_process(missing_S)
+    return np.flatnonzero(missing_S).tolist()
+
+
+def _capture_parts(
+    run: Run,
+    request: CaptureRequest,
+    plan: Plan,
+    writer: StoreWriter,
+    widths: dict[AnySite, int],
+    missing: Sequence[int],
+    reader: Reader | None,
+) -> float:
+    """Makes the missing shards, each process its part of them; returns the speed in tokens per second."""
+    mesh: MeshConfig = run.configs["mesh"]
+    if mesh.processes == 1:
+        return _capture(run, request, plan, writer, widths, missing, reader)
+    from saejax.parallel import alone, wait_for_all
+
+    wait_for_all("store begun")  # which takes away what other runs left half-written
+    start = time.monotonic()
+    own = missing[mesh.process_id :: mesh.processes]
+    with alone():
+        rate = _capture(run, request, plan, writer, widths, own, reader) if own else 0.0
+    while not all(writer.has(shard, read=False) for shard in missing):
+        time.sleep(_LOOK_EVERY)
+    return sum(map(plan.size, missing)) / (time.monotonic() - start) if rate else 0.0
 
 
 def _capture(

@@ -30,16 +30,19 @@ class StoreWriter:
     def __init__(self, folder: Path, sites: Sequence[str], work: str):
         self.folder, self.sites, self.work = Path(folder), tuple(sites), work
         self._files: dict[str, dict[str, Any]] = {}
+
+    def begin(self) -> None:
+        """Before anything is written: the folder is no store yet, and half-written files go."""
         (self.folder / MANIFEST).unlink(missing_ok=True)
         for leftover in self.folder.rglob(".*.writing-*"):  # of a process that was killed as it wrote
             leftover.unlink()
 
-    def has(self, shard: int) -> bool:
-        """Whether the shard is there, whole and of this work."""
+    def has(self, shard: int, read: bool = True) -> bool:
+        """Whether the shard is there, whole and of this work; unless all is to be ``read``, its record is trusted."""
         try:
             record = json.loads((self.folder / _record(shard)).read_text(encoding="utf-8"))
             files = {name: record["files"][name] for name in shard_files(self.sites, shard).values()}
-            whole = all(file_sha256(self.folder / name) == facts["sha256"] for name, facts in files.items())
+            whole = not read or all(file_sha256(self.folder / name) == facts["sha256"] for name, facts in files.items())
         except (OSError, ValueError, KeyError, TypeError):
             return False
         if not whole or record["work"] != self.work:

@@ -59,6 +59,7 @@ class Activations:
         documents = Documents(np.concatenate(self.texts), offsets_N, table_Nx5, ("text",))
         rows = len(self.index_Nx3)
         writer = StoreWriter(folder, list(self.values), "library")
+        writer.begin()
         writer.write_documents(documents)
         norms = {f"{site} norms": np.linalg.norm(value, axis=1) for site, value in self.values.items()}
         writer.write_shard(0, {"index": self.index_Nx3, **self.values, **norms})

@@ -32,9 +32,18 @@ class MeshConfig(Config):
     member: int = setting(1, "devices over which the members of a stack are split", low=1)
     data: int = setting(0, "devices over which tokens are split; 0: all that the other axes leave", low=0)
     model: int = setting(1, "devices over which features, heads and the vocabulary are split", low=1)
+    distributed: str = setting(
+        "flags",
+        "how the processes of a run find one another: by the next three flags (flags), or as SLURM, Open MPI or a TPU "
+        "slice says (auto)",
+        choices=("flags", "auto"),
+        changes_results=False,
+    )
     processes: int = setting(1, "number of processes of the run; above 1, each is started with the same flags", low=1)
-    process_id: int = setting(0, "which of them this one is, from 0", low=0)
-    coordinator: str = setting("", "host:port of process 0; empty where the cluster's environment tells")
+    process_id: int = setting(0, "which of them this one is, from 0", low=0, changes_results=False)
+    coordinator: str = setting(
+        "", "host:port of process 0; empty where the cluster's environment tells", changes_results=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,13 @@ class TrainConfig(Config):
     b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=1.0, implied=0.9)
     b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=1.0, implied=0.999)
     eps: float = setting(1e-8, "what Adam adds to the root of that mean", low=0.0, implied=1e-8)
-    clip: float = setting(1.0, "largest global norm of a member's gradient", low=0.0)
+    clip: float = setting(
+        1.0,
+        "largest global norm of a member's gradient. The loss is a sum over dimensions, so 1 is below nearly every "
+        "step's norm and Adam sees gradients of one length, which serves dictionaries better than clipping a few of "
+        "them (0: gradients stay as they are)",
+        low=0.0,
+    )
     warmup: float = setting(
         0.05, "share of the steps over which learning rate and penalty rise from 0", low=0.0, high=1.0
     )

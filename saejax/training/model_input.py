@@ -4,12 +4,12 @@ The step's number says which buffer it reads and which of its rows. A run that g
 scales and the sink rule, and then the one that it was in.
 """
 
-import jax
 import numpy as np
 
 from saejax.activations.batches import Parts, sites_of
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.errors import Interrupted, UserError
+from saejax.parallel import process_count
 from saejax.settings import TrainConfig
 from saejax.training.inputs import Resident
 from saejax.training.objective import Arrays
@@ -26,7 +26,7 @@ def open_stream(run: Run, parts: Parts) -> ModelStream:
       Interrupted: asked to stop.
     """
     config: TrainConfig = run.configs["train"]
-    if jax.process_count() > 1:
+    if process_count() > 1:
         raise UserError("--train.source=model runs in one process: use --mesh.processes=1, or capture a store")
     if config.buffer_rows < config.batch:
         raise UserError(f"--train.buffer_rows={config.buffer_rows} is less than one batch of {config.batch}: raise it")

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from every_kind import KINDS
 from small_stacks import STEPS, B, D, F, batches, make_config, make_trainer, parts, run
@@ -54,7 +55,9 @@ def test_the_first_step_is_adam_on_the_projected_gradient(one_device):
     )
     along = (gradients["W_dec_FxD"] * old["W_dec_FxD"]).sum(1, keepdims=True)
     gradients["W_dec_FxD"] -= along * old["W_dec_FxD"]
-    clip = max(1.0, np.sqrt(sum(np.square(g).sum() for g in gradients.values())))
+    norm = np.sqrt(sum(np.square(g).sum() for g in gradients.values()))
+    np.testing.assert_allclose(metrics["gradient_norm"][0], norm, rtol=1e-4)
+    clip = max(1.0, norm)
     for name, gradient in gradients.items():
         moved = old[name] - 3e-3 * (gradient / clip) / (np.abs(gradient / clip) + 1e-8)
         if name == "W_dec_FxD":
@@ -162,6 +165,17 @@ def test_accumulated_steps_are_one_of_all_their_tokens(one_device):
     start = host(make_trainer("standard", **fixed).initial_state())
     for name, array in host(first).items():
         np.testing.assert_allclose(array, start[name], rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_a_gradient_is_clipped_to_the_limit():
+    """With an epsilon far above the gradients an update is the clipped gradient over it, times minus the rate."""
+    grads = dict(W_enc_DxF=jnp.full((2, 3), 30.0), b_dec_D=jnp.full(2, -40.0))
+    norm = np.sqrt(6 * 30.0**2 + 2 * 40.0**2)
+    for limit, expected in ((0.0, norm), (1e3, norm), (0.5, 0.5)):
+        optimizer = updates.make_optimizer(make_config(clip=limit, b1=0.0, b2=0.0, eps=1e8, decoder_norm="free"))
+        moves, state = optimizer.update(grads, optimizer.init(grads), grads, learning_rate=2.0)
+        np.testing.assert_allclose(optax.global_norm(moves) * 1e8 / 2, expected, rtol=1e-5)
+        np.testing.assert_allclose(optax.tree.get(state, "gradient_norm"), norm, rtol=1e-5)
 
 
 def test_settings_of_adam_are_its_own(one_device):

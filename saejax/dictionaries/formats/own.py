@@ -63,8 +63,15 @@ def load(folder: Path, operands: str = "float32") -> Dictionary:
         name: jax.ShapeDtypeStruct(facts["shape"], facts["dtype"], sharding=device)
         for name, facts in description["arrays"].items()
     }
+    here = jax.process_index()
+    # Each process reads for itself. Orbax would have all wait for one another, and numbers such meetings by how often
+    # each process has read and written: they would never meet again once one of them has read something alone.
+    itself = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"reader{here}"
+    )
     try:
-        arrays = ocp.load(folder / ARRAYS, target)
+        with ocp.Context(multiprocessing_options=itself):
+            arrays = ocp.load(folder / ARRAYS, target)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged or missing checkpoint
         raise UserError(f"{folder / ARRAYS} cannot be restored ({type(error).__name__}): damaged or missing") from error
     for name in parameter_table(config):
