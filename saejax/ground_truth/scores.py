@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
         parent_J=np.where(parent_J < 0, -1, feature_J[parent_J]),
     )
     threshold = _threshold(dictionary, world, config)
-    sums: dict[str, np.ndarray] = {}
+    sums: dict[str, Any] = {}
     steps = max(config.held_out // _BATCH, 1)
     for number in range(steps):
         key = batch_key(config.seed, HELD_OUT, number)
@@ -104,7 +105,7 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
             value = np.asarray(value)
             wide = value.astype(np.int64 if value.dtype.kind == "i" else np.float64)
             sums[name] = sums.get(name, 0) + wide
-    scalars = {name: float(sums.pop(name)) for name in ("error", "kept_error", "square")}
+    scalars: dict[str, Any] = {name: float(sums.pop(name)) for name in ("error", "kept_error", "square")}
     return Counts(tokens=steps * _BATCH, **sums, **scalars)
 
 
