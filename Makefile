@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-atlas demo-graphs demo-tiny test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-graphs demo-tiny demo-truth test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -24,6 +24,12 @@ demo-graphs: $(INSTALLED)
 demo-tiny: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_tiny --flagfile=configs/demo_tiny.flags
 	@echo "Open runs/demo_tiny/report/index.html"
+
+# Dictionaries on a synthetic world whose features are known.
+demo-truth: $(INSTALLED)
+	$(BIN)/python -m experiments.ground_truth --workdir=runs/truth --flagfile=configs/ground_truth.flags
+	$(BIN)/python -m experiments.report --workdir=runs/truth --flagfile=configs/ground_truth.flags
+	@echo "Open runs/truth/report/index.html"
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
