@@ -55,10 +55,10 @@ def _names(configs: Configs) -> Sequence[str]:
 
 def _initial(configs: Configs) -> str:
     """The dictionaries that training starts from."""
-    from saejax.training import initial
+    from saejax.dictionaries import stacks
 
     folder = configs["train"].init_from if configs["truth"].features else ""
-    return initial.identity(folder) if folder else ""
+    return stacks.identity(folder) if folder else ""
 
 
 def _of_controls(configs: Configs, name: str) -> str:
