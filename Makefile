@@ -3,11 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-graphs demo-tiny test test-slow test-cluster lint docs check-wheel bench-input bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-graphs demo-tiny demo-truth test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
 	@echo "Open runs/demo/report/index.html"
+
+# After the demo: what each of its 4,608 features means, with a page for each.
+demo-atlas: $(INSTALLED)
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags --interpret.dictionaries=topk
+	@echo "Open runs/demo/atlas/topk/index.html"
 
 # After the demo: transcoders of all layers, and a graph for each of two behaviours in the demo's report.
 demo-graphs: $(INSTALLED)
@@ -19,6 +24,12 @@ demo-graphs: $(INSTALLED)
 demo-tiny: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_tiny --flagfile=configs/demo_tiny.flags
 	@echo "Open runs/demo_tiny/report/index.html"
+
+# Dictionaries on a synthetic world whose features are known.
+demo-truth: $(INSTALLED)
+	$(BIN)/python -m experiments.ground_truth --workdir=runs/truth --flagfile=configs/ground_truth.flags
+	$(BIN)/python -m experiments.report --workdir=runs/truth --flagfile=configs/ground_truth.flags
+	@echo "Open runs/truth/report/index.html"
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
@@ -47,6 +58,9 @@ check-wheel: $(INSTALLED)
 
 bench-input: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_input
+
+bench-interpret: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_interpret
 
 bench-ablate: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_ablate

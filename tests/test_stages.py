@@ -34,7 +34,9 @@ def test_every_stage_comes_after_those_whose_units_it_reads():
     configs = {group: cls() for group, cls in GROUPS.items()}
     asked = dict(graph=dict(prompt="a", transcoders="set"), study=dict(benchmarks=("logic",)))
     asked |= dict(patch=dict(kinds=("mlp_out",), dictionary="topk"), probe=dict(labels=("answer",)))
-    asked |= dict(export=dict(dictionaries=("topk",)), task=dict(benchmarks=("gsm8k",)))
+    asked |= dict(
+        interpret=dict(dictionaries=("topk",)), export=dict(dictionaries=("topk",)), task=dict(benchmarks=("gsm8k",))
+    )
     configs |= {group: dataclasses.replace(configs[group], **changes) for group, changes in asked.items()}
     order = list(STAGES)
     for name, declared in STAGES.items():

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.activations.documents import Documents
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
 from saejax.page.document import Example
@@ -28,7 +29,7 @@ _SLACK = 1.02  # on the bound, for rounding: its products are float32, the encod
 
 
 @dataclasses.dataclass(frozen=True)
-class _Window:
+class Window:
     """Where an example stands: tokens start..stop-1 of a document, around ``position``."""
 
     document: int
@@ -78,7 +79,7 @@ def top_examples(
         return {}
     rows_R = np.sort(np.concatenate([store.rows(split, dictionary.site) for split in splits]))
     encoder, group_D = _Encoder(store, dictionary, features), store.documents.column("group")
-    best = [_Best(_SPARE * count) for _ in features]
+    best = [Best(_SPARE * count) for _ in features]
     for start in range(0, len(rows_R), batch):
         rows_B = rows_R[start : start + batch]
         bound_BxK = encoder.bound(rows_B)
@@ -87,7 +88,7 @@ def top_examples(
             document_N = store.tokens(rows_N)[0]
             for k, kept in enumerate(best):
                 kept.add(acts_NxK[:, k], rows_N, document_N, group_D[document_N])
-    chosen = [_choose(store, kept, count, before, after) for kept in best]
+    chosen = [choose(store.documents, kept, *store.tokens(kept.row_N)[:2], count, before, after) for kept in best]
     activation = _neighbours(store, rows_R, encoder, [window for windows in chosen for window in windows])
     return {
         feature: [_example(store, window, activation, k, decode) for window in chosen[k]]
@@ -131,7 +132,7 @@ class _Encoder:
         return np.asarray(self._store.read(self._site, rows_N), np.float32)
 
 
-class _Best:
+class Best:
     """The largest activations seen so far: ``keep`` from distinct groups, from distinct documents, and from anywhere.
 
     Attributes:
@@ -167,13 +168,27 @@ class _Best:
         return np.sort(np.unique(key_N, return_index=True)[1])[: self._keep]
 
 
-def _choose(store: Store, best: _Best, count: int, before: int, after: int) -> list[_Window]:
-    """Up to ``count`` windows, strongest first: new groups, then new documents, then new places; no context twice."""
-    documents_N, positions_N, _ = store.tokens(best.row_N)
+def choose(
+    documents: Documents,
+    best: Best,
+    document_N: np.ndarray,
+    position_N: np.ndarray,
+    count: int,
+    before: int,
+    after: int,
+) -> list[Window]:
+    """Up to ``count`` windows, strongest first: new groups, then new documents, then new places; no context twice.
+
+    Args:
+      documents: of the store.
+      best: the candidates; ``document_N``, ``position_N``: where they are.
+      count: of windows.
+      before, after: tokens of a window before and after the candidate, as far as the document has them.
+    """
     windows = []
-    for document, position in zip(documents_N.tolist(), positions_N.tolist(), strict=True):
-        stop = min(position + after + 1, len(store.documents[document]))
-        windows.append(_Window(document, position, max(position - before, 0), stop))
+    for document, position in zip(document_N.tolist(), position_N.tolist(), strict=True):
+        stop = min(position + after + 1, len(documents[document]))
+        windows.append(Window(document, position, max(position - before, 0), stop))
     chosen: list[int] = []
     contexts: set[tuple[int, ...]] = set()
     for distinct in (best.group_N, best.document_N, None):
@@ -183,7 +198,7 @@ def _choose(store: Store, best: _Best, count: int, before: int, after: int) -> l
             if distinct is not None and distinct[i] in distinct[chosen]:
                 continue
             shown = (windows[j] for j in chosen if windows[j].document == window.document)
-            context = tuple(store.documents[window.document][window.start : window.stop].tolist())
+            context = tuple(documents[window.document][window.start : window.stop].tolist())
             if context not in contexts and not any(other.start <= window.position < other.stop for other in shown):
                 contexts.add(context)
                 chosen.append(i)
@@ -191,7 +206,7 @@ def _choose(store: Store, best: _Best, count: int, before: int, after: int) -> l
 
 
 def _neighbours(
-    store: Store, rows_R: np.ndarray, encoder: _Encoder, windows: Sequence[_Window]
+    store: Store, rows_R: np.ndarray, encoder: _Encoder, windows: Sequence[Window]
 ) -> dict[tuple[int, int], np.ndarray]:
     """The activations [K] at every (document, position) inside a window that the store holds."""
     wanted = {(window.document, place) for window in windows for place in range(window.start, window.stop)}
@@ -211,7 +226,7 @@ def _neighbours(
     return activation
 
 
-def _example(store: Store, window: _Window, activation: dict, k: int, decode: Callable[[int], str]) -> Example:
+def _example(store: Store, window: Window, activation: dict, k: int, decode: Callable[[int], str]) -> Example:
     places = range(window.start, window.stop)
     ids = store.documents[window.document]
     return Example(

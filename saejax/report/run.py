@@ -38,25 +38,27 @@ def run_report(run: Run) -> ReportResults:
     """
     config = run.configs["report"]
     found = read_findings(run.inputs, run.folder, {"report": to_json(config)})
-    ablate = found.one(AblateResults)
-    wanted = [item.feature for result in ablate.behaviours.values() for item in result.top[: config.features]]
-    run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
-    found = dataclasses.replace(found, examples=contexts(run, ablate.dictionary, wanted, config.examples))
+    ablate = next(iter(found.each(AblateResults).values()), None)  # there is none without behaviours
+    behaviours = ablate.behaviours if ablate else {}
+    wanted = [item.feature for result in behaviours.values() for item in result.top[: config.features]]
+    if ablate:
+        run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
+        found = dataclasses.replace(found, examples=contexts(run, ablate.dictionary, wanted, config.examples))
     (run.folder / "figures").mkdir(exist_ok=True)
 
     def draw(name: str, figure: Figure, caption: str, alt: str) -> Picture:
         svg = style.save(figure, run.folder / "figures", name)
         return Picture(name, style.inline(svg, name, alt), caption, alt)
 
-    parts = sections(found, draw, config.features)
+    parts = sections(found, draw, config.features) if ablate else [*_asked(found, draw), overview.reproduce(found)]
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
-    lead = (*overview.lead(found), *(part.lead for part in parts if part.lead))
+    lead = (*(overview.lead(found) if ablate else ()), *(part.lead for part in parts if part.lead))
     page = to_html(config.title, lead, parts, footer)
     write_text(run.folder / "report.md", to_markdown(config.title, lead, parts, footer))
     write_text(run.folder / "index.html", page)
     run.say(f"read {run.folder / 'index.html'}")
     return ReportResults(
-        grades={name: result.grades.highest for name, result in ablate.behaviours.items()},
+        grades={name: result.grades.highest for name, result in behaviours.items()},
         figures=tuple(block.name for part in parts for block in part.blocks if isinstance(block, Picture)),
         contexts={feature: len(found.examples.get(feature, ())) for feature in wanted},
         html_bytes=len(page.encode()),
@@ -71,7 +73,6 @@ def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
       draw: saves a figure.
       shown: features of each behaviour that are shown with contexts.
     """
-    asked = [load(stage.section) for stage in STAGES.values() if stage.section]
     return [
         ablation.answer(found, draw),
         tasks.behaviours_section(found, draw),
@@ -80,12 +81,18 @@ def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
         *report_sets.bases(found, draw),
         *report_sets.agreement(found),
         *report_sets.feature_sets(found, draw),
-        *(section for write in asked for section in write(found, draw)),
+        *_asked(found, draw),
         *report_features.features(found, draw, shown),
         overview.left_out(found),
         overview.limits(found),
         overview.reproduce(found),
     ]
+
+
+def _asked(found: Findings, draw: Draw) -> list[Section]:
+    """The sections of stages that were asked for."""
+    writers = [load(stage.section) for stage in STAGES.values() if stage.section]
+    return [section for write in writers for section in write(found, draw)]
 
 
 def contexts(run: Run, name: str, features: Sequence[int], count: int) -> dict[int, list[Example]]:

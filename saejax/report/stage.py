@@ -19,7 +19,8 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
             f"the report shows dictionaries that its workdir trained, and --ablate.dictionary={tested} is a folder: "
             "run the report there, or read the results of ablate"
         )
-    read = [stage for stage in STAGES.values() if stage.name in _READ or stage.section]
+    always = _READ if configs["task"].has_behaviours else ()
+    read = [stage for stage in STAGES.values() if stage.name in always or stage.section]
     return [unit for stage in read for unit in stage.units(configs)]
 
 
@@ -31,5 +32,5 @@ REPORT = Stage(
     groups=(ReportConfig,),
     after=("*",),
     needs=_needs,
-    names=lambda configs: ("",) if configs["task"].has_behaviours else (),
+    names=lambda configs: ("",) if configs["task"].has_behaviours or configs["truth"].features else (),
 )

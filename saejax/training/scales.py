@@ -1,13 +1,12 @@
 """What the trainer knows of the activations before it starts: their scale, and where the decoder's bias begins."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from saejax.activations.batches import Parts, sites_of
-from saejax.activations.store import Store
-from saejax.activations.stream import ModelStream
 from saejax.dictionaries import losses
 from saejax.errors import UserError
 from saejax.settings import TrainConfig
@@ -16,9 +15,37 @@ from saejax.training.members import Member, SiteScale
 _SAMPLE = 65_536  # rows from which they are estimated
 
 
-def site_scales(
-    store: Store | ModelStream, config: TrainConfig, stack: Sequence[Member], parts: Parts
-) -> list[SiteScale]:
+class ScaledRows(Protocol):
+    """What is known of the activations before training: a ``Store``, a ``ModelStream``, or what stands for one."""
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Those that there are."""
+        ...
+
+    @property
+    def model(self) -> Mapping[str, str]:
+        """Whose activations they are: "name", "revision", "fingerprint"."""
+        ...
+
+    def d(self, site: str) -> int:
+        """Width of a site."""
+        ...
+
+    def max_norm(self, site: str) -> float:
+        """The sink rule: rows with a larger norm are attention sinks."""
+        ...
+
+    def rows(self, split: str, *sites: str) -> np.ndarray:
+        """Rows of a split that are sinks at none of the sites, ascending."""
+        ...
+
+    def read(self, site: str, rows: np.ndarray) -> np.ndarray:
+        """The vectors [n, d] of rows."""
+        ...
+
+
+def site_scales(store: ScaledRows, config: TrainConfig, stack: Sequence[Member], parts: Parts) -> list[SiteScale]:
     """For each member, the factors that bring its activations to a mean norm of sqrt(d), and its first bias.
 
     Estimated from a sample of the store's training rows, or from the first buffer of a stream.

@@ -2,15 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.activations.batches import Parts, sites_of, steps_per_epoch
+from saejax.activations.batches import Parts, steps_per_epoch
 from saejax.activations.store import Store
-from saejax.activations.stream import ModelStream
 from saejax.config import identity, to_json
 from saejax.dictionaries import DictionaryConfig, save_dictionary
 from saejax.dictionaries.formats import own
@@ -27,7 +26,7 @@ from saejax.training.loop import Metrics, train
 from saejax.training.members import Member, members
 from saejax.training.model_input import FromModel, buffer_order, open_stream
 from saejax.training.results import TrainResults
-from saejax.training.scales import site_scales
+from saejax.training.scales import ScaledRows, site_scales
 from saejax.training.state import STATE_VERSION, TrainState
 from saejax.training.step import Trainer
 from saejax.training.writers import make_writers
@@ -46,17 +45,65 @@ def run_train(run: Run) -> TrainResults:
         raise UserError(
             "--train.state_dtype=float64 needs the variable JAX_ENABLE_X64=1: without it JAX has no float64"
         )
-    stored = Store.open(run.inputs["capture"]) if config.source == "store" else None
-    stack = members(config, run.name, chosen_sites(config, stored.sites) if stored else named_sites(config))
-    mesh, parts = make_mesh(run.configs["mesh"]), batch_parts(stack)
-    store = stored or open_stream(run, parts)
+    if config.source == "store":
+        store = Store.open(run.inputs["capture"])
+        stack = members(config, run.name, chosen_sites(config, store.sites))
+        return train_stack(run, stack, _stored(run, store, batch_parts(stack)))
+    stack = members(config, run.name, named_sites(config))
+    return train_stack(run, stack, _streamed(run, batch_parts(stack)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a stack's activations come from.
+
+    Attributes:
+      rows: tells widths, norms and the model, and gives the rows from which scales are estimated.
+      per_epoch: batches of a pass.
+      open: makes the input of a trainer, given the first step and the mode that a run which goes on had.
+      close: gives its memory back.
+    """
+
+    rows: ScaledRows
+    per_epoch: int
+    open: Callable[[Trainer, int, str], Input]
+    close: Callable[[], None] = lambda: None
+
+
+def _stored(run: Run, store: Store, parts: Parts) -> Source:
+    return Source(
+        store,
+        steps_per_epoch(store, parts, run.configs["train"].batch),
+        lambda trainer, first_step, before: make_input(trainer, store, parts, first_step, before, run.say),
+    )
+
+
+def _streamed(run: Run, parts: Parts) -> Source:
+    stream = open_stream(run, parts)
+    per_epoch = buffer_order(run.configs["train"], stream).per_epoch
+    return Source(
+        stream, per_epoch, lambda trainer, first_step, before: FromModel(trainer, stream, parts), stream.close
+    )
+
+
+def train_stack(run: Run, stack: Sequence[Member], source: Source) -> TrainResults:
+    """Trains the members of a stack, as ``run_train`` says.
+
+    Raises:
+      UserError: there are fewer rows than a batch has, or settings that do not fit.
+      Interrupted: asked to stop; what was done is saved.
+    """
+    config: TrainConfig = run.configs["train"]
+    mesh, store = make_mesh(run.configs["mesh"]), source.rows
     dictionary = describe_stack(config, run.name, store, stack)
-    per_epoch = _steps_per_epoch(config, store, parts)
+    per_epoch = source.per_epoch
+    if per_epoch == 0:
+        raise UserError(f"the training tokens are fewer than one batch: lower --train.batch={config.batch}")
     steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
     check_divides(config, dictionary, len(stack), mesh.shape)
-    trainer = Trainer(config, dictionary, stack, mesh, steps, site_scales(store, config, stack, parts))
+    trainer = Trainer(config, dictionary, stack, mesh, steps, site_scales(store, config, stack, batch_parts(stack)))
     with Checkpoints(run.folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
-        state, metrics = _train(run, trainer, store, parts, steps, checkpoints)
+        state, metrics = _train(run, trainer, source, steps, checkpoints)
         best_step = checkpoints.best_step
     silent_for = min(min(per_epoch, steps) * config.batch, MOST_TOKENS)
     silent = jax.jit(lambda silent_MxF: jnp.mean(silent_MxF >= silent_for, axis=1), out_shardings=sharding(mesh))
@@ -79,7 +126,7 @@ def run_train(run: Run) -> TrainResults:
 
 
 def _train(
-    run: Run, trainer: Trainer, store: Store | ModelStream, parts: Parts, steps: int, checkpoints: Checkpoints
+    run: Run, trainer: Trainer, source: Source, steps: int, checkpoints: Checkpoints
 ) -> tuple[TrainState, Metrics]:
     """The state after all steps, from the newest checkpoint on, or from the start."""
     config, dictionary = trainer.config, trainer.dictionary
@@ -99,20 +146,16 @@ def _train(
         f"{verb}: {many}{dictionary.d_in} -> {dictionary.n_features}, {steps} steps of {config.batch} tokens, "
         f"mesh {axes}"
     )
-    if isinstance(store, ModelStream):
-        source: Input = FromModel(trainer, store, parts)
-    else:
-        source = make_input(trainer, store, parts, first_step, recorded.get("input", ""), run.say)
-    checkpoints.record(described | dict(input=source.mode))
+    given = source.open(trainer, first_step, recorded.get("input", ""))
+    checkpoints.record(described | dict(input=given.mode))
     every, path = config.log_every, run.folder / "metrics.jsonl"
     metrics = Metrics(path, first_step, config.batch, every, steps, names, run.say, writers)
     try:
-        state = train(source, state, first_step, steps, metrics, checkpoints, config.checkpoint_every, run.stopping)
+        state = train(given, state, first_step, steps, metrics, checkpoints, config.checkpoint_every, run.stopping)
     finally:
         for writer in writers:
             writer.close()
-        if isinstance(store, ModelStream):
-            store.close()
+        source.close()
     return state, metrics
 
 
@@ -164,9 +207,7 @@ def batch_parts(stack: Sequence[Member]) -> Parts:
     return (inputs,) if inputs == targets else (inputs, targets)
 
 
-def describe_stack(
-    config: TrainConfig, kind: str, store: Store | ModelStream, stack: Sequence[Member]
-) -> DictionaryConfig:
+def describe_stack(config: TrainConfig, kind: str, store: ScaledRows, stack: Sequence[Member]) -> DictionaryConfig:
     """What the members have in common, with the largest of their k and the model of the store."""
     sites = dict.fromkeys(site for member in stack for site in (member.site, member.target))
     widths = {site: store.d(one_of(site, store.sites, "site in this store")) for site in sites}
@@ -214,19 +255,6 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
         centred=config.form == "sae",
         **facts,
     )
-
-
-def _steps_per_epoch(config: TrainConfig, store: Store | ModelStream, parts: Parts) -> int:
-    if isinstance(store, ModelStream):
-        rows, per_epoch = sum(map(store.size, range(len(store)))), buffer_order(config, store).per_epoch
-    else:
-        rows, per_epoch = len(store.rows("train", *sites_of(parts))), steps_per_epoch(store, parts, config.batch)
-    if per_epoch == 0:
-        raise UserError(
-            f"the {'store' if config.source == 'store' else 'text'} has {rows} training tokens, fewer than one batch: "
-            f"lower --train.batch={config.batch}"
-        )
-    return per_epoch
 
 
 def check_divides(config: TrainConfig, dictionary: DictionaryConfig, members: int, axes: Mapping[str, int]) -> None:

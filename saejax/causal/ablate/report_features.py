@@ -1,5 +1,6 @@
 """The report on the features one by one: what each costs, beside its contexts."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from saejax.causal.ablate import report_figures
 from saejax.causal.ablate.importance import DISCOVERY, Importance, importance_file
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, ImportanceSummary, TopFeature
 from saejax.dictionaries import stacks
+from saejax.dictionaries.labels import Label, labels_of
 from saejax.errors import UserError
 from saejax.page.document import Block, Picture, Section, Strips, Text
 from saejax.page.findings import Draw, Findings
@@ -26,7 +28,8 @@ def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
     intro = (
         f"Features were ranked by attribution: the activation times {SLOPES[estimate]} of the logit difference, "
         "summed over a prompt and averaged over the train prompts, an estimate of the effect. The drop is measured: "
-        "what is lost on the test prompts when this feature alone is removed. Features have numbers and no names. "
+        "what is lost on the test prompts when this feature alone is removed. Features have numbers, and names only "
+        "where they were interpreted. "
         "Below are the contexts of the captured text in which they fire most strongly; colour shows how strongly a "
         "feature fires on a token, and the maximum is bold and underlined. ↵ is a line break, ␣ a space, � a piece of "
         "a character."
@@ -36,7 +39,8 @@ def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
         every = [_every(found, name, result, result.importance, draw)] if result.importance else []
         if result.top:
             strips = [_strips(found, name, item) for item in result.top[:shown]]
-            blocks: tuple[Block, ...] = (_singles(name, result, draw), *every, _feature_table(result), *strips)
+            table = _feature_table(result, labels(found))
+            blocks: tuple[Block, ...] = (_singles(name, result, draw), *every, table, *strips)
             sections.append(Section(detail_title(name), blocks, level=3))
         else:
             nothing = Text(
@@ -98,11 +102,18 @@ def _agreement(summary: ImportanceSummary) -> str:
     )
 
 
-def _feature_table(result: BehaviourAblation) -> Table:
+def labels(found: Findings) -> Mapping[int, Label]:
+    """What features of the tested dictionary are called, where it was interpreted in this run."""
+    name = found.one(AblateResults).dictionary
+    kind, _ = stacks.kind_and_member(name)
+    return labels_of(found.report.parent, name) if found.folders.keys() & {f"interpret/{kind}"} else {}
+
+
+def _feature_table(result: BehaviourAblation, known: Mapping[int, Label]) -> Table:
     top = result.top
     rows = tuple(
         (
-            str(item.feature),
+            f"{item.feature} {known[item.feature].label}" if item.feature in known else str(item.feature),
             interval(item.logit_diff_drop),
             number(item.control_drop),
             interval(item.accuracy_drop, 0, 100),
@@ -154,7 +165,9 @@ def _strips(found: Findings, name: str, item: TopFeature) -> Strips:
         if other != name and feature in {entry.feature for entry in result.top}
     ]
     rate, mean = (float(held_out(found, name)[feature]) for name in ("firing_rate", "mean_activation"))
-    note = f"Removing it alone costs {interval(item.logit_diff_drop)} logits. "
+    called = labels(found).get(feature)
+    note = f"Called {called.label} by {called.by}. " if called else ""
+    note += f"Removing it alone costs {interval(item.logit_diff_drop)} logits. "
     note += (
         f"It fires on {significant(100 * rate)} % of held-out tokens, at {significant(mean)} on average."
         if rate > 0

@@ -1,0 +1,85 @@
+"""How fast features are interpreted, beside the encoder alone, at the demo's size (random store, d 576, F 4,608).
+
+Run: python -m benchmarks.bench_interpret [--rows 65536] [--features 4608] [--k 64]
+Prints tokens/s of the encoder alone, of the pass that writes all firings, and of all that is said of the features,
+labels searched included (without the model's part), their ratios, the peak of memory and, last, one line of JSON.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks.bench_input import SITE, random_store
+from saejax.activations.store import Store
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.evaluation.member_data import MemberData
+from saejax.interpret.detectors import best_detectors
+from saejax.interpret.firings import blocks, record
+from saejax.interpret.neighbours import Together, nearest_rows
+from saejax.interpret.records import Describer
+from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
+from saejax.parallel import make_mesh
+
+VOCABULARY, BATCH = 49_152, 4096
+
+
+def encoder_seconds(store: Store, dictionary: Dictionary) -> float:
+    """Reads and encodes all training rows."""
+    (member,), rows = MemberData.of([dictionary], make_mesh()), store.rows("train", SITE)
+    encode = jax.jit(lambda member, x_BxD: member.encode(x_BxD))
+    jax.block_until_ready(encode(member, store.read(SITE, rows[:BATCH])))
+    start = time.perf_counter()
+    for first in range(0, len(rows) - BATCH + 1, BATCH):
+        jax.block_until_ready(encode(member, store.read(SITE, rows[first : first + BATCH])))
+    return (time.perf_counter() - start) * len(rows) / (len(rows) // BATCH * BATCH)
+
+
+def interpret_seconds(store: Store, dictionary: Dictionary, text: CodedText, folder: Path) -> tuple[float, float]:
+    """Seconds of the pass, and of what follows."""
+    features, mesh = dictionary.config.n_features, make_mesh()
+    record(store, "held_out", {folder / "warm": dictionary}, mesh, BATCH)  # compiles
+    start = time.perf_counter()
+    together = Together(features, len(store.rows("train", SITE)))
+    place = record(store, "train", {folder / "own": dictionary}, mesh, BATCH, on_batch=together.add)
+    middle = time.perf_counter()
+    bases = {family: CodeCounts(text.code(family, place)) for family in FAMILIES}
+    nearest = nearest_rows(dictionary.W_dec_FxD[...], 6)
+    describer = Describer(store, text, place, bases, 8, 2, None, nearest, together)
+    for block in blocks(folder / "own", features):
+        describer.records(block, best_detectors(block, text, bases, ())[1])
+    return middle - start, time.perf_counter() - middle
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=65_536)
+    parser.add_argument("--d", type=int, default=576)
+    parser.add_argument("--features", type=int, default=4608)
+    parser.add_argument("--k", type=int, default=64)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(Path(folder) / "store", args.rows, args.d, "bfloat16", 65_536)
+        ids = (np.random.default_rng(1).zipf(1.3, args.rows) % VOCABULARY).astype(np.int32)
+        object.__setattr__(store.documents, "ids_T", ids)
+        config = DictionaryConfig(kind="topk", site=SITE, d_in=args.d, n_features=args.features, k=args.k)
+        dictionary = Dictionary.initial(config, jax.random.key(0))
+        tokens = len(store.rows("train", SITE))
+        encoder = encoder_seconds(store, dictionary)
+        text = CodedText(store.documents, [f" {i}" for i in range(VOCABULARY)])
+        written, said = interpret_seconds(store, dictionary, text, Path(folder) / "firings")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    results = {"encoder": encoder, "pass": written, "all": written + said}
+    for name, seconds in results.items():
+        print(f"{name:10s} {tokens / seconds:12,.0f} tokens/s, {seconds / encoder:5.2f} x the encoder alone")
+    print(f"peak of memory {peak:.2f} GB")
+    print(json.dumps(dict(vars(args), tokens=tokens, peak_gb=round(peak, 3), **results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""What the stage ``ground_truth`` takes."""
+
+from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
+from saejax.costs.passes import step_flops
+from saejax.ground_truth.rows import SITE
+from saejax.ground_truth.stage import CONTROLS
+from saejax.training.members import members
+
+_OVERHEAD = 0.45  # as of the stage train
+_DRAW = 200  # floating-point operations that drawing one activation takes as long as, on a CPU
+
+
+def truth_cost(plan: PlannedRun, name: str) -> Cost:
+    """Training of all members on the samples, which are drawn as they are needed, and a pass over the held-out ones."""
+    truth, train = plan.configs["truth"], plan.configs["train"]
+    d, f = truth.dimensions, truth.dimensions * train.expansion
+    count = len(members(train, train.kinds[0] if name == CONTROLS else name, [SITE]))
+    seen = truth.samples * train.epochs
+    seen = min(seen, train.max_steps * train.batch or seen)
+    drawn = (seen + truth.held_out * count) * truth.features * (2.0 * d + _DRAW)
+    arrays = count * WIDTH[train.state_dtype] * 2 * d * f
+    return Cost(
+        DeviceBytes(
+            dictionary=arrays,
+            optimizer=3 * arrays,
+            activations=4 * (2 * train.batch * (d + f) + 6 * train.batch * truth.features + truth.features * d),
+        ),
+        count * (step_flops(seen, d, f) + 4.0 * truth.held_out * d * f) + drawn,
+        train.matmul,
+        _OVERHEAD,
+        START,
+        disk=count * 7 * 4 * 2 * d * f,
+        counts=dict(samples=seen, members=count),
+    )

@@ -1,0 +1,106 @@
+"""The report on the synthetic world: which of its features dictionaries of each kind find."""
+
+from collections.abc import Iterator, Sequence
+
+from saejax.ground_truth.results import JudgedDictionary, TruthResults
+from saejax.ground_truth.stage import CONTROLS
+from saejax.page.document import Block, Section, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import Table, interval, number, percent
+
+ENOUGH = 0.9  # share of the frequent directions that the best kind must find
+
+_CONTROL_NAMES = {"frozen": "random decoder", "untrained": "untrained"}
+_COLUMNS: tuple[tuple[str, str, int, float], ...] = (
+    ("Recovered, %", "recovered", 1, 100),
+    ("MCC", "mcc", 3, 1),
+    ("F1", "f1", 3, 1),
+    ("F1 of features", "f1_features", 3, 1),
+    ("Split, %", "split", 1, 100),
+    ("Merged, %", "merged", 1, 100),
+    ("Absorbed, %", "absorbed", 1, 100),
+    ("L0", "l0", 1, 1),
+    ("Dead, %", "dead", 1, 100),
+    ("Explained variance", "explained_variance", 3, 1),
+)
+_NOTE = (
+    "Recovered: share of the frequent features whose own feature of the dictionary has a cosine above 0.9 with them. "
+    "MCC: mean cosine of features matched one to one. F1: of when a feature is there and when its own fires; F1 of "
+    "features: of each feature of the dictionary and the nearest of the world, as SynthSAEBench has it. Split, merged, "
+    "absorbed: shares of the frequent features that several features of the dictionary share, that share one, and "
+    "whose own falls silent where that of a child takes over. Best possible: the largest true activations, as many as "
+    "the dictionary above has, decoded by the true directions."
+)
+
+
+def sections(found: Findings, draw: Draw) -> list[Section]:
+    """The synthetic world; no section if there is none."""
+    units = found.each(TruthResults)
+    return [section(list(units.values()), found.settings()["truth"]["frequent"])] if CONTROLS in units else []
+
+
+def section(results: Sequence[TruthResults], frequent: float) -> Section:
+    """What was found of the world, and by which kinds, beside the controls.
+
+    Args:
+      results: of all units.
+      frequent: share of vectors on which a feature must fire to be judged.
+    """
+    world, some = results[0].world, results[0]
+    judged = [(name, one) for each in results for name, one in _named(each)]
+    seeds = len(judged[0][1].seeds)
+    spread = f"with 95 % t intervals over {seeds} seeds" if seeds > 1 else "of one seed each, so without intervals"
+    intro = (
+        f"This world is synthetic: its vectors, of {world.dimensions:,} dimensions, are sums of {world.features:,} "
+        f"known directions, of which {number(world.l0, 1)} are there at a time. A direction's nearest other has a "
+        f"cosine of {number(world.nearest_cosine)} with it, on average. Dictionaries of {some.features:,} features "
+        f"were trained on {some.samples:,} vectors by the code that trains on a model's activations, and judged on "
+        f"{some.held_out:,} others. {world.frequent:,} features fire on more than {percent(frequent, 2)} of the "
+        "vectors, and these must be found."
+    )
+    verdict = line(judged)
+    columns = ("Dictionary", *(heading for heading, *_ in _COLUMNS))
+    rows = tuple(row for name, one in judged for row in _rows(name, one))
+    table = Table(f"What is known and what was found, {spread}", columns, rows, stack=False, note=_NOTE)
+    blocks: tuple[Block, ...] = (Text(verdict, strong=True), Text(intro), table)
+    return Section("Features that are known to be there", blocks, lead=verdict)
+
+
+def line(judged: Sequence[tuple[str, JudgedDictionary]]) -> str:
+    """The verdict in a sentence or two."""
+    learned = [(name, one) for name, one in judged if not one.control]
+    name, best = max(learned, key=lambda pair: pair[1].scores.recovered.mean)
+    share = best.scores.recovered
+    above = max((one.scores.recovered.mean for _, one in judged if one.control), default=0.0)
+    answer = "YES" if share.mean >= ENOUGH and share.mean > above else "NO"
+    return (
+        f"Does the method find what is known to be there? {answer}: of the synthetic world's frequent features {name} "
+        f"recovers {interval(share, 1, 100)} % ({percent(ENOUGH)} were asked for), the best control "
+        f"{percent(above, 1)}."
+    )
+
+
+def _named(results: TruthResults) -> Iterator[tuple[str, JudgedDictionary]]:
+    for one in results.dictionaries:
+        member = f"{results.kind}/{one.name}" if one.name else results.kind
+        yield f"{_CONTROL_NAMES[one.control]} ({member})" if one.control else member, one
+
+
+def _rows(name: str, one: JudgedDictionary) -> Iterator[tuple[str, ...]]:
+    """What a dictionary reaches, and below it what could be reached with as many activations."""
+
+    def cell(field: str, digits: int, scale: float) -> str:
+        value = getattr(one.scores, field)
+        return interval(value, digits, scale) if len(one.seeds) > 1 else number(value.mean * scale, digits)
+
+    yield name, *(cell(field, digits, scale) for _, field, digits, scale in _COLUMNS)
+    if not one.control:
+        best = dict(f1="best_f1", explained_variance="best_explained_variance")
+        blank = ("100.0", "1.000")
+        yield (
+            "  best possible",
+            *(
+                cell(best[field], digits, scale) if field in best else (blank[i] if i < 2 else "")
+                for i, (_, field, digits, scale) in enumerate(_COLUMNS)
+            ),
+        )

@@ -1,0 +1,131 @@
+"""The stage ``ground_truth``: dictionaries are trained on a synthetic world, and judged by what is known of it.
+
+Each kind of ``--train.kinds`` is a unit, trained by the same code as on a model's activations. One more, ``controls``,
+has dictionaries of the first kind that have learned no directions: with a random decoder that stays as it is, and
+without any training.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from scipy.stats import t
+
+from saejax.dictionaries import Dictionary, load_dictionary
+from saejax.errors import Interrupted, UserError
+from saejax.ground_truth.matching import Matching
+from saejax.ground_truth.results import FoundFeatures, JudgedDictionary, TruthResults, WorldFacts
+from saejax.ground_truth.rows import SITE, synthetic_source
+from saejax.ground_truth.scores import Counts, count, scores
+from saejax.ground_truth.stage import CONTROLS, TruthConfig
+from saejax.ground_truth.world import World, make_world
+from saejax.results import Interval, to_json
+from saejax.settings import TrainConfig
+from saejax.training.members import Member, members
+from saejax.training.train import train_stack
+from saejax.workspace import Run, write_json
+
+
+def run_ground_truth(run: Run) -> TruthResults:
+    """Trains the members of kind ``run.name``, or the controls, and judges them.
+
+    Writes what the stage ``train`` writes, and ``scores.json`` beside each dictionary. An interrupted run goes on at
+    its newest checkpoint and ends with the same bits as one that was not.
+
+    Raises:
+      UserError: there is no such world, or the trainer refuses its settings.
+      Interrupted: asked to stop; what was done is saved.
+    """
+    truth, train = run.configs["truth"], run.configs["train"]
+    if train.form != "sae":
+        raise UserError(f"--train.form={train.form}: a synthetic world has one site, so only --train.form=sae fits")
+    world = make_world(truth)
+    kind, judged = run.name, []
+    if kind == CONTROLS:
+        kind = train.kinds[0]
+        for control, settings in _controls(train).items():
+            judged += _judge(run, world, kind, control, settings)
+    else:
+        judged = _judge(run, world, kind, "", train)
+    dictionary, counts = judged[0][1:]
+    found = tuple(one for one, _, _ in judged)
+    for one in found:
+        run.say(_line(one))
+    return TruthResults(
+        kind=kind,
+        features=dictionary.config.n_features,
+        samples=truth.samples // train.batch * train.batch * train.epochs,
+        held_out=counts.tokens,
+        world=_facts(world, counts, truth.frequent),
+        dictionaries=found,
+    )
+
+
+def _controls(train: TrainConfig) -> dict[str, TrainConfig]:
+    """How controls are trained, by name. Without a learning rate nothing changes but what batchtopk measures."""
+    frozen = dataclasses.replace(train, freeze="decoder", resample_every=0)
+    return dict(frozen=frozen, untrained=dataclasses.replace(frozen, learning_rate=(0.0,), max_steps=10))
+
+
+def _judge(
+    run: Run, world: World, kind: str, control: str, train: TrainConfig
+) -> list[tuple[JudgedDictionary, Dictionary, Counts]]:
+    """Trains a stack and judges its members, those together that differ in their seed alone."""
+    truth: TruthConfig = run.configs["truth"]
+    folder = run.folder / control
+    folder.mkdir(exist_ok=True)
+    stack = members(train, kind, [SITE])
+    inner = dataclasses.replace(run, name=kind, folder=folder, configs=dict(run.configs) | dict(train=train))
+    train_stack(inner, stack, synthetic_source(truth, world, train.batch))
+    groups: dict[str, list[Member]] = {}
+    for member in stack:
+        groups.setdefault(_without_seed(member), []).append(member)
+    judged = []
+    for name, own in groups.items():
+        found = []
+        for member in own:
+            if run.stopping():
+                raise Interrupted("stopped while dictionaries were judged: run the same command to go on")
+            dictionary = load_dictionary(folder / member.name / "dictionary")
+            matching = Matching.of(np.asarray(dictionary.W_dec_FxD[...]), np.asarray(world.directions_JxD))
+            counts = count(dictionary, world, truth, matching)
+            found.append(scores(counts, matching, world, truth.frequent))
+            write_json(folder / member.name / "scores.json", found[-1])
+        seeds = tuple(member.settings["seed"] for member in own)
+        spread = FoundFeatures(**{score: over_seeds([one[score] for one in found]) for score in found[0]})
+        judged.append((JudgedDictionary(name, control, seeds, spread), dictionary, counts))
+    return judged
+
+
+def _without_seed(member: Member) -> str:
+    return "-".join(part for part in member.name.split("-") if not part.startswith("seed"))
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean and its 95 % t interval; one value has an interval of no length."""
+    mean, count = float(np.mean(values)), len(values)
+    half = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5) if count > 1 else 0.0
+    return Interval(mean, mean - half, mean + half)
+
+
+def _facts(world: World, counts: Counts, frequent: float) -> WorldFacts:
+    directions_JxD = world.directions_JxD
+    count, dimensions = directions_JxD.shape
+    nearest = jax.jit(lambda some_BxD: jax.numpy.sort(abs(some_BxD @ directions_JxD.T), axis=1)[:, -2])  # [-1]: itself
+    return WorldFacts(
+        features=count,
+        frequent=int(np.sum(counts.active_J > frequent * counts.tokens)),
+        dimensions=dimensions,
+        l0=float(counts.active_J.sum() / counts.tokens),
+        nearest_cosine=float(np.mean(nearest(directions_JxD[:: max(count // 1024, 1)]))),
+    )
+
+
+def _line(one: JudgedDictionary) -> str:
+    score = to_json(one.scores)
+    name = " ".join(filter(None, (one.control, one.name)))
+    return f"{name + ': ' if name else ''}" + ", ".join(
+        f"{field} {score[field]['mean']:.3f}"
+        for field in ("recovered", "mcc", "f1", "l0", "explained_variance", "best_explained_variance")
+    )

@@ -1,0 +1,170 @@
+"""How well the features of a dictionary are those of the world, on vectors that it was not trained on."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.dictionaries import Dictionary
+from saejax.ground_truth.matching import Matching
+from saejax.ground_truth.rows import HELD_OUT, batch_key
+from saejax.ground_truth.sampling import draw
+from saejax.ground_truth.stage import TruthConfig
+from saejax.ground_truth.world import World
+
+RECOVERED = 0.9  # cosine above which a direction counts as found
+_BATCH = 1024
+_SEEN = 20  # times that a child must be there before it can be said to absorb its parent
+_CARRIES = 0.25  # cosine of the child's feature with the parent's direction from which on it carries the parent, too
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Sums over N held-out vectors.
+
+    Attributes:
+      tokens: N.
+      active_J: how often each direction is there; ``fired_F``: how often each feature fires.
+      nearest_F: how often a feature fires and its nearest direction is there.
+      matched_J: how often a direction is there and the feature that stands for it fires.
+      parent_J: how often a direction is there and the feature that stands for its parent fires.
+      kept_J: how often it is among the largest activations of the world, as many as the dictionary has.
+      error, kept_error: summed squares of what the dictionary, or the kept activations, leave of the vectors.
+      square, total_D: summed squares, and sum, of the vectors.
+    """
+
+    tokens: int
+    active_J: np.ndarray
+    fired_F: np.ndarray
+    nearest_F: np.ndarray
+    matched_J: np.ndarray
+    parent_J: np.ndarray
+    kept_J: np.ndarray
+    error: float
+    kept_error: float
+    square: float
+    total_D: np.ndarray
+
+    @property
+    def variance(self) -> float:
+        """Sum over the vectors of the squared distance from their mean."""
+        return self.square - float(np.square(self.total_D).sum()) / self.tokens
+
+
+@jax.jit(static_argnames="batch")
+def _count(
+    dictionary: Dictionary,
+    world: World,
+    key: jax.Array,
+    places: Mapping[str, jax.Array],
+    threshold: jax.Array,
+    batch: int,
+) -> dict[str, jax.Array]:
+    """The sums of one batch; ``places`` has ``nearest_F``, ``matched_J`` and ``parent_J`` of what is counted."""
+    x_BxD, code_BxJ = draw(world, key, batch)
+    f_BxF = dictionary.encode(x_BxD)
+    fires_BxF, there_BxJ, kept_BxJ = dictionary.fires(f_BxF), code_BxJ > 0, code_BxJ > threshold
+    kept_BxD = jnp.where(kept_BxJ, code_BxJ, 0.0) @ world.directions_JxD + world.bias_D[None]
+
+    def both(features_J: jax.Array) -> jax.Array:
+        fires_BxJ = jnp.take(fires_BxF, features_J, axis=1) & (features_J >= 0)[None]
+        return jnp.sum(there_BxJ & fires_BxJ, 0)
+
+    return dict(
+        active_J=jnp.sum(there_BxJ, 0),
+        fired_F=jnp.sum(fires_BxF, 0),
+        nearest_F=jnp.sum(fires_BxF & jnp.take(there_BxJ, places["nearest_F"], axis=1), 0),
+        matched_J=both(places["matched_J"]),
+        parent_J=both(places["parent_J"]),
+        kept_J=jnp.sum(kept_BxJ, 0),
+        error=jnp.sum((x_BxD - dictionary.decode(f_BxF, x_BxD)) ** 2),
+        kept_error=jnp.sum((x_BxD - kept_BxD) ** 2),
+        square=jnp.sum(x_BxD**2),
+        total_D=jnp.sum(x_BxD, 0),
+    )
+
+
+def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: Matching) -> Counts:
+    """Runs a dictionary on the held-out vectors."""
+    feature_J, parent_J = matching.feature_J, world.parent_J
+    places = dict(
+        nearest_F=matching.nearest_F,
+        matched_J=feature_J,
+        parent_J=np.where(parent_J < 0, -1, feature_J[parent_J]),
+    )
+    threshold = _threshold(dictionary, world, config)
+    sums: dict[str, Any] = {}
+    steps = max(config.held_out // _BATCH, 1)
+    for number in range(steps):
+        key = batch_key(config.seed, HELD_OUT, number)
+        found = _count(dictionary, world, key, places, threshold, batch=_BATCH)
+        for name, value in found.items():
+            value = np.asarray(value)
+            wide = value.astype(np.int64 if value.dtype.kind == "i" else np.float64)
+            sums[name] = sums.get(name, 0) + wide
+    scalars: dict[str, Any] = {name: float(sums.pop(name)) for name in ("error", "kept_error", "square")}
+    return Counts(tokens=steps * _BATCH, **sums, **scalars)
+
+
+def _threshold(dictionary: Dictionary, world: World, config: TruthConfig) -> np.float32:
+    """The activation above which the world has as many as the dictionary fires, on a batch; 0 if it has fewer."""
+    x_BxD, code_BxJ = jax.jit(draw, static_argnums=2)(world, batch_key(config.seed, HELD_OUT, 0), _BATCH)
+    kept = int(jnp.sum(dictionary.fires(dictionary.encode(x_BxD))))
+    size_N = np.sort(np.asarray(code_BxJ)[np.asarray(code_BxJ) > 0])
+    return np.float32(size_N[-kept - 1] if kept < len(size_N) else 0.0)
+
+
+def scores(counts: Counts, matching: Matching, world: World, frequent: float) -> dict[str, float]:
+    """The scores of ``results.FoundFeatures`` by their names.
+
+    Args:
+      counts: of ``count``.
+      matching: of the dictionary and the world.
+      world: the world.
+      frequent: share of vectors; the directions that are there more often are those that must be found.
+    """
+    often_J = counts.active_J > frequent * counts.tokens
+    fired_J = np.where(matching.feature_J < 0, 0, counts.fired_F[matching.feature_J])
+
+    def share(where_J: np.ndarray) -> float:
+        return float(where_J[often_J].mean()) if often_J.any() else 0.0
+
+    return dict(
+        recovered=share(matching.matched_J > RECOVERED),
+        mcc=matching.mcc,
+        f1=share(_f1(counts.matched_J, fired_J, counts.active_J)),
+        f1_features=float(_f1(counts.nearest_F, counts.fired_F, counts.active_J[matching.nearest_F]).mean()),
+        uniqueness=matching.uniqueness,
+        split=share(matching.split_J),
+        merged=share(matching.merged_J),
+        absorbed=share(absorbed(counts, matching, world)),
+        l0=float(counts.fired_F.sum() / counts.tokens),
+        dead=float(np.mean(counts.fired_F == 0)),
+        explained_variance=1 - counts.error / counts.variance,
+        best_f1=share(_f1(counts.kept_J, counts.kept_J, counts.active_J)),
+        best_explained_variance=1 - counts.kept_error / counts.variance,
+    )
+
+
+def _f1(both: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """2 both / (one + other), the harmonic mean of precision and recall; 0 where both are 0."""
+    return 2 * both / np.maximum(one + other, 1)
+
+
+def absorbed(counts: Counts, matching: Matching, world: World) -> np.ndarray:
+    """Where a direction's feature is put out by a child's feature, which carries the parent's direction as well [J].
+
+    The feature fires on most vectors with the direction without that child, and less than half as often with it.
+    """
+    found_J = np.zeros(len(world.parent_J), bool)
+    child_N = np.flatnonzero((world.parent_J >= 0) & (counts.active_J >= _SEEN) & (matching.feature_J >= 0))
+    parent_N = world.parent_J[child_N]
+    with_N = counts.parent_J[child_N] / counts.active_J[child_N]
+    rest_N = counts.active_J[parent_N] - counts.active_J[child_N]
+    without_N = (counts.matched_J[parent_N] - counts.parent_J[child_N]) / np.maximum(rest_N, 1)
+    carries_N = matching.cosine_FxJ[matching.feature_J[child_N], parent_N] > _CARRIES
+    found_J[parent_N[(rest_N > 0) & (without_N > 0.5) & (with_N < without_N / 2) & carries_N]] = True
+    return found_J

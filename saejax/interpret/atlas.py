@@ -1,0 +1,124 @@
+"""The stage ``atlas``: a folder that opens from disk and shows every feature.
+
+``index.html`` finds features and shows one at a time, ``index.html#topk/123``. Browsers do not let a page read files of
+its folder, but run scripts from it: ``data/index.js`` has a few columns of all features, ``data/00000.js`` and so on
+the records of ``CHUNK`` features each, which are loaded when one is looked at.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from saejax.causal.ablate.results import AblateResults
+from saejax.dictionaries import stacks
+from saejax.dictionaries.labels import FOUND, LABELS, Label, load_labels
+from saejax.interpret.labels import read_labels
+from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
+from saejax.interpret.run import FEATURES
+from saejax.results import load_results, to_json
+from saejax.workspace import Run, read_json, write_json, write_text
+
+CHUNK = 32  # features of a file that is loaded at once
+_VIEWER = Path(__file__).parent / "viewer"
+_PAGE = ("index.html", "atlas.css", "atlas.js", "feature.js")
+
+
+def run_atlas(run: Run) -> AtlasResults:
+    """Writes the pages of the dictionaries of ``interpret/<name>``, in folders of their names if there are several.
+
+    Raises:
+      UserError: the file of labels cannot be read, or names a feature that does not exist.
+    """
+    interpreted: InterpretResults = load_results(run.inputs[f"interpret/{run.name}"])
+    path, several = run.configs["atlas"].labels, len(interpreted.members) > 1
+    several = several or len(run.configs["interpret"].dictionaries) > 1
+    by_hand = {
+        member.name: read_labels(Path(path), stacks.full_name(run.name, member.name), member.features, several)
+        for member in (interpreted.members if path else ())
+    }  # all of them before anything is written
+    measured = _effects(run)
+    made = []
+    for member in interpreted.members:
+        source, own = run.inputs[f"interpret/{run.name}"] / member.name, by_hand.get(member.name, {})
+        name = stacks.full_name(run.name, member.name)
+        labels = load_labels(source / LABELS) | own
+        records = (one for file in sorted((source / FEATURES).glob("*.json")) for one in read_json(file))
+        write_atlas(run.folder / member.name, name, records, labels, measured.get(name, {}))
+        found = sum(label.by == FOUND for label in labels.values())
+        made.append(AtlasPages(name, member.name, member.features, len(own), found))
+        run.say(f"open {run.folder / member.name / 'index.html'}")
+    return AtlasResults(run.name, tuple(made))
+
+
+def _effects(run: Run) -> dict[str, dict[int, dict[str, float]]]:
+    """Dictionary -> feature -> behaviour -> the logit difference that is lost without the feature."""
+    for unit, folder in run.inputs.items():
+        if unit.startswith("ablate/"):
+            results: AblateResults = load_results(folder)
+            found: dict[int, dict[str, float]] = {}
+            for behaviour, result in results.behaviours.items():
+                for item in result.top:
+                    found.setdefault(item.feature, {})[behaviour] = round(item.logit_diff_drop.mean, 4)
+            return {results.dictionary: found}
+    return {}
+
+
+def write_atlas(
+    folder: Path,
+    dictionary: str,
+    records: Iterable[Mapping[str, Any]],
+    labels: Mapping[int, Label],
+    effects: Mapping[int, Mapping[str, float]],
+) -> None:
+    """Writes the atlas of a dictionary; what a run that was killed left there is replaced.
+
+    Args:
+      folder: where to.
+      dictionary: its name, the beginning of addresses on the page.
+      records: of all features, in their order, as ``records`` makes them.
+      labels: by feature.
+      effects: feature -> behaviour -> the logit difference that is lost without it, where it was measured.
+    """
+    shutil.rmtree(folder / "data", ignore_errors=True)
+    (folder / "data").mkdir(parents=True)
+    columns: dict[str, list] = {name: [] for name in ("label", "by", "token", "rate", "f1", "effect")}
+    chunk: list[dict[str, Any]] = []
+    for record in records:
+        feature = record["feature"]
+        label, effect = labels.get(feature), effects.get(feature, {})
+        tokens, detectors = record.get("tokens") or [], record.get("detectors") or []
+        row = dict(
+            label=label.label if label else "",
+            by=label.by if label else "",
+            token=tokens[0]["text"] if tokens else "",
+            rate=record["rate"],
+            f1=detectors[0]["f1"]["mean"] if detectors else 0,
+            effect=max(effect.values(), key=abs, default=0),
+        )
+        for name, value in row.items():
+            columns[name].append(value)
+        extra = dict(label=to_json(label)) if label else {}
+        chunk.append(dict(record) | extra | (dict(effects=dict(effect)) if effect else {}))
+        if len(chunk) == CHUNK:
+            _script(folder, feature // CHUNK, chunk)
+            chunk = []
+    if chunk:
+        _script(folder, chunk[-1]["feature"] // CHUNK, chunk)
+    number = len(columns["rate"])
+    about = dict(dictionary=dictionary, features=number, chunk=CHUNK, columns=columns)
+    write_text(folder / "data" / "index.js", f"atlas.index({_json(about)})\n")
+    write_json(folder / LABELS, {str(feature): to_json(label) for feature, label in labels.items()})
+    for name in _PAGE:
+        write_text(folder / name, (_VIEWER / name).read_text(encoding="utf-8"))
+
+
+def _script(folder: Path, number: int, records: list[dict[str, Any]]) -> None:
+    write_text(folder / "data" / f"{number:05d}.js", f"atlas.chunk({number},{_json(records)})\n")
+
+
+def _json(data: Any) -> str:
+    """JSON as an expression of JavaScript. Half characters, which tokens may be, become replacement characters."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

@@ -1,0 +1,29 @@
+"""What the stage ``interpret`` takes."""
+
+from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
+from saejax.costs.passes import dictionary_bytes, weight_bytes
+from saejax.interpret.control import MOST
+from saejax.parallel import part_size
+
+_FIRING = 3e-6  # seconds on the host for each, measured
+_FEATURE = 4e-3  # seconds on the host for each: contexts and their files
+_RECORD = 10  # bytes of a firing on disk
+_L0 = 64  # firings a token where the kind does not say
+
+
+def interpret_cost(plan: PlannedRun, kind: str) -> Cost:
+    """Every member encodes all tokens once, the random directions beside it; its firings pass through a file."""
+    stack, config = plan.stacks[kind], plan.configs["interpret"]
+    used, members = stack.dictionary, len(stack.members)
+    firings = plan.tokens * (used.k or _L0)
+    encode = 2.0 * plan.tokens * used.d_in * (used.n_features + min(MOST, used.n_features))
+    batch = part_size(plan.axes, (config.batch_tokens, used.n_features), "data", "model")
+    model = weight_bytes(plan.model, plan.axes, plan.dtype)
+    return Cost(
+        DeviceBytes(model, dictionary_bytes(used, "float32"), activations=3 * WIDTH["float32"] * batch),
+        members * encode,
+        overhead=0.3,
+        host_seconds=START + members * (_FIRING * firings + _FEATURE * used.n_features),
+        disk=_RECORD * firings + 6000 * members * used.n_features,
+        batches=dict(tokens=config.batch_tokens),
+    )

@@ -1,0 +1,198 @@
+"""What is said of every feature of a block, from all of its firings on the search text.
+
+Examples are the strongest firings, in contexts that differ, and draws from ten groups: a feature's firings in the order
+of their activation, cut into tenths (group 9 has the strongest). Of every group the firings with the largest *priority*
+are kept, a hash of the place, so that each draw is uniform in its group without a random state.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import norm
+
+from saejax.activations.store import Store
+from saejax.analysis.examples import Best, choose
+from saejax.interpret.detectors import PairCounts
+from saejax.interpret.firings import Block
+from saejax.interpret.text import CodeCounts, CodedText
+
+GROUPS = 10
+BEFORE, AFTER = 10, 5  # tokens of a context before and after the firing
+LOWEST, BINS, PER_OCTAVE = -10, 40, 2  # of the histogram: the first edge is 2^LOWEST
+_POSITIONS = 12  # bins of positions: 0, 1, 2 to 3, 4 to 7, ...
+_SPARE = 4  # candidates for each of the strongest examples, because contexts that repeat are passed over
+_JOINT = 13  # bits of a feature of a block and one of its groups
+_BLOCK_CODES = 64  # tokens of each feature with which associations are tested, those on which it fires most
+
+
+@dataclasses.dataclass(frozen=True)
+class Associations:
+    """Features and codes that go together: a row for each pair, sorted by feature.
+
+    Attributes:
+      feature, code: of each pair; the feature counted from the block's first.
+      hits: places of the code at which the feature fires.
+      there: places of the code.
+      total: summed activation on them.
+      pmi: pointwise mutual information of firing and code, in bits.
+      odds, odds_low, odds_high: odds ratio with its 95 % interval (Woolf, 1955, half a count added to each cell).
+      p: of the odds ratio being 1 or below, one-sided.
+    """
+
+    feature: np.ndarray
+    code: np.ndarray
+    hits: np.ndarray
+    there: np.ndarray
+    total: np.ndarray
+    pmi: np.ndarray
+    odds: np.ndarray
+    odds_low: np.ndarray
+    odds_high: np.ndarray
+    p: np.ndarray
+
+
+def priority(place: np.ndarray) -> np.ndarray:
+    """A fixed random number, uint64, for every place (splitmix64: Steele, Lea and Flood, OOPSLA 2014)."""
+    z = place.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return z ^ z >> np.uint64(31)
+
+
+def histogram(block: Block) -> np.ndarray:
+    """Firings by activation, int64 [features, BINS]; what lies beyond the edges is in the outermost bins."""
+    bin_ = np.floor((np.log2(block.value) - LOWEST) * PER_OCTAVE).astype(np.int64)
+    joint = block.feature * BINS + np.clip(bin_, 0, BINS - 1)
+    return np.bincount(joint, minlength=block.size * BINS).reshape(block.size, BINS)
+
+
+def sums(block: Block) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and maximum of every feature's activations, float64 [features]; 0 where it never fires."""
+    total, largest = np.bincount(block.feature, block.value, block.size), np.zeros(block.size)
+    np.maximum.at(largest, block.feature, block.value)
+    return total, largest
+
+
+def position_bins(position: np.ndarray) -> np.ndarray:
+    """Bins of positions: 0, 1, 2 to 3, 4 to 7, ..."""
+    return np.minimum(np.ceil(np.log2(position + 1)).astype(np.int64), _POSITIONS - 1)
+
+
+def positions(block: Block, text: CodedText) -> np.ndarray:
+    """Firings by bin of position, int64 [features, bins]."""
+    joint = block.feature * _POSITIONS + position_bins(text.position(block.place))
+    return np.bincount(joint, minlength=block.size * _POSITIONS).reshape(block.size, _POSITIONS)
+
+
+def group_draws(block: Block, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws from each feature's ten groups.
+
+    Args:
+      block: the firings.
+      draws: from every group, as far as it has so many.
+
+    Returns:
+      Indices in the block's firings, by feature, then by group, then by falling priority; and the group of each.
+    """
+    # One key sorts several times as fast as two. Bits of floats above 0 rise with them.
+    order = np.argsort(block.feature << 32 | block.value.view(np.int32), kind="stable")  # the weakest first
+    rank = np.arange(len(order)) - block.starts[block.feature[order]]
+    group = rank * GROUPS // np.maximum(block.counts, 1)[block.feature[order]]
+    joint = block.feature[order] * GROUPS + group
+    last = ~priority(block.place[order]) >> np.uint64(_JOINT)
+    by_priority = np.argsort(joint.astype(np.uint64) << np.uint64(64 - _JOINT) | last)
+    joint = joint[by_priority]
+    first = np.searchsorted(joint, np.arange(block.size * GROUPS))
+    kept = np.arange(len(joint)) - first[joint] < draws
+    return order[by_priority][kept], joint[kept] % GROUPS
+
+
+def strongest(block: Block, store: Store, text: CodedText, feature: int, count: int) -> list[int]:
+    """Places of a feature's strongest firings, in contexts that differ as in ``analysis.examples``."""
+    own, best = block.of(feature), Best(_SPARE * count)
+    document = text.document(block.place[own])
+    best.add(block.value[own], block.place[own], document, store.documents.column("group")[document])
+    document = text.document(best.row_N)
+    windows = choose(store.documents, best, document, text.position(best.row_N), count, BEFORE, AFTER)
+    return [int(store.documents.offsets[window.document] + window.position) for window in windows]
+
+
+def contexts(
+    block: Block, text: CodedText, known: np.ndarray, feature: int, places: Sequence[int] | np.ndarray
+) -> list[dict]:
+    """Contexts of a feature's firings, as JSON.
+
+    Args:
+      block: the firings.
+      text: that they stand in.
+      known: whether the store has an activation, for every place.
+      feature: counted from the block's first.
+      places: of the firings.
+    """
+    place = np.asarray(places, np.int64)[:, None]
+    steps = np.arange(-BEFORE, AFTER + 1)
+    position = text.position(place[:, 0])
+    inside = (position[:, None] + steps >= 0) & (steps <= text.left(place[:, 0])[:, None])
+    around = np.where(inside, place + steps, place)
+    acts = block.at(np.full(around.shape, feature), around)
+    ids = text.back(around.reshape(-1), 0).reshape(around.shape)
+    return [
+        dict(
+            tokens=[text.texts[i] for i in ids[n][inside[n]]],
+            acts=[
+                float(f"{act:.3g}") if there else None
+                for act, there in zip(acts[n][inside[n]], known[around[n][inside[n]]], strict=True)
+            ],
+            peak=int(inside[n][:BEFORE].sum()),
+            document=int(document),
+            position=int(position[n]),
+        )
+        for n, document in enumerate(text.document(place[:, 0]))
+    ]
+
+
+def associations(block: Block, pairs: PairCounts, base: CodeCounts, places: int) -> Associations:
+    """How every feature goes with the codes of a family on which it fires most often.
+
+    Args:
+      block: firings on the search text.
+      pairs: the block's counts of the family.
+      base: how often each code stands in the search text.
+      places: of the search text.
+    """
+    order = np.lexsort((-pairs.count, pairs.feature))
+    rank = np.arange(len(order)) - np.searchsorted(pairs.feature, np.arange(block.size))[pairs.feature[order]]
+    kept = np.sort(order[rank < _BLOCK_CODES])
+    feature, code, hits = pairs.feature[kept], pairs.code[kept], pairs.count[kept]
+    there, fires = base[code], block.counts[feature]
+    cells = [hits, there - hits, fires - hits, places - there - fires + hits]
+    a, b, c, d = (cell + 0.5 for cell in cells)
+    log_odds, error = np.log(a * d / (b * c)), np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
+    return Associations(
+        feature,
+        code,
+        hits,
+        there,
+        pairs.total[kept],
+        np.log2(hits * places / (there * fires)),
+        np.exp(log_odds),
+        np.exp(log_odds - 1.96 * error),
+        np.exp(log_odds + 1.96 * error),
+        norm.sf(log_odds / error),
+    )
+
+
+def adjusted(p: np.ndarray, hypotheses: int) -> tuple[np.ndarray, np.ndarray]:
+    """Benjamini and Hochberg's q-values (1995).
+
+    Args:
+      p: p-values that were computed; those of the other hypotheses count as 1.
+      hypotheses: how many there are.
+
+    Returns:
+      The p-values, rising, and the q-value of each.
+    """
+    rising = np.sort(p)
+    q = rising * hypotheses / np.arange(1, len(rising) + 1)
+    return rising, np.minimum(np.minimum.accumulate(q[::-1])[::-1], 1.0)

@@ -1,0 +1,205 @@
+"""Labels without a language model: which simple detector tells best where a feature fires.
+
+A detector is a set of codes of one family of ``text``: it says that the feature fires where the text has one of them.
+For each family the set of at most ``MOST`` codes with the largest F1 on the search text is found exactly:
+F1 = 2 TP / (P + N), TP firings found, P places of the detector, N firings. For a given value v of F1 the set that
+maximises 2 TP - v P is that of the codes with the largest positive 2 TP - v P; raising v to the F1 of that set until
+it stays is Dinkelbach's method (Management Science 13, 1967), which ends at the maximum. Codes on which too little was
+seen take no part.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from saejax.interpret.firings import Block
+from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
+from saejax.results import Interval
+
+MOST = 8  # codes of a detector
+_POSITIONS = 512  # positions of one: a range of them is one description
+_SEEN = 3  # firings on a code at least,
+_SHARE = 0.01  # and of all of the feature's this share
+OUTPUT = "output"  # the family of detectors of the next token that is not searched: the tokens that a feature raises
+_BITS = 54  # of a code below those of a feature's number in its block, if it has no more
+Codes = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector:
+    """Where a feature is said to fire.
+
+    Attributes:
+      family: of ``FAMILIES``, or ``OUTPUT``.
+      codes: any of them; those on which it fires most often first.
+    """
+
+    family: str
+    codes: Codes
+
+    @property
+    def looks_at(self) -> str:
+        """The family whose codes it reads."""
+        return "next" if self.family == OUTPUT else self.family
+
+    def says(self, text: CodedText) -> str:
+        """The detector in words."""
+        if self.family == "position":
+            return f"position {_ranges(self.codes)}"
+        listed = ", ".join(text.says(self.looks_at, code) for code in self.codes)
+        front = {"previous": "after ", "next": "before ", OUTPUT: "says ", "pair": "ends ", "triple": "ends "}
+        return front.get(self.family, "") + listed
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectorScore:
+    """How well a detector tells where a feature fires."""
+
+    precision: Interval  #: share of its places on which the feature fires, with its 95 % Wilson interval
+    recall: Interval  #: share of the feature's firings that it finds, likewise
+    f1: Interval  #: their harmonic mean, a function of TP / (TP + FP + FN), whose Wilson interval gives its ends
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers as ranges: "0, 4 to 7"."""
+    rising = sorted(numbers)
+    starts = [n for n in rising if n - 1 not in numbers]
+    ends = [n for n in rising if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
+
+
+class PairCounts:
+    """How often each feature of a block fires on each code of a family; pairs that occur, sorted.
+
+    Attributes:
+      feature, code, count: of each pair; features counted from the block's first.
+      total: their summed activation.
+    """
+
+    def __init__(self, block: Block, code: np.ndarray):
+        kept = code >= 0
+        feature, code, value = block.feature[kept], code[kept], block.value[kept]
+        short = code.max(initial=0) < 2**_BITS  # one key sorts five times as fast as two
+        order = np.argsort(feature << _BITS | code) if short else np.lexsort((code, feature))
+        feature, code = feature[order], code[order]
+        new = np.ones(len(code), bool)
+        new[1:] = (feature[1:] != feature[:-1]) | (code[1:] != code[:-1])
+        at = np.flatnonzero(new)
+        self.feature, self.code, self.count = feature[at], code[at], np.diff(np.append(at, len(code)))
+        self.total = np.add.reduceat(value[order], at, dtype=np.float64) if len(at) else np.zeros(0)
+
+    def of(self, feature: int, codes: Codes) -> int:
+        """Firings of a feature on any of some codes."""
+        own = slice(*np.searchsorted(self.feature, [feature, feature + 1]))
+        return int(self.count[own][np.isin(self.code[own], codes)].sum())
+
+
+def search(block: Block, family: str, base: CodeCounts, pairs: PairCounts) -> list[tuple[Detector, float] | None]:
+    """The best detector of a family for every feature of a block, with its F1; None where there is none.
+
+    Args:
+      block: firings on the search text.
+      family: of ``FAMILIES``.
+      base: how often each code stands in the search text.
+      pairs: of the block and the family.
+    """
+    fires, most = block.counts, _POSITIONS if family == "position" else MOST
+    kept = pairs.count >= np.maximum(_SEEN, _SHARE * fires[pairs.feature])
+    feature, code, hits = pairs.feature[kept], pairs.code[kept], pairs.count[kept]
+    there, best = base[code], np.zeros(block.size)
+    chosen = np.zeros(len(feature), bool)
+    np.maximum.at(best, feature, 2 * hits / np.maximum(there + fires[feature], 1))
+    starts = np.searchsorted(feature, np.arange(block.size))
+    while True:
+        surplus = 2 * hits - best[feature] * there
+        order = np.lexsort((-surplus, feature))
+        rank = np.empty(len(feature), np.int64)
+        rank[order] = np.arange(len(feature)) - starts[feature[order]]
+        picked = (rank < most) & (surplus > 0)
+        found = np.bincount(feature, hits * picked, block.size)
+        f1 = 2 * found / np.maximum(np.bincount(feature, there * picked, block.size) + fires, 1)
+        better = f1 > best * (1 + 1e-12)
+        if not len(feature) or not (better.any() or not chosen.any()):
+            break
+        chosen, best = picked, np.maximum(best, f1)
+    detectors: list[tuple[Detector, float] | None] = []
+    for number in range(block.size):
+        own = slice(*np.searchsorted(feature, [number, number + 1]))
+        order = np.argsort(-hits[own], kind="stable")
+        codes = tuple(code[own][order][chosen[own][order]].tolist())
+        detectors.append((Detector(family, codes), float(best[number])) if codes else None)
+    return detectors
+
+
+def best_detectors(
+    block: Block, text: CodedText, bases: Mapping[str, CodeCounts], output: Sequence[Codes]
+) -> tuple[list[dict[str, tuple[Detector, float]]], PairCounts]:
+    """The best detectors of every feature of a block on the search text.
+
+    Args:
+      block: firings on the search text.
+      text: that they stand in.
+      bases: how often each code stands in the search text, for every family.
+      output: the tokens that each feature raises most; empty: they are not known.
+
+    Returns:
+      For every feature, family -> (detector, F1 on the search text); and the block's counts of tokens.
+    """
+    found: list[dict[str, tuple[Detector, float]]] = [{} for _ in range(block.size)]
+    tokens = None
+    for family in FAMILIES:
+        pairs = PairCounts(block, text.code(family, block.place))
+        tokens = tokens or pairs
+        for own, one in zip(found, search(block, family, bases[family], pairs), strict=True):
+            own |= {family: one} if one else {}
+        if family == "next" and output:
+            for number, codes in enumerate(output):
+                places = int(bases[family][np.array(codes, np.int64)].sum()) + int(block.counts[number])
+                if places and codes:
+                    f1 = 2 * pairs.of(number, codes) / places
+                    found[number] |= {OUTPUT: (Detector(OUTPUT, codes), f1)} if f1 else {}
+    assert tokens
+    return found, tokens
+
+
+def scores(
+    block: Block, text: CodedText, bases: Mapping[str, CodeCounts], detectors: Sequence[Sequence[Detector]]
+) -> list[list[DetectorScore]]:
+    """The scores of detectors on a text.
+
+    Args:
+      block: firings on it.
+      text: the text.
+      bases: how often each code stands there, for every family.
+      detectors: of each feature of the block.
+    """
+    wanted = {one.looks_at for some in detectors for one in some}
+    pairs = {family: PairCounts(block, text.code(family, block.place)) for family in wanted}
+    return [
+        [
+            _score(
+                pairs[one.looks_at].of(number, one.codes),
+                int(bases[one.looks_at][np.array(one.codes, np.int64)].sum()),
+                int(block.counts[number]),
+            )
+            for one in some
+        ]
+        for number, some in enumerate(detectors)
+    ]
+
+
+def _score(found: int, places: int, fires: int) -> DetectorScore:
+    union = wilson(found, places + fires - found)
+    f1 = Interval(*(2 * share / (1 + share) for share in (union.mean, union.low, union.high)))
+    return DetectorScore(wilson(found, places), wilson(found, fires), f1)
+
+
+def wilson(hits: int, of: int) -> Interval:
+    """A share with its 95 % score interval (Wilson, 1927); of nothing, 0 with the interval 0 to 1."""
+    if not of:
+        return Interval(0.0, 0.0, 1.0)
+    z, share = 1.959963984540054, hits / of
+    centre, half = share + z * z / (2 * of), z * np.sqrt(share * (1 - share) / of + (z / (2 * of)) ** 2)
+    low, high = ((centre + sign * half) / (1 + z * z / of) for sign in (-1, 1))
+    return Interval(share, max(0.0, float(low)), min(1.0, float(high)))

@@ -1,0 +1,222 @@
+"""The firings of all features on a store: one pass over its rows, and files that hold them feature by feature.
+
+A *firing* is a feature, a place and an activation. A *place* is a token of the store's documents, counted through all
+of them: ``documents.ids_T[place]`` is its token. The pass reads the shards in order, encodes a batch on the devices (f
+[B, F], dense), and packs the firings there, so that only they come to the host. They are appended to a file for every
+``BLOCK`` features. They are read back by feature, so that all that is said of a feature is computed exactly, from all
+of its firings; memory is that of a batch and of two million firings, and some hundred bytes for each token of the text.
+
+The floor for T tokens, F features, d dimensions, L0 firings a token: 2 T d F operations to encode; T d x 2 bytes
+(bfloat16) read, 10 T L0 bytes written and read once. At T = 1e8, F = 131,072, d = 2,304, L0 = 64: 6e16 operations, 0.46
+TB, 64 GB. Packing takes two further passes over f on the device; what is made of a firing takes the host some 3 us.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from saejax.activations.store import Store
+from saejax.dictionaries import Dictionary
+from saejax.errors import Interrupted, UserError
+from saejax.evaluation.member_data import MemberData
+from saejax.parallel import fitting_sharding
+
+BLOCK = 512  # features of a file
+_RECORD = np.dtype([("feature", "<u2"), ("place", "<u4"), ("value", "<f4")])  # the feature counted in its block
+_ROOM = 2**22  # firings packed at a time, at most
+_MOST = 2**21  # firings of a block, unless a single feature has more
+_WORD = 32  # rows of a batch in a word of bits
+
+OnBatch = Callable[[np.ndarray, np.ndarray], None]  # feature and place of the firings of a batch
+
+
+def places_of(store: Store, rows: np.ndarray) -> np.ndarray:
+    """The places of rows of a store, int64."""
+    document, position, _ = store.tokens(rows)
+    return store.documents.offsets[document] + position
+
+
+def record(
+    store: Store,
+    split: str,
+    dictionaries: Mapping[Path, Dictionary],
+    mesh: Mesh,
+    batch: int,
+    *,
+    stopping: Callable[[], bool] = lambda: False,
+    on_batch: OnBatch | None = None,
+) -> np.ndarray:
+    """Writes the firings of dictionaries of one site on a split of a store.
+
+    Args:
+      store: activations of the dictionaries' site.
+      split: "train" or "held_out".
+      dictionaries: by the folder that their files go to, which is made.
+      mesh: tokens are split over ``data``, features over ``model``.
+      batch: tokens encoded at a time, rounded up to a multiple of 32.
+      stopping: whether the process was asked to stop.
+      on_batch: is called with the firings of the first dictionary, sorted by feature.
+
+    Returns:
+      The places that were encoded (sinks are not), ascending, int64.
+
+    Raises:
+      UserError: the split has no activations, or the store has more tokens than a place can count.
+      Interrupted: asked to stop.
+    """
+    (site,) = {dictionary.site for dictionary in dictionaries.values()}
+    rows, batch = store.rows(split, site), -(-batch // _WORD) * _WORD
+    if not len(rows):
+        raise UserError(f"the {split} split of {store.folder} has no activations of {site}: capture more text")
+    if len(store.documents.ids_T) >= 2**32:
+        raise UserError(f"{store.folder} has {len(store.documents.ids_T):,} tokens: at most 2^32 can be told apart")
+    members = [MemberData.of([dictionary], mesh)[0] for dictionary in dictionaries.values()]
+    with contextlib.ExitStack() as opened:
+        files = [_Files(opened, folder, d.config.n_features) for folder, d in dictionaries.items()]
+        waiting: list[tuple[np.ndarray, list]] = []  # a batch is packed while the devices work on the next one
+        for start in range(0, len(rows), batch):
+            if stopping():
+                raise Interrupted("stopped: dictionaries that were finished are kept; run the same command to go on")
+            rows_B = rows[start : start + batch]
+            x_BxD = np.pad(store.read(site, rows_B), ((0, batch - len(rows_B)), (0, 0)))
+            placed_BxD = jax.device_put(x_BxD, fitting_sharding(mesh, x_BxD.shape, "data", None))
+            waiting.append((places_of(store, rows_B), [_encode(member, placed_BxD, len(rows_B)) for member in members]))
+            if len(waiting) > 1:
+                _write(files, *waiting.pop(0), on_batch)
+        for place_B, encoded in waiting:
+            _write(files, place_B, encoded, on_batch)
+    return np.sort(places_of(store, rows))
+
+
+class _Files:
+    """The files of a dictionary's firings, one for each block of features."""
+
+    def __init__(self, opened: contextlib.ExitStack, folder: Path, features: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._first = np.arange(0, features, BLOCK)
+        paths = [_file(folder, int(first)) for first in self._first]
+        self._files: list[BinaryIO] = [opened.enter_context(path.open("wb")) for path in paths]
+
+    def write(self, feature: np.ndarray, place: np.ndarray, value: np.ndarray) -> None:
+        """Appends firings, sorted by feature."""
+        bounds = [*np.searchsorted(feature, self._first), len(feature)]
+        for file, first, start, stop in zip(self._files, self._first, bounds[:-1], bounds[1:], strict=True):
+            firings = np.empty(stop - start, _RECORD)
+            firings["feature"], firings["place"] = feature[start:stop] - first, place[start:stop]
+            firings["value"] = value[start:stop]
+            firings.tofile(file)
+
+
+def _write(files: list[_Files], place_B: np.ndarray, encoded: list, on_batch: OnBatch | None) -> None:
+    for number, (own, (size_BxF, words, ends)) in enumerate(zip(files, encoded, strict=True)):
+        count = int(ends[-1])
+        room = min(_ROOM, 1 << max(count - 1, 1).bit_length())
+        for first in range(0, count, room):
+            taken = jax.device_get(_take(size_BxF, words, ends, first, room))
+            feature, row, value = (part[: count - first] for part in taken)
+            own.write(feature, place_B[row], value)
+            if on_batch and not number:
+                on_batch(feature, place_B[row])
+
+
+@jax.jit
+def _encode(member: MemberData, x_BxD: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sizes of activations [B, F]; where features fire, as bits of words [F B / 32]; how many fire up to each word.
+
+    Words go by feature, then by row; rows from ``count`` on fire nowhere.
+    """
+    f_BxF = member.encode(x_BxD)
+    batch, features = f_BxF.shape
+    fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count)
+    bit = jnp.arange(_WORD, dtype=jnp.uint32)[None, :, None]
+    split = fires_BxF.reshape(batch // _WORD, _WORD, features).astype(jnp.uint32)
+    words = jnp.sum(split << bit, axis=1, dtype=jnp.uint32).T.reshape(-1)
+    return jnp.abs(f_BxF), words, jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def _take(
+    size_BxF: jax.Array, words: jax.Array, ends: jax.Array, first: jax.Array, room: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Feature, row and size of the firings from number ``first`` on, ``room`` of them; beyond the last, anything."""
+    number = first + jnp.arange(room)
+    at = jnp.minimum(jnp.searchsorted(ends, number, side="right"), len(words) - 1)
+    word, bit = words[at], jnp.zeros(room, jnp.uint32)
+    left = number - (ends[at] - lax.population_count(word).astype(jnp.int32))  # of the word's firings before this one
+    for width in (16, 8, 4, 2, 1):
+        low = lax.population_count((word >> bit) & jnp.uint32((1 << width) - 1)).astype(jnp.int32)
+        up = left >= low
+        left, bit = jnp.where(up, left - low, left), jnp.where(up, bit + width, bit)
+    per_feature = size_BxF.shape[0] // _WORD
+    feature, row = at // per_feature, at % per_feature * _WORD + bit.astype(jnp.int32)
+    return feature, row, size_BxF[row, feature]
+
+
+class Block:
+    """All firings of some features, sorted by feature, then by place.
+
+    Attributes:
+      first, size: the features are ``first`` to ``first + size - 1``.
+      feature: of each firing, counted from ``first``; int64.
+      place: of each firing, int64.
+      value: its activation, above 0 (its size where activations have a sign), float32.
+      starts: where the firings of each feature begin, and the end of the last; int64 [size + 1].
+    """
+
+    def __init__(self, first: int, size: int, feature: np.ndarray, place: np.ndarray, value: np.ndarray):
+        self.first, self.size = first, size
+        self._key = feature.astype(np.int64) << 32 | place.astype(np.int64)
+        order = np.argsort(self._key)
+        self._key, self.value = self._key[order], value[order]
+        self.feature, self.place = self._key >> 32, self._key & (2**32 - 1)
+        self.starts = np.searchsorted(self.feature, np.arange(size + 1))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each feature fires."""
+        return np.diff(self.starts)
+
+    def of(self, feature: int) -> slice:
+        """The firings of a feature, counted from ``first``."""
+        return slice(int(self.starts[feature]), int(self.starts[feature + 1]))
+
+    def at(self, feature: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """The activations of features (counted from ``first``) at places; 0 where they do not fire."""
+        wanted = feature.astype(np.int64) << 32 | place.astype(np.int64)
+        if not len(self._key):
+            return np.zeros(wanted.shape, np.float32)
+        found = np.minimum(np.searchsorted(self._key, wanted), len(self._key) - 1)
+        return np.where(self._key[found] == wanted, self.value[found], np.float32(0))
+
+
+def blocks(folder: Path, features: int) -> Iterator[Block]:
+    """The firings that ``record`` wrote to a folder: blocks of neighbouring features, all of them.
+
+    A block has at most ``BLOCK`` features, and at most ``_MOST`` firings unless a single feature has more.
+    """
+    for first in range(0, features, BLOCK):
+        size, path = min(BLOCK, features - first), _file(folder, first)
+        firings = np.memmap(path, _RECORD, "r") if path.stat().st_size else np.zeros(0, _RECORD)
+        pieces = [firings[start : start + _MOST] for start in range(0, len(firings), _MOST)]
+        counts = sum((np.bincount(piece["feature"], minlength=size) for piece in pieces), np.zeros(size, np.int64))
+        start = 0
+        while start < size:
+            stop = min(size, start + max(1, int(np.searchsorted(np.cumsum(counts[start:]), _MOST, side="right"))))
+            kept = [piece[(piece["feature"] >= start) & (piece["feature"] < stop)] for piece in pieces]
+            own = np.concatenate([np.zeros(0, _RECORD), *kept])
+            yield Block(
+                first + start, stop - start, own["feature"].astype(np.int64) - start, own["place"], own["value"]
+            )
+            start = stop
+
+
+def _file(folder: Path, first: int) -> Path:
+    return folder / f"firings-{first // BLOCK:05d}.bin"

@@ -1,0 +1,121 @@
+"""What lies near a feature: tokens that it raises and lowers, like decoder rows, features that fire with it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from scipy import sparse
+
+from saejax.interpret.describe import priority
+from saejax.models import decoder
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import LanguageModel
+
+_ROWS = 256  # decoder rows at once
+_TOKENS = 2**18  # tokens at most from which it is counted which features fire together
+
+
+def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that features raise and lower most by the direct path: final norm, then unembedding.
+
+    The logits are those of the decoder row alone, without biases and soft cap, minus their mean over the vocabulary
+    (VocabProj: Gur-Arieh et al., 2025, arXiv 2501.08319).
+
+    Args:
+      lm: the model.
+      W_dec_FxD: what features add to the residual stream.
+      count: of tokens at either end.
+
+    Returns:
+      Ids and logits [F, 2 count]: the most raised first, the most lowered last.
+    """
+    parts = []
+    for start in range(0, len(W_dec_FxD), _ROWS):
+        rows_RxD = jnp.pad(W_dec_FxD[start : start + _ROWS], ((0, max(0, start + _ROWS - len(W_dec_FxD))), (0, 0)))
+        parts.append(jax.device_get(_lens(lm.config, count, lm.params, rows_RxD)))
+    ids, logits = (np.concatenate(part)[: len(W_dec_FxD)] for part in zip(*parts, strict=True))
+    return ids, logits
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lens(
+    config: DecoderConfig, count: int, params: dict[str, jax.Array], rows_RxD: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    plain = dataclasses.replace(config, unembed_bias=False, logit_cap=None)
+    bias = {name: jnp.zeros_like(value) for name, value in params.items() if name == "final_norm_bias_D"}
+    logits_RxV = decoder.unembed(plain, {**params, **bias}, rows_RxD[None].astype(params["embed_VxD"].dtype))[0]
+    logits_RxV -= logits_RxV.mean(axis=-1, keepdims=True)
+    up, up_ids = lax.top_k(logits_RxV, count)
+    down, down_ids = lax.top_k(-logits_RxV, count)
+    return jnp.concatenate([up_ids, down_ids[:, ::-1]], axis=1), jnp.concatenate([up, -down[:, ::-1]], axis=1)
+
+
+def nearest_rows(W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The features whose decoder rows have the largest cosine with each one's, and these cosines, both [F, count]."""
+    features = len(W_dec_FxD)
+    block, count = min(_ROWS, features), min(count, features - 1)
+    starts_N = np.minimum(np.arange(0, features, block), features - block)
+    ids, cosines = np.empty((features, count), np.int32), np.empty((features, count), np.float32)
+    for start in starts_N.tolist():
+        cosines[start : start + block], ids[start : start + block] = _nearest(block, count, W_dec_FxD, start)
+    return ids, cosines
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _nearest(block: int, count: int, W_dec_FxD: jax.Array, start: jax.Array) -> list[jax.Array]:
+    length_Fx1 = jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
+    unit_FxD = W_dec_FxD / jnp.where(length_Fx1 > 0, length_Fx1, 1.0)
+    rows_RxD = lax.dynamic_slice_in_dim(unit_FxD, start, block)
+    cosine_RxF = jnp.matmul(rows_RxD, unit_FxD.T, precision="highest")
+    itself_RxF = jnp.arange(len(unit_FxD))[None] == (start + jnp.arange(block))[:, None]
+    return lax.top_k(jnp.where(itself_RxF, -jnp.inf, cosine_RxF), count)
+
+
+class Together:
+    """How often pairs of features fire on the same token, on all tokens or on a uniform sample of them.
+
+    Args:
+      features: of the dictionary.
+      tokens: of the text; from more than ``_TOKENS`` those of the largest ``priority`` are taken, about as many.
+    """
+
+    def __init__(self, features: int, tokens: int):
+        share = min(1.0, _TOKENS / tokens)
+        self._features, self._least = features, np.uint64(int((1 - share) * 2.0**64))
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
+        self._fires: sparse.csc_array | None = None
+
+    def add(self, feature: np.ndarray, place: np.ndarray) -> None:
+        """Takes firings."""
+        kept = priority(place) >= self._least
+        self._parts.append((feature[kept].astype(np.int32), place[kept].astype(np.uint32)))
+
+    def partners(self, first: int, size: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The features that share the largest part of their tokens with each of ``first`` to ``first + size - 1``.
+
+        Returns:
+          Their numbers, on how many tokens both fire, and that over the tokens on which either does (Jaccard), each
+          [size, count]; the last is 0 where there is no further partner.
+        """
+        fires = self._matrix()
+        counts = np.diff(fires.indptr)
+        both = (fires[:, first : first + size].T @ fires).toarray()
+        own = counts[first : first + size, None]
+        share = both / np.maximum(own + counts[None] - both, 1)
+        share[np.arange(size), first + np.arange(size)] = -1.0
+        count = min(count, self._features - 1)
+        best = np.argpartition(-share, count - 1, axis=1)[:, :count]
+        best = np.take_along_axis(best, np.argsort(-np.take_along_axis(share, best, 1), axis=1, kind="stable"), 1)
+        return best, np.take_along_axis(both, best, 1), np.maximum(np.take_along_axis(share, best, 1), 0.0)
+
+    def _matrix(self) -> sparse.csc_array:
+        if self._fires is None:
+            feature, place = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+            self._parts.clear()
+            known, row = np.unique(place, return_inverse=True)
+            shape = (len(known), self._features)
+            self._fires = sparse.csc_array((np.ones(len(row), np.int32), (row, feature)), shape)
+        return self._fires

@@ -1,0 +1,157 @@
+"""The record of a feature: what there is to say of it, as JSON."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax.activations.store import Store
+from saejax.interpret import describe
+from saejax.interpret.describe import Associations
+from saejax.interpret.detectors import PairCounts
+from saejax.interpret.firings import Block
+from saejax.interpret.neighbours import Together
+from saejax.interpret.text import CodeCounts, CodedText
+
+_TOGETHER = 6
+_BY_SUM, _BY_MEAN = 6, 6  # tokens listed, by summed and by mean activation
+_TIMES = 3  # that a token listed by its mean stands in the text, at least
+
+
+def short(value: float) -> float:
+    """A number with four significant digits."""
+    return float(f"{value:.4g}")
+
+
+@dataclasses.dataclass
+class Describer:
+    """Makes the records of a dictionary's features, block by block.
+
+    Attributes:
+      store, text: what was read; ``place``: the places that were encoded; ``bases``: of codes there.
+      examples, draws: contexts of the strongest firings, and from each tenth of all.
+      output: ids and logits of the tokens that features raise and lower, [F, 2 n]; None where there are none.
+      nearest: numbers and cosines of the nearest decoder rows, [F, n].
+      together: of features that fire on the same tokens.
+    """
+
+    store: Store
+    text: CodedText
+    place: np.ndarray
+    bases: Mapping[str, CodeCounts]
+    examples: int
+    draws: int
+    output: tuple[np.ndarray, np.ndarray] | None
+    nearest: tuple[np.ndarray, np.ndarray]
+    together: Together
+
+    def __post_init__(self):
+        self._known = np.zeros(len(self.store.documents.ids_T), bool)
+        self._known[self.place] = True
+        self._fires: list[np.ndarray] = []
+        self._p: list[np.ndarray] = []
+        self._sorted_q: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def fires(self) -> np.ndarray:
+        """How often each feature of the blocks so far fires."""
+        return np.concatenate(self._fires)
+
+    def records(self, block: Block, tokens: PairCounts) -> list[dict[str, Any]]:
+        """The records of a block's features, but for labels; p-values are in the place of q-values."""
+        shapes = PairCounts(block, self.text.code("shape", block.place))
+        about = {
+            family: describe.associations(block, pairs, self.bases[family], len(self.place))
+            for family, pairs in (("token", tokens), ("shape", shapes))
+        }
+        self._fires.append(block.counts)
+        self._p += [own.p for own in about.values()]
+        total, largest = describe.sums(block)
+        bins, position = describe.histogram(block), describe.positions(block, self.text)
+        drawn, group = describe.group_draws(block, self.draws)
+        partners = self.together.partners(block.first, block.size, _TOGETHER)
+        found = []
+        for i in range(block.size):
+            feature, fires = block.first + i, int(block.counts[i])
+            one = dict(feature=feature, fires=fires, rate=short(fires / len(self.place)), **self._fixed(feature))
+            if fires:
+                own = slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))
+                one |= dict(
+                    mean=short(total[i] / fires),
+                    max=short(largest[i]),
+                    histogram=bins[i].tolist(),
+                    positions=position[i].tolist(),
+                    examples=self._contexts(
+                        block, i, describe.strongest(block, self.store, self.text, i, self.examples)
+                    ),
+                    groups=[
+                        dict(group=int(number), **context)
+                        for number, context in zip(
+                            group[own], self._contexts(block, i, block.place[drawn[own]]), strict=True
+                        )
+                    ],
+                    tokens=self._codes(about["token"], i, "token"),
+                    shapes=self._codes(about["shape"], i, "shape"),
+                    together=[
+                        [int(other), int(both), short(share)]
+                        for other, both, share in zip(*(part[i] for part in partners), strict=True)
+                        if both
+                    ],
+                )
+            found.append(one)
+        return found
+
+    def _contexts(self, block: Block, feature: int, places: Sequence[int] | np.ndarray) -> list[dict]:
+        return describe.contexts(block, self.text, self._known, feature, places)
+
+    def _fixed(self, feature: int) -> dict[str, Any]:
+        """What follows from the weights."""
+        near = zip(*(part[feature] for part in self.nearest), strict=True)
+        one: dict[str, Any] = dict(nearest=[[int(other), short(cosine)] for other, cosine in near])
+        if self.output:
+            ids, logits = (part[feature] for part in self.output)
+            pairs = [[self.text.texts[i], short(logit)] for i, logit in zip(ids, logits, strict=True)]
+            one |= dict(up=pairs[: len(pairs) // 2], down=pairs[: len(pairs) // 2 - 1 : -1])
+        return one
+
+    def _codes(self, about: Associations, feature: int, family: str) -> list[dict[str, Any]]:
+        """The codes with the largest sums and the largest means of activation, by sum."""
+        own = np.flatnonzero(about.feature == feature)
+        mean = about.total[own] / about.there[own]
+        often = np.flatnonzero(about.there[own] >= _TIMES)
+        by_mean = often[np.argsort(-mean[often], kind="stable")][:_BY_MEAN]
+        by_sum = np.argsort(-about.total[own], kind="stable")
+        kept = [*by_sum[:_BY_SUM], *(i for i in by_mean if i not in by_sum[:_BY_SUM])]
+        return [
+            dict(
+                text=self.text.texts[about.code[n]]
+                if family == "token"
+                else self.text.says(family, int(about.code[n])),
+                hits=int(about.hits[n]),
+                there=int(about.there[n]),
+                sum=short(about.total[n]),
+                mean=short(about.total[n] / about.there[n]),
+                pmi=short(about.pmi[n]),
+                odds=[short(part[n]) for part in (about.odds, about.odds_low, about.odds_high)],
+                p=float(about.p[n]),
+            )
+            for n in own[kept]
+        ]
+
+    def adjust(self, record: dict[str, Any]) -> None:
+        """Puts q-values (Benjamini and Hochberg) in the place of p-values; once all blocks are done."""
+        rows = [*record.get("tokens", ()), *record.get("shapes", ())]
+        if rows:
+            q = self.q_values(np.array([row["p"] for row in rows]))
+            for row, one in zip(rows, q.tolist(), strict=True):
+                row["q"] = short(one)
+                del row["p"]
+
+    def q_values(self, p: np.ndarray) -> np.ndarray:
+        """Of p-values of pairs of a feature that fires and a token, or what a token looks like, that occurs."""
+        if self._sorted_q is None:
+            hypotheses = int((self.fires > 0).sum()) * sum(self.bases[family].codes for family in ("token", "shape"))
+            self._sorted_q = describe.adjusted(np.concatenate(self._p), hypotheses)
+        rising, q = self._sorted_q
+        return q[np.searchsorted(rising, p, side="right") - 1]

@@ -1,0 +1,57 @@
+"""Results of the stages ``interpret`` and ``atlas``."""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelCounts:
+    """How many features get a label, and how good the best detector of each is, on held-out text."""
+
+    features: int  #: that fire on the search text
+    labelled: int  #: of them, those with a label
+    share: float  #: labelled over features
+    mean_f1: float  #: of the detector chosen for each feature, labelled or not; 0 where there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class InterpretedDictionary:
+    """What the features of a dictionary mean; ``features/*.json`` has it of each."""
+
+    name: str  #: the member of its stack; "" for one alone
+    site: str  #: read
+    target: str  #: rebuilt or predicted
+    features: int  #: all of them
+    search_tokens: int  #: on which labels were searched, sinks left out
+    held_out_tokens: int  #: on which they were scored
+    found: LabelCounts  #: of the dictionary
+    random: LabelCounts  #: the same of random directions that fire as often
+    shuffled_f1: float  #: mean F1 of the label of another feature that fires about as often
+    families: Mapping[str, int]  #: labels by what they look at
+
+
+@dataclasses.dataclass(frozen=True)
+class InterpretResults:
+    """The members of a train unit."""
+
+    kind: str  #: of the dictionaries
+    members: tuple[InterpretedDictionary, ...]  #: in their order
+
+
+@dataclasses.dataclass(frozen=True)
+class AtlasPages:
+    """The atlas of a dictionary."""
+
+    dictionary: str  #: such as "topk" or "topk/k32"
+    folder: str  #: in the unit; "" for the unit's own
+    features: int  #: with a page
+    by_hand: int  #: features with a label of one's own
+    automatic: int  #: of the others, features with a label found
+
+
+@dataclasses.dataclass(frozen=True)
+class AtlasResults:
+    """The atlases of a train unit."""
+
+    kind: str  #: of the dictionaries
+    members: tuple[AtlasPages, ...]  #: in their order

@@ -1,0 +1,114 @@
+"""Detectors scored on held-out text, beside those of other features and of random directions."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from saejax.dictionaries.labels import FOUND, Label
+from saejax.interpret.detectors import Detector, DetectorScore, scores
+from saejax.interpret.firings import blocks
+from saejax.interpret.labels import bars, partners
+from saejax.interpret.results import LabelCounts
+from saejax.interpret.text import CodeCounts, CodedText
+from saejax.results import to_json
+
+Found = Sequence[Mapping[str, tuple[Detector, float]]]  # of each feature: family -> detector, F1 on the search text
+
+
+@dataclasses.dataclass
+class Scored:
+    """The detectors of all features with their scores on held-out text.
+
+    Attributes:
+      text: for words.
+      found: the detectors of each feature and their F1 on the search text.
+      score: of each feature and family.
+      chosen: the family with the largest F1 on the search text; "" where there is no detector.
+      rate: how often each feature fires on held-out text.
+      shuffled: F1 of the detector of another feature that fires about as often.
+    """
+
+    text: CodedText
+    found: Found
+    score: list[dict[str, DetectorScore]]
+    chosen: list[str]
+    rate: np.ndarray
+    shuffled: np.ndarray
+
+    @classmethod
+    def of(cls, folder: Path, found: Found, text: CodedText, bases: Mapping[str, CodeCounts], rate: np.ndarray) -> Self:
+        """Scores detectors.
+
+        Args:
+          folder: with the firings on held-out text.
+          found: the detectors of each feature, with their F1 on the search text.
+          text: of the store.
+          bases: how often each code stands in the held-out text.
+          rate: how often each feature fires on the search text, by which others are taken.
+        """
+        chosen = [max(own, key=lambda family: own[family][1]) if own else "" for own in found]
+        other = partners(rate, [bool(family) for family in chosen])
+        score: list[dict[str, DetectorScore]] = []
+        shuffled, fires = np.zeros(len(found)), np.zeros(len(found))
+        for block in blocks(folder, len(found)):
+            numbers = range(block.first, block.first + block.size)
+            tried = [[detector for detector, _ in found[i].values()] for i in numbers]
+            others = [[found[other[i]][chosen[other[i]]][0]] if other[i] >= 0 else [] for i in numbers]
+            results = scores(block, text, bases, [a + b for a, b in zip(tried, others, strict=True)])
+            for i, own, result in zip(numbers, tried, results, strict=True):
+                score.append(dict(zip(found[i], result[: len(own)], strict=True)))
+                shuffled[i] = result[-1].f1.mean if len(result) > len(own) else 0.0
+            fires[block.first : block.first + block.size] = block.counts
+        return cls(text, found, score, chosen, fires / max(1, bases["position"].places), shuffled)
+
+    @property
+    def f1(self) -> np.ndarray:
+        """F1 of the chosen detector of each feature; 0 where there is none."""
+        return np.array([own[family].f1.mean if family else 0.0 for own, family in zip(self.score, self.chosen)])
+
+    def labels(self, random: "Scored") -> dict[int, Label]:
+        """The labels that beat random directions and the label of another feature, by feature.
+
+        The chosen detector is one if the lower end of its F1's interval lies above both.
+        """
+        bar = np.maximum(bars(self.rate, random.rate, random.f1), self.shuffled)
+        return {
+            i: Label(self.found[i][family][0].says(self.text), FOUND, f1=round(own[family].f1.mean, 4))
+            for i, (own, family) in enumerate(zip(self.score, self.chosen, strict=True))
+            if family and own[family].f1.low > bar[i]
+        }
+
+    def counts(self, live: np.ndarray, labels: Mapping[int, Label]) -> LabelCounts:
+        """Shares and means over the features that are live."""
+        count, labelled = int(live.sum()), sum(bool(live[i]) for i in labels)
+        mean = float(self.f1[live].mean()) if count else 0.0
+        return LabelCounts(count, labelled, labelled / max(count, 1), mean)
+
+    def families(self, labels: Mapping[int, Label]) -> dict[str, int]:
+        """Labels by what they look at."""
+        return dict(Counter(self.chosen[i] for i in labels).most_common())
+
+    def record(self, feature: int) -> dict[str, Any]:
+        """What there is to say of a feature's detectors, as JSON: the chosen one first."""
+        own, chosen = self.found[feature], self.chosen[feature]
+        order = sorted(own, key=lambda family: (family != chosen, -own[family][1]))
+        return dict(
+            detectors=[
+                dict(
+                    family=family,
+                    says=own[family][0].says(self.text),
+                    search_f1=round(own[family][1], 4),
+                    **_rounded(to_json(self.score[feature][family])),
+                )
+                for family in order
+            ],
+            shuffled_f1=round(float(self.shuffled[feature]), 4),
+        )
+
+
+def _rounded(data: Any) -> Any:
+    return {key: _rounded(value) for key, value in data.items()} if isinstance(data, dict) else round(data, 4)

@@ -1,0 +1,112 @@
+'use strict';
+// The page of one feature, made of its record. All text goes in as text, never as HTML.
+
+const make = (tag, attributes = {}, ...inside) => {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...inside);
+  return element;
+};
+
+// A token on one line: a line break becomes ↵, a tab ⇥, other control characters ·, nothing but spaces ␣.
+const visible = (text) => {
+  const line = text.replace(/\r\n|\n|\r/g, '↵').replace(/\t/g, '⇥').replace(/[\u0000-\u001f\u007f]/g, '·');
+  return line.trim() ? line : '␣'.repeat(Math.max(line.length, 1));
+};
+const number = (value, digits = 3) => {
+  if (value === null || value === undefined) return '–';
+  const small = value !== 0 && Math.abs(value) < 1e-3;
+  const text = small ? value.toExponential(digits - 1) : value.toLocaleString('en', {maximumSignificantDigits: digits});
+  return text.replaceAll('-', '−');
+};
+const percent = (share) => `${number(100 * share)} %`;
+const interval = (one) => `${one.mean.toFixed(2)} [${one.low.toFixed(2)}, ${one.high.toFixed(2)}]`;
+const token = (text) => make('span', {class: 'token'}, visible(text));
+
+function featurePage(record, dictionary, labelOf) {
+  const address = (feature) => `#${dictionary}/${feature}`;
+  const link = (feature) => {
+    const label = labelOf(feature);
+    return make('a', {href: address(feature)}, `${feature}${label ? ` ${visible(label)}` : ''}`);
+  };
+  const page = document.createDocumentFragment();
+  const section = (title, note, ...inside) => {
+    page.append(make('h3', {}, title));
+    if (note) page.append(make('p', {class: 'note'}, note));
+    page.append(...inside);
+  };
+  const table = (heads, rows) => {
+    const head = make('tr', {}, ...heads.map((text, i) => make('th', i ? {class: 'number', scope: 'col'} : {scope: 'col'}, text)));
+    const body = rows.map((row) => make('tr', {}, ...row.map((cell, i) => make('td', i ? {class: 'number'} : {}, cell))));
+    return make('div', {class: 'scroll', tabindex: '0', role: 'region', 'aria-label': heads[0]},
+      make('table', {}, make('thead', {}, head), make('tbody', {}, ...body)));
+  };
+  const bars = (counts, from, to, alt) => {
+    const most = Math.max(...counts, 1);
+    const made = counts.map((count) => {
+      const bar = make('i', {title: number(count)});
+      bar.style.height = `${100 * count / most}%`;
+      return bar;
+    });
+    return [make('div', {class: 'bars', role: 'img', 'aria-label': alt}, ...made),
+      make('div', {class: 'ends'}, make('span', {}, from), make('span', {}, to))];
+  };
+  const context = (one) => {
+    const pieces = one.tokens.map((text, i) => {
+      const act = one.acts[i];
+      const piece = make('span', {title: act === null ? 'not scored' : `activation ${number(act)}`}, visible(text));
+      if (i === one.peak) piece.classList.add('peak');
+      piece.style.setProperty('--share', Math.min(1, (act || 0) / record.max));
+      return piece;
+    });
+    const where = `activation ${number(one.acts[one.peak])}, document ${one.document}, position ${one.position}`;
+    return make('div', {class: 'context'}, ...pieces, make('small', {}, where));
+  };
+  const associations = (rows) => table(
+    ['', 'fires on', 'mean', 'sum', 'PMI, bits', 'odds ratio', 'q'],
+    rows.map((row) => [token(row.text), `${number(row.hits, 9)} of ${number(row.there, 9)}`, number(row.mean), number(row.sum),
+      number(row.pmi), `${number(row.odds[0])} [${number(row.odds[1])}, ${number(row.odds[2])}]`, number(row.q, 2)]));
+
+  page.append(make('h2', {id: 'name'}, `Feature ${record.feature}`));
+  const label = record.label;
+  const said = label ? [visible(label.label), make('span', {class: 'by'}, ` (by ${label.by}${label.note ? `: ${label.note}` : ''})`)] : ['no label'];
+  page.append(make('p', {class: 'label'}, ...said));
+  const facts = [['Fires on', `${number(record.fires, 9)} tokens, ${percent(record.rate)}`]];
+  if (record.fires) facts.push(['Activation', `mean ${number(record.mean)}, largest ${number(record.max)}`]);
+  const best = (record.detectors || [])[0];
+  if (best) facts.push(['Best detector', `F1 ${interval(best.f1)} on held-out text; another feature's ${number(record.shuffled_f1, 2)}`]);
+  for (const [behaviour, drop] of Object.entries(record.effects || {})) facts.push([behaviour, `${number(drop)} logits lost without it`]);
+  page.append(make('dl', {}, ...facts.flatMap(([name, text]) => [make('dt', {}, name), make('dd', {}, text)])));
+  if (record.fires) {
+    section('Strongest contexts', '', ...record.examples.map(context));
+    const groups = [...new Set(record.groups.map((one) => one.group))].reverse();
+    for (const group of groups) {
+      section(`${10 * group} to ${10 * group + 10} % of firings`, group === groups[0] ? 'Draws from tenths of the firings, by activation.' : '',
+        ...record.groups.filter((one) => one.group === group).map(context));
+    }
+    const used = record.histogram.map((count, i) => [count, i]).filter(([count]) => count).map(([, i]) => i);
+    const [first, last] = [used[0], used[used.length - 1] + 1];
+    section('Activations', 'Firings by activation; bins of half an octave.',
+      ...bars(record.histogram.slice(first, last), number(2 ** (first / 2 - 10), 2), number(2 ** (last / 2 - 10), 2), 'Histogram of activations'));
+    section('Positions', 'Firings by position: 0, 1, 2 to 3, 4 to 7, and so on.', ...bars(record.positions, '0', '1,024 and more', 'Histogram of positions'));
+    if (record.detectors.length) {
+      section('Detectors', 'The best of each sort on training text, scored on held-out text, with 95 % intervals.',
+        table(['', 'precision', 'recall', 'F1', 'F1 in the search'], record.detectors.map((one) =>
+          [`${one.family}: ${visible(one.says)}`, interval(one.precision), interval(one.recall), interval(one.f1), number(one.search_f1)])));
+    }
+    section('Tokens', 'Mean: activation over all places of the token. PMI: pointwise mutual information. q: Benjamini and Hochberg.',
+      associations(record.tokens));
+    section('What tokens look like', '', associations(record.shapes));
+  }
+  if (record.up) {
+    section('Tokens raised and lowered', 'By the direct path: decoder row, final norm, unembedding.',
+      make('p', {class: 'tokens'}, 'raised ', ...record.up.map(([text]) => token(text))),
+      make('p', {class: 'tokens'}, 'lowered ', ...record.down.map(([text]) => token(text))));
+  }
+  section('Nearest decoder rows', '', table(['feature', 'cosine'], record.nearest.map(([feature, cosine]) => [link(feature), number(cosine)])));
+  if ((record.together || []).length) {
+    section('Fires together with', 'Jaccard: tokens on which both fire over those on which either does.',
+      table(['feature', 'tokens', 'Jaccard'], record.together.map(([feature, both, share]) => [link(feature), number(both, 9), number(share)])));
+  }
+  return page;
+}

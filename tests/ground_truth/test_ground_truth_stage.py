@@ -1,0 +1,105 @@
+"""The stage ground_truth: resumed with the same bits, reported, and refused in one line."""
+
+import itertools
+import json
+
+import pytest
+
+from saejax import command, load_results
+from saejax.ground_truth.report import line
+from saejax.ground_truth.results import FoundFeatures, JudgedDictionary
+from saejax.results import Interval
+
+FLAGS = {
+    "task.behaviours": "",
+    "truth.features": 32,
+    "truth.dimensions": 16,
+    "truth.samples": 2000,
+    "truth.held_out": 1000,
+    "truth.roots": 2,
+    "truth.depth": 1,
+    "truth.rate_max": 0.2,
+    "truth.rate_min": 0.02,
+    "truth.orthogonalise": 2,
+    "train.kinds": "batchtopk",
+    "train.expansion": 2,
+    "train.k": 2,
+    "train.batch": 200,
+    "train.epochs": 3,
+    "train.seed": "0,1",
+    "mesh.data": 8,
+}
+
+
+def run(stage, workdir, **changes):
+    values = FLAGS | {key.replace("__", "."): value for key, value in changes.items()}
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    return command.run([stage], "", ["program", f"--workdir={workdir}", *flags])
+
+
+def dictionaries(workdir):
+    """What stands for the bits of every dictionary: the checksums of its arrays; and its scores."""
+    found = sorted(workdir.glob("ground_truth/**/dictionary.json"))
+    scores = {path.parent: path.read_text() for path in workdir.glob("ground_truth/**/scores.json")}
+    arrays = {path.parent.parent: json.loads(path.read_text())["arrays"] for path in found}
+    return {str(path.relative_to(workdir)): (arrays[path], scores[path]) for path in arrays}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("truth")
+    assert run("ground_truth", workdir) == 0
+    return workdir
+
+
+def test_stopped_anywhere_it_ends_with_the_same_bits(whole, tmp_path, monkeypatch, capsys):
+    for asked_at in (9, 17):  # checks for a request to stop, of which there is one at each step
+        asked = itertools.count()
+        monkeypatch.setattr(command, "_sigterm", lambda asked=asked, at=asked_at: lambda: next(asked) >= at)
+        assert run("ground_truth", tmp_path) == 143 and "saved" in capsys.readouterr().err
+    monkeypatch.setattr(command, "_sigterm", lambda: lambda: False)
+    assert run("ground_truth", tmp_path) == 0
+    assert dictionaries(tmp_path) == dictionaries(whole) and len(dictionaries(whole)) == 6
+    capsys.readouterr()
+    assert run("ground_truth", tmp_path) == 0 and capsys.readouterr().out.count("done before, unchanged") == 2
+
+
+def test_results_and_report(whole):
+    results = load_results(whole / "ground_truth" / "batchtopk")
+    assert results.kind == "batchtopk" and results.samples == 6000 and results.features == 32
+    (one,) = results.dictionaries
+    own = [json.loads((whole / f"ground_truth/batchtopk/seed{seed}/scores.json").read_text()) for seed in (0, 1)]
+    assert one.scores.mcc.mean == pytest.approx((own[0]["mcc"] + own[1]["mcc"]) / 2) and one.seeds == (0, 1)
+    controls = load_results(whole / "ground_truth" / "controls")
+    assert [one.control for one in controls.dictionaries] == ["frozen", "untrained"]
+    assert run("report", whole) == 0
+    page = (whole / "report" / "report.md").read_text()
+    assert "Does the method find what is known to be there?" in page
+    assert "random decoder" in page and "best possible" in page
+
+
+def test_verdict():
+    def judged(recovered, control=""):
+        rest = {name: Interval(0.5, 0.4, 0.6) for name in FoundFeatures.__dataclass_fields__ if name != "recovered"}
+        return JudgedDictionary("", control, (0, 1), FoundFeatures(Interval(recovered, 0, 1), **rest))
+
+    assert "YES" in line([("topk", judged(0.95)), ("standard", judged(0.2)), ("frozen", judged(0.1, "frozen"))])
+    assert "NO" in line([("topk", judged(0.8)), ("frozen", judged(0.1, "frozen"))])
+    assert "NO" in line([("topk", judged(0.92)), ("frozen", judged(0.93, "frozen"))])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(truth__rate_max=1.0, truth__rate_min=0.9), "more than --truth.dimensions=16"),
+        (dict(truth__roots=30), "more than --truth.features=32"),
+        (dict(truth__samples=100), "fewer than one batch"),
+        (dict(train__form="transcoder"), "--train.form=transcoder"),
+        (dict(train__k=99), "--train.k=99 is more than the 32 features"),
+        (dict(truth__features=0), "nothing to do"),
+    ],
+)
+def test_bad_settings_are_one_line(tmp_path, capsys, changes, told):
+    assert run("ground_truth", tmp_path, **changes) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and told in error[0]

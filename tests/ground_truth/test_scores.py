@@ -1,0 +1,154 @@
+"""Scores against brute force, planted dictionaries whose scores are known, and worlds in which there is nothing."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.ground_truth.matching import Matching
+from saejax.ground_truth.run import over_seeds
+from saejax.ground_truth.scores import absorbed, count, scores
+from saejax.ground_truth.stage import TruthConfig
+from saejax.ground_truth.world import make_world
+
+# Orthogonal directions, so that an encoder of the directions reads the code off.
+WORLD = TruthConfig(
+    features=12, dimensions=16, roots=2, branching=2, depth=1, rate_max=0.4, rate_min=0.1, held_out=4096, bias=0.3
+)
+
+
+@pytest.fixture(scope="module")
+def world():
+    made = make_world(dataclasses.replace(WORLD, orthogonalise=0))
+    rows, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))
+    return dataclasses.replace(made, directions_JxD=jnp.asarray(rows[:12], jnp.float32))
+
+
+def reader(world, W_enc_DxF, W_dec_FxD):
+    """A dictionary that fires where the encoder gives more than 0.5."""
+    width, features = W_enc_DxF.shape
+    described = DictionaryConfig(kind="jumprelu", site="synthetic.0", d_in=width, n_features=features)
+    arrays = dict(W_enc_DxF=W_enc_DxF, b_enc_F=np.zeros(features), W_dec_FxD=W_dec_FxD, b_dec_D=world.bias_D)
+    threshold = dict(threshold_F=np.full(features, 0.5))
+    return Dictionary(described, **{name: jnp.asarray(a, jnp.float32) for name, a in (arrays | threshold).items()})
+
+
+def judged(world, dictionary):
+    matching = Matching.of(np.asarray(dictionary.W_dec_FxD[...]), np.asarray(world.directions_JxD))
+    counts = count(dictionary, world, WORLD, matching)
+    return scores(counts, matching, world, frequent=0.001), matching, counts
+
+
+def test_a_permuted_true_dictionary_scores_full_marks(world):
+    order = np.random.default_rng(1).permutation(12)
+    rows = np.asarray(world.directions_JxD)[order]
+    found, matching, counts = judged(world, reader(world, rows.T, 3 * rows))
+    assert np.array_equal(order[matching.feature_J], np.arange(12))
+    ones = ("recovered", "mcc", "f1", "f1_features", "uniqueness", "best_f1", "best_explained_variance")
+    np.testing.assert_allclose([found[name] for name in ones], 1, atol=1e-5)
+    assert found["split"] == found["merged"] == found["absorbed"] == found["dead"] == 0
+    assert np.isclose(found["l0"], counts.active_J.sum() / counts.tokens)
+    found, _, _ = judged(world, reader(world, rows.T, rows))
+    assert np.isclose(found["explained_variance"], 1, atol=1e-5)
+
+
+def test_a_rotated_dictionary_is_not_the_true_one(world):
+    """Its features lie in the same space and explain it, but none is a direction."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(12, 12)))
+    rows = rotation @ np.asarray(world.directions_JxD)
+    found, matching, _ = judged(world, reader(world, rows.T, rows))
+    assert found["recovered"] < 0.3 and found["mcc"] < 0.9
+    assert np.isclose(found["mcc"], np.abs(rotation)[matching.feature_J, np.arange(12)].mean(), atol=1e-5)
+
+
+def test_matching_is_the_best_of_all_assignments():
+    rng = np.random.default_rng(3)
+    for features, directions in ((5, 5), (4, 6), (6, 4)):
+        W, D = rng.normal(size=(features, 7)), rng.normal(size=(directions, 7))
+        cosine = np.abs((W / np.linalg.norm(W, axis=1)[:, None]) @ (D / np.linalg.norm(D, axis=1)[:, None]).T)
+        small = cosine if features <= directions else cosine.T
+        best = max(
+            small[np.arange(len(small)), list(order)].mean()
+            for order in itertools.permutations(range(small.shape[1]), len(small))
+        )
+        found = Matching.of(W, D)
+        assert np.isclose(found.mcc, best)
+        assert (found.feature_J >= 0).sum() == min(features, directions)
+
+
+def test_split_and_merged():
+    D = np.eye(6)
+    W = np.array([D[0], D[0] + 0.2 * D[5], D[1] + D[2], D[3], D[4] + 0.3 * D[3]])
+    found = Matching.of(W, D)
+    assert list(found.split_J) == [True, False, False, False, False, False]
+    assert list(found.merged_J) == [False, True, True, False, False, False]
+    assert np.isclose(found.uniqueness, 4 / 5)
+
+
+def test_absorption_is_found_where_it_was_planted(world):
+    """Child 2 takes over for its parent 0: its feature writes both, and the parent's is silent where it fires."""
+    rows = np.asarray(world.directions_JxD, np.float64)
+    encoder, decoder = rows.copy(), rows.copy()
+    encoder[0] -= 20 * rows[2]
+    decoder[2] = (rows[2] + rows[0]) / 2**0.5
+    found, matching, counts = judged(world, reader(world, encoder.T, decoder))
+    where = absorbed(counts, matching, world)
+    assert list(np.flatnonzero(where)) == [0] and np.isclose(found["absorbed"], 1 / 12)
+    decoder[2] = rows[2]  # the parent is missed as before, but nobody stands for it
+    _, matching, counts = judged(world, reader(world, encoder.T, decoder))
+    assert not absorbed(counts, matching, world).any()
+
+
+def test_counts_against_the_code_written_out(world):
+    rng = np.random.default_rng(4)
+    dictionary = reader(world, rng.normal(size=(16, 7)), rng.normal(size=(7, 16)))
+    _, matching, counts = judged(world, dictionary)
+    from saejax.ground_truth.rows import HELD_OUT, batch_key
+    from saejax.ground_truth.sampling import draw
+
+    made = [jax.jit(draw, static_argnums=2)(world, batch_key(WORLD.seed, HELD_OUT, i), 1024) for i in range(4)]
+    x, code = (np.concatenate([np.asarray(part, np.float64) for part in parts]) for parts in zip(*made, strict=True))
+    f = np.asarray(dictionary.encode(jnp.asarray(x, jnp.float32)))
+    fires, there = f > 0, code > 0
+    assert np.array_equal(counts.active_J, there.sum(0)) and np.array_equal(counts.fired_F, fires.sum(0))
+    for j, feature in enumerate(matching.feature_J):
+        assert counts.matched_J[j] == (0 if feature < 0 else (there[:, j] & fires[:, feature]).sum())
+        parent = world.parent_J[j]
+        of_parent = -1 if parent < 0 else matching.feature_J[parent]
+        assert counts.parent_J[j] == (0 if of_parent < 0 else (there[:, j] & fires[:, of_parent]).sum())
+    error = np.square(x - f @ np.asarray(dictionary.W_dec_FxD[...]) - np.asarray(world.bias_D)).sum()
+    assert np.isclose(counts.error, error, rtol=1e-4)
+    assert np.isclose(counts.variance, np.square(x - x.mean(0)).sum(), rtol=1e-4)
+
+
+def test_the_best_of_a_sparsity(world):
+    """A dictionary that fires once on a vector, beside a world that keeps its largest activations."""
+    rows = np.asarray(world.directions_JxD)
+    found, _, counts = judged(world, reader(world, rows[:2].T, rows[:2]))
+    assert abs(counts.kept_J.sum() / counts.tokens - found["l0"]) < 0.1
+    assert found["explained_variance"] < found["best_explained_variance"] < 1 and found["f1"] < found["best_f1"] < 1
+
+
+def test_where_there_is_nothing_nothing_is_found():
+    """Random features beside random directions: no recovery, and cosines as chance gives them."""
+    rng = np.random.default_rng(5)
+    W, D = rng.normal(size=(300, 64)), rng.normal(size=(300, 64))
+    found = Matching.of(W, D)
+    assert found.matched_J.max() < 0.7 and not found.split_J.any() and not found.merged_J.any()
+    chance = np.mean([Matching.of(rng.normal(size=(300, 64)), D).mcc for _ in range(3)])
+    assert abs(found.mcc - chance) < 0.02
+
+
+def test_interval_over_seeds():
+    from scipy.stats import ttest_1samp
+
+    values = [0.4, 0.5, 0.9, 0.7]
+    found = over_seeds(values)
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    np.testing.assert_allclose([found.mean, found.low, found.high], [np.mean(values), expected.low, expected.high])
+    alone = over_seeds([0.3])
+    assert alone.low == alone.mean == alone.high == 0.3

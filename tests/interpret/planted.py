@@ -1,0 +1,126 @@
+"""A store whose vectors are planted: dimension c of a token's vector says whether concept c holds there."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.activations.documents import COLUMNS, SPLITS, Documents
+from saejax.activations.plan import Plan
+from saejax.activations.store import Store
+from saejax.activations.writer import StoreWriter
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.interpret.run import Interpreter
+from saejax.interpret.stage import InterpretConfig
+from saejax.interpret.text import CodedText
+from saejax.parallel import make_mesh
+from saejax.results import to_json
+from saejax.settings import MeshConfig
+from saejax.workspace import Run
+
+SITE, WIDTH, VOCABULARY = "resid_post.1", 64, 384
+WORDS = [f" {a}{b}" for a in "abcdefghij" for b in "klmnopqrst"]  # 100 words after a space
+TEXTS = WORDS + [str(i) for i in range(30)] + [word.strip().title() for word in WORDS] + [f"x{i}-" for i in range(154)]
+CONCEPTS = ("token", "shape", "previous", "pair", "triple", "position", "next")
+
+
+def concepts(ids: np.ndarray) -> np.ndarray:
+    """Which concepts hold at the positions of a document, bool [T, concepts]."""
+    n = len(ids)
+    before, before2 = np.r_[-1, ids[:-1]], np.r_[-1, -1, ids[:-2]]
+    return np.stack(
+        [
+            np.isin(ids, [17, 21, 25]),
+            (ids >= 100) & (ids < 130),
+            before == 3,
+            (before == 1) & (ids == 2),
+            (before2 == 4) & (before == 5) & (ids == 6),
+            np.isin(np.arange(n), [5, 6, 7]),
+            np.r_[ids[1:], -1] == 8,
+        ],
+        axis=1,
+    )
+
+
+def make_store(folder: Path, documents: int = 240, length: int = 40, held_out_seed: int = 0) -> Store:
+    """A store of documents in which small token ids, of which the concepts are made, are common.
+
+    Args:
+      folder: where to.
+      documents, length: of the text; every fourth document is held out.
+      held_out_seed: 0: held-out vectors are planted like the others; else they are random.
+    """
+    rng = np.random.default_rng(5)
+    ids = np.where(rng.random((documents, length)) < 0.6, rng.integers(0, 30, (documents, length)), 0)
+    ids = np.where(ids == 0, rng.integers(0, VOCABULARY, ids.shape), ids).astype(np.int32)
+    for phrase in ([1, 2], [4, 5, 6]):  # often enough to be learnt
+        for row, start in zip(rng.integers(0, documents, 400), rng.integers(0, length - 3, 400), strict=True):
+            ids[row, start : start + len(phrase)] = phrase
+    table = np.zeros((documents, len(COLUMNS)), np.int32)
+    table[3::4, COLUMNS.index("split")] = SPLITS.index("held_out")
+    table[:, COLUMNS.index("group")] = np.arange(documents)
+    made = Documents(
+        ids.reshape(-1), np.arange(documents + 1, dtype=np.int64) * length, table, tuple(map(str, range(documents)))
+    )
+    vectors = rng.normal(0, 0.1, (documents, length, WIDTH)).astype(np.float32)
+    vectors[:, :, len(CONCEPTS) + 1 :] *= 10
+    for i in range(documents):
+        holds = concepts(ids[i])
+        vectors[i, :, : len(CONCEPTS)] += holds * rng.uniform(1, 2, holds.shape)
+    if held_out_seed:
+        other = np.random.default_rng(held_out_seed).normal(0, 1, vectors.shape).astype(np.float32)
+        vectors = np.where((table[:, 0] == 1)[:, None, None], other, vectors)
+    return _written(folder, made, vectors)
+
+
+def _written(folder: Path, documents: Documents, vectors: np.ndarray) -> Store:
+    plan = Plan(documents, 1000, batch_tokens=512, last=0, seed=5)
+    writer = StoreWriter(folder, (SITE,), "planted")
+    writer.write_documents(documents)
+    for shard in range(plan.shards):
+        index = plan.index(shard)
+        values = vectors[index[:, 0], index[:, 1]]
+        writer.write_shard(shard, {"index": index, SITE: values, f"{SITE} norms": np.linalg.norm(values, axis=1)})
+    statistics = writer.site_statistics(plan.shards, documents, sink_factor=10.0)
+    writer.finish(
+        dict(
+            sites={SITE: dict(d=WIDTH, **to_json(statistics[SITE]))},
+            dtype="float32",
+            rows=plan.rows,
+            shards=plan.shards,
+            shard_rows=1000,
+            model=dict(name="planted/model", revision="", fingerprint="0123456789abcdef", dtype="float32"),
+            documents=dict(groups=documents.groups),
+        )
+    )
+    return Store.open(folder)
+
+
+def dictionary(features: int, seed: int = 0) -> Dictionary:
+    """The concepts' own directions, one that never fires, and random directions of the rest."""
+    rng = np.random.default_rng(seed)
+    W_enc_DxF = rng.normal(size=(WIDTH, features)).astype(np.float32)
+    W_enc_DxF[: len(CONCEPTS) + 1] = 0
+    W_enc_DxF /= np.linalg.norm(W_enc_DxF, axis=0)
+    b_enc_F = -rng.uniform(0.8, 2.0, features).astype(np.float32)
+    own = len(CONCEPTS) + 1
+    W_enc_DxF[:, :own] = np.eye(WIDTH, own)
+    b_enc_F[:own] = -0.6
+    b_enc_F[own - 1] = -100
+    config = DictionaryConfig(kind="standard", site=SITE, d_in=WIDTH, n_features=features, centred=False)
+    arrays = dict(W_enc_DxF=W_enc_DxF, W_dec_FxD=W_enc_DxF.T, b_enc_F=b_enc_F, b_dec_D=np.zeros(WIDTH))
+    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
+
+
+def interpreter(folder: Path, store: Store, lm, of: Dictionary, **settings) -> Interpreter:
+    """What interprets a dictionary of the store."""
+    config = dataclasses.replace(InterpretConfig(), batch_tokens=500, **settings)
+    run = Run("interpret", "standard", folder, dict(interpret=config), {}, say=lambda line: None)
+    return Interpreter(run, store, CodedText(store.documents, TEXTS), lm, make_mesh(MeshConfig()), "", of)
+
+
+def no_model() -> SimpleNamespace:
+    """In the place of a language model where none is asked for anything."""
+    return SimpleNamespace()

@@ -1,0 +1,152 @@
+"""The atlas in a real browser, labels given by hand, and what is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "attribution"))
+from browser import CHROMIUM, chromium
+
+from saejax.dictionaries.labels import FOUND, Label, labels_of
+from saejax.errors import UserError
+from saejax.interpret.atlas import write_atlas
+from saejax.interpret.labels import read_labels
+from saejax.results import to_json
+from saejax.workspace import write_json
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
+BAD = "</script><script>alert(1)</script>"
+LABELS = {1: Label("“ Paris”", FOUND, f1=0.9), 2: Label(f"a city {BAD}", "Ada", "seen & checked")}
+
+
+def made_up_record(feature: int, fires: int = 12) -> dict:
+    """A record as the stage writes it."""
+    one = dict(tokens=["The", " city\n", BAD, " of", "\ud800", " Rome"], acts=[0.0, None, 1.5, 0, 2.5, 0.2], peak=4)
+    one |= dict(document=3, position=9)
+    row = dict(text=BAD, hits=5, there=9, sum=7.5, mean=0.833, pmi=4.2, odds=[12.0, 3.0, 40.0], q=1e-5)
+    near = [[(feature + 1) % 70, 0.61], [2, 0.2]]
+    found = dict(feature=feature, fires=fires, rate=fires / 1000, nearest=near, up=[[BAD, 3.1]], down=[[" no", -2.0]])
+    if not fires:
+        return found | dict(detectors=[], shuffled_f1=0.0)
+    share = dict(mean=0.8, low=0.7, high=0.9)
+    detector = dict(family="token", says="“ Paris”", search_f1=0.9, precision=share, recall=share, f1=share)
+    return found | dict(
+        mean=1.0, max=2.5, histogram=[0, 3, 9] + [0] * 37, positions=[1, 2, 3] + [0] * 9, examples=[one, one],
+        groups=[one | dict(group=0), one | dict(group=9)], tokens=[row], shapes=[row], together=[[2, 4, 0.5]],
+        detectors=[detector], shuffled_f1=0.1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("atlas")
+    records = (made_up_record(i, fires=0 if i == 5 else 12 + i) for i in range(70))
+    write_atlas(folder, "topk", records, LABELS, {1: dict(capital=1.25)})
+    return (folder / "index.html").as_uri()
+
+
+def show(browser, page, feature):
+    browser.open(f"{page}#topk/{feature}")
+    browser.wait(f"atlas.painted === {feature}")
+    browser.settle()
+
+
+def text(browser, selector):
+    return browser.js(f"document.querySelector({json.dumps(selector)}).innerText")
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [400, 1300])
+def test_any_feature_is_shown_by_its_address(browser, page, dark, width):
+    browser.view(width, 900, dark=dark, phone=width == 400)
+    show(browser, page, 1)
+    shown = text(browser, "#feature")
+    assert "Feature 1" in shown and "“ Paris” (by detector)" in shown and "1.25 logits lost" in shown
+    assert BAD in shown and "0.80 [0.70, 0.90]" in shown  # shown, not run
+    assert browser.js("document.querySelectorAll('#feature .context').length") == 4
+    assert browser.js("document.documentElement.scrollWidth <= innerWidth")
+    colours = browser.js("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
+    light = [sum(map(int, colour.strip("rgba()").split(",")[:3])) for colour in colours]
+    assert (light[0] > light[1]) == dark and abs(light[0] - light[1]) > 400
+    assert browser.errors == []
+
+
+@needs_chromium
+def test_the_keyboard_finds_and_steps_through_features(browser, page):
+    browser.view(1300, 900)
+    show(browser, page, 33)
+    browser.key("ArrowRight")
+    browser.wait("atlas.painted === 34")
+    browser.key("/")
+    browser.type("a CITY")
+    assert text(browser, "#count") == "1 of 70"
+    browser.key("Enter")
+    browser.wait("atlas.painted === 2")
+    assert f"a city {BAD} (by Ada: seen & checked)" in text(browser, "#feature")
+    browser.js("document.getElementById('sort').value = 'effect', document.getElementById('search').value = '';"
+               "document.getElementById('sort').dispatchEvent(new Event('change'))")  # fmt: skip
+    assert browser.js("document.querySelector('#list a').dataset.feature") == "1"
+    show(browser, page, 5)
+    assert "0 tokens" in text(browser, "#feature") and "never fires" in text(browser, "#list a[data-feature='6']") + \
+        text(browser, "#list a[data-feature='5']")  # fmt: skip
+    browser.js("location.hash = '#topk/999'")
+    browser.settle()
+    assert "no feature" in text(browser, "#feature") and browser.errors == []
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_hundred_thousand_features(browser, tmp_path):
+    """The times are printed; only what is shown is tested."""
+    write_atlas(tmp_path, "wide", (made_up_record(i) for i in range(100_000)), LABELS, {})
+    browser.view(1300, 900)
+    show(browser, (tmp_path / "index.html").as_uri(), 99_999)
+    assert "Feature 99999" in text(browser, "#feature")
+    memory = browser.js("performance.memory.usedJSHeapSize") / 1e6
+    print(f"\n100,000 features: {browser.js('atlas.ready'):.0f} ms to the list, {memory:.0f} MB of the script's heap")
+
+
+def test_labels_by_hand(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text('feature,label,note,reviewer\n3,"a, b",sure,Ada\n7,,nothing,Bo\n8,cat,,\n')
+    assert read_labels(path, "topk", 9, False) == {3: Label("a, b", "Ada", "sure"), 8: Label("cat", "by hand")}
+    path.write_text("feature,label,note,reviewer,dictionary\n3,a,,Ada,topk/k8\n3,b,,Ada,topk/k16\n")
+    assert read_labels(path, "topk/k16", 9, True)[3].label == "b"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        (b"\xff\xfe", "not a .csv file in UTF-8"),
+        (b"feature,label\n1,a\n", "no column note, reviewer"),
+        (b"feature,label,note,reviewer\n9,a,,\n", "line 2: there is no feature '9' in topk: expected 0 to 8"),
+        (b"feature,label,note,reviewer\nx,a,,\n", "there is no feature 'x'"),
+        (b"feature,label,note,reviewer\n1,a,,\n1,b,,\n", "line 3: feature 1 has a label already"),
+        (b"feature,label,note,reviewer\n1,a\n", "line 2 has not as many cells"),
+    ],
+)
+def test_labels_that_are_refused(tmp_path, content, said):
+    path = tmp_path / "labels.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_labels(path, "topk", 9, False)
+
+
+def test_where_labels_are_asked_for(tmp_path):
+    assert labels_of(tmp_path, "topk/k8") == {}
+    for stage, label in (("interpret", Label("found", FOUND, f1=0.5)), ("atlas", Label("mine", "Ada"))):
+        folder = tmp_path / stage / "topk" / "k8"
+        folder.mkdir(parents=True)
+        write_json(folder / "labels.json", {"4": to_json(label)})
+        assert labels_of(tmp_path, "topk/k8") == {4: label}

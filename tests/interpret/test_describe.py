@@ -1,0 +1,214 @@
+"""Every statistic, against a plain computation from dense activations."""
+
+import json
+import math
+
+import numpy as np
+import planted
+import pytest
+from scipy.stats import false_discovery_control
+
+from saejax.interpret import describe, neighbours
+from saejax.interpret.describe import AFTER, BEFORE, BINS, GROUPS, LOWEST
+from saejax.interpret.detectors import PairCounts
+from saejax.interpret.firings import Block, record
+from saejax.interpret.records import Describer
+from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
+from saejax.parallel import make_mesh
+from saejax.settings import MeshConfig
+
+FEATURES = 24
+
+
+class Dense:
+    """The same firings as an array [places, features], made without the code that is tested."""
+
+    def __init__(self, store, dictionary):
+        rows = store.rows("train", planted.SITE)
+        document, position, token = store.tokens(rows)
+        place = store.documents.offsets[document] + position
+        order = np.argsort(place)
+        f_BxF = np.maximum(np.asarray(dictionary.encode(store.read(planted.SITE, rows)), np.float64), 0)
+        self.f, self.place, self.token = f_BxF[order], place[order], token[order]
+        self.document, self.position = document[order], position[order]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("describe")
+    store, dictionary = planted.make_store(folder / "store", documents=60), planted.dictionary(FEATURES)
+    text = CodedText(store.documents, planted.TEXTS)
+    together = neighbours.Together(FEATURES, 10)
+    together._least = np.uint64(0)
+    mesh = make_mesh(MeshConfig())
+    place = record(store, "train", {folder / "own": dictionary}, mesh, 320, on_batch=together.add)
+    from saejax.interpret.firings import blocks
+
+    (block,) = blocks(folder / "own", FEATURES)
+    bases = {family: CodeCounts(text.code(family, place)) for family in FAMILIES}
+    nearest = neighbours.nearest_rows(dictionary.W_dec_FxD[...], 3)
+    describer = Describer(store, text, place, bases, 5, 3, None, nearest, together)
+    records = describer.records(block, PairCounts(block, text.code("token", block.place)))
+    for one in records:
+        describer.adjust(one)
+    json.dumps(records, allow_nan=False)
+    return store, dictionary, text, block, bases, records, Dense(store, dictionary)
+
+
+def test_counts_histogram_and_positions(made):
+    *_, records, dense = made
+    for i, one in enumerate(records):
+        own = dense.f[:, i][dense.f[:, i] > 0]
+        assert one["fires"] == len(own) and one["rate"] == pytest.approx(len(own) / len(dense.f), rel=1e-3)
+        if not len(own):
+            assert "examples" not in one and i == len(planted.CONCEPTS)
+            continue
+        assert (one["mean"], one["max"]) == pytest.approx((own.mean(), own.max()), rel=1e-3)
+        bins = [0] * BINS
+        for value in own:
+            bins[min(max(math.floor(2 * (math.log2(value) - LOWEST)), 0), BINS - 1)] += 1
+        assert one["histogram"] == bins
+        places = [0] * 12
+        for position in dense.position[dense.f[:, i] > 0].tolist():
+            places[position.bit_length()] += 1
+        assert one["positions"] == places
+
+
+def test_strongest_contexts_come_first_from_different_documents(made):
+    store, *_, records, dense = made
+    for i, one in enumerate(records):
+        if not one["fires"]:
+            continue
+        best = {}
+        for value, document, position in zip(dense.f[:, i], dense.document, dense.position, strict=True):
+            if value > 0:
+                best[int(document)] = max(best.get(int(document), (0, 0)), (value, int(position)))
+        expected = sorted(best.items(), key=lambda item: -item[1][0])[:5]
+        assert [(e["document"], e["position"]) for e in one["examples"]] == [(d, p) for d, (_, p) in expected]
+        for example in one["examples"]:
+            ids = store.documents[example["document"]]
+            start = max(0, example["position"] - BEFORE)
+            shown = range(start, min(len(ids), example["position"] + AFTER + 1))
+            assert example["tokens"] == [planted.TEXTS[ids[at]] for at in shown]
+            assert example["peak"] == example["position"] - start
+            acts = {int(p): f for p, f, d in zip(dense.position, dense.f[:, i], dense.document, strict=True)
+                    if d == example["document"]}  # fmt: skip
+            np.testing.assert_allclose(example["acts"], [acts[at] for at in shown], rtol=6e-3, atol=1e-6)
+
+
+def test_draws_are_those_of_the_largest_priority_in_each_tenth(made):
+    *_, records, dense = made
+    for i, one in enumerate(records):
+        own = np.flatnonzero(dense.f[:, i] > 0)
+        own = own[np.argsort(dense.f[own, i], kind="stable")]
+        expected = []
+        for group in range(GROUPS):
+            some = [own[n] for n in range(len(own)) if n * GROUPS // len(own) == group]
+            some.sort(key=lambda row: -int(describe.priority(dense.place[[row]])[0]))
+            expected += [(group, int(dense.document[row]), int(dense.position[row])) for row in some[:3]]
+        assert [(e["group"], e["document"], e["position"]) for e in one.get("groups", [])] == expected
+
+
+def test_priorities_are_uniform_and_do_not_depend_on_their_company():
+    every = describe.priority(np.arange(100_000)) / 2.0**64
+    assert abs(every.mean() - 0.5) < 0.005 and abs(np.corrcoef(every[:-1], every[1:])[0, 1]) < 0.02
+    assert describe.priority(np.array([77]))[0] / 2.0**64 == every[77]
+
+
+def test_associations(made):
+    *_, text, block, bases, records, dense = made[0], made[1], *made[2:]
+    every_p = []
+    for family in ("token", "shape"):
+        code = text.code(family, dense.place)
+        about = describe.associations(
+            block, PairCounts(block, text.code(family, block.place)), bases[family], len(code)
+        )
+        every_p += about.p.tolist()
+        for n in np.random.default_rng(0).integers(0, len(about.code), 60):
+            fires, there = dense.f[:, about.feature[n]] > 0, code == about.code[n]
+            a, b, c, d = (np.sum(x & y) + 0.5 for x in (fires, ~fires) for y in (there, ~there))
+            assert (about.hits[n], about.there[n]) == (a - 0.5, there.sum())
+            assert about.total[n] == pytest.approx(dense.f[there, about.feature[n]].sum(), rel=1e-4)
+            assert about.pmi[n] == pytest.approx(np.log2((a - 0.5) / len(code) / (fires.mean() * there.mean())))
+            log, error = np.log(a * d / b / c), np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
+            expected = np.exp([log, log - 1.96 * error, log + 1.96 * error])
+            np.testing.assert_allclose([about.odds[n], about.odds_low[n], about.odds_high[n]], expected)
+    live = sum(one["fires"] > 0 for one in records)
+    hypotheses = live * sum(len(np.unique(text.code(family, dense.place))) for family in ("token", "shape"))
+    padded = np.r_[every_p, np.ones(hypotheses - len(every_p))]
+    expected = dict(zip(every_p, false_discovery_control(padded), strict=False))
+    rising, q = describe.adjusted(np.array(every_p), hypotheses)
+    np.testing.assert_allclose(q, [expected[p] for p in rising], rtol=1e-9)
+    assert all(0 <= row["q"] <= 1 and "p" not in row for one in records for row in one.get("tokens", ()))
+
+
+def test_tokens_by_sum_and_by_mean(made):
+    *_, records, dense = made
+    for i, one in enumerate(records):
+        if one["fires"]:
+            tokens = np.unique(dense.token)
+            total = {planted.TEXTS[t]: dense.f[dense.token == t, i].sum() for t in tokens}
+            mean = {
+                planted.TEXTS[t]: dense.f[dense.token == t, i].mean() for t in tokens if (dense.token == t).sum() > 2
+            }
+            listed = [row["text"] for row in one["tokens"]]
+            best = max(mean, key=mean.get)
+            assert listed[0] == max(total, key=total.get) and (best in listed or not mean[best])
+            for row in one["tokens"]:
+                assert row["sum"] == pytest.approx(total[row["text"]], rel=1e-3)
+
+
+def test_features_that_fire_together(made):
+    *_, records, dense = made
+    fires = (dense.f > 0).astype(int)
+    both = fires.T @ fires
+    for i, one in enumerate(records):
+        share = both[i] / np.maximum(both[i, i] + np.diag(both) - both[i], 1)
+        share[i] = 0
+        for other, count, jaccard in one.get("together", []):
+            assert count == both[i, other] and jaccard == pytest.approx(share[other], rel=1e-3)
+        expected = np.sort(share)[::-1][:6]
+        np.testing.assert_allclose([t[2] for t in one.get("together", [])], expected[expected > 0], rtol=1e-3)
+
+
+def test_a_sample_of_tokens_where_there_are_many(monkeypatch):
+    monkeypatch.setattr(neighbours, "_TOKENS", 500)
+    together, place = neighbours.Together(3, 5000), np.arange(5000)
+    even = place[place % 2 == 0]
+    together.add(np.zeros(len(even), int), even)
+    together.add(np.ones(len(place), int), place)
+    other, both, share = together.partners(0, 1, 1)
+    assert other[0, 0] == 1 and 180 < both[0, 0] < 320 and share[0, 0] == pytest.approx(0.5, abs=0.08)
+
+
+def test_nearest_rows(made, monkeypatch):
+    monkeypatch.setattr(neighbours, "_ROWS", 7)
+    W = np.asarray(made[1].W_dec_FxD[...], np.float64)
+    W /= np.linalg.norm(W, axis=1, keepdims=True)
+    cosine = W @ W.T - 3 * np.eye(len(W))
+    ids, found = neighbours.nearest_rows(made[1].W_dec_FxD[...], 3)
+    np.testing.assert_allclose(found, -np.sort(-cosine, axis=1)[:, :3], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(cosine, ids, 1), found, atol=1e-6)
+
+
+def test_output_tokens(tiny_llama, one_device):
+    from saejax.models.language_model import load_model
+
+    lm = load_model(str(tiny_llama), mesh=one_device)
+    rows = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
+    ids, logits = neighbours.output_tokens(lm, rows, 4)
+    params = {name: np.asarray(value, np.float64) for name, value in lm.params.items() if not name.startswith("layers")}
+    head = params["embed_VxD"].T if lm.config.tied else params["unembed_DxV"]
+    wide = rows.astype(np.float64)
+    wide /= np.sqrt((wide**2).mean(1, keepdims=True) + lm.config.norm_eps)
+    expected = (wide * params["final_norm_D"]) @ head
+    expected -= expected.mean(1, keepdims=True)
+    np.testing.assert_allclose(logits[:, :4], -np.sort(-expected, axis=1)[:, :4], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits[:, ::-1][:, :4], np.sort(expected, axis=1)[:, :4], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.take_along_axis(expected, ids, 1), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_feature_that_never_fires():
+    block = Block(0, 2, np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+    assert not describe.histogram(block).any() and not describe.group_draws(block, 2)[0].size
+    assert describe.sums(block)[1].tolist() == [0, 0]

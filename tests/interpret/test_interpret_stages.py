@@ -1,0 +1,74 @@
+"""The stages ``interpret`` and ``atlas`` as programs, on a tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+import runs
+
+from saejax import command, load_results
+from saejax.activations.store import Store
+from saejax.dictionaries import load_dictionary
+from saejax.dictionaries.labels import labels_of
+
+STAGES = ["baseline", "capture", "train", "interpret", "atlas"]
+
+
+@pytest.fixture(scope="module")
+def workdir(inputs, tmp_path_factory):
+    """A workdir with a stack of two dictionaries, interpreted; and the flags of its run."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    flags = runs.small_flags(
+        *inputs, folder, train__kinds="topk", train__k="4,8", train__epochs=2, interpret__dictionaries="topk",
+        interpret__batch_tokens=64, task__train_prompts=2, task__test_prompts=2, ablate__dictionary="standard",
+    )  # fmt: skip
+    assert command.run(STAGES, "", ["test", *flags]) == 0
+    return folder, flags
+
+
+def records(folder):
+    return [one for file in sorted((folder / "features").glob("*.json")) for one in json.loads(file.read_text())]
+
+
+def test_every_feature_of_every_member_is_described(workdir):
+    folder, _ = workdir
+    results = load_results(folder / "interpret" / "topk")
+    store = Store.open(folder / "capture")
+    assert [member.name for member in results.members] == ["k4", "k8"]
+    for member in results.members:
+        dictionary = load_dictionary(folder / "train" / "topk" / member.name)
+        f_BxF = np.asarray(dictionary.encode(store.read(member.site, store.rows("train", member.site))))
+        made = records(folder / "interpret" / "topk" / member.name)
+        assert [one["fires"] for one in made] == (f_BxF > 0).sum(0).tolist()
+        assert member.features == len(made) == 128 and member.search_tokens == len(f_BxF)
+        assert all(len(one["up"]) == len(one["down"]) == 10 for one in made)
+        labels = {one["feature"]: one["label"] for one in made if "label" in one}
+        own = labels_of(folder, f"topk/{member.name}")
+        assert {feature: label.label for feature, label in own.items()} == labels
+        assert member.found.labelled == sum(member.families.values()) == len(labels)
+        page = folder / "atlas" / "topk" / member.name
+        assert (page / "index.html").exists() and len(list((page / "data").iterdir())) == 1 + 128 // 32
+        assert not (folder / "interpret" / "topk" / member.name / "firings").exists()
+
+
+def test_labels_of_ones_own_win_and_only_the_pages_are_written_anew(workdir, tmp_path, capsys):
+    folder, flags = workdir
+    path = tmp_path / "labels.csv"
+    path.write_text("feature,label,note,reviewer,dictionary\n5,mine,,Ada,topk/k8\n")
+    flags = [*flags, f"--atlas.labels={path}"]
+    assert command.run(STAGES, "", ["test", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "interpret/topk: done before, unchanged" in said and "atlas/topk: started" in said
+    assert labels_of(folder, "topk/k8")[5].by == "Ada"
+    assert [one.by_hand for one in load_results(folder / "atlas" / "topk").members] == [0, 1]
+    path.write_text("feature,label,note,reviewer,dictionary\n128,mine,,Ada,topk/k8\n")
+    assert command.run(STAGES, "", ["test", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "there is no feature '128' in topk/k8" in error and len(error.splitlines()) == 1
+
+
+def test_a_model_that_the_text_was_not_captured_from_is_refused(workdir, tmp_path, capsys):
+    _, flags = workdir
+    other = runs.save_model(tmp_path / "other", num_hidden_layers=3)
+    assert command.run(["interpret"], "", ["test", *flags, f"--model.path={other}"]) == 2
+    assert "capture" in capsys.readouterr().err
