@@ -41,6 +41,16 @@ class Findings:
         """The results of the first unit of a class, which there must be."""
         return next(iter(self.each(results).values()))
 
+    def with_results(self, results: object) -> "Findings":
+        """The same with other results of the one unit whose results are of their class."""
+        units = {
+            unit: dataclasses.replace(summary, results=results)
+            if isinstance(summary.results, type(results))
+            else summary
+            for unit, summary in self.summaries.items()
+        }
+        return dataclasses.replace(self, summaries=units)
+
     def settings(self) -> Settings:
         """The resolved configuration of all the units together: group -> field -> value."""
         groups = [summary.config for summary in self.summaries.values()]

@@ -8,6 +8,7 @@ from saejax.causal.ablate.report_features import SLOPES, held_out
 from saejax.causal.ablate.results import AblateResults
 from saejax.causal.activation_sources import WORDS
 from saejax.dictionaries import stacks
+from saejax.evaluation.results import EvaluateResults
 from saejax.page.document import Code, Section, Terms, Text
 from saejax.page.findings import Findings
 from saejax.page.tables import MISSING, Table, number, percent
@@ -30,12 +31,11 @@ def lead(found: Findings) -> tuple[str, ...]:
     wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in ablate.behaviours)
     path = found.settings()["model"]["path"]
     model = _MODELS.get(path) or (Path(path).name if path.startswith(("/", ".", "~")) else path)
-    features = len(held_out(found, "firing_rate"))
+    features = f"{len(held_out(found, 'firing_rate')):,}" if found.each(EvaluateResults) else "its"
     return (
         f"The language model {model} was given prompts that ask for: {wanted}. A sparse dictionary, "
-        f"trained on the model's activations in {place(ablate.site)}, writes each of them as a sum of a few out of "
-        f"{features:,} features. A feature is a direction; its activation says how much of it is in "
-        "a token.",
+        f"trained on the model's activations in {place(ablate.site)}, writes each of them as a sum of a few "
+        f"of {features} features. A feature is a direction; its activation says how much of it is in a token.",
         f"For each behaviour the {ablate.top} features with the largest estimated effect on the answer were chosen "
         f"on one set of prompts and removed together on {prompt_count(found)} others. The same was done with "
         f"up to {ablate.draws} draws of as many random features that fire as often and as strongly on those prompts, "

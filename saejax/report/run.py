@@ -6,6 +6,7 @@ Written to the unit's folder: ``index.html`` (complete in itself), ``report.md``
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -16,6 +17,7 @@ from saejax.causal.ablate import report_features, report_sets
 from saejax.causal.ablate.results import AblateResults
 from saejax.config import to_json
 from saejax.dictionaries import stacks
+from saejax.evaluation.results import EvaluateResults
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
 from saejax.page import style
@@ -24,10 +26,10 @@ from saejax.page.findings import Draw, Findings, read_findings
 from saejax.registry import STAGES
 from saejax.report import overview
 from saejax.report.results import ReportResults
-from saejax.stage import load
+from saejax.stage import is_folder, load
 from saejax.tasks import report as tasks
 from saejax.training import report as training
-from saejax.workspace import Run, package_versions, write_text
+from saejax.workspace import SUMMARY, Run, package_versions, write_text
 
 
 def run_report(run: Run) -> ReportResults:
@@ -37,13 +39,18 @@ def run_report(run: Run) -> ReportResults:
       UserError: a file of an input is missing or damaged.
     """
     config = run.configs["report"]
-    found = read_findings(run.inputs, run.folder, {"report": to_json(config)})
+    tested = run.configs["ablate"].dictionary
+    trained, name = trained_in(Path(tested)) if is_folder(tested) else ({}, tested)
+    found = read_findings(trained | dict(run.inputs), run.folder, {"report": to_json(config)})
     ablate = next(iter(found.each(AblateResults).values()), None)  # there is none without behaviours
+    if ablate and trained:  # where the dictionary is known by its name
+        ablate = dataclasses.replace(ablate, dictionary=name)
+        found = found.with_results(ablate)
     behaviours = ablate.behaviours if ablate else {}
     wanted = [item.feature for result in behaviours.values() for item in result.top[: config.features]]
     if ablate:
         run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
-        found = dataclasses.replace(found, examples=contexts(run, ablate.dictionary, wanted, config.examples))
+        found = dataclasses.replace(found, examples=contexts(run, found, wanted, config.examples))
     (run.folder / "figures").mkdir(exist_ok=True)
 
     def draw(name: str, figure: Figure, caption: str, alt: str) -> Picture:
@@ -65,6 +72,25 @@ def run_report(run: Run) -> ReportResults:
     )
 
 
+def trained_in(folder: Path) -> tuple[dict[str, Path], str]:
+    """The finished units of the workdir that trained the dictionary in a folder, and its name there.
+
+    Args:
+      folder: such as "runs/demo/train/topk" or "runs/demo/train/topk/k32".
+
+    Returns:
+      Folders of its units "capture", "train/topk" and "evaluate/topk", and "topk" or "topk/k32"; no units if it is not
+      of a workdir where all of these are finished.
+    """
+    places = folder.absolute().parts
+    for at in (place for place in range(len(places) - 2, 0, -1) if places[place] == "train"):
+        workdir, kind = Path(*places[:at]), places[at + 1]
+        units = {unit: workdir / unit for unit in ("capture", f"train/{kind}", f"evaluate/{kind}")}
+        if all((unit / SUMMARY).exists() for unit in units.values()):
+            return units, "/".join(places[at + 1 :])
+    return {}, str(folder)
+
+
 def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
     """All sections: those there always are and, before the features one by one, those of stages that were asked for.
 
@@ -73,17 +99,18 @@ def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
       draw: saves a figure.
       shown: features of each behaviour that are shown with contexts.
     """
+    known = found.each(EvaluateResults)  # nothing is, of a dictionary from elsewhere
     return [
         ablation.answer(found, draw),
         tasks.behaviours_section(found, draw),
         *tasks.benchmark_sections(found),
-        training.section(found, draw, found.one(AblateResults).dictionary),
+        *([training.section(found, draw, found.one(AblateResults).dictionary)] if known else []),
         *report_sets.bases(found, draw),
         *report_sets.agreement(found),
         *report_sets.feature_sets(found, draw),
         *_asked(found, draw),
         *report_features.features(found, draw, shown),
-        overview.left_out(found),
+        *([overview.left_out(found)] if known else []),
         overview.limits(found),
         overview.reproduce(found),
     ]
@@ -95,11 +122,11 @@ def _asked(found: Findings, draw: Draw) -> list[Section]:
     return [section for write in writers for section in write(found, draw)]
 
 
-def contexts(run: Run, name: str, features: Sequence[int], count: int) -> dict[int, list[Example]]:
-    """The strongest contexts of features of the dictionary ``name`` in the captured text."""
-    if not features:
+def contexts(run: Run, found: Findings, features: Sequence[int], count: int) -> dict[int, list[Example]]:
+    """The strongest contexts of features of the tested dictionary in the captured text; none where there is no text."""
+    if not features or "capture" not in found.folders:
         return {}
-    store = Store.open(run.inputs["capture"])
-    dictionary = stacks.load_trained(name, run.inputs, "--ablate.dictionary")
+    store = Store.open(found.folders["capture"])
+    dictionary = stacks.load_trained(run.configs["ablate"].dictionary, run.inputs, "--ablate.dictionary")
     tokenizer = load_tokenizer(resolve(run.configs["model"]))
     return top_examples(store, dictionary, features, count, token_text(tokenizer))

@@ -2,24 +2,22 @@
 
 from collections.abc import Sequence
 
-from saejax.errors import UserError
 from saejax.settings import ReportConfig
 from saejax.stage import Configs, Stage, is_folder
 
-_READ = ("baseline", "benchmark", "capture", "train", "evaluate", "ablate")  # by the sections there always are
+_OF_DICTIONARY = ("capture", "train", "evaluate")
+_READ = ("baseline", "benchmark", *_OF_DICTIONARY, "ablate")  # by the sections there always are
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """The units of these, and of every stage that writes a section of its own."""
+    """The units of these, and of every stage that writes a section of its own.
+
+    A dictionary that is named by its folder was trained elsewhere, and what is told of it stands there.
+    """
     from saejax.registry import STAGES
 
-    tested = configs["ablate"].dictionary
-    if is_folder(tested):
-        raise UserError(
-            f"the report shows dictionaries that its workdir trained, and --ablate.dictionary={tested} is a folder: "
-            "run the report there, or read the results of ablate"
-        )
-    always = _READ if configs["task"].has_behaviours else ()
+    elsewhere = _OF_DICTIONARY if is_folder(configs["ablate"].dictionary) else ()
+    always = set(_READ if configs["task"].has_behaviours else ()) - {*elsewhere}
     read = [stage for stage in STAGES.values() if stage.name in always or stage.section]
     return [unit for stage in read for unit in stage.units(configs)]
 

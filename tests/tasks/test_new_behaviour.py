@@ -52,6 +52,15 @@ def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, tmp_path):
     shutil.copytree(trained, there)
     assert go(["baseline", "ablate"], inputs, there, **changes | dict(ablate__dictionary="topk")) == 0
     assert load_results(there, "ablate/topk").behaviours == load_results(unit).behaviours
+    # The report tells of the dictionary what is told where it was trained: nothing before it is evaluated there.
+    asked = {name: value for name, value in changes.items() if not name.startswith(("patch", "probe"))}
+    again = shutil.copytree(workdir, tmp_path / "again")
+    for run, evaluated in ((workdir, False), (again, True)):
+        if evaluated:
+            assert go(["evaluate"], inputs, trained) == 0
+        assert go(["report"], inputs, run, **asked) == 0
+        assert ("The dictionaries" in (run / "report" / "report.md").read_text()) == evaluated
+        assert any(load_results(run, "report").contexts.values()) == evaluated
 
 
 @pytest.mark.parametrize("folder", ["nowhere/at/all", "train"])

@@ -38,7 +38,7 @@ def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
     for name, result in ablate.behaviours.items():
         every = [_every(found, name, result, result.importance, draw)] if result.importance else []
         if result.top:
-            strips = [_strips(found, name, item) for item in result.top[:shown]]
+            strips = [_strips(found, name, item) for item in result.top[: shown if found.examples else 0]]
             table = _feature_table(result, labels(found))
             blocks: tuple[Block, ...] = (_singles(name, result, draw), *every, table, *strips)
             sections.append(Section(detail_title(name), blocks, level=3))
