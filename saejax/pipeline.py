@@ -9,9 +9,9 @@ from typing import Any
 
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
+from saejax.preregistration import shows_data, write_rules
 from saejax.registry import STAGES, groups_of
 from saejax.results import to_json
-from saejax.rules import shows_data, write_rules
 from saejax.settings import MeshConfig
 from saejax.stage import Configs, Stage, load
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions

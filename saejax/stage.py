@@ -44,7 +44,7 @@ class Stage:
         ``PlannedRun`` and a mesh in.
       section: "module:function" that writes its part of the report: ``Findings`` and ``Draw`` in, sections out.
       rule: "module:function" that gives the rule of its verdicts in words, from its own settings; "" without verdicts.
-        Runs write it down before there are data (``rules``).
+        Runs write it down before there are data (``preregistration``).
       many_processes: whether all processes of a run take part in it; otherwise the first one does it alone, on its own
         devices, and the others wait.
     """

@@ -33,7 +33,7 @@ ORDER = [
     "parallel",
     "page",
     "results",
-    "rules",
+    "preregistration",
     "workspace",
     "registry",
     "stage",

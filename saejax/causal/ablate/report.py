@@ -10,7 +10,7 @@ from saejax.page.document import Block, Picture, Section, Text, VerdictBlock, an
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import interval, percent
 from saejax.page.words import behaviour, detail_title, sentence, spread
-from saejax.rules import said
+from saejax.preregistration import said
 from saejax.tasks.results import BaselineResults
 
 _BADGES = dict(

@@ -9,7 +9,7 @@ from saejax.page.document import Block, Section, Terms, Text
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import place, sentence, spread
-from saejax.rules import said
+from saejax.preregistration import said
 
 _SCORES = {"generate": "exact match, %", "choice": "multiple choice, %"}
 _REPLACEMENTS = {"zero": "set to zero", "random": "at random"}

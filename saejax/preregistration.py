@@ -17,10 +17,7 @@ from saejax.stage import load
 from saejax.workspace import STARTED, fingerprint, now
 
 FILE = "rules.jsonl"
-DATA = (
-    "baseline",
-    "benchmark",
-)  # stages that show data which rules are about, beside the stages with a rule themselves
+DATA = ("baseline", "benchmark")  # stages that show what rules are about, beside those with a rule themselves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from saejax import pipeline, rules
+from saejax import pipeline, preregistration
 from saejax.causal.ablate.grades import rule as words
 from saejax.registry import GROUPS, STAGES
 from saejax.workspace import Workspace
@@ -19,13 +19,13 @@ def configs(**changes):
 
 
 def said(root, **changes):
-    return rules.said(root, "ablate", words(configs(**changes)["ablate"]))
+    return preregistration.said(root, "ablate", words(configs(**changes)["ablate"]))
 
 
 def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        pipeline, "load", lambda target: lambda run: seen.append((run.stage, rules.read_rules(tmp_path)))
+        pipeline, "load", lambda target: lambda run: seen.append((run.stage, preregistration.read_rules(tmp_path)))
     )
     workspace = Workspace(tmp_path)
 
@@ -50,20 +50,27 @@ def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp
     # What was written first stays written first.
     run("ablate/topk", "one")
     assert BEFORE in said(tmp_path) and said(tmp_path).endswith("superseded in this workdir: 2 of ablate")
-    assert len(rules.read_rules(tmp_path)) == 2
+    assert len(preregistration.read_rules(tmp_path)) == 2
     run("baseline", "second")
     assert said(tmp_path).endswith("2 of ablate, 1 of baseline")
 
 
 def test_stages_without_data_write_nothing_and_a_line_cut_off_is_left_out(tmp_path):
-    assert {stage for stage in STAGES if rules.shows_data(stage)} == {"baseline", "benchmark", "ablate", "study"}
-    rules.write_rules(tmp_path, configs() | dict(study=dataclasses.replace(GROUPS["study"](), benchmarks=("logic",))))
-    assert [one.stage for one in rules.read_rules(tmp_path)] == ["ablate", "study"]
-    whole = (tmp_path / rules.FILE).read_text()
-    (tmp_path / rules.FILE).write_text(whole + whole[:40])
-    assert len(rules.read_rules(tmp_path)) == 2
-    rules.write_rules(tmp_path, configs())
-    assert (tmp_path / rules.FILE).read_text() == whole + whole[:40]
+    assert {stage for stage in STAGES if preregistration.shows_data(stage)} == {
+        "baseline",
+        "benchmark",
+        "ablate",
+        "study",
+    }
+    preregistration.write_rules(
+        tmp_path, configs() | dict(study=dataclasses.replace(GROUPS["study"](), benchmarks=("logic",)))
+    )
+    assert [one.stage for one in preregistration.read_rules(tmp_path)] == ["ablate", "study"]
+    whole = (tmp_path / preregistration.FILE).read_text()
+    (tmp_path / preregistration.FILE).write_text(whole + whole[:40])
+    assert len(preregistration.read_rules(tmp_path)) == 2
+    preregistration.write_rules(tmp_path, configs())
+    assert (tmp_path / preregistration.FILE).read_text() == whole + whole[:40]
 
 
 @pytest.mark.parametrize("stage", ["ablate", "study"])
