@@ -57,7 +57,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         config.define_flags(GROUPS, flag_values)
         rest = flag_values(list(argv), known_only=False)
         if flag_values["help"].value:
-            print(help_text(stages, about, flag_values))
+            _show(help_text(stages, about, flag_values))
             return 0
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not a flag: flags are --group.field=value; --help lists them")
@@ -131,6 +131,14 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
     if unread:
         lines += ["", f"Flags of other stages are accepted too, so that stages can share a file: {', '.join(unread)}."]
     return "\n".join(lines)
+
+
+def _show(text: str) -> None:
+    """Prints a long text, whose reader may leave before its end (``--help | head``)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
 
 
 def _refuse(message: str, flag_values: flags.FlagValues) -> int:

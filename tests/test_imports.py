@@ -146,3 +146,9 @@ def test_help_and_bad_flags_are_light(binary, flag, says):
     run = f"import runpy; sys.argv[1:] = ['--workdir=nowhere', '{flag}']; "
     written, large = run_and_list(f"{run}runpy.run_module('experiments.{binary}', run_name='__main__')")
     assert says in written and large == "[]"
+
+
+def test_a_reader_of_the_help_may_leave():
+    command = f"{sys.executable} -m experiments.train --help | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("train: ")
