@@ -208,7 +208,7 @@ def test_bad_input_is_said(lm, acts, sae):
 def test_every_binary_of_the_package_is_a_command():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     names = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__"}
-    assert scripts == {f"saejax-{name}": f"saejax.experiments:{name}" for name in names}
+    assert scripts == {f"saejax-{name.replace('_', '-')}": f"saejax.experiments:{name}" for name in names}
     for name in names:
         assert getattr(importlib.import_module(f"experiments.{name}"), name) is getattr(experiments, name)
 

@@ -33,7 +33,9 @@ def test_the_order_follows_from_what_stages_wait_for():
 def test_every_stage_comes_after_those_whose_units_it_reads():
     configs = {group: cls() for group, cls in GROUPS.items()}
     asked = dict(graph=dict(prompt="a", transcoders="set"), study=dict(benchmarks=("logic",)))
-    asked |= dict(patch=dict(kinds=("mlp_out",), dictionary="topk"), probe=dict(labels=("answer",)))
+    asked |= dict(
+        truth=dict(features=64), patch=dict(kinds=("mlp_out",), dictionary="topk"), probe=dict(labels=("answer",))
+    )
     asked |= dict(
         interpret=dict(dictionaries=("topk",)), export=dict(dictionaries=("topk",)), task=dict(benchmarks=("gsm8k",))
     )

@@ -106,13 +106,13 @@ class Editing(Basis):
         drawn_NxTxK = np.zeros((len(numbers), length, len(features_K)), np.float32)
         factor_K = np.ones(len(features_K), np.float32)
         for k, (feature, pool) in enumerate(zip(features_K.tolist(), pools, strict=True)):
-            pool_N = np.asarray(pool, np.float32)
-            if not np.isfinite(pool_N).all():
+            pool = np.asarray(pool, np.float32)
+            if not np.isfinite(pool).all():
                 raise UserError(f"the pool of feature {feature} holds NaN or infinity: expected finite activations")
-            if len(pool_N):
+            if len(pool):
                 for drawn_TxK, number in zip(drawn_NxTxK, numbers.tolist(), strict=True):
                     own = [seed, feature] if texts is None else [seed, feature, number]
-                    drawn_TxK[:, k] = np.random.default_rng(own).choice(pool_N, length)
+                    drawn_TxK[:, k] = np.random.default_rng(own).choice(pool, length)
                 factor_K[k] = 0.0
         where = Positions.of("fires", ("fires",))
         return self._made(features_K, factor_K, Values.along_texts(drawn_NxTxK[row_B]), where, None)

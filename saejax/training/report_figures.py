@@ -71,9 +71,8 @@ def frontier(members: Mapping[str, Sequence[Sequence[DictionaryScores]]]) -> Fig
     for axes, key in zip(below, ("explained_variance", "ce_recovered_mean"), strict=True):
         for (name, sites), (color, line, marker) in zip(members.items(), LINES, strict=False):
             for of_site in sites:
-                points_Nx2 = np.array(
-                    sorted((m.l0, getattr(m, key)) for m in of_site if m.l0 and getattr(m, key) is not None)
-                )
+                points = sorted((m.l0, getattr(m, key)) for m in of_site if m.l0 and getattr(m, key) is not None)
+                points_Nx2 = np.array(points).reshape(-1, 2)
                 if not len(points_Nx2):
                     continue
                 l0_N, value_N = points_Nx2.T

@@ -41,7 +41,7 @@ class ScaledRows(Protocol):
         ...
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] of rows."""
+        """The vectors [n, d] at a ``site``, of ``rows``."""
         ...
 
 

@@ -50,15 +50,16 @@ def test_only_what_is_asked_for(model):
 def test_rows_are_those_of_the_stages(model):
     found, task = units(model, **ASKED), TaskConfig()
     behaviours, pairs = len(task.behaviours), len(task.behaviours) * task.test_prompts
-    # Two directions, 30 layers, half of 16 positions.
-    assert found["patch/resid_post"]["rows"] == 2 * 30 * 8 * pairs
+    # Two directions, 30 layers, half of 16 positions; the strongest place is chosen on train pairs.
+    choosing = len(task.behaviours) * min(task.train_prompts, task.test_prompts)
+    assert found["patch/resid_post"]["rows"] == 2 * 30 * 8 * (pairs + choosing)
     sets = 2 * (20 + len(steps(20)) + 1) + 20 * len(steps(20))
     assert found["patch/topk"]["rows"] == pytest.approx(0.85 * pairs * sets, abs=1)
     probe = found["probe/topk"]
     assert probe["rows"] == behaviours * (task.train_prompts + task.test_prompts)
     # On features and on raw activations: 5 folds of 6 penalties, the probe itself, 20 shuffles; sparse ones thrice.
     assert probe["fits"] == 2 * (1 + behaviours) * (51 + 5 * 71)
-    assert found["study/logic"]["rows"] == 100 * (1 + 2 + 2 * 10)
+    assert found["study/logic"]["rows"] == 100 * (1 + 2 + 2 * 20)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_rows_are_those_of_the_stages(model):
     [
         ("patch", dict(patch__kinds=("resid_post", "attn_out", "mlp_out"))),
         ("patch", dict(patch__draws=60)),
-        ("patch", dict(task__test_prompts=60)),
+        ("patch", dict(task__test_prompts=200)),
         ("probe", dict(probe__shuffles=60)),
         ("probe", dict(probe__labels=("behaviour", "answer", "parity"))),
         ("study", dict(study__draws=30)),

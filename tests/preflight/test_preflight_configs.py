@@ -17,7 +17,7 @@ from saejax.registry import GROUPS
 from saejax.training.train import named_sites
 
 FILES = sorted(CONFIGS.glob("*.flags"))
-STUDIES = [path for path in FILES if not path.name.startswith("demo")]
+STUDIES = [path for path in FILES if "--model.path=" in path.read_text() and not path.name.startswith("demo")]
 FITS = re.compile(r"^# Fits a TPU slice: --preflight.topology=(\S+)(?: --mesh.model=(\d+))?", re.M)
 
 

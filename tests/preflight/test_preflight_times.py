@@ -16,6 +16,7 @@ RUNS = [
 
 # What they ran: the demo's settings then, on 2,319 documents of 288,888 tokens.
 TIMED = dict(
+    task__test_prompts=20,
     capture__dtype="bfloat16",
     train__batch=1024,
     train__epochs=3,
@@ -40,7 +41,7 @@ def test_what_makes_a_run_longer():
     model, speed = shape("smollm2-135m"), dict(float32=1e11, bfloat16=2e11)
 
     def seconds(**changes) -> dict[str, float]:
-        few = dict(ablate__draws=100, ablate__baselines=(), ablate__text_documents=0)
+        few = dict(task__test_prompts=20, ablate__draws=100, ablate__baselines=(), ablate__text_documents=0)
         return make_needs(model, text=(1000, 100_000), **few | changes).seconds(speed)
 
     base = seconds()

@@ -109,7 +109,7 @@ def test_smollm2_has_the_behaviours(smollm2):
         scores = baseline.score_prompts(smollm2, prompts)
         assert all(tuple(vars(score)) == SCORES for score in scores)
         assert np.mean([score.logit_diff > 0 for score in scores]) >= 0.8
-        assert np.mean([score.counterpart_logit_diff > 0 for score in scores]) >= 0.8
+        assert np.mean([score.counterpart_logit_diff > 0 for score in scores]) >= 0.7
 
 
 def words(text, verbose):

@@ -259,7 +259,7 @@ def test_benchmarks_and_what_they_do_not_touch(folder, tmp_path):
         (dict(shots=1), units),
         (dict(max_new_tokens=9), units),
         (dict(batch=3), set()),
-        (dict(test_prompts=5), set(both) - units - {"benchmark/gsm8k", "benchmark/logic"} | {"report"}),
+        (dict(test_prompts=5), {"preflight", "baseline", "ablate/topk", "report"}),
         (dict(path=str(write_all(tmp_path / "copy"))), set()),
     ]:
         other = plan(folder, benchmarks=("gsm8k", "logic"), **change)

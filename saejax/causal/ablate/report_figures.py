@@ -103,7 +103,7 @@ def cumulative(curves: Mapping[str, CumulativeCurve]) -> Figure:
             mean, low, high = zip(*((one.mean, one.low, one.high) for one in points.logit_diff), strict=True)
             sizes = points.sizes
             axes.fill_between(sizes, low, high, color=color, alpha=0.22, linewidth=0)
-            axes.plot(sizes, mean, dashes, color=color, marker=marker, markersize=3.2, label=label)
+            axes.plot(sizes, mean, linestyle=dashes, color=color, marker=marker, markersize=3.2, label=label)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_ylabel("logits left")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
@@ -163,7 +163,7 @@ def doses(compared: Mapping[str, Mapping[str, DoseCurve]]) -> Figure:
         for (color, dashes, marker), (name, curve) in zip(style.LINES, curves.items(), strict=False):
             order = np.argsort(curve.dose)
             dose, drop = ([0.0, *np.asarray(values)[order]] for values in (curve.dose, curve.logit_diff_drop))
-            axes.plot(dose, drop, dashes, color=color, marker=marker, markersize=3.2, label=name)
+            axes.plot(dose, drop, linestyle=dashes, color=color, marker=marker, markersize=3.2, label=name)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_ylabel("logits lost")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
