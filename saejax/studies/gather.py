@@ -247,7 +247,7 @@ def _stage(root: Path, row: str, stage: str, states: Sequence[UnitState]) -> Sta
     units = [state for unit, state in own.items() if unit.partition("/")[0] == stage]
     done = sum(state == "done" for state in units)
     state = "done" if units and done == len(units) else "failed" if "failed" in units else "not run"
-    report = f"{ROWS}/{quote(row)}/report/index.html" if own.get("report") == "done" else ""
+    report = f"{ROWS}/{quote(row)}/report/index.html" if done and own.get("report") == "done" else ""
     return StageFigures(row, stage, done, state, report)
 
 

@@ -22,6 +22,7 @@ class Sheet:
       columns: heading -> a cell's text, of a figure.
       words: headings of the columns that hold words.
       note: a line below.
+      cards: whether rows become cards on a narrow screen, which suits a few columns of words.
     """
 
     name: str
@@ -29,12 +30,13 @@ class Sheet:
     columns: Mapping[str, Callable[[Any], str]]
     words: frozenset[str] = frozenset()
     note: str = ""
+    cards: bool = False
 
     def table(self, figures: StudyFigures) -> Table:
         """Its rows as text."""
         rows = tuple(tuple(show(one) for show in self.columns.values()) for one in getattr(figures, self.name))
         words = frozenset(i for i, heading in enumerate(self.columns) if heading in self.words)
-        return Table(self.caption, tuple(self.columns), rows, words, stack=False, note=self.note)
+        return Table(self.caption, tuple(self.columns), rows, words, self.cards, self.note)
 
     def csv(self, figures: StudyFigures) -> str:
         """All fields of its figures; an interval is three columns, what is not known is empty."""
@@ -73,7 +75,10 @@ def answer(value: bool | None, unknown: str = MISSING) -> str:
 
 
 def _size(value: int | None) -> str:
-    return MISSING if value is None else f"{significant(value / 1e6)} MB" if value < 1e9 else f"{value / 1e9:.1f} GB"
+    if value is None:
+        return MISSING
+    unit, scale = ("GB", 1e9) if value >= 1e9 else ("MB", 1e6) if value >= 1e6 else ("kB", 1e3)
+    return f"{significant(value / scale)} {unit}"
 
 
 _AFTER_NOTE = (
@@ -234,6 +239,7 @@ SHEETS = {
                 "Random sets called interpretable": lambda one: percent(one.placebo_rate, 1),
             },
             frozenset({"Benchmark", "Gate", "Why"}),
+            cards=True,
         ),
         Sheet(
             "stages",
@@ -256,6 +262,7 @@ SHEETS = {
                 "The reasoning study reports": lambda one: one.published or MISSING,
             },
             frozenset({"Met", "Evidence", "The reasoning study reports"}),
+            cards=True,
         ),
         Sheet(
             "resources",
@@ -287,6 +294,7 @@ SHEETS = {
                 "Log": lambda one: one.log or MISSING,
             },
             frozenset({"Unit", "State", "Why", "Log"}),
+            cards=True,
         ),
     )
 }

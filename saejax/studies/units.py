@@ -19,10 +19,10 @@ from saejax.errors import Interrupted, UserError
 from saejax.pipeline import Workplan
 from saejax.preflight.results import PreflightResults
 from saejax.registry import STAGES
-from saejax.results import load_summary
+from saejax.results import load_results
 from saejax.studies.progress import Key, TimeToGo, duration
 from saejax.studies.rows import Row
-from saejax.workspace import Workspace, now
+from saejax.workspace import SUMMARY, Workspace, now, read_json
 
 ROWS, LOGS = "rows", "logs"
 _CHILD = "from saejax.experiments import pipeline; pipeline()"
@@ -103,17 +103,18 @@ class StudyUnits:
             return self._ended(key, "failed", str(error), log, mark)
 
     def _ended(self, key: Key, state: Literal["done", "failed", "not run"], why: str, log: str, mark: str) -> UnitState:
-        if why:
-            self._say(f"{key[0]}  {key[1]}: {state}: {why}")
+        if state == "failed":
+            self._say(f"{key[0]}  {key[1]}: failed: {why}")
         return UnitState(*key, state, why, log, mark)
 
     def _learn(self, key: Key, units: Sequence[str]) -> None:
         """How long it took, and after preflight what to expect of the row."""
         if self._states[key].state == "done":
-            summary = load_summary(self._root / ROWS / key[0] / key[1])
-            if isinstance(summary.results, PreflightResults):
-                self._time.expect(key[0], units, summary.results.seconds or {})
-            self._time.took(*key, summary.seconds)
+            folder = self._root / ROWS / key[0] / key[1]
+            if _is_first(key[1]):
+                results = load_results(folder)
+                self._time.expect(key[0], units, results.seconds or {} if isinstance(results, PreflightResults) else {})
+            self._time.took(*key, read_json(folder / SUMMARY)["seconds"])
         elif _is_first(key[1]):  # nothing of this row will run
             self._time.expect(key[0], units, dict.fromkeys(STAGES, 0.0))
 
