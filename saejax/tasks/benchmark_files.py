@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
+from saejax.models.offline import offline_if_unreachable
 from saejax.tasks.files import decode, json_lines, read_bytes, shown
 
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
@@ -225,7 +226,8 @@ def _fetched(hub: str, revision: str, fetch: Any) -> Any:
 
     set_verbosity_error()  # it tries several times and would say so each time
     try:
-        return fetch()
+        with offline_if_unreachable():
+            return fetch()
     except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
