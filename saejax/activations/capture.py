@@ -177,7 +177,8 @@ def _capture_parts(
     own = missing[mesh.process_id :: mesh.processes]
     with alone():
         rate = _capture(run, request, plan, writer, widths, own, reader) if own else 0.0
-    while not all(writer.has(shard, read=False) for shard in missing):
+    left = list(missing)
+    while left := [shard for shard in left if not writer.has(shard, read=False)]:
         time.sleep(_LOOK_EVERY)
     return sum(map(plan.size, missing)) / (time.monotonic() - start) if rate else 0.0
 

@@ -23,7 +23,8 @@ interval is wider than the data: without that, p is at most 5 % in 9 % of null w
 (``tests/causal/test_claims.py``).
 
 Draws are run in blocks (``blocks``), and no more of them once none could change a no (``settled_no``): the answer is
-that of all draws, and so is its error rate (curtailed sampling; compare Besag and Clifford, 1991).
+that of all draws, and so is its error rate (curtailed sampling; compare Besag and Clifford, 1991). The p-values of a
+behaviour that was stopped are those of the draws that were run.
 
 An interval alone, over prompts and around the draws' mean, is no such rule: how much sets differ from one another does
 not enter it, and it says yes to a quarter of random sets where features' effects differ.
@@ -161,6 +162,9 @@ def blocks(draws: int) -> list[slice]:
 
 def settled_no(effects: SetEffects, draws: int, rule: Rule) -> bool:
     """Whether the answer is no whatever the draws that are left cost.
+
+    That is certain where accuracy falls too little, or where draws are not widened. Widened ones stand away from the
+    mean of those that were run, which the draws that are left move a little.
 
     Args:
       effects: with the draws that were run.
