@@ -60,7 +60,7 @@ def run_ablate(run: Run) -> AblateResults:
     def begin() -> Measure:
         model = load_run_model(run)
         split = SplitModel(model, dictionary, config.positions, config.error)
-        text = HeldOutText.of(run.configs["corpus"], model, config.text_documents)
+        text = HeldOutText.of(run.configs["corpus"], run.configs["task"], model, config.text_documents)
         tops: dict[str, list[int]] = {}
         for name in prompts if len(prompts) > 1 else ():
             attribution_F = ModelExperiment(split, name, prompts[name], config).attribution()

@@ -24,7 +24,7 @@ from saejax.models.split import SplitPoint
 from saejax.models.tokens import pad
 from saejax.parallel import sharding, to_host
 from saejax.results import Interval
-from saejax.settings import AblateConfig, CorpusConfig
+from saejax.settings import AblateConfig, CorpusConfig, TaskConfig
 from saejax.tasks import corpora
 from saejax.tasks.scoring import bootstrap_means
 
@@ -73,7 +73,7 @@ class HeldOutText:
         self._documents = [list(document) for document in documents]
 
     @classmethod
-    def of(cls, corpus: CorpusConfig, model: LanguageModel, count: int) -> "HeldOutText | None":
+    def of(cls, corpus: CorpusConfig, task: TaskConfig, model: LanguageModel, count: int) -> "HeldOutText | None":
         """Of so many documents of the corpus, evenly spread over those that are held out; None for 0.
 
         Raises:
@@ -81,7 +81,7 @@ class HeldOutText:
         """
         if not count:
             return None
-        held_out = corpora.split(corpora.read_corpus(corpus), corpus.held_out, corpus.seed)[1]
+        held_out = corpora.split(corpora.read_corpus(corpus, task), corpus.held_out, corpus.seed)[1]
         chosen = [held_out[place] for place in np.unique(np.arange(count) * len(held_out) // count)]
         length = min(LENGTH, model.config.context)
         ids = [model.tokenizer(document.text[: 16 * LENGTH])["input_ids"][:length] for document in chosen]
