@@ -24,7 +24,7 @@ class AblateConfig(Config):
     dictionary: str = setting(
         "topk",
         "which trained dictionary to test: topk, a member of a stack as in topk/k32, or the folder of one, such as "
-        "runs/demo/train/topk, with which nothing is captured or trained here",
+        "runs/demo/train/topk or, on the hub, hf://ORG/NAME/FOLDER@REVISION; then nothing is captured or trained",
         changes_results=False,
     )
     top: int = setting(20, "features, ranked on train prompts, that are ablated one by one and together", low=1)
