@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from saejax.causal import positions, screening, stability
-from saejax.causal.ablate import agreement, dose, grades, nested, verdict
-from saejax.causal.ablate.experiment import ModelExperiment
+from saejax.causal.ablate import agreement, cost, dose, grades, nested, verdict
+from saejax.causal.ablate.experiment import ModelExperiment, PartProgress
 from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation
 from saejax.causal.ablate.text import HeldOutText
@@ -61,20 +61,24 @@ def run_ablate(run: Run) -> AblateResults:
         model = load_run_model(run)
         split = SplitModel(model, dictionary, config.positions, config.error)
         text = HeldOutText.of(run.configs["corpus"], model, config.text_documents)
-        tops: dict[str, list[int]] = {}
-        for name in prompts if len(prompts) > 1 else ():
-            attribution_F = ModelExperiment(split, name, prompts[name], config).attribution()
-            tops[name] = screening.leaders(attribution_F, config.top)
+        # The top features of each behaviour are removed from the prompts of the others, too.
+        several = prompts if len(prompts) > 1 else {}
+        known = {name: ModelExperiment(split, name, several[name], config).attribution() for name in several}
+        tops = {name: screening.leaders(attribution_F, config.top) for name, attribution_F in known.items()}
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
-            experiment = ModelExperiment(split, name, prompts[name], config, on_progress, partial_folder(run, name))
+            counts = [sum(prompt.split == half for prompt in prompts[name]) for half in ("train", "test")]
+            rows = cost.expected_rows(config, *counts, len(prompts), dictionary.config.n_features)
+            progress = PartProgress(on_progress, round(rows))
+            asked = split, name, prompts[name], config, progress, partial_folder(run, name)
+            experiment = ModelExperiment(*asked, attribution_F=known.get(name))
             foreign = {other: top for other, top in tops.items() if other != name}
             results = _test_and_save(run, experiment, config, Beside(model, split, dictionary, text, others, foreign))
             return Measured(results, _line(results))
 
         return measure
 
-    parts = each_part(run, list(prompts), begin, BehaviourAblation)
+    parts = each_part(run, list(prompts), begin, BehaviourAblation, unit="rows")
     wait_for_all("ablate: scores written")  # by the first process
     saved = {name: _saved_effects(run, name, result) for name, result in parts.items()}
     behaviours = grades.settled(parts, saved, config)

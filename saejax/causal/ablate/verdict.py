@@ -38,6 +38,7 @@ from saejax.results import Interval
 from saejax.settings import AblateConfig
 
 SINGLES = 3  # matched features that are removed one by one beside each top feature
+Over = Callable[[np.ndarray], Interval]  # the mean of a number per prompt, and its interval
 _SPARE = 4  # sets drawn for each that is kept: those that change the site most nearly as much as the tested one
 
 
@@ -146,8 +147,7 @@ def judge(
     Raises:
       UserError: too few other features fire for matched controls, or something is not finite.
     """
-    attribution_F = experiment.attribution()
-    top = screening.leaders(attribution_F, config.top)
+    top = screening.leaders(experiment.attribution(), config.top)
     statistics = experiment.statistics()
     firing = statistics.firing(top)
     drawn = _draw(name, experiment, statistics, firing, config)
@@ -159,7 +159,7 @@ def judge(
     measured = JudgedDiffs(
         top=top,
         fires_K=statistics.fires_at_all_F[np.asarray(top, np.int64)],
-        attribution_F=attribution_F,
+        attribution_F=experiment.attribution(),
         controls_NxC=drawn.sets_NxC,
         disjoint=drawn.disjoint,
         clean_P=diffs.clean_P,
@@ -171,22 +171,10 @@ def judge(
         others=dict(zip(foreign, foreign_BxP, strict=True)),
     )
     measured, run = _with_draws(measured, experiment, config)
-    over = over_prompts(measured.template_P, config)
     single_drop_U = (diffs.clean_P[None, :] - singles_UxP).mean(axis=1)
     single_drop_C = single_drop_U[np.searchsorted(singles, nearest_CxS)].mean(axis=1)
-    control_drop = dict(zip(firing, single_drop_C.tolist(), strict=True))
-    entries = tuple(
-        TopFeature(
-            feature=feature,
-            attribution=float(attribution_F[feature]),
-            firing_rate=float(statistics.firing_rate_F[feature]),
-            mean_activation=float(statistics.mean_activation_F[feature]),
-            logit_diff_drop=over(diffs.clean_P - ablated_P),
-            accuracy_drop=over(_correct(diffs.clean_P) - _correct(ablated_P)),
-            control_drop=control_drop.get(feature),
-        )
-        for feature, ablated_P in zip(top, top_KxP, strict=True)
-    )
+    over = over_prompts(measured.template_P, config)
+    entries = _entries(measured, statistics, dict(zip(firing, single_drop_C.tolist(), strict=True)), over)
     joint = _joint(measured, len(firing), _readouts(diffs, run, len(top), over), over)
     rows = diffs.rows + sum(part.rows for part in run)
     return _judged(measured, entries, joint, drawn.match, rows, config), measured
@@ -200,7 +188,7 @@ def spread_over(templates: Sequence[str], count: int) -> np.ndarray:
     return np.sort(order_P[np.arange(count) * len(order_P) // count])
 
 
-def over_prompts(template_P: np.ndarray, config: AblateConfig) -> Callable[[np.ndarray], Interval]:
+def over_prompts(template_P: np.ndarray, config: AblateConfig) -> Over:
     """Gives the mean of a number per prompt, and its bootstrap interval over templates and prompts."""
     share_RxP = resampled_shares(template_P, config.bootstrap, config.seed)
     return lambda values_P: interval_over_templates(np.asarray(values_P, np.float64), share_RxP)
@@ -221,9 +209,25 @@ def _with_draws(
     return found, run
 
 
-def _readouts(
-    diffs: LogitDiffs, run: Sequence[LogitDiffs], top: int, over: Callable[[np.ndarray], Interval]
-) -> dict[str, ReadoutChange]:
+def _entries(
+    measured: JudgedDiffs, statistics: FeatureStatistics, control_drop: Mapping[int, float], over: Over
+) -> tuple[TopFeature, ...]:
+    """The top features one by one; ``control_drop`` is what those like each cost, of those that fire."""
+    clean_P = measured.clean_P
+    return tuple(
+        TopFeature(
+            feature=feature,
+            attribution=float(measured.attribution_F[feature]),
+            **statistics.of(feature),
+            logit_diff_drop=over(clean_P - ablated_P),
+            accuracy_drop=over(_correct(clean_P) - _correct(ablated_P)),
+            control_drop=control_drop.get(feature),
+        )
+        for feature, ablated_P in zip(measured.top, measured.top_KxP, strict=True)
+    )
+
+
+def _readouts(diffs: LogitDiffs, run: Sequence[LogitDiffs], top: int, over: Over) -> dict[str, ReadoutChange]:
     """Of the set of all top features, which stands after each of them, and of the controls."""
     return {
         name: ReadoutChange(
@@ -240,7 +244,7 @@ def _joint(
     measured: JudgedDiffs,
     firing: int,
     readouts: dict[str, ReadoutChange],
-    over: Callable[[np.ndarray], Interval],
+    over: Over,
 ) -> JointAblation:
     return JointAblation(
         n=len(measured.top),

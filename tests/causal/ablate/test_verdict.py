@@ -10,7 +10,6 @@ from linear_experiment import LinearExperiment
 from saejax.causal.ablate import grades, verdict
 from saejax.results import Interval, to_json
 from saejax.settings import AblateConfig
-from saejax.tasks.scoring import bootstrap_mean
 
 CONFIG = AblateConfig(bootstrap=2000, draws=199, matches=10)
 
@@ -58,8 +57,13 @@ def test_controls_are_what_their_features_do(planted):
 def test_the_difference_is_paired_by_prompt(planted):
     results, measured = verdict.judge("planted", planted, CONFIG)
     paired_P = measured.controls_NxQ.mean(axis=0) - measured.joint_P
-    wanted = bootstrap_mean(paired_P, CONFIG.bootstrap, CONFIG.seed)  # with draws of its own
-    assert vars(results.difference) == pytest.approx(vars(wanted), rel=0.05)
+    # All prompts have one template, so that this is the bootstrap over prompts, which draws each as often as another.
+    rng, count = np.random.default_rng(CONFIG.seed), len(paired_P)
+    rng.multinomial(1, [1.0], size=CONFIG.bootstrap)  # the template
+    drawn_RxP = rng.multinomial(np.full(CONFIG.bootstrap, count), np.full(count, 1 / count))
+    low, high = np.quantile(drawn_RxP @ paired_P / count, (0.025, 0.975))
+    wanted = dict(mean=paired_P.mean(), low=low, high=high)
+    assert vars(results.difference) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_features_that_carry_nothing_get_a_no():
