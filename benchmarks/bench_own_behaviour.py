@@ -17,8 +17,14 @@ from pathlib import Path
 
 from saejax.results import load_results
 
-SHE = "Mary Anna Emma Sarah Laura Alice Julia Helen Susan Linda Karen Lisa Nancy Emily Rachel Ruth Jane Kate Amy Rose"
-HE = "John Peter David James Robert Thomas Paul Mark George Henry Frank Daniel Michael Steven Kevin Brian Eric Adam Tom Jack"
+SHE = (
+    "Mary Anna Emma Sarah Laura Alice Julia Helen Susan Linda Karen "
+    "Lisa Nancy Emily Rachel Ruth Jane Kate Amy Rose Ellen Grace"
+)
+HE = (
+    "John Peter David James Robert Thomas Paul Mark George Henry Frank "
+    "Daniel Michael Steven Kevin Brian Eric Adam Tom Jack Andrew Simon"
+)
 TEMPLATES = dict(
     late="{} was late because",
     home="{} went home after",
@@ -27,7 +33,7 @@ TEMPLATES = dict(
     door="{} opened the door when",
 )
 TEST_ALONE = "door"
-TRAIN_NAMES = 20  # of 40, whose prompts in the other four templates are the 80 train prompts
+TRAIN_NAMES = 20  # of 44, whose prompts in the other four templates are the 80 train prompts
 
 
 def own_prompts() -> list[dict[str, str]]:

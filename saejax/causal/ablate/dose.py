@@ -258,8 +258,9 @@ def _basis(
     if not len(values_NxD):
         return "no train prompt has a position at which features may change, so there is nothing to decompose"
     if wanted == "components":
-        return bases.components(dictionary, values_NxD)
+        return bases.components(dictionary, values_NxD) or "all values of the train prompts are the same"
     means_GxD = experiment.answer_means()
     if len(means_GxD) < 2:
         return "its train prompts have one answer, so there is no difference of means"
-    return bases.directions(dictionary, means_GxD - means_GxD.mean(axis=0), values_NxD.mean(axis=0, dtype=np.float64))
+    found = bases.directions(dictionary, means_GxD - means_GxD.mean(axis=0), values_NxD.mean(axis=0, dtype=np.float64))
+    return found or "the means of all answers are the same"
