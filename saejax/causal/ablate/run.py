@@ -143,9 +143,9 @@ def _saved_effects(run: Run, name: str, result: BehaviourAblation) -> grades.Sav
     """What the answers rest on, from the scores that a behaviour's part wrote."""
     lines = [json.loads(line) for line in part_file(run, name, "-prompts.jsonl").read_text("utf-8").splitlines()]
     clean_P, joint_P, template_P = (np.array([line[of] for line in lines]) for of in ("clean", "joint", "template"))
-    chosen_Q = np.array([p for p, line in enumerate(lines) if line["controls"] is not None])
-    controls_QxN = np.array([lines[p]["controls"] for p in chosen_Q])
-    own = clean_P[chosen_Q], joint_P[chosen_Q], controls_QxN.T, template_P[chosen_Q]
+    chosen_Q = np.array([p for p, line in enumerate(lines) if line["draws"] is not None])
+    draws_QxN = np.array([lines[p]["draws"] for p in chosen_Q])
+    own = clean_P[chosen_Q], joint_P[chosen_Q], draws_QxN.T, template_P[chosen_Q]
     others = {other: np.array([line["others"][other] for line in lines]) for other in lines[0]["others"]}
     effects = verdict.effects_of(*own, result.controls.disjoint_sets)
     return grades.SavedEffects(effects, clean_P, joint_P, template_P, others)
@@ -157,8 +157,11 @@ def _save_scores(
     measured: verdict.JudgedDiffs,
     scores: Mapping[str, Mapping[str, np.ndarray]],
 ) -> None:
-    """Writes the logit difference of every test prompt under every removal, and the drawn controls."""
-    drawn = {int(p): measured.controls_NxQ[:, q].tolist() for q, p in enumerate(measured.chosen_Q)}
+    """Writes the logit difference of every test prompt under every removal, and the drawn sets."""
+    beside = dict(
+        controls=(measured.controls_NxC, measured.controls_NxQ), draws=(measured.draws_MxC, measured.draws_MxQ)
+    )
+    place = {int(p): q for q, p in enumerate(measured.chosen_Q)}
     by_prompt = [
         dict(
             text=prompt.text,
@@ -168,13 +171,17 @@ def _save_scores(
             clean=float(measured.clean_P[p]),
             joint=float(measured.joint_P[p]),
             top=measured.top_KxP[:, p].tolist(),
-            controls=drawn.get(p),
+            **{kind: diff_NxQ[:, place[p]].tolist() if p in place else None for kind, (_, diff_NxQ) in beside.items()},
             others={other: float(left_P[p]) for other, left_P in measured.others.items()},
             **{test: {of: score[..., p].tolist() for of, score in kinds.items()} for test, kinds in scores.items()},
         )
         for p, prompt in enumerate(experiment.test)
     ]
-    sets = [dict(draw=n, features=features_C.tolist()) for n, features_C in enumerate(measured.controls_NxC)]
+    sets = [
+        dict(kind=kind, draw=n, features=features_C.tolist())
+        for kind, (sets_NxC, _) in beside.items()
+        for n, features_C in enumerate(sets_NxC)
+    ]
     for ending, lines in (("-prompts.jsonl", by_prompt), ("-controls.jsonl", sets)):
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         write_text(part_file(run, experiment.name, ending), text)

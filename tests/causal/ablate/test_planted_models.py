@@ -46,6 +46,7 @@ class World:
         self.stream_VxD = f_VxF @ write_FxD + 2.0 * constant_D
         reads_D = self.v_D if dense else write_FxD[:CARRIERS].sum(axis=0)
         self.gain_D = reads_D - (1.9 if dense else 1.2) * constant_D
+        self.gain_D += 0.1 * rng.choice([-1.0, 1.0], FEATURES - CARRIERS) @ write_FxD[CARRIERS:]  # and a little of all
         self.unembed_VxD = 0.15 * rng.normal(size=(384, WIDTH))
 
     def save(self, folder, ends, answers):
