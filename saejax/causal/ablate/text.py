@@ -96,7 +96,7 @@ class HeldOutText:
         Args:
           split: the model, split at the site that the directions are written to.
           source: what stands in their activations' place.
-          sets: of directions.
+          sets: of directions, at least one.
           documents: how many.
         """
         source = ActivationSource() if source.kind == "counterpart" else source
@@ -110,8 +110,9 @@ class HeldOutText:
             self._batch(split, source, own[first : first + _AT_ONCE], features_K, members_SxK)
             for first in range(0, len(own), _AT_ONCE)
         ]
+        ce_ExN, kl_ExN = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         tokens_N = np.array([len(document) - 1 for document in own])
-        return TextDiffs(tokens_N, *(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
+        return TextDiffs(tokens_N, clean_N=ce_ExN[0], rise_SxN=ce_ExN[1:] - ce_ExN[0], kl_SxN=kl_ExN[1:])
 
     def _batch(
         self,
@@ -120,41 +121,44 @@ class HeldOutText:
         documents: Sequence[Sequence[int]],
         features_K: np.ndarray,
         members_SxK: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of some documents: clean [N], rise [S, N], divergence [S, N]."""
+    ) -> list[np.ndarray]:
+        """Cross-entropy and divergence of some documents, [E, N]: the clean ones, then those without each set."""
         real, point = len(documents), split.point
         padded = pad([*documents, *[[0, 0]] * (_AT_ONCE - real)])
         width = -(-max(map(len, self._documents)) // 16) * 16
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, width - padded.ids_BxT.shape[1])))
         rows = split.by_row(ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool))
         stream, value, read, domain, _ = run_head(point, split.error, split.params, split.dictionary, *rows)
-        lengths_B = split.by_row(padded.lengths_B)[0]
-        clean = programs.tail(point, split.params, stream, value)
-        found = []
-        for members_K in members_SxK:
-            sites = value, read, domain, features_K, members_K
-            left = programs.tail(point, split.params, stream, _without(point, split.dictionary, source, *sites))
-            sums = programs.compare(point.config, split.params, jnp.stack([clean, left]), rows[0], lengths_B)
-            found.append([to_host(part).astype(np.float64).sum(axis=0)[:, :real] for part in sums])
-        ce_Sx2xN, kl_Sx2xN = (np.stack(part) for part in zip(*found, strict=True))
-        return ce_Sx2xN[0, 0], ce_Sx2xN[:, 1] - ce_Sx2xN[:, 0], kl_Sx2xN[:, 1]
+        removed = _removed(point, split.dictionary, source, read, domain, features_K)
+        values = [value, *(_without(point, value, *removed, members_K) for members_K in members_SxK)]
+        end_ExBxTxD = jnp.stack([programs.tail(point, split.params, stream, left) for left in values])
+        sums = programs.compare(point.config, split.params, end_ExBxTxD, rows[0], split.by_row(padded.lengths_B)[0])
+        return [to_host(part).astype(np.float64).sum(axis=0)[:, :real] for part in sums]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _removed(
+    point: SplitPoint,
+    dictionary: Basis,
+    source: ActivationSource,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    features_K: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """By how much K directions' activations fall [B, T, K], and the directions [K, D]."""
+    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[:, :, features_K]
+    removed_BxTxK = source.removed(f_BxTxK, f_BxTxK, domain_BxT, features_K, jnp.int32(len(f_BxTxK)))
+    return jax.lax.with_sharding_constraint(
+        (removed_BxTxK, dictionary.W_dec_FxD[...][features_K]), sharding(point.mesh)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _without(
-    point: SplitPoint,
-    dictionary: Basis,
-    source: ActivationSource,
-    value_BxTxD: jax.Array,
-    read_BxTxD: jax.Array,
-    domain_BxT: jax.Array,
-    features_K: jax.Array,
-    members_K: jax.Array,
+    point: SplitPoint, value_BxTxD: jax.Array, removed_BxTxK: jax.Array, W_dec_KxD: jax.Array, members_K: jax.Array
 ) -> jax.Array:
     """The site's value without those of K directions that are members."""
-    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[:, :, features_K]
-    removed_BxTxK = source.removed(f_BxTxK, f_BxTxK, domain_BxT, features_K, jnp.int32(len(f_BxTxK)))
     removed_BxTxK = jnp.where(members_K[None, None, :], removed_BxTxK, jnp.zeros_like(removed_BxTxK))
-    removed_BxTxD = matmul(removed_BxTxK, dictionary.W_dec_FxD[...][features_K])
+    removed_BxTxD = matmul(removed_BxTxK, W_dec_KxD)
     left_BxTxD = (value_BxTxD.astype(removed_BxTxD.dtype) - removed_BxTxD).astype(value_BxTxD.dtype)
     return jax.lax.with_sharding_constraint(left_BxTxD, sharding(point.mesh))

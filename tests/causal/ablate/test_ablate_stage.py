@@ -76,8 +76,8 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
             entry.controls.logit_diff_drop, (clean_P[:, None] - controls_PxN).mean(axis=0), atol=1e-12
         )
         drawn = [json.loads(line) for line in (whole.folder / f"{name}-controls.jsonl").read_text().splitlines()]
-        assert len(drawn) == entry.controls.draws == 12
-        assert all(len(line["features"]) == entry.joint.firing for line in drawn)
+        assert [line["kind"] for line in drawn] == ["controls"] * entry.controls.draws + ["draws"] * entry.claim.draws
+        assert entry.controls.draws == 12 and all(len(line["features"]) == entry.joint.firing for line in drawn)
 
     # Asked to stop once the first behaviour is there: it is kept, and what comes then is the same to the bit.
     folder = whole.folder.parent / "stopped"
