@@ -11,6 +11,7 @@ from saejax.causal.ablate import dose, nested, text
 from saejax.causal.ablation import FEATURES
 from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.circuits import measure as circuits
+from saejax.causal.circuits import sizes
 from saejax.causal.cost import FIRING, causal_cost, edited_bytes, kept_prompts, layers_above, prompt_length
 from saejax.causal.screening import points
 from saejax.causal.split import PROMPTS, run_head
@@ -61,7 +62,7 @@ def _sets(plan: PlannedRun) -> float:
     if ablate.curve:
         sets += FIRING * (min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES))
     if ablate.circuit_tests:
-        sets += 3 * circuits.DRAWS + ablate.top
+        sets += 3 * circuits.DRAWS + ablate.top + len(sizes.SHARES) * (3 + sizes.DRAWS * share)
     if ablate.effects == "all":
         sets += 0.2 * plan.dictionary("ablate").n_features * (1 + len(ablate.compare))
     return sets
