@@ -240,8 +240,7 @@ class Steering:
     def _with_text(self, point: SteeringPoint, examples: Sequence[tuple[int, str]]) -> SteeringPoint:
         assert self._text
         behind = [examples[n % len(examples)][1] for n in range(len(self._text.documents))]
-        tokens_N = np.array([len(document) - 1 for document in self._text.documents])
-        rise_N = text_rise(self._model, self._text, behind)
+        rise_N, tokens_N = text_rise(self._model, self._text, behind)
         text = TextDiffs(tokens_N, 0 * rise_N, rise_N[None], 0 * rise_N[None])
         return dataclasses.replace(point, ce_rise=_rises(text, self._config)[0])
 

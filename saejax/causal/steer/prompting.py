@@ -41,20 +41,25 @@ def prefixed(
     if not all(target in examples for target in targets):
         return None
     found = [dataclasses.replace(p, text=examples[t] + p.text) for p, t in zip(prompts, targets, strict=True)]
-    longest = max(len(model.tokenizer(prompt.text)["input_ids"]) for prompt in found)
+    longest = max(len(model.tokenizer(prompt.text, verbose=False)["input_ids"]) for prompt in found)
     return found if longest <= model.config.context else None
 
 
-def text_rise(model: LanguageModel, text: HeldOutText, examples: Sequence[str]) -> np.ndarray:
-    """By how much the cross-entropy of each document rises behind examples, nats summed over its tokens, [N].
+def text_rise(model: LanguageModel, text: HeldOutText, examples: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """What examples in front of them cost documents, as far as both fit the context together.
 
     Args:
       examples: of each document.
+
+    Returns:
+      By how much the cross-entropy of each rises, nats summed over its tokens, and how many tokens these are, [N] each.
     """
     special = set(model.tokenizer.all_special_ids)
-    before = [model.tokenizer(one)["input_ids"] for one in examples]
-    starts = [[] if document[0] in special else document[:1] for document in text.documents]
-    rests = [document[1:] for document in text.documents]
-    behind = loglikelihoods(model, [a + b for a, b in zip(before, starts, strict=True)], rests)
-    alone = loglikelihoods(model, [document[:1] for document in text.documents], rests)
-    return np.array([one.total - other.total for one, other in zip(alone, behind, strict=True)])
+    alone, behind, rests = [], [], []
+    for document, example in zip(text.documents, examples, strict=True):
+        before = model.tokenizer(example, verbose=False)["input_ids"]
+        behind.append([*before, *document[: int(not before or document[0] not in special)]])
+        alone.append(document[:1])
+        rests.append(document[1 : 1 + max(model.config.context - len(behind[-1]), 1)])
+    totals = [[one.total for one in loglikelihoods(model, side, rests)] for side in (alone, behind)]
+    return -np.diff(totals, axis=0)[0], np.array([len(rest) for rest in rests])

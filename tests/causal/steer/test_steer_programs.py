@@ -164,7 +164,8 @@ def test_text_behind_examples_costs_what_likelihoods_say(tiny):
     from saejax.causal.steer.prompting import text_rise
 
     documents = [tiny.tokenizer(text)["input_ids"] for text in ("The cat near the dogs", "A year of war and water")]
-    rise_N = text_rise(tiny, HeldOutText(documents), ["The way\n", ""])
+    rise_N, tokens_N = text_rise(tiny, HeldOutText(documents), ["The way\n", ""])
+    assert tokens_N.tolist() == [len(document) - 1 for document in documents]
     before = tiny.tokenizer("The way\n")["input_ids"]
     one, two = loglikelihoods(tiny, [before + documents[0][:1], documents[0][:1]], [documents[0][1:]] * 2)
     assert rise_N[0] == pytest.approx(two.total - one.total) and abs(rise_N[0]) > 1e-4

@@ -25,13 +25,15 @@ CONFIG = SteerConfig(
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory, make_dictionary, make_prompt):
+def inputs(tmp_path_factory, tiny, make_dictionary, make_prompt):
     folder = tmp_path_factory.mktemp("inputs")
     baseline, train = folder / "baseline", folder / "train" / "topk"
     baseline.mkdir()
     prompts = []
     for behaviour in ("first", "second"):
         own = [make_prompt(i, "train" if i < 24 else "test", behaviour) for i in range(48)]
+        own = [p if tiny(tiny.tokenize([p.text])).logit(p.correct) > tiny(tiny.tokenize([p.text])).logit(p.wrong)
+               else dataclasses.replace(p, correct=p.wrong, wrong=p.correct) for p in own]  # fmt: skip
         prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that "), template=str(i % 2))
                     for i, p in enumerate(own)]  # fmt: skip
     write_prompts(baseline / "prompts.jsonl", prompts)
