@@ -193,7 +193,7 @@ class SteerConfig(Config):
     )
     top: int = setting(20, "features of each pair of answers, ranked on train texts, that steer together", low=1)
     doses: tuple[float, ...] = setting(
-        (0.1, 0.2, 0.4, 0.8, 1.6),
+        (0.1, 0.2, 0.4, 0.6, 0.8),
         "lengths of what is added, in mean lengths of the site's values; features are clamped at 1, 2, 4 and 8 times "
         "their mean on texts of the target instead",
         low=1e-6,
@@ -202,7 +202,7 @@ class SteerConfig(Config):
         "all", "positions of a prompt that are changed; of held-out text it is all", choices=("all", "last")
     )
     max_ce_rise: float = setting(
-        0.5,
+        1.0,
         "of the strengths that raise cross-entropy on held-out text by no more nats per token, the one that turns most "
         "train prompts is judged on test prompts",
         low=0.0,
@@ -211,7 +211,7 @@ class SteerConfig(Config):
         16, "held-out documents of the corpus, 64 tokens of each, on which that is measured; 0: none", low=0
     )
     draws: int = setting(
-        200,
+        320,
         "random directions at the same dose; a yes takes 20 for each behaviour and method, less one; fewer are run "
         "where no further one could change a no",
         low=2,

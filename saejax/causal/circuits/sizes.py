@@ -58,7 +58,7 @@ def measure_sizes(experiment: Experiment, attribution_F: np.ndarray, config: Abl
     sizes = np.unique(np.ceil(np.array(SHARES) * len(firing_N)).astype(int))
     chosen_Q = spread_over(experiment.templates, config.draw_prompts)
     random = [rng.permutation(firing_N) for _ in range(DRAWS)]
-    kept, drawn = _kept(experiment, list(orders.values()), sizes), _kept(experiment, random, sizes, chosen_Q)
+    kept, drawn = _kept(experiment, list(orders.values()), sizes), _kept(experiment, random, sizes, chosen_Q.tolist())
     none_P, all_P = kept[0, 0], kept[0, -1]
     over = Resampling.of(experiment.templates, config.bootstrap, config.seed)
     if over.mean(all_P - none_P).low <= 0:

@@ -5,8 +5,9 @@ position. A prompt is steered from its own answer c to that of its counterpart, 
 
 - ``difference``: the mean value of texts whose answer is w less that of texts whose answer is c is added (Rimsky et
   al., 2024, arXiv 2312.06681);
+- ``gradient``: likewise the slope of logit(w) - logit(c), which is the direction that acts most at the smallest doses;
 - ``features``: likewise the mean change of the top features, which each adds its direction. The top ones have the
-  largest change x slope of logit(w) - logit(c) along their direction;
+  largest change x that slope along their direction;
 - ``clamp``: these features are held, wherever the prompt is changed, at a multiple of their mean on texts whose answer
   is w (Templeton et al., 2024).
 
@@ -87,9 +88,10 @@ class AnswerTexts:
         """Whether there are enough texts of both answers."""
         return all((self.answer_N == answer).sum() >= LEAST for answer in turn)
 
-    def differences(self, turns: Sequence[Turn]) -> np.ndarray:
-        """The directions of ``difference``, of length 1 or 0, fp64 [R, D]."""
-        return unit([self._apart(self.value_NxD, turn) for turn in turns])
+    def between(self, method: str, turns: Sequence[Turn]) -> np.ndarray:
+        """The directions of ``difference`` or ``gradient``, of length 1 or 0, fp64 [R, D]."""
+        values_NxD = self.value_NxD if method == "difference" else self.slope_NxD
+        return unit([self._apart(values_NxD, turn) for turn in turns])
 
     def top(self, turn: Turn, count: int) -> list[int]:
         """The features that ``features`` and ``clamp`` use, best first; at most so many."""

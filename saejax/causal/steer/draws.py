@@ -78,12 +78,13 @@ class RandomDraws:
         changes = []
         for number in range(draws.start, draws.stop):
             dealt = self._texts.shuffled(np.random.default_rng([self._config.seed, number]))
-            changes.append(Change.adding(dose * self._texts.length * dealt.differences(self._turns)))
+            changes.append(Change.adding(dose * self._texts.length * dealt.between("difference", self._turns)))
         return steer_prompts(self._split, self._runs, changes, self._config.batch_rows, self._on_progress).diff_SxP
 
     def _said(self, dose: float, diff_NxQ: np.ndarray) -> RandomDirections:
         flipped_N, drop_N = (diff_NxQ < 0).mean(axis=1), (self._clean_Q[None, :] - diff_NxQ).mean(axis=1)
-        return RandomDirections(dose, *diff_NxQ.shape, _spread(flipped_N), _spread(drop_N))
+        draws, prompts = diff_NxQ.shape
+        return RandomDirections(dose, draws, prompts, _spread(flipped_N), _spread(drop_N))
 
 
 def _spread(values_N: np.ndarray) -> Interval:

@@ -54,10 +54,10 @@ def continued(
     edit = SteeringEdit(split.dictionary, placed, Positions.of(positions), point.reads, point.site)
     tokens = model.tokenize([prompt.text for prompt in prompts])
     found = model.generate(tokens, length, temperature=1.0, seed=seed, edits=[edit])
-    pairs = [(ids_of(model, p.text), list(g.ids)) for p, g in zip(prompts, found, strict=True) if g.ids]
-    if not pairs:
+    went_on = [(ids_of(model, p.text), list(g.ids)) for p, g in zip(prompts, found, strict=True) if g.ids]
+    if not went_on:
         return None, ""
-    likelihoods = loglikelihoods(model, *zip(*pairs, strict=True))
+    likelihoods = loglikelihoods(model, [before for before, _ in went_on], [after for _, after in went_on])
     return -sum(one.total for one in likelihoods) / sum(one.tokens for one in likelihoods), found[0].text
 
 

@@ -1,8 +1,7 @@
 """One behaviour steered: every method at every strength, the one chosen on train prompts, and what stands beside."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from saejax.causal.split import CleanRun, SplitModel
 from saejax.causal.steer import fluency
 from saejax.causal.steer.directions import AnswerTexts, Turn, last_values
 from saejax.causal.steer.draws import RandomDraws
+from saejax.causal.steer.methods import MethodOf, best, methods_of
 from saejax.causal.steer.programs import Change, Steered, steer_prompts
 from saejax.causal.steer.prompting import SHOTS, prefixed, prefixes, text_rise
 from saejax.causal.steer.results import BehaviourSteering, PromptingEffect, SteeringMethod, SteeringPoint
@@ -26,15 +26,7 @@ from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import bootstrap_means
 
-FACTORS = (1.0, 2.0, 4.0, 8.0)  # of the level that features are clamped to
 LEAST_PROMPTS = 5  # test prompts, of fewer nothing is said
-
-
-class Method(NamedTuple):
-    """A way to steer: its strengths, rising, and of each the change of every turn."""
-
-    strengths: Sequence[float]
-    changes: Sequence[Change]
 
 
 class Judged(NamedTuple):
@@ -99,15 +91,15 @@ class Steering:
         draws = RandomDraws(self._split, texts, self._test, turns_P, clean_P, config, self._on_progress)
         tops = {turn: texts.top(turn, config.top) for turn in {*turns, *self._turns(self._train)}}
         methods, steered, drawn = {}, {}, {}
-        for name, method_of in self._methods(texts, tops).items():
+        for name, method_of in methods_of(texts, tops, config).items():
             method = method_of(turns_P)
-            found = self._steer(self._split.run(self._test), method.changes)
+            measured = self._steer(self._split.run(self._test), method.changes)
             on_text = fluency.on_text(self._split, self._text, method_of(turns).changes) if self._text else None
-            points = self._points(method.strengths, clean_P, found, over, on_text)
+            points = self._points(method.strengths, clean_P, measured, over, on_text)
             chosen = self._choose(points, method_of)
             steered[name], (drawn[name], beside) = (
                 found.diff_SxP,
-                draws.beside(found.diff_SxP[chosen], points[chosen].dose),
+                draws.beside(measured.diff_SxP[chosen], points[chosen].dose),
             )
             text = self._continued(draws.chosen_Q, method.changes[chosen])
             methods[name] = SteeringMethod(points, chosen, beside, *text)
@@ -120,7 +112,7 @@ class Steering:
             clean_ce=self._continued(draws.chosen_Q, self._none(len(self._test)))[0],
             methods=methods,
             random=draws.curve(),
-            beside_difference=_beside_difference(methods, clean_P, steered, over),
+            equal_dose=_equal_dose(methods, clean_P, steered, over),
             prompting=self._prompting(clean_P, turns_P, over),
             features={self._named(turn): tuple(tops[turn]) for turn in turns},
         )
@@ -161,28 +153,6 @@ class Steering:
     def _steer(self, runs: Sequence[CleanRun], changes: Sequence[Change]) -> Steered:
         return steer_prompts(self._split, runs, changes, self._config.batch_rows, self._on_progress)
 
-    def _methods(
-        self, texts: AnswerTexts, tops: Mapping[Turn, Sequence[int]]
-    ) -> dict[str, Callable[[Sequence[Turn]], Method]]:
-        """Of each method what it does to prompts of some turns."""
-        doses = self._config.doses
-
-        def added(directions: Callable[[Sequence[Turn]], np.ndarray], turns: Sequence[Turn]) -> Method:
-            return Method(doses, [Change.adding(dose * texts.length * directions(turns)) for dose in doses])
-
-        def clamped(turns: Sequence[Turn]) -> Method:
-            levels = [texts.level(turn, tops[turn]) for turn in turns]
-            used, width = [tops[turn] for turn in turns], texts.value_NxD.shape[1]
-            most = self._config.top
-            changes = [Change.clamping(used, [factor * one for one in levels], width, most) for factor in FACTORS]
-            return Method(FACTORS, changes)
-
-        found = dict(difference=functools.partial(added, texts.differences))
-        if any(tops.values()):
-            of_features = lambda turns: texts.of_features(turns, [tops[turn] for turn in turns])  # noqa: E731
-            found = dict(features=functools.partial(added, of_features), clamp=clamped) | found
-        return found
-
     def _points(
         self,
         strengths: Sequence[float],
@@ -208,9 +178,9 @@ class Steering:
             for s, strength in enumerate(strengths)
         )
 
-    def _choose(self, points: Sequence[SteeringPoint], changes_of: Callable[[Sequence[Turn]], Method]) -> int:
+    def _choose(self, points: Sequence[SteeringPoint], method_of: MethodOf) -> int:
         """The strength that flips most train prompts, of those that raise cross-entropy little; else the weakest."""
-        found = self._steer(self._split.run(self._train), changes_of(self._turns(self._train)).changes)
+        found = self._steer(self._split.run(self._train), method_of(self._turns(self._train)).changes)
         fits_S = np.array([not p.ce_rise or p.ce_rise.mean <= self._config.max_ce_rise for p in points])
         return best(found.diff_SxP, fits_S)
 
@@ -249,17 +219,6 @@ class Steering:
         return f"{own} → {target}"
 
 
-def best(diff_SxP: np.ndarray, fits_S: np.ndarray) -> int:
-    """The strength that turns most prompts, of those that fit; of equal ones that of the lowest logit difference.
-
-    Args:
-      diff_SxP: logit differences of prompts at S rising strengths.
-      fits_S: which may be chosen; where none fits, it is the first.
-    """
-    order = sorted(np.flatnonzero(fits_S), key=lambda s: (-(diff_SxP[s] < 0).mean(), diff_SxP[s].mean()))
-    return int(order[0]) if order else 0
-
-
 def _rises(text: TextDiffs, config: SteerConfig) -> list[Interval]:
     """The rise of cross-entropy with each change, nats per token."""
     tokens_N = text.tokens_N.astype(np.float64)
@@ -274,20 +233,18 @@ def _last(runs: Sequence[CleanRun]) -> np.ndarray:
     return rows[np.argsort(np.concatenate([run.index_P for run in runs]))]
 
 
-def _beside_difference(
+def _equal_dose(
     methods: Mapping[str, SteeringMethod], clean_P: np.ndarray, steered: Mapping[str, np.ndarray], over: Resampling
 ) -> dict[str, dict[str, EqualDose]]:
-    """Areas under curves of drop against dose of features and of differences of means, in two kinds of dose."""
+    """Areas under curves of drop against dose of features and of every other method, in two kinds of dose."""
     found: dict[str, dict[str, EqualDose]] = {}
-    for name in methods:
+    for other in methods if "features" in methods else ():
         for kind, of in (("norm", "dose"), ("kl", "kl")):
-            doses = [[getattr(point, of) for point in methods[one].points] for one in (name, "difference")]
-            if name == "difference" or None in doses[0] + doses[1]:
+            pair = ("features", other)
+            doses = [[getattr(point, of) for point in methods[name].points] for name in pair]
+            if other == "features" or None in doses[0]:
                 continue
-            curves = [
-                (np.array(dose_S), clean_P[None, :] - steered[one])
-                for dose_S, one in zip(doses, (name, "difference"), strict=True)
-            ]
-            if equal := equal_dose(*curves, over.mean):
-                found.setdefault(name, {})[kind] = equal
+            own, beside = ((np.array(d), clean_P[None, :] - steered[name]) for d, name in zip(doses, pair, strict=True))
+            if equal := equal_dose(own, beside, over.mean):
+                found.setdefault(other, {})[kind] = equal
     return found

@@ -7,7 +7,20 @@ from matplotlib.figure import Figure
 from saejax.causal.steer.results import BehaviourSteering, SteeringPoint, SteerResults
 from saejax.page.document import Block, Picture, Section, Terms, Text
 from saejax.page.findings import Draw, Findings
-from saejax.page.style import BLUE, GREEN, GREY, INK, ORANGE, PINK, error_lengths, legend, panels, plain_log, styled
+from saejax.page.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PINK,
+    VIOLET,
+    error_lengths,
+    legend,
+    panels,
+    plain_log,
+    styled,
+)
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant, visible
 from saejax.page.words import behaviour, place
 from saejax.results import Interval
@@ -16,8 +29,14 @@ _METHODS = {
     "features": "features added",
     "clamp": "features clamped",
     "difference": "difference of means",
+    "gradient": "mean gradient",
 }
-_LOOKS = {"features": (ORANGE, "-", "o"), "clamp": (PINK, ":", "D"), "difference": (BLUE, "--", "s")}
+_LOOKS = {
+    "features": (ORANGE, "-", "o"),
+    "clamp": (PINK, ":", "D"),
+    "difference": (BLUE, "--", "s"),
+    "gradient": (VIOLET, "-.", "v"),
+}
 
 
 def sections(found: Findings, draw: Draw) -> list[Section]:
@@ -32,10 +51,11 @@ def _section(results: SteerResults, found: Findings, draw: Draw) -> Section:
     intro = (
         f"Prompts that the model answers rightly are turned to the answer of their counterparts by a change of "
         f"{place(results.site)}, {where}. What is changed was learned on train prompts and their counterparts: the "
-        "difference between the mean values of texts with either answer; the same difference as the top "
-        f"{settings['top']} features of {results.dictionary} have it; or these features clamped at a multiple of "
-        "their mean on texts of the target. A dose is the length of the change in mean lengths of the values there. "
-        "Random directions are differences of means after the answers were shuffled among the texts."
+        "difference between the mean values of texts with either answer, or between their mean gradients of the logit "
+        f"difference; that of the top {settings['top']} features of {results.dictionary}, ranked by change times "
+        "gradient; or these features clamped at a multiple of their mean on texts of the target. A dose is the length "
+        "of the change in mean lengths of the values there. Random directions are differences of means after the "
+        "answers were shuffled among the texts."
     )
     blocks: list[Block] = [Text(intro)]
     if steered:
@@ -130,7 +150,7 @@ def _table(steered: Mapping[str, BehaviourSteering]) -> Table:
     columns = (
         "Behaviour", "Changed by", "Dose", "Turned, %", "Random, %", "Beyond random", "Logits", "Text", "Own text",
     )  # fmt: skip
-    draws = {method.claim.draws for result in steered.values() for method in result.methods.values() if method.claim}
+    draws = [method.random.draws for result in steered.values() for method in result.methods.values()]
     rates = [m.claim.placebo_rate for result in steered.values() for m in result.methods.values() if m.claim]
     note = (
         "The strength of each method is the one that turns most train prompts of those that cost little text. Turned: "
@@ -158,11 +178,10 @@ def _beside(steered: Mapping[str, BehaviourSteering]) -> list[tuple[str, str]]:
     for name, result in steered.items():
         said = [f"{result.prompts} test prompts"]
         said += [f"left out for {why}: {count}" for why, count in result.left_out.items() if count]
-        for kind, doses in result.beside_difference.items():
+        for kind, doses in result.equal_dose.items():
             for dose, equal in doses.items():
-                by = "norm" if dose == "norm" else "divergence on held-out text"
-                apart = interval(equal.difference)
-                said.append(f"{_METHODS[kind]} less difference of means at equal {by}: {apart} logits")
+                by = "length" if dose == "norm" else "divergence on held-out text"
+                said.append(f"features added less {_METHODS[kind]} at equal {by}: {interval(equal.difference)} logits")
         said += [
             f"{_METHODS[kind]}, the model goes on: {visible(method.continuation)!r}"
             for kind, method in result.methods.items()

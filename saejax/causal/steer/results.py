@@ -37,7 +37,7 @@ class RandomDirections:
 
 @dataclasses.dataclass(frozen=True)
 class SteeringMethod:
-    """A way to change the activations: `features`, `clamp` or `difference`."""
+    """A way to change the activations: `features`, `clamp`, `difference` or `gradient`."""
 
     points: tuple[SteeringPoint, ...]  #: rising
     #: which of them is judged: of those that cost held-out text little, the one that flips most train prompts
@@ -73,8 +73,8 @@ class BehaviourSteering:
     methods: Mapping[str, SteeringMethod]  #: by name; one that has no direction is left out
     #: of shuffled answers, at every dose that is added
     random: tuple[RandomDirections, ...]
-    #: `features` and `clamp` less `difference`: areas under curves of drop against dose, and against divergence
-    beside_difference: Mapping[str, Mapping[str, EqualDose]]
+    #: other method -> `norm` and `kl`: areas under the curves of drop against dose, and against divergence
+    equal_dose: Mapping[str, Mapping[str, EqualDose]]
     prompting: PromptingEffect | None  #: None where no train prompt can be an example, or they are too long
     features: Mapping[str, tuple[int, ...]]  #: "own answer → target" -> the features, best first
 

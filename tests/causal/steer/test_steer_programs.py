@@ -7,7 +7,7 @@ import pytest
 from saejax.causal.claims import randomisation_p
 from saejax.causal.split import SplitModel
 from saejax.causal.steer.directions import AnswerTexts, Turn, unit
-from saejax.causal.steer.measure import best
+from saejax.causal.steer.methods import best
 from saejax.causal.steer.programs import Change, SteeringEdit, steer_prompts
 from saejax.causal.steer.prompting import SHOTS, prefixed, prefixes
 from saejax.models.edits import Positions
@@ -105,13 +105,18 @@ def made_texts(answers, seed=0, features=6, width=8):
     return AnswerTexts(np.array(answers), *(rng.normal(size=shape) for shape in shapes), length=3.0)
 
 
+def slope_of(texts, own_N, target_N):
+    return texts.slope_NxD[target_N].mean(axis=0) - texts.slope_NxD[own_N].mean(axis=0)
+
+
 def test_directions_by_hand():
     answers = [5, 5, 7, 7, 7, 9, 5, 9]
     texts = made_texts(answers)
     turn, is5, is7 = Turn(5, 7), np.array(answers) == 5, np.array(answers) == 7
     assert texts.known(turn) and not texts.known(Turn(5, 9))
     apart_D = texts.value_NxD[is7].mean(axis=0) - texts.value_NxD[is5].mean(axis=0)
-    np.testing.assert_allclose(texts.differences([turn])[0], apart_D / np.linalg.norm(apart_D))
+    np.testing.assert_allclose(texts.between("difference", [turn])[0], apart_D / np.linalg.norm(apart_D))
+    np.testing.assert_allclose(texts.between("gradient", [turn])[0] @ unit([slope_of(texts, is5, is7)])[0], 1.0)
     f_F = texts.f_NxF[is7].mean(axis=0) - texts.f_NxF[is5].mean(axis=0)
     slope_D = (texts.slope_NxD[is7].mean(axis=0) - texts.slope_NxD[is5].mean(axis=0)) / 2
     score_F = np.array([f_F[i] * sum(texts.W_dec_FxD[i, d] * slope_D[d] for d in range(8)) for i in range(6)])
@@ -130,7 +135,7 @@ def test_shuffled_directions_are_exchangeable_where_answers_mean_nothing():
         texts = made_texts([0, 1] * 6, seed)
         rng = np.random.default_rng([seed, 1])
         dealt = [texts, *(texts.shuffled(rng) for _ in range(39))]
-        effect_C = np.array([one.differences([turn])[0][0] for one in dealt])  # what a coordinate of it does
+        effect_C = np.array([one.between("difference", [turn])[0][0] for one in dealt])  # what a coordinate of it does
         p_values.append(randomisation_p(effect_C)[0])
     for level in (0.05, 0.1, 0.25):
         assert np.mean(np.array(p_values) <= level) <= level + 3 * np.sqrt(level * (1 - level) / 300)

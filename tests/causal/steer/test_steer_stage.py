@@ -61,7 +61,7 @@ def test_steered_killed_and_resumed(make_run):
     effects = {}
     for name, result in results.behaviours.items():
         assert result.reason is None and result.prompts + sum(result.left_out.values()) == 24
-        assert list(result.methods) == ["features", "clamp", "difference"] and result.prompting
+        assert list(result.methods) == ["features", "clamp", "difference", "gradient"] and result.prompting
         assert [one.dose for one in result.random] == [0.1, 0.4]
         lines = [json.loads(line) for line in (whole.folder / f"{name}-prompts.jsonl").read_text().splitlines()]
         assert len(lines) == result.prompts and all(line["clean"] > 0 for line in lines)
@@ -79,7 +79,7 @@ def test_steered_killed_and_resumed(make_run):
             steered_Q = np.array([line["steered"][kind][method.chosen] for line in drawn])
             draws_NxQ = np.array([line["draws"][kind] for line in drawn]).T
             effects[name + kind] = effects_of(clean_Q, steered_Q, draws_NxQ, template_Q, None)
-    wanted = claims(effects, rule(CONFIG))  # corrected for three methods of two behaviours
+    wanted = claims(effects, rule(CONFIG))  # corrected for four methods of two behaviours
     assert [m.claim for r in results.behaviours.values() for m in r.methods.values()] == list(wanted.values())
 
     folder = whole.folder.parent / "stopped"
@@ -92,7 +92,7 @@ def test_last_position_without_text(make_run, inputs):
     config = dataclasses.replace(CONFIG, positions="last", text_documents=0, doses=(0.4,), draws=20)
     result = stage.run_steer(make_run("last", config)).behaviours["first"]
     assert all(p.ce_rise is None and p.kl is None for m in result.methods.values() for p in m.points)
-    assert set(result.beside_difference["features"]) == {"norm"}
+    assert set(result.equal_dose["difference"]) == {"norm"}
 
 
 def test_a_behaviour_whose_answers_are_new_is_said(make_run, inputs, tmp_path):
