@@ -11,6 +11,7 @@ from saejax.causal.ablate import dose, nested, text
 from saejax.causal.ablation import FEATURES
 from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.circuits import measure as circuits
+from saejax.causal.circuits import sizes
 from saejax.causal.cost import FIRING, causal_cost, edited_bytes, kept_prompts, layers_above, prompt_length
 from saejax.causal.screening import points
 from saejax.causal.split import PROMPTS, run_head
@@ -56,7 +57,8 @@ def expected_rows(ablate: AblateConfig, train: int, test: int, behaviours: int, 
       behaviours: of the run.
       features: of the dictionary. Where every one that fires is removed by itself, that is about a quarter.
     """
-    draws = ablate.draws * min(ablate.draw_prompts or test, test)
+    some = min(ablate.draw_prompts or test, test)
+    draws = ablate.draws * some
     sets = (
         4 * ablate.top + behaviours
     )  # features one by one, each with three of its like; all of this and of the others
@@ -64,7 +66,8 @@ def expected_rows(ablate: AblateConfig, train: int, test: int, behaviours: int, 
     if ablate.curve:
         sets += min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES)
     if ablate.circuit_tests:
-        sets += 3 * circuits.DRAWS + ablate.top
+        sets += 3 * circuits.DRAWS + ablate.top + 3 * len(sizes.SHARES)
+        draws += len(sizes.SHARES) * sizes.DRAWS * some
     if ablate.effects == "all":
         sets += features * (1 + len(ablate.compare)) / 4
     # Greedy sets: N steps over what is left of the candidates.

@@ -22,6 +22,7 @@ from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measu
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation
 from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
+from saejax.causal.circuits.sizes import measure_sizes
 from saejax.causal.parts import (
     Measure,
     Measured,
@@ -202,6 +203,7 @@ def _with_sets(
         scores["greedy"] = dict(greedy=grown.greedy_NxP, top=grown.top_NxP)
     if config.circuit_tests:
         circuit, of_circuit = test_circuit(experiment, measured.top, config)
-        results = dataclasses.replace(results, circuit=circuit)
+        sizes = measure_sizes(experiment, measured.attribution_F, config)
+        results = dataclasses.replace(results, circuit=dataclasses.replace(circuit, sizes=sizes))
         scores["circuit"] = of_circuit.by_kind if of_circuit else {}
     return results, scores
