@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saejax.results import Interval
 from saejax.tasks.scoring import wilson
 from saejax.transfer.results import Chain, Chains, ComparedDictionary, FeatureShares
 
@@ -55,16 +54,23 @@ def shares(dictionaries: Sequence[ComparedDictionary], links: Links, null: Links
     found, others = [], len(dictionaries) - 1
     for own, one in enumerate(dictionaries):
         count_F, chance_F = (_others_with(own, dictionaries, some) for some in (links, null))
-        parts: list[Interval] = [wilson(count_F == others), wilson(count_F > 0), wilson(count_F == 0)]
-        rates = [float((chance_F == others).mean()), float((chance_F > 0).mean())]
-        found.append(FeatureShares(one.name, *parts, *rates))
+        found.append(
+            FeatureShares(
+                name=one.name,
+                everywhere=wilson(count_F == others),
+                somewhere=wilson(count_F > 0),
+                nowhere=wilson(count_F == 0),
+                everywhere_null=float((chance_F == others).mean()),
+                somewhere_null=float((chance_F > 0).mean()),
+            )
+        )
     return tuple(found)
 
 
 def _others_with(own: int, dictionaries: Sequence[ComparedDictionary], links: Links) -> np.ndarray:
     """With how many other dictionaries each feature of one is shared."""
     others = [other for other in range(len(dictionaries)) if other != own]
-    return sum((_between(own, other, dictionaries, links).partner_F >= 0).astype(np.int64) for other in others)
+    return np.sum([_between(own, other, dictionaries, links).partner_F >= 0 for other in others], axis=0)
 
 
 def _between(first: int, second: int, dictionaries: Sequence[ComparedDictionary], links: Links) -> Link:

@@ -179,13 +179,14 @@ def _best_of_pair(
     chunks = -(-features // rows)
     padded = jnp.pad(first_FxD, ((0, chunks * rows - features), (0, 0))).reshape(chunks, rows, -1)
 
-    def chunk(best_G: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def chunk(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         number, rows_RxD = part
         value_RxG = jnp.matmul(rows_RxD, second_GxD.T, precision="highest")
         real_R = number * rows + jnp.arange(rows) < features
-        best_G = jnp.maximum(best_G, jnp.max(jnp.where(real_R[:, None], value_RxG, -jnp.inf), axis=0))
-        return best_G, tuple(lax.top_k(value_RxG - price_G[None], count))
+        best_G = jnp.max(jnp.where(real_R[:, None], value_RxG, -jnp.inf), axis=0)
+        top_RxC, column_RxC = lax.top_k(value_RxG - price_G[None], count)
+        return top_RxC, column_RxC, best_G
 
-    lowest_G = jnp.full(len(second_GxD), -jnp.inf, first_FxD.dtype)
-    best_G, (top, column) = lax.scan(chunk, lowest_G, (jnp.arange(chunks), padded))
-    return tuple(part.reshape(chunks * rows, count)[:features] for part in (top, column)) + (best_G,)
+    top, column, best = lax.map(chunk, (jnp.arange(chunks), padded))
+    top_FxC, column_FxC = (part.reshape(chunks * rows, count)[:features] for part in (top, column))
+    return top_FxC, column_FxC, best.max(axis=0)

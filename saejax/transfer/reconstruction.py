@@ -93,12 +93,12 @@ def onto(
     straight, turned = rescale.centred(moved.dictionary), rotated(moved.dictionary, seed)
     into, back = (AffineMap.fitted(*pair) for pair in ((place.fit_NxD, moved.fit_NxD), (moved.fit_NxD, place.fit_NxD)))
     mapped = [between(one, into, back, place.dictionary) for one in (straight, turned)]
-    direct: list[Rebuilt | None] = [None, None]
-    if moved.fit_NxD.shape[1] == place.fit_NxD.shape[1]:
-        direct = [
-            *_scores([_moved_to(one, place.dictionary) for one in (straight, turned)], place, mesh, batch, losses)
-        ]
-    return ReconstructionTransfer(own, *direct, *_scores(mapped, place, mesh, batch, losses))
+    affine, affine_null = _scores(mapped, place, mesh, batch, losses)
+    if moved.fit_NxD.shape[1] != place.fit_NxD.shape[1]:
+        return ReconstructionTransfer(own, None, None, affine, affine_null)
+    as_they_are = [_moved_to(one, place.dictionary) for one in (straight, turned)]
+    direct, direct_null = _scores(as_they_are, place, mesh, batch, losses)
+    return ReconstructionTransfer(own, direct, direct_null, affine, affine_null)
 
 
 def _moved_to(dictionary: Dictionary, there: Dictionary) -> Dictionary:

@@ -13,7 +13,7 @@ from saejax.causal.parts import part_file
 from saejax.dictionaries.labels import labels_of
 from saejax.transfer.chains import Link, shares, through_layers
 from saejax.transfer.compared import Compared, measures_of
-from saejax.transfer.results import ComparedPair, TransferResults
+from saejax.transfer.results import Chains, ComparedPair, TransferResults
 from saejax.workspace import Run, write_text
 
 
@@ -58,7 +58,7 @@ def together(
                 links[null][place, second] = tables[measure].link(second, config.shared, null)
     described = tuple(one.described() for one in compared)
     labels = [_labels(run.folder.parent, one) for one in compared]
-    chains = []
+    chains: list[Chains] = []
     rows: list[tuple[int, ...]] = []
     for order in _by_layer(compared):
         told, runs = through_layers(described, *links, order, lambda place, feature: labels[place].get(feature))
