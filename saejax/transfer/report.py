@@ -255,8 +255,8 @@ def _causal_table(pairs: Sequence[ComparedPair]) -> Table:
             rows.append((_title(pair), behaviour(name), f"{one.matched:,}", *shown))
     note = (
         "Of what removing each feature costs in the one dictionary and in the other, over the shared features that "
-        "fire in both. Shuffled: with the pairs shuffled. Alike: each partner replaced by a feature that fires as often "
-        "and as strongly."
+        "fire in both. Shuffled: with the pairs shuffled. Alike: each partner replaced by one that fires as often and "
+        "as strongly."
     )
     words = frozenset({1})
     return Table("Whether shared features have the same effect", columns, tuple(rows), words=words, note=note)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,8 +25,7 @@ def workdir(inputs, tmp_path_factory):
     flags = runs.small_flags(
         *inputs, folder, capture__sites=SITES, train__sites=SITES, train__k="4,8", train__kinds="topk",
         train__epochs=10, task__behaviours="", transfer__dictionaries="topk", transfer__tokens=600,
-        transfer__measures="decoder,encoder,activity", transfer__reconstruction=True, transfer__ce_documents=2,
-        transfer__batch_tokens=128,
+        transfer__measures="decoder,encoder,activity", transfer__batch_tokens=128,
     )  # fmt: skip
     assert command.run(["capture", "train", "transfer"], "", ["test", *flags]) == 0
     return folder, flags
@@ -46,10 +46,6 @@ def test_every_two_members_are_compared(workdir):
         unit = [one / np.linalg.norm(one, axis=1, keepdims=True) for one in unit]
         nearest = (unit[0] @ unit[1].T).max(1).mean()
         assert abs(pair.measures["decoder"].found.nearest.mean - nearest) < 1e-5
-        for onto in (pair.onto_second, pair.onto_first):
-            assert onto.own.explained_variance > onto.direct_null.explained_variance
-            assert onto.affine.explained_variance > onto.affine_null.explained_variance
-            assert onto.own.ce_recovered is not None and onto.direct.l0 <= 8.01
     same = [pair for pair in results.pairs if pair.first.split("/")[1][:12] == pair.second.split("/")[1][:12]]
     assert all(pair.measures["decoder"].found.matched.low > pair.measures["decoder"].null.matched.high for pair in same)
     assert [len(chains.dictionaries) for chains in results.chains] == [2]
@@ -85,6 +81,8 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
         *flags,
         f"--workdir={tmp_path / 'work'}",
         f"--transfer.dictionaries={folder / 'train' / name},{tmp_path / 'copy'}",
+        "--transfer.reconstruction=true",
+        "--transfer.ce_documents=2",
     ]
     assert command.run(["transfer"], "", ["test", *flags]) == 0
     results = load_results(tmp_path / "work" / "transfer")
@@ -96,7 +94,11 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
     assert pair.agreeing == 1
     # Features that fire on too few tokens have no activity to compare; the others are found.
     assert pair.measures["activity"].found.shared.mean > 0.3 > pair.measures["activity"].null.shared.mean + 0.1
-    assert pair.onto_second.direct == pair.onto_second.own == pair.onto_first.direct
+    for onto in (pair.onto_second, pair.onto_first):
+        for name in ("explained_variance", "l0", "ce_recovered"):
+            assert getattr(onto.direct, name) == pytest.approx(getattr(onto.own, name), abs=1e-4)
+        assert onto.own.explained_variance > onto.direct_null.explained_variance + 0.2
+        assert onto.affine.explained_variance > onto.affine_null.explained_variance + 0.2
     assert results.shares[0].everywhere.mean == 1 and results.shares[0].nowhere.mean == 0
     (tmp_path / "work" / "transfer" / "summary.json").unlink()
     capsys.readouterr()
@@ -117,10 +119,10 @@ def test_a_model_with_another_tokenizer(workdir, inputs, tmp_path):
     names = f"{load_results(folder / 'transfer').dictionaries[0].name},{tmp_path / 'other' / 'train' / 'topk'}"
     shutil.copytree(folder / "train", tmp_path / "work" / "train")
     shutil.copytree(folder / "capture", tmp_path / "work" / "capture")
-    flags = [*flags, f"--workdir={tmp_path / 'work'}", f"--transfer.dictionaries={names}", "--transfer.ce_documents=0"]
+    flags = [*flags, f"--workdir={tmp_path / 'work'}", f"--transfer.dictionaries={names}", "--transfer.reconstruction=true"]
     assert command.run(["transfer"], "", ["test", *flags]) == 0
     (pair,) = load_results(tmp_path / "work" / "transfer").pairs
-    assert pair.measures.keys() == {"activity"} and 100 < pair.tokens < 400
+    assert pair.measures.keys() == {"activity"} and 100 < pair.tokens < 600
     assert pair.onto_second.direct is None and pair.onto_second.affine.explained_variance < 1
     assert pair.measures["activity"].alike is not None
 
@@ -134,14 +136,15 @@ def test_bad_input(workdir, tmp_path, capsys):
     arrays = broken.arrays | dict(W_dec_FxD=broken.W_dec_FxD[...].at[3].set(jnp.nan))
     save_dictionary(tmp_path / "nan", Dictionary(broken.config, broken.operands, **arrays))
     narrow = dataclasses.replace(broken.config, d_in=8, fingerprint="")
-    save_dictionary(tmp_path / "narrow", Dictionary.initial(narrow, __import__("jax").random.key(0)))
+    save_dictionary(tmp_path / "narrow", Dictionary.initial(narrow, jax.random.key(0)))
+    copies = ",".join(str(folder / "train" / one.name) for one in load_results(folder / "transfer").dictionaries[:2])
     cases = {
         "name two at least": [f"--transfer.dictionaries={first}"],
         "names topk/": [f"--transfer.dictionaries=topk,{first}"],
         "there is no member": ["--transfer.dictionaries=topk/none,topk"],
         "NaN or infinite": [f"--transfer.dictionaries={first},{tmp_path / 'nan'}"],
         "add activity": [f"--transfer.dictionaries={first},{tmp_path / 'narrow'}", "--transfer.measures=decoder"],
-        "share": [f"--corpus.path={short}", "--corpus.held_out=0.5"],
+        "share": [f"--transfer.dictionaries={copies}", f"--corpus.path={short}", "--corpus.held_out=0.5"],
         "does not exist": [f"--transfer.ablations={tmp_path / 'none'}"],
         "expected one of decoder": ["--transfer.measures=colour"],
     }
