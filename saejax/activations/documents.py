@@ -121,7 +121,7 @@ def make_documents(
     """
     if config.context > context:
         raise UserError(f"--corpus.context={config.context} exceeds the model's context of {context} tokens: lower it")
-    front = _front(tokenizer)
+    front = front_tokens(tokenizer)
     if len(front) >= config.context:
         raise UserError(f"--corpus.context={config.context} leaves no room after {len(front)} special tokens: raise it")
     pieces = _corpus_pieces(config, task, tokenizer, front)
@@ -193,7 +193,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _front(tokenizer: Any) -> list[int]:
+def front_tokens(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts in front of a text."""
     marked, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     return next(marked[:i] for i in range(len(marked) - len(plain), -1, -1) if marked[i : i + len(plain)] == plain)
