@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from saejax import command
 from saejax.registry import STAGES
+from saejax.stage import load
 
 
 def binary(*stages: str, about: str = "") -> Callable[[], None]:
@@ -35,3 +36,13 @@ atlas = binary("atlas")
 transfer = binary("transfer")
 report = binary("report")
 pipeline = binary(*STAGES, about="pipeline: runs every stage; what is finished and unchanged is not run again.")
+
+
+def study_run() -> None:
+    """The pipeline on several models, and one report of them all."""
+    load("saejax.studies.run:main")()
+
+
+def compare() -> None:
+    """What differs between two workdirs."""
+    load("saejax.comparison:main")()

@@ -103,7 +103,9 @@ def _facts(plan: PlannedRun, needs: Needs, compiled: tuple[CompiledProgram, ...]
         d=plan.model.d_model,
         parameters=parameters(plan.model),
         dtype=plan.dtype,
-        units={unit: UnitNeeds(cost.bytes, cost.counts, cost.details) for unit, cost in needs.units.items()},
+        units={
+            unit: UnitNeeds(cost.bytes, cost.counts, cost.details, cost.flops) for unit, cost in needs.units.items()
+        },
         peak_bytes=max((program.memory for program in compiled), default=needs.peak),
         fits=all(program.fits for program in compiled) if compiled else needs.peak <= place.limit,
         replicated=tuple(replicated(plan, needs)),

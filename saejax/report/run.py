@@ -26,6 +26,7 @@ from saejax.page.findings import Draw, Findings, read_findings
 from saejax.registry import STAGES
 from saejax.report import overview
 from saejax.report.results import ReportResults
+from saejax.settings import ReportConfig
 from saejax.stage import is_folder, load
 from saejax.tasks import report as tasks
 from saejax.training import report as training
@@ -57,11 +58,13 @@ def run_report(run: Run) -> ReportResults:
         svg = style.save(figure, run.folder / "figures", name)
         return Picture(name, style.inline(svg, name, alt), caption, alt)
 
-    parts = sections(found, draw, config.features) if ablate else [*_asked(found, draw), overview.reproduce(found)]
+    parts = sections(found, draw, config.features) if ablate else without_behaviours(found, draw)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
     lead = (*(overview.lead(found) if ablate else ()), *(part.lead for part in parts if part.lead))
-    page = to_html(config.title, lead, parts, footer)
-    write_text(run.folder / "report.md", to_markdown(config.title, lead, parts, footer))
+    untold = not ablate and config.title == ReportConfig().title and "model" in found.settings()
+    title = f"The dictionaries of {found.settings()['model']['path']}" if untold else config.title
+    page = to_html(title, lead, parts, footer)
+    write_text(run.folder / "report.md", to_markdown(title, lead, parts, footer))
     write_text(run.folder / "index.html", page)
     run.say(f"read {run.folder / 'index.html'}")
     return ReportResults(
@@ -114,6 +117,12 @@ def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
         overview.limits(found),
         overview.reproduce(found),
     ]
+
+
+def without_behaviours(found: Findings, draw: Draw) -> list[Section]:
+    """What there is to say where no behaviour was tested."""
+    dictionaries = [training.section(found, draw, "")] if found.each(EvaluateResults) else []
+    return [*tasks.benchmark_sections(found), *dictionaries, *_asked(found, draw), overview.reproduce(found)]
 
 
 def _asked(found: Findings, draw: Draw) -> list[Section]:
