@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
-from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.replacement import Replacement, padded
 from saejax.parallel import sharding
 
 WIDTH = 32  # directions in a block
 STEP = 4  # blocks that are read at once
-_ROWS, _BLOCKS = 512, 64  # sizes are rounded up to multiples, so that prompts share compiled programs
+_ROWS, _BLOCKS = 512, 64  # least rows of the table, and blocks; see ``padded``
 _NOWHERE = np.iinfo(np.int32).max  # position of a block that fills up its place
 
 
@@ -49,10 +49,10 @@ class Sources:
       nodes: the S sources; features first, biases last.
       bank: their directions.
       first_X: int32 first block of each place, and the end of the last.
-      at_E: slot of each entry among all; the entries are the sources in order, but a bias has one at each position, and
-        a first_mlp one at each of the first positions.
+      at_E: slot of each entry among all; the entries are the sources in order, but a bias has one at each position, a
+        first_mlp one at each of the first positions, and a feature one in each layer that it writes to.
       factor_E: fp32, by which the direction is multiplied: a feature's activation.
-      first: the first position at which features are used.
+      start_S: int64 first entry of each source.
     """
 
     nodes: Nodes
@@ -60,7 +60,7 @@ class Sources:
     first_X: np.ndarray
     at_E: np.ndarray
     factor_E: np.ndarray
-    first: int
+    start_S: np.ndarray
 
     @classmethod
     def of(cls, replacement: Replacement, bias_nodes: bool = True) -> "Sources":
@@ -75,6 +75,7 @@ class Sources:
         layer_E, position_E = (part.reshape(-1) for part in np.mgrid[:layers, :tokens])
         every_L, every_P = np.arange(layers), np.arange(tokens)
         row_A, decoder_UxD = _decoder_rows(replacement)
+        owner_X, step_X = _writes(replacement)
         tables = [decoder_UxD, streams.error_LxTxD, streams.stream_LxTxD[0]]
         start_error, start_token = len(decoder_UxD), len(decoder_UxD) + layers * length
         kinds = [
@@ -82,9 +83,10 @@ class Sources:
             Nodes.of(ERROR, layer_E, position_E),
             Nodes.of(TOKEN, -1, every_P, replacement.ids_P),
         ]
+        counts = [np.bincount(owner_X), np.ones(len(layer_E) + tokens, int)]  # of entries, by source
         # Of each entry: its place, its position, and its row in the table.
         entries = [
-            (active.layer_A + 1, active.position_A, row_A),
+            (active.layer_A[owner_X] + 1 + step_X, active.position_A[owner_X], row_A[owner_X] + step_X),
             (layer_E + 1, position_E, start_error + layer_E * length + position_E),
             (np.zeros_like(every_P), every_P, start_token + every_P),
         ]
@@ -101,16 +103,18 @@ class Sources:
                 layer_E, position_E = layer_E[later], position_E[later]
                 row_E = layer_E
             entries.append((layer_E + 1, position_E, start + layers * first + row_E))
+            counts += [np.full(layers, first), np.full(layers, len(row_E) // layers)]
             tables += [streams.first_LxUxD, bias_XxD]
         nodes = Nodes.joined(*kinds)
         place_E, position_E, row_E = (np.concatenate(parts) for parts in zip(*entries, strict=True))
         factor_E = np.ones(len(place_E), np.float32)
-        factor_E[: len(active)] = active.value_A
+        factor_E[: len(owner_X)] = active.value_A[owner_X]
+        start_S = np.cumsum(np.concatenate([[0], *counts]))[:-1]
         at_E, first_X, row_BxW, position_B = _blocks(place_E, position_E, row_E, layers + 1, tokens)
         width = streams.last_D.shape[-1]
         table_UxD = jnp.concatenate([jnp.asarray(table).reshape(-1, width) for table in tables])
         bank = jax.device_put(SourceBank(table_UxD, row_BxW, position_B), sharding(replacement.model.mesh))
-        return cls(nodes, bank, first_X, at_E, factor_E, replacement.first)
+        return cls(nodes, bank, first_X, at_E, factor_E, start_S)
 
     def stop_X(self, length: int) -> np.ndarray:
         """The end of the blocks of each place that are at the first ``length`` positions, int32."""
@@ -121,31 +125,37 @@ class Sources:
         """What each source contributes to each target, fp32 [R, S], from the products of all blocks."""
         flat_RxX = np.moveaxis(read_BxRxW, 1, 0).reshape(read_BxRxW.shape[1], -1)
         value_RxE = flat_RxX[:, self.at_E] * self.factor_E
-        layers = int((self.nodes.kind_N == BIAS).sum())
-        if not layers:
+        several = np.flatnonzero(np.diff(self.start_S, append=len(self.at_E)) > 1)
+        if not len(several):
             return value_RxE
-        single = len(self.nodes) - 2 * layers
-        ends = single, single + layers * self.first
-        sums = [
-            value_RxE[:, start:stop].reshape(len(value_RxE), layers, -1).sum(axis=-1)
-            for start, stop in (ends, (ends[1], None))
-        ]
-        return np.concatenate([value_RxE[:, :single], *sums], axis=1)
+        single = self.start_S[several[0]]  # those before it have one entry each
+        sums_RxX = np.add.reduceat(value_RxE[:, single:], self.start_S[several[0] :] - single, axis=1)
+        return np.concatenate([value_RxE[:, :single], sums_RxX], axis=1)
+
+
+def _writes(replacement: Replacement) -> tuple[np.ndarray, np.ndarray]:
+    """Of each write of an active feature to a layer: which feature's it is, and how many layers above its own."""
+    layers = replacement.model.config.n_layers
+    count_L = np.array([replacement.transcoders.written_layers(layer) for layer in range(layers)])
+    count_A = count_L[replacement.active.layer_A]
+    owner_X = np.repeat(np.arange(len(count_A)), count_A)
+    return owner_X, np.arange(len(owner_X)) - np.repeat(np.cumsum(count_A) - count_A, count_A)
 
 
 def _decoder_rows(replacement: Replacement) -> tuple[np.ndarray, np.ndarray]:
-    """The directions of the active features, each once [U, D], and which of them each active feature has [A]."""
-    active, rows = replacement.active, []
+    """The directions of the active features, those of each once [U, D], and the first of each active feature [A]."""
+    active, parts = replacement.active, []
     row_A, known = np.empty(len(active), np.int64), 0
     for layer in range(replacement.model.config.n_layers):
         own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
-        features_U, index_A = np.unique(active.feature_A[own], return_inverse=True)
-        if len(features_U):
-            rows.append(replacement.transcoders.rows(layer, "W_dec", features_U))
-        row_A[own] = known + index_A
-        known += len(features_U)
-    decoder_UxD = np.concatenate(rows)
-    return row_A, np.pad(decoder_UxD, ((0, -known % _ROWS), (0, 0)))
+        features, index_A = np.unique(active.feature_A[own], return_inverse=True)
+        if len(features):
+            writes = replacement.transcoders.writes(layer, features)
+            row_A[own] = known + index_A * writes.shape[1]
+            parts.append(writes.reshape(-1, writes.shape[2]))
+            known += len(parts[-1])
+    decoder_UxD = np.concatenate(parts)
+    return row_A, np.pad(decoder_UxD, ((0, padded(known, _ROWS) - known), (0, 0)))
 
 
 def _biases(replacement: Replacement) -> jax.Array:
@@ -173,7 +183,7 @@ def _blocks(
     first_X = np.concatenate([[0], np.cumsum(room_X)])
     before_G = np.cumsum(blocks_G) - blocks_G + np.repeat(first_X[:-1] - (np.cumsum(of_place_X) - of_place_X), tokens)
     at_E = (before_G[group_E] + within_E // WIDTH) * WIDTH + within_E % WIDTH
-    total = -(-int(first_X[-1]) // _BLOCKS) * _BLOCKS
+    total = padded(int(first_X[-1]), _BLOCKS)
     row_BxW, position_B = np.zeros((total, WIDTH), np.int32), np.full(total, _NOWHERE, np.int32)
     row_BxW.reshape(-1)[at_E] = row_E
     position_B[at_E // WIDTH] = position_E
