@@ -62,7 +62,11 @@ def run_layer(
     """One layer of all rows.
 
     Args:
+      frozen: static.
+      hold: what the layer holds, one of ``interventions.HOLDS``; static.
+      layer: its number.
       x_TxD, x_RxTxD: the stream entering the layer, of the prompt and of the rows.
+      skip_DxD: the skip path of its transcoder; None: there is none.
       edited: the layer's transcoder, and what is changed there; None: nothing.
       reader: what is read from the transcoder's input.
       bounds: the first position at which features are used, before which their activations are 0; and up to which
@@ -75,7 +79,7 @@ def run_layer(
     """
     config, rules = frozen.config, RunRules(first_fixes=hold == "all")
     seen: dict[str, jax.Array] = {}
-    change_RxM: list[jax.Array] = []
+    changes: list[jax.Array] = []
 
     def hook(kind: str, value_BxTxD: jax.Array) -> jax.Array:
         seen[kind] = value_BxTxD
@@ -89,8 +93,8 @@ def run_layer(
             value_BxTxD = value_BxTxD.at[1:].add(written_RxTxD.astype(value_BxTxD.dtype))
         if edited is None:
             return value_BxTxD
-        change_RxM.append(_changes(*edited, None if hold in FIXED else read_BxTxD[1:], bounds[0]))
-        return value_BxTxD.at[1:].add(_added(*edited, change_RxM[0], value_BxTxD[1:]))
+        changes.append(_changes(*edited, None if hold in FIXED else read_BxTxD[1:], bounds[0]))
+        return value_BxTxD.at[1:].add(_added(*edited, changes[0], value_BxTxD[1:]))
 
     def of_prompt(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
         first_q, first_k = (jnp.broadcast_to(part[:1], part.shape) for part in (q, k))  # the prompt's weights
@@ -101,7 +105,7 @@ def run_layer(
     x_BxTxD = jnp.concatenate([x_TxD[None], x_RxTxD])  # the prompt comes first
     tables, function = whole_prompts(config, len(x_TxD)), of_prompt if hold in ("attention", "constrained") else None
     x_BxTxD = decoder.run_layer(config, rules, params, layer, x_BxTxD, tables, hook, function)
-    change = change_RxM[0] if change_RxM else None
+    change = changes[0] if changes else None
     if reader is None:
         return x_BxTxD[1:], None, change
     read_BxTxD = frozen.read(params, layer, seen, rules)
@@ -145,7 +149,12 @@ def _activations(dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Ar
 
 @jax.jit
 def read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, reader: ReadDirections) -> jax.Array:
-    """By how much directions of the stream entering a layer differ from the prompt's, [R, J]."""
+    """By how much directions of the stream entering a layer differ from the prompt's, [R, J].
+
+    Args:
+      x_TxD, x_RxTxD: that stream, of the prompt and of the rows.
+      reader: the directions.
+    """
     return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, reader.position_J], reader.vector_JxD)
 
 

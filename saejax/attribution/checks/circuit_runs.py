@@ -64,14 +64,14 @@ def run_circuits(
     below = [[Written(replacement.transcoders, *x.shape[:2]) for _ in range(2)] for x in states]  # kept, and all
     for layer in range(config.n_layers):
         transcoder = replacement.transcoders.load(layer)
-        own_A = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
-        places = active.position_A[own_A], active.feature_A[own_A]
+        own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
+        places = active.position_A[own], active.feature_A[own]
         mean_F = None if means is None else means[layer]
         for number, chunk in enumerate(chunks):
             kept_CxA = np.zeros((len(states[number]), len(places[0])), bool)
             error_CxT = np.zeros((len(states[number]), length), bool)
             for row, circuit in enumerate(circuits[chunk]):
-                kept_CxA[row], error_CxT[row, :tokens] = circuit.features_A[own_A], circuit.errors_LxP[layer]
+                kept_CxA[row], error_CxT[row, :tokens] = circuit.features_A[own], circuit.errors_LxP[layer]
             features = _padded(places, kept_CxA, most, replacement.transcoders.configs[0].n_features)
             states[number], *acts = run_layer(
                 replacement.frozen,
@@ -124,8 +124,8 @@ def _padded(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions, features and whether they are kept, filled up (out of range) to a number for all layers."""
     room = most - len(places[0])
-    position_A, feature_A = (np.pad(place, (0, room), constant_values=features) for place in places)
-    return position_A, feature_A, np.pad(kept_CxA, ((0, 0), (0, room)))
+    position, feature = (np.pad(place, (0, room), constant_values=features) for place in places)
+    return position, feature, np.pad(kept_CxA, ((0, 0), (0, room)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -146,6 +146,7 @@ def run_layer(
     """One layer of all circuits.
 
     Args:
+      x_CxTxD: the stream entering it.
       position_A, feature_A: the layer's active features; those out of range fill up.
       kept_CxA: which of them each circuit keeps; a feature that is not active in the prompt is not kept.
       error_CxT: at which positions the error is kept.

@@ -90,9 +90,9 @@ def intervene(
         finite.
     """
     layers = replacement.model.config.n_layers
-    hold_L = _hold_by_layer(hold, hold_until, layers)
+    holds = _hold_by_layer(hold, hold_until, layers)
     edits = edits_by_layer(replacement, rows, len(replacement.ids_P))
-    if hold == "constrained" and any(hold_L[layer] not in FIXED for layer in edits):
+    if hold == "constrained" and any(holds[layer] not in FIXED for layer in edits):
         raise UserError(f"a feature of layer {max(edits)} is changed, and layers below {hold_until} are constrained")
     every = np.tile(replacement.logits_V, (len(rows), 1)) if logits else None
     run = _ChangedRun(replacement, readouts, np.asarray(features, np.int64), edits, len(rows), every)
@@ -100,9 +100,9 @@ def intervene(
         first = min(edits)
         for layer in range(first, layers):
             run.read_stream(layer)
-            run.go_through(layer, hold_L[layer])
+            run.go_through(layer, holds[layer])
             on_progress(layer + 1 - first, layers - first)
-        run.read_end(hold_L[-1])
+        run.read_end(holds[-1])
     changed = run.changed
     if not (np.isfinite(changed.feature_RxJ).all() and np.isfinite(changed.readout_RxK).all()):
         raise UserError("the model is not finite after these changes: give features values that they can have")
@@ -164,12 +164,12 @@ class _ChangedRun:
             x_RxTxD = self._states[place]
             edited = (transcoder, _filled(edits, chunk, len(x_RxTxD))) if transcoder is not None and edits else None
             given = replacement.skip(layer), edited, reader, bounds, self._below[place].at(layer)
-            self._states[place], moved_RxJ, change_RxM = run_layer(*same, x_RxTxD, *given)
+            self._states[place], moved, change_RxM = run_layer(*same, x_RxTxD, *given)
             if edited:
                 self._below[place].add(layer, edited[1].places(len(x_TxD)), edited[1].feature_RxM, change_RxM)
             if len(own_J):
-                moved_RxJ = to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
-                self.changed.feature_RxJ[chunk, own_J] += moved_RxJ
+                moved = to_host(moved)[: chunk.stop - chunk.start, : len(own_J)]
+                self.changed.feature_RxJ[chunk, own_J] += moved
 
     def read_end(self, hold: str) -> None:
         """Reads what is read of the stream leaving the last layer."""

@@ -50,9 +50,9 @@ def influence(
         own = np.flatnonzero(layer_R == layer)
         for rows in _blocks(own, adjacency_RxS.shape[1]):
             weight = weight_R[rows] + np.where(column_R[rows] >= 0, influence_S[column_R[rows]], 0)
-            part_RxS = np.abs(adjacency_RxS[rows])
-            sum_R = part_RxS.sum(axis=1, dtype=np.float64) + elsewhere_R[rows]
-            influence_S += (weight / np.maximum(sum_R, _SMALLEST)) @ part_RxS
+            part_BxS = np.abs(adjacency_RxS[rows])
+            sum_B = part_BxS.sum(axis=1, dtype=np.float64) + elsewhere_R[rows]
+            influence_S += (weight / np.maximum(sum_B, _SMALLEST)) @ part_BxS
     return influence_S
 
 
@@ -64,9 +64,9 @@ def scores(graph: GraphData, influence_S: np.ndarray | None = None) -> GraphScor
     weight_R = _target_influence(graph, influence_S)
     error_R = np.zeros(len(weight_R))
     for rows in _blocks(np.arange(len(weight_R)), adjacency_RxS.shape[1]):
-        part_RxS = np.abs(adjacency_RxS[rows])
-        error_R[rows] = part_RxS[:, graph.slice_of(ERROR)].sum(axis=1, dtype=np.float64)
-        error_R[rows] /= np.maximum(part_RxS.sum(axis=1, dtype=np.float64), _SMALLEST)
+        part_BxS = np.abs(adjacency_RxS[rows])
+        error_R[rows] = part_BxS[:, graph.slice_of(ERROR)].sum(axis=1, dtype=np.float64)
+        error_R[rows] /= np.maximum(part_BxS.sum(axis=1, dtype=np.float64), _SMALLEST)
     total = influence_S.sum() + graph.probability_K.sum(dtype=np.float64)
     # Errors and tokens have no input, so no error has a part in it.
     return GraphScores(float(tokens / max(tokens + errors, _SMALLEST)), float(1 - (weight_R @ error_R) / total))
@@ -105,7 +105,13 @@ def prune(graph: AnyGraph, nodes: float = 0.8, edges: float = 0.98, top_edges: i
 
 
 def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, top_edges: int = 0) -> Iterator[AnyGraph]:
-    """What ``prune`` gives for each of several shares of the influence of nodes; the whole graph is looked at once."""
+    """What ``prune`` gives for each of several shares of the influence of nodes; the whole graph is looked at once.
+
+    Args:
+      graph: a whole one.
+      shares: of the influence of all nodes, 0 to 1.
+      edges, top_edges: see ``prune``.
+    """
     if top_edges < 0:
         raise UserError(f"prune: top_edges is {top_edges}: expected a number of edges, or 0 for all")
     if graph.pruning:

@@ -67,12 +67,12 @@ class Carried:
         self._largest_X[own] = np.where(larger_X, part_X, self._largest_X[own])
         self._edge_X[own] = np.where(larger_X, edge_E[best_X], self._edge_X[own])
         number_ExX = np.broadcast_to(np.arange(own.start, own.stop, dtype=np.int32), part_ExX.shape)
-        part_ExJ = np.concatenate([self.part_ExJ[edge_E], part_ExX], axis=1)
-        head_ExJ = np.concatenate([self.head_ExJ[edge_E], number_ExX], axis=1)
+        part_ExC = np.concatenate([self.part_ExJ[edge_E], part_ExX], axis=1)
+        head_ExC = np.concatenate([self.head_ExJ[edge_E], number_ExX], axis=1)
         count = self.part_ExJ.shape[1]
-        top_ExJ = np.argpartition(-np.abs(part_ExJ), count - 1, axis=1)[:, :count]
-        self.part_ExJ[edge_E] = np.take_along_axis(part_ExJ, top_ExJ, axis=1)
-        self.head_ExJ[edge_E] = np.take_along_axis(head_ExJ, top_ExJ, axis=1)
+        top_ExJ = np.argpartition(-np.abs(part_ExC), count - 1, axis=1)[:, :count]
+        self.part_ExJ[edge_E] = np.take_along_axis(part_ExC, top_ExJ, axis=1)
+        self.head_ExJ[edge_E] = np.take_along_axis(head_ExC, top_ExJ, axis=1)
 
     def by_edge(self) -> dict[tuple[int, int], list[tuple[int, int, float]]]:
         """(source, target) -> (layer, head, part) of its largest parts, the largest first; edges without any left out.
@@ -82,10 +82,12 @@ class Carried:
         order_ExJ = np.argsort(-np.abs(self.part_ExJ), axis=1, kind="stable")
         heads, parts = (np.take_along_axis(all_, order_ExJ, axis=1).tolist() for all_ in (self.head_ExJ, self.part_ExJ))
         found = {}
-        for ends, head_J, part_J in zip(zip(self.source_E.tolist(), self.target_E.tolist()), heads, parts, strict=True):
-            some = [(*divmod(head, self._heads), part) for head, part in zip(head_J, part_J, strict=True) if part]
+        ends = zip(self.source_E.tolist(), self.target_E.tolist(), strict=True)
+        for edge, own_heads, own_parts in zip(ends, heads, parts, strict=True):
+            pairs = zip(own_heads, own_parts, strict=True)
+            some = [(*divmod(head, self._heads), part) for head, part in pairs if part]
             if some:
-                found[ends] = some
+                found[edge] = some
         return found
 
     def leading(self, position: int | None = None) -> list[Leading]:

@@ -81,7 +81,13 @@ def value_bytes(config: DecoderConfig, layers: int, positions: int, sources: int
 
 
 def source_blocks(entries: Placed, length: int, size: int) -> list[SourceBlock]:
-    """The sources in blocks of similar positions and, among these, of similar layers."""
+    """The sources in blocks of similar positions and, among these, of similar layers.
+
+    Args:
+      entries: what sources add.
+      length: of the prompt, padded.
+      size: sources of a block, at the most.
+    """
     first_S = np.unique(entries.node_E, return_index=True)[1]
     layer_S, part_S = entries.layer_E[first_S], entries.position_E[first_S] * _PARTS // length
     order_S, blocks = np.lexsort((layer_S, part_S)), []
@@ -163,11 +169,11 @@ def _go_down(
 
 
 def _edges_between(
-    carried: Carried, ends: tuple[np.ndarray, np.ndarray], source_B: np.ndarray, target_B: np.ndarray
+    carried: Carried, ends: tuple[np.ndarray, np.ndarray], source_S: np.ndarray, target_R: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The edges from a block of sources to one of targets, ascending, and the places of their ends in the blocks."""
     places = []
-    for all_E, nodes, chosen_B in ((carried.source_E, ends[0], source_B), (carried.target_E, ends[1], target_B)):
+    for all_E, nodes, chosen_B in ((carried.source_E, ends[0], source_S), (carried.target_E, ends[1], target_R)):
         place_N = np.full(nodes[-1] + 1, -1)
         place_N[nodes[chosen_B]] = np.arange(len(chosen_B))
         places.append(place_N[all_E])

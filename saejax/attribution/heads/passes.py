@@ -42,10 +42,12 @@ class Placed(NamedTuple):
         number_E = number_N[self.node_E]
         own = np.flatnonzero(number_E >= 0)
         room = padded(len(own), count) - len(own)
-        layer_E = np.pad(self.layer_E[own].astype(np.int32), (0, room), constant_values=-1)
-        position_E = np.pad(self.position_E[own].astype(np.int32), (0, room))
-        vector_ExD = np.pad(self.vector_ExD[own], ((0, room), (0, 0)))
-        return Placed(np.pad(number_E[own], (0, room)), layer_E, position_E, vector_ExD)
+        return Placed(
+            np.pad(number_E[own], (0, room)),
+            np.pad(self.layer_E[own].astype(np.int32), (0, room), constant_values=-1),
+            np.pad(self.position_E[own].astype(np.int32), (0, room)),
+            np.pad(self.vector_ExD[own], ((0, room), (0, 0))),
+        )
 
 
 def _with(placed: Placed, layer: jax.Array, x_NxTxD: jax.Array) -> jax.Array:
@@ -67,6 +69,10 @@ def carry_up(
     """Sources through a layer.
 
     Args:
+      frozen: static.
+      layer: its number.
+      x_TxD: the stream entering it, that of the prompt.
+      skip_DxD: the skip path of its transcoder; None: there is none.
       entries: the sources, by the layer whose entering stream they are added to.
       change_SxTxD: what they changed below.
 
@@ -101,6 +107,10 @@ def carry_down(
     """Targets down through a layer.
 
     Args:
+      frozen: static.
+      layer: its number.
+      x_TxD: the stream entering it, that of the prompt.
+      skip_DxD: the skip path of its transcoder; None: there is none.
       readers: the targets, by the layer whose transcoder reads; of a stream, L + the one that it enters.
       cotangent_RxTxD: of the stream leaving the layer, but for the targets that read it.
 
@@ -127,10 +137,11 @@ def carry_down(
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def through(wanted_NxRxGxTxK: jax.Array, added_NxSxTxK: jax.Array, first: int) -> jax.Array:
+def through(wanted_NxRxGxTxK: jax.Array, added_NxSxXxK: jax.Array, first: int) -> jax.Array:
     """The part of each pair of target and source that goes through each head, [R, S, N, G].
 
     Args:
-      added_NxSxTxK: at the positions from ``first`` on, which is static.
+      wanted_NxRxGxTxK: what targets read of the values, from ``carry_down``.
+      added_NxSxXxK: what sources add to them, from ``carry_up``, at the positions from ``first`` on, which is static.
     """
-    return einsum("nrgtk,nstk->rsng", wanted_NxRxGxTxK[:, :, :, first:], added_NxSxTxK)
+    return einsum("nrgtk,nstk->rsng", wanted_NxRxGxTxK[:, :, :, first:], added_NxSxXxK)

@@ -107,6 +107,13 @@ def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) 
 
 
 def check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what: str) -> None:
+    """A ``UserError`` unless a dictionary reads a model's width.
+
+    Args:
+      config, model: of the dictionary and the decoder.
+      name: of the model.
+      what: how the message begins.
+    """
     if config.d_in != model.d_model:
         raise UserError(
             f"{what} reads {config.d_in} dimensions, but {name} has {model.d_model}: use the model it was trained on"

@@ -127,6 +127,9 @@ class FrozenModel:
         """The constant part of ``layer``, both [T, D]: what its biases add to the stream and to what is read.
 
         It is linear in the biases, so it is its own derivative along them.
+
+        Args:
+          layer, tables, x_TxD, skip_DxD: see ``layer``.
         """
         own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
 

@@ -84,20 +84,20 @@ class Replacement:
     logits_V: np.ndarray
 
     @classmethod
-    def of(cls, model: LanguageModel, transcoders: LayerTranscoders, ids_P: np.ndarray) -> "Replacement":
+    def of(cls, model: LanguageModel, transcoders: LayerTranscoders, ids: np.ndarray) -> "Replacement":
         """Runs the model on a prompt, once, and each transcoder beside its layer.
 
         Args:
           model: the language model.
           transcoders: of all its layers.
-          ids_P: token ids of the prompt, two at least.
+          ids: token ids of the prompt, two at least.
 
         Raises:
           UserError: the set does not belong to the model, the prompt has a single token, a value is not finite, or no
             feature is active.
         """
         transcoders.check(model)
-        ids_P = np.asarray(ids_P, np.int32)
+        ids_P = np.asarray(ids, np.int32)
         first = first_used(model.config, ids_P)
         if len(ids_P) < 2:
             raise UserError("the prompt is a single token, at which no feature is used: expected two at least")
@@ -226,7 +226,16 @@ def embed(frozen: FrozenModel, params: decoder.Params, ids_T: jax.Array) -> jax.
 def run_layer(
     frozen: FrozenModel, params: decoder.Params, layer: jax.Array, x_TxD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A layer of the model: the stream leaving it, what its transcoder reads, and what its MLP adds, each [T, D]."""
+    """A layer of the model.
+
+    Args:
+      frozen: static.
+      layer: its number.
+      x_TxD: the stream entering it.
+
+    Returns:
+      The stream leaving it, what its transcoder reads, and what its MLP adds, each [T, D].
+    """
     seen = {}
 
     def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
@@ -242,7 +251,13 @@ def run_layer(
 def read_out(
     frozen: FrozenModel, params: decoder.Params, x_TxD: jax.Array, last: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The stream leaving the last layer at a position [D], and the logits there [V]."""
+    """The stream leaving the last layer at a position [D], and the logits there [V].
+
+    Args:
+      frozen: static.
+      x_TxD: that stream at all positions.
+      last: the position.
+    """
     last_1xD = jax.lax.dynamic_slice_in_dim(x_TxD, last, 1)
     return last_1xD[0], decoder.unembed(frozen.config, params, last_1xD, RELP)[0]
 
@@ -251,7 +266,12 @@ def read_out(
 def run_biases(
     frozen: FrozenModel, params: decoder.Params, stream_LxTxD: jax.Array, skip_LxDxD: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """``FrozenModel.biases`` of all layers, both [L, T, D]."""
+    """``FrozenModel.biases`` of all layers, both [L, T, D].
+
+    Args:
+      frozen: static.
+      stream_LxTxD, skip_LxDxD: see ``Streams``.
+    """
     tables = whole_prompts(frozen.config, stream_LxTxD.shape[1])
 
     def one(_: None, part: tuple[Any, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:

@@ -150,6 +150,9 @@ def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] 
     """The name of a set, its folder, which is fetched from the hub if need be, and the commit there.
 
     Of a repository with several transcoders of each layer nothing is fetched but those that are meant.
+
+    Args:
+      path, revision, subfolder, choice: see ``open_transcoders``.
     """
     name = f"{path}/{subfolder}" if subfolder else path
     local = Path(path).expanduser()

@@ -22,19 +22,19 @@ class Written:
         self._transcoders, self._shape = transcoders, shape
         self._above: dict[int, np.ndarray] = {}
 
-    def add(self, layer: int, place_xE: np.ndarray, feature_xE: np.ndarray, value_xE: np.ndarray | jax.Array) -> None:
+    def add(self, layer: int, places: np.ndarray, features: np.ndarray, values: np.ndarray | jax.Array) -> None:
         """Adds what features of a layer write to those above it.
 
         Args:
           layer: theirs.
-          place_xE: where they are active, as places in the positions of all runs, one after the other.
-          feature_xE, value_xE: which they are, and their activations there.
+          places: where they are active, as places in the positions of all runs, one after the other.
+          features, values: which they are, and their activations there, in the same shape.
         """
         above, width = self._transcoders.written_layers(layer) - 1, self._transcoders.configs[0].d_in
-        if not above or not place_xE.size:
+        if not above or not places.size:
             return
-        features_U, index_E = np.unique(feature_xE.reshape(-1), return_inverse=True)
-        entries = to_host(value_xE).reshape(-1).astype(np.float32), (place_xE.reshape(-1), index_E)
+        features_U, index_E = np.unique(features.reshape(-1), return_inverse=True)
+        entries = to_host(values).reshape(-1).astype(np.float32), (places.reshape(-1), index_E)
         acts_NxU = csr_array(entries, (int(np.prod(self._shape)), len(features_U))).tocsc()
         size = max(_AT_ONCE // (above * width), 1)
         for start in range(0, len(features_U), size):

@@ -121,7 +121,12 @@ def graph_bytes(size: GraphSize, tokens: int, mesh: Mesh) -> dict[str, Bytes]:
 
 
 def heads_block(platform: str, length: int) -> int:
-    """How many sources, or targets, go through the layers together when the heads of edges are looked for."""
+    """How many sources, or targets, go through the layers together when the heads of edges are looked for.
+
+    Args:
+      platform: of the devices.
+      length: of the prompt, padded.
+    """
     return min(max(_HEADS[platform] // length // HEADS_STEP * HEADS_STEP, HEADS_STEP), _HEADS_MOST)
 
 

@@ -149,16 +149,16 @@ def prompt_ids(
     if chat and isinstance(prompt, str):
         prompt = _in_template(model, prompt)
     if not isinstance(prompt, str):
-        ids_P = np.asarray(prompt, np.int32).reshape(-1)
+        ids = np.asarray(prompt, np.int32).reshape(-1)
     else:
-        ids_P = model.tokenize([prompt]).ids_BxT[0]
+        ids = model.tokenize([prompt]).ids_BxT[0]
         tokenizer = model.tokenizer
         first = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
         first = [token for token in first if token is not None]
-        if prepend and first and not set(ids_P[:1].tolist()) & set(tokenizer.all_special_ids):
-            ids_P = np.concatenate([first[:1], ids_P]).astype(np.int32)
-    Tokens(ids_P[None], np.array([len(ids_P)], np.int32)).check(model.config.vocab, model.config.context)
-    return ids_P
+        if prepend and first and not set(ids[:1].tolist()) & set(tokenizer.all_special_ids):
+            ids = np.concatenate([first[:1], ids]).astype(np.int32)
+    Tokens(ids[None], np.array([len(ids)], np.int32)).check(model.config.vocab, model.config.context)
+    return ids
 
 
 def _in_template(model: LanguageModel, prompt: str) -> list[int]:
