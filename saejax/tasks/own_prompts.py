@@ -10,6 +10,7 @@ no content beyond that is up to the user.
 """
 
 import hashlib
+import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,12 @@ def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]
     if not lines:
         raise UserError(f"{_FLAG}={path} holds no prompts: expected lines such as {_EXAMPLE}")
     return {name: _prompts(name, found, task, path) for name, found in lines.items()}
+
+
+def as_line(prompt: Prompt) -> str:
+    """A prompt as a line of such a file."""
+    fields = {name: getattr(prompt, name) for name in (*_NEEDED, *_OPTIONAL, "split") if getattr(prompt, name)}
+    return json.dumps(fields | (dict(labels=dict(prompt.labels)) if prompt.labels else {}), ensure_ascii=False) + "\n"
 
 
 def count_behaviours(task: TaskConfig) -> int:

@@ -4,7 +4,6 @@ The stages run as they are, each in a folder of its own in which it leaves what 
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +25,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
 from saejax.settings import AblateConfig, ModelConfig, PatchConfig, ProbeConfig, TaskConfig
 from saejax.tasks.baseline import run_baseline
+from saejax.tasks.own_prompts import as_line
 from saejax.tasks.results import BaselineResults
 from saejax.tasks.scoring import wilson
 from saejax.workspace import Run, write_text
@@ -47,7 +47,7 @@ class KnownStages:
         self._run, self._case, self._model = run, case, model
         self._known: KnownConfig = run.configs["known"]
         path = run.folder / "prompts.jsonl"
-        write_text(path, "".join(json.dumps(_line(prompt)) + "\n" for prompt in case.prompts))
+        write_text(path, "".join(map(as_line, case.prompts)))
         task = TaskConfig(behaviours=(), prompts=str(path), bootstrap=_BOOTSTRAP)
         self._configs = dict(run.configs) | dict(model=ModelConfig(path=str(run.folder / "model")), task=task)
         self.baseline: BaselineResults = self._stage("baseline", "", run_baseline)
@@ -116,13 +116,6 @@ class KnownStages:
                     return None
                 claimed += bool(found.results.grades.beyond_matched.holds and found.results.grades.harms.holds)
         return claimed
-
-
-def _line(prompt: Any) -> dict[str, Any]:
-    """A prompt as a line of ``--task.prompts``."""
-    fields = ("behaviour", "split", "text", "correct", "wrong", "counterpart")
-    line: dict[str, Any] = {name: getattr(prompt, name) for name in fields if getattr(prompt, name)}
-    return line | (dict(labels=dict(prompt.labels)) if prompt.labels else {})
 
 
 def _interchange(found: FeaturePatchResults) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from saejax.workspace import Run
 
 EXACT, WRONG, RANDOM, UNTRAINED, TRAINED = "exact", "wrong", "random", "untrained", "trained"
 _RATES = {TRAINED: 3e-3, UNTRAINED: 1e-6}  # learning rates
-_KIND, _BATCH, _TEXTS, _TOKENS = "topk", 256, 1500, 600_000
+_KIND, _BATCH, _TEXTS, _TOKENS = "topk", 256, 4000, 600_000
 
 
 def write_sets(run: Run, case: Case, model: LanguageModel, seed: int) -> dict[str, Path]:
@@ -100,6 +100,10 @@ def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mappi
     layers = range(len(case.model.layers))
     texts = list(dict.fromkeys(case.texts(_TEXTS, seed)))
     acts = capture(model, texts, [f"mlp_{part}.{layer}" for layer in layers for part in ("in", "out")])
+    # Where no layer's neurons fire there is nothing to learn, and that may be nearly everywhere.
+    some_N = np.any([np.abs(acts.values[f"mlp_out.{layer}"]).max(axis=1) > 0 for layer in layers], axis=0)
+    values = {site: value_NxD[some_N] for site, value_NxD in acts.values.items()}
+    acts = dataclasses.replace(acts, values=values, index_Nx3=acts.index_Nx3[some_N])
     store = acts.save(run.folder / "capture")
     config = TrainConfig(
         kinds=(_KIND,),
