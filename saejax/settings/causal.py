@@ -121,9 +121,8 @@ class ProbeConfig(Config):
     labels: tuple[str, ...] = setting(
         (),
         "what probes read off: which behaviour a prompt asks for (behaviour), and within each behaviour its answer "
-        "(answer), whether that is even (parity), whether the model is right (correct), and the number of the subject "
-        "(number, of agreement); empty: no probes",
-        choices=PROBE_LABELS,
+        "(answer), whether that is even (parity), whether the model is right (correct), the number of the subject "
+        "(number, of agreement), and what 'labels' of --task.prompts say; empty: no probes",
     )
     dictionary: str = setting(
         "topk",
