@@ -9,6 +9,7 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
             benchmark/<name> ─────────────────┘
             patch/<kind of site> ─────────────┤
             interpret/<kind> ─► atlas/<kind> ─┤
+            track/<slug> ─────────────────────┤
             attribute/<slug> ─────────────────┘
 """
 

@@ -6,8 +6,8 @@ x_l is the stream leaving layer l, V a prompt's positions but the first ``skip``
 sources averaged (Gurnee et al., 2026), so a lens belongs to prompts of about one length.
 
 Rows of the Jacobians are pulled back together: cotangents that are one-hot in a dimension of the last stream, at all of
-V at once, go down layer by layer through the transposed layer, a block of them as one batch. Attention weights and norms
-are differentiated through.
+V at once, go down layer by layer through the transposed layer, a block of them as one batch. Attention weights and
+norms are differentiated through.
 """
 
 import functools
@@ -98,7 +98,7 @@ def fit_lens(
 
 
 def _of_prompts(lm: LoadedModel, tokens: Tokens, chosen: np.ndarray, skip: int) -> np.ndarray:
-    """The sum over some prompts of their Jacobians, [L - 1, D, D]; as many as the mesh has on its data axis, or fewer."""
+    """The sum over some prompts, at most as many as the mesh's data axis has, of their Jacobians, [L - 1, D, D]."""
     rows_B = np.resize(chosen, lm.mesh.shape["data"])
     length = -(-int(tokens.lengths_B[rows_B].max()) // _STEP) * _STEP
     ids_BxT = np.zeros((len(rows_B), length), np.int32)
