@@ -103,7 +103,8 @@ def write_page(path: Path, results: TrackResults, cells: Mapping[str, Mapping[st
       cells: slug -> what ``shown_text`` gave.
       model: its name.
     """
-    data = dict(model=model, texts=[dict(slug=slug, **to_json(results.texts[slug]), **cells[slug]) for slug in cells])
+    texts = [dict(slug=slug) | to_json(results.texts[slug]) | dict(shown) for slug, shown in cells.items()]
+    data = dict(model=model, texts=texts)  # in place of how many tokens and links there are, all of them
     parts = [elements_script(), *((_VIEWER / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)]
     script = "(() => {\n'use strict';\n" + "\n".join(parts) + "})();\n"
     style = (_VIEWER / "track.css").read_text("utf-8")

@@ -32,14 +32,14 @@ class TrackConfig(Config):
     )
     lens: str = setting("", "a Jacobian lens beside the logit lens: a .pt file that saejax.fit_lens wrote")
     top: int = setting(12, "features that are kept of each layer and position", low=1)
-    step_features: int = setting(10, "features of a step, in each layer, and those that are removed together", low=1)
+    step_features: int = setting(6, "features of a step, in each layer, and those that are removed together", low=1)
     test_layers: tuple[int, ...] = setting(
         (), "layers at which the features of steps are removed (empty: the dictionary in the middle)", low=0
     )
     draws: int = setting(
         200, "matched sets removed beside those of a step, or as many as the number of steps calls for", low=20
     )
-    matches: int = setting(20, "nearest features that each matched one is drawn from", low=1)
+    matches: int = setting(30, "nearest features that each matched one is drawn from", low=1)
     seed: int = setting(456, "seed of matched sets, of random links and of the lenses' control", low=0)
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from saejax.causal.claims import LEAST_SETS
 from saejax.page.tables import number, percent, significant, visible
 from saejax.track.results import StepTest, TrackedText, TrackResults
 
@@ -95,6 +96,8 @@ def _names(segments: list[int], found: TrackedText) -> str:
 
 def _test(test: StepTest) -> str:
     verdict = "hurts more than matched ones" if test.claim.yes else "no more than matched ones"
+    if (test.claim.disjoint_sets or 0) < LEAST_SETS:
+        verdict = f"no answer: matched features make only {test.claim.disjoint_sets} sets without one in common"
     placebo = percent(test.claim.placebo_rate, 1)
     return (
         f"{verdict}: {number(test.drop)} nats a token, matched {number(test.matched_drop)}, p "

@@ -34,8 +34,8 @@ from saejax.track.results import StepTest
 from saejax.track.stage import TrackConfig
 from saejax.track.texts import EncodedText, Segment
 
-_TOKENS = {"cpu": 1024}  # of the rows that are run at once
-_MANY = 8192  # the same on accelerators
+_ROWS = {"cpu": 32}  # sets that are removed at once; the first block of draws and the clean run just fit
+_MANY = 256  # the same on accelerators
 _WINDOW, _POOL = 8, 64  # windows and features are filled up to a multiple of these, so that few programs are compiled
 _SPARE = 4  # sets drawn for each that is kept: those that change the site most nearly as much as the tested one
 
@@ -122,16 +122,16 @@ class StepTester:
     ) -> SetEffects:
         """Runs the matched sets block by block, until all are run or none could change a no."""
         score = functools.partial(self._scores, step, pool_K)
-        (clean_P, own_P), (right_P, own_right_P) = score([(), firing])
-        if not np.isfinite([clean_P, own_P]).all():
-            raise UserError("log-likelihoods are not finite: try --model.dtype=float32")
-        disjoint = controls.disjoint_sets(statistics, firing, matches)
-        drops, lost = np.zeros((0, len(clean_P))), np.zeros((0, len(clean_P)))
+        disjoint, parts = controls.disjoint_sets(statistics, firing, matches), []
         for block in blocks(draws):
-            logp_NxP, hits_NxP = score(sets_NxC[block].tolist())
-            drops = np.concatenate([drops, clean_P - logp_NxP])
-            lost = np.concatenate([lost, right_P - hits_NxP])
-            found = SetEffects(clean_P - own_P, right_P - own_right_P, drops, lost, np.arange(len(clean_P)), disjoint)
+            first: list[Sequence[int]] = [] if parts else [(), firing]
+            parts.append(score([*first, *sets_NxC[block].tolist()]))
+            (clean_P, own_P, *_), (right_P, own_right_P, *_) = parts[0]
+            logp_NxP, hits_NxP = (np.concatenate(part)[2:] for part in zip(*parts, strict=True))
+            if not np.isfinite(logp_NxP).all() or not np.isfinite([clean_P, own_P]).all():
+                raise UserError("log-likelihoods are not finite: try --model.dtype=float32")
+            drops = clean_P - own_P, right_P - own_right_P, clean_P - logp_NxP, right_P - hits_NxP
+            found = SetEffects(*drops, np.arange(len(clean_P)), disjoint)
             if settled_no(found, draws, rule):
                 break
         return found
@@ -153,11 +153,10 @@ class StepTester:
         padded_K = np.pad(pool_K, (0, pool - len(pool_K)), mode="edge")
         removed_WxK = np.zeros((window, pool), np.float32)
         removed_WxK[:count] = self._f_TxF[step.start : step.start + count][:, padded_K]
-        targets_W = np.zeros(window, np.int32)
+        targets_W: np.ndarray = np.zeros(window, np.int32)
         targets_W[:count] = self._text.ids_T[step.start + 1 : step.stop]
         shards = self._lm.mesh.shape["data"]
-        most = _TOKENS.get(self._lm.mesh.devices.flat[0].platform, _MANY)
-        rows = -(-max(most // window, 1) // shards) * shards
+        rows = -(-_ROWS.get(self._lm.mesh.devices.flat[0].platform, _MANY) // shards) * shards
         found = []
         for first in range(0, len(sets), rows):
             members_RxK = np.zeros((rows, pool), bool)
@@ -194,12 +193,13 @@ def _run(
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
     removed_RxWxK = removed_WxK[None] * members_RxK[:, None, :]
     changed_RxWxD = matmul(removed_RxWxK.astype(W_dec_KxD.dtype), W_dec_KxD)
-    edited_RxWxD = (value_1xTxD[0, at_W].astype(changed_RxWxD.dtype) - changed_RxWxD).astype(value_1xTxD.dtype)
-    stream_RxWxD = jnp.broadcast_to(stream_1xTxD[0, at_W], edited_RxWxD.shape)
+    value_1xWxD = value_1xTxD[:, at_W]
+    edited_RxWxD = (value_1xWxD.astype(changed_RxWxD.dtype) - changed_RxWxD).astype(value_1xWxD.dtype)
+    stream_RxWxD = jnp.broadcast_to(stream_1xTxD[:, at_W], edited_RxWxD.shape)
     flat = (array.reshape(shards, -1, array.shape[-1]) for array in (stream_RxWxD, edited_RxWxD))
     x = point.tail_of_tree(params, past, tree, *flat).reshape(edited_RxWxD.shape)
-    positions_RxW = jnp.broadcast_to(jnp.arange(window), (rows, window))
-    return token_scores(point.config, params, x, positions_RxW, jnp.broadcast_to(targets_W, (rows, window)))
+    positions_RxW, targets_RxW = (jnp.tile(each[None], (rows, 1)) for each in (jnp.arange(window), targets_W))
+    return token_scores(point.config, params, x, positions_RxW, targets_RxW)
 
 
 def judged(effects: Mapping[Key, tuple[Sequence[int], SetEffects, ControlMatch]], rule: Rule) -> dict[Key, StepTest]:

@@ -87,7 +87,7 @@ function stepsTable(text, layer, follow) {
     const later = (which) => [...new Set(text.belongs[layer][s].flatMap((one) => one[which]))].sort((a, b) => a - b)
       .map((other) => `${text.belongs[layer][s].filter((one) => one[which].includes(other)).length} in ${name(other)}`).join(', ');
     const tests = Object.entries(step.tests).map(([site, test]) => make('p', {},
-      make('span', test.claim.yes ? {class: 'yes'} : {}, test.claim.yes ? 'yes' : 'no'),
+      make('span', test.claim.yes ? {class: 'yes'} : {}, test.claim.yes ? 'yes' : test.claim.disjoint_sets < 5 ? 'no answer, as too few features match' : 'no'),
       ` at ${site}: ${number(test.drop, 2)} nats a token, matched ${number(test.matched_drop, 2)}; p ${number(test.claim.p_holm, 2)}, passed by ${percent(test.claim.placebo_rate)} of matched sets`));
     const not = Object.entries(step.untested).map(([site, why]) => make('p', {class: 'note'}, `not tested at ${site}: ${why}`));
     const alone = Object.entries(step.only_here).map(([site, [own, shifted]]) =>
