@@ -36,6 +36,7 @@ algorithm = binary("algorithm")
 interpret = binary("interpret")
 atlas = binary("atlas")
 transfer = binary("transfer")
+track = binary("track")
 report = binary("report")
 pipeline = binary(*STAGES, about="pipeline: runs every stage; what is finished and unchanged is not run again.")
 

@@ -61,16 +61,25 @@ def read_config(path: str | os.PathLike) -> DictionaryConfig:
     return load_dictionary(path).config
 
 
+def folders_of(path: str | os.PathLike) -> list[Path]:
+    """The folder itself if it holds a dictionary, or those in it that do, such as the members of ``train/topk``.
+
+    Raises:
+      UserError: no dictionary is there.
+    """
+    found = list(_readers(located(path)))
+    if not found:
+        load_dictionary(path)  # says what is there instead
+    return found
+
+
 def load_all(path: str | os.PathLike, operands: str = "float32") -> dict[str, Dictionary]:
     """Loads the dictionary of a folder, or all members of a stack such as ``runs/demo/train/topk``, by their folders.
 
     Raises:
       UserError: no dictionary is there, or one is damaged.
     """
-    readers = _readers(located(path))
-    if not readers:
-        load_dictionary(path)  # says what is there instead
-    return {str(folder): load(operands, "", "") for folder, load in readers.items()}
+    return {str(folder): load_dictionary(folder, operands) for folder in folders_of(path)}
 
 
 def load_transcoders(
