@@ -58,7 +58,7 @@ def expected_rows(ablate: AblateConfig, train: int, test: int, behaviours: int, 
       features: of the dictionary. Where every one that fires is removed by itself, that is about a quarter.
     """
     some = min(ablate.draw_prompts or test, test)
-    draws = ablate.draws * some
+    draws: float = ablate.draws * some
     sets = (
         4 * ablate.top + behaviours
     )  # features one by one, each with three of its like; all of this and of the others

@@ -68,8 +68,8 @@ def run_ablate(run: Run) -> AblateResults:
         tops = {name: screening.leaders(attribution_F, config.top) for name, attribution_F in known.items()}
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
-            counts = [sum(prompt.split == half for prompt in prompts[name]) for half in ("train", "test")]
-            rows = cost.expected_rows(config, *counts, len(prompts), dictionary.config.n_features)
+            train, test = (sum(prompt.split == half for prompt in prompts[name]) for half in ("train", "test"))
+            rows = cost.expected_rows(config, train, test, len(prompts), dictionary.config.n_features)
             progress = PartProgress(on_progress, round(rows))
             asked = split, name, prompts[name], config, progress, partial_folder(run, name)
             experiment = ModelExperiment(*asked, attribution_F=known.get(name))
