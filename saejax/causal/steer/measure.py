@@ -16,7 +16,7 @@ from saejax.causal.steer import fluency
 from saejax.causal.steer.directions import AnswerTexts, Turn, last_values
 from saejax.causal.steer.draws import RandomDraws
 from saejax.causal.steer.methods import MethodOf, best, methods_of
-from saejax.causal.steer.programs import SteeredTexts, Steered, steer_prompts
+from saejax.causal.steer.programs import Steered, SteeredTexts, steer_prompts
 from saejax.causal.steer.prompting import SHOTS, prefixed, prefixes, text_rise
 from saejax.causal.steer.results import BehaviourSteering, PromptingEffect, SteeringMethod, SteeringPoint
 from saejax.models.language_model import LanguageModel
