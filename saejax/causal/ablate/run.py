@@ -75,7 +75,7 @@ def run_ablate(run: Run) -> AblateResults:
             experiment = ModelExperiment(*asked, attribution_F=known.get(name))
             foreign = {other: top for other, top in tops.items() if other != name}
             results = _test_and_save(run, experiment, config, Beside(model, split, dictionary, text, others, foreign))
-            return Measured(results, _line(results))
+            return Measured(results, results.grades.harms.reason)
 
         return measure
 
@@ -83,6 +83,8 @@ def run_ablate(run: Run) -> AblateResults:
     wait_for_all("ablate: scores written")  # by the first process
     saved = {name: _saved_effects(run, name, result) for name, result in parts.items()}
     behaviours = grades.settled(parts, saved, config)
+    for name, result in behaviours.items():
+        run.say(f"{name}: {_answers(result)}")
     return AblateResults(
         dictionary=config.dictionary,
         site=dictionary.site,
@@ -105,8 +107,8 @@ class Beside(NamedTuple):
     foreign: Mapping[str, list[int]]  # top features of other behaviours, by name
 
 
-def _line(results: BehaviourAblation) -> str:
-    """What is said of a behaviour when it is done; a run's own answers are corrected for all of its behaviours."""
+def _answers(results: BehaviourAblation) -> str:
+    """What is said of a behaviour when all are done: answers are corrected for all of a run, and ask of the others."""
     found = {name: getattr(results.grades, name) for name in grades.GRADES}
     words = {True: "yes", False: "no", None: "not known"}
     return "; ".join(f"{name.replace('_', ' ')}: {words[grade.holds]}" for name, grade in found.items())
