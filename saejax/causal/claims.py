@@ -25,7 +25,8 @@ draw holds each tested feature about once in 1 + the pool's disjoint sets, so th
 enough.
 
 Draws are run in blocks (``blocks``), and no more of them once none could change a no (``settled_no``): the answer is
-that of all draws, and so is its error rate (curtailed sampling; compare Besag and Clifford, 1991).
+that of all draws, and so is its error rate (curtailed sampling; compare Besag and Clifford, 1991). The p-values of a
+behaviour that was stopped are those of the draws that were run.
 
 An interval alone, over prompts and around the draws' mean, is no such rule: how much sets differ from one another does
 not enter it, and it says yes to a quarter of random sets where features' effects differ.

@@ -11,6 +11,7 @@ from saejax.causal.ablate import dose, nested, text, verdict
 from saejax.causal.ablation import FEATURES
 from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.circuits import measure as circuits
+from saejax.causal.circuits import sizes
 from saejax.causal.cost import FIRING, causal_cost, edited_bytes, kept_prompts, layers_above, prompt_length
 from saejax.causal.screening import points
 from saejax.causal.split import PROMPTS, run_head
@@ -56,15 +57,15 @@ def expected_rows(ablate: AblateConfig, train: int, test: int, behaviours: int, 
       behaviours: of the run.
       features: of the dictionary. Where every one that fires is removed by itself, that is about a quarter.
     """
-    drawn = ablate.draws + min(ablate.draws, verdict.CONTROLS)
+    drawn: float = ablate.draws + min(ablate.draws, verdict.CONTROLS)
     if ablate.curve:
         drawn += min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES)
-    sets = (
-        4 * ablate.top + behaviours
-    )  # features one by one, each with three of its like; all of this and of the others
+    # Features one by one, each with three of its like; all together, and those of the other behaviours.
+    sets: float = 4 * ablate.top + behaviours
     sets += dose.SIZES * (1 + len(ablate.baselines)) + 2 * ablate.greedy
     if ablate.circuit_tests:
-        sets += 3 * circuits.DRAWS + ablate.top
+        sets += 3 * circuits.DRAWS + ablate.top + 3 * len(sizes.SHARES)
+        drawn += len(sizes.SHARES) * sizes.DRAWS
     if ablate.effects == "all":
         sets += features * (1 + len(ablate.compare)) / 4
     # Greedy sets: N steps over what is left of the candidates.

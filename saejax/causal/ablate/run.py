@@ -22,6 +22,7 @@ from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measu
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation
 from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
+from saejax.causal.circuits.sizes import measure_sizes
 from saejax.causal.parts import (
     Measure,
     Measured,
@@ -60,15 +61,15 @@ def run_ablate(run: Run) -> AblateResults:
     def begin() -> Measure:
         model = load_run_model(run)
         split = SplitModel(model, dictionary, config.positions, config.error)
-        text = HeldOutText.of(run.configs["corpus"], model, config.text_documents)
+        text = HeldOutText.of(run.configs["corpus"], run.configs["task"], model, config.text_documents)
         # The top features of each behaviour are removed from the prompts of the others, too.
         several = prompts if len(prompts) > 1 else {}
         known = {name: ModelExperiment(split, name, several[name], config).attribution() for name in several}
         tops = {name: screening.leaders(attribution_F, config.top) for name, attribution_F in known.items()}
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
-            counts = [sum(prompt.split == half for prompt in prompts[name]) for half in ("train", "test")]
-            rows = cost.expected_rows(config, *counts, len(prompts), dictionary.config.n_features)
+            train, test = (sum(prompt.split == half for prompt in prompts[name]) for half in ("train", "test"))
+            rows = cost.expected_rows(config, train, test, len(prompts), dictionary.config.n_features)
             progress = PartProgress(on_progress, round(rows))
             asked = split, name, prompts[name], config, progress, partial_folder(run, name)
             experiment = ModelExperiment(*asked, attribution_F=known.get(name))
@@ -210,6 +211,7 @@ def _with_sets(
         scores["greedy"] = dict(greedy=grown.greedy_NxP, top=grown.top_NxP)
     if config.circuit_tests:
         circuit, of_circuit = test_circuit(experiment, measured.top, config)
-        results = dataclasses.replace(results, circuit=circuit)
+        sizes = measure_sizes(experiment, measured.attribution_F, config)
+        results = dataclasses.replace(results, circuit=dataclasses.replace(circuit, sizes=sizes))
         scores["circuit"] = of_circuit.by_kind if of_circuit else {}
     return results, scores

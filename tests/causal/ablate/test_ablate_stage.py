@@ -16,7 +16,7 @@ from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
-from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig
+from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.workspace import Run
 
@@ -39,6 +39,7 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
             model=ModelConfig(path=str(tiny_llama)),
             mesh=MeshConfig(),
             corpus=CorpusConfig(),
+            task=TaskConfig(),
             ablate=AblateConfig(
                 top=4, draws=12, matches=6, bootstrap=500, batch_rows=32, curve=False, baselines=(), text_documents=2
             ),
