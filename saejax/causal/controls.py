@@ -196,7 +196,7 @@ def draw_alike(
     are alike (``claims``); sets that leave the tested features out are not.
 
     Args:
-      statistics, features, draws, matches, seed: as for ``draw_controls``, which refuses too few.
+      statistics, features, draws, matches, seed: as for ``draw_controls``, which refuses a pool that is too small.
     """
     nearest_KxC = nearest_features(statistics, features, tested=True)
     others_KxC = np.cumsum(~np.isin(nearest_KxC, features), axis=1)

@@ -15,7 +15,7 @@ from saejax import load_model
 from saejax.causal.ablate import run as stage
 from saejax.causal.ablate.report import _as_well
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
-from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig
+from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.behaviours import Prompt, write_prompts
 from saejax.workspace import Run
 
@@ -115,7 +115,8 @@ def planted(folder, dense):
     config = AblateConfig(
         top=CARRIERS, draws=99, draw_prompts=0, bootstrap=500, curve=False, baselines=("components",), text_documents=4
     )
-    configs = dict(model=ModelConfig(path=str(model)), mesh=MeshConfig(), corpus=CorpusConfig(), ablate=config)
+    inputs = dict(corpus=CorpusConfig(), task=TaskConfig())
+    configs = dict(model=ModelConfig(path=str(model)), mesh=MeshConfig(), ablate=config, **inputs)
     run = Run("ablate", "topk", unit, configs, {"baseline": baseline, "train/topk": train}, say=lambda line: None)
     tested = [ids[prompt.text[-1]] for prompt in prompts() if prompt.split == "test"]
     return world, tested, stage.run_ablate(run).behaviours["planted"]
