@@ -66,8 +66,7 @@ def limit(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("disjoint", [5, 8, 20])
+@pytest.mark.parametrize(("disjoint", "shared"), [(5, True), (5, False), (8, True), (20, True)])
 @pytest.mark.parametrize(
     ("kind", "by_template"),
     [("none", False), ("normal", False), ("heavy", False), ("skewed", False), ("rare", False), ("normal", True)],
