@@ -86,7 +86,7 @@ class AblateConfig(Config):
     circuit_tests: bool = setting(
         False,
         "test the top features as a circuit: equivalence, independence, minimality, sufficiency and partial necessity, "
-        "against sets of random features",
+        "against sets of random features; and keep circuits of growing sizes, against random orders (CPR and CMD)",
     )
     greedy: int = setting(
         0,
