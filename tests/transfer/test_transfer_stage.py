@@ -119,7 +119,12 @@ def test_a_model_with_another_tokenizer(workdir, inputs, tmp_path):
     names = f"{load_results(folder / 'transfer').dictionaries[0].name},{tmp_path / 'other' / 'train' / 'topk'}"
     shutil.copytree(folder / "train", tmp_path / "work" / "train")
     shutil.copytree(folder / "capture", tmp_path / "work" / "capture")
-    flags = [*flags, f"--workdir={tmp_path / 'work'}", f"--transfer.dictionaries={names}", "--transfer.reconstruction=true"]
+    flags = [
+        *flags,
+        f"--workdir={tmp_path / 'work'}",
+        f"--transfer.dictionaries={names}",
+        "--transfer.reconstruction=true",
+    ]
     assert command.run(["transfer"], "", ["test", *flags]) == 0
     (pair,) = load_results(tmp_path / "work" / "transfer").pairs
     assert pair.measures.keys() == {"activity"} and 100 < pair.tokens < 600
