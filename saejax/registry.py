@@ -10,6 +10,7 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
             patch/<kind of site> ─────────────┤
             interpret/<kind> ─► atlas/<kind> ─┤
             transfer ─────────────────────────┤
+            track/<slug> ─────────────────────┤
             attribute/<slug> ─────────────────┘
 """
 
