@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-atlas demo-graphs demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-graphs demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -67,6 +67,9 @@ bench-input: $(INSTALLED)
 
 bench-interpret: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_interpret
+
+bench-transfer: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_transfer
 
 bench-ablate: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_ablate

@@ -31,7 +31,7 @@ _ORDER = ("setting", "package", "verdict", "figure")
 
 
 @dataclasses.dataclass(frozen=True)
-class ChangedValue:
+class Difference:
     """A value that differs."""
 
     kind: Literal["setting", "package", "verdict", "figure"]  #: what it is
@@ -48,7 +48,7 @@ class UnitComparison:
 
     unit: str  #: its place in both
     state: Literal["same", "changed", "only in the first", "only in the second"]  #: how they compare
-    changes: tuple[ChangedValue, ...]  #: what differs, settings first; figures that changed most before others
+    changes: tuple[Difference, ...]  #: what differs, settings first; figures that changed most before others
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,7 +112,7 @@ def _units(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _changes(first: Summary, second: Summary) -> tuple[ChangedValue, ...]:
+def _changes(first: Summary, second: Summary) -> tuple[Difference, ...]:
     """What differs, sorted."""
     pairs = {
         "setting": (_settings(first.config), _settings(second.config)),
@@ -150,7 +150,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _change(kind: str, name: str, first: Any, second: Any) -> ChangedValue:
+def _change(kind: str, name: str, first: Any, second: Any) -> Difference:
     one, two = (value.mean if isinstance(value, Interval) else value for value in (first, second))
     apart = None
     if isinstance(first, Interval) and isinstance(second, Interval):
@@ -160,7 +160,7 @@ def _change(kind: str, name: str, first: Any, second: Any) -> ChangedValue:
     if kind == "result":
         words = any(isinstance(value, bool | str) for value in (one, two))
         kind = "verdict" if words else "figure"
-    return ChangedValue(kind, name, to_json(first), to_json(second), apart, size if math.isfinite(size) else 2.0)  # type: ignore[arg-type]
+    return Difference(kind, name, to_json(first), to_json(second), apart, size if math.isfinite(size) else 2.0)  # type: ignore[arg-type]
 
 
 def lines(found: Sequence[UnitComparison], most: int) -> list[str]:
@@ -184,13 +184,13 @@ def lines(found: Sequence[UnitComparison], most: int) -> list[str]:
     return texts
 
 
-def _shown(one: UnitComparison, most: int) -> list[ChangedValue]:
+def _shown(one: UnitComparison, most: int) -> list[Difference]:
     """All that is no figure, and the first figures."""
     figures = [change for change in one.changes if change.kind == "figure"]
     return [change for change in one.changes if change.kind != "figure"] + figures[:most]
 
 
-def _apart(change: ChangedValue) -> str:
+def _apart(change: Difference) -> str:
     return "" if change.apart is None else "apart" if change.apart else "intervals overlap"
 
 

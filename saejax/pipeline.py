@@ -39,7 +39,8 @@ class Workplan:
         for need in needs:
             needed_stage, _, needed_name = need.partition("/")
             if needed_name:
-                one_of(needed_name, STAGES[needed_stage].names(self.configs), f"dictionary for {stage} (--train.kinds)")
+                flag = "train.kinds" if needed_stage == "train" else f"{needed_stage}.dictionaries"
+                one_of(needed_name, STAGES[needed_stage].names(self.configs), f"dictionary for {stage} (--{flag})")
         return needs
 
     def mark(self, unit: str) -> str:

@@ -8,7 +8,10 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
                                    └─────┴► report ◄───────┘
             benchmark/<name> ─────────────────┘
             patch/<kind of site> ─────────────┤
+            steer/<dictionary> ───────────────┤
             interpret/<kind> ─► atlas/<kind> ─┤
+            transfer ─────────────────────────┤
+            track/<slug> ─────────────────────┤
             attribute/<slug> ─────────────────┘
 """
 

@@ -65,7 +65,12 @@ INSIDE = {
         "graph",
     ],
 }
-TORCH_MAY_BE_IN = {"saejax/activations/torch_capture.py", "saejax/models/source.py", "saejax/models/randomised.py"}
+TORCH_MAY_BE_IN = {
+    "saejax/activations/torch_capture.py",
+    "saejax/models/lens_files.py",
+    "saejax/models/source.py",
+    "saejax/models/randomised.py",
+}
 SOURCES = sorted(p for top in ("saejax", "experiments") for p in (ROOT / top).rglob("*.py"))
 
 

@@ -61,7 +61,7 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
       UserError: a model lacks a site.
     """
     corpus, plans = run.configs["corpus"], []
-    documents, tokens = rates.used_text(read_corpus(corpus), corpus) if runs_here else (0, 0)
+    documents, tokens = rates.used_text(read_corpus(corpus, run.configs["task"]), corpus) if runs_here else (0, 0)
     here = dict(documents=documents, tokens=tokens, torch_here=place.torch_here, mesh=place.mesh, limit=place.limit)
     for shape in shapes:
         try:

@@ -41,7 +41,7 @@ def run_report(run: Run) -> ReportResults:
     """
     config = run.configs["report"]
     tested = run.configs["ablate"].dictionary
-    trained, name = trained_in(Path(tested)) if is_folder(tested) else ({}, tested)
+    trained, name = trained_in(tested) if is_folder(tested) else ({}, tested)
     found = read_findings(trained | dict(run.inputs), run.folder, {"report": to_json(config)})
     ablate = next(iter(found.each(AblateResults).values()), None)  # there is none without behaviours
     if ablate and trained:  # where the dictionary is known by its name
@@ -75,7 +75,7 @@ def run_report(run: Run) -> ReportResults:
     )
 
 
-def trained_in(folder: Path) -> tuple[dict[str, Path], str]:
+def trained_in(folder: str) -> tuple[dict[str, Path], str]:
     """The finished units of the workdir that trained the dictionary in a folder, and its name there.
 
     Args:
@@ -85,13 +85,13 @@ def trained_in(folder: Path) -> tuple[dict[str, Path], str]:
       Folders of its units "capture", "train/topk" and "evaluate/topk", and "topk" or "topk/k32"; no units if it is not
       of a workdir where all of these are finished.
     """
-    places = folder.absolute().parts
+    places = Path(folder).absolute().parts
     for at in (place for place in range(len(places) - 2, 0, -1) if places[place] == "train"):
         workdir, kind = Path(*places[:at]), places[at + 1]
         units = {unit: workdir / unit for unit in ("capture", f"train/{kind}", f"evaluate/{kind}")}
         if all((unit / SUMMARY).exists() for unit in units.values()):
             return units, "/".join(places[at + 1 :])
-    return {}, str(folder)
+    return {}, folder
 
 
 def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
