@@ -25,8 +25,8 @@ GATE = (
     f"A row is interpretable on a benchmark if removing its dictionary's top features costs more log-likelihood of the "
     f"reference answers than matched random ones (of which there are at least {LEAST_SETS} sets without a feature in "
     f"common) with p at most {LEVEL:g}, both where they are set to zero and where they are replaced at random, and the "
-    f"dictionary recovers at least {FAITHFUL:g} of the cross-entropy; unstable if only one of the replacements does, or "
-    "the dictionary recovers less; else there is no signal."
+    f"dictionary recovers at least {FAITHFUL:g} of the cross-entropy; unstable if only one of the replacements does, "
+    "or the dictionary recovers less; else there is no signal."
 )
 CRITERIA = (
     f"A study succeeds as far as these hold: every unit is done; every dictionary's loss is lower in the last epoch "
