@@ -154,7 +154,7 @@ def test_prompts_tell_labels_to_probes(tmp_path):
     from saejax.tasks.labels import label_prompts
     from saejax.tasks.own_prompts import as_line, read_own_prompts
 
-    case = make_case("logic", 10, SEED)
+    case = make_case("logic", 30, SEED)
     save_model(tmp_path / "model", *checkpoint(case.model, SEED), list(case.model.words))
     from transformers import PreTrainedTokenizerFast
 
