@@ -18,7 +18,8 @@ _LETTERS, _BACK, _SEQUENCE = "abcdefgh", 6, 6
 _BITS, _ASKED = 16, dict(xor=(0, 1), both=(2, 3), either=(4, 5))
 _TRUTH: Mapping[str, Callable[[int, int], int]] = {"xor": int.__xor__, "both": int.__and__, "either": int.__or__}
 _WORDS, _WIDTH, _DEPTH, _ANSWERS = 16, 12, 4, 4
-_MARGIN = -0.5  # bias that keeps rounding from making a neuron fire
+_MARGIN = 0.125  # by which a neuron's input must exceed what one thing less would give: rounding makes none fire
+_FULL = 1 / (1 - _MARGIN)  # what it writes, so that one is written where it fires
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,8 @@ def _logic(count: int, rng: np.random.Generator) -> Case:
         Neuron(
             f"bit {place} is {value}",
             {f"bit {place} is {value}": 1.0, "asked": 1.0},
-            {f"known {place} is {value}": 2.0},
-            -1.5,
+            {f"known {place} is {value}": _FULL},
+            -1 - _MARGIN,
         )
         for place, value in bits
     )
@@ -93,8 +94,8 @@ def _logic(count: int, rng: np.random.Generator) -> Case:
         Neuron(
             f"bits {first} {first + 1} are {u} {v}",
             {f"known {first} is {u}": 1.0, f"known {first + 1} is {v}": 1.0},
-            {f"pair {first} is {u} {v}": 2.0},
-            -1.5,
+            {f"pair {first} is {u} {v}": _FULL},
+            -1 - _MARGIN,
         )
         for first, u, v in pairs
     )
@@ -103,8 +104,8 @@ def _logic(count: int, rng: np.random.Generator) -> Case:
             f"{name} is {answer}",
             {f"pair {first} is {u} {v}": 1.0 for u in (0, 1) for v in (0, 1) if _TRUTH[name](u, v) == answer}
             | {f"asks {name}": 1.0},
-            {f"{name} is {answer}": 2.0},
-            -1.5,
+            {f"{name} is {answer}": _FULL},
+            -1 - _MARGIN,
         )
         for name, (first, _) in _ASKED.items()
         for answer in (0, 1)
@@ -172,17 +173,17 @@ def _induction(count: int, rng: np.random.Generator) -> Case:
         for far in range(1, _BACK + 1)
     )
     named = tuple(
-        Neuron(f"is {letter}", {f"is {letter}": 1.0}, {f"named {letter}": 2.0}, _MARGIN) for letter in _LETTERS
+        Neuron(f"is {letter}", {f"is {letter}": 1.0}, {f"named {letter}": _FULL}, -_MARGIN) for letter in _LETTERS
     )
     find = Head(
         tuple((f"is {letter}", f"1 back is {letter}") for letter in _LETTERS),
         tuple((f"named {letter}", f"found {letter}") for letter in _LETTERS),
     )
     found = tuple(
-        Neuron(f"found {letter}", {f"found {letter}": 1.0}, {f"next {letter}": 2.0}, _MARGIN) for letter in _LETTERS
+        Neuron(f"found {letter}", {f"found {letter}": 1.0}, {f"next {letter}": _FULL}, -_MARGIN) for letter in _LETTERS
     )
     seen = tuple(
-        Neuron(f"{far} back is {letter}", {f"{far} back is {letter}": 1.0}, {f"seen {far} {letter}": 2.0}, _MARGIN)
+        Neuron(f"{far} back is {letter}", {f"{far} back is {letter}": 1.0}, {f"seen {far} {letter}": _FULL}, -_MARGIN)
         for far in range(1, _BACK + 1)
         for letter in _LETTERS
     )

@@ -16,6 +16,7 @@ from saejax.causal.patching.results import FeaturePatchResults
 from saejax.causal.patching.run import run_patch
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.probes.run import run_probe
+from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.ground_truth.circuits.catalogue import Case
 from saejax.ground_truth.circuits.results import CausalScores
@@ -102,19 +103,17 @@ class KnownStages:
     def _idle(
         self, transcoder: Path, features: Mapping[str, list[int]], options: Mapping[str, Any], refused: list[str]
     ) -> int | None:
-        """Of how many variables without a part in any answer it is claimed that they cause one."""
-        from saejax.dictionaries import load_dictionary
-
+        """Of how many variables without a part in any answer it is claimed that they cause that of a behaviour."""
         dictionary, claimed = load_dictionary(transcoder), 0
+        behaviour = next(iter(self._case.causes))
+        prompts = [prompt for prompt in self._case.prompts if prompt.behaviour == behaviour]
         for variable, own in features.items():
-            for behaviour in self._case.causes:
-                prompts = [prompt for prompt in self._case.prompts if prompt.behaviour == behaviour]
-                try:
-                    found = ablate(self._model, dictionary, prompts, features=own, **options)
-                except UserError as error:
-                    refused.append(f"ablate of {variable}: {error}")
-                    return None
-                claimed += bool(found.results.grades.beyond_matched.holds and found.results.grades.harms.holds)
+            try:
+                found = ablate(self._model, dictionary, prompts, features=own, **options)
+            except UserError as error:
+                refused.append(f"ablate of {variable}: {error}")
+                return None
+            claimed += bool(found.results.grades.beyond_matched.holds and found.results.grades.harms.holds)
         return claimed
 
 
