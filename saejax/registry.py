@@ -8,7 +8,7 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
                                    └─────┴► report ◄───────┘
             benchmark/<name> ─────────────────┘
             patch/<kind of site> ─────────────┤
-            interpret/<kind> ─► atlas/<kind> ─┤
+            interpret/<kind> ─► explain/<kind> ─► atlas/<kind> ─┤
             attribute/<slug> ─────────────────┘
 """
 

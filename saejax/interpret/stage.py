@@ -47,10 +47,15 @@ def _labels(configs: Configs) -> str:
 
 
 def _shown(configs: Configs, name: str) -> Sequence[str]:
-    """What was interpreted, and the effects of its features where they were measured."""
+    """What was interpreted, labels by a language model, and effects of features where they were measured."""
     tested = configs["ablate"].dictionary
     measured = configs["task"].has_behaviours and tested.partition("/")[0] == name
-    return (f"interpret/{name}", *([f"ablate/{folder_name(tested)}"] if measured else []))
+    judged = name in configs["explain"].dictionaries
+    return (
+        f"interpret/{name}",
+        *([f"explain/{name}"] if judged else []),
+        *([f"ablate/{folder_name(tested)}"] if measured else []),
+    )
 
 
 def _names(configs: Configs) -> Sequence[str]:
@@ -78,7 +83,7 @@ ATLAS = Stage(
     run="saejax.interpret.atlas:run_atlas",
     results="saejax.interpret.results:AtlasResults",
     groups=(AtlasConfig,),
-    after=("interpret", "ablate"),
+    after=("interpret", "explain", "ablate"),
     needs=_shown,
     names=_names,
     identity=dict(labels=_labels),
