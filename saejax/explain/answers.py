@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from saejax.causal.parts import progress
+from saejax.causal.parts import Progress
 from saejax.errors import UserError
 from saejax.explain.endpoint import Answer, Keep
 from saejax.explain.questions import Question
-from saejax.parallel import AgreedStop
 from saejax.workspace import Run, fingerprint
 
 ANSWERS = "answers.jsonl"
@@ -75,7 +74,7 @@ class Answers:
         """
         keys = [self._key(question) for question in questions]
         missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._known}
-        left, on_progress = list(missing.items()), progress(self._run, label, AgreedStop(self._run.stopping), "answers")
+        left, on_progress = list(missing.items()), Progress(self._run, "answers").of_part(label, 0)
         while left:
             on_progress(len(missing) - len(left), len(missing))
             lot = left[: self._affordable([question for _, question in left[:_AT_ONCE]])]
