@@ -23,7 +23,14 @@ from saejax.dictionaries.formats.hooks import to_hook
 from saejax.dictionaries.labels import LABELS, Label, load_labels
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
-from saejax.export.rows import CREATOR_ID, Source, activation_rows, explanation_row, feature_json, feature_row
+from saejax.export.rows import (
+    CREATOR_ID,
+    NeuronpediaSource,
+    activation_rows,
+    explanation_row,
+    feature_json,
+    feature_row,
+)
 from saejax.interpret.run import FEATURES
 from saejax.models.sites import Site
 from saejax.settings import ExportConfig
@@ -86,7 +93,7 @@ def _model_id(config: ExportConfig, store: Store) -> str:
     return model
 
 
-def _source(member: TrainedMember, kind: str, model: str, config: ExportConfig) -> Source:
+def _source(member: TrainedMember, kind: str, model: str, config: ExportConfig) -> NeuronpediaSource:
     site, setting = Site.parse(member.site), _tame(setting_of(member)).replace(".", "-")
     name = "-".join(filter(None, [config.source_set or f"{_SHORT[site.kind]}-{kind}", setting]))
     if not _SET.fullmatch(name):
@@ -94,7 +101,7 @@ def _source(member: TrainedMember, kind: str, model: str, config: ExportConfig) 
             f"--export.source_set makes a set {name!r}: Neuronpedia takes small letters, digits and single dashes, a "
             "letter first"
         )
-    return Source(model, name, site.layer, to_hook(member.target))
+    return NeuronpediaSource(model, name, site.layer, to_hook(member.target))
 
 
 def _tame(name: str) -> str:
@@ -102,7 +109,7 @@ def _tame(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 
-def _write_about(folder: Path, source: Source, creator: str, documents: int) -> None:
+def _write_about(folder: Path, source: NeuronpediaSource, creator: str, documents: int) -> None:
     """Writes what the features belong to.
 
     Args:
@@ -131,7 +138,7 @@ def _write_about(folder: Path, source: Source, creator: str, documents: int) -> 
 def _write_batch(
     folder: Path,
     number: int,
-    source: Source,
+    source: NeuronpediaSource,
     records: Sequence[Mapping[str, Any]],
     labels: Mapping[int, Label],
     W_dec_FxD: np.ndarray,
@@ -154,7 +161,7 @@ def _write_batch(
 
 
 def _write_viewers(
-    folder: Path, source: Source, records: Sequence[Mapping[str, Any]], labels: Mapping[int, Label]
+    folder: Path, source: NeuronpediaSource, records: Sequence[Mapping[str, Any]], labels: Mapping[int, Label]
 ) -> None:
     """Writes a file for each feature that fires."""
     for one in records:

@@ -21,7 +21,7 @@ _LONGEST = 512  # characters of an explanation, at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class NeuronpediaSource:
     """A dictionary at Neuronpedia.
 
     Attributes:
@@ -50,7 +50,7 @@ class Source:
         return "c" + hashlib.sha256("/".join(map(str, (self.model, self.id, *parts))).encode()).hexdigest()[:24]
 
 
-def feature_row(source: Source, record: Mapping[str, Any], row_D: np.ndarray) -> dict[str, Any]:
+def feature_row(source: NeuronpediaSource, record: Mapping[str, Any], row_D: np.ndarray) -> dict[str, Any]:
     """A row of features.
 
     Args:
@@ -87,7 +87,7 @@ def feature_row(source: Source, record: Mapping[str, Any], row_D: np.ndarray) ->
     )
 
 
-def activation_rows(source: Source, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def activation_rows(source: NeuronpediaSource, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows of a feature's contexts: the strongest, then those of its groups; none if it never fires."""
     for number, context in enumerate([*record.get("examples", ()), *record.get("groups", ())]):
         values, group = _acts(context), context.get("group")
@@ -113,7 +113,7 @@ def activation_rows(source: Source, record: Mapping[str, Any]) -> Iterator[dict[
         )
 
 
-def explanation_row(source: Source, feature: int, label: Label) -> dict[str, Any]:
+def explanation_row(source: NeuronpediaSource, feature: int, label: Label) -> dict[str, Any]:
     """The row of a feature's label. Who gave it is a note: columns for that take registered names alone."""
     score = "" if label.f1 is None else f", F1 {label.f1:.2f} on held-out text"
     return source.key(feature) | dict(

@@ -22,6 +22,9 @@ class InterpretConfig(Config):
     )
     examples: int = setting(8, "strongest contexts kept of each feature", low=1)
     draws: int = setting(2, "contexts drawn from each tenth of a feature's firings, by activation", low=0)
+    attention_tokens: int = setting(
+        8192, "tokens of text at which features are compared with what attention heads look at; 0: none", low=0
+    )
     batch_tokens: int = setting(4096, "tokens encoded at a time", low=32, changes_results=False)
     seed: int = setting(789, "seed of the random directions that labels are compared with", low=0)
 
