@@ -181,11 +181,10 @@ def _activations(row: str, found: Findings) -> Iterator[ActivationFigures]:
             )
             yield own
     for benchmark, study in found.each(StudyResults).items():
-        if one := study.activations:
-            scores = (one.l0, one.firing, one.explained_variance)
-            yield ActivationFigures(
-                row, benchmark, study.site, one.tokens, one.median_norm, one.largest_norm, None, *scores
-            )
+        if own := study.activations:
+            norms = own.median_norm, own.largest_norm, None
+            scores = own.l0, own.firing, own.explained_variance
+            yield ActivationFigures(row, benchmark, study.site, own.tokens, *norms, *scores)
 
 
 def _effects(row: str, found: Findings) -> Iterator[EffectFigures]:
