@@ -38,7 +38,10 @@ def test_every_stage_comes_after_those_whose_units_it_reads():
     )
     asked |= dict(steer=dict(dictionary="topk"))
     asked |= dict(
-        interpret=dict(dictionaries=("topk",)), export=dict(dictionaries=("topk",)), task=dict(benchmarks=("gsm8k",))
+        interpret=dict(dictionaries=("topk",)),
+        export=dict(dictionaries=("topk",)),
+        transfer=dict(dictionaries=("topk",)),
+        task=dict(benchmarks=("gsm8k",)),
     )
     configs |= {group: dataclasses.replace(configs[group], **changes) for group, changes in asked.items()}
     order = list(STAGES)

@@ -24,7 +24,7 @@ class AblateConfig(Config):
     dictionary: str = setting(
         "topk",
         "which trained dictionary to test: topk, a member of a stack as in topk/k32, or the folder of one, such as "
-        "runs/demo/train/topk, with which nothing is captured or trained here",
+        "runs/demo/train/topk or, on the hub, hf://ORG/NAME/FOLDER@REVISION; then nothing is captured or trained",
         changes_results=False,
     )
     top: int = setting(20, "features, ranked on train prompts, that are ablated one by one and together", low=1)
@@ -99,8 +99,8 @@ class AblateConfig(Config):
     )
     draw_prompts: int = setting(
         20,
-        "test prompts on which drawn sets are removed, and the top features beside them, spread evenly over templates; "
-        "0: all",
+        "test prompts from which drawn and growing sets are removed, and the top features beside them, spread evenly "
+        "over templates; 0: all",
         low=0,
     )
     matches: int = setting(40, _MATCHES, low=1)
@@ -121,9 +121,8 @@ class ProbeConfig(Config):
     labels: tuple[str, ...] = setting(
         (),
         "what probes read off: which behaviour a prompt asks for (behaviour), and within each behaviour its answer "
-        "(answer), whether that is even (parity), whether the model is right (correct), and the number of the subject "
-        "(number, of agreement); empty: no probes",
-        choices=PROBE_LABELS,
+        "(answer), whether that is even (parity), whether the model is right (correct), the number of the subject "
+        "(number, of agreement), and what 'labels' of --task.prompts say; empty: no probes",
     )
     dictionary: str = setting(
         "topk",
@@ -216,9 +215,7 @@ class SteerConfig(Config):
         "where no further one could change a no",
         low=2,
     )
-    draw_prompts: int = setting(
-        20, "test prompts on which they are added, spread evenly over templates; 0: all", low=0
-    )
+    draw_prompts: int = setting(20, "test prompts on which they are added, spread evenly over templates; 0: all", low=0)
     seed: int = setting(456, "seed of the random directions, the examples, the continuations and the bootstrap", low=0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     batch_rows: int = setting(64, "steered prompts per batch", low=1, changes_results=False)

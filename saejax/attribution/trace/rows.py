@@ -113,19 +113,19 @@ class RowTracer:
         self,
         index: int,
         chunks: list[np.ndarray],
-        layer_R: np.ndarray,
-        position_R: np.ndarray,
-        vector_RxD: np.ndarray,
+        layer_X: np.ndarray,
+        position_X: np.ndarray,
+        vector_XxD: np.ndarray,
         in_stream: bool,
     ) -> jax.Array:
         """Starts the program on a batch; chunks are filled up with copies, the batch with chunks that never start."""
         size = self._chunk_size(index)
-        filled_NxR = np.stack([np.resize(targets, size) for targets in chunks])
-        filled_NxR = filled_NxR[np.minimum(np.arange(_CHUNKS), len(chunks) - 1)]
+        filled = np.stack([np.resize(targets, size) for targets in chunks])
+        filled_NxR = filled[np.minimum(np.arange(_CHUNKS), len(chunks) - 1)]
         start_N = np.zeros(_CHUNKS, np.int32)
-        start_N[: len(chunks)] = layer_R[filled_NxR[: len(chunks)]].max(axis=1) + (not in_stream)
+        start_N[: len(chunks)] = layer_X[filled].max(axis=1) + (not in_stream)
         model, streams, sources = self._replacement.model, self._replacement.streams, self._sources
-        arrays = vector_RxD[filled_NxR], layer_R[filled_NxR], position_R[filled_NxR]
+        arrays = vector_XxD[filled_NxR], layer_X[filled_NxR], position_X[filled_NxR]
         vector_NxRxD, layer_NxR, position_NxR = (
             jax.device_put(array, fitting_sharding(model.mesh, array.shape, None, "data", *[None] * (array.ndim - 2)))
             for array in arrays
