@@ -25,8 +25,9 @@ demo-tiny: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_tiny --flagfile=configs/demo_tiny.flags
 	@echo "Open runs/demo_tiny/report/index.html"
 
-# Dictionaries on a synthetic world whose features are known.
+# Dictionaries on a synthetic world whose features are known, and transformers whose circuits are known.
 demo-truth: $(INSTALLED)
+	$(BIN)/python -m experiments.known_circuits --workdir=runs/truth --flagfile=configs/ground_truth.flags
 	$(BIN)/python -m experiments.ground_truth --workdir=runs/truth --flagfile=configs/ground_truth.flags
 	$(BIN)/python -m experiments.report --workdir=runs/truth --flagfile=configs/ground_truth.flags
 	@echo "Open runs/truth/report/index.html"

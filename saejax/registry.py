@@ -9,7 +9,7 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
             benchmark/<name> ─────────────────┘
             patch/<kind of site> ─────────────┤
             steer/<dictionary> ───────────────┤
-            interpret/<kind> ─► atlas/<kind> ─┤
+            interpret/<kind> ─► atlas/<kind> ─┤   (explain/<kind> between the two)
             transfer ─────────────────────────┤
             track/<slug> ─────────────────────┤
             attribute/<slug> ─────────────────┘

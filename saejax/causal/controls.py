@@ -180,7 +180,7 @@ def draw_controls(
         always be given.
     """
     nearest_KxC = nearest_features(statistics, features)
-    _check_enough(*nearest_KxC.shape, matches, advice)
+    _check_enough(len(nearest_KxC), nearest_KxC.shape[1], matches, advice)
     return _drawn(nearest_KxC, np.full(len(nearest_KxC), matches), draws, seed)
 
 

@@ -181,10 +181,10 @@ def _activations(row: str, found: Findings) -> Iterator[ActivationFigures]:
             )
             yield own
     for benchmark, study in found.each(StudyResults).items():
-        if own := study.activations:
-            norms = own.median_norm, own.largest_norm, None
-            scores = own.l0, own.firing, own.explained_variance
-            yield ActivationFigures(row, benchmark, study.site, own.tokens, *norms, *scores)
+        if read := study.activations:
+            norms = read.median_norm, read.largest_norm, None
+            scores = read.l0, read.firing, read.explained_variance
+            yield ActivationFigures(row, benchmark, study.site, read.tokens, *norms, *scores)
 
 
 def _effects(row: str, found: Findings) -> Iterator[EffectFigures]:

@@ -190,7 +190,7 @@ def labels_of_shown(
     stack: Stack, shown: Sequence[LayerFirings], chosen: Sequence[Sequence[Sequence[StepFeature]]]
 ) -> list[Mapping[int, Label]]:
     """The labels of the features that are shown, of each dictionary."""
-    found = []
+    found: list[Mapping[int, Label]] = []
     for each, cells, parts in zip(stack.layers, shown, chosen, strict=True):
         features = {*cells.feature_A.tolist(), *(one.feature for part in parts for one in part)}
         found.append({feature: each.labels[feature] for feature in sorted(features) if feature in each.labels})

@@ -189,10 +189,11 @@ def effects(config: DecoderConfig, clean: Heads, other: Heads, slope: Heads) -> 
     tables = whole_prompts(config, clean.query.shape[2])
 
     def of_layer(layer: jax.Array, clean: Heads, other: Heads, slope: Heads) -> Estimates:
-        plain = [-((b - a) * g).sum(axis=-1) for a, b, g in zip(clean, other, slope, strict=True)]
+        query, key, value, output = (-((b - a) * g).sum(axis=-1) for a, b, g in zip(clean, other, slope, strict=True))
         own = tables.at(config, layer)
         moved = attend(config, GRADIENT, other.query, clean.key, clean.value, own) - clean.output
-        return Estimates(*plain, -(moved * slope.output).sum(axis=-1), _keys(config, clean, other, slope, own))
+        query_fixed, key_fixed = -(moved * slope.output).sum(axis=-1), _keys(config, clean, other, slope, own)
+        return Estimates(query, key, value, output, query_fixed, key_fixed)
 
     layers = jnp.arange(config.n_layers)
     return jax.lax.map(lambda one: of_layer(*one), (layers, clean, other, slope))
