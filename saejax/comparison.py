@@ -31,7 +31,7 @@ _ORDER = ("setting", "package", "verdict", "figure")
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
+class Difference:
     """A value that differs."""
 
     kind: Literal["setting", "package", "verdict", "figure"]  #: what it is
@@ -48,7 +48,7 @@ class UnitComparison:
 
     unit: str  #: its place in both
     state: Literal["same", "changed", "only in the first", "only in the second"]  #: how they compare
-    changes: tuple[Change, ...]  #: what differs, settings first; figures that changed most before others
+    changes: tuple[Difference, ...]  #: what differs, settings first; figures that changed most before others
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
         if len(folders) != 2:
             raise UserError(f"compare takes two folders, got {len(folders)}: experiments.compare runs/a runs/b")
         found = compare(Path(folders[0]), Path(folders[1]))
-        print("\n".join(lines(found, own["lines"].value)))
+        print("\n".join(lines(found, int(own["lines"].value or 0))))
         if own["out"].value:
             write(found, folders, Path(own["out"].value))
 
@@ -112,7 +112,7 @@ def _units(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _changes(first: Summary, second: Summary) -> tuple[Change, ...]:
+def _changes(first: Summary, second: Summary) -> tuple[Difference, ...]:
     """What differs, sorted."""
     pairs = {
         "setting": (_settings(first.config), _settings(second.config)),
@@ -150,7 +150,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _change(kind: str, name: str, first: Any, second: Any) -> Change:
+def _change(kind: str, name: str, first: Any, second: Any) -> Difference:
     one, two = (value.mean if isinstance(value, Interval) else value for value in (first, second))
     apart = None
     if isinstance(first, Interval) and isinstance(second, Interval):
@@ -160,7 +160,7 @@ def _change(kind: str, name: str, first: Any, second: Any) -> Change:
     if kind == "result":
         words = any(isinstance(value, bool | str) for value in (one, two))
         kind = "verdict" if words else "figure"
-    return Change(kind, name, to_json(first), to_json(second), apart, size if math.isfinite(size) else 2.0)  # type: ignore[arg-type]
+    return Difference(kind, name, to_json(first), to_json(second), apart, size if math.isfinite(size) else 2.0)  # type: ignore[arg-type]
 
 
 def lines(found: Sequence[UnitComparison], most: int) -> list[str]:
@@ -184,13 +184,13 @@ def lines(found: Sequence[UnitComparison], most: int) -> list[str]:
     return texts
 
 
-def _shown(one: UnitComparison, most: int) -> list[Change]:
+def _shown(one: UnitComparison, most: int) -> list[Difference]:
     """All that is no figure, and the first figures."""
     figures = [change for change in one.changes if change.kind == "figure"]
     return [change for change in one.changes if change.kind != "figure"] + figures[:most]
 
 
-def _apart(change: Change) -> str:
+def _apart(change: Difference) -> str:
     return "" if change.apart is None else "apart" if change.apart else "intervals overlap"
 
 

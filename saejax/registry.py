@@ -8,6 +8,7 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
                                    └─────┴► report ◄───────┘
             benchmark/<name> ─────────────────┘
             patch/<kind of site> ─────────────┤
+            steer/<dictionary> ───────────────┤
             interpret/<kind> ─► atlas/<kind> ─┤   (explain/<kind> between the two)
             transfer ─────────────────────────┤
             track/<slug> ─────────────────────┤

@@ -36,8 +36,12 @@ def test_every_stage_comes_after_those_whose_units_it_reads():
     asked |= dict(
         truth=dict(features=64), patch=dict(kinds=("mlp_out",), dictionary="topk"), probe=dict(labels=("answer",))
     )
+    asked |= dict(steer=dict(dictionary="topk"))
     asked |= dict(
-        interpret=dict(dictionaries=("topk",)), export=dict(dictionaries=("topk",)), task=dict(benchmarks=("gsm8k",))
+        interpret=dict(dictionaries=("topk",)),
+        export=dict(dictionaries=("topk",)),
+        transfer=dict(dictionaries=("topk",)),
+        task=dict(benchmarks=("gsm8k",)),
     )
     configs |= {group: dataclasses.replace(configs[group], **changes) for group, changes in asked.items()}
     order = list(STAGES)

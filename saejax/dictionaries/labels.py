@@ -45,7 +45,9 @@ def labels_of_folders(folders: Iterable[str | Path]) -> dict[tuple[int, int], st
     found: dict[tuple[int, int], str] = {}
     for folder in map(Path, folders):
         unit = next((one for one in (folder, folder.parent) if one.parent.name == "train"), None)
-        for member in members(unit) if unit and (unit / SUMMARY).exists() else ():
+        if not unit or not (unit / SUMMARY).exists():
+            continue
+        for member in members(unit):
             layer = member.site.rpartition(".")[2]
             if layer.isdigit() and folder in (unit, unit / member.name):
                 labels = labels_of(unit.parent.parent, full_name(unit.name, member.name))

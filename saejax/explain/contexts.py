@@ -55,8 +55,9 @@ def held_out(
         for i in own:
             rng = np.random.default_rng((seed, block.first + i))
             firings = block.place[drawn[slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))]]
-            shown = describe.contexts(block, text, known, i, firings)
-            silent = describe.contexts(block, text, known, i, _silent(block, text, place, i, rng, len(shown)))
+            shown: list[Context] = [*describe.contexts(block, text, known, i, firings)]
+            without = _silent(block, text, place, i, rng, len(shown))
+            silent: list[Context] = [*describe.contexts(block, text, known, i, without)]
             marks = -(-sum(len(active(context)) for context in shown) // len(shown))
             wrong = [_some(rng, len(context["tokens"]), marks) for context in silent]
             yield HeldOut(block.first + i, shown, silent, wrong)

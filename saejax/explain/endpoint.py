@@ -8,6 +8,7 @@ pause is left alone by all.
 
 import concurrent.futures
 import dataclasses
+import email.message
 import email.utils
 import http.client
 import json
@@ -140,7 +141,7 @@ class Endpoint:
             return json.loads(reply.read())
 
 
-def _asked_pause(headers: Mapping[str, str]) -> float:
+def _asked_pause(headers: email.message.Message) -> float:
     """Seconds that a server asks to wait, by ``Retry-After`` in seconds or as a date; 0: none, or too long."""
     text = headers.get("retry-after-ms") or headers.get("Retry-After") or ""
     try:

@@ -118,8 +118,9 @@ def read_judgements(answer: str | None, count: int) -> list[bool] | None:
         numbers = json.loads(found[0]) if found else None
     except json.JSONDecodeError:
         return None
-    known = isinstance(numbers, list) and len(numbers) == count and all(number in (0, 1) for number in numbers)
-    return [bool(number) for number in numbers] if known else None
+    if not isinstance(numbers, list) or len(numbers) != count or any(number not in (0, 1) for number in numbers):
+        return None
+    return [bool(number) for number in numbers]
 
 
 def read_choice(answer: str | None, count: int) -> int | None:

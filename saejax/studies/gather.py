@@ -32,7 +32,7 @@ from saejax.studies.results import (
     StageFigures,
     StudyFigures,
 )
-from saejax.studies.rows import Row
+from saejax.studies.rows import StudyRow
 from saejax.studies.units import ROWS, UnitState
 from saejax.tasks.results import BaselineResults, BenchmarkResults
 from saejax.training.results import TrainResults
@@ -45,7 +45,7 @@ _MEASURES = {
 }
 
 
-def gather(root: Path, rows: Sequence[Row], states: Sequence[UnitState], mark: str) -> StudyFigures:
+def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], mark: str) -> StudyFigures:
     """All figures of a study.
 
     Args:
@@ -88,7 +88,7 @@ def _found(root: Path, row: str, states: Sequence[UnitState]) -> Findings:
     return read_findings({unit: root / ROWS / row / unit for unit in done}, root, {})
 
 
-def _model(row: Row, found: Findings, states: Sequence[UnitState]) -> ModelFigures:
+def _model(row: StudyRow, found: Findings, states: Sequence[UnitState]) -> ModelFigures:
     model, task, train = (row.configs[group] for group in ("model", "task", "train"))
     needs, own = _needs(found), [state for state in states if state.row == row.name]
     return ModelFigures(
@@ -181,11 +181,10 @@ def _activations(row: str, found: Findings) -> Iterator[ActivationFigures]:
             )
             yield own
     for benchmark, study in found.each(StudyResults).items():
-        if one := study.activations:
-            scores = (one.l0, one.firing, one.explained_variance)
-            yield ActivationFigures(
-                row, benchmark, study.site, one.tokens, one.median_norm, one.largest_norm, None, *scores
-            )
+        if read := study.activations:
+            norms = read.median_norm, read.largest_norm, None
+            scores = read.l0, read.firing, read.explained_variance
+            yield ActivationFigures(row, benchmark, study.site, read.tokens, *norms, *scores)
 
 
 def _effects(row: str, found: Findings) -> Iterator[EffectFigures]:

@@ -19,7 +19,7 @@ ENDING = ".flags"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class StudyRow:
     """A row of a study.
 
     Attributes:
@@ -33,7 +33,7 @@ class Row:
     configs: Mapping[str, Any]
 
 
-def read_rows(paths: Sequence[str], common: Sequence[str]) -> list[Row]:
+def read_rows(paths: Sequence[str], common: Sequence[str]) -> list[StudyRow]:
     """The rows that files describe, in their order.
 
     Args:
@@ -65,14 +65,14 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _read_row(file: Path, common: Sequence[str]) -> Row:
+def _read_row(file: Path, common: Sequence[str]) -> StudyRow:
     argv = (f"--flagfile={file}", *common)
     values = stage_flags()
     configs = _naming(file, lambda: read_configs(values, ["row", *argv]))
     for name in ("workdir", "unit", "help"):
         if values[name].present:
             raise UserError(f"{file}: --{name} is no flag of a row: a row works in a folder of the study")
-    return Row(file.stem, argv, configs)
+    return StudyRow(file.stem, argv, configs)
 
 
 def _naming(file: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -7,13 +7,16 @@ from saejax.errors import CheckFailed
 from saejax.preregistration import measured, write_rule
 from saejax.studies import criteria, report
 from saejax.studies.gather import gather
-from saejax.studies.rows import Row
+from saejax.studies.rows import StudyRow
 from saejax.studies.units import ROWS, StudyUnits, UnitState
 from saejax.workspace import Workspace, fingerprint, read_json
 
 
 def run_study_rows(
-    root: Path, rows: Sequence[Row], say: Callable[[str], None] = print, stopping: Callable[[], bool] = lambda: False
+    root: Path,
+    rows: Sequence[StudyRow],
+    say: Callable[[str], None] = print,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Runs all rows and writes the report.
 
@@ -42,7 +45,7 @@ def run_study_rows(
     _check(states, root)
 
 
-def _write_rules(root: Path, rows: Sequence[Row]) -> None:
+def _write_rules(root: Path, rows: Sequence[StudyRow]) -> None:
     """Writes down the study's rules, with what its rows have measured by then."""
     seen = [f"{ROWS}/{row.name}/{unit}" for row in rows for unit in measured(root / ROWS / row.name)]
     for rule in criteria.RULES.values():

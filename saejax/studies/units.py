@@ -21,7 +21,7 @@ from saejax.preflight.results import PreflightResults
 from saejax.registry import STAGES
 from saejax.results import load_results
 from saejax.studies.progress import Key, TimeToGo, duration
-from saejax.studies.rows import Row
+from saejax.studies.rows import StudyRow
 from saejax.workspace import SUMMARY, Workspace, now, read_json
 
 ROWS, LOGS = "rows", "logs"
@@ -52,7 +52,7 @@ class StudyUnits:
       stopping: whether the process was asked to stop.
     """
 
-    def __init__(self, root: Path, rows: Sequence[Row], say: Callable[[str], None], stopping: Callable[[], bool]):
+    def __init__(self, root: Path, rows: Sequence[StudyRow], say: Callable[[str], None], stopping: Callable[[], bool]):
         self._root, self._say, self._stopping = root, say, stopping
         self._rows = {row.name: row for row in rows}
         self._plans = {row.name: Workplan(row.configs) for row in rows}

@@ -21,7 +21,7 @@ from saejax.models.sites import Site
 from saejax.models.tokens import pad, token_text
 from saejax.track import links, terminal
 from saejax.track.firings import LayerFirings, follow
-from saejax.track.links import Links
+from saejax.track.links import FeatureLinks
 from saejax.track.page import shown_text, write_page
 from saejax.track.results import LensLayers, TrackedStep, TrackedText, TrackResults
 from saejax.track.stack import Stack, open_stack
@@ -163,7 +163,7 @@ def _read(lm: LanguageModel, text: EncodedText, jacobian: JacobianLens | None, s
 
 def _links(
     lm: LanguageModel, stack: Stack, text: EncodedText, answer: int, shown: Sequence[LayerFirings], config: TrackConfig
-) -> Links:
+) -> FeatureLinks:
     if stack.transcoders is None:
         return links.geometry(stack, shown, config.seed)
     return links.attribution(lm, stack.transcoders, text.ids_T[: text.position + 1], answer, shown)
@@ -190,7 +190,7 @@ def labels_of_shown(
     stack: Stack, shown: Sequence[LayerFirings], chosen: Sequence[Sequence[Sequence[StepFeature]]]
 ) -> list[Mapping[int, Label]]:
     """The labels of the features that are shown, of each dictionary."""
-    found = []
+    found: list[Mapping[int, Label]] = []
     for each, cells, parts in zip(stack.layers, shown, chosen, strict=True):
         features = {*cells.feature_A.tolist(), *(one.feature for part in parts for one in part)}
         found.append({feature: each.labels[feature] for feature in sorted(features) if feature in each.labels})

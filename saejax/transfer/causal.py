@@ -16,7 +16,7 @@ from saejax.transfer.compared import Compared
 _FLAG = "--transfer.ablations"
 
 
-class Effects:
+class RemovalEffects:
     """What removing features costs each behaviour.
 
     Args:
@@ -38,7 +38,7 @@ class Effects:
         return {name: compare(self._of(first, name), self._of(second, name), matches, seed=seed) for name in common}
 
 
-def load_effects(ablations: Sequence[str], compared: Sequence[Compared]) -> Effects:
+def load_effects(ablations: Sequence[str], compared: Sequence[Compared]) -> RemovalEffects:
     """Finds the dictionary of each ablate unit.
 
     Raises:
@@ -59,4 +59,4 @@ def load_effects(ablations: Sequence[str], compared: Sequence[Compared]) -> Effe
         if not measured:
             raise UserError(f"{folder} has no effects of all features: run ablate with --ablate.effects=all")
         folders[places[0]], behaviours[places[0]] = folder, measured
-    return Effects(folders, behaviours)
+    return RemovalEffects(folders, behaviours)

@@ -18,7 +18,7 @@ from saejax.settings import ModelConfig
 from saejax.tasks import corpora
 from saejax.transfer.activity import Activity, activations, encode
 from saejax.transfer.compared import Compared
-from saejax.transfer.reconstruction import Losses, Place, at_home, onto
+from saejax.transfer.reconstruction import DictionaryOnText, Losses, at_home, onto
 from saejax.transfer.results import Rebuilt, ReconstructionTransfer
 from saejax.transfer.text import ReadText, aligned, first_texts, read_text
 from saejax.workspace import Run
@@ -62,7 +62,7 @@ class Reading:
           UserError: there is no text, a model is not found, or it is not the one that a dictionary belongs to.
         """
         config, corpus = run.configs["transfer"], run.configs["corpus"]
-        held_out = corpora.split(corpora.read_corpus(corpus), corpus.held_out, corpus.seed)[1]
+        held_out = corpora.split(corpora.read_corpus(corpus, run.configs["task"]), corpus.held_out, corpus.seed)[1]
         order = np.random.default_rng(config.seed).permutation(len(held_out))
         texts = first_texts([held_out[i].text for i in order], config.tokens)
         own = resolve(run.configs["model"], decoder=True).fingerprint
@@ -108,7 +108,9 @@ class Reading:
             return {}
         fits, judges = (self._half(first, second, judge) for judge in (False, True))
         places = {
-            place: Place(self._compared[place].dictionary, *(self._value(place)[half[at]] for half in (fits, judges)))
+            place: DictionaryOnText(
+                self._compared[place].dictionary, *(self._value(place)[half[at]] for half in (fits, judges))
+            )
             for at, place in enumerate((first, second))
         }
         found = {}
@@ -128,7 +130,7 @@ class Reading:
     def _at_home(self, place: int) -> Rebuilt:
         read, real_N = self._reads[self._compared[place].fingerprint], self.activity(place).real_N
         judge_N, fit_N = (np.flatnonzero(real_N & (read.text_N % 2 == odd)) for odd in (1, 0))
-        own = Place(self._compared[place].dictionary, self._value(place)[fit_N], self._value(place)[judge_N])
+        own = DictionaryOnText(self._compared[place].dictionary, self._value(place)[fit_N], self._value(place)[judge_N])
         return at_home(own, self._mesh, self._config.batch_tokens, self._losses(place))
 
     def _shared(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:

@@ -41,7 +41,7 @@ class AffineMap(NamedTuple):
         return cls(matrix_DxK, mean_K - mean_D @ matrix_DxK)
 
 
-class Place(NamedTuple):
+class DictionaryOnText(NamedTuple):
     """A dictionary's site on shared text: values [N, D] on the half that fits maps, and on that which judges."""
 
     dictionary: Dictionary
@@ -72,13 +72,19 @@ def between(dictionary: Dictionary, into: AffineMap, back: AffineMap, there: Dic
     return Dictionary(config, own.operands, **{name: jnp.asarray(array, jnp.float32) for name, array in moved.items()})
 
 
-def at_home(place: Place, mesh: Mesh, batch: int, losses: Losses | None) -> Rebuilt:
+def at_home(place: DictionaryOnText, mesh: Mesh, batch: int, losses: Losses | None) -> Rebuilt:
     """What a dictionary makes of its own site."""
     return _scores([place.dictionary], place, mesh, batch, losses)[0]
 
 
 def onto(
-    moved: Place, place: Place, own: Rebuilt, mesh: Mesh, batch: int, seed: Sequence[int], losses: Losses | None
+    moved: DictionaryOnText,
+    place: DictionaryOnText,
+    own: Rebuilt,
+    mesh: Mesh,
+    batch: int,
+    seed: Sequence[int],
+    losses: Losses | None,
 ) -> ReconstructionTransfer:
     """A dictionary in the place of another.
 
@@ -107,7 +113,7 @@ def _moved_to(dictionary: Dictionary, there: Dictionary) -> Dictionary:
 
 
 def _scores(
-    dictionaries: Sequence[Dictionary], place: Place, mesh: Mesh, batch: int, losses: Losses | None
+    dictionaries: Sequence[Dictionary], place: DictionaryOnText, mesh: Mesh, batch: int, losses: Losses | None
 ) -> list[Rebuilt]:
     scores = reconstruct(dictionaries, [(place.judge_NxD,)], mesh, batch)
     recovered = losses(dictionaries) if losses else [None] * len(scores)

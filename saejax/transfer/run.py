@@ -23,7 +23,7 @@ from saejax.results import Interval
 from saejax.stage import folder_name
 from saejax.tasks.scoring import wilson
 from saejax.transfer import spaces
-from saejax.transfer.causal import Effects, load_effects
+from saejax.transfer.causal import RemovalEffects, load_effects
 from saejax.transfer.chains import Link
 from saejax.transfer.compared import Compared, chance, load_compared, measures_of, rows
 from saejax.transfer.matching import Matched, match
@@ -71,7 +71,7 @@ class Comparison:
       effects: of their features, where they are known.
     """
 
-    def __init__(self, run: Run, compared: Sequence[Compared], effects: Effects):
+    def __init__(self, run: Run, compared: Sequence[Compared], effects: RemovalEffects):
         self._run, self._config, self._compared, self._effects = run, run.configs["transfer"], compared, effects
         self._mesh = make_mesh(run.configs["mesh"])
         wants_text = "activity" in self._config.measures or self._config.reconstruction

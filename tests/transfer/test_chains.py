@@ -11,7 +11,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.parallel import make_mesh
 from saejax.transfer.chains import Followed, Link, follow, shares
 from saejax.transfer.compared import rotated, rows
-from saejax.transfer.reconstruction import AffineMap, Place, at_home, between, onto
+from saejax.transfer.reconstruction import AffineMap, DictionaryOnText, at_home, between, onto
 from saejax.transfer.results import ComparedDictionary
 from saejax.transfer.spaces import similarity
 
@@ -100,7 +100,7 @@ def test_in_the_place_of_another():
     own, mesh = made(width=16, features=32), make_mesh()
     f = rng.random((600, 32)) * (rng.random((600, 32)) < 0.06)
     x = (f @ np.asarray(own.W_dec_FxD[...]) + np.asarray(own.b_dec_D[...])).astype(np.float32)
-    there, moved = Place(own, x[:300], x[300:]), Place(own, 2 * x[:300] + 1, 2 * x[300:] + 1)
+    there, moved = DictionaryOnText(own, x[:300], x[300:]), DictionaryOnText(own, 2 * x[:300] + 1, 2 * x[300:] + 1)
     home = at_home(there, mesh, 64, None)
     found = onto(there, there, home, mesh, 64, [1], None)
     assert found.direct == home and found.direct.explained_variance > found.direct_null.explained_variance + 0.1

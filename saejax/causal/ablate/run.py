@@ -68,14 +68,14 @@ def run_ablate(run: Run) -> AblateResults:
         tops = {name: screening.leaders(attribution_F, config.top) for name, attribution_F in known.items()}
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
-            counts = [sum(prompt.split == half for prompt in prompts[name]) for half in ("train", "test")]
-            rows = cost.expected_rows(config, *counts, len(prompts), dictionary.config.n_features)
+            train, test = (sum(prompt.split == half for prompt in prompts[name]) for half in ("train", "test"))
+            rows = cost.expected_rows(config, train, test, len(prompts), dictionary.config.n_features)
             progress = PartProgress(on_progress, round(rows))
             asked = split, name, prompts[name], config, progress, partial_folder(run, name)
             experiment = ModelExperiment(*asked, attribution_F=known.get(name))
             foreign = {other: top for other, top in tops.items() if other != name}
             results = _test_and_save(run, experiment, config, Beside(model, split, dictionary, text, others, foreign))
-            return Measured(results, _line(results))
+            return Measured(results, results.grades.harms.reason)
 
         return measure
 
@@ -83,6 +83,8 @@ def run_ablate(run: Run) -> AblateResults:
     wait_for_all("ablate: scores written")  # by the first process
     saved = {name: _saved_effects(run, name, result) for name, result in parts.items()}
     behaviours = grades.settled(parts, saved, config)
+    for name, result in behaviours.items():
+        run.say(f"{name}: {_answers(result)}")
     return AblateResults(
         dictionary=config.dictionary,
         site=dictionary.site,
@@ -105,8 +107,8 @@ class Beside(NamedTuple):
     foreign: Mapping[str, list[int]]  # top features of other behaviours, by name
 
 
-def _line(results: BehaviourAblation) -> str:
-    """What is said of a behaviour when it is done; a run's own answers are corrected for all of its behaviours."""
+def _answers(results: BehaviourAblation) -> str:
+    """What is said of a behaviour when all are done: answers are corrected for all of a run, and ask of the others."""
     found = {name: getattr(results.grades, name) for name in grades.GRADES}
     words = {True: "yes", False: "no", None: "not known"}
     return "; ".join(f"{name.replace('_', ' ')}: {words[grade.holds]}" for name, grade in found.items())
@@ -163,6 +165,14 @@ def _save_scores(
         controls=(measured.controls_NxC, measured.controls_NxQ), draws=(measured.draws_MxC, measured.draws_MxQ)
     )
     place = {int(p): q for q, p in enumerate(measured.chosen_Q)}
+
+    def at_prompt(kinds: Mapping[str, np.ndarray], p: int) -> dict[str, list] | None:
+        """The scores of a prompt, of those that were measured on it."""
+        everywhere = all(score.shape[-1] == len(experiment.test) for score in kinds.values())
+        if not everywhere and p not in place:
+            return None
+        return {of: score[..., p if everywhere else place[p]].tolist() for of, score in kinds.items()}
+
     by_prompt = [
         dict(
             text=prompt.text,
@@ -174,7 +184,7 @@ def _save_scores(
             top=measured.top_KxP[:, p].tolist(),
             **{kind: diff_NxQ[:, place[p]].tolist() if p in place else None for kind, (_, diff_NxQ) in beside.items()},
             others={other: float(left_P[p]) for other, left_P in measured.others.items()},
-            **{test: {of: score[..., p].tolist() for of, score in kinds.items()} for test, kinds in scores.items()},
+            **{test: at_prompt(kinds, p) for test, kinds in scores.items()},
         )
         for p, prompt in enumerate(experiment.test)
     ]

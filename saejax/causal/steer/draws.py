@@ -9,7 +9,7 @@ from saejax.causal.claims import Rule, blocks, settled_no
 from saejax.causal.parts import OnProgress
 from saejax.causal.split import SplitModel
 from saejax.causal.steer.directions import AnswerTexts, Turn
-from saejax.causal.steer.programs import Change, steer_prompts
+from saejax.causal.steer.programs import SteeredTexts, steer_prompts
 from saejax.causal.steer.results import RandomDirections
 from saejax.results import Interval
 from saejax.settings import SteerConfig
@@ -78,7 +78,7 @@ class RandomDraws:
         changes = []
         for number in range(draws.start, draws.stop):
             dealt = self._texts.shuffled(np.random.default_rng([self._config.seed, number]))
-            changes.append(Change.adding(dose * self._texts.length * dealt.between("difference", self._turns)))
+            changes.append(SteeredTexts.adding(dose * self._texts.length * dealt.between("difference", self._turns)))
         return steer_prompts(self._split, self._runs, changes, self._config.batch_rows, self._on_progress).diff_SxP
 
     def _said(self, dose: float, diff_NxQ: np.ndarray) -> RandomDirections:

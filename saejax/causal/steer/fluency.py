@@ -7,7 +7,7 @@ import numpy as np
 
 from saejax.causal.ablate.text import HeldOutText, TextDiffs
 from saejax.causal.split import SplitModel
-from saejax.causal.steer.programs import Change, SteeringEdit, steered_value
+from saejax.causal.steer.programs import SteeredTexts, SteeringEdit, steered_value
 from saejax.models.edits import Positions
 from saejax.models.language_model import LanguageModel
 from saejax.tasks.behaviours import Prompt
@@ -16,7 +16,7 @@ from saejax.tasks.likelihood import loglikelihoods
 NEW_TOKENS = 20  # of a continuation
 
 
-def on_text(split: SplitModel, text: HeldOutText, changes: Sequence[Change]) -> TextDiffs:
+def on_text(split: SplitModel, text: HeldOutText, changes: Sequence[SteeredTexts]) -> TextDiffs:
     """Every change on held-out text, at all of its positions but attention sinks.
 
     Args:
@@ -32,7 +32,7 @@ def on_text(split: SplitModel, text: HeldOutText, changes: Sequence[Change]) -> 
 
 
 def continued(
-    model: LanguageModel, split: SplitModel, prompts: Sequence[Prompt], change: Change, positions: str, seed: int
+    model: LanguageModel, split: SplitModel, prompts: Sequence[Prompt], change: SteeredTexts, positions: str, seed: int
 ) -> tuple[float | None, str]:
     """Cross-entropy, under the clean model, of what the steered one goes on with; and the first of these texts.
 

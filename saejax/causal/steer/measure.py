@@ -16,7 +16,7 @@ from saejax.causal.steer import fluency
 from saejax.causal.steer.directions import AnswerTexts, Turn, last_values
 from saejax.causal.steer.draws import RandomDraws
 from saejax.causal.steer.methods import MethodOf, best, methods_of
-from saejax.causal.steer.programs import Change, Steered, steer_prompts
+from saejax.causal.steer.programs import Steered, SteeredTexts, steer_prompts
 from saejax.causal.steer.prompting import SHOTS, prefixed, prefixes, text_rise
 from saejax.causal.steer.results import BehaviourSteering, PromptingEffect, SteeringMethod, SteeringPoint
 from saejax.models.language_model import LanguageModel
@@ -49,7 +49,7 @@ class Judged(NamedTuple):
     chosen_Q: np.ndarray
 
 
-class Steering:
+class SteeringTest:
     """A behaviour on a model and a dictionary.
 
     Args:
@@ -97,10 +97,8 @@ class Steering:
             on_text = fluency.on_text(self._split, self._text, method_of(turns).changes) if self._text else None
             points = self._points(method.strengths, clean_P, measured, over, on_text)
             chosen = self._choose(points, method_of)
-            steered[name], (drawn[name], beside) = (
-                found.diff_SxP,
-                draws.beside(measured.diff_SxP[chosen], points[chosen].dose),
-            )
+            steered[name] = measured.diff_SxP
+            drawn[name], beside = draws.beside(measured.diff_SxP[chosen], points[chosen].dose)
             text = self._continued(draws.chosen_Q, method.changes[chosen])
             methods[name] = SteeringMethod(points, chosen, beside, *text)
         results = BehaviourSteering(
@@ -144,13 +142,13 @@ class Steering:
         right = [p for p, diff in zip(known, self._clean(known), strict=True) if diff > 0] if known else []
         return right, {"unknown answers": len(prompts) - len(known), "answered wrongly": len(known) - len(right)}
 
-    def _none(self, rows: int) -> Change:
-        return Change.adding(np.zeros((rows, self._split.dictionary.W_dec_FxD[...].shape[1])))
+    def _none(self, rows: int) -> SteeredTexts:
+        return SteeredTexts.adding(np.zeros((rows, self._split.dictionary.W_dec_FxD[...].shape[1])))
 
     def _clean(self, prompts: Sequence[Prompt]) -> np.ndarray:
         return self._steer(self._split.run(prompts), [self._none(len(prompts))]).diff_SxP[0]
 
-    def _steer(self, runs: Sequence[CleanRun], changes: Sequence[Change]) -> Steered:
+    def _steer(self, runs: Sequence[CleanRun], changes: Sequence[SteeredTexts]) -> Steered:
         return steer_prompts(self._split, runs, changes, self._config.batch_rows, self._on_progress)
 
     def _points(
@@ -184,7 +182,7 @@ class Steering:
         fits_S = np.array([not p.ce_rise or p.ce_rise.mean <= self._config.max_ce_rise for p in points])
         return best(found.diff_SxP, fits_S)
 
-    def _continued(self, chosen_Q: np.ndarray, change: Change) -> tuple[float | None, str]:
+    def _continued(self, chosen_Q: np.ndarray, change: SteeredTexts) -> tuple[float | None, str]:
         prompts = [self._test[place] for place in chosen_Q]
         config = self._config
         return fluency.continued(self._model, self._split, prompts, change[chosen_Q], config.positions, config.seed)

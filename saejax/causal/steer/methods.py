@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saejax.causal.steer.directions import AnswerTexts, Turn
-from saejax.causal.steer.programs import Change
+from saejax.causal.steer.programs import SteeredTexts
 from saejax.settings import SteerConfig
 
 FACTORS = (1.0, 2.0, 4.0, 8.0)  # of the level that features are clamped to
@@ -17,7 +17,7 @@ class Method(NamedTuple):
     """A way to steer some prompts: its strengths, rising, and what each changes, a row for every prompt."""
 
     strengths: Sequence[float]
-    changes: Sequence[Change]
+    changes: Sequence[SteeredTexts]
 
 
 MethodOf = Callable[[Sequence[Turn]], Method]  # given the prompts' turns
@@ -34,12 +34,14 @@ def methods_of(texts: AnswerTexts, tops: Mapping[Turn, Sequence[int]], config: S
     doses = config.doses
 
     def added(directions: Callable[[Sequence[Turn]], np.ndarray], turns: Sequence[Turn]) -> Method:
-        return Method(doses, [Change.adding(dose * texts.length * directions(turns)) for dose in doses])
+        return Method(doses, [SteeredTexts.adding(dose * texts.length * directions(turns)) for dose in doses])
 
     def clamped(turns: Sequence[Turn]) -> Method:
         used, levels = [tops[turn] for turn in turns], [texts.level(turn, tops[turn]) for turn in turns]
         width = texts.value_NxD.shape[1]
-        changes = [Change.clamping(used, [factor * one for one in levels], width, config.top) for factor in FACTORS]
+        changes = [
+            SteeredTexts.clamping(used, [factor * one for one in levels], width, config.top) for factor in FACTORS
+        ]
         return Method(FACTORS, changes)
 
     def of_features(turns: Sequence[Turn]) -> np.ndarray:

@@ -26,7 +26,7 @@ _STEP = 8  # batches are filled up to a multiple of this many rows
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Change:
+class SteeredTexts:
     """What is changed in each of R texts.
 
     Attributes:
@@ -42,7 +42,7 @@ class Change:
     used_RxK: jax.Array | np.ndarray
 
     @classmethod
-    def adding(cls, added_RxD: np.ndarray) -> "Change":
+    def adding(cls, added_RxD: np.ndarray) -> "SteeredTexts":
         """Vectors added, no feature clamped."""
         none_RxK = np.zeros((len(added_RxD), 0), np.float32)
         return cls(np.asarray(added_RxD, np.float32), none_RxK.astype(np.int32), none_RxK, none_RxK)
@@ -50,7 +50,7 @@ class Change:
     @classmethod
     def clamping(
         cls, features: Sequence[Sequence[int]], levels: Sequence[np.ndarray], width: int, most: int
-    ) -> "Change":
+    ) -> "SteeredTexts":
         """Features of each text, at most ``most``, held at levels; nothing is added to the ``width`` dimensions."""
         features_RxK = np.zeros((len(features), most), np.int32)
         level_RxK, used_RxK = np.zeros((2, *features_RxK.shape), np.float32)
@@ -58,7 +58,7 @@ class Change:
             features_RxK[row, : len(own)], level_RxK[row, : len(own)], used_RxK[row, : len(own)] = own, level_K, 1
         return cls(np.zeros((len(features), width), np.float32), features_RxK, level_RxK, used_RxK)
 
-    def __getitem__(self, rows: np.ndarray | Sequence[int]) -> "Change":
+    def __getitem__(self, rows: np.ndarray | Sequence[int]) -> "SteeredTexts":
         return jax.tree.map(lambda array: array[np.asarray(rows)], self)
 
     def at(self, basis: Basis, read_RxTxD: jax.Array) -> jax.Array:
@@ -78,7 +78,7 @@ class SteeringEdit:
     """A change as an edit for ``LanguageModel.generate``; attention sinks are left alone."""
 
     basis: Basis
-    change: Change
+    change: SteeredTexts
     positions: Positions
     reads: Site = dataclasses.field(metadata=dict(static=True))
     site: Site = dataclasses.field(metadata=dict(static=True))
@@ -106,7 +106,7 @@ class Steered(NamedTuple):
 def steer_prompts(
     split: SplitModel,
     runs: Sequence[CleanRun],
-    changes: Sequence[Change],
+    changes: Sequence[SteeredTexts],
     batch_rows: int,
     on_progress: OnProgress = silent,
 ) -> Steered:
@@ -146,7 +146,7 @@ def steer_prompts(
 
 
 def _started(
-    split: SplitModel, run: CleanRun, changes: Sequence[Change], set_R: np.ndarray, place_R: np.ndarray
+    split: SplitModel, run: CleanRun, changes: Sequence[SteeredTexts], set_R: np.ndarray, place_R: np.ndarray
 ) -> jax.Array:
     rows = [changes[number][[run.index_P[place]]] for number, place in zip(set_R, place_R, strict=True)]
     change = jax.tree.map(lambda *parts: split.by_row(np.concatenate(parts))[0], *rows)
@@ -162,7 +162,7 @@ def steer_rows(
     basis: Basis,
     clean: Sequence[jax.Array],
     place_R: jax.Array,
-    change: Change,
+    change: SteeredTexts,
 ) -> jax.Array:
     """The program of ``steer_prompts``: logit difference, whether the target is first, length of the change, [3, R].
 
@@ -192,7 +192,7 @@ def steered_value(
     value_BxTxD: jax.Array,
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
-    change: Change,
+    change: SteeredTexts,
 ) -> jax.Array:
     """The site's value [B, T, D] of some texts, changed in the domain [B, T]."""
     moved_BxTxD = _moved(value_BxTxD, change.at(basis, read_BxTxD), domain_BxT)

@@ -27,7 +27,7 @@ from saejax.causal.parts import (
 )
 from saejax.causal.split import SplitModel
 from saejax.causal.steer.draws import rule
-from saejax.causal.steer.measure import Judged, Steering
+from saejax.causal.steer.measure import Judged, SteeringTest
 from saejax.causal.steer.results import BehaviourSteering, SteerResults
 from saejax.errors import UserError
 from saejax.settings import SteerConfig
@@ -55,7 +55,7 @@ def run_steer(run: Run) -> SteerResults:
         text = HeldOutText.of(run.configs["corpus"], run.configs["task"], model, config.text_documents)
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
-            judged = Steering(model, split, prompts[name], text, config, on_progress).judge()
+            judged = SteeringTest(model, split, prompts[name], text, config, on_progress).judge()
             write_text(part_file(run, name, "-prompts.jsonl"), _lines(judged))
             return Measured(judged.results, _line(judged.results))
 

@@ -77,7 +77,7 @@ def run_study(run: Run) -> StudyResults:
     for condition in judgement.conditions(config.draws)[1:]:
         edits = functools.partial(edits_of, dictionary, chosen, condition, length, config)
         conditions.add(condition, edits, accuracy)
-    judged = judgement.judge(conditions.rows, chance, config)
+    judged = judgement.judge(conditions.rows, chance, config, chosen.disjoint)
     run.say(judged.reason)
     return StudyResults(
         **{field.name: getattr(judged, field.name) for field in dataclasses.fields(judged)},

@@ -8,7 +8,7 @@ from saejax.causal.claims import randomisation_p
 from saejax.causal.split import SplitModel
 from saejax.causal.steer.directions import AnswerTexts, Turn, unit
 from saejax.causal.steer.methods import best
-from saejax.causal.steer.programs import Change, SteeringEdit, steer_prompts
+from saejax.causal.steer.programs import SteeredTexts, SteeringEdit, steer_prompts
 from saejax.causal.steer.prompting import SHOTS, prefixed, prefixes
 from saejax.models.edits import Positions
 from saejax.tasks.likelihood import loglikelihoods
@@ -47,9 +47,9 @@ def make_changes(rows, width):
     features = [rng.permutation(160)[: 1 + row % 3].tolist() for row in range(rows)]
     levels = [rng.uniform(0.5, 2.0, len(own)) for own in features]
     return [
-        Change.adding(rng.normal(size=(rows, width))),
-        Change.adding(np.zeros((rows, width))),
-    ], [Change.clamping(features, levels, width, 4)]
+        SteeredTexts.adding(rng.normal(size=(rows, width))),
+        SteeredTexts.adding(np.zeros((rows, width))),
+    ], [SteeredTexts.clamping(features, levels, width, 4)]
 
 
 def test_steered_prompts_equal_a_hook_in_fp64(split, prompts, plain, dictionary):
