@@ -122,7 +122,8 @@ class StepTester:
     ) -> SetEffects:
         """Runs the matched sets block by block, until all are run or none could change a no."""
         score = functools.partial(self._scores, step, pool_K)
-        disjoint, parts = controls.disjoint_sets(statistics, firing, matches), []
+        disjoint = controls.disjoint_sets(statistics, firing, matches)
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
         for block in blocks(draws):
             first: list[Sequence[int]] = [] if parts else [(), firing]
             parts.append(score([*first, *sets_NxC[block].tolist()]))
