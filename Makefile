@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-atlas demo-graphs demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-depth demo-graphs demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -20,6 +20,12 @@ demo-graphs: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags \
 	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital
 	@echo "Open runs/demo/report/index.html"
+
+# After the demo: an SAE for every layer, and a worked solution followed through all of them.
+demo-depth: $(INSTALLED)
+	$(BIN)/python -m experiments.train --workdir=runs/demo_depth --flagfile=configs/demo_depth.flags
+	$(BIN)/python -m experiments.track --workdir=runs/demo_depth --flagfile=configs/demo_depth.flags
+	@echo "Open runs/demo_depth/track/solution/index.html"
 
 demo-tiny: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_tiny --flagfile=configs/demo_tiny.flags

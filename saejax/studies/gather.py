@@ -238,7 +238,7 @@ def _gates(row: str, found: Findings) -> Iterator[GateFigures]:
         kind, member = kind_and_member(results.dictionary)
         scores = found.each(EvaluateResults)
         known = {one.name: one.ce_recovered_mean for one in scores[kind].members} if kind in scores else {}
-        yield criteria.gate(row, benchmark, results.log_likelihood_per_token, known.get(member))
+        yield criteria.gate(row, benchmark, results.log_likelihood_per_token, known.get(member), results.disjoint)
 
 
 def _stage(root: Path, row: str, stage: str, states: Sequence[UnitState]) -> StageFigures:

@@ -75,9 +75,7 @@ def tested_places(stack: Stack, config: TrackConfig) -> list[int]:
     layers = [each.layer for each in stack.layers]
     for layer in config.test_layers:
         if layer not in layers:
-            raise UserError(
-                f"--track.test_layers={layer}: there is no dictionary of layer {layer}: expected of {layers}"
-            )
+            raise UserError(f"--track.test_layers={layer}: that layer has no dictionary: expected one of {layers}")
     return [layers.index(layer) for layer in config.test_layers] or [len(layers) // 2]
 
 

@@ -17,7 +17,8 @@ from saejax.registry import GROUPS
 from saejax.training.train import named_sites
 
 FILES = sorted(CONFIGS.glob("*.flags"))
-STUDIES = [path for path in FILES if "--model.path=" in path.read_text() and not path.name.startswith("demo")]
+OWN = ("demo", "addition")  # of models that are at hand, or made by the stage before
+STUDIES = [path for path in FILES if "--model.path=" in path.read_text() and not path.name.startswith(OWN)]
 FITS = re.compile(r"^# Fits a TPU slice: --preflight.topology=(\S+)(?: --mesh.model=(\d+))?", re.M)
 
 

@@ -110,3 +110,5 @@ class StudyResults(StudyJudgement):
     match: ControlMatch  #: as in `features.json`
     origin: str  #: of the items
     activations: BenchmarkActivations | None = None  #: of the test items; not in files of before it was measured
+    #: sets without a feature in common that the draws come from; not in files of before it was counted
+    disjoint: int | None = None

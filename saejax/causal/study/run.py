@@ -91,6 +91,7 @@ def run_study(run: Run) -> StudyResults:
         controls=chosen.controls,
         match=chosen.match,
         origin=str(origin(run.name, task)),
+        disjoint=chosen.disjoint,
         activations=measure_activations(split, items.solutions(test), config, check_stop),
     )
 
