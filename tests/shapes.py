@@ -29,8 +29,8 @@ from typing import Any
 from jaxtyping import Shaped, jaxtyped
 
 ROOT = Path(__file__).parent.parent
-CHECKED = ("models", "dictionaries", "training", "activations", "evaluation", "analysis")
-UNCHECKED = ("causal", "attribution")  # numeric packages whose names are still to be mended
+CHECKED = ("models", "dictionaries", "training", "activations", "evaluation", "analysis", "attribution")
+UNCHECKED = ("causal",)  # numeric packages whose names are still to be mended
 _SUFFIX = re.compile(r"_*[A-Za-z0-9]\w*?_(x?(?:[A-Z]|\d+)(?:x(?:[A-Z]|\d+))*x?)")
 
 

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 # pipeline: it may import all others, and nothing imports it.
 ORDER = [
     "experiments",
+    "studies",
+    "comparison",
     "command",
     "pipeline",
     "preflight",
@@ -40,6 +42,7 @@ ORDER = [
     "processes",
     "settings",
     "config",
+    "usage",
     "errors",
 ]
 # The same inside a package.

@@ -10,7 +10,7 @@ import psutil
 from jax.sharding import Mesh
 
 from saejax.attribution.graph.pruning import RUNS
-from saejax.attribution.local.replacement import padded_length
+from saejax.attribution.local.replacement import padded
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.requests import Request, read_requests
 from saejax.attribution.trace.memory import (
@@ -116,7 +116,7 @@ def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
 
 def _flops(planned: PlannedGraphs, tokens: int) -> float:
     """A run with the transcoders; rows, which on average start in the middle, and what reads them off; checks."""
-    model, size, length = planned.size.model, planned.size, padded_length(tokens)
+    model, size, length = planned.size.model, planned.size, padded(tokens)
     run = pass_flops(model, length, length, model.n_layers)
     explained = 4.0 * size.transcoder.d_in * size.transcoder.n_features * model.n_layers * length
     rows, active = size.traced(tokens), size.active_features(tokens)

@@ -25,6 +25,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from saejax.errors import UserError
 
 _ALIKE = 1e-4  # logarithms with a smaller standard deviation differ by rounding
+_ADVICE = "lower --ablate.top or --ablate.matches, raise --task.test_prompts"
 
 
 class TooFewControls(UserError):
@@ -121,16 +122,17 @@ def coordinates(
     return log_NxC / np.where(spread_C > _ALIKE, spread_C, np.inf)
 
 
-def nearest_features(statistics: FeatureStatistics, features: Sequence[int]) -> np.ndarray:
+def nearest_features(statistics: FeatureStatistics, features: Sequence[int], tested: bool = False) -> np.ndarray:
     """The possible controls of each feature, nearest first.
 
     Args:
       statistics: measured on the prompts and positions of the test.
-      features: K features that fire there; none of them is anyone's control.
+      features: K features that fire there.
+      tested: whether these, too, may stand in each other's and in their own place.
 
     Returns:
-      Feature indices [K, C]: in each row the C features that fire and are not in ``features``, by distance
-      from that row's feature; equals in order of index.
+      Feature indices [K, C]: in each row the C features that fire, and unless ``tested`` are not in ``features``, by
+      distance from that row's feature; equals in order of index.
     """
     features_K = np.asarray(features, np.int64)
     if not statistics.fires_at_all_F[features_K].all():
@@ -138,7 +140,7 @@ def nearest_features(statistics: FeatureStatistics, features: Sequence[int]) -> 
     fires_F = statistics.fires_at_all_F
     firing_N = np.flatnonzero(fires_F)
     place_NxC = statistics.coordinates(firing_N)
-    candidates_C = np.setdiff1d(firing_N, features_K)
+    candidates_C = firing_N if tested else np.setdiff1d(firing_N, features_K)
     own_KxC, other_CxC = (place_NxC[np.searchsorted(firing_N, some)] for some in (features_K, candidates_C))
     apart_KxC = np.square(own_KxC[:, None, :] - other_CxC[None, :, :]).sum(axis=2)
     return candidates_C[np.argsort(apart_KxC, axis=1, kind="stable")]
@@ -155,7 +157,7 @@ def draw_controls(
     draws: int,
     matches: int,
     seed: int | Sequence[int],
-    advice: str = "lower --ablate.top or --ablate.matches, raise --task.test_prompts",
+    advice: str = _ADVICE,
 ) -> np.ndarray:
     """Draws sets of control features, each matched one to one to ``features``.
 
@@ -178,18 +180,49 @@ def draw_controls(
         always be given.
     """
     nearest_KxC = nearest_features(statistics, features)
-    count, candidates = nearest_KxC.shape
-    if count and candidates < count + matches - 1:
-        fact = f"only {candidates} features besides the {count} under test fire on the test prompts"
+    _check_enough(len(nearest_KxC), nearest_KxC.shape[1], matches, advice)
+    return _drawn(nearest_KxC, np.full(len(nearest_KxC), matches), draws, seed)
+
+
+def draw_alike(
+    statistics: FeatureStatistics,
+    features: Sequence[int],
+    draws: int,
+    matches: int,
+    seed: int | Sequence[int],
+    advice: str = _ADVICE,
+) -> np.ndarray:
+    """Draws sets as ``features`` would have been drawn, were they a random set: they may hold those, too.
+
+    As ``draw_controls``, but of the ``matches`` nearest other features and those of ``features`` that lie as near,
+    itself among them. Where it does not matter which features of a pool are under test, these sets and the tested one
+    are alike (``claims``); sets that leave the tested features out are not.
+
+    Args:
+      statistics, features, draws, matches, seed, advice: as for ``draw_controls``, and refused likewise.
+    """
+    nearest_KxC = nearest_features(statistics, features, tested=True)
+    others_KxC = np.cumsum(~np.isin(nearest_KxC, features), axis=1)
+    _check_enough(len(nearest_KxC), nearest_KxC.shape[1] - len(nearest_KxC), matches, advice)
+    return _drawn(nearest_KxC, (others_KxC < matches).sum(axis=1) + 1, draws, seed)
+
+
+def _check_enough(count: int, others: int, matches: int, advice: str) -> None:
+    if count and others < count + matches - 1:
+        fact = f"only {others} features besides the {count} under test fire on the test prompts"
         raise TooFewControls(f"{fact}, but matched controls need {count + matches - 1}", advice)
-    rng = np.random.default_rng(seed)
+
+
+def _drawn(nearest_KxC: np.ndarray, width_K: np.ndarray, draws: int, seed: int | Sequence[int]) -> np.ndarray:
+    """Sets of one feature for each of K, in random order, of its ``width`` nearest that the set does not hold yet."""
+    rng, count = np.random.default_rng(seed), len(nearest_KxC)
     drawn_NxK = np.zeros((draws, count), np.int64)
     for drawn_K in drawn_NxK:
         taken: set[int] = set()
         for k in rng.permutation(count):
-            # Of the first matches + len(taken) candidates at least `matches` are free.
-            near = nearest_KxC[k, : matches + len(taken)].tolist()
-            free = [feature for feature in near if feature not in taken][:matches]
+            # Of the first width + len(taken) candidates at least `width` are free, if there are so many.
+            near = nearest_KxC[k, : width_K[k] + len(taken)].tolist()
+            free = [feature for feature in near if feature not in taken][: width_K[k]]
             drawn_K[k] = free[rng.integers(len(free))]
             taken.add(int(drawn_K[k]))
     return drawn_NxK

@@ -85,18 +85,39 @@ def positions(block: Block, text: CodedText) -> np.ndarray:
     return np.bincount(joint, minlength=block.size * _POSITIONS).reshape(block.size, _POSITIONS)
 
 
-def group_draws(block: Block, draws: int) -> tuple[np.ndarray, np.ndarray]:
+def weakest_first(block: Block) -> np.ndarray:
+    """Indices of the firings, by feature, then by activation."""
+    # One key sorts several times as fast as two. Bits of floats above 0 rise with them.
+    return np.argsort(block.feature << 32 | block.value.view(np.int32), kind="stable")
+
+
+def tenths(block: Block, order: np.ndarray) -> np.ndarray:
+    """The activations between which each feature's ten groups lie, float32 [features, 11]; 0 where it never fires.
+
+    Group g goes from number g up to, but without, number g + 1, the last one up to its maximum.
+
+    Args:
+      block: the firings.
+      order: of ``weakest_first``.
+    """
+    counts, edges = block.counts[:, None], np.zeros((block.size, GROUPS + 1), np.float32)
+    if len(order):
+        first = np.minimum(-(-np.arange(GROUPS + 1) * counts // GROUPS), counts - 1)
+        edges = block.value[order[np.maximum(block.starts[:-1, None] + first, 0)]]
+    return np.where(counts > 0, edges, 0)
+
+
+def group_draws(block: Block, order: np.ndarray, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws from each feature's ten groups.
 
     Args:
       block: the firings.
+      order: of ``weakest_first``.
       draws: from every group, as far as it has so many.
 
     Returns:
       Indices in the block's firings, by feature, then by group, then by falling priority; and the group of each.
     """
-    # One key sorts several times as fast as two. Bits of floats above 0 rise with them.
-    order = np.argsort(block.feature << 32 | block.value.view(np.int32), kind="stable")  # the weakest first
     rank = np.arange(len(order)) - block.starts[block.feature[order]]
     group = rank * GROUPS // np.maximum(block.counts, 1)[block.feature[order]]
     joint = block.feature[order] * GROUPS + group
@@ -118,6 +139,16 @@ def strongest(block: Block, store: Store, text: CodedText, feature: int, count: 
     return [int(store.documents.offsets[window.document] + window.position) for window in windows]
 
 
+def surroundings(text: CodedText, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places of the contexts of some places, and which are in the document, both [places, BEFORE + 1 + AFTER].
+
+    Those that are not are the place itself.
+    """
+    steps = np.arange(-BEFORE, AFTER + 1)
+    inside = (text.position(place)[:, None] + steps >= 0) & (steps <= text.left(place)[:, None])
+    return np.where(inside, place[:, None] + steps, place[:, None]), inside
+
+
 def contexts(
     block: Block, text: CodedText, known: np.ndarray, feature: int, places: Sequence[int] | np.ndarray
 ) -> list[dict]:
@@ -130,11 +161,8 @@ def contexts(
       feature: counted from the block's first.
       places: of the firings.
     """
-    place = np.asarray(places, np.int64)[:, None]
-    steps = np.arange(-BEFORE, AFTER + 1)
-    position = text.position(place[:, 0])
-    inside = (position[:, None] + steps >= 0) & (steps <= text.left(place[:, 0])[:, None])
-    around = np.where(inside, place + steps, place)
+    place = np.asarray(places, np.int64)
+    position, (around, inside) = text.position(place), surroundings(text, place)
     acts = block.at(np.full(around.shape, feature), around)
     ids = text.back(around.reshape(-1), 0).reshape(around.shape)
     return [
@@ -148,7 +176,7 @@ def contexts(
             document=int(document),
             position=int(position[n]),
         )
-        for n, document in enumerate(text.document(place[:, 0]))
+        for n, document in enumerate(text.document(place))
     ]
 
 

@@ -38,8 +38,8 @@ Link = tuple[Node, Node, float]  # from the lower to the upper one, weight
 
 
 @dataclasses.dataclass(frozen=True)
-class Links:
-    """Links between features of a text.
+class FeatureLinks:
+    """FeatureLinks between features of a text.
 
     Attributes:
       kind: GEOMETRY or ATTRIBUTION.
@@ -58,8 +58,8 @@ class Links:
         return sum(source[2] == target[2] for source, target, _ in self.links)
 
 
-def geometry(stack: Stack, shown: Sequence[LayerFirings], seed: int) -> Links:
-    """Links between consecutive dictionaries by their directions.
+def geometry(stack: Stack, shown: Sequence[LayerFirings], seed: int) -> FeatureLinks:
+    """FeatureLinks between consecutive dictionaries by their directions.
 
     Args:
       stack: the dictionaries.
@@ -76,7 +76,7 @@ def geometry(stack: Stack, shown: Sequence[LayerFirings], seed: int) -> Links:
             found += cosines.links(place, *pair)
             random += len(list(cosines.of_random(lower, rng).links(place, *pair)))
         lower = upper
-    return Links(GEOMETRY, found, random)
+    return FeatureLinks(GEOMETRY, found, random)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +145,8 @@ class _Cosines:
 
 def attribution(
     lm: LanguageModel, transcoders: LayerTranscoders, ids_T: np.ndarray, target: int, shown: Sequence[LayerFirings]
-) -> Links:
-    """Links by the attribution graph of a text, of which the answer is the target.
+) -> FeatureLinks:
+    """FeatureLinks by the attribution graph of a text, of which the answer is the target.
 
     Args:
       lm, transcoders: the model and its transcoders, one for each layer.
@@ -171,7 +171,7 @@ def attribution(
         for source in np.argsort(-np.abs(weight_A), kind="stable")[:_SOURCES]:
             if weight_A[source]:
                 found.append((keys[source], keys[row], float(weight_A[source])))
-    return Links(ATTRIBUTION, found)
+    return FeatureLinks(ATTRIBUTION, found)
 
 
 def chain(links: Sequence[Link], node: Node) -> set[Node]:

@@ -18,7 +18,7 @@ from saejax.models.lens import LensOutput
 from saejax.page.scripts import elements_script
 from saejax.results import to_json
 from saejax.track.firings import LayerFirings
-from saejax.track.links import Links
+from saejax.track.links import FeatureLinks
 from saejax.track.results import TrackResults
 from saejax.track.stack import Stack
 from saejax.track.steps import StepFeature
@@ -33,7 +33,7 @@ def shown_text(
     stack: Stack,
     text: EncodedText,
     shown: Sequence[LayerFirings],
-    links: Links,
+    links: FeatureLinks,
     chosen: Sequence[Sequence[Sequence[StepFeature]]],
     readings: Mapping[str, LensOutput],
     as_text: Callable[[int], str],

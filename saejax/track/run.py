@@ -21,7 +21,7 @@ from saejax.models.sites import Site
 from saejax.models.tokens import pad, token_text
 from saejax.track import links, terminal
 from saejax.track.firings import LayerFirings, follow
-from saejax.track.links import Links
+from saejax.track.links import FeatureLinks
 from saejax.track.page import shown_text, write_page
 from saejax.track.results import LensLayers, TrackedStep, TrackedText, TrackResults
 from saejax.track.stack import Stack, open_stack
@@ -162,7 +162,7 @@ def _read(lm: LanguageModel, text: EncodedText, jacobian: JacobianLens | None, s
 
 def _links(
     lm: LanguageModel, stack: Stack, text: EncodedText, answer: int, shown: Sequence[LayerFirings], config: TrackConfig
-) -> Links:
+) -> FeatureLinks:
     if stack.transcoders is None:
         return links.geometry(stack, shown, config.seed)
     return links.attribution(lm, stack.transcoders, text.ids_T[: text.position + 1], answer, shown)

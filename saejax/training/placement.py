@@ -68,7 +68,11 @@ def placed(trainer: Trainer, store: Rows, part: Sequence[str], rows_R: np.ndarra
 
 def free_bytes(mesh: Mesh) -> int:
     """Bytes that are free on each device; CPU devices share the host's."""
-    device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+    return free_on(next(device for device in mesh.devices.flat if device.process_index == jax.process_index()))
+
+
+def free_on(device: jax.Device) -> int:
+    """Bytes that are free on a device of this process."""
     if device.platform == "cpu":
         return psutil.virtual_memory().available // jax.local_device_count()
     stats = device.memory_stats() or {}

@@ -34,14 +34,19 @@ class Dense:
       transcoders: one for each layer.
       ids: of the prompt.
       normed: whether transcoders read before the gain of the norm.
+      writes: of each layer's features, what they write to this layer and to each later one [F, L - layer, D]; None:
+        the decoder to this layer alone.
+      stream: whether transcoders read the stream before the norm.
     """
 
-    def __init__(self, folder, transcoders, ids, normed):
+    def __init__(self, folder, transcoders, ids, normed, writes=None, stream=False):
         torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
         self.model.eval().requires_grad_(False)
         self.w, self.configs = [arrays_of(t) for t in transcoders], [t.config for t in transcoders]
-        self.family, self.normed = self.model.config.model_type, normed
+        self.family, self.normed, self.stream = self.model.config.model_type, normed, stream
+        own = [w["W_dec_FxD"][:, None].numpy() for w in self.w] if writes is None else writes
+        self.writes = [torch.from_numpy(np.asarray(array, np.float64)) for array in own]
         self.reads, self.acts, self.errors, self.leaves, self._plain = [], [], [], [], {}
         shape = (len(ids), self.model.config.hidden_size)
         self.leaves = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for _ in transcoders]
@@ -69,6 +74,7 @@ class Dense:
 
         def forward(x):
             centred = x - x.mean(-1, keepdim=True) if isinstance(module, torch.nn.LayerNorm) else x
+            self._plain["stream"] = x
             plain = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps).detach()
             self._plain["last"] = plain
             bias = getattr(module, "bias", None)
@@ -82,7 +88,8 @@ class Dense:
 
     def _read(self, index):
         # Where transcoders read before the gain, the norm right before the MLP is the last one that ran.
-        return lambda module, args: self.reads.append((self._plain["last"] if self.normed else args[0])[0])
+        name = "stream" if self.stream else "last" if self.normed else None
+        return lambda module, args: self.reads.append((self._plain[name] if name else args[0])[0])
 
     def _write(self, index):
         def hook(module, args, output):
@@ -90,13 +97,19 @@ class Dense:
             skip_TxD = read_TxD @ w["W_skip_DxD"] if "W_skip_DxD" in w else torch.zeros_like(read_TxD)
             acts_TxF = encode(self.configs[index], w, read_TxD).detach()
             acts_TxF[0] = 0
-            error_TxD = (output[0] - (acts_TxF @ w["W_dec_FxD"] + w["b_dec_D"] + skip_TxD)).detach()
-            error_TxD[0] = 0
             self.acts.append(acts_TxF)
+            written_TxD = sum(self.acts[layer] @ write_FxD for layer, write_FxD in self._into(index))
+            error_TxD = (output[0] - (written_TxD + w["b_dec_D"] + skip_TxD)).detach()
+            error_TxD[0] = 0
             self.errors.append(error_TxD)
             return skip_TxD[None] + (output - skip_TxD).detach() + self.leaves[index]
 
         return hook
+
+    def _into(self, index):
+        """The layers that write to one, and what their features write there."""
+        reach = [(layer, index - layer) for layer in range(index + 1)]
+        return [(layer, self.writes[layer][:, n]) for layer, n in reach if n < self.writes[layer].shape[1]]
 
     @property
     def active(self) -> np.ndarray:
@@ -118,7 +131,10 @@ class Dense:
         *grads, of_tokens = (
             torch.zeros_like(x) if g is None else g[-len(self.reads[0]) :] for g, x in zip(found, leaves)
         )
-        features = [self.acts[l][t, f] * (self.w[l]["W_dec_FxD"][f] @ grads[l][t]) for l, t, f in self.active]
+        features = [
+            self.acts[l][t, f] * sum(write_D @ grads[l + n][t] for n, write_D in enumerate(self.writes[l][f]))
+            for l, t, f in self.active
+        ]
         errors = torch.stack([(error * grad).sum(-1) for error, grad in zip(self.errors, grads)])
         tokens = (self.tokens_TxD * of_tokens).sum(-1)
         return torch.cat([torch.stack(features), errors.reshape(-1), tokens.reshape(-1)]).detach().numpy()

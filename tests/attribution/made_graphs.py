@@ -1,5 +1,7 @@
 """Random graphs, tiny models and transcoders for them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from tiny_models import save_tiny, save_tiny_tokenizer
@@ -7,6 +9,7 @@ from tiny_models import save_tiny, save_tiny_tokenizer
 from saejax import load_model
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Nodes
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 
@@ -57,6 +60,22 @@ def make_transcoders(config, kind="standard", skip=False, seed=0) -> list[Dictio
             arrays["threshold_F"] = np.abs(arrays["threshold_F"])
         made.append(Dictionary(of, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}))
     return made
+
+
+def make_cross_layer(config, kind="standard", skip=False, reads="mlp_in") -> tuple[LayerTranscoders, list, list]:
+    """A random cross-layer transcoder: the set, its dictionaries, and what the features of each write [F, L - l, D]."""
+    made, rng = make_transcoders(config, kind, skip), np.random.default_rng(9)
+    if reads == "resid_mid":
+        of = [dataclasses.replace(one.config, site=f"resid_mid.{layer}") for layer, one in enumerate(made)]
+        made = [Dictionary(config, **one.arrays) for config, one in zip(of, made, strict=True)]
+    layers = config.n_layers
+    writes = [0.1 * rng.normal(size=(FEATURES, layers - layer, config.d_model)) for layer in range(layers)]
+    writes = [write.astype(np.float32) for write in writes]
+    for write, one in zip(writes, made, strict=True):
+        write[:, 0] = one.W_dec_FxD[...]
+    configs = [one.config for one in made]
+    read = lambda layer, features_U: writes[layer][features_U]  # noqa: E731
+    return LayerTranscoders("made", configs, made.__getitem__, reads=reads, writes=read), made, writes
 
 
 def load_tiny(folder, family, mesh, **changes):

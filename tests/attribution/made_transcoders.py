@@ -5,6 +5,8 @@ import numpy as np
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.tokens import Tokens
 
+IDS = [5, 17, 33, 8, 41, 100]  # a prompt
+
 
 def made_set(lm, features: int = 48, kind: str = "standard", skip: bool = False, seed: int = 0) -> list[Dictionary]:
     """A transcoder for each layer of a model."""

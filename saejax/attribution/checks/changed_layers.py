@@ -33,6 +33,10 @@ class LayerChanges(NamedTuple):
     value_RxM: np.ndarray
     own_RxM: np.ndarray
 
+    def places(self, length: int) -> np.ndarray:
+        """Where they are among the positions of all rows, one row of ``length`` after the other; [R, M]."""
+        return np.arange(len(self.position_RxM))[:, None] * length + self.position_RxM
+
 
 class ReadDirections(NamedTuple):
     """Directions whose products with a stream are read: positions [J] and directions [J, D]."""
@@ -53,21 +57,29 @@ def run_layer(
     edited: tuple[Dictionary, LayerChanges] | None,
     reader: ReadDirections | None,
     bounds: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array | None]:
+    written_RxTxD: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """One layer of all rows.
 
     Args:
+      frozen: static.
+      hold: what the layer holds, one of ``interventions.HOLDS``; static.
+      layer: its number.
       x_TxD, x_RxTxD: the stream entering the layer, of the prompt and of the rows.
+      skip_DxD: the skip path of its transcoder; None: there is none.
       edited: the layer's transcoder, and what is changed there; None: nothing.
       reader: what is read from the transcoder's input.
       bounds: the first position at which features are used, before which their activations are 0; and up to which
         position attention is held where it is.
+      written_RxTxD: what changes of lower layers write to this one, of cross-layer transcoders; None: nothing.
 
     Returns:
-      The stream leaving the layer, and by how much what is read differs from the prompt's, [R, J].
+      The stream leaving the layer; by how much what is read differs from the prompt's, [R, J]; and by how much the
+      activations of changed features do, [R, M].
     """
     config, rules = frozen.config, RunRules(first_fixes=hold == "all")
     seen: dict[str, jax.Array] = {}
+    changes: list[jax.Array] = []
 
     def hook(kind: str, value_BxTxD: jax.Array) -> jax.Array:
         seen[kind] = value_BxTxD
@@ -77,11 +89,12 @@ def run_layer(
         if hold in FIXED:  # of what the MLP gives, the skip path alone reacts
             skip = 0 if skip_DxD is None else einsum("btd,de->bte", read_BxTxD - read_BxTxD[:1], skip_DxD)
             value_BxTxD = jnp.broadcast_to(value_BxTxD[:1], value_BxTxD.shape) + skip
+        if written_RxTxD is not None:
+            value_BxTxD = value_BxTxD.at[1:].add(written_RxTxD.astype(value_BxTxD.dtype))
         if edited is None:
             return value_BxTxD
-        return value_BxTxD.at[1:].add(
-            _added(*edited, None if hold in FIXED else read_BxTxD[1:], value_BxTxD[1:], bounds[0])
-        )
+        changes.append(_changes(*edited, None if hold in FIXED else read_BxTxD[1:], bounds[0]))
+        return value_BxTxD.at[1:].add(_added(*edited, changes[0], value_BxTxD[1:]))
 
     def of_prompt(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
         first_q, first_k = (jnp.broadcast_to(part[:1], part.shape) for part in (q, k))  # the prompt's weights
@@ -92,22 +105,25 @@ def run_layer(
     x_BxTxD = jnp.concatenate([x_TxD[None], x_RxTxD])  # the prompt comes first
     tables, function = whole_prompts(config, len(x_TxD)), of_prompt if hold in ("attention", "constrained") else None
     x_BxTxD = decoder.run_layer(config, rules, params, layer, x_BxTxD, tables, hook, function)
+    change = changes[0] if changes else None
     if reader is None:
-        return x_BxTxD[1:], None
+        return x_BxTxD[1:], None, change
     read_BxTxD = frozen.read(params, layer, seen, rules)
     moved_RxJxD = (read_BxTxD[1:] - read_BxTxD[:1])[:, reader.position_J]
-    return x_BxTxD[1:], einsum("rjd,jd->rj", moved_RxJxD, reader.vector_JxD)
+    return x_BxTxD[1:], einsum("rjd,jd->rj", moved_RxJxD, reader.vector_JxD), change
 
 
-def _added(
-    dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Array | None, like_RxTxD: jax.Array, first: jax.Array
-) -> jax.Array:
-    """What the changes add to the MLP's output [R, T, D]; ``read_RxTxD`` None: activations are the prompt's."""
+def _changes(dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Array | None, first: jax.Array) -> jax.Array:
+    """By how much activations change [R, M]; ``read_RxTxD`` None: from those of the prompt."""
+    if read_RxTxD is None:
+        return edits.value_RxM - edits.own_RxM
+    own_RxM = _activations(dictionary, edits, read_RxTxD)
+    return edits.value_RxM - jnp.where(edits.position_RxM >= first, own_RxM, 0)
+
+
+def _added(dictionary: Dictionary, edits: LayerChanges, change_RxM: jax.Array, like_RxTxD: jax.Array) -> jax.Array:
+    """What the changes add to the MLP's output [R, T, D]."""
     row_Rx1 = jnp.arange(len(edits.position_RxM))[:, None]
-    own_RxM = edits.own_RxM
-    if read_RxTxD is not None:
-        own_RxM = jnp.where(edits.position_RxM >= first, _activations(dictionary, edits, read_RxTxD), 0)
-    change_RxM = edits.value_RxM - own_RxM
     added_RxMxD = change_RxM[..., None] * dictionary.W_dec_FxD[...][edits.feature_RxM]
     return jnp.zeros_like(like_RxTxD).at[row_Rx1, edits.position_RxM].add(added_RxMxD.astype(like_RxTxD.dtype))
 
@@ -133,7 +149,12 @@ def _activations(dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Ar
 
 @jax.jit
 def read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, reader: ReadDirections) -> jax.Array:
-    """By how much directions of the stream entering a layer differ from the prompt's, [R, J]."""
+    """By how much directions of the stream entering a layer differ from the prompt's, [R, J].
+
+    Args:
+      x_TxD, x_RxTxD: that stream, of the prompt and of the rows.
+      reader: the directions.
+    """
     return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, reader.position_J], reader.vector_JxD)
 
 

@@ -95,8 +95,8 @@ def swap(here: Replacement, there: Replacement, features: Nodes | None = None) -
             f"position {without[0]} has no counterpart in the other prompt, of {len(there.ids_P)} tokens: expected "
             f"{first} or more, as both are aligned from the end and the first has no features"
         )
-    value_A = dict(zip(_keys(_nodes_of(there.active, shift)), there.active.value_A.tolist(), strict=True))
-    return _changes(features, np.array([value_A.get(key, 0.0) for key in _keys(features)]))
+    value_of = dict(zip(_keys(_nodes_of(there.active, shift)), there.active.value_A.tolist(), strict=True))
+    return _changes(features, np.array([value_of.get(key, 0.0) for key in _keys(features)]))
 
 
 def features_of_both(here: Replacement, there: Replacement) -> Nodes:

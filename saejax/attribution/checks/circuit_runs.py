@@ -11,13 +11,16 @@ import numpy as np
 from saejax.attribution.checks.changed_layers import read_last
 from saejax.attribution.local.active import AT_ONCE, activations
 from saejax.attribution.local.frozen import RELP, FrozenModel
-from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.replacement import Replacement, padded
+from saejax.attribution.local.written import Written
 from saejax.attribution.trace.targets import Readouts
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import whole_prompts
 from saejax.parallel import to_host
+
+_STEP = 64  # least size to which the features of a layer are filled up
 
 
 class Circuit(NamedTuple):
@@ -54,22 +57,23 @@ def run_circuits(
     if (readouts.layer_K != config.n_layers).any():
         raise UserError("a circuit is judged by logits, or by a direction of the stream that leaves the last layer")
     length, tokens = streams.stream_LxTxD.shape[1], len(replacement.ids_P)
-    most = int(np.bincount(active.layer_A).max())
+    most = padded(int(np.bincount(active.layer_A).max()), _STEP)
     size = max(AT_ONCE // (length * replacement.transcoders.configs[0].n_features), 1)
     chunks = [slice(start, min(start + size, len(circuits))) for start in range(0, len(circuits), size)]
     states = [jnp.tile(streams.stream_LxTxD[0][None], (min(size, len(circuits)), 1, 1)) for _ in chunks]
+    below = [[Written(replacement.transcoders, *x.shape[:2]) for _ in range(2)] for x in states]  # kept, and all
     for layer in range(config.n_layers):
         transcoder = replacement.transcoders.load(layer)
-        own_A = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
-        places = active.position_A[own_A], active.feature_A[own_A]
+        own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
+        places = active.position_A[own], active.feature_A[own]
         mean_F = None if means is None else means[layer]
         for number, chunk in enumerate(chunks):
             kept_CxA = np.zeros((len(states[number]), len(places[0])), bool)
             error_CxT = np.zeros((len(states[number]), length), bool)
             for row, circuit in enumerate(circuits[chunk]):
-                kept_CxA[row], error_CxT[row, :tokens] = circuit.features_A[own_A], circuit.errors_LxP[layer]
+                kept_CxA[row], error_CxT[row, :tokens] = circuit.features_A[own], circuit.errors_LxP[layer]
             features = _padded(places, kept_CxA, most, replacement.transcoders.configs[0].n_features)
-            states[number] = run_layer(
+            states[number], *acts = run_layer(
                 replacement.frozen,
                 replacement.model.params,
                 np.int32(layer),
@@ -79,7 +83,12 @@ def run_circuits(
                 error_CxT,
                 mean_F,
                 (np.int32(replacement.first), np.int32(tokens)),
+                tuple(written.at(layer) for written in below[number]) if replacement.transcoders.cross_layer else None,
             )
+            for written, acts_CxTxF in zip(below[number], acts, strict=False):
+                where = np.nonzero(acts_CxTxF := to_host(acts_CxTxF))
+                place_E = np.ravel_multi_index(where[:2], acts_CxTxF.shape[:2])
+                written.add(layer, place_E, where[2], acts_CxTxF[where])
         on_progress(layer + 1, config.n_layers)
     last = np.int32(tokens - 1)
     parts = readouts.vector_KxD, readouts.normed_K
@@ -115,8 +124,8 @@ def _padded(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions, features and whether they are kept, filled up (out of range) to a number for all layers."""
     room = most - len(places[0])
-    position_A, feature_A = (np.pad(place, (0, room), constant_values=features) for place in places)
-    return position_A, feature_A, np.pad(kept_CxA, ((0, 0), (0, room)))
+    position, feature = (np.pad(place, (0, room), constant_values=features) for place in places)
+    return position, feature, np.pad(kept_CxA, ((0, 0), (0, room)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -132,20 +141,32 @@ def run_layer(
     error_CxT: jax.Array,
     mean_F: jax.Array | None,
     used: tuple[jax.Array, jax.Array],
-) -> jax.Array:
-    """One layer of all circuits: the stream leaving it [C, T, D].
+    below: tuple[jax.Array | None, jax.Array | None] | None,
+) -> tuple[jax.Array, ...]:
+    """One layer of all circuits.
 
     Args:
+      x_CxTxD: the stream entering it.
       position_A, feature_A: the layer's active features; those out of range fill up.
       kept_CxA: which of them each circuit keeps; a feature that is not active in the prompt is not kept.
       error_CxT: at which positions the error is kept.
       mean_F: activations of the active features that are not kept; None: 0.
       used: the first position at which features are used, and the end of the prompt.
+      below: of a cross-layer transcoder, what kept features of lower layers write to this one, and what all do
+        [C, T, D] (None: nothing); of per-layer ones None.
+
+    Returns:
+      The stream leaving it [C, T, D]; of a cross-layer transcoder also activations of kept features, and of all
+      [C, T, F].
     """
     seen: dict[str, jax.Array] = {}
+    acts: tuple[jax.Array, ...] = ()
+    position_T = jnp.arange(x_CxTxD.shape[1])
+    used_T = (position_T >= used[0]) & (position_T < used[1])
     row_Cx1 = jnp.arange(len(x_CxTxD))[:, None]
 
     def hook(kind: str, value_CxTxD: jax.Array) -> jax.Array:
+        nonlocal acts
         seen[kind] = value_CxTxD
         if kind != "mlp_out":
             return value_CxTxD
@@ -158,11 +179,14 @@ def run_layer(
         if mean_F is not None:
             mean_CxA = jnp.broadcast_to(mean_F[feature_A].astype(rest_CxTxF.dtype)[None], kept_CxA.shape)
             rest_CxTxF = rest_CxTxF.at[row_Cx1, position_A[None], feature_A[None]].set(mean_CxA, mode="drop")
-        rebuilt_CxTxD = dictionary.decode(jnp.where(mask_CxTxF, acts_CxTxF, rest_CxTxF), read_CxTxD)
+        kept_CxTxF = jnp.where(mask_CxTxF, acts_CxTxF, rest_CxTxF)
+        rebuilt_CxTxD = dictionary.decode(kept_CxTxF, read_CxTxD)
+        if below is not None:
+            rebuilt_CxTxD += 0 if below[0] is None else below[0]
+            error_CxTxD -= 0 if below[1] is None else below[1]
+            acts = kept_CxTxF, jnp.where(used_T[None, :, None], acts_CxTxF, jnp.zeros_like(acts_CxTxF))
         kept_CxTxD = rebuilt_CxTxD + jnp.where(error_CxT[..., None], error_CxTxD, jnp.zeros_like(error_CxTxD))
-        position_T = jnp.arange(x_CxTxD.shape[1])
-        used_T = (position_T >= used[0]) & (position_T < used[1])
         return jnp.where(used_T[None, :, None], kept_CxTxD.astype(value_CxTxD.dtype), value_CxTxD)
 
     tables = whole_prompts(frozen.config, x_CxTxD.shape[1])
-    return decoder.run_layer(frozen.config, RELP, params, layer, x_CxTxD, tables, hook)
+    return decoder.run_layer(frozen.config, RELP, params, layer, x_CxTxD, tables, hook), *acts

@@ -23,7 +23,7 @@ import numpy as np
 from saejax.attribution.checks.circuit_runs import Circuit, run_circuits
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE
-from saejax.attribution.graph.pruning import SHARES
+from saejax.attribution.graph.pruning import SHARES, prune_each
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.results import CurveResults
 from saejax.attribution.trace.targets import Readouts
@@ -85,7 +85,7 @@ def curve(
       readouts: the first of them is judged.
       means: see ``run_circuits``.
     """
-    circuits = [circuit_of(replacement, graph.prune(share)) for share in shares]
+    circuits = [circuit_of(replacement, pruned) for pruned in prune_each(graph, shares)]
     none = Circuit(np.zeros(len(replacement.active), bool), np.zeros_like(circuits[0].errors_LxP))
     rows = [*circuits, *(circuit.complement() for circuit in circuits), none.complement(), none]
     readout_C = run_circuits(replacement, rows, readouts, means)[:, 0]

@@ -12,7 +12,8 @@ import numpy as np
 
 from saejax.attribution.checks.changed_layers import LayerChanges, read_logits, run_layer
 from saejax.attribution.checks.edits import Change, edits_by_layer
-from saejax.attribution.local.replacement import Replacement, embed, padded_length
+from saejax.attribution.local.replacement import Replacement, embed, padded
+from saejax.attribution.local.written import Written
 from saejax.errors import UserError
 from saejax.parallel import to_host
 
@@ -62,12 +63,15 @@ def continue_prompt(
 def _next_logits(replacement: Replacement, ids: Sequence[int], edits: dict[int, LayerChanges], hold: str) -> np.ndarray:
     """The logits after some tokens in the changed run, [V]."""
     frozen, params = replacement.frozen, replacement.model.params
-    x_TxD = embed(frozen, params, np.pad(np.array(ids, np.int32), (0, padded_length(len(ids)) - len(ids))))
+    x_TxD = embed(frozen, params, np.pad(np.array(ids, np.int32), (0, padded(len(ids)) - len(ids))))
     x_RxTxD = jnp.tile(x_TxD[None], (2, 1, 1))  # the first row is without changes
     bounds = np.int32(replacement.first), np.int32(len(replacement.ids_P))
+    below = Written(replacement.transcoders, *x_RxTxD.shape[:2])
     for layer in range(replacement.model.config.n_layers):
         edited = (replacement.transcoders.load(layer), edits[layer]) if layer in edits else None
-        given = replacement.skip(layer), edited, None, bounds
-        x_RxTxD, _ = run_layer(frozen, hold, params, np.int32(layer), x_RxTxD[0], x_RxTxD, *given)
+        given = replacement.skip(layer), edited, None, bounds, below.at(layer)
+        x_RxTxD, _, change_RxM = run_layer(frozen, hold, params, np.int32(layer), x_RxTxD[0], x_RxTxD, *given)
+        if edited:
+            below.add(layer, edits[layer].places(x_RxTxD.shape[1]), edits[layer].feature_RxM, change_RxM)
     last = np.int32(len(ids) - 1)
     return to_host(read_logits(frozen, "nothing", params, x_RxTxD[0, last], x_RxTxD, last))[1]

@@ -4,6 +4,9 @@ A change gives a feature another activation at a position, which adds to what it
 
     mlp_out_t  ->  mlp_out_t + (value - f_t) W_dec
 
+and, with a cross-layer transcoder, likewise to what later layers' MLPs give: where nothing is held, to what they
+compute anew of the changed stream, as in circuit-tracer.
+
 What stays as it was in the prompt is a choice. With ``hold`` "nothing" the model runs on from there, and f_t is the
 activation in that run, after all earlier changes. With "attention" the attention weights are those of the prompt. With
 "all" the factors of norms and the outputs of MLPs are, too: then all is linear, f_t is the prompt's own activation, and
@@ -30,7 +33,8 @@ from saejax.attribution.checks.changed_layers import (
     run_layer,
 )
 from saejax.attribution.checks.edits import Change, edits_by_layer
-from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.replacement import Replacement, padded
+from saejax.attribution.local.written import Written
 from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError
 from saejax.parallel import by_row, to_host
@@ -85,67 +89,100 @@ def intervene(
       UserError: a feature does not exist, is changed where it is not used or twice in a row, or what is read is not
         finite.
     """
-    layers, active = replacement.model.config.n_layers, replacement.active
-    hold_L, chosen_J = _hold_by_layer(hold, hold_until, layers), np.asarray(features, np.int64)
+    layers = replacement.model.config.n_layers
+    holds = _hold_by_layer(hold, hold_until, layers)
     edits = edits_by_layer(replacement, rows, len(replacement.ids_P))
-    if hold == "constrained" and any(hold_L[layer] not in FIXED for layer in edits):
+    if hold == "constrained" and any(holds[layer] not in FIXED for layer in edits):
         raise UserError(f"a feature of layer {max(edits)} is changed, and layers below {hold_until} are constrained")
-    feature_RxJ = np.tile(active.value_A[chosen_J], (len(rows), 1))
-    readout_RxK = np.tile(readouts.value_K, (len(rows), 1))
-    if not edits:
-        every = np.tile(replacement.logits_V, (len(rows), 1)) if logits else None
-        return Changed(feature_RxJ, readout_RxK, every)
-    chunks = _chunks(len(rows), replacement, edits)
-    first = min(edits)
-    most = int(np.bincount(active.layer_A[chosen_J]).max(initial=0))  # one size, so that layers share programs
-    states = [_unchanged(replacement, chunk.stop - chunk.start, first) for chunk in chunks]
-    for layer in range(first, layers):
-        x_TxD = replacement.stream_LxTxD[layer]
-        inner_K = np.flatnonzero(readouts.layer_K == layer)
-        inner = ReadDirections(readouts.position_K[inner_K], readouts.vector_KxD[inner_K])
-        own_J = np.flatnonzero(active.layer_A[chosen_J] == layer)
-        reader = _encoders(replacement, chosen_J[own_J], most) if most else None
-        transcoder = replacement.transcoders.load(layer) if layer in edits else None
-        for place, chunk in enumerate(chunks):
-            if len(inner_K):
-                moved_RxK = to_host(read_moved(x_TxD, states[place], inner))
-                readout_RxK[chunk, inner_K] += moved_RxK[: chunk.stop - chunk.start]
-            same = replacement.frozen, hold_L[layer], replacement.model.params, np.int32(layer)
-            edited = (transcoder, _filled(edits[layer], chunk, len(states[place]))) if transcoder is not None else None
-            given = replacement.skip(layer), edited, reader, (np.int32(replacement.first), np.int32(len(x_TxD)))
-            states[place], moved_RxJ = run_layer(*same, x_TxD, states[place], *given)
-            if len(own_J):
-                feature_RxJ[chunk, own_J] += to_host(moved_RxJ)[: chunk.stop - chunk.start, : len(own_J)]
-        on_progress(layer + 1 - first, layers - first)
-    final_K = np.flatnonzero(readouts.layer_K == layers)
-    for chunk, x_RxTxD in zip(chunks, states, strict=True):
-        moved_RxK = _moved_final(replacement, readouts, final_K, hold_L[-1], x_RxTxD)
-        readout_RxK[chunk, final_K] += moved_RxK[: chunk.stop - chunk.start]
-    changed = _finite(Changed(feature_RxJ, readout_RxK))
-    if not logits:
-        return changed
-    same = replacement.frozen, hold_L[-1], replacement.model.params, replacement.last_D
-    last = np.int32(len(replacement.ids_P) - 1)
-    parts = [
-        to_host(read_logits(*same, x_RxTxD, last))[: chunk.stop - chunk.start]
-        for chunk, x_RxTxD in zip(chunks, states, strict=True)
-    ]
-    return dataclasses.replace(changed, logits_RxV=np.concatenate(parts))
-
-
-def _finite(changed: Changed) -> Changed:
+    every = np.tile(replacement.logits_V, (len(rows), 1)) if logits else None
+    run = _ChangedRun(replacement, readouts, np.asarray(features, np.int64), edits, len(rows), every)
+    if edits:
+        first = min(edits)
+        for layer in range(first, layers):
+            run.read_stream(layer)
+            run.go_through(layer, holds[layer])
+            on_progress(layer + 1 - first, layers - first)
+        run.read_end(holds[-1])
+    changed = run.changed
     if not (np.isfinite(changed.feature_RxJ).all() and np.isfinite(changed.readout_RxK).all()):
         raise UserError("the model is not finite after these changes: give features values that they can have")
     return changed
 
 
-def _moved_final(
-    replacement: Replacement, readouts: Readouts, chosen_K: np.ndarray, hold: str, x_RxTxD: jax.Array
-) -> np.ndarray:
-    """By how much some readouts of the stream leaving the last layer differ from the prompt's, fp32 [R, K]."""
-    parts = readouts.vector_KxD[chosen_K], readouts.normed_K[chosen_K]
-    last = np.int32(len(replacement.ids_P) - 1)
-    return to_host(read_last(replacement.frozen, hold, replacement.last_D, x_RxTxD, last, *parts))
+class _ChangedRun:
+    """The rows on their way up, some at a time beside each other, and what was read of them.
+
+    Args:
+      replacement, readouts: see ``intervene``.
+      chosen_J: active features whose pre-activations are read.
+      edits: the changes of all rows, by layer.
+      rows: their number.
+      logits_RxV: the prompt's, for each row; None: they are not asked for.
+
+    Attributes:
+      changed: what each row reads; at first what the prompt does.
+    """
+
+    def __init__(
+        self,
+        replacement: Replacement,
+        readouts: Readouts,
+        chosen_J: np.ndarray,
+        edits: Mapping[int, LayerChanges],
+        rows: int,
+        logits_RxV: np.ndarray | None,
+    ):
+        self._replacement, self._readouts, self._edits, self._chosen_J = replacement, readouts, edits, chosen_J
+        active = replacement.active
+        value_J = active.value_A[chosen_J]
+        self.changed = Changed(np.tile(value_J, (rows, 1)), np.tile(readouts.value_K, (rows, 1)), logits_RxV)
+        self._layer_J = active.layer_A[chosen_J]
+        self._most = int(np.bincount(self._layer_J).max(initial=0))  # one size, so that layers share programs
+        self._chunks = _chunks(rows, replacement, edits) if edits else []
+        self._states = [_unchanged(replacement, chunk.stop - chunk.start, min(edits)) for chunk in self._chunks]
+        self._below = [Written(replacement.transcoders, *x_RxTxD.shape[:2]) for x_RxTxD in self._states]
+
+    def read_stream(self, layer: int) -> None:
+        """Reads what is read of the stream entering a layer, where the rows are now."""
+        own_K = np.flatnonzero(self._readouts.layer_K == layer)
+        if len(own_K):
+            inner = ReadDirections(self._readouts.position_K[own_K], self._readouts.vector_KxD[own_K])
+            x_TxD = self._replacement.stream_LxTxD[layer]
+            for chunk, x_RxTxD in zip(self._chunks, self._states, strict=True):
+                moved_RxK = to_host(read_moved(x_TxD, x_RxTxD, inner))
+                self.changed.readout_RxK[chunk, own_K] += moved_RxK[: chunk.stop - chunk.start]
+
+    def go_through(self, layer: int, hold: str) -> None:
+        """Takes the rows through a layer, with their changes there, and reads the layer's features."""
+        replacement, own_J = self._replacement, np.flatnonzero(self._layer_J == layer)
+        x_TxD, edits = replacement.stream_LxTxD[layer], self._edits.get(layer)
+        same = replacement.frozen, hold, replacement.model.params, np.int32(layer), x_TxD
+        reader = _encoders(replacement, self._chosen_J[own_J], self._most) if self._most else None
+        transcoder = replacement.transcoders.load(layer) if edits else None
+        bounds = np.int32(replacement.first), np.int32(len(x_TxD))
+        for place, chunk in enumerate(self._chunks):
+            x_RxTxD = self._states[place]
+            edited = (transcoder, _filled(edits, chunk, len(x_RxTxD))) if transcoder is not None and edits else None
+            given = replacement.skip(layer), edited, reader, bounds, self._below[place].at(layer)
+            self._states[place], moved, change_RxM = run_layer(*same, x_RxTxD, *given)
+            if edited:
+                self._below[place].add(layer, edited[1].places(len(x_TxD)), edited[1].feature_RxM, change_RxM)
+            if len(own_J):
+                moved = to_host(moved)[: chunk.stop - chunk.start, : len(own_J)]
+                self.changed.feature_RxJ[chunk, own_J] += moved
+
+    def read_end(self, hold: str) -> None:
+        """Reads what is read of the stream leaving the last layer."""
+        replacement, last = self._replacement, np.int32(len(self._replacement.ids_P) - 1)
+        frozen, own_K = replacement.frozen, np.flatnonzero(self._readouts.layer_K == replacement.model.config.n_layers)
+        vectors = self._readouts.vector_KxD[own_K], self._readouts.normed_K[own_K]
+        for chunk, x_RxTxD in zip(self._chunks, self._states, strict=True):
+            own = slice(chunk.stop - chunk.start)
+            moved_RxK = read_last(frozen, hold, replacement.last_D, x_RxTxD, last, *vectors)
+            self.changed.readout_RxK[chunk, own_K] += to_host(moved_RxK)[own]
+            if self.changed.logits_RxV is not None:
+                logits_RxV = read_logits(frozen, hold, replacement.model.params, replacement.last_D, x_RxTxD, last)
+                self.changed.logits_RxV[chunk] = to_host(logits_RxV)[own]
 
 
 def _hold_by_layer(hold: str, hold_until: int | None, layers: int) -> list[str]:
@@ -170,7 +207,7 @@ def _encoders(replacement: Replacement, places: np.ndarray, most: int) -> ReadDi
     """Encoder rows of active features of one layer, filled up with zeros to a number for all layers."""
     active = replacement.active
     vector_JxD = replacement.encoder_rows(places)
-    room = -(-most // _STEP) * _STEP - len(places)
+    room = padded(most, _STEP) - len(places)
     return ReadDirections(np.pad(active.position_A[places], (0, room)), np.pad(vector_JxD, ((0, room), (0, 0))))
 
 
@@ -185,7 +222,7 @@ def _chunks(rows: int, replacement: Replacement, edits: Mapping[int, LayerChange
 def _unchanged(replacement: Replacement, rows: int, first: int) -> jax.Array:
     """The stream entering layer ``first`` of rows in which nothing is changed yet, filled up."""
     x_TxD = replacement.streams.stream_LxTxD[first]
-    filled = -(-rows // _STEP) * _STEP
+    filled = padded(rows, _STEP)
     (x_RxTxD,) = by_row(replacement.model.mesh, jnp.tile(x_TxD[None], (filled, 1, 1)))
     return x_RxTxD
 

@@ -37,8 +37,8 @@ def to_networkx(graph: Graph, supernodes: Sequence[Supernode] = ()) -> "networkx
     if graph.pruning:
         for name, share in zip(ids, graph.pruning.influence_N.tolist(), strict=True):
             made.nodes[name]["influence"] = share
-    source_E, target_E, weight_E = (part.tolist() for part in graph.edges())
-    made.add_weighted_edges_from((ids[a], ids[b], weight) for a, b, weight in zip(source_E, target_E, weight_E))
+    ends = zip(*(part.tolist() for part in graph.edges()), strict=True)
+    made.add_weighted_edges_from((ids[a], ids[b], weight) for a, b, weight in ends)
     return _collapsed(made, graph, supernodes) if supernodes else made
 
 

@@ -82,7 +82,7 @@ def to_document(
 
 
 def cantor_pair(layer: int, feature: int) -> int:
-    """One number for the two, as the viewers look features up: (l + f)(l + f + 1) / 2 + f."""
+    """One number for a layer and a feature, as the viewers look features up: (l + f)(l + f + 1) / 2 + f."""
     return (layer + feature) * (layer + feature + 1) // 2 + feature
 
 

@@ -50,22 +50,23 @@ def influence(
         own = np.flatnonzero(layer_R == layer)
         for rows in _blocks(own, adjacency_RxS.shape[1]):
             weight = weight_R[rows] + np.where(column_R[rows] >= 0, influence_S[column_R[rows]], 0)
-            part_RxS = np.abs(adjacency_RxS[rows])
-            sum_R = part_RxS.sum(axis=1, dtype=np.float64) + elsewhere_R[rows]
-            influence_S += (weight / np.maximum(sum_R, _SMALLEST)) @ part_RxS
+            part_BxS = np.abs(adjacency_RxS[rows])
+            sum_B = part_BxS.sum(axis=1, dtype=np.float64) + elsewhere_R[rows]
+            influence_S += (weight / np.maximum(sum_B, _SMALLEST)) @ part_BxS
     return influence_S
 
 
-def scores(graph: GraphData) -> GraphScores:
-    """Replacement and completeness scores of a whole graph."""
-    adjacency_RxS, influence_S = _scored(graph), source_influence(graph)
+def scores(graph: GraphData, influence_S: np.ndarray | None = None) -> GraphScores:
+    """Replacement and completeness scores of a whole graph, and ``source_influence`` if it is known."""
+    adjacency_RxS = _scored(graph)
+    influence_S = source_influence(graph) if influence_S is None else influence_S
     tokens, errors = influence_S[graph.slice_of(TOKEN)].sum(), influence_S[graph.slice_of(ERROR)].sum()
     weight_R = _target_influence(graph, influence_S)
     error_R = np.zeros(len(weight_R))
     for rows in _blocks(np.arange(len(weight_R)), adjacency_RxS.shape[1]):
-        part_RxS = np.abs(adjacency_RxS[rows])
-        error_R[rows] = part_RxS[:, graph.slice_of(ERROR)].sum(axis=1, dtype=np.float64)
-        error_R[rows] /= np.maximum(part_RxS.sum(axis=1, dtype=np.float64), _SMALLEST)
+        part_BxS = np.abs(adjacency_RxS[rows])
+        error_R[rows] = part_BxS[:, graph.slice_of(ERROR)].sum(axis=1, dtype=np.float64)
+        error_R[rows] /= np.maximum(part_BxS.sum(axis=1, dtype=np.float64), _SMALLEST)
     total = influence_S.sum() + graph.probability_K.sum(dtype=np.float64)
     # Errors and tokens have no input, so no error has a part in it.
     return GraphScores(float(tokens / max(tokens + errors, _SMALLEST)), float(1 - (weight_R @ error_R) / total))
@@ -100,27 +101,42 @@ def prune(graph: AnyGraph, nodes: float = 0.8, edges: float = 0.98, top_edges: i
     Raises:
       UserError: the graph is pruned already, or a share is not between 0 and 1.
     """
-    for name, share in (("nodes", nodes), ("edges", edges)):
-        if not 0 <= share <= 1:
-            raise UserError(f"prune: {name} is {share}: expected a share of influence, 0 to 1")
+    return next(prune_each(graph, [nodes], edges, top_edges))
+
+
+def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, top_edges: int = 0) -> Iterator[AnyGraph]:
+    """What ``prune`` gives for each of several shares of the influence of nodes; the whole graph is looked at once.
+
+    Args:
+      graph: a whole one.
+      shares: of the influence of all nodes, 0 to 1.
+      edges, top_edges: see ``prune``.
+    """
     if top_edges < 0:
         raise UserError(f"prune: top_edges is {top_edges}: expected a number of edges, or 0 for all")
     if graph.pruning:
         raise UserError("this graph is pruned already: prune the whole one")
-    influence_N = np.zeros(len(graph.nodes), np.float32)
     influence_S = source_influence(graph)
+    whole = scores(graph, influence_S)
+    influence_N = np.zeros(len(graph.nodes), np.float32)
     influence_N[: len(influence_S)] = influence_S
-    kept_N = influence_N >= share_threshold(lambda: [influence_N], nodes)
-    kept_N = (kept_N | np.isin(graph.nodes.kind_N, (TOKEN, LOGIT))) & ~np.isin(graph.nodes.kind_N, (FIRST_MLP, BIAS))
-    cut = _cut(graph, kept_N)
-    edge_RxS = _influential_edges(cut, edges)
-    if top_edges:
-        edge_RxS &= _largest_edges(cut, top_edges)
-    connected_N = _connected(cut, edge_RxS)
-    cut.adjacency_RxS[~edge_RxS] = 0
-    node_N = np.flatnonzero(kept_N)[connected_N].astype(np.int32)
-    pruning = Pruning(nodes, edges, node_N, cumulative_share(influence_N)[node_N], scores(graph), top_edges)
-    return dataclasses.replace(_cut(cut, connected_N), pruning=pruning)
+    share_N = cumulative_share(influence_N)
+    for nodes in shares:
+        for name, share in (("nodes", nodes), ("edges", edges)):
+            if not 0 <= share <= 1:
+                raise UserError(f"prune: {name} is {share}: expected a share of influence, 0 to 1")
+        kept_N = influence_N >= share_threshold(lambda: [influence_N], nodes)
+        kept_N |= np.isin(graph.nodes.kind_N, (TOKEN, LOGIT))
+        kept_N &= ~np.isin(graph.nodes.kind_N, (FIRST_MLP, BIAS))
+        cut = _cut(graph, kept_N)
+        edge_RxS = _influential_edges(cut, edges)
+        if top_edges:
+            edge_RxS &= _largest_edges(cut, top_edges)
+        connected_N = _connected(cut, edge_RxS)
+        cut.adjacency_RxS[~edge_RxS] = 0
+        node_N = np.flatnonzero(kept_N)[connected_N].astype(np.int32)
+        pruning = Pruning(nodes, edges, node_N, share_N[node_N], whole, top_edges)
+        yield dataclasses.replace(_cut(cut, connected_N), pruning=pruning)
 
 
 def share_threshold(blocks: Callable[[], Iterable[np.ndarray]], share: float) -> float:

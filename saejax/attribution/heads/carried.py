@@ -48,27 +48,31 @@ class Carried:
         self._size_NxX, self._moved_NxX = np.zeros((2, len(graph.nodes), layers * heads), np.float32)
         self._largest_X, self._edge_X = np.zeros(layers * heads, np.float32), np.zeros(layers * heads, np.int64)
 
-    def add(self, edge_E: np.ndarray, layer: int, part_ExH: np.ndarray) -> None:
-        """Enters the parts of some edges, ascending, that go through the heads of a layer; each once."""
-        own = slice(layer * self._heads, (layer + 1) * self._heads)
-        size_ExH, target_E = np.abs(part_ExH), self.target_E[edge_E]
+    def add(self, edge_E: np.ndarray, layer: int, part_ExX: np.ndarray) -> None:
+        """Enters the parts of some edges, ascending, that go through the heads of a layer and those above; each once.
+
+        Args:
+          part_ExX: head by head from the first of ``layer`` on, of one layer or several.
+        """
+        own = slice(layer * self._heads, layer * self._heads + part_ExX.shape[1])
+        size_ExX, target_E = np.abs(part_ExX), self.target_E[edge_E]
         positions = self._nodes.position_N
         elsewhere_E = positions[self.source_E[edge_E]] != positions[target_E]
         start_B = np.flatnonzero(np.diff(target_E, prepend=-1))  # where another target begins
-        self._size_NxX[target_E[start_B], own] += np.add.reduceat(size_ExH, start_B)
-        self._moved_NxX[target_E[start_B], own] += np.add.reduceat(size_ExH * elsewhere_E[:, None], start_B)
-        best_H = size_ExH.argmax(axis=0)
-        part_H = np.take_along_axis(part_ExH, best_H[None], axis=0)[0]
-        larger_H = np.abs(part_H) > np.abs(self._largest_X[own])
-        self._largest_X[own] = np.where(larger_H, part_H, self._largest_X[own])
-        self._edge_X[own] = np.where(larger_H, edge_E[best_H], self._edge_X[own])
-        number_ExH = np.broadcast_to(np.arange(own.start, own.stop, dtype=np.int32), part_ExH.shape)
-        part_ExX = np.concatenate([self.part_ExJ[edge_E], part_ExH], axis=1)
-        head_ExX = np.concatenate([self.head_ExJ[edge_E], number_ExH], axis=1)
+        self._size_NxX[target_E[start_B], own] += np.add.reduceat(size_ExX, start_B)
+        self._moved_NxX[target_E[start_B], own] += np.add.reduceat(size_ExX * elsewhere_E[:, None], start_B)
+        best_X = size_ExX.argmax(axis=0)
+        part_X = np.take_along_axis(part_ExX, best_X[None], axis=0)[0]
+        larger_X = np.abs(part_X) > np.abs(self._largest_X[own])
+        self._largest_X[own] = np.where(larger_X, part_X, self._largest_X[own])
+        self._edge_X[own] = np.where(larger_X, edge_E[best_X], self._edge_X[own])
+        number_ExX = np.broadcast_to(np.arange(own.start, own.stop, dtype=np.int32), part_ExX.shape)
+        part_ExC = np.concatenate([self.part_ExJ[edge_E], part_ExX], axis=1)
+        head_ExC = np.concatenate([self.head_ExJ[edge_E], number_ExX], axis=1)
         count = self.part_ExJ.shape[1]
-        top_ExJ = np.argpartition(-np.abs(part_ExX), count - 1, axis=1)[:, :count]
-        self.part_ExJ[edge_E] = np.take_along_axis(part_ExX, top_ExJ, axis=1)
-        self.head_ExJ[edge_E] = np.take_along_axis(head_ExX, top_ExJ, axis=1)
+        top_ExJ = np.argpartition(-np.abs(part_ExC), count - 1, axis=1)[:, :count]
+        self.part_ExJ[edge_E] = np.take_along_axis(part_ExC, top_ExJ, axis=1)
+        self.head_ExJ[edge_E] = np.take_along_axis(head_ExC, top_ExJ, axis=1)
 
     def by_edge(self) -> dict[tuple[int, int], list[tuple[int, int, float]]]:
         """(source, target) -> (layer, head, part) of its largest parts, the largest first; edges without any left out.
@@ -78,10 +82,12 @@ class Carried:
         order_ExJ = np.argsort(-np.abs(self.part_ExJ), axis=1, kind="stable")
         heads, parts = (np.take_along_axis(all_, order_ExJ, axis=1).tolist() for all_ in (self.head_ExJ, self.part_ExJ))
         found = {}
-        for ends, head_J, part_J in zip(zip(self.source_E.tolist(), self.target_E.tolist()), heads, parts, strict=True):
-            some = [(*divmod(head, self._heads), part) for head, part in zip(head_J, part_J, strict=True) if part]
+        ends = zip(self.source_E.tolist(), self.target_E.tolist(), strict=True)
+        for edge, own_heads, own_parts in zip(ends, heads, parts, strict=True):
+            pairs = zip(own_heads, own_parts, strict=True)
+            some = [(*divmod(head, self._heads), part) for head, part in pairs if part]
             if some:
-                found[ends] = some
+                found[edge] = some
         return found
 
     def leading(self, position: int | None = None) -> list[Leading]:

@@ -20,7 +20,7 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.attribution.heads.carried import Carried
 from saejax.attribution.heads.passes import Placed, carry_down, carry_up, through
-from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.replacement import Replacement, padded
 from saejax.attribution.trace.memory import HEADS_STEP, heads_block
 from saejax.attribution.trace.targets import Readouts
 from saejax.models.config import DecoderConfig
@@ -28,6 +28,7 @@ from saejax.parallel import to_host
 from saejax.training.placement import free_bytes
 
 _PARTS = 4  # parts of a prompt in which sources of a block begin
+_ENTERED = 1 << 24  # parts of edges that are kept until they are entered
 
 
 class SourceBlock(NamedTuple):
@@ -53,7 +54,7 @@ def edge_heads(replacement: Replacement, readouts: Readouts, graph: Graph, top: 
         return carried
     entries, readers = _entries(replacement, graph, sources), _readers(replacement, readouts, graph, targets)
     size = heads_block(replacement.model.mesh.devices.flat[0].platform, length)
-    size = min(size, -(-max(len(sources), len(targets)) // HEADS_STEP) * HEADS_STEP)
+    size = min(size, padded(max(len(sources), len(targets)), HEADS_STEP))
     blocks = source_blocks(entries, length, size)
     order_R = np.argsort(-_top(readers, config.n_layers), kind="stable")
     most = max(free_bytes(replacement.model.mesh) // 2, 1)
@@ -80,13 +81,20 @@ def value_bytes(config: DecoderConfig, layers: int, positions: int, sources: int
 
 
 def source_blocks(entries: Placed, length: int, size: int) -> list[SourceBlock]:
-    """The sources in blocks of similar positions and, among these, of similar layers."""
-    part_S = entries.position_N * _PARTS // length
-    order_S, blocks = np.lexsort((entries.layer_N, part_S)), []
+    """The sources in blocks of similar positions and, among these, of similar layers.
+
+    Args:
+      entries: what sources add.
+      length: of the prompt, padded.
+      size: sources of a block, at the most.
+    """
+    first_S = np.unique(entries.node_E, return_index=True)[1]
+    layer_S, part_S = entries.layer_E[first_S], entries.position_E[first_S] * _PARTS // length
+    order_S, blocks = np.lexsort((layer_S, part_S)), []
     for start in range(0, len(order_S), size):
         chosen_B = order_S[start : start + size]
         position = -(-int(part_S[chosen_B].min()) * length // _PARTS)
-        blocks.append(SourceBlock(chosen_B, int(entries.layer_N[chosen_B].min()), position))
+        blocks.append(SourceBlock(chosen_B, int(layer_S[chosen_B].min()), position))
     return blocks
 
 
@@ -129,6 +137,8 @@ def _go_down(
 ) -> None:
     """Takes a block of targets down, and enters the parts of their edges from some blocks of sources.
 
+    Parts are entered for several layers at once: as few calls as memory allows.
+
     Args:
       down_B: which of the readers.
       above: the blocks of sources, and their values.
@@ -136,22 +146,34 @@ def _go_down(
     """
     streams, params, config = replacement.streams, replacement.model.params, replacement.model.config
     pairs = [_edges_between(carried, ends, block.chosen_B, down_B) for block in above[0]]
+    edge_E = np.sort(np.concatenate([edges for edges, *_ in pairs]))
+    if not len(edge_E):
+        return
+    span = int(
+        np.clip(_ENTERED // (len(edge_E) * config.n_heads), 1, config.n_layers)
+    )  # layers that are entered at once
+    part_ExXxH = np.zeros((len(edge_E), span, config.n_heads), np.float32)
     own, cotangent_RxTxD = readers.chosen(down_B, size), _nothing(replacement, size)
     for layer in reversed(range(int(_top(readers, config.n_layers)[down_B].max()) + 1)):
         fixed = params, np.int32(layer), streams.stream_LxTxD[layer], replacement.skip(layer)
         cotangent_RxTxD, wanted = carry_down(replacement.frozen, *fixed, own, cotangent_RxTxD)
-        for block, values, (edge_E, source_E, target_E) in zip(*above, pairs, strict=True):
-            if layer >= block.layer and len(edge_E):
+        for block, values, (edges, source_E, target_E) in zip(*above, pairs, strict=True):
+            if layer >= block.layer and len(edges):
                 part_RxSxNxG = to_host(through(wanted, values[layer - block.layer], block.position))
-                carried.add(edge_E, layer, part_RxSxNxG[target_E, source_E].reshape(len(edge_E), -1))
+                found = part_RxSxNxG[target_E, source_E].reshape(len(edges), -1)
+                part_ExXxH[np.searchsorted(edge_E, edges), layer % span] = found
+        if layer % span == 0:
+            count = min(span, config.n_layers - layer)
+            carried.add(edge_E, layer, part_ExXxH[:, :count].reshape(len(edge_E), -1))
+            part_ExXxH[:] = 0
 
 
 def _edges_between(
-    carried: Carried, ends: tuple[np.ndarray, np.ndarray], source_B: np.ndarray, target_B: np.ndarray
+    carried: Carried, ends: tuple[np.ndarray, np.ndarray], source_S: np.ndarray, target_R: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The edges from a block of sources to one of targets, ascending, and the places of their ends in the blocks."""
     places = []
-    for all_E, nodes, chosen_B in ((carried.source_E, ends[0], source_B), (carried.target_E, ends[1], target_B)):
+    for all_E, nodes, chosen_B in ((carried.source_E, ends[0], source_S), (carried.target_E, ends[1], target_R)):
         place_N = np.full(nodes[-1] + 1, -1)
         place_N[nodes[chosen_B]] = np.arange(len(chosen_B))
         places.append(place_N[all_E])
@@ -165,19 +187,26 @@ def _nothing(replacement: Replacement, size: int) -> Any:
 
 def _top(readers: Placed, layers: int) -> np.ndarray:
     """The highest layer that each target goes down through; -1: none."""
-    return np.where(readers.layer_N < layers, readers.layer_N, readers.layer_N - layers - 1)
+    return np.where(readers.layer_E < layers, readers.layer_E, readers.layer_E - layers - 1)
 
 
 def _entries(replacement: Replacement, graph: Graph, chosen: np.ndarray) -> Placed:
-    """The sources by the layer whose entering stream they are added to."""
-    nodes, streams = graph.nodes[chosen], replacement.streams
-    vector_SxD = np.zeros((len(nodes), replacement.model.config.d_model), np.float32)
+    """What the sources add, by the layer whose entering stream it is added to."""
+    nodes, streams, transcoders = graph.nodes[chosen], replacement.streams, replacement.transcoders
+    count_S = np.ones(len(nodes), np.int64)
     features, errors, tokens = (np.flatnonzero(nodes.kind_N == kind) for kind in (FEATURE, ERROR, TOKEN))
-    rows = replacement.transcoders.rows_of("W_dec", nodes.layer_N[features], nodes.index_N[features])
-    vector_SxD[features] = nodes.value_N[features, None] * rows
-    vector_SxD[errors] = to_host(streams.error_LxTxD)[nodes.layer_N[errors], nodes.position_N[errors]]
-    vector_SxD[tokens] = to_host(streams.stream_LxTxD[0])[nodes.position_N[tokens]]
-    return Placed(nodes.layer_N + 1, nodes.position_N, vector_SxD)  # tokens have the layer -1
+    count_S[features] = [transcoders.written_layers(layer) for layer in nodes.layer_N[features].tolist()]
+    start_S = np.cumsum(count_S) - count_S
+    node_E = np.repeat(np.arange(len(nodes)), count_S)
+    vector_ExD = np.zeros((len(node_E), replacement.model.config.d_model), np.float32)
+    for layer in np.unique(nodes.layer_N[features]).tolist():
+        own = features[nodes.layer_N[features] == layer]
+        writes_FxXxD = nodes.value_N[own, None, None] * transcoders.writes(layer, nodes.index_N[own])
+        vector_ExD[start_S[own][:, None] + np.arange(writes_FxXxD.shape[1])] = writes_FxXxD
+    vector_ExD[start_S[errors]] = to_host(streams.error_LxTxD)[nodes.layer_N[errors], nodes.position_N[errors]]
+    vector_ExD[start_S[tokens]] = to_host(streams.stream_LxTxD[0])[nodes.position_N[tokens]]
+    layer_E = nodes.layer_N[node_E] + 1 + np.arange(len(node_E)) - start_S[node_E]  # tokens have the layer -1
+    return Placed(node_E, layer_E, nodes.position_N[node_E], vector_ExD)
 
 
 def _readers(replacement: Replacement, readouts: Readouts, graph: Graph, chosen: np.ndarray) -> Placed:
@@ -192,4 +221,4 @@ def _readers(replacement: Replacement, readouts: Readouts, graph: Graph, chosen:
     number = chosen[logits] - graph.slice_of(LOGIT).start
     vector_RxD[logits] = readouts.vector_KxD[number]
     layer_R[logits] = layers + readouts.layer_K[number]
-    return Placed(layer_R, nodes.position_N, vector_RxD)
+    return Placed(np.arange(len(nodes)), layer_R, nodes.position_N, vector_RxD)

@@ -12,30 +12,48 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local.frozen import RELP, FrozenModel
+from saejax.attribution.local.replacement import padded
 from saejax.models import decoder
 from saejax.models.attention import AttentionTables, attend, attention_weights, whole_prompts
 from saejax.models.layers import einsum
 
 
 class Placed(NamedTuple):
-    """Vectors [N, D] at positions [N] of the layers [N] where they are added or read; int32 and fp32."""
+    """Vectors [E, D] of nodes, at positions [E] of the layers [E] where they are added or read; int32 and fp32.
 
-    layer_N: np.ndarray
-    position_N: np.ndarray
-    vector_NxD: np.ndarray
+    Attributes:
+      node_E: which node each is of, ascending; one has several where it writes to several layers, the lowest first.
+    """
 
-    def chosen(self, places_B: np.ndarray, count: int) -> "Placed":
-        """Some of them, filled up to a number with vectors of no layer."""
-        room = count - len(places_B)
-        layer_B = np.pad(self.layer_N[places_B].astype(np.int32), (0, room), constant_values=-1)
-        position_B = np.pad(self.position_N[places_B].astype(np.int32), (0, room))
-        return Placed(layer_B, position_B, np.pad(self.vector_NxD[places_B], ((0, room), (0, 0))))
+    node_E: np.ndarray
+    layer_E: np.ndarray
+    position_E: np.ndarray
+    vector_ExD: np.ndarray
+
+    def chosen(self, nodes_B: np.ndarray, count: int) -> "Placed":
+        """Those of some nodes, which are numbered anew, filled up with vectors of no layer.
+
+        Args:
+          nodes_B: the nodes.
+          count: to a multiple of which number of vectors.
+        """
+        number_N = np.full(self.node_E[-1] + 1, -1, np.int32)
+        number_N[nodes_B] = np.arange(len(nodes_B))
+        number_E = number_N[self.node_E]
+        own = np.flatnonzero(number_E >= 0)
+        room = padded(len(own), count) - len(own)
+        return Placed(
+            np.pad(number_E[own], (0, room)),
+            np.pad(self.layer_E[own].astype(np.int32), (0, room), constant_values=-1),
+            np.pad(self.position_E[own].astype(np.int32), (0, room)),
+            np.pad(self.vector_ExD[own], ((0, room), (0, 0))),
+        )
 
 
-def _at(placed: Placed, layer: jax.Array, length: int) -> jax.Array:
-    """The vectors of a layer at their positions, else 0; [N, T, D]."""
-    here_NxT = (placed.layer_N == layer)[:, None] & (placed.position_N[:, None] == jnp.arange(length)[None])
-    return jnp.where(here_NxT[..., None], placed.vector_NxD[:, None], 0)
+def _with(placed: Placed, layer: jax.Array, x_NxTxD: jax.Array) -> jax.Array:
+    """With the vectors of a layer added to their nodes at their positions."""
+    vector_ExD = jnp.where((placed.layer_E == layer)[:, None], placed.vector_ExD, 0)
+    return x_NxTxD.at[placed.node_E, placed.position_E].add(vector_ExD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -51,6 +69,10 @@ def carry_up(
     """Sources through a layer.
 
     Args:
+      frozen: static.
+      layer: its number.
+      x_TxD: the stream entering it, that of the prompt.
+      skip_DxD: the skip path of its transcoder; None: there is none.
       entries: the sources, by the layer whose entering stream they are added to.
       change_SxTxD: what they changed below.
 
@@ -68,9 +90,8 @@ def carry_up(
         tables = whole_prompts(frozen.config, len(x_TxD))
         return frozen.layer(params, layer, tables, x_TxD, skip_DxD, look)[0], jnp.swapaxes(values[0], 0, 1)
 
-    entering_SxTxD = change_SxTxD + _at(entries, layer, len(x_TxD))
     along = jax.vmap(lambda change_TxD: jax.jvp(frozen_layer, (x_TxD,), (change_TxD,))[1], out_axes=(0, 1))
-    return along(entering_SxTxD)
+    return along(_with(entries, layer, change_SxTxD))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -86,6 +107,10 @@ def carry_down(
     """Targets down through a layer.
 
     Args:
+      frozen: static.
+      layer: its number.
+      x_TxD: the stream entering it, that of the prompt.
+      skip_DxD: the skip path of its transcoder; None: there is none.
       readers: the targets, by the layer whose transcoder reads; of a stream, L + the one that it enters.
       cotangent_RxTxD: of the stream leaving the layer, but for the targets that read it.
 
@@ -104,18 +129,19 @@ def carry_down(
 
         return frozen.layer(params, layer, whole_prompts(config, length), x_TxD, skip_DxD, add)
 
-    cotangent_RxTxD += _at(readers, config.n_layers + layer + 1, length)
+    cotangent_RxTxD = _with(readers, config.n_layers + layer + 1, cotangent_RxTxD)
     nothing = jnp.zeros((config.n_kv_heads, groups, length, config.d_head), x_TxD.dtype)
     _, pull = jax.vjp(frozen_layer, x_TxD, nothing)
     down = jax.vmap(lambda cotangent_TxD, read_TxD: pull((cotangent_TxD, read_TxD)), out_axes=(0, 1))
-    return down(cotangent_RxTxD, _at(readers, layer, length))
+    return down(cotangent_RxTxD, _with(readers, layer, jnp.zeros_like(cotangent_RxTxD)))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def through(wanted_NxRxGxTxK: jax.Array, added_NxSxTxK: jax.Array, first: int) -> jax.Array:
+def through(wanted_NxRxGxTxK: jax.Array, added_NxSxXxK: jax.Array, first: int) -> jax.Array:
     """The part of each pair of target and source that goes through each head, [R, S, N, G].
 
     Args:
-      added_NxSxTxK: at the positions from ``first`` on, which is static.
+      wanted_NxRxGxTxK: what targets read of the values, from ``carry_down``.
+      added_NxSxXxK: what sources add to them, from ``carry_up``, at the positions from ``first`` on, which is static.
     """
-    return einsum("nrgtk,nstk->rsng", wanted_NxRxGxTxK[:, :, :, first:], added_NxSxTxK)
+    return einsum("nrgtk,nstk->rsng", wanted_NxRxGxTxK[:, :, :, first:], added_NxSxXxK)

@@ -63,6 +63,8 @@ def check_head(config: DecoderConfig, layer: int, head: int, position: int, toke
     """The position from the start, if there is such a head and such a position.
 
     Args:
+      config: of the decoder.
+      layer, head: which head.
       position: below 0, from the end.
       tokens: of the prompt.
 
@@ -149,22 +151,22 @@ def _largest(query_KxS: np.ndarray, key_KxS: np.ndarray, count: int) -> tuple[np
     No product is larger than that of the lengths, so sources of the query go from long ones to short ones until none
     that is left can make a larger pair.
     """
-    length_A, length_B = np.linalg.norm(query_KxS, axis=0), np.linalg.norm(key_KxS, axis=0)
-    order_A, of_key = np.argsort(-length_A, kind="stable")[: (length_A > 0).sum()], np.flatnonzero(length_B)
+    of_query_S, of_key_S = np.linalg.norm(query_KxS, axis=0), np.linalg.norm(key_KxS, axis=0)  # lengths
+    order, of_key = np.argsort(-of_query_S, kind="stable")[: (of_query_S > 0).sum()], np.flatnonzero(of_key_S)
     best = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
     if not len(of_key):
         return best
-    key_KxB, most = key_KxS[:, of_key].astype(np.float64), length_B.max()
+    key_KxB, most = key_KxS[:, of_key].astype(np.float64), of_key_S.max()
     size = max(1, _BLOCK // len(of_key))
-    for start in range(0, len(order_A), size):
-        of_query = order_A[start : start + size]
-        if len(best[2]) == count and length_A[of_query[0]] * most < abs(best[2][-1]):
+    for start in range(0, len(order), size):
+        of_query = order[start : start + size]
+        if len(best[2]) == count and of_query_S[of_query[0]] * most < abs(best[2][-1]):
             break
         part_X = (query_KxS[:, of_query].astype(np.float64).T @ key_KxB).reshape(-1)
         top = np.argpartition(-np.abs(part_X), min(count, len(part_X)) - 1)[:count]
         row, column = np.divmod(top, len(of_key))
         found = of_query[row], of_key[column], part_X[top]
         joined = [np.concatenate(pair) for pair in zip(best, found, strict=True)]
-        order = np.argsort(-np.abs(joined[2]), kind="stable")[:count]
-        best = joined[0][order], joined[1][order], joined[2][order]
+        kept = np.argsort(-np.abs(joined[2]), kind="stable")[:count]
+        best = joined[0][kept], joined[1][kept], joined[2][kept]
     return best

@@ -2,22 +2,24 @@
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
+from saejax.training.placement import free_on
 
 ReadRows = Callable[[int, str, np.ndarray], np.ndarray]
+_SHARE = 4  # of what is free, the part that dictionaries which were read may take
 
 
 class LayerDictionaries(abc.ABC):
-    """Dictionaries of several layers, one of each.
+    """Dictionaries of several layers, one of each, which stay in memory as far as a quarter of what is free goes.
 
     Args:
       name: where the set comes from, for messages and results.
@@ -39,9 +41,27 @@ class LayerDictionaries(abc.ABC):
         revision: str = "",
     ):
         self.name, self.configs, self.reads, self.revision = name, tuple(configs), reads, revision
-        self.load = functools.lru_cache(maxsize=1)(lambda layer: _plain(load(layer)))
+        self._load, self._kept = load, dict[int, Dictionary]()
         stored = not any(config.centred or config.kind == "gated" for config in configs)
         self._rows = rows if rows and stored else self._rows_of_layer
+
+    def load(self, layer: int) -> Dictionary:
+        """The dictionary of a layer, with features that are relu, threshold or topk of x W_enc + b_enc.
+
+        It is kept for the next time. Everything here goes through the layers in order, again and again, so where not
+        all fit, the one that was read last makes room: all others are found again.
+        """
+        if layer not in self._kept:
+            dictionary = _plain(self._load(layer))
+            room = free_on(jax.local_devices()[0]) // _SHARE // sum(a.nbytes for a in dictionary.arrays.values())
+            while len(self._kept) >= max(room, 1):
+                self._kept.popitem()
+            self._kept[layer] = dictionary
+        return self._kept[layer]
+
+    def forget(self) -> None:
+        """Gives up what is kept in memory."""
+        self._kept.clear()
 
     def rows(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
         """Rows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
@@ -87,6 +107,13 @@ def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) 
 
 
 def check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what: str) -> None:
+    """A ``UserError`` unless a dictionary reads a model's width.
+
+    Args:
+      config, model: of the dictionary and the decoder.
+      name: of the model.
+      what: how the message begins.
+    """
     if config.d_in != model.d_model:
         raise UserError(
             f"{what} reads {config.d_in} dimensions, but {name} has {model.d_model}: use the model it was trained on"

@@ -30,7 +30,7 @@ from saejax.models.layers import einsum, norm
 from saejax.models.parameters import LAYERS
 from saejax.models.rules import RunRules
 
-READS = ("mlp_in", "mlp_normed")
+READS = ("mlp_in", "mlp_normed", "resid_mid")
 RELP = RunRules(backward="relp")  # attention weights and factors of norms are constant to differentiation
 
 
@@ -40,7 +40,8 @@ class FrozenModel:
 
     Attributes:
       config: the decoder.
-      reads: what transcoders read: "mlp_in", what the MLP does, or "mlp_normed", the same before the norm's gain.
+      reads: what transcoders read: "mlp_in", what the MLP does; "mlp_normed", the same before the norm's gain; or
+        "resid_mid", the stream before that norm.
     """
 
     config: DecoderConfig
@@ -104,13 +105,16 @@ class FrozenModel:
         """
         if self.reads == "mlp_in":
             return seen["mlp_in"]
+        stream = seen["resid_pre" if self.config.parallel else "resid_mid"]
+        if self.reads == "resid_mid":
+            return stream
         config, weights = self.config, decoder.layer_params(params, layer)
         name = "attn_norm" if config.shared_norm else "mlp_norm"
         gain_D = weights[f"{name}_D"]
         plain = {f"{name}_D": jnp.full_like(gain_D, 0 if config.norm == "rms_plus_one" else 1)}
         if config.norm == "layer":
             plain[f"{name}_bias_D"] = jnp.zeros_like(gain_D)
-        return norm(config, rules, plain, name, seen["resid_pre" if config.parallel else "resid_mid"])
+        return norm(config, rules, plain, name, stream)
 
     def biases(
         self,
@@ -123,6 +127,9 @@ class FrozenModel:
         """The constant part of ``layer``, both [T, D]: what its biases add to the stream and to what is read.
 
         It is linear in the biases, so it is its own derivative along them.
+
+        Args:
+          layer, tables, x_TxD, skip_DxD: see ``layer``.
         """
         own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
 

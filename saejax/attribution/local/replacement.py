@@ -4,10 +4,10 @@ At every layer and every position but the first,
 
     mlp_out = sum over active features of activation * W_dec + b_dec + skip(read) + error
 
-exactly. Attention weights and factors of norms are those of the prompt (``frozen``), so all that comes after is linear
-in these terms. At the first position, an attention sink in most models, features are not used: there the MLP's output
-stands as it is, but for the skip path. In prompts that begin as Gemma 3's chat template does, that is so at its first
-four positions, as in circuit-tracer.
+exactly; features of cross-layer transcoders are active in this layer or below. Attention weights and factors of norms
+are those of the prompt (``frozen``), so all that comes after is linear in these terms. At the first position, an
+attention sink in most models, features are not used: there the MLP's output stands as it is, but for the skip path. In
+prompts that begin as Gemma 3's chat template does, that is so at its first four positions, as in circuit-tracer.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import numpy as np
 from saejax.attribution.local.active import Active, active_features
 from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.written import Written
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
@@ -83,28 +84,29 @@ class Replacement:
     logits_V: np.ndarray
 
     @classmethod
-    def of(cls, model: LanguageModel, transcoders: LayerTranscoders, ids_P: np.ndarray) -> "Replacement":
+    def of(cls, model: LanguageModel, transcoders: LayerTranscoders, ids: np.ndarray) -> "Replacement":
         """Runs the model on a prompt, once, and each transcoder beside its layer.
 
         Args:
           model: the language model.
           transcoders: of all its layers.
-          ids_P: token ids of the prompt, two at least.
+          ids: token ids of the prompt, two at least.
 
         Raises:
           UserError: the set does not belong to the model, the prompt has a single token, a value is not finite, or no
             feature is active.
         """
         transcoders.check(model)
-        ids_P = np.asarray(ids_P, np.int32)
+        ids_P = np.asarray(ids, np.int32)
         first = first_used(model.config, ids_P)
         if len(ids_P) < 2:
             raise UserError("the prompt is a single token, at which no feature is used: expected two at least")
         if len(ids_P) <= first:
             raise UserError(f"no feature is used at the first {first} tokens, and the prompt has no further one")
         frozen, params = FrozenModel(model.config, transcoders.reads), model.params
-        last, ids_T = np.int32(len(ids_P) - 1), np.pad(ids_P, (0, padded_length(len(ids_P)) - len(ids_P)))
+        last, ids_T = np.int32(len(ids_P) - 1), np.pad(ids_P, (0, padded(len(ids_P)) - len(ids_P)))
         x_TxD = embed(frozen, params, ids_T)
+        below = Written(transcoders, len(ids_T))
         found: list[Active] = []
         parts: dict[str, list[jax.Array]] = {}
         broken = []
@@ -113,7 +115,10 @@ class Replacement:
             entering_TxD = x_TxD
             x_TxD, read_TxD, out_TxD = run_layer(frozen, params, np.int32(layer), x_TxD)
             used_T = (np.arange(len(ids_T)) >= first) & (np.arange(len(ids_T)) < len(ids_P))
+            if (written_TxD := below.at(layer)) is not None:
+                out_TxD -= written_TxD
             own, part = active_features(transcoder, layer, read_TxD, out_TxD, used_T)
+            below.add(layer, own.position_A, own.feature_A, own.value_A)
             if not (np.isfinite(own.value_A).all() and jnp.isfinite(part["error_LxTxD"]).all()):
                 broken.append(layer)
             found.append(own)
@@ -189,10 +194,15 @@ def first_used(config: DecoderConfig, ids_P: np.ndarray) -> int:
     return len(start) if start and tuple(ids_P[: len(start)].tolist()) == start else 1
 
 
-def padded_length(tokens: int) -> int:
-    """The length to which a prompt is padded, so that prompts of similar length share compiled programs."""
-    step = max(4, (1 << tokens.bit_length()) >> 3)
-    return -(-tokens // step) * step
+def padded(count: int, least: int = 4) -> int:
+    """The size to which tokens, features or rows are filled up, so that similar prompts share compiled programs.
+
+    Args:
+      count: how many there are.
+      least: the size is a multiple of this, and at most a quarter larger where there are many.
+    """
+    step = max(least, (1 << count.bit_length()) >> 3)
+    return max(-(-count // step), 1) * step
 
 
 def placed(transcoder: Dictionary, model: LanguageModel) -> Dictionary:
@@ -216,7 +226,16 @@ def embed(frozen: FrozenModel, params: decoder.Params, ids_T: jax.Array) -> jax.
 def run_layer(
     frozen: FrozenModel, params: decoder.Params, layer: jax.Array, x_TxD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A layer of the model: the stream leaving it, what its transcoder reads, and what its MLP adds, each [T, D]."""
+    """A layer of the model.
+
+    Args:
+      frozen: static.
+      layer: its number.
+      x_TxD: the stream entering it.
+
+    Returns:
+      The stream leaving it, what its transcoder reads, and what its MLP adds, each [T, D].
+    """
     seen = {}
 
     def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
@@ -232,7 +251,13 @@ def run_layer(
 def read_out(
     frozen: FrozenModel, params: decoder.Params, x_TxD: jax.Array, last: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The stream leaving the last layer at a position [D], and the logits there [V]."""
+    """The stream leaving the last layer at a position [D], and the logits there [V].
+
+    Args:
+      frozen: static.
+      x_TxD: that stream at all positions.
+      last: the position.
+    """
     last_1xD = jax.lax.dynamic_slice_in_dim(x_TxD, last, 1)
     return last_1xD[0], decoder.unembed(frozen.config, params, last_1xD, RELP)[0]
 
@@ -241,7 +266,12 @@ def read_out(
 def run_biases(
     frozen: FrozenModel, params: decoder.Params, stream_LxTxD: jax.Array, skip_LxDxD: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """``FrozenModel.biases`` of all layers, both [L, T, D]."""
+    """``FrozenModel.biases`` of all layers, both [L, T, D].
+
+    Args:
+      frozen: static.
+      stream_LxTxD, skip_LxDxD: see ``Streams``.
+    """
     tables = whole_prompts(frozen.config, stream_LxTxD.shape[1])
 
     def one(_: None, part: tuple[Any, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:

@@ -5,15 +5,15 @@ dictionaries that are in memory already. Of a set on disk nothing but descriptio
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from saejax.attribution.local.dictionaries import LayerDictionaries, check_dictionary, check_width
-from saejax.dictionaries import Dictionary, formats
-from saejax.dictionaries.formats import circuit_tracer, gemma_scope, own
+from saejax.attribution.local.dictionaries import LayerDictionaries, ReadRows, check_dictionary, check_width
+from saejax.dictionaries import Dictionary, DictionaryConfig, formats
+from saejax.dictionaries.formats import circuit_tracer, cross_layer, gemma_scope, own
 from saejax.dictionaries.formats import circuit_tracer_settings as description
 from saejax.errors import UserError
 from saejax.models import source
@@ -21,11 +21,50 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 
+_FILES = ("layer_*.safetensors", "W_enc_*.safetensors", "W_dec_*.safetensors", "params_layer_*.safetensors")
 _ADDRESS = re.compile(r"hf://(?P<repository>[^/]+/[^/]+)/(?P<file>[^?]+)(\?revision=(?P<revision>.+))?")
 
 
+ReadWrites = Callable[[int, np.ndarray], np.ndarray]
+
+
 class LayerTranscoders(LayerDictionaries):
-    """A transcoder for every layer, from layer 0."""
+    """A transcoder for every layer, from layer 0; or a cross-layer one, whose features write to later layers, too.
+
+    Args:
+      name, configs, load, rows, reads, revision: see ``LayerDictionaries``; of a cross-layer transcoder a dictionary's
+        decoder is what its features write to their own layer.
+      writes: given a layer and features [U], reads what these write to their own layer and to each later one,
+        [U, L - layer, D]; None: they write to their own alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        configs: Sequence[DictionaryConfig],
+        load: Callable[[int], Dictionary],
+        rows: ReadRows | None = None,
+        reads: str = "mlp_in",
+        revision: str = "",
+        writes: ReadWrites | None = None,
+    ):
+        super().__init__(name, configs, load, rows, reads, revision)
+        self._writes = writes
+
+    @property
+    def cross_layer(self) -> bool:
+        """Whether features write to later layers than their own."""
+        return self._writes is not None
+
+    def written_layers(self, layer: int) -> int:
+        """How many layers the features of a layer write to, from their own on."""
+        return len(self.configs) - layer if self.cross_layer else 1
+
+    def writes(self, layer: int, features_U: np.ndarray) -> np.ndarray:
+        """What features of a layer write to each layer that they write to, fp32 [U, X, D]."""
+        if self._writes is None:
+            return self.rows(layer, "W_dec", features_U)[:, None]
+        return np.asarray(self._writes(layer, features_U), np.float32)
 
     @classmethod
     def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "LayerTranscoders":
@@ -56,7 +95,8 @@ class LayerTranscoders(LayerDictionaries):
             raise UserError(f"{self.name} has {told}: expected one for each layer of {name}, 0 to {model.n_layers - 1}")
         for layer, config in enumerate(self.configs):
             check_width(config, model, name, f"{self.name}, layer {layer}: the transcoder")
-            if (config.site, config.target) != (f"mlp_in.{layer}", f"mlp_out.{layer}"):
+            read = "resid_mid" if self.reads == "resid_mid" else "mlp_in"
+            if (config.site, config.target) != (f"{read}.{layer}", f"mlp_out.{layer}"):
                 raise UserError(
                     f"{self.name}, layer {layer}: the transcoder reads {config.site} and predicts {config.target}: "
                     f"expected mlp_in.{layer} and mlp_out.{layer}"
@@ -67,6 +107,7 @@ class LayerTranscoders(LayerDictionaries):
         """What a graph says of the set."""
         first = self.configs[0]
         own = dict(name=self.name, revision=self.revision, reads=self.reads, layers=len(self.configs))
+        own |= dict(cross_layer=True) if self.cross_layer else {}
         return own | dict(kind=first.kind, n_features=first.n_features, skip=first.skip, model=first.model)
 
 
@@ -76,8 +117,8 @@ def open_transcoders(
     """Opens a set of transcoders, of which no array is read yet.
 
     Args:
-      path: a circuit-tracer set, Gemma Scope's files, a folder of folders with our own dictionaries or SAELens ones; or
-        the hub id of a repository with such.
+      path: a circuit-tracer set or Gemma Scope's files, of each layer or cross-layer; a folder of folders with our own
+        dictionaries or SAELens ones; or the hub id of a repository with such.
       revision: branch, tag or commit of a hub repository.
       subfolder: where in it the set is.
       choice: which of several transcoders of a layer are meant, by words of their names such as "16k" and "small"; see
@@ -87,6 +128,9 @@ def open_transcoders(
       UserError: there is none, it lacks a layer, or it is damaged.
     """
     name, folder, commit = find_folder(str(path), revision, subfolder, choice)
+    if cross_layer.is_one(folder):
+        opened, reads = cross_layer.open_set(folder, _fetched)
+        return LayerTranscoders(name, opened.configs, opened.load, opened.rows, reads, commit, opened.writes)
     if (folder / formats.SET).exists():
         return _listed(name, folder, commit)
     if files := gemma_scope.find_layers(folder, choice):
@@ -106,6 +150,9 @@ def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] 
     """The name of a set, its folder, which is fetched from the hub if need be, and the commit there.
 
     Of a repository with several transcoders of each layer nothing is fetched but those that are meant.
+
+    Args:
+      path, revision, subfolder, choice: see ``open_transcoders``.
     """
     name = f"{path}/{subfolder}" if subfolder else path
     local = Path(path).expanduser()
@@ -114,7 +161,7 @@ def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] 
     if local.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"there is no folder {path} of transcoders: expected one, or a hub id such as org/name")
     prefix = f"{subfolder}/" if subfolder else ""
-    listed = [f"{prefix}{formats.SET}", f"{prefix}layer_*.safetensors"]
+    listed = [f"{prefix}{formats.SET}", *(f"{prefix}{pattern}" for pattern in _FILES)]
     root = source.hub_folder(path, revision, listed, [f"{prefix}*/*"], what="set of transcoders")
     if not (root / prefix / formats.SET).exists():
         inside = [file.removeprefix(prefix) for file in _files_of(path, root.name) if file.startswith(prefix)]
@@ -144,12 +191,14 @@ def _listed(name: str, folder: Path, commit: str) -> LayerTranscoders:
     def rows(layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
         return opened.tensors[layer][name].map()[features_U]
 
-    reads = "mlp_normed" if before_gain else "mlp_in"
+    reads = "mlp_normed" if before_gain else Site.parse(opened.configs[0].site).kind
     return LayerTranscoders(name, opened.configs, opened.load, rows, reads, commit)
 
 
 def _gemma_scope(name: str, files: Sequence[Path], before_gain: bool, commit: str, model: str) -> LayerTranscoders:
-    configs = [gemma_scope.read_config(file, layer, model) for layer, file in enumerate(files)]
+    configs = [
+        gemma_scope.read_config(file, f"mlp_in.{layer}", f"mlp_out.{layer}", model) for layer, file in enumerate(files)
+    ]
     reads = "mlp_normed" if before_gain else "mlp_in"
     return LayerTranscoders(
         name, configs, lambda layer: gemma_scope.load(files[layer], configs[layer]), None, reads, commit

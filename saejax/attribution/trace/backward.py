@@ -54,7 +54,7 @@ def contributions(
     skip_LxDxD: jax.Array | None,
     bank: SourceBank,
     first_X: jax.Array,
-    stop_X: jax.Array,
+    stops: jax.Array,
     batch: TargetBatch,
 ) -> jax.Array:
     """The products of all blocks of sources with the cotangents of a batch of targets, fp32 [B, N, R, W].
@@ -65,7 +65,8 @@ def contributions(
     Args:
       frozen, mesh: static.
       stream_LxTxD: the stream entering each layer, at no more positions than the targets need.
-      first_X, stop_X: the blocks of each place that are at these positions.
+      skip_LxDxD: skip paths of the transcoders; None: there are none.
+      first_X, stops: the first block of each place, and the end of those at these positions.
     """
     length = stream_LxTxD.shape[1]
     tables, chunks = whole_prompts(frozen.config, length), jnp.arange(len(batch.start_N))
@@ -77,7 +78,7 @@ def contributions(
         return jnp.where(here_RxT[..., None], batch.vector_NxRxD[chunk][:, None], 0)
 
     def read_off(place: jax.Array, cotangent_NxRxTxD: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
-        blocks = first_X[place], stop_X[place]
+        blocks = first_X[place], stops[place]
         return _read_off(bank, *blocks, batch.start_N >= place, cotangent_NxRxTxD, read_BxNxRxW)
 
     def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

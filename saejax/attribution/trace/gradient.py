@@ -102,7 +102,7 @@ def trace_saes(
 
     count = min(max_features or len(active), len(active))
     chosen_F, store = attributed(run, rows.nodes, readouts, fill, count, round_rows)
-    if not np.isfinite(store.row_RxC).all():
+    if not np.isfinite(store.row_BxC).all():
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     settings |= dict(edges=f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates")
@@ -131,7 +131,7 @@ class _Rows:
         self._table_UxD = run.saes.rows_of("W_dec", active.layer_A[first_U], active.feature_A[first_U])
         # The features of each site and position, which stand together.
         group_A = _slots(run, active.layer_A) * tokens + active.position_A
-        self._start_G = np.searchsorted(group_A, np.arange(len(layer_S) * tokens + 1))
+        self._starts = np.searchsorted(group_A, np.arange(len(layer_S) * tokens + 1))
         self._token_PxD = to_host(run.stream_LxTxD[0, :tokens])
         self._bias_SxD = np.stack([to_host(run.saes.load(layer).b_dec_D[...]) for layer in layer_S])
 
@@ -163,8 +163,8 @@ class _Rows:
         run, tokens = self._run, len(self._run.ids_P)
         at_SxPxBxD = np.moveaxis(site_SxBxTxD[:, :, :tokens], 2, 1)
         into_NxB = np.empty((len(self.nodes), len(token_BxTxD)), np.float32)
-        start_G, gradient_GxBxD = self._start_G, at_SxPxBxD.reshape(-1, *at_SxPxBxD.shape[2:])
-        for start, stop, gradient_BxD in zip(start_G, start_G[1:], gradient_GxBxD, strict=False):
+        starts, gradient_GxBxD = self._starts, at_SxPxBxD.reshape(-1, *at_SxPxBxD.shape[2:])
+        for start, stop, gradient_BxD in zip(starts, starts[1:], gradient_GxBxD, strict=False):
             into_NxB[start:stop] = self._table_UxD[self._row_A[start:stop]] @ gradient_BxD.T
         features = len(run.active)
         into_NxB[:features] *= run.active.value_A[:, None]

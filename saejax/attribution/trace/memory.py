@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from saejax.attribution.graph.pruning import RUNS
 from saejax.attribution.local.active import AT_ONCE
-from saejax.attribution.local.replacement import padded_length
+from saejax.attribution.local.replacement import padded
 from saejax.attribution.trace.row_store import WHOLE, columns_kept
 from saejax.attribution.trace.rows import batch_tokens
 from saejax.attribution.trace.sources import WIDTH
@@ -38,7 +38,7 @@ _COPIES = 3  # of the activations of a layer: before and after the sparsity func
 _SCORES = 2.5  # attention weights, and what they are made of
 _ROUND = 2048  # features that are attributed between two rankings, at the most
 _CHANGED = 8  # least sets of changed features that go through a layer together
-_HEADS = {"cpu": 1 << 9, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of the sources of a block, together
+_HEADS = {"cpu": 1 << 11, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of the sources of a block, together
 HEADS_STEP, _HEADS_MOST = 16, 256  # sources of a block: a multiple, and the most
 PHASES = dict(
     layers="the layers and their transcoders",
@@ -121,7 +121,12 @@ def graph_bytes(size: GraphSize, tokens: int, mesh: Mesh) -> dict[str, Bytes]:
 
 
 def heads_block(platform: str, length: int) -> int:
-    """How many sources, or targets, go through the layers together when the heads of edges are looked for."""
+    """How many sources, or targets, go through the layers together when the heads of edges are looked for.
+
+    Args:
+      platform: of the devices.
+      length: of the prompt, padded.
+    """
     return min(max(_HEADS[platform] // length // HEADS_STEP * HEADS_STEP, HEADS_STEP), _HEADS_MOST)
 
 
@@ -130,14 +135,19 @@ def fitting_tokens(size: GraphSize, mesh: Mesh, room: Room) -> int:
     low, high = 1, size.model.context
     while low < high:
         middle = (low + high + 1) // 2
-        fits = all(room.holds(need, mesh) for need in graph_bytes(size, middle, mesh).values())
-        low, high = (middle, high) if fits else (low, middle - 1)
+        low, high = (middle, high) if fits(size, middle, mesh, room) else (low, middle - 1)
     return low
 
 
 def free_room(mesh: Mesh) -> Room:
     """What is free now."""
     return Room(free_bytes(mesh), psutil.virtual_memory().available)
+
+
+def fits(size: GraphSize, tokens: int, mesh: Mesh, room: Room | None = None) -> bool:
+    """Whether a prompt's graph fits into some room; None: into what is free now."""
+    room = room or free_room(mesh)
+    return all(room.holds(need, mesh) for need in graph_bytes(size, tokens, mesh).values())
 
 
 def check_room(size: GraphSize, tokens: int, mesh: Mesh, room: Room | None = None) -> None:
@@ -150,10 +160,10 @@ def check_room(size: GraphSize, tokens: int, mesh: Mesh, room: Room | None = Non
       UserError: it does not; the message says first how many tokens would.
     """
     room = room or free_room(mesh)
+    if fits(size, tokens, mesh, room):
+        return
     needs = graph_bytes(size, tokens, mesh)
     short = {name: need for name, need in needs.items() if not room.holds(need, mesh)}
-    if not short:
-        return
     name = max(short, key=lambda name: sum(short[name]))
     most = fitting_tokens(size, mesh, room)
     told = f"about {most:,} tokens fit" if most > 1 else "no prompt fits"
@@ -204,7 +214,7 @@ def _transcoders(size: GraphSize) -> int:
 
 
 def _layers(size: GraphSize, tokens: int) -> tuple[float, float]:
-    length, features = padded_length(tokens), size.transcoder.n_features
+    length, features = padded(tokens), size.transcoder.n_features
     acts = features * max(1, min(length, AT_ONCE // features))
     stacked = size.model.n_layers * length * size.model.d_model  # streams are copied when they are put together
     running = _inside(size) * length + _attention(size, length)
@@ -213,7 +223,7 @@ def _layers(size: GraphSize, tokens: int) -> tuple[float, float]:
 
 
 def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
-    model, length, width = size.model, padded_length(tokens), size.model.d_model
+    model, length, width = size.model, padded(tokens), size.model.d_model
     active, traced = size.active_features(tokens), size.traced(tokens)
     targets = traced + size.logits
     sources = active + model.n_layers * (tokens + 2) + tokens
@@ -236,7 +246,7 @@ def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
 
 def _heads(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
     """Two blocks of sources, one of which is kept in all layers, as more are only where they fit."""
-    model, length = size.model, padded_length(tokens)
+    model, length = size.model, padded(tokens)
     positions = heads_block(mesh.devices.flat[0].platform, length) * length
     values = model.n_layers * model.n_kv_heads * model.d_head
     mixed = 3 * model.n_heads * model.d_head
@@ -245,7 +255,7 @@ def _heads(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
 
 
 def _checks(size: GraphSize, tokens: int) -> tuple[float, float]:
-    model, length, features = size.model, padded_length(tokens), size.transcoder.n_features
+    model, length, features = size.model, padded(tokens), size.transcoder.n_features
     circuits = min(max(AT_ONCE // (length * features), 1), RUNS)
     running = _inside(size) * length + _attention(size, length)
     acts = _COPIES * circuits * length * features

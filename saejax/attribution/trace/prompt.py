@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
-from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
+from saejax.attribution.trace.memory import GraphSize, certain_active, check_room, fits
 from saejax.attribution.trace.rounds import attributed, graph_of
 from saejax.attribution.trace.row_store import Put
 from saejax.attribution.trace.rows import RowTracer
@@ -114,11 +115,18 @@ def _run(
     dictionaries.check(model)
     first = dictionaries.configs[0]
     size = GraphSize(model.config, first, certain_active(first), max_features, logits)
-    check_room(size, len(ids_P), model.mesh)
+    _make_room(size, dictionaries, len(ids_P), model.mesh)
     replacement = Replacement.of(model, dictionaries, ids_P)
     density = len(replacement.active) / (model.config.n_layers * (len(ids_P) - 1))
-    check_room(dataclasses.replace(size, active=density), len(ids_P), model.mesh)
+    _make_room(dataclasses.replace(size, active=density), dictionaries, len(ids_P), model.mesh)
     return replacement
+
+
+def _make_room(size: GraphSize, dictionaries: LayerTranscoders, tokens: int, mesh: Mesh) -> None:
+    """Gives up the transcoders that are in memory where the graph does not fit beside them."""
+    if not fits(size, tokens, mesh):
+        dictionaries.forget()
+        check_room(size, tokens, mesh)
 
 
 def prompt_ids(
@@ -141,16 +149,16 @@ def prompt_ids(
     if chat and isinstance(prompt, str):
         prompt = _in_template(model, prompt)
     if not isinstance(prompt, str):
-        ids_P = np.asarray(prompt, np.int32).reshape(-1)
+        ids = np.asarray(prompt, np.int32).reshape(-1)
     else:
-        ids_P = model.tokenize([prompt]).ids_BxT[0]
+        ids = model.tokenize([prompt]).ids_BxT[0]
         tokenizer = model.tokenizer
         first = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
         first = [token for token in first if token is not None]
-        if prepend and first and not set(ids_P[:1].tolist()) & set(tokenizer.all_special_ids):
-            ids_P = np.concatenate([first[:1], ids_P]).astype(np.int32)
-    Tokens(ids_P[None], np.array([len(ids_P)], np.int32)).check(model.config.vocab, model.config.context)
-    return ids_P
+        if prepend and first and not set(ids[:1].tolist()) & set(tokenizer.all_special_ids):
+            ids = np.concatenate([first[:1], ids]).astype(np.int32)
+    Tokens(ids[None], np.array([len(ids)], np.int32)).check(model.config.vocab, model.config.context)
+    return ids
 
 
 def _in_template(model: LanguageModel, prompt: str) -> list[int]:

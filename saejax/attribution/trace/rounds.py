@@ -41,20 +41,20 @@ def attributed(
     round_rows = round_rows or min(-(-count // _ROUNDS), ROUND_ROWS)
     scored = int(np.isin(nodes.kind_N, (FEATURE, ERROR, TOKEN)).sum())
     fill(None, store.put(None))
-    chosen_F = np.empty(0, np.int64)
-    while len(chosen_F) < count:
-        new_F = np.arange(count)
+    chosen = np.empty(0, np.int64)
+    while len(chosen) < count:
+        new = np.arange(count)
         if count < len(active):
-            ranked_F = _most_influential(run, readouts, store, chosen_F, scored)
-            if not store.room(len(chosen_F)):
-                store.narrow(np.concatenate([chosen_F, ranked_F]), len(chosen_F))
-            new_F = ranked_F[: min(round_rows, store.room(len(chosen_F)))]
-        fill(new_F, store.put(len(chosen_F)))
-        chosen_F = np.concatenate([chosen_F, new_F])
-    order_F = np.argsort(chosen_F)
+            ranked = _most_influential(run, readouts, store, chosen, scored)
+            if not store.room(len(chosen)):
+                store.narrow(np.concatenate([chosen, ranked]), len(chosen))
+            new = ranked[: min(round_rows, store.room(len(chosen)))]
+        fill(new, store.put(len(chosen)))
+        chosen = np.concatenate([chosen, new])
+    order = np.argsort(chosen)
     if count < len(active):
-        store.sort(order_F)
-    return chosen_F[order_F], store
+        store.sort(order)
+    return chosen[order], store
 
 
 def _most_influential(
@@ -66,7 +66,7 @@ def _most_influential(
       scored: number of sources, the first ones, that take part in influences.
     """
     active, logits = run.active, len(readouts.labels)
-    rows = store.row_RxC[:, : np.searchsorted(store.column_C, scored)]
+    rows = store.row_BxC[:, : np.searchsorted(store.column_C, scored)]
     layer_R = np.zeros(len(rows), np.int32)
     column_R, weight_R = np.full(len(rows), -1), np.zeros(len(rows))
     layer_R[: len(chosen_F)] = active.layer_A[chosen_F]
@@ -75,8 +75,8 @@ def _most_influential(
     influence_C = pruning.influence(rows, layer_R, column_R, weight_R, store.size_R[: len(rows)])
     features = np.searchsorted(store.column_C, len(active))
     influence_C[column_R[: len(chosen_F)]] = -1
-    order_C = np.argsort(-influence_C[:features], kind="stable")[: features - len(chosen_F)]
-    return store.column_C[order_C]
+    order = np.argsort(-influence_C[:features], kind="stable")[: features - len(chosen_F)]
+    return store.column_C[order]
 
 
 def graph_of(
@@ -100,15 +100,15 @@ def graph_of(
       settings: how the graph was made.
     """
     active, model = run.active, run.model
-    adjacency_RxS, nodes, unkept_R = store.row_RxC, nodes[store.column_C], store.dropped_R
+    adjacency, nodes, unkept_R = store.row_BxC, nodes[store.column_C], store.dropped_R
     if len(chosen_F) < len(active):
         dropped_C = (store.column_C < len(active)) & ~np.isin(store.column_C, chosen_F)
-        unkept_R = unkept_R + adjacency_RxS[:, dropped_C].sum(axis=1)
-        adjacency_RxS, nodes = adjacency_RxS[:, ~dropped_C], nodes[~dropped_C]
+        unkept_R = unkept_R + adjacency[:, dropped_C].sum(axis=1)
+        adjacency, nodes = adjacency[:, ~dropped_C], nodes[~dropped_C]
     text = token_text(model.tokenizer)
     of_logits = Nodes.of(LOGIT, model.config.n_layers, readouts.position_K, readouts.token_K, readouts.weight_K)
     return Graph(
-        adjacency_RxS=adjacency_RxS,
+        adjacency_RxS=adjacency,
         nodes=Nodes.joined(nodes, of_logits),
         value_R=np.concatenate([active.value_A[chosen_F], readouts.value_K]),
         constant_R=np.concatenate([run.constants(chosen_F), readouts.constant_K]),

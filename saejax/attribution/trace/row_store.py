@@ -21,7 +21,12 @@ _BLOCK = 1 << 24  # numbers that are copied at once
 
 
 def columns_kept(rows: int, active: int, others: int) -> int:
-    """How many columns the rows have in the end, of so many active features and other sources."""
+    """How many columns the rows have in the end.
+
+    Args:
+      rows: their number.
+      active, others: how many active features there are, and other sources.
+    """
     if rows * (active + others) <= WHOLE:
         return active + others
     return min(active, max(_SPARE * rows, _LEAST)) + others
@@ -37,7 +42,7 @@ class RowStore:
       sources: their number S.
 
     Attributes:
-      row_RxC: fp32, over the sources that have a column.
+      row_BxC: fp32 rows that there is room for, over the sources that have a column.
       column_C: which sources these are, ascending.
       dropped_R, size_R: fp32 sums, and sums of absolute values, over the sources that have none.
     """
@@ -46,31 +51,31 @@ class RowStore:
         self._count, self._others, self._active = count, others, active
         self._room = columns_kept(count + others, active, sources - active)
         first = count if self._room == sources else min(count, max(WHOLE // sources - others, _LEAST_ROWS))
-        self.row_RxC = np.zeros((first + others, sources), np.float32)
+        self.row_BxC = np.zeros((first + others, sources), np.float32)
         self.column_C = np.arange(sources)
         self.dropped_R, self.size_R = np.zeros((2, count + others), np.float32)
-        self._left_C = np.empty(0, np.int64)
+        self._left_X = np.empty(0, np.int64)
 
     def room(self, done: int) -> int:
         """How many more rows of features fit, after so many of them, before columns have to be given up."""
-        return len(self.row_RxC) - self._others - done
+        return len(self.row_BxC) - self._others - done
 
     def put(self, start: int | None) -> Put:
         """Where rows are written to: to those from ``start`` on, or (None) to those that are of no feature."""
-        first = len(self.row_RxC) - self._others if start is None else start
+        first = len(self.row_BxC) - self._others if start is None else start
 
         def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
-            if len(self._left_C):
+            if len(self._left_X):
                 self._write_narrow(first + row_B, value_BxS)
             else:
-                self.row_RxC[first + row_B] = value_BxS
+                self.row_BxC[first + row_B] = value_BxS
 
         return write
 
     def _write_narrow(self, row_B: np.ndarray, value_BxS: np.ndarray) -> None:
-        left_BxC = value_BxS[:, self._left_C]
-        self.row_RxC[row_B] = value_BxS[:, self.column_C]
-        self.dropped_R[row_B], self.size_R[row_B] = left_BxC.sum(axis=1), np.abs(left_BxC).sum(axis=1)
+        left_BxX = value_BxS[:, self._left_X]
+        self.row_BxC[row_B] = value_BxS[:, self.column_C]
+        self.dropped_R[row_B], self.size_R[row_B] = left_BxX.sum(axis=1), np.abs(left_BxX).sum(axis=1)
 
     def narrow(self, ranked_A: np.ndarray, done: int) -> None:
         """Gives up columns of features, and makes room for the rows that are left.
@@ -79,19 +84,19 @@ class RowStore:
           ranked_A: active features, those that are to keep their column first.
           done: rows of features that there are.
         """
-        old_RxC, sources = self.row_RxC, len(self.column_C)
+        old, sources = self.row_BxC, len(self.column_C)
         others = sources - self._active
         kept_S = np.ones(sources, bool)
         kept_S[: self._active] = False
         kept_S[ranked_A[: self._room - others]] = True
-        self.column_C, self._left_C = np.flatnonzero(kept_S), np.flatnonzero(~kept_S)
-        self.row_RxC = np.zeros((self._count + self._others, len(self.column_C)), np.float32)
+        self.column_C, self._left_X = np.flatnonzero(kept_S), np.flatnonzero(~kept_S)
+        self.row_BxC = np.zeros((self._count + self._others, len(self.column_C)), np.float32)
         for row in (*range(done), *range(-self._others, 0)):  # one by one: there is no room for copies
-            self._write_narrow(np.array([row]), old_RxC[row][None])
+            self._write_narrow(np.array([row]), old[row][None])
 
     def sort(self, order_F: np.ndarray) -> None:
         """Puts the rows of features in another order, a few columns at a time: there is no room for a second copy."""
-        rows_FxC = self.row_RxC[: self._count]
+        rows_FxC = self.row_BxC[: self._count]
         size = max(_BLOCK // max(len(rows_FxC), 1), 1)
         for start in range(0, rows_FxC.shape[1], size):
             rows_FxC[:, start : start + size] = rows_FxC[order_F, start : start + size]

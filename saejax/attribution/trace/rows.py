@@ -24,17 +24,17 @@ def batch_tokens(platform: str, length: int) -> int:
     return _CHUNKS * max(TOKENS[platform], length)
 
 
-def row_flops(model: DecoderConfig, layers_R: np.ndarray | float, positions_R: np.ndarray | float) -> float:
+def row_flops(model: DecoderConfig, layers: np.ndarray | float, positions: np.ndarray | float) -> float:
     """What rows of a graph need at the least, in operations; a product of [m, k] and [k, n] has 2 m k n.
 
     That is the transposed projections of values and outputs of attention.
 
     Args:
-      layers_R: how many layers each target goes down through.
-      positions_R: the positions up to its own.
+      layers: how many layers each target goes down through, [R] or one number.
+      positions: the positions up to its own.
     """
     per_token = 2.0 * model.d_model * model.d_head * (model.n_heads + model.n_kv_heads)
-    return float(np.sum(np.asarray(layers_R, np.float64) * positions_R)) * per_token
+    return float(np.sum(np.asarray(layers, np.float64) * positions)) * per_token
 
 
 class RowTracer:
@@ -113,19 +113,19 @@ class RowTracer:
         self,
         index: int,
         chunks: list[np.ndarray],
-        layer_R: np.ndarray,
-        position_R: np.ndarray,
-        vector_RxD: np.ndarray,
+        layer_X: np.ndarray,
+        position_X: np.ndarray,
+        vector_XxD: np.ndarray,
         in_stream: bool,
     ) -> jax.Array:
         """Starts the program on a batch; chunks are filled up with copies, the batch with chunks that never start."""
         size = self._chunk_size(index)
-        filled_NxR = np.stack([np.resize(targets, size) for targets in chunks])
-        filled_NxR = filled_NxR[np.minimum(np.arange(_CHUNKS), len(chunks) - 1)]
+        filled = np.stack([np.resize(targets, size) for targets in chunks])
+        filled_NxR = filled[np.minimum(np.arange(_CHUNKS), len(chunks) - 1)]
         start_N = np.zeros(_CHUNKS, np.int32)
-        start_N[: len(chunks)] = layer_R[filled_NxR[: len(chunks)]].max(axis=1) + (not in_stream)
+        start_N[: len(chunks)] = layer_X[filled].max(axis=1) + (not in_stream)
         model, streams, sources = self._replacement.model, self._replacement.streams, self._sources
-        arrays = vector_RxD[filled_NxR], layer_R[filled_NxR], position_R[filled_NxR]
+        arrays = vector_XxD[filled_NxR], layer_X[filled_NxR], position_X[filled_NxR]
         vector_NxRxD, layer_NxR, position_NxR = (
             jax.device_put(array, fitting_sharding(model.mesh, array.shape, None, "data", *[None] * (array.ndim - 2)))
             for array in arrays

@@ -8,7 +8,7 @@ import numpy as np
 
 from saejax.attribution.local.active import Active, active_features
 from saejax.attribution.local.frozen import FrozenModel
-from saejax.attribution.local.replacement import embed, padded_length, placed
+from saejax.attribution.local.replacement import embed, padded, placed
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.trace import perturbed
 from saejax.attribution.trace.perturbed import Places
@@ -68,7 +68,7 @@ class SaeRun:
         saes.check(model)
         rules = RunRules(backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
         places = Places.of(saes.sites, model.config.n_layers)
-        length = padded_length(len(ids_P))
+        length = padded(len(ids_P))
         x_TxD = embed(FrozenModel(model.config), model.params, np.pad(ids_P, (0, length - len(ids_P))))
         none_SxTxD = jnp.zeros((len(saes.sites), *x_TxD.shape), x_TxD.dtype)
         last = np.int32(len(ids_P) - 1)

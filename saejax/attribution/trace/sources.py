@@ -10,18 +10,19 @@ batch of targets. Blocks name rows of a table, so a feature that is active at ma
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
-from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.replacement import Replacement, padded
 from saejax.parallel import sharding
 
 WIDTH = 32  # directions in a block
 STEP = 4  # blocks that are read at once
-_ROWS, _BLOCKS = 512, 64  # sizes are rounded up to multiples, so that prompts share compiled programs
+_ROWS, _BLOCKS = 512, 64  # least rows of the table, and blocks; see ``padded``
 _NOWHERE = np.iinfo(np.int32).max  # position of a block that fills up its place
 
 
@@ -49,10 +50,10 @@ class Sources:
       nodes: the S sources; features first, biases last.
       bank: their directions.
       first_X: int32 first block of each place, and the end of the last.
-      at_E: slot of each entry among all; the entries are the sources in order, but a bias has one at each position, and
-        a first_mlp one at each of the first positions.
+      at_E: slot of each entry among all; the entries are the sources in order, but a bias has one at each position, a
+        first_mlp one at each of the first positions, and a feature one in each layer that it writes to.
       factor_E: fp32, by which the direction is multiplied: a feature's activation.
-      first: the first position at which features are used.
+      start_S: int64 first entry of each source.
     """
 
     nodes: Nodes
@@ -60,7 +61,7 @@ class Sources:
     first_X: np.ndarray
     at_E: np.ndarray
     factor_E: np.ndarray
-    first: int
+    start_S: np.ndarray
 
     @classmethod
     def of(cls, replacement: Replacement, bias_nodes: bool = True) -> "Sources":
@@ -69,48 +70,26 @@ class Sources:
         Args:
           bias_nodes: whether there are nodes for biases and for the MLP's output at the first position.
         """
-        active, streams = replacement.active, replacement.streams
-        layers, length, _ = streams.stream_LxTxD.shape
-        tokens = len(replacement.ids_P)
-        layer_E, position_E = (part.reshape(-1) for part in np.mgrid[:layers, :tokens])
-        every_L, every_P = np.arange(layers), np.arange(tokens)
-        row_A, decoder_UxD = _decoder_rows(replacement)
-        tables = [decoder_UxD, streams.error_LxTxD, streams.stream_LxTxD[0]]
-        start_error, start_token = len(decoder_UxD), len(decoder_UxD) + layers * length
-        kinds = [
-            Nodes.of(FEATURE, active.layer_A, active.position_A, active.feature_A, active.value_A),
-            Nodes.of(ERROR, layer_E, position_E),
-            Nodes.of(TOKEN, -1, every_P, replacement.ids_P),
-        ]
-        # Of each entry: its place, its position, and its row in the table.
-        entries = [
-            (active.layer_A + 1, active.position_A, row_A),
-            (layer_E + 1, position_E, start_error + layer_E * length + position_E),
-            (np.zeros_like(every_P), every_P, start_token + every_P),
-        ]
-        if bias_nodes:
-            kinds += [Nodes.of(FIRST_MLP, every_L, 0), Nodes.of(BIAS, every_L, 0)]
-            start, first = start_token + length, replacement.first
-            layer_X, position_X = (part.reshape(-1) for part in np.mgrid[:layers, :first])
-            entries.append((layer_X + 1, position_X, start + np.arange(layers * first)))
-            bias_XxD = _biases(replacement)
-            if len(bias_XxD) > layers:
-                row_E = layer_E * length + position_E
-            else:  # biases of decoders alone, and the first positions have none
-                later = position_E >= first
-                layer_E, position_E = layer_E[later], position_E[later]
-                row_E = layer_E
-            entries.append((layer_E + 1, position_E, start + layers * first + row_E))
-            tables += [streams.first_LxUxD, bias_XxD]
-        nodes = Nodes.joined(*kinds)
-        place_E, position_E, row_E = (np.concatenate(parts) for parts in zip(*entries, strict=True))
+        parts = [_features(replacement), _errors(replacement), _tokens(replacement)]
+        parts += [_first_mlps(replacement), _biases(replacement)] if bias_nodes else []
+        before = np.cumsum([0, *(len(part.table_UxD) for part in parts)])
+        row_E = np.concatenate([part.row_E + start for part, start in zip(parts, before, strict=False)])
+        place_E = np.concatenate([part.place_E for part in parts])
+        position_E = np.concatenate([part.position_E for part in parts])
         factor_E = np.ones(len(place_E), np.float32)
-        factor_E[: len(active)] = active.value_A
-        at_E, first_X, row_BxW, position_B = _blocks(place_E, position_E, row_E, layers + 1, tokens)
-        width = streams.last_D.shape[-1]
-        table_UxD = jnp.concatenate([jnp.asarray(table).reshape(-1, width) for table in tables])
-        bank = jax.device_put(SourceBank(table_UxD, row_BxW, position_B), sharding(replacement.model.mesh))
-        return cls(nodes, bank, first_X, at_E, factor_E, replacement.first)
+        factor_E[: len(parts[0].place_E)] = np.repeat(replacement.active.value_A, parts[0].count_S)
+        places, tokens = replacement.model.config.n_layers + 1, len(replacement.ids_P)
+        at_E, first_X, row_BxW, position_B = _blocks(place_E, position_E, row_E, places, tokens)
+        bank = SourceBank(jnp.concatenate([jnp.asarray(part.table_UxD) for part in parts]), row_BxW, position_B)
+        count_S = np.concatenate([part.count_S for part in parts])
+        return cls(
+            Nodes.joined(*(part.nodes for part in parts)),
+            jax.device_put(bank, sharding(replacement.model.mesh)),
+            first_X,
+            at_E,
+            factor_E,
+            np.cumsum(count_S) - count_S,
+        )
 
     def stop_X(self, length: int) -> np.ndarray:
         """The end of the blocks of each place that are at the first ``length`` positions, int32."""
@@ -119,43 +98,92 @@ class Sources:
 
     def collect(self, read_BxRxW: np.ndarray) -> np.ndarray:
         """What each source contributes to each target, fp32 [R, S], from the products of all blocks."""
-        flat_RxX = np.moveaxis(read_BxRxW, 1, 0).reshape(read_BxRxW.shape[1], -1)
-        value_RxE = flat_RxX[:, self.at_E] * self.factor_E
-        layers = int((self.nodes.kind_N == BIAS).sum())
-        if not layers:
+        flat = np.moveaxis(read_BxRxW, 1, 0).reshape(read_BxRxW.shape[1], -1)
+        value_RxE = flat[:, self.at_E] * self.factor_E
+        several = np.flatnonzero(np.diff(self.start_S, append=len(self.at_E)) > 1)
+        if not len(several):
             return value_RxE
-        single = len(self.nodes) - 2 * layers
-        ends = single, single + layers * self.first
-        sums = [
-            value_RxE[:, start:stop].reshape(len(value_RxE), layers, -1).sum(axis=-1)
-            for start, stop in (ends, (ends[1], None))
-        ]
-        return np.concatenate([value_RxE[:, :single], *sums], axis=1)
+        single = self.start_S[several[0]]  # those before it have one entry each
+        sums_RxX = np.add.reduceat(value_RxE[:, single:], self.start_S[several[0] :] - single, axis=1)
+        return np.concatenate([value_RxE[:, :single], sums_RxX], axis=1)
 
 
-def _decoder_rows(replacement: Replacement) -> tuple[np.ndarray, np.ndarray]:
-    """The directions of the active features, each once [U, D], and which of them each active feature has [A]."""
-    active, rows = replacement.active, []
+class _Part(NamedTuple):
+    """The sources of one kind.
+
+    Attributes:
+      nodes: S of them.
+      count_S: how many entries each has, which come in the order of the sources.
+      place_E, position_E, row_E: where each entry is, and its row of the table.
+      table_UxD: directions.
+    """
+
+    nodes: Nodes
+    count_S: np.ndarray
+    place_E: np.ndarray
+    position_E: np.ndarray
+    row_E: np.ndarray
+    table_UxD: np.ndarray | jax.Array
+
+
+def _features(replacement: Replacement) -> _Part:
+    """The active features, each with an entry for each layer that it writes to; the table has each feature once."""
+    active, transcoders, tables = replacement.active, replacement.transcoders, []
     row_A, known = np.empty(len(active), np.int64), 0
     for layer in range(replacement.model.config.n_layers):
         own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
-        features_U, index_A = np.unique(active.feature_A[own], return_inverse=True)
-        if len(features_U):
-            rows.append(replacement.transcoders.rows(layer, "W_dec", features_U))
-        row_A[own] = known + index_A
-        known += len(features_U)
-    decoder_UxD = np.concatenate(rows)
-    return row_A, np.pad(decoder_UxD, ((0, -known % _ROWS), (0, 0)))
+        features, index = np.unique(active.feature_A[own], return_inverse=True)
+        if len(features):
+            writes = transcoders.writes(layer, features)
+            row_A[own] = known + index * writes.shape[1]
+            tables.append(writes.reshape(-1, writes.shape[2]))
+            known += len(tables[-1])
+    table_UxD = np.pad(np.concatenate(tables), ((0, padded(known, _ROWS) - known), (0, 0)))
+    written_L = np.array([transcoders.written_layers(layer) for layer in range(len(transcoders.configs))])
+    count_A = written_L[active.layer_A]
+    of_E = np.repeat(np.arange(len(active)), count_A)
+    above_E = np.arange(len(of_E)) - np.repeat(np.cumsum(count_A) - count_A, count_A)
+    place_E = active.layer_A[of_E] + 1 + above_E
+    nodes = Nodes.of(FEATURE, active.layer_A, active.position_A, active.feature_A, active.value_A)
+    return _Part(nodes, count_A, place_E, active.position_A[of_E], row_A[of_E] + above_E, table_UxD)
 
 
-def _biases(replacement: Replacement) -> jax.Array:
-    """The biases of each layer [L, D], or of each layer and position [L T, D] where the model's own differ."""
-    streams = replacement.streams
-    if streams.bias_LxTxD is None:
-        return streams.b_dec_LxD
-    later_T = np.arange(streams.bias_LxTxD.shape[1]) >= replacement.first  # those before have no decoder
-    bias_LxTxD = streams.bias_LxTxD + jnp.where(later_T[None, :, None], streams.b_dec_LxD[:, None], 0)
-    return bias_LxTxD.reshape(-1, bias_LxTxD.shape[-1])
+def _errors(replacement: Replacement) -> _Part:
+    layers, length, width = replacement.streams.error_LxTxD.shape
+    layer_S, position_S = (part.reshape(-1) for part in np.mgrid[:layers, : len(replacement.ids_P)])
+    rows = layer_S * length + position_S
+    table_UxD = replacement.streams.error_LxTxD.reshape(-1, width)
+    return _Part(Nodes.of(ERROR, layer_S, position_S), np.ones_like(layer_S), layer_S + 1, position_S, rows, table_UxD)
+
+
+def _tokens(replacement: Replacement) -> _Part:
+    every_P = np.arange(len(replacement.ids_P))
+    nodes = Nodes.of(TOKEN, -1, every_P, replacement.ids_P)
+    streams = replacement.streams.stream_LxTxD
+    return _Part(nodes, np.ones_like(every_P), np.zeros_like(every_P), every_P, every_P, streams[0])
+
+
+def _first_mlps(replacement: Replacement) -> _Part:
+    layers, first, width = replacement.streams.first_LxUxD.shape
+    layer_E, position_E = (part.reshape(-1) for part in np.mgrid[:layers, :first])
+    nodes, table_UxD = Nodes.of(FIRST_MLP, np.arange(layers), 0), replacement.streams.first_LxUxD.reshape(-1, width)
+    return _Part(nodes, np.full(layers, first), layer_E + 1, position_E, np.arange(len(layer_E)), table_UxD)
+
+
+def _biases(replacement: Replacement) -> _Part:
+    """The biases of each layer, with an entry at each position; with one row for all where decoders alone have some."""
+    streams, first = replacement.streams, replacement.first
+    layers, length, width = streams.stream_LxTxD.shape
+    if streams.bias_LxTxD is None:  # biases of decoders alone, and the first positions have none
+        begin, table_UxD = first, streams.b_dec_LxD
+    else:
+        later_T = np.arange(length) >= first
+        own_LxTxD = jnp.where(later_T[None, :, None], streams.b_dec_LxD[:, None], 0)
+        begin, table_UxD = 0, (streams.bias_LxTxD + own_LxTxD).reshape(-1, width)
+    layer_E, position_E = (part.reshape(-1) for part in np.mgrid[:layers, begin : len(replacement.ids_P)])
+    row_E = layer_E if streams.bias_LxTxD is None else layer_E * length + position_E
+    count_S = np.bincount(layer_E, minlength=layers)
+    return _Part(Nodes.of(BIAS, np.arange(layers), 0), count_S, layer_E + 1, position_E, row_E, table_UxD)
 
 
 def _blocks(
@@ -168,12 +196,12 @@ def _blocks(
     within_E = np.empty(len(group_E), np.int64)
     within_E[order_E] = np.arange(len(group_E)) - np.repeat(np.cumsum(count_G) - count_G, count_G)
     blocks_G = -(-count_G // WIDTH)
-    of_place_X = blocks_G.reshape(places, tokens).sum(axis=1)
-    room_X = -(-of_place_X // STEP) * STEP
-    first_X = np.concatenate([[0], np.cumsum(room_X)])
-    before_G = np.cumsum(blocks_G) - blocks_G + np.repeat(first_X[:-1] - (np.cumsum(of_place_X) - of_place_X), tokens)
+    of_place = blocks_G.reshape(places, tokens).sum(axis=1)
+    room = -(-of_place // STEP) * STEP
+    first_X = np.concatenate([[0], np.cumsum(room)])
+    before_G = np.cumsum(blocks_G) - blocks_G + np.repeat(first_X[:-1] - (np.cumsum(of_place) - of_place), tokens)
     at_E = (before_G[group_E] + within_E // WIDTH) * WIDTH + within_E % WIDTH
-    total = -(-int(first_X[-1]) // _BLOCKS) * _BLOCKS
+    total = padded(int(first_X[-1]), _BLOCKS)
     row_BxW, position_B = np.zeros((total, WIDTH), np.int32), np.full(total, _NOWHERE, np.int32)
     row_BxW.reshape(-1)[at_E] = row_E
     position_B[at_E // WIDTH] = position_E

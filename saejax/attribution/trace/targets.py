@@ -89,9 +89,9 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
     probability_V = np.exp(logits_V - logits_V.max())
     probability_V /= probability_V.sum()
     if not targets:
-        order_V = np.argsort(-probability_V, kind="stable")[: max(max_logits, 1)]
-        count = int(np.searchsorted(np.cumsum(probability_V[order_V]), logit_mass)) + 1
-        targets = [int(token) for token in order_V[:count]]
+        order = np.argsort(-probability_V, kind="stable")[: max(max_logits, 1)]
+        count = int(np.searchsorted(np.cumsum(probability_V[order]), logit_mass)) + 1
+        targets = [int(token) for token in order[:count]]
     tokens = [target for target in targets if not isinstance(target, Direction)]
     parts = [_logits(run, tokens, probability_V)] if tokens else []
     parts += [_direction(run, target) for target in targets if isinstance(target, Direction)]
@@ -201,14 +201,14 @@ def logit_directions(
 
     def less(rows: jax.Array) -> jax.Array:
         """Rows of the first tokens less those of the second ones or the mean."""
-        single_K = jnp.reshape(second_K < 0, (-1,) + (1,) * (rows.ndim - 1))
-        return rows[first_K] - jnp.where(single_K, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
+        single = jnp.reshape(second_K < 0, (-1,) + (1,) * (rows.ndim - 1))
+        return rows[first_K] - jnp.where(single, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
 
     vector_KxD = less(rows_VxD)
     final_D, pull = jax.vjp(functools.partial(norm, config, rules, params, "final_norm"), last_D)
     constant_K = jnp.zeros(len(vector_KxD), last_D.dtype)
     if "final_norm_bias_D" in params:
         constant_K += einsum("kd,d->k", vector_KxD, params["final_norm_bias_D"].astype(last_D.dtype))
-    unembed_bias_K = less(params["unembed_bias_V"].astype(last_D.dtype)) if config.unembed_bias else 0
-    value_K = einsum("kd,d->k", vector_KxD, final_D) + unembed_bias_K
-    return jax.vmap(pull)(vector_KxD)[0], value_K, constant_K + unembed_bias_K
+    bias = less(params["unembed_bias_V"].astype(last_D.dtype)) if config.unembed_bias else 0
+    value_K = einsum("kd,d->k", vector_KxD, final_D) + bias
+    return jax.vmap(pull)(vector_KxD)[0], value_K, constant_K + bias

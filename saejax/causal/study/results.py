@@ -28,8 +28,9 @@ class ChosenFeatures:
     """What is replaced, and with what: `features.json`, kept for a run that goes on."""
 
     top: tuple[RankedFeature, ...]  #: the top features
-    controls: tuple[tuple[int, ...], ...]  #: of each draw its features
+    controls: tuple[tuple[int, ...], ...]  #: of each draw its features, top ones perhaps among them
     match: ControlMatch  #: how well they match
+    disjoint: int  #: sets without a feature in common that they can be drawn from
     pools: Mapping[int, tuple[float, ...]]  #: feature -> up to 256 activations where it fires on train items
 
 
@@ -68,6 +69,18 @@ class StudyItems:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchmarkActivations:
+    """Activations of the dictionary's site on the test items and their reference answers, sinks left out."""
+
+    tokens: int  #: that were read
+    median_norm: float  #: of the activations
+    largest_norm: float  #: of the activations
+    l0: float  #: features active per token, mean
+    firing: float  #: share of the features that fire at all
+    explained_variance: float  #: by the dictionary: 1 - sum |x - x_hat|^2 / sum |x - mean|^2
+
+
+@dataclasses.dataclass(frozen=True)
 class StudyJudgement:
     """What the scores say."""
 
@@ -96,3 +109,6 @@ class StudyResults(StudyJudgement):
     controls: tuple[tuple[int, ...], ...]  #: as in `features.json`
     match: ControlMatch  #: as in `features.json`
     origin: str  #: of the items
+    activations: BenchmarkActivations | None = None  #: of the test items; not in files of before it was measured
+    #: sets without a feature in common that the draws come from; not in files of before it was counted
+    disjoint: int | None = None

@@ -68,7 +68,7 @@ def open_set(
     """
     folder = Path(folder)
     file = folder / description.DESCRIPTION
-    settings = description.read(file)
+    settings = description.read(file, description.KINDS[:1])
     files = description.layer_files(folder, settings, fetch)
     opened = tuple(tensors.find(file) for file in files)
     configs = []

@@ -16,6 +16,7 @@ from saejax.models.sites import Site
 DESCRIPTION, LAYERS = "config.yaml", "layer_*.safetensors"
 FORMAT = "circuit_tracer"
 THRESHOLD = "activation_function.threshold"
+KINDS = ("transcoder_set", "cross_layer_transcoder")
 _HOOKS = ("feature_input_hook", "feature_output_hook")
 _ACTIVATIONS = {"relu": "standard", "jumprelu": "jumprelu", "jump_relu": "jumprelu", "topk": "topk"}
 
@@ -32,8 +33,8 @@ class SetSettings(TypedDict, total=False):
     transcoders: Any  #: files of the layers, where they are listed
 
 
-def read(file: Path) -> SetSettings:
-    """The description of a set, checked.
+def read(file: Path, kinds: Sequence[str] = KINDS) -> SetSettings:
+    """The description of a set of one of some kinds, checked.
 
     Raises:
       UserError: it is missing, damaged, or describes something else.
@@ -47,10 +48,9 @@ def read(file: Path) -> SetSettings:
         raise UserError(f"{file} is not the description of a transcoder set: it is damaged; fetch it again") from None
     if not isinstance(settings, dict) or not all(isinstance(settings.get(key), str) for key in _HOOKS):
         raise UserError(f"{file} lacks {' or '.join(_HOOKS)}: name the folder of a transcoder set")
-    if settings.get("model_kind") != "transcoder_set":
+    if settings.get("model_kind") not in kinds:
         raise UserError(
-            f"{file}: model_kind is {settings.get('model_kind')!r}, expected 'transcoder_set': each transcoder must "
-            "read and predict one layer"
+            f"{file}: model_kind is {settings.get('model_kind')!r}, expected {' or '.join(map(repr, kinds))}"
         )
     return cast(SetSettings, settings)
 

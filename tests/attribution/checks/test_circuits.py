@@ -4,39 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
-from made_transcoders import made_set
+from made_transcoders import IDS, made_set
 
-from saejax import load_model, trace
+from saejax import trace
 from saejax.attribution.checks.circuit_runs import Circuit, mean_activations, run_circuits
 from saejax.attribution.checks.circuits import curve
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.attribution.trace.targets import Direction, read_targets
+from saejax.attribution.trace.targets import read_targets
 from saejax.dictionaries import Dictionary
 from saejax.models.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
-IDS = [5, 17, 33, 8, 41, 100]
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_llama, one_device):
-    return load_model(str(tiny_llama), mesh=one_device)
-
-
-@pytest.fixture(scope="module", params=["standard", "topk", "skip"])
-def traced(lm, request):
-    """A replacement model, its transcoders, its readouts (two logits, a difference, a direction), and the graph."""
-    skip = request.param == "skip"
-    transcoders = made_set(lm, kind="jumprelu" if skip else request.param, skip=skip)
-    targets = [7, 9, (7, 11), Direction(np.eye(lm.config.d_model)[3], layer=2, position=4)]
-    replacement = Replacement.of(lm, LayerTranscoders.of(transcoders), np.array(IDS))
-    return (
-        replacement,
-        transcoders,
-        read_targets(replacement, targets, 10, 0.95),
-        trace(lm, transcoders, IDS, targets=targets),
-    )
 
 
 def test_everything_kept_is_the_model_and_parts_are_between(traced):

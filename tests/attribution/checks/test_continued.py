@@ -2,40 +2,15 @@
 
 import numpy as np
 import pytest
-from made_transcoders import made_set
+from made_transcoders import IDS
 
-from saejax import load_model, trace
 from saejax.attribution.checks.continued import continue_prompt
 from saejax.attribution.checks.edits import Change
 from saejax.attribution.checks.interventions import intervene
-from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.attribution.trace.targets import Direction, read_targets
 from saejax.errors import UserError
 from saejax.models.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
-IDS = [5, 17, 33, 8, 41, 100]
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_llama, one_device):
-    return load_model(str(tiny_llama), mesh=one_device)
-
-
-@pytest.fixture(scope="module", params=["standard", "topk", "skip"])
-def traced(lm, request):
-    """A replacement model, its transcoders, its readouts (two logits, a difference, a direction), and the graph."""
-    skip = request.param == "skip"
-    transcoders = made_set(lm, kind="jumprelu" if skip else request.param, skip=skip)
-    targets = [7, 9, (7, 11), Direction(np.eye(lm.config.d_model)[3], layer=2, position=4)]
-    replacement = Replacement.of(lm, LayerTranscoders.of(transcoders), np.array(IDS))
-    return (
-        replacement,
-        transcoders,
-        read_targets(replacement, targets, 10, 0.95),
-        trace(lm, transcoders, IDS, targets=targets),
-    )
 
 
 def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, lm):

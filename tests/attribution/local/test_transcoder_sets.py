@@ -9,6 +9,7 @@ from made_graphs import FEATURES, load_tiny, make_transcoders
 from safetensors.numpy import save_file
 
 from saejax import save_dictionary, save_transcoders, trace
+from saejax.attribution.local import dictionaries
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.trace.prompt import Replacement
 from saejax.dictionaries.formats.gemma_scope import chosen_layers
@@ -163,11 +164,15 @@ def test_a_set_is_fetched_from_the_hub_with_revision_and_subfolder(tiny, tmp_pat
         open_transcoders("a/b/c")
 
 
-def test_at_most_one_layer_is_kept(tiny):
+@pytest.mark.parametrize("room,read_again", [(2, []), (1, [0, 1]), (0, [0, 1])])
+def test_as_many_layers_are_kept_as_fit(room, read_again, tiny, monkeypatch):
     made, loaded = make_transcoders(tiny.config), []
+    size = sum(array.nbytes for array in made[0].arrays.values())
     opened = LayerTranscoders("made", [t.config for t in made], lambda layer: loaded.append(layer) or made[layer])
-    Replacement.of(tiny, opened, IDS)
-    assert loaded == [0, 1] and opened.load.cache_info().currsize == 1
+    monkeypatch.setattr(dictionaries, "free_on", lambda device: dictionaries._SHARE * room * size)
+    for _ in range(2):
+        Replacement.of(tiny, opened, IDS)
+    assert loaded == [0, 1, *read_again]
 
 
 def altered(transcoder, **changes):
