@@ -60,6 +60,7 @@ class TrackedText:
     link_kind: str  #: attribution, or geometry: by directions alone
     links: int  #: between shown features
     random_links: int | None  #: by the same rule, of random directions; None for attribution
+    same_number: int  #: links between features of one number; if many, the dictionaries were trained from one start
     seconds: float  #: that it took
 
 

@@ -136,6 +136,7 @@ def follow_text(
         link_kind=found.kind,
         links=len(found.links),
         random_links=found.random,
+        same_number=found.same_number,
         seconds=round(time.monotonic() - start, 2),
     )
     cells = shown_text(stack, text, shown, found, chosen, readings, as_text, labels_of_shown(stack, shown, chosen))

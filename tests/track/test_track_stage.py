@@ -111,7 +111,7 @@ def test_the_page(tracked, tmp_path, width, dark):
         browser.key("Enter")
         browser.js("document.activeElement.click()")
         assert "Following" in browser.js(panel)
-        assert int(browser.js("document.querySelector('.panel').dataset.followed")) >= 1
+        assert int(browser.js("document.querySelector('canvas').dataset.marked")) >= 1
         browser.js("document.querySelector('.panel button').focus()")
         browser.key("Escape")
         assert "Following" not in browser.js(panel) and browser.errors == []

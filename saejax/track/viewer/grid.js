@@ -50,6 +50,7 @@ function makeGrid(text, choose) {
         pen.fillRect(...corner(l, t), WIDE - 1, HIGH - 1);
       }
     }
+    canvas.dataset.marked = way ? way.nodes.length : 0;
     pen.globalAlpha = 1;
     pen.strokeStyle = pen.fillStyle = ink('--mark');
     if (way) {
