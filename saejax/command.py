@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -41,35 +42,79 @@ def main(stages: Sequence[str], about: str, argv: Sequence[str] | None = None) -
 
 def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
     """Like ``main``, but returns the exit status."""
-    flag_values = flags.FlagValues()
-    flags.DEFINE_multi_string(
-        "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
-    )
-    flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
-    flags.DEFINE_bool("debug", False, "show the traceback of bad input too", flag_values=flag_values)
-    flags.DEFINE_bool(
-        "deterministic", False, "the same bits on a GPU at every run, at some speed", flag_values=flag_values
-    )
-    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
-    try:
-        _environment()
-        _plugins(argv)
-        config.define_flags(GROUPS, flag_values)
-        rest = flag_values(list(argv), known_only=False)
+    flag_values = stage_flags()
+
+    def work() -> None:
+        configs = read_configs(flag_values, argv)
         if flag_values["help"].value:
-            _show(help_text(stages, about, flag_values))
-            return 0
-        if len(rest) > 1:
-            raise UserError(f"{rest[1]!r} is not a flag: flags are --group.field=value; --help lists them")
-        if not flag_values["workdir"].value:
-            raise UserError("--workdir=DIR is missing: name the folder of this run")
-        configs = config.from_flags(GROUPS, flag_values)
+            return _show(help_text(stages, about, flag_values))
+        workdir = named_workdir(flag_values)
         runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
         shares_gpu = runs_model and configs["capture"].backend == "torch"
         _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
         from saejax import pipeline
 
-        pipeline.run_stages(stages, configs, flag_values["workdir"].value, _timed_say(), _sigterm())
+        pipeline.run_stages(stages, configs, workdir, timed_say(), stop_asked(), flag_values["unit"].value)
+
+    return ended(work, flag_values)
+
+
+def stage_flags() -> flags.FlagValues:
+    """The flags of every binary but those of the groups, which ``read_configs`` defines when plugins are loaded."""
+    flag_values = flags.FlagValues()
+    flags.DEFINE_multi_string(
+        "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
+    )
+    flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
+    flags.DEFINE_string(
+        "unit", "", "run this unit alone, such as train/topk; empty: all of the binary's", flag_values=flag_values
+    )
+    flags.DEFINE_bool(
+        "deterministic", False, "the same bits on a GPU at every run, at some speed", flag_values=flag_values
+    )
+    define_common(flag_values)
+    return flag_values
+
+
+def define_common(flag_values: flags.FlagValues) -> None:
+    """Defines the flags of every program, those without stages included."""
+    flags.DEFINE_bool("debug", False, "show the traceback of bad input too", flag_values=flag_values)
+    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
+
+
+def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[str, Any]:
+    """Parses a command line of flags alone, and gives every group of configuration; none if help is asked for.
+
+    Args:
+      flag_values: of ``stage_flags``, and perhaps further ones.
+      argv: program name and arguments.
+
+    Raises:
+      UserError: an argument is no flag, a value is out of range, or a plugin cannot be loaded.
+      flags.Error: a flag is unknown or cannot be read.
+    """
+    _environment()
+    _plugins(argv)
+    config.define_flags(GROUPS, flag_values)
+    rest = flag_values(list(argv), known_only=False)
+    if flag_values["help"].value:
+        return {}
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag: flags are --group.field=value; --help lists them")
+    return config.from_flags(GROUPS, flag_values)
+
+
+def named_workdir(flag_values: flags.FlagValues) -> str:
+    """The folder of the run; a ``UserError`` if none is named."""
+    if not flag_values["workdir"].value:
+        raise UserError("--workdir=DIR is missing: name the folder of this run")
+    return flag_values["workdir"].value
+
+
+def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
+    """Does a program's work; says what went wrong in a line, and returns the exit status."""
+    try:
+        work()
         return 0
     except CheckFailed as failed:
         print("failed:", failed, file=sys.stderr)
@@ -78,7 +123,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         print(stop, file=sys.stderr)
         return 128 + signal.SIGTERM
     except flags.Error as error:
-        return _refuse(f"{str(error).removeprefix('ERROR:: ')}; --help lists the flags", flag_values)
+        return _refuse(f"{flag_error(error)}; --help lists the flags", flag_values)
     except UserError as error:
         return _refuse(str(error), flag_values)
     except OSError as error:
@@ -89,6 +134,11 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         if "No space left on device" not in str(error):  # so TensorStore says it, as a ValueError
             raise
         return _refuse(f"{flag_values['workdir'].value}: {_DISK[errno.ENOSPC]}", flag_values)
+
+
+def flag_error(error: flags.Error) -> str:
+    """What absl says is wrong with a flag."""
+    return str(error).removeprefix("ERROR:: ")
 
 
 def _plugins(argv: Sequence[str]) -> None:
@@ -118,6 +168,7 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
     ]
     lines += [
         "  --plugins=FILE  Python files that add kinds of dictionary, with commas between",
+        "  --unit=UNIT  run this unit alone, such as train/topk",
         "  --debug  show the traceback of bad input too",
         "  --deterministic  the same bits on a GPU at every run",
     ]
@@ -198,7 +249,8 @@ def _may_have_tpu() -> bool:
     return True
 
 
-def _timed_say():
+def timed_say() -> Callable[[str], None]:
+    """Prints lines with the seconds since now before them."""
     start = time.monotonic()
 
     def say(line: str) -> None:
@@ -207,7 +259,7 @@ def _timed_say():
     return say
 
 
-def _sigterm():
+def stop_asked() -> Callable[[], bool]:
     """Catches SIGTERM; returns a function that tells whether it came."""
     asked: list[int] = []
     with contextlib.suppress(ValueError):  # not the main thread (a test or a notebook): nobody signals it

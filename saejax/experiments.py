@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from saejax import command
 from saejax.registry import STAGES
+from saejax.stage import load
 
 
 def binary(*stages: str, about: str = "") -> Callable[[], None]:
@@ -25,11 +26,26 @@ evaluate = binary("evaluate")
 ablate = binary("ablate")
 patch = binary("patch")
 probe = binary("probe")
+steer = binary("steer")
 study = binary("study")
 attribute = binary("attribute")
 export = binary("export")
 ground_truth = binary("ground_truth")
+known_circuits = binary("known_circuits")
+algorithm = binary("algorithm")
 interpret = binary("interpret")
 atlas = binary("atlas")
+transfer = binary("transfer")
+track = binary("track")
 report = binary("report")
 pipeline = binary(*STAGES, about="pipeline: runs every stage; what is finished and unchanged is not run again.")
+
+
+def study_run() -> None:
+    """The pipeline on several models, and one report of them all."""
+    load("saejax.studies.run:main")()
+
+
+def compare() -> None:
+    """What differs between two workdirs."""
+    load("saejax.comparison:main")()

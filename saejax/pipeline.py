@@ -14,6 +14,7 @@ from saejax.registry import STAGES, groups_of
 from saejax.results import to_json
 from saejax.settings import MeshConfig
 from saejax.stage import Configs, Stage, load
+from saejax.usage import forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
 
 _LOOK_EVERY = 0.5  # seconds, while another process works
@@ -38,7 +39,8 @@ class Workplan:
         for need in needs:
             needed_stage, _, needed_name = need.partition("/")
             if needed_name:
-                one_of(needed_name, STAGES[needed_stage].names(self.configs), f"dictionary for {stage} (--train.kinds)")
+                flag = "train.kinds" if needed_stage == "train" else f"{needed_stage}.dictionaries"
+                one_of(needed_name, STAGES[needed_stage].names(self.configs), f"dictionary for {stage} (--{flag})")
         return needs
 
     def mark(self, unit: str) -> str:
@@ -66,6 +68,7 @@ def run_stages(
     workdir: str,
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
+    only: str = "",
 ) -> None:
     """Runs the units of ``stages``, in order; what is finished and unchanged is left as it is.
 
@@ -75,6 +78,7 @@ def run_stages(
       workdir: the folder of the run.
       say: prints a line.
       stopping: whether the process was asked to stop.
+      only: the one unit to run, such as "train/topk"; "": all.
 
     Raises:
       UserError: bad input, or a stage's input has not been made.
@@ -83,16 +87,18 @@ def run_stages(
     for stage in stages:
         one_of(stage, STAGES, "stage")
     workspace = Workspace(workdir)
-    if not any(STAGES[stage].units(configs) for stage in stages):
+    units = [unit for stage in stages for unit in STAGES[stage].units(configs)]
+    if not units:
         raise UserError(f"{', '.join(stages)} has nothing to do with these settings: --help says what to name")
+    if only:
+        units = [one_of(only, units, "unit (--unit)")]
     with _joined(workspace, configs) as configs:
         plan = Workplan(configs)
         say = say if _first(plan) else _silent
-        for stage in stages:
-            for unit in STAGES[stage].units(configs):
-                if stopping():
-                    raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
-                _run_unit(workspace, plan, unit, say, stopping)
+        for unit in units:
+            if stopping():
+                raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
+            _run_unit(workspace, plan, unit, say, stopping)
 
 
 def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, stopping: Callable) -> None:
@@ -116,13 +122,16 @@ def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, st
         say(f"{unit}: settings or inputs changed; the old result was moved to {found}")
     say(f"{unit}: {'going on' if found == 'resumed' else 'started'}")
     started, clock = now(), time.monotonic()
+    forget_peak()
     run = Run(stage, name, folder, plan.configs, inputs, lambda line: say(f"  {unit}: {line}"), stopping)
     with load("saejax.parallel:alone")() if several and not together else contextlib.nullcontext():
         results = load(STAGES[stage].run)(run)
     seconds = round(time.monotonic() - clock, 2)
     if not _first(plan):
         return _wait_for_first(workspace, unit, mark)
-    summary = _describe(plan, stage, inputs) | dict(start=started, seconds=seconds, results=to_json(results))
+    peaks = dict(peak_host_bytes=peak_host_bytes(), peak_device_bytes=peak_device_bytes())
+    measured = dict(start=started, seconds=seconds) | {name: peak for name, peak in peaks.items() if peak is not None}
+    summary = _describe(plan, stage, inputs) | measured | dict(results=to_json(results))
     workspace.finish(stage, name, mark, summary)
     say(f"{unit}: done in {seconds:.1f} s")
 

@@ -8,7 +8,7 @@ changed. A rule was *written before any data were seen* if nothing had been meas
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,25 @@ def shows_data(stage: str) -> bool:
 
 def write_rules(root: Path, configs: Mapping[str, Any]) -> None:
     """Writes the rules of a configuration that are not in the workdir's file yet; a rule keeps its first line."""
-    known = {(one.stage, one.hash) for one in read_rules(root)}
-    seen = tuple(sorted(str(path.relative_to(root)) for path in _measured(root)))
     for stage in STAGES.values():
-        if not stage.rule or not stage.units(configs):
-            continue
-        rule = load(stage.rule)(configs[stage.name])
-        if (stage.name, fingerprint(rule)) not in known:
-            line = WrittenRule(stage.name, rule, fingerprint(rule), now(), seen)
-            with open(root / FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
+        if stage.rule and stage.units(configs):
+            write_rule(root, stage.name, load(stage.rule)(configs[stage.name]), measured(root))
+
+
+def write_rule(root: Path, stage: str, rule: str, seen: Sequence[str]) -> None:
+    """Writes a rule, unless it stands in the file already.
+
+    Args:
+      root: the folder of the file.
+      stage: whose verdict it decides.
+      rule: in words.
+      seen: folders of units whose data had been begun; see ``measured``.
+    """
+    if (stage, fingerprint(rule)) in {(one.stage, one.hash) for one in read_rules(root)}:
+        return
+    line = WrittenRule(stage, rule, fingerprint(rule), now(), tuple(seen))
+    with open(root / FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
 
 
 def read_rules(root: Path) -> list[WrittenRule]:
@@ -84,6 +93,11 @@ def said(root: Path, stage: str, rule: str) -> str:
         counted = ", ".join(f"{count} of {name}" for name, count in sorted(attempts.items()))
         when += f"; attempts that were superseded in this workdir: {counted}"
     return when
+
+
+def measured(root: Path) -> list[str]:
+    """Folders, in a workdir, of the units that have been begun and show data, and of those that were superseded."""
+    return sorted(str(path.relative_to(root)) for path in _measured(root))
 
 
 def _measured(root: Path) -> list[Path]:

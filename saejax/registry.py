@@ -9,6 +9,8 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
             benchmark/<name> ─────────────────┘
             patch/<kind of site> ─────────────┤
             interpret/<kind> ─► atlas/<kind> ─┤
+            transfer ─────────────────────────┤
+            track/<slug> ─────────────────────┤
             attribute/<slug> ─────────────────┘
 """
 

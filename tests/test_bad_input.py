@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -179,3 +180,53 @@ def test_what_training_starts_from(refuse, inputs, captured, tmp_path):
     shutil.copytree(workdir / "train" / "topk", trained)
     line = refuse(["train"], workdir=workdir, train__kinds="standard", train__expansion=2, train__init_from=trained)
     assert "does not fit: kind is topk, expected standard; features is 128, expected 64" in line
+
+
+@pytest.fixture
+def few_features(inputs, tmp_path):
+    """The folder of a dictionary of three features."""
+    from saejax import load_model
+    from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
+
+    source = load_model(str(inputs[0])).source
+    config = DictionaryConfig(
+        kind="standard", site="resid_post.0", d_in=32, n_features=3, model=source.name, fingerprint=source.fingerprint
+    )
+    save_dictionary(tmp_path / "few", Dictionary.initial(config, jax.random.key(0)))
+    return tmp_path / "few"
+
+
+def test_a_dictionary_without_a_pool_for_the_draws(refuse, captured, few_features, tmp_path):
+    changes = dict(workdir=copy_of(captured, tmp_path), ablate__dictionary=few_features)
+    line = refuse(["ablate"], **changes)
+    assert "besides the 2 under test fire on the test prompts" in line and "lower --ablate.top or" in line
+
+
+def test_a_basis_without_directions(refuse, captured, few_features, tmp_path):
+    changes = dict(workdir=copy_of(captured, tmp_path), ablate__dictionary=few_features)
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no dictionary" in refuse(["ablate"], **changes, ablate__baselines=tmp_path / "empty")
+    described = few_features / "dictionary.json"
+    whole = json.loads(described.read_text())
+    shutil.copytree(few_features, tmp_path / "none")
+    whole["config"]["n_features"] = 0
+    (tmp_path / "none" / "dictionary.json").write_text(json.dumps(whole))
+    assert "n_features" in refuse(["ablate"], **changes, ablate__baselines=tmp_path / "none")
+
+
+def test_a_tokenizer_that_merges_every_answer(refuse, monkeypatch):
+    from saejax.tasks.answer_tokens import MERGED
+
+    monkeypatch.setattr("saejax.tasks.draw.fault", lambda tokenizer, prompt: MERGED)
+    line = refuse(["baseline"])
+    assert "no behaviour is left to test: agreement: 0 of 4 train prompts could be made" in line and MERGED in line
+
+
+def test_a_template_without_items(refuse, monkeypatch):
+    from saejax.tasks.recipes import recipes
+
+    empty = recipes()["capital"]._replace(templates=("Paris lies in", "Rome lies in", "The city lies in"))
+    monkeypatch.setattr("saejax.tasks.draw.recipes", lambda: dict(capital=empty))
+    line = refuse(["baseline"], task__behaviours="capital")
+    assert "2 of 4 train prompts could be made, and no more of the template 'Paris lies in'" in line
+    assert "the word lists give none" in line

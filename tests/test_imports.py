@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 # pipeline: it may import all others, and nothing imports it.
 ORDER = [
     "experiments",
+    "studies",
+    "comparison",
     "command",
     "pipeline",
     "preflight",
@@ -40,6 +42,7 @@ ORDER = [
     "processes",
     "settings",
     "config",
+    "usage",
     "errors",
 ]
 # The same inside a package.
@@ -62,7 +65,12 @@ INSIDE = {
         "graph",
     ],
 }
-TORCH_MAY_BE_IN = {"saejax/activations/torch_capture.py", "saejax/models/source.py", "saejax/models/randomised.py"}
+TORCH_MAY_BE_IN = {
+    "saejax/activations/torch_capture.py",
+    "saejax/models/lens_files.py",
+    "saejax/models/source.py",
+    "saejax/models/randomised.py",
+}
 SOURCES = sorted(p for top in ("saejax", "experiments") for p in (ROOT / top).rglob("*.py"))
 
 

@@ -116,7 +116,7 @@ def text_documents(run: Run, request: CaptureRequest) -> Documents:
     prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl") if "baseline" in run.inputs else []
     chosen = {index: prompt for index, prompt in enumerate(prompts) if prompt.split == "train"}
     tokenizer, config = source.load_tokenizer(request.source), run.configs["corpus"]
-    documents = make_documents(config, chosen, tokenizer, request.context or config.context)
+    documents = make_documents(config, chosen, tokenizer, request.context or config.context, run.configs["task"])
     vocabulary = source.vocabulary(request.source)
     if vocabulary is not None and documents.ids_T.max() >= vocabulary:
         raise UserError(
@@ -177,7 +177,8 @@ def _capture_parts(
     own = missing[mesh.process_id :: mesh.processes]
     with alone():
         rate = _capture(run, request, plan, writer, widths, own, reader) if own else 0.0
-    while not all(writer.has(shard, read=False) for shard in missing):
+    left = list(missing)
+    while left := [shard for shard in left if not writer.has(shard, read=False)]:
         time.sleep(_LOOK_EVERY)
     return sum(map(plan.size, missing)) / (time.monotonic() - start) if rate else 0.0
 
@@ -273,7 +274,7 @@ def _manifest(
             fingerprint=model_source.fingerprint,
             dtype=config.dtype,
         ),
-        corpus=corpora.identity(run.configs["corpus"]),
+        corpus=corpora.identity(run.configs["corpus"], run.configs["task"]),
         sink_factor=config.sink_factor,
         last=config.last,
         documents=dict(counts["documents"], columns=COLUMNS, groups=plan.documents.groups),

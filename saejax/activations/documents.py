@@ -6,6 +6,7 @@ number of them from the front is a fair sample.
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.settings import CorpusConfig
+from saejax.settings import CorpusConfig, TaskConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.corpora import Document, read_corpus, split
 
@@ -100,7 +101,9 @@ class _Piece:
     start: int
 
 
-def make_documents(config: CorpusConfig, prompts: Mapping[int, Prompt], tokenizer: Any, context: int) -> Documents:
+def make_documents(
+    config: CorpusConfig, prompts: Mapping[int, Prompt], tokenizer: Any, context: int, task: TaskConfig | None = None
+) -> Documents:
     """Reads the corpus and cuts it into documents; prompts join the train split, whole.
 
     Where the tokenizer puts a token in front of a text, every piece of the text begins with it.
@@ -110,16 +113,18 @@ def make_documents(config: CorpusConfig, prompts: Mapping[int, Prompt], tokenize
       prompts: the prompts, by their index in their file.
       tokenizer: of the model.
       context: the longest input of the model, in tokens.
+      task: which questions of benchmarks are asked, and so are no text.
 
     Raises:
-      UserError: the corpus is empty or unreadable, a split would be, or a piece or prompt exceeds the context.
+      UserError: the corpus is empty or unreadable, a split would be, a source has less text than its weight asks for,
+        or a piece or prompt exceeds the context.
     """
     if config.context > context:
         raise UserError(f"--corpus.context={config.context} exceeds the model's context of {context} tokens: lower it")
-    front = _front(tokenizer)
+    front = front_tokens(tokenizer)
     if len(front) >= config.context:
         raise UserError(f"--corpus.context={config.context} leaves no room after {len(front)} special tokens: raise it")
-    pieces = _corpus_pieces(config, tokenizer, front)
+    pieces = _corpus_pieces(config, task, tokenizer, front)
     for split_index, name in enumerate(SPLITS):
         if not any(piece.split == split_index for piece in pieces):
             raise UserError(
@@ -139,22 +144,42 @@ def make_documents(config: CorpusConfig, prompts: Mapping[int, Prompt], tokenize
     return _assemble([pieces[i] for i in order])
 
 
-def _corpus_pieces(config: CorpusConfig, tokenizer: Any, front: Sequence[int]) -> list[_Piece]:
-    texts = read_corpus(config)
+def _corpus_pieces(config: CorpusConfig, task: TaskConfig | None, tokenizer: Any, front: Sequence[int]) -> list[_Piece]:
+    texts = read_corpus(config, task)
     held_out = {document.index for document in split(texts, config.held_out, config.seed)[1]}
     order = np.random.default_rng([config.seed, _SELECTION]).permutation(len(texts))
-    pieces: list[_Piece] = []
-    left = config.max_tokens or None
+    left, pieces = _token_budgets(config, texts), list[_Piece]()
     size = config.context - len(front)
     for text, plain in _tokenized(tokenizer, [texts[i] for i in order]):
+        own = text.source if config.weights else 0
         for start in range(0, len(plain), size):
-            if left is not None and left <= 0:
-                return pieces
-            ids_T = np.array([*front, *plain[start : start + size]][:left], np.int32)
-            left = None if left is None else left - len(ids_T)
+            if left[own] <= 0:
+                break
+            ids_T = np.array([*front, *plain[start : start + size]][: left[own]], np.int32)
+            left[own] -= len(ids_T)
             side = SPLITS.index("held_out" if text.index in held_out else "train")
             pieces.append(_Piece(ids_T, side, KINDS.index("corpus"), text.group, text.index, start))
+        if not any(left.values()):
+            break
+    if config.weights and any(left.values()):
+        short = ", ".join(f"source {own + 1} {count:,}" for own, count in left.items() if count)
+        raise UserError(
+            f"--corpus.weights asks for more tokens than there are: {short}; lower --corpus.max_tokens or those weights"
+        )
     return pieces
+
+
+def _token_budgets(config: CorpusConfig, texts: Sequence[Document]) -> dict[int, int]:
+    """How many tokens are to be used of each source; without weights, of all together under 0."""
+    if not config.weights:
+        return {0: config.max_tokens or sys.maxsize}
+    sources, total = texts[-1].source + 1, sum(config.weights)
+    if len(config.weights) != sources or not config.max_tokens or not total:
+        raise UserError(
+            f"--corpus.weights={','.join(map(str, config.weights))}: expected a weight for each of {sources} sources, "
+            "one above 0, and --corpus.max_tokens, of which they are shares"
+        )
+    return {source: round(config.max_tokens * weight / total) for source, weight in enumerate(config.weights)}
 
 
 def _tokenized(tokenizer: Any, texts: Sequence[Document]) -> Iterator[tuple[Document, Sequence[int]]]:
@@ -168,7 +193,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _front(tokenizer: Any) -> list[int]:
+def front_tokens(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts in front of a text."""
     marked, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     return next(marked[:i] for i in range(len(marked) - len(plain), -1, -1) if marked[i : i + len(plain)] == plain)

@@ -121,16 +121,17 @@ def coordinates(
     return log_NxC / np.where(spread_C > _ALIKE, spread_C, np.inf)
 
 
-def nearest_features(statistics: FeatureStatistics, features: Sequence[int]) -> np.ndarray:
+def nearest_features(statistics: FeatureStatistics, features: Sequence[int], tested: bool = False) -> np.ndarray:
     """The possible controls of each feature, nearest first.
 
     Args:
       statistics: measured on the prompts and positions of the test.
-      features: K features that fire there; none of them is anyone's control.
+      features: K features that fire there.
+      tested: whether these, too, may stand in each other's and in their own place.
 
     Returns:
-      Feature indices [K, C]: in each row the C features that fire and are not in ``features``, by distance
-      from that row's feature; equals in order of index.
+      Feature indices [K, C]: in each row the C features that fire, and unless ``tested`` are not in ``features``, by
+      distance from that row's feature; equals in order of index.
     """
     features_K = np.asarray(features, np.int64)
     if not statistics.fires_at_all_F[features_K].all():
@@ -138,7 +139,7 @@ def nearest_features(statistics: FeatureStatistics, features: Sequence[int]) -> 
     fires_F = statistics.fires_at_all_F
     firing_N = np.flatnonzero(fires_F)
     place_NxC = statistics.coordinates(firing_N)
-    candidates_C = np.setdiff1d(firing_N, features_K)
+    candidates_C = firing_N if tested else np.setdiff1d(firing_N, features_K)
     own_KxC, other_CxC = (place_NxC[np.searchsorted(firing_N, some)] for some in (features_K, candidates_C))
     apart_KxC = np.square(own_KxC[:, None, :] - other_CxC[None, :, :]).sum(axis=2)
     return candidates_C[np.argsort(apart_KxC, axis=1, kind="stable")]
@@ -182,14 +183,36 @@ def draw_controls(
     if count and candidates < count + matches - 1:
         fact = f"only {candidates} features besides the {count} under test fire on the test prompts"
         raise TooFewControls(f"{fact}, but matched controls need {count + matches - 1}", advice)
-    rng = np.random.default_rng(seed)
+    return _drawn(nearest_KxC, np.full(count, matches), draws, seed)
+
+
+def draw_alike(
+    statistics: FeatureStatistics, features: Sequence[int], draws: int, matches: int, seed: int | Sequence[int]
+) -> np.ndarray:
+    """Draws sets as ``features`` would have been drawn, were they a random set: they may hold those, too.
+
+    As ``draw_controls``, but of the ``matches`` nearest other features and those of ``features`` that lie as near,
+    itself among them. Where it does not matter which features of a pool are under test, these sets and the tested one
+    are alike (``claims``); sets that leave the tested features out are not.
+
+    Args:
+      statistics, features, draws, matches, seed: as for ``draw_controls``, which refuses too few.
+    """
+    nearest_KxC = nearest_features(statistics, features, tested=True)
+    others_KxC = np.cumsum(~np.isin(nearest_KxC, features), axis=1)
+    return _drawn(nearest_KxC, (others_KxC < matches).sum(axis=1) + 1, draws, seed)
+
+
+def _drawn(nearest_KxC: np.ndarray, width_K: np.ndarray, draws: int, seed: int | Sequence[int]) -> np.ndarray:
+    """Sets of one feature for each of K, in random order, of its ``width`` nearest that the set does not hold yet."""
+    rng, count = np.random.default_rng(seed), len(nearest_KxC)
     drawn_NxK = np.zeros((draws, count), np.int64)
     for drawn_K in drawn_NxK:
         taken: set[int] = set()
         for k in rng.permutation(count):
-            # Of the first matches + len(taken) candidates at least `matches` are free.
-            near = nearest_KxC[k, : matches + len(taken)].tolist()
-            free = [feature for feature in near if feature not in taken][:matches]
+            # Of the first width + len(taken) candidates at least `width` are free, if there are so many.
+            near = nearest_KxC[k, : width_K[k] + len(taken)].tolist()
+            free = [feature for feature in near if feature not in taken][: width_K[k]]
             drawn_K[k] = free[rng.integers(len(free))]
             taken.add(int(drawn_K[k]))
     return drawn_NxK

@@ -112,11 +112,11 @@ def each_part(
         run.say(f"{run.stage}: kept from an earlier run: {', '.join(found)}")
     if len(found) == len(parts):
         return {part: found[part] for part in parts}
-    measure, stop = begin(), AgreedStop(run.stopping)
+    measure, progress, left = begin(), _StageProgress(run, unit), len(parts) - len(found)
     for number, part in enumerate(parts, 1):
         if part not in found:
-            label = f"{run.stage}: {part} ({number} of {len(parts)})"
-            found[part], message = measure(part, progress(run, label, stop, unit))
+            label, left = f"{run.stage}: {part} ({number} of {len(parts)})", left - 1
+            found[part], message = measure(part, progress.of_part(label, left))
             if is_first_process():
                 write_json(part_file(run, part), to_json(found[part]))  # last: it says that the part is done
                 _drop_partial(run, part)
@@ -130,20 +130,35 @@ def _drop_partial(run: Run, part: str) -> None:
         shutil.rmtree(partial_folder(run, part))
 
 
-def progress(run: Run, label: str, stop: AgreedStop, unit: str = "tokens") -> OnProgress:
-    """A function that says, now and then, how far it is, and raises ``Interrupted`` when the run is to stop."""
-    start = last = time.monotonic()
+class _StageProgress:
+    """Says, now and then, how far a stage is, and raises ``Interrupted`` when it is to stop.
 
-    def on_progress(done: int, total: int) -> None:
-        nonlocal start, last
-        if stop():
-            raise Interrupted(f"{label}: stopped; what was measured is kept: run the same command to go on")
-        now = time.monotonic()
-        if not done:
-            start = now
-        elif now - last > _SAY_EVERY and done < total:
-            speed = done / max(now - start, 1e-9)
-            run.say(f"{label}: {done:,} of {total:,} {unit}, {speed:,.0f}/s, {(total - done) / speed:.0f} s to go")
-            last = now
+    The time to go is that of the stage: the rest of this part, and for each that is left as much work as this one has,
+    at the speed of all work so far. A part that counts its work from 0 again is known as far as it has begun.
+    """
 
-    return on_progress
+    def __init__(self, run: Run, unit: str):
+        self._run, self._unit, self._stop = run, unit, AgreedStop(run.stopping)
+        self._start = self._said = time.monotonic()
+        self._before = self._of_parts = self._done = 0  # work of earlier counts, of earlier parts, of this count
+
+    def of_part(self, label: str, left: int) -> OnProgress:
+        """What the next part calls, after which so many are left."""
+        self._before, self._done = self._before + self._done, 0
+        self._of_parts = self._before
+
+        def on_progress(done: int, total: int) -> None:
+            if self._stop():
+                raise Interrupted(f"{label}: stopped; what was measured is kept: run the same command to go on")
+            if done < self._done:
+                self._before += self._done
+            self._done = done
+            now = time.monotonic()
+            if now - self._said > _SAY_EVERY and 0 < done < total:
+                speed = (self._before + done) / (now - self._start)
+                part = self._before - self._of_parts + total
+                seconds = (total - done + left * part) / speed
+                self._run.say(f"{label}: {done:,} of {total:,} {self._unit}, {speed:,.0f}/s, {seconds:.0f} s to go")
+                self._said = now
+
+        return on_progress

@@ -16,13 +16,13 @@ that alone makes ranks agree.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 
-from saejax.causal.ablate.importance import Importance, correlations
+from saejax.causal.ablate.importance import correlations
 from saejax.causal.ablate.results import HalvesAgreement, MatchedDrops
 from saejax.causal.controls import coordinates
 from saejax.results import Interval
@@ -46,6 +46,25 @@ class Matches(NamedTuple):
     first_M: np.ndarray
     second_M: np.ndarray
     similarity_M: np.ndarray
+
+
+class RankedFeatures(Protocol):
+    """Features that fire, with what each is worth; arrays [N].
+
+    Attributes:
+      feature: their numbers, rising.
+      drop: by what they are ranked.
+      firing_rate, mean_activation: how often and how strongly each fires.
+    """
+
+    @property
+    def feature(self) -> np.ndarray: ...
+    @property
+    def drop(self) -> np.ndarray: ...
+    @property
+    def firing_rate(self) -> np.ndarray: ...
+    @property
+    def mean_activation(self) -> np.ndarray: ...
 
 
 def between_halves(drop_NxP: np.ndarray, seed: int) -> HalvesAgreement:
@@ -103,7 +122,7 @@ def match_by_activity(first_PxF: np.ndarray, second_PxG: np.ndarray, least: floa
 
 
 def compare(
-    first: Importance, second: Importance, matches: Matches, resamples: int = 1000, seed: int = 0
+    first: RankedFeatures, second: RankedFeatures, matches: Matches, resamples: int = 1000, seed: int = 0
 ) -> MatchedDrops:
     """Whether two dictionaries give matched features the same importance for one behaviour.
 
@@ -152,7 +171,7 @@ def _spread(values_R: np.ndarray, mean: float | None = None) -> Interval:
     return Interval(float(defined.mean() if mean is None else mean), float(low), float(high))
 
 
-def _nearest(table: Importance) -> np.ndarray:
+def _nearest(table: RankedFeatures) -> np.ndarray:
     """Of each feature of a table the others nearest in firing rate and size, [N, A]; itself where it is alone."""
     place_NxC = coordinates(table.firing_rate, table.mean_activation)
     count = len(place_NxC)

@@ -1,4 +1,4 @@
-"""What is said of trained dictionaries, and results of the stage ``export``."""
+"""What is said of trained dictionaries."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,21 +17,3 @@ class TrainedMember:
     output_scale: float  #: by which activations are multiplied for training; folded into the dictionary
     dead_fraction: float  #: of the features, those silent for an epoch, or for the whole run if it was shorter
     final: Mapping[str, float]  #: its metrics at the last recorded step, as in `metrics.jsonl`
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportedMember:
-    """A dictionary in the other format."""
-
-    name: str  #: as trained
-    site: str  #: as trained
-    target: str  #: as trained
-    folder: str  #: that holds it
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportResults:
-    """A train unit in the format of another tool."""
-
-    format: str  #: of `export.format`
-    members: tuple[ExportedMember, ...]  #: each with its folder

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _SAMPLED = 16  # one of so many tokens is looked at first
-_BLOCK = 32  # features, of which the maximum is taken before the k largest are chosen
+_BLOCK = 16  # features, of which the maximum is taken before the k largest are chosen
 
 
 def relu(pre_xF: jax.Array) -> jax.Array:
@@ -113,11 +113,13 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None =
         return _search(acts_xF, keep, low_x1, highest_x1, _count_each)
 
     def best_blocks(acts_xF: jax.Array) -> jax.Array:
-        blocks_xNx32 = _blocks(acts_xF)
-        largest_xK, place_xK = lax.top_k(blocks_xNx32.max(-1), most)
-        chosen_xKx32 = jnp.take_along_axis(blocks_xNx32, place_xK[..., None], axis=-2)
-        chosen = chosen_xKx32.reshape(*acts_xF.shape[:-1], -1)
-        return _search(chosen, keep, largest_xK[..., -1:], largest_xK[..., :1], _count_each)
+        blocks_xNx16 = _blocks(acts_xF)
+        largest_xK, place_xK = lax.top_k(blocks_xNx16.max(-1), most)
+        chosen_xKx16 = jnp.take_along_axis(blocks_xNx16, place_xK[..., None], axis=-2, mode="promise_in_bounds")
+        chosen = chosen_xKx16.reshape(*acts_xF.shape[:-1], -1)
+        # Not by slices, which would keep XLA from taking its own top-k for the sort.
+        low_x1, high_x1 = largest_xK.min(-1, keepdims=True), largest_xK.max(-1, keepdims=True)
+        return _search(chosen, keep, low_x1, high_x1, _count_each)
 
     return lax.platform_dependent(acts_xF, cpu=best_blocks, default=all_blocks)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from saejax.dictionaries.formats import load_dictionary
+from saejax.dictionaries.formats.place import located
 from saejax.dictionaries.modules import Dictionary
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
@@ -17,7 +18,13 @@ from saejax.results import from_json
 from saejax.stage import is_folder
 from saejax.workspace import SUMMARY, file_sha256, read_json
 
-_HASHED = ("dictionary.json", "cfg.json", "config.yaml", "*.safetensors")  # the first holds checksums of its arrays
+_HASHED = (
+    "dictionary.json",
+    "cfg.json",
+    "config.yaml",
+    "*.safetensors",
+    "*.npz",
+)  # the first holds checksums of its arrays
 
 
 def kind_and_member(name: str) -> tuple[str, str]:
@@ -72,10 +79,10 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
 
 
 def identity(folder: str) -> str:
-    """A hash, 16 hexadecimal digits, of the dictionaries in a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in _HASHED for path in Path(folder).rglob(pattern)):
-        digest.update(f"{path.relative_to(folder)} {file_sha256(path)}\n".encode())
+    """A hash, 16 hexadecimal digits, of the dictionaries in a folder, which may be on the hub."""
+    digest, place = hashlib.sha256(), located(folder)
+    for path in sorted(path for pattern in _HASHED for path in place.rglob(pattern)):
+        digest.update(f"{path.relative_to(place)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from saejax.dictionaries.labels import FOUND, LABELS, Label, load_labels
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interpret.run import FEATURES
+from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import load_results, to_json
 from saejax.workspace import Run, read_json, write_json, write_text
 
@@ -112,6 +113,7 @@ def write_atlas(
     write_json(folder / LABELS, {str(feature): to_json(label) for feature, label in labels.items()})
     for name in _PAGE:
         write_text(folder / name, (_VIEWER / name).read_text(encoding="utf-8"))
+    write_text(folder / ELEMENTS, elements_script())
 
 
 def _script(folder: Path, number: int, records: list[dict[str, Any]]) -> None:

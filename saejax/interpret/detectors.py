@@ -16,6 +16,7 @@ import numpy as np
 from saejax.interpret.firings import Block
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.results import Interval
+from saejax.tasks.scoring import wilson_of
 
 MOST = 8  # codes of a detector
 _POSITIONS = 512  # positions of one: a range of them is one description
@@ -190,16 +191,10 @@ def scores(
 
 
 def _score(found: int, places: int, fires: int) -> DetectorScore:
-    union = wilson(found, places + fires - found)
+    union = _share(found, places + fires - found)
     f1 = Interval(*(2 * share / (1 + share) for share in (union.mean, union.low, union.high)))
-    return DetectorScore(wilson(found, places), wilson(found, fires), f1)
+    return DetectorScore(_share(found, places), _share(found, fires), f1)
 
 
-def wilson(hits: int, of: int) -> Interval:
-    """A share with its 95 % score interval (Wilson, 1927); of nothing, 0 with the interval 0 to 1."""
-    if not of:
-        return Interval(0.0, 0.0, 1.0)
-    z, share = 1.959963984540054, hits / of
-    centre, half = share + z * z / (2 * of), z * np.sqrt(share * (1 - share) / of + (z / (2 * of)) ** 2)
-    low, high = ((centre + sign * half) / (1 + z * z / of) for sign in (-1, 1))
-    return Interval(share, max(0.0, float(low)), min(1.0, float(high)))
+def _share(hits: int, of: int) -> Interval:
+    return wilson_of(hits / of, of) if of else Interval(0.0, 0.0, 1.0)

@@ -42,7 +42,9 @@ def partners(rate: np.ndarray, labelled: Sequence[bool]) -> np.ndarray:
     return found
 
 
-def read_labels(path: Path, dictionary: str, features: int, several: bool) -> dict[int, Label]:
+def read_labels(
+    path: Path, dictionary: str, features: int, several: bool, flag: str = "--atlas.labels"
+) -> dict[int, Label]:
     """Labels given by hand.
 
     Args:
@@ -51,6 +53,7 @@ def read_labels(path: Path, dictionary: str, features: int, several: bool) -> di
       dictionary: whose labels are wanted, such as "topk/k32".
       features: how many it has.
       several: whether others are interpreted, too.
+      flag: that names the file, for messages.
 
     Raises:
       UserError: the file cannot be read, a column is missing, or a feature does not exist or comes twice.
@@ -59,11 +62,11 @@ def read_labels(path: Path, dictionary: str, features: int, several: bool) -> di
         rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or "it is not a .csv file in UTF-8"
-        raise UserError(f"--atlas.labels={path} cannot be read ({reason}): name a .csv file") from None
+        raise UserError(f"{flag}={path} cannot be read ({reason}): name a .csv file") from None
     wanted = (*_COLUMNS, "dictionary") if several else _COLUMNS
     missing = [name for name in wanted if rows and name not in rows[0]]
     if missing:
-        raise UserError(f"--atlas.labels={path} has no column {', '.join(missing)}: expected {', '.join(wanted)}")
+        raise UserError(f"{flag}={path} has no column {', '.join(missing)}: expected {', '.join(wanted)}")
     found: dict[int, Label] = {}
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():

@@ -14,43 +14,61 @@ from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 
+BINS = 50  # of a histogram of logits
 _ROWS = 256  # decoder rows at once
 _TOKENS = 2**18  # tokens at most from which it is counted which features fire together
 
 
-def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that features raise and lower most by the direct path: final norm, then unembedding.
+@dataclasses.dataclass(frozen=True)
+class OutputTokens:
+    """What features do to logits by the direct path: final norm, then unembedding.
 
     The logits are those of the decoder row alone, without biases and soft cap, minus their mean over the vocabulary
     (VocabProj: Gur-Arieh et al., 2025, arXiv 2501.08319).
+
+    Attributes:
+      ids, logits: of the tokens at either end, [F, 2 count]: the most raised first, the most lowered last.
+      counts: tokens by logit, int32 [F, BINS]: bins of one width from the lowest logit to the highest.
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    counts: np.ndarray
+
+
+def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> OutputTokens:
+    """What features do to logits.
 
     Args:
       lm: the model.
       W_dec_FxD: what features add to the residual stream.
       count: of tokens at either end.
-
-    Returns:
-      Ids and logits [F, 2 count]: the most raised first, the most lowered last.
     """
     parts = []
     for start in range(0, len(W_dec_FxD), _ROWS):
         rows_RxD = jnp.pad(W_dec_FxD[start : start + _ROWS], ((0, max(0, start + _ROWS - len(W_dec_FxD))), (0, 0)))
         parts.append(jax.device_get(_lens(lm.config, count, lm.params, rows_RxD)))
-    ids, logits = (np.concatenate(part)[: len(W_dec_FxD)] for part in zip(*parts, strict=True))
-    return ids, logits
+    return OutputTokens(*(np.concatenate(part)[: len(W_dec_FxD)] for part in zip(*parts, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _lens(
     config: DecoderConfig, count: int, params: dict[str, jax.Array], rows_RxD: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     plain = dataclasses.replace(config, unembed_bias=False, logit_cap=None)
     bias = {name: jnp.zeros_like(value) for name, value in params.items() if name == "final_norm_bias_D"}
     logits_RxV = decoder.unembed(plain, {**params, **bias}, rows_RxD[None].astype(params["embed_VxD"].dtype))[0]
     logits_RxV -= logits_RxV.mean(axis=-1, keepdims=True)
     up, up_ids = lax.top_k(logits_RxV, count)
     down, down_ids = lax.top_k(-logits_RxV, count)
-    return jnp.concatenate([up_ids, down_ids[:, ::-1]], axis=1), jnp.concatenate([up, -down[:, ::-1]], axis=1)
+    low_Rx1, width_Rx1 = -down[:, :1], jnp.maximum(up[:, :1] + down[:, :1], 1e-30) / BINS
+    bin_RxV = jnp.clip(jnp.floor((logits_RxV - low_Rx1) / width_Rx1).astype(jnp.int32), 0, BINS - 1)
+    counts = jax.vmap(functools.partial(jnp.bincount, length=BINS))(bin_RxV)
+    return (
+        jnp.concatenate([up_ids, down_ids[:, ::-1]], axis=1),
+        jnp.concatenate([up, -down[:, ::-1]], axis=1),
+        counts,
+    )
 
 
 def nearest_rows(W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from saejax.interpret import describe
 from saejax.interpret.describe import Associations
 from saejax.interpret.detectors import PairCounts
 from saejax.interpret.firings import Block
-from saejax.interpret.neighbours import Together
+from saejax.interpret.neighbours import OutputTokens, Together
 from saejax.interpret.text import CodeCounts, CodedText
 
 _TOGETHER = 6
@@ -31,7 +31,7 @@ class Describer:
     Attributes:
       store, text: what was read; ``place``: the places that were encoded; ``bases``: of codes there.
       examples, draws: contexts of the strongest firings, and from each tenth of all.
-      output: ids and logits of the tokens that features raise and lower, [F, 2 n]; None where there are none.
+      output: of the tokens that features raise and lower; None where there are none.
       nearest: numbers and cosines of the nearest decoder rows, [F, n].
       together: of features that fire on the same tokens.
     """
@@ -42,7 +42,7 @@ class Describer:
     bases: Mapping[str, CodeCounts]
     examples: int
     draws: int
-    output: tuple[np.ndarray, np.ndarray] | None
+    output: OutputTokens | None
     nearest: tuple[np.ndarray, np.ndarray]
     together: Together
 
@@ -69,7 +69,8 @@ class Describer:
         self._p += [own.p for own in about.values()]
         total, largest = describe.sums(block)
         bins, position = describe.histogram(block), describe.positions(block, self.text)
-        drawn, group = describe.group_draws(block, self.draws)
+        order = describe.weakest_first(block)
+        edges, (drawn, group) = describe.tenths(block, order), describe.group_draws(block, order, self.draws)
         partners = self.together.partners(block.first, block.size, _TOGETHER)
         found = []
         for i in range(block.size):
@@ -80,6 +81,7 @@ class Describer:
                 one |= dict(
                     mean=short(total[i] / fires),
                     max=short(largest[i]),
+                    tenths=[short(edge) for edge in edges[i]],
                     histogram=bins[i].tolist(),
                     positions=position[i].tolist(),
                     examples=self._contexts(
@@ -110,9 +112,13 @@ class Describer:
         near = zip(*(part[feature] for part in self.nearest), strict=True)
         one: dict[str, Any] = dict(nearest=[[int(other), short(cosine)] for other, cosine in near])
         if self.output:
-            ids, logits = (part[feature] for part in self.output)
+            ids, logits = self.output.ids[feature], self.output.logits[feature]
             pairs = [[self.text.texts[i], short(logit)] for i, logit in zip(ids, logits, strict=True)]
             one |= dict(up=pairs[: len(pairs) // 2], down=pairs[: len(pairs) // 2 - 1 : -1])
+            # The first is the largest of all logits, the last the smallest.
+            one |= dict(
+                logits=dict(low=short(logits[-1]), high=short(logits[0]), counts=self.output.counts[feature].tolist())
+            )
         return one
 
     def _codes(self, about: Associations, feature: int, family: str) -> list[dict[str, Any]]:

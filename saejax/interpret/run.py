@@ -116,7 +116,7 @@ class Interpreter:
         shutil.rmtree(folder / FEATURES, ignore_errors=True)
         (folder / FEATURES).mkdir(parents=True)
         for number, block in enumerate(blocks(own, features)):
-            raised = output[0][block.first : block.first + block.size, :_OUTPUT] if output else ()
+            raised = output.ids[block.first : block.first + block.size, :_OUTPUT] if output else ()
             codes = [tuple(ids.tolist()) for ids in raised]
             detectors, tokens = best_detectors(block, self.text, bases, codes)
             found += detectors
@@ -160,7 +160,7 @@ class Interpreter:
         options = dict(stopping=self.run.stopping, on_batch=on_batch)
         return record(self.store, split, dictionaries, self.mesh, config.batch_tokens, **options)
 
-    def _output(self) -> tuple[np.ndarray, np.ndarray] | None:
+    def _output(self) -> neighbours.OutputTokens | None:
         """The tokens that features raise and lower; None where the dictionary does not write into the stream."""
         target = self.dictionary.config.target or self.dictionary.site
         if Site.parse(target).kind not in _IN_STREAM:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.models import decoder, generation, source, tokens, weights
+from saejax.models import decoder, generation, lens, source, tokens, weights
 from saejax.models.config import DecoderConfig
 from saejax.models.edits import Edit as Edit
 from saejax.models.edits import ForwardPass, fit_values, layers_of
 from saejax.models.families import read_config
 from saejax.models.generation import Generated
+from saejax.models.lens import JacobianLens, LensOutput
 from saejax.models.loaded import LoadedModel
 from saejax.models.rules import GRADIENT, RunRules
 from saejax.models.run import run_layers
@@ -134,6 +135,35 @@ class LanguageModel(LoadedModel):
         shape = tokens.ids_BxT.shape
         placed = self._placed(fit_values(edits, shape, generation.rounded(shape[1])))
         return generation.generate(self, tokens, max_new_tokens, choice, stop, placed, cache)
+
+    def lens(
+        self,
+        tokens: Tokens,
+        jacobian: JacobianLens | None = None,
+        *,
+        answers: Sequence[int] = (),
+        top: int = 5,
+        seed: int = 456,
+    ) -> LensOutput:
+        """What the stream leaving each layer says of the next token: the logit lens, or a Jacobian lens.
+
+        Args:
+          tokens: the prompts.
+          jacobian: from ``fit_lens`` or ``load_lens``; None: the logit lens.
+          answers: ids of tokens whose probability and rank are wanted at every place.
+          top: of the likeliest tokens, so many are given, at least 1.
+          seed: of the control's rotation.
+
+        Returns:
+          The reading at all layers, positions and prompts, and that of its control; see ``lens``.
+
+        Raises:
+          UserError: the prompts or the lens do not fit the model.
+        """
+        layers = range(self.config.n_layers)
+        sites = self(tokens, capture=[Site("resid_post", layer) for layer in layers], logits=False).sites
+        x_LxBxTxD = jnp.stack([sites[f"resid_post.{layer}"] for layer in layers])
+        return lens.read(self.config, self.params, x_LxBxTxD, jacobian, tuple(answers), top, seed)
 
     def _placed(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
         """The edits with their arrays on this model's devices."""

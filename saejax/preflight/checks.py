@@ -61,7 +61,7 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
       UserError: a model lacks a site.
     """
     corpus, plans = run.configs["corpus"], []
-    documents, tokens = rates.used_text(read_corpus(corpus), corpus) if runs_here else (0, 0)
+    documents, tokens = rates.used_text(read_corpus(corpus, run.configs["task"]), corpus) if runs_here else (0, 0)
     here = dict(documents=documents, tokens=tokens, torch_here=place.torch_here, mesh=place.mesh, limit=place.limit)
     for shape in shapes:
         try:
@@ -103,7 +103,9 @@ def _facts(plan: PlannedRun, needs: Needs, compiled: tuple[CompiledProgram, ...]
         d=plan.model.d_model,
         parameters=parameters(plan.model),
         dtype=plan.dtype,
-        units={unit: UnitNeeds(cost.bytes, cost.counts, cost.details) for unit, cost in needs.units.items()},
+        units={
+            unit: UnitNeeds(cost.bytes, cost.counts, cost.details, cost.flops) for unit, cost in needs.units.items()
+        },
         peak_bytes=max((program.memory for program in compiled), default=needs.peak),
         fits=all(program.fits for program in compiled) if compiled else needs.peak <= place.limit,
         replicated=tuple(replicated(plan, needs)),

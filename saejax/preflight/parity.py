@@ -74,7 +74,7 @@ def _random(lm: LanguageModel) -> Tokens:
 def _real(lm: LanguageModel, configs: Mapping[str, Any]) -> Tokens:
     """The beginnings of the corpus's first documents."""
     longest = min(_LENGTH, lm.config.context)
-    texts = [document.text[: 8 * longest] for document in read_corpus(configs["corpus"])[:_PROMPTS]]
+    texts = [document.text[: 8 * longest] for document in read_corpus(configs["corpus"], configs["task"])[:_PROMPTS]]
     return pad([lm.tokenizer(text, verbose=False)["input_ids"][:longest] for text in texts])
 
 

@@ -29,6 +29,7 @@ class UnitNeeds:
     bytes: DeviceBytes  #: of each device, by use
     counts: Mapping[str, int]  #: other numbers, such as the rows (prompts or items) that are run and their tokens
     details: Mapping[str, Any]  #: what else there is, such as the tokens of a prompt whose attribution graph would fit
+    flops: float | None = None  #: floating-point operations of its matrix products, by formula; None: a file of before
 
 
 @dataclasses.dataclass(frozen=True)

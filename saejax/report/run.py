@@ -26,6 +26,7 @@ from saejax.page.findings import Draw, Findings, read_findings
 from saejax.registry import STAGES
 from saejax.report import overview
 from saejax.report.results import ReportResults
+from saejax.settings import ReportConfig
 from saejax.stage import is_folder, load
 from saejax.tasks import report as tasks
 from saejax.training import report as training
@@ -40,7 +41,7 @@ def run_report(run: Run) -> ReportResults:
     """
     config = run.configs["report"]
     tested = run.configs["ablate"].dictionary
-    trained, name = trained_in(Path(tested)) if is_folder(tested) else ({}, tested)
+    trained, name = trained_in(tested) if is_folder(tested) else ({}, tested)
     found = read_findings(trained | dict(run.inputs), run.folder, {"report": to_json(config)})
     ablate = next(iter(found.each(AblateResults).values()), None)  # there is none without behaviours
     if ablate and trained:  # where the dictionary is known by its name
@@ -57,11 +58,13 @@ def run_report(run: Run) -> ReportResults:
         svg = style.save(figure, run.folder / "figures", name)
         return Picture(name, style.inline(svg, name, alt), caption, alt)
 
-    parts = sections(found, draw, config.features) if ablate else [*_asked(found, draw), overview.reproduce(found)]
+    parts = sections(found, draw, config.features) if ablate else without_behaviours(found, draw)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
     lead = (*(overview.lead(found) if ablate else ()), *(part.lead for part in parts if part.lead))
-    page = to_html(config.title, lead, parts, footer)
-    write_text(run.folder / "report.md", to_markdown(config.title, lead, parts, footer))
+    untold = not ablate and config.title == ReportConfig().title and "model" in found.settings()
+    title = f"The dictionaries of {found.settings()['model']['path']}" if untold else config.title
+    page = to_html(title, lead, parts, footer)
+    write_text(run.folder / "report.md", to_markdown(title, lead, parts, footer))
     write_text(run.folder / "index.html", page)
     run.say(f"read {run.folder / 'index.html'}")
     return ReportResults(
@@ -72,7 +75,7 @@ def run_report(run: Run) -> ReportResults:
     )
 
 
-def trained_in(folder: Path) -> tuple[dict[str, Path], str]:
+def trained_in(folder: str) -> tuple[dict[str, Path], str]:
     """The finished units of the workdir that trained the dictionary in a folder, and its name there.
 
     Args:
@@ -82,13 +85,13 @@ def trained_in(folder: Path) -> tuple[dict[str, Path], str]:
       Folders of its units "capture", "train/topk" and "evaluate/topk", and "topk" or "topk/k32"; no units if it is not
       of a workdir where all of these are finished.
     """
-    places = folder.absolute().parts
+    places = Path(folder).absolute().parts
     for at in (place for place in range(len(places) - 2, 0, -1) if places[place] == "train"):
         workdir, kind = Path(*places[:at]), places[at + 1]
         units = {unit: workdir / unit for unit in ("capture", f"train/{kind}", f"evaluate/{kind}")}
         if all((unit / SUMMARY).exists() for unit in units.values()):
             return units, "/".join(places[at + 1 :])
-    return {}, str(folder)
+    return {}, folder
 
 
 def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
@@ -114,6 +117,12 @@ def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
         overview.limits(found),
         overview.reproduce(found),
     ]
+
+
+def without_behaviours(found: Findings, draw: Draw) -> list[Section]:
+    """What there is to say where no behaviour was tested."""
+    dictionaries = [training.section(found, draw, "")] if found.each(EvaluateResults) else []
+    return [*tasks.benchmark_sections(found), *dictionaries, *_asked(found, draw), overview.reproduce(found)]
 
 
 def _asked(found: Findings, draw: Draw) -> list[Section]:

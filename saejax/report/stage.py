@@ -17,7 +17,8 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     from saejax.registry import STAGES
 
     elsewhere = _OF_DICTIONARY if is_folder(configs["ablate"].dictionary) else ()
-    always = set(_READ if configs["task"].has_behaviours else ()) - {*elsewhere}
+    of_model = configs["task"].has_behaviours or not configs["truth"].features  # not of a synthetic world alone
+    always = set(_READ if of_model else ()) - {*elsewhere}
     read = [stage for stage in STAGES.values() if stage.name in always or stage.section]
     return [unit for stage in read for unit in stage.units(configs)]
 
@@ -30,5 +31,4 @@ REPORT = Stage(
     groups=(ReportConfig,),
     after=("*",),
     needs=_needs,
-    names=lambda configs: ("",) if configs["task"].has_behaviours or configs["truth"].features else (),
 )

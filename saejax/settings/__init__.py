@@ -15,6 +15,7 @@ from saejax.settings.causal import REPLACEMENTS as REPLACEMENTS
 from saejax.settings.causal import AblateConfig as AblateConfig
 from saejax.settings.causal import PatchConfig as PatchConfig
 from saejax.settings.causal import ProbeConfig as ProbeConfig
+from saejax.settings.causal import SteerConfig as SteerConfig
 from saejax.settings.causal import StudyConfig as StudyConfig
 from saejax.settings.kinds import kind_names as kind_names
 from saejax.settings.run import ExportConfig as ExportConfig

@@ -24,7 +24,7 @@ class AblateConfig(Config):
     dictionary: str = setting(
         "topk",
         "which trained dictionary to test: topk, a member of a stack as in topk/k32, or the folder of one, such as "
-        "runs/demo/train/topk, with which nothing is captured or trained here",
+        "runs/demo/train/topk or, on the hub, hf://ORG/NAME/FOLDER@REVISION; then nothing is captured or trained",
         changes_results=False,
     )
     top: int = setting(20, "features, ranked on train prompts, that are ablated one by one and together", low=1)
@@ -121,9 +121,8 @@ class ProbeConfig(Config):
     labels: tuple[str, ...] = setting(
         (),
         "what probes read off: which behaviour a prompt asks for (behaviour), and within each behaviour its answer "
-        "(answer), whether that is even (parity), whether the model is right (correct), and the number of the subject "
-        "(number, of agreement); empty: no probes",
-        choices=PROBE_LABELS,
+        "(answer), whether that is even (parity), whether the model is right (correct), the number of the subject "
+        "(number, of agreement), and what 'labels' of --task.prompts say; empty: no probes",
     )
     dictionary: str = setting(
         "topk",
@@ -179,6 +178,47 @@ class PatchConfig(Config):
     seed: int = setting(456, "seed of the control draws and the bootstrap", low=0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     batch_rows: int = setting(64, "patched prompts per batch", low=1, changes_results=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class SteerConfig(Config):
+    """Steering the test prompts to the answers of their counterparts."""
+
+    dictionary: str = setting(
+        "",
+        "which trained dictionary's features to steer with: topk, a member of a stack as in topk/k32, or the folder of "
+        "one; empty: no steering",
+        changes_results=False,
+    )
+    top: int = setting(20, "features of each pair of answers, ranked on train texts, that steer together", low=1)
+    doses: tuple[float, ...] = setting(
+        (0.1, 0.2, 0.4, 0.6, 0.8),
+        "lengths of what is added, in mean lengths of the site's values; features are clamped at 1, 2, 4 and 8 times "
+        "their mean on texts of the target instead",
+        low=1e-6,
+    )
+    positions: str = setting(
+        "all", "positions of a prompt that are changed; of held-out text it is all", choices=("all", "last")
+    )
+    max_ce_rise: float = setting(
+        1.0,
+        "of the strengths that raise cross-entropy on held-out text by no more nats per token, the one that turns most "
+        "train prompts is judged on test prompts",
+        low=0.0,
+    )
+    text_documents: int = setting(
+        16, "held-out documents of the corpus, 64 tokens of each, on which that is measured; 0: none", low=0
+    )
+    draws: int = setting(
+        320,
+        "random directions at the same dose; a yes takes 20 for each behaviour and method, less one; fewer are run "
+        "where no further one could change a no",
+        low=2,
+    )
+    draw_prompts: int = setting(20, "test prompts on which they are added, spread evenly over templates; 0: all", low=0)
+    seed: int = setting(456, "seed of the random directions, the examples, the continuations and the bootstrap", low=0)
+    bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
+    batch_rows: int = setting(64, "steered prompts per batch", low=1, changes_results=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,14 +75,19 @@ class PreflightConfig(Config):
     )
 
 
+def _is_for_neuronpedia(unit: str) -> bool:
+    return unit.startswith("neuronpedia-")
+
+
 @dataclasses.dataclass(frozen=True)
 class ExportConfig(Config):
     """Trained dictionaries in the formats of other tools."""
 
     format: str = setting(
         "saelens",
-        "saelens (a folder for each dictionary) or circuit_tracer (transcoders of all layers in one set)",
-        choices=("saelens", "circuit_tracer"),
+        "saelens (a folder for each dictionary), circuit_tracer (transcoders of all layers in one set) or neuronpedia "
+        "(what features are, for its importer and for viewers of graphs; needs --interpret.dictionaries)",
+        choices=("saelens", "circuit_tracer", "neuronpedia"),
     )
     dictionaries: tuple[str, ...] = setting(
         (),
@@ -90,6 +95,17 @@ class ExportConfig(Config):
         choices=kind_names,
         changes_results=False,
     )
+    model_id: str = setting(
+        "",
+        "the model's id at Neuronpedia; empty: the last part of its name, in small letters",
+        only=_is_for_neuronpedia,
+    )
+    source_set: str = setting(
+        "",
+        "name of the set of sources at Neuronpedia; empty: made of the site and the kind, such as res-topk",
+        only=_is_for_neuronpedia,
+    )
+    creator: str = setting("saejax", "who made it, as Neuronpedia shows it", only=_is_for_neuronpedia)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,7 +93,18 @@ class CorpusConfig(Config):
     """The text on which dictionaries are trained."""
 
     path: str = setting(
-        "", "text: a .jsonl, .jsonl.gz (field 'text', optional 'group') or .txt file; empty: the embedded corpus"
+        "",
+        "text, from one place or several separated by commas: a .jsonl, .jsonl.gz, .parquet or .arrow file (a field "
+        "'text', perhaps 'group'), a .txt file, a pattern such as 'text/*.jsonl.gz', a data set of the hub as "
+        "hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT], or a benchmark (gsm8k, math, logic: questions with their "
+        "solutions, none of those that are asked); empty: the embedded corpus",
+    )
+    field: str = setting("text", "the field of rows that holds the text", implied="text")
+    weights: tuple[float, ...] = setting(
+        (),
+        "shares of --corpus.max_tokens, one for each source of --corpus.path; empty: as much of each as there is",
+        low=0.0,
+        implied=(),
     )
     max_tokens: int = setting(0, "use documents, in seeded random order, until this many tokens; 0: all", low=0)
     held_out: float = setting(0.1, "share of the documents' groups that is held out from training", low=0.01, high=0.5)

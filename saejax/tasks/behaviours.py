@@ -34,6 +34,7 @@ class Prompt:
       counterpart_correct: the better answer to ``counterpart``.
       items: the content items of the text and of its counterpart; none of prompts of the user's own.
       template: the words around the content; prompts of one template are not independent. "" if it is not known.
+      labels: further labels of a prompt of the user's own, name and class, for probes.
     """
 
     behaviour: str
@@ -45,6 +46,7 @@ class Prompt:
     counterpart_correct: str = ""
     items: tuple[str, ...] = ()
     template: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     def prompt(record: dict[str, Any]) -> Prompt:
         fields = {key: value for key, value in record.items() if key not in SCORES}
-        return Prompt(**fields | dict(items=tuple(fields["items"])))
+        labels = tuple((name, value) for name, value in fields.get("labels", ()))
+        return Prompt(**fields | dict(items=tuple(fields["items"]), labels=labels))
 
     return _read_lines(path, prompt, "a prompt")
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
-from saejax.tasks.files import decode, json_lines, read_bytes, shown
+from saejax.tasks.files import decode, json_lines, read_bytes, shown, table_rows
+from saejax.tasks.hub import hub_rows
 
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
-SPLIT = "test"
+SPLIT, TRAIN = "test", "train"
 _FLAG = "--task.path"
 
 
@@ -59,12 +60,14 @@ class Origin:
       hub: the data set's id on the hub; "" for local files.
       configurations: the data set's configurations by part; a part "" may have several.
       revision: of the data set.
+      split: of the data set.
     """
 
     files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     hub: str = ""
     configurations: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     revision: str = ""
+    split: str = SPLIT
 
     def __str__(self) -> str:
         if self.hub:
@@ -88,7 +91,8 @@ class Origin:
             yield from _local_rows(part, path)
         for part, names in self.configurations.items():
             for name in names:
-                yield from _hub_rows(self.hub, self.revision, part, name)
+                for number, fields in enumerate(hub_rows(self.hub, name, self.revision, self.split), start=1):
+                    yield Row(fields, part, f"{name}:{number}", f"{self.hub}, {name}, row {number}")
 
 
 def find(path: str, benchmark: str, several: bool, parts: Sequence[str]) -> dict[str, Path] | None:
@@ -175,7 +179,7 @@ def _local_rows(part: str, path: Path) -> Iterator[Row]:
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         unit, numbered = "line", json_lines(decode(_content(path), path), path, '{"question": "...", "answer": "..."}')
     else:
-        unit, numbered = "row", enumerate(_table(path), start=1)
+        unit, numbered = "row", enumerate(table_rows(path, _content(path)), start=1)
     for number, fields in numbered:
         where = f"{path}, {unit} {number}"
         if not isinstance(fields, dict):
@@ -183,52 +187,10 @@ def _local_rows(part: str, path: Path) -> Iterator[Row]:
         yield Row(fields, part, f"{_stem(path)}:{number}", where)
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file, or of an Arrow file in either of its two layouts."""
-    import pyarrow
-
-    content = pyarrow.BufferReader(_content(path))
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(content).to_pylist()
-        try:
-            return pyarrow.ipc.open_stream(content).read_all().to_pylist()
-        except pyarrow.ArrowInvalid:
-            content.seek(0)
-            return pyarrow.ipc.open_file(content).read_all().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a whole {path.suffix[1:]} file ({error}): copy or make it again") from None
-
-
-def hub_configurations(hub: str, revision: str) -> list[str]:
-    """The names of a data set's configurations."""
-    import datasets
-
-    return _fetched(hub, revision, lambda: datasets.get_dataset_config_names(hub, revision=revision))
-
-
-def _hub_rows(hub: str, revision: str, part: str, name: str) -> Iterator[Row]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    table = _fetched(hub, revision, lambda: datasets.load_dataset(hub, name, split=SPLIT, revision=revision))
-    for number, fields in enumerate(table, start=1):
-        yield Row(fields, part, f"{name}:{number}", f"{hub}, {name}, row {number}")
-
-
-def _fetched(hub: str, revision: str, fetch: Any) -> Any:
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils.logging import set_verbosity_error
-
-    set_verbosity_error()  # it tries several times and would say so each time
-    try:
-        return fetch()
-    except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the data set {hub} (revision {revision}) could not be read from the hub ({reason[:200]}): check the name "
-            f"and the network, or give a local file with {_FLAG}=FILE"
-        ) from None
+def training_files(files: Mapping[str, Path], parts: Sequence[str]) -> dict[str, Path]:
+    """The files of the train split that lie beside a benchmark's local files; none of one with several parts."""
+    if parts != ("",):
+        return {}
+    folder = files[""].parent
+    beside = sorted(path for path in folder.iterdir() if path.name.endswith(FORMATS))
+    return {_stem(path): path for path in beside if _stem(path).split("-")[0] == TRAIN}

@@ -17,7 +17,8 @@ import numpy as np
 from saejax.errors import UserError, one_of
 from saejax.settings import BENCHMARKS, TaskConfig
 from saejax.tasks.answers import last_boxed
-from saejax.tasks.benchmark_files import Origin, Row, find, hub_configurations
+from saejax.tasks.benchmark_files import TRAIN, Origin, Row, find, training_files
+from saejax.tasks.hub import hub_configurations
 from saejax.workspace import fingerprint
 
 _CHOICES = {"boolean_expressions": ("True", "False"), "web_of_lies": ("Yes", "No")}
@@ -28,6 +29,15 @@ LOGIC_TASKS = (
     "boolean_expressions",
     "web_of_lies",
     "date_understanding",
+)
+_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
 )
 
 
@@ -67,6 +77,7 @@ class Benchmark:
       instruction: what a chat model is told beforehand.
       stop: texts that end a generated answer.
       parse: makes an item of a row.
+      training: the hub's data set and its configurations whose split "train" goes with it; empty: there is none.
     """
 
     hub: str
@@ -79,6 +90,7 @@ class Benchmark:
     instruction: str
     stop: tuple[str, ...]
     parse: Callable[[Row], Item]
+    training: tuple[str, tuple[str, ...]] = ("", ())
 
 
 def _gsm8k(row: Row) -> Item:
@@ -124,6 +136,7 @@ DEFINITIONS = {
         instruction="Solve the problem step by step. End with a line that holds '#### ' and the answer as a number.",
         stop=("Question:", "</s>", "<|im_end|>"),
         parse=_gsm8k,
+        training=("openai/gsm8k", ("main",)),
     ),
     "math": Benchmark(
         hub="HuggingFaceH4/MATH-500",
@@ -136,6 +149,7 @@ DEFINITIONS = {
         instruction="Solve the problem step by step and put the final answer into \\boxed{}.",
         stop=("Problem:",),
         parse=_math,
+        training=("EleutherAI/hendrycks_math", _SUBJECTS),
     ),
     "logic": Benchmark(
         hub="SaylorTwift/bbh",
@@ -206,3 +220,39 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
         raise UserError(f"{name} has {len(items)} examples in {source}, but {wanted} {asked}: {advice}")
     rng = np.random.default_rng((task.seed, zlib.crc32(name.encode())))
     return [items[i] for i in rng.permutation(len(items))[:wanted]]
+
+
+def training_items(name: str, task: TaskConfig) -> list[Item]:
+    """The items that are not asked, to train on: of the train split where there is one, else those left over.
+
+    Raises:
+      UserError: see ``read_items``; or all items are asked.
+    """
+    known, asked = definition(name), {item.question for item in read_items(name, task)}
+    source = _training_origin(name, task) or origin(name, task)
+    left = [item for item in map(known.parse, source.rows()) if item.question not in asked]
+    if not left:
+        raise UserError(
+            f"--corpus.path={name}: all examples in {source} are asked, none is left as text: lower --task.examples, "
+            "or give a folder with a train split"
+        )
+    return left
+
+
+def training_identity(name: str, task: TaskConfig) -> str:
+    """A hash, 16 hexadecimal digits, of what ``training_items`` depends on; see ``identity``."""
+    source = _training_origin(name, task)
+    asked = [task.examples or definition(name).examples, task.seed]
+    return fingerprint([identity(name, task), *asked, *(source.identity() if source else [])])
+
+
+def _training_origin(name: str, task: TaskConfig) -> Origin | None:
+    """The train split that goes with a benchmark; None if there is none."""
+    known, asked = definition(name), origin(name, task)
+    if asked.files:
+        files = training_files(asked.files, known.parts)
+        return Origin(files=files) if files else None
+    if asked.hub != known.hub or not known.training[0]:
+        return None
+    hub, configurations = known.training
+    return Origin(hub=hub, configurations={"": configurations}, revision="main", split=TRAIN)

@@ -7,18 +7,13 @@ held-out text keeps every group on one side, so that nothing held out continues 
 
 import collections
 import dataclasses
-import hashlib
 import random
-import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from saejax.errors import UserError
-from saejax.settings import CorpusConfig
-from saejax.tasks.files import decode, json_lines, read_bytes, shown
-
-EMBEDDED = Path(__file__).parent / "data" / "corpus.jsonl.gz"
-_FORMATS = (".jsonl", ".jsonl.gz", ".txt")
+from saejax.settings import CorpusConfig, TaskConfig
+from saejax.tasks.text_sources import text_sources
+from saejax.workspace import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,41 +24,51 @@ class Document:
       text: not blank.
       group: documents of one group are never split; a document without one is its own group, "document-<index>".
       index: its place in the corpus, from 0.
+      source: which of the corpus's sources it is from, from 0.
     """
 
     text: str
     group: str
     index: int
+    source: int = 0
 
 
-def read_corpus(config: CorpusConfig) -> list[Document]:
-    """Reads the corpus that the configuration names; the embedded one where its path is empty.
+def read_corpus(config: CorpusConfig, task: TaskConfig | None = None) -> list[Document]:
+    """Reads all text that ``config.path`` names (``text_sources``); the embedded corpus where it is empty.
 
-    Formats: ``.jsonl`` and ``.jsonl.gz`` hold one JSON object a line, with "text" and perhaps "group";
-    ``.txt`` holds documents separated by blank lines. All are UTF-8. ``config.max_tokens`` and
-    ``config.context`` are applied where text becomes tokens, not here.
+    ``config.max_tokens``, ``config.weights`` and ``config.context`` are applied where text becomes tokens, not here.
 
-    Raises:
-      UserError: the file is missing, of another format, damaged, not UTF-8, or without a document; a line
-        is not JSON, or its fields are missing or of the wrong type (with the line's number).
-    """
-    path = _path(config)
-    content = decode(_content(path), path)
-    pairs = list(_from_text(content) if path.name.endswith(".txt") else _from_json_lines(content, path))
-    if not pairs:
-        raise UserError(f"{path} holds no document: expected text; name another file with --corpus.path")
-    return [Document(text, group or f"document-{index}", index) for index, (text, group) in enumerate(pairs)]
-
-
-def identity(config: CorpusConfig) -> str:
-    """A hash of the corpus file's uncompressed content, 16 hexadecimal digits; its path and packing do not count.
+    Args:
+      config: where text is.
+      task: which questions of benchmarks are asked, and so are no text; None: those of the defaults.
 
     Raises:
-      UserError: the file is missing, of another format, or damaged.
+      UserError: a file is missing, of another format, damaged, not UTF-8, or without a document; a line is not JSON, or
+        its fields are missing or of the wrong type (with the line's number); the hub cannot be read.
     """
-    path = _path(config)
-    kind = "txt" if path.name.endswith(".txt") else "jsonl"
-    return hashlib.sha256(kind.encode() + b"\0" + _content(path)).hexdigest()[:16]
+    sources = text_sources(config, task or TaskConfig())
+    documents: list[Document] = []
+    for number, source in enumerate(sources):
+        before = len(documents)
+        for text, group in source.texts():
+            index = len(documents)
+            # A kind for each source, so that each has text on both sides of the split.
+            own = group or f"document-{index}"
+            documents.append(Document(text, own if len(sources) == 1 else f"{source.name}/{own}", index, number))
+        if len(documents) == before:
+            where = config.path or source.name
+            raise UserError(f"{where} holds no document: expected text; name another file with --corpus.path")
+    return documents
+
+
+def identity(config: CorpusConfig, task: TaskConfig | None = None) -> str:
+    """A hash of what the text depends on, 16 hexadecimal digits; the path and packing of files do not count.
+
+    Raises:
+      UserError: a file is missing, of another format, or damaged.
+    """
+    hashes = [source.identity() for source in text_sources(config, task or TaskConfig())]
+    return hashes[0] if len(hashes) == 1 else fingerprint(hashes)
 
 
 def split(documents: Sequence[Document], held_out: float, seed: int) -> tuple[list[Document], list[Document]]:
@@ -131,39 +136,3 @@ def _held_out_groups(sizes: dict[str, int], held_out: float, seed: int) -> set[s
     elif len(chosen) == len(sizes):
         chosen.remove(smallest)
     return chosen
-
-
-def _path(config: CorpusConfig) -> Path:
-    path = Path(config.path) if config.path else EMBEDDED
-    if not path.name.endswith(_FORMATS):
-        raise UserError(f"--corpus.path={path} is not a known kind of text: expected one of {', '.join(_FORMATS)}")
-    return path
-
-
-def _content(path: Path) -> bytes:
-    """The file's bytes, uncompressed."""
-    return read_bytes(path, "--corpus.path", "name a file, or leave it empty")
-
-
-def _from_text(content: str) -> Iterable[tuple[str, str]]:
-    pieces = re.split(r"\n[^\S\n]*\n", content.replace("\r\n", "\n"))
-    return ((piece.strip(), "") for piece in pieces if piece.strip())
-
-
-def _from_json_lines(content: str, path: Path) -> Iterable[tuple[str, str]]:
-    for number, record in json_lines(content, path, '{"text": "..."}'):
-        where = f"{path}, line {number}"
-        if not isinstance(record, dict) or "text" not in record:
-            raise UserError(f'{where} has no field \'text\': expected an object such as {{"text": "..."}}')
-        text, group = record["text"], record.get("group")
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: 'text' is {shown(text)}: expected a string that is not blank; fix or remove it")
-        if _unencodable(text):
-            raise UserError(f"{where}: 'text' holds half of a surrogate pair: expected whole characters; fix it")
-        if group is not None and (not isinstance(group, str) or not group):
-            raise UserError(f"{where}: 'group' is {shown(group)}: expected a string that is not empty, or no 'group'")
-        yield text, group or ""
-
-
-def _unencodable(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)

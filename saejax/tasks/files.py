@@ -1,4 +1,4 @@
-"""Reading text files that a user names: whole, uncompressed, and JSON line by line."""
+"""Reading files that a user names: whole, uncompressed, JSON line by line, and tables row by row."""
 
 import gzip
 import json
@@ -61,6 +61,33 @@ def json_lines(text: str, path: Path, example: str) -> Iterator[tuple[int, Any]]
             yield number, json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"{path}, line {number} is not JSON: expected an object such as {example}") from None
+
+
+def table_rows(path: Path, content: bytes) -> list[dict[str, Any]]:
+    """The rows of a Parquet file, or of an Arrow file in either of its two layouts.
+
+    Args:
+      path: where it comes from; its ending tells the format.
+      content: of the file.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    import pyarrow
+
+    buffer = pyarrow.BufferReader(content)
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(buffer).to_pylist()
+        try:
+            return pyarrow.ipc.open_stream(buffer).read_all().to_pylist()
+        except pyarrow.ArrowInvalid:
+            buffer.seek(0)
+            return pyarrow.ipc.open_file(buffer).read_all().to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a whole {path.suffix[1:]} file ({error}): copy or make it again") from None
 
 
 def shown(value: object) -> str:

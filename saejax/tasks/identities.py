@@ -16,7 +16,7 @@ def corpus(configs: Configs) -> str:
     """Of the text."""
     from saejax.tasks import corpora
 
-    return corpora.identity(configs["corpus"])
+    return corpora.identity(configs["corpus"], configs["task"])
 
 
 def training_text(configs: Configs) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ correct    whether the model is right: its logit difference is above 0     one b
 number     the number of the subject, which the verb " is" or " are" says  one behaviour
 =========  ==============================================================  ===================
 
+and those that the user's own prompts have in their ``labels``, among prompts of one behaviour.
+
 In agreement the noun beside the verb always has the other number, so whoever reads that noun knows the subject's. The
 label ``number`` is therefore read off prompts of which every second has a noun of the same number (``congruent``).
 
@@ -23,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from saejax.errors import one_of
 from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.recipes import recipes
 
@@ -50,7 +53,7 @@ class Labelled:
     """A label of some prompts.
 
     Attributes:
-      label: its name, of ``settings.PROBE_LABELS``.
+      label: its name.
       behaviour: whose prompts; "" for those of all.
       classes: class -> how many train and test prompts have it, most frequent first; none if ``reason`` says why.
       prompts: what is read: those that were given, or of ``number`` every second one ``congruent``.
@@ -111,10 +114,14 @@ def label_prompts(label: str, prompts: Sequence[Prompt], logit_diffs: Sequence[f
     """Labels prompts: those of each behaviour by themselves, or, where the behaviour is the label, all together.
 
     Args:
-      label: one of ``settings.PROBE_LABELS``.
+      label: one of ``settings.PROBE_LABELS``, or a label that some prompts have.
       prompts: of all behaviours and both splits.
       logit_diffs: the model's on each of them.
+
+    Raises:
+      UserError: there is no such label.
     """
+    one_of(label, dict.fromkeys([*LABELS, *(name for prompt in prompts for name, _ in prompt.labels)]), "label")
     behaviours = [""] if label == "behaviour" else list(dict.fromkeys(prompt.behaviour for prompt in prompts))
     read = balanced(prompts) if label == "number" else tuple(prompts)
     changed = {place for place, pair in enumerate(zip(read, prompts, strict=True)) if pair[0] != pair[1]}
@@ -127,7 +134,8 @@ def label_prompts(label: str, prompts: Sequence[Prompt], logit_diffs: Sequence[f
 
 def _labelled(label: str, behaviour: str, prompts: tuple[Prompt, ...], logit_diffs: Sequence[float]) -> Labelled:
     own = [place for place, prompt in enumerate(prompts) if behaviour in ("", prompt.behaviour)]
-    labels = {place: LABELS[label](prompts[place], logit_diffs[place]) for place in own}
+    read = LABELS.get(label, lambda prompt, logit_diff: dict(prompt.labels).get(label))
+    labels = {place: read(prompts[place], logit_diffs[place]) for place in own}
     of = {place: name for place, name in labels.items() if name is not None}
     of_split = {split: [place for place in of if prompts[place].split == split] for split in SPLITS}
     train, test = (Counter(of[place] for place in of_split[split]) for split in SPLITS)

@@ -2,13 +2,15 @@
 
     {"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat", "counterpart": "One", "split": "test"}
 
-"counterpart" (the same text with other content, to which the wrong answer is the better one), "split" and "template"
-(a name of the words around the content: prompts that share it are not independent) may be left out. Of a behaviour
-whose lines have no split, train and test prompts are drawn at random, as many as were asked for. No text stands in a
-behaviour twice; that the two splits share no content beyond that is up to the user.
+"counterpart" (the same text with other content, to which the wrong answer is the better one), "split", "template"
+(a name of the words around the content: prompts that share it are not independent) and "labels" ({"carry": "yes"}: what
+else is known of the prompt, for probes) may be left out. Of a behaviour whose lines have no split, train and test
+prompts are drawn at random, as many as were asked for. No text stands in a behaviour twice; that the two splits share
+no content beyond that is up to the user.
 """
 
 import hashlib
+import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.settings import BEHAVIOURS, TaskConfig
+from saejax.settings import BEHAVIOURS, PROBE_LABELS, TaskConfig
 from saejax.tasks.answer_tokens import fault
 from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes, shown
 
 _FLAG = "--task.prompts"
 _TAKEN = (*BEHAVIOURS, "started", "summary")  # behaviours of our own, and files of every stage
-_NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split", "template")
+_NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split", "template", "labels")
 _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}'
 
 
@@ -43,7 +45,7 @@ def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]
     if not task.prompts:
         return {}
     path = Path(task.prompts)
-    lines: dict[str, list[dict[str, str]]] = {}
+    lines: dict[str, list[dict[str, Any]]] = {}
     texts = set()
     for number, record in json_lines(decode(_content(path), path), path, _EXAMPLE):
         fields = _checked(record, f"{path}, line {number}")
@@ -60,6 +62,12 @@ def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]
     if not lines:
         raise UserError(f"{_FLAG}={path} holds no prompts: expected lines such as {_EXAMPLE}")
     return {name: _prompts(name, found, task, path) for name, found in lines.items()}
+
+
+def as_line(prompt: Prompt) -> str:
+    """A prompt as a line of such a file."""
+    fields = {name: getattr(prompt, name) for name in (*_NEEDED, *_OPTIONAL, "split") if getattr(prompt, name)}
+    return json.dumps(fields | (dict(labels=dict(prompt.labels)) if prompt.labels else {}), ensure_ascii=False) + "\n"
 
 
 def count_behaviours(task: TaskConfig) -> int:
@@ -82,7 +90,7 @@ def _content(path: Path) -> bytes:
     return read_bytes(path, _FLAG, "name a .jsonl or .jsonl.gz file, or leave it empty")
 
 
-def _checked(record: Any, where: str) -> dict[str, str]:
+def _checked(record: Any, where: str) -> dict[str, Any]:
     """The fields of a line."""
     if not isinstance(record, dict) or set(_NEEDED) - set(record):
         missing = ", ".join(name for name in _NEEDED if not isinstance(record, dict) or name not in record)
@@ -90,9 +98,18 @@ def _checked(record: Any, where: str) -> dict[str, str]:
     unknown = sorted(set(record) - {*_NEEDED, *_OPTIONAL})
     if unknown:
         raise UserError(f"{where} has the unknown field {unknown[0]!r}: expected {', '.join((*_NEEDED, *_OPTIONAL))}")
-    for name, value in record.items():
+    labels = record.get("labels", {})
+    if not isinstance(labels, dict):
+        raise UserError(f'{where}: \'labels\' is {shown(labels)}: expected an object such as {{"carry": "yes"}}')
+    for name, value in {**record, "labels": "-", **labels}.items():
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: {name!r} is {shown(value)}: expected a string that is not blank")
+    for name in labels:
+        if name in PROBE_LABELS or not re.fullmatch(r"[A-Za-z0-9_]+", name):
+            raise UserError(
+                f"{where}: the label {shown(name)} names files: use letters, digits and _, and none of "
+                f"{', '.join(PROBE_LABELS)}"
+            )
     if not re.fullmatch(r"[A-Za-z0-9_-]+", record["behaviour"]):
         raise UserError(
             f"{where}: the behaviour {shown(record['behaviour'])} names files: use letters, digits, _ and -"
@@ -106,7 +123,7 @@ def _checked(record: Any, where: str) -> dict[str, str]:
     return record
 
 
-def _prompts(name: str, lines: Sequence[Mapping[str, str]], task: TaskConfig, path: Path) -> list[Prompt]:
+def _prompts(name: str, lines: Sequence[Mapping[str, Any]], task: TaskConfig, path: Path) -> list[Prompt]:
     """A behaviour's prompts, train prompts first."""
     given = [line.get("split") for line in lines]
     if any(given) and not all(given):
@@ -128,7 +145,7 @@ def _prompts(name: str, lines: Sequence[Mapping[str, str]], task: TaskConfig, pa
     return [_prompt(split, line) for split in SPLITS for line in chosen[split]]
 
 
-def _prompt(split: str, line: Mapping[str, str]) -> Prompt:
+def _prompt(split: str, line: Mapping[str, Any]) -> Prompt:
     counterpart = line.get("counterpart", "")
     return Prompt(
         behaviour=line["behaviour"],
@@ -139,4 +156,5 @@ def _prompt(split: str, line: Mapping[str, str]) -> Prompt:
         counterpart=counterpart,
         counterpart_correct=line["wrong"] if counterpart else "",
         template=line.get("template", ""),
+        labels=tuple(line.get("labels", {}).items()),
     )

@@ -21,6 +21,7 @@ from saejax.results import Interval
 SEPARATION_LIMIT = 1e6  # stands for infinity, which JSON does not have
 _CHUNK = 8_000_000  # numbers held at once: 64 MB
 _ENDS = (0.025, 0.975)
+_Z = float(norm.ppf(_ENDS[1]))
 
 
 def bootstrap(
@@ -67,10 +68,13 @@ def wilson(right_N: np.ndarray, size: float | None = None) -> Interval:
       right_N: True or 1 for what the share counts, at least one value.
       size: how many independent ones the N are worth; None: N.
     """
-    share = float(np.mean(right_N))
-    n, z = len(right_N) if size is None else size, float(norm.ppf(_ENDS[1]))
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return wilson_of(float(np.mean(right_N)), len(right_N) if size is None else size)
+
+
+def wilson_of(share: float, n: float) -> Interval:
+    """A share of n independent ones, and its 95 % score interval, as ``wilson``."""
+    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     return Interval(share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share))
 
 

@@ -53,7 +53,7 @@ def section(found: Findings, draw: Draw, tested: str) -> Section:
     Args:
       found: what to write of.
       draw: saves a figure.
-      tested: name of the dictionary that the causal tests use.
+      tested: name of the dictionary that the causal tests use; "": there are none.
     """
     dense_above, scores = found.settings()["evaluate"]["dense_above"], scores_of(found)
     stacks = {kind: members for kind, members in scores.items() if len(members) > 1}
@@ -69,7 +69,7 @@ def _intro(scores: Mapping[str, Sequence[DictionaryScores]], tested: str) -> str
     for kind, members in scores.items():
         many = f" ({len(members)} of them)" if len(members) > 1 else ""
         kinds.append(f"{kind}{many}, which {KINDS[kind].about if kind in KINDS else kind}")
-    return f"Trained: {'; '.join(kinds)}. The causal tests use {tested}."
+    return f"Trained: {'; '.join(kinds)}." + (f" The causal tests use {tested}." if tested else "")
 
 
 def _terms(dense_above: float) -> tuple[tuple[str, str], ...]:

@@ -9,7 +9,7 @@ import torch
 from saejax.activations import capture
 from saejax.activations.store import Store
 from saejax.models.sites import KINDS
-from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig
+from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.behaviours import Prompt, write_prompts
 from saejax.workspace import Run
 
@@ -35,6 +35,7 @@ class Setup:
             corpus=CorpusConfig(
                 **dict(path=str(self.folder / "corpus.jsonl"), context=32, held_out=0.3) | dict(corpus)
             ),
+            task=TaskConfig(),
             capture=CaptureConfig(**settings | options),
             mesh=mesh or MeshConfig(),
         )

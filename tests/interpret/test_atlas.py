@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "attribution"))
 from browser import CHROMIUM, chromium
+from made_up_records import BAD, made_up_record
 
 from saejax.dictionaries.labels import FOUND, Label, labels_of
 from saejax.errors import UserError
@@ -17,26 +18,7 @@ from saejax.results import to_json
 from saejax.workspace import write_json
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
-BAD = "</script><script>alert(1)</script>"
 LABELS = {1: Label("“ Paris”", FOUND, f1=0.9), 2: Label(f"a city {BAD}", "Ada", "seen & checked")}
-
-
-def made_up_record(feature: int, fires: int = 12) -> dict:
-    """A record as the stage writes it."""
-    one = dict(tokens=["The", " city\n", BAD, " of", "\ud800", " Rome"], acts=[0.0, None, 1.5, 0, 2.5, 0.2], peak=4)
-    one |= dict(document=3, position=9)
-    row = dict(text=BAD, hits=5, there=9, sum=7.5, mean=0.833, pmi=4.2, odds=[12.0, 3.0, 40.0], q=1e-5)
-    near = [[(feature + 1) % 70, 0.61], [2, 0.2]]
-    found = dict(feature=feature, fires=fires, rate=fires / 1000, nearest=near, up=[[BAD, 3.1]], down=[[" no", -2.0]])
-    if not fires:
-        return found | dict(detectors=[], shuffled_f1=0.0)
-    share = dict(mean=0.8, low=0.7, high=0.9)
-    detector = dict(family="token", says="“ Paris”", search_f1=0.9, precision=share, recall=share, f1=share)
-    return found | dict(
-        mean=1.0, max=2.5, histogram=[0, 3, 9] + [0] * 37, positions=[1, 2, 3] + [0] * 9, examples=[one, one],
-        groups=[one | dict(group=0), one | dict(group=9)], tokens=[row], shapes=[row], together=[[2, 4, 0.5]],
-        detectors=[detector], shuffled_f1=0.1,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,16 @@ def test_draws_are_those_of_the_largest_priority_in_each_tenth(made):
         assert [(e["group"], e["document"], e["position"]) for e in one.get("groups", [])] == expected
 
 
+def test_tenths_lie_between_the_groups(made):
+    *_, records, dense = made
+    for i, one in enumerate(records):
+        own = np.sort(dense.f[dense.f[:, i] > 0, i])
+        groups = [[own[n] for n in range(len(own)) if n * GROUPS // len(own) == group] for group in range(GROUPS)]
+        if all(groups):
+            np.testing.assert_allclose(one["tenths"], [*(group[0] for group in groups), own[-1]], rtol=1e-3)
+        assert (len(one.get("tenths", [])) == GROUPS + 1) == bool(len(own))
+
+
 def test_priorities_are_uniform_and_do_not_depend_on_their_company():
     every = describe.priority(np.arange(100_000)) / 2.0**64
     assert abs(every.mean() - 0.5) < 0.005 and abs(np.corrcoef(every[:-1], every[1:])[0, 1]) < 0.02
@@ -196,7 +206,8 @@ def test_output_tokens(tiny_llama, one_device):
 
     lm = load_model(str(tiny_llama), mesh=one_device)
     rows = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
-    ids, logits = neighbours.output_tokens(lm, rows, 4)
+    found = neighbours.output_tokens(lm, rows, 4)
+    ids, logits = found.ids, found.logits
     params = {name: np.asarray(value, np.float64) for name, value in lm.params.items() if not name.startswith("layers")}
     head = params["embed_VxD"].T if lm.config.tied else params["unembed_DxV"]
     wide = rows.astype(np.float64)
@@ -206,9 +217,15 @@ def test_output_tokens(tiny_llama, one_device):
     np.testing.assert_allclose(logits[:, :4], -np.sort(-expected, axis=1)[:, :4], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(logits[:, ::-1][:, :4], np.sort(expected, axis=1)[:, :4], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(np.take_along_axis(expected, ids, 1), logits, rtol=1e-4, atol=1e-4)
+    for row, counts in zip(expected, found.counts, strict=True):  # rounding may move a logit over an edge
+        assert counts.sum() == len(row) and np.abs(counts - np.histogram(row, neighbours.BINS)[0]).sum() <= 4
 
 
 def test_a_feature_that_never_fires():
     block = Block(0, 2, np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
-    assert not describe.histogram(block).any() and not describe.group_draws(block, 2)[0].size
+    assert (
+        not describe.histogram(block).any()
+        and not describe.group_draws(block, describe.weakest_first(block), 2)[0].size
+    )
+    assert not describe.tenths(block, describe.weakest_first(block)).any()
     assert describe.sums(block)[1].tolist() == [0, 0]

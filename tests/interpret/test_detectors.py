@@ -6,10 +6,9 @@ import json
 import numpy as np
 import planted
 import pytest
-from scipy.stats import binomtest
 
 from saejax.interpret import detectors
-from saejax.interpret.detectors import PairCounts, search, wilson
+from saejax.interpret.detectors import PairCounts, search
 from saejax.interpret.firings import Block
 from saejax.interpret.labels import bars, partners
 from saejax.interpret.text import SHAPES, CodeCounts, shape_of
@@ -31,12 +30,6 @@ def test_the_search_finds_the_best_of_all_sets(monkeypatch):
             said = np.isin(code, some)
             scores[some] = 2 * np.sum(said & fires[:, i]) / (said.sum() + fires[:, i].sum())
         assert f1 == pytest.approx(max(scores.values())) == scores[tuple(sorted(detector.codes))]
-
-
-@pytest.mark.parametrize(("hits", "of"), [(0, 5), (3, 7), (7, 7), (400, 1000)])
-def test_wilson(hits, of):
-    expected, found = binomtest(hits, of).proportion_ci(method="wilson"), wilson(hits, of)
-    assert (found.mean, found.low, found.high) == pytest.approx((hits / of, expected.low, expected.high), abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,20 @@ def test_every_feature_of_every_member_is_described(workdir):
         assert not (folder / "interpret" / "topk" / member.name / "firings").exists()
 
 
+def test_what_was_found_goes_to_neuronpedia(workdir, capsys):
+    """The rows themselves are tested in tests/export."""
+    folder, flags = workdir
+    flags = [*flags, "--export.format=neuronpedia", "--export.dictionaries=topk"]
+    assert command.run(["export"], "", ["test", *flags]) == 0
+    exported = load_results(folder / "export" / "neuronpedia-topk")
+    assert [member.folder.split("/")[-1] for member in exported.members] == ["0-res-topk-k4", "0-res-topk-k8"]
+    live = sum(one["fires"] > 0 for one in records(folder / "interpret" / "topk" / "k8"))
+    assert len(list((folder / "export" / "neuronpedia-topk" / "features" / "res-topk-k8").iterdir())) == live
+    flags = [flag for flag in flags if not flag.startswith("--interpret.dictionaries")]
+    assert command.run(["export"], "", ["test", *flags]) == 2
+    assert "unknown dictionary for export (--interpret.dictionaries) 'topk'" in capsys.readouterr().err
+
+
 def test_labels_of_ones_own_win_and_only_the_pages_are_written_anew(workdir, tmp_path, capsys):
     folder, flags = workdir
     path = tmp_path / "labels.csv"

@@ -269,7 +269,7 @@ def test_a_rule_that_says_yes_too_often_stands_first_in_red(tmp_path):
     run = make_run(tmp_path, inputs)
     run_report(run)
     text = (run.folder / "report.md").read_text().replace("\xa0", " ")
-    assert "2.0 % of the matched random sets pass by the same rule (1.0 % to 7.0 %)" in text
+    assert "2.0 % of the drawn sets pass by the same rule (1.0 % to 7.0 %)" in text
     assert "too often" not in text
     summary["results"]["behaviours"]["capital"]["claim"] |= dict(placebo_rate=0.2, placebo_low=0.13)
     write_json(inputs["ablate/topk"] / SUMMARY, summary)

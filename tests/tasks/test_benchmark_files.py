@@ -11,7 +11,7 @@ from benchmark_rows import GSM8K, LOGIC, write_all, write_lines
 
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
-from saejax.tasks import benchmark_files
+from saejax.tasks import hub as hub_module
 from saejax.tasks.benchmark_files import Origin, find
 from saejax.tasks.benchmarks import LOGIC_TASKS, identity, origin, read_items
 
@@ -114,7 +114,9 @@ def test_damaged_files_are_refused(tmp_path, name, content, said):
 
 
 def test_without_a_network_the_way_out_is_said():
-    with pytest.raises(UserError, match="openai/gsm8k .revision main. could not be read .* --task.path=FILE") as caught:
+    with pytest.raises(
+        UserError, match="openai/gsm8k .revision main. could not be read .* local file instead"
+    ) as caught:
         read_items("gsm8k", TaskConfig())
     assert "\n" not in str(caught.value)
 
@@ -129,7 +131,7 @@ def hub(monkeypatch):
         "me/bbh": {**LOGIC, "snarks": []},
     }
 
-    def load(name, configuration, split, revision):
+    def load(name, configuration, split, revision, streaming):
         calls.append((name, configuration, split, revision))
         return datasets.Dataset.from_list(tables[name][configuration])
 
@@ -171,5 +173,5 @@ def test_the_hub_libraries_stay_quiet_about_retries(monkeypatch):
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_warning()
-    assert benchmark_files._fetched("a/b", "main", lambda: 3) == 3
+    assert hub_module._fetched("a/b", "main", lambda: 3) == 3
     assert logging.get_verbosity() == logging.ERROR

@@ -9,8 +9,8 @@ import pytest
 
 from saejax.errors import UserError
 from saejax.settings import CorpusConfig
-from saejax.tasks import corpora
 from saejax.tasks.corpora import Document, identity, read_corpus, split
+from saejax.tasks.text_sources import EMBEDDED
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_the_embedded_corpus_is_large_and_varied(embedded):
     groups = {document.group for document in embedded}
     assert len(groups) >= 100
     assert len({kind(group) for group in groups}) >= 12
-    assert corpora.EMBEDDED.stat().st_size < 1_000_000
+    assert EMBEDDED.stat().st_size < 1_000_000
 
 
 def test_no_group_gives_more_than_one_percent(embedded):
@@ -71,7 +71,7 @@ def test_the_embedded_split_has_every_kind_on_both_sides(embedded):
 
 def test_packing_is_reproducible():
     """The file has no time stamp, so that its bytes depend on its content alone."""
-    assert corpora.EMBEDDED.read_bytes()[4:8] == bytes(4)
+    assert EMBEDDED.read_bytes()[4:8] == bytes(4)
 
 
 # Reading

@@ -41,10 +41,10 @@ def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, ca
     assert "buffer 1 of " in output and "buffer 3 of " in output
     for asked_at, told in ((1, "before the first step"), (7, "of 30; saved")):  # in the first buffer, in a later one
         asked = itertools.count()
-        monkeypatch.setattr(command, "_sigterm", lambda asked=asked, at=asked_at: lambda: next(asked) >= at)
+        monkeypatch.setattr(command, "stop_asked", lambda asked=asked, at=asked_at: lambda: next(asked) >= at)
         status, broken = train()
         assert status == 143 and told in capsys.readouterr().err
-    monkeypatch.setattr(command, "_sigterm", lambda: lambda: False)
+    monkeypatch.setattr(command, "stop_asked", lambda: lambda: False)
     assert train(broken)[0] == 0
     assert runs.dictionary_checksums(broken) == runs.dictionary_checksums(whole) != {}
 

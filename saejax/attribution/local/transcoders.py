@@ -196,7 +196,9 @@ def _listed(name: str, folder: Path, commit: str) -> LayerTranscoders:
 
 
 def _gemma_scope(name: str, files: Sequence[Path], before_gain: bool, commit: str, model: str) -> LayerTranscoders:
-    configs = [gemma_scope.read_config(file, layer, model) for layer, file in enumerate(files)]
+    configs = [
+        gemma_scope.read_config(file, f"mlp_in.{layer}", f"mlp_out.{layer}", model) for layer, file in enumerate(files)
+    ]
     reads = "mlp_normed" if before_gain else "mlp_in"
     return LayerTranscoders(
         name, configs, lambda layer: gemma_scope.load(files[layer], configs[layer]), None, reads, commit

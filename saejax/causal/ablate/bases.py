@@ -121,12 +121,15 @@ class Joined(Editing, nnx.Module):
         return jnp.stack([member.in_domain(x_BxTxD) for member in self._members]).any(axis=0)
 
 
-def components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary:
+def components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary | None:
     """The principal components of some values at the dictionary's site, as a linear dictionary.
 
     Args:
       dictionary: which site it is, and what counts as a sink there.
       values_NxD: at least one.
+
+    Returns:
+      None where all values are the same.
     """
     if not len(values_NxD):
         raise ValueError("there are no values to find principal components of")
@@ -134,16 +137,21 @@ def components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary:
     return directions(dictionary, values_NxD - mean_D[None, :], mean_D)
 
 
-def directions(dictionary: Dictionary, rows_NxD: np.ndarray, centre_D: np.ndarray) -> Dictionary:
+def directions(dictionary: Dictionary, rows_NxD: np.ndarray, centre_D: np.ndarray) -> Dictionary | None:
     """The principal directions of some rows, those of no size left out, as a linear dictionary around a centre.
 
     Args:
       dictionary: which site it is, and what counts as a sink there.
       rows_NxD: not centred here.
       centre_D: where a value stands from which all directions were removed.
+
+    Returns:
+      None where all rows are 0 but for rounding.
     """
     _, size_F, directions_FxD = np.linalg.svd(rows_NxD, full_matrices=False)
-    directions_FxD = directions_FxD[size_F > 1e-6 * max(size_F.max(initial=0.0), 1e-30)]
+    directions_FxD = directions_FxD[size_F > 1e-6 * max(size_F.max(initial=0.0), np.linalg.norm(centre_D), 1e-30)]
+    if not len(directions_FxD):
+        return None
     config = _like(dictionary, kind="linear", n_features=len(directions_FxD))
     arrays = dict(
         W_enc_DxF=directions_FxD.T, b_enc_F=np.zeros(len(directions_FxD)), W_dec_FxD=directions_FxD, b_dec_D=centre_D

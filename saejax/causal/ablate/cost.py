@@ -11,6 +11,7 @@ from saejax.causal.ablate import dose, nested, text
 from saejax.causal.ablation import FEATURES
 from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.circuits import measure as circuits
+from saejax.causal.circuits import sizes
 from saejax.causal.cost import FIRING, causal_cost, edited_bytes, kept_prompts, layers_above, prompt_length
 from saejax.causal.screening import points
 from saejax.causal.split import PROMPTS, run_head
@@ -21,7 +22,7 @@ from saejax.models.rules import RunRules
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tree import Tree
-from saejax.settings import ESTIMATES
+from saejax.settings import ESTIMATES, AblateConfig
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
 _COMPILE = 5.0  # seconds in which a behaviour's programs are compiled, whose prompts have a length of their own
@@ -30,13 +31,12 @@ _COMPILE = 5.0  # seconds in which a behaviour's programs are compiled, whose pr
 def ablate_cost(plan: PlannedRun, name: str) -> Cost:
     """The tail on every test prompt without each of the sets, and its gradient on every train prompt."""
     task, ablate, used = plan.configs["task"], plan.configs["ablate"], plan.dictionary("ablate")
-    behaviours, sets = count_all_behaviours(task), _sets(plan)
-    # Greedy sets: N steps over what is left of the candidates, on train prompts.
-    grown = ablate.greedy * ((nested.CANDIDATES - 0.5) * ablate.greedy + 0.5) * task.train_prompts
-    slopes = points(ablate.estimate) * task.train_prompts * (1 + len(ablate.baselines) + (behaviours > 1) / 3)
+    behaviours, prompts = count_all_behaviours(task), (task.train_prompts, task.test_prompts)
+    rows = FIRING * expected_rows(ablate, *prompts, behaviours, used.n_features)
+    slopes = points(ablate.estimate) * task.train_prompts * (1 + len(ablate.baselines))
     if ablate.effects == "all":
         slopes += sum(map(points, ESTIMATES)) * task.test_prompts
-    tokens = int(behaviours * (task.test_prompts * sets + grown + 3 * slopes)) * PROMPT
+    tokens = int(behaviours * (rows + 3 * slopes)) * PROMPT
     if ablate.text_documents:  # the head of the vocabulary is as much again
         doses = dose.SIZES * (1 + len(ablate.baselines)) * min(text.FOR_DOSE, ablate.text_documents)
         tokens += 2 * behaviours * (doses + ablate.text_documents) * text.LENGTH
@@ -48,23 +48,31 @@ def ablate_cost(plan: PlannedRun, name: str) -> Cost:
     return causal_cost(plan, flops, edited_bytes(plan, used, _gathered(plan), ablate.batch_rows), used, **more)
 
 
-def _sets(plan: PlannedRun) -> float:
-    """How many sets are removed from a test prompt and run.
+def expected_rows(ablate: AblateConfig, train: int, test: int, behaviours: int, features: int) -> float:
+    """How many rows, each a set that is removed from a prompt, a behaviour has; those that change nothing included.
 
-    About one row in six changes nothing and is not run. Where every feature is removed by itself, most rows are such:
-    a feature fires on a few per cent of tokens.
+    Args:
+      ablate: the stage's settings.
+      train, test: prompts of the behaviour.
+      behaviours: of the run.
+      features: of the dictionary. Where every one that fires is removed by itself, that is about a quarter.
     """
-    ablate, task = plan.configs["ablate"], plan.configs["task"]
-    share = min(ablate.draw_prompts or task.test_prompts, task.test_prompts) / task.test_prompts
-    sets = FIRING * (ablate.draws * share + 4 * ablate.top + 1)  # features one by one, each with three of its like
-    sets += FIRING * dose.SIZES * (1 + len(ablate.baselines)) + count_all_behaviours(task) - 1
+    some = min(ablate.draw_prompts or test, test)
+    draws: float = ablate.draws * some
+    sets = (
+        4 * ablate.top + behaviours
+    )  # features one by one, each with three of its like; all of this and of the others
+    sets += dose.SIZES * (1 + len(ablate.baselines)) + 2 * ablate.greedy
     if ablate.curve:
-        sets += FIRING * (min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES))
+        sets += min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES)
     if ablate.circuit_tests:
-        sets += 3 * circuits.DRAWS + ablate.top
+        sets += 3 * circuits.DRAWS + ablate.top + 3 * len(sizes.SHARES)
+        draws += len(sizes.SHARES) * sizes.DRAWS * some
     if ablate.effects == "all":
-        sets += 0.2 * plan.dictionary("ablate").n_features * (1 + len(ablate.compare))
-    return sets
+        sets += features * (1 + len(ablate.compare)) / 4
+    # Greedy sets: N steps over what is left of the candidates.
+    grown = ablate.greedy * ((nested.CANDIDATES - 0.5) * ablate.greedy + 0.5)
+    return draws + sets * test + grown * train
 
 
 def _gathered(plan: PlannedRun) -> int:
@@ -80,71 +88,94 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The head, the slopes, the features that are removed, and the tail without them."""
     if not plan.configs["task"].has_behaviours:
         return []
-    model, length, ablate = plan.model, prompt_length(plan), plan.configs["ablate"]
-    used, train, prompts, k = plan.dictionary("ablate"), plan.configs["train"], kept_prompts(plan), _gathered(plan)
-    site, d, f, rows = Site.parse(used.site), used.d_in, used.n_features, ablate.batch_rows
-    point = SplitPoint(model, site, site, mesh, RunRules(remat=plan.configs["model"].remat))
-    params, dictionary = abstract_params(model, mesh, plan.dtype), abstract_dictionary(used, train, mesh)
+    shapes = _Shapes(plan, mesh)
+    return [shapes.head(), shapes.slopes(), shapes.features(), shapes.tail()]
 
-    def values(place: Callable, count: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """The stream and the site's value."""
-        return place(mesh, (count, length, d), plan.dtype), place(mesh, (count, length, d), plan.dtype)
 
-    def ends(count: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+class _Shapes:
+    """The stage's programs with shapes in place of arrays."""
+
+    def __init__(self, plan: PlannedRun, mesh: Mesh):
+        self._plan, self._mesh, self._ablate = plan, mesh, plan.configs["ablate"]
+        self._model, self._used, self._kept = plan.model, plan.dictionary("ablate"), plan.configs["train"].state_dtype
+        self._length, self._prompts, self._gathered = prompt_length(plan), kept_prompts(plan), _gathered(plan)
+        self._site = Site.parse(self._used.site)
+        rules = RunRules(remat=plan.configs["model"].remat)
+        self._point = SplitPoint(self._model, self._site, self._site, mesh, rules)
+        self._params = abstract_params(self._model, mesh, plan.dtype)
+        self._dictionary = abstract_dictionary(self._used, plan.configs["train"], mesh)
+        self._size = f"{PROMPTS} prompts of {self._length} tokens"
+
+    def _value(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
+        """The stream, the site's value or what is read, of so many prompts."""
+        return place(self._mesh, (count, self._length, self._used.d_in), self._plan.dtype)
+
+    def _domain(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
+        return place(self._mesh, (count, self._length), bool)
+
+    def _ends(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Last positions and answers."""
-        return by_row(mesh, (count,), jnp.int32), by_row(mesh, (count, 2), jnp.int32)
+        return by_row(self._mesh, (PROMPTS,), jnp.int32), by_row(self._mesh, (PROMPTS, 2), jnp.int32)
 
-    stream_BxTxD, value_BxTxD = values(whole, prompts)
-    domain_BxT = whole(mesh, (prompts, length), bool)
-    past = placed(jax.eval_shape(point.record, params, stream_BxTxD, value_BxTxD)[1], mesh)
-    f_BxTxK = whole(mesh, (prompts, length, k), train.state_dtype)
-    W_dec_KxD = whole(mesh, (k, d), train.state_dtype)
-    bank = ablation_programs.CleanValues(stream_BxTxD, value_BxTxD, f_BxTxK, W_dec_KxD, past, None)
-    sides = [value_BxTxD, domain_BxT] * (2 if ablate.replacement == "counterpart" else 1)
-    source = ActivationSource(
-        ablate.replacement,
-        mean_F=jax.ShapeDtypeStruct((f,), jnp.float32) if ablate.replacement == "mean" else None,
-        seed=jax.ShapeDtypeStruct((), jnp.uint32) if ablate.replacement == "random" else None,
-    )
-    above, encode = layers_above(plan, used), 2.0 * length * d * f  # of a prompt
-    size = f"{PROMPTS} prompts of {length} tokens"
-    shards = mesh.shape["data"]
-    own = -(-rows // shards)  # of a shard
-    shapes = ((own,), (own,), (own, length), (own * length,), (own * length,))
-    tree = Tree(*(by_row(mesh, (shards, *shape), jnp.int32) for shape in shapes))
-    ids_BxT, wanted_BxT = by_row(mesh, (PROMPTS, length), jnp.int32), by_row(mesh, (PROMPTS, length), bool)
-    head = (point, "keep", params, dictionary, ids_BxT, ends(PROMPTS)[0], wanted_BxT)
-    read_BxTxD = values(by_row, PROMPTS)[1]
-    sums = whole(mesh, (f,), jnp.int32), whole(mesh, (f,), train.state_dtype)
-    lent = dict(counterpart=(read_BxTxD, wanted_BxT), random=sums).get(ablate.replacement, ())
-    slopes = (*values(by_row, PROMPTS), read_BxTxD, wanted_BxT, *ends(PROMPTS), source, lent)
-    many, features_K = points(ablate.estimate), whole(mesh, (k,), jnp.int32)
-    edited = (by_row(mesh, (shards, own, k), bool), by_row(mesh, (shards, own, 2), jnp.int32))
-    slope_flops = 3.0 * many * pass_flops(model, PROMPTS * length, length, above) + 2.0 * PROMPTS * encode
-    return [
-        Program("ablate: head", size, run_head, head, (), pass_flops(model, PROMPTS * length, length, site.layer + 1)),
-        Program(
-            "ablate: attribution",
-            size,
-            screening.score_features,
-            (point, many, params, dictionary, *slopes),
-            (),
-            slope_flops,
-        ),
-        Program(
+    def _source(self) -> ActivationSource:
+        kind = self._ablate.replacement
+        return ActivationSource(
+            kind,
+            mean_F=jax.ShapeDtypeStruct((self._used.n_features,), jnp.float32) if kind == "mean" else None,
+            seed=jax.ShapeDtypeStruct((), jnp.uint32) if kind == "random" else None,
+        )
+
+    def _flops(self, prompts: int, layers: int) -> float:
+        return pass_flops(self._model, prompts * self._length, self._length, layers)
+
+    def _encode_flops(self, prompts: int) -> float:
+        return 2.0 * prompts * self._length * self._used.d_in * self._used.n_features
+
+    def head(self) -> Program:
+        ids_BxT = by_row(self._mesh, (PROMPTS, self._length), jnp.int32)
+        rows = ids_BxT, self._ends()[0], self._domain(by_row, PROMPTS)
+        arguments = (self._point, "keep", self._params, self._dictionary, *rows)
+        return Program("ablate: head", self._size, run_head, arguments, (), self._flops(PROMPTS, self._site.layer + 1))
+
+    def slopes(self) -> Program:
+        value, domain = self._value(by_row, PROMPTS), self._domain(by_row, PROMPTS)
+        counts = [whole(self._mesh, (self._used.n_features,), dtype) for dtype in (jnp.int32, self._kept)]
+        lent = dict(counterpart=(value, domain), random=tuple(counts)).get(self._ablate.replacement, ())
+        many = points(self._ablate.estimate)
+        rows = (value, value, value, domain, *self._ends(), self._source(), lent)
+        arguments = (self._point, many, self._params, self._dictionary, *rows)
+        above = layers_above(self._plan, self._used)
+        flops = 3.0 * many * self._flops(PROMPTS, above) + 2.0 * self._encode_flops(PROMPTS)
+        return Program("ablate: attribution", self._size, screening.score_features, arguments, (), flops)
+
+    def features(self) -> Program:
+        prompts, k = self._prompts, self._gathered
+        sides = [self._value(whole, prompts), self._domain(whole, prompts)]
+        sides *= 2 if self._ablate.replacement == "counterpart" else 1
+        features_K = whole(self._mesh, (k,), jnp.int32)
+        return Program(
             "ablate: features",
             f"{prompts} prompts, {k} features",
             ablation_programs.gather,
-            (point, dictionary, source, sides, features_K, prompts),
-            params,
-            len(sides) / 2 * prompts * encode,
-        ),
-        Program(
-            "ablate: tail",
-            f"{rows} edited prompts",
-            ablation_programs.run_rows,
-            (point, params, bank, tree, tree.place_SxR, *edited),
-            dictionary,
-            pass_flops(model, rows * length, length, above) + 2.0 * rows * length * k * d,
-        ),
-    ]
+            (self._point, self._dictionary, self._source(), sides, features_K, prompts),
+            self._params,
+            len(sides) / 2 * self._encode_flops(prompts),
+        )
+
+    def tail(self) -> Program:
+        prompts, k, length = self._prompts, self._gathered, self._length
+        value, shards = self._value(whole, prompts), self._mesh.shape["data"]
+        past = placed(jax.eval_shape(self._point.record, self._params, value, value)[1], self._mesh)
+        f_BxTxK = whole(self._mesh, (prompts, length, k), self._kept)
+        W_dec_KxD = whole(self._mesh, (k, self._used.d_in), self._kept)
+        clean = ablation_programs.CleanValues(value, value, f_BxTxK, W_dec_KxD, past, None)
+        rows = self._ablate.batch_rows
+        own = -(-rows // shards)  # of a shard
+        shapes = ((own,), (own,), (own, length), (own * length,), (own * length,))
+        tree = Tree(*(by_row(self._mesh, (shards, *shape), jnp.int32) for shape in shapes))
+        edited = (by_row(self._mesh, (shards, own, k), bool), by_row(self._mesh, (shards, own, 2), jnp.int32))
+        flops = self._flops(rows, layers_above(self._plan, self._used)) + 2.0 * rows * length * k * self._used.d_in
+        arguments = (self._point, self._params, clean, tree, tree.place_SxR, *edited)
+        return Program(
+            "ablate: tail", f"{rows} edited prompts", ablation_programs.run_rows, arguments, self._dictionary, flops
+        )

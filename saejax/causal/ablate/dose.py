@@ -17,21 +17,19 @@ from saejax.causal import screening
 from saejax.causal.ablate import bases
 from saejax.causal.ablate.results import DoseCurve, EqualDose, UncomparedBasis
 from saejax.causal.ablate.text import FOR_DOSE, HeldOutText
-from saejax.causal.ablate.verdict import over_prompts
+from saejax.causal.ablate.verdict import Over, over_prompts
 from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.experiment import Experiment
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Basis, Dictionary, load_dictionary
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.results import Interval
 from saejax.settings import BASES, AblateConfig
 
 SIZES = 6  # sets of a curve, at most
 WIDEST = 8  # times as many directions as there are top features are in the largest set, at most
 FEATURES = "features"  # the name of the tested dictionary's curve
 
-Over = Callable[[np.ndarray], Interval]
 Divergence = Callable[[Sequence[Sequence[int]]], np.ndarray]  # on held-out text, of sets; nats per token
 
 
@@ -260,8 +258,9 @@ def _basis(
     if not len(values_NxD):
         return "no train prompt has a position at which features may change, so there is nothing to decompose"
     if wanted == "components":
-        return bases.components(dictionary, values_NxD)
+        return bases.components(dictionary, values_NxD) or "all values of the train prompts are the same"
     means_GxD = experiment.answer_means()
     if len(means_GxD) < 2:
         return "its train prompts have one answer, so there is no difference of means"
-    return bases.directions(dictionary, means_GxD - means_GxD.mean(axis=0), values_NxD.mean(axis=0, dtype=np.float64))
+    found = bases.directions(dictionary, means_GxD - means_GxD.mean(axis=0), values_NxD.mean(axis=0, dtype=np.float64))
+    return found or "the means of all answers are the same"

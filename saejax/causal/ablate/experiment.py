@@ -1,5 +1,6 @@
 """One behaviour on a language model: what the tests of features measure with."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,28 @@ from saejax.tasks.behaviours import Prompt
 from saejax.workspace import fingerprint
 
 
+class PartProgress:
+    """The progress of a behaviour, whose sets are removed in several calls: in rows, each a set and a prompt.
+
+    Args:
+      on_progress: called with the rows done and to do of the behaviour; may raise to stop.
+      rows: of the behaviour, as expected.
+    """
+
+    def __init__(self, on_progress: OnProgress = silent, rows: int = 0):
+        self._on_progress, self._rows, self._done = on_progress, rows, 0
+
+    def check(self) -> None:
+        """Says where the behaviour is, which may raise to stop."""
+        self._on_progress(self._done, max(self._done, self._rows))
+
+    def of_call(self, rows: int) -> OnProgress:
+        """What the next call, of so many rows, takes: it is told the share of its work that is done."""
+        before, self._done = self._done, self._done + rows
+        most = max(self._done, self._rows)
+        return lambda done, total: self._on_progress(before + (done * rows // total if total else 0), most)
+
+
 class ModelExperiment:
     """A ``verdict.Experiment``: one behaviour on a language model cut at a dictionary's site.
 
@@ -25,8 +48,9 @@ class ModelExperiment:
       name: of the behaviour.
       prompts: of this behaviour, of both splits.
       config: of the stage.
-      on_progress: called with the tokens done and to do; may raise to stop.
+      progress: of the behaviour; may raise to stop.
       folder: where measurements are kept, so that an experiment that was killed does not repeat them. None: nowhere.
+      attribution_F: of every feature on the train prompts, if it is known; None: it is computed when it is asked for.
 
     Raises:
       UserError: there are no train or no test prompts.
@@ -38,11 +62,12 @@ class ModelExperiment:
         name: str,
         prompts: Sequence[Prompt],
         config: AblateConfig,
-        on_progress: OnProgress = silent,
+        progress: PartProgress | None = None,
         folder: Path | None = None,
+        attribution_F: np.ndarray | None = None,
     ):
-        self.name, self._split, self._config, self._on_progress, self._folder = name, split, config, on_progress, folder
-        self._prompts = prompts
+        self.name, self._split, self._config, self._folder = name, split, config, folder
+        self._prompts, self._progress = prompts, progress or PartProgress()
         self._train = [prompt for prompt in prompts if prompt.split == "train"]
         self.test = [prompt for prompt in prompts if prompt.split == "test"]
         self.templates = [prompt.template for prompt in self.test]
@@ -51,27 +76,45 @@ class ModelExperiment:
                 f"behaviour {name} has {len(self._train)} train and {len(self.test)} test prompts: expected some of "
                 "each; give both in --task.prompts, or run the stage baseline again"
             )
-        on_progress(0, 0)
-        self._runs, self._train_runs = split.run(self.test), split.run(self._train)
-        counterpart = config.replacement == "counterpart"
-        self._counterparts = split.run_counterparts(self.test) if counterpart else []
-        self._train_counterparts = split.run_counterparts(self._train) if counterpart else []
+        self._attribution_F = attribution_F
         self._some: dict[tuple[int, ...], tuple[list[CleanRun], list[CleanRun]]] = {}
-        self._replacement = ActivationSource(
-            config.replacement,
-            mean_F=activity.means(split, self._train_runs) if config.replacement == "mean" else None,
-            seed=np.uint32(config.seed) if config.replacement == "random" else None,
-        )
+        self._progress.check()
 
-    @property
+    # Prompts are run when they are first asked for: who wants the attribution runs no test prompt.
+
+    @functools.cached_property
+    def _runs(self) -> list[CleanRun]:
+        return self._split.run(self.test)
+
+    @functools.cached_property
+    def _train_runs(self) -> list[CleanRun]:
+        return self._split.run(self._train)
+
+    @functools.cached_property
+    def _counterparts(self) -> list[CleanRun]:
+        return self._lenders(self.test)
+
+    @functools.cached_property
+    def _train_counterparts(self) -> list[CleanRun]:
+        return self._lenders(self._train)
+
+    def _lenders(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
+        return self._split.run_counterparts(prompts) if self._config.replacement == "counterpart" else []
+
+    @functools.cached_property
     def replacement(self) -> ActivationSource:
         """What stands in place of removed features."""
-        return self._replacement
+        kind = self._config.replacement
+        return ActivationSource(
+            kind,
+            mean_F=activity.means(self._split, self._train_runs) if kind == "mean" else None,
+            seed=np.uint32(self._config.seed) if kind == "random" else None,
+        )
 
     def on(self, split: SplitModel, basis: str) -> "ModelExperiment":
         """The same behaviour on the model cut for another basis."""
         folder = self._folder and self._folder / fingerprint(basis)
-        return ModelExperiment(split, self.name, self._prompts, self._config, self._on_progress, folder)
+        return ModelExperiment(split, self.name, self._prompts, self._config, self._progress, folder)
 
     def train_values(self) -> np.ndarray:
         """Values of the site on the train prompts, where features may change, [N, D]."""
@@ -89,17 +132,27 @@ class ModelExperiment:
         return np.stack([np.mean(values, axis=0) for _, values in sorted(last.items())])
 
     def attribution(self) -> np.ndarray:
-        return self._attribution(self._train_runs, self._config.estimate, self._train_counterparts)
+        if self._attribution_F is None:
+            self._attribution_F = self._mean_attribution(
+                self._train_runs, self._config.estimate, self._train_counterparts
+            )
+        return self._attribution_F
 
     def test_attribution(self, estimate: str) -> np.ndarray:
-        return self._attribution(self._runs, estimate, self._counterparts)
+        return self._mean_attribution(self._runs, estimate, self._counterparts)
 
-    def _attribution(self, runs: Sequence[CleanRun], estimate: str, counterparts: Sequence[CleanRun]) -> np.ndarray:
-        attribution_NxF = screening.attribution(self._split, runs, estimate, self._replacement, counterparts)
-        self._on_progress(0, 0)
+    def _mean_attribution(
+        self, runs: Sequence[CleanRun], estimate: str, counterparts: Sequence[CleanRun]
+    ) -> np.ndarray:
+        attribution_NxF = screening.attribution(self._split, runs, estimate, self.replacement, counterparts)
+        self._progress.check()
         return attribution_NxF.mean(axis=0, dtype=np.float64)
 
     def statistics(self) -> FeatureStatistics:
+        return self._statistics
+
+    @functools.cached_property
+    def _statistics(self) -> FeatureStatistics:
         """On the test prompts, and on those that lend what stands in a feature's place: there it may have an effect."""
         lenders = self._train_runs if self._config.replacement == "mean" else self._counterparts
         return activity.statistics(self._split, [*self._runs, *lenders])
@@ -110,7 +163,7 @@ class ModelExperiment:
     def changes(self, features: Sequence[int]) -> np.ndarray:
         others = self._counterparts or self._runs
         parts = [
-            ablation.changes(self._split, AblatedRun(run, other, self._replacement), features)
+            ablation.changes(self._split, AblatedRun(run, other, self.replacement), features)
             for run, other in zip(self._runs, others, strict=True)
         ]
         return np.sum(parts, axis=0) / len(self.test)
@@ -121,8 +174,7 @@ class ModelExperiment:
         key = tuple(map(int, prompts))
         if key not in self._some:
             chosen = [self.test[place] for place in key]
-            others = self._split.run_counterparts(chosen) if self._counterparts else []
-            self._some[key] = self._split.run(chosen), others
+            self._some[key] = self._split.run(chosen), self._lenders(chosen)
         return self._ablate("some", *self._some[key], sets)
 
     def ablate_train(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
@@ -136,8 +188,8 @@ class ModelExperiment:
             runs,
             sets,
             self._config.batch_rows,
-            self._on_progress,
-            source=self._replacement,
+            self._progress.of_call(len(sets) * sum(len(run.index_P) for run in runs)),
+            source=self.replacement,
             counterparts=counterparts,
             readouts=self._config.readouts,
             folder=self._folder / half if self._folder else None,

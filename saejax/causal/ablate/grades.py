@@ -40,12 +40,13 @@ def rule(config: AblateConfig) -> str:
     return (
         f"Removing the top {config.top} features together harms a behaviour if the interval of the drop in logit "
         f"difference lies above zero and accuracy falls by more than {100 * config.min_accuracy_drop:g} percentage "
-        f"points. It goes beyond matched features if of {config.draws} sets of as many matched random features so few "
-        "cost as much logit difference, and as much accuracy, that both p-values are at most "
-        f"{level} after Holm's correction over the behaviours of the run, and the interval of the drop minus the mean "
-        "drop of those sets lies above zero. It goes beyond other bases if the area under its curve of effect against "
-        "dose is larger than that of the top directions of each other basis, with the interval of the difference above "
-        "zero, both where the dose is the norm of the change and where it is the divergence on held-out text. It is "
+        f"points. It goes beyond matched features if of {config.draws} sets, drawn from matched random features and "
+        "the top ones themselves, so few cost as much logit difference, and as much accuracy, that both p-values are "
+        f"at most {level} after Holm's correction over the behaviours of the run, and the interval of the drop minus "
+        "the mean drop of those sets lies above zero. It goes beyond other bases if the area under its curve of effect "
+        "against dose is larger than that of the top directions of each other basis, with the interval of the "
+        "difference above zero, both where the dose is the norm of the change and where it is the divergence on "
+        "held-out text. It is "
         f"selective if no other behaviour loses more than {100 * config.min_accuracy_drop:g} points of accuracy or as "
         "large a share of its logit difference, and cross-entropy on held-out text rises by less than "
         f"{config.max_ce_rise:g} nats. Each answer asks for those before it. Intervals are 95 % bootstrap intervals "
@@ -151,9 +152,10 @@ def _beyond_matched(result: BehaviourAblation, claim: Claim, config: AblateConfi
         return Grade(None, f"{few}at least {LEAST_SETS} are needed for an answer")
     family = f" after correction for {claim.behaviours} behaviours" if claim.behaviours > 1 else ""
     reason = (
-        f"the logit difference falls by {_shown(result.difference)} more than with matched random sets, which cost as "
-        f"much with p = {claim.p_logit_diff:.2g} in logit difference and {claim.p_accuracy:.2g} in accuracy, "
-        f"{claim.p_holm:.2g}{family} ({found.draws} draws on {found.prompts} prompts)"
+        f"the logit difference falls by {_shown(result.difference)} more than with matched random sets; sets "
+        f"drawn from those and the top features cost as much with p = {claim.p_logit_diff:.2g} in logit difference and "
+        f"{claim.p_accuracy:.2g} in accuracy, "
+        f"{claim.p_holm:.2g}{family} ({claim.draws} draws on {claim.prompts} prompts)"
     )
     if config.draws < claim.least_draws:
         return Grade(None, f"{reason}; at least {claim.least_draws} draws are needed for an answer")

@@ -100,11 +100,11 @@ def _verdict(found: Findings, name: str, result: BehaviourAblation) -> VerdictBl
     compared = f"Together the top features cost more logit difference than {below} of the {controls.draws} draws."
     if claim := result.claim:
         compared += (
-            f" Put in their place, {percent(claim.placebo_rate, 1)} of the matched random sets pass by the same rule "
+            f" Put in their place, {percent(claim.placebo_rate, 1)} of the drawn sets pass by the same rule "
             f"({percent(claim.placebo_low, 1)} to {percent(claim.placebo_high, 1)})"
         )
         pool = controls.disjoint_sets
-        compared += f"; their pool holds {pool} sets without a feature in common." if pool is not None else "."
+        compared += f"; the pool holds {pool} sets without a feature in common." if pool is not None else "."
     if result.grades.highest != "none" and not joint.accuracy_drop.low > 0:
         compared += " The interval of the accuracy lost reaches zero: this loss alone could be chance."
     baseline = found.one(BaselineResults).behaviours.get(name)

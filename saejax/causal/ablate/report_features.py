@@ -35,11 +35,13 @@ def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
         "a character."
     )
     sections = [Section("The features", (Text(intro),))]
+    known = labels(found)
+    contexts = _Contexts(found, known) if shown and found.examples else None
     for name, result in ablate.behaviours.items():
         every = [_every(found, name, result, result.importance, draw)] if result.importance else []
         if result.top:
-            strips = [_strips(found, name, item) for item in result.top[: shown if found.examples else 0]]
-            table = _feature_table(result, labels(found))
+            strips = [contexts.strips(name, item) for item in result.top[:shown]] if contexts else []
+            table = _feature_table(result, known)
             blocks: tuple[Block, ...] = (_singles(name, result, draw), *every, table, *strips)
             sections.append(Section(detail_title(name), blocks, level=3))
         else:
@@ -157,25 +159,31 @@ def held_out(found: Findings, name: str) -> np.ndarray:
         ) from None
 
 
-def _strips(found: Findings, name: str, item: TopFeature) -> Strips:
-    feature = item.feature
-    shared = [
-        behaviour(other)
-        for other, result in found.one(AblateResults).behaviours.items()
-        if other != name and feature in {entry.feature for entry in result.top}
-    ]
-    rate, mean = (float(held_out(found, name)[feature]) for name in ("firing_rate", "mean_activation"))
-    called = labels(found).get(feature)
-    note = f"Called {called.label} by {called.by}. " if called else ""
-    note += f"Removing it alone costs {interval(item.logit_diff_drop)} logits. "
-    note += (
-        f"It fires on {significant(100 * rate)} % of held-out tokens, at {significant(mean)} on average."
-        if rate > 0
-        else "It fires on no held-out token."
-    )
-    if shared:
-        note += f" It is also among the top features of: {', '.join(shared)}."
-    examples = tuple(found.examples.get(feature, ()))
-    if not examples:
-        note += " It fires nowhere in the captured text, so there is no context to show."
-    return Strips(f"Feature {feature}", note, examples)
+class _Contexts:
+    """The contexts of features, and what held-out text says of them: its files are read once."""
+
+    def __init__(self, found: Findings, known: Mapping[int, Label]):
+        self._examples, self._known = found.examples, known
+        self._rate_F, self._mean_F = (held_out(found, name) for name in ("firing_rate", "mean_activation"))
+        behaviours = found.one(AblateResults).behaviours
+        self._tops = {name: {entry.feature for entry in result.top} for name, result in behaviours.items()}
+
+    def strips(self, name: str, item: TopFeature) -> Strips:
+        """Of a top feature of a behaviour."""
+        feature = item.feature
+        shared = [behaviour(other) for other, top in self._tops.items() if other != name and feature in top]
+        rate, mean = float(self._rate_F[feature]), float(self._mean_F[feature])
+        called = self._known.get(feature)
+        note = f"Called {called.label} by {called.by}. " if called else ""
+        note += f"Removing it alone costs {interval(item.logit_diff_drop)} logits. "
+        note += (
+            f"It fires on {significant(100 * rate)} % of held-out tokens, at {significant(mean)} on average."
+            if rate > 0
+            else "It fires on no held-out token."
+        )
+        if shared:
+            note += f" It is also among the top features of: {', '.join(shared)}."
+        examples = tuple(self._examples.get(feature, ()))
+        if not examples:
+            note += " It fires nowhere in the captured text, so there is no context to show."
+        return Strips(f"Feature {feature}", note, examples)

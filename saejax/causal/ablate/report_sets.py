@@ -13,6 +13,7 @@ from saejax.causal.ablate.results import (
     GreedySet,
     UncomparedBasis,
 )
+from saejax.causal.circuits.report import size_blocks
 from saejax.causal.circuits.results import CircuitResult, CircuitTest
 from saejax.causal.stability import DRAWS, LEAST
 from saejax.page.document import Block, Picture, Section, Text
@@ -160,7 +161,7 @@ def feature_sets(found: Findings, draw: Draw) -> list[Section]:
     if grown:
         blocks.append(_greedy_table(grown))
     if tested:
-        blocks.append(_circuit_table(tested))
+        blocks += [_circuit_table(tested), *size_blocks(tested)]
     return [Section("Sets of features", tuple(blocks))] if blocks else []
 
 

@@ -47,9 +47,9 @@ class JointAblation:
 
 @dataclasses.dataclass(frozen=True)
 class ControlDraws:
-    """The draws of matched random features."""
+    """Sets of matched random features, no top feature among them; p-values rest on other draws (`claim`)."""
 
-    draws: int  #: how many were run
+    draws: int  #: how many were run, at most 100
     logit_diff_drop: tuple[float, ...]  #: mean over these prompts, of each draw
     accuracy_drop: tuple[float, ...]  #: mean over these prompts, of each draw
     match: ControlMatch  #: how well they match

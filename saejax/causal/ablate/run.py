@@ -16,12 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from saejax.causal import positions, screening, stability
-from saejax.causal.ablate import agreement, dose, grades, nested, verdict
-from saejax.causal.ablate.experiment import ModelExperiment
+from saejax.causal.ablate import agreement, cost, dose, grades, nested, verdict
+from saejax.causal.ablate.experiment import ModelExperiment, PartProgress
 from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation
 from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
+from saejax.causal.circuits.sizes import measure_sizes
 from saejax.causal.parts import (
     Measure,
     Measured,
@@ -60,24 +61,30 @@ def run_ablate(run: Run) -> AblateResults:
     def begin() -> Measure:
         model = load_run_model(run)
         split = SplitModel(model, dictionary, config.positions, config.error)
-        text = HeldOutText.of(run.configs["corpus"], model, config.text_documents)
-        tops: dict[str, list[int]] = {}
-        for name in prompts if len(prompts) > 1 else ():
-            attribution_F = ModelExperiment(split, name, prompts[name], config).attribution()
-            tops[name] = screening.leaders(attribution_F, config.top)
+        text = HeldOutText.of(run.configs["corpus"], run.configs["task"], model, config.text_documents)
+        # The top features of each behaviour are removed from the prompts of the others, too.
+        several = prompts if len(prompts) > 1 else {}
+        known = {name: ModelExperiment(split, name, several[name], config).attribution() for name in several}
+        tops = {name: screening.leaders(attribution_F, config.top) for name, attribution_F in known.items()}
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
-            experiment = ModelExperiment(split, name, prompts[name], config, on_progress, partial_folder(run, name))
+            train, test = (sum(prompt.split == half for prompt in prompts[name]) for half in ("train", "test"))
+            rows = cost.expected_rows(config, train, test, len(prompts), dictionary.config.n_features)
+            progress = PartProgress(on_progress, round(rows))
+            asked = split, name, prompts[name], config, progress, partial_folder(run, name)
+            experiment = ModelExperiment(*asked, attribution_F=known.get(name))
             foreign = {other: top for other, top in tops.items() if other != name}
             results = _test_and_save(run, experiment, config, Beside(model, split, dictionary, text, others, foreign))
-            return Measured(results, _line(results))
+            return Measured(results, results.grades.harms.reason)
 
         return measure
 
-    parts = each_part(run, list(prompts), begin, BehaviourAblation)
+    parts = each_part(run, list(prompts), begin, BehaviourAblation, unit="rows")
     wait_for_all("ablate: scores written")  # by the first process
     saved = {name: _saved_effects(run, name, result) for name, result in parts.items()}
     behaviours = grades.settled(parts, saved, config)
+    for name, result in behaviours.items():
+        run.say(f"{name}: {_answers(result)}")
     return AblateResults(
         dictionary=config.dictionary,
         site=dictionary.site,
@@ -100,8 +107,8 @@ class Beside(NamedTuple):
     foreign: Mapping[str, list[int]]  # top features of other behaviours, by name
 
 
-def _line(results: BehaviourAblation) -> str:
-    """What is said of a behaviour when it is done; a run's own answers are corrected for all of its behaviours."""
+def _answers(results: BehaviourAblation) -> str:
+    """What is said of a behaviour when all are done: answers are corrected for all of a run, and ask of the others."""
     found = {name: getattr(results.grades, name) for name in grades.GRADES}
     words = {True: "yes", False: "no", None: "not known"}
     return "; ".join(f"{name.replace('_', ' ')}: {words[grade.holds]}" for name, grade in found.items())
@@ -139,9 +146,9 @@ def _saved_effects(run: Run, name: str, result: BehaviourAblation) -> grades.Sav
     """What the answers rest on, from the scores that a behaviour's part wrote."""
     lines = [json.loads(line) for line in part_file(run, name, "-prompts.jsonl").read_text("utf-8").splitlines()]
     clean_P, joint_P, template_P = (np.array([line[of] for line in lines]) for of in ("clean", "joint", "template"))
-    chosen_Q = np.array([p for p, line in enumerate(lines) if line["controls"] is not None])
-    controls_QxN = np.array([lines[p]["controls"] for p in chosen_Q])
-    own = clean_P[chosen_Q], joint_P[chosen_Q], controls_QxN.T, template_P[chosen_Q]
+    chosen_Q = np.array([p for p, line in enumerate(lines) if line["draws"] is not None])
+    draws_QxN = np.array([lines[p]["draws"] for p in chosen_Q])
+    own = clean_P[chosen_Q], joint_P[chosen_Q], draws_QxN.T, template_P[chosen_Q]
     others = {other: np.array([line["others"][other] for line in lines]) for other in lines[0]["others"]}
     effects = verdict.effects_of(*own, result.controls.disjoint_sets)
     return grades.SavedEffects(effects, clean_P, joint_P, template_P, others)
@@ -153,8 +160,11 @@ def _save_scores(
     measured: verdict.JudgedDiffs,
     scores: Mapping[str, Mapping[str, np.ndarray]],
 ) -> None:
-    """Writes the logit difference of every test prompt under every removal, and the drawn controls."""
-    drawn = {int(p): measured.controls_NxQ[:, q].tolist() for q, p in enumerate(measured.chosen_Q)}
+    """Writes the logit difference of every test prompt under every removal, and the drawn sets."""
+    beside = dict(
+        controls=(measured.controls_NxC, measured.controls_NxQ), draws=(measured.draws_MxC, measured.draws_MxQ)
+    )
+    place = {int(p): q for q, p in enumerate(measured.chosen_Q)}
     by_prompt = [
         dict(
             text=prompt.text,
@@ -164,13 +174,17 @@ def _save_scores(
             clean=float(measured.clean_P[p]),
             joint=float(measured.joint_P[p]),
             top=measured.top_KxP[:, p].tolist(),
-            controls=drawn.get(p),
+            **{kind: diff_NxQ[:, place[p]].tolist() if p in place else None for kind, (_, diff_NxQ) in beside.items()},
             others={other: float(left_P[p]) for other, left_P in measured.others.items()},
             **{test: {of: score[..., p].tolist() for of, score in kinds.items()} for test, kinds in scores.items()},
         )
         for p, prompt in enumerate(experiment.test)
     ]
-    sets = [dict(draw=n, features=features_C.tolist()) for n, features_C in enumerate(measured.controls_NxC)]
+    sets = [
+        dict(kind=kind, draw=n, features=features_C.tolist())
+        for kind, (sets_NxC, _) in beside.items()
+        for n, features_C in enumerate(sets_NxC)
+    ]
     for ending, lines in (("-prompts.jsonl", by_prompt), ("-controls.jsonl", sets)):
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         write_text(part_file(run, experiment.name, ending), text)
@@ -191,6 +205,7 @@ def _with_sets(
         scores["greedy"] = dict(greedy=grown.greedy_NxP, top=grown.top_NxP)
     if config.circuit_tests:
         circuit, of_circuit = test_circuit(experiment, measured.top, config)
-        results = dataclasses.replace(results, circuit=circuit)
+        sizes = measure_sizes(experiment, measured.attribution_F, config)
+        results = dataclasses.replace(results, circuit=dataclasses.replace(circuit, sizes=sizes))
         scores["circuit"] = of_circuit.by_kind if of_circuit else {}
     return results, scores

@@ -7,7 +7,7 @@ are set to zero.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,14 @@ from saejax.models.split import SplitPoint
 from saejax.models.tokens import pad
 from saejax.parallel import sharding, to_host
 from saejax.results import Interval
-from saejax.settings import AblateConfig, CorpusConfig
+from saejax.settings import AblateConfig, CorpusConfig, TaskConfig
 from saejax.tasks import corpora
 from saejax.tasks.scoring import bootstrap_means
 
 LENGTH = 64  # tokens of a document
 _AT_ONCE = 4  # documents of a program
+# Which documents [B], the site's value, what is read [B, T, D], where it may change [B, T]: other values, one by one.
+Edited = Callable[[np.ndarray, jax.Array, jax.Array, jax.Array], Iterable[jax.Array]]
 FOR_DOSE = 4  # documents on which the divergence is measured that is a dose
 
 
@@ -70,10 +72,10 @@ class HeldOutText:
     """
 
     def __init__(self, documents: Sequence[Sequence[int]]):
-        self._documents = [list(document) for document in documents]
+        self.documents = [list(document) for document in documents]
 
     @classmethod
-    def of(cls, corpus: CorpusConfig, model: LanguageModel, count: int) -> "HeldOutText | None":
+    def of(cls, corpus: CorpusConfig, task: TaskConfig, model: LanguageModel, count: int) -> "HeldOutText | None":
         """Of so many documents of the corpus, evenly spread over those that are held out; None for 0.
 
         Raises:
@@ -81,7 +83,7 @@ class HeldOutText:
         """
         if not count:
             return None
-        held_out = corpora.split(corpora.read_corpus(corpus), corpus.held_out, corpus.seed)[1]
+        held_out = corpora.split(corpora.read_corpus(corpus, task), corpus.held_out, corpus.seed)[1]
         chosen = [held_out[place] for place in np.unique(np.arange(count) * len(held_out) // count)]
         length = min(LENGTH, model.config.context)
         ids = [model.tokenizer(document.text[: 16 * LENGTH])["input_ids"][:length] for document in chosen]
@@ -96,65 +98,74 @@ class HeldOutText:
         Args:
           split: the model, split at the site that the directions are written to.
           source: what stands in their activations' place.
-          sets: of directions.
+          sets: of directions, at least one.
           documents: how many.
         """
         source = ActivationSource() if source.kind == "counterpart" else source
-        own = self._documents[:documents]
         features_K = np.unique(np.concatenate([np.asarray(one, np.int64) for one in [*sets, [0]]]))
         members_SxK = np.stack([np.isin(features_K, np.asarray(one, np.int64)) for one in sets])
         fill = 2 ** (len(features_K) - 1).bit_length() - len(features_K)  # programs of few sizes
         features_K = np.pad(features_K, (0, fill), mode="edge")
         members_SxK = np.pad(members_SxK, ((0, 0), (0, fill)))
-        parts = [
-            self._batch(split, source, own[first : first + _AT_ONCE], features_K, members_SxK)
-            for first in range(0, len(own), _AT_ONCE)
-        ]
-        tokens_N = np.array([len(document) - 1 for document in own])
-        return TextDiffs(tokens_N, *(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
 
-    def _batch(
-        self,
-        split: SplitModel,
-        source: ActivationSource,
-        documents: Sequence[Sequence[int]],
-        features_K: np.ndarray,
-        members_SxK: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of some documents: clean [N], rise [S, N], divergence [S, N]."""
-        real, point = len(documents), split.point
+        def without(number_B: np.ndarray, value: jax.Array, read: jax.Array, domain: jax.Array) -> Iterable[jax.Array]:
+            removed = _removed(split.point, split.dictionary, source, read, domain, features_K)
+            return (_without(split.point, value, *removed, members_K) for members_K in members_SxK)
+
+        return self.edited(split, without, documents)
+
+    def edited(self, split: SplitModel, edited: Edited, documents: int | None = None) -> TextDiffs:
+        """Puts other values in the site's place in the first so many documents, or all.
+
+        Args:
+          split: the model, split at the site.
+          edited: gives the values of some documents, as many for all.
+          documents: how many.
+        """
+        own = self.documents[:documents]
+        parts = [self._batch(split, edited, own, first) for first in range(0, len(own), _AT_ONCE)]
+        ce_ExN, kl_ExN = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        tokens_N = np.array([len(document) - 1 for document in own])
+        return TextDiffs(tokens_N, clean_N=ce_ExN[0], rise_SxN=ce_ExN[1:] - ce_ExN[0], kl_SxN=kl_ExN[1:])
+
+    def _batch(self, split: SplitModel, edited: Edited, own: Sequence[Sequence[int]], first: int) -> list[np.ndarray]:
+        """Cross-entropy and divergence of the documents from ``first`` on, [E, N]: clean ones, then with each edit."""
+        documents, point = own[first : first + _AT_ONCE], split.point
+        real = len(documents)
         padded = pad([*documents, *[[0, 0]] * (_AT_ONCE - real)])
-        width = -(-max(map(len, self._documents)) // 16) * 16
+        width = -(-max(map(len, self.documents)) // 16) * 16
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, width - padded.ids_BxT.shape[1])))
         rows = split.by_row(ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool))
         stream, value, read, domain, _ = run_head(point, split.error, split.params, split.dictionary, *rows)
-        lengths_B = split.by_row(padded.lengths_B)[0]
-        clean = programs.tail(point, split.params, stream, value)
-        found = []
-        for members_K in members_SxK:
-            sites = value, read, domain, features_K, members_K
-            left = programs.tail(point, split.params, stream, _without(point, split.dictionary, source, *sites))
-            sums = programs.compare(point.config, split.params, jnp.stack([clean, left]), rows[0], lengths_B)
-            found.append([to_host(part).astype(np.float64).sum(axis=0)[:, :real] for part in sums])
-        ce_Sx2xN, kl_Sx2xN = (np.stack(part) for part in zip(*found, strict=True))
-        return ce_Sx2xN[0, 0], ce_Sx2xN[:, 1] - ce_Sx2xN[:, 0], kl_Sx2xN[:, 1]
+        values = [value, *edited(first + np.arange(_AT_ONCE), value, read, domain)]
+        end_ExBxTxD = jnp.stack([programs.tail(point, split.params, stream, left) for left in values])
+        sums = programs.compare(point.config, split.params, end_ExBxTxD, rows[0], split.by_row(padded.lengths_B)[0])
+        return [to_host(part).astype(np.float64).sum(axis=0)[:, :real] for part in sums]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _removed(
+    point: SplitPoint,
+    dictionary: Basis,
+    source: ActivationSource,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    features_K: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """By how much K directions' activations fall [B, T, K], and the directions [K, D]."""
+    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[:, :, features_K]
+    removed_BxTxK = source.removed(f_BxTxK, f_BxTxK, domain_BxT, features_K, jnp.int32(len(f_BxTxK)))
+    return jax.lax.with_sharding_constraint(
+        (removed_BxTxK, dictionary.W_dec_FxD[...][features_K]), sharding(point.mesh)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _without(
-    point: SplitPoint,
-    dictionary: Basis,
-    source: ActivationSource,
-    value_BxTxD: jax.Array,
-    read_BxTxD: jax.Array,
-    domain_BxT: jax.Array,
-    features_K: jax.Array,
-    members_K: jax.Array,
+    point: SplitPoint, value_BxTxD: jax.Array, removed_BxTxK: jax.Array, W_dec_KxD: jax.Array, members_K: jax.Array
 ) -> jax.Array:
     """The site's value without those of K directions that are members."""
-    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[:, :, features_K]
-    removed_BxTxK = source.removed(f_BxTxK, f_BxTxK, domain_BxT, features_K, jnp.int32(len(f_BxTxK)))
     removed_BxTxK = jnp.where(members_K[None, None, :], removed_BxTxK, jnp.zeros_like(removed_BxTxK))
-    removed_BxTxD = matmul(removed_BxTxK, dictionary.W_dec_FxD[...][features_K])
+    removed_BxTxD = matmul(removed_BxTxK, W_dec_KxD)
     left_BxTxD = (value_BxTxD.astype(removed_BxTxD.dtype) - removed_BxTxD).astype(value_BxTxD.dtype)
     return jax.lax.with_sharding_constraint(left_BxTxD, sharding(point.mesh))

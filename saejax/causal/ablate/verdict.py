@@ -37,7 +37,9 @@ from saejax.causal.results import ControlMatch
 from saejax.results import Interval
 from saejax.settings import AblateConfig
 
+CONTROLS = 100  # sets, at most, of matched features alone, beside which figures are shown
 SINGLES = 3  # matched features that are removed one by one beside each top feature
+Over = Callable[[np.ndarray], Interval]  # the mean of a number per prompt, and its interval
 _SPARE = 4  # sets drawn for each that is kept: those that change the site most nearly as much as the tested one
 
 
@@ -49,12 +51,13 @@ class JudgedDiffs:
       top: the K top features, by attribution.
       fires_K: whether each of them fires, and so has matched controls, bool.
       attribution_F: of every feature, on the train prompts.
-      controls_NxC: the N control sets that were run; column c is matched to the c-th top feature that fires.
-      disjoint: how many sets without a feature in common their pool holds.
+      controls_NxC: N sets of other features; column c is matched to the c-th top feature that fires.
+      draws_MxC: the M sets of other and top features that were run, which decide p-values; see ``claims``.
+      disjoint: how many sets of other features without one in common the pool holds.
       clean_P, joint_P: of the test prompts, with nothing and with all top features removed.
       top_KxP: with each top feature removed.
-      chosen_Q: the places of the Q test prompts on which control sets were removed.
-      controls_NxQ: with each control set removed.
+      chosen_Q: the places of the Q test prompts on which controls and draws were removed.
+      controls_NxQ, draws_MxQ: with each of them removed.
       template_P: which template each test prompt was made from.
       others: without the top features of other behaviours, by their names, [P].
     """
@@ -63,75 +66,90 @@ class JudgedDiffs:
     fires_K: np.ndarray
     attribution_F: np.ndarray
     controls_NxC: np.ndarray
+    draws_MxC: np.ndarray
     disjoint: int
     clean_P: np.ndarray
     joint_P: np.ndarray
     top_KxP: np.ndarray
     chosen_Q: np.ndarray
     controls_NxQ: np.ndarray
+    draws_MxQ: np.ndarray
     template_P: np.ndarray
     others: Mapping[str, np.ndarray]
 
     @property
     def effects(self) -> SetEffects:
         """What the rule asks about."""
+        return self._beside(self.draws_MxQ)
+
+    @property
+    def shown(self) -> SetEffects:
+        """The same beside the controls, for figures."""
+        return self._beside(self.controls_NxQ)
+
+    def _beside(self, sets_NxQ: np.ndarray) -> SetEffects:
         own = self.clean_P[self.chosen_Q], self.joint_P[self.chosen_Q]
-        return effects_of(*own, self.controls_NxQ, self.template_P[self.chosen_Q], self.disjoint)
+        return effects_of(*own, sets_NxQ, self.template_P[self.chosen_Q], self.disjoint)
 
 
 def effects_of(
-    clean_P: np.ndarray, joint_P: np.ndarray, controls_NxP: np.ndarray, template_P: np.ndarray, disjoint: int | None
+    clean_P: np.ndarray, joint_P: np.ndarray, sets_NxP: np.ndarray, template_P: np.ndarray, disjoint: int | None
 ) -> SetEffects:
-    """What removing the top features and N sets of controls costs on each of P prompts.
+    """What removing the top features and N other sets costs on each of P prompts.
 
     Args:
-      clean_P, joint_P, controls_NxP: logit differences with nothing, all top features and each control set removed.
+      clean_P, joint_P, sets_NxP: logit differences with nothing, all top features and each set removed.
       template_P, disjoint: as in ``SetEffects``.
     """
     correct_P = _correct(clean_P)
     return SetEffects(
         drop_P=clean_P - joint_P,
         lost_P=correct_P - _correct(joint_P),
-        draw_drop_NxP=clean_P[None, :] - controls_NxP,
-        draw_lost_NxP=correct_P[None, :] - _correct(controls_NxP),
+        draw_drop_NxP=clean_P[None, :] - sets_NxP,
+        draw_lost_NxP=correct_P[None, :] - _correct(sets_NxP),
         template_P=template_P,
         disjoint=disjoint,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Controls:
-    """The sets of features that stand beside the tested one."""
+class _Drawn:
+    """The sets of features that stand beside the tested one; see ``JudgedDiffs``."""
 
-    sets_NxC: np.ndarray
-    match: ControlMatch
+    controls_NxC: np.ndarray
+    draws_MxC: np.ndarray
+    match: ControlMatch  # of the controls
     disjoint: int
 
 
 def _draw(
     name: str, experiment: Experiment, statistics: FeatureStatistics, firing: Sequence[int], config: AblateConfig
-) -> _Controls:
+) -> _Drawn:
     """As many sets as are asked for, out of more: those that change the site as much as the tested one does."""
     matches = controls.fitting_matches(statistics, firing, config.matches)
-    spare = _SPARE * config.draws if len(firing) > 1 else config.draws
-    drawn_NxC = controls.draw_controls(statistics, firing, spare, matches, seed=[config.seed, *name.encode()])
+    count, spare, seed = min(config.draws, CONTROLS), _SPARE if len(firing) > 1 else 1, [config.seed, *name.encode()]
+    asked = statistics, firing
+    controls_NxC = controls.draw_controls(*asked, spare * count, matches, seed)
+    draws_MxC = controls.draw_alike(*asked, spare * config.draws, matches, [*seed, 1])
     if not len(firing):
-        return _Controls(drawn_NxC[: config.draws], ControlMatch(None, None, None), 0)
-    pool_K = np.unique([*firing, *drawn_NxC.ravel().tolist()])
+        return _Drawn(controls_NxC[:count], draws_MxC[: config.draws], ControlMatch(None, None, None), 0)
+    pool_K = np.unique([*firing, *controls_NxC.ravel().tolist(), *draws_MxC.ravel().tolist()])
     change_KxK = experiment.changes(pool_K.tolist())
-    size_N = controls.joint_size(change_KxK, pool_K, drawn_NxC.tolist())
-    own = float(controls.joint_size(change_KxK, pool_K, [firing])[0])
-    kept_N = controls.nearest_in_size(size_N, own, config.draws)
-    sets_NxC = drawn_NxC[kept_N]
-    ratio = float(np.median(size_N[kept_N]) / own) if own else None
-    match = ControlMatch(**controls.match_ratios(statistics, firing, sets_NxC), size_ratio=ratio)
-    return _Controls(sets_NxC, match, controls.disjoint_sets(statistics, firing, matches))
+    own, controls_N, draws_M = (
+        controls.joint_size(change_KxK, pool_K, sets) for sets in ([firing], controls_NxC.tolist(), draws_MxC.tolist())
+    )
+    kept_N = controls.nearest_in_size(controls_N, float(own[0]), count)
+    kept_M = controls.nearest_in_size(draws_M, float(own[0]), config.draws)
+    ratio = float(np.median(controls_N[kept_N]) / own[0]) if own[0] else None
+    match = ControlMatch(**controls.match_ratios(*asked, controls_NxC[kept_N]), size_ratio=ratio)
+    disjoint = controls.disjoint_sets(*asked, matches)
+    return _Drawn(controls_NxC[kept_N], draws_MxC[kept_M], match, disjoint)
 
 
 def judge(
     name: str, experiment: Experiment, config: AblateConfig, others: Mapping[str, Sequence[int]] | None = None
 ) -> tuple[BehaviourAblation, JudgedDiffs]:
-    """Chooses the top features of a behaviour and removes them and their controls.
+    """Chooses the top features of a behaviour and removes them, their controls and the draws.
 
     Args:
       name: of the behaviour; with ``config.seed`` it decides the draws.
@@ -146,8 +164,7 @@ def judge(
     Raises:
       UserError: too few other features fire for matched controls, or something is not finite.
     """
-    attribution_F = experiment.attribution()
-    top = screening.leaders(attribution_F, config.top)
+    top = screening.leaders(experiment.attribution(), config.top)
     statistics = experiment.statistics()
     firing = statistics.firing(top)
     drawn = _draw(name, experiment, statistics, firing, config)
@@ -159,37 +176,26 @@ def judge(
     measured = JudgedDiffs(
         top=top,
         fires_K=statistics.fires_at_all_F[np.asarray(top, np.int64)],
-        attribution_F=attribution_F,
-        controls_NxC=drawn.sets_NxC,
+        attribution_F=experiment.attribution(),
+        controls_NxC=drawn.controls_NxC,
+        draws_MxC=drawn.draws_MxC,
         disjoint=drawn.disjoint,
         clean_P=diffs.clean_P,
         joint_P=joint_1xP[0],
         top_KxP=top_KxP,
         chosen_Q=spread_over(experiment.templates, config.draw_prompts),
         controls_NxQ=np.zeros((0, 0)),
+        draws_MxQ=np.zeros((0, 0)),
         template_P=np.asarray(experiment.templates),
         others=dict(zip(foreign, foreign_BxP, strict=True)),
     )
-    measured, run = _with_draws(measured, experiment, config)
-    over = over_prompts(measured.template_P, config)
+    measured, beside, rows = _with_draws(measured, experiment, config)
     single_drop_U = (diffs.clean_P[None, :] - singles_UxP).mean(axis=1)
     single_drop_C = single_drop_U[np.searchsorted(singles, nearest_CxS)].mean(axis=1)
-    control_drop = dict(zip(firing, single_drop_C.tolist(), strict=True))
-    entries = tuple(
-        TopFeature(
-            feature=feature,
-            attribution=float(attribution_F[feature]),
-            firing_rate=float(statistics.firing_rate_F[feature]),
-            mean_activation=float(statistics.mean_activation_F[feature]),
-            logit_diff_drop=over(diffs.clean_P - ablated_P),
-            accuracy_drop=over(_correct(diffs.clean_P) - _correct(ablated_P)),
-            control_drop=control_drop.get(feature),
-        )
-        for feature, ablated_P in zip(top, top_KxP, strict=True)
-    )
-    joint = _joint(measured, len(firing), _readouts(diffs, run, len(top), over), over)
-    rows = diffs.rows + sum(part.rows for part in run)
-    return _judged(measured, entries, joint, drawn.match, rows, config), measured
+    over = over_prompts(measured.template_P, config)
+    entries = _entries(measured, statistics, dict(zip(firing, single_drop_C.tolist(), strict=True)), over)
+    joint = _joint(measured, len(firing), _readouts(diffs, beside, len(top), over), over)
+    return _judged(measured, entries, joint, drawn.match, diffs.rows + rows, config), measured
 
 
 def spread_over(templates: Sequence[str], count: int) -> np.ndarray:
@@ -200,7 +206,7 @@ def spread_over(templates: Sequence[str], count: int) -> np.ndarray:
     return np.sort(order_P[np.arange(count) * len(order_P) // count])
 
 
-def over_prompts(template_P: np.ndarray, config: AblateConfig) -> Callable[[np.ndarray], Interval]:
+def over_prompts(template_P: np.ndarray, config: AblateConfig) -> Over:
     """Gives the mean of a number per prompt, and its bootstrap interval over templates and prompts."""
     share_RxP = resampled_shares(template_P, config.bootstrap, config.seed)
     return lambda values_P: interval_over_templates(np.asarray(values_P, np.float64), share_RxP)
@@ -208,28 +214,51 @@ def over_prompts(template_P: np.ndarray, config: AblateConfig) -> Callable[[np.n
 
 def _with_draws(
     measured: JudgedDiffs, experiment: Experiment, config: AblateConfig
-) -> tuple[JudgedDiffs, list[LogitDiffs]]:
-    """Removes the control sets, block by block, until all are run or none could change a no."""
+) -> tuple[JudgedDiffs, LogitDiffs, int]:
+    """Removes the controls, and the draws block by block until all are run or none could change a no.
+
+    Returns:
+      The diffs with theirs, those of the controls with all readouts, and how many rows were run.
+    """
+    chosen = measured.chosen_Q.tolist()
+    beside = experiment.ablate(measured.controls_NxC.tolist(), chosen)
+    found = dataclasses.replace(measured, controls_NxQ=beside.ablated_SxP)
     run: list[LogitDiffs] = []
     for block in blocks(config.draws):
-        sets_NxC = measured.controls_NxC[: block.stop]
-        run.append(experiment.ablate(sets_NxC[block.start :].tolist(), measured.chosen_Q.tolist()))
-        controls_NxQ = np.concatenate([part.ablated_SxP for part in run])
-        found = dataclasses.replace(measured, controls_NxC=sets_NxC, controls_NxQ=controls_NxQ)
+        sets_MxC = measured.draws_MxC[: block.stop]
+        run.append(experiment.ablate(sets_MxC[block.start :].tolist(), chosen))
+        draws_MxQ = np.concatenate([part.ablated_SxP for part in run])
+        found = dataclasses.replace(found, draws_MxC=sets_MxC, draws_MxQ=draws_MxQ)
         if settled_no(found.effects, config.draws, claim_rule(config)):
             break
-    return found, run
+    return found, beside, sum(part.rows for part in (beside, *run))
 
 
-def _readouts(
-    diffs: LogitDiffs, run: Sequence[LogitDiffs], top: int, over: Callable[[np.ndarray], Interval]
-) -> dict[str, ReadoutChange]:
+def _entries(
+    measured: JudgedDiffs, statistics: FeatureStatistics, control_drop: Mapping[int, float], over: Over
+) -> tuple[TopFeature, ...]:
+    """The top features one by one; ``control_drop`` is what those like each cost, of those that fire."""
+    clean_P = measured.clean_P
+    return tuple(
+        TopFeature(
+            feature=feature,
+            attribution=float(measured.attribution_F[feature]),
+            **statistics.of(feature),
+            logit_diff_drop=over(clean_P - ablated_P),
+            accuracy_drop=over(_correct(clean_P) - _correct(ablated_P)),
+            control_drop=control_drop.get(feature),
+        )
+        for feature, ablated_P in zip(measured.top, measured.top_KxP, strict=True)
+    )
+
+
+def _readouts(diffs: LogitDiffs, beside: LogitDiffs, top: int, over: Over) -> dict[str, ReadoutChange]:
     """Of the set of all top features, which stands after each of them, and of the controls."""
     return {
         name: ReadoutChange(
             clean=float(clean_P.mean()),
             ablated=float(ablated_SxP[top].mean()),
-            controls=float(np.concatenate([part.readouts[name][1] for part in run]).mean()),
+            controls=float(beside.readouts[name][1].mean()),
             change=over(ablated_SxP[top] - clean_P),
         )
         for name, (clean_P, ablated_SxP) in diffs.readouts.items()
@@ -240,7 +269,7 @@ def _joint(
     measured: JudgedDiffs,
     firing: int,
     readouts: dict[str, ReadoutChange],
-    over: Callable[[np.ndarray], Interval],
+    over: Over,
 ) -> JointAblation:
     return JointAblation(
         n=len(measured.top),
@@ -262,26 +291,26 @@ def _judged(
     rows: int,
     config: AblateConfig,
 ) -> BehaviourAblation:
-    effects = measured.effects
-    control_drop_N = effects.draw_drop_NxP.mean(axis=1)
-    over = over_prompts(effects.template_P, config)
-    claim = claims(dict(one=effects), claim_rule(config))["one"]
+    shown = measured.shown
+    control_drop_N = shown.draw_drop_NxP.mean(axis=1)
+    over = over_prompts(shown.template_P, config)
+    claim = claims(dict(one=measured.effects), claim_rule(config))["one"]
     found = BehaviourAblation(
         top=top,
         rows=rows,
         joint=joint,
         controls=ControlDraws(
-            draws=effects.draws,
+            draws=shown.draws,
             logit_diff_drop=tuple(control_drop_N.tolist()),
-            accuracy_drop=tuple(effects.draw_lost_NxP.mean(axis=1).tolist()),
+            accuracy_drop=tuple(shown.draw_lost_NxP.mean(axis=1).tolist()),
             match=match,
-            prompts=len(effects.drop_P),
-            top_logit_diff_drop=float(effects.drop_P.mean()),
-            top_accuracy_drop=float(effects.lost_P.mean()),
+            prompts=len(shown.drop_P),
+            top_logit_diff_drop=float(shown.drop_P.mean()),
+            top_accuracy_drop=float(shown.lost_P.mean()),
             disjoint_sets=measured.disjoint,
         ),
-        difference=over(effects.drop_P - effects.draw_drop_NxP.mean(axis=0)),
-        percentile=float((control_drop_N < effects.drop_P.mean()).mean()),
+        difference=over(shown.drop_P - shown.draw_drop_NxP.mean(axis=0)),
+        percentile=float((control_drop_N < shown.drop_P.mean()).mean()),
         grades=UNKNOWN,
     )
     return graded(found, claim, config)

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from saejax.results import Interval
+
 Answer = Literal["shown", "refuted", "inconclusive"]
 
 
@@ -31,6 +33,28 @@ class CircuitFeature:
 
 
 @dataclasses.dataclass(frozen=True)
+class CircuitScore:
+    """An area over the sizes of circuits: CPR or CMD; `sizes` says what they are."""
+
+    own: Interval  #: of circuits by attribution: signed of CPR, its size of CMD
+    activity: Interval  #: of circuits of the most active features
+    random: Interval  #: of random orders: mean, 2.5th and 97.5th percentile over the draws
+    p_value: float  #: that a random order does as well as one by attribution, on the prompts of the draws
+
+
+@dataclasses.dataclass(frozen=True)
+class CircuitSizes:
+    """Circuits of more and more features, all others that fire removed."""
+
+    features: int  #: that fire on test prompts, or on those that lend replacements
+    sizes: tuple[int, ...]  #: how many are kept, rising to all
+    #: of each order (signed attribution, its size, activity) the faithfulness at each size
+    faithfulness: Mapping[str, tuple[float, ...]]
+    scores: Mapping[str, CircuitScore]  #: cpr and cmd
+    reason: str | None  #: why there are none; None where there are
+
+
+@dataclasses.dataclass(frozen=True)
 class CircuitResult:
     """A set of features as a circuit, on the test prompts; figures are None where none of it fires."""
 
@@ -41,3 +65,4 @@ class CircuitResult:
     removed: float | None  #: without the set
     tests: Mapping[str, CircuitTest]  #: equivalence, independence, minimality, sufficiency and necessity
     features: tuple[CircuitFeature, ...]  #: one by one
+    sizes: CircuitSizes | None = None  #: circuits of other sizes

@@ -57,7 +57,7 @@ def _section(results: ProbeResults, found: Findings, draw: Draw) -> Section:
 
 def _title(label: ProbedLabel) -> str:
     own = f": {behaviour(label.behaviour)}" if label.behaviour else ""
-    return f"{_LABELS[label.label]}{own}"
+    return f"{_LABELS.get(label.label, label.label)}{own}"
 
 
 def _picture(learned: Sequence[ProbedLabel], shuffles: int, draw: Draw) -> Picture:

@@ -1,6 +1,8 @@
 """The features of a study: the top ones by attribution, matched random ones, and what each is replaced with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from saejax.causal.controls import draw_controls, match_ratios
 from saejax.causal.results import ControlMatch, RankedFeature
@@ -8,8 +10,9 @@ from saejax.causal.screening import leaders
 from saejax.causal.split import SplitModel
 from saejax.causal.study.items import ItemScores
 from saejax.causal.study.references import Reference, References
-from saejax.causal.study.results import ChosenFeatures
+from saejax.causal.study.results import BenchmarkActivations, ChosenFeatures
 from saejax.dictionaries import Dictionary
+from saejax.evaluation.reconstruction import reconstruct
 from saejax.models.language_model import Edit
 from saejax.settings import StudyConfig
 from saejax.tasks.benchmarks import Item
@@ -26,8 +29,8 @@ def choose_features(
     config: StudyConfig,
     name: str,
     check_stop: Callable[[], None],
-) -> ChosenFeatures:
-    """The top features of a benchmark, their controls, and activations of both.
+) -> tuple[ChosenFeatures, list[RankedFeature]]:
+    """The top features of a benchmark, their controls, and activations of both; and all that fire, ranked.
 
     Args:
       split: the model, split at the dictionary's site.
@@ -37,6 +40,9 @@ def choose_features(
       config: of the stage.
       name: of the benchmark; with ``config.seed`` it decides the draws.
       check_stop: called before each batch; may raise to stop.
+
+    Returns:
+      What is replaced; and every feature that fires on the test items, the largest attribution first.
 
     Raises:
       UserError: too few features fire for matched controls, or something is not finite.
@@ -52,17 +58,53 @@ def choose_features(
     seed = [config.seed, *name.encode()]
     controls_NxC = draw_controls(statistics, firing, config.draws, config.matches, seed, _ADVICE)
     replaced = sorted({*top, *controls_NxC.ravel().tolist()})
-    return ChosenFeatures(
-        top=tuple(
-            RankedFeature(feature, attribution=float(attribution_F[feature]), **statistics.of(feature))
-            for feature in top
-        ),
+
+    def ranked(feature: int) -> RankedFeature:
+        return RankedFeature(feature, attribution=float(attribution_F[feature]), **statistics.of(feature))
+
+    chosen = ChosenFeatures(
+        top=tuple(map(ranked, top)),
         controls=tuple(map(tuple, controls_NxC.tolist())),
         match=ControlMatch(**match_ratios(statistics, firing, controls_NxC)),
         pools={
             int(feature): tuple(pool)
             for feature, pool in in_batches(scores.solutions(train)).pools(replaced, _POOL, config.seed).items()
         },
+    )
+    order_F = np.argsort(-attribution_F, kind="stable")
+    return chosen, [ranked(feature) for feature in order_F.tolist() if statistics.fires_F[feature]]
+
+
+def measure_activations(
+    split: SplitModel, references: Sequence[Reference], config: StudyConfig, check_stop: Callable[[], None]
+) -> BenchmarkActivations:
+    """What the activations of a benchmark's items are like, and how well the dictionary rebuilds them.
+
+    Args:
+      split: the model, split at the dictionary's site.
+      references: of the items, with their answers.
+      config: of the stage.
+      check_stop: called before each batch; may raise to stop.
+
+    Raises:
+      UserError: something is not finite.
+    """
+    norms: list[np.ndarray] = []
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for read_NxD, value_NxD in References(split, references, config.batch_tokens, check_stop).values():
+            norms.append(np.linalg.norm(value_NxD.astype(np.float64), axis=1))
+            yield read_NxD, value_NxD
+
+    (scores,) = reconstruct([split.dictionary], blocks(), split.point.mesh)
+    norm_N = np.concatenate(norms)
+    return BenchmarkActivations(
+        tokens=scores.tokens,
+        median_norm=float(np.median(norm_N)),
+        largest_norm=float(norm_N.max()),
+        l0=scores.l0,
+        firing=1 - scores.dead_fraction,
+        explained_variance=scores.explained_variance,
     )
 
 

@@ -128,6 +128,13 @@ class References:
         )
         return total(split, counts)
 
+    def values(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What the dictionary reads [N, D] and what it rebuilds [N, D], batch by batch, sinks left out."""
+        for batch in self._batches():
+            domain_BxT = np.asarray(batch.domain_BxT)
+            read_BxTxD, value_BxTxD = np.asarray(batch.read_BxTxD), np.asarray(batch.value_BxTxD)
+            yield read_BxTxD[domain_BxT].astype(np.float32), value_BxTxD[domain_BxT].astype(np.float32)
+
     def pools(self, features: Sequence[int], most: int, seed: int) -> dict[int, list[float]]:
         """Of each feature activations where it fires: all, or ``most`` drawn without replacement; [] if it never does.
 

@@ -68,6 +68,18 @@ class StudyItems:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchmarkActivations:
+    """Activations of the dictionary's site on the test items and their reference answers, sinks left out."""
+
+    tokens: int  #: that were read
+    median_norm: float  #: of the activations
+    largest_norm: float  #: of the activations
+    l0: float  #: features active per token, mean
+    firing: float  #: share of the features that fire at all
+    explained_variance: float  #: by the dictionary: 1 - sum |x - x_hat|^2 / sum |x - mean|^2
+
+
+@dataclasses.dataclass(frozen=True)
 class StudyJudgement:
     """What the scores say."""
 
@@ -96,3 +108,4 @@ class StudyResults(StudyJudgement):
     controls: tuple[tuple[int, ...], ...]  #: as in `features.json`
     match: ControlMatch  #: as in `features.json`
     origin: str  #: of the items
+    activations: BenchmarkActivations | None = None  #: of the test items; not in files of before it was measured

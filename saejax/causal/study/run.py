@@ -17,7 +17,7 @@ import numpy as np
 from saejax.causal.parts import load_run_dictionary, load_run_model
 from saejax.causal.split import SplitModel
 from saejax.causal.study import scores as judgement
-from saejax.causal.study.features import choose_features, edits_of
+from saejax.causal.study.features import choose_features, edits_of, measure_activations
 from saejax.causal.study.items import EditsOf, ItemScores, unedited
 from saejax.causal.study.results import ChosenFeatures, ItemScore, StudyItems, StudyResults
 from saejax.causal.study.scores import CLEAN, Scored
@@ -28,15 +28,16 @@ from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmarks import Item, origin, read_items
 from saejax.workspace import Run, read_json, write_json, write_text
 
-ITEMS, FEATURES = "items.jsonl", "features.json"
+ITEMS, FEATURES, RANKING = "items.jsonl", "features.json", "feature_importance_ranking.json"
 
 
 def run_study(run: Run) -> StudyResults:
     """Scores the benchmark named ``run.name`` with and without the top features of a dictionary.
 
     ``items.jsonl`` has a line for each test item under each condition, from which every figure can be derived again,
-    and ``features.json`` what was replaced, and with what. Both are kept as soon as they are there: a run that was
-    killed goes on with the next condition.
+    ``features.json`` what was replaced, and with what, and ``feature_importance_ranking.json`` all features that fire,
+    the largest attribution first. All are kept as soon as they are there: a run that was killed goes on with the next
+    condition.
 
     Raises:
       UserError: there are too few items, the dictionary belongs to another model, an item is longer than the model's
@@ -66,7 +67,9 @@ def run_study(run: Run) -> StudyResults:
         run.say(judgement.chance_reason(conditions.rows[CLEAN], chance) + further)
     path = run.folder / FEATURES
     if not path.exists():
-        write_json(path, to_json(choose_features(split, items, train, test, config, run.name, check_stop)))
+        found, ranking = choose_features(split, items, train, test, config, run.name, check_stop)
+        write_json(run.folder / RANKING, to_json(ranking))
+        write_json(path, to_json(found))
     chosen = from_json(ChosenFeatures, read_json(path), path)  # a run that goes on has the same numbers
     firing = sum(entry.firing_rate > 0 for entry in chosen.top)
     run.say(f"{len(chosen.top)} top features, of which {firing} fire on the test items")
@@ -88,6 +91,7 @@ def run_study(run: Run) -> StudyResults:
         controls=chosen.controls,
         match=chosen.match,
         origin=str(origin(run.name, task)),
+        activations=measure_activations(split, items.solutions(test), config, check_stop),
     )
 
 
@@ -110,7 +114,7 @@ class _Conditions:
 
     def __init__(self, run: Run, items: ItemScores, test: Sequence[Item]):
         self._run, self._items, self._test = run, items, test
-        self._kept = _read(run.folder / ITEMS)
+        self._kept = read_scores(run.folder / ITEMS)
         self.rows: dict[str, Scored] = {}
 
     def add(self, condition: str, edits: EditsOf, accuracy: bool) -> None:
@@ -145,8 +149,8 @@ def _line(rows: Scored) -> str:
     return f"accuracy {100 * judgement.accuracies(rows).mean():.1f} %, {nats}"
 
 
-def _read(path: Path) -> dict[str, list[ItemScore]]:
-    """The rows of an interrupted run of the same settings, by condition."""
+def read_scores(path: Path) -> dict[str, list[ItemScore]]:
+    """The rows of ``items.jsonl``, by condition; none if it is not there."""
     found: dict[str, list[ItemScore]] = {}
     if path.exists():
         # Not splitlines: answers may hold other line separators of Unicode.

@@ -3,7 +3,10 @@
 dictionary.json, arrays/                      our own (``own``)
 cfg.json, sae_weights.safetensors             SAELens, version 6 (``saelens``)
 cfg.json, sae.safetensors                     sparsify (``sparsify``), read only
+params.npz, params.safetensors                Gemma Scope 1 and 2 (``gemma_scope``), read only
 config.yaml, layer_0.safetensors, ...         circuit-tracer (``circuit_tracer``): a set of transcoders
+
+Each is in a folder here, or in one on the hub, hf://ORG/NAME[/FOLDER][@REVISION] (``place``).
 
 Nothing is unpickled.
 """
@@ -14,8 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saejax.dictionaries import rescale
-from saejax.dictionaries.formats import circuit_tracer, own, saelens, sparsify
+from saejax.dictionaries.formats import circuit_tracer, gemma_scope, own, saelens, sparsify
 from saejax.dictionaries.formats.circuit_tracer_settings import DESCRIPTION as SET
+from saejax.dictionaries.formats.place import located
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError, one_of
 from saejax.models.sites import Site
@@ -26,12 +30,12 @@ FORMATS = {"saejax": own.save, "saelens": saelens.save}
 def load_dictionary(
     path: str | os.PathLike, operands: str = "float32", site: str = "", target: str = "", unit_norm: bool = False
 ) -> Dictionary:
-    """Loads a dictionary from its folder, such as ``runs/demo/train/topk``, or one of SAELens or sparsify.
+    """Loads a dictionary from its folder, such as ``runs/demo/train/topk``, or one of SAELens, Gemma Scope or sparsify.
 
     Features, their activations and the lengths of decoder rows are those of the file.
 
     Args:
-      path: the folder.
+      path: the folder, or hf://ORG/NAME[/FOLDER][@REVISION] of the hub.
       operands: dtype of the operands of its matrix products.
       site, target: what it reads and predicts, in place of what its files say; for files that name a place of which
         there is none here.
@@ -41,7 +45,7 @@ def load_dictionary(
     Raises:
       UserError: no dictionary is there, its files are damaged, or they ask for what no dictionary here does.
     """
-    folder = Path(path)
+    folder = located(path)
     load = _reader(folder)
     if load is None:
         raise UserError(f"{folder} holds no dictionary {_instead(folder)}")
@@ -51,10 +55,22 @@ def load_dictionary(
 
 def read_config(path: str | os.PathLike) -> DictionaryConfig:
     """What the dictionary in a folder is; of one in our own format no array is read. Raises as ``load_dictionary``."""
-    for folder in (Path(path), Path(path) / "dictionary"):
+    for folder in (located(path), located(path) / "dictionary"):
         if (folder / own.DESCRIPTION).exists():
             return own.read_config(folder)
     return load_dictionary(path).config
+
+
+def folders_of(path: str | os.PathLike) -> list[Path]:
+    """The folder itself if it holds a dictionary, or those in it that do, such as the members of ``train/topk``.
+
+    Raises:
+      UserError: no dictionary is there.
+    """
+    found = list(_readers(located(path)))
+    if not found:
+        load_dictionary(path)  # says what is there instead
+    return found
 
 
 def load_all(path: str | os.PathLike, operands: str = "float32") -> dict[str, Dictionary]:
@@ -63,10 +79,7 @@ def load_all(path: str | os.PathLike, operands: str = "float32") -> dict[str, Di
     Raises:
       UserError: no dictionary is there, or one is damaged.
     """
-    readers = _readers(Path(path))
-    if not readers:
-        load_dictionary(path)  # says what is there instead
-    return {str(folder): load(operands, "", "") for folder, load in readers.items()}
+    return {str(folder): load_dictionary(folder, operands) for folder in folders_of(path)}
 
 
 def load_transcoders(
@@ -83,7 +96,7 @@ def load_transcoders(
     Raises:
       UserError: no transcoders are there, or two of one layer, or they are damaged.
     """
-    folder = Path(path)
+    folder = located(path)
     if (folder / SET).exists():
         return circuit_tracer.load(folder, operands, site, target)
     readers = _readers(folder).values()
@@ -145,6 +158,8 @@ def _reader(folder: Path) -> Callable[[str, str, str], Dictionary] | None:
     for format in (saelens, sparsify):
         if (folder / format.WEIGHTS).exists():
             return lambda operands, site, target: format.load(folder, operands, site, target)
+    if gemma_scope.find_file(folder):
+        return lambda operands, site, target: gemma_scope.load_folder(folder, operands, site, target)
     return None
 
 
@@ -165,4 +180,5 @@ def _instead(folder: Path) -> str:
     inside = sorted(child.name for child in folder.iterdir() if _reader(child)) if folder.is_dir() else []
     if inside:
         return f"but folders of such: name one, such as {folder / inside[0]}, of {', '.join(inside)}"
-    return f"({own.DESCRIPTION} is missing): name a folder that the train stage finished, or one of SAELens or sparsify"
+    finished = "name a folder that the train stage finished, or one of SAELens, Gemma Scope or sparsify"
+    return f"({own.DESCRIPTION} is missing): {finished}"

@@ -1,13 +1,15 @@
-"""Gemma Scope's transcoders, a file for each layer; read only. Nothing is unpickled.
+"""Gemma Scope's SAEs and transcoders, a file for each; read only. Nothing is unpickled.
 
-params.npz           Gemma Scope (Lieberum et al., 2024): W_enc [d, F], W_dec [F, d], b_enc, b_dec, threshold. They read
-                     the norm before the MLP before its gain.
+params.npz           Gemma Scope (Lieberum et al., 2024): W_enc [d, F], W_dec [F, d], b_enc, b_dec, threshold.
+                     Transcoders read the norm before the MLP before its gain.
 params.safetensors   Gemma Scope 2: the same in small letters, w_enc and w_dec; affine ones have
-                     affine_skip_connection [d, d], applied as x @ affine_skip_connection. They read what the MLP reads.
+                     affine_skip_connection [d, d], applied as x @ affine_skip_connection. Transcoders read what the MLP
+                     reads.
 
-Both predict what the MLP adds to the stream, after the norm that follows it. The layer is in the path: "layer_3/..." or
-"layer_3_width_16k_l0_small/...". A folder may hold several of each layer, of other widths or with more features
-active; words of their names choose.
+Transcoders predict what the MLP adds to the stream, after the norm that follows it. Where an SAE reads is in the path,
+in the name of its repository ("gemma-scope-2b-pt-res") or a folder ("resid_post"), and so is the layer: "layer_3/..."
+or "layer_3_width_16k_l0_small/...". A folder may hold several transcoders of each layer, of other widths or with more
+features active; words of their names choose.
 """
 
 import re
@@ -18,12 +20,20 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries.formats import origin, tensors
+from saejax.dictionaries.formats import hooks, origin, tensors
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 
 _LAYER = re.compile(r"layer_(\d+)")
+_FILES = ("params.npz", "params.safetensors")
 _SKIP = "affine_skip_connection"
+# Words of a path, and the kind of site that they mean.
+_PLACES = {
+    "resid_post": r"gemma-scope-[^/]*-res(-[^/]*)?/|/resid_post(_all)?/",
+    "mlp_out": r"gemma-scope-[^/]*-mlp(-[^/]*)?/|/mlp_out(_all)?/",
+    "heads": r"gemma-scope-[^/]*-att(-[^/]*)?/|/attn_out(_all)?/",
+    "transcoder": r"gemma-scope-[^/]*-transcoders/|/transcoder(_all)?/",
+}
 _NAMES = {
     "w_enc": "W_enc_DxF",
     "w_dec": "W_dec_FxD",
@@ -92,8 +102,13 @@ def _meant(names: list[str], choice: Sequence[str]) -> list[str]:
     return exact if len(exact) == 1 else names
 
 
-def read_config(file: Path, layer: int, model: str = "") -> DictionaryConfig:
-    """What the transcoder in a file is, of this layer of a language model; no array is read.
+def read_config(file: Path, site: str, target: str = "", model: str = "") -> DictionaryConfig:
+    """What the dictionary in a file is; no array is read.
+
+    Args:
+      file: of its arrays.
+      site, target: what it reads and, if it is a transcoder, predicts.
+      model: name of the language model.
 
     Raises:
       UserError: the file is missing, damaged or of another format.
@@ -107,11 +122,11 @@ def read_config(file: Path, layer: int, model: str = "") -> DictionaryConfig:
     wanted |= dict(threshold=(features,)) | ({_SKIP: (width, width)} if _SKIP in lower else {})
     wrong = [f"{name} has the shape {lower.get(name)}" for name, shape in wanted.items() if lower.get(name) != shape]
     if wrong:
-        raise UserError(f"{file} is no transcoder of Gemma Scope ({'; '.join(wrong)}): expected {wanted}")
+        raise UserError(f"{file} is no dictionary of Gemma Scope ({'; '.join(wrong)}): expected {wanted}")
     return DictionaryConfig(
         kind="jumprelu",
-        site=f"mlp_in.{layer}",
-        target=f"mlp_out.{layer}",
+        site=site,
+        target=target,
         d_in=width,
         n_features=features,
         skip=_SKIP in lower,
@@ -121,8 +136,55 @@ def read_config(file: Path, layer: int, model: str = "") -> DictionaryConfig:
     )
 
 
-def load(file: Path, config: DictionaryConfig) -> Dictionary:
-    """Reads the transcoder of a file."""
+def find_file(folder: Path) -> Path | None:
+    """The file of the dictionary in a folder; None if there is none."""
+    files = [folder / name for name in _FILES if (folder / name).is_file()]
+    return files[0] if len(files) == 1 else None
+
+
+def load_folder(folder: Path, operands: str = "float32", site: str = "", target: str = "") -> Dictionary:
+    """Reads the dictionary in a folder.
+
+    Args:
+      folder: that ``find_file`` finds one in.
+      operands: dtype of the operands of matrix products.
+      site, target: in place of what the folder's path says.
+
+    Raises:
+      UserError: it is damaged, or reads what is no site here and none is given in its place.
+    """
+    file = find_file(folder)
+    assert file is not None
+    known = ("", "") if site else _sites(file)
+    config = read_config(file, site or known[0], target or known[1])
+    return load(file, config, operands)
+
+
+def _sites(file: Path) -> tuple[str, str]:
+    """What the dictionary of a file reads and predicts, as its path says."""
+    path = file.absolute().as_posix()
+    layers = _LAYER.findall(path)
+    found = [place for place, words in _PLACES.items() if re.search(words, path)]
+    if not layers or len(found) != 1:
+        return hooks.UNKNOWN, ""
+    kind, layer = found[0], layers[-1]
+    if kind == "transcoder":
+        if before_gain([file]):
+            raise UserError(
+                f"{file} reads the norm before the MLP before its gain, which is no site here: name it in a set of all "
+                "layers, by --graph.transcoders, or the site that stands for it (site= and target= of load_dictionary)"
+            )
+        return f"mlp_in.{layer}", f"mlp_out.{layer}"
+    if kind == "heads":
+        raise UserError(
+            f"{file} reads what the heads give before they are projected, which is no site here: name an SAE of the "
+            "residual stream or of MLP outputs"
+        )
+    return f"{kind}.{layer}", ""
+
+
+def load(file: Path, config: DictionaryConfig, operands: str = "float32") -> Dictionary:
+    """Reads the arrays of a file."""
     if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as arrays:
             found = {name.lower(): np.asarray(arrays[name], np.float32) for name in arrays.files}
@@ -131,7 +193,7 @@ def load(file: Path, config: DictionaryConfig) -> Dictionary:
     named = {own: jnp.asarray(found[name]) for name, own in _NAMES.items()}
     if config.skip:
         named["W_skip_DxD"] = jnp.asarray(found[_SKIP])
-    return Dictionary(config, **named)
+    return Dictionary(config, operands, **named)
 
 
 def is_one(file: Path) -> bool:

@@ -16,7 +16,7 @@ from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
-from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig
+from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.workspace import Run
 
@@ -39,6 +39,7 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
             model=ModelConfig(path=str(tiny_llama)),
             mesh=MeshConfig(),
             corpus=CorpusConfig(),
+            task=TaskConfig(),
             ablate=AblateConfig(
                 top=4, draws=12, matches=6, bootstrap=500, batch_rows=32, curve=False, baselines=(), text_documents=2
             ),
@@ -75,8 +76,8 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
             entry.controls.logit_diff_drop, (clean_P[:, None] - controls_PxN).mean(axis=0), atol=1e-12
         )
         drawn = [json.loads(line) for line in (whole.folder / f"{name}-controls.jsonl").read_text().splitlines()]
-        assert len(drawn) == entry.controls.draws == 12
-        assert all(len(line["features"]) == entry.joint.firing for line in drawn)
+        assert [line["kind"] for line in drawn] == ["controls"] * entry.controls.draws + ["draws"] * entry.claim.draws
+        assert entry.controls.draws == 12 and all(len(line["features"]) == entry.joint.firing for line in drawn)
 
     # Asked to stop once the first behaviour is there: it is kept, and what comes then is the same to the bit.
     folder = whole.folder.parent / "stopped"

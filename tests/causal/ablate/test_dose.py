@@ -81,6 +81,17 @@ def test_differences_of_means_of_two_answers_are_one_direction(dictionary):
     assert abs(direction_D @ apart_D) == pytest.approx(np.linalg.norm(apart_D), rel=1e-5)
 
 
+def test_values_that_are_all_the_same_have_no_directions(dictionary):
+    same_NxD = np.repeat(np.random.default_rng(0).normal(size=(1, 64)).astype(np.float32), 7, axis=0)
+    assert bases.components(dictionary, same_NxD) is None
+    assert bases.directions(dictionary, np.zeros((2, 64)), same_NxD[0]) is None
+    basis = dose._basis("components", Alike(np.ones(160)), None, dictionary, AblateConfig())
+    assert basis == "all values of the train prompts are the same"
+    assert dose._basis("difference", Alike(np.ones(160)), None, dictionary, AblateConfig()) == (
+        "the means of all answers are the same"
+    )
+
+
 def test_bases_that_are_joined_are_themselves(dictionary):
     members = [dictionary, bases.untrained(dictionary, 9, seed=1)]
     joined = bases.Joined(members)
@@ -260,6 +271,16 @@ class Few(LinearExperiment):
 
     def train_values(self):
         return np.zeros((0, 64), np.float32)
+
+
+class Alike(LinearExperiment):
+    """A behaviour whose train prompts all give the same value."""
+
+    def train_values(self):
+        return np.ones((7, 64), np.float32)
+
+    def answer_means(self):
+        return np.ones((2, 64))
 
 
 def test_a_basis_that_cannot_be_compared_says_why_and_the_others_go_on(tiny, dictionary):

@@ -10,7 +10,6 @@ from linear_experiment import LinearExperiment
 from saejax.causal.ablate import grades, verdict
 from saejax.results import Interval, to_json
 from saejax.settings import AblateConfig
-from saejax.tasks.scoring import bootstrap_mean
 
 CONFIG = AblateConfig(bootstrap=2000, draws=199, matches=10)
 
@@ -45,21 +44,30 @@ def test_features_that_carry_the_answer_get_a_yes(planted):
 
 def test_controls_are_what_their_features_do(planted):
     results, measured = verdict.judge("planted", planted, CONFIG)
-    assert measured.controls_NxC.shape == (199, 20) and not np.isin(measured.controls_NxC, measured.top).any()
+    assert measured.controls_NxC.shape == (100, 20) and not np.isin(measured.controls_NxC, measured.top).any()
     drop_NxP = np.stack([planted.drop(s) for s in measured.controls_NxC])
     controls = results.controls
     np.testing.assert_allclose(controls.logit_diff_drop, drop_NxP.mean(axis=1), atol=1e-12)
     clean_P = measured.clean_P
     lost_N = ((clean_P > 0).astype(int)[None, :] - (clean_P[None, :] - drop_NxP > 0)).mean(axis=1)
     np.testing.assert_allclose(controls.accuracy_drop, lost_N, atol=1e-12)
+    # The draws that decide p may hold tested features, and do about as often as any other of the pool.
+    drawn = measured.draws_MxC
+    assert drawn.shape == (199, 20) and np.isin(drawn, measured.top).any()
+    np.testing.assert_allclose(clean_P - measured.draws_MxQ, [planted.drop(s) for s in drawn], atol=1e-12)
     assert 0.8 < controls.match.firing_rate_ratio < 1.25 and 0.8 < controls.match.activation_ratio < 1.25
 
 
 def test_the_difference_is_paired_by_prompt(planted):
     results, measured = verdict.judge("planted", planted, CONFIG)
     paired_P = measured.controls_NxQ.mean(axis=0) - measured.joint_P
-    wanted = bootstrap_mean(paired_P, CONFIG.bootstrap, CONFIG.seed)  # with draws of its own
-    assert vars(results.difference) == pytest.approx(vars(wanted), rel=0.05)
+    # All prompts have one template, so that this is the bootstrap over prompts, which draws each as often as another.
+    rng, count = np.random.default_rng(CONFIG.seed), len(paired_P)
+    rng.multinomial(1, [1.0], size=CONFIG.bootstrap)  # the template
+    drawn_RxP = rng.multinomial(np.full(CONFIG.bootstrap, count), np.full(count, 1 / count))
+    low, high = np.quantile(drawn_RxP @ paired_P / count, (0.025, 0.975))
+    wanted = dict(mean=paired_P.mean(), low=low, high=high)
+    assert vars(results.difference) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_features_that_carry_nothing_get_a_no():
@@ -90,7 +98,7 @@ def test_exactly_the_accuracy_drop_of_the_rule_is_not_enough():
     results = verdict.judge("edge", edge_case(), CONFIG)[0]
     assert results.joint.accuracy_drop.mean == 0.05 and results.difference.low > 0
     assert results.grades.harms.holds is False and "(not more than 5)" in results.grades.harms.reason
-    assert results.grades.highest == "none" and results.controls.draws == 24  # no further draw could change the no
+    assert results.grades.highest == "none" and results.claim.draws == 24  # no further draw could change the no
     less_asked = dataclasses.replace(CONFIG, min_accuracy_drop=0.049)
     assert verdict.judge("edge", edge_case(), less_asked)[0].grades.harms.holds is True
 
@@ -114,7 +122,7 @@ def test_a_top_feature_that_never_fires(planted):
         assert entries[feature].logit_diff_drop == entries[feature].accuracy_drop == zero
         assert entries[feature].firing_rate == entries[feature].mean_activation == 0.0
         assert entries[feature].control_drop is None
-    assert measured.controls_NxC.shape == (199, 18)
+    assert measured.controls_NxC.shape == (100, 18) and measured.draws_MxC.shape == (199, 18)
     assert results.joint.n == 20 and results.joint.firing == 18
     assert "2 of the features never fire on the test prompts" in results.grades.harms.reason
 
@@ -143,7 +151,7 @@ def test_prompts_of_draws_are_spread_over_templates():
 def test_draws_on_some_prompts_stand_beside_the_top_features_on_the_same(planted):
     few = dataclasses.replace(CONFIG, draw_prompts=6)
     results, measured = verdict.judge("planted", planted, few)
-    assert measured.controls_NxQ.shape == (199, 6) and results.controls.prompts == results.claim.prompts == 6
+    assert measured.draws_MxQ.shape == (199, 6) and results.controls.prompts == results.claim.prompts == 6
     drop_Q = planted.drop(range(50, 70))[measured.chosen_Q]
     assert results.controls.top_logit_diff_drop == pytest.approx(drop_Q.mean())
     assert results.joint.logit_diff_drop.mean == pytest.approx(planted.drop(range(50, 70)).mean())

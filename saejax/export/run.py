@@ -3,6 +3,7 @@
 saelens           a folder for each member, of its name; of its site where it is alone
 circuit_tracer    the members of all layers in one set; where the stack is a sweep, a set for each setting, in a folder
                   of the setting's name
+neuronpedia       what their features are, for Neuronpedia and viewers of graphs, see ``export.neuronpedia``
 """
 
 import functools
@@ -13,7 +14,9 @@ from pathlib import Path
 from saejax.dictionaries import stacks
 from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, load_dictionary, own, saelens
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
-from saejax.dictionaries.results import ExportedMember, ExportResults, TrainedMember
+from saejax.dictionaries.results import TrainedMember
+from saejax.export.neuronpedia import setting_of, write_bundle
+from saejax.export.results import ExportedMember, ExportResults
 from saejax.settings import ExportConfig
 from saejax.workspace import STARTED, Run
 
@@ -25,13 +28,16 @@ def run_export(run: Run) -> ExportResults:
       UserError: the format has nothing like these dictionaries.
     """
     config: ExportConfig = run.configs["export"]
-    (unit,) = run.inputs.values()
+    (unit,) = (folder for name, folder in run.inputs.items() if name.startswith("train/"))
     members = stacks.members(unit)
     described = [own.read_config(unit / member.name / "dictionary") for member in members]
     _clear(run.folder)  # what a killed run left
-    write = _write_sets if config.format == "circuit_tracer" else _write_folders
     try:
-        folders = write(run.folder, unit, members, described)
+        if config.format == "neuronpedia":
+            folders = write_bundle(run, unit, members)
+        else:
+            write = _write_sets if config.format == "circuit_tracer" else _write_folders
+            folders = write(run.folder, unit, members, described)
     except BaseException:
         _clear(run.folder)
         raise
@@ -54,7 +60,7 @@ def _write_folders(
 
 def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]) -> list[str]:
     """Writes circuit-tracer sets; returns their folders, by member."""
-    settings = [member.name.removeprefix(member.site).removeprefix("-") for member in members]
+    settings = [setting_of(member) for member in members]
     sets = {setting: [i for i, of in enumerate(settings) if of == setting] for setting in settings}
     for indices in sets.values():
         circuit_tracer_settings.check([configs[i] for i in indices])

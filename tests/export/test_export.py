@@ -1,12 +1,18 @@
 """The export stage: whole stacks, sweeps, and what is refused."""
 
-import known_dictionaries as known
+import sys
+from pathlib import Path
+
 import pytest
 from runs import write_members
 
+sys.path.append(str(Path(__file__).parent.parent / "dictionaries"))
+import known_dictionaries as known
+
 from saejax import command
-from saejax.dictionaries import export, load_dictionary, load_transcoders, save_dictionary
+from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary
 from saejax.errors import UserError
+from saejax.export.run import run_export
 from saejax.settings import ExportConfig
 from saejax.workspace import STARTED, Run, write_json
 
@@ -27,7 +33,7 @@ def run(tmp_path, source, format="saelens"):
     write_json(folder / STARTED, {})
     configs = dict(export=ExportConfig(format=format, dictionaries=("topk",)))
     made = Run("export", folder.name, folder, configs, {f"train/{source.name}": source}, say=lambda line: None)
-    return folder, lambda: export.run_export(made)
+    return folder, lambda: run_export(made)
 
 
 def test_one_dictionary_is_in_a_folder_of_its_sites_name(tmp_path):

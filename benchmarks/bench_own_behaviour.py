@@ -1,0 +1,95 @@
+"""How long somebody's own behaviour takes on a dictionary that is there: all four answers, with 1,000 draws.
+
+Run: python -m benchmarks.bench_own_behaviour [--dictionary runs/demo/train/topk]
+A file of 200 prompts is written (whether "she" or "he" goes on from a name, in five templates, one of which is in test
+alone), and the stages baseline and ablate are run on it in a fresh workdir, as a user would. Prints the seconds by the
+clock and of the processors of each, what was answered, and, last, one line of JSON.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from saejax.results import load_results
+
+SHE = (
+    "Mary Anna Emma Sarah Laura Alice Julia Helen Susan Linda Karen "
+    "Lisa Nancy Emily Rachel Ruth Jane Kate Amy Rose Ellen Grace"
+)
+HE = (
+    "John Peter David James Robert Thomas Paul Mark George Henry Frank "
+    "Daniel Michael Steven Kevin Brian Eric Adam Tom Jack Andrew Simon"
+)
+TEMPLATES = dict(
+    late="{} was late because",
+    home="{} went home after",
+    letter="When {} read the letter,",
+    phone="{} put down the phone and said that",
+    door="{} opened the door when",
+)
+TEST_ALONE = "door"
+TRAIN_NAMES = 20  # of 44, whose prompts in the other four templates are the 80 train prompts
+
+
+def own_prompts() -> list[dict[str, str]]:
+    """The lines of the file: 80 train and 120 test prompts that share no name, and their counterparts."""
+    sides = [(SHE.split(), HE.split(), " she", " he"), (HE.split(), SHE.split(), " he", " she")]
+    lines = []
+    for names, others, correct, wrong in sides:
+        for number, (name, other) in enumerate(zip(names, others, strict=True)):
+            split = "train" if number < TRAIN_NAMES // 2 else "test"
+            lines += [
+                dict(
+                    behaviour="pronoun",
+                    split=split,
+                    template=template,
+                    text=text.format(name),
+                    counterpart=text.format(other),
+                    correct=correct,
+                    wrong=wrong,
+                )
+                for template, text in TEMPLATES.items()
+                if split == "test" or template != TEST_ALONE
+            ]
+    return lines
+
+
+def run_stage(stage: str, flags: list[str]) -> tuple[float, float]:
+    """Seconds by the clock and of the processors in which a stage's binary ends."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([sys.executable, "-m", f"experiments.{stage}", *flags], check=True)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dictionary", default="runs/demo/train/topk", help="of this model; make demo trains it")
+    args, more = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        prompts, workdir = Path(folder) / "prompts.jsonl", Path(folder) / "run"
+        prompts.write_text("".join(json.dumps(line) + "\n" for line in own_prompts()))
+        asked = {"workdir": workdir, "model.path": args.model, "task.prompts": prompts, "task.behaviours": ""}
+        asked["ablate.dictionary"] = args.dictionary
+        flags = [*(f"--{name}={value}" for name, value in asked.items()), *more]
+        spent = {stage: run_stage(stage, flags) for stage in ("baseline", "ablate")}
+        (unit,) = (workdir / "ablate").iterdir()
+        (result,) = load_results(unit).behaviours.values()
+    for stage, (seconds, processors) in spent.items():
+        print(f"{stage:>10}: {seconds:6.1f} s by the clock, {processors:6.1f} s of processors")
+    for name in ("harms", "beyond_matched", "beyond_bases", "selective"):
+        grade = getattr(result.grades, name)
+        print(f"{name:>15}: {grade.holds}: {grade.reason}")
+    totals = [round(sum(each), 1) for each in zip(*spent.values(), strict=True)]
+    figures = dict(seconds=totals[0], processor_seconds=totals[1], draws=result.controls.draws)
+    print(json.dumps(dict(bench="own_behaviour", **figures, highest=result.grades.highest)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""How fast dictionaries of all layers are matched with each other: random stacks of the size of a stack of SmolLM2.
+
+Half of each dictionary's directions are those of the one before, turned a little, as features drift through layers; the
+others are new.
+
+Run: python -m benchmarks.bench_transfer [--dictionaries 30] [--features 4608] [--d 576] [--pairs 0]
+Prints the seconds of the products alone, of the assignments of all pairs, found and null, the largest gap,
+scipy's dense solver on one pair, the peak of memory and, last, one line of JSON.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from saejax.parallel import make_mesh
+from saejax.transfer.compared import chance, unit
+from saejax.transfer.matching import match
+
+
+def stack(count: int, features: int, width: int) -> list[np.ndarray]:
+    """Unit rows [F, D] of each dictionary; directions lie mostly in few dimensions, as a residual stream's do."""
+    rng = np.random.default_rng(0)
+    scale = np.arange(1, width + 1, dtype=np.float32) ** -0.5
+    found = [unit(rng.standard_normal((features, width), np.float32) * scale)]
+    for _ in range(count - 1):
+        new = unit(rng.standard_normal((features, width), np.float32) * scale)
+        kept = np.arange(features)[:, None] < features // 2
+        found.append(unit(np.where(kept, 0.9 * found[-1] + 0.44 * new, new))[rng.permutation(features)])
+    return found
+
+
+def product_seconds(rows: list[np.ndarray]) -> float:
+    """Of one product of all rows of two dictionaries with each other."""
+    multiply = jax.jit(lambda first, second: jnp.matmul(first, second.T, precision="highest").max(axis=0))
+    placed = jax.device_put(rows[:2])
+    jax.block_until_ready(multiply(*placed))
+    start = time.perf_counter()
+    for _ in range(5):
+        jax.block_until_ready(multiply(*placed))
+    return (time.perf_counter() - start) / 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dictionaries", type=int, default=30)
+    parser.add_argument("--features", type=int, default=4608)
+    parser.add_argument("--d", type=int, default=576)
+    parser.add_argument("--pairs", type=int, default=0, help="pairs that are matched, drawn evenly; 0: all")
+    args = parser.parse_args()
+    rows, mesh = stack(args.dictionaries, args.features, args.d), make_mesh()
+    pairs = list(itertools.combinations(range(args.dictionaries), 2))
+    chosen = pairs[:: max(1, len(pairs) // args.pairs)] if args.pairs else pairs
+    one = product_seconds(rows)
+    start = time.perf_counter()
+    nulls = [chance(own, [1, place]) for place, own in enumerate(rows)]
+    drawn = time.perf_counter() - start
+    list(match([(0, rows[0], rows[1])], mesh))  # compiles
+    start, shared, gap = time.perf_counter(), dict[tuple[int, int], float](), 0.0
+    problems = (
+        ((*pair, null), rows[pair[0]], (nulls if null else rows)[pair[1]]) for pair in chosen for null in (0, 1)
+    )
+    for (first, second, null), found in match(problems, mesh):
+        gap = max(gap, found.gap)
+        if not null:
+            shared[first, second] = float((found.value_F >= 0.7).mean())
+    seconds = time.perf_counter() - start
+    table = rows[0] @ rows[1].T
+    start = time.perf_counter()
+    linear_sum_assignment(table, maximize=True)
+    dense = time.perf_counter() - start
+    whole = (seconds / len(chosen)) * len(pairs) + drawn
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(
+        f"one product {one:.3f} s: the floor of all {len(pairs)} pairs, found and null, is {2 * one * len(pairs):.0f} s"
+    )
+    print(
+        f"{len(chosen)} pairs, found and null: {seconds:.1f} s; all {len(pairs)}: {whole:.0f} s, largest gap {gap:.1e}"
+    )
+    print(
+        f"null directions {drawn:.1f} s; scipy's dense solver on one pair {dense:.1f} s; peak of memory {peak:.2f} GB"
+    )
+    print(f"shared between neighbours {np.mean([v for (i, j), v in shared.items() if j == i + 1] or [np.nan]):.3f}")
+    results = dict(product=one, seconds=seconds, all_seconds=whole, dense_solver=dense, peak_gb=round(peak, 2), gap=gap)
+    print(json.dumps(dict(vars(args), matched=len(chosen), **results)))
+
+
+if __name__ == "__main__":
+    main()

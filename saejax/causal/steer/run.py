@@ -1,0 +1,123 @@
+"""The stage ``steer``: prompts turned to the answers of their counterparts by features, means and examples.
+
+Directions are learned on train prompts, which also choose how strongly each method steers (``directions``,
+``measure``); test prompts judge it: how many answers turn, beside random directions at the same dose (``draws``), and
+what that costs held-out text and what the model goes on with (``fluency``). Examples in front of the prompt stand
+beside them (``prompting``).
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from saejax.causal.ablate.text import HeldOutText
+from saejax.causal.ablate.verdict import effects_of
+from saejax.causal.claims import claims
+from saejax.causal.parts import (
+    Measure,
+    Measured,
+    OnProgress,
+    each_part,
+    load_run_dictionary,
+    load_run_model,
+    part_file,
+    read_behaviours,
+)
+from saejax.causal.split import SplitModel
+from saejax.causal.steer.draws import rule
+from saejax.causal.steer.measure import Judged, SteeringTest
+from saejax.causal.steer.results import BehaviourSteering, SteerResults
+from saejax.errors import UserError
+from saejax.settings import SteerConfig
+from saejax.workspace import Run, write_text
+
+
+def run_steer(run: Run) -> SteerResults:
+    """Steers every behaviour.
+
+    A behaviour is a part in the sense of ``parts``. The logit differences of its test prompts are in
+    ``<behaviour>-prompts.jsonl``.
+
+    Raises:
+      UserError: the dictionary belongs to another model, there are no doses, or something is not finite.
+    """
+    config: SteerConfig = run.configs["steer"]
+    if not config.doses:
+        raise UserError("--steer.doses is empty: name at least one, such as 0.4")
+    config = dataclasses.replace(config, doses=tuple(sorted(set(config.doses))))
+    prompts, dictionary = read_behaviours(run), load_run_dictionary(run)
+
+    def begin() -> Measure:
+        model = load_run_model(run)
+        split = SplitModel(model, dictionary, config.positions)
+        text = HeldOutText.of(run.configs["corpus"], run.configs["task"], model, config.text_documents)
+
+        def measure(name: str, on_progress: OnProgress) -> Measured:
+            judged = SteeringTest(model, split, prompts[name], text, config, on_progress).judge()
+            write_text(part_file(run, name, "-prompts.jsonl"), _lines(judged))
+            return Measured(judged.results, _line(judged.results))
+
+        return measure
+
+    parts = each_part(run, list(prompts), begin, BehaviourSteering, "prompts")
+    return SteerResults(
+        dictionary=config.dictionary,
+        site=dictionary.config.target or dictionary.site,
+        positions=config.positions,
+        behaviours=_settled(run, parts, config),
+    )
+
+
+def _settled(run: Run, parts: Mapping[str, BehaviourSteering], config: SteerConfig) -> dict[str, BehaviourSteering]:
+    """The behaviours with the answers of the run: each method of each behaviour is one of the claims that it makes."""
+    effects = {}
+    for name, result in parts.items():
+        text = part_file(run, name, "-prompts.jsonl").read_text("utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+        drawn = [line for line in lines if line["draws"]]
+        clean_Q, template_Q = (np.array([line[of] for line in drawn]) for of in ("clean", "template"))
+        for method, own in result.methods.items():
+            steered_Q = np.array([line["steered"][method][own.chosen] for line in drawn])
+            draws_NxQ = np.array([line["draws"][method] for line in drawn]).T
+            effects[name, method] = effects_of(clean_Q, steered_Q, draws_NxQ, template_Q, None)
+    found = claims({" ".join(key): one for key, one in effects.items()}, rule(config))
+    answers = dict(zip(effects, found.values(), strict=True))
+    return {
+        name: dataclasses.replace(
+            result,
+            methods={
+                method: dataclasses.replace(own, claim=answers[name, method]) for method, own in result.methods.items()
+            },
+        )
+        for name, result in parts.items()
+    }
+
+
+def _lines(judged: Judged) -> str:
+    """The logit differences of every test prompt."""
+    places = {int(place): q for q, place in enumerate(judged.chosen_Q)}
+    lines = [
+        dict(
+            text=prompt.text,
+            correct=prompt.correct,
+            wrong=prompt.wrong,
+            template=prompt.template,
+            clean=float(judged.clean_P[p]),
+            steered={name: diff_SxP[:, p].tolist() for name, diff_SxP in judged.steered.items()},
+            draws={name: diff_NxQ[:, places[p]].tolist() for name, diff_NxQ in judged.draws.items()}
+            if p in places
+            else None,
+        )
+        for p, prompt in enumerate(judged.prompts)
+    ]
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+
+
+def _line(result: BehaviourSteering) -> str:
+    if result.reason:
+        return f"not steered: {result.reason}"
+    best = {name: own.points[own.chosen] for name, own in result.methods.items()}
+    said = [f"{name} {100 * point.flipped.mean:.0f} % at dose {point.dose:.2g}" for name, point in best.items()]
+    return f"answers turned on {result.prompts} test prompts: {', '.join(said)}"

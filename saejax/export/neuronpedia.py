@@ -1,0 +1,186 @@
+"""What features are, in the files of Neuronpedia and of viewers of attribution graphs.
+
+v1/<model>/<source>/      Neuronpedia's import bundle of a dictionary: release, model, sourceset and source (``.jsonl``,
+                          one line each); features, activations and explanations in batches (``.jsonl.gz``). Its
+                          importer takes the columns from a file's first line, so all lines of a file have the same keys
+features/<set>/<n>.json   a feature for viewers (``feature_json_base_url``); n is the Cantor pair of layer and number,
+                          as in graphs
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.activations.store import Store
+from saejax.attribution.forms.neuronpedia import cantor_pair
+from saejax.dictionaries import load_dictionary, stacks
+from saejax.dictionaries.formats.hooks import to_hook
+from saejax.dictionaries.labels import LABELS, Label, load_labels
+from saejax.dictionaries.results import TrainedMember
+from saejax.errors import UserError
+from saejax.export.rows import (
+    CREATOR_ID,
+    NeuronpediaSource,
+    activation_rows,
+    explanation_row,
+    feature_json,
+    feature_row,
+)
+from saejax.interpret.run import FEATURES
+from saejax.models.sites import Site
+from saejax.settings import ExportConfig
+from saejax.workspace import Run, read_json, whole_file, write_text
+
+# What sets of sources at Neuronpedia are called by the site that they read.
+_SHORT = dict(resid_pre="res", resid_mid="res", resid_post="res", attn_out="att", mlp_in="transcoder", mlp_out="mlp")
+_MODEL_ID = re.compile(r"(?!.*(--|\.\.))[a-z][a-z0-9.-]{0,30}[a-z0-9]")
+_SET = re.compile(r"(?!neurons$)(?!.*--)[a-z][a-z0-9-]*")
+
+
+def setting_of(member: TrainedMember) -> str:
+    """What sets a member apart from others of its site: "k16" of "resid_post.3-k16", "" of "resid_post.3"."""
+    return member.name.removeprefix(member.site).removeprefix("-")
+
+
+def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list[str]:
+    """Writes the bundles and the viewers' files of all members of a train unit.
+
+    Args:
+      run: of the stage, which reads the capture, and ``interpret`` and ``atlas`` of the dictionaries.
+      unit: the train unit.
+      members: its dictionaries.
+
+    Returns:
+      The folder of each member's bundle.
+
+    Raises:
+      UserError: a name is none that Neuronpedia takes, or two members would have the same.
+    """
+    config: ExportConfig = run.configs["export"]
+    kind, store = run.name.partition("-")[2], Store.open(run.inputs["capture"])
+    model = _model_id(config, store)
+    sources = [_source(member, kind, model, config) for member in members]
+    if len({source.id for source in sources}) < len(sources):
+        raise UserError(f"members of {kind} would be one source of Neuronpedia: {', '.join(s.id for s in sources)}")
+    folders = [f"v1/{model}/{source.id}" for source in sources]
+    for member, source, folder in zip(members, sources, folders, strict=True):
+        W_dec_FxD = np.asarray(load_dictionary(unit / member.name).W_dec_FxD[...], np.float64)
+        labels = load_labels(run.inputs[f"atlas/{kind}"] / member.name / LABELS)
+        described = sorted((run.inputs[f"interpret/{kind}"] / member.name / FEATURES).glob("*.json"))
+        _write_about(run.folder / folder, source, config.creator, int(store.manifest["documents"]["train"]))
+        viewers = run.folder / "features" / source.set
+        viewers.mkdir(parents=True, exist_ok=True)
+        for number, path in enumerate(described):
+            records = read_json(path)
+            _write_batch(run.folder / folder, number, source, records, labels, W_dec_FxD)
+            _write_viewers(viewers, source, records, labels)
+        run.say(f"{stacks.full_name(kind, member.name)}: {len(W_dec_FxD):,} features, {len(labels):,} of them labelled")
+    return folders
+
+
+def _model_id(config: ExportConfig, store: Store) -> str:
+    model = config.model_id or _tame(store.model["name"].rstrip("/").split("/")[-1])
+    if not _MODEL_ID.fullmatch(model):
+        raise UserError(
+            f"--export.model_id is {model!r}: Neuronpedia takes 2 to 32 small letters, digits, single dots and dashes, "
+            "a letter first"
+        )
+    return model
+
+
+def _source(member: TrainedMember, kind: str, model: str, config: ExportConfig) -> NeuronpediaSource:
+    site, setting = Site.parse(member.site), _tame(setting_of(member)).replace(".", "-")
+    name = "-".join(filter(None, [config.source_set or f"{_SHORT[site.kind]}-{kind}", setting]))
+    if not _SET.fullmatch(name):
+        raise UserError(
+            f"--export.source_set makes a set {name!r}: Neuronpedia takes small letters, digits and single dashes, a "
+            "letter first"
+        )
+    return NeuronpediaSource(model, name, site.layer, to_hook(member.target))
+
+
+def _tame(name: str) -> str:
+    """A name of small letters, digits, dots and single dashes."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+
+
+def _write_about(folder: Path, source: NeuronpediaSource, creator: str, documents: int) -> None:
+    """Writes what the features belong to.
+
+    Args:
+      folder: of the bundle, which is made.
+      source: whose it is.
+      creator: who made it.
+      documents: of the text that was interpreted.
+    """
+    for name in ("features", "activations", "explanations"):
+        (folder / name).mkdir(parents=True)
+    release, said = f"{source.model}-{source.set}", f"Features of {source.model}, interpreted by saejax"
+    shared = dict(creatorId=CREATOR_ID, visibility="PUBLIC")
+    made = shared | dict(creatorName=creator, description=said, urls=[])
+    named = dict(displayName=source.model, displayNameShort=source.model)
+    rows = dict(
+        release=made | dict(name=release, descriptionShort=said),
+        # No layers of no neurons, as other writers have it: none are in the bundle.
+        model=shared | named | dict(id=source.model, layers=0, neuronsPerLayer=0, owner="", instruct=False),
+        sourceset=made | dict(modelId=source.model, name=source.set, releaseName=release, hasGraphs=False),
+        source=shared | dict(id=source.id, modelId=source.model, setName=source.set, num_prompts=documents),
+    )
+    for name, row in rows.items():
+        write_text(folder / f"{name}.jsonl", _line(row))
+
+
+def _write_batch(
+    folder: Path,
+    number: int,
+    source: NeuronpediaSource,
+    records: Sequence[Mapping[str, Any]],
+    labels: Mapping[int, Label],
+    W_dec_FxD: np.ndarray,
+) -> None:
+    """Writes some features, their contexts and their labels to the bundle."""
+    rows: dict[str, Iterable[dict[str, Any]]] = dict(
+        features=(feature_row(source, one, W_dec_FxD[one["feature"]]) for one in records),
+        activations=(row for one in records for row in activation_rows(source, one)),
+        explanations=(
+            explanation_row(source, one["feature"], labels[one["feature"]])
+            for one in records
+            if one["feature"] in labels
+        ),
+    )
+    for name, some in rows.items():
+        text = "".join(map(_line, some))
+        if text:
+            with whole_file(folder / name / f"batch-{number}.jsonl.gz") as beside:
+                beside.write_bytes(gzip.compress(text.encode(), 5, mtime=0))
+
+
+def _write_viewers(
+    folder: Path, source: NeuronpediaSource, records: Sequence[Mapping[str, Any]], labels: Mapping[int, Label]
+) -> None:
+    """Writes a file for each feature that fires."""
+    for one in records:
+        if one["fires"]:
+            feature = one["feature"]
+            label = labels[feature].label if feature in labels else ""
+            text = _line(feature_json(one, source.layer, label))
+            (folder / f"{cantor_pair(source.layer, feature)}.json").write_text(text, encoding="utf-8")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_clean(row), separators=(",", ":"), allow_nan=False) + "\n"
+
+
+def _clean(data: Any) -> Any:
+    """JSON data without what no database takes: half characters, NUL, tokens of no text."""
+    if isinstance(data, str):
+        return data.encode("utf-8", "surrogatepass").decode("utf-8", "replace").replace("\0", "\ufffd")
+    if isinstance(data, dict):
+        made = {name: _clean(value) for name, value in data.items()}
+        return made | ({"tokens": [token or "\ufffd" for token in made["tokens"]]} if "tokens" in made else {})
+    return [_clean(one) for one in data] if isinstance(data, list) else data

@@ -1,0 +1,21 @@
+"""Results of the stage ``export``."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedMember:
+    """A dictionary in the other format."""
+
+    name: str  #: as trained
+    site: str  #: as trained
+    target: str  #: as trained
+    folder: str  #: that holds it
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResults:
+    """A train unit in the format of another tool."""
+
+    format: str  #: of `export.format`
+    members: tuple[ExportedMember, ...]  #: each with its folder

@@ -1,0 +1,165 @@
+"""A feature as rows of Neuronpedia's database, and as a viewer of attribution graphs reads it.
+
+The keys of rows are columns (``apps/webapp/prisma/schema.prisma`` of hijohnnylin/neuronpedia). Groups of contexts are
+tenths of a feature's firings by activation; ``binContains`` is the share of all tokens in one. Columns about a model's
+neurons, and about text that is not kept, are left at their defaults.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from saejax.dictionaries.labels import Label
+from saejax.interpret.describe import GROUPS, LOWEST, PER_OCTAVE
+
+CREATOR_ID = "clkht01d40000jv08hvalcvly"  # the account that imported bundles belong to, as other writers give it
+_ALIGNED = 3  # coordinates of the stream that a feature writes to most
+_LONGEST = 512  # characters of an explanation, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronpediaSource:
+    """A dictionary at Neuronpedia.
+
+    Attributes:
+      model: its id there.
+      set: name of the set of sources, such as "res-topk".
+      layer: of the site that the dictionary reads.
+      hook: TransformerLens' name of the site that it writes to; None where there is none.
+    """
+
+    model: str
+    set: str
+    layer: int
+    hook: str | None
+
+    @property
+    def id(self) -> str:
+        """The source's name, such as "15-res-topk"."""
+        return f"{self.layer}-{self.set}"
+
+    def key(self, feature: int) -> dict[str, str]:
+        """The columns that name a feature."""
+        return dict(modelId=self.model, layer=self.id, index=str(feature))
+
+    def row_id(self, *parts: Any) -> str:
+        """A name of a row, as long as those that the database gives; the same in every run."""
+        return "c" + hashlib.sha256("/".join(map(str, (self.model, self.id, *parts))).encode()).hexdigest()[:24]
+
+
+def feature_row(source: NeuronpediaSource, record: Mapping[str, Any], row_D: np.ndarray) -> dict[str, Any]:
+    """A row of features.
+
+    Args:
+      source: of the feature.
+      record: as the stage ``interpret`` writes it.
+      row_D: its decoder row.
+    """
+    aligned, length = np.argsort(-row_D, kind="stable")[:_ALIGNED], max(float(np.abs(row_D).sum()), 1e-30)
+    bins = [(i, count) for i, count in enumerate(record.get("histogram", ())) if count]
+    logits = record.get("logits") or dict(low=0.0, high=0.0, counts=[])
+    edges = np.linspace(logits["low"], logits["high"], len(logits["counts"]) + 1)
+    return source.key(record["feature"]) | dict(
+        creatorId=CREATOR_ID,
+        sourceSetName=source.set,
+        maxActApprox=record.get("max", 0.0),
+        frac_nonzero=record["rate"],
+        pos_str=[text for text, _ in record.get("up", ())],
+        pos_values=[value for _, value in record.get("up", ())],
+        neg_str=[text for text, _ in record.get("down", ())],
+        neg_values=[value for _, value in record.get("down", ())],
+        freq_hist_data_bar_heights=[count for _, count in bins],
+        freq_hist_data_bar_values=[float(f"{2 ** ((i + 0.5) / PER_OCTAVE + LOWEST):.4g}") for i, _ in bins],
+        logits_hist_data_bar_heights=logits["counts"],
+        logits_hist_data_bar_values=_rounded((edges[1:] + edges[:-1]) / 2),
+        neuron_alignment_indices=aligned.tolist(),
+        neuron_alignment_values=_rounded(row_D[aligned]),
+        neuron_alignment_l1=_rounded(row_D[aligned] / length),
+        topkCosSimIndices=[other for other, _ in record["nearest"]],
+        topkCosSimValues=[cosine for _, cosine in record["nearest"]],
+        hasVector=True,
+        vector=_rounded(row_D),
+        vectorDefaultSteerStrength=record.get("max", 0.0),
+        hookName=source.hook,
+    )
+
+
+def activation_rows(source: NeuronpediaSource, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of a feature's contexts: the strongest, then those of its groups; none if it never fires."""
+    for number, context in enumerate([*record.get("examples", ()), *record.get("groups", ())]):
+        values, group = _acts(context), context.get("group")
+        if group is None:
+            bounds = dict(binMin=-1.0, binMax=record["max"], binContains=-1.0)  # so the strongest are marked
+        else:
+            low, high = record["tenths"][group : group + 2]
+            bounds = dict(binMin=low, binMax=high, binContains=record["rate"] / GROUPS)
+        yield (
+            source.key(record["feature"])
+            | bounds
+            | dict(
+                id=source.row_id(record["feature"], number),
+                tokens=context["tokens"],
+                values=values,
+                maxValue=max(values),
+                maxValueTokenIndex=int(np.argmax(values)),
+                minValue=min(values),
+                qualifyingTokenIndex=context["peak"],
+                dataIndex=str(context["document"]),
+                creatorId=CREATOR_ID,
+            )
+        )
+
+
+def explanation_row(source: NeuronpediaSource, feature: int, label: Label) -> dict[str, Any]:
+    """The row of a feature's label. Who gave it is a note: columns for that take registered names alone."""
+    score = "" if label.f1 is None else f", F1 {label.f1:.2f} on held-out text"
+    return source.key(feature) | dict(
+        id=source.row_id(feature, "label"),
+        description=label.label[:_LONGEST],
+        authorId=CREATOR_ID,
+        notes=f"by {label.by}{score}" + (f": {label.note}" if label.note else ""),
+    )
+
+
+def feature_json(record: Mapping[str, Any], layer: int, label: str) -> dict[str, Any]:
+    """A feature as viewers of attribution graphs read it (Neuronpedia's ``feature-details-schema.json``).
+
+    Args:
+      record: of a feature that fires, as the stage ``interpret`` writes it.
+      layer: of its dictionary.
+      label: what it is called; "": nothing.
+    """
+    quantiles = [("Top activations", record["examples"])]
+    for group in reversed(range(GROUPS)):
+        drawn = [one for one in record["groups"] if one["group"] == group]
+        quantiles += (
+            [(f"{group * 100 // GROUPS} to {(group + 1) * 100 // GROUPS} % of firings", drawn)] if drawn else []
+        )
+    return dict(
+        index=record["feature"],
+        layer=layer,
+        label=label,
+        act_min=record["tenths"][0],
+        act_max=record["max"],
+        activation_frequency=record["rate"],
+        top_logits=[text for text, _ in record.get("up", ())],
+        bottom_logits=[text for text, _ in record.get("down", ())],
+        examples_quantiles=[dict(quantile_name=name, examples=list(map(_example, some))) for name, some in quantiles],
+    )
+
+
+def _example(context: Mapping[str, Any]) -> dict[str, Any]:
+    peak = dict(train_token_ind=context["peak"], is_repeated_datapoint=False)
+    return dict(tokens=context["tokens"], tokens_acts_list=_acts(context)) | peak
+
+
+def _acts(context: Mapping[str, Any]) -> list[float]:
+    """Activations of a context, 0 where the store has none."""
+    return [act or 0.0 for act in context["acts"]]
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return np.round(values, 6).tolist()

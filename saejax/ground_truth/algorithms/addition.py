@@ -1,0 +1,101 @@
+"""Addition: "3 4 7 + 5 8 6 = 3 3 9 0", the answer's lowest digit first. Its variables are the carries.
+
+The question of a digit has a wrong answer that is right with the other carry, and a counterpart in which the columns
+below make that other carry and everything else is the same.
+"""
+
+from typing import ClassVar
+
+import numpy as np
+
+from saejax.ground_truth.algorithms.questions import START, Algorithm, Questions, kept_fresh
+from saejax.tasks.behaviours import Prompt
+
+_NINES = 0.3  # share of columns that are made to sum to 9, through which a carry goes on
+
+
+class Addition(Algorithm):
+    """Sums of two numbers.
+
+    Args:
+      digits: of each.
+    """
+
+    wanted: ClassVar = dict(addition=0.99)
+
+    def __init__(self, digits: int):
+        self._digits = digits
+        self.words = (START, *map(str, range(10)), "+", "=")
+
+    @property
+    def behaviours(self) -> tuple[str, ...]:
+        return ("units", *(f"digit{place}" for place in range(1, self._digits)))
+
+    def draw(self, sort: str, count: int, rng: np.random.Generator) -> Questions:
+        first_BxN, second_BxN = self._columns(count, rng)
+        sum_BxM, _ = added(first_BxN, second_BxN)
+        plus_Bx1, equals_Bx1 = (np.full((count, 1), word) for word in self.number("+="))
+        digits = (self.number("0123456789")[part] for part in (first_BxN[:, ::-1], second_BxN[:, ::-1], sum_BxM))
+        first, second, answer = digits
+        ids_BxT = np.concatenate([np.zeros((count, 1)), first, plus_Bx1, second, equals_Bx1, answer], axis=1)
+        place_N = np.arange(ids_BxT.shape[1] - answer.shape[1] - 1, ids_BxT.shape[1] - 1)
+        right_BxNxV = np.arange(len(self.words))[None, None] == answer[..., None]
+        place_BxN = np.broadcast_to(place_N, answer.shape).astype(np.int32)
+        return Questions(ids_BxT.astype(np.int32), place_BxN, right_BxNxV, self._fresh(first_BxN, second_BxN))
+
+    def _columns(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Digits of both numbers, lowest first, [B, N]."""
+        first_BxN, second_BxN = rng.integers(10, size=(2, count, self._digits))
+        return first_BxN, np.where(rng.random(first_BxN.shape) < _NINES, 9 - first_BxN, second_BxN)
+
+    def _fresh(self, first_BxN: np.ndarray, second_BxN: np.ndarray) -> np.ndarray:
+        power_N = 10 ** np.arange(self._digits)
+        return kept_fresh(first_BxN @ power_N * 10**self._digits + second_BxN @ power_N)
+
+    def prompt(self, behaviour: str, split: str, rng: np.random.Generator) -> Prompt | None:
+        first_1xN, second_1xN = self._columns(1, rng)
+        if not self._fresh(first_1xN, second_1xN)[0]:
+            return None
+        place = self.behaviours.index(behaviour)
+        sum_M, carry_M = (part[0] for part in added(first_1xN, second_1xN))
+        right = int(sum_M[place])
+        others_2xN = np.stack([first_1xN[0], second_1xN[0]])
+        if place:
+            wrong = (right - 1) % 10 if carry_M[place] else (right + 1) % 10
+            pairs = [
+                (u, v) for u in range(10) for v in range(10) if (u + v + carry_M[place - 1] > 9) != bool(carry_M[place])
+            ]
+            others_2xN[:, place - 1] = pairs[rng.integers(len(pairs))]
+        else:
+            wrong = int((right + rng.integers(1, 10)) % 10)
+            others_2xN[0, 0] = (wrong - others_2xN[1, 0]) % 10
+        return Prompt(
+            behaviour,
+            split,
+            _text(first_1xN[0], second_1xN[0], place),
+            f" {right}",
+            f" {wrong}",
+            _text(*others_2xN, place),
+            f" {wrong}",
+            labels=(
+                ("carry", "yes" if carry_M[place] else "no"),
+                ("column", str((first_1xN[0, place] + second_1xN[0, place]) % 10)),
+            ),
+        )
+
+
+def added(first_BxN: np.ndarray, second_BxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Digits of the sums, and what is carried into each column, both lowest first [B, N + 1]."""
+    count, digits = first_BxN.shape
+    sum_BxM, carry_BxM = np.zeros((2, count, digits + 1), np.int64)
+    for place in range(digits):
+        total_B = first_BxN[:, place] + second_BxN[:, place] + carry_BxM[:, place]
+        sum_BxM[:, place], carry_BxM[:, place + 1] = total_B % 10, total_B // 10
+    sum_BxM[:, digits] = carry_BxM[:, digits]
+    return sum_BxM, carry_BxM
+
+
+def _text(first_N: np.ndarray, second_N: np.ndarray, place: int) -> str:
+    """The question, and the digits of the answer below a place."""
+    sum_M = added(first_N[None], second_N[None])[0][0]
+    return " ".join([*map(str, first_N[::-1]), "+", *map(str, second_N[::-1]), "=", *map(str, sum_M[:place])])

@@ -1,0 +1,140 @@
+"""The transformer of an algorithm: Llama's architecture, trained on the project's own decoder, saved for any tool."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from saejax.errors import UserError
+from saejax.ground_truth.algorithms.questions import Questions
+from saejax.models import decoder
+from saejax.models.config import DecoderConfig
+from saejax.models.families import FAMILIES, read_config
+from saejax.models.families.table import linear, linear_of_heads
+from saejax.models.parameters import LAYERS, parameter_table
+from saejax.models.run import run_layers
+
+HEADS = 4
+Params = dict[str, jax.Array]
+
+
+class Schedule(NamedTuple):
+    """How it is trained: AdamW, its rate rising over a twentieth of the steps and then falling to 0 as a cosine."""
+
+    steps: int
+    learning_rate: float
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Of the parameters."""
+        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, max(self.steps // 20, 1), self.steps)
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
+
+
+def describe(words: int, context: int, layers: int, width: int) -> dict[str, Any]:
+    """The fields of ``config.json``.
+
+    Raises:
+      UserError: the width is none that four heads with rotary embeddings can share.
+    """
+    if width % (2 * HEADS):
+        raise UserError(f"--algorithm.width={width}: expected a multiple of {2 * HEADS}, for {HEADS} heads")
+    return dict(
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=context,
+        rope_theta=100.0,
+        tie_word_embeddings=False,
+        vocab_size=words,
+    )
+
+
+def read(fields: Mapping[str, Any]) -> DecoderConfig:
+    """What the decoder has to know of it."""
+    return read_config(dict(fields), "config.json")
+
+
+def initial(config: DecoderConfig, seed: int) -> Params:
+    """Random weights: norms 1, the others normal with a variance of one over the number of their inputs."""
+    params = {}
+    for number, (name, (shape, _)) in enumerate(parameter_table(config).items()):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        own = shape[1:] if name.startswith(LAYERS) else shape
+        inputs = own[0] * own[1] if name.endswith("o_HxKxD") else config.d_model if "embed" in name else own[0]
+        normal = jax.random.normal(key, shape) * inputs**-0.5
+        params[name] = jnp.ones(shape) if "norm" in name else normal
+    return params
+
+
+def answers(config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array) -> jax.Array:
+    """Logits at the places, [B, N, V]; to be traced."""
+    x_BxTxD = run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, config.n_layers).x
+    x_BxNxD = jnp.take_along_axis(x_BxTxD, place_BxN[..., None], axis=1)
+    return decoder.unembed(config, params, x_BxNxD)
+
+
+def trainer(
+    config: DecoderConfig, schedule: Schedule
+) -> Callable[[Params, Any, Questions], tuple[Params, Any, jax.Array]]:
+    """A function that makes a step: parameters, the optimizer's state and questions in, both and the loss out.
+
+    The loss is the cross-entropy of an even choice among right answers; fresh questions have no part in it.
+    """
+    optimizer = schedule.optimizer()
+
+    def loss(params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, right_BxNxV: jax.Array, weight_B: jax.Array):
+        log_BxNxV = jax.nn.log_softmax(answers(config, params, ids_BxT, place_BxN))
+        target_BxNxV = right_BxNxV / right_BxNxV.sum(-1, keepdims=True)
+        loss_B = -(target_BxNxV * log_BxNxV).sum(-1).mean(-1)
+        return (loss_B * weight_B).sum() / jnp.maximum(weight_B.sum(), 1.0)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Params, state: Any, *arrays: jax.Array) -> tuple[Params, Any, jax.Array]:
+        value, gradient = jax.value_and_grad(loss)(params, *arrays)
+        update, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, update), state, value
+
+    def run(params: Params, state: Any, some: Questions) -> tuple[Params, Any, jax.Array]:
+        weight_B = (~some.fresh_B).astype(np.float32)
+        return step(params, state, some.ids_BxT, some.place_BxN, some.right_BxNxV.astype(np.float32), weight_B)
+
+    return run
+
+
+def right(config: DecoderConfig, params: Params, questions: Questions, batch: int = 500) -> np.ndarray:
+    """Which questions are answered right at all of their places, bool [B].
+
+    Answers that stand before others are the right ones; where all are right, so would those be that it gives by itself.
+    """
+    best = jax.jit(lambda params, ids_BxT, place_BxN: answers(config, params, ids_BxT, place_BxN).argmax(-1))
+    found = []
+    for start in range(0, len(questions.fresh_B), batch):
+        rows_B = np.minimum(np.arange(start, start + batch), len(questions.fresh_B) - 1)
+        best_BxN = np.asarray(best(params, questions.ids_BxT[rows_B], questions.place_BxN[rows_B]))
+        right_BxN = np.take_along_axis(questions.right_BxNxV[rows_B], best_BxN[..., None], axis=2)[..., 0]
+        found.append(right_BxN.all(1))
+    return np.concatenate(found)[: len(questions.fresh_B)]
+
+
+def tensors(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
+    """The checkpoint's tensors: parameters the other way round from how ``weights.load_params`` reads them."""
+    made = {}
+    for name, weight in FAMILIES[config.family].weights.items():
+        if name not in params:
+            continue
+        layers = enumerate(np.asarray(params[name])) if name.startswith(LAYERS) else [(0, np.asarray(params[name]))]
+        for layer, array in layers:
+            if weight.view is linear:
+                array = array.reshape(len(array), -1).T
+            elif weight.view is linear_of_heads:
+                array = array.reshape(-1, array.shape[-1]).T
+            made[weight.name.format(layer)] = array
+    return made

@@ -1,0 +1,157 @@
+"""The causal stages on a transformer that is set by hand, with the features of one of its layers.
+
+The stages run as they are, each in a folder of its own in which it leaves what it always leaves.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from saejax.causal.ablate.results import AblateResults
+from saejax.causal.ablate.run import run_ablate
+from saejax.causal.patching.results import FeaturePatchResults
+from saejax.causal.patching.run import run_patch
+from saejax.causal.probes.results import ProbeResults
+from saejax.causal.probes.run import run_probe
+from saejax.errors import UserError
+from saejax.ground_truth.circuits.catalogue import Case
+from saejax.ground_truth.circuits.results import CausalScores
+from saejax.ground_truth.circuits.stage import KnownConfig
+from saejax.library.causal import ablate
+from saejax.models.language_model import LanguageModel
+from saejax.results import Interval
+from saejax.settings import AblateConfig, ModelConfig, PatchConfig, ProbeConfig, TaskConfig
+from saejax.tasks.baseline import run_baseline
+from saejax.tasks.own_prompts import as_line
+from saejax.tasks.results import BaselineResults
+from saejax.tasks.scoring import wilson
+from saejax.workspace import Run, write_text
+
+T = TypeVar("T")
+_BOOTSTRAP = 1000
+
+
+class KnownStages:
+    """The causal stages on one transformer.
+
+    Args:
+      run: of the stage ``known_circuits``; the transformer is in its folder.
+      case: what is known.
+      model: the transformer.
+    """
+
+    def __init__(self, run: Run, case: Case, model: LanguageModel):
+        self._run, self._case, self._model = run, case, model
+        self._known: KnownConfig = run.configs["known"]
+        path = run.folder / "prompts.jsonl"
+        write_text(path, "".join(map(as_line, case.prompts)))
+        task = TaskConfig(behaviours=(), prompts=str(path), bootstrap=_BOOTSTRAP)
+        self._configs = dict(run.configs) | dict(model=ModelConfig(path=str(run.folder / "model")), task=task)
+        self.baseline: BaselineResults = self._stage("baseline", "", run_baseline)
+
+    def judge(self, name: str, transcoder: Path, features: Mapping[str, list[int]]) -> CausalScores:
+        """What the stages say with a transcoder's features.
+
+        Args:
+          name: of the set that it is of, for the stages' folders.
+          transcoder: its folder.
+          features: idle variable -> the features that stand for it.
+        """
+        known, count = self._known, max(map(len, self._case.causes.values()))
+        # There are few neurons: any that fires may stand beside the tested ones.
+        shared: dict[str, Any] = dict(matches=self._case.model.width - 2 * count + 1, bootstrap=_BOOTSTRAP)
+        settings: dict[str, Any] = dict(dictionary=str(transcoder), top=count) | shared
+        quick = dict(curve=False, baselines=(), text_documents=0)
+        refused: list[str] = []
+
+        def tried(stage: str, run_stage: Callable[[Run], T], config: Any) -> T | None:
+            try:
+                return self._stage(stage, name, run_stage, **{stage: config})
+            except UserError as error:
+                refused.append(f"{stage}: {error}")
+                return None
+
+        ablated = tried("ablate", run_ablate, AblateConfig(**settings, draws=known.draws, **quick))
+        patched = tried("patch", run_patch, PatchConfig(**settings))
+        labels = dict(labels=self._case.labels, sparse=(), shuffles=2, strengths=(10.0,), permutations=100)
+        probed = tried("probe", run_probe, ProbeConfig(dictionary=str(transcoder), **labels))
+        options = dict(draws=known.draws, **shared, **quick)
+        claimed = self._idle(transcoder, features, options, refused)
+        return CausalScores(
+            behaviours=len(self._case.causes),
+            **(_interchange(patched) if patched else dict(interchange=None, interchange_random=None)),
+            **(_harm(ablated) if ablated else dict(harm=None, harm_others=None, claimed=None)),
+            idle=len(features),
+            idle_claimed=claimed,
+            **(_probes(probed) if probed else dict(probe=None, probe_shuffled=None)),
+            refused=tuple(refused),
+        )
+
+    def _stage(self, stage: str, name: str, run_stage: Callable[[Run], T], **settings: Any) -> T:
+        """Runs a stage in a folder of its own."""
+        folder = self._run.folder / stage / name
+        folder.mkdir(parents=True, exist_ok=True)
+        inputs = dict(baseline=self._run.folder / "baseline")
+        own = dict(stage=stage, name=name, folder=folder, configs=self._configs | settings, inputs=inputs)
+        say = lambda line: self._run.say(f"{name}: {line}" if name else line)  # noqa: E731
+        return run_stage(dataclasses.replace(self._run, say=say, **own))
+
+    def _idle(
+        self, transcoder: Path, features: Mapping[str, list[int]], options: Mapping[str, Any], refused: list[str]
+    ) -> int | None:
+        """Of how many variables without a part in any answer it is claimed that they cause one."""
+        from saejax.dictionaries import load_dictionary
+
+        dictionary, claimed = load_dictionary(transcoder), 0
+        for variable, own in features.items():
+            for behaviour in self._case.causes:
+                prompts = [prompt for prompt in self._case.prompts if prompt.behaviour == behaviour]
+                try:
+                    found = ablate(self._model, dictionary, prompts, features=own, **options)
+                except UserError as error:
+                    refused.append(f"ablate of {variable}: {error}")
+                    return None
+                claimed += bool(found.results.grades.beyond_matched.holds and found.results.grades.harms.holds)
+        return claimed
+
+
+def _interchange(found: FeaturePatchResults) -> dict[str, Any]:
+    """Pooled over behaviours."""
+    flipped = prompts = 0
+    random = []
+    for one in found.behaviours.values():
+        last = one.interchange.top[-1]
+        flipped += round(last.accuracy.mean * one.interchange.prompts)
+        prompts += one.interchange.prompts
+        random.append(last.random.mean)
+    return dict(interchange=_share(flipped, prompts), interchange_random=float(np.mean(random)))
+
+
+def _harm(found: AblateResults) -> dict[str, Any]:
+    behaviours = found.behaviours.values()
+    others = [other.accuracy_drop.mean for one in behaviours for other in (one.others or {}).values()]
+    return dict(
+        harm=float(np.mean([one.joint.accuracy_drop.mean for one in behaviours])),
+        harm_others=max(others, default=None),
+        claimed=sum(bool(one.grades.harms.holds and one.grades.beyond_matched.holds) for one in behaviours),
+    )
+
+
+def _probes(found: ProbeResults) -> dict[str, Any]:
+    """Of probes of all features, pooled over labels and behaviours."""
+    fits = [
+        (probe, sum(counts["test"] for counts in label.classes.values()))
+        for label in found.labels
+        for probe in label.probes
+        if probe.input == "features" and probe.k is None
+    ]
+    right = sum(round(probe.accuracy.mean * count) for probe, count in fits)
+    shuffled = float(np.mean([probe.shuffled.mean for probe, _ in fits]))
+    return dict(probe=_share(right, sum(count for _, count in fits)), probe_shuffled=shuffled)
+
+
+def _share(count: int, of: int) -> Interval:
+    return wilson(np.arange(of) < count)

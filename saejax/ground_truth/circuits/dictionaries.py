@@ -1,0 +1,133 @@
+"""Transcoders of a transformer that is set by hand: those that are exact, and those that are not, to compare with.
+
+exact       the neurons themselves, in another order
+wrong       the same encoders, each with the decoder of another neuron
+random      directions drawn at random, as many active as there are neurons that fire
+untrained   trained with a learning rate so small that next to nothing is learned
+trained     trained by the code that trains on any model's activations
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
+from saejax.dictionaries.formats.own import DESCRIPTION
+from saejax.ground_truth.circuits.catalogue import Case
+from saejax.ground_truth.circuits.weights import frame, neuron_arrays
+from saejax.library.activations import capture
+from saejax.models.language_model import LanguageModel
+from saejax.settings import TrainConfig
+from saejax.training.members import members
+from saejax.training.train import run_train
+from saejax.workspace import Run
+
+EXACT, WRONG, RANDOM, UNTRAINED, TRAINED = "exact", "wrong", "random", "untrained", "trained"
+_RATES = {TRAINED: 3e-3, UNTRAINED: 1e-6}  # learning rates
+_KIND, _BATCH, _TEXTS, _TOKENS = "topk", 256, 4000, 600_000
+
+
+def write_sets(run: Run, case: Case, model: LanguageModel, seed: int) -> dict[str, Path]:
+    """A folder for each set, with a transcoder of every layer in a folder of its own; those that are there are kept."""
+    folders = {name: run.folder / "transcoders" / name for name in (EXACT, WRONG, RANDOM, UNTRAINED, TRAINED)}
+    for layer in range(len(case.model.layers)):
+        for name, dictionary in _made(case, model, layer, seed).items():
+            _save(folders[name] / f"layer{layer}", dictionary)
+    if not all(
+        (folders[name] / f"layer{layer}" / DESCRIPTION).exists()
+        for name in _RATES
+        for layer in range(len(case.model.layers))
+    ):
+        _train(run, case, model, seed, folders)
+    return folders
+
+
+def order(case: Case, layer: int, seed: int) -> np.ndarray:
+    """The neuron that each feature of the exact transcoder is, [F]."""
+    return np.random.default_rng([seed, layer]).permutation(case.model.width)
+
+
+def _made(case: Case, model: LanguageModel, layer: int, seed: int) -> dict[str, Dictionary]:
+    """The sets that need no training."""
+    neuron_F = order(case, layer, seed)
+    arrays = neuron_arrays(case.model, layer, frame(case.model, seed))
+    columns = dict(arrays, W_enc_DxF=arrays["W_enc_DxF"][:, neuron_F])
+    exact = columns | {name: arrays[name][neuron_F] for name in ("b_enc_F", "W_dec_FxD")}
+    count = len(case.model.layers[layer].neurons)
+    next_F = np.where(neuron_F < count, (neuron_F + 1) % count, neuron_F)  # the decoder of which neuron
+    wrong = exact | dict(W_dec_FxD=arrays["W_dec_FxD"][next_F])
+    config = DictionaryConfig(
+        kind="standard",
+        site=f"mlp_in.{layer}",
+        target=f"mlp_out.{layer}",
+        d_in=model.config.d_model,
+        n_features=case.model.width,
+        centred=False,
+        **{
+            name: getattr(model.source, source)
+            for name, source in dict(model="name", fingerprint="fingerprint").items()
+        },
+    )
+    width = config.d_in * _expansion(case, model)
+    drawn = dataclasses.replace(config, kind=_KIND, k=_firing(case), n_features=width, centred=True)
+    return {
+        EXACT: Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in exact.items()}),
+        WRONG: Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in wrong.items()}),
+        RANDOM: Dictionary.initial(drawn, jax.random.fold_in(jax.random.key(seed), layer)),
+    }
+
+
+def _expansion(case: Case, model: LanguageModel) -> int:
+    """Features of a trained dictionary, by dimension: at least as many as a layer has neurons."""
+    return math.ceil(case.model.width / model.config.d_model)
+
+
+def _firing(case: Case) -> int:
+    """Neurons that fire at the last position of a text, of the layer where most do."""
+    from saejax.ground_truth.circuits.handset import run as run_known
+
+    acts = run_known(case.model, case.prompts[0].text).acts
+    return max(int((act_TxF[-1] > 0).sum()) for act_TxF in acts)
+
+
+def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mapping[str, Path]) -> None:
+    """Trains both sets as one stack, on random texts."""
+    layers = range(len(case.model.layers))
+    texts = list(dict.fromkeys(case.texts(_TEXTS, seed)))
+    acts = capture(model, texts, [f"mlp_{part}.{layer}" for layer in layers for part in ("in", "out")])
+    # Where no layer's neurons fire there is nothing to learn, and that may be nearly everywhere.
+    some_N = np.any([np.abs(acts.values[f"mlp_out.{layer}"]).max(axis=1) > 0 for layer in layers], axis=0)
+    values = {site: value_NxD[some_N] for site, value_NxD in acts.values.items()}
+    acts = dataclasses.replace(acts, values=values, index_Nx3=acts.index_Nx3[some_N])
+    store = acts.save(run.folder / "capture")
+    config = TrainConfig(
+        kinds=(_KIND,),
+        form="transcoder",
+        sites=tuple(f"mlp_in.{layer}" for layer in layers),
+        expansion=_expansion(case, model),
+        k=(_firing(case),),
+        learning_rate=tuple(_RATES.values()),
+        batch=_BATCH,
+        epochs=max(_TOKENS // len(acts.index_Nx3), 1),
+        auxk=0.03,
+        seed=(seed,),
+        log_every=200,
+    )
+    folder = run.folder / "train"
+    folder.mkdir(exist_ok=True)
+    configs = dict(run.configs) | dict(train=config)
+    run_train(dataclasses.replace(run, name=_KIND, folder=folder, configs=configs, inputs=dict(capture=store.folder)))
+    for member in members(config, _KIND, config.sites):
+        (name,) = (name for name, rate in _RATES.items() if rate == member.settings["learning_rate"])
+        layer = member.site.rpartition(".")[2]
+        _save(folders[name] / f"layer{layer}", load_dictionary(folder / member.name / "dictionary"))
+
+
+def _save(folder: Path, dictionary: Dictionary) -> None:
+    if not (folder / DESCRIPTION).exists():
+        save_dictionary(folder, dictionary)

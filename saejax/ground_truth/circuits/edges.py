@@ -1,0 +1,104 @@
+"""The edges of a transformer that is set by hand: products of its weights, in float64, along every path but neurons."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from saejax.ground_truth.circuits.handset import HandSet, run
+
+Node = tuple[int, int, int]  # layer, position, neuron; layer -1: the word there; behind the last layer: the logit
+Edge = tuple[Node, Node]  # source, target
+
+
+@dataclasses.dataclass(frozen=True)
+class Edges:
+    """Edges between nodes, sources by targets.
+
+    Attributes:
+      sources, targets: the nodes.
+      weight_SxR: what each source adds to each target: to a neuron before its relu, or to the logit.
+    """
+
+    sources: tuple[Node, ...]
+    targets: tuple[Node, ...]
+    weight_SxR: np.ndarray
+
+    @property
+    def root(self) -> Node:
+        """The logit."""
+        return self.targets[-1]
+
+
+def known_edges(model: HandSet, text: str, better: str, worse: str) -> Edges:
+    """The edges of a text, between its words, the neurons that fire, and the logit of one word minus another's.
+
+    A source's output goes through the heads of every later layer, which look where they look on this text, and is read
+    by neurons and logits. As in attribution graphs, neurons of the first position are left out.
+    """
+    found = run(model, text)
+    length, last = len(found.start_TxJ), len(found.start_TxJ) - 1
+    firing = [
+        (layer, int(position), int(neuron))
+        for layer, act_TxF in enumerate(found.acts)
+        for position, neuron in np.argwhere(act_TxF > 0)
+        if position
+    ]
+    sources: list[Node] = [*((-1, position, -1) for position in range(length)), *firing]
+    targets: list[Node] = [*firing, (len(model.layers), last, -1)]
+    stream_SxTxJ = np.zeros((len(sources), length, len(model.directions)))
+    stream_SxTxJ[np.arange(length), np.arange(length)] = found.start_TxJ
+    parts = []
+    for layer, (moves, spec) in enumerate(zip(found.moves, model.layers, strict=True)):
+        stream_SxTxJ = stream_SxTxJ + sum(at_TxS @ stream_SxTxJ @ moved_JxJ for at_TxS, moved_JxJ in moves)
+        own = [node for node in firing if node[0] == layer]
+        position_N, neuron_N = (np.array([node[i] for node in own], int) for i in (1, 2))
+        reads_FxJ, writes_FxJ = (
+            model.vectors([getattr(one, part) for one in spec.neurons]) for part in ("reads", "writes")
+        )
+        parts.append(np.einsum("snj,nj->sn", stream_SxTxJ[:, position_N], reads_FxJ[neuron_N]))
+        row_N = [sources.index(node) for node in own]
+        stream_SxTxJ[row_N, position_N] += found.acts[layer][position_N, neuron_N, None] * writes_FxJ[neuron_N]
+    along_1xJ = np.subtract(*(model.vectors([model.logits.get(word, {})]) for word in (better, worse)))
+    parts.append(stream_SxTxJ[:, last] @ along_1xJ.T)
+    return Edges(tuple(sources), tuple(targets), np.concatenate(parts, axis=1))
+
+
+def circuit(edges: Edges, share: float) -> set[Edge]:
+    """The edges from which the logit is made: of each target that counts those that are not small, sources to words.
+
+    Args:
+      edges: all.
+      share: of a target's largest edge that an edge must have to count.
+    """
+    weight_SxR, column = np.abs(edges.weight_SxR), {node: place for place, node in enumerate(edges.targets)}
+    open_nodes, seen, found = [edges.root], {edges.root}, set[Edge]()
+    while open_nodes:
+        target = open_nodes.pop()
+        weight_S = weight_SxR[:, column[target]]
+        for place in np.flatnonzero((weight_S > 0) & (weight_S >= share * weight_S.max(initial=0.0))):
+            source = edges.sources[place]
+            found.add((source, target))
+            if source in column and source not in seen:
+                seen.add(source)
+                open_nodes.append(source)
+    return found
+
+
+def renamed(edges: Edges, names: Callable[[Node], Node]) -> Edges:
+    """The same edges between nodes of other names."""
+    return Edges(tuple(map(names, edges.sources)), tuple(map(names, edges.targets)), edges.weight_SxR)
+
+
+def aligned(edges: Edges, sources: Sequence[Node], targets: Sequence[Node]) -> np.ndarray:
+    """The weights between some nodes [S, R]; 0 where a node is not there."""
+    row, column = ({node: place for place, node in enumerate(side)} for side in (edges.sources, edges.targets))
+    padded_SxR = np.pad(edges.weight_SxR, ((0, 1), (0, 1)))  # the last row and column are of nodes that are not there
+    return padded_SxR[np.ix_([row.get(node, -1) for node in sources], [column.get(node, -1) for node in targets])]
+
+
+def possible(edges: Edges) -> np.ndarray:
+    """Where a source can reach a target: an earlier layer, and no later position; bool [S, R]."""
+    sources_Sx3, targets_Rx3 = np.array(edges.sources), np.array(edges.targets)
+    earlier_SxR = sources_Sx3[:, None, 0] < targets_Rx3[None, :, 0]
+    return earlier_SxR & (sources_Sx3[:, None, 1] <= targets_Rx3[None, :, 1])

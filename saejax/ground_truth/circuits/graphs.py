@@ -1,0 +1,83 @@
+"""Attribution graphs of a transformer that is set by hand, beside the edges that it has."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE, LOGIT, TOKEN
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.trace.prompt import trace
+from saejax.ground_truth.circuits.edges import Edges, Node, aligned, circuit, known_edges, possible, renamed
+from saejax.ground_truth.circuits.handset import HandSet
+from saejax.ground_truth.circuits.results import EdgeScores
+from saejax.ground_truth.run import over_seeds
+from saejax.models.language_model import LanguageModel
+from saejax.tasks.behaviours import Prompt
+
+SHARE = 0.01  # of a target's largest edge, below which an edge is in no circuit
+_NOTHING = 1e-9  # weight of an edge that is none: what a head gives to positions at which it does not look
+_UNKNOWN = 1 << 20  # added to the number of a feature that stands for no neuron
+
+
+def graph_edges(graph: Graph) -> Edges:
+    """The edges of a whole graph between words, features and the logit; ``Node``s have features' numbers."""
+    nodes, kept_S = graph.nodes, np.isin(graph.nodes.kind_N, (FEATURE, TOKEN))
+    names: list[Node] = [
+        (layer if kind != LOGIT else graph.n_layers, position, index if kind == FEATURE else -1)
+        for kind, layer, position, index in zip(
+            *(column.tolist() for column in (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N)), strict=True
+        )
+    ]
+    sources = np.flatnonzero(kept_S)
+    targets = graph.target_R
+    weight_SxR = graph.adjacency_RxS[:, sources].T.astype(np.float64)
+    return Edges(tuple(names[node] for node in sources), tuple(names[node] for node in targets), weight_SxR)
+
+
+def judge_edges(
+    model: LanguageModel,
+    transcoders: LayerTranscoders,
+    spec: HandSet,
+    prompts: Sequence[Prompt],
+    neuron_of: Mapping[tuple[int, int], int],
+) -> EdgeScores:
+    """Traces prompts and compares their graphs with what is known.
+
+    Args:
+      model: the transformer.
+      transcoders: of all its layers.
+      spec: its description.
+      prompts: whose better and worse answers are explained.
+      neuron_of: layer and feature -> the neuron that it stands for; others stand for none.
+    """
+
+    def named(node: Node) -> Node:
+        layer, position, index = node
+        return (layer, position, neuron_of.get((layer, index), _UNKNOWN + index)) if index >= 0 else node
+
+    rows = []
+    for prompt in prompts:
+        answers = model.token_id(prompt.correct), model.token_id(prompt.wrong)
+        graph = trace(model, transcoders, prompt.text, targets=[answers])
+        found = renamed(graph_edges(graph), named)
+        known = known_edges(spec, prompt.text, prompt.correct.strip(), prompt.wrong.strip())
+        rows.append((*_scores(found, known), graph.scores().replacement))
+    columns = [over_seeds(column) for column in list(zip(*rows, strict=True))[1:]]
+    return EdgeScores(len(prompts), max(row[0] for row in rows), *columns)
+
+
+def _scores(found: Edges, known: Edges) -> tuple[float, float, float, float]:
+    """Error, AUROC, precision and recall of one graph."""
+    every = (dict.fromkeys([*getattr(known, side), *getattr(found, side)]) for side in ("sources", "targets"))
+    sources, targets = map(tuple, every)
+    weight_SxR = aligned(known, sources, targets)
+    error = np.abs(aligned(found, sources, targets) - weight_SxR).max() / np.abs(weight_SxR).max()
+    size_SxR = np.abs(aligned(found, known.sources, known.targets))
+    largest_1xR = np.abs(aligned(found, found.sources, known.targets)).max(0, initial=0.0, keepdims=True)
+    share_SxR, there = size_SxR / np.where(largest_1xR > 0, largest_1xR, 1.0), possible(known)
+    auroc = roc_auc_score(np.abs(known.weight_SxR[there]) > _NOTHING, share_SxR[there])
+    made, wanted = circuit(found, SHARE), circuit(known, SHARE)
+    both = len(made & wanted)
+    return float(error), float(auroc), both / max(len(made), 1), both / len(wanted)

@@ -1,0 +1,129 @@
+"""The stage ``known_circuits``: a transformer is set by hand, and attribution graphs and causal stages judge it.
+
+Its folder is in the hub's format, and its transcoders in the project's, so that every other binary takes them, too.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
+from saejax.errors import Interrupted
+from saejax.ground_truth.circuits.catalogue import Case, make_case
+from saejax.ground_truth.circuits.causal import KnownStages
+from saejax.ground_truth.circuits.dictionaries import write_sets
+from saejax.ground_truth.circuits.edges import circuit, known_edges
+from saejax.ground_truth.circuits.graphs import SHARE, judge_edges
+from saejax.ground_truth.circuits.handset import run as run_known
+from saejax.ground_truth.circuits.results import JudgedSet, KnownCircuitResults
+from saejax.ground_truth.circuits.stage import KnownConfig
+from saejax.ground_truth.circuits.weights import checkpoint, frame, neuron_arrays
+from saejax.ground_truth.hub_folder import save_model
+from saejax.ground_truth.matching import Matching
+from saejax.ground_truth.scores import RECOVERED
+from saejax.models.language_model import LanguageModel, load_model
+from saejax.parallel import make_mesh
+from saejax.tasks.behaviours import Prompt
+from saejax.workspace import Run
+
+_EFFORT = "jax_exec_time_optimization_effort"
+
+
+def run_known_circuits(run: Run) -> KnownCircuitResults:
+    """Writes the transformer ``run.name`` and its transcoders, and compares what is said of it with what is known.
+
+    Raises:
+      Interrupted: asked to stop; transcoders and what a stage has finished are kept.
+    """
+    with _little_effort():
+        return _judge(run)
+
+
+@contextlib.contextmanager
+def _little_effort() -> Iterator[None]:
+    """Programs of models this small take longer to compile well than to run."""
+    before = jax.config.values[_EFFORT]
+    jax.config.update(_EFFORT, -1.0)
+    try:
+        yield
+    finally:
+        jax.config.update(_EFFORT, before)
+
+
+def _judge(run: Run) -> KnownCircuitResults:
+    config: KnownConfig = run.configs["known"]
+    case = make_case(run.name, config.prompts, config.seed)
+    save_model(run.folder / "model", *checkpoint(case.model, config.seed), list(case.model.words))
+    model = load_model(str(run.folder / "model"), mesh=make_mesh(run.configs["mesh"]))
+    sets = write_sets(run, case, model, config.seed)
+    stages, traced = KnownStages(run, case, model), _traced(case, config.graphs)
+    judged = {}
+    for name, folder in sets.items():
+        if run.stopping():
+            raise Interrupted("stopped while transcoders were judged: run the same command to go on")
+        transcoders = open_transcoders(folder)
+        neuron_of, recovered = _matched(case, transcoders, config.seed)
+        edges = judge_edges(model, transcoders, case.model, traced, neuron_of)
+        causal = None
+        if case.layer is not None:
+            feature_of = {neuron: feature for (layer, feature), neuron in neuron_of.items() if layer == case.layer}
+            idle = {variable: [feature_of[one] for one in own] for variable, own in case.idle.items()}
+            causal = stages.judge(name, folder / f"layer{case.layer}", idle)
+        judged[name] = JudgedSet(recovered, edges, causal)
+        run.say(_line(name, judged[name]))
+    known = [
+        circuit(known_edges(case.model, one.text, one.correct.strip(), one.wrong.strip()), SHARE) for one in traced
+    ]
+    right = [one.test.accuracy.mean for one in stages.baseline.behaviours.values()]
+    return KnownCircuitResults(
+        layers=len(case.model.layers),
+        neurons=sum(len(layer.neurons) for layer in case.model.layers),
+        accuracy=float(np.mean(right)),
+        logit_error=_logit_error(case, model, traced),
+        circuit=float(np.mean([len(edges) for edges in known])),
+        sets=judged,
+    )
+
+
+def _traced(case: Case, count: int) -> list[Prompt]:
+    """The first test prompts of each behaviour."""
+    tests = [prompt for prompt in case.prompts if prompt.split == "test"]
+    behaviours = dict.fromkeys(prompt.behaviour for prompt in tests)
+    return [one for name in behaviours for one in [one for one in tests if one.behaviour == name][:count]]
+
+
+def _matched(case: Case, transcoders: LayerTranscoders, seed: int) -> tuple[dict[tuple[int, int], int], float]:
+    """Layer and feature -> the neuron that it stands for, by their decoders; and the share of neurons that have one."""
+    found, cosines = {}, []
+    for layer, spec in enumerate(case.model.layers):
+        count = len(spec.neurons)
+        neurons = neuron_arrays(case.model, layer, frame(case.model, seed))
+        W_dec_FxD = np.asarray(transcoders.load(layer).arrays["W_dec_FxD"], np.float64)
+        matching = Matching.of(W_dec_FxD, neurons["W_dec_FxD"][:count])
+        found |= {(layer, int(feature)): neuron for neuron, feature in enumerate(matching.feature_J) if feature >= 0}
+        cosines.append(matching.matched_J)
+    return found, float((np.concatenate(cosines) > RECOVERED).mean())
+
+
+def _logit_error(case: Case, model: LanguageModel, prompts: list[Prompt]) -> float:
+    """The largest difference between the transformer's logits and those of its description, over the largest."""
+    output = model(model.tokenize([prompt.text for prompt in prompts]))
+    assert output.logits_BxTxV is not None
+    logits_BxV = np.asarray(output.logits_BxTxV)[np.arange(len(prompts)), output.tokens.last_B]
+    known_BxV = np.stack([run_known(case.model, prompt.text).logits_V for prompt in prompts])
+    return float(np.abs(logits_BxV - known_BxV).max() / np.abs(known_BxV).max())
+
+
+def _line(name: str, judged: JudgedSet) -> str:
+    edges, causal = judged.edges, judged.causal
+    said = (
+        f"{name}: {100 * judged.recovered:.0f} % of the neurons; edges off by {edges.error:.1e}, AUROC "
+        f"{edges.auroc.mean:.3f}, precision {edges.precision.mean:.2f}, recall {edges.recall.mean:.2f}"
+    )
+    if causal and causal.interchange:
+        said += f"; answers carried over {100 * causal.interchange.mean:.0f} %"
+    if causal:
+        said += f"; claimed {causal.claimed} of {causal.behaviours}, idle ones {causal.idle_claimed}"
+    return said

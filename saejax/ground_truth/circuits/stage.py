@@ -1,0 +1,40 @@
+"""The stage ``known_circuits``."""
+
+import dataclasses
+
+from saejax.config import Config, setting
+from saejax.settings import MeshConfig
+from saejax.stage import Stage
+
+CIRCUITS = ("chain", "induction", "logic")
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownConfig(Config):
+    """Transformers whose weights are set by hand, so that their circuits are known."""
+
+    circuits: tuple[str, ...] = setting(
+        (),
+        "which: features passed on from layer to layer (chain), the word that came after this one before (induction), "
+        "functions of two bits (logic); empty: none",
+        choices=CIRCUITS,
+        changes_results=False,
+    )
+    prompts: int = setting(
+        40, "prompts of each behaviour that choose features, and as many that judge", low=10, high=100
+    )
+    graphs: int = setting(6, "prompts of each behaviour that are traced", low=2, high=100)
+    draws: int = setting(200, "draws of matched random features in the causal tests", low=60)
+    seed: int = setting(0, "seed of weights, prompts and texts", low=0, high=2**31 - 1)
+
+
+KNOWN_CIRCUITS = Stage(
+    name="known_circuits",
+    summary="writes transformers that are set by hand, and says whether graphs and causal tests find their circuits",
+    run="saejax.ground_truth.circuits.run:run_known_circuits",
+    results="saejax.ground_truth.circuits.results:KnownCircuitResults",
+    groups=(KnownConfig,),
+    placement=(MeshConfig,),
+    names=lambda configs: configs["known"].circuits,
+    section="saejax.ground_truth.circuits.report:sections",
+)

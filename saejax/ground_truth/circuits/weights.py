@@ -1,0 +1,108 @@
+"""The weights of a transformer that is set by hand: GPT-2's architecture with ReLU, and norms that change nothing.
+
+Named directions become orthonormal vectors, drawn at random among those whose entries sum to 0, so that no dimension of
+the stream means anything by itself and subtracting the mean, as a layer norm does, leaves the stream as it is. Dividing
+by the deviation is undone: with an epsilon of 2^32 and a gain of 2^16 the factor is 1 to the last bit of fp32.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from saejax.ground_truth.circuits.handset import HandSet, Head
+
+_EPSILON, _GAIN = 2.0**32, 2.0**16
+SILENT = -1.0  # bias of neurons that fill a layer up
+
+
+def frame(model: HandSet, seed: int) -> np.ndarray:
+    """The vector of each named direction, float64 [J, D]."""
+    width = _shape(model)[2]
+    rng = np.random.default_rng(seed)
+    drawn_DxD = np.concatenate([np.ones((width, 1)), rng.normal(size=(width, width - 1))], axis=1)
+    return np.linalg.qr(drawn_DxD)[0].T[1 : 1 + len(model.directions)]
+
+
+def _shape(model: HandSet) -> tuple[int, int, int]:
+    """Heads of a layer, width of each, width of the stream."""
+    heads = [head for layer in model.layers for head in layer.heads]
+    count = max(max(len(layer.heads) for layer in model.layers), 1)
+    least = max((max(len(head.scores), len(head.moves)) for head in heads), default=1)
+    d_head = max(least, math.ceil((len(model.directions) + 1) / count))
+    return count, d_head, count * d_head
+
+
+def neuron_arrays(model: HandSet, layer: int, frame_JxD: np.ndarray) -> dict[str, np.ndarray]:
+    """What the neurons of a layer read, add and write, in the names of a dictionary's arrays; F is ``model.width``."""
+    neurons = model.layers[layer].neurons
+    silent = model.width - len(neurons)
+    reads_FxJ = model.vectors([*(neuron.reads for neuron in neurons), *[{}] * silent])
+    writes_FxJ = model.vectors([*(neuron.writes for neuron in neurons), *[{}] * silent])
+    return dict(
+        W_enc_DxF=(reads_FxJ @ frame_JxD).T,
+        b_enc_F=np.array([*(neuron.bias for neuron in neurons), *[SILENT] * silent]),
+        W_dec_FxD=writes_FxJ @ frame_JxD,
+        b_dec_D=np.zeros(frame_JxD.shape[1]),
+    )
+
+
+def checkpoint(model: HandSet, seed: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The fields of ``config.json`` and the tensors of GPT-2's checkpoint, float64."""
+    frame_JxD = frame(model, seed)
+    count, _, width = _shape(model)
+    norm = dict(weight=np.full(width, _GAIN), bias=np.zeros(width))
+    tensors = {f"transformer.ln_f.{name}": value for name, value in norm.items()}
+    tensors["transformer.wte.weight"] = model.vectors(list(model.words.values())) @ frame_JxD
+    tensors["transformer.wpe.weight"] = model.vectors(model.positions) @ frame_JxD
+    tensors["lm_head.weight"] = model.vectors([model.logits.get(word, {}) for word in model.words]) @ frame_JxD
+    for layer in range(len(model.layers)):
+        arrays = neuron_arrays(model, layer, frame_JxD)
+        parts = {f"{name}.{part}": value for name in ("ln_1", "ln_2") for part, value in norm.items()}
+        parts |= _attention(model, layer, frame_JxD)
+        parts |= {"mlp.c_fc.weight": arrays["W_enc_DxF"], "mlp.c_fc.bias": arrays["b_enc_F"]}
+        parts |= {"mlp.c_proj.weight": arrays["W_dec_FxD"], "mlp.c_proj.bias": arrays["b_dec_D"]}
+        tensors |= {f"transformer.h.{layer}.{name}": value for name, value in parts.items()}
+    fields = dict(
+        model_type="gpt2",
+        architectures=["GPT2LMHeadModel"],
+        n_layer=len(model.layers),
+        n_head=count,
+        n_embd=width,
+        n_inner=model.width,
+        n_positions=len(model.positions),
+        activation_function="relu",
+        layer_norm_epsilon=_EPSILON,
+        tie_word_embeddings=False,
+    )
+    return fields, tensors
+
+
+def _attention(model: HandSet, layer: int, frame_JxD: np.ndarray) -> dict[str, np.ndarray]:
+    """GPT-2's tensors of a layer's attention; heads that are left over move nothing."""
+    count, d_head, width = _shape(model)
+    weight_DxSxHxK, bias_SxHxK = np.zeros((width, 3, count, d_head)), np.zeros((3, count, d_head))
+    out_HxKxD = np.zeros((count, d_head, width))
+
+    def vector(name: str) -> np.ndarray:
+        return frame_JxD[model.directions.index(name)]
+
+    def set_head(number: int, head: Head) -> None:
+        for place, (query, key, score) in enumerate(head.scores):
+            if query:
+                weight_DxSxHxK[:, 0, number, place] = vector(query)
+            else:
+                bias_SxHxK[0, number, place] = 1.0
+            weight_DxSxHxK[:, 1, number, place] = score * d_head**0.5 * vector(key)
+        for place, (source, target) in enumerate(head.moves):
+            weight_DxSxHxK[:, 2, number, place] = vector(source)
+            out_HxKxD[number, place] = vector(target)
+
+    for number, head in enumerate(model.layers[layer].heads):
+        set_head(number, head)
+    return {
+        "attn.c_attn.weight": weight_DxSxHxK.reshape(width, -1),
+        "attn.c_attn.bias": bias_SxHxK.reshape(-1),
+        "attn.c_proj.weight": out_HxKxD.reshape(-1, width),
+        "attn.c_proj.bias": np.zeros(width),
+    }

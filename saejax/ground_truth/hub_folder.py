@@ -1,0 +1,46 @@
+"""Models that are made here, as folders in the hub's format: any stage, or transformers, loads them like any other."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.workspace import whole_file, write_json
+
+
+def save_model(
+    folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], words: Sequence[str]
+) -> None:
+    """Writes a model whose tokens are words with spaces between them.
+
+    Args:
+      folder: where to; made if missing.
+      fields: of ``config.json``, without the vocabulary.
+      tensors: by their names in the checkpoint; they are written in fp32.
+      words: the vocabulary; the first is put before every text.
+    """
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_tokenizer(folder, words)
+    contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
+    with whole_file(folder / "model.safetensors") as beside:
+        save_file(contiguous, beside, {"format": "pt"})
+    special = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    write_json(folder / "config.json", dict(fields) | special | dict(vocab_size=len(words), dtype="float32"))
+
+
+def _save_tokenizer(folder: Path, words: Sequence[str]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    first = words[0]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=first))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A", pair=f"{first} $A $B", special_tokens=[(first, 0)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=first, eos_token=first, pad_token=first, unk_token=first
+    ).save_pretrained(folder)

@@ -1,0 +1,132 @@
+"""Do two rows of a study agree on what matters in a benchmark?
+
+Two rankings can be compared. *Items*: by the log-likelihood per token that each item loses without a row's top
+features, less what it loses on average without matched random ones; this is defined for any two models that were asked
+the same items. *Features*: by attribution, where dictionaries have features in common
+(``stability.match_by_direction``), which those of unrelated models have not.
+
+The rank correlation is compared with those where one side is shuffled; that of features, besides, with partners that
+fire as often and as strongly: features that fire often matter more in every dictionary.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import rankdata
+
+from saejax.causal.results import RankedFeature
+from saejax.causal.stability import compare, match_by_direction
+from saejax.causal.statistics import holm
+from saejax.causal.study.results import StudyResults
+from saejax.causal.study.run import ITEMS, RANKING, read_scores
+from saejax.causal.study.scores import CLEAN, nats_per_token, top_condition
+from saejax.dictionaries import stacks
+from saejax.page.findings import Findings
+from saejax.results import from_json
+from saejax.studies.results import AlignmentFigures
+from saejax.workspace import read_json
+
+LEVEL, LEAST = 0.05, 0.3
+RULE = (
+    f"Two rows are aligned on a benchmark if the rank correlation (Spearman) of what items lose beyond matched random "
+    f"features, or of the attributions of matched features, is at least {LEAST:g}, is as large with one side shuffled "
+    f"in at most {100 * LEVEL:g} % of the cases after Holm's correction over all comparisons, and, of features, lies "
+    "above the middle 95 % of what partners give that fire as often and as strongly."
+)
+_PERMUTATIONS, _SEED = 9999, 789
+
+
+class Attributions(NamedTuple):
+    """The features of a ranking, as ``stability.compare`` takes them; arrays [N]."""
+
+    feature: np.ndarray
+    drop: np.ndarray
+    firing_rate: np.ndarray
+    mean_activation: np.ndarray
+
+
+def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
+    """Every pair of rows on every benchmark of both.
+
+    Args:
+      rows: what each found, by name.
+
+    Raises:
+      UserError: a file of a unit is damaged.
+    """
+    found = [
+        one
+        for first, second in itertools.combinations(rows, 2)
+        for benchmark in rows[first].each(StudyResults).keys() & rows[second].each(StudyResults).keys()
+        for one in _pair(first, second, benchmark, rows)
+    ]
+    found.sort(key=lambda one: (one["by"], one["benchmark"]))
+    defined = [one for one in found if one["p_value"] is not None]
+    for one, p in zip(defined, holm(np.array([one["p_value"] for one in defined])).tolist(), strict=True):
+        one["p_holm"] = p
+        above = one["control"] is None or one["rank_correlation"] > one["control"]
+        one["aligned"] = one["rank_correlation"] >= LEAST and p <= LEVEL and above
+    return [AlignmentFigures(**one) for one in found]
+
+
+def _pair(first: str, second: str, benchmark: str, rows: Mapping[str, Findings]) -> Iterator[dict[str, Any]]:
+    folders = [rows[name].folders[f"study/{benchmark}"] for name in (first, second)]
+    about = dict(first=first, second=second, benchmark=benchmark, p_holm=None, aligned=None, control=None)
+    losses = [_losses(folder) for folder in folders]
+    same = len({rows[name].each(StudyResults)[benchmark].origin for name in (first, second)}) == 1
+    shared = [item for item in losses[0] if item in losses[1]] if same else []
+    one_N, two_N = (np.array([own[item] for item in shared]) for own in losses)
+    yield about | dict(by="items", n=len(shared)) | rank_correlation(one_N, two_N)
+    loaded = [_decoder(rows[name], benchmark) for name in (first, second)]
+    if loaded[0].shape[1] == loaded[1].shape[1]:
+        matches = match_by_direction(*loaded)
+        one, two = (_attributions(folder) for folder in folders)
+        at_M = np.isin(matches.first_M, one.feature) & np.isin(matches.second_M, two.feature)
+        one_M = one.drop[np.searchsorted(one.feature, matches.first_M[at_M])]
+        two_M = two.drop[np.searchsorted(two.feature, matches.second_M[at_M])]
+        control = compare(one, two, matches, seed=_SEED).alike
+        figures = dict(by="features", n=len(one_M), control=control.high if control else None)
+        yield about | figures | rank_correlation(one_M, two_M)
+
+
+def rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> dict[str, float | None]:
+    """Spearman's correlation, and the share of orders of one side that give as large a one; None if it is not defined.
+
+    Args:
+      first_N, second_N: finite numbers of the same N things.
+    """
+    if len(first_N) < 3 or np.ptp(first_N) == 0 or np.ptp(second_N) == 0:
+        return dict(rank_correlation=None, p_value=None)
+    one_N, two_N = (rankdata(values_N) for values_N in (first_N, second_N))
+    one_N, two_N = ((ranks_N - ranks_N.mean()) / (ranks_N.std() * len(ranks_N) ** 0.5) for ranks_N in (one_N, two_N))
+    rng = np.random.default_rng(_SEED)
+    seen = float(one_N @ two_N)
+    as_large = sum(float(rng.permutation(one_N) @ two_N) >= seen - 1e-12 for _ in range(_PERMUTATIONS))
+    return dict(rank_correlation=seen, p_value=(1 + as_large) / (1 + _PERMUTATIONS))
+
+
+def _losses(folder: Path) -> dict[str, float]:
+    """Item -> nats per token that it loses without the top features, beyond the mean of matched random ones."""
+    rows = read_scores(folder / ITEMS)
+    nats = {condition: nats_per_token(own) for condition, own in rows.items() if condition.endswith(("clean", "/zero"))}
+    top = top_condition("zero")
+    controls_DxN = np.stack([own_N for condition, own_N in nats.items() if condition not in (CLEAN, top)])
+    beyond_N = controls_DxN.mean(axis=0) - nats[top]  # both less than the clean score, which cancels
+    return {row.id: float(loss) for row, loss in zip(rows[CLEAN], beyond_N, strict=True)}
+
+
+def _attributions(folder: Path) -> Attributions:
+    path = folder / RANKING
+    ranking: Sequence[RankedFeature] = from_json(tuple[RankedFeature, ...], read_json(path), path)
+    ranking = sorted(ranking, key=lambda one: one.feature)
+    columns = ([getattr(one, name) for one in ranking] for name in ("attribution", "firing_rate", "mean_activation"))
+    return Attributions(np.array([one.feature for one in ranking], np.int64), *map(np.array, columns))
+
+
+def _decoder(found: Findings, benchmark: str) -> np.ndarray:
+    """Decoder rows of the dictionary that was tested, [F, D]."""
+    name = found.each(StudyResults)[benchmark].dictionary
+    return np.asarray(stacks.load_trained(name, found.folders, "--study.dictionary").W_dec_FxD[...])

@@ -1,0 +1,268 @@
+"""The figures of a study, read from what the stages of its rows returned."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from saejax.activations.results import CaptureResults
+from saejax.causal.ablate.results import AblateResults
+from saejax.causal.study.results import StudyResults
+from saejax.causal.study.scores import settled
+from saejax.dictionaries.stacks import full_name, kind_and_member
+from saejax.errors import UserError
+from saejax.evaluation.results import EvaluateResults
+from saejax.page.findings import Findings, read_findings
+from saejax.preflight.results import ModelNeeds, PreflightResults
+from saejax.studies import criteria
+from saejax.studies.alignment import alignments
+from saejax.studies.results import (
+    ActivationFigures,
+    BaselineFigures,
+    BehaviourFigures,
+    DictionaryFigures,
+    EffectFigures,
+    FailureFigures,
+    GateFigures,
+    ModelFigures,
+    ResourceFigures,
+    StageFigures,
+    StudyFigures,
+)
+from saejax.studies.rows import StudyRow
+from saejax.studies.units import ROWS, UnitState
+from saejax.tasks.results import BaselineResults, BenchmarkResults
+from saejax.training.results import TrainResults
+
+LATER = ("transfer", "track")  # stages of which there is a word whether they ran
+_MEASURES = {
+    "generate": "exact match",
+    "choice": "accuracy of the likeliest choice",
+    "likelihood": "log-likelihood of the solution, nats per token",
+}
+
+
+def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], mark: str) -> StudyFigures:
+    """All figures of a study.
+
+    Args:
+      root: its folder.
+      rows: its rows.
+      states: of all their units.
+      mark: fingerprint of these.
+
+    Raises:
+      UserError: a file of a finished unit is missing or damaged.
+    """
+    found = {row.name: _found(root, row.name, states) for row in rows}
+    each = [(row, found[row.name]) for row in rows]
+    figures = StudyFigures(
+        fingerprint=mark,
+        rules=tuple(criteria.RULES.values()),
+        models=tuple(_model(row, own, states) for row, own in each),
+        baselines=tuple(one for row, own in each for one in _baselines(row.name, own)),
+        dictionaries=tuple(one for row, own in each for one in _dictionaries(row.name, own)),
+        activations=tuple(one for row, own in each for one in _activations(row.name, own)),
+        effects=tuple(one for row, own in each for one in _effects(row.name, own)),
+        behaviours=tuple(one for row, own in each for one in _behaviours(row.name, own)),
+        alignment=tuple(alignments(found)),
+        gates=tuple(one for row, own in each for one in _gates(row.name, own)),
+        stages=tuple(_stage(root, row.name, stage, states) for row in rows for stage in LATER),
+        criteria=(),
+        resources=tuple(one for row, own in each for one in _resources(row.name, own)),
+        failures=tuple(
+            FailureFigures(state.row, state.unit, state.state, state.reason, state.log)
+            for state in states
+            if state.state != "done"
+        ),
+    )
+    return dataclasses.replace(figures, criteria=tuple(criteria.criteria(figures, list(found.values()))))
+
+
+def _found(root: Path, row: str, states: Sequence[UnitState]) -> Findings:
+    """What a row's finished units found."""
+    done = [state.unit for state in states if state.row == row and state.state == "done"]
+    return read_findings({unit: root / ROWS / row / unit for unit in done}, root, {})
+
+
+def _model(row: StudyRow, found: Findings, states: Sequence[UnitState]) -> ModelFigures:
+    model, task, train = (row.configs[group] for group in ("model", "task", "train"))
+    needs, own = _needs(found), [state for state in states if state.row == row.name]
+    return ModelFigures(
+        row=row.name,
+        model=model.path,
+        revision=model.revision,
+        dtype=model.dtype,
+        layers=needs.layers if needs else None,
+        width=needs.d if needs else None,
+        parameters=needs.parameters if needs else None,
+        sites=train.sites,
+        kinds=train.kinds,
+        behaviours=(*task.behaviours, *([Path(task.prompts).name] if task.prompts else [])),
+        benchmarks=task.benchmarks,
+        units=len(own),
+        done=sum(state.state == "done" for state in own),
+    )
+
+
+def _needs(found: Findings) -> ModelNeeds | None:
+    """What preflight says of the row's model."""
+    checked = list(found.each(PreflightResults).values())
+    return checked[0].models[0] if checked and checked[0].models else None
+
+
+def _baselines(row: str, found: Findings) -> Iterator[BaselineFigures]:
+    for name, scores in found.each(BenchmarkResults).items():
+        value = next(iter(scores.accuracy.values())) if scores.accuracy else scores.log_likelihood_per_token
+        if value:
+            yield BaselineFigures(row, name, _MEASURES[scores.score], value, scores.chance, scores.n)
+    for results in found.each(BaselineResults).values():
+        for name, one in results.behaviours.items():
+            yield BaselineFigures(row, name, "correct above wrong", one.test.accuracy, 0.5, one.test.n)
+
+
+def _dictionaries(row: str, found: Findings) -> Iterator[DictionaryFigures]:
+    settings = found.settings()
+    for kind, results in found.each(EvaluateResults).items():
+        train = found.each(TrainResults)[kind]
+        epochs = settings["train"]["epochs"]
+        losses = epoch_losses(found.folders[f"train/{kind}"], epochs, train.tokens)
+        for scores in results.members:
+            early, end = losses.get((scores.name, criteria.EPOCH)), losses.get((scores.name, epochs))
+            yield DictionaryFigures(
+                row=row,
+                dictionary=full_name(kind, scores.name),
+                site=scores.site,
+                features=sum(scores.density_histogram.counts) + scores.density_histogram.never,
+                epochs=epochs,
+                tokens=train.tokens,
+                seconds=train.seconds,
+                loss_epoch_4=early,
+                loss_end=end,
+                improvement=1 - end / early if early and end is not None and epochs > criteria.EPOCH else None,
+                l0=scores.l0,
+                dead=scores.dead_fraction,
+                explained_variance=scores.explained_variance,
+                ce_recovered=scores.ce_recovered_mean,
+            )
+
+
+def epoch_losses(unit: Path, epochs: int, tokens: int) -> dict[tuple[str, int], float]:
+    """The mean loss over the recorded steps of each epoch, by member and epoch, from 1.
+
+    Args:
+      unit: folder of a train unit.
+      epochs: of its training.
+      tokens: of all of them.
+
+    Raises:
+      UserError: its metrics are missing or damaged.
+    """
+    path, found = unit / "metrics.jsonl", dict[tuple[str, int], list[float]]()
+    try:
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            epoch = min(-(-int(line["tokens"]) * epochs // tokens), epochs)
+            found.setdefault((line["member"], epoch), []).append(float(line["loss"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is missing or damaged: delete {unit} and run the study again") from None
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
+def _activations(row: str, found: Findings) -> Iterator[ActivationFigures]:
+    for results in found.each(CaptureResults).values():
+        for site, one in results.sites.items():
+            beyond = one.sinks.share_beyond
+            own = ActivationFigures(
+                row, "corpus", site, one.rows, one.median_norm, one.largest_norm, beyond, *[None] * 3
+            )
+            yield own
+    for benchmark, study in found.each(StudyResults).items():
+        if one := study.activations:
+            scores = (one.l0, one.firing, one.explained_variance)
+            yield ActivationFigures(
+                row, benchmark, study.site, one.tokens, one.median_norm, one.largest_norm, None, *scores
+            )
+
+
+def _effects(row: str, found: Findings) -> Iterator[EffectFigures]:
+    studies = found.each(StudyResults)
+    verdicts = settled({name: results.claims for name, results in studies.items()})
+    for benchmark, results in studies.items():
+        for replacement, nats in results.log_likelihood_per_token.replaced.items():
+            right = results.accuracy.replaced[replacement] if results.accuracy else None
+            yes, p = verdicts[benchmark].get(replacement, (None, None))
+            claim = results.claims.get(replacement)
+            if nats:
+                yield EffectFigures(
+                    row=row,
+                    benchmark=benchmark,
+                    replacement=replacement,
+                    dictionary=results.dictionary,
+                    top=len(results.top),
+                    draws=len(nats.controls),
+                    items=results.items.test,
+                    at_chance=results.at_chance,
+                    accuracy_before=results.accuracy.before if results.accuracy else None,
+                    accuracy_drop=right.drop if right else None,
+                    accuracy_control_drop=right.control_drop if right else None,
+                    nats_drop=nats.drop,
+                    nats_control_drop=nats.control_drop,
+                    nats_p=nats.p_value,
+                    verdict=yes,
+                    verdict_p=p,
+                    placebo_rate=claim.placebo_rate if claim else None,
+                )
+
+
+def _behaviours(row: str, found: Findings) -> Iterator[BehaviourFigures]:
+    for results in found.each(AblateResults).values():
+        for name, one in results.behaviours.items():
+            yield BehaviourFigures(
+                row=row,
+                behaviour=name,
+                dictionary=results.dictionary,
+                accuracy=one.joint.clean_accuracy,
+                accuracy_drop=one.joint.accuracy_drop,
+                control_drop=float(np.mean(one.controls.accuracy_drop)),
+                p_holm=one.claim.p_holm if one.claim else None,
+                placebo_rate=one.claim.placebo_rate if one.claim else None,
+                highest=one.grades.highest,
+            )
+
+
+def _gates(row: str, found: Findings) -> Iterator[GateFigures]:
+    for benchmark, results in found.each(StudyResults).items():
+        kind, member = kind_and_member(results.dictionary)
+        scores = found.each(EvaluateResults)
+        known = {one.name: one.ce_recovered_mean for one in scores[kind].members} if kind in scores else {}
+        yield criteria.gate(row, benchmark, results.log_likelihood_per_token, known.get(member))
+
+
+def _stage(root: Path, row: str, stage: str, states: Sequence[UnitState]) -> StageFigures:
+    own = {state.unit: state.state for state in states if state.row == row}
+    units = [state for unit, state in own.items() if unit.partition("/")[0] == stage]
+    done = sum(state == "done" for state in units)
+    state = "done" if units and done == len(units) else "failed" if "failed" in units else "not run"
+    report = f"{ROWS}/{quote(row)}/report/index.html" if done and own.get("report") == "done" else ""
+    return StageFigures(row, stage, done, state, report)
+
+
+def _resources(row: str, found: Findings) -> Iterator[ResourceFigures]:
+    needs = _needs(found)
+    for unit, summary in found.summaries.items():
+        planned = needs.units[unit].flops if needs and unit in needs.units else None
+        used = summary.devices.count if summary.devices else 0
+        yield ResourceFigures(
+            row=row,
+            unit=unit,
+            seconds=summary.seconds,
+            device_hours=used * summary.seconds / 3600 if used else None,
+            peak_host_bytes=summary.peak_host_bytes,
+            peak_device_bytes=summary.peak_device_bytes,
+            disk_bytes=sum(summary.files.values()),
+            flops_per_second=planned / summary.seconds if planned and summary.seconds else None,
+        )

@@ -1,0 +1,75 @@
+"""How long a study still takes: what preflight expects of each unit, corrected by what finished units took."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+Key = tuple[str, str]  # row, unit
+_OTHER = 10.0  # seconds of a unit of which preflight expects nothing: to start a process and write a report
+
+
+class TimeToGo:
+    """Seconds that are left, as far as they are known.
+
+    A unit is expected to take what preflight says, times what units of its stage took in proportion, in this row or
+    another; or, before there are any, all units together.
+    """
+
+    def __init__(self) -> None:
+        self._expected: dict[Key, float] = {}
+        self._took: dict[Key, float] = {}
+
+    def expect(self, row: str, units: Sequence[str], seconds: Mapping[str, float]) -> None:
+        """Takes what preflight expects of a row.
+
+        Args:
+          row: its name.
+          units: all of its units.
+          seconds: of each stage, of all its units together.
+        """
+        counts = Counter(map(_stage, units))
+        for unit in units:
+            stage = _stage(unit)
+            self._expected[row, unit] = seconds[stage] / counts[stage] if stage in seconds else _OTHER
+
+    def took(self, row: str, unit: str, seconds: float) -> None:
+        """Takes what a finished unit took, in seconds."""
+        self._took[row, unit] = seconds
+
+    def left(self, waiting: Iterable[Key], running: Key | None = None, elapsed: float = 0.0) -> float | None:
+        """Seconds that are left; None where a row's preflight has not run.
+
+        Args:
+          waiting: units that have not begun.
+          running: the one that is at work.
+          elapsed: seconds since it began.
+        """
+        waiting = [*waiting, *([running] if running else [])]
+        if not all(key in self._expected for key in waiting):
+            return None
+        rates = self._rates()
+        left = {key: self._expected[key] * rates.get(_stage(key[1]), rates[""]) for key in waiting}
+        if running:
+            left[running] = max(left[running] - elapsed, 0.0)
+        return sum(left.values())
+
+    def _rates(self) -> dict[str, float]:
+        """What finished units took over what was expected, by stage; of all together under ""."""
+        took, expected = defaultdict[str, float](float), defaultdict[str, float](float)
+        for key, seconds in self._took.items():
+            for name in (_stage(key[1]), "") if key in self._expected else ():
+                took[name] += seconds
+                expected[name] += self._expected[key]
+        return {"": 1.0} | {name: took[name] / expected[name] for name in took if expected[name] > 0}
+
+
+def _stage(unit: str) -> str:
+    return unit.partition("/")[0]
+
+
+def duration(seconds: float | None) -> str:
+    """A time in words: "50 s", "12 min", "3.5 h"; "an unknown time" where there is none."""
+    if seconds is None:
+        return "an unknown time"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,91 @@
+"""The report of a study: what its rows found, side by side, and which criteria are met.
+
+Written to the study's folder: ``index.html`` (complete in itself), ``study.md`` (the same content), ``study.json`` (all
+figures) and ``tables/<name>.csv``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from saejax.page.document import Links, Section, Terms, Text, to_html, to_markdown
+from saejax.preregistration import said
+from saejax.results import to_json
+from saejax.studies.criteria import RULES
+from saejax.studies.progress import duration
+from saejax.studies.results import StudyFigures
+from saejax.studies.sheets import SHEETS
+from saejax.studies.units import ROWS
+from saejax.workspace import package_versions, write_json, write_text
+
+FILE, STAGE = "study.json", "study_run"  # STAGE: of the rules in ``rules.jsonl``
+_TITLES = dict(gate="The gate", alignment="Alignment", criteria="Success")
+
+
+def write_report(root: Path, figures: StudyFigures) -> None:
+    """Writes the report; ``study.json`` last, which says that the others are there."""
+    title = f"A study of {_count(len(figures.models), 'model')}"
+    parts, lead = _sections(root, figures), _lead(figures)
+    footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
+    (root / "tables").mkdir(exist_ok=True)
+    for name, sheet in SHEETS.items():
+        write_text(root / "tables" / f"{name}.csv", sheet.csv(figures))
+    write_text(root / "study.md", to_markdown(title, lead, parts, footer))
+    write_text(root / "index.html", to_html(title, lead, parts, footer))
+    write_json(root / FILE, to_json(figures))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _lead(figures: StudyFigures) -> Sequence[str]:
+    met, asked = (sum(test(one.met) for one in figures.criteria) for test in (bool, lambda met: met is not None))
+    found = [f"{one.row} on {one.benchmark}: {one.gate}" for one in figures.gates]
+    lines = [
+        f"{_count(len(figures.models), 'row')}, each a model in a folder of its own. Of {len(figures.criteria)} "
+        f"criteria {met} are met, {asked - met} are not, and {len(figures.criteria) - asked} could not be asked."
+    ]
+    if found:
+        lines.append("; ".join(found) + ".")
+    if figures.failures:
+        failed = sum(one.state == "failed" for one in figures.failures)
+        missing = (
+            f"{_count(failed, 'unit')} failed, and {len(figures.failures) - failed} were not run for want of these"
+        )
+        lines.append(f"Not everything was done: {missing}; the last section says why.")
+    return lines
+
+
+def _sections(root: Path, figures: StudyFigures) -> list[Section]:
+    seconds = sum(one.seconds for one in figures.resources)
+    rules = tuple((_TITLES[name], f"{said(root, STAGE, rule)}: {rule}") for name, rule in RULES.items())
+    took = Text(f"All units together took {duration(seconds)}.")
+    return [
+        Section("Criteria", (SHEETS["criteria"].table(figures), Terms(rules))),
+        Section("Setup", (SHEETS["models"].table(figures), _reports(root, figures))),
+        _section("Before anything is changed", figures, "baselines", "No row was scored on a benchmark or behaviour."),
+        _section("The dictionaries", figures, "dictionaries", "No row has trained a dictionary."),
+        _section("Activations", figures, "activations", "No row has captured activations."),
+        _section("Causal effects", figures, "effects", "No row took features out on a benchmark (--study.benchmarks)."),
+        *([_section("Behaviours", figures, "behaviours")] if figures.behaviours else []),
+        _section("The gate", figures, "gates", "No row took features out on a benchmark, so there is no gate."),
+        _section("Alignment", figures, "alignment", "There are no two rows with the same benchmark."),
+        _section("Transfer and tracking", figures, "stages"),
+        Section("Resources", (took, SHEETS["resources"].table(figures))),
+        _section("What is not done", figures, "failures", "No unit of any row was left undone."),
+    ]
+
+
+def _section(title: str, figures: StudyFigures, sheet: str, otherwise: str = "") -> Section:
+    """A table in a section of its own, or why there is none."""
+    there = getattr(figures, sheet)
+    return Section(title, (SHEETS[sheet].table(figures) if there else Text(otherwise),))
+
+
+def _reports(root: Path, figures: StudyFigures) -> Links:
+    """The rows' own reports, and the files of this one's figures."""
+    there = [one.row for one in figures.models if (root / ROWS / one.row / "report" / "index.html").exists()]
+    items = [(f"The report of {row}", f"{ROWS}/{quote(row)}/report/index.html") for row in there]
+    items += [(FILE, FILE), *((f"tables/{name}.csv", f"tables/{name}.csv") for name in SHEETS)]
+    return Links("More, and all figures as files", tuple(items))

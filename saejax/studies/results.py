@@ -1,0 +1,206 @@
+"""The figures of a study's report: a class for a row of each table, and all of them together as ``study.json``."""
+
+import dataclasses
+from typing import Literal
+
+from saejax.results import Interval
+
+Gated = Literal["interpretable", "unstable", "no signal", "not measured"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFigures:
+    """A row of the study: what was run on what."""
+
+    row: str  #: its name
+    model: str  #: path or hub id
+    revision: str  #: of the model
+    dtype: str  #: of weights and products in JAX
+    layers: int | None  #: how many; None, as in what follows, where preflight did not run
+    width: int | None  #: of the residual stream
+    parameters: int | None  #: how many
+    sites: tuple[str, ...]  #: that dictionaries read
+    kinds: tuple[str, ...]  #: of dictionaries
+    behaviours: tuple[str, ...]  #: that are tested
+    benchmarks: tuple[str, ...]  #: that the model is scored on
+    units: int  #: of the row
+    done: int  #: of them
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineFigures:
+    """What a model can do before anything is changed."""
+
+    row: str  #: of the study
+    task: str  #: benchmark or behaviour
+    measure: str  #: of the value
+    value: Interval  #: with its 95 % interval
+    chance: float | None  #: value of guessing; None where that is not defined
+    n: int  #: items, or test prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class DictionaryFigures:
+    """A dictionary: how its training went, and what it is worth on held-out text."""
+
+    row: str  #: of the study
+    dictionary: str  #: its name
+    site: str  #: that it reads
+    features: int  #: how many
+    epochs: int  #: of training
+    tokens: int  #: of training, repeats counted
+    seconds: float  #: of training all members of its stack
+    loss_epoch_4: float | None  #: mean over the recorded steps of the fourth epoch; None with fewer epochs
+    loss_end: float | None  #: the same of the last epoch
+    improvement: float | None  #: 1 - loss_end / loss_epoch_4
+    l0: float  #: features active per token, mean
+    dead: float  #: share of features that fire on no held-out token
+    explained_variance: float  #: 1 is perfect
+    ce_recovered: float | None  #: of cross-entropy, against the mean: 1 is as well as untouched
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationFigures:
+    """Activations of a site on a text."""
+
+    row: str  #: of the study
+    text: str  #: the corpus, or a benchmark
+    site: str  #: of the model
+    tokens: int  #: that were read; of a benchmark those of its test items, sinks left out
+    median_norm: float  #: of the activations
+    largest_norm: float  #: likewise
+    beyond_sinks: float | None  #: share of tokens after position 0 that the sink rule leaves out; None of a benchmark
+    l0: float | None  #: features of the tested dictionary that are active per token; None of the corpus
+    firing: float | None  #: share of its features that fire at all; likewise
+    explained_variance: float | None  #: by that dictionary; likewise
+
+
+@dataclasses.dataclass(frozen=True)
+class EffectFigures:
+    """What replacing a dictionary's top features does to a benchmark's score, beside matched random ones."""
+
+    row: str  #: of the study
+    benchmark: str  #: its name
+    replacement: str  #: zero or random
+    dictionary: str  #: whose features
+    top: int  #: features replaced
+    draws: int  #: of matched random sets
+    items: int  #: that judge them
+    at_chance: bool | None  #: whether accuracy before any edit is that of guessing; None where it was not measured
+    accuracy_before: Interval | None  #: before any edit
+    accuracy_drop: Interval | None  #: before - after; None, as in the next, where it was not measured
+    accuracy_control_drop: float | None  #: mean of the matched random sets
+    nats_drop: Interval  #: of the reference's log-likelihood per token
+    nats_control_drop: float  #: mean of the matched random sets
+    nats_p: float  #: share of the draws and the top features that cost at least as much log-likelihood
+    verdict: bool | None  #: of the rule on accuracy, over the row's benchmarks; None where it could not be asked
+    verdict_p: float | None  #: after Holm's correction over them
+    placebo_rate: float | None  #: share of the draws, each in the place of the top features, to which it says yes
+
+
+@dataclasses.dataclass(frozen=True)
+class BehaviourFigures:
+    """What removing a dictionary's top features does to a behaviour."""
+
+    row: str  #: of the study
+    behaviour: str  #: its name
+    dictionary: str  #: whose features
+    accuracy: float  #: before any edit
+    accuracy_drop: Interval  #: before - after
+    control_drop: float  #: mean of matched random sets
+    p_holm: float | None  #: over the behaviours of the row; None of files of before
+    placebo_rate: float | None  #: share of matched random sets that pass the same rule
+    highest: str  #: of the graded answers
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignmentFigures:
+    """Whether two rows agree on what matters in a benchmark."""
+
+    first: str  #: row
+    second: str  #: row
+    benchmark: str  #: its name
+    by: Literal["items", "features"]  #: what is ranked: items by what they lose, or features by their importance
+    n: int  #: of them in both
+    rank_correlation: float | None  #: Spearman's; None where it is not defined
+    p_value: float | None  #: of rank correlations as large where one side is shuffled
+    p_holm: float | None  #: over all comparisons of the report
+    control: float | None  #: of features: upper end of the middle 95 % with partners that fire alike
+    aligned: bool | None  #: by the criterion; None where it is not known
+
+
+@dataclasses.dataclass(frozen=True)
+class GateFigures:
+    """Which of three a row is on a benchmark."""
+
+    row: str  #: of the study
+    benchmark: str  #: its name
+    gate: Gated  #: the answer
+    reason: str  #: in words
+    placebo_rate: float | None  #: share of the draws that would be called interpretable in the top features' place
+
+
+@dataclasses.dataclass(frozen=True)
+class CriterionFigures:
+    """A criterion of success."""
+
+    criterion: str  #: in words
+    met: bool | None  #: None: it cannot be asked, because a stage was not run
+    evidence: str  #: figures, in words
+    published: str  #: what the reasoning study reports; "" where it says nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class StageFigures:
+    """Whether a stage ran on a row."""
+
+    row: str  #: of the study
+    stage: str  #: its name
+    units: int  #: that are done
+    state: str  #: done, failed, or not run
+    report: str  #: the row's own report, where figures stand; "" without one
+
+
+@dataclasses.dataclass(frozen=True)
+class ResourceFigures:
+    """What a finished unit took."""
+
+    row: str  #: of the study
+    unit: str  #: such as "train/topk"
+    seconds: float  #: in the process that finished it
+    device_hours: float | None  #: seconds x devices; None where no device was used
+    peak_host_bytes: int | None  #: of memory, while it ran; None where the system did not tell
+    peak_device_bytes: int | None  #: of a device's memory; None on CPUs
+    disk_bytes: int  #: of its files
+    flops_per_second: float | None  #: of its matrix products by formula, over its seconds; None where there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class FailureFigures:
+    """A unit that is not done."""
+
+    row: str  #: of the study
+    unit: str  #: such as "train/topk"
+    state: str  #: "failed", or "not run" where it reads what is not there
+    reason: str  #: in words
+    log: str  #: file of the study's folder with all it said
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyFigures:
+    """All figures of a report; ``study.json``."""
+
+    fingerprint: str  #: of all units and their states
+    rules: tuple[str, ...]  #: the rules of the gate, the alignment and the criteria, in words
+    models: tuple[ModelFigures, ...]  #: the rows
+    baselines: tuple[BaselineFigures, ...]  #: before anything is changed
+    dictionaries: tuple[DictionaryFigures, ...]  #: that were trained
+    activations: tuple[ActivationFigures, ...]  #: by model and text
+    effects: tuple[EffectFigures, ...]  #: on benchmarks
+    behaviours: tuple[BehaviourFigures, ...]  #: effects on them
+    alignment: tuple[AlignmentFigures, ...]  #: between rows
+    gates: tuple[GateFigures, ...]  #: by row and benchmark
+    stages: tuple[StageFigures, ...]  #: transfer and tracking
+    criteria: tuple[CriterionFigures, ...]  #: of success
+    resources: tuple[ResourceFigures, ...]  #: of finished units
+    failures: tuple[FailureFigures, ...]  #: units that are not done

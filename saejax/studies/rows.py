@@ -1,0 +1,83 @@
+"""The rows of a study: each a flag file, which the pipeline runs in a workdir of its own.
+
+A row is a model with its benchmarks, behaviours and dictionaries, all in one file of flags, as ``experiments.pipeline``
+takes them. Flags of the study's own command line come after those of every file, and win.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from saejax.command import flag_error, read_configs, stage_flags
+from saejax.errors import UserError
+
+ENDING = ".flags"
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyRow:
+    """A row of a study.
+
+    Attributes:
+      name: of its file, without the ending.
+      argv: its flags, without ``--workdir``.
+      configs: the groups of configuration that they make.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    configs: Mapping[str, Any]
+
+
+def read_rows(paths: Sequence[str], common: Sequence[str]) -> list[StudyRow]:
+    """The rows that files describe, in their order.
+
+    Args:
+      paths: flag files, and folders of them.
+      common: flags for every row, which win over those of its file.
+
+    Raises:
+      UserError: there is no such file, two have one name, or flags in one are wrong.
+    """
+    files = [file for path in paths for file in _files(Path(path))]
+    if not files:
+        raise UserError("--rows names no flag file: give files that end in .flags, or a folder of them")
+    counts = Counter(file.stem for file in files)
+    for name, count in counts.items():
+        if count > 1:
+            places = ", ".join(str(file) for file in files if file.stem == name)
+            raise UserError(f"{count} rows are called {name} ({places}): each needs a name of its own, rename a file")
+    return [_read_row(file, common) for file in files]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(path.glob(f"*{ENDING}"))
+        if not found:
+            raise UserError(f"--rows={path} has no file that ends in {ENDING}: expected one for each row of the study")
+        return found
+    if not path.is_file() or path.suffix != ENDING:
+        raise UserError(f"--rows={path} is no flag file: expected a file that ends in {ENDING}, or a folder of them")
+    return [path]
+
+
+def _read_row(file: Path, common: Sequence[str]) -> StudyRow:
+    argv = (f"--flagfile={file}", *common)
+    values = stage_flags()
+    configs = _naming(file, lambda: read_configs(values, ["row", *argv]))
+    for name in ("workdir", "unit", "help"):
+        if values[name].present:
+            raise UserError(f"{file}: --{name} is no flag of a row: a row works in a folder of the study")
+    return StudyRow(file.stem, argv, configs)
+
+
+def _naming(file: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return read()
+    except (flags.Error, UserError) as error:
+        said = flag_error(error) if isinstance(error, flags.Error) else str(error)
+        raise UserError(f"row {file.stem} ({file}): {said}") from None

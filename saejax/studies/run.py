@@ -1,0 +1,47 @@
+"""The binary ``study_run``: the pipeline on several models, and one report of them all."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from saejax import command
+from saejax.errors import UserError
+from saejax.stage import load
+from saejax.studies.rows import read_rows
+
+ABOUT = """\
+study_run: runs the pipeline on every row of a study, and writes one report of them all.
+
+  --workdir=DIR  folder of the study; each row works in DIR/rows/<name>/ (required)
+  --rows=FILE,FOLDER  flag files, one for each row, and folders of them (required)
+  --debug  show the traceback of bad input too
+
+All other flags are those of experiments.pipeline; they hold for every row, and win over its file. What is finished and
+unchanged is not run again. A unit that fails stops no other row; the exit status is 1 then, and the report says why."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The binary: exits with its status."""
+    sys.exit(run(sys.argv if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Like ``main``, but returns the exit status."""
+    own = flags.FlagValues()
+    flags.DEFINE_string("workdir", "", "", flag_values=own)
+    flags.DEFINE_list("rows", [], "", flag_values=own)
+    command.define_common(own)
+
+    def work() -> None:
+        _, *common = own(list(argv), known_only=True)
+        if own["help"].value:
+            return print(ABOUT)
+        workdir = command.named_workdir(own)
+        if not own["rows"].value:
+            raise UserError("--rows=FILE,FOLDER is missing: name the flag files of the study's rows, or their folder")
+        rows = read_rows(own["rows"].value, common)
+        load("saejax.studies.study:run_study_rows")(Path(workdir), rows, command.timed_say(), command.stop_asked())
+
+    return command.ended(work, own)

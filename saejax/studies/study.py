@@ -1,0 +1,63 @@
+"""A study: all units of its rows, and then the report of what they found."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from saejax.errors import CheckFailed
+from saejax.preregistration import measured, write_rule
+from saejax.studies import criteria, report
+from saejax.studies.gather import gather
+from saejax.studies.rows import StudyRow
+from saejax.studies.units import ROWS, StudyUnits, UnitState
+from saejax.workspace import Workspace, fingerprint, read_json
+
+
+def run_study_rows(
+    root: Path,
+    rows: Sequence[StudyRow],
+    say: Callable[[str], None] = print,
+    stopping: Callable[[], bool] = lambda: False,
+) -> None:
+    """Runs all rows and writes the report.
+
+    Args:
+      root: the study's folder.
+      rows: what to run.
+      say: prints a line.
+      stopping: whether the process was asked to stop.
+
+    Raises:
+      UserError: the folder cannot be written to, or another study works in it.
+      CheckFailed: a unit failed; the report is written all the same.
+      Interrupted: asked to stop, and saved.
+    """
+    workspace = Workspace(root)
+    with workspace.lock():
+        _write_rules(root, rows)
+        states = StudyUnits(root, rows, say, stopping).run()
+        mark = fingerprint([[vars(state) for state in states], list(criteria.RULES.values())])
+        path = root / report.FILE
+        if path.exists() and read_json(path).get("fingerprint") == mark:
+            say(f"all done before, unchanged: {root / 'index.html'}")
+        else:
+            report.write_report(root, gather(root, rows, states, mark))
+            say(f"read {root / 'index.html'}")
+    _check(states, root)
+
+
+def _write_rules(root: Path, rows: Sequence[StudyRow]) -> None:
+    """Writes down the study's rules, with what its rows have measured by then."""
+    seen = [f"{ROWS}/{row.name}/{unit}" for row in rows for unit in measured(root / ROWS / row.name)]
+    for rule in criteria.RULES.values():
+        write_rule(root, report.STAGE, rule, seen)
+
+
+def _check(states: Sequence[UnitState], root: Path) -> None:
+    failed = [state for state in states if state.state == "failed"]
+    if failed:
+        first = failed[0]
+        raise CheckFailed(
+            f"{len(failed)} of {len(states)} units: {first.row}, {first.unit}: {first.reason}"
+            f"{' (and others)' if len(failed) > 1 else ''}: {root / 'index.html'} says which and why; run the same "
+            "command to try them again"
+        )

@@ -1,0 +1,53 @@
+"""Data sets of the Hugging Face hub, read through ``datasets``."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from saejax.errors import UserError
+
+Found = TypeVar("Found")
+
+
+def hub_configurations(hub: str, revision: str) -> list[str]:
+    """The names of a data set's configurations; a ``UserError`` if it cannot be read."""
+    import datasets
+
+    return _fetched(hub, revision, lambda: datasets.get_dataset_config_names(hub, revision=revision))
+
+
+def hub_rows(hub: str, configuration: str, revision: str, split: str, stream: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of a data set.
+
+    Args:
+      hub: its id, such as "openai/gsm8k", or a local folder in the hub's layout.
+      configuration: its name; "": the only one.
+      revision: branch, tag or commit.
+      split: "train" or another.
+      stream: reads it as far as rows are asked for, instead of fetching all of it first.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    wanted = dict(split=split, revision=revision, streaming=stream)
+    rows = iter(_fetched(hub, revision, lambda: datasets.load_dataset(hub, configuration or None, **wanted)))
+    while (row := _fetched(hub, revision, lambda: next(rows, None))) is not None:
+        yield row
+
+
+def _fetched(hub: str, revision: str, fetch: Callable[[], Found]) -> Found:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    set_verbosity_error()  # it tries several times and would say so each time
+    try:
+        return fetch()
+    except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the data set {hub} (revision {revision}) could not be read from the hub ({reason[:200]}): check the name "
+            "and the network, or give a local file instead"
+        ) from None

@@ -1,0 +1,201 @@
+"""Where training text comes from: what the parts of ``--corpus.path`` name, and the texts of each.
+
+FILE.jsonl, .jsonl.gz, .parquet, .arrow   a row per document, with the field ``--corpus.field`` and perhaps "group"
+FILE.txt                                  documents separated by blank lines
+a pattern of these, such as 'text/*.jsonl.gz'
+hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT]   a data set of the hub; at "main" and its split "train" by default
+gsm8k, math, logic                        questions of a benchmark with their solutions, none of those that are asked
+"""
+
+import dataclasses
+import glob
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from saejax.errors import UserError
+from saejax.settings import BENCHMARKS, CorpusConfig, TaskConfig
+from saejax.tasks import benchmarks
+from saejax.tasks.files import decode, json_lines, read_bytes, shown, table_rows
+from saejax.tasks.hub import hub_rows
+
+EMBEDDED = Path(__file__).parent / "data" / "corpus.jsonl.gz"
+_FLAG = "--corpus.path"
+_FORMATS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
+_HUB = re.compile(
+    r"hf://(?P<id>[^/@:]+/[^/@:]+)(?:/(?P<configuration>[^/@:]+))?(?:@(?P<revision>[^:]+))?(?::(?P<split>.+))?"
+)
+_CHARACTERS = (
+    8  # of the hub's text, read for each token that is wanted: more than a token has, so that some can be chosen
+)
+
+Text = tuple[str, str]  # the text, and its group or ""
+
+
+class TextSource(Protocol):
+    """One part of ``--corpus.path``."""
+
+    @property
+    def name(self) -> str:
+        """A short name, without a slash."""
+
+    def identity(self) -> str:
+        """A hash, 16 hexadecimal digits, of what its texts depend on."""
+
+    def texts(self) -> Iterator[Text]:
+        """Its documents, each with its group or ""; a ``UserError`` says what is wrong with them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileText:
+    """A file; its identity is of its content alone."""
+
+    path: Path
+    field: str
+
+    @property
+    def name(self) -> str:
+        return self.path.name.partition(".")[0]
+
+    def identity(self) -> str:
+        kind = next(ending for ending in _FORMATS if self.path.name.endswith(ending)).split(".")[1]
+        field = "" if self.field == "text" or kind == "txt" else self.field
+        return hashlib.sha256(kind.encode() + b"\0" + field.encode() + self._content()).hexdigest()[:16]
+
+    def texts(self) -> Iterator[Text]:
+        if self.path.name.endswith(".txt"):
+            pieces = re.split(r"\n[^\S\n]*\n", self._decoded().replace("\r\n", "\n"))
+            yield from ((piece.strip(), "") for piece in pieces if piece.strip())
+        elif self.path.name.endswith((".parquet", ".arrow")):
+            for number, row in enumerate(table_rows(self.path, self._content()), start=1):
+                yield _text_of(row, self.field, f"{self.path}, row {number}")
+        else:
+            for number, record in json_lines(self._decoded(), self.path, f'{{"{self.field}": "..."}}'):
+                yield _text_of(record, self.field, f"{self.path}, line {number}")
+
+    def _decoded(self) -> str:
+        return decode(self._content(), self.path)
+
+    def _content(self) -> bytes:
+        return read_bytes(self.path, _FLAG, "name a file, or leave it empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class HubText:
+    """A split of a data set of the hub, from its front: so many characters."""
+
+    hub: str
+    configuration: str
+    revision: str
+    split: str
+    field: str
+    characters: int
+
+    @property
+    def name(self) -> str:
+        return self.hub.replace("/", "_")
+
+    def identity(self) -> str:
+        return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()[:16]
+
+    def texts(self) -> Iterator[Text]:
+        left = self.characters
+        rows = hub_rows(self.hub, self.configuration, self.revision, self.split, stream=True)
+        for number, row in enumerate(rows, start=1):
+            if self.field in row and not str(row[self.field]).strip():
+                continue  # data sets made line by line have blank ones
+            yield _text_of(row, self.field, f"{self.hub}, {self.split}, row {number}")
+            left -= len(row[self.field])
+            if left <= 0:
+                return
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkText:
+    """The questions of a benchmark that are not asked, with their solutions."""
+
+    name: str
+    task: TaskConfig
+
+    def identity(self) -> str:
+        return benchmarks.training_identity(self.name, self.task)
+
+    def texts(self) -> Iterator[Text]:
+        known = benchmarks.definition(self.name)
+        for item in benchmarks.training_items(self.name, self.task):
+            yield f"{known.question.format(item.question)} {item.solution}", item.id
+
+
+def text_sources(config: CorpusConfig, task: TaskConfig) -> list[TextSource]:
+    """What ``--corpus.path`` names, one after the other; the embedded corpus where it is empty.
+
+    Args:
+      config: the path, the field of rows, how many tokens are wanted of each source.
+      task: which questions of benchmarks are asked.
+
+    Raises:
+      UserError: a part names nothing that is known, or text of the hub without a number of tokens.
+    """
+    if not config.path:
+        return [FileText(EMBEDDED, "text")]
+    found: list[TextSource] = []
+    for part in filter(None, map(str.strip, config.path.split(","))):
+        if part in BENCHMARKS:
+            found.append(BenchmarkText(part, task))
+        elif part.startswith("hf://"):
+            found.append(_hub_text(part, config))
+        else:
+            found += [FileText(path, config.field) for path in _files(part)]
+    return found
+
+
+def _hub_text(part: str, config: CorpusConfig) -> HubText:
+    named = _HUB.fullmatch(part)
+    if not named:
+        raise UserError(f"{_FLAG}={part}: expected hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT]")
+    if not config.max_tokens:
+        raise UserError(f"{_FLAG}={part} takes --corpus.max_tokens: a data set of the hub may be of any size")
+    characters = _CHARACTERS * config.max_tokens
+    return HubText(
+        named["id"],
+        named["configuration"] or "",
+        named["revision"] or "main",
+        named["split"] or "train",
+        config.field,
+        characters,
+    )
+
+
+def _files(part: str) -> list[Path]:
+    """A file, or those that match a pattern, in the order of their names."""
+    paths = [Path(part).expanduser()]
+    if glob.has_magic(part) and not paths[0].exists():
+        paths = sorted(map(Path, glob.glob(str(paths[0]), recursive=True)))
+        if not paths:
+            raise UserError(f"{_FLAG}={part} matches no file")
+    for path in paths:
+        if not path.name.endswith(_FORMATS):
+            raise UserError(
+                f"{_FLAG}={path} is not a known kind of text: expected one of {', '.join(_FORMATS)}, hf://ORG/NAME, or "
+                f"a benchmark ({', '.join(BENCHMARKS)})"
+            )
+    return paths
+
+
+def _text_of(row: Any, field: str, where: str) -> Text:
+    if not isinstance(row, Mapping) or field not in row:
+        has = f", only {', '.join(map(repr, row))}" if isinstance(row, Mapping) and row else ""
+        raise UserError(
+            f'{where} has no field {field!r}{has}: expected an object such as {{"{field}": "..."}}; --corpus.field '
+            "names another"
+        )
+    text, group = row[field], row.get("group")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: {field!r} is {shown(text)}: expected a string that is not blank; fix or remove it")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{where}: {field!r} holds half of a surrogate pair: expected whole characters; fix it")
+    if group is not None and (not isinstance(group, str) or not group):
+        raise UserError(f"{where}: 'group' is {shown(group)}: expected a string that is not empty, or no 'group'")
+    return text, group or ""

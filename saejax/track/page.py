@@ -1,0 +1,135 @@
+"""An interactive page of texts that were followed: one HTML file, complete in itself, that loads nothing.
+
+Layers by positions; a cell's features can be followed up and down, and every step has its features and their test.
+"""
+
+import base64
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from saejax.attribution.forms.page import embedded
+from saejax.dictionaries.labels import Label
+from saejax.models.lens import LensOutput
+from saejax.page.scripts import elements_script
+from saejax.results import to_json
+from saejax.track.firings import LayerFirings
+from saejax.track.links import FeatureLinks
+from saejax.track.results import TrackResults
+from saejax.track.stack import Stack
+from saejax.track.steps import StepFeature
+from saejax.track.texts import EncodedText
+from saejax.workspace import write_text
+
+_VIEWER = Path(__file__).parent / "viewer"
+_SCRIPTS = ("grid", "panel", "main")
+
+
+def shown_text(
+    stack: Stack,
+    text: EncodedText,
+    shown: Sequence[LayerFirings],
+    links: FeatureLinks,
+    chosen: Sequence[Sequence[Sequence[StepFeature]]],
+    readings: Mapping[str, LensOutput],
+    as_text: Callable[[int], str],
+    labels: Sequence[Mapping[int, Label]],
+) -> dict[str, Any]:
+    """What the page shows of a text, as JSON.
+
+    Args:
+      stack: the dictionaries; ``shown``: of each the features of each position.
+      text: the text.
+      links: between the features.
+      chosen: of each dictionary the features that belong to each segment.
+      readings: what the lenses read.
+      as_text: gives a token's text.
+      labels: of each dictionary.
+    """
+    words: dict[int, int] = {}  # token id -> its place among ``texts``
+
+    def said(reading: LensOutput, layer: int) -> list[list[float]]:
+        ids_TxC, p_TxC = reading.ids_LxBxTxC[layer, 0], np.exp(reading.logp_LxBxTxC[layer, 0])
+        return [
+            [
+                one
+                for token, p in zip(ids, ps, strict=True)
+                for one in (words.setdefault(token, len(words)), round(p, 4))
+            ]
+            for ids, ps in zip(ids_TxC.tolist(), p_TxC.tolist(), strict=True)
+        ]
+
+    readings_of = {
+        name: dict(
+            said=[said(reading, each.layer) for each in stack.layers],
+            kl=[_rounded(reading.kl_LxBxT[each.layer, 0]) for each in stack.layers],
+            control_kl=[_rounded(reading.control.kl_LxBxT[each.layer, 0]) for each in stack.layers],
+            answer=[_rounded(np.exp(reading.answer_logp_LxBxTxN[each.layer, 0, :, 0])) for each in stack.layers],
+        )
+        for name, reading in readings.items()
+    }
+    return dict(
+        prompt=text.problem.prompt,
+        tokens=list(text.tokens),
+        texts=[as_text(token) for token in words],
+        layers=[
+            dict(
+                name=each.name,
+                site=each.config.site,
+                target=each.config.target,
+                layer=each.layer,
+                atlas=each.atlas.resolve().as_uri() + f"#{each.name}/" if each.atlas else "",
+                labels={str(feature): label.label for feature, label in own.items()},
+            )
+            for each, own in zip(stack.layers, labels, strict=True)
+        ],
+        cells=[[_cell(one, position) for position in range(len(text.tokens))] for one in shown],
+        links=[[*source, *target, float(f"{weight:.4g}")] for source, target, weight in links.links],
+        belongs=[[[to_json(one) for one in part] for part in layer] for layer in chosen],
+        readings=readings_of,
+    )
+
+
+def write_page(path: Path, results: TrackResults, cells: Mapping[str, Mapping[str, Any]], model: str) -> None:
+    """Writes the page.
+
+    Args:
+      path: the HTML file.
+      results: of the stage.
+      cells: slug -> what ``shown_text`` gave.
+      model: its name.
+    """
+    texts = [dict(slug=slug) | to_json(results.texts[slug]) | dict(shown) for slug, shown in cells.items()]
+    data = dict(model=model, texts=texts)  # in place of how many tokens and links there are, all of them
+    parts = [elements_script(), *((_VIEWER / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)]
+    script = "(() => {\n'use strict';\n" + "\n".join(parts) + "})();\n"
+    style = (_VIEWER / "track.css").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.from_string((_VIEWER / "track.html.jinja").read_text("utf-8")).render(
+        title=f"Through the layers: {', '.join(cells)}",
+        style=style,
+        style_hash=_hash(style),
+        script=script,
+        script_hash=_hash(script),
+        data=embedded(data),
+    )
+    write_text(path, page)
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _cell(firings: LayerFirings, position: int) -> list[float]:
+    """Features of a cell and their activations, in turn, the strongest first."""
+    own = firings.at(position)
+    pairs = zip(own.feature_A.tolist(), own.value_A.tolist(), strict=True)
+    return [number for feature, value in pairs for number in (feature, float(f"{value:.4g}"))]
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.3g}") for value in np.nan_to_num(values, posinf=1e9).tolist()]

@@ -1,0 +1,59 @@
+"""The report on texts that were followed: what became of their steps, and where their page is."""
+
+import os
+from urllib.parse import quote
+
+from saejax.page.document import Links, Section, Text
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import Table, number, percent, significant
+from saejax.track.results import TrackedText, TrackResults
+
+
+def sections(found: Findings, draw: Draw) -> list[Section]:
+    """A table of the texts, and links to their pages; no section if there are none."""
+    units = found.each(TrackResults)
+    if not units:
+        return []
+    intro = (
+        "Prompts and worked solutions were followed through the layers that have dictionaries. Links by attribution "
+        "are edges of the attribution graph; links by geometry join features of consecutive dictionaries at one "
+        "position whose directions are closer than random ones are, and miss what a layer computes. A step is hurt by "
+        "its features if removing those that belong to it costs its tokens more than removing matched ones, by the "
+        "rule of the ablation, with Holm's correction over the steps of a text."
+    )
+    columns = (
+        "Text",
+        "Tokens",
+        "Layers",
+        "Links",
+        "Random",
+        "Answer",
+        "Steps tested",
+        "Hurt",
+        "Matched sets that pass",
+    )
+    rows = tuple(_row(slug, text) for results in units.values() for slug, text in results.texts.items())
+    pages = []
+    for unit, results in units.items():
+        page = found.folders[f"track/{unit}"] / "index.html"
+        address = quote(os.path.relpath(page, found.report).replace(os.sep, "/"))
+        pages.append((f"{', '.join(results.texts)}: layers by positions", address))
+    note = "Random: links that the same rule finds for random directions. Answer: the probability of its first token."
+    table = Table("Texts", columns, rows, note=note)
+    return [Section("Through the layers", (Text(intro), table, Links("Pages", tuple(pages))))]
+
+
+def _row(slug: str, text: TrackedText) -> tuple[str, ...]:
+    tests = [test for step in text.steps for test in step.tests.values()]
+    placebo = sum(test.claim.placebo_rate for test in tests) / len(tests) if tests else None
+    return (
+        slug,
+        f"{text.tokens}",
+        f"{len(text.sites)}",
+        f"{text.links:,} ({text.link_kind})",
+        "–" if text.random_links is None else f"{text.random_links:,}",
+        f"{text.answer.strip()} {number(text.lenses['logit'].answer[-1])}",
+        f"{len(tests)}",
+        significant(sum(test.claim.yes for test in tests), 2),
+        percent(placebo, 1),
+    )

@@ -1,0 +1,70 @@
+"""Results of the stage ``track``."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from saejax.causal.claims import Claim
+from saejax.causal.results import ControlMatch
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTest:
+    """What removing a step's features costs the step's tokens, beside matched sets."""
+
+    features: tuple[int, ...]  #: that were removed together, at the step's tokens
+    tokens: int  #: that were judged: all of the step but its first
+    drop: float  #: of their mean log-likelihood, nats
+    matched_drop: float  #: the same of matched sets, mean
+    lost: float  #: share of the tokens that are the likeliest no more
+    matched_lost: float  #: the same of matched sets, mean
+    claim: Claim  #: `yes`: the step's features hurt it more than matched ones do
+    match: ControlMatch  #: how well the sets match
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackedStep:
+    """A part of the text."""
+
+    name: str  #: "prompt", or "step 1" and so on
+    text: str  #: its text
+    start: int  #: its first token
+    stop: int  #: the token after its last
+    only_here: Mapping[
+        str, tuple[float, float]
+    ]  #: by tested site, how many features fire here alone; with shifted steps
+    tests: Mapping[str, StepTest]  #: by site
+    untested: Mapping[str, str]  #: site -> why
+
+
+@dataclasses.dataclass(frozen=True)
+class LensLayers:
+    """What a lens says of the answer where it is the next token, layer by layer; and of all tokens."""
+
+    answer: tuple[float, ...]  #: probability of the answer's first token, of each layer
+    rank: tuple[int, ...]  #: how many tokens are likelier
+    control: tuple[float, ...]  #: probability, on streams turned by a random rotation
+    agreement: tuple[float, ...]  #: share of all positions at which the likeliest token is the model's
+    control_agreement: tuple[float, ...]  #: the same of the control
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackedText:
+    """A prompt or a worked solution, followed through the layers; also in `<slug>.json`."""
+
+    tokens: int  #: of the text
+    answer: str  #: the token whose probability is followed
+    position: int  #: where it is the next token
+    sites: tuple[str, ...]  #: of the dictionaries, in the order of layers
+    steps: tuple[TrackedStep, ...]  #: the prompt, and the steps
+    lenses: Mapping[str, LensLayers]  #: logit, and jacobian if one was given
+    link_kind: str  #: attribution, or geometry: by directions alone
+    links: int  #: between shown features
+    random_links: int | None  #: by the same rule, of random directions; None for attribution
+    seconds: float  #: that it took
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackResults:
+    """What was followed."""
+
+    texts: Mapping[str, TrackedText]  #: by slug

@@ -1,0 +1,197 @@
+"""The stage ``track``: texts followed through the layers, one after the other, and the page that shows them.
+
+A text is a part in the sense of ``causal.parts``: its results are in ``<slug>.json``, what the page shows of it in
+``<slug>-cells.json``. ``index.html`` and ``track.txt`` have all texts.
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model
+from saejax.dictionaries.labels import Label
+from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
+from saejax.models.lens import JacobianLens, LensOutput
+from saejax.models.lens_files import load_lens
+from saejax.models.sites import Site
+from saejax.models.tokens import pad, token_text
+from saejax.track import links, terminal
+from saejax.track.firings import LayerFirings, follow
+from saejax.track.links import FeatureLinks
+from saejax.track.page import shown_text, write_page
+from saejax.track.results import LensLayers, TrackedStep, TrackedText, TrackResults
+from saejax.track.stack import Stack, open_stack
+from saejax.track.stage import TrackConfig
+from saejax.track.steps import StepFeature, only_here, step_features
+from saejax.track.tested import StepTester, tested_steps
+from saejax.track.texts import EncodedText, encode, read_problems
+from saejax.workspace import Run, read_json, write_json, write_text
+
+
+def run_track(run: Run) -> TrackResults:
+    """Follows each text, tests the features of its steps, and writes the page.
+
+    Raises:
+      UserError: texts, dictionaries, lens and model do not go together.
+    """
+    config: TrackConfig = run.configs["track"]
+    problems = {problem.slug: problem for problem in read_problems(config)}
+    model = run.configs["model"]
+
+    def begin() -> Measure:
+        lm = load_run_model(run)
+        stack = open_stack(config.dictionaries, run.inputs, lm)
+        lens = load_lens(config.lens).check(lm.config) if config.lens else None
+        tested = tested_places(stack, config)
+        texts = {slug: encode(lm, problem) for slug, problem in problems.items()}  # all, before the first is followed
+
+        def measure(slug: str, on_progress: OnProgress) -> Measured:
+            found, cells = follow_text(lm, stack, lens, texts[slug], tested, config, on_progress)
+            write_json(run.folder / f"{slug}-cells.json", cells)
+            return Measured(found, terminal.line(found))
+
+        return measure
+
+    texts = each_part(run, list(problems), begin, TrackedText, unit="steps")
+    results = TrackResults(texts)
+    cells = {slug: read_json(run.folder / f"{slug}-cells.json") for slug in texts}
+    write_page(run.folder / "index.html", results, cells, model.path)
+    write_text(run.folder / "track.txt", terminal.written(results, cells, colour=False))
+    run.say(terminal.written(results, cells, colour=terminal.wants_colour(sys.stdout)))
+    run.say(f"open {run.folder / 'index.html'}")
+    return results
+
+
+def tested_places(stack: Stack, config: TrackConfig) -> list[int]:
+    """The places in the stack of the dictionaries whose features are removed.
+
+    Raises:
+      UserError: a layer has no dictionary.
+    """
+    layers = [each.layer for each in stack.layers]
+    for layer in config.test_layers:
+        if layer not in layers:
+            raise UserError(
+                f"--track.test_layers={layer}: there is no dictionary of layer {layer}: expected of {layers}"
+            )
+    return [layers.index(layer) for layer in config.test_layers] or [len(layers) // 2]
+
+
+def follow_text(
+    lm: LanguageModel,
+    stack: Stack,
+    lens: JacobianLens | None,
+    text: EncodedText,
+    tested: Sequence[int],
+    config: TrackConfig,
+    on_progress: OnProgress,
+) -> tuple[TrackedText, dict[str, Any]]:
+    """Follows one text.
+
+    Args:
+      lm, stack, lens: with what; ``lens``: None for the logit lens alone.
+      text: the text.
+      tested: places in the stack of the dictionaries whose features are removed.
+      config: of the stage.
+      on_progress: called with the tests of steps done and of all; may raise to stop.
+
+    Returns:
+      The results, and what the page shows, as JSON.
+    """
+    start = time.monotonic()
+    firings = follow(lm, stack, text.ids_T)
+    shown = [one.strongest(config.top) for one in firings]
+    readings = _read(lm, text, lens, config.seed)
+    answer = int(readings["logit"].ids_LxBxTxC[-1, 0, text.position, 0]) if text.answer is None else text.answer
+    found = _links(lm, stack, text, answer, shown, config)
+    chosen = [step_features(one, text.segment_T, config.step_features) for one in firings]
+    testers = {place: _tester(lm, stack, place, text, config) for place in tested}
+    numbers = {place: [[one.feature for one in part] for part in chosen[place]] for place in tested}
+    tests, untested = tested_steps(testers, text, numbers, config, on_progress)
+    sites = [str(each.reads) for each in stack.layers]
+    alone = {place: only_here(firings[place], text.segment_T, config.seed) for place in tested}
+    steps = tuple(
+        TrackedStep(
+            part.name,
+            part.text,
+            part.start,
+            part.stop,
+            {sites[place]: (float(own[number]), float(shifted[number])) for place, (own, shifted) in alone.items()},
+            {sites[place]: tests[place, number] for place in tested if (place, number) in tests},
+            {sites[place]: untested[place, number] for place in tested if (place, number) in untested},
+        )
+        for number, part in enumerate(text.segments)
+    )
+    lenses = {name: _layers(reading, text, answer) for name, reading in readings.items()}
+    as_text = token_text(lm.tokenizer)
+    results = TrackedText(
+        tokens=len(text.ids_T),
+        answer=as_text(answer),
+        position=text.position,
+        sites=tuple(sites),
+        steps=steps,
+        lenses=lenses,
+        link_kind=found.kind,
+        links=len(found.links),
+        random_links=found.random,
+        seconds=round(time.monotonic() - start, 2),
+    )
+    cells = shown_text(stack, text, shown, found, chosen, readings, as_text, labels_of_shown(stack, shown, chosen))
+    return results, cells
+
+
+def _tester(lm: LanguageModel, stack: Stack, place: int, text: EncodedText, config: TrackConfig) -> Any:
+    each = stack.layers[place]
+    writes = Site.parse(each.config.target or each.config.site)
+    return lambda: StepTester(lm, each.load(), each.reads, writes, text, config)
+
+
+def _read(lm: LanguageModel, text: EncodedText, jacobian: JacobianLens | None, seed: int) -> dict[str, LensOutput]:
+    """What the lenses read; of the answer, or where none was given of the model's own."""
+    tokens = pad([text.ids_T.tolist()])
+    answer = text.answer
+    if answer is None:
+        last = lm.lens(tokens, top=1, seed=seed)
+        answer = int(last.ids_LxBxTxC[-1, 0, text.position, 0])
+    given = {"logit": None} | ({"jacobian": jacobian} if jacobian is not None else {})
+    return {name: lm.lens(tokens, one, answers=[answer], top=3, seed=seed) for name, one in given.items()}
+
+
+def _links(
+    lm: LanguageModel, stack: Stack, text: EncodedText, answer: int, shown: Sequence[LayerFirings], config: TrackConfig
+) -> FeatureLinks:
+    if stack.transcoders is None:
+        return links.geometry(stack, shown, config.seed)
+    return links.attribution(lm, stack.transcoders, text.ids_T[: text.position + 1], answer, shown)
+
+
+def _layers(reading: LensOutput, text: EncodedText, answer: int) -> LensLayers:
+    """What a lens says of the answer at its position, and how often it says what the model says."""
+    at = text.position
+    own_T = reading.ids_LxBxTxC[-1, 0, :, 0]
+
+    def agreement(ids_LxBxTxC: np.ndarray) -> tuple[float, ...]:
+        return tuple((ids_LxBxTxC[:, 0, :, 0] == own_T).mean(axis=1).tolist())
+
+    return LensLayers(
+        answer=tuple(np.exp(reading.answer_logp_LxBxTxN[:, 0, at, 0]).tolist()),
+        rank=tuple(reading.answer_rank_LxBxTxN[:, 0, at, 0].tolist()),
+        control=tuple(np.exp(reading.control.answer_logp_LxBxTxN[:, 0, at, 0]).tolist()),
+        agreement=agreement(reading.ids_LxBxTxC),
+        control_agreement=agreement(reading.control.ids_LxBxTxC),
+    )
+
+
+def labels_of_shown(
+    stack: Stack, shown: Sequence[LayerFirings], chosen: Sequence[Sequence[Sequence[StepFeature]]]
+) -> list[Mapping[int, Label]]:
+    """The labels of the features that are shown, of each dictionary."""
+    found = []
+    for each, cells, parts in zip(stack.layers, shown, chosen, strict=True):
+        features = {*cells.feature_A.tolist(), *(one.feature for part in parts for one in part)}
+        found.append({feature: each.labels[feature] for feature in sorted(features) if feature in each.labels})
+    return found

@@ -1,0 +1,138 @@
+"""The dictionaries that a text is followed through: at most one of each layer, loaded one at a time."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from saejax.attribution.local.dictionaries import check_dictionary
+from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
+from saejax.dictionaries import Dictionary, load_dictionary, stacks
+from saejax.dictionaries.description import DictionaryConfig
+from saejax.dictionaries.formats import SET, folders_of, read_config
+from saejax.dictionaries.labels import Label, labels_of
+from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
+from saejax.models.sites import KINDS, Site
+from saejax.stage import is_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDictionary:
+    """The dictionary of a layer.
+
+    Attributes:
+      name: what is said of it, such as "topk/resid_post.3".
+      config: what it is.
+      load: loads it.
+      atlas: the page that shows its features; None where there is none.
+      labels: what its features are called.
+    """
+
+    name: str
+    config: DictionaryConfig
+    load: Callable[[], Dictionary]
+    atlas: Path | None
+    labels: Mapping[int, Label]
+
+    @property
+    def reads(self) -> Site:
+        """The site that it reads."""
+        return Site.parse(self.config.site)
+
+    @property
+    def layer(self) -> int:
+        """The layer of that site."""
+        return self.reads.layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Dictionaries in the order of layers, and all layers' transcoders as a set where they are that."""
+
+    layers: tuple[LayerDictionary, ...]
+    transcoders: LayerTranscoders | None
+
+
+def open_stack(names: Sequence[str], units: Mapping[str, Path], model: LanguageModel) -> Stack:
+    """The dictionaries that a flag names.
+
+    Args:
+      names: trained stacks ("topk"), members ("topk/resid_post.3"), or folders.
+      units: folders of the train units that are read, such as that of "train/topk".
+      model: that they are of.
+
+    Raises:
+      UserError: one does not exist, is of another model or of a layer that the model does not have, or two are of one
+        layer.
+    """
+    found: dict[int, LayerDictionary] = {}
+    for name in names:
+        for each in _of_name(name, units):
+            each.reads.check(model.config)
+            check_dictionary(each.config, model, f"--track.dictionaries: {each.name}")
+            if each.layer in found:
+                raise UserError(
+                    f"--track.dictionaries: {found[each.layer].name} and {each.name} are both of layer {each.layer}: "
+                    "name one of each layer, such as the members of a stack by themselves"
+                )
+            found[each.layer] = each
+    layers = tuple(found[layer] for layer in sorted(found))
+    whole = len(names) == 1 and len(layers) == model.config.n_layers
+    transcoders = None
+    if whole and all((each.config.site, each.config.target) == _of_mlp(each.layer) for each in layers):
+        path = names[0] if is_folder(names[0]) else str(units[f"train/{names[0]}"])
+        transcoders = open_transcoders(path).check(model)
+    return Stack(layers, transcoders)
+
+
+def _of_mlp(layer: int) -> tuple[str, str]:
+    """What the transcoder of a layer reads and predicts."""
+    return f"mlp_in.{layer}", f"mlp_out.{layer}"
+
+
+def _of_name(name: str, units: Mapping[str, Path]) -> list[LayerDictionary]:
+    flag = "--track.dictionaries"
+    if is_folder(name):
+        folder, kind, member = Path(name), Path(name).name, ""
+        if (folder / SET).exists():
+            return _of_set(folder)
+    else:
+        kind, member = stacks.kind_and_member(name)
+        folder = units[f"train/{kind}"]
+        if member:
+            stacks.check_member(name, [entry.name for entry in stacks.members(folder)], flag)
+    try:
+        places = folders_of(folder / member)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+    found = []
+    for place in places:
+        inside = place.relative_to(folder).as_posix()
+        own = stacks.full_name(kind, "" if inside == "." else inside)
+        workdir = folder.parent.parent
+        page = workdir / "atlas" / own / "index.html"
+        found.append(
+            LayerDictionary(
+                own,
+                read_config(place),
+                lambda place=place: load_dictionary(place),  # type: ignore[misc]
+                page if page.exists() else None,
+                labels_of(workdir, own),
+            )
+        )
+    return sorted(found, key=lambda each: (each.layer, KINDS.index(each.reads.kind)))
+
+
+def _of_set(folder: Path) -> list[LayerDictionary]:
+    """The transcoders of a circuit-tracer set."""
+    opened = open_transcoders(folder)
+    if opened.reads != "mlp_in":
+        raise UserError(
+            f"{folder}: transcoders that read before the norm's gain cannot be followed: use experiments.attribute"
+        )
+
+    def one(layer: int, config: DictionaryConfig) -> LayerDictionary:
+        name = f"{folder.name}/{layer}"
+        return LayerDictionary(name, config, lambda: opened.load(layer), None, {})
+
+    return [one(layer, config) for layer, config in enumerate(opened.configs)]

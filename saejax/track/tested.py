@@ -1,0 +1,271 @@
+"""Whether the features of a step matter to it: they are removed in the step, beside sets matched to them.
+
+The step's features are set to zero at its own tokens, at one layer, and the log-likelihood of each of the step's tokens
+but the first (which is predicted before the step begins) is compared with that of the model as it is. The answer is
+that of ``causal.claims``: tokens stand for prompts, log-likelihood for the logit difference, and the share of tokens
+that are the likeliest for accuracy; Holm's correction is over all steps of a text and all layers that are tested.
+Features are chosen by where they fire, not by what removing them costs, so all tokens judge; the matched ones fire as
+often, as strongly and as late in the step, and are none of them.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.causal import controls
+from saejax.causal.claims import Rule, SetEffects, blocks, claims, settled_no
+from saejax.causal.controls import FeatureStatistics, TooFewControls
+from saejax.causal.results import ControlMatch
+from saejax.causal.split import active_features, record, run_head
+from saejax.dictionaries import Dictionary
+from saejax.dictionaries.matmul import matmul
+from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.models.language_model import LanguageModel
+from saejax.models.sites import Site
+from saejax.models.split import SplitPoint
+from saejax.models.tree import Past, Tree
+from saejax.parallel import sharding, to_host
+from saejax.tasks.likelihood import token_scores
+from saejax.track.results import StepTest
+from saejax.track.stage import TrackConfig
+from saejax.track.texts import EncodedText, Segment
+
+_ROWS = {"cpu": 32}  # sets that are removed at once; the first block of draws and the clean run just fit
+_MANY = 256  # the same on accelerators
+_WINDOW, _POOL = 8, 64  # windows and features are filled up to a multiple of these, so that few programs are compiled
+_SPARE = 4  # sets drawn for each that is kept: those that change the site most nearly as much as the tested one
+
+Key = tuple[int, int]  # place of the dictionary in the stack, place of the segment
+
+
+class StepTester:
+    """The steps of one text, tested at one layer.
+
+    Args:
+      lm: the model.
+      dictionary: whose features are removed.
+      reads, writes: the sites that it reads and writes; the same for an SAE.
+      text: what is followed.
+      config: of the stage.
+
+    Raises:
+      UserError: the site's value is not finite.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        dictionary: Dictionary,
+        reads: Site,
+        writes: Site,
+        text: EncodedText,
+        config: TrackConfig,
+    ):
+        self._lm, self._text, self._config = lm, text, config
+        self._dictionary = jax.device_put(dictionary, sharding(lm.mesh))
+        self._point = SplitPoint(lm.config, writes, reads, lm.mesh, lm.rules)
+        length = len(text.ids_T)
+        padded = -(-length // 16) * 16
+        ids_1xT = np.pad(text.ids_T, (0, padded - length))[None].astype(np.int32)
+        last_1, wanted_1xT = np.array([length - 1]), np.ones(ids_1xT.shape, bool)
+        *head, finite_1 = run_head(self._point, "keep", lm.params, self._dictionary, ids_1xT, last_1, wanted_1xT)
+        if not np.asarray(finite_1).all():
+            raise UserError(f"the value of {writes} is not finite on {text.problem.slug}: try --model.dtype=float32")
+        self._stream, self._value, read_1xTxD, domain_1xT = head
+        _, self._past = record(self._point, lm.params, self._stream, self._value, last_1)
+        f_1xTxF = active_features(self._dictionary, read_1xTxD, domain_1xT)
+        self._f_TxF = np.asarray(jnp.where(self._dictionary.fires(f_1xTxF), f_1xTxF, 0.0))[0, :length]
+
+    def test(self, step: Segment, features: Sequence[int], draws: int, rule: Rule) -> tuple[SetEffects, ControlMatch]:
+        """What removing features in a step costs its tokens, and what matched sets cost.
+
+        Raises:
+          TooFewControls: too few other features fire in the step.
+          UserError: none of the features fires there, or it has one token.
+        """
+        config = self._config
+        f_WxF = self._f_TxF[step.start : step.stop - 1]  # at the last token nothing of the step is predicted
+        if not len(f_WxF):
+            raise UserError("it has one token")
+        statistics = self._statistics(f_WxF)
+        firing = statistics.firing(features)
+        if not firing:
+            raise UserError("none of its features fires before its last token")
+        seed = [config.seed, step.start, self._point.site.layer]
+        matches = controls.fitting_matches(statistics, firing, config.matches)
+        drawn_NxC = controls.draw_controls(statistics, firing, _SPARE * draws, matches, seed, "lower --track.matches")
+        pool_K = np.unique([*firing, *drawn_NxC.ravel().tolist()])
+        W_dec_KxD = to_host(self._dictionary.W_dec_FxD[...])[pool_K].astype(np.float64)
+        change_KxK = (f_WxF[:, pool_K].T.astype(np.float64) @ f_WxF[:, pool_K]) * (W_dec_KxD @ W_dec_KxD.T)
+        own = float(controls.joint_size(change_KxK, pool_K, [firing])[0])
+        size_N = controls.joint_size(change_KxK, pool_K, drawn_NxC.tolist())
+        kept_N = controls.nearest_in_size(size_N, own, draws)
+        sets_NxC = drawn_NxC[kept_N]
+        ratio = float(np.median(size_N[kept_N]) / own) if own else None
+        match = ControlMatch(**controls.match_ratios(statistics, firing, sets_NxC), size_ratio=ratio)
+        return self._effects(step, firing, sets_NxC, pool_K, draws, rule, statistics, matches), match
+
+    def _effects(
+        self,
+        step: Segment,
+        firing: Sequence[int],
+        sets_NxC: np.ndarray,
+        pool_K: np.ndarray,
+        draws: int,
+        rule: Rule,
+        statistics: FeatureStatistics,
+        matches: int,
+    ) -> SetEffects:
+        """Runs the matched sets block by block, until all are run or none could change a no."""
+        score = functools.partial(self._scores, step, pool_K)
+        disjoint, parts = controls.disjoint_sets(statistics, firing, matches), []
+        for block in blocks(draws):
+            first: list[Sequence[int]] = [] if parts else [(), firing]
+            parts.append(score([*first, *sets_NxC[block].tolist()]))
+            (clean_P, own_P, *_), (right_P, own_right_P, *_) = parts[0]
+            logp_NxP, hits_NxP = (np.concatenate(part)[2:] for part in zip(*parts, strict=True))
+            if not np.isfinite(logp_NxP).all() or not np.isfinite([clean_P, own_P]).all():
+                raise UserError("log-likelihoods are not finite: try --model.dtype=float32")
+            drops = clean_P - own_P, right_P - own_right_P, clean_P - logp_NxP, right_P - hits_NxP
+            found = SetEffects(*drops, np.arange(len(clean_P)), disjoint)
+            if settled_no(found, draws, rule):
+                break
+        return found
+
+    def _statistics(self, f_WxF: np.ndarray) -> FeatureStatistics:
+        """How often, how strongly and how late features fire in a step."""
+        fires_WxF = f_WxF != 0
+        place_W = np.arange(len(f_WxF), 0, -1)
+        norm_F = np.linalg.norm(to_host(self._dictionary.W_dec_FxD[...]).astype(np.float64), axis=1)
+        part = len(f_WxF), fires_WxF.sum(axis=0), np.abs(f_WxF).sum(axis=0, dtype=np.float64), place_W @ fires_WxF
+        return FeatureStatistics.total([part], norm_F)
+
+    def _scores(
+        self, step: Segment, pool_K: np.ndarray, sets: Sequence[Sequence[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log-likelihood of the step's tokens but the first without each set, and which are the likeliest, [N, P]."""
+        count = step.stop - step.start - 1
+        window, pool = -(-count // _WINDOW) * _WINDOW, -(-len(pool_K) // _POOL) * _POOL
+        padded_K = np.pad(pool_K, (0, pool - len(pool_K)), mode="edge")
+        removed_WxK = np.zeros((window, pool), np.float32)
+        removed_WxK[:count] = self._f_TxF[step.start : step.start + count][:, padded_K]
+        targets_W: np.ndarray = np.zeros(window, np.int32)
+        targets_W[:count] = self._text.ids_T[step.start + 1 : step.stop]
+        shards = self._lm.mesh.shape["data"]
+        rows = -(-_ROWS.get(self._lm.mesh.devices.flat[0].platform, _MANY) // shards) * shards
+        found = []
+        for first in range(0, len(sets), rows):
+            members_RxK = np.zeros((rows, pool), bool)
+            for row, features in zip(members_RxK, sets[first : first + rows], strict=False):
+                row[np.searchsorted(pool_K, np.asarray(features, np.int64))] = True
+            given = self._stream, self._value, self._past, removed_WxK, padded_K, members_RxK
+            start = np.int32(step.start)
+            logp_RxW, hits_RxW = _run(self._point, self._lm.params, self._dictionary, *given, targets_W, start)
+            kept = slice(0, len(sets) - first)
+            found.append([np.asarray(part, np.float64)[kept, :count] for part in (logp_RxW, hits_RxW)])
+        logp, hits = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return logp, hits
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(
+    point: SplitPoint,
+    params: decoder.Params,
+    dictionary: Dictionary,
+    stream_1xTxD: jax.Array,
+    value_1xTxD: jax.Array,
+    past: Past,
+    removed_WxK: jax.Array,
+    features_K: jax.Array,
+    members_RxK: jax.Array,
+    targets_W: jax.Array,
+    start: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Rows of W tokens from ``start`` on, each without a set of features: its tokens' scores, both [R, W]."""
+    rows, window = len(members_RxK), len(removed_WxK)
+    shards = point.mesh.shape["data"]
+    tree = Tree.unshared(jnp.zeros(rows, jnp.int32), jnp.full(rows, start), window, shards)
+    at_W = jnp.minimum(start + jnp.arange(window), stream_1xTxD.shape[1] - 1)
+    W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
+    removed_RxWxK = removed_WxK[None] * members_RxK[:, None, :]
+    changed_RxWxD = matmul(removed_RxWxK.astype(W_dec_KxD.dtype), W_dec_KxD)
+    value_1xWxD = value_1xTxD[:, at_W]
+    edited_RxWxD = (value_1xWxD.astype(changed_RxWxD.dtype) - changed_RxWxD).astype(value_1xWxD.dtype)
+    stream_RxWxD = jnp.broadcast_to(stream_1xTxD[:, at_W], edited_RxWxD.shape)
+    flat = (array.reshape(shards, -1, array.shape[-1]) for array in (stream_RxWxD, edited_RxWxD))
+    x = point.tail_of_tree(params, past, tree, *flat).reshape(edited_RxWxD.shape)
+    positions_RxW, targets_RxW = (jnp.tile(each[None], (rows, 1)) for each in (jnp.arange(window), targets_W))
+    return token_scores(point.config, params, x, positions_RxW, targets_RxW)
+
+
+def judged(effects: Mapping[Key, tuple[Sequence[int], SetEffects, ControlMatch]], rule: Rule) -> dict[Key, StepTest]:
+    """What the rule says of all steps of a text that were tested.
+
+    Args:
+      effects: of each the features that were removed, what that cost, and how well the others matched.
+      rule: its numbers.
+    """
+    said = claims({f"{place}/{segment}": part for (place, segment), (_, part, _) in effects.items()}, rule)
+    return {
+        (place, segment): StepTest(
+            features=tuple(features),
+            tokens=len(part.drop_P),
+            drop=float(part.drop_P.mean()),
+            matched_drop=float(part.draw_drop_NxP.mean()),
+            lost=float(part.lost_P.mean()),
+            matched_lost=float(part.draw_lost_NxP.mean()),
+            claim=said[f"{place}/{segment}"],
+            match=match,
+        )
+        for (place, segment), (features, part, match) in effects.items()
+    }
+
+
+def draws_for(config: TrackConfig, tests: int) -> int:
+    """How many draws, so that a step could pass at all."""
+    return max(config.draws, Rule().least_draws(tests))
+
+
+def tested_steps(
+    testers: Mapping[int, Callable[[], StepTester]],
+    text: EncodedText,
+    chosen: Mapping[int, Sequence[Sequence[int]]],
+    config: TrackConfig,
+    on_step: Callable[[int, int], None],
+) -> tuple[dict[Key, StepTest], dict[Key, str]]:
+    """Tests every step at every layer that is to be tested.
+
+    Args:
+      testers: place of the dictionary in the stack -> makes its tester.
+      text: what is followed.
+      chosen: place -> the features of each segment.
+      config: of the stage.
+      on_step: called with the tests done and of all; may raise to stop.
+
+    Returns:
+      What was found, and why others could not be tested.
+    """
+    total, done, rule = len(testers) * len(text.steps), 0, Rule()
+    draws = draws_for(config, total)
+    effects: dict[Key, tuple[Sequence[int], SetEffects, ControlMatch]] = {}
+    untested: dict[Key, str] = {}
+    on_step(0, total)
+    for place, make in testers.items():
+        tester = make()
+        for segment in range(text.first, len(text.segments)):
+            features = chosen[place][segment]
+            try:
+                if not features:
+                    raise UserError("no feature belongs to it")
+                effects[place, segment] = features, *tester.test(text.segments[segment], features, draws, rule)
+            except TooFewControls as few:
+                untested[place, segment] = few.fact
+            except UserError as error:
+                untested[place, segment] = str(error)
+            done += 1
+            on_step(done, total)
+    return judged(effects, rule), untested

@@ -1,0 +1,62 @@
+"""Whether shared features have the same effects: removed one by one by ``ablate``, in each dictionary by itself."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from saejax.causal.ablate.importance import Importance, importance_file
+from saejax.causal.ablate.results import AblateResults, MatchedDrops
+from saejax.causal.stability import Matches, compare
+from saejax.errors import UserError
+from saejax.results import load_results
+from saejax.stage import is_folder
+from saejax.transfer.chains import Link
+from saejax.transfer.compared import Compared
+
+_FLAG = "--transfer.ablations"
+
+
+class RemovalEffects:
+    """What removing features costs each behaviour.
+
+    Args:
+      folders: of the ablate unit of each dictionary that has one, by its place.
+      behaviours: of each, those that were measured.
+    """
+
+    def __init__(self, folders: Mapping[int, Path], behaviours: Mapping[int, Sequence[str]]):
+        self._behaviours = behaviours
+        self._of = functools.cache(lambda place, name: Importance.load(importance_file(folders[place], name)))
+
+    def compared(self, first: int, second: int, link: Link, seed: int) -> dict[str, MatchedDrops] | None:
+        """Whether features that two dictionaries share cost the same, by behaviour; None where it is not known."""
+        if not {first, second} <= self._behaviours.keys():
+            return None
+        has = (link.partner_F >= 0).nonzero()[0]
+        matches = Matches(has, link.partner_F[has], link.value_F[has])
+        common = [name for name in self._behaviours[first] if name in self._behaviours[second]]
+        return {name: compare(self._of(first, name), self._of(second, name), matches, seed=seed) for name in common}
+
+
+def load_effects(ablations: Sequence[str], compared: Sequence[Compared]) -> RemovalEffects:
+    """Finds the dictionary of each ablate unit.
+
+    Raises:
+      UserError: a folder is no ablate unit that measured all effects, or its dictionary is not compared.
+    """
+    folders: dict[int, Path] = {}
+    behaviours: dict[int, list[str]] = {}
+    for folder in map(Path, ablations):
+        results = load_results(folder)
+        if not isinstance(results, AblateResults):
+            raise UserError(f"{_FLAG}={folder} is no ablate unit: name one, such as runs/demo/ablate/topk")
+        name = results.dictionary
+        own = Path(name) if is_folder(name) else folder.absolute().parent.parent / "train" / name
+        places = [place for place, one in enumerate(compared) if one.folder.resolve() == own.resolve()]
+        if not places:
+            raise UserError(f"{_FLAG}={folder} tested {own}, which --transfer.dictionaries does not name: add it")
+        measured = [name for name in results.behaviours if importance_file(folder, name).exists()]
+        if not measured:
+            raise UserError(f"{folder} has no effects of all features: run ablate with --ablate.effects=all")
+        folders[places[0]], behaviours[places[0]] = folder, measured
+    return RemovalEffects(folders, behaviours)

@@ -1,0 +1,90 @@
+"""Text that models read together: how each splits it into tokens, and which tokens of two models end at one place.
+
+Models with one tokenizer share all tokens. With different ones, tokens are a pair if they end after the same character
+of the same text: then both models have read the same text when they are there. Ends need no search and no rule for
+blanks before words, which some tokenizers give to the word and some do not. Of several tokens that end at one place,
+parts of a character, the last is taken, which has read the whole of it. Special tokens end nowhere.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax.activations.documents import front_tokens
+from saejax.errors import UserError
+from saejax.models.tokens import token_text
+
+_CHARACTERS = 5  # of text for each token that is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadText:
+    """Texts as one model reads them; N tokens, special ones left out.
+
+    Attributes:
+      pieces: token ids of each piece that goes through the model, special tokens in front.
+      front: how many of these there are.
+      text_N, end_N: the text that each token is of, and after how many of its characters it ends; int64.
+    """
+
+    pieces: tuple[np.ndarray, ...]
+    front: int
+    text_N: np.ndarray
+    end_N: np.ndarray
+
+
+def first_texts(texts: Sequence[str], tokens: int) -> list[str]:
+    """The first texts of a list, of about so many tokens together, however a model reads them; one at least."""
+    ends = np.cumsum([len(text) for text in texts])
+    return list(texts[: int(np.searchsorted(ends, _CHARACTERS * tokens)) + 1])
+
+
+def read_text(tokenizer: Any, texts: Sequence[str], context: int) -> ReadText:
+    """Splits texts into tokens and these into pieces.
+
+    Args:
+      tokenizer: of the model.
+      texts: any number.
+      context: tokens of a piece at most, special ones included.
+
+    Raises:
+      UserError: the tokenizer does not say where its tokens stand.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            "this model's tokenizer does not say where tokens stand in a text: its features are not compared"
+        )
+    front = front_tokens(tokenizer)
+    as_text, size = token_text(tokenizer), max(context - len(front), 1)
+    pieces, text_N, end_N = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for number, text in enumerate(texts):
+        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, ends = read["input_ids"], [end for _, end in read["offset_mapping"]]
+        ends = [_whole_end(text, end, as_text(one)) for one, end in zip(ids, ends, strict=True)]
+        pieces += [np.array([*front, *ids[i : i + size]], np.int32) for i in range(0, len(ids), size)]
+        text_N.append(np.full(len(ids), number))
+        end_N.append(np.array(ends, np.int64))
+    return ReadText(tuple(pieces), len(front), np.concatenate(text_N), np.concatenate(end_N))
+
+
+def _whole_end(text: str, end: int, token: str) -> int:
+    """Where a token ends; byte-level tokenizers leave blanks at its end out of what they say."""
+    blanks = token[len(token.rstrip()) :]
+    left_out = token.strip() and blanks and not text[:end].endswith(blanks) and text[end:].startswith(blanks)
+    return end + len(blanks) if left_out else end
+
+
+def aligned(first: ReadText, second: ReadText) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of two models that end at the same places, as indices among the tokens of each, in their order."""
+    (key_U, at_U), (other_V, at_V) = _places(first), _places(second)
+    _, own_N, others_N = np.intersect1d(key_U, other_V, assume_unique=True, return_indices=True)
+    return at_U[own_N], at_V[others_N]
+
+
+def _places(read: ReadText) -> tuple[np.ndarray, np.ndarray]:
+    """The places at which tokens end, each once, and the last token that ends there."""
+    key_N = read.text_N << 32 | read.end_N
+    key_U, from_back_U = np.unique(key_N[::-1], return_index=True)
+    return key_U[key_U & (2**32 - 1) > 0], (len(key_N) - 1 - from_back_U)[key_U & (2**32 - 1) > 0]

@@ -1,0 +1,189 @@
+"""The bundle for Neuronpedia and the files for viewers, against the published columns and schema."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import write_members
+
+sys.path += [str(Path(__file__).parent.parent / name) for name in ("dictionaries", "interpret")]
+import known_dictionaries as known
+from made_up_records import BAD, made_up_record
+
+from saejax.activations import store as activation_store
+from saejax.attribution.forms.neuronpedia import cantor_unpair
+from saejax.dictionaries import save_dictionary
+from saejax.dictionaries.labels import FOUND, Label
+from saejax.errors import UserError
+from saejax.export.run import run_export
+from saejax.results import to_json
+from saejax.settings import ExportConfig
+from saejax.workspace import STARTED, Run, write_json
+
+# Columns of prisma/schema.prisma that a row must give, with their types, and those that it may give.
+NUMBER = (int, float)
+REQUIRED = dict(
+    release=dict(name=str, description=str, creatorName=str, creatorId=str),
+    model=dict(id=str, creatorId=str, layers=int, neuronsPerLayer=int, owner=str),
+    sourceset=dict(modelId=str, name=str, description=str, creatorName=str, creatorId=str),
+    source=dict(id=str, modelId=str, setName=str, creatorId=str),
+    features=dict(modelId=str, layer=str, index=str),
+    activations=dict(
+        id=str, tokens=[str], index=str, layer=str, modelId=str, maxValue=NUMBER, maxValueTokenIndex=int,
+        minValue=NUMBER, values=[NUMBER], creatorId=str,
+    ),
+    explanations=dict(id=str, modelId=str, layer=str, index=str, description=str, authorId=str),
+)  # fmt: skip
+OPTIONAL = dict(
+    release=dict(urls=[str], visibility=str, descriptionShort=str),
+    model=dict(displayName=str, displayNameShort=str, instruct=bool, visibility=str),
+    sourceset=dict(urls=[str], releaseName=str, visibility=str, hasGraphs=bool),
+    source=dict(num_prompts=int, visibility=str),
+    features=dict(
+        creatorId=str, sourceSetName=str, maxActApprox=NUMBER, frac_nonzero=NUMBER, pos_str=[str], pos_values=[NUMBER],
+        neg_str=[str], neg_values=[NUMBER], freq_hist_data_bar_heights=[NUMBER], freq_hist_data_bar_values=[NUMBER],
+        logits_hist_data_bar_heights=[NUMBER], logits_hist_data_bar_values=[NUMBER], neuron_alignment_indices=[int],
+        neuron_alignment_values=[NUMBER], neuron_alignment_l1=[NUMBER], topkCosSimIndices=[int],
+        topkCosSimValues=[NUMBER], hasVector=bool, vector=[NUMBER], vectorDefaultSteerStrength=NUMBER, hookName=str,
+    ),
+    activations=dict(qualifyingTokenIndex=int, dataIndex=str, binMin=NUMBER, binMax=NUMBER, binContains=NUMBER),
+    explanations=dict(notes=str),
+)  # fmt: skip
+# feature-details-schema.json: what a viewer's file must have.
+FEATURE = dict(index=NUMBER, examples_quantiles=[dict], top_logits=[str], bottom_logits=[str])
+QUANTILE, EXAMPLE = dict(quantile_name=str, examples=[dict]), dict(tokens_acts_list=[NUMBER], tokens=[str])
+
+
+def fits(row, columns):
+    """Whether every column is there, of its type."""
+    for name, kind in columns.items():
+        items, kind = (row[name], kind[0]) if isinstance(kind, list) else ([row[name]], kind)
+        assert all(isinstance(one, kind) and (kind is bool or type(one) is not bool) for one in items), (name, items)
+        if kind is str:
+            assert all("\0" not in one and one.encode() is not None for one in items)
+
+
+def lines(path):
+    data = path.read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()]
+
+
+def record(feature, fires):
+    """With a token of no text, and one of NUL."""
+    one = made_up_record(feature, fires)
+    if fires:
+        one["examples"][0]["tokens"][:2] = ["\0", ""]
+    return one
+
+
+def made(tmp_path, members=("",), **settings):
+    """A run of the stage on made-up units of transcoders or SAEs, by member."""
+    names = [member or "resid_post.3" for member in members]
+    config = ExportConfig(format="neuronpedia", dictionaries=("topk",), **settings)
+    for member in members:
+        folders = [tmp_path / stage / "topk" / member for stage in ("train", "interpret", "atlas")]
+        save_dictionary(folders[0] / "dictionary", known.make("topk"))
+        (folders[1] / "features").mkdir(parents=True)
+        folders[2].mkdir(parents=True)
+        records = [record(i, fires=0 if i == 2 else 12) for i in range(known.make("topk").config.n_features)]
+        write_json(folders[1] / "features" / "00000.json", records[:3])
+        write_json(folders[1] / "features" / "00001.json", records[3:])
+        labels = {"1": Label("“ Paris”", FOUND, f1=0.9), "3": Label(f"a city {BAD}", "Ada", "seen")}
+        write_json(folders[2] / "labels.json", {key: to_json(label) for key, label in labels.items()})
+    sites = [name.split("-")[0] for name in names]
+    write_members(tmp_path / "train" / "topk", *zip(members, sites, sites, strict=True))
+    (tmp_path / "capture").mkdir()
+    manifest = dict(schema_version=activation_store.SCHEMA_VERSION, files={}, documents=dict(train=5))
+    write_json(tmp_path / "capture" / "manifest.json", manifest | dict(model=dict(name="Some/Model_1.5")))
+    folder = tmp_path / "export" / "neuronpedia-topk"
+    folder.mkdir(parents=True)
+    write_json(folder / STARTED, {})
+    units = ("train/topk", "interpret/topk", "atlas/topk", "capture")
+    inputs = {unit: tmp_path / unit for unit in units}
+    return folder, Run("export", folder.name, folder, dict(export=config), inputs, say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder, run = made(tmp_path_factory.mktemp("bundle"))
+    (member,) = run_export(run).members
+    return folder, folder / member.folder
+
+
+def test_every_row_fits_the_published_columns(bundle):
+    _, source = bundle
+    assert source.parts[-3:] == ("v1", "model-1.5", "3-res-topk")
+    for name, columns in REQUIRED.items():
+        paths = (
+            sorted((source / name).glob("batch-*.jsonl.gz")) if (source / name).is_dir() else [source / f"{name}.jsonl"]
+        )
+        assert paths
+        for path in paths:
+            rows = lines(path)
+            for row in rows:
+                assert row.keys() == rows[0].keys() == (columns | OPTIONAL[name]).keys()
+                fits(row, columns | OPTIONAL[name])
+    (about,) = lines(source / "source.jsonl")
+    (its_set,), (release,) = lines(source / "sourceset.jsonl"), lines(source / "release.jsonl")
+    assert about["setName"] == its_set["name"] == "res-topk" and its_set["releaseName"] == release["name"]
+
+
+def test_rows_hold_what_was_found(bundle):
+    _, source = bundle
+    features = [row for path in sorted((source / "features").iterdir()) for row in lines(path)]
+    assert [row["index"] for row in features] == [str(i) for i in range(len(features))]
+    assert {(row["modelId"], row["layer"]) for row in features} == {("model-1.5", "3-res-topk")}
+    W = np.asarray(known.make("topk").W_dec_FxD[...])
+    np.testing.assert_allclose([row["vector"] for row in features], W, atol=1e-6)
+    assert features[1]["neuron_alignment_indices"] == np.argsort(-W[1])[:3].tolist()
+    assert features[1]["hookName"] == "blocks.3.hook_resid_post" and features[2]["maxActApprox"] == 0
+    assert features[1]["freq_hist_data_bar_heights"] == [3, 9]
+    np.testing.assert_allclose(features[1]["freq_hist_data_bar_values"], [2**-9.25, 2**-8.75], rtol=1e-3)
+    activations = [row for path in sorted((source / "activations").iterdir()) for row in lines(path)]
+    assert len({row["id"] for row in activations}) == len(activations) == 4 * (len(features) - 1)
+    for row in activations:
+        assert len(row["tokens"]) == len(row["values"]) and all(row["tokens"]) and row["index"] != "2"
+        assert row["values"][row["maxValueTokenIndex"]] == row["maxValue"] == 2.5 and row["minValue"] == 0
+    bins = [(row["binMin"], row["binMax"], row["binContains"]) for row in activations[:4]]
+    assert bins[0] == bins[1] == (-1, 2.5, -1) and bins[3] == pytest.approx((0.9, 2.5, 0.0012))
+    explanations = [row for path in sorted((source / "explanations").iterdir()) for row in lines(path)]
+    assert [(row["index"], row["description"], row["notes"]) for row in explanations] == [
+        ("1", "“ Paris”", "by detector, F1 0.90 on held-out text"), ("3", f"a city {BAD}", "by Ada: seen"),
+    ]  # fmt: skip
+
+
+def test_viewers_files_fit_their_schema(bundle):
+    folder, _ = bundle
+    found = {int(path.stem): json.loads(path.read_text()) for path in (folder / "features" / "res-topk").iterdir()}
+    assert {(3, one["index"]) for one in found.values()} == set(map(cantor_unpair, found))
+    assert 2 not in [one["index"] for one in found.values()]  # it never fires
+    for one in found.values():
+        fits(one, FEATURE)
+        assert [group["quantile_name"] for group in one["examples_quantiles"]] == [
+            "Top activations", "90 to 100 % of firings", "0 to 10 % of firings",
+        ]  # fmt: skip
+        for group in one["examples_quantiles"]:
+            fits(group, QUANTILE)
+            for example in group["examples"]:
+                fits(example, EXAMPLE)
+                assert len(example["tokens"]) == len(example["tokens_acts_list"])
+                assert example["tokens_acts_list"][example["train_token_ind"]] == 2.5
+
+
+def test_members_of_a_sweep_are_sources_of_their_own(tmp_path):
+    folder, run = made(tmp_path, ("resid_post.3-k16", "resid_post.3-learning_rate0.01"), source_set="mine")
+    assert [member.folder for member in run_export(run).members] == [
+        "v1/model-1.5/3-mine-k16", "v1/model-1.5/3-mine-learning-rate0-01",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (folder / "features").iterdir()) == ["mine-k16", "mine-learning-rate0-01"]
+
+
+@pytest.mark.parametrize("settings", [dict(model_id="Model"), dict(model_id="m--1"), dict(source_set="Mine_1")])
+def test_names_that_neuronpedia_does_not_take_are_refused(tmp_path, settings):
+    folder, run = made(tmp_path, **settings)
+    with pytest.raises(UserError, match="Neuronpedia takes"):
+        run_export(run)
+    assert [path.name for path in folder.iterdir()] == [STARTED]

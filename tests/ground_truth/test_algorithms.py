@@ -1,0 +1,176 @@
+"""Questions of known algorithms against other ways to answer them, and the transformers trained on them."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.sparse.csgraph import shortest_path
+
+from saejax import command, load_model, load_results
+from saejax.errors import UserError
+from saejax.ground_truth.algorithms import transformer
+from saejax.ground_truth.algorithms.addition import Addition
+from saejax.ground_truth.algorithms.paths import Paths
+from saejax.ground_truth.hub_folder import save_model
+
+
+def sum_of(text):
+    """The answer's digits, lowest first, of "3 4 7 + 5 8 6 = 3"."""
+    first, second = (int(part.replace(" ", "")) for part in text.split("=")[0].split("+"))
+    return str(first + second)[::-1].ljust(4, "0")
+
+
+def test_sums_are_python_s_sums():
+    algorithm, rng = Addition(3), np.random.default_rng(0)
+    questions = algorithm.batch(300, rng)
+    for ids_T, place_N, right_NxV in zip(questions.ids_BxT, questions.place_BxN, questions.right_BxNxV, strict=True):
+        words = [algorithm.words[word] for word in ids_T]
+        assert words[0] == "<s>" and words[place_N[0]] == "="
+        answer = [algorithm.words[int(right_V.argmax())] for right_V in right_NxV]
+        assert right_NxV.sum() == 4 and "".join(answer) == sum_of(" ".join(words[1:]))
+        assert words[place_N[0] + 1 :] == answer
+    assert 0.05 < questions.fresh_B.mean() < 0.16
+
+
+def test_counterparts_of_sums_differ_in_the_carry_alone():
+    for prompt in Addition(3).prompts(20, np.random.default_rng(1)):
+        texts, place = (prompt.text, prompt.counterpart), len(prompt.text.partition("=")[2].split())
+        assert [sum_of(text)[place] for text in texts] == [prompt.correct.strip(), prompt.wrong.strip()]
+        for text in texts:
+            assert text.partition("=")[2].split() == list(sum_of(text)[:place])
+        first, second = (part.split() for part in prompt.text.split("=")[0].split("+"))
+        below = [sum(int("".join(number[3 - place :]) or 0) for number in (first, second)) >= 10**place]
+        assert dict(prompt.labels)["carry"] == ("yes" if place and below[0] else "no")
+        columns = [[text.split()[2 - place], text.split()[6 - place]] for text in texts]
+        assert place == 0 or columns[0] == columns[1]
+
+
+def graph_of(words, nodes="ABCDEF"):
+    edges = [word.split("-") for word in words if "-" in word]
+    near_NxN = np.zeros((len(nodes), len(nodes)))
+    for first, second in edges:
+        near_NxN[nodes.index(first), nodes.index(second)] = 1
+    return near_NxN, shortest_path(near_NxN, directed=False, unweighted=True)
+
+
+def next_nodes(words, nodes="ABCDEF"):
+    near_NxN, far_NxN = graph_of(words)
+    start, goal = nodes.index(words[-3][0]), nodes.index(words[-2][1])
+    near_N = (near_NxN + near_NxN.T)[start]
+    return {
+        name
+        for name, near, far in zip(nodes, near_N, far_NxN[goal], strict=True)
+        if near and far == far_NxN[start, goal] - 1
+    }
+
+
+@pytest.mark.parametrize("sort", ["next", "far"])
+def test_paths_are_scipy_s_paths(sort):
+    algorithm = Paths(6, 8)
+    questions = algorithm.draw(sort, 200, np.random.default_rng(0))
+    for ids_T, (place,), right_1xV in zip(questions.ids_BxT, questions.place_BxN, questions.right_BxNxV, strict=True):
+        words = [algorithm.words[word] for word in ids_T[1 : place + 1]]
+        right = {algorithm.words[word] for word in np.flatnonzero(right_1xV[0])}
+        far_NxN = graph_of(words)[1]
+        assert np.isfinite(far_NxN).all() and words[-1] == sort
+        if sort == "far":
+            start, goal = ("ABCDEF".index(word.strip("<>")) for word in words[-3:-1])
+            assert right == {str(int(far_NxN[start, goal]))}
+        else:
+            assert right == next_nodes(words)
+
+
+def test_counterparts_of_paths_have_the_other_answer():
+    for prompt in Paths(6, 8).prompts(10, np.random.default_rng(2)):
+        assert len(prompt.text.split()) == len(prompt.counterpart.split())
+        for text, answer in ((prompt.text, prompt.correct), (prompt.counterpart, prompt.wrong)):
+            words = text.split()
+            start, goal = ("ABCDEF".index(word.strip("<>")) for word in words[-3:-1])
+            far_N = graph_of(words)[1][start]
+            assert (
+                answer.strip() == str(int(far_N[goal])) if words[-1] == "far" else next_nodes(words) == {answer.strip()}
+            )
+        labels, far_N = (
+            dict(prompt.labels),
+            graph_of(prompt.text.split())[1]["ABCDEF".index(prompt.text.split()[-3][0])],
+        )
+        assert [labels[f"two_{name}"] == "yes" for name in "ABCDEF"] == [far == 2 for far in far_N]
+
+
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path, one_device):
+    algorithm = Addition(2)
+    fields = transformer.describe(len(algorithm.words), 32, layers=2, width=16)
+    config = transformer.read(fields)
+    params = transformer.initial(config, 0)
+    save_model(tmp_path, fields, transformer.tensors(config, params), algorithm.words)
+    model = load_model(str(tmp_path), mesh=one_device)
+    assert model.config == config and model.params.keys() == params.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(model.params[name], value, err_msg=name)
+
+
+FLAGS = {
+    "task.behaviours": "",
+    "algorithm.names": "addition",
+    "algorithm.digits": 1,
+    "algorithm.width": 32,
+    "algorithm.layers": 1,
+    "algorithm.batch": 64,
+    "algorithm.prompts": 10,
+    "algorithm.steps": 30,
+}  # fmt: skip
+
+
+def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path):
+    made = []
+    for name in ("first", "second"):
+        flags = [f"--{flag}={value}" for flag, value in FLAGS.items()]
+        assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path / name}", *flags]) == 0
+        folder = tmp_path / name / "algorithm" / "addition"
+        made.append([(folder / file).read_bytes() for file in ("model/model.safetensors", "prompts.jsonl")])
+    assert made[0] == made[1]
+    results = load_results(folder)
+    assert results.steps == 30 and results.labels == ("carry", "column")
+    # Weights of the loss are 0 for fresh questions: with nothing else there is nothing to learn.
+    algorithm, schedule = Addition(1), transformer.Schedule(10, 0.0)
+    config = transformer.read(transformer.describe(len(algorithm.words), 16, 1, 16))
+    params = transformer.initial(config, 0)
+    fresh = algorithm.fresh("addition", 8, np.random.default_rng(0))
+    _, _, loss = transformer.trainer(config, schedule)(params, schedule.optimizer().init(params), fresh)
+    assert float(loss) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--algorithm.names=paths", "--algorithm.edges=4"), "6 nodes take 5 to 15 edges"),
+        (("--algorithm.names=addition", "--algorithm.width=20"), "expected a multiple of 8"),
+    ],
+)
+def test_questions_that_cannot_be_end_in_one_line(flags, told, tmp_path, capsys):
+    assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path}", "--task.behaviours=", *flags]) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["addition", "paths"])
+def test_algorithms_are_learned_and_the_binaries_take_them(name, tmp_path):
+    flags = ["--task.behaviours=", f"--algorithm.names={name}"]
+    assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
+    unit = tmp_path / "algorithm" / name
+    results = load_results(unit)
+    assert all(share.mean >= results.wanted[sort] for sort, share in results.accuracy.items())
+    own = [
+        f"--workdir={tmp_path / 'own'}",
+        f"--model.path={unit / 'model'}",
+        "--task.behaviours=",
+        f"--task.prompts={unit / 'prompts.jsonl'}",
+    ]
+    assert command.run(["baseline"], "", ["program", *own]) == 0
+    summary = json.loads((tmp_path / "own" / "baseline" / "summary.json").read_text())
+    assert all(one["test"]["accuracy"]["mean"] > 0.9 for one in summary["results"]["behaviours"].values())
+
+
+def test_without_a_path_there_is_no_graph():
+    with pytest.raises(UserError, match="nodes without a path"):
+        Paths(6, 4)

@@ -1,0 +1,184 @@
+"""Transformers set by hand: they do what their description says, and graphs have the edges that they have."""
+
+import json
+
+import numpy as np
+import pytest
+
+from saejax import command, load_model, load_results
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.ground_truth.circuits.catalogue import CASES, make_case
+from saejax.ground_truth.circuits.dictionaries import EXACT, WRONG, _made, order
+from saejax.ground_truth.circuits.edges import Edges, aligned, circuit, known_edges, possible
+from saejax.ground_truth.circuits.graphs import judge_edges
+from saejax.ground_truth.circuits.handset import run
+from saejax.ground_truth.circuits.report import holds, line
+from saejax.ground_truth.circuits.stage import CIRCUITS
+from saejax.ground_truth.circuits.weights import checkpoint
+from saejax.ground_truth.hub_folder import save_model
+from saejax.models import source
+
+SEED = 3
+
+
+def answers(prompt):
+    return prompt.correct.strip(), prompt.wrong.strip()
+
+
+@pytest.fixture(scope="module", params=CIRCUITS)
+def known(request, tmp_path_factory, one_device):
+    """A case, and the transformer that was made of it."""
+    case, folder = make_case(request.param, 10, SEED), tmp_path_factory.mktemp("known")
+    save_model(folder, *checkpoint(case.model, SEED), list(case.model.words))
+    return case, load_model(str(folder), mesh=one_device)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_descriptions_answer_their_prompts(name):
+    case = make_case(name, 10, SEED)
+    words = list(case.model.words)
+    assert len({(prompt.behaviour, prompt.text) for prompt in case.prompts}) == len(case.prompts)
+    for prompt in case.prompts:
+        for text, sign in ((prompt.text, 1), (prompt.counterpart, -1)):
+            if text:
+                logits_V = run(case.model, text).logits_V
+                right, wrong = (logits_V[words.index(word)] for word in answers(prompt))
+                assert sign * (right - wrong) > 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_edges_and_biases_make_what_neurons_read(name):
+    """All edges of a target, and its bias, against the pre-activation that the whole run gives."""
+    case = make_case(name, 10, SEED)
+    model, prompt = case.model, case.prompts[-1]
+    found, edges = run(model, prompt.text), known_edges(model, prompt.text, *answers(prompt))
+    assert len(edges.targets) > 1
+    for target, total in zip(edges.targets[:-1], edges.weight_SxR.sum(0), strict=False):
+        layer, position, neuron = target
+        assert total + model.layers[layer].neurons[neuron].bias == pytest.approx(found.acts[layer][position, neuron])
+    words = list(model.words)
+    right, wrong = (found.logits_V[words.index(word)] for word in answers(prompt))
+    assert edges.weight_SxR[:, -1].sum() == pytest.approx(right - wrong)
+
+
+def test_a_circuit_is_what_leads_to_the_logit():
+    word, other, low, idle, logit = (-1, 1, -1), (-1, 2, -1), (0, 2, 0), (0, 2, 1), (1, 2, -1)
+    weight_SxR = np.array([[2.0, 1.0, 0.0], [0.01, 3.0, 0.0], [0.0, 0.0, -4.0], [0.0, 0.0, 0.001]])
+    edges = Edges((word, other, low, idle), (low, idle, logit), weight_SxR)
+    assert circuit(edges, 0.1) == {(word, low), (low, logit)}
+    assert circuit(edges, 1e-4) == {(word, low), (other, low), (low, logit), (word, idle), (other, idle), (idle, logit)}
+    assert possible(edges)[2].tolist() == [False, False, True]
+    assert aligned(edges, (idle, (5, 5, 5)), (logit, word)).tolist() == [[0.001, 0.0], [0.0, 0.0]]
+
+
+def test_the_transformer_is_its_description_here_and_in_transformers(known):
+    case, model = known
+    texts = list(dict.fromkeys(prompt.text for prompt in case.prompts))[:4]
+    wanted_BxV = np.stack([run(case.model, text).logits_V for text in texts])
+    tokens = model.tokenize(texts)
+    ours_BxTxV = np.asarray(model(tokens).logits_BxTxV)
+    torch_BxTxV = source.torch_logits(source.load_torch_model(model.source), tokens.ids_BxT, tokens.lengths_B)
+    for logits_BxTxV in (ours_BxTxV, torch_BxTxV):
+        np.testing.assert_allclose(logits_BxTxV[range(len(texts)), tokens.last_B], wanted_BxV, atol=2e-5)
+
+
+def test_graphs_have_the_known_edges_and_wrong_decoders_have_others(known):
+    case, model = known
+    made = [_made(case, model, layer, SEED) for layer in range(len(case.model.layers))]
+    neuron_of = {
+        (layer, feature): int(neuron)
+        for layer in range(len(made))
+        for feature, neuron in enumerate(order(case, layer, SEED))
+    }
+    prompts = [prompt for prompt in case.prompts if prompt.split == "test"][:2]
+    exact, wrong = (
+        judge_edges(model, LayerTranscoders.of([one[name] for one in made]), case.model, prompts, neuron_of)
+        for name in (EXACT, WRONG)
+    )
+    assert exact.error < 1e-5
+    assert exact.auroc.mean == exact.precision.mean == exact.recall.mean == 1
+    assert exact.replacement.mean > 0.999
+    assert wrong.error > 0.1 and wrong.recall.mean < 0.9 and wrong.replacement.mean < 0.9
+
+
+@pytest.mark.slow
+def test_the_stage_finds_what_is_known(tmp_path):
+    flags = ["--task.behaviours=", "--known.circuits=logic", "--known.prompts=30", "--known.graphs=2", "--mesh.data=8"]
+    assert command.run(["known_circuits"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
+    results = load_results(tmp_path / "known_circuits" / "logic")
+    assert holds(results) and results.logit_error < 1e-5 and results.accuracy == 1
+    exact, random = (results.sets[name].causal for name in (EXACT, "random"))
+    assert exact.interchange.mean == 1 and exact.harm == 1 and exact.harm_others == 0 and exact.probe.mean == 1
+    assert (exact.claimed, exact.idle_claimed) == (3, 0)
+    assert random.interchange.mean < 0.2 and not random.claimed
+    assert "YES" in line(dict(logic=results))
+    assert command.run(["report"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
+    assert "Circuits that are known to be there" in (tmp_path / "report" / "report.md").read_text()
+    # The other binaries take the same folders.
+    unit = tmp_path / "known_circuits" / "logic"
+    own = [
+        f"--workdir={tmp_path / 'own'}",
+        f"--model.path={unit / 'model'}",
+        "--task.behaviours=",
+        f"--task.prompts={unit / 'prompts.jsonl'}",
+        f"--probe.dictionary={unit / 'transcoders/exact/layer1'}",
+        "--probe.labels=xor_0",
+        f"--graph.transcoders={unit / 'transcoders/exact'}",
+        "--graph.behaviours=xor",
+        "--mesh.data=8",
+    ]
+    for stage in ("baseline", "probe", "attribute"):
+        assert command.run([stage], "", ["program", *own]) == 0
+    graphs = load_results(tmp_path / "own" / "attribute" / "behaviours").graphs
+    assert graphs["xor"].scores.replacement > 0.999
+    probes = load_results(tmp_path / "own" / "probe" / unit_name(unit)).labels
+    assert {one.label for one in probes} == {"xor_0"}
+
+
+def unit_name(unit):
+    from saejax.stage import folder_name
+
+    return folder_name(str(unit / "transcoders/exact/layer1"))
+
+
+def test_settings_that_cannot_be_end_in_one_line(tmp_path, capsys):
+    flags = ["program", f"--workdir={tmp_path}", "--task.behaviours=", "--known.circuits=sorting"]
+    assert command.run(["known_circuits"], "", flags) == 2
+    assert "expected one of chain, induction, logic" in capsys.readouterr().err
+
+
+def test_prompts_tell_labels_to_probes(tmp_path):
+    from saejax.errors import UserError
+    from saejax.settings import TaskConfig
+    from saejax.tasks.behaviours import read_prompts, write_prompts
+    from saejax.tasks.labels import label_prompts
+    from saejax.tasks.own_prompts import as_line, read_own_prompts
+
+    case = make_case("logic", 10, SEED)
+    save_model(tmp_path / "model", *checkpoint(case.model, SEED), list(case.model.words))
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(map(as_line, case.prompts)))
+    read = read_own_prompts(TaskConfig(behaviours=(), prompts=str(path)), tokenizer)
+    assert [prompt for prompts in read.values() for prompt in prompts] == list(case.prompts)
+    write_prompts(tmp_path / "kept.jsonl", case.prompts)
+    assert read_prompts(tmp_path / "kept.jsonl") == list(case.prompts)
+    for labelled in label_prompts("xor_0", case.prompts, [1.0] * len(case.prompts)):
+        own = [prompt for prompt in case.prompts if prompt.behaviour == labelled.behaviour]
+        bits = [prompt.text.split()[:2] for prompt in own if prompt.split == "test"]
+        names = list(labelled.classes)
+        assert [names[place] for place in labelled.test_class_M] == [str(int(a != b)) for a, b in bits]
+    with pytest.raises(UserError, match="unknown label 'xor_2'"):
+        label_prompts("xor_2", case.prompts, [1.0] * len(case.prompts))
+    bad = json.loads(as_line(case.prompts[0]))
+    for labels, told in (
+        ("yes", "is 'yes'|is yes"),
+        ({"answer": "a"}, "none of"),
+        ({"a b": "c"}, "digits and _"),
+        ({"a": 1}, "'a' is 1"),
+    ):
+        path.write_text(json.dumps(bad | dict(labels=labels)) + "\n")
+        with pytest.raises(UserError, match=told):
+            read_own_prompts(TaskConfig(behaviours=(), prompts=str(path)), tokenizer)

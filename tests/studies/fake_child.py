@@ -1,0 +1,45 @@
+"""A pipeline whose stages do nothing: what a study's child processes run in tests, without JAX."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from saejax import command, pipeline
+from saejax.errors import UserError
+
+PREFLIGHT = dict(
+    mesh=dict(devices=1, kinds=[], axes={}, processes=1), topology="", limit_bytes=1, models=[], seconds=dict(train=3.0)
+)
+
+
+def fake_stages() -> dict:
+    """The stages with ``fake_stage`` in place of their work, which read nothing from outside."""
+    changes = dict(run="fake_child:fake_stage", identity={}, unit_identity={}, results="")
+    return {name: dataclasses.replace(stage, **changes) for name, stage in pipeline.STAGES.items()}
+
+
+def fake_stage(run) -> dict:
+    """Leaves a line in a file; does what the model's revision says: fail, be killed, or take its time."""
+    unit = f"{run.stage}/{run.name}".rstrip("/")
+    with open(Path(os.environ["FAKE_RUNS"]), "a") as file:
+        file.write(json.dumps([str(run.folder), os.getpid()]) + "\n")
+    wish, _, where = run.configs["model"].revision.partition("@")
+    if unit == where and wish == "refuse":
+        raise UserError("there is no such thing")
+    if unit == where and wish == "bug":
+        raise ZeroDivisionError("a bug")
+    if unit == where and wish == "memory":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if wish == "slow":
+        time.sleep(0.3)
+    (run.folder / "out.txt").write_text(unit)
+    return PREFLIGHT if run.stage == "preflight" else dict(unit=unit)
+
+
+def main() -> None:
+    pipeline.STAGES = fake_stages()
+    command.main(list(pipeline.STAGES), "", sys.argv)

@@ -1,0 +1,33 @@
+"""A study whose units do nothing, and whose report is a line: ``python fake_study.py`` takes a study's arguments."""
+
+import sys
+from pathlib import Path
+
+import fake_child
+
+from saejax import pipeline
+from saejax.studies import report, run, study, units
+
+HERE = Path(__file__).parent
+
+
+def install(set_attribute=setattr) -> None:
+    """Puts the stand-ins in place."""
+    child = f"import sys; sys.path.insert(0, {str(HERE)!r}); import fake_child; fake_child.main()"
+    set_attribute(units, "_CHILD", child)
+    set_attribute(pipeline, "STAGES", fake_child.fake_stages())
+    set_attribute(units, "load_results", lambda folder: None)
+    set_attribute(study, "gather", lambda root, rows, states, mark: [vars(state) for state in states] + [mark])
+    set_attribute(report, "write_report", write_states)
+
+
+def write_states(root: Path, figures: list) -> None:
+    from saejax.workspace import write_json
+
+    *states, mark = figures
+    write_json(root / report.FILE, dict(fingerprint=mark, states=states))
+
+
+if __name__ == "__main__":
+    install()
+    sys.exit(run.run(sys.argv))

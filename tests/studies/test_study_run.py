@@ -1,0 +1,174 @@
+"""The units of a study: each in a process, what fails stops no other row, a killed study goes on; bad input."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import fake_study
+import pytest
+
+from saejax import pipeline
+from saejax.errors import UserError
+from saejax.studies import run
+from saejax.studies.progress import TimeToGo, duration
+from saejax.workspace import Workspace
+
+UNITS = ["preflight", "baseline", "capture", "train/topk", "evaluate/topk", "report"]
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Runs a study of rows with these revisions of a model; gives its status and the states of its units."""
+    fake_study.install(monkeypatch.setattr)
+    monkeypatch.setenv("FAKE_RUNS", str(tmp_path / "runs.jsonl"))
+
+    def go(*extra, **revisions):
+        folder = write_rows(tmp_path / "rows", revisions)
+        status = run.run(["study_run", f"--workdir={tmp_path / 'study'}", f"--rows={folder}", *extra])
+        states = json.loads((tmp_path / "study" / "study.json").read_text())["states"]
+        return status, {(state["row"], state["unit"]): state for state in states}
+
+    return go
+
+
+def write_rows(folder: Path, revisions) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, revision in revisions.items():
+        flags = ["# a row", "--task.behaviours=", "--train.kinds=topk", f"--model.revision={revision}"]
+        (folder / f"{name}.flags").write_text("\n".join(flags))
+    return folder
+
+
+def ran(tmp_path) -> list[str]:
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    return [json.loads(line)[0].removeprefix(f"{tmp_path}/study/rows/") for line in lines]
+
+
+def test_a_study_runs_every_unit_once(fake, tmp_path, capsys):
+    status, states = fake(a="main", b="main")
+    assert status == 0 and {state["state"] for state in states.values()} == {"done"}
+    others = [f"{row}/{unit}" for row in "ab" for unit in UNITS[1:]]
+    assert ran(tmp_path) == ["a/preflight", "b/preflight", *others]
+    assert "a  train/topk: started; 4 of 12 units done, " in capsys.readouterr().out
+    assert (tmp_path / "study/logs/b/train-topk.log").read_text().startswith("=== 20")
+    rules = [json.loads(line) for line in (tmp_path / "study/rules.jsonl").read_text().splitlines()]
+    assert len(rules) == 3 and not any(rule["seen"] for rule in rules)
+    assert fake(a="main", b="main")[0] == 0
+    assert len(ran(tmp_path)) == 12 and "all done before, unchanged" in capsys.readouterr().out
+    assert fake("--train.k=5", a="main", b="main")[0] == 0
+    again = Counter(name.partition("/")[2] for name in ran(tmp_path)[12:])
+    assert again == {unit: 2 for unit in ("train/topk", "evaluate/topk", "report")}
+
+
+def test_units_that_fail_stop_no_other_row(fake, capsys):
+    reasons = dict(refuse="there is no such thing", bug="ZeroDivisionError: a bug", memory="when memory runs out")
+    status, states = fake(**{wish: f"{wish}@train/topk" for wish in reasons}, well="main")
+    error = capsys.readouterr().err
+    assert status == 1 and "failed: 3 of 24 units: bug, train/topk: ZeroDivisionError: a bug (and others)" in error
+    for row, reason in reasons.items():
+        assert states[row, "capture"]["state"] == "done"
+        assert states[row, "train/topk"]["state"] == "failed" and reason in states[row, "train/topk"]["reason"]
+        assert states[row, "evaluate/topk"]["reason"] == "train/topk is not done"
+    assert all(state["state"] == "done" for (row, _), state in states.items() if row == "well")
+    status, states = fake(refuse="main", bug="main")
+    assert status == 1, "memory fails still"
+    assert {states[row, "report"]["state"] for row in ("refuse", "bug")} == {"done"}, "mended, and run again"
+
+
+def test_a_row_without_its_preflight_is_left(fake, tmp_path):
+    _, states = fake(a="refuse@preflight", b="main")
+    assert [states["a", unit]["state"] for unit in UNITS] == ["failed"] + ["not run"] * 5
+    assert [name for name in ran(tmp_path) if name.startswith("a/")] == ["a/preflight"]
+
+
+def test_a_row_whose_files_cannot_be_read(fake, monkeypatch):
+    """Found only when the unit's fingerprint is made."""
+
+    def missing(configs):
+        raise UserError("there is no model folder here")
+
+    capture = dataclasses.replace(pipeline.STAGES["capture"], identity=dict(model=missing))
+    monkeypatch.setattr(pipeline, "STAGES", pipeline.STAGES | dict(capture=capture))
+    _, states = fake(a="main")
+    assert states["a", "capture"]["reason"] == "there is no model folder here"
+    assert states["a", "baseline"]["state"] == "done" and states["a", "train/topk"]["state"] == "not run"
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "message"),
+    [
+        ({}, [], "has no file that ends in .flags"),
+        ({"a": "--train.bach=3"}, [], "row a ("),
+        ({"a": "--train.batch=0"}, [], "--train.batch is 0: expected at least 1"),
+        ({"a": ""}, ["--train.batch=0"], "--train.batch is 0: expected at least 1"),
+        ({"a": "--workdir=/tmp/x"}, [], "--workdir is no flag of a row"),
+        ({"a": ""}, ["--rows="], "--rows=FILE,FOLDER is missing"),
+        ({"a": ""}, ["--workdir="], "--workdir=DIR is missing"),
+        ({"a": ""}, ["--rows=nowhere.flags"], "--rows=nowhere.flags is no flag file"),
+        ({"a": "--flagfile=nowhere.flags"}, [], "Unable to open flagfile"),
+        ({"a": "nonsense"}, [], "row a ("),
+    ],
+)
+def test_bad_input(tmp_path, capsys, files, flags, message):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for name, text in files.items():
+        (rows / f"{name}.flags").write_text(text)
+    assert run.run(["study_run", f"--workdir={tmp_path / 'study'}", f"--rows={rows}", *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0], error
+    assert not (tmp_path / "study").exists()
+
+
+def test_two_rows_of_one_name(tmp_path, capsys):
+    for folder in ("one", "two"):
+        write_rows(tmp_path / folder, dict(a="main"))
+    rows = f"{tmp_path / 'one'},{tmp_path / 'two'}"
+    assert run.run(["study_run", f"--workdir={tmp_path / 'study'}", f"--rows={rows}"]) == 2
+    assert "2 rows are called a (" in capsys.readouterr().err
+
+
+def test_two_studies_in_one_folder(fake, tmp_path, capsys):
+    with Workspace(tmp_path / "study").lock():
+        folder = write_rows(tmp_path / "rows", dict(a="main"))
+        assert run.run(["study_run", f"--workdir={tmp_path / 'study'}", f"--rows={folder}"]) == 2
+    assert "is in use by process" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(tmp_path):
+    """SIGKILL: the child of the study ends, too, and no unit is done twice."""
+    rows = write_rows(tmp_path / "rows", dict(a="slow", b="slow"))
+    flags = [f"--workdir={tmp_path / 'study'}", f"--rows={rows}"]
+    command = [sys.executable, str(Path(__file__).parent / "fake_study.py"), *flags]
+    root = Path(__file__).parent.parent.parent
+    environment = os.environ | dict(FAKE_RUNS=str(tmp_path / "runs.jsonl"), PYTHONPATH=str(root))
+    for wait in (random.Random(5).uniform(1.0, 6.0) for _ in range(10)):
+        process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command, cwd=root, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    states = json.loads((tmp_path / "study" / "study.json").read_text())["states"]
+    assert len(states) == 12 and {state["state"] for state in states} == {"done"}
+    summaries = [json.loads(path.read_text()) for path in (tmp_path / "study/rows").rglob("summary.json")]
+    assert len(summaries) == 12
+    assert len(ran(tmp_path)) <= 12 + 10, "what was done is not done again"
+
+
+def test_time_to_go_follows_what_units_took():
+    clock = TimeToGo()
+    assert clock.left([("a", "train/topk")]) is None
+    clock.expect("a", ["preflight", "train/topk", "train/gated", "report"], dict(train=20.0))
+    assert clock.left([("a", "train/topk"), ("a", "report")]) == 20.0
+    clock.took("a", "train/topk", 30.0)  # three times as long as expected
+    assert clock.left([("a", "report")], running=("a", "train/gated"), elapsed=5.0) == pytest.approx(25.0 + 30.0)
+    assert clock.left([], running=("a", "train/gated"), elapsed=99.0) == 0.0
+    assert [duration(x) for x in (None, 61, 600, 7200)] == ["an unknown time", "61 s", "10 min", "2.0 h"]

@@ -1,0 +1,134 @@
+"""Text from tables, patterns, the hub and benchmarks, and shares of several sources."""
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from benchmark_rows import GSM8K, LOGIC, write_lines
+
+from saejax.activations.documents import make_documents
+from saejax.errors import UserError
+from saejax.settings import CorpusConfig, TaskConfig
+from saejax.tasks import text_sources
+from saejax.tasks.benchmarks import read_items
+from saejax.tasks.corpora import identity, read_corpus, split
+
+ROWS = [dict(text=f"Row {n} of a table.", group=f"table/{n % 5}") for n in range(20)]
+
+
+class Words:
+    """A tokenizer: a token for each word."""
+
+    def __call__(self, text, add_special_tokens=False, verbose=False):
+        one = [[len(word) for word in each.split()] for each in ([text] if isinstance(text, str) else text)]
+        return dict(input_ids=one[0] if isinstance(text, str) else one)
+
+
+def texts(path, task=None, **settings):
+    return [document.text for document in read_corpus(CorpusConfig(path=str(path), **settings), task)]
+
+
+def test_tables_give_what_lines_give(tmp_path):
+    lines = write_lines(tmp_path / "a.jsonl", ROWS)
+    table = pyarrow.Table.from_pylist(ROWS)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    expected = read_corpus(CorpusConfig(path=str(lines)))
+    for name in ("a.parquet", "a.arrow"):
+        assert read_corpus(CorpusConfig(path=str(tmp_path / name))) == expected
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(UserError, match="not a whole parquet file"):
+        texts(tmp_path / "a.parquet")
+
+
+def test_a_pattern_gives_all_its_files_and_a_field_its_column(tmp_path):
+    for name in ("b", "a"):
+        write_lines(tmp_path / f"{name}.jsonl", [dict(content=f"{name} {n}") for n in range(2)])
+    pattern = tmp_path / "*.jsonl"
+    assert texts(pattern, field="content") == ["a 0", "a 1", "b 0", "b 1"]
+    with pytest.raises(UserError, match="a.jsonl, line 1 has no field 'text', only 'content': .* --corpus.field names"):
+        texts(pattern)
+    with pytest.raises(UserError, match="matches no file"):
+        texts(tmp_path / "*.txt")
+    before = identity(CorpusConfig(path=str(pattern), field="content"))
+    write_lines(tmp_path / "b.jsonl", [dict(content="other")])
+    assert identity(CorpusConfig(path=str(pattern), field="content")) != before
+
+
+def test_each_source_is_on_both_sides_of_the_split(tmp_path):
+    files = [write_lines(tmp_path / f"{name}.jsonl", ROWS) for name in "ab"]
+    config = CorpusConfig(path=",".join(map(str, files)))
+    documents = read_corpus(config)
+    assert {document.group for document in documents} == {f"{name}/table/{n}" for name in "ab" for n in range(5)}
+    for side in split(documents, 0.2, seed=1):
+        assert {document.source for document in side} == {0, 1}
+
+
+def test_weights_are_shares_of_the_tokens(tmp_path):
+    files = [write_lines(tmp_path / f"{name}.jsonl", [dict(text=f"{name} " * 50)] * 40) for name in ("x", "yy")]
+    config = CorpusConfig(path=",".join(map(str, files)), weights=(3, 1), max_tokens=1000, held_out=0.3)
+    found = make_documents(config, {}, Words(), context=256)
+    assert np.bincount(found.ids_T).tolist() == [0, 750, 250]
+    both = ",".join(map(str, files))
+    with pytest.raises(UserError, match="more tokens than there are: source 1 1,000; lower"):
+        make_documents(CorpusConfig(path=both, weights=(3, 1), max_tokens=4000), {}, Words(), context=256)
+    for wrong in (dict(weights=(1.0,), max_tokens=9), dict(weights=(1, 1)), dict(weights=(0, 0), max_tokens=9)):
+        with pytest.raises(UserError, match="expected a weight for each of 2 sources"):
+            make_documents(CorpusConfig(path=both, **wrong), {}, Words(), context=256)
+
+
+def test_a_data_set_in_the_hubs_layout_is_read_as_far_as_it_is_wanted(tmp_path, monkeypatch):
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    rows = [dict(text=f"{n:04d} characters" if n != 3 else " ") for n in range(50)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    source = text_sources.HubText(str(tmp_path / "set"), "", "main", "train", "text", characters=15 * 10)
+    assert [text for text, _ in source.texts()] == [row["text"] for row in rows[:11] if row["text"].strip()]
+    wrong = text_sources.HubText(str(tmp_path / "set"), "", "main", "train", "body", characters=1)
+    with pytest.raises(UserError, match="row 1 has no field 'body', only 'text'"):
+        list(wrong.texts())
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("hf://me/set", ("me/set", "", "main", "train")),
+        ("hf://me/set/part@abc:test", ("me/set", "part", "abc", "test")),
+        ("hf://me/set:train[:10%]", ("me/set", "", "main", "train[:10%]")),
+    ],
+)
+def test_an_address_of_the_hub(path, expected):
+    (source,) = text_sources.text_sources(CorpusConfig(path=path, max_tokens=10), TaskConfig())
+    assert (source.hub, source.configuration, source.revision, source.split) == expected
+
+
+def test_wrong_addresses_of_the_hub():
+    with pytest.raises(UserError, match="expected hf://ORG/NAME"):
+        texts("hf://alone", max_tokens=5)
+    with pytest.raises(UserError, match="takes --corpus.max_tokens"):
+        texts("hf://me/set")
+
+
+def test_a_benchmark_gives_its_train_split_or_what_is_not_asked(tmp_path):
+    write_lines(tmp_path / "gsm8k" / "test.jsonl", GSM8K)
+    task = TaskConfig(path=str(tmp_path), examples=5, benchmarks=("gsm8k",))
+    asked = {item.question for item in read_items("gsm8k", task)}
+    left = [row for row in GSM8K if row["question"] not in asked]
+    assert texts("gsm8k", task) == [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in left]
+    config, before = CorpusConfig(path="gsm8k"), identity(CorpusConfig(path="gsm8k"), task)
+    assert identity(config, TaskConfig(path=str(tmp_path), examples=5, seed=1)) != before
+    # A train split; one of its questions is asked, too.
+    train = [dict(GSM8K[0], question="How many legs has a spider?"), next(row for row in GSM8K if row not in left)]
+    write_lines(tmp_path / "gsm8k" / "train.jsonl", train)
+    assert texts("gsm8k", task) == [f"Question: {train[0]['question']}\nAnswer: {train[0]['answer']}"]
+    assert identity(config, task) != before
+    with pytest.raises(UserError, match="all examples in .* are asked, none is left"):
+        texts("logic", TaskConfig(path=str(logic_folder(tmp_path)), examples=15))
+
+
+def logic_folder(folder):
+    for name, rows in LOGIC.items():
+        write_lines(folder / "logic" / f"{name}.jsonl", rows)
+    return folder / "logic"

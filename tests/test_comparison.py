@@ -1,0 +1,106 @@
+"""What differs between two workdirs: settings, figures, verdicts; intervals apart or not; bad input."""
+
+import json
+import shutil
+
+import pytest
+
+from saejax import comparison
+from saejax.workspace import SUMMARY, write_json
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, made_up):
+    return made_up(tmp_path_factory.mktemp("first"))
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parent / "report"))
+    from made_up_workspace import make_workspace
+
+    def make(root):
+        make_workspace(root)
+        return root / "inputs"
+
+    yield make
+    sys.path.pop(0)
+
+
+@pytest.fixture
+def second(first, tmp_path):
+    return shutil.copytree(first, tmp_path / "second")
+
+
+def change(folder, unit, edit):
+    path = folder / unit / SUMMARY
+    summary = json.loads(path.read_text())
+    edit(summary)
+    write_json(path, summary)
+
+
+def test_a_workdir_is_the_same_as_itself(first, second):
+    assert {one.state for one in comparison.compare(first, second)} == {"same"}
+
+
+def test_what_changed_is_found_and_nothing_else(first, second, tmp_path, capsys):
+    def edit(summary):
+        summary["config"]["ablate"]["top"] = 9
+        summary["packages"]["jax"] = "9.9"
+        summary["seconds"] = 99.0
+        found = summary["results"]["behaviours"]["capital"]
+        found["grades"]["highest"], found["grades"]["harms"]["holds"] = "none", False
+        found["joint"]["logit_diff_drop"] = dict(mean=0.1, low=0.0, high=0.2)
+        found["difference"]["low"] -= 0.1
+        found["controls"]["logit_diff_drop"][3] += 1.0
+
+    change(second, "ablate/topk", edit)
+    shutil.rmtree(second / "evaluate" / "standard")
+    found = {one.unit: one for one in comparison.compare(first, second)}
+    assert found["evaluate/standard"].state == "only in the first"
+    assert {name for name, one in found.items() if one.state == "changed"} == {"ablate/topk"}
+    told = [(one.kind, one.name, one.apart) for one in found["ablate/topk"].changes]
+    before = "behaviours.capital."
+    assert told == [
+        ("setting", "ablate.top", None),
+        ("package", "jax", None),
+        ("verdict", f"{before}grades.harms.holds", None),
+        ("verdict", f"{before}grades.highest", None),
+        ("figure", f"{before}joint.logit_diff_drop", True),
+        ("figure", f"{before}controls.logit_diff_drop", None),
+        ("figure", f"{before}difference", False),
+    ]
+    argv = ["compare", str(first), str(second), "--lines=1", f"--out={tmp_path / 'out'}"]
+    assert comparison.run(argv) == 0
+    shown = capsys.readouterr().out
+    assert "setting  ablate.top" in shown and "0.1 [0, 0.2]" in shown and "apart" in shown
+    assert "  and 2 figures more" in shown
+    written = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert sum(len(unit["changes"]) for unit in written["units"]) == len(told)
+    assert "ablate/topk" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_unit_alone_can_be_compared(first, second):
+    (one,) = comparison.compare(first / "ablate" / "topk", second / "ablate" / "topk")
+    assert one.state == "same"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: [], "compare takes two folders, got 0"),
+        (lambda root: ["nowhere", root], "there is no folder nowhere"),
+        (lambda root: [root / "empty", root], "holds no finished unit"),
+        (lambda root: [root / "broken", root / "broken"], "is not valid JSON"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, make, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken" / "train").mkdir(parents=True)
+    (tmp_path / "broken" / "train" / SUMMARY).write_text("{")
+    assert comparison.run(["compare", *map(str, make(tmp_path))]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0]

@@ -1,0 +1,78 @@
+"""Assignments beside scipy's dense solver, on rows that are planted, random, of different numbers, and in blocks."""
+
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from saejax.parallel import make_mesh
+from saejax.transfer.compared import chance, unit
+from saejax.transfer.matching import match
+
+
+def directions(count, width, seed):
+    return unit(np.random.default_rng(seed).normal(size=(count, width)))
+
+
+def check(first_FxD, second_GxD, found):
+    """All figures of a pair beside the table of its products."""
+    table = first_FxD.astype(np.float64) @ second_GxD.astype(np.float64).T
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    has = found.partner_F >= 0
+    pairs = table[np.flatnonzero(has), found.partner_F[has]]
+    assert has.sum() == min(table.shape) == len(set(found.partner_F[has].tolist()))
+    np.testing.assert_allclose(found.value_F[has], pairs, atol=1e-6)
+    assert np.isnan(found.value_F[~has]).all()
+    assert abs(pairs.mean() - table[rows, columns].mean()) <= 1.1e-6 and found.gap <= 1e-6
+    np.testing.assert_allclose(found.nearest_F, table.max(1), atol=1e-6)
+    np.testing.assert_allclose(found.nearest_G, table.max(0), atol=1e-6)
+    assert found.mutual == sum(table.argmax(0)[table.argmax(1)] == np.arange(len(table)))
+
+
+@pytest.mark.parametrize("sizes", [(70, 70), (40, 90), (90, 40), (1, 5), (5, 1), (1, 1)])
+def test_assignments_are_the_best(sizes):
+    first, second = directions(sizes[0], 12, 0), directions(sizes[1], 12, 1)
+    ((key, found),) = match([("a", first, second)], make_mesh())
+    assert key == "a"
+    check(first, second, found)
+
+
+def test_rows_of_few_directions_and_rows_of_zero():
+    """Where many rows want the same columns the first candidates are not enough; a dead feature has no direction."""
+    rng = np.random.default_rng(2)
+    centre = rng.normal(size=(3, 16))
+    first, second = (unit(centre[rng.integers(3, size=150)] + 0.2 * rng.normal(size=(150, 16))) for _ in range(2))
+    first[4] = second[9] = 0.0
+    (_, found), *_ = match([(0, first, second)], make_mesh())
+    check(first, second, found)
+
+
+def test_many_pairs_of_several_shapes():
+    made = [(i, directions(20 + i % 3, 8, i), directions(25, 8, 50 + i)) for i in range(20)]
+    found = dict(match(iter(made), make_mesh()))
+    assert found.keys() == set(range(20))
+    for i, first, second in made:
+        check(first, second, found[i])
+
+
+def test_a_permuted_copy_is_found_wholly_and_chance_is_not():
+    own = directions(120, 32, 3)
+    order = np.random.default_rng(4).permutation(120)
+    found = dict(
+        match([("same", own, own), ("permuted", own, own[order]), ("null", own, chance(own, [5]))], make_mesh())
+    )
+    assert found["same"].partner_F.tolist() == list(range(120)) and found["same"].mutual == 120
+    assert order[found["permuted"].partner_F].tolist() == list(range(120))
+    assert found["permuted"].value_F.min() > 0.9999
+    assert found["null"].value_F.max() < 0.9 and 0.25 < found["null"].value_F.mean() < 0.5
+
+
+def test_chance_has_the_rows_covariance_and_lengths():
+    rng = np.random.default_rng(0)
+    scale = np.array([4.0, 1.0, 1.0, 0.0])
+    rows = rng.normal(size=(4000, 4)).astype(np.float32) * scale + np.array([1, 0, 0, 0])
+    rows[7] = 0.0
+    drawn = chance(rows, [1])
+    np.testing.assert_allclose(np.linalg.norm(drawn, axis=1), np.linalg.norm(rows, axis=1), rtol=1e-4)
+    assert np.abs(drawn[:, 3]).max() < 1e-2  # a dimension that no row has
+    first, second = (unit(some)[:, 0] ** 2 for some in (rows, drawn))
+    assert abs(first.mean() - second.mean()) < 0.02
