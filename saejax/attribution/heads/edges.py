@@ -115,7 +115,8 @@ def target_blocks(readers: Placed, layers: int, length: int, size: int) -> list[
     """
     # The highest layer that each goes down through; -1: none.
     top_R = np.where(readers.layer_E < layers, readers.layer_E, readers.layer_E - layers - 1)
-    part_R, blocks = readers.position_E * _PARTS // length, []
+    part_R = readers.position_E * _PARTS // length
+    blocks: list[TargetBlock] = []
     for part in np.unique(part_R):
         own = np.flatnonzero(part_R == part)
         order = own[np.argsort(-top_R[own], kind="stable")]
@@ -184,10 +185,10 @@ def _go_down(
     for layer in reversed(range(below.layer + 1)):
         fixed = params, np.int32(layer), streams.stream_LxTxD[layer, : below.end], replacement.skip(layer)
         cotangent_RxTxD, wanted = carry_down(replacement.frozen, *fixed, own, cotangent_RxTxD)
-        for block, values, (edges, source_E, target_E) in zip(*above, pairs, strict=True):
+        for block, values, (edges, sources, targets) in zip(*above, pairs, strict=True):
             if layer >= block.layer and len(edges):
                 part_RxSxNxG = to_host(through(wanted, values[layer - block.layer], block.position))
-                found = part_RxSxNxG[target_E, source_E].reshape(len(edges), -1)
+                found = part_RxSxNxG[targets, sources].reshape(len(edges), -1)
                 part_ExXxH[np.searchsorted(edge_E, edges), layer % span] = found
         if layer % span == 0:
             count = min(span, config.n_layers - layer)
