@@ -91,7 +91,16 @@ def _feature(one: Mapping[str, Any], layer: Mapping[str, Any], found: TrackedTex
 
 
 def _names(segments: list[int], found: TrackedText) -> str:
-    return ", ".join(found.steps[segment].name.removeprefix("step ") for segment in segments)
+    """Names of steps, those in a row by the first and the last: "3-10, 12"."""
+    runs: list[list[int]] = []
+    for segment in segments:
+        if runs and runs[-1][-1] == segment - 1:
+            runs[-1].append(segment)
+        else:
+            runs.append([segment])
+    short = [found.steps[run[0]].name.removeprefix("step ") for run in runs]
+    ends = [found.steps[run[-1]].name.removeprefix("step ") for run in runs]
+    return ", ".join(first if first == last else f"{first}-{last}" for first, last in zip(short, ends, strict=True))
 
 
 def _test(test: StepTest) -> str:

@@ -1,9 +1,9 @@
 """Which features of two dictionaries are one: their rows compared pair by pair of dictionaries, on all devices.
 
 One program looks at a block of pairs of dictionaries. Of each pair it multiplies all rows with all others, a few
-hundred rows at a time, and keeps what is needed of the products: the largest of each row and of each column. The pairs
-of a block are split over the devices, so that a device holds the rows of its own pairs alone. The assignment is solved
-on the host by ``assignment``, which asks the same program again for what it has to know.
+hundred rows at a time, and keeps the largest of each row and, at first, of each column. The pairs of a block are split
+over the devices, so that a device holds the rows of its own pairs alone. The assignment is solved on the host by
+``assignment``, and the program looks again at its prices, until there is none better.
 
 Rows of unit length give cosines, and activations that are centred and of unit length Pearson's correlations.
 """
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import jax
@@ -25,9 +25,9 @@ from saejax.parallel import AXES
 from saejax.transfer.assignment import Candidates
 
 _ROWS = 512  # rows whose products are held at once
-_CANDIDATES = 16  # of a row, at a time
+_CANDIDATES = 32  # of a row or a column, at a time
 _VMAPPED = 4  # pairs of an accelerator that run side by side
-_EXACT = 1e-6  # largest gap at which an assignment counts as the best
+EXACT = 2e-4  # largest gap at which an assignment counts as the best
 _ROUNDS = 100  # at most, of one assignment
 
 Key = TypeVar("Key")
@@ -57,6 +57,8 @@ class Matched:
 def match(problems: Iterable[tuple[Key, np.ndarray, np.ndarray]], mesh: Mesh) -> Iterator[tuple[Key, Matched]]:
     """Matches the rows of pairs of dictionaries.
 
+    While assignments are solved on the host, the devices look at other pairs.
+
     Args:
       problems: a key, the rows of a first and those of a second dictionary [F, D] and [G, D], fp32 of length 1 at most;
         a few are asked for at a time.
@@ -65,23 +67,26 @@ def match(problems: Iterable[tuple[Key, np.ndarray, np.ndarray]], mesh: Mesh) ->
     Yields:
       A key and what was found, as they are finished, not in their order.
     """
-    waiting, begun = iter(problems), list[_Problem]()
+    waiting = iter(problems)
     block = mesh.devices.size * (1 if jax.default_backend() == "cpu" else _VMAPPED)
+    ready, solving = list[_Problem](), dict[Future, _Problem]()
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         while True:
-            while len(begun) < 2 * block and (given := next(waiting, None)) is not None:
-                begun.append(_Problem(*given))
-            if not begun:
+            while len(ready) + len(solving) < 2 * block and (given := next(waiting, None)) is not None:
+                ready.append(_Problem(*given))
+            if not ready and not solving:
                 return
-            now = [one for one in begun if one.shape == begun[0].shape][:block]
-            begun = [one for one in begun if one not in now]
-            for problem, part in zip(now, _look(now, block, mesh), strict=True):
-                problem.look(*part)
-            for problem in [one for one in now if one.settled]:
-                yield problem.key, problem.result()
-            left = [one for one in now if not one.settled]
-            list(pool.map(_Problem.solve, left))
-            begun += left
+            now = [one for one in ready if one.kind == ready[0].kind][:block]
+            ready = [one for one in ready if one not in now]
+            for problem in _look(now, block, mesh):
+                if problem.settled:
+                    yield problem.key, problem.result()
+                else:
+                    solving[pool.submit(problem.solve)] = problem
+            done, _ = wait(solving, timeout=0 if ready else None, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                ready.append(solving.pop(future))
 
 
 class _Problem:
@@ -91,38 +96,43 @@ class _Problem:
         self.key, self._turned = key, len(first_FxD) > len(second_GxD)
         self.few_FxD, self.many_GxD = (second_GxD, first_FxD) if self._turned else (first_FxD, second_GxD)
         self.price_G = np.zeros(len(self.many_GxD), np.float32)
-        count = len(self.few_FxD)
-        diagonal_F = np.einsum("fd,fd->f", self.few_FxD, self.many_GxD[:count], dtype=np.float64)
+        diagonal_F = np.einsum("fd,fd->f", self.few_FxD, self.many_GxD[: len(self.few_FxD)], dtype=np.float64)
         self._known = Candidates.diagonal(diagonal_F, len(self.many_GxD))
         self._nearest: tuple[np.ndarray, np.ndarray, int] | None = None
         self._column_F: np.ndarray | None = None
         self._gap, self._rounds = np.inf, 0
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Rows of both, and their width."""
-        return (*self.few_FxD.shape, len(self.many_GxD))
+    def fresh(self) -> bool:
+        """Whether nothing is known yet."""
+        return self._nearest is None
+
+    @property
+    def kind(self) -> tuple[bool, int, int, int]:
+        """What problems that run together have in common."""
+        return (self.fresh, *self.few_FxD.shape, len(self.many_GxD))
 
     @property
     def settled(self) -> bool:
         """Whether the assignment is known to be the best, or as near to it as it will be."""
-        return self._gap <= _EXACT or self._rounds >= _ROUNDS
+        return self._gap <= EXACT or self._rounds >= _ROUNDS
 
-    def look(self, top_FxC: np.ndarray, column_FxC: np.ndarray, best_G: np.ndarray) -> None:
-        """Takes what the devices saw at the present prices: largest values less price, their columns, column maxima."""
-        if self._nearest is None:
-            self._nearest = top_FxC[:, 0], best_G, int((top_FxC[:, 0] >= best_G[column_FxC[:, 0]]).sum())
-        wanted_F = np.ones(len(top_FxC), bool)
-        if self._column_F is not None:
-            own_F = self._own() - self.price_G[self._column_F]
-            wanted_F = top_FxC[:, 0] > own_F + _EXACT / 10
-            self._gap = float(np.maximum(top_FxC[:, 0].astype(np.float64) - own_F, 0).mean())
-            if not wanted_F.any():
-                self._gap = min(self._gap, _EXACT)
-        row_N = np.repeat(np.flatnonzero(wanted_F), top_FxC.shape[1])
-        column_N = column_FxC[wanted_F].reshape(-1)
-        value_N = (top_FxC[wanted_F] + self.price_G[column_FxC[wanted_F]]).reshape(-1)
-        self._known.add(row_N, column_N, value_N)
+    def begin(self, top_FxC: np.ndarray, column_FxC: np.ndarray, top_GxC: np.ndarray, row_GxC: np.ndarray) -> None:
+        """Takes the largest values of each row and their columns, and those of each column and their rows."""
+        mutual = int((row_GxC[column_FxC[:, 0], 0] == np.arange(len(top_FxC))).sum())
+        self._nearest = top_FxC[:, 0], top_GxC[:, 0], mutual
+        own_FxC, own_GxC = (np.arange(len(part))[:, None] + 0 * part for part in (column_FxC, row_GxC))
+        self._known.add(own_FxC.reshape(-1), column_FxC.reshape(-1), top_FxC.reshape(-1))
+        self._known.add(row_GxC.reshape(-1), own_GxC.reshape(-1), top_GxC.reshape(-1))
+
+    def look(self, top_FxC: np.ndarray, column_FxC: np.ndarray) -> None:
+        """Takes the largest values less price of each row and their columns, at the present prices."""
+        own_F = self._own() - self.price_G[self._column_F]
+        self._gap = float(np.maximum(top_FxC[:, 0] - own_F, 0).mean())
+        better_FxC = top_FxC > own_F[:, None]
+        row_N, place_N = np.nonzero(better_FxC)
+        column_N = column_FxC[row_N, place_N]
+        self._known.add(row_N, column_N, top_FxC[row_N, place_N] + self.price_G[column_N])
         self._rounds += 1
 
     def solve(self) -> None:
@@ -147,24 +157,38 @@ class _Problem:
         return Matched(many_G, few_F, mutual, partner_G, value_G, self._gap)
 
 
-def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> list[tuple[np.ndarray, ...]]:
-    """Runs the program on some problems, the last of which fills the block up."""
+def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> Sequence[_Problem]:
+    """Runs the program on some problems of a kind, which take what it found; the last one fills the block up."""
+    if not problems:
+        return []
     filled = [*problems, *[problems[-1]] * (block - len(problems))]
     parts = [np.stack([getattr(one, name) for one in filled]) for name in ("few_FxD", "many_GxD", "price_G")]
     placed = jax.device_put(parts, NamedSharding(mesh, PartitionSpec(AXES)))
     vmapped = 1 if jax.default_backend() == "cpu" else _VMAPPED
-    found = jax.device_get(_best(mesh, vmapped, min(_CANDIDATES, len(problems[0].price_G)), *placed))
-    return [tuple(part[i] for part in found) for i in range(len(problems))]
+    found = jax.device_get(_best(mesh, vmapped, _CANDIDATES, problems[0].fresh, *placed))
+    for number, problem in enumerate(problems):
+        part = [values[number] for values in found]
+        if problem.fresh:
+            problem.begin(*part)
+        else:
+            problem.look(*part)
+    return problems
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _best(
-    mesh: Mesh, vmapped: int, count: int, first_PxFxD: jax.Array, second_PxGxD: jax.Array, price_PxG: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    mesh: Mesh,
+    vmapped: int,
+    count: int,
+    both: bool,
+    first_PxFxD: jax.Array,
+    second_PxGxD: jax.Array,
+    price_PxG: jax.Array,
+) -> tuple[jax.Array, ...]:
     """``_best_of_pair`` of every pair of a block, each on the device that holds it."""
 
-    def here(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return lax.map(lambda pair: _best_of_pair(count, *pair), arrays, batch_size=vmapped)
+    def here(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return lax.map(lambda pair: _best_of_pair(count, both, *pair), arrays, batch_size=vmapped)
 
     own = PartitionSpec(AXES)
     split = jax.shard_map(here, mesh=mesh, in_specs=own, out_specs=own)
@@ -172,21 +196,32 @@ def _best(
 
 
 def _best_of_pair(
-    count: int, first_FxD: jax.Array, second_GxD: jax.Array, price_G: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The ``count`` largest products less price of each row [F, C], their columns, and the largest of each column."""
+    count: int, both: bool, first_FxD: jax.Array, second_GxD: jax.Array, price_G: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The ``count`` largest products less price of each row [F, C], and their columns.
+
+    If ``both``, then also the largest products of each column [G, C], without price, and their rows.
+    """
     features, rows = len(first_FxD), min(_ROWS, len(first_FxD))
     chunks = -(-features // rows)
     padded = jnp.pad(first_FxD, ((0, chunks * rows - features), (0, 0))).reshape(chunks, rows, -1)
+    of_row, of_column = min(count, len(second_GxD)), min(count, rows)
 
-    def chunk(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def chunk(best: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> tuple:
         number, rows_RxD = part
         value_RxG = jnp.matmul(rows_RxD, second_GxD.T, precision="highest")
-        real_R = number * rows + jnp.arange(rows) < features
-        best_G = jnp.max(jnp.where(real_R[:, None], value_RxG, -jnp.inf), axis=0)
-        top_RxC, column_RxC = lax.top_k(value_RxG - price_G[None], count)
-        return top_RxC, column_RxC, best_G
+        if both:
+            real_R = number * rows + jnp.arange(rows) < features
+            top_GxC, row_GxC = lax.top_k(jnp.where(real_R[:, None], value_RxG, -jnp.inf).T, of_column)
+            found = (top_GxC, row_GxC + number * rows)
+            wider = [jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True)]
+            top_GxC, place_GxC = lax.top_k(wider[0], of_column)
+            best = top_GxC, jnp.take_along_axis(wider[1], place_GxC, axis=1)
+        return best, tuple(lax.top_k(value_RxG - price_G[None], of_row))
 
-    top, column, best = lax.map(chunk, (jnp.arange(chunks), padded))
-    top_FxC, column_FxC = (part.reshape(chunks * rows, count)[:features] for part in (top, column))
-    return top_FxC, column_FxC, best.max(axis=0)
+    # Made of what differs between devices, as what is carried on from chunk to chunk is.
+    nothing_Gx1 = jnp.zeros_like(price_G)[:, None] * price_G[:, None]
+    lowest = jnp.tile(nothing_Gx1 - jnp.inf, (1, of_column)), jnp.tile(nothing_Gx1.astype(jnp.int32), (1, of_column))
+    best, (top, column) = lax.scan(chunk, lowest, (jnp.arange(chunks), padded))
+    top_FxC, column_FxC = (part.reshape(chunks * rows, of_row)[:features] for part in (top, column))
+    return (top_FxC, column_FxC, *best) if both else (top_FxC, column_FxC)

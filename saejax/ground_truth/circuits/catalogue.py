@@ -6,6 +6,7 @@ logic       a function of two of sixteen bits, which the last word asks for; oth
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 
@@ -56,8 +57,9 @@ def make_case(name: str, count: int, seed: int) -> Case:
     return CASES[name](count, np.random.default_rng([seed, *name.encode()]))
 
 
-def _places(layer: Layer, fits: Callable[[str], bool]) -> tuple[int, ...]:
-    return tuple(place for place, neuron in enumerate(layer.neurons) if fits(neuron.name))
+def _places(layer: Layer, start: str) -> tuple[int, ...]:
+    """Of the neurons whose names begin so."""
+    return tuple(place for place, neuron in enumerate(layer.neurons) if neuron.name.startswith(start))
 
 
 def _drawn(count: int, draw: Callable[[str], Prompt]) -> list[Prompt]:
@@ -145,12 +147,9 @@ def _logic(count: int, rng: np.random.Generator) -> Case:
             name, split, text(bits_N, name), right, wrong, text(others_N, name), wrong, labels=tuple(labels.items())
         )
 
-    prompts = [prompt for name in _ASKED for prompt in _drawn(count, lambda split, name=name: draw(name, split))]
-    causes = {
-        name: _places(model.layers[1], lambda own, first=first: own.startswith(f"bits {first} "))
-        for name, (first, _) in _ASKED.items()
-    }
-    idle = {"xor of bits 8 and 9": _places(model.layers[1], lambda own: own.startswith("bits 8 "))}
+    prompts = [prompt for name in _ASKED for prompt in _drawn(count, functools.partial(draw, name))]
+    causes = {name: _places(model.layers[1], f"bits {first} ") for name, (first, _) in _ASKED.items()}
+    idle = {"xor of bits 8 and 9": _places(model.layers[1], "bits 8 ")}
     labels = ("xor_0", "both_2", "either_4", "xor_8")
 
     def texts(number: int, seed: int) -> list[str]:
@@ -187,7 +186,7 @@ def _induction(count: int, rng: np.random.Generator) -> Case:
         for far in range(1, _BACK + 1)
         for letter in _LETTERS
     )
-    words: dict[str, Directions] = {START: {START: 1.0}} | {letter: {f"is {letter}": 1.0} for letter in _LETTERS}
+    words: dict[str, Directions] = {START: {START: 1.0}, **{letter: {f"is {letter}": 1.0} for letter in _LETTERS}}
     model = HandSet(
         words,
         tuple({f"at {place}": 1.0} for place in range(length)),
@@ -211,8 +210,8 @@ def _induction(count: int, rng: np.random.Generator) -> Case:
         return [" ".join([*letters, str(own.choice(letters[:-1]))]) for letters in drawn]
 
     layer = model.layers[1]
-    causes = dict(induction=_places(layer, lambda own: own.startswith("found")))
-    idle = {"the word two back": _places(layer, lambda own: own.startswith("2 back"))}
+    causes = dict(induction=_places(layer, "found"))
+    idle = {"the word two back": _places(layer, "2 back")}
     return Case(model, tuple(_drawn(count, draw)), 1, causes, idle, ("answer",), texts)
 
 
