@@ -174,7 +174,7 @@ def test_prompts_tell_labels_to_probes(tmp_path):
         label_prompts("xor_2", case.prompts, [1.0] * len(case.prompts))
     bad = json.loads(as_line(case.prompts[0]))
     for labels, told in (
-        ("yes", "is 'yes'|is yes"),
+        ("yes", 'is "yes"'),
         ({"answer": "a"}, "none of"),
         ({"a b": "c"}, "digits and _"),
         ({"a": 1}, "'a' is 1"),
