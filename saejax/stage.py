@@ -45,6 +45,8 @@ class Stage:
       section: "module:function" that writes its part of the report: ``Findings`` and ``Draw`` in, sections out.
       rule: "module:function" that gives the rule of its verdicts in words, from its own settings; "" without verdicts.
         Runs write it down before there are data (``preregistration``).
+      version: of what it computes, raised where a change of the code changes its results; units of an earlier version
+        are made anew.
       many_processes: whether all processes of a run take part in it; otherwise the first one does it alone, on its own
         devices, and the others wait.
     """
@@ -66,6 +68,7 @@ class Stage:
     section: str = ""
     results: str = ""
     rule: str = ""
+    version: int = 1
     many_processes: bool = False
 
     def units(self, configs: Configs) -> list[str]:

@@ -10,6 +10,7 @@ import sys
 import pytest
 import runs
 
+from saejax.pipeline import Workplan
 from saejax.registry import GROUPS, STAGES, ordered
 from saejax.settings import ModelConfig
 from saejax.stage import Stage, load
@@ -112,3 +113,12 @@ assert list(STAGES)[-1] == "report" and "lengths" in STAGES["report"].needs(conf
 print(section.title, section.blocks[0])
 """
     assert "3 documents, at most 7 tokens" in run(copy, code)
+
+
+def test_a_new_version_of_a_stage_makes_its_units_and_those_that_read_them_anew(monkeypatch):
+    configs = {group: cls() for group, cls in GROUPS.items()}
+    units = ("capture", "train/topk", "evaluate/topk")
+    before = [Workplan(configs).mark(unit) for unit in units]
+    monkeypatch.setitem(STAGES, "train", dataclasses.replace(STAGES["train"], version=7))
+    after = [Workplan(configs).mark(unit) for unit in units]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]

@@ -37,5 +37,6 @@ ABLATE = Stage(
     rule="saejax.causal.ablate.grades:rule",
     cost="saejax.causal.ablate.cost:ablate_cost",
     programs="saejax.causal.ablate.cost:ablate_programs",
+    version=2,  # 2: draws may hold the tested features
     many_processes=True,
 )

@@ -19,4 +19,5 @@ STUDY = Stage(
     rule="saejax.causal.study.scores:rule",
     cost="saejax.causal.study.cost:study_cost",
     section="saejax.causal.study.report:sections",
+    version=2,  # 2: draws may hold the tested features
 )
