@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-atlas demo-graphs demo-tiny demo-truth test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-depth demo-graphs demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -21,15 +21,28 @@ demo-graphs: $(INSTALLED)
 	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital
 	@echo "Open runs/demo/report/index.html"
 
+# After the demo: an SAE for every layer, and a worked solution followed through all of them.
+demo-depth: $(INSTALLED)
+	$(BIN)/python -m experiments.train --workdir=runs/demo_depth --flagfile=configs/demo_depth.flags
+	$(BIN)/python -m experiments.track --workdir=runs/demo_depth --flagfile=configs/demo_depth.flags
+	@echo "Open runs/demo_depth/track/solution/index.html"
+
 demo-tiny: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_tiny --flagfile=configs/demo_tiny.flags
 	@echo "Open runs/demo_tiny/report/index.html"
 
-# Dictionaries on a synthetic world whose features are known.
+# Dictionaries on a synthetic world whose features are known, and transformers whose circuits are known.
 demo-truth: $(INSTALLED)
+	$(BIN)/python -m experiments.known_circuits --workdir=runs/truth --flagfile=configs/ground_truth.flags
 	$(BIN)/python -m experiments.ground_truth --workdir=runs/truth --flagfile=configs/ground_truth.flags
 	$(BIN)/python -m experiments.report --workdir=runs/truth --flagfile=configs/ground_truth.flags
 	@echo "Open runs/truth/report/index.html"
+
+# Two rows of real weights, two benchmarks, one report. BENCHMARKS: a folder with gsm8k (a folder or file) and logic (a folder),
+# or the hub's data sets if it is not given.
+study: $(INSTALLED)
+	$(BIN)/python -m experiments.study_run --workdir=runs/study --rows=configs/study $(if $(BENCHMARKS),--task.path=$(BENCHMARKS))
+	@echo "Open runs/study/index.html"
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder

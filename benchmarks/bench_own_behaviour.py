@@ -1,7 +1,7 @@
 """How long somebody's own behaviour takes on a dictionary that is there: all four answers, with 1,000 draws.
 
 Run: python -m benchmarks.bench_own_behaviour [--dictionary runs/demo/train/topk]
-A file of 200 prompts is written (whether "she" or "he" goes on from a name, in five templates, one of which is in test
+A file of 200 prompts is written (whether "she" or "he" follows a name, in five templates, one of which is in test
 alone), and the stages baseline and ablate are run on it in a fresh workdir, as a user would. Prints the seconds by the
 clock and of the processors of each, what was answered, and, last, one line of JSON.
 """
@@ -26,13 +26,13 @@ HE = (
     "Daniel Michael Steven Kevin Brian Eric Adam Tom Jack Andrew Simon"
 )
 TEMPLATES = dict(
-    late="{} was late because",
-    home="{} went home after",
     letter="When {} read the letter,",
-    phone="{} put down the phone and said that",
-    door="{} opened the door when",
+    this="This is {} and",
+    friend="My friend {} told me that",
+    neighbour="This is my neighbour {} and",
+    met="Yesterday I met {}. I think that",
 )
-TEST_ALONE = "door"
+TEST_ALONE = "met"
 TRAIN_NAMES = 20  # of 44, whose prompts in the other four templates are the 80 train prompts
 
 
@@ -87,7 +87,7 @@ def main() -> None:
         grade = getattr(result.grades, name)
         print(f"{name:>15}: {grade.holds}: {grade.reason}")
     totals = [round(sum(each), 1) for each in zip(*spent.values(), strict=True)]
-    figures = dict(seconds=totals[0], processor_seconds=totals[1], draws=result.controls.draws)
+    figures = dict(seconds=totals[0], processor_seconds=totals[1], draws=result.claim.draws)
     print(json.dumps(dict(bench="own_behaviour", **figures, highest=result.grades.highest)))
 
 

@@ -10,7 +10,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Guides that are there become pages at the same place, so that links work on the site as in the repository.
-GUIDES = ("README.md", "docs/tour.ipynb", "docs/extending.md", "WORKSPACE.md", "CONTRIBUTING.md", "CHANGELOG.md")
+GUIDES = (
+    "README.md",
+    "docs/tour.ipynb",
+    "docs/extending.md",
+    "docs/troubleshooting.md",
+    "WORKSPACE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+)
 INDEX = """\
 # saejax
 

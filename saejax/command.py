@@ -54,7 +54,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
         from saejax import pipeline
 
-        pipeline.run_stages(stages, configs, workdir, timed_say(), stop_asked(), flag_values["unit"].value)
+        pipeline.run_stages(stages, configs, workdir, timed_say(), stop_asked(), flag_values["unit"].value or "")
 
     return ended(work, flag_values)
 

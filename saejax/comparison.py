@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
         if len(folders) != 2:
             raise UserError(f"compare takes two folders, got {len(folders)}: experiments.compare runs/a runs/b")
         found = compare(Path(folders[0]), Path(folders[1]))
-        print("\n".join(lines(found, own["lines"].value)))
+        print("\n".join(lines(found, int(own["lines"].value or 0))))
         if own["out"].value:
             write(found, folders, Path(own["out"].value))
 

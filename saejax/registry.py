@@ -8,7 +8,8 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
                                    └─────┴► report ◄───────┘
             benchmark/<name> ─────────────────┘
             patch/<kind of site> ─────────────┤
-            interpret/<kind> ─► atlas/<kind> ─┤
+            steer/<dictionary> ───────────────┤
+            interpret/<kind> ─► atlas/<kind> ─┤   (explain/<kind> between the two)
             transfer ─────────────────────────┤
             track/<slug> ─────────────────────┤
             attribute/<slug> ─────────────────┘

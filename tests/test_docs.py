@@ -98,3 +98,13 @@ def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_troubleshooting_page_quotes_lines_that_exist():
+    """Each row's words stand in a string of the package."""
+    text = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "saejax").rglob("*.py"))
+    quoted = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
+    assert len(quoted) > 20
+    for words in quoted:
+        assert words in source, words

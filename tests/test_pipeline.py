@@ -92,11 +92,11 @@ def test_prompts_count_for_the_text_that_they_are_part_of(tmp_path):
 @pytest.mark.parametrize("folder", ["runs/other/train/topk/k9", "/else/where/topk", "./topk"])
 def test_a_dictionary_in_a_folder_is_tested_without_capture_and_training(tmp_path, folder):
     changes = dict(probe__labels=("answer",)) | {
-        f"{stage}__dictionary": folder for stage in ("ablate", "patch", "probe")
+        f"{stage}__dictionary": folder for stage in ("ablate", "patch", "probe", "steer")
     }
     name = folder.strip("./").replace("/", "-")
-    wanted = ["baseline", f"ablate/{name}", f"patch/{name}", f"probe/{name}"]
-    assert go(tmp_path, ["baseline", "ablate", "patch", "probe"], **changes) == wanted
+    wanted = ["baseline", f"ablate/{name}", f"patch/{name}", f"probe/{name}", f"steer/{name}"]
+    assert go(tmp_path, ["baseline", "ablate", "patch", "probe", "steer"], **changes) == wanted
     assert go(tmp_path, ["report"], **changes) == ["report"]
 
 

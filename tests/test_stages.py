@@ -36,10 +36,15 @@ def test_every_stage_comes_after_those_whose_units_it_reads():
     asked |= dict(
         truth=dict(features=64), patch=dict(kinds=("mlp_out",), dictionary="topk"), probe=dict(labels=("answer",))
     )
+    asked |= dict(steer=dict(dictionary="topk"))
     asked |= dict(
         interpret=dict(dictionaries=("topk",)),
         export=dict(dictionaries=("topk",)),
         transfer=dict(dictionaries=("topk",)),
+        explain=dict(dictionaries=("topk",), url="http://localhost/v1", model="m"),
+        track=dict(prompt="a", dictionaries=("topk",)),
+        known=dict(circuits=("chain",)),
+        algorithm=dict(names=("addition",)),
         task=dict(benchmarks=("gsm8k",)),
     )
     configs |= {group: dataclasses.replace(configs[group], **changes) for group, changes in asked.items()}

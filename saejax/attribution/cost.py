@@ -10,6 +10,7 @@ import psutil
 from jax.sharding import Mesh
 
 from saejax.attribution.graph.pruning import RUNS
+from saejax.attribution.local.dictionaries import KEPT_SHARE
 from saejax.attribution.local.replacement import padded
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.requests import Request, read_requests
@@ -32,7 +33,7 @@ from saejax.settings import GraphConfig
 from saejax.tasks.cost import PROMPT
 
 _OVERHEAD = 1.4
-_CHECKS = 15.0  # how much longer checks take than their products, which are small, as measured on two prompts
+_CHECKS = 2.0  # how much longer checks take than their products, which are small, as measured on two prompts
 _READ = 1e9  # bytes of transcoders that are read in a second
 
 
@@ -99,9 +100,10 @@ def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
     """
     config: GraphConfig = plan.configs["graph"]
     lengths = [PROMPT] * len(config.behaviours) or [_tokens(request) for request in read_requests(config)]
-    transcoder = _transcoder(plan, config) if config.transcoders else None
-    if transcoder is None:
+    found = _transcoder(plan, config) if config.transcoders else None
+    if found is None:
         return None
+    transcoder, cross_layer = found
     size = GraphSize(
         plan.model,
         transcoder,
@@ -110,6 +112,7 @@ def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
         config.max_logits,
         checked=bool(config.circuits or config.doubled),
         heads=config.heads,
+        cross_layer=cross_layer,
     )
     return PlannedGraphs(tuple(lengths), size, config.doubled)
 
@@ -127,10 +130,11 @@ def _flops(planned: PlannedGraphs, tokens: int) -> float:
 
 
 def _read_seconds(planned: PlannedGraphs) -> float:
-    """Seconds in which transcoders are read: once to trace, and once for each check."""
+    """Seconds in which transcoders are read: once if memory holds them all, else to trace and for each check."""
     size, transcoder = planned.size, planned.size.transcoder
-    layer = 2 * 4 * transcoder.d_in * transcoder.n_features
-    return len(planned.lengths) * (1 + 3 * size.checked) * size.model.n_layers * layer / _READ
+    whole = size.model.n_layers * 2 * 4 * transcoder.d_in * transcoder.n_features
+    kept = whole <= psutil.virtual_memory().available // KEPT_SHARE
+    return (1 if kept else len(planned.lengths) * (1 + 3 * size.checked)) * whole / _READ
 
 
 def _room(plan: PlannedRun, mesh: Mesh) -> Room:
@@ -160,11 +164,15 @@ def _tokens(request: Request) -> int:
     return len(request.prompt)
 
 
-def _transcoder(plan: PlannedRun, config: GraphConfig) -> DictionaryConfig | None:
-    """One of the set's transcoders: of a folder that is there, or of those that the run will train into it."""
+def _transcoder(plan: PlannedRun, config: GraphConfig) -> tuple[DictionaryConfig, bool] | None:
+    """One of the set's transcoders: of a folder that is there, or of those that the run will train into it.
+
+    Returns:
+      What it is, and whether the set is a cross-layer one; None: nothing is known of it.
+    """
     folder = Path(config.transcoders).expanduser() / config.subfolder
     if folder.is_dir():
         opened = open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
-        return opened.check_shape(plan.model, plan.configs["model"].path).configs[0]
+        return opened.check_shape(plan.model, plan.configs["model"].path).configs[0], opened.cross_layer
     trained = (stack.dictionary for stack in plan.stacks.values())
-    return next((own for own in trained if own.target and own.kind == folder.name), None)
+    return next(((own, False) for own in trained if own.target and own.kind == folder.name), None)

@@ -89,7 +89,11 @@ def identity(config: GraphConfig) -> str:
         folders, commit = list(map(Path, config.dictionaries)), ""
     if not folders:
         return ""
+    from saejax.dictionaries.labels import labels_of_folders
+
     marks = [commit] if commit else [mark for folder in folders for mark in _marks(folder)]
+    if known := labels_of_folders(folders):
+        marks.append(fingerprint(sorted([*place, label] for place, label in known.items())))
     return fingerprint([*_given_files(config), *marks])
 
 
@@ -134,13 +138,16 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
 
 
 def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
-    """The names of features that a file gives, by layer and number; none if no file is named.
+    """The names of features, by layer and number: those that a file gives before those of the dictionaries' workdir.
 
     Raises:
-      UserError: it cannot be read, or is no such file.
+      UserError: a file cannot be read, or is no such file.
     """
+    from saejax.dictionaries.labels import labels_of_folders  # this file is read by every binary
+
+    found = labels_of_folders([config.transcoders] if config.transcoders else config.dictionaries)
     if not config.labels:
-        return {}
+        return found
     path = Path(config.labels)
     text = decode(read_bytes(path, "--graph.labels", "name a file of labels"), path)
     try:
@@ -150,7 +157,8 @@ def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     known = isinstance(labels, dict) and all(re.fullmatch(r"\d+_\d+", key) for key in labels)
     if not known or not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f'{path} holds no labels: expected {{"3_17": "cities"}}, by layer and number of the feature')
-    return {(int(layer), int(index)): label for key, label in labels.items() for layer, index in [key.split("_")]}
+    pairs = {key: key.split("_") for key in labels}
+    return found | {(int(layer), int(index)): labels[key] for key, (layer, index) in pairs.items()}
 
 
 def read_heads(config: GraphConfig) -> list[tuple[int, int, int]] | None:

@@ -3,6 +3,7 @@
 A prompt is a part in the sense of ``causal.parts``; ``outputs`` writes its files.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -97,6 +98,7 @@ def _check_request(
             first, checked = dictionaries.configs[0], bool(config.circuits or config.doubled)
             most = config.max_features or None
             size = GraphSize(model.config, first, certain_active(first), most, config.max_logits, checked, config.heads)
+            size = dataclasses.replace(size, cross_layer=dictionaries.cross_layer)
             check_room(size, len(ids_P), model.mesh)
     except UserError as error:
         raise UserError(f"{request.slug}: {error}") from None

@@ -165,9 +165,6 @@ def blocks(draws: int) -> list[slice]:
 def settled_no(effects: SetEffects, draws: int, rule: Rule) -> bool:
     """Whether the answer is no whatever the draws that are left cost.
 
-    That is certain where accuracy falls too little, or where draws are not widened. Widened ones stand away from the
-    mean of those that were run, which the draws that are left move a little.
-
     Args:
       effects: with the draws that were run.
       draws: that were asked for in all.

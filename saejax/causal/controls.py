@@ -25,6 +25,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from saejax.errors import UserError
 
 _ALIKE = 1e-4  # logarithms with a smaller standard deviation differ by rounding
+_ADVICE = "lower --ablate.top or --ablate.matches, raise --task.test_prompts"
 
 
 class TooFewControls(UserError):
@@ -156,7 +157,7 @@ def draw_controls(
     draws: int,
     matches: int,
     seed: int | Sequence[int],
-    advice: str = "lower --ablate.top or --ablate.matches, raise --task.test_prompts",
+    advice: str = _ADVICE,
 ) -> np.ndarray:
     """Draws sets of control features, each matched one to one to ``features``.
 
@@ -179,15 +180,17 @@ def draw_controls(
         always be given.
     """
     nearest_KxC = nearest_features(statistics, features)
-    count, candidates = nearest_KxC.shape
-    if count and candidates < count + matches - 1:
-        fact = f"only {candidates} features besides the {count} under test fire on the test prompts"
-        raise TooFewControls(f"{fact}, but matched controls need {count + matches - 1}", advice)
-    return _drawn(nearest_KxC, np.full(count, matches), draws, seed)
+    _check_enough(len(nearest_KxC), nearest_KxC.shape[1], matches, advice)
+    return _drawn(nearest_KxC, np.full(len(nearest_KxC), matches), draws, seed)
 
 
 def draw_alike(
-    statistics: FeatureStatistics, features: Sequence[int], draws: int, matches: int, seed: int | Sequence[int]
+    statistics: FeatureStatistics,
+    features: Sequence[int],
+    draws: int,
+    matches: int,
+    seed: int | Sequence[int],
+    advice: str = _ADVICE,
 ) -> np.ndarray:
     """Draws sets as ``features`` would have been drawn, were they a random set: they may hold those, too.
 
@@ -196,11 +199,18 @@ def draw_alike(
     are alike (``claims``); sets that leave the tested features out are not.
 
     Args:
-      statistics, features, draws, matches, seed: as for ``draw_controls``, which refuses too few.
+      statistics, features, draws, matches, seed, advice: as for ``draw_controls``, and refused likewise.
     """
     nearest_KxC = nearest_features(statistics, features, tested=True)
     others_KxC = np.cumsum(~np.isin(nearest_KxC, features), axis=1)
+    _check_enough(len(nearest_KxC), nearest_KxC.shape[1] - len(nearest_KxC), matches, advice)
     return _drawn(nearest_KxC, (others_KxC < matches).sum(axis=1) + 1, draws, seed)
+
+
+def _check_enough(count: int, others: int, matches: int, advice: str) -> None:
+    if count and others < count + matches - 1:
+        fact = f"only {others} features besides the {count} under test fire on the test prompts"
+        raise TooFewControls(f"{fact}, but matched controls need {count + matches - 1}", advice)
 
 
 def _drawn(nearest_KxC: np.ndarray, width_K: np.ndarray, draws: int, seed: int | Sequence[int]) -> np.ndarray:

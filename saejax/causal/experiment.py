@@ -40,6 +40,9 @@ class Experiment(Protocol):
     def ablate(self, sets: Sequence[Sequence[int]], prompts: Sequence[int] | None = None) -> LogitDiffs:
         """The logit difference of each test prompt, or of those at these places, without each set of features."""
 
+    def skip(self, rows: int) -> None:
+        """Says that so many pairs of a set and a prompt, which were expected, are not run."""
+
     def ablate_train(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
         """The logit difference of each train prompt without each set of features."""
 

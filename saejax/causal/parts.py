@@ -112,7 +112,7 @@ def each_part(
         run.say(f"{run.stage}: kept from an earlier run: {', '.join(found)}")
     if len(found) == len(parts):
         return {part: found[part] for part in parts}
-    measure, progress, left = begin(), _StageProgress(run, unit), len(parts) - len(found)
+    measure, progress, left = begin(), Progress(run, unit), len(parts) - len(found)
     for number, part in enumerate(parts, 1):
         if part not in found:
             label, left = f"{run.stage}: {part} ({number} of {len(parts)})", left - 1
@@ -130,7 +130,7 @@ def _drop_partial(run: Run, part: str) -> None:
         shutil.rmtree(partial_folder(run, part))
 
 
-class _StageProgress:
+class Progress:
     """Says, now and then, how far a stage is, and raises ``Interrupted`` when it is to stop.
 
     The time to go is that of the stage: the rest of this part, and for each that is left as much work as this one has,

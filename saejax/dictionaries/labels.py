@@ -1,14 +1,16 @@
-"""What features are called: the one place that pages ask. The stages ``interpret`` and ``atlas`` write it."""
+"""What features are called: the one place that pages ask. The stages ``interpret``, ``explain`` and ``atlas``
+write it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from saejax.dictionaries.stacks import kind_and_member
+from saejax.dictionaries.stacks import full_name, kind_and_member, members
 from saejax.results import from_json
-from saejax.workspace import read_json
+from saejax.workspace import SUMMARY, read_json
 
 LABELS = "labels.json"
+EXPLAINED = "explained.json"  # how a language model judged labels, beside those that it wrote
 FOUND = "detector"  # who gave a label that was found
 
 
@@ -17,7 +19,7 @@ class Label:
     """What a feature is called."""
 
     label: str  #: in words
-    by: str  #: who says so: "detector", or a reviewer's name
+    by: str  #: who says so: "detector", a language model's name, or a reviewer's
     note: str = ""  #: by the reviewer
     f1: float | None = None  #: of the detector on held-out text; None for a label by hand
 
@@ -29,6 +31,28 @@ def load_labels(path: Path) -> dict[int, Label]:
       UserError: it is missing or damaged.
     """
     return dict(from_json(dict[int, Label], read_json(path), path))
+
+
+def labels_of_folders(folders: Iterable[str | Path]) -> dict[tuple[int, int], str]:
+    """What features of dictionaries are called, by layer and number.
+
+    Args:
+      folders: train units of workdirs, such as DIR/train/topk, or members of them; others have no labels.
+
+    Raises:
+      UserError: a file of labels, or the unit's summary, is damaged.
+    """
+    found: dict[tuple[int, int], str] = {}
+    for folder in map(Path, folders):
+        unit = next((one for one in (folder, folder.parent) if one.parent.name == "train"), None)
+        if not unit or not (unit / SUMMARY).exists():
+            continue
+        for member in members(unit):
+            layer = member.site.rpartition(".")[2]
+            if layer.isdigit() and folder in (unit, unit / member.name):
+                labels = labels_of(unit.parent.parent, full_name(unit.name, member.name))
+                found |= {(int(layer), feature): label.label for feature, label in labels.items()}
+    return found
 
 
 def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:

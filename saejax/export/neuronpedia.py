@@ -172,7 +172,7 @@ def _write_viewers(
             (folder / f"{cantor_pair(source.layer, feature)}.json").write_text(text, encoding="utf-8")
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _line(row: Any) -> str:
     return json.dumps(_clean(row), separators=(",", ":"), allow_nan=False) + "\n"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from saejax.causal.ablate.results import AblateResults
 from saejax.dictionaries import stacks
-from saejax.dictionaries.labels import FOUND, LABELS, Label, load_labels
+from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interpret.run import FEATURES
@@ -44,13 +44,24 @@ def run_atlas(run: Run) -> AtlasResults:
     for member in interpreted.members:
         source, own = run.inputs[f"interpret/{run.name}"] / member.name, by_hand.get(member.name, {})
         name = stacks.full_name(run.name, member.name)
-        labels = load_labels(source / LABELS) | own
+        by_model, judged = _explained(run, member.name)
+        labels = load_labels(source / LABELS) | by_model | own
         records = (one for file in sorted((source / FEATURES).glob("*.json")) for one in read_json(file))
-        write_atlas(run.folder / member.name, name, records, labels, measured.get(name, {}))
-        found = sum(label.by == FOUND for label in labels.values())
-        made.append(AtlasPages(name, member.name, member.features, len(own), found))
+        extra = ({**one, "judged": judged[key]} if (key := str(one["feature"])) in judged else one for one in records)
+        write_atlas(run.folder / member.name, name, extra, labels, measured.get(name, {}))
+        written = len(by_model.keys() - own.keys())
+        found = len(labels) - len(own) - written
+        made.append(AtlasPages(name, member.name, member.features, len(own), found, written))
         run.say(f"open {run.folder / member.name / 'index.html'}")
     return AtlasResults(run.name, tuple(made))
+
+
+def _explained(run: Run, member: str) -> tuple[dict[int, Label], dict[str, Any]]:
+    """The labels that a language model wrote and that are kept, and how it judged labels, by feature; often empty."""
+    folder = run.inputs.get(f"explain/{run.name}")
+    if not folder:
+        return {}, {}
+    return load_labels(folder / member / LABELS), read_json(folder / member / EXPLAINED)
 
 
 def _effects(run: Run) -> dict[str, dict[int, dict[str, float]]]:

@@ -139,6 +139,16 @@ def strongest(block: Block, store: Store, text: CodedText, feature: int, count: 
     return [int(store.documents.offsets[window.document] + window.position) for window in windows]
 
 
+def surroundings(text: CodedText, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places of the contexts of some places, and which are in the document, both [places, BEFORE + 1 + AFTER].
+
+    Those that are not are the place itself.
+    """
+    steps = np.arange(-BEFORE, AFTER + 1)
+    inside = (text.position(place)[:, None] + steps >= 0) & (steps <= text.left(place)[:, None])
+    return np.where(inside, place[:, None] + steps, place[:, None]), inside
+
+
 def contexts(
     block: Block, text: CodedText, known: np.ndarray, feature: int, places: Sequence[int] | np.ndarray
 ) -> list[dict]:
@@ -151,11 +161,8 @@ def contexts(
       feature: counted from the block's first.
       places: of the firings.
     """
-    place = np.asarray(places, np.int64)[:, None]
-    steps = np.arange(-BEFORE, AFTER + 1)
-    position = text.position(place[:, 0])
-    inside = (position[:, None] + steps >= 0) & (steps <= text.left(place[:, 0])[:, None])
-    around = np.where(inside, place + steps, place)
+    place = np.asarray(places, np.int64)
+    position, (around, inside) = text.position(place), surroundings(text, place)
     acts = block.at(np.full(around.shape, feature), around)
     ids = text.back(around.reshape(-1), 0).reshape(around.shape)
     return [
@@ -169,7 +176,7 @@ def contexts(
             document=int(document),
             position=int(position[n]),
         )
-        for n, document in enumerate(text.document(place[:, 0]))
+        for n, document in enumerate(text.document(place))
     ]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from saejax.activations.store import Store
 from saejax.interpret import describe
+from saejax.interpret.attended import HeadShares
 from saejax.interpret.describe import Associations
 from saejax.interpret.detectors import PairCounts
 from saejax.interpret.firings import Block
@@ -34,6 +35,7 @@ class Describer:
       output: of the tokens that features raise and lower; None where there are none.
       nearest: numbers and cosines of the nearest decoder rows, [F, n].
       together: of features that fire on the same tokens.
+      heads: what attention heads look at; None: not asked for.
     """
 
     store: Store
@@ -45,6 +47,7 @@ class Describer:
     output: OutputTokens | None
     nearest: tuple[np.ndarray, np.ndarray]
     together: Together
+    heads: HeadShares | None = None
 
     def __post_init__(self):
         self._known = np.zeros(len(self.store.documents.ids_T), bool)
@@ -72,6 +75,7 @@ class Describer:
         order = describe.weakest_first(block)
         edges, (drawn, group) = describe.tenths(block, order), describe.group_draws(block, order, self.draws)
         partners = self.together.partners(block.first, block.size, _TOGETHER)
+        looks = self.heads.of(block) if self.heads else [None] * block.size
         found = []
         for i in range(block.size):
             feature, fires = block.first + i, int(block.counts[i])
@@ -101,7 +105,7 @@ class Describer:
                         if both
                     ],
                 )
-            found.append(one)
+            found.append(one | (dict(attention=looks[i]) if looks[i] else {}))
         return found
 
     def _contexts(self, block: Block, feature: int, places: Sequence[int] | np.ndarray) -> list[dict]:

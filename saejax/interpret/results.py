@@ -46,7 +46,8 @@ class AtlasPages:
     folder: str  #: in the unit; "" for the unit's own
     features: int  #: with a page
     by_hand: int  #: features with a label of one's own
-    automatic: int  #: of the others, features with a label found
+    automatic: int  #: of the others, features with a label found without a language model
+    by_model: int  #: of the others, features with a label by a language model, or found and judged by it
 
 
 @dataclasses.dataclass(frozen=True)

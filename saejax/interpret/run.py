@@ -18,6 +18,7 @@ from saejax.dictionaries import Dictionary, load_dictionary, stacks
 from saejax.dictionaries.labels import LABELS, Label
 from saejax.errors import Interrupted
 from saejax.interpret import neighbours
+from saejax.interpret.attended import HeadShares
 from saejax.interpret.control import random_directions
 from saejax.interpret.detectors import Detector, best_detectors
 from saejax.interpret.firings import blocks, record
@@ -110,7 +111,7 @@ class Interpreter:
         bases = {family: CodeCounts(self.text.code(family, place)) for family in FAMILIES}
         output = self._output()
         nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
-        kept = (config.examples, config.draws, output, nearest, together)
+        kept = (config.examples, config.draws, output, nearest, together, self._heads())
         describer = Describer(self.store, self.text, place, bases, *kept)
         found: Found = []
         shutil.rmtree(folder / FEATURES, ignore_errors=True)
@@ -166,6 +167,12 @@ class Interpreter:
         if Site.parse(target).kind not in _IN_STREAM:
             return None
         return neighbours.output_tokens(self.lm, self.dictionary.W_dec_FxD[...], _OUTPUT)
+
+    def _heads(self) -> HeadShares | None:
+        """What the heads before the dictionary's site look at; None if that is not asked for, or there are none."""
+        site, tokens = Site.parse(self.dictionary.site), self.run.configs["interpret"].attention_tokens
+        layers = site.layer + (site.kind != "resid_pre")
+        return HeadShares(self.lm, self.store.documents, self.text, layers, tokens) if tokens and layers else None
 
     def _finish(self, folder: Path, scored: "Scored", labels: dict[int, Label], describer: Describer) -> None:
         """Adds to the records what is known at the end: labels and their scores, and adjusted p-values."""

@@ -22,6 +22,9 @@ class InterpretConfig(Config):
     )
     examples: int = setting(8, "strongest contexts kept of each feature", low=1)
     draws: int = setting(2, "contexts drawn from each tenth of a feature's firings, by activation", low=0)
+    attention_tokens: int = setting(
+        8192, "tokens of text at which features are compared with what attention heads look at; 0: none", low=0
+    )
     batch_tokens: int = setting(4096, "tokens encoded at a time", low=32, changes_results=False)
     seed: int = setting(789, "seed of the random directions that labels are compared with", low=0)
 
@@ -47,10 +50,15 @@ def _labels(configs: Configs) -> str:
 
 
 def _shown(configs: Configs, name: str) -> Sequence[str]:
-    """What was interpreted, and the effects of its features where they were measured."""
+    """What was interpreted, labels by a language model, and effects of features where they were measured."""
     tested = configs["ablate"].dictionary
     measured = configs["task"].has_behaviours and tested.partition("/")[0] == name
-    return (f"interpret/{name}", *([f"ablate/{folder_name(tested)}"] if measured else []))
+    judged = name in configs["explain"].dictionaries
+    return (
+        f"interpret/{name}",
+        *([f"explain/{name}"] if judged else []),
+        *([f"ablate/{folder_name(tested)}"] if measured else []),
+    )
 
 
 def _names(configs: Configs) -> Sequence[str]:
@@ -78,7 +86,7 @@ ATLAS = Stage(
     run="saejax.interpret.atlas:run_atlas",
     results="saejax.interpret.results:AtlasResults",
     groups=(AtlasConfig,),
-    after=("interpret", "ablate"),
+    after=("interpret", "explain", "ablate"),
     needs=_shown,
     names=_names,
     identity=dict(labels=_labels),

@@ -19,6 +19,7 @@ from saejax.models.checkpoint import read_checkpoint, safetensors_files
 from saejax.models.families import check_family
 from saejax.models.gguf import dequantised
 from saejax.models.identity import fingerprint
+from saejax.models.offline import offline_if_unreachable
 from saejax.models.randomised import randomised
 from saejax.settings import ModelConfig
 
@@ -279,7 +280,8 @@ def hub_errors(name: str, revision: str, what: str, file: str, expected: str) ->
 
     page = f"https://huggingface.co/{name}"
     try:
-        yield
+        with offline_if_unreachable():
+            yield
     except errors.GatedRepoError:
         raise UserError(
             f"{name} is gated: accept its licence at {page}, then set the variable HF_TOKEN to a token of your account"

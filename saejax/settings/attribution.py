@@ -14,8 +14,8 @@ class GraphConfig(Config):
 
     transcoders: str = setting(
         "",
-        "transcoders of all layers: a folder or hub id of a set (circuit-tracer's, Gemma Scope's), or the folder of "
-        "ours, such as runs/mine/train/topk",
+        "transcoders of all layers: a folder or hub id of a set (circuit-tracer's or Gemma Scope's, of each layer or "
+        "cross-layer), or the folder of ours, such as runs/mine/train/topk",
     )
     revision: str = setting("main", "revision of a set on the hub")
     subfolder: str = setting("", "folder of the set within its repository")

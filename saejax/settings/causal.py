@@ -86,7 +86,7 @@ class AblateConfig(Config):
     circuit_tests: bool = setting(
         False,
         "test the top features as a circuit: equivalence, independence, minimality, sufficiency and partial necessity, "
-        "against sets of random features",
+        "against sets of random features; and keep circuits of growing sizes, against random orders (CPR and CMD)",
     )
     greedy: int = setting(
         0,
@@ -99,8 +99,8 @@ class AblateConfig(Config):
     )
     draw_prompts: int = setting(
         20,
-        "test prompts on which drawn sets are removed, and the top features beside them, spread evenly over templates; "
-        "0: all",
+        "test prompts from which drawn and growing sets are removed, and the top features beside them, spread evenly "
+        "over templates; 0: all",
         low=0,
     )
     matches: int = setting(40, _MATCHES, low=1)

@@ -82,7 +82,7 @@ def _pair(first: str, second: str, benchmark: str, rows: Mapping[str, Findings])
     yield about | dict(by="items", n=len(shared)) | rank_correlation(one_N, two_N)
     loaded = [_decoder(rows[name], benchmark) for name in (first, second)]
     if loaded[0].shape[1] == loaded[1].shape[1]:
-        matches = match_by_direction(*loaded)
+        matches = match_by_direction(loaded[0], loaded[1])
         one, two = (_attributions(folder) for folder in folders)
         at_M = np.isin(matches.first_M, one.feature) & np.isin(matches.second_M, two.feature)
         one_M = one.drop[np.searchsorted(one.feature, matches.first_M[at_M])]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from saejax.causal.ablate.results import AblateResults
-from saejax.causal.claims import randomisation_p
+from saejax.causal.claims import LEAST_SETS, randomisation_p
 from saejax.causal.study.results import StudyEffects
 from saejax.page.findings import Findings
 from saejax.page.tables import number, percent
@@ -23,9 +23,10 @@ FAITHFUL = 0.8  # cross-entropy that a dictionary recovers
 EPOCH = 4  # with whose loss the last one is compared, as the reasoning study did
 GATE = (
     f"A row is interpretable on a benchmark if removing its dictionary's top features costs more log-likelihood of the "
-    f"reference answers than matched random ones with p at most {LEVEL:g}, both where they are set to zero and where "
-    f"they are replaced at random, and the dictionary recovers at least {FAITHFUL:g} of the cross-entropy; unstable if "
-    "only one of the replacements does, or the dictionary recovers less; else there is no signal."
+    f"reference answers than matched random ones (of which there are at least {LEAST_SETS} sets without a feature in "
+    f"common) with p at most {LEVEL:g}, both where they are set to zero and where they are replaced at random, and the "
+    f"dictionary recovers at least {FAITHFUL:g} of the cross-entropy; unstable if only one of the replacements does, "
+    "or the dictionary recovers less; else there is no signal."
 )
 CRITERIA = (
     f"A study succeeds as far as these hold: every unit is done; every dictionary's loss is lower in the last epoch "
@@ -43,18 +44,25 @@ _LATENTS = "100 % of the latents change the output; without a control"
 _TRANSFER = "planned for its 98 layers"
 
 
-def gate(row: str, benchmark: str, nats: StudyEffects, recovered: float | None) -> GateFigures:
+def gate(
+    row: str, benchmark: str, nats: StudyEffects, recovered: float | None, disjoint: int | None = None
+) -> GateFigures:
     """Which of the three a row is on a benchmark.
 
     Args:
       row, benchmark: their names.
       nats: effects on the log-likelihood of the reference per token.
       recovered: cross-entropy that the dictionary recovers, against the mean; None if it was not measured.
+      disjoint: sets without a feature in common that the draws come from; None: as many as there are draws.
     """
     effects = {name: one for name, one in nats.replaced.items() if one}
     if len(effects) < len(nats.replaced):
         return GateFigures(row, benchmark, "not measured", "effects of a replacement are missing", None)
-    p_RxC = np.array([randomisation_p(np.array([one.drop.mean, *one.controls])) for one in effects.values()])
+    if disjoint is not None and disjoint < LEAST_SETS:
+        few = f"matched random features make {disjoint} sets without one in common: too few to judge by"
+        return GateFigures(row, benchmark, "not measured", few, None)
+    drops = [np.array([one.drop.mean, *one.controls]) for one in effects.values()]
+    p_RxC = np.array([randomisation_p(drop_C) for drop_C in drops])
     small_RxC = p_RxC <= LEVEL
     words = "; ".join(f"{name}: p = {number(p, 3)}" for name, p in zip(effects, p_RxC[:, 0].tolist(), strict=True))
     faithful = recovered is not None and recovered >= FAITHFUL

@@ -181,11 +181,10 @@ def _activations(row: str, found: Findings) -> Iterator[ActivationFigures]:
             )
             yield own
     for benchmark, study in found.each(StudyResults).items():
-        if one := study.activations:
-            scores = (one.l0, one.firing, one.explained_variance)
-            yield ActivationFigures(
-                row, benchmark, study.site, one.tokens, one.median_norm, one.largest_norm, None, *scores
-            )
+        if read := study.activations:
+            norms = read.median_norm, read.largest_norm, None
+            scores = read.l0, read.firing, read.explained_variance
+            yield ActivationFigures(row, benchmark, study.site, read.tokens, *norms, *scores)
 
 
 def _effects(row: str, found: Findings) -> Iterator[EffectFigures]:
@@ -239,7 +238,7 @@ def _gates(row: str, found: Findings) -> Iterator[GateFigures]:
         kind, member = kind_and_member(results.dictionary)
         scores = found.each(EvaluateResults)
         known = {one.name: one.ce_recovered_mean for one in scores[kind].members} if kind in scores else {}
-        yield criteria.gate(row, benchmark, results.log_likelihood_per_token, known.get(member))
+        yield criteria.gate(row, benchmark, results.log_likelihood_per_token, known.get(member), results.disjoint)
 
 
 def _stage(root: Path, row: str, stage: str, states: Sequence[UnitState]) -> StageFigures:

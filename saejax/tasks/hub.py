@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from saejax.errors import UserError
+from saejax.models.offline import offline_if_unreachable
 
 Found = TypeVar("Found")
 
@@ -44,7 +45,8 @@ def _fetched(hub: str, revision: str, fetch: Callable[[], Found]) -> Found:
 
     set_verbosity_error()  # it tries several times and would say so each time
     try:
-        return fetch()
+        with offline_if_unreachable():
+            return fetch()
     except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

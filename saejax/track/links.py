@@ -7,6 +7,9 @@ geometry      between two consecutive dictionaries, at one position. Feature i w
               possible sources has a link from any of k such directions with probability ``_LEVEL``, about.
 attribution   with transcoders of all layers: edges of the prompt's attribution graph, between any positions.
 
+Dictionaries that were trained from one start keep directions of it, which then pass for shared features: most links
+join features of one number, and mean nothing. Stacks of several sites start apart (``training.state``).
+
 Geometry sees what is carried through the stream. What a layer computes from it, and what attention moves between
 positions, it does not see.
 """
@@ -48,6 +51,11 @@ class FeatureLinks:
     kind: str
     links: Sequence[Link]
     random: int | None = None
+
+    @property
+    def same_number(self) -> int:
+        """How many join features of one number: by chance one in as many as there are features."""
+        return sum(source[2] == target[2] for source, target, _ in self.links)
 
 
 def geometry(stack: Stack, shown: Sequence[LayerFirings], seed: int) -> FeatureLinks:

@@ -14,7 +14,7 @@ class StepTest:
     features: tuple[int, ...]  #: that were removed together, at the step's tokens
     tokens: int  #: that were judged: all of the step but its first
     drop: float  #: of their mean log-likelihood, nats
-    matched_drop: float  #: the same of matched sets, mean
+    matched_drop: float  #: the same of the drawn sets, mean
     lost: float  #: share of the tokens that are the likeliest no more
     matched_lost: float  #: the same of matched sets, mean
     claim: Claim  #: `yes`: the step's features hurt it more than matched ones do
@@ -60,6 +60,7 @@ class TrackedText:
     link_kind: str  #: attribution, or geometry: by directions alone
     links: int  #: between shown features
     random_links: int | None  #: by the same rule, of random directions; None for attribution
+    same_number: int  #: links between features of one number; if many, the dictionaries were trained from one start
     seconds: float  #: that it took
 
 

@@ -75,9 +75,7 @@ def tested_places(stack: Stack, config: TrackConfig) -> list[int]:
     layers = [each.layer for each in stack.layers]
     for layer in config.test_layers:
         if layer not in layers:
-            raise UserError(
-                f"--track.test_layers={layer}: there is no dictionary of layer {layer}: expected of {layers}"
-            )
+            raise UserError(f"--track.test_layers={layer}: that layer has no dictionary: expected one of {layers}")
     return [layers.index(layer) for layer in config.test_layers] or [len(layers) // 2]
 
 
@@ -138,6 +136,7 @@ def follow_text(
         link_kind=found.kind,
         links=len(found.links),
         random_links=found.random,
+        same_number=found.same_number,
         seconds=round(time.monotonic() - start, 2),
     )
     cells = shown_text(stack, text, shown, found, chosen, readings, as_text, labels_of_shown(stack, shown, chosen))
@@ -190,7 +189,7 @@ def labels_of_shown(
     stack: Stack, shown: Sequence[LayerFirings], chosen: Sequence[Sequence[Sequence[StepFeature]]]
 ) -> list[Mapping[int, Label]]:
     """The labels of the features that are shown, of each dictionary."""
-    found = []
+    found: list[Mapping[int, Label]] = []
     for each, cells, parts in zip(stack.layers, shown, chosen, strict=True):
         features = {*cells.feature_A.tolist(), *(one.feature for part in parts for one in part)}
         found.append({feature: each.labels[feature] for feature in sorted(features) if feature in each.labels})

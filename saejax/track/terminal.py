@@ -6,6 +6,7 @@ from typing import Any, TextIO
 
 from saejax.causal.claims import LEAST_SETS
 from saejax.page.tables import number, percent, significant, visible
+from saejax.track.links import GEOMETRY
 from saejax.track.results import StepTest, TrackedText, TrackResults
 
 _BOLD, _DIM, _GREEN, _END = "\033[1m", "\033[2m", "\033[32m", "\033[0m"
@@ -24,8 +25,10 @@ def line(found: TrackedText) -> str:
     hurt = f"{sum(test.claim.yes for test in tests)} of {len(tests)}"
     random = "" if found.random_links is None else f" (of random directions {found.random_links:,})"
     answer = found.lenses["logit"].answer[-1]
+    start = ", most of features of one number: the dictionaries had one start, these links mean nothing"
+    start = start if found.link_kind == GEOMETRY and found.same_number > found.links / 2 else ""
     return (
-        f"{found.tokens} tokens, {len(found.sites)} layers, {found.links:,} links by {found.link_kind}{random}; "
+        f"{found.tokens} tokens, {len(found.sites)} layers, {found.links:,} links by {found.link_kind}{random}{start}; "
         f"probability of {visible(found.answer)!r} {answer:.2f}; {hurt} tested steps are hurt more by their features "
         f"than by matched ones; {found.seconds:.0f} s"
     )
@@ -91,7 +94,16 @@ def _feature(one: Mapping[str, Any], layer: Mapping[str, Any], found: TrackedTex
 
 
 def _names(segments: list[int], found: TrackedText) -> str:
-    return ", ".join(found.steps[segment].name.removeprefix("step ") for segment in segments)
+    """Names of steps, those in a row by the first and the last: "3-10, 12"."""
+    runs: list[list[int]] = []
+    for segment in segments:
+        if runs and runs[-1][-1] == segment - 1:
+            runs[-1].append(segment)
+        else:
+            runs.append([segment])
+    short = [found.steps[run[0]].name.removeprefix("step ") for run in runs]
+    ends = [found.steps[run[-1]].name.removeprefix("step ") for run in runs]
+    return ", ".join(first if first == last else f"{first}-{last}" for first, last in zip(short, ends, strict=True))
 
 
 def _test(test: StepTest) -> str:

@@ -5,7 +5,7 @@ but the first (which is predicted before the step begins) is compared with that 
 that of ``causal.claims``: tokens stand for prompts, log-likelihood for the logit difference, and the share of tokens
 that are the likeliest for accuracy; Holm's correction is over all steps of a text and all layers that are tested.
 Features are chosen by where they fire, not by what removing them costs, so all tokens judge; the matched ones fire as
-often, as strongly and as late in the step, and are none of them.
+often, as strongly and as late in the step. Drawn sets may hold features of the step, as in ``causal.claims``.
 """
 
 import functools
@@ -37,6 +37,7 @@ from saejax.track.texts import EncodedText, Segment
 _ROWS = {"cpu": 32}  # sets that are removed at once; the first block of draws and the clean run just fit
 _MANY = 256  # the same on accelerators
 _WINDOW, _POOL = 8, 64  # windows and features are filled up to a multiple of these, so that few programs are compiled
+_OTHERS = 20  # sets of other features alone, which say how well they match
 _SPARE = 4  # sets drawn for each that is kept: those that change the site most nearly as much as the tested one
 
 Key = tuple[int, int]  # place of the dictionary in the stack, place of the segment
@@ -97,16 +98,21 @@ class StepTester:
             raise UserError("none of its features fires before its last token")
         seed = [config.seed, step.start, self._point.site.layer]
         matches = controls.fitting_matches(statistics, firing, config.matches)
-        drawn_NxC = controls.draw_controls(statistics, firing, _SPARE * draws, matches, seed, "lower --track.matches")
-        pool_K = np.unique([*firing, *drawn_NxC.ravel().tolist()])
+        asked = statistics, firing
+        others_MxC = controls.draw_controls(*asked, _SPARE * _OTHERS, matches, seed, "lower --track.matches")
+        drawn_NxC = controls.draw_alike(*asked, _SPARE * draws, matches, [*seed, 1])
+        pool_K = np.unique([*firing, *others_MxC.ravel().tolist(), *drawn_NxC.ravel().tolist()])
         W_dec_KxD = to_host(self._dictionary.W_dec_FxD[...])[pool_K].astype(np.float64)
         change_KxK = (f_WxF[:, pool_K].T.astype(np.float64) @ f_WxF[:, pool_K]) * (W_dec_KxD @ W_dec_KxD.T)
         own = float(controls.joint_size(change_KxK, pool_K, [firing])[0])
-        size_N = controls.joint_size(change_KxK, pool_K, drawn_NxC.tolist())
-        kept_N = controls.nearest_in_size(size_N, own, draws)
-        sets_NxC = drawn_NxC[kept_N]
-        ratio = float(np.median(size_N[kept_N]) / own) if own else None
-        match = ControlMatch(**controls.match_ratios(statistics, firing, sets_NxC), size_ratio=ratio)
+        size_M, size_N = (
+            controls.joint_size(change_KxK, pool_K, sets) for sets in (others_MxC.tolist(), drawn_NxC.tolist())
+        )
+        sets_NxC = drawn_NxC[controls.nearest_in_size(size_N, own, draws)]
+        # How well others match: draws may hold the features themselves.
+        kept_M = controls.nearest_in_size(size_M, own, _OTHERS)
+        ratio = float(np.median(size_M[kept_M]) / own) if own else None
+        match = ControlMatch(**controls.match_ratios(*asked, others_MxC[kept_M]), size_ratio=ratio)
         return self._effects(step, firing, sets_NxC, pool_K, draws, rule, statistics, matches), match
 
     def _effects(
@@ -120,9 +126,10 @@ class StepTester:
         statistics: FeatureStatistics,
         matches: int,
     ) -> SetEffects:
-        """Runs the matched sets block by block, until all are run or none could change a no."""
+        """Runs the drawn sets block by block, until all are run or none could change a no."""
         score = functools.partial(self._scores, step, pool_K)
-        disjoint, parts = controls.disjoint_sets(statistics, firing, matches), []
+        disjoint = controls.disjoint_sets(statistics, firing, matches)
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
         for block in blocks(draws):
             first: list[Sequence[int]] = [] if parts else [(), firing]
             parts.append(score([*first, *sets_NxC[block].tolist()]))

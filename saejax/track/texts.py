@@ -89,7 +89,7 @@ def sentences(text: str) -> tuple[str, ...]:
     parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True) if end > start]
     found: list[str] = []
     for part in parts:
-        if found and (not part.strip() or re.fullmatch(r"\W*\w{0,3}\W*", found[-1])):
+        if found and (not part.strip() or re.fullmatch(r"\W*\d{0,3}\W*", found[-1])):
             found[-1] += part
         else:
             found.append(part)

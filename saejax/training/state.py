@@ -46,20 +46,24 @@ def initial_state(
 ) -> TrainState:
     """The state before the first step; to be traced.
 
-    Random directions from each member's seed, the decoder's bias where its site's scale says, everything else 0.
+    Random directions from each member's seed and, in a stack of several sites, its site's place among them; the
+    decoder's bias where its site's scale says, everything else 0. Were the directions the same at all sites, what
+    little training leaves of them would pass for features that the layers share.
     """
 
     start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
 
-    def one(seed: jax.Array, bias_D: jax.Array) -> Arrays:
-        member = Dictionary.initial(dictionary, jax.random.key(seed), config.matmul, config.state_dtype)
+    def one(key: jax.Array, bias_D: jax.Array) -> Arrays:
+        member = Dictionary.initial(dictionary, key, config.matmul, config.state_dtype)
         arrays = member.arrays | dict(b_dec_D=bias_D)
         return arrays | {name: jnp.full_like(arrays[name], value) for name, value in start.items()}
 
     bias_MxD = np.stack([scale.bias_D * scale.output for scale in scales]).astype(config.state_dtype)
-    seed_M = jnp.array([member.settings["seed"] for member in members], jnp.int32)
-    # One by one, so that a member starts with the same bits alone and in a stack.
-    params = lax.map(lambda args: one(*args), (seed_M, jnp.asarray(bias_MxD)))
+    sites = list(dict.fromkeys(member.site for member in members))
+    keys = [(jax.random.key(member.settings["seed"]), sites.index(member.site)) for member in members]
+    key_M = jnp.stack([jax.random.fold_in(key, place) if place else key for key, place in keys])
+    # One by one, so that a member of the first site starts with the same bits alone and in a stack.
+    params = lax.map(lambda args: one(*args), (key_M, jnp.asarray(bias_MxD)))
     return TrainState(
         params,
         jax.vmap(make_optimizer(config).init)(params),

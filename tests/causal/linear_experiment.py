@@ -41,6 +41,9 @@ class LinearExperiment:
     def max_activations(self):
         return self.f_PxF
 
+    def skip(self, rows):
+        self.skipped = rows
+
     def ablate_train(self, sets):
         return self.ablate(sets)  # the same prompts: what is learnt on them holds on them
 

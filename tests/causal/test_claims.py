@@ -183,6 +183,16 @@ def test_holm_by_columns_is_holm():
     np.testing.assert_allclose(holm_columns(p_BxC), np.stack([holm(p_B) for p_B in p_BxC.T], axis=1))
 
 
+def test_the_interval_of_a_claim_resamples_templates():
+    """Three templates, each with an effect of its own: other templates would give another mean."""
+    drop_P, nothing_NxP = np.repeat([0.5, 1.0, 3.0], 10), np.zeros((19, 30))
+    lows = []
+    for template_P in (np.repeat(np.arange(3), 10), np.zeros(30)):
+        effects = SetEffects(drop_P, np.ones(30), nothing_NxP, nothing_NxP, template_P)
+        lows.append(claims(dict(one=effects), Rule())["one"].low)
+    assert lows[0] == 0.5 and lows[1] > 1.0
+
+
 def test_resampling_templates_widens_what_resampling_prompts_gives():
     template_P = np.repeat(np.arange(4), 10)
     value_P = np.repeat([0.0, 1.0, 2.0, 3.0], 10)

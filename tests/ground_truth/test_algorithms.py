@@ -112,7 +112,7 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path, one_device):
 FLAGS = {
     "task.behaviours": "",
     "algorithm.names": "addition",
-    "algorithm.digits": 1,
+    "algorithm.digits": 2,
     "algorithm.width": 32,
     "algorithm.layers": 1,
     "algorithm.batch": 64,
@@ -132,7 +132,7 @@ def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path):
     results = load_results(folder)
     assert results.steps == 30 and results.labels == ("carry", "column")
     # Weights of the loss are 0 for fresh questions: with nothing else there is nothing to learn.
-    algorithm, schedule = Addition(1), transformer.Schedule(10, 0.0)
+    algorithm, schedule = Addition(2), transformer.Schedule(10, 0.0)
     config = transformer.read(transformer.describe(len(algorithm.words), 16, 1, 16))
     params = transformer.initial(config, 0)
     fresh = algorithm.fresh("addition", 8, np.random.default_rng(0))
@@ -169,6 +169,11 @@ def test_algorithms_are_learned_and_the_binaries_take_them(name, tmp_path):
     assert command.run(["baseline"], "", ["program", *own]) == 0
     summary = json.loads((tmp_path / "own" / "baseline" / "summary.json").read_text())
     assert all(one["test"]["accuracy"]["mean"] > 0.9 for one in summary["results"]["behaviours"].values())
+
+
+def test_too_few_questions_are_said():
+    with pytest.raises(UserError, match="too few different prompts of units"):
+        Addition(1).prompts(50, np.random.default_rng(0))
 
 
 def test_without_a_path_there_is_no_graph():

@@ -97,7 +97,7 @@ def test_graphs_have_the_known_edges_and_wrong_decoders_have_others(known):
     )
     assert exact.error < 1e-5
     assert exact.auroc.mean == exact.precision.mean == exact.recall.mean == 1
-    assert exact.replacement.mean > 0.999
+    assert exact.replacement.mean > 0.95
     assert wrong.error > 0.1 and wrong.recall.mean < 0.9 and wrong.replacement.mean < 0.9
 
 
@@ -154,7 +154,7 @@ def test_prompts_tell_labels_to_probes(tmp_path):
     from saejax.tasks.labels import label_prompts
     from saejax.tasks.own_prompts import as_line, read_own_prompts
 
-    case = make_case("logic", 10, SEED)
+    case = make_case("logic", 30, SEED)
     save_model(tmp_path / "model", *checkpoint(case.model, SEED), list(case.model.words))
     from transformers import PreTrainedTokenizerFast
 
@@ -174,7 +174,7 @@ def test_prompts_tell_labels_to_probes(tmp_path):
         label_prompts("xor_2", case.prompts, [1.0] * len(case.prompts))
     bad = json.loads(as_line(case.prompts[0]))
     for labels, told in (
-        ("yes", "is 'yes'|is yes"),
+        ("yes", 'is "yes"'),
         ({"answer": "a"}, "none of"),
         ({"a b": "c"}, "digits and _"),
         ({"a": 1}, "'a' is 1"),

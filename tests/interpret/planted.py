@@ -116,7 +116,7 @@ def dictionary(features: int, seed: int = 0) -> Dictionary:
 
 def interpreter(folder: Path, store: Store, lm, of: Dictionary, **settings) -> Interpreter:
     """What interprets a dictionary of the store."""
-    config = dataclasses.replace(InterpretConfig(), batch_tokens=500, **settings)
+    config = dataclasses.replace(InterpretConfig(), batch_tokens=500, attention_tokens=0, **settings)
     run = Run("interpret", "standard", folder, dict(interpret=config), {}, say=lambda line: None)
     return Interpreter(run, store, CodedText(store.documents, TEXTS), lm, make_mesh(MeshConfig()), "", of)
 

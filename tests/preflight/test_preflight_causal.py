@@ -11,6 +11,7 @@ ASKED = dict(
     patch__kinds=("resid_post", "attn_out"),
     patch__dictionary="topk",
     probe__labels=("behaviour", "answer"),
+    steer__dictionary="topk",
     study__benchmarks=("logic", "math"),
 )
 
@@ -39,7 +40,7 @@ def test_only_what_is_asked_for(model):
     assert not {"patch", "probe", "study"} & {*seconds(model), *stages(model)}
     asked = units(model, **ASKED)
     assert list(asked) == [
-        "patch/resid_post", "patch/attn_out", "patch/topk", "probe/topk", "study/logic", "study/math",
+        "patch/resid_post", "patch/attn_out", "patch/topk", "probe/topk", "steer/topk", "study/logic", "study/math",
     ]  # fmt: skip
     assert {"patch", "probe", "study"} <= {*seconds(model, **ASKED)}
     assert {"patch", "probe", "study"} <= stages(model, **ASKED)
@@ -59,6 +60,8 @@ def test_rows_are_those_of_the_stages(model):
     assert probe["rows"] == behaviours * (task.train_prompts + task.test_prompts)
     # On features and on raw activations: 5 folds of 6 penalties, the probe itself, 20 shuffles; sparse ones thrice.
     assert probe["fits"] == 2 * (1 + behaviours) * (51 + 5 * 71)
+    strengths, drawn = 3 * 5 + 4, 20 * (4 * 320 + 5 * 10)  # of four methods; 10 draws at every dose
+    assert found["steer/topk"]["rows"] == behaviours * ((task.train_prompts + task.test_prompts) * strengths + drawn)
     assert found["study/logic"]["rows"] == 100 * (1 + 2 + 2 * 20)
 
 
@@ -70,6 +73,7 @@ def test_rows_are_those_of_the_stages(model):
         ("patch", dict(task__test_prompts=200)),
         ("probe", dict(probe__shuffles=60)),
         ("probe", dict(probe__labels=("behaviour", "answer", "parity"))),
+        ("steer", dict(steer__draws=800)),
         ("study", dict(study__draws=30)),
         ("study", dict(study__items=1000, task__examples=1000)),
         ("study", dict(preflight__benchmark_tokens=2000)),

@@ -17,7 +17,8 @@ from saejax.registry import GROUPS
 from saejax.training.train import named_sites
 
 FILES = sorted(CONFIGS.glob("*.flags"))
-STUDIES = [path for path in FILES if "--model.path=" in path.read_text() and not path.name.startswith("demo")]
+OWN = ("demo", "addition")  # of models that are at hand, or made by the stage before
+STUDIES = [path for path in FILES if "--model.path=" in path.read_text() and not path.name.startswith(OWN)]
 FITS = re.compile(r"^# Fits a TPU slice: --preflight.topology=(\S+)(?: --mesh.model=(\d+))?", re.M)
 
 
@@ -48,14 +49,30 @@ def test_the_studies_models_and_layers():
     for name, layer in layers.items():
         configs = found[name]
         assert configs["train"].sites == (f"resid_post.{layer}",) == configs["capture"].sites
-        assert configs["task"].benchmarks == (name.rpartition("-")[2],)
+        benchmarks = configs["task"].benchmarks
+        assert benchmarks[0] == name.rpartition("-")[2] and configs["task"].score == "auto"
+        study = configs["study"]
+        assert study.benchmarks == benchmarks and study.draws >= 20 * len(benchmarks) - 1, "no yes would be possible"
         train = configs["train"]
         assert (train.kinds, train.expansion, train.l1, train.decorrelation) == (("linear",), 8, (1e-4,), 0.01)
-        assert (train.batch, train.epochs) == (32, 20)
+        assert (train.batch, train.epochs, train.learning_rate) == (32, 20, (1e-4,))
     circuit = found["qwen3-4b-instruct-2507-behaviours"]
     assert circuit["capture"].last == 5
     assert circuit["capture"].sites == tuple(f"mlp_{end}.{layer}" for end in ("in", "out") for layer in range(10, 25))
     assert {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"} <= {x.rpartition("-")[0] for x in found}
+
+
+def test_every_layer_of_four_models():
+    found = [read(path) for path in FILES if path.stem.endswith("-all-layers")]
+    assert sum(len(configs["capture"].sites) for configs in found) == 98
+    for configs in found:
+        train = configs["train"]
+        assert (train.batch, train.epochs, train.l1_by_depth) == (64, 10, (1.5e-4, 1e-4, 5e-5))
+        assert (
+            configs["ablate"].dictionary
+            == configs["study"].dictionary
+            in [f"linear/{site}" for site in configs["capture"].sites]
+        )
 
 
 def test_training_from_the_model_needs_no_captured_sites(monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from saejax.causal.claims import LEAST_SETS
 from saejax.causal.study.results import StudyEffect, StudyEffects
 from saejax.results import Interval
 from saejax.studies import criteria
@@ -51,7 +52,8 @@ def test_the_gate_of_planted_effects():
     assert gate(effects(strong, weak), 0.9) == gate(effects(weak, strong), 0.9) == "unstable"
     assert gate(effects(strong, strong), 0.79) == gate(effects(strong, strong), None) == "unstable"
     assert gate(effects(weak, weak), 0.9) == "no signal"
-    assert gate(effects(strong, None), 0.9) == "not measured"
+    assert gate(effects(strong, None), 0.9) == gate(effects(strong, strong), 0.9, LEAST_SETS - 1) == "not measured"
+    assert gate(effects(strong, strong), 0.9, LEAST_SETS) == "interpretable"
     few = criteria.gate("row", "logic", effects(strong[:10], strong[:10]), 0.9)
     assert few.gate == "no signal" and "9 draws are too few" in few.reason
 

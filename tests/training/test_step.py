@@ -191,6 +191,14 @@ def test_settings_of_adam_are_its_own(one_device):
         assert np.any(small < whole - 1e-3), name
 
 
+def test_members_of_several_sites_start_apart(one_device):
+    together = make_trainer(mesh=one_device, sites=("resid_post.1", "resid_post.2")).initial_state().params
+    alone = make_trainer(mesh=one_device).initial_state().params
+    first, second = np.asarray(together["W_dec_FxD"])
+    np.testing.assert_array_equal(first, np.asarray(alone["W_dec_FxD"])[0])
+    assert np.abs((first * second).sum(-1)).max() < 0.95 and not np.allclose(first, second)
+
+
 def test_members_of_a_stack_start_as_they_would_alone(one_device):
     together = make_trainer(mesh=one_device, seed=(1, 2), k=(3, 5)).initial_state()
     for index, (seed, k) in enumerate([(1, 3), (1, 5), (2, 3), (2, 5)]):

@@ -10,12 +10,15 @@ from jax import lax
 
 from saejax.attribution.local.active import activations
 from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.replacement import padded
 from saejax.dictionaries import Dictionary
 from saejax.models import decoder
 from saejax.models.attention import AttentionTables, attend, whole_prompts
 from saejax.models.layers import einsum
 from saejax.models.rules import RunRules
+from saejax.parallel import to_host
 
+_STEP = 16  # least size to which directions that are read are filled up
 FIXED = ("all", "constrained")  # ways to hold a layer with which its MLP gives what it gave in the prompt
 
 
@@ -158,16 +161,15 @@ def read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, reader: ReadDirections) -> 
     return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, reader.position_J], reader.vector_JxD)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def read_last(
     frozen: FrozenModel,
     hold: str,
     last_D: jax.Array,
     x_RxTxD: jax.Array,
-    last: jax.Array,
-    vector_KxD: jax.Array,
-    normed_K: jax.Array,
-) -> jax.Array:
+    last: np.int32,
+    vector_KxD: np.ndarray,
+    normed_K: np.ndarray,
+) -> np.ndarray:
     """By how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
 
     Their directions are pulled back through the final norm with the prompt's factor. Unless all is frozen, the factor
@@ -182,6 +184,21 @@ def read_last(
       vector_KxD: the readouts' directions.
       normed_K: whether they were pulled back through the final norm.
     """
+    count, room = len(vector_KxD), padded(len(vector_KxD), _STEP) - len(vector_KxD)
+    filled = np.pad(vector_KxD, ((0, room), (0, 0))), np.pad(normed_K, (0, room))
+    return to_host(_read_last(frozen, hold, last_D, x_RxTxD, last, *filled))[:, :count]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read_last(
+    frozen: FrozenModel,
+    hold: str,
+    last_D: jax.Array,
+    x_RxTxD: jax.Array,
+    last: jax.Array,
+    vector_KxD: jax.Array,
+    normed_K: jax.Array,
+) -> jax.Array:
     x_RxD, config = x_RxTxD[:, last], frozen.config
     if hold == "all":
         return einsum("rd,kd->rk", x_RxD - last_D[None], vector_KxD)

@@ -93,7 +93,7 @@ def run_circuits(
     last = np.int32(tokens - 1)
     parts = readouts.vector_KxD, readouts.normed_K
     found = [
-        to_host(read_last(replacement.frozen, "nothing", streams.last_D, x, last, *parts))[: c.stop - c.start]
+        read_last(replacement.frozen, "nothing", streams.last_D, x, last, *parts)[: c.stop - c.start]
         for x, c in zip(states, chunks, strict=True)
     ]
     readout_CxK = readouts.value_K[None] + np.concatenate(found)

@@ -40,7 +40,7 @@ from saejax.errors import UserError
 from saejax.parallel import by_row, to_host
 
 HOLDS = ("nothing", "attention", "all", "constrained")
-_STEP = 8  # rows, changes and features are filled up to a multiple of this
+_STEP = 8  # least size to which rows and features are filled up
 _CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
 
 
@@ -179,7 +179,7 @@ class _ChangedRun:
         for chunk, x_RxTxD in zip(self._chunks, self._states, strict=True):
             own = slice(chunk.stop - chunk.start)
             moved_RxK = read_last(frozen, hold, replacement.last_D, x_RxTxD, last, *vectors)
-            self.changed.readout_RxK[chunk, own_K] += to_host(moved_RxK)[own]
+            self.changed.readout_RxK[chunk, own_K] += moved_RxK[own]
             if self.changed.logits_RxV is not None:
                 logits_RxV = read_logits(frozen, hold, replacement.model.params, replacement.last_D, x_RxTxD, last)
                 self.changed.logits_RxV[chunk] = to_host(logits_RxV)[own]

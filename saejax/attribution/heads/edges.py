@@ -27,8 +27,16 @@ from saejax.models.config import DecoderConfig
 from saejax.parallel import to_host
 from saejax.training.placement import free_bytes
 
-_PARTS = 4  # parts of a prompt in which sources of a block begin
+_PARTS = 4  # parts of a prompt in which sources of a block begin, and in which targets of a block end
 _ENTERED = 1 << 24  # parts of edges that are kept until they are entered
+
+
+class TargetBlock(NamedTuple):
+    """Targets that go down together: which, the highest layer, and the position from which on they read nothing."""
+
+    chosen_B: np.ndarray
+    layer: int
+    end: int
 
 
 class SourceBlock(NamedTuple):
@@ -56,14 +64,12 @@ def edge_heads(replacement: Replacement, readouts: Readouts, graph: Graph, top: 
     size = heads_block(replacement.model.mesh.devices.flat[0].platform, length)
     size = min(size, padded(max(len(sources), len(targets)), HEADS_STEP))
     blocks = source_blocks(entries, length, size)
-    order_R = np.argsort(-_top(readers, config.n_layers), kind="stable")
+    down = target_blocks(readers, config.n_layers, length, size)
     most = max(free_bytes(replacement.model.mesh) // 2, 1)
     for group in _groups(blocks, config, length, size, most):
         values = [_values(replacement, entries, block, size) for block in group]
-        for start in range(0, len(targets), size):
-            _go_down(
-                replacement, readers, order_R[start : start + size], size, (group, values), carried, (sources, targets)
-            )
+        for block in down:
+            _go_down(replacement, readers, block, size, (group, values), carried, (sources, targets))
     return carried
 
 
@@ -98,6 +104,28 @@ def source_blocks(entries: Placed, length: int, size: int) -> list[SourceBlock]:
     return blocks
 
 
+def target_blocks(readers: Placed, layers: int, length: int, size: int) -> list[TargetBlock]:
+    """The targets in blocks of similar positions and, among these, of similar layers.
+
+    Args:
+      readers: what targets read.
+      layers: of the model.
+      length: of the prompt, padded.
+      size: targets of a block, at the most.
+    """
+    # The highest layer that each goes down through; -1: none.
+    top_R = np.where(readers.layer_E < layers, readers.layer_E, readers.layer_E - layers - 1)
+    part_R = readers.position_E * _PARTS // length
+    blocks: list[TargetBlock] = []
+    for part in np.unique(part_R):
+        own = np.flatnonzero(part_R == part)
+        order = own[np.argsort(-top_R[own], kind="stable")]
+        end = -(-(int(part) + 1) * length // _PARTS)
+        chosen = [order[start : start + size] for start in range(0, len(order), size)]
+        blocks += [TargetBlock(chosen_B, int(top_R[chosen_B].max()), end) for chosen_B in chosen]
+    return blocks
+
+
 def _groups(
     blocks: list[SourceBlock], config: DecoderConfig, length: int, size: int, most: int
 ) -> list[list[SourceBlock]]:
@@ -129,7 +157,7 @@ def _values(replacement: Replacement, entries: Placed, block: SourceBlock, size:
 def _go_down(
     replacement: Replacement,
     readers: Placed,
-    down_B: np.ndarray,
+    below: TargetBlock,
     size: int,
     above: tuple[list[SourceBlock], list[list[jax.Array]]],
     carried: Carried,
@@ -140,12 +168,12 @@ def _go_down(
     Parts are entered for several layers at once: as few calls as memory allows.
 
     Args:
-      down_B: which of the readers.
+      below: which of the readers.
       above: the blocks of sources, and their values.
       ends: the nodes that sources and readers are.
     """
     streams, params, config = replacement.streams, replacement.model.params, replacement.model.config
-    pairs = [_edges_between(carried, ends, block.chosen_B, down_B) for block in above[0]]
+    pairs = _edges_between(carried, ends, above[0], below.chosen_B)
     edge_E = np.sort(np.concatenate([edges for edges, *_ in pairs]))
     if not len(edge_E):
         return
@@ -153,14 +181,14 @@ def _go_down(
         np.clip(_ENTERED // (len(edge_E) * config.n_heads), 1, config.n_layers)
     )  # layers that are entered at once
     part_ExXxH = np.zeros((len(edge_E), span, config.n_heads), np.float32)
-    own, cotangent_RxTxD = readers.chosen(down_B, size), _nothing(replacement, size)
-    for layer in reversed(range(int(_top(readers, config.n_layers)[down_B].max()) + 1)):
-        fixed = params, np.int32(layer), streams.stream_LxTxD[layer], replacement.skip(layer)
+    own, cotangent_RxTxD = readers.chosen(below.chosen_B, size), _nothing(replacement, size)[:, : below.end]
+    for layer in reversed(range(below.layer + 1)):
+        fixed = params, np.int32(layer), streams.stream_LxTxD[layer, : below.end], replacement.skip(layer)
         cotangent_RxTxD, wanted = carry_down(replacement.frozen, *fixed, own, cotangent_RxTxD)
-        for block, values, (edges, source_E, target_E) in zip(*above, pairs, strict=True):
+        for block, values, (edges, sources, targets) in zip(*above, pairs, strict=True):
             if layer >= block.layer and len(edges):
                 part_RxSxNxG = to_host(through(wanted, values[layer - block.layer], block.position))
-                found = part_RxSxNxG[target_E, source_E].reshape(len(edges), -1)
+                found = part_RxSxNxG[targets, sources].reshape(len(edges), -1)
                 part_ExXxH[np.searchsorted(edge_E, edges), layer % span] = found
         if layer % span == 0:
             count = min(span, config.n_layers - layer)
@@ -169,25 +197,24 @@ def _go_down(
 
 
 def _edges_between(
-    carried: Carried, ends: tuple[np.ndarray, np.ndarray], source_S: np.ndarray, target_R: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The edges from a block of sources to one of targets, ascending, and the places of their ends in the blocks."""
-    places = []
-    for all_E, nodes, chosen_B in ((carried.source_E, ends[0], source_S), (carried.target_E, ends[1], target_R)):
-        place_N = np.full(nodes[-1] + 1, -1)
-        place_N[nodes[chosen_B]] = np.arange(len(chosen_B))
-        places.append(place_N[all_E])
-    edge_E = np.flatnonzero((places[0] >= 0) & (places[1] >= 0))
-    return edge_E, places[0][edge_E], places[1][edge_E]
+    carried: Carried, ends: tuple[np.ndarray, np.ndarray], blocks: list[SourceBlock], target_R: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The edges from blocks of sources to a block of targets, ascending, and the places of their ends in the blocks."""
+    place_N = np.full(ends[1][-1] + 1, -1)
+    place_N[ends[1][target_R]] = np.arange(len(target_R))
+    own = np.flatnonzero(place_N[carried.target_E] >= 0)
+    source, target = np.searchsorted(ends[0], carried.source_E[own]), place_N[carried.target_E[own]]
+    found = []
+    for block in blocks:
+        place_S = np.full(len(ends[0]), -1)
+        place_S[block.chosen_B] = np.arange(len(block.chosen_B))
+        here = place_S[source] >= 0
+        found.append((own[here], place_S[source[here]], target[here]))
+    return found
 
 
 def _nothing(replacement: Replacement, size: int) -> Any:
     return np.zeros((size, *replacement.streams.stream_LxTxD.shape[1:]), np.float32)
-
-
-def _top(readers: Placed, layers: int) -> np.ndarray:
-    """The highest layer that each target goes down through; -1: none."""
-    return np.where(readers.layer_E < layers, readers.layer_E, readers.layer_E - layers - 1)
 
 
 def _entries(replacement: Replacement, graph: Graph, chosen: np.ndarray) -> Placed:

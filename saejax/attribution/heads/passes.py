@@ -141,7 +141,8 @@ def through(wanted_NxRxGxTxK: jax.Array, added_NxSxXxK: jax.Array, first: int) -
     """The part of each pair of target and source that goes through each head, [R, S, N, G].
 
     Args:
-      wanted_NxRxGxTxK: what targets read of the values, from ``carry_down``.
+      wanted_NxRxGxTxK: what targets read of the values, from ``carry_down``; at the positions up to their last.
       added_NxSxXxK: what sources add to them, from ``carry_up``, at the positions from ``first`` on, which is static.
     """
-    return einsum("nrgtk,nstk->rsng", wanted_NxRxGxTxK[:, :, :, first:], added_NxSxXxK)
+    end = wanted_NxRxGxTxK.shape[3]
+    return einsum("nrgtk,nstk->rsng", wanted_NxRxGxTxK[:, :, :, first:], added_NxSxXxK[:, :, : end - first])

@@ -15,7 +15,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.training.placement import free_on
 
 ReadRows = Callable[[int, str, np.ndarray], np.ndarray]
-_SHARE = 4  # of what is free, the part that dictionaries which were read may take
+KEPT_SHARE = 4  # of what is free, dictionaries that were read may take one part in so many
 
 
 class LayerDictionaries(abc.ABC):
@@ -53,7 +53,7 @@ class LayerDictionaries(abc.ABC):
         """
         if layer not in self._kept:
             dictionary = _plain(self._load(layer))
-            room = free_on(jax.local_devices()[0]) // _SHARE // sum(a.nbytes for a in dictionary.arrays.values())
+            room = free_on(jax.local_devices()[0]) // KEPT_SHARE // sum(a.nbytes for a in dictionary.arrays.values())
             while len(self._kept) >= max(room, 1):
                 self._kept.popitem()
             self._kept[layer] = dictionary

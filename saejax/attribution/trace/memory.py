@@ -38,7 +38,7 @@ _COPIES = 3  # of the activations of a layer: before and after the sparsity func
 _SCORES = 2.5  # attention weights, and what they are made of
 _ROUND = 2048  # features that are attributed between two rankings, at the most
 _CHANGED = 8  # least sets of changed features that go through a layer together
-_HEADS = {"cpu": 1 << 11, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of the sources of a block, together
+_HEADS = {"cpu": 1 << 10, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of the sources of a block, together
 HEADS_STEP, _HEADS_MOST = 16, 256  # sources of a block: a multiple, and the most
 PHASES = dict(
     layers="the layers and their transcoders",
@@ -80,6 +80,7 @@ class GraphSize:
       logits: most targets that are no features.
       checked: whether the graph is checked by running it.
       heads: whether the heads of its edges are looked for.
+      cross_layer: whether features write to later layers, too.
     """
 
     model: DecoderConfig
@@ -89,6 +90,12 @@ class GraphSize:
     logits: int = 10
     checked: bool = False
     heads: bool = False
+    cross_layer: bool = False
+
+    @property
+    def writes(self) -> float:
+        """Layers that a feature writes to, a mean."""
+        return (self.model.n_layers + 1) / 2 if self.cross_layer else 1.0
 
     def active_features(self, tokens: int) -> int:
         """Of a prompt; at its first position there are none."""
@@ -227,10 +234,11 @@ def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
     active, traced = size.active_features(tokens), size.traced(tokens)
     targets = traced + size.logits
     sources = active + model.n_layers * (tokens + 2) + tokens
-    directions = min(active, model.n_layers * size.transcoder.n_features)
+    directions = min(active, model.n_layers * size.transcoder.n_features) * size.writes
     bank = width * (directions + 2 * model.n_layers * length + length)
     # A block holds sources of one layer and position, and the last one of each is half empty.
-    slots = sources + WIDTH // 2 * (model.n_layers + 1) * tokens
+    entries = sources + active * (size.writes - 1)
+    slots = entries + WIDTH // 2 * (model.n_layers + 1) * tokens
     positions = batch_tokens(mesh.devices.flat[0].platform, length)
     batch = positions * (2 * width + slots / length) + _inside(size) * positions / 8 + _attention(size, length)
     at_once = 2 if mesh.size == 1 else 1
@@ -238,7 +246,7 @@ def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
     columns = columns_kept(targets, active, sources - active)
     left_out = targets * (traced + sources - active) if traced < active else 0
     adjacency = targets * columns + max(left_out, WHOLE if columns < sources else 0)
-    read = 2 * at_once * positions / length * sources
+    read = 2 * at_once * positions / length * entries
     encoders = width * (min(traced, _ROUND) if traced < active else traced)
     device = _kept(size, length) + 2 * bank + at_once * batch
     return device, adjacency + read + encoders + width * directions

@@ -115,6 +115,7 @@ def _run(
     dictionaries.check(model)
     first = dictionaries.configs[0]
     size = GraphSize(model.config, first, certain_active(first), max_features, logits)
+    size = dataclasses.replace(size, cross_layer=dictionaries.cross_layer)
     _make_room(size, dictionaries, len(ids_P), model.mesh)
     replacement = Replacement.of(model, dictionaries, ids_P)
     density = len(replacement.active) / (model.config.n_layers * (len(ids_P) - 1))

@@ -24,17 +24,17 @@ def batch_tokens(platform: str, length: int) -> int:
     return _CHUNKS * max(TOKENS[platform], length)
 
 
-def row_flops(model: DecoderConfig, layers_R: np.ndarray | float, positions_R: np.ndarray | float) -> float:
+def row_flops(model: DecoderConfig, layers: np.ndarray | float, positions: np.ndarray | float) -> float:
     """What rows of a graph need at the least, in operations; a product of [m, k] and [k, n] has 2 m k n.
 
     That is the transposed projections of values and outputs of attention.
 
     Args:
-      layers_R: how many layers each target goes down through.
-      positions_R: the positions up to its own.
+      layers: how many layers each target goes down through, [R] or one number.
+      positions: the positions up to its own.
     """
     per_token = 2.0 * model.d_model * model.d_head * (model.n_heads + model.n_kv_heads)
-    return float(np.sum(np.asarray(layers_R, np.float64) * positions_R)) * per_token
+    return float(np.sum(np.asarray(layers, np.float64) * positions)) * per_token
 
 
 class RowTracer:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local.prompt_run import PromptRun
+from saejax.attribution.local.replacement import padded
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
@@ -41,6 +42,8 @@ class Direction:
     layer: int | None = None
     position: int = -1
 
+
+_STEP = 16  # least size to which logits are filled up
 
 Target = str | int | tuple[str | int, str | int] | Direction
 
@@ -110,8 +113,9 @@ def _logits(run: PromptRun, targets: Sequence[Any], probability_V: np.ndarray) -
             pair[index] = token_of(model, token)
     first_K, second_K = pairs_Kx2.T
     single_K = second_K < 0
-    arrays = logit_directions(model.config, run.rules, model.params, run.last_D, first_K, second_K)
-    vector_KxD, value_K, constant_K = map(to_host, arrays)
+    filled = np.pad(pairs_Kx2, ((0, padded(len(targets), _STEP) - len(targets)), (0, 0)), constant_values=-1)
+    arrays = logit_directions(model.config, run.rules, model.params, run.last_D, *filled.T)
+    vector_KxD, value_K, constant_K = (to_host(array)[: len(targets)] for array in arrays)
     labels = [text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}" for a, b in pairs_Kx2.tolist()]
     logits_V = run.logits_V
     return Readouts(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from saejax.causal import ablation_programs, screening
-from saejax.causal.ablate import dose, nested, text
+from saejax.causal.ablate import dose, nested, text, verdict
 from saejax.causal.ablation import FEATURES
 from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.circuits import measure as circuits
@@ -57,22 +57,20 @@ def expected_rows(ablate: AblateConfig, train: int, test: int, behaviours: int, 
       behaviours: of the run.
       features: of the dictionary. Where every one that fires is removed by itself, that is about a quarter.
     """
-    some = min(ablate.draw_prompts or test, test)
-    draws: float = ablate.draws * some
-    sets = (
-        4 * ablate.top + behaviours
-    )  # features one by one, each with three of its like; all of this and of the others
-    sets += dose.SIZES * (1 + len(ablate.baselines)) + 2 * ablate.greedy
+    drawn: float = ablate.draws + min(ablate.draws, verdict.CONTROLS)
     if ablate.curve:
-        sets += min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES)
+        drawn += min(ablate.top, nested.SIZES) + nested.DRAWS * min(ablate.top, nested.CONTROL_SIZES)
+    # Features one by one, each with three of its like; all together, and those of the other behaviours.
+    sets: float = 4 * ablate.top + behaviours
+    sets += dose.SIZES * (1 + len(ablate.baselines)) + 2 * ablate.greedy
     if ablate.circuit_tests:
         sets += 3 * circuits.DRAWS + ablate.top + 3 * len(sizes.SHARES)
-        draws += len(sizes.SHARES) * sizes.DRAWS * some
+        drawn += len(sizes.SHARES) * sizes.DRAWS
     if ablate.effects == "all":
         sets += features * (1 + len(ablate.compare)) / 4
     # Greedy sets: N steps over what is left of the candidates.
     grown = ablate.greedy * ((nested.CANDIDATES - 0.5) * ablate.greedy + 0.5)
-    return draws + sets * test + grown * train
+    return drawn * min(ablate.draw_prompts or test, test) + sets * test + grown * train
 
 
 def _gathered(plan: PlannedRun) -> int:

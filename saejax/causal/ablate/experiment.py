@@ -33,6 +33,10 @@ class PartProgress:
         """Says where the behaviour is, which may raise to stop."""
         self._on_progress(self._done, max(self._done, self._rows))
 
+    def skip(self, rows: int) -> None:
+        """So many of the rows that were expected are not run."""
+        self._rows -= rows
+
     def of_call(self, rows: int) -> OnProgress:
         """What the next call, of so many rows, takes: it is told the share of its work that is done."""
         before, self._done = self._done, self._done + rows
@@ -176,6 +180,9 @@ class ModelExperiment:
             chosen = [self.test[place] for place in key]
             self._some[key] = self._split.run(chosen), self._lenders(chosen)
         return self._ablate("some", *self._some[key], sets)
+
+    def skip(self, rows: int) -> None:
+        self._progress.skip(rows)
 
     def ablate_train(self, sets: Sequence[Sequence[int]]) -> LogitDiffs:
         return self._ablate("train", self._train_runs, self._train_counterparts, sets)

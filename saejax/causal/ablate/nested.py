@@ -26,7 +26,7 @@ CANDIDATES = 3  # leading features, per feature of a greedy set, that it chooses
 
 @dataclasses.dataclass(frozen=True)
 class CurveDiffs:
-    """Logit differences of the test prompts without the first so many features.
+    """Logit differences, without the first so many features, of the P test prompts on which sets are drawn.
 
     Attributes:
       sizes: how many top features are removed, rising, from 0 to all of them; S of them.
@@ -64,7 +64,7 @@ def _intervals(values_SxP: np.ndarray, config: AblateConfig) -> tuple[Interval, 
 
 
 def cumulative_curve(experiment: Experiment, measured: JudgedDiffs) -> CurveDiffs:
-    """Removes the first 1, 2, 3, ... top features together, and those matched to them.
+    """Removes the first 1, 2, 3, ... top features together, and those matched to them, from the prompts of the draws.
 
     Args:
       experiment: what to measure with.
@@ -77,7 +77,8 @@ def cumulative_curve(experiment: Experiment, measured: JudgedDiffs) -> CurveDiff
     sizes, control_sizes = curve_sizes(len(top), SIZES), curve_sizes(len(top), CONTROL_SIZES)
     columns = [int(measured.fires_K[:size].sum()) for size in control_sizes]
     diffs = experiment.ablate(
-        [*(top[:size] for size in sizes), *(draw_C[:count].tolist() for count in columns for draw_C in drawn_NxC)]
+        [*(top[:size] for size in sizes), *(draw_C[:count].tolist() for count in columns for draw_C in drawn_NxC)],
+        measured.chosen_Q.tolist(),
     )
     top_SxP, controls_AxP = np.split(diffs.ablated_SxP, [len(sizes)])
     controls_CxNxP = controls_AxP.reshape(len(control_sizes), len(drawn_NxC), -1)

@@ -165,6 +165,14 @@ def _save_scores(
         controls=(measured.controls_NxC, measured.controls_NxQ), draws=(measured.draws_MxC, measured.draws_MxQ)
     )
     place = {int(p): q for q, p in enumerate(measured.chosen_Q)}
+
+    def at_prompt(kinds: Mapping[str, np.ndarray], p: int) -> dict[str, list] | None:
+        """The scores of a prompt, of those that were measured on it."""
+        everywhere = all(score.shape[-1] == len(experiment.test) for score in kinds.values())
+        if not everywhere and p not in place:
+            return None
+        return {of: score[..., p if everywhere else place[p]].tolist() for of, score in kinds.items()}
+
     by_prompt = [
         dict(
             text=prompt.text,
@@ -176,7 +184,7 @@ def _save_scores(
             top=measured.top_KxP[:, p].tolist(),
             **{kind: diff_NxQ[:, place[p]].tolist() if p in place else None for kind, (_, diff_NxQ) in beside.items()},
             others={other: float(left_P[p]) for other, left_P in measured.others.items()},
-            **{test: {of: score[..., p].tolist() for of, score in kinds.items()} for test, kinds in scores.items()},
+            **{test: at_prompt(kinds, p) for test, kinds in scores.items()},
         )
         for p, prompt in enumerate(experiment.test)
     ]

@@ -230,6 +230,7 @@ def _with_draws(
         draws_MxQ = np.concatenate([part.ablated_SxP for part in run])
         found = dataclasses.replace(found, draws_MxC=sets_MxC, draws_MxQ=draws_MxQ)
         if settled_no(found.effects, config.draws, claim_rule(config)):
+            experiment.skip((config.draws - block.stop) * len(chosen))
             break
     return found, beside, sum(part.rows for part in (beside, *run))
 

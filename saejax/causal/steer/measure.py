@@ -97,10 +97,8 @@ class SteeringTest:
             on_text = fluency.on_text(self._split, self._text, method_of(turns).changes) if self._text else None
             points = self._points(method.strengths, clean_P, measured, over, on_text)
             chosen = self._choose(points, method_of)
-            steered[name], (drawn[name], beside) = (
-                found.diff_SxP,
-                draws.beside(measured.diff_SxP[chosen], points[chosen].dose),
-            )
+            steered[name] = measured.diff_SxP
+            drawn[name], beside = draws.beside(measured.diff_SxP[chosen], points[chosen].dose)
             text = self._continued(draws.chosen_Q, method.changes[chosen])
             methods[name] = SteeringMethod(points, chosen, beside, *text)
         results = BehaviourSteering(

@@ -94,7 +94,7 @@ def steering(steered: Mapping[str, BehaviourSteering]) -> Figure:
     Args:
       steered: title -> its results.
     """
-    figure, below = panels([1.9] * (len(steered) - 1) + [2.9], list(steered))
+    figure, below = panels([1.9] * (len(steered) - 1) + [2.3], list(steered))
     for axes, result in zip(below, steered.values(), strict=True):
         doses = [one.dose for one in result.random]
         low, high = ([100 * getattr(one.flipped, end) for one in result.random] for end in ("low", "high"))
@@ -155,10 +155,10 @@ def _table(steered: Mapping[str, BehaviourSteering]) -> Table:
     note = (
         "The strength of each method is the one that turns most train prompts of those that cost little text. Turned: "
         "share of test prompts whose target has the higher logit, with its 95 % Wilson interval; random: mean over "
-        f"{min(draws)} to {max(draws)} draws at that dose, and the middle 95 % of them. Beyond random: more logits and "
+        f"{min(draws)} draws or more at that dose, and the middle 95 % of them. Beyond random: more logits and "
         "more answers turned than by random directions, p after Holm's correction over all methods and behaviours; "
         f"random directions themselves pass in {percent(max(rates), 1)} of draws at most. Logits: fall of logit(own "
-        "answer) - logit(target). Text: rise of cross-entropy on held-out text, per token. Own text: cross-entropy "
+        "answer) − logit(target). Text: rise of cross-entropy on held-out text, per token. Own text: cross-entropy "
         "under the clean model of what the steered one goes on with."
     )
     return Table("Steering at the chosen strengths", columns, tuple(rows), frozenset({1, 5}), stack=False, note=note)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from saejax.causal.controls import draw_controls, match_ratios
+from saejax.causal.controls import disjoint_sets, draw_alike, match_ratios
 from saejax.causal.results import ControlMatch, RankedFeature
 from saejax.causal.screening import leaders
 from saejax.causal.split import SplitModel
@@ -56,7 +56,7 @@ def choose_features(
     statistics = in_batches(scores.solutions(test)).statistics()
     firing = statistics.firing(top)
     seed = [config.seed, *name.encode()]
-    controls_NxC = draw_controls(statistics, firing, config.draws, config.matches, seed, _ADVICE)
+    controls_NxC = draw_alike(statistics, firing, config.draws, config.matches, seed, _ADVICE)
     replaced = sorted({*top, *controls_NxC.ravel().tolist()})
 
     def ranked(feature: int) -> RankedFeature:
@@ -66,6 +66,7 @@ def choose_features(
         top=tuple(map(ranked, top)),
         controls=tuple(map(tuple, controls_NxC.tolist())),
         match=ControlMatch(**match_ratios(statistics, firing, controls_NxC)),
+        disjoint=disjoint_sets(statistics, firing, config.matches),
         pools={
             int(feature): tuple(pool)
             for feature, pool in in_batches(scores.solutions(train)).pools(replaced, _POOL, config.seed).items()

@@ -28,8 +28,9 @@ class ChosenFeatures:
     """What is replaced, and with what: `features.json`, kept for a run that goes on."""
 
     top: tuple[RankedFeature, ...]  #: the top features
-    controls: tuple[tuple[int, ...], ...]  #: of each draw its features
+    controls: tuple[tuple[int, ...], ...]  #: of each draw its features, top ones perhaps among them
     match: ControlMatch  #: how well they match
+    disjoint: int  #: sets without a feature in common that they can be drawn from
     pools: Mapping[int, tuple[float, ...]]  #: feature -> up to 256 activations where it fires on train items
 
 
@@ -109,3 +110,5 @@ class StudyResults(StudyJudgement):
     match: ControlMatch  #: as in `features.json`
     origin: str  #: of the items
     activations: BenchmarkActivations | None = None  #: of the test items; not in files of before it was measured
+    #: sets without a feature in common that the draws come from; not in files of before it was counted
+    disjoint: int | None = None

@@ -77,7 +77,7 @@ def run_study(run: Run) -> StudyResults:
     for condition in judgement.conditions(config.draws)[1:]:
         edits = functools.partial(edits_of, dictionary, chosen, condition, length, config)
         conditions.add(condition, edits, accuracy)
-    judged = judgement.judge(conditions.rows, chance, config)
+    judged = judgement.judge(conditions.rows, chance, config, chosen.disjoint)
     run.say(judged.reason)
     return StudyResults(
         **{field.name: getattr(judged, field.name) for field in dataclasses.fields(judged)},
@@ -91,6 +91,7 @@ def run_study(run: Run) -> StudyResults:
         controls=chosen.controls,
         match=chosen.match,
         origin=str(origin(run.name, task)),
+        disjoint=chosen.disjoint,
         activations=measure_activations(split, items.solutions(test), config, check_stop),
     )
 

@@ -84,18 +84,21 @@ def are_judged(rows: Scored) -> bool:
     return all(row.correct is not None for row in rows)
 
 
-def judge(rows: Mapping[str, Scored], chance: float, config: StudyConfig) -> StudyJudgement:
+def judge(
+    rows: Mapping[str, Scored], chance: float, config: StudyConfig, disjoint: int | None = None
+) -> StudyJudgement:
     """The figures of a benchmark, and the claims for each replacement.
 
     Args:
       rows: of every condition, the same items in the same order. Accuracy is judged where the answers are.
       chance: the accuracy of guessing.
       config: of the stage.
+      disjoint: sets without a feature in common that the draws are drawn from; None: not counted.
     """
     judged = {name: accuracies(own) for name, own in rows.items() if are_judged(own)}
     accuracy = _effects(judged, config, wilson) if judged else None
     nats = {name: nats_per_token(own) for name, own in rows.items()}
-    claimed = {replacement: _claim(judged, nats, replacement, config) for replacement in REPLACEMENTS}
+    claimed = {replacement: _claim(judged, nats, replacement, config, disjoint) for replacement in REPLACEMENTS}
     return StudyJudgement(
         at_chance=at_chance(rows[CLEAN], chance) if judged else None,
         accuracy=accuracy,
@@ -152,7 +155,11 @@ def _replaced(scores: Mapping[str, np.ndarray], replacement: str, config: StudyC
 
 
 def _claim(
-    judged: Mapping[str, np.ndarray], nats: Mapping[str, np.ndarray], replacement: str, config: StudyConfig
+    judged: Mapping[str, np.ndarray],
+    nats: Mapping[str, np.ndarray],
+    replacement: str,
+    config: StudyConfig,
+    disjoint: int | None,
 ) -> Claim | None:
     if top_condition(replacement) not in judged:
         return None
@@ -163,6 +170,7 @@ def _claim(
         draw_drop_NxP=nats[CLEAN] - draws_DxN,
         draw_lost_NxP=judged[CLEAN] - rights_DxN,
         template_P=np.zeros(len(top_N), np.int64),  # items are written one by one
+        disjoint=disjoint,
     )
     return claims({replacement: effects}, claim_rule(config))[replacement]
 

@@ -75,7 +75,7 @@ class Addition(Algorithm):
             _text(first_1xN[0], second_1xN[0], place),
             f" {right}",
             f" {wrong}",
-            _text(*others_2xN, place),
+            _text(others_2xN[0], others_2xN[1], place),
             f" {wrong}",
             labels=(
                 ("carry", "yes" if carry_M[place] else "no"),

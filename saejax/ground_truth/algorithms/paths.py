@@ -73,7 +73,7 @@ class Paths(Algorithm):
 
     def _graphs(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Connected graphs: their edges in random order [B, M], how many are there [B], and distances [B, N, N]."""
-        kept = []
+        kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         while sum(len(part[1]) for part in kept) < count:
             size_B = rng.integers(self._nodes - 1, self._most + 1, size=2 * count)
             edge_BxM = np.argsort(rng.random((len(size_B), len(self._pair_Ex2))), axis=1)[:, : self._most]

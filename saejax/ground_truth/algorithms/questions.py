@@ -7,9 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from saejax.errors import UserError
 from saejax.tasks.behaviours import SPLITS, Prompt
 
 START = "<s>"  # the first word of every text
+_TRIES = 500  # draws for each that is wanted, before it is said that there are too few
+_ADVICE = "lower --algorithm.prompts, or raise --algorithm.digits, nodes or edges"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,25 +64,37 @@ class Algorithm(abc.ABC):
         return Questions(*(np.concatenate(column)[:count] for column in columns))
 
     def fresh(self, sort: str, count: int, rng: np.random.Generator) -> Questions:
-        """So many fresh questions of a sort."""
+        """So many fresh questions of a sort; a ``UserError`` if there are next to none."""
         kept: list[Questions] = []
-        while sum(len(part.fresh_B) for part in kept) < count:
+        for _ in range(_TRIES):
             drawn = self.draw(sort, 4 * count, rng)
             arrays = (getattr(drawn, field.name)[drawn.fresh_B] for field in dataclasses.fields(Questions))
             kept.append(Questions(*arrays))
+            if sum(len(part.fresh_B) for part in kept) >= count:
+                break
+        else:
+            raise UserError(f"there are too few questions of the sort {sort} to keep some from training: {_ADVICE}")
         columns = [[getattr(part, field.name) for part in kept] for field in dataclasses.fields(Questions)]
         return Questions(*(np.concatenate(column)[:count] for column in columns))
 
     def prompts(self, count: int, rng: np.random.Generator) -> list[Prompt]:
-        """So many prompts of each behaviour and split, no text twice in a behaviour."""
+        """So many prompts of each behaviour and split, no text twice in a behaviour.
+
+        Raises:
+          UserError: there are too few.
+        """
         found: list[Prompt] = []
         for behaviour in self.behaviours:
             own: dict[str, Prompt] = {}
             for split in SPLITS:
                 wanted = len(own) + count
-                while len(own) < wanted:
+                for _ in range(_TRIES * count):
                     if prompt := self.prompt(behaviour, split, rng):
                         own.setdefault(prompt.text, prompt)
+                    if len(own) == wanted:
+                        break
+                else:
+                    raise UserError(f"there are too few different prompts of {behaviour}: {_ADVICE}")
             found += own.values()
         return found
 

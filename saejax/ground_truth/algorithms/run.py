@@ -6,6 +6,7 @@ and all others take it like any model, and probes have the algorithm's variables
 
 import json
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from saejax.ground_truth.algorithms.questions import Algorithm
 from saejax.ground_truth.algorithms.results import AlgorithmResults
 from saejax.ground_truth.algorithms.stage import AlgorithmConfig
 from saejax.ground_truth.hub_folder import save_model
+from saejax.models.config import DecoderConfig
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.scoring import wilson
 from saejax.workspace import Run, write_text
@@ -45,10 +47,9 @@ def run_algorithm(run: Run) -> AlgorithmResults:
         return np.random.default_rng([config.seed, *run.name.encode(), use, *more])
 
     fields = transformer.describe(len(algorithm.words), _CONTEXT, config.layers, config.width)
-    start = time.monotonic()
-    params, steps = _train(run, algorithm, transformer.read(fields), rng)
+    model, start = transformer.read(fields), time.monotonic()
+    params, steps = _train(run, algorithm, model, rng)
     seconds = time.monotonic() - start
-    model = transformer.read(fields)
     found = {
         sort: wilson(transformer.right(model, params, algorithm.fresh(sort, _FRESH, rng(_JUDGE))))
         for sort in algorithm.wanted
@@ -69,7 +70,9 @@ def _algorithm(name: str, config: AlgorithmConfig) -> Algorithm:
     return Addition(config.digits) if name == "addition" else Paths(config.nodes, config.edges)
 
 
-def _train(run: Run, algorithm: Algorithm, model, rng) -> tuple[transformer.Params, int]:
+def _train(
+    run: Run, algorithm: Algorithm, model: DecoderConfig, rng: Callable[..., np.random.Generator]
+) -> tuple[transformer.Params, int]:
     """The parameters, and after how many steps fresh questions were answered, or all steps were made."""
     config: AlgorithmConfig = run.configs["algorithm"]
     schedule = transformer.Schedule(config.steps, config.learning_rate)
@@ -81,18 +84,18 @@ def _train(run: Run, algorithm: Algorithm, model, rng) -> tuple[transformer.Para
         if run.stopping():
             raise Interrupted(f"{run.name}: stopped; training starts anew")
         params, state, loss = step(params, state, algorithm.batch(config.batch, rng(_TRAIN, number)))
-        now = time.monotonic()
-        if now - said > _SAY_EVERY or number % _LOOK_EVERY == 0 or number == config.steps:
-            line = f"step {number:,} of {config.steps:,} at most, loss {float(loss):.3f}"
-            if number % _LOOK_EVERY == 0 or number == config.steps:
-                shares = {sort: transformer.right(model, params, some).mean() for sort, some in watched.items()}
-                line += "".join(f", {sort} {100 * share:.1f} %" for sort, share in shares.items())
-                # Half of what is still asked for beyond: chance must not decide what the judging questions say.
-                if all(share > (1 + algorithm.wanted[sort]) / 2 for sort, share in shares.items()):
-                    run.say(line)
-                    return params, number
-            run.say(f"{line}, {(now - start) / number * (config.steps - number):.0f} s to go at most")
-            said = now
+        now, looks = time.monotonic(), number % _LOOK_EVERY == 0 or number == config.steps
+        if not looks and now - said < _SAY_EVERY:
+            continue
+        line, said = f"step {number:,} of {config.steps:,} at most, loss {float(loss):.3f}", now
+        if looks:
+            shares = {sort: transformer.right(model, params, some).mean() for sort, some in watched.items()}
+            line += "".join(f", {sort} {100 * share:.1f} %" for sort, share in shares.items())
+            # Half of the faults that are allowed: chance must not decide what the judging questions say.
+            if all(share > (1 + algorithm.wanted[sort]) / 2 for sort, share in shares.items()):
+                run.say(line)
+                return params, number
+        run.say(f"{line}, {(now - start) / number * (config.steps - number):.0f} s to go at most")
     return params, config.steps
 
 

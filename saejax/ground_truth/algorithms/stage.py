@@ -42,5 +42,6 @@ ALGORITHM = Stage(
     groups=(AlgorithmConfig,),
     placement=(MeshConfig,),
     names=lambda configs: configs["algorithm"].names,
+    cost="saejax.ground_truth.algorithms.cost:algorithm_cost",
     section="saejax.ground_truth.algorithms.report:sections",
 )

@@ -6,6 +6,7 @@ logic       a function of two of sixteen bits, which the last word asks for; oth
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 
@@ -18,7 +19,8 @@ _LETTERS, _BACK, _SEQUENCE = "abcdefgh", 6, 6
 _BITS, _ASKED = 16, dict(xor=(0, 1), both=(2, 3), either=(4, 5))
 _TRUTH: Mapping[str, Callable[[int, int], int]] = {"xor": int.__xor__, "both": int.__and__, "either": int.__or__}
 _WORDS, _WIDTH, _DEPTH, _ANSWERS = 16, 12, 4, 4
-_MARGIN = -0.5  # bias that keeps rounding from making a neuron fire
+_MARGIN = 0.125  # by which a neuron's input must exceed what one thing less would give: rounding makes none fire
+_FULL = 1 / (1 - _MARGIN)  # what it writes, so that one is written where it fires
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,9 @@ def make_case(name: str, count: int, seed: int) -> Case:
     return CASES[name](count, np.random.default_rng([seed, *name.encode()]))
 
 
-def _places(layer: Layer, fits: Callable[[str], bool]) -> tuple[int, ...]:
-    return tuple(place for place, neuron in enumerate(layer.neurons) if fits(neuron.name))
+def _places(layer: Layer, start: str) -> tuple[int, ...]:
+    """Of the neurons whose names begin so."""
+    return tuple(place for place, neuron in enumerate(layer.neurons) if neuron.name.startswith(start))
 
 
 def _drawn(count: int, draw: Callable[[str], Prompt]) -> list[Prompt]:
@@ -83,8 +86,8 @@ def _logic(count: int, rng: np.random.Generator) -> Case:
         Neuron(
             f"bit {place} is {value}",
             {f"bit {place} is {value}": 1.0, "asked": 1.0},
-            {f"known {place} is {value}": 2.0},
-            -1.5,
+            {f"known {place} is {value}": _FULL},
+            -1 - _MARGIN,
         )
         for place, value in bits
     )
@@ -93,8 +96,8 @@ def _logic(count: int, rng: np.random.Generator) -> Case:
         Neuron(
             f"bits {first} {first + 1} are {u} {v}",
             {f"known {first} is {u}": 1.0, f"known {first + 1} is {v}": 1.0},
-            {f"pair {first} is {u} {v}": 2.0},
-            -1.5,
+            {f"pair {first} is {u} {v}": _FULL},
+            -1 - _MARGIN,
         )
         for first, u, v in pairs
     )
@@ -103,8 +106,8 @@ def _logic(count: int, rng: np.random.Generator) -> Case:
             f"{name} is {answer}",
             {f"pair {first} is {u} {v}": 1.0 for u in (0, 1) for v in (0, 1) if _TRUTH[name](u, v) == answer}
             | {f"asks {name}": 1.0},
-            {f"{name} is {answer}": 2.0},
-            -1.5,
+            {f"{name} is {answer}": _FULL},
+            -1 - _MARGIN,
         )
         for name, (first, _) in _ASKED.items()
         for answer in (0, 1)
@@ -144,12 +147,9 @@ def _logic(count: int, rng: np.random.Generator) -> Case:
             name, split, text(bits_N, name), right, wrong, text(others_N, name), wrong, labels=tuple(labels.items())
         )
 
-    prompts = [prompt for name in _ASKED for prompt in _drawn(count, lambda split, name=name: draw(name, split))]
-    causes = {
-        name: _places(model.layers[1], lambda own, first=first: own.startswith(f"bits {first} "))
-        for name, (first, _) in _ASKED.items()
-    }
-    idle = {"xor of bits 8 and 9": _places(model.layers[1], lambda own: own.startswith("bits 8 "))}
+    prompts = [prompt for name in _ASKED for prompt in _drawn(count, functools.partial(draw, name))]
+    causes = {name: _places(model.layers[1], f"bits {first} ") for name, (first, _) in _ASKED.items()}
+    idle = {"xor of bits 8 and 9": _places(model.layers[1], "bits 8 ")}
     labels = ("xor_0", "both_2", "either_4", "xor_8")
 
     def texts(number: int, seed: int) -> list[str]:
@@ -172,21 +172,21 @@ def _induction(count: int, rng: np.random.Generator) -> Case:
         for far in range(1, _BACK + 1)
     )
     named = tuple(
-        Neuron(f"is {letter}", {f"is {letter}": 1.0}, {f"named {letter}": 2.0}, _MARGIN) for letter in _LETTERS
+        Neuron(f"is {letter}", {f"is {letter}": 1.0}, {f"named {letter}": _FULL}, -_MARGIN) for letter in _LETTERS
     )
     find = Head(
         tuple((f"is {letter}", f"1 back is {letter}") for letter in _LETTERS),
         tuple((f"named {letter}", f"found {letter}") for letter in _LETTERS),
     )
     found = tuple(
-        Neuron(f"found {letter}", {f"found {letter}": 1.0}, {f"next {letter}": 2.0}, _MARGIN) for letter in _LETTERS
+        Neuron(f"found {letter}", {f"found {letter}": 1.0}, {f"next {letter}": _FULL}, -_MARGIN) for letter in _LETTERS
     )
     seen = tuple(
-        Neuron(f"{far} back is {letter}", {f"{far} back is {letter}": 1.0}, {f"seen {far} {letter}": 2.0}, _MARGIN)
+        Neuron(f"{far} back is {letter}", {f"{far} back is {letter}": 1.0}, {f"seen {far} {letter}": _FULL}, -_MARGIN)
         for far in range(1, _BACK + 1)
         for letter in _LETTERS
     )
-    words: dict[str, Directions] = {START: {START: 1.0}} | {letter: {f"is {letter}": 1.0} for letter in _LETTERS}
+    words: dict[str, Directions] = {START: {START: 1.0}, **{letter: {f"is {letter}": 1.0} for letter in _LETTERS}}
     model = HandSet(
         words,
         tuple({f"at {place}": 1.0} for place in range(length)),
@@ -210,8 +210,8 @@ def _induction(count: int, rng: np.random.Generator) -> Case:
         return [" ".join([*letters, str(own.choice(letters[:-1]))]) for letters in drawn]
 
     layer = model.layers[1]
-    causes = dict(induction=_places(layer, lambda own: own.startswith("found")))
-    idle = {"the word two back": _places(layer, lambda own: own.startswith("2 back"))}
+    causes = dict(induction=_places(layer, "found"))
+    idle = {"the word two back": _places(layer, "2 back")}
     return Case(model, tuple(_drawn(count, draw)), 1, causes, idle, ("answer",), texts)
 
 

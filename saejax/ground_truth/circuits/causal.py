@@ -12,10 +12,11 @@ import numpy as np
 
 from saejax.causal.ablate.results import AblateResults
 from saejax.causal.ablate.run import run_ablate
-from saejax.causal.patching.results import FeaturePatchResults
+from saejax.causal.patching.results import FeaturePatchResults, PatchResults
 from saejax.causal.patching.run import run_patch
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.probes.run import run_probe
+from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.ground_truth.circuits.catalogue import Case
 from saejax.ground_truth.circuits.results import CausalScores
@@ -64,7 +65,7 @@ class KnownStages:
         # There are few neurons: any that fires may stand beside the tested ones.
         shared: dict[str, Any] = dict(matches=self._case.model.width - 2 * count + 1, bootstrap=_BOOTSTRAP)
         settings: dict[str, Any] = dict(dictionary=str(transcoder), top=count) | shared
-        quick = dict(curve=False, baselines=(), text_documents=0)
+        quick: dict[str, Any] = dict(curve=False, baselines=(), text_documents=0)
         refused: list[str] = []
 
         def tried(stage: str, run_stage: Callable[[Run], T], config: Any) -> T | None:
@@ -76,7 +77,9 @@ class KnownStages:
 
         ablated = tried("ablate", run_ablate, AblateConfig(**settings, draws=known.draws, **quick))
         patched = tried("patch", run_patch, PatchConfig(**settings))
-        labels = dict(labels=self._case.labels, sparse=(), shuffles=2, strengths=(10.0,), permutations=100)
+        labels: dict[str, Any] = dict(
+            labels=self._case.labels, sparse=(), shuffles=2, strengths=(10.0,), permutations=100
+        )
         probed = tried("probe", run_probe, ProbeConfig(dictionary=str(transcoder), **labels))
         options = dict(draws=known.draws, **shared, **quick)
         claimed = self._idle(transcoder, features, options, refused)
@@ -95,31 +98,32 @@ class KnownStages:
         folder = self._run.folder / stage / name
         folder.mkdir(parents=True, exist_ok=True)
         inputs = dict(baseline=self._run.folder / "baseline")
-        own = dict(stage=stage, name=name, folder=folder, configs=self._configs | settings, inputs=inputs)
+        own: dict[str, Any] = dict(
+            stage=stage, name=name, folder=folder, configs=self._configs | settings, inputs=inputs
+        )
         say = lambda line: self._run.say(f"{name}: {line}" if name else line)  # noqa: E731
         return run_stage(dataclasses.replace(self._run, say=say, **own))
 
     def _idle(
         self, transcoder: Path, features: Mapping[str, list[int]], options: Mapping[str, Any], refused: list[str]
     ) -> int | None:
-        """Of how many variables without a part in any answer it is claimed that they cause one."""
-        from saejax.dictionaries import load_dictionary
-
+        """Of how many variables without a part in any answer it is claimed that they cause that of a behaviour."""
         dictionary, claimed = load_dictionary(transcoder), 0
+        behaviour = next(iter(self._case.causes))
+        prompts = [prompt for prompt in self._case.prompts if prompt.behaviour == behaviour]
         for variable, own in features.items():
-            for behaviour in self._case.causes:
-                prompts = [prompt for prompt in self._case.prompts if prompt.behaviour == behaviour]
-                try:
-                    found = ablate(self._model, dictionary, prompts, features=own, **options)
-                except UserError as error:
-                    refused.append(f"ablate of {variable}: {error}")
-                    return None
-                claimed += bool(found.results.grades.beyond_matched.holds and found.results.grades.harms.holds)
+            try:
+                found = ablate(self._model, dictionary, prompts, features=own, **options)
+            except UserError as error:
+                refused.append(f"ablate of {variable}: {error}")
+                return None
+            claimed += bool(found.results.grades.beyond_matched.holds and found.results.grades.harms.holds)
         return claimed
 
 
-def _interchange(found: FeaturePatchResults) -> dict[str, Any]:
+def _interchange(found: PatchResults) -> dict[str, Any]:
     """Pooled over behaviours."""
+    assert isinstance(found, FeaturePatchResults)
     flipped = prompts = 0
     random = []
     for one in found.behaviours.values():

@@ -59,8 +59,10 @@ def _made(case: Case, model: LanguageModel, layer: int, seed: int) -> dict[str, 
     columns = dict(arrays, W_enc_DxF=arrays["W_enc_DxF"][:, neuron_F])
     exact = columns | {name: arrays[name][neuron_F] for name in ("b_enc_F", "W_dec_FxD")}
     count = len(case.model.layers[layer].neurons)
-    next_F = np.where(neuron_F < count, (neuron_F + 1) % count, neuron_F)  # the decoder of which neuron
-    wrong = exact | dict(W_dec_FxD=arrays["W_dec_FxD"][next_F])
+    ring_N = np.random.default_rng([seed, layer, 1]).permutation(count)
+    other_F = np.arange(case.model.width)
+    other_F[ring_N] = np.roll(ring_N, 1)  # every neuron has the decoder of another
+    wrong = exact | dict(W_dec_FxD=arrays["W_dec_FxD"][other_F[neuron_F]])
     config = DictionaryConfig(
         kind="standard",
         site=f"mlp_in.{layer}",

@@ -7,6 +7,8 @@ import numpy as np
 
 from saejax.ground_truth.circuits.handset import HandSet, run
 
+NOTHING = 1e-5  # of a graph's largest edge, below which there is none: a neuron may fire by its bias alone
+
 Node = tuple[int, int, int]  # layer, position, neuron; layer -1: the word there; behind the last layer: the logit
 Edge = tuple[Node, Node]  # source, target
 
@@ -69,20 +71,26 @@ def circuit(edges: Edges, share: float) -> set[Edge]:
 
     Args:
       edges: all.
-      share: of a target's largest edge that an edge must have to count.
+      share: of a target's largest edge that an edge must have to count, above 0.
     """
-    weight_SxR, column = np.abs(edges.weight_SxR), {node: place for place, node in enumerate(edges.targets)}
+    share_SxR, column = shares(edges), {node: place for place, node in enumerate(edges.targets)}
     open_nodes, seen, found = [edges.root], {edges.root}, set[Edge]()
     while open_nodes:
         target = open_nodes.pop()
-        weight_S = weight_SxR[:, column[target]]
-        for place in np.flatnonzero((weight_S > 0) & (weight_S >= share * weight_S.max(initial=0.0))):
+        for place in np.flatnonzero(share_SxR[:, column[target]] >= share):
             source = edges.sources[place]
             found.add((source, target))
             if source in column and source not in seen:
                 seen.add(source)
                 open_nodes.append(source)
     return found
+
+
+def shares(edges: Edges) -> np.ndarray:
+    """The size of each edge over that of its target's largest, or where that is next to nothing over this, [S, R]."""
+    size_SxR = np.abs(edges.weight_SxR)
+    largest_1xR = size_SxR.max(axis=0, initial=0.0, keepdims=True)
+    return size_SxR / np.maximum(largest_1xR, NOTHING * largest_1xR.max())
 
 
 def renamed(edges: Edges, names: Callable[[Node], Node]) -> Edges:

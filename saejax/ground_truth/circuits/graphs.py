@@ -1,5 +1,6 @@
 """Attribution graphs of a transformer that is set by hand, beside the edges that it has."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,7 +10,17 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, LOGIT, TOKEN
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace
-from saejax.ground_truth.circuits.edges import Edges, Node, aligned, circuit, known_edges, possible, renamed
+from saejax.ground_truth.circuits.edges import (
+    NOTHING,
+    Edges,
+    Node,
+    aligned,
+    circuit,
+    known_edges,
+    possible,
+    renamed,
+    shares,
+)
 from saejax.ground_truth.circuits.handset import HandSet
 from saejax.ground_truth.circuits.results import EdgeScores
 from saejax.ground_truth.run import over_seeds
@@ -17,7 +28,6 @@ from saejax.models.language_model import LanguageModel
 from saejax.tasks.behaviours import Prompt
 
 SHARE = 0.01  # of a target's largest edge, below which an edge is in no circuit
-_NOTHING = 1e-9  # weight of an edge that is none: what a head gives to positions at which it does not look
 _UNKNOWN = 1 << 20  # added to the number of a feature that stands for no neuron
 
 
@@ -74,10 +84,9 @@ def _scores(found: Edges, known: Edges) -> tuple[float, float, float, float]:
     sources, targets = map(tuple, every)
     weight_SxR = aligned(known, sources, targets)
     error = np.abs(aligned(found, sources, targets) - weight_SxR).max() / np.abs(weight_SxR).max()
-    size_SxR = np.abs(aligned(found, known.sources, known.targets))
-    largest_1xR = np.abs(aligned(found, found.sources, known.targets)).max(0, initial=0.0, keepdims=True)
-    share_SxR, there = size_SxR / np.where(largest_1xR > 0, largest_1xR, 1.0), possible(known)
-    auroc = roc_auc_score(np.abs(known.weight_SxR[there]) > _NOTHING, share_SxR[there])
+    size_SxR = aligned(dataclasses.replace(found, weight_SxR=shares(found)), known.sources, known.targets)
+    there, true_SxR = possible(known), shares(known) > NOTHING
+    auroc = roc_auc_score(true_SxR[there], size_SxR[there])
     made, wanted = circuit(found, SHARE), circuit(known, SHARE)
     both = len(made & wanted)
     return float(error), float(auroc), both / max(len(made), 1), both / len(wanted)

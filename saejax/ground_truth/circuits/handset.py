@@ -10,7 +10,7 @@ Nothing else is there, so every path from a word to a logit is known, and ``edge
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class HandSet:
     @functools.cached_property
     def directions(self) -> tuple[str, ...]:
         """Names of all directions."""
-        every = [*self.words.values(), *self.positions, *self.logits.values()]
+        every: list[Iterable[str]] = [*self.words.values(), *self.positions, *self.logits.values()]
         for layer in self.layers:
             every += [dict.fromkeys(pair) for head in layer.heads for pair in (*head.looks, *head.moves)]
             every += [part for neuron in layer.neurons for part in (neuron.reads, neuron.writes)]

@@ -142,7 +142,7 @@ def _causal_row(name: str, causal: CausalScores) -> tuple[str, ...]:
         share(causal.harm),
         share(causal.harm_others),
         count(causal.claimed, causal.behaviours),
-        count(causal.idle_claimed, causal.idle * causal.behaviours),
+        count(causal.idle_claimed, causal.idle),
         interval(causal.probe, 0, 100) if causal.probe else MISSING,
         share(causal.probe_shuffled),
     )

@@ -96,7 +96,8 @@ def _traced(case: Case, count: int) -> list[Prompt]:
 
 def _matched(case: Case, transcoders: LayerTranscoders, seed: int) -> tuple[dict[tuple[int, int], int], float]:
     """Layer and feature -> the neuron that it stands for, by their decoders; and the share of neurons that have one."""
-    found, cosines = {}, []
+    found: dict[tuple[int, int], int] = {}
+    cosines: list[np.ndarray] = []
     for layer, spec in enumerate(case.model.layers):
         count = len(spec.neurons)
         neurons = neuron_arrays(case.model, layer, frame(case.model, seed))

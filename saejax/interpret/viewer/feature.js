@@ -3,6 +3,18 @@
 
 const interval = (one) => `${one.mean.toFixed(2)} [${one.low.toFixed(2)}, ${one.high.toFixed(2)}]`;
 
+// What a language model's answers say of a label, and of another feature's.
+const judgements = (judged) => {
+  if (!judged) return [];
+  const told = ['detection', 'fuzzing'].filter((name) => judged[name]).map((name) => {
+    const control = judged[`${name}_control`];
+    return `${name} ${judged[name].accuracy.toFixed(2)}${control ? ` (another feature's label ${control.accuracy.toFixed(2)})` : ''}`;
+  });
+  if (judged.intruder !== undefined && judged.intruder !== null) told.push(`intruders found ${judged.intruder.toFixed(2)} (by guessing 0.20)`);
+  const name = judged.label && !judged.kept ? `Label “${visible(judged.label)}”, not kept` : 'Judged by a language model';
+  return told.length ? [[name, `balanced accuracy on held-out text: ${told.join(', ')}`]] : [];
+};
+
 function featurePage(record, dictionary, labelOf) {
   const address = (feature) => `#${dictionary}/${feature}`;
   const link = (feature) => {
@@ -55,13 +67,15 @@ function featurePage(record, dictionary, labelOf) {
   if (record.fires) facts.push(['Activation', `mean ${number(record.mean)}, largest ${number(record.max)}`]);
   const best = (record.detectors || [])[0];
   if (best) facts.push(['Best detector', `F1 ${interval(best.f1)} on held-out text; another feature's ${number(record.shuffled_f1, 2)}`]);
+  facts.push(...judgements(record.judged));
   for (const [behaviour, drop] of Object.entries(record.effects || {})) facts.push([behaviour, `${number(drop)} logits lost without it`]);
   page.append(make('dl', {}, ...facts.flatMap(([name, text]) => [make('dt', {}, name), make('dd', {}, text)])));
   if (record.fires) {
     section('Strongest contexts', '', ...record.examples.map(context));
     const groups = [...new Set(record.groups.map((one) => one.group))].reverse();
     for (const group of groups) {
-      section(`${10 * group} to ${10 * group + 10} % of firings`, group === groups[0] ? 'Draws from tenths of the firings, by activation.' : '',
+      const between = record.tenths ? `, activation ${number(record.tenths[group])} to ${number(record.tenths[group + 1])}` : '';
+      section(`${10 * group} to ${10 * group + 10} % of firings${between}`, group === groups[0] ? 'Draws from tenths of the firings, by activation.' : '',
         ...record.groups.filter((one) => one.group === group).map(context));
     }
     const used = record.histogram.map((count, i) => [count, i]).filter(([count]) => count).map(([, i]) => i);
@@ -78,10 +92,18 @@ function featurePage(record, dictionary, labelOf) {
       associations(record.tokens));
     section('What tokens look like', '', associations(record.shapes));
   }
+  if (record.attention) {
+    const rows = record.attention.heads.map(([layer, head, looksAt, r]) => [`layer ${layer}, head ${head}: ${looksAt}`, number(r, 2)]);
+    const bar = number(record.attention.bar, 2);
+    section('Attention heads that go with it', `Correlation of the activation with the share of a head's attention. With activations ` +
+      `of other documents at the same positions no head and class reached ${bar} in 19 tries.`,
+      rows.length ? table(['head and what it looks at', 'correlation'], rows) : make('p', {}, 'None goes beyond that.'));
+  }
   if (record.up) {
     section('Tokens raised and lowered', 'By the direct path: decoder row, final norm, unembedding.',
       make('p', {class: 'tokens'}, 'raised ', ...record.up.map(([text]) => token(text))),
-      make('p', {class: 'tokens'}, 'lowered ', ...record.down.map(([text]) => token(text))));
+      make('p', {class: 'tokens'}, 'lowered ', ...record.down.map(([text]) => token(text))),
+      ...(record.logits ? bars(record.logits.counts, number(record.logits.low), number(record.logits.high), 'Histogram of logits of all tokens') : []));
   }
   section('Nearest decoder rows', '', table(['feature', 'cosine'], record.nearest.map(([feature, cosine]) => [link(feature), number(cosine)])));
   if ((record.together || []).length) {

@@ -22,7 +22,10 @@ function makeGrid(text, choose) {
     name.style.height = name.style.lineHeight = `${HIGH}px`;
     sites.append(name);
   }
-  const largest = text.cells.map((cells) => Math.max(1e-9, ...cells.map((cell) => Math.abs(cell[1] || 0))));
+  const largest = text.cells.map((cells) => {  // all but the strongest fiftieth of the cells differ in colour
+    const sizes = cells.map((cell) => Math.abs(cell[1] || 0)).sort((a, b) => a - b);
+    return Math.max(1e-9, sizes[Math.floor(0.98 * (sizes.length - 1))]);
+  });
   const shares = {
     strength: (l, t) => Math.abs(text.cells[l][t][1] || 0) / largest[l],
     answer: (l, t, lens) => text.readings[lens].answer[l][t],
@@ -47,6 +50,7 @@ function makeGrid(text, choose) {
         pen.fillRect(...corner(l, t), WIDE - 1, HIGH - 1);
       }
     }
+    canvas.dataset.marked = way ? way.nodes.length : 0;
     pen.globalAlpha = 1;
     pen.strokeStyle = pen.fillStyle = ink('--mark');
     if (way) {

@@ -8,20 +8,17 @@ function show(text) {
     make('p', {class: 'note'}, 'Choose a cell to see its features, and a feature to follow it up and down.'));
   const follow = (node) => {
     const way = chainOf(text, node);
-    grid.follow(way);
     grid.select(node[0], node[1], true);
+    grid.follow(way);
     panel.replaceChildren(...wayPanel(text, node, way, follow, end));
-    panel.dataset.followed = way.nodes.length;
   };
   const end = () => {
     grid.follow(null);
-    delete panel.dataset.followed;
     if (grid.at()) grid.select(...grid.at());
     grid.scroll.focus();
   };
   const grid = makeGrid(text, (l, t) => {
     grid.follow(null);
-    delete panel.dataset.followed;
     panel.replaceChildren(...cellPanel(text, l, t, follow));
   });
   grid.scroll.addEventListener('keydown', (event) => {
@@ -30,7 +27,8 @@ function show(text) {
   panel.addEventListener('keydown', (event) => { if (event.key === 'Escape') end(); });
   grids.push(grid);
   const links = text.random_links === null || text.random_links === undefined ? 'edges of the attribution graph'
-    : `by directions alone; ${number(text.random_links, 9)} of random directions`;
+    : `by directions alone; ${number(text.random_links, 9)} of random directions` +
+      (text.same_number > text.links.length / 2 ? '; most join features of one number: the dictionaries had one start, and these links mean nothing' : '');
   const about = `${number(text.tokens.length, 9)} tokens, ${text.layers.length} layers with dictionaries (${text.layers[0].name} and on), ` +
     `${number(text.links.length, 9)} links between shown features (${text.link_kind}: ${links}).`;
   const chooser = make('select', {'aria-label': 'Layer whose features are listed'});

@@ -76,6 +76,7 @@ function answerCurve(text) {
 }
 
 function stepsTable(text, layer, follow) {
+  const heads = ['', 'Text', 'Features that belong to it', 'Carry over to steps (how many)', 'Return in steps', 'Hurt more than matched ones'];
   const name = (s) => text.steps[s].name;
   const rows = text.steps.map((step, s) => {
     const chips = text.belongs[layer][s].slice(0, 6).map((one) => {
@@ -85,17 +86,17 @@ function stepsTable(text, layer, follow) {
       return button;
     });
     const later = (which) => [...new Set(text.belongs[layer][s].flatMap((one) => one[which]))].sort((a, b) => a - b)
-      .map((other) => `${text.belongs[layer][s].filter((one) => one[which].includes(other)).length} in ${name(other)}`).join(', ');
+      .map((other) => `${name(other).replace('step ', '')} (${text.belongs[layer][s].filter((one) => one[which].includes(other)).length})`).join(', ');
     const tests = Object.entries(step.tests).map(([site, test]) => make('p', {},
       make('span', test.claim.yes ? {class: 'yes'} : {}, test.claim.yes ? 'yes' : test.claim.disjoint_sets < 5 ? 'no answer, as too few features match' : 'no'),
       ` at ${site}: ${number(test.drop, 2)} nats a token, matched ${number(test.matched_drop, 2)}; p ${number(test.claim.p_holm, 2)}, passed by ${percent(test.claim.placebo_rate)} of matched sets`));
     const not = Object.entries(step.untested).map(([site, why]) => make('p', {class: 'note'}, `not tested at ${site}: ${why}`));
     const alone = Object.entries(step.only_here).map(([site, [own, shifted]]) =>
       make('p', {class: 'note'}, `${number(own, 9)} features of ${site} fire here only; ${number(shifted, 3)} with shifted boundaries`));
-    return make('tr', {}, make('td', {}, step.name), make('td', {}, visible(step.text)), make('td', {}, make('div', {class: 'chips'}, ...chips), ...alone),
-      make('td', {}, later('carries') || '–'), make('td', {}, later('returns') || '–'), make('td', {}, ...tests, ...not));
+    const cells = [[step.name], [visible(step.text)], [make('div', {class: 'chips'}, ...chips), ...alone],
+      [later('carries') || '–'], [later('returns') || '–'], tests.length + not.length ? [...tests, ...not] : ['–']];
+    return make('tr', {}, ...cells.map((inside, i) => make('td', {'data-head': heads[i]}, make('div', {}, ...inside))));
   });
-  const heads = ['', 'Text', 'Features that belong to it', 'Carry over', 'Return', 'Hurt more than matched ones'];
   return make('div', {class: 'wide', tabindex: '0', role: 'region', 'aria-label': 'Steps'}, make('table', {},
     make('thead', {}, make('tr', {}, ...heads.map((head) => make('th', {scope: 'col'}, head)))), make('tbody', {}, ...rows)));
 }

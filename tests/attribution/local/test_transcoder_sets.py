@@ -169,7 +169,7 @@ def test_as_many_layers_are_kept_as_fit(room, read_again, tiny, monkeypatch):
     made, loaded = make_transcoders(tiny.config), []
     size = sum(array.nbytes for array in made[0].arrays.values())
     opened = LayerTranscoders("made", [t.config for t in made], lambda layer: loaded.append(layer) or made[layer])
-    monkeypatch.setattr(dictionaries, "free_on", lambda device: dictionaries._SHARE * room * size)
+    monkeypatch.setattr(dictionaries, "free_on", lambda device: dictionaries.KEPT_SHARE * room * size)
     for _ in range(2):
         Replacement.of(tiny, opened, IDS)
     assert loaded == [0, 1, *read_again]

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from linear_experiment import LinearExperiment
+from scipy.stats import binomtest
 
 from saejax.causal.ablate import nested, run, verdict
 from saejax.results import to_json
@@ -118,3 +119,11 @@ def test_the_stage_keeps_what_was_asked_for_and_the_scores_behind_it():
     assert all(score.shape[-1] == 20 for kinds in scores.values() for score in kinds.values())
     np.testing.assert_allclose(scores["circuit"]["removed"], measured.joint_P)
     assert run._with_sets(judged, experiment, measured, dataclasses.replace(CONFIG, curve=False)) == (judged, {})
+
+
+def test_shares_of_a_curve_have_a_width_where_all_are_right():
+    """Wilson's interval: a bootstrap of prompts that are all right has none."""
+    right = np.ones((1, 20))
+    (share,) = nested.CurveDiffs([0], [0], right, right[None]).summary(AblateConfig(bootstrap=100)).top.accuracy
+    wanted = binomtest(20, 20).proportion_ci(method="wilson")
+    assert (share.mean, share.low, share.high) == pytest.approx((1.0, wanted.low, wanted.high))

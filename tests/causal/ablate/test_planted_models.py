@@ -15,7 +15,7 @@ from saejax import load_model
 from saejax.causal.ablate import run as stage
 from saejax.causal.ablate.report import _as_well
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
-from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig
+from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.behaviours import Prompt, write_prompts
 from saejax.workspace import Run
 
@@ -47,6 +47,7 @@ class World:
         reads_D = self.v_D if dense else write_FxD[:CARRIERS].sum(axis=0)
         self.gain_D = reads_D - (1.9 if dense else 1.2) * constant_D
         self.gain_D += 0.1 * rng.choice([-1.0, 1.0], FEATURES - CARRIERS) @ write_FxD[CARRIERS:]  # and a little of all
+        self.gain_D *= 0.5 if dense else 0.2  # or the answers would be all that the model says
         self.unembed_VxD = 0.15 * rng.normal(size=(384, WIDTH))
 
     def save(self, folder, ends, answers):
@@ -114,7 +115,8 @@ def planted(folder, dense):
     config = AblateConfig(
         top=CARRIERS, draws=99, draw_prompts=0, bootstrap=500, curve=False, baselines=("components",), text_documents=4
     )
-    configs = dict(model=ModelConfig(path=str(model)), mesh=MeshConfig(), corpus=CorpusConfig(), ablate=config)
+    inputs = dict(corpus=CorpusConfig(), task=TaskConfig())
+    configs = dict(model=ModelConfig(path=str(model)), mesh=MeshConfig(), ablate=config, **inputs)
     run = Run("ablate", "topk", unit, configs, {"baseline": baseline, "train/topk": train}, say=lambda line: None)
     tested = [ids[prompt.text[-1]] for prompt in prompts() if prompt.split == "test"]
     return world, tested, stage.run_ablate(run).behaviours["planted"]

@@ -9,6 +9,7 @@ from linear_experiment import LinearExperiment
 from scipy.stats import binom
 
 from saejax.causal.circuits import hypotheses
+from saejax.causal.circuits.measure import _answer
 from saejax.causal.circuits.measure import test_circuit as measure_circuit
 from saejax.causal.controls import draw_controls
 from saejax.causal.statistics import holm
@@ -181,6 +182,12 @@ def test_holm_makes_no_claim_easier(planted):
     np.testing.assert_allclose([tests[name].p_holm for name in claims], expected)
     independence = tests["independence"]
     assert independence.p_value is independence.p_holm is None and independence.p_against == pytest.approx(1 / 1001)
+
+
+def test_what_speaks_against_a_circuit_is_not_corrected():
+    """A correction would make that p-value larger, and the claim easier."""
+    for p_against, answer in ((0.049, "refuted"), (0.051, "inconclusive")):
+        assert _answer(hypotheses.Outcome(0.3, 0.9, p_against), p_holm=0.9).answer == answer
 
 
 def test_added_features_are_matched(planted, monkeypatch):

@@ -70,7 +70,6 @@ def test_features(make_run):
     assert (results.dictionary, results.site) == ("topk", "resid_post.1")
     for entry in results.behaviours.values():
         assert [item.features for item in entry.together] == [1, 2, 3, "all"]
-        assert "the ceiling, the whole site, " in entry.interchange.said or not entry.interchange.prompts
 
 
 def test_a_behaviour_that_cannot_be_patched_is_said_and_the_others_go_on(make_run):

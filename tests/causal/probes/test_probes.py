@@ -64,6 +64,8 @@ def test_sparse_probes_find_the_planted_inputs():
     assert set(two.inputs) == {3, 8} and one.inputs == two.inputs[:1] and full.inputs is None
     # Two independent bits, each read with an error rate of P(z > 1 / 0.7), 7.7 %: 85 % are right.
     assert two.accuracy.low < 0.852 < two.accuracy.high
+    wilson = binomtest(round(60 * two.accuracy.mean), 60).proportion_ci(method="wilson")
+    assert (two.accuracy.low, two.accuracy.high) == pytest.approx((wilson.low, wilson.high))
     assert one.accuracy.mean < 0.6 < two.accuracy.mean
     assert two.p_value == 1 / 201
     assert two.shuffled.high < 0.5 and two.random.mean < 0.5 and full.random is None

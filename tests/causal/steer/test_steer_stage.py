@@ -15,7 +15,7 @@ from saejax.causal.steer.results import SteerResults
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
-from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, SteerConfig
+from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, SteerConfig, TaskConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.workspace import Run
 
@@ -48,6 +48,7 @@ def make_run(tmp_path, tiny_llama, inputs):
         (tmp_path / folder).mkdir(exist_ok=True)
         corpus = CorpusConfig(path=str(inputs["corpus"]), held_out=0.3)
         configs = dict(model=ModelConfig(path=str(tiny_llama)), mesh=MeshConfig(), corpus=corpus, steer=config)
+        configs |= dict(task=TaskConfig())
         return Run("steer", "topk", tmp_path / folder, configs, inputs, say=lambda line: None, **changes)
 
     return make

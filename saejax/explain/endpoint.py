@@ -1,0 +1,152 @@
+"""An OpenAI-compatible endpoint: questions asked several at a time, and again where that may help.
+
+What is asked again, and after how long, follows the convention of OpenAI's client: connections that fail, answers
+that take too long, and the statuses 408, 409, 429 and 500 and above; after as long as the server says
+(``Retry-After``, at most a minute), else after half a second, one, two, ... up to eight. A server that asks for a
+pause is left alone by all.
+"""
+
+import concurrent.futures
+import dataclasses
+import email.message
+import email.utils
+import http.client
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from saejax.errors import UserError
+from saejax.explain.questions import Question
+
+KEY = "OPENAI_API_KEY"
+_TRIES = 6
+_LONGEST_PAUSE = 60.0  # seconds
+_AGAIN = (408, 409, 429)  # and 500 and above
+_LETTERS = 4  # characters of a token, where the endpoint does not count them
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was answered.
+
+    Attributes:
+      text: of the answer; None: there was none, or it was cut.
+      tokens: of the prompt, and of the answer.
+    """
+
+    text: str | None
+    tokens: tuple[int, int]
+
+
+Keep = Callable[[int, Answer], None]  # takes the number of a question and its answer
+
+
+class Endpoint:
+    """An endpoint.
+
+    Args:
+      url: its address, up to ``/v1``.
+      model: the model's name there.
+      at_once: questions that are asked at a time.
+      timeout: seconds that an answer may take.
+
+    Raises:
+      UserError: the address is none.
+    """
+
+    def __init__(self, url: str, model: str, at_once: int, timeout: float):
+        if urllib.parse.urlparse(url).scheme not in ("http", "https"):
+            raise UserError(f"--explain.url={url} is no address: expected one such as http://localhost:8000/v1")
+        self._url, self._model, self._at_once, self._timeout = url.rstrip("/"), model, at_once, timeout
+        self._quiet_until, self._limit_name = 0.0, "max_tokens"
+        self._pause: Callable[[float], Any] = time.sleep
+
+    def ask(self, questions: Sequence[Question], keep: Keep) -> None:
+        """Asks questions; ``keep`` is called, in this thread, with every answer as it comes.
+
+        Raises:
+          UserError: the endpoint refuses, or gives no answer however often it is asked; answers that came are kept.
+        """
+        lock = threading.Lock()
+
+        def one(number: int) -> None:
+            answer = self._answer(questions[number])
+            with lock:
+                keep(number, answer)
+
+        with concurrent.futures.ThreadPoolExecutor(self._at_once) as threads:
+            waiting = [threads.submit(one, number) for number in range(len(questions))]
+            try:
+                for future in concurrent.futures.as_completed(waiting):
+                    future.result()
+            finally:
+                threads.shutdown(cancel_futures=True)  # those that are asked already are kept
+
+    def _answer(self, question: Question) -> Answer:
+        body = self._post(question)
+        choice = body["choices"][0]
+        text = choice["message"].get("content")
+        used: Mapping[str, Any] = body.get("usage") or {}
+        asked = used.get("prompt_tokens", len(question.task + question.text) // _LETTERS)
+        told = used.get("completion_tokens", len(text or "") // _LETTERS)
+        cut = choice.get("finish_reason") == "length" or not isinstance(text, str)
+        return Answer(None if cut else text, (int(asked), int(told)))
+
+    def _post(self, question: Question) -> dict[str, Any]:
+        """The endpoint's reply to a question, which has a choice with a message."""
+        said = ""
+        for number in range(_TRIES):
+            self._pause(max(0.0, self._quiet_until - time.monotonic()))
+            pause = min(0.5 * 2**number, 8.0) * random.uniform(0.75, 1.0)
+            try:
+                body = self._send(question)
+                if isinstance(body["choices"][0]["message"], dict):
+                    return body
+                said = "its reply has no message"
+            except urllib.error.HTTPError as error:
+                said, text = f"status {error.code}", error.read(2000).decode("utf-8", "replace")
+                if error.code == 400 and "max_completion_tokens" in text and self._limit_name == "max_tokens":
+                    self._limit_name, pause = "max_completion_tokens", 0.0  # as newer models call it
+                elif error.code not in _AGAIN and error.code < 500:
+                    key = f"; is the environment variable {KEY} set?" if error.code in (401, 403) else ""
+                    raise UserError(f"{self._url} refuses the question with {said}: {text[:200]}{key}") from None
+                elif asked := _asked_pause(error.headers):
+                    pause, self._quiet_until = asked, max(self._quiet_until, time.monotonic() + asked)
+            except (OSError, http.client.HTTPException) as error:  # connections, time limits
+                said = str(getattr(error, "reason", error)) or type(error).__name__
+            except (ValueError, KeyError, IndexError, TypeError):
+                said = "its reply is not of this protocol"
+            if number + 1 < _TRIES:
+                self._pause(pause)
+        raise UserError(
+            f"--explain.url={self._url} gave no answer in {_TRIES} tries ({said}); what was answered is kept: run the "
+            "same command to go on"
+        )
+
+    def _send(self, question: Question) -> dict[str, Any]:
+        data = dict(model=self._model, messages=question.messages, temperature=0)
+        key = os.environ.get(KEY)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        request = urllib.request.Request(
+            f"{self._url}/chat/completions", json.dumps(data | {self._limit_name: question.most}).encode(), headers
+        )
+        with urllib.request.urlopen(request, timeout=self._timeout) as reply:
+            return json.loads(reply.read())
+
+
+def _asked_pause(headers: email.message.Message) -> float:
+    """Seconds that a server asks to wait, by ``Retry-After`` in seconds or as a date; 0: none, or too long."""
+    text = headers.get("retry-after-ms") or headers.get("Retry-After") or ""
+    try:
+        wait = float(text) / (1000 if headers.get("retry-after-ms") else 1)
+    except ValueError:
+        date = email.utils.parsedate_tz(text)
+        wait = email.utils.mktime_tz(date) - time.time() if date else 0.0
+    return wait if 0 < wait <= _LONGEST_PAUSE else 0.0

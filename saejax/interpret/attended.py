@@ -1,0 +1,143 @@
+"""Which attention heads a feature goes with: its activation beside what heads look at, over tokens of the search text.
+
+For every head of the layers that the feature's site comes after, and every token, the share of its attention that falls
+on some *classes* of keys, by distance and by what stands there. Features are correlated (Pearson) with these shares.
+The control moves activations to other documents, at the same positions, which keeps what positions alone explain: of
+``SHIFTS`` such moves the largest correlation of a feature with any head and class is its bar, so that a feature that
+goes with nothing passes it with a probability of 1 / (SHIFTS + 1).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import sparse
+
+from saejax.activations.documents import SPLITS, Documents
+from saejax.interpret.describe import priority
+from saejax.interpret.firings import Block
+from saejax.interpret.text import SHAPES, CodedText, shape_of
+from saejax.models import decoder
+from saejax.models.attention import RunAttention, attention_weights, whole_prompts
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import LanguageModel
+from saejax.models.rules import GRADIENT
+from saejax.models.run import run_layers
+
+CLASSES = (
+    *("itself", "the token before", "2 to 7 before", "8 or more before", "the first token"),
+    *("the same token earlier", "the token after an earlier same one", "punctuation or a line break"),
+)
+SHIFTS = 19  # documents by which activations are moved in controls: 1 to SHIFTS
+_LONGEST, _AT_ONCE = 128, 8  # tokens of a document, and documents that are run at a time
+_SEEN = 20  # firings of a feature that is correlated, at least
+_KEPT = 4  # heads and classes listed for a feature, at most
+_MARKS = [SHAPES.index(name) for name in ("punctuation", "line break")]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attended(
+    config: DecoderConfig, layers: int, params: decoder.Params, ids_BxT: jax.Array, marks_V: jax.Array
+) -> jax.Array:
+    """The share of the attention of each head of the first layers on each class, [B, T, L, H, C].
+
+    Args:
+      config, params: of the model.
+      layers: how many of them.
+      ids_BxT: token ids.
+      marks_V: whether a token is punctuation or a line break.
+    """
+    count, length = ids_BxT.shape
+    tables, earlier_TxT = whole_prompts(config, length), jnp.tri(length, length, -1, bool)
+    age_TxT = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+    same_BxTxT = (ids_BxT[:, :, None] == ids_BxT[:, None, :]) & earlier_TxT[None]
+    after_BxTxT = jnp.pad(same_BxTxT, ((0, 0), (0, 0), (1, 0)))[:, :, :length] & earlier_TxT[None]
+    by_age = [age_TxT == 0, age_TxT == 1, (age_TxT >= 2) & (age_TxT < 8), age_TxT >= 8]
+    by_key = [jnp.arange(length) == 0, same_BxTxT, after_BxTxT, marks_V[ids_BxT][:, None, :]]
+    masks = [jnp.broadcast_to(mask, same_BxTxT.shape).astype(jnp.float32) for mask in (*by_age, *by_key)]
+
+    def look(plain: Any, layer: Any, qkv: Any, found: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights = attention_weights(config, GRADIENT, qkv[0], qkv[1], tables.at(config, layer)).astype(jnp.float32)
+        weights_BxHxTxT = weights.reshape(count, config.n_heads, length, length)
+        shares = [jnp.einsum("bhts,bts->bth", weights_BxHxTxT, mask) for mask in masks]
+        return plain(*qkv), found.at[:, :, layer].set(jnp.stack(shares, axis=-1))
+
+    start = jnp.zeros((count, length, layers, config.n_heads, len(CLASSES)), jnp.float32)
+    attention = RunAttention(tables, look, start)
+    return run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, layers, attention=attention).carried
+
+
+class HeadShares:
+    """What the heads look at, at tokens of documents that are all cut to one length.
+
+    Args:
+      lm: the model.
+      documents: of the store; those of the search text are taken.
+      text: of the store.
+      layers: how many of the model's, from the first.
+      tokens: to look at, about.
+    """
+
+    def __init__(self, lm: LanguageModel, documents: Documents, text: CodedText, layers: int, tokens: int):
+        own = np.flatnonzero(documents.column("split") == SPLITS.index("train"))
+        lengths = documents.lengths_N[own]
+        length = int(min(_LONGEST, np.median(lengths)))
+        own = own[lengths >= length]
+        own = own[np.argsort(priority(own))][: -(-tokens // length)]
+        place_DxT = documents.offsets[own][:, None] + np.arange(length)
+        marks_V = np.array([shape_of(piece) % len(SHAPES) in _MARKS for piece in text.texts])
+        rows = []
+        for start in range(0, len(own), _AT_ONCE):
+            ids_BxT = documents.ids_T[place_DxT[start : start + _AT_ONCE]]
+            padded = np.pad(ids_BxT, ((0, _AT_ONCE - len(ids_BxT)), (0, 0)))
+            rows.append(np.asarray(attended(lm.config, layers, lm.params, padded, marks_V))[: len(ids_BxT)])
+        shares_DxTxM = np.concatenate(rows)[:, 1:].reshape(
+            len(own), length - 1, -1
+        )  # the first token sees itself alone
+        self._heads, self._documents, self._length = lm.config.n_heads, len(own), length - 1
+        flat_NxM = shares_DxTxM.reshape(-1, shares_DxTxM.shape[-1])
+        spread_M = flat_NxM.std(axis=0)
+        self._shares_NxM = np.where(spread_M > 1e-6, (flat_NxM - flat_NxM.mean(axis=0)) / np.maximum(spread_M, 1e-6), 0)
+        self._shares_NxM = self._shares_NxM.astype(np.float32)
+        self._row = np.full(len(documents.ids_T), -1)
+        self._row[place_DxT[:, 1:].reshape(-1)] = np.arange(len(flat_NxM))
+
+    def of(self, block: Block) -> list[dict[str, Any] | None]:
+        """What each feature of a block goes with, as JSON; None where too little was seen.
+
+        ``heads`` has layer, head, class and correlation of those beyond the ``bar``, the largest by size first.
+        """
+        row = self._row[block.place]
+        inside = row >= 0
+        row, feature, value = row[inside], block.feature[inside], block.value[inside]
+        count = np.bincount(feature, minlength=block.size)
+        able = self._documents > SHIFTS
+        own_FxM = self._correlations(row, feature, value, block.size) if able else np.zeros((block.size, 1))
+        bar = np.zeros(block.size)
+        for shift in range(1, SHIFTS + 1) if able else ():
+            moved = (row + shift * self._length) % len(self._shares_NxM)
+            bar = np.maximum(bar, np.abs(self._correlations(moved, feature, value, block.size)).max(axis=1))
+        return [
+            self._told(own_FxM[i], float(bar[i])) if able and count[i] >= _SEEN else None for i in range(block.size)
+        ]
+
+    def _correlations(self, row: np.ndarray, feature: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
+        """Pearson's correlation of features with all shares, [size, M]."""
+        n = len(self._shares_NxM)
+        f_FxN = sparse.csr_array((value.astype(np.float32), (feature, row)), (size, n))
+        mean, square = (
+            np.bincount(feature, value, size) / n,
+            np.bincount(feature, value.astype(np.float64) ** 2, size) / n,
+        )
+        spread = np.sqrt(np.maximum(square - mean**2, 1e-30))
+        return (f_FxN @ self._shares_NxM) / (n * spread[:, None])  # the shares have a mean of 0
+
+    def _told(self, own_M: np.ndarray, bar: float) -> dict[str, Any]:
+        best = np.argsort(-np.abs(own_M))[:_KEPT]
+        listed = []
+        for at in best[np.abs(own_M[best]) > bar].tolist():
+            head, which = divmod(at, len(CLASSES))
+            listed.append([*divmod(head, self._heads), CLASSES[which], float(f"{own_M[at]:.3g}")])
+        return dict(heads=listed, bar=float(f"{bar:.3g}"))

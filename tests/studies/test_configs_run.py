@@ -1,0 +1,122 @@
+"""Every flag file of the studies, end to end, on a tiny random model of its family with a tokenizer in its format."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+from absl import flags
+from tiny_models import save_tiny
+
+from saejax import command, config
+from saejax.registry import GROUPS, STAGES
+from saejax.tasks.benchmarks import LOGIC_TASKS
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tasks"))
+from tokenizer_kinds import tokenizer
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+# Stem of a file, up to the benchmark -> family, and format of the tokenizer.
+MODELS = {
+    "gpt2-medium": ("gpt2", "gpt2"),
+    "pythia-1.4b": ("gpt_neox", "pythia"),
+    "gemma-2b": ("gemma", "gemma"),
+    "phi-2": ("phi", "phi2"),
+    "llama-3-8b": ("llama", "llama3"),
+    "mistral-7b": ("mistral", "mistral"),
+    "smollm2-135m": ("llama", "gpt2"),
+    "qwen3": ("qwen3", "qwen3"),
+}
+FILES = [path for path in sorted(CONFIGS.glob("*.flags")) if path.stem.startswith(tuple(MODELS))]
+QUICK = "gpt2-medium-gsm8k"  # the one that every run of the tests has
+
+
+def model_of(path: Path, folder: Path, layers: int) -> Path:
+    """A tiny random model with as many layers as the file's sites need."""
+    family, kind = next(found for stem, found in MODELS.items() if path.stem.startswith(stem))
+    names = dict(gpt2=dict(n_layer=layers, n_positions=256)).get(family)
+    changes = names or dict(num_hidden_layers=layers, max_position_embeddings=256)
+    save_tiny(folder, family, vocab_size=3100, **changes)
+    tokenizer(kind).save_pretrained(folder)
+    return folder
+
+
+def write_benchmarks(folder: Path) -> Path:
+    def write(path: Path, rows: list[dict]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for name in LOGIC_TASKS:
+        rows = [dict(input=f"Pick {letter}\n(A) x\n(B) y\n(C) z", target=f"({letter})") for letter in "BAC"]
+        if name in ("boolean_expressions", "web_of_lies"):
+            rows = [dict(input=f"Is {n}", target="True" if name[0] == "b" else "No") for n in range(3)]
+        write(folder / "logic" / f"{name}.jsonl", rows)
+    write(folder / "gsm8k.jsonl", [dict(question=f"{n} + 3?", answer=f"{n + 3}\n#### {n + 3}") for n in range(12)])
+    write(folder / "math.jsonl", [dict(problem=f"{n} + 3?", solution=f"\\boxed{{{n + 3}}}") for n in range(12)])
+    return folder
+
+
+def small(configs: dict, model: Path, folder: Path) -> list[str]:
+    """Flags that make a file's run small: its model, sites, kinds, losses and tests are those of the file."""
+    values = {
+        "workdir": folder / "run",
+        "model.path": model,
+        "preflight.models": "",
+        "task.train_prompts": 6,
+        "task.test_prompts": 4,
+        "task.gate": 1,
+        "task.bootstrap": 100,
+        "task.path": write_benchmarks(folder / "benchmarks"),
+        "task.examples": 12,
+        "task.shots": 0,
+        "task.max_new_tokens": 3,
+        "corpus.path": runs.save_corpus(folder / "corpus.jsonl.gz"),
+        "corpus.max_tokens": 1500,
+        "corpus.held_out": 0.3,
+        "capture.max_sink_share": 0.5,
+        "train.expansion": 2,
+        "train.epochs": 1,
+        "train.k": 8,
+        "evaluate.ce_documents": 2,
+        "ablate.top": 2,
+        "ablate.draws": 3,
+        "ablate.bootstrap": 100,
+        "ablate.baselines": "components",
+        "ablate.curve": False,
+        "ablate.text_documents": 2,
+        "study.items": 6,
+        "study.top": 2,
+        "study.draws": 2,
+        "study.matches": 4,
+        "study.bootstrap": 100,
+    }
+    if configs["train"].source == "model":
+        values |= {"train.buffer_rows": 512, "train.batch": 128}
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem == QUICK else pytest.mark.slow) for path in FILES],
+    ids=lambda path: path.stem,
+)
+def test_a_file_ends_in_its_report(path, tmp_path, monkeypatch, quick_compiler, capsys):
+    monkeypatch.chdir(CONFIGS.parent)  # files name others from there
+    values = flags.FlagValues()
+    config.define_flags(GROUPS, values)
+    values(["binary", f"--flagfile={path}"])
+    configs = config.from_flags(GROUPS, values)
+    layers = 1 + max(int(site.rpartition(".")[2]) for site in configs["capture"].sites)
+    own = small(configs, model_of(path, tmp_path / "model", layers), tmp_path)
+    if path.stem == QUICK:  # what behaviours cost is tested elsewhere
+        own.append("--task.behaviours=")
+    assert command.run(list(STAGES), "", ["pipeline", f"--flagfile={path}", *own]) == 0, capsys.readouterr().err
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    text = re.sub("<[^>]*>", " ", page)
+    for benchmark in configs["study"].benchmarks:
+        assert f"{benchmark} (" in text and (tmp_path / "run" / "study" / benchmark / "summary.json").exists()
+    for benchmark in configs["task"].benchmarks:
+        assert benchmark in text
+    assert "Explained variance" in text and "How to reproduce" in text
