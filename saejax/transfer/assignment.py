@@ -23,6 +23,9 @@ _TOLERANCE = 1e-7  # below which a value does not count as larger
 class Candidates:
     """Pairs of a row and a column with their values, for F rows and G columns, F at most G.
 
+    Each row has a column of its own behind the G, of value 0: it may stay alone. Without these, rows that have nothing
+    in common with any column would compete for them.
+
     Attributes:
       value_FxG: sparse, each value plus a constant.
     """
@@ -30,11 +33,10 @@ class Candidates:
     value_FxG: sparse.csr_array
 
     @classmethod
-    def diagonal(cls, value_F: np.ndarray, columns: int) -> "Candidates":
-        """The pairs (0, 0), (1, 1), ..., which make sure that there is an assignment."""
-        row_F = np.arange(len(value_F))
-        value_F = value_F.astype(np.float64) + _SHIFT
-        return cls(sparse.csr_array((value_F, (row_F, row_F)), (len(value_F), columns)))
+    def alone(cls, rows: int, columns: int) -> "Candidates":
+        """Of so many rows and columns, no pair of which is known yet."""
+        row_F = np.arange(rows)
+        return cls(sparse.csr_array((np.full(rows, _SHIFT), (row_F, columns + row_F)), (rows, columns + rows)))
 
     def add(self, row_N: np.ndarray, column_N: np.ndarray, value_N: np.ndarray) -> None:
         """Takes in pairs; those that are known stay as they are."""
@@ -51,7 +53,8 @@ class Candidates:
         """The best assignment on these candidates.
 
         Returns:
-          The column of each row [F], and prices of the columns [G], at least 0, and 0 for those that no row has.
+          The column of each row [F], G or above for those that stay alone, and prices of the columns [G + F], at least
+          0, and 0 for those that no row has.
         """
         row_F, column_F = min_weight_full_bipartite_matching(self.value_FxG, maximize=True)
         assert np.array_equal(row_F, np.arange(len(row_F)))

@@ -41,7 +41,8 @@ class Matched:
       nearest_F: the largest product of each of the first one's rows; ``nearest_G``: of each of the second's.
       mutual: how many rows of the first have a nearest whose nearest they are.
       partner_F: the row of the second that each of the first is assigned to, none twice, such that the sum of products
-        is largest (the Hungarian method's assignment); -1 where there are fewer.
+        is largest (the Hungarian method's assignment); -1 where there are fewer, or where staying alone, which counts
+        0, is better.
       value_F: their products; NaN where there is none.
       gap: by how much at most the mean product of the pairs falls short of the best.
     """
@@ -96,8 +97,7 @@ class _Problem:
         self.key, self._turned = key, len(first_FxD) > len(second_GxD)
         self.few_FxD, self.many_GxD = (second_GxD, first_FxD) if self._turned else (first_FxD, second_GxD)
         self.price_G = np.zeros(len(self.many_GxD), np.float32)
-        diagonal_F = np.einsum("fd,fd->f", self.few_FxD, self.many_GxD[: len(self.few_FxD)], dtype=np.float64)
-        self._known = Candidates.diagonal(diagonal_F, len(self.many_GxD))
+        self._known = Candidates.alone(len(self.few_FxD), len(self.many_GxD))
         self._nearest: tuple[np.ndarray, np.ndarray, int] | None = None
         self._column_F: np.ndarray | None = None
         self._gap, self._rounds = np.inf, 0
@@ -127,7 +127,8 @@ class _Problem:
 
     def look(self, top_FxC: np.ndarray, column_FxC: np.ndarray) -> None:
         """Takes the largest values less price of each row and their columns, at the present prices."""
-        own_F = self._own() - self.price_G[self._column_F]
+        own_F = self._own()
+        own_F[self._paired] -= self.price_G[self._column_F[self._paired]]
         self._gap = float(np.maximum(top_FxC[:, 0] - own_F, 0).mean())
         better_FxC = top_FxC > own_F[:, None]
         row_N, place_N = np.nonzero(better_FxC)
@@ -137,23 +138,33 @@ class _Problem:
 
     def solve(self) -> None:
         """Solves the assignment on what is known, which gives new prices."""
-        self._column_F, price_G = self._known.solve()
-        self.price_G = price_G.astype(np.float32)
+        self._column_F, price = self._known.solve()
+        self.price_G = price[: len(self.many_GxD)].astype(np.float32)
+
+    @property
+    def _paired(self) -> np.ndarray:
+        """The rows that do not stay alone."""
+        return np.flatnonzero(self._column_F < len(self.many_GxD))
 
     def _own(self) -> np.ndarray:
-        """The products of the pairs, fp64."""
-        assert self._column_F is not None
-        return np.einsum("fd,fd->f", self.few_FxD, self.many_GxD[self._column_F], dtype=np.float64)
+        """The products of the pairs, fp64; 0 for rows that stay alone."""
+        own_F, paired = np.zeros(len(self.few_FxD)), self._paired
+        others = self.many_GxD[self._column_F[paired]]
+        own_F[paired] = np.einsum("fd,fd->f", self.few_FxD[paired], others, dtype=np.float64)
+        return own_F
 
     def result(self) -> Matched:
         """What was found, for the dictionaries as they were given."""
         assert self._nearest is not None and self._column_F is not None
         few_F, many_G, mutual = self._nearest
-        value_F = self._own()
+        paired, own_F = self._paired, self._own()
+        column = self._column_F[paired]
         if not self._turned:
-            return Matched(few_F, many_G, mutual, self._column_F, value_F, self._gap)
+            partner_F, value_F = np.full(len(few_F), -1), np.full(len(few_F), np.nan)
+            partner_F[paired], value_F[paired] = column, own_F[paired]
+            return Matched(few_F, many_G, mutual, partner_F, value_F, self._gap)
         partner_G, value_G = np.full(len(many_G), -1), np.full(len(many_G), np.nan)
-        partner_G[self._column_F], value_G[self._column_F] = np.arange(len(few_F)), value_F
+        partner_G[column], value_G[column] = paired, own_F[paired]
         return Matched(many_G, few_F, mutual, partner_G, value_G, self._gap)
 
 
