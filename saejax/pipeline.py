@@ -49,7 +49,9 @@ class Workplan:
             stage, _, name = unit.partition("/")
             settings = {group: configuration.identity(self.configs[group], name) for group in groups_of(STAGES[stage])}
             needs = {need: self.mark(need) for need in self.needs(unit)}
-            data = dict(unit=unit, settings=settings, needs=needs, sources=self._read(STAGES[stage], name))
+            data: dict[str, Any] = dict(
+                unit=unit, settings=settings, needs=needs, sources=self._read(STAGES[stage], name)
+            )
             if STAGES[stage].version > 1:  # the first is not named, so that what was made before there were any stays
                 data["version"] = STAGES[stage].version
             self._marks[unit] = fingerprint(data)

@@ -99,7 +99,7 @@ class _Problem:
         self.price_G = np.zeros(len(self.many_GxD), np.float32)
         self._known = Candidates.alone(len(self.few_FxD), len(self.many_GxD))
         self._nearest: tuple[np.ndarray, np.ndarray, int] | None = None
-        self._column_F: np.ndarray | None = None
+        self._column_F = np.full(len(self.few_FxD), len(self.many_GxD))  # all alone
         self._gap, self._rounds = np.inf, 0
 
     @property
@@ -155,7 +155,7 @@ class _Problem:
 
     def result(self) -> Matched:
         """What was found, for the dictionaries as they were given."""
-        assert self._nearest is not None and self._column_F is not None
+        assert self._nearest is not None
         few_F, many_G, mutual = self._nearest
         paired, own_F = self._paired, self._own()
         column = self._column_F[paired]
