@@ -216,3 +216,8 @@ def test_every_binary_of_the_package_is_a_command():
 def test_every_stage_has_a_binary():
     names = {path.stem for path in (ROOT / "experiments").glob("*.py")}
     assert set(STAGES) - {"benchmark"} <= names  # which the baseline's binary runs
+
+
+def test_no_module_has_the_name_of_a_function_which_it_would_hide():
+    modules = {path.stem for path in Path(saejax.__file__).parent.iterdir()}
+    assert not modules & set(saejax.__all__)

@@ -98,10 +98,12 @@ def measures_of(wanted: Sequence[str], first: Compared, second: Compared) -> lis
 def rows(measure: str, dictionary: Dictionary) -> np.ndarray:
     """What the features of a dictionary are matched by, fp32 [F, D].
 
-    decoder, encoder: unit rows, 0 where a feature has none; their products are cosines.
-    folded: decoder rows times the features' thresholds, which makes all thresholds 1 (SAE Match; Balagansky et al.,
-      2024, arXiv 2410.07656), over the length of the longest. The assignment with the largest sum of products is the
-      permutation with the least squared error.
+    Args:
+      measure: "decoder" or "encoder": unit rows, 0 where a feature has none; their products are cosines. "folded":
+        decoder rows times the features' thresholds, which makes all thresholds 1 (SAE Match; Balagansky et al., 2024,
+        arXiv 2410.07656), over the length of the longest; the assignment with the largest sum of products is the
+        permutation with the least squared error.
+      dictionary: whose they are.
     """
     if measure == "encoder":
         return unit(np.asarray(dictionary.W_enc_DxF[...]).T)

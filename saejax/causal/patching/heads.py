@@ -7,12 +7,11 @@ AtP estimates it by the change of the vector times the gradient in it. That miss
 where a softmax has nothing to gain or lose at the clean point, the gradient in its query and key is nearly zero, but
 another query or key moves all of the attention. AtP* (Kramar et al., 2024, arXiv 2403.00745) corrects two such cases:
 
-- the *QK fix*: for queries and keys the attention weights are computed anew, and only what follows them is linear,
+- the *QK fix*: for queries and keys the attention weights are computed anew, and only what follows them is linear:
+  the sum over queries t and keys s of (a'_ts - a_ts) <v_s, dL/dz_t>,
+  with z the head's output. (The paper's shortcut for keys divides by what a saturated weight leaves of 1, of which
+  fp32 keeps nothing: here the softmax is computed anew, too.)
 
-      sum over queries t and keys s of (a'_ts - a_ts) <v_s, dL/dz_t>,
-
-  z the head's output. (The paper's shortcut for keys divides by what a saturated weight leaves of 1, of which fp32
-  keeps nothing: here the softmax is computed anew, too.)
 - *GradDrop*: a node's direct and indirect effects may cancel. The gradient is taken once for each layer with nothing
   flowing back through what that layer adds to the stream, and the sizes of the L estimates are added up and divided by
   L - 1 (a node's own layer gives none).

@@ -12,7 +12,7 @@ import known_dictionaries as known
 from saejax import command
 from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary
 from saejax.errors import UserError
-from saejax.export.run import run_export
+from saejax.exporting.run import run_export
 from saejax.settings import ExportConfig
 from saejax.workspace import STARTED, Run, write_json
 

@@ -17,8 +17,8 @@ EXPORT = Stage(
     name="export",
     summary="writes trained dictionaries in the formats of other tools: SAELens folders, circuit-tracer sets, "
     "Neuronpedia's features",
-    run="saejax.export.run:run_export",
-    results="saejax.export.results:ExportResults",
+    run="saejax.exporting.run:run_export",
+    results="saejax.exporting.results:ExportResults",
     groups=(ExportConfig,),
     after=("train", "ablate", "atlas"),
     needs=_needs,

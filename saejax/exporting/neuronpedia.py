@@ -23,7 +23,7 @@ from saejax.dictionaries.formats.hooks import to_hook
 from saejax.dictionaries.labels import LABELS, Label, load_labels
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
-from saejax.export.rows import (
+from saejax.exporting.rows import (
     CREATOR_ID,
     NeuronpediaSource,
     activation_rows,

@@ -15,8 +15,8 @@ from saejax.dictionaries import stacks
 from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, load_dictionary, own, saelens
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.dictionaries.results import TrainedMember
-from saejax.export.neuronpedia import setting_of, write_bundle
-from saejax.export.results import ExportedMember, ExportResults
+from saejax.exporting.neuronpedia import setting_of, write_bundle
+from saejax.exporting.results import ExportedMember, ExportResults
 from saejax.settings import ExportConfig
 from saejax.workspace import STARTED, Run
 

@@ -18,7 +18,7 @@ from saejax.attribution.forms.neuronpedia import cantor_unpair
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import FOUND, Label
 from saejax.errors import UserError
-from saejax.export.run import run_export
+from saejax.exporting.run import run_export
 from saejax.results import to_json
 from saejax.settings import ExportConfig
 from saejax.workspace import STARTED, Run, write_json
