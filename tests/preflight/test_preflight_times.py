@@ -24,7 +24,7 @@ TIMED = dict(
     train__k=(64,),
     evaluate__ce_documents=40,
     ablate__curve=False,
-    ablate__draws=100,
+    ablate__draws=50,  # and as many controls: 100 sets, which then served for both
     ablate__baselines=(),
     ablate__text_documents=0,
 )

@@ -80,9 +80,9 @@ def parts(trainer: Trainer, batch: np.ndarray) -> tuple[np.ndarray, ...]:
     return (inputs,) if trainer.config.form == "sae" else (inputs, np.ascontiguousarray(inputs[..., ::-1]))
 
 
-def run(trainer: Trainer, data: np.ndarray):
-    """The state after these batches, and the metrics [M] of the last."""
-    state = trainer.initial_state()
+def run(trainer: Trainer, data: np.ndarray, state=None):
+    """The state after these batches, from the initial or another one, and the metrics [M] of the last."""
+    state = trainer.initial_state() if state is None else state
     for batch in data:
         placed = tuple(jax.device_put(part, trainer.batch_sharding) for part in parts(trainer, batch))
         state, metrics = trainer.step(state, placed)

@@ -1,5 +1,6 @@
 """The same training on every mesh: one device, eight devices in five shapes, alone or in a stack."""
 
+import dataclasses
 import functools
 
 import jax
@@ -73,10 +74,13 @@ def test_layers_of_a_stack_train_on_their_own_values(one_device):
     )
     data = np.stack([batches(6, seed) for seed in range(4)], axis=1)  # [steps, sites, B, D]
     state = trainer.initial_state()
+    start = jax.tree.map(np.asarray, state.params)  # other directions at each site
     for batch in data:
         state, metrics = trainer.step(state, (jax.device_put(batch, trainer.batch_sharding),))
         jax.block_until_ready(metrics)
     for index in range(4):
-        alone, _ = run(make_trainer(mesh=one_device), data[:, index])
+        single = make_trainer(mesh=one_device)
+        own = {name: jax.device_put(value[index : index + 1]) for name, value in start.items()}
+        alone, _ = run(single, data[:, index], dataclasses.replace(single.initial_state(), params=own))
         for name, value in alone.params.items():
             np.testing.assert_allclose(state.params[name][index], value[0], rtol=1e-4, atol=1e-5)

@@ -311,8 +311,10 @@ def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
     broken = {**dictionary.arrays, "b_enc_F": dictionary.arrays["b_enc_F"].at[7].set(np.nan)}
     with pytest.raises(UserError, match="feature 7 has an activation that is not finite"):
         probe_inputs.pooled_inputs(SplitModel(tiny, Dictionary(dictionary.config, **broken)), prompts, "max")
-    with pytest.raises(UserError, match="labels is 'verb': expected one of behaviour, answer, parity"):
-        ProbeConfig(labels=("verb",))
+    run, _ = make_run("refused")
+    run.configs["probe"] = dataclasses.replace(run.configs["probe"], labels=("verb",))
+    with pytest.raises(UserError, match="unknown label 'verb': expected one of behaviour, answer, parity"):
+        stage.run_probe(run)
     run, _ = make_run("refused")
     run.configs["probe"] = dataclasses.replace(run.configs["probe"], strengths=())
     with pytest.raises(UserError, match=r"--probe.strengths is empty"):
