@@ -45,8 +45,9 @@ _CAUSAL_NOTE = (
     "beside as many matched random features; Wilson intervals. Lost: accuracy without the top features, mean over "
     "behaviours; others lose: the largest loss of a behaviour that the features were not chosen for. Claimed: "
     "behaviours of which the rule says that the features cause them, beyond matched ones; idle claimed: the same of "
-    "features of a variable that no answer depends on. Probes: test prompts whose variables a linear probe reads off "
-    "the features; a probe reads idle ones, too."
+    "features of a variable that no answer depends on. The rule is about what removing features does: with decoders "
+    "of other neurons that does harm, too, and whether they stand for the variable is for interchange to say. Probes: "
+    "test prompts whose variables a linear probe reads off the features; a probe reads idle ones, too."
 )
 
 
