@@ -101,8 +101,9 @@ def _features_table(results: FeaturePatchResults) -> Table:
     note = (
         f"Features of {results.dictionary} at {results.site} take the values they have on the counterpart: how "
         "often the answer becomes the counterpart's, of the pairs on which the model is right both times (interchange-"
-        "intervention accuracy; Geiger et al., 2021). The error: what the dictionary does not "
-        "explain, alone. The whole site is a ceiling: all of its content at all positions, of which the others are "
+        "intervention accuracy; Geiger et al., 2021). Random: sets drawn from features matched to the top ones and "
+        f"themselves, the mean over {results.draws} draws, and p, the share of sets that carry as much over. The error: "
+        "what the dictionary does not explain, alone. The whole site is a ceiling: all of its content at all positions, of which the others are "
         "parts; it says that the content passes here, not what carries it. Last column: the share of the logit "
         "difference that the top features restore when they are carried from the prompt to its counterpart. 95 % "
         "intervals: Wilson's of the shares of pairs, bootstrap of the others"
@@ -116,9 +117,18 @@ def _features_row(name: str, result: PatchedFeatures, top: int) -> tuple[str, ..
     restored = _restored(result.together)
     if not found.prompts:
         return (behaviour(name), "0", *5 * (MISSING,), restored)
-    most = (found.top[-1].accuracy, found.top[-1].random) if found.top else (None, None)
-    shares = (*most, found.all, found.error, found.ceiling)
-    return (behaviour(name), str(found.prompts), *map(_share, shares), restored)
+    most = found.top[-1] if found.top else None
+    own, random = (
+        (_share(most.accuracy), f"{_share(most.random)}, p = {number(most.p_value, 3)}") if most else 2 * (MISSING,)
+    )
+    return (
+        behaviour(name),
+        str(found.prompts),
+        own,
+        random,
+        *map(_share, (found.all, found.error, found.ceiling)),
+        restored,
+    )
 
 
 def _restored(together: tuple[PatchedSet, ...]) -> str:

@@ -93,7 +93,9 @@ class InterchangeTop:
 
     features: int  #: how many of the top ones
     accuracy: Interval  #: share of the pairs, with its 95 % Wilson interval
-    random: Interval  #: the same of as many matched random features, mean over the draws
+    random: Interval  #: the same of as many features drawn from those matched to them and themselves, mean over draws
+    #: randomisation test: (1 + draws that carry at least as many answers over) / (1 + draws), not adjusted
+    p_value: float
 
 
 @dataclasses.dataclass(frozen=True)
