@@ -20,6 +20,10 @@ _LABELS = {
     "number": "Number of the subject",
 }
 _INPUTS = {"features": "features", "raw": "raw dimensions"}
+_RANKINGS = {
+    "mean_difference": "whose class means differ most",
+    "f_statistic": "that separate the classes best (F statistic)",
+}
 _POOLS = {
     "last": "at a prompt's last position",
     "max": "as the maximum over a prompt's positions",
@@ -37,8 +41,9 @@ def _section(results: ProbeResults, found: Findings, draw: Draw) -> Section:
     intro = (
         f"A linear probe (logistic regression) was given the features of {results.dictionary}, or the raw "
         f"activations of {place(results.site)}, {_POOLS[results.pool]}. It was fitted on train prompts; the "
-        "accuracy is that on test prompts. A sparse probe sees only the few features, or dimensions, that separate "
-        "the classes best on train prompts. What can be read off, the model need not use."
+        "accuracy is that on test prompts. A sparse probe sees only the few features, or dimensions, "
+        f"{_RANKINGS[found.settings()['probe']['ranking']]} on train prompts. What can be read off, the model need not "
+        "use."
     )
     if congruent := [label for label in learned if label.congruent]:
         intro += (
@@ -132,8 +137,11 @@ def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
             _seen(row),
             _accuracy(row),
             percent(row.balanced_accuracy),
+            MISSING if row.auc is None else interval(row.auc),
+            MISSING if row.against_dense is None else interval(row.against_dense, 0, 100),
             percent(row.majority),
             interval(row.shuffled, 0, 100),
+            MISSING if row.auc_shuffled is None else interval(row.auc_shuffled),
             interval(row.random, 0, 100) if row.random else MISSING,
             number(row.p_value, 4),
             ", ".join(map(str, row.inputs[:3])) if row.inputs else MISSING,
@@ -146,16 +154,21 @@ def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
         "Probe sees",
         "Accuracy, %",
         "Balanced",
+        "AUC",
+        "Less dense, points",
         "Largest class",
         "Shuffled labels, %",
+        "AUC, shuffled",
         "Random inputs, %",
         "p",
         "Inputs",
     )
     note = (
-        "Accuracy: on test prompts, with its 95 % Wilson interval. Balanced: mean over classes. Shuffled labels and "
+        "Accuracy: on test prompts, with its 95 % Wilson interval. Balanced: mean over classes. AUC: area "
+        "under the ROC curve where there are two classes, with its 95 % score interval. Less dense: accuracy less that "
+        "of the probe of all raw dimensions, on the same prompts, 95 % bootstrap interval. Shuffled labels and "
         f"random inputs: mean over {shuffles} draws, and the 5th and 95th percentile. p: share of permutations of the "
         "test labels that agree with the probe as often, not adjusted for the number of probes. Inputs: the first "
         "three that a sparse probe sees."
     )
-    return Table("Probes", columns, rows, frozenset({1, 8}), stack=False, note=note)
+    return Table("Probes", columns, rows, frozenset({1, 11}), stack=False, note=note)
