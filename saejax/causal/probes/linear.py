@@ -94,7 +94,7 @@ def run_probes(
         right_M = read.class_M == class_M
         of_random = [_random_accuracy(task, k, strength, rng) for _ in range(config.shuffles)] if k else []
         shuffled = [_shuffled(task, k, strength, rng) for _ in range(config.shuffles)]
-        both = read.score_M is not None and len(np.unique(class_M)) == 2
+        auc, *auc_R = (roc_auc(one.score_M, class_M) for one in (read, *shuffled))
         fit = ProbeFit(
             input=name,
             k=k,
@@ -103,17 +103,17 @@ def run_probes(
             random=_spread(of_random) if k else None,
             accuracy=wilson(right_M),
             balanced_accuracy=balanced_accuracy(read.class_M, class_M),
-            auc=roc_auc(read.score_M, class_M) if both else None,
+            auc=auc,
             majority=float((class_M == np.bincount(task.train_class_N).argmax()).mean()),
             shuffled=_spread([(one.class_M == class_M).mean() for one in shuffled]),
-            auc_shuffled=_spread([roc_auc(one.score_M, class_M).mean for one in shuffled]) if both else None,
+            auc_shuffled=_spread([one.mean for one in auc_R if one]) if auc else None,
             against_dense=None,
             p_value=permutation_p(read.class_M, class_M, config.permutations, rng),
         )
         yield fit, right_M
 
 
-def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: list[int]) -> Interval:
+def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> Interval:
     """How much more often one probe is right than another on the same prompts; 95 % bootstrap interval over these."""
     return Resampling.of(np.zeros(len(right_M)), _RESAMPLES, seed).mean(right_M.astype(float) - other_M)
 
@@ -125,7 +125,7 @@ def fitted(task: Task, k: int | None, strength: float) -> Reading:
     return Reading(model.predict(test_MxR), model.decision_function(test_MxR) if len(model.classes_) == 2 else None)
 
 
-def roc_auc(score_M: np.ndarray, class_M: np.ndarray) -> Interval:
+def roc_auc(score_M: np.ndarray | None, class_M: np.ndarray) -> Interval | None:
     """The area under the ROC curve of two classes, and its 95 % score interval, which has a width at 0 and 1, too.
 
     The area A is the share of pairs of prompts, one of each class, of which the second class has the larger score, ties
@@ -133,9 +133,14 @@ def roc_auc(score_M: np.ndarray, class_M: np.ndarray) -> Interval:
     scores, with (m + n) / 2 prompts of either class (method 5 of Newcombe, 2006).
 
     Args:
-      score_M: larger for the second class.
-      class_M: of two values.
+      score_M: larger for the second class; None: there is no such score.
+      class_M: of each prompt.
+
+    Returns:
+      None without scores, or where the prompts are not of two classes.
     """
+    if score_M is None or len(np.unique(class_M)) != 2:
+        return None
     second_M = class_M == class_M.max()
     m, n = int(second_M.sum()), int((~second_M).sum())
     area = (rankdata(score_M)[second_M].sum() - m * (m + 1) / 2) / (m * n)

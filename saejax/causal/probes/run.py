@@ -96,7 +96,7 @@ def _probe_label(
             rights.append(right_M)
             on_progress(0, 0)
     # The last one is the dense probe, of all raw activations.
-    beside = [paired_difference(right_M, rights[-1], [config.seed, *labelled.name.encode()]) for right_M in rights[:-1]]
+    beside = [paired_difference(right_M, rights[-1], config.seed) for right_M in rights[:-1]]
     rows = [
         dataclasses.replace(fit, against_dense=gap) for fit, gap in zip(fits, [*beside, None][: len(fits)], strict=True)
     ]

@@ -164,9 +164,9 @@ def test_intervals_of_areas_hold_the_true_one():
 
 def test_differences_are_paired_by_prompt():
     right_M, other_M = np.array([True] * 8 + [False] * 2), np.array([False] * 2 + [True] * 8)
-    gap = paired_difference(right_M, other_M, [0])
+    gap = paired_difference(right_M, other_M, 0)
     assert gap.mean == 0 and gap.low < 0 < gap.high
-    assert paired_difference(right_M, right_M, [0]) == Interval(0.0, 0.0, 0.0)
+    assert paired_difference(right_M, right_M, 0) == Interval(0.0, 0.0, 0.0)
 
 
 def test_every_class_gets_an_input():
