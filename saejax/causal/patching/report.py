@@ -108,7 +108,7 @@ def _estimates_table(results: HeadPatchResults) -> Table:
         for estimate, judged in found.estimates.items():
             assert found.random is not None
             correlation = MISSING if judged.correlation is None else interval(judged.correlation)
-            figures = (number(judged.top), interval(found.random), number(judged.p_value, 3))
+            figures = (number(judged.top), interval(found.random), _p(judged.p_value))
             rows.append((behaviour(name), f"{found.nodes:,}", _ESTIMATES[estimate], correlation, *figures))
     note = (
         "A node is the query, key, value or output of an attention head at one position; patched, it takes the vector "
@@ -156,7 +156,7 @@ def _paths_table(results: HeadPatchResults) -> Table:
                         "logits" if receiver.node == LOGITS else place,
                         f"MLP {sender.layer}" if sender.head is None else f"head {sender.layer}.{sender.head}",
                         interval(sender.effect),
-                        number(sender.p_max_t, 3),
+                        _p(sender.p_max_t),
                         interval(receiver.total),
                         f"{receiver.sure} of {receiver.senders}",
                     )
@@ -216,6 +216,10 @@ def _restored(together: tuple[PatchedSet, ...]) -> str:
     tops = [entry for entry in together if entry.features != "all"]
     value = tops[-1].denoising.normalised if tops else None
     return interval(value) if value else MISSING
+
+
+def _p(value: float | None) -> str:
+    return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
 
 
 def _share(value: Interval | None) -> str:
