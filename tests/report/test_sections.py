@@ -198,14 +198,20 @@ def test_probes_are_shown_and_labels_without_one_said():
     results = dict(dictionary="topk", site="resid_post.15", pool="last", labels=labels)
     settings = dict(probe=dict(shuffles=20, ranking="mean_difference"))
     (section,) = probes.sections(findings(settings, topk=partly(ProbeResults, **results)), draw)
-    intro, picture, table, without = section.blocks
+    intro, picture, table, dense, without = section.blocks
     assert "the features of topk" in intro.text and "at a prompt's last position" in intro.text
     assert "Answer: Two-digit addition: features 50 [40,\u00a060] %, raw dimensions 50 [40,\u00a060] %." in picture.alt
     assert table.rows[0][:4] == ("Answer: Two-digit addition", "2 features", "50 [40,\u00a060]", "40\u00a0%")
-    assert table.rows[0][4:6] == ("0.80 [0.70,\u00a00.90]", "−20 [−30,\u00a0−10]")
-    assert table.rows[0][8:] == ("0.45 [0.35,\u00a00.55]", "10 [0,\u00a020]", "0.0123", "7, 8")
-    assert table.rows[1][1] == "all features" and table.rows[1][9] == table.rows[1][11] == "–"
-    assert "whose class means differ most" in intro.text and table.columns[9] == "Random inputs, %"
+    assert table.rows[0][6:] == ("10 [0,\u00a020]", "0.0123", "7, 8")
+    assert table.rows[1][1] == "all features" and table.rows[1][6] == table.rows[1][8] == "–"
+    assert "whose class means differ most" in intro.text
+    assert dense.rows[0][1:] == (
+        "2 features",
+        "0.80 [0.70,\u00a00.90]",
+        "0.45 [0.35,\u00a00.55]",
+        "−20 [−30,\u00a0−10]",
+    )
+    assert [row[1] for row in dense.rows] == ["2 features", "all features", "all raw dimensions"]
     assert without.items == (
         ("Model right or wrong: Capital of a country", "no probe: fewer than two classes: right 80."),
     )

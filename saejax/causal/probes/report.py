@@ -54,7 +54,7 @@ def _section(results: ProbeResults, found: Findings, draw: Draw) -> Section:
     blocks: list[Block] = [Text(intro)]
     if learned:
         shuffles = found.settings()["probe"]["shuffles"]
-        blocks += [_picture(learned, shuffles, draw), _table(learned, shuffles)]
+        blocks += [_picture(learned, shuffles, draw), _table(learned, shuffles), _beside_dense(learned, shuffles)]
     if without:
         blocks.append(Terms(tuple(without)))
     return Section("Linear probes", tuple(blocks))
@@ -137,11 +137,8 @@ def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
             _seen(row),
             _accuracy(row),
             percent(row.balanced_accuracy),
-            MISSING if row.auc is None else interval(row.auc),
-            MISSING if row.against_dense is None else interval(row.against_dense, 0, 100),
             percent(row.majority),
             interval(row.shuffled, 0, 100),
-            MISSING if row.auc_shuffled is None else interval(row.auc_shuffled),
             interval(row.random, 0, 100) if row.random else MISSING,
             number(row.p_value, 4),
             ", ".join(map(str, row.inputs[:3])) if row.inputs else MISSING,
@@ -154,21 +151,39 @@ def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
         "Probe sees",
         "Accuracy, %",
         "Balanced",
-        "AUC",
-        "Less dense, points",
         "Largest class",
         "Shuffled labels, %",
-        "AUC, shuffled",
         "Random inputs, %",
         "p",
         "Inputs",
     )
     note = (
-        "Accuracy: on test prompts, with its 95 % Wilson interval. Balanced: mean over classes. AUC: area "
-        "under the ROC curve where there are two classes, with its 95 % score interval. Less dense: accuracy less that "
-        "of the probe of all raw dimensions, on the same prompts, 95 % bootstrap interval. Shuffled labels and "
+        "Accuracy: on test prompts, with its 95 % Wilson interval. Balanced: mean over classes. Shuffled labels and "
         f"random inputs: mean over {shuffles} draws, and the 5th and 95th percentile. p: share of permutations of the "
         "test labels that agree with the probe as often, not adjusted for the number of probes. Inputs: the first "
         "three that a sparse probe sees."
     )
-    return Table("Probes", columns, rows, frozenset({1, 11}), stack=False, note=note)
+    return Table("Probes", columns, rows, frozenset({1, 8}), stack=False, note=note)
+
+
+def _beside_dense(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
+    """What features are worth beside all raw dimensions."""
+    rows = tuple(
+        (
+            _title(label),
+            _seen(row),
+            MISSING if row.auc is None else interval(row.auc),
+            MISSING if row.auc_shuffled is None else interval(row.auc_shuffled),
+            MISSING if row.against_dense is None else interval(row.against_dense, 0, 100),
+        )
+        for label in learned
+        for row in label.probes
+        if row.input == "features" or row.k is None
+    )
+    columns = ("Label", "Probe sees", "AUC", "Shuffled labels", "Accuracy less dense, points")
+    note = (
+        "The dense probe sees all raw dimensions. AUC: area under the ROC curve on test prompts where there are two "
+        f"classes, 95 % score interval; with shuffled labels the mean over {shuffles} draws, 5th and 95th percentile. "
+        "Last column: the difference of accuracies on the same prompts, 95 % bootstrap interval."
+    )
+    return Table("Features beside the dense probe", columns, rows, frozenset({1}), stack=False, note=note)
