@@ -12,14 +12,12 @@ One *row* of work is one (set, prompt). What cannot matter is not computed:
 - layers below the site, and the prompt's tokens before the first at which a feature of the set changes, are those of
   the clean run;
 - a row whose set changes nothing on its prompt is not run: its effect is exactly 0;
-- prompts that begin alike share those tokens, as far as they are changed alike there, by one set or by several
-  (``rows``);
+- prompts that begin alike, and are changed alike there, share those tokens (``rows``);
 - of the vocabulary's logits, two are, unless more readouts are asked for.
 """
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +25,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from saejax.causal.ablation_programs import CleanValues, clean_logp, gather, run_rows
+from saejax.causal.ablation_programs import CleanValues, clean_logp, first_change, gather, run_rows
 from saejax.causal.activation_sources import ZERO, ActivationSource
 from saejax.causal.chunks import Chunks
-from saejax.causal.rows import Changes, Prompts, RowBatch, SetGroup, all_different, batches_of, groups_of
+from saejax.causal.rows import Prompts, RowBatch, all_different, batches_of, first_changes
 from saejax.causal.split import CleanRun, SplitModel
 from saejax.errors import UserError
 from saejax.models.tree import Tree
@@ -110,7 +108,7 @@ def ablate_sets(
     names = ("logit_diff", *READOUTS) if readouts else ("logit_diff",)
     shapes = [(len(batch.shards), batch.size, len(names)) for _, batch in batches]
     chunks = Chunks(folder, shapes, _decisive(plans, all_sets))
-    _measure(split, plans, readouts, chunks, on_progress)
+    _measure(split, plans, all_sets, readouts, chunks, on_progress)
     found_MxSxP = np.full((len(names), len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
     for (index_P, batch), values_SxRxM in zip(batches, chunks.values, strict=True):
         for shard, values_RxM in zip(batch.shards, values_SxRxM, strict=True):
@@ -148,21 +146,11 @@ class AblatedRun(NamedTuple):
         return prefix_PxT * (int(other_PxT.max(initial=0)) + 1) + other_PxT if both else prefix_PxT
 
 
-class Removed(NamedTuple):
-    """By how much the activations of a group's features fall [B, T, K], their directions, and what its sets change."""
-
-    removed_BxTxK: jax.Array
-    W_dec_KxD: jax.Array
-    changes: Changes
-
-
 class RowPlan(NamedTuple):
-    """What is to be run on the prompts of one clean run; the last two of all sets are the clean run itself."""
+    """What is to be run on the prompts of one clean run."""
 
-    split: SplitModel
     ablated: AblatedRun
-    sets: int
-    plain: bool
+    prompts: Prompts
     batches: list[RowBatch]
 
     @classmethod
@@ -170,26 +158,17 @@ class RowPlan(NamedTuple):
         cls, split: SplitModel, ablated: AblatedRun, sets: Sequence[np.ndarray], batch_rows: int, plain: bool
     ) -> "RowPlan":
         """The last two sets, which are empty, are run on all tokens and on the last one."""
-        plan = cls(split, ablated, len(sets), plain, [])
-        most, shards = batch_rows * ablated.run.prefix_PxT.shape[1], split.point.mesh.shape["data"]
-        for group in groups_of(sets, FEATURES):
-            plan.batches.extend(batches_of(group, plan.removed(group).changes, most, shards))
-        return plan
-
-    def removed(self, group: SetGroup) -> Removed:
-        """What the sets of a group change."""
-        run, split = self.ablated.run, self.split
-        count = len(run.index_P)
-        removed_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *self.ablated.arrays, group.features_K, count)
-        if self.plain:
-            prompts = Prompts(run.last_B[:count], all_different(run.prefix_PxT))
-            changes = Changes.unshared(prompts, len(group.members_SxK))
+        run, (count, length) = ablated.run, ablated.run.prefix_PxT.shape
+        alike_PxT = all_different(run.prefix_PxT) if plain else ablated.alike()
+        prompts = Prompts(run.last_B[:count], alike_PxT)
+        if plain:
+            first_SxP = np.zeros((len(sets), count), np.int64)
         else:
-            prompts = Prompts(run.last_B[:count], self.ablated.alike())
-            changes = Changes.of(prompts, np.asarray(removed_BxTxK)[:count] != 0, group.members_SxK)
-        changes.first_SxP[group.numbers_S == self.sets - 2] = 0
-        changes.first_SxP[group.numbers_S == self.sets - 1] = prompts.last_P
-        return Removed(removed_BxTxK, W_dec_KxD, changes)
+            first_BxF = np.asarray(first_change(split.point, split.dictionary, *ablated.arrays))
+            first_SxP = first_changes(first_BxF[:count], sets)
+            first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
+        shards = split.point.mesh.shape["data"]
+        return cls(ablated, prompts, batches_of(first_SxP, prompts, sets, batch_rows * length, FEATURES, shards))
 
 
 def changes(split: SplitModel, ablated: AblatedRun, features: Sequence[int]) -> np.ndarray:
@@ -221,6 +200,7 @@ def _decisive(plans: Sequence[RowPlan], sets: Sequence[np.ndarray]) -> Iterator[
 def _measure(
     split: SplitModel,
     plans: Sequence[RowPlan],
+    sets: Sequence[np.ndarray],
     readouts: bool,
     chunks: Chunks,
     on_progress: Callable[[int, int], None],
@@ -231,7 +211,7 @@ def _measure(
     done, total = 0, sum(batch.tokens * len(batch.shards) for batch in left)
     on_progress(0, total)
     with chunks:
-        for batch, device_SxRxM in zip(left, lagging(_dispatched(split, plans, readouts, before)), strict=True):
+        for batch, device_SxRxM in zip(left, lagging(_dispatched(split, plans, sets, readouts, before)), strict=True):
             values_SxRxM = np.asarray(device_SxRxM)
             real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
             if not np.isfinite(values_SxRxM[real_SxR]).all():
@@ -244,24 +224,29 @@ def _measure(
             on_progress(done, total)
 
 
-def _dispatched(split: SplitModel, plans: Sequence[RowPlan], readouts: bool, before: int) -> Iterator[jax.Array]:
+def _dispatched(
+    split: SplitModel, plans: Sequence[RowPlan], sets: Sequence[np.ndarray], readouts: bool, before: int
+) -> Iterator[jax.Array]:
     """Starts the tail on the rows of all batches but the first so many; yields each one's readouts."""
-    for plan in plans:
-        left, before = plan.batches[before:], max(before - len(plan.batches), 0)
+    for ablated, prompts, batches in plans:
+        left, before = batches[before:], max(before - len(batches), 0)
         if not left:
             continue
-        run = plan.ablated.run
+        run = ablated.run
         end_BxD, past = split.past(run)
         logp_BxV = clean_logp(split.point, split.params, end_BxD) if readouts else None
-        for _, batches in itertools.groupby(left, key=lambda batch: batch.group.start):
-            own = list(batches)
-            removed_BxTxK, W_dec_KxD, changes = plan.removed(own[0].group)
-            clean = CleanValues(run.stream_BxTxD, run.value_BxTxD, removed_BxTxK, W_dec_KxD, past, logp_BxV)
-            for batch in own:
-                tree, rows = batch.filled(changes)
-                placed = Tree(*split.by_row(*tree))
-                others = split.by_row(*rows, run.answers_Bx2[tree.place_SxR])
-                yield run_rows(split.point, split.params, clean, placed, *others)
+        clean, features_K = None, None
+        for batch in left:
+            if features_K is not batch.features_K:
+                features_K = batch.features_K
+                removed_BxTxK, W_dec_KxD = gather(
+                    split.point, split.dictionary, *ablated.arrays, features_K, len(run.index_P)
+                )
+                clean = CleanValues(run.stream_BxTxD, run.value_BxTxD, removed_BxTxK, W_dec_KxD, past, logp_BxV)
+            tree, rows = batch.filled(prompts, sets)
+            placed = Tree(*split.by_row(*tree))
+            others = split.by_row(*rows, run.answers_Bx2[tree.place_SxR])
+            yield run_rows(split.point, split.params, clean, placed, *others)
 
 
 def lagging(items: Iterable) -> Iterator:

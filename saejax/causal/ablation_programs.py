@@ -1,4 +1,4 @@
-"""The programs of ``ablation``: what is removed, and the rows run on.
+"""The programs of ``ablation``: where removing a feature first changes a prompt, what is removed, and the rows run on.
 
 Letters: B prompts filled up, P prompts, K features that are gathered, S shards, R rows of a shard, N tokens of a shard.
 """
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.causal.activation_sources import ActivationSource
-from saejax.causal.split import of_features
+from saejax.causal.split import active_features, of_features
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.models import decoder
@@ -32,6 +32,27 @@ class CleanValues(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def first_change(
+    point: SplitPoint, dictionary: Basis, source: ActivationSource, arrays: Sequence[jax.Array]
+) -> jax.Array:
+    """The first position at which removing each feature changes anything, int32 [B, F]; T where it changes nothing.
+
+    Args:
+      arrays: what is read [B, T, D] and domains [B, T] of the prompts and, for ``counterpart``, of their counterparts.
+    """
+    length = arrays[1].shape[1]
+    position_T = jnp.arange(length, dtype=jnp.int32)
+
+    def first(f_PxTxF: jax.Array, domain_PxT: jax.Array, *others: jax.Array) -> jax.Array:
+        other_PxTxF = active_features(dictionary, *others) if others else f_PxTxF
+        changes_PxTxF = source.changes(f_PxTxF, other_PxTxF, domain_PxT)
+        return jnp.min(jnp.where(changes_PxTxF, position_T[None, :, None], jnp.int32(length)), axis=1)
+
+    first_BxF = of_features(dictionary, [*arrays[:2], *arrays[1:]], first)
+    return jax.lax.with_sharding_constraint(first_BxF, sharding(point.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def gather(
     point: SplitPoint,
     dictionary: Basis,
@@ -43,7 +64,7 @@ def gather(
     """By how much the features' activations fall [B, T, K], and their directions [K, D].
 
     Args:
-      arrays: what is read [B, T, D] and domains [B, T] of the prompts and, for ``counterpart``, of their counterparts.
+      arrays: as for ``first_change``.
       prompts: how many of the B rows are prompts.
     """
 

@@ -46,6 +46,19 @@ class ActivationSource:
         own = np.random.SeedSequence([int(self.seed), number]).generate_state(1)[0]
         return dataclasses.replace(self, seed=np.uint32(own))
 
+    def changes(self, f_PxTxF: jax.Array, other_PxTxF: jax.Array, domain_PxT: jax.Array) -> jax.Array:
+        """Where a feature's activation may become another, bool.
+
+        Args:
+          f_PxTxF: all features of some prompts, 0 outside the dictionary's domain.
+          other_PxTxF: those of the prompts' counterparts.
+          domain_PxT: True at positions that the dictionary reads.
+        """
+        if self.kind in ("mean", "counterpart"):
+            stands_in = self._means(f_PxTxF) if self.kind == "mean" else other_PxTxF
+            return domain_PxT[:, :, None] & (f_PxTxF != stands_in)
+        return f_PxTxF != 0
+
     def removed(
         self,
         f_BxTxK: jax.Array,
@@ -57,9 +70,7 @@ class ActivationSource:
         """By how much the activations of K features fall, [B, T, K].
 
         Args:
-          f_BxTxK: the features on all prompts of a clean run, 0 outside the dictionary's domain.
-          other_BxTxK: those on the prompts' counterparts.
-          domain_BxT: True at positions that the dictionary reads.
+          f_BxTxK, other_BxTxK, domain_BxT: as for ``changes``, of all prompts of a clean run.
           features_K: the features.
           prompts: how many of the B rows are prompts; the others are copies.
         """

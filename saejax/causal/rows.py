@@ -1,14 +1,13 @@
 """Which (set, prompt) pairs are run, on which of their tokens, and in which batches.
 
 A *row* is one such pair: the prompt's tokens from the first that the set changes to the last. What stands at a token
-depends on the tokens up to it and on what was changed at them, so rows whose prompts begin alike share their first
-tokens as far as their sets change the same there; each is run once (``tree.Tree``). Sets that are drawn from one pool
-of features often do: of a set, few features fire at a token.
+depends on the tokens before it and on what was changed there, so rows of one set whose prompts begin alike share their
+first tokens; each is run once (``tree.Tree``).
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,134 +15,9 @@ from saejax.models.tokens import few_lengths
 from saejax.models.tree import Tree
 
 _STEP = 8  # rows and tokens are filled up to a multiple of this
-_MANY = 8  # from so many batches on, to a multiple of 32: the programs of one call serve the next, whose rows differ
+_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a full batch's tokens, to which smaller ones are filled up
+_LEAST_FEATURES = 512  # to which a batch's features are filled up: they take no time, another program does
 _PROGRAM = 16384  # tokens whose attention runs in the time in which a program of another shape is compiled, roughly
-
-
-class SetGroup(NamedTuple):
-    """Sets that follow each other, whose features are gathered together.
-
-    Attributes:
-      start: the number of the first one.
-      features_K: all their features, rising, the last one repeated up to a power of two.
-      members_SxK: which of them each set holds, bool.
-    """
-
-    start: int
-    features_K: np.ndarray
-    members_SxK: np.ndarray
-
-    @property
-    def numbers_S(self) -> np.ndarray:
-        """The sets' numbers."""
-        return self.start + np.arange(len(self.members_SxK))
-
-
-def groups_of(sets: Sequence[np.ndarray], features: int) -> Iterator[SetGroup]:
-    """All sets in groups, each of at most so many features, unless one set alone has more."""
-    start = 0
-    while start < len(sets):
-        together, stop = set(sets[start].tolist()), start + 1
-        while stop < len(sets) and len(wider := together | set(sets[stop].tolist())) <= features:
-            together, stop = wider, stop + 1
-        features_K = np.array(sorted(together) or [0], np.int64)  # programs have no empty arrays
-        members_SxK = np.stack([np.isin(features_K, chosen) for chosen in sets[start:stop]])
-        fill = 2 ** (len(features_K) - 1).bit_length() - len(features_K)
-        yield SetGroup(start, np.pad(features_K, (0, fill), mode="edge"), np.pad(members_SxK, ((0, 0), (0, fill))))
-        start = stop
-
-
-class Prompts(NamedTuple):
-    """The prompts of a clean run.
-
-    Attributes:
-      last_P: the index of each one's last token.
-      prefix_PxT: a number for each text from the first token to this one, as far as changes depend on it.
-    """
-
-    last_P: np.ndarray
-    prefix_PxT: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Changes:
-    """What S sets change in P prompts.
-
-    Attributes:
-      prompts: the prompts.
-      first_SxP: the first token that is run; beyond the prompt's last one where there is nothing to run.
-      change_SxPxT: a number for what was changed up to each token; of prompts that are alike up to there it is the
-        same where the same was changed.
-    """
-
-    prompts: Prompts
-    first_SxP: np.ndarray
-    change_SxPxT: np.ndarray
-
-    @classmethod
-    def of(cls, prompts: Prompts, changed_PxTxK: np.ndarray, members_SxK: np.ndarray) -> "Changes":
-        """Of sets of features.
-
-        Args:
-          prompts: the prompts.
-          changed_PxTxK: where removing each feature changes anything, bool.
-          members_SxK: which of the features each set holds, bool.
-        """
-        sets, (count, length) = len(members_SxK), prompts.prefix_PxT.shape
-        change_SxPxT = np.zeros((sets, count, length), np.int64)
-        first_SxP, known, now_SxP = np.full((sets, count), length), 0, np.zeros((sets, count), np.int64)
-        for t in range(length):
-            for prefix in np.unique(prompts.prefix_PxT[:, t]):
-                alike_Q = np.flatnonzero(prompts.prefix_PxT[:, t] == prefix)
-                # By rounding, one of prompts that are alike may reach a threshold: what counts for one, does for all.
-                members_SxA = members_SxK[:, changed_PxTxK[alike_Q, t].any(axis=0)]
-                changed_N = np.flatnonzero(members_SxA.any(axis=1))
-                own_NxA = np.packbits(members_SxA[changed_N], axis=1)
-                before_Nx8 = np.ascontiguousarray(now_SxP[changed_N, alike_Q[0]])[:, None].view(np.uint8)
-                number_N, distinct = _numbered(np.concatenate([before_Nx8, own_NxA], axis=1))
-                now_SxP[changed_N[:, None], alike_Q[None, :]] = (known + 1 + number_N)[:, None]
-                known += distinct
-            change_SxPxT[:, :, t] = now_SxP
-            first_SxP = np.where((first_SxP == length) & (now_SxP > 0), t, first_SxP)
-        return cls(prompts, first_SxP, change_SxPxT)
-
-    @classmethod
-    def unshared(cls, prompts: Prompts, sets: int) -> "Changes":
-        """Of sets that are run on all tokens, sharing none."""
-        count, length = prompts.prefix_PxT.shape
-        change_SxPxT = np.arange(sets * count * length).reshape(sets, count, length)
-        return cls(prompts, np.zeros((sets, count), np.int64), change_SxPxT)
-
-    def rows(self, group: SetGroup) -> "SetRows":
-        """Those that have any tokens, one after the other those that begin alike."""
-        local_N, place_N = np.nonzero(self.first_SxP <= self.prompts.last_P[None, :])
-        text_NxT = self._text(local_N, place_N, np.arange(self.change_SxPxT.shape[2])[None, :])
-        order_N = np.lexsort(text_NxT.T[::-1])
-        local_N, place_N = local_N[order_N], place_N[order_N]
-        return SetRows(group.start + local_N, place_N, self.first_SxP[local_N, place_N])
-
-    def keys(self, group: SetGroup, rows: "SetRows", length: int) -> tuple[np.ndarray, np.ndarray]:
-        """A number for each token of each row, equal where the token can be shared; and where rows have any, [N, T]."""
-        position_NxT = rows.first_N[:, None] + np.arange(length)[None, :]
-        width = self.change_SxPxT.shape[2]
-        text_NxT = self._text(rows.set_N - group.start, rows.place_N, np.minimum(position_NxT, width - 1))
-        real_NxT = position_NxT <= self.prompts.last_P[rows.place_N][:, None]
-        return (text_NxT * width + np.minimum(position_NxT, width - 1)) * width + rows.first_N[:, None], real_NxT
-
-    def _text(self, local_N: np.ndarray, place_N: np.ndarray, position_NxT: np.ndarray) -> np.ndarray:
-        """A number for the text with its changes up to each of some positions."""
-        change_NxT = self.change_SxPxT[local_N[:, None], place_N[:, None], position_NxT]
-        prefix_PxT = self.prompts.prefix_PxT
-        return change_NxT * (int(prefix_PxT.max(initial=0)) + 1) + prefix_PxT[place_N[:, None], position_NxT]
-
-
-def _numbered(bytes_NxB: np.ndarray) -> tuple[np.ndarray, int]:
-    """A number for each row of bytes, from 0, equal where rows are; and how many different ones there are."""
-    if not len(bytes_NxB):
-        return np.zeros(0, np.int64), 0
-    whole_N = np.ascontiguousarray(bytes_NxB).view(f"V{bytes_NxB.shape[1]}")[:, 0]
-    distinct_U, number_N = np.unique(whole_N, return_inverse=True)
-    return number_N, len(distinct_U)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,25 +44,26 @@ class RowBatch:
     Attributes:
       shards: the rows of each.
       size, length, tokens: rows, tokens of a row, and tokens of a shard, with those that fill it up: R, T and N.
-      group: the sets; the same object in all batches that share it.
+      features_K: all features that the sets hold, rising, the last one repeated; the same object in all batches that
+        share them.
     """
 
     shards: list[SetRows]
     size: int
     length: int
     tokens: int
-    group: SetGroup
+    features_K: np.ndarray
 
-    def filled(self, changes: Changes) -> tuple[Tree, tuple[np.ndarray, np.ndarray]]:
+    def filled(self, prompts: "Prompts", sets: Sequence[np.ndarray]) -> tuple[Tree, tuple[np.ndarray, np.ndarray]]:
         """The tree of the rows, which of its tokens is each row's last [S, R], and which features it removes [S, R, K].
 
         What only fills up removes nothing and stands at a real place.
         """
         s, r, n, t = len(self.shards), self.size, self.tokens, self.length
         tree = Tree(*(np.zeros(shape, np.int32) for shape in ((s, r), (s, r), (s, r, t), (s, n), (s, n))))
-        end_SxR, members_SxRxK = np.zeros((s, r), np.int32), np.zeros((s, r, len(self.group.features_K)), bool)
+        end_SxR, members_SxRxK = np.zeros((s, r), np.int32), np.zeros((s, r, len(self.features_K)), bool)
         for shard, rows in enumerate(self.shards):
-            key_RxT, real_RxT = changes.keys(self.group, rows, t)
+            key_RxT, real_RxT = prompts.keys(rows, t)
             _, at_M, token_M = np.unique(key_RxT[real_RxT], return_index=True, return_inverse=True)
             own, count = slice(len(rows.set_N)), len(at_M)
             tree.place_SxR[shard, own], tree.first_SxR[shard, own] = rows.place_N, rows.first_N
@@ -197,8 +72,36 @@ class RowBatch:
             row_M, column_M = np.nonzero(real_RxT)
             tree.row_SxN[shard, :count], tree.column_SxN[shard, :count] = row_M[at_M], column_M[at_M]
             end_SxR[shard, own] = token_RxT[np.arange(len(rows.set_N)), real_RxT.sum(axis=1) - 1]
-            members_SxRxK[shard, own] = self.group.members_SxK[rows.set_N - self.group.start]
+            for members_K, chosen in zip(members_SxRxK[shard], rows.set_N, strict=False):
+                members_K[np.searchsorted(self.features_K, sets[chosen])] = True
         return tree, (end_SxR, members_SxRxK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The prompts of a clean run.
+
+    Attributes:
+      last_P: the index of each one's last token.
+      prefix_PxT: a number for each text from the first token to this one, as far as changes depend on it.
+    """
+
+    last_P: np.ndarray
+    prefix_PxT: np.ndarray
+
+    def keys(self, rows: SetRows, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """A number for each token of each row, equal where the token can be shared; and where rows have any, [N, T]."""
+        position_NxT = rows.first_N[:, None] + np.arange(length)[None, :]
+        real_NxT = position_NxT <= self.last_P[rows.place_N][:, None]
+        width = self.prefix_PxT.shape[1]
+        prefix_NxT = self.prefix_PxT[rows.place_N[:, None], np.minimum(position_NxT, width - 1)]
+        most = int(self.prefix_PxT.max(initial=0)) + 1
+        start_Nx1 = (rows.set_N * width + rows.first_N)[:, None]
+        return (start_Nx1 * width + np.minimum(position_NxT, width - 1)) * most + prefix_NxT, real_NxT
+
+    def in_order(self) -> np.ndarray:
+        """The prompts' places, those that begin alike one after the other."""
+        return np.lexsort(self.prefix_PxT.T[::-1])
 
 
 def all_different(prefix_PxT: np.ndarray) -> np.ndarray:
@@ -206,33 +109,60 @@ def all_different(prefix_PxT: np.ndarray) -> np.ndarray:
     return np.arange(prefix_PxT.size).reshape(prefix_PxT.shape)
 
 
-def batches_of(group: SetGroup, changes: Changes, most: int, shards: int = 1) -> list[RowBatch]:
+def first_changes(first_PxF: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
+    """The first position at which removing a set changes a prompt, [S, P]; at least the prompt's length if nowhere.
+
+    Args:
+      first_PxF: that of removing each feature.
+      sets: features.
+    """
+    first_SxP = np.full((len(sets), len(first_PxF)), np.iinfo(first_PxF.dtype).max, np.int64)
+    for first_P, chosen in zip(first_SxP, sets, strict=True):
+        if len(chosen):
+            first_P[:] = first_PxF[:, chosen].min(axis=1)
+    return first_SxP
+
+
+def batches_of(
+    first_SxP: np.ndarray, prompts: Prompts, sets: Sequence[np.ndarray], most: int, features: int, shards: int = 1
+) -> list[RowBatch]:
     """The rows that have any tokens, in batches of few shapes, the longest first.
 
     Args:
-      group: sets.
-      changes: what they change.
+      first_SxP: the first position of each row.
+      prompts: P of them.
+      sets: S sets of features.
       most: tokens of a batch, but for those of one row in each shard.
+      features: most features in a batch's sets together, unless one set alone has more.
       shards: of each batch.
     """
-    batches, rows = [], changes.rows(group)
-    length_N = changes.prompts.last_P[rows.place_N] + 1 - rows.first_N
-    lengths = few_lengths(length_N, _PROGRAM)
-    shape_N = np.searchsorted(lengths, length_N)
-    for shape in range(len(lengths) - 1, -1, -1):
-        own, length = rows[shape_N == shape], int(lengths[shape])
-        parts = _parts(own, *changes.keys(group, own, length), max(most // shards, 1))
-        parts += [own[:0]] * (-len(parts) % shards)
-        step = 4 * _STEP if len(parts) >= _MANY * shards else _STEP
-        size = _filled(max(len(part.set_N) for part in parts), step)
-        tokens = _filled(max(_distinct(*changes.keys(group, part, length)) for part in parts), step)
-        for first in range(0, len(parts), shards):
-            batches.append(RowBatch(parts[first : first + shards], size, length, tokens, group))
+    batches = []
+    place_P = prompts.in_order()
+    for chosen in _chunks(sets, features):
+        features_K = np.unique(np.concatenate([sets[s] for s in chosen]))
+        features_K = features_K if len(features_K) else np.zeros(1, np.int64)  # programs have no empty arrays
+        features_K = np.pad(features_K, (0, filled_features(len(features_K)) - len(features_K)), mode="edge")
+        number_N, order_N = np.nonzero((first_SxP[chosen] <= prompts.last_P[None, :])[:, place_P])
+        set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
+        rows = SetRows(set_N, place_N, first_SxP[set_N, place_N])
+        length_N = prompts.last_P[place_N] + 1 - rows.first_N
+        lengths = few_lengths(length_N, _PROGRAM)
+        shape_N = np.searchsorted(lengths, length_N)
+        for shape in range(len(lengths) - 1, -1, -1):
+            own, length = rows[shape_N == shape], int(lengths[shape])
+            parts = _parts(own, prompts, length, max(most // shards, 1))
+            parts += [own[:0]] * (-len(parts) % shards)
+            size = _few_rows(max(len(part.set_N) for part in parts))
+            full = max(most // shards, 1) + length  # a part's last row may reach beyond the end
+            tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), full)
+            for first in range(0, len(parts), shards):
+                batches.append(RowBatch(parts[first : first + shards], size, length, tokens, features_K))
     return batches
 
 
-def _parts(rows: SetRows, key_NxT: np.ndarray, real_NxT: np.ndarray, most: int) -> list[SetRows]:
+def _parts(rows: SetRows, prompts: Prompts, length: int, most: int) -> list[SetRows]:
     """Rows in consecutive parts of about as many different tokens, ``most`` at the most, or one row."""
+    key_NxT, real_NxT = prompts.keys(rows, length)
     _, first_M = np.unique(key_NxT[real_NxT], return_index=True)
     new_N = np.bincount(np.nonzero(real_NxT)[0][first_M], minlength=len(rows.set_N))  # tokens no earlier row has
     before_N = np.cumsum(new_N) - new_N
@@ -241,9 +171,40 @@ def _parts(rows: SetRows, key_NxT: np.ndarray, real_NxT: np.ndarray, most: int) 
     return [rows[part_N == part] for part in np.unique(part_N)]
 
 
-def _distinct(key_NxT: np.ndarray, real_NxT: np.ndarray) -> int:
+def _distinct(rows: SetRows, prompts: Prompts, length: int) -> int:
+    key_NxT, real_NxT = prompts.keys(rows, length)
     return len(np.unique(key_NxT[real_NxT]))
 
 
-def _filled(count: int, step: int) -> int:
-    return max(-(-count // step), 1) * step
+def filled_features(count: int) -> int:
+    """How many features are gathered for so many: few numbers, so that the programs of one call serve the next."""
+    return max(2 ** (count - 1).bit_length(), _LEAST_FEATURES)
+
+
+def _few_tokens(count: int, full: int) -> int:
+    """So many or more, likewise: a share of a full batch."""
+    return next(size for share in (*_SHARES, 1) if (size := _filled(share * full)) >= count)
+
+
+def _few_rows(count: int) -> int:
+    """So many or up to a third more, likewise: two numbers between each power of two and the next."""
+    return _filled(count, max(2 ** max(count.bit_length() - 2, 0), _STEP))
+
+
+def _filled(count: float, step: int = _STEP) -> int:
+    return max(math.ceil(count / step), 1) * step
+
+
+def _chunks(sets: Sequence[np.ndarray], features: int) -> Iterator[list[int]]:
+    """Runs of sets that hold at most so many features together."""
+    chosen: list[int] = []
+    together: set[int] = set()
+    for number, members in enumerate(sets):
+        wider = together | set(members.tolist())
+        if chosen and len(wider) > features:
+            yield chosen
+            chosen, wider = [], set(members.tolist())
+        chosen.append(number)
+        together = wider
+    if chosen:
+        yield chosen

@@ -3,8 +3,17 @@
 import numpy as np
 import pytest
 
-from saejax.causal.rows import Changes, Prompts, all_different, batches_of, groups_of
+from saejax.causal.rows import Prompts, all_different, batches_of, filled_features, first_changes
 from saejax.causal.split import prefixes
+
+FIRST_PxF = np.array([[3, 9, 1, 4], [9, 9, 2, 0]], np.int32)  # 9: never
+SETS = [np.array(s, np.int64) for s in ([0], [1], [0, 2], [3], [])]
+
+
+def test_a_set_changes_a_prompt_from_its_first_feature_on():
+    never = np.iinfo(np.int32).max
+    wanted_SxP = [[3, 9], [9, 9], [1, 2], [4, 0], [never, never]]
+    np.testing.assert_array_equal(first_changes(FIRST_PxF, SETS), wanted_SxP)
 
 
 def test_prompts_that_begin_alike_share_their_numbers():
@@ -17,101 +26,79 @@ def test_prompts_that_begin_alike_share_their_numbers():
                 assert (prefix_PxT[p, t] == prefix_PxT[other, t]) == alike
 
 
-def test_groups_hold_every_set_once_and_few_features():
-    sets = [np.array(s, np.int64) for s in ([3, 1], [1, 5], [], [7, 8, 9, 2, 4], [], [9])]
-    groups = list(groups_of(sets, 4))
-    assert [len(group.members_SxK) for group in groups] == [3, 1, 2]
-    for group in groups:
-        assert len(group.features_K) in (1, 2, 4, 8) and (np.diff(group.features_K) >= 0).all()
-        for number, members_K in zip(group.numbers_S, group.members_SxK, strict=True):
-            assert group.features_K[members_K].tolist() == sorted(sets[number].tolist())
-
-
-class World:
-    """50 sets on 9 prompts over two letters: many begin alike, and features often change the same."""
-
-    def __init__(self, features):
-        rng = np.random.default_rng(0)
-        self.ids_PxT = rng.integers(0, 2, (9, 12))
-        self.prompts = Prompts(rng.integers(5, 12, 9), prefixes(self.ids_PxT))
-        self.sets = [rng.permutation(40)[: rng.integers(0, 6)] for _ in range(50)]
-        by_text = rng.random((12, self.prompts.prefix_PxT.max() + 1, 40)) < 0.03
-        real_PxT = np.arange(12)[None, :] <= self.prompts.last_P[:, None]
-        self.changed_PxTxF = by_text[np.arange(12)[None, :], self.prompts.prefix_PxT] & real_PxT[..., None]
-        self.groups = list(groups_of(self.sets, features))
-
-    def changes(self, group, alike_PxT=None):
-        prompts = self.prompts if alike_PxT is None else Prompts(self.prompts.last_P, alike_PxT)
-        return Changes.of(prompts, self.changed_PxTxF[:, :, group.features_K], group.members_SxK)
-
-    def text(self, s, p, t):
-        """What decides what stands at a token; None before a change."""
-        changed_T = [tuple(np.flatnonzero(self.changed_PxTxF[p, u, np.sort(self.sets[s])])) for u in range(t + 1)]
-        hits = [tuple(np.sort(self.sets[s])[list(which)]) for which in changed_T]
-        return (tuple(self.ids_PxT[p, : t + 1]), tuple(hits)) if any(hits) else None
-
-    def first(self, s, p):
-        return next((t for t in range(12) if self.text(s, p, t)), 12)
+@pytest.fixture(scope="module")
+def many():
+    """50 sets on 9 prompts over two letters: many begin alike; what a set changes first depends on the beginning."""
+    rng = np.random.default_rng(0)
+    ids_PxT = rng.integers(0, 2, (9, 12))
+    last_P = rng.integers(5, 12, 9)
+    sets = [rng.permutation(40)[: rng.integers(1, 6)] for _ in range(50)]
+    prefix_PxT = prefixes(ids_PxT)
+    first_SxP = np.full((50, 9), 99)
+    for s in range(50):
+        hit_T = [set(rng.permutation(prefix_PxT.max() + 1)[:1].tolist()) for _ in range(12)]
+        for p in range(9):
+            hits = [t for t in range(last_P[p] + 1) if int(prefix_PxT[p, t]) in hit_T[t]]
+            first_SxP[s, p] = hits[0] if hits else 99
+    return first_SxP, Prompts(last_P, prefix_PxT), sets, ids_PxT
 
 
 @pytest.mark.parametrize("most", [1, 30, 2000])
 @pytest.mark.parametrize("features", [1, 7, 1000])
 @pytest.mark.parametrize("shards", [1, 4])
-def test_every_token_of_every_row_is_run(most, features, shards):
-    world, rows = World(features), []
-    for group in world.groups:
-        changes = world.changes(group)
-        for batch in batches_of(group, changes, most, shards):
-            assert len(batch.shards) == shards and batch.size % 8 == batch.tokens % 8 == 0
-            tree, (end_SxR, members_SxRxK) = batch.filled(changes)
-            for shard, own in enumerate(batch.shards):
-                place_N = tree.place_SxR[shard][tree.row_SxN[shard]]
-                position_N = tree.first_SxR[shard][tree.row_SxN[shard]] + tree.column_SxN[shard]
-                assert not members_SxRxK[shard, len(own.set_N) :].any()
-                for r, (s, p, first) in enumerate(zip(own.set_N, own.place_N, own.first_N, strict=True)):
-                    rows.append((s, p))
-                    removed = group.features_K[members_SxRxK[shard, r]]
-                    np.testing.assert_array_equal(removed, np.sort(world.sets[s]))
-                    length = world.prompts.last_P[p] + 1 - first
-                    assert first == world.first(s, p) and 0 < length <= batch.length
-                    token_T = tree.token_SxRxT[shard, r, :length]
-                    assert end_SxR[shard, r] == token_T[-1]
-                    for t, token in enumerate(token_T):
-                        assert position_N[token] == first + t
-                        other = own.set_N[tree.row_SxN[shard, token]], place_N[token]
-                        assert world.text(*other, first + t) == world.text(s, p, first + t)
-    pairs = [(s, p) for s in range(50) for p in range(9) if world.first(s, p) <= world.prompts.last_P[p]]
-    assert sorted(rows) == pairs and len(pairs) > 100
+def test_every_token_of_every_row_is_run(many, most, features, shards):
+    first_SxP, prompts, sets, ids_PxT = many
+    batches = batches_of(first_SxP, prompts, sets, most, features, shards)
+    rows = []
+    for batch in batches:
+        assert len(batch.shards) == shards and batch.size % 8 == batch.tokens % 8 == 0
+        tree, (end_SxR, members_SxRxK) = batch.filled(prompts, sets)
+        for shard, own in enumerate(batch.shards):
+            place_N = tree.place_SxR[shard][tree.row_SxN[shard]]
+            position_N = tree.first_SxR[shard][tree.row_SxN[shard]] + tree.column_SxN[shard]
+            set_R = np.concatenate([own.set_N, np.full(batch.size - len(own.set_N), -1)])
+            assert not members_SxRxK[shard, len(own.set_N) :].any()
+            for r, (s, p, first) in enumerate(zip(own.set_N, own.place_N, own.first_N, strict=True)):
+                rows.append((s, p))
+                np.testing.assert_array_equal(batch.features_K[members_SxRxK[shard, r]], np.unique(sets[s]))
+                length = prompts.last_P[p] + 1 - first
+                assert first == first_SxP[s, p] and 0 < length <= batch.length
+                token_T = tree.token_SxRxT[shard, r, :length]
+                assert end_SxR[shard, r] == token_T[-1]
+                for t, token in enumerate(token_T):
+                    assert position_N[token] == first + t and set_R[tree.row_SxN[shard, token]] == s
+                    np.testing.assert_array_equal(ids_PxT[place_N[token], : first + t + 1], ids_PxT[p, : first + t + 1])
+    assert sorted(rows) == [tuple(pair) for pair in np.argwhere(first_SxP <= prompts.last_P[None, :])]
 
 
-def test_no_token_is_run_twice_in_a_batch():
-    world = World(1000)
-    (group,) = world.groups
-    last_P = world.prompts.last_P
-    everything = [
-        (s, world.text(s, p, t)) for s in range(50) for p in range(9) for t in range(world.first(s, p), last_P[p] + 1)
-    ]
-
-    def run(alike_PxT=None):
-        changes = world.changes(group, alike_PxT)
-        (batch,) = batches_of(group, changes, 10**9)
-        tree = batch.filled(changes)[0]
-        return len(set(zip(tree.row_SxN[0].tolist(), tree.column_SxN[0].tolist(), strict=True)))
-
-    assert run() == len({text for _, text in everything}) < len(set(everything)) < len(everything)
-    assert run() < run(all_different(world.prompts.prefix_PxT))
+def test_no_token_is_run_twice_in_a_batch(many):
+    first_SxP, prompts, sets, ids_PxT = many
+    texts = {
+        (s, tuple(ids_PxT[p, : t + 1]))
+        for s, p in np.argwhere(first_SxP <= prompts.last_P[None, :])
+        for t in range(first_SxP[s, p], prompts.last_P[p] + 1)
+    }
+    alone = Prompts(prompts.last_P, all_different(prompts.prefix_PxT))
+    assert len(texts) == tokens_run(first_SxP, prompts, sets) < 0.9 * tokens_run(first_SxP, alone, sets)
 
 
-def test_what_shares_nothing_is_run_whole():
-    world = World(1000)
-    (group,) = world.groups
-    (batch,) = batches_of(group, Changes.unshared(world.prompts, 50), 10**9)
-    assert sum(len(own.set_N) for own in batch.shards) == 50 * 9
-    assert 0 <= batch.tokens - 50 * (world.prompts.last_P + 1).sum() < 8
+def tokens_run(first_SxP, prompts, sets):
+    """How many tokens a single batch runs, without those that fill it up."""
+    (batch,) = batches_of(first_SxP, prompts, sets, 10**6, 1000)
+    tree, _ = batch.filled(prompts, sets)
+    return len(set(zip(tree.row_SxN[0].tolist(), tree.column_SxN[0].tolist(), strict=True)))
+
+
+def test_batches_have_few_shapes(many):
+    first_SxP, prompts, sets, _ = many
+    shapes, counts = set(), range(1, 51)
+    for count in counts:
+        batches = batches_of(first_SxP[:count], prompts, sets[:count], 80, 1000)
+        shapes |= {(batch.size, batch.length, batch.tokens, len(batch.features_K)) for batch in batches}
+    assert len(shapes) <= 12 and {features for *_, features in shapes} == {filled_features(40)}
+    assert max(tokens for *_, tokens, _ in shapes) <= 96
 
 
 def test_nothing_to_run():
-    world = World(1000)
-    (group,) = world.groups
-    nothing = np.zeros((9, 12, len(group.features_K)), bool)
-    assert batches_of(group, Changes.of(world.prompts, nothing, group.members_SxK), 10) == []
+    prompts = Prompts(np.array([2, 3]), all_different(np.zeros((2, 4))))
+    assert batches_of(np.full((2, 2), 9), prompts, SETS[:2], 10, 4) == []

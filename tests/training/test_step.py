@@ -86,7 +86,7 @@ def test_a_frozen_half_keeps_its_bits_and_the_rest_learns(freeze, name, one_devi
 
 @pytest.mark.parametrize("form", FORMS)
 def test_codes_of_the_active_features_train_what_all_features_train(form, one_device, monkeypatch):
-    changes = dict(form=form, k=(2, 5), auxk=0.1, dead_tokens=2 * B, decorrelation=0.01)
+    changes = dict(form=form, k=(2, 5), auxk=0.1, dead_tokens=2 * B, decorrelation=0.01, resample_every=6)
     if form != "sae":
         changes |= dict(sites=("mlp_in.1",))
     found = {}
