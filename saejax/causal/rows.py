@@ -153,7 +153,7 @@ def batches_of(
             parts = _parts(own, prompts, length, max(most // shards, 1))
             parts += [own[:0]] * (-len(parts) % shards)
             size = _few_rows(max(len(part.set_N) for part in parts))
-            full = max(most // shards, 1) + length  # a part's last row may reach beyond the end
+            full = max(most // shards, 1) + length  # a part's last row reaches beyond the end
             tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), full)
             for first in range(0, len(parts), shards):
                 batches.append(RowBatch(parts[first : first + shards], size, length, tokens, features_K))
@@ -182,8 +182,8 @@ def filled_features(count: int) -> int:
 
 
 def _few_tokens(count: int, full: int) -> int:
-    """So many or more, likewise: a share of a full batch."""
-    return next(size for share in (*_SHARES, 1) if (size := _filled(share * full)) >= count)
+    """So many or more, likewise: a share of a full batch, or a little beyond it where parts begin alike."""
+    return next((size for share in (*_SHARES, 1) if (size := _filled(share * full)) >= count), _filled(count))
 
 
 def _few_rows(count: int) -> int:
