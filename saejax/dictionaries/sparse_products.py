@@ -170,7 +170,7 @@ def _backward_product(saved, to_y_BxD):
     code, W_FxD = saved
     pairs = code.feature_BxK, to_y_BxD
     to_value_BxK = lax.map(lambda pair: W_FxD[pair[0]] @ pair[1], pairs, batch_size=_GATHERED)
-    return Code(to_value_BxK, None, None), code.by_feature.product(code.value_BxK, to_y_BxD)
+    return Code(to_value_BxK, None, ByFeature(None, None)), code.by_feature.product(code.value_BxK, to_y_BxD)
 
 
 product.defvjp(_forward_product, _backward_product)
