@@ -131,8 +131,9 @@ class CaptureConfig(Config):
     backend: str = setting(
         "torch",
         "what runs the model: 'torch' (hooks in the transformers model, on a GPU if torch has one) or 'jax' (our "
-        "decoder, on the mesh); both make the same rows, with values equal within rounding",
-        choices=("torch", "jax"),
+        "decoder, on the mesh), which make the same rows, with values equal within rounding; 'auto' runs both on a few "
+        "batches and takes the faster one",
+        choices=("torch", "jax", "auto"),
     )
     dtype: str = setting(
         "float32",
