@@ -96,6 +96,9 @@ class EffectFigures:
     verdict: bool | None  #: of the rule on accuracy, over the row's benchmarks; None where it could not be asked
     verdict_p: float | None  #: after Holm's correction over them
     placebo_rate: float | None  #: share of the draws, each in the place of the top features, to which it says yes
+    single: int | None  #: of features set to zero one by one, those that change the log-likelihood; None: not measured
+    single_control: float | None  #: of a draw, mean
+    single_p: float | None  #: share of the draws and the top features of which as many do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,14 +154,32 @@ class CriterionFigures:
 
 
 @dataclasses.dataclass(frozen=True)
-class StageFigures:
-    """Whether a stage ran on a row."""
+class TransferFigures:
+    """What two dictionaries have in common by one measure; chance: of random directions, or text shifted by half."""
 
     row: str  #: of the study
-    stage: str  #: its name
-    units: int  #: that are done
-    state: str  #: done, failed, or not run
-    report: str  #: the row's own report, where figures stand; "" without one
+    first: str  #: dictionary
+    second: str  #: dictionary
+    measure: str  #: decoder, encoder, folded or activity
+    matched: Interval  #: mean value of the pairs of the one-to-one assignment with the largest sum
+    matched_null: Interval  #: the same by chance
+    shared: Interval  #: share of these pairs that count as shared
+    shared_null: Interval  #: the same by chance
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingFigures:
+    """A text that was followed through the layers."""
+
+    row: str  #: of the study
+    text: str  #: its slug
+    tokens: int  #: of it
+    sites: int  #: of dictionaries
+    links: int  #: between features that are shown
+    random_links: int | None  #: by the same rule, of random directions; None for attribution
+    tests: int  #: steps that were tested, at each site
+    hurt: int  #: of them: those that removing their features costs more than removing matched ones
+    placebo_rate: float | None  #: share of matched sets that pass the same rule; None without tests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +221,8 @@ class StudyFigures:
     behaviours: tuple[BehaviourFigures, ...]  #: effects on them
     alignment: tuple[AlignmentFigures, ...]  #: between rows
     gates: tuple[GateFigures, ...]  #: by row and benchmark
-    stages: tuple[StageFigures, ...]  #: transfer and tracking
+    transfer: tuple[TransferFigures, ...]  #: between dictionaries of a row
+    tracking: tuple[TrackingFigures, ...]  #: of texts
     criteria: tuple[CriterionFigures, ...]  #: of success
     resources: tuple[ResourceFigures, ...]  #: of finished units
     failures: tuple[FailureFigures, ...]  #: units that are not done

@@ -87,7 +87,8 @@ _AFTER_NOTE = (
     "95 % intervals over items. Random: mean drop without matched random features. p: share of these draws and the top "
     "features that cost at least as much log-likelihood. Verdict: of the rule on accuracy, with p after Holm's "
     "correction over the row's benchmarks; a dash where the model is at chance before any edit, or gives no answers. "
-    "Placebo: share of the draws to which the rule says yes."
+    "Placebo: share of the draws to which the rule says yes. One by one: how many of the features change the "
+    "log-likelihood, set to zero by themselves (q at most 0.05), and of a draw, on average."
 )
 SHEETS = {
     sheet.name: sheet
@@ -189,11 +190,16 @@ SHEETS = {
                 "Log-likelihood drop": lambda one: interval(one.nats_drop, 3),
                 "Random, nats": lambda one: number(one.nats_control_drop, 3),
                 "p": lambda one: number(one.nats_p, 3),
+                "One by one": lambda one: (
+                    MISSING
+                    if one.single is None
+                    else f"{one.single}; random {number(one.single_control, 1)} (p = {number(one.single_p, 3)})"
+                ),
                 "Features": lambda one: f"{one.top} of {one.dictionary}",
                 "Draws": lambda one: str(one.draws),
                 "Items": lambda one: str(one.items),
             },
-            frozenset({"Benchmark", "Replaced", "Verdict", "Features"}),
+            frozenset({"Benchmark", "Replaced", "Verdict", "One by one", "Features"}),
             _AFTER_NOTE,
         ),
         Sheet(
@@ -242,15 +248,36 @@ SHEETS = {
             cards=True,
         ),
         Sheet(
-            "stages",
-            "Transfer and tracking",
+            "transfer",
+            "What dictionaries share",
             {
                 "Row": lambda one: one.row,
-                "Stage": lambda one: one.stage,
-                "State": lambda one: one.state,
-                "Figures": lambda one: one.report or MISSING,
+                "Dictionaries": lambda one: f"{one.first}, {one.second}",
+                "By": lambda one: one.measure,
+                "Pairs": lambda one: interval(one.matched, 2),
+                "By chance": lambda one: number(one.matched_null.mean, 2),
+                "Shared": lambda one: f"{_points(one.shared)} %",
+                "Shared by chance": lambda one: percent(one.shared_null.mean, 1),
             },
-            frozenset({"Stage", "State", "Figures"}),
+            frozenset({"Dictionaries", "By"}),
+            "Pairs: mean cosine or correlation of the one-to-one pairs of features with the largest sum. Square "
+            "brackets: 95 % intervals over features.",
+        ),
+        Sheet(
+            "tracking",
+            "Texts followed through the layers",
+            {
+                "Row": lambda one: one.row,
+                "Text": lambda one: one.text,
+                "Tokens": lambda one: str(one.tokens),
+                "Layers": lambda one: str(one.sites),
+                "Links": lambda one: f"{one.links:,}",
+                "Random links": lambda one: MISSING if one.random_links is None else f"{one.random_links:,}",
+                "Steps tested": lambda one: str(one.tests),
+                "Hurt": lambda one: str(one.hurt),
+                "Matched sets that pass": lambda one: percent(one.placebo_rate, 1),
+            },
+            frozenset({"Text"}),
         ),
         Sheet(
             "criteria",
