@@ -1,6 +1,6 @@
 """What the stage ``study`` takes."""
 
-from saejax.causal.cost import FIRING, causal_cost, layers_above
+from saejax.causal.cost import causal_cost, layers_above
 from saejax.causal.study.scores import conditions
 from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import feature_bytes, generated_bytes, layer_bytes, pass_flops
@@ -8,6 +8,8 @@ from saejax.dictionaries import DictionaryConfig
 from saejax.models.sites import Site
 from saejax.tasks.benchmarks import definition, way
 from saejax.tasks.cost import OVERHEAD, generated_batch, generates, item_tokens
+
+_FIRES = 0.6  # share of the texts on which a top or matched feature does, about: it is not removed from others
 
 
 def study_cost(plan: PlannedRun, name: str) -> Cost:
@@ -22,9 +24,9 @@ def study_cost(plan: PlannedRun, name: str) -> Cost:
     slopes = 4 * answers * length  # forwards, and backwards at twice the cost and the layers once more
     scored, below = rows * (each + likelihood), (answers + items) * length
     single = 0
-    if study.single:  # the top features and those that draws put in their places, where they fire
+    if study.single:  # the top features and those that draws put in their places
         features = study.top * (1 + min(study.draws, study.matches))
-        single = int(features * FIRING * (items - train) * (each if way(name, task) == "choice" else length))
+        single = int(features * _FIRES * (items - train) * (each if way(name, task) == "choice" else length))
     flops = pass_flops(model, scored, length, model.n_layers)
     flops += pass_flops(model, slopes, length, layers_above(plan, used))
     flops += pass_flops(model, single, length, layers_above(plan, used))
