@@ -28,6 +28,7 @@ from saejax.studies.results import (
     GateFigures,
     ModelFigures,
     ResourceFigures,
+    SingleFigures,
     StudyFigures,
     TrackingFigures,
     TransferFigures,
@@ -69,6 +70,7 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         dictionaries=tuple(one for row, own in each for one in _dictionaries(row.name, own)),
         activations=tuple(one for row, own in each for one in _activations(row.name, own)),
         effects=tuple(one for row, own in each for one in _effects(row.name, own)),
+        single=tuple(one for row, own in each for one in _single(row.name, own)),
         behaviours=tuple(one for row, own in each for one in _behaviours(row.name, own)),
         alignment=tuple(alignments(found)),
         gates=tuple(one for row, own in each for one in _gates(row.name, own)),
@@ -198,7 +200,6 @@ def _effects(row: str, found: Findings) -> Iterator[EffectFigures]:
             right = results.accuracy.replaced[replacement] if results.accuracy else None
             yes, p = verdicts[benchmark].get(replacement, (None, None))
             claim = results.claims.get(replacement)
-            single = results.single if replacement == "zero" else None
             if nats:
                 yield EffectFigures(
                     row=row,
@@ -218,10 +219,26 @@ def _effects(row: str, found: Findings) -> Iterator[EffectFigures]:
                     verdict=yes,
                     verdict_p=p,
                     placebo_rate=claim.placebo_rate if claim else None,
-                    single=single.discoveries if single else None,
-                    single_control=float(np.mean(single.control_discoveries)) if single else None,
-                    single_p=single.p_value if single else None,
                 )
+
+
+def _single(row: str, found: Findings) -> Iterator[SingleFigures]:
+    for benchmark, results in found.each(StudyResults).items():
+        if results.single:
+            first = results.single.features[0]
+            yield SingleFigures(
+                row=row,
+                benchmark=benchmark,
+                dictionary=results.dictionary,
+                features=len(results.single.features),
+                discoveries=results.single.discoveries,
+                control_discoveries=float(np.mean(results.single.control_discoveries)),
+                p_value=results.single.p_value,
+                strongest=first.feature,
+                drop=first.drop,
+                q_value=first.q_value,
+                control_percentile=first.control_percentile,
+            )
 
 
 def _behaviours(row: str, found: Findings) -> Iterator[BehaviourFigures]:

@@ -96,9 +96,23 @@ class EffectFigures:
     verdict: bool | None  #: of the rule on accuracy, over the row's benchmarks; None where it could not be asked
     verdict_p: float | None  #: after Holm's correction over them
     placebo_rate: float | None  #: share of the draws, each in the place of the top features, to which it says yes
-    single: int | None  #: of features set to zero one by one, those that change the log-likelihood; None: not measured
-    single_control: float | None  #: of a draw, mean
-    single_p: float | None  #: share of the draws and the top features of which as many do
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleFigures:
+    """What setting top features to zero one by one does to a benchmark's log-likelihood; see ``SingleEffects``."""
+
+    row: str  #: of the study
+    benchmark: str  #: its name
+    dictionary: str  #: whose features
+    features: int  #: top ones that fire on the items
+    discoveries: int  #: of them: those that change it, with q at most 0.05
+    control_discoveries: float  #: the same of a draw of matched random features, mean
+    p_value: float  #: share of the draws and the top features of which as many do
+    strongest: int  #: the feature with the largest drop
+    drop: Interval  #: its own, of the reference's log-likelihood per token
+    q_value: float  #: its own
+    control_percentile: float | None  #: share of the features that draws put in its place that cost less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +232,7 @@ class StudyFigures:
     dictionaries: tuple[DictionaryFigures, ...]  #: that were trained
     activations: tuple[ActivationFigures, ...]  #: by model and text
     effects: tuple[EffectFigures, ...]  #: on benchmarks
+    single: tuple[SingleFigures, ...]  #: effects of single features on benchmarks
     behaviours: tuple[BehaviourFigures, ...]  #: effects on them
     alignment: tuple[AlignmentFigures, ...]  #: between rows
     gates: tuple[GateFigures, ...]  #: by row and benchmark
