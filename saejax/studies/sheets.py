@@ -213,9 +213,9 @@ SHEETS = {
             },
             frozenset({"Benchmark", "Strongest"}),
             "Top features that fire on the items, each set to zero by itself. Change it: their drops of log-likelihood "
-            "have q at most 0.05, by sign flips over items; of a draw: how many matched random features do, on average; "
-            "p: share of the draws and the top features of which as many do. Above random: share of the features that "
-            "draws put in the strongest one's place that cost less.",
+            "have q at most 0.05, by sign flips over items; of a draw: how many of the matched random features do, on "
+            "average; p: share of the draws and the top features of which as many do. Above random: share of the "
+            "features that draws put in the strongest one's place that cost less.",
         ),
         Sheet(
             "behaviours",
