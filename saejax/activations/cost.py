@@ -1,5 +1,7 @@
 """What the stage ``capture`` takes."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -8,6 +10,7 @@ from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import layer_bytes, parameters, pass_flops, weight_bytes
 from saejax.costs.programs import Program, abstract_params, by_row
 from saejax.models.language_model import forward
+from saejax.models.sites import Site
 
 _OVERHEAD = 0.2
 _TOKENIZED_PER_SECOND = 500_000  # by two cores
@@ -19,26 +22,32 @@ def tokenize_cost(plan: PlannedRun, name: str) -> Cost:
 
 
 def capture_cost(plan: PlannedRun, name: str) -> Cost:
-    """The text once, up to the last captured layer; torch reads all layers, onto one device."""
-    capture, model, (rows, length) = plan.configs["capture"], plan.model, _batch(plan)
-    layers = 1 + max((site.layer for site in plan.sites), default=0)
-    if plan.backend == "jax":
-        kept = weight_bytes(model, plan.axes, capture.dtype, layers)
-    else:
-        kept = WIDTH[capture.dtype] * parameters(model)
-    come_and_go = layer_bytes(plan, rows, length, capture.dtype, kept=2 * len(plan.sites))
-    of_document = min(length, -(-plan.tokens // max(plan.documents, 1)))
+    """The text, or a sample of it, once."""
+    capture = plan.configs["capture"]
     tokens = min(plan.tokens, len(SPLITS) * capture.tokens or plan.tokens)
-    flops = pass_flops(model, tokens, of_document, layers)
+    kept, flops = reading_cost(plan, plan.sites, tokens)
     width = WIDTH[capture.store_dtype]
     return Cost(
-        DeviceBytes(model=kept, activations=come_and_go),
+        kept,
         flops,
         capture.dtype,
         _OVERHEAD,
         START,
-        disk=min(recorded_rows(plan), tokens) * sum(site.width(model) * width + 16 for site in plan.sites),
+        disk=min(recorded_rows(plan), tokens) * sum(site.width(plan.model) * width + 16 for site in plan.sites),
     )
+
+
+def reading_cost(plan: PlannedRun, sites: Sequence[Site], tokens: int) -> tuple[DeviceBytes, float]:
+    """Bytes and FLOP of tokens up to the last of the sites; torch reads all layers, onto one device."""
+    capture, model, (rows, length) = plan.configs["capture"], plan.model, _batch(plan)
+    layers = 1 + max((site.layer for site in sites), default=0)
+    if plan.backend == "jax":
+        kept = weight_bytes(model, plan.axes, capture.dtype, layers)
+    else:
+        kept = WIDTH[capture.dtype] * parameters(model)
+    come_and_go = layer_bytes(plan, rows, length, capture.dtype, kept=2 * len(sites))
+    of_document = min(length, -(-plan.tokens // max(plan.documents, 1)))
+    return DeviceBytes(model=kept, activations=come_and_go), pass_flops(model, tokens, of_document, layers)
 
 
 def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
