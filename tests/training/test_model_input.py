@@ -69,7 +69,7 @@ def test_what_it_depends_on(inputs):
         train__buffer_rows=9,
         train__sites=("mlp_out.0",),
     )
-    assert len({mark(), *(mark(**{key: value}) for key, value in others.items())}) == 5
+    assert len({mark(), *(mark(**{key: value}) for key, value in others.items())}) == 6
     assert mark(train__source="store") != mark(train__source="store", capture__sites=("mlp_out.0",))
 
 
