@@ -38,6 +38,7 @@ def join(config: MeshConfig) -> MeshConfig:
     if config.distributed == "flags":
         told = dict(num_processes=config.processes, process_id=config.process_id)
         jax.distributed.initialize(coordinator, **told, heartbeat_timeout_seconds=HEARTBEAT)
+        check_devices(jax.devices(), config.process_id, None)
         _joined[:] = [f"process {config.process_id} of {config.processes}: "]
         return config
     if not jax.distributed.is_initialized():
