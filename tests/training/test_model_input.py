@@ -89,9 +89,9 @@ def test_it_is_evaluated_and_reported_with_a_sample_in_place_of_a_store(inputs, 
     flags = runs.small_flags(
         *inputs,
         tmp_path / "run",
-        **CHANGES | dict(capture__backend="jax", corpus__stream=True, capture__tokens=150, task__behaviours=""),
+        **CHANGES | dict(capture__backend="jax", corpus__stream=True, capture__tokens=150),
     )
-    stages = ["preflight", "tokenize", "capture", "train", "evaluate", "report"]
+    stages = ["preflight", "baseline", "tokenize", "capture", "train", "evaluate", "report"]
     assert command.run(stages, "", ["program", *flags]) == 0, capsys.readouterr().err
     text: TokenizeResults = load_results(tmp_path / "run" / "tokenize")
     store: CaptureResults = load_results(tmp_path / "run" / "capture")
