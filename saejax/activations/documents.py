@@ -80,11 +80,11 @@ class Documents:
 
     def training(self) -> "Documents":
         """The documents of the train split, in their order; no copy where they stand in front."""
-        kept_N = np.flatnonzero(self.split_N == SPLITS.index("train"))
-        count = len(kept_N)
-        if count and kept_N[-1] == count - 1:
+        train_N = self.split_N == SPLITS.index("train")
+        count = int(train_N.sum())
+        if count and train_N[:count].all():
             return Documents(self.ids_T, self.offsets[: count + 1], self.table_Nx5[:count], self.groups)
-        return self._only(kept_N)
+        return self._only(np.flatnonzero(train_N))
 
     def _only(self, kept_N: np.ndarray) -> "Documents":
         ids = [self[int(document)] for document in kept_N]

@@ -89,17 +89,17 @@ def test_it_is_evaluated_and_reported_with_a_sample_in_place_of_a_store(inputs, 
     flags = runs.small_flags(
         *inputs,
         tmp_path / "run",
-        **CHANGES | dict(capture__backend="jax", corpus__stream=True, capture__tokens=150),
+        **CHANGES | dict(capture__backend="jax", corpus__stream=True, capture__tokens=150, train__kinds="topk"),
     )
-    stages = ["preflight", "baseline", "tokenize", "capture", "train", "evaluate", "report"]
+    stages = ["preflight", "baseline", "tokenize", "capture", "train", "evaluate", "ablate", "report"]
     assert command.run(stages, "", ["program", *flags]) == 0, capsys.readouterr().err
     text: TokenizeResults = load_results(tmp_path / "run" / "tokenize")
     store: CaptureResults = load_results(tmp_path / "run" / "capture")
     assert all(150 <= store.tokens[split] < 170 < text.tokens[split] for split in ("train", "held_out"))
     preflight: PreflightResults = load_results(tmp_path / "run" / "preflight")
-    sample, training = (preflight.models[0].units[unit] for unit in ("capture", "train/batchtopk"))
+    sample, training = (preflight.models[0].units[unit] for unit in ("capture", "train/topk"))
     assert sample.flops < training.flops / 4 and training.bytes.model == sample.bytes.model > 0
-    (scores,) = load_results(tmp_path / "run" / "evaluate" / "batchtopk").members
+    (scores,) = load_results(tmp_path / "run" / "evaluate" / "topk").members
     assert scores.tokens <= store.tokens["held_out"]
     assert (tmp_path / "run" / "report" / "index.html").exists()
 
