@@ -20,6 +20,7 @@ def binary(*stages: str, about: str = "") -> Callable[[], None]:
 
 preflight = binary("preflight")
 baseline = binary("baseline", "benchmark")
+tokenize = binary("tokenize")
 capture = binary("capture")
 train = binary("train")
 evaluate = binary("evaluate")

@@ -47,6 +47,7 @@ def test_every_stage_comes_after_those_whose_units_it_reads():
         known=dict(circuits=("chain",)),
         algorithm=dict(names=("addition",)),
         task=dict(benchmarks=("gsm8k",)),
+        corpus=dict(stream=True),
     )
     configs |= {group: dataclasses.replace(configs[group], **changes) for group, changes in asked.items()}
     order = list(STAGES)

@@ -62,7 +62,7 @@ class Reading:
           UserError: there is no text, a model is not found, or it is not the one that a dictionary belongs to.
         """
         config, corpus = run.configs["transfer"], run.configs["corpus"]
-        held_out = corpora.split(corpora.read_corpus(corpus, run.configs["task"]), corpus.held_out, corpus.seed)[1]
+        held_out = corpora.held_out_documents(corpus, run.configs["task"])
         order = np.random.default_rng(config.seed).permutation(len(held_out))
         texts = first_texts([held_out[i].text for i in order], config.tokens)
         own = resolve(run.configs["model"], decoder=True).fingerprint
