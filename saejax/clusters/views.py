@@ -68,12 +68,11 @@ class View:
           float32 [F, F].
         """
         times_N = np.ones(len(self.block_N), np.float32) if times_N is None else times_N
-        weighted = (
-            self.rows.multiply(times_N[None]).tocsr() if sparse.issparse(self.rows) else self.rows * times_N[None]
-        )
-        product = weighted @ self.rows.T
+        root_1xN = np.sqrt(times_N)[None]  # on both sides, so that the product is symmetric to the last bit
+        weighted = self.rows.multiply(root_1xN).tocsr() if sparse.issparse(self.rows) else self.rows * root_1xN
+        product = weighted @ weighted.T
         product_FxF = product.toarray() if sparse.issparse(product) else product
-        product_FxF = product_FxF.astype(np.float32) / max(times_N.sum(), 1.0)
+        product_FxF /= max(times_N.sum(), 1.0)
         square_F = product_FxF.diagonal().copy()
         if self.centred:
             mean_F = np.asarray(self.rows @ times_N).reshape(-1) / max(times_N.sum(), 1.0)

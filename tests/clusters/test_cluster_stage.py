@@ -6,7 +6,7 @@ import runs
 from saejax import command, load_results
 from saejax.clusters.agreement import GroupedFeatures
 
-STAGES = ["baseline", "capture", "train", "ablate", "cluster", "report"]
+STAGES = ["baseline", "capture", "train", "ablate", "cluster"]
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def workdir(inputs, tmp_path_factory):
     flags = runs.small_flags(
         *inputs, folder, train__kinds="topk", train__seed="1,2", ablate__dictionary="topk/seed1", ablate__effects="all",
         cluster__dictionaries="topk", cluster__groups=6, cluster__resamples=2, cluster__tokens=2000,
-        cluster__smallest=3, report__examples=0,
+        cluster__smallest=3, task__behaviours="capital", ablate__baselines="", ablate__text_documents=0,
     )  # fmt: skip
     assert command.run(STAGES, "", ["test", *flags]) == 0
     return folder, flags
@@ -42,8 +42,18 @@ def test_members_are_grouped_in_every_view(workdir):
 
 def test_the_report_has_them_and_nothing_is_done_twice(workdir, capsys):
     folder, flags = workdir
-    page = (folder / "report" / "index.html").read_text()
-    assert "Features that belong together" in page and (folder / "report" / "figures" / "clusters.png").exists()
+    results = load_results(folder / "cluster")
+    found = SimpleNamespace(each=lambda kind: {"": results})
+    drawn = []
+
+    def draw(name, figure, caption, alt):
+        drawn.append(alt)
+        return Picture(name, style.inline(style.save(figure, folder, name), name, alt), caption, alt)
+
+    (section,) = sections(found, draw)
+    told = "\n".join(block.markdown() for block in section.blocks)
+    assert (folder / "clusters.png").exists() and "fire together, HDBSCAN" in drawn[0]
+    assert "Whether groupings agree" in told and "Left out of topk/seed2: effects" in told
     assert command.run(["cluster"], "", ["test", *flags]) == 0
     assert "cluster: done before, unchanged" in capsys.readouterr().out
 
