@@ -1,10 +1,15 @@
 """The stage ``cluster`` as a program: a stack of seeds, with effects of all features, and without a store."""
 
+from types import SimpleNamespace
+
 import pytest
 import runs
 
 from saejax import command, load_results
 from saejax.clusters.agreement import GroupedFeatures
+from saejax.clusters.report import sections
+from saejax.page import style
+from saejax.page.document import Picture
 
 STAGES = ["baseline", "capture", "train", "ablate", "cluster"]
 
