@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from scipy import sparse
 from sklearn.cluster import HDBSCAN, SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 
@@ -55,14 +54,13 @@ def _spectral(alike_FxF: np.ndarray, groups: int) -> np.ndarray:
     near, value_FxF = min(_NEAREST, features - 1), np.maximum(alike_FxF, 0.0)
     np.fill_diagonal(value_FxF, -1.0)
     column_FxC = np.argpartition(-value_FxF, near - 1, axis=1)[:, :near]
-    row_N, column_N = np.repeat(np.arange(features), near), column_FxC.reshape(-1)
+    row_Fx1, graph_FxF = np.arange(features)[:, None], np.zeros((features, features))
     # Even what has nothing in common is joined a little, so that the graph is in one piece.
-    value_N = np.maximum(value_FxF[row_N, column_N].astype(np.float64), 1e-6)
-    graph_FxF = sparse.csr_array((value_N, (row_N, column_N)), (features, features))
+    graph_FxF[row_Fx1, column_FxC] = np.maximum(value_FxF[row_Fx1, column_FxC], 1e-6)
     model = SpectralClustering(groups, affinity="precomputed", assign_labels="cluster_qr", random_state=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Graph is not fully connected")
-        return model.fit_predict(sparse.csr_matrix(graph_FxF.maximum(graph_FxF.T)))
+        return model.fit_predict(np.maximum(graph_FxF, graph_FxF.T))  # dense: a sparse one is slow to factorise
 
 
 def _without_small(group_F: np.ndarray, smallest: int) -> np.ndarray:

@@ -11,6 +11,7 @@ that each feature stays what it is and none has to do with another.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -21,7 +22,7 @@ from saejax.transfer.compared import chance, unit
 _TOKENS, _DOCUMENTS = 10, 5  # on which a feature fires at least: one text alone makes any two features look alike
 _PROMPTS = 3  # on which removing a feature changes something, likewise
 
-Rows = np.ndarray | sparse.csr_array
+Rows = Any  # np.ndarray or sparse.csr_array, [F, N]
 
 
 @dataclasses.dataclass(frozen=True)
