@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.graph import Graph
@@ -198,12 +199,13 @@ def _go_down(
     streams, params, config = replacement.streams, replacement.model.params, replacement.model.config
     pairs = _edges_between(carried, ends, [block for block, _ in above], below.chosen_B)
     edge_E = np.sort(np.concatenate([edges for edges, *_ in pairs]))
+    places = [np.searchsorted(edge_E, edges) for edges, *_ in pairs]
     if not len(edge_E) and len(below.chosen_B):
         return
     most = _ENTERED // (max(len(edge_E), 1) * config.n_heads)
     span = int(np.clip(most, 1, config.n_layers))  # layers that are entered at once
     part_ExJxH = np.zeros((len(edge_E), span, config.n_heads), np.float32)
-    own, width = readers.chosen(below.chosen_B), streams.stream_LxTxD.shape[2]
+    own, width, end = readers.chosen(below.chosen_B), streams.stream_LxTxD.shape[2], jnp.int32(below.end)
     cotangent_RxXxD: Any = np.zeros((size, below.end, width), np.float32)
     for layer in reversed(range(below.layer + 1)):
         fixed = params, np.int32(layer), streams.stream_LxTxD, streams.skip_LxDxD
@@ -211,11 +213,11 @@ def _go_down(
         cotangent_RxXxD, wanted = carry_down(
             replacement.frozen, *fixed, streamed_RxD, *own.at(layer, size), cotangent_RxXxD
         )
-        for (block, values), (edges, sources, targets) in zip(above, pairs, strict=True):
-            if layer >= block.layer and len(edges):
-                part_NxRxGxS = to_host(through(wanted, values[layer - block.layer], np.int32(below.end), _PARTS))
-                found = part_NxRxGxS[:, targets, :, sources].reshape(len(edges), -1)
-                part_ExJxH[np.searchsorted(edge_E, edges), layer % span] = found
+        for (block, values), own_E, (_, sources, targets) in zip(above, places, pairs, strict=True):
+            if layer >= block.layer and (len(own_E) or not len(block.chosen_B)):
+                part_NxRxGxS = to_host(through(wanted, values[layer - block.layer], end, _PARTS))
+                part_ExNxG = part_NxRxGxS[:, targets, :, sources]
+                part_ExJxH[own_E, layer % span] = part_ExNxG.reshape(len(own_E), config.n_heads)
         if layer % span == 0 and len(edge_E):
             count = min(span, config.n_layers - layer)
             with lock:
