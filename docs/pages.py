@@ -13,6 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 GUIDES = (
     "README.md",
     "docs/tour.ipynb",
+    "docs/your_model.md",
+    "docs/dictionaries.md",
+    "docs/features.md",
+    "docs/graphs.md",
+    "docs/studies.md",
+    "docs/ground_truth.md",
     "docs/extending.md",
     "docs/troubleshooting.md",
     "WORKSPACE.md",

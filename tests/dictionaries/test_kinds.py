@@ -165,7 +165,7 @@ def test_a_user_who_forgets_the_file_is_told(trained, inputs, tmp_path):
 
 def test_killed_it_ends_with_the_same_bits(trained, inputs, tmp_path):
     """The kill strikes between the first checkpoint and the end."""
-    changes = SETTINGS | dict(train__epochs=400, train__checkpoint_every=20)
+    changes = SETTINGS | dict(train__epochs=100, train__checkpoint_every=20)
     folders = [tmp_path / "whole", tmp_path / "broken"]
     for folder in folders:
         folder.mkdir()
