@@ -266,6 +266,7 @@ class StudyConfig(Config):
         low=2,
     )
     matches: int = setting(10, _MATCHES, low=1)
+    single: bool = setting(True, "set each top feature to zero by itself, too, and each of the random ones")
     min_drop: float = setting(
         0.05, "verdict: removing the top features must cost more than this share of accuracy", low=0.0, high=1.0
     )

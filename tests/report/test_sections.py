@@ -11,7 +11,7 @@ from saejax.causal.patching.results import FeaturePatchResults, HeadPatchResults
 from saejax.causal.probes import report as probes
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.study import report as studies
-from saejax.causal.study.results import StudyEffects, StudyResults
+from saejax.causal.study.results import SingleEffect, SingleEffects, StudyEffects, StudyResults
 from saejax.page.document import Picture
 from saejax.page.findings import Findings
 from saejax.results import Interval
@@ -274,3 +274,13 @@ def test_studies_show_every_measure_and_replacement():
     assert table.rows[2][1:3] == ("nats per token", "0.500 [0.400,\u00a00.600]") and table.rows[2][-1] == "–"
     assert table.rows[4][1] == "exact match, %" and table.rows[4][4:] == ("–",) * 6
     assert studies.sections(findings(), draw) == []
+
+    single = SingleEffect(7, interval(0.2), 0.01, 0.02, 9, 0.05, 0.875, interval(0.1), -0.01)
+    logic["single"] = SingleEffects((single,), 1, (0, 1), 2 / 3, 2**-20)
+    (section,) = studies.sections(findings(settings, logic=partly(StudyResults, **logic)), draw)
+    table = section.blocks[-1]
+    assert table.rows == (
+        ("7", "0.200 [0.100,\u00a00.300]", "0.020", "0.050", "88\u00a0%", "10.0 [0.0,\u00a020.0]", "−1.0"),
+    )
+    assert "By themselves 1 of 1 top features that fire change" in table.note
+    assert "0.5 on average (p = 0.67)" in table.note
