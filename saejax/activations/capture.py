@@ -9,7 +9,7 @@ import functools
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ import numpy as np
 
 from saejax.activations.backend import BACKENDS, faster_backend, load_reader
 from saejax.activations.buffers import ShardBuffers
-from saejax.activations.documents import COLUMNS, SPLITS, Documents, make_documents
+from saejax.activations.cutter import SPLITS
+from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.plan import Batch, Plan
+from saejax.activations.progress import TextProgress
 from saejax.activations.reader import Reader
 from saejax.activations.request import CaptureRequest, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.store import DTYPES
+from saejax.activations.tokenize import text_documents
 from saejax.activations.writer import StoreWriter
 from saejax.config import identity
 from saejax.errors import Interrupted, UserError
@@ -31,32 +34,9 @@ from saejax.models.sites import AnySite
 from saejax.results import to_json
 from saejax.settings import CaptureConfig, MeshConfig
 from saejax.tasks import corpora
-from saejax.tasks.behaviours import read_prompts
 from saejax.workspace import Run, fingerprint
 
-_SAY_EVERY = 5.0  # seconds
 _LOOK_EVERY = 0.2  # seconds, for the shards of other processes
-
-
-class _Progress:
-    """Says how far the capture is, every few seconds."""
-
-    def __init__(self, say: Callable[[str], None], left: int):
-        self._say, self._left, self._done = say, left, 0
-        self._start = self._said = time.monotonic()
-
-    def add(self, tokens: int) -> None:
-        self._done += tokens
-        now = time.monotonic()
-        if now - self._said >= _SAY_EVERY:
-            self._said, rate = now, self.rate
-            left = self._left - self._done
-            self._say(f"{self._done:,} of {self._left:,} tokens  {rate:,.0f} tokens/s  {left / rate:.0f} s to go")
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second, padding left out; 0 before there are any."""
-        return self._done / (time.monotonic() - self._start) if self._done else 0.0
 
 
 def run_capture(run: Run) -> CaptureResults:
@@ -74,6 +54,8 @@ def run_capture(run: Run) -> CaptureResults:
     request = read_request(run.configs)
     model_source, names = request.source, [str(site) for site in request.sites]
     documents = text_documents(run, request)
+    if config.tokens:
+        documents = documents.sample(config.tokens)
     plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
     if config.backend == "auto":
         run = _with_backend(run, request, plan)
@@ -140,24 +122,9 @@ def _with_backend(run: Run, request: CaptureRequest, plan: Plan) -> Run:
     return with_backend(faster_backend(load, batches[len(batches) // 2], run.say))
 
 
-def text_documents(run: Run, request: CaptureRequest) -> Documents:
-    """The documents of the corpus and, with --corpus.behaviours, the behaviours' train prompts."""
-    prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl") if "baseline" in run.inputs else []
-    chosen = {index: prompt for index, prompt in enumerate(prompts) if prompt.split == "train"}
-    tokenizer, config = source.load_tokenizer(request.source), run.configs["corpus"]
-    documents = make_documents(config, chosen, tokenizer, request.context or config.context, run.configs["task"])
-    vocabulary = source.vocabulary(request.source)
-    if vocabulary is not None and documents.ids_T.max() >= vocabulary:
-        raise UserError(
-            f"the text holds {tokenizer.decode([documents.ids_T.max()])!r}, a special token for which the model has no "
-            "embedding: remove it from the text"
-        )
-    return documents
-
-
 def _work(run: Run, model_source: source.ModelSource, documents: Documents) -> str:
     """Identifies what the shards depend on."""
-    hashes = [hashlib.sha256(array.tobytes()).hexdigest() for array in documents.arrays().values()]
+    hashes = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in documents.arrays().values()]
     return fingerprint([identity(run.configs["capture"]), model_source.fingerprint, run.configs["corpus"].seed, hashes])
 
 
@@ -225,7 +192,7 @@ def _capture(
     config: CaptureConfig = run.configs["capture"]
     reader = reader or load_reader(run, request, plan, config.backend)
     buffers = ShardBuffers(widths, max(map(plan.size, shards)), config.store_dtype)
-    progress = _Progress(run.say, sum(map(plan.size, shards)))
+    progress = TextProgress(run.say, sum(map(plan.size, shards)))
 
     def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
         bad = buffers.take(site, value_BxTxD, batch)

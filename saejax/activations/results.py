@@ -1,7 +1,17 @@
-"""Results of the stage ``capture``."""
+"""Results of the stages ``tokenize`` and ``capture``."""
 
 import dataclasses
 from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeResults:
+    """Text as token ids on disk, in the files that a store has in ``documents/``."""
+
+    documents: Mapping[str, int]  #: pieces of texts, by split
+    tokens: Mapping[str, int]  #: by split
+    groups: tuple[str, ...]  #: names of the groups that have one: those of prompts
+    sha256: Mapping[str, str]  #: of the files, by name
 
 
 @dataclasses.dataclass(frozen=True)
