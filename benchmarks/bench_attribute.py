@@ -2,10 +2,13 @@
 
 Run: python -m benchmarks.bench_attribute [--rows 3000] [--tokens 11] [--growth [--growth-rows 512]]
 The transcoders have 2,048 features a layer, of which 18 are active at each position, so 11 tokens have 5,400 active
-features. The first graph compiles; the second and third are timed. The floor is the arithmetic of the transposed
-frozen layers, the output and value projections of attention, for the layers below each target and the positions up to
-its own, at the speed of one large product of matrices on the same machine. With --growth, other lengths of prompts
-follow, each in a process of its own. Prints a table and, last, one line of JSON.
+features. The first prompt compiles; two others of its length are timed, and what they compile is counted. The floor is
+the arithmetic of the transposed frozen layers, the output and value projections of attention, for the layers below each
+target and the positions up to its own, at the speed of one large product of matrices on the same machine. Beside the
+trace: the heads of the edges of the graph, pruned to 95 % of its influence, whose floor is that of its targets, and of
+its sources on their way up; and the checks, doubling and curve. Times of the process on all cores stand beside those on
+the clock: they hold where others use the machine, too. With --growth, other lengths of prompts follow, each in a
+process of its own. Prints tables and, last, one line of JSON.
 """
 
 import argparse
@@ -14,21 +17,30 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import saejax
+from saejax.attribution.checks import circuits
+from saejax.attribution.checks.validation import double
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.graph.nodes import FEATURE, LOGIT
+from saejax.attribution.heads.edges import edge_heads
 from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.rows import row_flops
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 
 FEATURES, ACTIVE = 2048, 18
 GROWTH = (16, 64, 256, 1024)
+COMPILED = "/jax/core/compile/backend_compile_duration"  # of jax.monitoring
+SHARE = 0.95  # of influence, of the nodes whose edges' heads are looked for
 TEXT = (
     "One day she said that there was a way to see where the water went, and that it was not far from here. The road "
     "led past the mill and over the hill to a small lake. "
@@ -56,6 +68,16 @@ def floor_gflop(graph: Graph, config: DecoderConfig) -> float:
     return row_flops(config, layers_T, nodes.position_N + 1) / 1e9
 
 
+def heads_gflop(pruned: Graph, config: DecoderConfig) -> float:
+    """The same for the heads of a pruned graph's edges: its targets down, its sources up, in 10^9 operations."""
+    targets = np.unique(pruned.edges()[1])
+    nodes, sources = pruned.nodes[targets], pruned.nodes[np.unique(pruned.edges()[0])]
+    layers_R = np.where(nodes.kind_N == LOGIT, config.n_layers, nodes.layer_N + 1)
+    down = row_flops(config, layers_R, nodes.position_N + 1)
+    layers_S = config.n_layers - 1 - sources.layer_N
+    return (down + row_flops(config, layers_S, len(pruned.ids_P) - sources.position_N)) / 1e9
+
+
 def gflops(size: int = 1024, products: int = 100) -> float:
     """Speed of a product of matrices, 10^9 operations a second."""
     a, b = jnp.ones((size, 576)), jnp.ones((576, 576)) / 576
@@ -66,28 +88,67 @@ def gflops(size: int = 1024, products: int = 100) -> float:
     return products * 2 * size * 576 * 576 / (time.perf_counter() - start) / 1e9
 
 
-def measure(rows: int, tokens: int, rounds: int) -> dict[str, float]:
-    """Seconds, with compiling and without, peak memory and share of the floor of one size."""
+class Clock:
+    """Seconds on the clock and on all cores, [2], of what is done once for each prompt, by its name."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, list[np.ndarray]] = {}
+
+    @contextmanager
+    def times(self, name: str) -> Iterator[None]:
+        start = np.array([time.perf_counter(), time.process_time()])
+        yield
+        self.taken.setdefault(name, []).append(np.array([time.perf_counter(), time.process_time()]) - start)
+
+    def steady(self, name: str) -> np.ndarray:
+        """The median of all prompts but the first, which compiles."""
+        return np.median(self.taken[name][1:] or self.taken[name], axis=0)
+
+    def beside_trace(self, name: str) -> dict[str, float]:
+        """Times, and how often that of the trace they are."""
+        own, trace = self.steady(name), self.steady("trace")
+        names = ("seconds", "cpu_s", "ratio", "cpu_ratio")
+        return dict(zip(names, np.concatenate([own, own / trace]).round(2).tolist(), strict=True))
+
+
+def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any]:
+    """Seconds of each part, with compiling and without, peak memory and share of the floor of one size."""
     lm = saejax.load_model("smollm2")
-    ids_P = lm.tokenize([TEXT * (1 + tokens // 40)]).ids_BxT[0][: tokens - 1]
-    prompt = [lm.tokenizer.bos_token_id, *ids_P.tolist()]
-    transcoders, seconds = random_transcoders(lm.config), []
-    for _ in range(1 + rounds):
-        start = time.perf_counter()
-        graph = saejax.trace(lm, transcoders, prompt, max_features=rows)
-        seconds.append(time.perf_counter() - start)
-    steady = float(np.median(seconds[1:] or seconds))
-    floor = floor_gflop(graph, lm.config) / gflops()
-    left = float(np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max())
-    return dict(
+    ids_P = lm.tokenize([TEXT * (2 + tokens // 40)]).ids_BxT[0]
+    transcoders, clock = random_transcoders(lm.config), Clock()
+    events: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    for start in range(1 + rounds):
+        if start == 1:
+            events.clear()
+        prompt = [lm.tokenizer.bos_token_id, *ids_P[start : start + tokens - 1].tolist()]
+        with clock.times("trace"):
+            graph, replacement, readouts = trace_prompt(lm, transcoders, prompt, max_features=rows)
+        if checked:
+            pruned = graph.prune(SHARE)
+            with clock.times("heads"):
+                edge_heads(replacement, readouts, pruned)
+            with clock.times("checks"):
+                double(replacement, graph, readouts)
+                circuits.curve(replacement, graph, readouts)
+    compiled_later = events.count(COMPILED) if rounds else None
+    speed, (seconds, cpu_s) = gflops(), clock.steady("trace")
+    found = dict(
         rows=graph.count(FEATURE),
         active=graph.settings["active_features"],
-        seconds=round(steady, 2),
-        compile_s=round(seconds[0] - steady, 1),
+        seconds=round(seconds, 2),
+        cpu_s=round(cpu_s, 2),
+        compile_s=round(clock.taken["trace"][0][0] - seconds, 1),
+        compiled_later=compiled_later,
         peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        of_floor=round(floor / steady, 2),
-        unexplained=left,
+        of_floor=round(floor_gflop(graph, lm.config) / speed / seconds, 2),
+        unexplained=float(np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max()),
     )
+    if checked:
+        found |= {part: clock.beside_trace(part) for part in ("heads", "checks")}
+        found["heads"] |= dict(nodes=len(pruned.nodes), edges=len(pruned.edges()[0]))
+        found["heads"]["of_floor"] = round(heads_gflop(pruned, lm.config) / speed / clock.steady("heads")[0], 2)
+    return found
 
 
 def main() -> None:
@@ -95,26 +156,36 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3000, help="features with a row")
     parser.add_argument("--tokens", type=int, default=11)
     parser.add_argument("--rounds", type=int, default=2, help="timed runs; 0: the first, which compiles")
+    parser.add_argument("--rows-only", action="store_true", help="neither heads nor checks")
     parser.add_argument("--growth", action="store_true", help="other lengths of prompts too")
     parser.add_argument("--growth-rows", type=int, default=512, help="features with a row there, at the most")
     args = parser.parse_args()
-    names = ("tokens", "active", "rows", "seconds", "compile", "ms/row", "peak GB", "of floor")
+    names = ("tokens", "active", "rows", "seconds", "CPU s", "compile", "ms/row", "peak GB", "of floor")
     print(" ".join(f"{name:>8}" for name in names))
 
-    def show(tokens: int, found: dict) -> None:
+    def show(tokens: int, found: dict[str, Any]) -> None:
         print(
-            f"{tokens:8} {found['active']:8,} {found['rows']:8,} {found['seconds']:8.2f} {found['compile_s']:8.1f} "
-            f"{1000 * found['seconds'] / found['rows']:8.2f} {found['peak_gb']:8.2f} {found['of_floor']:8.0%}",
+            f"{tokens:8} {found['active']:8,} {found['rows']:8,} {found['seconds']:8.2f} {found['cpu_s']:8.2f} "
+            f"{found['compile_s']:8.1f} {1000 * found['seconds'] / found['rows']:8.2f} {found['peak_gb']:8.2f} "
+            f"{found['of_floor']:8.0%}",
             flush=True,
         )
 
-    found = measure(args.rows, args.tokens, args.rounds)
+    found = measure(args.rows, args.tokens, args.rounds, not args.rows_only)
     show(args.tokens, found)
     for tokens in GROWTH if args.growth else ():
-        command = [sys.executable, "-m", "benchmarks.bench_attribute", "--rounds=1"]
+        command = [sys.executable, "-m", "benchmarks.bench_attribute", "--rounds=1", "--rows-only"]
         command += [f"--tokens={tokens}", f"--rows={args.growth_rows}"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         show(tokens, json.loads(printed.splitlines()[-1]))
+    for part in ("heads", "checks") if not args.rows_only else ():
+        own = found[part]
+        more = f"; {own['edges']:,} edges of {own['nodes']:,} nodes, {own['of_floor']:.0%} of floor" * (part == "heads")
+        print(
+            f"{part}: {own['seconds']:.2f} s, {own['ratio']:.2f} times the trace; {own['cpu_s']:.2f} CPU s, "
+            f"{own['cpu_ratio']:.2f} times{more}"
+        )
+    print(f"programs that later prompts compiled: {found['compiled_later']}")
     print(json.dumps(dict(bench="attribute", **found)))
 
 

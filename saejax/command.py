@@ -51,7 +51,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
             return _show(help_text(stages, about, flag_values))
         workdir = named_workdir(flag_values)
         runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
-        shares_gpu = runs_model and configs["capture"].backend == "torch"
+        shares_gpu = runs_model and configs["capture"].backend != "jax"
         _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
         from saejax import pipeline
 

@@ -4,15 +4,18 @@ What is captured, in which batches and where it is stored does not depend on the
 ``torch_capture`` (hooks in the transformers model) or ``jax_capture`` (our decoder, on the mesh).
 """
 
+import dataclasses
+import functools
 import hashlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
+from saejax.activations.backend import BACKENDS, faster_backend, load_reader
 from saejax.activations.buffers import ShardBuffers
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
@@ -27,8 +30,7 @@ from saejax.activations.writer import StoreWriter
 from saejax.config import identity
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
-from saejax.models.config import DecoderConfig
-from saejax.models.sites import AnySite, Site
+from saejax.models.sites import AnySite
 from saejax.results import to_json
 from saejax.settings import CaptureConfig, MeshConfig
 from saejax.tasks import corpora
@@ -55,9 +57,12 @@ def run_capture(run: Run) -> CaptureResults:
     if config.tokens:
         documents = documents.sample(config.tokens)
     plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
+    if config.backend == "auto":
+        run = _with_backend(run, request, plan)
+    backend: str = run.configs["capture"].backend
     reader, widths = None, request.widths()
     if widths is None:
-        reader = load_reader(run, request, plan)
+        reader = load_reader(run, request, plan, backend)
         widths = reader.widths
     writer = StoreWriter(run.folder, names, _work(run, model_source, documents))
     mesh: MeshConfig = run.configs["mesh"]
@@ -88,9 +93,33 @@ def run_capture(run: Run) -> CaptureResults:
             for site, width in widths.items()
         },
         **counts,
+        backend=backend,
         tokens_per_second=round(rate, 1),
         padding_share=plan.padding_share,
     )
+
+
+def _with_backend(run: Run, request: CaptureRequest, plan: Plan) -> Run:
+    """The run with the backend in place of ``auto``: the one whose shards are there, or the faster one.
+
+    Raises:
+      UserError: there are several processes, which must all take the same one.
+    """
+    if run.configs["mesh"].processes > 1:
+        raise UserError("--capture.backend=auto is for one process: with several, name torch or jax")
+
+    def with_backend(backend: str) -> Run:
+        named = dataclasses.replace(run.configs["capture"], backend=backend)
+        return dataclasses.replace(run, configs=dict(run.configs) | dict(capture=named))
+
+    names = [str(site) for site in request.sites]
+    for backend in BACKENDS:
+        writer = StoreWriter(run.folder, names, _work(with_backend(backend), request.source, plan.documents))
+        if any(writer.has(shard, read=False) for shard in range(plan.shards)):
+            return with_backend(backend)
+    batches = plan.batches(0)
+    load = functools.partial(load_reader, run, request, plan)
+    return with_backend(faster_backend(load, batches[len(batches) // 2], run.say))
 
 
 def _work(run: Run, model_source: source.ModelSource, documents: Documents) -> str:
@@ -161,7 +190,7 @@ def _capture(
 ) -> float:
     """Makes the shards; returns the speed in tokens per second."""
     config: CaptureConfig = run.configs["capture"]
-    reader = reader or load_reader(run, request, plan)
+    reader = reader or load_reader(run, request, plan, config.backend)
     buffers = ShardBuffers(widths, max(map(plan.size, shards)), config.store_dtype)
     progress = TextProgress(run.say, sum(map(plan.size, shards)))
 
@@ -188,21 +217,6 @@ def _capture(
         writer.write_shard(shard, dict(index=plan.index(shard), **buffers.parts(plan.size(shard))))
     reader.close()
     return progress.rate
-
-
-def load_reader(run: Run, request: CaptureRequest, plan: Plan) -> Reader:
-    """The backend, which alone is imported: torch takes seconds to import, and JAX takes the devices."""
-    config: CaptureConfig = run.configs["capture"]
-    if config.backend == "torch":
-        from saejax.activations.torch_capture import SiteReader
-
-        return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites)
-    from saejax.activations.jax_capture import DecoderReader
-    from saejax.parallel import make_mesh
-
-    mesh, decoder = make_mesh(run.configs["mesh"]), cast(DecoderConfig, request.decoder)
-    sites = [site for site in request.sites if isinstance(site, Site)]  # which all are: modules were refused
-    return DecoderReader(request.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.store_dtype)
 
 
 def _check_sinks(statistics: Mapping[str, SiteNorms], config: CaptureConfig) -> None:

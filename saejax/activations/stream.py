@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from saejax.activations.backend import load_reader
 from saejax.activations.buffers import ShardBuffers
-from saejax.activations.capture import load_reader
 from saejax.activations.plan import Batch, Plan
 from saejax.activations.request import read_request
 from saejax.activations.store import DTYPES
@@ -49,7 +49,9 @@ class ModelStream:
         self._run, self._source, self.sites = run, request.source, tuple(sites)
         documents = text_documents(run, request).training()
         self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
-        self._reader = load_reader(run, request, self._plan)
+        if config.backend == "auto":  # a run that goes on must see the same values again
+            raise UserError("--train.source=model needs --capture.backend=torch or jax, not auto")
+        self._reader = load_reader(run, request, self._plan, config.backend)
         self._dtype = config.store_dtype
         self._buffers = ShardBuffers(self._reader.widths, max(map(self.size, range(len(self)))), self._dtype)
         self._parts: dict[str, np.ndarray] = {}

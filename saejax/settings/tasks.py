@@ -74,8 +74,9 @@ class TaskConfig(Config):
     score: str = setting(
         "auto",
         "how benchmarks are scored: 'generate' (exact match of the generated answer), 'choice' (the likeliest of the "
-        "given answers), 'likelihood' (log-likelihood per token of the reference, for weak models); 'auto': generate "
-        "for gsm8k and math, choice for logic",
+        "given answers; of gsm8k among numbers that are right elsewhere, for models too weak to answer), 'likelihood' "
+        "(log-likelihood per token of the reference, for weak models); 'auto': generate for gsm8k and math, choice for "
+        "logic",
         choices=("auto", "generate", "choice", "likelihood"),
         only=BENCHMARKS,
     )
@@ -144,8 +145,9 @@ class CaptureConfig(Config):
     backend: str = setting(
         "torch",
         "what runs the model: 'torch' (hooks in the transformers model, on a GPU if torch has one) or 'jax' (our "
-        "decoder, on the mesh); both make the same rows, with values equal within rounding",
-        choices=("torch", "jax"),
+        "decoder, on the mesh), which make the same rows, with values equal within rounding; 'auto' runs both on a few "
+        "batches and takes the faster one",
+        choices=("torch", "jax", "auto"),
     )
     dtype: str = setting(
         "float32",

@@ -18,7 +18,8 @@ from saejax.models.layers import einsum
 from saejax.models.rules import RunRules
 from saejax.parallel import to_host
 
-_STEP = 16  # least size to which directions that are read are filled up
+_STEP = 16  # least size to which directions that are read at the end are filled up
+_READ = 128  # directions that are read at once in other places
 FIXED = ("all", "constrained")  # ways to hold a layer with which its MLP gives what it gave in the prompt
 
 
@@ -41,13 +42,6 @@ class LayerChanges(NamedTuple):
         return np.arange(len(self.position_RxM))[:, None] * length + self.position_RxM
 
 
-class ReadDirections(NamedTuple):
-    """Directions whose products with a stream are read: positions [J] and directions [J, D]."""
-
-    position_J: np.ndarray
-    vector_JxD: np.ndarray
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_layer(
     frozen: FrozenModel,
@@ -58,10 +52,9 @@ def run_layer(
     x_RxTxD: jax.Array,
     skip_DxD: jax.Array | None,
     edited: tuple[Dictionary, LayerChanges] | None,
-    reader: ReadDirections | None,
     bounds: tuple[jax.Array, jax.Array],
     written_RxTxD: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array | None]:
     """One layer of all rows.
 
     Args:
@@ -71,14 +64,13 @@ def run_layer(
       x_TxD, x_RxTxD: the stream entering the layer, of the prompt and of the rows.
       skip_DxD: the skip path of its transcoder; None: there is none.
       edited: the layer's transcoder, and what is changed there; None: nothing.
-      reader: what is read from the transcoder's input.
       bounds: the first position at which features are used, before which their activations are 0; and up to which
         position attention is held where it is.
       written_RxTxD: what changes of lower layers write to this one, of cross-layer transcoders; None: nothing.
 
     Returns:
-      The stream leaving the layer; by how much what is read differs from the prompt's, [R, J]; and by how much the
-      activations of changed features do, [R, M].
+      The stream leaving the layer; what its transcoder reads of the prompt [T, D] and of the rows [R, T, D]; and by how
+      much the activations of changed features differ from the prompt's, [R, M].
     """
     config, rules = frozen.config, RunRules(first_fixes=hold == "all")
     seen: dict[str, jax.Array] = {}
@@ -108,12 +100,8 @@ def run_layer(
     x_BxTxD = jnp.concatenate([x_TxD[None], x_RxTxD])  # the prompt comes first
     tables, function = whole_prompts(config, len(x_TxD)), of_prompt if hold in ("attention", "constrained") else None
     x_BxTxD = decoder.run_layer(config, rules, params, layer, x_BxTxD, tables, hook, function)
-    change = changes[0] if changes else None
-    if reader is None:
-        return x_BxTxD[1:], None, change
     read_BxTxD = frozen.read(params, layer, seen, rules)
-    moved_RxJxD = (read_BxTxD[1:] - read_BxTxD[:1])[:, reader.position_J]
-    return x_BxTxD[1:], einsum("rjd,jd->rj", moved_RxJxD, reader.vector_JxD), change
+    return x_BxTxD[1:], (read_BxTxD[0], read_BxTxD[1:]), changes[0] if changes else None
 
 
 def _changes(dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Array | None, first: jax.Array) -> jax.Array:
@@ -150,15 +138,27 @@ def _activations(dictionary: Dictionary, edits: LayerChanges, read_RxTxD: jax.Ar
     return lax.scan(at_position, jnp.zeros_like(edits.own_RxM), jnp.arange(length))[0]
 
 
-@jax.jit
-def read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, reader: ReadDirections) -> jax.Array:
-    """By how much directions of the stream entering a layer differ from the prompt's, [R, J].
+def read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, vector_JxD: np.ndarray) -> np.ndarray:
+    """By how much the products of directions with some stream differ from the prompt's, [R, J].
+
+    They are read some at a time, always as many, so that layers and prompts share a program.
 
     Args:
       x_TxD, x_RxTxD: that stream, of the prompt and of the rows.
-      reader: the directions.
+      position_J, vector_JxD: the directions, and where they are read.
     """
-    return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, reader.position_J], reader.vector_JxD)
+    count, found = len(position_J), []
+    for start in range(0, count, _READ):
+        room = max(start + _READ - count, 0)
+        position_X = np.pad(position_J[start : start + _READ], (0, room))
+        vector_XxD = np.pad(vector_JxD[start : start + _READ], ((0, room), (0, 0)))
+        found.append(to_host(_read_moved(x_TxD, x_RxTxD, position_X, vector_XxD)))
+    return np.concatenate(found, axis=1)[:, :count]
+
+
+@jax.jit
+def _read_moved(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: jax.Array, vector_JxD: jax.Array) -> jax.Array:
+    return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, position_J], vector_JxD)
 
 
 def read_last(

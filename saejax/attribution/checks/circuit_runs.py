@@ -11,7 +11,7 @@ import numpy as np
 from saejax.attribution.checks.changed_layers import read_last
 from saejax.attribution.local.active import AT_ONCE, activations
 from saejax.attribution.local.frozen import RELP, FrozenModel
-from saejax.attribution.local.replacement import Replacement, padded
+from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.local.written import Written
 from saejax.attribution.trace.targets import Readouts
 from saejax.dictionaries import Dictionary
@@ -57,7 +57,7 @@ def run_circuits(
     if (readouts.layer_K != config.n_layers).any():
         raise UserError("a circuit is judged by logits, or by a direction of the stream that leaves the last layer")
     length, tokens = streams.stream_LxTxD.shape[1], len(replacement.ids_P)
-    most = padded(int(np.bincount(active.layer_A).max()), _STEP)
+    most = replacement.filled("active", int(np.bincount(active.layer_A).max()), _STEP)
     size = max(AT_ONCE // (length * replacement.transcoders.configs[0].n_features), 1)
     chunks = [slice(start, min(start + size, len(circuits))) for start in range(0, len(circuits), size)]
     states = [jnp.tile(streams.stream_LxTxD[0][None], (min(size, len(circuits)), 1, 1)) for _ in chunks]

@@ -69,7 +69,7 @@ def _next_logits(replacement: Replacement, ids: Sequence[int], edits: dict[int, 
     below = Written(replacement.transcoders, *x_RxTxD.shape[:2])
     for layer in range(replacement.model.config.n_layers):
         edited = (replacement.transcoders.load(layer), edits[layer]) if layer in edits else None
-        given = replacement.skip(layer), edited, None, bounds, below.at(layer)
+        given = replacement.skip(layer), edited, bounds, below.at(layer)
         x_RxTxD, _, change_RxM = run_layer(frozen, hold, params, np.int32(layer), x_RxTxD[0], x_RxTxD, *given)
         if edited:
             below.add(layer, edits[layer].places(x_RxTxD.shape[1]), edits[layer].feature_RxM, change_RxM)

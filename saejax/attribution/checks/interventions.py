@@ -26,7 +26,6 @@ import numpy as np
 from saejax.attribution.checks.changed_layers import (
     FIXED,
     LayerChanges,
-    ReadDirections,
     read_last,
     read_logits,
     read_moved,
@@ -40,7 +39,7 @@ from saejax.errors import UserError
 from saejax.parallel import by_row, to_host
 
 HOLDS = ("nothing", "attention", "all", "constrained")
-_STEP = 8  # least size to which rows and features are filled up
+_STEP = 8  # least size to which rows are filled up
 _CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
 
 
@@ -137,7 +136,6 @@ class _ChangedRun:
         value_J = active.value_A[chosen_J]
         self.changed = Changed(np.tile(value_J, (rows, 1)), np.tile(readouts.value_K, (rows, 1)), logits_RxV)
         self._layer_J = active.layer_A[chosen_J]
-        self._most = int(np.bincount(self._layer_J).max(initial=0))  # one size, so that layers share programs
         self._chunks = _chunks(rows, replacement, edits) if edits else []
         self._states = [_unchanged(replacement, chunk.stop - chunk.start, min(edits)) for chunk in self._chunks]
         self._below = [Written(replacement.transcoders, *x_RxTxD.shape[:2]) for x_RxTxD in self._states]
@@ -146,10 +144,10 @@ class _ChangedRun:
         """Reads what is read of the stream entering a layer, where the rows are now."""
         own_K = np.flatnonzero(self._readouts.layer_K == layer)
         if len(own_K):
-            inner = ReadDirections(self._readouts.position_K[own_K], self._readouts.vector_KxD[own_K])
+            inner = self._readouts.position_K[own_K], self._readouts.vector_KxD[own_K]
             x_TxD = self._replacement.stream_LxTxD[layer]
             for chunk, x_RxTxD in zip(self._chunks, self._states, strict=True):
-                moved_RxK = to_host(read_moved(x_TxD, x_RxTxD, inner))
+                moved_RxK = read_moved(x_TxD, x_RxTxD, *inner)
                 self.changed.readout_RxK[chunk, own_K] += moved_RxK[: chunk.stop - chunk.start]
 
     def go_through(self, layer: int, hold: str) -> None:
@@ -157,19 +155,20 @@ class _ChangedRun:
         replacement, own_J = self._replacement, np.flatnonzero(self._layer_J == layer)
         x_TxD, edits = replacement.stream_LxTxD[layer], self._edits.get(layer)
         same = replacement.frozen, hold, replacement.model.params, np.int32(layer), x_TxD
-        reader = _encoders(replacement, self._chosen_J[own_J], self._most) if self._most else None
+        places = self._chosen_J[own_J]
+        reader = replacement.active.position_A[places], replacement.encoder_rows(places)
         transcoder = replacement.transcoders.load(layer) if edits else None
         bounds = np.int32(replacement.first), np.int32(len(x_TxD))
         for place, chunk in enumerate(self._chunks):
             x_RxTxD = self._states[place]
             edited = (transcoder, _filled(edits, chunk, len(x_RxTxD))) if transcoder is not None and edits else None
-            given = replacement.skip(layer), edited, reader, bounds, self._below[place].at(layer)
-            self._states[place], moved, change_RxM = run_layer(*same, x_RxTxD, *given)
+            given = replacement.skip(layer), edited, bounds, self._below[place].at(layer)
+            self._states[place], read, change_RxM = run_layer(*same, x_RxTxD, *given)
             if edited:
                 self._below[place].add(layer, edited[1].places(len(x_TxD)), edited[1].feature_RxM, change_RxM)
             if len(own_J):
-                moved = to_host(moved)[: chunk.stop - chunk.start, : len(own_J)]
-                self.changed.feature_RxJ[chunk, own_J] += moved
+                moved_RxJ = read_moved(*read, *reader)
+                self.changed.feature_RxJ[chunk, own_J] += moved_RxJ[: chunk.stop - chunk.start]
 
     def read_end(self, hold: str) -> None:
         """Reads what is read of the stream leaving the last layer."""
@@ -201,14 +200,6 @@ def _hold_by_layer(hold: str, hold_until: int | None, layers: int) -> list[str]:
     else:
         after = "nothing"
     return [hold if layer < until else after for layer in range(layers + 1)]
-
-
-def _encoders(replacement: Replacement, places: np.ndarray, most: int) -> ReadDirections:
-    """Encoder rows of active features of one layer, filled up with zeros to a number for all layers."""
-    active = replacement.active
-    vector_JxD = replacement.encoder_rows(places)
-    room = padded(most, _STEP) - len(places)
-    return ReadDirections(np.pad(active.position_A[places], (0, room)), np.pad(vector_JxD, ((0, room), (0, 0))))
 
 
 def _chunks(rows: int, replacement: Replacement, edits: Mapping[int, LayerChanges]) -> list[slice]:

@@ -11,17 +11,22 @@ position; targets go down in blocks. Where the values of all sources are more th
 targets go down again for each part of them.
 """
 
+import functools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.attribution.heads.carried import Carried
 from saejax.attribution.heads.passes import Placed, carry_down, carry_up, through
-from saejax.attribution.local.replacement import Replacement, padded
-from saejax.attribution.trace.memory import HEADS_STEP, heads_block
+from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.trace.memory import heads_block
 from saejax.attribution.trace.targets import Readouts
 from saejax.models.config import DecoderConfig
 from saejax.parallel import to_host
@@ -61,15 +66,18 @@ def edge_heads(replacement: Replacement, readouts: Readouts, graph: Graph, top: 
     if not len(sources):
         return carried
     entries, readers = _entries(replacement, graph, sources), _readers(replacement, readouts, graph, targets)
-    size = heads_block(replacement.model.mesh.devices.flat[0].platform, length)
-    size = min(size, padded(max(len(sources), len(targets)), HEADS_STEP))
-    blocks = source_blocks(entries, length, size)
+    mesh = replacement.model.mesh
+    size = heads_block(mesh.devices.flat[0].platform, length)
+    blocks = source_blocks(entries, config.n_layers, length, size)
     down = target_blocks(readers, config.n_layers, length, size)
-    most = max(free_bytes(replacement.model.mesh) // 2, 1)
-    for group in _groups(blocks, config, length, size, most):
-        values = [_values(replacement, entries, block, size) for block in group]
-        for block in down:
-            _go_down(replacement, readers, block, size, (group, values), carried, (sources, targets))
+    ends, lock = (sources, targets), threading.Lock()
+    # As the rows of a graph are: two programs side by side, but on several devices one after the other.
+    with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:
+        for group in _groups(blocks, config, length, size, max(free_bytes(mesh) // 2, 1)):
+            values = list(pool.map(lambda block: _values(replacement, entries, block, size), group))
+            above = list(zip(group, values, strict=True))
+            go_down = functools.partial(_go_down, replacement, readers, above, carried, ends, lock, size)
+            list(pool.map(go_down, down))
     return carried
 
 
@@ -86,21 +94,21 @@ def value_bytes(config: DecoderConfig, layers: int, positions: int, sources: int
     return 4 * sources * layers * positions * config.n_kv_heads * config.d_head
 
 
-def source_blocks(entries: Placed, length: int, size: int) -> list[SourceBlock]:
+def source_blocks(entries: Placed, layers: int, length: int, size: int) -> list[SourceBlock]:
     """The sources in blocks of similar positions and, among these, of similar layers.
 
     Args:
       entries: what sources add.
+      layers: of the model.
       length: of the prompt, padded.
       size: sources of a block, at the most.
     """
     first_S = np.unique(entries.node_E, return_index=True)[1]
-    layer_S, part_S = entries.layer_E[first_S], entries.position_E[first_S] * _PARTS // length
-    order_S, blocks = np.lexsort((layer_S, part_S)), []
-    for start in range(0, len(order_S), size):
-        chosen_B = order_S[start : start + size]
-        position = -(-int(part_S[chosen_B].min()) * length // _PARTS)
-        blocks.append(SourceBlock(chosen_B, int(layer_S[chosen_B].min()), position))
+    layer_S, position_S = entries.layer_E[first_S], entries.position_E[first_S]
+    blocks = []
+    for part, chosen_B in _in_blocks(position_S, layer_S, length, size):
+        lowest = int(layer_S[chosen_B].min(initial=layers - 1))
+        blocks.append(SourceBlock(chosen_B, lowest, part * length // _PARTS))
     return blocks
 
 
@@ -115,15 +123,28 @@ def target_blocks(readers: Placed, layers: int, length: int, size: int) -> list[
     """
     # The highest layer that each goes down through; -1: none.
     top_R = np.where(readers.layer_E < layers, readers.layer_E, readers.layer_E - layers - 1)
-    part_R = readers.position_E * _PARTS // length
-    blocks: list[TargetBlock] = []
-    for part in np.unique(part_R):
-        own = np.flatnonzero(part_R == part)
-        order = own[np.argsort(-top_R[own], kind="stable")]
-        end = -(-(int(part) + 1) * length // _PARTS)
-        chosen = [order[start : start + size] for start in range(0, len(order), size)]
-        blocks += [TargetBlock(chosen_B, int(top_R[chosen_B].max()), end) for chosen_B in chosen]
+    blocks = []
+    for part, chosen_B in _in_blocks(readers.position_E, -top_R, length, size):
+        blocks.append(TargetBlock(chosen_B, int(top_R[chosen_B].max(initial=0)), (part + 1) * length // _PARTS))
     return blocks
+
+
+def _in_blocks(position_N: np.ndarray, order_N: np.ndarray, length: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Nodes in blocks of at most so many: the part of the prompt, and which they are.
+
+    A part without nodes has an empty block: programs are compiled for each part, all of them with the first prompt.
+
+    Args:
+      position_N: of the nodes.
+      order_N: what they are sorted by within a part.
+      length: of the prompt, padded: a multiple of the number of parts.
+    """
+    part_N = position_N * _PARTS // length
+    for part in range(_PARTS):
+        own = np.flatnonzero(part_N == part)
+        own = own[np.argsort(order_N[own], kind="stable")]
+        for start in range(0, max(len(own), 1), size):
+            yield part, own[start : start + size]
 
 
 def _groups(
@@ -143,57 +164,65 @@ def _groups(
 
 
 def _values(replacement: Replacement, entries: Placed, block: SourceBlock, size: int) -> list[jax.Array]:
-    """What a block's sources add to the values of each layer from the block's own on, [N, S, T, K]."""
+    """What a block's sources add to the values of each layer from the block's own on, [N, S, X, K]."""
     streams, params = replacement.streams, replacement.model.params
-    own, found = entries.chosen(block.chosen_B, size), []
-    change_SxTxD = _nothing(replacement, size)
+    own, found = entries.chosen(block.chosen_B), []
+    _, length, width = streams.stream_LxTxD.shape
+    change_SxXxD: Any = np.zeros((size, length - block.position, width), np.float32)
     for layer in range(block.layer, replacement.model.config.n_layers):
-        fixed = params, np.int32(layer), streams.stream_LxTxD[layer], replacement.skip(layer)
-        change_SxTxD, added_NxSxTxK = carry_up(replacement.frozen, *fixed, own, change_SxTxD)
-        found.append(added_NxSxTxK[:, :, block.position :])
+        fixed = params, np.int32(layer), streams.stream_LxTxD, streams.skip_LxDxD
+        change_SxXxD, added_NxSxXxK = carry_up(replacement.frozen, *fixed, *own.at(layer, size), change_SxXxD)
+        found.append(added_NxSxXxK)
     return found
 
 
 def _go_down(
     replacement: Replacement,
     readers: Placed,
-    below: TargetBlock,
-    size: int,
-    above: tuple[list[SourceBlock], list[list[jax.Array]]],
+    above: list[tuple[SourceBlock, list[jax.Array]]],
     carried: Carried,
     ends: tuple[np.ndarray, np.ndarray],
+    lock: threading.Lock,
+    size: int,
+    below: TargetBlock,
 ) -> None:
     """Takes a block of targets down, and enters the parts of their edges from some blocks of sources.
 
     Parts are entered for several layers at once: as few calls as memory allows.
 
     Args:
-      below: which of the readers.
       above: the blocks of sources, and their values.
       ends: the nodes that sources and readers are.
+      lock: held while parts are entered.
+      below: which of the readers.
     """
     streams, params, config = replacement.streams, replacement.model.params, replacement.model.config
-    pairs = _edges_between(carried, ends, above[0], below.chosen_B)
+    pairs = _edges_between(carried, ends, [block for block, _ in above], below.chosen_B)
     edge_E = np.sort(np.concatenate([edges for edges, *_ in pairs]))
-    if not len(edge_E):
+    places = [np.searchsorted(edge_E, edges) for edges, *_ in pairs]
+    if not len(edge_E) and len(below.chosen_B):
         return
-    span = int(
-        np.clip(_ENTERED // (len(edge_E) * config.n_heads), 1, config.n_layers)
-    )  # layers that are entered at once
-    part_ExXxH = np.zeros((len(edge_E), span, config.n_heads), np.float32)
-    own, cotangent_RxTxD = readers.chosen(below.chosen_B, size), _nothing(replacement, size)[:, : below.end]
+    most = _ENTERED // (max(len(edge_E), 1) * config.n_heads)
+    span = int(np.clip(most, 1, config.n_layers))  # layers that are entered at once
+    part_ExJxH = np.zeros((len(edge_E), span, config.n_heads), np.float32)
+    own, width, end = readers.chosen(below.chosen_B), streams.stream_LxTxD.shape[2], jnp.int32(below.end)
+    cotangent_RxXxD: Any = np.zeros((size, below.end, width), np.float32)
     for layer in reversed(range(below.layer + 1)):
-        fixed = params, np.int32(layer), streams.stream_LxTxD[layer, : below.end], replacement.skip(layer)
-        cotangent_RxTxD, wanted = carry_down(replacement.frozen, *fixed, own, cotangent_RxTxD)
-        for block, values, (edges, sources, targets) in zip(*above, pairs, strict=True):
-            if layer >= block.layer and len(edges):
-                part_RxSxNxG = to_host(through(wanted, values[layer - block.layer], block.position))
-                found = part_RxSxNxG[targets, sources].reshape(len(edges), -1)
-                part_ExXxH[np.searchsorted(edge_E, edges), layer % span] = found
-        if layer % span == 0:
+        fixed = params, np.int32(layer), streams.stream_LxTxD, streams.skip_LxDxD
+        streamed_RxD, _ = own.at(config.n_layers + layer + 1, size)
+        cotangent_RxXxD, wanted = carry_down(
+            replacement.frozen, *fixed, streamed_RxD, *own.at(layer, size), cotangent_RxXxD
+        )
+        for (block, values), own_E, (_, sources, targets) in zip(above, places, pairs, strict=True):
+            if layer >= block.layer and (len(own_E) or not len(block.chosen_B)):
+                part_NxRxGxS = to_host(through(wanted, values[layer - block.layer], end, _PARTS))
+                part_ExNxG = part_NxRxGxS[:, targets, :, sources]
+                part_ExJxH[own_E, layer % span] = part_ExNxG.reshape(len(own_E), config.n_heads)
+        if layer % span == 0 and len(edge_E):
             count = min(span, config.n_layers - layer)
-            carried.add(edge_E, layer, part_ExXxH[:, :count].reshape(len(edge_E), -1))
-            part_ExXxH[:] = 0
+            with lock:
+                carried.add(edge_E, layer, part_ExJxH[:, :count].reshape(len(edge_E), -1))
+            part_ExJxH[:] = 0
 
 
 def _edges_between(
@@ -211,10 +240,6 @@ def _edges_between(
         here = place_S[source] >= 0
         found.append((own[here], place_S[source[here]], target[here]))
     return found
-
-
-def _nothing(replacement: Replacement, size: int) -> Any:
-    return np.zeros((size, *replacement.streams.stream_LxTxD.shape[1:]), np.float32)
 
 
 def _entries(replacement: Replacement, graph: Graph, chosen: np.ndarray) -> Placed:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from saejax.attribution.local.frozen import RELP, FrozenModel
-from saejax.attribution.local.replacement import padded
 from saejax.models import decoder
-from saejax.models.attention import AttentionTables, attend, attention_weights, whole_prompts
+from saejax.models.attention import AttentionTables, attention_weights, whole_prompts
 from saejax.models.layers import einsum
 
 
@@ -30,30 +30,36 @@ class Placed(NamedTuple):
     position_E: np.ndarray
     vector_ExD: np.ndarray
 
-    def chosen(self, nodes_B: np.ndarray, count: int) -> "Placed":
-        """Those of some nodes, which are numbered anew, filled up with vectors of no layer.
+    def chosen(self, nodes_B: np.ndarray) -> "Placed":
+        """Those of some nodes, which are numbered anew."""
+        number_N = np.full(self.node_E[-1] + 1, -1)
+        number_N[nodes_B] = np.arange(len(nodes_B))
+        own = np.flatnonzero(number_N[self.node_E] >= 0)
+        return Placed(number_N[self.node_E[own]], self.layer_E[own], self.position_E[own], self.vector_ExD[own])
+
+    def at(self, layer: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors that nodes have at a layer [N, D], 0 of those without, and the positions of all [N], filled up.
 
         Args:
-          nodes_B: the nodes.
-          count: to a multiple of which number of vectors.
+          count: N.
         """
-        number_N = np.full(self.node_E[-1] + 1, -1, np.int32)
-        number_N[nodes_B] = np.arange(len(nodes_B))
-        number_E = number_N[self.node_E]
-        own = np.flatnonzero(number_E >= 0)
-        room = padded(len(own), count) - len(own)
-        return Placed(
-            np.pad(number_E[own], (0, room)),
-            np.pad(self.layer_E[own].astype(np.int32), (0, room), constant_values=-1),
-            np.pad(self.position_E[own].astype(np.int32), (0, room)),
-            np.pad(self.vector_ExD[own], ((0, room), (0, 0))),
-        )
+        vector_NxD, position_N = np.zeros((count, self.vector_ExD.shape[1]), np.float32), np.zeros(count, np.int32)
+        own = np.flatnonzero(self.layer_E == layer)
+        vector_NxD[self.node_E[own]], position_N[self.node_E] = self.vector_ExD[own], self.position_E
+        return vector_NxD, position_N
 
 
-def _with(placed: Placed, layer: jax.Array, x_NxTxD: jax.Array) -> jax.Array:
-    """With the vectors of a layer added to their nodes at their positions."""
-    vector_ExD = jnp.where((placed.layer_E == layer)[:, None], placed.vector_ExD, 0)
-    return x_NxTxD.at[placed.node_E, placed.position_E].add(vector_ExD)
+def _with(x_NxTxD: jax.Array, vector_NxD: jax.Array, position_N: jax.Array) -> jax.Array:
+    """With a vector added to each at its position."""
+    return x_NxTxD.at[jnp.arange(len(x_NxTxD)), position_N].add(vector_NxD)
+
+
+def _entering(
+    layer: jax.Array, stream_LxTxD: jax.Array, skip_LxDxD: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The stream entering a layer, that of the prompt, and the skip path of the layer's transcoder."""
+    skip_DxD = None if skip_LxDxD is None else lax.dynamic_index_in_dim(skip_LxDxD, layer, keepdims=False)
+    return lax.dynamic_index_in_dim(stream_LxTxD, layer, keepdims=False), skip_DxD
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -61,37 +67,51 @@ def carry_up(
     frozen: FrozenModel,
     params: decoder.Params,
     layer: jax.Array,
-    x_TxD: jax.Array,
-    skip_DxD: jax.Array | None,
-    entries: Placed,
-    change_SxTxD: jax.Array,
+    stream_LxTxD: jax.Array,
+    skip_LxDxD: jax.Array | None,
+    added_SxD: jax.Array,
+    position_S: jax.Array,
+    change_SxXxD: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sources through a layer.
+    """Sources through a layer, at its last X positions, before which they change nothing.
 
     Args:
       frozen: static.
       layer: its number.
-      x_TxD: the stream entering it, that of the prompt.
-      skip_DxD: the skip path of its transcoder; None: there is none.
-      entries: the sources, by the layer whose entering stream they are added to.
-      change_SxTxD: what they changed below.
+      stream_LxTxD: the streams entering all layers, those of the prompt.
+      skip_LxDxD: skip paths of the transcoders; None: there are none.
+      added_SxD: what the sources add to the stream entering the layer.
+      position_S: where, of all T.
+      change_SxXxD: what they changed below.
 
     Returns:
-      The changes of the stream leaving the layer [S, T, D], and of the values that its heads mix, [N, S, T, K].
+      The changes of the stream leaving the layer [S, X, D], and of the values that its heads mix, [N, S, X, K].
     """
+    config, (x_TxD, skip_DxD) = frozen.config, _entering(layer, stream_LxTxD, skip_LxDxD)
+    first = len(x_TxD) - change_SxXxD.shape[1]
+    seen: list[jax.Array] = []
 
-    def frozen_layer(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def weigh(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+        seen.append(attention_weights(config, RELP, q, k, tables))
+        return jnp.zeros_like(q)  # what comes after is not asked for
+
+    frozen.layer(params, layer, whole_prompts(config, len(x_TxD)), x_TxD, None, weigh)
+    weights_NxGxXxX = seen[0][:, :, first:, first:]
+
+    def last_positions(x_XxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What is left of the layer there: of all positions its attention weights alone depend."""
         values: list[jax.Array] = []
 
-        def look(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
             values.append(v)
-            return attend(frozen.config, RELP, q, k, v, tables)
+            return einsum("ngts,snk->tngk", weights_NxGxXxX, v).reshape(q.shape)
 
-        tables = whole_prompts(frozen.config, len(x_TxD))
-        return frozen.layer(params, layer, tables, x_TxD, skip_DxD, look)[0], jnp.swapaxes(values[0], 0, 1)
+        tables = whole_prompts(config, len(x_XxD))  # of other positions: they make the weights, which are known
+        return frozen.layer(params, layer, tables, x_XxD, skip_DxD, mix)[0], jnp.swapaxes(values[0], 0, 1)
 
-    along = jax.vmap(lambda change_TxD: jax.jvp(frozen_layer, (x_TxD,), (change_TxD,))[1], out_axes=(0, 1))
-    return along(_with(entries, layer, change_SxTxD))
+    change_SxXxD = _with(change_SxXxD, added_SxD, jnp.maximum(position_S - first, 0))
+    along = jax.vmap(lambda change_XxD: jax.jvp(last_positions, (x_TxD[first:],), (change_XxD,))[1], out_axes=(0, 1))
+    return along(change_SxXxD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -99,50 +119,65 @@ def carry_down(
     frozen: FrozenModel,
     params: decoder.Params,
     layer: jax.Array,
-    x_TxD: jax.Array,
-    skip_DxD: jax.Array | None,
-    readers: Placed,
-    cotangent_RxTxD: jax.Array,
+    stream_LxTxD: jax.Array,
+    skip_LxDxD: jax.Array | None,
+    streamed_RxD: jax.Array,
+    read_RxD: jax.Array,
+    position_R: jax.Array,
+    cotangent_RxXxD: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Targets down through a layer.
+    """Targets down through a layer, at its first X positions, after which they read nothing.
 
     Args:
       frozen: static.
       layer: its number.
-      x_TxD: the stream entering it, that of the prompt.
-      skip_DxD: the skip path of its transcoder; None: there is none.
-      readers: the targets, by the layer whose transcoder reads; of a stream, L + the one that it enters.
-      cotangent_RxTxD: of the stream leaving the layer, but for the targets that read it.
+      stream_LxTxD: the streams entering all layers, those of the prompt.
+      skip_LxDxD: skip paths of the transcoders; None: there are none.
+      streamed_RxD, read_RxD: what the targets read of the stream leaving the layer, and behind its transcoder.
+      position_R: where.
+      cotangent_RxXxD: of the stream leaving the layer, but for the targets that read it.
 
     Returns:
-      The cotangents of the stream entering it [R, T, D], and of the values by the head that mixes them,
-      [N, R, G, T, K].
+      The cotangents of the stream entering it [R, X, D], and of the values by the head that mixes them,
+      [N, R, G, T, K], 0 after the first X positions.
     """
-    config, length = frozen.config, len(x_TxD)
+    config, (x_TxD, skip_DxD) = frozen.config, _entering(layer, stream_LxTxD, skip_LxDxD)
+    length = cotangent_RxXxD.shape[1]
     groups = config.n_heads // config.n_kv_heads
 
-    def frozen_layer(x_TxD: jax.Array, more_NxGxSxK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def frozen_layer(x_XxD: jax.Array, more_NxGxXxK: jax.Array) -> tuple[jax.Array, jax.Array]:
         def add(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
-            weights_NxGxTxS = attention_weights(config, RELP, q, k, tables)
-            values_NxGxSxK = jnp.swapaxes(v, 0, 1)[:, None] + more_NxGxSxK
-            return jnp.moveaxis(einsum("ngts,ngsk->ngtk", weights_NxGxTxS, values_NxGxSxK), 2, 0).reshape(q.shape)
+            weights_NxGxXxX = attention_weights(config, RELP, q, k, tables)
+            values_NxGxXxK = jnp.swapaxes(v, 0, 1)[:, None] + more_NxGxXxK
+            return jnp.moveaxis(einsum("ngts,ngsk->ngtk", weights_NxGxXxX, values_NxGxXxK), 2, 0).reshape(q.shape)
 
-        return frozen.layer(params, layer, whole_prompts(config, length), x_TxD, skip_DxD, add)
+        return frozen.layer(params, layer, whole_prompts(config, length), x_XxD, skip_DxD, add)
 
-    cotangent_RxTxD = _with(readers, config.n_layers + layer + 1, cotangent_RxTxD)
     nothing = jnp.zeros((config.n_kv_heads, groups, length, config.d_head), x_TxD.dtype)
-    _, pull = jax.vjp(frozen_layer, x_TxD, nothing)
-    down = jax.vmap(lambda cotangent_TxD, read_TxD: pull((cotangent_TxD, read_TxD)), out_axes=(0, 1))
-    return down(cotangent_RxTxD, _with(readers, layer, jnp.zeros_like(cotangent_RxTxD)))
+    _, pull = jax.vjp(frozen_layer, x_TxD[:length], nothing)
+    down = jax.vmap(lambda cotangent_XxD, read_XxD: pull((cotangent_XxD, read_XxD)), out_axes=(0, 1))
+    read_RxXxD = _with(jnp.zeros_like(cotangent_RxXxD), read_RxD, position_R)
+    below_RxXxD, wanted_NxRxGxXxK = down(_with(cotangent_RxXxD, streamed_RxD, position_R), read_RxXxD)
+    return below_RxXxD, jnp.pad(wanted_NxRxGxXxK, ((0, 0),) * 3 + ((0, len(x_TxD) - length), (0, 0)))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def through(wanted_NxRxGxTxK: jax.Array, added_NxSxXxK: jax.Array, first: int) -> jax.Array:
-    """The part of each pair of target and source that goes through each head, [R, S, N, G].
+@functools.partial(jax.jit, static_argnums=3)
+def through(wanted_NxRxGxTxK: jax.Array, added_NxSxXxK: jax.Array, end: jax.Array, parts: int) -> jax.Array:
+    """The part of each pair of target and source that goes through each head, [N, R, G, S].
 
     Args:
-      wanted_NxRxGxTxK: what targets read of the values, from ``carry_down``; at the positions up to their last.
-      added_NxSxXxK: what sources add to them, from ``carry_up``, at the positions from ``first`` on, which is static.
+      wanted_NxRxGxTxK: what targets read of the values, from ``carry_down``.
+      added_NxSxXxK: what sources add to them, from ``carry_up``, at the last X positions.
+      end: the position from which on targets read nothing, at the end of one of ``parts`` equal parts of the prompt.
+      parts: static; sources begin where one of them does.
     """
-    end = wanted_NxRxGxTxK.shape[3]
-    return einsum("nrgtk,nstk->rsng", wanted_NxRxGxTxK[:, :, :, first:], added_NxSxXxK[:, :, : end - first])
+    *sizes, length, _ = wanted_NxRxGxTxK.shape
+    first, step = length - added_NxSxXxK.shape[2], length // parts
+
+    def add(part: jax.Array, sum_NxRxGxS: jax.Array) -> jax.Array:
+        wanted_NxRxGxQxK = lax.dynamic_slice_in_dim(wanted_NxRxGxTxK, first + part * step, step, 3)
+        added_NxSxQxK = lax.dynamic_slice_in_dim(added_NxSxXxK, part * step, step, 2)
+        return sum_NxRxGxS + einsum("nrgqk,nsqk->nrgs", wanted_NxRxGxQxK, added_NxSxQxK)
+
+    nothing = jnp.zeros((*sizes, added_NxSxXxK.shape[1]), wanted_NxRxGxTxK.dtype)
+    return lax.fori_loop(0, (end - first) // step, add, nothing)

@@ -29,6 +29,9 @@ class LayerDictionaries(abc.ABC):
         [U, D]; None: by loading the layer.
       reads: see ``FrozenModel``.
       revision: of a hub repository.
+
+    Attributes:
+      sizes: to which arrays of earlier prompts were filled up; see ``Replacement.filled``.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class LayerDictionaries(abc.ABC):
     ):
         self.name, self.configs, self.reads, self.revision = name, tuple(configs), reads, revision
         self._load, self._kept = load, dict[int, Dictionary]()
+        self.sizes: dict[tuple[str, int], int] = {}
         stored = not any(config.centred or config.kind == "gated" for config in configs)
         self._rows = rows if rows and stored else self._rows_of_layer
 

@@ -171,6 +171,22 @@ class Replacement:
         """The skip path of a layer's transcoder [D, D]; None: there is none."""
         return None if self.streams.skip_LxDxD is None else self.streams.skip_LxDxD[layer]
 
+    def filled(self, name: str, count: int, least: int) -> int:
+        """The size to which arrays that follow the active features are filled up.
+
+        It is that of an earlier prompt of this length and set, if that holds them and is at most twice as large: then
+        the programs that were compiled for that prompt run this one, too. Otherwise an eighth is left for later ones.
+
+        Args:
+          name: of the arrays.
+          count: how many there are.
+          least: see ``padded``.
+        """
+        sizes, key = self.transcoders.sizes, (name, self.streams.stream_LxTxD.shape[1])
+        if not count <= sizes.get(key, 0) <= 2 * count:
+            sizes[key] = padded(count + count // 8, least)
+        return sizes[key]
+
     def encoder_rows(self, chosen_F: np.ndarray) -> np.ndarray:
         """The directions that some of the active features read, fp32 [F, D]; each layer is read once."""
         return self.transcoders.rows_of("W_enc", self.active.layer_A[chosen_F], self.active.feature_A[chosen_F])

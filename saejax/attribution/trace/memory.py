@@ -39,7 +39,7 @@ _SCORES = 2.5  # attention weights, and what they are made of
 _ROUND = 2048  # features that are attributed between two rankings, at the most
 _CHANGED = 8  # least sets of changed features that go through a layer together
 _HEADS = {"cpu": 1 << 10, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of the sources of a block, together
-HEADS_STEP, _HEADS_MOST = 16, 256  # sources of a block: a multiple, and the most
+_HEADS_STEP, _HEADS_MOST = 16, 256  # sources of a block: a multiple, and the most
 PHASES = dict(
     layers="the layers and their transcoders",
     rows="the graph's rows",
@@ -134,7 +134,7 @@ def heads_block(platform: str, length: int) -> int:
       platform: of the devices.
       length: of the prompt, padded.
     """
-    return min(max(_HEADS[platform] // length // HEADS_STEP * HEADS_STEP, HEADS_STEP), _HEADS_MOST)
+    return min(max(_HEADS[platform] // length // _HEADS_STEP * _HEADS_STEP, _HEADS_STEP), _HEADS_MOST)
 
 
 def fitting_tokens(size: GraphSize, mesh: Mesh, room: Room) -> int:
@@ -253,13 +253,15 @@ def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
 
 
 def _heads(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
-    """Two blocks of sources, one of which is kept in all layers, as more are only where they fit."""
+    """A block of sources kept in all layers, as more are only where they fit; and those that are on their way."""
     model, length = size.model, padded(tokens)
     positions = heads_block(mesh.devices.flat[0].platform, length) * length
     values = model.n_layers * model.n_kv_heads * model.d_head
     mixed = 3 * model.n_heads * model.d_head
     ends = model.d_model * (size.traced(tokens) + model.n_layers * tokens)  # vectors of the graph's nodes
-    return _kept(size, length) + positions * (values + mixed + _inside(size)) + 2 * _attention(size, length), ends
+    at_once = 2 if mesh.size == 1 else 1
+    running = positions * (mixed + _inside(size)) + _attention(size, length)
+    return _kept(size, length) + positions * values + at_once * running, ends
 
 
 def _checks(size: GraphSize, tokens: int) -> tuple[float, float]:

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
-from saejax.attribution.local.replacement import Replacement, padded
+from saejax.attribution.local.replacement import Replacement
 from saejax.parallel import sharding
 
 WIDTH = 32  # directions in a block
 STEP = 4  # blocks that are read at once
-_ROWS, _BLOCKS = 512, 64  # least rows of the table, and blocks; see ``padded``
+_ROWS, _BLOCKS = 512, 64  # least rows of the table, and blocks; see ``Replacement.filled``
 _NOWHERE = np.iinfo(np.int32).max  # position of a block that fills up its place
 
 
@@ -78,8 +78,7 @@ class Sources:
         position_E = np.concatenate([part.position_E for part in parts])
         factor_E = np.ones(len(place_E), np.float32)
         factor_E[: len(parts[0].place_E)] = np.repeat(replacement.active.value_A, parts[0].count_S)
-        places, tokens = replacement.model.config.n_layers + 1, len(replacement.ids_P)
-        at_E, first_X, row_BxW, position_B = _blocks(place_E, position_E, row_E, places, tokens)
+        at_E, first_X, row_BxW, position_B = _blocks(replacement, place_E, position_E, row_E)
         bank = SourceBank(jnp.concatenate([jnp.asarray(part.table_UxD) for part in parts]), row_BxW, position_B)
         count_S = np.concatenate([part.count_S for part in parts])
         return cls(
@@ -138,7 +137,8 @@ def _features(replacement: Replacement) -> _Part:
             row_A[own] = known + index * writes.shape[1]
             tables.append(writes.reshape(-1, writes.shape[2]))
             known += len(tables[-1])
-    table_UxD = np.pad(np.concatenate(tables), ((0, padded(known, _ROWS) - known), (0, 0)))
+    room = replacement.filled("directions", known, _ROWS) - known
+    table_UxD = np.pad(np.concatenate(tables), ((0, room), (0, 0)))
     written_L = np.array([transcoders.written_layers(layer) for layer in range(len(transcoders.configs))])
     count_A = written_L[active.layer_A]
     of_E = np.repeat(np.arange(len(active)), count_A)
@@ -187,9 +187,10 @@ def _biases(replacement: Replacement) -> _Part:
 
 
 def _blocks(
-    place_E: np.ndarray, position_E: np.ndarray, row_E: np.ndarray, places: int, tokens: int
+    replacement: Replacement, place_E: np.ndarray, position_E: np.ndarray, row_E: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Entries in blocks by place and position: ``at_E``, ``first_X``, ``row_BxW`` and ``position_B``."""
+    places, tokens = replacement.model.config.n_layers + 1, len(replacement.ids_P)
     group_E = place_E * tokens + position_E
     order_E = np.argsort(group_E, kind="stable")
     count_G = np.bincount(group_E, minlength=places * tokens)
@@ -201,7 +202,7 @@ def _blocks(
     first_X = np.concatenate([[0], np.cumsum(room)])
     before_G = np.cumsum(blocks_G) - blocks_G + np.repeat(first_X[:-1] - (np.cumsum(of_place) - of_place), tokens)
     at_E = (before_G[group_E] + within_E // WIDTH) * WIDTH + within_E % WIDTH
-    total = padded(int(first_X[-1]), _BLOCKS)
+    total = replacement.filled("blocks", int(first_X[-1]), _BLOCKS)
     row_BxW, position_B = np.zeros((total, WIDTH), np.int32), np.full(total, _NOWHERE, np.int32)
     row_BxW.reshape(-1)[at_E] = row_E
     position_B[at_E // WIDTH] = position_E

@@ -108,7 +108,7 @@ def test_groups_and_blocks_of_sources_and_targets_change_nothing(traced, monkeyp
 def test_blocks_of_sources_leave_out_what_is_before_them():
     layer_S, position_S = (part.reshape(-1) for part in np.mgrid[:6, :16])
     entries = Placed(np.arange(96), layer_S, position_S, np.zeros((96, 1), np.float32))
-    blocks = heads.source_blocks(entries, 16, 12)
+    blocks = heads.source_blocks(entries, 6, 16, 12)
     assert np.array_equal(np.sort(np.concatenate([block.chosen_B for block in blocks])), np.arange(96))
     for block in blocks:
         assert len(block.chosen_B) == 12 and np.ptp(position_S[block.chosen_B]) < 4

@@ -1,0 +1,50 @@
+"""What is compiled for a prompt serves the prompts after it."""
+
+import logging
+
+import jax
+import numpy as np
+import pytest
+from made_transcoders import made_set
+
+from saejax import load_model
+from saejax.attribution.checks import circuits
+from saejax.attribution.checks.validation import double
+from saejax.attribution.heads.attention import attend
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.trace.prompt import trace_prompt
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+
+def graph_and_checks(lm, transcoders, tokens: int, seed: int, logits: int):
+    """Traces a random prompt, finds the heads of its edges, and runs it; the graph."""
+    prompt = np.random.default_rng(seed).integers(1, lm.config.vocab, tokens)
+    traced = trace_prompt(lm, transcoders, prompt, max_features=100, max_logits=logits, logit_mass=1.0)
+    graph, replacement, readouts = traced
+    attend(traced, graph.prune(), True, None)
+    double(replacement, graph, readouts, 16)
+    circuits.curve(replacement, graph, readouts, (0.3, 0.8))
+    return graph
+
+
+def test_a_second_prompt_compiles_nothing(tiny_llama, one_device, caplog):
+    """Of as many tokens to a multiple of four, with other features, fewer nodes or more, and other targets."""
+    lm = load_model(str(tiny_llama), mesh=one_device)
+    transcoders = LayerTranscoders.of(made_set(lm, 96))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+
+        def compiled(tokens: int, seed: int, logits: int) -> tuple[list[str], int]:
+            caplog.clear()
+            graph = graph_and_checks(lm, transcoders, tokens, seed, logits)
+            names = [record.getMessage().split(" with ")[0] for record in caplog.records]
+            return [name for name in names if name.startswith("Compiling")], graph.settings["active_features"]
+
+        first, active = compiled(11, 0, 5)
+        assert len(first) > 15  # so the log tells
+        counts = {active}
+        for tokens, seed, logits in ((12, 1, 3), (9, 2, 7), (11, 3, 1)):
+            names, active = compiled(tokens, seed, logits)
+            assert not names, f"{tokens} tokens, {active} active features: {names}"
+            counts.add(active)
+    assert len(counts) == 4
