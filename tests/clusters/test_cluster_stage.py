@@ -35,7 +35,7 @@ def test_members_are_grouped_in_every_view(workdir):
     assert [one.name for one in results.dictionaries] == ["topk/seed1", "topk/seed2"] and first.tokens > 300
     assert {one.view for one in first.groupings} == {"coactivation", "decoder", "effects"} and not first.without
     assert "ablate.effects" in second.without["effects"] and {pair.method for pair in first.between_views} > {"HDBSCAN"}
-    assert {pair.view for pair in results.between_dictionaries} == {"coactivation", "decoder"}
+    assert {pair.view for pair in results.between_dictionaries} <= {"coactivation", "decoder"}
     table = GroupedFeatures.load(folder / "cluster" / "000-topk-seed1-groups.parquet")
     for one in first.groupings:
         feature_F, group_F = table.of(one.view, one.method)

@@ -1,5 +1,7 @@
 """Groups of features: planted ones are found again, shuffled ones are not, and figures are what they say."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from planted_groups import made_activity
@@ -7,6 +9,7 @@ from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
 
 from saejax.clusters import views
+from saejax.clusters.agreement import GroupedFeatures, between_dictionaries
 from saejax.clusters.groups import agreement, find, methods, overlaps
 from saejax.transfer.activity import Activity
 from saejax.transfer.compared import unit
@@ -111,3 +114,24 @@ def test_few_features_and_none():
     activity, text_N, _ = made_activity(1, 3, 0, tokens=300)
     seldom = views.coactivation(Activity(activity.f_NxF, np.arange(300) < 40), text_N)  # two texts
     assert not len(seldom.feature_F)
+
+
+def test_a_dictionary_groups_its_features_as_its_copy_does():
+    """Of a permuted copy, by matched decoder rows: 1; with groups dealt out at random, about 0."""
+    rng = np.random.default_rng(6)
+    rows_FxD, group_F, order = rng.normal(size=(40, 16)), np.repeat(np.arange(5), 8), rng.permutation(40)
+
+    def made(name, rows):
+        config = SimpleNamespace(site="resid_post.1")
+        dictionary = SimpleNamespace(W_dec_FxD=rows, site=config.site, config=config)
+        return SimpleNamespace(name=name, fingerprint="m", dictionary=dictionary)
+
+    def table(group):
+        words = (np.full(40, word) for word in ("decoder", "spectral"))
+        return GroupedFeatures(*words, group, np.arange(40), np.zeros(40))
+
+    compared = [made("a", rows_FxD), made("b", rows_FxD[order])]
+    (pair,) = between_dictionaries(compared, [table(group_F), table(group_F[order])], 0)
+    assert pair.features == 40 and pair.agreement == 1.0 and pair.null.low < 0.05 > pair.null.mean
+    compared[1].dictionary.site = "resid_post.2"
+    assert not between_dictionaries(compared, [table(group_F), table(group_F[order])], 0)
