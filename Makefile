@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DEPTH := runs/demo_depth/train/topk
 
 .PHONY: demo demo-atlas demo-depth demo-graphs demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
 
@@ -21,11 +22,14 @@ demo-graphs: $(INSTALLED)
 	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital
 	@echo "Open runs/demo/report/index.html"
 
-# After the demo: an SAE for every layer, and a worked solution followed through all of them.
+# After the demo: an SAE for every layer; what layers share, groups of features, and a worked solution followed through all of
+# them, in the demo's report.
 demo-depth: $(INSTALLED)
 	$(BIN)/python -m experiments.train --workdir=runs/demo_depth --flagfile=configs/demo_depth.flags
-	$(BIN)/python -m experiments.track --workdir=runs/demo_depth --flagfile=configs/demo_depth.flags
-	@echo "Open runs/demo_depth/track/solution/index.html"
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags \
+	    --transfer.dictionaries=$(DEPTH) --transfer.measures=decoder --track.dictionaries=$(DEPTH) \
+	    --track.prompts=configs/solution.jsonl --cluster.dictionaries=topk,$(DEPTH)/resid_post.5,$(DEPTH)/resid_post.25
+	@echo "Open runs/demo/report/index.html and runs/demo/track/solution/index.html"
 
 demo-tiny: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_tiny --flagfile=configs/demo_tiny.flags

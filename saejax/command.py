@@ -19,6 +19,7 @@ from absl import flags
 
 from saejax import config
 from saejax.errors import CheckFailed, Interrupted, UserError
+from saejax.processes import label
 from saejax.registry import GROUPS, STAGES, groups_of
 
 _DISK = {
@@ -50,7 +51,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
             return _show(help_text(stages, about, flag_values))
         workdir = named_workdir(flag_values)
         runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
-        shares_gpu = runs_model and configs["capture"].backend == "torch"
+        shares_gpu = runs_model and configs["capture"].backend != "jax"
         _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
         from saejax import pipeline
 
@@ -117,10 +118,10 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
         work()
         return 0
     except CheckFailed as failed:
-        print("failed:", failed, file=sys.stderr)
+        print(f"{label()}failed:", failed, file=sys.stderr)
         return 1
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        print(f"{label()}{stop}", file=sys.stderr)
         return 128 + signal.SIGTERM
     except flags.Error as error:
         return _refuse(f"{flag_error(error)}; --help lists the flags", flag_values)
@@ -197,7 +198,7 @@ def _refuse(message: str, flag_values: flags.FlagValues) -> int:
         import traceback
 
         traceback.print_exc()
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print(f"{label()}error:", " ".join(message.split()), file=sys.stderr)
     return 2
 
 

@@ -2,7 +2,7 @@
 
 Units are compared by their place, such as "ablate/topk", and their results field by field, as the classes that their
 stages returned. Two figures with intervals are *apart* if these do not overlap. Texts that say in words what figures
-say, and what depends on the machine's speed alone, are left out.
+say, examples, and what depends on the machine's speed alone, are left out.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ compare: what differs between two workdirs in settings, figures and verdicts.
   --lines=N  figures of each unit that are shown, those that changed most first (default: 12)
   --debug  show the traceback of bad input too"""
 _SPEED = {"seconds", "tokens_per_second", "matmul_flops_per_second", "disk_free_bytes"}  # of fields
+_LEFT_OUT = _SPEED | {"examples", "unparsed_examples"}
 _ORDER = ("setting", "package", "verdict", "figure")
 
 
@@ -141,7 +142,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from () if key in _SPEED else _leaves(item, f"{name}.{key}".lstrip("."))
+            yield from () if key in _LEFT_OUT else _leaves(item, f"{name}.{key}".lstrip("."))
     elif isinstance(value, list | tuple) and any(dataclasses.is_dataclass(item) for item in value):
         for index, item in enumerate(value):
             own = getattr(item, "name", None) or getattr(item, "feature", index)
@@ -218,8 +219,9 @@ def write(found: Sequence[UnitComparison], folders: Sequence[str], out: Path) ->
     out.mkdir(parents=True, exist_ok=True)
     sections = []
     for one in found:
-        rows = tuple((x.name, x.kind, _said(x.first), _said(x.second), _apart(x)) for x in one.changes)
-        table = Table(one.unit, ("Name", "Kind", "First", "Second", "Intervals"), rows, frozenset({1, 4}), stack=False)
+        rows = tuple((x.name, _said(x.first), _said(x.second), _apart(x), x.kind) for x in one.changes)
+        columns = ("Name", "First", "Second", "Intervals", "Kind")
+        table = Table(one.unit, columns, rows, frozenset({1, 2, 3, 4}), stack=False)
         sections.append(Section(one.unit, (table if rows else Text(f"{one.state.capitalize()}."),)))
     lead = (f"First: {folders[0]}. Second: {folders[1]}.",)
     footer = f"Written by saejax {package_versions().get('saejax', '')}.".strip()

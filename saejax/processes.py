@@ -4,15 +4,21 @@ Under SLURM, under Open MPI's ``mpirun`` and on the hosts of a TPU slice, ``--me
 processes there are. Elsewhere each is told by ``--mesh.processes``, ``process_id`` and ``coordinator``.
 """
 
+import collections
 import dataclasses
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from saejax.errors import UserError
 from saejax.settings import MeshConfig
 
+if TYPE_CHECKING:
+    import jax
+
 HEARTBEAT = 50  # seconds without a word after which a process counts as dead, and the others end
+_joined: list[str] = []  # what this process calls itself, once it has joined others
 
 
 def join(config: MeshConfig) -> MeshConfig:
@@ -32,6 +38,8 @@ def join(config: MeshConfig) -> MeshConfig:
     if config.distributed == "flags":
         told = dict(num_processes=config.processes, process_id=config.process_id)
         jax.distributed.initialize(coordinator, **told, heartbeat_timeout_seconds=HEARTBEAT)
+        check_devices(jax.devices(), config.process_id, None)
+        _joined[:] = [f"process {config.process_id} of {config.processes}: "]
         return config
     if not jax.distributed.is_initialized():
         ids = gpus_of_process(os.environ, len(glob.glob("/dev/nvidia[0-9]*")))
@@ -42,7 +50,37 @@ def join(config: MeshConfig) -> MeshConfig:
                 "--mesh.distributed=auto found neither SLURM, Open MPI nor a TPU slice of several hosts "
                 f"({error}): start the run by srun or mpirun, or name --mesh.processes, process_id and coordinator"
             ) from error
+        check_devices(jax.devices(), jax.process_index(), None if jax.config.jax_platforms == "cpu" else ids)
+    if jax.process_count() > 1:
+        _joined[:] = [f"process {jax.process_index()} of {jax.process_count()}: "]
     return dataclasses.replace(config, processes=jax.process_count(), process_id=jax.process_index())
+
+
+def label() -> str:
+    """What stands before this process's errors, such as "process 3 of 4: "; "" for one alone."""
+    return "".join(_joined)
+
+
+def check_devices(devices: "Sequence[jax.Device]", own: int, gpus: Sequence[int] | None) -> None:
+    """A ``UserError`` unless every process has as many devices as the others, and this one all of its GPUs.
+
+    JAX without its GPU package runs on the processor instead, where a run would take days longer.
+
+    Args:
+      devices: of all processes.
+      own: number of this process.
+      gpus: those that are this process's; None where there are none, or none are wanted.
+    """
+    used = sum(device.process_index == own and device.platform != "cpu" for device in devices)
+    if gpus is not None and used < len(gpus):
+        raise UserError(
+            f"this process has {len(gpus)} GPUs, of which JAX uses {used}: install the extra cuda12, see that no other "
+            "program holds them, or set JAX_PLATFORMS=cpu"
+        )
+    count = collections.Counter(device.process_index for device in devices)
+    if len(set(count.values())) > 1:
+        told = ", ".join(f"process {number} has {of_it}" for number, of_it in sorted(count.items()))
+        raise UserError(f"processes have different numbers of devices ({told}): start the run on equal nodes")
 
 
 def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | None:

@@ -11,6 +11,7 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
             steer/<dictionary> ───────────────┤
             interpret/<kind> ─► atlas/<kind> ─┤   (explain/<kind> between the two)
             transfer ─────────────────────────┤
+            cluster ──────────────────────────┤
             track/<slug> ─────────────────────┤
             attribute/<slug> ─────────────────┘
 """

@@ -42,11 +42,13 @@ def test_every_stage_comes_after_those_whose_units_it_reads():
         interpret=dict(dictionaries=("topk",)),
         export=dict(dictionaries=("topk",)),
         transfer=dict(dictionaries=("topk",)),
+        cluster=dict(dictionaries=("topk",)),
         explain=dict(dictionaries=("topk",), url="http://localhost/v1", model="m"),
         track=dict(prompt="a", dictionaries=("topk",)),
         known=dict(circuits=("chain",)),
         algorithm=dict(names=("addition",)),
         task=dict(benchmarks=("gsm8k",)),
+        corpus=dict(stream=True),
     )
     configs |= {group: dataclasses.replace(configs[group], **changes) for group, changes in asked.items()}
     order = list(STAGES)

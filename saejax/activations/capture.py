@@ -4,57 +4,39 @@ What is captured, in which batches and where it is stored does not depend on the
 ``torch_capture`` (hooks in the transformers model) or ``jax_capture`` (our decoder, on the mesh).
 """
 
+import dataclasses
+import functools
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
+from saejax.activations.backend import BACKENDS, faster_backend, load_reader
 from saejax.activations.buffers import ShardBuffers
-from saejax.activations.documents import COLUMNS, SPLITS, Documents, make_documents
+from saejax.activations.cutter import SPLITS
+from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.plan import Batch, Plan
+from saejax.activations.progress import TextProgress
 from saejax.activations.reader import Reader
 from saejax.activations.request import CaptureRequest, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.store import DTYPES
+from saejax.activations.tokenize import text_documents
 from saejax.activations.writer import StoreWriter
 from saejax.config import identity
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
-from saejax.models.config import DecoderConfig
-from saejax.models.sites import AnySite, Site
+from saejax.models.sites import AnySite
 from saejax.results import to_json
 from saejax.settings import CaptureConfig, MeshConfig
 from saejax.tasks import corpora
-from saejax.tasks.behaviours import read_prompts
 from saejax.workspace import Run, fingerprint
 
-_SAY_EVERY = 5.0  # seconds
 _LOOK_EVERY = 0.2  # seconds, for the shards of other processes
-
-
-class _Progress:
-    """Says how far the capture is, every few seconds."""
-
-    def __init__(self, say: Callable[[str], None], left: int):
-        self._say, self._left, self._done = say, left, 0
-        self._start = self._said = time.monotonic()
-
-    def add(self, tokens: int) -> None:
-        self._done += tokens
-        now = time.monotonic()
-        if now - self._said >= _SAY_EVERY:
-            self._said, rate = now, self.rate
-            left = self._left - self._done
-            self._say(f"{self._done:,} of {self._left:,} tokens  {rate:,.0f} tokens/s  {left / rate:.0f} s to go")
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second, padding left out; 0 before there are any."""
-        return self._done / (time.monotonic() - self._start) if self._done else 0.0
 
 
 def run_capture(run: Run) -> CaptureResults:
@@ -72,10 +54,15 @@ def run_capture(run: Run) -> CaptureResults:
     request = read_request(run.configs)
     model_source, names = request.source, [str(site) for site in request.sites]
     documents = text_documents(run, request)
+    if config.tokens:
+        documents = documents.sample(config.tokens)
     plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
+    if config.backend == "auto":
+        run = _with_backend(run, request, plan)
+    backend: str = run.configs["capture"].backend
     reader, widths = None, request.widths()
     if widths is None:
-        reader = load_reader(run, request, plan)
+        reader = load_reader(run, request, plan, backend)
         widths = reader.widths
     writer = StoreWriter(run.folder, names, _work(run, model_source, documents))
     mesh: MeshConfig = run.configs["mesh"]
@@ -106,29 +93,38 @@ def run_capture(run: Run) -> CaptureResults:
             for site, width in widths.items()
         },
         **counts,
+        backend=backend,
         tokens_per_second=round(rate, 1),
         padding_share=plan.padding_share,
     )
 
 
-def text_documents(run: Run, request: CaptureRequest) -> Documents:
-    """The documents of the corpus and, with --corpus.behaviours, the behaviours' train prompts."""
-    prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl") if "baseline" in run.inputs else []
-    chosen = {index: prompt for index, prompt in enumerate(prompts) if prompt.split == "train"}
-    tokenizer, config = source.load_tokenizer(request.source), run.configs["corpus"]
-    documents = make_documents(config, chosen, tokenizer, request.context or config.context, run.configs["task"])
-    vocabulary = source.vocabulary(request.source)
-    if vocabulary is not None and documents.ids_T.max() >= vocabulary:
-        raise UserError(
-            f"the text holds {tokenizer.decode([documents.ids_T.max()])!r}, a special token for which the model has no "
-            "embedding: remove it from the text"
-        )
-    return documents
+def _with_backend(run: Run, request: CaptureRequest, plan: Plan) -> Run:
+    """The run with the backend in place of ``auto``: the one whose shards are there, or the faster one.
+
+    Raises:
+      UserError: there are several processes, which must all take the same one.
+    """
+    if run.configs["mesh"].processes > 1:
+        raise UserError("--capture.backend=auto is for one process: with several, name torch or jax")
+
+    def with_backend(backend: str) -> Run:
+        named = dataclasses.replace(run.configs["capture"], backend=backend)
+        return dataclasses.replace(run, configs=dict(run.configs) | dict(capture=named))
+
+    names = [str(site) for site in request.sites]
+    for backend in BACKENDS:
+        writer = StoreWriter(run.folder, names, _work(with_backend(backend), request.source, plan.documents))
+        if any(writer.has(shard, read=False) for shard in range(plan.shards)):
+            return with_backend(backend)
+    batches = plan.batches(0)
+    load = functools.partial(load_reader, run, request, plan)
+    return with_backend(faster_backend(load, batches[len(batches) // 2], run.say))
 
 
 def _work(run: Run, model_source: source.ModelSource, documents: Documents) -> str:
     """Identifies what the shards depend on."""
-    hashes = [hashlib.sha256(array.tobytes()).hexdigest() for array in documents.arrays().values()]
+    hashes = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in documents.arrays().values()]
     return fingerprint([identity(run.configs["capture"]), model_source.fingerprint, run.configs["corpus"].seed, hashes])
 
 
@@ -194,9 +190,9 @@ def _capture(
 ) -> float:
     """Makes the shards; returns the speed in tokens per second."""
     config: CaptureConfig = run.configs["capture"]
-    reader = reader or load_reader(run, request, plan)
+    reader = reader or load_reader(run, request, plan, config.backend)
     buffers = ShardBuffers(widths, max(map(plan.size, shards)), config.store_dtype)
-    progress = _Progress(run.say, sum(map(plan.size, shards)))
+    progress = TextProgress(run.say, sum(map(plan.size, shards)))
 
     def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
         bad = buffers.take(site, value_BxTxD, batch)
@@ -221,21 +217,6 @@ def _capture(
         writer.write_shard(shard, dict(index=plan.index(shard), **buffers.parts(plan.size(shard))))
     reader.close()
     return progress.rate
-
-
-def load_reader(run: Run, request: CaptureRequest, plan: Plan) -> Reader:
-    """The backend, which alone is imported: torch takes seconds to import, and JAX takes the devices."""
-    config: CaptureConfig = run.configs["capture"]
-    if config.backend == "torch":
-        from saejax.activations.torch_capture import SiteReader
-
-        return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites)
-    from saejax.activations.jax_capture import DecoderReader
-    from saejax.parallel import make_mesh
-
-    mesh, decoder = make_mesh(run.configs["mesh"]), cast(DecoderConfig, request.decoder)
-    sites = [site for site in request.sites if isinstance(site, Site)]  # which all are: modules were refused
-    return DecoderReader(request.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.store_dtype)
 
 
 def _check_sinks(statistics: Mapping[str, SiteNorms], config: CaptureConfig) -> None:

@@ -1,36 +1,53 @@
 """What the stage ``capture`` takes."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from saejax.activations.cutter import SPLITS
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import layer_bytes, parameters, pass_flops, weight_bytes
 from saejax.costs.programs import Program, abstract_params, by_row
 from saejax.models.language_model import forward
+from saejax.models.sites import Site
 
 _OVERHEAD = 0.2
+_TOKENIZED_PER_SECOND = 500_000  # by two cores
+
+
+def tokenize_cost(plan: PlannedRun, name: str) -> Cost:
+    """All of the text once, on the host; each token is on disk twice until it has its place."""
+    return Cost(host_seconds=plan.tokens / _TOKENIZED_PER_SECOND, disk=8 * plan.tokens)
 
 
 def capture_cost(plan: PlannedRun, name: str) -> Cost:
-    """The text once, up to the last captured layer; torch reads all layers, onto one device."""
-    capture, model, (rows, length) = plan.configs["capture"], plan.model, _batch(plan)
-    layers = 1 + max((site.layer for site in plan.sites), default=0)
-    if plan.backend == "jax":
-        kept = weight_bytes(model, plan.axes, capture.dtype, layers)
-    else:
-        kept = WIDTH[capture.dtype] * parameters(model)
-    come_and_go = layer_bytes(plan, rows, length, capture.dtype, kept=2 * len(plan.sites))
-    of_document = min(length, -(-plan.tokens // max(plan.documents, 1)))
-    flops = pass_flops(model, plan.tokens, of_document, layers)
+    """The text, or a sample of it, once."""
+    capture = plan.configs["capture"]
+    tokens = min(plan.tokens, len(SPLITS) * capture.tokens or plan.tokens)
+    kept, flops = reading_cost(plan, plan.sites, tokens)
     width = WIDTH[capture.store_dtype]
     return Cost(
-        DeviceBytes(model=kept, activations=come_and_go),
+        kept,
         flops,
         capture.dtype,
         _OVERHEAD,
         START,
-        disk=recorded_rows(plan) * sum(site.width(model) * width + 16 for site in plan.sites),
+        disk=min(recorded_rows(plan), tokens) * sum(site.width(plan.model) * width + 16 for site in plan.sites),
     )
+
+
+def reading_cost(plan: PlannedRun, sites: Sequence[Site], tokens: int) -> tuple[DeviceBytes, float]:
+    """Bytes and FLOP of tokens up to the last of the sites; torch reads all layers, onto one device."""
+    capture, model, (rows, length) = plan.configs["capture"], plan.model, _batch(plan)
+    layers = 1 + max((site.layer for site in sites), default=0)
+    if plan.backend == "jax":
+        kept = weight_bytes(model, plan.axes, capture.dtype, layers)
+    else:
+        kept = WIDTH[capture.dtype] * parameters(model)
+    come_and_go = layer_bytes(plan, rows, length, capture.dtype, kept=2 * len(sites))
+    of_document = min(length, -(-plan.tokens // max(plan.documents, 1)))
+    return DeviceBytes(model=kept, activations=come_and_go), pass_flops(model, tokens, of_document, layers)
 
 
 def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
@@ -53,7 +70,7 @@ def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 
 
 def recorded_rows(plan: PlannedRun) -> int:
-    """About how many rows the store gets: all tokens, or the last ones of every document."""
+    """About how many rows all of the text gives: all tokens, or the last ones of every document."""
     last = plan.configs["capture"].last
     pieces = max(plan.documents, -(-plan.tokens // _batch(plan)[1]))
     return min(plan.tokens, last * pieces) if last else plan.tokens

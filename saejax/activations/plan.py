@@ -59,8 +59,9 @@ class Plan:
 
     def __init__(self, documents: Documents, shard_rows: int, batch_tokens: int, last: int, seed: int):
         self.documents, self.shard_rows, self.batch_tokens, self.seed = documents, shard_rows, batch_tokens, seed
+        # Without ``last`` neither takes memory, whatever the number of documents.
         self._first_N = _first_recorded(documents, last)
-        self._ends_N = np.cumsum(documents.lengths_N - self._first_N)
+        self._ends_N = np.cumsum(documents.lengths_N - self._first_N) if last else documents.offsets[1:]
 
     @property
     def rows(self) -> int:
@@ -75,7 +76,11 @@ class Plan:
     @property
     def recorded_N(self) -> np.ndarray:
         """Number of recorded tokens of each document."""
-        return self.documents.lengths_N - self._first_N
+        return self._recorded(np.arange(len(self.documents)))
+
+    def _recorded(self, documents_N: np.ndarray) -> np.ndarray:
+        offsets = self.documents.offsets
+        return offsets[documents_N + 1] - offsets[documents_N] - self._first_N[documents_N]
 
     def padded_shape(self, length: int) -> tuple[int, int]:
         """[B, T] of a program with fixed shapes for batches whose longest document has this length; there are few."""
@@ -129,8 +134,8 @@ class Plan:
         start, stop = shard * self.shard_rows, shard * self.shard_rows + self.size(shard)
         from_document, to_document = np.searchsorted(self._ends_N, [start, stop - 1], side="right")
         within = np.arange(from_document, to_document + 1)
-        documents_S = within[self.recorded_N[within] > 0]
-        begin_S = self._ends_N[documents_S] - self.recorded_N[documents_S]  # each document's first row in the store
+        documents_S = within[self._recorded(within) > 0]
+        begin_S = self._ends_N[documents_S] - self._recorded(documents_S)  # each document's first row in the store
         first_S, stop_S = np.maximum(begin_S, start), np.minimum(self._ends_N[documents_S], stop)
         shift_S = self._first_N[documents_S] - begin_S
         return documents_S, first_S + shift_S, stop_S + shift_S
@@ -157,9 +162,9 @@ def _first_recorded(documents: Documents, last: int) -> np.ndarray:
     The last positions are counted from the end of the text that a document is a piece of, so that they may lie in
     its last pieces only.
     """
-    lengths_N = documents.lengths_N
     if not last:
-        return np.zeros_like(lengths_N)
+        return np.broadcast_to(np.int64(0), len(documents))
+    lengths_N = documents.lengths_N
     ends: dict[tuple[int, int], int] = {}
     keys = list(zip(documents.column("kind").tolist(), documents.column("source").tolist(), strict=True))
     starts = documents.column("start").tolist()

@@ -50,8 +50,7 @@ def read_request(configs: Mapping[str, Any]) -> CaptureRequest:
     fields, where = source.read_model_config(found.folder), str(found.folder / "config.json")
     modules_only = all(isinstance(site, ModuleSite) for site in sites)
     if modules_only:
-        text = fields | (fields.get("text_config") or {})
-        return CaptureRequest(found, sites, None, next((text[name] for name in _CONTEXT if text.get(name)), None))
+        return CaptureRequest(found, sites, None, longest_input(found))
     if fields.get("model_type") not in FAMILIES and config.backend == "torch":
         raise UserError(
             f"{where}: models of the family {fields.get('model_type')!r} have no site such as {sites[0]} here: name "
@@ -62,6 +61,15 @@ def read_request(configs: Mapping[str, Any]) -> CaptureRequest:
         if isinstance(site, Site):
             site.check(decoder)
     return CaptureRequest(found, sites, decoder, decoder.context)
+
+
+def longest_input(found: source.ModelSource) -> int | None:
+    """The longest input that a model of any family takes, in tokens; None: it has no limit."""
+    fields = source.read_model_config(found.folder)
+    if fields.get("model_type") in FAMILIES:
+        return read_config(fields, str(found.folder / "config.json")).context
+    text = fields | (fields.get("text_config") or {})
+    return next((text[name] for name in _CONTEXT if text.get(name)), None)
 
 
 def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:

@@ -1,7 +1,17 @@
-"""Results of the stage ``capture``."""
+"""Results of the stages ``tokenize`` and ``capture``."""
 
 import dataclasses
 from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeResults:
+    """Text as token ids on disk, in the files that a store has in ``documents/``."""
+
+    documents: Mapping[str, int]  #: pieces of texts, by split
+    tokens: Mapping[str, int]  #: by split
+    groups: tuple[str, ...]  #: names of the groups that have one: those of prompts
+    sha256: Mapping[str, str]  #: of the files, by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,3 +51,4 @@ class CaptureResults:
     tokens: Mapping[str, int]  #: recorded ones, by split
     tokens_per_second: float  #: padding left out; 0 if all was done before
     padding_share: float  #: of the tokens that the model ran on
+    backend: str = ""  #: which ran the model: "torch" or "jax"; empty in results of before it was written down

@@ -1,9 +1,21 @@
-"""The stage ``capture``."""
+"""The stages ``tokenize`` and ``capture``."""
 
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig
 from saejax.stage import Stage
 from saejax.tasks import identities
 
+TOKENIZE = Stage(
+    name="tokenize",
+    summary="turns text of any length into token ids on disk, with --corpus.stream=True",
+    run="saejax.activations.tokenize:run_tokenize",
+    results="saejax.activations.results:TokenizeResults",
+    groups=(CorpusConfig,),
+    after=("baseline",),
+    needs=lambda configs, name: identities.joining_prompts(configs),
+    names=lambda configs: ("",) if configs["corpus"].stream else (),
+    identity=dict(model=identities.model, corpus=identities.corpus),
+    cost="saejax.activations.cost:tokenize_cost",
+)
 CAPTURE = Stage(
     name="capture",
     summary="records activations of the model at the wanted sites",
@@ -11,7 +23,7 @@ CAPTURE = Stage(
     results="saejax.activations.results:CaptureResults",
     groups=(ModelConfig, CorpusConfig, CaptureConfig),
     placement=(MeshConfig,),
-    after=("baseline",),
+    after=("baseline", "tokenize"),
     needs=lambda configs, name: identities.training_text(configs),
     identity=dict(model=identities.model, corpus=identities.corpus),
     cost="saejax.activations.cost:capture_cost",

@@ -22,7 +22,8 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
-from saejax.activations.documents import SPLITS, Documents
+from saejax.activations.cutter import SPLITS
+from saejax.activations.documents import Documents
 from saejax.activations.results import SinkCounts
 from saejax.errors import UserError, one_of
 from saejax.models.source import ModelSource

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from saejax.activations.backend import load_reader
 from saejax.activations.buffers import ShardBuffers
-from saejax.activations.capture import load_reader, text_documents
-from saejax.activations.documents import SPLITS, Documents
 from saejax.activations.plan import Batch, Plan
 from saejax.activations.request import read_request
 from saejax.activations.store import DTYPES
+from saejax.activations.tokenize import text_documents
 from saejax.errors import UserError
 from saejax.models.sites import AnySite
 from saejax.workspace import Run
@@ -43,13 +43,15 @@ class ModelStream:
     """
 
     def __init__(self, run: Run, sites: Sequence[str], rows: int):
-        config = dataclasses.replace(run.configs["capture"], sites=tuple(sites))
-        run = dataclasses.replace(run, configs=dict(run.configs) | dict(capture=config), inputs={})
+        config = dataclasses.replace(run.configs["capture"], sites=tuple(sites), tokens=0)
+        run = dataclasses.replace(run, configs=dict(run.configs) | dict(capture=config))
         request = read_request(run.configs)
         self._run, self._source, self.sites = run, request.source, tuple(sites)
-        documents = _training(text_documents(run, request))
+        documents = text_documents(run, request).training()
         self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
-        self._reader = load_reader(run, request, self._plan)
+        if config.backend == "auto":  # a run that goes on must see the same values again
+            raise UserError("--train.source=model needs --capture.backend=torch or jax, not auto")
+        self._reader = load_reader(run, request, self._plan, config.backend)
         self._dtype = config.store_dtype
         self._buffers = ShardBuffers(self._reader.widths, max(map(self.size, range(len(self)))), self._dtype)
         self._parts: dict[str, np.ndarray] = {}
@@ -169,11 +171,3 @@ class BufferOrder:
         """
         order_R = np.random.default_rng([self._seed, epoch, buffer]).permutation(rows)
         return np.resize(order_R, (int(self._steps_N[buffer]), self._batch))
-
-
-def _training(documents: Documents) -> Documents:
-    """The documents of the train split."""
-    kept_N = np.flatnonzero(documents.split_N == SPLITS.index("train"))
-    ids = [documents[int(document)] for document in kept_N]
-    offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
-    return Documents(np.concatenate(ids), offsets, documents.table_Nx5[kept_N], documents.groups)

@@ -11,7 +11,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from saejax.activations.documents import SPLITS, Documents
+from saejax.activations.cutter import SPLITS
+from saejax.activations.documents import Documents
 from saejax.activations.results import SinkCounts, SiteNorms
 from saejax.activations.store import MANIFEST, SCHEMA_VERSION, shard_files
 from saejax.errors import UserError
@@ -109,7 +110,7 @@ class StoreWriter:
     def _write(self, name: str, data: np.ndarray) -> FileFacts:
         path = self.folder / name
         # Written by hand: numpy's own writer loses the error number, so that a full disk looks like a bug.
-        chunks = (_npy_header(data), np.ascontiguousarray(data).data.cast("B"))
+        chunks = (npy_header(data.shape, data.dtype), np.ascontiguousarray(data).data.cast("B"))
         digest = hashlib.sha256()
         with _disk_room(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,9 @@ def _record(shard: int) -> str:
     return f"index/record-{shard:05d}.json"
 
 
-def _npy_header(array: np.ndarray) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """What stands in front of an array's content in a ``.npy`` file."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    described = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape)
+    np.lib.format.write_array_header_1_0(header, described)
     return header.getvalue()

@@ -6,6 +6,7 @@ first tokens; each is run once (``tree.Tree``).
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,7 +15,8 @@ from saejax.models.tokens import few_lengths
 from saejax.models.tree import Tree
 
 _STEP = 8  # rows and tokens are filled up to a multiple of this
-_MANY = 8  # from so many batches on, to a multiple of 32: the programs of one call serve the next, whose rows differ
+_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a full batch's tokens, to which smaller ones are filled up
+_LEAST_FEATURES = 512  # to which a batch's features are filled up: they take no time, another program does
 _PROGRAM = 16384  # tokens whose attention runs in the time in which a program of another shape is compiled, roughly
 
 
@@ -42,8 +44,8 @@ class RowBatch:
     Attributes:
       shards: the rows of each.
       size, length, tokens: rows, tokens of a row, and tokens of a shard, with those that fill it up: R, T and N.
-      features_K: all features that the sets hold, rising, the last one repeated up to a power of two; the same object
-        in all batches that share them.
+      features_K: all features that the sets hold, rising, the last one repeated; the same object in all batches that
+        share them.
     """
 
     shards: list[SetRows]
@@ -139,7 +141,7 @@ def batches_of(
     for chosen in _chunks(sets, features):
         features_K = np.unique(np.concatenate([sets[s] for s in chosen]))
         features_K = features_K if len(features_K) else np.zeros(1, np.int64)  # programs have no empty arrays
-        features_K = np.pad(features_K, (0, 2 ** (len(features_K) - 1).bit_length() - len(features_K)), mode="edge")
+        features_K = np.pad(features_K, (0, filled_features(len(features_K)) - len(features_K)), mode="edge")
         number_N, order_N = np.nonzero((first_SxP[chosen] <= prompts.last_P[None, :])[:, place_P])
         set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
         rows = SetRows(set_N, place_N, first_SxP[set_N, place_N])
@@ -150,9 +152,9 @@ def batches_of(
             own, length = rows[shape_N == shape], int(lengths[shape])
             parts = _parts(own, prompts, length, max(most // shards, 1))
             parts += [own[:0]] * (-len(parts) % shards)
-            step = 4 * _STEP if len(parts) >= _MANY * shards else _STEP
-            size = _filled(max(len(part.set_N) for part in parts), step)
-            tokens = _filled(max(_distinct(part, prompts, length) for part in parts), step)
+            size = _few_rows(max(len(part.set_N) for part in parts))
+            full = max(most // shards, 1) + length  # a part's last row reaches beyond the end
+            tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), full)
             for first in range(0, len(parts), shards):
                 batches.append(RowBatch(parts[first : first + shards], size, length, tokens, features_K))
     return batches
@@ -174,8 +176,23 @@ def _distinct(rows: SetRows, prompts: Prompts, length: int) -> int:
     return len(np.unique(key_NxT[real_NxT]))
 
 
-def _filled(count: int, step: int) -> int:
-    return max(-(-count // step), 1) * step
+def filled_features(count: int) -> int:
+    """How many features are gathered for so many: few numbers, so that the programs of one call serve the next."""
+    return max(2 ** (count - 1).bit_length(), _LEAST_FEATURES)
+
+
+def _few_tokens(count: int, full: int) -> int:
+    """So many or more, likewise: a share of a full batch, or a little beyond it where parts begin alike."""
+    return next((size for share in (*_SHARES, 1) if (size := _filled(share * full)) >= count), _filled(count))
+
+
+def _few_rows(count: int) -> int:
+    """So many or up to a third more, likewise: two numbers between each power of two and the next."""
+    return _filled(count, max(2 ** max(count.bit_length() - 2, 0), _STEP))
+
+
+def _filled(count: float, step: int = _STEP) -> int:
+    return max(math.ceil(count / step), 1) * step
 
 
 def _chunks(sets: Sequence[np.ndarray], features: int) -> Iterator[list[int]]:

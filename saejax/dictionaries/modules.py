@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from saejax.dictionaries import kinds
+from saejax.dictionaries import kinds, sparse_products
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.editing import Editing
 from saejax.dictionaries.matmul import centred_matmul, matmul
@@ -114,7 +114,15 @@ class Dictionary(Editing, nnx.Module):
           f_xF: feature activations.
           x_xD: the input, which a skip transcoder needs.
         """
-        y_xD = matmul(f_xF, self.W_dec_FxD[...], self.operands) + row(self.b_dec_D[...], f_xF.ndim)
+        return self._with_bias(matmul(f_xF, self.W_dec_FxD[...], self.operands), x_xD)
+
+    def decode_code(self, code: sparse_products.Code, x_BxD: jax.Array | None = None) -> jax.Array:
+        """``decode`` of the features that are active."""
+        return self._with_bias(sparse_products.product(code, self.W_dec_FxD[...]), x_BxD)
+
+    def _with_bias(self, y_xD: jax.Array, x_xD: jax.Array | None) -> jax.Array:
+        """What features add, and what is added whatever they are."""
+        y_xD = y_xD + row(self.b_dec_D[...], y_xD.ndim)
         if not self.config.skip:
             return y_xD
         if x_xD is None:

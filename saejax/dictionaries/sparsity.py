@@ -124,6 +124,21 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None =
     return lax.platform_dependent(acts_xF, cpu=best_blocks, default=all_blocks)
 
 
+def largest(values_BxF: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest values of each row, falling, and where they are, int32; both [B, K]. Of equals, the first ones.
+
+    They lie in the k blocks of the largest maxima. XLA:CPU sorts a block's values faster than whole rows.
+    """
+    count, features = values_BxF.shape
+    if features % _BLOCK or k >= features // _BLOCK:
+        return lax.top_k(values_BxF, k)
+    blocks_BxNx16 = _blocks(values_BxF)
+    place_BxK = jnp.sort(lax.top_k(blocks_BxNx16.max(-1), k)[1], axis=1)  # in order, so that the first of equals is
+    chosen_BxKx16 = jnp.take_along_axis(blocks_BxNx16, place_BxK[..., None], axis=1, mode="promise_in_bounds")
+    value_BxK, at_BxK = lax.top_k(chosen_BxKx16.reshape(count, -1), k)
+    return value_BxK, jnp.take_along_axis(place_BxK, at_BxK // _BLOCK, axis=1) * _BLOCK + at_BxK % _BLOCK
+
+
 def _blocks(acts_xF: jax.Array) -> jax.Array:
     return acts_xF.reshape(*acts_xF.shape[:-1], -1, _BLOCK)
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from saejax.activations.documents import SPLITS, Documents
+from saejax.activations.cutter import SPLITS
+from saejax.activations.documents import Documents
 from saejax.interpret.describe import priority
 from saejax.interpret.firings import Block
 from saejax.interpret.text import SHAPES, CodedText, shape_of

@@ -120,7 +120,11 @@ def few_lengths(lengths_N: np.ndarray, program: int) -> np.ndarray:
     Returns:
       The lengths, rising; a text takes the first that is not shorter. The last is that of the longest text.
     """
-    length_U, count_U = np.unique(lengths_N, return_counts=True)
+    counts = np.bincount(
+        np.asarray(lengths_N, np.int64)
+    )  # unlike np.unique, with no copy of them: there may be many millions
+    length_U = np.flatnonzero(counts)
+    count_U = counts[length_U]
     below = np.concatenate([[0], np.cumsum(count_U)])  # number of shorter texts
     cost, before_U = np.zeros(len(length_U) + 1), np.zeros(len(length_U), np.int64)
     for i, length in enumerate(length_U):  # the least cost of all texts up to this length, by the one before

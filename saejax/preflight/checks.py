@@ -17,7 +17,6 @@ from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResul
 from saejax.preflight.shapes import Shape, named, read_shapes
 from saejax.preflight.sums import Needs, plan_run, replicated, stage_programs
 from saejax.preflight.topology import compile_for
-from saejax.tasks.corpora import read_corpus
 from saejax.workspace import Run
 
 
@@ -61,7 +60,7 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
       UserError: a model lacks a site.
     """
     corpus, plans = run.configs["corpus"], []
-    documents, tokens = rates.used_text(read_corpus(corpus, run.configs["task"]), corpus) if runs_here else (0, 0)
+    documents, tokens = rates.used_text(corpus, run.configs["task"]) if runs_here else (0, 0)
     here = dict(documents=documents, tokens=tokens, torch_here=place.torch_here, mesh=place.mesh, limit=place.limit)
     for shape in shapes:
         try:
@@ -143,7 +142,8 @@ def _with_plan(run: Run, results: PreflightResults, plan: PlannedRun, needs: Nee
     if needs.disk > free:
         raise UserError(
             f"the run needs about {needs.disk / GIB:.1f} GiB of disk, but {free / GIB:.1f} are free for {run.folder}: "
-            "use another --workdir or a smaller --corpus.max_tokens"
+            "use another --workdir or a smaller --corpus.max_tokens; or train with --train.source=model, and capture a "
+            "sample by --capture.tokens=1000000"
         )
     return dataclasses.replace(
         results,

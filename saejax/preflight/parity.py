@@ -4,6 +4,7 @@ The relative error of a site is max |a - b| / max |b| over the real positions of
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import KINDS, Site
 from saejax.models.tokens import Tokens, pad
 from saejax.settings import ModelConfig
-from saejax.tasks.corpora import read_corpus
+from saejax.tasks.corpora import documents
 
 LOGITS = "logits"
 _PROMPTS, _LENGTH = 4, 64  # prompts of each kind, and most tokens of one
@@ -74,7 +75,8 @@ def _random(lm: LanguageModel) -> Tokens:
 def _real(lm: LanguageModel, configs: Mapping[str, Any]) -> Tokens:
     """The beginnings of the corpus's first documents."""
     longest = min(_LENGTH, lm.config.context)
-    texts = [document.text[: 8 * longest] for document in read_corpus(configs["corpus"], configs["task"])[:_PROMPTS]]
+    first = itertools.islice(documents(configs["corpus"], configs["task"]), _PROMPTS)
+    texts = [document.text[: 8 * longest] for document in first]
     return pad([lm.tokenizer(text, verbose=False)["input_ids"][:longest] for text in texts])
 
 

@@ -1,21 +1,28 @@
 """How fast this machine is, and how much text there is."""
 
+import itertools
 import time
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from saejax.costs.cost import CHARACTERS_PER_TOKEN
-from saejax.settings import CorpusConfig
-from saejax.tasks.corpora import Document
+from saejax.settings import CorpusConfig, TaskConfig
+from saejax.tasks.corpora import characters, documents, read_corpus
+
+_SAMPLE = 1000  # documents of a stream, from which their length is taken
 
 
-def used_text(documents: Sequence[Document], config: CorpusConfig) -> tuple[int, int]:
-    """About how many documents of the corpus are used, and how many tokens they have."""
-    tokens = round(sum(len(document.text) for document in documents) / CHARACTERS_PER_TOKEN)
-    used = min(tokens, config.max_tokens or tokens)
-    return -(-len(documents) * used // max(tokens, 1)), used
+def used_text(config: CorpusConfig, task: TaskConfig) -> tuple[int, int]:
+    """About how many documents of the corpus are used, and how many tokens they have.
+
+    Of a stream the first documents and the sizes of its files tell; where these are not known, ``max_tokens`` alone.
+    """
+    sample = list(itertools.islice(documents(config, task), _SAMPLE)) if config.stream else read_corpus(config, task)
+    of_sample = round(sum(len(document.text) for document in sample) / CHARACTERS_PER_TOKEN)
+    of_all = round(characters(config, task) / CHARACTERS_PER_TOKEN) if config.stream else of_sample
+    used = min(filter(None, (of_all, config.max_tokens)), default=0)
+    return -(-len(sample) * used // max(of_sample, 1)), used
 
 
 def matmul_rates(size: int = 1536, repeats: int = 6) -> dict[str, float]:

@@ -15,6 +15,7 @@ _MATCHES = (
     "each control is drawn from"
 )
 PATCHABLE = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+HEADS = "heads"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,12 @@ class ProbeConfig(Config):
     sparse: tuple[int, ...] = setting(
         (1, 2, 5, 10, 20), "sizes of sparse probes: how many features, or dimensions, each may see", low=1
     )
+    ranking: str = setting(
+        "mean_difference",
+        "what ranks the inputs of sparse probes on the train prompts: the difference of their class means "
+        "(mean_difference, as sae-probes do), or F, its square in units of the variance within classes (f_statistic)",
+        choices=("mean_difference", "f_statistic"),
+    )
     strengths: tuple[float, ...] = setting(
         (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
         "inverse strengths of the L2 penalty (C), of which cross-validation on the train prompts chooses",
@@ -155,9 +162,17 @@ class PatchConfig(Config):
 
     kinds: tuple[str, ...] = setting(
         (),
-        f"kinds of site to patch, each at every layer and position: {', '.join(PATCHABLE)}; empty: none",
-        choices=PATCHABLE,
+        f"kinds of site to patch, each at every layer and position: {', '.join(PATCHABLE)}; {HEADS}: queries, keys, "
+        "values and outputs of attention heads at every position, estimated by AtP and AtP*, and some of them patched; "
+        "empty: none",
+        choices=(*PATCHABLE, HEADS),
         changes_results=False,
+    )
+    paths: int = setting(
+        0,
+        "of heads, also patch the direct path from every earlier head and MLP to the logits and to so many of the "
+        "first queries, keys and values by AtP*; 0: none",
+        low=0,
     )
     dictionary: str = setting(
         "",
@@ -166,7 +181,12 @@ class PatchConfig(Config):
         changes_results=False,
     )
     behaviours: tuple[str, ...] = setting((), "behaviours to patch; empty: all that the baseline measured")
-    top: int = setting(20, "features, ranked on train prompts, that are patched one by one and together", low=1)
+    top: int = setting(
+        20,
+        "features, ranked on train prompts, that are patched one by one and together; of heads, so many nodes by each "
+        "estimate",
+        low=1,
+    )
     estimate: str = setting(
         "gradient",
         "what ranks the features: change of activation between a prompt and its counterpart x a slope, as for "
@@ -246,6 +266,7 @@ class StudyConfig(Config):
         low=2,
     )
     matches: int = setting(10, _MATCHES, low=1)
+    single: bool = setting(True, "set each top feature to zero by itself, too, and each of the random ones")
     min_drop: float = setting(
         0.05, "verdict: removing the top features must cost more than this share of accuracy", low=0.0, high=1.0
     )

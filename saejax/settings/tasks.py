@@ -74,8 +74,9 @@ class TaskConfig(Config):
     score: str = setting(
         "auto",
         "how benchmarks are scored: 'generate' (exact match of the generated answer), 'choice' (the likeliest of the "
-        "given answers), 'likelihood' (log-likelihood per token of the reference, for weak models); 'auto': generate "
-        "for gsm8k and math, choice for logic",
+        "given answers; of gsm8k among numbers that are right elsewhere, for models too weak to answer), 'likelihood' "
+        "(log-likelihood per token of the reference, for weak models); 'auto': generate for gsm8k and math, choice for "
+        "logic",
         choices=("auto", "generate", "choice", "likelihood"),
         only=BENCHMARKS,
     )
@@ -94,8 +95,8 @@ class CorpusConfig(Config):
 
     path: str = setting(
         "",
-        "text, from one place or several separated by commas: a .jsonl, .jsonl.gz, .parquet or .arrow file (a field "
-        "'text', perhaps 'group'), a .txt file, a pattern such as 'text/*.jsonl.gz', a data set of the hub as "
+        "text, from one place or several separated by commas: a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow file "
+        "(a field 'text', perhaps 'group'), a .txt file, a pattern such as 'text/*.jsonl.gz', a data set of the hub as "
         "hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT], or a benchmark (gsm8k, math, logic: questions with their "
         "solutions, none of those that are asked); empty: the embedded corpus",
     )
@@ -107,6 +108,12 @@ class CorpusConfig(Config):
         implied=(),
     )
     max_tokens: int = setting(0, "use documents, in seeded random order, until this many tokens; 0: all", low=0)
+    stream: bool = setting(
+        False,
+        "for text of many gigabytes: read from its front, once, into token ids on disk (the stage tokenize), never all "
+        "of it in memory; documents are held out by a hash of their group or text, and max_tokens are the first ones",
+        implied=False,
+    )
     held_out: float = setting(0.1, "share of the documents' groups that is held out from training", low=0.01, high=0.5)
     context: int = setting(256, "longest document piece in tokens; longer documents are cut into pieces", low=2)
     seed: int = setting(789, "seed of the held-out split and of the order of documents", low=0)
@@ -128,11 +135,19 @@ class CaptureConfig(Config):
         "output), module_in:transformer.h.3.mlp (its input)",
     )
     last: int = setting(0, "record only the last n positions of every document; 0: every position", low=0)
+    tokens: int = setting(
+        0,
+        "record only the first documents of each split until so many tokens, a random sample of the text: for what is "
+        "evaluated and shown of dictionaries that were trained with --train.source=model; 0: all",
+        low=0,
+        implied=0,
+    )
     backend: str = setting(
         "torch",
         "what runs the model: 'torch' (hooks in the transformers model, on a GPU if torch has one) or 'jax' (our "
-        "decoder, on the mesh); both make the same rows, with values equal within rounding",
-        choices=("torch", "jax"),
+        "decoder, on the mesh), which make the same rows, with values equal within rounding; 'auto' runs both on a few "
+        "batches and takes the faster one",
+        choices=("torch", "jax", "auto"),
     )
     dtype: str = setting(
         "float32",

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from saejax.causal.results import RankedFeature
 from saejax.causal.stability import compare, match_by_direction
 from saejax.causal.statistics import holm
-from saejax.causal.study.results import StudyResults
+from saejax.causal.study.results import ImportantFeature, StudyResults
 from saejax.causal.study.run import ITEMS, RANKING, read_scores
 from saejax.causal.study.scores import CLEAN, nats_per_token, top_condition
 from saejax.dictionaries import stacks
@@ -120,7 +119,7 @@ def _losses(folder: Path) -> dict[str, float]:
 
 def _attributions(folder: Path) -> Attributions:
     path = folder / RANKING
-    ranking: Sequence[RankedFeature] = from_json(tuple[RankedFeature, ...], read_json(path), path)
+    ranking: Sequence[ImportantFeature] = from_json(tuple[ImportantFeature, ...], read_json(path), path)
     ranking = sorted(ranking, key=lambda one: one.feature)
     columns = ([getattr(one, name) for one in ranking] for name in ("attribution", "firing_rate", "mean_activation"))
     return Attributions(np.array([one.feature for one in ranking], np.int64), *map(np.array, columns))

@@ -17,6 +17,7 @@ from saejax.page.findings import Findings
 from saejax.page.tables import number, percent
 from saejax.studies import alignment
 from saejax.studies.results import CriterionFigures, Gated, GateFigures, StudyFigures
+from saejax.tasks.scoring import wilson_of
 
 LEVEL = 0.05  # of the gate, for each row and benchmark
 FAITHFUL = 0.8  # cross-entropy that a dictionary recovers
@@ -33,8 +34,10 @@ CRITERIA = (
     f"than in epoch {EPOCH}; every dictionary recovers at least {FAITHFUL:g} of the cross-entropy; every row has a "
     "benchmark on which the rule of the causal test says yes for both replacements; matched random sets pass that rule "
     f"in at most {100 * LEVEL:g} % of the draws; at least half of the features that fire have an effect of their own "
-    f"(q at most {LEVEL:g}); every comparison of two rows that can be made is aligned; dictionaries transfer between "
-    "layers or models, and features are tracked through layers, as the reports of those stages say."
+    f"(q at most {LEVEL:g}); every comparison of two rows that can be made is aligned; every two dictionaries that "
+    "were compared share more features than by chance (95 % intervals apart); and of the steps that were followed "
+    "through the layers a larger share is hurt by removing their features than of matched sets passes that rule (which "
+    "lies below the 95 % interval)."
 )
 RULES = dict(gate=GATE, alignment=alignment.RULE, criteria=CRITERIA)
 # What the reasoning study reports of its own four models.
@@ -166,13 +169,27 @@ def _aligned(figures: StudyFigures) -> CriterionFigures:
 
 
 def _later(figures: StudyFigures) -> list[CriterionFigures]:
-    names = dict(transfer="Dictionaries transfer", track="Features are tracked through layers")
-    found = []
-    for stage, name in names.items():
-        ran = [one.row for one in figures.stages if one.stage == stage and one.state == "done"]
-        said = f"ran on {', '.join(ran)}: see the reports of these rows" if ran else "not run"
-        found.append(CriterionFigures(name, None, said, _TRANSFER))
-    return found
+    above = [one.shared.low > one.shared_null.high for one in figures.transfer]
+    compared = f"{sum(above)} of {len(above)} comparisons"
+    if above:
+        found, null = (
+            [own.mean for own in sides] for sides in zip(*((x.shared, x.shared_null) for x in figures.transfer))
+        )
+        compared += (
+            f"; shared {percent(min(found), 1)} to {percent(max(found), 1)}, by chance at most {percent(max(null), 1)}"
+        )
+    tested = [one for one in figures.tracking if one.tests]
+    tests, hurt = (sum(getattr(one, name) for one in tested) for name in ("tests", "hurt"))
+    followed, more = "no step was tested", None
+    if tests:
+        share = wilson_of(hurt / tests, tests)
+        passed = sum((one.placebo_rate or 0.0) * one.tests for one in tested) / tests
+        more = share.low > passed
+        followed = f"{hurt} of {tests} steps are hurt; matched sets pass in {percent(passed, 1)}"
+    return [
+        CriterionFigures("Dictionaries transfer", _all(above), compared if above else "not run", _TRANSFER),
+        CriterionFigures("Features are tracked through layers", more, followed if tested else "not run", _TRANSFER),
+    ]
 
 
 def _all(answers) -> bool | None:

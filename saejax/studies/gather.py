@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 
@@ -29,15 +28,19 @@ from saejax.studies.results import (
     GateFigures,
     ModelFigures,
     ResourceFigures,
-    StageFigures,
+    SingleFigures,
     StudyFigures,
+    TrackingFigures,
+    TransferFigures,
 )
 from saejax.studies.rows import StudyRow
 from saejax.studies.units import ROWS, UnitState
 from saejax.tasks.results import BaselineResults, BenchmarkResults
+from saejax.track.results import TrackResults
 from saejax.training.results import TrainResults
+from saejax.transfer.results import TransferResults
 
-LATER = ("transfer", "track")  # stages of which there is a word whether they ran
+_COMPARED = ("matched", "shared")  # of ``MatchScores``
 _MEASURES = {
     "generate": "exact match",
     "choice": "accuracy of the likeliest choice",
@@ -67,10 +70,12 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         dictionaries=tuple(one for row, own in each for one in _dictionaries(row.name, own)),
         activations=tuple(one for row, own in each for one in _activations(row.name, own)),
         effects=tuple(one for row, own in each for one in _effects(row.name, own)),
+        single=tuple(one for row, own in each for one in _single(row.name, own)),
         behaviours=tuple(one for row, own in each for one in _behaviours(row.name, own)),
         alignment=tuple(alignments(found)),
         gates=tuple(one for row, own in each for one in _gates(row.name, own)),
-        stages=tuple(_stage(root, row.name, stage, states) for row in rows for stage in LATER),
+        transfer=tuple(one for row, own in each for one in _transfer(row.name, own)),
+        tracking=tuple(one for row, own in each for one in _tracking(row.name, own)),
         criteria=(),
         resources=tuple(one for row, own in each for one in _resources(row.name, own)),
         failures=tuple(
@@ -217,6 +222,25 @@ def _effects(row: str, found: Findings) -> Iterator[EffectFigures]:
                 )
 
 
+def _single(row: str, found: Findings) -> Iterator[SingleFigures]:
+    for benchmark, results in found.each(StudyResults).items():
+        if results.single:
+            first = results.single.features[0]
+            yield SingleFigures(
+                row=row,
+                benchmark=benchmark,
+                dictionary=results.dictionary,
+                features=len(results.single.features),
+                discoveries=results.single.discoveries,
+                control_discoveries=float(np.mean(results.single.control_discoveries)),
+                p_value=results.single.p_value,
+                strongest=first.feature,
+                drop=first.drop,
+                q_value=first.q_value,
+                control_percentile=first.control_percentile,
+            )
+
+
 def _behaviours(row: str, found: Findings) -> Iterator[BehaviourFigures]:
     for results in found.each(AblateResults).values():
         for name, one in results.behaviours.items():
@@ -241,13 +265,29 @@ def _gates(row: str, found: Findings) -> Iterator[GateFigures]:
         yield criteria.gate(row, benchmark, results.log_likelihood_per_token, known.get(member), results.disjoint)
 
 
-def _stage(root: Path, row: str, stage: str, states: Sequence[UnitState]) -> StageFigures:
-    own = {state.unit: state.state for state in states if state.row == row}
-    units = [state for unit, state in own.items() if unit.partition("/")[0] == stage]
-    done = sum(state == "done" for state in units)
-    state = "done" if units and done == len(units) else "failed" if "failed" in units else "not run"
-    report = f"{ROWS}/{quote(row)}/report/index.html" if done and own.get("report") == "done" else ""
-    return StageFigures(row, stage, done, state, report)
+def _transfer(row: str, found: Findings) -> Iterator[TransferFigures]:
+    for results in found.each(TransferResults).values():
+        for pair in results.pairs:
+            for measure, both in pair.measures.items():
+                matched, shared = ((getattr(own, name) for own in (both.found, both.null)) for name in _COMPARED)
+                yield TransferFigures(row, pair.first, pair.second, measure, *matched, *shared)
+
+
+def _tracking(row: str, found: Findings) -> Iterator[TrackingFigures]:
+    for results in found.each(TrackResults).values():
+        for slug, text in results.texts.items():
+            claims = [test.claim for step in text.steps for test in step.tests.values()]
+            yield TrackingFigures(
+                row=row,
+                text=slug,
+                tokens=text.tokens,
+                sites=len(text.sites),
+                links=text.links,
+                random_links=text.random_links,
+                tests=len(claims),
+                hurt=sum(claim.yes for claim in claims),
+                placebo_rate=float(np.mean([claim.placebo_rate for claim in claims])) if claims else None,
+            )
 
 
 def _resources(row: str, found: Findings) -> Iterator[ResourceFigures]:

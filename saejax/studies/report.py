@@ -68,10 +68,12 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         _section("The dictionaries", figures, "dictionaries", "No row has trained a dictionary."),
         _section("Activations", figures, "activations", "No row has captured activations."),
         _section("Causal effects", figures, "effects", "No row took features out on a benchmark (--study.benchmarks)."),
+        *([_section("Single features", figures, "single")] if figures.single else []),
         *([_section("Behaviours", figures, "behaviours")] if figures.behaviours else []),
         _section("The gate", figures, "gates", "No row took features out on a benchmark, so there is no gate."),
         _section("Alignment", figures, "alignment", "There are no two rows with the same benchmark."),
-        _section("Transfer and tracking", figures, "stages"),
+        _section("Transfer", figures, "transfer", "No row compared dictionaries (--transfer.dictionaries)."),
+        _section("Tracking", figures, "tracking", "No row followed a text through the layers (--track.prompts)."),
         Section("Resources", (took, SHEETS["resources"].table(figures))),
         _section("What is not done", figures, "failures", "No unit of any row was left undone."),
     ]

@@ -99,6 +99,23 @@ class EffectFigures:
 
 
 @dataclasses.dataclass(frozen=True)
+class SingleFigures:
+    """What setting top features to zero one by one does to a benchmark's log-likelihood; see ``SingleEffects``."""
+
+    row: str  #: of the study
+    benchmark: str  #: its name
+    dictionary: str  #: whose features
+    features: int  #: top ones that fire on the items
+    discoveries: int  #: of them: those that change it, with q at most 0.05
+    control_discoveries: float  #: the same of a draw of matched random features, mean
+    p_value: float  #: share of the draws and the top features of which as many do
+    strongest: int  #: the feature with the largest drop
+    drop: Interval  #: its own, of the reference's log-likelihood per token
+    q_value: float  #: its own
+    control_percentile: float | None  #: share of the features that draws put in its place that cost less
+
+
+@dataclasses.dataclass(frozen=True)
 class BehaviourFigures:
     """What removing a dictionary's top features does to a behaviour."""
 
@@ -151,14 +168,32 @@ class CriterionFigures:
 
 
 @dataclasses.dataclass(frozen=True)
-class StageFigures:
-    """Whether a stage ran on a row."""
+class TransferFigures:
+    """What two dictionaries have in common by one measure; chance: of random directions, or text shifted by half."""
 
     row: str  #: of the study
-    stage: str  #: its name
-    units: int  #: that are done
-    state: str  #: done, failed, or not run
-    report: str  #: the row's own report, where figures stand; "" without one
+    first: str  #: dictionary
+    second: str  #: dictionary
+    measure: str  #: decoder, encoder, folded or activity
+    matched: Interval  #: mean value of the pairs of the one-to-one assignment with the largest sum
+    matched_null: Interval  #: the same by chance
+    shared: Interval  #: share of these pairs that count as shared
+    shared_null: Interval  #: the same by chance
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingFigures:
+    """A text that was followed through the layers."""
+
+    row: str  #: of the study
+    text: str  #: its slug
+    tokens: int  #: of it
+    sites: int  #: of dictionaries
+    links: int  #: between features that are shown
+    random_links: int | None  #: by the same rule, of random directions; None for attribution
+    tests: int  #: steps that were tested, at each site
+    hurt: int  #: of them: those that removing their features costs more than removing matched ones
+    placebo_rate: float | None  #: share of matched sets that pass the same rule; None without tests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +232,12 @@ class StudyFigures:
     dictionaries: tuple[DictionaryFigures, ...]  #: that were trained
     activations: tuple[ActivationFigures, ...]  #: by model and text
     effects: tuple[EffectFigures, ...]  #: on benchmarks
+    single: tuple[SingleFigures, ...]  #: effects of single features on benchmarks
     behaviours: tuple[BehaviourFigures, ...]  #: effects on them
     alignment: tuple[AlignmentFigures, ...]  #: between rows
     gates: tuple[GateFigures, ...]  #: by row and benchmark
-    stages: tuple[StageFigures, ...]  #: transfer and tracking
+    transfer: tuple[TransferFigures, ...]  #: between dictionaries of a row
+    tracking: tuple[TrackingFigures, ...]  #: of texts
     criteria: tuple[CriterionFigures, ...]  #: of success
     resources: tuple[ResourceFigures, ...]  #: of finished units
     failures: tuple[FailureFigures, ...]  #: units that are not done

@@ -197,6 +197,27 @@ SHEETS = {
             _AFTER_NOTE,
         ),
         Sheet(
+            "single",
+            "Benchmarks without single features",
+            {
+                "Row": lambda one: one.row,
+                "Benchmark": lambda one: one.benchmark,
+                "Features": lambda one: str(one.features),
+                "Change it": lambda one: str(one.discoveries),
+                "Of a draw": lambda one: number(one.control_discoveries, 1),
+                "p": lambda one: number(one.p_value, 3),
+                "Strongest": lambda one: f"{one.dictionary}/{one.strongest}",
+                "Drop, nats": lambda one: interval(one.drop, 3),
+                "q": lambda one: number(one.q_value, 3),
+                "Above random": lambda one: percent(one.control_percentile),
+            },
+            frozenset({"Benchmark", "Strongest"}),
+            "Top features that fire on the items, each set to zero by itself. Change it: their drops of log-likelihood "
+            "have q at most 0.05, by sign flips over items; of a draw: how many of the matched random features do, on "
+            "average; p: share of the draws and the top features of which as many do. Above random: share of the "
+            "features that draws put in the strongest one's place that cost less.",
+        ),
+        Sheet(
             "behaviours",
             "Behaviours without top features",
             {
@@ -242,15 +263,36 @@ SHEETS = {
             cards=True,
         ),
         Sheet(
-            "stages",
-            "Transfer and tracking",
+            "transfer",
+            "What dictionaries share",
             {
                 "Row": lambda one: one.row,
-                "Stage": lambda one: one.stage,
-                "State": lambda one: one.state,
-                "Figures": lambda one: one.report or MISSING,
+                "Dictionaries": lambda one: f"{one.first}, {one.second}",
+                "By": lambda one: one.measure,
+                "Pairs": lambda one: interval(one.matched, 2),
+                "By chance": lambda one: number(one.matched_null.mean, 2),
+                "Shared": lambda one: f"{_points(one.shared)} %",
+                "Shared by chance": lambda one: percent(one.shared_null.mean, 1),
             },
-            frozenset({"Stage", "State", "Figures"}),
+            frozenset({"Dictionaries", "By"}),
+            "Pairs: mean cosine or correlation of the one-to-one pairs of features with the largest sum. Square "
+            "brackets: 95 % intervals over features.",
+        ),
+        Sheet(
+            "tracking",
+            "Texts followed through the layers",
+            {
+                "Row": lambda one: one.row,
+                "Text": lambda one: one.text,
+                "Tokens": lambda one: str(one.tokens),
+                "Layers": lambda one: str(one.sites),
+                "Links": lambda one: f"{one.links:,}",
+                "Random links": lambda one: MISSING if one.random_links is None else f"{one.random_links:,}",
+                "Steps tested": lambda one: str(one.tests),
+                "Hurt": lambda one: str(one.hurt),
+                "Matched sets that pass": lambda one: percent(one.placebo_rate, 1),
+            },
+            frozenset({"Text"}),
         ),
         Sheet(
             "criteria",

@@ -140,7 +140,7 @@ class StudyUnits:
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
             )
-        seconds = self._watch(child, key, waiting)
+        seconds = self._watch(child, key, waiting, start)
         if not child.returncode:
             self._say(f"{row}  {unit}: done in {duration(seconds)}")
             return ""
@@ -148,8 +148,15 @@ class StudyUnits:
             raise Interrupted(f"stopped in {row}, {unit}; what is done is kept: run the same command to go on")
         return _why(child.returncode, path.read_bytes()[start:].decode(errors="replace"))
 
-    def _watch(self, child: subprocess.Popen, key: Key, waiting: Sequence[Key]) -> float:
-        """Waits for a child's end, says now and then how far it is, hands on the wish to stop; seconds it took."""
+    def _watch(self, child: subprocess.Popen, key: Key, waiting: Sequence[Key], before: int) -> float:
+        """Waits for a child's end, says now and then how far it is, hands on the wish to stop; seconds it took.
+
+        Args:
+          child: the process.
+          key: what it runs.
+          waiting: units that come after it.
+          before: bytes of its log that others wrote.
+        """
         start = said = time.monotonic()
         asked = False
         while child.poll() is None:
@@ -160,7 +167,8 @@ class StudyUnits:
             clock = time.monotonic()
             if clock - said > _SAY_EVERY:
                 said = clock
-                last = _last_line(self._path(key).read_text(errors="replace"))
+                own = self._path(key).read_bytes()[before:].decode(errors="replace")
+                last = _last_line(own) or f"{key[1]}: starting"
                 left = self._time.left(waiting, key, clock - start)
                 self._say(f"{key[0]}  {last.strip()}; {duration(left)} to go in all")
         return time.monotonic() - start

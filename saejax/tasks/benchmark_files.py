@@ -6,6 +6,7 @@ is the test split of a configuration of the data set.
 
 import dataclasses
 import hashlib
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def _local_rows(part: str, path: Path) -> Iterator[Row]:
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         unit, numbered = "line", json_lines(decode(_content(path), path), path, '{"question": "...", "answer": "..."}')
     else:
-        unit, numbered = "row", enumerate(table_rows(path, _content(path)), start=1)
+        unit, numbered = "row", enumerate(table_rows(path, io.BytesIO(_content(path))), start=1)
     for number, fields in numbered:
         where = f"{path}, {unit} {number}"
         if not isinstance(fields, dict):

@@ -7,7 +7,7 @@ from typing import Any
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
 from saejax.tasks import exemplars
-from saejax.tasks.benchmarks import Item, definition
+from saejax.tasks.benchmarks import Item, definition, final_number, way
 
 _ENDS = "\n\n"  # between worked examples
 
@@ -21,12 +21,14 @@ class Prompter:
       shots: worked examples before each question.
       chat: whether the prompt is put into the chat template.
       tokenizer: of the model.
+      brief: whether the final answer alone is asked for, where a worked solution could be.
     """
 
     name: str
     shots: int
     chat: bool
     tokenizer: Any
+    brief: bool = False
 
     @property
     def delimiter(self) -> str:
@@ -37,6 +39,8 @@ class Prompter:
         """The text before the answer to a question."""
         known = definition(self.name)
         shown = _examples(self.name, item.task)[: self.shots]
+        if self.brief:
+            shown = [(asked, final_number(answer)) for asked, answer in shown]
         if not self.chat:
             worked = "".join(f"{known.question.format(asked)} {answer}{_ENDS}" for asked, answer in shown)
             return worked + known.question.format(item.question)
@@ -45,7 +49,8 @@ class Prompter:
             messages += [dict(role="user", content=asked), dict(role="assistant", content=answer)]
         messages.append(dict(role="user", content=item.question))
         # Not as a system message, which some templates do not have.
-        messages[0]["content"] = f"{known.instruction}\n\n{messages[0]['content']}"
+        instruction = known.brief if self.brief else known.instruction
+        messages[0]["content"] = f"{instruction}\n\n{messages[0]['content']}"
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def encode(self, text: str) -> list[int]:
@@ -68,7 +73,8 @@ def make_prompter(name: str, task: TaskConfig, tokenizer: Any) -> Prompter:
         raise UserError(
             "--task.chat_template: the model's tokenizer has no chat template (base models have none): leave it out"
         )
-    return Prompter(name, shots, task.chat_template, tokenizer)
+    brief = way(name, task) == "choice" and bool(known.brief)
+    return Prompter(name, shots, task.chat_template, tokenizer, brief)
 
 
 def _examples(name: str, part: str) -> Sequence[tuple[str, str]]:

@@ -21,7 +21,7 @@ from saejax.results import Interval
 from saejax.settings import TaskConfig
 from saejax.tasks.answers import Verdict, formula_verdicts, number_verdicts
 from saejax.tasks.benchmark_prompts import Prompter, make_prompter
-from saejax.tasks.benchmarks import Item, definition
+from saejax.tasks.benchmarks import Item, definition, way
 from saejax.tasks.likelihood import Likelihood, encode_pair, loglikelihoods
 from saejax.tasks.results import BenchmarkResults, ChoiceScores, UnparsedExample
 from saejax.tasks.scoring import bootstrap_mean, wilson
@@ -33,18 +33,13 @@ _TEXT = 300  # characters of them, from the end
 Rows = list[dict[str, Any]]
 
 
-def way(name: str, task: TaskConfig) -> str:
-    """How a benchmark is scored: "generate", "choice" or "likelihood"; a ``UserError`` if it cannot be scored so."""
-    ways = definition(name).scores
-    if task.score == "auto":
-        return ways[0]
-    if task.score not in ways:
-        raise UserError(f"--task.score={task.score} does not fit {name}: expected one of {', '.join(('auto', *ways))}")
-    return task.score
-
-
 def score_items(
-    lm: LanguageModel, name: str, items: Sequence[Item], task: TaskConfig, edits: Sequence[Edit] = ()
+    lm: LanguageModel,
+    name: str,
+    items: Sequence[Item],
+    task: TaskConfig,
+    edits: Sequence[Edit] = (),
+    scored: str = "",
 ) -> Rows:
     """What the model makes of each item of a benchmark.
 
@@ -54,6 +49,7 @@ def score_items(
       items: as ``benchmarks.read_items`` gives them.
       task: settings: how to ask and how to score.
       edits: changes to every forward pass, generation included.
+      scored: in which way, if not in that of the settings; how to ask stays as it is.
 
     Returns:
       A row per item, ready for JSON: "id", "task", "prompt", "reference", and what WORKSPACE.md lists for each score.
@@ -62,7 +58,7 @@ def score_items(
       UserError: a prompt and its answer are longer than the model's context, or an option does not fit.
     """
     prompter = make_prompter(name, task, lm.tokenizer)
-    score = dict(generate=_generate, choice=_choose, likelihood=_reference)[way(name, task)]
+    score = dict(generate=_generate, choice=_choose, likelihood=_reference)[scored or way(name, task)]
     prompts = [prompter.prompt(item) for item in items]
     rows = [
         dict(id=item.id, task=item.task, prompt=prompt, reference=item.answer) for item, prompt in zip(items, prompts)
@@ -202,7 +198,7 @@ def summarize(name: str, rows: Sequence[Mapping[str, Any]], task: TaskConfig, or
             results,
             accuracy=accuracy,
             chance=float(np.mean([1 / len(row["choices"]) for row in rows])),
-            tasks={part: ChoiceScores(len(group), **_accuracies(group, rules)) for part, group in own.items()},
+            tasks={part: ChoiceScores(len(group), **_accuracies(group, rules)) for part, group in own.items() if part},
         )
     unparsed = {rule: [row for row in rows if row[rule]["found"] is None] for rule in rules}
     shown = (UnparsedExample(row["id"], row["output"][-_TEXT:]) for row in unparsed["strict"][:_SHOWN])

@@ -12,7 +12,7 @@ from saejax.errors import Interrupted
 from saejax.models.language_model import load_model
 from saejax.parallel import make_mesh
 from saejax.tasks import benchmark_scores
-from saejax.tasks.benchmarks import Item, origin, read_items
+from saejax.tasks.benchmarks import Item, origin, read_items, way
 from saejax.tasks.results import BenchmarkResults
 from saejax.workspace import Run, write_text
 
@@ -29,14 +29,13 @@ def run_benchmark(run: Run) -> BenchmarkResults:
       Interrupted: asked to stop; finished items are kept.
     """
     name, task, model_config = run.name, run.configs["task"], run.configs["model"]
-    way = benchmark_scores.way(name, task)
     items = read_items(name, task)
     rows = _kept(run.folder / FILE, items)
     if rows:
         run.say(f"{len(rows)} of {len(items)} items were done before")
     mesh = make_mesh(run.configs.get("mesh"))
     lm = load_model(model_config.path, model_config.revision, model_config.dtype, mesh)
-    step = task.batch if way == "generate" else _ITEMS
+    step = task.batch if way(name, task) == "generate" else _ITEMS
     for first in range(len(rows), len(items), step):
         if run.stopping():
             raise Interrupted(f"{name}: stopped after {len(rows)} of {len(items)} items, which are kept")

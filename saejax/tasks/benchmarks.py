@@ -1,6 +1,7 @@
 """Benchmarks: which there are, and which of their items are asked.
 
-- ``gsm8k``: word problems of primary school with worked solutions that end in "#### number" (Cobbe et al., 2021).
+- ``gsm8k``: word problems of primary school with worked solutions that end in "#### number" (Cobbe et al., 2021); as
+  multiple choice, for models too weak to answer, ``number_choices`` says among which numbers.
 - ``math``: competition problems whose solutions hold the answer in ``\\boxed{}`` (Hendrycks et al., 2021).
 - ``logic``: multiple choice, six tasks of BIG-Bench Hard (Suzgun et al., 2022) under one name.
 
@@ -10,7 +11,7 @@ Items are read from the hub or from local files (``benchmark_files``) and chosen
 import dataclasses
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from saejax.settings import BENCHMARKS, TaskConfig
 from saejax.tasks.answers import last_boxed
 from saejax.tasks.benchmark_files import TRAIN, Origin, Row, find, training_files
 from saejax.tasks.hub import hub_configurations
+from saejax.tasks.number_choices import number_choices, plain_number
 from saejax.workspace import fingerprint
 
 _CHOICES = {"boolean_expressions": ("True", "False"), "web_of_lies": ("Yes", "No")}
@@ -49,7 +51,7 @@ class Item:
       id: where it stands, such as "test:17": file or hub configuration, and line or row from 1.
       task: of logic, the task; "" for others.
       question: the text of the question, its options included.
-      solution: what a perfect model would write: the worked solution, or the right choice.
+      solution: what a perfect model would write: the worked solution, or of multiple choice the right choice.
       answer: the final answer alone.
       choices: the answers to choose from; empty where none are given.
     """
@@ -78,6 +80,7 @@ class Benchmark:
       stop: texts that end a generated answer.
       parse: makes an item of a row.
       training: the hub's data set and its configurations whose split "train" goes with it; empty: there is none.
+      brief: the instruction where the final answer alone is asked for; "": it always is, or never.
     """
 
     hub: str
@@ -91,14 +94,21 @@ class Benchmark:
     stop: tuple[str, ...]
     parse: Callable[[Row], Item]
     training: tuple[str, tuple[str, ...]] = ("", ())
+    brief: str = ""
 
 
 def _gsm8k(row: Row) -> Item:
     question, solution = (row.text(column, ("question", "answer")) for column in ("question", "answer"))
-    _, mark, answer = solution.rpartition("####")
-    if not mark or not answer.strip():
+    answer = final_number(solution)
+    if not answer:
         raise UserError(f"{row.where}: 'answer' does not end in '#### ' and a number: fix or remove the row")
-    return Item(row.name, "", question, solution, answer.strip())
+    return Item(row.name, "", question, solution, answer)
+
+
+def final_number(solution: str) -> str:
+    """What a solution of gsm8k ends in; "" if it has no final answer."""
+    _, mark, answer = solution.rpartition("####")
+    return answer.strip() if mark else ""
 
 
 def _math(row: Row) -> Item:
@@ -131,12 +141,13 @@ DEFINITIONS = {
         parts=("",),
         examples=500,
         shots=5,
-        scores=("generate", "likelihood"),
+        scores=("generate", "choice", "likelihood"),
         question="Question: {}\nAnswer:",
         instruction="Solve the problem step by step. End with a line that holds '#### ' and the answer as a number.",
         stop=("Question:", "</s>", "<|im_end|>"),
         parse=_gsm8k,
         training=("openai/gsm8k", ("main",)),
+        brief="Answer with a number alone.",
     ),
     "math": Benchmark(
         hub="HuggingFaceH4/MATH-500",
@@ -169,6 +180,16 @@ DEFINITIONS = {
 def definition(name: str) -> Benchmark:
     """A benchmark by its name; a ``UserError`` lists them."""
     return DEFINITIONS[one_of(name, BENCHMARKS, "benchmark")]
+
+
+def way(name: str, task: TaskConfig) -> str:
+    """How a benchmark is scored: "generate", "choice" or "likelihood"; a ``UserError`` if it cannot be scored so."""
+    ways = definition(name).scores
+    if task.score == "auto":
+        return ways[0]
+    if task.score not in ways:
+        raise UserError(f"--task.score={task.score} does not fit {name}: expected one of {', '.join(('auto', *ways))}")
+    return task.score
 
 
 def origin(name: str, task: TaskConfig) -> Origin:
@@ -213,6 +234,8 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
     """
     known, source = definition(name), origin(name, task)
     items = [known.parse(row) for row in source.rows()]
+    if way(name, task) == "choice":
+        items = _with_choices(items)
     wanted = task.examples or known.examples
     if len(items) < wanted:
         asked = "were asked for" if task.examples else f"are asked by default of {name}"
@@ -220,6 +243,17 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
         raise UserError(f"{name} has {len(items)} examples in {source}, but {wanted} {asked}: {advice}")
     rng = np.random.default_rng((task.seed, zlib.crc32(name.encode())))
     return [items[i] for i in rng.permutation(len(items))[:wanted]]
+
+
+def _with_choices(items: Sequence[Item]) -> list[Item]:
+    """Items as multiple choice: those that have no choices get numbers to choose among."""
+    bare = [item for item in items if not item.choices]
+    right = [plain_number(item.answer, item.id) for item in bare]
+    made = {
+        item.id: dataclasses.replace(item, answer=answer, solution=answer, choices=choices)
+        for item, answer, choices in zip(bare, right, number_choices(right), strict=True)
+    }
+    return [made.get(item.id, item) for item in items]
 
 
 def training_items(name: str, task: TaskConfig) -> list[Item]:

@@ -3,17 +3,26 @@
 A *document* is a text and its *group*: what it shares an origin with, such as the opening that it was
 sampled from ("story/3"). The part of a group before "/" is its *kind*. The split into training and
 held-out text keeps every group on one side, so that nothing held out continues an opening trained on.
+
+Text that is read as a stream (``--corpus.stream``) is never in memory as a whole. There the split cannot depend on what
+other documents there are: a hash of its group decides on which side a document is, and one without a group has a hash
+of its text in its place, so that copies of a text stand on one side.
 """
 
 import collections
 import dataclasses
+import hashlib
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from saejax.errors import UserError
 from saejax.settings import CorpusConfig, TaskConfig
 from saejax.tasks.text_sources import text_sources
 from saejax.workspace import fingerprint
+
+_MOST_IN_MEMORY = 2**30  # characters
+_STREAMED_SAMPLE = 1024  # held-out documents of a stream that other stages than capture read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +31,8 @@ class Document:
 
     Attributes:
       text: not blank.
-      group: documents of one group are never split; a document without one is its own group, "document-<index>".
+      group: documents of one group are never split; a document without one is its own group, "document-<index>", or in
+        a stream a hash of its text.
       index: its place in the corpus, from 0.
       source: which of the corpus's sources it is from, from 0.
     """
@@ -33,32 +43,79 @@ class Document:
     source: int = 0
 
 
-def read_corpus(config: CorpusConfig, task: TaskConfig | None = None) -> list[Document]:
-    """Reads all text that ``config.path`` names (``text_sources``); the embedded corpus where it is empty.
+def documents(
+    config: CorpusConfig, task: TaskConfig | None = None, enough: Callable[[int], bool] = lambda source: False
+) -> Iterator[Document]:
+    """All text that ``config.path`` names (``text_sources``), in its order, read as it is asked for.
 
     ``config.max_tokens``, ``config.weights`` and ``config.context`` are applied where text becomes tokens, not here.
 
     Args:
       config: where text is.
       task: which questions of benchmarks are asked, and so are no text; None: those of the defaults.
+      enough: whether no more of a source, given by its number, is wanted.
 
     Raises:
       UserError: a file is missing, of another format, damaged, not UTF-8, or without a document; a line is not JSON, or
         its fields are missing or of the wrong type (with the line's number); the hub cannot be read.
     """
-    sources = text_sources(config, task or TaskConfig())
-    documents: list[Document] = []
+    sources, index = text_sources(config, task or TaskConfig()), 0
     for number, source in enumerate(sources):
-        before = len(documents)
+        before = index
         for text, group in source.texts():
-            index = len(documents)
+            own = group or (f"text-{_hash(text):016x}" if config.stream else f"document-{index}")
             # A kind for each source, so that each has text on both sides of the split.
-            own = group or f"document-{index}"
-            documents.append(Document(text, own if len(sources) == 1 else f"{source.name}/{own}", index, number))
-        if len(documents) == before:
+            yield Document(text, own if len(sources) == 1 else f"{source.name}/{own}", index, number)
+            index += 1
+            if enough(number):
+                break
+        if index == before:
             where = config.path or source.name
             raise UserError(f"{where} holds no document: expected text; name another file with --corpus.path")
-    return documents
+
+
+def read_corpus(config: CorpusConfig, task: TaskConfig | None = None) -> list[Document]:
+    """All of ``documents``, in memory; a ``UserError`` if that is more than memory is for."""
+    found, characters = list[Document](), 0
+    for document in documents(config, task):
+        found.append(document)
+        characters += len(document.text)
+        if characters > _MOST_IN_MEMORY:
+            raise UserError(
+                f"--corpus.path={config.path} has more than {_MOST_IN_MEMORY / 1e9:.1f} billion characters, too many "
+                "for memory: use --corpus.stream=True"
+            )
+    return found
+
+
+def held_out_documents(config: CorpusConfig, task: TaskConfig | None = None) -> list[Document]:
+    """The held-out documents; of a stream the first so many, which are fewer than all.
+
+    Raises:
+      UserError: the corpus cannot be read, or not be split.
+    """
+    if not config.stream:
+        return split(read_corpus(config, task), config.held_out, config.seed)[1]
+    held_out = (one for one in documents(config, task) if is_held_out(one, config))
+    if not (found := list(itertools.islice(held_out, _STREAMED_SAMPLE))):
+        raise UserError("no document of the corpus is held out by its hash: give more documents, or more groups")
+    return found
+
+
+def is_held_out(document: Document, config: CorpusConfig) -> bool:
+    """The rule of a stream: whether a hash of the group and the seed falls within the held-out share."""
+    return _hash(f"{config.seed}/{document.group}") < config.held_out * 2**64
+
+
+def _hash(text: str) -> int:
+    """64 bits, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def characters(config: CorpusConfig, task: TaskConfig | None = None) -> int:
+    """About how many characters the text has, by the sizes of its files; 0: not known."""
+    sizes = [source.characters() for source in text_sources(config, task or TaskConfig())]
+    return sum(sizes) if all(sizes) else 0
 
 
 def identity(config: CorpusConfig, task: TaskConfig | None = None) -> str:

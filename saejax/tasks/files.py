@@ -1,17 +1,23 @@
-"""Reading files that a user names: whole, uncompressed, JSON line by line, and tables row by row."""
+"""Reading files that a user names: uncompressed, line by line, JSON line by line, and tables row by row."""
 
+import contextlib
 import gzip
+import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from saejax.errors import UserError
 
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_ROWS = 1024  # of a table, in memory at once
 
-def read_bytes(path: Path, flag: str, advice: str) -> bytes:
-    """The file's bytes; of a ``.gz`` file, uncompressed.
+
+@contextlib.contextmanager
+def opened(path: Path, flag: str, advice: str) -> Iterator[IO[bytes]]:
+    """The file to read from; a ``.gz`` or ``.zst`` file uncompressed, as far as it is read.
 
     Args:
       path: the file.
@@ -19,20 +25,36 @@ def read_bytes(path: Path, flag: str, advice: str) -> bytes:
       advice: what to do if it does not exist.
 
     Raises:
-      UserError: the file is missing, cannot be read, or is not whole.
+      UserError: the file is missing, cannot be read, or is not whole; also while it is read in the block.
     """
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file, _uncompressed(path, file) as content:
+            yield content
     except FileNotFoundError:
         raise UserError(f"{flag}={path} does not exist: {advice}") from None
-    except OSError as error:
-        raise UserError(f"{flag}={path} cannot be read ({error.strerror}): name a readable file") from None
-    if path.suffix != ".gz":
-        return content
-    try:
-        return gzip.decompress(content)
-    except (EOFError, OSError, zlib.error):
-        raise UserError(f"{path} is not a whole gzip file: it is damaged; copy or compress it again") from None
+    except (EOFError, OSError, zlib.error) as error:
+        if path.suffix in _COMPRESSED and not getattr(error, "errno", None):
+            kind = _COMPRESSED[path.suffix]
+            raise UserError(f"{path} is not a whole {kind} file: it is damaged; copy or compress it again") from None
+        raise UserError(
+            f"{flag}={path} cannot be read ({getattr(error, 'strerror', error)}): name a readable file"
+        ) from None
+
+
+def _uncompressed(path: Path, file: IO[bytes]) -> contextlib.AbstractContextManager[Any]:
+    if path.suffix == ".gz":
+        return gzip.open(file)
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+    return contextlib.nullcontext(file)
+
+
+def read_bytes(path: Path, flag: str, advice: str) -> bytes:
+    """All bytes of a file, as ``opened`` gives them."""
+    with opened(path, flag, advice) as file:
+        return file.read()
 
 
 def decode(content: bytes, path: Path) -> str:
@@ -40,21 +62,40 @@ def decode(content: bytes, path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}: expected text in UTF-8; convert it") from None
+        raise _not_utf8(path, error.start) from None
 
 
-def json_lines(text: str, path: Path, example: str) -> Iterator[tuple[int, Any]]:
-    """The JSON values of a text's lines that are not blank, each with the line's number, from 1.
+def text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, one after the other; a ``UserError`` says where it is none."""
+    read = 0
+    for line in file:
+        yield _line(line.removesuffix(b"\n"), read, path)
+        read += len(line)
+
+
+def _line(line: bytes, start: int, path: Path) -> str:
+    try:
+        return line.decode("utf-8" if start else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, start + error.start) from None
+
+
+def _not_utf8(path: Path, byte: int) -> UserError:
+    return UserError(f"{path} is not UTF-8 at byte {byte}: expected text in UTF-8; convert it")
+
+
+def json_lines(lines: str | Iterable[str], path: Path, example: str) -> Iterator[tuple[int, Any]]:
+    """The JSON values of lines that are not blank, each with the line's number, from 1.
 
     Args:
-      text: one JSON value a line.
+      lines: one JSON value each; or a text of such lines.
       path: where it comes from, for messages.
       example: what a line should look like.
 
     Raises:
       UserError: a line is not JSON.
     """
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(lines.split("\n") if isinstance(lines, str) else lines, start=1):
         if not line.strip():
             continue
         try:
@@ -63,31 +104,42 @@ def json_lines(text: str, path: Path, example: str) -> Iterator[tuple[int, Any]]
             raise UserError(f"{path}, line {number} is not JSON: expected an object such as {example}") from None
 
 
-def table_rows(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """The rows of a Parquet file, or of an Arrow file in either of its two layouts.
+def table_rows(path: Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, or of an Arrow file in either of its two layouts, some at a time.
 
     Args:
       path: where it comes from; its ending tells the format.
-      content: of the file.
+      file: its content.
 
     Raises:
       UserError: it is damaged.
     """
     import pyarrow
 
-    buffer = pyarrow.BufferReader(content)
     try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(buffer).to_pylist()
-        try:
-            return pyarrow.ipc.open_stream(buffer).read_all().to_pylist()
-        except pyarrow.ArrowInvalid:
-            buffer.seek(0)
-            return pyarrow.ipc.open_file(buffer).read_all().to_pylist()
+        for batch in _record_batches(path, file):
+            for start in range(0, batch.num_rows, _ROWS):
+                yield from batch.slice(start, _ROWS).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a whole {path.suffix[1:]} file ({error}): copy or make it again") from None
+
+
+def _record_batches(path: Path, file: IO[bytes]) -> Iterator[Any]:
+    import pyarrow
+
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        yield from pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS)
+        return
+    try:
+        stream = pyarrow.ipc.open_stream(file)
+    except pyarrow.ArrowInvalid:
+        file.seek(0)
+        whole = pyarrow.ipc.open_file(file)
+        yield from map(whole.get_batch, range(whole.num_record_batches))
+        return
+    yield from stream
 
 
 def shown(value: object) -> str:

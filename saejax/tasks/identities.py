@@ -19,9 +19,14 @@ def corpus(configs: Configs) -> str:
     return corpora.identity(configs["corpus"], configs["task"])
 
 
-def training_text(configs: Configs) -> tuple[str, ...]:
-    """The units that training text is read from: that of the behaviours' prompts, if these are part of it."""
+def joining_prompts(configs: Configs) -> tuple[str, ...]:
+    """The unit with the behaviours' prompts, if these are part of the training text."""
     return ("baseline",) if configs["corpus"].behaviours and configs["task"].has_behaviours else ()
+
+
+def training_text(configs: Configs) -> tuple[str, ...]:
+    """The units that training text is read from."""
+    return ("tokenize",) if configs["corpus"].stream else joining_prompts(configs)
 
 
 def dictionary(configs: Configs, stage: str) -> str:

@@ -1,35 +1,42 @@
 """Where training text comes from: what the parts of ``--corpus.path`` name, and the texts of each.
 
-FILE.jsonl, .jsonl.gz, .parquet, .arrow   a row per document, with the field ``--corpus.field`` and perhaps "group"
+FILE.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow
+                                          a row per document, with the field ``--corpus.field`` and perhaps "group"
 FILE.txt                                  documents separated by blank lines
 a pattern of these, such as 'text/*.jsonl.gz'
 hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT]   a data set of the hub; at "main" and its split "train" by default
 gsm8k, math, logic                        questions of a benchmark with their solutions, none of those that are asked
 """
 
+import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from saejax.errors import UserError
 from saejax.settings import BENCHMARKS, CorpusConfig, TaskConfig
 from saejax.tasks import benchmarks
-from saejax.tasks.files import decode, json_lines, read_bytes, shown, table_rows
+from saejax.tasks.files import json_lines, opened, shown, table_rows, text_lines
 from saejax.tasks.hub import hub_rows
 
 EMBEDDED = Path(__file__).parent / "data" / "corpus.jsonl.gz"
+_BLOCK = 1 << 20  # bytes of a file, hashed at once
 _FLAG = "--corpus.path"
-_FORMATS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
+_FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".txt")
 _HUB = re.compile(
     r"hf://(?P<id>[^/@:]+/[^/@:]+)(?:/(?P<configuration>[^/@:]+))?(?:@(?P<revision>[^:]+))?(?::(?P<split>.+))?"
 )
 _CHARACTERS = (
     8  # of the hub's text, read for each token that is wanted: more than a token has, so that some can be chosen
 )
+_COMPRESSION = 3  # characters of text for a byte of a compressed file, roughly
 
 Text = tuple[str, str]  # the text, and its group or ""
 
@@ -45,7 +52,14 @@ class TextSource(Protocol):
         """A hash, 16 hexadecimal digits, of what its texts depend on."""
 
     def texts(self) -> Iterator[Text]:
-        """Its documents, each with its group or ""; a ``UserError`` says what is wrong with them."""
+        """Its documents, each with its group or "", read as they are asked for.
+
+        Raises:
+          UserError: one of them is wrong, or cannot be read.
+        """
+
+    def characters(self) -> int:
+        """About how many there are; 0: not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,36 +76,62 @@ class FileText:
     def identity(self) -> str:
         kind = next(ending for ending in _FORMATS if self.path.name.endswith(ending)).split(".")[1]
         field = "" if self.field == "text" or kind == "txt" else self.field
-        return hashlib.sha256(kind.encode() + b"\0" + field.encode() + self._content()).hexdigest()[:16]
+        state = None
+        with contextlib.suppress(OSError):  # which ``opened`` names
+            state = (found := self.path.stat()).st_size, found.st_mtime_ns, found.st_ino
+        return _hash(self.path, kind.encode() + b"\0" + field.encode(), state)
+
+    def characters(self) -> int:
+        return self.path.stat().st_size * (1 if self.path.suffix in (".jsonl", ".txt", ".arrow") else _COMPRESSION)
 
     def texts(self) -> Iterator[Text]:
-        if self.path.name.endswith(".txt"):
-            pieces = re.split(r"\n[^\S\n]*\n", self._decoded().replace("\r\n", "\n"))
-            yield from ((piece.strip(), "") for piece in pieces if piece.strip())
-        elif self.path.name.endswith((".parquet", ".arrow")):
-            for number, row in enumerate(table_rows(self.path, self._content()), start=1):
-                yield _text_of(row, self.field, f"{self.path}, row {number}")
-        else:
-            for number, record in json_lines(self._decoded(), self.path, f'{{"{self.field}": "..."}}'):
-                yield _text_of(record, self.field, f"{self.path}, line {number}")
+        path = self.path
+        with _opened(path) as file:
+            if path.name.endswith(".txt"):
+                yield from ((piece, "") for piece in _paragraphs(text_lines(file, path)))
+            elif path.name.endswith((".parquet", ".arrow")):
+                for number, row in enumerate(table_rows(path, file), start=1):
+                    yield _text_of(row, self.field, f"{path}, row {number}")
+            else:
+                for number, record in json_lines(text_lines(file, path), path, f'{{"{self.field}": "..."}}'):
+                    yield _text_of(record, self.field, f"{path}, line {number}")
 
-    def _decoded(self) -> str:
-        return decode(self._content(), self.path)
 
-    def _content(self) -> bytes:
-        return read_bytes(self.path, _FLAG, "name a file, or leave it empty")
+def _opened(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    return opened(path, _FLAG, "name a file, or leave it empty")
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash(path: Path, before: bytes, state: object) -> str:
+    """Of a file's content, read once while the file's ``state`` is the same."""
+    digest = hashlib.sha256(before)
+    with _opened(path) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """What stands between blank lines."""
+    own: list[str] = []
+    for line in itertools.chain(lines, [""]):
+        if line.strip():
+            own.append(line.removesuffix("\r"))
+        elif own:
+            yield "\n".join(own).strip()
+            own = []
 
 
 @dataclasses.dataclass(frozen=True)
 class HubText:
-    """A split of a data set of the hub, from its front: so many characters."""
+    """A split of a data set of the hub, from its front: so many characters, or 0 for all."""
 
     hub: str
     configuration: str
     revision: str
     split: str
     field: str
-    characters: int
+    most: int
 
     @property
     def name(self) -> str:
@@ -100,8 +140,11 @@ class HubText:
     def identity(self) -> str:
         return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()[:16]
 
+    def characters(self) -> int:
+        return self.most
+
     def texts(self) -> Iterator[Text]:
-        left = self.characters
+        left = self.most or sys.maxsize
         rows = hub_rows(self.hub, self.configuration, self.revision, self.split, stream=True)
         for number, row in enumerate(rows, start=1):
             if self.field in row and not str(row[self.field]).strip():
@@ -121,6 +164,9 @@ class BenchmarkText:
 
     def identity(self) -> str:
         return benchmarks.training_identity(self.name, self.task)
+
+    def characters(self) -> int:
+        return 0
 
     def texts(self) -> Iterator[Text]:
         known = benchmarks.definition(self.name)
@@ -155,16 +201,17 @@ def _hub_text(part: str, config: CorpusConfig) -> HubText:
     named = _HUB.fullmatch(part)
     if not named:
         raise UserError(f"{_FLAG}={part}: expected hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT]")
-    if not config.max_tokens:
-        raise UserError(f"{_FLAG}={part} takes --corpus.max_tokens: a data set of the hub may be of any size")
-    characters = _CHARACTERS * config.max_tokens
+    if not (config.max_tokens or config.stream):
+        raise UserError(
+            f"{_FLAG}={part} takes --corpus.max_tokens, or --corpus.stream=True: a data set may be of any size"
+        )
     return HubText(
         named["id"],
         named["configuration"] or "",
         named["revision"] or "main",
         named["split"] or "train",
         config.field,
-        characters,
+        0 if config.stream else _CHARACTERS * config.max_tokens,
     )
 
 

@@ -90,5 +90,6 @@ TRACK = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),
+    cost="saejax.track.cost:track_cost",
     section="saejax.track.report:sections",
 )

@@ -34,7 +34,7 @@ from saejax.track.results import StepTest
 from saejax.track.stage import TrackConfig
 from saejax.track.texts import EncodedText, Segment
 
-_ROWS = {"cpu": 32}  # sets that are removed at once; the first block of draws and the clean run just fit
+ROWS = {"cpu": 32}  # sets that are removed at once; the first block of draws and the clean run just fit
 _MANY = 256  # the same on accelerators
 _WINDOW, _POOL = 8, 64  # windows and features are filled up to a multiple of these, so that few programs are compiled
 _OTHERS = 20  # sets of other features alone, which say how well they match
@@ -163,7 +163,7 @@ class StepTester:
         targets_W: np.ndarray = np.zeros(window, np.int32)
         targets_W[:count] = self._text.ids_T[step.start + 1 : step.stop]
         shards = self._lm.mesh.shape["data"]
-        rows = -(-_ROWS.get(self._lm.mesh.devices.flat[0].platform, _MANY) // shards) * shards
+        rows = -(-ROWS.get(self._lm.mesh.devices.flat[0].platform, _MANY) // shards) * shards
         found = []
         for first in range(0, len(sets), rows):
             members_RxK = np.zeros((rows, pool), bool)

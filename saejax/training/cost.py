@@ -1,12 +1,13 @@
 """What the stage ``train`` takes, and which dictionaries it will train."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.activations.cost import recorded_rows
+from saejax.activations.cost import reading_cost, recorded_rows
 from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedRun, PlannedStack
 from saejax.costs.passes import dictionary_bytes, step_flops
 from saejax.costs.programs import Program
@@ -51,7 +52,7 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
 
 
 def train_cost(plan: PlannedRun, kind: str) -> Cost:
-    """All members of a stack, their features split over ``model``, themselves over ``member``.
+    """All members of a stack, their features split over ``model``, themselves over ``member``; and the model they read.
 
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
@@ -65,9 +66,23 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
     batch += part_size(plan.axes, (train.batch, f), "data", "model")
     rows = recorded_rows(plan)
     seen = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
+    read, flops = DeviceBytes(), count * step_flops(seen, d, f)
+    if train.source == "model":
+        sites = [Site.parse(name) for name in dict.fromkeys(n for m in stack.members for n in (m.site, m.target))]
+        read, passes = reading_cost(plan, sites, seen)
+        buffer = part_size(plan.axes, (len(sites), min(train.buffer_rows, rows), d), None, "data", None)
+        read = dataclasses.replace(
+            read, activations=read.activations + WIDTH[plan.configs["capture"].store_dtype] * buffer
+        )
+        flops += passes
     return Cost(
-        DeviceBytes(dictionary=arrays, optimizer=3 * arrays, activations=here * WIDTH[train.state_dtype] * 4 * batch),
-        count * step_flops(seen, d, f),
+        DeviceBytes(
+            model=read.model,
+            dictionary=arrays,
+            optimizer=3 * arrays,
+            activations=here * WIDTH[train.state_dtype] * 4 * batch + read.activations,
+        ),
+        flops,
         train.matmul,
         _OVERHEAD,
         _START,

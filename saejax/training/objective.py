@@ -12,8 +12,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, losses
+from saejax.dictionaries import Dictionary, DictionaryConfig, losses, sparse_products
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
+from saejax.dictionaries.sparse_products import Code
 from saejax.dictionaries.sparsity import row
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
@@ -28,11 +29,13 @@ class Objective:
       config: how to train.
       dictionary: what the members have in common; its ``k`` is the largest of theirs.
       steps: of the whole run.
+      sparse: whether activations are codes of the active features, for a kind of which each token keeps k.
     """
 
     config: TrainConfig
     dictionary: DictionaryConfig
     steps: int
+    sparse: bool = False
 
     def __call__(
         self,
@@ -59,8 +62,13 @@ class Objective:
         """
         config, member = self.config, Dictionary(self.dictionary, self.config.matmul, **params)
         kind, own = member.kind, config.of_kind(member.kind.name)
-        pre_BxF, f_BxF, smallest = self._encode(member, x_BxD, hyper)
-        reconstructions = kind.reconstructions(member, f_BxF, x_BxD)
+        pre_BxF, f, smallest = self._encode(member, x_BxD, hyper, any_dead)
+        if isinstance(f, Code):
+            f_BxF, firings_F, reconstructions = f.dense(), f.firings(), [member.decode_code(f, x_BxD)]
+        else:
+            # In floats, because XLA:CPU vectorises no sums of integers; exact up to 2^24 tokens.
+            f_BxF, firings_F = f, jnp.sum(member.fires(f).astype(jnp.float32), axis=0)
+            reconstructions = kind.reconstructions(member, f, x_BxD)
         errors = [
             losses.squared_error(y_BxD, each_BxD, hyper.metric_DxD, config.matmul) for each_BxD in reconstructions
         ]
@@ -81,8 +89,6 @@ class Objective:
             parts["decorrelation"] = config.decorrelation * losses.decorrelation(f_BxF)
         loss = sum(parts.values(), jnp.zeros((), y_BxD.dtype))
 
-        # In floats, because XLA:CPU vectorises no sums of integers; exact up to 2^24 tokens.
-        firings_F = jnp.sum(member.fires(f_BxF).astype(jnp.float32), axis=0)
         metrics = parts | dict(
             loss=loss,
             mse=losses.squared_error(y_BxD, y_hat_BxD),
@@ -94,10 +100,20 @@ class Objective:
     def reconstruction(self, params: Arrays, x_BxD: jax.Array, hyper: Hyper) -> jax.Array:
         """What one member makes of inputs, features chosen as in training."""
         member = Dictionary(self.dictionary, self.config.matmul, **params)
-        return member.decode(self._encode(member, x_BxD, hyper)[1], x_BxD)
+        _, f, _ = self._encode(member, x_BxD, hyper)
+        return member.decode_code(f, x_BxD) if isinstance(f, Code) else member.decode(f, x_BxD)
 
-    def _encode(self, member: Dictionary, x_BxD: jax.Array, hyper: Hyper) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _encode(
+        self, member: Dictionary, x_BxD: jax.Array, hyper: Hyper, any_dead: jax.Array | bool = True
+    ) -> tuple[jax.Array, jax.Array | Code, jax.Array]:
         """Pre-activations, activations as in training, and the smallest that was kept."""
+        if self.sparse:
+            W_enc_DxF, b_enc_F, b_dec_D = (member.arrays[name] for name in ("W_enc_DxF", "b_enc_F", "b_dec_D"))
+            centre_D = b_dec_D if self.dictionary.centred else jnp.zeros_like(b_dec_D)
+            k, moves_dead = (hyper.own["k"], self.dictionary.k), any_dead if self.config.auxk else False
+            asked = x_BxD, centre_D, W_enc_DxF, b_enc_F, *k, self.config.matmul, moves_dead
+            code, pre_BxF = sparse_products.encode(*asked)
+            return pre_BxF, code, jnp.zeros((), pre_BxF.dtype)
         projected_BxF = member.pre_activations(x_BxD)
         pre_BxF, own = projected_BxF + row(member.b_enc_F[...], 2), self.config.of_kind(self.dictionary.kind)
         return pre_BxF, *member.kind.encode_in_training(member, pre_BxF, projected_BxF, hyper.own, own)

@@ -22,7 +22,7 @@ def _stream(configs: Configs) -> str:
     """Model, text and settings of training straight from the model."""
     if configs["train"].source != "model":
         return ""
-    capture = dataclasses.replace(configs["capture"], sites=())  # those of training are read
+    capture = dataclasses.replace(configs["capture"], sites=(), tokens=0)  # training reads its own sites, of all text
     settings = [identity(config) for config in (configs["model"], configs["corpus"], capture)]
     return fingerprint([identities.model(configs), identities.corpus(configs), settings])
 

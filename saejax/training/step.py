@@ -15,7 +15,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, kinds
+from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, sparse_products
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.parallel import fitting_sharding, sharding
 from saejax.settings import MOST_TOKENS, TrainConfig
@@ -50,7 +50,9 @@ class Trainer:
         self.config, self.dictionary, self.members, self.mesh = config, dictionary, list(members), mesh
         self.scales = list(scales)
         self._steps = steps
-        self._objective = Objective(config, dictionary, steps)
+        shape = config.matmul, dictionary.n_features, dictionary.k
+        sparse = kinds.by_name(dictionary.kind).keeps_k and sparse_products.wins(mesh, *shape)
+        self._objective = Objective(config, dictionary, steps, sparse)
         self._optimizer, self._rate = make_optimizer(config), learning_rate(config, steps)
         self.sites = list(dict.fromkeys((member.site, member.target) for member in members))  # of the batch, in order
         hyper = Hyper.of(members, scales, self.sites, config.state_dtype)

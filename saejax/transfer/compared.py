@@ -8,12 +8,11 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary, load_dictionary, rescale, stacks
 from saejax.dictionaries.formats import load_all
+from saejax.dictionaries.labels import labels_of
 from saejax.errors import UserError
 from saejax.models.sites import Site
 from saejax.stage import is_folder
 from saejax.transfer.results import ComparedDictionary
-
-FLAG = "--transfer.dictionaries"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +44,30 @@ class Compared:
         """Of the target."""
         return Site.parse(self.target).layer
 
+    def labels(self, workdir: Path) -> dict[int, str]:
+        """What its features are called, where it was interpreted: in its own workdir, or else in another."""
+        places = self.folder.absolute().parts
+        own = "train" in places
+        root = Path(*places[: places.index("train")]) if own else workdir
+        name = "/".join(places[places.index("train") + 1 :]) if own else self.name
+        return {feature: label.label for feature, label in labels_of(root, name).items()}
+
     def described(self) -> ComparedDictionary:
         """What the results say of it."""
         config = self.dictionary.config
         return ComparedDictionary(self.name, config.model, config.site, self.target, config.n_features)
 
 
-def load_compared(names: Sequence[str], units: Mapping[str, Path]) -> list[Compared]:
-    """Loads the dictionaries that the flag names, in its order; of a stack all members.
+def load_compared(names: Sequence[str], units: Mapping[str, Path], flag: str) -> list[Compared]:
+    """Loads the dictionaries that a flag names, in its order; of a stack all members.
 
     Args:
       names: kinds, members or folders.
       units: folders of the train units, such as that of "train/topk".
+      flag: that names them, for messages.
 
     Raises:
-      UserError: one cannot be loaded or is named twice, or there are fewer than two.
+      UserError: one cannot be loaded or is named twice.
     """
     found: list[Compared] = []
     for name in names:
@@ -70,17 +78,15 @@ def load_compared(names: Sequence[str], units: Mapping[str, Path]) -> list[Compa
         unit = units[f"train/{kind}"]
         known = [entry.name for entry in stacks.members(unit)]
         if member:
-            stacks.check_member(name, known, FLAG)
+            stacks.check_member(name, known, flag)
         chosen = [member] if member else known
         found += [Compared(stacks.full_name(kind, one), unit / one, load_dictionary(unit / one)) for one in chosen]
     folders = [one.folder.resolve() for one in found]
     for one, folder in zip(found, folders, strict=True):
         if folders.count(folder) > 1:
-            raise UserError(f"{FLAG}={','.join(names)} names {one.name} twice: name each dictionary once")
+            raise UserError(f"{flag}={','.join(names)} names {one.name} twice: name each dictionary once")
         if not np.isfinite(np.asarray(one.dictionary.W_dec_FxD[...])).all():
             raise UserError(f"{one.folder} holds NaN or infinite decoder rows: train it again")
-    if len(found) < 2:
-        raise UserError(f"{FLAG}={','.join(names)} is one dictionary: name two at least")
     return found
 
 

@@ -6,6 +6,7 @@ others judge them.
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -56,28 +57,11 @@ class Reading:
 
     @classmethod
     def of(cls, run: Run, compared: Sequence[Compared], mesh: Mesh) -> "Reading":
-        """Runs every model on the text.
-
-        Raises:
-          UserError: there is no text, a model is not found, or it is not the one that a dictionary belongs to.
-        """
-        config, corpus = run.configs["transfer"], run.configs["corpus"]
-        held_out = corpora.split(corpora.read_corpus(corpus, run.configs["task"]), corpus.held_out, corpus.seed)[1]
-        order = np.random.default_rng(config.seed).permutation(len(held_out))
-        texts = first_texts([held_out[i].text for i in order], config.tokens)
-        own = resolve(run.configs["model"], decoder=True).fingerprint
-        lms: dict[str, LanguageModel] = {}
-        reads: dict[str, ReadText] = {}
-        values: dict[tuple[str, str], np.ndarray] = {}
-        for model in dict.fromkeys(one.fingerprint for one in compared):
-            members = [one for one in compared if one.fingerprint == model]
-            lm = lms[model] = _load(run, own, members[0], mesh)
-            reads[model] = read_text(lm.tokenizer, texts, min(corpus.context, lm.config.context))
-            sites = list(dict.fromkeys(one.dictionary.site for one in members))
-            found = activations(lm, reads[model], sites, config.batch_tokens)
-            values |= {(model, site): value_NxD for site, value_NxD in found.items()}
-            run.say(f"{lm.source.name}: {len(reads[model].text_N):,} tokens of {len(texts)} texts, {len(sites)} sites")
-        return cls(run, compared, mesh, lms, reads, values)
+        """Runs every model on the text; see ``read_sites``."""
+        config = run.configs["transfer"]
+        return cls(
+            run, compared, mesh, *read_sites(run, compared, mesh, config.tokens, config.batch_tokens, config.seed)
+        )
 
     def tokens(self, first: int, second: int) -> int:
         """How many tokens two dictionaries are compared on."""
@@ -167,6 +151,53 @@ class Reading:
             return [recovered(losses.ce, "mean_ablated") for losses in found]
 
         return measure
+
+
+class SitesOnText(NamedTuple):
+    """Models and what they make of the same texts.
+
+    Attributes:
+      lms: the models by their fingerprints.
+      reads: how each reads the texts.
+      values: activations [N, D] by model and site.
+    """
+
+    lms: dict[str, LanguageModel]
+    reads: dict[str, ReadText]
+    values: dict[tuple[str, str], np.ndarray]
+
+
+def read_sites(
+    run: Run, compared: Sequence[Compared], mesh: Mesh, tokens: int, batch_tokens: int, seed: int
+) -> SitesOnText:
+    """Runs every model that dictionaries belong to on held-out text of the run's corpus.
+
+    Args:
+      run: of the stage.
+      compared: the dictionaries; the sites that they read are captured.
+      mesh: the devices.
+      tokens: about so many.
+      batch_tokens: that run at a time.
+      seed: of the documents' order.
+
+    Raises:
+      UserError: there is no text, a model is not found, or it is not the one that a dictionary belongs to.
+    """
+    corpus = run.configs["corpus"]
+    held_out = corpora.held_out_documents(corpus, run.configs["task"])
+    order = np.random.default_rng(seed).permutation(len(held_out))
+    texts = first_texts([held_out[i].text for i in order], tokens)
+    own = resolve(run.configs["model"], decoder=True).fingerprint
+    found = SitesOnText({}, {}, {})
+    for model in dict.fromkeys(one.fingerprint for one in compared):
+        members = [one for one in compared if one.fingerprint == model]
+        lm = found.lms[model] = _load(run, own, members[0], mesh)
+        read = found.reads[model] = read_text(lm.tokenizer, texts, min(corpus.context, lm.config.context))
+        sites = list(dict.fromkeys(one.dictionary.site for one in members))
+        at_sites = activations(lm, read, sites, batch_tokens)
+        found.values.update({(model, site): value_NxD for site, value_NxD in at_sites.items()})
+        run.say(f"{lm.source.name}: {len(read.text_N):,} tokens of {len(texts)} texts, {len(sites)} sites")
+    return found
 
 
 def _load(run: Run, own: str, one: Compared, mesh: Mesh) -> LanguageModel:

@@ -33,6 +33,7 @@ from saejax.transfer.summary import FeaturePairs, together
 from saejax.workspace import Run
 
 CLOSE = 0.9
+_FLAG = "--transfer.dictionaries"
 _Z = float(norm.ppf(0.975))
 
 
@@ -44,7 +45,9 @@ def run_transfer(run: Run) -> TransferResults:
       Interrupted: asked to stop.
     """
     config = run.configs["transfer"]
-    compared = load_compared(config.dictionaries, run.inputs)
+    compared = load_compared(config.dictionaries, run.inputs, _FLAG)
+    if len(compared) < 2:
+        raise UserError(f"{_FLAG}={','.join(config.dictionaries)} is one dictionary: name two at least")
     for first, second in itertools.combinations(compared, 2):
         if not measures_of(config.measures, first, second):
             raise UserError(

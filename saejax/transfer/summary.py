@@ -3,14 +3,12 @@
 import csv
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
 from saejax.causal.columns import Columns
 from saejax.causal.parts import part_file
-from saejax.dictionaries.labels import labels_of
 from saejax.transfer.chains import Link, shares, through_layers
 from saejax.transfer.compared import Compared, measures_of
 from saejax.transfer.results import Chains, ComparedPair, TransferResults
@@ -57,7 +55,7 @@ def together(
             for null in (False, True):
                 links[null][place, second] = tables[measure].link(second, config.shared, null)
     described = tuple(one.described() for one in compared)
-    labels = [_labels(run.folder.parent, one) for one in compared]
+    labels = [one.labels(run.folder.parent) for one in compared]
     chains: list[Chains] = []
     rows: list[tuple[int, ...]] = []
     for order in _by_layer(compared):
@@ -104,14 +102,6 @@ def _by_layer(compared: Sequence[Compared]) -> list[list[int]]:
         group = groups.setdefault((one.fingerprint, one.target.partition(".")[0]), {})
         group.setdefault(one.layer, place)
     return [[layers[layer] for layer in sorted(layers)] for layers in groups.values() if len(layers) > 1]
-
-
-def _labels(workdir: Path, one: Compared) -> Mapping[int, str]:
-    """What the features of a dictionary are called, where it was interpreted."""
-    places = one.folder.absolute().parts
-    root = Path(*places[: places.index("train")]) if "train" in places else workdir
-    name = "/".join(places[places.index("train") + 1 :]) if "train" in places else one.name
-    return {feature: label.label for feature, label in labels_of(root, name).items()}
 
 
 def _csv(pairs: Sequence[ComparedPair]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.activations.documents import front_tokens
+from saejax.activations.cutter import front_tokens
 from saejax.errors import UserError
 from saejax.models.tokens import token_text
 

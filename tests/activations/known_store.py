@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.activations.documents import COLUMNS, SPLITS, Documents
+from saejax.activations.cutter import SPLITS
+from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.plan import Plan
 from saejax.activations.store import DTYPES, Store
 from saejax.activations.writer import StoreWriter
@@ -31,31 +32,31 @@ class Known:
         return list(zip(document_N.tolist(), position_N.tolist(), strict=True))
 
 
-def make_documents() -> Documents:
-    """Documents of ``LENGTHS`` tokens."""
+def make_documents(lengths=LENGTHS) -> Documents:
+    """Documents of so many tokens."""
     rng = np.random.default_rng(1)
-    table_Nx5 = np.zeros((len(LENGTHS), len(COLUMNS)), np.int32)
+    table_Nx5 = np.zeros((len(lengths), len(COLUMNS)), np.int32)
     table_Nx5[list(HELD_OUT), COLUMNS.index("split")] = SPLITS.index("held_out")
-    table_Nx5[:, COLUMNS.index("source")] = np.arange(len(LENGTHS))
-    offsets_N = np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int64)
+    table_Nx5[:, COLUMNS.index("source")] = np.arange(len(lengths))
+    offsets_N = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Documents(rng.integers(0, 1000, offsets_N[-1]).astype(np.int32), offsets_N, table_Nx5, ("only",))
 
 
-def write(folder: Path, dtype: str = "bfloat16", shard_rows: int = 16) -> Known:
+def write(folder: Path, dtype: str = "bfloat16", shard_rows: int = 16, lengths=LENGTHS) -> Known:
     """Writes a store into a folder.
 
     At resid_post.1 the first position of every document is a sink, at mlp_out.0 position 4 of document 3.
     """
-    documents = make_documents()
+    documents = make_documents(lengths)
     plan = Plan(documents, shard_rows, batch_tokens=32, last=0, seed=5)
     writer = StoreWriter(folder, tuple(SITES), "known")
     writer.write_documents(documents)
-    sinks = {"resid_post.1": {(i, 0) for i in range(len(LENGTHS))}, "mlp_out.0": {(3, 4)}}
+    sinks = {"resid_post.1": {(i, 0) for i in range(len(lengths))}, "mlp_out.0": {(3, 4)}}
     rng = np.random.default_rng(2)
     vectors = {
         site: {
             (i, position): (rng.standard_normal(d) * (100 if (i, position) in sinks[site] else 1)).astype(DTYPES[dtype])
-            for i, length in enumerate(LENGTHS)
+            for i, length in enumerate(lengths)
             for position in range(length)
         }
         for site, d in SITES.items()

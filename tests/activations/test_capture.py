@@ -13,8 +13,8 @@ from capture_setup import (
     rows_by_place,
 )
 
-from saejax.activations import capture
-from saejax.activations.documents import KINDS as DOCUMENT_KINDS
+from saejax.activations import progress
+from saejax.activations.cutter import KINDS as DOCUMENT_KINDS
 from saejax.models import source
 from saejax.settings import ModelConfig
 
@@ -121,7 +121,7 @@ def test_every_piece_begins_with_the_tokenizers_first_token(setup, tmp_path):
 
 
 def test_progress_tells_speed_and_time_to_go(setup, monkeypatch):
-    monkeypatch.setattr(capture, "_SAY_EVERY", 0.0)
+    monkeypatch.setattr(progress, "_SAY_EVERY", 0.0)
     lines = []
     _, results = setup.capture("progress", say=lines.append, sites=("resid_pre.0",))
     assert sum("tokens/s" in line and "s to go" in line for line in lines) > 3

@@ -1,14 +1,16 @@
 """The JAX backend makes the store that the torch backend makes, on any mesh, however often it is interrupted."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 from capture_setup import RESUMED, files, relative_error
 
-from saejax.activations import capture, jax_capture
+from saejax.activations import backend, capture, jax_capture
 from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Plan
-from saejax.errors import Interrupted
+from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.models.families import read_config
 from saejax.models.sites import Site
@@ -96,6 +98,36 @@ def test_shards_of_one_backend_are_not_taken_over_by_the_other(setup, on_one_dev
     said = []
     setup.capture("both", backend="jax", say=said.append, **RESUMED)
     assert "; 0 of " in said[0]
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_auto_takes_the_faster_backend_and_stays_with_it(setup, on_one_device, monkeypatch, name):
+    asked = 0
+
+    def stopping():
+        nonlocal asked
+        asked += 1
+        return asked == 5
+
+    monkeypatch.setattr(capture, "faster_backend", lambda *args: name)
+    run = setup.make_run(f"auto_{name}", stopping=stopping, backend="auto", **RESUMED)
+    with pytest.raises(Interrupted):
+        capture.run_capture(run)
+    monkeypatch.setattr(capture, "faster_backend", None)  # what was begun is not measured again
+    assert capture.run_capture(run).backend == name
+    assert files(run.folder) == files(setup.capture(f"named_{name}", backend=name, **RESUMED)[0].folder)
+
+
+def test_auto_measures_both_backends(setup, on_one_device, monkeypatch):
+    now, said = iter(range(10**6)), []
+    clock = types.SimpleNamespace(perf_counter=lambda: next(now) ** 2)  # what comes later takes longer
+    monkeypatch.setattr(backend, "time", clock)
+    run = setup.make_run("measured", backend="auto", say=said.append, **RESUMED)
+    assert capture.run_capture(run).backend == "torch"
+    (line,) = [line for line in said if "--capture.backend=auto takes torch" in line]
+    assert "torch" in line and "jax" in line
+    with pytest.raises(UserError, match="for one process"):
+        capture.run_capture(setup.make_run("several", backend="auto", mesh=MeshConfig(processes=2)))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from saejax.causal.rows import Prompts, all_different, batches_of, first_changes
+from saejax.causal.rows import Prompts, all_different, batches_of, filled_features, first_changes
 from saejax.causal.split import prefixes
 
 FIRST_PxF = np.array([[3, 9, 1, 4], [9, 9, 2, 0]], np.int32)  # 9: never
@@ -78,14 +78,25 @@ def test_no_token_is_run_twice_in_a_batch(many):
         for s, p in np.argwhere(first_SxP <= prompts.last_P[None, :])
         for t in range(first_SxP[s, p], prompts.last_P[p] + 1)
     }
-    batches = batches_of(first_SxP, prompts, sets, 10**9, 1000)
-    run = sum(
-        len(set(zip(tree.row_SxN[0].tolist(), tree.column_SxN[0].tolist(), strict=True)))
-        for tree in (batch.filled(prompts, sets)[0] for batch in batches)
-    )
-    assert len(batches) == 1 and len(texts) == run
     alone = Prompts(prompts.last_P, all_different(prompts.prefix_PxT))
-    assert sum(b.tokens for b in batches_of(first_SxP, alone, sets, 10**9, 1000)) > 1.1 * batches[0].tokens
+    assert len(texts) == tokens_run(first_SxP, prompts, sets) < 0.9 * tokens_run(first_SxP, alone, sets)
+
+
+def tokens_run(first_SxP, prompts, sets):
+    """How many tokens a single batch runs, without those that fill it up."""
+    (batch,) = batches_of(first_SxP, prompts, sets, 10**6, 1000)
+    tree, _ = batch.filled(prompts, sets)
+    return len(set(zip(tree.row_SxN[0].tolist(), tree.column_SxN[0].tolist(), strict=True)))
+
+
+def test_batches_have_few_shapes(many):
+    first_SxP, prompts, sets, _ = many
+    shapes, counts = set(), range(1, 51)
+    for count in counts:
+        batches = batches_of(first_SxP[:count], prompts, sets[:count], 80, 1000)
+        shapes |= {(batch.size, batch.length, batch.tokens, len(batch.features_K)) for batch in batches}
+    assert len(shapes) <= 12 and {features for *_, features in shapes} == {filled_features(40)}
+    assert max(tokens for *_, tokens, _ in shapes) <= 96
 
 
 def test_nothing_to_run():

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.activations.documents import COLUMNS, SPLITS, Documents
+from saejax.activations.cutter import SPLITS
+from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.plan import Plan
 from saejax.activations.store import Store
 from saejax.activations.writer import StoreWriter

@@ -54,6 +54,11 @@ def test_rows_are_those_of_the_stages(model):
     # Two directions, 30 layers, half of 16 positions; the strongest place is chosen on train pairs.
     choosing = len(task.behaviours) * min(task.train_prompts, task.test_prompts)
     assert found["patch/resid_post"]["rows"] == 2 * 30 * 8 * (pairs + choosing)
+    # Of heads the first 20 nodes of three estimates and 100 random ones; a path is two runs, of half of all senders.
+    heads = units(model, patch__kinds=("heads",))["patch/heads"]["rows"]
+    assert heads == pairs * (3 * 20 + 100)
+    paths = units(model, patch__kinds=("heads",), patch__paths=2)["patch/heads"]["rows"]
+    assert paths == heads + 2 * pairs * 2 * 30 * (9 + 1)
     sets = 2 * (20 + len(steps(20)) + 1) + 20 * len(steps(20))
     assert found["patch/topk"]["rows"] == pytest.approx(0.85 * pairs * sets, abs=1)
     probe = found["probe/topk"]

@@ -7,11 +7,11 @@ from pathlib import Path
 from saejax.causal.ablate import report_sets
 from saejax.causal.ablate.results import AblateResults, DoseCurve, EqualDose, UncomparedBasis
 from saejax.causal.patching import report as patching
-from saejax.causal.patching.results import FeaturePatchResults
+from saejax.causal.patching.results import FeaturePatchResults, HeadPatchResults
 from saejax.causal.probes import report as probes
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.study import report as studies
-from saejax.causal.study.results import StudyEffects, StudyResults
+from saejax.causal.study.results import SingleEffect, SingleEffects, StudyEffects, StudyResults
 from saejax.page.document import Picture
 from saejax.page.findings import Findings
 from saejax.results import Interval
@@ -111,16 +111,62 @@ def test_agreement_with_other_dictionaries():
 
 
 def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
-    share = some(features=20, accuracy=interval(0.5), random=interval(0.1))
+    share = some(features=20, accuracy=interval(0.5), random=interval(0.1), p_value=0.048)
     carried = some(prompts=12, top=[share], all=interval(0.7), error=interval(0.2), ceiling=interval(0.9))
     together = [some(features=20, denoising=some(normalised=interval(0.4))), some(features="all")]
-    results = dict(dictionary="topk", site="resid_post.15", top=20, unpatched=dict(addition="it has no train prompts"))
+    results = dict(dictionary="topk", site="resid_post.15", top=20, draws=20)
+    results["unpatched"] = dict(addition="it has no train prompts")
     results["behaviours"] = dict(capital=some(interchange=carried, together=together, templates=0))
     table, without = patching.sections(findings(topk=partly(FeaturePatchResults, **results)), None)[0].blocks
     shares = [f"{mean}\u00a0% [{mean - 10}\u00a0%, {mean + 10}\u00a0%]" for mean in (50, 10, 70, 20, 90)]
+    shares[1] += ", p = 0.048"
     assert table.rows == (("Capital of a country", "12", *shares, "0.40 [0.30,\u00a00.50]"),)
     assert len(table.columns) == len(table.rows[0]) and table.columns[6] == "Ceiling: the whole site"
     assert without.items == (("Two-digit addition", "not patched: it has no train prompts."),)
+
+
+def test_heads_are_shown_beside_the_length_of_the_change_and_random_nodes():
+    estimate = some(correlation=interval(0.6), top=0.5, p_value=0.004)
+    node = some(node="query", layer=5, head=3, position=-2, effect=interval(0.4), atp=-0.25, atp_star=0.3)
+    senders = [
+        some(layer=4, head=None, effect=interval(0.3), p_max_t=0.01),
+        some(layer=2, head=1, effect=interval(0.2), p_max_t=0.5),
+    ]
+    told = [
+        some(node="query", layer=5, head=3, position=-2, total=interval(0.4), senders=50, sure=1, strongest=senders),
+        some(
+            node="logits",
+            layer=30,
+            head=0,
+            position=-1,
+            total=interval(3.0),
+            senders=300,
+            sure=4,
+            strongest=senders[:1],
+        ),
+    ]
+    found = some(
+        nodes=1234,
+        random=interval(0.1),
+        estimates=dict(atp_star=estimate, atp=estimate, change=some(correlation=None, top=0.2, p_value=0.2)),
+        columns=[some(position=-2, token=" of"), some(position=-1, token=" is")],
+        strongest=[node],
+        paths=told,
+    )
+    results = dict(top=20, drawn=100, unpatched={}, behaviours=dict(capital=found))
+    (section,) = patching.sections(findings(heads=partly(HeadPatchResults, **results)), draw)
+    estimates, nodes, paths = section.blocks
+    beside = ("0.50", "0.10 [0.00,\u00a00.20]", "0.004")
+    assert estimates.rows[0] == ("Capital of a country", "1,234", "AtP*", "0.60 [0.50,\u00a00.70]", *beside)
+    assert [row[2] for row in estimates.rows] == ["AtP*", "AtP", "length of the change"] and estimates.rows[2][3] == "–"
+    assert nodes.rows[0][1:] == ("query 5.3", "−2 (of)", "0.40 [0.30,\u00a00.50]", "−0.25", "0.30")
+    assert [row[1:3] for row in paths.rows] == [
+        ("query 5.3 at −2", "MLP 4"), ("query 5.3 at −2", "head 2.1"), ("logits", "MLP 4")
+    ]  # fmt: skip
+    assert paths.rows[0][3:] == ("0.30 [0.20,\u00a00.40]", "0.010", "0.40 [0.30,\u00a00.50]", "1 of 50")
+    found.paths = ()
+    (section,) = patching.sections(findings(heads=partly(HeadPatchResults, **results)), draw)
+    assert len(section.blocks) == 2
 
 
 def test_probes_are_shown_and_labels_without_one_said():
@@ -134,6 +180,9 @@ def test_probes_are_shown_and_labels_without_one_said():
         shuffled=interval(0.2),
         random=interval(0.1),
         p_value=0.0123,
+        auc=interval(0.8),
+        auc_shuffled=interval(0.45),
+        against_dense=interval(-0.2),
     )
     whole, raw = row | dict(k=None, inputs=None, random=None), dict(input="raw")
     labels = [
@@ -147,14 +196,22 @@ def test_probes_are_shown_and_labels_without_one_said():
         some(label="correct", behaviour="capital", reason="fewer than two classes: right 80", probes=[], congruent=0),
     ]
     results = dict(dictionary="topk", site="resid_post.15", pool="last", labels=labels)
-    settings = dict(probe=dict(shuffles=20))
+    settings = dict(probe=dict(shuffles=20, ranking="mean_difference"))
     (section,) = probes.sections(findings(settings, topk=partly(ProbeResults, **results)), draw)
-    intro, picture, table, without = section.blocks
+    intro, picture, table, dense, without = section.blocks
     assert "the features of topk" in intro.text and "at a prompt's last position" in intro.text
     assert "Answer: Two-digit addition: features 50 [40,\u00a060] %, raw dimensions 50 [40,\u00a060] %." in picture.alt
     assert table.rows[0][:4] == ("Answer: Two-digit addition", "2 features", "50 [40,\u00a060]", "40\u00a0%")
     assert table.rows[0][6:] == ("10 [0,\u00a020]", "0.0123", "7, 8")
     assert table.rows[1][1] == "all features" and table.rows[1][6] == table.rows[1][8] == "–"
+    assert "whose class means differ most" in intro.text
+    assert dense.rows[0][1:] == (
+        "2 features",
+        "0.80 [0.70,\u00a00.90]",
+        "0.45 [0.35,\u00a00.55]",
+        "−20 [−30,\u00a0−10]",
+    )
+    assert [row[1] for row in dense.rows] == ["2 features", "all features", "all raw dimensions"]
     assert without.items == (
         ("Model right or wrong: Capital of a country", "no probe: fewer than two classes: right 80."),
     )
@@ -217,3 +274,13 @@ def test_studies_show_every_measure_and_replacement():
     assert table.rows[2][1:3] == ("nats per token", "0.500 [0.400,\u00a00.600]") and table.rows[2][-1] == "–"
     assert table.rows[4][1] == "exact match, %" and table.rows[4][4:] == ("–",) * 6
     assert studies.sections(findings(), draw) == []
+
+    single = SingleEffect(7, interval(0.2), 0.01, 0.02, 9, 0.05, 0.875, interval(0.1), -0.01)
+    logic["single"] = SingleEffects((single,), 1, (0, 1), 2 / 3, 2**-20)
+    (section,) = studies.sections(findings(settings, logic=partly(StudyResults, **logic)), draw)
+    table = section.blocks[-1]
+    assert table.rows == (
+        ("7", "0.200 [0.100,\u00a00.300]", "0.020", "0.050", "88\u00a0%", "10.0 [0.0,\u00a020.0]", "−1.0"),
+    )
+    assert "By themselves 1 of 1 top features that fire change" in table.note
+    assert "0.5 on average (p = 0.67)" in table.note

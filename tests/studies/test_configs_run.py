@@ -92,6 +92,8 @@ def small(configs: dict, model: Path, folder: Path) -> list[str]:
         "study.matches": 4,
         "study.bootstrap": 100,
     }
+    if configs["capture"].last:  # so few positions of a document are no batch
+        values["train.batch"] = 32
     if configs["train"].source == "model":
         values |= {"train.buffer_rows": 512, "train.batch": 128}
     return [f"--{name}={value}" for name, value in values.items()]

@@ -1,15 +1,20 @@
 """The gate, alignment and the criteria: worlds where nothing is true, planted ones, and what was not measured."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from saejax.causal.claims import LEAST_SETS
+from saejax.causal.claims import LEAST_SETS, Claim
 from saejax.causal.study.results import StudyEffect, StudyEffects
-from saejax.results import Interval
-from saejax.studies import criteria
+from saejax.page.findings import Findings
+from saejax.results import Interval, Summary
+from saejax.studies import criteria, gather
 from saejax.studies.alignment import rank_correlation
 from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
+from saejax.track.results import StepTest, TrackedStep, TrackedText, TrackResults
+from saejax.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 
 
 def effects(zero, random) -> StudyEffects:
@@ -81,3 +86,52 @@ def test_a_criterion_that_cannot_be_asked_is_not_met_and_not_failed():
     assert found["Every unit is done"].met is False and found["Every unit is done"].evidence == "2 of 3"
     assert {one.met for name, one in found.items() if name != "Every unit is done"} == {None}
     assert found["Dictionaries transfer"].evidence == "not run"
+
+
+def summary_of(results) -> Summary:
+    rest = dict(config={}, inputs={}, packages={}, devices=None, seeds={}, start="", seconds=1.0, files={})
+    return Summary(1, "", "", "", results=results, **rest)
+
+
+def match_scores(shared) -> MatchScores:
+    fields = dict.fromkeys(("nearest", "nearest_back", "matched", "close"), Interval(0.5, 0.4, 0.6))
+    return MatchScores(**fields, shared=Interval(shared, shared - 0.1, shared + 0.1), mutual=0.5, gap=0.0)
+
+
+def transfer(shared, null) -> TransferResults:
+    rows = dict(decoder=ComparedRows(match_scores(shared), match_scores(null)))
+    return TransferResults((), "", (ComparedPair("topk", "standard", rows),), (), ())
+
+
+def tracked(answers, placebo_rate) -> TrackResults:
+    tests = {
+        f"resid_post.{site}": StepTest(
+            (), 3, 1.0, 0.1, 0.5, 0.1, Claim(yes, 0.1, 0.1, 0.1, 1, 0.0, 1.0, placebo_rate, 0.0, 1.0, 19), None
+        )
+        for site, yes in enumerate(answers)
+    }
+    step = TrackedStep("step 1", "", 0, 3, {}, tests, {})
+    return TrackResults(dict(sum=TrackedText(9, " 4", 8, ("resid_post.0",), (step,), {}, "geometry", 7, 2, 0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("shared", "null", "answers", "placebo_rate", "met"),
+    [
+        (0.8, 0.1, [True] * 8, 0.05, [True, True]),
+        (0.3, 0.2, [True, False], 0.2, [False, False]),  # intervals meet; one of two is no share above a fifth
+        (0.8, 0.1, [], 0.0, [True, None]),
+    ],
+)
+def test_transfer_and_tracking_are_judged_by_their_results(shared, null, answers, placebo_rate, met):
+    units = {"transfer": summary_of(transfer(shared, null)), "track/sum": summary_of(tracked(answers, placebo_rate))}
+    found = Findings(units, {}, Path(), {})
+    (pair,), (text,) = list(gather._transfer("row", found)), list(gather._tracking("row", found))
+    assert (pair.first, pair.second, pair.measure, pair.shared.mean, pair.shared_null.mean) == (
+        "topk", "standard", "decoder", shared, null,
+    )  # fmt: skip
+    assert (text.text, text.tests, text.hurt, text.links, text.random_links) == (
+        "sum", len(answers), sum(answers), 7, 2,
+    )  # fmt: skip
+    judged = {one.criterion: one for one in criteria.criteria(empty(transfer=(pair,), tracking=(text,)), [])}
+    names = ["Dictionaries transfer", "Features are tracked through layers"]
+    assert [judged[name].met for name in names] == met

@@ -111,6 +111,20 @@ def test_choices_are_judged_by_likelihood(lm, task):
     assert line(figures).endswith("; chance 36.7 %")
 
 
+def test_numbers_are_chosen_among(lm, task):
+    """Examples are asked as the question is, whatever is scored."""
+    asked = dataclasses.replace(task, score="choice", shots=2)
+    items = read_items("gsm8k", asked)
+    rows = score_items(lm, "gsm8k", items, asked)
+    figures = summarize("gsm8k", rows, asked)
+    assert figures.chance == 0.25 and figures.tasks == {} and figures.score == "choice"
+    solutions = score_items(lm, "gsm8k", items, asked, (), "likelihood")
+    for item, row, solution in zip(items, rows, solutions, strict=True):
+        assert row["prompt"] == solution["prompt"] and "#" not in row["prompt"] and solution["solution"] == item.answer
+        right = row["log_likelihoods"][item.choices.index(item.answer)]
+        assert right == pytest.approx(solution["log_likelihood"], rel=1e-4)
+
+
 def test_length_normalisation_can_change_the_choice(lm, task, monkeypatch):
     found = [benchmark_scores.Likelihood(total, 1, 0) for total in (-4.5, -4.0)]
     monkeypatch.setattr(benchmark_scores, "loglikelihoods", lambda *args: found)
@@ -155,7 +169,7 @@ def test_edits_reach_every_way_of_scoring(lm, task, writes, monkeypatch):
 
 
 def test_what_does_not_fit_is_refused(lm, task):
-    for name, score in (("logic", "generate"), ("gsm8k", "choice"), ("math", "choice")):
+    for name, score in (("logic", "generate"), ("math", "choice")):
         with pytest.raises(UserError, match=f"score={score} does not fit {name}: expected one of auto, "):
             score_items(lm, name, [], dataclasses.replace(task, score=score))
     items = read_items("gsm8k", task)
@@ -226,7 +240,6 @@ def test_the_binary_writes_a_unit_per_benchmark(inputs, folder, tmp_path):
         ("--task.path=./nowhere.jsonl", "--task.path=./nowhere.jsonl does not exist"),
         ("--task.examples=13", "gsm8k has 12 examples in"),
         ("--task.shots=99", "--task.shots=99: gsm8k has 8 worked examples"),
-        ("--task.score=choice", "--task.score=choice does not fit gsm8k"),
         ("--task.score=guess", "--task.score is 'guess': expected one of auto, generate, choice, likelihood"),
         ("--task.max_new_tokens=250", "lower --task.shots (now 0) or --task.max_new_tokens"),
     ],

@@ -84,9 +84,9 @@ def test_a_data_set_in_the_hubs_layout_is_read_as_far_as_it_is_wanted(tmp_path, 
     rows = [dict(text=f"{n:04d} characters" if n != 3 else " ") for n in range(50)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    source = text_sources.HubText(str(tmp_path / "set"), "", "main", "train", "text", characters=15 * 10)
+    source = text_sources.HubText(str(tmp_path / "set"), "", "main", "train", "text", most=15 * 10)
     assert [text for text, _ in source.texts()] == [row["text"] for row in rows[:11] if row["text"].strip()]
-    wrong = text_sources.HubText(str(tmp_path / "set"), "", "main", "train", "body", characters=1)
+    wrong = text_sources.HubText(str(tmp_path / "set"), "", "main", "train", "body", most=1)
     with pytest.raises(UserError, match="row 1 has no field 'body', only 'text'"):
         list(wrong.texts())
 

@@ -2,20 +2,28 @@
 
 import dataclasses
 import json
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+sys.path.append(str(Path(__file__).parent.parent / "attribution"))
+from made_transcoders import IDS, made_set
+
 from saejax import load_model
+from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.trace.prompt import trace
 from saejax.causal.claims import Rule, randomisation_p
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.sites import Site
 from saejax.models.tokens import pad
 from saejax.track.firings import LayerFirings, follow
-from saejax.track.links import chain, geometry
+from saejax.track.links import ATTRIBUTION, attribution, chain, geometry
 from saejax.track.stack import LayerDictionary, Stack
 from saejax.track.stage import TrackConfig
 from saejax.track.steps import only_here, step_features
@@ -223,3 +231,31 @@ def test_prompts_that_are_refused(tmp_path, lines, said):
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError, match=said):
         read_problems(TrackConfig(prompts=str(path)))
+
+
+def test_links_by_attribution_are_the_strongest_edges_between_shown_features(lm):
+    """Beside the graph of the same prompt, node by node; links join shown features alone, at most three into each."""
+    made = made_set(lm)
+    transcoders, ids_T = LayerTranscoders.of(made).check(lm), np.array(IDS)
+    shown = [one.strongest(3) for one in follow(lm, stack_of(*made), ids_T)]
+    found = attribution(lm, transcoders, ids_T, 7, shown)
+    assert found.kind == ATTRIBUTION and found.random is None and len(found.links) > 10
+    graph = trace(lm, transcoders, ids_T.tolist(), targets=[7])
+    nodes = graph.nodes[graph.slice_of(FEATURE)]
+    place = {
+        key: n for n, key in enumerate(zip(nodes.layer_N.tolist(), nodes.position_N.tolist(), nodes.index_N.tolist()))
+    }
+    cells = {
+        (layer, position, feature): value
+        for layer, one in enumerate(shown)
+        for position, feature, value in zip(one.position_A.tolist(), one.feature_A.tolist(), one.value_A.tolist())
+    }
+    into = {}
+    for source, target, weight in found.links:
+        assert source in cells and target in cells and source[0] < target[0] and source[1] <= target[1]
+        assert abs(graph.adjacency_RxS[place[target], place[source]] - weight) < 1e-5
+        into.setdefault(target, []).append(abs(weight))
+    for target in cells.keys() & place.keys():  # at the first position a graph has none
+        edges = [abs(graph.adjacency_RxS[place[target], place[source]]) for source in cells.keys() & place.keys()]
+        strongest = sorted((one for one in edges if one > 0), reverse=True)[:3]
+        np.testing.assert_allclose(sorted(into.get(target, []), reverse=True), strongest, atol=1e-5)

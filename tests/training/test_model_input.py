@@ -11,10 +11,13 @@ from small_runs import STEPS, go, make_trainer
 from small_stacks import B, D
 
 from saejax import command
+from saejax.activations.results import CaptureResults, TokenizeResults
 from saejax.activations.stream import BufferOrder
 from saejax.errors import Interrupted
 from saejax.pipeline import Workplan
+from saejax.preflight.results import PreflightResults
 from saejax.registry import GROUPS
+from saejax.results import load_results
 from saejax.settings import ModelConfig
 from saejax.training.inputs import Streamed
 from saejax.training.model_input import FromModel
@@ -58,9 +61,15 @@ def test_what_it_depends_on(inputs):
             configs[group] = dataclasses.replace(configs[group], **{field: value})
         return Workplan(configs).mark("train/topk")
 
-    assert mark() == mark(capture__sites=("mlp_out.0",), capture__batch_tokens=9, task__seed=9)
-    others = dict(corpus__seed=5, capture__dtype="bfloat16", train__buffer_rows=9, train__sites=("mlp_out.0",))
-    assert len({mark(), *(mark(**{key: value}) for key, value in others.items())}) == 5
+    assert mark() == mark(capture__sites=("mlp_out.0",), capture__batch_tokens=9, task__seed=9, capture__tokens=9)
+    others = dict(
+        corpus__seed=5,
+        corpus__stream=True,
+        capture__dtype="bfloat16",
+        train__buffer_rows=9,
+        train__sites=("mlp_out.0",),
+    )
+    assert len({mark(), *(mark(**{key: value}) for key, value in others.items())}) == 6
     assert mark(train__source="store") != mark(train__source="store", capture__sites=("mlp_out.0",))
 
 
@@ -74,6 +83,25 @@ def test_bad_input_is_one_line(train, capsys):
         assert train(**changes)[0] == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1 and told in error[0]
+
+
+def test_it_is_evaluated_and_reported_with_a_sample_in_place_of_a_store(inputs, tmp_path, capsys):
+    flags = runs.small_flags(
+        *inputs,
+        tmp_path / "run",
+        **CHANGES | dict(capture__backend="jax", corpus__stream=True, capture__tokens=150, train__kinds="topk"),
+    )
+    stages = ["preflight", "baseline", "tokenize", "capture", "train", "evaluate", "ablate", "report"]
+    assert command.run(stages, "", ["program", *flags]) == 0, capsys.readouterr().err
+    text: TokenizeResults = load_results(tmp_path / "run" / "tokenize")
+    store: CaptureResults = load_results(tmp_path / "run" / "capture")
+    assert all(150 <= store.tokens[split] < 170 < text.tokens[split] for split in ("train", "held_out"))
+    preflight: PreflightResults = load_results(tmp_path / "run" / "preflight")
+    sample, training = (preflight.models[0].units[unit] for unit in ("capture", "train/topk"))
+    assert sample.flops < training.flops / 4 and training.bytes.model == sample.bytes.model > 0
+    (scores,) = load_results(tmp_path / "run" / "evaluate" / "topk").members
+    assert scores.tokens <= store.tokens["held_out"]
+    assert (tmp_path / "run" / "report" / "index.html").exists()
 
 
 class Buffers:

@@ -13,6 +13,7 @@ from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.circuits import measure as circuits
 from saejax.causal.circuits import sizes
 from saejax.causal.cost import FIRING, causal_cost, edited_bytes, kept_prompts, layers_above, prompt_length
+from saejax.causal.rows import filled_features
 from saejax.causal.screening import points
 from saejax.causal.split import PROMPTS, run_head
 from saejax.costs.cost import START, Cost, PlannedRun
@@ -79,7 +80,7 @@ def _gathered(plan: PlannedRun) -> int:
     most = ablate.top * (1 + ablate.matches)
     if ablate.circuit_tests or ablate.effects == "all":
         most = max(most, features if ablate.circuit_tests else FEATURES)
-    return 2 ** (min(features, most) - 1).bit_length()
+    return filled_features(min(features, most))
 
 
 def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:

@@ -22,8 +22,10 @@ from saejax.causal.ablate.results import EstimateFit, FeatureEffect, HalvesAgree
 from saejax.causal.columns import Columns
 from saejax.causal.experiment import Experiment
 from saejax.causal.statistics import max_t_p, sign_flip_p
+from saejax.errors import UserError
 from saejax.settings import ESTIMATES, AblateConfig
 from saejax.tasks.scoring import bootstrap_means, separation
+from saejax.workspace import whole_file
 
 NEAREST = 100  # features that a control percentile is over
 PERMUTATIONS = 20_000
@@ -105,6 +107,29 @@ class Importance(Columns):
 def importance_file(folder: Path, behaviour: str) -> Path:
     """Where the ablate stage keeps a behaviour's table."""
     return folder / f"{behaviour}-importance.parquet"
+
+
+def save_drops(folder: Path, behaviour: str, drop_NxP: np.ndarray) -> None:
+    """Keeps the drops that a behaviour's table sums up: of each of its features on each test prompt, as .npy."""
+    with whole_file(_drops_file(folder, behaviour)) as beside, beside.open("wb") as file:
+        np.save(file, drop_NxP.astype(np.float32))
+
+
+def load_drops(folder: Path, behaviour: str) -> np.ndarray:
+    """What ``save_drops`` wrote, [N, P].
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    path = _drops_file(folder, behaviour)
+    try:
+        return np.load(path)
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged: delete {folder} and run ablate again") from None
+
+
+def _drops_file(folder: Path, behaviour: str) -> Path:
+    return folder / f"{behaviour}-drops.npy"
 
 
 def measure_importance(experiment: Experiment, config: AblateConfig) -> tuple[Importance, np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 from saejax.causal import positions, screening, stability
 from saejax.causal.ablate import agreement, cost, dose, grades, nested, verdict
 from saejax.causal.ablate.experiment import ModelExperiment, PartProgress
-from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance
+from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance, save_drops
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation
 from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
@@ -49,7 +49,7 @@ def run_ablate(run: Run) -> AblateResults:
 
     A behaviour is a part in the sense of ``parts``. Its logit differences, from which every figure can be derived
     again, are in ``<behaviour>-prompts.jsonl``, the drawn controls in ``<behaviour>-controls.jsonl`` and, if they were
-    asked for, the effects of all features in ``<behaviour>-importance.parquet``.
+    asked for, the effects of all features in ``<behaviour>-importance.parquet`` and ``<behaviour>-drops.npy``.
     """
     config: AblateConfig = run.configs["ablate"]
     positions.parse(config.positions)
@@ -137,6 +137,7 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, 
         results = dataclasses.replace(results, importance=summary)
         if is_first_process():
             importance.save(importance_file(run.folder, experiment.name))
+            save_drops(run.folder, experiment.name, drop_NxP)
     if is_first_process():
         _save_scores(run, experiment, measured, scores)
     return results

@@ -37,6 +37,6 @@ ABLATE = Stage(
     rule="saejax.causal.ablate.grades:rule",
     cost="saejax.causal.ablate.cost:ablate_cost",
     programs="saejax.causal.ablate.cost:ablate_programs",
-    version=2,  # 2: draws may hold the tested features
+    version=3,  # 2: draws may hold the tested features; 3: those of circuits, too
     many_processes=True,
 )

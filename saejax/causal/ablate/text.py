@@ -83,7 +83,7 @@ class HeldOutText:
         """
         if not count:
             return None
-        held_out = corpora.split(corpora.read_corpus(corpus, task), corpus.held_out, corpus.seed)[1]
+        held_out = corpora.held_out_documents(corpus, task)
         chosen = [held_out[place] for place in np.unique(np.arange(count) * len(held_out) // count)]
         length = min(LENGTH, model.config.context)
         ids = [model.tokenizer(document.text[: 16 * LENGTH])["input_ids"][:length] for document in chosen]

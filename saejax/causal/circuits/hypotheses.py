@@ -19,8 +19,9 @@ method for the four that can be shown; those that speak against a circuit are no
 larger and the claim easier.
 
 What differs from the paper: its null hypotheses of equivalence and of minimality are what is claimed here, so that few
-prompts or draws would keep them; units are the features of one dictionary at one site, not edges; and random sets and
-features are matched one to one (``controls``) and not in the set.
+prompts or draws would keep them; units are the features of one dictionary at one site, not edges; random sets are
+matched one to one and drawn as the set would be, were it random (``controls.draw_alike``); and the features that
+minimality adds are matched and not in the set.
 """
 
 from typing import NamedTuple

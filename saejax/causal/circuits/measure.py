@@ -17,7 +17,7 @@ from saejax.causal.circuits.hypotheses import (
     sufficiency,
 )
 from saejax.causal.circuits.results import Answer, CircuitFeature, CircuitResult, CircuitTest
-from saejax.causal.controls import FeatureStatistics, draw_controls, fitting_matches
+from saejax.causal.controls import FeatureStatistics, draw_alike, draw_controls, fitting_matches
 from saejax.causal.experiment import Experiment
 from saejax.causal.statistics import holm
 from saejax.settings import AblateConfig
@@ -133,8 +133,11 @@ def _measure(
 ) -> CircuitDiffs:
     firing_C = np.flatnonzero(statistics.fires_at_all_F)
     matches = fitting_matches(statistics, members, config.matches)
-    random_NxK = draw_controls(statistics, members, DRAWS, matches, seed=[config.seed, len(members)])
-    added_U, added_NxK = np.unique(random_NxK, return_inverse=True)
+    seed = [config.seed, len(members)]
+    random_NxK = draw_alike(statistics, members, DRAWS, matches, [*seed, 1])
+    # What is added to the set must not be in it: another member would change nothing, and be beaten for nothing.
+    others_NxK = draw_controls(statistics, members, DRAWS, matches, seed)
+    added_U, added_NxK = np.unique(others_NxK, return_inverse=True)
 
     def all_but(kept: Sequence[int] | np.ndarray) -> list[int]:
         return np.setdiff1d(firing_C, kept).tolist()
@@ -155,7 +158,7 @@ def _measure(
     score_SxP = np.where(differs_SxP, diffs.ablated_SxP, clean_P[None, :])
     ends = np.cumsum([1, 1, DRAWS, DRAWS, len(members)])
     kept_1xP, removed_1xP, random_kept, random_removed, lesser, inflated_UxP = np.split(score_SxP, ends)
-    added_NxK = added_NxK.reshape(random_NxK.shape)
+    added_NxK = added_NxK.reshape(others_NxK.shape)
     return CircuitDiffs(
         clean_P, kept_1xP[0], removed_1xP[0], random_kept, random_removed, lesser, inflated_UxP, added_NxK
     )

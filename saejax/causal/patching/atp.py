@@ -9,15 +9,11 @@ import numpy as np
 
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, effects, record_heads, slopes
-from saejax.causal.patching.pairs import Pairs, group_pairs
+from saejax.causal.patching.pairs import Pairs, few_pairs
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import Site
-from saejax.models.split import SplitPoint
-from saejax.parallel import by_row
+from saejax.parallel import by_row, to_host
 from saejax.tasks.behaviours import Prompt
-
-_AT_ONCE = 8  # pairs
 
 
 class NodeEstimates(NamedTuple):
@@ -29,10 +25,12 @@ class NodeEstimates(NamedTuple):
     Attributes:
       atp: by how much the logit difference falls.
       atp_star: the size of that, with the QK fix and GradDrop.
+      change: the length of the change of the vector, which asks no gradient.
     """
 
     atp: Mapping[str, np.ndarray]
     atp_star: Mapping[str, np.ndarray]
+    change: Mapping[str, np.ndarray]
 
 
 def estimate_nodes(model: LanguageModel, prompts: Sequence[Prompt], on_progress: OnProgress = silent) -> NodeEstimates:
@@ -41,54 +39,58 @@ def estimate_nodes(model: LanguageModel, prompts: Sequence[Prompt], on_progress:
     Args:
       model: the language model; a pair takes a gradient for each of its layers.
       prompts: with counterparts of as many tokens, at least one.
-      on_progress: called at the start and after each gradient with those done and of all; may raise to stop.
+      on_progress: called at the start and after each gradient with the rows done and of all, one row a gradient of a
+        pair; may raise to stop.
 
     Raises:
       UserError: an estimate is not finite.
     """
-    site = Site("resid_pre", 0)
-    groups = group_pairs(model, SplitPoint(model.config, site, site, model.mesh), prompts)
-    batches = [(pairs, first) for pairs in groups for first in range(0, len(pairs.index_P), _AT_ONCE)]
-    gradients, columns = 1 + model.config.n_layers, max(int(pairs.ends_P.max()) for pairs in groups)
-    counts_T = np.zeros(columns)
+    batches = list(few_pairs(model, prompts))
+    gradients, columns = 1 + model.config.n_layers, max(int(pairs.ends_P.max()) for pairs in batches)
+    counts_T, before = np.zeros(columns), 0
     sums: dict[str, np.ndarray] = {}
-    for number, (pairs, first) in enumerate(batches):
+    for pairs in batches:
 
-        def say(done: int, before: int = number * gradients) -> None:
-            on_progress(before + done, len(batches) * gradients)
+        def say(done: int, before: int = before, rows: int = len(pairs.index_P)) -> None:
+            on_progress(before + done * rows, gradients * len(prompts))
 
-        ends = pairs.ends_P[first : first + _AT_ONCE]
-        for name, found_LxBxTxH in _batch(model, pairs, slice(first, first + _AT_ONCE), say).items():
+        for name, found_LxBxTxH in _batch(model, pairs, say).items():
             sums.setdefault(name, np.zeros((found_LxBxTxH.shape[0], columns, found_LxBxTxH.shape[3])))
-            for row, end in enumerate(ends):
+            for row, end in enumerate(pairs.ends_P):
                 sums[name][:, columns - end :] += found_LxBxTxH[:, row, :end]
-        for end in ends:
+        for end in pairs.ends_P:
             counts_T[columns - end :] += 1
+        before += gradients * len(pairs.index_P)
     if not all(np.isfinite(total).all() for total in sums.values()):
         raise UserError(
             "an estimated effect of a node is not finite: the model's weights hold NaN or it overflows; try "
             "--model.dtype=float32 or another model"
         )
     means = {name: total / counts_T[None, :, None] for name, total in sums.items()}
-    return NodeEstimates(*({node: means[f"{kind} {node}"] for node in NODES} for kind in ("atp", "atp_star")))
+    return NodeEstimates(*({node: means[f"{kind} {node}"] for node in NODES} for kind in NodeEstimates._fields))
 
 
-def _batch(model: LanguageModel, pairs: Pairs, own: slice, say: Callable[[int], None]) -> dict[str, np.ndarray]:
-    """Both estimates of some pairs, [L, B, T, H]."""
+def _batch(model: LanguageModel, pairs: Pairs, say: Callable[[int], None]) -> dict[str, np.ndarray]:
+    """The estimates of some pairs, [L, B, T, H]."""
     config, params, layers = model.config, model.params, model.config.n_layers
-    rows = by_row(model.mesh, *pairs.ids_2xBxT[:, own], pairs.last_B[own], pairs.answers_Bx2[own])
+    rows = by_row(model.mesh, *pairs.ids_2xBxT, pairs.last_B, pairs.answers_Bx2)
     clean, other = (record_heads(config, params, ids_BxT) for ids_BxT in rows[:2])
     drops = range(layers) if layers > 1 else [-1]  # of one layer nothing is left when it is dropped
     plain: tuple[jax.Array, ...] = ()
     sizes: list[np.ndarray] = []
+    changes = [np.linalg.norm(_host(b) - _host(a), axis=-1) for a, b in zip(clean, other, strict=True)]
     say(0)
     for done, dropped in enumerate([-1, *drops], 1):
         found = effects(config, clean, other, slopes(config, params, rows[0], *rows[2:], jnp.int32(dropped)))
         if not plain:
             plain = found.plain
         else:
-            parts = [np.abs(np.asarray(part, np.float64)) / max(layers - 1, 1) for part in found.fixed]
+            parts = [np.abs(_host(part)) / max(layers - 1, 1) for part in found.fixed]
             sizes = [size + part for size, part in zip(sizes, parts, strict=True)] if sizes else parts
         say(done)
-    of_both = dict(atp=[np.asarray(part, np.float64) for part in plain], atp_star=sizes)
-    return {f"{kind} {node}": part for kind, parts in of_both.items() for node, part in zip(NODES, parts, strict=True)}
+    of_all = dict(atp=[_host(part) for part in plain], atp_star=sizes, change=changes)
+    return {f"{kind} {node}": part for kind, parts in of_all.items() for node, part in zip(NODES, parts, strict=True)}
+
+
+def _host(array: jax.Array) -> np.ndarray:
+    return to_host(array).astype(np.float64)

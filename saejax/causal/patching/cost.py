@@ -2,17 +2,21 @@
 
 from saejax.causal.cost import FIRING, causal_cost, edited_bytes, layers_above, prompt_length
 from saejax.causal.patching.features import steps
+from saejax.causal.patching.nodes import ESTIMATES, RANDOM
 from saejax.causal.patching.pairs import GROUP_BYTES, STEP
 from saejax.causal.screening import points
 from saejax.costs.cost import WIDTH, Cost, PlannedRun
 from saejax.costs.passes import layer_bytes, pass_flops
+from saejax.settings import HEADS
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
 _CHANGED = 0.5  # of a prompt's positions: those from the first on at which its counterpart differs
 
 
 def patch_cost(plan: PlannedRun, name: str) -> Cost:
-    """A kind of site, or the features of the dictionary."""
+    """A kind of site, heads, or the features of the dictionary."""
+    if name == HEADS:
+        return _heads(plan)
     return _sites(plan) if name in plan.configs["patch"].kinds else _features(plan)
 
 
@@ -26,6 +30,23 @@ def _sites(plan: PlannedRun) -> Cost:
     tokens = round(rows * _CHANGED * PROMPT / 2) + 2 * pairs * PROMPT
     flops = pass_flops(model, tokens, PROMPT, layers / 2)
     return causal_cost(plan, flops, _recorded(plan), counts=dict(rows=rows, tokens=tokens))
+
+
+def _heads(plan: PlannedRun) -> Cost:
+    """A gradient for each layer of as many train pairs as there are test pairs, and whole runs of patched rows."""
+    task, model, behaviours = plan.configs["task"], plan.model, count_all_behaviours(plan.configs["task"])
+    train = behaviours * min(task.train_prompts, task.test_prompts)
+    gradients = 3 * (1 + model.n_layers) * train  # a backward at twice the cost of a forward
+    rows = behaviours * task.test_prompts * (len(ESTIMATES) * plan.configs["patch"].top + RANDOM)
+    if plan.configs["patch"].paths:  # two runs of a row, of half of the layers' heads and MLPs
+        senders = model.n_layers * (model.n_heads + 1) * (1 + plan.configs["patch"].paths / 2)
+        rows += round(2 * behaviours * task.test_prompts * senders)
+    tokens = (gradients + rows) * PROMPT
+    heads = 2 * model.n_layers * (model.n_heads + model.n_kv_heads) * model.d_head * WIDTH[plan.dtype]
+    kept = 3 * STEP * prompt_length(plan) * heads  # of prompts, of counterparts, and gradients
+    flops = pass_flops(model, tokens, PROMPT, model.n_layers)
+    batch = layer_bytes(plan, plan.configs["patch"].batch_rows, prompt_length(plan), plan.dtype, kept=model.n_layers)
+    return causal_cost(plan, flops, kept + batch, counts=dict(rows=rows, tokens=tokens))
 
 
 def _recorded(plan: PlannedRun) -> int:

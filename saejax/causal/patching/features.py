@@ -18,6 +18,7 @@ import numpy as np
 from saejax.causal import activity, controls, screening
 from saejax.causal.ablation import ablate_sets
 from saejax.causal.activation_sources import ActivationSource
+from saejax.causal.claims import randomisation_p
 from saejax.causal.clustered import of_prompts
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.grid import measurable
@@ -88,7 +89,7 @@ class FeaturePatching:
         self._top = screening.leaders(attribution_NxF.mean(axis=0, dtype=np.float64), config.top)
         statistics = activity.statistics(split, [*self._sides[0], *self._sides[1]])
         self._firing = statistics.firing(self._top)
-        self._drawn_NxK = controls.draw_controls(
+        self._drawn_NxK = controls.draw_alike(
             statistics, self._firing, config.draws, config.matches, [config.seed, *name.encode()], _ADVICE
         )
         self._measure()
@@ -158,7 +159,12 @@ class FeaturePatching:
         random_KxNxP = (self._random_SxP < 0)[:, both_P].reshape(len(ks), self._config.draws, prompts)
         nested_KxP = flipped_SxP[len(self._top) : len(self._top) + len(ks)]
         top = tuple(
-            InterchangeTop(k, accuracy=own.share(own_P), random=own.mean(drawn_NxP.mean(axis=0)))
+            InterchangeTop(
+                k,
+                accuracy=own.share(own_P),
+                random=own.mean(drawn_NxP.mean(axis=0)),
+                p_value=float(randomisation_p(np.concatenate([own_P[None], drawn_NxP]).mean(axis=1))[0]),
+            )
             for k, own_P, drawn_NxP in zip(ks, nested_KxP, random_KxNxP, strict=True)
         )
         every = own.share(flipped_SxP[-1])

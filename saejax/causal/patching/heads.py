@@ -133,6 +133,13 @@ def _difference(
     x_BxTxD = decoder.embed(config, params, ids_BxT)
     hook_layers = () if isinstance(dropped, int) else None
     x_BxTxD = run_layers(config, params, x_BxTxD, 0, config.n_layers, drop, hook_layers, attention=attention).x
+    return answer_difference(config, params, x_BxTxD, last_B, answers_Bx2)
+
+
+def answer_difference(
+    config: DecoderConfig, params: decoder.Params, x_BxTxD: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array
+) -> jax.Array:
+    """The logit difference of the two answers, of the stream that leaves the last layer, fp32 [B]."""
     last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
     logits_BxV = decoder.unembed(config, params, last_BxD)
     own_B, other_B = jnp.take_along_axis(logits_BxV, answers_Bx2, axis=1).T

@@ -1,7 +1,7 @@
 """Prompts and their counterparts: which of them fit together, in what groups they run, and what stands where."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from saejax.causal.patching.results import TokenColumn
 from saejax.causal.split import LENGTH_STEP
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
+from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import token_text
 from saejax.tasks.answer_tokens import first_answer_ids
@@ -17,6 +18,7 @@ from saejax.tasks.behaviours import Prompt
 
 GROUP_BYTES = 2**28  # most memory of a recorded run, unless a few prompts need more
 STEP = 8  # batches, and groups of prompts, are filled up to a multiple of this many rows
+_FEW = 8  # pairs of which the vectors of all heads are kept at once
 
 
 class Pairs(NamedTuple):
@@ -96,6 +98,15 @@ def group_pairs(model: LanguageModel, point: SplitPoint, prompts: Sequence[Promp
             ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
         groups.append(Pairs(index_P, ids_2xBxT, sides[0].last_B[rows_B], answers_Px2[rows_B]))
     return groups
+
+
+def few_pairs(model: LanguageModel, prompts: Sequence[Prompt]) -> Iterator[Pairs]:
+    """The pairs sorted by length, a few at a time."""
+    site = Site("resid_pre", 0)
+    for pairs in group_pairs(model, SplitPoint(model.config, site, site, model.mesh), prompts):
+        for first in range(0, len(pairs.index_P), _FEW):
+            own = slice(first, first + _FEW)
+            yield Pairs(pairs.index_P[own], pairs.ids_2xBxT[:, own], pairs.last_B[own], pairs.answers_Bx2[own])
 
 
 def _token_bytes(point: SplitPoint, params: decoder.Params) -> int:

@@ -4,8 +4,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from saejax.causal.patching.grid import PatchingGrid, grid_file
+from saejax.causal.patching.paths import LOGITS
 from saejax.causal.patching.results import (
     FeaturePatchResults,
+    HeadPatchResults,
     PatchedFeatures,
     PatchedSet,
     PatchedSites,
@@ -23,6 +25,8 @@ _TITLES = dict(
     denoising="denoising: from prompt to counterpart",
     noising="noising: from counterpart to prompt",
 )
+_ESTIMATES = dict(atp_star="AtP*", atp="AtP", change="length of the change")
+_SHOWN = 5  # nodes of each behaviour
 
 
 def sections(found: Findings, draw: Draw) -> list[Section]:
@@ -30,13 +34,17 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     blocks: list[Block] = []
     for unit, summary in found.summaries.items():
         results = summary.results
-        if not isinstance(results, SitePatchResults | FeaturePatchResults):
+        if not isinstance(results, SitePatchResults | HeadPatchResults | FeaturePatchResults):
             continue
         if isinstance(results, SitePatchResults):
             grids = {name: PatchingGrid.load(grid_file(found.folders[unit], name)) for name in results.behaviours}
             blocks += [
                 _picture(results.kind, name, results.behaviours[name], grid, draw) for name, grid in grids.items()
             ]
+        elif isinstance(results, HeadPatchResults):
+            blocks += [_estimates_table(results), _nodes_table(results)]
+            if any(one.paths for one in results.behaviours.values()):
+                blocks.append(_paths_table(results))
         else:
             blocks.append(_features_table(results))
         without = [(behaviour(name), f"not patched: {reason}.") for name, reason in results.unpatched.items()]
@@ -93,6 +101,78 @@ def _label(token: str) -> str:
     return shown if len(shown) <= 12 else shown[:11] + "\u2026"
 
 
+def _estimates_table(results: HeadPatchResults) -> Table:
+    """How well AtP and AtP* order nodes, beside the length of the change alone and random nodes."""
+    rows = []
+    for name, found in results.behaviours.items():
+        for estimate, judged in found.estimates.items():
+            assert found.random is not None
+            correlation = MISSING if judged.correlation is None else interval(judged.correlation)
+            figures = (number(judged.top), interval(found.random), _p(judged.p_value))
+            rows.append((behaviour(name), f"{found.nodes:,}", _ESTIMATES[estimate], correlation, *figures))
+    note = (
+        "A node is the query, key, value or output of an attention head at one position; patched, it takes the vector "
+        "of the counterpart's run, and its effect is by how much the logit difference falls. AtP is change x gradient; "
+        "AtP* has the QK fix and GradDrop (Kramar et al., 2024); the length of the change asks no gradient, and is "
+        "what an estimate has to beat. Estimates are made on train prompts, effects measured on test prompts. Rank "
+        f"correlation (Spearman) of the estimate's size with that of the effect over {results.drawn} random nodes "
+        f"whose vector changes, 95 % bootstrap intervals over nodes; mean size of the effects of the {results.top} "
+        "nodes that the estimate puts first, and of the random ones, in logits; p (Mann-Whitney): how often a random "
+        "set would have effects as large, not adjusted for the number of tests."
+    )
+    columns = ("Behaviour", "Nodes", "Estimate", "Rank correlation with effect", "First nodes", "Random nodes", "p")
+    return Table(
+        "Attention heads: estimates and exact effects", columns, tuple(rows), frozenset({2}), stack=False, note=note
+    )
+
+
+def _nodes_table(results: HeadPatchResults) -> Table:
+    rows = []
+    for name, found in results.behaviours.items():
+        tokens = {column.position: column.token for column in found.columns}
+        for node in found.strongest[:_SHOWN]:
+            place = f"{node.node} {node.layer}.{node.head}"
+            at = f"{number(node.position, 0)} ({_label(tokens[node.position])})"
+            effects = interval(node.effect), number(node.atp), number(node.atp_star)
+            rows.append((behaviour(name), place, at, *effects))
+    note = (
+        f"The first {_SHOWN} nodes by AtP* on train prompts, in its order: layer.head, position from the end with its "
+        "most frequent token, the exact effect on test prompts in logits, and what was estimated; AtP* is a size."
+    )
+    columns = ("Behaviour", "Node", "Position", "Effect", "AtP", "AtP*")
+    caption = "Attention heads: the nodes that AtP* puts first"
+    return Table(caption, columns, tuple(rows), frozenset({1, 2}), stack=False, note=note)
+
+
+def _paths_table(results: HeadPatchResults) -> Table:
+    rows = []
+    for name, found in results.behaviours.items():
+        for receiver in found.paths:
+            place = f"{receiver.node} {receiver.layer}.{receiver.head} at {number(receiver.position, 0)}"
+            for sender in receiver.strongest[:_SHOWN]:
+                rows.append(
+                    (
+                        behaviour(name),
+                        "logits" if receiver.node == LOGITS else place,
+                        f"MLP {sender.layer}" if sender.head is None else f"head {sender.layer}.{sender.head}",
+                        interval(sender.effect),
+                        _p(sender.p_max_t),
+                        interval(receiver.total),
+                        f"{receiver.sure} of {receiver.senders}",
+                    )
+                )
+    note = (
+        "Path patching: a sender's output is that of the counterpart's run and reaches the receiver along the stream "
+        "alone, all other heads and MLPs up to it as in the clean run; then the model goes on freely (after Wang et "
+        f"al., 2022). By how much the logit difference falls, on test prompts, the {_SHOWN} largest of each receiver; "
+        "p: sign flips over pairs, adjusted by maxT for all senders of the receiver, of which so many have p at most "
+        "0.05. "
+        "Whole: the effect of patching the receiver itself; of the logits, of replacing the prompt."
+    )
+    columns = ("Behaviour", "Receiver", "Sender", "Effect", "p", "Whole", "p at most 0.05")
+    return Table("Paths along the stream", columns, tuple(rows), frozenset({1, 2}), stack=False, note=note)
+
+
 def _features_table(results: FeaturePatchResults) -> Table:
     sets = ("Top features", "As many random", "All features", "The error", "Ceiling: the whole site")
     columns = ("Behaviour", "Pairs", *sets, "Restored")
@@ -101,8 +181,10 @@ def _features_table(results: FeaturePatchResults) -> Table:
     note = (
         f"Features of {results.dictionary} at {results.site} take the values they have on the counterpart: how "
         "often the answer becomes the counterpart's, of the pairs on which the model is right both times (interchange-"
-        "intervention accuracy; Geiger et al., 2021). The error: what the dictionary does not "
-        "explain, alone. The whole site is a ceiling: all of its content at all positions, of which the others are "
+        "intervention accuracy; Geiger et al., 2021). Random: sets drawn from features matched to the top ones and "
+        f"themselves, the mean over {results.draws} draws, and p, the share of sets that carry as much over. The "
+        "error: what the dictionary does not explain, alone. The whole site is a ceiling: all of its content at all "
+        "positions, of which the others are "
         "parts; it says that the content passes here, not what carries it. Last column: the share of the logit "
         "difference that the top features restore when they are carried from the prompt to its counterpart. 95 % "
         "intervals: Wilson's of the shares of pairs, bootstrap of the others"
@@ -116,15 +198,28 @@ def _features_row(name: str, result: PatchedFeatures, top: int) -> tuple[str, ..
     restored = _restored(result.together)
     if not found.prompts:
         return (behaviour(name), "0", *5 * (MISSING,), restored)
-    most = (found.top[-1].accuracy, found.top[-1].random) if found.top else (None, None)
-    shares = (*most, found.all, found.error, found.ceiling)
-    return (behaviour(name), str(found.prompts), *map(_share, shares), restored)
+    most = found.top[-1] if found.top else None
+    own, random = (
+        (_share(most.accuracy), f"{_share(most.random)}, p = {number(most.p_value, 3)}") if most else 2 * (MISSING,)
+    )
+    return (
+        behaviour(name),
+        str(found.prompts),
+        own,
+        random,
+        *map(_share, (found.all, found.error, found.ceiling)),
+        restored,
+    )
 
 
 def _restored(together: tuple[PatchedSet, ...]) -> str:
     tops = [entry for entry in together if entry.features != "all"]
     value = tops[-1].denoising.normalised if tops else None
     return interval(value) if value else MISSING
+
+
+def _p(value: float | None) -> str:
+    return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
 
 
 def _share(value: Interval | None) -> str:

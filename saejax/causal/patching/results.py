@@ -62,6 +62,70 @@ class PatchedSites(PatchedPairs):
 
 
 @dataclasses.dataclass(frozen=True)
+class EstimatedNodes:
+    """An estimate of nodes, made on train prompts, beside exact effects on test prompts."""
+
+    #: rank correlation (Spearman) of its size with that of the effect over random nodes, and its 95 % bootstrap
+    #: interval over nodes; None where one of the two is the same for all
+    correlation: Interval | None
+    top: float  #: mean size of the effects of the nodes that it puts first, logits
+    #: Mann-Whitney test, one-sided, of those beside the random nodes, not adjusted; None where there are no others
+    p_value: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeEffect:
+    """A node: a vector of an attention head at one position, put in from the counterpart's run."""
+
+    node: str  #: query, key, value or output
+    layer: int  #: from 0
+    head: int  #: from 0; keys and values have as many heads as the model has of them
+    position: int  #: from the end, -1 is the last token
+    effect: Interval  #: by how much the logit difference falls, on test prompts, logits
+    atp: float  #: that as AtP estimates it, on train prompts
+    atp_star: float  #: the size of that as AtP* estimates it, likewise
+
+
+@dataclasses.dataclass(frozen=True)
+class SenderEffect:
+    """A head or MLP whose direct path to a receiver is patched."""
+
+    layer: int  #: from 0
+    head: int | None  #: None: the MLP
+    effect: Interval  #: by how much the logit difference falls, logits
+    p_max_t: float  #: sign flips over pairs, adjusted for all senders of the receiver by step-down maxT
+
+
+@dataclasses.dataclass(frozen=True)
+class PathReceiver:
+    """What tells a query, key or value, or the logits, along the stream."""
+
+    node: str  #: query, key, value or logits
+    layer: int  #: from 0; of the logits the number of layers
+    head: int  #: from 0
+    position: int  #: from the end, of the senders, too
+    total: Interval  #: effect of patching it whole; of the logits, of replacing the prompt
+    senders: int  #: heads and MLPs of earlier layers
+    sure: int  #: of these with p_max_t at most 0.05
+    strongest: tuple[SenderEffect, ...]  #: the first 10 by the size of the effect
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchedHeads(PatchedPairs):
+    """Nodes of attention heads patched one by one; also in `<behaviour>.json`."""
+
+    columns: tuple[TokenColumn, ...]  #: the positions, first to last
+    nodes: int  #: whose vector changes in a train pair
+    measured: int  #: of these patched exactly
+    random: (
+        Interval | None
+    )  #: mean size of the effects of random nodes, 95 % bootstrap over nodes; None: nothing changes
+    estimates: Mapping[str, EstimatedNodes]  #: atp_star, atp, and change: the length of the vector's change alone
+    strongest: tuple[NodeEffect, ...]  #: those that AtP* puts first, in its order
+    paths: tuple[PathReceiver, ...]  #: to the logits and to the first queries, keys and values; none unless asked for
+
+
+@dataclasses.dataclass(frozen=True)
 class PatchEffect:
     """By how much the logit difference moves."""
 
@@ -93,7 +157,9 @@ class InterchangeTop:
 
     features: int  #: how many of the top ones
     accuracy: Interval  #: share of the pairs, with its 95 % Wilson interval
-    random: Interval  #: the same of as many matched random features, mean over the draws
+    random: Interval  #: the same of as many features drawn from those matched to them and themselves, mean over draws
+    #: randomisation test: (1 + draws that carry at least as many answers over) / (1 + draws), not adjusted
+    p_value: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +205,16 @@ class SitePatchResults:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadPatchResults:
+    """Attention heads."""
+
+    top: int  #: nodes of each estimate that were patched exactly
+    drawn: int  #: random nodes at most
+    behaviours: Mapping[str, PatchedHeads]  #: by name
+    unpatched: Mapping[str, str]  #: behaviour -> why it was not patched
+
+
+@dataclasses.dataclass(frozen=True)
 class FeaturePatchResults:
     """A dictionary's features."""
 
@@ -150,4 +226,4 @@ class FeaturePatchResults:
     unpatched: Mapping[str, str]  #: behaviour -> why it was not patched
 
 
-PatchResults = SitePatchResults | FeaturePatchResults
+PatchResults = SitePatchResults | HeadPatchResults | FeaturePatchResults

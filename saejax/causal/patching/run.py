@@ -1,7 +1,8 @@
 """The stage ``patch``: what moves a prompt's answer when it is carried over from the prompt's counterpart, or to it.
 
-A unit for each kind of site patches it at every layer and position (``sites``); the unit of a dictionary patches
-features (``features``). Test prompts judge; train prompts choose features and the strongest place.
+A unit for each kind of site patches it at every layer and position (``sites``); that of heads patches their queries,
+keys, values and outputs (``nodes``), and the unit of a dictionary patches features (``features``). Test prompts judge;
+train prompts choose features, nodes and the strongest place.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +22,14 @@ from saejax.causal.parts import (
 )
 from saejax.causal.patching.features import FeaturePatching
 from saejax.causal.patching.grid import grid_file, make_grid, measurable
+from saejax.causal.patching.nodes import RANDOM, HeadPatching, node_file, said
 from saejax.causal.patching.pairs import describe_columns, fitting_pairs
+from saejax.causal.patching.paths import path_file
 from saejax.causal.patching.results import (
     FeaturePatchResults,
+    HeadPatchResults,
     PatchedFeatures,
+    PatchedHeads,
     PatchedPairs,
     PatchedSites,
     PatchResults,
@@ -38,7 +43,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS
-from saejax.settings import PatchConfig
+from saejax.settings import HEADS, PatchConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.workspace import Run
 
@@ -51,37 +56,43 @@ MeasurePairs = Callable[[str, Sequence[Prompt], Sequence[Prompt], Mapping[str, i
 
 
 def run_patch(run: Run) -> PatchResults:
-    """Patches a kind of site, or features, of every behaviour.
+    """Patches a kind of site, heads, or features, on every behaviour.
 
     A behaviour is a part in the sense of ``stages``; of a kind of site every place is in
-    ``<behaviour>-patching.parquet``. A behaviour that cannot be patched is said, and the others go on.
+    ``<behaviour>-patching.parquet``, of heads every node in ``<behaviour>-nodes.parquet`` and every path in
+    ``<behaviour>-paths.parquet``. A behaviour that cannot be patched is said, and the others go on.
 
     Raises:
       UserError: none can be patched.
     """
     config: PatchConfig = run.configs["patch"]
     prompts = read_behaviours(run, config.behaviours, "--patch.behaviours")
-    dictionary = None if run.name in KINDS else load_run_dictionary(run)
+    heads, dictionary = run.name == HEADS, None if run.name in (*KINDS, HEADS) else load_run_dictionary(run)
 
     def begin() -> Measure:
         model = load_run_model(run)
-        measure = _of_features(run, model, dictionary) if dictionary else _of_sites(run, model)
+        if dictionary:
+            measure = _of_features(run, model, dictionary)
+        else:
+            measure = _of_heads(run, model) if heads else _of_sites(run, model)
 
         def measure_pairs(name: str, on_progress: OnProgress) -> Measured:
             train, _ = fitting_pairs(model, prompts[name], "train")
             pairs, left_out = fitting_pairs(model, prompts[name])
-            missing = _missing(train if dictionary else None, pairs, left_out)
+            missing = _missing(train if dictionary or heads else None, pairs, left_out)
             if missing:
                 return Measured(UnpatchedBehaviour(missing), f"not patched: {missing}")
             return measure(name, train, pairs, left_out, on_progress)
 
         return measure_pairs
 
-    kind: Any = (PatchedFeatures if dictionary else PatchedSites) | UnpatchedBehaviour
-    found = each_part(run, list(prompts), begin, kind, "tokens" if dictionary else "rows")
+    kind: Any = PatchedFeatures if dictionary else PatchedHeads if heads else PatchedSites
+    found = each_part(run, list(prompts), begin, kind | UnpatchedBehaviour, "tokens" if dictionary else "rows")
     unpatched = {name: one.unpatched for name, one in found.items() if isinstance(one, UnpatchedBehaviour)}
     _check_any_patched(found, unpatched)
     behaviours = {name: result for name, result in found.items() if name not in unpatched}
+    if heads:
+        return HeadPatchResults(config.top, RANDOM, behaviours, unpatched)
     if not dictionary:
         return SitePatchResults(run.name, behaviours, unpatched)
     return FeaturePatchResults(config.dictionary, dictionary.site, config.top, config.draws, behaviours, unpatched)
@@ -92,7 +103,7 @@ def _check_any_patched(found: Mapping[str, Any], unpatched: Mapping[str, str]) -
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unpatched.items())
         raise UserError(
             f"no behaviour can be patched ({reasons}): expected test prompts with counterparts of as many tokens, and "
-            "for features train prompts, too; give them in --task.prompts, or name other behaviours with "
+            "for features and heads train prompts, too; give them in --task.prompts, or name other behaviours with "
             "--patch.behaviours"
         )
 
@@ -104,7 +115,7 @@ def _missing(train: Sequence[Prompt] | None, pairs: Sequence[Prompt], left_out: 
             f"of {sum(left_out.values())} test prompts {left_out['no counterpart']} have no counterpart and "
             f"{left_out['other length']} one of another number of tokens"
         )
-    return "it has no train prompts with counterparts of as many tokens, which choose features" if train == [] else ""
+    return "it has no train prompts with counterparts of as many tokens, which choose" if train == [] else ""
 
 
 def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
@@ -133,6 +144,28 @@ def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
             work=WorkShare(sum(one.work for one in every), sum(one.all_work for one in every)),
         )
         return Measured(results, _strongest_line(results))
+
+    return measure
+
+
+def _of_heads(run: Run, model: LanguageModel) -> MeasurePairs:
+    """What patches heads, and writes the table of their nodes."""
+    config: PatchConfig = run.configs["patch"]
+
+    def measure(
+        name: str,
+        train: Sequence[Prompt],
+        pairs: Sequence[Prompt],
+        left_out: Mapping[str, int],
+        on_progress: OnProgress,
+    ) -> Measured:
+        patching = HeadPatching(model, name, train[: len(pairs)], pairs, config, on_progress)
+        patching.table.save(node_file(run.folder, name))
+        if patching.path_table is not None:
+            patching.path_table.save(path_file(run.folder, name))
+        resampling = of_prompts(pairs, config.bootstrap, config.seed)
+        results = patching.results(differences(patching.clean_P, patching.corrupted_P, left_out, resampling))
+        return Measured(results, said(results))
 
     return measure
 

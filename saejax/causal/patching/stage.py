@@ -37,4 +37,5 @@ PATCH = Stage(
     unit_identity=dict(dictionary=_dictionary),
     cost="saejax.causal.patching.cost:patch_cost",
     section="saejax.causal.patching.report:sections",
+    version=2,  # 2: draws of features may hold the tested ones
 )

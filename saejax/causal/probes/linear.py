@@ -2,8 +2,11 @@
 
 A probe is a logistic regression (multinomial for more than two classes) with an L2 penalty on inputs standardised over
 the train prompts. Cross-validation on the train prompts alone chooses the penalty; test prompts, which share no content
-with them, give the accuracy. A *sparse* probe sees k inputs only: those that separate the classes best on the train
-prompts (``leaders``; k-sparse probes: Gurnee et al., 2023, arXiv 2305.01610).
+with them, give the accuracy, and of two classes the area under the ROC curve. A *sparse* probe sees k inputs only:
+those whose class means differ most on the train prompts (``leaders``; k-sparse probes: Gurnee et al., 2023, arXiv
+2305.01610; the protocol of Kantamneni et al., 2025, arXiv 2502.16681, sae-probes, but for the likelihood of held-out
+folds, which chooses the penalty here and there their AUC). What features are worth is judged beside the *dense* probe,
+of all raw activations.
 
 Beside each accuracy stand
 
@@ -11,6 +14,7 @@ Beside each accuracy stand
 - the accuracy of always naming the largest class of the train prompts,
 - that of probes of shuffled train labels, chosen and fitted again with the same penalty,
 - for a sparse probe, that of probes of k random inputs that vary on the train prompts,
+- how much larger it is than the dense probe's, paired by test prompt,
 - a p-value: the share of permutations of the test labels with which the probe's answers agree as often.
 
 Standardised inputs are scaled by their deviation. They are centred, too, which changes no probe, because the intercept
@@ -19,20 +23,24 @@ bears no penalty, but lets the solver converge sooner.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import norm, rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import recall_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
+from saejax.causal.clustered import Resampling
 from saejax.causal.probes.results import ProbeFit
 from saejax.results import Interval
 from saejax.settings import ProbeConfig
 from saejax.tasks.scoring import wilson
 
 _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
+_RESAMPLES = 2_000  # of test prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +52,31 @@ class Task:
       train_class_N: their classes, 0 to the number of classes less 1; of each at least as many as there are folds.
       test_MxC: the same inputs of M test prompts, at least one.
       test_class_M: their classes.
+      ranking: what chooses the inputs of sparse probes: "mean_difference" or "f_statistic".
     """
 
     train_NxC: np.ndarray
     train_class_N: np.ndarray
     test_MxC: np.ndarray
     test_class_M: np.ndarray
+    ranking: str = "mean_difference"
 
     def narrowed(self, inputs: np.ndarray) -> "Task":
         """The same with some of the inputs."""
         return dataclasses.replace(self, train_NxC=self.train_NxC[:, inputs], test_MxC=self.test_MxC[:, inputs])
 
 
-def run_probes(task: Task, config: ProbeConfig, seed: list[int], name: str = "features") -> Iterator[ProbeFit]:
-    """The sparse probes, smallest first, and the probe of all inputs, whose ``k`` is None.
+class Reading(NamedTuple):
+    """What a probe says of the M test prompts: their classes, and of two classes a score, larger for the second."""
+
+    class_M: np.ndarray
+    score_M: np.ndarray | None
+
+
+def run_probes(
+    task: Task, config: ProbeConfig, seed: list[int], name: str = "features"
+) -> Iterator[tuple[ProbeFit, np.ndarray]]:
+    """The sparse probes, smallest first, and the probe of all inputs, whose ``k`` is None; which answers are right [M].
 
     Args:
       task: what to learn.
@@ -71,27 +90,69 @@ def run_probes(task: Task, config: ProbeConfig, seed: list[int], name: str = "fe
     for k in (*sorted(set(config.sparse)), None):
         rng = np.random.default_rng([config.seed, *seed, k or 0])
         strength = choose_strength(task, k, config, int(rng.integers(2**31)))
-        answer_M = answers(task, k, strength)
+        read, class_M = fitted(task, k, strength), task.test_class_M
+        right_M = read.class_M == class_M
         of_random = [_random_accuracy(task, k, strength, rng) for _ in range(config.shuffles)] if k else []
-        shuffled = [_shuffled_accuracy(task, k, strength, rng) for _ in range(config.shuffles)]
-        yield ProbeFit(
+        shuffled = [_shuffled(task, k, strength, rng) for _ in range(config.shuffles)]
+        auc, *auc_R = (roc_auc(one.score_M, class_M) for one in (read, *shuffled))
+        fit = ProbeFit(
             input=name,
             k=k,
             strength=strength,
             inputs=tuple(varying_C[leaders(task, k)].tolist()) if k else None,
             random=_spread(of_random) if k else None,
-            accuracy=wilson(answer_M == task.test_class_M),
-            balanced_accuracy=balanced_accuracy(answer_M, task.test_class_M),
-            majority=float((task.test_class_M == np.bincount(task.train_class_N).argmax()).mean()),
-            shuffled=_spread(shuffled),
-            p_value=permutation_p(answer_M, task.test_class_M, config.permutations, rng),
+            accuracy=wilson(right_M),
+            balanced_accuracy=balanced_accuracy(read.class_M, class_M),
+            auc=auc,
+            majority=float((class_M == np.bincount(task.train_class_N).argmax()).mean()),
+            shuffled=_spread([(one.class_M == class_M).mean() for one in shuffled]),
+            auc_shuffled=_spread([one.mean for one in auc_R if one]) if auc else None,
+            against_dense=None,
+            p_value=permutation_p(read.class_M, class_M, config.permutations, rng),
         )
+        yield fit, right_M
 
 
-def answers(task: Task, k: int | None, strength: float) -> np.ndarray:
-    """The classes [M] that a probe of k inputs, or of all of them, gives the test prompts."""
+def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> Interval:
+    """How much more often one probe is right than another on the same prompts; 95 % bootstrap interval over these."""
+    return Resampling.of(np.zeros(len(right_M)), _RESAMPLES, seed).mean(right_M.astype(float) - other_M)
+
+
+def fitted(task: Task, k: int | None, strength: float) -> Reading:
+    """What a probe of k inputs, or of all of them, says of the test prompts."""
     train_NxR, test_MxR = _prepared(task, k)
-    return _fit(train_NxR, task.train_class_N, strength).predict(test_MxR)
+    model = _fit(train_NxR, task.train_class_N, strength)
+    return Reading(model.predict(test_MxR), model.decision_function(test_MxR) if len(model.classes_) == 2 else None)
+
+
+def roc_auc(score_M: np.ndarray | None, class_M: np.ndarray) -> Interval | None:
+    """The area under the ROC curve of two classes, and its 95 % score interval, which has a width at 0 and 1, too.
+
+    The area A is the share of pairs of prompts, one of each class, of which the second class has the larger score, ties
+    counting half. The ends are where |A - a| = 1.96 sd(a), sd as Hanley and McNeil (1982) give it for exponential
+    scores, with (m + n) / 2 prompts of either class (method 5 of Newcombe, 2006).
+
+    Args:
+      score_M: larger for the second class; None: there is no such score.
+      class_M: of each prompt.
+
+    Returns:
+      None without scores, or where the prompts are not of two classes.
+    """
+    if score_M is None or len(np.unique(class_M)) != 2:
+        return None
+    second_M = class_M == class_M.max()
+    m, n = int(second_M.sum()), int((~second_M).sum())
+    area = (rankdata(score_M)[second_M].sum() - m * (m + 1) / 2) / (m * n)
+    others = (m + n) / 2 - 1
+
+    def beyond(a: float) -> float:
+        spread = 1 + others * ((1 - a) / (2 - a) + a / (1 + a))
+        return (area - a) ** 2 - norm.isf(0.025) ** 2 * a * (1 - a) * spread / (m * n)
+
+    low = brentq(beyond, 0.0, min(area, 1 - 1e-9)) if area > 0 else 0.0  # at 0 and 1 the spread is none
+    high = brentq(beyond, max(area, 1e-9), 1.0) if area < 1 else 1.0
+    return Interval(float(area), float(low), float(high))
 
 
 def choose_strength(task: Task, k: int | None, config: ProbeConfig, seed: int) -> float:
@@ -116,12 +177,26 @@ def choose_strength(task: Task, k: int | None, config: ProbeConfig, seed: int) -
 def leaders(task: Task, k: int) -> np.ndarray:
     """The k inputs that separate the classes of the train prompts best, best first; all where there are fewer.
 
-    The best one of every class comes first, then every class's second, and so on: the inputs with the largest F
-    statistics over all classes often say the same of one class.
+    The best one of every class comes first, then every class's second, and so on: the best inputs over all classes
+    often say the same of one class.
     """
-    f_KxC = f_statistics(task.train_NxC, task.train_class_N)
-    place_KxC = np.argsort(np.argsort(-f_KxC, axis=1, kind="stable"), axis=1)
-    return np.lexsort((-f_KxC.max(axis=0), place_KxC.min(axis=0)))[:k]
+    ranked_by = f_statistics if task.ranking == "f_statistic" else mean_differences
+    score_KxC = ranked_by(task.train_NxC, task.train_class_N)
+    place_KxC = np.argsort(np.argsort(-score_KxC, axis=1, kind="stable"), axis=1)
+    return np.lexsort((-score_KxC.max(axis=0), place_KxC.min(axis=0)))[:k]
+
+
+def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
+    """By how much each input's mean is larger in each class than in the others, [K, C]; in units of the input.
+
+    Of two classes its size, so that both have the same order. Of more it has its sign: what one class alone raises
+    would otherwise seem to tell each of the others, too.
+    """
+    member_KxN = class_N[None, :] == np.unique(class_N)[:, None]
+    weight_KxN = member_KxN / member_KxN.sum(axis=1, keepdims=True)
+    others_KxN = ~member_KxN / np.maximum((~member_KxN).sum(axis=1, keepdims=True), 1)
+    difference_KxC = (weight_KxN - others_KxN) @ x_NxC
+    return np.abs(difference_KxC) if len(difference_KxC) == 2 else difference_KxC
 
 
 def f_statistics(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
@@ -183,12 +258,11 @@ def _fit(train_NxR: np.ndarray, class_N: np.ndarray, strength: float) -> Any:
 
 
 def _accuracy(task: Task, k: int | None, strength: float) -> float:
-    return float((answers(task, k, strength) == task.test_class_M).mean())
+    return float((fitted(task, k, strength).class_M == task.test_class_M).mean())
 
 
-def _shuffled_accuracy(task: Task, k: int | None, strength: float, rng: np.random.Generator) -> float:
-    shuffled = dataclasses.replace(task, train_class_N=rng.permutation(task.train_class_N))
-    return _accuracy(shuffled, k, strength)
+def _shuffled(task: Task, k: int | None, strength: float, rng: np.random.Generator) -> Reading:
+    return fitted(dataclasses.replace(task, train_class_N=rng.permutation(task.train_class_N)), k, strength)
 
 
 def _random_accuracy(task: Task, k: int, strength: float, rng: np.random.Generator) -> float:

@@ -20,6 +20,10 @@ _LABELS = {
     "number": "Number of the subject",
 }
 _INPUTS = {"features": "features", "raw": "raw dimensions"}
+_RANKINGS = {
+    "mean_difference": "whose class means differ most",
+    "f_statistic": "that separate the classes best (F statistic)",
+}
 _POOLS = {
     "last": "at a prompt's last position",
     "max": "as the maximum over a prompt's positions",
@@ -37,8 +41,9 @@ def _section(results: ProbeResults, found: Findings, draw: Draw) -> Section:
     intro = (
         f"A linear probe (logistic regression) was given the features of {results.dictionary}, or the raw "
         f"activations of {place(results.site)}, {_POOLS[results.pool]}. It was fitted on train prompts; the "
-        "accuracy is that on test prompts. A sparse probe sees only the few features, or dimensions, that separate "
-        "the classes best on train prompts. What can be read off, the model need not use."
+        "accuracy is that on test prompts. A sparse probe sees only the few features, or dimensions, "
+        f"{_RANKINGS[found.settings()['probe']['ranking']]} on train prompts. What can be read off, the model need not "
+        "use."
     )
     if congruent := [label for label in learned if label.congruent]:
         intro += (
@@ -49,7 +54,7 @@ def _section(results: ProbeResults, found: Findings, draw: Draw) -> Section:
     blocks: list[Block] = [Text(intro)]
     if learned:
         shuffles = found.settings()["probe"]["shuffles"]
-        blocks += [_picture(learned, shuffles, draw), _table(learned, shuffles)]
+        blocks += [_picture(learned, shuffles, draw), _table(learned, shuffles), _beside_dense(learned, shuffles)]
     if without:
         blocks.append(Terms(tuple(without)))
     return Section("Linear probes", tuple(blocks))
@@ -159,3 +164,26 @@ def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
         "three that a sparse probe sees."
     )
     return Table("Probes", columns, rows, frozenset({1, 8}), stack=False, note=note)
+
+
+def _beside_dense(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
+    """What features are worth beside all raw dimensions."""
+    rows = tuple(
+        (
+            _title(label),
+            _seen(row),
+            MISSING if row.auc is None else interval(row.auc),
+            MISSING if row.auc_shuffled is None else interval(row.auc_shuffled),
+            MISSING if row.against_dense is None else interval(row.against_dense, 0, 100),
+        )
+        for label in learned
+        for row in label.probes
+        if row.input == "features" or row.k is None
+    )
+    columns = ("Label", "Probe sees", "AUC", "Shuffled labels", "Accuracy less dense, points")
+    note = (
+        "The dense probe sees all raw dimensions. AUC: area under the ROC curve on test prompts where there are two "
+        f"classes, 95 % score interval; with shuffled labels the mean over {shuffles} draws, 5th and 95th percentile. "
+        "Last column: the difference of accuracies on the same prompts, 95 % bootstrap interval."
+    )
+    return Table("Features beside the dense probe", columns, rows, frozenset({1}), stack=False, note=note)

@@ -18,8 +18,13 @@ class ProbeFit:
     random: Interval | None
     accuracy: Interval  #: on test prompts, with its 95 % Wilson interval
     balanced_accuracy: float  #: mean over classes
+    #: area under the ROC curve on test prompts, 95 % score interval (Newcombe, 2006); None unless there are two classes
+    auc: Interval | None
     majority: float  #: accuracy of always naming the largest train class
     shuffled: Interval  #: that of probes of shuffled train labels: mean, 5th and 95th percentile
+    auc_shuffled: Interval | None  #: the same of the area under the ROC curve
+    #: accuracy less that of the dense probe, of all raw activations, paired by test prompt; None of that probe itself
+    against_dense: Interval | None
     p_value: float  #: permutations of the test labels, one-sided, not adjusted for the number of probes
 
 

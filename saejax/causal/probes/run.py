@@ -5,6 +5,7 @@ dictionary's site, by probes of a few inputs and of all (``linear``). What a pro
 that is what ``ablate`` tests.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from saejax.causal.parts import (
     read_behaviours,
 )
 from saejax.causal.probes.inputs import pooled_inputs
-from saejax.causal.probes.linear import Task, run_probes
+from saejax.causal.probes.linear import Task, paired_difference, run_probes
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
 from saejax.causal.split import SplitModel
 from saejax.errors import UserError
@@ -35,7 +36,7 @@ from saejax.tasks.labels import Labelled, label_prompts
 from saejax.workspace import Run, whole_file
 
 TABLE = "probes.parquet"
-_INTERVALS = ("accuracy", "shuffled", "random")
+_INTERVALS = ("accuracy", "auc", "shuffled", "auc_shuffled", "random", "against_dense")
 
 
 def run_probe(run: Run) -> ProbeResults:
@@ -86,13 +87,19 @@ def _probe_label(
     read_N: np.ndarray,
     on_progress: OnProgress,
 ) -> Measured:
-    rows = []
+    fits, rights = [], []
     for name, x_NxC in inputs.items() if not labelled.reason else ():
         train_NxC, test_MxC = x_NxC[labelled.train_N], x_NxC[labelled.test_M]
-        task = Task(train_NxC, labelled.train_class_N, test_MxC, labelled.test_class_M)
-        for row in run_probes(task, config, [*f"{labelled.name} {name}".encode()], name):
-            rows.append(row)
+        task = Task(train_NxC, labelled.train_class_N, test_MxC, labelled.test_class_M, config.ranking)
+        for fit, right_M in run_probes(task, config, [*f"{labelled.name} {name}".encode()], name):
+            fits.append(fit)
+            rights.append(right_M)
             on_progress(0, 0)
+    # The last one is the dense probe, of all raw activations.
+    beside = [paired_difference(right_M, rights[-1], config.seed) for right_M in rights[:-1]]
+    rows = [
+        dataclasses.replace(fit, against_dense=gap) for fit, gap in zip(fits, [*beside, None][: len(fits)], strict=True)
+    ]
     used_N = np.concatenate([labelled.train_N, labelled.test_M])
     results = ProbedLabel(
         label=labelled.label,

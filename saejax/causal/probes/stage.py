@@ -25,4 +25,5 @@ PROBE = Stage(
     identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "probe")),
     cost="saejax.causal.probes.cost:probe_cost",
     section="saejax.causal.probes.report:sections",
+    version=2,  # 2: sparse probes see the inputs whose class means differ most; AUC
 )

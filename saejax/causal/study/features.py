@@ -10,7 +10,7 @@ from saejax.causal.screening import leaders
 from saejax.causal.split import SplitModel
 from saejax.causal.study.items import ItemScores
 from saejax.causal.study.references import Reference, References
-from saejax.causal.study.results import BenchmarkActivations, ChosenFeatures
+from saejax.causal.study.results import BenchmarkActivations, ChosenFeatures, ImportantFeature
 from saejax.dictionaries import Dictionary
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.models.language_model import Edit
@@ -29,7 +29,7 @@ def choose_features(
     config: StudyConfig,
     name: str,
     check_stop: Callable[[], None],
-) -> tuple[ChosenFeatures, list[RankedFeature]]:
+) -> tuple[ChosenFeatures, list[ImportantFeature]]:
     """The top features of a benchmark, their controls, and activations of both; and all that fire, ranked.
 
     Args:
@@ -73,7 +73,8 @@ def choose_features(
         },
     )
     order_F = np.argsort(-attribution_F, kind="stable")
-    return chosen, [ranked(feature) for feature in order_F.tolist() if statistics.fires_F[feature]]
+    firing_F = [ranked(feature) for feature in order_F.tolist() if statistics.fires_F[feature]]
+    return chosen, [ImportantFeature(**vars(feature)) for feature in firing_F]
 
 
 def measure_activations(

@@ -1,6 +1,5 @@
 """A benchmark's items on a model: encoded with an answer each, and scored with and without edits."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from saejax.models.language_model import Edit, LanguageModel
 from saejax.settings import TaskConfig
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmark_prompts import make_prompter
-from saejax.tasks.benchmarks import Item
+from saejax.tasks.benchmarks import Item, way
 
 EditsOf = Callable[[Sequence[int]], Sequence[Edit]]  # of the texts of a batch, given which item each is of
 _ITEMS = 16  # scored by log-likelihood between two looks whether to stop
@@ -30,7 +29,7 @@ class ItemScores:
 
     def __init__(self, lm: LanguageModel, name: str, task: TaskConfig, check_stop: Callable[[], None]):
         self._lm, self._name, self._task, self._check_stop = lm, name, task, check_stop
-        self._way = benchmark_scores.way(name, task)
+        self._way = way(name, task)
         self._prompter = make_prompter(name, task, lm.tokenizer)
 
     def reference(self, place: int, item: Item, answer: str, sign: float = 1.0) -> Reference:
@@ -47,7 +46,7 @@ class ItemScores:
         if self._way != "choice":
             return self.solutions(items)
         found = []
-        rows = self._slices(items, unedited, self._task)
+        rows = self._slices(items, unedited, self._way)
         for place, (item, row) in enumerate(zip(items, rows, strict=True)):
             wrong = [
                 (total, choice)
@@ -74,28 +73,26 @@ class ItemScores:
         """
         tokens = [len(reference.answer) for reference in self.solutions(items)]
         if accuracy and self._way == "choice":
-            judged = self._slices(items, edits, self._task)
+            judged = self._slices(items, edits, self._way)
             totals = [row["log_likelihoods"][item.choices.index(item.answer)] for item, row in zip(items, judged)]
         else:
-            judged = self._slices(items, edits, self._task) if accuracy else [{} for _ in items]
-            likelihood = dataclasses.replace(self._task, score="likelihood")
-            totals = [row["log_likelihood"] for row in self._slices(items, edits, likelihood)]
+            judged = self._slices(items, edits, self._way) if accuracy else [{} for _ in items]
+            totals = [row["log_likelihood"] for row in self._slices(items, edits, "likelihood")]
         return [
             ItemScore(condition, item.id, total, count, *_judged(row))
             for item, total, count, row in zip(items, totals, tokens, judged, strict=True)
         ]
 
-    def _slices(self, items: Sequence[Item], edits: EditsOf, task: TaskConfig) -> benchmark_scores.Rows:
-        """``score_items``, with looks in between whether to stop."""
-        way = benchmark_scores.way(self._name, task)
-        step = task.batch if way == "generate" else _ITEMS
+    def _slices(self, items: Sequence[Item], edits: EditsOf, scored: str) -> benchmark_scores.Rows:
+        """``score_items`` in a way, with looks in between whether to stop."""
+        step = self._task.batch if scored == "generate" else _ITEMS
         rows = []
         for first in range(0, len(items), step):
             self._check_stop()
             some = items[first : first + step]
-            each = [len(item.choices) if way == "choice" else 1 for item in some]
+            each = [len(item.choices) if scored == "choice" else 1 for item in some]
             texts = np.repeat(np.arange(first, first + len(some)), each).tolist()
-            rows += benchmark_scores.score_items(self._lm, self._name, some, task, edits(texts))
+            rows += benchmark_scores.score_items(self._lm, self._name, some, self._task, edits(texts), scored)
         return rows
 
 

@@ -52,9 +52,17 @@ class Reference:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batch:
-    """References after the head; of the B rows some are copies that fill the batch up, which are outside the domain."""
+class ReferenceBatch:
+    """References after the head; of the B rows some are copies that fill the batch up, which are outside the domain.
 
+    Attributes:
+      places_N: the first N rows are the references at these places of the list.
+      stream_BxTxD, value_BxTxD, read_BxTxD, domain_BxT: as in ``CleanRun``.
+      positions_BxC, targets_BxC: where each answer token is predicted, and which it is; see ``likelihood.align``.
+      weight_BxC: the reference's sign at its answer tokens; 0 elsewhere, and in copies.
+    """
+
+    places_N: np.ndarray
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
@@ -95,7 +103,7 @@ class References:
         """
         total_F = np.zeros((), np.float64)
         split = self._split
-        for batch in self._batches():
+        for batch in self.batches():
             rows_BxF = attribute(
                 self._point,
                 split.params,
@@ -123,14 +131,12 @@ class References:
           UserError: a feature's activation is not finite.
         """
         split = self._split
-        counts = (
-            _count(self._point, split.dictionary, batch.read_BxTxD, batch.domain_BxT) for batch in self._batches()
-        )
+        counts = (_count(self._point, split.dictionary, batch.read_BxTxD, batch.domain_BxT) for batch in self.batches())
         return total(split, counts)
 
     def values(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """What the dictionary reads [N, D] and what it rebuilds [N, D], batch by batch, sinks left out."""
-        for batch in self._batches():
+        for batch in self.batches():
             domain_BxT = np.asarray(batch.domain_BxT)
             read_BxTxD, value_BxTxD = np.asarray(batch.read_BxTxD), np.asarray(batch.value_BxTxD)
             yield read_BxTxD[domain_BxT].astype(np.float32), value_BxTxD[domain_BxT].astype(np.float32)
@@ -145,7 +151,7 @@ class References:
         """
         split, features_K = self._split, np.asarray(features, np.int32)
         found: list[list[np.ndarray]] = [[] for _ in features]
-        for batch in self._batches() if features else ():
+        for batch in self.batches() if features else ():
             f_BxTxK = _firing(self._point, split.dictionary, features_K, batch.read_BxTxD, batch.domain_BxT)
             for own, f_BxT in zip(found, np.moveaxis(np.asarray(f_BxTxK), -1, 0), strict=True):
                 own.append(f_BxT[f_BxT != 0])
@@ -157,28 +163,38 @@ class References:
             pools[feature] = pool_N.tolist()
         return pools
 
-    def _batches(self) -> Iterator[_Batch]:
-        split = self._split
+    def planned(self) -> list[tuple[np.ndarray, int, int]]:
+        """The batches: the places of each one's references, its rows and its length; those of like length together."""
         lengths_N = np.array([len(reference) for reference in self._references])
-        for chosen, rows, length in even_batches(
-            lengths_N, self._batch_tokens, split.point.mesh.shape["data"], _PROGRAM
-        ):
-            self._check_stop()
-            filled = [self._references[i] for i in np.resize(chosen, rows)]
-            tokens, positions_BxC, targets_BxC = align([(one.context, one.answer) for one in filled], length)
-            kept_Bx1 = np.arange(rows)[:, None] < len(chosen)
-            head_rows = split.by_row(tokens.ids_BxT, tokens.last_B, np.broadcast_to(kept_Bx1, tokens.ids_BxT.shape))
-            *head, finite_B = run_head(split.point, "keep", split.params, split.dictionary, *head_rows)
-            if not np.asarray(finite_B).all():
-                raise UserError(
-                    f"the value of {split.point.site} is not finite on a benchmark's items: the model's weights hold "
-                    "NaN or it overflows; try --model.dtype=float32 or another model"
-                )
-            ends_Bx1 = np.array([len(one.answer) for one in filled])[:, None]
-            sign_Bx1 = np.array([one.sign for one in filled], np.float32)[:, None]
-            weight_BxC = np.where(np.arange(positions_BxC.shape[1])[None, :] < ends_Bx1, sign_Bx1, np.float32(0))
-            placed = split.by_row(positions_BxC, targets_BxC, weight_BxC * kept_Bx1)
-            yield _Batch(*head, *placed)
+        return even_batches(lengths_N, self._batch_tokens, self._split.point.mesh.shape["data"], _PROGRAM)
+
+    def batches(self) -> Iterator[ReferenceBatch]:
+        """Every batch; see ``batch``."""
+        return (self.batch(*planned) for planned in self.planned())
+
+    def batch(self, places_N: np.ndarray, rows: int, length: int) -> ReferenceBatch:
+        """A planned batch after the head.
+
+        Raises:
+          UserError: the site's value is not finite.
+        """
+        self._check_stop()
+        split, count = self._split, len(places_N)
+        filled = [self._references[i] for i in np.resize(places_N, rows)]
+        tokens, positions_BxC, targets_BxC = align([(one.context, one.answer) for one in filled], length)
+        kept_Bx1 = np.arange(rows)[:, None] < count
+        head_rows = split.by_row(tokens.ids_BxT, tokens.last_B, np.broadcast_to(kept_Bx1, tokens.ids_BxT.shape))
+        *head, finite_B = run_head(split.point, "keep", split.params, split.dictionary, *head_rows)
+        if not np.asarray(finite_B).all():
+            raise UserError(
+                f"the value of {split.point.site} is not finite on a benchmark's items: the model's weights hold "
+                "NaN or it overflows; try --model.dtype=float32 or another model"
+            )
+        ends_Bx1 = np.array([len(one.answer) for one in filled])[:, None]
+        sign_Bx1 = np.array([one.sign for one in filled], np.float32)[:, None]
+        weight_BxC = np.where(np.arange(positions_BxC.shape[1])[None, :] < ends_Bx1, sign_Bx1, np.float32(0))
+        placed = split.by_row(positions_BxC, targets_BxC, weight_BxC * kept_Bx1)
+        return ReferenceBatch(places_N, *head, *placed)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 
 from saejax.causal.claims import Rule
-from saejax.causal.study.results import StudyResults
+from saejax.causal.study.results import SingleEffects, StudyResults
 from saejax.causal.study.scores import settled
+from saejax.causal.study.single import line
 from saejax.page.document import Block, Section, Terms, Text
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
@@ -32,7 +33,8 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     rule = f"{said(found.report.parent, 'study', one.rule)}: {sentence(one.rule)}"
     reasons = tuple((name, sentence(results.reason)) for name, results in studies.items())
     few = _too_few(len(studies), settings["study"]["draws"])
-    blocks: tuple[Block, ...] = (Text(intro), Text(rule), *few, Terms(reasons), _table(found))
+    single = tuple(_single(name, results.single) for name, results in studies.items() if results.single)
+    blocks: tuple[Block, ...] = (Text(intro), Text(rule), *few, Terms(reasons), _table(found), *single)
     return [Section("Benchmarks without features", blocks)]
 
 
@@ -69,6 +71,31 @@ def _table(found: Findings) -> Table:
     )
     model = found.settings()["model"]["path"]
     return Table(f"{model} on benchmarks without features", columns, rows, frozenset({1, 3, 9}), stack=False, note=note)
+
+
+def _single(name: str, single: SingleEffects) -> Table:
+    """The top features one by one."""
+    rows = tuple(
+        (
+            str(one.feature),
+            interval(one.drop, 3),
+            number(one.q_value, 3),
+            number(one.control_drop, 3),
+            percent(one.control_percentile),
+            interval(one.accuracy_drop, 1, 100) if one.accuracy_drop else MISSING,
+            MISSING if one.control_accuracy_drop is None else number(100 * one.control_accuracy_drop, 1),
+        )
+        for one in single.features
+    )
+    columns = "Feature", "Drop, nats", "q", "Random", "Above random", "Accuracy drop", "Random, accuracy"
+    note = (
+        f"{sentence(line(single))} Each feature is set to zero by itself on the test items; drops of the reference's "
+        "log-likelihood are per token, with 95 % bootstrap intervals over items, those of accuracy in percentage "
+        "points. q: over these features, of sign flips over items, which cannot give p below "
+        f"{single.least_p:.1g}. Random: mean over the features that draws put in its place; above random: share of "
+        "these that cost less."
+    )
+    return Table(f"{name} without single features", columns, rows, stack=False, note=note)
 
 
 def _rows(name: str, results: StudyResults, verdicts: Mapping[str, tuple[bool, float]]) -> Iterator[tuple[str, ...]]:

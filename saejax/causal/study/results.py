@@ -61,6 +61,39 @@ class StudyEffects:
 
 
 @dataclasses.dataclass(frozen=True)
+class SingleEffect:
+    """What setting one top feature to zero by itself does, beside the random features that draws put in its place."""
+
+    feature: int  #: its number
+    drop: Interval  #: of the reference's log-likelihood per token, nats
+    p_value: float  #: that it is as likely above 0 as below, by as much: two-sided, by sign flips over items
+    q_value: float  #: Benjamini and Hochberg's, over the top features that fire on the test items
+    controls: int  #: different random features that draws put in its place
+    control_drop: float | None  #: mean drop without one of these; None, as in the next, if there are none
+    control_percentile: float | None  #: share of them whose removal costs less
+    accuracy_drop: Interval | None = None  #: of choices; None where it was not measured
+    control_accuracy_drop: float | None = None  #: mean without one of these
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleEffects:
+    """The top features that fire on the test items, each set to zero by itself."""
+
+    features: tuple[SingleEffect, ...]  #: the largest drop first
+    discoveries: int  #: how many have a q-value of at most 0.05
+    control_discoveries: tuple[int, ...]  #: of each draw's features the same, with q-values over that draw
+    p_value: float  #: (1 + draws with as many discoveries) / (1 + draws)
+    least_p: float  #: the smallest p-value that a feature can have with so many items
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportantFeature(RankedFeature):
+    """A feature that fires on the test items; an entry of `feature_importance_ranking.json`."""
+
+    single: SingleEffect | None = None  #: of a top feature, what removing it by itself does
+
+
+@dataclasses.dataclass(frozen=True)
 class StudyItems:
     """Items of the benchmark."""
 
@@ -112,3 +145,5 @@ class StudyResults(StudyJudgement):
     activations: BenchmarkActivations | None = None  #: of the test items; not in files of before it was measured
     #: sets without a feature in common that the draws come from; not in files of before it was counted
     disjoint: int | None = None
+    #: the top features one by one; None where it was not asked for (`study.single`), or none fires on the test items
+    single: SingleEffects | None = None

@@ -14,21 +14,30 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.causal.parts import load_run_dictionary, load_run_model
+from saejax.causal.parts import Progress, load_run_dictionary, load_run_model
 from saejax.causal.split import SplitModel
 from saejax.causal.study import scores as judgement
 from saejax.causal.study.features import choose_features, edits_of, measure_activations
 from saejax.causal.study.items import EditsOf, ItemScores, unedited
-from saejax.causal.study.results import ChosenFeatures, ItemScore, StudyItems, StudyResults
+from saejax.causal.study.removal import measure_single
+from saejax.causal.study.results import (
+    ChosenFeatures,
+    ImportantFeature,
+    ItemScore,
+    SingleEffects,
+    StudyItems,
+    StudyResults,
+)
 from saejax.causal.study.scores import CLEAN, Scored
+from saejax.causal.study.single import line
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
 from saejax.settings import StudyConfig
-from saejax.tasks import benchmark_scores
-from saejax.tasks.benchmarks import Item, origin, read_items
+from saejax.tasks.benchmarks import Item, origin, read_items, way
 from saejax.workspace import Run, read_json, write_json, write_text
 
 ITEMS, FEATURES, RANKING = "items.jsonl", "features.json", "feature_importance_ranking.json"
+SINGLE = "single"  # folder of what was measured feature by feature
 
 
 def run_study(run: Run) -> StudyResults:
@@ -36,8 +45,8 @@ def run_study(run: Run) -> StudyResults:
 
     ``items.jsonl`` has a line for each test item under each condition, from which every figure can be derived again,
     ``features.json`` what was replaced, and with what, and ``feature_importance_ranking.json`` all features that fire,
-    the largest attribution first. All are kept as soon as they are there: a run that was killed goes on with the next
-    condition.
+    the largest attribution first, the top ones with what each does by itself. All are kept as soon as they are there: a
+    run that was killed goes on with the next condition.
 
     Raises:
       UserError: there are too few items, the dictionary belongs to another model, an item is longer than the model's
@@ -46,7 +55,7 @@ def run_study(run: Run) -> StudyResults:
     """
     config: StudyConfig = run.configs["study"]
     task = run.configs["task"]
-    score = benchmark_scores.way(run.name, task)
+    score = way(run.name, task)
     train, test = halves(read_items(run.name, task), config, run.name)
     dictionary, lm = load_run_dictionary(run), load_run_model(run)
 
@@ -79,6 +88,14 @@ def run_study(run: Run) -> StudyResults:
         conditions.add(condition, edits, accuracy)
     judged = judgement.judge(conditions.rows, chance, config, chosen.disjoint)
     run.say(judged.reason)
+    single = None
+    if config.single:
+        on_progress = Progress(run, "removals").of_part(f"study: {run.name}, feature by feature", 0)
+        choices = accuracy and score == "choice"  # to generate answers without each would take days
+        single = measure_single(split, items, test, chosen, config, choices, run.folder / SINGLE, on_progress)
+        if single:
+            run.say(line(single))
+            _rank(run.folder / RANKING, single)
     return StudyResults(
         **{field.name: getattr(judged, field.name) for field in dataclasses.fields(judged)},
         dictionary=config.dictionary,
@@ -93,7 +110,15 @@ def run_study(run: Run) -> StudyResults:
         origin=str(origin(run.name, task)),
         disjoint=chosen.disjoint,
         activations=measure_activations(split, items.solutions(test), config, check_stop),
+        single=single,
     )
+
+
+def _rank(path: Path, single: SingleEffects) -> None:
+    """Writes effects of single features into the file of all features."""
+    effects = {one.feature: one for one in single.features}
+    ranking = from_json(tuple[ImportantFeature, ...], read_json(path), path)
+    write_json(path, to_json([dataclasses.replace(one, single=effects.get(one.feature)) for one in ranking]))
 
 
 def halves(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[list[Item], list[Item]]:

@@ -78,6 +78,7 @@ class Kind:
       unscaled: those of them that are not in units of activations.
       numbers: fields of ``DictionaryConfig``, besides shapes, that its inference reads and a stack's members differ in.
       signed: whether activations may be below 0.
+      keeps_k: whether activations are a token's k largest pre-activations above 0, in training and at inference.
       compares: whether inference compares features with each other, so that it matters how long decoder rows are.
       jumprelu: whether at inference it is a JumpReLU dictionary, that of ``as_jumprelu``: so other tools can have it.
       no_free_decoder: why decoder rows may not grow freely; empty: they may.
@@ -91,6 +92,7 @@ class Kind:
     unscaled: ClassVar[Sequence[str]] = ()
     numbers: ClassVar[Sequence[str]] = ()
     signed: ClassVar[bool] = False
+    keeps_k: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     jumprelu: ClassVar[bool] = False
     no_free_decoder: ClassVar[str] = ""

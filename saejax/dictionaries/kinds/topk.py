@@ -12,6 +12,7 @@ class TopK(Kind):
     name = "topk"
     about = "keeps the k largest activations of each token"
     numbers = ("k",)
+    keeps_k = True
     compares = True
     no_free_decoder = "has no penalty to hold it in a topk dictionary"
 

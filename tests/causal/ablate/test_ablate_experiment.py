@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from saejax.causal import activity
+from saejax.causal import activity, screening
 from saejax.causal.ablate import verdict
 from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.split import SplitModel
@@ -67,6 +67,20 @@ def test_a_feature_that_fires_only_where_its_replacement_is_from_has_a_control(
     (entry,) = results.top
     assert entry.logit_diff_drop.mean == 0 and entry.control_drop is None
     assert "1 of the features never fire on the test prompts" in results.grades.harms.reason
+
+
+@pytest.mark.parametrize("replacement", ["mean", "random", "counterpart"])
+def test_features_are_ranked_by_what_stands_in_their_place(split, prompts, replacement):
+    """Activation x gradient would rank by what removing to zero costs, which is not what is measured then."""
+    prompts, zero = with_counterparts(prompts[:24]), ModelExperiment(split, "tiny", prompts[:24], CONFIG)
+    experiment = ModelExperiment(split, "tiny", prompts, dataclasses.replace(CONFIG, replacement=replacement))
+    runs = split.run([prompt for prompt in prompts if prompt.split == "train"])
+    others = split.run_counterparts([prompt for prompt in prompts if prompt.split == "train"])
+    lent = others if replacement == "counterpart" else []
+    wanted_NxF = screening.attribution(split, runs, "gradient", experiment.replacement, lent)
+    np.testing.assert_allclose(experiment.attribution(), wanted_NxF.mean(axis=0), atol=1e-6)
+    apart_F = experiment.attribution() - zero.attribution()
+    assert np.abs(apart_F).max() > 0.05 * np.abs(zero.attribution()).max()
 
 
 def test_prompts_of_one_split_only(split, make_prompt):

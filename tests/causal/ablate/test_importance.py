@@ -84,6 +84,8 @@ def test_the_summary_is_json(found):
     assert from_json(ImportanceSummary, json.loads(json.dumps(to_json(summary), allow_nan=False)), "") == summary
     assert summary.features == 390 and len(summary.leaders) == 5
     assert summary.discoveries == (found.q_value <= 0.05).sum()
+    half = dataclasses.replace(found, p_max_t=np.where(np.arange(390) < 55, found.p_max_t, 1.0))
+    assert 0 < half.summary(5, HALVES, 0.01).sure == (half.p_max_t <= 0.05).sum() < summary.sure
     drops = [leader.drop for leader in summary.leaders]
     assert drops == sorted(drops, reverse=True) and drops[0] == found.drop.max()
     for fit in summary.estimates.values():

@@ -190,6 +190,17 @@ def test_what_speaks_against_a_circuit_is_not_corrected():
         assert _answer(hypotheses.Outcome(0.3, 0.9, p_against), p_holm=0.9).answer == answer
 
 
+def test_random_sets_are_called_necessary_no_more_often_than_the_level():
+    """Two of 44 features carry the answer. Were the tested set left out of the draws, it alone could hold them."""
+    runs, said = 60, 0
+    for seed in range(runs):
+        gain_F = np.where(np.arange(44) < 2, 5.0, 0.1)
+        tested = np.random.default_rng([9, seed]).permutation(44)[:8]
+        results, _ = measure_circuit(LinearExperiment(gain_F, seed=seed), tested, CONFIG)
+        said += results.tests["necessity"].p_value <= 0.05
+    assert said / runs <= 0.05 + 3 * (0.05 * 0.95 / runs) ** 0.5
+
+
 def test_added_features_are_matched(planted, monkeypatch):
     """Each feature is compared with what the draws match to it, those that fire as often and as strongly."""
     drawn = []

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from runs import write_members
 
 from saejax.causal.patching import run as stage
 from saejax.causal.patching.grid import PatchingGrid, grid_file
-from saejax.causal.patching.results import PatchResults
+from saejax.causal.patching.nodes import NodeTable, node_file
+from saejax.causal.patching.results import HeadPatchResults, PatchResults
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
@@ -54,7 +56,7 @@ def test_sites_killed_and_resumed(make_run):
     grid = PatchingGrid.load(grid_file(whole.folder, "first"))
     for direction, best in first.strongest.items():
         place = (grid.direction == direction) & (grid.layer == best.layer) & (grid.position == best.position)
-        assert grid.effect[place] == best.effect.mean
+        assert grid.effect[place] == best.effect.mean != best.train_effect  # that of other prompts
     assert first.templates == 0 and results.behaviours["second"].templates == 2
     assert [column.position for column in first.columns] == sorted(set(grid.position.tolist()))
 
@@ -98,3 +100,14 @@ def test_an_unknown_behaviour_is_refused(make_run):
     run.configs["patch"] = dataclasses.replace(run.configs["patch"], behaviours=("third",))
     with pytest.raises(UserError, match=r"unknown behaviour \(--patch.behaviours\) 'third'"):
         stage.run_patch(run)
+
+
+def test_heads(make_run):
+    run = make_run("heads", "heads")
+    results = stage.run_patch(run)
+    assert from_json(PatchResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    assert isinstance(results, HeadPatchResults) and (results.top, list(results.behaviours)) == (3, ["first", "second"])
+    for name, found in results.behaviours.items():
+        table = NodeTable.load(node_file(run.folder, name))
+        assert len(table.node) == found.nodes and (~np.isnan(table.effect)).sum() == found.measured
+        assert len(found.strongest) == 3 and set(found.estimates) == {"atp_star", "atp", "change"}

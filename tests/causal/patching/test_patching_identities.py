@@ -107,6 +107,28 @@ def test_an_edit_of_a_whole_site_gives_the_other_run(tiny, pairs, base, source):
         np.testing.assert_allclose(got_P, last_diffs(tiny, pairs, source), atol=1e-5)
 
 
+def test_draws_of_features_are_as_the_tested_set_would_be_drawn(tiny, pairs, exact):
+    """They may hold tested features, and p is the share of sets, the tested one among them, that carry as much over."""
+    config = dataclasses.replace(CONFIG, top=6, draws=30, matches=50)
+    swapped = [dataclasses.replace(pair, correct=pair.wrong, wrong=pair.correct) for pair in pairs]
+    diffs = [(last_diffs(tiny, some, "text"), last_diffs(tiny, some, "counterpart")) for some in (pairs, swapped)]
+    turned = [
+        pair
+        for some, own in zip((pairs, swapped), diffs, strict=True)
+        for pair, clean, corrupted in zip(some, *own, strict=True)
+        if clean > 0 > corrupted
+    ]
+    assert turned
+    patching = FeaturePatching(SplitModel(tiny, exact), "tiny", turned, turned, config)
+    found = patching.results(differences(patching.clean_P, patching.corrupted_P, {}, of_prompts(turned, 100, 0)))
+    assert np.isin(patching._drawn_NxK, patching._top).any() and found.interchange.prompts == len(turned)
+    ks = [top.features for top in found.interchange.top]
+    random_KxN = (patching._random_SxP < 0).mean(axis=1).reshape(len(ks), config.draws)
+    for top, random_N in zip(found.interchange.top, random_KxN, strict=True):
+        as_many = (random_N >= top.accuracy.mean - 1e-9).sum()
+        assert top.p_value == pytest.approx((1 + as_many) / (1 + config.draws))
+
+
 def test_all_features_of_a_dictionary_without_an_error_give_the_other_run(tiny, pairs, prompts, exact):
     train = [prompt for prompt in prompts if prompt.split == "train"]
     patching = FeaturePatching(SplitModel(tiny, exact), "tiny", train, pairs, CONFIG)

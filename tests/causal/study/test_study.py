@@ -153,6 +153,29 @@ def test_conditions_by_hand_killed_and_resumed(make_run, tiny, dictionary, task,
     else:
         assert results.claims == dict(zero=None, random=None)
         assert results.reason.endswith("were compared." if judged else "(--task.score=likelihood).")
+    _one_by_one(run, results, test, tiny, dictionary, name, task, every)
+
+
+def _one_by_one(run, results, test, tiny, dictionary, name, task, every):
+    """The top features in the file of all features, and one of them removed by hand."""
+    firing = [entry.feature for entry in results.top if entry.firing_rate > 0]
+    ranking = json.loads((run.folder / stage.RANKING).read_text())
+    assert sorted(entry["feature"] for entry in ranking if "single" in entry) == sorted(firing)
+    first = results.single.features[0]
+    scored = "choice" if every else "likelihood"
+    rows = [score_items(tiny, name, test, task, own, scored) for own in ((), [dictionary.ablate([first.feature])])]
+    if every:
+        right = [np.mean([row["raw"]["correct"] for row in own]) for own in rows]
+        assert first.accuracy_drop.mean == pytest.approx(right[0] - right[1])
+        nats = [
+            [row["log_likelihoods"][item.choices.index(item.answer)] for item, row in zip(test, own)] for own in rows
+        ]
+        tokens = [row["tokens"] for row in score_items(tiny, name, test, task, (), "likelihood")]
+        drop = np.mean((np.array(nats[0]) - nats[1]) / tokens)
+    else:
+        assert first.accuracy_drop is None
+        drop = np.mean([a["log_likelihood_per_token"] - b["log_likelihood_per_token"] for a, b in zip(*rows)])
+    assert first.drop.mean == pytest.approx(drop, abs=1e-4)
 
 
 def _same_figures(found, scores):

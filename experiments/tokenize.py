@@ -1,0 +1,6 @@
+"""``python -m experiments.tokenize --help``."""
+
+from saejax.experiments import tokenize
+
+if __name__ == "__main__":
+    tokenize()

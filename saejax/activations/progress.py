@@ -1,0 +1,34 @@
+"""How far work on a text is, said every few seconds."""
+
+import time
+from collections.abc import Callable
+
+_SAY_EVERY = 5.0  # seconds
+
+
+class TextProgress:
+    """Counts what is done, and says it with the speed and the time to go.
+
+    Args:
+      say: prints a line.
+      left: how much there is to do; 0: not known.
+      unit: what is counted.
+    """
+
+    def __init__(self, say: Callable[[str], None], left: int, unit: str = "tokens"):
+        self._say, self._left, self._unit, self._done = say, left, unit, 0
+        self._start = self._said = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Counts what was done since the last call."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._said >= _SAY_EVERY:
+            self._said, rate, left = now, self.rate, max(self._left - self._done, 0)
+            of, to_go = (f" of {self._left:,}", f"  {left / rate:.0f} s to go") if self._left else ("", "")
+            self._say(f"{self._done:,}{of} {self._unit}  {rate:,.0f} {self._unit}/s{to_go}")
+
+    @property
+    def rate(self) -> float:
+        """How much was done per second; 0 before there is any."""
+        return self._done / (time.monotonic() - self._start) if self._done else 0.0

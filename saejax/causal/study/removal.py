@@ -1,0 +1,201 @@
+"""A benchmark's items without single features: what each top feature and each matched random one costs by itself.
+
+Removing a feature leaves everything below the dictionary's site as it is, and most texts altogether: what is run are
+the layers above, on the texts where the feature fires.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.causal.chunks import Chunks
+from saejax.causal.split import SplitModel, active_features
+from saejax.causal.study.items import ItemScores
+from saejax.causal.study.references import Reference, ReferenceBatch, References
+from saejax.causal.study.results import ChosenFeatures, SingleEffects
+from saejax.causal.study.single import judge_single
+from saejax.dictionaries import Basis
+from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.models.split import SplitPoint
+from saejax.parallel import sharding
+from saejax.settings import StudyConfig
+from saejax.tasks.benchmarks import Item
+from saejax.tasks.likelihood import token_scores
+
+_FEATURES = 16  # removed between two looks whether to stop
+_NOT_RUN = 1.0  # where a feature does not fire; no log-likelihood is above 0
+
+
+def measure_single(
+    split: SplitModel,
+    scores: ItemScores,
+    test: Sequence[Item],
+    chosen: ChosenFeatures,
+    config: StudyConfig,
+    accuracy: bool,
+    folder: Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SingleEffects | None:
+    """What each top feature that fires on the test items is worth there by itself; None if none does.
+
+    Args:
+      split: the model, split at the dictionary's site.
+      scores: encodes the items.
+      test: items that judge.
+      chosen: the top features and their draws.
+      config: of the stage.
+      accuracy: whether the items' choices are compared, too.
+      folder: where measurements are kept, so that a run that was killed goes on.
+      on_progress: called with the removals done and of all; may raise to stop.
+
+    Raises:
+      UserError: something is not finite.
+    """
+    top = [entry.feature for entry in chosen.top if entry.firing_rate > 0]
+    if not top:
+        return None
+    features = sorted({*top, *(feature for draw in chosen.controls for feature in draw)})
+    references, right_N = _references(scores, test, accuracy)
+    made = References(split, references, config.batch_tokens)
+    clean_R, without_KxR = log_likelihoods(split, made, len(references), features, folder, on_progress)
+    tokens_N = np.array([len(references[place].answer) for place in right_N])
+    drop_KxN = (clean_R - without_KxR)[:, right_N] / tokens_N
+    lost_KxN = None
+    if accuracy:
+        items_R = np.array([reference.item for reference in references])
+        lost_KxN = _right(clean_R[None], items_R, right_N) - _right(without_KxR, items_R, right_N)
+    return judge_single(top, features, np.array(chosen.controls), drop_KxN, lost_KxN, config)
+
+
+def _references(scores: ItemScores, test: Sequence[Item], accuracy: bool) -> tuple[list[Reference], np.ndarray]:
+    """The answers to score, and which of them is each item's reference."""
+    if not accuracy:
+        return scores.solutions(test), np.arange(len(test))
+    found = [
+        (scores.reference(place, item, choice), choice == item.answer)
+        for place, item in enumerate(test)
+        for choice in item.choices
+    ]
+    return [reference for reference, _ in found], np.flatnonzero([right for _, right in found])
+
+
+def _right(scores_SxR: np.ndarray, items_R: np.ndarray, right_N: np.ndarray) -> np.ndarray:
+    """1.0 where an item's right choice is its likeliest, [S, N]; of equals the first counts, as in ``_choose``."""
+    columns = [np.flatnonzero(items_R == item) for item in range(len(right_N))]
+    return np.stack(
+        [own[scores_SxR[:, own].argmax(axis=1)] == right for own, right in zip(columns, right_N, strict=True)], axis=1
+    ).astype(np.float64)
+
+
+def log_likelihoods(
+    split: SplitModel,
+    references: References,
+    count: int,
+    features: Sequence[int],
+    folder: Path | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The log-likelihood of each reference as the model is [R], and without each feature by itself [K, R], in nats.
+
+    Args:
+      split: the model, split at the dictionary's site.
+      references: ``count`` of them, R.
+      features: K distinct ones.
+      folder: where what was measured is kept; None: nowhere.
+      on_progress: called with the removals done and of all; may raise to stop.
+
+    Raises:
+      UserError: something is not finite.
+    """
+    columns = [None, *features]  # None: nothing is removed
+    parts = [columns[first : first + _FEATURES] for first in range(0, len(columns), _FEATURES)]
+    planned = references.planned()
+    shapes = [(len(part), len(places_N)) for places_N, *_ in planned for part in parts]
+    plan = (np.array([*places_N, *rest, *features]) for places_N, *rest in planned)
+    total = sum(map(math.prod, shapes))
+    with Chunks(folder, shapes, plan) as chunks:
+        for number, one in enumerate(planned):
+            left = parts[max(len(chunks.values) - number * len(parts), 0) :]
+            if left:
+                batch = references.batch(*one)
+            for part in left:
+                on_progress(sum(values.size for values in chunks.values), total)
+                chunks.add(_part(split, batch, part))
+    found_KxR = np.full((len(columns), count), np.nan)
+    for number, (places_N, *_) in enumerate(planned):
+        own = chunks.values[number * len(parts) : (number + 1) * len(parts)]
+        found_KxR[:, places_N] = np.concatenate(own)
+    if not np.isfinite(found_KxR).all():
+        raise UserError(
+            "log-likelihoods without single features are not finite: the model or the dictionary holds NaN or "
+            "overflows; try --model.dtype=float32, or train the dictionary again"
+        )
+    clean_R, changed_KxR = found_KxR[0], found_KxR[1:]
+    return clean_R, np.where(changed_KxR == _NOT_RUN, clean_R, changed_KxR)
+
+
+def _part(split: SplitModel, batch: ReferenceBatch, part: Sequence[int | None]) -> np.ndarray:
+    """Log-likelihoods of a batch's references without each of some features, fp32 [P, N]; see ``_NOT_RUN``."""
+    rows, count = len(batch.domain_BxT), len(batch.places_N)
+    features_P = np.resize([feature or 0 for feature in part], _FEATURES).astype(np.int32)
+    on_P = np.resize([feature is not None for feature in part], _FEATURES)
+    f_BxTxP = _activations(split.point, split.dictionary, features_P, on_P, batch.read_BxTxD, batch.domain_BxT)
+    fires_PxN = np.asarray((f_BxTxP != 0).any(axis=1)).T[: len(part), :count]
+    asked_PxN = fires_PxN | np.array([feature is None for feature in part])[:, None]
+    found_PxN = np.full(asked_PxN.shape, _NOT_RUN, np.float32)
+    place_M, row_M = np.nonzero(asked_PxN)
+    for first in range(0, len(row_M), rows):
+        own = slice(first, first + rows)
+        some_B, which_B = np.resize(row_M[own], rows), np.resize(place_M[own], rows)
+        arrays = batch.stream_BxTxD, batch.value_BxTxD, f_BxTxP
+        answers = batch.positions_BxC, batch.targets_BxC, batch.weight_BxC
+        total_B = _without(split.point, split.params, split.dictionary, *arrays, *answers, features_P, some_B, which_B)
+        found_PxN[place_M[own], row_M[own]] = np.asarray(total_B)[: len(row_M[own])]
+    return found_PxN
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _activations(
+    point: SplitPoint,
+    dictionary: Basis,
+    features_P: jax.Array,
+    on_P: jax.Array,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+) -> jax.Array:
+    """Activations [B, T, P] of some features, those that are on."""
+    f_BxTxP = active_features(dictionary, read_BxTxD, domain_BxT)[..., features_P] * on_P[None, None, :]
+    return jax.lax.with_sharding_constraint(f_BxTxP, sharding(point.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _without(
+    point: SplitPoint,
+    params: decoder.Params,
+    dictionary: Basis,
+    stream_BxTxD: jax.Array,
+    value_BxTxD: jax.Array,
+    f_BxTxP: jax.Array,
+    positions_BxC: jax.Array,
+    targets_BxC: jax.Array,
+    weight_BxC: jax.Array,
+    features_P: jax.Array,
+    some_R: jax.Array,
+    which_R: jax.Array,
+) -> jax.Array:
+    """The weighted log-likelihood of rows ``some`` of a batch, each without one of P features, [R]."""
+    W_dec_PxD = dictionary.W_dec_FxD[...][features_P]
+    removed_RxT = jnp.take_along_axis(f_BxTxP[some_R], which_R[:, None, None], axis=2)[..., 0]
+    value_RxTxD = value_BxTxD[some_R]
+    changed_RxTxD = removed_RxT[..., None] * W_dec_PxD[which_R][:, None, :]
+    edited_RxTxD = (value_RxTxD.astype(changed_RxTxD.dtype) - changed_RxTxD).astype(value_RxTxD.dtype)
+    x_RxTxD = point.tail(params, stream_BxTxD[some_R], edited_RxTxD)
+    logp_RxC, _ = token_scores(point.config, params, x_RxTxD, positions_BxC[some_R], targets_BxC[some_R])
+    total_R = (weight_BxC[some_R] * logp_RxC).sum(axis=1)
+    return jax.lax.with_sharding_constraint(total_R, sharding(point.mesh))

@@ -1,0 +1,33 @@
+"""What the stage ``cluster`` takes."""
+
+from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
+from saejax.costs.passes import weight_bytes
+from saejax.stage import is_folder
+
+_GROUPED = 2.5  # seconds on the host in which 4,608 features are compared in one view and grouped by both methods
+_VIEWS = 3
+
+
+def cluster_cost(plan: PlannedRun, name: str) -> Cost:
+    """Every dictionary in every view: once, on samples, on shuffled data and on samples of these."""
+    config = plan.configs["cluster"]
+    sizes = []
+    for one in config.dictionaries:
+        kind, _, member = one.partition("/")
+        stack = plan.stacks.get(kind)
+        used = stack.dictionary if stack else next(iter(plan.stacks.values())).dictionary
+        sizes += [used] * (1 if is_folder(one) or member or not stack else len(stack.members))
+    largest = max(sizes, key=lambda size: size.n_features)
+    looked = min(config.most, largest.n_features)
+    times = _VIEWS * (1 + 3 * config.resamples) * len(sizes)
+    encode = 2.0 * len(sizes) * config.tokens * largest.d_in * largest.n_features
+    return Cost(
+        DeviceBytes(
+            weight_bytes(plan.model, plan.axes, plan.dtype) if plan.configs["train"].source == "model" else 0,
+            activations=WIDTH["float32"] * config.batch_tokens * largest.n_features,
+        ),
+        encode,
+        overhead=1.0,
+        host_seconds=START + times * _GROUPED * (looked / 4608) ** 2,
+        counts=dict(groupings=2 * times),
+    )

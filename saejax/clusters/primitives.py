@@ -1,0 +1,105 @@
+"""What groups of features cost behaviours, beside matched features: which of them may be called after a behaviour.
+
+It follows from the effects that ``ablate`` measured with ``--ablate.effects=all``, each feature removed by itself. The
+prompts of even number are left to the view that groups features by these effects; those of odd number judge.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import false_discovery_control
+
+from saejax.causal.ablate.importance import Importance, importance_file, load_drops
+from saejax.causal.claims import randomisation_p
+from saejax.causal.controls import FeatureStatistics, draw_alike, fitting_matches
+from saejax.clusters.results import GroupCost
+
+_DRAWS, _MATCHES = 2000, 10
+_COUNTED = 10**6  # positions for which firing rates stand
+LEVEL = 0.05  # largest q-value at which a group is called after a behaviour
+
+
+@dataclasses.dataclass(frozen=True)
+class BehaviourEffects:
+    """What removing each feature costs a behaviour.
+
+    Attributes:
+      table: of all features that fire on its test prompts.
+      drop_NxP: of the logit difference, of each of them on each prompt.
+    """
+
+    table: Importance
+    drop_NxP: np.ndarray
+
+    @classmethod
+    def load(cls, folder: Path, behaviour: str) -> "BehaviourEffects":
+        """From an ablate unit's folder."""
+        return cls(Importance.load(importance_file(folder, behaviour)), load_drops(folder, behaviour))
+
+    def statistics(self, features: int) -> FeatureStatistics:
+        """How often and how strongly each of a dictionary's features fires on the prompts."""
+        fires_F, sum_F = np.zeros(features, np.int64), np.zeros(features)
+        fires_F[self.table.feature] = np.maximum(np.round(self.table.firing_rate * _COUNTED), 1)
+        sum_F[self.table.feature] = self.table.mean_activation * fires_F[self.table.feature]
+        return FeatureStatistics(_COUNTED, fires_F, sum_F)
+
+
+def profiles(behaviours: Mapping[str, BehaviourEffects]) -> tuple[np.ndarray, np.ndarray]:
+    """Features that fire on any behaviour, and what each costs on every even prompt, [F] and [F, P].
+
+    The drops of each behaviour are in units of their root mean square, so that all behaviours count.
+    """
+    feature_F = np.unique(np.concatenate([one.table.feature for one in behaviours.values()]))
+    parts = []
+    for one in behaviours.values():
+        drop_NxP = one.drop_NxP[:, ::2]
+        part_FxP = np.zeros((len(feature_F), drop_NxP.shape[1]))
+        size = float(np.sqrt(np.mean(np.square(drop_NxP)))) if drop_NxP.size else 0.0
+        part_FxP[np.searchsorted(feature_F, one.table.feature)] = drop_NxP / (size or 1.0)
+        parts.append(part_FxP)
+    return feature_F, np.concatenate(parts, axis=1)
+
+
+def costs(
+    groups: Sequence[Sequence[int]], behaviours: Mapping[str, BehaviourEffects], features: int, seed: int
+) -> list[dict[str, GroupCost]]:
+    """What each group costs each behaviour on whose prompts any of its features fires.
+
+    Args:
+      groups: numbers of their features.
+      behaviours: effects by name.
+      features: of the dictionary.
+      seed: of the matched sets, which may hold features of the group (``controls.draw_alike``).
+    """
+    found: list[dict[str, GroupCost]] = [{} for _ in groups]
+    for name, one in behaviours.items():
+        statistics = one.statistics(features)
+        cost_F = np.zeros(features)
+        cost_F[one.table.feature] = one.drop_NxP[:, 1::2].mean(axis=1)
+        for place, group in enumerate(groups):
+            own = statistics.firing(group)
+            if not own or len(own) + _MATCHES > len(one.table.feature):
+                continue
+            matches = fitting_matches(statistics, own, _MATCHES)
+            drawn_NxK = draw_alike(statistics, own, _DRAWS, matches, [seed, place])
+            effect_C = np.concatenate([[cost_F[own].sum()], cost_F[drawn_NxK].sum(axis=1)])
+            p = float(randomisation_p(effect_C)[0])
+            found[place][name] = GroupCost(len(own), float(effect_C[0]), float(effect_C[1:].mean()), p, p)
+    return _adjusted(found)
+
+
+def _adjusted(found: list[dict[str, GroupCost]]) -> list[dict[str, GroupCost]]:
+    """With q-values over all groups and behaviours."""
+    keys = [(place, name) for place, own in enumerate(found) for name in own]
+    if keys:
+        q_N = false_discovery_control([found[place][name].p for place, name in keys])
+        for (place, name), q in zip(keys, q_N, strict=True):
+            found[place][name] = dataclasses.replace(found[place][name], q=float(q))
+    return found
+
+
+def primitives(own: Mapping[str, GroupCost]) -> tuple[str, ...]:
+    """The behaviours that a group costs more than matched features do."""
+    return tuple(name for name, one in own.items() if one.q <= LEVEL and one.drop > max(one.matched_drop, 0.0))

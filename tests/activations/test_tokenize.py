@@ -1,0 +1,143 @@
+"""Text that is read as a stream: the same documents as in memory, in an order of its own."""
+
+import dataclasses
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from saejax.activations import shuffled, tokenize
+from saejax.activations.cutter import SPLITS
+from saejax.activations.documents import Documents, make_documents
+from saejax.activations.plan import Plan
+from saejax.activations.request import read_request
+from saejax.activations.tokenize import run_tokenize, text_documents
+from saejax.errors import Interrupted, UserError
+from saejax.models import source
+from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig, TaskConfig
+from saejax.tasks import corpora
+from saejax.workspace import Run
+
+TEXTS = [f"{name} number {n} is {n * 37 % 101} of them." * (1 + n % 9) for n in range(300) for name in ("Bird", "Fish")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from runs import save_model
+
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def stream(model, tmp_path, monkeypatch):
+    """Tokenizes texts as a stream, with little memory; gives the run, its results and the documents."""
+    monkeypatch.setattr(shuffled, "_IN_MEMORY", 500)
+
+    def run(texts=TEXTS, name="tokenize", stopping=lambda: False, **settings):
+        path = tmp_path / "text.jsonl.gz"
+        with gzip.open(path, "wt") as file:
+            file.write("\n".join(json.dumps(dict(text=text)) for text in texts))
+        corpus = CorpusConfig(**dict(path=str(path), context=16, stream=True) | settings)
+        configs = dict(model=ModelConfig(path=str(model)), corpus=corpus, task=TaskConfig())
+        configs |= dict(capture=CaptureConfig(sites=("resid_post.0",)))
+        run = Run("tokenize", "", tmp_path / name, configs, {}, lambda line: None, stopping)
+        results = run_tokenize(run)
+        monkeypatch.setattr(tokenize, "load_results", lambda folder: results)
+        return run, results, Documents.read(run.folder, results.groups)
+
+    return run
+
+
+def contents(documents):
+    return sorted(tuple(ids.tolist()) for ids in documents)
+
+
+def test_a_stream_has_the_pieces_that_memory_has(stream):
+    run, results, documents = stream()
+    tokenizer = source.load_tokenizer(source.resolve(run.configs["model"]))
+    in_memory = dataclasses.replace(run.configs["corpus"], stream=False)
+    assert contents(documents) == contents(make_documents(in_memory, {}, tokenizer, 256))
+    # Every document says what text it is of, and where in it.
+    for number in (0, 17, len(documents) - 1):
+        _, _, _, text, start = documents.table_Nx5[number].tolist()
+        ids = tokenizer(TEXTS[text], add_special_tokens=False)["input_ids"]
+        assert documents[number].tolist() == ids[start : start + 16]
+    assert sum(results.tokens.values()) == documents.offsets[-1] == len(documents.ids_T)
+    assert results.documents == {name: int((documents.split_N == i).sum()) for i, name in enumerate(SPLITS)}
+
+
+def test_the_order_is_random_and_the_same_again(stream):
+    _, _, documents = stream()
+    assert (np.diff(documents.split_N) >= 0).all()  # the train split first, so that it can be had without a copy
+    source_N = documents.column("source")[documents.split_N == 0]
+    assert abs(np.corrcoef(np.arange(len(source_N)), source_N)[0, 1]) < 0.1
+    assert len(set(np.diff(source_N))) > len(source_N) / 4  # pieces of one text do not follow one another
+    again = stream(name="again")[2]
+    assert all(np.array_equal(a, b) for a, b in zip(documents.arrays().values(), again.arrays().values(), strict=True))
+    other = stream(name="other", seed=3)[2]
+    assert contents(other) == contents(documents) and not np.array_equal(other.ids_T, documents.ids_T)
+
+
+def test_a_text_stays_on_its_side_whatever_else_there_is(stream):
+    def held_out(documents, texts):
+        return {texts[i] for i in documents.column("source")[documents.split_N == 1]}
+
+    _, _, whole = stream(held_out=0.2)
+    found = held_out(whole, TEXTS)
+    assert 0.14 < len(found) / len(TEXTS) < 0.26
+    fewer = TEXTS[100:] + TEXTS[150:200]  # copies are on the side of what they copy
+    _, _, part = stream(fewer, name="part", held_out=0.2)
+    assert held_out(part, fewer) == found & set(fewer)
+    train = {fewer[i] for i in part.column("source")[part.split_N == 0]}
+    assert not train & held_out(part, fewer)
+
+
+def test_as_many_tokens_as_are_wanted_from_the_front(stream):
+    _, results, documents = stream(max_tokens=1000)
+    assert sum(results.tokens.values()) == 1000
+    last = documents.column("source").max()
+    assert last < 100 and set(documents.column("source")) == set(range(last + 1))
+
+
+def test_a_run_reads_what_was_tokenized_and_notices_damage(stream):
+    run, results, documents = stream()
+    reads = dataclasses.replace(run, stage="capture", inputs=dict(tokenize=run.folder))
+    request = read_request(run.configs)
+    found = text_documents(reads, request)
+    assert np.array_equal(found.ids_T, documents.ids_T)
+    training = found.training()
+    assert np.shares_memory(training.ids_T, found.ids_T) and len(training) == results.documents["train"]
+    content = bytearray((run.folder / "ids.npy").read_bytes())
+    content[-2] ^= 1
+    (run.folder / "ids.npy").write_bytes(content)
+    with pytest.raises(UserError, match="ids.npy is damaged"):
+        text_documents(reads, request)
+
+
+def test_a_sample_of_each_split(stream):
+    _, _, documents = stream()
+    sample = documents.sample(200)
+    for split in range(2):
+        lengths_N = sample.lengths_N[sample.split_N == split]
+        assert lengths_N.sum() >= 200 > lengths_N[:-1].sum()
+    assert np.array_equal(sample[0], documents[0]) and contents(documents.sample(10**9)) == contents(documents)
+    assert Plan(sample, 64, 64, 0, 0).rows == len(sample.ids_T)
+
+
+def test_what_cannot_be_tokenized(stream):
+    with pytest.raises(UserError, match="the held_out split has no text"):
+        stream(["only one"])
+    with pytest.raises(UserError, match="exceeds the model's context of 256"):
+        stream(context=300)
+    asked = iter([False] * 20)
+    with pytest.raises(Interrupted):
+        stream(stopping=lambda: next(asked, True))
+    assert sum(stream()[1].documents.values()) > 600  # what the stopped run left is not in the way
+
+
+def test_a_whole_corpus_beyond_memory_is_refused(stream, monkeypatch):
+    run, *_ = stream()
+    monkeypatch.setattr(corpora, "_MOST_IN_MEMORY", 1000)
+    with pytest.raises(UserError, match="use --corpus.stream=True"):
+        corpora.read_corpus(dataclasses.replace(run.configs["corpus"], stream=False))
