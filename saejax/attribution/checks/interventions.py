@@ -167,7 +167,7 @@ class _ChangedRun:
             if edited:
                 self._below[place].add(layer, edited[1].places(len(x_TxD)), edited[1].feature_RxM, change_RxM)
             if len(own_J):
-                moved_RxJ = read_moved(*read, position_J, vector_JxD)
+                moved_RxJ = read_moved(read[0], read[1], position_J, vector_JxD)
                 self.changed.feature_RxJ[chunk, own_J] += moved_RxJ[: chunk.stop - chunk.start]
 
     def read_end(self, hold: str) -> None:
