@@ -69,8 +69,8 @@ def between_dictionaries(
             other = compared[second]
             if (other.fingerprint, other.dictionary.site) != (first.fingerprint, first.dictionary.site):
                 continue
-            rows = [np.asarray(one.dictionary.W_dec_FxD[...], np.float32) for one in (first, other)]
-            matches = match_by_direction(*rows)
+            own_FxD, other_GxD = (np.asarray(one.dictionary.W_dec_FxD[...], np.float32) for one in (first, other))
+            matches = match_by_direction(own_FxD, other_GxD)
             table, beside = tables[place], tables[second]
             for view, method in dict.fromkeys(zip(table.view.tolist(), table.method.tolist(), strict=True)):
                 known, partner = dict(zip(*table.of(view, method))), dict(zip(*beside.of(view, method)))
@@ -80,8 +80,8 @@ def between_dictionaries(
                     if one in known and two in partner
                 ]
                 if pairs:
-                    groups = np.array(pairs).T
-                    found.append(_agreement((first.name, other.name, method, view), *groups, seed))
+                    group_M, other_M = np.array(pairs).T
+                    found.append(_agreement((first.name, other.name, method, view), group_M, other_M, seed))
     return tuple(found)
 
 

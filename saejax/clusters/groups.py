@@ -19,6 +19,7 @@ from sklearn.metrics import adjusted_rand_score
 from saejax.clusters.views import View
 
 _NEAREST = 10  # features that each is joined with in the graph of spectral clustering
+_PARTS = 4  # a group that HDBSCAN finds has no more features than one part of so many
 _CORE = 2  # features, itself counted, within which HDBSCAN takes a feature's density
 DISSOLVED = 0.5  # mean overlap below which a group is not found again (Hennig)
 
@@ -43,7 +44,10 @@ def _dense(alike_FxF: np.ndarray, smallest: int) -> np.ndarray:
         return np.full(len(alike_FxF), -1)
     distance_FxF = 1.0 - np.maximum(alike_FxF.astype(np.float64), 0.0)
     np.fill_diagonal(distance_FxF, 0.0)
-    model = HDBSCAN(min_cluster_size=smallest, min_samples=_CORE, metric="precomputed", copy=False)
+    largest = max(smallest, len(alike_FxF) // _PARTS)  # of noise, a large part would be found again as one group
+    model = HDBSCAN(
+        min_cluster_size=smallest, max_cluster_size=largest, min_samples=_CORE, metric="precomputed", copy=False
+    )
     return _without_small(model.fit_predict(distance_FxF), smallest)
 
 

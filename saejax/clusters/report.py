@@ -63,7 +63,7 @@ def _picture(dictionaries: Sequence[ClusteredDictionary], draw: Draw) -> Block:
 def stabilities(dictionaries: Sequence[ClusteredDictionary]) -> Figure:
     """The agreement of each grouping with samples, beside that of shuffled data; a panel for each dictionary."""
     names = [[f"{_VIEWS[own.view]}, {own.method}" for own in one.groupings] for one in dictionaries]
-    heights = [style.height_of(some, 0.3) + 0.5 for some in names]
+    heights = [style.height_of(some, 0.45) + 0.7 for some in names]  # with the title and the axis
     figure, below = style.panels(heights, [one.name for one in dictionaries])
     for axes, one, rows in zip(below, dictionaries, names, strict=True):
         for y, own in enumerate(one.groupings):

@@ -72,8 +72,8 @@ def _measure(run: Run, one: Compared, text: ClusterText, part: str, on_progress:
         for method, own in grouped.items():
             central_F = _centrality(own.group_F, alike_FxF)
             groupings[name, method] = _grouping((name, method), view, own, central_F, labels)
-            names = [np.full(len(view.feature_F), word) for word in (name, method)]
-            tables.append(GroupedFeatures(*names, own.group_F, view.feature_F, central_F))
+            view_F, method_F = (np.full(len(view.feature_F), word) for word in (name, method))
+            tables.append(GroupedFeatures(view_F, method_F, own.group_F, view.feature_F, central_F))
     whole = GroupedFeatures.together(tables)
     whole.save(part_file(run, part, "-groups.parquet"))
     told = _with_costs(list(groupings.values()), behaviours, one.dictionary.config.n_features, config.seed)

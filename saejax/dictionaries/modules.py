@@ -116,7 +116,7 @@ class Dictionary(Editing, nnx.Module):
         """
         return self._with_bias(matmul(f_xF, self.W_dec_FxD[...], self.operands), x_xD)
 
-    def decode_code(self, code: sparse_products.Code, x_BxD: jax.Array | None = None) -> jax.Array:
+    def decode_code(self, code: sparse_products.SparseCode, x_BxD: jax.Array | None = None) -> jax.Array:
         """``decode`` of the features that are active."""
         return self._with_bias(sparse_products.product(code, self.W_dec_FxD[...]), x_BxD)
 

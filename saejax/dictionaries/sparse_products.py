@@ -26,7 +26,13 @@ _GATHERED = 16  # tokens whose decoder rows are gathered at once: they fit into 
 
 
 def wins(mesh: Mesh, operands: str, n_features: int, k: int) -> bool:
-    """Whether a training step is faster with the sparse form, as measured; its kernel is for a single CPU device."""
+    """Whether a training step is faster with the sparse form, as measured.
+
+    Args:
+      mesh: the devices; the kernel is for a single CPU device.
+      operands: of the dense products; see ``matmul``.
+      n_features, k: F, and how many are active at most.
+    """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return on_cpu and mesh.size == 1 and n_features >= _WINS_FROM[operands] * k
 
@@ -44,7 +50,7 @@ class ByFeature(NamedTuple):
 
     @classmethod
     def of(cls, feature_BxK: jax.Array, n_features: int) -> "ByFeature":
-        """Of the features of each token."""
+        """Of the features of each token, [B, K], out of ``n_features``."""
         feature_N = feature_BxK.reshape(-1)
         count = len(feature_N)
         if count * n_features < _PACKED:  # one number for both: XLA:CPU sorts single ones four times as fast
@@ -58,13 +64,13 @@ class ByFeature(NamedTuple):
         return cls(order_N.astype(jnp.int32), starts_X.astype(jnp.int32))
 
     def product(self, value_BxK: jax.Array, x_BxD: jax.Array) -> jax.Array:
-        """f.T @ x of the code f with these values, [F, D]."""
+        """f.T @ x, [F, D], of the code f that has ``value_BxK`` in place of its values."""
         token_N, value_N = self.order_N // value_BxK.shape[1], value_BxK.reshape(-1)[self.order_N]
         shape = len(self.starts_X) - 1, len(x_BxD)
         return BCSR((value_N, token_N, self.starts_X), shape=shape) @ x_BxD
 
 
-class Code(NamedTuple):
+class SparseCode(NamedTuple):
     """The active features of B tokens, at most k of each.
 
     Attributes:
@@ -103,7 +109,7 @@ def encode(
     most: int,
     operands: str = "float32",
     dense_gradient: bool | jax.Array = True,
-) -> tuple[Code, jax.Array]:
+) -> tuple[SparseCode, jax.Array]:
     """The code of ``sparsity.topk((x - centre) @ W_enc + b_enc, k)``, and the pre-activations [B, F].
 
     Args:
@@ -125,7 +131,7 @@ def _encode(x_BxD, centre_D, W_enc_DxF, b_enc_F, flags, most, operands):
     value_BxK, feature_BxK = sparsity.largest(pre_BxF, most)
     active_BxK = (jnp.arange(most)[None] < flags[0]) & (value_BxK > 0)
     by_feature = ByFeature.of(feature_BxK, pre_BxF.shape[1])
-    return Code(jnp.where(active_BxK, value_BxK, 0.0), feature_BxK, by_feature), pre_BxF
+    return SparseCode(jnp.where(active_BxK, value_BxK, 0.0), feature_BxK, by_feature), pre_BxF
 
 
 def _forward_encode(x_BxD, centre_D, W_enc_DxF, b_enc_F, flags, most, operands):
@@ -154,7 +160,7 @@ _encode.defvjp(_forward_encode, _backward_encode)
 
 
 @jax.custom_vjp
-def product(code: Code, W_FxD: jax.Array) -> jax.Array:
+def product(code: SparseCode, W_FxD: jax.Array) -> jax.Array:
     """f @ W, [B, D], of the activations f of a code."""
     count, most = code.value_BxK.shape
     starts_X = jnp.arange(0, count * most + 1, most, dtype=jnp.int32)
@@ -170,7 +176,7 @@ def _backward_product(saved, to_y_BxD):
     code, W_FxD = saved
     pairs = code.feature_BxK, to_y_BxD
     to_value_BxK = lax.map(lambda pair: W_FxD[pair[0]] @ pair[1], pairs, batch_size=_GATHERED)
-    return Code(to_value_BxK, None, ByFeature(None, None)), code.by_feature.product(code.value_BxK, to_y_BxD)
+    return SparseCode(to_value_BxK, None, ByFeature(None, None)), code.by_feature.product(code.value_BxK, to_y_BxD)
 
 
 product.defvjp(_forward_product, _backward_product)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, losses, sparse_products
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
-from saejax.dictionaries.sparse_products import Code
+from saejax.dictionaries.sparse_products import SparseCode
 from saejax.dictionaries.sparsity import row
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
@@ -63,7 +63,7 @@ class Objective:
         config, member = self.config, Dictionary(self.dictionary, self.config.matmul, **params)
         kind, own = member.kind, config.of_kind(member.kind.name)
         pre_BxF, f, smallest = self._encode(member, x_BxD, hyper, any_dead)
-        if isinstance(f, Code):
+        if isinstance(f, SparseCode):
             f_BxF, firings_F, reconstructions = f.dense(), f.firings(), [member.decode_code(f, x_BxD)]
         else:
             # In floats, because XLA:CPU vectorises no sums of integers; exact up to 2^24 tokens.
@@ -101,11 +101,11 @@ class Objective:
         """What one member makes of inputs, features chosen as in training."""
         member = Dictionary(self.dictionary, self.config.matmul, **params)
         _, f, _ = self._encode(member, x_BxD, hyper)
-        return member.decode_code(f, x_BxD) if isinstance(f, Code) else member.decode(f, x_BxD)
+        return member.decode_code(f, x_BxD) if isinstance(f, SparseCode) else member.decode(f, x_BxD)
 
     def _encode(
         self, member: Dictionary, x_BxD: jax.Array, hyper: Hyper, any_dead: jax.Array | bool = True
-    ) -> tuple[jax.Array, jax.Array | Code, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | SparseCode, jax.Array]:
         """Pre-activations, activations as in training, and the smallest that was kept."""
         if self.sparse:
             W_enc_DxF, b_enc_F, b_dec_D = (member.arrays[name] for name in ("W_enc_DxF", "b_enc_F", "b_dec_D"))

@@ -90,6 +90,7 @@ def test_it_is_evaluated_and_reported_with_a_sample_in_place_of_a_store(inputs, 
         *inputs,
         tmp_path / "run",
         **CHANGES | dict(capture__backend="jax", corpus__stream=True, capture__tokens=150, train__kinds="topk"),
+        **dict(task__behaviours="agreement", ablate__baselines="", ablate__text_documents=0),
     )
     stages = ["preflight", "baseline", "tokenize", "capture", "train", "evaluate", "ablate", "report"]
     assert command.run(stages, "", ["program", *flags]) == 0, capsys.readouterr().err

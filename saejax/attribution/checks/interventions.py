@@ -156,7 +156,7 @@ class _ChangedRun:
         x_TxD, edits = replacement.stream_LxTxD[layer], self._edits.get(layer)
         same = replacement.frozen, hold, replacement.model.params, np.int32(layer), x_TxD
         places = self._chosen_J[own_J]
-        reader = replacement.active.position_A[places], replacement.encoder_rows(places)
+        position_J, vector_JxD = replacement.active.position_A[places], replacement.encoder_rows(places)
         transcoder = replacement.transcoders.load(layer) if edits else None
         bounds = np.int32(replacement.first), np.int32(len(x_TxD))
         for place, chunk in enumerate(self._chunks):
@@ -167,7 +167,7 @@ class _ChangedRun:
             if edited:
                 self._below[place].add(layer, edited[1].places(len(x_TxD)), edited[1].feature_RxM, change_RxM)
             if len(own_J):
-                moved_RxJ = read_moved(*read, *reader)
+                moved_RxJ = read_moved(read[0], read[1], position_J, vector_JxD)
                 self.changed.feature_RxJ[chunk, own_J] += moved_RxJ[: chunk.stop - chunk.start]
 
     def read_end(self, hold: str) -> None:

@@ -164,15 +164,15 @@ def _groups(
 
 
 def _values(replacement: Replacement, entries: Placed, block: SourceBlock, size: int) -> list[jax.Array]:
-    """What a block's sources add to the values of each layer from the block's own on, [N, S, X, K]."""
+    """What a block's sources add to the values of each layer from the block's own on, [N, X, K, S]."""
     streams, params = replacement.streams, replacement.model.params
     own, found = entries.chosen(block.chosen_B), []
     _, length, width = streams.stream_LxTxD.shape
     change_SxXxD: Any = np.zeros((size, length - block.position, width), np.float32)
     for layer in range(block.layer, replacement.model.config.n_layers):
         fixed = params, np.int32(layer), streams.stream_LxTxD, streams.skip_LxDxD
-        change_SxXxD, added_NxSxXxK = carry_up(replacement.frozen, *fixed, *own.at(layer, size), change_SxXxD)
-        found.append(added_NxSxXxK)
+        change_SxXxD, added_NxXxKxS = carry_up(replacement.frozen, *fixed, *own.at(layer, size), change_SxXxD)
+        found.append(added_NxXxKxS)
     return found
 
 
@@ -213,11 +213,11 @@ def _go_down(
         cotangent_RxXxD, wanted = carry_down(
             replacement.frozen, *fixed, streamed_RxD, *own.at(layer, size), cotangent_RxXxD
         )
-        for (block, values), own_E, (_, sources, targets) in zip(above, places, pairs, strict=True):
-            if layer >= block.layer and (len(own_E) or not len(block.chosen_B)):
+        for (block, values), among, (_, sources, targets) in zip(above, places, pairs, strict=True):
+            if layer >= block.layer and (len(among) or not len(block.chosen_B)):
                 part_NxRxGxS = to_host(through(wanted, values[layer - block.layer], end, _PARTS))
-                part_ExNxG = part_NxRxGxS[:, targets, :, sources]
-                part_ExJxH[own_E, layer % span] = part_ExNxG.reshape(len(own_E), config.n_heads)
+                found = part_NxRxGxS[:, targets, :, sources]
+                part_ExJxH[among, layer % span] = found.reshape(len(among), config.n_heads)
         if layer % span == 0 and len(edge_E):
             count = min(span, config.n_layers - layer)
             with lock:

@@ -85,7 +85,7 @@ def carry_up(
       change_SxXxD: what they changed below.
 
     Returns:
-      The changes of the stream leaving the layer [S, X, D], and of the values that its heads mix, [N, S, X, K].
+      The changes of the stream leaving the layer [S, X, D], and of the values that its heads mix, [N, X, K, S].
     """
     config, (x_TxD, skip_DxD) = frozen.config, _entering(layer, stream_LxTxD, skip_LxDxD)
     first = len(x_TxD) - change_SxXxD.shape[1]
@@ -110,7 +110,7 @@ def carry_up(
         return frozen.layer(params, layer, tables, x_XxD, skip_DxD, mix)[0], jnp.swapaxes(values[0], 0, 1)
 
     change_SxXxD = _with(change_SxXxD, added_SxD, jnp.maximum(position_S - first, 0))
-    along = jax.vmap(lambda change_XxD: jax.jvp(last_positions, (x_TxD[first:],), (change_XxD,))[1], out_axes=(0, 1))
+    along = jax.vmap(lambda change_XxD: jax.jvp(last_positions, (x_TxD[first:],), (change_XxD,))[1], out_axes=(0, 3))
     return along(change_SxXxD)
 
 
@@ -149,7 +149,7 @@ def carry_down(
         def add(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
             weights_NxGxXxX = attention_weights(config, RELP, q, k, tables)
             values_NxGxXxK = jnp.swapaxes(v, 0, 1)[:, None] + more_NxGxXxK
-            return jnp.moveaxis(einsum("ngts,ngsk->ngtk", weights_NxGxXxX, values_NxGxXxK), 2, 0).reshape(q.shape)
+            return _mixed(weights_NxGxXxX, values_NxGxXxK).reshape(q.shape)
 
         return frozen.layer(params, layer, whole_prompts(config, length), x_XxD, skip_DxD, add)
 
@@ -161,23 +161,40 @@ def carry_down(
     return below_RxXxD, jnp.pad(wanted_NxRxGxXxK, ((0, 0),) * 3 + ((0, len(x_TxD) - length), (0, 0)))
 
 
+@jax.custom_vjp
+def _mixed(weights_NxGxXxS: jax.Array, values_NxGxSxK: jax.Array) -> jax.Array:
+    """The mean of the values of each head with given weights, [X, N, G, K]."""
+    return einsum("ngxs,ngsk->xngk", weights_NxGxXxS, values_NxGxSxK)
+
+
+def _mixed_back(weights_NxGxXxS: jax.Array, cotangent_XxNxGxK: jax.Array) -> tuple[None, jax.Array]:
+    # As in ``frozen``: of a second operand XLA:CPU moves runs of K numbers, of a first one single numbers.
+    dimensions = ((2,), (0,)), ((0, 1), (1, 2))
+    return None, lax.dot_general(weights_NxGxXxS, cotangent_XxNxGxK, dimensions, precision="highest")
+
+
+_mixed.defvjp(lambda weights, values: (_mixed(weights, values), weights), _mixed_back)
+
+
 @functools.partial(jax.jit, static_argnums=3)
-def through(wanted_NxRxGxTxK: jax.Array, added_NxSxXxK: jax.Array, end: jax.Array, parts: int) -> jax.Array:
+def through(wanted_NxRxGxTxK: jax.Array, added_NxXxKxS: jax.Array, end: jax.Array, parts: int) -> jax.Array:
     """The part of each pair of target and source that goes through each head, [N, R, G, S].
+
+    What is summed over comes last on the left and first on the right: XLA:CPU turns over what comes otherwise.
 
     Args:
       wanted_NxRxGxTxK: what targets read of the values, from ``carry_down``.
-      added_NxSxXxK: what sources add to them, from ``carry_up``, at the last X positions.
+      added_NxXxKxS: what sources add to them, from ``carry_up``, at the last X positions.
       end: the position from which on targets read nothing, at the end of one of ``parts`` equal parts of the prompt.
       parts: static; sources begin where one of them does.
     """
     *sizes, length, _ = wanted_NxRxGxTxK.shape
-    first, step = length - added_NxSxXxK.shape[2], length // parts
+    first, step = length - added_NxXxKxS.shape[1], length // parts
 
     def add(part: jax.Array, sum_NxRxGxS: jax.Array) -> jax.Array:
         wanted_NxRxGxQxK = lax.dynamic_slice_in_dim(wanted_NxRxGxTxK, first + part * step, step, 3)
-        added_NxSxQxK = lax.dynamic_slice_in_dim(added_NxSxXxK, part * step, step, 2)
-        return sum_NxRxGxS + einsum("nrgqk,nsqk->nrgs", wanted_NxRxGxQxK, added_NxSxQxK)
+        added_NxQxKxS = lax.dynamic_slice_in_dim(added_NxXxKxS, part * step, step, 1)
+        return sum_NxRxGxS + einsum("nrgqk,nqks->nrgs", wanted_NxRxGxQxK, added_NxQxKxS)
 
-    nothing = jnp.zeros((*sizes, added_NxSxXxK.shape[1]), wanted_NxRxGxTxK.dtype)
+    nothing = jnp.zeros((*sizes, added_NxXxKxS.shape[3]), wanted_NxRxGxTxK.dtype)
     return lax.fori_loop(0, (end - first) // step, add, nothing)

@@ -27,7 +27,8 @@ from saejax.causal.patching.atp import estimate_nodes
 from saejax.causal.patching.heads import NODES
 from saejax.causal.patching.node_patches import NodePlaces, patch_exactly
 from saejax.causal.patching.pairs import describe_columns
-from saejax.causal.patching.paths import LOGITS, PathTable, Receiver, judge_paths
+from saejax.causal.patching.path_table import PathTable, judge_paths
+from saejax.causal.patching.paths import LOGITS, Receiver
 from saejax.causal.patching.results import EstimatedNodes, NodeEffect, PatchedHeads, PatchedPairs, PathReceiver
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval

@@ -5,14 +5,11 @@ position, or the logits at the last one. The sender's output is that of the coun
 MLP outputs up to the receiver are those of the clean run, so that the receiver's input changes along the direct path
 alone; with the receiver's vector that comes of it the rest of the model runs freely (Wang et al., 2022, arXiv
 2211.00593; Goldowsky-Dill et al., 2023, arXiv 2304.05969; here MLPs between are frozen, too). The effect is by how much
-the logit difference falls. Every sender is patched exactly, on test pairs; p-values are those of sign flips over pairs,
-adjusted for all senders of the receiver by maxT (``statistics.max_t_p``), which is what nothing would give.
+the logit difference falls.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -20,14 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.causal.ablation import lagging
-from saejax.causal.claims import LEVEL
-from saejax.causal.clustered import Resampling
-from saejax.causal.columns import Columns
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, NodePatch, answer_difference, patch_nodes, record_heads
 from saejax.causal.patching.pairs import STEP, Pairs, few_pairs
-from saejax.causal.patching.results import PathReceiver, SenderEffect
-from saejax.causal.statistics import max_t_p
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import QKV, Attend, Layer, RunAttention, whole_prompts
@@ -35,13 +27,9 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.run import run_layers
 from saejax.parallel import by_row, to_host
-from saejax.results import Interval
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.scoring import interval_ends
 
 LOGITS, MLP = "logits", -1  # the receiver at the end; the "head" of a sender that is an MLP
-STRONGEST = 10  # senders of a receiver that are kept in its results
-_FLIPS = 10_000
 _OUTPUTS = ("attn_out", "mlp_out")
 
 
@@ -59,7 +47,7 @@ class Receiver(NamedTuple):
     position: int
 
 
-class Written(NamedTuple):
+class AddedOutputs(NamedTuple):
     """What attention and MLPs add to the stream in a run, each [L, B, T, D]."""
 
     attn_out: jax.Array
@@ -83,10 +71,10 @@ class Senders(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def record_written(config: DecoderConfig, params: decoder.Params, ids_BxT: jax.Array) -> Written:
+def record_written(config: DecoderConfig, params: decoder.Params, ids_BxT: jax.Array) -> AddedOutputs:
     """What attention and MLPs add without a patch."""
     x_BxTxD = decoder.embed(config, params, ids_BxT)
-    return Written(**run_layers(config, params, x_BxTxD, 0, config.n_layers, collect=_OUTPUTS).collected)
+    return AddedOutputs(**run_layers(config, params, x_BxTxD, 0, config.n_layers, collect=_OUTPUTS).collected)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -99,7 +87,7 @@ def patch_paths(
     ids_RxT: jax.Array,
     last_R: jax.Array,
     answers_Rx2: jax.Array,
-    clean: Written,
+    clean: AddedOutputs,
     senders: Senders,
 ) -> jax.Array:
     """The logit difference of each row with the receiver told by its sender, fp32 [R]; ``Receiver`` says of what."""
@@ -135,30 +123,6 @@ def patch_paths(
         vector_RxK=run.carried,
     )
     return patch_nodes(config, params, ids_RxT, last_R, answers_Rx2, told)
-
-
-@dataclasses.dataclass(frozen=True)
-class PathTable(Columns):
-    """Every sender of every receiver; arrays [N].
-
-    Attributes:
-      receiver: query, key, value or logits.
-      receiver_layer, receiver_head, position: of it; of the logits the number of layers, 0, and -1.
-      layer, head: of the sender; -1 for an MLP.
-      effect, low, high: by how much the logit difference falls, and its 95 % bootstrap interval.
-      p_max_t: sign flips over pairs, adjusted for all senders of the receiver.
-    """
-
-    receiver: np.ndarray
-    receiver_layer: np.ndarray
-    receiver_head: np.ndarray
-    position: np.ndarray
-    layer: np.ndarray
-    head: np.ndarray
-    effect: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    p_max_t: np.ndarray
 
 
 def senders_of(config: DecoderConfig, receiver: Receiver) -> np.ndarray:
@@ -227,7 +191,7 @@ def _dispatch(
     model: LanguageModel,
     pairs: Pairs,
     receiver: Receiver,
-    clean: Written,
+    clean: AddedOutputs,
     lent: tuple[np.ndarray, np.ndarray],
     sent_Rx2: np.ndarray,
     place_R: np.ndarray,
@@ -251,57 +215,3 @@ def _dispatch(
     rows = by_row(model.mesh, ids_RxT, pairs.last_B[place_R], pairs.answers_Bx2[place_R])
     place = jnp.int32(receiver.layer), jnp.int32(receiver.head)
     return patch_paths(model.config, receiver.node, model.params, *place, *rows, clean, senders)
-
-
-def judge_paths(
-    model: LanguageModel,
-    prompts: Sequence[Prompt],
-    receivers: Sequence[tuple[Receiver, Interval]],
-    resampling: Resampling,
-    batch_rows: int,
-    on_progress: OnProgress,
-) -> tuple[tuple[PathReceiver, ...], PathTable]:
-    """The senders of each receiver, the strongest ones of each, and all of them as a table.
-
-    Args:
-      model, prompts, batch_rows, on_progress: as for ``path_effects``.
-      receivers: each with the effect of patching it whole.
-      resampling: of the prompts.
-    """
-    found: list[PathReceiver] = []
-    parts: dict[str, list[np.ndarray]] = {field.name: [] for field in dataclasses.fields(PathTable)}
-    for receiver, total in receivers:
-        senders_Nx2 = senders_of(model.config, receiver)
-        effect_NxP = path_effects(model, prompts, receiver, batch_rows, on_progress)
-        has_P = ~np.isnan(effect_NxP[0])
-        effect_NxP, own = effect_NxP[:, has_P], resampling.among(has_P)
-        mean_N, p_N = effect_NxP.mean(axis=1), max_t_p(effect_NxP, _FLIPS, resampling.seed)
-        low_N, high_N = interval_ends(effect_NxP, own.share_RxP)
-        values = (receiver.node, receiver.layer, receiver.head, receiver.position)
-        columns = [np.full(len(mean_N), value, object if isinstance(value, str) else int) for value in values]
-        for name, values_N in zip(parts, (*columns, *senders_Nx2.T, mean_N, low_N, high_N, p_N), strict=True):
-            parts[name].append(values_N)
-        strongest = np.argsort(-np.abs(mean_N), kind="stable")[:STRONGEST]
-        found.append(
-            PathReceiver(
-                *values,
-                total=total,
-                senders=len(mean_N),
-                sure=int((p_N <= LEVEL).sum()),
-                strongest=tuple(
-                    SenderEffect(
-                        layer=int(senders_Nx2[n, 0]),
-                        head=None if senders_Nx2[n, 1] == MLP else int(senders_Nx2[n, 1]),
-                        effect=Interval(float(mean_N[n]), float(low_N[n]), float(high_N[n])),
-                        p_max_t=float(p_N[n]),
-                    )
-                    for n in strongest
-                ),
-            )
-        )
-    return tuple(found), PathTable(**{name: np.concatenate(values) for name, values in parts.items()})
-
-
-def path_file(folder: Path, behaviour: str) -> Path:
-    """Where the patch stage keeps a behaviour's paths."""
-    return folder / f"{behaviour}-paths.parquet"

@@ -24,7 +24,7 @@ from saejax.causal.patching.features import FeaturePatching
 from saejax.causal.patching.grid import grid_file, make_grid, measurable
 from saejax.causal.patching.nodes import RANDOM, HeadPatching, node_file, said
 from saejax.causal.patching.pairs import describe_columns, fitting_pairs
-from saejax.causal.patching.paths import path_file
+from saejax.causal.patching.path_table import path_file
 from saejax.causal.patching.results import (
     FeaturePatchResults,
     HeadPatchResults,

@@ -66,7 +66,7 @@ class Task:
         return dataclasses.replace(self, train_NxC=self.train_NxC[:, inputs], test_MxC=self.test_MxC[:, inputs])
 
 
-class Reading(NamedTuple):
+class ProbeAnswers(NamedTuple):
     """What a probe says of the M test prompts: their classes, and of two classes a score, larger for the second."""
 
     class_M: np.ndarray
@@ -118,11 +118,13 @@ def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> In
     return Resampling.of(np.zeros(len(right_M)), _RESAMPLES, seed).mean(right_M.astype(float) - other_M)
 
 
-def fitted(task: Task, k: int | None, strength: float) -> Reading:
+def fitted(task: Task, k: int | None, strength: float) -> ProbeAnswers:
     """What a probe of k inputs, or of all of them, says of the test prompts."""
     train_NxR, test_MxR = _prepared(task, k)
     model = _fit(train_NxR, task.train_class_N, strength)
-    return Reading(model.predict(test_MxR), model.decision_function(test_MxR) if len(model.classes_) == 2 else None)
+    return ProbeAnswers(
+        model.predict(test_MxR), model.decision_function(test_MxR) if len(model.classes_) == 2 else None
+    )
 
 
 def roc_auc(score_M: np.ndarray | None, class_M: np.ndarray) -> Interval | None:
@@ -261,7 +263,7 @@ def _accuracy(task: Task, k: int | None, strength: float) -> float:
     return float((fitted(task, k, strength).class_M == task.test_class_M).mean())
 
 
-def _shuffled(task: Task, k: int | None, strength: float, rng: np.random.Generator) -> Reading:
+def _shuffled(task: Task, k: int | None, strength: float, rng: np.random.Generator) -> ProbeAnswers:
     return fitted(dataclasses.replace(task, train_class_N=rng.permutation(task.train_class_N)), k, strength)
 
 

@@ -7,9 +7,10 @@ import pytest
 from test_patching_nodes import TEXTS, pairs_of
 
 from saejax.causal.clustered import of_prompts
-from saejax.causal.patching import paths
+from saejax.causal.patching import path_table
 from saejax.causal.patching.nodes import HeadPatching
-from saejax.causal.patching.paths import LOGITS, MLP, PathTable, Receiver, judge_paths, path_effects, senders_of
+from saejax.causal.patching.path_table import PathTable, judge_paths
+from saejax.causal.patching.paths import LOGITS, MLP, Receiver, path_effects, senders_of
 from saejax.results import Interval
 from saejax.settings import PatchConfig
 
@@ -114,10 +115,10 @@ def test_a_sender_is_found_among_many_that_send_nothing(tiny, monkeypatch):
     rng, prompts, worlds = np.random.default_rng(0), pairs_of(TEXTS * 10), 60
     receiver, whole = Receiver(LOGITS, tiny.config.n_layers, 0, -1), Interval(1.0, 1.0, 1.0)
     count, resampling = len(senders_of(tiny.config, receiver)), of_prompts(prompts, 200, 0)
-    monkeypatch.setattr(paths, "_FLIPS", 500)
+    monkeypatch.setattr(path_table, "_FLIPS", 500)
 
     def judged(effect_NxP):
-        monkeypatch.setattr(paths, "path_effects", lambda *args: effect_NxP)
+        monkeypatch.setattr(path_table, "path_effects", lambda *args: effect_NxP)
         (found,), table = judge_paths(tiny, prompts, [(receiver, whole)], resampling, 8, print)
         return found, table
 
@@ -129,7 +130,7 @@ def test_a_sender_is_found_among_many_that_send_nothing(tiny, monkeypatch):
     assert found.sure == 1 and np.flatnonzero(table.p_max_t <= 0.05).tolist() == [7]
     np.testing.assert_allclose(table.effect, planted.mean(axis=1))
     sizes = [abs(sender.effect.mean) for sender in found.strongest]
-    assert sizes == sorted(sizes, reverse=True) and len(sizes) == paths.STRONGEST
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) == path_table.STRONGEST
 
 
 def test_paths_on_request(tiny, tmp_path):
