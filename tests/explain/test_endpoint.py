@@ -49,10 +49,9 @@ def test_what_may_help_is_asked_again(trouble):
         assert 0.375 <= first <= 0.5 and 0.75 <= second <= 1
 
 
-@pytest.mark.parametrize("header", ["7", formatdate(time.time() + 9, usegmt=True)])
-def test_a_server_that_asks_for_a_pause_gets_it(header):
-    if header != "7":
-        header = formatdate(time.time() + 9, usegmt=True)
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_a_server_that_asks_for_a_pause_gets_it(form):
+    header = "7" if form == "seconds" else formatdate(time.time() + 9, usegmt=True)
     with protocol.Server(lambda prompt: "yes", [429], retry_after=header) as server:
         made = endpoint(server)
         ask(made, ASK[:1])
