@@ -51,4 +51,4 @@ class CaptureResults:
     tokens: Mapping[str, int]  #: recorded ones, by split
     tokens_per_second: float  #: padding left out; 0 if all was done before
     padding_share: float  #: of the tokens that the model ran on
-    backend: str = ""  #: which ran the model: "torch" or "jax"; empty in results of before it was written down
+    backend: str | None = None  #: which ran the model, torch or jax; None in results of before it was written down

@@ -153,7 +153,7 @@ def batches_of(
             parts = _parts(own, prompts, length, max(most // shards, 1))
             parts += [own[:0]] * (-len(parts) % shards)
             size = _few_rows(max(len(part.set_N) for part in parts))
-            full = max(most // shards, 1) + length  # a part's last row reaches beyond the end
+            full = full_batch(max(most // shards, 1), length)
             tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), full)
             for first in range(0, len(parts), shards):
                 batches.append(RowBatch(parts[first : first + shards], size, length, tokens, features_K))
@@ -174,6 +174,11 @@ def _parts(rows: SetRows, prompts: Prompts, length: int, most: int) -> list[SetR
 def _distinct(rows: SetRows, prompts: Prompts, length: int) -> int:
     key_NxT, real_NxT = prompts.keys(rows, length)
     return len(np.unique(key_NxT[real_NxT]))
+
+
+def full_batch(most: int, length: int) -> int:
+    """Tokens of a shard that is full: a part's last row, of ``length`` tokens, may reach beyond ``most``."""
+    return _filled(most + length)
 
 
 def filled_features(count: int) -> int:

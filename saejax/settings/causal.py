@@ -197,6 +197,13 @@ class PatchConfig(Config):
     matches: int = setting(10, _MATCHES, low=1)
     seed: int = setting(456, "seed of the control draws and the bootstrap", low=0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
+    das: int = setting(
+        0,
+        "of features, also compare cause and isolate (do the other behaviours' answers stay?) with a subspace of so "
+        "many dimensions that is learned on train prompts (DAS); 0: do not",
+        low=0,
+    )
+    das_steps: int = setting(100, "steps in which it is learned, of 16 pairs", low=1)
     batch_rows: int = setting(64, "patched prompts per batch", low=1, changes_results=False)
 
 

@@ -116,12 +116,24 @@ def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
     together = [some(features=20, denoising=some(normalised=interval(0.4))), some(features="all")]
     results = dict(dictionary="topk", site="resid_post.15", top=20, draws=20)
     results["unpatched"] = dict(addition="it has no train prompts")
-    results["behaviours"] = dict(capital=some(interchange=carried, together=together, templates=0))
-    table, without = patching.sections(findings(topk=partly(FeaturePatchResults, **results)), None)[0].blocks
+    results["behaviours"] = dict(
+        capital=some(interchange=carried, together=together, templates=0, disentangled=[
+            some(method="features", size=20, cause=interval(0.5), isolate=dict(agreement=interval(0.9))),
+            some(method="whole site", size=64, cause=None, isolate={}),
+        ])
+    )  # fmt: skip
+    table, beside, without = patching.sections(findings(topk=partly(FeaturePatchResults, **results)), None)[0].blocks
     shares = [f"{mean}\u00a0% [{mean - 10}\u00a0%, {mean + 10}\u00a0%]" for mean in (50, 10, 70, 20, 90)]
     shares[1] += ", p = 0.048"
     assert table.rows == (("Capital of a country", "12", *shares, "0.40 [0.30,\u00a00.50]"),)
     assert len(table.columns) == len(table.rows[0]) and table.columns[6] == "Ceiling: the whole site"
+    assert [row[1:] for row in beside.rows] == [
+        (
+            "features", "20", "50\u00a0% [40\u00a0%, 60\u00a0%]",
+            "Subject-verb agreement 90\u00a0% [80\u00a0%, 100\u00a0%]", "70\u00a0%",
+        ),
+        ("whole site", "64", "–", "–", "–"),
+    ]  # fmt: skip
     assert without.items == (("Two-digit addition", "not patched: it has no train prompts."),)
 
 

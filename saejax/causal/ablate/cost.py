@@ -13,7 +13,7 @@ from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.circuits import measure as circuits
 from saejax.causal.circuits import sizes
 from saejax.causal.cost import FIRING, causal_cost, edited_bytes, kept_prompts, layers_above, prompt_length
-from saejax.causal.rows import filled_features
+from saejax.causal.rows import filled_features, full_batch
 from saejax.causal.screening import points
 from saejax.causal.split import PROMPTS, run_head
 from saejax.costs.cost import START, Cost, PlannedRun
@@ -170,7 +170,8 @@ class _Shapes:
         clean = ablation_programs.CleanValues(value, value, f_BxTxK, W_dec_KxD, past, None)
         rows = self._ablate.batch_rows
         own = -(-rows // shards)  # of a shard
-        shapes = ((own,), (own,), (own, length), (own * length,), (own * length,))
+        tokens = full_batch(own * length, length)
+        shapes = ((own,), (own,), (own, length), (tokens,), (tokens,))
         tree = Tree(*(by_row(self._mesh, (shards, *shape), jnp.int32) for shape in shapes))
         edited = (by_row(self._mesh, (shards, own, k), bool), by_row(self._mesh, (shards, own, 2), jnp.int32))
         flops = self._flops(rows, layers_above(self._plan, self._used)) + 2.0 * rows * length * k * self._used.d_in

@@ -10,6 +10,7 @@ from saejax.costs.passes import layer_bytes, pass_flops
 from saejax.settings import HEADS
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
+_PAIRS = 16  # a step of DAS
 _CHANGED = 0.5  # of a prompt's positions: those from the first on at which its counterpart differs
 
 
@@ -66,6 +67,9 @@ def _features(plan: PlannedRun) -> Cost:
     sets = 2 * (patch.top + grown + 1) + patch.draws * grown
     rows = round(behaviours * task.test_prompts * sets * FIRING)
     slopes = 3 * points(patch.estimate) * behaviours * task.train_prompts  # forwards, and backwards at twice the cost
+    if patch.das:  # sets and subspaces on all behaviours' pairs, for each behaviour
+        learned = 3 * _PAIRS * patch.das_steps
+        rows += round(behaviours * (learned + behaviours * task.test_prompts * (patch.draws + 4)))
     tokens = (rows + slopes) * PROMPT
     flops = pass_flops(plan.model, tokens, PROMPT, layers_above(plan, used))
     # All features at once, those of the prompts and those of the counterparts.

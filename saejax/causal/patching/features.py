@@ -23,6 +23,7 @@ from saejax.causal.clustered import of_prompts
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.grid import measurable
 from saejax.causal.patching.results import (
+    Disentangled,
     Interchange,
     InterchangeTop,
     PatchedFeature,
@@ -66,6 +67,7 @@ class FeaturePatching:
       on_progress: called with the tokens done and to do; may raise to stop.
 
     Attributes:
+      top, drawn_NxK: the features that were chosen, and draws of matched ones.
       clean_P, corrupted_P: logit differences of the test prompts and of their counterparts, float64.
 
     Raises:
@@ -86,19 +88,19 @@ class FeaturePatching:
         self._sides = split.run(pairs), split.run_counterparts(pairs)
         sides = split.run(train), split.run_counterparts(train)
         attribution_NxF = screening.attribution(split, sides[0], config.estimate, COUNTERPART, sides[1])
-        self._top = screening.leaders(attribution_NxF.mean(axis=0, dtype=np.float64), config.top)
+        self.top = screening.leaders(attribution_NxF.mean(axis=0, dtype=np.float64), config.top)
         statistics = activity.statistics(split, [*self._sides[0], *self._sides[1]])
-        self._firing = statistics.firing(self._top)
-        self._drawn_NxK = controls.draw_alike(
+        self._firing = statistics.firing(self.top)
+        self.drawn_NxK = controls.draw_alike(
             statistics, self._firing, config.draws, config.matches, [config.seed, *name.encode()], _ADVICE
         )
         self._measure()
 
     def _measure(self) -> None:
-        ks, every = steps(len(self._top)), self._split.dictionary.config.n_features
-        singles = [[feature] for feature in self._top]
-        nested = [self._top[:k] for k in ks]
-        random = [drawn_K[: self._firing_within(k)] for k in ks for drawn_K in self._drawn_NxK]
+        ks, every = steps(len(self.top)), self._split.dictionary.config.n_features
+        singles = [[feature] for feature in self.top]
+        nested = [self.top[:k] for k in ks]
+        random = [drawn_K[: self._firing_within(k)] for k in ks for drawn_K in self.drawn_NxK]
         sets = [*singles, *nested, list(range(every)), *random]
         noised, denoised = (
             ablate_sets(
@@ -122,18 +124,19 @@ class FeaturePatching:
 
     def _firing_within(self, k: int) -> int:
         """How many of the first k top features fire: so many have a matched one."""
-        return sum(feature in self._firing for feature in self._top[:k])
+        return sum(feature in self._firing for feature in self.top[:k])
 
-    def results(self, pairs: PatchedPairs) -> PatchedFeatures:
+    def results(self, pairs: PatchedPairs, disentangled: tuple[Disentangled, ...] = ()) -> PatchedFeatures:
         """Effects of the features one by one and together, and the IIA of growing sets; ``pairs`` are those of both."""
-        ks, single = steps(len(self._top)), len(self._top)
+        ks, single = steps(len(self.top)), len(self.top)
         both_P = (self.clean_P > 0) & (self.corrupted_P < 0)
         names: list[int | Literal["all"]] = [*ks, "all"]
         return PatchedFeatures(
             **vars(pairs),
-            features=tuple(PatchedFeature(feature, *self._effects(i)) for i, feature in enumerate(self._top)),
+            features=tuple(PatchedFeature(feature, *self._effects(i)) for i, feature in enumerate(self.top)),
             together=tuple(PatchedSet(name, *self._effects(single + i)) for i, name in enumerate(names)),
             interchange=self._interchange(ks, both_P),
+            disentangled=disentangled,
         )
 
     def _effects(self, place: int) -> list[PatchEffect]:
@@ -157,7 +160,7 @@ class FeaturePatching:
         own = self._resampling.among(both_P)
         flipped_SxP = (self._noised_SxP < 0)[:, both_P]
         random_KxNxP = (self._random_SxP < 0)[:, both_P].reshape(len(ks), self._config.draws, prompts)
-        nested_KxP = flipped_SxP[len(self._top) : len(self._top) + len(ks)]
+        nested_KxP = flipped_SxP[len(self.top) : len(self.top) + len(ks)]
         top = tuple(
             InterchangeTop(
                 k,

@@ -180,12 +180,23 @@ class Interchange:
 
 
 @dataclasses.dataclass(frozen=True)
+class Disentangled:
+    """What putting the counterparts' values in does to this behaviour and to the others; 95 % Wilson intervals."""
+
+    method: str  #: features, random features (mean of the draws), DAS, random subspace, or whole site
+    size: int  #: features, or dimensions
+    cause: Interval | None  #: share of the pairs whose answer becomes the counterpart's; None without pairs
+    isolate: Mapping[str, Interval]  #: share of each other behaviour's pairs whose answer stays
+
+
+@dataclasses.dataclass(frozen=True)
 class PatchedFeatures(PatchedPairs):
     """The features of a dictionary patched; also in `<behaviour>.json`."""
 
     features: tuple[PatchedFeature, ...]  #: each top feature
     together: tuple[PatchedSet, ...]  #: growing sets of them, and all features
     interchange: Interchange  #: how often the answer goes over
+    disentangled: tuple[Disentangled, ...]  #: cause and isolate beside DAS; none unless asked for
 
 
 @dataclasses.dataclass(frozen=True)

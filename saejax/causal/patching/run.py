@@ -20,12 +20,14 @@ from saejax.causal.parts import (
     load_run_model,
     read_behaviours,
 )
+from saejax.causal.patching.disentangle import compare
 from saejax.causal.patching.features import FeaturePatching
 from saejax.causal.patching.grid import grid_file, make_grid, measurable
 from saejax.causal.patching.nodes import RANDOM, HeadPatching, node_file, said
 from saejax.causal.patching.pairs import describe_columns, fitting_pairs
 from saejax.causal.patching.path_table import path_file
 from saejax.causal.patching.results import (
+    Disentangled,
     FeaturePatchResults,
     HeadPatchResults,
     PatchedFeatures,
@@ -72,7 +74,7 @@ def run_patch(run: Run) -> PatchResults:
     def begin() -> Measure:
         model = load_run_model(run)
         if dictionary:
-            measure = _of_features(run, model, dictionary)
+            measure = _of_features(run, model, dictionary, prompts)
         else:
             measure = _of_heads(run, model) if heads else _of_sites(run, model)
 
@@ -170,8 +172,10 @@ def _of_heads(run: Run, model: LanguageModel) -> MeasurePairs:
     return measure
 
 
-def _of_features(run: Run, model: LanguageModel, dictionary: Dictionary) -> MeasurePairs:
-    """What patches the top features of a dictionary."""
+def _of_features(
+    run: Run, model: LanguageModel, dictionary: Dictionary, prompts: Mapping[str, Sequence[Prompt]]
+) -> MeasurePairs:
+    """What patches the top features of a dictionary; ``prompts`` are those of all behaviours."""
     config: PatchConfig = run.configs["patch"]
     split = SplitModel(model, dictionary)
 
@@ -184,7 +188,13 @@ def _of_features(run: Run, model: LanguageModel, dictionary: Dictionary) -> Meas
     ) -> Measured:
         patching = FeaturePatching(split, name, train, pairs, config, on_progress)
         resampling = of_prompts(pairs, config.bootstrap, config.seed)
-        results = patching.results(differences(patching.clean_P, patching.corrupted_P, left_out, resampling))
+        disentangled: tuple[Disentangled, ...] = ()
+        if config.das:
+            tests = {other: fitting_pairs(model, own)[0] for other, own in prompts.items()}
+            features = patching.top, patching.drawn_NxK
+            disentangled = compare(split, name, train, tests, features, config, on_progress)
+        found = differences(patching.clean_P, patching.corrupted_P, left_out, resampling)
+        results = patching.results(found, disentangled)
         return Measured(results, results.interchange.said)
 
     return measure

@@ -72,6 +72,19 @@ def test_features(make_run):
     assert (results.dictionary, results.site) == ("topk", "resid_post.1")
     for entry in results.behaviours.values():
         assert [item.features for item in entry.together] == [1, 2, 3, "all"]
+        assert entry.disentangled == ()
+
+
+def test_features_beside_a_learned_subspace(make_run):
+    run = make_run("topk", "learned")
+    run.configs["patch"] = dataclasses.replace(run.configs["patch"], das=2, das_steps=3)
+    results = stage.run_patch(run)
+    assert from_json(PatchResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    for entry in results.behaviours.values():
+        methods = [(one.method, one.size) for one in entry.disentangled]
+        assert methods == [
+            ("features", 3), ("random features", 3), ("DAS", 2), ("random subspace", 2), ("whole site", 64),
+        ]  # fmt: skip
 
 
 def test_a_behaviour_that_cannot_be_patched_is_said_and_the_others_go_on(make_run):
@@ -81,9 +94,7 @@ def test_a_behaviour_that_cannot_be_patched_is_said_and_the_others_go_on(make_ru
     write_prompts(path, [p for p in prompts if (p.behaviour, p.split) != ("first", "train")])
     results = stage.run_patch(run)
     assert list(results.behaviours) == ["second"]
-    assert results.unpatched == dict(
-        first="it has no train prompts with counterparts of as many tokens, which choose features"
-    )
+    assert results.unpatched == dict(first="it has no train prompts with counterparts of as many tokens, which choose")
     # Sites need no train prompts, but without them no place is the strongest.
     results = stage.run_patch(make_run("resid_post", "sites"))
     assert results.behaviours["first"].strongest == {} and len(results.behaviours["second"].strongest) == 2

@@ -121,7 +121,7 @@ def test_draws_of_features_are_as_the_tested_set_would_be_drawn(tiny, pairs, exa
     assert turned
     patching = FeaturePatching(SplitModel(tiny, exact), "tiny", turned, turned, config)
     found = patching.results(differences(patching.clean_P, patching.corrupted_P, {}, of_prompts(turned, 100, 0)))
-    assert np.isin(patching._drawn_NxK, patching._top).any() and found.interchange.prompts == len(turned)
+    assert np.isin(patching.drawn_NxK, patching.top).any() and found.interchange.prompts == len(turned)
     ks = [top.features for top in found.interchange.top]
     random_KxN = (patching._random_SxP < 0).mean(axis=1).reshape(len(ks), config.draws)
     for top, random_N in zip(found.interchange.top, random_KxN, strict=True):

@@ -1,0 +1,136 @@
+"""Whether what carries one behaviour's answers over leaves those of the others alone (RAVEL; Huang et al., 2024, arXiv
+2402.17700).
+
+*Cause* is the share of a behaviour's pairs whose answer becomes the counterpart's when the counterpart's values of the
+features, or of a subspace, are put in; *isolate* the share of the other behaviours' pairs whose answer stays as it was
+when the same is done with their counterparts. Of both, pairs count on which the model is right both times. Features
+stand between two lines: a subspace that was learned for its cause (``subspace``), and the whole site, whose cause is a
+ceiling and which isolates nothing. Below stand matched random features and a random subspace.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
+from typing import NamedTuple
+
+import numpy as np
+
+from saejax.causal.ablation import ablate_sets
+from saejax.causal.parts import OnProgress, silent
+from saejax.causal.patching.features import COUNTERPART, patch_parts
+from saejax.causal.patching.results import Disentangled
+from saejax.causal.patching.subspace import learn_subspace, patch_subspace, random_subspace
+from saejax.causal.split import CleanRun, SplitModel
+from saejax.settings import PatchConfig
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.scoring import wilson_of
+
+
+class Sides(NamedTuple):
+    """Runs of prompts and of their counterparts, row by row."""
+
+    base: Sequence[CleanRun]
+    source: Sequence[CleanRun]
+
+    @classmethod
+    def of(cls, split: SplitModel, pairs: Sequence[Prompt]) -> "Sides":
+        """Of prompts with counterparts of as many tokens."""
+        return cls(split.run(pairs), split.run_counterparts(pairs))
+
+
+class Judge:
+    """Which answers of a behaviour's pairs go over, whatever is put in.
+
+    Args:
+      split: the model, split at the dictionary's site.
+      sides: of test pairs.
+      batch_rows: of ``ablate_sets``.
+    """
+
+    def __init__(self, split: SplitModel, sides: Sides, batch_rows: int):
+        self._split, self._sides, self._rows = split, sides, batch_rows
+        clean_P, corrupted_P = (ablate_sets(split, run, [], batch_rows).clean_P for run in sides)
+        self._both_P = (clean_P > 0) & (corrupted_P < 0)
+
+    @property
+    def width(self) -> int:
+        """Of the site."""
+        return self._sides.base[0].value_BxTxD.shape[-1]
+
+    @property
+    def pairs(self) -> int:
+        """On how many the model is right both times."""
+        return int(self._both_P.sum())
+
+    def sets(self, sets: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+        """How many answers each set of features carries over [S]."""
+        base, source = self._sides
+        found = ablate_sets(self._split, base, list(sets), self._rows, source=COUNTERPART, counterparts=source)
+        return (found.ablated_SxP[:, self._both_P] < 0).sum(axis=1)
+
+    def subspace(self, directions_DxK: np.ndarray) -> int:
+        """How many answers a subspace carries over."""
+        return int((patch_subspace(self._split, *self._sides, directions_DxK)[self._both_P] < 0).sum())
+
+    def site(self) -> int:
+        """How many answers the whole site carries over."""
+        return int((patch_parts(self._split, *self._sides, "site")[self._both_P] < 0).sum())
+
+
+def compare(
+    split: SplitModel,
+    name: str,
+    train: Sequence[Prompt],
+    tests: Mapping[str, Sequence[Prompt]],
+    features: tuple[Sequence[int], Sequence[Sequence[int]] | np.ndarray],
+    config: PatchConfig,
+    on_progress: OnProgress = silent,
+) -> tuple[Disentangled, ...]:
+    """Learns a subspace for a behaviour, and judges it beside features.
+
+    Args:
+      split: the model, split at the dictionary's site.
+      name: of the behaviour; with the seed it decides the subspaces.
+      train: its train prompts with counterparts of as many tokens.
+      tests: of all behaviours such test prompts; those without any are left out.
+      features: the top ones, and draws of matched ones.
+      config: of the stage.
+      on_progress: called with the tokens done and to do of what is learned; may raise to stop.
+    """
+    seed, sides = [config.seed, *name.encode()], Sides.of(split, train)
+    learned_DxK = learn_subspace(split, *sides, config.das, config.das_steps, seed, on_progress)
+    subspaces = {"DAS": learned_DxK, "random subspace": random_subspace(len(learned_DxK), config.das, seed)}
+    judges = {other: Judge(split, Sides.of(split, pairs), config.batch_rows) for other, pairs in tests.items() if pairs}
+    own = judges.pop(name)
+    return disentangle(own, judges, *features, subspaces)
+
+
+def disentangle(
+    own: Judge,
+    others: Mapping[str, Judge],
+    top: Sequence[int],
+    drawn_NxK: Sequence[Sequence[int]] | np.ndarray,
+    subspaces: Mapping[str, np.ndarray],
+) -> tuple[Disentangled, ...]:
+    """Cause and isolate of top features, matched random ones, subspaces and the whole site, in this order.
+
+    Args:
+      own: of the behaviour that features and subspaces are of.
+      others: of the other behaviours by name; those without pairs are left out.
+      top: features.
+      drawn_NxK: draws of as many matched features, of which the mean is shown.
+      subspaces: their directions [D, K] by name.
+    """
+    others = {name: judge for name, judge in others.items() if judge.pairs}
+
+    def row(method: str, size: int, carried: Callable[[Judge], float]) -> Disentangled:
+        isolate = {name: wilson_of(1 - carried(judge) / judge.pairs, judge.pairs) for name, judge in others.items()}
+        cause = wilson_of(carried(own) / own.pairs, own.pairs) if own.pairs else None
+        return Disentangled(method, size, cause, isolate)
+
+    rows = [
+        row("features", len(top), lambda judge: float(judge.sets([top])[0])),
+        row("random features", len(top), lambda judge: float(judge.sets(drawn_NxK).mean())),
+    ]
+    for name, directions_DxK in subspaces.items():
+        rows.append(row(name, directions_DxK.shape[1], methodcaller("subspace", directions_DxK)))
+    return (*rows, row("whole site", own.width, methodcaller("site")))
