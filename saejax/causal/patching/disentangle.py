@@ -37,7 +37,7 @@ class Sides(NamedTuple):
         return cls(split.run(pairs), split.run_counterparts(pairs))
 
 
-class Judge:
+class PairsJudge:
     """Which answers of a behaviour's pairs go over, whatever is put in.
 
     Args:
@@ -99,14 +99,16 @@ def compare(
     seed, sides = [config.seed, *name.encode()], Sides.of(split, train)
     learned_DxK = learn_subspace(split, *sides, config.das, config.das_steps, seed, on_progress)
     subspaces = {"DAS": learned_DxK, "random subspace": random_subspace(len(learned_DxK), config.das, seed)}
-    judges = {other: Judge(split, Sides.of(split, pairs), config.batch_rows) for other, pairs in tests.items() if pairs}
+    judges = {
+        other: PairsJudge(split, Sides.of(split, pairs), config.batch_rows) for other, pairs in tests.items() if pairs
+    }
     own = judges.pop(name)
     return disentangle(own, judges, *features, subspaces)
 
 
 def disentangle(
-    own: Judge,
-    others: Mapping[str, Judge],
+    own: PairsJudge,
+    others: Mapping[str, PairsJudge],
     top: Sequence[int],
     drawn_NxK: Sequence[Sequence[int]] | np.ndarray,
     subspaces: Mapping[str, np.ndarray],
@@ -122,7 +124,7 @@ def disentangle(
     """
     others = {name: judge for name, judge in others.items() if judge.pairs}
 
-    def row(method: str, size: int, carried: Callable[[Judge], float]) -> Disentangled:
+    def row(method: str, size: int, carried: Callable[[PairsJudge], float]) -> Disentangled:
         isolate = {name: wilson_of(1 - carried(judge) / judge.pairs, judge.pairs) for name, judge in others.items()}
         cause = wilson_of(carried(own) / own.pairs, own.pairs) if own.pairs else None
         return Disentangled(method, size, cause, isolate)

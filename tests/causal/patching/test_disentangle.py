@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from saejax.causal.patching.disentangle import Judge, Sides, disentangle
+from saejax.causal.patching.disentangle import PairsJudge, Sides, disentangle
 from saejax.causal.patching.features import patch_parts
 from saejax.causal.patching.subspace import learn_subspace, patch_subspace, random_subspace
 from saejax.causal.split import SplitModel
@@ -71,7 +71,7 @@ def test_a_learned_subspace_carries_more_over_than_a_random_one(tiny, pairs, mak
 
 def test_a_judge_counts_the_pairs_that_the_model_has_right(tiny, pairs, make_dictionary):
     split = SplitModel(tiny, make_dictionary("resid_post.1"))
-    judge = Judge(split, Sides.of(split, pairs), 16)
+    judge = PairsJudge(split, Sides.of(split, pairs), 16)
     assert judge.site() == judge.pairs  # the whole stream of the counterpart is its run
     assert judge.sets([[]]).tolist() == [0]
 
