@@ -10,6 +10,8 @@ from saejax.results import Interval
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import interval_ends, wilson
 
+_ROUNDING = 1e-12  # of the variance of a share
+
 
 @dataclasses.dataclass(frozen=True)
 class Resampling:
@@ -53,12 +55,12 @@ class Resampling:
         """The share of prompts of which something is true, and its 95 % Wilson interval.
 
         With several templates the prompts are worth fewer: as many as would let the share vary as much as it does
-        between the bootstrap samples (the effective sample size of Kish, 1965).
+        between the bootstrap samples (the effective sample size of Kish, 1965); where it does not vary, what they are.
         """
         right_P = np.asarray(right_P, np.float64)
         variance = float((self.share_RxP @ right_P).var()) if self.templates else 0.0
         share, prompts = right_P.mean(), len(right_P)
-        worth = share * (1 - share) / variance if variance else prompts
+        worth = share * (1 - share) / variance if variance > _ROUNDING else prompts
         return wilson(right_P, min(max(worth, 1.0), prompts))
 
 

@@ -15,14 +15,15 @@ from typing import NamedTuple
 import numpy as np
 
 from saejax.causal.ablation import ablate_sets
+from saejax.causal.clustered import of_prompts
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.features import COUNTERPART, patch_parts
 from saejax.causal.patching.results import Disentangled
 from saejax.causal.patching.subspace import learn_subspace, patch_subspace, random_subspace
 from saejax.causal.split import CleanRun, SplitModel
+from saejax.results import Interval
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.scoring import wilson_of
 
 
 class Sides(NamedTuple):
@@ -42,14 +43,15 @@ class PairsJudge:
 
     Args:
       split: the model, split at the dictionary's site.
-      sides: of test pairs.
-      batch_rows: of ``ablate_sets``.
+      pairs: test prompts with counterparts of as many tokens.
+      config: of the stage.
     """
 
-    def __init__(self, split: SplitModel, sides: Sides, batch_rows: int):
-        self._split, self._sides, self._rows = split, sides, batch_rows
-        clean_P, corrupted_P = (ablate_sets(split, run, [], batch_rows).clean_P for run in sides)
+    def __init__(self, split: SplitModel, pairs: Sequence[Prompt], config: PatchConfig):
+        self._split, self._sides, self._rows = split, Sides.of(split, pairs), config.batch_rows
+        clean_P, corrupted_P = (ablate_sets(split, run, [], self._rows).clean_P for run in self._sides)
         self._both_P = (clean_P > 0) & (corrupted_P < 0)
+        self._resampling = of_prompts(pairs, config.bootstrap, config.seed)
 
     @property
     def width(self) -> int:
@@ -62,18 +64,22 @@ class PairsJudge:
         return int(self._both_P.sum())
 
     def sets(self, sets: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
-        """How many answers each set of features carries over [S]."""
+        """Of each pair the share of sets of features that carry its answer over [P]."""
         base, source = self._sides
         found = ablate_sets(self._split, base, list(sets), self._rows, source=COUNTERPART, counterparts=source)
-        return (found.ablated_SxP[:, self._both_P] < 0).sum(axis=1)
+        return (found.ablated_SxP[:, self._both_P] < 0).mean(axis=0)
 
-    def subspace(self, directions_DxK: np.ndarray) -> int:
-        """How many answers a subspace carries over."""
-        return int((patch_subspace(self._split, *self._sides, directions_DxK)[self._both_P] < 0).sum())
+    def subspace(self, directions_DxK: np.ndarray) -> np.ndarray:
+        """Whether a subspace carries each pair's answer over [P]."""
+        return patch_subspace(self._split, *self._sides, directions_DxK)[self._both_P] < 0
 
-    def site(self) -> int:
-        """How many answers the whole site carries over."""
-        return int((patch_parts(self._split, *self._sides, "site")[self._both_P] < 0).sum())
+    def site(self) -> np.ndarray:
+        """Whether the whole site does [P]."""
+        return patch_parts(self._split, *self._sides, "site")[self._both_P] < 0
+
+    def share(self, carried_P: np.ndarray) -> Interval:
+        """The share of pairs, or its mean over draws, with its 95 % Wilson interval by template."""
+        return self._resampling.among(self._both_P).share(carried_P)
 
 
 def compare(
@@ -99,9 +105,7 @@ def compare(
     seed, sides = [config.seed, *name.encode()], Sides.of(split, train)
     learned_DxK = learn_subspace(split, *sides, config.das, config.das_steps, seed, on_progress)
     subspaces = {"DAS": learned_DxK, "random subspace": random_subspace(len(learned_DxK), config.das, seed)}
-    judges = {
-        other: PairsJudge(split, Sides.of(split, pairs), config.batch_rows) for other, pairs in tests.items() if pairs
-    }
+    judges = {other: PairsJudge(split, pairs, config) for other, pairs in tests.items() if pairs}
     own = judges.pop(name)
     return disentangle(own, judges, *features, subspaces)
 
@@ -124,14 +128,13 @@ def disentangle(
     """
     others = {name: judge for name, judge in others.items() if judge.pairs}
 
-    def row(method: str, size: int, carried: Callable[[PairsJudge], float]) -> Disentangled:
-        isolate = {name: wilson_of(1 - carried(judge) / judge.pairs, judge.pairs) for name, judge in others.items()}
-        cause = wilson_of(carried(own) / own.pairs, own.pairs) if own.pairs else None
-        return Disentangled(method, size, cause, isolate)
+    def row(method: str, size: int, carried: Callable[[PairsJudge], np.ndarray]) -> Disentangled:
+        cause = own.share(carried(own)) if own.pairs else None
+        return Disentangled(method, size, cause, {name: one.share(1.0 - carried(one)) for name, one in others.items()})
 
     rows = [
-        row("features", len(top), lambda judge: float(judge.sets([top])[0])),
-        row("random features", len(top), lambda judge: float(judge.sets(drawn_NxK).mean())),
+        row("features", len(top), lambda judge: judge.sets([top])),
+        row("random features", len(top), lambda judge: judge.sets(drawn_NxK)),
     ]
     for name, directions_DxK in subspaces.items():
         rows.append(row(name, directions_DxK.shape[1], methodcaller("subspace", directions_DxK)))

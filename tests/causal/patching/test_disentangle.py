@@ -10,6 +10,8 @@ from saejax.causal.patching.features import patch_parts
 from saejax.causal.patching.subspace import learn_subspace, patch_subspace, random_subspace
 from saejax.causal.split import SplitModel
 from saejax.errors import UserError
+from saejax.settings import PatchConfig
+from saejax.tasks.scoring import wilson_of
 
 LAST = "resid_post.3"  # of the model's four layers: only the final norm and the unembedding follow
 
@@ -71,9 +73,9 @@ def test_a_learned_subspace_carries_more_over_than_a_random_one(tiny, pairs, mak
 
 def test_a_judge_counts_the_pairs_that_the_model_has_right(tiny, pairs, make_dictionary):
     split = SplitModel(tiny, make_dictionary("resid_post.1"))
-    judge = PairsJudge(split, Sides.of(split, pairs), 16)
-    assert judge.site() == judge.pairs  # the whole stream of the counterpart is its run
-    assert judge.sets([[]]).tolist() == [0]
+    judge = PairsJudge(split, pairs, PatchConfig(batch_rows=16, bootstrap=100))
+    assert judge.site().all() and len(judge.site()) == judge.pairs > 0  # the counterpart's whole stream is its run
+    assert not judge.sets([[]]).any()
 
 
 class Counted:
@@ -85,13 +87,19 @@ class Counted:
         self.carried = carried
 
     def sets(self, sets):
-        return np.array([self.carried["features"] if chosen == [5] else self.carried["drawn"] for chosen in sets])
+        return self.of([self.carried["features"] if chosen == [5] else self.carried["drawn"] for chosen in sets])
 
     def subspace(self, directions_DxK):
-        return self.carried["subspace"]
+        return self.of([self.carried["subspace"]])
 
     def site(self):
-        return self.pairs
+        return self.of([self.pairs])
+
+    def of(self, counts):
+        return np.mean([np.arange(self.pairs) < count for count in counts], axis=0)
+
+    def share(self, carried_P):
+        return wilson_of(float(carried_P.mean()), len(carried_P))
 
 
 def test_cause_and_isolate():

@@ -166,6 +166,10 @@ def test_shares_of_pairs():
     assert (alike.templates, apart.templates) == (0, 4)
     everybody = alike.share(np.ones(20))
     assert everybody.high == 1.0 and everybody.low == pytest.approx(0.839, abs=1e-3)
+    uneven = Resampling.of(
+        np.repeat(["a", "b", "c"], [7, 6, 6]), 500, 0
+    )  # what does not vary says nothing of templates
+    assert uneven.share(np.ones(19)).low == pytest.approx(binomtest(19, 19).proportion_ci(method="wilson").low)
     right_P = np.repeat([1.0, 1.0, 0.0, 0.0], 5)
     own = binomtest(10, 20).proportion_ci(method="wilson")
     assert (alike.share(right_P).low, alike.share(right_P).high) == pytest.approx((own.low, own.high))
