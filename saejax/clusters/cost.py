@@ -2,7 +2,6 @@
 
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import weight_bytes
-from saejax.stage import is_folder
 
 _GROUPED = 2.5  # seconds on the host in which 4,608 features are compared in one view and grouped by both methods
 _VIEWS = 3
@@ -11,12 +10,7 @@ _VIEWS = 3
 def cluster_cost(plan: PlannedRun, name: str) -> Cost:
     """Every dictionary in every view: once, on samples, on shuffled data and on samples of these."""
     config = plan.configs["cluster"]
-    sizes = []
-    for one in config.dictionaries:
-        kind, _, member = one.partition("/")
-        stack = plan.stacks.get(kind)
-        used = stack.dictionary if stack else next(iter(plan.stacks.values())).dictionary
-        sizes += [used] * (1 if is_folder(one) or member or not stack else len(stack.members))
+    sizes = plan.dictionaries(config.dictionaries)
     largest = max(sizes, key=lambda size: size.n_features)
     looked = min(config.most, largest.n_features)
     times = _VIEWS * (1 + 3 * config.resamples) * len(sizes)

@@ -68,7 +68,7 @@ class PlannedRun:
 
     @property
     def backend(self) -> str:
-        """What captures: "torch" or "jax"."""
+        """What captures: "torch", "jax", or "auto", which takes what torch takes: the larger of both."""
         return self.configs["capture"].backend if self.torch_here else "jax"
 
     def dictionary(self, stage: str) -> DictionaryConfig:
@@ -85,6 +85,16 @@ class PlannedRun:
         stacks.check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")
         site = next(entry.site for entry in stack.members if entry.name == member)
         return dataclasses.replace(stack.dictionary, site=site)
+
+    def dictionaries(self, names: Sequence[str]) -> list[DictionaryConfig]:
+        """About those that kinds, members and folders name: all of a stack, and a folder for one like any other."""
+        found = []
+        for name in names:
+            kind, _, member = name.partition("/")
+            stack = self.stacks.get(kind)
+            one = (stack or next(iter(self.stacks.values()))).dictionary
+            found += [one] * (1 if is_folder(name) or member or not stack else len(stack.members))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import weight_bytes
-from saejax.stage import is_folder
 
 _LOOKS = 3.0  # passes over all products that an assignment takes, on the demo's dictionaries
 _SOLVE = 0.5  # seconds on the host of an assignment of 4,608 features
@@ -11,12 +10,7 @@ _SOLVE = 0.5  # seconds on the host of an assignment of 4,608 features
 def transfer_cost(plan: PlannedRun, name: str) -> Cost:
     """Every two dictionaries by every measure, found and null. A folder is taken for one dictionary."""
     config = plan.configs["transfer"]
-    sizes = []
-    for one in config.dictionaries:
-        kind, _, member = one.partition("/")
-        stack = plan.stacks.get(kind)
-        used = stack.dictionary if stack else next(iter(plan.stacks.values())).dictionary
-        sizes += [used] * (1 if is_folder(one) or member or not stack else len(stack.members))
+    sizes = plan.dictionaries(config.dictionaries)
     pairs, largest = len(sizes) * (len(sizes) - 1) // 2, max(sizes, key=lambda size: size.n_features)
     assignments = 2 * pairs * len(config.measures)
     wide = config.tokens if "activity" in config.measures else largest.d_in

@@ -86,7 +86,7 @@ def compare(
     split: SplitModel,
     name: str,
     train: Sequence[Prompt],
-    tests: Mapping[str, Sequence[Prompt]],
+    judges: Mapping[str, PairsJudge],
     features: tuple[Sequence[int], Sequence[Sequence[int]] | np.ndarray],
     config: PatchConfig,
     on_progress: OnProgress = silent,
@@ -97,7 +97,7 @@ def compare(
       split: the model, split at the dictionary's site.
       name: of the behaviour; with the seed it decides the subspaces.
       train: its train prompts with counterparts of as many tokens.
-      tests: of all behaviours such test prompts; those without any are left out.
+      judges: of all behaviours.
       features: the top ones, and draws of matched ones.
       config: of the stage.
       on_progress: called with the tokens done and to do of what is learned; may raise to stop.
@@ -105,9 +105,8 @@ def compare(
     seed, sides = [config.seed, *name.encode()], Sides.of(split, train)
     learned_DxK = learn_subspace(split, *sides, config.das, config.das_steps, seed, on_progress)
     subspaces = {"DAS": learned_DxK, "random subspace": random_subspace(len(learned_DxK), config.das, seed)}
-    judges = {other: PairsJudge(split, pairs, config) for other, pairs in tests.items() if pairs}
-    own = judges.pop(name)
-    return disentangle(own, judges, *features, subspaces)
+    others = {other: judge for other, judge in judges.items() if other != name}
+    return disentangle(judges[name], others, *features, subspaces)
 
 
 def disentangle(

@@ -5,8 +5,9 @@ keys, values and outputs (``nodes``), and the unit of a dictionary patches featu
 train prompts choose features, nodes and the strongest place.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from saejax.causal.parts import (
     load_run_model,
     read_behaviours,
 )
-from saejax.causal.patching.disentangle import compare
+from saejax.causal.patching.disentangle import PairsJudge, compare
 from saejax.causal.patching.features import FeaturePatching
 from saejax.causal.patching.grid import grid_file, make_grid, measurable
 from saejax.causal.patching.nodes import RANDOM, HeadPatching, node_file, said
@@ -53,8 +54,24 @@ AT_CHANCE = (
     "the model's logit difference does not clearly fall from the prompts to their counterparts: there is nothing to "
     "divide effects by"
 )
-# Of a behaviour by its name, train prompts, test pairs, and how many test prompts are left out and why.
-MeasurePairs = Callable[[str, Sequence[Prompt], Sequence[Prompt], Mapping[str, int], OnProgress], Measured]
+
+
+class BehaviourPairs(NamedTuple):
+    """The prompts of a behaviour that have counterparts of as many tokens.
+
+    Attributes:
+      name: of the behaviour.
+      train, tests: those that choose and those that judge.
+      left_out: how many test prompts are left out, by the reason.
+    """
+
+    name: str
+    train: Sequence[Prompt]
+    tests: Sequence[Prompt]
+    left_out: Mapping[str, int]
+
+
+MeasurePairs = Callable[[BehaviourPairs, OnProgress], Measured]
 
 
 def run_patch(run: Run) -> PatchResults:
@@ -84,7 +101,7 @@ def run_patch(run: Run) -> PatchResults:
             missing = _missing(train if dictionary or heads else None, pairs, left_out)
             if missing:
                 return Measured(UnpatchedBehaviour(missing), f"not patched: {missing}")
-            return measure(name, train, pairs, left_out, on_progress)
+            return measure(BehaviourPairs(name, train, pairs, left_out), on_progress)
 
         return measure_pairs
 
@@ -124,23 +141,17 @@ def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
     """What patches the unit's kind of site at every layer and position, and writes the grid."""
     config: PatchConfig = run.configs["patch"]
 
-    def measure(
-        name: str,
-        train: Sequence[Prompt],
-        pairs: Sequence[Prompt],
-        left_out: Mapping[str, int],
-        on_progress: OnProgress,
-    ) -> Measured:
-        patched = patch_sites(model, run.name, pairs, config.batch_rows, on_progress)
-        resampling = of_prompts(pairs, config.bootstrap, config.seed)
+    def measure(pairs: BehaviourPairs, on_progress: OnProgress) -> Measured:
+        patched = patch_sites(model, run.name, pairs.tests, config.batch_rows, on_progress)
+        resampling = of_prompts(pairs.tests, config.bootstrap, config.seed)
         grid = make_grid(patched, resampling)
-        grid.save(grid_file(run.folder, name))
-        some = train[: len(pairs)]  # as many choose the strongest place as judge it
+        grid.save(grid_file(run.folder, pairs.name))
+        some = pairs.train[: len(pairs.tests)]  # as many choose the strongest place as judge it
         choosing = [patch_sites(model, run.name, some, config.batch_rows, on_progress)] if some else []
         every = [patched, *choosing]
         results = PatchedSites(
-            **vars(differences(patched.clean_P, patched.corrupted_P, left_out, resampling)),
-            columns=describe_columns(model, pairs),
+            **vars(differences(patched.clean_P, patched.corrupted_P, pairs.left_out, resampling)),
+            columns=describe_columns(model, pairs.tests),
             strongest=grid.strongest(choosing[0]) if choosing else {},
             rows=WorkShare(sum(one.rows for one in every), sum(one.all_rows for one in every)),
             work=WorkShare(sum(one.work for one in every), sum(one.all_work for one in every)),
@@ -154,19 +165,14 @@ def _of_heads(run: Run, model: LanguageModel) -> MeasurePairs:
     """What patches heads, and writes the table of their nodes."""
     config: PatchConfig = run.configs["patch"]
 
-    def measure(
-        name: str,
-        train: Sequence[Prompt],
-        pairs: Sequence[Prompt],
-        left_out: Mapping[str, int],
-        on_progress: OnProgress,
-    ) -> Measured:
-        patching = HeadPatching(model, name, train[: len(pairs)], pairs, config, on_progress)
-        patching.table.save(node_file(run.folder, name))
+    def measure(pairs: BehaviourPairs, on_progress: OnProgress) -> Measured:
+        train = pairs.train[: len(pairs.tests)]
+        patching = HeadPatching(model, pairs.name, train, pairs.tests, config, on_progress)
+        patching.table.save(node_file(run.folder, pairs.name))
         if patching.path_table is not None:
-            patching.path_table.save(path_file(run.folder, name))
-        resampling = of_prompts(pairs, config.bootstrap, config.seed)
-        results = patching.results(differences(patching.clean_P, patching.corrupted_P, left_out, resampling))
+            patching.path_table.save(path_file(run.folder, pairs.name))
+        resampling = of_prompts(pairs.tests, config.bootstrap, config.seed)
+        results = patching.results(differences(patching.clean_P, patching.corrupted_P, pairs.left_out, resampling))
         return Measured(results, said(results))
 
     return measure
@@ -179,21 +185,19 @@ def _of_features(
     config: PatchConfig = run.configs["patch"]
     split = SplitModel(model, dictionary)
 
-    def measure(
-        name: str,
-        train: Sequence[Prompt],
-        pairs: Sequence[Prompt],
-        left_out: Mapping[str, int],
-        on_progress: OnProgress,
-    ) -> Measured:
-        patching = FeaturePatching(split, name, train, pairs, config, on_progress)
-        resampling = of_prompts(pairs, config.bootstrap, config.seed)
+    @functools.cache
+    def judges() -> dict[str, PairsJudge]:
+        tests = {name: fitting_pairs(model, own)[0] for name, own in prompts.items()}
+        return {name: PairsJudge(split, pairs, config) for name, pairs in tests.items() if pairs}
+
+    def measure(pairs: BehaviourPairs, on_progress: OnProgress) -> Measured:
+        patching = FeaturePatching(split, pairs.name, pairs.train, pairs.tests, config, on_progress)
+        resampling = of_prompts(pairs.tests, config.bootstrap, config.seed)
         disentangled: tuple[Disentangled, ...] = ()
         if config.das:
-            tests = {other: fitting_pairs(model, own)[0] for other, own in prompts.items()}
             features = patching.top, patching.drawn_NxK
-            disentangled = compare(split, name, train, tests, features, config, on_progress)
-        found = differences(patching.clean_P, patching.corrupted_P, left_out, resampling)
+            disentangled = compare(split, pairs.name, pairs.train, judges(), features, config, on_progress)
+        found = differences(patching.clean_P, patching.corrupted_P, pairs.left_out, resampling)
         results = patching.results(found, disentangled)
         return Measured(results, results.interchange.said)
 
