@@ -6,11 +6,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from saejax.causal.ablation import lagging
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, NodePatch, patch_nodes, record_heads
-from saejax.causal.patching.pairs import STEP, Pairs, few_pairs
-from saejax.errors import UserError
+from saejax.causal.patching.pairs import STEP, Pairs, few_pairs, measure_rows
 from saejax.models.language_model import LanguageModel
 from saejax.parallel import by_row, to_host
 from saejax.tasks.behaviours import Prompt
@@ -58,8 +56,7 @@ def patch_exactly(
       UserError: a logit difference is not finite.
     """
     batches = [(pairs, *_rows(pairs, nodes.position)) for pairs in few_pairs(model, prompts)]
-    diff_ExP = np.full((_WITHOUT + len(nodes.node), len(prompts)), np.nan)
-    done, total = 0, sum(len(entry_R) for _, entry_R, _ in batches)
+    total = sum(len(entry_R) for _, entry_R, _ in batches)
     size = -(-batch_rows // STEP) * STEP
 
     def dispatched() -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
@@ -71,14 +68,7 @@ def patch_exactly(
                 filled = np.resize(entry_S, size), np.resize(place_S, size)
                 yield entry_S, pairs.index_P[place_S], _dispatch(model, pairs, lent, nodes, *filled)
 
-    on_progress(done, total)
-    for entry_S, index_S, diff_R in lagging(dispatched()):
-        diff_S = to_host(diff_R)[: len(entry_S)]
-        if not np.isfinite(diff_S).all():
-            raise UserError("a logit difference with a head patched is not finite: try --model.dtype=float32")
-        diff_ExP[entry_S, index_S] = diff_S
-        done += len(entry_S)
-        on_progress(done, total)
+    diff_ExP = measure_rows(dispatched(), (_WITHOUT + len(nodes.node), len(prompts)), total, "a head", on_progress)
     return NodeEffects(diff_ExP[0], diff_ExP[1], diff_ExP[0] - diff_ExP[_WITHOUT:])
 
 

@@ -1,18 +1,23 @@
 """Prompts and their counterparts: which of them fit together, in what groups they run, and what stands where."""
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from saejax.causal.ablation import lagging
+from saejax.causal.parts import OnProgress
 from saejax.causal.patching.results import TokenColumn
 from saejax.causal.split import LENGTH_STEP
+from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import token_text
+from saejax.parallel import to_host
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
@@ -114,3 +119,34 @@ def _token_bytes(point: SplitPoint, params: decoder.Params) -> int:
     config = point.config
     streams = (config.n_layers + 1) * (1 if point.in_stream else 2) * config.d_model
     return (streams + 2 * config.n_layers * config.n_kv_heads * config.d_head) * params["embed_VxD"].dtype.itemsize
+
+
+def measure_rows(
+    started: Iterable[tuple[np.ndarray, np.ndarray, jax.Array]],
+    shape: tuple[int, int],
+    total: int,
+    what: str,
+    on_progress: OnProgress,
+) -> np.ndarray:
+    """The logit differences of rows that are started in batches, float64 of this shape; NaN where there is no row.
+
+    Args:
+      started: of each batch the places of its rows in both axes, and their logit differences, filled up.
+      shape: entries and prompts.
+      total: rows.
+      what: is patched, for the error.
+      on_progress: called at the start and after each batch with the rows done and of all; may raise to stop.
+
+    Raises:
+      UserError: a logit difference is not finite.
+    """
+    diff_ExP, done = np.full(shape, np.nan), 0
+    on_progress(done, total)
+    for entry_S, index_S, diff_R in lagging(started):
+        diff_S = to_host(diff_R)[: len(entry_S)]
+        if not np.isfinite(diff_S).all():
+            raise UserError(f"a logit difference with {what} patched is not finite: try --model.dtype=float32")
+        diff_ExP[entry_S, index_S] = diff_S
+        done += len(entry_S)
+        on_progress(done, total)
+    return diff_ExP

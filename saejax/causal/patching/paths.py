@@ -16,11 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.ablation import lagging
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, NodePatch, answer_difference, patch_nodes, record_heads
-from saejax.causal.patching.pairs import STEP, Pairs, few_pairs
-from saejax.errors import UserError
+from saejax.causal.patching.pairs import STEP, Pairs, few_pairs, measure_rows
 from saejax.models import decoder
 from saejax.models.attention import QKV, Attend, Layer, RunAttention, whole_prompts
 from saejax.models.config import DecoderConfig
@@ -159,8 +157,7 @@ def path_effects(
     for pairs in few_pairs(model, prompts):
         has_P = np.flatnonzero(pairs.ends_P + receiver.position >= 0)
         batches.append((pairs, np.repeat(np.arange(len(entries_Ex2)), len(has_P)), np.tile(has_P, len(entries_Ex2))))
-    diff_ExP = np.full((len(entries_Ex2), len(prompts)), np.nan)
-    done, total = 0, sum(len(entry_R) for _, entry_R, _ in batches)
+    total = sum(len(entry_R) for _, entry_R, _ in batches)
 
     def dispatched() -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
         for pairs, entry_R, place_R in batches:
@@ -176,14 +173,7 @@ def path_effects(
                 diff_R = _dispatch(model, pairs, receiver, clean, lent, *filled)
                 yield entry_S, pairs.index_P[place_S], diff_R
 
-    on_progress(done, total)
-    for entry_S, index_S, diff_R in lagging(dispatched()):
-        diff_S = to_host(diff_R)[: len(entry_S)]
-        if not np.isfinite(diff_S).all():
-            raise UserError("a logit difference with a path patched is not finite: try --model.dtype=float32")
-        diff_ExP[entry_S, index_S] = diff_S
-        done += len(entry_S)
-        on_progress(done, total)
+    diff_ExP = measure_rows(dispatched(), (len(entries_Ex2), len(prompts)), total, "a path", on_progress)
     return diff_ExP[0] - diff_ExP[1:]
 
 
