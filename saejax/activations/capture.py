@@ -30,7 +30,7 @@ from saejax.activations.writer import StoreWriter
 from saejax.config import identity
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
-from saejax.models.sites import AnySite
+from saejax.models.sites import AnySite, ModuleSite
 from saejax.results import to_json
 from saejax.settings import CaptureConfig, MeshConfig
 from saejax.tasks import corpora
@@ -100,7 +100,8 @@ def run_capture(run: Run) -> CaptureResults:
 
 
 def _with_backend(run: Run, request: CaptureRequest, plan: Plan) -> Run:
-    """The run with the backend in place of ``auto``: the one whose shards are there, or the faster one.
+    """The run with the backend in place of ``auto``: the only one for these sites, the one whose shards are there, or the
+    faster one.
 
     Raises:
       UserError: there are several processes, which must all take the same one.
@@ -112,6 +113,8 @@ def _with_backend(run: Run, request: CaptureRequest, plan: Plan) -> Run:
         named = dataclasses.replace(run.configs["capture"], backend=backend)
         return dataclasses.replace(run, configs=dict(run.configs) | dict(capture=named))
 
+    if any(isinstance(site, ModuleSite) for site in request.sites):
+        return with_backend("torch")
     names = [str(site) for site in request.sites]
     for backend in BACKENDS:
         writer = StoreWriter(run.folder, names, _work(with_backend(backend), request.source, plan.documents))

@@ -51,7 +51,7 @@ def read_request(configs: Mapping[str, Any]) -> CaptureRequest:
     modules_only = all(isinstance(site, ModuleSite) for site in sites)
     if modules_only:
         return CaptureRequest(found, sites, None, longest_input(found))
-    if fields.get("model_type") not in FAMILIES and config.backend == "torch":
+    if fields.get("model_type") not in FAMILIES and config.backend != "jax":
         raise UserError(
             f"{where}: models of the family {fields.get('model_type')!r} have no site such as {sites[0]} here: name "
             "modules of the PyTorch model in --capture.sites, as in module:model.layers.3.mlp"
@@ -84,9 +84,9 @@ def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:
     for site in sites:
         if sites.count(site) > 1:
             raise UserError(f"--capture.sites names {site} twice: name each site once")
-        if isinstance(site, ModuleSite) and backend != "torch":
+        if isinstance(site, ModuleSite) and backend == "jax":
             raise UserError(
-                f"--capture.sites names {site}, a module of the PyTorch model: use --capture.backend=torch, or a site "
-                "of the decoder, such as resid_post.15"
+                f"--capture.sites names {site}, a module of the PyTorch model: use --capture.backend=torch or auto, "
+                "or a site of the decoder, such as resid_post.15"
             )
     return sites
