@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.activations.backend import BACKENDS, faster_backend, load_reader
+from saejax.activations.backend import fastest, load_reader, ways
 from saejax.activations.buffers import ShardBuffers
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
@@ -57,12 +57,11 @@ def run_capture(run: Run) -> CaptureResults:
     if config.tokens:
         documents = documents.sample(config.tokens)
     plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
-    if config.backend == "auto":
-        run = _with_backend(run, request, plan)
-    backend: str = run.configs["capture"].backend
+    run = _settled(run, request, plan)
+    config = run.configs["capture"]
     reader, widths = None, request.widths()
     if widths is None:
-        reader = load_reader(run, request, plan, backend)
+        reader = load_reader(run, request, plan, config)
         widths = reader.widths
     writer = StoreWriter(run.folder, names, _work(run, model_source, documents))
     mesh: MeshConfig = run.configs["mesh"]
@@ -93,36 +92,33 @@ def run_capture(run: Run) -> CaptureResults:
             for site, width in widths.items()
         },
         **counts,
-        backend=backend,
+        backend=config.backend,
+        dtype=config.dtype,
         tokens_per_second=round(rate, 1),
         padding_share=plan.padding_share,
     )
 
 
-def _with_backend(run: Run, request: CaptureRequest, plan: Plan) -> Run:
-    """The run with the backend in place of ``auto``: the only one for these sites, the one whose shards are there, or the
-    faster one.
+def _settled(run: Run, request: CaptureRequest, plan: Plan) -> Run:
+    """The run with backend and dtype in place of ``auto``: those whose shards are there, or the fastest.
 
     Raises:
-      UserError: there are several processes, which must all take the same one.
+      UserError: there are several processes, which must all take the same.
     """
-    if run.configs["mesh"].processes > 1:
-        raise UserError("--capture.backend=auto is for one process: with several, name torch or jax")
-
-    def with_backend(backend: str) -> Run:
-        named = dataclasses.replace(run.configs["capture"], backend=backend)
-        return dataclasses.replace(run, configs=dict(run.configs) | dict(capture=named))
-
-    if any(isinstance(site, ModuleSite) for site in request.sites):
-        return with_backend("torch")
+    choices = ways(run.configs["capture"], any(isinstance(site, ModuleSite) for site in request.sites))
+    if len(choices) > 1 and run.configs["mesh"].processes > 1:
+        raise UserError("auto is for one process: with several, name --capture.backend and --capture.dtype")
     names = [str(site) for site in request.sites]
-    for backend in BACKENDS:
-        writer = StoreWriter(run.folder, names, _work(with_backend(backend), request.source, plan.documents))
+    runs = [dataclasses.replace(run, configs=dict(run.configs) | dict(capture=choice)) for choice in choices]
+    if len(runs) == 1:
+        return runs[0]
+    for settled in runs:
+        writer = StoreWriter(run.folder, names, _work(settled, request.source, plan.documents))
         if any(writer.has(shard, read=False) for shard in range(plan.shards)):
-            return with_backend(backend)
+            return settled
     batches = plan.batches(0)
     load = functools.partial(load_reader, run, request, plan)
-    return with_backend(faster_backend(load, batches[len(batches) // 2], run.say))
+    return runs[choices.index(fastest(load, choices, batches[len(batches) // 2], run.say))]
 
 
 def _work(run: Run, model_source: source.ModelSource, documents: Documents) -> str:
@@ -193,7 +189,7 @@ def _capture(
 ) -> float:
     """Makes the shards; returns the speed in tokens per second."""
     config: CaptureConfig = run.configs["capture"]
-    reader = reader or load_reader(run, request, plan, config.backend)
+    reader = reader or load_reader(run, request, plan, config)
     buffers = ShardBuffers(widths, max(map(plan.size, shards)), config.store_dtype)
     progress = TextProgress(run.say, sum(map(plan.size, shards)))
 
