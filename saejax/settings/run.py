@@ -57,8 +57,9 @@ class PreflightConfig(Config):
     )
     topology: str = setting(
         "",
-        "compile the stages' programs for this TPU slice, such as v5e:2x4, and say what they need there; takes the "
-        "package libtpu, but no TPU; empty: the devices at hand, nothing compiled",
+        "compile the stages' programs for this TPU slice, such as v5e:2x4 (takes the package libtpu, but no TPU), or "
+        "for nodes of GPUs, such as h100:8 or h100:4x8 (stood in for by devices of this processor; not in a pipeline), "
+        "and say what they need and send there; empty: the devices at hand, nothing compiled",
     )
     prompt_tokens: int = setting(32, "tokens per prompt of a behaviour assumed for baseline and ablate", low=2)
     benchmark_tokens: int = setting(
