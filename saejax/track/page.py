@@ -50,28 +50,8 @@ def shown_text(
       as_text: gives a token's text.
       labels: of each dictionary.
     """
-    words: dict[int, int] = {}  # token id -> its place among ``texts``
-
-    def said(reading: LensOutput, layer: int) -> list[list[float]]:
-        ids_TxC, p_TxC = reading.ids_LxBxTxC[layer, 0], np.exp(reading.logp_LxBxTxC[layer, 0])
-        return [
-            [
-                one
-                for token, p in zip(ids, ps, strict=True)
-                for one in (words.setdefault(token, len(words)), round(p, 4))
-            ]
-            for ids, ps in zip(ids_TxC.tolist(), p_TxC.tolist(), strict=True)
-        ]
-
-    readings_of = {
-        name: dict(
-            said=[said(reading, each.layer) for each in stack.layers],
-            kl=[_rounded(reading.kl_LxBxT[each.layer, 0]) for each in stack.layers],
-            control_kl=[_rounded(reading.control.kl_LxBxT[each.layer, 0]) for each in stack.layers],
-            answer=[_rounded(np.exp(reading.answer_logp_LxBxTxN[each.layer, 0, :, 0])) for each in stack.layers],
-        )
-        for name, reading in readings.items()
-    }
+    words: dict[int, int] = {}
+    readings_of = {name: _reading(stack, reading, words) for name, reading in readings.items()}
     return dict(
         prompt=text.problem.prompt,
         tokens=list(text.tokens),
@@ -91,6 +71,29 @@ def shown_text(
         links=[[*source, *target, float(f"{weight:.4g}")] for source, target, weight in links.links],
         belongs=[[[to_json(one) for one in part] for part in layer] for layer in chosen],
         readings=readings_of,
+    )
+
+
+def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> dict[str, Any]:
+    """What the page shows of what a lens reads; ``words``: token id -> its place among the texts, is added to."""
+
+    def said(layer: int) -> list[list[float]]:
+        ids_TxC, p_TxC = reading.ids_LxBxTxC[layer, 0], np.exp(reading.logp_LxBxTxC[layer, 0])
+        return [
+            [
+                one
+                for token, p in zip(ids, ps, strict=True)
+                for one in (words.setdefault(token, len(words)), round(p, 4))
+            ]
+            for ids, ps in zip(ids_TxC.tolist(), p_TxC.tolist(), strict=True)
+        ]
+
+    layers = [each.layer for each in stack.layers]
+    return dict(
+        said=[said(layer) for layer in layers],
+        kl=[_rounded(reading.kl_LxBxT[layer, 0]) for layer in layers],
+        control_kl=[_rounded(reading.control.kl_LxBxT[layer, 0]) for layer in layers],
+        answer=[_rounded(np.exp(reading.answer_logp_LxBxTxN[layer, 0, :, 0])) for layer in layers],
     )
 
 

@@ -107,32 +107,15 @@ def follow_text(
     answer = int(readings["logit"].ids_LxBxTxC[-1, 0, text.position, 0]) if text.answer is None else text.answer
     found = _links(lm, stack, text, answer, shown, config)
     chosen = [step_features(one, text.segment_T, config.step_features) for one in firings]
-    testers = {place: _tester(lm, stack, place, text, config) for place in tested}
-    numbers = {place: [[one.feature for one in part] for part in chosen[place]] for place in tested}
-    tests, untested = tested_steps(testers, text, numbers, config, on_progress)
-    sites = [str(each.reads) for each in stack.layers]
-    alone = {place: only_here(firings[place], text.segment_T, config.seed) for place in tested}
-    steps = tuple(
-        TrackedStep(
-            part.name,
-            part.text,
-            part.start,
-            part.stop,
-            {sites[place]: (float(own[number]), float(shifted[number])) for place, (own, shifted) in alone.items()},
-            {sites[place]: tests[place, number] for place in tested if (place, number) in tests},
-            {sites[place]: untested[place, number] for place in tested if (place, number) in untested},
-        )
-        for number, part in enumerate(text.segments)
-    )
-    lenses = {name: _layers(reading, text, answer) for name, reading in readings.items()}
+    steps = _test_steps(lm, stack, text, firings, chosen, tested, config, on_progress)
     as_text = token_text(lm.tokenizer)
     results = TrackedText(
         tokens=len(text.ids_T),
         answer=as_text(answer),
         position=text.position,
-        sites=tuple(sites),
+        sites=tuple(str(each.reads) for each in stack.layers),
         steps=steps,
-        lenses=lenses,
+        lenses={name: _layers(reading, text, answer) for name, reading in readings.items()},
         link_kind=found.kind,
         links=len(found.links),
         random_links=found.random,
@@ -141,6 +124,36 @@ def follow_text(
     )
     cells = shown_text(stack, text, shown, found, chosen, readings, as_text, labels_of_shown(stack, shown, chosen))
     return results, cells
+
+
+def _test_steps(
+    lm: LanguageModel,
+    stack: Stack,
+    text: EncodedText,
+    firings: Sequence[LayerFirings],
+    chosen: Sequence[Sequence[Sequence[StepFeature]]],
+    tested: Sequence[int],
+    config: TrackConfig,
+    on_progress: OnProgress,
+) -> tuple[TrackedStep, ...]:
+    """The text's steps, with what removing the features chosen for each does, by the site of the dictionary."""
+    testers = {place: _tester(lm, stack, place, text, config) for place in tested}
+    numbers = {place: [[one.feature for one in part] for part in chosen[place]] for place in tested}
+    tests, untested = tested_steps(testers, text, numbers, config, on_progress)
+    sites = {place: str(stack.layers[place].reads) for place in tested}
+    alone = {place: only_here(firings[place], text.segment_T, config.seed) for place in tested}
+    return tuple(
+        TrackedStep(
+            part.name,
+            part.text,
+            part.start,
+            part.stop,
+            {sites[place]: (float(own[number]), float(shifted[number])) for place, (own, shifted) in alone.items()},
+            {site: tests[place, number] for place, site in sites.items() if (place, number) in tests},
+            {site: untested[place, number] for place, site in sites.items() if (place, number) in untested},
+        )
+        for number, part in enumerate(text.segments)
+    )
 
 
 def _tester(lm: LanguageModel, stack: Stack, place: int, text: EncodedText, config: TrackConfig) -> Any:
