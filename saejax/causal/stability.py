@@ -102,7 +102,7 @@ def match_by_direction(first_FxD: np.ndarray, second_GxD: np.ndarray, least: flo
     """
     if first_FxD.shape[1] != second_GxD.shape[1]:
         raise ValueError(f"rows of width {first_FxD.shape[1]} and {second_GxD.shape[1]} have no cosine: match activity")
-    return _mutual(_unit(first_FxD), _unit(second_GxD), least)
+    return _mutual(unit(first_FxD), unit(second_GxD), least)
 
 
 def match_by_activity(first_PxF: np.ndarray, second_PxG: np.ndarray, least: float = LEAST) -> Matches:
@@ -118,7 +118,7 @@ def match_by_activity(first_PxF: np.ndarray, second_PxG: np.ndarray, least: floa
     """
     if len(first_PxF) != len(second_PxG):
         raise ValueError(f"activity on {len(first_PxF)} and on {len(second_PxG)} prompts cannot be compared")
-    return _mutual(_unit(_centred(first_PxF)), _unit(_centred(second_PxG)), least)
+    return _mutual(unit(_centred(first_PxF)), unit(_centred(second_PxG)), least)
 
 
 def compare(
@@ -189,8 +189,8 @@ def _centred(values_PxF: np.ndarray) -> np.ndarray:
     return np.where(often_F[:, None], (values_PxF - values_PxF.mean(axis=0)[None, :]).T, 0.0)
 
 
-def _unit(rows_NxD: np.ndarray) -> np.ndarray:
-    """Rows of length 1, or 0 where they had none."""
+def unit(rows_NxD: np.ndarray) -> np.ndarray:
+    """Rows of length 1 in fp32, or 0 where they had none."""
     rows_NxD = np.asarray(rows_NxD, np.float32)
     length_Nx1 = np.linalg.norm(rows_NxD, axis=1, keepdims=True)
     return np.divide(rows_NxD, length_Nx1, out=np.zeros_like(rows_NxD), where=length_Nx1 > 0)

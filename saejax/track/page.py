@@ -3,19 +3,15 @@
 Layers by positions; a cell's features can be followed up and down, and every step has its features and their test.
 """
 
-import base64
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from saejax.attribution.forms.page import embedded
 from saejax.dictionaries.labels import Label
 from saejax.models.lens import LensOutput
-from saejax.page.scripts import elements_script
+from saejax.page.scripts import elements_script, interactive
 from saejax.results import to_json
 from saejax.track.firings import LayerFirings
 from saejax.track.links import FeatureLinks
@@ -108,23 +104,8 @@ def write_page(path: Path, results: TrackResults, cells: Mapping[str, Mapping[st
     """
     texts = [dict(slug=slug) | to_json(results.texts[slug]) | dict(shown) for slug, shown in cells.items()]
     data = dict(model=model, texts=texts)  # in place of how many tokens and links there are, all of them
-    parts = [elements_script(), *((_VIEWER / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)]
-    script = "(() => {\n'use strict';\n" + "\n".join(parts) + "})();\n"
-    style = (_VIEWER / "track.css").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string((_VIEWER / "track.html.jinja").read_text("utf-8")).render(
-        title=f"Through the layers: {', '.join(cells)}",
-        style=style,
-        style_hash=_hash(style),
-        script=script,
-        script_hash=_hash(script),
-        data=embedded(data),
-    )
-    write_text(path, page)
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    scripts = [elements_script(), *((_VIEWER / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)]
+    write_text(path, interactive(_VIEWER, "track", scripts, data, title=f"Through the layers: {', '.join(cells)}"))
 
 
 def _cell(firings: LayerFirings, position: int) -> list[float]:

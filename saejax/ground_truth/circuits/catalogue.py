@@ -139,7 +139,7 @@ def _both(name: str, reads: Sequence[str], writes: str) -> Neuron:
 
 def _values(name: str, answer: int) -> list[tuple[int, int]]:
     """The two bits for which a question has this answer."""
-    return [pair for pair in itertools.product((0, 1), repeat=2) if _TRUTH[name](*pair) == answer]
+    return [(u, v) for u in (0, 1) for v in (0, 1) if _TRUTH[name](u, v) == answer]
 
 
 def _logic_text(bits_N: np.ndarray, name: str) -> str:
