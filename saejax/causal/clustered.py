@@ -30,9 +30,9 @@ class Resampling:
     share_RxP: np.ndarray
 
     @classmethod
-    def of(cls, template_P: Sequence[str] | np.ndarray, resamples: int, seed: int) -> "Resampling":
+    def of(cls, templates: Sequence[str] | np.ndarray, resamples: int, seed: int) -> "Resampling":
         """The samples of prompts with these templates."""
-        template_P = np.asarray(template_P)
+        template_P = np.asarray(templates)
         return cls(template_P, resamples, seed, resampled_shares(template_P, resamples, seed))
 
     @property

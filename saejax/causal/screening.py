@@ -88,8 +88,8 @@ def attribution(
 
 def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
     """The features of largest attribution, largest first: at most ``top``, and only ones above 0."""
-    order_F = np.argsort(-attribution_F, kind="stable")[:top]
-    return [int(feature) for feature in order_F if attribution_F[feature] > 0]
+    order_K = np.argsort(-attribution_F, kind="stable")[:top]
+    return [int(feature) for feature in order_K if attribution_F[feature] > 0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

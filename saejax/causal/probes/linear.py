@@ -169,9 +169,9 @@ def choose_strength(task: Task, k: int | None, config: ProbeConfig, seed: int) -
     folds = StratifiedKFold(config.folds, shuffle=True, random_state=seed)
     for kept, held in folds.split(class_N, class_N):
         fold = Task(task.train_NxC[kept], class_N[kept], task.train_NxC[held], class_N[held])
-        kept_NxR, held_MxR = _prepared(fold, k)
+        kept_PxR, held_MxR = _prepared(fold, k)
         for s, strength in enumerate(strengths):
-            log_p_MxK = _fit(kept_NxR, fold.train_class_N, strength).predict_log_proba(held_MxR)
+            log_p_MxK = _fit(kept_PxR, fold.train_class_N, strength).predict_log_proba(held_MxR)
             score_S[s] += log_p_MxK[np.arange(len(held)), fold.test_class_M].sum()
     return strengths[int(score_S.argmax())]
 
@@ -248,9 +248,9 @@ def _rotated(train_NxC: np.ndarray, test_MxC: np.ndarray) -> tuple[np.ndarray, n
 
     The optimal weights lie there, and rotation leaves the penalty as it is: the same probe from far fewer inputs.
     """
-    squares_R, rows_NxR = np.linalg.eigh(train_NxC @ train_NxC.T)
-    kept_R = squares_R > 1e-10 * squares_R.max(initial=0.0)
-    length_R, rows_NxR = np.sqrt(squares_R[kept_R]), rows_NxR[:, kept_R]
+    squares_N, every_NxN = np.linalg.eigh(train_NxC @ train_NxC.T)
+    kept_N = squares_N > 1e-10 * squares_N.max(initial=0.0)
+    length_R, rows_NxR = np.sqrt(squares_N[kept_N]), every_NxN[:, kept_N]
     return rows_NxR * length_R, test_MxC @ (train_NxC.T @ rows_NxR) / length_R
 
 
@@ -272,6 +272,6 @@ def _random_accuracy(task: Task, k: int, strength: float, rng: np.random.Generat
     return _accuracy(task.narrowed(rng.choice(inputs, min(k, inputs), replace=False)), k, strength)
 
 
-def _spread(accuracy_R: list[float]) -> Interval:
-    low, high = np.quantile(accuracy_R, (0.05, 0.95))
-    return Interval(float(np.mean(accuracy_R)), float(low), float(high))
+def _spread(accuracies: list[float]) -> Interval:
+    low, high = np.quantile(accuracies, (0.05, 0.95))
+    return Interval(float(np.mean(accuracies)), float(low), float(high))
