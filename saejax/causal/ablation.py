@@ -157,7 +157,13 @@ class RowPlan(NamedTuple):
     def of(
         cls, split: SplitModel, ablated: AblatedRun, sets: Sequence[np.ndarray], batch_rows: int, plain: bool
     ) -> "RowPlan":
-        """The last two sets, which are empty, are run on all tokens and on the last one."""
+        """The rows of some sets; the last two, which are empty, are run on all tokens and on the last one.
+
+        Args:
+          split, batch_rows, plain: as for ``ablate_sets``.
+          ablated: the prompts, and what stands in place of features.
+          sets: of features.
+        """
         run, (count, length) = ablated.run, ablated.run.prefix_PxT.shape
         alike_PxT = all_different(run.prefix_PxT) if plain else ablated.alike()
         prompts = Prompts(run.last_B[:count], alike_PxT)

@@ -261,6 +261,7 @@ def resampled_shares(template_P: np.ndarray, resamples: int, seed: int) -> np.nd
 
     Args:
       template_P: a label for each prompt.
+      resamples, seed: how many samples, and of their draw.
 
     Returns:
       [R, P]; rows sum to 1.

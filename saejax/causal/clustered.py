@@ -65,5 +65,5 @@ class Resampling:
 
 
 def of_prompts(prompts: Sequence[Prompt], resamples: int, seed: int) -> Resampling:
-    """Bootstrap samples of prompts."""
+    """As ``Resampling.of`` the prompts' templates."""
     return Resampling.of([prompt.template for prompt in prompts], resamples, seed)

@@ -205,7 +205,13 @@ def run_head(
     last_B: jax.Array,
     wanted_BxT: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """The program of the head: stream, value and what is read [B, T, D], the domain [B, T], which are finite [B]."""
+    """The program of the head: stream, value and what is read [B, T, D], the domain [B, T], which are finite [B].
+
+    Args:
+      error: as for ``SplitModel``; static.
+      ids_BxT, last_B: token ids, and the index of each prompt's last token.
+      wanted_BxT: where features may change.
+    """
     stream_BxTxD, value_BxTxD, read_BxTxD = point.head(params, ids_BxT)
     real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
     domain_BxT = real_BxT & dictionary.in_domain(read_BxTxD)
@@ -221,7 +227,7 @@ def run_head(
 def record(
     point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array, last_B: jax.Array
 ) -> tuple[jax.Array, Past]:
-    """The program of ``SplitModel.past``."""
+    """The program of ``SplitModel.past``, of arrays as ``CleanRun`` has them."""
     x_BxTxD, past = point.record(params, stream_BxTxD, value_BxTxD)
     last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
     return jax.lax.with_sharding_constraint((last_BxD, past), sharding(point.mesh))
@@ -241,6 +247,6 @@ def of_features(dictionary: Basis, arrays: Sequence[jax.Array], use: Callable) -
 
 @jax.jit
 def active_features(dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
-    """Feature activations [B, T, F]; 0 outside the domain."""
+    """Feature activations [B, T, F] of what is read; 0 outside the domain."""
     f_BxTxF = dictionary.encode(read_BxTxD)
     return jnp.where(domain_BxT[:, :, None], f_BxTxF, jnp.zeros_like(f_BxTxF))

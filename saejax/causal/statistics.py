@@ -75,7 +75,7 @@ def _sign_patterns(prompts: int, draws: int, seed: int) -> np.ndarray:
 
 
 def least_p(prompts: int, draws: int) -> float:
-    """The smallest p-value that ``sign_flip_p`` can give."""
+    """The smallest p-value that ``sign_flip_p`` can give on so many ``prompts``, with so many ``draws``."""
     return 2.0 ** (1 - prompts) if prompts <= _EXACT else 1 / (1 + draws)
 
 

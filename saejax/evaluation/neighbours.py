@@ -46,7 +46,7 @@ def _largest(block: int, W_dec_FxD: jax.Array, starts_N: jax.Array) -> jax.Array
 
 
 def cosines_of_block(block: int, W_dec_FxD: jax.Array, start: jax.Array) -> jax.Array:
-    """Cosines of ``block`` rows from ``start`` on with all rows [R, F]: -inf with themselves, 0 with rows of zeros."""
+    """Cosines of ``block`` rows of W_dec from ``start`` on with all, [R, F]: -inf with themselves, 0 with rows of 0."""
     length_Fx1 = jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
     unit_FxD = W_dec_FxD / jnp.where(length_Fx1 > 0, length_Fx1, 1.0)
     rows_RxD = lax.dynamic_slice_in_dim(unit_FxD, start, block)

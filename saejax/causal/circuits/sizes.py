@@ -96,7 +96,7 @@ def faithfulness(score_xS: np.ndarray) -> np.ndarray:
 
 
 def area(faithfulness_xS: np.ndarray, share_S: np.ndarray, score: str) -> np.ndarray:
-    """CPR or CMD of faithfulness at rising shares of the features, [...]."""
+    """The score "cpr" or "cmd" of faithfulness at each rising share of the features, [...]."""
     height_xS = faithfulness_xS if score == "cpr" else np.abs(faithfulness_xS - 1)
     return np.trapezoid(height_xS, share_S, axis=-1)
 

@@ -69,7 +69,7 @@ class NodeTable(Columns):
     drawn: np.ndarray
 
     def first(self, estimate: str, top: int) -> np.ndarray:
-        """The nodes of largest size by an estimate, largest first."""
+        """The ``top`` nodes of largest size by an estimate, largest first."""
         return np.argsort(-np.abs(getattr(self, estimate)), kind="stable")[:top]
 
     def put(self, nodes_N: np.ndarray, effect_NxP: np.ndarray, resampling: Resampling) -> None:

@@ -88,7 +88,14 @@ def patch_paths(
     clean: AddedOutputs,
     senders: Senders,
 ) -> jax.Array:
-    """The logit difference of each row with the receiver told by its sender, fp32 [R]; ``Receiver`` says of what."""
+    """The logit difference of each row with the receiver told by its sender, fp32 [R].
+
+    Args:
+      node, receiver_layer, receiver_head: as ``Receiver`` says.
+      ids_RxT, last_R, answers_Rx2: as ``Pairs`` has them.
+      clean: what is added without a patch.
+      senders: of each row.
+    """
     here_RxT = jnp.arange(ids_RxT.shape[1])[None, :] == senders.head.position_R[:, None]
 
     def freeze(kind: str, layer: Layer, value_RxTxD: jax.Array) -> jax.Array:

@@ -114,12 +114,17 @@ def run_probes(
 
 
 def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> Interval:
-    """How much more often one probe is right than another on the same prompts; 95 % bootstrap interval over these."""
+    """How much more often one probe is right than the ``other`` on the same prompts, and its 95 % bootstrap interval.
+
+    Args:
+      right_M, other_M: whether each is right, of each prompt.
+      seed: of the bootstrap over prompts.
+    """
     return Resampling.of(np.zeros(len(right_M)), _RESAMPLES, seed).mean(right_M.astype(float) - other_M)
 
 
 def fitted(task: Task, k: int | None, strength: float) -> ProbeAnswers:
-    """What a probe of k inputs, or of all of them, says of the test prompts."""
+    """What a probe of k inputs, or of all, says of the test prompts; ``strength`` is the penalty's inverse one."""
     train_NxR, test_MxR = _prepared(task, k)
     model = _fit(train_NxR, task.train_class_N, strength)
     return ProbeAnswers(
@@ -160,7 +165,7 @@ def roc_auc(score_M: np.ndarray | None, class_M: np.ndarray) -> Interval | None:
 def choose_strength(task: Task, k: int | None, config: ProbeConfig, seed: int) -> float:
     """The inverse strength of the penalty with the largest likelihood of held-out folds of the train prompts.
 
-    Each fold scales and chooses its inputs anew. Of equals, the strongest penalty.
+    Each fold, drawn by ``seed``, scales and chooses its k inputs (None: all) anew. Of equals, the strongest penalty.
     """
     strengths, class_N = sorted(set(config.strengths)), task.train_class_N
     if len(strengths) == 1:
@@ -189,7 +194,7 @@ def leaders(task: Task, k: int) -> np.ndarray:
 
 
 def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
-    """By how much each input's mean is larger in each class than in the others, [K, C]; in units of the input.
+    """By how much the mean of each input x is larger in each class than in the others, [K, C]; in units of the input.
 
     Of two classes its size, so that both have the same order. Of more it has its sign: what one class alone raises
     would otherwise seem to tell each of the others, too.
@@ -202,7 +207,7 @@ def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
 
 
 def f_statistics(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
-    """How well each input tells each class from the others, [K, C]: its F statistic in an analysis of variance.
+    """How well each input x tells each class from the others, [K, C]: its F statistic in an analysis of variance.
 
     That is the variance between the class and the others over the variance within the two; infinite where nothing
     varies within them, 0 for an input that varies nowhere.
@@ -219,15 +224,15 @@ def f_statistics(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
 
 
 def balanced_accuracy(answer_M: np.ndarray, class_M: np.ndarray) -> float:
-    """The share of right answers within each class, mean over the classes that there are."""
+    """The share of prompts within each class whose answer is that class, mean over the classes that there are."""
     return float(recall_score(class_M, answer_M, labels=np.unique(class_M), average="macro"))
 
 
 def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np.random.Generator) -> float:
-    """The p-value of the hypothesis that the answers have nothing to do with the classes, one-sided.
+    """The p-value of the hypothesis that each answer has nothing to do with the prompt's class, one-sided.
 
-    The share of permutations of the classes, the true order among them, with at least as many right answers (Phipson
-    and Smyth, 2010).
+    The share of so many ``draws`` of permutations of the classes, the true order among them, with at least as many
+    right answers (Phipson and Smyth, 2010).
     """
     right_R = (rng.permuted(np.tile(class_M, (draws, 1)), axis=1) == answer_M[None, :]).sum(axis=1)
     return float((1 + (right_R >= (answer_M == class_M).sum()).sum()) / (1 + draws))

@@ -194,7 +194,7 @@ def steered_value(
     domain_BxT: jax.Array,
     change: SteeredTexts,
 ) -> jax.Array:
-    """The site's value [B, T, D] of some texts, changed in the domain [B, T]."""
+    """The site's value [B, T, D] of some texts, changed in the domain [B, T]; the basis is given ``read`` [B, T, D]."""
     moved_BxTxD = _moved(value_BxTxD, change.at(basis, read_BxTxD), domain_BxT)
     return jax.lax.with_sharding_constraint(moved_BxTxD, sharding(point.mesh))
 

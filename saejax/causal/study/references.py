@@ -173,7 +173,7 @@ class References:
         return (self.batch(*planned) for planned in self.planned())
 
     def batch(self, places_N: np.ndarray, rows: int, length: int) -> ReferenceBatch:
-        """A planned batch after the head.
+        """A planned batch after the head: of the references at some places, so many rows of one length.
 
         Raises:
           UserError: the site's value is not finite.
