@@ -133,14 +133,14 @@ def steer_prompts(
         filled = ((np.resize(set_N[own], size), np.resize(place_N[own], size)) for own in batches)
         started = (_started(split, run, changes, *rows) for rows in filled)
         for own, device_3xR in zip(batches, lagging(started), strict=True):
-            values_3xN = np.asarray(device_3xR, np.float64)[:, : len(set_N[own])]
-            if not np.isfinite(values_3xN).all():
+            values_3xC = np.asarray(device_3xR, np.float64)[:, : len(set_N[own])]
+            if not np.isfinite(values_3xC).all():
                 raise UserError(
                     f"a logit difference with {split.point.site} changed is not finite: the model or the dictionary "
                     "holds NaN or overflows; try --model.dtype=float32, or smaller --steer.doses"
                 )
-            found_3xSxP[:, set_N[own], run.index_P[place_N[own]]] = values_3xN
-            done += values_3xN.shape[1]
+            found_3xSxP[:, set_N[own], run.index_P[place_N[own]]] = values_3xC
+            done += values_3xC.shape[1]
             on_progress(done, total)
     return Steered(found_3xSxP[0], found_3xSxP[1] > 0, found_3xSxP[2])
 
