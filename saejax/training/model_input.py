@@ -38,7 +38,7 @@ def open_stream(run: Run, parts: Parts) -> ModelStream:
 
 def buffer_order(config: TrainConfig, stream: ModelStream) -> BufferOrder:
     """The order in which a stream is trained on."""
-    return BufferOrder([stream.size(i) for i in range(len(stream))], config.batch, config.seed[0], config.epochs)
+    return BufferOrder([stream.size(i) for i in range(len(stream))], config.batch, config.seed[0])
 
 
 class FromModel:
