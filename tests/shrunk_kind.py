@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from saejax.config import Config, setting
+from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.kinds import Kind, register
 from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Numbers
-from saejax.dictionaries.joined import row_lengths
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from saejax.activations.results import SinkCounts
 from saejax.errors import UserError
 from saejax.models.sites import is_joined, site_parts
 
@@ -65,6 +66,10 @@ class JoinedRows:
     def max_norm(self, site: str) -> float:
         """The sink rule of a site; a joined one has only those of its parts."""
         return 3.4e38 if is_joined(site) else self._rows.max_norm(site)
+
+    def sinks(self, site: str) -> SinkCounts:
+        """What the sink rule drops; of a joined site, at the part that has the most."""
+        return max(map(self._rows.sinks, site_parts(site)), key=lambda counts: counts.position_0 + counts.beyond)
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
         """Rows of a split that are sinks at none of the sites and parts."""

@@ -8,11 +8,10 @@ import numpy as np
 from saejax.causal.controls import FeatureStatistics, nearest_features
 from saejax.crosscode.norms import by_norms, relative_norms, shared
 from saejax.crosscode.results import PartFeatures, PrivateFeature
-from saejax.crosscode.scaling import LatentScaling, block_sums, block_weights, latent_scaling
+from saejax.crosscode.scaling import block_sums, block_weights, latent_scaling
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import part_norms
-from saejax.models.sites import parse_site, site_parts
-from saejax.models.sites import OtherSite
+from saejax.models.sites import OtherSite, parse_site, site_parts
 from saejax.results import Interval
 
 Blocks = Callable[[], Iterable[Sequence[np.ndarray]]]
@@ -42,16 +41,24 @@ class Shares:
     """What is said of a crosscoder's features.
 
     Attributes:
-      relative_PxF: relative norms.
+      norm_PxF, relative_PxF: norms of the rows' parts, and relative ones.
       shared_F: alive features that are as long in both parts, bool.
       own, control, measured: as ``own``, ``control`` and ``listed`` of ``CrosscodedDictionary``.
     """
 
+    norm_PxF: np.ndarray
     relative_PxF: np.ndarray
     shared_F: np.ndarray
     own: dict[str, PartFeatures]
     control: PartFeatures
     measured: list[PrivateFeature]
+
+    def ordered(self, parts: Sequence[str]) -> "Shares":
+        """The same with the parts in this order."""
+        places = [list(self.own).index(part) for part in parts]
+        own = {part: self.own[part] for part in parts}
+        norms = dict(norm_PxF=self.norm_PxF[places], relative_PxF=self.relative_PxF[places])
+        return dataclasses.replace(self, own=own, **norms)
 
 
 def one_space(dictionary: Dictionary) -> bool:
@@ -75,7 +82,8 @@ def feature_shares(
     """
     parts = site_parts(dictionary.config.site)
     W_dec_FxD = np.asarray(dictionary.W_dec_FxD[...], np.float64)
-    relative_PxF = relative_norms(part_norms(W_dec_FxD, dictionary.config.widths))
+    norm_PxF = part_norms(W_dec_FxD, dictionary.config.widths)
+    relative_PxF = relative_norms(norm_PxF)
     part_F = np.where(statistics.fires_at_all_F, by_norms(relative_PxF, limits.private), -1)
     shared_F = shared(relative_PxF) & statistics.fires_at_all_F
     chosen: list[tuple[int, int]] = []
@@ -91,7 +99,7 @@ def feature_shares(
         for part, name in enumerate(parts)
     }
     order = sorted(own, key=lambda one: (-one.private, -one.firing_rate))
-    return Shares(relative_PxF, shared_F, of_part, _summary(controls, int(shared_F.sum())), order)
+    return Shares(norm_PxF, relative_PxF, shared_F, of_part, _summary(controls, int(shared_F.sum())), order)
 
 
 def _matched(statistics: FeatureStatistics, features: Sequence[int], shared_F: np.ndarray) -> list[int]:
