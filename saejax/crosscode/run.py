@@ -42,8 +42,8 @@ def rule(config: CrosscodeConfig) -> str:
         f"{config.nu_reconstruction:g} in its reconstruction, upper ends of 95 % intervals over blocks of documents. "
         f"Removing the top {config.top} of them from their model costs a behaviour if of {config.draws} sets, drawn "
         "from matched shared features and themselves, so few cost as much logit difference, and as much accuracy, that "
-        f"both p-values are at most {rule_of(config).level:g} after Holm's correction over the behaviours, the interval "
-        "of the drop minus those sets' mean drop lies above zero, and accuracy falls by more than "
+        f"both p-values are at most {rule_of(config).level:g} after Holm's correction over the behaviours, the "
+        "interval of the drop minus those sets' mean drop lies above zero, and accuracy falls by more than "
         f"{100 * config.min_accuracy_drop:g} points"
     )
 

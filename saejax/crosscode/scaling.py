@@ -16,7 +16,7 @@ the same site of two models of one width, whose directions mean the same, size(b
 Elsewhere any direction counts: size(b)^2 = <b', b''> of two halves of the text, which is no larger by noise alone. The
 published fit has no intercept; without one, features that seldom fire seem to be in whatever is always there.
 
-Intervals are bootstrap intervals over blocks of documents, the null has each feature's activations moved along the text.
+Intervals are bootstrap ones over blocks of documents; the null has each feature's activations moved along the text.
 """
 
 import dataclasses

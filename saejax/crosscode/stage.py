@@ -15,8 +15,8 @@ class CrosscodeConfig(Config):
 
     dictionaries: tuple[str, ...] = setting(
         (),
-        "crosscoders, dictionaries of joined sites such as resid_post.5+other:resid_post.5: kinds trained here with all "
-        "members of their stacks (batchtopk), members (batchtopk/k32), or folders; empty: none",
+        "crosscoders, dictionaries of joined sites such as resid_post.5+other:resid_post.5: kinds trained here with "
+        "all members of their stacks (batchtopk), members (batchtopk/k32), or folders; empty: none",
     )
     private: float = setting(
         0.9, "relative norm of its row above which a feature seems to be one part's own", low=0.5, high=1.0
