@@ -40,7 +40,9 @@ class CaptureRequest:
         more = self.other.widths() if self.other else {}
         if self.decoder is None or more is None or any(isinstance(site, ModuleSite) for site in self.sites):
             return None
-        of_other = {OtherSite(site): width for site, width in more.items() if isinstance(site, Site)}
+        of_other: dict[AnySite, int] = {
+            OtherSite(site): width for site, width in more.items() if isinstance(site, Site)
+        }
         return {site: of_other.get(site, self.decoder.d_model) for site in self.sites}
 
 

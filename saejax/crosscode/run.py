@@ -119,7 +119,7 @@ def _measure(run: Run, one: Compared, part: str) -> Measured:
         left_out=left_out,
     )
     told = ", ".join(f"{name} {own.private} of {own.by_norms}" for name, own in shares.own.items())
-    return result, f"{one.name}: private {told} (by norms); {result.shared} of {result.alive} shared"
+    return Measured(result, f"{one.name}: private {told} (by norms); {result.shared} of {result.alive} shared")
 
 
 def _behaviours(run: Run, dictionary: Dictionary, store: Store, shares: Shares) -> tuple[dict, dict]:

@@ -57,8 +57,8 @@ class Shares:
         """The same with the parts in this order."""
         places = [list(self.own).index(part) for part in parts]
         own = {part: self.own[part] for part in parts}
-        norms = dict(norm_PxF=self.norm_PxF[places], relative_PxF=self.relative_PxF[places])
-        return dataclasses.replace(self, own=own, **norms)
+        norm_PxF, relative_PxF = self.norm_PxF[places], self.relative_PxF[places]
+        return dataclasses.replace(self, own=own, norm_PxF=norm_PxF, relative_PxF=relative_PxF)
 
 
 def one_space(dictionary: Dictionary) -> bool:
@@ -170,7 +170,7 @@ def _summary(found: Sequence[PrivateFeature], by_norms: int) -> PartFeatures:
         by_norms=by_norms,
         measured=len(found),
         private=sum(one.private for one in found),
-        nu_error=quantile([one.nu_error and one.nu_error.mean for one in found], 0.5),
-        nu_reconstruction=quantile([one.nu_reconstruction and one.nu_reconstruction.mean for one in found], 0.5),
+        nu_error=quantile([one.nu_error.mean for one in found if one.nu_error], 0.5),
+        nu_reconstruction=quantile([one.nu_reconstruction.mean for one in found if one.nu_reconstruction], 0.5),
         nu_null=quantile([one.nu_null for one in found], 0.95),
     )

@@ -95,7 +95,8 @@ def _score_site(
     )
     documents = store.documents.of("held_out")
     documents = documents[: config.ce_documents] if config.ce_documents else documents
-    mean_D, parts = _target_mean(store, sites, config.batch_tokens), [None] * len(dictionaries)
+    mean_D = _target_mean(store, sites, config.batch_tokens)
+    parts: Sequence[dict[str, PartScores] | None] = [None] * len(dictionaries)
     if is_joined(site):
         of_models = parts_by_model(site, *models)
         all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens)
