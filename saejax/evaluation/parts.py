@@ -44,7 +44,13 @@ def parts_by_model(site: str, lm: LanguageModel, other: LanguageModel | None) ->
 
 
 def clean_values(models: Sequence[Parts], ids_BxT: jax.Array, lengths_B: jax.Array) -> dict[str, jax.Array]:
-    """The values [B, T, width] at all parts."""
+    """The values [B, T, width] at all parts, by name.
+
+    Args:
+      models: of ``parts_by_model``.
+      ids_BxT: token ids, padded on the right.
+      lengths_B: number of tokens of each text.
+    """
     found: dict[str, jax.Array] = {}
     for lm, sites in models:
         _, values = forward(lm.config, tuple(sites.values()), False, lm.params, ids_BxT, lengths_B)

@@ -52,7 +52,7 @@ def go(stages, inputs, corpus, workdir, **changes):
 @pytest.fixture(scope="module")
 def workdir(inputs, corpus, other, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("crosscode") / "run"
-    stages = ["baseline", "capture", "train", "evaluate", "crosscode", "report"]
+    stages = ["baseline", "capture", "train", "evaluate", "crosscode"]
     assert go(stages, inputs, corpus, workdir, model__other=other) == 0
     return workdir
 
@@ -80,7 +80,7 @@ def test_scores_by_part(workdir, inputs, other):
         assert parts[name].explained_variance == pytest.approx(1 - left, abs=1e-4)
 
 
-def test_results_and_report(workdir):
+def test_results(workdir):
     results = load_results(workdir / "crosscode", CrosscodeResults)
     assert [one.site for one in results.dictionaries] == [LAYERS, MODELS]
     layers, models = results.dictionaries
@@ -92,7 +92,16 @@ def test_results_and_report(workdir):
     assert models.behaviours or models.left_out
     for found in models.behaviours.values():
         assert found.claim.behaviours >= 1 and 0 <= found.claim.placebo_rate <= 1
-    page = (workdir / "report" / "report.md").read_text()
+
+
+def test_the_report_without_behaviours(workdir, inputs, corpus, other, tmp_path, capsys):
+    """Models and layers are told apart by norms and latent scaling alone; what was done before stays."""
+    shutil.copytree(workdir, tmp_path / "run")
+    changes = dict(model__other=other, task__behaviours="")
+    assert go(["evaluate", "crosscode", "report"], inputs, corpus, tmp_path / "run", **changes) == 0
+    assert "evaluate/batchtopk: done before, unchanged" in capsys.readouterr().out
+    (page,) = (tmp_path / "run" / "report").glob("*.md")
+    page = page.read_text()
     assert "What layers or models share" in page and "What is one part's own" in page
 
 
