@@ -16,6 +16,13 @@ class ModelConfig(Config):
         "a GGUF file; with 'random:' before it, the same model with random weights, as a control",
     )
     revision: str = setting("main", "revision (branch, tag or commit) of a hub model")
+    other: str = setting(
+        "",
+        "a second model with the same tokenizer, such as a tuned one, for crosscoders: its sites, other:resid_post.15, "
+        "are captured on the same tokens; empty: none",
+        implied="",
+    )
+    other_revision: str = setting("main", "revision of the second model", implied="main")
     dtype: str = setting("float32", "dtype of the JAX decoder's weights and products", choices=("float32", "bfloat16"))
     remat: bool = setting(
         False,
