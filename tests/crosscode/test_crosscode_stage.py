@@ -11,8 +11,6 @@ import runs
 
 import saejax
 from saejax import command
-from saejax.crosscode.results import CrosscodeResults
-from saejax.evaluation.results import EvaluateResults
 from saejax.results import load_results
 
 LAYERS, MODELS = "resid_post.0+resid_post.1", "resid_post.1+other:resid_post.1"
@@ -58,7 +56,7 @@ def workdir(inputs, corpus, other, tmp_path_factory):
 
 
 def test_scores_by_part(workdir, inputs, other):
-    scores = {one.site: one for one in load_results(workdir / "evaluate" / "batchtopk", EvaluateResults).members}
+    scores = {one.site: one for one in load_results(workdir / "evaluate" / "batchtopk").members}
     for site in (LAYERS, MODELS):
         assert list(scores[site].parts) == site.split("+")
         for part in scores[site].parts.values():
@@ -81,7 +79,7 @@ def test_scores_by_part(workdir, inputs, other):
 
 
 def test_results(workdir):
-    results = load_results(workdir / "crosscode", CrosscodeResults)
+    results = load_results(workdir / "crosscode")
     assert [one.site for one in results.dictionaries] == [LAYERS, MODELS]
     layers, models = results.dictionaries
     assert models.same_space and not layers.same_space
@@ -98,7 +96,7 @@ def test_the_report_without_behaviours(workdir, inputs, corpus, other, tmp_path,
     """Models and layers are told apart by norms and latent scaling alone; what was done before stays."""
     shutil.copytree(workdir, tmp_path / "run")
     changes = dict(model__other=other, task__behaviours="")
-    assert go(["evaluate", "crosscode", "report"], inputs, corpus, tmp_path / "run", **changes) == 0
+    assert go(["baseline", "evaluate", "crosscode", "report"], inputs, corpus, tmp_path / "run", **changes) == 0
     assert "evaluate/batchtopk: done before, unchanged" in capsys.readouterr().out
     (page,) = (tmp_path / "run" / "report").glob("*.md")
     page = page.read_text()
@@ -142,12 +140,13 @@ def test_bad_input_is_one_line(workdir, inputs, corpus, other, tmp_path, capsys)
     fails(
         ["capture"], "there is no site resid_post.9", model__other=other, capture__sites="mlp_in.0,other:resid_post.9"
     )
-    there = dict(folder=workdir, model__other=other)
+    shutil.copytree(workdir, tmp_path / "there")
+    there = dict(folder=tmp_path / "there", model__other=other)
+    fails(["crosscode"], "too few", crosscode__tokens=3, **there)
     fails(["train"], "has an empty part, or one twice", train__sites="resid_post.1+resid_post.1", **there)
     fails(["train"], "has an empty part", train__sites="resid_post.1+", **there)
     fails(["train"], "resid_post.7", train__sites="resid_post.1+resid_post.7", **there)
     fails(["train"], "a transcoder reads mlp_in.L", train__form="transcoder", **there)
-    fails(["crosscode"], "too few", crosscode__tokens=3, **there)
 
 
 def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
