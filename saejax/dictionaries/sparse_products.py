@@ -119,7 +119,7 @@ def _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, plan):
     pre_BxF = matmul(centred_BxD, encoder.W_enc_DxF, plan.operands) + encoder.b_enc_F[None]
     value_BxK, feature_BxK = selection.largest(pre_BxF, flags[0], plan.most)
     code = SparseCode(value_BxK, feature_BxK, ByFeature.of(feature_BxK, pre_BxF.shape[1]))
-    return Explained(code, pre_BxF, _left(code, W_dec_FxD, y_BxD, plan))
+    return Explained(code, pre_BxF, remainder(code, W_dec_FxD, y_BxD, plan))
 
 
 def _forward(x_BxD, y_BxD, encoder, W_dec_FxD, flags, plan):
@@ -129,14 +129,14 @@ def _forward(x_BxD, y_BxD, encoder, W_dec_FxD, flags, plan):
 
 def _backward(plan, saved, to):
     x_BxD, W_enc_DxF, W_dec_FxD, code, dense_gradient = saved
-    to_value_BxK = to.code.value_BxK - _sampled(code.feature_BxK, W_dec_FxD, to.error_BxD, plan)
+    to_value_BxK = to.code.value_BxK - row_products(code.feature_BxK, W_dec_FxD, to.error_BxD, plan)
     to_value_BxK = jnp.where(code.value_BxK > 0, to_value_BxK, 0.0)
     pairs = (to_value_BxK, x_BxD), (-code.value_BxK, to.error_BxD)
-    to_W_enc_FxD, to_W_dec_FxD = _by_feature(code.by_feature, pairs, plan)
+    to_W_enc_FxD, to_W_dec_FxD = feature_sums(code.by_feature, pairs, plan)
 
     def sparse() -> tuple[jax.Array, ...]:
         moved = code._replace(value_BxK=-to_value_BxK)
-        return _left(moved, W_enc_DxF.T, jnp.zeros_like(x_BxD), plan), to_W_enc_FxD.T, code.sums(to_value_BxK)
+        return remainder(moved, W_enc_DxF.T, jnp.zeros_like(x_BxD), plan), to_W_enc_FxD.T, code.sums(to_value_BxK)
 
     def both() -> tuple[jax.Array, ...]:
         pulled = jax.vjp(lambda x, W: matmul(x, W, plan.operands), x_BxD, W_enc_DxF)[1](to.pre_BxF)
@@ -150,7 +150,7 @@ def _backward(plan, saved, to):
 _explain.defvjp(_forward, _backward)
 
 
-def _left(code: SparseCode, W_FxD: jax.Array, y_BxD: jax.Array, plan: Plan) -> jax.Array:
+def remainder(code: SparseCode, W_FxD: jax.Array, y_BxD: jax.Array, plan: Plan) -> jax.Array:
     """y - f @ W of the activations f of a code."""
     count, most = code.value_BxK.shape
     starts_X, feature_N = jnp.arange(0, count * most + 1, most, dtype=jnp.int32), code.feature_BxK.reshape(-1)
@@ -160,14 +160,14 @@ def _left(code: SparseCode, W_FxD: jax.Array, y_BxD: jax.Array, plan: Plan) -> j
     return sparse_kernels.segment_sums(starts_X, feature_N, [term], y_BxD)[0]
 
 
-def _sampled(feature_BxK: jax.Array, W_FxD: jax.Array, y_BxD: jax.Array, plan: Plan) -> jax.Array:
+def row_products(feature_BxK: jax.Array, W_FxD: jax.Array, y_BxD: jax.Array, plan: Plan) -> jax.Array:
     """The entries of y @ W.T at each token's features, [B, K]."""
     if plan.form == "rows":
         return lax.map(lambda pair: W_FxD[pair[0]] @ pair[1], (feature_BxK, y_BxD), batch_size=_GATHERED)
     return sparse_kernels.row_products(feature_BxK, _rounded(W_FxD, plan), y_BxD)
 
 
-def _by_feature(
+def feature_sums(
     entries: ByFeature, pairs: tuple[tuple[jax.Array, jax.Array], ...], plan: Plan
 ) -> tuple[jax.Array, ...] | list[jax.Array]:
     """``ByFeature.product`` of each pair of values and x, [F, D]."""

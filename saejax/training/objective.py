@@ -63,14 +63,14 @@ class Objective:
         """
         config, member = self.config, Dictionary(self.dictionary, self.config.matmul, **params)
         kind, own = member.kind, config.of_kind(member.kind.name)
-        pre_BxF, f, each_BxD, smallest = self._explain(member, x_BxD, y_BxD, hyper, any_dead)
+        pre_BxF, f, left, smallest = self._explain(member, x_BxD, y_BxD, hyper, any_dead)
         if isinstance(f, SparseCode):
             f_BxF, firings_F = f.dense(), f.firings()
         else:
             # In floats, because XLA:CPU vectorises no sums of integers; exact up to 2^24 tokens.
             f_BxF, firings_F = f, jnp.sum(member.fires(f).astype(jnp.float32), axis=0)
-        errors = [losses.squared_size(each, hyper.metric_DxD, config.matmul) for each in each_BxD]
-        error_BxD = each_BxD[-1]
+        errors = [losses.squared_size(error_BxD, hyper.metric_DxD, config.matmul) for error_BxD in left]
+        error_BxD = left[-1]
 
         batch = EncodedBatch(member, x_BxD, y_BxD, pre_BxF, f_BxF, dead_F, hyper.metric_DxD, hyper.own, own)
         parts = dict(error=sum(errors[1:], errors[0]))
@@ -120,5 +120,5 @@ class Objective:
         projected_BxF = member.pre_activations(x_BxD)
         pre_BxF, own = projected_BxF + row(member.b_enc_F[...], 2), self.config.of_kind(self.dictionary.kind)
         f_BxF, smallest = kind.encode_in_training(member, pre_BxF, projected_BxF, hyper.own, own)
-        each_BxD = [y_BxD - y_hat_BxD for y_hat_BxD in kind.reconstructions(member, f_BxF, x_BxD)]
-        return pre_BxF, f_BxF, each_BxD, smallest
+        left = [y_BxD - y_hat_BxD for y_hat_BxD in kind.reconstructions(member, f_BxF, x_BxD)]
+        return pre_BxF, f_BxF, left, smallest

@@ -136,7 +136,7 @@ def test_the_largest_of_each_row(choose):
         np.zeros((2, 7)),
     ):
         values = values.astype(np.float32)  # ties everywhere, and rows without anything to keep
-        for k in {1, 5, 19, 20, values.shape[1]}:
+        for k in {1, 20, values.shape[1]}:
             most = min(k + 3, values.shape[1])
             value_BxK, place_BxK = jax.jit(choose, static_argnums=2)(jnp.asarray(values), jnp.int32(min(k, most)), most)
             assert place_BxK.dtype == jnp.int32 and value_BxK.shape == (len(values), most)
