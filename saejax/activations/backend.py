@@ -3,17 +3,17 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import numpy as np
 
 from saejax.activations.plan import Batch, Plan
-from saejax.activations.reader import Reader
+from saejax.activations.reader import Reader, Take
 from saejax.activations.request import CaptureRequest
 from saejax.models import source
 from saejax.models.config import DecoderConfig
-from saejax.models.sites import AnySite, Site
+from saejax.models.sites import AnySite, OtherSite, Site
 from saejax.settings import CaptureConfig
 from saejax.workspace import Run
 
@@ -44,6 +44,11 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureCo
     Args:
       config: settings of which backend and dtype count, neither of them ``auto``.
     """
+    if request.other is not None:
+        own = dataclasses.replace(
+            request, sites=tuple(site for site in request.sites if not isinstance(site, OtherSite)), other=None
+        )
+        return PairReader(*(load_reader(run, each, plan, config) for each in (own, request.other)))
     if config.backend == "torch":
         from saejax.activations.torch_capture import SiteReader
 
@@ -54,6 +59,39 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureCo
     mesh, decoder = make_mesh(run.configs["mesh"]), cast(DecoderConfig, request.decoder)
     sites = [site for site in request.sites if isinstance(site, Site)]  # which all are: modules were refused
     return DecoderReader(request.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.store_dtype)
+
+
+class PairReader:
+    """Two models that read the same batches, one after the other; sites of the second are ``OtherSite``.
+
+    Attributes:
+      widths: as in ``reader.Reader``.
+    """
+
+    def __init__(self, first: Reader, second: Reader):
+        self._first, self._second = first, second
+        self.widths: dict[AnySite, int] = first.widths | {_of_other(site): d for site, d in second.widths.items()}
+
+    def read(self, batches: Iterable[Batch], take: Take) -> None:
+        """See ``reader.Reader``."""
+        held: list[Batch] = []
+
+        def noted() -> Iterator[Batch]:
+            for batch in batches:
+                held.append(batch)
+                yield batch
+
+        self._first.read(noted(), take)
+        self._second.read(held, lambda batch, site, value_BxTxD: take(batch, _of_other(site), value_BxTxD))
+
+    def close(self) -> None:
+        """See ``reader.Reader``."""
+        self._first.close()
+        self._second.close()
+
+
+def _of_other(site: AnySite) -> OtherSite:
+    return OtherSite(cast(Site, site))  # modules of a second model were refused
 
 
 def fastest(

@@ -63,7 +63,7 @@ def run_capture(run: Run) -> CaptureResults:
     if widths is None:
         reader = load_reader(run, request, plan, config)
         widths = reader.widths
-    writer = StoreWriter(run.folder, names, _work(run, model_source, documents))
+    writer = StoreWriter(run.folder, names, _work(run, request, documents))
     mesh: MeshConfig = run.configs["mesh"]
     first = mesh.process_id == 0
     missing = _missing(writer, plan, mesh)
@@ -81,7 +81,7 @@ def run_capture(run: Run) -> CaptureResults:
     counts = _counts(documents, plan)
     described = {str(site): dict(d=width, **to_json(statistics[str(site)])) for site, width in widths.items()}
     if first:
-        writer.finish(_manifest(run, model_source, plan, described, counts))
+        writer.finish(_manifest(run, model_source, plan, described, counts, _other(request)))
     _say_sinks(run, statistics)
     size = DTYPES[config.store_dtype].itemsize
     return CaptureResults(
@@ -113,7 +113,7 @@ def _settled(run: Run, request: CaptureRequest, plan: Plan) -> Run:
     if len(runs) == 1:
         return runs[0]
     for settled in runs:
-        writer = StoreWriter(run.folder, names, _work(settled, request.source, plan.documents))
+        writer = StoreWriter(run.folder, names, _work(settled, request, plan.documents))
         if any(writer.has(shard, read=False) for shard in range(plan.shards)):
             return settled
     batches = plan.batches(0)
@@ -121,10 +121,11 @@ def _settled(run: Run, request: CaptureRequest, plan: Plan) -> Run:
     return runs[choices.index(fastest(load, choices, batches[len(batches) // 2], run.say))]
 
 
-def _work(run: Run, model_source: source.ModelSource, documents: Documents) -> str:
+def _work(run: Run, request: CaptureRequest, documents: Documents) -> str:
     """Identifies what the shards depend on."""
     hashes = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in documents.arrays().values()]
-    return fingerprint([identity(run.configs["capture"]), model_source.fingerprint, run.configs["corpus"].seed, hashes])
+    models = "+".join(each.source.fingerprint for each in (request, request.other) if each is not None)
+    return fingerprint([identity(run.configs["capture"]), models, run.configs["corpus"].seed, hashes])
 
 
 def _check_disk(
@@ -238,7 +239,12 @@ def _say_sinks(run: Run, sites: Mapping[str, SiteNorms]) -> None:
 
 
 def _manifest(
-    run: Run, model_source: source.ModelSource, plan: Plan, sites: dict[str, dict], counts: dict[str, dict]
+    run: Run,
+    model_source: source.ModelSource,
+    plan: Plan,
+    sites: dict[str, dict],
+    counts: dict[str, dict],
+    other: dict[str, dict],
 ) -> dict[str, Any]:
     """The manifest but for its files. It holds no times, so that it is the same for every run of the same work."""
     config: CaptureConfig = run.configs["capture"]
@@ -254,12 +260,20 @@ def _manifest(
             fingerprint=model_source.fingerprint,
             dtype=config.dtype,
         ),
+        **other,
         corpus=corpora.identity(run.configs["corpus"], run.configs["task"]),
         sink_factor=config.sink_factor,
         last=config.last,
         documents=dict(counts["documents"], columns=COLUMNS, groups=plan.documents.groups),
         tokens=counts["tokens"],
     )
+
+
+def _other(request: CaptureRequest) -> dict[str, dict]:
+    """The second model, for the manifest, if there is one."""
+    if request.other is None:
+        return {}
+    return dict(other={name: getattr(request.other.source, name) for name in ("name", "revision", "fingerprint")})
 
 
 def _counts(documents: Documents, plan: Plan) -> dict[str, dict[str, int]]:

@@ -141,11 +141,10 @@ class BufferOrder:
       sizes: rows of every buffer.
       batch: rows per batch.
       seed: of the orders.
-      epochs: passes over the buffers.
     """
 
-    def __init__(self, sizes: Sequence[int], batch: int, seed: int, epochs: int):
-        self._batch, self._seed, self._epochs = batch, seed, epochs
+    def __init__(self, sizes: Sequence[int], batch: int, seed: int):
+        self._batch, self._seed = batch, seed
         self._steps_N = np.array(sizes) // batch
 
     @property

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from saejax.dictionaries import kinds
+from saejax.dictionaries import joined, kinds
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.editing import Editing
 from saejax.dictionaries.matmul import centred_matmul, matmul
@@ -72,7 +72,10 @@ class Dictionary(Editing, nnx.Module):
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
         directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
         arrays = {name: jnp.zeros(shape, dtype) for name, (shape, _) in parameter_table(config).items()}
-        return cls(config, operands, **arrays | dict(W_enc_DxF=directions_FxD.T, W_dec_FxD=directions_FxD))
+        length_Fx1 = joined.row_lengths(directions_FxD, config.widths)[:, None] if config.widths else 1.0
+        # Rows of norm 1 / length: so the encoder is as much longer, and decode(encode(row)) gives the row again.
+        first = dict(W_enc_DxF=(directions_FxD * length_Fx1).T, W_dec_FxD=directions_FxD / length_Fx1)
+        return cls(config, operands, **arrays | first)
 
     @property
     def arrays(self) -> dict[str, jax.Array]:
@@ -139,4 +142,6 @@ class Dictionary(Editing, nnx.Module):
 
     def in_domain(self, x_xD: jax.Array) -> jax.Array:
         """True where ``x`` is not an attention sink; the shape of ``x`` without its last axis."""
+        if self.config.widths:
+            return joined.in_domain(self.config, x_xD)
         return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1) <= self.config.max_norm

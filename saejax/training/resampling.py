@@ -12,12 +12,14 @@ They look at 819,200 tokens, we at one batch.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from saejax.dictionaries import DictionaryConfig, kinds
+from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.modules import parameter_table
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
@@ -61,7 +63,9 @@ def resampled(
     length = _LENGTH * _mean_length(params["W_enc_DxF"], dead_F)
     start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
     started = {name: jnp.full_like(value, start.get(name, 0.0)) for name, value in params.items()}
-    started |= dict(W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=targets_BxD[chosen_F])
+    started |= dict(
+        W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=_rows(targets_BxD[chosen_F], dictionary.widths)
+    )
     table = parameter_table(dictionary)
     by_feature = {name: spec.index("model") for name, (_, spec) in table.items() if "model" in spec}
 
@@ -96,6 +100,11 @@ def _directions(values_BxD: jax.Array) -> jax.Array:
     """Rows of length 1; 0 where they were."""
     length_Bx1 = jnp.linalg.norm(values_BxD, axis=-1, keepdims=True)
     return values_BxD / jnp.maximum(length_Bx1, 1e-30)
+
+
+def _rows(rows_FxD: jax.Array, widths: Sequence[int]) -> jax.Array:
+    """Rows of length 1 of those of norm 1, which over the parts of a joined site is less."""
+    return rows_FxD / jnp.maximum(row_lengths(rows_FxD, widths), 1e-30)[:, None] if widths else rows_FxD
 
 
 def _mean_length(W_enc_DxF: jax.Array, dead_F: jax.Array) -> jax.Array:

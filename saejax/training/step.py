@@ -57,7 +57,7 @@ class Trainer:
         if kinds.by_name(dictionary.kind).keeps_k:
             form = sparse_products.chosen_form(config.products, mesh, *shape)
         self._objective = Objective(config, dictionary, steps, form)
-        self._optimizer, self._rate = make_optimizer(config), learning_rate(config, steps)
+        self._optimizer, self._rate = make_optimizer(config, dictionary.widths), learning_rate(config, steps)
         self.sites = list(dict.fromkeys((member.site, member.target) for member in members))  # of the batch, in order
         hyper = Hyper.of(members, scales, self.sites, config.state_dtype)
         self.abstract_hyper = jax.tree.map(
@@ -149,7 +149,8 @@ class Trainer:
         rate = hyper.learning_rate * self._rate(state.step_M).astype(x_BxD.dtype)
         updates, optimizer = self._optimizer.update(grads, state.optimizer, params, learning_rate=rate)
         kind = kinds.by_name(self.dictionary.kind)
-        after = constrained(config, kind, optax.apply_updates(params, updates), before=params)
+        moved = optax.apply_updates(params, updates)
+        after = constrained(config, kind, moved, before=params, widths=self.dictionary.widths)
         longest = MOST_TOKENS - x_BxD.shape[0]  # the count stops there
         silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + x_BxD.shape[0])
         mean = state.kept_M + config.threshold_rate * (smallest - state.kept_M)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
+from saejax.causal.stability import unit
 from saejax.parallel import make_mesh
-from saejax.transfer.compared import chance, unit
+from saejax.transfer.compared import chance
 from saejax.transfer.matching import EXACT, match
 
 
