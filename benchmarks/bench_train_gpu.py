@@ -29,7 +29,7 @@ from jax import lax  # noqa: E402
 from benchmarks.train_setup import Stepper, make_trainer, matmul_rate, sparse_sums  # noqa: E402
 from saejax.dictionaries import selection, sparse_products  # noqa: E402
 from saejax.dictionaries.codes import ByFeature, SparseCode  # noqa: E402
-from saejax.dictionaries.sparse_products import Plan  # noqa: E402
+from saejax.dictionaries.sparse_products import Products  # noqa: E402
 
 DENSE = ("standard", "jumprelu", "linear")
 STUDY = ((1024, 8192, 50_000), (2048, 16_384, 50_000), (2048, 16_384, 10_000), (2560, 20_480, 20_000))
@@ -70,7 +70,7 @@ def measure_parts(args: argparse.Namespace) -> dict[str, float]:
     value_BxK, feature_BxK = jax.jit(selection.largest, static_argnums=2)(pre_BxF, args.k, args.k)
     entries = jax.jit(ByFeature.of, static_argnums=1)(feature_BxK, args.features)
     code = SparseCode(value_BxK, feature_BxK, entries)
-    plan = Plan(args.k, "bfloat16", "kernels")
+    plan = Products(args.k, "bfloat16", "kernels")
     pairs = (value_BxK, x_BxD), (value_BxK, x_BxD)
     work = {
         "selection": (lambda pre: selection.largest(pre, args.k, args.k), (pre_BxF,), 0),

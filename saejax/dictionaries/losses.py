@@ -26,7 +26,7 @@ def squared_error(
 
 
 def squared_size(error_BxD: jax.Array, metric_DxD: jax.Array | None = None, operands: str = "float32") -> jax.Array:
-    """``squared_error`` of errors."""
+    """``squared_error`` of ``error_BxD``; ``metric_DxD`` and ``operands`` are as there."""
     if metric_DxD is not None:
         error_BxD = matmul(error_BxD, metric_DxD, operands)
     return jnp.mean(jnp.sum(jnp.square(error_BxD), axis=-1))

@@ -75,7 +75,7 @@ class Explained(NamedTuple):
     error_BxD: jax.Array
 
 
-class Plan(NamedTuple):
+class Products(NamedTuple):
     """What is static of ``explain``.
 
     Attributes:
@@ -96,7 +96,7 @@ def explain(
     encoder: Encoder,
     W_dec_FxD: jax.Array,
     k: int | jax.Array,
-    plan: Plan,
+    how: Products,
     dense_gradient: bool | jax.Array = True,
 ) -> Explained:
     """The codes f of x, and the errors y - f @ W_dec.
@@ -104,42 +104,42 @@ def explain(
     Args:
       x_BxD, y_BxD: inputs, and targets without what is added to f @ W_dec.
       encoder, W_dec_FxD: the dictionary.
-      k: 1 <= k <= ``plan.most``; may be traced. Of values that tie with the k-th largest, the first ones are kept.
-      plan: how.
+      k: 1 <= k <= ``how.most``; may be traced. Of values that tie with the k-th largest, the first ones are kept.
+      how: what is static of it.
       dense_gradient: False if nothing but the code and the error depends on what this returns: then the gradient of the
         pre-activations is taken for 0.
     """
     flags = jnp.asarray(k), jnp.asarray(dense_gradient)
-    return _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, plan)
+    return _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, how)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, plan):
+def _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, how):
     centred_BxD = x_BxD - encoder.centre_D[None]
-    pre_BxF = matmul(centred_BxD, encoder.W_enc_DxF, plan.operands) + encoder.b_enc_F[None]
-    value_BxK, feature_BxK = selection.largest(pre_BxF, flags[0], plan.most)
+    pre_BxF = matmul(centred_BxD, encoder.W_enc_DxF, how.operands) + encoder.b_enc_F[None]
+    value_BxK, feature_BxK = selection.largest(pre_BxF, flags[0], how.most)
     code = SparseCode(value_BxK, feature_BxK, ByFeature.of(feature_BxK, pre_BxF.shape[1]))
-    return Explained(code, pre_BxF, remainder(code, W_dec_FxD, y_BxD, plan))
+    return Explained(code, pre_BxF, remainder(code, W_dec_FxD, y_BxD, how))
 
 
-def _forward(x_BxD, y_BxD, encoder, W_dec_FxD, flags, plan):
-    found = _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, plan)
+def _forward(x_BxD, y_BxD, encoder, W_dec_FxD, flags, how):
+    found = _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, how)
     return found, (x_BxD - encoder.centre_D[None], encoder.W_enc_DxF, W_dec_FxD, found.code, flags[1])
 
 
-def _backward(plan, saved, to):
+def _backward(how, saved, to):
     x_BxD, W_enc_DxF, W_dec_FxD, code, dense_gradient = saved
-    to_value_BxK = to.code.value_BxK - row_products(code.feature_BxK, W_dec_FxD, to.error_BxD, plan)
+    to_value_BxK = to.code.value_BxK - row_products(code.feature_BxK, W_dec_FxD, to.error_BxD, how)
     to_value_BxK = jnp.where(code.value_BxK > 0, to_value_BxK, 0.0)
     pairs = (to_value_BxK, x_BxD), (-code.value_BxK, to.error_BxD)
-    to_W_enc_FxD, to_W_dec_FxD = feature_sums(code.by_feature, pairs, plan)
+    to_W_enc_FxD, to_W_dec_FxD = feature_sums(code.by_feature, pairs, how)
 
     def sparse() -> tuple[jax.Array, ...]:
         moved = code._replace(value_BxK=-to_value_BxK)
-        return remainder(moved, W_enc_DxF.T, jnp.zeros_like(x_BxD), plan), to_W_enc_FxD.T, code.sums(to_value_BxK)
+        return remainder(moved, W_enc_DxF.T, jnp.zeros_like(x_BxD), how), to_W_enc_FxD.T, code.sums(to_value_BxK)
 
     def both() -> tuple[jax.Array, ...]:
-        pulled = jax.vjp(lambda x, W: matmul(x, W, plan.operands), x_BxD, W_enc_DxF)[1](to.pre_BxF)
+        pulled = jax.vjp(lambda x, W: matmul(x, W, how.operands), x_BxD, W_enc_DxF)[1](to.pre_BxF)
         return jax.tree.map(jnp.add, sparse(), (*pulled, to.pre_BxF.sum(axis=0)))
 
     to_x_BxD, to_W_DxF, to_b_F = lax.cond(dense_gradient, both, sparse)
@@ -150,32 +150,32 @@ def _backward(plan, saved, to):
 _explain.defvjp(_forward, _backward)
 
 
-def remainder(code: SparseCode, W_FxD: jax.Array, y_BxD: jax.Array, plan: Plan) -> jax.Array:
+def remainder(code: SparseCode, W_FxD: jax.Array, y_BxD: jax.Array, how: Products) -> jax.Array:
     """y - f @ W of the activations f of a code."""
     count, most = code.value_BxK.shape
     starts_X, feature_N = jnp.arange(0, count * most + 1, most, dtype=jnp.int32), code.feature_BxK.reshape(-1)
-    if plan.form == "rows":
+    if how.form == "rows":
         return y_BxD - BCSR((code.value_BxK.reshape(-1), feature_N, starts_X), shape=(count, len(W_FxD))) @ W_FxD
-    term = -code.value_BxK.reshape(-1), _rounded(W_FxD, plan)
+    term = -code.value_BxK.reshape(-1), _rounded(W_FxD, how)
     return sparse_kernels.segment_sums(starts_X, feature_N, [term], y_BxD)[0]
 
 
-def row_products(feature_BxK: jax.Array, W_FxD: jax.Array, y_BxD: jax.Array, plan: Plan) -> jax.Array:
-    """The entries of y @ W.T at each token's features, [B, K]."""
-    if plan.form == "rows":
+def row_products(feature_BxK: jax.Array, W_FxD: jax.Array, y_BxD: jax.Array, how: Products) -> jax.Array:
+    """The entries of y @ W.T at each token's features, ``feature_BxK``; [B, K]."""
+    if how.form == "rows":
         return lax.map(lambda pair: W_FxD[pair[0]] @ pair[1], (feature_BxK, y_BxD), batch_size=_GATHERED)
-    return sparse_kernels.row_products(feature_BxK, _rounded(W_FxD, plan), y_BxD)
+    return sparse_kernels.row_products(feature_BxK, _rounded(W_FxD, how), y_BxD)
 
 
 def feature_sums(
-    entries: ByFeature, pairs: tuple[tuple[jax.Array, jax.Array], ...], plan: Plan
+    entries: ByFeature, pairs: tuple[tuple[jax.Array, jax.Array], ...], how: Products
 ) -> tuple[jax.Array, ...] | list[jax.Array]:
     """``ByFeature.product`` of each pair of values and x, [F, D]."""
-    if plan.form == "rows":
+    if how.form == "rows":
         return tuple(entries.product(value_BxK, x_BxD) for value_BxK, x_BxD in pairs)
-    terms = [(entries.entries(value_BxK)[1], _rounded(x_BxD, plan)) for value_BxK, x_BxD in pairs]
+    terms = [(entries.entries(value_BxK)[1], _rounded(x_BxD, how)) for value_BxK, x_BxD in pairs]
     return sparse_kernels.segment_sums(entries.starts_X, entries.entries(pairs[0][0])[0], terms)
 
 
-def _rounded(values: jax.Array, plan: Plan) -> jax.Array:
-    return values.astype(jnp.bfloat16) if plan.operands == "bfloat16" else values
+def _rounded(values: jax.Array, how: Products) -> jax.Array:
+    return values.astype(jnp.bfloat16) if how.operands == "bfloat16" else values

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from saejax.dictionaries import Dictionary, DictionaryConfig, losses
 from saejax.dictionaries.codes import SparseCode
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
-from saejax.dictionaries.sparse_products import Encoder, Plan, explain
+from saejax.dictionaries.sparse_products import Encoder, Products, explain
 from saejax.dictionaries.sparsity import row
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
@@ -96,7 +96,7 @@ class Objective:
         return loss, (metrics, firings_F > 0, smallest)
 
     def error(self, params: Arrays, x_BxD: jax.Array, y_BxD: jax.Array, hyper: Hyper) -> jax.Array:
-        """What one member leaves of targets, features chosen as in training."""
+        """What one member leaves of targets ``y_BxD`` given inputs ``x_BxD``, features chosen as in training."""
         member = Dictionary(self.dictionary, self.config.matmul, **params)
         return self._explain(member, x_BxD, y_BxD, hyper)[2][-1]
 
@@ -113,8 +113,8 @@ class Objective:
         if self.form != "dense":
             centre_D = arrays["b_dec_D"] if self.dictionary.centred else jnp.zeros_like(arrays["b_dec_D"])
             encoder = Encoder(centre_D, arrays["W_enc_DxF"], arrays["b_enc_F"])
-            plan = Plan(self.dictionary.k, self.config.matmul, self.form)
-            how = hyper.own["k"], plan, any_dead if self.config.auxk else False
+            products = Products(self.dictionary.k, self.config.matmul, self.form)
+            how = hyper.own["k"], products, any_dead if self.config.auxk else False
             found = explain(x_BxD, member.without_bias(y_BxD, x_BxD), encoder, arrays["W_dec_FxD"], *how)
             return found.pre_BxF, found.code, [found.error_BxD], jnp.zeros((), found.pre_BxF.dtype)
         projected_BxF = member.pre_activations(x_BxD)

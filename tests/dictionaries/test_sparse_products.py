@@ -9,7 +9,7 @@ import pytest
 
 from saejax.dictionaries import codes, selection, sparse_kernels, sparse_products, sparsity
 from saejax.dictionaries.matmul import matmul
-from saejax.dictionaries.sparse_products import Encoder, Plan
+from saejax.dictionaries.sparse_products import Encoder, Products
 from saejax.errors import UserError
 from saejax.parallel import make_mesh
 
@@ -38,7 +38,7 @@ def world(request):
 
 def sparse_form(form, arrays, k, most, moves_pre=True):
     encoder = Encoder(*(arrays[name] for name in NAMES[1:4]))
-    plan = Plan(most, "float32", form)
+    plan = Products(most, "float32", form)
     found = sparse_products.explain(arrays["x"], arrays["y"], encoder, arrays["W_dec"], k, plan, moves_pre)
     return found.code.dense(), found.pre_BxF, found.error_BxD, found.code.firings()
 
@@ -98,11 +98,24 @@ def test_kernels_multiply_rounded_rows_in_full_precision():
         np.testing.assert_allclose(sums, wanted + base * (at == 0), rtol=1e-4, atol=1e-4)
 
 
-def test_kernels_are_lowered_for_a_gpu(world):
+@pytest.mark.parametrize("world", [(9, 8, 100, 3)], indirect=True, ids=str)
+def test_kernels_of_members_side_by_side_and_for_a_gpu(world):
+    """On a GPU a stack's members are vectorised."""
     arrays, most = world
-    step = jax.jit(jax.grad(lambda arrays: sum(part.sum() for part in sparse_form("kernels", arrays, most, most)[:3])))
-    lowered = step.trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
-    assert lowered.count("xla.gpu.triton") >= 3
+
+    def gradient(arrays):
+        return jax.grad(lambda arrays: sum(jnp.sin(p).sum() for p in sparse_form("kernels", arrays, most, most)[:3]))(
+            arrays
+        )
+
+    pair = {name: np.stack([array, array[..., ::-1]]) for name, array in arrays.items()}
+    together = jax.jit(jax.vmap(gradient))
+    for name, found in together(pair).items():
+        for index in range(2):
+            alone = jax.jit(gradient)({key: array[index] for key, array in pair.items()})[name]
+            np.testing.assert_allclose(found[index], alone, rtol=1e-5, atol=1e-5 * np.abs(alone).max(), err_msg=name)
+    lowered = together.trace(pair).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("xla.gpu.triton") >= 3  # decoding with error, both weight gradients, the gradient of values
 
 
 @pytest.mark.parametrize("form", FORMS)
