@@ -22,7 +22,11 @@ def squared_error(
       metric_DxD: what errors are multiplied with first, such as ``whitening``.
       operands: dtype of the operands of that product.
     """
-    error_BxD = y_BxD - y_hat_BxD
+    return squared_size(y_BxD - y_hat_BxD, metric_DxD, operands)
+
+
+def squared_size(error_BxD: jax.Array, metric_DxD: jax.Array | None = None, operands: str = "float32") -> jax.Array:
+    """``squared_error`` of ``error_BxD``; ``metric_DxD`` and ``operands`` are as there."""
     if metric_DxD is not None:
         error_BxD = matmul(error_BxD, metric_DxD, operands)
     return jnp.mean(jnp.sum(jnp.square(error_BxD), axis=-1))
@@ -145,8 +149,8 @@ def dead_pre_activation(
     return jnp.mean(jnp.sum(jnp.where(dead_F[None], short_BxF, jnp.zeros_like(short_BxF)), axis=-1))
 
 
-def explained_variance(y_BxD: jax.Array, y_hat_BxD: jax.Array) -> jax.Array:
-    """1 - sum |y - y_hat|^2 / sum |y - mean of the batch|^2; 0 where all rows are the same."""
+def explained_variance(y_BxD: jax.Array, error_BxD: jax.Array) -> jax.Array:
+    """1 - sum |error|^2 / sum |y - mean of the batch|^2; 0 where all rows are the same."""
     deviations_BxD = y_BxD - jnp.mean(y_BxD, axis=0, keepdims=True)
-    error, total = jnp.sum(jnp.square(y_BxD - y_hat_BxD)), jnp.sum(jnp.square(deviations_BxD))
+    error, total = jnp.sum(jnp.square(error_BxD)), jnp.sum(jnp.square(deviations_BxD))
     return jnp.where(total > 0, 1 - error / jnp.where(total > 0, total, 1.0), 0.0)

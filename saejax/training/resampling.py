@@ -41,7 +41,7 @@ def resampled(
     hyper: Hyper,
     x_BxD: jax.Array,
     y_BxD: jax.Array,
-    y_hat_BxD: jax.Array,
+    error_BxD: jax.Array,
 ) -> TrainState:
     """A member's state, a ``TrainState`` without member axis, with its dead features started again.
 
@@ -51,14 +51,14 @@ def resampled(
       state: after the step on this batch.
       hyper: the member's own settings.
       x_BxD, y_BxD: scaled inputs and targets.
-      y_hat_BxD: what the member makes of them.
+      error_BxD: what the member leaves of the targets.
     """
     dead_F = state.silent_MxF >= config.dead_tokens
     params = state.params
     offset_BxD = x_BxD - params["b_dec_D"][None] if dictionary.centred else x_BxD
     inputs_BxD, targets_BxD = _directions(offset_BxD), _directions(y_BxD - params["b_dec_D"][None])
     has_direction_B = jnp.any(inputs_BxD != 0, axis=-1) & jnp.any(targets_BxD != 0, axis=-1)
-    loss_B = jnp.sum(jnp.square(y_BxD - y_hat_BxD), axis=-1) * has_direction_B
+    loss_B = jnp.sum(jnp.square(error_BxD), axis=-1) * has_direction_B
     chosen_F = _drawn(hyper, state.step_M, loss_B, dead_F.shape[0])
     length = _LENGTH * _mean_length(params["W_enc_DxF"], dead_F)
     start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
