@@ -7,6 +7,7 @@ does nothing else. The firings are written to the unit's folder while a member i
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
 from saejax.dictionaries.labels import LABELS, Label
 from saejax.errors import Interrupted
+from saejax.evaluation.reconstruction import reconstruct
 from saejax.interpret import neighbours
 from saejax.interpret.attended import HeadShares
-from saejax.interpret.control import random_directions
-from saejax.interpret.detectors import Detector, best_detectors
-from saejax.interpret.firings import blocks, record
+from saejax.interpret.control import frozen_random, random_directions, spread
+from saejax.interpret.detectors import Detector, PairCounts, best_detectors
+from saejax.interpret.firings import Block, blocks, record
 from saejax.interpret.records import Describer
-from saejax.interpret.results import InterpretedDictionary, InterpretResults
+from saejax.interpret.results import FrozenControl, InterpretedDictionary, InterpretResults
 from saejax.interpret.scored import Scored
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.models.language_model import LanguageModel, load_model
@@ -34,6 +36,7 @@ from saejax.results import from_json, to_json
 from saejax.workspace import Run, read_json, write_json, write_text
 
 DONE, FEATURES = "interpreted.json", "features"
+_REBUILT = 4096  # tokens of held-out text at most, on which the control's fit is compared
 _OUTPUT, _NEAREST = 10, 6  # output tokens at either end, nearest decoder rows
 _IN_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # what is added to, or is, the stream
 Found = list[dict[str, tuple[Detector, float]]]  # of every feature: family -> detector and its F1 on the search text
@@ -75,10 +78,14 @@ def run_interpret(run: Run) -> InterpretResults:
 def line(found: InterpretedDictionary) -> str:
     """The figures of a dictionary in a line."""
     name = f"{found.name}: " if found.name else ""
+    controls = [("random directions", found.random)]
+    if found.frozen:
+        controls.append(("a frozen-random dictionary", found.frozen.labels))
     return (
         f"{name}{found.found.labelled:,} of {found.found.features:,} features that fire have a label "
-        f"({found.found.share:.1%}; {found.random.share:.1%} of random directions); mean F1 {found.found.mean_f1:.3f}, "
-        f"of random directions {found.random.mean_f1:.3f}, of another feature's label {found.shuffled_f1:.3f}"
+        f"({found.found.share:.1%}; {', '.join(f'{one.share:.1%} of {of}' for of, one in controls)}); mean F1 "
+        f"{found.found.mean_f1:.3f}, {', '.join(f'of {of} {one.mean_f1:.3f}' for of, one in controls)}, "
+        f"of another feature's label {found.shuffled_f1:.3f}"
     )
 
 
@@ -104,44 +111,42 @@ class Interpreter:
         folder, config = self.run.folder / self.name, self.run.configs["interpret"]
         scratch, features = folder / "firings", self.dictionary.config.n_features
         shutil.rmtree(scratch, ignore_errors=True)
-        own, control = scratch / "train" / "own", scratch / "train" / "control"
-        rows = self.store.rows("train", self.dictionary.site)
-        together = neighbours.Together(features, max(len(rows), 1))
-        place = self._record("train", {own: self.dictionary}, together.add)
+        frozen = frozen_random(self.store, self.dictionary, config.seed)
+        together = neighbours.Together(features, max(len(self.store.rows("train", self.dictionary.site)), 1))
+        read = {scratch / "own": self.dictionary, scratch / "frozen": frozen}
+        place = self._record("train", read, together.add)
         bases = {family: CodeCounts(self.text.code(family, place)) for family in FAMILIES}
-        output = self._output()
+        output = self._output(self.dictionary)
         nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
         kept = (config.examples, config.draws, output, nearest, together, self._heads())
         describer = Describer(self.store, self.text, place, bases, *kept)
-        found: Found = []
         shutil.rmtree(folder / FEATURES, ignore_errors=True)
         (folder / FEATURES).mkdir(parents=True)
-        for number, block in enumerate(blocks(own, features)):
-            raised = output.ids[block.first : block.first + block.size, :_OUTPUT] if output else ()
-            codes = [tuple(ids.tolist()) for ids in raised]
-            detectors, tokens = best_detectors(block, self.text, bases, codes)
-            found += detectors
+
+        def write(number: int, block: Block, tokens: PairCounts) -> None:
             write_json(folder / FEATURES / f"{number:05d}.json", describer.records(block, tokens))
-        rate = describer.fires / len(place)
+
+        searched = [
+            self._search(scratch / "own", features, bases, output, write),
+            self._search(scratch / "frozen", features, bases, self._output(frozen)),
+        ]
+        rate = searched[0][1]
         random = random_directions(self.store, self.dictionary, rate, config.seed)
-        self._record("train", {control: random})
-        random_found: Found = []
-        random_rate = np.zeros(random.config.n_features)
-        for block in blocks(control, random.config.n_features):
-            random_rate[block.first : block.first + block.size] = block.counts / len(place)
-            random_found += best_detectors(block, self.text, bases, ())[0]
-        held_out = {scratch / "held_out" / "own": self.dictionary, scratch / "held_out" / "control": random}
+        self._record("train", {scratch / "random": random})
+        searched.append(self._search(scratch / "random", random.config.n_features, bases, None))
+        held_out = {
+            scratch / f"held_out_{i}": dictionary for i, dictionary in enumerate((self.dictionary, frozen, random))
+        }
         held_place = self._record("held_out", held_out)
         held_bases = {family: CodeCounts(self.text.code(family, held_place)) for family in FAMILIES}
-        own_scores, control_scores = (
-            Scored.of(path, known, self.text, held_bases, rates)
-            for path, known, rates in zip(held_out, (found, random_found), (rate, random_rate), strict=True)
+        scored, frozen_scores, random_scores = (
+            Scored.of(path, found, self.text, held_bases, rates)
+            for path, (found, rates) in zip(held_out, searched, strict=True)
         )
         shutil.rmtree(scratch)
-        labels = own_scores.labels(control_scores)
-        random_labels = control_scores.labels(control_scores)
+        labels = scored.labels(random_scores)
         write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels.items()})
-        self._finish(folder, own_scores, labels, describer)
+        self._finish(folder, scored, labels, describer)
         live = rate > 0
         return InterpretedDictionary(
             name=self.name,
@@ -150,23 +155,63 @@ class Interpreter:
             features=features,
             search_tokens=len(place),
             held_out_tokens=len(held_place),
-            found=own_scores.counts(live, labels),
-            random=control_scores.counts(np.ones(len(random_found), bool), random_labels),
-            shuffled_f1=float(own_scores.shuffled[live].mean()) if live.any() else 0.0,
-            families=own_scores.families(labels),
+            found=scored.counts(live, labels),
+            random=random_scores.counts(np.ones(random.config.n_features, bool), random_scores.labels(random_scores)),
+            shuffled_f1=scored.mean_shuffled(live),
+            families=scored.families(labels),
+            frozen=self._frozen(frozen, frozen_scores, searched[1][1] > 0, frozen_scores.labels(random_scores)),
         )
+
+    def _search(
+        self,
+        firings: Path,
+        features: int,
+        bases: Mapping[str, CodeCounts],
+        output: neighbours.OutputTokens | None,
+        on_block: Callable[[int, Block, PairCounts], None] | None = None,
+    ) -> tuple[Found, np.ndarray]:
+        """The detectors of all features of a dictionary on the search text, and how often each fires there.
+
+        Args:
+          firings: the folder with them; ``features``: how many there are.
+          bases: how often each code stands in the search text.
+          output: the tokens that features raise, if they are known.
+          on_block: called with each block of firings, its number, and its counts of tokens.
+        """
+        found: Found = []
+        fires_F = np.zeros(features)
+        for number, block in enumerate(blocks(firings, features)):
+            own = slice(block.first, block.first + block.size)
+            codes = [tuple(ids.tolist()) for ids in output.ids[own, :_OUTPUT]] if output else ()
+            detectors, tokens = best_detectors(block, self.text, bases, codes)
+            found, fires_F[own] = found + detectors, block.counts
+            if on_block:
+                on_block(number, block, tokens)
+        return found, fires_F / bases["position"].places
+
+    def _frozen(
+        self, frozen: Dictionary, scored: Scored, live: np.ndarray, labels: Mapping[int, Label]
+    ) -> FrozenControl:
+        """What the control says, with its fit beside the dictionary's."""
+        config = self.dictionary.config
+        rows = spread(self.store.rows("held_out", *{config.site, config.target or config.site}), _REBUILT)
+        sites = (config.site, config.target) if config.target else (config.site,)
+        values = [[self.store.read(site, rows).astype(np.float32) for site in sites]]
+        own, control = (reconstruct([one], values, self.mesh)[0] for one in (self.dictionary, frozen))
+        variance = (control.explained_variance, own.explained_variance)
+        return FrozenControl(scored.counts(live, labels), scored.mean_shuffled(live), control.l0, own.l0, *variance)
 
     def _record(self, split: str, dictionaries: dict[Path, Dictionary], on_batch: Any = None) -> np.ndarray:
         config = self.run.configs["interpret"]
         options = dict(stopping=self.run.stopping, on_batch=on_batch)
         return record(self.store, split, dictionaries, self.mesh, config.batch_tokens, **options)
 
-    def _output(self) -> neighbours.OutputTokens | None:
+    def _output(self, dictionary: Dictionary) -> neighbours.OutputTokens | None:
         """The tokens that features raise and lower; None where the dictionary does not write into the stream."""
         target = self.dictionary.config.target or self.dictionary.site
         if Site.parse(target).kind not in _IN_STREAM:
             return None
-        return neighbours.output_tokens(self.lm, self.dictionary.W_dec_FxD[...], _OUTPUT)
+        return neighbours.output_tokens(self.lm, dictionary.W_dec_FxD[...], _OUTPUT)
 
     def _heads(self) -> HeadShares | None:
         """What the heads before the dictionary's site look at; None if that is not asked for, or there are none."""
