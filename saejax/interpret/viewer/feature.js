@@ -11,6 +11,10 @@ const judgements = (judged) => {
     return `${name} ${judged[name].accuracy.toFixed(2)}${control ? ` (another feature's label ${control.accuracy.toFixed(2)})` : ''}`;
   });
   if (judged.intruder !== undefined && judged.intruder !== null) told.push(`intruders found ${judged.intruder.toFixed(2)} (by guessing 0.20)`);
+  if (typeof judged.embedding === 'number') {
+    const control = judged.embedding_control;
+    told.push(`embedding AUROC ${judged.embedding.toFixed(2)}${typeof control === 'number' ? ` (another feature's label ${control.toFixed(2)})` : ''}`);
+  }
   const name = judged.label && !judged.kept ? `Label “${visible(judged.label)}”, not kept` : 'Judged by a language model';
   return told.length ? [[name, `balanced accuracy on held-out text: ${told.join(', ')}`]] : [];
 };
