@@ -26,8 +26,8 @@ from saejax.explain.local import LocalJudge
 from saejax.explain.results import ExplainedDictionary, ExplainedFeature, ExplainResults
 from saejax.explain.stage import FOUND, ExplainConfig
 from saejax.interpret.firings import blocks, record
+from saejax.interpret.interpreter import FEATURES
 from saejax.interpret.labels import partners, read_labels
-from saejax.interpret.run import FEATURES
 from saejax.interpret.text import CodedText
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text

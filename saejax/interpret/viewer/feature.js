@@ -19,7 +19,7 @@ const judgements = (judged) => {
   return told.length ? [[name, `balanced accuracy on held-out text: ${told.join(', ')}`]] : [];
 };
 
-function featurePage(record, dictionary, labelOf) {
+function featurePage(record, dictionary, labelOf, layersBar) {
   const address = (feature) => `#${dictionary}/${feature}`;
   const link = (feature) => {
     const label = labelOf(feature);
@@ -108,6 +108,10 @@ function featurePage(record, dictionary, labelOf) {
       make('p', {class: 'tokens'}, 'raised ', ...record.up.map(([text]) => token(text))),
       make('p', {class: 'tokens'}, 'lowered ', ...record.down.map(([text]) => token(text))),
       ...(record.logits ? bars(record.logits.counts, number(record.logits.low), number(record.logits.high), 'Histogram of logits of all tokens') : []));
+  }
+  if (record.layers) {
+    section('By layers', 'The largest cosine of its decoder row with those of each other layer; of as many random directions the ' +
+      `largest is below ${number(layersBar, 2)} in 95 % of draws. A cell leads to the feature there.`, layerMap(record.layers, dictionary, layersBar));
   }
   section('Nearest decoder rows', '', table(['feature', 'cosine'], record.nearest.map(([feature, cosine]) => [link(feature), number(cosine)])));
   if ((record.together || []).length) {
