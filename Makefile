@@ -78,6 +78,7 @@ bench-input: $(INSTALLED)
 
 bench-interpret: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_interpret
+	$(BIN)/python -m benchmarks.bench_interpret --growth
 
 bench-transfer: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_transfer

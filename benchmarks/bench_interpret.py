@@ -1,13 +1,18 @@
 """How fast features are interpreted, beside the encoder alone, at the demo's size (random store, d 576, F 4,608).
 
 Run: python -m benchmarks.bench_interpret [--rows 65536] [--features 4608] [--k 64]
+     python -m benchmarks.bench_interpret --growth
 Prints tokens/s of the encoder alone, of the pass that writes all firings, and of all that is said of the features,
 labels searched included (without the model's part), their ratios, the peak of memory and, last, one line of JSON.
+With --growth, of a narrow dictionary: the peak of memory of a process that interprets it on 131,072 tokens, and of one
+that does on ten times as many, their ratio, and the bytes that a further token takes.
 """
 
 import argparse
 import json
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +32,7 @@ from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.parallel import make_mesh
 
 VOCABULARY, BATCH = 49_152, 4096
+GROWN, NARROW = (131_072, 1_310_720), ("--d=32", "--features=512", "--k=8")
 
 
 def encoder_seconds(store: Store, dictionary: Dictionary) -> float:
@@ -56,13 +62,30 @@ def interpret_seconds(store: Store, dictionary: Dictionary, text: CodedText, fol
     return middle - start, time.perf_counter() - middle
 
 
+def growth() -> None:
+    """Runs this benchmark on two lengths of text, each in a process of its own."""
+    made = []
+    for rows in GROWN:
+        command = [sys.executable, "-m", "benchmarks.bench_interpret", f"--rows={rows}", *NARROW]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        made.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"{made[-1]['tokens']:12,} tokens: peak of memory {made[-1]['peak_gb']:.2f} GB", flush=True)
+    (one, ten), tokens = (run["peak_gb"] for run in made), made[1]["tokens"] - made[0]["tokens"]
+    results = dict(peak_gb=[one, ten], ratio=round(ten / one, 2), bytes_per_token=round(1e9 * (ten - one) / tokens))
+    print(f"{results['ratio']} x, {results['bytes_per_token']} bytes for a further token")
+    print(json.dumps(results))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=65_536)
     parser.add_argument("--d", type=int, default=576)
     parser.add_argument("--features", type=int, default=4608)
     parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--growth", action="store_true")
     args = parser.parse_args()
+    if args.growth:
+        return growth()
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(Path(folder) / "store", args.rows, args.d, "bfloat16", 65_536)
         ids = (np.random.default_rng(1).zipf(1.3, args.rows) % VOCABULARY).astype(np.int32)

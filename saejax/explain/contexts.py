@@ -31,6 +31,11 @@ class HeldOut:
     silent: list[Context]
     wrong: list[list[int]]
 
+    @property
+    def right(self) -> list[bool]:
+        """Of the active and the silent contexts, whether the feature is active."""
+        return [True] * len(self.active) + [False] * len(self.silent)
+
 
 def held_out(
     folder: Path, features: int, wanted: Collection[int], place: np.ndarray, text: CodedText, draws: int, seed: int

@@ -22,8 +22,10 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from saejax.errors import UserError
-from saejax.explain.questions import Question
+from saejax.explain.questions import Compared, Question
 
 KEY = "OPENAI_API_KEY"
 _TRIES = 6
@@ -68,7 +70,7 @@ class Endpoint:
         self._quiet_until, self._limit_name = 0.0, "max_tokens"
         self._pause: Callable[[float], Any] = time.sleep
 
-    def ask(self, questions: Sequence[Question], keep: Keep) -> None:
+    def ask(self, questions: Sequence[Question | Compared], keep: Keep) -> None:
         """Asks questions; ``keep`` is called, in this thread, with every answer as it comes.
 
         Raises:
@@ -89,27 +91,46 @@ class Endpoint:
             finally:
                 threads.shutdown(cancel_futures=True)  # those that are asked already are kept
 
-    def _answer(self, question: Question) -> Answer:
-        body = self._post(question)
-        choice = body["choices"][0]
-        text = choice["message"].get("content")
-        used: Mapping[str, Any] = body.get("usage") or {}
-        asked = used.get("prompt_tokens", len(question.task + question.text) // _LETTERS)
-        told = used.get("completion_tokens", len(text or "") // _LETTERS)
-        cut = choice.get("finish_reason") == "length" or not isinstance(text, str)
-        return Answer(None if cut else text, (int(asked), int(told)))
+    def _answer(self, question: Question | Compared) -> Answer:
+        if isinstance(question, Compared):
+            return self._cosines(question)
 
-    def _post(self, question: Question) -> dict[str, Any]:
-        """The endpoint's reply to a question, which has a choice with a message."""
+        def asked_for() -> dict[str, Any]:
+            said = dict(model=self._model, messages=question.messages, temperature=0)
+            return said | {self._limit_name: question.most}
+
+        body, choice = self._post("chat/completions", asked_for, _message)
+        text = choice["message"].get("content")
+        asked = _used(body, "prompt_tokens", question.task + question.text)
+        told = _used(body, "completion_tokens", text or "")
+        cut = choice.get("finish_reason") == "length" or not isinstance(text, str)
+        return Answer(None if cut else text, (asked, told))
+
+    def _cosines(self, question: Compared) -> Answer:
+        texts = [*question.labels, *question.texts]
+        asked_for = dict(model=question.model, input=texts, encoding_format="float")
+        body, vector_NxE = self._post("embeddings", lambda: asked_for, lambda body: _vectors(body, len(texts)))
+        vector_NxE /= np.maximum(np.linalg.norm(vector_NxE, axis=1, keepdims=True), 1e-30)
+        cosine_LxT = vector_NxE[: len(question.labels)] @ vector_NxE[len(question.labels) :].T
+        return Answer(json.dumps(cosine_LxT.round(6).tolist()), (_used(body, "prompt_tokens", question.text), 0))
+
+    def _post(
+        self, path: str, asked_for: Callable[[], Mapping[str, Any]], read: Callable[[Any], Any]
+    ) -> tuple[dict[str, Any], Any]:
+        """The endpoint's reply, and what is read of it.
+
+        Args:
+          path: after the address.
+          asked_for: what is sent, made anew for each try.
+          read: raises a ``ValueError`` or ``LookupError`` if the reply is not of the protocol.
+        """
         said = ""
         for number in range(_TRIES):
             self._pause(max(0.0, self._quiet_until - time.monotonic()))
             pause = min(0.5 * 2**number, 8.0) * random.uniform(0.75, 1.0)
             try:
-                body = self._send(question)
-                if isinstance(body["choices"][0]["message"], dict):
-                    return body
-                said = "its reply has no message"
+                body = self._send(path, asked_for())
+                return body, read(body)
             except urllib.error.HTTPError as error:
                 said, text = f"status {error.code}", error.read(2000).decode("utf-8", "replace")
                 if error.code == 400 and "max_completion_tokens" in text and self._limit_name == "max_tokens":
@@ -121,7 +142,7 @@ class Endpoint:
                     pause, self._quiet_until = asked, max(self._quiet_until, time.monotonic() + asked)
             except (OSError, http.client.HTTPException) as error:  # connections, time limits
                 said = str(getattr(error, "reason", error)) or type(error).__name__
-            except (ValueError, KeyError, IndexError, TypeError):
+            except (ValueError, LookupError, TypeError, AttributeError):
                 said = "its reply is not of this protocol"
             if number + 1 < _TRIES:
                 self._pause(pause)
@@ -130,15 +151,38 @@ class Endpoint:
             "same command to go on"
         )
 
-    def _send(self, question: Question) -> dict[str, Any]:
-        data = dict(model=self._model, messages=question.messages, temperature=0)
+    def _send(self, path: str, data: Mapping[str, Any]) -> dict[str, Any]:
         key = os.environ.get(KEY)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        request = urllib.request.Request(
-            f"{self._url}/chat/completions", json.dumps(data | {self._limit_name: question.most}).encode(), headers
-        )
+        request = urllib.request.Request(f"{self._url}/{path}", json.dumps(data).encode(), headers)
         with urllib.request.urlopen(request, timeout=self._timeout) as reply:
             return json.loads(reply.read())
+
+
+def _message(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The first choice of a reply, which has a message."""
+    choice = body["choices"][0]
+    if not isinstance(choice["message"], dict):
+        raise ValueError("no message")
+    return choice
+
+
+def _vectors(body: Mapping[str, Any], count: int) -> np.ndarray:
+    """The embeddings of a reply, float64 [count, E], in the order of the texts."""
+    rows = sorted(body["data"], key=lambda one: one["index"])
+    vector_NxE = np.array([one["embedding"] for one in rows], np.float64)
+    if (
+        [one["index"] for one in rows] != list(range(count))
+        or vector_NxE.ndim != 2
+        or not np.isfinite(vector_NxE).all()
+    ):
+        raise ValueError("not a vector for each text")
+    return vector_NxE
+
+
+def _used(body: Mapping[str, Any], name: str, text: str) -> int:
+    """Tokens as the endpoint counts them, else by the length of the text."""
+    return int((body.get("usage") or {}).get(name, len(text) // _LETTERS))
 
 
 def _asked_pause(headers: email.message.Message) -> float:

@@ -3,8 +3,8 @@
 The questions are those of EleutherAI's delphi (Paulo et al., 2024, arXiv 2410.13928; intruder: arXiv 2507.08473), in
 words of our own: a label is written from contexts in which the active tokens are marked; *detection* asks in which of
 some contexts the feature of that label is active; *fuzzing*, in which of them the right tokens are marked; *intruder*
-shows no label and asks which context does not belong to the others. An answer that is not as asked for is None, and
-counts as unread.
+shows no label and asks which context does not belong to the others; *embedding* asks nothing: texts that are closer to
+the label are said to be the feature's. An answer that is not as asked for is None, and counts as unread.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ _FUZZ = """A feature of a language model is active on some tokens. You are given
 numbered texts with tokens marked by << and >>. For each text say whether the marked tokens are those on which the \
 feature is active: 1 for yes, 0 for no. Answer with a JSON list of {count} numbers, such as {example}, and nothing \
 else."""
+_SEEK = "Instruct: Find pieces of text in which what is described occurs\nQuery: "
 _INTRUDE = """You are shown numbered texts with tokens marked by << and >>. In all of them but one the marked tokens \
 have something in common. Find the one that does not belong to the others. End with one line of the form
 [RESPONSE]: its number"""
@@ -55,6 +56,31 @@ class Question:
     def messages(self) -> list[dict[str, str]]:
         """One message: some templates have no place for a system's."""
         return [dict(role="user", content=f"{self.task}\n\n{self.text}")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Labels and texts whose embeddings are compared; the answer is a JSON list of cosines with all texts, per label.
+
+    Attributes:
+      model: that embeds them.
+      labels, texts: as they are embedded.
+    """
+
+    model: str
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
+    task, most = "", 0
+
+    @property
+    def text(self) -> str:
+        """All that is embedded."""
+        return "\n".join((*self.labels, *self.texts))
+
+
+def compare(model: str, labels: Sequence[str], contexts: Sequence[Context]) -> Compared:
+    """Compares labels, as instructed queries, with contexts without marks."""
+    return Compared(model, tuple(_SEEK + _clean(label) for label in labels), tuple(map(plain, contexts)))
 
 
 def plain(context: Context) -> str:
@@ -121,6 +147,11 @@ def read_judgements(answer: str | None, count: int) -> list[bool] | None:
     if not isinstance(numbers, list) or len(numbers) != count or any(number not in (0, 1) for number in numbers):
         return None
     return [bool(number) for number in numbers]
+
+
+def read_cosines(answer: str | None) -> list[list[float]]:
+    """The cosines of each label with all texts."""
+    return json.loads(answer or "[]")
 
 
 def read_choice(answer: str | None, count: int) -> int | None:

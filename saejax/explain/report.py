@@ -18,15 +18,17 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     intro = (
         f"A language model ({every[0].model}) {wrote} on contexts in held-out text, from every tenth of a feature's "
         "firings and as many without it. Detection: in which contexts is the feature of this label active? Fuzzing: in "
-        "which are the right tokens marked? Intruder: which context does not belong to the others, without a label? A "
+        "which are the right tokens marked? Intruder: which context does not belong to the others, without a label? "
+        "Embedding: how well does the cosine of its embedding with that of a label tell a context with the feature? A "
         "label is kept if the lower end of the 95 % interval of its balanced accuracy in detection lies above that of "
         f"another feature's label, and above one half. Features with fewer than {FEWEST} held-out firings are not "
         "asked about."
     )
     columns = ("Dictionary", "Labels kept", "Score", "Mean", "95 %", "Control", "Features", "Unread")
     note = (
-        "Mean: of balanced accuracy, of intruders the share found; intervals by bootstrap over features. Control: with "
-        "the label of another feature that fires about as often; of intruders, by guessing. Unread: answers not as "
+        "Mean: of balanced accuracy, of intruders the share found, of embeddings the area under the ROC curve; "
+        "intervals by bootstrap over features. Control: with the label of another feature that fires about as often; "
+        "of intruders, by guessing. Unread: answers not as "
         "asked for, which count nowhere else."
     )
     return [

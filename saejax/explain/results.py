@@ -28,6 +28,8 @@ class ExplainedFeature:
     fuzzing: FeatureScore | None = None  #: None: not asked for, or nothing could be read
     fuzzing_control: FeatureScore | None = None  #: with the label of another feature
     intruder: float | None = None  #: share of intruders that were found, without a label; None as above
+    embedding: float | None = None  #: AUROC of the label's cosine with contexts; None: not asked for, or no label
+    embedding_control: float | None = None  #: with the label of another feature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class LabelScores:
 
     mean: (
         Interval | None
-    )  #: of balanced accuracy (of intruders: the share found), bootstrap over features; None: no answer
+    )  #: of balanced accuracy (intruders: the share found; embedding: AUROC), bootstrap over features; None: no answer
     control: float | None  #: the same with the label of another feature; of intruders: by guessing
     features: int  #: over which the mean is
     unread: float  #: share of the answers that could not be read
@@ -54,7 +56,7 @@ class ExplainedDictionary:
     kept: int  #: of them, those whose label is kept
     scores: Mapping[str, LabelScores]  #: detection, and what else was asked for
     questions: int  #: that were answered
-    prompt_tokens: int  #: of all questions, as the endpoint counts them, else by the length of the text
+    prompt_tokens: int  #: of all questions and embedded texts, as the endpoint counts them, else by their length
     answer_tokens: int  #: of all answers, likewise
 
 

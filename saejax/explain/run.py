@@ -21,22 +21,22 @@ from saejax.explain import questions, scores
 from saejax.explain.answers import Answers
 from saejax.explain.contexts import FEWEST, HeldOut, held_out
 from saejax.explain.endpoint import Endpoint
+from saejax.explain.judged import judged
 from saejax.explain.local import LocalJudge
-from saejax.explain.results import ExplainedDictionary, ExplainedFeature, ExplainResults, FeatureScore, LabelScores
+from saejax.explain.results import ExplainedDictionary, ExplainedFeature, ExplainResults
 from saejax.explain.stage import FOUND, ExplainConfig
 from saejax.interpret.firings import blocks, record
+from saejax.interpret.interpreter import FEATURES
 from saejax.interpret.labels import partners, read_labels
-from saejax.interpret.run import FEATURES
 from saejax.interpret.text import CodedText
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
 from saejax.parallel import make_mesh
 from saejax.results import from_json, to_json
-from saejax.tasks.scoring import bootstrap_mean
 from saejax.workspace import Run, read_json, write_json
 
 DONE = "done.json"
-_BATCH, _RESAMPLES = 4096, 2000
+_BATCH = 4096
 _RAISED = 10  # tokens that a feature raises, which its question names
 
 
@@ -89,6 +89,8 @@ def line(found: ExplainedDictionary) -> str:
 
 
 def _judge(config: ExplainConfig, run: Run) -> Endpoint | LocalJudge:
+    if config.embedding_model and not config.url:
+        raise UserError("--explain.embedding_model is a model of an endpoint: name that by --explain.url")
     if config.url:
         return Endpoint(config.url, config.model, config.concurrent, config.timeout)
     return LocalJudge(config.model, make_mesh(run.configs["mesh"]), config.concurrent)
@@ -152,13 +154,7 @@ class _Explainer:
         other = partners(rates, [held.feature in labels for held in chosen])
         own = [labels[held.feature].label if held.feature in labels else None for held in chosen]
         control = [own[i] if i >= 0 else None for i in other]
-        columns: dict[str, list[Any]] = {}
-        summaries: dict[str, LabelScores] = {}
-        for name in ("detection", *config.scores):
-            columns[name], unread = self._judged(answers, name, chosen, own)
-            if name != "intruder":
-                columns[f"{name}_control"], _ = self._judged(answers, name, chosen, control)
-            summaries[name] = _summary(columns[name], columns.get(f"{name}_control"), unread, config.seed)
+        columns, summaries = judged(answers, config, chosen, own, control)
         made = [
             ExplainedFeature(
                 label=label or "",
@@ -217,33 +213,3 @@ class _Explainer:
         read = map(questions.read_label, answers.all(asked, "labels"))
         by = self.run.configs["explain"].model
         return {held.feature: Label(label, by) for held, label in zip(chosen, read, strict=True) if label}
-
-    def _judged(
-        self, answers: Answers, name: str, chosen: Sequence[HeldOut], labels: Sequence[str | None]
-    ) -> tuple[list[Any], float]:
-        """A score of each feature with the label given, None where there is none; and the share of unread answers."""
-        ask, score, _ = scores.SCORES[name]
-        seed, shown = self.run.configs["explain"].seed, name == "intruder"  # which is asked without a label, too
-        asked = [ask(held, label, seed) if label or shown else None for held, label in zip(chosen, labels, strict=True)]
-        told = iter(answers.all([question for one in asked if one for question in one.questions], name))
-        found, unread, count = [], 0, 0
-        for one in asked:
-            read = [one.read(next(told), right) for right in one.right] if one else []
-            found.append(score(one.right, read) if one else None)
-            unread, count = unread + read.count(None), count + len(read)
-        return found, unread / max(count, 1)
-
-
-def _summary(own: Sequence[Any], control: Sequence[Any] | None, unread: float, seed: int) -> LabelScores:
-    """A score of all features; ``control``: with other labels, None for intruders."""
-    values, other = _values(own), _values(control or ())
-    mean = bootstrap_mean(values, _RESAMPLES, seed) if len(values) else None
-    if control is None:
-        by_chance: float | None = scores.SCORES["intruder"][2]
-    else:
-        by_chance = float(other.mean()) if len(other) else None
-    return LabelScores(mean, by_chance, len(values), unread)
-
-
-def _values(column: Sequence[FeatureScore | float | None]) -> np.ndarray:
-    return np.array([one.accuracy if isinstance(one, FeatureScore) else one for one in column if one is not None])

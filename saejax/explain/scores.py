@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
 from saejax.explain.contexts import HeldOut
 from saejax.explain.questions import (
@@ -48,7 +49,7 @@ def detection(held: HeldOut, label: str, seed: int) -> Asked:
       label: of the feature, or of another one.
       seed: of the order of contexts, which does not depend on the label.
     """
-    every, right = [*held.active, *held.silent], _right(held)
+    every, right = [*held.active, *held.silent], held.right
     groups = _groups(len(every), seed, held.feature)
     questions = [detect(label, [every[i] for i in group]) for group in groups]
     return Asked(questions, _of(right, groups), _judgements)
@@ -56,7 +57,7 @@ def detection(held: HeldOut, label: str, seed: int) -> Asked:
 
 def fuzzing(held: HeldOut, label: str, seed: int) -> Asked:
     """Asks in which contexts the tokens that a label speaks of are marked; see ``detection``."""
-    every, right = [*held.active, *held.silent], _right(held)
+    every, right = [*held.active, *held.silent], held.right
     places = [*map(active, held.active), *held.wrong]
     groups = _groups(len(every), seed, held.feature)
     questions = [fuzz(label, [every[i] for i in group], [places[i] for i in group]) for group in groups]
@@ -102,6 +103,14 @@ def judged_score(right: Sequence[Sequence[bool]], read: Sequence[Sequence[bool] 
     return FeatureScore((recall + specificity) / 2, hit / max(1, hit + false), recall, f1, len(pairs))
 
 
+def embedding_score(right: Sequence[bool], cosines: Sequence[float]) -> float | None:
+    """How well cosines with a label tell the contexts with the feature: the area under the ROC curve, ties half.
+
+    None if there are contexts of one sort alone.
+    """
+    return float(roc_auc_score(right, cosines)) if len(set(right)) == 2 else None
+
+
 def intruder_score(right: Sequence[int], read: Sequence[int | None]) -> float | None:
     """The share of intruders that were found; None if no answer can be read."""
     found = [said == place for place, said in zip(right, read, strict=True) if said is not None]
@@ -129,10 +138,6 @@ SCORES: dict[str, tuple[Callable[..., Asked], Callable[..., Any], float]] = dict
 
 def _judgements(answer: str | None, right: Sequence[bool]) -> list[bool] | None:
     return read_judgements(answer, len(right))
-
-
-def _right(held: HeldOut) -> list[bool]:
-    return [True] * len(held.active) + [False] * len(held.silent)
 
 
 def _groups(count: int, seed: int, feature: int) -> list[list[int]]:

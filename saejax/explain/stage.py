@@ -41,6 +41,10 @@ class ExplainConfig(Config):
         "what is asked beside detection, which decides whether a label is kept",
         choices=("fuzzing", "intruder"),
     )
+    embedding_model: str = setting(
+        "",
+        "a model at the endpoint that embeds texts: labels are also scored by their closeness to contexts; empty: no",
+    )
     most_tokens: int = setting(
         2_000_000,
         "tokens that may be spent, prompts and answers together, those of earlier runs of the unit counted",

@@ -31,7 +31,7 @@ from saejax.exporting.rows import (
     feature_json,
     feature_row,
 )
-from saejax.interpret.run import FEATURES
+from saejax.interpret.interpreter import FEATURES
 from saejax.models.sites import Site
 from saejax.settings import ExportConfig
 from saejax.workspace import Run, read_json, whole_file, write_text

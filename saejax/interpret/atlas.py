@@ -14,16 +14,17 @@ from typing import Any
 from saejax.causal.ablate.results import AblateResults
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
+from saejax.interpret.heatmaps import MAPS
+from saejax.interpret.interpreter import FEATURES
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
-from saejax.interpret.run import FEATURES
 from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import load_results, to_json
 from saejax.workspace import Run, read_json, write_json, write_text
 
 CHUNK = 32  # features of a file that is loaded at once
 _VIEWER = Path(__file__).parent / "viewer"
-_PAGE = ("index.html", "atlas.css", "atlas.js", "feature.js")
+_PAGE = ("index.html", "atlas.css", "atlas.js", "feature.js", "heatmap.js")
 
 
 def run_atlas(run: Run) -> AtlasResults:
@@ -48,7 +49,8 @@ def run_atlas(run: Run) -> AtlasResults:
         labels = load_labels(source / LABELS) | by_model | own
         records = (one for file in sorted((source / FEATURES).glob("*.json")) for one in read_json(file))
         extra = ({**one, "judged": judged[key]} if (key := str(one["feature"])) in judged else one for one in records)
-        write_atlas(run.folder / member.name, name, extra, labels, measured.get(name, {}))
+        maps = read_json(source / MAPS) if (source / MAPS).exists() else None  # of an older version
+        write_atlas(run.folder / member.name, name, extra, labels, measured.get(name, {}), maps)
         written = len(by_model.keys() - own.keys())
         found = len(labels) - len(own) - written
         made.append(AtlasPages(name, member.name, member.features, len(own), found, written))
@@ -83,6 +85,7 @@ def write_atlas(
     records: Iterable[Mapping[str, Any]],
     labels: Mapping[int, Label],
     effects: Mapping[int, Mapping[str, float]],
+    maps: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the atlas of a dictionary; what a run that was killed left there is replaced.
 
@@ -92,6 +95,7 @@ def write_atlas(
       records: of all features, in their order, as ``records`` makes them.
       labels: by feature.
       effects: feature -> behaviour -> the logit difference that is lost without it, where it was measured.
+      maps: heatmaps as ``interpret`` writes them, and the bar of cosines between layers.
     """
     shutil.rmtree(folder / "data", ignore_errors=True)
     (folder / "data").mkdir(parents=True)
@@ -119,7 +123,11 @@ def write_atlas(
     if chunk:
         _script(folder, chunk[-1]["feature"] // CHUNK, chunk)
     number = len(columns["rate"])
-    about = dict(dictionary=dictionary, features=number, chunk=CHUNK, columns=columns)
+    maps = maps or dict(texts=[], layers_bar=None)
+    about = dict(dictionary=dictionary, features=number, chunk=CHUNK, columns=columns, maps=len(maps["texts"]))
+    about |= dict(layers_bar=maps["layers_bar"])
+    for place, one in enumerate(maps["texts"]):
+        write_text(folder / "data" / f"map-{place}.js", f"atlas.map({place},{_json(one)})\n")
     write_text(folder / "data" / "index.js", f"atlas.index({_json(about)})\n")
     write_json(folder / LABELS, {str(feature): to_json(label) for feature, label in labels.items()})
     for name in _PAGE:

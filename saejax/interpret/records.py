@@ -36,6 +36,7 @@ class Describer:
       nearest: numbers and cosines of the nearest decoder rows, [F, n].
       together: of features that fire on the same tokens.
       heads: what attention heads look at; None: not asked for.
+      layers: by the name of another layer's dictionary, its feature with the nearest decoder row, and the cosine.
     """
 
     store: Store
@@ -48,6 +49,7 @@ class Describer:
     nearest: tuple[np.ndarray, np.ndarray]
     together: Together
     heads: HeadShares | None = None
+    layers: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self._known = np.zeros(len(self.store.documents.ids_T), bool)
@@ -115,6 +117,9 @@ class Describer:
         """What follows from the weights."""
         near = zip(*(part[feature] for part in self.nearest), strict=True)
         one: dict[str, Any] = dict(nearest=[[int(other), short(cosine)] for other, cosine in near])
+        if self.layers:
+            across = self.layers.items()
+            one["layers"] = [[name, int(ids[feature]), short(cosines[feature])] for name, (ids, cosines) in across]
         if self.output:
             ids, logits = self.output.ids[feature], self.output.logits[feature]
             pairs = [[self.text.texts[i], short(logit)] for i, logit in zip(ids, logits, strict=True)]

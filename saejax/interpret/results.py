@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+from saejax.results import Interval
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelCounts:
@@ -12,6 +14,20 @@ class LabelCounts:
     labelled: int  #: of them, those with a label
     share: float  #: labelled over features
     mean_f1: float  #: of the detector chosen for each feature, labelled or not; 0 where there is none
+    share_interval: Interval | None = None  #: of ``share``, Wilson, over features
+    f1_interval: Interval | None = None  #: of ``mean_f1``, bootstrap over features; None: none fires
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenControl:
+    """The search of labels on a frozen-random dictionary as large and as sparse, whose directions were drawn."""
+
+    labels: LabelCounts  #: of its features, by the rule that the dictionary's are judged by
+    shuffled_f1: float  #: mean F1 of the label of another of its features
+    l0: float  #: features that fire on a token of held-out text, mean over 4,096 tokens at most
+    own_l0: float  #: the same of the dictionary
+    explained_variance: float  #: share of the variance of these tokens that it rebuilds, its decoder fitted
+    own_explained_variance: float  #: the same of the dictionary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +44,7 @@ class InterpretedDictionary:
     random: LabelCounts  #: the same of random directions that fire as often
     shuffled_f1: float  #: mean F1 of the label of another feature that fires about as often
     families: Mapping[str, int]  #: labels by what they look at
+    frozen: FrozenControl | None = None  #: the same of a frozen-random dictionary; None: of an older version
 
 
 @dataclasses.dataclass(frozen=True)

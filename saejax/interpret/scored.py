@@ -15,6 +15,9 @@ from saejax.interpret.labels import bars, partners
 from saejax.interpret.results import LabelCounts
 from saejax.interpret.text import CodeCounts, CodedText
 from saejax.results import to_json
+from saejax.tasks.scoring import bootstrap_mean, wilson_of
+
+_RESAMPLES, _SEED = 2000, 789
 
 Found = Sequence[Mapping[str, tuple[Detector, float]]]  # of each feature: family -> detector, F1 on the search text
 
@@ -83,10 +86,17 @@ class Scored:
         }
 
     def counts(self, live: np.ndarray, labels: Mapping[int, Label]) -> LabelCounts:
-        """Shares and means over the features that are live."""
+        """Shares and means over the features that are live, with intervals over these."""
         count, labelled = int(live.sum()), sum(bool(live[i]) for i in labels)
-        mean = float(self.f1[live].mean()) if count else 0.0
-        return LabelCounts(count, labelled, labelled / max(count, 1), mean)
+        share = labelled / max(count, 1)
+        f1 = bootstrap_mean(self.f1[live], _RESAMPLES, _SEED) if count else None
+        return LabelCounts(
+            count, labelled, share, f1.mean if f1 else 0.0, wilson_of(share, count) if count else None, f1
+        )
+
+    def mean_shuffled(self, live: np.ndarray) -> float:
+        """Mean F1 of other features' detectors over the features that are live."""
+        return float(self.shuffled[live].mean()) if live.any() else 0.0
 
     def families(self, labels: Mapping[int, Label]) -> dict[str, int]:
         """Labels by what they look at."""

@@ -25,6 +25,7 @@ class InterpretConfig(Config):
     attention_tokens: int = setting(
         8192, "tokens of text at which features are compared with what attention heads look at; 0: none", low=0
     )
+    heatmaps: int = setting(4, "documents of the search text shown as heatmaps, features by tokens", low=0)
     batch_tokens: int = setting(4096, "tokens encoded at a time", low=32, changes_results=False)
     seed: int = setting(789, "seed of the random directions that labels are compared with", low=0)
 

@@ -66,6 +66,15 @@ class CodedText:
     def _shapes(self) -> np.ndarray:
         return np.array([shape_of(text) for text in self.texts], np.int64)
 
+    @property
+    def tokens(self) -> int:
+        """Of all documents."""
+        return len(self._ids)
+
+    def starts(self, document: np.ndarray) -> np.ndarray:
+        """The places of documents' first tokens."""
+        return self._starts[document]
+
     def document(self, place: np.ndarray) -> np.ndarray:
         """The documents that places stand in."""
         return np.searchsorted(self._starts, place, side="right") - 1

@@ -1,5 +1,6 @@
 """The endpoint against a real server: what is asked again and when, what is refused, what is kept."""
 
+import json
 import time
 from email.utils import formatdate
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 from saejax.errors import Interrupted, UserError
 from saejax.explain.answers import ANSWERS, Answers
 from saejax.explain.endpoint import KEY, Answer, Endpoint
-from saejax.explain.questions import Question
+from saejax.explain.questions import Compared, Question
 
 ASK = [Question("Say it.", f"number {i}", 20) for i in range(6)]
 
@@ -79,6 +80,47 @@ def test_newer_models_call_the_limit_otherwise():
     with protocol.Server(lambda prompt: "yes", [400]) as server:
         ask(endpoint(server), ASK[:2])
         assert [("max_completion_tokens" in body) for _, body, *_ in server.tries] == [False, True, True]
+
+
+COMPARE = Compared("e", ("one",), ("one", "two", "zzz"))
+
+
+@pytest.mark.parametrize("trouble", [500, 429, "closed", "nonsense"])
+def test_embeddings_are_asked_for_again_as_answers_are(trouble):
+    with protocol.Server(lambda prompt: "", [trouble]) as server:
+        (answer,) = ask(endpoint(server), [COMPARE])
+        ((_, body, _, path),) = server.tries[1:]
+    (cosines,) = json.loads(answer.text)
+    assert cosines == pytest.approx([1, 1 / 3, 0], abs=1e-6) and answer.tokens == (4, 0)
+    assert path == "/v1/embeddings" and body == dict(
+        model="e", input=["one", "one", "two", "zzz"], encoding_format="float")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda texts: [],
+        lambda texts: protocol.of_letters(texts)[1:],  # one is missing
+        lambda texts: [one | dict(index=0) for one in protocol.of_letters(texts)],
+        lambda texts: [
+            one | dict(embedding=one["embedding"][: 9 + one["index"]]) for one in protocol.of_letters(texts)
+        ],
+        lambda texts: [one | dict(embedding=[float("nan")]) for one in protocol.of_letters(texts)],
+        lambda texts: [one | dict(embedding="AAAA") for one in protocol.of_letters(texts)],
+    ],
+)
+def test_embeddings_that_are_not_one_vector_for_each_text(rows):
+    with (
+        protocol.Server(lambda prompt: "", vectors=rows) as server,
+        pytest.raises(UserError, match=r"6 tries \(its reply is not of this protocol\)"),
+    ):
+        ask(endpoint(server), [COMPARE])
+
+
+def test_an_embedding_of_nothing_is_close_to_nothing():
+    zero = lambda texts: [one | dict(embedding=[0.0, 0.0]) for one in protocol.of_letters(texts)]  # noqa: E731
+    with protocol.Server(lambda prompt: "", vectors=zero) as server:
+        assert ask(endpoint(server), [COMPARE])[0].text == "[[0.0, 0.0, 0.0]]"
 
 
 def test_an_endpoint_that_never_answers_is_given_up():

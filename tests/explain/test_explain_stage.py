@@ -202,6 +202,42 @@ def test_labels_are_written_from_training_text_and_kept_only_if_they_tell(workdi
     assert member.kept <= 2  # the judge guesses
 
 
+def test_the_embedding_score_is_the_share_of_pairs_in_the_right_order(workdir, tmp_path):
+    """AUROC by counting pairs of contexts, of which ties count half, of cosines of what the server embedded."""
+    place, given = Place(workdir), tmp_path / "given.csv"
+    given.write_text("feature,label,note,reviewer\n" + "".join(f"{i},concept {i} zebra {i},,Ada\n" for i in (0, 3, 9)))
+    settings = dict(given=str(given), embedding_model="e", scores=(), draws=2)
+    with protocol.Server(judge(place)) as server:
+        member, found = go(workdir, tmp_path / "unit", server.url, **settings)
+        bodies = [body for _, body, _, path in server.tries if path == "/v1/embeddings"]
+    assert len(server.embedded) == len(found) == 3 and {body["model"] for body in bodies} == {"e"}
+    assert member.questions == len(server.asked) + 3 and list(member.scores) == ["detection", "embedding"]
+    tokens = [len(text.split()) for texts in server.embedded for text in texts]
+    assert member.prompt_tokens == sum(tokens) + sum(len(p.split()) for p in server.asked)
+    seen = {}
+    for own, other, *texts in server.embedded:
+        feature = int(re.search(r"Query: concept (\d+)", own)[1])
+        assert other.startswith("Instruct: ") and other.split("Query: ")[1] != own.split("Query: ")[1]
+        assert {place.split[place.find(text)[0]] for text in texts} == {"held_out"} and "<<" not in "".join(texts)
+        there = [max(place.active(text, feature)) > 0 for text in texts]
+        assert sum(there) == 20 == len(there) / 2
+        for name, label in (("embedding", own), ("embedding_control", other)):
+            a, rows = np.array(protocol.embed(label)), np.array([protocol.embed(text) for text in texts])
+            cosine = (rows @ a / np.linalg.norm(rows, axis=1) / np.linalg.norm(a)).round(6)
+            pairs = [(x > y) + (x == y) / 2 for x in cosine[there] for y in cosine[~np.array(there)]]
+            assert getattr(found[feature], name) == pytest.approx(np.mean(pairs))
+            seen.setdefault(name, []).append(np.mean(pairs))
+    assert member.scores["embedding"].mean.mean == pytest.approx(np.mean(seen["embedding"]))
+    assert member.scores["embedding"].control == pytest.approx(np.mean(seen["embedding_control"]))
+
+
+def test_features_without_a_label_have_no_embedding_score(workdir, tmp_path):
+    with protocol.Server(lambda prompt: "") as server:
+        member, found = go(workdir, tmp_path / "unit", server.url, sample=2, embedding_model="e")
+    assert not server.embedded and member.scores["embedding"].mean is None
+    assert all(one.embedding is None and one.embedding_control is None for one in found.values())
+
+
 def test_a_judge_that_guesses_keeps_few_labels():
     """Worlds in which nothing is true: 20 contexts, answers by a coin, for the label and for the other one."""
     rng, kept = np.random.default_rng(0), 0
@@ -226,6 +262,7 @@ def test_no_answer_that_can_be_read(workdir, tmp_path):
         (dict(given="nowhere.csv"), "--explain.given=nowhere.csv cannot be read"),
         (dict(model=""), "--explain.model is missing"),
         (dict(url="nowhere"), "--explain.url=nowhere is no address"),
+        (dict(url="", embedding_model="e"), "--explain.embedding_model is a model of an endpoint"),
     ],
 )
 def test_what_is_refused(workdir, tmp_path, settings, said):

@@ -13,7 +13,7 @@ from saejax.activations.plan import Plan
 from saejax.activations.store import Store
 from saejax.activations.writer import StoreWriter
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.interpret.run import Interpreter
+from saejax.interpret.interpreter import Interpreter
 from saejax.interpret.stage import InterpretConfig
 from saejax.interpret.text import CodedText
 from saejax.parallel import make_mesh

@@ -30,14 +30,17 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("atlas")
-    records = (made_up_record(i, fires=0 if i == 5 else 12 + i) for i in range(70))
-    write_atlas(folder, "topk", records, LABELS, {1: dict(capital=1.25)})
+    records = [made_up_record(i, fires=0 if i == 5 else 12 + i) for i in range(70)]
+    records[1]["layers"] = [["resid_post.3", 17, 0.75], ["resid_post.9", 4, 0.11]]
+    one = dict(document=8, tokens=["The", BAD, " c\n"], features=[1, 2], acts=[[0.0, 4.0, None], [1.0, 0.5, 0.0]])
+    maps = dict(texts=[one, one | dict(document=9)], layers_bar=0.2)
+    write_atlas(folder, "topk/resid_post.5", records, LABELS, {1: dict(capital=1.25)}, maps)
     return (folder / "index.html").as_uri()
 
 
 def show(browser, page, feature):
-    browser.open(f"{page}#topk/{feature}")
-    browser.wait(f"atlas.painted === {feature}")
+    browser.open(f"{page}#topk/resid_post.5/{feature}")
+    browser.wait(f"atlas.painted === {json.dumps(feature)}")
     browser.settle()
 
 
@@ -63,6 +66,28 @@ def test_any_feature_is_shown_by_its_address(browser, page, dark, width):
 
 
 @needs_chromium
+@pytest.mark.parametrize("width", [400, 1300])
+def test_heatmaps_by_token_and_by_layer(browser, page, width):
+    browser.view(width, 900, dark=width == 400, phone=width == 400)
+    show(browser, page, "maps")
+    browser.wait("document.querySelectorAll('#feature table').length === 2")
+    shown = browser.js("[...document.querySelectorAll('#feature td.cell')].slice(0, 6).map(c => "
+                       "[c.style.getPropertyValue('--share'), c.title])")  # fmt: skip
+    assert [share for share, _ in shown] == ["0", "1", "0", "1", "0.5", "0"]
+    assert shown[1][1] == f"1 on {BAD}: 4" and shown[2][1].endswith("not scored")
+    assert browser.js("document.querySelector('#feature th a').getAttribute('href')") == "#topk/resid_post.5/1"
+    assert browser.js("document.documentElement.scrollWidth <= innerWidth")
+    show(browser, page, 1)
+    cells = "[...document.querySelectorAll('#feature .heat td.cell')]"
+    assert browser.js(f"{cells}.map(c => c.innerText)") == ["0.75", "0.11"]
+    assert browser.js(f"{cells}.map(c => c.title.endsWith('as of random directions'))") == [False, True]
+    href = browser.js(f"{cells}[0].querySelector('a').getAttribute('href')")
+    assert href == "../resid_post.3/index.html#topk/resid_post.3/17" and "below 0.2 in" in text(browser, "#feature")
+    show(browser, page, 2)
+    assert "By layers" not in text(browser, "#feature") and browser.errors == []
+
+
+@needs_chromium
 def test_the_keyboard_finds_and_steps_through_features(browser, page):
     browser.view(1300, 900)
     show(browser, page, 33)
@@ -80,7 +105,7 @@ def test_the_keyboard_finds_and_steps_through_features(browser, page):
     show(browser, page, 5)
     assert "0 tokens" in text(browser, "#feature") and "never fires" in text(browser, "#list a[data-feature='6']") + \
         text(browser, "#list a[data-feature='5']")  # fmt: skip
-    browser.js("location.hash = '#topk/999'")
+    browser.js("location.hash = '#topk/resid_post.5/999'")
     browser.settle()
     assert "no feature" in text(browser, "#feature") and browser.errors == []
 
@@ -91,7 +116,10 @@ def test_a_hundred_thousand_features(browser, tmp_path):
     """The times are printed; only what is shown is tested."""
     write_atlas(tmp_path, "wide", (made_up_record(i) for i in range(100_000)), LABELS, {})
     browser.view(1300, 900)
-    show(browser, (tmp_path / "index.html").as_uri(), 99_999)
+    browser.open(f"{(tmp_path / 'index.html').as_uri()}#wide/99999")
+    browser.wait("atlas.painted === 99999")
+    browser.settle()
+    assert browser.js("document.getElementById('maps').hidden")
     assert "Feature 99999" in text(browser, "#feature")
     memory = browser.js("performance.memory.usedJSHeapSize") / 1e6
     print(f"\n100,000 features: {browser.js('atlas.ready'):.0f} ms to the list, {memory:.0f} MB of the script's heap")

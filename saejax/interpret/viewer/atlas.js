@@ -5,6 +5,7 @@ const atlas = (() => {
   const at = (id) => document.getElementById(id);
   const waiting = new Map();  // chunk -> what to do once it is there
   const chunks = new Map();
+  const maps = [];
   let about, order = [], matches = [], shown = 0;
   const ROWS = 100, KEPT = 40;  // rows of the list added at a time; chunks kept
 
@@ -13,6 +14,8 @@ const atlas = (() => {
     document.title = `Features of ${data.dictionary}`;
     at('title').textContent = document.title;
     at('about').textContent = `${data.features.toLocaleString('en')} features. Left and right arrow: neighbours by number.`;
+    at('maps').hidden = !data.maps;
+    at('maps').href = `#${data.dictionary}/maps`;
     data.searched = data.columns.label.map((label, i) => `${i} ${label} ${data.columns.token[i]}`.toLowerCase());
     sort();
     route();
@@ -30,13 +33,24 @@ const atlas = (() => {
     if (chunks.has(number)) return then(chunks.get(number));
     if (waiting.has(number)) return waiting.get(number).push(then);
     waiting.set(number, [then]);
+    fetchScript(`data/${String(number).padStart(5, '0')}.js`, () => waiting.delete(number));
+  }
+
+  function fetchScript(source, onMissing) {
     const script = document.createElement('script');
-    script.src = `data/${String(number).padStart(5, '0')}.js`;
+    script.src = source;
     script.onload = () => script.remove();
-    script.onerror = () => { waiting.delete(number); say(`The file ${script.src} is missing.`); };
+    script.onerror = () => { onMissing(); say(`The file ${script.src} is missing.`); };
     document.head.append(script);
   }
 
+  function map(place, one) {
+    maps[place] = one;
+    if (about.maps === maps.filter(Boolean).length) route();
+  }
+
+  const labelOf = (i) => about.columns.label[i];
+  const onMaps = () => Boolean(about.maps) && location.hash.endsWith('/maps');
   const say = (text) => at('feature').replaceChildren(make('p', {}, text));
 
   function current() {
@@ -47,11 +61,17 @@ const atlas = (() => {
 
   function route() {
     const feature = current();
+    if (onMaps()) {
+      if (maps.filter(Boolean).length === about.maps) at('feature').replaceChildren(mapsPage(maps, about.dictionary, labelOf));
+      else for (let i = 0; i < about.maps; i++) fetchScript(`data/map-${i}.js`, () => undefined);
+      atlas.painted = 'maps';
+      return mark();
+    }
     if (feature < 0) return location.hash ? say('There is no feature of this number.') : undefined;
     load(Math.floor(feature / about.chunk), (records) => {
       if (feature !== current()) return;
       const record = records.find((one) => one.feature === feature);
-      at('feature').replaceChildren(featurePage(record, about.dictionary, (i) => about.columns.label[i]));
+      at('feature').replaceChildren(featurePage(record, about.dictionary, labelOf, about.layers_bar));
       atlas.painted = feature;
       mark();
     });
@@ -110,5 +130,5 @@ const atlas = (() => {
       if (next >= 0 && next < about.features) location.hash = `#${about.dictionary}/${next}`;
     }
   });
-  return {index, chunk};
+  return {index, chunk, map};
 })();

@@ -11,11 +11,15 @@ const judgements = (judged) => {
     return `${name} ${judged[name].accuracy.toFixed(2)}${control ? ` (another feature's label ${control.accuracy.toFixed(2)})` : ''}`;
   });
   if (judged.intruder !== undefined && judged.intruder !== null) told.push(`intruders found ${judged.intruder.toFixed(2)} (by guessing 0.20)`);
+  if (typeof judged.embedding === 'number') {
+    const control = judged.embedding_control;
+    told.push(`embedding AUROC ${judged.embedding.toFixed(2)}${typeof control === 'number' ? ` (another feature's label ${control.toFixed(2)})` : ''}`);
+  }
   const name = judged.label && !judged.kept ? `Label “${visible(judged.label)}”, not kept` : 'Judged by a language model';
   return told.length ? [[name, `balanced accuracy on held-out text: ${told.join(', ')}`]] : [];
 };
 
-function featurePage(record, dictionary, labelOf) {
+function featurePage(record, dictionary, labelOf, layersBar) {
   const address = (feature) => `#${dictionary}/${feature}`;
   const link = (feature) => {
     const label = labelOf(feature);
@@ -104,6 +108,10 @@ function featurePage(record, dictionary, labelOf) {
       make('p', {class: 'tokens'}, 'raised ', ...record.up.map(([text]) => token(text))),
       make('p', {class: 'tokens'}, 'lowered ', ...record.down.map(([text]) => token(text))),
       ...(record.logits ? bars(record.logits.counts, number(record.logits.low), number(record.logits.high), 'Histogram of logits of all tokens') : []));
+  }
+  if (record.layers) {
+    section('By layers', 'The largest cosine of its decoder row with those of each other layer; of as many random directions the ' +
+      `largest is below ${number(layersBar, 2)} in 95 % of draws. A cell leads to the feature there.`, layerMap(record.layers, dictionary, layersBar));
   }
   section('Nearest decoder rows', '', table(['feature', 'cosine'], record.nearest.map(([feature, cosine]) => [link(feature), number(cosine)])));
   if ((record.together || []).length) {

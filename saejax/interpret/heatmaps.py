@@ -1,0 +1,116 @@
+"""Heatmaps: which features are active on which tokens of some documents, and what of a feature other layers write.
+
+By token: of every document shown, the features that are more active in it than they are in all text. By layer: the
+largest cosine of a feature's decoder row with those of a dictionary of another layer. Of random directions one cosine
+squared has the distribution Beta(1/2, (d - 1)/2), and the largest of F is below c with the F-th power of its
+probability: ``layers_bar``.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from scipy.stats import beta
+
+from saejax.interpret.describe import priority
+from saejax.interpret.firings import Block
+from saejax.interpret.text import CodedText
+
+MAPS = "heatmaps.json"
+TOKENS, SHOWN = 48, 24  # tokens of a document from its first, and features of a heatmap
+_ROWS = 256  # decoder rows at once
+
+
+class TokenMaps:
+    """The firings on some documents of the search text.
+
+    Args:
+      text: of the store.
+      place: the places that were encoded.
+      documents: how many of their documents are shown: those of the largest ``priority``.
+    """
+
+    def __init__(self, text: CodedText, place: np.ndarray, documents: int):
+        every = np.unique(text.document(place))
+        self._text, self._count = text, len(place)
+        self._documents = every[np.argsort(priority(every), kind="stable")[::-1][:documents]]
+        starts = text.starts(self._documents)
+        self._places = [np.arange(start, start + min(TOKENS, 1 + int(text.left(start)))) for start in starts]
+        self._wanted = np.zeros(text.tokens, bool)
+        for places in self._places:
+            self._wanted[places] = True
+        self._known = np.isin(np.concatenate([np.zeros(0, np.int64), *self._places]), place)
+        self._firings: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._means: list[np.ndarray] = []
+
+    def add(self, block: Block) -> None:
+        """Takes the firings of a block; blocks come in their order."""
+        own = self._wanted[block.place]
+        self._firings.append((block.feature[own] + block.first, block.place[own], block.value[own]))
+        self._means.append(np.bincount(block.feature, block.value, block.size) / self._count)
+
+    def made(self, length_F: np.ndarray) -> list[dict[str, Any]]:
+        """The heatmaps as JSON: ``document``, ``tokens``, ``features``, ``acts`` (a row for each feature).
+
+        Features are those with the largest sum of activation over the tokens shown, less what the mean over all text
+        would be, times the length of the decoder row; only what is above 0. An activation is null where the store has
+        none (sinks, for instance).
+
+        Args:
+          length_F: of the decoder rows.
+        """
+        feature, place, value = (np.concatenate(part) for part in zip(*self._firings, strict=True))
+        mean_F, found, first = np.concatenate(self._means), [], 0
+        for document, places in zip(self._documents.tolist(), self._places, strict=True):
+            known = self._known[first : first + len(places)]
+            first += len(places)
+            own = (place >= places[0]) & (place <= places[-1])
+            excess_F = np.bincount(feature[own], value[own], len(mean_F)) - known.sum() * mean_F
+            excess_F *= length_F
+            best = np.argsort(-excess_F, kind="stable")[:SHOWN]
+            best = best[excess_F[best] > 0]
+            acts_FxT = np.zeros((len(mean_F), len(places)), np.float32)
+            acts_FxT[feature[own], place[own] - places[0]] = value[own]
+            rows = [
+                [float(f"{act:.3g}") if there else None for act, there in zip(row, known, strict=True)]
+                for row in acts_FxT[best].tolist()
+            ]
+            tokens = [self._text.texts[i] for i in self._text.back(places, 0)]
+            found.append(dict(document=document, tokens=tokens, features=best.tolist(), acts=rows))
+        return found
+
+
+def layers_bar(features: int, width: int, level: float = 0.95) -> float:
+    """The cosine that the largest of so many random directions' stays below with a probability of ``level``."""
+    if width < 2:
+        return 1.0
+    return float(np.sqrt(beta.ppf(2 * level ** (1 / features) - 1, 0.5, (width - 1) / 2)))
+
+
+def across_layers(W_dec_FxD: jax.Array, other_GxD: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The row of another dictionary with the largest cosine with each decoder row, and the cosine, both [F].
+
+    Of rows of length 0 the cosine is 0.
+    """
+    rows = -(-len(W_dec_FxD) // _ROWS) * _ROWS
+    padded_PxD = jnp.pad(_unit(W_dec_FxD), ((0, rows - len(W_dec_FxD)), (0, 0)))
+    found = jax.device_get(_largest(padded_PxD.reshape(-1, _ROWS, padded_PxD.shape[1]), _unit(other_GxD)))
+    ids, cosines = (part.reshape(-1)[: len(W_dec_FxD)] for part in found)
+    return ids, cosines
+
+
+@jax.jit
+def _largest(rows_NxRxD: jax.Array, other_GxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def block(rows_RxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        cosine_RxG = jnp.matmul(rows_RxD, other_GxD.T, precision="highest")
+        return jnp.argmax(cosine_RxG, axis=1), jnp.max(cosine_RxG, axis=1)
+
+    return lax.map(block, rows_NxRxD)
+
+
+@jax.jit
+def _unit(W_FxD: jax.Array) -> jax.Array:
+    length_Fx1 = jnp.linalg.norm(W_FxD, axis=-1, keepdims=True)
+    return W_FxD / jnp.where(length_Fx1 > 0, length_Fx1, 1.0)
