@@ -72,9 +72,11 @@ class Dictionary(Editing, nnx.Module):
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
         directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
         arrays = {name: jnp.zeros(shape, dtype) for name, (shape, _) in parameter_table(config).items()}
-        length_Fx1 = joined.row_lengths(directions_FxD, config.widths)[:, None] if config.widths else 1.0
-        # Rows of norm 1 / length: so the encoder is as much longer, and decode(encode(row)) gives the row again.
-        first = dict(W_enc_DxF=(directions_FxD * length_Fx1).T, W_dec_FxD=directions_FxD / length_Fx1)
+        first = dict(W_enc_DxF=directions_FxD.T, W_dec_FxD=directions_FxD)
+        if config.widths:
+            # Rows of norm 1 / length: so the encoder is as much longer, and decode(encode(row)) gives the row again.
+            length_Fx1 = joined.row_lengths(directions_FxD, config.widths)[:, None]
+            first = dict(W_enc_DxF=(directions_FxD * length_Fx1).T, W_dec_FxD=directions_FxD / length_Fx1)
         return cls(config, operands, **arrays | first)
 
     @property
