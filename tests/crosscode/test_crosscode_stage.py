@@ -11,8 +11,7 @@ import runs
 
 import saejax
 from saejax import command
-from saejax.crosscode.results import CrosscodeResults
-from saejax.evaluation.results import EvaluateResults
+from saejax.activations.store import Store
 from saejax.results import load_results
 
 LAYERS, MODELS = "resid_post.0+resid_post.1", "resid_post.1+other:resid_post.1"
@@ -30,6 +29,9 @@ CHANGES = dict(
     crosscode__resamples=20,
     crosscode__matches=3,
     crosscode__top=2,
+    crosscode__private=0.55,  # so that features of random models are removed, too
+    crosscode__nu_error=50,
+    crosscode__nu_reconstruction=50,
 )
 
 
@@ -58,7 +60,7 @@ def workdir(inputs, corpus, other, tmp_path_factory):
 
 
 def test_scores_by_part(workdir, inputs, other):
-    scores = {one.site: one for one in load_results(workdir / "evaluate" / "batchtopk", EvaluateResults).members}
+    scores = {one.site: one for one in load_results(workdir / "evaluate" / "batchtopk").members}
     for site in (LAYERS, MODELS):
         assert list(scores[site].parts) == site.split("+")
         for part in scores[site].parts.values():
@@ -70,7 +72,7 @@ def test_scores_by_part(workdir, inputs, other):
     np.testing.assert_allclose(scores[LAYERS].ce.reconstructed, scores[LAYERS].parts["resid_post.1"].ce.reconstructed)
     # Explained variance again, from the store and the files, part by part in fp64.
     sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / MODELS)
-    store = saejax.activations.store.Store.open(workdir / "capture")
+    store = Store.open(workdir / "capture")
     rows = store.rows("held_out", *MODELS.split("+"))
     x = [np.float64(store.read(part, rows)) for part in MODELS.split("+")]
     joined = np.concatenate([part * scale for part, scale in zip(x, sae.config.scales, strict=True)], axis=1)
@@ -81,7 +83,7 @@ def test_scores_by_part(workdir, inputs, other):
 
 
 def test_results(workdir):
-    results = load_results(workdir / "crosscode", CrosscodeResults)
+    results = load_results(workdir / "crosscode")
     assert [one.site for one in results.dictionaries] == [LAYERS, MODELS]
     layers, models = results.dictionaries
     assert models.same_space and not layers.same_space
@@ -89,8 +91,10 @@ def test_results(workdir):
     for one in results.dictionaries:
         assert 0 < one.alive <= one.features and sum(one.histogram) == one.alive
         assert set(one.own) == set(one.parts) and one.shared <= one.alive
-    assert models.behaviours or models.left_out
+    assert sum(own.private for own in models.own.values()) > 1 and models.behaviours
     for found in models.behaviours.values():
+        assert found.other_drop is not None and len(found.features) <= 2
+        assert found.drop.low <= found.drop.mean <= found.drop.high
         assert found.claim.behaviours >= 1 and 0 <= found.claim.placebo_rate <= 1
 
 
@@ -168,3 +172,33 @@ def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
     with pytest.raises(saejax.UserError, match="wide"):
         join(sae.config, {name: value[..., :5] for name, value in values.items()})
     assert jax.numpy.isfinite(sae(x)).all()
+
+
+def test_removing_features_is_what_a_plain_edit_does(workdir, inputs, other):
+    """Logit differences without some features, beside a second model that is run on values computed in numpy."""
+    from saejax.crosscode import causal
+    from saejax.evaluation.parts import parts_by_model
+    from saejax.models.language_model import load_model
+    from saejax.models.site_edits import SiteEdit
+    from saejax.tasks.behaviours import read_prompts
+
+    sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / MODELS)
+    lms = load_model(str(inputs[0])), load_model(str(other))
+    models = parts_by_model(MODELS, *lms)
+    prompts = [
+        prompt for prompt in read_prompts(workdir / "baseline" / "prompts.jsonl") if prompt.behaviour == "agreement"
+    ][:4]
+    read = causal._read(sae, models, prompts)
+    features = causal._strongest(read, range(sae.config.n_features), 3)
+    found_P = causal._without(sae, models[1], read, features)
+    tokens = lms[1].tokenize([prompt.text for prompt in prompts])
+    values = [np.asarray(lm(tokens, capture=["resid_post.1"], logits=False).sites["resid_post.1"]) for lm in lms]
+    joined = np.concatenate([value * scale for value, scale in zip(values, sae.config.scales, strict=True)], axis=-1)
+    f = np.asarray(sae.encode(joined))[..., features]
+    new = values[1] - f @ np.asarray(sae.W_dec_FxD[...])[features, 32:] / sae.config.scales[1]
+    logits = np.asarray(lms[1](tokens, edits=[SiteEdit.patch("resid_post.1", new)]).logits_BxTxV)
+    last = logits[np.arange(4), tokens.last_B]
+    answers = np.asarray(read.answers_Bx2)
+    expected = last[np.arange(4), answers[:, 0]] - last[np.arange(4), answers[:, 1]]
+    np.testing.assert_allclose(found_P, expected, atol=1e-4)
+    assert np.abs(found_P - causal._without(sae, models[1], read, ())).max() > 1e-3
