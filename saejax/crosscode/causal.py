@@ -25,6 +25,8 @@ from saejax.crosscode.shares import Shares
 from saejax.crosscode.stage import CrosscodeConfig
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import in_domain, join, unjoin
+from saejax.dictionaries.matmul import matmul
+from saejax.dictionaries.sparsity import row
 from saejax.evaluation.parts import Parts, clean_values
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
@@ -203,7 +205,7 @@ def _without(dictionary: Dictionary, parts: Parts, read: _Read, features: Sequen
 @jax.jit
 def _change(dictionary: Dictionary, f_BxTxF: jax.Array, mask_F: jax.Array) -> jax.Array:
     """What the masked features write, [B, T, D]."""
-    return (f_BxTxF * mask_F) @ dictionary.W_dec_FxD[...]
+    return matmul(f_BxTxF * row(mask_F, f_BxTxF.ndim), dictionary.W_dec_FxD[...])
 
 
 @functools.partial(jax.jit, static_argnums=0)

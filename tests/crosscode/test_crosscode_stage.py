@@ -11,6 +11,7 @@ import runs
 
 import saejax
 from saejax import command
+from saejax.activations.store import Store
 from saejax.errors import UserError
 from saejax.results import load_results
 
@@ -29,6 +30,9 @@ CHANGES = dict(
     crosscode__resamples=20,
     crosscode__matches=3,
     crosscode__top=2,
+    crosscode__private=0.55,  # so that features of random models are removed, too
+    crosscode__nu_error=50,
+    crosscode__nu_reconstruction=50,
 )
 
 
@@ -61,7 +65,7 @@ def test_scores_by_part(workdir, inputs, other):
     for site in (LAYERS, MODELS):
         assert list(scores[site].parts) == site.split("+")
         for part in scores[site].parts.values():
-            assert part.explained_variance > 0 and part.kl.clean == 0 < part.kl.zero_ablated
+            assert part.explained_variance > 0 and part.ce.clean < part.ce.zero_ablated
     parts = scores[MODELS].parts
     assert parts["resid_post.1"].ce.clean != parts["other:resid_post.1"].ce.clean
     assert scores[MODELS].ce == parts["resid_post.1"].ce  # the first model has that part alone
@@ -69,7 +73,7 @@ def test_scores_by_part(workdir, inputs, other):
     np.testing.assert_allclose(scores[LAYERS].ce.reconstructed, scores[LAYERS].parts["resid_post.1"].ce.reconstructed)
     # Explained variance again, from the store and the files, part by part in fp64.
     sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / MODELS)
-    store = saejax.activations.store.Store.open(workdir / "capture")
+    store = Store.open(workdir / "capture")
     rows = store.rows("held_out", *MODELS.split("+"))
     x = [np.float64(store.read(part, rows)) for part in MODELS.split("+")]
     joined = np.concatenate([part * scale for part, scale in zip(x, sae.config.scales, strict=True)], axis=1)
@@ -88,8 +92,10 @@ def test_results(workdir):
     for one in results.dictionaries:
         assert 0 < one.alive <= one.features and sum(one.histogram) == one.alive
         assert set(one.own) == set(one.parts) and one.shared <= one.alive
-    assert models.behaviours or models.left_out
+    assert sum(own.private for own in models.own.values()) > 1 and models.behaviours
     for found in models.behaviours.values():
+        assert found.other_drop is not None and len(found.features) <= 2
+        assert found.drop.low <= found.drop.mean <= found.drop.high
         assert found.claim.behaviours >= 1 and 0 <= found.claim.placebo_rate <= 1
 
 
@@ -97,7 +103,7 @@ def test_the_report_without_behaviours(workdir, inputs, corpus, other, tmp_path,
     """Models and layers are told apart by norms and latent scaling alone; what was done before stays."""
     shutil.copytree(workdir, tmp_path / "run")
     changes = dict(model__other=other, task__behaviours="")
-    assert go(["baseline", "evaluate", "crosscode", "report"], inputs, corpus, tmp_path / "run", **changes) == 0
+    assert go(["evaluate", "crosscode", "report"], inputs, corpus, tmp_path / "run", **changes) == 0
     assert "evaluate/batchtopk: done before, unchanged" in capsys.readouterr().out
     (page,) = (tmp_path / "run" / "report").glob("*.md")
     page = page.read_text()
@@ -141,13 +147,12 @@ def test_bad_input_is_one_line(workdir, inputs, corpus, other, tmp_path, capsys)
     fails(
         ["capture"], "there is no site resid_post.9", model__other=other, capture__sites="mlp_in.0,other:resid_post.9"
     )
-    shutil.copytree(workdir, tmp_path / "there")
-    there = dict(folder=tmp_path / "there", model__other=other)
-    fails(["crosscode"], "too few", crosscode__tokens=3, **there)
+    there = dict(folder=workdir, model__other=other)
     fails(["train"], "has an empty part, or one twice", train__sites="resid_post.1+resid_post.1", **there)
     fails(["train"], "has an empty part", train__sites="resid_post.1+", **there)
     fails(["train"], "resid_post.7", train__sites="resid_post.1+resid_post.7", **there)
     fails(["train"], "a transcoder reads mlp_in.L", train__form="transcoder", **there)
+    fails(["crosscode"], "too few", crosscode__tokens=3, **there)
 
 
 def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
@@ -168,3 +173,33 @@ def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
     with pytest.raises(UserError, match="wide"):
         join(sae.config, {name: value[..., :5] for name, value in values.items()})
     assert jax.numpy.isfinite(sae(x)).all()
+
+
+def test_removing_features_is_what_a_plain_edit_does(workdir, inputs, other):
+    """Logit differences without some features, beside a second model that is run on values computed in numpy."""
+    from saejax.crosscode import causal
+    from saejax.evaluation.parts import parts_by_model
+    from saejax.models.language_model import load_model
+    from saejax.models.site_edits import SiteEdit
+    from saejax.tasks.behaviours import read_prompts
+
+    sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / MODELS)
+    lms = load_model(str(inputs[0])), load_model(str(other))
+    models = parts_by_model(MODELS, *lms)
+    prompts = [
+        prompt for prompt in read_prompts(workdir / "baseline" / "prompts.jsonl") if prompt.behaviour == "agreement"
+    ][:4]
+    read = causal._read(sae, models, prompts)
+    features = causal._strongest(read, range(sae.config.n_features), 3)
+    found_P = causal._without(sae, models[1], read, features)
+    tokens = lms[1].tokenize([prompt.text for prompt in prompts])
+    values = [np.asarray(lm(tokens, capture=["resid_post.1"], logits=False).sites["resid_post.1"]) for lm in lms]
+    joined = np.concatenate([value * scale for value, scale in zip(values, sae.config.scales, strict=True)], axis=-1)
+    f = np.asarray(sae.encode(joined))[..., features]
+    new = values[1] - f @ np.asarray(sae.W_dec_FxD[...])[features, 32:] / sae.config.scales[1]
+    logits = np.asarray(lms[1](tokens, edits=[SiteEdit.patch("resid_post.1", new)]).logits_BxTxV)
+    last = logits[np.arange(4), tokens.last_B]
+    answers = np.asarray(read.answers_Bx2)
+    expected = last[np.arange(4), answers[:, 0]] - last[np.arange(4), answers[:, 1]]
+    np.testing.assert_allclose(found_P, expected, atol=1e-4)
+    assert np.abs(found_P - causal._without(sae, models[1], read, ())).max() > 1e-3
