@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEPTH := runs/demo_depth/train/topk
 
-.PHONY: demo demo-atlas demo-depth demo-graphs demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-depth demo-graphs demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -98,6 +98,9 @@ bench-quality: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_quality $(addprefix --text=,$(TEXT))
 
 # sae-lens gets an environment of its own in build/saelens, made at the first run.
+bench-scaling: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_scaling
+
 bench-train: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_train
 

@@ -3,14 +3,19 @@
 Run: python -m benchmarks.bench_train_gpu [--parts dense,topk,study] [--tiny]
 dense: one dictionary d 2304, F 32,768, batch 8,192, bf16 products: the share of the rate of a matrix product of the
 same operands that 12 d F operations a token come to. topk: the same shape with k 64 and AuxK idle, against the tokens/s
-that the dense floor would allow. study: the four dictionaries of the reasoning study's Phase 4 (linear, 20 epochs,
+that the dense floor would allow: with dense products, and with kernels that multiply active features only
+(--train.products=kernels), whose own operations are fewer: the share of the rate that these come to stands beside; and
+the parts of that step one by one. study: the four dictionaries of the reasoning study's Phase 4 (linear, 20 epochs,
 which took it 372 s together), whole epochs in one program, and the held-out explained variance of batch 1,024 beside
 batch 32. Compiling is counted in none but printed. Last comes one line of JSON. --tiny runs it all in small shapes.
 """
 
 import argparse
+import functools
 import json
 import time
+from collections.abc import Callable
+from typing import Any
 
 from saejax.command import keep_freed_memory
 
@@ -22,6 +27,9 @@ import numpy as np  # noqa: E402
 from jax import lax  # noqa: E402
 
 from benchmarks.train_setup import Stepper, make_trainer, matmul_rate, sparse_sums  # noqa: E402
+from saejax.dictionaries import selection, sparse_products  # noqa: E402
+from saejax.dictionaries.codes import ByFeature, SparseCode  # noqa: E402
+from saejax.dictionaries.sparse_products import Products  # noqa: E402
 
 DENSE = ("standard", "jumprelu", "linear")
 STUDY = ((1024, 8192, 50_000), (2048, 16_384, 50_000), (2048, 16_384, 10_000), (2560, 20_480, 20_000))
@@ -32,21 +40,64 @@ STUDY_SECONDS = 372.0  # of the study's own trainer, for all four
 def measure_steps(args: argparse.Namespace) -> dict[str, float]:
     """Dense kinds as a share of the matmul rate, and topk as a multiple of what the dense floor allows."""
     batches, shape = sparse_sums(2, args.batch, args.d), (args.batch, args.d, args.features)
-    wanted = [*(DENSE if "dense" in args.parts else ()), *(["topk"] if "topk" in args.parts else ())]
+    wanted = {kind: (kind, "auto") for kind in DENSE if "dense" in args.parts}
+    if "topk" in args.parts:
+        wanted |= dict(topk=("topk", "dense"), topk_kernels=("topk", "kernels"))
     found = {}
-    for kind in wanted:
-        stepper = Stepper(make_trainer(kind, args.d, args.features, args.batch, args.k, "bfloat16"), batches)
+    for name, (kind, products) in wanted.items():
+        shape_of = kind, args.d, args.features, args.batch, args.k, "bfloat16"
+        stepper = Stepper(make_trainer(*shape_of, products=products), batches)
         stepper.run(3)  # compiles
         rate = matmul_rate("bfloat16", *shape, repeats=20)
         speeds = [args.steps * args.batch / stepper.run(args.steps) for _ in range(3)]
         floor = rate / (12 * args.d * args.features)
-        found[kind] = float(np.median(speeds)) / floor
+        found[name] = float(np.median(speeds)) / floor
+        own = (2 * args.features + 8 * args.k) * args.d if products == "kernels" else 12 * args.d * args.features
         print(
-            f"{kind:10} {np.median(speeds):12,.0f} tokens/s, {found[kind]:.2f} of the dense floor of {floor:,.0f} "
-            f"({rate / 1e12:.1f} TFLOP/s)",
+            f"{name:12} {np.median(speeds):12,.0f} tokens/s, {found[name]:.2f} of the dense floor of {floor:,.0f}, "
+            f"{np.median(speeds) * own / rate:.2f} of {rate / 1e12:.1f} TFLOP/s",
             flush=True,
         )
     return found
+
+
+def measure_parts(args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of the parts of a step with kernels, and of the dense product that each of the products replaces."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    W_FxD = jax.random.normal(keys[0], (args.features, args.d), jnp.bfloat16)
+    x_BxD = jax.random.normal(keys[1], (args.batch, args.d))
+    pre_BxF = jax.random.normal(keys[2], (args.batch, args.features))
+    value_BxK, feature_BxK = jax.jit(selection.largest, static_argnums=2)(pre_BxF, args.k, args.k)
+    entries = jax.jit(ByFeature.of, static_argnums=1)(feature_BxK, args.features)
+    code = SparseCode(value_BxK, feature_BxK, entries)
+    plan = Products(args.k, "bfloat16", "kernels")
+    pairs = (value_BxK, x_BxD), (value_BxK, x_BxD)
+    work = {
+        "selection": (lambda pre: selection.largest(pre, args.k, args.k), (pre_BxF,), 0),
+        "order by feature": (lambda feature: ByFeature.of(feature, args.features), (feature_BxK,), 0),
+        "decoding with error": (lambda *arrays: sparse_products.remainder(*arrays, plan), (code, W_FxD, x_BxD), 1),
+        "gradient of values": (lambda *a: sparse_products.row_products(*a, plan), (feature_BxK, W_FxD, x_BxD), 1),
+        "both weight gradients": (lambda *arrays: sparse_products.feature_sums(*arrays, plan), (entries, pairs), 2),
+    }
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    dense = milliseconds(product, (pre_BxF.astype(jnp.bfloat16), W_FxD), args.steps)
+    found = {}
+    for name, (part, arrays, products) in work.items():
+        found[name] = milliseconds(part, arrays, args.steps)
+        beside = f", {products} dense: {dense * products:.2f}" if products else ""
+        print(f"  {name:24} {found[name]:9.2f} ms{beside}", flush=True)
+    return found
+
+
+def milliseconds(work: Callable, arrays: tuple[Any, ...], repeats: int) -> float:
+    """Of one run of a function of arrays once it is compiled, mean over some."""
+    program = jax.jit(work)
+    jax.block_until_ready(program(*arrays))
+    start = time.perf_counter()
+    for _ in range(repeats):
+        done = program(*arrays)
+    jax.block_until_ready(done)
+    return (time.perf_counter() - start) / repeats * 1e3
 
 
 def train_epochs(
@@ -107,17 +158,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tiny", action="store_true", help="small shapes: does it run?")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small shapes: does it run? (kernels are interpreted on a CPU)"
+    )
     args = parser.parse_args()
     args.parts, args.study, args.study_batch = args.parts.split(","), STUDY, 1024
     if args.tiny:
-        args.d, args.features, args.batch, args.k, args.steps = 64, 4096, 256, 16, 2
+        args.d, args.features, args.batch, args.k, args.steps = 64, 1024, 256, 16, 2
         args.study, args.study_batch = ((16, 128, 8000), (32, 256, 4000)), 256
     print(f"{jax.devices()[0].device_kind}; d {args.d}, F {args.features:,}, batch {args.batch:,}, bf16 products")
     steps = measure_steps(args)
-    line = dict(bench="train_gpu", floor={kind: round(share, 3) for kind, share in steps.items() if kind != "topk"})
-    if "topk" in steps:
-        line["topk_to_dense_floor"] = round(steps["topk"], 2)
+    line = dict(bench="train_gpu", floor={kind: round(share, 3) for kind, share in steps.items() if kind in DENSE})
+    line |= {f"{name}_to_dense_floor": round(share, 2) for name, share in steps.items() if name not in DENSE}
+    if "topk" in args.parts:
+        line["parts_ms"] = {name: round(value, 3) for name, value in measure_parts(args).items()}
     if "study" in args.parts:
         line |= measure_study(args)
     print(json.dumps(line))

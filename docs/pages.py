@@ -19,6 +19,7 @@ GUIDES = (
     "docs/graphs.md",
     "docs/studies.md",
     "docs/ground_truth.md",
+    "docs/scaling.md",
     "docs/extending.md",
     "docs/troubleshooting.md",
     "WORKSPACE.md",

@@ -135,8 +135,13 @@ def _counts(field: dataclasses.Field, group: Any, unit: str) -> bool:
 
 
 def from_json(cls: type, data: Mapping[str, Any]) -> Any:
-    """The group that ``to_json`` wrote. Unknown and missing fields are a ``UserError``."""
+    """The group that ``to_json`` wrote. Unknown and missing fields are a ``UserError``.
+
+    What was written before there was a field with an implied value has that value.
+    """
     hints = typing.get_type_hints(cls)
+    implied = {field.name: field.metadata.get("implied") for field in dataclasses.fields(cls)}
+    data = {name: value for name, value in implied.items() if value is not None} | dict(data)
     unknown = set(data) ^ set(hints)
     if unknown:
         raise UserError(f"{cls.__name__} in a saved file: fields {sorted(unknown)} are unknown or missing")

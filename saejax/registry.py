@@ -12,6 +12,7 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
             interpret/<kind> ─► atlas/<kind> ─┤   (explain/<kind> between the two)
             transfer ─────────────────────────┤
             cluster ──────────────────────────┤
+            crosscode ────────────────────────┤
             track/<slug> ─────────────────────┤
             attribute/<slug> ─────────────────┘
 """

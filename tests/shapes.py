@@ -29,8 +29,14 @@ from typing import Any
 from jaxtyping import Shaped, jaxtyped
 
 ROOT = Path(__file__).parent.parent
-CHECKED = ("models", "dictionaries", "training", "activations", "evaluation", "analysis", "attribution")
-UNCHECKED = ("causal",)  # numeric packages whose names are still to be mended
+CHECKED = ("models", "dictionaries", "training", "activations", "evaluation", "analysis", "attribution", "causal")
+UNCHECKED: tuple[str, ...] = (
+    "transfer",
+    "track",
+    "clusters",
+    "interpret",
+    "ground_truth",
+)  # whose names are still to be mended
 _SUFFIX = re.compile(r"_*[A-Za-z0-9]\w*?_(x?(?:[A-Z]|\d+)(?:x(?:[A-Z]|\d+))*x?)")
 
 

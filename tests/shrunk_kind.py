@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from saejax.config import Config, setting
+from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.kinds import Kind, register
 from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Numbers
-from saejax.dictionaries.losses import norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Shrunk(Kind):
         return jax.nn.relu(pre_xF - margin_F.reshape(shape))
 
     def penalty(self, batch: EncodedBatch) -> jax.Array:
-        sizes_BxF = jnp.log1p(batch.f_BxF * norms(batch.member.arrays["W_dec_FxD"])[None])
+        sizes_BxF = jnp.log1p(batch.f_BxF * row_lengths(batch.member.arrays["W_dec_FxD"])[None])
         return batch.values["strength"] * jnp.mean(jnp.sum(sizes_BxF, axis=-1))
 
     def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:

@@ -1,6 +1,7 @@
 """What keeps the code one house: no circle of imports, each class name once, letters of shapes from one table."""
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -59,6 +60,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     return [circle for i, circle in enumerate(found) if circle not in found[:i]]
 
 
+@functools.cache
 def defined(name: str) -> set[str]:
     """The names that a module has: its statements', and the modules in its folder."""
     found = {other.removeprefix(f"{name}.").split(".")[0] for other in MODULES if other.startswith(f"{name}.")}

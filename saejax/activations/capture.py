@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.activations.backend import BACKENDS, faster_backend, load_reader
+from saejax.activations.backend import fastest, load_reader, ways
 from saejax.activations.buffers import ShardBuffers
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
@@ -30,7 +30,7 @@ from saejax.activations.writer import StoreWriter
 from saejax.config import identity
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
-from saejax.models.sites import AnySite
+from saejax.models.sites import AnySite, ModuleSite
 from saejax.results import to_json
 from saejax.settings import CaptureConfig, MeshConfig
 from saejax.tasks import corpora
@@ -57,14 +57,13 @@ def run_capture(run: Run) -> CaptureResults:
     if config.tokens:
         documents = documents.sample(config.tokens)
     plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
-    if config.backend == "auto":
-        run = _with_backend(run, request, plan)
-    backend: str = run.configs["capture"].backend
+    run = _settled(run, request, plan)
+    config = run.configs["capture"]
     reader, widths = None, request.widths()
     if widths is None:
-        reader = load_reader(run, request, plan, backend)
+        reader = load_reader(run, request, plan, config)
         widths = reader.widths
-    writer = StoreWriter(run.folder, names, _work(run, model_source, documents))
+    writer = StoreWriter(run.folder, names, _work(run, request, documents))
     mesh: MeshConfig = run.configs["mesh"]
     first = mesh.process_id == 0
     missing = _missing(writer, plan, mesh)
@@ -82,7 +81,7 @@ def run_capture(run: Run) -> CaptureResults:
     counts = _counts(documents, plan)
     described = {str(site): dict(d=width, **to_json(statistics[str(site)])) for site, width in widths.items()}
     if first:
-        writer.finish(_manifest(run, model_source, plan, described, counts))
+        writer.finish(_manifest(run, model_source, plan, described, counts, _other(request)))
     _say_sinks(run, statistics)
     size = DTYPES[config.store_dtype].itemsize
     return CaptureResults(
@@ -93,39 +92,40 @@ def run_capture(run: Run) -> CaptureResults:
             for site, width in widths.items()
         },
         **counts,
-        backend=backend,
+        backend=config.backend,
+        dtype=config.dtype,
         tokens_per_second=round(rate, 1),
         padding_share=plan.padding_share,
     )
 
 
-def _with_backend(run: Run, request: CaptureRequest, plan: Plan) -> Run:
-    """The run with the backend in place of ``auto``: the one whose shards are there, or the faster one.
+def _settled(run: Run, request: CaptureRequest, plan: Plan) -> Run:
+    """The run with backend and dtype in place of ``auto``: those whose shards are there, or the fastest.
 
     Raises:
-      UserError: there are several processes, which must all take the same one.
+      UserError: there are several processes, which must all take the same.
     """
-    if run.configs["mesh"].processes > 1:
-        raise UserError("--capture.backend=auto is for one process: with several, name torch or jax")
-
-    def with_backend(backend: str) -> Run:
-        named = dataclasses.replace(run.configs["capture"], backend=backend)
-        return dataclasses.replace(run, configs=dict(run.configs) | dict(capture=named))
-
+    choices = ways(run.configs["capture"], any(isinstance(site, ModuleSite) for site in request.sites))
+    if len(choices) > 1 and run.configs["mesh"].processes > 1:
+        raise UserError("auto is for one process: with several, name --capture.backend and --capture.dtype")
     names = [str(site) for site in request.sites]
-    for backend in BACKENDS:
-        writer = StoreWriter(run.folder, names, _work(with_backend(backend), request.source, plan.documents))
+    runs = [dataclasses.replace(run, configs=dict(run.configs) | dict(capture=choice)) for choice in choices]
+    if len(runs) == 1:
+        return runs[0]
+    for settled in runs:
+        writer = StoreWriter(run.folder, names, _work(settled, request, plan.documents))
         if any(writer.has(shard, read=False) for shard in range(plan.shards)):
-            return with_backend(backend)
+            return settled
     batches = plan.batches(0)
     load = functools.partial(load_reader, run, request, plan)
-    return with_backend(faster_backend(load, batches[len(batches) // 2], run.say))
+    return runs[choices.index(fastest(load, choices, batches[len(batches) // 2], run.say))]
 
 
-def _work(run: Run, model_source: source.ModelSource, documents: Documents) -> str:
+def _work(run: Run, request: CaptureRequest, documents: Documents) -> str:
     """Identifies what the shards depend on."""
     hashes = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in documents.arrays().values()]
-    return fingerprint([identity(run.configs["capture"]), model_source.fingerprint, run.configs["corpus"].seed, hashes])
+    models = "+".join(each.source.fingerprint for each in (request, request.other) if each is not None)
+    return fingerprint([identity(run.configs["capture"]), models, run.configs["corpus"].seed, hashes])
 
 
 def _check_disk(
@@ -190,7 +190,7 @@ def _capture(
 ) -> float:
     """Makes the shards; returns the speed in tokens per second."""
     config: CaptureConfig = run.configs["capture"]
-    reader = reader or load_reader(run, request, plan, config.backend)
+    reader = reader or load_reader(run, request, plan, config)
     buffers = ShardBuffers(widths, max(map(plan.size, shards)), config.store_dtype)
     progress = TextProgress(run.say, sum(map(plan.size, shards)))
 
@@ -239,7 +239,12 @@ def _say_sinks(run: Run, sites: Mapping[str, SiteNorms]) -> None:
 
 
 def _manifest(
-    run: Run, model_source: source.ModelSource, plan: Plan, sites: dict[str, dict], counts: dict[str, dict]
+    run: Run,
+    model_source: source.ModelSource,
+    plan: Plan,
+    sites: dict[str, dict],
+    counts: dict[str, dict],
+    other: dict[str, dict],
 ) -> dict[str, Any]:
     """The manifest but for its files. It holds no times, so that it is the same for every run of the same work."""
     config: CaptureConfig = run.configs["capture"]
@@ -255,12 +260,20 @@ def _manifest(
             fingerprint=model_source.fingerprint,
             dtype=config.dtype,
         ),
+        **other,
         corpus=corpora.identity(run.configs["corpus"], run.configs["task"]),
         sink_factor=config.sink_factor,
         last=config.last,
         documents=dict(counts["documents"], columns=COLUMNS, groups=plan.documents.groups),
         tokens=counts["tokens"],
     )
+
+
+def _other(request: CaptureRequest) -> dict[str, dict]:
+    """The second model, for the manifest, if there is one."""
+    if request.other is None:
+        return {}
+    return dict(other={name: getattr(request.other.source, name) for name in ("name", "revision", "fingerprint")})
 
 
 def _counts(documents: Documents, plan: Plan) -> dict[str, dict[str, int]]:

@@ -30,7 +30,7 @@ def capture_cost(plan: PlannedRun, name: str) -> Cost:
     return Cost(
         kept,
         flops,
-        capture.dtype,
+        plan.capture_dtype,
         _OVERHEAD,
         START,
         disk=min(recorded_rows(plan), tokens) * sum(site.width(plan.model) * width + 16 for site in plan.sites),
@@ -39,13 +39,13 @@ def capture_cost(plan: PlannedRun, name: str) -> Cost:
 
 def reading_cost(plan: PlannedRun, sites: Sequence[Site], tokens: int) -> tuple[DeviceBytes, float]:
     """Bytes and FLOP of tokens up to the last of the sites; torch reads all layers, onto one device."""
-    capture, model, (rows, length) = plan.configs["capture"], plan.model, _batch(plan)
+    model, (rows, length) = plan.model, _batch(plan)
     layers = 1 + max((site.layer for site in sites), default=0)
     if plan.backend == "jax":
-        kept = weight_bytes(model, plan.axes, capture.dtype, layers)
+        kept = weight_bytes(model, plan.axes, plan.capture_dtype, layers)
     else:
-        kept = WIDTH[capture.dtype] * parameters(model)
-    come_and_go = layer_bytes(plan, rows, length, capture.dtype, kept=2 * len(sites))
+        kept = WIDTH[plan.capture_dtype] * parameters(model)
+    come_and_go = layer_bytes(plan, rows, length, plan.capture_dtype, kept=2 * len(sites))
     of_document = min(length, -(-plan.tokens // max(plan.documents, 1)))
     return DeviceBytes(model=kept, activations=come_and_go), pass_flops(model, tokens, of_document, layers)
 
@@ -55,7 +55,7 @@ def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     rows, length = _batch(plan)
     rows += -rows % mesh.shape["data"]
     layers = 1 + max((site.layer for site in plan.sites), default=0)
-    params = abstract_params(plan.model, mesh, plan.configs["capture"].dtype, layers)
+    params = abstract_params(plan.model, mesh, plan.capture_dtype, layers)
     ids_BxT, lengths_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
     return [
         Program(

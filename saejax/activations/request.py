@@ -8,11 +8,13 @@ from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, read_config
-from saejax.models.sites import AnySite, ModuleSite, Site, parse_site
+from saejax.models.sites import AnySite, ModuleSite, OtherSite, Site, parse_site
 from saejax.settings import CaptureConfig
 
 # How configurations of all kinds of models call the longest input that they can take.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+# What tells tokenizers apart that have the same vocabulary.
+_SAMPLE = "In 1732 the captain's 48 men saw it: x = 3*(y+2), \u201cnaïve\u201d \u2014 Ωλ, 東京 \U0001f642\n\tEnd."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +26,24 @@ class CaptureRequest:
       sites: the sites, in the order given.
       decoder: the decoder's configuration; None if only modules are asked for, of a model that it may not know.
       context: the longest input in tokens; None: it has no limit.
+      other: what is asked of the second model, its sites among ``sites``, too; None: nothing.
     """
 
     source: source.ModelSource
     sites: tuple[AnySite, ...]
     decoder: DecoderConfig | None
     context: int | None
+    other: "CaptureRequest | None" = None
 
     def widths(self) -> dict[AnySite, int] | None:
         """Width of every site; None where the model has to be run to know it."""
-        if self.decoder is None or not all(isinstance(site, Site) for site in self.sites):
+        more = self.other.widths() if self.other else {}
+        if self.decoder is None or more is None or any(isinstance(site, ModuleSite) for site in self.sites):
             return None
-        return dict.fromkeys(self.sites, self.decoder.d_model)
+        of_other: dict[AnySite, int] = {
+            OtherSite(site): width for site, width in more.items() if isinstance(site, Site)
+        }
+        return {site: of_other.get(site, self.decoder.d_model) for site in self.sites}
 
 
 def read_request(configs: Mapping[str, Any]) -> CaptureRequest:
@@ -47,11 +55,19 @@ def read_request(configs: Mapping[str, Any]) -> CaptureRequest:
     config: CaptureConfig = configs["capture"]
     sites = parse_sites(config.sites, config.backend)
     found = source.resolve(configs["model"])
+    of_other = tuple(site for site in sites if isinstance(site, OtherSite))
+    if of_other:
+        own = dataclasses.replace(config, sites=tuple(str(site) for site in sites if site not in of_other))
+        if not own.sites:
+            raise UserError(f"all sites are of the second model, such as {sites[0]}: name it by --model.path instead")
+        request, second = read_request(dict(configs) | dict(capture=own)), _other_request(configs, found, of_other)
+        contexts = [each for each in (request.context, second.context) if each is not None]
+        return dataclasses.replace(request, sites=sites, context=min(contexts, default=None), other=second)
     fields, where = source.read_model_config(found.folder), str(found.folder / "config.json")
     modules_only = all(isinstance(site, ModuleSite) for site in sites)
     if modules_only:
         return CaptureRequest(found, sites, None, longest_input(found))
-    if fields.get("model_type") not in FAMILIES and config.backend == "torch":
+    if fields.get("model_type") not in FAMILIES and config.backend != "jax":
         raise UserError(
             f"{where}: models of the family {fields.get('model_type')!r} have no site such as {sites[0]} here: name "
             "modules of the PyTorch model in --capture.sites, as in module:model.layers.3.mlp"
@@ -61,6 +77,34 @@ def read_request(configs: Mapping[str, Any]) -> CaptureRequest:
         if isinstance(site, Site):
             site.check(decoder)
     return CaptureRequest(found, sites, decoder, decoder.context)
+
+
+def _other_request(configs: Mapping[str, Any], first: source.ModelSource, sites: Sequence[OtherSite]) -> CaptureRequest:
+    """What is asked of the second model.
+
+    Raises:
+      UserError: there is none, it has another tokenizer, or what ``read_request`` refuses.
+    """
+    model = source.other_model(configs["model"])
+    if model is None:
+        raise UserError(f"the site {sites[0]} is of a second model: name that by --model.other")
+    own = dataclasses.replace(configs["capture"], sites=tuple(str(site.site) for site in sites))
+    request = read_request(dict(configs) | dict(model=model, capture=own))
+    check_one_tokenizer(first, request.source)
+    return request
+
+
+def check_one_tokenizer(first: source.ModelSource, second: source.ModelSource) -> None:
+    """A ``UserError`` unless two models read the same text as the same tokens; special ones may differ."""
+    one, other = source.load_tokenizer(first), source.load_tokenizer(second)
+    other_ids, special = other.get_vocab(), {*one.added_tokens_encoder, *other.added_tokens_encoder}
+    apart = [token for token, id in one.get_vocab().items() if token not in special and other_ids.get(token) != id]
+    if apart or one(_SAMPLE)["input_ids"] != other(_SAMPLE)["input_ids"]:
+        told = f"of {len(one.get_vocab())} tokens {len(apart)} differ" if apart else "they split text differently"
+        raise UserError(
+            f"{first.name} and {second.name} do not share a tokenizer ({told}): a crosscoder of two models reads both "
+            "on the same tokens; experiments.transfer compares models of different tokenizers"
+        )
 
 
 def longest_input(found: source.ModelSource) -> int | None:
@@ -84,9 +128,9 @@ def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:
     for site in sites:
         if sites.count(site) > 1:
             raise UserError(f"--capture.sites names {site} twice: name each site once")
-        if isinstance(site, ModuleSite) and backend != "torch":
+        if isinstance(site, ModuleSite) and backend == "jax":
             raise UserError(
-                f"--capture.sites names {site}, a module of the PyTorch model: use --capture.backend=torch, or a site "
-                "of the decoder, such as resid_post.15"
+                f"--capture.sites names {site}, a module of the PyTorch model: use --capture.backend=torch or auto, "
+                "or a site of the decoder, such as resid_post.15"
             )
     return sites

@@ -49,9 +49,9 @@ class ModelStream:
         self._run, self._source, self.sites = run, request.source, tuple(sites)
         documents = text_documents(run, request).training()
         self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
-        if config.backend == "auto":  # a run that goes on must see the same values again
-            raise UserError("--train.source=model needs --capture.backend=torch or jax, not auto")
-        self._reader = load_reader(run, request, self._plan, config.backend)
+        if "auto" in (config.backend, config.dtype):  # a run that goes on must see the same values again
+            raise UserError("--train.source=model needs --capture.backend and --capture.dtype by name, not auto")
+        self._reader = load_reader(run, request, self._plan, config)
         self._dtype = config.store_dtype
         self._buffers = ShardBuffers(self._reader.widths, max(map(self.size, range(len(self)))), self._dtype)
         self._parts: dict[str, np.ndarray] = {}
@@ -141,11 +141,10 @@ class BufferOrder:
       sizes: rows of every buffer.
       batch: rows per batch.
       seed: of the orders.
-      epochs: passes over the buffers.
     """
 
-    def __init__(self, sizes: Sequence[int], batch: int, seed: int, epochs: int):
-        self._batch, self._seed, self._epochs = batch, seed, epochs
+    def __init__(self, sizes: Sequence[int], batch: int, seed: int):
+        self._batch, self._seed = batch, seed
         self._steps_N = np.array(sizes) // batch
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.models.families import FAMILIES, Modules
-from saejax.models.sites import AnySite, ModuleSite
+from saejax.models.sites import AnySite, ModuleSite, Site
 
 MODULES = {name: family.modules for name, family in FAMILIES.items()}
 
@@ -25,6 +25,7 @@ def places(model: Any, site: AnySite) -> list[tuple[Any, bool]]:
     """
     if isinstance(site, ModuleSite):
         return [(_module(model, site), site.kind == "module")]
+    assert isinstance(site, Site)  # those of a second model are read from that, under their own names
     names = modules_of(model)
     layer = model.get_submodule(names.layers)[site.layer]
     entering, attended = ("", False), (names.attn_out, True)

@@ -109,16 +109,16 @@ def ablate_sets(
     shapes = [(len(batch.shards), batch.size, len(names)) for _, batch in batches]
     chunks = Chunks(folder, shapes, _decisive(plans, all_sets))
     _measure(split, plans, all_sets, readouts, chunks, on_progress)
-    found_MxSxP = np.full((len(names), len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
-    for (index_P, batch), values_SxRxM in zip(batches, chunks.values, strict=True):
+    found_MxExP = np.full((len(names), len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
+    for (index_Q, batch), values_SxRxM in zip(batches, chunks.values, strict=True):
         for shard, values_RxM in zip(batch.shards, values_SxRxM, strict=True):
-            found_MxSxP[:, shard.set_N, index_P[shard.place_N]] = values_RxM[: len(shard.set_N)].T
+            found_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_RxM[: len(shard.set_N)].T
     rows = sum(int((shard.set_N != len(sets)).sum()) for _, batch in batches for shard in batch.shards)
     tokens = sum(batch.tokens * len(batch.shards) for _, batch in batches)
-    clean_MxP, whole_P = found_MxSxP[:, -1], found_MxSxP[0, -2]
+    clean_MxP, whole_P = found_MxExP[:, -1], found_MxExP[0, -2]
     if readouts:
         clean_MxP[names.index("kl")] = 0.0
-    ablated_MxSxP = np.where(np.isnan(found_MxSxP[:, :-2]), clean_MxP[:, None, :], found_MxSxP[:, :-2])
+    ablated_MxSxP = np.where(np.isnan(found_MxExP[:, :-2]), clean_MxP[:, None, :], found_MxExP[:, :-2])
     more = {name: (clean_MxP[m], ablated_MxSxP[m]) for m, name in enumerate(names) if m}
     return LogitDiffs(clean_MxP[0], ablated_MxSxP[0], np.abs(whole_P - clean_MxP[0]), rows, tokens, more)
 
@@ -157,7 +157,13 @@ class RowPlan(NamedTuple):
     def of(
         cls, split: SplitModel, ablated: AblatedRun, sets: Sequence[np.ndarray], batch_rows: int, plain: bool
     ) -> "RowPlan":
-        """The last two sets, which are empty, are run on all tokens and on the last one."""
+        """The rows of some sets; the last two, which are empty, are run on all tokens and on the last one.
+
+        Args:
+          split, batch_rows, plain: as for ``ablate_sets``.
+          ablated: the prompts, and what stands in place of features.
+          sets: of features.
+        """
         run, (count, length) = ablated.run, ablated.run.prefix_PxT.shape
         alike_PxT = all_different(run.prefix_PxT) if plain else ablated.alike()
         prompts = Prompts(run.last_B[:count], alike_PxT)
@@ -178,12 +184,12 @@ def changes(split: SplitModel, ablated: AblatedRun, features: Sequence[int]) -> 
     matrix is the squared norm of the whole change.
     """
     features_K = np.asarray(features, np.int64)
-    filled_K = np.resize(features_K, 2 ** max(len(features_K) - 1, 0).bit_length())  # programs of few sizes
+    filled_J = np.resize(features_K, 2 ** max(len(features_K) - 1, 0).bit_length())  # programs of few sizes
     count, run = len(ablated.run.index_P), ablated.run
-    removed_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *ablated.arrays, filled_K, count)
+    removed_BxTxJ, W_dec_JxD = gather(split.point, split.dictionary, *ablated.arrays, filled_J, count)
     real_PxT = np.arange(run.prefix_PxT.shape[1])[None, :] <= run.last_B[:count, None]
-    removed_NxK = np.asarray(removed_BxTxK)[:count][real_PxT][:, : len(features_K)].astype(np.float64)
-    W_dec_KxD = np.asarray(W_dec_KxD)[: len(features_K)].astype(np.float64)
+    removed_NxK = np.asarray(removed_BxTxJ)[:count][real_PxT][:, : len(features_K)].astype(np.float64)
+    W_dec_KxD = np.asarray(W_dec_JxD)[: len(features_K)].astype(np.float64)
     return (removed_NxK.T @ removed_NxK) * (W_dec_KxD @ W_dec_KxD.T)
 
 

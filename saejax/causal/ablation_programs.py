@@ -109,7 +109,7 @@ def run_rows(
     by_shard = fitting_sharding(point.mesh, edited_SxNxD.shape, "data", None, None)
     stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
     x_SxNxD = point.tail_of_tree(params, clean.past, tree, stream_SxNxD, edited_SxNxD)
-    x_RxD = jnp.take_along_axis(x_SxNxD, end_SxR[..., None], axis=1).reshape(-1, x_SxNxD.shape[-1])
-    logp_RxV = None if clean.logp_BxV is None else clean.logp_BxV[tree.place_SxR.reshape(-1)]
-    values_RxM = point.readouts(params, x_RxD, answers_SxRx2.reshape(-1, 2), logp_RxV)
-    return jax.lax.with_sharding_constraint(values_RxM.reshape(*end_SxR.shape, -1), sharding(point.mesh))
+    x_XxD = jnp.take_along_axis(x_SxNxD, end_SxR[..., None], axis=1).reshape(-1, x_SxNxD.shape[-1])
+    logp_XxV = None if clean.logp_BxV is None else clean.logp_BxV[tree.place_SxR.reshape(-1)]
+    values_XxM = point.readouts(params, x_XxD, answers_SxRx2.reshape(-1, 2), logp_XxV)
+    return jax.lax.with_sharding_constraint(values_XxM.reshape(*end_SxR.shape, -1), sharding(point.mesh))

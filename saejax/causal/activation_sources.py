@@ -114,6 +114,7 @@ def removed_on_average(f_BxTxF: jax.Array, fires_F: jax.Array, sum_F: jax.Array)
     """By how much activations fall, mean over the draws of the source ``random``, [B, T, F].
 
     Args:
+      f_BxTxF: the activations, 0 outside the domain.
       fires_F: at how many positions of the clean run each feature is not 0.
       sum_F: the sum of its activations there.
     """

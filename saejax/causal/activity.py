@@ -118,6 +118,6 @@ def _count(
         placed_PxTxF = jnp.where(fires_PxTxF, place_PxT[..., None], 0)
         return tuple(array.sum(axis=1) for array in (fires_PxTxF, size_PxTxF, placed_PxTxF, f_PxTxF))
 
-    sums_BxF = of_features(dictionary, (read_BxTxD, domain_BxT, place_BxT), sums)
-    counts = domain_BxT.sum(), *(array.sum(axis=0) for array in sums_BxF)
+    found = of_features(dictionary, (read_BxTxD, domain_BxT, place_BxT), sums)
+    counts = domain_BxT.sum(), *(array.sum(axis=0) for array in found)
     return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))

@@ -126,10 +126,10 @@ def claims(effects: Mapping[str, SetEffects], rule: Rule) -> dict[str, Claim]:
         raise ValueError("expected at least 2 draws of each behaviour")
     candidates = [_Candidates(part, rule) for part in effects.values()]
     most = max((part.draws for part in effects.values()), default=0)
-    p_BxC = np.array([[each.p_C[0], *np.resize(each.p_C[1:], most)] for each in candidates])
+    p_BxC = np.array([[each.p_C[0], *np.resize(each.p_C[1:], most)] for each in candidates]).reshape(-1, 1 + most)
     found = {}
-    for (name, part), each, adjusted_C in zip(effects.items(), candidates, holm_columns(p_BxC), strict=True):
-        adjusted_C = adjusted_C[: 1 + part.draws]
+    for (name, part), each, adjusted in zip(effects.items(), candidates, holm_columns(p_BxC), strict=True):
+        adjusted_C = adjusted[: 1 + part.draws]
         passes_C = each.passes(adjusted_C <= rule.level)
         placebo = binomtest(int(passes_C[1:].sum()), each.draws)
         ends = placebo.proportion_ci(method="wilson")
@@ -261,6 +261,7 @@ def resampled_shares(template_P: np.ndarray, resamples: int, seed: int) -> np.nd
 
     Args:
       template_P: a label for each prompt.
+      resamples, seed: how many samples, and of their draw.
 
     Returns:
       [R, P]; rows sum to 1.
@@ -271,6 +272,6 @@ def resampled_shares(template_P: np.ndarray, resamples: int, seed: int) -> np.nd
     drawn_RxG = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=resamples)
     count_RxP = np.empty((resamples, len(template_P)))
     for group, size in enumerate(size_G):
-        inside_RxP = rng.multinomial(size * drawn_RxG[:, group], np.full(size, 1 / size))
-        count_RxP[:, template_P == group] = inside_RxP
+        inside_RxQ = rng.multinomial(size * drawn_RxG[:, group], np.full(size, 1 / size))
+        count_RxP[:, template_P == group] = inside_RxQ
     return count_RxP / count_RxP.sum(axis=1, keepdims=True)

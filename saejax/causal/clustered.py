@@ -30,9 +30,9 @@ class Resampling:
     share_RxP: np.ndarray
 
     @classmethod
-    def of(cls, template_P: Sequence[str] | np.ndarray, resamples: int, seed: int) -> "Resampling":
+    def of(cls, templates: Sequence[str] | np.ndarray, resamples: int, seed: int) -> "Resampling":
         """The samples of prompts with these templates."""
-        template_P = np.asarray(template_P)
+        template_P = np.asarray(templates)
         return cls(template_P, resamples, seed, resampled_shares(template_P, resamples, seed))
 
     @property
@@ -65,5 +65,5 @@ class Resampling:
 
 
 def of_prompts(prompts: Sequence[Prompt], resamples: int, seed: int) -> Resampling:
-    """Bootstrap samples of prompts."""
+    """As ``Resampling.of`` the prompts' templates."""
     return Resampling.of([prompt.template for prompt in prompts], resamples, seed)

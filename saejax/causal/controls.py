@@ -139,10 +139,10 @@ def nearest_features(statistics: FeatureStatistics, features: Sequence[int], tes
         raise ValueError("a feature that never fires has no matched control")
     fires_F = statistics.fires_at_all_F
     firing_N = np.flatnonzero(fires_F)
-    place_NxC = statistics.coordinates(firing_N)
+    place_NxX = statistics.coordinates(firing_N)
     candidates_C = firing_N if tested else np.setdiff1d(firing_N, features_K)
-    own_KxC, other_CxC = (place_NxC[np.searchsorted(firing_N, some)] for some in (features_K, candidates_C))
-    apart_KxC = np.square(own_KxC[:, None, :] - other_CxC[None, :, :]).sum(axis=2)
+    own_KxX, other_CxX = (place_NxX[np.searchsorted(firing_N, some)] for some in (features_K, candidates_C))
+    apart_KxC = np.square(own_KxX[:, None, :] - other_CxX[None, :, :]).sum(axis=2)
     return candidates_C[np.argsort(apart_KxC, axis=1, kind="stable")]
 
 

@@ -37,7 +37,7 @@ Measure = Callable[[str, OnProgress], Measured]  # of the part of this name
 
 
 def silent(done: int, total: int) -> None:
-    """A ``OnProgress`` that does nothing."""
+    """An ``OnProgress`` that does nothing with the work ``done`` and in ``total``."""
 
 
 def load_run_model(run: Run) -> LanguageModel:
@@ -143,7 +143,7 @@ class Progress:
         self._before = self._of_parts = self._done = 0  # work of earlier counts, of earlier parts, of this count
 
     def of_part(self, label: str, left: int) -> OnProgress:
-        """What the next part calls, after which so many are left."""
+        """What the next part, called ``label``, calls; after it so many are left."""
         self._before, self._done = self._before + self._done, 0
         self._of_parts = self._before
 

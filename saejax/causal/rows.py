@@ -63,15 +63,15 @@ class RowBatch:
         tree = Tree(*(np.zeros(shape, np.int32) for shape in ((s, r), (s, r), (s, r, t), (s, n), (s, n))))
         end_SxR, members_SxRxK = np.zeros((s, r), np.int32), np.zeros((s, r, len(self.features_K)), bool)
         for shard, rows in enumerate(self.shards):
-            key_RxT, real_RxT = prompts.keys(rows, t)
-            _, at_M, token_M = np.unique(key_RxT[real_RxT], return_index=True, return_inverse=True)
-            own, count = slice(len(rows.set_N)), len(at_M)
+            key_ExT, real_ExT = prompts.keys(rows, t)
+            _, at_U, token_M = np.unique(key_ExT[real_ExT], return_index=True, return_inverse=True)
+            own, count = slice(len(rows.set_N)), len(at_U)
             tree.place_SxR[shard, own], tree.first_SxR[shard, own] = rows.place_N, rows.first_N
-            token_RxT = tree.token_SxRxT[shard, own]
-            token_RxT[real_RxT] = token_M
-            row_M, column_M = np.nonzero(real_RxT)
-            tree.row_SxN[shard, :count], tree.column_SxN[shard, :count] = row_M[at_M], column_M[at_M]
-            end_SxR[shard, own] = token_RxT[np.arange(len(rows.set_N)), real_RxT.sum(axis=1) - 1]
+            token_ExT = tree.token_SxRxT[shard, own]
+            token_ExT[real_ExT] = token_M
+            row_M, column_M = np.nonzero(real_ExT)
+            tree.row_SxN[shard, :count], tree.column_SxN[shard, :count] = row_M[at_U], column_M[at_U]
+            end_SxR[shard, own] = token_ExT[np.arange(len(rows.set_N)), real_ExT.sum(axis=1) - 1]
             for members_K, chosen in zip(members_SxRxK[shard], rows.set_N, strict=False):
                 members_K[np.searchsorted(self.features_K, sets[chosen])] = True
         return tree, (end_SxR, members_SxRxK)
@@ -139,9 +139,9 @@ def batches_of(
     batches = []
     place_P = prompts.in_order()
     for chosen in _chunks(sets, features):
-        features_K = np.unique(np.concatenate([sets[s] for s in chosen]))
-        features_K = features_K if len(features_K) else np.zeros(1, np.int64)  # programs have no empty arrays
-        features_K = np.pad(features_K, (0, filled_features(len(features_K)) - len(features_K)), mode="edge")
+        asked = np.unique(np.concatenate([sets[s] for s in chosen]))
+        asked = asked if len(asked) else np.zeros(1, np.int64)  # programs have no empty arrays
+        features_K = np.pad(asked, (0, filled_features(len(asked)) - len(asked)), mode="edge")
         number_N, order_N = np.nonzero((first_SxP[chosen] <= prompts.last_P[None, :])[:, place_P])
         set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
         rows = SetRows(set_N, place_N, first_SxP[set_N, place_N])

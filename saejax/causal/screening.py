@@ -88,8 +88,8 @@ def attribution(
 
 def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
     """The features of largest attribution, largest first: at most ``top``, and only ones above 0."""
-    order_F = np.argsort(-attribution_F, kind="stable")[:top]
-    return [int(feature) for feature in order_F if attribution_F[feature] > 0]
+    order_K = np.argsort(-attribution_F, kind="stable")[:top]
+    return [int(feature) for feature in order_K if attribution_F[feature] > 0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -107,9 +107,10 @@ def score_features(
     source: ActivationSource = ZERO,
     lent: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
-    """The program behind ``attribution``, for one batch: [B, F].
+    """The program behind ``attribution``, for one batch of arrays as ``CleanRun`` has them: [B, F].
 
     Args:
+      points: on the way to no feature whose gradients are averaged; 1: the gradient where the prompt is.
       lent: for the source ``counterpart``, what is read and the domain of the counterparts; for ``random``, at how many
         positions of the clean run each feature is not 0, and the sum of its activations.
     """
@@ -139,6 +140,6 @@ def score_features(
 
 
 def weighted(f_BxTxF: jax.Array, slope_BxTxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """Fall of activation x slope along each feature's direction, summed over positions: [B, F]."""
+    """Fall f of activation x slope along each feature's direction, row of W_dec, summed over positions: [B, F]."""
     along_BxTxF = matmul(slope_BxTxD.astype(W_dec_FxD.dtype), W_dec_FxD.T)  # dL/df
     return (f_BxTxF * along_BxTxF).sum(axis=1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -98,22 +98,16 @@ class SplitModel:
         """
         tokens = self._model.tokenize([prompt.text for prompt in prompts])
         answers_Nx2 = first_answer_ids(self._model.tokenizer, prompts)
-        order_N = np.argsort(tokens.lengths_B, kind="stable")
         runs = []
-        while len(order_N):
-            length_N = -(-tokens.lengths_B[order_N] // LENGTH_STEP) * LENGTH_STEP
-            rows_N = -(-np.arange(1, len(order_N) + 1) // PROMPTS) * PROMPTS
-            count = max(int(np.sum(rows_N * length_N <= GROUP_TOKENS)), min(PROMPTS, len(order_N)))
-            index_P, order_N = order_N[:count], order_N[count:]
-            rows_B = np.resize(index_P, rows_N[count - 1])  # filled up with copies
-            ids_BxT = np.zeros((len(rows_B), length_N[count - 1]), np.int32)
+        for index_P, rows_B, length in groups_by_length(tokens.lengths_B, PROMPTS, GROUP_TOKENS):
+            ids_BxT = np.zeros((len(rows_B), length), np.int32)
             kept = min(ids_BxT.shape[1], tokens.ids_BxT.shape[1])
             ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
             last_B = tokens.last_B[rows_B]
             wanted_BxT = where(self._positions, last_B, ids_BxT.shape[1])
             texts = [prompts[index].text for index in rows_B]
             stream, value, read, domain = self._run_head(ids_BxT, last_B, wanted_BxT, texts)
-            prefix_PxT = prefixes((2 * ids_BxT + wanted_BxT)[:count])  # where features may change is part of it
+            prefix_PxT = prefixes((2 * ids_BxT + wanted_BxT)[: len(index_P)])  # where features may change is part of it
             runs.append(CleanRun(index_P, stream, value, read, domain, prefix_PxT, last_B, answers_Nx2[rows_B]))
         return runs
 
@@ -157,8 +151,8 @@ class SplitModel:
         for first in range(0, len(ids_BxT), PROMPTS):
             own = slice(first, first + PROMPTS)
             rows = self.by_row(ids_BxT[own], last_B[own], wanted_BxT[own])
-            *part, finite_B = run_head(self.point, self.error, self.params, self.dictionary, *rows)
-            for row in np.flatnonzero(~np.asarray(finite_B))[:1]:
+            *part, finite_P = run_head(self.point, self.error, self.params, self.dictionary, *rows)
+            for row in np.flatnonzero(~np.asarray(finite_P))[:1]:
                 raise UserError(
                     f"the value of {self.point.site} is not finite in the prompt {texts[first + row]!r}: the "
                     "model's weights hold NaN or it overflows; try --model.dtype=float32 or another model"
@@ -169,6 +163,26 @@ class SplitModel:
     def by_row(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Puts arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
         return by_row(self.point.mesh, *arrays)
+
+
+def groups_by_length(lengths_N: np.ndarray, step: int, most: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Groups of prompts of like length, of at most ``most`` tokens with those that fill up, or of ``step`` prompts.
+
+    Args:
+      lengths_N: tokens of each prompt.
+      step: rows of a group are a multiple of this.
+      most: tokens of a group.
+
+    Yields:
+      The places of the group's prompts [P], those of its rows [B], filled up with copies, and the tokens of a row.
+    """
+    left = np.argsort(lengths_N, kind="stable")
+    while len(left):
+        length_M = -(-lengths_N[left] // LENGTH_STEP) * LENGTH_STEP
+        rows_M = -(-np.arange(1, len(left) + 1) // step) * step
+        count = max(int(np.sum(rows_M * length_M <= most)), min(step, len(left)))
+        index_P, left = left[:count], left[count:]
+        yield index_P, np.resize(index_P, rows_M[count - 1]), int(length_M[count - 1])
 
 
 def prefixes(ids_PxT: np.ndarray) -> np.ndarray:
@@ -191,7 +205,13 @@ def run_head(
     last_B: jax.Array,
     wanted_BxT: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """The program of the head: stream, value and what is read [B, T, D], the domain [B, T], which are finite [B]."""
+    """The program of the head: stream, value and what is read [B, T, D], the domain [B, T], which are finite [B].
+
+    Args:
+      error: as for ``SplitModel``; static.
+      ids_BxT, last_B: token ids, and the index of each prompt's last token.
+      wanted_BxT: where features may change.
+    """
     stream_BxTxD, value_BxTxD, read_BxTxD = point.head(params, ids_BxT)
     real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
     domain_BxT = real_BxT & dictionary.in_domain(read_BxTxD)
@@ -207,7 +227,7 @@ def run_head(
 def record(
     point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array, last_B: jax.Array
 ) -> tuple[jax.Array, Past]:
-    """The program of ``SplitModel.past``."""
+    """The program of ``SplitModel.past``, of arrays as ``CleanRun`` has them."""
     x_BxTxD, past = point.record(params, stream_BxTxD, value_BxTxD)
     last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
     return jax.lax.with_sharding_constraint((last_BxD, past), sharding(point.mesh))
@@ -227,6 +247,6 @@ def of_features(dictionary: Basis, arrays: Sequence[jax.Array], use: Callable) -
 
 @jax.jit
 def active_features(dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
-    """Feature activations [B, T, F]; 0 outside the domain."""
+    """Feature activations [B, T, F] of what is read; 0 outside the domain."""
     f_BxTxF = dictionary.encode(read_BxTxD)
     return jnp.where(domain_BxT[:, :, None], f_BxTxF, jnp.zeros_like(f_BxTxF))

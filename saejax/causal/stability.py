@@ -90,35 +90,35 @@ def between_halves(drop_NxP: np.ndarray, seed: int) -> HalvesAgreement:
     return HalvesAgreement(r, None if r is None or r <= -1 else 2 * r / (1 + r))
 
 
-def match_by_direction(first_FxD: np.ndarray, second_GxD: np.ndarray, least: float = LEAST) -> Matches:
+def match_by_direction(first: np.ndarray, second: np.ndarray, least: float = LEAST) -> Matches:
     """Features whose decoder rows are each other's nearest by cosine.
 
     Args:
-      first_FxD, second_GxD: decoder rows, of any length; rows of length 0 match nothing.
+      first, second: decoder rows, of any length; rows of length 0 match nothing.
       least: smallest cosine of a match, above 0.
 
     Raises:
       ValueError: the widths differ.
     """
-    if first_FxD.shape[1] != second_GxD.shape[1]:
-        raise ValueError(f"rows of width {first_FxD.shape[1]} and {second_GxD.shape[1]} have no cosine: match activity")
-    return _mutual(_unit(first_FxD), _unit(second_GxD), least)
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"rows of width {first.shape[1]} and {second.shape[1]} have no cosine: match activity")
+    return _mutual(unit(first), unit(second), least)
 
 
-def match_by_activity(first_PxF: np.ndarray, second_PxG: np.ndarray, least: float = LEAST) -> Matches:
+def match_by_activity(first: np.ndarray, second: np.ndarray, least: float = LEAST) -> Matches:
     """Features whose activity correlates best with each other's over prompts.
 
     Args:
-      first_PxF, second_PxG: a number per prompt and feature, such as ``activity.maxima``, of the same prompts in one
+      first, second: a number per prompt and feature, such as ``activity.maxima``, of the same prompts in one
         order. A feature that is above its least activity on fewer than 3 prompts matches nothing.
       least: smallest correlation (Pearson's) of a match, above 0.
 
     Raises:
       ValueError: the numbers of prompts differ.
     """
-    if len(first_PxF) != len(second_PxG):
-        raise ValueError(f"activity on {len(first_PxF)} and on {len(second_PxG)} prompts cannot be compared")
-    return _mutual(_unit(_centred(first_PxF)), _unit(_centred(second_PxG)), least)
+    if len(first) != len(second):
+        raise ValueError(f"activity on {len(first)} and on {len(second)} prompts cannot be compared")
+    return _mutual(unit(_centred(first)), unit(_centred(second)), least)
 
 
 def compare(
@@ -132,27 +132,27 @@ def compare(
       resamples: of the bootstrap over pairs.
       seed: of the bootstrap and the controls.
     """
-    kept_M = np.isin(matches.first_M, first.feature) & np.isin(matches.second_M, second.feature)
-    other_M = np.searchsorted(second.feature, matches.second_M[kept_M])
+    kept_E = np.isin(matches.first_M, first.feature) & np.isin(matches.second_M, second.feature)
+    other_M = np.searchsorted(second.feature, matches.second_M[kept_E])
     count = len(other_M)
     shares = [count / max(len(table.feature), 1) for table in (first, second)]
-    similarity = float(np.median(matches.similarity_M[kept_M])) if count else None
+    similarity = float(np.median(matches.similarity_M[kept_E])) if count else None
     about = functools.partial(MatchedDrops, count, (shares[0], shares[1]), similarity)
-    one_M = first.drop[np.searchsorted(first.feature, matches.first_M[kept_M])]
+    one_M = first.drop[np.searchsorted(first.feature, matches.first_M[kept_E])]
     two_M = second.drop[other_M]
     if count < 3 or np.ptp(one_M) == 0 or np.ptp(two_M) == 0:
         return about(None, None, None)
     rng = np.random.default_rng(seed)
     drawn_RxM = rng.integers(count, size=(resamples, count))
-    shuffled_RxM = rng.permuted(np.tile(two_M, (DRAWS, 1)), axis=1)
+    shuffled_CxM = rng.permuted(np.tile(two_M, (DRAWS, 1)), axis=1)
     near_MxA = _nearest(second)[other_M]
-    picked_RxM = rng.integers(near_MxA.shape[1], size=(DRAWS, count))
-    alike_RxM = second.drop[near_MxA[np.arange(count)[None, :], picked_RxM]]
+    picked_CxM = rng.integers(near_MxA.shape[1], size=(DRAWS, count))
+    alike_CxM = second.drop[near_MxA[np.arange(count)[None, :], picked_CxM]]
     seen = _rank_correlations(one_M[None], two_M[None])[0]
     return about(
         rank_correlation=_spread(_rank_correlations(one_M[drawn_RxM], two_M[drawn_RxM]), seen),
-        shuffled=_spread(_rank_correlations(np.broadcast_to(one_M, shuffled_RxM.shape), shuffled_RxM)),
-        alike=_spread(_rank_correlations(np.broadcast_to(one_M, alike_RxM.shape), alike_RxM)),
+        shuffled=_spread(_rank_correlations(np.broadcast_to(one_M, shuffled_CxM.shape), shuffled_CxM)),
+        alike=_spread(_rank_correlations(np.broadcast_to(one_M, alike_CxM.shape), alike_CxM)),
     )
 
 
@@ -189,8 +189,8 @@ def _centred(values_PxF: np.ndarray) -> np.ndarray:
     return np.where(often_F[:, None], (values_PxF - values_PxF.mean(axis=0)[None, :]).T, 0.0)
 
 
-def _unit(rows_NxD: np.ndarray) -> np.ndarray:
-    """Rows of length 1, or 0 where they had none."""
+def unit(rows_NxD: np.ndarray) -> np.ndarray:
+    """Rows of length 1 in fp32, or 0 where they had none."""
     rows_NxD = np.asarray(rows_NxD, np.float32)
     length_Nx1 = np.linalg.norm(rows_NxD, axis=1, keepdims=True)
     return np.divide(rows_NxD, length_Nx1, out=np.zeros_like(rows_NxD), where=length_Nx1 > 0)

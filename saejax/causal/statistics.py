@@ -13,7 +13,7 @@ from saejax.tasks.scoring import checked_effects, chunks
 _EXACT = 16  # up to so many prompts all sign patterns are counted: 65,536
 
 
-def sign_flip_p(effect_NxP: np.ndarray, draws: int, seed: int) -> np.ndarray:
+def sign_flip_p(effects: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """Two-sided p-values [N] of the hypothesis that an effect is as likely above 0 as below, by as much.
 
     Under it every prompt's effect could as well have the other sign. The p-value is the share of sign patterns whose
@@ -22,22 +22,22 @@ def sign_flip_p(effect_NxP: np.ndarray, draws: int, seed: int) -> np.ndarray:
     the p-value 1; prompts on which an effect is 0 say nothing, and its smallest p-value is 2 / 2^(the others).
 
     Args:
-      effect_NxP: finite; P at least 1.
+      effects: [N, P], finite; P at least 1.
       draws: random patterns for more than 16 prompts, at least 1.
       seed: of the patterns.
     """
-    effect_NxP = checked_effects(effect_NxP)
+    effect_NxP = checked_effects(effects)
     count, signs_RxP = len(effect_NxP), _sign_patterns(effect_NxP.shape[1], draws, seed)
     total_N = np.abs(effect_NxP.sum(axis=1))
     rounding_N = 1e-12 * np.abs(effect_NxP).sum(axis=1)  # equal sums differ in their last bits
     p_N = np.empty(count)
     for some in chunks(count, len(signs_RxP)):
-        as_far_RxN = np.abs(signs_RxP @ effect_NxP[some].T) >= (total_N - rounding_N)[some]
-        p_N[some] = as_far_RxN.mean(axis=0)
+        as_far_RxC = np.abs(signs_RxP @ effect_NxP[some].T) >= (total_N - rounding_N)[some]
+        p_N[some] = as_far_RxC.mean(axis=0)
     return p_N
 
 
-def max_t_p(effect_NxP: np.ndarray, draws: int, seed: int) -> np.ndarray:
+def max_t_p(effects: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """P-values [N] of the hypotheses of ``sign_flip_p``, adjusted for testing all N: step-down maxT.
 
     Rejecting all <= 0.05 is wrong anywhere with a probability of at most 5 %, however the effects depend on each other:
@@ -46,21 +46,21 @@ def max_t_p(effect_NxP: np.ndarray, draws: int, seed: int) -> np.ndarray:
     4.1). An effect of 0 on every prompt has p = 1.
 
     Args:
-      effect_NxP, draws, seed: as for ``sign_flip_p``, whose sign patterns these are.
+      effects, draws, seed: as for ``sign_flip_p``, whose sign patterns these are.
     """
-    effect_NxP = checked_effects(effect_NxP)
+    effect_NxP = checked_effects(effects)
     length_N = np.sqrt(np.square(effect_NxP).sum(axis=1))
     unit_NxP = np.divide(effect_NxP, length_N[:, None], out=np.zeros_like(effect_NxP), where=length_N[:, None] > 0)
     signs_RxP = _sign_patterns(effect_NxP.shape[1], draws, seed)
     order_N = np.argsort(np.abs(unit_NxP.sum(axis=1)), kind="stable")  # rising
     p_N, largest_R = np.empty(len(unit_NxP)), np.zeros(len(signs_RxP))
     for some in chunks(len(order_N), len(signs_RxP)):
-        t_RxN = np.abs(signs_RxP @ unit_NxP[order_N[some]].T)
-        np.maximum.accumulate(t_RxN, axis=1, out=t_RxN)
-        np.maximum(t_RxN, largest_R[:, None], out=t_RxN)
-        seen_N = np.abs(unit_NxP[order_N[some]].sum(axis=1))
-        p_N[order_N[some]] = (t_RxN >= seen_N - 1e-9).mean(axis=0)  # equal ones differ in their last bits
-        largest_R = t_RxN[:, -1]
+        t_RxC = np.abs(signs_RxP @ unit_NxP[order_N[some]].T)
+        np.maximum.accumulate(t_RxC, axis=1, out=t_RxC)
+        np.maximum(t_RxC, largest_R[:, None], out=t_RxC)
+        seen_C = np.abs(unit_NxP[order_N[some]].sum(axis=1))
+        p_N[order_N[some]] = (t_RxC >= seen_C - 1e-9).mean(axis=0)  # equal ones differ in their last bits
+        largest_R = t_RxC[:, -1]
     falling_N = order_N[::-1]
     p_N[falling_N] = np.maximum.accumulate(p_N[falling_N])
     return p_N
@@ -75,7 +75,7 @@ def _sign_patterns(prompts: int, draws: int, seed: int) -> np.ndarray:
 
 
 def least_p(prompts: int, draws: int) -> float:
-    """The smallest p-value that ``sign_flip_p`` can give."""
+    """The smallest p-value that ``sign_flip_p`` can give on so many ``prompts``, with so many ``draws``."""
     return 2.0 ** (1 - prompts) if prompts <= _EXACT else 1 / (1 + draws)
 
 
@@ -92,7 +92,7 @@ def holm(p_N: np.ndarray) -> np.ndarray:
     return np.minimum(adjusted_N, 1.0)
 
 
-def hsic(a_P: np.ndarray, b_P: np.ndarray, permutations: int, seed: int) -> tuple[float, float]:
+def hsic(a: np.ndarray, b: np.ndarray, permutations: int, seed: int) -> tuple[float, float]:
     """The Hilbert-Schmidt independence criterion of two numbers per prompt, and the p-value of independence.
 
     HSIC = tr(K H L H) / P^2, where K and L hold exp(-difference^2 / (2 width^2)) of all pairs of prompts, the width is
@@ -101,14 +101,14 @@ def hsic(a_P: np.ndarray, b_P: np.ndarray, permutations: int, seed: int) -> tupl
     and the one seen. Numbers that are the same on every prompt, one prompt included, depend on nothing: 0, with p = 1.
 
     Args:
-      a_P, b_P: finite; P at least 1.
+      a, b: [P], finite; P at least 1.
       permutations: how many random orders, at least 1.
       seed: of the orders.
 
     Returns:
       HSIC, at least 0, and p.
     """
-    a_P, b_P = checked_effects(np.stack([a_P, b_P]))
+    a_P, b_P = checked_effects(np.stack([a, b]))
     if np.ptp(a_P) == 0 or np.ptp(b_P) == 0:
         return 0.0, 1.0
     prompts = len(a_P)

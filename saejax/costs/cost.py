@@ -71,6 +71,12 @@ class PlannedRun:
         """What captures: "torch", "jax", or "auto", which takes what torch takes: the larger of both."""
         return self.configs["capture"].backend if self.torch_here else "jax"
 
+    @property
+    def capture_dtype(self) -> str:
+        """In which the model runs while it is captured; of ``auto`` what takes more."""
+        dtype: str = self.configs["capture"].dtype
+        return "float32" if dtype == "auto" else dtype
+
     def dictionary(self, stage: str) -> DictionaryConfig:
         """The dictionary that ``--<stage>.dictionary`` names.
 

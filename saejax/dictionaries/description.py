@@ -22,6 +22,9 @@ class DictionaryConfig(Config):
       centred: whether the decoder's bias is subtracted from the input, as in an SAE.
       fires_above: |f| above which a feature of a linear dictionary counts as firing.
       max_norm: norm of ``x`` above which a position is an attention sink.
+      widths: of the parts of a joined site, which add up to ``d_in``; (): it is one site. See ``dictionaries.joined``.
+      scales: what each part's values are multiplied with before they are put side by side.
+      max_norms: of each part, as ``max_norm``, before that.
       model, revision, fingerprint: the language model whose activations it was trained on.
       origin: what a file in another tool's format that it was loaded from says besides (JSON), to be written back.
     """
@@ -37,6 +40,9 @@ class DictionaryConfig(Config):
     centred: bool = setting(True, "subtract the decoder's bias from the input")
     fires_above: float = setting(0.0, "firing threshold of a linear dictionary", low=0.0)
     max_norm: float = setting(3.4e38, "largest norm of a position that is not a sink", low=0.0)
+    widths: tuple[int, ...] = setting((), "widths of the parts of a joined site", low=1, implied=())
+    scales: tuple[float, ...] = setting((), "factors of those parts", low=0.0, implied=())
+    max_norms: tuple[float, ...] = setting((), "largest norms of those parts", low=0.0, implied=())
     model: str = setting("", "language model")
     revision: str = setting("", "its revision")
     fingerprint: str = setting("", "its fingerprint")

@@ -1,6 +1,7 @@
 """What dictionaries minimise: means over the tokens of a batch, each a scalar."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from saejax.dictionaries import sparsity
+from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.matmul import matmul
 
 
@@ -20,7 +22,11 @@ def squared_error(
       metric_DxD: what errors are multiplied with first, such as ``whitening``.
       operands: dtype of the operands of that product.
     """
-    error_BxD = y_BxD - y_hat_BxD
+    return squared_size(y_BxD - y_hat_BxD, metric_DxD, operands)
+
+
+def squared_size(error_BxD: jax.Array, metric_DxD: jax.Array | None = None, operands: str = "float32") -> jax.Array:
+    """``squared_error`` of ``error_BxD``; ``metric_DxD`` and ``operands`` are as there."""
     if metric_DxD is not None:
         error_BxD = matmul(error_BxD, metric_DxD, operands)
     return jnp.mean(jnp.sum(jnp.square(error_BxD), axis=-1))
@@ -40,14 +46,20 @@ def whitening(acts_NxD: np.ndarray, power: float) -> np.ndarray:
     return matrix_DxD * np.sqrt(np.trace(covariance_DxD) / np.trace(matrix_DxD @ covariance_DxD @ matrix_DxD))
 
 
-def l1_norm_weighted(f_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """Mean over tokens of sum_i |f_i| |W_dec_i|, so that shrinking f and growing the decoder gains nothing."""
-    return jnp.sum(jnp.mean(jnp.abs(f_BxF), axis=0) * norms(W_dec_FxD))
+def l1_norm_weighted(f_BxF: jax.Array, W_dec_FxD: jax.Array, widths: Sequence[int] = ()) -> jax.Array:
+    """Mean over tokens of sum_i |f_i| |W_dec_i|, so that shrinking f and growing the decoder gains nothing.
+
+    Args:
+      widths: of the parts of a joined site, over which |W_dec_i| is the sum of the parts' lengths; (): one site.
+    """
+    return jnp.sum(jnp.mean(jnp.abs(f_BxF), axis=0) * row_lengths(W_dec_FxD, widths))
 
 
-def tanh_norm_weighted(f_BxF: jax.Array, W_dec_FxD: jax.Array, slope: float = 4.0) -> jax.Array:
+def tanh_norm_weighted(
+    f_BxF: jax.Array, W_dec_FxD: jax.Array, slope: float = 4.0, widths: Sequence[int] = ()
+) -> jax.Array:
     """Mean over tokens of sum_i tanh(slope f_i |W_dec_i|), a smooth stand-in for L0 (Conerly et al., 2025)."""
-    return jnp.mean(jnp.sum(jnp.tanh(slope * f_BxF * norms(W_dec_FxD)[None]), axis=-1))
+    return jnp.mean(jnp.sum(jnp.tanh(slope * f_BxF * row_lengths(W_dec_FxD, widths)[None]), axis=-1))
 
 
 def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
@@ -126,21 +138,19 @@ _auxk.defvjp(
 
 
 def dead_pre_activation(
-    pre_BxF: jax.Array, threshold_F: jax.Array, dead_F: jax.Array, W_dec_FxD: jax.Array
+    pre_BxF: jax.Array,
+    threshold_F: jax.Array,
+    dead_F: jax.Array,
+    W_dec_FxD: jax.Array,
+    widths: Sequence[int] = (),
 ) -> jax.Array:
     """Mean over tokens of sum over dead features of max(threshold - pre, 0) |W_dec|: pulls dead ones back to firing."""
-    short_BxF = jax.nn.relu(threshold_F[None] - pre_BxF) * norms(W_dec_FxD)[None]
+    short_BxF = jax.nn.relu(threshold_F[None] - pre_BxF) * row_lengths(W_dec_FxD, widths)[None]
     return jnp.mean(jnp.sum(jnp.where(dead_F[None], short_BxF, jnp.zeros_like(short_BxF)), axis=-1))
 
 
-def explained_variance(y_BxD: jax.Array, y_hat_BxD: jax.Array) -> jax.Array:
-    """1 - sum |y - y_hat|^2 / sum |y - mean of the batch|^2; 0 where all rows are the same."""
+def explained_variance(y_BxD: jax.Array, error_BxD: jax.Array) -> jax.Array:
+    """1 - sum |error|^2 / sum |y - mean of the batch|^2; 0 where all rows are the same."""
     deviations_BxD = y_BxD - jnp.mean(y_BxD, axis=0, keepdims=True)
-    error, total = jnp.sum(jnp.square(y_BxD - y_hat_BxD)), jnp.sum(jnp.square(deviations_BxD))
+    error, total = jnp.sum(jnp.square(error_BxD)), jnp.sum(jnp.square(deviations_BxD))
     return jnp.where(total > 0, 1 - error / jnp.where(total > 0, total, 1.0), 0.0)
-
-
-def norms(W_dec_FxD: jax.Array) -> jax.Array:
-    """Length of every feature's direction, [F]; where it is 0 so is its gradient."""
-    square_F = jnp.sum(jnp.square(W_dec_FxD), axis=-1)
-    return jnp.where(square_F > 0, jnp.sqrt(jnp.where(square_F > 0, square_F, 1.0)), 0.0)

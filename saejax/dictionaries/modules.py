@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from saejax.dictionaries import kinds, sparse_products
+from saejax.dictionaries import joined, kinds
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.editing import Editing
 from saejax.dictionaries.matmul import centred_matmul, matmul
@@ -72,7 +72,10 @@ class Dictionary(Editing, nnx.Module):
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
         directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
         arrays = {name: jnp.zeros(shape, dtype) for name, (shape, _) in parameter_table(config).items()}
-        return cls(config, operands, **arrays | dict(W_enc_DxF=directions_FxD.T, W_dec_FxD=directions_FxD))
+        length = joined.row_lengths(directions_FxD, config.widths)[:, None] if config.widths else 1.0
+        # Rows of norm 1 / length: so the encoder is as much longer, and decode(encode(row)) gives the row again.
+        first = dict(W_enc_DxF=(directions_FxD * length).T, W_dec_FxD=directions_FxD / length)
+        return cls(config, operands, **arrays | first)
 
     @property
     def arrays(self) -> dict[str, jax.Array]:
@@ -116,9 +119,9 @@ class Dictionary(Editing, nnx.Module):
         """
         return self._with_bias(matmul(f_xF, self.W_dec_FxD[...], self.operands), x_xD)
 
-    def decode_code(self, code: sparse_products.SparseCode, x_BxD: jax.Array | None = None) -> jax.Array:
-        """``decode`` of the features that are active."""
-        return self._with_bias(sparse_products.product(code, self.W_dec_FxD[...]), x_BxD)
+    def without_bias(self, y_xD: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
+        """What is left of targets for features to explain: y less what ``decode`` adds whatever they are."""
+        return y_xD - self._with_bias(jnp.zeros_like(y_xD), x_xD)
 
     def _with_bias(self, y_xD: jax.Array, x_xD: jax.Array | None) -> jax.Array:
         """What features add, and what is added whatever they are."""
@@ -139,4 +142,6 @@ class Dictionary(Editing, nnx.Module):
 
     def in_domain(self, x_xD: jax.Array) -> jax.Array:
         """True where ``x`` is not an attention sink; the shape of ``x`` without its last axis."""
+        if self.config.widths:
+            return joined.in_domain(self.config, x_xD)
         return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1) <= self.config.max_norm

@@ -6,13 +6,14 @@ dictionaries compute on the host in float64 and round once to the arrays' own dt
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.dictionaries.joined import row_lengths, split
 from saejax.dictionaries.kinds.base import Arrays, Kind
 from saejax.dictionaries.modules import Dictionary
 from saejax.errors import UserError
@@ -48,15 +49,21 @@ def scale_features(kind: Kind, arrays: Arrays, factor_F: Any) -> Arrays:
     return arrays | {name: array.astype(arrays[name].dtype) for name, array in scaled.items()}
 
 
-def unit_rows(kind: Kind, arrays: Arrays) -> Arrays:
-    """The same with decoder rows of length 1: activations take over the length. Of arrays of JAX."""
-    length_F = jnp.linalg.norm(arrays["W_dec_FxD"], axis=-1)
+def unit_rows(kind: Kind, arrays: Arrays, widths: Sequence[int] = ()) -> Arrays:
+    """The same with decoder rows of length 1: activations take over the length. Of arrays of JAX.
+
+    Args:
+      widths: of the parts of a joined site, over which a row's length is the sum; (): one site.
+    """
+    W_dec_FxD = arrays["W_dec_FxD"]
+    length_F = row_lengths(W_dec_FxD, widths) if widths else jnp.linalg.norm(W_dec_FxD, axis=-1)
     return scale_features(kind, arrays, jnp.where(length_F > 0, length_F, jnp.ones_like(length_F)))
 
 
-def decoder_lengths(W_dec_FxD: np.ndarray) -> np.ndarray:
+def decoder_lengths(W_dec_FxD: np.ndarray, widths: Sequence[int] = ()) -> np.ndarray:
     """Length of every decoder row in float64; 1 where a row is zero, so that one can divide by it."""
-    length_F = np.sqrt(np.einsum("fd,fd->f", W_dec_FxD, W_dec_FxD, dtype=np.float64))
+    parts = split(W_dec_FxD, widths)
+    length_F = np.sum([np.sqrt(np.einsum("fd,fd->f", part, part, dtype=np.float64)) for part in parts], axis=0)
     return np.where(length_F > 0, length_F, 1.0)
 
 
@@ -67,7 +74,7 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
       UserError: a topk dictionary with rows of different lengths, whose k largest would become others.
     """
     arrays = _host(dictionary)
-    length_F = decoder_lengths(arrays["W_dec_FxD"])
+    length_F = decoder_lengths(arrays["W_dec_FxD"], dictionary.config.widths)
     if dictionary.kind.compares:
         mean = float(length_F.mean())
         if np.abs(length_F - mean).max() > 1e-5 * mean:

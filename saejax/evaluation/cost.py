@@ -22,7 +22,7 @@ from saejax.dictionaries import DictionaryConfig
 from saejax.evaluation import programs
 from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.evaluation.member_data import MemberData
-from saejax.models.sites import Site
+from saejax.models.sites import Site, decoder_site, is_joined, site_parts
 from saejax.models.split import SplitPoint
 from saejax.parallel import fitting_sharding, part_size
 
@@ -44,7 +44,7 @@ def evaluate_cost(plan: PlannedRun, kind: str) -> Cost:
     of_document = min(length, -(-plan.tokens // max(plan.documents, 1) // _STEP) * _STEP)
     tokens, sites = documents * of_document, {(member.site, member.target) for member in stack.members}
     tails = (len(VARIANTS) - 1) * len(sites) + len(stack.members)
-    at = Site.parse(used.site).layer
+    at = min(decoder_site(part).layer for part in site_parts(used.site))
     layers = len(sites) * at + tails * (model.n_layers - at)
     flops = pass_flops(model, tokens, of_document, layers) + tails * head_flops(model, tokens)
     whole_arrays = dictionary_bytes(used, plan.configs["train"].state_dtype)
@@ -63,6 +63,8 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     rows, length = _batch(plan)
     model, first = plan.model, next(iter(plan.stacks.values())).dictionary
     used = plan.dictionary("ablate") if plan.configs["task"].has_behaviours else first
+    if is_joined(used.site):
+        return []  # whole passes with edits: those of other stages
     site, d, f = Site.parse(used.site), used.d_in, used.n_features
     target = Site.parse(used.target or used.site)
     tokens, variants, point = rows * length, len(VARIANTS), SplitPoint(model, target, site, mesh)

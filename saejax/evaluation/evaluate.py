@@ -1,24 +1,27 @@
 """The evaluate stage: held-out scores of the members of a train unit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
-from saejax.errors import Interrupted
+from saejax.errors import Interrupted, UserError
 from saejax.evaluation import neighbours
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
+from saejax.evaluation.parts import part_losses, part_variances, parts_by_model
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
-from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, StandInMeans
+from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
 from saejax.models.language_model import LanguageModel, load_model
-from saejax.models.sites import Site
+from saejax.models.sites import decoder_site, is_joined, site_parts
+from saejax.models.source import other_model
 from saejax.parallel import make_mesh
 from saejax.results import from_json, to_json
-from saejax.settings import EvaluateConfig
+from saejax.settings import EvaluateConfig, ModelConfig
 from saejax.workspace import Run, read_json, write_array, write_json
 
 SCORES = "scores.json"
@@ -38,25 +41,47 @@ def run_evaluate(run: Run) -> EvaluateResults:
     for member in stack:
         if not (run.folder / member.name / SCORES).exists():
             waiting.setdefault((member.site, member.target), []).append(member.name)
-    for site in dict.fromkeys(member.site for member in stack):
-        Site.parse(site)  # losses are measured in the decoder, which does not have a module of the PyTorch model
+    for site in single_sites(member.site for member in stack):
+        decoder_site(site)  # losses are measured in the decoder, which does not have a module of the PyTorch model
     if waiting:
         mesh, model = make_mesh(run.configs["mesh"]), run.configs["model"]
         lm = load_model(model.path, model.revision, model.dtype, mesh)
         store.check_model(lm.source)
+        other = load_other(model, store, mesh)
         for sites, names in waiting.items():
             if run.stopping():
                 raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
-            _score_site(run, config, store, lm, mesh, sites, {name: trained / name for name in names})
+            _score_site(run, config, store, (lm, other), mesh, sites, {name: trained / name for name in names})
     paths = [run.folder / member.name / SCORES for member in stack]
     return EvaluateResults(run.name, tuple(from_json(DictionaryScores, read_json(path), path) for path in paths))
+
+
+def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | None:
+    """The second model of a store; None if it has none.
+
+    Raises:
+      UserError: ``--model.other`` names none, or another one.
+    """
+    captured = store.manifest.get("other")
+    if captured is None:
+        return None
+    second = other_model(model)
+    if second is None:
+        raise UserError(f"{store.folder} was captured from a second model too, {captured['name']}: give --model.other")
+    lm = load_model(second.path, second.revision, second.dtype, mesh)
+    if lm.source.fingerprint != captured["fingerprint"]:
+        raise UserError(
+            f"{store.folder} was captured from the second model {captured['name']} ({captured['fingerprint']}), not "
+            f"from {lm.source.name} ({lm.source.fingerprint}): give that by --model.other, or capture again"
+        )
+    return lm
 
 
 def _score_site(
     run: Run,
     config: EvaluateConfig,
     store: Store,
-    lm: LanguageModel,
+    models: tuple[LanguageModel, LanguageModel | None],
     mesh: Mesh,
     sites: tuple[str, str],
     folders: dict[str, Path],
@@ -64,25 +89,31 @@ def _score_site(
     """Scores the members that read one site and predict one target, and writes what there is to say of each."""
     site, target = sites
     dictionaries = [load_dictionary(folder) for folder in folders.values()]
-    held_out = _blocks(store, "held_out", sites, config.batch_tokens)
-    scores = reconstruct(dictionaries, held_out, mesh, config.batch_tokens)
-    documents = store.documents.of("held_out")
-    losses = stand_in_losses(
-        lm,
-        dictionaries,
-        documents[: config.ce_documents] if config.ce_documents else documents,
-        _target_mean(store, sites, config.batch_tokens),
-        config.batch_tokens,
-        store.max_norm(target),
+    store = with_joined(store, [site], {site: dictionaries[0].config.scales})
+    scores = reconstruct(
+        dictionaries, _blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens
     )
+    documents = store.documents.of("held_out")
+    documents = documents[: config.ce_documents] if config.ce_documents else documents
+    mean_D = _target_mean(store, sites, config.batch_tokens)
+    parts: Sequence[dict[str, PartScores] | None] = [None] * len(dictionaries)
+    if is_joined(site):
+        of_models = parts_by_model(site, *models)
+        all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens)
+        variances = part_variances(dictionaries, _blocks(store, "held_out", sites, config.batch_tokens))
+        losses = [found["+".join(of_models[0].sites)] for found in all_losses]
+        parts = [_parts(site, *of_one) for of_one in zip(variances, all_losses, strict=True)]
+    else:
+        limit = store.max_norm(target)
+        losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens, limit)
     sinks = _left_out(store, site)
     target_sinks = _left_out(store, target) if target != site else None
-    for name, dictionary, score, loss in zip(folders, dictionaries, scores, losses, strict=True):
+    for name, dictionary, score, loss, of_parts in zip(folders, dictionaries, scores, losses, parts, strict=True):
         folder = run.folder / name
         folder.mkdir(exist_ok=True)
         write_array(folder / "firing_rate.npy", score.firing_rate_F.astype(np.float32))
         write_array(folder / "mean_activation.npy", score.mean_activation_F.astype(np.float32))
-        where = dict(name=name, site=site, target=target, sinks=sinks, target_sinks=target_sinks)
+        where = dict(name=name, site=site, target=target, sinks=sinks, target_sinks=target_sinks, parts=of_parts)
         described = _describe(config, dictionary, score, loss, **where)
         write_json(folder / SCORES, to_json(described))
         run.say(_line(described))
@@ -109,6 +140,20 @@ def _describe(
         density_histogram=score.density_histogram(),
         **where,
     )
+
+
+def _parts(site: str, variances: Sequence[float], losses: Mapping[str, Losses]) -> dict[str, PartScores]:
+    """What a crosscoder keeps of each part."""
+    return {
+        name: PartScores(
+            variance,
+            ce=_means(losses[name].ce, losses[name].tokens),
+            kl=_means(losses[name].kl),
+            ce_recovered_mean=recovered(losses[name].ce, "mean_ablated"),
+            kl_recovered_mean=recovered(losses[name].kl, "mean_ablated"),
+        )
+        for name, variance in zip(site_parts(site), variances, strict=True)
+    }
 
 
 def _left_out(store: Store, site: str) -> LeftOutSinks:

@@ -92,7 +92,7 @@ def stand_in_losses(
         sharding(lm.mesh),
     )
     ce_E, kl_E, tokens = np.zeros(3 + len(members)), np.zeros(3 + len(members)), 0
-    for ids_BxT, lengths_B, predicted in _batches(lm, documents, batch_tokens):
+    for ids_BxT, lengths_B, predicted in document_batches(lm, documents, batch_tokens):
         limits = site_limit, target_limit
         stream_BxTxD, x_BxTxD, y_BxTxD, inside_BxT = programs.head(point, lm.params, ids_BxT, *limits)
         values = [y_BxTxD, *(programs.constant(y_BxTxD, inside_BxT, value_D) for value_D in (floor_D, zero_D))]
@@ -113,7 +113,7 @@ def _same_rule(dictionaries: Sequence[Dictionary]) -> DictionaryConfig:
     return dictionaries[0].config
 
 
-def _batches(
+def document_batches(
     lm: LanguageModel, documents: Sequence[np.ndarray], batch_tokens: int
 ) -> Iterator[tuple[jax.Array, jax.Array, int]]:
     """Token ids [B, T], lengths [B] and the number of tokens that are predicted, all on the model's devices."""

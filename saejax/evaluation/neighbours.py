@@ -42,14 +42,14 @@ def summary(cosine_F: np.ndarray) -> NeighbourCosines | None:
 @functools.partial(jax.jit, static_argnums=0)
 def _largest(block: int, W_dec_FxD: jax.Array, starts_N: jax.Array) -> jax.Array:
     """[N, block], the rows' largest cosines with others; block n begins at row starts_N[n]."""
+    return lax.map(lambda start: cosines_of_block(block, W_dec_FxD, start).max(axis=-1), starts_N)
+
+
+def cosines_of_block(block: int, W_dec_FxD: jax.Array, start: jax.Array) -> jax.Array:
+    """Cosines of ``block`` rows of W_dec from ``start`` on with all, [R, F]: -inf with themselves, 0 with rows of 0."""
     length_Fx1 = jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
     unit_FxD = W_dec_FxD / jnp.where(length_Fx1 > 0, length_Fx1, 1.0)
-    other_F = jnp.arange(unit_FxD.shape[0])
-
-    def of_block(start: jax.Array) -> jax.Array:
-        rows_BxD = lax.dynamic_slice_in_dim(unit_FxD, start, block)
-        cosine_BxF = jnp.matmul(rows_BxD, unit_FxD.T, precision="highest")
-        itself_BxF = other_F[None] == (start + jnp.arange(block))[:, None]
-        return jnp.max(jnp.where(itself_BxF, -jnp.inf, cosine_BxF), axis=-1)
-
-    return lax.map(of_block, starts_N)
+    rows_RxD = lax.dynamic_slice_in_dim(unit_FxD, start, block)
+    cosine_RxF = jnp.matmul(rows_RxD, unit_FxD.T, precision="highest")
+    itself_RxF = jnp.arange(len(unit_FxD))[None] == (start + jnp.arange(block))[:, None]
+    return jnp.where(itself_RxF, -jnp.inf, cosine_RxF)

@@ -1,6 +1,7 @@
 """Results of the stage ``evaluate``."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from saejax.activations.results import SinkCounts
 
@@ -45,6 +46,17 @@ class DensityHistogram:
 
 
 @dataclasses.dataclass(frozen=True)
+class PartScores:
+    """A crosscoder at one part of its joined site."""
+
+    explained_variance: float  #: of the part
+    ce: StandInMeans  #: next-token cross-entropy of the part's model, with this part alone replaced
+    kl: StandInMeans  #: the same of KL divergence from that model
+    ce_recovered_mean: float | None  #: as of a dictionary of one site
+    kl_recovered_mean: float | None  #: likewise
+
+
+@dataclasses.dataclass(frozen=True)
 class DictionaryScores:
     """A dictionary on held-out text; also in ``scores.json``."""
 
@@ -59,7 +71,8 @@ class DictionaryScores:
     dead_fraction: float  #: of the features, those that fire on no held-out token
     dense_fraction: float  #: those that fire on more than `evaluate.dense_above` of them
     decoder_neighbours: NeighbourCosines | None  #: None for a single feature
-    ce: StandInMeans  #: next-token cross-entropy
+    #: next-token cross-entropy; of a crosscoder, that of the first model with all its parts replaced at once
+    ce: StandInMeans
     kl: StandInMeans  #: KL divergence from the clean model
     #: (mean_ablated - reconstructed) / (mean_ablated - clean) of `ce`; None where ablation does no harm
     ce_recovered_mean: float | None
@@ -69,6 +82,7 @@ class DictionaryScores:
     density_histogram: DensityHistogram  #: of firing rates
     sinks: LeftOutSinks  #: left out, at the site
     target_sinks: LeftOutSinks | None = None  #: at the target, if that is another site
+    parts: Mapping[str, PartScores] | None = None  #: of a crosscoder, by part
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.activations.progress import TextProgress
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.dictionaries.labels import LABELS, Label
@@ -135,6 +136,10 @@ class Interpreter:
         """
         found: Found = []
         fires_F = np.zeros(features)
+        what = dict(own="of the dictionary", frozen="of the frozen-random one", random="of random directions")[
+            firings.name
+        ]
+        progress = TextProgress(lambda line: self.run.say(f"labels {what} are searched: {line}"), features, "features")
         for number, block in enumerate(blocks(firings, features)):
             own = slice(block.first, block.first + block.size)
             codes = [tuple(ids.tolist()) for ids in output.ids[own, :_OUTPUT]] if output else ()
@@ -142,6 +147,7 @@ class Interpreter:
             found, fires_F[own] = found + detectors, block.counts
             if on_block:
                 on_block(number, block, tokens)
+            progress.add(block.size)
         return found, fires_F / bases["position"].places
 
     def _frozen(

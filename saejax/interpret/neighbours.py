@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from scipy import sparse
 
+from saejax.evaluation.neighbours import cosines_of_block
 from saejax.interpret.describe import priority
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
@@ -84,12 +85,7 @@ def nearest_rows(W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarr
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _nearest(block: int, count: int, W_dec_FxD: jax.Array, start: jax.Array) -> list[jax.Array]:
-    length_Fx1 = jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
-    unit_FxD = W_dec_FxD / jnp.where(length_Fx1 > 0, length_Fx1, 1.0)
-    rows_RxD = lax.dynamic_slice_in_dim(unit_FxD, start, block)
-    cosine_RxF = jnp.matmul(rows_RxD, unit_FxD.T, precision="highest")
-    itself_RxF = jnp.arange(len(unit_FxD))[None] == (start + jnp.arange(block))[:, None]
-    return lax.top_k(jnp.where(itself_RxF, -jnp.inf, cosine_RxF), count)
+    return lax.top_k(cosines_of_block(block, W_dec_FxD, start), count)
 
 
 class Together:

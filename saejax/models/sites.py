@@ -13,6 +13,9 @@ In families whose layers are parallel (GPT-NeoX, Phi), the MLP reads ``resid_pre
 that, and an edit of ``attn_out.L`` or ``resid_mid.L`` reaches ``resid_post.L`` without going through the MLP. No
 module of the transformers model gives their ``resid_mid.L``; it is defined by the sum above. In Phi, attention and the
 MLP read the same normed stream; an edit of ``mlp_in.L`` changes what the MLP reads only.
+
+A *joined site*, ``resid_post.5+resid_post.15``, is what a crosscoder reads: its parts side by side, which may be of two
+models, ``resid_post.5+other:resid_post.5`` (``--model.other``).
 """
 
 import dataclasses
@@ -38,6 +41,11 @@ class Site:
         Raises:
           UserError: the text names none.
         """
+        if is_joined(text) or OtherSite.names(text):
+            raise UserError(
+                f"{text} is a site of a crosscoder, which train, evaluate and crosscode can use: expected one site of "
+                "one model, such as resid_post.15"
+            )
         if ModuleSite.names(text):
             raise UserError(
                 f"the site {text} is a module of the PyTorch model, which only capture (with --capture.backend=torch) "
@@ -87,14 +95,58 @@ class ModuleSite:
         return f"{self.kind}:{self.path}"
 
 
-AnySite = Site | ModuleSite
+@dataclasses.dataclass(frozen=True)
+class OtherSite:
+    """A site of the second model (``--model.other``), which reads the same tokens; written "other:resid_post.15"."""
+
+    site: Site
+
+    @staticmethod
+    def names(text: str) -> bool:
+        """Whether a text is of this kind."""
+        return text.startswith(_OTHER)
+
+    def __str__(self) -> str:
+        return f"{_OTHER}{self.site}"
+
+
+AnySite = Site | ModuleSite | OtherSite
+_OTHER = "other:"
+
+
+def decoder_site(text: str) -> Site:
+    """The site of a decoder that a text names, of the second model, too."""
+    site = parse_site(text)
+    return site.site if isinstance(site, OtherSite) else Site.parse(text)
+
+
+def is_joined(text: str) -> bool:
+    """Whether a text names a joined site."""
+    return "+" in text and not ModuleSite.names(text)
+
+
+def site_parts(text: str) -> tuple[str, ...]:
+    """The names of the parts of a joined site, or of one site that is none.
+
+    Raises:
+      UserError: a part is empty, or named twice.
+    """
+    parts = tuple(text.split("+")) if is_joined(text) else (text,)
+    if "" in parts or len(set(parts)) < len(parts):
+        raise UserError(
+            f"the joined site {text!r} has an empty part, or one twice: expected different sites, as in "
+            "resid_post.5+resid_post.15 or resid_post.5+other:resid_post.5"
+        )
+    return parts
 
 
 def parse_site(text: str) -> AnySite:
-    """The site that a text names: "resid_post.15", "module:transformer.h.3.mlp.act", "module_in:...".
+    """The site that a text names: "resid_post.15", "module:transformer.h.3.mlp.act", "module_in:...", "other:...".
 
     Raises:
       UserError: the text names none.
     """
+    if OtherSite.names(text) and not is_joined(text):
+        return OtherSite(Site.parse(text.removeprefix(_OTHER)))
     kind, _, path = text.partition(":")
     return ModuleSite(path, kind) if ModuleSite.names(text) else Site.parse(text)

@@ -124,6 +124,13 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
+def other_model(config: ModelConfig) -> ModelConfig | None:
+    """The second model (``--model.other``), as settings of a model of its own; None: there is none."""
+    if not config.other:
+        return None
+    return dataclasses.replace(config, path=config.other, revision=config.other_revision, other="")
+
+
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, a transformers ``PreTrainedTokenizerBase``.
 

@@ -1,6 +1,13 @@
-"""The script that interactive pages share: elements, tokens and numbers as they are shown."""
+"""What interactive pages share: one HTML file, complete in itself, and its script of elements, tokens and numbers."""
 
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import jinja2
 
 ELEMENTS = "elements.js"
 
@@ -8,3 +15,41 @@ ELEMENTS = "elements.js"
 def elements_script() -> str:
     """Functions of JavaScript: make, visible, number, percent, token."""
     return (Path(__file__).parent / "viewer" / ELEMENTS).read_text(encoding="utf-8")
+
+
+def interactive(viewer: Path, name: str, scripts: Sequence[str], data: Any, **shown: Any) -> str:
+    """A page into which its style, script and data are written, so that it loads nothing.
+
+    Args:
+      viewer: the folder of its template and style, ``NAME.html.jinja`` and ``NAME.css``.
+      name: of these two.
+      scripts: JavaScript, put together in this order in one scope.
+      data: what the scripts read, as JSON.
+      shown: what else the template shows.
+    """
+    script = "(() => {\n'use strict';\n" + "\n".join(scripts) + "})();\n"
+    style, template = ((viewer / f"{name}.{end}").read_text("utf-8") for end in ("css", "html.jinja"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(
+        style=style,
+        style_hash=_hash(style),
+        script=script,
+        script_hash=_hash(script),
+        data=embedded(data),
+        **shown,
+    )
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand inside a ``<script>`` element: nothing in it can end the element or open a comment.
+
+    The two line separators are legal in JSON but were line ends in JavaScript for long, so they are escaped, too.
+    """
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

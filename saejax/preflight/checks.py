@@ -87,7 +87,7 @@ def _compile(run: Run, plan: PlannedRun, place: Place) -> tuple[CompiledProgram,
     for program in stage_programs(plan):
         if run.stopping():
             raise Interrupted("preflight: stopped; it starts anew")
-        rows.append(compile_for(program, place.limit))
+        rows.append(compile_for(program, place.limit, place.of_node))
         run.say(tables.program_line(rows[-1], place))
     run.say(tables.verdict_line(plan.name, rows, place))
     return tuple(rows)

@@ -1,4 +1,4 @@
-"""Where the models would run: the devices at hand, or a TPU slice that exists in name only."""
+"""Where the models would run: the devices at hand, or a TPU slice or nodes that exist in name only."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,12 +19,14 @@ class Place:
       mesh: the devices.
       limit: bytes of memory on each.
       kind: what they are, for messages.
+      of_node: how many of them share a node.
       torch_here: whether torch's models share their memory: true on a host's CPU and GPU devices, not on a TPU.
     """
 
     mesh: Mesh
     limit: int
     kind: str
+    of_node: int
     torch_here: bool
 
 
@@ -39,9 +41,13 @@ def find_place(configs: Mapping[str, Any]) -> Place:
         from saejax.preflight.topology import find_slice
 
         slice_ = find_slice(name)
-        return Place(make_mesh(configs["mesh"], slice_.devices), slice_.limit, f"devices of a {name}", False)
+        return Place(
+            make_mesh(configs["mesh"], slice_.devices), slice_.limit, f"devices of a {name}", slice_.of_node, False
+        )
     mesh, device = make_mesh(configs["mesh"]), jax.devices()[0]
     if device.platform == "cpu":  # all of them have the host's memory
-        return Place(mesh, psutil.virtual_memory().available // jax.device_count(), "CPU devices", True)
+        return Place(
+            mesh, psutil.virtual_memory().available // jax.device_count(), "CPU devices", jax.device_count(), True
+        )
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return Place(mesh, limit, f"{device.device_kind} devices", device.platform != "tpu")
+    return Place(mesh, limit, f"{device.device_kind} devices", jax.local_device_count(), device.platform != "tpu")

@@ -20,6 +20,8 @@ class CompiledProgram:
     #: per device, by XLA, which takes the body of a loop once; None where the program does not fit
     counted_flops: float | None
     seconds: float  #: to compile it
+    #: bytes that a device sends in one run, by kind of collective; None where it does not fit and in older files
+    sends: Mapping[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

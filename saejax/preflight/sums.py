@@ -9,7 +9,7 @@ from saejax.costs.programs import Program
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
-from saejax.models.sites import ModuleSite, Site
+from saejax.models.sites import ModuleSite, decoder_site
 from saejax.parallel import fitting_spec
 from saejax.registry import STAGES
 from saejax.stage import load
@@ -39,7 +39,7 @@ def plan_run(name: str, model: DecoderConfig, configs: Mapping[str, Any], axes: 
     capture = configs["capture"]
     try:
         # Modules of the PyTorch model, which may be captured beside the sites, have sizes that only it knows.
-        sites = tuple(Site.parse(site).check(model) for site in capture.sites if not ModuleSite.names(site))
+        sites = tuple(decoder_site(site).check(model) for site in capture.sites if not ModuleSite.names(site))
         stacks = planned_stacks(configs["train"], capture.sites, model)
     except UserError as error:
         raise UserError(f"{name}: {error}: choose --capture.sites and --train.sites for this model") from None

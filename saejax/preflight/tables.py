@@ -75,5 +75,10 @@ def program_line(program: CompiledProgram, place: Place) -> str:
     counted = "-" if program.counted_flops is None else f"{program.counted_flops / 1e9:,.1f}"
     return (
         f"  {program.name:<21} {program.size:<44} {program.memory / GIB:7.2f} GiB {verdict} "
-        f"{program.flops / 1e9:>13,.1f} GFLOP ({counted})  compiled in {program.seconds:.0f} s"
+        f"{program.flops / 1e9:>13,.1f} GFLOP ({counted})  compiled in {program.seconds:.0f} s" + _sends(program.sends)
     )
+
+
+def _sends(sends: Mapping[str, int] | None) -> str:
+    parts = [f"{count / 2**20:,.1f} MiB by {kind}" for kind, count in (sends or {}).items()]
+    return f"; a device sends {', '.join(parts)}" if parts else ""

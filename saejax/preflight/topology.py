@@ -1,9 +1,12 @@
-"""Compiling for a TPU slice that need not be there: libtpu's compiler knows every slice by name.
+"""Compiling for devices that need not be there: a TPU slice, or nodes of GPUs.
 
-The memory it states is what a device of the slice would need; where a program does not fit, compilation fails
-and says by how much.
+libtpu's compiler knows every slice by name. The memory it states is what a device of the slice would need; where a
+program does not fit, compilation fails and says by how much. GPUs are stood in for by as many devices of the host's
+processor: what is on a device is the same, but the processor's compiler widens bfloat16 products and sums to
+float32 and fuses less: temporaries, and sums that are sent, are counted up to twice as large as they would be there.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -19,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from saejax.costs.programs import Program
 from saejax.errors import UserError
+from saejax.preflight.collectives import sent_bytes
 from saejax.preflight.results import CompiledProgram
 
 # The first two keep libtpu from asking a metadata server and from taking the machine's one TPU for itself; the
@@ -31,29 +35,35 @@ _ENVIRONMENT = dict(
 )
 _EXCEEDED = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
+GPUS = {"a100": 80e9, "h100": 80e9, "h200": 141e9, "b200": 180e9}  # bytes of memory
+_USABLE = 0.9  # of a GPU's memory, which leaves room for its libraries and for what the allocator loses
+_NODES = re.compile(r"(\w+):(?:(\d+)x)?(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A TPU slice.
+    """Devices that exist in name only.
 
     Attributes:
-      name: as libtpu knows it, such as "v5e:2x4".
-      devices: its devices, which exist in name only.
+      name: of a TPU slice, as libtpu knows it, such as "v5e:2x4"; or of nodes of GPUs, such as "h100:4x8".
       limit: bytes of memory that a program can have on each.
+      of_node: how many of them share a node: all of a slice.
     """
 
     name: str
     devices: Sequence[jax.Device]
     limit: int
+    of_node: int
 
 
 def find_slice(name: str) -> Slice:
     """The slice of this name.
 
     Raises:
-      UserError: libtpu is not installed, or knows no such slice.
+      UserError: libtpu is not installed, or knows no such slice; or JAX has begun with fewer devices.
     """
+    if name.partition(":")[0] in GPUS:
+        return _stand_ins(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--preflight.topology={name} needs the package libtpu, which is not installed: run "
@@ -62,15 +72,31 @@ def find_slice(name: str) -> Slice:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     devices = _devices(name)
-    return Slice(name, devices, _limit(devices[0]))
+    return Slice(name, devices, _limit(devices[0]), len(devices))
 
 
-def compile_for(program: Program, limit: int) -> CompiledProgram:
+def _stand_ins(name: str) -> Slice:
+    """As many of the host's CPU devices as the nodes have GPUs."""
+    found = _NODES.fullmatch(name)
+    if not found or not (count := int(found[2] or 1) * int(found[3])):
+        raise UserError(f"--preflight.topology={name}: expected GPUs of a node, such as h100:8, or of nodes, h100:4x8")
+    if jax.config.jax_num_cpu_devices < count:
+        with contextlib.suppress(RuntimeError):  # the devices are there already; perhaps as many
+            jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        begun = f"JAX has begun with {len(devices)} devices"
+        raise UserError(f"--preflight.topology={name}: {begun}: run experiments.preflight by itself")
+    return Slice(name, devices[:count], int(_USABLE * GPUS[found[1]]), int(found[3]))
+
+
+def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
     """Compiles a program for the devices of its arguments.
 
     Args:
       program: what to compile.
       limit: bytes that a device has.
+      of_node: how many of the devices share a node.
     """
     start, about = time.monotonic(), (program.name, program.size, program.flops)
     kept = _bytes_per_device(program.kept)
@@ -87,7 +113,15 @@ def compile_for(program: Program, limit: int) -> CompiledProgram:
     memory = max(arguments, stated.argument_size_in_bytes) + kept
     memory += stated.output_size_in_bytes + stated.temp_size_in_bytes - stated.alias_size_in_bytes
     flops = float((compiled.cost_analysis() or {}).get("flops", 0.0))
-    return CompiledProgram(*about, memory, memory <= limit, flops, time.monotonic() - start)
+    seconds, devices = time.monotonic() - start, _devices_of(program)
+    sends = sent_bytes(compiled.as_text(), devices, min(of_node, devices))
+    return CompiledProgram(*about, memory, memory <= limit, flops, seconds, sends)
+
+
+def _devices_of(program: Program) -> int:
+    """On how many devices a program runs."""
+    leaves = jax.tree.leaves(program.arguments)
+    return max(len(leaf.sharding.device_set) for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct))
 
 
 def _devices(name: str) -> Sequence[jax.Device]:

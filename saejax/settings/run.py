@@ -16,6 +16,13 @@ class ModelConfig(Config):
         "a GGUF file; with 'random:' before it, the same model with random weights, as a control",
     )
     revision: str = setting("main", "revision (branch, tag or commit) of a hub model")
+    other: str = setting(
+        "",
+        "a second model with the same tokenizer, such as a tuned one, for crosscoders: its sites, other:resid_post.15, "
+        "are captured on the same tokens; empty: none",
+        implied="",
+    )
+    other_revision: str = setting("main", "revision of the second model", implied="main")
     dtype: str = setting("float32", "dtype of the JAX decoder's weights and products", choices=("float32", "bfloat16"))
     remat: bool = setting(
         False,
@@ -57,8 +64,9 @@ class PreflightConfig(Config):
     )
     topology: str = setting(
         "",
-        "compile the stages' programs for this TPU slice, such as v5e:2x4, and say what they need there; takes the "
-        "package libtpu, but no TPU; empty: the devices at hand, nothing compiled",
+        "compile the stages' programs for this TPU slice, such as v5e:2x4 (takes the package libtpu, but no TPU), or "
+        "for nodes of GPUs, such as h100:8 or h100:4x8 (stood in for by devices of this processor; not in a pipeline), "
+        "and say what they need and send there; empty: the devices at hand, nothing compiled",
     )
     prompt_tokens: int = setting(32, "tokens per prompt of a behaviour assumed for baseline and ablate", low=2)
     benchmark_tokens: int = setting(

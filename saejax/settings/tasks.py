@@ -152,8 +152,8 @@ class CaptureConfig(Config):
     dtype: str = setting(
         "float32",
         "dtype in which the model runs while it is captured, with either backend (--model.dtype is that of the other "
-        "stages)",
-        choices=("float32", "bfloat16"),
+        "stages); 'auto' takes the faster one, bfloat16 where the processor multiplies it in hardware",
+        choices=("float32", "bfloat16", "auto"),
     )
     store_dtype: str = setting("bfloat16", "dtype on disk", choices=("float32", "bfloat16"))
     batch_tokens: int = setting(2048, "tokens per forward pass, padding included", low=1, changes_results=False)

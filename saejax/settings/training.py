@@ -133,6 +133,15 @@ class TrainConfig(Config):
         "TPUs bfloat16 is several times as fast",
         choices=("float32", "bfloat16"),
     )
+    products: str = setting(
+        "auto",
+        "products of topk, of all features (dense) or of those that are active: by compressed rows on one CPU device "
+        "(rows) or by Pallas kernels on one GPU (kernels), which nobody has timed yet: benchmarks/bench_train_gpu.py "
+        "does. auto: rows where they were measured to be faster, else dense. Equal within rounding",
+        choices=("auto", "dense", "rows", "kernels"),
+        only=("topk",),
+        implied="auto",
+    )
     state_dtype: str = setting(
         "float32", "dtype of parameters and optimizer state; float64 is for checks", choices=("float32", "float64")
     )

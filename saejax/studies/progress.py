@@ -5,6 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 Key = tuple[str, str]  # row, unit
 _OTHER = 10.0  # seconds of a unit of which preflight expects nothing: to start a process and write a report
+_LATE = (
+    0.25  # of the time since it began, which a unit needs at least: who is late says no longer that it is nearly done
+)
 
 
 class TimeToGo:
@@ -49,7 +52,7 @@ class TimeToGo:
         rates = self._rates()
         left = {key: self._expected[key] * rates.get(_stage(key[1]), rates[""]) for key in waiting}
         if running:
-            left[running] = max(left[running] - elapsed, 0.0)
+            left[running] = max(left[running] - elapsed, _LATE * elapsed)
         return sum(left.values())
 
     def _rates(self) -> dict[str, float]:

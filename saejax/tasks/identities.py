@@ -4,12 +4,16 @@ from saejax.stage import Configs, is_folder
 
 
 def model(configs: Configs) -> str:
-    """Of the model's files. A family that the decoder does not know is refused unless only modules are captured."""
+    """Of the files of the model, and of a second one.
+
+    A family that the decoder does not know is refused unless only modules are captured.
+    """
     from saejax.models.sites import ModuleSite
-    from saejax.models.source import resolve
+    from saejax.models.source import other_model, resolve
 
     decoder = not all(map(ModuleSite.names, configs["capture"].sites))
-    return resolve(configs["model"], decoder).fingerprint
+    other = other_model(configs["model"])
+    return "+".join(resolve(config, decoder).fingerprint for config in (configs["model"], *([other] if other else [])))
 
 
 def corpus(configs: Configs) -> str:

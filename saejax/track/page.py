@@ -3,19 +3,15 @@
 Layers by positions; a cell's features can be followed up and down, and every step has its features and their test.
 """
 
-import base64
-import hashlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
 
-from saejax.attribution.forms.page import embedded
 from saejax.dictionaries.labels import Label
 from saejax.models.lens import LensOutput
-from saejax.page.scripts import elements_script
+from saejax.page.scripts import elements_script, interactive
 from saejax.results import to_json
 from saejax.track.firings import LayerFirings
 from saejax.track.links import FeatureLinks
@@ -29,6 +25,45 @@ _VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = ("grid", "panel", "main")
 
 
+Numbers = tuple[int | float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownLayer:
+    """A dictionary on the page."""
+
+    name: str  #: of the dictionary
+    site: str  #: that it reads
+    target: str  #: that it writes to; "" for an SAE
+    layer: int  #: of the site
+    atlas: str  #: address of a feature's page, but for the number; "": there is none
+    labels: Mapping[str, str]  #: feature -> what it is called
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownReading:
+    """What a lens reads at each layer with a dictionary and each position."""
+
+    said: tuple[tuple[Numbers, ...], ...]  #: place among the texts and probability of the likeliest tokens, in turn
+    kl: tuple[Numbers, ...]  #: divergence from the model's prediction, nats
+    control_kl: tuple[Numbers, ...]  #: of the control
+    answer: tuple[Numbers, ...]  #: probability of the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownText:
+    """What the page shows of a text, besides its results."""
+
+    prompt: str  #: before the solution
+    tokens: tuple[str, ...]  #: of the text
+    texts: tuple[str, ...]  #: tokens that lenses name
+    layers: tuple[ShownLayer, ...]  #: the dictionaries
+    cells: tuple[tuple[Numbers, ...], ...]  #: of layer and position: features and activations in turn
+    links: tuple[Numbers, ...]  #: layer, position and feature of the lower and of the upper one, weight
+    belongs: tuple[tuple[tuple[StepFeature, ...], ...], ...]  #: features of layer and segment
+    readings: Mapping[str, ShownReading]  #: by lens
+
+
 def shown_text(
     stack: Stack,
     text: EncodedText,
@@ -38,8 +73,8 @@ def shown_text(
     readings: Mapping[str, LensOutput],
     as_text: Callable[[int], str],
     labels: Sequence[Mapping[int, Label]],
-) -> dict[str, Any]:
-    """What the page shows of a text, as JSON.
+) -> ShownText:
+    """What the page shows of a text.
 
     Args:
       stack: the dictionaries; ``shown``: of each the features of each position.
@@ -50,34 +85,14 @@ def shown_text(
       as_text: gives a token's text.
       labels: of each dictionary.
     """
-    words: dict[int, int] = {}  # token id -> its place among ``texts``
-
-    def said(reading: LensOutput, layer: int) -> list[list[float]]:
-        ids_TxC, p_TxC = reading.ids_LxBxTxC[layer, 0], np.exp(reading.logp_LxBxTxC[layer, 0])
-        return [
-            [
-                one
-                for token, p in zip(ids, ps, strict=True)
-                for one in (words.setdefault(token, len(words)), round(p, 4))
-            ]
-            for ids, ps in zip(ids_TxC.tolist(), p_TxC.tolist(), strict=True)
-        ]
-
-    readings_of = {
-        name: dict(
-            said=[said(reading, each.layer) for each in stack.layers],
-            kl=[_rounded(reading.kl_LxBxT[each.layer, 0]) for each in stack.layers],
-            control_kl=[_rounded(reading.control.kl_LxBxT[each.layer, 0]) for each in stack.layers],
-            answer=[_rounded(np.exp(reading.answer_logp_LxBxTxN[each.layer, 0, :, 0])) for each in stack.layers],
-        )
-        for name, reading in readings.items()
-    }
-    return dict(
+    words: dict[int, int] = {}
+    readings_of = {name: _reading(stack, reading, words) for name, reading in readings.items()}
+    return ShownText(
         prompt=text.problem.prompt,
-        tokens=list(text.tokens),
-        texts=[as_text(token) for token in words],
-        layers=[
-            dict(
+        tokens=tuple(text.tokens),
+        texts=tuple(as_text(token) for token in words),
+        layers=tuple(
+            ShownLayer(
                 name=each.name,
                 site=each.config.site,
                 target=each.config.target,
@@ -86,15 +101,38 @@ def shown_text(
                 labels={str(feature): label.label for feature, label in own.items()},
             )
             for each, own in zip(stack.layers, labels, strict=True)
-        ],
-        cells=[[_cell(one, position) for position in range(len(text.tokens))] for one in shown],
-        links=[[*source, *target, float(f"{weight:.4g}")] for source, target, weight in links.links],
-        belongs=[[[to_json(one) for one in part] for part in layer] for layer in chosen],
+        ),
+        cells=tuple(tuple(_cell(one, position) for position in range(len(text.tokens))) for one in shown),
+        links=tuple((*source, *target, float(f"{weight:.4g}")) for source, target, weight in links.links),
+        belongs=tuple(tuple(map(tuple, layer)) for layer in chosen),
         readings=readings_of,
     )
 
 
-def write_page(path: Path, results: TrackResults, cells: Mapping[str, Mapping[str, Any]], model: str) -> None:
+def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> ShownReading:
+    """What a lens reads; ``words``, token id -> its place among the texts, is added to."""
+
+    def said(layer: int) -> tuple[Numbers, ...]:
+        ids_TxC, p_TxC = reading.ids_LxBxTxC[layer, 0], np.exp(reading.logp_LxBxTxC[layer, 0])
+        return tuple(
+            tuple(
+                one
+                for token, p in zip(ids, ps, strict=True)
+                for one in (words.setdefault(token, len(words)), round(p, 4))
+            )
+            for ids, ps in zip(ids_TxC.tolist(), p_TxC.tolist(), strict=True)
+        )
+
+    layers = [each.layer for each in stack.layers]
+    return ShownReading(
+        said=tuple(said(layer) for layer in layers),
+        kl=tuple(_rounded(reading.kl_LxBxT[layer, 0]) for layer in layers),
+        control_kl=tuple(_rounded(reading.control.kl_LxBxT[layer, 0]) for layer in layers),
+        answer=tuple(_rounded(np.exp(reading.answer_logp_LxBxTxN[layer, 0, :, 0])) for layer in layers),
+    )
+
+
+def write_page(path: Path, results: TrackResults, cells: Mapping[str, ShownText], model: str) -> None:
     """Writes the page.
 
     Args:
@@ -103,33 +141,18 @@ def write_page(path: Path, results: TrackResults, cells: Mapping[str, Mapping[st
       cells: slug -> what ``shown_text`` gave.
       model: its name.
     """
-    texts = [dict(slug=slug) | to_json(results.texts[slug]) | dict(shown) for slug, shown in cells.items()]
+    texts = [dict(slug=slug) | to_json(results.texts[slug]) | to_json(shown) for slug, shown in cells.items()]
     data = dict(model=model, texts=texts)  # in place of how many tokens and links there are, all of them
-    parts = [elements_script(), *((_VIEWER / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)]
-    script = "(() => {\n'use strict';\n" + "\n".join(parts) + "})();\n"
-    style = (_VIEWER / "track.css").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string((_VIEWER / "track.html.jinja").read_text("utf-8")).render(
-        title=f"Through the layers: {', '.join(cells)}",
-        style=style,
-        style_hash=_hash(style),
-        script=script,
-        script_hash=_hash(script),
-        data=embedded(data),
-    )
-    write_text(path, page)
+    scripts = [elements_script(), *((_VIEWER / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)]
+    write_text(path, interactive(_VIEWER, "track", scripts, data, title=f"Through the layers: {', '.join(cells)}"))
 
 
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _cell(firings: LayerFirings, position: int) -> list[float]:
+def _cell(firings: LayerFirings, position: int) -> Numbers:
     """Features of a cell and their activations, in turn, the strongest first."""
     own = firings.at(position)
     pairs = zip(own.feature_A.tolist(), own.value_A.tolist(), strict=True)
-    return [number for feature, value in pairs for number in (feature, float(f"{value:.4g}"))]
+    return tuple(number for feature, value in pairs for number in (feature, float(f"{value:.4g}")))
 
 
-def _rounded(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.3g}") for value in np.nan_to_num(values, posinf=1e9).tolist()]
+def _rounded(values: np.ndarray) -> Numbers:
+    return tuple(float(f"{value:.3g}") for value in np.nan_to_num(values, posinf=1e9).tolist())

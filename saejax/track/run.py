@@ -6,8 +6,8 @@ A text is a part in the sense of ``causal.parts``: its results are in ``<slug>.j
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -19,10 +19,11 @@ from saejax.models.lens import JacobianLens, LensOutput
 from saejax.models.lens_files import load_lens
 from saejax.models.sites import Site
 from saejax.models.tokens import pad, token_text
+from saejax.results import from_json, to_json
 from saejax.track import links, terminal
 from saejax.track.firings import LayerFirings, follow
 from saejax.track.links import FeatureLinks
-from saejax.track.page import shown_text, write_page
+from saejax.track.page import ShownText, shown_text, write_page
 from saejax.track.results import LensLayers, TrackedStep, TrackedText, TrackResults
 from saejax.track.stack import Stack, open_stack
 from saejax.track.stage import TrackConfig
@@ -51,19 +52,24 @@ def run_track(run: Run) -> TrackResults:
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             found, cells = follow_text(lm, stack, lens, texts[slug], tested, config, on_progress)
-            write_json(run.folder / f"{slug}-cells.json", cells)
+            write_json(_cells(run, slug), to_json(cells))
             return Measured(found, terminal.line(found))
 
         return measure
 
     texts = each_part(run, list(problems), begin, TrackedText, unit="steps")
     results = TrackResults(texts)
-    cells = {slug: read_json(run.folder / f"{slug}-cells.json") for slug in texts}
+    cells = {slug: from_json(ShownText, read_json(_cells(run, slug)), _cells(run, slug)) for slug in texts}
     write_page(run.folder / "index.html", results, cells, model.path)
     write_text(run.folder / "track.txt", terminal.written(results, cells, colour=False))
     run.say(terminal.written(results, cells, colour=terminal.wants_colour(sys.stdout)))
     run.say(f"open {run.folder / 'index.html'}")
     return results
+
+
+def _cells(run: Run, slug: str) -> Path:
+    """Where it is kept what the page shows of a text."""
+    return run.folder / f"{slug}-cells.json"
 
 
 def tested_places(stack: Stack, config: TrackConfig) -> list[int]:
@@ -87,7 +93,7 @@ def follow_text(
     tested: Sequence[int],
     config: TrackConfig,
     on_progress: OnProgress,
-) -> tuple[TrackedText, dict[str, Any]]:
+) -> tuple[TrackedText, ShownText]:
     """Follows one text.
 
     Args:
@@ -98,7 +104,7 @@ def follow_text(
       on_progress: called with the tests of steps done and of all; may raise to stop.
 
     Returns:
-      The results, and what the page shows, as JSON.
+      The results, and what the page shows.
     """
     start = time.monotonic()
     firings = follow(lm, stack, text.ids_T)
@@ -107,32 +113,15 @@ def follow_text(
     answer = int(readings["logit"].ids_LxBxTxC[-1, 0, text.position, 0]) if text.answer is None else text.answer
     found = _links(lm, stack, text, answer, shown, config)
     chosen = [step_features(one, text.segment_T, config.step_features) for one in firings]
-    testers = {place: _tester(lm, stack, place, text, config) for place in tested}
-    numbers = {place: [[one.feature for one in part] for part in chosen[place]] for place in tested}
-    tests, untested = tested_steps(testers, text, numbers, config, on_progress)
-    sites = [str(each.reads) for each in stack.layers]
-    alone = {place: only_here(firings[place], text.segment_T, config.seed) for place in tested}
-    steps = tuple(
-        TrackedStep(
-            part.name,
-            part.text,
-            part.start,
-            part.stop,
-            {sites[place]: (float(own[number]), float(shifted[number])) for place, (own, shifted) in alone.items()},
-            {sites[place]: tests[place, number] for place in tested if (place, number) in tests},
-            {sites[place]: untested[place, number] for place in tested if (place, number) in untested},
-        )
-        for number, part in enumerate(text.segments)
-    )
-    lenses = {name: _layers(reading, text, answer) for name, reading in readings.items()}
+    steps = _test_steps(lm, stack, text, firings, chosen, tested, config, on_progress)
     as_text = token_text(lm.tokenizer)
     results = TrackedText(
         tokens=len(text.ids_T),
         answer=as_text(answer),
         position=text.position,
-        sites=tuple(sites),
+        sites=tuple(str(each.reads) for each in stack.layers),
         steps=steps,
-        lenses=lenses,
+        lenses={name: _layers(reading, text, answer) for name, reading in readings.items()},
         link_kind=found.kind,
         links=len(found.links),
         random_links=found.random,
@@ -143,7 +132,39 @@ def follow_text(
     return results, cells
 
 
-def _tester(lm: LanguageModel, stack: Stack, place: int, text: EncodedText, config: TrackConfig) -> Any:
+def _test_steps(
+    lm: LanguageModel,
+    stack: Stack,
+    text: EncodedText,
+    firings: Sequence[LayerFirings],
+    chosen: Sequence[Sequence[Sequence[StepFeature]]],
+    tested: Sequence[int],
+    config: TrackConfig,
+    on_progress: OnProgress,
+) -> tuple[TrackedStep, ...]:
+    """The text's steps, with what removing the features chosen for each does, by the site of the dictionary."""
+    testers = {place: _tester(lm, stack, place, text, config) for place in tested}
+    numbers = {place: [[one.feature for one in part] for part in chosen[place]] for place in tested}
+    tests, untested = tested_steps(testers, text, numbers, config, on_progress)
+    sites = {place: str(stack.layers[place].reads) for place in tested}
+    alone = {place: only_here(firings[place], text.segment_T, config.seed) for place in tested}
+    return tuple(
+        TrackedStep(
+            part.name,
+            part.text,
+            part.start,
+            part.stop,
+            {sites[place]: (float(own[number]), float(shifted[number])) for place, (own, shifted) in alone.items()},
+            {site: tests[place, number] for place, site in sites.items() if (place, number) in tests},
+            {site: untested[place, number] for place, site in sites.items() if (place, number) in untested},
+        )
+        for number, part in enumerate(text.segments)
+    )
+
+
+def _tester(
+    lm: LanguageModel, stack: Stack, place: int, text: EncodedText, config: TrackConfig
+) -> Callable[[], StepTester]:
     each = stack.layers[place]
     writes = Site.parse(each.config.target or each.config.site)
     return lambda: StepTester(lm, each.load(), each.reads, writes, text, config)

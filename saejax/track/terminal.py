@@ -1,13 +1,15 @@
 """What was followed, as text for a terminal: the answer forming, and the steps with their features and tests."""
 
 import os
-from collections.abc import Mapping
-from typing import Any, TextIO
+from collections.abc import Mapping, Sequence
+from typing import TextIO
 
 from saejax.causal.claims import LEAST_SETS
 from saejax.page.tables import number, percent, significant, visible
 from saejax.track.links import GEOMETRY
+from saejax.track.page import ShownLayer, ShownText
 from saejax.track.results import StepTest, TrackedText, TrackResults
+from saejax.track.steps import StepFeature
 
 _BOLD, _DIM, _GREEN, _END = "\033[1m", "\033[2m", "\033[32m", "\033[0m"
 _SHOWN = 4  # features of a step
@@ -34,7 +36,7 @@ def line(found: TrackedText) -> str:
     )
 
 
-def written(results: TrackResults, cells: Mapping[str, Mapping[str, Any]], colour: bool) -> str:
+def written(results: TrackResults, cells: Mapping[str, ShownText], colour: bool) -> str:
     """All texts.
 
     Args:
@@ -62,22 +64,22 @@ def written(results: TrackResults, cells: Mapping[str, Mapping[str, Any]], colou
     return "\n".join(lines)
 
 
-def _layers(found: TrackedText, cells: Mapping[str, Any]) -> list[str]:
+def _layers(found: TrackedText, cells: ShownText) -> list[str]:
     """A row for each layer with a dictionary: what the logit lens says where the answer is next."""
-    reading, lens = cells["readings"]["logit"], found.lenses["logit"]
+    reading, lens = cells.readings["logit"], found.lenses["logit"]
     rows = [f"{'read at':<16}{'logit lens says':<22}{'P(answer)':>10}{'rank':>8}{'control P':>11}"]
-    for place, layer in enumerate(cells["layers"]):
-        said = visible(cells["texts"][reading["said"][place][found.position][0]])[:20]
-        number_of = layer["layer"]
+    for place, layer in enumerate(cells.layers):
+        said = visible(cells.texts[int(reading.said[place][found.position][0])])[:20]
+        number_of = layer.layer
         figures = f"{lens.answer[number_of]:>10.4f}{lens.rank[number_of]:>8,}{lens.control[number_of]:>11.4f}"
-        rows.append(f"{layer['site']:<16}{said!r:<22}{figures}")
+        rows.append(f"{layer.site:<16}{said!r:<22}{figures}")
     return rows
 
 
-def _step(found: TrackedText, cells: Mapping[str, Any], place: int, site: str) -> tuple[str, str]:
+def _step(found: TrackedText, cells: ShownText, place: int, site: str) -> tuple[str, str]:
     """A step's features at a site, and what was found of them."""
     step, layer = found.steps[place], found.sites.index(site)
-    features = [_feature(one, cells["layers"][layer], found) for one in cells["belongs"][layer][place][:_SHOWN]]
+    features = [_feature(one, cells.layers[layer], found) for one in cells.belongs[layer][place][:_SHOWN]]
     own, shifted = step.only_here[site]
     test = step.tests.get(site)
     said = _test(test) if test else f"not tested: {step.untested.get(site, 'part of the prompt')}"
@@ -85,15 +87,15 @@ def _step(found: TrackedText, cells: Mapping[str, Any], place: int, site: str) -
     return ", ".join(features) or "no feature belongs to it", f"{alone}; {said}"
 
 
-def _feature(one: Mapping[str, Any], layer: Mapping[str, Any], found: TrackedText) -> str:
-    label = layer["labels"].get(str(one["feature"]), "")
-    later = [f"carries over to {_names(one['carries'], found)}"] if one["carries"] else []
-    later += [f"returns in {_names(one['returns'], found)}"] if one["returns"] else []
+def _feature(one: StepFeature, layer: ShownLayer, found: TrackedText) -> str:
+    label = layer.labels.get(str(one.feature), "")
+    later = [f"carries over to {_names(one.carries, found)}"] if one.carries else []
+    later += [f"returns in {_names(one.returns, found)}"] if one.returns else []
     told = f" ({'; '.join(later)})" if later else ""
-    return f"{one['feature']}{' ' + visible(label) if label else ''} {significant(one['mean'])}{told}"
+    return f"{one.feature}{' ' + visible(label) if label else ''} {significant(one.mean)}{told}"
 
 
-def _names(segments: list[int], found: TrackedText) -> str:
+def _names(segments: Sequence[int], found: TrackedText) -> str:
     """Names of steps, those in a row by the first and the last: "3-10, 12"."""
     runs: list[list[int]] = []
     for segment in segments:

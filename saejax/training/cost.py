@@ -8,12 +8,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.activations.cost import reading_cost, recorded_rows
+from saejax.activations.joined import single_sites
 from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedRun, PlannedStack
 from saejax.costs.passes import dictionary_bytes, step_flops
 from saejax.costs.programs import Program
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
-from saejax.models.sites import Site
+from saejax.models.sites import decoder_site
 from saejax.parallel import part_size
 from saejax.settings import TrainConfig
 from saejax.training.members import SiteScale, members
@@ -40,8 +41,8 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
     trained = {}
     for kind in train.kinds:
         stack = members(train, kind, sites)
-        needed = list(dict.fromkeys(site for member in stack for site in (member.site, member.target)))
-        widths = {site: Site.parse(site).check(model).width(model) for site in needed}
+        needed = single_sites(site for member in stack for site in (member.site, member.target))
+        widths = {site: decoder_site(site).check(model).width(model) for site in needed}
         missing = [site for site in needed if site not in captured]
         if missing and train.source == "store":
             raise UserError(
@@ -68,7 +69,7 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
     seen = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
     read, flops = DeviceBytes(), count * step_flops(seen, d, f)
     if train.source == "model":
-        sites = [Site.parse(name) for name in dict.fromkeys(n for m in stack.members for n in (m.site, m.target))]
+        sites = [decoder_site(name) for name in single_sites(n for m in stack.members for n in (m.site, m.target))]
         read, passes = reading_cost(plan, sites, seen)
         buffer = part_size(plan.axes, (len(sites), min(train.buffer_rows, rows), d), None, "data", None)
         read = dataclasses.replace(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.models.sites import ModuleSite
+from saejax.models.sites import ModuleSite, is_joined
 from saejax.settings import TrainConfig
 from saejax.settings.kinds import KIND_SETTINGS
 
@@ -43,6 +43,7 @@ class SiteScale:
       bias_D: where the decoder's bias starts, in raw units.
       max_norm: norm of an input above which it is an attention sink, in raw units.
       metric_DxD: what errors are multiplied with before they are squared; None: they are taken as they are.
+      scales, max_norms: of the parts of a joined site, as in ``DictionaryConfig``; (): it is one site.
     """
 
     input: float
@@ -50,6 +51,8 @@ class SiteScale:
     bias_D: np.ndarray
     max_norm: float = 3.4e38
     metric_DxD: np.ndarray | None = None
+    scales: tuple[float, ...] = ()
+    max_norms: tuple[float, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -137,7 +140,7 @@ def _target(config: TrainConfig, site: str) -> str:
     if config.form == "sae":
         return site
     kind, _, layer = site.partition(".")
-    if kind != "mlp_in":
+    if kind != "mlp_in" or is_joined(site):
         raise UserError(f"a transcoder reads mlp_in.L, but --train.sites names {site}: name sites such as mlp_in.15")
     return f"mlp_out.{layer}"
 
@@ -148,7 +151,7 @@ def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[s
     if len(config.l1_by_depth) != 3 or len(config.l1) > 1:
         raise UserError("--train.l1_by_depth takes three values (early, middle, late), and no list in --train.l1")
     for site in sites:
-        if ModuleSite.names(site):
+        if ModuleSite.names(site) or is_joined(site):
             raise UserError(f"--train.l1_by_depth goes by layers, and {site} does not say its own: use --train.l1")
     layers = sorted({int(site.rpartition(".")[2]) for site in sites})
     third = {layer: min(3 * place // len(layers), 2) for place, layer in enumerate(layers)}

@@ -7,6 +7,7 @@ scales and the sink rule, and then the one that it was in.
 import numpy as np
 
 from saejax.activations.batches import Parts, sites_of
+from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.errors import Interrupted, UserError
 from saejax.parallel import process_count
@@ -30,15 +31,15 @@ def open_stream(run: Run, parts: Parts) -> ModelStream:
         raise UserError("--train.source=model runs in one process: use --mesh.processes=1, or capture a store")
     if config.buffer_rows < config.batch:
         raise UserError(f"--train.buffer_rows={config.buffer_rows} is less than one batch of {config.batch}: raise it")
-    stream = ModelStream(run, sites_of(parts), config.buffer_rows)
+    stream = ModelStream(run, single_sites(sites_of(parts)), config.buffer_rows)
     if not stream.fill(0):
         raise Interrupted("stopped before the first step: run the same command to start again")
-    return stream
+    return with_joined(stream, sites_of(parts))
 
 
 def buffer_order(config: TrainConfig, stream: ModelStream) -> BufferOrder:
     """The order in which a stream is trained on."""
-    return BufferOrder([stream.size(i) for i in range(len(stream))], config.batch, config.seed[0], config.epochs)
+    return BufferOrder([stream.size(i) for i in range(len(stream))], config.batch, config.seed[0])
 
 
 class FromModel:

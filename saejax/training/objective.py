@@ -12,9 +12,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, losses, sparse_products
+from saejax.dictionaries import Dictionary, DictionaryConfig, losses
+from saejax.dictionaries.codes import SparseCode
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
-from saejax.dictionaries.sparse_products import SparseCode
+from saejax.dictionaries.sparse_products import Encoder, Products, explain
 from saejax.dictionaries.sparsity import row
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
@@ -29,13 +30,13 @@ class Objective:
       config: how to train.
       dictionary: what the members have in common; its ``k`` is the largest of theirs.
       steps: of the whole run.
-      sparse: whether activations are codes of the active features, for a kind of which each token keeps k.
+      form: of the products, one of ``sparse_products``; all but "dense" are for kinds of which each token keeps k.
     """
 
     config: TrainConfig
     dictionary: DictionaryConfig
     steps: int
-    sparse: bool = False
+    form: str = "dense"
 
     def __call__(
         self,
@@ -62,17 +63,14 @@ class Objective:
         """
         config, member = self.config, Dictionary(self.dictionary, self.config.matmul, **params)
         kind, own = member.kind, config.of_kind(member.kind.name)
-        pre_BxF, f, smallest = self._encode(member, x_BxD, hyper, any_dead)
+        pre_BxF, f, left, smallest = self._explain(member, x_BxD, y_BxD, hyper, any_dead)
         if isinstance(f, SparseCode):
-            f_BxF, firings_F, reconstructions = f.dense(), f.firings(), [member.decode_code(f, x_BxD)]
+            f_BxF, firings_F = f.dense(), f.firings()
         else:
             # In floats, because XLA:CPU vectorises no sums of integers; exact up to 2^24 tokens.
             f_BxF, firings_F = f, jnp.sum(member.fires(f).astype(jnp.float32), axis=0)
-            reconstructions = kind.reconstructions(member, f, x_BxD)
-        errors = [
-            losses.squared_error(y_BxD, each_BxD, hyper.metric_DxD, config.matmul) for each_BxD in reconstructions
-        ]
-        y_hat_BxD = reconstructions[-1]
+        errors = [losses.squared_size(error_BxD, hyper.metric_DxD, config.matmul) for error_BxD in left]
+        error_BxD = left[-1]
 
         batch = EncodedBatch(member, x_BxD, y_BxD, pre_BxF, f_BxF, dead_F, hyper.metric_DxD, hyper.own, own)
         parts = dict(error=sum(errors[1:], errors[0]))
@@ -82,8 +80,8 @@ class Objective:
         parts |= kind.losses(batch)
         if config.auxk:
             k = config.auxk_features or max(self.dictionary.d_in // 2, 1)
-            W_dec_FxD, error_BxD = params["W_dec_FxD"], y_BxD - y_hat_BxD
-            aux = losses.auxk(pre_BxF, dead_F, W_dec_FxD, error_BxD, k, config.matmul, hyper.metric_DxD, any_dead)
+            fixed = error_BxD, k, config.matmul, hyper.metric_DxD, any_dead
+            aux = losses.auxk(pre_BxF, dead_F, params["W_dec_FxD"], *fixed)
             parts["auxk"] = config.auxk * aux
         if config.decorrelation:
             parts["decorrelation"] = config.decorrelation * losses.decorrelation(f_BxF)
@@ -91,29 +89,36 @@ class Objective:
 
         metrics = parts | dict(
             loss=loss,
-            mse=losses.squared_error(y_BxD, y_hat_BxD),
+            mse=losses.squared_size(error_BxD),
             l0=jnp.sum(firings_F) / x_BxD.shape[0],
-            explained_variance=losses.explained_variance(y_BxD, y_hat_BxD),
+            explained_variance=losses.explained_variance(y_BxD, error_BxD),
         )
         return loss, (metrics, firings_F > 0, smallest)
 
-    def reconstruction(self, params: Arrays, x_BxD: jax.Array, hyper: Hyper) -> jax.Array:
-        """What one member makes of inputs, features chosen as in training."""
+    def error(self, params: Arrays, x_BxD: jax.Array, y_BxD: jax.Array, hyper: Hyper) -> jax.Array:
+        """What one member leaves of targets ``y_BxD`` given inputs ``x_BxD``, features chosen as in training."""
         member = Dictionary(self.dictionary, self.config.matmul, **params)
-        _, f, _ = self._encode(member, x_BxD, hyper)
-        return member.decode_code(f, x_BxD) if isinstance(f, SparseCode) else member.decode(f, x_BxD)
+        return self._explain(member, x_BxD, y_BxD, hyper)[2][-1]
 
-    def _encode(
-        self, member: Dictionary, x_BxD: jax.Array, hyper: Hyper, any_dead: jax.Array | bool = True
-    ) -> tuple[jax.Array, jax.Array | SparseCode, jax.Array]:
-        """Pre-activations, activations as in training, and the smallest that was kept."""
-        if self.sparse:
-            W_enc_DxF, b_enc_F, b_dec_D = (member.arrays[name] for name in ("W_enc_DxF", "b_enc_F", "b_dec_D"))
-            centre_D = b_dec_D if self.dictionary.centred else jnp.zeros_like(b_dec_D)
-            k, moves_dead = (hyper.own["k"], self.dictionary.k), any_dead if self.config.auxk else False
-            asked = x_BxD, centre_D, W_enc_DxF, b_enc_F, *k, self.config.matmul, moves_dead
-            code, pre_BxF = sparse_products.encode(*asked)
-            return pre_BxF, code, jnp.zeros((), pre_BxF.dtype)
+    def _explain(
+        self,
+        member: Dictionary,
+        x_BxD: jax.Array,
+        y_BxD: jax.Array,
+        hyper: Hyper,
+        any_dead: jax.Array | bool = True,
+    ) -> tuple[jax.Array, jax.Array | SparseCode, list[jax.Array], jax.Array]:
+        """Pre-activations, activations as in training, errors of each reconstruction, the smallest that was kept."""
+        arrays, kind = member.arrays, member.kind
+        if self.form != "dense":
+            centre_D = arrays["b_dec_D"] if self.dictionary.centred else jnp.zeros_like(arrays["b_dec_D"])
+            encoder = Encoder(centre_D, arrays["W_enc_DxF"], arrays["b_enc_F"])
+            products = Products(self.dictionary.k, self.config.matmul, self.form)
+            how = hyper.own["k"], products, any_dead if self.config.auxk else False
+            found = explain(x_BxD, member.without_bias(y_BxD, x_BxD), encoder, arrays["W_dec_FxD"], *how)
+            return found.pre_BxF, found.code, [found.error_BxD], jnp.zeros((), found.pre_BxF.dtype)
         projected_BxF = member.pre_activations(x_BxD)
         pre_BxF, own = projected_BxF + row(member.b_enc_F[...], 2), self.config.of_kind(self.dictionary.kind)
-        return pre_BxF, *member.kind.encode_in_training(member, pre_BxF, projected_BxF, hyper.own, own)
+        f_BxF, smallest = kind.encode_in_training(member, pre_BxF, projected_BxF, hyper.own, own)
+        left = [y_BxD - y_hat_BxD for y_hat_BxD in kind.reconstructions(member, f_BxF, x_BxD)]
+        return pre_BxF, f_BxF, left, smallest

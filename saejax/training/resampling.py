@@ -12,12 +12,14 @@ They look at 819,200 tokens, we at one batch.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from saejax.dictionaries import DictionaryConfig, kinds
+from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.modules import parameter_table
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
@@ -39,7 +41,7 @@ def resampled(
     hyper: Hyper,
     x_BxD: jax.Array,
     y_BxD: jax.Array,
-    y_hat_BxD: jax.Array,
+    error_BxD: jax.Array,
 ) -> TrainState:
     """A member's state, a ``TrainState`` without member axis, with its dead features started again.
 
@@ -49,19 +51,21 @@ def resampled(
       state: after the step on this batch.
       hyper: the member's own settings.
       x_BxD, y_BxD: scaled inputs and targets.
-      y_hat_BxD: what the member makes of them.
+      error_BxD: what the member leaves of the targets.
     """
     dead_F = state.silent_MxF >= config.dead_tokens
     params = state.params
     offset_BxD = x_BxD - params["b_dec_D"][None] if dictionary.centred else x_BxD
     inputs_BxD, targets_BxD = _directions(offset_BxD), _directions(y_BxD - params["b_dec_D"][None])
     has_direction_B = jnp.any(inputs_BxD != 0, axis=-1) & jnp.any(targets_BxD != 0, axis=-1)
-    loss_B = jnp.sum(jnp.square(y_BxD - y_hat_BxD), axis=-1) * has_direction_B
+    loss_B = jnp.sum(jnp.square(error_BxD), axis=-1) * has_direction_B
     chosen_F = _drawn(hyper, state.step_M, loss_B, dead_F.shape[0])
     length = _LENGTH * _mean_length(params["W_enc_DxF"], dead_F)
     start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
     started = {name: jnp.full_like(value, start.get(name, 0.0)) for name, value in params.items()}
-    started |= dict(W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=targets_BxD[chosen_F])
+    started |= dict(
+        W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=_rows(targets_BxD[chosen_F], dictionary.widths)
+    )
     table = parameter_table(dictionary)
     by_feature = {name: spec.index("model") for name, (_, spec) in table.items() if "model" in spec}
 
@@ -96,6 +100,11 @@ def _directions(values_BxD: jax.Array) -> jax.Array:
     """Rows of length 1; 0 where they were."""
     length_Bx1 = jnp.linalg.norm(values_BxD, axis=-1, keepdims=True)
     return values_BxD / jnp.maximum(length_Bx1, 1e-30)
+
+
+def _rows(rows_FxD: jax.Array, widths: Sequence[int]) -> jax.Array:
+    """Rows of length 1 of those of norm 1, which over the parts of a joined site is less."""
+    return rows_FxD / jnp.maximum(row_lengths(rows_FxD, widths), 1e-30)[:, None] if widths else rows_FxD
 
 
 def _mean_length(W_enc_DxF: jax.Array, dead_F: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from saejax.activations.batches import Parts, sites_of
+from saejax.activations.joined import JoinedRows
 from saejax.dictionaries import losses
 from saejax.errors import UserError
 from saejax.settings import TrainConfig
@@ -65,7 +66,14 @@ def site_scales(store: ScaledRows, config: TrainConfig, stack: Sequence[Member],
             if config.whiten_error:
                 metric[site] = losses.whitening(acts_NxD, config.whiten_error)
     return [
-        SiteScale(factor[m.site], factor[m.target], bias[m.target], store.max_norm(m.site), metric.get(m.target))
+        SiteScale(
+            factor[m.site],
+            factor[m.target],
+            bias[m.target],
+            store.max_norm(m.site),
+            metric.get(m.target),
+            **(store.part_facts(m.site) if isinstance(store, JoinedRows) else {}),
+        )
         for m in stack
     ]
 

@@ -66,7 +66,7 @@ def initial_state(
     params = lax.map(lambda args: one(*args), (key_M, jnp.asarray(bias_MxD)))
     return TrainState(
         params,
-        jax.vmap(make_optimizer(config).init)(params),
+        jax.vmap(make_optimizer(config, dictionary.widths).init)(params),
         jnp.zeros((len(members), dictionary.n_features), jnp.int32),
         jnp.zeros(len(members), config.state_dtype),
         jnp.zeros(len(members), jnp.int32),
@@ -100,7 +100,7 @@ def finished(
       kept: running mean of the smallest activation that a batch kept.
     """
     kind = kinds.by_name(dictionary.kind)
-    arrays = rescale.unit_rows(kind, kind.finish(arrays, kept))
+    arrays = rescale.unit_rows(kind, kind.finish(arrays, kept), dictionary.widths)
     described = dataclasses.replace(
         dictionary,
         site=member.site,
@@ -108,5 +108,7 @@ def finished(
         k=member.settings.get("k", 0),
         fires_above=dictionary.fires_above / scale.output,
         max_norm=scale.max_norm,
+        scales=scale.scales,
+        max_norms=scale.max_norms,
     )
     return Dictionary(described, config.matmul, **rescale.raw(kind, arrays, scale.input, scale.output))

@@ -36,6 +36,9 @@ class Trainer:
       mesh: the devices; its ``member`` axis must divide the members.
       steps: length of the whole run, for the schedules.
       scales: of each member.
+
+    Raises:
+      UserError: ``config.products`` is not for the mesh's devices.
     """
 
     def __init__(
@@ -50,10 +53,11 @@ class Trainer:
         self.config, self.dictionary, self.members, self.mesh = config, dictionary, list(members), mesh
         self.scales = list(scales)
         self._steps = steps
-        shape = config.matmul, dictionary.n_features, dictionary.k
-        sparse = kinds.by_name(dictionary.kind).keeps_k and sparse_products.wins(mesh, *shape)
-        self._objective = Objective(config, dictionary, steps, sparse)
-        self._optimizer, self._rate = make_optimizer(config), learning_rate(config, steps)
+        form, shape = "dense", (config.matmul, dictionary.n_features, dictionary.k)
+        if kinds.by_name(dictionary.kind).keeps_k:
+            form = sparse_products.chosen_form(config.products, mesh, *shape)
+        self._objective = Objective(config, dictionary, steps, form)
+        self._optimizer, self._rate = make_optimizer(config, dictionary.widths), learning_rate(config, steps)
         self.sites = list(dict.fromkeys((member.site, member.target) for member in members))  # of the batch, in order
         hyper = Hyper.of(members, scales, self.sites, config.state_dtype)
         self.abstract_hyper = jax.tree.map(
@@ -131,8 +135,8 @@ class Trainer:
         return over_members(one, (state, hyper, None), (*same, *raw), self.mesh)
 
     def _resample(self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array) -> TrainState:
-        y_hat_BxD = self._objective.reconstruction(state.params, x_BxD, hyper)
-        return resampling.resampled(self.config, self.dictionary, state, hyper, x_BxD, y_BxD, y_hat_BxD)
+        error_BxD = self._objective.error(state.params, x_BxD, y_BxD, hyper)
+        return resampling.resampled(self.config, self.dictionary, state, hyper, x_BxD, y_BxD, error_BxD)
 
     def _member_step(
         self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array, any_dead: jax.Array
@@ -145,7 +149,8 @@ class Trainer:
         rate = hyper.learning_rate * self._rate(state.step_M).astype(x_BxD.dtype)
         updates, optimizer = self._optimizer.update(grads, state.optimizer, params, learning_rate=rate)
         kind = kinds.by_name(self.dictionary.kind)
-        after = constrained(config, kind, optax.apply_updates(params, updates), before=params)
+        moved = optax.apply_updates(params, updates)
+        after = constrained(config, kind, moved, before=params, widths=self.dictionary.widths)
         longest = MOST_TOKENS - x_BxD.shape[0]  # the count stops there
         silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + x_BxD.shape[0])
         mean = state.kept_M + config.threshold_rate * (smallest - state.kept_M)

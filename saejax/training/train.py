@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.activations.batches import Parts, steps_per_epoch
+from saejax.activations.batches import Parts, sites_of, steps_per_epoch
+from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
-from saejax.config import identity, to_json
+from saejax.config import identity
 from saejax.dictionaries import DictionaryConfig, save_dictionary
 from saejax.dictionaries.formats import own
 from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError, one_of
 from saejax.models.sites import KINDS as SITE_KINDS
+from saejax.models.sites import site_parts
 from saejax.parallel import describe, is_first_process, make_mesh, sharding
 from saejax.settings import MOST_TOKENS, TrainConfig
 from saejax.training.checkpoints import Checkpoints
@@ -48,7 +50,8 @@ def run_train(run: Run) -> TrainResults:
     if config.source == "store":
         store = Store.open(run.inputs["capture"])
         stack = members(config, run.name, chosen_sites(config, store.sites))
-        return train_stack(run, stack, _stored(run, store, batch_parts(stack)))
+        parts = batch_parts(stack)
+        return train_stack(run, stack, _stored(run, with_joined(store, sites_of(parts)), parts))
     stack = members(config, run.name, named_sites(config))
     return train_stack(run, stack, _streamed(run, batch_parts(stack)))
 
@@ -132,7 +135,9 @@ def _train(
     config, dictionary = trainer.config, trainer.dictionary
     names = [member.name for member in trainer.members]
     settings = identity(config, run.name)
-    described = dict(settings=settings, dictionary=to_json(dictionary), members=names, steps=steps, state=STATE_VERSION)
+    described = dict(
+        settings=settings, dictionary=identity(dictionary), members=names, steps=steps, state=STATE_VERSION
+    )
     recorded, first_step = checkpoints.agree(described), checkpoints.latest_step or 0
     writers = make_writers(config, run.folder, run.name, first_step)
     if first_step:
@@ -188,7 +193,7 @@ def chosen_sites(config: TrainConfig, captured: Sequence[str]) -> list[str]:
         return sorted(found, key=lambda site: int(site.rpartition(".")[2]))
     if not config.sites:
         raise UserError("--train.sites is empty: name at least one captured site, such as resid_post.15")
-    for site in config.sites:
+    for site in single_sites(config.sites):
         one_of(site, captured, "site in this store (--train.sites)")
     return list(config.sites)
 
@@ -209,7 +214,7 @@ def batch_parts(stack: Sequence[Member]) -> Parts:
 
 def describe_stack(config: TrainConfig, kind: str, store: ScaledRows, stack: Sequence[Member]) -> DictionaryConfig:
     """What the members have in common, with the largest of their k and the model of the store."""
-    sites = dict.fromkeys(site for member in stack for site in (member.site, member.target))
+    sites = single_sites(site for member in stack for site in (member.site, member.target))
     widths = {site: store.d(one_of(site, store.sites, "site in this store")) for site in sites}
     return dataclasses.replace(
         stack_shape(config, kind, stack, widths),
@@ -224,15 +229,19 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
     """What the members have in common before there are activations.
 
     Args:
-      widths: of all their sites.
+      widths: of all their sites, and of the parts of joined ones.
 
     Raises:
       UserError: their sites differ in width, k or the groups do not fit the features, or two settings exclude each
         other.
     """
-    if len(set(widths.values())) > 1:
-        raise UserError(f"the sites of a stack must have one width, but have {widths}: train them in several runs")
-    d_in = next(iter(widths.values()))
+    sites = dict.fromkeys(site for member in stack for site in (member.site, member.target))
+    shapes = {site: tuple(widths[part] for part in site_parts(site)) for site in sites}
+    if len(set(shapes.values())) > 1:
+        told = {site: shape if len(shape) > 1 else shape[0] for site, shape in shapes.items()}
+        raise UserError(f"the sites of a stack must have one width, but have {told}: train them in several runs")
+    shape = next(iter(shapes.values()))
+    d_in = sum(shape)
     features = config.expansion * d_in
     made = by_name(kind)
     each = [made.facts(member.settings, config.of_kind(kind), features) for member in stack]
@@ -253,6 +262,7 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
         n_features=features,
         skip=config.form == "skip_transcoder",
         centred=config.form == "sae",
+        widths=shape if len(shape) > 1 else (),
         **facts,
     )
 

@@ -6,12 +6,14 @@ Learning rates are the members' own, so the chain's update takes them as an argu
 learning_rate=...)``.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from saejax.dictionaries.joined import row_lengths, row_normals
 from saejax.dictionaries.kinds.base import Arrays, Kind
 from saejax.settings import TrainConfig
 
@@ -24,10 +26,14 @@ class GradientNorm(NamedTuple):
     gradient_norm: jax.Array
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: TrainConfig, widths: Sequence[int] = ()) -> optax.GradientTransformationExtraArgs:
     """What turns gradients into updates; weight decay is decoupled (Loshchilov and Hutter, 2019), of the encoder alone.
 
     The decoder's rows have unit norm and its bias starts at the data's mean: to decay those would undo that.
+
+    Args:
+      config: how to train.
+      widths: of the parts of a joined site; (): one site.
     """
     frozen = _FROZEN[config.freeze]
     update = [optax.clip_by_global_norm(config.clip)] if config.clip else []
@@ -41,16 +47,20 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
         whole = optax.GradientTransformationExtraArgs(steps.init, steps.update)
     first = [optax.masked(optax.set_to_zero(), lambda params: _named(params, frozen))] if frozen else []
     if config.decoder_norm == "unit":
-        first.append(turn_rows())
+        first.append(turn_rows(widths))
     return optax.chain(*first, measure_norm(), whole)
 
 
-def turn_rows() -> optax.GradientTransformation:
-    """Removes from the gradient of the decoder the part along its unit rows, which would be undone anyway."""
+def turn_rows(widths: Sequence[int] = ()) -> optax.GradientTransformation:
+    """Removes from the gradient of the decoder the part that changes its unit rows' length, which is undone anyway."""
 
     def update(grads: Arrays, params: Arrays | None) -> Arrays:
         assert params is not None
         grad_FxD, W_dec_FxD = grads["W_dec_FxD"], params["W_dec_FxD"]
+        if widths:  # no row itself is at a right angle to the rows of one length, but the sum of its parts' directions
+            normal_FxD = row_normals(W_dec_FxD, widths)
+            square_Fx1 = jnp.sum(jnp.square(normal_FxD), axis=-1, keepdims=True)
+            W_dec_FxD = normal_FxD / jnp.sqrt(jnp.maximum(square_Fx1, 1e-30))
         along_Fx1 = jnp.sum(grad_FxD * W_dec_FxD, axis=-1, keepdims=True)
         return grads | dict(W_dec_FxD=grad_FxD - along_Fx1 * W_dec_FxD)
 
@@ -74,11 +84,13 @@ def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def constrained(config: TrainConfig, kind: Kind, params: Arrays, before: Arrays) -> Arrays:
+def constrained(config: TrainConfig, kind: Kind, params: Arrays, before: Arrays, widths: Sequence[int] = ()) -> Arrays:
     """What holds after every step: unit rows if asked for, what the kind says, frozen arrays as they were."""
     if config.decoder_norm == "unit":
         W_dec_FxD = params["W_dec_FxD"]
-        params = params | dict(W_dec_FxD=W_dec_FxD / jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True))
+        norm_Fx1 = jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
+        length_Fx1 = row_lengths(W_dec_FxD, widths)[:, None] if widths else norm_Fx1
+        params = params | dict(W_dec_FxD=W_dec_FxD / length_Fx1)
     return kind.constrain(params) | {name: before[name] for name in _FROZEN[config.freeze]}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.causal.stability import unit
 from saejax.dictionaries import Dictionary, load_dictionary, rescale, stacks
 from saejax.dictionaries.formats import load_all
 from saejax.dictionaries.labels import labels_of
@@ -119,13 +120,6 @@ def rows(measure: str, dictionary: Dictionary) -> np.ndarray:
     threshold_F = np.asarray(rescale.as_jumprelu(dictionary).arrays["threshold_F"])
     folded_FxD = W_dec_FxD * threshold_F[:, None]
     return folded_FxD / max(float(np.linalg.norm(folded_FxD, axis=1).max()), 1e-12)
-
-
-def unit(rows_NxD: np.ndarray) -> np.ndarray:
-    """Rows of length 1 in fp32, or 0 where they had none."""
-    rows_NxD = np.asarray(rows_NxD, np.float32)
-    length_Nx1 = np.linalg.norm(rows_NxD, axis=1, keepdims=True)
-    return np.divide(rows_NxD, length_Nx1, out=np.zeros_like(rows_NxD), where=length_Nx1 > 0)
 
 
 def chance(rows_FxD: np.ndarray, seed: Sequence[int]) -> np.ndarray:

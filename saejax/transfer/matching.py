@@ -2,14 +2,15 @@
 
 One program looks at a block of pairs of dictionaries. Of each pair it multiplies all rows with all others, a few
 hundred rows at a time, and keeps the largest of each row and, at first, of each column. The pairs of a block are split
-over the devices, so that a device holds the rows of its own pairs alone. The assignment is solved on the host by
-``assignment``, and the program looks again at its prices, until there is none better.
+over the devices, so that a device holds the rows of its own pairs alone. The assignment is an ``Auction`` on the host;
+for the rows that wait there the program looks again, at the present prices, until none waits.
 
 Rows of unit length give cosines, and activations that are centred and of unit length Pearson's correlations.
 """
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -22,13 +23,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax.parallel import AXES
-from saejax.transfer.assignment import Candidates
+from saejax.transfer.assignment import Auction
 
 _ROWS = 512  # rows whose products are held at once
-_CANDIDATES = 32  # of a row or a column, at a time
+_CANDIDATES = 64  # of a row, at a time
 _VMAPPED = 4  # pairs of an accelerator that run side by side
-EXACT = 2e-4  # largest gap at which an assignment counts as the best
-_ROUNDS = 100  # at most, of one assignment
 
 Key = TypeVar("Key")
 
@@ -44,7 +43,7 @@ class Matched:
         is largest (the Hungarian method's assignment); -1 where there are fewer, or where staying alone, which counts
         0, is better.
       value_F: their products; NaN where there is none.
-      gap: by how much at most the mean product of the pairs falls short of the best.
+      gap: by how much at most the mean product of the pairs falls short of the best; ``assignment.STEP`` at most.
     """
 
     nearest_F: np.ndarray
@@ -80,14 +79,15 @@ def match(problems: Iterable[tuple[Key, np.ndarray, np.ndarray]], mesh: Mesh) ->
             now = [one for one in ready if one.kind == ready[0].kind][:block]
             ready = [one for one in ready if one not in now]
             for problem in _look(now, block, mesh):
-                if problem.settled:
-                    yield problem.key, problem.result()
-                else:
-                    solving[pool.submit(problem.solve)] = problem
+                solving[pool.submit(problem.auction.bid)] = problem
             done, _ = wait(solving, timeout=0 if ready else None, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
-                ready.append(solving.pop(future))
+                problem = solving.pop(future)
+                if len(problem.auction.waiting):
+                    ready.append(problem)
+                else:
+                    yield problem.key, problem.result()
 
 
 class _Problem:
@@ -95,12 +95,9 @@ class _Problem:
 
     def __init__(self, key: Any, first_FxD: np.ndarray, second_GxD: np.ndarray):
         self.key, self._turned = key, len(first_FxD) > len(second_GxD)
-        self.few_FxD, self.many_GxD = (second_GxD, first_FxD) if self._turned else (first_FxD, second_GxD)
-        self.price_G = np.zeros(len(self.many_GxD), np.float32)
-        self._known = Candidates.alone(len(self.few_FxD), len(self.many_GxD))
+        self._few_FxD, self.many_GxD = (second_GxD, first_FxD) if self._turned else (first_FxD, second_GxD)
+        self.auction = Auction(len(self._few_FxD), len(self.many_GxD))
         self._nearest: tuple[np.ndarray, np.ndarray, int] | None = None
-        self._column_F = np.full(len(self.few_FxD), len(self.many_GxD))  # all alone
-        self._gap, self._rounds = np.inf, 0
 
     @property
     def fresh(self) -> bool:
@@ -108,64 +105,50 @@ class _Problem:
         return self._nearest is None
 
     @property
-    def kind(self) -> tuple[bool, int, int, int]:
+    def rows(self) -> int:
+        """How many look next: four times those that wait, in one of few sizes, for which there are programs."""
+        rows, wanted = len(self._few_FxD), 4 * len(self.auction.waiting)
+        return min(rows, _ROWS * 2 ** max(0, math.ceil(math.log2(wanted / _ROWS))))
+
+    @property
+    def rows_NxD(self) -> np.ndarray:
+        """Those that look next."""
+        self._looking = self.auction.urgent(self.rows)
+        return self._few_FxD[self._looking]
+
+    @property
+    def kind(self) -> tuple[bool | int, ...]:
         """What problems that run together have in common."""
-        return (self.fresh, *self.few_FxD.shape, len(self.many_GxD))
+        return (self.fresh, self.rows, *self._few_FxD.shape, len(self.many_GxD))
 
-    @property
-    def settled(self) -> bool:
-        """Whether the assignment is known to be the best, or as near to it as it will be."""
-        return self._gap <= EXACT or self._rounds >= _ROUNDS
-
-    def begin(self, top_FxC: np.ndarray, column_FxC: np.ndarray, top_GxC: np.ndarray, row_GxC: np.ndarray) -> None:
-        """Takes the largest values of each row and their columns, and those of each column and their rows."""
-        mutual = int((row_GxC[column_FxC[:, 0], 0] == np.arange(len(top_FxC))).sum())
-        self._nearest = top_FxC[:, 0], top_GxC[:, 0], mutual
-        own_FxC, own_GxC = (np.arange(len(part))[:, None] + 0 * part for part in (column_FxC, row_GxC))
-        self._known.add(own_FxC.reshape(-1), column_FxC.reshape(-1), top_FxC.reshape(-1))
-        self._known.add(row_GxC.reshape(-1), own_GxC.reshape(-1), top_GxC.reshape(-1))
-
-    def look(self, top_FxC: np.ndarray, column_FxC: np.ndarray) -> None:
-        """Takes the largest values less price of each row and their columns, at the present prices."""
-        own_F = self._own()
-        own_F[self._paired] -= self.price_G[self._column_F[self._paired]]
-        self._gap = float(np.maximum(top_FxC[:, 0] - own_F, 0).mean())
-        better_FxC = top_FxC > own_F[:, None]
-        row_N, place_N = np.nonzero(better_FxC)
-        column_N = column_FxC[row_N, place_N]
-        self._known.add(row_N, column_N, top_FxC[row_N, place_N] + self.price_G[column_N])
-        self._rounds += 1
-
-    def solve(self) -> None:
-        """Solves the assignment on what is known, which gives new prices."""
-        self._column_F, price = self._known.solve()
-        self.price_G = price[: len(self.many_GxD)].astype(np.float32)
-
-    @property
-    def _paired(self) -> np.ndarray:
-        """The rows that do not stay alone."""
-        return np.flatnonzero(self._column_F < len(self.many_GxD))
-
-    def _own(self) -> np.ndarray:
-        """The products of the pairs, fp64; 0 for rows that stay alone."""
-        own_F, paired = np.zeros(len(self.few_FxD)), self._paired
-        others = self.many_GxD[self._column_F[paired]]
-        own_F[paired] = np.einsum("fd,fd->f", self.few_FxD[paired], others, dtype=np.float64)
-        return own_F
+    def look(
+        self,
+        top_NxC: np.ndarray,
+        column_NxC: np.ndarray,
+        top_G: np.ndarray | None = None,
+        row_G: np.ndarray | None = None,
+    ) -> None:
+        """Takes what ``_best_of_pair`` found."""
+        if top_G is not None and row_G is not None:
+            mutual = int((row_G[column_NxC[:, 0]] == np.arange(len(top_NxC))).sum())
+            self._nearest = top_NxC[:, 0], top_G, mutual
+        self.auction.look(self._looking, top_NxC, column_NxC)
 
     def result(self) -> Matched:
         """What was found, for the dictionaries as they were given."""
         assert self._nearest is not None
         few_F, many_G, mutual = self._nearest
-        paired, own_F = self._paired, self._own()
-        column = self._column_F[paired]
+        paired = np.flatnonzero(self.auction.column_F >= 0)
+        column, own_F = self.auction.column_F[paired], np.zeros(len(few_F))
+        own_F[paired] = np.einsum("fd,fd->f", self._few_FxD[paired], self.many_GxD[column], dtype=np.float64)
+        gap = self.auction.gap(own_F)
         if not self._turned:
             partner_F, value_F = np.full(len(few_F), -1), np.full(len(few_F), np.nan)
             partner_F[paired], value_F[paired] = column, own_F[paired]
-            return Matched(few_F, many_G, mutual, partner_F, value_F, self._gap)
+            return Matched(few_F, many_G, mutual, partner_F, value_F, gap)
         partner_G, value_G = np.full(len(many_G), -1), np.full(len(many_G), np.nan)
         partner_G[column], value_G[column] = paired, own_F[paired]
-        return Matched(many_G, few_F, mutual, partner_G, value_G, self._gap)
+        return Matched(many_G, few_F, mutual, partner_G, value_G, gap)
 
 
 def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> Sequence[_Problem]:
@@ -173,16 +156,12 @@ def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> Sequence[_Pro
     if not problems:
         return []
     filled = [*problems, *[problems[-1]] * (block - len(problems))]
-    parts = [np.stack([getattr(one, name) for one in filled]) for name in ("few_FxD", "many_GxD", "price_G")]
+    parts = [np.stack(part) for part in zip(*((one.rows_NxD, one.many_GxD, one.auction.price_G) for one in filled))]
     placed = jax.device_put(parts, NamedSharding(mesh, PartitionSpec(AXES)))
     vmapped = 1 if jax.default_backend() == "cpu" else _VMAPPED
     found = jax.device_get(_best(mesh, vmapped, _CANDIDATES, problems[0].fresh, *placed))
     for number, problem in enumerate(problems):
-        part = [values[number] for values in found]
-        if problem.fresh:
-            problem.begin(*part)
-        else:
-            problem.look(*part)
+        problem.look(*(values[number] for values in found))
     return problems
 
 
@@ -192,7 +171,7 @@ def _best(
     vmapped: int,
     count: int,
     both: bool,
-    first_PxFxD: jax.Array,
+    first_PxNxD: jax.Array,
     second_PxGxD: jax.Array,
     price_PxG: jax.Array,
 ) -> tuple[jax.Array, ...]:
@@ -203,36 +182,38 @@ def _best(
 
     own = PartitionSpec(AXES)
     split = jax.shard_map(here, mesh=mesh, in_specs=own, out_specs=own)
-    return split(first_PxFxD, second_PxGxD, price_PxG)
+    return split(first_PxNxD, second_PxGxD, price_PxG)
 
 
 def _best_of_pair(
-    count: int, both: bool, first_FxD: jax.Array, second_GxD: jax.Array, price_G: jax.Array
+    count: int, both: bool, first_NxD: jax.Array, second_GxD: jax.Array, price_G: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The ``count`` largest products less price of each row [F, C], and their columns.
+    """The ``count`` largest products less price of each row [N, C], and their columns.
 
-    If ``both``, then also the largest products of each column [G, C], without price, and their rows.
+    If ``both``, then also the largest product of each column [G], without price, and its row.
     """
-    features, rows = len(first_FxD), min(_ROWS, len(first_FxD))
+    features, rows = len(first_NxD), min(_ROWS, len(first_NxD))
     chunks = -(-features // rows)
-    padded = jnp.pad(first_FxD, ((0, chunks * rows - features), (0, 0))).reshape(chunks, rows, -1)
-    of_row, of_column = min(count, len(second_GxD)), min(count, rows)
+    padded = jnp.pad(first_NxD, ((0, chunks * rows - features), (0, 0))).reshape(chunks, rows, -1)
+    of_row = min(count, len(second_GxD))
 
     def chunk(best: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> tuple:
         number, rows_RxD = part
         value_RxG = jnp.matmul(rows_RxD, second_GxD.T, precision="highest")
         if both:
             real_R = number * rows + jnp.arange(rows) < features
-            top_GxC, row_GxC = lax.top_k(jnp.where(real_R[:, None], value_RxG, -jnp.inf).T, of_column)
-            found = (top_GxC, row_GxC + number * rows)
-            wider = [jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True)]
-            top_GxC, place_GxC = lax.top_k(wider[0], of_column)
-            best = top_GxC, jnp.take_along_axis(wider[1], place_GxC, axis=1)
+            known_RxG = jnp.where(real_R[:, None], value_RxG, -jnp.inf)
+            top_G, row_G = best
+            larger_G = known_RxG.max(axis=0) > top_G
+            best = (
+                jnp.where(larger_G, known_RxG.max(axis=0), top_G),
+                jnp.where(larger_G, known_RxG.argmax(axis=0) + number * rows, row_G),
+            )
         return best, tuple(lax.top_k(value_RxG - price_G[None], of_row))
 
     # Made of what differs between devices, as what is carried on from chunk to chunk is.
-    nothing_Gx1 = jnp.zeros_like(price_G)[:, None] * price_G[:, None]
-    lowest = jnp.tile(nothing_Gx1 - jnp.inf, (1, of_column)), jnp.tile(nothing_Gx1.astype(jnp.int32), (1, of_column))
+    nothing_G = jnp.zeros_like(price_G) * price_G
+    lowest = nothing_G - jnp.inf, nothing_G.astype(jnp.int32)
     best, (top, column) = lax.scan(chunk, lowest, (jnp.arange(chunks), padded))
-    top_FxC, column_FxC = (part.reshape(chunks * rows, of_row)[:features] for part in (top, column))
-    return (top_FxC, column_FxC, *best) if both else (top_FxC, column_FxC)
+    top_NxC, column_NxC = (part.reshape(chunks * rows, of_row)[:features] for part in (top, column))
+    return (top_NxC, column_NxC, *best) if both else (top_NxC, column_NxC)

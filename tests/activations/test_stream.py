@@ -90,7 +90,7 @@ def test_it_stops_while_a_buffer_is_made(make_run):
 
 def test_every_row_comes_once_an_epoch():
     sizes, batch = (20, 20, 7, 3), 5
-    order = BufferOrder(sizes, batch, seed=1, epochs=3)
+    order = BufferOrder(sizes, batch, seed=1)
     assert order.per_epoch == 4 + 4 + 1
     visited = []
     for epoch in range(3):
@@ -107,7 +107,7 @@ def test_every_row_comes_once_an_epoch():
 
 
 def test_rows_fill_up_for_sinks_each_before_any_twice():
-    order = BufferOrder((20,), 5, seed=1, epochs=1)
+    order = BufferOrder((20,), 5, seed=1)
     places = order.places(0, 0, 17)  # three of the 20 are sinks
     assert places.shape == (4, 5) and sorted(places.ravel()[:17]) == list(range(17))
     assert len(set(places.ravel()[17:])) == 3

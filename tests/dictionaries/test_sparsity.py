@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.dictionaries import sparsity
+from saejax.dictionaries import selection, sparsity
 from saejax.parallel import make_mesh, sharding
 from saejax.settings import MeshConfig
 
@@ -79,7 +79,7 @@ def test_batch_topk_of_many_tokens_that_are_sampled_first(kind):
     elif kind == "one value":
         pre[:] = 0.7
     elif kind != "normal":
-        pre[:: sparsity._SAMPLED] *= 100
+        pre[:: selection._SAMPLED] *= 100
     acts, _ = jax.jit(sparsity.batch_topk, static_argnums=1)(pre, 5)
     positive = np.maximum(pre, 0)
     kth = np.sort(positive.ravel())[-515 * 5]
@@ -118,5 +118,5 @@ def test_topk_over_a_sharded_feature_axis():
 
 def test_on_a_cpu_xla_does_not_sort_to_find_the_largest_blocks():
     acts = jnp.zeros((8, 1024))
-    program = jax.jit(lambda acts: sparsity.kth_largest_below(acts, 8)).lower(acts).compile().as_text()
+    program = jax.jit(lambda acts: selection.kth_largest_below(acts, 8)).lower(acts).compile().as_text()
     assert "TopK" in program and " sort(" not in program, "a sort takes four times as long"

@@ -64,7 +64,7 @@ def test_a_program_that_does_not_fit(v5e):
     function = jax.jit(lambda x: x + 1)
 
     def compiled(argument, *kept):
-        return topology.compile_for(Program("a: b", "", function, (argument,), kept, 1.0), v5e.limit)
+        return topology.compile_for(Program("a: b", "", function, (argument,), kept, 1.0), v5e.limit, 8)
 
     too_large, small = compiled(whole), compiled(split)
     assert not too_large.fits and too_large.counted_flops is None
@@ -81,12 +81,12 @@ def test_stages_compile_for_a_slice(v5e, quick_compiler):
     plan = plan_run(shape("llama-3-8b"), "resid_post.16", train__batch=64, model__dtype="bfloat16")
     mesh = make_mesh(MeshConfig(data=2, model=4), v5e.devices)
     programs = {program.name: program for program in stage_programs(on_mesh(plan, mesh))}
-    step = topology.compile_for(programs["train: standard step"], v5e.limit)
+    step = topology.compile_for(programs["train: standard step"], v5e.limit, 8)
     state = 3 * 2 * 4096 * 32_768 * 4 / 4  # parameters and two moments, a quarter of the features
     assert step.fits and state < step.memory < 2 * state
     assert step.counted_flops == pytest.approx(programs["train: standard step"].flops / 8, rel=0.2)
-    edit = topology.compile_for(programs["ablate: edit"], v5e.limit)
-    assert edit.fits and 16e9 / 4 < edit.memory < 7 * GIB, "the weights stay beside it"
+    edited = topology.compile_for(programs["ablate: features"], v5e.limit, 8)
+    assert edited.fits and 16e9 / 4 < edited.memory < 7 * GIB, "the weights stay beside it"
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def test_both_say_the_verdicts_and_their_figures(made):
     for text in both(made):
         assert "The top features cost Subject-verb agreement more than other bases at equal dose, but not these" in text
         assert "Not shown that removing the top features costs Greater-than on years, Two-digit addition." in text
-        assert "do as well or better: Subject-verb agreement: principal components; Capital of a country: princ" in text
+        assert "equal dose: Subject-verb agreement: principal components; Capital of a country: princ" in text
         assert "difference of means, Capital of a country: its train prompts have one answer" in text
         assert "55 [35, 75]" in text and "4.30 [3.60, 5.00]" in text  # the top features, with intervals
         assert text.count("The interval of the accuracy lost reaches zero") == 1 and "10 [0, 25]" in text  # capital

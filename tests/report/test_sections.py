@@ -123,14 +123,14 @@ def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
         ])
     )  # fmt: skip
     table, beside, without = patching.sections(findings(topk=partly(FeaturePatchResults, **results)), None)[0].blocks
-    shares = [f"{mean}\u00a0% [{mean - 10}\u00a0%, {mean + 10}\u00a0%]" for mean in (50, 10, 70, 20, 90)]
+    shares = [f"{mean} [{mean - 10},\u00a0{mean + 10}]" for mean in (50, 10, 70, 20, 90)]
     shares[1] += ", p = 0.048"
     assert table.rows == (("Capital of a country", "12", *shares, "0.40 [0.30,\u00a00.50]"),)
-    assert len(table.columns) == len(table.rows[0]) and table.columns[6] == "Ceiling: the whole site"
+    assert len(table.columns) == len(table.rows[0]) and table.columns[6] == "Whole site, %"
     assert [row[1:] for row in beside.rows] == [
         (
-            "features", "20", "50\u00a0% [40\u00a0%, 60\u00a0%]",
-            "Subject-verb agreement 90\u00a0% [80\u00a0%, 100\u00a0%]", "70\u00a0%",
+            "features", "20", "50 [40,\u00a060]",
+            "Subject-verb agreement 90 [80,\u00a0100]", "70",
         ),
         ("whole site", "64", "–", "–", "–"),
     ]  # fmt: skip

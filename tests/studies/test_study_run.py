@@ -170,5 +170,5 @@ def test_time_to_go_follows_what_units_took():
     assert clock.left([("a", "train/topk"), ("a", "report")]) == 20.0
     clock.took("a", "train/topk", 30.0)  # three times as long as expected
     assert clock.left([("a", "report")], running=("a", "train/gated"), elapsed=5.0) == pytest.approx(25.0 + 30.0)
-    assert clock.left([], running=("a", "train/gated"), elapsed=99.0) == 0.0
+    assert clock.left([], running=("a", "train/gated"), elapsed=99.0) == 24.75
     assert [duration(x) for x in (None, 61, 600, 7200)] == ["an unknown time", "61 s", "10 min", "2.0 h"]

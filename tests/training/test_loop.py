@@ -62,9 +62,12 @@ def test_one_compilation(tmp_path):
     assert trainer.compiled._cache_size() == 1
 
 
-@pytest.mark.parametrize(("kind", "stop_after"), [*((kind, 7) for kind in KINDS), ("topk", 1), ("topk", 11)])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, stop_after):
-    trainer = make_trainer(kind)
+@pytest.mark.parametrize(
+    ("kind", "stop_after", "products"),
+    [*((kind, 7, "auto") for kind in KINDS), ("topk", 1, "rows"), ("topk", 7, "rows"), ("topk", 11, "kernels")],
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, stop_after, products):
+    trainer = make_trainer(kind, products=products, resample_every=5)
     whole = go(tmp_path / "whole", trainer)
     with pytest.raises(Interrupted, match=f"step {stop_after} of {STEPS}"):
         go(tmp_path / "broken", trainer, stop_after=stop_after)

@@ -140,7 +140,7 @@ class Buffers:
 
 def test_each_step_takes_its_rows_of_its_buffer(tmp_path):
     trainer, stream = make_trainer(), Buffers()
-    order = BufferOrder(stream.sizes, B, trainer.config.seed[0], trainer.config.epochs)
+    order = BufferOrder(stream.sizes, B, trainer.config.seed[0])
 
     def batches(first):
         for step in range(first, STEPS):

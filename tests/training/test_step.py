@@ -10,7 +10,8 @@ import pytest
 from every_kind import KINDS
 from small_stacks import STEPS, B, D, F, batches, make_config, make_trainer, parts, run
 
-from saejax.dictionaries import Dictionary, sparse_products
+from saejax.dictionaries import Dictionary
+from saejax.parallel import make_mesh
 from saejax.training import updates
 
 FORMS = ("sae", "transcoder", "skip_transcoder")
@@ -84,22 +85,35 @@ def test_a_frozen_half_keeps_its_bits_and_the_rest_learns(freeze, name, one_devi
         assert np.array_equal(value, before[key]) == (key == name), key
 
 
+@pytest.mark.parametrize("products", ["rows", "kernels"])
 @pytest.mark.parametrize("form", FORMS)
-def test_codes_of_the_active_features_train_what_all_features_train(form, one_device, monkeypatch):
+def test_codes_of_the_active_features_train_what_all_features_train(form, products, one_device):
     changes = dict(form=form, k=(2, 5), auxk=0.1, dead_tokens=2 * B, decorrelation=0.01, resample_every=6)
     if form != "sae":
         changes |= dict(sites=("mlp_in.1",))
-    found = {}
-    for sparse in (False, True):
-        monkeypatch.setattr(sparse_products, "wins", lambda *shape, sparse=sparse: sparse)
-        found[sparse] = run(make_trainer("topk", one_device, **changes), batches(12))
-    (dense, wanted), (state, metrics) = found[False], found[True]
+    forms = (dict(products=asked) for asked in ("dense", products))
+    (dense, wanted), (state, metrics) = (
+        run(make_trainer("topk", one_device, **changes | f), batches(12)) for f in forms
+    )
     assert wanted["dead"].min() > 0 and wanted["auxk"].min() > 0  # the auxiliary loss moves dead features
     for name, values_M in wanted.items():
         np.testing.assert_allclose(metrics[name], values_M, rtol=1e-4, err_msg=name)
     for name, array in dense.params.items():
         np.testing.assert_allclose(state.params[name], array, atol=2e-4 * np.abs(array).max(), err_msg=name)
     np.testing.assert_array_equal(state.silent_MxF, dense.silent_MxF)
+
+
+@pytest.mark.parametrize("products", ["rows", "kernels"])
+def test_losses_of_a_run_are_those_of_dense_products(products, one_device):
+    mesh = make_mesh() if products == "rows" else one_device  # eight devices, which take the dense products unasked
+    trainers = dict(dense=make_trainer("topk", mesh)) | {products: make_trainer("topk", one_device, products=products)}
+    states, losses = {form: trainer.initial_state() for form, trainer in trainers.items()}, {}
+    for x in batches(20):
+        for form, trainer in trainers.items():
+            states[form], metrics = run(trainer, x[None], states[form])
+            losses.setdefault(form, []).append(float(metrics["loss"][0]))
+    np.testing.assert_allclose(losses[products], losses["dense"], rtol=1e-5)
+    assert losses["dense"][-1] < 0.7 * losses["dense"][0]
 
 
 def test_silent_features_are_counted_in_tokens(one_device):

@@ -41,7 +41,8 @@ def test_the_step_compiles_and_fits(kind, shape, name, quick_compiler, capsys):
     batch = jax.ShapeDtypeStruct((count, BATCH, d), "bfloat16", sharding=trainer.batch_sharding)
     arguments = (trainer.abstract_state, trainer.abstract_hyper, (batch,))
     flops = count * step_flops(BATCH, d, features)
-    compiled = topology.compile_for(Program(kind, shape, trainer.compiled, arguments, (), flops), found.limit)
+    program = Program(kind, shape, trainer.compiled, arguments, (), flops)
+    compiled = topology.compile_for(program, found.limit, found.of_node)
     state = 3 * 2 * count * d * features * 4 / 8  # parameters and two moments, an eighth of them on each device
     assert compiled.fits and state < compiled.memory
     with capsys.disabled():

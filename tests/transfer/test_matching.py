@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
+from saejax.causal.stability import unit
 from saejax.parallel import make_mesh
-from saejax.transfer.compared import chance, unit
-from saejax.transfer.matching import EXACT, match
+from saejax.transfer import matching
+from saejax.transfer.assignment import STEP, Auction
+from saejax.transfer.compared import chance
+from saejax.transfer.matching import match
 
 
 def directions(count, width, seed):
@@ -23,7 +26,7 @@ def check(first_FxD, second_GxD, found):
     assert np.isnan(found.value_F[~has]).all()
     best = linear_sum_assignment(np.maximum(table, 0), maximize=True)  # who stays alone has 0
     assert abs(pairs.sum() - np.maximum(table, 0)[best].sum()) / min(table.shape) <= found.gap + 1e-6
-    assert found.gap <= EXACT
+    assert found.gap <= STEP + 1e-6
     np.testing.assert_allclose(found.nearest_F, table.max(1), atol=1e-6)
     np.testing.assert_allclose(found.nearest_G, table.max(0), atol=1e-6)
     assert found.mutual == sum(table.argmax(0)[table.argmax(1)] == np.arange(len(table)))
@@ -45,6 +48,41 @@ def test_rows_of_few_directions_and_rows_of_zero():
     first[4:60] = second[9:90] = 0.0
     (_, found), *_ = match([(0, first, second)], make_mesh())
     check(first, second, found)
+
+
+@pytest.mark.parametrize("sizes", [(300, 300), (270, 330), (330, 270)])
+def test_rows_that_know_few_columns_look_again(sizes, monkeypatch):
+    """A few at a time, and in looks of several sizes; a column that no row has costs nothing."""
+    monkeypatch.setattr(matching, "_CANDIDATES", 3)
+    monkeypatch.setattr(matching, "_ROWS", 32)
+    looks = []
+    look = matching._Problem.look
+    monkeypatch.setattr(matching._Problem, "look", lambda own, *found: looks.append(len(found[0])) or look(own, *found))
+    first, second = directions(sizes[0], 10, 6), directions(sizes[1], 10, 7)
+    (_, found), *_ = match([(0, first, second)], make_mesh())
+    check(first, second, found)
+    assert {32, min(sizes)} < set(looks)
+
+
+def test_what_an_auction_says_holds():
+    """In fp64: no row could gain more than a step, and columns that are left over cost nothing."""
+    value = np.maximum(np.random.default_rng(8).normal(size=(60, 75)), -1).clip(-1, 1) * 0.9
+    value[5] = -0.5  # stays alone
+    auction = Auction(60, 75)
+    while len(auction.waiting):
+        rows = auction.urgent(min(60, 2 * len(auction.waiting)))
+        profit = (value[rows] - auction.price_G).astype(np.float32)
+        column = np.argsort(-profit, axis=1)[:, :4]
+        auction.look(rows, np.take_along_axis(profit, column, 1), column)
+        auction.bid()
+    has = auction.column_F >= 0
+    assert not has[5] and has.sum() == 59 and len(set(auction.column_F[has])) == 59
+    own = np.where(has, value[np.arange(60), auction.column_F], 0.0)
+    paid = np.where(has, auction.price_G[auction.column_F], 0)
+    best = np.maximum((value - auction.price_G).max(1), 0)
+    assert (own - paid >= best - STEP - 1e-6).all()
+    assert set(np.flatnonzero(auction.price_G)) <= set(auction.column_F[has])
+    assert (best - own + paid).mean() <= auction.gap(own) + 1e-6 <= STEP + 2e-6
 
 
 def test_many_pairs_of_several_shapes():

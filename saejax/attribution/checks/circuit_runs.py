@@ -64,24 +64,15 @@ def run_circuits(
     below = [[Written(replacement.transcoders, *x.shape[:2]) for _ in range(2)] for x in states]  # kept, and all
     for layer in range(config.n_layers):
         transcoder = replacement.transcoders.load(layer)
-        own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
-        places = active.position_A[own], active.feature_A[own]
-        mean_F = None if means is None else means[layer]
         for number, chunk in enumerate(chunks):
-            kept_CxA = np.zeros((len(states[number]), len(places[0])), bool)
-            error_CxT = np.zeros((len(states[number]), length), bool)
-            for row, circuit in enumerate(circuits[chunk]):
-                kept_CxA[row], error_CxT[row, :tokens] = circuit.features_A[own], circuit.errors_LxP[layer]
-            features = _padded(places, kept_CxA, most, replacement.transcoders.configs[0].n_features)
             states[number], *acts = run_layer(
                 replacement.frozen,
                 replacement.model.params,
                 np.int32(layer),
                 states[number],
                 transcoder,
-                *features,
-                error_CxT,
-                mean_F,
+                *_kept(replacement, circuits[chunk], layer, len(states[number]), most),
+                None if means is None else means[layer],
                 (np.int32(replacement.first), np.int32(tokens)),
                 tuple(written.at(layer) for written in below[number]) if replacement.transcoders.cross_layer else None,
             )
@@ -102,6 +93,27 @@ def run_circuits(
     return readout_CxK
 
 
+def _kept(
+    replacement: Replacement, circuits: Sequence[Circuit], layer: int, rows: int, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of a layer, its active positions and features [A], and whether each circuit keeps these [C, A] and errors [C, T].
+
+    Features are filled up (out of range) to ``most``, a number for all layers; circuits by empty ones to ``rows``.
+    """
+    active, features = replacement.active, replacement.transcoders.configs[0].n_features
+    own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
+    kept_CxA = np.zeros((rows, most), bool)
+    error_CxT = np.zeros((rows, replacement.streams.stream_LxTxD.shape[1]), bool)
+    for row, circuit in enumerate(circuits):
+        kept_CxA[row, : own.stop - own.start] = circuit.features_A[own]
+        error_CxT[row, : len(replacement.ids_P)] = circuit.errors_LxP[layer]
+    room = most - (own.stop - own.start)
+    position_A, feature_A = (
+        np.pad(place[own], (0, room), constant_values=features) for place in (active.position_A, active.feature_A)
+    )
+    return position_A, feature_A, kept_CxA, error_CxT
+
+
 def mean_activations(replacements: Iterable[Replacement]) -> dict[int, np.ndarray]:
     """Mean activations of all features over the positions of some prompts where features are used, by layer; fp32 [F].
 
@@ -117,15 +129,6 @@ def mean_activations(replacements: Iterable[Replacement]) -> dict[int, np.ndarra
             sum_F = np.bincount(active.feature_A[own], weights=active.value_A[own], minlength=config.n_features)
             total[layer] = total.get(layer, 0) + sum_F
     return {layer: (sum_F / count).astype(np.float32) for layer, sum_F in total.items()}
-
-
-def _padded(
-    places: tuple[np.ndarray, np.ndarray], kept_CxA: np.ndarray, most: int, features: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions, features and whether they are kept, filled up (out of range) to a number for all layers."""
-    room = most - len(places[0])
-    position, feature = (np.pad(place, (0, room), constant_values=features) for place in places)
-    return position, feature, np.pad(kept_CxA, ((0, 0), (0, room)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -163,7 +166,6 @@ def run_layer(
     acts: tuple[jax.Array, ...] = ()
     position_T = jnp.arange(x_CxTxD.shape[1])
     used_T = (position_T >= used[0]) & (position_T < used[1])
-    row_Cx1 = jnp.arange(len(x_CxTxD))[:, None]
 
     def hook(kind: str, value_CxTxD: jax.Array) -> jax.Array:
         nonlocal acts
@@ -173,13 +175,7 @@ def run_layer(
         read_CxTxD = frozen.read(params, layer, seen)
         acts_CxTxF = activations(dictionary, read_CxTxD)
         error_CxTxD = value_CxTxD - dictionary.decode(acts_CxTxF, read_CxTxD)
-        mask_CxTxF = jnp.zeros(acts_CxTxF.shape, bool)
-        mask_CxTxF = mask_CxTxF.at[row_Cx1, position_A[None], feature_A[None]].set(kept_CxA, mode="drop")
-        rest_CxTxF = jnp.zeros_like(acts_CxTxF)
-        if mean_F is not None:
-            mean_CxA = jnp.broadcast_to(mean_F[feature_A].astype(rest_CxTxF.dtype)[None], kept_CxA.shape)
-            rest_CxTxF = rest_CxTxF.at[row_Cx1, position_A[None], feature_A[None]].set(mean_CxA, mode="drop")
-        kept_CxTxF = jnp.where(mask_CxTxF, acts_CxTxF, rest_CxTxF)
+        kept_CxTxF = _only_kept(acts_CxTxF, position_A, feature_A, kept_CxA, mean_F)
         rebuilt_CxTxD = dictionary.decode(kept_CxTxF, read_CxTxD)
         if below is not None:
             rebuilt_CxTxD += 0 if below[0] is None else below[0]
@@ -190,3 +186,16 @@ def run_layer(
 
     tables = whole_prompts(frozen.config, x_CxTxD.shape[1])
     return decoder.run_layer(frozen.config, RELP, params, layer, x_CxTxD, tables, hook), *acts
+
+
+def _only_kept(
+    acts_CxTxF: jax.Array, position_A: jax.Array, feature_A: jax.Array, kept_CxA: jax.Array, mean_F: jax.Array | None
+) -> jax.Array:
+    """The activations of what is kept, the means of what is active in the prompt and not kept, 0 elsewhere."""
+    place = jnp.arange(len(acts_CxTxF))[:, None], position_A[None], feature_A[None]
+    mask_CxTxF = jnp.zeros(acts_CxTxF.shape, bool).at[place].set(kept_CxA, mode="drop")
+    rest_CxTxF = jnp.zeros_like(acts_CxTxF)
+    if mean_F is not None:
+        mean_CxA = jnp.broadcast_to(mean_F[feature_A].astype(rest_CxTxF.dtype)[None], kept_CxA.shape)
+        rest_CxTxF = rest_CxTxF.at[place].set(mean_CxA, mode="drop")
+    return jnp.where(mask_CxTxF, acts_CxTxF, rest_CxTxF)

@@ -5,19 +5,15 @@ template, style and scripts; the scripts are written into the page in the order 
 What they read is the document that Neuronpedia reads, so any graph in that format can be shown, ours or not.
 """
 
-import base64
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.scores import link_scores
+from saejax.page.scripts import interactive
 from saejax.workspace import write_text
 
 _VIEWER = Path(__file__).parent / "viewer"
@@ -78,36 +74,19 @@ def write_page(
         "heads": {f"{source} {target}": list(carried) for (source, target), carried in (heads or {}).items()},
         "tables": [dataclasses.asdict(table) for table in tables],
     }
-    write_text(Path(path), _render(data))
-
-
-def _render(data: Mapping[str, Any]) -> str:
-    script = "(() => {\n'use strict';\n" + "\n".join(_read(f"{name}.js") for name in _SCRIPTS) + "})();\n"
-    style = _read("graph.css")
-    metadata = data["document"]["metadata"]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(_read("graph.html.jinja")).render(
-        title=f"Attribution graph: {metadata['prompt'] or metadata['slug']}",
-        heading=metadata["prompt"] or metadata["slug"],
+    metadata = document["metadata"]
+    heading = metadata["prompt"] or metadata["slug"]
+    page = interactive(
+        _VIEWER,
+        "graph",
+        [(_VIEWER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS],
+        data,
+        title=f"Attribution graph: {heading}",
+        heading=heading,
         about=_about(metadata),
-        style=style,
-        style_hash=_hash(style),
-        script=script,
-        script_hash=_hash(script),
-        data=embedded(data),
-        tables=bool(data["tables"]),
+        tables=bool(tables),
     )
-
-
-def embedded(data: Any) -> str:
-    """JSON that may stand inside a ``<script>`` element: nothing in it can end the element or open a comment.
-
-    The two line separators are legal in JSON but were line ends in JavaScript for long, so they are escaped, too.
-    """
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    write_text(Path(path), page)
 
 
 def _about(metadata: Mapping[str, Any]) -> str:
@@ -137,11 +116,3 @@ def _example(example: Any) -> dict[str, list]:
 
 def _key(feature: Feature) -> str:
     return f"{feature[0]}_{feature[1]}"
-
-
-def _read(name: str) -> str:
-    return (_VIEWER / name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

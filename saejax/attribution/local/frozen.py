@@ -30,7 +30,6 @@ from saejax.models.layers import einsum, norm
 from saejax.models.parameters import LAYERS
 from saejax.models.rules import RunRules
 
-READS = ("mlp_in", "mlp_normed", "resid_mid")
 RELP = RunRules(backward="relp")  # attention weights and factors of norms are constant to differentiation
 
 

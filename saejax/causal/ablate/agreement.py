@@ -77,7 +77,7 @@ def measure_agreement(
 def compare_effects(
     name: str, other: str, first: Effects, second: Effects, config: AblateConfig
 ) -> DictionaryAgreement:
-    """An entry of ``measure_agreement``."""
+    """An entry of ``measure_agreement``: of the dictionary ``name`` and the ``other`` one."""
     sites = [effects.dictionary.config.target or effects.dictionary.site for effects in (first, second)]
     by: Literal["direction", "activity"] = "direction" if sites[0] == sites[1] else "activity"
     if by == "direction":

@@ -101,11 +101,9 @@ class Joined(Editing, nnx.Module):
     def _members(self) -> list[Basis]:
         return [getattr(self, f"member{number}") for number in range(self.count)]
 
-    def encode(self, x_BxTxD: jax.Array) -> jax.Array:
-        """All activations [B, T, F], of each member 0 outside its own domain."""
-        parts = [
-            jnp.where(member.in_domain(x_BxTxD)[..., None], member.encode(x_BxTxD), 0.0) for member in self._members
-        ]
+    def encode(self, x_xD: jax.Array) -> jax.Array:
+        """All activations [..., F], of each member 0 outside its own domain."""
+        parts = [jnp.where(member.in_domain(x_xD)[..., None], member.encode(x_xD), 0.0) for member in self._members]
         return jnp.concatenate(parts, axis=-1)
 
     def decode(self, f_BxTxF: jax.Array, x_BxTxD: jax.Array | None = None) -> jax.Array:
@@ -116,9 +114,9 @@ class Joined(Editing, nnx.Module):
         """Where activations are not 0."""
         return f_BxF != 0
 
-    def in_domain(self, x_BxTxD: jax.Array) -> jax.Array:
+    def in_domain(self, x_xD: jax.Array) -> jax.Array:
         """Where any member's domain is."""
-        return jnp.stack([member.in_domain(x_BxTxD) for member in self._members]).any(axis=0)
+        return jnp.stack([member.in_domain(x_xD) for member in self._members]).any(axis=0)
 
 
 def components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary | None:
@@ -148,8 +146,8 @@ def directions(dictionary: Dictionary, rows_NxD: np.ndarray, centre_D: np.ndarra
     Returns:
       None where all rows are 0 but for rounding.
     """
-    _, size_F, directions_FxD = np.linalg.svd(rows_NxD, full_matrices=False)
-    directions_FxD = directions_FxD[size_F > 1e-6 * max(size_F.max(initial=0.0), np.linalg.norm(centre_D), 1e-30)]
+    _, size_X, every_XxD = np.linalg.svd(rows_NxD, full_matrices=False)
+    directions_FxD = every_XxD[size_X > 1e-6 * max(size_X.max(initial=0.0), np.linalg.norm(centre_D), 1e-30)]
     if not len(directions_FxD):
         return None
     config = _like(dictionary, kind="linear", n_features=len(directions_FxD))

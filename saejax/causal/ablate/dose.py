@@ -105,9 +105,9 @@ def mean_effect(dose_S: np.ndarray, effect_SxP: np.ndarray, reach: float) -> np.
     effect_KxP = np.concatenate([np.zeros((1, effect_SxP.shape[1])), effect_SxP[order_S]])
     inside_K = dose_K < reach
     at_reach_P = np.array([np.interp(reach, dose_K, effect_K) for effect_K in effect_KxP.T])
-    knots_K = np.concatenate([dose_K[inside_K], [reach]])
-    effects_KxP = np.concatenate([effect_KxP[inside_K], at_reach_P[None]])
-    return np.trapezoid(effects_KxP, knots_K, axis=0) / reach
+    knots_N = np.concatenate([dose_K[inside_K], [reach]])
+    effects_NxP = np.concatenate([effect_KxP[inside_K], at_reach_P[None]])
+    return np.trapezoid(effects_NxP, knots_N, axis=0) / reach
 
 
 def measure_curves(

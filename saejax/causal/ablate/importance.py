@@ -110,7 +110,7 @@ def importance_file(folder: Path, behaviour: str) -> Path:
 
 
 def save_drops(folder: Path, behaviour: str, drop_NxP: np.ndarray) -> None:
-    """Keeps the drops that a behaviour's table sums up: of each of its features on each test prompt, as .npy."""
+    """Keeps every ``drop`` that a behaviour's table sums up: of its N features on P test prompts, as .npy."""
     with whole_file(_drops_file(folder, behaviour)) as beside, beside.open("wb") as file:
         np.save(file, drop_NxP.astype(np.float32))
 
@@ -172,7 +172,7 @@ def measure_importance(experiment: Experiment, config: AblateConfig) -> tuple[Im
 
 
 def correlations(values_NxP: np.ndarray, score_P: np.ndarray) -> np.ndarray:
-    """Pearson's correlation over prompts of each row with a score, [N]; NaN where one of the two is constant."""
+    """Pearson's correlation over prompts of each row of values with a score, [N]; NaN where one is constant."""
     defined_N = (np.ptp(values_NxP, axis=1) > 0) & (np.ptp(score_P) > 0)
     apart_NxP = values_NxP - values_NxP.mean(axis=1, keepdims=True)
     off_P = score_P - score_P.mean()

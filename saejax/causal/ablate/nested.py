@@ -32,13 +32,13 @@ class CurveDiffs:
       sizes: how many top features are removed, rising, from 0 to all of them; S of them.
       control_sizes: to how many top features those that are removed are matched, likewise; C of them.
       top_SxP: without the top features.
-      controls_CxNxP: without the features that N control sets match to them.
+      controls_ExNxP: without the features that N control sets match to them.
     """
 
     sizes: list[int]
     control_sizes: list[int]
     top_SxP: np.ndarray
-    controls_CxNxP: np.ndarray
+    controls_ExNxP: np.ndarray
 
     def summary(self, config: AblateConfig) -> CumulativeCurve:
         """What is left at each size; intervals of the controls are of each prompt's mean over the sets."""
@@ -49,12 +49,12 @@ class CurveDiffs:
         def of_sets(correct_P: np.ndarray) -> Interval:
             return bootstrap_mean(correct_P, config.bootstrap, config.seed)
 
-        controls_CxNxP = self.controls_CxNxP
+        controls_ExNxP = self.controls_ExNxP
         return CumulativeCurve(
-            draws=controls_CxNxP.shape[1],
+            draws=controls_ExNxP.shape[1],
             top=points(self.sizes, self.top_SxP, self.top_SxP > 0, wilson),
             controls=points(
-                self.control_sizes, controls_CxNxP.mean(axis=1), (controls_CxNxP > 0).mean(axis=1), of_sets
+                self.control_sizes, controls_ExNxP.mean(axis=1), (controls_ExNxP > 0).mean(axis=1), of_sets
             ),
         )
 
@@ -80,9 +80,9 @@ def cumulative_curve(experiment: Experiment, measured: JudgedDiffs) -> CurveDiff
         [*(top[:size] for size in sizes), *(draw_C[:count].tolist() for count in columns for draw_C in drawn_NxC)],
         measured.chosen_Q.tolist(),
     )
-    top_SxP, controls_AxP = np.split(diffs.ablated_SxP, [len(sizes)])
-    controls_CxNxP = controls_AxP.reshape(len(control_sizes), len(drawn_NxC), -1)
-    return CurveDiffs(sizes, control_sizes, top_SxP, controls_CxNxP)
+    top_SxP, controls_XxP = np.split(diffs.ablated_SxP, [len(sizes)])
+    controls_ExNxP = controls_XxP.reshape(len(control_sizes), len(drawn_NxC), -1)
+    return CurveDiffs(sizes, control_sizes, top_SxP, controls_ExNxP)
 
 
 def curve_sizes(count: int, most: int) -> list[int]:

@@ -58,7 +58,7 @@ def answer(found: Findings, draw: Draw) -> Section:
 
 
 def _headline(ablate: AblateResults) -> str:
-    """The highest answers, the highest first, and which simpler bases do as well."""
+    """The highest answers, the highest first, and which simpler bases they are not shown to beat."""
     results = ablate.behaviours
     by_grade: dict[str, list[str]] = {name: [] for name in (*reversed(GRADES), "none")}
     for name, result in results.items():
@@ -75,7 +75,7 @@ def _headline(ablate: AblateResults) -> str:
     simpler = {behaviour(name): _as_well(result) for name, result in results.items()}
     if any(simpler.values()):
         listed = "; ".join(f"{name}: {', '.join(bases)}" for name, bases in simpler.items() if bases)
-        parts.append(f"At equal dose these simpler bases do as well or better: {listed}.")
+        parts.append(f"As far as these prompts tell, simpler bases do as well at equal dose: {listed}.")
     return " ".join(parts)
 
 

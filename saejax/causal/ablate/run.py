@@ -207,7 +207,7 @@ def _with_sets(
     if config.curve:
         curve = nested.cumulative_curve(experiment, measured)
         results = dataclasses.replace(results, curve=curve.summary(config))
-        scores["curve"] = dict(top=curve.top_SxP, controls=curve.controls_CxNxP)
+        scores["curve"] = dict(top=curve.top_SxP, controls=curve.controls_ExNxP)
     if config.greedy:
         grown = nested.grow(experiment, measured.attribution_F, config.greedy)
         results = dataclasses.replace(results, greedy=grown.summary(config))

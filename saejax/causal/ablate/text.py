@@ -102,11 +102,11 @@ class HeldOutText:
           documents: how many.
         """
         source = ActivationSource() if source.kind == "counterpart" else source
-        features_K = np.unique(np.concatenate([np.asarray(one, np.int64) for one in [*sets, [0]]]))
-        members_SxK = np.stack([np.isin(features_K, np.asarray(one, np.int64)) for one in sets])
-        fill = 2 ** (len(features_K) - 1).bit_length() - len(features_K)  # programs of few sizes
-        features_K = np.pad(features_K, (0, fill), mode="edge")
-        members_SxK = np.pad(members_SxK, ((0, 0), (0, fill)))
+        asked_U = np.unique(np.concatenate([np.asarray(one, np.int64) for one in [*sets, [0]]]))
+        members_SxU = np.stack([np.isin(asked_U, np.asarray(one, np.int64)) for one in sets])
+        fill = 2 ** (len(asked_U) - 1).bit_length() - len(asked_U)  # programs of few sizes
+        features_K = np.pad(asked_U, (0, fill), mode="edge")
+        members_SxK = np.pad(members_SxU, ((0, 0), (0, fill)))
 
         def without(number_B: np.ndarray, value: jax.Array, read: jax.Array, domain: jax.Array) -> Iterable[jax.Array]:
             removed = _removed(split.point, split.dictionary, source, read, domain, features_K)

@@ -138,12 +138,12 @@ def _draw(
     own, controls_N, draws_M = (
         controls.joint_size(change_KxK, pool_K, sets) for sets in ([firing], controls_NxC.tolist(), draws_MxC.tolist())
     )
-    kept_N = controls.nearest_in_size(controls_N, float(own[0]), count)
-    kept_M = controls.nearest_in_size(draws_M, float(own[0]), config.draws)
-    ratio = float(np.median(controls_N[kept_N]) / own[0]) if own[0] else None
-    match = ControlMatch(**controls.match_ratios(*asked, controls_NxC[kept_N]), size_ratio=ratio)
+    kept_S = controls.nearest_in_size(controls_N, float(own[0]), count)
+    kept_R = controls.nearest_in_size(draws_M, float(own[0]), config.draws)
+    ratio = float(np.median(controls_N[kept_S]) / own[0]) if own[0] else None
+    match = ControlMatch(**controls.match_ratios(*asked, controls_NxC[kept_S]), size_ratio=ratio)
     disjoint = controls.disjoint_sets(*asked, matches)
-    return _Drawn(controls_NxC[kept_N], draws_MxC[kept_M], match, disjoint)
+    return _Drawn(controls_NxC[kept_S], draws_MxC[kept_R], match, disjoint)
 
 
 def judge(

@@ -52,6 +52,10 @@ def equivalence(clean_P: np.ndarray, kept_P: np.ndarray, epsilon: float = EPSILO
     The estimate of A is the mean over prompts of 1, 1/2 or 0. The p-values are binomial ones of their sum, a half
     rounded against the rejection; ties only make the sum vary less.
 
+    Args:
+      clean_P, kept_P: the score s of each prompt with all features, and with the circuit's alone; finite.
+      epsilon: above 0, below 1/2.
+
     Returns:
       Statistic A; ``p_value`` of |A - 1/2| >= epsilon, the larger of two one-sided tests; ``p_against`` of
       |A - 1/2| <= epsilon, twice the smaller of two.
@@ -86,6 +90,10 @@ def minimality(
     p_i = P(K >= k_i), K binomial (N, q_star). All features are minimal only if each is: p = max p_i, which needs no
     correction (an intersection-union test; Berger, 1982).
 
+    Args:
+      change_K, random_change_NxK: of each feature, and of the N matched to it.
+      q_star: 0 to 1.
+
     Returns:
       The set's outcome, its statistic the share of features with p_i <= 0.05 after Holm's correction; and p_i, [K].
     """
@@ -116,7 +124,7 @@ def _beaten(own: np.ndarray, random_N: np.ndarray, q_star: float) -> Outcome:
 
 
 def apart(clean_P: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Mean over prompts, the last axis, of the absolute difference."""
+    """Mean over prompts, the last axis, of the absolute difference of the ``other`` scores from the clean ones."""
     return np.abs(_finite(other) - _finite(clean_P)).mean(axis=-1)
 
 

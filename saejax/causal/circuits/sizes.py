@@ -96,21 +96,21 @@ def faithfulness(score_xS: np.ndarray) -> np.ndarray:
 
 
 def area(faithfulness_xS: np.ndarray, share_S: np.ndarray, score: str) -> np.ndarray:
-    """CPR or CMD of faithfulness at rising shares of the features, [...]."""
+    """The score "cpr" or "cmd" of faithfulness at each rising share of the features, [...]."""
     height_xS = faithfulness_xS if score == "cpr" else np.abs(faithfulness_xS - 1)
     return np.trapezoid(height_xS, share_S, axis=-1)
 
 
-def _interval(score_SxP: np.ndarray, share_S: np.ndarray, score: str, over: Resampling) -> Interval:
+def _interval(score_XxP: np.ndarray, share_S: np.ndarray, score: str, over: Resampling) -> Interval:
     """The area and its 95 % bootstrap interval: prompts are drawn before the ratio is taken."""
-    areas = area(faithfulness(over.share_RxP @ score_SxP.T), share_S, score)
+    areas = area(faithfulness(over.share_RxP @ score_XxP.T), share_S, score)
     low, high = np.quantile(areas, (0.025, 0.975))
-    return Interval(float(area(faithfulness(score_SxP.mean(axis=1)), share_S, score)), float(low), float(high))
+    return Interval(float(area(faithfulness(score_XxP.mean(axis=1)), share_S, score)), float(low), float(high))
 
 
 def _score(
-    kept_ExSxP: np.ndarray,
-    drawn_NxSxQ: np.ndarray,
+    kept_ExXxP: np.ndarray,
+    drawn_NxXxQ: np.ndarray,
     chosen_Q: np.ndarray,
     order: str,
     score: str,
@@ -118,13 +118,13 @@ def _score(
     over: Resampling,
 ) -> CircuitScore:
     """A score of one order, beside that of activity and, on the prompts of the draws, those of random orders."""
-    own_SxP, active_SxP = (kept_ExSxP[_ORDERS.index(name)] for name in (order, "activity"))
-    every = np.concatenate([own_SxP[None][:, :, chosen_Q], drawn_NxSxQ]).mean(axis=2)
+    own_XxP, active_XxP = (kept_ExXxP[_ORDERS.index(name)] for name in (order, "activity"))
+    every = np.concatenate([own_XxP[None][:, :, chosen_Q], drawn_NxXxQ]).mean(axis=2)
     areas = area(faithfulness(every), share_S, score)
     low, high = np.quantile(areas[1:], (0.025, 0.975))
     return CircuitScore(
-        own=_interval(own_SxP, share_S, score, over),
-        activity=_interval(active_SxP, share_S, score, over),
+        own=_interval(own_XxP, share_S, score, over),
+        activity=_interval(active_XxP, share_S, score, over),
         random=Interval(float(areas[1:].mean()), float(low), float(high)),
         p_value=float(randomisation_p(areas if score == "cpr" else -areas)[0]),
     )

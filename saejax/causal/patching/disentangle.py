@@ -113,7 +113,7 @@ def disentangle(
     own: PairsJudge,
     others: Mapping[str, PairsJudge],
     top: Sequence[int],
-    drawn_NxK: Sequence[Sequence[int]] | np.ndarray,
+    drawn: Sequence[Sequence[int]] | np.ndarray,
     subspaces: Mapping[str, np.ndarray],
 ) -> tuple[Disentangled, ...]:
     """Cause and isolate of top features, matched random ones, subspaces and the whole site, in this order.
@@ -122,7 +122,7 @@ def disentangle(
       own: of the behaviour that features and subspaces are of.
       others: of the other behaviours by name; those without pairs are left out.
       top: features.
-      drawn_NxK: draws of as many matched features, of which the mean is shown.
+      drawn: draws of as many matched features, of which the mean is shown.
       subspaces: their directions [D, K] by name.
     """
     others = {name: judge for name, judge in others.items() if judge.pairs}
@@ -133,7 +133,7 @@ def disentangle(
 
     rows = [
         row("features", len(top), lambda judge: judge.sets([top])),
-        row("random features", len(top), lambda judge: judge.sets(drawn_NxK)),
+        row("random features", len(top), lambda judge: judge.sets(drawn)),
     ]
     for name, directions_DxK in subspaces.items():
         rows.append(row(name, directions_DxK.shape[1], methodcaller("subspace", directions_DxK)))

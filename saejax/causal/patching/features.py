@@ -87,8 +87,8 @@ class FeaturePatching:
         self._resampling = of_prompts(pairs, config.bootstrap, config.seed)
         self._sides = split.run(pairs), split.run_counterparts(pairs)
         sides = split.run(train), split.run_counterparts(train)
-        attribution_NxF = screening.attribution(split, sides[0], config.estimate, COUNTERPART, sides[1])
-        self.top = screening.leaders(attribution_NxF.mean(axis=0, dtype=np.float64), config.top)
+        attribution_PxF = screening.attribution(split, sides[0], config.estimate, COUNTERPART, sides[1])
+        self.top = screening.leaders(attribution_PxF.mean(axis=0, dtype=np.float64), config.top)
         statistics = activity.statistics(split, [*self._sides[0], *self._sides[1]])
         self._firing = statistics.firing(self.top)
         self.drawn_NxK = controls.draw_alike(
@@ -119,7 +119,7 @@ class FeaturePatching:
         )
         self.clean_P, self.corrupted_P = noised.clean_P, denoised.clean_P
         ends = np.cumsum([len(singles), len(nested), 1])
-        self._noised_SxP, self._random_SxP = noised.ablated_SxP[: ends[-1]], noised.ablated_SxP[ends[-1] :]
+        self._noised_SxP, self._random_XxP = noised.ablated_SxP[: ends[-1]], noised.ablated_SxP[ends[-1] :]
         self._effect_DxSxP = np.stack([-denoised.drop_SxP, noised.drop_SxP[: ends[-1]]])
 
     def _firing_within(self, k: int) -> int:
@@ -159,7 +159,7 @@ class FeaturePatching:
             return Interchange(0, (), all=None, error=None, ceiling=None, said=message)
         own = self._resampling.among(both_P)
         flipped_SxP = (self._noised_SxP < 0)[:, both_P]
-        random_KxNxP = (self._random_SxP < 0)[:, both_P].reshape(len(ks), self._config.draws, prompts)
+        random_KxNxP = (self._random_XxP < 0)[:, both_P].reshape(len(ks), self._config.draws, prompts)
         nested_KxP = flipped_SxP[len(self.top) : len(self.top) + len(ks)]
         top = tuple(
             InterchangeTop(

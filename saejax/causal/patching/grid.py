@@ -104,10 +104,10 @@ def make_grid(patched: Patched, resampling: Resampling) -> PatchingGrid:
     for column in range(columns):
         own_P = ~np.isnan(effect_DxLxPxC[0, 0, :, column])
         own = resampling.among(own_P)
-        effect_NxP = effect_DxLxPxC[:, :, own_P, column].reshape(-1, own_P.sum())
-        rows = [effect_NxP.mean(axis=1), *interval_ends(effect_NxP, own.share_RxP)]
+        effect_NxQ = effect_DxLxPxC[:, :, own_P, column].reshape(-1, own_P.sum())
+        rows = [effect_NxQ.mean(axis=1), *interval_ends(effect_NxQ, own.share_RxP)]
         if has_whole and own.mean(whole_P[own_P]).low > 0:
-            ends = interval_ends(effect_NxP, own.share_RxP, whole_P[own_P])
+            ends = interval_ends(effect_NxQ, own.share_RxP, whole_P[own_P])
             rows += [rows[0] / whole_P[own_P].mean(), *ends]
         found_7xDxLxC[: len(rows), :, :, column] = np.reshape(rows, (len(rows), directions, layers))
         found_7xDxLxC[6, :, :, column] = own_P.sum()

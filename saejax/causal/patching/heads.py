@@ -73,7 +73,7 @@ class NodePatch(NamedTuple):
     vector_RxK: jax.Array
 
     def put(self, node: str, layer: Layer, x_RxTxHxK: jax.Array) -> jax.Array:
-        """The vectors of all heads with the patch of the rows whose node is here."""
+        """The vectors x of all heads with the patch of the rows whose node is here."""
         here_R = (self.node_R == NODES.index(node)) & (self.layer_R == layer)
         at_RxT = jnp.arange(x_RxTxHxK.shape[1])[None, :] == self.position_R[:, None]
         of_RxH = jnp.arange(x_RxTxHxK.shape[2])[None, :] == self.head_R[:, None]
@@ -104,7 +104,7 @@ def patch_nodes(
     answers_Rx2: jax.Array,
     patch: NodePatch,
 ) -> jax.Array:
-    """The logit difference of each row with its node patched, fp32 [R]."""
+    """The logit difference of each row with its node patched, fp32 [R]; tokens and answers as ``Pairs`` has them."""
 
     def patched(plain: Attend, layer: Layer, qkv: QKV, carried: tuple) -> tuple[jax.Array, tuple]:
         changed = [patch.put(node, layer, own) for node, own in zip(NODES, qkv, strict=False)]
@@ -139,7 +139,7 @@ def _difference(
 def answer_difference(
     config: DecoderConfig, params: decoder.Params, x_BxTxD: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array
 ) -> jax.Array:
-    """The logit difference of the two answers, of the stream that leaves the last layer, fp32 [B]."""
+    """The logit difference of the two answers, of the stream x that leaves the last layer, fp32 [B]."""
     last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
     logits_BxV = decoder.unembed(config, params, last_BxD)
     own_B, other_B = jnp.take_along_axis(logits_BxV, answers_Bx2, axis=1).T
@@ -155,7 +155,10 @@ def slopes(
     answers_Bx2: jax.Array,
     dropped: jax.Array,
 ) -> Heads:
-    """Gradients of the logit difference in all nodes; -1 drops no layer."""
+    """Gradients of the logit difference in all nodes; tokens and answers as ``Pairs`` has them.
+
+    None flows back through what the ``dropped`` layer adds to the stream; -1 drops no layer.
+    """
 
     def difference(added: Heads) -> jax.Array:
         def shifted(plain: Attend, layer: Layer, qkv: QKV, carried: tuple) -> tuple[jax.Array, tuple]:

@@ -89,17 +89,17 @@ def _dispatch(
     place_R: np.ndarray,
 ) -> jax.Array:
     """Starts some rows; ``lent`` has the counterparts' vectors of each kind, [L, B, T, H, K]."""
-    patched_R = np.flatnonzero(entry_R >= _WITHOUT)
-    n_R = entry_R[patched_R] - _WITHOUT
+    patched_M = np.flatnonzero(entry_R >= _WITHOUT)
+    n_M = entry_R[patched_M] - _WITHOUT
     kind_R, layer_R, head_R, position_R = np.zeros((4, len(entry_R)), np.int32)
     layer_R[:] = -1  # where nothing is
-    layer_R[patched_R], head_R[patched_R] = nodes.layer[n_R], nodes.head[n_R]
-    position_R[patched_R] = pairs.ends_P[place_R[patched_R]] + nodes.position[n_R]
+    layer_R[patched_M], head_R[patched_M] = nodes.layer[n_M], nodes.head[n_M]
+    position_R[patched_M] = pairs.ends_P[place_R[patched_M]] + nodes.position[n_M]
     vector_RxK = np.zeros((len(entry_R), model.config.d_head), lent["query"].dtype)
     for number, kind in enumerate(NODES):
-        own_R = patched_R[nodes.node[n_R] == kind]
-        kind_R[own_R] = number
-        vector_RxK[own_R] = lent[kind][layer_R[own_R], place_R[own_R], position_R[own_R], head_R[own_R]]
+        own_N = patched_M[nodes.node[n_M] == kind]
+        kind_R[own_N] = number
+        vector_RxK[own_N] = lent[kind][layer_R[own_N], place_R[own_N], position_R[own_N], head_R[own_N]]
     patch = NodePatch(*by_row(model.mesh, kind_R, layer_R, head_R, position_R, vector_RxK))
     ids_RxT = pairs.ids_2xBxT[(entry_R == 1).astype(int), place_R]
     rows = by_row(model.mesh, ids_RxT, pairs.last_B[place_R], pairs.answers_Bx2[place_R])

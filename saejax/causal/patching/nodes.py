@@ -69,7 +69,7 @@ class NodeTable(Columns):
     drawn: np.ndarray
 
     def first(self, estimate: str, top: int) -> np.ndarray:
-        """The nodes of largest size by an estimate, largest first."""
+        """The ``top`` nodes of largest size by an estimate, largest first."""
         return np.argsort(-np.abs(getattr(self, estimate)), kind="stable")[:top]
 
     def put(self, nodes_N: np.ndarray, effect_NxP: np.ndarray, resampling: Resampling) -> None:
@@ -77,9 +77,9 @@ class NodeTable(Columns):
         for position in np.unique(self.position[nodes_N]):
             own_N = self.position[nodes_N] == position
             has_P = ~np.isnan(effect_NxP[own_N][0])
-            own_NxP, nodes = effect_NxP[own_N][:, has_P], nodes_N[own_N]
-            self.effect[nodes] = own_NxP.mean(axis=1)
-            self.low[nodes], self.high[nodes] = interval_ends(own_NxP, resampling.among(has_P).share_RxP)
+            own_MxQ, nodes = effect_NxP[own_N][:, has_P], nodes_N[own_N]
+            self.effect[nodes] = own_MxQ.mean(axis=1)
+            self.low[nodes], self.high[nodes] = interval_ends(own_MxQ, resampling.among(has_P).share_RxP)
 
 
 class HeadPatching:
@@ -200,8 +200,8 @@ def judge(table: NodeTable, estimate: str, top: int, seed: Sequence[int]) -> Est
             lambda some_RxN: _rank_correlation(guess_N[some_RxN], size_N[some_RxN]), len(drawn), seed
         )
     top_K = np.abs(table.effect[first])
-    others_N = np.abs(table.effect[np.setdiff1d(drawn, first)])  # random ones of those that were not put first
-    p_value = float(mannwhitneyu(top_K, others_N, alternative="greater").pvalue) if len(others_N) else None
+    others_M = np.abs(table.effect[np.setdiff1d(drawn, first)])  # random ones of those that were not put first
+    p_value = float(mannwhitneyu(top_K, others_M, alternative="greater").pvalue) if len(others_M) else None
     return EstimatedNodes(correlation, top=float(top_K.mean()), p_value=p_value)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from saejax.causal.ablation import lagging
 from saejax.causal.parts import OnProgress
 from saejax.causal.patching.results import TokenColumn
-from saejax.causal.split import LENGTH_STEP
+from saejax.causal.split import groups_by_length
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
@@ -88,20 +88,13 @@ def group_pairs(model: LanguageModel, point: SplitPoint, prompts: Sequence[Promp
     if (lengths_P != others_P).any():
         raise ValueError("a prompt and its counterpart have different numbers of tokens")
     answers_Px2 = first_answer_ids(model.tokenizer, prompts)
-    order_P = np.argsort(lengths_P, kind="stable")
     groups = []
-    while len(order_P):
-        length_P = -(-lengths_P[order_P] // LENGTH_STEP) * LENGTH_STEP
-        rows_P = -(-np.arange(1, len(order_P) + 1) // STEP) * STEP
-        fits = int(np.sum(rows_P * length_P * _token_bytes(point, model.params) <= GROUP_BYTES))
-        count = max(fits, min(STEP, len(order_P)))
-        index_P, order_P = order_P[:count], order_P[count:]
-        rows_B, length = np.resize(index_P, rows_P[count - 1]), length_P[count - 1]
+    for index_Q, rows_B, length in groups_by_length(lengths_P, STEP, GROUP_BYTES // _token_bytes(point, model.params)):
         ids_2xBxT = np.zeros((2, len(rows_B), length), np.int32)
         for ids_BxT, tokens in zip(ids_2xBxT, sides, strict=True):
             kept = min(length, tokens.ids_BxT.shape[1])
             ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
-        groups.append(Pairs(index_P, ids_2xBxT, sides[0].last_B[rows_B], answers_Px2[rows_B]))
+        groups.append(Pairs(index_Q, ids_2xBxT, sides[0].last_B[rows_B], answers_Px2[rows_B]))
     return groups
 
 

@@ -70,9 +70,9 @@ def judge_paths(
         senders_Nx2 = senders_of(model.config, receiver)
         effect_NxP = path_effects(model, prompts, receiver, batch_rows, on_progress)
         has_P = ~np.isnan(effect_NxP[0])
-        effect_NxP, own = effect_NxP[:, has_P], resampling.among(has_P)
-        mean_N, p_N = effect_NxP.mean(axis=1), max_t_p(effect_NxP, _FLIPS, resampling.seed)
-        low_N, high_N = interval_ends(effect_NxP, own.share_RxP)
+        effect_NxQ, own = effect_NxP[:, has_P], resampling.among(has_P)
+        mean_N, p_N = effect_NxQ.mean(axis=1), max_t_p(effect_NxQ, _FLIPS, resampling.seed)
+        low_N, high_N = interval_ends(effect_NxQ, own.share_RxP)
         values = (receiver.node, receiver.layer, receiver.head, receiver.position)
         columns = [np.full(len(mean_N), value, object if isinstance(value, str) else int) for value in values]
         for name, values_N in zip(parts, (*columns, *senders_Nx2.T, mean_N, low_N, high_N, p_N), strict=True):

@@ -88,7 +88,14 @@ def patch_paths(
     clean: AddedOutputs,
     senders: Senders,
 ) -> jax.Array:
-    """The logit difference of each row with the receiver told by its sender, fp32 [R]; ``Receiver`` says of what."""
+    """The logit difference of each row with the receiver told by its sender, fp32 [R].
+
+    Args:
+      node, receiver_layer, receiver_head: as ``Receiver`` says.
+      ids_RxT, last_R, answers_Rx2: as ``Pairs`` has them.
+      clean: what is added without a patch.
+      senders: of each row.
+    """
     here_RxT = jnp.arange(ids_RxT.shape[1])[None, :] == senders.head.position_R[:, None]
 
     def freeze(kind: str, layer: Layer, value_RxTxD: jax.Array) -> jax.Array:
@@ -190,15 +197,15 @@ def _dispatch(
     layer_R, head_R = sent_Rx2.astype(np.int32).T
     position_R = (pairs.ends_P[place_R] + receiver.position).astype(np.int32)
     is_mlp_R = head_R == MLP
-    own_R = np.maximum(layer_R, 0), place_R, position_R
+    own = np.maximum(layer_R, 0), place_R, position_R
     patch = NodePatch(
         node_R=np.full(len(place_R), NODES.index("output"), np.int32),
         layer_R=np.where(is_mlp_R, -1, layer_R).astype(np.int32),
         head_R=np.maximum(head_R, 0),
         position_R=position_R,
-        vector_RxK=lent[0][(*own_R, np.maximum(head_R, 0))],
+        vector_RxK=lent[0][(*own, np.maximum(head_R, 0))],
     )
-    arrays = (*patch, np.where(is_mlp_R, layer_R, -1).astype(np.int32), lent[1][own_R], place_R.astype(np.int32))
+    arrays = (*patch, np.where(is_mlp_R, layer_R, -1).astype(np.int32), lent[1][own], place_R.astype(np.int32))
     *patch_rows, mlp_layer_R, mlp_RxD, rows_R = by_row(model.mesh, *arrays)
     senders = Senders(NodePatch(*patch_rows), mlp_layer_R, mlp_RxD, rows_R)
     ids_RxT = pairs.ids_2xBxT[0, place_R]

@@ -38,7 +38,7 @@ class Recorded(NamedTuple):
 def record(
     point: SplitPoint, params: decoder.Params, ids_BxT: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array
 ) -> Recorded:
-    """The program of a run without a patch; of the split point's site, the kind counts."""
+    """The program of a run without a patch of prompts as ``Pairs`` has them; of the site, the kind counts."""
     x_BxTxD = decoder.embed(point.config, params, ids_BxT)
     collect = {"resid_pre", point.site.kind, KEYS, VALUES}
     x_BxTxD, seen, _ = run_layers(point.config, params, x_BxTxD, 0, point.config.n_layers, collect=collect)
@@ -51,7 +51,7 @@ def record(
 
 @functools.partial(jax.jit, static_argnums=0)
 def differing(point: SplitPoint, first_ExBxTxD: jax.Array, second_ExBxTxD: jax.Array) -> jax.Array:
-    """Where two runs' values are not the same, to the last bit, bool [E, B, T]."""
+    """Where the values of the first and the second run are not the same, to the last bit, bool [E, B, T]."""
     return jax.lax.with_sharding_constraint((first_ExBxTxD != second_ExBxTxD).any(axis=-1), sharding(point.mesh))
 
 
@@ -75,18 +75,21 @@ def run_rows(
     Args:
       patch_ExBxTxD: the source run's ``patches``.
       start: int32 [], the lowest of the rows' entries.
+      entry_R, place_R, position_R: which of them, of which prompt and at which position each row takes.
+      first_R, last_R: the first position that is run, and that of the prompt's last token.
+      answers_Rx2: token ids of the correct and the wrong answer.
     """
-    token_RxT = first_R[:, None] + jnp.arange(length)[None, :]
+    token_RxC = first_R[:, None] + jnp.arange(length)[None, :]
     stream_BxTxD = jax.lax.dynamic_index_in_dim(base.stream_KxBxTxD, start, keepdims=False)
-    by_rows = fitting_sharding(point.mesh, (*token_RxT.shape, stream_BxTxD.shape[-1]), "data", None, None)
-    x_RxTxD = jax.lax.with_sharding_constraint(stream_BxTxD[place_R[:, None], token_RxT], by_rows)
+    by_rows = fitting_sharding(point.mesh, (*token_RxC.shape, stream_BxTxD.shape[-1]), "data", None, None)
+    x_RxCxD = jax.lax.with_sharding_constraint(stream_BxTxD[place_R[:, None], token_RxC], by_rows)
     patch_Rx1xD = patch_ExBxTxD[entry_R, place_R, position_R][:, None, :]
-    here_RxTx1 = (token_RxT == position_R[:, None])[:, :, None]
+    here_RxCx1 = (token_RxC == position_R[:, None])[:, :, None]
 
     def put(layer: jax.Array | int, value: jax.Array) -> jax.Array:
-        value_RxTxD = value.reshape(x_RxTxD.shape)
-        put_RxTxD = jnp.where(here_RxTx1 & (entry_R == layer)[:, None, None], patch_Rx1xD, value_RxTxD)
-        return put_RxTxD.reshape(value.shape)
+        value_RxCxD = value.reshape(x_RxCxD.shape)
+        put_RxCxD = jnp.where(here_RxCx1 & (entry_R == layer)[:, None, None], patch_Rx1xD, value_RxCxD)
+        return put_RxCxD.reshape(value.shape)
 
     def hook(kind: str, layer: jax.Array | int, value: jax.Array) -> jax.Array:
         return put(layer, value) if kind == ("resid_pre" if point.in_stream else point.site.kind) else value
@@ -94,13 +97,13 @@ def run_rows(
     data = point.mesh.shape["data"]
     shards = 1 if len(place_R) % data else data
     tree = Tree.unshared(place_R, first_R, length, shards)
-    x_SxNxD = x_RxTxD.reshape(shards, -1, x_RxTxD.shape[-1])
+    x_SxNxD = x_RxCxD.reshape(shards, -1, x_RxCxD.shape[-1])
     attention = tree.attention(point.config, base.past, 0)
     layers = point.config.n_layers
     x_SxNxD = run_layers(point.config, params, x_SxNxD, start, layers, hook, None, attention=attention).x
-    patched_RxTxD = put(layers, x_SxNxD).reshape(x_RxTxD.shape)
+    patched_RxCxD = put(layers, x_SxNxD).reshape(x_RxCxD.shape)
     return jax.lax.with_sharding_constraint(
-        point.difference(params, patched_RxTxD, last_R - first_R, answers_Rx2), sharding(point.mesh)
+        point.difference(params, patched_RxCxD, last_R - first_R, answers_Rx2), sharding(point.mesh)
     )
 
 
@@ -114,7 +117,12 @@ def run_plain(
     last_R: jax.Array,
     answers_Rx2: jax.Array,
 ) -> jax.Array:
-    """``run_rows`` for one layer, from token ids: all layers on all tokens of both runs."""
+    """``run_rows`` for one layer, from token ids: all layers on all tokens of both runs.
+
+    Args:
+      base_RxT, source_RxT: token ids of the run that is patched and of the one that lends.
+      position_R, last_R, answers_Rx2: as for ``run_rows``.
+    """
     stream_RxTxD, value_RxTxD, _ = point.head(params, base_RxT)
     source_RxTxD = point.head(params, source_RxT)[1]
     here_RxTx1 = (jnp.arange(base_RxT.shape[1])[None, :] == position_R[:, None])[:, :, None]

@@ -17,7 +17,7 @@ from saejax.causal.patching.sites import DIRECTIONS
 from saejax.page import style
 from saejax.page.document import Block, Picture, Section, Terms
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, number, percent
+from saejax.page.tables import MISSING, Table, interval, number
 from saejax.page.words import behaviour
 from saejax.results import Interval
 
@@ -176,8 +176,8 @@ def _paths_table(results: HeadPatchResults) -> Table:
 
 
 def _features_table(results: FeaturePatchResults) -> Table:
-    sets = ("Top features", "As many random", "All features", "The error", "Ceiling: the whole site")
-    columns = ("Behaviour", "Pairs", *sets, "Restored")
+    sets = ("Top features", "As many random", "All features", "The error", "Whole site")
+    columns = ("Behaviour", "Pairs", *(f"{name}, %" for name in sets), "Restored")
     rows = tuple(_features_row(name, result, results.top) for name, result in results.behaviours.items())
     templates = [result.templates for result in results.behaviours.values()]
     note = (
@@ -185,7 +185,7 @@ def _features_table(results: FeaturePatchResults) -> Table:
         "often the answer becomes the counterpart's, of the pairs on which the model is right both times (interchange-"
         "intervention accuracy; Geiger et al., 2021). Random: sets drawn from features matched to the top ones and "
         f"themselves, the mean over {results.draws} draws, and p, the share of sets that carry as much over. The "
-        "error: what the dictionary does not explain, alone. The whole site is a ceiling: all of its content at all "
+        "error: what the dictionary does not explain, alone. The whole site is the ceiling: all of its content at all "
         "positions, of which the others are "
         "parts; it says that the content passes here, not what carries it. Last column: the share of the logit "
         "difference that the top features restore when they are carried from the prompt to its counterpart. 95 % "
@@ -203,7 +203,7 @@ def _disentangled_table(results: FeaturePatchResults) -> Table:
             stay = [share.mean for share in one.isolate.values()]
             score = MISSING
             if one.cause and stay:
-                score = percent((one.cause.mean + float(np.mean(stay))) / 2)
+                score = number(50 * (one.cause.mean + float(np.mean(stay))), 0)
             isolate = ", ".join(f"{behaviour(other)} {_share(share)}" for other, share in one.isolate.items())
             cause = _share(one.cause) if one.cause else MISSING
             rows.append((behaviour(name), one.method, str(one.size), cause, isolate or MISSING, score))
@@ -214,7 +214,7 @@ def _disentangled_table(results: FeaturePatchResults) -> Table:
         "mean isolate (RAVEL; Huang et al., 2024). DAS is a subspace of so many dimensions that was learned on train "
         "pairs for its cause alone: the line that features are read against. 95 % Wilson intervals."
     )
-    columns = ("Behaviour", "What is put in", "Size", "Cause", "Isolate", "Score")
+    columns = ("Behaviour", "What is put in", "Size", "Cause, %", "Isolate, %", "Score, %")
     return Table("Cause and isolate", columns, tuple(rows), frozenset({1, 4}), note=note)
 
 
@@ -248,4 +248,4 @@ def _p(value: float | None) -> str:
 
 
 def _share(value: Interval | None) -> str:
-    return MISSING if value is None else f"{percent(value.mean)} [{percent(value.low)}, {percent(value.high)}]"
+    return MISSING if value is None else interval(value, 0, 100)

@@ -218,7 +218,7 @@ def _strongest_line(results: PatchedSites) -> str:
 def differences(
     clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], resampling: Resampling
 ) -> PatchedPairs:
-    """The runs without a patch."""
+    """The clean and the corrupted runs, without a patch."""
     return PatchedPairs(
         prompts=len(clean_P),
         templates=resampling.templates,

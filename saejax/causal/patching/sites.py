@@ -121,12 +121,12 @@ def patch_sites(
         for direction, part, device_diff_R, cost in lagging(
             _dispatched(point, model.params, pairs, runs, found, batch_rows, plain)
         ):
-            layer_R, place_R, position_R = (
+            layer_N, place_N, position_N = (
                 found.entry_N[part] - _shift(point),
                 found.place_N[part],
                 found.position_N[part],
             )
-            own_DxLxPxT[direction, layer_R, place_R, position_R] = _read(device_diff_R, point)[: len(part)]
+            own_DxLxPxT[direction, layer_N, place_N, position_N] = _read(device_diff_R, point)[: len(part)]
             rows, done, work = rows + len(part), done + len(part), work + cost
             on_progress(done, total)
         for place, (index, end) in enumerate(zip(pairs.index_P, pairs.ends_P, strict=True)):

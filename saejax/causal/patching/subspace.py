@@ -27,7 +27,7 @@ _OPTIMISER = optax.scale_by_adam()
 
 
 def random_subspace(width: int, dimensions: int, seed: Sequence[int]) -> np.ndarray:
-    """Orthonormal directions [D, K], uniformly random."""
+    """Orthonormal directions [D, K], ``width`` by ``dimensions``, uniformly random."""
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(width, dimensions)))[0].astype(np.float32)
 
 

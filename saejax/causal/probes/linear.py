@@ -114,12 +114,17 @@ def run_probes(
 
 
 def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> Interval:
-    """How much more often one probe is right than another on the same prompts; 95 % bootstrap interval over these."""
+    """How much more often one probe is right than the ``other`` on the same prompts, and its 95 % bootstrap interval.
+
+    Args:
+      right_M, other_M: whether each is right, of each prompt.
+      seed: of the bootstrap over prompts.
+    """
     return Resampling.of(np.zeros(len(right_M)), _RESAMPLES, seed).mean(right_M.astype(float) - other_M)
 
 
 def fitted(task: Task, k: int | None, strength: float) -> ProbeAnswers:
-    """What a probe of k inputs, or of all of them, says of the test prompts."""
+    """What a probe of k inputs, or of all, says of the test prompts; ``strength`` is the penalty's inverse one."""
     train_NxR, test_MxR = _prepared(task, k)
     model = _fit(train_NxR, task.train_class_N, strength)
     return ProbeAnswers(
@@ -160,7 +165,7 @@ def roc_auc(score_M: np.ndarray | None, class_M: np.ndarray) -> Interval | None:
 def choose_strength(task: Task, k: int | None, config: ProbeConfig, seed: int) -> float:
     """The inverse strength of the penalty with the largest likelihood of held-out folds of the train prompts.
 
-    Each fold scales and chooses its inputs anew. Of equals, the strongest penalty.
+    Each fold, drawn by ``seed``, scales and chooses its k inputs (None: all) anew. Of equals, the strongest penalty.
     """
     strengths, class_N = sorted(set(config.strengths)), task.train_class_N
     if len(strengths) == 1:
@@ -169,9 +174,9 @@ def choose_strength(task: Task, k: int | None, config: ProbeConfig, seed: int) -
     folds = StratifiedKFold(config.folds, shuffle=True, random_state=seed)
     for kept, held in folds.split(class_N, class_N):
         fold = Task(task.train_NxC[kept], class_N[kept], task.train_NxC[held], class_N[held])
-        kept_NxR, held_MxR = _prepared(fold, k)
+        kept_PxR, held_MxR = _prepared(fold, k)
         for s, strength in enumerate(strengths):
-            log_p_MxK = _fit(kept_NxR, fold.train_class_N, strength).predict_log_proba(held_MxR)
+            log_p_MxK = _fit(kept_PxR, fold.train_class_N, strength).predict_log_proba(held_MxR)
             score_S[s] += log_p_MxK[np.arange(len(held)), fold.test_class_M].sum()
     return strengths[int(score_S.argmax())]
 
@@ -189,7 +194,7 @@ def leaders(task: Task, k: int) -> np.ndarray:
 
 
 def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
-    """By how much each input's mean is larger in each class than in the others, [K, C]; in units of the input.
+    """By how much the mean of each input x is larger in each class than in the others, [K, C]; in units of the input.
 
     Of two classes its size, so that both have the same order. Of more it has its sign: what one class alone raises
     would otherwise seem to tell each of the others, too.
@@ -202,7 +207,7 @@ def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
 
 
 def f_statistics(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
-    """How well each input tells each class from the others, [K, C]: its F statistic in an analysis of variance.
+    """How well each input x tells each class from the others, [K, C]: its F statistic in an analysis of variance.
 
     That is the variance between the class and the others over the variance within the two; infinite where nothing
     varies within them, 0 for an input that varies nowhere.
@@ -219,15 +224,15 @@ def f_statistics(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
 
 
 def balanced_accuracy(answer_M: np.ndarray, class_M: np.ndarray) -> float:
-    """The share of right answers within each class, mean over the classes that there are."""
+    """The share of prompts within each class whose answer is that class, mean over the classes that there are."""
     return float(recall_score(class_M, answer_M, labels=np.unique(class_M), average="macro"))
 
 
 def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np.random.Generator) -> float:
-    """The p-value of the hypothesis that the answers have nothing to do with the classes, one-sided.
+    """The p-value of the hypothesis that each answer has nothing to do with the prompt's class, one-sided.
 
-    The share of permutations of the classes, the true order among them, with at least as many right answers (Phipson
-    and Smyth, 2010).
+    The share of so many ``draws`` of permutations of the classes, the true order among them, with at least as many
+    right answers (Phipson and Smyth, 2010).
     """
     right_R = (rng.permuted(np.tile(class_M, (draws, 1)), axis=1) == answer_M[None, :]).sum(axis=1)
     return float((1 + (right_R >= (answer_M == class_M).sum()).sum()) / (1 + draws))
@@ -248,9 +253,9 @@ def _rotated(train_NxC: np.ndarray, test_MxC: np.ndarray) -> tuple[np.ndarray, n
 
     The optimal weights lie there, and rotation leaves the penalty as it is: the same probe from far fewer inputs.
     """
-    squares_R, rows_NxR = np.linalg.eigh(train_NxC @ train_NxC.T)
-    kept_R = squares_R > 1e-10 * squares_R.max(initial=0.0)
-    length_R, rows_NxR = np.sqrt(squares_R[kept_R]), rows_NxR[:, kept_R]
+    squares_N, every_NxN = np.linalg.eigh(train_NxC @ train_NxC.T)
+    kept_N = squares_N > 1e-10 * squares_N.max(initial=0.0)
+    length_R, rows_NxR = np.sqrt(squares_N[kept_N]), every_NxN[:, kept_N]
     return rows_NxR * length_R, test_MxC @ (train_NxC.T @ rows_NxR) / length_R
 
 
@@ -272,6 +277,6 @@ def _random_accuracy(task: Task, k: int, strength: float, rng: np.random.Generat
     return _accuracy(task.narrowed(rng.choice(inputs, min(k, inputs), replace=False)), k, strength)
 
 
-def _spread(accuracy_R: list[float]) -> Interval:
-    low, high = np.quantile(accuracy_R, (0.05, 0.95))
-    return Interval(float(np.mean(accuracy_R)), float(low), float(high))
+def _spread(accuracies: list[float]) -> Interval:
+    low, high = np.quantile(accuracies, (0.05, 0.95))
+    return Interval(float(np.mean(accuracies)), float(low), float(high))

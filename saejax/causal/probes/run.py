@@ -88,8 +88,8 @@ def _probe_label(
     on_progress: OnProgress,
 ) -> Measured:
     fits, rights = [], []
-    for name, x_NxC in inputs.items() if not labelled.reason else ():
-        train_NxC, test_MxC = x_NxC[labelled.train_N], x_NxC[labelled.test_M]
+    for name, x_PxC in inputs.items() if not labelled.reason else ():
+        train_NxC, test_MxC = x_PxC[labelled.train_N], x_PxC[labelled.test_M]
         task = Task(train_NxC, labelled.train_class_N, test_MxC, labelled.test_class_M, config.ranking)
         for fit, right_M in run_probes(task, config, [*f"{labelled.name} {name}".encode()], name):
             fits.append(fit)
@@ -100,7 +100,7 @@ def _probe_label(
     rows = [
         dataclasses.replace(fit, against_dense=gap) for fit, gap in zip(fits, [*beside, None][: len(fits)], strict=True)
     ]
-    used_N = np.concatenate([labelled.train_N, labelled.test_M])
+    used_P = np.concatenate([labelled.train_N, labelled.test_M])
     results = ProbedLabel(
         label=labelled.label,
         behaviour=labelled.behaviour,
@@ -109,7 +109,7 @@ def _probe_label(
         left_out=dict(labelled.left_out),
         unlabelled=labelled.unlabelled,
         congruent=labelled.congruent,
-        unread=int((~read_N[used_N]).sum()),
+        unread=int((~read_N[used_P]).sum()),
         probes=tuple(rows),
     )
     return Measured(results, _line(labelled, rows))

@@ -84,15 +84,15 @@ class SteeringTest:
             found = BehaviourSteering(reason, len(self._test), self._left_out, 0, None, None, {}, (), {}, None, {})
             return Judged(found, [], np.zeros(0), {}, {}, np.zeros(0, int))
         assert self._texts
-        turns_P, config, texts = self._turns(self._test), self._config, self._texts
-        turns = sorted(set(turns_P))
+        own_turns, config, texts = self._turns(self._test), self._config, self._texts
+        turns = sorted(set(own_turns))
         over = of_prompts(self._test, config.bootstrap, config.seed)
         clean_P = self._clean(self._test)
-        draws = RandomDraws(self._split, texts, self._test, turns_P, clean_P, config, self._on_progress)
+        draws = RandomDraws(self._split, texts, self._test, own_turns, clean_P, config, self._on_progress)
         tops = {turn: texts.top(turn, config.top) for turn in {*turns, *self._turns(self._train)}}
         methods, steered, drawn = {}, {}, {}
         for name, method_of in methods_of(texts, tops, config).items():
-            method = method_of(turns_P)
+            method = method_of(own_turns)
             measured = self._steer(self._split.run(self._test), method.changes)
             on_text = fluency.on_text(self._split, self._text, method_of(turns).changes) if self._text else None
             points = self._points(method.strengths, clean_P, measured, over, on_text)
@@ -111,7 +111,7 @@ class SteeringTest:
             methods=methods,
             random=draws.curve(),
             equal_dose=_equal_dose(methods, clean_P, steered, over),
-            prompting=self._prompting(clean_P, turns_P, over),
+            prompting=self._prompting(clean_P, own_turns, over),
             features={self._named(turn): tuple(tops[turn]) for turn in turns},
         )
         return Judged(results, self._test, clean_P, steered, drawn, draws.chosen_Q)
@@ -187,10 +187,13 @@ class SteeringTest:
         config = self._config
         return fluency.continued(self._model, self._split, prompts, change[chosen_Q], config.positions, config.seed)
 
-    def _prompting(self, clean_P: np.ndarray, turns_P: Sequence[Turn], over: Resampling) -> PromptingEffect | None:
+    def _prompting(self, clean_P: np.ndarray, own_turns: Sequence[Turn], over: Resampling) -> PromptingEffect | None:
         """Examples of the target in front, and the same ones with their right answers."""
         assert self._texts
-        targets, wrong_N = [turn.target for turn in turns_P], np.array([t.target for t in self._turns(self._examples)])
+        targets, wrong_N = (
+            [turn.target for turn in own_turns],
+            np.array([t.target for t in self._turns(self._examples)]),
+        )
         found = []
         for side in ("wrong", "correct"):
             examples = prefixes(self._examples, wrong_N, side, self._config.seed)

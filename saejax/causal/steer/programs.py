@@ -54,8 +54,8 @@ class SteeredTexts:
         """Features of each text, at most ``most``, held at levels; nothing is added to the ``width`` dimensions."""
         features_RxK = np.zeros((len(features), most), np.int32)
         level_RxK, used_RxK = np.zeros((2, *features_RxK.shape), np.float32)
-        for row, (own, level_K) in enumerate(zip(features, levels, strict=True)):
-            features_RxK[row, : len(own)], level_RxK[row, : len(own)], used_RxK[row, : len(own)] = own, level_K, 1
+        for row, (own, level_J) in enumerate(zip(features, levels, strict=True)):
+            features_RxK[row, : len(own)], level_RxK[row, : len(own)], used_RxK[row, : len(own)] = own, level_J, 1
         return cls(np.zeros((len(features), width), np.float32), features_RxK, level_RxK, used_RxK)
 
     def __getitem__(self, rows: np.ndarray | Sequence[int]) -> "SteeredTexts":
@@ -133,14 +133,14 @@ def steer_prompts(
         filled = ((np.resize(set_N[own], size), np.resize(place_N[own], size)) for own in batches)
         started = (_started(split, run, changes, *rows) for rows in filled)
         for own, device_3xR in zip(batches, lagging(started), strict=True):
-            values_3xR = np.asarray(device_3xR, np.float64)[:, : len(set_N[own])]
-            if not np.isfinite(values_3xR).all():
+            values_3xC = np.asarray(device_3xR, np.float64)[:, : len(set_N[own])]
+            if not np.isfinite(values_3xC).all():
                 raise UserError(
                     f"a logit difference with {split.point.site} changed is not finite: the model or the dictionary "
                     "holds NaN or overflows; try --model.dtype=float32, or smaller --steer.doses"
                 )
-            found_3xSxP[:, set_N[own], run.index_P[place_N[own]]] = values_3xR
-            done += values_3xR.shape[1]
+            found_3xSxP[:, set_N[own], run.index_P[place_N[own]]] = values_3xC
+            done += values_3xC.shape[1]
             on_progress(done, total)
     return Steered(found_3xSxP[0], found_3xSxP[1] > 0, found_3xSxP[2])
 
@@ -194,7 +194,7 @@ def steered_value(
     domain_BxT: jax.Array,
     change: SteeredTexts,
 ) -> jax.Array:
-    """The site's value [B, T, D] of some texts, changed in the domain [B, T]."""
+    """The site's value [B, T, D] of some texts, changed in the domain [B, T]; the basis is given ``read`` [B, T, D]."""
     moved_BxTxD = _moved(value_BxTxD, change.at(basis, read_BxTxD), domain_BxT)
     return jax.lax.with_sharding_constraint(moved_BxTxD, sharding(point.mesh))
 

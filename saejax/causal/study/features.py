@@ -73,8 +73,8 @@ def choose_features(
         },
     )
     order_F = np.argsort(-attribution_F, kind="stable")
-    firing_F = [ranked(feature) for feature in order_F.tolist() if statistics.fires_F[feature]]
-    return chosen, [ImportantFeature(**vars(feature)) for feature in firing_F]
+    live = [ranked(feature) for feature in order_F.tolist() if statistics.fires_F[feature]]
+    return chosen, [ImportantFeature(**vars(feature)) for feature in live]
 
 
 def measure_activations(

@@ -33,7 +33,7 @@ class ItemScores:
         self._prompter = make_prompter(name, task, lm.tokenizer)
 
     def reference(self, place: int, item: Item, answer: str, sign: float = 1.0) -> Reference:
-        """An answer to an item, as token ids."""
+        """An answer to an item, the one at this ``place`` in a list, as token ids; ``sign``: how its score counts."""
         pair = benchmark_scores.encode_answer(self._lm, self._prompter, item, self._prompter.prompt(item), answer)
         return Reference(place, *pair, sign)
 

@@ -101,8 +101,8 @@ class References:
         Raises:
           UserError: it is not finite.
         """
-        total_F = np.zeros((), np.float64)
         split = self._split
+        total_F = np.zeros(split.dictionary.config.n_features)
         for batch in self.batches():
             rows_BxF = attribute(
                 self._point,
@@ -157,10 +157,10 @@ class References:
                 own.append(f_BxT[f_BxT != 0])
         pools = {}
         for feature, own in zip(features, found, strict=True):
-            pool_N = np.concatenate(own)
-            if len(pool_N) > most:
-                pool_N = np.random.default_rng([seed, feature]).choice(pool_N, most, replace=False)
-            pools[feature] = pool_N.tolist()
+            pool = np.concatenate(own)
+            if len(pool) > most:
+                pool = np.random.default_rng([seed, feature]).choice(pool, most, replace=False)
+            pools[feature] = pool.tolist()
         return pools
 
     def planned(self) -> list[tuple[np.ndarray, int, int]]:
@@ -173,7 +173,7 @@ class References:
         return (self.batch(*planned) for planned in self.planned())
 
     def batch(self, places_N: np.ndarray, rows: int, length: int) -> ReferenceBatch:
-        """A planned batch after the head.
+        """A planned batch after the head: of the references at some places, so many rows of one length.
 
         Raises:
           UserError: the site's value is not finite.

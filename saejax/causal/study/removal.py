@@ -127,51 +127,51 @@ def log_likelihoods(
             for part in left:
                 on_progress(sum(values.size for values in chunks.values), total)
                 chunks.add(_part(split, batch, part))
-    found_KxR = np.full((len(columns), count), np.nan)
+    found_ExR = np.full((len(columns), count), np.nan)
     for number, (places_N, *_) in enumerate(planned):
         own = chunks.values[number * len(parts) : (number + 1) * len(parts)]
-        found_KxR[:, places_N] = np.concatenate(own)
-    if not np.isfinite(found_KxR).all():
+        found_ExR[:, places_N] = np.concatenate(own)
+    if not np.isfinite(found_ExR).all():
         raise UserError(
             "log-likelihoods without single features are not finite: the model or the dictionary holds NaN or "
             "overflows; try --model.dtype=float32, or train the dictionary again"
         )
-    clean_R, changed_KxR = found_KxR[0], found_KxR[1:]
+    clean_R, changed_KxR = found_ExR[0], found_ExR[1:]
     return clean_R, np.where(changed_KxR == _NOT_RUN, clean_R, changed_KxR)
 
 
 def _part(split: SplitModel, batch: ReferenceBatch, part: Sequence[int | None]) -> np.ndarray:
-    """Log-likelihoods of a batch's references without each of some features, fp32 [P, N]; see ``_NOT_RUN``."""
+    """Log-likelihoods of a batch's references without each of some features, fp32 [M, N]; see ``_NOT_RUN``."""
     rows, count = len(batch.domain_BxT), len(batch.places_N)
-    features_P = np.resize([feature or 0 for feature in part], _FEATURES).astype(np.int32)
-    on_P = np.resize([feature is not None for feature in part], _FEATURES)
-    f_BxTxP = _activations(split.point, split.dictionary, features_P, on_P, batch.read_BxTxD, batch.domain_BxT)
-    fires_PxN = np.asarray((f_BxTxP != 0).any(axis=1)).T[: len(part), :count]
-    asked_PxN = fires_PxN | np.array([feature is None for feature in part])[:, None]
-    found_PxN = np.full(asked_PxN.shape, _NOT_RUN, np.float32)
-    place_M, row_M = np.nonzero(asked_PxN)
-    for first in range(0, len(row_M), rows):
+    features_K = np.resize([feature or 0 for feature in part], _FEATURES).astype(np.int32)
+    on_K = np.resize([feature is not None for feature in part], _FEATURES)
+    f_BxTxK = _activations(split.point, split.dictionary, features_K, on_K, batch.read_BxTxD, batch.domain_BxT)
+    fires_MxN = np.asarray((f_BxTxK != 0).any(axis=1)).T[: len(part), :count]
+    asked_MxN = fires_MxN | np.array([feature is None for feature in part])[:, None]
+    found_MxN = np.full(asked_MxN.shape, _NOT_RUN, np.float32)
+    place_E, row_E = np.nonzero(asked_MxN)
+    for first in range(0, len(row_E), rows):
         own = slice(first, first + rows)
-        some_B, which_B = np.resize(row_M[own], rows), np.resize(place_M[own], rows)
-        arrays = batch.stream_BxTxD, batch.value_BxTxD, f_BxTxP
+        some_B, which_B = np.resize(row_E[own], rows), np.resize(place_E[own], rows)
+        arrays = batch.stream_BxTxD, batch.value_BxTxD, f_BxTxK
         answers = batch.positions_BxC, batch.targets_BxC, batch.weight_BxC
-        total_B = _without(split.point, split.params, split.dictionary, *arrays, *answers, features_P, some_B, which_B)
-        found_PxN[place_M[own], row_M[own]] = np.asarray(total_B)[: len(row_M[own])]
-    return found_PxN
+        total_B = _without(split.point, split.params, split.dictionary, *arrays, *answers, features_K, some_B, which_B)
+        found_MxN[place_E[own], row_E[own]] = np.asarray(total_B)[: len(row_E[own])]
+    return found_MxN
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _activations(
     point: SplitPoint,
     dictionary: Basis,
-    features_P: jax.Array,
-    on_P: jax.Array,
+    features_K: jax.Array,
+    on_K: jax.Array,
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
 ) -> jax.Array:
-    """Activations [B, T, P] of some features, those that are on."""
-    f_BxTxP = active_features(dictionary, read_BxTxD, domain_BxT)[..., features_P] * on_P[None, None, :]
-    return jax.lax.with_sharding_constraint(f_BxTxP, sharding(point.mesh))
+    """Activations [B, T, K] of some features, those that are on."""
+    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[..., features_K] * on_K[None, None, :]
+    return jax.lax.with_sharding_constraint(f_BxTxK, sharding(point.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -181,19 +181,19 @@ def _without(
     dictionary: Basis,
     stream_BxTxD: jax.Array,
     value_BxTxD: jax.Array,
-    f_BxTxP: jax.Array,
+    f_BxTxK: jax.Array,
     positions_BxC: jax.Array,
     targets_BxC: jax.Array,
     weight_BxC: jax.Array,
-    features_P: jax.Array,
+    features_K: jax.Array,
     some_R: jax.Array,
     which_R: jax.Array,
 ) -> jax.Array:
-    """The weighted log-likelihood of rows ``some`` of a batch, each without one of P features, [R]."""
-    W_dec_PxD = dictionary.W_dec_FxD[...][features_P]
-    removed_RxT = jnp.take_along_axis(f_BxTxP[some_R], which_R[:, None, None], axis=2)[..., 0]
+    """The weighted log-likelihood of rows ``some`` of a batch, each without one of K features, [R]."""
+    W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
+    removed_RxT = jnp.take_along_axis(f_BxTxK[some_R], which_R[:, None, None], axis=2)[..., 0]
     value_RxTxD = value_BxTxD[some_R]
-    changed_RxTxD = removed_RxT[..., None] * W_dec_PxD[which_R][:, None, :]
+    changed_RxTxD = removed_RxT[..., None] * W_dec_KxD[which_R][:, None, :]
     edited_RxTxD = (value_RxTxD.astype(changed_RxTxD.dtype) - changed_RxTxD).astype(value_RxTxD.dtype)
     x_RxTxD = point.tail(params, stream_BxTxD[some_R], edited_RxTxD)
     logp_RxC, _ = token_scores(point.config, params, x_RxTxD, positions_BxC[some_R], targets_BxC[some_R])

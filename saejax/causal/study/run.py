@@ -65,15 +65,8 @@ def run_study(run: Run) -> StudyResults:
 
     split, items = SplitModel(lm, dictionary), ItemScores(lm, run.name, task, check_stop)
     conditions = _Conditions(run, items, test)
-    accuracy = score != "likelihood"
-    conditions.add(CLEAN, unedited, accuracy)
     chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
-    if accuracy and judgement.at_chance(conditions.rows[CLEAN], chance):
-        accuracy = config.even_at_chance
-        further = (
-            "" if accuracy else " Only log-likelihoods are compared; --study.even_at_chance measures accuracy, too."
-        )
-        run.say(judgement.chance_reason(conditions.rows[CLEAN], chance) + further)
+    accuracy = _score_clean(run, conditions, chance, score)
     path = run.folder / FEATURES
     if not path.exists():
         found, ranking = choose_features(split, items, train, test, config, run.name, check_stop)
@@ -88,14 +81,6 @@ def run_study(run: Run) -> StudyResults:
         conditions.add(condition, edits, accuracy)
     judged = judgement.judge(conditions.rows, chance, config, chosen.disjoint)
     run.say(judged.reason)
-    single = None
-    if config.single:
-        on_progress = Progress(run, "removals").of_part(f"study: {run.name}, feature by feature", 0)
-        choices = accuracy and score == "choice"  # to generate answers without each would take days
-        single = measure_single(split, items, test, chosen, config, choices, run.folder / SINGLE, on_progress)
-        if single:
-            run.say(line(single))
-            _rank(run.folder / RANKING, single)
     return StudyResults(
         **{field.name: getattr(judged, field.name) for field in dataclasses.fields(judged)},
         dictionary=config.dictionary,
@@ -109,9 +94,37 @@ def run_study(run: Run) -> StudyResults:
         match=chosen.match,
         origin=str(origin(run.name, task)),
         disjoint=chosen.disjoint,
+        single=_measure_single(run, split, items, test, chosen, accuracy and score == "choice"),
         activations=measure_activations(split, items.solutions(test), config, check_stop),
-        single=single,
     )
+
+
+def _score_clean(run: Run, conditions: "_Conditions", chance: float, score: str) -> bool:
+    """Scores the items without an edit, and says whether accuracies are to be compared at all."""
+    accuracy = score != "likelihood"
+    conditions.add(CLEAN, unedited, accuracy)
+    if not accuracy or not judgement.at_chance(conditions.rows[CLEAN], chance):
+        return accuracy
+    accuracy = run.configs["study"].even_at_chance
+    further = "" if accuracy else " Only log-likelihoods are compared; --study.even_at_chance measures accuracy, too."
+    run.say(judgement.chance_reason(conditions.rows[CLEAN], chance) + further)
+    return accuracy
+
+
+def _measure_single(
+    run: Run, split: SplitModel, items: ItemScores, test: Sequence[Item], chosen: ChosenFeatures, choices: bool
+) -> SingleEffects | None:
+    """What each feature does by itself, if that was asked for, written into the file of all features too."""
+    config: StudyConfig = run.configs["study"]
+    if not config.single:
+        return None
+    on_progress = Progress(run, "removals").of_part(f"study: {run.name}, feature by feature", 0)
+    # Choices alone are judged: to generate answers without each feature would take days.
+    single = measure_single(split, items, test, chosen, config, choices, run.folder / SINGLE, on_progress)
+    if single:
+        run.say(line(single))
+        _rank(run.folder / RANKING, single)
+    return single
 
 
 def _rank(path: Path, single: SingleEffects) -> None:

@@ -28,7 +28,7 @@ def top_condition(replacement: str) -> str:
 
 
 def control_condition(draw: int, replacement: str) -> str:
-    """The same, of a draw of control features, counted from 0."""
+    """The same ``replacement``, of a draw of control features, counted from 0."""
     return f"control-{draw}/{replacement}"
 
 
@@ -126,7 +126,13 @@ def settled(claimed: Mapping[str, Mapping[str, Claim | None]]) -> dict[str, dict
 def effect(
     clean_N: np.ndarray, edited_N: np.ndarray, controls_DxN: np.ndarray, config: StudyConfig, score: ScoreInterval
 ) -> StudyEffect:
-    """What an edit of the top features does, beside the controls; ``score`` gives the interval of the score itself."""
+    """What an edit of the top features does, beside the controls.
+
+    Args:
+      clean_N, edited_N, controls_DxN: the score of each item without an edit, with it, and with those of the draws.
+      config: of the stage.
+      score: gives the interval of the score itself.
+    """
     drop_N, control_drop_DxN = clean_N - edited_N, clean_N[None, :] - controls_DxN
     control_drop_D = control_drop_DxN.mean(axis=1)
     return StudyEffect(

@@ -46,7 +46,7 @@ def judge_single(
     found_S = (q_SxC <= DISCOVERY).sum(axis=1)
 
     def one(column: int) -> SingleEffect:
-        own, others_K = sets_SxC[0, column], np.setdiff1d(sets_SxC[1:, column], sets_SxC[0, column])
+        own, others_J = sets_SxC[0, column], np.setdiff1d(sets_SxC[1:, column], sets_SxC[0, column])
         drop_K = drop_KxN.mean(axis=1)
         lost = None if lost_KxN is None else bootstrap_mean(lost_KxN[own], config.bootstrap, config.seed)
         return SingleEffect(
@@ -54,11 +54,11 @@ def judge_single(
             drop=bootstrap_mean(drop_KxN[own], config.bootstrap, config.seed),
             p_value=float(p_K[own]),
             q_value=float(q_SxC[0, column]),
-            controls=len(others_K),
-            control_drop=float(drop_K[others_K].mean()) if len(others_K) else None,
-            control_percentile=float((drop_K[others_K] < drop_K[own]).mean()) if len(others_K) else None,
+            controls=len(others_J),
+            control_drop=float(drop_K[others_J].mean()) if len(others_J) else None,
+            control_percentile=float((drop_K[others_J] < drop_K[own]).mean()) if len(others_J) else None,
             accuracy_drop=lost,
-            control_accuracy_drop=float(lost_KxN[others_K].mean()) if lost_KxN is not None and len(others_K) else None,
+            control_accuracy_drop=float(lost_KxN[others_J].mean()) if lost_KxN is not None and len(others_J) else None,
         )
 
     effects = sorted(map(one, range(len(top))), key=lambda effect: -effect.drop.mean)

@@ -55,7 +55,8 @@ class Gated(Kind):
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
         """L1 of the gates' ReLU."""
         gate_BxF = sparsity.relu(batch.pre_BxF)
-        return batch.values["l1"] * losses.l1_norm_weighted(gate_BxF, batch.member.arrays["W_dec_FxD"])
+        weighed = gate_BxF, batch.member.arrays["W_dec_FxD"], batch.member.config.widths
+        return batch.values["l1"] * losses.l1_norm_weighted(*weighed)
 
     def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
         """Squared error of what the open gates alone would rebuild; the decoder is a constant here."""

@@ -36,7 +36,8 @@ class JumpReLU(Kind):
         """By ``l0_penalty``."""
         own, arrays, coefficient = batch.own, batch.member.arrays, batch.values["l0_coefficient"]
         if own.l0_penalty == "tanh":
-            return coefficient * losses.tanh_norm_weighted(batch.f_BxF, arrays["W_dec_FxD"])
+            widths = batch.member.config.widths
+            return coefficient * losses.tanh_norm_weighted(batch.f_BxF, arrays["W_dec_FxD"], widths=widths)
         active_BxF = straight_through.step(batch.pre_BxF, arrays["threshold_F"], own.bandwidth)
         l0 = jnp.mean(jnp.sum(active_BxF, axis=-1))
         if own.l0_penalty == "target":
@@ -48,7 +49,8 @@ class JumpReLU(Kind):
         if not batch.own.dead_pre_activation:
             return {}
         arrays = batch.member.arrays
-        pull = losses.dead_pre_activation(batch.pre_BxF, arrays["threshold_F"], batch.dead_F, arrays["W_dec_FxD"])
+        rows = arrays["W_dec_FxD"], batch.member.config.widths
+        pull = losses.dead_pre_activation(batch.pre_BxF, arrays["threshold_F"], batch.dead_F, *rows)
         return dict(dead_pre_activation=batch.own.dead_pre_activation * pull)
 
     def start(self, own: JumpReLUConfig) -> dict[str, float]:

@@ -14,4 +14,5 @@ class Standard(Kind):
 
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
         """L1, weighted by the decoder rows' lengths."""
-        return batch.values["l1"] * losses.l1_norm_weighted(batch.f_BxF, batch.member.arrays["W_dec_FxD"])
+        weighed = batch.f_BxF, batch.member.arrays["W_dec_FxD"], batch.member.config.widths
+        return batch.values["l1"] * losses.l1_norm_weighted(*weighed)

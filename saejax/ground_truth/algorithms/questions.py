@@ -31,6 +31,12 @@ class Questions:
     right_BxNxV: np.ndarray
     fresh_B: np.ndarray
 
+    @classmethod
+    def joined(cls, parts: Sequence["Questions"], count: int) -> "Questions":
+        """The first ``count`` questions of the parts, one part after the other."""
+        columns = [[getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate(column)[:count] for column in columns))
+
 
 class Algorithm(abc.ABC):
     """An algorithm.
@@ -59,9 +65,7 @@ class Algorithm(abc.ABC):
     def batch(self, count: int, rng: np.random.Generator) -> Questions:
         """Questions of all sorts."""
         sorts = list(self.wanted)
-        parts = [self.draw(sort, -(-count // len(sorts)), rng) for sort in sorts]
-        columns = [[getattr(part, field.name) for part in parts] for field in dataclasses.fields(Questions)]
-        return Questions(*(np.concatenate(column)[:count] for column in columns))
+        return Questions.joined([self.draw(sort, -(-count // len(sorts)), rng) for sort in sorts], count)
 
     def fresh(self, sort: str, count: int, rng: np.random.Generator) -> Questions:
         """So many fresh questions of a sort; a ``UserError`` if there are next to none."""
@@ -74,8 +78,7 @@ class Algorithm(abc.ABC):
                 break
         else:
             raise UserError(f"there are too few questions of the sort {sort} to keep some from training: {_ADVICE}")
-        columns = [[getattr(part, field.name) for part in kept] for field in dataclasses.fields(Questions)]
-        return Questions(*(np.concatenate(column)[:count] for column in columns))
+        return Questions.joined(kept, count)
 
     def prompts(self, count: int, rng: np.random.Generator) -> list[Prompt]:
         """So many prompts of each behaviour and split, no text twice in a behaviour.

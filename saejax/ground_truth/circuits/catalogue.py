@@ -8,7 +8,7 @@ logic       a function of two of sixteen bits, which the last word asks for; oth
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -77,86 +77,90 @@ def _drawn(count: int, draw: Callable[[str], Prompt]) -> list[Prompt]:
 
 
 def _logic(count: int, rng: np.random.Generator) -> Case:
-    bits = [(place, value) for place in range(_BITS) for value in (0, 1)]
-    fetch = tuple(
-        Head((("", f"at {place + 1}"),), tuple((f"bit {value}", f"bit {place} is {value}") for value in (0, 1)))
-        for place in range(_BITS)
-    )
-    known = tuple(
-        Neuron(
-            f"bit {place} is {value}",
-            {f"bit {place} is {value}": 1.0, "asked": 1.0},
-            {f"known {place} is {value}": _FULL},
-            -1 - _MARGIN,
-        )
-        for place, value in bits
-    )
-    pairs = [(first, u, v) for first in range(0, _BITS, 2) for u in (0, 1) for v in (0, 1)]
-    both = tuple(
-        Neuron(
-            f"bits {first} {first + 1} are {u} {v}",
-            {f"known {first} is {u}": 1.0, f"known {first + 1} is {v}": 1.0},
-            {f"pair {first} is {u} {v}": _FULL},
-            -1 - _MARGIN,
-        )
-        for first, u, v in pairs
-    )
-    answers = tuple(
-        Neuron(
-            f"{name} is {answer}",
-            {f"pair {first} is {u} {v}": 1.0 for u in (0, 1) for v in (0, 1) if _TRUTH[name](u, v) == answer}
-            | {f"asks {name}": 1.0},
-            {f"{name} is {answer}": _FULL},
-            -1 - _MARGIN,
-        )
-        for name, (first, _) in _ASKED.items()
-        for answer in (0, 1)
-    )
-    words: dict[str, Directions] = {START: {START: 1.0}, "0": {"bit 0": 1.0}, "1": {"bit 1": 1.0}}
-    words |= {name: {"asked": 1.0, f"asks {name}": 1.0} for name in _ASKED}
-    logits: dict[str, Directions] = {
-        word: {f"{name} is {answer}": 8.0 for name in _ASKED} for answer, word in enumerate(("no", "yes"))
-    }
-    model = HandSet(
-        words | {word: {} for word in logits},
-        tuple({f"at {place}": 1.0} for place in range(_BITS + 2)),
-        (Layer(fetch, known), Layer((), both), Layer((), answers)),
-        logits,
-    )
-
-    def text(bits: np.ndarray, name: str) -> str:
-        return " ".join([*map(str, bits.tolist()), name])
-
-    def draw(name: str, split: str) -> Prompt:
-        wanted, own = int(rng.integers(2)), list(_ASKED[name])
-        truth = _TRUTH[name]
-        choices = {
-            answer: [uv for uv in itertools.product((0, 1), repeat=2) if truth(*uv) == answer] for answer in (0, 1)
-        }
-        bits_N, others_N = rng.integers(2, size=_BITS), None
-        bits_N[own] = rng.choice(choices[wanted])
-        others_N = bits_N.copy()
-        others_N[own] = rng.choice(choices[1 - wanted])
-        labels = {
-            f"{other}_{place}": str(_TRUTH[other](*bits_N[[place, place + 1]].tolist()))
-            for other, (place, _) in _ASKED.items()
-        }
-        labels["xor_8"] = str(int(bits_N[8] ^ bits_N[9]))
-        right, wrong = ((" no", " yes"), (" yes", " no"))[wanted]
-        return Prompt(
-            name, split, text(bits_N, name), right, wrong, text(others_N, name), wrong, labels=tuple(labels.items())
-        )
-
-    prompts = [prompt for name in _ASKED for prompt in _drawn(count, functools.partial(draw, name))]
+    model = _logic_model()
+    prompts = [prompt for name in _ASKED for prompt in _drawn(count, functools.partial(_logic_prompt, rng, name))]
     causes = {name: _places(model.layers[1], f"bits {first} ") for name, (first, _) in _ASKED.items()}
     idle = {"xor of bits 8 and 9": _places(model.layers[1], "bits 8 ")}
     labels = ("xor_0", "both_2", "either_4", "xor_8")
 
     def texts(number: int, seed: int) -> list[str]:
         own = np.random.default_rng(seed)
-        return [text(own.integers(2, size=_BITS), str(own.choice(list(_ASKED)))) for _ in range(number)]
+        return [_logic_text(own.integers(2, size=_BITS), str(own.choice(list(_ASKED)))) for _ in range(number)]
 
     return Case(model, tuple(prompts), 1, causes, idle, labels, texts)
+
+
+def _logic_model() -> HandSet:
+    """Heads fetch each bit; a layer knows the bits, the next pairs of them, the last the answers."""
+    words: dict[str, Directions] = {START: {START: 1.0}, "0": {"bit 0": 1.0}, "1": {"bit 1": 1.0}}
+    words |= {name: {"asked": 1.0, f"asks {name}": 1.0} for name in _ASKED}
+    logits: dict[str, Directions] = {
+        word: {f"{name} is {answer}": 8.0 for name in _ASKED} for answer, word in enumerate(("no", "yes"))
+    }
+    fetch = tuple(
+        Head((("", f"at {place + 1}"),), tuple((f"bit {value}", f"bit {place} is {value}") for value in (0, 1)))
+        for place in range(_BITS)
+    )
+    known = tuple(
+        _both(f"bit {place} is {value}", [f"bit {place} is {value}", "asked"], f"known {place} is {value}")
+        for place in range(_BITS)
+        for value in (0, 1)
+    )
+    pairs = tuple(
+        _both(
+            f"bits {first} {first + 1} are {u} {v}",
+            [f"known {first} is {u}", f"known {first + 1} is {v}"],
+            f"pair {first} is {u} {v}",
+        )
+        for first in range(0, _BITS, 2)
+        for u, v in itertools.product((0, 1), repeat=2)
+    )
+    answers = tuple(
+        _both(
+            f"{name} is {answer}",
+            [*(f"pair {first} is {u} {v}" for u, v in _values(name, answer)), f"asks {name}"],
+            f"{name} is {answer}",
+        )
+        for name, (first, _) in _ASKED.items()
+        for answer in (0, 1)
+    )
+    return HandSet(
+        words | {word: {} for word in logits},
+        tuple({f"at {place}": 1.0} for place in range(_BITS + 2)),
+        (Layer(fetch, known), Layer((), pairs), Layer((), answers)),
+        logits,
+    )
+
+
+def _both(name: str, reads: Sequence[str], writes: str) -> Neuron:
+    """A neuron that fires where two of what it reads are there."""
+    return Neuron(name, dict.fromkeys(reads, 1.0), {writes: _FULL}, -1 - _MARGIN)
+
+
+def _values(name: str, answer: int) -> list[tuple[int, int]]:
+    """The two bits for which a question has this answer."""
+    return [(u, v) for u in (0, 1) for v in (0, 1) if _TRUTH[name](u, v) == answer]
+
+
+def _logic_text(bits_N: np.ndarray, name: str) -> str:
+    return " ".join([*map(str, bits_N.tolist()), name])
+
+
+def _logic_prompt(rng: np.random.Generator, name: str, split: str) -> Prompt:
+    """A question with either answer equally often, beside one that differs in the two bits that it asks for."""
+    wanted, own = int(rng.integers(2)), list(_ASKED[name])
+    bits_N = rng.integers(2, size=_BITS)
+    bits_N[own] = rng.choice(_values(name, wanted))
+    others_N = bits_N.copy()
+    others_N[own] = rng.choice(_values(name, 1 - wanted))
+    labels = {
+        f"{other}_{place}": str(_TRUTH[other](*bits_N[[place, place + 1]].tolist()))
+        for other, (place, _) in _ASKED.items()
+    }
+    labels["xor_8"] = str(int(bits_N[8] ^ bits_N[9]))
+    right, wrong = ((" no", " yes"), (" yes", " no"))[wanted]
+    text, other = (_logic_text(some_N, name) for some_N in (bits_N, others_N))
+    return Prompt(name, split, text, right, wrong, other, wrong, labels=tuple(labels.items()))
 
 
 # induction

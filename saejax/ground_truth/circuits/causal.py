@@ -83,13 +83,20 @@ class KnownStages:
         probed = tried("probe", run_probe, ProbeConfig(dictionary=str(transcoder), **labels))
         options = dict(draws=known.draws, **shared, **quick)
         claimed = self._idle(transcoder, features, options, refused)
+        interchange, interchange_random = _interchange(patched) if patched else (None, None)
+        harm, harm_others, causes = _harm(ablated) if ablated else (None, None, None)
+        probe, probe_shuffled = _probes(probed) if probed else (None, None)
         return CausalScores(
             behaviours=len(self._case.causes),
-            **(_interchange(patched) if patched else dict(interchange=None, interchange_random=None)),
-            **(_harm(ablated) if ablated else dict(harm=None, harm_others=None, claimed=None)),
+            interchange=interchange,
+            interchange_random=interchange_random,
+            harm=harm,
+            harm_others=harm_others,
+            claimed=causes,
             idle=len(features),
             idle_claimed=claimed,
-            **(_probes(probed) if probed else dict(probe=None, probe_shuffled=None)),
+            probe=probe,
+            probe_shuffled=probe_shuffled,
             refused=tuple(refused),
         )
 
@@ -121,8 +128,8 @@ class KnownStages:
         return claimed
 
 
-def _interchange(found: PatchResults) -> dict[str, Any]:
-    """Pooled over behaviours."""
+def _interchange(found: PatchResults) -> tuple[Interval, float]:
+    """Of the top features and of random ones, pooled over behaviours."""
     assert isinstance(found, FeaturePatchResults)
     flipped = prompts = 0
     random = []
@@ -131,21 +138,19 @@ def _interchange(found: PatchResults) -> dict[str, Any]:
         flipped += round(last.accuracy.mean * one.interchange.prompts)
         prompts += one.interchange.prompts
         random.append(last.random.mean)
-    return dict(interchange=_share(flipped, prompts), interchange_random=float(np.mean(random)))
+    return _share(flipped, prompts), float(np.mean(random))
 
 
-def _harm(found: AblateResults) -> dict[str, Any]:
+def _harm(found: AblateResults) -> tuple[float, float | None, int]:
+    """Accuracy lost, the largest loss of another behaviour, and how many behaviours are claimed."""
     behaviours = found.behaviours.values()
     others = [other.accuracy_drop.mean for one in behaviours for other in (one.others or {}).values()]
-    return dict(
-        harm=float(np.mean([one.joint.accuracy_drop.mean for one in behaviours])),
-        harm_others=max(others, default=None),
-        claimed=sum(bool(one.grades.harms.holds and one.grades.beyond_matched.holds) for one in behaviours),
-    )
+    claimed = sum(bool(one.grades.harms.holds and one.grades.beyond_matched.holds) for one in behaviours)
+    return float(np.mean([one.joint.accuracy_drop.mean for one in behaviours])), max(others, default=None), claimed
 
 
-def _probes(found: ProbeResults) -> dict[str, Any]:
-    """Of probes of all features, pooled over labels and behaviours."""
+def _probes(found: ProbeResults) -> tuple[Interval, float]:
+    """Accuracy of probes of all features, pooled over labels and behaviours, and with shuffled labels."""
     fits = [
         (probe, sum(counts["test"] for counts in label.classes.values()))
         for label in found.labels
@@ -154,7 +159,7 @@ def _probes(found: ProbeResults) -> dict[str, Any]:
     ]
     right = sum(round(probe.accuracy.mean * count) for probe, count in fits)
     shuffled = float(np.mean([probe.shuffled.mean for probe, _ in fits]))
-    return dict(probe=_share(right, sum(count for _, count in fits)), probe_shuffled=shuffled)
+    return _share(right, sum(count for _, count in fits)), shuffled
 
 
 def _share(count: int, of: int) -> Interval:

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from saejax.attribution.forms.page import embedded, write_page
+from saejax.attribution.forms.page import write_page
 from saejax.errors import UserError
+from saejax.page.scripts import embedded
 
 
 def test_data_cannot_leave_its_element():

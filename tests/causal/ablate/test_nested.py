@@ -34,7 +34,7 @@ def test_the_curve_equals_the_formula():
     for size in curve.control_sizes:
         for n, controls_C in enumerate(measured.controls_NxC[:5]):
             wanted_P = experiment.clean() - experiment.drop(controls_C[:columns])
-            np.testing.assert_allclose(curve.controls_CxNxP[size, n], wanted_P)
+            np.testing.assert_allclose(curve.controls_ExNxP[size, n], wanted_P)
         columns += size < 8 and measured.top[size] != 51
     np.testing.assert_allclose(curve.top_SxP[8], measured.joint_P)
     said = curve.summary(CONFIG)
@@ -43,7 +43,7 @@ def test_the_curve_equals_the_formula():
         assert list(points.sizes) == curve.sizes
         assert len(points.logit_diff) == len(points.accuracy) == 9
         assert points.logit_diff[0].mean == pytest.approx(results.joint.clean_logit_diff)
-    wanted = bootstrap_mean(curve.controls_CxNxP[5].mean(axis=0), 500, CONFIG.seed)
+    wanted = bootstrap_mean(curve.controls_ExNxP[5].mean(axis=0), 500, CONFIG.seed)
     assert vars(said.controls.logit_diff[5]) == pytest.approx(vars(wanted))
     assert said.top.accuracy[8].mean == results.joint.ablated_accuracy
 

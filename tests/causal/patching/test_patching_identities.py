@@ -123,7 +123,7 @@ def test_draws_of_features_are_as_the_tested_set_would_be_drawn(tiny, pairs, exa
     found = patching.results(differences(patching.clean_P, patching.corrupted_P, {}, of_prompts(turned, 100, 0)))
     assert np.isin(patching.drawn_NxK, patching.top).any() and found.interchange.prompts == len(turned)
     ks = [top.features for top in found.interchange.top]
-    random_KxN = (patching._random_SxP < 0).mean(axis=1).reshape(len(ks), config.draws)
+    random_KxN = (patching._random_XxP < 0).mean(axis=1).reshape(len(ks), config.draws)
     for top, random_N in zip(found.interchange.top, random_KxN, strict=True):
         as_many = (random_N >= top.accuracy.mean - 1e-9).sum()
         assert top.p_value == pytest.approx((1 + as_many) / (1 + config.draws))

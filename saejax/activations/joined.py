@@ -1,0 +1,105 @@
+"""Rows of joined sites, which crosscoders are trained and scored on, from those of their parts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from saejax.activations.results import SinkCounts
+from saejax.errors import UserError
+from saejax.models.sites import is_joined, site_parts
+
+_SAMPLE = 65_536  # rows from which scales are estimated
+_Rows = TypeVar("_Rows")  # a ``Store`` or a ``ModelStream``
+
+
+def single_sites(sites: Iterable[str]) -> list[str]:
+    """The sites that have to be captured for these, each once."""
+    return list(dict.fromkeys(part for site in sites for part in site_parts(site)))
+
+
+def with_joined(rows: _Rows, sites: Sequence[str], scales: Mapping[str, Sequence[float]] | None = None) -> _Rows:
+    """A store or a stream that has the joined ones among ``sites``, too; itself where there are none.
+
+    Args:
+      rows: the store, or the stream with its first buffer made.
+      sites: what is read of it; its own, and joined ones of these.
+      scales: of the parts of each joined site; None: those that bring all its parts to one mean norm, estimated on
+        training rows.
+    """
+    names = [site for site in dict.fromkeys(sites) if is_joined(site)]
+    return cast(_Rows, JoinedRows(rows, names, scales)) if names else rows
+
+
+class JoinedRows:
+    """A store or a stream with joined sites beside its own. A row is left out where it is a sink at any part.
+
+    Args:
+      rows, scales: as for ``with_joined``.
+      names: the joined sites.
+
+    Attributes:
+      sites: all that can be read.
+      scales: of the parts of each joined site.
+    """
+
+    def __init__(self, rows: Any, names: Sequence[str], scales: Mapping[str, Sequence[float]] | None = None):
+        self._rows, self.sites = rows, (*rows.sites, *names)
+        found = scales or self._estimated(names)
+        self.scales = {name: tuple(found[name]) for name in names}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rows, name)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the values: scaled ones would lose what bfloat16 leaves of them a second time."""
+        return np.dtype(np.float32)
+
+    def d(self, site: str) -> int:
+        """Width of a site, or of all parts of a joined one."""
+        return sum(map(self._rows.d, site_parts(site)))
+
+    def max_norm(self, site: str) -> float:
+        """The sink rule of a site; a joined one has only those of its parts."""
+        return 3.4e38 if is_joined(site) else self._rows.max_norm(site)
+
+    def sinks(self, site: str) -> SinkCounts:
+        """What the sink rule drops; of a joined site, at the part that has the most."""
+        return max(map(self._rows.sinks, site_parts(site)), key=lambda counts: counts.position_0 + counts.beyond)
+
+    def rows(self, split: str, *sites: str) -> np.ndarray:
+        """Rows of a split that are sinks at none of the sites and parts."""
+        return self._rows.rows(split, *single_sites(sites))
+
+    def read(self, site: str, rows: np.ndarray) -> np.ndarray:
+        """The vectors [n, d] of rows, fp32, of a joined site its parts scaled and side by side."""
+        factors = self.scales.get(site, (1.0,))
+        parts = zip(site_parts(site), factors, strict=True)
+        return np.concatenate(
+            [self._rows.read(part, rows).astype(np.float32) * np.float32(factor) for part, factor in parts], axis=1
+        )
+
+    def part_facts(self, site: str) -> dict[str, tuple[float, ...]]:
+        """Scales and sink rules of a joined site's parts, as fields of ``SiteScale``; nothing of another."""
+        if not is_joined(site):
+            return {}
+        return dict(scales=self.scales[site], max_norms=tuple(map(self._rows.max_norm, site_parts(site))))
+
+    def _estimated(self, names: Sequence[str]) -> dict[str, list[float]]:
+        parts = single_sites(names)
+        rows = self._rows.rows("train", *parts)
+        if not len(rows):
+            raise UserError(f"no training token is there at all of {', '.join(parts)} without being an attention sink")
+        sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(np.int64)]
+        factor = {}
+        for part in parts:
+            norm = float(np.linalg.norm(self._rows.read(part, sample).astype(np.float64), axis=1).mean())
+            if norm == 0:
+                raise UserError(f"all activations at {part} are zero: nothing can be learned from this store")
+            factor[part] = 1 / norm
+        size = {name: np.sqrt(self.d(name) / len(site_parts(name))) for name in names}
+        return {name: [float(np.float32(size[name] * factor[part])) for part in site_parts(name)] for name in names}

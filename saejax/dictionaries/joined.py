@@ -1,0 +1,82 @@
+"""Crosscoders: dictionaries of a joined site, the values of several sites side by side (Lindsey et al., 2024).
+
+    x = [s_1 x_1, ..., s_P x_P]        s_p brings part p to a mean norm of sqrt(D / P), the same for all
+    f = sparsity((x - b_dec) W_enc + b_enc),   x_hat = f W_dec + b_dec
+
+so that a feature has one activation and a decoder row for each part. The parts are layers of a model, or a base model
+and a tuned one. The *length* of a decoder row is the sum over its parts of their norms, sum_p |d_ip|, and is 1 in
+dictionaries trained here. An L1 penalty on f then weighs a feature by that sum, as Lindsey et al. have it, and what
+BatchTopK keeps are the largest f_i sum_p |d_ip| (Minder et al., 2025, arXiv 2504.02922). A row's norm as a whole would
+make features that all parts share cheaper by the root of P.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.dictionaries.description import DictionaryConfig
+from saejax.errors import UserError
+from saejax.models.sites import site_parts
+
+
+def split(x_xD: Any, widths: Sequence[int]) -> list[Any]:
+    """The parts of joined values, each [..., its width]; values of one site (widths ()) are one part."""
+    ends = np.cumsum(widths).tolist() or [x_xD.shape[-1]]
+    return [x_xD[..., start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def row_lengths(W_dec_FxD: jax.Array, widths: Sequence[int] = ()) -> jax.Array:
+    """Length of every feature's direction, [F], the sum of its parts' norms; where a norm is 0 so is its gradient."""
+    return sum((_norms(part_FxD) for part_FxD in split(W_dec_FxD, widths)), jnp.zeros((), W_dec_FxD.dtype))
+
+
+def _norms(W_dec_FxD: jax.Array) -> jax.Array:
+    square_F = jnp.sum(jnp.square(W_dec_FxD), axis=-1)
+    return jnp.where(square_F > 0, jnp.sqrt(jnp.where(square_F > 0, square_F, 1.0)), 0.0)
+
+
+def part_norms(W_dec_FxD: Any, widths: Sequence[int]) -> np.ndarray:
+    """The norms of the decoder rows' parts, fp64 [P, F]."""
+    return np.stack([np.linalg.norm(part, axis=-1) for part in split(np.asarray(W_dec_FxD, np.float64), widths)])
+
+
+def row_normals(W_dec_FxD: jax.Array, widths: Sequence[int]) -> jax.Array:
+    """The gradient of ``row_lengths`` in the rows: each part's direction; 0 where it has none."""
+    parts = [part_FxD / jnp.maximum(_norms(part_FxD), 1e-30)[:, None] for part_FxD in split(W_dec_FxD, widths)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def join(config: DictionaryConfig, values: Mapping[str, Any]) -> jax.Array:
+    """What a crosscoder reads, [..., D], of the values [..., width] at its parts, by name.
+
+    Raises:
+      UserError: a part is missing or of another width.
+    """
+    names = site_parts(config.site)
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise UserError(f"a crosscoder of {config.site} needs the values at {', '.join(missing)}: capture them too")
+    for name, width in zip(names, config.widths, strict=True):
+        if values[name].shape[-1] != width:
+            raise UserError(
+                f"the values at {name} have the width {values[name].shape[-1]}, but the crosscoder's part is {width} "
+                "wide: take one made for these models"
+            )
+    scaled = [jnp.asarray(values[name], jnp.float32) * scale for name, scale in zip(names, config.scales, strict=True)]
+    return jnp.concatenate(scaled, axis=-1)
+
+
+def unjoin(config: DictionaryConfig, x_xD: Any) -> dict[str, Any]:
+    """The values at the parts, by name, that joined values [..., D] are made of; the inverse of ``join``."""
+    parts = zip(site_parts(config.site), split(x_xD, config.widths), config.scales, strict=True)
+    return {name: part_xD / scale for name, part_xD, scale in parts}
+
+
+def in_domain(config: DictionaryConfig, x_xD: jax.Array) -> jax.Array:
+    """Where no part of joined values is an attention sink; the shape of ``x`` without its last axis."""
+    limits = [most * scale for most, scale in zip(config.max_norms, config.scales, strict=True)]
+    norms = [jnp.linalg.norm(part_xD, axis=-1) for part_xD in split(x_xD.astype(jnp.float32), config.widths)]
+    return jnp.stack([norm_x <= limit for norm_x, limit in zip(norms, limits, strict=True)]).all(0)

@@ -1,0 +1,217 @@
+"""The largest of many values: thresholds that keep them, and where they are.
+
+XLA sorts to find them, which takes as long as the products of a training step, so thresholds are searched instead.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_SAMPLED = 16  # one of so many tokens is looked at first
+_BLOCK = 16  # features, of which the maximum is taken before the k largest are chosen
+
+
+def batch_threshold(values_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
+    """A threshold, [1, 1], such that ``values > threshold`` keeps the B k largest of all (all positive ones if fewer).
+
+    Args:
+      values_BxF: not negative.
+      k: how many to keep of each token on average; may be traced.
+    """
+    highest_1x1 = values_BxF.max(keepdims=True)
+    keep = jnp.asarray(k, jnp.int32) * values_BxF.shape[0]
+    bounds = jnp.zeros_like(highest_1x1), highest_1x1, jnp.zeros_like(highest_1x1, jnp.int32)
+    if values_BxF.shape[0] >= _SAMPLED * _SAMPLED:
+        bounds = _bracket(values_BxF, keep, *bounds)
+    return _search(values_BxF, keep, *bounds[:2], _count_all, bounds[2])
+
+
+def _bracket(
+    values_BxF: jax.Array, keep: jax.Array, low_1x1: jax.Array, high_1x1: jax.Array, above_high_1x1: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Closer bounds of the threshold, and the number of values above the upper one, from some of the tokens.
+
+    The share of values above a threshold differs little between samples of tokens, so the thresholds of a little more
+    and of a little less of it in a sample nearly always enclose that of all; where they do not, a bound stays.
+    """
+    sample_RxF = values_BxF[::_SAMPLED]
+    for share in (1.05, 0.95):
+        of_sample = (keep * (share * sample_RxF.shape[0] / values_BxF.shape[0])).astype(jnp.int32)
+        guess_1x1 = _search(sample_RxF, of_sample, jnp.zeros_like(low_1x1), sample_RxF.max(keepdims=True), _count_all)
+        above_1x1 = _count_all(values_BxF, guess_1x1)
+        is_low, is_high = (above_1x1 >= keep) & (guess_1x1 > low_1x1), (above_1x1 < keep) & (guess_1x1 < high_1x1)
+        low_1x1, high_1x1 = jnp.where(is_low, guess_1x1, low_1x1), jnp.where(is_high, guess_1x1, high_1x1)
+        above_high_1x1 = jnp.where(is_high, above_1x1, above_high_1x1)
+    return low_1x1, high_1x1, above_high_1x1
+
+
+def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
+    """A threshold just below the k-th largest activation of each token.
+
+    XLA's own top-k sorts, which on a CPU takes ten times as long as the matrix products of the step and on a GPU is
+    slow for k > 16. Instead a threshold is searched above which k values lie. The k-th largest of the maxima of
+    blocks of features is a lower bound for it; and in the k blocks of the largest maxima lie the k largest values,
+    so that on a CPU, where counting all values takes long, only those blocks are looked at.
+
+    Args:
+      acts_xF: not negative.
+      k: how many to keep; may be traced.
+      most: the largest k there can be; k itself where that is a Python number.
+
+    Returns:
+      threshold_x1, such that ``acts > threshold`` keeps the k largest (all positive ones if fewer).
+    """
+    acts_xF = acts_xF.astype(jnp.promote_types(acts_xF.dtype, jnp.float32))
+    keep, features = jnp.asarray(k, jnp.int32), acts_xF.shape[-1]
+    most = min(int(k) if most is None else most, features)
+    if features % _BLOCK or most >= features // _BLOCK:
+        highest_x1 = acts_xF.max(-1, keepdims=True)
+        return _search(acts_xF, keep, jnp.zeros_like(highest_x1), highest_x1, _count_each)
+
+    def all_blocks(acts_xF: jax.Array) -> jax.Array:
+        maxima_xN = _blocks(acts_xF).max(-1)
+        highest_x1 = maxima_xN.max(-1, keepdims=True)
+        low_x1 = _search(maxima_xN, keep, jnp.zeros_like(highest_x1), highest_x1, _count_each)
+        return _search(acts_xF, keep, low_x1, highest_x1, _count_each)
+
+    def best_blocks(acts_xF: jax.Array) -> jax.Array:
+        blocks_xNx16 = _blocks(acts_xF)
+        largest_xK, place_xK = lax.top_k(blocks_xNx16.max(-1), most)
+        chosen_xKx16 = jnp.take_along_axis(blocks_xNx16, place_xK[..., None], axis=-2, mode="promise_in_bounds")
+        chosen = chosen_xKx16.reshape(*acts_xF.shape[:-1], -1)
+        # Not by slices, which would keep XLA from taking its own top-k for the sort.
+        low_x1, high_x1 = largest_xK.min(-1, keepdims=True), largest_xK.max(-1, keepdims=True)
+        return _search(chosen, keep, low_x1, high_x1, _count_each)
+
+    return lax.platform_dependent(acts_xF, cpu=best_blocks, default=all_blocks)
+
+
+def largest(pre_BxF: jax.Array, k: int | jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest positive values of each row and where they are, int32; both [B, most]. Of equals, the first ones.
+
+    Values are 0, at any place, where there are no more. All lie in the k blocks of the largest maxima.
+
+    Args:
+      pre_BxF: pre-activations.
+      k: 1 <= k <= most; may be traced.
+      most: the largest k there can be, at most F.
+    """
+    cpu, default = (functools.partial(choose, most=most) for choose in (_largest_by_sorting, _largest_by_searching))
+    return lax.platform_dependent(pre_BxF, jnp.asarray(k, jnp.int32), cpu=cpu, default=default)
+
+
+def _largest_by_sorting(pre_BxF: jax.Array, k: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """``largest``, falling. XLA:CPU sorts a block's values faster than whole rows."""
+    count, features = pre_BxF.shape
+    if features % _BLOCK or most >= features // _BLOCK:
+        value_BxK, place_BxK = lax.top_k(pre_BxF, most)
+    else:
+        blocks_BxNx16 = _blocks(pre_BxF)
+        block_BxK = jnp.sort(lax.top_k(blocks_BxNx16.max(-1), most)[1], axis=1)  # so that the first of equals is
+        chosen_BxKx16 = jnp.take_along_axis(blocks_BxNx16, block_BxK[..., None], axis=1, mode="promise_in_bounds")
+        value_BxK, at_BxK = lax.top_k(chosen_BxKx16.reshape(count, -1), most)
+        place_BxK = jnp.take_along_axis(block_BxK, at_BxK // _BLOCK, axis=1) * _BLOCK + at_BxK % _BLOCK
+    return jnp.where((jnp.arange(most)[None] < k) & (value_BxK > 0), value_BxK, 0.0), place_BxK
+
+
+def _largest_by_searching(pre_BxF: jax.Array, k: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """``largest``, in order of their places, without a sort, which is slow on a GPU."""
+    acts_BxF, features = jax.nn.relu(pre_BxF), pre_BxF.shape[1]
+    if features % _BLOCK or most >= features // _BLOCK:
+        return _first_kept(acts_BxF, k, most)
+    blocks_BxNx16 = _blocks(acts_BxF)
+    maximum_BxK, block_BxK = _first_kept(blocks_BxNx16.max(-1), k, most)
+    chosen_BxKx16 = jnp.take_along_axis(blocks_BxNx16, block_BxK[..., None], axis=1, mode="promise_in_bounds")
+    chosen_BxKx16 = jnp.where(maximum_BxK[..., None] > 0, chosen_BxKx16, 0.0)  # no block twice
+    value_BxK, at_BxK = _first_kept(chosen_BxKx16.reshape(len(pre_BxF), -1), k, most)
+    return value_BxK, jnp.take_along_axis(block_BxK, at_BxK // _BLOCK, axis=1) * _BLOCK + at_BxK % _BLOCK
+
+
+def _first_kept(acts_BxC: jax.Array, k: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """``largest`` of values that are not negative, in order of their places."""
+    highest_Bx1 = acts_BxC.max(-1, keepdims=True)
+    kept_BxC = acts_BxC > _search(acts_BxC, k, jnp.zeros_like(highest_Bx1), highest_Bx1, _count_each)
+    smallest_Bx1 = jnp.min(jnp.where(kept_BxC, acts_BxC, jnp.inf), axis=-1, keepdims=True)
+    above_BxC, ties_BxC = kept_BxC & (acts_BxC > smallest_Bx1), kept_BxC & (acts_BxC == smallest_Bx1)
+    room_Bx1 = k - jnp.sum(above_BxC, axis=-1, keepdims=True, dtype=jnp.int32)
+    ties_BxC &= jnp.cumsum(ties_BxC, axis=-1, dtype=jnp.int32) <= room_Bx1
+    count_BxC = jnp.cumsum(above_BxC | ties_BxC, axis=-1, dtype=jnp.int32)
+    wanted_K = jnp.arange(1, most + 1, dtype=jnp.int32)
+    place_BxK = jax.vmap(lambda count_C: jnp.searchsorted(count_C, wanted_K))(count_BxC).astype(jnp.int32)
+    there_BxK, place_BxK = place_BxK < acts_BxC.shape[1], jnp.minimum(place_BxK, acts_BxC.shape[1] - 1)
+    return jnp.where(there_BxK, jnp.take_along_axis(acts_BxC, place_BxK, axis=1), 0.0), place_BxK
+
+
+def _blocks(acts_xF: jax.Array) -> jax.Array:
+    return acts_xF.reshape(*acts_xF.shape[:-1], -1, _BLOCK)
+
+
+def _search(
+    acts: jax.Array,
+    keep: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    count: Callable,
+    above_high: jax.Array | None = None,
+) -> jax.Array:
+    """The largest threshold found above which ``keep`` values lie, or more where they tie.
+
+    The logarithm of the count falls about linearly with the threshold, so the next one to try is interpolated; the
+    end that stays where it is loses half its weight each time (the Illinois rule), and every third interval is halved.
+    Floats that are not negative order as their bits do, and it is the bits that are searched, so that it ends, ties
+    included; it stops as soon as every threshold has exactly ``keep`` above it.
+
+    Args:
+      acts: not negative.
+      keep: how many are to lie above.
+      low, high: that many lie at or above ``low``, fewer above ``high``.
+      count: (acts, threshold) to the number above, of the threshold's shape, int32.
+      above_high: how many lie above ``high``; None: none.
+    """
+    integer = jnp.int64 if acts.dtype == jnp.float64 else jnp.int32
+    to_bits = functools.partial(lax.bitcast_convert_type, new_dtype=integer)
+    to_float = functools.partial(lax.bitcast_convert_type, new_dtype=acts.dtype)
+    low_bits = jnp.maximum(to_bits(low) - 1, 0)
+
+    def excess(above: jax.Array) -> jax.Array:  # 0 where it is ``keep``; the half is for counts of 0
+        return jnp.log((above.astype(jnp.float32) + 0.5) / (keep.astype(jnp.float32) + 0.5))
+
+    def unsettled(carry):
+        low, high, above_low, *_ = carry
+        return jnp.any((above_low > keep) & (high - low > 1))
+
+    # Invariant: more than ``keep``, or all that can be told apart, lie above low; fewer above high.
+    def narrow(carry):
+        low, high, above_low, excess_low, excess_high, turn = carry
+        share = jnp.where(turn % 3 == 2, 0.5, excess_low / (excess_low - excess_high))
+        step = (share * (high - low).astype(jnp.float32)).astype(integer)
+        middle = low + jnp.clip(step, 1, jnp.maximum(high - low - 1, 1))
+        above = count(acts, to_float(middle))
+        settled = (above_low <= keep) | (high - low <= 1)  # leave that threshold where it is
+        raise_low, lower_high = ~settled & (above >= keep), ~settled & (above < keep)
+        return (
+            jnp.where(raise_low, middle, low),
+            jnp.where(lower_high, middle, high),
+            jnp.where(raise_low, above, above_low),
+            jnp.where(raise_low, excess(above), excess_low / 2),
+            jnp.where(lower_high, excess(above), excess_high / 2),
+            turn + 1,
+        )
+
+    above_low = count(acts, to_float(low_bits))
+    ends = excess(above_low), excess(jnp.zeros_like(above_low) if above_high is None else above_high)
+    return to_float(lax.while_loop(unsettled, narrow, (low_bits, to_bits(high), above_low, *ends, jnp.int32(0)))[0])
+
+
+def _count_each(acts_xF: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Values above a threshold of each token's own, or of all tokens; [..., 1]."""
+    # Floats, because XLA:CPU vectorises neither comparisons nor sums of integers; exact up to 2^24 features.
+    above_x1 = jnp.sum((acts_xF > threshold).astype(jnp.float32), axis=-1, keepdims=True)
+    return above_x1.astype(jnp.int32)
+
+
+def _count_all(acts_BxF: jax.Array, threshold_1x1: jax.Array) -> jax.Array:
+    return jnp.sum(_count_each(acts_BxF, threshold_1x1), axis=0, keepdims=True, dtype=jnp.int32)

@@ -1,0 +1,138 @@
+"""What a crosscoder keeps of each part: its variance, and what the part's model loses with a reconstruction there.
+
+The values of all parts are read in clean passes of their models; then each part alone is replaced in its model, and
+where a model has several parts all of them at once. All parts of a residual stream at once are no more than the last:
+layers after it read nothing else.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.dictionaries import Dictionary
+from saejax.dictionaries.joined import in_domain, join, split, unjoin
+from saejax.evaluation import programs
+from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches
+from saejax.models.edits import Positions, Values
+from saejax.models.language_model import LanguageModel, forward
+from saejax.models.site_edits import SiteEdit
+from saejax.models.sites import OtherSite, Site, decoder_site, site_parts
+
+
+class Parts(NamedTuple):
+    """The parts of a joined site that are of one model, by name."""
+
+    lm: LanguageModel
+    sites: dict[str, Site]
+
+
+def parts_by_model(site: str, lm: LanguageModel, other: LanguageModel | None) -> list[Parts]:
+    """The parts of a joined site, by the models that they are of; the first model first.
+
+    Raises:
+      UserError: a site does not exist in its model.
+    """
+    found = []
+    for model, of_other in ((lm, False), (other, True)):
+        names = [name for name in site_parts(site) if OtherSite.names(name) == of_other]
+        if model is not None and names:
+            found.append(Parts(model, {name: decoder_site(name).check(model.config) for name in names}))
+    return found
+
+
+def clean_values(models: Sequence[Parts], ids_BxT: jax.Array, lengths_B: jax.Array) -> dict[str, jax.Array]:
+    """The values [B, T, width] at all parts, by name.
+
+    Args:
+      models: of ``parts_by_model``.
+      ids_BxT: token ids, padded on the right.
+      lengths_B: number of tokens of each text.
+    """
+    found: dict[str, jax.Array] = {}
+    for lm, sites in models:
+        _, values = forward(lm.config, tuple(sites.values()), False, lm.params, ids_BxT, lengths_B)
+        found |= dict(zip(sites, values, strict=True))
+    return found
+
+
+def replaced(sites: Mapping[str, Site], new: Mapping[str, jax.Array]) -> tuple[SiteEdit, ...]:
+    """Edits that put values [B, T, width] by part in the place of a model's own."""
+    everywhere = Positions.of("all")
+    return tuple(SiteEdit(jnp.float32(0), Values(new[name], True), everywhere, site) for name, site in sites.items())
+
+
+def part_losses(
+    models: Sequence[Parts],
+    dictionaries: Sequence[Dictionary],
+    documents: Sequence[np.ndarray],
+    mean_D: np.ndarray,
+    batch_tokens: int = 4096,
+) -> list[dict[str, Losses]]:
+    """For each crosscoder, the losses with each part replaced, and under a model's parts joined by "+" with all.
+
+    Args:
+      models: of ``parts_by_model``.
+      dictionaries: of one joined site and one scale.
+      documents: token ids.
+      mean_D: mean of the joined values over training tokens.
+      batch_tokens: tokens per program, padding included.
+    """
+    config = dictionaries[0].config
+    groups = {"+".join(sites): (lm, sites) for lm, sites in models}
+    groups |= {name: (lm, {name: site}) for lm, sites in models for name, site in sites.items()}
+    sums = {name: np.zeros((2, 3 + len(dictionaries))) for name in groups}
+    tokens = 0
+    for ids_BxT, lengths_B, predicted in document_batches(models[0].lm, documents, batch_tokens):
+        clean = clean_values(models, ids_BxT, lengths_B)
+        x_BxTxD = join(config, clean)
+        inside_BxTx1 = in_domain(config, x_BxTxD)[..., None]
+        stand_ins = [jnp.broadcast_to(mean_D.astype(np.float32), x_BxTxD.shape), jnp.zeros_like(x_BxTxD)]
+        stand_ins += [dictionary(x_BxTxD) for dictionary in dictionaries]
+        new = [unjoin(config, jnp.where(inside_BxTx1, each_BxTxD, x_BxTxD)) for each_BxTxD in stand_ins]
+        for name, (lm, sites) in groups.items():
+            last = (Site("resid_post", lm.config.n_layers - 1),)
+            edits = [(), *(replaced(sites, each) for each in new)]
+            left = [forward(lm.config, last, False, lm.params, ids_BxT, lengths_B, each)[1][0] for each in edits]
+            sums[name] += [
+                np.asarray(values_CxExB, np.float64).sum((0, 2))
+                for values_CxExB in programs.compare(lm.config, lm.params, jnp.stack(left), ids_BxT, lengths_B)
+            ]
+        tokens += predicted
+    of_variants = len(VARIANTS) - 1
+    return [
+        {
+            name: Losses.of(tokens, *(sums_2xE[:, [*range(of_variants), of_variants + own]] / max(tokens, 1)))
+            for name, sums_2xE in sums.items()
+        }
+        for own in range(len(dictionaries))
+    ]
+
+
+def part_variances(dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence[np.ndarray]]) -> list[list[float]]:
+    """The explained variance of each part, for each crosscoder, sums in fp64; 0 where a part does not vary.
+
+    Args:
+      dictionaries: of one joined site.
+      blocks: joined values, ([n, D],) each.
+    """
+    widths = dictionaries[0].config.widths
+    errors = [np.zeros(len(widths)) for _ in dictionaries]
+    tokens, total, square = 0, [np.zeros(width) for width in widths], np.zeros(len(widths))
+    for x_NxD, *_ in blocks:
+        parts = split(np.asarray(x_NxD, np.float64), widths)
+        tokens += len(x_NxD)
+        square += [np.square(part).sum() for part in parts]
+        total = [sum_D + part.sum(0) for sum_D, part in zip(total, parts, strict=True)]
+        for error, dictionary in zip(errors, dictionaries, strict=True):
+            made = split(np.asarray(_reconstruction(dictionary, x_NxD), np.float64), widths)
+            error += [np.square(part - own).sum() for part, own in zip(parts, made, strict=True)]
+    variance = square - [np.square(sum_D).sum() / max(tokens, 1) for sum_D in total]
+    return [np.where(variance > 0, 1 - error / np.where(variance > 0, variance, 1), 0).tolist() for error in errors]
+
+
+@jax.jit
+def _reconstruction(dictionary: Dictionary, x_NxD: jax.Array) -> jax.Array:
+    return dictionary(x_NxD)

@@ -1,0 +1,125 @@
+"""What a compiled program makes devices send to one another: its collectives, read from the compiler's text.
+
+A ring over n devices makes each send (n - 1) / n of what is gathered, scattered or exchanged, and twice that of what is
+reduced for all. A collective in a loop counts as often as the loop runs.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+# One line of the text: the shapes of its results, the operation, and what is said of it.
+_LINE = re.compile(r"^\s*(?:ROOT )?%?\S+ = (?P<shapes>\(.*?\)|\S+) (?P<kind>[a-z-]+)\((?P<rest>.*)$")
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|condition|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BODY = re.compile(r"body=%?([\w.-]+)")
+_TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
+_SHAPE = re.compile(r"([a-z]\w*?)(\d*)\[([\d,]*)\]")
+_LISTED = re.compile(r"replica_groups=\{(\{.*?\})\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_AXES = re.compile(r"replica_groups=\w*mesh\w*\[([^\]]*)\][^{]*\{([^}]*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def sent_bytes(text: str, devices: int, of_node: int) -> dict[str, int]:
+    """The bytes that one device sends when a program runs once.
+
+    Args:
+      text: of the compiled program, as ``jax.stages.Compiled.as_text`` gives it.
+      devices: on which it runs.
+      of_node: how many consecutive devices share a node, 1 or more; those of other nodes are farther away.
+
+    Returns:
+      By kind of collective, those that stay in a node and, with " between nodes" after the kind, those of which a group
+      has devices of several nodes; kinds that there are none of are left out.
+    """
+    lines, entry = _computations(text)
+    found: dict[str, float] = {}
+    for name, times in _runs(lines, entry):
+        for kind, shapes, rest in lines[name]:
+            base = kind.removesuffix("-start")
+            if base not in KINDS:
+                continue
+            groups = _groups(rest, devices)
+            size = len(groups[0])
+            if size < 2:
+                continue
+            apart = any(len({device // of_node for device in group}) > 1 for group in groups)
+            label = base + (" between nodes" if apart else "")
+            found[label] = found.get(label, 0.0) + times * _sent(base, _bytes(shapes, kind), size)
+    return {label: round(count) for label, count in sorted(found.items())}
+
+
+def _sent(kind: str, result: int, size: int) -> float:
+    """Bytes that each of ``size`` devices sends around a ring; ``result``: bytes of what it has in the end."""
+    share = (size - 1) / size
+    return {"all-reduce": 2 * share, "reduce-scatter": size - 1.0, "collective-permute": 1.0}.get(kind, share) * result
+
+
+def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
+    """The operations of each computation (kind, shapes, the rest of the line), and the name of the one that is run."""
+    lines: dict[str, list[tuple[str, str, str]]] = {}
+    entry = here = ""
+    for line in text.splitlines():
+        if begins := _COMPUTATION.match(line):
+            here = begins["name"]
+            lines[here] = []
+            entry = here if begins["entry"] else entry
+        elif here and (found := _LINE.match(line)):
+            lines[here].append((found["kind"], found["shapes"], found["rest"]))
+    return lines, entry
+
+
+def _runs(lines: Mapping[str, list[tuple[str, str, str]]], name: str, times: int = 1) -> Iterator[tuple[str, int]]:
+    """Each computation that runs when ``name`` does, and how often; a loop whose length is not known counts once."""
+    yield name, times
+    for kind, _, rest in lines[name]:
+        called = _CALLED.findall(rest)
+        for branches in _BRANCHES.findall(rest):
+            called += [branch.strip().lstrip("%") for branch in branches.split(",")]
+        for other in called:
+            if other in lines and kind not in KINDS:
+                yield from _runs(lines, other, times)
+        for body in _BODY.findall(rest):
+            trips = _TRIPS.search(rest)
+            yield from _runs(lines, body, times * (int(trips[1]) if trips else 1))
+
+
+def _bytes(shapes: str, kind: str) -> int:
+    """Of the results; a collective that is only begun lists what it was given before them, unless it reduces."""
+    sizes = [
+        math.prod(int(n) for n in dims.split(",") if n) * max(1, int(bits or 8) // 8)
+        for _, bits, dims in _SHAPE.findall(shapes)
+    ]
+    if kind in ("all-gather-start", "collective-permute-start"):
+        sizes = sizes[len(sizes) // 2 :] if kind.startswith("all") else sizes[1:2]
+    return sum(sizes)
+
+
+def _groups(rest: str, devices: int) -> np.ndarray:
+    """The devices that work together [groups, size], by their places in the program."""
+    if axes := _AXES.search(rest):
+        return _along(axes[1], axes[2], devices)
+    if iota := _IOTA.search(rest):
+        shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        return (ids.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else ids).reshape(shape)
+    if listed := _LISTED.search(rest) or _PAIRS.search(rest):
+        return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+    return np.arange(devices)[None]
+
+
+def _along(mesh: str, axes: str, devices: int) -> np.ndarray:
+    """The groups along axes of a mesh, as in "'axis_0'=2,'axis_1'=4" and "'axis_1'"; along parts of one: everything."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    along = re.findall(r"'([^']+)'", axes)
+    if ":" in axes or not along or math.prod(sizes.values()) != devices:
+        return np.arange(devices)[None]
+    names = list(sizes)
+    ids = np.arange(devices).reshape(list(sizes.values()))
+    moved = np.moveaxis(ids, [names.index(name) for name in along], range(-len(along), 0))
+    return moved.reshape(-1, math.prod(sizes[name] for name in along))

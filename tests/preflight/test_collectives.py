@@ -1,0 +1,126 @@
+"""What programs make devices send, against counts by hand."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from preflight_setup import on_mesh, plan_run, shape
+
+from saejax.errors import UserError
+from saejax.parallel import make_mesh
+from saejax.preflight import topology
+from saejax.preflight.collectives import sent_bytes
+from saejax.settings import MeshConfig
+from saejax.training.cost import train_programs
+
+LOOP = """
+HloModule jit_f
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %ar = f32[8]{0} all-reduce(%x), channel_id=1, %GROUPS%, to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]{0}) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_programs_send_what_their_products_need():
+    """The first product is summed over the 4 devices of "model", those of the loop over the 2 of "data"."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "model"))
+
+    def placed(array, *spec):
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def function(x_BxT, w_TxD):
+        y_BxD = placed(x_BxT @ w_TxD, "data", None)
+
+        def again(total_DxD, _):
+            return placed(y_BxD.T @ (y_BxD @ total_DxD), None, None), ()
+
+        return jax.lax.scan(again, jnp.eye(16), None, length=5)[0]
+
+    def argument(size, *spec):
+        return jax.ShapeDtypeStruct(size, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    arguments = argument((64, 32), "data", "model"), argument((32, 16), "model", None)
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    one = 2 * 3 / 4 * (32 * 16 * 4)  # half of the rows is what each device sums with three others
+    many = 5 * 2 * 1 / 2 * (16 * 16 * 4)
+    assert sent_bytes(text, 8, 8) == {"all-reduce": one + many}
+    assert sent_bytes(text, 8, 4) == {"all-reduce": one, "all-reduce between nodes": many}
+    assert sent_bytes(text, 8, 1) == {"all-reduce between nodes": one + many}
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "near"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", 2, True),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", 2, False),
+        ("replica_groups=[2,4]<=[8]", 4, True),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, False),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4, True),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", 2, False),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", 8, False),
+        ("replica_groups={}", 8, False),
+    ],
+)
+def test_groups_are_read_in_every_spelling(groups, size, near):
+    label = "all-reduce" if near else "all-reduce between nodes"
+    assert sent_bytes(LOOP.replace("%GROUPS%", groups), 8, 4) == {label: 5 * 2 * (size - 1) / size * 32}
+
+
+@pytest.mark.parametrize(
+    ("line", "sent"),
+    [
+        ("f32[8]{0} all-gather(%x), replica_groups=[2,4]<=[8]", {"all-gather": 24}),
+        ("(f32[2]{0}, f32[8]{0}) all-gather-start(%x), replica_groups=[2,4]<=[8]", {"all-gather": 24}),
+        ("f32[8]{0} all-gather-done(%x)", {}),
+        ("bf16[8]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8]", {"reduce-scatter": 48}),
+        ("(f32[8]{0}, pred[8]{0}) all-reduce(%x, %y), replica_groups=[2,4]<=[8]", {"all-reduce": 60}),
+        ("f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", {"collective-permute": 32}),
+        ("f32[8]{0} all-reduce(%x), replica_groups={{0},{1}}", {}),
+        ("f32[8]{0} add(%x, %y)", {}),
+    ],
+)
+def test_what_a_ring_sends(line, sent):
+    assert sent_bytes(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  ROOT %r = {line}\n}}\n", 8, 4) == sent
+
+
+def test_nodes_of_gpus_are_stood_in_for():
+    found = topology.find_slice("h100:2x4")
+    assert (len(found.devices), found.of_node, found.limit) == (8, 4, 72_000_000_000)
+    for name in ("h100", "h100:0", "h100:2x", "h100:2x4x1"):
+        with pytest.raises(UserError, match=f"topology={name}: expected GPUs of a node"):
+            topology.find_slice(name)
+    with pytest.raises(UserError, match="JAX has begun with .* run experiments.preflight by itself"):
+        topology.find_slice("h100:64x8")
+
+
+def test_the_benchmark_runs():
+    command = [sys.executable, "-m", "benchmarks.bench_scaling", "--jobs=h100", "--tiny"]
+    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    by_mesh = {row["axes"]: row["sends"] for row in rows}
+    assert list(by_mesh) == ["4 x 2 x 1", "2 x 4 x 1", "1 x 8 x 1", "1 x 1 x 8"]
+    gradients = 2 * 64 * 512 * 4 * 9  # of the matrices of nine members
+    assert by_mesh["4 x 2 x 1"]["all-reduce"] == pytest.approx(gradients, rel=0.05)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed")
+def test_a_million_features_send_sums_of_the_width_and_counts_alone():
+    found = topology.find_slice("v5e:2x4")
+    mesh = make_mesh(MeshConfig(model=8), found.devices)
+    changes = dict(train__kinds=("topk",), train__k=(64,), train__expansion=512, train__batch=1024)
+    plan = plan_run(shape("gemma-2b"), "resid_post.8", train__matmul="bfloat16", **changes)
+    (program,) = train_programs(on_mesh(plan, mesh), mesh)
+    step = topology.compile_for(program, found.limit, found.of_node)
+    width = 2 * 7 / 8 * 1024 * plan.model.d_model * 4
+    assert step.fits and set(step.sends) == {"all-reduce"}
+    assert width < step.sends["all-reduce"] < 1.05 * width, "one sum of the width for each token, and counts"
