@@ -3,8 +3,8 @@
     python -m venv build/dashboard && build/dashboard/bin/pip install sae-dashboard torch==2.13.0
     build/dashboard/bin/python scripts/dashboard_fixture.py
 
-Needs nothing of saejax, and no torchvision of another build than torch. The residual stream that is read is the sum of a
-token's and a position's embedding, so the file holds all that decides an activation, and what the tool says. The tool
+Needs nothing of saejax, and no torchvision of another build than torch. The residual stream that is read is the sum
+of a token's and a position's embedding, so the file holds all that decides an activation, and what the tool says. It
 shows no first tokens; nothing fires there.
 """
 
