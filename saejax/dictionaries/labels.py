@@ -55,6 +55,13 @@ def labels_of_folders(folders: Iterable[str | Path]) -> dict[tuple[int, int], st
     return found
 
 
+def labels_in(folders: Mapping[str, Path], dictionary: str) -> Mapping[int, Label]:
+    """What features are called, as ``labels_of``, if they were interpreted in a run that has these units' folders."""
+    kind, _ = kind_and_member(dictionary)
+    unit = folders.get(f"interpret/{kind}")
+    return labels_of(unit.parent.parent, dictionary) if unit else {}
+
+
 def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:
     """What the features of a dictionary are called: those labelled by hand, then those whose label was found.
 

@@ -17,6 +17,7 @@ from saejax.page.findings import Findings
 from saejax.results import Interval
 from saejax.tasks import report as tasks
 from saejax.tasks.results import BenchmarkResults
+from saejax.workspace import write_json
 
 some = types.SimpleNamespace
 
@@ -110,19 +111,31 @@ def test_agreement_with_other_dictionaries():
     assert report_sets.agreement(findings(topk=partly(AblateResults, behaviours={}))) == []
 
 
-def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
+def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched(tmp_path):
     share = some(features=20, accuracy=interval(0.5), random=interval(0.1), p_value=0.048)
     carried = some(prompts=12, top=[share], all=interval(0.7), error=interval(0.2), ceiling=interval(0.9))
     together = [some(features=20, denoising=some(normalised=interval(0.4))), some(features="all")]
     results = dict(dictionary="topk", site="resid_post.15", top=20, draws=20)
     results["unpatched"] = dict(addition="it has no train prompts")
+    singles = [
+        some(feature=i, denoising=some(effect=interval(i / 10)), noising=some(effect=interval(0.5))) for i in range(7)
+    ]
     results["behaviours"] = dict(
-        capital=some(interchange=carried, together=together, templates=0, disentangled=[
+        capital=some(interchange=carried, together=together, templates=0, features=singles, disentangled=[
             some(method="features", size=20, cause=interval(0.5), isolate=dict(agreement=interval(0.9))),
             some(method="whole site", size=64, cause=None, isolate={}),
         ])
     )  # fmt: skip
-    table, beside, without = patching.sections(findings(topk=partly(FeaturePatchResults, **results)), None)[0].blocks
+    unit = tmp_path / "interpret" / "topk"
+    unit.mkdir(parents=True)
+    write_json(unit / "labels.json", {"6": dict(label="a | city", by="Ada", note="", f1=None)})
+    made = findings(topk=partly(FeaturePatchResults, **results))
+    table, singly, beside, without = patching.sections(made, None)[0].blocks
+    assert [row[1:3] for row in singly.rows] == [(str(i), "–") for i in (6, 5, 4, 3, 2)]  # it was not interpreted
+    labelled = dataclasses.replace(made, folders={**made.folders, "interpret/topk": unit})
+    _, singly, *_ = patching.sections(labelled, None)[0].blocks
+    effects = ("0.60 [0.50,\u00a00.70]", "0.50 [0.40,\u00a00.60]")
+    assert singly.rows[0] == ("Capital of a country", "6", "a | city", *effects) and singly.rows[1][2] == "–"
     shares = [f"{mean} [{mean - 10},\u00a0{mean + 10}]" for mean in (50, 10, 70, 20, 90)]
     shares[1] += ", p = 0.048"
     assert table.rows == (("Capital of a country", "12", *shares, "0.40 [0.30,\u00a00.50]"),)

@@ -9,7 +9,7 @@ from saejax.causal.ablate import report_figures
 from saejax.causal.ablate.importance import DISCOVERY, Importance, importance_file
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, ImportanceSummary, TopFeature
 from saejax.dictionaries import stacks
-from saejax.dictionaries.labels import Label, labels_of
+from saejax.dictionaries.labels import Label, labels_in
 from saejax.errors import UserError
 from saejax.page.document import Block, Picture, Section, Strips, Text
 from saejax.page.findings import Draw, Findings
@@ -35,7 +35,7 @@ def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
         "a character."
     )
     sections = [Section("The features", (Text(intro),))]
-    known = labels(found)
+    known = labels_in(found.folders, found.one(AblateResults).dictionary)
     contexts = _Contexts(found, known) if shown and found.examples else None
     for name, result in ablate.behaviours.items():
         every = [_every(found, name, result, result.importance, draw)] if result.importance else []
@@ -102,13 +102,6 @@ def _agreement(summary: ImportanceSummary) -> str:
         f"the features otherwise: its size has a rank correlation of {number(correlated)} with the effect. Effects on "
         f"two halves of the prompts have one of {number(stable)}. "
     )
-
-
-def labels(found: Findings) -> Mapping[int, Label]:
-    """What features of the tested dictionary are called, where it was interpreted in this run."""
-    name = found.one(AblateResults).dictionary
-    kind, _ = stacks.kind_and_member(name)
-    return labels_of(found.report.parent, name) if found.folders.keys() & {f"interpret/{kind}"} else {}
 
 
 def _feature_table(result: BehaviourAblation, known: Mapping[int, Label]) -> Table:

@@ -5,21 +5,15 @@ from matplotlib.figure import Figure
 
 from saejax.causal.patching.grid import PatchingGrid, grid_file
 from saejax.causal.patching.paths import LOGITS
-from saejax.causal.patching.results import (
-    FeaturePatchResults,
-    HeadPatchResults,
-    PatchedFeatures,
-    PatchedSet,
-    PatchedSites,
-    SitePatchResults,
-)
+from saejax.causal.patching.report_features import tables
+from saejax.causal.patching.results import FeaturePatchResults, HeadPatchResults, PatchedSites, SitePatchResults
 from saejax.causal.patching.sites import DIRECTIONS
+from saejax.dictionaries.labels import labels_in
 from saejax.page import style
 from saejax.page.document import Block, Picture, Section, Terms
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number
 from saejax.page.words import behaviour
-from saejax.results import Interval
 
 _TITLES = dict(
     denoising="denoising: from prompt to counterpart",
@@ -46,9 +40,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
             if any(one.paths for one in results.behaviours.values()):
                 blocks.append(_paths_table(results))
         else:
-            blocks.append(_features_table(results))
-            if any(one.disentangled for one in results.behaviours.values()):
-                blocks.append(_disentangled_table(results))
+            blocks += tables(results, labels_in(found.folders, results.dictionary))
         without = [(behaviour(name), f"not patched: {reason}.") for name, reason in results.unpatched.items()]
         if without:
             blocks.append(Terms(tuple(without)))
@@ -175,77 +167,5 @@ def _paths_table(results: HeadPatchResults) -> Table:
     return Table("Paths along the stream", columns, tuple(rows), frozenset({1, 2}), stack=False, note=note)
 
 
-def _features_table(results: FeaturePatchResults) -> Table:
-    sets = ("Top features", "As many random", "All features", "The error", "Whole site")
-    columns = ("Behaviour", "Pairs", *(f"{name}, %" for name in sets), "Restored")
-    rows = tuple(_features_row(name, result, results.top) for name, result in results.behaviours.items())
-    templates = [result.templates for result in results.behaviours.values()]
-    note = (
-        f"Features of {results.dictionary} at {results.site} take the values they have on the counterpart: how "
-        "often the answer becomes the counterpart's, of the pairs on which the model is right both times (interchange-"
-        "intervention accuracy; Geiger et al., 2021). Random: sets drawn from features matched to the top ones and "
-        f"themselves, the mean over {results.draws} draws, and p, the share of sets that carry as much over. The "
-        "error: what the dictionary does not explain, alone. The whole site is the ceiling: all of its content at all "
-        "positions, of which the others are "
-        "parts; it says that the content passes here, not what carries it. Last column: the share of the logit "
-        "difference that the top features restore when they are carried from the prompt to its counterpart. 95 % "
-        "intervals: Wilson's of the shares of pairs, bootstrap of the others"
-        + (", by template." if any(templates) else ".")
-    )
-    return Table(f"Interchange of the top {results.top} features", columns, rows, note=note)
-
-
-def _disentangled_table(results: FeaturePatchResults) -> Table:
-    """Cause and isolate of features, between a learned subspace and random ones."""
-    rows = []
-    for name, result in results.behaviours.items():
-        for one in result.disentangled:
-            stay = [share.mean for share in one.isolate.values()]
-            score = MISSING
-            if one.cause and stay:
-                score = number(50 * (one.cause.mean + float(np.mean(stay))), 0)
-            isolate = ", ".join(f"{behaviour(other)} {_share(share)}" for other, share in one.isolate.items())
-            cause = _share(one.cause) if one.cause else MISSING
-            rows.append((behaviour(name), one.method, str(one.size), cause, isolate or MISSING, score))
-    note = (
-        "Cause: the share of this behaviour's test pairs whose answer becomes the counterpart's when the counterpart's "
-        "values are put in. Isolate: the share of another behaviour's pairs whose answer stays when the same is done "
-        "with their counterparts; features that do not fire there leave it alone. Score: the mean of cause and of the "
-        "mean isolate (RAVEL; Huang et al., 2024). DAS is a subspace of so many dimensions that was learned on train "
-        "pairs for its cause alone: the line that features are read against. 95 % Wilson intervals."
-    )
-    columns = ("Behaviour", "What is put in", "Size", "Cause, %", "Isolate, %", "Score, %")
-    return Table("Cause and isolate", columns, tuple(rows), frozenset({1, 4}), note=note)
-
-
-def _features_row(name: str, result: PatchedFeatures, top: int) -> tuple[str, ...]:
-    found = result.interchange
-    restored = _restored(result.together)
-    if not found.prompts:
-        return (behaviour(name), "0", *5 * (MISSING,), restored)
-    most = found.top[-1] if found.top else None
-    own, random = (
-        (_share(most.accuracy), f"{_share(most.random)}, p = {number(most.p_value, 3)}") if most else 2 * (MISSING,)
-    )
-    return (
-        behaviour(name),
-        str(found.prompts),
-        own,
-        random,
-        *map(_share, (found.all, found.error, found.ceiling)),
-        restored,
-    )
-
-
-def _restored(together: tuple[PatchedSet, ...]) -> str:
-    tops = [entry for entry in together if entry.features != "all"]
-    value = tops[-1].denoising.normalised if tops else None
-    return interval(value) if value else MISSING
-
-
 def _p(value: float | None) -> str:
     return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
-
-
-def _share(value: Interval | None) -> str:
-    return MISSING if value is None else interval(value, 0, 100)

@@ -1,0 +1,76 @@
+"""Our contexts beside those that SAEDashboard finds for the same dictionary (scripts/dashboard_fixture.py)."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import planted
+import pytest
+
+from saejax.activations.documents import COLUMNS, Documents
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.interpret import neighbours
+from saejax.interpret.detectors import PairCounts
+from saejax.interpret.firings import blocks, record
+from saejax.interpret.records import Describer
+from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
+from saejax.parallel import make_mesh
+
+MADE = json.loads((Path(__file__).parent / "sae_dashboard.json").read_text())
+EXAMPLES = 8
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """What we say of the dictionary's features, on a store of the same vectors."""
+    folder, ids_NxT = tmp_path_factory.mktemp("dashboard"), np.array(MADE["ids"], np.int32)
+    count, length = ids_NxT.shape
+    values_NxTxD = np.array(MADE["embed"])[ids_NxT] + np.array(MADE["position"])
+    padded = np.pad(values_NxTxD, ((0, 0), (0, 0), (0, planted.WIDTH - values_NxTxD.shape[2]))).astype(np.float32)
+    table = np.zeros((count, len(COLUMNS)), np.int32)
+    table[:, COLUMNS.index("group")] = np.arange(count)
+    names = tuple(map(str, range(count)))
+    documents = Documents(ids_NxT.reshape(-1), np.arange(count + 1, dtype=np.int64) * length, table, names)
+    store = planted._written(folder / "store", documents, padded)
+    W_enc_DxF = np.array(MADE["W_enc"])
+    W_enc_DxF = np.pad(W_enc_DxF, ((0, planted.WIDTH - len(W_enc_DxF)), (0, 0)))
+    features = W_enc_DxF.shape[1]
+    config = DictionaryConfig(
+        kind="standard", site=planted.SITE, d_in=planted.WIDTH, n_features=features, centred=False
+    )
+    arrays = dict(W_enc_DxF=W_enc_DxF, W_dec_FxD=W_enc_DxF.T, b_enc_F=MADE["b_enc"], b_dec_D=np.zeros(planted.WIDTH))
+    dictionary = Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
+    together = neighbours.Together(features, 10)
+    place = record(store, "train", {folder / "own": dictionary}, make_mesh(), 128, on_batch=together.add)
+    text = CodedText(store.documents, planted.TEXTS)
+    bases = {family: CodeCounts(text.code(family, place)) for family in FAMILIES}
+    nearest = neighbours.nearest_rows(dictionary.W_dec_FxD[...], 2)
+    describer = Describer(store, text, place, bases, EXAMPLES, 1, None, nearest, together)
+    (block,) = blocks(folder / "own", features)
+    return describer.records(block, PairCounts(block, text.code("token", block.place)))
+
+
+def test_the_strongest_contexts_are_the_same(records):
+    """The tool shows the strongest tokens, we the strongest of each document; order, places and activations."""
+    shown = 0
+    for own, made in zip(records, MADE["features"], strict=True):
+        first = {one["text"]: one for one in reversed(made["top"])}  # a text's strongest
+        ranked = [one for one in made["top"] if first[one["text"]] is one][:EXAMPLES]
+        examples = own["examples"][: len(ranked)]
+        assert [(e["document"], e["position"]) for e in examples] == [(o["text"], o["position"]) for o in ranked]
+        for example, one in zip(examples, ranked, strict=True):
+            start = example["position"] - example["peak"]
+            for step, (piece, act) in enumerate(zip(example["tokens"], example["acts"], strict=True), start):
+                if step:  # the tool leaves out the first token
+                    assert piece == planted.TEXTS[one["ids"][step - 1]]
+                    assert (act or 0.0) == pytest.approx(one["acts"][step - 1], rel=6e-3, abs=1e-4)
+        shown += len(ranked)
+    assert shown > 40
+
+
+def test_they_fire_as_often(records):
+    tokens = np.array(MADE["ids"]).size
+    for own, made in zip(records, MADE["features"], strict=True):
+        density = float(made["title"].split("= ")[1].rstrip("%"))
+        assert 100 * own["fires"] / tokens == pytest.approx(density, abs=6e-4)
