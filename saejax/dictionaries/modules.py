@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from saejax.dictionaries import joined, kinds, sparse_products
+from saejax.dictionaries import joined, kinds
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.editing import Editing
 from saejax.dictionaries.matmul import centred_matmul, matmul
@@ -121,9 +121,9 @@ class Dictionary(Editing, nnx.Module):
         """
         return self._with_bias(matmul(f_xF, self.W_dec_FxD[...], self.operands), x_xD)
 
-    def decode_code(self, code: sparse_products.SparseCode, x_BxD: jax.Array | None = None) -> jax.Array:
-        """``decode`` of the features that are active."""
-        return self._with_bias(sparse_products.product(code, self.W_dec_FxD[...]), x_BxD)
+    def without_bias(self, y_xD: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
+        """What is left of targets for features to explain: y less what ``decode`` adds whatever they are."""
+        return y_xD - self._with_bias(jnp.zeros_like(y_xD), x_xD)
 
     def _with_bias(self, y_xD: jax.Array, x_xD: jax.Array | None) -> jax.Array:
         """What features add, and what is added whatever they are."""
