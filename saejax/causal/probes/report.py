@@ -91,12 +91,12 @@ def probes(labels: Mapping[str, Sequence[ProbeFit]]) -> Figure:
     looks = dict(features=(ORANGE, "o", -0.07, "features"), raw=(BLUE, "s", 0.07, "raw dimensions"))
     for axes, rows in zip(below, labels.values(), strict=True):
         sizes = [row.k for row in rows if row.input == rows[0].input]
-        low_K, high_K = (
+        lowest, highest = (
             [100 * pick(getattr(row.shuffled, end) for row in rows if row.k == k) for k in sizes]
             for pick, end in ((min, "low"), (max, "high"))
         )
         places = np.arange(len(sizes))
-        axes.fill_between(places, low_K, high_K, color=GREY, alpha=0.25, linewidth=0, label="shuffled labels")
+        axes.fill_between(places, lowest, highest, color=GREY, alpha=0.25, linewidth=0, label="shuffled labels")
         axes.axhline(100 * rows[0].majority, color=INK, linewidth=1, linestyle=":", label="largest class")
         for name, (color, marker, shift, label) in looks.items():
             accuracies = [row.accuracy for row in rows if row.input == name]
