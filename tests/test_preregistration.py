@@ -57,7 +57,7 @@ def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp
 
 def test_stages_without_data_write_nothing_and_a_line_cut_off_is_left_out(tmp_path):
     shown = {stage for stage in STAGES if preregistration.shows_data(stage)}
-    assert shown == {"baseline", "benchmark", "ablate", "study"}
+    assert shown == {"baseline", "benchmark", "ablate", "study", "crosscode"}
     preregistration.write_rules(
         tmp_path, configs() | dict(study=dataclasses.replace(GROUPS["study"](), benchmarks=("logic",)))
     )
