@@ -9,8 +9,9 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "attribution"))
 from browser import CHROMIUM, chromium
 from made_up_records import BAD, made_up_record
+from runs import write_members
 
-from saejax.dictionaries.labels import FOUND, Label, labels_of
+from saejax.dictionaries.labels import FOUND, Label, labels_in, labels_of, labels_of_folders
 from saejax.errors import UserError
 from saejax.interpret.atlas import write_atlas
 from saejax.interpret.labels import read_labels
@@ -160,3 +161,18 @@ def test_where_labels_are_asked_for(tmp_path):
         folder.mkdir(parents=True)
         write_json(folder / "labels.json", {"4": to_json(label)})
         assert labels_of(tmp_path, "topk/k8") == {4: label}
+    assert labels_in({"capture": tmp_path / "capture"}, "topk/k8") == {}  # not interpreted in the run that asks
+    assert labels_in({"interpret/topk": tmp_path / "interpret" / "topk"}, "topk/k8") == {4: label}
+
+
+def test_graphs_find_labels_by_layer(tmp_path):
+    """What ``--graph.transcoders`` and ``--graph.dictionaries`` name: a unit, a member, or a folder of elsewhere."""
+    unit = tmp_path / "train" / "topk"
+    unit.mkdir(parents=True)
+    write_members(unit, ("a", "mlp_in.2", "mlp_out.2"), ("b", "mlp_in.5", "mlp_out.5"))
+    for name in ("a", "b"):
+        folder = tmp_path / "atlas" / "topk" / name
+        folder.mkdir(parents=True)
+        write_json(folder / "labels.json", {"4": to_json(Label(f"mine {name}", "Ada"))})
+    assert labels_of_folders([unit]) == {(2, 4): "mine a", (5, 4): "mine b"}
+    assert labels_of_folders([str(unit / "b"), tmp_path / "elsewhere"]) == {(5, 4): "mine b"}
