@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +13,9 @@ import runs
 import saejax
 from saejax import command
 from saejax.activations.store import Store
-from saejax.errors import UserError
+from saejax.crosscode.report import sections
+from saejax.page import style
+from saejax.page.document import Picture
 from saejax.results import load_results
 
 LAYERS, MODELS = "resid_post.0+resid_post.1", "resid_post.1+other:resid_post.1"
@@ -65,7 +68,7 @@ def test_scores_by_part(workdir, inputs, other):
     for site in (LAYERS, MODELS):
         assert list(scores[site].parts) == site.split("+")
         for part in scores[site].parts.values():
-            assert part.explained_variance > 0 and part.ce.clean < part.ce.zero_ablated
+            assert part.explained_variance > 0 and abs(part.kl.clean) < 1e-6 < part.kl.reconstructed
     parts = scores[MODELS].parts
     assert parts["resid_post.1"].ce.clean != parts["other:resid_post.1"].ce.clean
     assert scores[MODELS].ce == parts["resid_post.1"].ce  # the first model has that part alone
@@ -99,11 +102,23 @@ def test_results(workdir):
         assert found.claim.behaviours >= 1 and 0 <= found.claim.placebo_rate <= 1
 
 
+def test_the_report_has_what_removing_costs(workdir, tmp_path):
+    results = load_results(workdir / "crosscode")
+
+    def draw(name, figure, caption, alt):
+        return Picture(name, style.inline(style.save(figure, tmp_path, name), name, alt), caption, alt)
+
+    (section,) = sections(SimpleNamespace(each=lambda kind: {"": results}), draw)
+    told = "\n".join(block.markdown() for block in section.blocks)
+    assert (tmp_path / "crosscoders.png").exists() and "Removing private features of batchtopk" in told
+    assert "Not tested of batchtopk" in told and "Placebo rate" in told
+
+
 def test_the_report_without_behaviours(workdir, inputs, corpus, other, tmp_path, capsys):
     """Models and layers are told apart by norms and latent scaling alone; what was done before stays."""
     shutil.copytree(workdir, tmp_path / "run")
     changes = dict(model__other=other, task__behaviours="")
-    assert go(["evaluate", "crosscode", "report"], inputs, corpus, tmp_path / "run", **changes) == 0
+    assert go(["baseline", "evaluate", "crosscode", "report"], inputs, corpus, tmp_path / "run", **changes) == 0
     assert "evaluate/batchtopk: done before, unchanged" in capsys.readouterr().out
     (page,) = (tmp_path / "run" / "report").glob("*.md")
     page = page.read_text()
@@ -147,18 +162,19 @@ def test_bad_input_is_one_line(workdir, inputs, corpus, other, tmp_path, capsys)
     fails(
         ["capture"], "there is no site resid_post.9", model__other=other, capture__sites="mlp_in.0,other:resid_post.9"
     )
-    there = dict(folder=workdir, model__other=other)
+    shutil.copytree(workdir, tmp_path / "there")
+    there = dict(folder=tmp_path / "there", model__other=other)
+    fails(["crosscode"], "too few", crosscode__tokens=3, **there)
     fails(["train"], "has an empty part, or one twice", train__sites="resid_post.1+resid_post.1", **there)
     fails(["train"], "has an empty part", train__sites="resid_post.1+", **there)
     fails(["train"], "resid_post.7", train__sites="resid_post.1+resid_post.7", **there)
     fails(["train"], "a transcoder reads mlp_in.L", train__form="transcoder", **there)
-    fails(["crosscode"], "too few", crosscode__tokens=3, **there)
 
 
 def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
     sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / LAYERS)
     assert sae.config.site == LAYERS
-    with pytest.raises(UserError, match="crosscoder"):
+    with pytest.raises(saejax.UserError, match="crosscoder"):
         sae.ablate([1])
     from saejax.dictionaries.joined import in_domain, join, unjoin
 
@@ -168,9 +184,9 @@ def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
         np.testing.assert_allclose(value, values[name], rtol=1e-5)
     values[LAYERS.split("+")[1]][1, 2] *= 1e6
     assert np.asarray(in_domain(sae.config, join(sae.config, values))).tolist() == [[True] * 3, [True, True, False]]
-    with pytest.raises(UserError, match="needs the values at resid_post.1"):
+    with pytest.raises(saejax.UserError, match="needs the values at resid_post.1"):
         join(sae.config, {"resid_post.0": values["resid_post.0"]})
-    with pytest.raises(UserError, match="wide"):
+    with pytest.raises(saejax.UserError, match="wide"):
         join(sae.config, {name: value[..., :5] for name, value in values.items()})
     assert jax.numpy.isfinite(sae(x)).all()
 
