@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from saejax.causal.parts import Progress
 from saejax.errors import UserError
 from saejax.explain.endpoint import Answer, Keep
-from saejax.explain.questions import CosineQuestion, Question
+from saejax.explain.questions import EmbeddingRequest, Question
 from saejax.workspace import Run, fingerprint
 
 ANSWERS = "answers.jsonl"
@@ -61,7 +61,7 @@ class Answers:
     def __len__(self) -> int:
         return len(self._known)
 
-    def all(self, questions: Sequence[Question | CosineQuestion], label: str) -> list[str | None]:
+    def all(self, questions: Sequence[Question | EmbeddingRequest], label: str) -> list[str | None]:
         """The answers to questions, those that have none yet asked for.
 
         Args:
@@ -88,7 +88,7 @@ class Answers:
             left = left[len(lot) :]
         return [self._known[key].text for key in keys]
 
-    def _affordable(self, questions: Sequence[Question | CosineQuestion]) -> int:
+    def _affordable(self, questions: Sequence[Question | EmbeddingRequest]) -> int:
         """How many of the first questions the limit has room for, whatever is answered."""
         room = self._limit - sum(self.spent)
         for count, question in enumerate(questions):
@@ -97,7 +97,7 @@ class Answers:
                 return count
         return len(questions)
 
-    def _ask(self, lot: Sequence[tuple[str, Question | CosineQuestion]]) -> None:
+    def _ask(self, lot: Sequence[tuple[str, Question | EmbeddingRequest]]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         whole = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
         with self._path.open("a", encoding="utf-8") as file:
@@ -112,10 +112,10 @@ class Answers:
 
             self._judge.ask([question for _, question in lot], keep)
 
-    def _key(self, question: Question | CosineQuestion) -> str:
+    def _key(self, question: Question | EmbeddingRequest) -> str:
         return fingerprint(dict(model=self._model) | dataclasses.asdict(question))
 
 
-def _most(question: Question | CosineQuestion) -> int:
+def _most(question: Question | EmbeddingRequest) -> int:
     """The tokens that a question and its answer take, at most, roughly."""
     return len(question.task + question.text) // _LETTERS + question.most

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.explain.questions import CosineQuestion, Question
+from saejax.explain.questions import EmbeddingRequest, Question
 
 KEY = "OPENAI_API_KEY"
 _TRIES = 6
@@ -70,7 +70,7 @@ class Endpoint:
         self._quiet_until, self._limit_name = 0.0, "max_tokens"
         self._pause: Callable[[float], Any] = time.sleep
 
-    def ask(self, questions: Sequence[Question | CosineQuestion], keep: Keep) -> None:
+    def ask(self, questions: Sequence[Question | EmbeddingRequest], keep: Keep) -> None:
         """Asks questions; ``keep`` is called, in this thread, with every answer as it comes.
 
         Raises:
@@ -91,8 +91,8 @@ class Endpoint:
             finally:
                 threads.shutdown(cancel_futures=True)  # those that are asked already are kept
 
-    def _answer(self, question: Question | CosineQuestion) -> Answer:
-        if isinstance(question, CosineQuestion):
+    def _answer(self, question: Question | EmbeddingRequest) -> Answer:
+        if isinstance(question, EmbeddingRequest):
             return self._cosines(question)
 
         def asked_for() -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Endpoint:
         cut = choice.get("finish_reason") == "length" or not isinstance(text, str)
         return Answer(None if cut else text, (asked, told))
 
-    def _cosines(self, question: CosineQuestion) -> Answer:
+    def _cosines(self, question: EmbeddingRequest) -> Answer:
         texts = [*question.labels, *question.texts]
         asked_for = dict(model=question.model, input=texts, encoding_format="float")
         body, vector_NxE = self._post("embeddings", lambda: asked_for, lambda body: _vectors(body, len(texts)))

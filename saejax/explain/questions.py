@@ -59,7 +59,7 @@ class Question:
 
 
 @dataclasses.dataclass(frozen=True)
-class CosineQuestion:
+class EmbeddingRequest:
     """Labels and texts whose embeddings are compared; the answer is a JSON list of cosines with all texts, per label.
 
     Attributes:
@@ -78,9 +78,9 @@ class CosineQuestion:
         return "\n".join((*self.labels, *self.texts))
 
 
-def compare(model: str, labels: Sequence[str], contexts: Sequence[Context]) -> CosineQuestion:
+def compare(model: str, labels: Sequence[str], contexts: Sequence[Context]) -> EmbeddingRequest:
     """Compares labels, as instructed queries, with contexts without marks."""
-    return CosineQuestion(model, tuple(_SEEK + _clean(label) for label in labels), tuple(map(plain, contexts)))
+    return EmbeddingRequest(model, tuple(_SEEK + _clean(label) for label in labels), tuple(map(plain, contexts)))
 
 
 def plain(context: Context) -> str:

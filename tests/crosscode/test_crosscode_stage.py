@@ -14,6 +14,7 @@ import saejax
 from saejax import command
 from saejax.activations.store import Store
 from saejax.crosscode.report import sections
+from saejax.errors import UserError
 from saejax.page import style
 from saejax.page.document import Picture
 from saejax.results import load_results
@@ -174,7 +175,7 @@ def test_bad_input_is_one_line(workdir, inputs, corpus, other, tmp_path, capsys)
 def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
     sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / LAYERS)
     assert sae.config.site == LAYERS
-    with pytest.raises(saejax.UserError, match="crosscoder"):
+    with pytest.raises(UserError, match="crosscoder"):
         sae.ablate([1])
     from saejax.dictionaries.joined import in_domain, join, unjoin
 
@@ -184,9 +185,9 @@ def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
         np.testing.assert_allclose(value, values[name], rtol=1e-5)
     values[LAYERS.split("+")[1]][1, 2] *= 1e6
     assert np.asarray(in_domain(sae.config, join(sae.config, values))).tolist() == [[True] * 3, [True, True, False]]
-    with pytest.raises(saejax.UserError, match="needs the values at resid_post.1"):
+    with pytest.raises(UserError, match="needs the values at resid_post.1"):
         join(sae.config, {"resid_post.0": values["resid_post.0"]})
-    with pytest.raises(saejax.UserError, match="wide"):
+    with pytest.raises(UserError, match="wide"):
         join(sae.config, {name: value[..., :5] for name, value in values.items()})
     assert jax.numpy.isfinite(sae(x)).all()
 

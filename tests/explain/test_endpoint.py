@@ -11,7 +11,7 @@ import pytest
 from saejax.errors import Interrupted, UserError
 from saejax.explain.answers import ANSWERS, Answers
 from saejax.explain.endpoint import KEY, Answer, Endpoint
-from saejax.explain.questions import CosineQuestion, Question
+from saejax.explain.questions import EmbeddingRequest, Question
 
 ASK = [Question("Say it.", f"number {i}", 20) for i in range(6)]
 
@@ -82,7 +82,7 @@ def test_newer_models_call_the_limit_otherwise():
         assert [("max_completion_tokens" in body) for _, body, *_ in server.tries] == [False, True, True]
 
 
-COMPARE = CosineQuestion("e", ("one",), ("one", "two", "zzz"))
+COMPARE = EmbeddingRequest("e", ("one",), ("one", "two", "zzz"))
 
 
 @pytest.mark.parametrize("trouble", [500, 429, "closed", "nonsense"])
