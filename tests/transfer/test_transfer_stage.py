@@ -41,9 +41,8 @@ def test_every_two_members_are_compared(workdir):
         assert pair.measures.keys() == {"decoder", "encoder", "activity"} and pair.tokens > 200
         for both in pair.measures.values():
             for one in (both.found, both.null):
-                assert (
-                    -1 <= one.matched.low <= one.matched.mean <= one.matched.high <= 1.000001 and one.gap <= STEP + 1e-6
-                )
+                assert -1 <= one.matched.low <= one.matched.mean <= one.matched.high <= 1.000001
+                assert one.gap <= STEP + 1e-6
         first, second = (load_dictionary(folder / "train" / name) for name in (pair.first, pair.second))
         unit = [np.asarray(one.W_dec_FxD[...]) for one in (first, second)]
         unit = [one / np.linalg.norm(one, axis=1, keepdims=True) for one in unit]
