@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def run_stages(
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
     only: str = "",
+    instead: Mapping[str, Callable[[Run], Any]] = types.MappingProxyType({}),
 ) -> None:
     """Runs the units of ``stages``, in order; what is finished and unchanged is left as it is.
 
@@ -83,6 +85,7 @@ def run_stages(
       say: prints a line.
       stopping: whether the process was asked to stop.
       only: the one unit to run, such as "train/topk"; "": all.
+      instead: by stage, what does its work in place of ``Stage.run``, with a model that is loaded already, say.
 
     Raises:
       UserError: bad input, or a stage's input has not been made.
@@ -102,10 +105,12 @@ def run_stages(
         for unit in units:
             if stopping():
                 raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
-            _run_unit(workspace, plan, unit, say, stopping)
+            _run_unit(workspace, plan, unit, say, stopping, instead)
 
 
-def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, stopping: Callable) -> None:
+def _run_unit(
+    workspace: Workspace, plan: Workplan, unit: str, say: Callable, stopping: Callable, instead: Mapping[str, Callable]
+) -> None:
     stage, _, name = unit.partition("/")
     mark = plan.mark(unit)
     if workspace.finished(stage, name, mark):
@@ -129,7 +134,7 @@ def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, st
     forget_peak()
     run = Run(stage, name, folder, plan.configs, inputs, lambda line: say(f"  {unit}: {line}"), stopping)
     with load("saejax.parallel:alone")() if several and not together else contextlib.nullcontext():
-        results = load(STAGES[stage].run)(run)
+        results = (instead.get(stage) or load(STAGES[stage].run))(run)
     seconds = round(time.monotonic() - clock, 2)
     if not _first(plan):
         return _wait_for_first(workspace, unit, mark)
