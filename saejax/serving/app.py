@@ -14,7 +14,7 @@ from saejax.attribution.forms.difference import compare_graphs
 from saejax.attribution.forms.page import page_html
 from saejax.errors import UserError
 from saejax.serving import pages
-from saejax.serving.bench import Bench
+from saejax.serving.bench import Bench, targets_of
 from saejax.serving.effects import effects
 from saejax.serving.jobs import Job, Jobs
 from saejax.serving.shelf import Shelf, ShelvedGraph
@@ -83,7 +83,7 @@ class GraphServer:
         try:
             configs = self._configs()
             config = configs["graph"]
-            note = f"With {configs['model'].path} and {_set_name(config)}; unchecked: experiments.attribute makes the checks."
+            note = f"With {configs['model'].path} and {_set_name(config)}. Checks are those of experiments.attribute."
         except UserError as error:
             config, note, why = self._bench.defaults["graph"], "", _line(error)
         return pages.list_page(self._shelf.root, graphs, config, note, why)
@@ -123,7 +123,9 @@ class GraphServer:
         if type(most) is not int or most < 0:
             raise UserError(f"max_features is {most!r}: expected a number of features, 0 for all")
         thresholds = dict(node_threshold=_share(asked, "nodes"), edge_threshold=_share(asked, "edges"))
-        own = dict(prompt=prompt, target=target, max_features=most, chat_template=asked.get("chat") is True, **thresholds)
+        own = dict(
+            prompt=prompt, target=target, max_features=most, chat_template=asked.get("chat") is True, **thresholds
+        )
         return dict(address=pages.address(trace_typed(self._bench, self._configs(), self._shelf.root, own, job)))
 
     def _prune(self, asked: Mapping[str, Any], job: Job) -> Any:
@@ -136,11 +138,9 @@ class GraphServer:
         document, hold, changes = self._shelf.document(graph), asked.get("hold"), _changes(asked.get("changes"))
         if hold not in _HOLDS:
             raise UserError(f"hold is {hold!r}: expected one of {', '.join(_HOLDS)}")
-        outputs = [node["node_id"].split("_")[1] for node in document["nodes"] if node["feature_type"] == "logit"]
         replacement = self._bench.run(graph, document, job)
         job.say("Running the model")
-        explained = [int(token) for token in outputs if token.isdecimal()]
-        return effects(replacement, changes, hold, explained, job.progress)
+        return effects(replacement, changes, hold, targets_of(document), job.progress)
 
     def _label(self, asked: Mapping[str, Any]) -> Any:
         graph, name, label = self._asked(asked), _text(asked, "node"), _text(asked, "label").strip()
@@ -152,7 +152,9 @@ class GraphServer:
 
     def _groups(self, asked: Mapping[str, Any]) -> Any:
         groups = asked.get("groups")
-        if not isinstance(groups, list) or not all(isinstance(one, list) and set(map(type, one)) == {str} for one in groups):
+        if not isinstance(groups, list) or not all(
+            isinstance(one, list) and set(map(type, one)) == {str} for one in groups
+        ):
             raise UserError("groups are lists of a label and ids of nodes")
         return self._shelf.save_groups(self._asked(asked), groups)
 

@@ -1,14 +1,14 @@
 """What the server has in memory: one model with its dictionaries, and the prompts that were run last.
 
-Both are loaded when they are first needed. What a graph was made with stands in its unit's summary, unless the command line
-names a model and a set for all.
+Both are loaded when they are first needed. What a graph was made with stands in its unit's summary, unless the command
+line names a model and a set for all.
 """
 
 import ast
 import dataclasses
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ import numpy as np
 from saejax import config as configuration
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.requests import Request, TargetText, read_labels
@@ -61,10 +60,15 @@ class Bench:
         if self._named:
             return self.defaults
         if graph is None or graph.unit is None:
-            told = "nothing names" if graph is None else f"{graph.id} was not made by experiments.attribute, which names"
+            told = (
+                "nothing names" if graph is None else f"{graph.id} was not made by experiments.attribute, which names"
+            )
             raise UserError(f"{told} its model and transcoders: start with --model.path=MODEL --graph.transcoders=SET")
         saved = load_summary(graph.unit).config
-        own = {name: configuration.from_json(of, saved[name]) for name, of in dict(model=ModelConfig, graph=GraphConfig).items()}
+        own = {
+            name: configuration.from_json(of, saved[name])
+            for name, of in dict(model=ModelConfig, graph=GraphConfig).items()
+        }
         return {**self.defaults, **own}
 
     def opened(self, run: Run, job: Job) -> tuple[Any, Any]:
@@ -121,7 +125,9 @@ class Bench:
         if not self.whole(graph):
             model, dictionaries = self.opened(run, job)
             job.say("Tracing the prompt again")
-            self.keep(graph.id, trace_request(model, dictionaries, *_request(document, config), on_progress=job.progress))
+            self.keep(
+                graph.id, trace_request(model, dictionaries, *_request(document, config), on_progress=job.progress)
+            )
         job.say("Pruning")
         whole = dataclasses.replace(self._graphs[graph.id], prompt=document["metadata"]["prompt"])
         pruned = whole.prune(nodes, edges, config.top_edges)
@@ -204,8 +210,8 @@ def _check_same(document: Mapping[str, Any], replacement: Replacement) -> None:
     again = sum(key in there for key in own)
     if again < _SAME * len(own):
         raise UserError(
-            f"of the graph's {len(own)} features {again} are active when {replacement.model.source.name} runs its prompt "
-            f"with {replacement.transcoders.name}: is this the model, and are these the transcoders, that it was made with?"
+            f"of the graph's {len(own)} features {again} are active when {replacement.model.source.name} runs its "
+            f"prompt with {replacement.transcoders.name}: are these the model and the set that it was made with?"
         )
 
 

@@ -1,6 +1,6 @@
 """What the next token becomes when features of a prompt are changed, beside what as many random ones do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from saejax.attribution.checks.edits import Change
 from saejax.attribution.checks.interventions import intervene
 from saejax.attribution.graph.nodes import FEATURE, Nodes
 from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.requests import TargetText
 from saejax.attribution.trace.targets import read_targets
 from saejax.causal.parts import OnProgress, silent
 from saejax.errors import UserError
@@ -23,7 +24,7 @@ def effects(
     replacement: Replacement,
     changes: Sequence[tuple[str, float, Sequence[str]]],
     hold: str,
-    tokens: Sequence[int] = (),
+    targets: Sequence[TargetText] = (),
     on_progress: OnProgress = silent,
 ) -> dict[str, Any]:
     """Runs a prompt with some features changed, and with random sets of as many other active ones changed alike.
@@ -32,12 +33,13 @@ def effects(
       replacement: of the prompt.
       changes: "scale" or "set", the factor or the activation, and ids of features, each in one change.
       hold: what stays as it was; see ``interventions``.
-      tokens: ids of tokens to show beside the most probable ones.
+      targets: what the graph explains, which is shown beside the most probable tokens.
       on_progress: called with the layers done and of all; may raise to stop.
 
     Returns:
       JSON data: of each of ``tokens``, the most probable after the changes first, its ``text``, ``logit`` and
-      ``probability`` (before, after; 0 to 1), and ``random`` probabilities, the least and the largest; ``kl``, the
+      ``probability`` (before, after; 0 to 1), and ``random`` probabilities, the least and the largest; of each of
+      ``differences`` of two logits its ``text``, ``value`` and ``random`` values; ``kl``, the
       divergence of the changed model from the model, in nats, and ``random_kl``; ``draws``, and why there are none.
 
     Raises:
@@ -49,7 +51,7 @@ def effects(
     except UserError as error:
         sets, why = [], str(error)
     rows = [_row(one, amount_N, is_factor_N) for one in (features, *sets)]
-    readouts = read_targets(replacement, (), 1, 0.0)
+    readouts = read_targets(replacement, targets, 1, 0.0)
     run = intervene(replacement, rows, readouts, hold=hold, on_progress=on_progress, logits=True)
     assert run.logits_RxV is not None
     logits_RxV = np.concatenate([replacement.logits_V[None], run.logits_RxV]).astype(np.float64)
@@ -57,17 +59,25 @@ def effects(
     log_RxV -= np.log(np.exp(log_RxV).sum(axis=1, keepdims=True))
     p_RxV, kl_R = np.exp(log_RxV), (np.exp(log_RxV[0]) * (log_RxV[0] - log_RxV)).sum(axis=1)
     top = [token for row in p_RxV[:2] for token in np.argsort(-row, kind="stable")[:_SHOWN].tolist()]
-    shown = sorted(dict.fromkeys([*top, *tokens]), key=lambda token: -p_RxV[1, token])
+    pairs = readouts.pair_Kx2.tolist()
+    shown = sorted(dict.fromkeys([*top, *(a for a, b in pairs if b < 0)]), key=lambda token: -p_RxV[1, token])
     text = token_text(replacement.model.tokenizer)
+    span = lambda value_R: [float(value_R[2:].min()), float(value_R[2:].max())] if sets else None  # noqa: E731
+    difference = lambda a, b: logits_RxV[:, a] - logits_RxV[:, b]  # noqa: E731
     return dict(
         tokens=[
             dict(
                 text=text(token),
                 logit=logits_RxV[:2, token].tolist(),
                 probability=p_RxV[:2, token].tolist(),
-                random=[float(p_RxV[2:, token].min()), float(p_RxV[2:, token].max())] if sets else None,
+                random=span(p_RxV[:, token]),
             )
             for token in shown
+        ],
+        differences=[
+            dict(text=[text(a), text(b)], value=difference(a, b)[:2].tolist(), random=span(difference(a, b)))
+            for a, b in pairs
+            if b >= 0
         ],
         kl=float(kl_R[1]),
         random_kl=kl_R[2:].tolist(),

@@ -1,8 +1,8 @@
 """Work for a request, in a thread of its own that ends with the request.
 
 The answer is lines of JSON: ``{"say": words}`` and ``{"done": n, "total": m}`` while it goes on, then
-``{"result": ...}`` or ``{"error": words}``. One piece of work runs at a time, as it has the machine's devices; others wait.
-A reader who leaves, and a server that ends, stop the work where it next says how far it is.
+``{"result": ...}`` or ``{"error": words}``. One piece of work runs at a time, as it has the machine's devices; others
+wait. A reader who leaves, and a server that ends, stop the work where it next says how far it is.
 """
 
 import asyncio
@@ -146,6 +146,8 @@ class Jobs:
             while not self._turn.acquire(timeout=_LOOK_EVERY):
                 job.progress(0, 1)
         try:
+            if job.stopping():
+                raise Interrupted("stopped")
             yield
         finally:
             self._turn.release()

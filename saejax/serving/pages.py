@@ -7,11 +7,14 @@ from urllib.parse import urlencode
 
 from saejax.attribution.forms.difference import GraphDifference
 from saejax.attribution.forms.page import VIEWER
+from saejax.attribution.results import GraphResults
 from saejax.page.document import Section, Terms, Text, to_html
 from saejax.page.scripts import interactive
 from saejax.page.tables import MISSING, Table, number, percent
+from saejax.results import from_json
 from saejax.serving.shelf import ShelvedGraph
 from saejax.settings import GraphConfig
+from saejax.workspace import read_json
 
 _OWN = Path(__file__).parent / "viewer"
 _MOST_ROWS = 200  # features of a comparison that are shown
@@ -56,7 +59,11 @@ def list_page(root: Path, graphs: Sequence[ShelvedGraph], config: GraphConfig, n
 def _about(graph: ShelvedGraph) -> str:
     parts = [f"model {graph.entry['scan']}"] if graph.entry.get("scan") else []
     parts += [f"{len(graph.entry['prompt_tokens'])} tokens"] if graph.entry.get("prompt_tokens") else []
-    parts.append(f"{graph.path.stat().st_size / 1e6:.1f} MB")
+    results = graph.unit / f"{graph.path.stem}.json" if graph.unit else None
+    if results and results.exists():
+        found = from_json(GraphResults, read_json(results), results)
+        parts += [f"{found.features:,} features", f"{found.edges:,} edges"]
+        parts.append(f"replacement {number(found.scores.replacement)}")
     return ", ".join(parts)
 
 

@@ -19,11 +19,11 @@ again, runs the model with features changed, saves labels and groups, compares t
 
   serve DIR, or --dir=DIR  a workdir, or a folder of graphs in Neuronpedia's format (required)
   --port=N  of 127.0.0.1; 0: a free one (default: 8765)
-  --labels=FILE  .csv file of labels to read and write, as --atlas.labels reads it (default: one in DIR/serve/ for each set)
+  --labels=FILE  .csv file of labels to read and write, as --atlas.labels reads it (default: in DIR/serve/, by set)
   --debug  show the traceback of bad input too
 
-With --model.path=MODEL and --graph.transcoders=SET, and other flags of experiments.attribute, these go for all graphs; else
-each graph's own are taken from its unit. It answers at an address with a random token, and ends with Ctrl-C."""
+With --model.path=MODEL and --graph.transcoders=SET, and other flags of experiments.attribute, these go for all graphs;
+else each graph's own are taken from its unit. It answers at an address with a random token, and ends with Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,7 +52,9 @@ def run(argv: Sequence[str]) -> int:
             raise UserError(f"there is no folder {folder}: expected a workdir, or a folder of graphs")
         for package in ("starlette", "uvicorn"):
             if not importlib.util.find_spec(package):
-                raise UserError(f"experiments.serve needs {package}, which is not installed: pip install 'saejax[serve]'")
+                raise UserError(
+                    f"experiments.serve needs {package}, which is not installed: pip install 'saejax[serve]'"
+                )
         token, listening = secrets.token_urlsafe(24), _listen(int(own["port"].value or 0))
         stopped = command.stop_asked()
         named = bool(configs["graph"].transcoders or configs["graph"].dictionaries)

@@ -18,8 +18,13 @@ from saejax.serving.shelf import Shelf
 _GRACE = 5  # seconds for answers that are under way when the server is to end
 
 
-class _Server(uvicorn.Server):
-    """A server that stops its work before it waits for answers to end."""
+class StoppingServer(uvicorn.Server):
+    """A server that stops its work before it waits for answers to end.
+
+    Args:
+      config: of uvicorn.
+      jobs: the work.
+    """
 
     def __init__(self, config: uvicorn.Config, jobs: Jobs):
         super().__init__(config)
@@ -46,17 +51,30 @@ def serve(
     Raises:
       UserError: there is no graph, and nothing to make one with.
     """
-    shelf, bench, jobs = Shelf(folder, labels), Bench(configs, named), Jobs()
-    if not shelf.graphs() and not named:
+    shelf, jobs = Shelf(folder, labels), Jobs()
+    graphs = len(shelf.graphs())
+    if not graphs and not named:
         raise UserError(
             f"{folder} holds no graphs: expected a workdir in which experiments.attribute made some, or graphs in "
             "Neuronpedia's format; to make the first here, name --model.path=MODEL --graph.transcoders=SET"
         )
     port = listening.getsockname()[1]
+    server = make_server(shelf, Bench(configs, named), jobs, token, port)
+    print(f"{graphs} graphs: open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(jobs):
+        server.run(sockets=[listening])
+
+
+def make_server(shelf: Shelf, bench: Bench, jobs: Jobs, token: str, port: int) -> StoppingServer:
+    """The server, which is not running yet.
+
+    Args:
+      shelf, bench, jobs: see ``GraphServer``.
+      token, port: of its address.
+    """
     hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
-    application = Guard(GraphServer(shelf, bench, jobs).application(), token, hosts)
     config = uvicorn.Config(
-        application,
+        Guard(GraphServer(shelf, bench, jobs).application(), token, hosts),
         http="h11",  # says when a reader has left, on which work ends
         loop="asyncio",
         ws="none",
@@ -67,6 +85,4 @@ def serve(
         proxy_headers=False,
         timeout_graceful_shutdown=_GRACE,
     )
-    print(f"{len(shelf.graphs())} graphs: open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends it)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(jobs):
-        _Server(config, jobs).run(sockets=[listening])
+    return StoppingServer(config, jobs)

@@ -18,7 +18,9 @@ from saejax.settings import GraphConfig
 from saejax.workspace import STARTED, SUMMARY, Workspace
 
 _UNCHECKED: dict[str, Any] = dict(doubled=0, circuits=False, heads=False, query_key=("none",))
-_OTHERWISE: dict[str, Any] = dict(prompts="", behaviours=(), token_ids=(), supernodes="", slug="")  # the reader's prompt alone
+_OTHERWISE: dict[str, Any] = dict(
+    prompts="", behaviours=(), token_ids=(), supernodes="", slug=""
+)  # the reader's prompt alone
 
 
 def trace_typed(bench: Bench, configs: Mapping[str, Any], root: Path, asked: Mapping[str, Any], job: Job) -> str:

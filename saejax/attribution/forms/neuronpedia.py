@@ -9,8 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.packed import shortest
 from saejax.attribution.graph import Graph
@@ -99,7 +97,9 @@ def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) 
     nodes, made = graph.nodes, []
     columns = (column.tolist() for column in (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N))
     first_logit = graph.slice_of(LOGIT).start
-    rows = zip(ids, *columns, shortest(nodes.value_N).tolist(), shortest(graph.pruning.influence_N).tolist(), strict=True)
+    rows = zip(
+        ids, *columns, shortest(nodes.value_N).tolist(), shortest(graph.pruning.influence_N).tolist(), strict=True
+    )
     for k, (node_id, kind, layer, position, index, value, share) in enumerate(rows):
         token = int(node_id.split("_")[1])
         number, name, label = {
