@@ -66,7 +66,7 @@ function makeLive(graph, { live, labels }, app) {
   };
   here("hold").onchange = (event) => {
     clearEffects();
-    app.change({ hold: event.target.value });
+    app.change({ hold: event.target.value }, true);
   };
   here("run-changes").onclick = async () => {
     const { changes, hold } = app.state;
