@@ -120,7 +120,7 @@ def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site,
     opened.click_on("#change-form button")
     assert text(opened, "#changes").count("Take back") == 2
     opened.js(
-        X
+        "(() => { const s = document.getElementById('hold'); s.value = 'attention'; s.onchange({target: s}); })()"
     )
     address = opened.js("location.href")
     opened.click_on("#run-changes")
