@@ -199,13 +199,14 @@ def _share(asked: Mapping[str, Any], name: str) -> float:
 
 def _changes(found: Any) -> list[tuple[str, float, list[str]]]:
     """Changes as pages send them: ["scale", 0.0, "3_17_4", ...]."""
-    changes = []
-    for item in found if isinstance(found, list) else [None]:
-        how, amount, *ids = item if isinstance(item, list) and len(item) > 2 else [None, None]
-        right = how in ("scale", "set") and type(amount) in (int, float) and math.isfinite(amount)
-        if not right or not all(isinstance(one, str) and _is_feature(one) for one in ids):
-            raise UserError('changes are lists such as ["scale", 0.0, "3_17_4"]: how, a number, and ids of features')
-        changes.append((how, float(amount), ids))
+    changes: list[tuple[str, float, list[str]]] = []
+    for item in found if isinstance(found, list) else [found]:
+        match item:
+            case ["scale" | "set" as how, int() | float() as amount, first, *rest] if math.isfinite(amount):
+                if all(isinstance(one, str) and _is_feature(one) for one in (first, *rest)):
+                    changes.append((how, float(amount), [first, *rest]))
+                    continue
+        raise UserError('changes are lists such as ["scale", 0.0, "3_17_4"]: how, a number, and ids of features')
     return changes
 
 
