@@ -17,7 +17,7 @@ ABOUT = """\
 serve: shows the attribution graphs of a folder in a browser on this machine, and works on them: traces prompts, prunes
 again, runs the model with features changed, saves labels and groups, compares two graphs.
 
-  serve DIR, or --dir=DIR  a workdir, or a folder of graphs in Neuronpedia's format (required)
+  serve DIR, --dir=DIR or --workdir=DIR  a workdir, or a folder of graphs in Neuronpedia's format (required)
   --port=N  of 127.0.0.1; 0: a free one (default: 8765)
   --labels=FILE  .csv file of labels to read and write, as --atlas.labels reads it (default: in DIR/serve/, by set)
   --debug  show the traceback of bad input too

@@ -1,4 +1,4 @@
-"""Edges of a graph as arrays for the page: a quarter of their JSON, and there in the order in which the page draws them.
+"""Edges of a graph as arrays for the page: a quarter of their JSON, in the order in which the page draws them.
 
 Arrays are little-endian bytes in base64, the strongest edge first (``scores``), so that the page neither parses names
 nor sorts. Weights are float32 where that loses nothing: where each is the shortest decimal of one, as in our documents.
