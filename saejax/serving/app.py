@@ -21,6 +21,7 @@ from saejax.serving.shelf import Shelf, ShelvedGraph
 from saejax.serving.tracing import trace_typed
 
 _HOLDS = ("nothing", "attention", "all")
+_LARGEST = 1e30  # factor or activation
 
 
 class GraphServer:
@@ -184,13 +185,15 @@ def _fields(body: bytes) -> Mapping[str, Any]:
 def _text(asked: Mapping[str, Any], name: str) -> str:
     if not isinstance(asked.get(name), str):
         raise UserError(f"{name} is {asked.get(name)!r:.40}: expected a text")
+    if any("\ud800" <= character <= "\udfff" for character in asked[name]):
+        raise UserError(f"{name} holds half a character: expected Unicode text")
     return asked[name]
 
 
 def _share(asked: Mapping[str, Any], name: str) -> float:
     try:
         value = float(asked.get(name, "nan"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not 0 <= value <= 1:
         raise UserError(f"{name} is {asked.get(name)!r:.40}: expected a share, 0 to 1")
@@ -202,7 +205,7 @@ def _changes(found: Any) -> list[tuple[str, float, list[str]]]:
     changes: list[tuple[str, float, list[str]]] = []
     for item in found if isinstance(found, list) else [found]:
         match item:
-            case ["scale" | "set" as how, int() | float() as amount, first, *rest] if math.isfinite(amount):
+            case ["scale" | "set" as how, int() | float() as amount, first, *rest] if -_LARGEST < amount < _LARGEST:
                 if all(isinstance(one, str) and _is_feature(one) for one in (first, *rest)):
                     changes.append((how, float(amount), [first, *rest]))
                     continue

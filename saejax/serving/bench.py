@@ -147,7 +147,7 @@ class Bench:
 
     def has_feature(self, graph: ShelvedGraph, node: str) -> bool:
         """Whether the node of an id is a feature of a graph that was pruned here, which may have others."""
-        pruned = [document for key, document in self._pruned.items() if key[0] == graph.id]
+        pruned = [document for key, document in list(self._pruned.items()) if key[0] == graph.id]
         return any(one["node_id"] == node for document in pruned for one in _features(document))
 
     def pruned(self, graph: ShelvedGraph, nodes: float, edges: float) -> dict[str, Any] | None:

@@ -106,7 +106,7 @@ class Shelf:
         ids = {node["node_id"] for node in document["nodes"]}
         members = [member for group in groups for member in group[1:]]
         if not all(len(group) > 1 for group in groups) or len(set(members)) < len(members) or set(members) - ids:
-            raise UserError("these are no groups: expected of each a label and nodes of the graph, each node once")
+            raise UserError("these are no groups: expected of each a label and nodes of the saved graph, each once")
         path = self._groups_file(graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f".{path.name}.lock")):
