@@ -79,7 +79,7 @@ def comparison_page(pair: Sequence[tuple[ShelvedGraph, Mapping[str, Any]]], foun
     told = [
         ("Features", f"{found.features[0]:,} in A, {found.features[1]:,} in B, {found.shared:,} in both."),
         ("In both, of all", f"{_share(found.jaccard)}; with B a position off {_share(found.shifted)}."),
-        ("At any position", f"{found.elsewhere:,} features of A are in B too."),
+        ("At any position", f"of the features of A {found.elsewhere:,} are in B."),
         ("Edges", f"{found.edges:,} between nodes of both; correlation of their weights {number(found.correlation)}."),
     ]
     outputs = tuple((text, _share(a), _share(b)) for text, a, b in found.outputs)
@@ -93,7 +93,18 @@ def comparison_page(pair: Sequence[tuple[ShelvedGraph, Mapping[str, Any]]], foun
     shares = "Influence up to a feature: the share that it and all more influential nodes have; small ones matter most."
     sections = [
         Section("What they share", (Terms(tuple(told)),)),
-        Section("Outputs", (Table("Probabilities", ("Output", "A", "B"), outputs, frozenset({1, 2}), stack=False),)),
+        Section(
+            "Outputs",
+            (
+                Table(
+                    "Probabilities; a difference of two logits has 100 %",
+                    ("Output", "A", "B"),
+                    outputs,
+                    frozenset({1, 2}),
+                    stack=False,
+                ),
+            ),
+        ),
         Section(
             "Features",
             (
