@@ -82,6 +82,7 @@ check-wheel: $(INSTALLED)
 
 bench-input: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_input
+	$(BIN)/python -m benchmarks.bench_stream
 
 bench-interpret: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_interpret

@@ -109,6 +109,7 @@ class Buffers:
     """A stream of three buffers of known values; every tenth row of the second is a sink."""
 
     dtype = np.dtype(np.float32)
+    on_devices = None  # on the host
     sizes = (2 * B + 6, 2 * B + 6, B + 5)
 
     def __init__(self, first=0):
