@@ -87,5 +87,5 @@ class HostBuffers:
         return {str(site): self._held[f"{site} norms"] for site in self._reader.widths}
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] of rows."""
+        """The vectors [n, d] of ``rows`` at a ``site``."""
         return self._held[site][rows].view(self._dtype)

@@ -80,7 +80,7 @@ class DeviceBuffers:
         return dict(zip(self._sites, np.asarray(self._norms_SxR), strict=True))
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] of rows, on the host."""
+        """The vectors [n, d] of ``rows`` at a ``site``, on the host."""
         part, place = self._places[site]
         return np.asarray(self._take(self.parts[part], place, rows.astype(np.int32))).view(self._dtype)
 
@@ -96,7 +96,14 @@ class DeviceBuffers:
 def buffer_shapes(
     config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dtype: str
 ) -> tuple[tuple[jax.ShapeDtypeStruct, ...], jax.ShapeDtypeStruct]:
-    """Every part of a buffer, [sites, rows, d], and the norms of its rows, [sites, rows], with their shardings."""
+    """Every part of a buffer, [sites, rows, d], and the norms of its rows, [sites, rows], with their shardings.
+
+    Args:
+      config, mesh: of the model.
+      parts: the sites of every part.
+      rows: of the largest buffer; they are filled up to a multiple of the ``data`` axis.
+      dtype: "float32" or "bfloat16", of the values.
+    """
     rows = -(-rows // mesh.shape["data"]) * mesh.shape["data"]
     shapes = [(len(part), rows, Site.parse(part[0]).width(config)) for part in parts]
     placements = [fitting_sharding(mesh, shape, "member", "data", None) for shape in shapes]
@@ -109,6 +116,9 @@ def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dt
     """The program of a batch: (params, parts, norms, ids_BxT, lengths_B, rows_BxT) -> parts, norms, when it is done.
 
     ``rows_BxT`` says which row of the buffer every token becomes; what lies beyond the last is not written.
+
+    Args:
+      config, mesh, parts, rows, dtype: as for ``buffer_shapes``.
     """
     shapes, norms = buffer_shapes(config, mesh, parts, rows, dtype)
     sites = sites_of(parts)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,22 +30,14 @@ from saejax.workspace import Run
 if TYPE_CHECKING:
     import jax
 
+    from saejax.activations.device_buffers import DeviceBuffers
+
 
 class _Stopped(Exception):
     """The process was asked to stop while a buffer was made."""
 
 
-class Buffers(Protocol):
-    """Where a buffer's vectors are: ``HostBuffers`` or ``DeviceBuffers``. ``parts``: None where the host has them."""
-
-    parts: Any
-
-    def fill(self, batches: Iterable[Batch]) -> None: ...
-    def norms(self) -> dict[str, np.ndarray]: ...
-    def read(self, site: str, rows: np.ndarray) -> np.ndarray: ...
-
-
-def _buffers(reader: Reader, parts: Parts, rows: int, dtype: str) -> Buffers:
+def _buffers(reader: Reader, parts: Parts, rows: int, dtype: str) -> HostBuffers | DeviceBuffers:
     from saejax.activations.device_buffers import DeviceBuffers
     from saejax.activations.jax_capture import DecoderReader
 
