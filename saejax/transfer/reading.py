@@ -113,8 +113,8 @@ class Reading:
 
     def _at_home(self, place: int) -> Rebuilt:
         read, real_N = self._reads[self._compared[place].fingerprint], self.activity(place).real_N
-        judge_N, fit_N = (np.flatnonzero(real_N & (read.text_N % 2 == odd)) for odd in (1, 0))
-        own = DictionaryOnText(self._compared[place].dictionary, self._value(place)[fit_N], self._value(place)[judge_N])
+        judge, fit = (np.flatnonzero(real_N & (read.text_N % 2 == odd)) for odd in (1, 0))
+        own = DictionaryOnText(self._compared[place].dictionary, self._value(place)[fit], self._value(place)[judge])
         return at_home(own, self._mesh, self._config.batch_tokens, self._losses(place))
 
     def _shared(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:

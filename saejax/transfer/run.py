@@ -173,8 +173,8 @@ class Comparison:
 def scores(matched: Matched, shared: float) -> MatchScores:
     """The figures of an assignment; features of the smaller dictionary that stay alone count as pairs of value 0."""
     pairs_N = np.zeros(min(len(matched.nearest_F), len(matched.nearest_G)))
-    values_N = matched.value_F[matched.partner_F >= 0]
-    pairs_N[: len(values_N)] = values_N
+    values = matched.value_F[matched.partner_F >= 0]
+    pairs_N[: len(values)] = values
     return MatchScores(
         nearest=mean(matched.nearest_F),
         nearest_back=mean(matched.nearest_G),
