@@ -8,9 +8,11 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from absl import flags
 
 from saejax import config
 from saejax.errors import CheckFailed, Interrupted, UserError
+from saejax.guard import LOST, guarded
 from saejax.processes import label
 from saejax.registry import GROUPS, STAGES, groups_of
 
+_LOST = re.compile("gloo|nccl|UNAVAILABLE|connection (closed|reset)", re.IGNORECASE)  # of a collective
 _DISK = {
     errno.ENOSPC: "the disk is full: free space, then run again",
     errno.EDQUOT: "the disk quota is used up: free space, then run again",
@@ -44,12 +48,17 @@ def main(stages: Sequence[str], about: str, argv: Sequence[str] | None = None) -
 def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
     """Like ``main``, but returns the exit status."""
     flag_values = stage_flags()
+    read: dict[str, Any] = {}
+
+    def settings() -> None:
+        read.update(read_configs(flag_values, argv))
+        if flag_values["help"].value:
+            _show(help_text(stages, about, flag_values))
+        else:
+            named_workdir(flag_values)
 
     def work() -> None:
-        configs = read_configs(flag_values, argv)
-        if flag_values["help"].value:
-            return _show(help_text(stages, about, flag_values))
-        workdir = named_workdir(flag_values)
+        configs, workdir = read, named_workdir(flag_values)
         runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
         shares_gpu = runs_model and configs["capture"].backend != "jax"
         _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
@@ -57,7 +66,12 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
 
         pipeline.run_stages(stages, configs, workdir, timed_say(), stop_asked(), flag_values["unit"].value or "")
 
-    return ended(work, flag_values)
+    status = ended(settings, flag_values)
+    if status or not read:
+        return status
+    if not read["mesh"].together:
+        return ended(work, flag_values)
+    return guarded(lambda: ended(work, flag_values), Path(named_workdir(flag_values)), read["mesh"].processes)
 
 
 def stage_flags() -> flags.FlagValues:
@@ -132,6 +146,9 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
             raise
         return _refuse(f"{error.filename or 'writing'}: {_DISK[error.errno]}", flag_values)
     except Exception as error:
+        if label() and _LOST.search(str(error)):
+            traceback.print_exc()
+            return LOST
         if "No space left on device" not in str(error):  # so TensorStore says it, as a ValueError
             raise
         return _refuse(f"{flag_values['workdir'].value}: {_DISK[errno.ENOSPC]}", flag_values)
@@ -195,8 +212,6 @@ def _show(text: str) -> None:
 
 def _refuse(message: str, flag_values: flags.FlagValues) -> int:
     if flag_values["debug"].value:
-        import traceback
-
         traceback.print_exc()
     print(f"{label()}error:", " ".join(message.split()), file=sys.stderr)
     return 2
