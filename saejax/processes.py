@@ -61,7 +61,7 @@ def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshC
                 f"({error}): start the run by srun or mpirun, or name --mesh.processes, process_id and coordinator"
             ) from error
     own, count = jax.process_index(), jax.process_count()
-    peers = Peers(global_state.client, own, count, config.watchdog, say)
+    peers = Peers(global_state.client, own, count, 6 * config.watchdog, say)
     _joined[:] = [peers]
     mark = uuid.uuid4().hex
     place = guard.joined(workdir, mark, own, count) if own == 0 else None

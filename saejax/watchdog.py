@@ -23,16 +23,19 @@ def watched(
     """
     armed = float("-inf")
 
-    def asked() -> bool:
+    def ended() -> None:
         nonlocal armed
         step()
         now = time.monotonic()
-        if seconds and now - armed > min(1.0, seconds / 10):  # arming starts a thread
+        if seconds and sys.__stderr__ and now - armed > seconds / 100:  # arming starts a thread
             faulthandler.dump_traceback_later(seconds, repeat=True, file=sys.__stderr__)
             armed = now
+
+    def asked() -> bool:
+        ended()
         return stopping()
 
-    asked()
+    ended()
     try:
         yield asked
     finally:

@@ -91,11 +91,16 @@ def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen
 
 def start_pair(binary: str, flags: list[str], **environment: str) -> list[subprocess.Popen]:
     """Two processes of one run."""
+    return start_group(2, binary, flags, **environment)
+
+
+def start_group(count: int, binary: str, flags: list[str], **environment: str) -> list[subprocess.Popen]:
+    """Processes of one run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    own = ["--mesh.processes=2", f"--mesh.coordinator=localhost:{port}"]
-    return [start(binary, [*flags, *own, f"--mesh.process_id={i}"], **environment) for i in range(2)]
+    own = [f"--mesh.processes={count}", f"--mesh.coordinator=localhost:{port}"]
+    return [start(binary, [*flags, *own, f"--mesh.process_id={i}"], **environment) for i in range(count)]
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:

@@ -52,12 +52,12 @@ class MeshConfig(Config):
         "", "host:port of process 0; empty where the cluster's environment tells", changes_results=False
     )
     watchdog: float = setting(
-        0.0,
+        600.0,
         "seconds without the end of a step, a batch or the like after which a process writes where all its threads "
-        "are, and others no longer wait for it; 0: never",
+        "are; after six times as long, others no longer wait for it; 0: never",
         low=0.0,
         changes_results=False,
-        implied=0.0,
+        implied=600.0,
     )
 
     @property

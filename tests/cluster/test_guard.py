@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import runs
@@ -57,7 +58,7 @@ def ended(tmp_path):
     children = []
     yield run
     for child in children:  # none outlives its parent
-        assert not os.path.exists(f"/proc/{child}") or open(f"/proc/{child}/stat").read().split()[2] == "Z"
+        assert not (stat := Path(f"/proc/{child}/stat")).exists() or stat.read_text().split()[2] == "Z"
 
 
 def test_all_end_well(ended, tmp_path):

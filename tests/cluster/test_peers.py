@@ -110,7 +110,9 @@ def test_a_flag_that_differs_is_named():
     assert "--train.k is 9 in process 2 and 8 in process 0: start all processes alike" in str(others[1])
 
 
-@pytest.mark.parametrize(("processes", "units", "size"), [(2, 5, 1), (3, 3, 1), (4, 3, 2), (4, 1, 4), (2, 0, 0), (1, 2, 1)])
+@pytest.mark.parametrize(
+    ("processes", "units", "size"), [(2, 5, 1), (3, 3, 1), (4, 3, 2), (4, 1, 4), (2, 0, 0), (1, 2, 1)]
+)
 def test_every_unit_is_done_by_one_team(processes, units, size):
     names = [f"unit{number}" for number in range(units)]
 
