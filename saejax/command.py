@@ -48,17 +48,12 @@ def main(stages: Sequence[str], about: str, argv: Sequence[str] | None = None) -
 def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
     """Like ``main``, but returns the exit status."""
     flag_values = stage_flags()
-    read: dict[str, Any] = {}
-
-    def settings() -> None:
-        read.update(read_configs(flag_values, argv))
-        if flag_values["help"].value:
-            _show(help_text(stages, about, flag_values))
-        else:
-            named_workdir(flag_values)
 
     def work() -> None:
-        configs, workdir = read, named_workdir(flag_values)
+        configs = read_configs(flag_values, argv)
+        if flag_values["help"].value:
+            return _show(help_text(stages, about, flag_values))
+        workdir = named_workdir(flag_values)
         runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
         shares_gpu = runs_model and configs["capture"].backend != "jax"
         _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
@@ -66,12 +61,23 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
 
         pipeline.run_stages(stages, configs, workdir, timed_say(), stop_asked(), flag_values["unit"].value or "")
 
-    status = ended(settings, flag_values)
-    if status or not read:
-        return status
-    if not read["mesh"].together:
-        return ended(work, flag_values)
-    return guarded(lambda: ended(work, flag_values), Path(named_workdir(flag_values)), read["mesh"].processes)
+    processes, workdir = _together(argv)
+    if processes != 1 and workdir:  # before anything is imported that starts threads
+        return guarded(lambda: ended(work, flag_values), Path(workdir), processes)
+    return ended(work, flag_values)
+
+
+def _together(argv: Sequence[str]) -> tuple[int, str]:
+    """How many processes flags ask for, 0 where a cluster tells, and the workdir; reads nothing else of the flags."""
+    early = flags.FlagValues()
+    flags.DEFINE_integer("mesh.processes", 1, "", flag_values=early)
+    flags.DEFINE_string("mesh.distributed", "flags", "", flag_values=early)
+    flags.DEFINE_string("workdir", "", "", flag_values=early)
+    try:
+        early(list(argv), known_only=True)
+    except flags.Error:  # which is told when all flags are read
+        return 1, ""
+    return 0 if early["mesh.distributed"].value == "auto" else early["mesh.processes"].value, early["workdir"].value
 
 
 def stage_flags() -> flags.FlagValues:

@@ -31,7 +31,7 @@ _joined: list[int] = []  # the end of a pipe by which a child says where it belo
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """Where a process belongs."""
 
     folder: Path  #: in which parents leave word
@@ -118,14 +118,15 @@ def not_come(workdir: Path, count: int) -> str:
     paths = {number: workdir / FOLDER / "come" / str(number) for number in range(count)}
     late = [number for number, path in paths.items() if not path.exists() or _age(path) > 2 * COME]
     names = ", ".join(map(str, late)) or "some"
-    return f"of {count} processes {names} did not come within {COME} s: start all with the same --mesh.coordinator"
+    of = f"{count} processes" if count else "the processes"
+    return f"of {of} {names} did not come within {COME} s: start all with the same --mesh.coordinator"
 
 
 def _age(path: Path) -> float:
     return time.time() - path.stat().st_mtime
 
 
-def joined(workdir: Path, mark: str, own: int, count: int) -> Place:
+def joined(workdir: Path, mark: str, own: int, count: int) -> ProcessPlace:
     """Tells a child's parent where the child belongs.
 
     Args:
@@ -133,7 +134,7 @@ def joined(workdir: Path, mark: str, own: int, count: int) -> Place:
       mark: that no other run has.
       own, count: the process's number, and how many there are.
     """
-    place = Place(workdir / FOLDER / mark, own, count)
+    place = ProcessPlace(workdir / FOLDER / mark, own, count)
     if own == 0:
         shutil.rmtree(workdir / FOLDER, ignore_errors=True)
         place.folder.mkdir(parents=True)
@@ -155,7 +156,7 @@ class _Parent:
 
     def __init__(self, child: int, pipe: int, asked: list[int]):
         self._child, self._pipe, self._asked = child, pipe, asked
-        self._place: Place | None = None
+        self._place: ProcessPlace | None = None
         os.set_blocking(pipe, False)
 
     @property
@@ -185,7 +186,7 @@ class _Parent:
         if self._place is None:
             with contextlib.suppress(BlockingIOError):
                 folder, *numbers = os.read(self._pipe, 65536).decode().splitlines() or [""]
-                self._place = Place(Path(folder), *map(int, numbers)) if folder else None
+                self._place = ProcessPlace(Path(folder), *map(int, numbers)) if folder else None
         process, status = os.waitpid(self._child, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if process else None
 
@@ -216,7 +217,7 @@ class _Parent:
         print(f"{label(place.own, place.count)}process {process} {_how(word)}, so this one ends", file=sys.stderr)
         return status
 
-    def _explained(self, place: Place, own: int) -> str:
+    def _explained(self, place: ProcessPlace, own: int) -> str:
         """Which other process the end of this one follows from, and how that one ended; "" if it is its own fault."""
         until = time.monotonic() + _ABORTED
         while time.monotonic() < until:

@@ -115,6 +115,7 @@ def wait_for_all(place: str) -> None:
     """Waits until all processes have come to the place of this name."""
     if (peers := joined()) and process_count() > 1:
         peers.meet(place)
+        multihost_utils.sync_global_devices(place)  # devices of CPUs give each other up if they meet 30 s apart
 
 
 class AgreedStop:

@@ -23,6 +23,9 @@ class Peers:
       count: how many there are.
       patience: seconds after which a process that others wait for, and that ends no step, counts as stuck; 0: never.
       say: prints a line.
+
+    Attributes:
+      stopping: whether this process was asked to stop; it then no longer waits.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class Peers:
         self.own, self.count = own, count
         self._client, self._patience, self._say = client, patience, say
         self._places: collections.Counter[str] = collections.Counter()
+        self.stopping: Callable[[], bool] = lambda: False
         self._steps, self._told = 0, -_BEAT_EVERY
 
     def step(self) -> None:
@@ -57,7 +61,7 @@ class Peers:
         """Waits until processes (None: all) have come to a place; they come there equally often.
 
         Raises:
-          Interrupted: one of them is stuck.
+          Interrupted: one of them is stuck, or this one was asked to stop.
         """
         key = self._key("at", place)
         self._client.key_value_set(f"{key}/{self.own}", "")
@@ -72,6 +76,8 @@ class Peers:
         seen: dict[int, tuple[str, float]] = {}  # of those that are late, the last sign of life, and when it changed
         while late := self._late(key, processes):
             self.step()
+            if self.stopping():
+                raise Interrupted(f"stopped where it waited for others ({place}); what is finished is kept")
             now, beats = time.monotonic(), dict(self._client.key_value_dir_get("beat/"))
             for process in late:
                 beat = beats.get(f"beat/{process}", "")

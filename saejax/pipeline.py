@@ -105,6 +105,7 @@ def run_stages(
         plan, watchdog = Workplan(configs), configs["mesh"].watchdog
         said = (lambda line: say(label() + line)) if peers else say
         if peers:
+            peers.stopping = stopping
             check_same(peers, _told(configs, units))
         with watched(watchdog, stopping, peers.step if peers else lambda: None) as stopping:
             for stage, own in itertools.groupby(units, lambda unit: unit.partition("/")[0]):
@@ -133,6 +134,8 @@ def _dealt(
         yield from ((unit, Team(peers, unit, range(peers.count if peers else 1))) for unit in units)
         return
     finished = [unit for unit in units if _finished(workspace, plan, unit)] if peers.own == 0 else []
+    if peers.own == 0 and shows_data(stage) and len(finished) < len(units):
+        write_rules(workspace.root, plan.configs)  # before others may
     finished = peers.tell(f"{stage}: finished", "\n".join(finished)).splitlines()
     if peers.own == 0:
         for unit in finished:
@@ -167,6 +170,8 @@ def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, st
         waiting = f" by one of {team.size} processes" if processes == "one" and team.size > 1 else ""
         say(f"{unit}: {'going on' if found == 'resumed' else 'started'}{waiting}")
     team.meet("begun")  # no process may read what the first one moves away
+    if processes == "all" and team.size > 1:
+        load("saejax.parallel:wait_for_all")(f"{unit} is begun")
     if team.leads or processes != "one":
         _run_stage(workspace, plan, unit, inputs, say, stopping, team)
     team.meet("done")

@@ -44,6 +44,7 @@ def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshC
     from jax._src.distributed import global_state  # its key-value store has no public name
 
     found = len(glob.glob("/dev/nvidia[0-9]*"))
+    ids: list[int] | None
     common = dict(initialization_timeout=guard.COME, heartbeat_timeout_seconds=HEARTBEAT)
     common |= dict(shutdown_timeout_seconds=HEARTBEAT)
     if config.distributed == "flags":

@@ -8,6 +8,7 @@ import time
 
 import jax
 import numpy as np
+import psutil
 import pytest
 import runs
 from every_kind import KINDS, PLUGIN
@@ -321,7 +322,8 @@ def test_every_stage_is_dealt_out_to_processes(inputs, tmp_path, processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_process_dies_the_others_end(inputs, whole, tmp_path, victim):
+@pytest.mark.parametrize("how", ["killed", "lost"])
+def test_when_a_process_dies_the_others_end(inputs, whole, tmp_path, victim, how):
     captured_only(whole[0], tmp_path / "run")
     flags = runs.small_flags(
         *inputs, tmp_path / "run", train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk"
@@ -330,8 +332,20 @@ def test_when_a_process_dies_the_others_end(inputs, whole, tmp_path, victim):
     for line in pair[0].stdout:
         if "tokens/s" in line:
             break
-    pair[victim].kill()
+    (child,) = psutil.Process(pair[victim].pid).children()
+    (child if how == "killed" else pair[victim]).kill()  # with its node goes the parent, too
     clock = time.monotonic()
-    pair[1 - victim].communicate(timeout=600)
+    said = runs.finish(pair[1 - victim], 143)
     print(f"after {time.monotonic() - clock:.0f} s")
-    assert pair[1 - victim].returncode
+    why = "was ended by signal 9" if how == "killed" else "is gone without a word"
+    assert said.rstrip().endswith(f"process {1 - victim} of 2: process {victim} {why}, so this one ends")
+    pair[victim].communicate()
+    assert pair[victim].returncode == (137 if how == "killed" else -9)
+
+
+def test_processes_with_different_flags_are_refused(inputs, tmp_path):
+    pair = runs.start_pair("capture", runs.small_flags(*inputs, tmp_path / "run"), ["--train.k=5"])
+    first, second = (runs.finish(process, 2) for process in pair)
+    assert "process 1 of 2: error: --train.k is [5] in process 1 and [8] in process 0: start all alike" in second
+    assert "process 0 of 2: process 1 was given bad input, so this one ends" in first
+    assert not (tmp_path / "run" / "capture").exists()

@@ -54,9 +54,9 @@ def run_evaluate(run: Run) -> EvaluateResults:
         if run.stopping():
             raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
         names = [one.name for one in some if not (run.folder / one.name / SCORES).exists()]
-        mesh, *both = models()
+        mesh, lm, other = models()
         sites = some[0].site, some[0].target
-        _score_site(run, config, store, both, mesh, sites, {name: trained / name for name in names})
+        _score_site(run, config, store, (lm, other), mesh, sites, {name: trained / name for name in names})
 
     run.each(_together(stack), lambda some: run.folder / some[-1].name / SCORES, score)
     paths = [run.folder / member.name / SCORES for member in stack]
@@ -96,7 +96,7 @@ def _score_site(
     run: Run,
     config: EvaluateConfig,
     store: Store,
-    models: Sequence[LanguageModel | None],
+    models: tuple[LanguageModel, LanguageModel | None],
     mesh: Mesh,
     sites: tuple[str, str],
     folders: dict[str, Path],

@@ -76,8 +76,9 @@ def run_baseline(run: Run) -> BaselineResults:
             found = _Measured(None, str(error))
         else:
             scores = score_prompts(model(), drawn.prompts)
-            found = _Measured(summarize(drawn, scores, task), None, tuple(drawn.prompts), tuple(scores))
-            run.say(_line(name, found.result))
+            result = summarize(drawn, scores, task)
+            found = _Measured(result, None, tuple(drawn.prompts), tuple(scores))
+            run.say(_line(name, result))
         file(name).parent.mkdir(exist_ok=True)
         write_json(file(name), to_json(found))
 
