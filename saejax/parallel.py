@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saejax.errors import UserError
+from saejax.processes import joined
 from saejax.results import MeshShape
 from saejax.settings import MeshConfig
 
@@ -119,8 +120,9 @@ def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 def wait_for_all(place: str) -> None:
     """Waits until all processes have come to the place of this name."""
-    if process_count() > 1:
-        multihost_utils.sync_global_devices(place)
+    if (peers := joined()) and process_count() > 1:
+        peers.meet(place)
+        multihost_utils.sync_global_devices(place)  # devices of CPUs give each other up if they meet 30 s apart
 
 
 class AgreedStop:
@@ -137,9 +139,8 @@ class AgreedStop:
 
     def __call__(self) -> bool:
         self._asked += 1
-        if process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(self._asked - 1)
-        return self._stopping()
+        stopping = self._stopping()  # which others hear of, too: this process gets on
+        return multihost_utils.reached_preemption_sync_point(self._asked - 1) if process_count() > 1 else stopping
 
 
 def describe(mesh: Mesh) -> MeshShape:

@@ -16,15 +16,17 @@ import io
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from saejax.errors import UserError
+from saejax.teams import Team
 
 if TYPE_CHECKING:
     import numpy as np
 
+T = TypeVar("T")
 SCHEMA_VERSION = 1
 SUMMARY, STARTED = "summary.json", "started.json"
 _PACKAGES = ("saejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
@@ -237,6 +239,7 @@ class Run:
       inputs: the folders of the finished units it reads, by "stage" or "stage/name".
       say: prints one line of progress.
       stopping: whether the process was asked to stop; the stage then saves and raises ``Interrupted``.
+      team: the processes among which items are dealt out.
     """
 
     stage: str
@@ -246,3 +249,18 @@ class Run:
     inputs: Mapping[str, Path]
     say: Callable[[str], None] = print
     stopping: Callable[[], bool] = lambda: False
+    team: Team = dataclasses.field(default_factory=Team)
+
+    def each(self, items: Sequence[T], file: Callable[[T], Path], make: Callable[[T], None], last: bool = True) -> None:
+        """Has every item made whose file is not there; of several processes each makes some.
+
+        Args:
+          items: in any order that is the same in all processes; their names, by ``str``, differ.
+          file: of an item, which is written last and whole.
+          make: makes an item and its file.
+          last: whether what follows is done once, by the first process alone; the others leave the stage here.
+        """
+        for item in self.team.take(items):
+            if not file(item).exists():
+                make(item)
+        self.team.join([file(item) for item in items], last)

@@ -89,13 +89,22 @@ def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen
     )
 
 
-def start_pair(binary: str, flags: list[str], **environment: str) -> list[subprocess.Popen]:
-    """Two processes of one run."""
+def start_pair(binary: str, flags: list[str], last: list[str] = (), **environment: str) -> list[subprocess.Popen]:
+    """Two processes of one run, of which the last has further flags."""
+    return start_group(2, binary, flags, last, **environment)
+
+
+def start_group(
+    count: int, binary: str, flags: list[str], last: list[str] = (), **environment: str
+) -> list[subprocess.Popen]:
+    """Processes of one run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    own = ["--mesh.processes=2", f"--mesh.coordinator=localhost:{port}"]
-    return [start(binary, [*flags, *own, f"--mesh.process_id={i}"], **environment) for i in range(2)]
+    own = [f"--mesh.processes={count}", f"--mesh.coordinator=localhost:{port}"]
+    each = [[*flags, *own, f"--mesh.process_id={i}"] for i in range(count)]
+    each[-1] += last
+    return [start(binary, one, **environment) for one in each]
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:

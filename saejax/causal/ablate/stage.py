@@ -43,5 +43,5 @@ ABLATE = Stage(
     cost="saejax.causal.ablate.cost:ablate_cost",
     programs="saejax.causal.ablate.cost:ablate_programs",
     version=3,  # 2: draws may hold the tested features; 3: those of circuits, too
-    many_processes=True,
+    processes="all",
 )
