@@ -183,8 +183,9 @@ class CrossLayerTrainer(Trainer):
         arrays, scales = kind.finish(own.params, own.kept_M), self.scales
         arrays = rescale.raw(kind, arrays, scales[layer].input, scales[layer].output)
         # Each layer's outputs have their own scale, and activations that of the layer that they come from.
-        factor_X = np.array([scales[layer].output / scale.output for scale in scales[layer:]], self.config.state_dtype)
-        W_dec_FxX = arrays["W_dec_FxD"] * np.repeat(factor_X, self.dictionary.d_in)[None]
+        factors = [scales[layer].output / scale.output for scale in scales[layer:]]
+        factor_X = np.repeat(np.array(factors, self.config.state_dtype), self.dictionary.d_in)
+        W_dec_FxX = arrays["W_dec_FxD"] * factor_X[None]
         arrays = rescale.unit_rows(kind, arrays | dict(W_dec_FxD=W_dec_FxX))
         member = self.members[layer]
         described = dataclasses.replace(

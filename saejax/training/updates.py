@@ -112,7 +112,10 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
         fall = optax.cosine_decay_schedule(1.0, max(down, 1))
     else:
         fall = lambda step: (down - step) / max(down, 1)  # noqa: E731
-    rise, whole = rising(config.warmup, steps), optax.join_schedules([optax.constant_schedule(1.0), fall], [steps - down])
+    rise, whole = (
+        rising(config.warmup, steps),
+        optax.join_schedules([optax.constant_schedule(1.0), fall], [steps - down]),
+    )
     return lambda step: jnp.clip(jnp.minimum(rise(step), whole(step)), 0.0, 1.0)
 
 

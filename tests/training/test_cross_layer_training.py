@@ -177,7 +177,8 @@ def test_features_over_eight_devices_are_those_of_one(kind, shape, one_device):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
         text = trainer.compiled.lower(trainer.abstract_state, trainer.hyper, (x[0], y[0])).compile().as_text()
         sums = [line for line in text.splitlines() if "all-reduce(" in line and f"{LAYERS * D}]" in line]
-        assert len(sums) == 1, "what devices write to all layers meets once"
+        gradients = shape[1] > 1  # of the first layer's decoder, over the tokens of all devices
+        assert len(sums) == 1 + gradients, "what devices write to all layers meets once"
 
 
 def test_only_what_is_written_is_stored(one_device):
