@@ -27,8 +27,10 @@ demo-graphs: $(INSTALLED)
 demo-clt: $(INSTALLED)
 	$(BIN)/python -m experiments.train $(CLT)
 	$(BIN)/python -m experiments.train $(CLT) --workdir=runs/demo_clt/layers --train.form=transcoder --train.expansion=8
-	$(BIN)/python -m experiments.attribute $(CLT) --graph.transcoders=runs/demo_clt/train/batchtopk --graph.slug=cross-layer
-	$(BIN)/python -m experiments.attribute $(CLT) --graph.transcoders=runs/demo_clt/layers/train/batchtopk --graph.slug=layers
+	for set in cross-layer=runs/demo_clt layers=runs/demo_clt/layers; do $(BIN)/python -m experiments.attribute $(CLT) \
+	    --graph.slug=$${set%%=*} --graph.transcoders=$${set#*=}/train/batchtopk \
+	    --graph.prompt="The capital of France is the city of" --graph.target=" Paris" || exit; done
+	$(BIN)/python -m experiments.baseline $(CLT)
 	$(BIN)/python -m experiments.report $(CLT)
 	@echo "Open runs/demo_clt/report/index.html"
 

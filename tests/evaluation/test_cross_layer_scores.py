@@ -10,6 +10,8 @@ from saejax import SiteEdit, command, load_model, load_results
 from saejax.activations.store import Store
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
+from saejax.dictionaries import stacks
+from saejax.errors import UserError
 from saejax.evaluation.results import EvaluateResults
 from saejax.models.tokens import Tokens
 
@@ -43,6 +45,7 @@ def sets(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("W_*.safetensors"))}
 
 
+@pytest.mark.slow  # three more processes
 def test_killed_it_ends_with_the_same_bytes(workdir, flags, tmp_path):
     whole = sets(workdir / "train" / "jumprelu")
     assert list(whole) == ["W_dec_0.safetensors", "W_dec_1.safetensors", "W_enc_0.safetensors", "W_enc_1.safetensors"]
@@ -123,9 +126,11 @@ def test_the_report_has_its_layers(workdir):
 def test_what_takes_dictionaries_one_by_one_says_so(workdir, flags, capsys):
     capsys.readouterr()
     for stage, changes in [
-        ("ablate", dict(ablate__dictionary="jumprelu/mlp_in.0")),
+        ("interpret", dict(interpret__dictionaries="jumprelu")),
         ("export", dict(export__format="saelens")),
     ]:
         assert command.run([stage], "", flags(workdir, **changes)) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1 and "cross-layer transcoder" in error[0], error
+    with pytest.raises(UserError, match="traced with --graph.transcoders"):
+        stacks.load_member(workdir / "train" / "jumprelu", "jumprelu/mlp_in.0", "--ablate.dictionary")
