@@ -97,6 +97,7 @@ class Spread:
         self.tokens, self._square, self._total_D = 0, 0.0, np.zeros(width)
 
     def add(self, y_NxD: np.ndarray) -> None:
+        """Adds some targets."""
         wide_NxD = y_NxD.astype(np.float64)
         self.tokens += len(wide_NxD)
         self._square += np.square(wide_NxD).sum()
@@ -116,12 +117,14 @@ class Sums:
         self._fired_F, self._active_F = np.zeros(features, np.int64), np.zeros(features)
 
     def add(self, error_B: np.ndarray, cosine_B: np.ndarray, fired_F: np.ndarray, active_F: np.ndarray) -> None:
+        """Adds what ``measures`` gives of a batch, see ``measures``."""
         self._error += error_B.astype(np.float64).sum()
         self._cosine += cosine_B.astype(np.float64).sum()
         self._fired_F += fired_F
         self._active_F += active_F
 
     def scores(self, spread: Spread) -> Reconstruction:
+        """The scores; a ``UserError`` if they are not finite."""
         if not np.isfinite(self._error):
             raise UserError("a reconstruction is not finite: the dictionary holds NaN or overflows; train it again")
         return Reconstruction(
