@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEPTH := runs/demo_depth/train/topk
+CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 
-.PHONY: demo demo-atlas demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-clt demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -28,6 +29,17 @@ demo-graphs: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags \
 	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital
 	@echo "Open runs/demo/report/index.html"
+
+# A cross-layer transcoder, and per-layer ones of as many weights (8 times as many features); one prompt's graph with each.
+demo-clt: $(INSTALLED)
+	$(BIN)/python -m experiments.train $(CLT)
+	$(BIN)/python -m experiments.train $(CLT) --workdir=runs/demo_clt/layers --train.form=transcoder --train.expansion=8
+	for set in cross-layer=runs/demo_clt layers=runs/demo_clt/layers; do $(BIN)/python -m experiments.attribute $(CLT) \
+	    --graph.slug=$${set%%=*} --graph.transcoders=$${set#*=}/train/batchtopk \
+	    --graph.prompt="The capital of France is the city of" --graph.target=" Paris" || exit; done
+	$(BIN)/python -m experiments.baseline $(CLT)
+	$(BIN)/python -m experiments.report $(CLT)
+	@echo "Open runs/demo_clt/report/index.html"
 
 # After the demo: an SAE for every layer; what layers share, groups of features, and a worked solution followed through all of
 # them, in the demo's report.

@@ -19,9 +19,9 @@ from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.parallel import part_size
 from saejax.settings import TrainConfig
+from saejax.training.cross_layer import FORM
 from saejax.training.members import SiteScale, members
-from saejax.training.step import Trainer
-from saejax.training.train import batch_parts, check_divides, chosen_sites, stack_shape
+from saejax.training.train import batch_parts, check_divides, chosen_sites, stack_shape, trainer_of
 
 _OVERHEAD = 0.45
 _START = 3.0  # seconds in which the step is compiled and the first batches are read
@@ -57,6 +57,8 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
 def train_cost(plan: PlannedRun, kind: str) -> Cost:
     """All members of a stack, their features split over ``model``, themselves over ``member``; and the model they read.
 
+    A cross-layer transcoder has ``weights_share`` times the weights of a stack of transcoders.
+
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
     """
@@ -64,12 +66,14 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
     dictionary, count = stack.dictionary, len(stack.members)
     check_divides(train, dictionary, count, plan.axes)
     here, (d, f) = -(-count // plan.axes["member"]), (dictionary.d_in, dictionary.n_features)
-    arrays = here * dictionary_bytes(dictionary, train.state_dtype, plan.axes)
+    trainer_of(train, kind, stack.members, plan.axes)
+    share = weights_share(train, count)
+    arrays = round(share * here * dictionary_bytes(dictionary, train.state_dtype, plan.axes))
     batch = part_size(plan.axes, (train.batch, d), "data", None)
     batch += part_size(plan.axes, (train.batch, f), "data", "model")
     rows = recorded_rows(plan)
     seen = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
-    read, flops = DeviceBytes(), count * step_flops(seen, d, f)
+    read, flops = DeviceBytes(), share * count * step_flops(seen, d, f)
     if train.source == "model":
         sites = [decoder_site(name) for name in single_sites(n for m in stack.members for n in (m.site, m.target))]
         read, passes = reading_cost(plan, sites, seen)
@@ -89,7 +93,7 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
         train.matmul,
         _OVERHEAD,
         _START,
-        disk=count * 7 * 4 * 2 * d * f,  # two checkpoints, with the optimizer's moments, and the arrays
+        disk=round(share * count * 7 * 4 * 2 * d * f),  # two checkpoints, with the optimizer's moments, and the arrays
     )
 
 
@@ -137,7 +141,8 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     check_divides(config, dictionary, len(members), mesh.shape)
     metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
     scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
-    trainer = Trainer(config, dictionary, members, mesh, _STEPS, [scale] * len(members))
+    make = trainer_of(config, dictionary.kind, members, mesh.shape)
+    trainer = make(config, dictionary, members, mesh, _STEPS, [scale] * len(members))
     shape = (len(trainer.sites), config.batch, d_in)
     batch = jax.ShapeDtypeStruct(shape, plan.configs["capture"].store_dtype, sharding=trainer.batch_sharding)
     many = f"{len(members)} members, " if len(members) > 1 else ""
@@ -147,5 +152,11 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
         trainer.compiled,
         (trainer.abstract_state, trainer.abstract_hyper, (batch,) if config.form == "sae" else (batch, batch)),
         (),
-        len(members) * step_flops(config.batch, d_in, dictionary.n_features),
+        weights_share(config, len(members)) * len(members) * step_flops(config.batch, d_in, dictionary.n_features),
     )
+
+
+def weights_share(config: TrainConfig, layers: int) -> float:
+    """Weights of what is trained on so many layers in those of a stack: of its two matrices a layer a cross-layer
+    transcoder has one encoder, and (layers + 1) / 2 decoders on average."""
+    return (layers + 3) / 4 if config.form == FORM else 1.0
