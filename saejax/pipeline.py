@@ -1,10 +1,12 @@
 """The stages of a run, one after the other: found finished, resumed, or done anew."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,7 @@ def run_stages(
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
     only: str = "",
+    instead: Mapping[str, Callable[[Run], Any]] = types.MappingProxyType({}),
 ) -> None:
     """Runs the units of ``stages``, in order; what is finished and unchanged is left as it is.
 
@@ -88,6 +91,7 @@ def run_stages(
       say: prints a line.
       stopping: whether the process was asked to stop.
       only: the one unit to run, such as "train/topk"; "": all.
+      instead: by stage, what does its work in place of ``Stage.run``, with a model that is loaded already, say.
 
     Raises:
       UserError: bad input, or a stage's input has not been made.
@@ -108,11 +112,12 @@ def run_stages(
             peers.stopping = stopping
             check_same(peers, _told(configs, units))
         with watched(watchdog, stopping, peers.step if peers else lambda: None) as stopping:
+            work = _Work(workspace, plan, said, stopping, instead)
             for stage, own in itertools.groupby(units, lambda unit: unit.partition("/")[0]):
                 for unit, team in _dealt(workspace, plan, stage, list(own), peers, said):
                     if stopping():
                         raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
-                    _run_unit(workspace, plan, unit, said, stopping, team)
+                    _run_unit(work, unit, team)
 
 
 def _told(configs: Configs, units: Sequence[str]) -> dict[str, str]:
@@ -152,54 +157,63 @@ def _finished(workspace: Workspace, plan: Workplan, unit: str) -> bool:
     return workspace.finished(stage, name, plan.mark(unit))
 
 
-def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, stopping: Callable, team: Team) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What is the same of all units of a run; ``say``, ``stopping`` and ``instead`` are those of ``run_stages``."""
+
+    workspace: Workspace
+    plan: Workplan
+    say: Callable[[str], None]
+    stopping: Callable[[], bool]
+    instead: Mapping[str, Callable[[Run], Any]]
+
+
+def _run_unit(work: _Work, unit: str, team: Team) -> None:
     stage, _, name = unit.partition("/")
-    mark, processes = plan.mark(unit), STAGES[stage].processes
+    workspace, say, mark, processes = work.workspace, work.say, work.plan.mark(unit), STAGES[stage].processes
     if workspace.finished(stage, name, mark):
         if team.leads:
             say(f"{unit}: done before, unchanged")
         return
-    inputs = {need: _input_folder(workspace, plan, unit, need) for need in plan.needs(unit)}
-    folder = workspace.folder(stage, name)
+    inputs = {need: _input_folder(workspace, work.plan, unit, need) for need in work.plan.needs(unit)}
+    folder, moved = workspace.folder(stage, name), ""
     if team.leads:
         if shows_data(stage):
-            write_rules(workspace.root, plan.configs)
+            write_rules(workspace.root, work.plan.configs)
         folder, found = workspace.begin(stage, name, mark)
         if found and found != "resumed":
-            say(f"{unit}: settings or inputs changed; the old result was moved to {found}")
+            moved = found
+            say(f"{unit}: settings or inputs changed; the old result was moved to {moved}")
         waiting = f" by one of {team.size} processes" if processes == "one" and team.size > 1 else ""
         say(f"{unit}: {'going on' if found == 'resumed' else 'started'}{waiting}")
     team.meet("begun")  # no process may read what the first one moves away
     if processes == "all" and team.size > 1:
         load("saejax.parallel:wait_for_all")(f"{unit} is begun")
-    if team.leads or processes != "one":
-        _run_stage(workspace, plan, unit, inputs, say, stopping, team)
+    try:
+        if team.leads or processes != "one":
+            _run_stage(work, unit, inputs, team)
+    except UserError:
+        if moved and workspace.put_back(stage, name, Path(moved)):
+            say(f"{unit}: nothing was written; the old result is where it was")
+        raise
     team.meet("done")
     seen([folder / SUMMARY])
 
 
-def _run_stage(
-    workspace: Workspace,
-    plan: Workplan,
-    unit: str,
-    inputs: Mapping[str, Path],
-    say: Callable,
-    stopping: Callable,
-    team: Team,
-) -> None:
+def _run_stage(work: _Work, unit: str, inputs: Mapping[str, Path], team: Team) -> None:
     """Runs a stage's function; the first process of the team writes the unit's summary."""
-    stage, _, name = unit.partition("/")
+    workspace, plan, (stage, _, name) = work.workspace, work.plan, unit.partition("/")
 
     def said(line: str) -> None:
         if team.speaks:
-            say(f"  {unit}: {line}")
+            work.say(f"  {unit}: {line}")
 
     started, clock = now(), time.monotonic()
     forget_peak()
     folder, of_items = workspace.folder(stage, name), STAGES[stage].processes == "items"
-    run = Run(stage, name, folder, plan.configs, inputs, said, stopping, team if of_items else Team())
+    run = Run(stage, name, folder, plan.configs, inputs, said, work.stopping, team if of_items else Team())
     try:
-        results = load(STAGES[stage].run)(run)
+        results = (work.instead.get(stage) or load(STAGES[stage].run))(run)
     except Left:
         return
     if not team.leads:
@@ -209,7 +223,7 @@ def _run_stage(
     measured = dict(start=started, seconds=seconds) | {name: peak for name, peak in peaks.items() if peak is not None}
     summary = _describe(plan, stage, inputs) | measured | dict(results=to_json(results))
     workspace.finish(stage, name, plan.mark(unit), summary)
-    say(f"{unit}: done in {seconds:.1f} s")
+    work.say(f"{unit}: done in {seconds:.1f} s")
 
 
 def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import importlib.metadata
 import io
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -184,6 +185,20 @@ class Workspace:
         (folder / SUMMARY).unlink(missing_ok=True)
         write_json(folder / STARTED, dict(fingerprint=mark))
         return folder, found
+
+    def put_back(self, stage: str, name: str, moved: Path) -> bool:
+        """Puts what ``begin`` moved away back in its place, if nothing was written there since; whether it did.
+
+        Args:
+          stage, name: of the unit.
+          moved: where the old result is.
+        """
+        folder = self.folder(stage, name)
+        if any(path.is_file() and path != folder / STARTED for path in folder.rglob("*")):
+            return False
+        shutil.rmtree(folder)
+        os.replace(moved, folder)
+        return True
 
     def _set_aside(self, folder: Path, stage: str, name: str, mark: str) -> Path:
         target = self.root / "superseded" / f"{stage}{'-' + name if name else ''}-{mark}"

@@ -16,6 +16,7 @@ ORDER = [
     "experiments",
     "studies",
     "comparison",
+    "serving",
     "command",
     "pipeline",
     "preflight",
