@@ -18,6 +18,7 @@ from saejax.tasks.behaviours import Prompt
 _LETTERS, _BACK, _SEQUENCE = "abcdefgh", 6, 6
 _BITS, _ASKED = 16, dict(xor=(0, 1), both=(2, 3), either=(4, 5))
 _TRUTH: Mapping[str, Callable[[int, int], int]] = {"xor": int.__xor__, "both": int.__and__, "either": int.__or__}
+_GUESS = 0.5  # how much an answer that is not known counts, beside 8
 _WORDS, _WIDTH, _DEPTH, _ANSWERS = 16, 12, 4, 4
 _MARGIN = 0.125  # by which a neuron's input must exceed what one thing less would give: rounding makes none fire
 _FULL = 1 / (1 - _MARGIN)  # what it writes, so that one is written where it fires
@@ -94,8 +95,10 @@ def _logic_model() -> HandSet:
     """Heads fetch each bit; a layer knows the bits, the next pairs of them, the last the answers."""
     words: dict[str, Directions] = {START: {START: 1.0}, "0": {"bit 0": 1.0}, "1": {"bit 1": 1.0}}
     words |= {name: {"asked": 1.0, f"asks {name}": 1.0} for name in _ASKED}
+    # Without the variable the last bit, which has nothing to do with the question, decides: no tie is left to rounding.
     logits: dict[str, Directions] = {
-        word: {f"{name} is {answer}": 8.0 for name in _ASKED} for answer, word in enumerate(("no", "yes"))
+        word: {f"{name} is {answer}": 8.0 for name in _ASKED} | {f"known {_BITS - 1} is {answer}": _GUESS}
+        for answer, word in enumerate(("no", "yes"))
     }
     fetch = tuple(
         Head((("", f"at {place + 1}"),), tuple((f"bit {value}", f"bit {place} is {value}") for value in (0, 1)))
