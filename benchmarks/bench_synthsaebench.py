@@ -144,8 +144,8 @@ def main() -> None:
         )
         print(
             f"{label} samples: true L0 {theirs['world']['l0']:.3f} theirs, {ours['l0']:.3f} ours; mean square "
-            f"{theirs['world']['square']:.2f}, {ours['square']:.2f}; of the features' rates {np.mean(apart > 3):.2%} are "
-            f"more than three standard errors apart; samples a second {BATCH / theirs['wall']:,.0f} theirs, "
+            f"{theirs['world']['square']:.2f}, {ours['square']:.2f}; of the features' rates {np.mean(apart > 3):.2%} "
+            f"are more than three standard errors apart; samples a second {BATCH / theirs['wall']:,.0f} theirs, "
             f"{BATCH / ours_seconds[1]:,.0f} ours; processor seconds for 1,024: {theirs['processor']:.3f}, "
             f"{ours_seconds[0]:.3f}"
         )

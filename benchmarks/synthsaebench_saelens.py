@@ -1,6 +1,6 @@
 """sae-lens' side of bench_synthsaebench: its generator of a world of ours, and its judgement of an export of ours.
 
-Run by bench_synthsaebench in an environment that has sae-lens: python synthsaebench_saelens.py WORLD.npz SAE COUNT BATCH
+Run by bench_synthsaebench, where sae-lens is installed: python synthsaebench_saelens.py WORLD.npz SAE COUNT BATCH
 Prints one line of JSON.
 """
 

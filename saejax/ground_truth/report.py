@@ -30,8 +30,8 @@ _NOTE = (
     "features: of each feature of the dictionary and the nearest of the world, as SynthSAEBench has it. Split, merged, "
     "absorbed: shares of the frequent features that several features of the dictionary share, that share one, and "
     "whose own falls silent where that of a child takes over. Invented: of the dictionary's features that fire, share "
-    "that has most of its length along no feature of the world. Best possible: the largest true activations, as many as "
-    "the dictionary above has, decoded by the true directions."
+    "that has most of its length along no feature of the world. Best possible: the largest true activations, as many "
+    "as the dictionary above has, decoded by the true directions."
 )
 
 
