@@ -121,8 +121,8 @@ def line(units: Mapping[str, KnownCircuitResults]) -> str:
     if wrong:
         shown, claimed = (sum(getattr(one, of) or 0 for one in wrong) for of in ("shown", "claimed"))
         said += (
-            f" Of {sum(one.behaviours for one in wrong)} behaviours tested with transcoders that know nothing {shown} "
-            f"pass removal and interchange, {claimed} removal alone."
+            f" Of {sum(one.behaviours for one in wrong)} behaviours tested with wrong, random and hardly trained "
+            f"transcoders {claimed} pass the test by removal, {shown} that and interchange."
         )
     return f"{said} With trained ones the AUROC of edges is {number(min(learned), 3)} or more." if learned else said
 
