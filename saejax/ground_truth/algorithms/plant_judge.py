@@ -7,6 +7,7 @@ out.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ from saejax.workspace import Run
 
 _RATES = dict(trained=3e-3, untrained=1e-6)  # learning rates of the sets
 _GRAPHS, _TOP, _DRAWS, _DIMENSIONS, _STEPS = 20, 8, 100, 2, 300
-_TRAIN = dict(form="transcoder", k=8, expansion=4, batch=256, epochs=20, auxk=0.03, log_every=500)
+_TRAIN: dict[str, Any] = dict(form="transcoder", k=8, expansion=4, batch=256, epochs=20, auxk=0.03, log_every=500)
 
 
 def judge(run: Run, model: LanguageModel, texts: Sequence[str], prompts: Sequence[Prompt], seed: int) -> PlantedScores:
@@ -54,7 +55,7 @@ def judge(run: Run, model: LanguageModel, texts: Sequence[str], prompts: Sequenc
     auroc = {name: over_seeds([_auroc(model, own, prompt) for prompt in tests]) for name, own in sets.items()}
     for name, score in auroc.items():
         run.say(f"{name} transcoders: AUROC of edges {score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]")
-    bases: dict[str, Basis] = {name: own[0] for name, own in sets.items()} | dict(neurons=Neurons(model, 0))
+    bases: dict[str, Basis] = {**{name: own[0] for name, own in sets.items()}, "neurons": Neurons(model, 0)}
     return PlantedScores(len(tests), auroc, _carried(model, bases, prompts, seed))
 
 

@@ -4,6 +4,7 @@ A compiled transformer has named one-dimensional directions, no norms and no bia
 heads and neurons read and write. Tracr is no part of saejax and is needed while a program is compiled alone.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def pattern(letters: str, wanted: str, length: int) -> HandSet:
     return described(made, logits)
 
 
-def described(made: Any, logits: dict[str, Directions]) -> HandSet:
+def described(made: Any, logits: Mapping[str, Directions]) -> HandSet:
     """What a compiled transformer's parts read and write.
 
     Args:
