@@ -90,7 +90,8 @@ def train(args: argparse.Namespace, truth: TruthConfig) -> None:
     asked |= {"train.kinds": args.kinds, "train.k": L0.get(args.scale, 25 // args.scale), "train.expansion": expansion}
     flags = [f"--{name}={value}" for name, value in asked.items()]
     command = [sys.executable, "-m", "experiments.ground_truth", f"--workdir={args.folder}", "--task.behaviours="]
-    subprocess.run([*command, *flags, *args.more], cwd=ROOT, check=True)
+    for kind in args.kinds.split(","):
+        subprocess.run([*command, f"--unit=ground_truth/{kind}", *flags, *args.more], cwd=ROOT, check=True)
 
 
 def judge(args: argparse.Namespace, kind: str) -> tuple[dict, dict]:

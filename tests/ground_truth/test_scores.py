@@ -83,7 +83,7 @@ def test_matching_is_the_best_of_all_assignments():
 
 def test_split_and_merged():
     D = np.eye(6)
-    W = np.array([D[0], D[0] + 0.2 * D[5], D[1] + 1.01 * D[2] + 0.1 * D[5], D[3], D[4] + 0.3 * D[3]])
+    W = np.array([D[0], D[0] + 0.2 * D[5], D[1] + D[2] + 0.2 * D[5], D[3], D[4] + 0.3 * D[3]])
     found = Matching.of(W, D)
     assert list(found.split_J) == [True, False, False, False, False, False]
     assert list(found.merged_J) == [False, True, True, False, False, False]

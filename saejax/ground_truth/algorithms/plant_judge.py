@@ -24,7 +24,7 @@ from saejax.causal.patching.features import FeaturePatching
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Basis, Dictionary, save_dictionary
 from saejax.ground_truth.algorithms.planted import CIRCUIT, LAYERS, Planted
-from saejax.ground_truth.algorithms.results import Carried, PlantedScores
+from saejax.ground_truth.algorithms.results import CarriedOver, PlantedScores
 from saejax.ground_truth.circuits.edges import Edges, possible
 from saejax.ground_truth.run import over_seeds
 from saejax.library.activations import capture
@@ -52,11 +52,13 @@ def judge(run: Run, model: LanguageModel, texts: Sequence[str], prompts: Sequenc
     """
     sets = _transcoders(run, model, texts, seed)
     tests = [prompt for prompt in prompts if prompt.split == "test"][::2][:_GRAPHS]
-    auroc = {name: over_seeds([_auroc(model, own, prompt) for prompt in tests]) for name, own in sets.items()}
-    for name, score in auroc.items():
-        run.say(f"{name} transcoders: AUROC of edges {score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]")
+    auroc, strongest = {}, {}
+    for name, own in sets.items():
+        columns = zip(*(edge_scores(model, own, prompt) for prompt in tests), strict=True)
+        auroc[name], strongest[name] = map(over_seeds, columns)
+        run.say(f"{name} transcoders: AUROC of edges {auroc[name].mean:.3f}, strongest {strongest[name].mean:.3f}")
     bases: dict[str, Basis] = {**{name: own[0] for name, own in sets.items()}, "neurons": Neurons(model, 0)}
-    return PlantedScores(len(tests), auroc, _carried(model, bases, prompts, seed))
+    return PlantedScores(len(tests), auroc, strongest, _carried(model, bases, prompts, seed))
 
 
 def _transcoders(run: Run, model: LanguageModel, texts: Sequence[str], seed: int) -> dict[str, list[Dictionary]]:
@@ -80,13 +82,19 @@ def _transcoders(run: Run, model: LanguageModel, texts: Sequence[str], seed: int
     return sets
 
 
-def _auroc(model: LanguageModel, transcoders: Sequence[Dictionary], prompt: Prompt) -> float:
-    """Of the influence through edges, as a sign of which are planted."""
+def edge_scores(model: LanguageModel, transcoders: Sequence[Dictionary], prompt: Prompt) -> tuple[float, float]:
+    """AUROC of the influence through edges as a sign of which are planted, and the planted share of the strongest.
+
+    Of the strongest there are as many as are planted. Most pairs of nodes are without any influence, whatever the
+    transcoders, so that the AUROC is high for all of them.
+    """
     answers = model.token_id(prompt.correct), model.token_id(prompt.wrong)
     found = place_edges(trace(model, LayerTranscoders.of(transcoders), prompt.text, targets=[answers]))
     truth_SxR = np.array([[(s[:2], r[:2]) in CIRCUIT for r in found.targets] for s in found.sources])
     there_SxR = possible(found)
-    return float(roc_auc_score(truth_SxR[there_SxR], found.weight_SxR[there_SxR]))
+    truth_E, weight_E = truth_SxR[there_SxR], found.weight_SxR[there_SxR]
+    strongest = np.argsort(-weight_E, kind="stable")[: len(CIRCUIT)]
+    return float(roc_auc_score(truth_E, weight_E)), float(truth_E[strongest].mean())
 
 
 def place_edges(graph: Graph) -> Edges:
@@ -119,9 +127,9 @@ def place_edges(graph: Graph) -> Edges:
 
 def _carried(
     model: LanguageModel, bases: Mapping[str, Basis], prompts: Sequence[Prompt], seed: int
-) -> dict[str, dict[str, Carried]]:
+) -> dict[str, dict[str, CarriedOver]]:
     """By behaviour, what carries its answers over at MLP 0: features, neurons, learned and random subspaces, all."""
-    found: dict[str, dict[str, Carried]] = {}
+    found: dict[str, dict[str, CarriedOver]] = {}
     own = {
         name: {
             split: [one for one in prompts if (one.behaviour, one.split) == (name, split)]
@@ -140,7 +148,7 @@ def _carried(
             patching = FeaturePatching(split, name, pairs["train"], pairs["test"], config)
             judge = PairsJudge(split, pairs["test"], config)
             carried_P, random_P = judge.sets([patching.top]), judge.sets(patching.drawn_NxK)
-            found[name][basis_name] = Carried(_TOP, wilson(carried_P > 0), float(random_P.mean()))
+            found[name][basis_name] = CarriedOver(_TOP, wilson(carried_P > 0), float(random_P.mean()))
             if das:
                 features = patching.top, patching.drawn_NxK
                 rows = compare(split, name, pairs["train"], {name: judge}, features, config)
@@ -148,6 +156,6 @@ def _carried(
                 random = by_method["random subspace"].cause
                 learned, whole = by_method["DAS"], by_method["whole site"]
                 assert random and learned.cause and whole.cause
-                found[name]["DAS"] = Carried(learned.size, learned.cause, random.mean)
-                found[name]["whole site"] = Carried(whole.size, whole.cause, None)
+                found[name]["DAS"] = CarriedOver(learned.size, learned.cause, random.mean)
+                found[name]["whole site"] = CarriedOver(whole.size, whole.cause, None)
     return found

@@ -7,7 +7,7 @@ from saejax.results import Interval
 
 
 @dataclasses.dataclass(frozen=True)
-class Carried:
+class CarriedOver:
     """How often values put in from the counterpart's run turn the answer into the counterpart's."""
 
     size: int  #: features, neurons or dimensions
@@ -22,8 +22,9 @@ class PlantedScores:
     prompts: int  #: that were traced
     #: by set of transcoders (trained, untrained, random): of the influence through edges as a sign of which are planted
     auroc: Mapping[str, Interval]
+    strongest: Mapping[str, Interval]  #: likewise: share of planted ones among as many strongest edges as are planted
     #: by behaviour (differ: the MLP of layer 0 carries it; third: it does not), then by what is put in at that MLP
-    carried: Mapping[str, Mapping[str, Carried]]
+    carried: Mapping[str, Mapping[str, CarriedOver]]
 
 
 @dataclasses.dataclass(frozen=True)
