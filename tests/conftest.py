@@ -66,6 +66,18 @@ def one_device() -> Mesh:
     return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+@pytest.fixture(scope="module")
+def two_devices():
+    """Stages that run in this process find two devices, not eight: a mesh of several, for a quarter of the work."""
+    found = jax.devices()[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("devices", "local_devices"):
+            patch.setattr(jax, name, lambda *of: found)
+        for name in ("device_count", "local_device_count"):
+            patch.setattr(jax, name, lambda *of: len(found))
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2(one_device):
     """The real SmolLM2 in fp32 on one device, a ``LanguageModel``."""
