@@ -38,11 +38,17 @@ from saejax.parallel import AXES
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+LONGEST = (
+    "processes kinds attribute_processes new_behaviour bad_input study_run interpret_stages meshes explain_binary loop "
+    "inputs decoder baseline crosscode_stage explain_stage transfer_stage ground_truth_stage model_input precision "
+    "steer_stage track_stage detectors evaluate generation supernodes configs_run cluster_stage stages"
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process works on one alone at the end."""
-    longest = ["test_processes.py", "test_attribute_processes.py", "test_meshes.py", "test_loop.py", "test_inputs.py"]
-    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+    order = {name: place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
