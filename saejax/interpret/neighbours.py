@@ -45,9 +45,9 @@ def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> Output
       W_dec_FxD: what features add to the residual stream.
       count: of tokens at either end.
     """
-    parts = []
-    for start in range(0, len(W_dec_FxD), _ROWS):
-        rows_RxD = jnp.pad(W_dec_FxD[start : start + _ROWS], ((0, max(0, start + _ROWS - len(W_dec_FxD))), (0, 0)))
+    parts, block = [], min(_ROWS, len(W_dec_FxD))
+    for start in range(0, len(W_dec_FxD), block):
+        rows_RxD = jnp.pad(W_dec_FxD[start : start + block], ((0, max(0, start + block - len(W_dec_FxD))), (0, 0)))
         parts.append(jax.device_get(_lens(lm.config, count, lm.params, rows_RxD)))
     return OutputTokens(*(np.concatenate(part)[: len(W_dec_FxD)] for part in zip(*parts, strict=True)))
 

@@ -4,6 +4,7 @@ Every child is the pipeline on one unit. So its memory is its own, its output a 
 bug, the system for want of memory) leaves a unit with its reason. Units that read what is not there are not run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -165,7 +166,8 @@ class StudyUnits:
             if self._stopping() and not asked:
                 child.send_signal(signal.SIGTERM)
                 asked = True
-            time.sleep(_LOOK_EVERY)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_LOOK_EVERY)  # no longer than it runs
             clock = time.monotonic()
             if clock - said > _SAY_EVERY:
                 said = clock

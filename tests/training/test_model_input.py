@@ -22,6 +22,7 @@ from saejax.settings import ModelConfig
 from saejax.training.inputs import Streamed
 from saejax.training.model_input import FromModel
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 CHANGES = dict(train__source="model", train__buffer_rows=200, train__epochs=2, train__kinds="batchtopk")
 
 
