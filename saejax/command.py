@@ -77,8 +77,8 @@ def _together(argv: Sequence[str]) -> tuple[int, str]:
         early(list(argv), known_only=True)
     except flags.Error:  # which is told when all flags are read
         return 1, ""
-    processes = 0 if early["mesh.distributed"].value == "auto" else early["mesh.processes"].value
-    return int(processes), str(early["workdir"].value)
+    processes = early["mesh.processes"].value or 1
+    return 0 if early["mesh.distributed"].value == "auto" else processes, early["workdir"].value or ""
 
 
 def stage_flags() -> flags.FlagValues:

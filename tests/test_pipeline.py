@@ -116,14 +116,14 @@ def test_what_is_refused_before_it_writes_anything_leaves_the_old_result_in_its_
     refused.add("train/topk")
     for _ in range(2):
         with pytest.raises(UserError, match="do not fit"):
-            go(tmp_path, train__batch=7)
+            go(tmp_path, ["train"], train__batch=7)
         assert (tmp_path / "train" / "topk" / "summary.json").read_text() == before
         assert not list((tmp_path / "superseded").iterdir())
     refused.clear()
     assert go(tmp_path) == []
     failing.add("train/topk")  # which leaves half of a file there
     with pytest.raises(Interrupted):
-        go(tmp_path, train__batch=7)
+        go(tmp_path, ["train"], train__batch=7)
     assert [folder.name[:10] for folder in (tmp_path / "superseded").iterdir()] == ["train-topk"]
 
 
