@@ -113,7 +113,12 @@ def _moved(rows: Rows, rng: np.random.Generator) -> Rows:
 
 
 def effects(feature_F: np.ndarray, drop_FxP: np.ndarray) -> View:
-    """Features by what removing each costs on every prompt; those that change almost none are left out."""
+    """Features by what removing each costs on every prompt; those that change almost none are left out.
+
+    Args:
+      feature_F: their numbers.
+      drop_FxP: by how much the logit difference of a prompt falls without each.
+    """
     often = np.flatnonzero((drop_FxP != 0).sum(axis=1) >= _PROMPTS)
     return View(feature_F[often], drop_FxP[often].astype(np.float32), np.arange(drop_FxP.shape[1]), True, _permuted)
 

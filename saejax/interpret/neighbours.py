@@ -73,7 +73,7 @@ def _lens(
 
 
 def nearest_rows(W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The features whose decoder rows have the largest cosine with each one's, and these cosines, both [F, count]."""
+    """The features whose rows of ``W_dec_FxD`` have the largest cosine with each one's, and these, both [F, count]."""
     features = len(W_dec_FxD)
     block, count = min(_ROWS, features), min(count, features - 1)
     starts_N = np.minimum(np.arange(0, features, block), features - block)
@@ -103,7 +103,7 @@ class Together:
         self._fires: sparse.csc_array | None = None
 
     def add(self, feature: np.ndarray, place: np.ndarray) -> None:
-        """Takes firings."""
+        """Takes firings: the ``feature`` and the ``place`` of each."""
         kept = priority(place) >= self._least
         self._parts.append((feature[kept].astype(np.int32), place[kept].astype(np.uint32)))
 

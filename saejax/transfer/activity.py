@@ -66,7 +66,7 @@ def activations(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_t
 
 
 def encode(dictionary: Dictionary, x_NxD: np.ndarray, batch_tokens: int) -> Activity:
-    """The activations of a dictionary's features on values of its site."""
+    """The activations of a dictionary's features on values ``x_NxD`` of its site, ``batch_tokens`` at a time."""
     parts, real = [], []
     for start in range(0, len(x_NxD), batch_tokens):
         some_XxD = x_NxD[start : start + batch_tokens]

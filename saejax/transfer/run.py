@@ -85,7 +85,7 @@ class Comparison:
         )
 
     def measure(self, part: str, place: int, on_progress: OnProgress) -> Measured:
-        """Compares a dictionary with all that follow it, and writes the pairs of features."""
+        """Compares the dictionary at a ``place`` with all after it, and writes the pairs of features as a ``part``."""
         seconds = range(place + 1, len(self._compared))
         wanted = {
             second: measures_of(self._config.measures, self._compared[place], self._compared[second])
