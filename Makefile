@@ -3,12 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEPTH := runs/demo_depth/train/topk
+CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 
-.PHONY: demo demo-atlas demo-depth demo-graphs demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-clt demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
 	@echo "Open runs/demo/report/index.html"
+
+# The demo's causal test of three dictionaries that differ in their seed alone: which answers hold in all of them?
+demo-seeds: $(INSTALLED)
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_seeds --flagfile=configs/demo.flags \
+	    --train.kinds=topk --train.seed=123,124,125 \
+	    --ablate.dictionary=topk/seed123 --ablate.repeats=topk/seed124,topk/seed125
+	@echo "Open runs/demo_seeds/report/index.html"
 
 # After the demo: what each of its 4,608 features means, with a page for each.
 demo-atlas: $(INSTALLED)
@@ -21,6 +29,17 @@ demo-graphs: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags \
 	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital
 	@echo "Open runs/demo/report/index.html"
+
+# A cross-layer transcoder, and per-layer ones of as many weights (8 times as many features); one prompt's graph with each.
+demo-clt: $(INSTALLED)
+	$(BIN)/python -m experiments.train $(CLT)
+	$(BIN)/python -m experiments.train $(CLT) --workdir=runs/demo_clt/layers --train.form=transcoder --train.expansion=8
+	for set in cross-layer=runs/demo_clt layers=runs/demo_clt/layers; do $(BIN)/python -m experiments.attribute $(CLT) \
+	    --graph.slug=$${set%%=*} --graph.transcoders=$${set#*=}/train/batchtopk \
+	    --graph.prompt="The capital of France is the city of" --graph.target=" Paris" || exit; done
+	$(BIN)/python -m experiments.baseline $(CLT)
+	$(BIN)/python -m experiments.report $(CLT)
+	@echo "Open runs/demo_clt/report/index.html"
 
 # After the demo: an SAE for every layer; what layers share, groups of features, and a worked solution followed through all of
 # them, in the demo's report.
@@ -75,6 +94,7 @@ check-wheel: $(INSTALLED)
 
 bench-input: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_input
+	$(BIN)/python -m benchmarks.bench_stream
 
 bench-interpret: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_interpret

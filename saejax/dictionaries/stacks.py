@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from saejax.dictionaries.formats import load_dictionary
+from saejax.dictionaries.formats import cross_layer, load_dictionary
 from saejax.dictionaries.formats.place import located
 from saejax.dictionaries.modules import Dictionary
 from saejax.dictionaries.results import TrainedMember
@@ -38,8 +38,21 @@ def full_name(kind: str, member: str) -> str:
     return f"{kind}/{member}" if member else kind
 
 
-def members(unit: Path) -> tuple[TrainedMember, ...]:
-    """What the train stage said of each member, in its order."""
+def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:
+    """What the train stage said of each member, in its order.
+
+    Args:
+      unit: folder of the train unit.
+      layers: whether they may be those of a cross-layer transcoder, which are no dictionaries by themselves.
+
+    Raises:
+      UserError: they are, and may not be.
+    """
+    if not layers and cross_layer.is_one(Path(unit)):
+        raise UserError(
+            f"{unit} is a cross-layer transcoder, not dictionaries to take one by one: it can be evaluated, exported, "
+            f"and traced with --graph.transcoders={unit}"
+        )
     path = Path(unit) / SUMMARY
     return from_json(tuple[TrainedMember, ...], read_json(path)["results"]["members"], path, "results.members")
 

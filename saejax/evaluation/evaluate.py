@@ -1,6 +1,7 @@
 """The evaluate stage: held-out scores of the members of a train unit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ from jax.sharding import Mesh
 from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
+from saejax.dictionaries.formats import cross_layer
+from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation import neighbours
+from saejax.evaluation.cross_layer import evaluate_layers
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.parts import part_losses, part_variances, parts_by_model
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
+from saejax.evaluation.rows import blocks, target_mean
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import decoder_site, is_joined, site_parts
 from saejax.models.source import other_model
@@ -25,6 +30,7 @@ from saejax.settings import EvaluateConfig, ModelConfig
 from saejax.workspace import Run, read_json, write_array, write_json
 
 SCORES = "scores.json"
+_AT_A_TIME = 4  # members of one site that are scored together, and by one process
 
 
 def run_evaluate(run: Run) -> EvaluateResults:
@@ -36,24 +42,38 @@ def run_evaluate(run: Run) -> EvaluateResults:
     config: EvaluateConfig = run.configs["evaluate"]
     store = Store.open(run.inputs["capture"])
     trained = run.inputs[f"train/{run.name}"]
+    if cross_layer.is_one(trained):
+        return evaluate_layers(run, store, trained)
     stack = stacks.members(trained)
-    waiting: dict[tuple[str, str], list[str]] = {}
-    for member in stack:
-        if not (run.folder / member.name / SCORES).exists():
-            waiting.setdefault((member.site, member.target), []).append(member.name)
     for site in single_sites(member.site for member in stack):
         decoder_site(site)  # losses are measured in the decoder, which does not have a module of the PyTorch model
-    if waiting:
+
+    @functools.cache
+    def models() -> tuple[Mesh, LanguageModel, LanguageModel | None]:
         mesh, model = make_mesh(run.configs["mesh"]), run.configs["model"]
         lm = load_model(model.path, model.revision, model.dtype, mesh)
         store.check_model(lm.source)
-        other = load_other(model, store, mesh)
-        for sites, names in waiting.items():
-            if run.stopping():
-                raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
-            _score_site(run, config, store, (lm, other), mesh, sites, {name: trained / name for name in names})
+        return mesh, lm, load_other(model, store, mesh)
+
+    def score(some: Sequence[TrainedMember]) -> None:
+        if run.stopping():
+            raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
+        names = [one.name for one in some if not (run.folder / one.name / SCORES).exists()]
+        mesh, lm, other = models()
+        sites = some[0].site, some[0].target
+        _score_site(run, config, store, (lm, other), mesh, sites, {name: trained / name for name in names})
+
+    run.each(_together(stack), lambda some: run.folder / some[-1].name / SCORES, score)
     paths = [run.folder / member.name / SCORES for member in stack]
     return EvaluateResults(run.name, tuple(from_json(DictionaryScores, read_json(path), path) for path in paths))
+
+
+def _together(stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:
+    """The members by what they read and predict, a few at a time: the store is read once for all of these."""
+    by_site: dict[tuple[str, str], list[TrainedMember]] = {}
+    for member in stack:
+        by_site.setdefault((member.site, member.target), []).append(member)
+    return [own[first : first + _AT_A_TIME] for own in by_site.values() for first in range(0, len(own), _AT_A_TIME)]
 
 
 def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | None:
@@ -90,17 +110,15 @@ def _score_site(
     site, target = sites
     dictionaries = [load_dictionary(folder) for folder in folders.values()]
     store = with_joined(store, [site], {site: dictionaries[0].config.scales})
-    scores = reconstruct(
-        dictionaries, _blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens
-    )
+    scores = reconstruct(dictionaries, blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens)
     documents = store.documents.of("held_out")
     documents = documents[: config.ce_documents] if config.ce_documents else documents
-    mean_D = _target_mean(store, sites, config.batch_tokens)
+    mean_D = target_mean(store, sites, config.batch_tokens)
     parts: Sequence[dict[str, PartScores] | None] = [None] * len(dictionaries)
     if is_joined(site):
         of_models = parts_by_model(site, *models)
         all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens)
-        variances = part_variances(dictionaries, _blocks(store, "held_out", sites, config.batch_tokens))
+        variances = part_variances(dictionaries, blocks(store, "held_out", sites, config.batch_tokens))
         losses = [found["+".join(of_models[0].sites)] for found in all_losses]
         parts = [_parts(site, *of_one) for of_one in zip(variances, all_losses, strict=True)]
     else:
@@ -175,20 +193,3 @@ def _line(scores: DictionaryScores) -> str:
         f"dead {scores.dead_fraction:.1%} on {scores.tokens:,} held-out tokens; recovered against the mean: "
         f"cross-entropy {of_floor[0]}, KL {of_floor[1]}, on {scores.ce.tokens:,}"
     )
-
-
-def _blocks(store: Store, split: str, sites: Sequence[str], size: int) -> Iterator[list[np.ndarray]]:
-    """Activations of the sites, each named once, row by row the same tokens; those that are sinks at one left out."""
-    sites = list(dict.fromkeys(sites))
-    rows = store.rows(split, *sites)
-    for start in range(0, len(rows), size):
-        yield [store.read(site, rows[start : start + size]) for site in sites]
-
-
-def _target_mean(store: Store, sites: Sequence[str], size: int) -> np.ndarray:
-    """Mean of the target over training tokens, fp64 [d]."""
-    total_D, count = np.zeros(store.d(sites[-1])), 0
-    for *_, y_NxD in _blocks(store, "train", sites, size):
-        total_D += y_NxD.astype(np.float64).sum(0)
-        count += len(y_NxD)
-    return total_D / max(count, 1)

@@ -77,9 +77,9 @@ def reconstruct(
       UserError: there are no activations, or a reconstruction is not finite.
     """
     members = MemberData.of(dictionaries, mesh)
-    spread = _Spread(dictionaries[0].config.d_in)
-    sums = [_Sums(dictionary.config.n_features) for dictionary in dictionaries]
-    for parts, count in _batches(blocks, batch):
+    spread = Spread(dictionaries[0].config.d_in)
+    sums = [Sums(dictionary.config.n_features) for dictionary in dictionaries]
+    for parts, count in batches(blocks, batch):
         placed = [jax.device_put(part, fitting_sharding(mesh, part.shape, "data", None)) for part in parts]
         scores = [_score(member, placed[0], placed[-1], count) for member in members]
         spread.add(parts[-1][:count])  # on the host, while the devices work
@@ -90,13 +90,14 @@ def reconstruct(
     return [own.scores(spread) for own in sums]
 
 
-class _Spread:
+class Spread:
     """How far the targets lie from their mean, added up in fp64."""
 
     def __init__(self, width: int):
         self.tokens, self._square, self._total_D = 0, 0.0, np.zeros(width)
 
     def add(self, y_NxD: np.ndarray) -> None:
+        """Adds some targets."""
         wide_NxD = y_NxD.astype(np.float64)
         self.tokens += len(wide_NxD)
         self._square += np.square(wide_NxD).sum()
@@ -108,7 +109,7 @@ class _Spread:
         return self._square - np.square(self._total_D).sum() / self.tokens
 
 
-class _Sums:
+class Sums:
     """What is added up for one dictionary."""
 
     def __init__(self, features: int):
@@ -116,12 +117,14 @@ class _Sums:
         self._fired_F, self._active_F = np.zeros(features, np.int64), np.zeros(features)
 
     def add(self, error_B: np.ndarray, cosine_B: np.ndarray, fired_F: np.ndarray, active_F: np.ndarray) -> None:
+        """Adds what ``measures`` gives of a batch, see ``measures``."""
         self._error += error_B.astype(np.float64).sum()
         self._cosine += cosine_B.astype(np.float64).sum()
         self._fired_F += fired_F
         self._active_F += active_F
 
-    def scores(self, spread: _Spread) -> Reconstruction:
+    def scores(self, spread: Spread) -> Reconstruction:
+        """The scores; a ``UserError`` if they are not finite."""
         if not np.isfinite(self._error):
             raise UserError("a reconstruction is not finite: the dictionary holds NaN or overflows; train it again")
         return Reconstruction(
@@ -136,15 +139,29 @@ class _Sums:
 
 @jax.jit
 def _score(member: MemberData, x_BxD: jax.Array, y_BxD: jax.Array, count: int) -> tuple[jax.Array, ...]:
-    """Squared error and cosine [B] of each token; how often [F] and how strongly, summed [F], each feature fires."""
-    counts_Bx1 = jnp.arange(x_BxD.shape[0])[:, None] < count
     f_BxF = member.encode(x_BxD)
-    y_hat_BxD = member.decode(f_BxF, x_BxD)
+    return measures(f_BxF, member.fires(f_BxF), member.decode(f_BxF, x_BxD), y_BxD, count)
+
+
+def measures(
+    f_BxF: jax.Array, fires_BxF: jax.Array, y_hat_BxD: jax.Array, y_BxD: jax.Array, count: int
+) -> tuple[jax.Array, ...]:
+    """What ``Sums`` adds up of a batch.
+
+    Args:
+      f_BxF, fires_BxF: activations, and where they count as active.
+      y_hat_BxD, y_BxD: what was rebuilt, and what it should be.
+      count: of the rows, the first so many count.
+
+    Returns:
+      Squared error and cosine [B] of each token; how often [F] and how strongly, summed [F], each feature fires.
+    """
+    counts_Bx1 = jnp.arange(len(y_BxD))[:, None] < count
     y_BxD = y_BxD.astype(y_hat_BxD.dtype)
     error_BxD = jnp.where(counts_Bx1, y_BxD - y_hat_BxD, 0.0)
     lengths_B = jnp.linalg.norm(y_BxD, axis=-1) * jnp.linalg.norm(y_hat_BxD, axis=-1)
     cosine_B = jnp.sum(y_BxD * y_hat_BxD, -1) / jnp.where(lengths_B > 0, lengths_B, 1.0)
-    fires_BxF = member.fires(f_BxF) & counts_Bx1
+    fires_BxF = fires_BxF & counts_Bx1
     return (
         jnp.sum(jnp.square(error_BxD), -1),
         jnp.where(counts_Bx1[:, 0], cosine_B, 0.0),
@@ -153,7 +170,7 @@ def _score(member: MemberData, x_BxD: jax.Array, y_BxD: jax.Array, count: int) -
     )
 
 
-def _batches(blocks: Iterable[Sequence[np.ndarray]], batch: int) -> Iterator[tuple[list[np.ndarray], int]]:
+def batches(blocks: Iterable[Sequence[np.ndarray]], batch: int) -> Iterator[tuple[list[np.ndarray], int]]:
     """Cuts blocks into batches of one shape; gives each with the number of rows that count."""
     for block in blocks:
         for start in range(0, len(block[0]), batch):

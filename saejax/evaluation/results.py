@@ -86,8 +86,38 @@ class DictionaryScores:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerScores:
+    """A layer of a cross-layer transcoder on held-out text."""
+
+    layer: int  #: its number
+    explained_variance: float  #: of what its MLP adds, by all that is written there from it and from below
+    cosine: float  #: of the two, mean over tokens
+    l0: float  #: its own features that are active per token, mean
+    dead_fraction: float  #: of its features, those that fire on no held-out token
+    dense_fraction: float  #: those that fire on more than `evaluate.dense_above` of them
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossLayerScores:
+    """A cross-layer transcoder on held-out text; also in ``scores.json``."""
+
+    tokens: int  #: held-out ones; those that are sinks at any layer are left out
+    explained_variance: float  #: mean over the layers
+    l0: float  #: features of all layers active per token, mean
+    dead_fraction: float  #: of all features
+    layers: tuple[LayerScores, ...]  #: from the first on
+    #: next-token cross-entropy with all MLPs replaced at once, features read in the stream that this gives; the floors
+    #: replace them by what they add on average, and by nothing
+    ce: StandInMeans
+    kl: StandInMeans  #: KL divergence from the clean model, likewise
+    ce_recovered_mean: float | None  #: (mean_ablated - reconstructed) / (mean_ablated - clean) of `ce`
+    kl_recovered_mean: float | None  #: the same of `kl`
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateResults:
     """The members of a train unit on held-out text."""
 
     kind: str  #: of the dictionaries
-    members: tuple[DictionaryScores, ...]  #: in their order
+    members: tuple[DictionaryScores, ...]  #: in their order; none of a cross-layer transcoder
+    cross_layer: CrossLayerScores | None = None  #: of a cross-layer transcoder

@@ -2,7 +2,7 @@
 
 saelens           a folder for each member, of its name; of its site where it is alone
 circuit_tracer    the members of all layers in one set; where the stack is a sweep, a set for each setting, in a folder
-                  of the setting's name
+                  of the setting's name; a cross-layer transcoder is one already, and copied
 neuronpedia       what their features are, for Neuronpedia and viewers of graphs, see ``export.neuronpedia``
 """
 
@@ -12,9 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.dictionaries import stacks
-from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, load_dictionary, own, saelens
+from saejax.dictionaries.formats import (
+    circuit_tracer,
+    circuit_tracer_settings,
+    cross_layer,
+    cross_layer_files,
+    load_dictionary,
+    own,
+    saelens,
+)
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.dictionaries.results import TrainedMember
+from saejax.errors import UserError
 from saejax.exporting.neuronpedia import setting_of, write_bundle
 from saejax.exporting.results import ExportedMember, ExportResults
 from saejax.settings import ExportConfig
@@ -29,11 +38,18 @@ def run_export(run: Run) -> ExportResults:
     """
     config: ExportConfig = run.configs["export"]
     (unit,) = (folder for name, folder in run.inputs.items() if name.startswith("train/"))
-    members = stacks.members(unit)
-    described = [own.read_config(unit / member.name / "dictionary") for member in members]
+    members, joined = stacks.members(unit, layers=True), cross_layer.is_one(unit)
+    if joined and config.format != "circuit_tracer":
+        raise UserError(
+            f"--export.format={config.format} has no cross-layer transcoders, and {unit} is one: use circuit_tracer"
+        )
+    described = [] if joined else [own.read_config(unit / member.name / "dictionary") for member in members]
     _clear(run.folder)  # what a killed run left
     try:
-        if config.format == "neuronpedia":
+        if joined:
+            cross_layer_files.copy(unit, run.folder)
+            folders = ["."] * len(members)
+        elif config.format == "neuronpedia":
             folders = write_bundle(run, unit, members)
         else:
             write = _write_sets if config.format == "circuit_tracer" else _write_folders

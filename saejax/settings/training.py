@@ -28,8 +28,10 @@ class TrainConfig(Config):
     )
     form: str = setting(
         "sae",
-        "sae rebuilds its site; transcoder reads mlp_in.L and predicts mlp_out.L; skip_transcoder adds a linear path",
-        choices=("sae", "transcoder", "skip_transcoder"),
+        "sae rebuilds its site; transcoder reads mlp_in.L and predicts mlp_out.L; skip_transcoder adds a linear path; "
+        "cross_layer_transcoder is one dictionary of all layers, whose features write to their own MLP's output and to "
+        "all later ones",
+        choices=("sae", "transcoder", "skip_transcoder", "cross_layer_transcoder"),
     )
     expansion: int = setting(8, "features per input dimension", low=1)
     k: tuple[int, ...] = setting(
@@ -103,6 +105,14 @@ class TrainConfig(Config):
     )
     warmup: float = setting(
         0.05, "share of the steps over which learning rate and penalty rise from 0", low=0.0, high=1.0
+    )
+    penalty_warmup: float = setting(
+        0.0,
+        "share of the steps over which the penalty rises from 0; 0: as long as the learning rate does. 1 is what "
+        "cross-layer transcoders are published with",
+        low=0.0,
+        high=1.0,
+        implied=0.0,
     )
     decay: float = setting(
         0.2, "share of the steps, at the end, over which the learning rate falls to 0", low=0.0, high=1.0

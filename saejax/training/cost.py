@@ -5,21 +5,23 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from saejax.activations.cost import reading_cost, recorded_rows
+from saejax.activations.batches import sites_of
+from saejax.activations.cost import batch_shape, reading_cost, recorded_rows
+from saejax.activations.device_buffers import BY_DOCUMENT, buffer_shapes, buffer_writer
 from saejax.activations.joined import single_sites
 from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedRun, PlannedStack
-from saejax.costs.passes import dictionary_bytes, step_flops
-from saejax.costs.programs import Program
+from saejax.costs.passes import dictionary_bytes, pass_flops, step_flops
+from saejax.costs.programs import Program, abstract_params, whole
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
-from saejax.models.sites import decoder_site
+from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.parallel import part_size
 from saejax.settings import TrainConfig
+from saejax.training.cross_layer import FORM
 from saejax.training.members import SiteScale, members
-from saejax.training.step import Trainer
-from saejax.training.train import check_divides, chosen_sites, stack_shape
+from saejax.training.train import batch_parts, check_divides, chosen_sites, stack_shape, trainer_of
 
 _OVERHEAD = 0.45
 _START = 3.0  # seconds in which the step is compiled and the first batches are read
@@ -55,6 +57,8 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
 def train_cost(plan: PlannedRun, kind: str) -> Cost:
     """All members of a stack, their features split over ``model``, themselves over ``member``; and the model they read.
 
+    A cross-layer transcoder has ``weights_share`` times the weights of a stack of transcoders.
+
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
     """
@@ -62,12 +66,14 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
     dictionary, count = stack.dictionary, len(stack.members)
     check_divides(train, dictionary, count, plan.axes)
     here, (d, f) = -(-count // plan.axes["member"]), (dictionary.d_in, dictionary.n_features)
-    arrays = here * dictionary_bytes(dictionary, train.state_dtype, plan.axes)
+    trainer_of(train, kind, stack.members, plan.axes)
+    share = weights_share(train, count)
+    arrays = round(share * here * dictionary_bytes(dictionary, train.state_dtype, plan.axes))
     batch = part_size(plan.axes, (train.batch, d), "data", None)
     batch += part_size(plan.axes, (train.batch, f), "data", "model")
     rows = recorded_rows(plan)
     seen = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
-    read, flops = DeviceBytes(), count * step_flops(seen, d, f)
+    read, flops = DeviceBytes(), share * count * step_flops(seen, d, f)
     if train.source == "model":
         sites = [decoder_site(name) for name in single_sites(n for m in stack.members for n in (m.site, m.target))]
         read, passes = reading_cost(plan, sites, seen)
@@ -87,17 +93,46 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
         train.matmul,
         _OVERHEAD,
         _START,
-        disk=count * 7 * 4 * 2 * d * f,  # two checkpoints, with the optimizer's moments, and the arrays
+        disk=round(share * count * 7 * 4 * 2 * d * f),  # two checkpoints, with the optimizer's moments, and the arrays
     )
 
 
 def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
-    """The step of every stack.
+    """The step of every stack and, where the JAX decoder makes activations as they are needed, how a buffer is filled.
 
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
     """
-    return [_step(plan, stack, mesh) for stack in plan.stacks.values()]
+    filled = plan.configs["train"].source == "model" and plan.backend == "jax"
+    programs = [_fill(plan, stack, mesh) for stack in plan.stacks.values() if filled and not _joined(stack)]
+    return [*programs, *(_step(plan, stack, mesh) for stack in plan.stacks.values())]
+
+
+def _joined(stack: PlannedStack) -> bool:
+    return any(is_joined(site) for member in stack.members for site in (member.site, member.target))
+
+
+def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
+    parts, dtype = batch_parts(stack.members), plan.configs["capture"].store_dtype
+    rows = min(plan.configs["train"].buffer_rows, recorded_rows(plan) or plan.configs["train"].buffer_rows)
+    (count, length), layers = batch_shape(plan), 1 + max(Site.parse(site).layer for site in sites_of(parts))
+    count += -count % (mesh.shape["member"] * mesh.shape["data"])
+
+    def by_document(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, PartitionSpec(BY_DOCUMENT)))
+
+    return Program(
+        f"train: {stack.dictionary.kind} buffer",
+        f"{rows:,} tokens, by {count} x {length} to layer {layers - 1}",
+        buffer_writer(plan.model, mesh, parts, rows, dtype),
+        (
+            abstract_params(plan.model, mesh, plan.capture_dtype, layers),
+            *buffer_shapes(plan.model, mesh, parts, rows, dtype),
+            *(by_document(count, length), by_document(count), whole(mesh, (count, length), np.int32)),
+        ),
+        (),
+        pass_flops(plan.model, count * length, length, layers),
+    )
 
 
 def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
@@ -106,7 +141,8 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     check_divides(config, dictionary, len(members), mesh.shape)
     metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
     scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
-    trainer = Trainer(config, dictionary, members, mesh, _STEPS, [scale] * len(members))
+    make = trainer_of(config, dictionary.kind, members, mesh.shape)
+    trainer = make(config, dictionary, members, mesh, _STEPS, [scale] * len(members))
     shape = (len(trainer.sites), config.batch, d_in)
     batch = jax.ShapeDtypeStruct(shape, plan.configs["capture"].store_dtype, sharding=trainer.batch_sharding)
     many = f"{len(members)} members, " if len(members) > 1 else ""
@@ -116,5 +152,11 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
         trainer.compiled,
         (trainer.abstract_state, trainer.abstract_hyper, (batch,) if config.form == "sae" else (batch, batch)),
         (),
-        len(members) * step_flops(config.batch, d_in, dictionary.n_features),
+        weights_share(config, len(members)) * len(members) * step_flops(config.batch, d_in, dictionary.n_features),
     )
+
+
+def weights_share(config: TrainConfig, layers: int) -> float:
+    """Weights of what is trained on so many layers in those of a stack: of its two matrices a layer a cross-layer
+    transcoder has one encoder, and (layers + 1) / 2 decoders on average."""
+    return (layers + 3) / 4 if config.form == FORM else 1.0

@@ -19,7 +19,7 @@ from saejax.dictionaries.sparse_products import Encoder, Products, explain
 from saejax.dictionaries.sparsity import row
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
-from saejax.training.updates import rising
+from saejax.training.updates import penalty_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Objective:
         parts = dict(error=sum(errors[1:], errors[0]))
         penalty = kind.penalty(batch)
         if penalty is not None:
-            parts["sparsity"] = penalty * rising(config, self.steps)(step)
+            parts["sparsity"] = penalty * penalty_share(config, self.steps)(step)
         parts |= kind.losses(batch)
         if config.auxk:
             k = config.auxk_features or max(self.dictionary.d_in // 2, 1)

@@ -9,7 +9,7 @@ import numpy as np
 from saejax.dictionaries.kinds import KINDS
 from saejax.dictionaries.stacks import full_name
 from saejax.errors import UserError
-from saejax.evaluation.results import DictionaryScores, EvaluateResults
+from saejax.evaluation.results import CrossLayerScores, DictionaryScores, EvaluateResults
 from saejax.page.document import Block, Picture, Section, Terms, Text
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
@@ -43,8 +43,8 @@ _MORE_MEASURES: dict[str, Callable[[DictionaryScores], str]] = {
 
 
 def scores_of(found: Findings) -> dict[str, tuple[DictionaryScores, ...]]:
-    """Held-out scores of the members of each kind."""
-    return {kind: results.members for kind, results in found.each(EvaluateResults).items()}
+    """Held-out scores of the members of each kind; of cross-layer transcoders there are none."""
+    return {kind: results.members for kind, results in found.each(EvaluateResults).items() if results.members}
 
 
 def section(found: Findings, draw: Draw, tested: str) -> Section:
@@ -57,10 +57,15 @@ def section(found: Findings, draw: Draw, tested: str) -> Section:
     """
     dense_above, scores = found.settings()["evaluate"]["dense_above"], scores_of(found)
     stacks = {kind: members for kind, members in scores.items() if len(members) > 1}
+    layers = {kind: one.cross_layer for kind, one in found.each(EvaluateResults).items() if one.cross_layer}
     pictures = [_frontier(scores, draw)] if stacks else []
-    pictures += [_training(found, draw, bool(stacks)), _density(scores, draw, dense_above)]
-    tables = [_table(found, tested), *(_members_table(kind, members) for kind, members in stacks.items())]
-    blocks: tuple[Block, ...] = (Text(_intro(scores, tested)), Terms(_terms(dense_above)), *tables, *pictures)
+    pictures += [_training(found, draw, bool(stacks or layers))]
+    pictures += [_density(scores, draw, dense_above)] if scores else []
+    tables = [_table(found, tested)] if scores else []
+    tables += [_members_table(kind, members) for kind, members in stacks.items()]
+    tables += [_layers_table(kind, one) for kind, one in layers.items()]
+    intro = _intro(scores, tested) if scores else "Trained: a cross-layer transcoder."
+    blocks: tuple[Block, ...] = (Text(intro), Terms(_terms(dense_above)), *tables, *pictures)
     return Section("The dictionaries", blocks)
 
 
@@ -120,6 +125,30 @@ def _members_table(kind: str, members: Sequence[DictionaryScores]) -> Table:
     rows = tuple((member.name, *(show(member) for show in _MEASURES.values())) for member in members[:_MEMBER_ROWS])
     note = f"The first {_MEMBER_ROWS} of {len(members)} members." if len(members) > _MEMBER_ROWS else ""
     return Table(f"The members of {kind}", ("Member", *_MEASURES), rows, stack=False, note=note)
+
+
+def _layers_table(kind: str, scores: CrossLayerScores) -> Table:
+    """A row for every layer of a cross-layer transcoder."""
+    rows = tuple(
+        (
+            str(one.layer),
+            number(one.explained_variance, 3),
+            number(one.cosine, 3),
+            number(one.l0, 1),
+            percent(one.dead_fraction, 1),
+            percent(one.dense_fraction, 1),
+        )
+        for one in scores.layers
+    )
+    note = (
+        f"All MLPs replaced at once: cross-entropy {number(scores.ce.reconstructed, 3)} nats per token on "
+        f"{scores.ce.tokens:,}; untouched {number(scores.ce.clean, 3)}, with means in their place "
+        f"{number(scores.ce.mean_ablated, 3)}, with nothing {number(scores.ce.zero_ablated, 3)}; recovered "
+        f"{number(scores.ce_recovered_mean, 3)} of cross-entropy and {number(scores.kl_recovered_mean, 3)} of KL. Mean "
+        f"explained variance {number(scores.explained_variance, 3)} with {number(scores.l0, 0)} features a token."
+    )
+    columns = ("Layer", "Explained variance", "Cosine", "L0", "Dead", "Dense")
+    return Table(f"The layers of the cross-layer transcoder ({kind})", columns, rows, stack=False, note=note)
 
 
 def _frontier(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw) -> Picture:

@@ -27,14 +27,14 @@ class TrainState:
     """Everything that a step changes; every array has a leading axis over the members, M.
 
     Attributes:
-      params: the dictionaries' arrays.
-      optimizer: optax state.
+      params: the dictionaries' arrays; of a cross-layer transcoder those of each layer, a tuple without that axis.
+      optimizer: optax state, or one of each layer.
       silent_MxF: tokens since each feature last fired, int32.
       kept_M: running mean of the smallest activation that a batch kept (batchtopk, matryoshka; else 0).
       step_M: steps done, int32; the same for all.
     """
 
-    params: Arrays
+    params: Any
     optimizer: Any
     silent_MxF: jax.Array
     kept_M: jax.Array
@@ -74,14 +74,17 @@ def initial_state(
 
 
 def with_shardings(state: TrainState, dictionary: DictionaryConfig, mesh: Mesh) -> TrainState:
-    """The shapes of a state with the sharding of each: members over ``member``, features over ``model``."""
+    """The shapes of a state with the sharding of each: members over ``member``, features over ``model``.
+
+    Arrays that stand alone, as those of a cross-layer transcoder's layers do, have no axis over members.
+    """
     specs = {name: spec for name, (_, spec) in parameter_table(dictionary).items()}
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-        spec = next((specs[name] for name in names if name in specs), (None,) * (leaf.ndim - 1))
+        spec = next((specs[name] for name in names if name in specs), (None,) * max(leaf.ndim - 1, 0))
         spec = ("model",) if names[0] == "silent_MxF" else spec
-        where = fitting_sharding(mesh, leaf.shape, "member", *spec)
+        where = fitting_sharding(mesh, leaf.shape, *["member"] * (leaf.ndim - len(spec)), *spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(place, state)

@@ -146,18 +146,33 @@ class Trainer:
         dead_F = state.silent_MxF >= config.dead_tokens
         gradient = jax.grad(self._objective, has_aux=True)
         grads, (metrics, fired_F, smallest) = gradient(params, x_BxD, y_BxD, hyper, state.step_M, dead_F, any_dead)
-        rate = hyper.learning_rate * self._rate(state.step_M).astype(x_BxD.dtype)
+        state, told = self._moved(state, grads, fired_F, smallest, hyper.learning_rate, len(x_BxD))
+        return state, metrics | told
+
+    def _moved(
+        self,
+        state: TrainState,
+        grads: Arrays,
+        fired_F: jax.Array,
+        smallest: jax.Array,
+        learning_rate: jax.Array,
+        tokens: int,
+    ) -> tuple[TrainState, Arrays]:
+        """The state of one member after its gradient of so many tokens, and what there is to tell of the update."""
+        config, params, dtype = self.config, state.params, smallest.dtype
+        dead_F = state.silent_MxF >= config.dead_tokens
+        rate = learning_rate * self._rate(state.step_M).astype(dtype)
         updates, optimizer = self._optimizer.update(grads, state.optimizer, params, learning_rate=rate)
         kind = kinds.by_name(self.dictionary.kind)
         moved = optax.apply_updates(params, updates)
         after = constrained(config, kind, moved, before=params, widths=self.dictionary.widths)
-        longest = MOST_TOKENS - x_BxD.shape[0]  # the count stops there
-        silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + x_BxD.shape[0])
+        longest = MOST_TOKENS - tokens  # the count stops there
+        silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + tokens)
         mean = state.kept_M + config.threshold_rate * (smallest - state.kept_M)
         kept = jnp.where(state.step_M == 0, smallest, mean)
         norm = optax.tree.get(optimizer, "gradient_norm")
-        metrics |= dict(learning_rate=rate, gradient_norm=norm, dead=jnp.mean(dead_F.astype(jnp.float32)))
-        return TrainState(after, optimizer, silent_F, kept, state.step_M + 1), metrics
+        told = dict(learning_rate=rate, gradient_norm=norm, dead=jnp.mean(dead_F.astype(jnp.float32)))
+        return TrainState(after, optimizer, silent_F, kept, state.step_M + 1), told
 
 
 def over_members(one: Any, own: Any, shared: Sequence[jax.Array], mesh: Mesh) -> Any:

@@ -1,6 +1,7 @@
 """The train stage: a stack of dictionaries of one kind on sites of a captured store."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,7 +14,7 @@ from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
 from saejax.config import identity
 from saejax.dictionaries import DictionaryConfig, save_dictionary
-from saejax.dictionaries.formats import own
+from saejax.dictionaries.formats import cross_layer_files, own
 from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError, one_of
@@ -22,6 +23,7 @@ from saejax.models.sites import site_parts
 from saejax.parallel import describe, is_first_process, make_mesh, sharding
 from saejax.settings import MOST_TOKENS, TrainConfig
 from saejax.training.checkpoints import Checkpoints
+from saejax.training.cross_layer import FORM, CrossLayerTrainer, check_layers
 from saejax.training.initial import state_from_dictionary
 from saejax.training.inputs import Input, make_input
 from saejax.training.loop import Metrics, train
@@ -39,8 +41,8 @@ def run_train(run: Run) -> TrainResults:
     """Trains the members of kind ``run.name`` and writes them to ``run.folder``.
 
     Writes ``checkpoints/``, ``metrics.jsonl`` and, for each member, ``dictionary/`` (in a folder of the member's name
-    if there are several). An interrupted run goes on at its newest checkpoint and ends with the same bits as one that
-    was not.
+    if there are several); a cross-layer transcoder is one set, in circuit-tracer's format, in ``run.folder`` itself. An
+    interrupted run goes on at its newest checkpoint and ends with the same bits as one that was not.
     """
     config: TrainConfig = run.configs["train"]
     if config.state_dtype == "float64" and not jax.config.jax_enable_x64:
@@ -104,18 +106,15 @@ def train_stack(run: Run, stack: Sequence[Member], source: Source) -> TrainResul
         raise UserError(f"the training tokens are fewer than one batch: lower --train.batch={config.batch}")
     steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
     check_divides(config, dictionary, len(stack), mesh.shape)
-    trainer = Trainer(config, dictionary, stack, mesh, steps, site_scales(store, config, stack, batch_parts(stack)))
+    make = trainer_of(config, run.name, stack, mesh.shape)
+    trainer = make(config, dictionary, stack, mesh, steps, site_scales(store, config, stack, batch_parts(stack)))
     with Checkpoints(run.folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
         state, metrics = _train(run, trainer, source, steps, checkpoints)
         best_step = checkpoints.best_step
     silent_for = min(min(per_epoch, steps) * config.batch, MOST_TOKENS)
     silent = jax.jit(lambda silent_MxF: jnp.mean(silent_MxF >= silent_for, axis=1), out_shardings=sharding(mesh))
     results = _member_results(trainer, metrics, np.asarray(silent(state.silent_MxF)))
-    for index, member in enumerate(stack):
-        folder = run.folder / member.name / "dictionary"
-        if is_first_process():
-            (folder / own.DESCRIPTION).unlink(missing_ok=True)  # of a run killed between here and its summary
-        save_dictionary(folder, trainer.finish(state, index))
+    _save(run, trainer, state)
     return TrainResults(
         kind=run.name,
         steps=steps,
@@ -126,6 +125,33 @@ def train_stack(run: Run, stack: Sequence[Member], source: Source) -> TrainResul
         mesh=describe(mesh),
         best_checkpoint=best_step if config.best else None,
     )
+
+
+def _save(run: Run, trainer: Trainer, state: TrainState) -> None:
+    """Writes the dictionaries, in place of those of a run that was killed between here and its summary."""
+    if isinstance(trainer, CrossLayerTrainer):
+        if is_first_process():
+            cross_layer_files.clear(run.folder)
+        return cross_layer_files.save(
+            run.folder, len(trainer.members), functools.partial(trainer.finished_layer, state)
+        )
+    for index, member in enumerate(trainer.members):
+        folder = run.folder / member.name / "dictionary"
+        if is_first_process():
+            (folder / own.DESCRIPTION).unlink(missing_ok=True)
+        save_dictionary(folder, trainer.finish(state, index))
+
+
+def trainer_of(config: TrainConfig, kind: str, stack: Sequence[Member], axes: Mapping[str, int]) -> type[Trainer]:
+    """The class that trains a stack.
+
+    Raises:
+      UserError: the members make no cross-layer transcoder, if they are to be one.
+    """
+    if config.form != FORM:
+        return Trainer
+    check_layers(config, kind, stack, axes)
+    return CrossLayerTrainer
 
 
 def _train(

@@ -94,20 +94,28 @@ def constrained(config: TrainConfig, kind: Kind, params: Arrays, before: Arrays,
     return kind.constrain(params) | {name: before[name] for name in _FROZEN[config.freeze]}
 
 
-def rising(config: TrainConfig, steps: int) -> optax.Schedule:
-    """Rises linearly from 0 over ``warmup`` of the steps, so that features form before they are thinned out."""
-    up = round(config.warmup * steps)
+def penalty_share(config: TrainConfig, steps: int) -> optax.Schedule:
+    """Rises linearly from 0 over the penalty's warm-up, so that features form before they are thinned out."""
+    return rising(config.penalty_warmup or config.warmup, steps)
+
+
+def rising(share: float, steps: int) -> optax.Schedule:
+    """Rises linearly from 0 to 1 over a share of the steps."""
+    up = round(share * steps)
     return optax.join_schedules([lambda step: (step + 1) / max(up, 1), optax.constant_schedule(1.0)], [up])
 
 
 def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
-    """Rises as ``rising``, stays, and falls to 0 over ``decay`` of the steps; a factor between 0 and 1."""
+    """Rises over ``warmup`` of the steps, stays, and falls to 0 over ``decay`` of them; a factor between 0 and 1."""
     down = round(config.decay * steps)
     if config.decay_shape == "cosine":
         fall = optax.cosine_decay_schedule(1.0, max(down, 1))
     else:
         fall = lambda step: (down - step) / max(down, 1)  # noqa: E731
-    rise, whole = rising(config, steps), optax.join_schedules([optax.constant_schedule(1.0), fall], [steps - down])
+    rise, whole = (
+        rising(config.warmup, steps),
+        optax.join_schedules([optax.constant_schedule(1.0), fall], [steps - down]),
+    )
     return lambda step: jnp.clip(jnp.minimum(rise(step), whole(step)), 0.0, 1.0)
 
 

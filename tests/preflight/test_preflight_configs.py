@@ -87,6 +87,20 @@ def test_training_from_the_model_needs_no_captured_sites(monkeypatch):
         plan_run(shape.path, shape.config, configs, ONE)
 
 
+def test_a_cross_layer_transcoder_costs_what_its_triangle_of_decoders_has(monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    configs = read(CONFIGS / "demo_clt.flags")
+    (shape,) = read_shapes(configs)
+    plan = plan_run(shape.path, shape.config, configs, ONE, documents=800, tokens=120_000)
+    weights, unit = (30 + 465) * 576 * 576, Needs.of(plan).units["train/batchtopk"]
+    assert 1 < unit.bytes.dictionary / (4 * weights) < 1.03 and unit.bytes.optimizer == 3 * unit.bytes.dictionary
+    assert 6 * weights < unit.flops / 108_000 < 1.4 * 6 * weights  # the model's own passes come to it
+    split = Needs.of(dataclasses.replace(plan, axes=ONE | dict(model=8))).units["train/batchtopk"]
+    assert split.bytes.dictionary < unit.bytes.dictionary / 7
+    with pytest.raises(UserError, match="--mesh.member=2"):
+        Needs.of(dataclasses.replace(plan, axes=ONE | dict(member=2)))
+
+
 def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     path = CONFIGS / "qwen3-0.6b-transcoders.flags"

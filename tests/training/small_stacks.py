@@ -13,6 +13,7 @@ from saejax.settings import TrainConfig
 from saejax.settings.kinds import settings_of_kinds
 from saejax.training.members import members
 from saejax.training.step import SiteScale, Trainer
+from saejax.training.train import trainer_of
 
 D, F, B, STEPS = 16, 64, 32, 50
 GROUPS = dict(matryoshka=dict(groups=(16, 32, F)))
@@ -58,7 +59,9 @@ def make_trainer(kind="topk", mesh=None, scale=0.5, steps=STEPS, **changes) -> T
         **facts,
     )
     mesh = mesh or first_device()
-    return Trainer(config, dictionary, stack, mesh, steps, [SiteScale(scale, scale, np.full(D, 0.7))] * len(stack))
+    return trainer_of(config, kind, stack, mesh.shape)(
+        config, dictionary, stack, mesh, steps, [SiteScale(scale, scale, np.full(D, 0.7))] * len(stack)
+    )
 
 
 def first_device() -> Mesh:

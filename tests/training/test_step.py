@@ -176,7 +176,10 @@ def test_schedules():
     config = make_config(warmup=0.1, decay=0.2)
     rate = [updates.learning_rate(config, 100)(s) for s in (0, 4, 9, 50, 80, 90, 99)]
     np.testing.assert_allclose(rate, [0.1, 0.5, 1, 1, 1, 0.5, 0.05], rtol=1e-6)
-    np.testing.assert_allclose([updates.rising(config, 100)(s) for s in (0, 4, 9, 99)], [0.1, 0.5, 1, 1], rtol=1e-6)
+    penalty = [updates.penalty_share(config, 100)(s) for s in (0, 4, 9, 99)]
+    np.testing.assert_allclose(penalty, [0.1, 0.5, 1, 1], rtol=1e-6)
+    later = updates.penalty_share(make_config(warmup=0.1, penalty_warmup=1.0), 100)
+    np.testing.assert_allclose([later(s) for s in (0, 49, 99)], [0.01, 0.5, 1], rtol=1e-6)
     flat = make_config(warmup=0.0, decay=0.0)
     np.testing.assert_allclose([updates.learning_rate(flat, 5)(s) for s in range(5)], 1.0)
 

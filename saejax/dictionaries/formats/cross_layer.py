@@ -14,8 +14,9 @@ Opening a set reads no values but a few rows of the last layer.
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,7 @@ from saejax.models.weights import Tensor
 
 KIND = description.KINDS[1]
 ENCODERS, PARAMS = "W_enc_*.safetensors", "params_layer_*.safetensors"
+FACTS = "saejax"  # key of the description under which our own folders say more
 _SKIP = "affine_skip_connection"
 _NAMED = {"W_enc": "w_enc", "W_dec": "w_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
 _SAMPLE = 64  # rows that are looked at
@@ -118,19 +120,32 @@ def open_set(folder: Path, fetch: Callable[[str], Path] | None = None) -> tuple[
     turned = "w_enc" in opened[0][1]
     named = tuple({_own(name): tensor for name, tensor in found.items()} for _, found in opened)
     site, reads, model = "mlp_in", "mlp_in", ""
+    facts = _facts(file, settings or {}, len(opened))
     if settings:
         model, before_gain = str(settings.get("model_name") or ""), description.reads_before_gain(settings)
         site = description.sites_of(settings, 0, "mlp_in" if before_gain else "", "")[0].partition(".")[0]
         reads = "mlp_normed" if before_gain else site
     configs = tuple(
-        _config(path, f"{site}.{layer}", (layer, len(opened)), found, turned, model)
-        for layer, ((path, _), found) in enumerate(zip(opened, named, strict=True))
+        dataclasses.replace(_config(path, f"{site}.{layer}", (layer, len(opened)), found, turned, model), **own)
+        for layer, ((path, _), found, own) in enumerate(zip(opened, named, facts, strict=True))
     )
     if len({(config.kind, config.d_in, config.n_features, config.skip) for config in configs}) > 1:
         raise UserError(f"{folder} has layers of different sizes or kinds: a set has one")
     if turned and len(opened) > 1:
         _check_order(opened[-1][0], named[-1]["W_dec"])
     return CrossLayerSet(configs, named, turned), reads
+
+
+def _facts(file: Path, settings: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
+    """Fields of each layer's ``DictionaryConfig`` that the description of a folder of ours says."""
+    if FACTS not in settings:
+        return [{}] * layers
+    found = settings[FACTS]
+    limits = found.get("max_norms") if isinstance(found, dict) else None
+    if not isinstance(limits, list) or len(limits) != layers or not all(isinstance(one, float) for one in limits):
+        raise UserError(f"{file}: {FACTS} has no norm for each of the {layers} layers (max_norms): it is damaged")
+    shared = {name: str(found.get(name) or "") for name in ("revision", "fingerprint")}
+    return [shared | dict(max_norm=limit) for limit in limits]
 
 
 def _numbered(folder: Path, pattern: str) -> list[Path]:

@@ -1,0 +1,85 @@
+"""Cross-layer transcoders: of every layer an encoder, whose features write to this layer and to all later ones.
+
+    f_l = sparsity(x_l W_enc_l + b_enc_l),   y_hat_m = sum over l <= m of f_l W_dec_{l -> m} + b_dec_m
+
+(Ameisen et al., 2025, Circuit Tracing, transformer-circuits.pub), x_l what the MLP of layer l reads and y_m what that
+of layer m adds. What the features of a layer write is one matrix, [F, (L - l) D], its blocks of columns the layers from
+l on: nothing stands for layers that are not written to, and a row's norm is that of a feature's *joined* decoder, by
+which penalties weigh its activation.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from saejax.dictionaries.description import DictionaryConfig
+from saejax.dictionaries.joined import row_lengths
+from saejax.dictionaries.kinds.base import Arrays
+from saejax.dictionaries.matmul import matmul
+
+KINDS = ("standard", "jumprelu", "batchtopk")  # of which circuit-tracer's folders can hold the result
+
+
+@dataclasses.dataclass
+class LayerCoder:
+    """A layer as its kind sees it, a ``kinds.base.Coder``.
+
+    Attributes:
+      config: of all layers.
+      operands: of products; see ``matmul``.
+      arrays: the layer's, with the lengths of its features' joined decoders, [F, 1], as "W_dec_FxD": of the decoder
+        kinds ask for the rows' lengths alone.
+    """
+
+    config: DictionaryConfig
+    operands: str
+    arrays: Arrays
+
+    def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
+        """Not of one layer: see ``written``."""
+        raise NotImplementedError("what is written to a layer comes from several: see cross_layer.written")
+
+
+def joined_lengths(decoders: Sequence[jax.Array]) -> jax.Array:
+    """The norm of each feature's joined decoder, [L, F], of every layer's [F, X D]; its gradient is 0 where it is 0."""
+    return jnp.stack(list(map(row_lengths, decoders)))
+
+
+def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, operands: str = "float32") -> jax.Array:
+    """What the features of all layers write to each layer, [L, B, D].
+
+    On a mesh with a ``model`` axis every device adds up what its own features write to all layers, and the sums meet
+    once: L B D numbers, where products that XLA splits by itself would send half of L^2 B D.
+
+    Args:
+      f_LxBxF: activations.
+      decoders: of every layer, [F, (L - l) D].
+      mesh: features are split over ``model``, tokens over ``data``.
+      operands: dtype of the operands of the products; see ``matmul``.
+    """
+    layers, width = len(decoders), decoders[-1].shape[1]
+    split = [name for name in ("data", "model") if mesh.shape[name] > 1]
+
+    def own(f_LxBxF: jax.Array, *decoders: jax.Array) -> jax.Array:
+        sum_BxX = jnp.zeros((f_LxBxF.shape[1], layers * width), f_LxBxF.dtype)
+        sum_BxX = lax.pcast(sum_BxX, tuple(split), to="varying") if split else sum_BxX
+        for layer, decoder in enumerate(decoders):
+            if "data" in split:  # said here, so that its gradient is summed over the tokens of all devices
+                decoder = lax.pcast(decoder, "data", to="varying")
+            sum_BxX = sum_BxX.at[:, layer * width :].add(matmul(f_LxBxF[layer], decoder, operands))
+        sum_BxX = lax.psum(sum_BxX, "model") if "model" in split else sum_BxX
+        return jnp.moveaxis(sum_BxX.reshape(-1, layers, width), 1, 0)
+
+    if not split:
+        return own(f_LxBxF, *decoders)
+    data, model = (name if name in split else None for name in ("data", "model"))
+    return jax.shard_map(
+        own,
+        mesh=mesh,
+        in_specs=(PartitionSpec(None, data, model), *[PartitionSpec(model)] * layers),
+        out_specs=PartitionSpec(None, data),
+    )(f_LxBxF, *decoders)

@@ -1,0 +1,136 @@
+"""A cross-layer transcoder through the stages: trained, killed and gone on with, scored, exported, traced, reported."""
+
+import time
+
+import numpy as np
+import pytest
+import runs
+
+from saejax import SiteEdit, command, load_model, load_results
+from saejax.activations.store import Store
+from saejax.attribution.local.transcoders import open_transcoders
+from saejax.attribution.trace.prompt import trace_prompt
+from saejax.dictionaries import stacks
+from saejax.errors import UserError
+from saejax.evaluation.results import EvaluateResults
+from saejax.models.tokens import Tokens
+
+SITES = "mlp_in.0,mlp_in.1,mlp_out.0,mlp_out.1"
+FORM = dict(
+    train__form="cross_layer_transcoder", train__sites="mlp_in.0-1", train__kinds="jumprelu", capture__sites=SITES
+)
+WIDE = dict(
+    task__behaviours="",
+    train__epochs=2,
+    evaluate__ce_documents=2,
+    export__format="circuit_tracer",
+    export__dictionaries="jumprelu",
+)
+
+
+@pytest.fixture(scope="module")
+def flags(inputs):
+    return lambda workdir, **changes: ["program", *runs.small_flags(*inputs, workdir, **FORM | WIDE | changes)]
+
+
+@pytest.fixture(scope="module")
+def workdir(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cross_layer") / "run"
+    stages = ["baseline", "capture", "train", "evaluate", "export", "report"]
+    assert command.run(stages, "", flags(folder)) == 0
+    return folder
+
+
+def sets(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("W_*.safetensors"))}
+
+
+@pytest.mark.slow  # three more processes
+def test_killed_it_ends_with_the_same_bytes(workdir, flags, tmp_path):
+    whole = sets(workdir / "train" / "jumprelu")
+    assert list(whole) == ["W_dec_0.safetensors", "W_dec_1.safetensors", "W_enc_0.safetensors", "W_enc_1.safetensors"]
+    folder = tmp_path / "run"
+    assert command.run(["capture"], "", flags(folder)) == 0
+    own = [*flags(folder, train__checkpoint_every=2)[1:]], dict(JAX_NUM_CPU_DEVICES="8")
+    killed, checkpoints = runs.start("train", own[0], **own[1]), folder / "train" / "jumprelu" / "checkpoints"
+    while not any(one.name.isdigit() for one in checkpoints.glob("*")) and killed.poll() is None:
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    assert "resuming jumprelu at step" in runs.finish(runs.start("train", own[0], **own[1])) or not killed.returncode
+    assert sets(folder / "train" / "jumprelu") == whole
+
+
+def test_scores_are_those_of_plain_passes(workdir, inputs, one_device):
+    results: EvaluateResults = load_results(workdir / "evaluate" / "jumprelu")
+    found, store = results.cross_layer, Store.open(workdir / "capture")
+    opened = open_transcoders(workdir / "train" / "jumprelu")
+    layers = [opened.load(layer) for layer in range(2)]
+    writes = opened.writes(0, np.arange(layers[0].config.n_features))[:, 1]
+    sites = SITES.split(",")
+    rows = store.rows("held_out", *sites)
+    x, y = (
+        [store.read(f"{kind}.{layer}", rows).astype(np.float32) for layer in (0, 1)] for kind in ("mlp_in", "mlp_out")
+    )
+    acts = [np.asarray(one.encode(value), np.float64) for one, value in zip(layers, x, strict=True)]
+    predicted = [np.asarray(layers[0].decode(acts[0])), np.asarray(layers[1].decode(acts[1])) + acts[0] @ writes]
+    for layer, scores in enumerate(found.layers):
+        error = np.square(y[layer] - predicted[layer]).sum() / np.square(y[layer] - y[layer].mean(0)).sum()
+        np.testing.assert_allclose(scores.explained_variance, 1 - error, rtol=1e-3, atol=1e-4)
+        assert scores.l0 == pytest.approx((acts[layer] > 0).sum(1).mean())
+    assert found.tokens == len(rows) and found.l0 == pytest.approx(sum(one.l0 for one in found.layers))
+
+    lm = load_model(str(inputs[0]), mesh=one_device)
+    total, count = 0.0, 0
+    for document in store.documents.of("held_out")[:2]:
+        tokens = Tokens(document[None].astype(np.int32), np.array([len(document)], np.int32))
+        clean, edits, below = lm(tokens, capture=sites).sites, [], 0
+        for layer, one in enumerate(layers):
+            read = lm(tokens, capture=[f"mlp_in.{layer}"], edits=edits).sites[f"mlp_in.{layer}"]
+            norms = [np.linalg.norm(clean[f"{kind}.{layer}"], axis=-1) for kind in ("mlp_in", "mlp_out")]
+            limits = [store.max_norm(f"{kind}.{layer}") for kind in ("mlp_in", "mlp_out")]
+            inside = ((norms[0] <= limits[0]) & (norms[1] <= limits[1]))[..., None]
+            own = lm(tokens, capture=[f"mlp_out.{layer}"], edits=edits).sites[f"mlp_out.{layer}"]
+            f = np.where(inside, one.encode(read), 0)
+            new = np.where(inside, np.asarray(one.decode(f)) + below, own)
+            below = f @ writes if layer == 0 else 0
+            edits = [*edits, SiteEdit.patch(f"mlp_out.{layer}", new)]
+        logits = np.asarray(lm(tokens, edits=edits).logits_BxTxV[0, :-1], np.float64)
+        logp = (
+            logits
+            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits.max(-1, keepdims=True)
+        )
+        total -= np.take_along_axis(logp, document[1:, None].astype(int), 1).sum()
+        count += len(document) - 1
+    assert found.ce.tokens == count and found.ce.reconstructed == pytest.approx(total / count, rel=1e-4)
+    assert found.kl.clean == 0 < found.kl.reconstructed
+
+
+def test_exported_it_makes_the_same_graph(workdir, inputs, one_device):
+    lm = load_model(str(inputs[0]), mesh=one_device)
+    here, there = (workdir / "train" / "jumprelu", workdir / "export" / "circuit_tracer-jumprelu")
+    graphs = [
+        trace_prompt(lm, open_transcoders(folder).check(lm), "The river follows the garden.")[0]
+        for folder in (here, there)
+    ]
+    assert len(graphs[0].nodes) > 30 and np.array_equal(graphs[0].adjacency_RxS, graphs[1].adjacency_RxS)
+    assert graphs[0].transcoders["cross_layer"]
+
+
+def test_the_report_has_its_layers(workdir):
+    page = (workdir / "report" / "index.html").read_text()
+    assert "The layers of the cross-layer transcoder" in page and "All MLPs replaced" in page
+
+
+def test_what_takes_dictionaries_one_by_one_says_so(workdir, flags, capsys):
+    capsys.readouterr()
+    for stage, changes in [
+        ("interpret", dict(interpret__dictionaries="jumprelu")),
+        ("export", dict(export__format="saelens")),
+    ]:
+        assert command.run([stage], "", flags(workdir, **changes)) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and "cross-layer transcoder" in error[0], error
+    with pytest.raises(UserError, match="traced with --graph.transcoders"):
+        stacks.load_member(workdir / "train" / "jumprelu", "jumprelu/mlp_in.0", "--ablate.dictionary")

@@ -1,0 +1,254 @@
+"""Cross-layer transcoders: their loss against plain numpy, planted features, meshes, resuming, and what is written."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_runs import STEPS, go
+from small_runs import make_trainer as make_small_run
+from small_stacks import B, D, F, make_trainer
+
+from saejax.attribution.local.transcoders import open_transcoders
+from saejax.dictionaries.formats import cross_layer_files
+from saejax.errors import Interrupted, UserError
+from saejax.parallel import make_mesh
+from saejax.settings import MeshConfig
+from saejax.training.cross_layer import CrossLayerObjective, CrossLayerTrainer
+
+LAYERS, SITES = 3, ("mlp_in.0", "mlp_in.1", "mlp_in.2")
+FORM = dict(form="cross_layer_transcoder", sites=SITES)
+FREE = dict(decoder_norm="free")
+KINDS = {
+    "standard": dict(l1=(0.3,), **FREE),
+    "jumprelu": dict(l0_penalty="tanh", l0_coefficient=(0.4,), bandwidth=0.5, initial_threshold=0.6, **FREE),
+    "batchtopk": {},
+}
+
+
+def make(kind="jumprelu", mesh=None, maker=make_trainer, **changes) -> CrossLayerTrainer:
+    """A trainer of three layers, each with scales of its own."""
+    trainer = maker(kind, mesh, **FORM | KINDS[kind] | changes)
+    trainer.scales = [
+        dataclasses.replace(scale, input=0.5 + 0.1 * i, output=0.4 + 0.2 * i, max_norm=9.0 + i)
+        for i, scale in enumerate(trainer.scales)
+    ]
+    arrays = {
+        name: np.array([getattr(s, name[:-6]) for s in trainer.scales]) for name in ("input_scale", "output_scale")
+    }
+    dtype = trainer.config.state_dtype
+    trainer._host_hyper = dataclasses.replace(
+        trainer._host_hyper, **{name: array.astype(dtype) for name, array in arrays.items()}
+    )
+    return trainer
+
+
+def random_layers(trainer: CrossLayerTrainer, seed=0) -> list[dict[str, np.ndarray]]:
+    """Arrays of all layers that write everywhere, fp64."""
+    rng = np.random.default_rng(seed)
+    start = [jax.tree.map(np.asarray, arrays) for arrays in trainer.initial_state().params]
+    return [{name: array + 0.1 * rng.normal(size=array.shape) for name, array in arrays.items()} for arrays in start]
+
+
+def values(count=B, seed=1) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(LAYERS, count, D)) + 0.3, rng.normal(size=(LAYERS, count, D))
+
+
+def plain(layers, x_LxBxD, y_LxBxD, kind, step_share):
+    """Loss, gradients and errors in numpy, by the chain rule written out; jumprelu's thresholds straight through."""
+    acts, pres, total = [], [], 0.0
+    for arrays, x_BxD in zip(layers, x_LxBxD, strict=True):
+        pre_BxF = x_BxD @ arrays["W_enc_DxF"] + arrays["b_enc_F"]
+        above = 0.0
+        if kind == "jumprelu":
+            above = arrays["threshold_F"]
+        if kind == "batchtopk":
+            above = np.sort(np.maximum(pre_BxF, 0).ravel())[-4 * B - 1]
+        pres.append(pre_BxF)
+        acts.append(np.where(pre_BxF > above, np.maximum(pre_BxF, 0), 0.0))
+    errors = []
+    for m in range(LAYERS):
+        y_hat_BxD = layers[m]["b_dec_D"] + sum(
+            acts[l] @ layers[l]["W_dec_FxD"][:, (m - l) * D : (m - l + 1) * D] for l in range(m + 1)
+        )
+        errors.append(y_hat_BxD - y_LxBxD[m])
+        total += np.square(errors[m]).sum() / B
+    grads = []
+    for l, arrays in enumerate(layers):
+        W_dec, f_BxF = arrays["W_dec_FxD"], acts[l]
+        norm_F = np.sqrt(np.square(W_dec).sum(1))
+        to_y = 2 / B * np.concatenate(errors[l:], axis=1)
+        to_f, to_W, to_norm = to_y @ W_dec.T, f_BxF.T @ to_y, np.zeros_like(norm_F)
+        if kind == "standard":
+            total += step_share * 0.3 / B * (f_BxF * norm_F).sum()
+            to_f, to_norm = to_f + step_share * 0.3 / B * norm_F, step_share * 0.3 / B * f_BxF.sum(0)
+        if kind == "jumprelu":
+            size = np.tanh(4 * f_BxF * norm_F)
+            slope = step_share * 0.4 / B * 4 * (1 - size**2)
+            total += step_share * 0.4 / B * size.sum()
+            to_f, to_norm = to_f + slope * norm_F, (slope * f_BxF).sum(0)
+        to_W = to_W + (to_norm / norm_F)[:, None] * W_dec
+        to_pre = to_f * (f_BxF > 0)
+        own = dict(W_enc_DxF=x_LxBxD[l].T @ to_pre, b_enc_F=to_pre.sum(0), W_dec_FxD=to_W)
+        own["b_dec_D"] = 2 / B * errors[l].sum(0)
+        if kind == "jumprelu":
+            near = np.abs(pres[l] - arrays["threshold_F"]) < 0.25
+            own["threshold_F"] = -(arrays["threshold_F"] / 0.5) * (near * to_f).sum(0)
+        grads.append(own)
+    return total, grads, errors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_are_those_of_plain_numpy(kind, one_device):
+    with jax.enable_x64(True):
+        trainer = make(kind, one_device, state_dtype="float64")
+        layers, (x, y) = random_layers(trainer), values()
+        objective = CrossLayerObjective(trainer.config, trainer.dictionary, 50, one_device)
+        dead = jnp.zeros((LAYERS, F), bool)
+        loss = lambda layers: objective(layers, jnp.asarray(x), jnp.asarray(y), trainer.hyper, 0, dead)  # noqa: E731
+        (total, (metrics, *_)), grads = jax.value_and_grad(loss, has_aux=True)(jax.tree.map(jnp.asarray, layers))
+        wanted, plain_grads, errors = plain(layers, x, y, kind, step_share=1 / 2)  # of 50 steps 2 are warm-up
+    assert abs(total / wanted - 1) < 1e-12 and 0.02 < metrics["l0"].mean() / F < 0.9
+    np.testing.assert_allclose(metrics["mse"], [np.square(e).sum() / B for e in errors], rtol=1e-10)
+    for found, own in zip(grads, plain_grads, strict=True):
+        for name, gradient in own.items():
+            assert np.abs(gradient).max() > 0
+            np.testing.assert_allclose(
+                found[name], gradient, rtol=1e-9, atol=1e-12 * np.abs(gradient).max(), err_msg=name
+            )
+
+
+def planted(steps, layers=LAYERS, features=6, seed=0, tokens=128):
+    """Batches in which every layer reads codes of its own features, that write to it and to all later layers."""
+    rng = np.random.default_rng(seed)
+    reads = [np.linalg.qr(rng.normal(size=(D, features)))[0].T for _ in range(layers)]
+    writes = [rng.normal(size=(features, layers - layer, D)) / np.sqrt(D) for layer in range(layers)]
+    codes = rng.exponential(size=(steps, layers, tokens, features)) * (
+        rng.random((steps, layers, tokens, features)) < 0.1
+    )
+    x = np.stack([codes[:, l] @ reads[l] for l in range(layers)], 1)
+    y = sum(
+        np.pad(np.einsum("sbf,fxd->sxbd", codes[:, l], writes[l]), ((0, 0), (l, 0), (0, 0), (0, 0)))
+        for l in range(layers)
+    )
+    return (4 * x).astype(np.float32), (4 * y).astype(np.float32), reads, writes
+
+
+def train_on(trainer, x, y, state=None):
+    state = trainer.initial_state() if state is None else state
+    for batch in zip(x, y, strict=True):
+        state, metrics = trainer.step(state, tuple(jax.device_put(part, trainer.batch_sharding) for part in batch))
+        jax.block_until_ready(metrics)
+    return state, metrics
+
+
+def test_features_that_write_across_layers_are_found_again(one_device):
+    """A transcoder of the last layer alone cannot know what the first writes there: its own input does not tell."""
+    x, y, _, writes = planted(600)
+    settings = dict(steps=600, k=(1,), learning_rate=(1e-2,), batch=128, initial_bias="zero")
+    trainer = make_trainer("batchtopk", one_device, 1.0, sites=SITES, form="cross_layer_transcoder", **settings)
+    state, metrics = train_on(trainer, x, y)
+    alone = make_trainer("batchtopk", one_device, 1.0, sites=SITES, form="transcoder", **settings)
+    _, of_stack = train_on(alone, x, y)
+    found = trainer.finished_layer(state, 0)[1].reshape(F, -1)
+    wanted = writes[0].reshape(len(writes[0]), -1)
+    cosines = (
+        wanted @ found.T / np.linalg.norm(wanted, axis=1)[:, None] / np.maximum(np.linalg.norm(found, axis=1), 1e-9)
+    )
+    print(cosines.max(1), metrics["explained_variance"], of_stack["explained_variance"])
+    assert cosines.max(1).min() > 0.95, "its three decoders together, as one direction"
+    assert metrics["explained_variance"][2] > 0.9 > 0.6 > of_stack["explained_variance"][2]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 2, 4)])
+@pytest.mark.parametrize("kind", ["jumprelu", pytest.param("batchtopk", marks=pytest.mark.slow)])
+def test_features_over_eight_devices_are_those_of_one(kind, shape, one_device):
+    with jax.enable_x64(True):
+        x, y, *_ = planted(10, tokens=B)
+        wanted, _ = train_on(make(kind, one_device, state_dtype="float64"), x, y)
+        mesh = make_mesh(MeshConfig(**dict(zip(("member", "data", "model"), shape, strict=True))))
+        trainer = make(kind, mesh, state_dtype="float64")
+        found, _ = train_on(trainer, x, y)
+        first = found.params[0]["W_dec_FxD"]
+        assert first.sharding.shard_shape(first.shape) == (F // shape[2], LAYERS * D)
+        for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+        text = trainer.compiled.lower(trainer.abstract_state, trainer.hyper, (x[0], y[0])).compile().as_text()
+        sums = [line for line in text.splitlines() if "all-reduce(" in line and f"{LAYERS * D}]" in line]
+        gradients = shape[1] > 1  # of the first layer's decoder, over the tokens of all devices
+        assert len(sums) == 1 + gradients, "what devices write to all layers meets once"
+
+
+def test_only_what_is_written_is_stored(one_device):
+    state = make(mesh=one_device).abstract_state
+    shapes = [arrays["W_dec_FxD"].shape for arrays in state.params]
+    assert shapes == [(F, 3 * D), (F, 2 * D), (F, D)]
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
+def test_resumed_equals_uninterrupted_bit_for_bit(kind, tmp_path):
+    trainer = make(kind, maker=make_small_run, auxk=0.0)
+    whole = go(tmp_path / "whole", trainer)
+    with pytest.raises(Interrupted, match=f"step 7 of {STEPS}"):
+        go(tmp_path / "broken", trainer, stop_after=7)
+    resumed = go(tmp_path / "broken", trainer)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device):
+    trainer = make(kind, one_device)
+    x, y, *_ = planted(8, tokens=B)
+    state, _ = train_on(trainer, x, y)
+    load = lambda layer: trainer.finished_layer(state, layer)  # noqa: E731
+    cross_layer_files.save(tmp_path / "set", LAYERS, load)
+    opened = open_transcoders(tmp_path / "set")
+    assert opened.cross_layer and [config.max_norm for config in opened.configs] == [9.0, 10.0, 11.0]
+    every = np.arange(F)
+    for m in range(LAYERS):
+        raw_BxD, scaled_BxD = (np.asarray(opened.load(m).b_dec_D), np.asarray(state.params[m]["b_dec_D"]))
+        for l in range(m + 1):
+            one, own = opened.load(l), state.params[l]
+            assert one.config.kind == ("standard" if kind == "standard" else "jumprelu")
+            writes_FxXxD = opened.writes(l, every)
+            np.testing.assert_allclose(np.linalg.norm(writes_FxXxD.reshape(F, -1), axis=1), 1, rtol=1e-5)
+            f_BxF = np.asarray(one.encode(x[0, l]), np.float64)
+            raw_BxD = raw_BxD + f_BxF @ writes_FxXxD[:, m - l]
+            pre_BxF = x[0, l] * trainer.scales[l].input @ np.asarray(own["W_enc_DxF"]) + np.asarray(own["b_enc_F"])
+            above = own["threshold_F"] if kind == "jumprelu" else state.kept_M[l] if kind == "batchtopk" else 0
+            acts_BxF = np.where(pre_BxF > np.asarray(above), np.maximum(pre_BxF, 0), 0)
+            W_dec = np.asarray(own["W_dec_FxD"])[:, (m - l) * D : (m - l + 1) * D]
+            scaled_BxD = scaled_BxD + acts_BxF @ W_dec
+        np.testing.assert_allclose(raw_BxD * trainer.scales[m].output, scaled_BxD, atol=2e-5)
+    with pytest.raises(UserError, match="already holds"):
+        cross_layer_files.save(tmp_path / "set", LAYERS, load)
+
+
+def test_a_feature_that_never_fires_and_no_spread_are_no_trouble(one_device):
+    trainer = make("jumprelu", one_device)
+    state = trainer.initial_state()
+    silent = tuple(arrays | dict(b_enc_F=arrays["b_enc_F"] - 100) for arrays in state.params)
+    x = np.ones((3, LAYERS, B, D), np.float32)
+    state, metrics = train_on(trainer, x, 0 * x, dataclasses.replace(state, params=silent))
+    assert not np.asarray(metrics["l0"]).any() and np.isfinite(jax.tree.leaves(metrics)).all()
+    assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(kind="topk"), "--train.kinds=topk: a cross_layer_transcoder is one of standard, jumprelu, batchtopk"),
+        (dict(sites=("mlp_in.0", "mlp_in.2")), "one encoder of every layer from 0, in order"),
+        (dict(seed=(1, 2)), "one value of each setting"),
+        (dict(auxk=0.1), "--train.auxk=0.1: not for a cross_layer_transcoder"),
+        (dict(mesh=MeshConfig(member=2)), "--mesh.member=2: the layers of a cross_layer_transcoder are one"),
+    ],
+)
+def test_what_is_no_cross_layer_transcoder_is_refused(changes, told):
+    given = dict(changes)
+    kind, mesh = given.pop("kind", "batchtopk"), given.pop("mesh", None)
+    with pytest.raises(UserError, match=told):
+        make_trainer(kind, make_mesh(mesh) if mesh else None, **FORM | given)
