@@ -51,7 +51,7 @@ def _planted(scores: PlantedScores) -> Iterator[Block]:
     control = max((score.mean for name, score in scores.auroc.items() if name != "trained"), default=0.0)
     auroc, strongest = interval(scores.auroc["trained"], 3), interval(scores.strongest["trained"], 0, 100)
     yield Text(
-        f"Attribution graphs tell the edges of the planted circuit with an AUROC of {auroc} ({_EDGES:g} was asked for), "
+        f"Attribution graphs tell the planted circuit's edges with an AUROC of {auroc} ({_EDGES:g} was asked for), "
         f"over {scores.prompts} prompts; with transcoders that know nothing of it {number(control, 3)}. Of their five "
         f"strongest edges {strongest} % are planted.",
         strong=True,
