@@ -26,7 +26,6 @@ from saejax.ground_truth.circuits.weights import checkpoint
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models import source
 from saejax.registry import GROUPS, STAGES
-from saejax.settings import MeshConfig
 from saejax.workspace import Run
 
 SEED = 3
@@ -174,7 +173,7 @@ def test_random_transcoders_stand_for_nothing(tmp_path, one_device):
     case = make_case("logic", 30, 0)
     save_model(tmp_path / "model", *checkpoint(case.model, 0), list(case.model.words))
     model = load_model(str(tmp_path / "model"), mesh=one_device)
-    configs = dict(known=KnownConfig(prompts=30), mesh=MeshConfig())
+    configs = {name: cls() for name, cls in GROUPS.items()} | dict(known=KnownConfig(prompts=30))
     stages = KnownStages(Run("known_circuits", "logic", tmp_path, configs, {}, print, lambda: False), case, model)
     found = []
     for seed in range(10):
