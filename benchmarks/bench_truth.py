@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench_truth")
     args = parser.parse_args()
     line: dict[str, dict[str, dict[str, float]]] = {}
-    print("".join(f"{heading:<34}" if not place else f"{heading:>20}" for place, heading in enumerate(("", *SCORES))))
+    print("".join(f"{heading:<34}" if not place else f"{heading:>22}" for place, heading in enumerate(("", *SCORES))))
     asked = [name.strip() for name in args.worlds.split(";")] if args.worlds else list(WORLDS)
     if unknown := set(asked) - set(WORLDS):
         parser.error(f"--worlds names {', '.join(sorted(unknown))}: expected some of {'; '.join(WORLDS)}")
@@ -88,7 +88,7 @@ def main() -> None:
         for kind, one in judged(args, number, changes):
             scores = {score: getattr(one.scores, score) for score in SCORES}
             shown = (f"{s.mean:.3f} [{s.low:.3f}, {s.high:.3f}]" for s in scores.values())
-            print("".join([f"  {kind:<32}", *(f"{cell:>20}" for cell in shown)]), flush=True)
+            print("".join([f"  {kind:<32}", *(f"{cell:>22}" for cell in shown)]), flush=True)
             line.setdefault(name, {})[kind] = {score: round(value.mean, 3) for score, value in scores.items()}
     print(json.dumps(dict(bench="truth", worlds=line)))
 
