@@ -1,5 +1,6 @@
 """Transformers set by hand: they do what their description says, and graphs have the edges that they have."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -24,7 +25,7 @@ from saejax.ground_truth.circuits.stage import CIRCUITS, KnownConfig
 from saejax.ground_truth.circuits.weights import checkpoint
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models import source
-from saejax.settings import MeshConfig
+from saejax.registry import GROUPS, STAGES
 from saejax.workspace import Run
 
 SEED = 3
@@ -172,7 +173,7 @@ def test_random_transcoders_stand_for_nothing(tmp_path, one_device):
     case = make_case("logic", 30, 0)
     save_model(tmp_path / "model", *checkpoint(case.model, 0), list(case.model.words))
     model = load_model(str(tmp_path / "model"), mesh=one_device)
-    configs = dict(known=KnownConfig(prompts=30), mesh=MeshConfig())
+    configs = {name: cls() for name, cls in GROUPS.items()} | dict(known=KnownConfig(prompts=30))
     stages = KnownStages(Run("known_circuits", "logic", tmp_path, configs, {}, print, lambda: False), case, model)
     found = []
     for seed in range(10):
@@ -227,6 +228,16 @@ def unit_name(unit):
     from saejax.stage import folder_name
 
     return folder_name(str(unit / "transcoders/exact/layer1"))
+
+
+@pytest.mark.parametrize("asked", [dict(known=dict(circuits=("chain",))), dict(algorithm=dict(names=("planted",)))])
+def test_a_report_of_what_is_made_here_asks_for_no_baseline(asked):
+    defaults = {group: cls() for group, cls in GROUPS.items()}
+    configs = {name: dataclasses.replace(config, **asked.get(name, {})) for name, config in defaults.items()}
+    (unit,) = [f"known_circuits/{name}" for name in configs["known"].circuits] or ["algorithm/planted"]
+    without = configs | dict(task=dataclasses.replace(configs["task"], behaviours=()))
+    assert STAGES["report"].needs(without, "") == [unit]
+    assert {"baseline", unit} < set(STAGES["report"].needs(configs, ""))
 
 
 def test_settings_that_cannot_be_end_in_one_line(tmp_path, capsys, monkeypatch):

@@ -132,4 +132,5 @@ def test_a_planted_circuit_is_found(tmp_path):
     assert scores.auroc["trained"].mean >= 0.95 and scores.auroc["random"].mean < scores.auroc["trained"].mean
     carried = scores.carried["differ"]
     assert carried["whole site"].share.mean > 0.95 and carried["DAS"].share.mean > 0.9
+    assert carried["trained"].share.mean > 0.6 and carried["random"].share.mean < 0.2
     assert scores.carried["third"]["whole site"].share.mean < 0.05
