@@ -20,6 +20,8 @@ os.environ["XLA_FLAGS"] += (
     " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
 ) * (not os.environ.get("SAEJAX_FULL_COMPILER"))
+# Threads of PyTorch wait for each other in loops: on models this small, beside other work, most of their time.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import shapes

@@ -23,7 +23,7 @@ from saejax.registry import GROUPS
 from saejax.settings import TrainConfig
 from saejax.settings.kinds import KIND_SETTINGS
 
-SETTINGS = dict(plugins=PLUGIN, train__kinds=MADE_UP, ablate__dictionary=MADE_UP)
+SETTINGS = dict(plugins=PLUGIN, train__kinds=MADE_UP, ablate__dictionary=MADE_UP, task__behaviours="agreement")
 
 
 def test_kinds_are_found_by_name_and_others_refused_with_the_names():

@@ -55,9 +55,9 @@ def test_scores_are_those_of_pytorch(finished):
                 logp = torch_model(torch.tensor([tokenizer(line["text"] + line[key])["input_ids"]])).logits[0]
             logp = logp.double().log_softmax(-1)[length - 1 : -1][range(len(ids)), ids].sum()
             np.testing.assert_allclose(line[f"{key}_log_likelihood"], float(logp), atol=5e-5)
-        texts = torch.tensor(tokenizer([line["text"], line["counterpart"]])["input_ids"])
+        texts = (torch.tensor([tokenizer(line[key])["input_ids"]]) for key in ("text", "counterpart"))
         with torch.no_grad():
-            logits, counterpart = torch_model(texts).logits[:, -1]
+            logits, counterpart = (torch_model(ids_BxT).logits[0, -1] for ids_BxT in texts)
         np.testing.assert_allclose(line["logit_diff"], float(logits[correct] - logits[wrong]), atol=2e-5)
         np.testing.assert_allclose(
             line["counterpart_logit_diff"], float(counterpart[wrong] - counterpart[correct]), atol=2e-5

@@ -18,10 +18,10 @@ def trained(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     assert go(["baseline", "capture", "train"], inputs, workdir) == 0
     lines = [
-        dict(behaviour="colour", text=f"The {thing} was painted", correct=" red", wrong=" blue", template=thing[0])
+        dict(behaviour="colour", text=f"The {thing} is painted", correct=" red", wrong=" blue", template=thing[0])
         for thing in ("door", "boat", "wall", "fence", "chair", "table", "house")
     ]
-    lines = [line | dict(counterpart=line["text"].replace("was", "is")) for line in lines]
+    lines = [line | dict(counterpart=line["text"].replace(" is ", " are ")) for line in lines]
     (workdir.parent / "colour.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return workdir
 
