@@ -261,12 +261,17 @@ def trained_only(whole, folder):
     shutil.copytree(whole / "train", folder / "train")
 
 
-def assert_as_one(one, two, tolerance=1e-6):
-    """Two workdirs with the same units, files and figures; the store and the prompts are the same bits."""
+def assert_as_one(one, two):
+    """Two workdirs with the same units, files and figures; the store is the same bits.
+
+    What devices of several processes do together is rounded otherwise, and ablation's doses divide such figures by
+    small differences; what is dealt out is the same to 1e-6.
+    """
     first, second = results(one), results(two)
     assert first.keys() == second.keys()
     for unit in first:
         assert first[unit]["files"].keys() == second[unit]["files"].keys(), unit
+        tolerance = 1e-4 if unit.startswith("ablate") else 1e-6
         assert_same(first[unit]["results"], second[unit]["results"], tolerance, unit)
     assert runs.checksums(one) == runs.checksums(two)
 
@@ -281,7 +286,7 @@ def test_two_processes_run_a_whole_pipeline_as_one(inputs, whole, tmp_path):
         assert all(f"process {number} of 2: " in line for line in lines if not line.startswith("[Gloo]")), lines
     every = [line.partition(": ")[2] for lines in said for line in lines]
     assert len({line for line in every if " done in " in line}) == sum(" done in " in line for line in every) == 7
-    assert_as_one(whole[0], tmp_path / "run", 1e-5)  # ablation divides small logit differences by one another
+    assert_as_one(whole[0], tmp_path / "run")
 
 
 WIDE = dict(
@@ -317,7 +322,7 @@ def test_every_stage_is_dealt_out_to_processes(inputs, tmp_path, processes):
     group = runs.start_group(processes, "pipeline", runs.small_flags(*inputs, several, **flags))
     for process in group:
         runs.finish(process)
-    assert_as_one(one, several, 1e-5)
+    assert_as_one(one, several)
 
 
 @pytest.mark.slow

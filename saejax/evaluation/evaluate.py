@@ -43,6 +43,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
     store = Store.open(run.inputs["capture"])
     trained = run.inputs[f"train/{run.name}"]
     if cross_layer.is_one(trained):
+        run.team.join([])  # it is one item, which the first process makes
         return evaluate_layers(run, store, trained)
     stack = stacks.members(trained)
     for site in single_sites(member.site for member in stack):
@@ -55,6 +56,11 @@ def run_evaluate(run: Run) -> EvaluateResults:
         store.check_model(lm.source)
         return mesh, lm, load_other(model, store, mesh)
 
+    def file(some: Sequence[TrainedMember]) -> Path:
+        """That of the first member that is not scored; of the last one if all are."""
+        files = [run.folder / one.name / SCORES for one in some]
+        return next((path for path in files if not path.exists()), files[-1])
+
     def score(some: Sequence[TrainedMember]) -> None:
         if run.stopping():
             raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
@@ -63,7 +69,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
         sites = some[0].site, some[0].target
         _score_site(run, config, store, (lm, other), mesh, sites, {name: trained / name for name in names})
 
-    run.each(_together(stack), lambda some: run.folder / some[-1].name / SCORES, score)
+    run.each(_together(stack), file, score)
     paths = [run.folder / member.name / SCORES for member in stack]
     return EvaluateResults(run.name, tuple(from_json(DictionaryScores, read_json(path), path) for path in paths))
 
