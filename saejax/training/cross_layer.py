@@ -42,6 +42,8 @@ def check_layers(config: TrainConfig, kind: str, stack: Sequence[Member], axes: 
     if sites != wanted:
         told = f"--train.sites=mlp_in.0-{max(len({*sites}) - 1, 1)}, and one value of each setting"
         raise UserError(f"a {FORM} has one encoder of every layer from 0, in order: give {told}")
+    if len(stack) < 2:
+        raise UserError(f"a {FORM} of one layer is a transcoder: use --train.form=transcoder, or name more sites")
     used = [f"--train.{name}={getattr(config, name)}" for name, off in _UNUSED.items() if getattr(config, name) != off]
     if used:
         raise UserError(f"{', '.join(used)}: not for a {FORM}: leave it out")
