@@ -225,6 +225,10 @@ def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device)
         np.testing.assert_allclose(raw_BxD * trainer.scales[m].output, scaled_BxD, atol=2e-5)
     with pytest.raises(UserError, match="already holds"):
         cross_layer_files.save(tmp_path / "set", LAYERS, load)
+    described = tmp_path / "set" / "config.yaml"
+    described.write_text(described.read_text().replace("  - 11.0\n", ""))
+    with pytest.raises(UserError, match=r"has no norm for each of the 3 layers \(max_norms\)"):
+        open_transcoders(tmp_path / "set")
 
 
 def test_a_feature_that_never_fires_and_no_spread_are_no_trouble(one_device):

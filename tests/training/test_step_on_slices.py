@@ -9,11 +9,12 @@ import pytest
 from saejax.costs.passes import step_flops
 from saejax.costs.programs import Program
 from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.cross_layer import FORM
 from saejax.parallel import make_mesh
 from saejax.preflight import topology
 from saejax.settings import MeshConfig, TrainConfig
 from saejax.settings.kinds import JumpReLUConfig
-from saejax.training.cross_layer import FORM, CrossLayerTrainer
+from saejax.training.cross_layer import CrossLayerTrainer
 from saejax.training.members import SiteScale, members
 from saejax.training.step import Trainer
 
