@@ -36,7 +36,7 @@ def flags(inputs):
 @pytest.fixture(scope="module")
 def workdir(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cross_layer") / "run"
-    stages = ["baseline", "capture", "train", "evaluate", "export", "report"]
+    stages = ["capture", "train", "evaluate", "export"]
     assert command.run(stages, "", flags(folder)) == 0
     return folder
 
@@ -107,6 +107,12 @@ def test_scores_are_those_of_plain_passes(workdir, inputs, one_device):
     assert found.kl.clean == 0 < found.kl.reconstructed
 
 
+def test_exported_it_is_the_same_set(workdir):
+    here, there = sets(workdir / "train" / "jumprelu"), sets(workdir / "export" / "circuit_tracer-jumprelu")
+    assert here == there and len(here) == 4
+
+
+@pytest.mark.slow
 def test_exported_it_makes_the_same_graph(workdir, inputs, one_device):
     lm = load_model(str(inputs[0]), mesh=one_device)
     here, there = (workdir / "train" / "jumprelu", workdir / "export" / "circuit_tracer-jumprelu")
@@ -118,7 +124,9 @@ def test_exported_it_makes_the_same_graph(workdir, inputs, one_device):
     assert graphs[0].transcoders["cross_layer"]
 
 
-def test_the_report_has_its_layers(workdir):
+@pytest.mark.slow
+def test_the_report_has_its_layers(workdir, flags):
+    assert command.run(["baseline", "report"], "", flags(workdir)) == 0
     page = (workdir / "report" / "index.html").read_text()
     assert "The layers of the cross-layer transcoder" in page and "All MLPs replaced" in page
 
