@@ -5,11 +5,18 @@ INSTALLED := .venv/.installed
 DEPTH := runs/demo_depth/train/topk
 CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 
-.PHONY: demo demo-atlas demo-clt demo-depth demo-graphs demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-clt demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
 	@echo "Open runs/demo/report/index.html"
+
+# The demo's causal test of three dictionaries that differ in their seed alone: which answers hold in all of them?
+demo-seeds: $(INSTALLED)
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_seeds --flagfile=configs/demo.flags \
+	    --train.kinds=topk --train.seed=123,124,125 \
+	    --ablate.dictionary=topk/seed123 --ablate.repeats=topk/seed124,topk/seed125
+	@echo "Open runs/demo_seeds/report/index.html"
 
 # After the demo: what each of its 4,608 features means, with a page for each.
 demo-atlas: $(INSTALLED)
@@ -87,6 +94,7 @@ check-wheel: $(INSTALLED)
 
 bench-input: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_input
+	$(BIN)/python -m benchmarks.bench_stream
 
 bench-interpret: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_interpret

@@ -8,9 +8,11 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from absl import flags
 
 from saejax import config
 from saejax.errors import CheckFailed, Interrupted, UserError
+from saejax.guard import LOST, guarded
 from saejax.processes import label
 from saejax.registry import GROUPS, STAGES, groups_of
 
+_LOST = re.compile("gloo|nccl|UNAVAILABLE|connection (closed|reset)", re.IGNORECASE)  # of a collective
 _DISK = {
     errno.ENOSPC: "the disk is full: free space, then run again",
     errno.EDQUOT: "the disk quota is used up: free space, then run again",
@@ -57,7 +61,24 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
 
         pipeline.run_stages(stages, configs, workdir, timed_say(), stop_asked(), flag_values["unit"].value or "")
 
+    processes, workdir = _together(argv)
+    if processes != 1 and workdir:  # before anything is imported that starts threads
+        return guarded(lambda: ended(work, flag_values), Path(workdir), processes)
     return ended(work, flag_values)
+
+
+def _together(argv: Sequence[str]) -> tuple[int, str]:
+    """How many processes flags ask for, 0 where a cluster tells, and the workdir; reads nothing else of the flags."""
+    early = flags.FlagValues()
+    flags.DEFINE_integer("mesh.processes", 1, "", flag_values=early)
+    flags.DEFINE_string("mesh.distributed", "flags", "", flag_values=early)
+    flags.DEFINE_string("workdir", "", "", flag_values=early)
+    try:
+        early(list(argv), known_only=True)
+    except flags.Error:  # which is told when all flags are read
+        return 1, ""
+    processes = early["mesh.processes"].value or 1
+    return 0 if early["mesh.distributed"].value == "auto" else processes, early["workdir"].value or ""
 
 
 def stage_flags() -> flags.FlagValues:
@@ -132,6 +153,9 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
             raise
         return _refuse(f"{error.filename or 'writing'}: {_DISK[error.errno]}", flag_values)
     except Exception as error:
+        if label() and _LOST.search(str(error)):
+            traceback.print_exc()
+            return LOST
         if "No space left on device" not in str(error):  # so TensorStore says it, as a ValueError
             raise
         return _refuse(f"{flag_values['workdir'].value}: {_DISK[errno.ENOSPC]}", flag_values)
@@ -195,8 +219,6 @@ def _show(text: str) -> None:
 
 def _refuse(message: str, flag_values: flags.FlagValues) -> int:
     if flag_values["debug"].value:
-        import traceback
-
         traceback.print_exc()
     print(f"{label()}error:", " ".join(message.split()), file=sys.stderr)
     return 2

@@ -53,3 +53,8 @@ def study_run() -> None:
 def compare() -> None:
     """What differs between two workdirs."""
     load("saejax.comparison:main")()
+
+
+def serve() -> None:
+    """The graphs of a folder as living pages."""
+    load("saejax.serving.run:main")()

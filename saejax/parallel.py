@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+import psutil
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saejax.errors import UserError
+from saejax.processes import joined
 from saejax.results import MeshShape
 from saejax.settings import MeshConfig
 
@@ -82,6 +84,12 @@ def by_row(mesh: Mesh, *arrays: np.ndarray | jax.Array) -> list[jax.Array]:
     return [jax.device_put(a, fitting_sharding(mesh, a.shape, "data", *[None] * (a.ndim - 1))) for a in arrays]
 
 
+def everywhere(mesh: Mesh, array: np.ndarray, *spec: str | tuple[str, ...] | None) -> jax.Array:
+    """An array that every process has, placed on the mesh's devices; what ``spec`` does not say is not split."""
+    where = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+
+
 def fitting_spec(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) -> list[str | None]:
     """``spec`` with None for every dimension that its mesh axis, of a size in ``axes``, does not divide."""
     return [axis if axis and size % axes[axis] == 0 else None for size, axis in zip(shape, spec, strict=True)]
@@ -112,8 +120,9 @@ def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 def wait_for_all(place: str) -> None:
     """Waits until all processes have come to the place of this name."""
-    if process_count() > 1:
-        multihost_utils.sync_global_devices(place)
+    if (peers := joined()) and process_count() > 1:
+        peers.meet(place)
+        multihost_utils.sync_global_devices(place)  # devices of CPUs give each other up if they meet 30 s apart
 
 
 class AgreedStop:
@@ -130,12 +139,24 @@ class AgreedStop:
 
     def __call__(self) -> bool:
         self._asked += 1
-        if process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(self._asked - 1)
-        return self._stopping()
+        stopping = self._stopping()  # which others hear of, too: this process gets on
+        return multihost_utils.reached_preemption_sync_point(self._asked - 1) if process_count() > 1 else stopping
 
 
 def describe(mesh: Mesh) -> MeshShape:
     """The mesh for a summary: device kinds, axis sizes, processes."""
     kinds = sorted({device.device_kind for device in mesh.devices.flat})
     return MeshShape(math.prod(mesh.devices.shape), tuple(kinds), dict(mesh.shape), process_count())
+
+
+def free_bytes(mesh: Mesh) -> int:
+    """Bytes that are free on each device; CPU devices share the host's."""
+    return free_on(next(device for device in mesh.devices.flat if device.process_index == jax.process_index()))
+
+
+def free_on(device: jax.Device) -> int:
+    """Bytes that are free on a device of this process."""
+    if device.platform == "cpu":
+        return psutil.virtual_memory().available // jax.local_device_count()
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)

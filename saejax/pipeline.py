@@ -1,23 +1,30 @@
 """The stages of a run, one after the other: found finished, resumed, or done anew."""
 
 import contextlib
+import dataclasses
+import itertools
+import json
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
+from saejax.peers import Peers
 from saejax.preregistration import shows_data, write_rules
+from saejax.processes import check_same, join, joined, label
 from saejax.registry import STAGES, groups_of
 from saejax.results import to_json
-from saejax.settings import MeshConfig
 from saejax.stage import Configs, Stage, load
+from saejax.teams import Left, Team, deal, seen
 from saejax.usage import forget_peak, peak_device_bytes, peak_host_bytes
+from saejax.watchdog import watched
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
 
-_LOOK_EVERY = 0.5  # seconds, while another process works
+_OWN = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between the processes of a run
 
 
 class Workplan:
@@ -73,6 +80,7 @@ def run_stages(
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
     only: str = "",
+    instead: Mapping[str, Callable[[Run], Any]] = types.MappingProxyType({}),
 ) -> None:
     """Runs the units of ``stages``, in order; what is finished and unchanged is left as it is.
 
@@ -83,6 +91,7 @@ def run_stages(
       say: prints a line.
       stopping: whether the process was asked to stop.
       only: the one unit to run, such as "train/topk"; "": all.
+      instead: by stage, what does its work in place of ``Stage.run``, with a model that is loaded already, say.
 
     Raises:
       UserError: bad input, or a stage's input has not been made.
@@ -96,48 +105,125 @@ def run_stages(
         raise UserError(f"{', '.join(stages)} has nothing to do with these settings: --help says what to name")
     if only:
         units = [one_of(only, units, "unit (--unit)")]
-    with _joined(workspace, configs) as configs:
-        plan = Workplan(configs)
-        say = say if _first(plan) else _silent
-        for unit in units:
-            if stopping():
-                raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
-            _run_unit(workspace, plan, unit, say, stopping)
+    with _joined(workspace, configs, say) as (configs, peers):
+        plan, watchdog = Workplan(configs), configs["mesh"].watchdog
+        said = (lambda line: say(label() + line)) if peers else say
+        if peers:
+            peers.stopping = stopping
+            check_same(peers, _told(configs, units))
+        with watched(watchdog, stopping, peers.step if peers else lambda: None) as stopping:
+            work = _Work(workspace, plan, said, stopping, instead)
+            for stage, own in itertools.groupby(units, lambda unit: unit.partition("/")[0]):
+                for unit, team in _dealt(workspace, plan, stage, list(own), peers, said):
+                    if stopping():
+                        raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
+                    _run_unit(work, unit, team)
 
 
-def _run_unit(workspace: Workspace, plan: Workplan, unit: str, say: Callable, stopping: Callable) -> None:
-    stage, _, name = unit.partition("/")
-    mark = plan.mark(unit)
-    if workspace.finished(stage, name, mark):
-        say(f"{unit}: done before, unchanged")
+def _told(configs: Configs, units: Sequence[str]) -> dict[str, str]:
+    """What all processes of a run must have alike: settings by their flags, units, versions."""
+    flags = {
+        f"--{group}.{name}": json.dumps(value)
+        for group, config in configs.items()
+        for name, value in configuration.to_json(config).items()
+        if (group, name) not in _OWN
+    }
+    return flags | {"units": " ".join(units), "Python": sys.version.split()[0]} | package_versions()
+
+
+def _dealt(
+    workspace: Workspace, plan: Workplan, stage: str, units: Sequence[str], peers: Peers | None, say: Callable
+) -> Iterator[tuple[str, Team]]:
+    """The units of a stage that this process works on, with whom; goes on when all processes have done theirs."""
+    if peers is None or STAGES[stage].processes == "all":
+        yield from ((unit, Team(peers, unit, range(peers.count if peers else 1))) for unit in units)
         return
-    inputs = {need: _input_folder(workspace, plan, unit, need) for need in plan.needs(unit)}
-    together, several = STAGES[stage].many_processes, plan.configs["mesh"].processes > 1
-    if not (together or _first(plan)):
-        return _wait_for_first(workspace, unit, mark)
-    if _first(plan) and shows_data(stage):
-        write_rules(workspace.root, plan.configs)
-    folder, found = workspace.begin(stage, name, mark) if _first(plan) else (workspace.folder(stage, name), "")
-    if together and several:  # no process may read what the first one moves away
-        from saejax.parallel import wait_for_all
+    finished = [unit for unit in units if _finished(workspace, plan, unit)] if peers.own == 0 else []
+    if peers.own == 0 and shows_data(stage) and len(finished) < len(units):
+        write_rules(workspace.root, plan.configs)  # before others may
+    finished = peers.tell(f"{stage}: finished", "\n".join(finished)).splitlines()
+    if peers.own == 0:
+        for unit in finished:
+            say(f"{unit}: done before, unchanged")
+    left = [unit for unit in units if unit not in finished]
+    with load("saejax.parallel:alone")():
+        yield from deal(peers, stage, left)
+    peers.meet(f"{stage}: done")
+    seen([workspace.root / unit / SUMMARY for unit in left])
 
-        wait_for_all(f"{unit} begun")
-    if found and found != "resumed":
-        say(f"{unit}: settings or inputs changed; the old result was moved to {found}")
-    say(f"{unit}: {'going on' if found == 'resumed' else 'started'}")
+
+def _finished(workspace: Workspace, plan: Workplan, unit: str) -> bool:
+    stage, _, name = unit.partition("/")
+    return workspace.finished(stage, name, plan.mark(unit))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What is the same of all units of a run; ``say``, ``stopping`` and ``instead`` are those of ``run_stages``."""
+
+    workspace: Workspace
+    plan: Workplan
+    say: Callable[[str], None]
+    stopping: Callable[[], bool]
+    instead: Mapping[str, Callable[[Run], Any]]
+
+
+def _run_unit(work: _Work, unit: str, team: Team) -> None:
+    stage, _, name = unit.partition("/")
+    workspace, say, mark, processes = work.workspace, work.say, work.plan.mark(unit), STAGES[stage].processes
+    if workspace.finished(stage, name, mark):
+        if team.leads:
+            say(f"{unit}: done before, unchanged")
+        return
+    inputs = {need: _input_folder(workspace, work.plan, unit, need) for need in work.plan.needs(unit)}
+    folder, moved = workspace.folder(stage, name), ""
+    if team.leads:
+        if shows_data(stage):
+            write_rules(workspace.root, work.plan.configs)
+        folder, found = workspace.begin(stage, name, mark)
+        if found and found != "resumed":
+            moved = found
+            say(f"{unit}: settings or inputs changed; the old result was moved to {moved}")
+        waiting = f" by one of {team.size} processes" if processes == "one" and team.size > 1 else ""
+        say(f"{unit}: {'going on' if found == 'resumed' else 'started'}{waiting}")
+    team.meet("begun")  # no process may read what the first one moves away
+    if processes == "all" and team.size > 1:
+        load("saejax.parallel:wait_for_all")(f"{unit} is begun")
+    try:
+        if team.leads or processes != "one":
+            _run_stage(work, unit, inputs, team)
+    except UserError:
+        if moved and workspace.put_back(stage, name, Path(moved)):
+            say(f"{unit}: nothing was written; the old result is where it was")
+        raise
+    team.meet("done")
+    seen([folder / SUMMARY])
+
+
+def _run_stage(work: _Work, unit: str, inputs: Mapping[str, Path], team: Team) -> None:
+    """Runs a stage's function; the first process of the team writes the unit's summary."""
+    workspace, plan, (stage, _, name) = work.workspace, work.plan, unit.partition("/")
+
+    def said(line: str) -> None:
+        if team.speaks:
+            work.say(f"  {unit}: {line}")
+
     started, clock = now(), time.monotonic()
     forget_peak()
-    run = Run(stage, name, folder, plan.configs, inputs, lambda line: say(f"  {unit}: {line}"), stopping)
-    with load("saejax.parallel:alone")() if several and not together else contextlib.nullcontext():
-        results = load(STAGES[stage].run)(run)
+    folder, of_items = workspace.folder(stage, name), STAGES[stage].processes == "items"
+    run = Run(stage, name, folder, plan.configs, inputs, said, work.stopping, team if of_items else Team())
+    try:
+        results = (work.instead.get(stage) or load(STAGES[stage].run))(run)
+    except Left:
+        return
+    if not team.leads:
+        return
     seconds = round(time.monotonic() - clock, 2)
-    if not _first(plan):
-        return _wait_for_first(workspace, unit, mark)
     peaks = dict(peak_host_bytes=peak_host_bytes(), peak_device_bytes=peak_device_bytes())
     measured = dict(start=started, seconds=seconds) | {name: peak for name, peak in peaks.items() if peak is not None}
     summary = _describe(plan, stage, inputs) | measured | dict(results=to_json(results))
-    workspace.finish(stage, name, mark, summary)
-    say(f"{unit}: done in {seconds:.1f} s")
+    workspace.finish(stage, name, plan.mark(unit), summary)
+    work.say(f"{unit}: done in {seconds:.1f} s")
 
 
 def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path]) -> dict[str, Any]:
@@ -162,10 +248,6 @@ def _devices() -> dict[str, Any] | None:
     return dict(count=jax.device_count(), kinds=kinds, processes=jax.process_count())
 
 
-def _first(plan: Workplan) -> bool:
-    return plan.configs["mesh"].process_id == 0
-
-
 def _input_folder(workspace: Workspace, plan: Workplan, unit: str, need: str) -> Path:
     stage, _, name = need.partition("/")
     if not workspace.finished(stage, name, plan.mark(need)):
@@ -178,33 +260,17 @@ def _input_folder(workspace: Workspace, plan: Workplan, unit: str, need: str) ->
 
 
 @contextlib.contextmanager
-def _joined(workspace: Workspace, configs: Configs) -> Iterator[Configs]:
-    """The processes of a run together, of which the first one holds the workdir; gives what each of them is to do."""
-    mesh: MeshConfig = configs["mesh"]
-    if mesh.distributed == "flags" and mesh.processes == 1:
+def _joined(
+    workspace: Workspace, configs: Configs, say: Callable[[str], None]
+) -> Iterator[tuple[Configs, Peers | None]]:
+    """The processes of a run together, of which the first one holds the workdir; what each of them is to do."""
+    if not configs["mesh"].together:
         with workspace.lock():
-            yield configs
+            yield configs, None
         return
-    from saejax.processes import join
-
-    configs = {**configs, "mesh": join(mesh)}
-    with workspace.lock() if configs["mesh"].process_id == 0 else contextlib.nullcontext():
-        load("saejax.parallel:wait_for_all")("the workdir is held")
-        yield configs
-
-
-def _wait_for_first(workspace: Workspace, unit: str, mark: str) -> None:
-    """Waits until the first process has done a unit.
-
-    Raises:
-      Interrupted: it has ended before.
-    """
-    stage, _, name = unit.partition("/")
-    while not workspace.finished(stage, name, mark):
-        if workspace.is_free() and not workspace.finished(stage, name, mark):
-            raise Interrupted(f"the first process ended before {unit} was done: its output says why")
-        time.sleep(_LOOK_EVERY)
-
-
-def _silent(line: str) -> None:
-    """What processes but the first say: all would say the same."""
+    configs = {**configs, "mesh": join(configs["mesh"], workspace.root, say)}
+    peers = joined()
+    with workspace.lock() if peers is None or peers.own == 0 else contextlib.nullcontext():
+        if peers:
+            peers.meet("the workdir is held")
+        yield configs, peers

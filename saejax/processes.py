@@ -7,22 +7,32 @@ processes there are. Elsewhere each is told by ``--mesh.processes``, ``process_i
 import collections
 import dataclasses
 import glob
+import json
 import os
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from saejax import guard
 from saejax.errors import UserError
+from saejax.peers import Peers
 from saejax.settings import MeshConfig
 
 if TYPE_CHECKING:
     import jax
 
 HEARTBEAT = 50  # seconds without a word after which a process counts as dead, and the others end
-_joined: list[str] = []  # what this process calls itself, once it has joined others
+_joined: list[Peers] = []  # the processes of this one's run, once it has joined them
 
 
-def join(config: MeshConfig) -> MeshConfig:
+def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshConfig:
     """Joins this process to the others of its run, before JAX looks for devices.
+
+    Args:
+      config: how many there are, which this one is, and where the first one listens; or that the cluster tells.
+      workdir: of the run, which all of them share.
+      say: prints a line.
 
     Returns:
       The settings with the number of processes and which one this is.
@@ -30,35 +40,62 @@ def join(config: MeshConfig) -> MeshConfig:
     Raises:
       UserError: no cluster can be found, or the processes of a node cannot share its GPUs.
     """
-    if config.distributed == "flags" and config.processes == 1:
-        return config
     import jax
+    from jax._src.distributed import global_state  # its key-value store has no public name
 
-    coordinator = config.coordinator or None
+    found = len(glob.glob("/dev/nvidia[0-9]*"))
+    ids: list[int] | None
+    common = dict(initialization_timeout=guard.COME, heartbeat_timeout_seconds=HEARTBEAT)
+    common |= dict(shutdown_timeout_seconds=HEARTBEAT)
     if config.distributed == "flags":
+        guard.come(workdir, config.process_id)
         told = dict(num_processes=config.processes, process_id=config.process_id)
-        jax.distributed.initialize(coordinator, **told, heartbeat_timeout_seconds=HEARTBEAT)
-        check_devices(jax.devices(), config.process_id, None)
-        _joined[:] = [f"process {config.process_id} of {config.processes}: "]
-        return config
-    if not jax.distributed.is_initialized():
-        ids = gpus_of_process(os.environ, len(glob.glob("/dev/nvidia[0-9]*")))
+        jax.distributed.initialize(config.coordinator or None, **told, **common)
+        ids = list(range(visible_gpus(os.environ, found)))
+    else:
+        ids = gpus_of_process(os.environ, found)
         try:
-            jax.distributed.initialize(coordinator, local_device_ids=ids, heartbeat_timeout_seconds=HEARTBEAT)
+            jax.distributed.initialize(config.coordinator or None, local_device_ids=ids, **common)
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 "--mesh.distributed=auto found neither SLURM, Open MPI nor a TPU slice of several hosts "
                 f"({error}): start the run by srun or mpirun, or name --mesh.processes, process_id and coordinator"
             ) from error
-        check_devices(jax.devices(), jax.process_index(), None if jax.config.jax_platforms == "cpu" else ids)
-    if jax.process_count() > 1:
-        _joined[:] = [f"process {jax.process_index()} of {jax.process_count()}: "]
-    return dataclasses.replace(config, processes=jax.process_count(), process_id=jax.process_index())
+    own, count = jax.process_index(), jax.process_count()
+    peers = Peers(global_state.client, own, count, 6 * config.watchdog, say)
+    _joined[:] = [peers]
+    mark = uuid.uuid4().hex
+    place = guard.joined(workdir, mark, own, count) if own == 0 else None
+    mark = peers.tell("mark of the run", mark)
+    place = place or guard.joined(workdir, mark, own, count)
+    guard.seen([place.folder])
+    check_devices(jax.devices(), own, None if jax.config.jax_platforms == "cpu" else ids)
+    return dataclasses.replace(config, processes=count, process_id=own)
+
+
+def joined() -> Peers | None:
+    """The processes that this one has joined; None where it is alone."""
+    return next((peers for peers in _joined if peers.count > 1), None)
 
 
 def label() -> str:
-    """What stands before this process's errors, such as "process 3 of 4: "; "" for one alone."""
-    return "".join(_joined)
+    """What stands before this process's lines, such as "process 3 of 4: "; "" for one alone."""
+    peers = joined()
+    return guard.label(peers.own, peers.count) if peers else ""
+
+
+def check_same(peers: Peers, settings: Mapping[str, str]) -> None:
+    """A ``UserError`` that names what differs unless a process was started as the first one was.
+
+    Args:
+      peers: the processes.
+      settings: of this one: values by the names of flags and packages.
+    """
+    first = json.loads(peers.tell("settings", json.dumps(settings)))
+    for name in sorted({*first, *settings}):
+        one, own = (found.get(name, "nothing") for found in (first, settings))
+        if one != own:
+            raise UserError(f"{name} is {own} in process {peers.own} and {one} in process 0: start all processes alike")
 
 
 def check_devices(devices: "Sequence[jax.Device]", own: int, gpus: Sequence[int] | None) -> None:
@@ -99,9 +136,7 @@ def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | No
     Raises:
       UserError: they cannot be shared equally.
     """
-    place = _place(environment)
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    seen = gpus if visible is None else len([device for device in visible.split(",") if device.strip()])
+    place, seen = _place(environment), visible_gpus(environment, gpus)
     if place is None or not seen:
         return None
     local, here = place
@@ -113,6 +148,12 @@ def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | No
         )
     share = seen // here
     return list(range(local * share, (local + 1) * share))
+
+
+def visible_gpus(environment: Mapping[str, str], gpus: int) -> int:
+    """How many of a node's GPUs its environment lets a process see."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    return gpus if visible is None else len([device for device in visible.split(",") if device.strip()])
 
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from saejax.settings.kinds import kind_names
 
@@ -47,8 +47,9 @@ class Stage:
         Runs write it down before there are data (``preregistration``).
       version: of what it computes, raised where a change of the code changes its results; units of an earlier version
         are made anew.
-      many_processes: whether all processes of a run take part in it; otherwise the first one does it alone, on its own
-        devices, and the others wait.
+      processes: what several processes do with a unit: "one" of them does it alone, and others wait where there is no
+        further unit; they deal out its "items" (``Run.each``), and the first one of them joins these; or they run "all"
+        of it together, on the devices of all.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Stage:
     results: str = ""
     rule: str = ""
     version: int = 1
-    many_processes: bool = False
+    processes: Literal["one", "items", "all"] = "one"
 
     def units(self, configs: Configs) -> list[str]:
         """Its units, as "stage" or "stage/name"."""

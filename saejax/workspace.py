@@ -15,16 +15,19 @@ import importlib.metadata
 import io
 import json
 import os
+import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from saejax.errors import UserError
+from saejax.teams import Team
 
 if TYPE_CHECKING:
     import numpy as np
 
+T = TypeVar("T")
 SCHEMA_VERSION = 1
 SUMMARY, STARTED = "summary.json", "started.json"
 _PACKAGES = ("saejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
@@ -183,6 +186,20 @@ class Workspace:
         write_json(folder / STARTED, dict(fingerprint=mark))
         return folder, found
 
+    def put_back(self, stage: str, name: str, moved: Path) -> bool:
+        """Puts what ``begin`` moved away back in its place, if nothing was written there since; whether it did.
+
+        Args:
+          stage, name: of the unit.
+          moved: where the old result is.
+        """
+        folder = self.folder(stage, name)
+        if any(path.is_file() and path != folder / STARTED for path in folder.rglob("*")):
+            return False
+        shutil.rmtree(folder)
+        os.replace(moved, folder)
+        return True
+
     def _set_aside(self, folder: Path, stage: str, name: str, mark: str) -> Path:
         target = self.root / "superseded" / f"{stage}{'-' + name if name else ''}-{mark}"
         for suffix in ("", *(f".{i}" for i in range(1, 1000))):
@@ -237,6 +254,7 @@ class Run:
       inputs: the folders of the finished units it reads, by "stage" or "stage/name".
       say: prints one line of progress.
       stopping: whether the process was asked to stop; the stage then saves and raises ``Interrupted``.
+      team: the processes among which items are dealt out.
     """
 
     stage: str
@@ -246,3 +264,18 @@ class Run:
     inputs: Mapping[str, Path]
     say: Callable[[str], None] = print
     stopping: Callable[[], bool] = lambda: False
+    team: Team = dataclasses.field(default_factory=Team)
+
+    def each(self, items: Sequence[T], file: Callable[[T], Path], make: Callable[[T], None], last: bool = True) -> None:
+        """Has every item made whose file is not there; of several processes each makes some.
+
+        Args:
+          items: in any order that is the same in all processes; their names, by ``str``, differ.
+          file: of an item, which is written last and whole.
+          make: makes an item and its file.
+          last: whether what follows is done once, by the first process alone; the others leave the stage here.
+        """
+        for item in self.team.take(items):
+            if not file(item).exists():
+                make(item)
+        self.team.join([file(item) for item in items], last)

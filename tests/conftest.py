@@ -38,11 +38,17 @@ from saejax.parallel import AXES
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+LONGEST = (
+    "processes kinds attribute_processes new_behaviour bad_input study_run interpret_stages meshes explain_binary loop "
+    "inputs decoder baseline crosscode_stage explain_stage transfer_stage ground_truth_stage model_input precision "
+    "steer_stage track_stage detectors evaluate generation supernodes configs_run cluster_stage stages"
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process works on one alone at the end."""
-    longest = ["test_processes.py", "test_attribute_processes.py", "test_meshes.py", "test_loop.py", "test_inputs.py"]
-    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+    order = {name: place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -64,6 +70,18 @@ def drop_programs():
 def one_device() -> Mesh:
     """A mesh of the first device alone."""
     return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.fixture(scope="module")
+def two_devices():
+    """Stages that run in this process find two devices, not eight: a mesh of several, for a quarter of the work."""
+    found = jax.devices()[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("devices", "local_devices"):
+            patch.setattr(jax, name, lambda *of: found)
+        for name in ("device_count", "local_device_count"):
+            patch.setattr(jax, name, lambda *of: len(found))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Small whole runs for tests: a tiny random model that reads real prompts, flags, and processes."""
 
+import functools
 import gzip
 import json
 import os
@@ -18,34 +19,51 @@ ROOT = Path(__file__).parent.parent
 
 
 def save_model(folder: Path, **changes) -> Path:
-    """A random two-layer Llama with SmolLM2's tokenizer, so that the behaviours' answers have their usual tokens."""
+    """A random two-layer Llama with ``small_tokenizer``."""
+    sizes = dict(
+        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=256
+    )
+    save_tiny_llama(folder, **sizes | changes)
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def small_tokenizer():
+    """SmolLM2's tokenizer learned anew from the behaviours' prompts and the corpus: a 48th of its tokens and logits.
+
+    Most answers are one token there, as in SmolLM2's own, and some are several.
+    """
     from transformers import AutoTokenizer
 
     from saejax.models import source
-    from saejax.settings import ModelConfig
+    from saejax.settings import BEHAVIOURS, ModelConfig
+    from saejax.tasks.draw import make_prompts
 
-    sizes = dict(
-        vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=256
-    )
-    save_tiny_llama(folder, **sizes | changes)
-    AutoTokenizer.from_pretrained(source.resolve(ModelConfig()).folder).save_pretrained(folder)
-    return folder
+    own = AutoTokenizer.from_pretrained(source.resolve(ModelConfig()).folder)
+    prompts = [prompt for name in BEHAVIOURS for prompt in make_prompts(name, 100, 100, 42, own).prompts]
+    texts = [one.text + answer for one in prompts for answer in (one.correct, one.wrong)]
+    return own.train_new_from_iterator([*texts, *_documents(40)], 1024, show_progress=False)
 
 
 def save_corpus(path: Path, documents: int = 40) -> Path:
     """Documents of a few sentences, each of a group of its own."""
-    subjects = ["river", "teacher", "garden", "engine", "winter", "letter", "market", "window", "doctor", "village"]
-    verbs = ["follows", "carries", "finds", "remembers", "changes"]
-    lines = []
-    for i in range(documents):
-        words = [
-            f"The {subjects[(i + j) % 10]} {verbs[(i * j) % 5]} the {subjects[(3 * i + j) % 10]}."
-            for j in range(4 + i % 5)
-        ]
-        lines.append(json.dumps(dict(text=" ".join(words), group=f"g/{i}")))
+    lines = [json.dumps(dict(text=text, group=f"g/{i}")) for i, text in enumerate(_documents(documents))]
     with gzip.open(path, "wt") as file:
         file.write("\n".join(lines))
     return path
+
+
+def _documents(count: int) -> list[str]:
+    subjects = ["river", "teacher", "garden", "engine", "winter", "letter", "market", "window", "doctor", "village"]
+    verbs = ["follows", "carries", "finds", "remembers", "changes"]
+    return [
+        " ".join(
+            f"The {subjects[(i + j) % 10]} {verbs[(i * j) % 5]} the {subjects[(3 * i + j) % 10]}."
+            for j in range(4 + i % 5)
+        )
+        for i in range(count)
+    ]
 
 
 def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str]:
@@ -89,13 +107,22 @@ def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen
     )
 
 
-def start_pair(binary: str, flags: list[str], **environment: str) -> list[subprocess.Popen]:
-    """Two processes of one run."""
+def start_pair(binary: str, flags: list[str], last: list[str] = (), **environment: str) -> list[subprocess.Popen]:
+    """Two processes of one run, of which the last has further flags."""
+    return start_group(2, binary, flags, last, **environment)
+
+
+def start_group(
+    count: int, binary: str, flags: list[str], last: list[str] = (), **environment: str
+) -> list[subprocess.Popen]:
+    """Processes of one run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    own = ["--mesh.processes=2", f"--mesh.coordinator=localhost:{port}"]
-    return [start(binary, [*flags, *own, f"--mesh.process_id={i}"], **environment) for i in range(2)]
+    own = [f"--mesh.processes={count}", f"--mesh.coordinator=localhost:{port}"]
+    each = [[*flags, *own, f"--mesh.process_id={i}"] for i in range(count)]
+    each[-1] += last
+    return [start(binary, one, **environment) for one in each]
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:

@@ -12,6 +12,8 @@ import runs
 from saejax import command
 from saejax.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 @pytest.fixture(scope="module")
 def captured(inputs, tmp_path_factory):
@@ -163,8 +165,8 @@ def test_stages_out_of_order_and_settings_that_do_not_fit(refuse, captured, tmp_
     workdir = copy_of(captured, tmp_path)
     assert "fewer than one batch" in refuse(["train"], workdir=workdir, train__batch=80000)
     assert "is more than the 128 features" in refuse(["train"], workdir=workdir, train__k=129)
-    assert "not divisible by the 8 devices" in refuse(["train"], workdir=workdir, train__batch=63)
-    assert "make the product 8" in refuse(["train"], workdir=workdir, mesh__model=3)
+    assert "not divisible by the 2 devices" in refuse(["train"], workdir=workdir, train__batch=63)
+    assert "make the product 2" in refuse(["train"], workdir=workdir, mesh__model=3)
     assert "site in this store" in refuse(["train"], workdir=workdir, train__sites="mlp_out.0")
     assert "unknown dictionary" in refuse(["ablate"], workdir=workdir, ablate__dictionary="standart")
 

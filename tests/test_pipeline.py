@@ -13,10 +13,13 @@ ALL = ["preflight", "baseline", "capture", "train/topk", "train/standard", "eval
 ALL += ["ablate/topk", "report"]
 ran: list[str] = []
 failing: set[str] = set()
+refused: set[str] = set()
 
 
 def fake_stage(run) -> dict:
     unit = f"{run.stage}/{run.name}" if run.name else run.stage
+    if unit in refused:
+        raise UserError("these settings do not fit")
     if unit in failing:
         (run.folder / "half.txt").write_text("half")
         raise Interrupted("stopped")
@@ -36,6 +39,7 @@ def fake_stages(monkeypatch):
     monkeypatch.setattr(pipeline, "STAGES", stages)
     ran.clear()
     failing.clear()
+    refused.clear()
 
 
 def go(workdir, stages=tuple(pipeline.STAGES), **changes) -> list[str]:
@@ -104,6 +108,23 @@ def test_superseded_results_are_kept(tmp_path):
     go(tmp_path)
     go(tmp_path, ablate__top=9)
     assert len(list((tmp_path / "superseded").glob("ablate-topk-*/out.txt"))) == 1
+
+
+def test_what_is_refused_before_it_writes_anything_leaves_the_old_result_in_its_place(tmp_path):
+    go(tmp_path)
+    before = (tmp_path / "train" / "topk" / "summary.json").read_text()
+    refused.add("train/topk")
+    for _ in range(2):
+        with pytest.raises(UserError, match="do not fit"):
+            go(tmp_path, ["train"], train__batch=7)
+        assert (tmp_path / "train" / "topk" / "summary.json").read_text() == before
+        assert not list((tmp_path / "superseded").iterdir())
+    refused.clear()
+    assert go(tmp_path) == []
+    failing.add("train/topk")  # which leaves half of a file there
+    with pytest.raises(Interrupted):
+        go(tmp_path, ["train"], train__batch=7)
+    assert [folder.name[:10] for folder in (tmp_path / "superseded").iterdir()] == ["train-topk"]
 
 
 def test_an_interrupted_unit_goes_on_and_finished_ones_stay(tmp_path):

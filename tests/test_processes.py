@@ -8,6 +8,7 @@ import time
 
 import jax
 import numpy as np
+import psutil
 import pytest
 import runs
 from every_kind import KINDS, PLUGIN
@@ -228,18 +229,101 @@ def test_two_processes_ablate_as_one(inputs, trained, tested, tmp_path, mesh):
         np.testing.assert_allclose(two.drop, one.drop, atol=1e-5)
 
 
+def results(workdir):
+    """The results of all units but those that time something, by their folders."""
+    found = {}
+    for path in workdir.rglob("summary.json"):
+        unit = str(path.parent.relative_to(workdir))
+        if unit.partition("/")[0] not in ("preflight", "report", "train") and "superseded" not in unit:
+            found[unit] = json.loads(path.read_text())
+    return found
+
+
+def assert_same(one, two, tolerance, place=""):
+    """Two results with the same figures, within a tolerance of those that are as large as 1."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), place
+        for name in one.keys() - {"tokens_per_second"}:
+            assert_same(one[name], two[name], tolerance, f"{place}.{name}")
+    elif isinstance(one, list):
+        assert len(one) == len(two), place
+        for number, pair in enumerate(zip(one, two, strict=True)):
+            assert_same(*pair, tolerance, f"{place}.{number}")
+    elif isinstance(one, float) and isinstance(two, float):
+        assert abs(one - two) <= tolerance * max(1.0, abs(one)), (place, one, two)
+    else:
+        assert one == two, place
+
+
+def trained_only(whole, folder):
+    """A new run that has its dictionaries, so that what is made of them is the same to rounding."""
+    folder.mkdir()
+    shutil.copytree(whole / "train", folder / "train")
+
+
+def assert_as_one(one, two, tolerance=1e-6):
+    """Two workdirs with the same units, files and figures; the store and the prompts are the same bits."""
+    first, second = results(one), results(two)
+    assert first.keys() == second.keys()
+    for unit in first:
+        assert first[unit]["files"].keys() == second[unit]["files"].keys(), unit
+        assert_same(first[unit]["results"], second[unit]["results"], tolerance, unit)
+    assert runs.checksums(one) == runs.checksums(two)
+
+
 def test_two_processes_run_a_whole_pipeline_as_one(inputs, whole, tmp_path):
-    """Capture in parts, training together, everything else by the first process while the other waits."""
-    flags = runs.small_flags(*inputs, tmp_path / "run")
-    first, second = (runs.finish(process) for process in runs.start_pair("pipeline", flags))
-    said = [line for line in second.splitlines() if not line.startswith("[Gloo]")]  # which only the first one says
-    assert "report: done" in first and not said, second
-    assert runs.checksums(tmp_path / "run")["store"] == runs.checksums(whole[0])["store"]
+    """Capture in parts, ablation together, evaluation and behaviours dealt out, and the report by one of them."""
+    trained_only(whole[0], tmp_path / "run")
+    pair = runs.start_pair("pipeline", runs.small_flags(*inputs, tmp_path / "run"))
+    said = [runs.finish(process).splitlines() for process in pair]
+    assert any(line.endswith("report: started by one of 2 processes") for line in said[0])
+    for number, lines in enumerate(said):
+        assert all(f"process {number} of 2: " in line for line in lines if not line.startswith("[Gloo]")), lines
+    every = [line.partition(": ")[2] for lines in said for line in lines]
+    assert len({line for line in every if " done in " in line}) == sum(" done in " in line for line in every) == 7
+    assert_as_one(whole[0], tmp_path / "run", 1e-5)  # ablation divides small logit differences by one another
+
+
+WIDE = dict(
+    train__kinds="topk,standard",
+    task__behaviours="agreement,capital",
+    task__benchmarks="gsm8k",
+    task__examples=4,
+    task__shots=0,
+    task__max_new_tokens=4,
+    task__batch=1,
+    probe__labels="answer",
+    patch__kinds="resid_post,mlp_out",
+    study__benchmarks="gsm8k",
+    study__draws=2,
+    interpret__dictionaries="topk,standard",
+    interpret__attention_tokens=256,
+    transfer__dictionaries="topk,standard",
+    steer__dictionary="topk",
+    cluster__dictionaries="topk,standard",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_stage_is_dealt_out_to_processes(inputs, tmp_path, processes):
+    rows = [dict(question=f"What is {n} plus {n}?", answer=f"{n} + {n} = {2 * n}\n#### {2 * n}") for n in range(12)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {**WIDE, "task__path": tmp_path / "gsm8k.jsonl"}
+    one, several = tmp_path / "one", tmp_path / "several"
+    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, one, **flags)))
+    trained_only(one, several)
+    group = runs.start_group(processes, "pipeline", runs.small_flags(*inputs, several, **flags))
+    for process in group:
+        runs.finish(process)
+    assert_as_one(one, several, 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_process_dies_the_others_end(inputs, whole, tmp_path, victim):
+@pytest.mark.parametrize("how", ["killed", "lost"])
+def test_when_a_process_dies_the_others_end(inputs, whole, tmp_path, victim, how):
     captured_only(whole[0], tmp_path / "run")
     flags = runs.small_flags(
         *inputs, tmp_path / "run", train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk"
@@ -248,8 +332,20 @@ def test_when_a_process_dies_the_others_end(inputs, whole, tmp_path, victim):
     for line in pair[0].stdout:
         if "tokens/s" in line:
             break
-    pair[victim].kill()
+    (child,) = psutil.Process(pair[victim].pid).children()
+    (child if how == "killed" else pair[victim]).kill()  # with its node goes the parent, too
     clock = time.monotonic()
-    pair[1 - victim].communicate(timeout=600)
+    said = runs.finish(pair[1 - victim], 143)
     print(f"after {time.monotonic() - clock:.0f} s")
-    assert pair[1 - victim].returncode
+    why = "was ended by signal 9" if how == "killed" else "is gone without a word"
+    assert said.rstrip().endswith(f"process {1 - victim} of 2: process {victim} {why}, so this one ends")
+    pair[victim].communicate()
+    assert pair[victim].returncode == (137 if how == "killed" else -9)
+
+
+def test_processes_with_different_flags_are_refused(inputs, tmp_path):
+    pair = runs.start_pair("capture", runs.small_flags(*inputs, tmp_path / "run"), ["--train.k=5"])
+    first, second = (runs.finish(process, 2) for process in pair)
+    assert "process 1 of 2: error: --train.k is [5] in process 1 and [8] in process 0: start all alike" in second
+    assert "process 0 of 2: process 1 was given bad input, so this one ends" in first
+    assert not (tmp_path / "run" / "capture").exists()

@@ -182,4 +182,4 @@ def test_docstrings_of_the_numeric_packages_say_what_parameters_are():
                 told = (ast.get_docstring(node) or "") + ((owner and ast.get_docstring(owner)) or "")
                 if missing := undescribed(node, told):
                     wrong.append(f"{module}:{node.lineno} {node.name}: {', '.join(missing)}")
-    assert not wrong
+    assert not wrong, "\n".join(wrong)

@@ -1,12 +1,19 @@
-"""The rows of the shard that is being made."""
+"""The rows of the shard or buffer that is being made, in the host's memory."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from saejax.activations.plan import Batch
+from saejax.activations.reader import Reader
 from saejax.activations.store import DTYPES
 from saejax.models.sites import AnySite
+
+if TYPE_CHECKING:  # capture by torch does without JAX
+    import jax
 
 
 class ShardBuffers:
@@ -36,10 +43,10 @@ class ShardBuffers:
             # In fp64 a finite vector has a finite norm, so that the norm tells whether the vector is.
             wide_NxD = stored_NxD.astype(np.float64)
             norm_N = np.sqrt(np.einsum("nd,nd->n", wide_NxD, wide_NxD))
-            if not np.isfinite(norm_N).all():
-                return i, int(first) + int(np.argmin(np.isfinite(norm_N)))
             self._vectors[site][rows] = stored_NxD
             self._norms[site][rows] = norm_N
+            if not np.isfinite(norm_N).all():
+                return i, int(first) + int(np.argmin(np.isfinite(norm_N)))
         return None
 
     def parts(self, rows: int) -> dict[str, np.ndarray]:
@@ -49,3 +56,36 @@ class ShardBuffers:
             parts[str(site)] = (vectors if self._dtype == np.float32 else vectors.view(np.uint16))[:rows]
             parts[f"{site} norms"] = self._norms[site][:rows]
         return parts
+
+
+class HostBuffers:
+    """The vectors of the buffer of a stream that is being made, in the host's memory.
+
+    Args:
+      reader: the model.
+      rows: of the largest buffer.
+      dtype: "float32" or "bfloat16", of the values.
+    """
+
+    parts: tuple[jax.Array, ...] | None = None  # on the devices
+
+    def __init__(self, reader: Reader, rows: int, dtype: str):
+        self._reader, self._dtype = reader, DTYPES[dtype]
+        self._rows = ShardBuffers(reader.widths, rows, dtype)
+        self._held = self._rows.parts(rows)
+
+    def fill(self, batches: Iterable[Batch]) -> None:
+        """Runs the batches, in their order. If iterating over them raises, the buffer holds nothing of use."""
+
+        def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
+            self._rows.take(site, value_BxTxD, batch)  # norms tell whether values are finite
+
+        self._reader.read(batches, take)
+
+    def norms(self) -> dict[str, np.ndarray]:
+        """The norm of every row at every site, float32; NaN or infinite if a value is."""
+        return {str(site): self._held[f"{site} norms"] for site in self._reader.widths}
+
+    def read(self, site: str, rows: np.ndarray) -> np.ndarray:
+        """The vectors [n, d] of ``rows`` at a ``site``."""
+        return self._held[site][rows].view(self._dtype)

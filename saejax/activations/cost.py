@@ -39,7 +39,7 @@ def capture_cost(plan: PlannedRun, name: str) -> Cost:
 
 def reading_cost(plan: PlannedRun, sites: Sequence[Site], tokens: int) -> tuple[DeviceBytes, float]:
     """Bytes and FLOP of tokens up to the last of the sites; torch reads all layers, onto one device."""
-    model, (rows, length) = plan.model, _batch(plan)
+    model, (rows, length) = plan.model, batch_shape(plan)
     layers = 1 + max((site.layer for site in sites), default=0)
     if plan.backend == "jax":
         kept = weight_bytes(model, plan.axes, plan.capture_dtype, layers)
@@ -52,8 +52,8 @@ def reading_cost(plan: PlannedRun, sites: Sequence[Site], tokens: int) -> tuple[
 
 def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The pass of the JAX decoder."""
-    rows, length = _batch(plan)
-    rows += -rows % mesh.shape["data"]
+    rows, length = batch_shape(plan)
+    rows += -rows % (mesh.shape["member"] * mesh.shape["data"])
     layers = 1 + max((site.layer for site in plan.sites), default=0)
     params = abstract_params(plan.model, mesh, plan.capture_dtype, layers)
     ids_BxT, lengths_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
@@ -72,11 +72,11 @@ def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 def recorded_rows(plan: PlannedRun) -> int:
     """About how many rows all of the text gives: all tokens, or the last ones of every document."""
     last = plan.configs["capture"].last
-    pieces = max(plan.documents, -(-plan.tokens // _batch(plan)[1]))
+    pieces = max(plan.documents, -(-plan.tokens // batch_shape(plan)[1]))
     return min(plan.tokens, last * pieces) if last else plan.tokens
 
 
-def _batch(plan: PlannedRun) -> tuple[int, int]:
+def batch_shape(plan: PlannedRun) -> tuple[int, int]:
     """Rows and length of a batch of documents."""
     length = min(plan.configs["corpus"].context, plan.model.context)
     return max(1, plan.configs["capture"].batch_tokens // length), length

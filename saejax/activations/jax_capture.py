@@ -32,6 +32,7 @@ class DecoderReader:
       hand_over: dtype of the values that are handed over.
 
     Attributes:
+      config, mesh: as given.
       widths: width of the values at every site.
       params: parameters of ``parameters.parameter_table``, with only the layers that are needed.
     """
@@ -46,8 +47,8 @@ class DecoderReader:
         dtype: str,
         hand_over: str,
     ):
-        self._config, self._sites, self._padded_shape = config, tuple(sites), padded_shape
-        self._mesh, self._hand_over = mesh, hand_over
+        self.config, self._sites, self._padded_shape = config, tuple(sites), padded_shape
+        self.mesh, self._hand_over = mesh, hand_over
         self.widths: dict[AnySite, int] = {site: site.width(config) for site in sites}
         self.params = load_params(source.folder, config, mesh, dtype, layers=1 + max(site.layer for site in sites))
 
@@ -60,21 +61,23 @@ class DecoderReader:
             running = started
         self._give(running, take)
 
+    def padded(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [B, T] and lengths [B] of a batch, in a shape of which there are few and which the mesh divides."""
+        documents, length = batch.ids_BxT.shape
+        rows, padded = self._padded_shape(length)
+        rows += -rows % (self.mesh.shape["member"] * self.mesh.shape["data"])
+        ids_BxT = np.pad(batch.ids_BxT, ((0, rows - documents), (0, padded - length)))
+        return ids_BxT, np.pad(batch.stop_B, (0, rows - documents), constant_values=1).astype(np.int32)
+
     def close(self) -> None:
         """Gives back the devices' memory; the reader cannot be used afterwards."""
         self.params = {}
 
     def _start(self, batch: Batch) -> list[jax.Array]:
         """Sends a batch to the devices, without waiting for it."""
-        documents, length = batch.ids_BxT.shape
-        rows, padded = self._padded_shape(length)
-        rows += -rows % self._mesh.shape["data"]
-        ids_BxT = np.pad(batch.ids_BxT, ((0, rows - documents), (0, padded - length)))
-        lengths_B = np.pad(batch.stop_B, (0, rows - documents), constant_values=1).astype(np.int32)
-        placed = jax.device_put(
-            (ids_BxT, lengths_B), (sharding(self._mesh, "data", None), sharding(self._mesh, "data"))
-        )
-        _, values = forward(self._config, self._sites, False, self.params, *placed)
+        ids_BxT, lengths_B = self.padded(batch)
+        placed = jax.device_put((ids_BxT, lengths_B), (sharding(self.mesh, "data", None), sharding(self.mesh, "data")))
+        _, values = forward(self.config, self._sites, False, self.params, *placed)
         return [value.astype(self._hand_over) for value in values]
 
     def _give(self, running: tuple[Batch, list[jax.Array]] | None, take: Take) -> None:

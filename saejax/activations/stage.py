@@ -28,5 +28,5 @@ CAPTURE = Stage(
     identity=dict(model=identities.model, corpus=identities.corpus),
     cost="saejax.activations.cost:capture_cost",
     programs="saejax.activations.cost:capture_programs",
-    many_processes=True,
+    processes="all",
 )

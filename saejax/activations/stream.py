@@ -5,56 +5,78 @@ store: documents in seeded random order, the rows of a buffer permuted. One buff
 by itself, so any of them can be made again, with the same values: a run that goes on needs no more than a number.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from saejax.activations.backend import load_reader
-from saejax.activations.buffers import ShardBuffers
+from saejax.activations.batches import Parts, sites_of
+from saejax.activations.buffers import HostBuffers
+from saejax.activations.joined import single_sites
 from saejax.activations.plan import Batch, Plan
+from saejax.activations.reader import Reader
 from saejax.activations.request import read_request
 from saejax.activations.store import DTYPES
 from saejax.activations.tokenize import text_documents
 from saejax.errors import UserError
-from saejax.models.sites import AnySite
+from saejax.models.sites import is_joined
 from saejax.workspace import Run
+
+if TYPE_CHECKING:
+    import jax
+
+    from saejax.activations.device_buffers import DeviceBuffers
 
 
 class _Stopped(Exception):
     """The process was asked to stop while a buffer was made."""
 
 
+def _buffers(reader: Reader, parts: Parts, rows: int, dtype: str) -> HostBuffers | DeviceBuffers:
+    from saejax.activations.device_buffers import DeviceBuffers
+    from saejax.activations.jax_capture import DecoderReader
+
+    if isinstance(reader, DecoderReader) and not any(map(is_joined, sites_of(parts))):
+        return DeviceBuffers(reader, parts, rows, dtype)
+    return HostBuffers(reader, rows, dtype)
+
+
 class ModelStream:
     """The buffers of the corpus's training documents.
 
     ``rows``, ``read``, ``d``, ``max_norm``, ``model`` and ``dtype`` are those of a ``Store`` that holds the buffer at
-    hand. Sinks are told by the first buffer: ``sink_factor`` times its median norm.
+    hand. Sinks are told by the first buffer: ``sink_factor`` times its median norm. With the JAX backend values stay on
+    the devices (``on_devices``); those of torch, of a second model and of joined sites pass through the host.
 
     Args:
       run: its settings of model, corpus and capture say what goes through which model; the backend is
         ``capture.backend``, the values are of ``capture.store_dtype``.
-      sites: what to read.
+      parts: the sites of every part of a batch.
       rows: of a buffer.
 
     Raises:
-      UserError: the corpus, the model or a site is not usable.
+      UserError: the corpus, the model or a site is not usable, or a buffer does not fit on the devices.
     """
 
-    def __init__(self, run: Run, sites: Sequence[str], rows: int):
-        config = dataclasses.replace(run.configs["capture"], sites=tuple(sites), tokens=0)
+    def __init__(self, run: Run, parts: Parts, rows: int):
+        self.sites = tuple(single_sites(sites_of(parts)))
+        config = dataclasses.replace(run.configs["capture"], sites=self.sites, tokens=0)
         run = dataclasses.replace(run, configs=dict(run.configs) | dict(capture=config))
         request = read_request(run.configs)
-        self._run, self._source, self.sites = run, request.source, tuple(sites)
+        self._run, self._source = run, request.source
         documents = text_documents(run, request).training()
         self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
         if "auto" in (config.backend, config.dtype):  # a run that goes on must see the same values again
             raise UserError("--train.source=model needs --capture.backend and --capture.dtype by name, not auto")
         self._reader = load_reader(run, request, self._plan, config)
-        self._dtype = config.store_dtype
-        self._buffers = ShardBuffers(self._reader.widths, max(map(self.size, range(len(self)))), self._dtype)
-        self._parts: dict[str, np.ndarray] = {}
+        self._dtype, largest = config.store_dtype, max(map(self.size, range(len(self))))
+        self._buffers = _buffers(self._reader, parts, largest, self._dtype)
+        self._norms: dict[str, np.ndarray] = {}
         self._max_norms: dict[str, float] = {}
 
     def __len__(self) -> int:
@@ -75,6 +97,11 @@ class ModelStream:
         """Of the values: float32 or ml_dtypes.bfloat16."""
         return DTYPES[self._dtype]
 
+    @property
+    def on_devices(self) -> tuple[jax.Array, ...] | None:
+        """The buffer at hand if it is on the devices, of every part [sites, rows, d]; ``fill`` takes their memory."""
+        return self._buffers.parts
+
     def d(self, site: str) -> int:
         """Width of a site."""
         return next(width for known, width in self._reader.widths.items() if str(known) == site)
@@ -91,25 +118,26 @@ class ModelStream:
         """
         start = time.monotonic()
         try:
-            self._reader.read(self._batches(buffer), self._take)
+            self._buffers.fill(self._batches(buffer))
         except _Stopped:
             return False
-        self._parts = self._buffers.parts(self.size(buffer))
+        self._norms = {site: norm_R[: self.size(buffer)] for site, norm_R in self._buffers.norms().items()}
+        self._check(buffer)
         if not self._max_norms:
             factor = self._run.configs["capture"].sink_factor
-            self._max_norms = {site: factor * float(np.median(self._parts[f"{site} norms"])) for site in self.sites}
+            self._max_norms = {site: factor * float(np.median(self._norms[site])) for site in self.sites}
         rate = self.size(buffer) / (time.monotonic() - start)
         self._run.say(f"buffer {buffer + 1} of {len(self)}: {self.size(buffer):,} tokens, {rate:,.0f} tokens/s")
         return True
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
         """Rows of the buffer at hand that are sinks at none of the sites, ascending. All are of the split "train"."""
-        norms = [self._parts[f"{site} norms"] <= np.float32(self.max_norm(site)) for site in sites]
+        norms = [self._norms[site] <= np.float32(self.max_norm(site)) for site in sites]
         return np.flatnonzero(np.all(norms, axis=0))
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
         """The vectors [n, d] of rows of the buffer at hand."""
-        return self._parts[site][rows].view(self.dtype)
+        return self._buffers.read(site, rows)
 
     def close(self) -> None:
         """Gives the model's memory back."""
@@ -121,14 +149,15 @@ class ModelStream:
                 raise _Stopped
             yield batch
 
-    def _take(self, batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
-        bad = self._buffers.take(site, value_BxTxD, batch)
-        if bad is not None:
-            place = self._plan.documents.place(int(batch.documents_B[bad[0]]), bad[1])
-            raise UserError(
-                f"activations at {site} are NaN or infinite: {place}: expected finite numbers; check the model's "
-                "weights, or use --capture.dtype=float32"
-            )
+    def _check(self, buffer: int) -> None:
+        """A ``UserError`` if a value of the buffer at hand is not finite."""
+        for site, norm_R in self._norms.items():
+            if not np.isfinite(norm_R).all():
+                document, position, _ = self._plan.index(buffer)[np.argmin(np.isfinite(norm_R))].tolist()
+                raise UserError(
+                    f"activations at {site} are NaN or infinite: {self._plan.documents.place(document, position)}: "
+                    "expected finite numbers; check the model's weights, or use --capture.dtype=float32"
+                )
 
 
 class BufferOrder:

@@ -19,7 +19,7 @@ _KEYS = ("slug", "prompt", "token_ids", "targets")
 _LONGEST = 40  # characters of a name that is made of a prompt
 _TAKEN = ("started", "summary", "graphs", "heads")  # files of every stage, and folders
 
-TargetText = str | tuple[str, str]
+TargetText = str | int | tuple[str | int, str | int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Request:
     Attributes:
       slug: its name.
       prompt: its text, or its token ids.
-      targets: texts of tokens, or pairs of them for a difference; none: the most probable tokens.
+      targets: texts or ids of tokens, or pairs of them for a difference; none: the most probable tokens.
       answers: whether targets are answers, of which the first token is meant, as behaviours are judged.
     """
 

@@ -29,7 +29,7 @@ from saejax.attribution.trace.gradient import TracedSaes, trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
 from saejax.attribution.trace.prompt import Traced, prompt_ids, trace_prompt
 from saejax.attribution.trace.targets import token_of
-from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours
+from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours, silent
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings.attribution import CLUSTER, GraphConfig
@@ -39,8 +39,23 @@ from saejax.workspace import Run
 _NO_ATTENTION = Attention()  # of SAEs' graphs, whose edges are not paths
 
 
-def run_attribute(run: Run) -> AttributeResults:
+def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
+    """The model that a run traces, and its transcoders or SAEs; they go together."""
+    dictionaries = open_set(run.configs["graph"])
+    model = load_run_model(run)
+    dictionaries.check(model)
+    return model, dictionaries
+
+
+def run_attribute(
+    run: Run, opened: Callable[[Run], Any] = open_parts, trace: Callable[..., Any] | None = None
+) -> AttributeResults:
     """Traces each prompt, prunes its graph, checks it and writes it.
+
+    Args:
+      run: of the stage.
+      opened: gives the model and the dictionaries, as ``open_parts`` does.
+      trace: in place of ``trace_request``, with its arguments; None: that itself.
 
     Returns:
       The results, with a graph for each prompt.
@@ -54,9 +69,7 @@ def run_attribute(run: Run) -> AttributeResults:
     groups, labels = read_groups(config, list(requests)), read_labels(config)
 
     def begin() -> Measure:
-        dictionaries = _open(config)
-        model = load_run_model(run)
-        dictionaries.check(model)
+        model, dictionaries = opened(run)
         for request in requests.values():  # before hours are spent on the first
             _check_request(model, dictionaries, request, config)
         means = None
@@ -66,7 +79,7 @@ def run_attribute(run: Run) -> AttributeResults:
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             on_progress(0, 1)
-            return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), labels, means)
+            return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), labels, means, trace)
 
         return measure
 
@@ -74,7 +87,8 @@ def run_attribute(run: Run) -> AttributeResults:
     return AttributeResults(config.transcoders, config.dictionaries, graphs)
 
 
-def _open(config: GraphConfig) -> LayerTranscoders | LayerSaes:
+def open_set(config: GraphConfig) -> LayerTranscoders | LayerSaes:
+    """The transcoders or SAEs that are named, of which no array is read yet."""
     if config.dictionaries:
         return LayerSaes.of(config.dictionaries)
     return open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
@@ -125,10 +139,11 @@ def _measure(
     groups: Sequence[Sequence[str]],
     labels: Mapping[tuple[int, int], str],
     means: Mapping[int, np.ndarray] | None,
+    trace: Callable[..., Traced | TracedSaes] | None = None,
 ) -> Measured:
     config: GraphConfig = run.configs["graph"]
     start = time.monotonic()
-    traced = _trace(model, dictionaries, request, config)
+    traced = (trace or trace_request)(model, dictionaries, request, config)
     seconds = time.monotonic() - start
     graph, prompt_run, _ = traced
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
@@ -164,15 +179,21 @@ def _measure(
     return Measured(results, _message(results))
 
 
-def _trace(
-    model: LanguageModel, dictionaries: LayerTranscoders | LayerSaes, request: Request, config: GraphConfig
+def trace_request(
+    model: LanguageModel,
+    dictionaries: LayerTranscoders | LayerSaes,
+    request: Request,
+    config: GraphConfig,
+    on_progress: OnProgress = silent,
 ) -> Traced | TracedSaes:
+    """The graph of a prompt as a configuration wants it; ``on_progress`` as in ``trace_prompt``."""
     options: dict[str, Any] = dict(
         targets=_targets(model, request),
         max_logits=config.max_logits,
         logit_mass=config.logit_mass,
         max_features=config.max_features or None,
         chat=config.chat_template,
+        on_progress=on_progress,
     )
     if isinstance(dictionaries, LayerSaes):
         options |= dict(estimate=config.estimate, direct=config.direct)

@@ -35,5 +35,5 @@ ATTRIBUTE = Stage(
     identity=dict(model=identities.model, graph=_dictionaries),
     cost="saejax.attribution.cost:attribute_cost",
     section="saejax.attribution.report:sections",
-    many_processes=True,
+    processes="all",
 )

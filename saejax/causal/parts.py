@@ -5,6 +5,7 @@ soon as they are there, so that a run that was killed goes on with the next part
 ``<part>-partial/``.
 """
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -92,6 +93,8 @@ def each_part(
 ) -> dict[str, Any]:
     """The results of all parts, in their order: those kept from an earlier run, and the others measured.
 
+    Parts are items of ``Run.each``: where processes deal them out, the first one alone goes on with the results.
+
     Args:
       run: of the stage.
       parts: their names, which are names of files.
@@ -110,24 +113,32 @@ def each_part(
         _drop_partial(run, part)
     if found:
         run.say(f"{run.stage}: kept from an earlier run: {', '.join(found)}")
-    if len(found) == len(parts):
-        return {part: found[part] for part in parts}
-    measure, progress, left = begin(), Progress(run, unit), len(parts) - len(found)
-    for number, part in enumerate(parts, 1):
-        if part not in found:
-            label, left = f"{run.stage}: {part} ({number} of {len(parts)})", left - 1
-            found[part], message = measure(part, progress.of_part(label, left))
-            if is_first_process():
-                write_json(part_file(run, part), to_json(found[part]))  # last: it says that the part is done
-                _drop_partial(run, part)
-            run.say(f"{label}: {message}")
+    left = [part for part in parts if part not in found]
+    measure, progress = functools.cache(begin), Progress(run, unit)
+
+    def make(part: str) -> None:
+        label = f"{run.stage}: {part} ({parts.index(part) + 1} of {len(parts)})"
+        found[part], message = measure()(part, progress.of_part(label, len(left) - left.index(part) - 1))
+        if is_first_process():
+            write_json(part_file(run, part), to_json(found[part]))  # last: it says that the part is done
+            _drop_partial(run, part)
+        run.say(f"{label}: {message}")
+
+    if run.team.size > 1:
+        run.each(parts, functools.partial(part_file, run), make)
+    else:
+        for part in left:
+            make(part)
+    for part in left:
+        if part not in found:  # another process made it
+            found[part] = from_json(results, read_json(part_file(run, part)), part_file(run, part))
     return {part: found[part] for part in parts}
 
 
 def _drop_partial(run: Run, part: str) -> None:
     """Removes what was kept to go on from; the first process does."""
     if is_first_process() and partial_folder(run, part).exists():
-        shutil.rmtree(partial_folder(run, part))
+        shutil.rmtree(partial_folder(run, part), ignore_errors=True)  # another process may do so, too
 
 
 class Progress:
@@ -154,7 +165,7 @@ class Progress:
                 self._before += self._done
             self._done = done
             now = time.monotonic()
-            if now - self._said > _SAY_EVERY and 0 < done < total:
+            if self._run.team.leads and now - self._said > _SAY_EVERY and 0 < done < total:
                 speed = (self._before + done) / (now - self._start)
                 part = self._before - self._of_parts + total
                 seconds = (total - done + left * part) / speed

@@ -159,6 +159,9 @@ def agreement(first_F: np.ndarray, second_F: np.ndarray) -> float:
     """The adjusted Rand index of two groupings; a feature that is in no group is alone, not in a group of its like.
 
     0 where neither has a group, because there is nothing to agree on.
+
+    Args:
+      first_F, second_F: the group of each feature; -1: none.
     """
     if max(first_F.max(initial=-1), second_F.max(initial=-1)) < 0:
         return 0.0

@@ -58,5 +58,6 @@ CLUSTER = Stage(
     names=lambda configs: ("",) if configs["cluster"].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     cost="saejax.clusters.cost:cluster_cost",
+    processes="items",
     section="saejax.clusters.report:sections",
 )

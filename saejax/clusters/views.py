@@ -93,13 +93,13 @@ def coactivation(activity: Activity, text_N: np.ndarray) -> View:
       text_N: the document that each token is of; documents are drawn again whole.
     """
     real = np.flatnonzero(activity.real_N)
-    fires_FxN = sparse.csr_array((activity.f_NxF[real] != 0).T).astype(np.float32)
-    _, block_N = np.unique(text_N[real], return_inverse=True)
-    in_NxT = sparse.csr_array((np.ones(len(real), np.float32), (np.arange(len(real)), block_N)))
-    texts_F = np.diff((fires_FxN @ in_NxT).tocsr().indptr)
-    tokens_F = np.diff(fires_FxN.indptr)
+    fires_FxX = sparse.csr_array((activity.f_NxF[real] != 0).T).astype(np.float32)
+    _, block_X = np.unique(text_N[real], return_inverse=True)
+    in_XxU = sparse.csr_array((np.ones(len(real), np.float32), (np.arange(len(real)), block_X)))
+    texts_F = np.diff((fires_FxX @ in_XxU).tocsr().indptr)
+    tokens_F = np.diff(fires_FxX.indptr)
     kept = np.flatnonzero((tokens_F >= _TOKENS) & (texts_F >= _DOCUMENTS) & (tokens_F < len(real)))
-    return View(kept, fires_FxN[kept], block_N, True, _moved)
+    return View(kept, fires_FxX[kept], block_X, True, _moved)
 
 
 def _moved(rows: Rows, rng: np.random.Generator) -> Rows:
@@ -113,10 +113,14 @@ def _moved(rows: Rows, rng: np.random.Generator) -> Rows:
 
 
 def effects(feature_F: np.ndarray, drop_FxP: np.ndarray) -> View:
-    """Features by what removing each costs on every prompt; those that change almost none are left out."""
+    """Features by what removing each costs on every prompt; those that change almost none are left out.
+
+    Args:
+      feature_F: their numbers.
+      drop_FxP: by how much the logit difference of a prompt falls without each.
+    """
     often = np.flatnonzero((drop_FxP != 0).sum(axis=1) >= _PROMPTS)
-    rows_FxP = drop_FxP[often].astype(np.float32)
-    return View(feature_F[often], rows_FxP, np.arange(rows_FxP.shape[1]), True, _permuted)
+    return View(feature_F[often], drop_FxP[often].astype(np.float32), np.arange(drop_FxP.shape[1]), True, _permuted)
 
 
 def _permuted(rows: Rows, rng: np.random.Generator) -> Rows:

@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from saejax.dictionaries import DictionaryConfig, stacks
-from saejax.dictionaries.formats import read_config
+from saejax.dictionaries.formats import folders_of, read_config
 from saejax.errors import one_of
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site
@@ -93,13 +93,19 @@ class PlannedRun:
         return dataclasses.replace(stack.dictionary, site=site)
 
     def dictionaries(self, names: Sequence[str]) -> list[DictionaryConfig]:
-        """About those that kinds, members and folders name: all of a stack, and a folder for one like any other."""
-        found = []
+        """Those that kinds, members and folders name, all members of a stack each.
+
+        Raises:
+          UserError: none of this name is trained, or a folder holds none.
+        """
+        found: list[DictionaryConfig] = []
         for name in names:
+            if is_folder(name):
+                found += map(read_config, folders_of(name))
+                continue
             kind, _, member = name.partition("/")
-            stack = self.stacks.get(kind)
-            one = (stack or next(iter(self.stacks.values()))).dictionary
-            found += [one] * (1 if is_folder(name) or member or not stack else len(stack.members))
+            stack = self.stacks[one_of(kind, self.stacks, "dictionary (--train.kinds)")]
+            found += [stack.dictionary] * (1 if member else len(stack.members))
         return found
 
 

@@ -64,5 +64,6 @@ CROSSCODE = Stage(
     identity=dict(model=identities.model, folders=_folders),
     rule="saejax.crosscode.run:rule",
     cost="saejax.crosscode.cost:crosscode_cost",
+    processes="items",
     section="saejax.crosscode.report:sections",
 )

@@ -40,18 +40,32 @@ def labels_of_folders(folders: Iterable[str | Path]) -> dict[tuple[int, int], st
       folders: train units of workdirs, such as DIR/train/topk, or members of them; others have no labels.
 
     Raises:
-      UserError: a file of labels, or the unit's summary, is damaged.
+      UserError: a file of labels, or a unit's summary, is damaged.
     """
     found: dict[tuple[int, int], str] = {}
+    for layer, (workdir, name) in trained_of_folders(folders).items():
+        found |= {(layer, feature): label.label for feature, label in labels_of(workdir, name).items()}
+    return found
+
+
+def trained_of_folders(folders: Iterable[str | Path]) -> dict[int, tuple[Path, str]]:
+    """The dictionaries of train units, or of members of them, by layer: their workdir, and names as "topk/mlp_in.3".
+
+    Args:
+      folders: such as DIR/train/topk; those that are no such have none.
+
+    Raises:
+      UserError: a unit's summary is damaged.
+    """
+    found: dict[int, tuple[Path, str]] = {}
     for folder in map(Path, folders):
         unit = next((one for one in (folder, folder.parent) if one.parent.name == "train"), None)
         if not unit or not (unit / SUMMARY).exists():
             continue
-        for member in members(unit):
+        for member in members(unit, layers=True):
             layer = member.site.rpartition(".")[2]
             if layer.isdigit() and folder in (unit, unit / member.name):
-                labels = labels_of(unit.parent.parent, full_name(unit.name, member.name))
-                found |= {(int(layer), feature): label.label for feature, label in labels.items()}
+                found[int(layer)] = unit.parent.parent, full_name(unit.name, member.name)
     return found
 
 

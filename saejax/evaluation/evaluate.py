@@ -1,5 +1,6 @@
 """The evaluate stage: held-out scores of the members of a train unit."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
 from saejax.dictionaries.formats import cross_layer
+from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation import neighbours
 from saejax.evaluation.cross_layer import evaluate_layers
@@ -28,6 +30,7 @@ from saejax.settings import EvaluateConfig, ModelConfig
 from saejax.workspace import Run, read_json, write_array, write_json
 
 SCORES = "scores.json"
+_AT_A_TIME = 4  # members of one site that are scored together, and by one process
 
 
 def run_evaluate(run: Run) -> EvaluateResults:
@@ -42,23 +45,35 @@ def run_evaluate(run: Run) -> EvaluateResults:
     if cross_layer.is_one(trained):
         return evaluate_layers(run, store, trained)
     stack = stacks.members(trained)
-    waiting: dict[tuple[str, str], list[str]] = {}
-    for member in stack:
-        if not (run.folder / member.name / SCORES).exists():
-            waiting.setdefault((member.site, member.target), []).append(member.name)
     for site in single_sites(member.site for member in stack):
         decoder_site(site)  # losses are measured in the decoder, which does not have a module of the PyTorch model
-    if waiting:
+
+    @functools.cache
+    def models() -> tuple[Mesh, LanguageModel, LanguageModel | None]:
         mesh, model = make_mesh(run.configs["mesh"]), run.configs["model"]
         lm = load_model(model.path, model.revision, model.dtype, mesh)
         store.check_model(lm.source)
-        other = load_other(model, store, mesh)
-        for sites, names in waiting.items():
-            if run.stopping():
-                raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
-            _score_site(run, config, store, (lm, other), mesh, sites, {name: trained / name for name in names})
+        return mesh, lm, load_other(model, store, mesh)
+
+    def score(some: Sequence[TrainedMember]) -> None:
+        if run.stopping():
+            raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
+        names = [one.name for one in some if not (run.folder / one.name / SCORES).exists()]
+        mesh, lm, other = models()
+        sites = some[0].site, some[0].target
+        _score_site(run, config, store, (lm, other), mesh, sites, {name: trained / name for name in names})
+
+    run.each(_together(stack), lambda some: run.folder / some[-1].name / SCORES, score)
     paths = [run.folder / member.name / SCORES for member in stack]
     return EvaluateResults(run.name, tuple(from_json(DictionaryScores, read_json(path), path) for path in paths))
+
+
+def _together(stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:
+    """The members by what they read and predict, a few at a time: the store is read once for all of these."""
+    by_site: dict[tuple[str, str], list[TrainedMember]] = {}
+    for member in stack:
+        by_site.setdefault((member.site, member.target), []).append(member)
+    return [own[first : first + _AT_A_TIME] for own in by_site.values() for first in range(0, len(own), _AT_A_TIME)]
 
 
 def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | None:

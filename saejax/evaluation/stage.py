@@ -15,6 +15,7 @@ EVALUATE = Stage(
     needs=lambda configs, name: ("capture", f"train/{name}"),
     names=lambda configs: configs["train"].kinds,
     identity=dict(model=identities.model),
+    processes="items",
     cost="saejax.evaluation.cost:evaluate_cost",
     programs="saejax.evaluation.cost:evaluate_programs",
 )

@@ -47,6 +47,11 @@ class Matching:
         return len(np.unique(self.nearest_F)) / len(self.nearest_F)
 
     @property
+    def invented_F(self) -> np.ndarray:
+        """Where a feature has most of its length along no direction."""
+        return self.cosine_FxJ.max(axis=1) <= _ALIKE
+
+    @property
     def split_J(self) -> np.ndarray:
         """Where two features or more share a direction: each has most of its length along it."""
         alike_F = self.cosine_FxJ[np.arange(len(self.nearest_F)), self.nearest_F] > _ALIKE

@@ -6,7 +6,7 @@ from saejax.ground_truth.results import JudgedDictionary, TruthResults
 from saejax.ground_truth.stage import CONTROLS
 from saejax.page.document import Block, Section, Text
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import Table, interval, number, percent
+from saejax.page.tables import MISSING, Table, interval, number, percent
 
 ENOUGH = 0.9  # share of the frequent directions that the best kind must find
 
@@ -19,6 +19,7 @@ _COLUMNS: tuple[tuple[str, str, int, float], ...] = (
     ("Split, %", "split", 1, 100),
     ("Merged, %", "merged", 1, 100),
     ("Absorbed, %", "absorbed", 1, 100),
+    ("Invented, %", "invented", 1, 100),
     ("L0", "l0", 1, 1),
     ("Dead, %", "dead", 1, 100),
     ("Explained variance", "explained_variance", 3, 1),
@@ -28,8 +29,9 @@ _NOTE = (
     "MCC: mean cosine of features matched one to one. F1: of when a feature is there and when its own fires; F1 of "
     "features: of each feature of the dictionary and the nearest of the world, as SynthSAEBench has it. Split, merged, "
     "absorbed: shares of the frequent features that several features of the dictionary share, that share one, and "
-    "whose own falls silent where that of a child takes over. Best possible: the largest true activations, as many as "
-    "the dictionary above has, decoded by the true directions."
+    "whose own falls silent where that of a child takes over. Invented: of the dictionary's features that fire, share "
+    "that has most of its length along no feature of the world. Best possible: the largest true activations, as many "
+    "as the dictionary above has, decoded by the true directions."
 )
 
 
@@ -91,6 +93,8 @@ def _rows(name: str, one: JudgedDictionary) -> Iterator[tuple[str, ...]]:
 
     def cell(field: str, digits: int, scale: float) -> str:
         value = getattr(one.scores, field)
+        if value is None:
+            return MISSING
         return interval(value, digits, scale) if len(one.seeds) > 1 else number(value.mean * scale, digits)
 
     yield name, *(cell(field, digits, scale) for _, field, digits, scale in _COLUMNS)

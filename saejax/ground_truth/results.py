@@ -27,6 +27,7 @@ class FoundFeatures:
     explained_variance: Interval  #: of the vectors
     best_f1: Interval  #: `f1` of the world's own largest activations, as many as `l0` says
     best_explained_variance: Interval  #: `explained_variance` of those, decoded by the true directions
+    invented: Interval | None = None  #: of the features that fire, share that has no direction with a cosine above 0.71
 
 
 @dataclasses.dataclass(frozen=True)

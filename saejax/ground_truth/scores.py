@@ -146,6 +146,7 @@ def scores(counts: Counts, matching: Matching, world: World, frequent: float) ->
         explained_variance=1 - counts.error / counts.variance,
         best_f1=share(_f1(counts.kept_J, counts.kept_J, counts.active_J)),
         best_explained_variance=1 - counts.kept_error / counts.variance,
+        invented=float(matching.invented_F[counts.fired_F > 0].mean()) if counts.fired_F.any() else 0.0,
     )
 
 

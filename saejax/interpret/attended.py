@@ -94,11 +94,11 @@ class HeadShares:
             ids_BxT = documents.ids_T[place_DxT[start : start + _AT_ONCE]]
             padded = np.pad(ids_BxT, ((0, _AT_ONCE - len(ids_BxT)), (0, 0)))
             rows.append(np.asarray(attended(lm.config, layers, lm.params, padded, marks_V))[: len(ids_BxT)])
-        shares_DxTxM = np.concatenate(rows)[:, 1:].reshape(
+        shares_DxXxM = np.concatenate(rows)[:, 1:].reshape(
             len(own), length - 1, -1
         )  # the first token sees itself alone
         self._heads, self._documents, self._length = lm.config.n_heads, len(own), length - 1
-        flat_NxM = shares_DxTxM.reshape(-1, shares_DxTxM.shape[-1])
+        flat_NxM = shares_DxXxM.reshape(-1, shares_DxXxM.shape[-1])
         spread_M = flat_NxM.std(axis=0)
         self._shares_NxM = np.where(spread_M > 1e-6, (flat_NxM - flat_NxM.mean(axis=0)) / np.maximum(spread_M, 1e-6), 0)
         self._shares_NxM = self._shares_NxM.astype(np.float32)

@@ -37,15 +37,15 @@ def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, 
     rate = live[np.linspace(0, len(live) - 1, count).round().astype(np.int64)]
     rows = spread(store.rows("train", dictionary.site), _ROWS)
     x_NxD = store.read(dictionary.site, rows).astype(np.float32)
-    W_enc_DxF = _directions(x_NxD.shape[1], count, seed)
-    pre_FxN = np.sort((x_NxD @ W_enc_DxF).T, axis=1)
+    W_enc_DxG = _directions(x_NxD.shape[1], count, seed)
+    pre_GxN = np.sort((x_NxD @ W_enc_DxG).T, axis=1)
     above = np.clip(np.round(rate * len(rows)).astype(np.int64), 1, len(rows))
-    threshold_F = pre_FxN[np.arange(count), np.maximum(len(rows) - above - 1, 0)]
+    threshold_G = pre_GxN[np.arange(count), np.maximum(len(rows) - above - 1, 0)]
     config = DictionaryConfig(
         kind="standard", site=dictionary.site, d_in=x_NxD.shape[1], n_features=count, centred=False
     )
     zeros = jnp.zeros(x_NxD.shape[1])
-    arrays = dict(W_enc_DxF=W_enc_DxF, W_dec_FxD=W_enc_DxF.T, b_enc_F=-threshold_F, b_dec_D=zeros)
+    arrays = dict(W_enc_DxF=W_enc_DxG, W_dec_FxD=W_enc_DxG.T, b_enc_F=-threshold_G, b_dec_D=zeros)
     return Dictionary(config, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
 

@@ -130,7 +130,7 @@ def group_draws(block: Block, order: np.ndarray, draws: int) -> tuple[np.ndarray
 
 
 def strongest(block: Block, store: Store, text: CodedText, feature: int, count: int) -> list[int]:
-    """Places of a feature's strongest firings, in contexts that differ as in ``analysis.examples``."""
+    """Places of a feature's ``count`` strongest firings, in contexts that differ as in ``analysis.examples``."""
     own, best = block.of(feature), Best(_SPARE * count)
     document = text.document(block.place[own])
     best.add(block.value[own], block.place[own], document, store.documents.column("group")[document])

@@ -85,14 +85,14 @@ def record(
         for start in range(0, len(rows), batch):
             if stopping():
                 raise Interrupted("stopped: dictionaries that were finished are kept; run the same command to go on")
-            rows_B = rows[start : start + batch]
-            x_BxD = np.pad(store.read(site, rows_B), ((0, batch - len(rows_B)), (0, 0)))
+            rows_N = rows[start : start + batch]
+            x_BxD = np.pad(store.read(site, rows_N), ((0, batch - len(rows_N)), (0, 0)))
             placed_BxD = jax.device_put(x_BxD, fitting_sharding(mesh, x_BxD.shape, "data", None))
-            waiting.append((places_of(store, rows_B), [_encode(member, placed_BxD, len(rows_B)) for member in members]))
+            waiting.append((places_of(store, rows_N), [_encode(member, placed_BxD, len(rows_N)) for member in members]))
             if len(waiting) > 1:
                 _write(files, *waiting.pop(0), on_batch)
-        for place_B, encoded in waiting:
-            _write(files, place_B, encoded, on_batch)
+        for place_N, encoded in waiting:
+            _write(files, place_N, encoded, on_batch)
     return np.sort(places_of(store, rows))
 
 
@@ -115,16 +115,16 @@ class _Files:
             firings.tofile(file)
 
 
-def _write(files: list[_Files], place_B: np.ndarray, encoded: list, on_batch: OnBatch | None) -> None:
+def _write(files: list[_Files], place_N: np.ndarray, encoded: list, on_batch: OnBatch | None) -> None:
     for number, (own, (size_BxF, words, ends)) in enumerate(zip(files, encoded, strict=True)):
         count = int(ends[-1])
         room = min(_ROOM, 1 << max(count - 1, 1).bit_length())
         for first in range(0, count, room):
             taken = jax.device_get(_take(size_BxF, words, ends, first, room))
             feature, row, value = (part[: count - first] for part in taken)
-            own.write(feature, place_B[row], value)
+            own.write(feature, place_N[row], value)
             if on_batch and not number:
-                on_batch(feature, place_B[row])
+                on_batch(feature, place_N[row])
 
 
 @jax.jit

@@ -83,14 +83,16 @@ class TokenMaps:
 
 
 def layers_bar(features: int, width: int, level: float = 0.95) -> float:
-    """The cosine that the largest of so many random directions' stays below with a probability of ``level``."""
+    """The cosine that the largest of random directions, as many as ``features``, of a ``width`` stays below with a
+    probability of ``level``."""
     if width < 2:
         return 1.0
     return float(np.sqrt(beta.ppf(2 * level ** (1 / features) - 1, 0.5, (width - 1) / 2)))
 
 
 def across_layers(W_dec_FxD: jax.Array, other_GxD: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The row of another dictionary with the largest cosine with each decoder row, and the cosine, both [F].
+    """The row of another dictionary (``other_GxD``) with the largest cosine with each of ``W_dec_FxD``, and the cosine,
+    both [F].
 
     Of rows of length 0 the cosine is 0.
     """

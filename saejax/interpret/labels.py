@@ -2,13 +2,14 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from saejax.dictionaries.labels import Label
 from saejax.errors import UserError
+from saejax.workspace import locked, write_text
 
 _COLUMNS = ("feature", "label", "note", "reviewer")
 _NEAR = 100  # random directions whose firing rates are nearest, which a feature's label has to beat
@@ -58,19 +59,8 @@ def read_labels(
     Raises:
       UserError: the file cannot be read, a column is missing, or a feature does not exist or comes twice.
     """
-    try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or "it is not a .csv file in UTF-8"
-        raise UserError(f"{flag}={path} cannot be read ({reason}): name a .csv file") from None
-    wanted = (*_COLUMNS, "dictionary") if several else _COLUMNS
-    missing = [name for name in wanted if rows and name not in rows[0]]
-    if missing:
-        raise UserError(f"{flag}={path} has no column {', '.join(missing)}: expected {', '.join(wanted)}")
     found: dict[int, Label] = {}
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise UserError(f"{path}, line {number} has not as many cells as there are columns: quote commas in it")
+    for number, row in enumerate(_rows(path, (*_COLUMNS, "dictionary") if several else _COLUMNS, flag), 2):
         if (row.get("dictionary") or dictionary) != dictionary:
             continue
         text = row["feature"].strip()
@@ -83,3 +73,58 @@ def read_labels(
         if row["label"].strip():
             found[int(text)] = Label(row["label"].strip(), row["reviewer"].strip() or "by hand", row["note"].strip())
     return found
+
+
+def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer: str, flag: str) -> None:
+    """Puts a label into a file that ``read_labels`` reads; other lines and columns stay. Several processes may write.
+
+    Args:
+      path: the .csv file; made, with its folder, if it does not exist.
+      dictionary: whose feature it is, such as "topk/mlp_in.3".
+      feature: its number.
+      label: in words; "" takes the line away.
+      reviewer: who says so.
+      flag: that names the file, for messages.
+
+    Raises:
+      UserError: the file that is there is no such file; it is left as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock")):
+        rows = _rows(path, _COLUMNS, flag) if path.exists() else []
+        old = [row for row in rows if _means(row, dictionary, feature)]
+        rows = [row for row in rows if not _means(row, dictionary, feature)]
+        if label:
+            own = dict(feature=str(feature), label=label, reviewer=reviewer, dictionary=dictionary)
+            rows.append((old[0] if old else {}) | own)
+        columns = list(dict.fromkeys([*_COLUMNS, "dictionary", *(name for row in rows for name in row)]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(path, text.getvalue())
+
+
+def _means(row: Mapping[str, str], dictionary: str, feature: int) -> bool:
+    """Whether a line is of this feature; one that names no dictionary is of any."""
+    return row["feature"].strip() == str(feature) and (row.get("dictionary") or dictionary) == dictionary
+
+
+def _rows(path: Path, wanted: Sequence[str], flag: str) -> list[dict[str, str]]:
+    """The lines of a file of labels, which has these columns and perhaps others.
+
+    Raises:
+      UserError: it cannot be read, a column is missing, or a line has another number of cells.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "it is not a .csv file in UTF-8"
+        raise UserError(f"{flag}={path} cannot be read ({reason}): name a .csv file") from None
+    missing = [name for name in wanted if rows and name not in rows[0]]
+    if missing:
+        raise UserError(f"{flag}={path} has no column {', '.join(missing)}: expected {', '.join(wanted)}")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise UserError(f"{path}, line {number} has not as many cells as there are columns: quote commas in it")
+    return rows

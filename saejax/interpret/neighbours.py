@@ -45,9 +45,9 @@ def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> Output
       W_dec_FxD: what features add to the residual stream.
       count: of tokens at either end.
     """
-    parts = []
-    for start in range(0, len(W_dec_FxD), _ROWS):
-        rows_RxD = jnp.pad(W_dec_FxD[start : start + _ROWS], ((0, max(0, start + _ROWS - len(W_dec_FxD))), (0, 0)))
+    parts, block = [], min(_ROWS, len(W_dec_FxD))
+    for start in range(0, len(W_dec_FxD), block):
+        rows_RxD = jnp.pad(W_dec_FxD[start : start + block], ((0, max(0, start + block - len(W_dec_FxD))), (0, 0)))
         parts.append(jax.device_get(_lens(lm.config, count, lm.params, rows_RxD)))
     return OutputTokens(*(np.concatenate(part)[: len(W_dec_FxD)] for part in zip(*parts, strict=True)))
 
@@ -73,7 +73,7 @@ def _lens(
 
 
 def nearest_rows(W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The features whose decoder rows have the largest cosine with each one's, and these cosines, both [F, count]."""
+    """The features whose rows of ``W_dec_FxD`` have the largest cosine with each one's, and these, both [F, count]."""
     features = len(W_dec_FxD)
     block, count = min(_ROWS, features), min(count, features - 1)
     starts_N = np.minimum(np.arange(0, features, block), features - block)
@@ -103,7 +103,7 @@ class Together:
         self._fires: sparse.csc_array | None = None
 
     def add(self, feature: np.ndarray, place: np.ndarray) -> None:
-        """Takes firings."""
+        """Takes firings: the ``feature`` and the ``place`` of each."""
         kept = priority(place) >= self._least
         self._parts.append((feature[kept].astype(np.int32), place[kept].astype(np.uint32)))
 

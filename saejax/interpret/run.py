@@ -4,7 +4,10 @@ All that describes a feature, the search of labels included, is made of training
 does nothing else. The firings are written to the unit's folder while a member is worked on, and deleted afterwards.
 """
 
+import functools
 from collections.abc import Sequence
+
+from jax.sharding import Mesh
 
 from saejax.activations.store import Store
 from saejax.dictionaries import load_dictionary, stacks
@@ -13,7 +16,7 @@ from saejax.errors import Interrupted
 from saejax.interpret.interpreter import IN_STREAM, Interpreter
 from saejax.interpret.results import InterpretedDictionary, InterpretResults
 from saejax.interpret.text import CodedText
-from saejax.models.language_model import load_model
+from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import Site
 from saejax.models.tokens import token_text
 from saejax.parallel import make_mesh
@@ -35,25 +38,28 @@ def run_interpret(run: Run) -> InterpretResults:
     """
     trained = run.inputs[f"train/{run.name}"]
     stack, store = stacks.members(trained), Store.open(run.inputs["capture"])
-    paths = [run.folder / member.name / DONE for member in stack]
-    if not all(path.exists() for path in paths):
+    path = {member.name: run.folder / member.name / DONE for member in stack}
+
+    @functools.cache
+    def read() -> tuple[LanguageModel, Mesh, CodedText]:
         model, mesh = run.configs["model"], make_mesh(run.configs["mesh"])
         lm = load_model(model.path, model.revision, model.dtype, mesh)
         store.check_model(lm.source)
         as_text = token_text(lm.tokenizer)
-        text = CodedText(store.documents, [as_text(token) for token in range(lm.config.vocab)])
-        for member, path in zip(stack, paths, strict=True):
-            if run.stopping():
-                raise Interrupted(
-                    "stopped; the dictionaries that were finished are kept: run the same command to go on"
-                )
-            if not path.exists():
-                dictionary = load_dictionary(trained / member.name)
-                layers = {name: trained / name for name in other_layers(member, stack)}
-                found = Interpreter(run, store, text, lm, mesh, member.name, dictionary, layers).interpret()
-                write_json(path, to_json(found))
-                run.say(line(found))
-    members = tuple(from_json(InterpretedDictionary, read_json(path), path) for path in paths)
+        return lm, mesh, CodedText(store.documents, [as_text(token) for token in range(lm.config.vocab)])
+
+    def interpret(member: TrainedMember) -> None:
+        if run.stopping():
+            raise Interrupted("stopped; the dictionaries that were finished are kept: run the same command to go on")
+        lm, mesh, text = read()
+        dictionary = load_dictionary(trained / member.name)
+        layers = {name: trained / name for name in other_layers(member, stack)}
+        found = Interpreter(run, store, text, lm, mesh, member.name, dictionary, layers).interpret()
+        write_json(path[member.name], to_json(found))
+        run.say(line(found))
+
+    run.each(stack, lambda member: path[member.name], interpret)
+    members = tuple(from_json(InterpretedDictionary, read_json(done), done) for done in path.values())
     return InterpretResults(run.name, members)
 
 

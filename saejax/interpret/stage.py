@@ -78,6 +78,7 @@ INTERPRET = Stage(
     needs=lambda configs, name: ("capture", f"train/{name}"),
     names=_names,
     identity=dict(model=identities.model),
+    processes="items",
     cost="saejax.interpret.cost:interpret_cost",
     section="saejax.interpret.report:sections",
 )

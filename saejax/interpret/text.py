@@ -88,7 +88,7 @@ class CodedText:
         return self._last[place].astype(np.int64)
 
     def back(self, place: np.ndarray, steps: int) -> np.ndarray:
-        """The token id so many steps before places, after them if it is below 0; -1 beyond the document."""
+        """The token id so many steps before each ``place``, after it if it is below 0; -1 beyond the document."""
         inside = self._position[place] >= steps if steps > 0 else self._last[place] >= -steps
         return np.where(inside, self._ids[np.where(inside, place - steps, 0)], -1).astype(np.int64)
 
@@ -100,11 +100,11 @@ class CodedText:
         return np.where(self._position[place] >= length - 1, code, -1)
 
     def code(self, family: str, place: np.ndarray) -> np.ndarray:
-        """The codes of a family of ``FAMILIES`` at places, int64."""
+        """The code of a family of ``FAMILIES`` at each ``place``, int64."""
         return FAMILIES[family][0](self, place)
 
     def says(self, family: str, code: int) -> str:
-        """A code in words."""
+        """A code of a ``family`` in words."""
         return FAMILIES[family][1](self, code)
 
     def quoted(self, *ids: int) -> str:

@@ -17,7 +17,7 @@ def elements_script() -> str:
     return (Path(__file__).parent / "viewer" / ELEMENTS).read_text(encoding="utf-8")
 
 
-def interactive(viewer: Path, name: str, scripts: Sequence[str], data: Any, **shown: Any) -> str:
+def interactive(viewer: Path, name: str, scripts: Sequence[str], data: Any, style: str = "", **shown: Any) -> str:
     """A page into which its style, script and data are written, so that it loads nothing.
 
     Args:
@@ -25,10 +25,12 @@ def interactive(viewer: Path, name: str, scripts: Sequence[str], data: Any, **sh
       name: of these two.
       scripts: JavaScript, put together in this order in one scope.
       data: what the scripts read, as JSON.
+      style: more of it, before the page's own.
       shown: what else the template shows.
     """
     script = "(() => {\n'use strict';\n" + "\n".join(scripts) + "})();\n"
-    style, template = ((viewer / f"{name}.{end}").read_text("utf-8") for end in ("css", "html.jinja"))
+    own_style, template = ((viewer / f"{name}.{end}").read_text("utf-8") for end in ("css", "html.jinja"))
+    style += own_style
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(template).render(
         style=style,

@@ -120,8 +120,8 @@ def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
 
 def _devices_of(program: Program) -> int:
     """On how many devices a program runs."""
-    leaves = jax.tree.leaves(program.arguments)
-    return max(len(leaf.sharding.device_set) for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct))
+    placed = [leaf.sharding for leaf in jax.tree.leaves(program.arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return max(len(where.device_set) for where in placed if where is not None)  # None: left to the compiler
 
 
 def _devices(name: str) -> Sequence[jax.Device]:

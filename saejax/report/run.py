@@ -108,6 +108,7 @@ def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
         tasks.behaviours_section(found, draw),
         *tasks.benchmark_sections(found),
         *([training.section(found, draw, found.one(AblateResults).dictionary)] if known else []),
+        *report_sets.repeats(found),
         *report_sets.bases(found, draw),
         *report_sets.agreement(found),
         *report_sets.feature_sets(found, draw),

@@ -17,7 +17,8 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     from saejax.registry import STAGES
 
     elsewhere = _OF_DICTIONARY if is_folder(configs["ablate"].dictionary) else ()
-    of_model = configs["task"].has_behaviours or not configs["truth"].features  # not of a synthetic world alone
+    made_here = configs["truth"].features or configs["known"].circuits or configs["algorithm"].names
+    of_model = configs["task"].has_behaviours or not made_here  # not of what is made here alone
     always = set(_READ if of_model else ()) - {*elsewhere}
     read = [stage for stage in STAGES.values() if stage.name in always or stage.section]
     return [unit for stage in read for unit in stage.units(configs)]

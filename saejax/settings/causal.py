@@ -83,6 +83,11 @@ class AblateConfig(Config):
         "other trained dictionaries, such as topk/seed5 or standard, whose features' effects are compared with those "
         "of the tested one, pair by pair; each takes as long as --ablate.effects=all, which it needs",
     )
+    repeats: tuple[str, ...] = setting(
+        (),
+        "other trainings of the tested dictionary, such as topk/seed43, whose own top features are tested in the same "
+        "way, so that the report says which answers hold in all of them; each takes about as long as the first",
+    )
     curve: bool = setting(True, "also remove the first 1, 2, 3, ... top features together, beside matched random ones")
     circuit_tests: bool = setting(
         False,

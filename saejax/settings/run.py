@@ -51,6 +51,19 @@ class MeshConfig(Config):
     coordinator: str = setting(
         "", "host:port of process 0; empty where the cluster's environment tells", changes_results=False
     )
+    watchdog: float = setting(
+        600.0,
+        "seconds without the end of a step, a batch or the like after which a process writes where all its threads "
+        "are; after six times as long, others no longer wait for it; 0: never",
+        low=0.0,
+        changes_results=False,
+        implied=600.0,
+    )
+
+    @property
+    def together(self) -> bool:
+        """Whether the run may have several processes."""
+        return self.distributed == "auto" or self.processes > 1
 
 
 @dataclasses.dataclass(frozen=True)

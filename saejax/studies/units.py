@@ -4,8 +4,10 @@ Every child is the pipeline on one unit. So its memory is its own, its output a 
 bug, the system for want of memory) leaves a unit with its reason. Units that read what is not there are not run.
 """
 
-import ctypes
+import contextlib
 import dataclasses
+import functools
+import os
 import shlex
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from saejax.errors import Interrupted, UserError
+from saejax.guard import end_with_parent
 from saejax.pipeline import Workplan
 from saejax.preflight.results import PreflightResults
 from saejax.registry import STAGES
@@ -27,7 +30,6 @@ from saejax.workspace import SUMMARY, Workspace, now, read_json
 ROWS, LOGS = "rows", "logs"
 _CHILD = "from saejax.experiments import pipeline; pipeline()"
 _LOOK_EVERY, _SAY_EVERY = 0.2, 30.0  # seconds
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +135,13 @@ class StudyUnits:
         command = [sys.executable, "-c", _CHILD, f"--workdir={workspace.root}", f"--unit={unit}", *self._rows[row].argv]
         about = f"{done} of {len(self._states) + 1 + len(waiting)} units done"
         self._say(f"{row}  {unit}: started; {about}, {duration(self._time.left(waiting, key))} to go")
+        stop_with_parent = functools.partial(end_with_parent, os.getpid(), signal.SIGTERM)
         with open(path, "ab") as log:
             log.write(f"=== {now()} {shlex.join(command)}\n".encode())
             log.flush()
             start = log.tell()
             child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=stop_with_parent
             )
         seconds = self._watch(child, key, waiting, start)
         if not child.returncode:
@@ -163,7 +166,8 @@ class StudyUnits:
             if self._stopping() and not asked:
                 child.send_signal(signal.SIGTERM)
                 asked = True
-            time.sleep(_LOOK_EVERY)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_LOOK_EVERY)  # no longer than it runs
             clock = time.monotonic()
             if clock - said > _SAY_EVERY:
                 said = clock
@@ -186,12 +190,6 @@ class StudyUnits:
 def _is_first(unit: str) -> bool:
     stage = unit.partition("/")[0]
     return stage in STAGES and STAGES[stage].first
-
-
-def _end_with_parent() -> None:
-    """Has Linux ask this child to stop, and to save, when its parent is gone, however that ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
 
 
 def _last_line(text: str) -> str:

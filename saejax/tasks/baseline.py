@@ -16,8 +16,12 @@ A behaviour that the model does not have (``gate``), or of which its tokenizer l
 the causal tests.
 """
 
+import dataclasses
 import functools
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +31,10 @@ from saejax.errors import Interrupted, UserError
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import Tokens
 from saejax.parallel import make_mesh
+from saejax.results import from_json, to_json
 from saejax.settings import TaskConfig
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore, write_prompts
@@ -38,8 +44,9 @@ from saejax.tasks.likelihood import loglikelihoods
 from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BaselineScores, PromptExample
 from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation, wilson
-from saejax.workspace import Run
+from saejax.workspace import Run, read_json, write_json
 
+PARTS = "parts"  # folder of behaviours that are measured, until all are
 BATCH = 32  # prompts per forward pass
 _EXAMPLES = 3  # prompts shown in the results
 
@@ -49,41 +56,65 @@ def run_baseline(run: Run) -> BaselineResults:
 
     Raises:
       UserError: the model cannot be loaded, prompts cannot be made or are too long, or logits are not finite.
-      Interrupted: asked to stop; there is nothing to keep.
+      Interrupted: asked to stop; behaviours that were measured are kept.
     """
-    model_config, task = run.configs["model"], run.configs["task"]
-    model = load_model(model_config.path, model_config.revision, model_config.dtype, make_mesh(run.configs.get("mesh")))
-    prompts: list[Prompt] = []
-    scores: list[PromptScore] = []
-    behaviours, left_out = {}, {}
-    own = read_own_prompts(task, model.tokenizer)
-    for name in (*task.behaviours, *own):
+    task = run.configs["task"]
+    tokenizer, model = load_tokenizer(resolve(run.configs["model"])), functools.cache(lambda: _load(run))
+    own = read_own_prompts(task, tokenizer)
+    names = (*task.behaviours, *own)
+
+    def file(name: str) -> Path:
+        return run.folder / PARTS / f"{name}.json"
+
+    def measure(name: str) -> None:
         if run.stopping():
-            raise Interrupted("baseline: stopped; it starts anew")
+            raise Interrupted("baseline: stopped; behaviours that were measured are kept")
         try:
-            drawn = Drawn(own[name], {}) if name in own else _make(name, task, model)
+            drawn = Drawn(own[name], {}) if name in own else _make(name, task, tokenizer)
         except TooFewPrompts as error:
-            left_out[name] = str(error)
             run.say(f"{name}: not measured: {error}")
-            continue
-        scored = score_prompts(model, drawn.prompts)
-        prompts += drawn.prompts
-        scores += scored
-        behaviours[name] = summarize(drawn, scored, task)
-        run.say(_line(name, behaviours[name]))
-        if why := behaviours[name].left_out:
-            left_out[name] = why
+            found = _Measured(None, str(error))
+        else:
+            scores = score_prompts(model(), drawn.prompts)
+            result = summarize(drawn, scores, task)
+            found = _Measured(result, None, tuple(drawn.prompts), tuple(scores))
+            run.say(_line(name, result))
+        file(name).parent.mkdir(exist_ok=True)
+        write_json(file(name), to_json(found))
+
+    run.each(names, file, measure)
+    found = {name: from_json(_Measured, read_json(file(name)), file(name)) for name in names}
+    behaviours = {name: one.result for name, one in found.items() if one.result}
+    reasons = {name: one.result.left_out if one.result else one.too_few for name, one in found.items()}
+    left_out = {name: why for name, why in reasons.items() if why}
     if not behaviours and left_out:
         raise UserError(none_left(left_out))
-    if left_out and len(left_out) == len(own) + len(task.behaviours):
+    if left_out and len(left_out) == len(names):
         run.say(none_left(left_out))
+    prompts, scores = ([each for one in found.values() for each in getattr(one, of)] for of in ("prompts", "scores"))
     write_prompts(run.folder / "prompts.jsonl", prompts, scores)
     write_left_out(run.folder, left_out)
+    shutil.rmtree(run.folder / PARTS, ignore_errors=True)
     return BaselineResults(behaviours, left_out or None)
 
 
-def _make(name: str, task: TaskConfig, model: LanguageModel) -> Drawn:
-    return make_prompts(name, task.train_prompts, task.test_prompts, task.seed, model.tokenizer)
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """A behaviour as one process measured it; ``too_few`` says why it was not."""
+
+    result: BaselineBehaviour | None
+    too_few: str | None
+    prompts: tuple[Prompt, ...] = ()
+    scores: tuple[PromptScore, ...] = ()
+
+
+def _load(run: Run) -> LanguageModel:
+    config = run.configs["model"]
+    return load_model(config.path, config.revision, config.dtype, make_mesh(run.configs.get("mesh")))
+
+
+def _make(name: str, task: TaskConfig, tokenizer: Any) -> Drawn:
+    return make_prompts(name, task.train_prompts, task.test_prompts, task.seed, tokenizer)
 
 
 def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[PromptScore]:

@@ -1,22 +1,23 @@
 """The stage ``benchmark``: scores the model on one benchmark, item by item.
 
-It goes on where it was interrupted: the file of rows is written anew, whole, after every batch of items.
+A batch of items is an item of ``Run.each``: its rows are kept as soon as they are there, and put together at the end.
 """
 
+import functools
 import json
-from collections.abc import Sequence
+import shutil
 from pathlib import Path
 from typing import Any
 
 from saejax.errors import Interrupted
-from saejax.models.language_model import load_model
+from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel import make_mesh
 from saejax.tasks import benchmark_scores
-from saejax.tasks.benchmarks import Item, origin, read_items, way
+from saejax.tasks.benchmarks import origin, read_items, way
 from saejax.tasks.results import BenchmarkResults
 from saejax.workspace import Run, write_text
 
-FILE = "items.jsonl"
+FILE, BATCHES = "items.jsonl", "batches"
 _ITEMS = 64  # scored by log-likelihood between two writings
 
 
@@ -28,22 +29,38 @@ def run_benchmark(run: Run) -> BenchmarkResults:
         not fit.
       Interrupted: asked to stop; finished items are kept.
     """
-    name, task, model_config = run.name, run.configs["task"], run.configs["model"]
+    name, task, model = run.name, run.configs["task"], run.configs["model"]
     items = read_items(name, task)
-    rows = _kept(run.folder / FILE, items)
-    if rows:
-        run.say(f"{len(rows)} of {len(items)} items were done before")
-    mesh = make_mesh(run.configs.get("mesh"))
-    lm = load_model(model_config.path, model_config.revision, model_config.dtype, mesh)
     step = task.batch if way(name, task) == "generate" else _ITEMS
-    for first in range(len(rows), len(items), step):
+    starts = range(0, len(items), step)
+    (run.folder / BATCHES).mkdir(exist_ok=True)
+
+    def file(first: int) -> Path:
+        return run.folder / BATCHES / f"{step}-{first}.jsonl"
+
+    def done() -> str:
+        return f"{sum(len(items[first : first + step]) for first in starts if file(first).exists())} of {len(items)}"
+
+    @functools.cache
+    def lm() -> LanguageModel:
+        return load_model(model.path, model.revision, model.dtype, make_mesh(run.configs.get("mesh")))
+
+    def score(first: int) -> None:
         if run.stopping():
-            raise Interrupted(f"{name}: stopped after {len(rows)} of {len(items)} items, which are kept")
-        rows += benchmark_scores.score_items(lm, name, items[first : first + step], task)
-        write_text(run.folder / FILE, "".join(_json(row) for row in rows))
-        run.say(f"{len(rows)} of {len(items)} items")
+            raise Interrupted(f"{name}: stopped after {done()} items, which are kept")
+        rows = benchmark_scores.score_items(lm(), name, items[first : first + step], task)
+        write_text(file(first), "".join(map(_json, rows)))
+        if run.team.leads:
+            run.say(f"{done()} items")
+
+    if any(file(first).exists() for first in starts):
+        run.say(f"{done()} items were done before")
+    run.each(starts, file, score)
+    rows = [row for first in starts for row in _rows(file(first))]
+    write_text(run.folder / FILE, "".join(map(_json, rows)))
     results = benchmark_scores.summarize(name, rows, task, str(origin(name, task)))
     run.say(benchmark_scores.line(results))
+    shutil.rmtree(run.folder / BATCHES)
     return results
 
 
@@ -51,11 +68,6 @@ def _json(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _kept(path: Path, items: Sequence[Item]) -> list[dict[str, Any]]:
-    """The rows that an interrupted run of the same settings left, which are the first ones."""
-    if not path.exists():
-        return []
+def _rows(path: Path) -> list[dict[str, Any]]:
     # Not splitlines: answers may hold other line separators of Unicode.
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    same = [row["id"] for row in rows] == [item.id for item in items[: len(rows)]]
-    return rows if same else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -12,6 +12,7 @@ BASELINE = Stage(
     groups=(ModelConfig, TaskConfig),
     placement=(MeshConfig,),
     identity=dict(model=identities.model, prompts=identities.prompts),
+    processes="items",
     cost="saejax.tasks.cost:baseline_cost",
 )
 
@@ -25,6 +26,7 @@ BENCHMARK = Stage(
     names=lambda configs: configs["task"].benchmarks,
     identity=dict(model=identities.model),
     unit_identity=dict(benchmark=identities.benchmark),
+    processes="items",
     cost="saejax.tasks.cost:benchmark_cost",
     programs="saejax.tasks.cost:benchmark_programs",
 )

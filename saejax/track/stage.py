@@ -91,5 +91,6 @@ TRACK = Stage(
     names=_names,
     identity=dict(model=identities.model, track=_files),
     cost="saejax.track.cost:track_cost",
+    processes="items",
     section="saejax.track.report:sections",
 )

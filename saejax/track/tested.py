@@ -71,15 +71,15 @@ class StepTester:
         self._point = SplitPoint(lm.config, writes, reads, lm.mesh, lm.rules)
         length = len(text.ids_T)
         padded = -(-length // 16) * 16
-        ids_1xT = np.pad(text.ids_T, (0, padded - length))[None].astype(np.int32)
-        last_1, wanted_1xT = np.array([length - 1]), np.ones(ids_1xT.shape, bool)
-        *head, finite_1 = run_head(self._point, "keep", lm.params, self._dictionary, ids_1xT, last_1, wanted_1xT)
+        ids_1xX = np.pad(text.ids_T, (0, padded - length))[None].astype(np.int32)
+        last_1, wanted_1xX = np.array([length - 1]), np.ones(ids_1xX.shape, bool)
+        *head, finite_1 = run_head(self._point, "keep", lm.params, self._dictionary, ids_1xX, last_1, wanted_1xX)
         if not np.asarray(finite_1).all():
             raise UserError(f"the value of {writes} is not finite on {text.problem.slug}: try --model.dtype=float32")
-        self._stream, self._value, read_1xTxD, domain_1xT = head
+        self._stream, self._value, read_1xXxD, domain_1xX = head
         _, self._past = record(self._point, lm.params, self._stream, self._value, last_1)
-        f_1xTxF = active_features(self._dictionary, read_1xTxD, domain_1xT)
-        self._f_TxF = np.asarray(jnp.where(self._dictionary.fires(f_1xTxF), f_1xTxF, 0.0))[0, :length]
+        f_1xXxF = active_features(self._dictionary, read_1xXxD, domain_1xX)
+        self._f_TxF = np.asarray(jnp.where(self._dictionary.fires(f_1xXxF), f_1xXxF, 0.0))[0, :length]
 
     def test(self, step: Segment, features: Sequence[int], draws: int, rule: Rule) -> tuple[SetEffects, ControlMatch]:
         """What removing features in a step costs its tokens, and what matched sets cost.
@@ -108,18 +108,18 @@ class StepTester:
         size_M, size_N = (
             controls.joint_size(change_KxK, pool_K, sets) for sets in (others_MxC.tolist(), drawn_NxC.tolist())
         )
-        sets_NxC = drawn_NxC[controls.nearest_in_size(size_N, own, draws)]
+        sets_SxC = drawn_NxC[controls.nearest_in_size(size_N, own, draws)]
         # How well others match: draws may hold the features themselves.
-        kept_M = controls.nearest_in_size(size_M, own, _OTHERS)
-        ratio = float(np.median(size_M[kept_M]) / own) if own else None
-        match = ControlMatch(**controls.match_ratios(*asked, others_MxC[kept_M]), size_ratio=ratio)
-        return self._effects(step, firing, sets_NxC, pool_K, draws, rule, statistics, matches), match
+        kept_X = controls.nearest_in_size(size_M, own, _OTHERS)
+        ratio = float(np.median(size_M[kept_X]) / own) if own else None
+        match = ControlMatch(**controls.match_ratios(*asked, others_MxC[kept_X]), size_ratio=ratio)
+        return self._effects(step, firing, sets_SxC, pool_K, draws, rule, statistics, matches), match
 
     def _effects(
         self,
         step: Segment,
         firing: Sequence[int],
-        sets_NxC: np.ndarray,
+        sets_SxC: np.ndarray,
         pool_K: np.ndarray,
         draws: int,
         rule: Rule,
@@ -132,7 +132,7 @@ class StepTester:
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         for block in blocks(draws):
             first: list[Sequence[int]] = [] if parts else [(), firing]
-            parts.append(score([*first, *sets_NxC[block].tolist()]))
+            parts.append(score([*first, *sets_SxC[block].tolist()]))
             (clean_P, own_P, *_), (right_P, own_right_P, *_) = parts[0]
             logp_NxP, hits_NxP = (np.concatenate(part)[2:] for part in zip(*parts, strict=True))
             if not np.isfinite(logp_NxP).all() or not np.isfinite([clean_P, own_P]).all():
@@ -157,19 +157,19 @@ class StepTester:
         """Log-likelihood of the step's tokens but the first without each set, and which are the likeliest, [N, P]."""
         count = step.stop - step.start - 1
         window, pool = -(-count // _WINDOW) * _WINDOW, -(-len(pool_K) // _POOL) * _POOL
-        padded_K = np.pad(pool_K, (0, pool - len(pool_K)), mode="edge")
-        removed_WxK = np.zeros((window, pool), np.float32)
-        removed_WxK[:count] = self._f_TxF[step.start : step.start + count][:, padded_K]
+        padded_X = np.pad(pool_K, (0, pool - len(pool_K)), mode="edge")
+        removed_WxX = np.zeros((window, pool), np.float32)
+        removed_WxX[:count] = self._f_TxF[step.start : step.start + count][:, padded_X]
         targets_W: np.ndarray = np.zeros(window, np.int32)
         targets_W[:count] = self._text.ids_T[step.start + 1 : step.stop]
         shards = self._lm.mesh.shape["data"]
         rows = -(-ROWS.get(self._lm.mesh.devices.flat[0].platform, _MANY) // shards) * shards
         found = []
         for first in range(0, len(sets), rows):
-            members_RxK = np.zeros((rows, pool), bool)
-            for row, features in zip(members_RxK, sets[first : first + rows], strict=False):
+            members_RxX = np.zeros((rows, pool), bool)
+            for row, features in zip(members_RxX, sets[first : first + rows], strict=False):
                 row[np.searchsorted(pool_K, np.asarray(features, np.int64))] = True
-            given = self._stream, self._value, self._past, removed_WxK, padded_K, members_RxK
+            given = self._stream, self._value, self._past, removed_WxX, padded_X, members_RxX
             start = np.int32(step.start)
             logp_RxW, hits_RxW = _run(self._point, self._lm.params, self._dictionary, *given, targets_W, start)
             kept = slice(0, len(sets) - first)
@@ -186,19 +186,19 @@ def _run(
     stream_1xTxD: jax.Array,
     value_1xTxD: jax.Array,
     past: Past,
-    removed_WxK: jax.Array,
+    removed_WxX: jax.Array,
     features_K: jax.Array,
-    members_RxK: jax.Array,
+    members_RxX: jax.Array,
     targets_W: jax.Array,
     start: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Rows of W tokens from ``start`` on, each without a set of features: its tokens' scores, both [R, W]."""
-    rows, window = len(members_RxK), len(removed_WxK)
+    rows, window = len(members_RxX), len(removed_WxX)
     shards = point.mesh.shape["data"]
     tree = Tree.unshared(jnp.zeros(rows, jnp.int32), jnp.full(rows, start), window, shards)
     at_W = jnp.minimum(start + jnp.arange(window), stream_1xTxD.shape[1] - 1)
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
-    removed_RxWxK = removed_WxK[None] * members_RxK[:, None, :]
+    removed_RxWxK = removed_WxX[None] * members_RxX[:, None, :]
     changed_RxWxD = matmul(removed_RxWxK.astype(W_dec_KxD.dtype), W_dec_KxD)
     value_1xWxD = value_1xTxD[:, at_W]
     edited_RxWxD = (value_1xWxD.astype(changed_RxWxD.dtype) - changed_RxWxD).astype(value_1xWxD.dtype)

@@ -5,20 +5,22 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from saejax.activations.cost import reading_cost, recorded_rows
+from saejax.activations.batches import sites_of
+from saejax.activations.cost import batch_shape, reading_cost, recorded_rows
+from saejax.activations.device_buffers import BY_DOCUMENT, buffer_shapes, buffer_writer
 from saejax.activations.joined import single_sites
 from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedRun, PlannedStack
-from saejax.costs.passes import dictionary_bytes, step_flops, weights_share
-from saejax.costs.programs import Program
+from saejax.costs.passes import dictionary_bytes, pass_flops, step_flops, weights_share
+from saejax.costs.programs import Program, abstract_params, whole
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
-from saejax.models.sites import decoder_site
+from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.parallel import part_size
 from saejax.settings import TrainConfig
 from saejax.training.members import SiteScale, members
-from saejax.training.train import check_divides, chosen_sites, stack_shape, trainer_of
+from saejax.training.train import batch_parts, check_divides, chosen_sites, stack_shape, trainer_of
 
 _OVERHEAD = 0.45
 _START = 3.0  # seconds in which the step is compiled and the first batches are read
@@ -95,12 +97,41 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
 
 
 def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
-    """The step of every stack.
+    """The step of every stack and, where the JAX decoder makes activations as they are needed, how a buffer is filled.
 
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
     """
-    return [_step(plan, stack, mesh) for stack in plan.stacks.values()]
+    filled = plan.configs["train"].source == "model" and plan.backend == "jax"
+    programs = [_fill(plan, stack, mesh) for stack in plan.stacks.values() if filled and not _joined(stack)]
+    return [*programs, *(_step(plan, stack, mesh) for stack in plan.stacks.values())]
+
+
+def _joined(stack: PlannedStack) -> bool:
+    return any(is_joined(site) for member in stack.members for site in (member.site, member.target))
+
+
+def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
+    parts, dtype = batch_parts(stack.members), plan.configs["capture"].store_dtype
+    rows = min(plan.configs["train"].buffer_rows, recorded_rows(plan) or plan.configs["train"].buffer_rows)
+    (count, length), layers = batch_shape(plan), 1 + max(Site.parse(site).layer for site in sites_of(parts))
+    count += -count % (mesh.shape["member"] * mesh.shape["data"])
+
+    def by_document(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, PartitionSpec(BY_DOCUMENT)))
+
+    return Program(
+        f"train: {stack.dictionary.kind} buffer",
+        f"{rows:,} tokens, by {count} x {length} to layer {layers - 1}",
+        buffer_writer(plan.model, mesh, parts, rows, dtype),
+        (
+            abstract_params(plan.model, mesh, plan.capture_dtype, layers),
+            *buffer_shapes(plan.model, mesh, parts, rows, dtype),
+            *(by_document(count, length), by_document(count), whole(mesh, (count, length), np.int32)),
+        ),
+        (),
+        pass_flops(plan.model, count * length, length, layers),
+    )
 
 
 def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from saejax.activations.batches import BatchOrder, Parts, sites_of, training_batches
 from saejax.activations.store import Store
 from saejax.errors import UserError
-from saejax.parallel import from_first_process, sharding
+from saejax.parallel import free_bytes, from_first_process, sharding
 from saejax.training.members import Hyper
 from saejax.training.objective import Arrays
-from saejax.training.placement import free_bytes, placed, resident_bytes
+from saejax.training.placement import placed, resident_bytes
 from saejax.training.step import Trainer, TrainState
 
 _SHARE = 0.4  # of the memory that is free once the state is placed, which "auto" gives to activations
@@ -94,7 +94,7 @@ class Resident:
 
     Args:
       trainer: gives the step.
-      parts: of ``placed``, for each part of a batch.
+      parts: of ``placed``, for each part of a batch; bfloat16 may be uint16.
       places: gives the places [batch] among those rows of the batch that a step, from 0, takes.
 
     Attributes:
@@ -142,7 +142,8 @@ class Resident:
     def _batch(self, parts: tuple[jax.Array, ...], places_B: jax.Array) -> tuple[jax.Array, ...]:
         """The rows of a batch, placed as a streamed one is."""
         picked = (jnp.take(rows_SxRxD, places_B, axis=1, mode="clip") for rows_SxRxD in parts)
-        return tuple(lax.with_sharding_constraint(part, self._trainer.batch_sharding) for part in picked)
+        placed = (lax.with_sharding_constraint(part, self._trainer.batch_sharding) for part in picked)
+        return tuple(lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x for x in placed)
 
 
 def make_input(

@@ -14,7 +14,6 @@ from saejax.parallel import AgreedStop, is_first_process
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.inputs import Input
 from saejax.training.step import TrainState
-from saejax.training.watchdog import Watchdog
 from saejax.training.writers import Writer
 from saejax.workspace import whole_file
 
@@ -192,21 +191,19 @@ def train(
       Interrupted: it was asked to stop; the state is saved.
     """
     step, agreed_stop = first_step, AgreedStop(stopping)
-    with Watchdog() as watchdog:
-        while step < steps:
-            upto = min(steps, step - step % every + every)
-            state, values, count = source.advance(state, step, upto)
-            step += count
-            watchdog.step_ended()
-            if count:
-                metrics.push(step, values, count)
-            stop = agreed_stop() or not count
-            if step == upto or (stop and step > first_step):
-                metrics.flush(check=True)  # a state whose loss is not finite must not become the newest checkpoint
-                metrics.write()
-                checkpoints.save(step, state, metrics.means(after=(step - 1) // every * every))
-            if stop and step < steps:
-                checkpoints.wait()
-                raise Interrupted(f"stopped at step {step} of {steps}; saved: run the same command to go on")
+    while step < steps:
+        upto = min(steps, step - step % every + every)
+        state, values, count = source.advance(state, step, upto)
+        step += count
+        if count:
+            metrics.push(step, values, count)
+        stop = agreed_stop() or not count
+        if step == upto or (stop and step > first_step):
+            metrics.flush(check=True)  # a state whose loss is not finite must not become the newest checkpoint
+            metrics.write()
+            checkpoints.save(step, state, metrics.means(after=(step - 1) // every * every))
+        if stop and step < steps:
+            checkpoints.wait()
+            raise Interrupted(f"stopped at step {step} of {steps}; saved: run the same command to go on")
     checkpoints.wait()
     return state

@@ -4,17 +4,19 @@ The step's number says which buffer it reads and which of its rows. A run that g
 scales and the sink rule, and then the one that it was in.
 """
 
+import dataclasses
+
 import numpy as np
 
 from saejax.activations.batches import Parts, sites_of
-from saejax.activations.joined import single_sites, with_joined
+from saejax.activations.joined import with_joined
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.errors import Interrupted, UserError
-from saejax.parallel import process_count
+from saejax.parallel import free_bytes, process_count
 from saejax.settings import TrainConfig
 from saejax.training.inputs import Resident
 from saejax.training.objective import Arrays
-from saejax.training.placement import free_bytes, placed, resident_bytes
+from saejax.training.placement import placed, resident_bytes
 from saejax.training.step import Trainer, TrainState
 from saejax.workspace import Run
 
@@ -23,15 +25,22 @@ def open_stream(run: Run, parts: Parts) -> ModelStream:
     """The stream of a run, with its first buffer made.
 
     Raises:
-      UserError: several processes, a buffer smaller than a batch, or what ``ModelStream`` refuses.
+      UserError: several processes, values that pass through the host, a buffer smaller than a batch, or what
+        ``ModelStream`` refuses.
       Interrupted: asked to stop.
     """
     config: TrainConfig = run.configs["train"]
-    if process_count() > 1:
-        raise UserError("--train.source=model runs in one process: use --mesh.processes=1, or capture a store")
     if config.buffer_rows < config.batch:
         raise UserError(f"--train.buffer_rows={config.buffer_rows} is less than one batch of {config.batch}: raise it")
-    stream = ModelStream(run, single_sites(sites_of(parts)), config.buffer_rows)
+    several = process_count() > 1
+    if several:  # all make a buffer together: a request to stop is heard between buffers, where all agree on it
+        run = dataclasses.replace(run, stopping=lambda: False)
+    stream = ModelStream(run, parts, config.buffer_rows)
+    if several and stream.on_devices is None:
+        raise UserError(
+            "--train.source=model runs in several processes with --capture.backend=jax, one model and no joined sites "
+            "alone: use --mesh.processes=1, or capture a store"
+        )
     if not stream.fill(0):
         raise Interrupted("stopped before the first step: run the same command to start again")
     return with_joined(stream, sites_of(parts))
@@ -61,7 +70,7 @@ class FromModel:
         self._order = buffer_order(trainer.config, stream)
         self._largest = max(stream.size(i) for i in range(len(stream)))
         needed, free = resident_bytes(trainer, stream, parts, self._largest), free_bytes(trainer.mesh)
-        if needed > free:
+        if stream.on_devices is None and needed > free:
             raise UserError(
                 f"a buffer of {self._largest:,} tokens takes {needed / 1e9:.2f} GB on each device, of which "
                 f"{free / 1e9:.2f} GB are free: lower --train.buffer_rows, or use more devices on --mesh.data"
@@ -90,8 +99,10 @@ class FromModel:
                 f"all {stream.size(buffer)} tokens of buffer {buffer + 1} are attention sinks: raise "
                 "--train.buffer_rows or --capture.sink_factor"
             )
-        self._runner.parts = tuple(placed(trainer, stream, part, rows_R, self._largest) for part in self._parts)
-        self._batches = self._order.places(epoch, buffer, len(rows_R))
+        self._runner.parts = stream.on_devices or tuple(
+            placed(trainer, stream, part, np.arange(stream.size(buffer)), self._largest) for part in self._parts
+        )
+        self._batches = rows_R[self._order.places(epoch, buffer, len(rows_R))]
         self._epoch, self._at_hand, self._first = epoch, buffer, first
         return True
 

@@ -1,4 +1,4 @@
-"""Activations on the devices: what they take there, what is free, and how they get there."""
+"""Activations on the devices: what they take there, and how they get there."""
 
 import functools
 from collections.abc import Sequence
@@ -6,8 +6,6 @@ from typing import Protocol
 
 import jax
 import numpy as np
-import psutil
-from jax.sharding import Mesh
 
 from saejax.activations.batches import Parts
 from saejax.parallel import part_size
@@ -64,16 +62,3 @@ def placed(trainer: Trainer, store: Rows, part: Sequence[str], rows_R: np.ndarra
         return read(*sites, *rows)
 
     return jax.make_array_from_callback(shape, trainer.batch_sharding, shard)
-
-
-def free_bytes(mesh: Mesh) -> int:
-    """Bytes that are free on each device; CPU devices share the host's."""
-    return free_on(next(device for device in mesh.devices.flat if device.process_index == jax.process_index()))
-
-
-def free_on(device: jax.Device) -> int:
-    """Bytes that are free on a device of this process."""
-    if device.platform == "cpu":
-        return psutil.virtual_memory().available // jax.local_device_count()
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)

@@ -44,5 +44,5 @@ TRAIN = Stage(
     identity=dict(initial=_initial, stream=_stream),
     cost="saejax.training.cost:train_cost",
     programs="saejax.training.cost:train_programs",
-    many_processes=True,
+    processes="all",
 )

@@ -43,8 +43,8 @@ class Activity:
 
     def alike(self, feature_M: np.ndarray) -> np.ndarray:
         """For each of some features another one that fires most nearly as often, [M]; itself if it is alone."""
-        rate_F = np.diff(self.f_NxF.tocsc().indptr)[:, None].astype(np.float64)
-        found_MxK = cKDTree(rate_F).query(rate_F[feature_M], k=min(2, len(rate_F)))[1].reshape(len(feature_M), -1)
+        rate_Fx1 = np.diff(self.f_NxF.tocsc().indptr)[:, None].astype(np.float64)
+        found_MxK = cKDTree(rate_Fx1).query(rate_Fx1[feature_M], k=min(2, len(rate_Fx1)))[1].reshape(len(feature_M), -1)
         return np.where(found_MxK[:, 0] == feature_M, found_MxK[:, -1], found_MxK[:, 0])
 
 
@@ -66,14 +66,14 @@ def activations(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_t
 
 
 def encode(dictionary: Dictionary, x_NxD: np.ndarray, batch_tokens: int) -> Activity:
-    """The activations of a dictionary's features on values of its site."""
+    """The activations of a dictionary's features on values ``x_NxD`` of its site, ``batch_tokens`` at a time."""
     parts, real = [], []
     for start in range(0, len(x_NxD), batch_tokens):
-        some_BxD = x_NxD[start : start + batch_tokens]
-        filled_BxD = np.pad(some_BxD, ((0, batch_tokens - len(some_BxD)), (0, 0)))
+        some_XxD = x_NxD[start : start + batch_tokens]
+        filled_BxD = np.pad(some_XxD, ((0, batch_tokens - len(some_XxD)), (0, 0)))
         f_BxF, real_B = jax.device_get(_encode(dictionary, filled_BxD))
-        parts.append(sparse.csr_array(f_BxF[: len(some_BxD)]))
-        real.append(real_B[: len(some_BxD)])
+        parts.append(sparse.csr_array(f_BxF[: len(some_XxD)]))
+        real.append(real_B[: len(some_XxD)])
     return Activity(sparse.vstack(parts, format="csr"), np.concatenate(real))
 
 

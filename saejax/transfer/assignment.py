@@ -58,8 +58,9 @@ class Auction:
 
     def bid(self) -> None:
         """Bids until all rows wait or are content."""
-        row_N, waits = self.waiting, list[np.ndarray]()
-        while len(row_N):
+        left, waits = self.waiting, list[np.ndarray]()
+        while len(left):
+            row_N = left
             known_NxC, number_N = self._known_FxC[row_N], np.arange(len(row_N))
             profit_NxC = self._value_FxC[row_N] - self.price_G[known_NxC]
             place_N = profit_NxC.argmax(axis=1)
@@ -70,8 +71,8 @@ class Auction:
             if not bids_N.all():
                 waits.append(row_N[(best_N < others_N) & (others_N > 0)])
             raise_N = best_N - np.maximum(profit_NxC.max(axis=1), others_N) + np.float32(STEP)
-            row_N = self._sell(row_N[bids_N], known_NxC[number_N, place_N][bids_N], raise_N[bids_N])
-        self.waiting = np.concatenate([*waits, row_N])
+            left = self._sell(row_N[bids_N], known_NxC[number_N, place_N][bids_N], raise_N[bids_N])
+        self.waiting = np.concatenate([*waits, left])
 
     def _sell(self, row_N: np.ndarray, column_N: np.ndarray, raise_N: np.ndarray) -> np.ndarray:
         """Gives each column to the row that raises its price most; returns the rows that have none now."""

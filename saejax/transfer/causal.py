@@ -29,7 +29,13 @@ class RemovalEffects:
         self._of = functools.cache(lambda place, name: Importance.load(importance_file(folders[place], name)))
 
     def compared(self, first: int, second: int, link: Link, seed: int) -> dict[str, MatchedDrops] | None:
-        """Whether features that two dictionaries share cost the same, by behaviour; None where it is not known."""
+        """Whether features that two dictionaries share cost the same, by behaviour; None where it is not known.
+
+        Args:
+          first, second: places of the dictionaries.
+          link: the features that they share.
+          seed: of the controls.
+        """
         if not {first, second} <= self._behaviours.keys():
             return None
         has = (link.partner_F >= 0).nonzero()[0]

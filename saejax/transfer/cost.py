@@ -8,7 +8,7 @@ _SOLVE = 0.35  # seconds on the host of an assignment of 4,608 features
 
 
 def transfer_cost(plan: PlannedRun, name: str) -> Cost:
-    """Every two dictionaries by every measure, found and null. A folder is taken for one dictionary."""
+    """Every two dictionaries by every measure, found and null."""
     config = plan.configs["transfer"]
     sizes = plan.dictionaries(config.dictionaries)
     pairs, largest = len(sizes) * (len(sizes) - 1) // 2, max(sizes, key=lambda size: size.n_features)

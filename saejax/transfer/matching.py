@@ -93,9 +93,9 @@ def match(problems: Iterable[tuple[Key, np.ndarray, np.ndarray]], mesh: Mesh) ->
 class _Problem:
     """The assignment of one pair, in the making; the first dictionary is turned round to be the one of fewer rows."""
 
-    def __init__(self, key: Any, first_FxD: np.ndarray, second_GxD: np.ndarray):
-        self.key, self._turned = key, len(first_FxD) > len(second_GxD)
-        self._few_FxD, self.many_GxD = (second_GxD, first_FxD) if self._turned else (first_FxD, second_GxD)
+    def __init__(self, key: Any, first: np.ndarray, second: np.ndarray):
+        self.key, self._turned = key, len(first) > len(second)
+        self._few_FxD, self.many_GxD = (second, first) if self._turned else (first, second)
         self.auction = Auction(len(self._few_FxD), len(self.many_GxD))
         self._nearest: tuple[np.ndarray, np.ndarray, int] | None = None
 

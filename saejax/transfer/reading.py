@@ -64,7 +64,7 @@ class Reading:
         )
 
     def tokens(self, first: int, second: int) -> int:
-        """How many tokens two dictionaries are compared on."""
+        """How many tokens two dictionaries, by their places ``first`` and ``second``, are compared on."""
         return len(self._tokens(first, second)[0])
 
     def rows(self, first: int, second: int, null: bool, judge: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -80,14 +80,19 @@ class Reading:
         return self.activity(first).rows(own_N), self.activity(second).rows(other_N)
 
     def alike(self, first: int, second: int, partner_F: np.ndarray) -> float:
-        """Mean correlation of features with what fires most nearly as often as their partners, where they have any."""
+        """Mean correlation of features with what fires most nearly as often as their partners, where they have any.
+
+        Args:
+          first, second: places of the dictionaries.
+          partner_F: the second one's feature that each of the first has; -1: none.
+        """
         has = np.flatnonzero(partner_F >= 0)
         own_FxN, other_GxN = self.rows(first, second, null=False, judge=True)
         alike_M = self.activity(second).alike(partner_F[has])
         return float(np.einsum("mn,mn->m", own_FxN[has], other_GxN[alike_M]).mean(dtype=np.float64))
 
     def transfers(self, first: int, second: int) -> dict[str, ReconstructionTransfer]:
-        """Each of two SAEs in the place of the other; nothing of transcoders."""
+        """Each of two SAEs (by their places ``first`` and ``second``) in the other's stead; nothing of transcoders."""
         if any(self._compared[place].dictionary.config.target for place in (first, second)):
             return {}
         fits, judges = (self._half(first, second, judge) for judge in (False, True))
@@ -113,8 +118,8 @@ class Reading:
 
     def _at_home(self, place: int) -> Rebuilt:
         read, real_N = self._reads[self._compared[place].fingerprint], self.activity(place).real_N
-        judge_N, fit_N = (np.flatnonzero(real_N & (read.text_N % 2 == odd)) for odd in (1, 0))
-        own = DictionaryOnText(self._compared[place].dictionary, self._value(place)[fit_N], self._value(place)[judge_N])
+        judge, fit = (np.flatnonzero(real_N & (read.text_N % 2 == odd)) for odd in (1, 0))
+        own = DictionaryOnText(self._compared[place].dictionary, self._value(place)[fit], self._value(place)[judge])
         return at_home(own, self._mesh, self._config.batch_tokens, self._losses(place))
 
     def _shared(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:

@@ -137,7 +137,7 @@ def _matrix(
 
 @style.styled
 def heatmaps(names: Sequence[str], matrices: dict[str, np.ndarray], most: float, label: str) -> Figure:
-    """Matrices of dictionaries by dictionaries, one below the other on one scale."""
+    """Matrices of dictionaries by dictionaries, one below the other on one scale up to ``most``, with a ``label``."""
     side = 3.3 + 0.25
     figure, below = style.panels([side] * len(matrices), list(matrices))
     step = -(-len(names) // 12)

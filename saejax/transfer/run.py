@@ -85,7 +85,7 @@ class Comparison:
         )
 
     def measure(self, part: str, place: int, on_progress: OnProgress) -> Measured:
-        """Compares a dictionary with all that follow it, and writes the pairs of features."""
+        """Compares the dictionary at a ``place`` with all after it, and writes the pairs of features as a ``part``."""
         seconds = range(place + 1, len(self._compared))
         wanted = {
             second: measures_of(self._config.measures, self._compared[place], self._compared[second])
@@ -173,8 +173,8 @@ class Comparison:
 def scores(matched: Matched, shared: float) -> MatchScores:
     """The figures of an assignment; features of the smaller dictionary that stay alone count as pairs of value 0."""
     pairs_N = np.zeros(min(len(matched.nearest_F), len(matched.nearest_G)))
-    values_N = matched.value_F[matched.partner_F >= 0]
-    pairs_N[: len(values_N)] = values_N
+    values = matched.value_F[matched.partner_F >= 0]
+    pairs_N[: len(values)] = values
     return MatchScores(
         nearest=mean(matched.nearest_F),
         nearest_back=mean(matched.nearest_G),

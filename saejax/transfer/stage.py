@@ -71,5 +71,6 @@ TRANSFER = Stage(
     names=lambda configs: ("",) if configs["transfer"].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     cost="saejax.transfer.cost:transfer_cost",
+    processes="items",
     section="saejax.transfer.report:sections",
 )

@@ -34,7 +34,7 @@ class FeaturePairs(Columns):
     null_value: np.ndarray
 
     def link(self, second: int, least: float, null: bool) -> Link:
-        """The features that the first dictionary shares with another."""
+        """The features that the first dictionary shares with the one at ``second``, of a value from ``least`` on."""
         own = self.second == second
         partner, value = (self.null_partner, self.null_value) if null else (self.partner, self.value)
         return Link.shared(partner[own].astype(np.int64), value[own], least)

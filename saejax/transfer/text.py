@@ -58,15 +58,15 @@ def read_text(tokenizer: Any, texts: Sequence[str], context: int) -> ReadText:
         )
     front = front_tokens(tokenizer)
     as_text, size = token_text(tokenizer), max(context - len(front), 1)
-    pieces, text_N, end_N = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    pieces, numbers, places = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for number, text in enumerate(texts):
         read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, ends = read["input_ids"], [end for _, end in read["offset_mapping"]]
         ends = [_whole_end(text, end, as_text(one)) for one, end in zip(ids, ends, strict=True)]
         pieces += [np.array([*front, *ids[i : i + size]], np.int32) for i in range(0, len(ids), size)]
-        text_N.append(np.full(len(ids), number))
-        end_N.append(np.array(ends, np.int64))
-    return ReadText(tuple(pieces), len(front), np.concatenate(text_N), np.concatenate(end_N))
+        numbers.append(np.full(len(ids), number))
+        places.append(np.array(ends, np.int64))
+    return ReadText(tuple(pieces), len(front), np.concatenate(numbers), np.concatenate(places))
 
 
 def _whole_end(text: str, end: int, token: str) -> int:

@@ -1,30 +1,44 @@
 """Buffers made by the model: every training token once an epoch, shuffled, the same whenever they are made."""
 
+import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
 
+from saejax.activations import device_buffers
+from saejax.activations import stream as stream_of
+from saejax.activations.buffers import HostBuffers
 from saejax.activations.capture import run_capture
 from saejax.activations.store import Store
 from saejax.activations.stream import BufferOrder, ModelStream
+from saejax.errors import UserError
 from saejax.registry import GROUPS
-from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig
+from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig
 from saejax.workspace import Run, write_json
 
 SITES = ("resid_post.1", "mlp_out.0")
 BUFFER = 100
 
 
+@pytest.fixture(params=["torch", "jax"])
+def backend(request):
+    """By torch the rows pass through the host; by JAX they stay on the devices."""
+    return request.param
+
+
 @pytest.fixture
-def make_run(tiny_llama, tmp_path):
+def make_run(tiny_llama, tmp_path, backend):
     """A run over 60 short documents."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n\n".join(f"The {i % 7} dogs run near {i} rivers, and {i + 3} trees." for i in range(60)))
     configs = {group: cls() for group, cls in GROUPS.items()} | dict(
         model=ModelConfig(path=str(tiny_llama)),
         corpus=CorpusConfig(path=str(corpus), held_out=0.2, context=20),
-        capture=CaptureConfig(sites=SITES, store_dtype="float32", max_sink_share=1.0, batch_tokens=128),
+        capture=CaptureConfig(
+            sites=SITES, store_dtype="float32", max_sink_share=1.0, batch_tokens=128, backend=backend
+        ),
     )
 
     def make(stopping=lambda: False):
@@ -44,7 +58,7 @@ def all_rows(stream):
 
 def test_the_buffers_hold_the_training_rows_of_a_store(make_run, tmp_path):
     run = make_run()
-    stream = ModelStream(run, SITES, BUFFER)
+    stream = ModelStream(run, [SITES], BUFFER)
     vectors = all_rows(stream)
     assert [len(part) for part in vectors[:-1]] == [BUFFER] * (len(stream) - 1) and len(stream) > 3
     write_json(run.folder / "started.json", {})
@@ -61,16 +75,72 @@ def test_the_buffers_hold_the_training_rows_of_a_store(make_run, tmp_path):
     assert stream.model["fingerprint"] == store.model["fingerprint"]
 
 
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_the_devices_the_rows_are_those_of_the_host(make_run, dtype, monkeypatch):
+    run = make_run()
+    run.configs["capture"] = dataclasses.replace(run.configs["capture"], store_dtype=dtype)
+    run.configs["mesh"] = MeshConfig(member=2)
+    parts = [(SITES[1], SITES[0]), (SITES[0], SITES[0].replace("1", "0"))]  # inputs and targets of two members
+    there = ModelStream(run, parts, BUFFER)
+    monkeypatch.setattr(stream_of, "_buffers", lambda reader, parts, *rest: HostBuffers(reader, *rest))
+    here = ModelStream(run, parts, BUFFER)
+    assert here.on_devices is None and there.sites == here.sites
+    for buffer in (0, len(here) - 1, 1):  # the last one is shorter
+        assert here.fill(buffer) and there.fill(buffer)
+        rows_R = here.rows("train", *here.sites)
+        np.testing.assert_array_equal(there.rows("train", *there.sites), rows_R)
+        for part, held in zip(parts, there.on_devices, strict=True):
+            assert held.shape == (2, 100, 64) and here.dtype == there.dtype
+            for site, rows_RxD in zip(part, np.asarray(held).view(here.dtype), strict=True):
+                np.testing.assert_array_equal(rows_RxD[rows_R], here.read(site, rows_R))
+                np.testing.assert_array_equal(there.read(site, rows_R[:3]), here.read(site, rows_R[:3]))
+    for site in here.sites:
+        assert there.max_norm(site) == pytest.approx(here.max_norm(site), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
+def test_nothing_passes_through_the_host(make_run, monkeypatch):
+    stream, programs = ModelStream(make_run(), [SITES], BUFFER), []
+    write = stream._buffers._write
+
+    def noted(*given):
+        programs.append(write.lower(*given).compile().as_text())
+        return write(*given)
+
+    monkeypatch.setattr(stream._buffers, "_write", noted)
+    assert stream.fill(0) and programs
+    assert not any(re.search(r"infeed|outfeed|callback|host_transfer|send-done|recv-done", text) for text in programs)
+
+
+def test_a_value_that_is_not_finite_ends_it(make_run):
+    stream = ModelStream(make_run(), [SITES], BUFFER)
+    assert stream.fill(0)
+    norms = stream._norms[SITES[0]]
+    stream._norms = {**stream._norms, SITES[0]: np.where(np.arange(len(norms)) == 7, np.nan, norms)}
+    document, position, _ = stream._plan.index(0)[7].tolist()
+    place = stream._plan.documents.place(document, position)
+    with pytest.raises(UserError, match=f"resid_post.1 are NaN or infinite: {re.escape(place)}: expected finite"):
+        stream._check(0)
+
+
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
+def test_a_buffer_that_does_not_fit_is_refused(make_run, monkeypatch):
+    monkeypatch.setattr(device_buffers, "free_bytes", lambda mesh: 1000)
+    with pytest.raises(UserError, match="a buffer of 104 tokens takes 0.00 GB on each device"):
+        ModelStream(make_run(), [SITES], BUFFER)
+
+
 def test_a_buffer_comes_out_the_same_whenever_it_is_made(make_run):
-    stream = ModelStream(make_run(), SITES, BUFFER)
+    stream = ModelStream(make_run(), [SITES], BUFFER)
     first = all_rows(stream)
-    other = ModelStream(make_run(), SITES, BUFFER)
+    other = ModelStream(make_run(), [SITES], BUFFER)
     assert other.fill(0) and other.fill(2)
     np.testing.assert_array_equal(other.read(SITES[0], np.arange(BUFFER)), first[2])
 
 
 def test_sinks_are_left_out_by_the_first_buffers_median(make_run):
-    stream = ModelStream(make_run(), SITES, BUFFER)
+    stream = ModelStream(make_run(), [SITES], BUFFER)
     stream.fill(0)
     norms = np.linalg.norm(stream.read(SITES[0], np.arange(BUFFER)).astype(np.float64), axis=1)
     assert stream.max_norm(SITES[0]) == pytest.approx(10 * np.median(norms), rel=1e-6)
@@ -84,7 +154,7 @@ def test_sinks_are_left_out_by_the_first_buffers_median(make_run):
 
 def test_it_stops_while_a_buffer_is_made(make_run):
     asked = iter([False, True])
-    stream = ModelStream(make_run(lambda: next(asked)), SITES, 400)  # several batches
+    stream = ModelStream(make_run(lambda: next(asked)), [SITES], 400)  # several batches
     assert not stream.fill(0) and next(asked, None) is None
 
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
@@ -172,6 +174,11 @@ class Browser:
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         Path(path).write_bytes(base64.b64decode(shot["data"]))
+
+    def renderers(self) -> list[psutil.Process]:
+        """The processes that show pages."""
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        return [child for child in children if "--type=renderer" in child.cmdline()]
 
     def close(self) -> None:
         with contextlib.suppress(Exception):

@@ -34,7 +34,7 @@ def strongest(document, node_id, into):
     own, other = ("target", "source") if into else ("source", "target")
     links = zip(document["links"], scores(document), strict=True)
     edges = [(link[other], link["weight"], score) for link, score in links if link[own] == node_id]
-    return sorted(edges, key=lambda edge: (-float(f"{edge[2]:.3g}"), -abs(edge[1])))
+    return sorted(edges, key=lambda edge: (-edge[2], -abs(edge[1])))
 
 
 def busy_feature(document):

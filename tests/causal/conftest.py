@@ -64,10 +64,10 @@ def _prompt(i: int, split: str, behaviour: str = "tiny") -> Prompt:
 
 @pytest.fixture(scope="session")
 def make_dictionary(tiny, prompts):
-    """make_dictionary(site, dead=0): random directions, thresholds that let a tenth fire, some positions sinks."""
+    """make_dictionary(site, dead=0, seed=11): random directions, a tenth of tokens fires each, some positions sinks."""
 
-    def make(site: str, dead: int = 0) -> Dictionary:
-        rng = np.random.default_rng(11)
+    def make(site: str, dead: int = 0, seed: int = 11) -> Dictionary:
+        rng = np.random.default_rng(seed)
         tokens = tiny.tokenize([prompt.text for prompt in prompts])
         x_NxD = np.asarray(tiny(tokens, capture=[site], logits=False).sites[site])[tokens.mask_BxT]
         W_dec_FxD = rng.normal(size=(N_FEATURES, x_NxD.shape[1]))

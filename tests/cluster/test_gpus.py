@@ -3,8 +3,7 @@
 import pytest
 
 from saejax.errors import UserError
-from saejax.processes import gpus_of_process, join
-from saejax.settings import MeshConfig
+from saejax.processes import gpus_of_process
 
 STEP = dict(SLURM_STEP_NODELIST="n[0-3]", SLURM_NODEID="0")
 
@@ -35,9 +34,3 @@ def test_processes_of_a_node_share_all_of_its_gpus(environment, gpus, own):
 def test_gpus_that_cannot_be_shared_equally_are_refused():
     with pytest.raises(UserError, match="3 processes cannot share the 8 GPUs of their node equally"):
         gpus_of_process(step(0, "3"), 8)
-
-
-def test_without_a_cluster_there_is_nothing_to_join(monkeypatch):
-    for name in ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NODELIST"):
-        monkeypatch.delenv(name, raising=False)
-    assert join(MeshConfig()) == MeshConfig()

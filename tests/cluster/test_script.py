@@ -49,12 +49,17 @@ def started(tmp_path):
 
 @pytest.mark.parametrize(
     ("ends", "status"),
-    [("sys.exit(0)", 0), ("sys.exit(2)", 1), ("os.abort()", 1), ("sys.exit(143)", 1)],
-    ids=["well", "a wrong flag", "a crash", "as if it had been told"],
+    [("sys.exit(0)", 0), ("sys.exit(2)", 1), ("os.abort()", 1), ("os.kill(os.getpid(), 9)", 1)],
+    ids=["well", "a wrong flag", "a crash", "killed for want of memory"],
 )
 def test_a_run_that_ends_by_itself_is_not_queued_again(started, ends, status):
     job, queue = started(ends)
     assert job.wait(30) == status and not queue.exists()
+
+
+def test_a_run_whose_other_process_is_gone_is_queued_again(started):
+    job, queue = started("sys.exit(143)")
+    assert job.wait(30) == 143 and queue.read_text() == "requeue 7\n"
 
 
 def test_a_run_that_is_told_to_stop_is_queued_again(started):

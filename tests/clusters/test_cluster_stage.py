@@ -11,6 +11,7 @@ from saejax.clusters.report import sections
 from saejax.page import style
 from saejax.page.document import Picture
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 STAGES = ["baseline", "capture", "train", "ablate", "cluster"]
 
 

@@ -19,6 +19,7 @@ from saejax.page import style
 from saejax.page.document import Picture
 from saejax.results import load_results
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 LAYERS, MODELS = "resid_post.0+resid_post.1", "resid_post.1+other:resid_post.1"
 CHANGES = dict(
     capture__backend="jax",

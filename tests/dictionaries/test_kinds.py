@@ -137,7 +137,7 @@ def trained(inputs, tmp_path_factory):
     """A workdir in which processes of their own ran all stages on a stack of a user's kind."""
     workdir = tmp_path_factory.mktemp("plugin") / "run"
     changes = SETTINGS | dict(train__shrunk__strength="0.2,0.4", ablate__dictionary=f"{MADE_UP}/strength0.2")
-    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, workdir, **changes), JAX_NUM_CPU_DEVICES="8"))
+    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, workdir, **changes), JAX_NUM_CPU_DEVICES="2"))
     return workdir
 
 

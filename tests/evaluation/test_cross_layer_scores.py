@@ -11,6 +11,7 @@ from saejax.activations.store import Store
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import stacks
+from saejax.dictionaries.labels import labels_of_folders
 from saejax.errors import UserError
 from saejax.evaluation.results import EvaluateResults
 from saejax.models.tokens import Tokens
@@ -142,3 +143,4 @@ def test_what_takes_dictionaries_one_by_one_says_so(workdir, flags, capsys):
         assert len(error) == 1 and "cross-layer transcoder" in error[0], error
     with pytest.raises(UserError, match="traced with --graph.transcoders"):
         stacks.load_member(workdir / "train" / "jumprelu", "jumprelu/mlp_in.0", "--ablate.dictionary")
+    assert labels_of_folders([workdir / "train" / "jumprelu"]) == {}  # which a graph of it asks for

@@ -17,6 +17,7 @@ from saejax.results import from_json, to_json
 from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
 from saejax.workspace import Run
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 NAMES = ["resid_post.0-k4", "resid_post.0-k8", "resid_post.1-k4", "resid_post.1-k8"]
 
 

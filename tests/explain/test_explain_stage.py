@@ -27,6 +27,7 @@ from saejax.results import from_json
 from saejax.settings import MeshConfig
 from saejax.workspace import Run
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 FEATURES = 40
 TOKENS = planted.TEXTS
 

@@ -1,22 +1,31 @@
 """Transformers set by hand: they do what their description says, and graphs have the edges that they have."""
 
+import itertools
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from saejax import command, load_model, load_results
 from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.dictionaries import save_dictionary
+from saejax.errors import UserError
+from saejax.ground_truth.circuits import tracr
 from saejax.ground_truth.circuits.catalogue import CASES, make_case
+from saejax.ground_truth.circuits.causal import KnownStages
 from saejax.ground_truth.circuits.dictionaries import EXACT, WRONG, _made, order
 from saejax.ground_truth.circuits.edges import Edges, aligned, circuit, known_edges, possible
 from saejax.ground_truth.circuits.graphs import judge_edges
 from saejax.ground_truth.circuits.handset import run
 from saejax.ground_truth.circuits.report import holds, line
-from saejax.ground_truth.circuits.stage import CIRCUITS
+from saejax.ground_truth.circuits.stage import CIRCUITS, KnownConfig
 from saejax.ground_truth.circuits.weights import checkpoint
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models import source
+from saejax.settings import MeshConfig
+from saejax.workspace import Run
 
 SEED = 3
 
@@ -25,17 +34,24 @@ def answers(prompt):
     return prompt.correct.strip(), prompt.wrong.strip()
 
 
+def made_case(name):
+    """A case; that of Tracr where it is installed."""
+    if name == "pattern":
+        pytest.importorskip("tracr")
+    return make_case(name, 10, SEED)
+
+
 @pytest.fixture(scope="module", params=CIRCUITS)
 def known(request, tmp_path_factory, one_device):
     """A case, and the transformer that was made of it."""
-    case, folder = make_case(request.param, 10, SEED), tmp_path_factory.mktemp("known")
+    case, folder = made_case(request.param), tmp_path_factory.mktemp("known")
     save_model(folder, *checkpoint(case.model, SEED), list(case.model.words))
     return case, load_model(str(folder), mesh=one_device)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_descriptions_answer_their_prompts(name):
-    case = make_case(name, 10, SEED)
+    case = made_case(name)
     words = list(case.model.words)
     assert len({(prompt.behaviour, prompt.text) for prompt in case.prompts}) == len(case.prompts)
     for prompt in case.prompts:
@@ -49,7 +65,7 @@ def test_descriptions_answer_their_prompts(name):
 @pytest.mark.parametrize("name", CASES)
 def test_edges_and_biases_make_what_neurons_read(name):
     """All edges of a target, and its bias, against the pre-activation that the whole run gives."""
-    case = make_case(name, 10, SEED)
+    case = made_case(name)
     model, prompt = case.model, case.prompts[-1]
     found, edges = run(model, prompt.text), known_edges(model, prompt.text, *answers(prompt))
     assert len(edges.targets) > 1
@@ -101,17 +117,88 @@ def test_graphs_have_the_known_edges_and_wrong_decoders_have_others(known):
     assert wrong.error > 0.1 and wrong.recall.mean < 0.9 and wrong.replacement.mean < 0.9
 
 
+def compiled(rng):
+    """Arrays in the place of a transformer that Tracr has compiled: two layers of two heads, six directions."""
+    labels, params = ["one", "tokens:a", "tokens:b", "tokens:compiler_bos", "x", "y"], {}
+    shapes = {f"attn/{name}": (6, 6) for name in ("query", "key", "value", "linear")}
+    shapes |= {"mlp/linear_1": (6, 4), "mlp/linear_2": (4, 6)}
+    for layer, (name, shape) in itertools.product(range(2), shapes.items()):
+        sparse = rng.normal(size=shape) * (rng.random(shape) < 0.4)
+        params[f"transformer/layer_{layer}/{name}"] = dict(w=sparse, b=np.zeros(shape[1]))
+    tokens = np.zeros((3, 6))
+    tokens[[0, 1, 2], [1, 2, 3]] = tokens[:, 0] = 1
+    params |= {"token_embed": dict(embeddings=tokens), "pos_embed": dict(embeddings=rng.normal(size=(4, 6)))}
+    return SimpleNamespace(
+        residual_labels=labels,
+        params=params,
+        input_encoder=SimpleNamespace(encoding_map={"a": 0, "b": 1, "compiler_bos": 2}),
+        model_config=SimpleNamespace(num_layers=2, num_heads=2, key_size=3, layer_norm=False, causal=True),
+    )
+
+
+def plain_run(params, ids):
+    """The stream after the last layer, by the formulas of a transformer, matrix by matrix."""
+    x = params["token_embed"]["embeddings"][ids] + params["pos_embed"]["embeddings"][: len(ids)]
+    for layer in range(2):
+        own = {name: params[f"transformer/layer_{layer}/{name}"]["w"] for name in ("mlp/linear_1", "mlp/linear_2")}
+        q, k, v, o = (params[f"transformer/layer_{layer}/attn/{n}"]["w"] for n in ("query", "key", "value", "linear"))
+        moved = 0
+        for head in (slice(0, 3), slice(3, 6)):
+            score = np.where(np.tri(len(ids)) > 0, (x @ q[:, head]) @ (x @ k[:, head]).T / 3**0.5, -np.inf)
+            weight = np.exp(score - score.max(1, keepdims=True))
+            moved = moved + weight / weight.sum(1, keepdims=True) @ (x @ v[:, head]) @ o[head]
+        x = x + moved
+        x = x + np.maximum(x @ own["mlp/linear_1"], 0) @ own["mlp/linear_2"]
+    return x
+
+
+def test_a_compiled_transformer_is_its_description():
+    made = compiled(np.random.default_rng(5))
+    described = tracr.described(made, {"yes": {"x": 2.0}, "no": {"y": 1.0}})
+    for text, ids in (("a b a", [2, 0, 1, 0]), ("b", [2, 1])):
+        x = plain_run(made.params, ids)[-1]
+        np.testing.assert_allclose(run(described, text).logits_V[-2:], [2 * x[4], x[5]], rtol=1e-12)
+    assert list(described.words) == ["<s>", "a", "b", "yes", "no"]
+    made.params["transformer/layer_0/mlp/linear_1"]["b"][1] = 0.5
+    with pytest.raises(UserError, match="no sum of products"):
+        tracr.described(made, {"yes": {"x": 2.0}})
+    with pytest.raises(UserError, match="lacks \\['z'\\]"):
+        tracr.described(made, {"yes": {"z": 2.0}})
+
+
+@pytest.mark.slow
+def test_random_transcoders_stand_for_nothing(tmp_path, one_device):
+    """Ten of them, 30 variables: what removing says of them by itself, and with interchange."""
+    case = make_case("logic", 30, 0)
+    save_model(tmp_path / "model", *checkpoint(case.model, 0), list(case.model.words))
+    model = load_model(str(tmp_path / "model"), mesh=one_device)
+    configs = dict(known=KnownConfig(prompts=30), mesh=MeshConfig())
+    stages = KnownStages(Run("known_circuits", "logic", tmp_path, configs, {}, print, lambda: False), case, model)
+    found = []
+    for seed in range(10):
+        save_dictionary(tmp_path / f"random{seed}", _made(case, model, case.layer, seed)["random"])
+        found.append(stages.judge(f"random{seed}", tmp_path / f"random{seed}", {}, das=False))
+    claimed, carried, shown = (sum(getattr(one, of) for one in found) for of in ("claimed", "carried", "shown"))
+    print(f"of 30 variables removal alone claims {claimed}, interchange alone {carried}, both {shown}")
+    assert shown == 0 and carried == 0
+
+
 @pytest.mark.slow
 def test_the_stage_finds_what_is_known(tmp_path):
     flags = ["--task.behaviours=", "--known.circuits=logic", "--known.prompts=30", "--known.graphs=2", "--mesh.data=8"]
     assert command.run(["known_circuits"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
     results = load_results(tmp_path / "known_circuits" / "logic")
     assert holds(results) and results.logit_error < 1e-5 and results.accuracy == 1
-    exact, random = (results.sets[name].causal for name in (EXACT, "random"))
-    # Without the features both answers have the same logit: chance says which is right.
-    assert exact.interchange.mean == 1 and exact.harm > 0.2 and exact.harm_others == 0 and exact.probe.mean > 0.95
-    assert (exact.claimed, exact.idle_claimed) == (3, 0)
-    assert random.interchange.mean < 0.2
+    exact = results.sets[EXACT].causal
+    # Without the features a bit that has nothing to do with the question says which answer is right: half of them.
+    assert exact.interchange.mean == 1 and 0.3 < exact.harm < 0.7 and exact.harm_others == 0
+    # Of 12 probes, fitted on 30 prompts each, one strength of regularisation for all.
+    assert exact.probe.mean > 0.95
+    assert (exact.claimed, exact.carried, exact.shown, exact.idle_claimed) == (3, 3, 3, 0)
+    assert exact.das.mean > 0.9 and exact.das_random < 0.2
+    for name in (WRONG, "random", "untrained"):
+        # Removing some directions does more harm than removing others, whatever they are: only both together count.
+        assert results.sets[name].causal.shown == 0 and results.sets[name].causal.interchange.mean < 0.2
     assert "YES" in line(dict(logic=results))
     assert command.run(["report"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
     assert "Circuits that are known to be there" in (tmp_path / "report" / "report.md").read_text()
@@ -142,14 +229,15 @@ def unit_name(unit):
     return folder_name(str(unit / "transcoders/exact/layer1"))
 
 
-def test_settings_that_cannot_be_end_in_one_line(tmp_path, capsys):
-    flags = ["program", f"--workdir={tmp_path}", "--task.behaviours=", "--known.circuits=sorting"]
-    assert command.run(["known_circuits"], "", flags) == 2
-    assert "expected one of chain, induction, logic" in capsys.readouterr().err
+def test_settings_that_cannot_be_end_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tracr", None)
+    for name, told in (("sorting", "expected one of chain, induction, logic"), ("pattern", "compiled by Tracr")):
+        flags = ["program", f"--workdir={tmp_path}", "--task.behaviours=", f"--known.circuits={name}"]
+        assert command.run(["known_circuits"], "", flags) == 2
+        assert told in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_prompts_tell_labels_to_probes(tmp_path):
-    from saejax.errors import UserError
     from saejax.settings import TaskConfig
     from saejax.tasks.behaviours import read_prompts, write_prompts
     from saejax.tasks.labels import label_prompts

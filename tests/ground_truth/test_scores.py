@@ -50,7 +50,7 @@ def test_a_permuted_true_dictionary_scores_full_marks(world):
     assert np.array_equal(order[matching.feature_J], np.arange(12))
     ones = ("recovered", "mcc", "f1", "f1_features", "uniqueness", "best_f1", "best_explained_variance")
     np.testing.assert_allclose([found[name] for name in ones], 1, atol=1e-5)
-    assert found["split"] == found["merged"] == found["absorbed"] == found["dead"] == 0
+    assert found["split"] == found["merged"] == found["absorbed"] == found["dead"] == found["invented"] == 0
     assert np.isclose(found["l0"], counts.active_J.sum() / counts.tokens)
     found, _, _ = judged(world, reader(world, rows.T, rows))
     assert np.isclose(found["explained_variance"], 1, atol=1e-5)
@@ -62,6 +62,7 @@ def test_a_rotated_dictionary_is_not_the_true_one(world):
     rows = rotation @ np.asarray(world.directions_JxD)
     found, matching, _ = judged(world, reader(world, rows.T, rows))
     assert found["recovered"] < 0.3 and found["mcc"] < 0.9
+    assert found["invented"] == np.mean(np.abs(rotation).max(1) <= 0.5**0.5) > 0
     assert np.isclose(found["mcc"], np.abs(rotation)[matching.feature_J, np.arange(12)].mean(), atol=1e-5)
 
 
@@ -82,11 +83,12 @@ def test_matching_is_the_best_of_all_assignments():
 
 def test_split_and_merged():
     D = np.eye(6)
-    W = np.array([D[0], D[0] + 0.2 * D[5], D[1] + D[2], D[3], D[4] + 0.3 * D[3]])
+    W = np.array([D[0], D[0] + 0.2 * D[5], D[1] + D[2] + 0.2 * D[5], D[3], D[4] + 0.3 * D[3]])
     found = Matching.of(W, D)
     assert list(found.split_J) == [True, False, False, False, False, False]
     assert list(found.merged_J) == [False, True, True, False, False, False]
     assert np.isclose(found.uniqueness, 4 / 5)
+    assert not found.invented_F[[0, 1, 3, 4]].any() and found.invented_F[2]
 
 
 def test_absorption_is_found_where_it_was_planted(world):

@@ -14,6 +14,8 @@ from saejax.interpret.labels import bars, partners
 from saejax.interpret.text import SHAPES, CodeCounts, shape_of
 from saejax.models.language_model import load_model
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 def test_the_search_finds_the_best_of_all_sets(monkeypatch):
     monkeypatch.setattr(detectors, "MOST", 3)

@@ -11,6 +11,7 @@ from saejax.activations.store import Store
 from saejax.dictionaries import load_dictionary
 from saejax.dictionaries.labels import labels_of
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 STAGES = ["baseline", "capture", "train", "interpret", "atlas"]
 
 

@@ -52,7 +52,8 @@ def formula(config, q_BxTxHxK, k_BxSxNxK, v_BxSxNxK, seen_BxTxS):
 
 def attended(config, tables, q, k, v):
     arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
-    return attention.attend(config, GRADIENT, *arrays, tables.at(config, 0))
+    # One program: step by step, as many as there are operations in it.
+    return jax.jit(lambda *qkv: attention.attend(config, GRADIENT, *qkv, tables.at(config, 0)))(*arrays)
 
 
 @pytest.mark.parametrize("config", [CONFIG, CAPPED_LOCAL], ids=["plain", "local, soft cap"])
@@ -91,7 +92,7 @@ def test_gradients_of_blocks_equal_those_of_one(monkeypatch):
         def loss(q, k, v):
             return jnp.sum(weight * attention.attend(CONFIG, GRADIENT, q, k, v, tables))
 
-        return jax.grad(loss, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float32) for x in arrays))
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*(jnp.asarray(x, jnp.float32) for x in arrays))
 
     blocks = gradients()
     monkeypatch.setattr(attention, "_BLOCKS_FROM", 10_000)

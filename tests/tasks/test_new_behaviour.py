@@ -9,6 +9,8 @@ import runs
 from saejax import command
 from saejax.results import load_results
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 @pytest.fixture(scope="module")
 def trained(inputs, tmp_path_factory):

@@ -14,6 +14,7 @@ from browser import CHROMIUM, chromium
 from saejax import command, load_results
 from saejax.workspace import write_json
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
 BAD = "</script><script>alert(1)</script>"
 PROMPTS = [

@@ -22,6 +22,7 @@ from saejax.settings import ModelConfig
 from saejax.training.inputs import Streamed
 from saejax.training.model_input import FromModel
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 CHANGES = dict(train__source="model", train__buffer_rows=200, train__epochs=2, train__kinds="batchtopk")
 
 
@@ -109,6 +110,7 @@ class Buffers:
     """A stream of three buffers of known values; every tenth row of the second is a sink."""
 
     dtype = np.dtype(np.float32)
+    on_devices = None  # on the host
     sizes = (2 * B + 6, 2 * B + 6, B + 5)
 
     def __init__(self, first=0):
@@ -164,3 +166,20 @@ def test_each_step_takes_its_rows_of_its_buffer(tmp_path):
         np.testing.assert_array_equal(a, b)
     assert sources[1]._stream.filled[:3] == [0, 1, 2], "the first is not made twice"
     assert sources[1]._runner.compiled._cache_size() == 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_from_the_model_as_one(inputs, tmp_path):
+    sites = "resid_post.0,resid_post.1"
+    changes = dict(train__source="model", capture__backend="jax", train__kinds="topk", train__buffer_rows=400)
+    changes |= dict(train__sites=sites, capture__sites=sites, train__epochs=20, train__max_steps=40)
+    changes |= dict(mesh__member=2, mesh__model=2)
+    one = runs.start("train", runs.small_flags(*inputs, tmp_path / "one", **changes), JAX_NUM_CPU_DEVICES="8")
+    flags = runs.small_flags(*inputs, tmp_path / "two", **changes)
+    for process in (one, *runs.start_pair("train", flags, JAX_NUM_CPU_DEVICES="4")):
+        runs.finish(process)
+    assert runs.dictionary_checksums(tmp_path / "one") == runs.dictionary_checksums(tmp_path / "two")
+    assert len(runs.dictionary_checksums(tmp_path / "two")) == 2
+    refused = runs.start_pair("train", [*flags, "--capture.backend=torch"], JAX_NUM_CPU_DEVICES="4")
+    said = [process.communicate()[0] for process in refused]
+    assert [process.returncode for process in refused] == [2, 2] and "with --capture.backend=jax" in said[0]

@@ -16,6 +16,7 @@ from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary
 from saejax.transfer.assignment import STEP
 from saejax.transfer.summary import FeaturePairs
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 SITES = "resid_post.0,resid_post.1"
 
 

@@ -9,9 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from saejax.attribution.forms.document import check_document
+from saejax.attribution.forms.packed import shortest
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import Pruning
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
@@ -64,7 +63,7 @@ def to_document(
     source_E, target_E, weight_E = graph.edges()
     links = [
         dict(source=ids[source], target=ids[target], weight=weight)
-        for source, target, weight in zip(source_E.tolist(), target_E.tolist(), _decimal(weight_E))
+        for source, target, weight in zip(source_E.tolist(), target_E.tolist(), shortest(weight_E).tolist())
     ]
     groups = [list(group) for group in supernodes]
     pins = list(dict.fromkeys([*(member for group in groups for member in group[1:]), *pinned]))
@@ -98,7 +97,9 @@ def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) 
     nodes, made = graph.nodes, []
     columns = (column.tolist() for column in (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N))
     first_logit = graph.slice_of(LOGIT).start
-    rows = zip(ids, *columns, _decimal(nodes.value_N), _decimal(graph.pruning.influence_N), strict=True)
+    rows = zip(
+        ids, *columns, shortest(nodes.value_N).tolist(), shortest(graph.pruning.influence_N).tolist(), strict=True
+    )
     for k, (node_id, kind, layer, position, index, value, share) in enumerate(rows):
         token = int(node_id.split("_")[1])
         number, name, label = {
@@ -125,11 +126,6 @@ def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) 
             )
         )
     return made
-
-
-def _decimal(numbers: np.ndarray) -> list[float]:
-    """fp32 numbers with no more digits than tell them apart, in JSON half as long as their digits in fp64."""
-    return numbers.astype(str).astype(np.float64).tolist()
 
 
 def _logit_label(graph: Graph, k: int) -> str:

@@ -6,21 +6,25 @@ What they read is the document that Neuronpedia reads, so any graph in that form
 """
 
 import dataclasses
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.document import check_document
-from saejax.attribution.forms.scores import link_scores
+from saejax.attribution.forms.packed import packed_edges
 from saejax.page.scripts import interactive
 from saejax.workspace import write_text
 
-_VIEWER = Path(__file__).parent / "viewer"
+VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = [
     *("model", "state", "layout", "paint", "draw", "elements", "panel", "tip", "search", "units", "pins", "subgraph"),
     *("tables", "app", "main"),
 ]
+_LIVE = ["stream", "effects", "live"]  # scripts where a server answers
+_DATA = re.compile(r'<script type="application/json" id="graph-data">(.*?)</script>', re.DOTALL)
 Feature = tuple[int, int]  # layer, number of the feature
 
 
@@ -41,19 +45,23 @@ class PageTable:
     note: str = ""
 
 
-def write_page(
-    path: Path,
+def write_page(path: Path, document: Mapping[str, Any], **shown: Any) -> None:
+    """Writes the page of a graph, whole or not at all; its arguments are those of ``page_html``."""
+    write_text(Path(path), page_html(document, **shown))
+
+
+def page_html(
     document: Mapping[str, Any],
     *,
     labels: Mapping[Feature, str] | None = None,
     examples: Mapping[Feature, Sequence[Any]] | None = None,
     heads: Mapping[tuple[str, str], Sequence[tuple[int, int, float]]] | None = None,
     tables: Sequence[PageTable] = (),
-) -> None:
-    """Writes the page of a graph, whole or not at all.
+    live: Mapping[str, Any] | None = None,
+) -> str:
+    """The page of a graph.
 
     Args:
-      path: the HTML file.
       document: the graph in Neuronpedia's format: metadata, qParams, nodes, links.
       labels: what features are called; goes before the document's own ``clerp``.
       examples: the contexts in which features fire most strongly, strongest first. Each has ``tokens`` and
@@ -61,32 +69,48 @@ def write_page(
       heads: (id of the source, id of the target) -> the attention heads that carry the edge, the strongest first:
         (layer, head, part of the weight that vanishes without it).
       tables: shown below the graph, such as query-key scores split over pairs of nodes.
+      live: what the page must know of the server that gives it, as ``serving.app`` says it; None: it stands alone.
 
     Raises:
       UserError: the document is not a graph: keys are missing, ids are not unique, links lead nowhere.
     """
     check_document(document)
     data = {
-        "document": document,
+        "document": {key: value for key, value in document.items() if key != "links"},
+        "edges": packed_edges(document),
         "labels": {_key(feature): label for feature, label in (labels or {}).items()},
         "examples": {_key(feature): [_example(one) for one in some] for feature, some in (examples or {}).items()},
-        "scores": [float(f"{score:.3g}") for score in link_scores(document)],
         "heads": {f"{source} {target}": list(carried) for (source, target), carried in (heads or {}).items()},
         "tables": [dataclasses.asdict(table) for table in tables],
+        "live": live,
     }
     metadata = document["metadata"]
     heading = metadata["prompt"] or metadata["slug"]
-    page = interactive(
-        _VIEWER,
+    names = [*_LIVE, *_SCRIPTS] if live else _SCRIPTS
+    return interactive(
+        VIEWER,
         "graph",
-        [(_VIEWER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS],
+        [(VIEWER / f"{name}.js").read_text(encoding="utf-8") for name in names],
         data,
         title=f"Attribution graph: {heading}",
         heading=heading,
         about=_about(metadata),
         tables=bool(tables),
+        live=bool(live),
     )
-    write_text(Path(path), page)
+
+
+def read_shown(path: Path) -> dict[str, Any]:
+    """What a page that ``write_page`` wrote shows beside its document, as ``page_html`` takes it; {} if there is none.
+
+    A page is the only file that has its tables and, of edges, the heads that it names.
+    """
+    found = _DATA.search(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not found:
+        return {}
+    data = json.loads(found[1])
+    heads = {tuple(key.split(" ")): carried for key, carried in data["heads"].items()}
+    return dict(heads=heads, tables=[PageTable(**table) for table in data["tables"]])
 
 
 def _about(metadata: Mapping[str, Any]) -> str:

@@ -37,5 +37,10 @@ def link_scores(document: Mapping[str, Any]) -> np.ndarray:
 
 def strongest(document: Mapping[str, Any]) -> np.ndarray:
     """The links from the largest score to the smallest, by their places; of one score the larger weight first."""
+    return ranked(document, link_scores(document))
+
+
+def ranked(document: Mapping[str, Any], score_E: np.ndarray) -> np.ndarray:
+    """``strongest`` where the scores are known."""
     size_E = np.abs(np.array([link["weight"] for link in document["links"]], np.float64))
-    return np.lexsort((-size_E, -link_scores(document)))
+    return np.lexsort((-size_E, -score_E))

@@ -34,6 +34,7 @@ from saejax.attribution.trace.row_store import Put
 from saejax.attribution.trace.rows import TOKENS
 from saejax.attribution.trace.sae_run import SaeRun
 from saejax.attribution.trace.targets import Readouts, Target, read_targets
+from saejax.causal.parts import OnProgress, silent
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
@@ -69,13 +70,15 @@ def trace_saes(
     prepend: bool = True,
     chat: bool = False,
     round_rows: int | None = None,
+    on_progress: OnProgress = silent,
 ) -> TracedSaes:
     """Traces a prompt with SAEs.
 
     Args:
       model: the language model.
       saes: SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.
-      prompt, targets, max_logits, logit_mass, max_features, prepend, chat, round_rows: as in ``trace_prompt``.
+      prompt, targets, max_logits, logit_mass, max_features, prepend, chat, round_rows, on_progress: as in
+        ``trace_prompt``.
         Features are used at all positions but attention sinks.
       estimate: "gradient", or "relp", by the rules of relevance patching.
       direct: whether edges are direct; see the top of this module.
@@ -101,7 +104,7 @@ def trace_saes(
             rows(Readings(vector_FxD, layer_F, kind_A[new_F], position_F), layer_F + 1, put)
 
     count = min(max_features or len(active), len(active))
-    chosen_F, store = attributed(run, rows.nodes, readouts, fill, count, round_rows)
+    chosen_F, store = attributed(run, rows.nodes, readouts, fill, count, round_rows, on_progress)
     if not np.isfinite(store.row_BxC).all():
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)

@@ -17,6 +17,7 @@ from saejax.attribution.trace.row_store import Put
 from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources
 from saejax.attribution.trace.targets import Readouts, Target, read_targets
+from saejax.causal.parts import OnProgress, silent
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
@@ -54,6 +55,7 @@ def trace_prompt(
     prepend: bool = True,
     chat: bool = False,
     round_rows: int | None = None,
+    on_progress: OnProgress = silent,
 ) -> Traced:
     """Traces a prompt.
 
@@ -72,6 +74,7 @@ def trace_prompt(
       chat: put a text into the tokenizer's chat template, as what a user says.
       round_rows: with ``max_features``, features that are attributed between two rankings; None: a
         quarter of them, at most 2,048.
+      on_progress: called with the rows of the graph that are done and of all; may raise to stop.
 
     Returns:
       The whole graph, its local replacement model, and the targets.
@@ -96,7 +99,7 @@ def trace_prompt(
         else:
             rows(active.layer_A[new_F], active.position_A[new_F], replacement.encoder_rows(new_F), put)
 
-    chosen_F, store = attributed(replacement, sources.nodes, readouts, fill, count, round_rows)
+    chosen_F, store = attributed(replacement, sources.nodes, readouts, fill, count, round_rows, on_progress)
     settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     graph = graph_of(replacement, sources.nodes, readouts, chosen_F, store, prompt, settings)
     return Traced(graph, replacement, readouts)

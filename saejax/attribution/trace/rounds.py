@@ -1,5 +1,6 @@
 """Which features get rows, in rounds, and the graph that the rows make."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.trace.row_store import Put, RowStore
 from saejax.attribution.trace.targets import Readouts
+from saejax.causal.parts import OnProgress, silent
 from saejax.models.tokens import token_text
 
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
@@ -20,7 +22,13 @@ _ROUNDS, ROUND_ROWS = 4, 2048  # rankings, at the least, and features that are a
 
 
 def attributed(
-    run: PromptRun, nodes: Nodes, readouts: Readouts, fill: FillRows, count: int, round_rows: int | None = None
+    run: PromptRun,
+    nodes: Nodes,
+    readouts: Readouts,
+    fill: FillRows,
+    count: int,
+    round_rows: int | None = None,
+    on_progress: OnProgress = silent,
 ) -> tuple[np.ndarray, RowStore]:
     """Attributes the logits and the features that get nodes, in rounds: in each the most influential ones so far.
 
@@ -32,6 +40,7 @@ def attributed(
       fill: gives rows over all sources, of features, or (None) of the readouts.
       count: number of features that get nodes.
       round_rows: features that are attributed between two rankings; None: a quarter of them, at most ``ROUND_ROWS``.
+      on_progress: called with the rows done and of all, from one thread at a time; may raise to stop.
 
     Returns:
       Which of the active features these are, ascending; and their rows.
@@ -40,7 +49,8 @@ def attributed(
     store = RowStore(count, len(readouts.labels), len(active), len(nodes))
     round_rows = round_rows or min(-(-count // _ROUNDS), ROUND_ROWS)
     scored = int(np.isin(nodes.kind_N, (FEATURE, ERROR, TOKEN)).sum())
-    fill(None, store.put(None))
+    put = _counted(count + len(readouts.labels), on_progress)
+    fill(None, put(store.put(None)))
     chosen = np.empty(0, np.int64)
     while len(chosen) < count:
         new = np.arange(count)
@@ -49,12 +59,29 @@ def attributed(
             if not store.room(len(chosen)):
                 store.narrow(np.concatenate([chosen, ranked]), len(chosen))
             new = ranked[: min(round_rows, store.room(len(chosen)))]
-        fill(new, store.put(len(chosen)))
+        fill(new, put(store.put(len(chosen))))
         chosen = np.concatenate([chosen, new])
     order = np.argsort(chosen)
     if count < len(active):
         store.sort(order)
     return chosen[order], store
+
+
+def _counted(total: int, on_progress: OnProgress) -> Callable[[Put], Put]:
+    """Has what writes rows say how many of all there are by now; rows come from several threads."""
+    done, lock = 0, threading.Lock()
+
+    def counted(put: Put) -> Put:
+        def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
+            nonlocal done
+            put(row_B, value_BxS)
+            with lock:
+                done += len(row_B)
+                on_progress(done, total)
+
+        return write
+
+    return counted
 
 
 def _most_influential(

@@ -34,7 +34,7 @@ def ablate_cost(plan: PlannedRun, name: str) -> Cost:
     task, ablate, used = plan.configs["task"], plan.configs["ablate"], plan.dictionary("ablate")
     behaviours, prompts = count_all_behaviours(task), (task.train_prompts, task.test_prompts)
     rows = FIRING * expected_rows(ablate, *prompts, behaviours, used.n_features)
-    slopes = points(ablate.estimate) * task.train_prompts * (1 + len(ablate.baselines))
+    slopes = points(ablate.estimate) * task.train_prompts * (1 + len(ablate.baselines) + len(ablate.repeats))
     if ablate.effects == "all":
         slopes += sum(map(points, ESTIMATES)) * task.test_prompts
     tokens = int(behaviours * (rows + 3 * slopes)) * PROMPT
@@ -43,7 +43,7 @@ def ablate_cost(plan: PlannedRun, name: str) -> Cost:
         tokens += 2 * behaviours * (doses + ablate.text_documents) * text.LENGTH
     flops = pass_flops(plan.model, tokens, PROMPT, layers_above(plan, used))
     more = dict(
-        host_seconds=START + _COMPILE * behaviours * (1 + len(ablate.baselines) / 2),
+        host_seconds=START + _COMPILE * behaviours * (1 + len(ablate.baselines) / 2 + len(ablate.repeats)),
         batches=dict(prompts=PROMPTS, rows=ablate.batch_rows),
     )
     return causal_cost(plan, flops, edited_bytes(plan, used, _gathered(plan), ablate.batch_rows), used, **more)
@@ -69,6 +69,9 @@ def expected_rows(ablate: AblateConfig, train: int, test: int, behaviours: int, 
         drawn += len(sizes.SHARES) * sizes.DRAWS
     if ablate.effects == "all":
         sets += features * (1 + len(ablate.compare)) / 4
+    if ablate.repeats:
+        drawn += len(ablate.repeats) * (ablate.draws + min(ablate.draws, verdict.CONTROLS))
+        sets += len(ablate.repeats) * (4 * ablate.top + 1)
     # Greedy sets: N steps over what is left of the candidates.
     grown = ablate.greedy * ((nested.CANDIDATES - 0.5) * ablate.greedy + 0.5)
     return drawn * min(ablate.draw_prompts or test, test) + sets * test + grown * train

@@ -25,6 +25,10 @@ from saejax.results import Interval
 from saejax.settings import AblateConfig
 
 GRADES = ("harms", "beyond_matched", "beyond_bases", "selective")
+_REPEATED = (
+    "It holds again if in every training, with top features and sets of its own, the first two answers hold, the "
+    "largest of their p-values being corrected for the behaviours. "
+)
 _NOT_YET = Grade(None, "not measured")
 UNKNOWN = Grades(_NOT_YET, _NOT_YET, _NOT_YET, _NOT_YET, highest="none")
 
@@ -49,7 +53,8 @@ def rule(config: AblateConfig) -> str:
         "held-out text. It is "
         f"selective if no other behaviour loses more than {100 * config.min_accuracy_drop:g} points of accuracy or as "
         "large a share of its logit difference, and cross-entropy on held-out text rises by less than "
-        f"{config.max_ce_rise:g} nats. Each answer asks for those before it. Intervals are 95 % bootstrap intervals "
+        f"{config.max_ce_rise:g} nats. Each answer asks for those before it. "
+        f"{_REPEATED if config.repeats else ''}Intervals are 95 % bootstrap intervals "
         f"over templates and test prompts. When a feature is removed, {WORDS[config.replacement]}."
     )
 

@@ -3,7 +3,7 @@
 from saejax.causal.ablate import report_figures
 from saejax.causal.ablate.grades import GRADES
 from saejax.causal.ablate.report_figures import Effect
-from saejax.causal.ablate.report_sets import BASES
+from saejax.causal.ablate.report_sets import BASES, YES
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, DoseCurve, Grade
 from saejax.causal.claims import LEVEL
 from saejax.page.document import Block, Picture, Section, Text, VerdictBlock, anchor
@@ -76,6 +76,10 @@ def _headline(ablate: AblateResults) -> str:
     if any(simpler.values()):
         listed = "; ".join(f"{name}: {', '.join(bases)}" for name, bases in simpler.items() if bases)
         parts.append(f"As far as these prompts tell, simpler bases do as well at equal dose: {listed}.")
+    again = {behaviour(name): result.holds_again for name, result in results.items() if result.holds_again}
+    if again:
+        held = ", ".join(name for name, grade in again.items() if grade.holds) or "none"
+        parts.append(f"Harm beyond matched features holds again in all trainings tested for: {held}.")
     return " ".join(parts)
 
 
@@ -107,6 +111,9 @@ def _verdict(found: Findings, name: str, result: BehaviourAblation) -> VerdictBl
         compared += f"; the pool holds {pool} sets without a feature in common." if pool is not None else "."
     if result.grades.highest != "none" and not joint.accuracy_drop.low > 0:
         compared += " The interval of the accuracy lost reaches zero: this loss alone could be chance."
+    grades = [(_WORDS[grade], *_said(getattr(result.grades, grade))) for grade in GRADES]
+    if result.holds_again:
+        grades.append(("Holds again in other trainings", *_said(result.holds_again)))
     baseline = found.one(BaselineResults).behaviours.get(name)
     flags = baseline.flags if baseline else ()
     return VerdictBlock(
@@ -115,7 +122,7 @@ def _verdict(found: Findings, name: str, result: BehaviourAblation) -> VerdictBl
         yes=result.grades.highest != "none",
         badge=_BADGES[result.grades.highest],
         answer=_ANSWERS[result.grades.highest],
-        grades=tuple((_WORDS[grade], *_said(getattr(result.grades, grade))) for grade in GRADES),
+        grades=tuple(grades),
         measures=measures,
         sentences=(compared,),
         flag=sentence("; ".join(flags)) if flags else "",
@@ -126,7 +133,7 @@ def _said(grade: Grade) -> tuple[str, str]:
     reason = grade.reason
     for name, words in BASES.items():
         reason = reason.replace(f" {name}", f" {words}") if "at equal dose" in reason else reason
-    return {True: "yes", False: "no", None: "not known"}[grade.holds], sentence(reason)
+    return YES[grade.holds], sentence(reason)
 
 
 def _joint_picture(found: Findings, draw: Draw) -> Picture:

@@ -18,9 +18,11 @@ from saejax.causal.circuits.results import CircuitResult, CircuitTest
 from saejax.causal.stability import DRAWS, LEAST
 from saejax.page.document import Block, Picture, Section, Text
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, number, percent
+from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 from saejax.page.words import behaviour
+from saejax.results import Interval
 
+YES = {True: "yes", False: "no", None: "not known"}
 BASES = dict(
     features="top features",
     neurons="MLP neurons",
@@ -147,6 +149,37 @@ def _agreement_row(name: str, entry: DictionaryAgreement) -> tuple[str, ...]:
         number(entry.similarity),
         *(interval(value) if value else MISSING for value in correlations),
     )
+
+
+def repeats(found: Findings) -> list[Section]:
+    """A table of the trainings that were tested in the same way; no section if there was one alone."""
+    ablate = found.one(AblateResults)
+    rows = tuple(
+        (
+            behaviour(name),
+            training,
+            interval(test.joint.accuracy_drop, 0, 100),
+            interval(test.joint.logit_diff_drop),
+            *(significant(p, 2) for p in (test.claim.p_logit_diff, test.claim.p_accuracy)),
+            interval(Interval(test.claim.placebo_rate, test.claim.placebo_low, test.claim.placebo_high), 1, 100),
+            YES[test.harms.holds],
+            YES[test.beyond_matched.holds],
+        )
+        for name, result in ablate.behaviours.items()
+        if result.repeats
+        for training, test in zip([ablate.dictionary, *result.repeats], result.trainings, strict=True)
+    )
+    if not rows:
+        return []
+    columns = (
+        *("Behaviour", "Training", "Accuracy lost, points", "Logit difference lost", "p, logit difference"),
+        *("p, accuracy", "Placebo rate, %", "Harms", "Beyond matched"),
+    )
+    note = (
+        "Each training has top features, controls and draws of its own. Square brackets: 95 % intervals. p-values are "
+        "those before correction, placebo rates those of a behaviour alone."
+    )
+    return [Section("The same test of other trainings", (Table("Trainings", columns, rows, note=note),))]
 
 
 def feature_sets(found: Findings, draw: Draw) -> list[Section]:

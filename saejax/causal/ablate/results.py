@@ -145,7 +145,7 @@ class TextEffect:
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """One of the four answers."""
+    """An answer."""
 
     holds: bool | None  #: None: not known, because something was not measured
     reason: str  #: in words
@@ -160,6 +160,17 @@ class Grades:
     beyond_bases: Grade  #: and more than changing the site as much along the top directions of other bases
     selective: Grade  #: and neither the other behaviours of the run nor held-out text
     highest: str  #: the name of the last that holds with all before it; "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatedTest:
+    """Another training's top features, tested in the same way (`ablate.repeats`)."""
+
+    features: tuple[int, ...]  #: its top features
+    joint: JointAblation  #: all of them together
+    claim: Claim  #: beside draws of its own, as if the behaviour were alone in its run
+    harms: Grade  #: removing them costs the behaviour
+    beyond_matched: Grade  #: and more than removing matched random features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +283,17 @@ class BehaviourAblation:
     greedy: GreedySet | None = None  #: a set grown on train prompts
     circuit: CircuitResult | None = None  #: the top features tested as a circuit (`ablate.circuit_tests`)
     importance: ImportanceSummary | None = None  #: of all features
+    repeats: Mapping[str, RepeatedTest] | None = None  #: by the name of the other training
+    #: whether it harms, and goes beyond matched features, in all trainings; the largest p, corrected for the behaviours
+    holds_again: Grade | None = None
+
+    @property
+    def trainings(self) -> tuple[RepeatedTest, ...]:
+        """The tested training as the others are told, then those."""
+        assert self.claim
+        features = tuple(entry.feature for entry in self.top)
+        own = RepeatedTest(features, self.joint, self.claim, self.grades.harms, self.grades.beyond_matched)
+        return (own, *(self.repeats or {}).values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saejax.causal import positions, screening, stability
-from saejax.causal.ablate import agreement, cost, dose, grades, nested, verdict
+from saejax.causal.ablate import agreement, cost, dose, grades, nested, repeats, verdict
 from saejax.causal.ablate.experiment import ModelExperiment, PartProgress
 from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance, save_drops
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation
@@ -55,8 +55,10 @@ def run_ablate(run: Run) -> AblateResults:
     positions.parse(config.positions)
     dose.check(config)
     agreement.check(config)
+    repeats.check(config)
     prompts, dictionary = read_behaviours(run), load_run_dictionary(run)
     others = {name: load_trained(run, name, "--ablate.compare") for name in config.compare}
+    trainings = {name: load_trained(run, name, "--ablate.repeats") for name in config.repeats}
 
     def begin() -> Measure:
         model = load_run_model(run)
@@ -74,7 +76,9 @@ def run_ablate(run: Run) -> AblateResults:
             asked = split, name, prompts[name], config, progress, partial_folder(run, name)
             experiment = ModelExperiment(*asked, attribution_F=known.get(name))
             foreign = {other: top for other, top in tops.items() if other != name}
-            results = _test_and_save(run, experiment, config, Beside(model, split, dictionary, text, others, foreign))
+            results = _test_and_save(
+                run, experiment, config, Beside(model, split, dictionary, text, others, trainings, foreign)
+            )
             return Measured(results, results.grades.harms.reason)
 
         return measure
@@ -83,6 +87,8 @@ def run_ablate(run: Run) -> AblateResults:
     wait_for_all("ablate: scores written")  # by the first process
     saved = {name: _saved_effects(run, name, result) for name, result in parts.items()}
     behaviours = grades.settled(parts, saved, config)
+    for name, again in repeats.hold_again(behaviours).items():
+        behaviours[name] = dataclasses.replace(behaviours[name], holds_again=again)
     for name, result in behaviours.items():
         run.say(f"{name}: {_answers(result)}")
     return AblateResults(
@@ -103,7 +109,8 @@ class Beside(NamedTuple):
     split: SplitModel
     dictionary: Dictionary
     text: HeldOutText | None
-    others: Mapping[str, Dictionary]  # other dictionaries, by name
+    others: Mapping[str, Dictionary]  # dictionaries that it is compared with, by name
+    trainings: Mapping[str, Dictionary]  # dictionaries that are tested in the same way, by name
     foreign: Mapping[str, list[int]]  # top features of other behaviours, by name
 
 
@@ -111,11 +118,13 @@ def _answers(results: BehaviourAblation) -> str:
     """What is said of a behaviour when all are done: answers are corrected for all of a run, and ask of the others."""
     found = {name: getattr(results.grades, name) for name in grades.GRADES}
     words = {True: "yes", False: "no", None: "not known"}
+    if results.holds_again:
+        found |= dict(holds_again=results.holds_again)
     return "; ".join(f"{name.replace('_', ' ')}: {words[grade.holds]}" for name, grade in found.items())
 
 
 def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, beside: Beside) -> BehaviourAblation:
-    model, split, dictionary, text, others, foreign = beside
+    model, split, dictionary, text, others, trainings, foreign = beside
     results, measured = verdict.judge(experiment.name, experiment, config, foreign)
     results, scores = _with_sets(results, experiment, measured, config)
     source = experiment.replacement
@@ -125,6 +134,8 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, 
     if config.baselines:
         curves = dose.compare(experiment, measured.top, split, model, dictionary, text, source, config)
         results = dataclasses.replace(results, doses=curves)
+    if trainings:
+        results = dataclasses.replace(results, repeats=repeats.measure_repeats(experiment, model, trainings, config))
     assert results.claim
     results = grades.graded(results, results.claim, config)
     if config.effects == "all":

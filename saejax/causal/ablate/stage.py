@@ -9,18 +9,23 @@ from saejax.workspace import fingerprint
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """The units of the tested dictionary and of those that it is compared with."""
-    names = (configs["ablate"].dictionary, *configs["ablate"].compare)
-    return ("baseline", *train_units(*names))
+    """The units of the tested dictionary and of those that stand beside it."""
+    return ("baseline", *train_units(*_dictionaries(configs)))
 
 
 def _bases(configs: Configs) -> str:
     """Dictionaries that are named by their folders: other bases, and tested ones."""
     from saejax.dictionaries import stacks
 
+    others = [name for name in _dictionaries(configs) if is_folder(name)]
+    bases = [name for name in configs["ablate"].baselines if name not in BASES]
+    return fingerprint([stacks.identity(name) for name in (*bases, *others)])
+
+
+def _dictionaries(configs: Configs) -> tuple[str, ...]:
+    """The tested one first."""
     ablate = configs["ablate"]
-    others = [name for name in (ablate.dictionary, *ablate.compare) if is_folder(name)]
-    return fingerprint([stacks.identity(name) for name in (*ablate.baselines, *others) if name not in BASES])
+    return tuple(dict.fromkeys((ablate.dictionary, *ablate.compare, *ablate.repeats)))
 
 
 ABLATE = Stage(
@@ -38,5 +43,5 @@ ABLATE = Stage(
     cost="saejax.causal.ablate.cost:ablate_cost",
     programs="saejax.causal.ablate.cost:ablate_programs",
     version=3,  # 2: draws may hold the tested features; 3: those of circuits, too
-    many_processes=True,
+    processes="all",
 )

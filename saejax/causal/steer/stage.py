@@ -28,5 +28,6 @@ STEER = Stage(
         dictionary=lambda configs: identities.dictionary(configs, "steer"),
     ),
     cost="saejax.causal.steer.cost:steer_cost",
+    processes="items",
     section="saejax.causal.steer.report:sections",
 )

@@ -9,7 +9,8 @@ matched random features in their place. ``scores`` says what that means.
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from saejax.tasks.benchmarks import Item, origin, read_items, way
 from saejax.workspace import Run, read_json, write_json, write_text
 
 ITEMS, FEATURES, RANKING = "items.jsonl", "features.json", "feature_importance_ranking.json"
+CONDITIONS = "conditions"  # folder of the rows of each, until all are scored
 SINGLE = "single"  # folder of what was measured feature by feature
 
 
@@ -68,20 +70,26 @@ def run_study(run: Run) -> StudyResults:
     chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
     accuracy = _score_clean(run, conditions, chance, score)
     path = run.folder / FEATURES
-    if not path.exists():
+
+    def choose(_: str) -> None:
         found, ranking = choose_features(split, items, train, test, config, run.name, check_stop)
         write_json(run.folder / RANKING, to_json(ranking))
         write_json(path, to_json(found))
+
+    run.each([FEATURES], lambda _: path, choose, last=False)
     chosen = from_json(ChosenFeatures, read_json(path), path)  # a run that goes on has the same numbers
     firing = sum(entry.firing_rate > 0 for entry in chosen.top)
     run.say(f"{len(chosen.top)} top features, of which {firing} fire on the test items")
     length = items.longest(test)
-    for condition in judgement.conditions(config.draws)[1:]:
-        edits = functools.partial(edits_of, dictionary, chosen, condition, length, config)
-        conditions.add(condition, edits, accuracy)
+
+    def edits(condition: str) -> EditsOf:
+        return functools.partial(edits_of, dictionary, chosen, condition, length, config)
+
+    conditions.score(judgement.conditions(config.draws)[1:], edits, accuracy)
+    conditions.write()
     judged = judgement.judge(conditions.rows, chance, config, chosen.disjoint)
     run.say(judged.reason)
-    return StudyResults(
+    results = StudyResults(
         **{field.name: getattr(judged, field.name) for field in dataclasses.fields(judged)},
         dictionary=config.dictionary,
         site=dictionary.site,
@@ -97,12 +105,14 @@ def run_study(run: Run) -> StudyResults:
         single=_measure_single(run, split, items, test, chosen, accuracy and score == "choice"),
         activations=measure_activations(split, items.solutions(test), config, check_stop),
     )
+    shutil.rmtree(run.folder / CONDITIONS)  # last, so that a run that is killed until then has them
+    return results
 
 
 def _score_clean(run: Run, conditions: "_Conditions", chance: float, score: str) -> bool:
     """Scores the items without an edit, and says whether accuracies are to be compared at all."""
     accuracy = score != "likelihood"
-    conditions.add(CLEAN, unedited, accuracy)
+    conditions.score([CLEAN], lambda _: unedited, accuracy, last=False)
     if not accuracy or not judgement.at_chance(conditions.rows[CLEAN], chance):
         return accuracy
     accuracy = run.configs["study"].even_at_chance
@@ -153,32 +163,45 @@ class _Conditions:
 
     def __init__(self, run: Run, items: ItemScores, test: Sequence[Item]):
         self._run, self._items, self._test = run, items, test
-        self._kept = read_scores(run.folder / ITEMS)
         self.rows: dict[str, Scored] = {}
+        (run.folder / CONDITIONS).mkdir(exist_ok=True)
 
-    def add(self, condition: str, edits: EditsOf, accuracy: bool) -> None:
-        """Takes what an earlier run kept of a condition, or scores it and writes it beside the others.
+    def score(
+        self, conditions: Sequence[str], edits_of: Callable[[str], EditsOf], accuracy: bool, last: bool = True
+    ) -> None:
+        """Scores conditions, but for those that an earlier run kept.
 
         Args:
-          condition: its name.
-          edits: its edits, given the items of a batch's texts.
+          conditions: their names.
+          edits_of: gives the edits of one, given the items of a batch's texts.
           accuracy: whether answers are judged, or log-likelihoods of the references alone measured.
+          last: whether there are no others.
         """
-        kept = self._kept.get(condition, [])
-        if [row.id for row in kept] == [item.id for item in self._test]:
-            self.rows[condition] = kept
-            return
-        if condition != CLEAN and not edits([0]):  # no features, no change
-            same = [dataclasses.replace(row, condition=condition) for row in self.rows[CLEAN]]
-            own = same if accuracy else [dataclasses.replace(row, answer=None, correct=None) for row in same]
-        else:
-            own = self._items.score(condition, self._test, edits, accuracy)
-        self.rows[condition] = own
-        lines = (
-            json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) for some in self.rows.values() for row in some
-        )
-        write_text(self._run.folder / ITEMS, "".join(line + "\n" for line in lines))
-        self._run.say(f"{condition}: {_line(own)}")
+
+        def make(condition: str) -> None:
+            edits = edits_of(condition)
+            if condition != CLEAN and not edits([0]):  # no features, no change
+                same = [dataclasses.replace(row, condition=condition) for row in self.rows[CLEAN]]
+                own = same if accuracy else [dataclasses.replace(row, answer=None, correct=None) for row in same]
+            else:
+                own = self._items.score(condition, self._test, edits, accuracy)
+            write_text(self._file(condition), _json_lines(own))
+            self._run.say(f"{condition}: {_line(own)}")
+
+        self._run.each(conditions, self._file, make, last)
+        for condition in conditions:
+            self.rows[condition] = read_scores(self._file(condition)).get(condition, [])
+
+    def write(self) -> None:
+        """Writes all rows into one file."""
+        write_text(self._run.folder / ITEMS, "".join(map(_json_lines, self.rows.values())))
+
+    def _file(self, condition: str) -> Path:
+        return self._run.folder / CONDITIONS / f"{condition.replace('/', '-')}.jsonl"
+
+
+def _json_lines(rows: Scored) -> str:
+    return "".join(json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def _line(rows: Scored) -> str:

@@ -17,6 +17,7 @@ STUDY = Stage(
     identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "study")),
     unit_identity=dict(benchmark=identities.benchmark),
     rule="saejax.causal.study.scores:rule",
+    processes="items",
     cost="saejax.causal.study.cost:study_cost",
     section="saejax.causal.study.report:sections",
     version=2,  # 2: draws may hold the tested features

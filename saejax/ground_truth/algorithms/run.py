@@ -10,15 +10,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from saejax.errors import Interrupted
-from saejax.ground_truth.algorithms import transformer
+from saejax.errors import Interrupted, UserError
+from saejax.ground_truth.algorithms import planted, transformer
 from saejax.ground_truth.algorithms.addition import Addition
 from saejax.ground_truth.algorithms.paths import Paths
-from saejax.ground_truth.algorithms.questions import Algorithm
+from saejax.ground_truth.algorithms.plant_judge import judge
+from saejax.ground_truth.algorithms.planted import LAYERS, Planted
+from saejax.ground_truth.algorithms.questions import Algorithm, Questions
 from saejax.ground_truth.algorithms.results import AlgorithmResults
 from saejax.ground_truth.algorithms.stage import AlgorithmConfig
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models.config import DecoderConfig
+from saejax.models.language_model import load_model
+from saejax.parallel import make_mesh
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.scoring import wilson
 from saejax.workspace import Run, write_text
@@ -51,23 +55,40 @@ def run_algorithm(run: Run) -> AlgorithmResults:
     params, steps = _train(run, algorithm, model, rng)
     seconds = time.monotonic() - start
     found = {
-        sort: wilson(transformer.right(model, params, algorithm.fresh(sort, _FRESH, rng(_JUDGE))))
+        sort: wilson(_right(algorithm, model, params, sort, algorithm.fresh(sort, _FRESH, rng(_JUDGE))))
         for sort in algorithm.wanted
     }
     save_model(run.folder / "model", fields, transformer.tensors(model, params), algorithm.words)
     prompts = algorithm.prompts(config.prompts, rng(_PROMPT))
     write_text(run.folder / "prompts.jsonl", "".join(as_line(prompt) for prompt in prompts))
-    _write_corpus(run, algorithm, rng(_TEXT))
+    texts = _write_corpus(run, algorithm, rng(_TEXT))
     for sort, share in found.items():
         run.say(f"{sort}: {100 * share.mean:.2f} % [{100 * share.low:.2f}, {100 * share.high:.2f}] of fresh questions")
     labels = tuple(dict.fromkeys(name for prompt in prompts for name, _ in prompt.labels))
+    scores = None
+    if isinstance(algorithm, Planted):
+        made = load_model(str(run.folder / "model"), mesh=make_mesh(run.configs["mesh"]))
+        scores = judge(run, made, texts, prompts, config.seed)
     return AlgorithmResults(
-        steps, steps * config.batch, round(seconds, 1), _FRESH, found, dict(algorithm.wanted), labels
+        steps, steps * config.batch, round(seconds, 1), _FRESH, found, dict(algorithm.wanted), labels, scores
     )
 
 
 def _algorithm(name: str, config: AlgorithmConfig) -> Algorithm:
+    if name == "planted":
+        if config.layers != LAYERS:
+            raise UserError(f"--algorithm.layers={config.layers}: the planted circuit has {LAYERS} layers")
+        return Planted()
     return Addition(config.digits) if name == "addition" else Paths(config.nodes, config.edges)
+
+
+def _right(
+    algorithm: Algorithm, model: DecoderConfig, params: transformer.Params, sort: str, some: Questions
+) -> np.ndarray:
+    """Which questions of a sort are answered right [B]; of a planted circuit sorts are tests."""
+    if isinstance(algorithm, Planted):
+        return transformer.right(model, params, some, tests=planted.tests, test=sort)
+    return transformer.right(model, params, some)
 
 
 def _train(
@@ -77,7 +98,8 @@ def _train(
     config: AlgorithmConfig = run.configs["algorithm"]
     schedule = transformer.Schedule(config.steps, config.learning_rate)
     params = transformer.initial(model, config.seed)
-    state, step = schedule.optimizer().init(params), transformer.trainer(model, schedule)
+    tests = planted.tests if isinstance(algorithm, Planted) else transformer.plain
+    state, step = schedule.optimizer().init(params), transformer.trainer(model, schedule, tests)
     watched = {sort: algorithm.fresh(sort, _LOOK, rng(_WATCH)) for sort in algorithm.wanted}
     start = said = time.monotonic()
     for number in range(1, config.steps + 1):
@@ -89,7 +111,7 @@ def _train(
             continue
         line, said = f"step {number:,} of {config.steps:,} at most, loss {float(loss):.3f}", now
         if looks:
-            shares = {sort: transformer.right(model, params, some).mean() for sort, some in watched.items()}
+            shares = {sort: _right(algorithm, model, params, sort, some).mean() for sort, some in watched.items()}
             line += "".join(f", {sort} {100 * share:.1f} %" for sort, share in shares.items())
             # Half of the faults that are allowed: chance must not decide what the judging questions say.
             if all(share > (1 + algorithm.wanted[sort]) / 2 for sort, share in shares.items()):
@@ -99,12 +121,13 @@ def _train(
     return params, config.steps
 
 
-def _write_corpus(run: Run, algorithm: Algorithm, rng: np.random.Generator) -> None:
-    """Texts for ``--corpus.path``, questions with their answers."""
+def _write_corpus(run: Run, algorithm: Algorithm, rng: np.random.Generator) -> list[str]:
+    """Writes texts for ``--corpus.path``, questions with their answers."""
     questions = algorithm.batch(_TEXTS, rng)
-    lines = []
+    texts = []
     for ids_T, place_N, right_NxV in zip(questions.ids_BxT, questions.place_BxN, questions.right_BxNxV, strict=True):
         last = int(place_N[-1])
         words = [algorithm.words[word] for word in (*ids_T[1 : last + 1], right_NxV[-1].argmax())]
-        lines.append(json.dumps(dict(text=" ".join(words))) + "\n")
-    write_text(run.folder / "corpus.jsonl", "".join(lines))
+        texts.append(" ".join(words))
+    write_text(run.folder / "corpus.jsonl", "".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+    return texts

@@ -6,7 +6,7 @@ from saejax.config import Config, setting
 from saejax.settings import MeshConfig
 from saejax.stage import Stage
 
-ALGORITHMS = ("addition", "paths")
+ALGORITHMS = ("addition", "paths", "planted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +15,8 @@ class AlgorithmConfig(Config):
 
     names: tuple[str, ...] = setting(
         (),
-        "which: sums of two numbers, digit by digit (addition), the next node and the distance on a graph (paths); "
-        "empty: none",
+        "which: sums of two numbers, digit by digit (addition), the next node and the distance on a graph (paths), a "
+        "function of three bits by a circuit that is planted (planted); empty: none",
         choices=ALGORITHMS,
         changes_results=False,
     )

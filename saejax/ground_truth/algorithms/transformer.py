@@ -16,10 +16,12 @@ from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, read_config
 from saejax.models.families.table import linear, linear_of_heads
 from saejax.models.parameters import LAYERS, parameter_table
-from saejax.models.run import run_layers
+from saejax.models.run import Hook, run_layers
 
-HEADS = 4
+HEADS, PLAIN = 4, "answers"
 Params = dict[str, jax.Array]
+Answers = Mapping[str, tuple[jax.Array, jax.Array]]  # of each test the logits, and which words are right [B, N, V]
+Tests = Callable[[DecoderConfig, Params, jax.Array, jax.Array, jax.Array], Answers]
 
 
 class Schedule(NamedTuple):
@@ -74,26 +76,38 @@ def initial(config: DecoderConfig, seed: int) -> Params:
     return params
 
 
-def answers(config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array) -> jax.Array:
-    """Logits at the places, [B, N, V]; to be traced."""
-    x_BxTxD = run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, config.n_layers).x
+def answers(
+    config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, hook: Hook | None = None
+) -> jax.Array:
+    """Logits at the places, [B, N, V], with sites of all layers changed by a hook; to be traced."""
+    start_BxTxD, hooked = decoder.embed(config, params, ids_BxT), None if hook else ()
+    x_BxTxD = run_layers(config, params, start_BxTxD, 0, config.n_layers, hook, hooked).x
     x_BxNxD = jnp.take_along_axis(x_BxTxD, place_BxN[..., None], axis=1)
     return decoder.unembed(config, params, x_BxNxD)
 
 
+def plain(
+    config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, right_BxNxV: jax.Array
+) -> Answers:
+    """The one test of a transformer that is free how to answer: its answers."""
+    return {PLAIN: (answers(config, params, ids_BxT, place_BxN), right_BxNxV)}
+
+
 def trainer(
-    config: DecoderConfig, schedule: Schedule
+    config: DecoderConfig, schedule: Schedule, tests: Tests = plain
 ) -> Callable[[Params, Any, Questions], tuple[Params, Any, jax.Array]]:
     """A function that makes a step: parameters, the optimizer's state and questions in, both and the loss out.
 
-    The loss is the cross-entropy of an even choice among right answers; fresh questions have no part in it.
+    The loss is the cross-entropy of an even choice among right answers, summed over the tests; fresh questions have no
+    part in it.
     """
     optimizer = schedule.optimizer()
 
     def loss(params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, right_BxNxV: jax.Array, weight_B: jax.Array):
-        log_BxNxV = jax.nn.log_softmax(answers(config, params, ids_BxT, place_BxN))
-        target_BxNxV = right_BxNxV / right_BxNxV.sum(-1, keepdims=True)
-        loss_B = -(target_BxNxV * log_BxNxV).sum(-1).mean(-1)
+        loss_B = jnp.zeros_like(weight_B)
+        for logits_BxNxV, wanted_BxNxV in tests(config, params, ids_BxT, place_BxN, right_BxNxV).values():
+            target_BxNxV = wanted_BxNxV / wanted_BxNxV.sum(-1, keepdims=True)
+            loss_B -= (target_BxNxV * jax.nn.log_softmax(logits_BxNxV)).sum(-1).mean(-1)
         return (loss_B * weight_B).sum() / jnp.maximum(weight_B.sum(), 1.0)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -109,18 +123,31 @@ def trainer(
     return run
 
 
-def right(config: DecoderConfig, params: Params, questions: Questions, batch: int = 500) -> np.ndarray:
-    """Which questions are answered right at all of their places, bool [B].
+def right(
+    config: DecoderConfig,
+    params: Params,
+    questions: Questions,
+    batch: int = 500,
+    *,
+    tests: Tests = plain,
+    test: str = PLAIN,
+) -> np.ndarray:
+    """Which questions pass a test at all of their places, bool [B].
 
     Answers that stand before others are the right ones; where all are right, so would those be that it gives by itself.
     """
-    best = jax.jit(lambda params, ids_BxT, place_BxN: answers(config, params, ids_BxT, place_BxN).argmax(-1))
+
+    @jax.jit
+    def passed(params: Params, *arrays: jax.Array) -> jax.Array:
+        logits_BxNxV, right_BxNxV = tests(config, params, *arrays)[test]
+        best_BxN = logits_BxNxV.argmax(-1)
+        return (jnp.take_along_axis(right_BxNxV, best_BxN[..., None], axis=2)[..., 0] > 0).all(1)
+
     found = []
     for start in range(0, len(questions.fresh_B), batch):
         rows_B = np.minimum(np.arange(start, start + batch), len(questions.fresh_B) - 1)
-        best_BxN = np.asarray(best(params, questions.ids_BxT[rows_B], questions.place_BxN[rows_B]))
-        right_BxN = np.take_along_axis(questions.right_BxNxV[rows_B], best_BxN[..., None], axis=2)[..., 0]
-        found.append(right_BxN.all(1))
+        arrays = (questions.ids_BxT[rows_B], questions.place_BxN[rows_B], questions.right_BxNxV[rows_B])
+        found.append(np.asarray(passed(params, *arrays)))
     return np.concatenate(found)[: len(questions.fresh_B)]
 
 

@@ -2,6 +2,7 @@
 
 chain       features passed on from layer to layer by known weights, some with a layer skipped, and from the word before
 induction   the word that came after this one before: a head finds it, and a neuron of the layer above says which it is
+pattern     whether the last three words are a, b and c, compiled by Tracr
 logic       a function of two of sixteen bits, which the last word asks for; other pairs are worked out for nothing
 """
 
@@ -13,11 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from saejax.ground_truth.circuits.handset import START, Directions, HandSet, Head, Layer, Neuron, run
+from saejax.ground_truth.circuits.tracr import pattern
 from saejax.tasks.behaviours import Prompt
 
 _LETTERS, _BACK, _SEQUENCE = "abcdefgh", 6, 6
+_WANTED = ("a", "b", "c")
 _BITS, _ASKED = 16, dict(xor=(0, 1), both=(2, 3), either=(4, 5))
 _TRUTH: Mapping[str, Callable[[int, int], int]] = {"xor": int.__xor__, "both": int.__and__, "either": int.__or__}
+_GUESS = 0.5  # how much an answer that is not known counts, beside 8
 _WORDS, _WIDTH, _DEPTH, _ANSWERS = 16, 12, 4, 4
 _MARGIN = 0.125  # by which a neuron's input must exceed what one thing less would give: rounding makes none fire
 _FULL = 1 / (1 - _MARGIN)  # what it writes, so that one is written where it fires
@@ -94,8 +98,10 @@ def _logic_model() -> HandSet:
     """Heads fetch each bit; a layer knows the bits, the next pairs of them, the last the answers."""
     words: dict[str, Directions] = {START: {START: 1.0}, "0": {"bit 0": 1.0}, "1": {"bit 1": 1.0}}
     words |= {name: {"asked": 1.0, f"asks {name}": 1.0} for name in _ASKED}
+    # Without the variable the last bit, which has nothing to do with the question, decides: no tie is left to rounding.
     logits: dict[str, Directions] = {
-        word: {f"{name} is {answer}": 8.0 for name in _ASKED} for answer, word in enumerate(("no", "yes"))
+        word: {f"{name} is {answer}": 8.0 for name in _ASKED} | {f"known {_BITS - 1} is {answer}": _GUESS}
+        for answer, word in enumerate(("no", "yes"))
     }
     fetch = tuple(
         Head((("", f"at {place + 1}"),), tuple((f"bit {value}", f"bit {place} is {value}") for value in (0, 1)))
@@ -260,4 +266,31 @@ def _chain(count: int, rng: np.random.Generator) -> Case:
     return Case(model, tuple(_drawn(count, draw)), None, {}, {}, (), texts)
 
 
-CASES: Mapping[str, Callable[[int, np.random.Generator], Case]] = dict(chain=_chain, induction=_induction, logic=_logic)
+# pattern
+
+
+def _pattern(count: int, rng: np.random.Generator) -> Case:
+    def draw(split: str) -> Prompt:
+        letters = rng.choice(list(_LETTERS[:4]), rng.integers(4, _SEQUENCE + 1)).tolist()
+        letters[-3:] = _WANTED
+        if right := rng.random() < 0.5:
+            text = " ".join(letters)
+        place = int(rng.integers(1, 4))
+        letters[-place] = str(rng.choice([letter for letter in _LETTERS[:4] if letter != _WANTED[-place]]))
+        other = " ".join(letters)
+        if not right:
+            text, other = other, " ".join([*letters[:-3], *_WANTED])
+        correct, wrong = (" yes", " no") if right else (" no", " yes")
+        return Prompt("pattern", split, text, correct, wrong, other, wrong)
+
+    def texts(number: int, seed: int) -> list[str]:
+        own = np.random.default_rng(seed)
+        return [" ".join(own.choice(list(_LETTERS[:4]), own.integers(3, _SEQUENCE + 1))) for _ in range(number)]
+
+    model = pattern(_LETTERS[:4], "".join(_WANTED), _SEQUENCE)
+    return Case(model, tuple(_drawn(count, draw)), None, {}, {}, (), texts)
+
+
+CASES: Mapping[str, Callable[[int, np.random.Generator], Case]] = dict(
+    chain=_chain, induction=_induction, logic=_logic, pattern=_pattern
+)

@@ -12,10 +12,12 @@ import numpy as np
 
 from saejax.causal.ablate.results import AblateResults
 from saejax.causal.ablate.run import run_ablate
+from saejax.causal.claims import LEVEL
 from saejax.causal.patching.results import FeaturePatchResults, PatchResults
 from saejax.causal.patching.run import run_patch
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.probes.run import run_probe
+from saejax.causal.statistics import holm
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.ground_truth.circuits.catalogue import Case
@@ -53,13 +55,14 @@ class KnownStages:
         self._configs = dict(run.configs) | dict(model=ModelConfig(path=str(run.folder / "model")), task=task)
         self.baseline: BaselineResults = self._stage("baseline", "", run_baseline)
 
-    def judge(self, name: str, transcoder: Path, features: Mapping[str, list[int]]) -> CausalScores:
+    def judge(self, name: str, transcoder: Path, features: Mapping[str, list[int]], das: bool) -> CausalScores:
         """What the stages say with a transcoder's features.
 
         Args:
           name: of the set that it is of, for the stages' folders.
           transcoder: its folder.
           features: idle variable -> the features that stand for it.
+          das: also learn a subspace of as many dimensions as there are top features, which no transcoder has a part in.
         """
         known, count = self._known, max(map(len, self._case.causes.values()))
         # There are few neurons: any that fires may stand beside the tested ones.
@@ -76,7 +79,8 @@ class KnownStages:
                 return None
 
         ablated = tried("ablate", run_ablate, AblateConfig(**settings, draws=known.draws, **quick))
-        patched = tried("patch", run_patch, PatchConfig(**settings))
+        learned = count if das else 0
+        patched = tried("patch", run_patch, PatchConfig(**settings, draws=known.draws, das=learned))
         labels: dict[str, Any] = dict(
             labels=self._case.labels, sparse=(), shuffles=2, strengths=(10.0,), permutations=100
         )
@@ -84,20 +88,25 @@ class KnownStages:
         options = dict(draws=known.draws, **shared, **quick)
         claimed = self._idle(transcoder, features, options, refused)
         interchange, interchange_random = _interchange(patched) if patched else (None, None)
-        harm, harm_others, causes = _harm(ablated) if ablated else (None, None, None)
+        harm, harm_others = _harm(ablated) if ablated else (None, None)
         probe, probe_shuffled = _probes(probed) if probed else (None, None)
+        harmed, carried = _harmed(ablated) if ablated else None, _carried(patched) if patched else None
         return CausalScores(
             behaviours=len(self._case.causes),
             interchange=interchange,
             interchange_random=interchange_random,
             harm=harm,
             harm_others=harm_others,
-            claimed=causes,
+            claimed=None if harmed is None else len(harmed),
             idle=len(features),
             idle_claimed=claimed,
             probe=probe,
             probe_shuffled=probe_shuffled,
             refused=tuple(refused),
+            carried=None if carried is None else len(carried),
+            shown=None if harmed is None or carried is None else len(harmed & carried),
+            das=_subspace(patched, "DAS") if patched and das else None,
+            das_random=_subspace(patched, "random subspace").mean if patched and das else None,
         )
 
     def _stage(self, stage: str, name: str, run_stage: Callable[[Run], T], **settings: Any) -> T:
@@ -141,12 +150,43 @@ def _interchange(found: PatchResults) -> tuple[Interval, float]:
     return _share(flipped, prompts), float(np.mean(random))
 
 
-def _harm(found: AblateResults) -> tuple[float, float | None, int]:
-    """Accuracy lost, the largest loss of another behaviour, and how many behaviours are claimed."""
+def _carried(found: PatchResults) -> set[str]:
+    """The behaviours most of whose answers the top features carry over, and more than matched features do.
+
+    Most: the interval lies above a half. More: the randomisation test, after Holm's correction over the behaviours.
+    """
+    assert isinstance(found, FeaturePatchResults)
+    last = {name: one.interchange.top[-1] for name, one in found.behaviours.items() if one.interchange.top}
+    adjusted_N = holm(np.array([one.p_value for one in last.values()]))
+    return {
+        name for (name, one), p in zip(last.items(), adjusted_N, strict=True) if p <= LEVEL and one.accuracy.low > 0.5
+    }
+
+
+def _subspace(found: PatchResults, method: str) -> Interval:
+    """The share of answers that a subspace carries over, pooled over behaviours."""
+    assert isinstance(found, FeaturePatchResults)
+    pairs = [
+        (row.cause.mean, one.interchange.prompts)
+        for one in found.behaviours.values()
+        for row in one.disentangled
+        if row.method == method and row.cause
+    ]
+    return _share(sum(round(mean * count) for mean, count in pairs), sum(count for _, count in pairs))
+
+
+def _harm(found: AblateResults) -> tuple[float, float | None]:
+    """Accuracy lost, and the largest loss of another behaviour."""
     behaviours = found.behaviours.values()
     others = [other.accuracy_drop.mean for one in behaviours for other in (one.others or {}).values()]
-    claimed = sum(bool(one.grades.harms.holds and one.grades.beyond_matched.holds) for one in behaviours)
-    return float(np.mean([one.joint.accuracy_drop.mean for one in behaviours])), max(others, default=None), claimed
+    return float(np.mean([one.joint.accuracy_drop.mean for one in behaviours])), max(others, default=None)
+
+
+def _harmed(found: AblateResults) -> set[str]:
+    """The behaviours of which the rule says that removing the top features costs them, beyond matched features."""
+    return {
+        name for name, one in found.behaviours.items() if one.grades.harms.holds and one.grades.beyond_matched.holds
+    }
 
 
 def _probes(found: ProbeResults) -> tuple[Interval, float]:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def _made(case: Case, model: LanguageModel, layer: int, seed: int) -> dict[str, 
         },
     )
     width = config.d_in * _expansion(case, model)
-    drawn = dataclasses.replace(config, kind=_KIND, k=_firing(case), n_features=width, centred=True)
+    drawn = dataclasses.replace(config, kind=_KIND, k=_firing(case, layer), n_features=width, centred=True)
     return {
         EXACT: Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in exact.items()}),
         WRONG: Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in wrong.items()}),
@@ -89,16 +90,16 @@ def _expansion(case: Case, model: LanguageModel) -> int:
     return math.ceil(case.model.width / model.config.d_model)
 
 
-def _firing(case: Case) -> int:
-    """Neurons that fire at the last position of a text, of the layer where most do."""
+def _firing(case: Case, layer: int) -> int:
+    """Neurons of a layer that fire at the last position of a text, at least one."""
     from saejax.ground_truth.circuits.handset import run as run_known
 
-    acts = run_known(case.model, case.prompts[0].text).acts
-    return max(int((act_TxF[-1] > 0).sum()) for act_TxF in acts)
+    act_TxF = run_known(case.model, case.prompts[0].text).acts[layer]
+    return max(int((act_TxF[-1] > 0).sum()), 1)
 
 
 def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mapping[str, Path]) -> None:
-    """Trains both sets as one stack, on random texts."""
+    """Trains both sets on random texts, a layer's as one stack with as many active as neurons that fire there."""
     layers = range(len(case.model.layers))
     texts = list(dict.fromkeys(case.texts(_TEXTS, seed)))
     acts = capture(model, texts, [f"mlp_{part}.{layer}" for layer in layers for part in ("in", "out")])
@@ -107,27 +108,27 @@ def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mappi
     values = {site: value_NxD[some_N] for site, value_NxD in acts.values.items()}
     acts = dataclasses.replace(acts, values=values, index_Nx3=acts.index_Nx3[some_N])
     store = acts.save(run.folder / "capture")
-    config = TrainConfig(
-        kinds=(_KIND,),
-        form="transcoder",
-        sites=tuple(f"mlp_in.{layer}" for layer in layers),
-        expansion=_expansion(case, model),
-        k=(_firing(case),),
-        learning_rate=tuple(_RATES.values()),
-        batch=_BATCH,
-        epochs=max(_TOKENS // len(acts.index_Nx3), 1),
-        auxk=0.03,
-        seed=(seed,),
-        log_every=200,
-    )
-    folder = run.folder / "train"
-    folder.mkdir(exist_ok=True)
-    configs = dict(run.configs) | dict(train=config)
-    run_train(dataclasses.replace(run, name=_KIND, folder=folder, configs=configs, inputs=dict(capture=store.folder)))
-    for member in members(config, _KIND, config.sites):
-        (name,) = (name for name, rate in _RATES.items() if rate == member.settings["learning_rate"])
-        layer = member.site.rpartition(".")[2]
-        _save(folders[name] / f"layer{layer}", load_dictionary(folder / member.name / "dictionary"))
+    for layer in layers:
+        config = TrainConfig(
+            kinds=(_KIND,),
+            form="transcoder",
+            sites=(f"mlp_in.{layer}",),
+            expansion=_expansion(case, model),
+            k=(_firing(case, layer),),
+            learning_rate=tuple(_RATES.values()),
+            batch=_BATCH,
+            epochs=max(_TOKENS // len(acts.index_Nx3), 1),
+            auxk=0.03,
+            seed=(seed,),
+            log_every=1000,
+        )
+        folder = run.folder / "train" / f"layer{layer}"
+        folder.mkdir(parents=True, exist_ok=True)
+        own: dict[str, Any] = dict(configs=dict(run.configs) | dict(train=config), inputs=dict(capture=store.folder))
+        run_train(dataclasses.replace(run, name=_KIND, folder=folder, **own))
+        for member in members(config, _KIND, config.sites):
+            (name,) = (name for name, rate in _RATES.items() if rate == member.settings["learning_rate"])
+            _save(folders[name] / f"layer{layer}", load_dictionary(folder / member.name / "dictionary"))
 
 
 def _save(folder: Path, dictionary: Dictionary) -> None:

@@ -7,7 +7,9 @@ import numpy as np
 
 from saejax.ground_truth.circuits.handset import HandSet, run
 
-NOTHING = 1e-5  # of a graph's largest edge, below which there is none: a neuron may fire by its bias alone
+# Of a graph's largest edge, below which there is none: a neuron may fire by its bias alone. And of the largest
+# activation, below which a neuron does not fire: some compiled ones rest at exactly 0, where rounding decides.
+NOTHING = 1e-5
 
 Node = tuple[int, int, int]  # layer, position, neuron; layer -1: the word there; behind the last layer: the logit
 Edge = tuple[Node, Node]  # source, target
@@ -43,7 +45,7 @@ def known_edges(model: HandSet, text: str, better: str, worse: str) -> Edges:
     firing = [
         (layer, int(position), int(neuron))
         for layer, act_TxF in enumerate(found.acts)
-        for position, neuron in np.argwhere(act_TxF > 0)
+        for position, neuron in np.argwhere(act_TxF > NOTHING * act_TxF.max())
         if position
     ]
     sources: list[Node] = [*((-1, position, -1) for position in range(length)), *firing]

@@ -33,7 +33,11 @@ _UNKNOWN = 1 << 20  # added to the number of a feature that stands for no neuron
 
 def graph_edges(graph: Graph) -> Edges:
     """The edges of a whole graph between words, features and the logit; ``Node``s have features' numbers."""
-    nodes, kept_S = graph.nodes, np.isin(graph.nodes.kind_N, (FEATURE, TOKEN))
+    nodes, silent_N = graph.nodes, np.zeros(len(graph.nodes.kind_N), bool)
+    for layer in range(graph.n_layers):  # the same rule as for what is known, layer by layer
+        own_N = (nodes.kind_N == FEATURE) & (nodes.layer_N == layer)
+        silent_N |= own_N & (nodes.value_N <= NOTHING * nodes.value_N[own_N].max(initial=0.0))
+    kept_S = np.isin(nodes.kind_N, (FEATURE, TOKEN)) & ~silent_N
     names: list[Node] = [
         (layer if kind != LOGIT else graph.n_layers, position, index if kind == FEATURE else -1)
         for kind, layer, position, index in zip(
@@ -41,8 +45,9 @@ def graph_edges(graph: Graph) -> Edges:
         )
     ]
     sources = np.flatnonzero(kept_S)
-    targets = graph.target_R
-    weight_SxR = graph.adjacency_RxS[:, sources].T.astype(np.float64)
+    kept_R = np.flatnonzero(~silent_N[graph.target_R])
+    targets = graph.target_R[kept_R]
+    weight_SxR = graph.adjacency_RxS[np.ix_(kept_R, sources)].T.astype(np.float64)
     return Edges(tuple(names[node] for node in sources), tuple(names[node] for node in targets), weight_SxR)
 
 

@@ -27,15 +27,19 @@ class Head:
     Attributes:
       looks: pairs of directions, of a query and of the keys that fit it; "" is every query.
       moves: pairs of directions, read where it looks and written where it stands.
+      given: what ``scores`` is, in place of ``looks``.
+      amounts: how much of each move is written; empty: all of it.
     """
 
     looks: tuple[tuple[str, str], ...]
     moves: tuple[tuple[str, str], ...]
+    given: tuple[tuple[str, str, float], ...] = ()
+    amounts: tuple[float, ...] = ()
 
     @property
     def scores(self) -> tuple[tuple[str, str, float], ...]:
         """What is added to the score of a query and a key that have these directions."""
-        return (*((query, key, _SURE) for query, key in self.looks), ("", START, _SURE / 2))
+        return self.given or (*((query, key, _SURE) for query, key in self.looks), ("", START, _SURE / 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,8 @@ class HandSet:
         """Names of all directions."""
         every: list[Iterable[str]] = [*self.words.values(), *self.positions, *self.logits.values()]
         for layer in self.layers:
-            every += [dict.fromkeys(pair) for head in layer.heads for pair in (*head.looks, *head.moves)]
+            pairs = [(*head.looks, *head.moves, *(one[:2] for one in head.given)) for head in layer.heads]
+            every += [dict.fromkeys(pair) for own in pairs for pair in own]
             every += [part for neuron in layer.neurons for part in (neuron.reads, neuron.writes)]
         return tuple(name for name in dict.fromkeys(name for part in every for name in part) if name)
 
@@ -152,4 +157,4 @@ def _attention(model: HandSet, head: Head, stream_TxJ: np.ndarray) -> np.ndarray
 def _moved(model: HandSet, head: Head) -> np.ndarray:
     """Directions read to directions written, [J, J]."""
     read_NxJ, written_NxJ = (model.vectors([{pair[side]: 1.0} for pair in head.moves]) for side in (0, 1))
-    return read_NxJ.T @ written_NxJ
+    return (read_NxJ * np.array(head.amounts or [1.0] * len(head.moves))[:, None]).T @ written_NxJ

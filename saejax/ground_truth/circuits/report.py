@@ -12,6 +12,7 @@ _EDGE = 1e-5  # largest error of an edge
 _ABOUT = {
     "chain": "Features are passed on by known weights from layer to layer, some past one, and from the word before.",
     "induction": "The word that came after this one before: a head finds it, and neurons above it say which it is.",
+    "pattern": "Whether the last three words are a, b and c: a program compiled by Tracr.",
     "logic": "A function of two of sixteen bits, which the last word names; other pairs are worked out for nothing.",
 }
 _SETS = {
@@ -29,6 +30,7 @@ _CAUSAL = (
     "Lost, %",
     "Others lose, %",
     "Claimed",
+    "And carried over",
     "Idle claimed",
     "Probes, %",
     "Shuffled, %",
@@ -44,10 +46,12 @@ _CAUSAL_NOTE = (
     "Carried over: prompts whose answer becomes the counterpart's when the top features do (interchange accuracy), "
     "beside as many matched random features; Wilson intervals. Lost: accuracy without the top features, mean over "
     "behaviours; others lose: the largest loss of a behaviour that the features were not chosen for. Claimed: "
-    "behaviours of which the rule says that the features cause them, beyond matched ones; idle claimed: the same of "
-    "features of a variable that no answer depends on. The rule is about what removing features does: with decoders "
-    "of other neurons that does harm, too, and whether they stand for the variable is for interchange to say. Probes: "
-    "test prompts whose variables a linear probe reads off the features; a probe reads idle ones, too."
+    "behaviours of which the rule says that removing the features costs them, beyond matched ones; idle claimed: the "
+    "same of features of a variable that no answer depends on. Of any directions some do more harm than others, so "
+    "this may be true of those of a random transcoder, too. And carried over: of the claimed those most of whose "
+    "answers are carried over, beyond matched features; only of these may it be said that the features stand for the "
+    "variable. DAS: a subspace of as many dimensions, learned on train pairs, beside a random one. Probes: test "
+    "prompts whose variables a linear probe reads off the features; a probe reads idle ones, too."
 )
 
 
@@ -80,6 +84,7 @@ def section(units: Mapping[str, KnownCircuitResults]) -> Section:
         )
         causal = tuple(_causal_row(one, judged.causal) for one, judged in ordered.items() if judged.causal)
         if causal:
+            causal += _das_rows(ordered[EXACT].causal)
             blocks.append(Table(f"{name}: causal tests", _CAUSAL, causal, stack=False, note=_CAUSAL_NOTE))
     return Section("Circuits that are known to be there", tuple(blocks), lead=verdict)
 
@@ -91,7 +96,7 @@ def holds(results: KnownCircuitResults) -> bool:
     found = edges.error <= _EDGE and edges.precision.mean == edges.recall.mean == edges.auroc.mean == 1
     if causal is None:
         return found
-    told = causal.claimed == causal.behaviours and causal.idle_claimed == 0 and not causal.harm_others
+    told = causal.shown == causal.behaviours and causal.idle_claimed == 0 and not causal.harm_others
     return found and told and causal.interchange is not None and causal.interchange.mean == 1
 
 
@@ -101,15 +106,25 @@ def line(units: Mapping[str, KnownCircuitResults]) -> str:
     worst = max(results.sets[EXACT].edges.error for results in units.values())
     answer = "YES" if len(right) == len(units) else "NO"
     failed = ", ".join(name for name in units if name not in right)
+    wrong = [
+        judged.causal
+        for results in units.values()
+        for name, judged in results.sets.items()
+        if name in (WRONG, RANDOM, UNTRAINED) and judged.causal
+    ]
     learned = [results.sets[TRAINED].edges.auroc.mean for results in units.values() if TRAINED in results.sets]
     said = (
         f"Does the method find circuits that are known? {answer}, with exact transcoders: {len(right)} of {len(units)} "
         f"hand-set transformers are read without a fault, edges off by at most {significant(worst, 2)}"
     )
-    said += f"; not {failed}" if failed else ""
-    return (
-        f"{said}. With trained ones the AUROC of edges is {number(min(learned), 3)} or more." if learned else f"{said}."
-    )
+    said += f"; not {failed}." if failed else "."
+    if wrong:
+        shown, claimed = (sum(getattr(one, of) or 0 for one in wrong) for of in ("shown", "claimed"))
+        said += (
+            f" Of {sum(one.behaviours for one in wrong)} behaviours tested with wrong, random and hardly trained "
+            f"transcoders {claimed} pass the test by removal, {shown} that and interchange."
+        )
+    return f"{said} With trained ones the AUROC of edges is {number(min(learned), 3)} or more." if learned else said
 
 
 def _terms(units: Mapping[str, KnownCircuitResults]) -> Iterator[tuple[str, str]]:
@@ -143,7 +158,16 @@ def _causal_row(name: str, causal: CausalScores) -> tuple[str, ...]:
         share(causal.harm),
         share(causal.harm_others),
         count(causal.claimed, causal.behaviours),
+        count(causal.shown, causal.behaviours),
         count(causal.idle_claimed, causal.idle),
         interval(causal.probe, 0, 100) if causal.probe else MISSING,
         share(causal.probe_shuffled),
     )
+
+
+def _das_rows(exact: CausalScores | None) -> tuple[tuple[str, ...], ...]:
+    """The subspace that was learned, which needs no transcoder."""
+    if exact is None or exact.das is None or exact.das_random is None:
+        return ()
+    blank = ("",) * (len(_CAUSAL) - 3)
+    return (("none (DAS)", interval(exact.das, 0, 100), number(100 * exact.das_random, 0), *blank),)

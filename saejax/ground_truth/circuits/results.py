@@ -29,12 +29,17 @@ class CausalScores:
     interchange_random: float | None  #: the same of as many matched random features
     harm: float | None  #: accuracy lost without the top features, mean over behaviours
     harm_others: float | None  #: the largest loss of another behaviour; None with one behaviour
-    claimed: int | None  #: behaviours of which it is claimed that the top features cause them
+    claimed: int | None  #: behaviours that removing the top features costs, beyond matched ones, by the rule of claims
     idle: int  #: variables that no answer depends on
     idle_claimed: int | None  #: of these, how many are claimed to cause a behaviour
     probe: Interval | None  #: accuracy of probes of the features, pooled over labels, with a 95 % Wilson interval
     probe_shuffled: float | None  #: that of probes of shuffled labels, mean
     refused: tuple[str, ...]  #: what a stage said instead
+    #: behaviours most of whose answers the top features carry over, beyond matched ones; None: not measured
+    carried: int | None = None
+    shown: int | None = None  #: behaviours that are both claimed and carried: the features stand for the variable
+    das: Interval | None = None  #: `interchange` of a learned subspace of as many dimensions (DAS); of exact ones
+    das_random: float | None = None  #: of a random subspace
 
 
 @dataclasses.dataclass(frozen=True)

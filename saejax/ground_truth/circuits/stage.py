@@ -6,7 +6,7 @@ from saejax.config import Config, setting
 from saejax.settings import MeshConfig
 from saejax.stage import Stage
 
-CIRCUITS = ("chain", "induction", "logic")
+CIRCUITS = ("chain", "induction", "logic", "pattern")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,8 @@ class KnownConfig(Config):
     circuits: tuple[str, ...] = setting(
         (),
         "which: features passed on from layer to layer (chain), the word that came after this one before (induction), "
-        "functions of two bits (logic); empty: none",
+        "functions of two bits (logic), whether the last words are some (pattern, compiled by Tracr, which must be "
+        "installed); empty: none",
         choices=CIRCUITS,
         changes_results=False,
     )

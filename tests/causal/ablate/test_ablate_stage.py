@@ -20,6 +20,8 @@ from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig,
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.workspace import Run
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 @pytest.fixture
 def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
@@ -190,6 +192,27 @@ def test_other_dictionaries_on_request(make_run, make_dictionary):
     run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], effects="all", compare=("topk",))
     with pytest.raises(UserError, match="name each dictionary once, the tested one never"):
         stage.run_ablate(run)
+
+
+def test_other_trainings_are_tested_as_the_first_is(make_run, make_dictionary):
+    run, said = make_run("repeated")
+    train = run.inputs["train/topk"].parent / "standard"
+    for name, seed in dict(seed1=11, seed2=7).items():
+        save_dictionary(train / name / "dictionary", make_dictionary("resid_post.1", seed=seed))
+    write_members(train, "seed1", "seed2")
+    run.inputs["train/standard"] = train
+    run.configs["ablate"] = dataclasses.replace(
+        run.configs["ablate"], repeats=("standard/seed1", "standard/seed2"), text_documents=0
+    )
+    results = stage.run_ablate(run)
+    assert from_json(AblateResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    for result in results.behaviours.values():
+        own, same, other = result.trainings
+        # The first of them is the tested dictionary itself: what is measured is the same.
+        assert (own.features, own.joint) == (same.features, same.joint) != (other.features, other.joint)
+        assert own.claim.p_logit_diff == same.claim.p_logit_diff
+        assert result.holds_again.reason.startswith("of 3 trainings")
+    assert any("; holds again: " in line for line in said) and "holds again if in every training" in results.rule
 
 
 def test_a_stack_asks_which_of_its_members(make_run):

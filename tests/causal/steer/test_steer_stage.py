@@ -20,6 +20,7 @@ from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, SteerConfig, 
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.workspace import Run
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 CONFIG = SteerConfig(
     dictionary="topk", top=3, doses=(0.4, 0.1), draws=30, draw_prompts=6, bootstrap=200, batch_rows=16, text_documents=3
 )

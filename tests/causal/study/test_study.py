@@ -99,18 +99,19 @@ def read(run):
 def test_conditions_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, name, settings):
     judged, every = name == "logic", "even_at_chance" in settings
     run, _ = make_run(name, **settings)
-    path = run.folder / stage.ITEMS
-    stopped = dataclasses.replace(run, stopping=lambda: path.exists() and "top/zero" in path.read_text())
+    path = run.folder / stage.CONDITIONS / "top-zero.jsonl"
+    stopped = dataclasses.replace(run, stopping=path.exists)
     with pytest.raises(Interrupted, match=f"{name}: stopped; conditions that were finished are kept"):
         stage.run_study(stopped)
-    kept = read(run)
-    assert [row["condition"] for row in kept] == ["clean"] * 6 + ["top/zero"] * 6
+    kept = [path.with_name(f"{name}.jsonl").read_text() for name in ("clean", "top-zero")]
 
     run, said = make_run(name, **settings)
     results = stage.run_study(run)
     assert from_json(StudyResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     rows = read(run)
-    assert rows[:12] == kept and not any(line.startswith(("clean:", "top/zero:")) for line in said)
+    assert (run.folder / stage.ITEMS).read_text().startswith("".join(kept)) and not path.parent.exists()
+    assert [row["condition"] for row in rows[:12]] == ["clean"] * 6 + ["top/zero"] * 6
+    assert not any(line.startswith(("clean:", "top/zero:")) for line in said)
     assert results.at_chance is (True if judged else None)
     assert said[0].startswith("At chance before any edit: accuracy on 6 test items is ") == judged
     by_condition = {}

@@ -2,7 +2,7 @@
 
 const at = (id) => document.getElementById(id);
 const given = JSON.parse(at("graph-data").textContent);
-const graph = readGraph(given.document, given.labels, given.scores);
+const graph = readGraph(given.document, given.labels, given.edges);
 const [stage, view, world] = ["stage", "view", "world"].map(at);
 const picture = new Picture(graph, at("lower"), at("upper"));
 
@@ -94,6 +94,7 @@ const panel = makePanel(graph, given, app);
 const tip = makeTip(graph, given.examples, app);
 const search = makeSearch(graph, app);
 const subgraph = makeSubgraph(graph, app);
+const live = given.live ? makeLive(graph, given, app) : null;
 
 let shown = {}; // what each part was last shown for
 const dirty = new Set();
@@ -116,7 +117,8 @@ function refresh() {
     if (!sameNodes) show("place");
     else if (old.edges !== app.visible.edges) show("edges");
   }
-  for (const part of ["panel", "subgraph", "search"]) if (now[part] !== shown[part]) show(part);
+  if (live) now.live = `${now.subgraph} ${JSON.stringify(state.changes)} ${state.hold}`;
+  for (const part of ["panel", "subgraph", "search", "live"]) if (now[part] !== shown[part]) show(part);
   shown = now;
   show("nodes", "controls");
 }
@@ -137,6 +139,7 @@ function draw() {
   if (dirty.has("controls")) showControls();
   if (dirty.has("panel")) panel.show();
   if (dirty.has("subgraph")) subgraph.show();
+  if (live && dirty.has("live")) live.show();
   dirty.clear();
   view.classList.toggle("lit", state.clicked >= 0 || hovered >= 0);
   const { found, marked, edgesShown: edges } = app;

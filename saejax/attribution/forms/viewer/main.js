@@ -93,7 +93,10 @@ const slug = given.document.metadata.slug.replace(/[^\w.-]+/g, "-") || "graph";
 const saveJson = (name, data) =>
   download(name, new Blob([JSON.stringify(data, null, 1)], { type: "application/json" }));
 at("save-state").onclick = () => saveJson(`${slug}-state.json`, qParamsOf(graph, app.state));
-at("save-graph").onclick = () => saveJson(`${slug}.json`, { ...given.document, qParams: qParamsOf(graph, app.state) });
+at("save-graph").onclick = () => {
+  const links = linksOf(graph, given.edges.more);
+  saveJson(`${slug}.json`, { ...given.document, qParams: qParamsOf(graph, app.state), links });
+};
 at("save-picture").onclick = () => picture.toCanvas().toBlob((blob) => download(`${slug}.png`, blob));
 at("save-subgraph").onclick = () =>
   download(`${slug}-subgraph.svg`, new Blob([subgraphFile()], { type: "image/svg+xml" }));

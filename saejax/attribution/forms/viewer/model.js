@@ -1,4 +1,4 @@
-// The graph as typed arrays. Nodes keep the order of the document; edges are sorted by score, strongest first,
+// The graph as typed arrays. Nodes keep the order of the document; edges come sorted by score, strongest first,
 // so that "edge e is among the strongest" is a comparison of integers, and each node's lists of edges come sorted.
 
 const FEATURE = 0;
@@ -27,9 +27,18 @@ function visibleText(text) {
   });
 }
 
-function readGraph(doc, labels, scores) {
+/** What nodes are called and found by; ``labels`` go before the document's own. */
+function nameNodes(graph, labels) {
+  const { doc, kind, tokens, pos } = graph;
+  graph.labels = doc.nodes.map((node, i) => labelOf(graph, node, i, labels));
+  graph.named = doc.nodes.map((node, i) => Boolean(labels[featureKey(node)] || node.clerp) && kind[i] === FEATURE);
+  graph.searchable = doc.nodes.map((node, i) =>
+    `${graph.labels[i]}\n${node.node_id}\n${visibleToken(tokens[pos[i]] ?? "")}\n${tokens[pos[i]] ?? ""}`.toLowerCase(),
+  );
+}
+
+function readGraph(doc, labels, edges) {
   const n = doc.nodes.length;
-  const m = doc.links.length;
   const tokens = doc.metadata.prompt_tokens;
   const kind = new Uint8Array(n);
   const row = new Int16Array(n);
@@ -50,7 +59,6 @@ function readGraph(doc, labels, scores) {
   });
   const graph = {
     n,
-    m,
     tokens,
     layers,
     rows: layers + 2,
@@ -63,13 +71,9 @@ function readGraph(doc, labels, scores) {
     index,
     doc,
     ids: doc.nodes.map((node) => node.node_id),
-    ...readEdges(doc.links, scores, index, n),
+    ...readEdges(edges, n),
   };
-  graph.labels = doc.nodes.map((node, i) => labelOf(graph, node, i, labels));
-  graph.named = doc.nodes.map((node, i) => Boolean(labels[featureKey(node)] || node.clerp) && kind[i] === FEATURE);
-  graph.searchable = doc.nodes.map((node, i) =>
-    `${graph.labels[i]}\n${node.node_id}\n${visibleToken(tokens[pos[i]] ?? "")}\n${tokens[pos[i]] ?? ""}`.toLowerCase(),
-  );
+  nameNodes(graph, labels);
   // Tokens and outputs are always shown, so they do not stretch the slider.
   graph.mostShare = share.reduce(
     (most, value, i) => (kind[i] === TOKEN || kind[i] === LOGIT ? most : Math.max(most, value)),
@@ -78,35 +82,34 @@ function readGraph(doc, labels, scores) {
   return graph;
 }
 
+const ARRAYS = { Uint16Array, Uint32Array, Float32Array, Float64Array };
+
+/** An array of the page's data: its type, and its bytes in base64. */
+function unpack([kind, text]) {
+  const bytes = atob(text);
+  const array = new Uint8Array(bytes.length);
+  for (let k = 0; k < bytes.length; k++) array[k] = bytes.charCodeAt(k);
+  return new ARRAYS[kind](array.buffer);
+}
+
 /** Weights are in the units of their targets; scores, the influence that goes through an edge, compare. */
-function readEdges(links, scores, index, n) {
-  const m = links.length;
-  const weights = Float64Array.from(links, (link) => link.weight);
-  const order = Array.from({ length: m }, (_, e) => e).sort(
-    (a, b) => scores[b] - scores[a] || Math.abs(weights[b]) - Math.abs(weights[a]),
-  );
-  const source = new Int32Array(m);
-  const target = new Int32Array(m);
-  const weight = new Float64Array(m);
-  const score = new Float64Array(m);
+function readEdges(packed, n) {
+  const [source, target, weight, score] = ["source", "target", "weight", "score"].map((name) => unpack(packed[name]));
+  const m = source.length;
   const before = new Float64Array(m); // share of all scores that stronger edges have
   const inTotal = new Float64Array(n); // of |weight|
   const outTotal = new Float64Array(n); // of scores
   const inStart = new Int32Array(n + 1);
   const outStart = new Int32Array(n + 1);
   let total = 0;
-  order.forEach((from, e) => {
-    source[e] = index.get(links[from].source);
-    target[e] = index.get(links[from].target);
-    weight[e] = weights[from];
-    score[e] = scores[from];
+  for (let e = 0; e < m; e++) {
     before[e] = total;
     total += score[e];
     inTotal[target[e]] += Math.abs(weight[e]);
     outTotal[source[e]] += score[e];
     inStart[target[e] + 1]++;
     outStart[source[e] + 1]++;
-  });
+  }
   for (let e = 0; e < m; e++) before[e] /= total || 1;
   for (let i = 0; i < n; i++) {
     inStart[i + 1] += inStart[i];
@@ -120,7 +123,19 @@ function readEdges(links, scores, index, n) {
     inEdge[inNext[target[e]]++] = e;
     outEdge[outNext[source[e]]++] = e;
   }
-  return { source, target, weight, score, before, inTotal, outTotal, inStart, inEdge, outStart, outEdge };
+  return { m, source, target, weight, score, before, inTotal, outTotal, inStart, inEdge, outStart, outEdge };
+}
+
+/** The edges as the document has them. A float32 is written with the fewest digits that tell it apart. */
+function linksOf(graph, more) {
+  const digits = graph.weight instanceof Float32Array ? [6, 7, 8, 9] : [];
+  const decimal = (x) => digits.map((d) => Number(x.toPrecision(d))).find((y) => Math.fround(y) === x) ?? x;
+  return Array.from(graph.weight, (weight, e) => ({
+    source: graph.ids[graph.source[e]],
+    target: graph.ids[graph.target[e]],
+    weight: decimal(weight),
+    ...more?.[e],
+  }));
 }
 
 /** "layer_feature" of a feature node: what labels and examples are keyed by. */

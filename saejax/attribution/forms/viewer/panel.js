@@ -109,6 +109,7 @@ function makePanel(graph, { examples, heads }, app) {
     return [
       element("div", { class: "head" }, title, element("div", { class: "buttons" }, buttons)),
       factList(group ? [...describe(graph, i), ["Group", visibleText(group[0])]] : describe(graph, i)),
+      live && graph.kind[i] === FEATURE ? [live.labelForm(i)] : [],
       known.length ? [element("h3", {}, "Top examples"), exampleList(known, 8)] : [],
       element("div", { class: "lists" }, directions.map((into) => edgeList(i, into))),
       carried ? element("p", { class: "note" }, VIA) : [],

@@ -17,6 +17,8 @@ function firstState(graph) {
     nodes: 1,
     edges: Math.max(share, 0.01),
     query: "",
+    changes: [], // what a run of the model changes: {how, amount, members}
+    hold: "nothing", // what stays in it as it was
   };
   return {
     ...state,
@@ -41,6 +43,36 @@ function checkedPins(graph, ids, supernodes) {
   return { pinned: [...new Set([...known(ids), ...taken])], groups };
 }
 
+const HOWS = ["scale", "set"];
+const HOLDS = ["nothing", "attention", "all"];
+
+/** Changes of an address, which may be wrong: only of features that are there, of each only one. */
+function checkedChanges(graph, list) {
+  const taken = new Set();
+  const changes = [];
+  for (const item of Array.isArray(list) ? list : []) {
+    if (!Array.isArray(item) || !HOWS.includes(item[0]) || !Number.isFinite(item[1])) continue;
+    const known = [...new Set(item.slice(2).map((id) => graph.index.get(id)))];
+    const members = known.filter((i) => i !== undefined && graph.kind[i] === FEATURE && !taken.has(i));
+    members.forEach((i) => taken.add(i));
+    if (members.length) changes.push({ how: item[0], amount: item[1], members });
+  }
+  return changes;
+}
+
+/** Changes as the address has them, and as the server takes them. */
+const plainChanges = (graph, changes) =>
+  changes.map(({ how, amount, members }) => [how, amount, ...members.map((i) => graph.ids[i])]);
+
+/** A list in an address; a damaged one is empty. */
+function listIn(text) {
+  try {
+    return JSON.parse(text || "[]");
+  } catch {
+    return [];
+  }
+}
+
 function qParamsOf(graph, state) {
   return {
     ...graph.doc.qParams,
@@ -61,6 +93,8 @@ function toHash(graph, state) {
   params.set("nodes", state.nodes);
   params.set("edges", state.edges);
   if (state.query) params.set("q", state.query);
+  if (state.changes.length) params.set("changes", JSON.stringify(plainChanges(graph, state.changes)));
+  if (state.hold !== HOLDS[0]) params.set("hold", state.hold);
   return "#" + params;
 }
 
@@ -106,14 +140,11 @@ function fromHash(graph, hash) {
   };
   if (params.has("clickedId")) state.clicked = graph.index.get(params.get("clickedId")) ?? -1;
   if (params.has("pinnedIds") || params.has("supernodes")) {
-    let supernodes = [];
-    try {
-      supernodes = JSON.parse(params.get("supernodes") || "[]");
-    } catch {
-      /* a damaged link: no groups */
-    }
-    Object.assign(state, checkedPins(graph, (params.get("pinnedIds") || "").split(","), supernodes));
+    const ids = (params.get("pinnedIds") || "").split(",");
+    Object.assign(state, checkedPins(graph, ids, listIn(params.get("supernodes"))));
   }
+  state.changes = checkedChanges(graph, listIn(params.get("changes")));
+  if (HOLDS.includes(params.get("hold"))) state.hold = params.get("hold");
   if (LINK_TYPES.includes(params.get("linkType"))) state.linkType = params.get("linkType");
   return Object.assign(state, { nodes: number("nodes"), edges: number("edges"), query: params.get("q") || "" });
 }

@@ -1,0 +1,91 @@
+"""What harder worlds, and worse dictionaries, do to what is found and to what is claimed falsely.
+
+Run: python -m benchmarks.bench_truth [--kinds topk,batchtopk]
+Worlds of 256 features in 64 dimensions, one thing made harder at a time, and then dictionaries made worse on the plain
+one; each trained and judged by experiments.ground_truth, three seeds as a stack, beside a random decoder that stays and
+no training. Prints a table with 95 % t intervals over seeds and, last, one line of JSON. What is in the folder is not
+run again. About five minutes of one core for each kind.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from saejax import load_results
+from saejax.ground_truth.results import JudgedDictionary, TruthResults
+
+ROOT = Path(__file__).parent.parent
+BASE = {
+    "task.behaviours": "",
+    "truth.features": 256,
+    "truth.dimensions": 64,
+    "truth.samples": 200_000,
+    "truth.held_out": 20_000,
+    "truth.roots": 0,
+    "truth.correlation": 0,
+    "truth.rate_max": 0.1,
+    "truth.rate_min": 2e-3,
+    "train.expansion": 4,
+    "train.k": 3,
+    "train.batch": 512,
+    "train.epochs": 4,
+    "train.learning_rate": 3e-3,
+    "train.auxk": 0.03,
+    "train.seed": "0,1,2",
+    "train.log_every": 1000,
+}
+WORLDS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "correlated (loadings 0.1)": {"truth.correlation": 0.1},
+    "strongly correlated (0.3)": {"truth.correlation": 0.3, "truth.factors": 5},
+    "trees, siblings exclusive": {"truth.roots": 3, "truth.rate_max": 0.3, "train.k": 4},
+    "noise of 0.25": {"truth.noise": 0.25},
+    "noise of 0.5": {"truth.noise": 0.5},
+    "8 at a time": {"truth.rate_max": 0.4, "truth.rate_min": 5e-3, "train.k": 8},
+    "in 32 dimensions": {"truth.dimensions": 32, "train.expansion": 8},
+    "plain, k of 1": {"train.k": 1},
+    "plain, k of 12": {"train.k": 12},
+    "plain, a quarter of the features": {"train.expansion": 1},
+    "plain, four times the features": {"train.expansion": 16},
+    "plain, 100 steps": {"train.max_steps": 100},
+    "plain, 400 steps": {"train.max_steps": 400},
+}
+SCORES = ("recovered", "f1", "invented", "merged", "split", "absorbed", "mcc")
+
+
+def judged(args: argparse.Namespace, number: int, changes: dict[str, object]) -> list[tuple[str, JudgedDictionary]]:
+    """Dictionaries of every kind on a world, and the controls of the first kind."""
+    workdir = args.folder / str(number)
+    asked = BASE | {"train.kinds": args.kinds} | changes
+    flags = [f"--{name}={value}" for name, value in asked.items()]
+    command = [sys.executable, "-m", "experiments.ground_truth", f"--workdir={workdir}", *flags]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    found = []
+    for unit in (*args.kinds.split(","), "controls"):
+        results = load_results(workdir / "ground_truth" / unit)
+        assert isinstance(results, TruthResults)
+        found += [(one.control or unit, one) for one in results.dictionaries]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", default="topk", help="of dictionary")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench_truth")
+    args = parser.parse_args()
+    line: dict[str, dict[str, dict[str, float]]] = {}
+    print("".join(f"{heading:<34}" if not place else f"{heading:>20}" for place, heading in enumerate(("", *SCORES))))
+    for number, (name, changes) in enumerate(WORLDS.items()):
+        print(name, flush=True)
+        for kind, one in judged(args, number, changes):
+            scores = {score: getattr(one.scores, score) for score in SCORES}
+            shown = (f"{s.mean:.3f} [{s.low:.3f}, {s.high:.3f}]" for s in scores.values())
+            print("".join([f"  {kind:<32}", *(f"{cell:>20}" for cell in shown)]), flush=True)
+            line.setdefault(name, {})[kind] = {score: round(value.mean, 3) for score, value in scores.items()}
+    print(json.dumps(dict(bench="truth", worlds=line)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""``python -m experiments.serve --help``."""
+
+from saejax.experiments import serve
+
+if __name__ == "__main__":
+    serve()

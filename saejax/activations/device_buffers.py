@@ -1,0 +1,158 @@
+"""The rows of the buffer that is being made, on the devices: the model's pass writes them where training reads them.
+
+Only token ids and row numbers go there, and only the rows' norms come back, once a buffer: 4 bytes for each site and
+token, where values that pass through the host take 2 d (bfloat16) or 4 d of them twice. The documents of a batch are
+split over all of ``member`` and ``data``, the rows of a buffer over ``data``, its sites over ``member``. All processes
+of a run work on the same batch together.
+"""
+
+import collections
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from saejax.activations.batches import Parts, sites_of
+from saejax.activations.jax_capture import DecoderReader
+from saejax.activations.plan import Batch
+from saejax.activations.store import DTYPES
+from saejax.errors import UserError
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import forward
+from saejax.models.sites import Site
+from saejax.parallel import everywhere, fitting_sharding, free_bytes, sharding
+
+BY_DOCUMENT = ("member", "data")  # axes over which the documents of a batch are split
+_BITS = dict(float32=jnp.float32, bfloat16=jnp.uint16)
+_AHEAD = 2  # batches that are sent before the one that runs is waited for: a request to stop is heard between them
+
+
+class DeviceBuffers:
+    """The vectors of the buffer that is being made, on the devices.
+
+    Args:
+      reader: the model, with its mesh.
+      parts: the sites of every part of a batch, each of the reader's.
+      rows: of the largest buffer.
+      dtype: "float32" or "bfloat16", of the values.
+
+    Attributes:
+      parts: for each part an array [sites, rows, d], rows filled up to a multiple of the ``data`` axis; bfloat16 as
+        uint16, which a CPU scatters 20 times as fast.
+
+    Raises:
+      UserError: they do not fit on the devices.
+    """
+
+    def __init__(self, reader: DecoderReader, parts: Parts, rows: int, dtype: str):
+        self._reader, self._sites, self._dtype = reader, sites_of(parts), DTYPES[dtype]
+        shapes, norms = buffer_shapes(reader.config, reader.mesh, parts, rows, dtype)
+        self._rows = norms.shape[1]
+        self._check(sum(math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize for one in shapes))
+        self.parts, self._norms_SxR = jax.tree.map(_zeros, (shapes, norms))
+        self._places = {site: (i, part.index(site)) for i, part in enumerate(parts) for site in part}
+        self._write = buffer_writer(reader.config, reader.mesh, parts, rows, dtype)
+        whole = sharding(reader.mesh)
+        self._take = jax.jit(lambda part_SxRxD, site, rows_N: part_SxRxD[site][rows_N], out_shardings=whole)
+
+    def fill(self, batches: Iterable[Batch]) -> None:
+        """Runs the batches, in their order. If iterating over them raises, the buffer holds nothing of use."""
+        sent: collections.deque[jax.Array] = collections.deque()
+        for batch in batches:
+            ids_BxT, lengths_B = self._reader.padded(batch)
+            rows_BxT = np.full(ids_BxT.shape, self._rows, np.int32)  # beyond the buffer: not written
+            for own_T, first, stop, rows in zip(rows_BxT, batch.first_B, batch.stop_B, batch.rows_B, strict=False):
+                own_T[first:stop] = rows
+            placed = [everywhere(self._reader.mesh, array, BY_DOCUMENT) for array in (ids_BxT, lengths_B)]
+            given = (self._reader.params, self.parts, self._norms_SxR, *placed, rows_BxT)
+            self.parts, self._norms_SxR, done = self._write(*given)
+            sent.append(done)
+            if len(sent) > _AHEAD:
+                sent.popleft().block_until_ready()
+
+    def norms(self) -> dict[str, np.ndarray]:
+        """The norm of every row at every site, float32, once all batches are through; NaN or infinite if a value is."""
+        return dict(zip(self._sites, np.asarray(self._norms_SxR), strict=True))
+
+    def read(self, site: str, rows: np.ndarray) -> np.ndarray:
+        """The vectors [n, d] of ``rows`` at a ``site``, on the host."""
+        part, place = self._places[site]
+        return np.asarray(self._take(self.parts[part], place, rows.astype(np.int32))).view(self._dtype)
+
+    def _check(self, needed: int) -> None:
+        free = free_bytes(self._reader.mesh)
+        if needed > free:
+            raise UserError(
+                f"a buffer of {self._rows:,} tokens takes {needed / 1e9:.2f} GB on each device, of which "
+                f"{free / 1e9:.2f} GB are free: lower --train.buffer_rows, or use more devices on --mesh.data"
+            )
+
+
+def buffer_shapes(
+    config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dtype: str
+) -> tuple[tuple[jax.ShapeDtypeStruct, ...], jax.ShapeDtypeStruct]:
+    """Every part of a buffer, [sites, rows, d], and the norms of its rows, [sites, rows], with their shardings.
+
+    Args:
+      config, mesh: of the model.
+      parts: the sites of every part.
+      rows: of the largest buffer; they are filled up to a multiple of the ``data`` axis.
+      dtype: "float32" or "bfloat16", of the values.
+    """
+    rows = -(-rows // mesh.shape["data"]) * mesh.shape["data"]
+    shapes = [(len(part), rows, Site.parse(part[0]).width(config)) for part in parts]
+    placements = [fitting_sharding(mesh, shape, "member", "data", None) for shape in shapes]
+    held = zip(shapes, placements, strict=True)
+    norms = jax.ShapeDtypeStruct((len(sites_of(parts)), rows), jnp.float32, sharding=sharding(mesh))
+    return tuple(jax.ShapeDtypeStruct(shape, _BITS[dtype], sharding=where) for shape, where in held), norms
+
+
+def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dtype: str) -> Callable:
+    """The program of a batch: (params, parts, norms, ids_BxT, lengths_B, rows_BxT) -> parts, norms, when it is done.
+
+    ``rows_BxT`` says which row of the buffer every token becomes; what lies beyond the last is not written.
+
+    Args:
+      config, mesh, parts, rows, dtype: as for ``buffer_shapes``.
+    """
+    shapes, norms = buffer_shapes(config, mesh, parts, rows, dtype)
+    sites = sites_of(parts)
+    where = [list(map(sites.index, part)) for part in parts]
+    write = functools.partial(_write, config, tuple(map(Site.parse, sites)), where, dtype)
+    placements = jax.tree.map(lambda shape: shape.sharding, (shapes, norms, norms))
+    return jax.jit(write, donate_argnums=(1, 2), out_shardings=placements)
+
+
+def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
+
+
+def _write(
+    config: DecoderConfig,
+    sites: tuple[Site, ...],
+    where: Sequence[Sequence[int]],
+    dtype: str,
+    params: dict[str, jax.Array],
+    parts: tuple[jax.Array, ...],
+    norms_SxR: jax.Array,
+    ids_BxT: jax.Array,
+    lengths_B: jax.Array,
+    rows_BxT: jax.Array,
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+    """A batch through the model and into its rows; the last of what comes back is there when it is done."""
+    _, found = forward(config, sites, False, params, ids_BxT, lengths_B)
+    rows_N = rows_BxT.reshape(-1)
+    values = [value.reshape(-1, value.shape[-1]).astype(dtype) for value in found]
+    norms_SxN = jnp.stack([jnp.linalg.norm(value.astype(jnp.float32), axis=-1) for value in values])
+    written = []
+    for part_SxRxD, own in zip(parts, where, strict=True):
+        for place, site in enumerate(own):
+            bits_NxD = lax.bitcast_convert_type(values[site], part_SxRxD.dtype)
+            part_SxRxD = part_SxRxD.at[place, rows_N].set(bits_NxD, mode="drop")
+        written.append(part_SxRxD)
+    return tuple(written), norms_SxR.at[:, rows_N].set(norms_SxN, mode="drop"), jnp.sum(lengths_B)

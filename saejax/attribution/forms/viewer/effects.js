@@ -1,0 +1,38 @@
+// What changes did to the next token: old beside new, and beside what random features do.
+
+function effectsTable({ tokens, differences, kl, random_kl, draws, no_draws, hold }, names) {
+  const nats = (x) => `${magnitude(x)} nats`;
+  const span = (values, written) => `${written(Math.min(...values))} to ${written(Math.max(...values))}`;
+  const row = (token) => {
+    const cells = [
+      visibleToken(token.text),
+      ...token.logit.map((x) => plain(x)),
+      signed(token.logit[1] - token.logit[0]),
+      ...token.probability.map(percent),
+      token.random ? span(token.random, percent) : "–",
+    ];
+    const texts = cells.map((cell, k) => element(k ? "td" : "th", k ? { class: "number" } : { scope: "row" }, cell));
+    return element("tr", {}, texts);
+  };
+  const plain = (x) => (x < 0 ? "−" : "") + magnitude(x);
+  const named = differences.map(({ text, value, random }) => {
+    const told = random ? `; random sets ${span(random, plain)}` : "";
+    return element("p", {}, `${text.map(visibleToken).join(" − ")}: ${plain(value[0])} before, ${plain(value[1])} after${told}.`);
+  });
+  const heads = ["Token", "Logit before", "after", "change", "Probability before", "after", "after random ones"];
+  const said = draws
+    ? `${draws} random sets of as many other active features of the same layers, changed alike: ${span(random_kl, nats)}.`
+    : `No random features to compare with: ${no_draws}`;
+  const header = heads.map((name) => element("th", { scope: "col" }, name));
+  return [
+    element("h3", {}, `The next token, with ${names}`),
+    element("p", {}, `Divergence from the model as it is (KL): ${nats(kl)}. ${said}`),
+    ...named,
+    hold === "all" ? element("p", { class: "note" }, "With all else held this is what the edges say, not the model.") : [],
+    element(
+      "div",
+      { class: "wide", tabindex: 0, role: "region", "aria-label": "Tokens" },
+      element("table", {}, element("thead", {}, element("tr", {}, header)), element("tbody", {}, tokens.map(row))),
+    ),
+  ].flat();
+}

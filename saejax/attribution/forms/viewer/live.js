@@ -1,0 +1,133 @@
+// What the page does with its server: the model run with features changed, the graph pruned again, labels and groups
+// saved.
+
+function makeLive(graph, { live, labels }, app) {
+  const here = (id) => document.getElementById(id);
+  const job = makeJob();
+  const [what, how, amount, list] = ["change-what", "change-how", "change-amount", "changes"].map(here);
+  const groupsNow = () => JSON.stringify(qParamsOf(graph, app.state).supernodes);
+  let saved = JSON.stringify(checkedGroups());
+  let choices = [];
+
+  function checkedGroups() {
+    const { supernodes } = graph.doc.qParams || {};
+    return checkedPins(graph, [], supernodes).groups.map(([name, members]) => [name, ...members.map((i) => graph.ids[i])]);
+  }
+  const features = (members) => members.filter((i) => graph.kind[i] === FEATURE);
+  const nameOf = (members) => {
+    const group = app.state.groups.find((one) => features(one[1]).join() === members.join());
+    if (group) return visibleText(group[0]);
+    return members.length > 1 ? `${members.length} features` : `${graph.labels[members[0]]}, ${whereOf(graph, members[0])}`;
+  };
+  const words = ({ how, amount, members }) => {
+    const done = how === "set" ? `set to ${amount}` : amount === 0 ? "ablated" : `times ${amount}`;
+    return `${nameOf(members)}: ${done}`;
+  };
+
+  /** What can be changed: the selected feature, groups, pinned features. */
+  const showChoices = () => {
+    const { clicked, groups, pinned } = app.state;
+    const named = [
+      clicked >= 0 ? ["Selected: ", features([clicked])] : ["", []],
+      ...groups.map(([, members]) => ["Group: ", features(members)]),
+      ...features(pinned).map((i) => ["Pinned: ", [i]]),
+      ["All pinned: ", features(pinned)],
+    ];
+    choices = named.filter(([, members]) => members.length);
+    const options = choices.map(([before, members], k) => element("option", { value: k }, clip(before + nameOf(members), 60)));
+    const none = element("option", { value: "" }, "Select or pin features first");
+    what.replaceChildren(...(options.length ? options : [none]));
+    here("change-form").querySelector("button").disabled = !choices.length;
+  };
+  const showChanges = () => {
+    const { changes } = app.state;
+    const remove = (k) => app.change({ changes: changes.filter((_, other) => other !== k) }, true);
+    list.replaceChildren(
+      ...changes.map((change, k) => {
+        const label = `Take back ${words(change)}`;
+        const button = element("button", { type: "button", "aria-label": label, onclick: () => remove(k) }, "Take back");
+        return element("li", {}, element("span", {}, words(change)), button);
+      }),
+    );
+    here("run-changes").disabled = !changes.length || Boolean(live.why);
+    here("hold").value = app.state.hold;
+  };
+  const clearEffects = () => here("effects").replaceChildren();
+
+  here("change-form").onsubmit = (event) => {
+    event.preventDefault();
+    const members = choices[what.value]?.[1];
+    if (!members) return;
+    const others = app.state.changes
+      .map((one) => ({ ...one, members: one.members.filter((i) => !members.includes(i)) }))
+      .filter((one) => one.members.length);
+    clearEffects();
+    app.change({ changes: [...others, { how: how.value, amount: Number(amount.value), members }] }, true);
+  };
+  here("hold").onchange = (event) => {
+    clearEffects();
+    app.change({ hold: event.target.value }, true);
+  };
+  here("run-changes").onclick = async () => {
+    const { changes, hold } = app.state;
+    const names = changes.map(words).join("; ");
+    const found = await job.run("api/change", { graph: live.graph, changes: plainChanges(graph, changes), hold });
+    if (!found) return;
+    here("effects").replaceChildren(...effectsTable({ ...found, hold }, names));
+    here("effects").focus({ preventScroll: true });
+    say(`The next token is now ${found.tokens[0].text}.`);
+  };
+  here("prune-form").onsubmit = async (event) => {
+    event.preventDefault();
+    const [nodes, edges] = ["prune-nodes", "prune-edges"].map((id) => Number(here(id).value));
+    const found = await job.run("api/prune", { graph: live.graph, nodes, edges });
+    if (found) location.assign(found.address + location.hash);
+  };
+  const saving = async (path, body, done) => {
+    here("saved").textContent = "";
+    try {
+      const answer = await ask(path, { graph: live.graph, ...body });
+      here("saved").textContent = `Saved in ${answer.file}.`;
+      say("Saved.");
+      done();
+    } catch (error) {
+      job.fail(error.message);
+    }
+  };
+  here("save-groups").onclick = () => {
+    const groups = groupsNow();
+    saving("api/groups", { groups: JSON.parse(groups) }, () => {
+      saved = groups;
+      show("live");
+    });
+  };
+  [here("prune-nodes").value, here("prune-edges").value] = [live.nodes, live.edges];
+  here("prune-form").querySelector("button").disabled = Boolean(live.why);
+  here("live-note").textContent = live.why || live.note;
+
+  return {
+    /** A field with a feature's label, which is saved for all its positions. */
+    labelForm(i) {
+      const key = featureKey(graph.doc.nodes[i]);
+      const value = labels[key] ?? graph.doc.nodes[i].clerp ?? "";
+      const field = element("input", { type: "text", value, maxlength: 200, "aria-label": "Label of this feature" });
+      const form = element("form", { class: "label-form" }, field, element("button", { type: "submit" }, "Save label"));
+      form.onsubmit = (event) => {
+        event.preventDefault();
+        const label = field.value.trim();
+        saving("api/label", { node: graph.ids[i], label }, () => {
+          labels[key] = label;
+          nameNodes(graph, labels);
+          shown = {}; // names stand everywhere
+          refresh();
+        });
+      };
+      return form;
+    },
+    show() {
+      showChoices();
+      showChanges();
+      here("save-groups").disabled = groupsNow() === saved;
+    },
+  };
+}

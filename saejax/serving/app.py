@@ -1,0 +1,224 @@
+"""The server's addresses. Pages are made for each request; work is told line by line (``jobs``)."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from saejax.attribution.forms.difference import compare_graphs
+from saejax.attribution.forms.page import page_html
+from saejax.errors import UserError
+from saejax.serving import pages
+from saejax.serving.bench import Bench, targets_of
+from saejax.serving.effects import effects
+from saejax.serving.jobs import Job, Jobs
+from saejax.serving.shelf import Shelf, ShelvedGraph
+from saejax.serving.tracing import trace_typed
+
+_HOLDS = ("nothing", "attention", "all")
+
+
+class GraphServer:
+    """What is answered.
+
+    Args:
+      shelf: the graphs.
+      bench: the model.
+      jobs: the work.
+    """
+
+    def __init__(self, shelf: Shelf, bench: Bench, jobs: Jobs):
+        self._shelf, self._bench, self._jobs = shelf, bench, jobs
+
+    def application(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            Route("/", self._page(self._list)),
+            Route("/graph", self._page(self._graph)),
+            Route("/compare", self._page(self._compare)),
+            Route("/api/trace", self._work(self._trace), methods=["POST"]),
+            Route("/api/prune", self._work(self._prune), methods=["POST"]),
+            Route("/api/change", self._work(self._change), methods=["POST"]),
+            Route("/api/label", self._saved(self._label), methods=["PUT"]),
+            Route("/api/groups", self._saved(self._groups), methods=["PUT"]),
+        ]
+        return Starlette(routes=routes)
+
+    def _page(self, make: Callable[[Mapping[str, str]], str]) -> Callable:
+        async def answer(request: Request) -> Response:
+            try:
+                return HTMLResponse(await self._jobs.once(lambda: make(request.query_params)))
+            except UserError as error:
+                return PlainTextResponse(_line(error), 404)
+
+        return answer
+
+    def _saved(self, save: Callable[[Mapping[str, Any]], Any]) -> Callable:
+        async def answer(request: Request) -> Response:
+            try:
+                asked = _fields(await request.body())
+                return JSONResponse(dict(file=str(await self._jobs.once(lambda: save(asked)))))
+            except UserError as error:
+                return JSONResponse(dict(error=_line(error)), 400)
+
+        return answer
+
+    def _work(self, do: Callable[[Mapping[str, Any], Job], Any]) -> Callable:
+        async def answer(request: Request) -> Response:
+            try:
+                asked = _fields(await request.body())
+            except UserError as error:
+                return JSONResponse(dict(error=_line(error)), 400)
+            return StreamingResponse(self._jobs.lines(lambda job: do(asked, job)), media_type="application/x-ndjson")
+
+        return answer
+
+    def _list(self, asked: Mapping[str, str]) -> str:
+        graphs, why = list(self._shelf.graphs().values()), ""
+        try:
+            configs = self._configs()
+            config = configs["graph"]
+            note = f"With {configs['model'].path} and {_set_name(config)}. Checks are those of experiments.attribute."
+        except UserError as error:
+            config, note, why = self._bench.defaults["graph"], "", _line(error)
+        return pages.list_page(self._shelf.root, graphs, config, note, why)
+
+    def _graph(self, asked: Mapping[str, str]) -> str:
+        graph = self._shelf.find(asked.get("id", ""))
+        document, shown, note, why = self._shelf.document(graph), self._shelf.shown(graph), "", ""
+        settings = document["metadata"].get("pruning_settings") or {}
+        nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
+        labels: dict[tuple[int, int], str] = {}
+        if "nodes" in asked and "edges" in asked:
+            nodes, edges = (_share(asked, name) for name in ("nodes", "edges"))
+            if pruned := self._bench.pruned(graph, nodes, edges):
+                document = pruned
+            else:
+                note = "This is the graph as it was saved: press Prune again for the thresholds of this address. "
+        try:
+            configs = self._bench.configs_of(graph)
+            labels = self._shelf.labels(graph, _folders(configs))
+            note += f"With {configs['model'].path} and {_set_name(configs['graph'])}."
+            note += "" if self._bench.whole(graph) else " To be pruned again the prompt is traced again first."
+        except UserError as error:
+            why = _line(error)
+        live = dict(graph=graph.id, nodes=nodes, edges=edges, note=note, why=why)
+        return page_html(document, labels=labels, live=live, **shown)
+
+    def _compare(self, asked: Mapping[str, str]) -> str:
+        graphs = [self._shelf.find(asked.get(name, "")) for name in "ab"]
+        pair = [(graph, self._shelf.document(graph)) for graph in graphs]
+        return pages.comparison_page(pair, compare_graphs(pair[0][1], pair[1][1]))
+
+    def _trace(self, asked: Mapping[str, Any], job: Job) -> Any:
+        prompt, target = _text(asked, "prompt"), _text(asked, "target")
+        if not prompt:
+            raise UserError("the prompt is empty: expected a text")
+        most = asked.get("max_features")
+        if type(most) is not int or most < 0:
+            raise UserError(f"max_features is {most!r}: expected a number of features, 0 for all")
+        thresholds = dict(node_threshold=_share(asked, "nodes"), edge_threshold=_share(asked, "edges"))
+        own = dict(
+            prompt=prompt, target=target, max_features=most, chat_template=asked.get("chat") is True, **thresholds
+        )
+        return dict(address=pages.address(trace_typed(self._bench, self._configs(), self._shelf.root, own, job)))
+
+    def _prune(self, asked: Mapping[str, Any], job: Job) -> Any:
+        graph, nodes, edges = self._asked(asked), _share(asked, "nodes"), _share(asked, "edges")
+        self._bench.prune(graph, self._shelf.document(graph), nodes, edges, job)
+        return dict(address=pages.address(graph.id, nodes=nodes, edges=edges))
+
+    def _change(self, asked: Mapping[str, Any], job: Job) -> Any:
+        graph = self._asked(asked)
+        document, hold, changes = self._shelf.document(graph), asked.get("hold"), _changes(asked.get("changes"))
+        if hold not in _HOLDS:
+            raise UserError(f"hold is {hold!r}: expected one of {', '.join(_HOLDS)}")
+        replacement = self._bench.run(graph, document, job)
+        job.say("Running the model")
+        return effects(replacement, changes, hold, targets_of(document), job.progress)
+
+    def _label(self, asked: Mapping[str, Any]) -> Any:
+        graph, name, label = self._asked(asked), _text(asked, "node"), _text(asked, "label").strip()
+        nodes = {node["node_id"]: node["feature_type"] for node in self._shelf.document(graph)["nodes"]}
+        if nodes.get(name) != "cross layer transcoder" and not self._bench.has_feature(graph, name):
+            raise UserError(f"{name!r} is no feature of the graph")
+        layer, feature = map(int, name.split("_")[:2])
+        return self._shelf.save_label(_folders(self._bench.configs_of(graph)), layer, feature, label)
+
+    def _groups(self, asked: Mapping[str, Any]) -> Any:
+        groups = asked.get("groups")
+        if not isinstance(groups, list) or not all(
+            isinstance(one, list) and set(map(type, one)) == {str} for one in groups
+        ):
+            raise UserError("groups are lists of a label and ids of nodes")
+        return self._shelf.save_groups(self._asked(asked), groups)
+
+    def _configs(self) -> Mapping[str, Any]:
+        """What prompts are traced with: what the command line names, or the newest graph was made with."""
+        own = [graph for graph in self._shelf.graphs().values() if graph.unit]
+        return self._bench.configs_of(own[0] if own else None)
+
+    def _asked(self, asked: Mapping[str, Any]) -> ShelvedGraph:
+        return self._shelf.find(_text(asked, "graph"))
+
+
+def _line(error: UserError) -> str:
+    return " ".join(str(error).split())
+
+
+def _fields(body: bytes) -> Mapping[str, Any]:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError("expected a JSON object")
+    return found
+
+
+def _text(asked: Mapping[str, Any], name: str) -> str:
+    if not isinstance(asked.get(name), str):
+        raise UserError(f"{name} is {asked.get(name)!r:.40}: expected a text")
+    return asked[name]
+
+
+def _share(asked: Mapping[str, Any], name: str) -> float:
+    try:
+        value = float(asked.get(name, "nan"))
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise UserError(f"{name} is {asked.get(name)!r:.40}: expected a share, 0 to 1")
+    return value
+
+
+def _changes(found: Any) -> list[tuple[str, float, list[str]]]:
+    """Changes as pages send them: ["scale", 0.0, "3_17_4", ...]."""
+    changes: list[tuple[str, float, list[str]]] = []
+    for item in found if isinstance(found, list) else [found]:
+        match item:
+            case ["scale" | "set" as how, int() | float() as amount, first, *rest] if math.isfinite(amount):
+                if all(isinstance(one, str) and _is_feature(one) for one in (first, *rest)):
+                    changes.append((how, float(amount), [first, *rest]))
+                    continue
+        raise UserError('changes are lists such as ["scale", 0.0, "3_17_4"]: how, a number, and ids of features')
+    return changes
+
+
+def _is_feature(name: str) -> bool:
+    parts = name.split("_")
+    return len(parts) == 3 and all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)
+
+
+def _folders(configs: Mapping[str, Any]) -> list[str]:
+    graph = configs["graph"]
+    return [graph.transcoders] if graph.transcoders else list(graph.dictionaries)
+
+
+def _set_name(config: Any) -> str:
+    return config.transcoders or ", ".join(config.dictionaries)

@@ -1,0 +1,72 @@
+"""Who may ask the server: whoever knows its token, from its own page, under its own name.
+
+A page of another site can send requests to 127.0.0.1, and with a name of its own that it has lead here (DNS rebinding)
+it could read the answers. So a request is refused if its Host is not this server's, if it comes from another Origin, or
+if its path does not begin with the token. Pages may load nothing from elsewhere and stand in no frame.
+"""
+
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+MOST = 1 << 20  # bytes of a request
+_HEADERS = {
+    "cache-control": "no-store",
+    "content-security-policy": "frame-ancestors 'none'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",  # the address has the token
+    "x-content-type-options": "nosniff",
+}
+
+
+class Guard:
+    """Refuses what does not come from the server's own page, before the application sees it.
+
+    Args:
+      app: an ASGI application; it finds its paths without the token.
+      token: the first part of every path.
+      hosts: names with the port by which the server may be asked, such as "127.0.0.1:8765".
+    """
+
+    def __init__(self, app: Any, token: str, hosts: Iterable[str]):
+        self._app, self._token, self._hosts = app, token, frozenset(hosts)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close"})
+
+        async def guarded(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                own = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", []), *own]}
+            await send(message)
+
+        if refusal := self._refusal(scope):
+            status, why = refusal
+            headers = [(b"content-type", b"text/plain; charset=utf-8")]
+            await guarded({"type": "http.response.start", "status": status, "headers": headers})
+            return await guarded({"type": "http.response.body", "body": why.encode()})
+        await self._app({**scope, "root_path": f"/{self._token}"}, receive, guarded)
+
+    def _refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
+        """The status and the reason; None: the request may pass."""
+        headers: dict[str, list[str]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        hosts = headers.get("host", [])
+        if len(hosts) != 1 or hosts[0] not in self._hosts:
+            return 403, "another host is asked for"
+        if any(origin != f"http://{hosts[0]}" for origin in headers.get("origin", [])):
+            return 403, "another page asks"
+        token = scope["path"].split("/")[1] if scope["path"].count("/") > 1 else ""
+        if not secrets.compare_digest(token.encode("utf-8", "replace"), self._token.encode()):
+            return 403, "the address lacks the server's token: open the one that the server printed"
+        if scope["method"] in ("GET", "HEAD"):
+            return None
+        if headers.get("content-type") != ["application/json"]:
+            return 415, "expected JSON"
+        (size,) = headers.get("content-length", [""])[:1]
+        return None if size.isdecimal() and int(size) <= MOST else (413, f"expected at most {MOST} bytes, and how many")

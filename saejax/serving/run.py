@@ -1,0 +1,83 @@
+"""The binary ``serve``: the attribution graphs of a folder as living pages, for this machine alone."""
+
+import importlib.util
+import secrets
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from saejax import command
+from saejax.errors import Interrupted, UserError
+from saejax.stage import load
+
+ABOUT = """\
+serve: shows the attribution graphs of a folder in a browser on this machine, and works on them: traces prompts, prunes
+again, runs the model with features changed, saves labels and groups, compares two graphs.
+
+  serve DIR, --dir=DIR or --workdir=DIR  a workdir, or a folder of graphs in Neuronpedia's format (required)
+  --port=N  of 127.0.0.1; 0: a free one (default: 8765)
+  --labels=FILE  .csv file of labels to read and write, as --atlas.labels reads it (default: in DIR/serve/, by set)
+  --debug  show the traceback of bad input too
+
+With --model.path=MODEL and --graph.transcoders=SET, and other flags of experiments.attribute, these go for all graphs;
+else each graph's own are taken from its unit. It answers at an address with a random token, and ends with Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The binary: exits with its status."""
+    sys.exit(run(sys.argv if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Like ``main``, but returns the exit status."""
+    own = command.stage_flags()
+    flags.DEFINE_string("dir", "", "", flag_values=own)
+    flags.DEFINE_integer("port", 8765, "", lower_bound=0, upper_bound=65535, flag_values=own)
+    flags.DEFINE_string("labels", "", "", flag_values=own)
+    program, *rest = argv
+    if rest and not rest[0].startswith("-"):
+        rest[0] = f"--dir={rest[0]}"
+
+    def work() -> None:
+        configs = command.read_configs(own, [program, *rest])
+        if own["help"].value:
+            return print(ABOUT)
+        folder = own["dir"].value or own["workdir"].value
+        if not folder:
+            raise UserError("--dir=DIR is missing: name a workdir, or a folder of graphs")
+        if not Path(folder).is_dir():
+            raise UserError(f"there is no folder {folder}: expected a workdir, or a folder of graphs")
+        for package in ("starlette", "uvicorn"):
+            if not importlib.util.find_spec(package):
+                raise UserError(
+                    f"experiments.serve needs {package}, which is not installed: pip install 'saejax[serve]'"
+                )
+        token, listening = secrets.token_urlsafe(24), _listen(int(own["port"].value or 0))
+        stopped = command.stop_asked()
+        named = bool(configs["graph"].transcoders or configs["graph"].dictionaries)
+        labels = Path(own["labels"].value) if own["labels"].value else None
+        load("saejax.serving.server:serve")(Path(folder), configs, named, labels, token, listening)
+        if stopped():
+            raise Interrupted("serve: stopped")
+
+    return command.ended(work, own)
+
+
+def _listen(port: int) -> socket.socket:
+    """A socket of this machine alone.
+
+    Raises:
+      UserError: the port is taken, or may not be used.
+    """
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just left may be taken again
+    try:
+        listening.bind(("127.0.0.1", port))
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        raise UserError(f"--port={port} of 127.0.0.1 cannot be used ({error.strerror}): name another, or 0") from None
+    return listening

@@ -1,0 +1,88 @@
+"""Runs the server until it is stopped."""
+
+import contextlib
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from saejax.errors import UserError
+from saejax.serving.app import GraphServer
+from saejax.serving.bench import Bench
+from saejax.serving.guard import Guard
+from saejax.serving.jobs import Jobs
+from saejax.serving.shelf import Shelf
+
+_GRACE = 5  # seconds for answers that are under way when the server is to end
+
+
+class StoppingServer(uvicorn.Server):
+    """A server that stops its work before it waits for answers to end.
+
+    Args:
+      config: of uvicorn.
+      jobs: the work.
+    """
+
+    def __init__(self, config: uvicorn.Config, jobs: Jobs):
+        super().__init__(config)
+        self._jobs = jobs
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._jobs.stop()
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    folder: Path, configs: Mapping[str, Any], named: bool, labels: Path | None, token: str, listening: socket.socket
+) -> None:
+    """Answers until the process is asked to stop.
+
+    Args:
+      folder: with the graphs.
+      configs: every group of configuration.
+      named: whether they name a set of dictionaries, which then goes for all graphs.
+      labels: a file of labels; None: in the folder.
+      token: in the address.
+      listening: a socket of 127.0.0.1.
+
+    Raises:
+      UserError: there is no graph, and nothing to make one with.
+    """
+    shelf, jobs = Shelf(folder, labels), Jobs()
+    graphs = len(shelf.graphs())
+    if not graphs and not named:
+        raise UserError(
+            f"{folder} holds no graphs: expected a workdir in which experiments.attribute made some, or graphs in "
+            "Neuronpedia's format; to make the first here, name --model.path=MODEL --graph.transcoders=SET"
+        )
+    port = listening.getsockname()[1]
+    server = make_server(shelf, Bench(configs, named), jobs, token, port)
+    print(f"{graphs} graphs: open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(jobs):
+        server.run(sockets=[listening])
+
+
+def make_server(shelf: Shelf, bench: Bench, jobs: Jobs, token: str, port: int) -> StoppingServer:
+    """The server, which is not running yet.
+
+    Args:
+      shelf, bench, jobs: see ``GraphServer``.
+      token, port: of its address.
+    """
+    hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
+    config = uvicorn.Config(
+        Guard(GraphServer(shelf, bench, jobs).application(), token, hosts),
+        http="h11",  # says when a reader has left, on which work ends
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,  # addresses have the token
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_GRACE,
+    )
+    return StoppingServer(config, jobs)

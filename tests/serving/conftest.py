@@ -1,0 +1,75 @@
+"""Servers in this process, and what asks them."""
+
+import contextlib
+import http.client
+import json
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "attribution"))
+
+from saejax.serving.jobs import THREAD, Jobs
+from saejax.serving.run import _listen
+from saejax.serving.server import make_server
+
+TOKEN = "the-token"
+
+
+class Asker:
+    """Asks a server as its page does."""
+
+    def __init__(self, address):
+        self.address, self._host = address, urlsplit(address).netloc
+
+    def open(self, path, body=None, method="GET", **headers):
+        """The connection and its answer, of which nothing is read yet."""
+        connection = http.client.HTTPConnection(self._host, timeout=600)
+        text = None if body is None else json.dumps(body)
+        own = {"origin": f"http://{self._host}"} | ({"content-type": "application/json"} if text else {}) | headers
+        connection.request(method, urlsplit(self.address).path + path, text, own)
+        return connection, connection.getresponse()
+
+    def get(self, path, **headers):
+        connection, answer = self.open(path, **headers)
+        with contextlib.closing(connection):
+            return answer.status, answer.read().decode()
+
+    def put(self, path, body):
+        connection, answer = self.open(path, body, "PUT")
+        with contextlib.closing(connection):
+            return answer.status, json.loads(answer.read())
+
+    def work(self, path, body):
+        """The lines of some work."""
+        connection, answer = self.open(path, body, "POST")
+        with contextlib.closing(connection):
+            return [json.loads(line) for line in answer.read().splitlines()]
+
+
+@contextlib.contextmanager
+def served(shelf, bench):
+    """A running server; at the end no thread of it is left."""
+    listening, jobs = _listen(0), Jobs()
+    port = listening.getsockname()[1]
+    server = make_server(shelf, bench, jobs, TOKEN, port)
+    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))
+    thread.start()
+    try:
+        yield Asker(f"http://127.0.0.1:{port}/{TOKEN}/")
+    finally:
+        jobs.stop()
+        server.should_exit = True
+        thread.join()
+        jobs.close()
+        assert not [one for one in threading.enumerate() if one.name == THREAD]
+
+
+@pytest.fixture(scope="module")
+def serve():
+    """Starts servers that end with the module."""
+    with contextlib.ExitStack() as stack:
+        yield lambda shelf, bench: stack.enter_context(served(shelf, bench))

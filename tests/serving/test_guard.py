@@ -1,0 +1,85 @@
+"""Who may ask the server: its own page alone."""
+
+import asyncio
+
+import pytest
+
+from saejax.serving.guard import MOST, Guard
+
+TOKEN, HOST = "a-token_1", "127.0.0.1:8765"
+
+
+async def inside(scope, receive, send):
+    """An application that says which path it was asked for."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": (scope["root_path"] + "|" + scope["path"]).encode()})
+
+
+def ask(path, headers=(("host", HOST),), method="GET", kind="http"):
+    """What is sent for a request."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = dict(type=kind, path=path, method=method, headers=[(a.encode(), b.encode()) for a, b in headers])
+    asyncio.run(Guard(inside, TOKEN, [HOST, "localhost:8765"])(scope, None, send))
+    return sent
+
+
+@pytest.mark.parametrize("host", [HOST, "localhost:8765"])
+@pytest.mark.parametrize("origin", [True, False])
+def test_the_own_page_may_ask(host, origin):
+    start, body = ask(f"/{TOKEN}/graph", [("host", host), *([("origin", f"http://{host}")] if origin else [])])
+    assert start["status"] == 200 and body["body"].decode() == f"/{TOKEN}|/{TOKEN}/graph"
+    headers = dict(start["headers"])
+    assert headers[b"referrer-policy"] == b"no-referrer" and headers[b"cache-control"] == b"no-store"
+    assert headers[b"content-security-policy"] == b"frame-ancestors 'none'"
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/", [("host", HOST)]),
+        ("/graph", [("host", HOST)]),
+        (f"/{TOKEN}", [("host", HOST)]),  # nothing is there, and no answer says so
+        (f"/{TOKEN}x/", [("host", HOST)]),
+        (f"/{TOKEN[:-1]}/", [("host", HOST)]),
+        ("/ü/", [("host", HOST)]),
+        (f"/x/{TOKEN}/", [("host", HOST)]),
+        (f"/{TOKEN}/", []),
+        (f"/{TOKEN}/", [("host", "127.0.0.1")]),
+        (f"/{TOKEN}/", [("host", "127.0.0.1:1")]),
+        (f"/{TOKEN}/", [("host", "evil.example:8765")]),  # a name that was led to this machine
+        (f"/{TOKEN}/", [("host", HOST), ("host", "evil.example")]),
+        (f"/{TOKEN}/", [("host", HOST), ("origin", "http://evil.example")]),
+        (f"/{TOKEN}/", [("host", HOST), ("origin", "null")]),
+        (f"/{TOKEN}/", [("host", HOST), ("origin", "http://127.0.0.1:9999")]),  # another server of this machine
+        (f"/{TOKEN}/", [("host", HOST), ("origin", f"https://{HOST}")]),
+        (f"/{TOKEN}/", [("host", HOST), ("origin", f"http://{HOST}"), ("origin", "http://evil.example")]),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_others_may_not(path, headers, method):
+    more = [("content-type", "application/json"), ("content-length", "2")] if method == "POST" else []
+    start, body = ask(path, [*headers, *more], method)
+    assert start["status"] == 403 and TOKEN not in body["body"].decode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([("content-type", "application/json"), ("content-length", str(MOST))], 200),
+        ([("content-type", "application/json"), ("content-length", str(MOST + 1))], 413),
+        ([("content-type", "application/json"), ("content-length", "-1")], 413),
+        ([("content-type", "application/json")], 413),
+        ([("content-type", "text/plain"), ("content-length", "2")], 415),  # what a form of another page can send
+        ([("content-length", "2")], 415),
+    ],
+)
+def test_what_is_sent_is_json_and_small(headers, status):
+    assert ask(f"/{TOKEN}/api/trace", [("host", HOST), *headers], "POST")[0]["status"] == status
+
+
+def test_sockets_are_closed():
+    assert ask(f"/{TOKEN}/", kind="websocket") == [{"type": "websocket.close"}]

@@ -1,0 +1,133 @@
+"""Work in threads that end with the request."""
+
+import asyncio
+import json
+import threading
+
+import pytest
+
+from saejax.errors import UserError
+from saejax.serving.jobs import THREAD, Jobs
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == THREAD]
+
+
+async def read(jobs, work, most=None):
+    """The lines of some work, or the first of them."""
+    lines, found = jobs.lines(work), []
+    async for line in lines:
+        found.append(json.loads(line))
+        if len(found) == most:
+            break
+    await lines.aclose()
+    return found
+
+
+async def gone():
+    """Waits until no thread is left."""
+    while threads():
+        await asyncio.sleep(0.01)
+
+
+def raising(error):
+    def work(job):
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("work", "last"),
+    [
+        (lambda job: dict(a=1), dict(result=dict(a=1))),
+        (raising(UserError("two\n lines")), dict(error="two lines")),
+        (raising(KeyError("x")), dict(error="This is a bug of saejax (KeyError); the server's terminal has more.")),
+        (lambda job: float("nan"), dict(error="This is a bug of saejax (ValueError); the server's terminal has more.")),
+    ],
+)
+def test_the_last_line_says_how_it_ended(work, last, capsys):
+    async def run():
+        (line,) = await read(Jobs(), work)
+        await gone()
+        return line
+
+    assert asyncio.run(run()) == last
+    assert ("Traceback" in capsys.readouterr().err) == ("bug" in str(last))
+
+
+def test_progress_is_told_in_few_lines():
+    def work(job):
+        job.say("Begins")
+        for done in range(10_001):
+            job.progress(done, 10_000)
+        return 3
+
+    first, *lines, last = asyncio.run(read(Jobs(), work))
+    assert first == dict(say="Begins") and last == dict(result=3) and len(lines) == 201
+    assert [line["done"] for line in lines] == sorted(line["done"] for line in lines) and lines[-1]["done"] == 10_000
+
+
+def endless(job):
+    while True:
+        job.progress(threading.get_ident() % 7, 7)
+
+
+def test_a_reader_who_leaves_stops_the_work_and_what_waits_goes_on():
+    async def run():
+        jobs = Jobs()
+        lines = jobs.lines(endless)
+        await anext(lines)
+        waiting = asyncio.create_task(read(jobs, lambda job: "second"))
+        while len(threads()) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert not waiting.done()  # one at a time
+        await lines.aclose()
+        found = await waiting
+        await gone()
+        return found
+
+    found = asyncio.run(run())
+    assert found[0] == dict(say="Waiting for other work") and found[-1] == dict(result="second")
+
+
+def test_one_that_waits_can_leave_too():
+    async def run():
+        jobs = Jobs()
+        first = jobs.lines(endless)
+        await anext(first)
+        assert await read(jobs, lambda job: "never", most=1) == [dict(say="Waiting for other work")]
+        while len(threads()) > 1:
+            await asyncio.sleep(0.01)
+        await first.aclose()
+        await gone()
+
+    asyncio.run(run())
+
+
+def test_a_server_that_ends_stops_all_and_starts_nothing():
+    async def run():
+        jobs = Jobs()
+        task = asyncio.create_task(read(jobs, endless))
+        while not threads():
+            await asyncio.sleep(0.01)
+        jobs.stop()
+        assert (await task)[-1] == dict(error="The work was stopped.")
+        jobs.close()
+        assert not threads()
+        return await read(jobs, endless)
+
+    assert asyncio.run(run())[-1] == dict(error="The work was stopped.")
+
+
+def test_small_work_gives_its_value_or_raises():
+    async def run():
+        jobs = Jobs()
+        assert await jobs.once(lambda: 5) == 5
+        with pytest.raises(UserError, match="no"):
+            await jobs.once(lambda: raising(UserError("no"))(None))
+        await gone()
+
+    asyncio.run(run())

@@ -1,0 +1,79 @@
+"""The program: an address that works, one line for bad input, and an end that leaves nothing."""
+
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from made_up_documents import made_up_document
+
+from saejax.attribution.forms.graph_folder import write_graph
+from saejax.serving import run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_graph(tmp_path / "graphs", made_up_document(features=8, edges=12, layers=3))
+    return tmp_path
+
+
+def test_it_serves_this_machine_alone_until_it_is_stopped(folder):
+    command = [sys.executable, "-m", "experiments.serve", str(folder), "--port=0"]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(JAX_PLATFORMS="cpu"), **streams) as process:
+        try:
+            line = process.stdout.readline()
+            address, port = re.search(r"1 graphs: open (http://127\.0\.0\.1:(\d+)/[\w-]{32}/) ", line).groups()
+            listening = [
+                one.laddr.ip for one in psutil.Process(process.pid).net_connections() if one.status == "LISTEN"
+            ]
+            assert listening == ["127.0.0.1"]
+            status = {}
+            for path in (address, f"http://127.0.0.1:{port}/"):
+                connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=300)
+                connection.request("GET", path.partition(port)[2])
+                status[path] = connection.getresponse().status
+                connection.close()
+            assert list(status.values()) == [200, 403]
+            children = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=300)
+    assert process.returncode == 143 and errors == "serve: stopped\n"
+    assert address not in rest and not children
+
+
+def test_bad_input_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for words, said in (
+            ([], "--dir=DIR is missing"),
+            (["--dir=/nowhere/at/all"], "there is no folder /nowhere/at/all"),
+            ([str(folder / "graphs" / "made-up.json")], "there is no folder"),
+            ([str(empty), "--port=0"], "holds no graphs: expected a workdir"),
+            (
+                [f"--dir={folder}", f"--port={port}"],
+                f"--port={port} of 127.0.0.1 cannot be used (Address already in use)",
+            ),
+            ([f"--dir={folder}", "--port=99999"], "port"),
+            ([f"--dir={folder}", "--dirr=x"], "Unknown command line flag 'dirr'"),
+            ([str(folder), "more"], "'more' is not a flag"),
+        ):
+            assert run.run(["serve", *words]) == 2, words
+            error = capsys.readouterr().err
+            assert said in error and error.count("\n") == 1
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run.run(["serve", f"--dir={folder}"]) == 2
+    assert "needs starlette, which is not installed: pip install 'saejax[serve]'" in capsys.readouterr().err

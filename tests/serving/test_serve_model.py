@@ -1,0 +1,210 @@
+"""The server with a model: what it traces, prunes and changes is what the library gives."""
+
+import json
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from made_transcoders import made_set
+
+from saejax import command, load_model, save_transcoders
+from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.trace.prompt import trace_prompt
+from saejax.models.tokens import Tokens
+from saejax.results import load_results
+from saejax.serving import bench as benches
+from saejax.serving import tracing
+from saejax.serving.bench import Bench, targets_of, token_ids
+from saejax.serving.jobs import THREAD
+from saejax.serving.shelf import Shelf
+
+PROMPT = "The war near"
+UNIT = "attribute/the-war-near"
+GRAPH = f"{UNIT}/graphs/the-war-near"
+ASKED = dict(prompt=PROMPT, target=" way> runs", max_features=0, nodes=0.8, edges=0.98, chat=False)
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_llama, one_device):
+    before = jax.config.values["jax_exec_time_optimization_effort"]
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield load_model(str(tiny_llama), mesh=one_device)
+    jax.config.update("jax_exec_time_optimization_effort", before)
+
+
+@pytest.fixture(scope="module")
+def transcoders(lm):
+    return made_set(lm)
+
+
+@pytest.fixture(scope="module")
+def place(tiny_llama, transcoders, tmp_path_factory):
+    """A workdir, and the bench of a server that is started with flags."""
+    folder = tmp_path_factory.mktemp("served")
+    save_transcoders(folder / "set", transcoders)
+    flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={folder / 'set'}"]
+    configs = command.read_configs(command.stage_flags(), ["serve", *flags])
+    return folder / "run", configs
+
+
+@pytest.fixture(scope="module")
+def asker(place, lm, serve, one_device):
+    """A server on one device, with no graph yet."""
+    root, configs = place
+    root.mkdir()
+    patch = pytest.MonkeyPatch()
+    patch.setattr("saejax.causal.parts.make_mesh", lambda config: one_device)
+    yield serve(Shelf(root), Bench(configs, named=True))
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def traced(asker):
+    """The lines of the first trace."""
+    return asker.work("api/trace", ASKED)
+
+
+@pytest.fixture(scope="module")
+def wanted(lm, transcoders, traced):
+    pair = lm.token_id(" way"), lm.token_id(" runs")
+    return trace_prompt(lm, LayerTranscoders.of(transcoders), PROMPT, targets=[pair])
+
+
+def document_of(root) -> dict:
+    return json.loads((root / f"{GRAPH}.json").read_text())
+
+
+def same(found, graph):
+    """The document has the graph's nodes and edges."""
+    document = to_document(graph, "the-war-near")
+    assert [node["node_id"] for node in found["nodes"]] == [node["node_id"] for node in document["nodes"]]
+    weights = [{(one["source"], one["target"]): one["weight"] for one in d["links"]} for d in (found, document)]
+    assert weights[0].keys() == weights[1].keys()
+    np.testing.assert_allclose(*([w[edge] for edge in weights[0]] for w in weights), rtol=1e-4, atol=1e-6)
+
+
+def test_a_typed_prompt_becomes_a_unit_of_the_stage(asker, traced, wanted, place):
+    root, _ = place
+    steps = [line["done"] for line in traced if "done" in line]
+    assert steps == sorted(steps) and steps[-1] == [line["total"] for line in traced if "total" in line][-1]
+    assert traced[-1]["result"]["address"] == "graph?id=attribute%2Fthe-war-near%2Fgraphs%2Fthe-war-near"
+    same(document_of(root), wanted.graph.prune())
+    results = load_results(root / UNIT).graphs["the-war-near"]
+    assert results.doubling is None and results.circuits is None and results.prompt == PROMPT
+    status, page = asker.get(f"graph?id={GRAPH}")
+    assert status == 200 and PROMPT in page and '"why":""' in page
+    assert asker.work("api/trace", ASKED)[-1] == traced[-1]  # is there, unchanged
+    (again,) = asker.work("api/trace", ASKED | dict(max_features=20))[-1].values()
+    assert again["address"].endswith("the-war-near-2") and (root / UNIT / "summary.json").exists()
+
+
+def test_what_a_document_says_is_enough_to_run_it_again(lm, traced, wanted, place):
+    document = document_of(place[0])
+    assert token_ids(document) == wanted.graph.ids_P.tolist()
+    assert targets_of(document) == [(" way", " runs")]
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_pruned_again_from_memory_or_traced_again(asker, traced, wanted, place, forgotten, request):
+    root, _ = place
+    if forgotten:  # a server that was started anew, and finds model and set in the unit
+        bare = command.read_configs(command.stage_flags(), ["serve"])
+        asker = request.getfixturevalue("serve")(Shelf(root), Bench(bare, named=False))
+    found = asker.work("api/prune", dict(graph=GRAPH, nodes=0.95, edges=0.6))
+    assert found[-1]["result"]["address"].endswith("&nodes=0.95&edges=0.6")
+    assert any(line.get("say") == "Tracing the prompt again" for line in found) == forgotten
+    _, page = asker.get(found[-1]["result"]["address"])
+    data = page.split('id="graph-data">')[1].split("</script>")[0]
+    pruned = wanted.graph.prune(0.95, 0.6)
+    assert len(json.loads(data)["document"]["nodes"]) == len(pruned.nodes)
+    assert "press Prune again" in asker.get(f"graph?id={GRAPH}&nodes=0.5&edges=0.5")[1]
+
+
+def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, wanted):
+    """The features of one layer at one position, ablated; against the decoder with the transcoder's own edit."""
+    active, last = wanted.replacement.active, len(wanted.graph.ids_P) - 1
+    features = active.feature_A[(active.layer_A == 1) & (active.position_A == last)].tolist()
+    changes = [["scale", 0.0, *(f"1_{feature}_{last}" for feature in features)]]
+    found = asker.work("api/change", dict(graph=GRAPH, changes=changes, hold="nothing"))[-1]["result"]
+    tokens = Tokens(wanted.graph.ids_P[None], np.array([last + 1], np.int32))
+    edited = lm(tokens, edits=[transcoders[1].ablate(features, positions=(last, None))]).logits_BxTxV[0, last]
+    logits_2xV = np.stack([wanted.replacement.logits_V, np.asarray(edited)]).astype(np.float64)
+    p_2xV = np.exp(logits_2xV) / np.exp(logits_2xV).sum(axis=1, keepdims=True)
+    assert len(features) > 1 and len(found["tokens"]) >= 8
+    best = np.argsort(-p_2xV[1])[:3]
+    for token, shown in zip(best, found["tokens"]):
+        np.testing.assert_allclose(shown["logit"], logits_2xV[:, token], atol=2e-4)
+        np.testing.assert_allclose(shown["probability"], p_2xV[:, token], atol=2e-5)
+        assert shown["random"][0] <= shown["random"][1]
+    kl = (p_2xV[0] * np.log(p_2xV[0] / p_2xV[1])).sum()
+    assert found["kl"] == pytest.approx(kl, rel=1e-2, abs=1e-7)
+    assert found["draws"] == len(found["random_kl"]) == 7 and min(found["random_kl"]) > 0
+    way, runs = lm.token_id(" way"), lm.token_id(" runs")
+    (difference,) = found["differences"]
+    assert difference["text"] == [" way", " runs"]
+    np.testing.assert_allclose(difference["value"], logits_2xV[:, way] - logits_2xV[:, runs], atol=3e-4)
+    nothing = asker.work("api/change", dict(graph=GRAPH, changes=[["scale", 1.0, changes[0][2]]], hold="nothing"))
+    assert abs(nothing[-1]["result"]["kl"]) < 1e-9 and max(map(abs, nothing[-1]["result"]["random_kl"])) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("trace", ASKED | dict(prompt=""), "the prompt is empty"),
+        ("trace", ASKED | dict(prompt="The war " * 200), "more than the model's context"),
+        ("trace", ASKED | dict(target=" and so on"), "is 6 tokens"),
+        ("trace", ASKED | dict(max_features=-1), "max_features is -1"),
+        ("trace", ASKED | dict(nodes=1.5), "nodes is 1.5: expected a share"),
+        ("trace", ASKED | dict(chat=True), "has no chat template"),
+        ("prune", dict(graph="../../etc/passwd", nodes=0.5, edges=0.5), "there is no graph"),
+        ("prune", dict(graph=GRAPH, nodes="NaN", edges=0.5), "expected a share"),
+        ("change", dict(graph=GRAPH, changes=[], hold="nothing"), "nothing is changed"),
+        ("change", dict(graph=GRAPH, changes=[["scale", 0, "1_47_0"]], hold="nothing"), "is not active at position 0"),
+        ("change", dict(graph=GRAPH, changes=[["scale", 1e999, "1_4_2"]], hold="nothing"), "changes are lists"),
+        ("change", dict(graph=GRAPH, changes=[["scale", 0, "<b>"]], hold="nothing"), "changes are lists"),
+        ("change", dict(graph=GRAPH, changes=[["scale", 0, "1_4_2"]], hold="me"), "hold is 'me'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(asker, traced, place, path, body, said):
+    before = sorted((place[0] / "attribute").iterdir())
+    (line,) = [one for one in asker.work(f"api/{path}", body) if "error" in one]
+    assert said in line["error"] and "\n" not in line["error"]
+    assert sorted((place[0] / "attribute").iterdir()) == before
+
+
+def test_a_request_that_is_killed_leaves_no_thread_and_no_files(asker, traced, place, monkeypatch):
+    ended = threading.Event()
+
+    def endless(model, dictionaries, request, config, on_progress):
+        try:
+            while True:
+                on_progress(1, 3)
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(tracing, "trace_request", endless)
+    before = sorted((place[0] / "attribute").iterdir())
+    connection, answer = asker.open("api/trace", ASKED | dict(prompt="The water near"), "POST")
+    while "done" not in json.loads(answer.readline()):
+        pass
+    assert [one for one in threading.enumerate() if one.name == THREAD]
+    answer.close()
+    connection.close()
+    ended.wait()
+    while [one for one in threading.enumerate() if one.name == THREAD]:  # one that stays fails by the time limit
+        time.sleep(0.01)
+    assert sorted((place[0] / "attribute").iterdir()) == before
+
+
+def test_another_model_than_the_graphs_is_refused(asker, traced, place, lm, monkeypatch):
+    other = LayerTranscoders.of(made_set(lm, seed=5))
+    bench = Bench(place[1], named=True)
+    monkeypatch.setattr(benches, "open_parts", lambda run: (lm, other))
+    shelf = Shelf(place[0])
+    graph = shelf.find(GRAPH)
+    with pytest.raises(benches.UserError, match="features .* are active when"):
+        bench.run(graph, shelf.document(graph), type("J", (), dict(say=lambda self, words: None))())

@@ -1,0 +1,240 @@
+"""The pages in a real browser, with a model that answers at once: what readers do with the server."""
+
+import json
+
+import pytest
+from browser import chromium
+from made_up_documents import made_up_document
+from pages import FEATURE, click_node, needs_chromium, show, text
+
+from saejax.attribution.forms.graph_folder import write_graph
+from saejax.serving import app
+from saejax.serving.shelf import Shelf
+
+pytestmark = needs_chromium
+GRAPH, EVIL = "graphs/first", "</script><script>window.hacked = 1</script>"
+PAGE = f"graph?id={GRAPH}"
+SMALL = """[...document.querySelectorAll('button, input, select, textarea, summary, a, [role=button]')].filter(e => {
+  const b = e.getBoundingClientRect(); return b.width && (b.width < 24 || b.height < 24)}).map(e => e.outerHTML)"""
+WIDE = """[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 401
+  && !e.closest('#stage, #subgraph-figure, .wide, .unseen, [hidden]')).map(e => e.outerHTML.slice(0, 80))"""
+
+
+class FakeBench:
+    """In place of ``Bench``: prunes to a few features, and keeps what it was asked."""
+
+    def __init__(self, configs):
+        self.defaults, self.asked, self.made = configs, [], {}
+
+    def configs_of(self, graph):
+        return self.defaults
+
+    def whole(self, graph):
+        return False
+
+    def pruned(self, graph, nodes, edges):
+        return self.made.get((nodes, edges))
+
+    def has_feature(self, graph, node):
+        return False
+
+    def prune(self, graph, document, nodes, edges, job):
+        job.say("Tracing")
+        features = [node["node_id"] for node in document["nodes"] if node["feature_type"] == FEATURE]
+        gone = set(features[5:])
+        kept = [node for node in document["nodes"] if node["node_id"] not in gone]
+        links = [link for link in document["links"] if not {link["source"], link["target"]} & gone]
+        self.made[nodes, edges] = {**document, "nodes": kept, "links": links}
+
+    def run(self, graph, document, job):
+        return self
+
+
+def fake_effects(bench, changes, hold, targets, on_progress):
+    """Two tokens, one of which would be a script; a change by 13 never ends."""
+    bench.asked.append((changes, hold))
+    while changes[0][1] == 13:
+        on_progress(1, 2)
+    token = dict(logit=[3.0, 1.5], probability=[0.5, 0.25], random=[0.4, 0.6])
+    tokens = [token | dict(text=EVIL), token | dict(text=" Austin")]
+    differences = [dict(text=[" is", " are"], value=[1.5, -0.5], random=[1.0, 2.0])]
+    return dict(tokens=tokens, differences=differences, kl=0.25, random_kl=[0.01, 0.02], draws=2, no_draws="")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pages")
+    for number, slug in enumerate(("first", "second")):
+        document = made_up_document(features=40, edges=200, layers=6, seed=number)
+        document["metadata"] |= dict(slug=slug, prompt=f"The {EVIL} is")
+        write_graph(root / "graphs", document)
+    return root
+
+
+@pytest.fixture(scope="module")
+def site(place, serve):
+    """The bench and the address of a server."""
+    from saejax import command
+
+    configs = command.read_configs(command.stage_flags(), ["serve", "--graph.transcoders=a/set"])
+    patch = pytest.MonkeyPatch()
+    patch.setattr(app, "effects", fake_effects)
+    bench = FakeBench(configs)
+    yield bench, serve(Shelf(place), bench).address
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def features(place):
+    document = json.loads((place / f"{GRAPH}.json").read_text())
+    found = [node for node in document["nodes"] if node["feature_type"] == FEATURE]
+    return [node["node_id"] for node in sorted(found, key=lambda node: node["influence"])]
+
+
+@pytest.fixture
+def opened(browser, site):
+    browser.view(1440, 900, still=True)
+    show(browser, site[1] + PAGE)
+    yield browser
+    assert browser.errors == [] and not browser.js("window.hacked")
+
+
+def fill(browser, selector, value):
+    browser.js(f"document.querySelector({json.dumps(selector)}).value = {json.dumps(value)}")
+
+
+def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site, features):
+    click_node(opened, features[0])
+    opened.click_on("#change-form button")
+    click_node(opened, features[1], modifiers=8)
+    click_node(opened, features[2], modifiers=8)
+    opened.js("(() => { const s = document.getElementById('change-what'); s.value = s.options.length - 1; })()")
+    fill(opened, "#change-how", "set")
+    fill(opened, "#change-amount", "2.5")
+    opened.click_on("#change-form button")
+    assert text(opened, "#changes").count("Take back") == 2
+    opened.js(
+        "(() => { const s = document.getElementById('hold'); s.value = 'attention'; s.onchange({target: s}); })()"
+    )
+    address = opened.js("location.href")
+    opened.click_on("#run-changes")
+    opened.wait("document.querySelector('#effects table')")
+    changes = [("scale", 0.0, [features[0]]), ("set", 2.5, features[1:3])]
+    assert site[0].asked[-1] == (changes, "attention")
+    effects = text(opened, "#effects")
+    assert EVIL.replace(" ", "␣") in effects and "3.00\t1.50\t−1.50\t50 %\t25 %\t40 % to 60 %" in effects
+    assert "␣is − ␣are: 1.50 before, −0.50 after; random sets 1.00 to 2.00" in effects
+    assert "KL): 0.25 nats" in effects and "2 random sets" in effects and "0.010 nats to 0.020 nats" in effects
+    show(opened, address)  # the state is in the address
+    assert (
+        text(opened, "#changes").count("Take back") == 2
+        and opened.js("document.getElementById('hold').value") == "attention"
+    )
+    opened.click_on("#changes li button")
+    assert text(opened, "#changes").count("Take back") == 1
+    show(opened, site[1] + PAGE + '#changes=[["scale",0,"nobody"],["x",0,"1_2_3"],3]&hold=all<b>')
+    assert text(opened, "#changes") == "" and opened.js("document.getElementById('run-changes').disabled")
+
+
+def test_by_keys_alone_with_cancel(opened, site, features):
+    show(opened, site[1] + PAGE + f"#clickedId={features[3]}")
+    opened.js("document.getElementById('change-amount').focus()")
+    opened.js("document.getElementById('change-amount').select()")
+    opened.type("13")
+    opened.key("Enter")
+    assert "times 13" in text(opened, "#changes")
+    opened.js("document.getElementById('run-changes').focus()")
+    opened.key("Enter")
+    opened.wait("document.getElementById('job-bar').value === 1")
+    opened.js("document.getElementById('job-cancel').focus()")
+    opened.key("Enter")
+    opened.wait("!document.getElementById('failed').hidden")
+    assert text(opened, "#failed") == "Cancelled." and opened.js("document.getElementById('job').hidden")
+
+
+def test_the_graph_is_pruned_again(opened, site, features):
+    click_node(opened, features[0])
+    before = opened.js("attributionGraph.state.clickedId")
+    fill(opened, "#prune-nodes", "0.5")
+    opened.click_on("#prune-form button")
+    opened.wait("location.search.includes('nodes=0.5') && window.attributionGraph && attributionGraph.painted")
+    assert "nodes=0.5&edges=0.98" in opened.js("location.search") and list(site[0].made) == [(0.5, 0.98)]
+    nodes = len(site[0].made[0.5, 0.98]["nodes"])
+    assert f"of {nodes} nodes" in text(opened, "#counts")
+    kept = {node["node_id"] for node in site[0].made[0.5, 0.98]["nodes"]}
+    assert opened.js("attributionGraph.state.clickedId") == (before if before in kept else "")
+    assert opened.js("document.getElementById('prune-nodes').value") == "0.5"
+
+
+def test_labels_and_groups_are_saved(opened, site, features, place):
+    click_node(opened, features[0])
+    fill(opened, ".label-form input", EVIL)
+    opened.click_on(".label-form button")
+    opened.wait("document.getElementById('saved').textContent.includes('labels.csv')")
+    assert text(opened, "#panel h2") == EVIL
+    for node in features[1:3]:
+        click_node(opened, node, modifiers=8)
+    for place_ in (1, 2):
+        opened.click_on(f"#pins li:nth-child({place_}) input[type=checkbox]")
+    fill(opened, "#pin-tools input", "<i>pair</i>")
+    opened.click_on("#pin-tools button")
+    opened.click_on("#save-groups")
+    opened.wait("document.getElementById('saved').textContent.includes('groups.json')")
+    assert opened.js("document.getElementById('save-groups').disabled")
+    show(opened, site[1] + PAGE)
+    click_node(opened, features[0])
+    assert text(opened, "#panel h2") == EVIL
+    (group,) = opened.js("attributionGraph.state.supernodes")
+    assert group[0] == "<i>pair</i>" and set(group[1:]) == set(features[1:3])
+    (saved,) = json.loads((place / "serve" / "graphs" / "groups.json").read_text()).values()
+    assert saved == [group]
+
+
+@pytest.mark.parametrize("path", ["", PAGE + "#pinnedIds={}", "compare?a=graphs/first&b=graphs/second"])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_narrow_screen_and_fingers(browser, site, features, path, dark):
+    browser.view(400, 800, phone=True, dark=dark)
+    browser.open(site[1] + path.format(",".join(features[:2])))
+    browser.settle()
+    assert browser.js("document.documentElement.scrollWidth") <= 400
+    if "compare" not in path:
+        assert browser.js(WIDE) == [] and browser.js(SMALL) == []
+    assert browser.js("document.body.innerText").count(EVIL) >= 1 and not browser.js("window.hacked")
+    assert browser.errors == []
+
+
+def test_the_list_opens_graphs_compares_two_and_keeps_what_is_typed(browser, site):
+    browser.view(1440, 900)
+    browser.open(site[1])
+    assert browser.js("document.querySelectorAll('#graphs li').length") == 2
+    browser.click_on("#prompt")
+    browser.type("The war & <b>")
+    browser.js("location.reload()")
+    browser.wait("document.getElementById('prompt') && document.getElementById('prompt').value === 'The war & <b>'")
+    for number in (1, 2):
+        browser.click_on(f"#graphs li:nth-child({number}) input")
+    browser.click_on("#compare-ticked")
+    browser.wait("location.pathname.endsWith('/compare') && document.readyState === 'complete'")
+    assert "Positions are aligned" in text(browser, "body") and EVIL in text(browser, "body")
+    browser.open(site[1])
+    browser.click_on("#graphs a")
+    browser.wait("window.attributionGraph && attributionGraph.painted")
+    assert browser.errors == []
+
+
+def test_a_page_of_another_origin_gets_nothing(browser, site, tmp_path):
+    """Not even one that knows the token."""
+    (tmp_path / "evil.html").write_text("<title>evil</title>")
+    browser.open((tmp_path / "evil.html").as_uri())
+    asked = browser.js(
+        f"fetch({json.dumps(site[1] + 'api/prune')}, {{method: 'POST', body: '{{}}', headers: "
+        "{'content-type': 'application/json'}}).then(a => a.text(), e => 'refused')"
+    )
+    assert asked == "refused"
+    browser.errors.clear()
