@@ -10,6 +10,7 @@ from math import prod
 
 from saejax.costs.cost import WIDTH, Axes, PlannedRun
 from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.modules import parameter_table as dictionary_table
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
@@ -41,6 +42,18 @@ def head_flops(model: DecoderConfig, positions: int) -> float:
 def step_flops(tokens: int, d_in: int, features: int) -> float:
     """A training step: encoder and decoder, each once forwards and twice backwards."""
     return 12.0 * tokens * d_in * features
+
+
+def weights_share(form: str, layers: int) -> float:
+    """Weights of what is trained on so many layers, in those of a stack of dictionaries.
+
+    Of each layer's two matrices a cross-layer transcoder has one encoder, and (layers + 1) / 2 decoders on average.
+
+    Args:
+      form: as in ``--train.form``.
+      layers: how many.
+    """
+    return (layers + 3) / 4 if form == FORM else 1.0
 
 
 def parameters(model: DecoderConfig) -> int:

@@ -21,6 +21,7 @@ from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.matmul import matmul
 
+FORM = "cross_layer_transcoder"  # of ``--train.form``
 KINDS = ("standard", "jumprelu", "batchtopk")  # of which circuit-tracer's folders can hold the result
 
 

@@ -62,7 +62,7 @@ def trained_of_folders(folders: Iterable[str | Path]) -> dict[int, tuple[Path, s
         unit = next((one for one in (folder, folder.parent) if one.parent.name == "train"), None)
         if not unit or not (unit / SUMMARY).exists():
             continue
-        for member in members(unit):
+        for member in members(unit, layers=True):
             layer = member.site.rpartition(".")[2]
             if layer.isdigit() and folder in (unit, unit / member.name):
                 found[int(layer)] = unit.parent.parent, full_name(unit.name, member.name)

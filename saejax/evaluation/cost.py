@@ -16,9 +16,11 @@ from saejax.costs.passes import (
     logit_bytes,
     pass_flops,
     weight_bytes,
+    weights_share,
 )
 from saejax.costs.programs import Program, abstract_params, by_row, whole
 from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.cross_layer import FORM
 from saejax.evaluation import programs
 from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.evaluation.member_data import MemberData
@@ -48,6 +50,10 @@ def evaluate_cost(plan: PlannedRun, kind: str) -> Cost:
     layers = len(sites) * at + tails * (model.n_layers - at)
     flops = pass_flops(model, tokens, of_document, layers) + tails * head_flops(model, tokens)
     whole_arrays = dictionary_bytes(used, plan.configs["train"].state_dtype)
+    if plan.configs["train"].form == FORM:  # all layers at once, and four passes through the model
+        count = len(stack.members)
+        whole_arrays = round(count * (weights_share(FORM, count) + 0.5) * whole_arrays)
+        flops = pass_flops(model, tokens, of_document, 4 * model.n_layers) + 4 * head_flops(model, tokens)
     return Cost(
         DeviceBytes(weight_bytes(model, plan.axes, dtype), whole_arrays, activations=come_and_go),
         flops,
@@ -63,8 +69,8 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     rows, length = _batch(plan)
     model, first = plan.model, next(iter(plan.stacks.values())).dictionary
     used = plan.dictionary("ablate") if plan.configs["task"].has_behaviours else first
-    if is_joined(used.site):
-        return []  # whole passes with edits: those of other stages
+    if is_joined(used.site) or plan.configs["train"].form == FORM:
+        return []  # whole passes with edits, or layer by layer: those of other stages
     site, d, f = Site.parse(used.site), used.d_in, used.n_features
     target = Site.parse(used.target or used.site)
     tokens, variants, point = rows * length, len(VARIANTS), SplitPoint(model, target, site, mesh)

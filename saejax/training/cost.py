@@ -12,14 +12,13 @@ from saejax.activations.cost import batch_shape, reading_cost, recorded_rows
 from saejax.activations.device_buffers import BY_DOCUMENT, buffer_shapes, buffer_writer
 from saejax.activations.joined import single_sites
 from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedRun, PlannedStack
-from saejax.costs.passes import dictionary_bytes, pass_flops, step_flops
+from saejax.costs.passes import dictionary_bytes, pass_flops, step_flops, weights_share
 from saejax.costs.programs import Program, abstract_params, whole
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.parallel import part_size
 from saejax.settings import TrainConfig
-from saejax.training.cross_layer import FORM
 from saejax.training.members import SiteScale, members
 from saejax.training.train import batch_parts, check_divides, chosen_sites, stack_shape, trainer_of
 
@@ -67,7 +66,7 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
     check_divides(train, dictionary, count, plan.axes)
     here, (d, f) = -(-count // plan.axes["member"]), (dictionary.d_in, dictionary.n_features)
     trainer_of(train, kind, stack.members, plan.axes)
-    share = weights_share(train, count)
+    share = weights_share(train.form, count)
     arrays = round(share * here * dictionary_bytes(dictionary, train.state_dtype, plan.axes))
     batch = part_size(plan.axes, (train.batch, d), "data", None)
     batch += part_size(plan.axes, (train.batch, f), "data", "model")
@@ -152,11 +151,5 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
         trainer.compiled,
         (trainer.abstract_state, trainer.abstract_hyper, (batch,) if config.form == "sae" else (batch, batch)),
         (),
-        weights_share(config, len(members)) * len(members) * step_flops(config.batch, d_in, dictionary.n_features),
+        weights_share(config.form, len(members)) * len(members) * step_flops(config.batch, d_in, dictionary.n_features),
     )
-
-
-def weights_share(config: TrainConfig, layers: int) -> float:
-    """Weights of what is trained on so many layers in those of a stack: of its two matrices a layer a cross-layer
-    transcoder has one encoder, and (layers + 1) / 2 decoders on average."""
-    return (layers + 3) / 4 if config.form == FORM else 1.0

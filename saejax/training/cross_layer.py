@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, losses, rescale
-from saejax.dictionaries.cross_layer import KINDS, LayerCoder, joined_lengths, written
+from saejax.dictionaries.cross_layer import FORM, KINDS, LayerCoder, joined_lengths, written
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
@@ -29,7 +29,6 @@ from saejax.training.state import TrainState
 from saejax.training.step import Trainer
 from saejax.training.updates import penalty_share
 
-FORM = "cross_layer_transcoder"
 _UNUSED = dict(auxk=0.0, decorrelation=0.0, whiten_error=0.0, resample_every=0, init_from="")
 _LAYER = ("W_enc_DxF", "b_enc_F")  # arrays that encode, beside those of a kind
 
@@ -42,6 +41,8 @@ def check_layers(config: TrainConfig, kind: str, stack: Sequence[Member], axes: 
     if sites != wanted:
         told = f"--train.sites=mlp_in.0-{max(len({*sites}) - 1, 1)}, and one value of each setting"
         raise UserError(f"a {FORM} has one encoder of every layer from 0, in order: give {told}")
+    if len(stack) < 2:
+        raise UserError(f"a {FORM} of one layer is a transcoder: use --train.form=transcoder, or name more sites")
     used = [f"--train.{name}={getattr(config, name)}" for name, off in _UNUSED.items() if getattr(config, name) != off]
     if used:
         raise UserError(f"{', '.join(used)}: not for a {FORM}: leave it out")

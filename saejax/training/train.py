@@ -14,6 +14,7 @@ from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
 from saejax.config import identity
 from saejax.dictionaries import DictionaryConfig, save_dictionary
+from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.formats import cross_layer_files, own
 from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.results import TrainedMember
@@ -23,7 +24,7 @@ from saejax.models.sites import site_parts
 from saejax.parallel import describe, is_first_process, make_mesh, sharding
 from saejax.settings import MOST_TOKENS, TrainConfig
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.cross_layer import FORM, CrossLayerTrainer, check_layers
+from saejax.training.cross_layer import CrossLayerTrainer, check_layers
 from saejax.training.initial import state_from_dictionary
 from saejax.training.inputs import Input, make_input
 from saejax.training.loop import Metrics, train

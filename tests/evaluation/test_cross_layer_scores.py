@@ -11,6 +11,7 @@ from saejax.activations.store import Store
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import stacks
+from saejax.dictionaries.labels import labels_of_folders
 from saejax.errors import UserError
 from saejax.evaluation.results import EvaluateResults
 from saejax.models.tokens import Tokens
@@ -36,7 +37,7 @@ def flags(inputs):
 @pytest.fixture(scope="module")
 def workdir(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cross_layer") / "run"
-    stages = ["baseline", "capture", "train", "evaluate", "export", "report"]
+    stages = ["capture", "train", "evaluate", "export"]
     assert command.run(stages, "", flags(folder)) == 0
     return folder
 
@@ -107,6 +108,12 @@ def test_scores_are_those_of_plain_passes(workdir, inputs, one_device):
     assert found.kl.clean == 0 < found.kl.reconstructed
 
 
+def test_exported_it_is_the_same_set(workdir):
+    here, there = sets(workdir / "train" / "jumprelu"), sets(workdir / "export" / "circuit_tracer-jumprelu")
+    assert here == there and len(here) == 4
+
+
+@pytest.mark.slow
 def test_exported_it_makes_the_same_graph(workdir, inputs, one_device):
     lm = load_model(str(inputs[0]), mesh=one_device)
     here, there = (workdir / "train" / "jumprelu", workdir / "export" / "circuit_tracer-jumprelu")
@@ -118,7 +125,9 @@ def test_exported_it_makes_the_same_graph(workdir, inputs, one_device):
     assert graphs[0].transcoders["cross_layer"]
 
 
-def test_the_report_has_its_layers(workdir):
+@pytest.mark.slow
+def test_the_report_has_its_layers(workdir, flags):
+    assert command.run(["baseline", "report"], "", flags(workdir)) == 0
     page = (workdir / "report" / "index.html").read_text()
     assert "The layers of the cross-layer transcoder" in page and "All MLPs replaced" in page
 
@@ -134,3 +143,4 @@ def test_what_takes_dictionaries_one_by_one_says_so(workdir, flags, capsys):
         assert len(error) == 1 and "cross-layer transcoder" in error[0], error
     with pytest.raises(UserError, match="traced with --graph.transcoders"):
         stacks.load_member(workdir / "train" / "jumprelu", "jumprelu/mlp_in.0", "--ablate.dictionary")
+    assert labels_of_folders([workdir / "train" / "jumprelu"]) == {}  # which a graph of it asks for

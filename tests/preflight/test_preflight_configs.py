@@ -92,7 +92,9 @@ def test_a_cross_layer_transcoder_costs_what_its_triangle_of_decoders_has(monkey
     configs = read(CONFIGS / "demo_clt.flags")
     (shape,) = read_shapes(configs)
     plan = plan_run(shape.path, shape.config, configs, ONE, documents=800, tokens=120_000)
-    weights, unit = (30 + 465) * 576 * 576, Needs.of(plan).units["train/batchtopk"]
+    weights, units = (30 + 465) * 576 * 576, Needs.of(plan).units
+    unit = units["train/batchtopk"]
+    assert 1 < units["evaluate/batchtopk"].bytes.dictionary / (4 * weights) < 1.1  # the first write of each layer twice
     assert 1 < unit.bytes.dictionary / (4 * weights) < 1.03 and unit.bytes.optimizer == 3 * unit.bytes.dictionary
     assert 6 * weights < unit.flops / 108_000 < 1.4 * 6 * weights  # the model's own passes come to it
     split = Needs.of(dataclasses.replace(plan, axes=ONE | dict(model=8))).units["train/batchtopk"]

@@ -9,9 +9,12 @@ import pytest
 from saejax.costs.passes import step_flops
 from saejax.costs.programs import Program
 from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.cross_layer import FORM
 from saejax.parallel import make_mesh
 from saejax.preflight import topology
 from saejax.settings import MeshConfig, TrainConfig
+from saejax.settings.kinds import JumpReLUConfig
+from saejax.training.cross_layer import CrossLayerTrainer
 from saejax.training.members import SiteScale, members
 from saejax.training.step import Trainer
 
@@ -50,3 +53,24 @@ def test_the_step_compiles_and_fits(kind, shape, name, quick_compiler, capsys):
             f"\n{name}, {kind}, {shape}, batch {BATCH:,}: {compiled.memory / GIB:.2f} of {found.limit / GIB:.2f} GiB "
             f"HBM a device, of which {state / GIB:.2f} are state; compiled in {compiled.seconds:.0f} s"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed")
+def test_the_step_of_a_cross_layer_transcoder_compiles_and_fits(quick_compiler, capsys):
+    count, d, features, found = 6, 512, 8192, topology.find_slice("v5e:2x4")
+    mesh, sites = make_mesh(MeshConfig(model=8), found.devices), tuple(f"mlp_in.{i}" for i in range(count))
+    own = dict(jumprelu=JumpReLUConfig(l0_penalty="tanh"))
+    config = TrainConfig(sites=sites, form=FORM, batch=BATCH, matmul="bfloat16", decoder_norm="free", own=own)
+    stack = members(config, "jumprelu", sites)
+    dictionary = DictionaryConfig(kind="jumprelu", site=sites[0], d_in=d, n_features=features, centred=False)
+    scales = [SiteScale(1.0, 1.0, np.zeros(d, np.float32))] * count
+    trainer = CrossLayerTrainer(config, dictionary, stack, mesh, 1000, scales)
+    batch = jax.ShapeDtypeStruct((count, BATCH, d), "bfloat16", sharding=trainer.batch_sharding)
+    arguments = (trainer.abstract_state, trainer.abstract_hyper, (batch, batch))
+    program = Program("jumprelu", FORM, trainer.compiled, arguments, (), 1.0)
+    compiled = topology.compile_for(program, found.limit, found.of_node)
+    state = 3 * (count + count * (count + 1) // 2) * d * features * 4 / 8
+    assert compiled.fits and state < compiled.memory < 8 * state
+    with capsys.disabled():
+        print(f"\n{compiled.memory / GIB:.2f} GiB a device, {state / GIB:.2f} of state; {compiled.seconds:.0f} s")
