@@ -111,6 +111,7 @@ def run_stages(
         if peers:
             peers.stopping = stopping
             check_same(peers, _told(configs, units))
+            peers.meet("all are started alike")  # or the first one would begin a unit
         with watched(watchdog, stopping, peers.step if peers else lambda: None) as stopping:
             work = _Work(workspace, plan, said, stopping, instead)
             for stage, own in itertools.groupby(units, lambda unit: unit.partition("/")[0]):

@@ -351,6 +351,8 @@ def test_when_a_process_dies_the_others_end(inputs, whole, tmp_path, victim, how
 def test_processes_with_different_flags_are_refused(inputs, tmp_path):
     pair = runs.start_pair("capture", runs.small_flags(*inputs, tmp_path / "run"), ["--train.k=5"])
     first, second = (runs.finish(process, 2) for process in pair)
-    assert "process 1 of 2: error: --train.k is [5] in process 1 and [8] in process 0: start all alike" in second
+    assert (
+        "process 1 of 2: error: --train.k is [5] in process 1 and [8] in process 0: start all processes alike" in second
+    )
     assert "process 0 of 2: process 1 was given bad input, so this one ends" in first
     assert not (tmp_path / "run" / "capture").exists()
