@@ -20,8 +20,6 @@ from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig,
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.workspace import Run
 
-pytestmark = pytest.mark.usefixtures("two_devices")
-
 
 @pytest.fixture
 def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):

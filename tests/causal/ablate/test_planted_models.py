@@ -19,8 +19,6 @@ from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig,
 from saejax.tasks.behaviours import Prompt, write_prompts
 from saejax.workspace import Run
 
-pytestmark = pytest.mark.usefixtures("two_devices")
-
 WIDTH, FEATURES, CARRIERS = 64, 60, 4
 ENDS = string.ascii_uppercase[:20] + string.digits[:4], string.ascii_uppercase[20:] + string.digits[4:] + "xqvkzj"
 

@@ -41,7 +41,6 @@ from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
 from saejax.tasks.labels import LABELS, label_prompts
 from saejax.workspace import Run
 
-pytestmark = pytest.mark.usefixtures("two_devices")
 CONFIG = ProbeConfig(strengths=(0.01, 1.0), sparse=(1, 2), shuffles=4, permutations=200, folds=3)
 
 
