@@ -99,7 +99,7 @@ def plan_of(job: Job, tiny: bool) -> Any:
 def measure(job: Job, tiny: bool) -> dict[str, Any]:
     """One line of the table, printed and returned."""
     plan, found = plan_of(job, tiny)
-    (step,) = train_programs(plan, plan.mesh)
+    *_, step = train_programs(plan, plan.mesh)
     compiled = compile_for(step, found.limit, found.of_node)
     device = HARDWARE[job.topology.partition(":")[0]]
     tokens, devices = plan.configs["train"].batch, len(found.devices)

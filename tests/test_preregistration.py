@@ -8,6 +8,7 @@ import pytest
 from saejax import pipeline, preregistration
 from saejax.causal.ablate.grades import rule as words
 from saejax.registry import GROUPS, STAGES
+from saejax.teams import Team
 from saejax.workspace import Workspace
 
 BEFORE = "written before any data were seen"
@@ -33,7 +34,8 @@ def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp
         plan = pipeline.Workplan(configs(**changes))
         plan._marks = {unit: mark, **{need: "done" for need in plan.needs(unit)}}
         monkeypatch.setattr(pipeline, "_input_folder", lambda *args: tmp_path)
-        pipeline._run_unit(workspace, plan, unit, lambda line: None, lambda: False)
+        work = pipeline._Work(workspace, plan, lambda line: None, lambda: False, {})
+        pipeline._run_unit(work, unit, Team())
 
     assert "does not say when it was written" in said(tmp_path)
     run("baseline", "first")

@@ -183,3 +183,9 @@ def test_docstrings_of_the_numeric_packages_say_what_parameters_are():
                 if missing := undescribed(node, told):
                     wrong.append(f"{module}:{node.lineno} {node.name}: {', '.join(missing)}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Folders of tests are no packages, so that pytest imports a file by its name alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted({name for name in names if names.count(name) > 1}) == []

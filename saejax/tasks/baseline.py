@@ -88,6 +88,7 @@ def run_baseline(run: Run) -> BaselineResults:
     reasons = {name: one.result.left_out if one.result else one.too_few for name, one in found.items()}
     left_out = {name: why for name, why in reasons.items() if why}
     if not behaviours and left_out:
+        shutil.rmtree(run.folder / PARTS, ignore_errors=True)
         raise UserError(none_left(left_out))
     if left_out and len(left_out) == len(names):
         run.say(none_left(left_out))

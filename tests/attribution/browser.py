@@ -112,8 +112,13 @@ class Browser:
             time.sleep(0.02)
 
     def settle(self) -> None:
-        """Waits until what was asked for is drawn."""
-        self.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        """Waits until what was asked for is drawn, of the page that comes if this one is left meanwhile."""
+        for _ in range(10):
+            try:
+                return self.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+            except AssertionError as error:
+                if "navigated" not in str(error):
+                    raise
 
     def view(self, width: int, height: int, *, dark: bool = False, still: bool = False, phone: bool = False) -> None:
         """Sets the size of the window, and what the reader prefers."""
