@@ -53,7 +53,8 @@ class DeviceBuffers:
         self._reader, self._sites, self._dtype = reader, sites_of(parts), DTYPES[dtype]
         shapes, norms = buffer_shapes(reader.config, reader.mesh, parts, rows, dtype)
         self._rows = norms.shape[1]
-        self._check(sum(math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize for one in shapes))
+        each = (math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize for one in shapes)
+        check_room(reader.mesh, self._rows, sum(each))
         self.parts, self._norms_SxR = jax.tree.map(_zeros, (shapes, norms))
         self._places = {site: (i, part.index(site)) for i, part in enumerate(parts) for site in part}
         self._write = buffer_writer(reader.config, reader.mesh, parts, rows, dtype)
@@ -84,13 +85,15 @@ class DeviceBuffers:
         part, place = self._places[site]
         return np.asarray(self._take(self.parts[part], place, rows.astype(np.int32))).view(self._dtype)
 
-    def _check(self, needed: int) -> None:
-        free = free_bytes(self._reader.mesh)
-        if needed > free:
-            raise UserError(
-                f"a buffer of {self._rows:,} tokens takes {needed / 1e9:.2f} GB on each device, of which "
-                f"{free / 1e9:.2f} GB are free: lower --train.buffer_rows, or use more devices on --mesh.data"
-            )
+
+def check_room(mesh: Mesh, rows: int, needed: int) -> None:
+    """A ``UserError`` unless a buffer of so many rows, which takes ``needed`` bytes on each device, fits on these."""
+    free = free_bytes(mesh)
+    if needed > free:
+        raise UserError(
+            f"a buffer of {rows:,} tokens takes {needed / 1e9:.2f} GB on each device, of which {free / 1e9:.2f} GB are "
+            "free: lower --train.buffer_rows, or use more devices on --mesh.data"
+        )
 
 
 def buffer_shapes(

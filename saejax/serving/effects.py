@@ -1,6 +1,6 @@
 """What the next token becomes when features of a prompt are changed, beside what as many random ones do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,14 +55,24 @@ def effects(
     run = intervene(replacement, rows, readouts, hold=hold, on_progress=on_progress, logits=True)
     assert run.logits_RxV is not None
     logits_RxV = np.concatenate([replacement.logits_V[None], run.logits_RxV]).astype(np.float64)
+    text = token_text(replacement.model.tokenizer)
+    return _told(logits_RxV, readouts.pair_Kx2.tolist(), text) | dict(draws=len(sets), no_draws=why)
+
+
+def _told(logits_RxV: np.ndarray, pairs: Sequence[Sequence[int]], text: Callable[[int], str]) -> dict[str, Any]:
+    """What ``effects`` says of logits: before, after, and with each random set changed.
+
+    Args:
+      logits_RxV: in this order, fp64.
+      pairs: the targets' tokens; the second below 0 where a target is one token.
+      text: of a token.
+    """
     log_RxV = logits_RxV - logits_RxV.max(axis=1, keepdims=True)
     log_RxV -= np.log(np.exp(log_RxV).sum(axis=1, keepdims=True))
     p_RxV, kl_R = np.exp(log_RxV), (np.exp(log_RxV[0]) * (log_RxV[0] - log_RxV)).sum(axis=1)
     top = [token for row in p_RxV[:2] for token in np.argsort(-row, kind="stable")[:_SHOWN].tolist()]
-    pairs = readouts.pair_Kx2.tolist()
     shown = sorted(dict.fromkeys([*top, *(a for a, b in pairs if b < 0)]), key=lambda token: -p_RxV[1, token])
-    text = token_text(replacement.model.tokenizer)
-    span = lambda value_R: [float(value_R[2:].min()), float(value_R[2:].max())] if sets else None  # noqa: E731
+    span = lambda value_R: [float(value_R[2:].min()), float(value_R[2:].max())] if len(value_R) > 2 else None  # noqa: E731
     difference = lambda a, b: logits_RxV[:, a] - logits_RxV[:, b]  # noqa: E731
     return dict(
         tokens=[
@@ -81,8 +91,6 @@ def effects(
         ],
         kl=float(kl_R[1]),
         random_kl=kl_R[2:].tolist(),
-        draws=len(sets),
-        no_draws=why,
     )
 
 

@@ -76,7 +76,8 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
     if train.source == "model":
         sites = [decoder_site(name) for name in single_sites(n for m in stack.members for n in (m.site, m.target))]
         read, passes = reading_cost(plan, sites, seen)
-        buffer = part_size(plan.axes, (len(sites), min(train.buffer_rows, rows), d), None, "data", None)
+        by_member = "member" if plan.backend == "jax" else None
+        buffer = part_size(plan.axes, (len(sites), min(train.buffer_rows, rows), d), by_member, "data", None)
         read = dataclasses.replace(
             read, activations=read.activations + WIDTH[plan.configs["capture"].store_dtype] * buffer
         )

@@ -9,10 +9,11 @@ import dataclasses
 import numpy as np
 
 from saejax.activations.batches import Parts, sites_of
+from saejax.activations.device_buffers import check_room
 from saejax.activations.joined import with_joined
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.errors import Interrupted, UserError
-from saejax.parallel import free_bytes, process_count
+from saejax.parallel import process_count
 from saejax.settings import TrainConfig
 from saejax.training.inputs import Resident
 from saejax.training.objective import Arrays
@@ -69,12 +70,8 @@ class FromModel:
         self._trainer, self._stream, self._parts = trainer, stream, parts
         self._order = buffer_order(trainer.config, stream)
         self._largest = max(stream.size(i) for i in range(len(stream)))
-        needed, free = resident_bytes(trainer, stream, parts, self._largest), free_bytes(trainer.mesh)
-        if stream.on_devices is None and needed > free:
-            raise UserError(
-                f"a buffer of {self._largest:,} tokens takes {needed / 1e9:.2f} GB on each device, of which "
-                f"{free / 1e9:.2f} GB are free: lower --train.buffer_rows, or use more devices on --mesh.data"
-            )
+        if stream.on_devices is None:
+            check_room(trainer.mesh, self._largest, resident_bytes(trainer, stream, parts, self._largest))
         self._runner = Resident(trainer, (), self._places)
         self._at_hand, self._epoch, self._first = 0, -1, 0  # the first buffer is made, but not yet on the devices
         self._batches = np.zeros((0, trainer.config.batch), np.int64)

@@ -1,7 +1,6 @@
 """A tiny model captured with the torch backend, for the tests of capture."""
 
 import pytest
-import torch
 from capture_setup import (
     Setup,
     make_setup,
@@ -9,15 +8,6 @@ from capture_setup import (
 
 from saejax.models import source
 from saejax.settings import ModelConfig
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only cost time on products this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

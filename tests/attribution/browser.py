@@ -119,6 +119,7 @@ class Browser:
             except AssertionError as error:
                 if "navigated" not in str(error):
                     raise
+        raise AssertionError("one page comes after the other")
 
     def view(self, width: int, height: int, *, dark: bool = False, still: bool = False, phone: bool = False) -> None:
         """Sets the size of the window, and what the reader prefers."""

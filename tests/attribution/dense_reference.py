@@ -40,7 +40,6 @@ class Dense:
     """
 
     def __init__(self, folder, transcoders, ids, normed, writes=None, stream=False):
-        torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
         self.model.eval().requires_grad_(False)
         self.w, self.configs = [arrays_of(t) for t in transcoders], [t.config for t in transcoders]

@@ -26,14 +26,9 @@ def tiny(tiny_llama, one_device):
 @pytest.fixture(scope="session")
 def tiny_torch(tiny):
     """The same weights in PyTorch, fp64."""
-    import torch
-
     from saejax.models import source
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them only wait for each other on a model this small
-    yield source.load_torch_model(tiny.source, "float32").double()
-    torch.set_num_threads(threads)
+    return source.load_torch_model(tiny.source, "float32").double()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from plain_edits import PlainDictionary, PlainModel, make_dictionary, wanted
 from tiny_models import save_tiny, save_tiny_tokenizer
 
@@ -53,16 +52,14 @@ class Setup:
 
 @pytest.fixture(scope="module")
 def setups(tmp_path_factory, one_device):
-    threads, made = torch.get_num_threads(), {}
-    torch.set_num_threads(1)  # more of them only wait for each other on models this small
+    made = {}
 
     def make(family):
         if family not in made:
             made[family] = Setup(family, tmp_path_factory.mktemp(family), one_device)
         return made[family]
 
-    yield make
-    torch.set_num_threads(threads)
+    return make
 
 
 @pytest.fixture

@@ -23,10 +23,7 @@ def lm(tiny_llama, one_device):
 @pytest.fixture(scope="module")
 def model(lm):
     """The same weights in PyTorch, fp64."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them only wait for each other on a model this small
-    yield source.load_torch_model(lm.source, "float32").double()
-    torch.set_num_threads(threads)
+    return source.load_torch_model(lm.source, "float32").double()
 
 
 def identity(lm, max_norm=1e9) -> Dictionary:

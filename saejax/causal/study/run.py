@@ -69,15 +69,7 @@ def run_study(run: Run) -> StudyResults:
     conditions = _Conditions(run, items, test)
     chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
     accuracy = _score_clean(run, conditions, chance, score)
-    path = run.folder / FEATURES
-
-    def choose(_: str) -> None:
-        found, ranking = choose_features(split, items, train, test, config, run.name, check_stop)
-        write_json(run.folder / RANKING, to_json(ranking))
-        write_json(path, to_json(found))
-
-    run.each([FEATURES], lambda _: path, choose, last=False)
-    chosen = from_json(ChosenFeatures, read_json(path), path)  # a run that goes on has the same numbers
+    chosen = _choose(run, lambda: choose_features(split, items, train, test, config, run.name, check_stop))
     firing = sum(entry.firing_rate > 0 for entry in chosen.top)
     run.say(f"{len(chosen.top)} top features, of which {firing} fire on the test items")
     length = items.longest(test)
@@ -107,6 +99,19 @@ def run_study(run: Run) -> StudyResults:
     )
     shutil.rmtree(run.folder / CONDITIONS)  # last, so that a run that is killed until then has them
     return results
+
+
+def _choose(run: Run, choose: Callable[[], tuple[ChosenFeatures, Sequence[ImportantFeature]]]) -> ChosenFeatures:
+    """The features that are tested, chosen by one process, and read back: a run that goes on has the same numbers."""
+    path = run.folder / FEATURES
+
+    def make(_: str) -> None:
+        found, ranking = choose()
+        write_json(run.folder / RANKING, to_json(ranking))
+        write_json(path, to_json(found))
+
+    run.each([FEATURES], lambda _: path, make, last=False)
+    return from_json(ChosenFeatures, read_json(path), path)
 
 
 def _score_clean(run: Run, conditions: "_Conditions", chance: float, score: str) -> bool:
