@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from saejax.errors import Interrupted, UserError
-from saejax.guard import end_with_parent
+from saejax.parallel.parent import end_with_parent
 from saejax.pipeline import Workplan
 from saejax.preflight.results import PreflightResults
 from saejax.registry import STAGES

@@ -11,7 +11,7 @@ from typing import Any
 
 from saejax.errors import Interrupted
 from saejax.models.language_model import LanguageModel, load_model
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmarks import origin, read_items, way
 from saejax.tasks.results import BenchmarkResults

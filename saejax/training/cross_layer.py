@@ -22,7 +22,7 @@ from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper, Member
 from saejax.training.state import TrainState
