@@ -31,7 +31,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
 from saejax.models.parameters import parameter_table
 from saejax.models.sites import Site
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig
 
 DTYPES = ("float32", "bfloat16")

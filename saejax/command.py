@@ -21,8 +21,8 @@ from absl import flags
 
 from saejax import config
 from saejax.errors import CheckFailed, Interrupted, UserError
-from saejax.guard import LOST, guarded
-from saejax.processes import label
+from saejax.parallel.cluster import label
+from saejax.parallel.parent import LOST, guarded
 from saejax.registry import GROUPS, STAGES, groups_of
 
 _LOST = re.compile("gloo|nccl|UNAVAILABLE|connection (closed|reset)", re.IGNORECASE)  # of a collective

@@ -13,15 +13,15 @@ from typing import Any
 
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
-from saejax.peers import Peers
+from saejax.parallel.cluster import check_same, join, joined, label
+from saejax.parallel.peers import Peers
+from saejax.parallel.teams import Left, Team, deal, seen
+from saejax.parallel.watchdog import watched
 from saejax.preregistration import shows_data, write_rules
-from saejax.processes import check_same, join, joined, label
 from saejax.registry import STAGES, groups_of
 from saejax.results import to_json
 from saejax.stage import Configs, Stage, load
-from saejax.teams import Left, Team, deal, seen
 from saejax.usage import forget_peak, peak_device_bytes, peak_host_bytes
-from saejax.watchdog import watched
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
 
 _OWN = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between the processes of a run
@@ -147,7 +147,7 @@ def _dealt(
         for unit in finished:
             say(f"{unit}: done before, unchanged")
     left = [unit for unit in units if unit not in finished]
-    with load("saejax.parallel:alone")():
+    with load("saejax.parallel.collectives:alone")():
         yield from deal(peers, stage, left)
     peers.meet(f"{stage}: done")
     seen([workspace.root / unit / SUMMARY for unit in left])
@@ -189,7 +189,7 @@ def _run_unit(work: _Work, unit: str, team: Team) -> None:
         say(f"{unit}: {'going on' if found == 'resumed' else 'started'}{waiting}")
     team.meet("begun")  # no process may read what the first one moves away
     if processes == "all" and team.size > 1:
-        load("saejax.parallel:wait_for_all")(f"{unit} is begun")
+        load("saejax.parallel.collectives:wait_for_all")(f"{unit} is begun")
     try:
         if team.leads or processes != "one":
             _run_stage(work, unit, inputs, team)

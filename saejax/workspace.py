@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from saejax.errors import UserError
-from saejax.teams import Team
+from saejax.parallel.teams import Team
 
 if TYPE_CHECKING:
     import numpy as np

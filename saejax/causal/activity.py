@@ -12,7 +12,7 @@ from saejax.causal.split import CleanRun, SplitModel, of_features
 from saejax.dictionaries import Basis
 from saejax.errors import UserError
 from saejax.models.split import SplitPoint
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 
 
 def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics:

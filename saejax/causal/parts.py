@@ -17,7 +17,8 @@ import numpy as np
 from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted
 from saejax.models.language_model import LanguageModel, load_model
-from saejax.parallel import AgreedStop, from_first_process, is_first_process, make_mesh
+from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
+from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.gate import read_tested

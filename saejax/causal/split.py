@@ -17,7 +17,8 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tree import Past
-from saejax.parallel import by_row, sharding, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import by_row, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 

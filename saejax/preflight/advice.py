@@ -5,7 +5,7 @@ from math import prod
 
 from saejax.costs.cost import PlannedRun
 from saejax.errors import UserError
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 from saejax.preflight.sums import Needs
 
 GIB = 2**30

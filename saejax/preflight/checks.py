@@ -9,7 +9,7 @@ import psutil
 from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import parameters
 from saejax.errors import CheckFailed, Interrupted, UserError
-from saejax.parallel import describe
+from saejax.parallel.collectives import process_count
 from saejax.preflight import parity, rates, tables
 from saejax.preflight.advice import GIB, advice
 from saejax.preflight.place import Place, find_place
@@ -17,6 +17,7 @@ from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResul
 from saejax.preflight.shapes import Shape, named, read_shapes
 from saejax.preflight.sums import Needs, plan_run, replicated, stage_programs
 from saejax.preflight.topology import compile_for
+from saejax.results import MeshShape
 from saejax.workspace import Run
 
 
@@ -42,7 +43,7 @@ def run_preflight(run: Run) -> PreflightResults:
             run.say(line)
     found = [_facts(plan, needs, _compile(run, plan, place), place) for plan, needs in checked]
     _check_memory(checked, found, place)
-    results = PreflightResults(describe(place.mesh), config.topology, place.limit, tuple(found))
+    results = PreflightResults(MeshShape.of(place.mesh, process_count()), config.topology, place.limit, tuple(found))
     if runs_here and checked:
         results = _with_plan(run, results, *checked[0])
     if config.parity:

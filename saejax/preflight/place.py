@@ -8,7 +8,7 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.models.sites import ModuleSite, decoder_site
-from saejax.parallel import fitting_spec
+from saejax.parallel.mesh import fitting_spec
 from saejax.registry import STAGES
 from saejax.stage import load
 from saejax.training.cost import planned_stacks

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from saejax.guard import end_with_parent
+from saejax.parallel.parent import end_with_parent
 from saejax.studies.shares import Share
 from saejax.workspace import now
 

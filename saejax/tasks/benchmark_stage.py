@@ -7,14 +7,15 @@ import functools
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from saejax.errors import Interrupted
 from saejax.models.language_model import LanguageModel, load_model
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
+from saejax.results import from_json, to_json
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmarks import origin, read_items, way
 from saejax.tasks.results import BenchmarkResults
+from saejax.tasks.scored_items import WAYS, ScoredItem
 from saejax.workspace import Run, write_text
 
 FILE, BATCHES = "items.jsonl", "batches"
@@ -31,7 +32,8 @@ def run_benchmark(run: Run) -> BenchmarkResults:
     """
     name, task, model = run.name, run.configs["task"], run.configs["model"]
     items = read_items(name, task)
-    step = task.batch if way(name, task) == "generate" else _ITEMS
+    scored = way(name, task)
+    step = task.batch if scored == "generate" else _ITEMS
     starts = range(0, len(items), step)
     (run.folder / BATCHES).mkdir(exist_ok=True)
 
@@ -56,7 +58,7 @@ def run_benchmark(run: Run) -> BenchmarkResults:
     if any(file(first).exists() for first in starts):
         run.say(f"{done()} items were done before")
     run.each(starts, file, score)
-    rows = [row for first in starts for row in _rows(file(first))]
+    rows = [row for first in starts for row in _rows(file(first), WAYS[scored])]
     write_text(run.folder / FILE, "".join(map(_json, rows)))
     results = benchmark_scores.summarize(name, rows, task, str(origin(name, task)))
     run.say(benchmark_scores.line(results))
@@ -64,10 +66,11 @@ def run_benchmark(run: Run) -> BenchmarkResults:
     return results
 
 
-def _json(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+def _json(row: ScoredItem) -> str:
+    return json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, kind: type[ScoredItem]) -> list[ScoredItem]:
     # Not splitlines: answers may hold other line separators of Unicode.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [from_json(kind, json.loads(line), path) for line in lines if line]

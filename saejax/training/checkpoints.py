@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from saejax.errors import UserError
-from saejax.parallel import is_first_process
+from saejax.parallel.collectives import is_first_process
 from saejax.workspace import read_json, write_json
 
 RUN = "run.json"

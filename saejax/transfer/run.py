@@ -18,7 +18,7 @@ from scipy.stats import norm
 
 from saejax.causal.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.errors import UserError
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.results import Interval
 from saejax.stage import folder_name
 from saejax.tasks.scoring import wilson

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary
 from saejax.evaluation.reconstruction import reconstruct
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import TrainConfig
 from saejax.training.initial import state_of
 from saejax.training.members import SiteScale, members

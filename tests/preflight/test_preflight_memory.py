@@ -11,7 +11,7 @@ from preflight_setup import make_needs, make_trainer, on_mesh, plan_run, shape
 from saejax import load_model
 from saejax.costs.programs import abstract_dictionary
 from saejax.models.config import DecoderConfig, Rope
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 from saejax.preflight.advice import GIB, advice
 from saejax.preflight.sums import Needs, replicated, stage_programs
 

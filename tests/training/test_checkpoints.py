@@ -9,7 +9,7 @@ from small_runs import STEPS, go, make_trainer
 from small_stacks import first_device
 
 from saejax.errors import UserError
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 from saejax.training.checkpoints import Checkpoints
 
 

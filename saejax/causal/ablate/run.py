@@ -39,7 +39,7 @@ from saejax.causal.split import SplitModel
 from saejax.causal.statistics import least_p
 from saejax.dictionaries import Dictionary
 from saejax.models.language_model import LanguageModel
-from saejax.parallel import is_first_process, wait_for_all
+from saejax.parallel.collectives import is_first_process, wait_for_all
 from saejax.settings import AblateConfig
 from saejax.workspace import Run, write_text
 

@@ -17,7 +17,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import token_text
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 

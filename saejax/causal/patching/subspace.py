@@ -20,7 +20,7 @@ from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 
 _RATE = 1e-2  # of Adam, falling to 0
 _OPTIMISER = optax.scale_by_adam()

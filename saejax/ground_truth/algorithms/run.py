@@ -22,7 +22,7 @@ from saejax.ground_truth.algorithms.stage import AlgorithmConfig
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import load_model
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.scoring import wilson
 from saejax.workspace import Run, write_text

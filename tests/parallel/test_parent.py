@@ -13,13 +13,13 @@ import runs
 TOY = """
 import os, signal, sys, time
 from pathlib import Path
-from saejax import guard
+from saejax.parallel import parent
 folder, own, count, act = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-guard._ABORTED, guard._GRACE = 3.0, 1.5
+parent._ABORTED, parent._GRACE = 3.0, 1.5
 def work():
     told = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(1))
-    guard.joined(folder, "mark", own, count)
+    parent.joined(folder, "mark", own, count)
     print(os.getpid(), flush=True)
     sys.stdin.readline()  # all are there
     if act.startswith("exit"):
@@ -30,10 +30,10 @@ def work():
         time.sleep(0.05)
         if told and act == "saves":
             return 143
-        if act == "follows" and os.listdir(folder / guard.FOLDER / "mark"):
-            return guard.LOST
+        if act == "follows" and os.listdir(folder / parent.FOLDER / "mark"):
+            return parent.LOST
     return 0
-sys.exit(guard.guarded(work, folder, count))
+sys.exit(parent.guarded(work, folder, count))
 """
 
 
@@ -100,10 +100,10 @@ def test_a_stop_that_one_is_asked_for_stops_all(ended):
 
 
 def test_those_that_did_not_come_are_named(tmp_path):
-    from saejax import guard
+    from saejax.parallel import parent
 
-    guard.come(tmp_path, 0)
-    guard.come(tmp_path, 2)
-    old = time.time() - 3 * guard.COME
-    os.utime(tmp_path / guard.FOLDER / "come" / "2", (old, old))  # of an earlier run
-    assert guard.not_come(tmp_path, 4).startswith("of 4 processes 1, 2, 3 did not come within 300 s")
+    parent.come(tmp_path, 0)
+    parent.come(tmp_path, 2)
+    old = time.time() - 3 * parent.COME
+    os.utime(tmp_path / parent.FOLDER / "come" / "2", (old, old))  # of an earlier run
+    assert parent.not_come(tmp_path, 4).startswith("of 4 processes 1, 2, 3 did not come within 300 s")
