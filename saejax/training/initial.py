@@ -13,7 +13,7 @@ import numpy as np
 from saejax.dictionaries import Dictionary, rescale
 from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, load_dictionary, own
 from saejax.errors import UserError
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 from saejax.training.members import Member
 from saejax.training.step import Trainer, TrainState
 
