@@ -18,7 +18,7 @@ import numpy as np
 from saejax.causal import positions, screening, stability
 from saejax.causal.ablate import agreement, cost, dose, grades, nested, repeats, verdict
 from saejax.causal.ablate.experiment import ModelExperiment, PartProgress
-from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance, save_drops
+from saejax.causal.ablate.importance import PERMUTATIONS, measure_importance, save_drops
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation
 from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
@@ -30,14 +30,13 @@ from saejax.causal.parts import (
     each_part,
     load_run_dictionary,
     load_run_model,
-    load_trained,
     part_file,
     partial_folder,
     read_behaviours,
 )
 from saejax.causal.split import SplitModel
 from saejax.causal.statistics import least_p
-from saejax.dictionaries import Dictionary
+from saejax.dictionaries import Dictionary, stacks
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import is_first_process, wait_for_all
 from saejax.settings import AblateConfig
@@ -55,10 +54,9 @@ def run_ablate(run: Run) -> AblateResults:
     positions.parse(config.positions)
     dose.check(config)
     agreement.check(config)
-    repeats.check(config)
     prompts, dictionary = read_behaviours(run), load_run_dictionary(run)
-    others = {name: load_trained(run, name, "--ablate.compare") for name in config.compare}
-    trainings = {name: load_trained(run, name, "--ablate.repeats") for name in config.repeats}
+    others = {name: stacks.load_trained(name, run.inputs, "--ablate.compare") for name in config.compare}
+    trainings = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats") for name in config.repeats}
 
     def begin() -> Measure:
         model = load_run_model(run)
@@ -147,7 +145,7 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, 
             summary = dataclasses.replace(summary, agreement=pairs)
         results = dataclasses.replace(results, importance=summary)
         if is_first_process():
-            importance.save(importance_file(run.folder, experiment.name))
+            importance.save(importance.file(run.folder, experiment.name))
             save_drops(run.folder, experiment.name, drop_NxP)
     if is_first_process():
         _save_scores(run, experiment, measured, scores)
