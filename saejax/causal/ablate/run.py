@@ -9,7 +9,6 @@ that fires is removed by itself (``importance``).
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -40,7 +39,7 @@ from saejax.dictionaries import Dictionary, stacks
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import is_first_process, wait_for_all
 from saejax.settings import AblateConfig
-from saejax.workspace import Run, write_text
+from saejax.workspace import Run, read_lines, write_lines
 
 
 def run_ablate(run: Run) -> AblateResults:
@@ -154,7 +153,7 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, 
 
 def _saved_effects(run: Run, name: str, result: BehaviourAblation) -> grades.SavedEffects:
     """What the answers rest on, from the scores that a behaviour's part wrote."""
-    lines = [json.loads(line) for line in part_file(run, name, "-prompts.jsonl").read_text("utf-8").splitlines()]
+    lines = read_lines(part_file(run, name, "-prompts.jsonl"))
     clean_P, joint_P, template_P = (np.array([line[of] for line in lines]) for of in ("clean", "joint", "template"))
     chosen_Q = np.array([p for p, line in enumerate(lines) if line["draws"] is not None])
     draws_QxN = np.array([lines[p]["draws"] for p in chosen_Q])
@@ -203,9 +202,8 @@ def _save_scores(
         for kind, (sets_NxC, _) in beside.items()
         for n, features_C in enumerate(sets_NxC)
     ]
-    for ending, lines in (("-prompts.jsonl", by_prompt), ("-controls.jsonl", sets)):
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        write_text(part_file(run, experiment.name, ending), text)
+    write_lines(part_file(run, experiment.name, "-prompts.jsonl"), by_prompt)
+    write_lines(part_file(run, experiment.name, "-controls.jsonl"), sets)
 
 
 def _with_sets(
