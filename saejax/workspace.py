@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -83,6 +83,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Writes a whole JSON file, or nothing. NaN is refused (``ValueError``): JSON has none."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Writes a whole file with a line of JSON for each row, or nothing."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The rows that ``write_lines`` wrote; texts in them may hold what else Unicode has for the end of a line."""
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def write_array(path: Path, array: "np.ndarray") -> None:

@@ -4,7 +4,6 @@ A batch of items is an item of ``Run.each``: its rows are kept as soon as they a
 """
 
 import functools
-import json
 import shutil
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from saejax.results import from_json, to_json
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmarks import origin, read_items, way
 from saejax.tasks.results import BenchmarkResults
-from saejax.tasks.scored_items import WAYS, ScoredItem
-from saejax.workspace import Run, write_text
+from saejax.tasks.scored_items import WAYS
+from saejax.workspace import Run, read_lines, write_lines
 
 FILE, BATCHES = "items.jsonl", "batches"
 _ITEMS = 64  # scored by log-likelihood between two writings
@@ -51,26 +50,16 @@ def run_benchmark(run: Run) -> BenchmarkResults:
         if run.stopping():
             raise Interrupted(f"{name}: stopped after {done()} items, which are kept")
         rows = benchmark_scores.score_items(lm(), name, items[first : first + step], task)
-        write_text(file(first), "".join(map(_json, rows)))
+        write_lines(file(first), map(to_json, rows))
         if run.team.leads:
             run.say(f"{done()} items")
 
     if any(file(first).exists() for first in starts):
         run.say(f"{done()} items were done before")
     run.each(starts, file, score)
-    rows = [row for first in starts for row in _rows(file(first), WAYS[scored])]
-    write_text(run.folder / FILE, "".join(map(_json, rows)))
+    rows = [from_json(WAYS[scored], row, file(first)) for first in starts for row in read_lines(file(first))]
+    write_lines(run.folder / FILE, map(to_json, rows))
     results = benchmark_scores.summarize(name, rows, task, str(origin(name, task)))
     run.say(benchmark_scores.line(results))
     shutil.rmtree(run.folder / BATCHES)
     return results
-
-
-def _json(row: ScoredItem) -> str:
-    return json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _rows(path: Path, kind: type[ScoredItem]) -> list[ScoredItem]:
-    # Not splitlines: answers may hold other line separators of Unicode.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [from_json(kind, json.loads(line), path) for line in lines if line]
