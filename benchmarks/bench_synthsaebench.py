@@ -67,15 +67,15 @@ def our_generator(world: World, seed: int, count: int) -> tuple[dict[str, float]
     """L0 and mean square of our samples, how often each feature fires, and a batch's seconds: processor, wall."""
 
     @jax.jit
-    def batch(world: World, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x_BxD, code_BxJ = draw(world, batch_key(seed, HELD_OUT, number), BATCH)
-        return x_BxD, (code_BxJ > 0).sum(0), (x_BxD**2).sum()
+    def sums(x_BxD: jax.Array, code_BxJ: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (code_BxJ > 0).sum(0), (x_BxD**2).sum()
 
     seconds, fired_J, square = [], np.zeros(len(world.mean_J)), 0.0
     for number in range(max(count // BATCH, REPEATS + 1)):
         start = time.process_time(), time.perf_counter()
-        _, fires_J, squares = jax.block_until_ready(batch(world, np.int32(number)))
+        drawn = jax.block_until_ready(draw(world, batch_key(seed, HELD_OUT, np.int32(number)), BATCH))
         seconds.append((time.process_time() - start[0], time.perf_counter() - start[1]))
+        fires_J, squares = sums(*drawn)
         fired_J, square = fired_J + np.asarray(fires_J), square + float(squares)
     seen = len(seconds) * BATCH
     processor, wall = (statistics.median(column) for column in zip(*seconds[1:], strict=True))
