@@ -126,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     args.folder = args.folder.absolute()
     args.folder.mkdir(parents=True, exist_ok=True)
-    truth = settings(args.scale, args.samples, args.held_out)
+    truth = settings(args.scale, max(args.samples, 1), args.held_out)
     world = make_world(truth)
     save_world(world, args.folder / "world.npz")
     ours, rate_J, ours_seconds = our_generator(world, truth.seed, args.held_out)
