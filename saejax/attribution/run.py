@@ -70,6 +70,7 @@ def run_attribute(
 
     def begin() -> Measure:
         model, dictionaries = opened(run)
+        dictionaries.check_labels(labels, config.labels or "its workdir")
         for request in requests.values():  # before hours are spent on the first
             _check_request(model, dictionaries, request, config)
         means = None
