@@ -5,10 +5,10 @@ The transcoders have 2,048 features a layer, of which 18 are active at each posi
 features. The first prompt compiles; two others of its length are timed, and what they compile is counted. The floor is
 the arithmetic of the transposed frozen layers, the output and value projections of attention, for the layers below each
 target and the positions up to its own, at the speed of one large product of matrices on the same machine. Beside the
-trace: the heads of the edges of the graph, pruned to 98 % of its influence, whose floor is that of its targets, and of
-its sources on their way up; and the checks, doubling and curve. Times of the process on all cores stand beside those on
-the clock: they hold where others use the machine, too. With --growth, other lengths of prompts follow, each in a
-process of its own. Prints tables and, last, one line of JSON.
+trace: the heads of the edges of the graph, pruned to 98 % of its influence and cut by ``heads.cut``, whose floor is
+that of its targets, and of its sources on their way up; and the checks, doubling and curve. Times of the process on all
+cores stand beside those on the clock: they hold where others use the machine, too. With --growth, other lengths of
+prompts follow, each in a process of its own. Prints tables and, last, one line of JSON.
 """
 
 import argparse
@@ -30,10 +30,11 @@ from saejax.attribution.checks import circuits
 from saejax.attribution.checks.validation import double
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, LOGIT
+from saejax.attribution.heads.cut import within
 from saejax.attribution.heads.edges import edge_heads
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.attribution.trace.rows import row_flops
+from saejax.attribution.trace.rows import graph_flops, row_flops
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 
@@ -59,13 +60,6 @@ def random_transcoders(config: DecoderConfig, seed: int = 0) -> LayerTranscoders
     key = jax.random.key(seed)
     dictionaries = [Dictionary.initial(kind, jax.random.fold_in(key, layer)) for layer, kind in enumerate(kinds)]
     return LayerTranscoders.of(dictionaries, "random transcoders")
-
-
-def floor_gflop(graph: Graph, config: DecoderConfig) -> float:
-    """The arithmetic of the projections of attention that the targets need, in 10^9 operations."""
-    nodes = graph.nodes[graph.target_R]
-    layers_T = np.where(nodes.kind_N == FEATURE, nodes.layer_N + 1, config.n_layers)
-    return row_flops(config, layers_T, nodes.position_N + 1) / 1e9
 
 
 def heads_gflop(pruned: Graph, config: DecoderConfig) -> float:
@@ -125,7 +119,8 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
         with clock.times("trace"):
             graph, replacement, readouts = trace_prompt(lm, transcoders, prompt, max_features=rows)
         if checked:
-            pruned = graph.prune(SHARE)
+            whole = graph.prune(SHARE)
+            pruned, share = within(whole, graph, lm.config)
             with clock.times("heads"):
                 edge_heads(replacement, readouts, pruned)
             with clock.times("checks"):
@@ -141,12 +136,15 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
         compile_s=round(clock.taken["trace"][0][0] - seconds, 1),
         compiled_later=compiled_later,
         peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        of_floor=round(floor_gflop(graph, lm.config) / speed / seconds, 2),
+        of_floor=round(graph_flops(graph, lm.config) / 1e9 / speed / seconds, 2),
         unexplained=float(np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max()),
     )
     if checked:
         found |= {part: clock.beside_trace(part) for part in ("heads", "checks")}
-        found["heads"] |= dict(nodes=len(pruned.nodes), edges=len(pruned.edges()[0]))
+        ends = np.unique(np.concatenate(pruned.edges()[:2]))
+        found["heads"] |= dict(
+            nodes=len(ends), edges=len(pruned.edges()[0]), of_edges=len(whole.edges()[0]), within=share
+        )
         found["heads"]["of_floor"] = round(heads_gflop(pruned, lm.config) / speed / clock.steady("heads")[0], 2)
     return found
 
@@ -186,7 +184,10 @@ def main() -> None:
         )
     if "heads" in found:
         own = found["heads"]
-        print(f"heads: of {own['edges']:,} edges between {own['nodes']:,} nodes, {own['of_floor']:.0%} of floor")
+        print(
+            f"heads: of {own['edges']:,} of {own['of_edges']:,} edges, between {own['nodes']:,} nodes, those of "
+            f"{own['within'] or SHARE:.0%} of the influence; {own['of_floor']:.0%} of floor"
+        )
     print(f"programs that later prompts compiled: {found['compiled_later']}")
     print(json.dumps(dict(bench="attribute", **found)))
 

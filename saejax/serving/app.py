@@ -91,7 +91,7 @@ class GraphServer:
     def _graph(self, asked: Mapping[str, str]) -> str:
         graph = self._shelf.find(asked.get("id", ""))
         document, shown, note, why = self._shelf.document(graph), self._shelf.shown(graph), "", ""
-        holds = HOLDS
+        holds: tuple[str, ...] = HOLDS
         settings = document["metadata"].get("pruning_settings") or {}
         nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
         labels: dict[tuple[int, int], str] = {}

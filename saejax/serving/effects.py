@@ -60,9 +60,10 @@ def effects(
     readouts = read_targets(run, targets, 1, 0.0)
     if isinstance(run, SaeRun):
         on_progress(0, 1)
-        changed_RxV = changed_logits(run, rows)
+        changed_RxV: np.ndarray | None = changed_logits(run, rows)
     else:
         changed_RxV = intervene(run, rows, readouts, hold=hold, on_progress=on_progress, logits=True).logits_RxV
+    assert changed_RxV is not None
     logits_RxV = np.concatenate([run.logits_V[None], changed_RxV]).astype(np.float64)
     text = token_text(run.model.tokenizer)
     return _told(logits_RxV, readouts.pair_Kx2.tolist(), text) | dict(draws=len(sets), no_draws=why)
