@@ -34,8 +34,9 @@ def kept_blocks(graphs: Sequence[ReportedGraph]) -> list[Block]:
             "to 0, and errors stay. Faithfulness f is the share of the answer, above that without any feature, which "
             "the kept ones restore. CPR: the area under it over the share of features; higher is better, more than 1 "
             "is possible. CMD: the area between it and 1; 0 is best (Mueller et al., 2025). By effect: what a feature "
-            "does to the answer over all paths of the graph, signed for CPR, by size for CMD. By influence: circuit-tracer's "
-            "rule. 95 % intervals resample prompts, of the difference in pairs; random orders: mean, least and largest."
+            "does to the answer over all paths of the graph, signed for CPR, by size for CMD. By influence: "
+            "circuit-tracer's rule. 95 % intervals resample prompts, of the difference in pairs; random orders: "
+            "mean, least and largest."
         )
         columns = (
             "Graph", "Prompts", "Score", "By effect", "By influence", "Difference", "Random",

@@ -57,7 +57,7 @@ class CurveResults:
 
 @dataclasses.dataclass(frozen=True)
 class KeptScore:
-    """CPR or CMD of circuits of equal numbers of features, in two orders; see ``causal.circuits``."""
+    """A score of circuits of equal numbers of features in two orders, CPR or CMD; see ``causal.circuits``."""
 
     effect: Interval  #: of features by their effect on the answer: signed of CPR, its size of CMD
     influence: Interval  #: of features by influence, as circuit-tracer prunes
@@ -95,8 +95,8 @@ class HeadResults:
 
     edges: int  #: whose heads are known
     leading: tuple[LeadingHead, ...]  #: the heads of the largest shares, at most ten
-    #: heads were looked for between the nodes of this share of influence, 0 to 1, as all take longer than tracing; None:
-    #: of all edges
+    #: heads were looked for between the nodes of this share of influence, 0 to 1, as all would take longer than
+    #: tracing; None: of all edges
     within: float | None = None
 
 
