@@ -65,7 +65,7 @@ def orders(**changes) -> dict:
     """What the stage says of circuits of equal numbers of features."""
     part = dict(effect=dict(mean=0.91, low=0.8, high=1.0), influence=dict(mean=0.71, low=0.6, high=0.8))
     part |= dict(difference=dict(mean=0.2, low=0.125, high=0.25), random=dict(mean=0.3, low=0.25, high=0.35))
-    share, lines = [0.02, 0.2, 1.0], dict.fromkeys(("effect", "size", "random"), [0.5, 0.875, 1.0])
+    share, lines = [0.02, 0.2, 1.0], {order: [0.5, 0.875, 1.0] for order in ("effect", "size", "random")}
     known = dict(prompts=8, share=share, features=[2, 20, 100], model=3.0, empty=1.0, reason=None)
     return known | dict(faithfulness=lines | dict(influence=[0.25, 0.75, 1.0]), scores=dict(cpr=part)) | changes
 
