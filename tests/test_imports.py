@@ -58,6 +58,7 @@ INSIDE = {
         "cost",
         "report",
         "report_curves",
+        "report_kept",
         "report_graphs",
         "requests",
         "forms",

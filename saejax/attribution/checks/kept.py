@@ -39,11 +39,11 @@ class KeptReadouts(NamedTuple):
     """The first readout with growing numbers of features kept: none, then each share; all orders, then random ones.
 
     Attributes:
-      readout_OxX: fp64, orders by 1 + shares.
+      readout_ExX: fp64, orders by 1 + shares.
       active: how many features are active.
     """
 
-    readout_OxX: np.ndarray
+    readout_ExX: np.ndarray
     active: int
 
 
@@ -64,9 +64,9 @@ def keep_features(replacement: Replacement, graph: Graph, readouts: Readouts, se
             masks[-1][order_A[:size]] = True
     errors_LxP = np.ones((replacement.model.config.n_layers, len(replacement.ids_P)), bool)
     readout_C = run_circuits(replacement, [Circuit(mask_A, errors_LxP) for mask_A in masks], readouts)[:, 0]
-    ends_Ox2 = np.broadcast_to(readout_C[:2], (len(ORDERS) + DRAWS, 2)).astype(np.float64)
-    between_OxS = readout_C[2:].reshape(len(ends_Ox2), -1)
-    return KeptReadouts(np.concatenate([ends_Ox2[:, :1], between_OxS, ends_Ox2[:, 1:]], axis=1), count)
+    ends_Ex2 = np.broadcast_to(readout_C[:2], (len(ORDERS) + DRAWS, 2)).astype(np.float64)
+    between_ExS = readout_C[2:].reshape(len(ends_Ex2), -1)
+    return KeptReadouts(np.concatenate([ends_Ex2[:, :1], between_ExS, ends_Ex2[:, 1:]], axis=1), count)
 
 
 def _orders(replacement: Replacement, graph: Graph, rng: np.random.Generator) -> list[np.ndarray]:
@@ -90,9 +90,9 @@ def compare_orders(prompts: Sequence[KeptReadouts], templates: Sequence[str], se
       templates: of each; prompts of one are not independent.
       seed: of the bootstrap samples.
     """
-    readout_OxXxP = np.stack([prompt.readout_OxX for prompt in prompts], axis=2)
+    readout_ExXxP = np.stack([prompt.readout_ExX for prompt in prompts], axis=2)
     over = Resampling.of(templates, _RESAMPLES, seed)
-    empty_P, model_P = readout_OxXxP[0, 0], readout_OxXxP[0, -1]
+    empty_P, model_P = readout_ExXxP[0, 0], readout_ExXxP[0, -1]
     counts = tuple(round(share * np.mean([prompt.active for prompt in prompts])) for share in SHARES)
     ends = float(model_P.mean()), float(empty_P.mean())
     why = None if len(prompts) > 1 else "one prompt has no interval"
@@ -100,19 +100,19 @@ def compare_orders(prompts: Sequence[KeptReadouts], templates: Sequence[str], se
         why = "removing all features does not clearly cost the answer"
     if why:
         return KeptResults(len(prompts), SHARES, counts, {}, {}, *ends, reason=why)
-    curve_OxS = faithfulness(readout_OxXxP.mean(axis=2))
-    named = dict(zip(ORDERS, curve_OxS, strict=False)) | dict(random=curve_OxS[len(ORDERS) :].mean(axis=0))
-    scores = {score: _score(readout_OxXxP, score, over) for score in _SCORES}
+    curve_ExS = faithfulness(readout_ExXxP.mean(axis=2))
+    named = dict(zip(ORDERS, curve_ExS, strict=False)) | dict(random=curve_ExS[len(ORDERS) :].mean(axis=0))
+    scores = {score: _score(readout_ExXxP, score, over) for score in _SCORES}
     lines = {name: tuple(curve_S.tolist()) for name, curve_S in named.items()}
     return KeptResults(len(prompts), SHARES, counts, lines, scores, *ends, reason=None)
 
 
-def _score(readout_OxXxP: np.ndarray, score: str, over: Resampling) -> KeptScore:
+def _score(readout_ExXxP: np.ndarray, score: str, over: Resampling) -> KeptScore:
     """A score of two orders with 95 % intervals: prompts are drawn before the ratio is taken."""
-    own, theirs = (readout_OxXxP[ORDERS.index(name)] for name in (_SCORES[score], "influence"))
+    own, theirs = (readout_ExXxP[ORDERS.index(name)] for name in (_SCORES[score], "influence"))
     areas_2xR = np.array([_areas(over.share_RxP @ part.T, score) for part in (own, theirs)])
     mean_2 = np.array([_areas(part.mean(axis=1), score) for part in (own, theirs)])
-    random_N = _areas(readout_OxXxP[len(ORDERS) :].mean(axis=2), score)
+    random_N = _areas(readout_ExXxP[len(ORDERS) :].mean(axis=2), score)
     return KeptScore(
         effect=_interval(mean_2[0], areas_2xR[0]),
         influence=_interval(mean_2[1], areas_2xR[1]),

@@ -63,8 +63,8 @@ def test_as_many_features_are_kept_in_each_order(own, monkeypatch):
         assert len(one) > each[-2] or one <= set(np.flatnonzero(fifth[2]).tolist())
     assert not np.array_equal(fifth[0], fifth[2])
     # Nothing kept is below everything kept, which is the model.
-    np.testing.assert_allclose(found.readout_OxX[:, -1], readouts.value_K[0], atol=1e-5)
-    assert np.ptp(found.readout_OxX[:, 0]) == 0 and abs(found.readout_OxX[0, 0] - readouts.value_K[0]) > 1e-2
+    np.testing.assert_allclose(found.readout_ExX[:, -1], readouts.value_K[0], atol=1e-5)
+    assert np.ptp(found.readout_ExX[:, 0]) == 0 and abs(found.readout_ExX[0, 0] - readouts.value_K[0]) > 1e-2
 
 
 def made_up(curves, prompts=6, seed=0):
@@ -92,7 +92,7 @@ def test_scores_are_areas_and_their_difference_is_paired():
     assert found.faithfulness["influence"] == pytest.approx(worse.tolist())
     rng = np.random.default_rng(1)
     noisy = [
-        KeptReadouts(one.readout_OxX + rng.normal(size=one.readout_OxX.shape) * 0.1, 50) for one in made_up(curves)
+        KeptReadouts(one.readout_ExX + rng.normal(size=one.readout_ExX.shape) * 0.1, 50) for one in made_up(curves)
     ]
     own = compare_orders(noisy, list("abcdef"), 3).scores["cpr"]
     assert own.difference.low < own.difference.mean < own.difference.high
@@ -101,5 +101,5 @@ def test_scores_are_areas_and_their_difference_is_paired():
 def test_where_there_is_nothing_to_compare():
     curves = np.stack([np.array(SHARES)] * (len(ORDERS) + DRAWS))
     assert "one prompt" in compare_orders(made_up(curves, 1), ["a"], 3).reason
-    nothing = compare_orders([KeptReadouts(0 * one.readout_OxX, 5) for one in made_up(curves)], ["a"] * 6, 3)
+    nothing = compare_orders([KeptReadouts(0 * one.readout_ExX, 5) for one in made_up(curves)], ["a"] * 6, 3)
     assert "does not clearly cost" in nothing.reason and not nothing.scores and nothing.model == 0
