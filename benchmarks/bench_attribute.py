@@ -82,6 +82,11 @@ def gflops(size: int = 1024, products: int = 100) -> float:
     return products * 2 * size * 576 * 576 / (time.perf_counter() - start) / 1e9
 
 
+def peak_gb() -> float:
+    """The most memory that the process had, weights and compiler included."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+
+
 class Clock:
     """Seconds on the clock and on all cores, [2], of what is done once for each prompt, by its name."""
 
@@ -118,6 +123,8 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
         prompt = [lm.tokenizer.bos_token_id, *ids_P[start : start + tokens - 1].tolist()]
         with clock.times("trace"):
             graph, replacement, readouts = trace_prompt(lm, transcoders, prompt, max_features=rows)
+        if not start:
+            rows_gb = peak_gb()  # before heads and checks
         if checked:
             whole = graph.prune(SHARE)
             pruned, share = within(whole, graph, lm.config)
@@ -135,7 +142,8 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
         cpu_s=round(cpu_s, 2),
         compile_s=round(clock.taken["trace"][0][0] - seconds, 1),
         compiled_later=compiled_later,
-        peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        rows_gb=rows_gb,
+        peak_gb=peak_gb(),
         of_floor=round(graph_flops(graph, lm.config) / 1e9 / speed / seconds, 2),
         unexplained=float(np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max()),
     )
@@ -158,14 +166,14 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="other lengths of prompts too")
     parser.add_argument("--growth-rows", type=int, default=512, help="features with a row there, at the most")
     args = parser.parse_args()
-    names = ("tokens", "active", "rows", "seconds", "CPU s", "compile", "ms/row", "peak GB", "of floor")
+    names = ("tokens", "active", "rows", "seconds", "CPU s", "compile", "ms/row", "rows GB", "peak GB", "of floor")
     print(" ".join(f"{name:>8}" for name in names))
 
     def show(tokens: int, found: dict[str, Any]) -> None:
         print(
             f"{tokens:8} {found['active']:8,} {found['rows']:8,} {found['seconds']:8.2f} {found['cpu_s']:8.2f} "
-            f"{found['compile_s']:8.1f} {1000 * found['seconds'] / found['rows']:8.2f} {found['peak_gb']:8.2f} "
-            f"{found['of_floor']:8.0%}",
+            f"{found['compile_s']:8.1f} {1000 * found['seconds'] / found['rows']:8.2f} {found['rows_gb']:8.2f} "
+            f"{found['peak_gb']:8.2f} {found['of_floor']:8.0%}",
             flush=True,
         )
 

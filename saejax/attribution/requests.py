@@ -55,6 +55,10 @@ def unit_name(config: GraphConfig) -> str:
     named = [flag for flag, there in given.items() if there]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)}: expected one of them")
+    if config.kept_prompts and not (config.behaviours and config.transcoders):
+        raise UserError(
+            "--graph.kept_prompts compares circuits of --graph.behaviours, with --graph.transcoders: name both"
+        )
     if not named:
         return ""
     if not config.transcoders and not config.dictionaries:

@@ -97,6 +97,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
         (["--graph.token_ids=3,4", "--graph.query_key=1.0@2"], "no position 2 for head 1.0"),
         (["--graph.token_ids=3,4", "--graph.labels=none.json"], "none.json does not exist"),
         (["--graph.token_ids=3,4", f"--graph.labels={__file__}"], "holds no labels: expected"),
+        (["--graph.token_ids=3,4", "--graph.kept_prompts=2"], "--graph.kept_prompts compares circuits of --graph.beh"),
         ([], "has nothing to do with these settings"),
     ],
 )
