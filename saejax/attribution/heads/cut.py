@@ -15,7 +15,7 @@ from saejax.attribution.trace.rows import graph_flops, row_flops
 from saejax.models.config import DecoderConfig
 
 _LEAST = 1e11  # operations, of about a second on two cores, that are not worth a cut
-# Of all layers and positions a 15th or so is between a source and a target, mean over pairs; products of blocks run at a
+# Of all layers and positions about a 15th is between a source and a target, mean over pairs; products of blocks run at a
 # third of the speed of passes on a CPU, as measured.
 _BETWEEN = 0.2
 
