@@ -15,8 +15,8 @@ from saejax.attribution.trace.rows import graph_flops, row_flops
 from saejax.models.config import DecoderConfig
 
 _LEAST = 1e11  # operations, of about a second on two cores, that are not worth a cut
-# Of all layers and positions about a 15th is between a source and a target, mean over pairs; products of blocks run at a
-# third of the speed of passes on a CPU, as measured.
+# About a 15th of all layers and positions is between a source and a target, mean over pairs; these products take three
+# times as long as passes of as many operations, as measured on a CPU.
 _BETWEEN = 0.2
 
 
