@@ -53,6 +53,7 @@ INSIDE = {
         "cost",
         "report",
         "report_curves",
+        "report_kept",
         "report_graphs",
         "requests",
         "forms",
