@@ -121,6 +121,9 @@ class Mirror:
         listed = self._bucket.read(FILES)
         found = _parsed(listed.content, f"{self._bucket.url}/{FILES}") if listed else dict(files={}, id="", serial="")
         self._sizes = found["files"]
+        for name in self._sizes:
+            if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                raise UserError(f"{self._bucket.url}/{FILES} names {name}, which is outside of the workdir")
         if self._mark["id"] == found["id"] or (found["serial"] and self._mark["serial"] == found["serial"]):
             copied = _read(self._scratch / COPIED) if (self._scratch / COPIED).exists() else {}
             here = dict(self._here())
@@ -147,8 +150,6 @@ class Mirror:
 
     def _bring(self, name: str) -> None:
         path = self._scratch / name
-        if not path.resolve().is_relative_to(self._scratch.resolve()):
-            raise UserError(f"{self._bucket.url}/{FILES} names {name}, which is outside of the workdir")
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
         try:
