@@ -7,6 +7,7 @@ asked for failed (one line says which), or a bug, with its traceback.
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import re
 import signal
@@ -59,6 +60,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
         shares_gpu = runs_model and configs["capture"].backend != "jax"
         _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
+        _keep_programs(configs["mesh"].compile_cache, _folder(workdir, flag_values["scratch"].value or ""))
         from saejax import pipeline
         from saejax.workspace import Workspace
 
@@ -83,8 +85,13 @@ def _together(argv: Sequence[str]) -> tuple[int, Path | None]:
     except flags.Error:  # which is told when all flags are read
         return 1, None
     processes, workdir = early["mesh.processes"].value or 1, early["workdir"].value or ""
-    folder = scratch_folder(workdir, early["scratch"].value or "") if is_bucket(workdir) else Path(workdir)
-    return 0 if early["mesh.distributed"].value == "auto" else processes, folder if workdir else None
+    folder = _folder(workdir, early["scratch"].value or "") if workdir else None
+    return 0 if early["mesh.distributed"].value == "auto" else processes, folder
+
+
+def _folder(workdir: str, scratch: str) -> Path:
+    """The local folder of a run."""
+    return scratch_folder(workdir, scratch) if is_bucket(workdir) else Path(workdir)
 
 
 def stage_flags() -> flags.FlagValues:
@@ -265,6 +272,21 @@ def _environment_of_devices(deterministic: bool, shares_gpu: bool) -> None:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
 
 
+def _keep_programs(named: str, folder: Path) -> None:
+    """Has JAX keep programs that took a second or more to compile.
+
+    Args:
+      named: where, as ``--mesh.compile_cache`` says it; the variable JAX_COMPILATION_CACHE_DIR wins.
+      folder: of the run.
+    """
+    if named == "auto":
+        named = str(folder.absolute() / ".compile_cache") if _may_have_accelerators() else "none"
+    if named != "none" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = named
+        if "jax" in sys.modules:  # by a plugin, or in a notebook: it has read its variables
+            sys.modules["jax"].config.update("jax_compilation_cache_dir", named)
+
+
 def keep_freed_memory() -> None:
     """Has the C library keep freed memory for the next time, where it is glibc; to be called before JAX starts.
 
@@ -279,6 +301,11 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**31 - 1)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 2**30)
+
+
+def _may_have_accelerators() -> bool:
+    """Whether JAX may run on anything but processors."""
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and (bool(glob.glob("/dev/nvidia[0-9]*")) or _may_have_tpu())
 
 
 def _may_have_tpu() -> bool:
