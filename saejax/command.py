@@ -61,24 +61,30 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
 
         pipeline.run_stages(stages, configs, workdir, timed_say(), stop_asked(), flag_values["unit"].value or "")
 
-    processes, workdir = _together(argv)
+    processes, own, workdir = _together(argv)
     if processes != 1 and workdir:  # before anything is imported that starts threads
-        return guarded(lambda: ended(work, flag_values), Path(workdir), processes)
+        return guarded(lambda: ended(work, flag_values), Path(workdir), processes, own)
     return ended(work, flag_values)
 
 
-def _together(argv: Sequence[str]) -> tuple[int, str]:
-    """How many processes flags ask for, 0 where a cluster tells, and the workdir; reads nothing else of the flags."""
+def _together(argv: Sequence[str]) -> tuple[int, int | None, str]:
+    """How many processes flags ask for and which this is, 0 and None where a cluster tells, and the workdir.
+
+    Reads nothing else of the flags.
+    """
     early = flags.FlagValues()
     flags.DEFINE_integer("mesh.processes", 1, "", flag_values=early)
+    flags.DEFINE_integer("mesh.process_id", 0, "", flag_values=early)
     flags.DEFINE_string("mesh.distributed", "flags", "", flag_values=early)
     flags.DEFINE_string("workdir", "", "", flag_values=early)
     try:
         early(list(argv), known_only=True)
     except flags.Error:  # which is told when all flags are read
-        return 1, ""
-    processes = early["mesh.processes"].value or 1
-    return 0 if early["mesh.distributed"].value == "auto" else processes, early["workdir"].value or ""
+        return 1, None, ""
+    workdir = early["workdir"].value or ""
+    if early["mesh.distributed"].value == "auto":
+        return 0, None, workdir
+    return early["mesh.processes"].value or 1, early["mesh.process_id"].value or 0, workdir
 
 
 def stage_flags() -> flags.FlagValues:

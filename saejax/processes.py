@@ -48,7 +48,6 @@ def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshC
     common = dict(initialization_timeout=guard.COME, heartbeat_timeout_seconds=HEARTBEAT)
     common |= dict(shutdown_timeout_seconds=HEARTBEAT)
     if config.distributed == "flags":
-        guard.come(workdir, config.process_id)
         told = dict(num_processes=config.processes, process_id=config.process_id)
         jax.distributed.initialize(config.coordinator or None, **told, **common)
         ids = list(range(visible_gpus(os.environ, found)))
