@@ -8,7 +8,6 @@ import pytest
 import runs
 from compared import assert_as_one
 
-
 FEW = dict(train__kinds="topk", task__behaviours="agreement", ablate__baselines="")  # each start compiles all anew
 
 
