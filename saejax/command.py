@@ -20,15 +20,14 @@ from typing import Any
 from absl import flags
 
 from saejax import config
-from saejax.errors import CheckFailed, Interrupted, UserError
+from saejax.errors import NO_ROOM, CheckFailed, Interrupted, UserError, out_of_room
 from saejax.guard import LOST, guarded
 from saejax.processes import label
 from saejax.registry import GROUPS, STAGES, groups_of
 
 _LOST = re.compile("gloo|nccl|UNAVAILABLE|connection (closed|reset)", re.IGNORECASE)  # of a collective
 _DISK = {
-    errno.ENOSPC: "the disk is full: free space, then run again",
-    errno.EDQUOT: "the disk quota is used up: free space, then run again",
+    **{number: f"{told}: free space, then run again" for number, told in NO_ROOM.items()},
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "permission denied",
 }
@@ -162,9 +161,9 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
         if label() and _LOST.search(str(error)):
             traceback.print_exc()
             return LOST
-        if "No space left on device" not in str(error):  # so TensorStore says it, as a ValueError
+        if not (told := out_of_room(error)):
             raise
-        return _refuse(f"{flag_values['workdir'].value}: {_DISK[errno.ENOSPC]}", flag_values)
+        return _refuse(f"{flag_values['workdir'].value}: {told}: free space, then run again", flag_values)
 
 
 def flag_error(error: flags.Error) -> str:
