@@ -113,6 +113,8 @@ def test_killed_while_any_kind_trains_it_ends_with_the_same_bits(inputs, whole, 
     ("kind", "dtype", "tolerance", "mesh"),
     [
         ("topk", "float64", 1e-9, dict(mesh__model=2)),
+        # Every device of both processes holds an eighth of the features.
+        pytest.param("topk", "float64", 1e-9, dict(mesh__model=8), marks=pytest.mark.slow),
         # Each process holds one of two members, and needs all rows.
         pytest.param("topk", "float64", 1e-9, dict(mesh__member=2, train__seed="123,5"), marks=pytest.mark.slow),
         *(pytest.param(k, "float64", 1e-9, dict(mesh__model=2), marks=pytest.mark.slow) for k in KINDS if k != "topk"),
