@@ -21,7 +21,7 @@ from saejax.errors import Interrupted
 FOLDER = ".processes"  # of a workdir
 COME = 300  # seconds that processes wait for one another at the start
 LOST = 75  # exit status of a child whose connection to another process broke
-_LOOK_EVERY, _GRACE, _ABORTED = 0.5, 20.0, 30.0  # seconds: to save what there is; until others have said how they ended
+_LOOK_EVERY, _GRACE, _ABORTED = 0.5, 20.0, 25.0  # seconds: to save what there is; until others have said how they ended
 _VISIBLE = 120.0  # seconds within which a file is seen on all hosts that share its folder
 _SAVED = 128 + signal.SIGTERM
 _COME = "come"  # a folder of FOLDER, for those that have not joined yet

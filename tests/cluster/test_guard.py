@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from saejax import guard
+from saejax import guard, processes
 
 TOY = """
 import os, signal, sys, time
@@ -112,6 +112,10 @@ def test_one_that_is_gone_without_a_word_is_named(ended):
 def test_a_stop_that_one_is_asked_for_stops_all(ended):
     found, said = ended("saves", "saves", first=lambda toys: toys[1].send_signal(signal.SIGTERM))
     assert found == [143, 143] and said == ["", ""]
+
+
+def test_a_process_is_missed_within_a_minute():
+    assert processes.HEARTBEAT + guard._ABORTED + 2 * guard._LOOK_EVERY < 60
 
 
 def test_those_that_did_not_come_are_named(tmp_path):
