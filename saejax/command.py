@@ -22,7 +22,7 @@ from absl import flags
 
 from saejax import config
 from saejax.bucket import is_bucket
-from saejax.errors import CheckFailed, Interrupted, UserError
+from saejax.errors import NO_ROOM, CheckFailed, Interrupted, UserError, out_of_room
 from saejax.mirror import scratch_folder
 from saejax.parallel.cluster import label
 from saejax.parallel.parent import LOST, guarded
@@ -30,8 +30,7 @@ from saejax.registry import GROUPS, STAGES, groups_of
 
 _LOST = re.compile("gloo|nccl|UNAVAILABLE|connection (closed|reset)", re.IGNORECASE)  # of a collective
 _DISK = {
-    errno.ENOSPC: "the disk is full: free space, then run again",
-    errno.EDQUOT: "the disk quota is used up: free space, then run again",
+    **{number: f"{told}: free space, then run again" for number, told in NO_ROOM.items()},
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "permission denied",
 }
@@ -67,26 +66,32 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         workspace = Workspace(workdir, flag_values["scratch"].value or "", bool(flag_values["break_lock"].value))
         pipeline.run_stages(stages, configs, workspace, timed_say(), stop_asked(), flag_values["unit"].value or "")
 
-    processes, folder = _together(argv)
+    processes, own, folder = _together(argv)
     if processes != 1 and folder:  # before anything is imported that starts threads
-        return guarded(lambda: ended(work, flag_values), folder, processes)
+        return guarded(lambda: ended(work, flag_values), folder, processes, own)
     return ended(work, flag_values)
 
 
-def _together(argv: Sequence[str]) -> tuple[int, Path | None]:
-    """How many processes flags ask for, 0 where a cluster tells, and the folder that they share; no other flags."""
+def _together(argv: Sequence[str]) -> tuple[int, int | None, Path | None]:
+    """How many processes flags ask for and which this is, 0 and None where a cluster tells, and the folder they share.
+
+    Reads nothing else of the flags.
+    """
     early = flags.FlagValues()
     flags.DEFINE_integer("mesh.processes", 1, "", flag_values=early)
+    flags.DEFINE_integer("mesh.process_id", 0, "", flag_values=early)
     flags.DEFINE_string("mesh.distributed", "flags", "", flag_values=early)
     for name in ("workdir", "scratch"):
         flags.DEFINE_string(name, "", "", flag_values=early)
     try:
         early(list(argv), known_only=True)
     except flags.Error:  # which is told when all flags are read
-        return 1, None
-    processes, workdir = early["mesh.processes"].value or 1, early["workdir"].value or ""
+        return 1, None, None
+    workdir = early["workdir"].value or ""
     folder = _folder(workdir, early["scratch"].value or "") if workdir else None
-    return 0 if early["mesh.distributed"].value == "auto" else processes, folder
+    if early["mesh.distributed"].value == "auto":
+        return 0, None, folder
+    return early["mesh.processes"].value or 1, early["mesh.process_id"].value or 0, folder
 
 
 def _folder(workdir: str, scratch: str) -> Path:
@@ -178,9 +183,9 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
         if label() and _LOST.search(str(error)):
             traceback.print_exc()
             return LOST
-        if "No space left on device" not in str(error):  # so TensorStore says it, as a ValueError
+        if not (told := out_of_room(error)):
             raise
-        return _refuse(f"{flag_values['workdir'].value}: {_DISK[errno.ENOSPC]}", flag_values)
+        return _refuse(f"{flag_values['workdir'].value}: {told}: free space, then run again", flag_values)
 
 
 def flag_error(error: flags.Error) -> str:
