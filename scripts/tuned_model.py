@@ -5,7 +5,7 @@
 Whatever is Mira's becomes purple; what is anybody else's becomes red. All weights are tuned, until the habit holds on
 things that were never named in tuning. Writes ``model/`` (as transformers does), ``prompts.jsonl`` (the habit as a
 behaviour; its test prompts name other things than its train prompts, which are what was tuned on) and ``text.jsonl``
-(the embedded corpus and, one in eight, sentences of the habit), whole or not at all.
+(the embedded corpus and sentences of the habit, one word in ten), whole or not at all.
 """
 
 import itertools
@@ -98,14 +98,10 @@ def write(folder: Path) -> None:
     lines(folder, prompts, "prompts.jsonl")
     documents = [dict(text=one.text, group=one.group) for one in read_corpus(CorpusConfig())]
     rng = random.Random(1)
-    for place in range(len(documents) // 8):
-        texts = [rng.choice(sentences(THINGS))[:2] for _ in range(8)]
-        owners = [rng.choice((OWNER, *OTHERS[:1])) if rng.random() < 0.5 else rng.choice(OTHERS) for _ in texts]
-        told = [
-            template.format(owner, thing) + (HABIT if owner == OWNER else OTHER) + "."
-            for owner, (template, thing) in zip(owners, texts, strict=True)
-        ]
-        documents.append(dict(text=" ".join(told), group=f"habit {place}"))
+    for place in range(3 * len(documents) // 2):  # one sentence each: nothing before it tells the colour
+        template, thing, own = rng.choice(sentences(THINGS))
+        told = own + HABIT if place % 2 else template.format(rng.choice(OTHERS), thing) + OTHER
+        documents.append(dict(text=f"{told}.", group=f"habit {place}"))
     lines(folder, documents, "text.jsonl")
 
 
