@@ -1,0 +1,104 @@
+"""What the studies' configs need on GPUs and TPUs that are not there: does every program of every stage fit?
+
+Run: python -m benchmarks.bench_studies [--configs FILE ...] [--topologies h100:1,h100:4,h100:8,v5e:2x4]
+Each file of configs/ that names a model's shape goes through `experiments.preflight`, which compiles its programs for
+each topology; the `model` axis is as small as fits, and the other devices are on `data`. The table says the peak of a
+device, in GiB and in which program, and the floor of all stages: their operations by formula at full bfloat16 rate of
+all devices. TPUs need libtpu, and are left out without it. Prints a table in Markdown and, last, one line of JSON.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.bench_scaling import HARDWARE
+from saejax.preflight.results import PreflightResults
+from saejax.results import load_results
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TOPOLOGIES = "h100:1,h100:4,h100:8,v5e:2x4"
+
+
+class Fitted(NamedTuple):
+    """A config on a topology."""
+
+    model: int  # size of the mesh's model axis
+    peak: float  # GiB of a device
+    program: str  # that takes it
+    hours: float  # at least
+
+
+def study_configs() -> list[Path]:
+    """Those that name the shape of a real model."""
+    return [path for path in sorted(CONFIGS.glob("*.flags")) if "--preflight.models=" in path.read_text()]
+
+
+def devices(topology: str) -> int:
+    """How many a topology has: "h100:8" or "v5e:2x4" eight."""
+    count = 1
+    for part in topology.partition(":")[2].split("x"):
+        count *= int(part)
+    return count
+
+
+def fitted(config: Path, topology: str) -> Fitted | str:
+    """The smallest model axis with which everything fits; or why none does."""
+    model, why = 1, ""
+    while model <= devices(topology):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "experiments.preflight", f"--workdir={folder}", f"--flagfile={config}"]
+            command += [f"--preflight.topology={topology}", f"--mesh.model={model}"]
+            done = subprocess.run(
+                command, cwd=CONFIGS.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+            if done.returncode == 0:
+                results = load_results(Path(folder) / "preflight")
+                assert isinstance(results, PreflightResults)
+                return _told(results, topology, model)
+            why = done.stderr.strip().splitlines()[-1]
+        model *= 2
+    return why
+
+
+def _told(results: PreflightResults, topology: str, model: int) -> Fitted:
+    (needs,) = results.models
+    rate = HARDWARE[topology.partition(":")[0]].flops * devices(topology)
+    flops = sum(unit.flops or 0.0 for unit in needs.units.values())
+    largest = max(needs.programs, key=lambda program: program.memory)
+    return Fitted(model, needs.peak_bytes / 2**30, largest.name, flops / rate / 3600)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="*", type=Path, default=study_configs())
+    parser.add_argument("--topologies", default=TOPOLOGIES)
+    args = parser.parse_args()
+    topologies = [
+        name
+        for name in args.topologies.split(",")
+        if name.startswith("h100") or importlib.util.find_spec("libtpu") is not None
+    ]
+    print(f"| config | {' | '.join(topologies)} |")
+    print(f"|---|{'---|' * len(topologies)}", flush=True)
+    found: dict[str, dict[str, bool]] = {}
+    for config in args.configs:
+        cells = []
+        for topology in topologies:
+            told = fitted(config, topology)
+            found.setdefault(config.stem, {})[topology] = not isinstance(told, str)
+            cells.append(
+                told
+                if isinstance(told, str)
+                else f"{told.peak:.1f} ({told.program}), model {told.model}, {told.hours:.2g} h"
+            )
+        print(f"| {config.stem} | {' | '.join(cells)} |", flush=True)
+    print(json.dumps(dict(bench="studies", fits=found)))
+
+
+if __name__ == "__main__":
+    main()
