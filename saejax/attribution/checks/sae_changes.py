@@ -15,7 +15,7 @@ from saejax.models import decoder
 from saejax.models.edits import ForwardPass
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 
 
 @jax.tree_util.register_dataclass

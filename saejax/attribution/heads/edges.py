@@ -29,7 +29,8 @@ from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.memory import heads_block
 from saejax.attribution.trace.targets import Readouts
 from saejax.models.config import DecoderConfig
-from saejax.parallel import free_bytes, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import free_bytes
 
 _PARTS = 4  # parts of a prompt in which sources of a block begin, and in which targets of a block end
 _ENTERED = 1 << 24  # parts of edges that are kept until they are entered

@@ -13,7 +13,7 @@ from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.parallel import free_on
+from saejax.parallel.mesh import free_on
 
 ReadRows = Callable[[int, str, np.ndarray], np.ndarray]
 KEPT_SHARE = 4  # of what is free, dictionaries that were read may take one part in so many

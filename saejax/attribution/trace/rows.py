@@ -13,7 +13,8 @@ from saejax.attribution.trace.backward import TargetBatch, contributions
 from saejax.attribution.trace.row_store import Put
 from saejax.attribution.trace.sources import Sources
 from saejax.models.config import DecoderConfig
-from saejax.parallel import fitting_sharding, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import fitting_sharding
 
 _LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
 _CHUNKS = 8  # chunks of targets in a batch

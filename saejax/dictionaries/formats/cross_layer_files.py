@@ -19,7 +19,7 @@ from saejax.dictionaries.formats import tensors
 from saejax.dictionaries.formats.cross_layer import ENCODERS, FACTS, KIND
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError
-from saejax.parallel import is_first_process
+from saejax.parallel.collectives import is_first_process
 from saejax.workspace import write_text
 
 DECODERS = "W_dec_*.safetensors"
