@@ -117,7 +117,12 @@ def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
 def graph_size(
     config: GraphConfig, model: DecoderConfig, transcoder: DictionaryConfig, active: float, cross_layer: bool
 ) -> GraphSize:
-    """What decides how much memory a graph takes, of these settings; the rest as in ``GraphSize``."""
+    """What decides how much memory a graph takes.
+
+    Args:
+      config: the stage's settings.
+      model, transcoder, active, cross_layer: see ``GraphSize``.
+    """
     return GraphSize(
         model,
         transcoder,
