@@ -31,6 +31,7 @@ from saejax.attribution.trace.rows import row_flops
 from saejax.costs.cost import CHARACTERS_PER_TOKEN, START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops, weight_bytes
 from saejax.dictionaries import DictionaryConfig
+from saejax.models.config import DecoderConfig
 from saejax.settings import GraphConfig
 from saejax.tasks.cost import PROMPT
 
@@ -108,17 +109,31 @@ def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
     if found is None:
         return None
     transcoder, cross_layer = found
-    size = GraphSize(
-        plan.model,
+    active = certain_active(transcoder) or plan.configs["preflight"].active_features
+    size = graph_size(config, plan.model, transcoder, active, cross_layer)
+    return PlannedGraphs(tuple(lengths), size, config.doubled, len(config.behaviours) * config.kept_prompts)
+
+
+def graph_size(
+    config: GraphConfig, model: DecoderConfig, transcoder: DictionaryConfig, active: float, cross_layer: bool
+) -> GraphSize:
+    """What decides how much memory a graph takes.
+
+    Args:
+      config: the stage's settings.
+      model, transcoder, active, cross_layer: see ``GraphSize``.
+    """
+    return GraphSize(
+        model,
         transcoder,
-        certain_active(transcoder) or plan.configs["preflight"].active_features,
+        active,
         config.max_features or None,
         config.max_logits,
-        checked=bool(config.circuits or config.doubled),
+        checked=bool(config.circuits or config.doubled or config.kept_prompts),
         heads=config.heads,
         cross_layer=cross_layer,
+        together=KEPT_RUNS if config.kept_prompts else RUNS,
     )
-    return PlannedGraphs(tuple(lengths), size, config.doubled, len(config.behaviours) * config.kept_prompts)
 
 
 def _flops(planned: PlannedGraphs, tokens: int) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 
 from saejax.attribution.checks import circuit_runs, circuits, kept
 from saejax.attribution.checks.validation import double, double_saes
+from saejax.attribution.cost import graph_size
 from saejax.attribution.forms.outputs import write_outputs
 from saejax.attribution.graph.nodes import ERROR, FEATURE
 from saejax.attribution.groups import supernodes
@@ -33,7 +34,7 @@ from saejax.attribution.results import (
     KeptResults,
 )
 from saejax.attribution.trace.gradient import TracedSaes, trace_saes
-from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
+from saejax.attribution.trace.memory import certain_active, check_room
 from saejax.attribution.trace.prompt import Traced, prompt_ids, trace_prompt
 from saejax.attribution.trace.targets import token_of
 from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours, silent
@@ -128,11 +129,8 @@ def _check_request(
         for head in read_heads(config) or []:
             check_head(model.config, *head, tokens=len(ids_P))
         if isinstance(dictionaries, LayerTranscoders):
-            first, checked = dictionaries.configs[0], bool(config.circuits or config.doubled)
-            most = config.max_features or None
-            size = GraphSize(model.config, first, certain_active(first), most, config.max_logits, checked, config.heads)
-            size = dataclasses.replace(size, cross_layer=dictionaries.cross_layer)
-            check_room(size, len(ids_P), model.mesh)
+            first, across = dictionaries.configs[0], dictionaries.cross_layer
+            check_room(graph_size(config, model.config, first, certain_active(first), across), len(ids_P), model.mesh)
     except UserError as error:
         raise UserError(f"{request.slug}: {error}") from None
 

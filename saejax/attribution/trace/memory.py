@@ -81,6 +81,7 @@ class GraphSize:
       checked: whether the graph is checked by running it.
       heads: whether the heads of its edges are looked for.
       cross_layer: whether features write to later layers, too.
+      together: most parts of the graph that are run side by side.
     """
 
     model: DecoderConfig
@@ -91,6 +92,7 @@ class GraphSize:
     checked: bool = False
     heads: bool = False
     cross_layer: bool = False
+    together: int = RUNS
 
     @property
     def writes(self) -> float:
@@ -266,7 +268,7 @@ def _heads(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
 
 def _checks(size: GraphSize, tokens: int) -> tuple[float, float]:
     model, length, features = size.model, padded(tokens), size.transcoder.n_features
-    circuits = min(max(AT_ONCE // (length * features), 1), RUNS)
+    circuits = min(max(AT_ONCE // (length * features), 1), size.together)
     running = _inside(size) * length + _attention(size, length)
     acts = _COPIES * circuits * length * features
     device = _kept(size, length) + _transcoders(size) + max(acts + circuits * running, _CHANGED * running)
