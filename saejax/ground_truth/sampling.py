@@ -9,7 +9,7 @@ _EDGE = 1e-7  # of a uniform number, beyond which a normal one is cut: at 5.2 st
 
 
 def draw(world: World, key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """So many vectors x_BxD, and which features they are made of, code_BxJ; to be traced.
+    """``count`` vectors x_BxD, drawn by a key, and which features they are made of, code_BxJ; to be traced.
 
     In this order: (1) factors are drawn, and each feature's own condition to fire, given them; (2) activations of
     those whose condition is met, max(0, normal); (3) generation by generation, children whose parent does not fire are
