@@ -7,7 +7,7 @@ on by experiments.ground_truth; the best dictionary of each kind is exported and
 samples of the same world, which also says whether both generators agree. Samples a second of both are medians of runs
 of one batch in this machine's present state, in processor and in wall seconds. Ends with one line of JSON. sae-lens is
 installed into build/saelens at the first run. What is there already is not run again. On two free cores --scale 8 takes
-about ten minutes.
+about ten minutes; with --samples 0 nothing is trained and only the generators are compared, in a minute.
 """
 
 import argparse
@@ -67,15 +67,15 @@ def our_generator(world: World, seed: int, count: int) -> tuple[dict[str, float]
     """L0 and mean square of our samples, how often each feature fires, and a batch's seconds: processor, wall."""
 
     @jax.jit
-    def batch(world: World, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x_BxD, code_BxJ = draw(world, batch_key(seed, HELD_OUT, number), BATCH)
-        return x_BxD, (code_BxJ > 0).sum(0), (x_BxD**2).sum()
+    def sums(x_BxD: jax.Array, code_BxJ: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (code_BxJ > 0).sum(0), (x_BxD**2).sum()
 
     seconds, fired_J, square = [], np.zeros(len(world.mean_J)), 0.0
     for number in range(max(count // BATCH, REPEATS + 1)):
         start = time.process_time(), time.perf_counter()
-        _, fires_J, squares = jax.block_until_ready(batch(world, np.int32(number)))
+        drawn = jax.block_until_ready(draw(world, batch_key(seed, HELD_OUT, np.int32(number)), BATCH))
         seconds.append((time.process_time() - start[0], time.perf_counter() - start[1]))
+        fires_J, squares = sums(*drawn)
         fired_J, square = fired_J + np.asarray(fires_J), square + float(squares)
     seen = len(seconds) * BATCH
     processor, wall = (statistics.median(column) for column in zip(*seconds[1:], strict=True))
@@ -94,6 +94,14 @@ def train(args: argparse.Namespace, truth: TruthConfig) -> None:
         subprocess.run([*command, f"--unit=ground_truth/{kind}", *flags, *args.more], cwd=ROOT, check=True)
 
 
+def saelens_says(args: argparse.Namespace, folder: str) -> dict:
+    """Of the world, and of an exported dictionary if there is a folder of one."""
+    script = str(Path(__file__).with_name("synthsaebench_saelens.py"))
+    python = args.saelens or saelens_python()
+    command = [python, "-W", "ignore", script, str(args.folder / "world.npz"), folder, str(args.held_out), str(BATCH)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
 def judge(args: argparse.Namespace, kind: str) -> tuple[dict, dict]:
     """What sae-lens says of the dictionary of a kind, and what we say."""
     (scores,) = (args.folder / "ground_truth" / kind).glob("**/scores.json")
@@ -102,17 +110,13 @@ def judge(args: argparse.Namespace, kind: str) -> tuple[dict, dict]:
     folder = args.folder / "exported" / kind
     if not folder.exists():
         save_dictionary(folder, dictionary, "saelens")
-    script = str(Path(__file__).with_name("synthsaebench_saelens.py"))
-    python = args.saelens or saelens_python()
-    command = [python, "-W", "ignore", script, str(args.folder / "world.npz"), str(folder), str(args.held_out)]
-    said = subprocess.run([*command, str(BATCH)], check=True, capture_output=True, text=True).stdout
-    return json.loads(said.splitlines()[-1]), read_json(scores)
+    return saelens_says(args, str(folder)), read_json(scores)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=int, default=8, help="what the benchmark is divided by: 1, 4, 8 or 16")
-    parser.add_argument("--samples", type=int, default=1_000_000, help="to train on")
+    parser.add_argument("--samples", type=int, default=1_000_000, help="to train on; 0: only compare generators")
     parser.add_argument("--held_out", type=int, default=50_000, help="samples that judge")
     parser.add_argument("--kinds", default="batchtopk", help="of dictionary, the kinds of experiments.ground_truth")
     parser.add_argument("--width_share", type=float, default=0.25, help="features of a dictionary, over the world's")
@@ -122,42 +126,51 @@ def main() -> None:
     args = parser.parse_args()
     args.folder = args.folder.absolute()
     args.folder.mkdir(parents=True, exist_ok=True)
-    truth = settings(args.scale, args.samples, args.held_out)
+    truth = settings(args.scale, max(args.samples, 1), args.held_out)
     world = make_world(truth)
     save_world(world, args.folder / "world.npz")
     ours, rate_J, ours_seconds = our_generator(world, truth.seed, args.held_out)
-    train(args, truth)
     line: dict[str, dict] = {}
-    for kind in args.kinds.split(","):
-        theirs, own = judge(args, kind)
-        judged, label = theirs["judged"], f"{kind:10}"
-        rates = np.stack([rate_J, theirs["world"]["rate_J"]])
-        error_J = np.sqrt(rates.mean(0) * (1 - rates.mean(0)) * 2 / args.held_out)
-        apart = np.abs(rates[0] - rates[1]) / np.maximum(error_J, 1e-12)
-        print(
-            f"{label} sae-lens: F1 {judged['classification']['f1_score']:.4f}, MCC {judged['mcc']:.4f}, uniqueness "
-            f"{judged['uniqueness']:.3f}, L0 {judged['sae_l0']:.2f}, explained variance "
-            f"{judged['explained_variance']:.4f}, dead {judged['dead_latents']}"
-        )
-        print(
-            f"{label} ours:     F1 {own['f1_features']:.4f}, MCC {own['mcc']:.4f}, uniqueness {own['uniqueness']:.3f}, "
-            f"L0 {own['l0']:.2f}, explained variance {own['explained_variance']:.4f}"
-        )
-        print(
-            f"{label} samples: true L0 {theirs['world']['l0']:.3f} theirs, {ours['l0']:.3f} ours; mean square "
-            f"{theirs['world']['square']:.2f}, {ours['square']:.2f}; of the features' rates {np.mean(apart > 3):.2%} "
-            f"are more than three standard errors apart; samples a second {BATCH / theirs['wall']:,.0f} theirs, "
-            f"{BATCH / ours_seconds[1]:,.0f} ours; processor seconds for 1,024: {theirs['processor']:.3f}, "
-            f"{ours_seconds[0]:.3f}"
-        )
-        line[kind] = dict(
-            f1=round(judged["classification"]["f1_score"], 4),
-            mcc=round(judged["mcc"], 4),
-            l0=round(judged["sae_l0"], 2),
-            faster=round(theirs["wall"] / ours_seconds[1], 2),
-            fewer_processor_seconds=round(theirs["processor"] / ours_seconds[0], 2),
-        )
+    if not args.samples:
+        line["generators"] = compared(args, saelens_says(args, ""), ours, rate_J, ours_seconds)
+    else:
+        train(args, truth)
+        for kind in args.kinds.split(","):
+            theirs, own = judge(args, kind)
+            line[kind] = scored(kind, theirs["judged"], own) | compared(args, theirs, ours, rate_J, ours_seconds)
     print(json.dumps(dict(bench="synthsaebench", scale=args.scale, samples=args.samples, kinds=line)))
+
+
+def scored(label: str, judged: dict, own: dict) -> dict:
+    """Prints how sae-lens and we judge a dictionary."""
+    print(
+        f"{label} sae-lens: F1 {judged['classification']['f1_score']:.4f}, MCC {judged['mcc']:.4f}, uniqueness "
+        f"{judged['uniqueness']:.3f}, L0 {judged['sae_l0']:.2f}, explained variance "
+        f"{judged['explained_variance']:.4f}, dead {judged['dead_latents']}\n"
+        f"{label} ours:     F1 {own['f1_features']:.4f}, MCC {own['mcc']:.4f}, uniqueness {own['uniqueness']:.3f}, "
+        f"L0 {own['l0']:.2f}, explained variance {own['explained_variance']:.4f}"
+    )
+    f1, mcc, l0 = judged["classification"]["f1_score"], judged["mcc"], judged["sae_l0"]
+    return dict(f1=round(f1, 4), mcc=round(mcc, 4), l0=round(l0, 2))
+
+
+def compared(
+    args: argparse.Namespace, theirs: dict, ours: dict, rate_J: np.ndarray, seconds: tuple[float, float]
+) -> dict:
+    """Prints how the two generators draw, and how fast."""
+    rates = np.stack([rate_J, theirs["world"]["rate_J"]])
+    error_J = np.sqrt(rates.mean(0) * (1 - rates.mean(0)) * 2 / args.held_out)
+    apart = np.abs(rates[0] - rates[1]) / np.maximum(error_J, 1e-12)
+    print(
+        f"samples: true L0 {theirs['world']['l0']:.3f} theirs, {ours['l0']:.3f} ours; mean square "
+        f"{theirs['world']['square']:.2f}, {ours['square']:.2f}; of the features' rates {np.mean(apart > 3):.2%} "
+        f"are more than three standard errors apart; samples a second {BATCH / theirs['wall']:,.0f} theirs, "
+        f"{BATCH / seconds[1]:,.0f} ours; processor seconds for 1,024: {theirs['processor']:.4f}, {seconds[0]:.4f}"
+    )
+    return dict(
+        faster=round(theirs["wall"] / seconds[1], 2),
+        fewer_processor_seconds=round(theirs["processor"] / seconds[0], 2),
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """sae-lens' side of bench_synthsaebench: its generator of a world of ours, and its judgement of an export of ours.
 
 Run by bench_synthsaebench, where sae-lens is installed: python synthsaebench_saelens.py WORLD.npz SAE COUNT BATCH
-Prints one line of JSON.
+With "" for SAE there is no judgement. Prints one line of JSON.
 """
 
 import json
@@ -60,7 +60,9 @@ def main() -> None:
             square += float(dictionary(code_BxJ).double().square().sum())
             seen += batch
     processor, wall = (statistics.median(column) for column in zip(*seconds[1:], strict=True))
-    judged = asdict(eval_sae_on_synthetic_data(SAE.load_from_disk(folder), dictionary, generator, count, batch))
+    judged = None
+    if folder:
+        judged = asdict(eval_sae_on_synthetic_data(SAE.load_from_disk(folder), dictionary, generator, count, batch))
     world_has = dict(l0=float(fired_J.sum() / seen), square=square / seen, rate_J=(fired_J / seen).tolist())
     print(json.dumps(dict(judged=judged, world=world_has, processor=processor, wall=wall)))
 

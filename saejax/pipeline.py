@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -76,7 +77,7 @@ class Workplan:
 def run_stages(
     stages: Sequence[str],
     configs: Configs,
-    workdir: str,
+    workdir: str | Workspace,
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
     only: str = "",
@@ -87,7 +88,7 @@ def run_stages(
     Args:
       stages: names from ``STAGES``.
       configs: every group of configuration.
-      workdir: the folder of the run.
+      workdir: the folder of the run, or what keeps it.
       say: prints a line.
       stopping: whether the process was asked to stop.
       only: the one unit to run, such as "train/topk"; "": all.
@@ -99,7 +100,7 @@ def run_stages(
     """
     for stage in stages:
         one_of(stage, STAGES, "stage")
-    workspace = Workspace(workdir)
+    workspace = workdir if isinstance(workdir, Workspace) else Workspace(workdir)
     units = [unit for stage in stages for unit in STAGES[stage].units(configs)]
     if not units:
         raise UserError(f"{', '.join(stages)} has nothing to do with these settings: --help says what to name")
@@ -112,13 +113,18 @@ def run_stages(
             peers.stopping = stopping
             check_same(peers, _told(configs, units))
             peers.meet("all are started alike")  # or the first one would begin a unit
-        with watched(watchdog, stopping, peers.step if peers else lambda: None) as stopping:
+        asked = functools.partial(_asked, stopping, workspace)
+        with watched(watchdog, asked, peers.step if peers else lambda: None) as stopping:
             work = _Work(workspace, plan, said, stopping, instead)
             for stage, own in itertools.groupby(units, lambda unit: unit.partition("/")[0]):
                 for unit, team in _dealt(workspace, plan, stage, list(own), peers, said):
                     if stopping():
                         raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
                     _run_unit(work, unit, team)
+
+
+def _asked(stopping: Callable[[], bool], workspace: Workspace) -> bool:
+    return stopping() or workspace.lost
 
 
 def _told(configs: Configs, units: Sequence[str]) -> dict[str, str]:
@@ -257,7 +263,7 @@ def _input_folder(workspace: Workspace, plan: Workplan, unit: str, need: str) ->
         raise UserError(
             f"{unit} reads {need}, which {state} in {workspace.root}: run experiments.{stage} with the same flags first"
         )
-    return workspace.folder(stage, name)
+    return workspace.bring(stage, name)
 
 
 @contextlib.contextmanager
@@ -266,12 +272,12 @@ def _joined(
 ) -> Iterator[tuple[Configs, Peers | None]]:
     """The processes of a run together, of which the first one holds the workdir; what each of them is to do."""
     if not configs["mesh"].together:
-        with workspace.lock():
+        with workspace.lock(say):
             yield configs, None
         return
     configs = {**configs, "mesh": join(configs["mesh"], workspace.root, say)}
     peers = joined()
-    with workspace.lock() if peers is None or peers.own == 0 else contextlib.nullcontext():
+    with workspace.lock(say, whole=True) if peers is None or peers.own == 0 else contextlib.nullcontext():
         if peers:
             peers.meet("the workdir is held")
         yield configs, peers

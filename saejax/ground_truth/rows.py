@@ -12,6 +12,7 @@ from saejax.config import identity
 from saejax.ground_truth.sampling import draw
 from saejax.ground_truth.stage import TruthConfig
 from saejax.ground_truth.world import World
+from saejax.parallel.mesh import fitting_sharding
 from saejax.training.objective import Arrays
 from saejax.training.state import TrainState
 from saejax.training.step import Trainer
@@ -23,6 +24,7 @@ TRAIN, HELD_OUT = 1, 2  # which vectors: the numbers of a batch start anew in ea
 _SAMPLE = 65_536  # vectors from which the trainer estimates scales
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def batch_key(seed: int, split: int, number: int | jax.Array) -> jax.Array:
     """The key of the batch of a number in a split, ``TRAIN`` or ``HELD_OUT``, of the world of a seed."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), split), number)
@@ -59,13 +61,13 @@ class SyntheticRows:
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
         """The vectors [n, d] of these numbers."""
-        make = jax.jit(lambda world, number: draw(world, self._key(number), self._batch)[0])
-        made = [np.asarray(make(self._world, number)) for number in range(self._count // self._batch)]
+        numbers = range(self._count // self._batch)
+        made = [np.asarray(draw(self._world, self._key(number), self._batch)[0]) for number in numbers]
         return np.concatenate(made)[rows]
 
 
 class Sampled:
-    """Batches of a synthetic world, as ``inputs.Input``: drawn on the devices, a program for each step.
+    """Batches of a synthetic world, as ``inputs.Input``: drawn on the devices, step by step.
 
     Every epoch has the same batches, each but the first in another order.
 
@@ -78,16 +80,16 @@ class Sampled:
     mode = "synthetic"
 
     def __init__(self, trainer: Trainer, config: TruthConfig, world: World):
-        batch, key = trainer.config.batch, functools.partial(batch_key, config.seed, TRAIN)
+        batch = trainer.config.batch
         self._trainer, self._world, self._per_epoch = trainer, world, config.samples // batch
-        self._draw = jax.jit(
-            lambda world, number: draw(world, key(number), batch)[0][None], out_shardings=trainer.batch_sharding
-        )
+        self._key = functools.partial(batch_key, config.seed, TRAIN)
+        self._rows = fitting_sharding(trainer.mesh, (batch, 1), "data", None)
 
     def advance(self, state: TrainState, step: int, last: int) -> tuple[TrainState, Arrays, int]:
         """One step, as ``Input.advance`` says."""
-        x_1xBxD = self._draw(self._world, np.int32(self._number(step)))
-        state, metrics = self._trainer.step(state, (x_1xBxD,))
+        key = self._key(np.int32(self._number(step)))
+        x_BxD, _ = draw(self._world, key, self._trainer.config.batch, self._rows)
+        state, metrics = self._trainer.step(state, (x_BxD[None],))
         return state, metrics, 1
 
     def _number(self, step: int) -> int:

@@ -54,17 +54,16 @@ class Counts:
         return self.square - float(np.square(self.total_D).sum()) / self.tokens
 
 
-@jax.jit(static_argnames="batch")
+@jax.jit
 def _count(
     dictionary: Dictionary,
     world: World,
-    key: jax.Array,
+    x_BxD: jax.Array,
+    code_BxJ: jax.Array,
     places: Mapping[str, jax.Array],
     threshold: jax.Array,
-    batch: int,
 ) -> dict[str, jax.Array]:
     """The sums of one batch; ``places`` has ``nearest_F``, ``matched_J`` and ``parent_J`` of what is counted."""
-    x_BxD, code_BxJ = draw(world, key, batch)
     f_BxF = dictionary.encode(x_BxD)
     fires_BxF, there_BxJ, kept_BxJ = dictionary.fires(f_BxF), code_BxJ > 0, code_BxJ > threshold
     kept_BxD = jnp.where(kept_BxJ, code_BxJ, 0.0) @ world.directions_JxD + world.bias_D[None]
@@ -99,8 +98,8 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
     sums: dict[str, Any] = {}
     steps = max(config.held_out // _BATCH, 1)
     for number in range(steps):
-        key = batch_key(config.seed, HELD_OUT, number)
-        found = _count(dictionary, world, key, places, threshold, batch=_BATCH)
+        drawn = draw(world, batch_key(config.seed, HELD_OUT, number), _BATCH)
+        found = _count(dictionary, world, *drawn, places, threshold)
         for name, value in found.items():
             value = np.asarray(value)
             wide = value.astype(np.int64 if value.dtype.kind == "i" else np.float64)
@@ -111,7 +110,7 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
 
 def _threshold(dictionary: Dictionary, world: World, config: TruthConfig) -> np.float32:
     """The activation above which the world has as many as the dictionary fires, on a batch; 0 if it has fewer."""
-    x_BxD, code_BxJ = jax.jit(draw, static_argnums=2)(world, batch_key(config.seed, HELD_OUT, 0), _BATCH)
+    x_BxD, code_BxJ = draw(world, batch_key(config.seed, HELD_OUT, 0), _BATCH)
     kept = int(jnp.sum(dictionary.fires(dictionary.encode(x_BxD))))
     size_N = np.sort(np.asarray(code_BxJ)[np.asarray(code_BxJ) > 0])
     return np.float32(size_N[-kept - 1] if kept < len(size_N) else 0.0)

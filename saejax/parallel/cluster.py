@@ -22,7 +22,8 @@ from saejax.settings import MeshConfig
 if TYPE_CHECKING:
     import jax
 
-HEARTBEAT = 50  # seconds without a word after which a process counts as dead, and the others end
+HEARTBEAT = 30  # seconds without a word after which a process counts as dead, and the others end
+_SHUTDOWN = 50  # seconds that a process which is done waits for the others
 _joined: list[Peers] = []  # the processes of this one's run, once it has joined them
 
 
@@ -46,9 +47,8 @@ def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshC
     found = len(glob.glob("/dev/nvidia[0-9]*"))
     ids: list[int] | None
     common = dict(initialization_timeout=parent.COME, heartbeat_timeout_seconds=HEARTBEAT)
-    common |= dict(shutdown_timeout_seconds=HEARTBEAT)
+    common |= dict(shutdown_timeout_seconds=_SHUTDOWN)
     if config.distributed == "flags":
-        parent.come(workdir, config.process_id)
         told = dict(num_processes=config.processes, process_id=config.process_id)
         jax.distributed.initialize(config.coordinator or None, **told, **common)
         ids = list(range(visible_gpus(os.environ, found)))

@@ -20,6 +20,16 @@ from saejax.settings import MeshConfig
 AXES = ("member", "data", "model")
 
 
+def alone_config(model: int, devices: int) -> MeshConfig:
+    """How the devices of a process that works ``alone`` are arranged.
+
+    Args:
+      model: size of the run's axis ``model``.
+      devices: of the process.
+    """
+    return MeshConfig(model=math.gcd(model, devices))
+
+
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a run.
 
@@ -36,7 +46,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
     if devices is None:
         devices = jax.local_devices() if is_alone() else jax.devices()
         if len(devices) < jax.device_count():
-            config = MeshConfig(model=math.gcd(config.model, len(devices)))
+            config = alone_config(config.model, len(devices))
     rest = config.member * config.model
     data = config.data or max(1, len(devices) // rest)
     if rest * data != len(devices):

@@ -25,7 +25,7 @@ COUNT = 40_000
 
 def drawn(settings=SMALL, count=COUNT, seed=7):
     world = make_world(settings)
-    x_BxD, code_BxJ = jax.jit(draw, static_argnums=2)(world, jax.random.key(seed), count)
+    x_BxD, code_BxJ = draw(world, jax.random.key(seed), count)
     return world, np.asarray(x_BxD), np.asarray(code_BxJ)
 
 
@@ -135,8 +135,7 @@ def test_statistics_of_synthsaebench_16k():
     parent_J = parents(settings.features, settings.roots, settings.branching, settings.depth)
     assert np.sum(parent_J >= 0) + 128 == 10_880 and abs(own_J.max() - 0.915) < 1e-3
     world = make_world(settings)
-    draw_one = jax.jit(lambda world, key: jnp.sum(draw(world, key, 256)[1] > 0, 0))
-    counts_J = sum(np.asarray(draw_one(world, jax.random.key(i))) for i in range(6))
+    counts_J = sum(np.asarray(jnp.sum(draw(world, jax.random.key(i), 256)[1] > 0, 0)) for i in range(6))
     rate_J = counts_J / (6 * 256)
     levels = [rate_J[start:stop].sum() for start, stop in ((0, 128), (128, 640), (640, 2688), (2688, 10880))]
     np.testing.assert_allclose([*levels, rate_J[10880:].sum()], [8.2, 7.4, 7.4, 7.2, 4.6], rtol=0.08)

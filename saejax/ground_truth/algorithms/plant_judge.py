@@ -6,6 +6,7 @@ through it to the logit, which is how graphs are pruned. Nodes that are the same
 out.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from saejax.dictionaries import Basis, Dictionary, save_dictionary
 from saejax.ground_truth.algorithms.planted import CIRCUIT, LAYERS, Planted
 from saejax.ground_truth.algorithms.results import CarriedOver, PlantedScores
 from saejax.ground_truth.circuits.edges import Edges, possible
+from saejax.ground_truth.edge_circuits import edge_curves
 from saejax.ground_truth.run import over_seeds
 from saejax.library.activations import capture
 from saejax.library.dictionaries import train
@@ -51,14 +53,18 @@ def judge(run: Run, model: LanguageModel, texts: Sequence[str], prompts: Sequenc
       seed: of transcoders and draws.
     """
     sets = _transcoders(run, model, texts, seed)
-    tests = [prompt for prompt in prompts if prompt.split == "test"][::2][:_GRAPHS]
-    auroc, strongest = {}, {}
+    tests = [prompt for prompt in prompts if prompt.split == "test"]
+    traced, others = tests[::2][:_GRAPHS], tests[1::2][::2]
+    auroc, strongest, orders = {}, {}, {}
     for name, own in sets.items():
-        columns = zip(*(edge_scores(model, own, prompt) for prompt in tests), strict=True)
-        auroc[name], strongest[name] = map(over_seeds, columns)
+        found = [_traced_edges(model, own, prompt) for prompt in traced]
+        auroc[name], strongest[name] = map(over_seeds, zip(*map(edge_scores, found), strict=True))
+        orders[name] = dataclasses.replace(found[0], weight_SxR=np.mean([one.weight_SxR for one in found], axis=0))
         run.say(f"{name} transcoders: AUROC of edges {auroc[name].mean:.3f}, strongest {strongest[name].mean:.3f}")
+    orders["planted edges"] = dataclasses.replace(found[0], weight_SxR=_planted_edges(found[0]).astype(float))
+    circuits = edge_curves(model, others, orders, sets, seed)
     bases: dict[str, Basis] = {**{name: own[0] for name, own in sets.items()}, "neurons": Neurons(model, 0)}
-    return PlantedScores(len(tests), auroc, strongest, _carried(model, bases, prompts, seed))
+    return PlantedScores(len(traced), auroc, strongest, _carried(model, bases, prompts, seed), circuits)
 
 
 def _transcoders(run: Run, model: LanguageModel, texts: Sequence[str], seed: int) -> dict[str, list[Dictionary]]:
@@ -82,17 +88,24 @@ def _transcoders(run: Run, model: LanguageModel, texts: Sequence[str], seed: int
     return sets
 
 
-def edge_scores(model: LanguageModel, transcoders: Sequence[Dictionary], prompt: Prompt) -> tuple[float, float]:
+def _traced_edges(model: LanguageModel, transcoders: Sequence[Dictionary], prompt: Prompt) -> Edges:
+    answers = model.token_id(prompt.correct), model.token_id(prompt.wrong)
+    return place_edges(trace(model, LayerTranscoders.of(transcoders), prompt.text, targets=[answers]))
+
+
+def _planted_edges(edges: Edges) -> np.ndarray:
+    """Which are planted, bool [S, R]."""
+    return np.array([[(s[:2], r[:2]) in CIRCUIT for r in edges.targets] for s in edges.sources])
+
+
+def edge_scores(edges: Edges) -> tuple[float, float]:
     """AUROC of the influence through edges as a sign of which are planted, and the planted share of the strongest.
 
     Of the strongest there are as many as are planted. Most pairs of nodes are without any influence, whatever the
     transcoders, so that the AUROC is high for all of them.
     """
-    answers = model.token_id(prompt.correct), model.token_id(prompt.wrong)
-    found = place_edges(trace(model, LayerTranscoders.of(transcoders), prompt.text, targets=[answers]))
-    truth_SxR = np.array([[(s[:2], r[:2]) in CIRCUIT for r in found.targets] for s in found.sources])
-    there_SxR = possible(found)
-    truth_E, weight_E = truth_SxR[there_SxR], found.weight_SxR[there_SxR]
+    there_SxR = possible(edges)
+    truth_E, weight_E = _planted_edges(edges)[there_SxR], edges.weight_SxR[there_SxR]
     strongest = np.argsort(-weight_E, kind="stable")[: len(CIRCUIT)]
     return float(roc_auc_score(truth_E, weight_E)), float(truth_E[strongest].mean())
 

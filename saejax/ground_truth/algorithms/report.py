@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
-from saejax.ground_truth.algorithms.results import AlgorithmResults, PlantedScores
+from saejax.ground_truth.algorithms.results import AlgorithmResults, EdgeCurves, PlantedScores
 from saejax.page.document import Block, Section, Text
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 
 _EDGES = 0.95  # AUROC of edges that is asked for
+_SIZES = 4  # of circuits whose f is shown
 _PUT_IN = dict(
     trained="features, trained",
     untrained="features, hardly trained",
@@ -66,6 +67,8 @@ def _planted(scores: PlantedScores) -> Iterator[Block]:
         note="Edges between words, MLPs at a word and the logit, by the influence that goes through them. Most of them "
         "have none, whatever the transcoders: the AUROC is high for random ones, too.",
     )
+    if scores.circuits:
+        yield _circuits(scores.circuits)
     carried = tuple(
         (
             behaviour,
@@ -85,4 +88,31 @@ def _planted(scores: PlantedScores) -> Iterator[Block]:
         note="That MLP has whether the first two bits differ (differ), and must not carry the third one (third). Top "
         "features of trained, hardly trained and random transcoders, neurons, a learned subspace (DAS), and the whole "
         "site, chosen or learned on train pairs and tried on others; 95 % Wilson intervals.",
+    )
+
+
+def _circuits(found: EdgeCurves) -> Table:
+    """CPR and CMD of circuits of more and more edges."""
+    rows = tuple(
+        (
+            f"graphs, {name} transcoders" if name in found.alone else name,
+            interval(curve.cpr, 3),
+            interval(curve.cmd, 3),
+            *map(percent, curve.faithfulness[:_SIZES]),
+            interval(found.alone[name], 0, 100) if name in found.alone else MISSING,
+        )
+        for name, curve in found.curves.items()
+    )
+    columns = ("Order", "CPR", "CMD", *(f"f of {size}" for size in found.sizes[:_SIZES]), "By features alone, %")
+    return Table(
+        f"Planted circuit: what circuits of the first edges carry, on {found.prompts} prompts that were not traced",
+        columns,
+        rows,
+        stack=False,
+        note=f"The scores of MIB (Mueller et al., 2025), for the {found.edges} edges that there can be between words, "
+        "MLPs at a position and the logit: those outside of a circuit carry what they do in the counterpart's run. f: "
+        "the share of the logit difference that is left, 0 without edges and 1 with all. CPR: the area under f over "
+        "the share of edges, 1 is best; CMD: the area between f and 1, 0 is best; prompts are resampled for 95 % "
+        "intervals, and of random edges these are the middle 95 % of the draws. By features alone: f of all edges "
+        "where an MLP gives what its features predict, and the errors of the counterpart's run.",
     )
