@@ -1,8 +1,7 @@
 """Shapes checked while tests run: what a name's suffix says of an array must be so.
 
 An array of the ``CHECKED`` packages that contradicts its name fails the test in which it does.
-``SAEJAX_CHECK_SHAPES=list pytest tests/causal`` lists the contradictions of these and of the ``UNCHECKED`` packages at
-the end; ``=off`` checks nothing.
+``SAEJAX_CHECK_SHAPES=list pytest tests/causal`` lists the contradictions at the end; ``=off`` checks nothing.
 
 An argument, a local variable or a field called ``acts_BxTxD`` must be an array of three dimensions, and B, T and D must
 be the same wherever these letters stand in one call of one function (in one round of a loop). A number is a fixed size,
@@ -30,8 +29,7 @@ from jaxtyping import Shaped, jaxtyped
 
 ROOT = Path(__file__).parent.parent
 CHECKED = ("models", "dictionaries", "training", "activations", "evaluation", "analysis", "attribution", "causal")
-CHECKED += ("transfer", "track", "clusters", "interpret")
-UNCHECKED = ("ground_truth",)  # whose names are still to be mended
+CHECKED += ("transfer", "track", "clusters", "interpret", "ground_truth")
 _SUFFIX = re.compile(r"_*[A-Za-z0-9]\w*?_(x?(?:[A-Z]|\d+)(?:x(?:[A-Z]|\d+))*x?)")
 
 
@@ -95,10 +93,10 @@ def scope() -> contextlib.AbstractContextManager:
 
 
 def install(listed: bool) -> None:
-    """Rewrites packages at their import, all of them if contradictions are listed; saejax must not be imported yet."""
+    """Rewrites packages at their import; contradictions are raised, or listed. saejax must not be imported yet."""
     assert not any(name.startswith("saejax.") for name in sys.modules), "shapes must be installed before saejax"
     CONTRADICTIONS.listed = {} if listed else None
-    sys.meta_path.insert(0, _Finder(CHECKED + UNCHECKED * listed))
+    sys.meta_path.insert(0, _Finder(CHECKED))
 
 
 class _Finder(MetaPathFinder):

@@ -95,7 +95,7 @@ def holm(p_Nx: np.ndarray) -> np.ndarray:
 
 
 def correlations(a_RxN: np.ndarray, b_xN: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of each row with that of b, or with the only row there, [R]; NaN where one is constant."""
+    """Pearson's correlation of each row of a with that of b, or with its only one, [R]; NaN where one is constant."""
     defined_R = (np.ptp(a_RxN, axis=1) > 0) & (np.ptp(b_xN, axis=1) > 0)
     a_RxN, b_xN = (some - some.mean(axis=1, keepdims=True) for some in (a_RxN, b_xN))
     size_R = np.sqrt(np.square(a_RxN).sum(axis=1) * np.square(b_xN).sum(axis=1))

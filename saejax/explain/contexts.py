@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.explain.questions import Context, active
+from saejax.explain.questions import active
 from saejax.interpret import describe
+from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block, blocks
 from saejax.interpret.text import CodedText
 
@@ -27,8 +28,8 @@ class HeldOut:
     """
 
     feature: int
-    active: list[Context]
-    silent: list[Context]
+    active: list[FeatureContext]
+    silent: list[FeatureContext]
     wrong: list[list[int]]
 
     @property
@@ -60,9 +61,9 @@ def held_out(
         for i in own:
             rng = np.random.default_rng((seed, block.first + i))
             firings = block.place[drawn[slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))]]
-            shown: list[Context] = [*describe.contexts(block, text, known, i, firings)]
+            shown = describe.contexts(block, text, known, i, firings)
             without = _silent(block, text, place, i, rng, len(shown))
-            silent: list[Context] = [*describe.contexts(block, text, known, i, without)]
+            silent = describe.contexts(block, text, known, i, without)
             marks = -(-sum(len(active(context)) for context in shown) // len(shown))
             wrong = [_some(rng, len(context["tokens"]), marks) for context in silent]
             yield HeldOut(block.first + i, shown, silent, wrong)

@@ -10,10 +10,9 @@ the label are said to be the feature's. An answer that is not as asked for is No
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-Context = Mapping[str, Any]  # tokens, their activations ``acts``, and the place of the firing, ``peak``
+from saejax.interpret.feature_record import FeatureContext
 
 MARKED = 0.3  # of a context's largest activation: tokens that reach it are marked
 GROUP = 5  # contexts of a question
@@ -78,17 +77,17 @@ class EmbeddingRequest:
         return "\n".join((*self.labels, *self.texts))
 
 
-def compare(model: str, labels: Sequence[str], contexts: Sequence[Context]) -> EmbeddingRequest:
+def compare(model: str, labels: Sequence[str], contexts: Sequence[FeatureContext]) -> EmbeddingRequest:
     """Compares labels, as instructed queries, with contexts without marks."""
     return EmbeddingRequest(model, tuple(_SEEK + _clean(label) for label in labels), tuple(map(plain, contexts)))
 
 
-def plain(context: Context) -> str:
+def plain(context: FeatureContext) -> str:
     """A context as text."""
     return _clean("".join(context["tokens"]))
 
 
-def marked(context: Context, places: Sequence[int]) -> str:
+def marked(context: FeatureContext, places: Sequence[int]) -> str:
     """A context with tokens between << and >>, neighbours together."""
     text, inside = "", False
     for place, token in enumerate([*context["tokens"], ""]):
@@ -98,13 +97,13 @@ def marked(context: Context, places: Sequence[int]) -> str:
     return _clean(text)
 
 
-def active(context: Context) -> list[int]:
+def active(context: FeatureContext) -> list[int]:
     """The places of a context at which the feature has at least ``MARKED`` of its largest activation there."""
     acts = [act or 0.0 for act in context["acts"]]
     return [place for place, act in enumerate(acts) if act > 0 and act >= MARKED * max(acts)]
 
 
-def explain(contexts: Sequence[Context], raised: Sequence[str]) -> Question:
+def explain(contexts: Sequence[FeatureContext], raised: Sequence[str]) -> Question:
     """Asks for a label.
 
     Args:
@@ -116,17 +115,17 @@ def explain(contexts: Sequence[Context], raised: Sequence[str]) -> Question:
     return Question(_EXPLAIN, text + (said if raised else ""), _WRITTEN)
 
 
-def detect(label: str, contexts: Sequence[Context]) -> Question:
+def detect(label: str, contexts: Sequence[FeatureContext]) -> Question:
     """Asks in which contexts the feature of a label is active."""
     return _judged(_DETECT, label, list(map(plain, contexts)))
 
 
-def fuzz(label: str, contexts: Sequence[Context], places: Sequence[Sequence[int]]) -> Question:
+def fuzz(label: str, contexts: Sequence[FeatureContext], places: Sequence[Sequence[int]]) -> Question:
     """Asks whether the tokens at ``places`` of each context are those that a label speaks of."""
     return _judged(_FUZZ, label, [marked(*one) for one in zip(contexts, places, strict=True)])
 
 
-def intrude(contexts: Sequence[Context], places: Sequence[Sequence[int]]) -> Question:
+def intrude(contexts: Sequence[FeatureContext], places: Sequence[Sequence[int]]) -> Question:
     """Asks which context, with tokens marked at ``places``, does not belong to the others."""
     return Question(_INTRUDE, _numbered([marked(*one) for one in zip(contexts, places, strict=True)]), _WRITTEN)
 

@@ -8,7 +8,6 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from saejax.explain.judged import judged
 from saejax.explain.local import LocalJudge
 from saejax.explain.results import ExplainedDictionary, ExplainedFeature, ExplainResults
 from saejax.explain.stage import FOUND, ExplainConfig
+from saejax.interpret.feature_record import FeatureRecord
 from saejax.interpret.firings import blocks, record
 from saejax.interpret.interpreter import FEATURES
 from saejax.interpret.labels import partners, read_labels
@@ -195,14 +195,14 @@ class _Explainer:
         shutil.rmtree(scratch)
         return chosen, len(set(config.features)) - len(wanted) if config.features else 0, features
 
-    def _records(self, wanted: set[int]) -> dict[int, Mapping[str, Any]]:
+    def _records(self, wanted: set[int]) -> dict[int, FeatureRecord]:
         """What ``interpret`` found of some features."""
         folder = self.run.inputs[f"interpret/{self.run.name}"] / self.member.name / FEATURES
         every = (one for path in sorted(folder.glob("*.json")) for one in read_json(path))
         return {one["feature"]: one for one in every if one["feature"] in wanted}
 
     def _written(
-        self, answers: Answers, chosen: Sequence[HeldOut], records: Mapping[int, Mapping[str, Any]]
+        self, answers: Answers, chosen: Sequence[HeldOut], records: Mapping[int, FeatureRecord]
     ) -> dict[int, Label]:
         """The labels that the model writes, from training text."""
         asked = []

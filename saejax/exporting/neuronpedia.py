@@ -31,6 +31,7 @@ from saejax.exporting.rows import (
     feature_json,
     feature_row,
 )
+from saejax.interpret.feature_record import FeatureRecord
 from saejax.interpret.interpreter import FEATURES
 from saejax.models.sites import Site
 from saejax.settings import ExportConfig
@@ -139,7 +140,7 @@ def _write_batch(
     folder: Path,
     number: int,
     source: NeuronpediaSource,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[FeatureRecord],
     labels: Mapping[int, Label],
     W_dec_FxD: np.ndarray,
 ) -> None:
@@ -161,7 +162,7 @@ def _write_batch(
 
 
 def _write_viewers(
-    folder: Path, source: NeuronpediaSource, records: Sequence[Mapping[str, Any]], labels: Mapping[int, Label]
+    folder: Path, source: NeuronpediaSource, records: Sequence[FeatureRecord], labels: Mapping[int, Label]
 ) -> None:
     """Writes a file for each feature that fires."""
     for one in records:

@@ -7,13 +7,14 @@ neurons, and about text that is not kept, are left at their defaults.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from saejax.dictionaries.labels import Label
 from saejax.interpret.describe import GROUPS, LOWEST, PER_OCTAVE
+from saejax.interpret.feature_record import FeatureContext, FeatureRecord, LogitHistogram
 
 CREATOR_ID = "clkht01d40000jv08hvalcvly"  # the account that imported bundles belong to, as other writers give it
 _ALIGNED = 3  # coordinates of the stream that a feature writes to most
@@ -50,7 +51,7 @@ class NeuronpediaSource:
         return "c" + hashlib.sha256("/".join(map(str, (self.model, self.id, *parts))).encode()).hexdigest()[:24]
 
 
-def feature_row(source: NeuronpediaSource, record: Mapping[str, Any], row_D: np.ndarray) -> dict[str, Any]:
+def feature_row(source: NeuronpediaSource, record: FeatureRecord, row_D: np.ndarray) -> dict[str, Any]:
     """A row of features.
 
     Args:
@@ -60,7 +61,7 @@ def feature_row(source: NeuronpediaSource, record: Mapping[str, Any], row_D: np.
     """
     aligned, length = np.argsort(-row_D, kind="stable")[:_ALIGNED], max(float(np.abs(row_D).sum()), 1e-30)
     bins = [(i, count) for i, count in enumerate(record.get("histogram", ())) if count]
-    logits = record.get("logits") or dict(low=0.0, high=0.0, counts=[])
+    logits = record.get("logits") or LogitHistogram(low=0.0, high=0.0, counts=[])
     edges = np.linspace(logits["low"], logits["high"], len(logits["counts"]) + 1)
     return source.key(record["feature"]) | dict(
         creatorId=CREATOR_ID,
@@ -87,7 +88,7 @@ def feature_row(source: NeuronpediaSource, record: Mapping[str, Any], row_D: np.
     )
 
 
-def activation_rows(source: NeuronpediaSource, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def activation_rows(source: NeuronpediaSource, record: FeatureRecord) -> Iterator[dict[str, Any]]:
     """The rows of a feature's contexts: the strongest, then those of its groups; none if it never fires."""
     for number, context in enumerate([*record.get("examples", ()), *record.get("groups", ())]):
         values, group = _acts(context), context.get("group")
@@ -124,7 +125,7 @@ def explanation_row(source: NeuronpediaSource, feature: int, label: Label) -> di
     )
 
 
-def feature_json(record: Mapping[str, Any], layer: int, label: str) -> dict[str, Any]:
+def feature_json(record: FeatureRecord, layer: int, label: str) -> dict[str, Any]:
     """A feature as viewers of attribution graphs read it (Neuronpedia's ``feature-details-schema.json``).
 
     Args:
@@ -151,12 +152,12 @@ def feature_json(record: Mapping[str, Any], layer: int, label: str) -> dict[str,
     )
 
 
-def _example(context: Mapping[str, Any]) -> dict[str, Any]:
+def _example(context: FeatureContext) -> dict[str, Any]:
     peak = dict(train_token_ind=context["peak"], is_repeated_datapoint=False)
     return dict(tokens=context["tokens"], tokens_acts_list=_acts(context)) | peak
 
 
-def _acts(context: Mapping[str, Any]) -> list[float]:
+def _acts(context: FeatureContext) -> list[float]:
     """Activations of a context, 0 where the store has none."""
     return [act or 0.0 for act in context["acts"]]
 

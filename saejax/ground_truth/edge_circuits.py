@@ -92,7 +92,7 @@ class EdgeCircuits:
             for target in np.flatnonzero(self._targets[:-1, 0] == layer):
                 chosen = np.flatnonzero(needed_CxR[:, target])
                 if len(chosen):
-                    found = self._target(kept_CxSxR[chosen], value_CxPxLxTxD[chosen], target)
+                    found = self._target(kept_CxSxR[chosen], value_CxPxLxTxD[chosen], int(target))
                     value_CxPxLxTxD[chosen, :, layer, self._targets[target, 1]] = found
         return self._target(kept_CxSxR, value_CxPxLxTxD, logits).reshape(circuits, prompts)
 
@@ -141,11 +141,11 @@ class EdgeCircuits:
             part = slice(start, start + rows)
             count = len(ids_ExT[part])
             own = (np.pad(array[part], [(0, rows - count)] + [(0, 0)] * (array.ndim - 1)) for array in arrays)
-            logits_ExV, found = _run(self._model.config, self._model.params, *own)
+            logits, found = _run(self._model.config, self._model.params, *own)
             sites = (np.asarray(found[kind])[:, :count] for kind in ("mlp_in", "mlp_out"))
-            parts.append((np.asarray(logits_ExV)[:count], *sites))
-        logits, read, given = zip(*parts, strict=True)
-        return np.concatenate(logits), np.concatenate(read, axis=1), np.concatenate(given, axis=1)
+            parts.append((np.asarray(logits)[:count], *sites))
+        ends, read, given = zip(*parts, strict=True)
+        return np.concatenate(ends), np.concatenate(read, axis=1), np.concatenate(given, axis=1)
 
 
 def edge_curves(
@@ -178,23 +178,26 @@ def edge_curves(
     # None and all are the same in every order, so they are run once.
     inner = circuits.differences(kept[:, 1:-1].reshape(-1, *kept.shape[2:])).reshape(len(ranked), len(sizes) - 2, -1)
     ends = circuits.differences(kept[0][[0, -1]])
-    found_OxXxP = np.stack([np.concatenate([ends[:1], own, ends[1:]]) for own in inner])
+    found_ExXxP = np.stack([np.concatenate([ends[:1], own, ends[1:]]) for own in inner])
     share_S = sizes[1:] / count
-    means_OxX = found_OxXxP.mean(axis=2)
+    means_ExX = found_ExXxP.mean(axis=2)
     curves = {}
-    for name, own_XxP in zip(orders, found_OxXxP, strict=False):
+    for name, own_XxP in zip(orders, found_ExXxP, strict=False):
         resampled = faithfulness(over.share_RxP @ own_XxP.T)
         f_S = faithfulness(own_XxP.mean(axis=1))
-        areas = {score: _spread(area(f_S, share_S, score), area(resampled, share_S, score)) for score in ("cpr", "cmd")}
+        areas = {
+            score: _spread(float(area(f_S, share_S, score)), area(resampled, share_S, score))
+            for score in ("cpr", "cmd")
+        }
         curves[name] = EdgeCurve(tuple(f_S.tolist()), **areas)
-    random_NxS = faithfulness(means_OxX[len(orders) :])
-    areas = {score: area(random_NxS, share_S, score) for score in ("cpr", "cmd")}
+    random_CxS = faithfulness(means_ExX[len(orders) :])
+    random = {score: area(random_CxS, share_S, score) for score in ("cpr", "cmd")}
     curves["random edges"] = EdgeCurve(
-        tuple(random_NxS.mean(axis=0).tolist()), **{name: _spread(own.mean(), own) for name, own in areas.items()}
+        tuple(random_CxS.mean(axis=0).tolist()), **{score: _spread(of.mean(), of) for score, of in random.items()}
     )
     alone = {}
-    for name, own in transcoders.items():
-        carried_P = EdgeCircuits(model, prompts, nodes, own).differences(kept[0, -1:])[0]
+    for name, layers in transcoders.items():
+        carried_P = EdgeCircuits(model, prompts, nodes, layers).differences(kept[0, -1:])[0]
         triple_3xP = np.stack([ends[0], carried_P, ends[1]])
         spread = faithfulness(over.share_RxP @ triple_3xP.T)[:, 0]
         alone[name] = _spread(faithfulness(triple_3xP.mean(axis=1))[0], spread)

@@ -28,7 +28,7 @@ class Matching:
 
     @classmethod
     def of(cls, W_dec_FxD: np.ndarray, directions_JxD: np.ndarray) -> "Matching":
-        """Of decoder rows and directions of any length."""
+        """Of decoder rows ``W_dec`` and directions, of any length."""
         cosine_FxJ = np.abs(_unit(W_dec_FxD) @ _unit(directions_JxD).T)
         rows, columns = linear_sum_assignment(cosine_FxJ, maximize=True)
         feature_J = np.full(len(directions_JxD), -1)

@@ -26,7 +26,7 @@ _SAMPLE = 65_536  # vectors from which the trainer estimates scales
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def batch_key(seed: int, split: int, number: int | jax.Array) -> jax.Array:
-    """The key of a batch of ``TRAIN`` or ``HELD_OUT``."""
+    """The key of the batch of a number in a split, ``TRAIN`` or ``HELD_OUT``, of the world of a seed."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), split), number)
 
 

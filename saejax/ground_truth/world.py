@@ -57,7 +57,13 @@ class World:
 
 
 def levels(roots: int, branching: int, depth: int) -> Iterator[tuple[int, int]]:
-    """For every generation below the roots, its first feature and how many parents it has."""
+    """For every generation of trees below their roots, its first feature and how many parents it has.
+
+    Args:
+      roots: how many trees.
+      branching: children of a parent.
+      depth: generations below the roots.
+    """
     first, count = 0, roots
     for _ in range(depth if roots else 0):
         yield first + count, count
@@ -65,7 +71,7 @@ def levels(roots: int, branching: int, depth: int) -> Iterator[tuple[int, int]]:
 
 
 def parents(features: int, roots: int, branching: int, depth: int) -> np.ndarray:
-    """The parent of each feature [J]; -1 of those that have none."""
+    """The parent of each of so many features [J], -1 of those that have none. See ``levels``."""
     parent_J = np.full(features, -1)
     for start, count in levels(roots, branching, depth):
         parent_J[start : start + count * branching] = np.repeat(np.arange(start - count, start), branching)
@@ -154,9 +160,9 @@ def _unit(values_xD: jax.Array) -> jax.Array:
 
 @jax.jit(static_argnums=1)
 def orthogonalised(directions_JxD: jax.Array, steps: int, rate: float = 3e-4) -> jax.Array:
-    """Unit rows after steps of Adam on sum_(i != j) (d_i . d_j)^2 + J sum_i (|d_i|^2 - 1)^2.
+    """Unit rows, the directions after steps of Adam on sum_(i != j) (d_i . d_j)^2 + J sum_i (|d_i|^2 - 1)^2.
 
-    The first sum is |D^T D|^2 - sum_i |d_i|^4, so no J by J matrix is made.
+    The first sum is |D^T D|^2 - sum_i |d_i|^4, so no J by J matrix is made. ``rate`` is Adam's.
     """
     optimizer = optax.adam(rate)
 

@@ -7,13 +7,14 @@ the records of ``CHUNK`` features each, which are loaded when one is looked at.
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from saejax.causal.ablate.results import AblateResults
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
+from saejax.interpret.feature_record import FeatureRecord
 from saejax.interpret.heatmaps import MAPS
 from saejax.interpret.interpreter import FEATURES
 from saejax.interpret.labels import read_labels
@@ -47,15 +48,22 @@ def run_atlas(run: Run) -> AtlasResults:
         name = stacks.full_name(run.name, member.name)
         by_model, judged = _explained(run, member.name)
         labels = load_labels(source / LABELS) | by_model | own
-        records = (one for file in sorted((source / FEATURES).glob("*.json")) for one in read_json(file))
-        extra = ({**one, "judged": judged[key]} if (key := str(one["feature"])) in judged else one for one in records)
+        records = _judged(source / FEATURES, judged)
         maps = read_json(source / MAPS) if (source / MAPS).exists() else None  # of an older version
-        write_atlas(run.folder / member.name, name, extra, labels, measured.get(name, {}), maps)
+        write_atlas(run.folder / member.name, name, records, labels, measured.get(name, {}), maps)
         written = len(by_model.keys() - own.keys())
         found = len(labels) - len(own) - written
         made.append(AtlasPages(name, member.name, member.features, len(own), found, written))
         run.say(f"open {run.folder / member.name / 'index.html'}")
     return AtlasResults(run.name, tuple(made))
+
+
+def _judged(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]:
+    """The records in a folder, with how a language model judged their labels, by feature."""
+    for file in sorted(folder.glob("*.json")):
+        for record in read_json(file):
+            key = str(record["feature"])
+            yield record | (dict(judged=judged[key]) if key in judged else {})
 
 
 def _explained(run: Run, member: str) -> tuple[dict[int, Label], dict[str, Any]]:
@@ -82,7 +90,7 @@ def _effects(run: Run) -> dict[str, dict[int, dict[str, float]]]:
 def write_atlas(
     folder: Path,
     dictionary: str,
-    records: Iterable[Mapping[str, Any]],
+    records: Iterable[FeatureRecord],
     labels: Mapping[int, Label],
     effects: Mapping[int, Mapping[str, float]],
     maps: Mapping[str, Any] | None = None,

@@ -14,6 +14,7 @@ from scipy.stats import norm
 from saejax.activations.store import Store
 from saejax.analysis.examples import Best, choose
 from saejax.interpret.detectors import PairCounts
+from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block
 from saejax.interpret.text import CodeCounts, CodedText
 
@@ -151,8 +152,8 @@ def surroundings(text: CodedText, place: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def contexts(
     block: Block, text: CodedText, known: np.ndarray, feature: int, places: Sequence[int] | np.ndarray
-) -> list[dict]:
-    """Contexts of a feature's firings, as JSON.
+) -> list[FeatureContext]:
+    """Contexts of a feature's firings.
 
     Args:
       block: the firings.
@@ -166,7 +167,7 @@ def contexts(
     acts = block.at(np.full(around.shape, feature), around)
     ids = text.back(around.reshape(-1), 0).reshape(around.shape)
     return [
-        dict(
+        FeatureContext(
             tokens=[text.texts[i] for i in ids[n][inside[n]]],
             acts=[
                 float(f"{act:.3g}") if there else None

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from saejax.interpret import describe
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.describe import Associations
 from saejax.interpret.detectors import PairCounts
+from saejax.interpret.feature_record import FeatureCode, FeatureContext, FeatureRecord
 from saejax.interpret.firings import Block
 from saejax.interpret.neighbours import OutputTokens, Together
 from saejax.interpret.text import CodeCounts, CodedText
@@ -63,7 +64,7 @@ class Describer:
         """How often each feature of the blocks so far fires."""
         return np.concatenate(self._fires)
 
-    def records(self, block: Block, tokens: PairCounts) -> list[dict[str, Any]]:
+    def records(self, block: Block, tokens: PairCounts) -> list[FeatureRecord]:
         """The records of a block's features, but for labels; p-values are in the place of q-values."""
         shapes = PairCounts(block, self.text.code("shape", block.place))
         about = {
@@ -81,7 +82,9 @@ class Describer:
         found = []
         for i in range(block.size):
             feature, fires = block.first + i, int(block.counts[i])
-            one = dict(feature=feature, fires=fires, rate=short(fires / len(self.place)), **self._fixed(feature))
+            one: dict[str, Any] = dict(
+                feature=feature, fires=fires, rate=short(fires / len(self.place)), **self._fixed(feature)
+            )
             if fires:
                 own = slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))
                 one |= dict(
@@ -107,10 +110,10 @@ class Describer:
                         if both
                     ],
                 )
-            found.append(one | (dict(attention=looks[i]) if looks[i] else {}))
+            found.append(cast(FeatureRecord, one | (dict(attention=looks[i]) if looks[i] else {})))
         return found
 
-    def _contexts(self, block: Block, feature: int, places: Sequence[int] | np.ndarray) -> list[dict]:
+    def _contexts(self, block: Block, feature: int, places: Sequence[int] | np.ndarray) -> list[FeatureContext]:
         return describe.contexts(block, self.text, self._known, feature, places)
 
     def _fixed(self, feature: int) -> dict[str, Any]:
@@ -130,7 +133,7 @@ class Describer:
             )
         return one
 
-    def _codes(self, about: Associations, feature: int, family: str) -> list[dict[str, Any]]:
+    def _codes(self, about: Associations, feature: int, family: str) -> list[FeatureCode]:
         """The codes with the largest sums and the largest means of activation, by sum."""
         own = np.flatnonzero(about.feature == feature)
         mean = about.total[own] / about.there[own]
@@ -139,7 +142,7 @@ class Describer:
         by_sum = np.argsort(-about.total[own], kind="stable")
         kept = [*by_sum[:_BY_SUM], *(i for i in by_mean if i not in by_sum[:_BY_SUM])]
         return [
-            dict(
+            FeatureCode(
                 text=self.text.texts[about.code[n]]
                 if family == "token"
                 else self.text.says(family, int(about.code[n])),
@@ -154,7 +157,7 @@ class Describer:
             for n in own[kept]
         ]
 
-    def adjust(self, record: dict[str, Any]) -> None:
+    def adjust(self, record: FeatureRecord) -> None:
         """Puts q-values (Benjamini and Hochberg) in the place of p-values; once all blocks are done."""
         rows = [*record.get("tokens", ()), *record.get("shapes", ())]
         if rows:

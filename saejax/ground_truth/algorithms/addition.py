@@ -38,10 +38,10 @@ class Addition(Algorithm):
         digits = (self.number("0123456789")[part] for part in (first_BxN[:, ::-1], second_BxN[:, ::-1], sum_BxM))
         first, second, answer = digits
         ids_BxT = np.concatenate([np.zeros((count, 1)), first, plus_Bx1, second, equals_Bx1, answer], axis=1)
-        place_N = np.arange(ids_BxT.shape[1] - answer.shape[1] - 1, ids_BxT.shape[1] - 1)
-        right_BxNxV = np.arange(len(self.words))[None, None] == answer[..., None]
-        place_BxN = np.broadcast_to(place_N, answer.shape).astype(np.int32)
-        return Questions(ids_BxT.astype(np.int32), place_BxN, right_BxNxV, self._fresh(first_BxN, second_BxN))
+        place_M = np.arange(ids_BxT.shape[1] - answer.shape[1] - 1, ids_BxT.shape[1] - 1)
+        right_BxMxV = np.arange(len(self.words))[None, None] == answer[..., None]
+        place_BxM = np.broadcast_to(place_M, answer.shape).astype(np.int32)
+        return Questions(ids_BxT.astype(np.int32), place_BxM, right_BxMxV, self._fresh(first_BxN, second_BxN))
 
     def _columns(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Digits of both numbers, lowest first, [B, N]."""
@@ -85,7 +85,7 @@ class Addition(Algorithm):
 
 
 def added(first_BxN: np.ndarray, second_BxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Digits of the sums, and what is carried into each column, both lowest first [B, N + 1]."""
+    """Digits of sums, and what is carried into each column [B, N + 1], lowest first, as in ``first`` and ``second``."""
     count, digits = first_BxN.shape
     sum_BxM, carry_BxM = np.zeros((2, count, digits + 1), np.int64)
     for place in range(digits):

@@ -103,10 +103,10 @@ class Paths(Algorithm):
         return kept_fresh((there_BxM << edge_BxM).sum(1))
 
     def prompt(self, behaviour: str, split: str, rng: np.random.Generator) -> Prompt | None:
-        edge_1xM, size_1, far_1xNxN = self._graphs(1, rng)
-        if not self._fresh(edge_1xM, size_1)[0]:
+        edges, size_1, far_1xNxN = self._graphs(1, rng)
+        if not self._fresh(edges, size_1)[0]:
             return None
-        edge_M, far_NxN = edge_1xM[0, : size_1[0]], far_1xNxN[0]
+        edge_M, far_NxN = edges[0, : size_1[0]], far_1xNxN[0]
         start, goal = rng.permutation(self._nodes)[:2].tolist()
         turned = self._next if behaviour == "next" else self._length
         found = turned(edge_M, far_NxN, start, goal, rng)
@@ -123,11 +123,11 @@ class Paths(Algorithm):
         self, edge_M: np.ndarray, far_NxN: np.ndarray, start: int, goal: int, rng: np.random.Generator
     ) -> tuple[str, str, np.ndarray] | None:
         """The one next node, another neighbour, and the graph in which these two have changed places."""
-        (right_N,) = np.nonzero(_steps(far_NxN[None], np.array([start]), np.array([goal]))[0])
-        others = [int(node) for node in np.flatnonzero(far_NxN[start] == 1) if node not in right_N]
-        if len(right_N) != 1 or far_NxN[start, goal] < 2 or not others:
+        (steps,) = np.nonzero(_steps(far_NxN[None], np.array([start]), np.array([goal]))[0])
+        others = [int(node) for node in np.flatnonzero(far_NxN[start] == 1) if node not in steps]
+        if len(steps) != 1 or far_NxN[start, goal] < 2 or not others:
             return None
-        right, wrong = int(right_N[0]), others[rng.integers(len(others))]
+        right, wrong = int(steps[0]), others[rng.integers(len(others))]
         place_N = np.arange(self._nodes)
         place_N[[right, wrong]] = wrong, right
         swapped_Mx2 = np.sort(place_N[self._pair_Ex2[edge_M]], axis=1)
@@ -138,10 +138,10 @@ class Paths(Algorithm):
         self, edge_M: np.ndarray, far_NxN: np.ndarray, start: int, goal: int, rng: np.random.Generator
     ) -> tuple[str, str, np.ndarray] | None:
         """The distance, and another graph with as many edges in which it is another."""
-        others_BxM, size_B, others_BxNxN = self._graphs(20, rng)
+        others, size_B, others_BxNxN = self._graphs(20, rng)
         length, length_B = far_NxN[start, goal], others_BxNxN[:, start, goal]
         for place in np.flatnonzero((size_B == len(edge_M)) & (length_B != length)):
-            return str(length), str(length_B[place]), others_BxM[place, : size_B[place]]
+            return str(length), str(length_B[place]), others[place, : size_B[place]]
         return None
 
     def _text(self, edge_M: np.ndarray, start: int, goal: int, sort: str) -> str:

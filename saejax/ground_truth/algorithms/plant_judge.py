@@ -123,19 +123,19 @@ def place_edges(graph: Graph) -> Edges:
     weight_R = np.concatenate([influence_S[graph.slice_of(FEATURE)], graph.probability_K])
     size_RxS = np.abs(graph.adjacency_RxS[:, : len(influence_S)].astype(np.float64))
     through_RxS = size_RxS * (weight_R / np.maximum(size_RxS.sum(axis=1), 1e-30))[:, None]
-    layer_N = np.where(nodes.kind_N == TOKEN, -1, nodes.layer_N).tolist()
+    layers = np.where(nodes.kind_N == TOKEN, -1, nodes.layer_N).tolist()
     row = {node: place for place, node in enumerate(targets)}
     column = {node: place for place, node in enumerate(sources)}
 
     def at(node: int, places: Mapping[tuple[int, int, int], int]) -> int:
-        return places.get((layer_N[node], int(nodes.position_N[node]), -1), len(places))
+        return places.get((layers[node], int(nodes.position_N[node]), -1), len(places))
 
-    summed_SxR = np.zeros((len(sources) + 1, len(targets) + 1))  # the last ones are of nodes that are left out
+    summed_NxM = np.zeros((len(sources) + 1, len(targets) + 1))  # the last ones are of nodes that are left out
     logit = len(graph.target_R) - graph.count(FEATURE)
     of_row = [*(at(node, row) for node in graph.target_R[: len(graph.target_R) - logit]), *[len(targets) - 1] * logit]
     of_column = [at(node, column) for node in range(len(influence_S))]
-    np.add.at(summed_SxR, np.ix_(of_column, of_row), through_RxS.T)
-    return Edges(tuple(sources), tuple(targets), summed_SxR[:-1, :-1])
+    np.add.at(summed_NxM, np.ix_(of_column, of_row), through_RxS.T)
+    return Edges(tuple(sources), tuple(targets), summed_NxM[:-1, :-1])
 
 
 def _carried(

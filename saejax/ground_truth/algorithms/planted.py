@@ -80,12 +80,12 @@ class Planted(Algorithm):
 def tests(
     config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, right_BxNxV: jax.Array
 ) -> Answers:
-    """What is asked of the transformer, all in one run; each question's other one is that before it."""
+    """What is asked of the transformer, all in one run; each question's other one is that before it. See ``plain``."""
     start_BxTxD, batch = decoder.embed(config, params, ids_BxT), len(ids_BxT)
     mlp_LxBxTxD = run_layers(config, params, start_BxTxD, 0, LAYERS, collect=("mlp_out",)).collected["mlp_out"]
-    bits_BxN, words_V = ids_BxT[:, jnp.array(_BITS)] - 1, jnp.arange(config.vocab)
-    differ_B = bits_BxN[:, 0] ^ bits_BxN[:, 1]
-    moved_B = 1 + (jnp.roll(differ_B, 1) ^ bits_BxN[:, 2])
+    bits_Bx3, words_V = ids_BxT[:, jnp.array(_BITS)] - 1, jnp.arange(config.vocab)
+    differ_B = bits_Bx3[:, 0] ^ bits_Bx3[:, 1]
+    moved_B = 1 + (jnp.roll(differ_B, 1) ^ bits_Bx3[:, 2])
     wanted = {
         PLAIN: right_BxNxV,
         "interchange": (words_V[None] == moved_B[:, None])[:, None],

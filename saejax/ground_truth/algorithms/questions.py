@@ -51,11 +51,11 @@ class Algorithm(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, sort: str, count: int, rng: np.random.Generator) -> Questions:
-        """So many questions of a sort, fresh ones among them."""
+        """``count`` questions of a sort, fresh ones among them."""
 
     @abc.abstractmethod
     def prompt(self, behaviour: str, split: str, rng: np.random.Generator) -> Prompt | None:
-        """A prompt of a behaviour from a fresh question; None if the draw has none."""
+        """A prompt of a behaviour and split from a fresh question; None if the draw has none."""
 
     @property
     @abc.abstractmethod
@@ -68,7 +68,7 @@ class Algorithm(abc.ABC):
         return Questions.joined([self.draw(sort, -(-count // len(sorts)), rng) for sort in sorts], count)
 
     def fresh(self, sort: str, count: int, rng: np.random.Generator) -> Questions:
-        """So many fresh questions of a sort; a ``UserError`` if there are next to none."""
+        """``count`` fresh questions of a sort; a ``UserError`` if there are next to none."""
         kept: list[Questions] = []
         for _ in range(_TRIES):
             drawn = self.draw(sort, 4 * count, rng)

@@ -37,7 +37,7 @@ class Schedule(NamedTuple):
 
 
 def describe(words: int, context: int, layers: int, width: int) -> dict[str, Any]:
-    """The fields of ``config.json``.
+    """The fields of ``config.json``, for so many words, positions of a context and layers of a width.
 
     Raises:
       UserError: the width is none that four heads with rotary embeddings can share.
@@ -79,7 +79,7 @@ def initial(config: DecoderConfig, seed: int) -> Params:
 def answers(
     config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, hook: Hook | None = None
 ) -> jax.Array:
-    """Logits at the places, [B, N, V], with sites of all layers changed by a hook; to be traced."""
+    """Logits at each place of texts given by their ids, [B, N, V], with all sites changed by a hook; to be traced."""
     start_BxTxD, hooked = decoder.embed(config, params, ids_BxT), None if hook else ()
     x_BxTxD = run_layers(config, params, start_BxTxD, 0, config.n_layers, hook, hooked).x
     x_BxNxD = jnp.take_along_axis(x_BxTxD, place_BxN[..., None], axis=1)
@@ -89,7 +89,7 @@ def answers(
 def plain(
     config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, right_BxNxV: jax.Array
 ) -> Answers:
-    """The one test of a transformer that is free how to answer: its answers."""
+    """The one test of a transformer that is free how to answer: its answers; ids, place, right: of ``Questions``."""
     return {PLAIN: (answers(config, params, ids_BxT, place_BxN), right_BxNxV)}
 
 
@@ -132,7 +132,7 @@ def right(
     tests: Tests = plain,
     test: str = PLAIN,
 ) -> np.ndarray:
-    """Which questions pass a test at all of their places, bool [B].
+    """Which questions, run a batch at a time, pass a test at all of their places, bool [B].
 
     Answers that stand before others are the right ones; where all are right, so would those be that it gives by itself.
     """

@@ -49,7 +49,7 @@ def write_sets(run: Run, case: Case, model: LanguageModel, seed: int) -> dict[st
 
 
 def order(case: Case, layer: int, seed: int) -> np.ndarray:
-    """The neuron that each feature of the exact transcoder is, [F]."""
+    """The neuron that each feature of a layer's exact transcoder is, [F], for a seed."""
     return np.random.default_rng([seed, layer]).permutation(case.model.width)
 
 

@@ -35,7 +35,7 @@ class Edges:
 
 
 def known_edges(model: HandSet, text: str, better: str, worse: str) -> Edges:
-    """The edges of a text, between its words, the neurons that fire, and the logit of one word minus another's.
+    """The edges of a text, between its words, the neurons that fire, and the logit of the better minus the worse word.
 
     A source's output goes through the heads of every later layer, which look where they look on this text, and is read
     by neurons and logits. As in attribution graphs, neurons of the first position are left out.
@@ -61,8 +61,8 @@ def known_edges(model: HandSet, text: str, better: str, worse: str) -> Edges:
             model.vectors([getattr(one, part) for one in spec.neurons]) for part in ("reads", "writes")
         )
         parts.append(np.einsum("snj,nj->sn", stream_SxTxJ[:, position_N], reads_FxJ[neuron_N]))
-        row_N = [sources.index(node) for node in own]
-        stream_SxTxJ[row_N, position_N] += found.acts[layer][position_N, neuron_N, None] * writes_FxJ[neuron_N]
+        rows = [sources.index(node) for node in own]
+        stream_SxTxJ[rows, position_N] += found.acts[layer][position_N, neuron_N, None] * writes_FxJ[neuron_N]
     along_1xJ = np.subtract(*(model.vectors([model.logits.get(word, {})]) for word in (better, worse)))
     parts.append(stream_SxTxJ[:, last] @ along_1xJ.T)
     return Edges(tuple(sources), tuple(targets), np.concatenate(parts, axis=1))

@@ -37,14 +37,14 @@ def graph_edges(graph: Graph) -> Edges:
     for layer in range(graph.n_layers):  # the same rule as for what is known, layer by layer
         own_N = (nodes.kind_N == FEATURE) & (nodes.layer_N == layer)
         silent_N |= own_N & (nodes.value_N <= NOTHING * nodes.value_N[own_N].max(initial=0.0))
-    kept_S = np.isin(nodes.kind_N, (FEATURE, TOKEN)) & ~silent_N
+    kept_N = np.isin(nodes.kind_N, (FEATURE, TOKEN)) & ~silent_N
     names: list[Node] = [
         (layer if kind != LOGIT else graph.n_layers, position, index if kind == FEATURE else -1)
         for kind, layer, position, index in zip(
             *(column.tolist() for column in (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N)), strict=True
         )
     ]
-    sources = np.flatnonzero(kept_S)
+    sources = np.flatnonzero(kept_N)
     kept_R = np.flatnonzero(~silent_N[graph.target_R])
     targets = graph.target_R[kept_R]
     weight_SxR = graph.adjacency_RxS[np.ix_(kept_R, sources)].T.astype(np.float64)
@@ -87,8 +87,8 @@ def _scores(found: Edges, known: Edges) -> tuple[float, float, float, float]:
     """Error, AUROC, precision and recall of one graph."""
     every = (dict.fromkeys([*getattr(known, side), *getattr(found, side)]) for side in ("sources", "targets"))
     sources, targets = map(tuple, every)
-    weight_SxR = aligned(known, sources, targets)
-    error = np.abs(aligned(found, sources, targets) - weight_SxR).max() / np.abs(weight_SxR).max()
+    weight_NxM = aligned(known, sources, targets)
+    error = np.abs(aligned(found, sources, targets) - weight_NxM).max() / np.abs(weight_NxM).max()
     size_SxR = aligned(dataclasses.replace(found, weight_SxR=shares(found)), known.sources, known.targets)
     there, true_SxR = possible(known), shares(known) > NOTHING
     auroc = roc_auc_score(true_SxR[there], size_SxR[there])

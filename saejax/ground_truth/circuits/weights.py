@@ -34,7 +34,7 @@ def _shape(model: HandSet) -> tuple[int, int, int]:
 
 
 def neuron_arrays(model: HandSet, layer: int, frame_JxD: np.ndarray) -> dict[str, np.ndarray]:
-    """What the neurons of a layer read, add and write, in the names of a dictionary's arrays; F is ``model.width``."""
+    """What a layer's neurons read, add and write in a frame, named as a dictionary's arrays; F is ``model.width``."""
     neurons = model.layers[layer].neurons
     silent = model.width - len(neurons)
     reads_FxJ = model.vectors([*(neuron.reads for neuron in neurons), *[{}] * silent])

@@ -1,0 +1,64 @@
+"""The record of a feature as types: the JSON that the page reads, whose keys are checked where code reads them."""
+
+from typing import Any, NotRequired, TypedDict
+
+
+class FeatureContext(TypedDict):
+    """Tokens around a firing."""
+
+    tokens: list[str]
+    acts: list[float | None]  # of the feature on each token; None where the store has none
+    peak: int  # place of the firing among the tokens
+    document: int
+    position: int  # of the firing in the document
+    group: NotRequired[int]  # which tenth of the firings it was drawn from
+
+
+class FeatureCode(TypedDict):
+    """A token, or what tokens look like, on which a feature fires; ``q`` takes the place of ``p`` in the end."""
+
+    text: str
+    hits: int  # firings on it
+    there: int  # how often it stands in the text
+    sum: float  # of activations on it; ``mean``: over all places where it stands
+    mean: float
+    pmi: float  # bits
+    odds: list[float]  # ratio and its 95 % interval
+    p: NotRequired[float]
+    q: NotRequired[float]
+
+
+class LogitHistogram(TypedDict):
+    """Logits that a feature adds to all tokens: the ends, and how many are in each of equal bins between them."""
+
+    low: float
+    high: float
+    counts: list[int]
+
+
+class FeatureRecord(TypedDict):
+    """What there is to say of a feature; WORKSPACE.md explains it. Of one that never fires much is left out."""
+
+    feature: int
+    fires: int
+    rate: float
+    nearest: list[tuple[int, float]]
+    layers: NotRequired[list[tuple[str, int, float]]]
+    up: NotRequired[list[tuple[str, float]]]
+    down: NotRequired[list[tuple[str, float]]]
+    logits: NotRequired[LogitHistogram]
+    mean: NotRequired[float]
+    max: NotRequired[float]
+    tenths: NotRequired[list[float]]
+    histogram: NotRequired[list[int]]
+    positions: NotRequired[list[int]]
+    examples: NotRequired[list[FeatureContext]]
+    groups: NotRequired[list[FeatureContext]]
+    tokens: NotRequired[list[FeatureCode]]
+    shapes: NotRequired[list[FeatureCode]]
+    together: NotRequired[list[tuple[int, int, float]]]
+    attention: NotRequired[dict[str, Any]]
+    detectors: NotRequired[list[dict[str, Any]]]
+    shuffled_f1: NotRequired[float]
+    label: NotRequired[str]
+    judged: NotRequired[dict[str, Any]]  # of an atlas: what a language model made of its labels
