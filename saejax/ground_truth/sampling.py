@@ -19,7 +19,7 @@ def draw(
     left one is kept, any with the same chance; (4) x = code D + bias + noise.
 
     Not to be traced: it is two programs, because in one XLA computes steps 1 and 2 anew wherever step 3 reads them, for
-    every child, sibling and ancestor: six times as many processor seconds for trees of depth 3.
+    every child, sibling and ancestor: five times as many processor seconds for trees of depth 3.
 
     Args:
       world: what is drawn from.
