@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 DEPTH := runs/demo_depth/train/topk
 CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 
-.PHONY: demo demo-atlas demo-clt demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -23,11 +23,13 @@ demo-atlas: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags --interpret.dictionaries=topk
 	@echo "Open runs/demo/atlas/topk/index.html"
 
-# After the demo: transcoders of all layers, and a graph for each of two behaviours in the demo's report.
+# After the demo: transcoders of all layers, and of each of two behaviours a graph and what n features keep of 8 answers, in the
+# demo's report.
 demo-graphs: $(INSTALLED)
 	$(BIN)/python -m experiments.train --workdir=runs/demo_graphs --flagfile=configs/demo_graphs.flags
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags \
-	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital
+	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital \
+	    --graph.kept_prompts=8
 	@echo "Open runs/demo/report/index.html"
 
 # A cross-layer transcoder, and per-layer ones of as many weights (8 times as many features); one prompt's graph with each.
@@ -40,6 +42,13 @@ demo-clt: $(INSTALLED)
 	$(BIN)/python -m experiments.baseline $(CLT)
 	$(BIN)/python -m experiments.report $(CLT)
 	@echo "Open runs/demo_clt/report/index.html"
+
+# A model that is tuned to one habit more, a crosscoder of it and of what it was made from, and what its own features cause.
+demo-crosscode: $(INSTALLED)
+	$(BIN)/python scripts/tuned_model.py runs/demo_crosscode/tuned
+	for stage in baseline capture train evaluate crosscode report; do $(BIN)/python -m experiments.$$stage \
+	    --workdir=runs/demo_crosscode --flagfile=configs/demo_crosscode.flags || exit; done
+	@echo "Open runs/demo_crosscode/report/index.html"
 
 # After the demo: an SAE for every layer; what layers share, groups of features, and a worked solution followed through all of
 # them, in the demo's report.
@@ -120,6 +129,10 @@ bench-quality: $(INSTALLED)
 # sae-lens gets an environment of its own in build/saelens, made at the first run.
 bench-scaling: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_scaling
+
+# BYTES: sizes of text, with commas between; 100 and 400 MB if it is not given.
+bench-text: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_text $(if $(BYTES),--bytes=$(BYTES))
 
 bench-train: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_train

@@ -5,10 +5,10 @@ The transcoders have 2,048 features a layer, of which 18 are active at each posi
 features. The first prompt compiles; two others of its length are timed, and what they compile is counted. The floor is
 the arithmetic of the transposed frozen layers, the output and value projections of attention, for the layers below each
 target and the positions up to its own, at the speed of one large product of matrices on the same machine. Beside the
-trace: the heads of the edges of the graph, pruned to 98 % of its influence, whose floor is that of its targets, and of
-its sources on their way up; and the checks, doubling and curve. Times of the process on all cores stand beside those on
-the clock: they hold where others use the machine, too. With --growth, other lengths of prompts follow, each in a
-process of its own. Prints tables and, last, one line of JSON.
+trace: the heads of the edges of the graph, pruned to 98 % of its influence and cut by ``heads.cut``, whose floor is
+that of its targets, and of its sources on their way up; and the checks, doubling and curve. Times of the process on all
+cores stand beside those on the clock: they hold where others use the machine, too. With --growth, other lengths of
+prompts follow, each in a process of its own. Prints tables and, last, one line of JSON.
 """
 
 import argparse
@@ -30,10 +30,11 @@ from saejax.attribution.checks import circuits
 from saejax.attribution.checks.validation import double
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, LOGIT
+from saejax.attribution.heads.cut import within
 from saejax.attribution.heads.edges import edge_heads
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.attribution.trace.rows import row_flops
+from saejax.attribution.trace.rows import graph_flops, row_flops
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 
@@ -61,13 +62,6 @@ def random_transcoders(config: DecoderConfig, seed: int = 0) -> LayerTranscoders
     return LayerTranscoders.of(dictionaries, "random transcoders")
 
 
-def floor_gflop(graph: Graph, config: DecoderConfig) -> float:
-    """The arithmetic of the projections of attention that the targets need, in 10^9 operations."""
-    nodes = graph.nodes[graph.target_R]
-    layers_T = np.where(nodes.kind_N == FEATURE, nodes.layer_N + 1, config.n_layers)
-    return row_flops(config, layers_T, nodes.position_N + 1) / 1e9
-
-
 def heads_gflop(pruned: Graph, config: DecoderConfig) -> float:
     """The same for the heads of a pruned graph's edges: its targets down, its sources up, in 10^9 operations."""
     targets = np.unique(pruned.edges()[1])
@@ -86,6 +80,11 @@ def gflops(size: int = 1024, products: int = 100) -> float:
     start = time.perf_counter()
     run(a, b).block_until_ready()
     return products * 2 * size * 576 * 576 / (time.perf_counter() - start) / 1e9
+
+
+def peak_gb() -> float:
+    """The most memory that the process had, weights and compiler included."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
 
 
 class Clock:
@@ -124,8 +123,11 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
         prompt = [lm.tokenizer.bos_token_id, *ids_P[start : start + tokens - 1].tolist()]
         with clock.times("trace"):
             graph, replacement, readouts = trace_prompt(lm, transcoders, prompt, max_features=rows)
+        if not start:
+            rows_gb = peak_gb()  # before heads and checks
         if checked:
-            pruned = graph.prune(SHARE)
+            whole = graph.prune(SHARE)
+            pruned, share = within(whole, graph, lm.config)
             with clock.times("heads"):
                 edge_heads(replacement, readouts, pruned)
             with clock.times("checks"):
@@ -140,13 +142,17 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
         cpu_s=round(cpu_s, 2),
         compile_s=round(clock.taken["trace"][0][0] - seconds, 1),
         compiled_later=compiled_later,
-        peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        of_floor=round(floor_gflop(graph, lm.config) / speed / seconds, 2),
+        rows_gb=rows_gb,
+        peak_gb=peak_gb(),
+        of_floor=round(graph_flops(graph, lm.config) / 1e9 / speed / seconds, 2),
         unexplained=float(np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max()),
     )
     if checked:
         found |= {part: clock.beside_trace(part) for part in ("heads", "checks")}
-        found["heads"] |= dict(nodes=len(pruned.nodes), edges=len(pruned.edges()[0]))
+        ends = np.unique(np.concatenate(pruned.edges()[:2]))
+        found["heads"] |= dict(
+            nodes=len(ends), edges=len(pruned.edges()[0]), of_edges=len(whole.edges()[0]), within=share
+        )
         found["heads"]["of_floor"] = round(heads_gflop(pruned, lm.config) / speed / clock.steady("heads")[0], 2)
     return found
 
@@ -160,14 +166,14 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="other lengths of prompts too")
     parser.add_argument("--growth-rows", type=int, default=512, help="features with a row there, at the most")
     args = parser.parse_args()
-    names = ("tokens", "active", "rows", "seconds", "CPU s", "compile", "ms/row", "peak GB", "of floor")
+    names = ("tokens", "active", "rows", "seconds", "CPU s", "compile", "ms/row", "rows GB", "peak GB", "of floor")
     print(" ".join(f"{name:>8}" for name in names))
 
     def show(tokens: int, found: dict[str, Any]) -> None:
         print(
             f"{tokens:8} {found['active']:8,} {found['rows']:8,} {found['seconds']:8.2f} {found['cpu_s']:8.2f} "
-            f"{found['compile_s']:8.1f} {1000 * found['seconds'] / found['rows']:8.2f} {found['peak_gb']:8.2f} "
-            f"{found['of_floor']:8.0%}",
+            f"{found['compile_s']:8.1f} {1000 * found['seconds'] / found['rows']:8.2f} {found['rows_gb']:8.2f} "
+            f"{found['peak_gb']:8.2f} {found['of_floor']:8.0%}",
             flush=True,
         )
 
@@ -186,7 +192,10 @@ def main() -> None:
         )
     if "heads" in found:
         own = found["heads"]
-        print(f"heads: of {own['edges']:,} edges between {own['nodes']:,} nodes, {own['of_floor']:.0%} of floor")
+        print(
+            f"heads: of {own['edges']:,} of {own['of_edges']:,} edges, between {own['nodes']:,} nodes, those of "
+            f"{own['within'] or SHARE:.0%} of the influence; {own['of_floor']:.0%} of floor"
+        )
     print(f"programs that later prompts compiled: {found['compiled_later']}")
     print(json.dumps(dict(bench="attribute", **found)))
 

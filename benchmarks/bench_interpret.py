@@ -29,7 +29,7 @@ from saejax.interpret.firings import blocks, record
 from saejax.interpret.neighbours import Together, nearest_rows
 from saejax.interpret.records import Describer
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 
 VOCABULARY, BATCH = 49_152, 4096
 GROWN, NARROW = (131_072, 1_310_720), ("--d=32", "--features=512", "--k=8")

@@ -25,7 +25,7 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.page import style
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.workspace import read_json, write_json
 
 ROOT = Path(__file__).parent.parent

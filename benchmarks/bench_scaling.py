@@ -22,7 +22,7 @@ import jax
 
 from saejax.costs.passes import pass_flops
 from saejax.models.families import read_config
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.preflight.sums import plan_run
 from saejax.preflight.topology import compile_for, find_slice
 from saejax.registry import GROUPS

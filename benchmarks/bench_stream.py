@@ -28,7 +28,7 @@ from saejax.models.families import read_config
 from saejax.models.language_model import forward
 from saejax.models.sites import Site
 from saejax.models.source import resolve
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import ModelConfig
 
 VOCABULARY, LENGTH = 512, 128

@@ -32,8 +32,8 @@ from saejax.activations.batches import training_batches  # noqa: E402
 from saejax.activations.store import Store  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
-COMPARED = ("standard", "jumprelu", "topk", "batchtopk")
-KINDS = (*COMPARED, "gated", "linear", "matryoshka")
+COMPARED = ("standard", "jumprelu", "topk", "batchtopk", "matryoshka")
+KINDS = (*COMPARED, "gated", "linear")
 # Floating-point operations per token, in d F: encoder and decoder forwards and twice backwards; for gated the decoder
 # of its gate's own error once more, forwards and backwards to the features; top-k kinds need only the encoder densely.
 FLOOR = dict(standard=12, jumprelu=12, linear=12, gated=16, topk=2, batchtopk=2, matryoshka=2)

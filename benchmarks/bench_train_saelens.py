@@ -15,19 +15,24 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 
+GROUPS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of a Matryoshka dictionary, as ours by default
 SETTINGS = {
     "standard": dict(l1_coefficient=0.5),
     "jumprelu": dict(l0_coefficient=1.0),
     "topk": dict(),
     "batchtopk": dict(),
+    "matryoshka": dict(),
 }
+NAMES = {"matryoshka": "matryoshka_batchtopk"}  # theirs, where it is another
 
 
 def make_trainer(kind: str, autocast: bool, batches_NxBxD: torch.Tensor, features: int, k: int) -> SAETrainer:
     """A trainer as its runner makes one, with Adam, warm-up, clipping and dead counters; it logs nothing."""
     batch, d = batches_NxBxD.shape[1:]
-    settings = SETTINGS[kind] | (dict(k=k) if kind.endswith("topk") else {})
-    sae_class, config_class = get_sae_training_class(kind)
+    settings = SETTINGS[kind] | (dict(k=k) if kind in ("topk", "batchtopk", "matryoshka") else {})
+    if kind == "matryoshka":
+        settings["matryoshka_widths"] = [round(share * features) for share in GROUPS]
+    sae_class, config_class = get_sae_training_class(NAMES.get(kind, kind))
     sae = sae_class(config_class(d_in=d, d_sae=features, dtype="float32", device="cpu", **settings))
     config = SAETrainerConfig(
         total_training_samples=1000 * batch,

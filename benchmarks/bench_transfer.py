@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.transfer.compared import chance, unit
 from saejax.transfer.matching import match
 

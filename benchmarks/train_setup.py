@@ -9,7 +9,7 @@ import numpy as np
 
 from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.kinds import by_name
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import TrainConfig
 from saejax.training.members import SiteScale, members
 from saejax.training.step import Trainer

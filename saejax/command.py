@@ -7,6 +7,7 @@ asked for failed (one line says which), or a bug, with its traceback.
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import re
 import signal
@@ -20,15 +21,16 @@ from typing import Any
 from absl import flags
 
 from saejax import config
-from saejax.errors import CheckFailed, Interrupted, UserError
-from saejax.guard import LOST, guarded
-from saejax.processes import label
+from saejax.bucket import is_bucket
+from saejax.errors import NO_ROOM, CheckFailed, Interrupted, UserError, out_of_room
+from saejax.mirror import scratch_folder
+from saejax.parallel.cluster import label
+from saejax.parallel.parent import LOST, guarded
 from saejax.registry import GROUPS, STAGES, groups_of
 
 _LOST = re.compile("gloo|nccl|UNAVAILABLE|connection (closed|reset)", re.IGNORECASE)  # of a collective
 _DISK = {
-    errno.ENOSPC: "the disk is full: free space, then run again",
-    errno.EDQUOT: "the disk quota is used up: free space, then run again",
+    **{number: f"{told}: free space, then run again" for number, told in NO_ROOM.items()},
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "permission denied",
 }
@@ -53,32 +55,48 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         configs = read_configs(flag_values, argv)
         if flag_values["help"].value:
             return _show(help_text(stages, about, flag_values))
-        workdir = named_workdir(flag_values)
+        workdir = named_workdir(flag_values, buckets=True)
         runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
         shares_gpu = runs_model and configs["capture"].backend != "jax"
         _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
+        _keep_programs(configs["mesh"].compile_cache, _folder(workdir, flag_values["scratch"].value or ""))
         from saejax import pipeline
+        from saejax.workspace import Workspace
 
-        pipeline.run_stages(stages, configs, workdir, timed_say(), stop_asked(), flag_values["unit"].value or "")
+        workspace = Workspace(workdir, flag_values["scratch"].value or "", bool(flag_values["break_lock"].value))
+        pipeline.run_stages(stages, configs, workspace, timed_say(), stop_asked(), flag_values["unit"].value or "")
 
-    processes, workdir = _together(argv)
-    if processes != 1 and workdir:  # before anything is imported that starts threads
-        return guarded(lambda: ended(work, flag_values), Path(workdir), processes)
+    processes, own, folder = _together(argv)
+    if processes != 1 and folder:  # before anything is imported that starts threads
+        return guarded(lambda: ended(work, flag_values), folder, processes, own)
     return ended(work, flag_values)
 
 
-def _together(argv: Sequence[str]) -> tuple[int, str]:
-    """How many processes flags ask for, 0 where a cluster tells, and the workdir; reads nothing else of the flags."""
+def _together(argv: Sequence[str]) -> tuple[int, int | None, Path | None]:
+    """How many processes flags ask for and which this is, 0 and None where a cluster tells, and the folder they share.
+
+    Reads nothing else of the flags.
+    """
     early = flags.FlagValues()
     flags.DEFINE_integer("mesh.processes", 1, "", flag_values=early)
+    flags.DEFINE_integer("mesh.process_id", 0, "", flag_values=early)
     flags.DEFINE_string("mesh.distributed", "flags", "", flag_values=early)
-    flags.DEFINE_string("workdir", "", "", flag_values=early)
+    for name in ("workdir", "scratch"):
+        flags.DEFINE_string(name, "", "", flag_values=early)
     try:
         early(list(argv), known_only=True)
     except flags.Error:  # which is told when all flags are read
-        return 1, ""
-    processes = early["mesh.processes"].value or 1
-    return 0 if early["mesh.distributed"].value == "auto" else processes, early["workdir"].value or ""
+        return 1, None, None
+    workdir = early["workdir"].value or ""
+    folder = _folder(workdir, early["scratch"].value or "") if workdir else None
+    if early["mesh.distributed"].value == "auto":
+        return 0, None, folder
+    return early["mesh.processes"].value or 1, early["mesh.process_id"].value or 0, folder
+
+
+def _folder(workdir: str, scratch: str) -> Path:
+    """The local folder of a run."""
+    return scratch_folder(workdir, scratch) if is_bucket(workdir) else Path(workdir)
 
 
 def stage_flags() -> flags.FlagValues:
@@ -88,6 +106,12 @@ def stage_flags() -> flags.FlagValues:
         "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
     )
     flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
+    flags.DEFINE_string(
+        "scratch", "", "local folder to work in where the workdir is in a bucket", flag_values=flag_values
+    )
+    flags.DEFINE_bool(
+        "break_lock", False, "go on in a bucket in place of a run that gives no sign of life", flag_values=flag_values
+    )
     flags.DEFINE_string(
         "unit", "", "run this unit alone, such as train/topk; empty: all of the binary's", flag_values=flag_values
     )
@@ -126,11 +150,14 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[str
     return config.from_flags(GROUPS, flag_values)
 
 
-def named_workdir(flag_values: flags.FlagValues) -> str:
-    """The folder of the run; a ``UserError`` if none is named."""
-    if not flag_values["workdir"].value:
+def named_workdir(flag_values: flags.FlagValues, buckets: bool = False) -> str:
+    """The folder of the run; a ``UserError`` if none is named, or one of a bucket where that cannot be."""
+    workdir = flag_values["workdir"].value
+    if not workdir:
         raise UserError("--workdir=DIR is missing: name the folder of this run")
-    return flag_values["workdir"].value
+    if is_bucket(workdir) and not buckets:
+        raise UserError(f"--workdir={workdir} is in a bucket: here it has to be a local folder")
+    return workdir
 
 
 def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
@@ -156,9 +183,9 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
         if label() and _LOST.search(str(error)):
             traceback.print_exc()
             return LOST
-        if "No space left on device" not in str(error):  # so TensorStore says it, as a ValueError
+        if not (told := out_of_room(error)):
             raise
-        return _refuse(f"{flag_values['workdir'].value}: {_DISK[errno.ENOSPC]}", flag_values)
+        return _refuse(f"{flag_values['workdir'].value}: {told}: free space, then run again", flag_values)
 
 
 def flag_error(error: flags.Error) -> str:
@@ -188,7 +215,9 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
     lines = [
         about,
         "",
-        "  --workdir=DIR  folder of this run (required)",
+        "  --workdir=DIR  folder of this run (required), also of a bucket: s3://BUCKET/RUN or gs://BUCKET/RUN",
+        "  --scratch=DIR  local folder to work in where the workdir is in a bucket (default: one of ~/.cache/saejax)",
+        "  --break_lock  go on in a bucket in place of a run that gives no sign of life",
         "  --flagfile=FILE  read flags from a file, one a line",
     ]
     lines += [
@@ -248,6 +277,21 @@ def _environment_of_devices(deterministic: bool, shares_gpu: bool) -> None:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
 
 
+def _keep_programs(named: str, folder: Path) -> None:
+    """Has JAX keep programs that took a second or more to compile.
+
+    Args:
+      named: where, as ``--mesh.compile_cache`` says it; the variable JAX_COMPILATION_CACHE_DIR wins.
+      folder: of the run.
+    """
+    if named == "auto":
+        named = str(folder.absolute() / ".compile_cache") if _may_have_accelerators() else "none"
+    if named != "none" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = named
+        if "jax" in sys.modules:  # by a plugin, or in a notebook: it has read its variables
+            sys.modules["jax"].config.update("jax_compilation_cache_dir", named)
+
+
 def keep_freed_memory() -> None:
     """Has the C library keep freed memory for the next time, where it is glibc; to be called before JAX starts.
 
@@ -262,6 +306,11 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**31 - 1)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 2**30)
+
+
+def _may_have_accelerators() -> bool:
+    """Whether JAX may run on anything but processors."""
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and (bool(glob.glob("/dev/nvidia[0-9]*")) or _may_have_tpu())
 
 
 def _may_have_tpu() -> bool:

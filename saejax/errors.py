@@ -4,6 +4,11 @@ A ``UserError`` is one line: what was wrong, what was expected, what to do. Bina
 and exit with status 2. Everything else that is raised is a bug and keeps its traceback.
 """
 
+import errno
+import os
+
+NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+
 
 class UserError(Exception):
     """Bad input or a missing resource; the message is one line that says what to do."""
@@ -18,6 +23,14 @@ class CheckFailed(Exception):
 
 class Interrupted(Exception):
     """The process was asked to stop (SIGTERM) and has saved what it had."""
+
+
+def out_of_room(error: BaseException) -> str:
+    """Which of ``NO_ROOM`` an error says, by its number or, as those of TensorStore, in words; "": none."""
+    for number, told in NO_ROOM.items():
+        if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+            return told
+    return ""
 
 
 def one_of(wanted: str, known, what: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -13,15 +14,15 @@ from typing import Any
 
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
-from saejax.peers import Peers
+from saejax.parallel.cluster import check_same, join, joined, label
+from saejax.parallel.peers import Peers
+from saejax.parallel.teams import Left, Team, deal, seen
+from saejax.parallel.watchdog import watched
 from saejax.preregistration import shows_data, write_rules
-from saejax.processes import check_same, join, joined, label
 from saejax.registry import STAGES, groups_of
 from saejax.results import to_json
 from saejax.stage import Configs, Stage, load
-from saejax.teams import Left, Team, deal, seen
 from saejax.usage import forget_peak, peak_device_bytes, peak_host_bytes
-from saejax.watchdog import watched
 from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
 
 _OWN = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between the processes of a run
@@ -76,7 +77,7 @@ class Workplan:
 def run_stages(
     stages: Sequence[str],
     configs: Configs,
-    workdir: str,
+    workdir: str | Workspace,
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
     only: str = "",
@@ -87,7 +88,7 @@ def run_stages(
     Args:
       stages: names from ``STAGES``.
       configs: every group of configuration.
-      workdir: the folder of the run.
+      workdir: the folder of the run, or what keeps it.
       say: prints a line.
       stopping: whether the process was asked to stop.
       only: the one unit to run, such as "train/topk"; "": all.
@@ -99,7 +100,7 @@ def run_stages(
     """
     for stage in stages:
         one_of(stage, STAGES, "stage")
-    workspace = Workspace(workdir)
+    workspace = workdir if isinstance(workdir, Workspace) else Workspace(workdir)
     units = [unit for stage in stages for unit in STAGES[stage].units(configs)]
     if not units:
         raise UserError(f"{', '.join(stages)} has nothing to do with these settings: --help says what to name")
@@ -112,13 +113,18 @@ def run_stages(
             peers.stopping = stopping
             check_same(peers, _told(configs, units))
             peers.meet("all are started alike")  # or the first one would begin a unit
-        with watched(watchdog, stopping, peers.step if peers else lambda: None) as stopping:
+        asked = functools.partial(_asked, stopping, workspace)
+        with watched(watchdog, asked, peers.step if peers else lambda: None) as stopping:
             work = _Work(workspace, plan, said, stopping, instead)
             for stage, own in itertools.groupby(units, lambda unit: unit.partition("/")[0]):
                 for unit, team in _dealt(workspace, plan, stage, list(own), peers, said):
                     if stopping():
                         raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
                     _run_unit(work, unit, team)
+
+
+def _asked(stopping: Callable[[], bool], workspace: Workspace) -> bool:
+    return stopping() or workspace.lost
 
 
 def _told(configs: Configs, units: Sequence[str]) -> dict[str, str]:
@@ -147,7 +153,7 @@ def _dealt(
         for unit in finished:
             say(f"{unit}: done before, unchanged")
     left = [unit for unit in units if unit not in finished]
-    with load("saejax.parallel:alone")():
+    with load("saejax.parallel.collectives:alone")():
         yield from deal(peers, stage, left)
     peers.meet(f"{stage}: done")
     seen([workspace.root / unit / SUMMARY for unit in left])
@@ -189,7 +195,7 @@ def _run_unit(work: _Work, unit: str, team: Team) -> None:
         say(f"{unit}: {'going on' if found == 'resumed' else 'started'}{waiting}")
     team.meet("begun")  # no process may read what the first one moves away
     if processes == "all" and team.size > 1:
-        load("saejax.parallel:wait_for_all")(f"{unit} is begun")
+        load("saejax.parallel.collectives:wait_for_all")(f"{unit} is begun")
     try:
         if team.leads or processes != "one":
             _run_stage(work, unit, inputs, team)
@@ -257,7 +263,7 @@ def _input_folder(workspace: Workspace, plan: Workplan, unit: str, need: str) ->
         raise UserError(
             f"{unit} reads {need}, which {state} in {workspace.root}: run experiments.{stage} with the same flags first"
         )
-    return workspace.folder(stage, name)
+    return workspace.bring(stage, name)
 
 
 @contextlib.contextmanager
@@ -266,12 +272,12 @@ def _joined(
 ) -> Iterator[tuple[Configs, Peers | None]]:
     """The processes of a run together, of which the first one holds the workdir; what each of them is to do."""
     if not configs["mesh"].together:
-        with workspace.lock():
+        with workspace.lock(say):
             yield configs, None
         return
     configs = {**configs, "mesh": join(configs["mesh"], workspace.root, say)}
     peers = joined()
-    with workspace.lock() if peers is None or peers.own == 0 else contextlib.nullcontext():
+    with workspace.lock(say, whole=True) if peers is None or peers.own == 0 else contextlib.nullcontext():
         if peers:
             peers.meet("the workdir is held")
         yield configs, peers

@@ -12,12 +12,15 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from saejax.errors import UserError
 from saejax.registry import STAGES
 from saejax.stage import load
 from saejax.workspace import SUMMARY, read_json
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 T = TypeVar("T")
 Settings = Mapping[str, Mapping[str, Any]]  # group -> field -> value
@@ -52,6 +55,12 @@ class MeshShape:
     kinds: tuple[str, ...]  #: their names, each once
     axes: Mapping[str, int]  #: size of each
     processes: int  #: how many
+
+    @classmethod
+    def of(cls, mesh: "Mesh", processes: int) -> "MeshShape":
+        """What a summary says of a mesh."""
+        kinds = sorted({device.device_kind for device in mesh.devices.flat})
+        return cls(mesh.devices.size, tuple(kinds), dict(mesh.shape), processes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,14 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+from saejax.bucket import Bucket, is_bucket
 from saejax.errors import UserError
-from saejax.teams import Team
+from saejax.mirror import CHECKPOINTS, Mirror, mirrored, scratch_folder
+from saejax.parallel.teams import Team
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,6 +87,16 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Writes a whole file with a line of JSON for each row, or nothing."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The rows that ``write_lines`` wrote; texts in them may hold what else Unicode has for the end of a line."""
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+
+
 def write_array(path: Path, array: "np.ndarray") -> None:
     """Writes a whole ``.npy`` file, or nothing."""
     import numpy as np
@@ -109,22 +121,31 @@ class Workspace:
     """The folder of one run.
 
     Args:
-      root: the folder; made if it does not exist.
+      root: the folder, made if it does not exist; or a folder of a bucket, such as "s3://bucket/run".
+      scratch: of a bucket, the local folder to work in; "": one of the user's cache.
+      break_lock: of a bucket, whether to take the place of a run that gives no sign of life.
+
+    Attributes:
+      root: the folder, of a bucket the local one.
 
     Raises:
       UserError: it cannot be made or written to.
     """
 
-    def __init__(self, root: str | os.PathLike):
-        self.root = Path(root)
+    def __init__(self, root: str | os.PathLike, scratch: str = "", break_lock: bool = False):
+        self._bucket = Bucket(str(root)) if is_bucket(root) else None
+        self._mirror: Mirror | None = None  # while a workdir in a bucket is held
+        self._break_lock = break_lock
+        self.root = scratch_folder(str(root), scratch) if self._bucket else Path(root)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f".writable-{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
+            flag = "scratch" if self._bucket else "workdir"
             raise UserError(
-                f"--workdir={root} cannot be written to ({error.strerror}): name a writable folder"
+                f"--{flag}={self.root} cannot be written to ({error.strerror}): name a writable folder"
             ) from None
 
     def folder(self, stage: str, name: str = "") -> Path:
@@ -132,8 +153,15 @@ class Workspace:
         return self.root / stage / name
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the workdir; a second run at the same time is a ``UserError``. Freed when the process dies."""
+    def lock(self, say: Callable[[str], None] = print, whole: bool = False) -> Iterator[None]:
+        """Holds the workdir; a second run at the same time is a ``UserError``. Freed when the process dies.
+
+        A workdir in a bucket is brought here, and what is new is copied there until the block ends.
+
+        Args:
+          say: prints a line.
+          whole: of a bucket, whether all files are brought at once, because other processes read them.
+        """
         with contextlib.ExitStack() as held:
             try:
                 file = held.enter_context(locked(self.root / ".lock", wait=False))
@@ -143,7 +171,25 @@ class Workspace:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
+            if self._bucket:
+                self._mirror = held.enter_context(mirrored(self._bucket, self.root, self._break_lock, whole, say))
             yield
+
+    @property
+    def lost(self) -> bool:
+        """Whether another run has taken the workdir, which lies in a bucket."""
+        return self._mirror is not None and self._mirror.lost
+
+    def bring(self, stage: str, name: str, whole: bool = False) -> Path:
+        """The unit's folder, with its files; of a bucket without its checkpoints, unless the whole is asked for."""
+        folder = self.folder(stage, name)
+        if self._mirror:
+            self._mirror.bring(f"{self._name(folder)}/", lambda file: whole or f"/{CHECKPOINTS}/" not in file)
+        return folder
+
+    def _name(self, path: Path) -> str:
+        """Of a file in the bucket; with "/" after it, the beginning of the names in a folder."""
+        return path.relative_to(self.root).as_posix()
 
     def is_free(self) -> bool:
         """Whether no process holds the workdir."""
@@ -161,7 +207,8 @@ class Workspace:
             return False
         for file, size in summary["files"].items():
             path = folder / file
-            if not path.exists() or path.stat().st_size != size:
+            here = path.stat().st_size if path.exists() else self._mirror and self._mirror.size(self._name(path))
+            if here != size:
                 raise UserError(
                     f"{path} is missing or not {size} bytes, though {folder / SUMMARY} says it is done: "
                     f"delete {folder} to make it again"
@@ -179,6 +226,8 @@ class Workspace:
         if (folder / STARTED).exists():
             old = read_json(folder / STARTED)["fingerprint"]
             found = "resumed" if old == mark else str(self._set_aside(folder, stage, name, old))
+            if found == "resumed":
+                self.bring(stage, name, whole=True)
         elif folder.exists() and any(folder.iterdir()) and not _holds_units(folder):
             raise UserError(f"{folder} holds files that saejax did not write: move them away, or use another --workdir")
         folder.mkdir(parents=True, exist_ok=True)
@@ -197,8 +246,14 @@ class Workspace:
         if any(path.is_file() and path != folder / STARTED for path in folder.rglob("*")):
             return False
         shutil.rmtree(folder)
-        os.replace(moved, folder)
+        self._move(moved, folder)
         return True
+
+    def _move(self, old: Path, new: Path) -> None:
+        if self._mirror:
+            self._mirror.move(f"{self._name(old)}/", f"{self._name(new)}/", lambda: os.replace(old, new))
+        else:
+            os.replace(old, new)
 
     def _set_aside(self, folder: Path, stage: str, name: str, mark: str) -> Path:
         target = self.root / "superseded" / f"{stage}{'-' + name if name else ''}-{mark}"
@@ -206,7 +261,7 @@ class Workspace:
             free = target.with_name(target.name + suffix)
             if not free.exists():
                 free.parent.mkdir(exist_ok=True)
-                os.replace(folder, free)
+                self._move(folder, free)
                 return free
         raise UserError(f"{target.parent} holds a thousand copies of {target.name}: delete some")
 
@@ -222,6 +277,8 @@ class Workspace:
             folder / SUMMARY,
             dict(schema_version=SCHEMA_VERSION, stage=stage, name=name, fingerprint=mark, **summary, files=files),
         )
+        if self._mirror:
+            self._mirror.copy(f"{self._name(folder)}/")
 
 
 def _holds_units(folder: Path) -> bool:

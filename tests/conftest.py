@@ -36,7 +36,7 @@ import runs
 from jax.sharding import AxisType, Mesh
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -130,6 +131,13 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
     output, _ = process.communicate()
     assert process.returncode == status, output
     return output
+
+
+def captured_only(whole: Path, folder: Path) -> None:
+    """A new run that has its activations and no more."""
+    folder.mkdir()
+    for stage in ("baseline", "capture"):
+        shutil.copytree(whole / stage, folder / stage)
 
 
 def checksums(workdir: Path) -> dict:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from saejax.config import Config, setting
 from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.kinds import Kind, register
-from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Numbers
+from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, MemberEncoder, Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Shrunk(Kind):
     Settings = ShrunkConfig
     vectors = ("margin_F",)
 
-    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         margin_F = member.arrays["margin_F"]
         shape = (1,) * (pre_xF.ndim - 1) + margin_F.shape
         return jax.nn.relu(pre_xF - margin_F.reshape(shape))

@@ -1,5 +1,6 @@
 """Every kind of bad input: one clear line, exit status 2, nothing half-written."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -127,6 +128,17 @@ def test_a_disk_that_fills_during_a_checkpoint(refuse, captured, tmp_path):
         assert "disk is full" in refuse(["train"], workdir=small / "run")
     finally:
         subprocess.run(["umount", "--lazy", small], check=True)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EDQUOT, "", "x"), ValueError("ABORTED: Disk quota exceeded")])
+def test_a_quota_that_ends(error, capsys):
+    def work():
+        raise error
+
+    flag_values = command.stage_flags()
+    flag_values(["program", "--workdir=x"])
+    assert command.ended(work, flag_values) == 2
+    assert capsys.readouterr().err == "error: x: the disk quota is used up: free space, then run again\n"
 
 
 def test_an_unwritable_workdir(refuse, tmp_path):

@@ -7,8 +7,8 @@ import pytest
 
 from saejax import pipeline, preregistration
 from saejax.causal.ablate.grades import rule as words
+from saejax.parallel.teams import Team
 from saejax.registry import GROUPS, STAGES
-from saejax.teams import Team
 from saejax.workspace import Workspace
 
 BEFORE = "written before any data were seen"

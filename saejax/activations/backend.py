@@ -54,7 +54,7 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureCo
 
         return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites)
     from saejax.activations.jax_capture import DecoderReader
-    from saejax.parallel import make_mesh
+    from saejax.parallel.mesh import make_mesh
 
     mesh, decoder = make_mesh(run.configs["mesh"]), cast(DecoderConfig, request.decoder)
     sites = [site for site in request.sites if isinstance(site, Site)]  # which all are: modules were refused

@@ -147,7 +147,7 @@ def _missing(writer: StoreWriter, plan: Plan, mesh: MeshConfig) -> list[int]:
     if mesh.process_id == 0:
         missing_S[:] = [not writer.has(shard) for shard in range(plan.shards)]
     if mesh.processes > 1:
-        from saejax.parallel import from_first_process
+        from saejax.parallel.collectives import from_first_process
 
         missing_S = from_first_process(missing_S)
     return np.flatnonzero(missing_S).tolist()
@@ -166,7 +166,7 @@ def _capture_parts(
     mesh: MeshConfig = run.configs["mesh"]
     if mesh.processes == 1:
         return _capture(run, request, plan, writer, widths, missing, reader)
-    from saejax.parallel import alone, wait_for_all
+    from saejax.parallel.collectives import alone, wait_for_all
 
     wait_for_all("store begun")  # which takes away what other runs left half-written
     start = time.monotonic()

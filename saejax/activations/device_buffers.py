@@ -25,7 +25,7 @@ from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import forward
 from saejax.models.sites import Site
-from saejax.parallel import everywhere, fitting_sharding, free_bytes, sharding
+from saejax.parallel.mesh import everywhere, fitting_sharding, free_bytes, sharding
 
 BY_DOCUMENT = ("member", "data")  # axes over which the documents of a batch are split
 _BITS = dict(float32=jnp.float32, bfloat16=jnp.uint16)

@@ -19,6 +19,7 @@ from saejax.tasks.corpora import read_corpus, split
 
 COLUMNS = ("split", "kind", "group", "source", "start")
 FILES = ("ids.npy", "offsets.npy", "table.npy")
+_BLOCK = 2**16  # documents that are looked at together
 _SELECTION, ORDER = 1, 2  # streams of random numbers drawn from one seed, apart from those that split the groups
 
 
@@ -57,6 +58,15 @@ class Documents:
         """Number of tokens of each document."""
         return np.diff(self.offsets)
 
+    def length_counts(self) -> np.ndarray:
+        """How many documents have each length, from 0 to the longest; in little memory, whatever their number."""
+        counts = np.zeros(1, np.int64)
+        for start in range(0, len(self), _BLOCK):
+            own = np.bincount(np.diff(self.offsets[start : start + _BLOCK + 1]), minlength=len(counts))
+            own[: len(counts)] += counts
+            counts = own
+        return counts
+
     @property
     def split_N(self) -> np.ndarray:
         """Split of each document, as an index in ``SPLITS``."""
@@ -72,11 +82,18 @@ class Documents:
 
     def sample(self, tokens: int) -> "Documents":
         """The first documents of each split until this many tokens, in their order and in memory."""
-        kept = [
-            own[: np.searchsorted(np.cumsum(self.offsets[own + 1] - self.offsets[own]), tokens) + 1]
-            for own in (np.flatnonzero(self.split_N == split) for split in range(len(SPLITS)))
-        ]
+        kept = [own for split in range(len(SPLITS)) for own in self._first(split, tokens)]
         return self._only(np.sort(np.concatenate(kept)))
+
+    def _first(self, split: int, tokens: int) -> Iterator[np.ndarray]:
+        """Documents of a split until this many tokens; looked for in blocks, as there may be many millions."""
+        for start in range(0, len(self), _BLOCK):
+            own = start + np.flatnonzero(self.split_N[start : start + _BLOCK] == split)
+            ends = np.cumsum(self.offsets[own + 1] - self.offsets[own])
+            own = own[: np.searchsorted(ends, tokens) + 1]
+            yield own
+            if len(own) and (tokens := tokens - int(ends[len(own) - 1])) <= 0:
+                return
 
     def training(self) -> "Documents":
         """The documents of the train split, in their order; no copy where they stand in front."""

@@ -13,7 +13,7 @@ from saejax.models.language_model import forward
 from saejax.models.sites import AnySite, Site
 from saejax.models.source import ModelSource
 from saejax.models.weights import load_params
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 
 
 class DecoderReader:

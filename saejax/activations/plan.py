@@ -127,7 +127,7 @@ class Plan:
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
         """The lengths of ``padded_shape``, rising, the last that of the longest document."""
-        return few_lengths(self.documents.lengths_N, _PROGRAM)
+        return few_lengths(self.documents.length_counts(), _PROGRAM)
 
     def _spans(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What a shard records: documents, in order, with the first and one past the last position of each."""

@@ -1,7 +1,6 @@
 """Writing a store: shards that appear whole, the sink rule, and the manifest that ends the work."""
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -15,7 +14,7 @@ from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import Documents
 from saejax.activations.results import SinkCounts, SiteNorms
 from saejax.activations.store import MANIFEST, SCHEMA_VERSION, shard_files
-from saejax.errors import UserError
+from saejax.errors import UserError, out_of_room
 from saejax.workspace import file_sha256, whole_file, write_json
 
 
@@ -127,10 +126,10 @@ def _disk_room(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not (told := out_of_room(error)):
             raise
         raise UserError(
-            f"the disk is full: {path} could not be written; finished shards are kept: free space, then run the same "
+            f"{told}: {path} could not be written; finished shards are kept: free space, then run the same "
             "command to go on"
         ) from None
 

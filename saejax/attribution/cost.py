@@ -9,7 +9,9 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
+from saejax.attribution.checks.kept import RUNS as KEPT_RUNS
 from saejax.attribution.graph.pruning import RUNS
+from saejax.attribution.heads.cut import most_flops, pair_flops
 from saejax.attribution.local.dictionaries import KEPT_SHARE
 from saejax.attribution.local.replacement import padded
 from saejax.attribution.local.transcoders import open_transcoders
@@ -45,11 +47,13 @@ class PlannedGraphs:
       lengths: about how many tokens each prompt has.
       size: what else decides what a graph takes.
       doubled: features that are doubled one by one.
+      judged: prompts on which orders of features are compared.
     """
 
     lengths: tuple[int, ...]
     size: GraphSize
     doubled: int
+    judged: int = 0
 
     @property
     def longest(self) -> int:
@@ -74,7 +78,7 @@ def attribute_cost(plan: PlannedRun, name: str) -> Cost:
         missing = f"{plan.configs['graph'].transcoders} is no folder here, so its sizes are not known"
         why = "the graphs of SAEs follow no formula" if plan.configs["graph"].dictionaries else missing
         return Cost(lines=[f"attribute/{name} is not counted: {why}"])
-    flops = sum(_flops(planned, tokens) for tokens in planned.lengths)
+    flops = sum(_flops(planned, tokens) for tokens in planned.lengths) + planned.judged * _judged_flops(planned)
     cost = Cost(flops=flops, overhead=_OVERHEAD, host_seconds=2 * START + _read_seconds(planned))
     if plan.mesh is None:
         return cost
@@ -114,11 +118,11 @@ def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
         heads=config.heads,
         cross_layer=cross_layer,
     )
-    return PlannedGraphs(tuple(lengths), size, config.doubled)
+    return PlannedGraphs(tuple(lengths), size, config.doubled, len(config.behaviours) * config.kept_prompts)
 
 
 def _flops(planned: PlannedGraphs, tokens: int) -> float:
-    """A run with the transcoders; rows, which on average start in the middle, and what reads them off; checks."""
+    """A run with the transcoders; rows, which start in the middle on average, and their sources; heads; checks."""
     model, size, length = planned.size.model, planned.size, padded(tokens)
     run = pass_flops(model, length, length, model.n_layers)
     explained = 4.0 * size.transcoder.d_in * size.transcoder.n_features * model.n_layers * length
@@ -126,7 +130,24 @@ def _flops(planned: PlannedGraphs, tokens: int) -> float:
     down = row_flops(model, rows * (model.n_layers + 1) / 2 + size.logits * model.n_layers, (tokens + 1) / 2)
     read_off = rows * active / 4 * 2.0 * model.d_model
     checks = (RUNS * (run + 1.5 * explained) + 2 * planned.doubled * run) if size.checked else 0.0
-    return run + explained + down + read_off + _CHECKS * checks
+    heads = _heads_flops(size, tokens, down) if size.heads else 0.0
+    return run + explained + down + read_off + heads + _CHECKS * checks
+
+
+def _judged_flops(planned: PlannedGraphs) -> float:
+    """A behaviour's prompt on which orders are compared: traced, and run with parts of its features."""
+    size, length = dataclasses.replace(planned.size, checked=False, heads=False), padded(PROMPT)
+    explained = 6.0 * size.transcoder.d_in * size.transcoder.n_features * size.model.n_layers * length
+    run = pass_flops(size.model, length, length, size.model.n_layers) + explained
+    return _flops(dataclasses.replace(planned, size=size), PROMPT) + _CHECKS * KEPT_RUNS * run
+
+
+def _heads_flops(size: GraphSize, tokens: int, down: float) -> float:
+    """Heads of edges, at the most: both passes and the products of all nodes, or as many as ``heads.cut`` leaves."""
+    sources = size.traced(tokens) + size.model.n_layers * tokens
+    up = row_flops(size.model, sources * (size.model.n_layers - 1) / 2, (tokens + 1) / 2)
+    pairs = (size.traced(tokens) + size.logits) * sources * pair_flops(size.model, tokens)
+    return min(down + up + pairs, most_flops(down))
 
 
 def _read_seconds(planned: PlannedGraphs) -> float:

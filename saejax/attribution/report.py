@@ -9,6 +9,7 @@ from urllib.parse import quote
 from saejax.attribution.forms import figure as graph_figure
 from saejax.attribution.report_curves import pictured
 from saejax.attribution.report_graphs import ReportedGraph, meaning, missed, one_line, span, tables
+from saejax.attribution.report_kept import kept_blocks
 from saejax.attribution.results import AttributeResults, GraphTarget
 from saejax.errors import UserError
 from saejax.page import style
@@ -66,6 +67,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         blocks.append(
             Text(f"No curves of {'; '.join(undefined)}: the answer is the same without any feature and error.")
         )
+    blocks += kept_blocks(graphs)
     if graphs[SHOWN:]:
         blocks.append(Links("Pages of the other graphs", tuple(_link(graph, report) for graph in graphs[SHOWN:])))
     first = Section("Attribution graphs", tuple(blocks), lead=lead(graphs))

@@ -55,6 +55,10 @@ def unit_name(config: GraphConfig) -> str:
     named = [flag for flag, there in given.items() if there]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)}: expected one of them")
+    if config.kept_prompts and not (config.behaviours and config.transcoders):
+        raise UserError(
+            "--graph.kept_prompts compares circuits of --graph.behaviours, with --graph.transcoders: name both"
+        )
     if not named:
         return ""
     if not config.transcoders and not config.dictionaries:
@@ -123,7 +127,7 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     targets = (_target(config.target),) if config.target else ()
     if config.behaviours:
         assert behaviours is not None
-        return [_of_behaviour(name, prompts, targets) for name, prompts in behaviours.items()]
+        return [of_behaviour(name, prompts, targets) for name, prompts in behaviours.items()]
     if not config.prompts:
         return [Request(unit_name(config), config.prompt or config.token_ids, targets)]
     path, requests = Path(config.prompts), []
@@ -181,7 +185,8 @@ def read_heads(config: GraphConfig) -> list[tuple[int, int, int]] | None:
     return list(dict.fromkeys(found)) or None
 
 
-def _of_behaviour(name: str, prompts: Sequence[Prompt], targets: tuple[TargetText, ...]) -> Request:
+def of_behaviour(name: str, prompts: Sequence[Prompt], targets: tuple[TargetText, ...] = ()) -> Request:
+    """The first test prompt of a behaviour; its target is the difference of the answers if no other is named."""
     first = next((prompt for prompt in prompts if prompt.split == "test"), prompts[0])
     if targets:
         return Request(name, first.text, targets)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from saejax.attribution.graph.data import GraphScores
+from saejax.results import Interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,31 @@ class CurveResults:
 
 
 @dataclasses.dataclass(frozen=True)
+class KeptScore:
+    """A score of circuits of equal numbers of features in two orders, CPR or CMD; see ``causal.circuits``."""
+
+    effect: Interval  #: of features by their effect on the answer: signed of CPR, its size of CMD
+    influence: Interval  #: of features by influence, as circuit-tracer prunes
+    difference: Interval  #: the first less the second, on the same draws of prompts
+    random: Interval  #: of random orders: mean, least and largest
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptResults:
+    """Circuits of growing numbers of features, errors kept, over prompts of a behaviour."""
+
+    prompts: int  #: how many
+    share: tuple[float, ...]  #: of the active features that is kept
+    features: tuple[int, ...]  #: that this is, mean over prompts
+    #: by order (effect, size of it, influence, random) that of the mean answer at each share
+    faithfulness: Mapping[str, tuple[float, ...]]
+    scores: Mapping[str, KeptScore]  #: cpr and cmd
+    model: float  #: the answer's logit difference, mean over prompts
+    empty: float  #: the same without any feature
+    reason: str | None  #: why there are no scores; None where there are
+
+
+@dataclasses.dataclass(frozen=True)
 class LeadingHead:
     """An attention head that carries much of a graph."""
 
@@ -69,6 +95,9 @@ class HeadResults:
 
     edges: int  #: whose heads are known
     leading: tuple[LeadingHead, ...]  #: the heads of the largest shares, at most ten
+    #: heads were looked for between the nodes of this share of influence, 0 to 1, as all would take longer than
+    #: tracing; None: of all edges
+    within: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +153,7 @@ class GraphResults:
     heads: HeadResults | None  #: None: not asked for, or a graph of SAEs
     #: of each head that is looked into: those asked for, or the one that carries most into the last position
     query_key: tuple[QueryScores, ...]
+    kept: KeptResults | None = None  #: orders of features compared; None: not asked for
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.checks import circuit_runs, circuits
+from saejax.attribution.checks import circuit_runs, circuits, kept
 from saejax.attribution.checks.validation import double, double_saes
 from saejax.attribution.forms.outputs import write_outputs
 from saejax.attribution.graph.nodes import ERROR, FEATURE
@@ -23,8 +23,15 @@ from saejax.attribution.heads.query_key import check_head
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
-from saejax.attribution.requests import Request, read_heads, read_labels, read_requests
-from saejax.attribution.results import AttributeResults, CurveResults, DoublingResults, GraphResults, GraphTarget
+from saejax.attribution.requests import Request, of_behaviour, read_heads, read_labels, read_requests
+from saejax.attribution.results import (
+    AttributeResults,
+    CurveResults,
+    DoublingResults,
+    GraphResults,
+    GraphTarget,
+    KeptResults,
+)
 from saejax.attribution.trace.gradient import TracedSaes, trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_room
 from saejax.attribution.trace.prompt import Traced, prompt_ids, trace_prompt
@@ -34,6 +41,7 @@ from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings.attribution import CLUSTER, GraphConfig
 from saejax.tasks.answer_tokens import answer_ids
+from saejax.tasks.behaviours import Prompt
 from saejax.workspace import Run
 
 _NO_ATTENTION = Attention()  # of SAEs' graphs, whose edges are not paths
@@ -67,10 +75,17 @@ def run_attribute(
     behaviours = read_behaviours(run, config.behaviours, "--graph.behaviours") if config.behaviours else None
     requests = {request.slug: request for request in read_requests(config, behaviours)}
     groups, labels = read_groups(config, list(requests)), read_labels(config)
+    judged = {
+        name: [one for one in prompts if one.split == "test"][: config.kept_prompts]
+        for name, prompts in (behaviours or {}).items()
+        if config.transcoders and config.kept_prompts
+    }
 
     def begin() -> Measure:
         model, dictionaries = opened(run)
-        for request in requests.values():  # before hours are spent on the first
+        dictionaries.check_labels(labels, config.labels or "its workdir")
+        of_judged = (of_behaviour(name, [prompt]) for name, prompts in judged.items() for prompt in prompts)
+        for request in (*requests.values(), *of_judged):  # before hours are spent on the first
             _check_request(model, dictionaries, request, config)
         means = None
         if config.circuits and config.circuit_rest == "mean" and isinstance(dictionaries, LayerTranscoders):
@@ -79,7 +94,11 @@ def run_attribute(
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             on_progress(0, 1)
-            return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), labels, means, trace)
+            found = _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), labels, means, trace)
+            if judged.get(slug):
+                compared = _compared(model, dictionaries, judged[slug], config, on_progress)
+                found = found._replace(results=dataclasses.replace(found.results, kept=compared))
+            return found
 
         return measure
 
@@ -199,6 +218,22 @@ def trace_request(
         options |= dict(estimate=config.estimate, direct=config.direct)
         return trace_saes(model, dictionaries, request.prompt, **options)
     return trace_prompt(model, dictionaries, request.prompt, **options)
+
+
+def _compared(
+    model: LanguageModel,
+    transcoders: LayerTranscoders,
+    prompts: Sequence[Prompt],
+    config: GraphConfig,
+    on_progress: OnProgress,
+) -> KeptResults:
+    """Orders of features compared on prompts of a behaviour."""
+    found = []
+    for number, prompt in enumerate(prompts):
+        on_progress(number, len(prompts))
+        traced: Any = trace_request(model, transcoders, of_behaviour(prompt.behaviour, [prompt]), config)
+        found.append(kept.keep_features(traced.replacement, traced.graph, traced.readouts, config.seed))
+    return kept.compare_orders(found, [prompt.template for prompt in prompts], config.seed)
 
 
 def _message(results: GraphResults) -> str:

@@ -17,7 +17,7 @@ from saejax.dictionaries.matmul import matmul
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.models.tree import Past, Tree
-from saejax.parallel import fitting_sharding, sharding
+from saejax.parallel.mesh import fitting_sharding, sharding
 
 
 class CleanValues(NamedTuple):

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.causal.controls import FeatureStatistics
-from saejax.causal.split import CleanRun, SplitModel, of_features
+from saejax.causal.split import CleanRun, SplitModel, in_order, of_features
 from saejax.dictionaries import Basis
 from saejax.errors import UserError
 from saejax.models.split import SplitPoint
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 
 
 def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics:
@@ -68,9 +68,7 @@ def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
 
     At least 0, which stands where the dictionary does not read; of a linear dictionary it is the largest positive one.
     """
-    found = [_maxima(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT) for run in runs]
-    rows_PxF = np.concatenate([np.asarray(rows)[: len(run.index_P)] for rows, run in zip(found, runs, strict=True)])
-    return rows_PxF[np.argsort(np.concatenate([run.index_P for run in runs]))]
+    return in_order((_maxima(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT) for run in runs), runs)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -41,6 +41,7 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.stats import binomtest
 
+from saejax.causal.statistics import holm
 from saejax.results import Interval
 
 LEVEL = 0.05  # of the rule
@@ -128,7 +129,7 @@ def claims(effects: Mapping[str, SetEffects], rule: Rule) -> dict[str, Claim]:
     most = max((part.draws for part in effects.values()), default=0)
     p_BxC = np.array([[each.p_C[0], *np.resize(each.p_C[1:], most)] for each in candidates]).reshape(-1, 1 + most)
     found = {}
-    for (name, part), each, adjusted in zip(effects.items(), candidates, holm_columns(p_BxC), strict=True):
+    for (name, part), each, adjusted in zip(effects.items(), candidates, holm(p_BxC), strict=True):
         adjusted_C = adjusted[: 1 + part.draws]
         passes_C = each.passes(adjusted_C <= rule.level)
         placebo = binomtest(int(passes_C[1:].sum()), each.draws)
@@ -239,18 +240,6 @@ def interval_over_templates(values_P: np.ndarray, share_RxP: np.ndarray) -> Inte
     """
     low, high = np.quantile(share_RxP @ values_P, (0.025, 0.975))
     return Interval(float(np.mean(values_P)), float(low), float(high))
-
-
-def holm_columns(p_BxC: np.ndarray) -> np.ndarray:
-    """Holm's adjusted p-values over the first axis, [B, C]; see ``statistics.holm``."""
-    count = len(p_BxC)
-    if not count:
-        return p_BxC
-    order_BxC = np.argsort(p_BxC, axis=0, kind="stable")
-    rising_BxC = np.take_along_axis(p_BxC, order_BxC, axis=0) * np.arange(count, 0, -1)[:, None]
-    adjusted_BxC = np.empty_like(p_BxC)
-    np.put_along_axis(adjusted_BxC, order_BxC, np.maximum.accumulate(rising_BxC, axis=0), axis=0)
-    return np.minimum(adjusted_BxC, 1.0)
 
 
 def resampled_shares(template_P: np.ndarray, resamples: int, seed: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,14 @@ from saejax.workspace import whole_file
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Arrays of one length, which are the fields of a subclass."""
+    """Arrays of one length, which are the fields of a subclass; ``kind`` is what its files are named by."""
+
+    kind: ClassVar[str]
+
+    @classmethod
+    def file(cls, folder: Path, behaviour: str) -> Path:
+        """Where a stage keeps the table of a behaviour."""
+        return folder / f"{behaviour}-{cls.kind}.parquet"
 
     @property
     def columns(self) -> dict[str, np.ndarray]:

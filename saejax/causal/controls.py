@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
+from scipy.spatial import cKDTree
 
 from saejax.errors import UserError
 
@@ -120,6 +121,15 @@ def coordinates(
     log_NxC = np.log(np.stack(columns, axis=1))
     spread_C = log_NxC.std(axis=0) if len(log_NxC) else np.zeros(len(columns))
     return log_NxC / np.where(spread_C > _ALIKE, spread_C, np.inf)
+
+
+def nearest_others(place_NxC: np.ndarray, most: int) -> np.ndarray:
+    """The nearest other ones of each of N features, at most so many, [N, A]; see ``coordinates``. N is at least 2."""
+    count = len(place_NxC)
+    found_NxA = cKDTree(place_NxC).query(place_NxC, k=min(most + 1, count))[1]
+    itself_NxA = found_NxA == np.arange(count)[:, None]
+    itself_NxA[~itself_NxA.any(axis=1), -1] = True  # of many at one place it may not be among those found
+    return found_NxA[~itself_NxA].reshape(count, -1)
 
 
 def nearest_features(statistics: FeatureStatistics, features: Sequence[int], tested: bool = False) -> np.ndarray:

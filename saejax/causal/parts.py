@@ -17,7 +17,8 @@ import numpy as np
 from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted
 from saejax.models.language_model import LanguageModel, load_model
-from saejax.parallel import AgreedStop, from_first_process, is_first_process, make_mesh
+from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
+from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.gate import read_tested
@@ -53,21 +54,7 @@ def load_run_dictionary(run: Run) -> Dictionary:
     Raises:
       UserError: there is none of this name.
     """
-    return load_trained(run, run.configs[run.stage].dictionary, f"--{run.stage}.dictionary")
-
-
-def load_trained(run: Run, name: str, flag: str) -> Dictionary:
-    """A trained dictionary, such as "topk" or "topk/k32" of the units that a stage reads, or of any folder.
-
-    Args:
-      run: of the stage.
-      name: of the dictionary, or its folder.
-      flag: that names it, for messages.
-
-    Raises:
-      UserError: there is none of this name.
-    """
-    return stacks.load_trained(name, run.inputs, flag)
+    return stacks.load_trained(run.configs[run.stage].dictionary, run.inputs, f"--{run.stage}.dictionary")
 
 
 def read_behaviours(run: Run, named: Sequence[str] = (), flag: str = "") -> dict[str, list[Prompt]]:
@@ -89,7 +76,7 @@ def partial_folder(run: Run, part: str) -> Path:
 
 
 def each_part(
-    run: Run, parts: Sequence[str], begin: Callable[[], Measure], results: Any = Any, unit: str = "tokens"
+    run: Run, parts: Sequence[str], begin: Callable[[], Measure], results: Any, unit: str = "tokens"
 ) -> dict[str, Any]:
     """The results of all parts, in their order: those kept from an earlier run, and the others measured.
 
@@ -99,7 +86,7 @@ def each_part(
       run: of the stage.
       parts: their names, which are names of files.
       begin: called once if a part is left; gives what measures one, and writes what else the part keeps.
-      results: the class of a part's results; Any: they are plain JSON data.
+      results: the class of a part's results.
       unit: what it counts, for messages.
 
     Raises:

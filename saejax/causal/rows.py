@@ -146,7 +146,7 @@ def batches_of(
         set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
         rows = SetRows(set_N, place_N, first_SxP[set_N, place_N])
         length_N = prompts.last_P[place_N] + 1 - rows.first_N
-        lengths = few_lengths(length_N, _PROGRAM)
+        lengths = few_lengths(np.bincount(length_N), _PROGRAM)
         shape_N = np.searchsorted(lengths, length_N)
         for shape in range(len(lengths) - 1, -1, -1):
             own, length = rows[shape_N == shape], int(lengths[shape])

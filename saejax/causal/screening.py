@@ -23,13 +23,13 @@ import numpy as np
 
 from saejax.causal.activation_sources import ZERO, ActivationSource, removed_on_average
 from saejax.causal.activity import firing_sums
-from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
+from saejax.causal.split import CleanRun, SplitModel, active_features, slices
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 
 STEPS = 10  # of integrated gradients
 
@@ -68,8 +68,7 @@ def attribution(
     attribution_NxF = np.zeros(shape, np.float32)
     for run, other in zip(runs, counterparts or runs, strict=True):
         sums = firing_sums(split, run) if source.kind == "random" else ()
-        for first in range(0, len(run.last_B), PROMPTS):
-            own = slice(first, first + PROMPTS)
+        for own in slices(run):
             parts = [run.stream_BxTxD, run.value_BxTxD, run.read_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2]
             rows = split.by_row(*(part[own] for part in parts))
             lent = (other.read_BxTxD[own], other.domain_BxT[own]) if source.kind == "counterpart" else ()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tree import Past
-from saejax.parallel import by_row, sharding, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import by_row, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
@@ -136,8 +137,9 @@ class SplitModel:
     def past(self, run: CleanRun) -> tuple[jax.Array, Past]:
         """The stream leaving the last layer at each prompt's end [B, D], and keys and values of the tail's layers."""
         arrays = run.stream_BxTxD, run.value_BxTxD, run.last_B
-        chunks = [slice(start, start + PROMPTS) for start in range(0, len(run.last_B), PROMPTS)]
-        parts = [record(self.point, self.params, *self.by_row(*(array[own] for array in arrays))) for own in chunks]
+        parts = [
+            record(self.point, self.params, *self.by_row(*(array[own] for array in arrays))) for own in slices(run)
+        ]
         if len(parts) == 1:
             return parts[0]
         ends, pasts = zip(*parts, strict=True)
@@ -163,6 +165,17 @@ class SplitModel:
     def by_row(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Puts arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
         return by_row(self.point.mesh, *arrays)
+
+
+def in_order(parts: Iterable[np.ndarray], runs: Sequence[CleanRun]) -> np.ndarray:
+    """Rows of each of some runs, without those that fill up, put together in the order of the prompts, [P, ...]."""
+    rows = np.concatenate([np.asarray(part)[: len(run.index_P)] for part, run in zip(parts, runs, strict=True)])
+    return rows[np.argsort(np.concatenate([run.index_P for run in runs]))]
+
+
+def slices(run: CleanRun) -> Iterator[slice]:
+    """Its rows, ``PROMPTS`` at a time."""
+    return (slice(first, first + PROMPTS) for first in range(0, len(run.last_B), PROMPTS))
 
 
 def groups_by_length(lengths_N: np.ndarray, step: int, most: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:

@@ -19,12 +19,10 @@ import functools
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from scipy.spatial import cKDTree
-from scipy.stats import rankdata
 
-from saejax.causal.ablate.importance import correlations
 from saejax.causal.ablate.results import HalvesAgreement, MatchedDrops
-from saejax.causal.controls import coordinates
+from saejax.causal.controls import coordinates, nearest_others
+from saejax.causal.statistics import rank_correlations
 from saejax.results import Interval
 
 SPLITS = 100  # of the prompts in random halves
@@ -84,7 +82,7 @@ def between_halves(drop_NxP: np.ndarray, seed: int) -> HalvesAgreement:
     found: list[float] = []
     for _ in range(SPLITS if prompts > 1 else 0):
         halves_2xH = rng.permutation(prompts)[: prompts // 2 * 2].reshape(2, -1)
-        found.extend(_rank_correlations(*(drop_NxP[None, :, half_H].mean(axis=2) for half_H in halves_2xH)).tolist())
+        found.extend(rank_correlations(*(drop_NxP[None, :, half_H].mean(axis=2) for half_H in halves_2xH)).tolist())
     defined = [value for value in found if not np.isnan(value)]
     r = float(np.mean(defined)) if defined else None
     return HalvesAgreement(r, None if r is None or r <= -1 else 2 * r / (1 + r))
@@ -145,23 +143,15 @@ def compare(
     rng = np.random.default_rng(seed)
     drawn_RxM = rng.integers(count, size=(resamples, count))
     shuffled_CxM = rng.permuted(np.tile(two_M, (DRAWS, 1)), axis=1)
-    near_MxA = _nearest(second)[other_M]
+    near_MxA = nearest_others(coordinates(second.firing_rate, second.mean_activation), _ALIKE)[other_M]
     picked_CxM = rng.integers(near_MxA.shape[1], size=(DRAWS, count))
     alike_CxM = second.drop[near_MxA[np.arange(count)[None, :], picked_CxM]]
-    seen = _rank_correlations(one_M[None], two_M[None])[0]
+    seen = rank_correlations(one_M[None], two_M[None])[0]
     return about(
-        rank_correlation=_spread(_rank_correlations(one_M[drawn_RxM], two_M[drawn_RxM]), seen),
-        shuffled=_spread(_rank_correlations(np.broadcast_to(one_M, shuffled_CxM.shape), shuffled_CxM)),
-        alike=_spread(_rank_correlations(np.broadcast_to(one_M, alike_CxM.shape), alike_CxM)),
+        rank_correlation=_spread(rank_correlations(one_M[drawn_RxM], two_M[drawn_RxM]), seen),
+        shuffled=_spread(rank_correlations(np.broadcast_to(one_M, shuffled_CxM.shape), shuffled_CxM)),
+        alike=_spread(rank_correlations(np.broadcast_to(one_M, alike_CxM.shape), alike_CxM)),
     )
-
-
-def _rank_correlations(first_RxM: np.ndarray, second_RxM: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each row with the other's, [R]; NaN where one of the two is constant."""
-    if not first_RxM.shape[1]:
-        return np.full(len(first_RxM), np.nan)
-    pairs = zip(rankdata(first_RxM, axis=1), rankdata(second_RxM, axis=1), strict=True)
-    return np.array([correlations(one_M[None], two_M)[0] for one_M, two_M in pairs])
 
 
 def _spread(values_R: np.ndarray, mean: float | None = None) -> Interval:
@@ -169,18 +159,6 @@ def _spread(values_R: np.ndarray, mean: float | None = None) -> Interval:
     defined = values_R[~np.isnan(values_R)]
     low, high = np.quantile(defined, (0.025, 0.975)) if len(defined) else (np.nan, np.nan)
     return Interval(float(defined.mean() if mean is None else mean), float(low), float(high))
-
-
-def _nearest(table: RankedFeatures) -> np.ndarray:
-    """Of each feature of a table the others nearest in firing rate and size, [N, A]; itself where it is alone."""
-    place_NxC = coordinates(table.firing_rate, table.mean_activation)
-    count = len(place_NxC)
-    if count == 1:
-        return np.zeros((1, 1), np.int64)
-    found_NxA = cKDTree(place_NxC).query(place_NxC, k=min(_ALIKE + 1, count))[1]
-    own_NxA = found_NxA == np.arange(count)[:, None]
-    own_NxA[~own_NxA.any(axis=1), -1] = True  # of many at one place it may not be among those found
-    return found_NxA[~own_NxA].reshape(count, -1)
 
 
 def _centred(values_PxF: np.ndarray) -> np.ndarray:

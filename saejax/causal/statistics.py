@@ -7,6 +7,7 @@ Benjamini and Hochberg (1995) bound the share of false discoveries if the tests 
 """
 
 import numpy as np
+from scipy.stats import rankdata
 
 from saejax.tasks.scoring import checked_effects, chunks
 
@@ -79,17 +80,33 @@ def least_p(prompts: int, draws: int) -> float:
     return 2.0 ** (1 - prompts) if prompts <= _EXACT else 1 / (1 + draws)
 
 
-def holm(p_N: np.ndarray) -> np.ndarray:
-    """Holm's adjusted p-values [N]: rejecting all <= 0.05 is wrong anywhere with a probability of at most 5 %.
+def holm(p_Nx: np.ndarray) -> np.ndarray:
+    """Holm's adjusted p-values over the first axis: rejecting all <= 0.05 is wrong anywhere with at most 5 %.
 
     That of the k-th smallest of N p-values is the largest of (N - j + 1) p_j over it and all smaller ones, at most 1
     (Holm, 1979); the tests may depend on each other.
     """
-    p_N = np.asarray(p_N, np.float64)
-    order_N = np.argsort(p_N, kind="stable")
-    adjusted_N = np.empty(len(p_N))
-    adjusted_N[order_N] = np.maximum.accumulate(p_N[order_N] * np.arange(len(p_N), 0, -1))
-    return np.minimum(adjusted_N, 1.0)
+    p_Nx = np.asarray(p_Nx, np.float64)
+    order_Nx = np.argsort(p_Nx, axis=0, kind="stable")
+    times = np.arange(len(p_Nx), 0, -1).reshape(-1, *[1] * (p_Nx.ndim - 1))
+    adjusted_Nx, rising_Nx = np.empty_like(p_Nx), np.take_along_axis(p_Nx, order_Nx, axis=0) * times
+    np.put_along_axis(adjusted_Nx, order_Nx, np.maximum.accumulate(rising_Nx, axis=0), axis=0)
+    return np.minimum(adjusted_Nx, 1.0)
+
+
+def correlations(a_RxN: np.ndarray, b_xN: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of each row with that of b, or with the only row there, [R]; NaN where one is constant."""
+    defined_R = (np.ptp(a_RxN, axis=1) > 0) & (np.ptp(b_xN, axis=1) > 0)
+    a_RxN, b_xN = (some - some.mean(axis=1, keepdims=True) for some in (a_RxN, b_xN))
+    size_R = np.sqrt(np.square(a_RxN).sum(axis=1) * np.square(b_xN).sum(axis=1))
+    return np.divide((a_RxN * b_xN).sum(axis=1), size_R, out=np.full(len(a_RxN), np.nan), where=defined_R)
+
+
+def rank_correlations(a_RxN: np.ndarray, b_xN: np.ndarray) -> np.ndarray:
+    """Spearman's, of a and b as for ``correlations``; NaN of rows of nothing."""
+    if not a_RxN.shape[1]:
+        return np.full(len(a_RxN), np.nan)
+    return correlations(rankdata(a_RxN, axis=1), rankdata(b_xN, axis=1))
 
 
 def hsic(a: np.ndarray, b: np.ndarray, permutations: int, seed: int) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import false_discovery_control
 
-from saejax.causal.ablate.importance import Importance, importance_file, load_drops
+from saejax.causal.ablate.importance import Importance, load_drops
 from saejax.causal.claims import randomisation_p
 from saejax.causal.controls import FeatureStatistics, draw_alike, fitting_matches
 from saejax.clusters.results import GroupCost
@@ -36,7 +36,7 @@ class BehaviourEffects:
     @classmethod
     def load(cls, folder: Path, behaviour: str) -> "BehaviourEffects":
         """From an ablate unit's folder."""
-        return cls(Importance.load(importance_file(folder, behaviour)), load_drops(folder, behaviour))
+        return cls(Importance.load(Importance.file(folder, behaviour)), load_drops(folder, behaviour))
 
     def statistics(self, features: int) -> FeatureStatistics:
         """How often and how strongly each of a dictionary's features fires on the prompts."""

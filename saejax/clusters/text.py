@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.transfer.activity import Activity, encode
 from saejax.transfer.compared import Compared
 from saejax.transfer.reading import SitesOnText, read_sites

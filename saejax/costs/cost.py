@@ -11,7 +11,8 @@ from saejax.dictionaries.formats import folders_of, read_config
 from saejax.errors import one_of
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site
-from saejax.stage import is_folder
+from saejax.parallel.mesh import alone_config, make_mesh
+from saejax.stage import Stage, is_folder
 
 Axes = Mapping[str, int]  # sizes of the mesh's axes
 WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
@@ -47,6 +48,7 @@ class PlannedRun:
       torch_here: whether torch's models take the memory of the devices.
       mesh: the devices; None where their number alone is considered.
       limit: bytes of memory on each of them.
+      own_devices: of each process where there are several; otherwise 0.
     """
 
     configs: Mapping[str, Any]
@@ -60,6 +62,16 @@ class PlannedRun:
     torch_here: bool = True
     mesh: Mesh | None = None
     limit: int = 0
+    own_devices: int = 0
+
+    def placed(self, stage: Stage) -> "PlannedRun":
+        """The same on the devices of a stage's units: those of one process, unless all processes run it together."""
+        if not self.own_devices or stage.processes == "all":
+            return self
+        config = alone_config(self.axes["model"], self.own_devices)
+        axes = dict(member=1, data=self.own_devices // config.model, model=config.model)
+        mesh = make_mesh(config, self.mesh.devices.flat[: self.own_devices].tolist()) if self.mesh else None
+        return dataclasses.replace(self, axes=axes, mesh=mesh, own_devices=0)
 
     @property
     def dtype(self) -> str:

@@ -14,7 +14,7 @@ from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.modules import parameter_table as dictionary_table
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
-from saejax.parallel import part_size
+from saejax.parallel.mesh import part_size
 
 
 def pass_flops(model: DecoderConfig, tokens: int, length: int, layers: float) -> float:

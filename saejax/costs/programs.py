@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
-from saejax.parallel import fitting_sharding, sharding
+from saejax.parallel.mesh import fitting_sharding, sharding
 from saejax.settings import TrainConfig
 
 

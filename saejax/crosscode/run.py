@@ -22,7 +22,7 @@ from saejax.evaluation.evaluate import load_other
 from saejax.evaluation.parts import parts_by_model
 from saejax.models.language_model import load_model
 from saejax.models.sites import is_joined, site_parts
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.stage import folder_name
 from saejax.tasks.gate import read_tested
 from saejax.transfer.compared import Compared, load_compared

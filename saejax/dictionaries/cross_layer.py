@@ -26,23 +26,18 @@ KINDS = ("standard", "jumprelu", "batchtopk")  # of which circuit-tracer's folde
 
 
 @dataclasses.dataclass
-class LayerCoder:
-    """A layer as its kind sees it, a ``kinds.base.Coder``.
+class LayerEncoder:
+    """A layer as its kind sees it, a ``kinds.base.MemberEncoder``; what it writes comes from several: see ``written``.
 
     Attributes:
       config: of all layers.
       operands: of products; see ``matmul``.
-      arrays: the layer's, with the lengths of its features' joined decoders, [F, 1], as "W_dec_FxD": of the decoder
-        kinds ask for the rows' lengths alone.
+      arrays: the layer's, with the lengths of its features' joined decoders, [F, 1], as "W_dec_FxD".
     """
 
     config: DictionaryConfig
     operands: str
     arrays: Arrays
-
-    def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
-        """Not of one layer: see ``written``."""
-        raise NotImplementedError("what is written to a layer comes from several: see cross_layer.written")
 
 
 def joined_lengths(decoders: Sequence[jax.Array]) -> jax.Array:

@@ -26,7 +26,7 @@ from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.evaluation.member_data import MemberData
 from saejax.models.sites import Site, decoder_site, is_joined, site_parts
 from saejax.models.split import SplitPoint
-from saejax.parallel import fitting_sharding, part_size
+from saejax.parallel.mesh import fitting_sharding, part_size
 
 _OVERHEAD = 1.5
 _STEP = 16  # documents are padded to a multiple of this

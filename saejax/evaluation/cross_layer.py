@@ -21,7 +21,7 @@ from saejax.evaluation.replaced import replaced_losses
 from saejax.evaluation.results import CrossLayerScores, EvaluateResults, LayerScores, StandInMeans
 from saejax.evaluation.rows import blocks
 from saejax.models.language_model import load_model
-from saejax.parallel import fitting_sharding, make_mesh
+from saejax.parallel.mesh import fitting_sharding, make_mesh
 from saejax.results import to_json
 from saejax.settings import EvaluateConfig
 from saejax.workspace import Run, write_array, write_json

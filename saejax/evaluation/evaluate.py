@@ -24,7 +24,7 @@ from saejax.evaluation.rows import blocks, target_mean
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import decoder_site, is_joined, site_parts
 from saejax.models.source import other_model
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.settings import EvaluateConfig, ModelConfig
 from saejax.workspace import Run, read_json, write_array, write_json

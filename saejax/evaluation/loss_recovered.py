@@ -26,7 +26,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import even_batches, pad
-from saejax.parallel import fitting_sharding, sharding
+from saejax.parallel.mesh import fitting_sharding, sharding
 
 VARIANTS = ("clean", "mean_ablated", "zero_ablated", "reconstructed")
 _LENGTH_STEP = 16  # documents are padded to a multiple of this

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
-from saejax.parallel import fitting_sharding, sharding
+from saejax.parallel.mesh import fitting_sharding, sharding
 
 _COMPILED_IN = ("kind", "d_in", "n_features", "groups", "skip", "centred")  # beside the largest of its numbers
 

@@ -12,7 +12,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.evaluation.member_data import MemberData
 from saejax.evaluation.results import DensityHistogram
-from saejax.parallel import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ from saejax.interpret.labels import partners, read_labels
 from saejax.interpret.text import CodedText
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.workspace import Run, read_json, write_json
 

@@ -12,7 +12,7 @@ from saejax.config import identity
 from saejax.ground_truth.sampling import draw
 from saejax.ground_truth.stage import TruthConfig
 from saejax.ground_truth.world import World
-from saejax.parallel import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding
 from saejax.training.objective import Arrays
 from saejax.training.state import TrainState
 from saejax.training.step import Trainer

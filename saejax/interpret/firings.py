@@ -27,7 +27,7 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation.member_data import MemberData
-from saejax.parallel import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding
 
 BLOCK = 512  # features of a file
 _RECORD = np.dtype([("feature", "<u2"), ("place", "<u4"), ("value", "<f4")])  # the feature counted in its block

@@ -19,7 +19,7 @@ from saejax.interpret.text import CodedText
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import Site
 from saejax.models.tokens import token_text
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.workspace import Run, read_json, write_json
 

@@ -14,7 +14,7 @@ from saejax.models import decoding
 from saejax.models.decoding import Choice, Edits
 from saejax.models.loaded import LoadedModel
 from saejax.models.tokens import Tokens
-from saejax.parallel import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding
 from saejax.workspace import read_json
 
 _LOOK_EVERY = 16  # new tokens between two looks for stop strings

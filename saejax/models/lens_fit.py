@@ -30,7 +30,7 @@ from saejax.models.loaded import LoadedModel
 from saejax.models.rules import GRADIENT
 from saejax.models.run import run_layers
 from saejax.models.tokens import Tokens
-from saejax.parallel import by_row
+from saejax.parallel.mesh import by_row
 from saejax.workspace import fingerprint, whole_file
 
 _VALUES = {"cpu": 2**24}  # of the widest activations of a block of rows

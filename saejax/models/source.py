@@ -5,7 +5,6 @@ Whatever the source, the result is a folder in the hub's format (config.json, sa
 
 import contextlib
 import dataclasses
-import errno
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.errors import UserError
+from saejax.errors import UserError, out_of_room
 from saejax.models.checkpoint import read_checkpoint, safetensors_files
 from saejax.models.families import check_family
 from saejax.models.gguf import dequantised
@@ -311,7 +310,7 @@ def hub_errors(name: str, revision: str, what: str, file: str, expected: str) ->
         raise UserError(f"{page} has no {file} at revision {revision!r}: expected {expected}") from None
     except errors.HFValidationError:
         raise UserError(f"there is no folder {name!r}, and it is not a hub id such as org/name") from None
-    except (errors.HfHubHTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # of the hub, or of a connection that broke
         raise _not_fetched(name, error) from None
 
 
@@ -319,6 +318,6 @@ def _not_fetched(name: str, error: Exception) -> UserError:
     remedy = "try again, or give a local folder"
     if getattr(getattr(error, "response", None), "status_code", None) == 401:
         remedy = "the hub does not accept the token in the variable HF_TOKEN, or that of `hf auth login`: renew it"
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+    if out_of_room(error):
         remedy = "free space, or set the variable HF_HOME to a folder with room"
     return UserError(f"{name} could not be fetched ({error}): {remedy}")

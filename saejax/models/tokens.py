@@ -110,19 +110,16 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, verbose=False)["input_ids"]
 
 
-def few_lengths(lengths_N: np.ndarray, program: int) -> np.ndarray:
+def few_lengths(counts: np.ndarray, program: int) -> np.ndarray:
     """Lengths to pad texts to: as many as make padding and compiling take the least time together.
 
     Args:
-      lengths_N: of the texts, in tokens.
+      counts: of texts by their length in tokens, from 0.
       program: how many tokens run in the time in which a program of another shape is compiled.
 
     Returns:
       The lengths, rising; a text takes the first that is not shorter. The last is that of the longest text.
     """
-    counts = np.bincount(
-        np.asarray(lengths_N, np.int64)
-    )  # unlike np.unique, with no copy of them: there may be many millions
     length_U = np.flatnonzero(counts)
     count_U = counts[length_U]
     below = np.concatenate([[0], np.cumsum(count_U)])  # number of shorter texts
@@ -150,7 +147,7 @@ def even_batches(lengths_N: np.ndarray, most: int, multiple: int, program: int) 
     Returns:
       For each batch the indices of its texts, its rows (at least as many) and its length.
     """
-    lengths = few_lengths(lengths_N, program)
+    lengths = few_lengths(np.bincount(lengths_N), program)
     shape_N = np.searchsorted(lengths, lengths_N)
     batches = []
     for shape in range(len(lengths) - 1, -1, -1):

@@ -13,7 +13,7 @@ from saejax.models.checkpoint import Tensor, read_checkpoint
 from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, Weight
 from saejax.models.parameters import LAYERS, parameter_table
-from saejax.parallel import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding
 
 
 def load_params(

@@ -5,8 +5,9 @@ from math import prod
 
 from saejax.costs.cost import PlannedRun
 from saejax.errors import UserError
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 from saejax.preflight.sums import Needs
+from saejax.preflight.topology import of_process
 
 GIB = 2**30
 # Slices to propose where a model does not fit: devices, and GiB per device as libtpu's compiler states them.
@@ -32,8 +33,8 @@ def advice(plan: PlannedRun, limit: int, devices: str, needed: int) -> list[str]
         elif split := _smallest_split(changed, count, limit, scale):
             found.append(f"{change} --mesh.model={split[0]}".strip() + f" on the same {count} {devices}")
     found = [change for change in found if change][:2]
-    on_tpu = dataclasses.replace(plan, torch_here=False)
     for name, (number, gib) in SLICES.items():
+        on_tpu = dataclasses.replace(plan, torch_here=False, own_devices=of_process(name, number))
         if name not in devices and (split := _smallest_split(on_tpu, number, int(gib * GIB), scale)):
             size, peak = split
             found.append(f"the TPU slice {name} with --mesh.model={size} ({peak / GIB:.1f} of {gib:.1f} GiB each)")

@@ -9,7 +9,8 @@ import psutil
 from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import parameters
 from saejax.errors import CheckFailed, Interrupted, UserError
-from saejax.parallel import describe
+from saejax.parallel.collectives import process_count
+from saejax.parallel.mesh import make_mesh
 from saejax.preflight import parity, rates, tables
 from saejax.preflight.advice import GIB, advice
 from saejax.preflight.place import Place, find_place
@@ -17,6 +18,8 @@ from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResul
 from saejax.preflight.shapes import Shape, named, read_shapes
 from saejax.preflight.sums import Needs, plan_run, replicated, stage_programs
 from saejax.preflight.topology import compile_for
+from saejax.registry import STAGES
+from saejax.results import MeshShape
 from saejax.workspace import Run
 
 
@@ -42,11 +45,11 @@ def run_preflight(run: Run) -> PreflightResults:
             run.say(line)
     found = [_facts(plan, needs, _compile(run, plan, place), place) for plan, needs in checked]
     _check_memory(checked, found, place)
-    results = PreflightResults(describe(place.mesh), config.topology, place.limit, tuple(found))
+    results = PreflightResults(MeshShape.of(place.mesh, process_count()), config.topology, place.limit, tuple(found))
     if runs_here and checked:
         results = _with_plan(run, results, *checked[0])
     if config.parity:
-        results = dataclasses.replace(results, parity={shape.path: _parity(run, shape, place) for shape in shapes})
+        results = dataclasses.replace(results, parity={shape.path: _parity(run, shape) for shape in shapes})
         _check_parity(results.parity or {}, config.tolerance)
     return results
 
@@ -62,6 +65,7 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
     corpus, plans = run.configs["corpus"], []
     documents, tokens = rates.used_text(corpus, run.configs["task"]) if runs_here else (0, 0)
     here = dict(documents=documents, tokens=tokens, torch_here=place.torch_here, mesh=place.mesh, limit=place.limit)
+    here |= dict(own_devices=place.own)
     for shape in shapes:
         try:
             name = Path(shape.path).name
@@ -115,11 +119,14 @@ def _facts(plan: PlannedRun, needs: Needs, compiled: tuple[CompiledProgram, ...]
 def _check_memory(checked: Sequence[tuple[PlannedRun, Needs]], found: Sequence[ModelNeeds], place: Place) -> None:
     """A ``UserError`` that names the models that do not fit, and what would."""
     messages = []
-    for (plan, _), facts in zip(checked, found, strict=True):
+    for (plan, needs), facts in zip(checked, found, strict=True):
         if not facts.fits:
+            unit, devices = needs.largest, plan.own_devices
+            apart = devices and not facts.programs and STAGES[unit.partition("/")[0]].processes != "all"
+            where = f" for {unit}, which a process runs on its own {devices} devices" if apart else ""
             changes = advice(plan, place.limit, place.kind, facts.peak_bytes)
             messages.append(
-                f"{plan.name} needs about {facts.peak_bytes / GIB:.1f} GiB per device, but there are "
+                f"{plan.name} needs about {facts.peak_bytes / GIB:.1f} GiB per device{where}, but there are "
                 f"{place.limit / GIB:.1f}: use {', or '.join(changes) or 'a smaller model'}"
             )
     if messages:
@@ -166,10 +173,10 @@ def _check_parity_is_possible(shapes: Sequence[Shape], topology: str) -> None:
             )
 
 
-def _parity(run: Run, shape: Shape, place: Place) -> dict[str, dict[str, float]]:
+def _parity(run: Run, shape: Shape) -> dict[str, dict[str, float]]:
     """Measures and prints; the largest error of every kind of site, on each kind of tokens."""
     run.say(f"{shape.path}: decoder against transformers in {run.configs['model'].dtype}; largest relative error")
-    found = parity.measure(run.configs, named(shape.path, run.configs["model"]), place.mesh)
+    found = parity.measure(run.configs, named(shape.path, run.configs["model"]), make_mesh(run.configs["mesh"]))
     for name, errors in found.items():
         for error in errors:
             where = f" (layer {error.layer})" if error.layer >= 0 else ""

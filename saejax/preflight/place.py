@@ -8,7 +8,7 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Place:
       limit: bytes of memory on each.
       kind: what they are, for messages.
       of_node: how many of them share a node.
+      own: how many a process has, of which there is one a host; 0: one has all.
       torch_here: whether torch's models share their memory: true on a host's CPU and GPU devices, not on a TPU.
     """
 
@@ -28,6 +29,7 @@ class Place:
     kind: str
     of_node: int
     torch_here: bool
+    own: int = 0
 
 
 def find_place(configs: Mapping[str, Any]) -> Place:
@@ -38,16 +40,16 @@ def find_place(configs: Mapping[str, Any]) -> Place:
     """
     name = configs["preflight"].topology
     if name:
-        from saejax.preflight.topology import find_slice
+        from saejax.preflight.topology import find_slice, of_process
 
         slice_ = find_slice(name)
-        return Place(
-            make_mesh(configs["mesh"], slice_.devices), slice_.limit, f"devices of a {name}", slice_.of_node, False
-        )
-    mesh, device = make_mesh(configs["mesh"]), jax.devices()[0]
+        mesh, own = make_mesh(configs["mesh"], slice_.devices), of_process(name, len(slice_.devices))
+        return Place(mesh, slice_.limit, f"devices of a {name}", slice_.of_node, False, own)
+    mesh, device = make_mesh(configs["mesh"], jax.devices()), jax.devices()[0]
+    own = jax.local_device_count() if jax.process_count() > 1 else 0
     if device.platform == "cpu":  # all of them have the host's memory
         return Place(
-            mesh, psutil.virtual_memory().available // jax.device_count(), "CPU devices", jax.device_count(), True
+            mesh, psutil.virtual_memory().available // jax.device_count(), "CPU devices", jax.device_count(), True, own
         )
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return Place(mesh, limit, f"{device.device_kind} devices", jax.local_device_count(), device.platform != "tpu")
+    return Place(mesh, limit, f"{device.device_kind} devices", jax.local_device_count(), device.platform != "tpu", own)

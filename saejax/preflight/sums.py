@@ -10,7 +10,7 @@ from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.models.sites import ModuleSite, decoder_site
-from saejax.parallel import fitting_spec
+from saejax.parallel.mesh import fitting_spec
 from saejax.registry import STAGES
 from saejax.stage import load
 from saejax.training.cost import planned_stacks
@@ -65,7 +65,7 @@ class Needs:
         """
         return cls(
             {
-                unit: load(stage.cost)(plan, unit.partition("/")[2])
+                unit: load(stage.cost)(plan.placed(stage), unit.partition("/")[2])
                 for stage in STAGES.values()
                 if stage.cost
                 for unit in stage.units(plan.configs)
@@ -112,19 +112,22 @@ def stage_programs(plan: PlannedRun) -> list[Program]:
     Raises:
       UserError: the mesh does not divide the training batch or the features.
     """
-    return [program for stage in STAGES.values() if stage.programs for program in load(stage.programs)(plan, plan.mesh)]
+    stages = [(stage, plan.placed(stage)) for stage in STAGES.values() if stage.programs]
+    return [program for stage, placed in stages for program in load(stage.programs)(placed, placed.mesh)]
 
 
 def replicated(plan: PlannedRun, needs: Needs) -> list[str]:
     """What the mesh does not divide, so that every device holds or runs all of it; one line each."""
-    lines, over = _replicated_weights(plan.model, plan.axes), plan.axes["data"]
+    lines = _replicated_weights(plan.model, plan.axes)
     batches = {
-        (count, f"{what} of {unit.partition('/')[0]}"): None
-        for unit, cost in needs.units.items()
+        (count, f"{what} of {stage.name}", plan.placed(stage).axes["data"]): None
+        for stage, cost in ((STAGES[unit.partition("/")[0]], cost) for unit, cost in needs.units.items())
         for what, count in cost.batches.items()
     }
     return lines + [
-        f"{count} {what} over {over} devices: every device runs all of them" for count, what in batches if count % over
+        f"{count} {what} over {over} devices: every device runs all of them"
+        for count, what, over in batches
+        if count % over
     ]
 
 

@@ -4,18 +4,19 @@ from collections.abc import Mapping, Sequence
 
 from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import parameters
-from saejax.parallel import describe
+from saejax.parallel.collectives import process_count
 from saejax.preflight.advice import GIB
 from saejax.preflight.place import Place
 from saejax.preflight.results import CompiledProgram
 from saejax.preflight.sums import Needs, replicated
+from saejax.results import MeshShape
 
 _COLUMNS = ("parameters", "dtype", "layers", "model", "dictionary", "optimizer", "activations", "peak")
 
 
 def place_line(place: Place) -> str:
     """The devices and their mesh."""
-    facts = describe(place.mesh)
+    facts = MeshShape.of(place.mesh, process_count())
     axes = " x ".join(f"{axis} {size}" for axis, size in facts.axes.items())
     return f"{facts.devices} x {', '.join(facts.kinds)}, {place.limit / GIB:.2f} GiB each; mesh {axes}"
 

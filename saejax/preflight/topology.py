@@ -75,6 +75,21 @@ def find_slice(name: str) -> Slice:
     return Slice(name, devices, _limit(devices[0]), len(devices))
 
 
+def of_process(name: str, devices: int) -> int:
+    """How many of a slice's or of nodes' devices a process has, where each host has one; 0: one has all.
+
+    Hosts of TPUs have four chips each, but one that is a whole v5e or v6e slice of eight.
+
+    Args:
+      name: of the slice or of the nodes.
+      devices: how many there are.
+    """
+    kind, _, layout = name.partition(":")
+    of_host = 8 if kind in ("v5e", "v6e") and devices <= 8 else 4
+    own = int(layout.rpartition("x")[2]) if kind in GPUS else of_host
+    return own if own < devices else 0
+
+
 def _stand_ins(name: str) -> Slice:
     """As many of the host's CPU devices as the nodes have GPUs."""
     found = _NODES.fullmatch(name)

@@ -15,12 +15,11 @@ from saejax.attribution.forms.page import page_html
 from saejax.errors import UserError
 from saejax.serving import pages
 from saejax.serving.bench import Bench, targets_of
-from saejax.serving.effects import effects
+from saejax.serving.effects import HOLDS, effects
 from saejax.serving.jobs import Job, Jobs
 from saejax.serving.shelf import Shelf, ShelvedGraph
 from saejax.serving.tracing import trace_typed
 
-_HOLDS = ("nothing", "attention", "all")
 _LARGEST = 1e30  # factor or activation
 
 
@@ -92,6 +91,7 @@ class GraphServer:
     def _graph(self, asked: Mapping[str, str]) -> str:
         graph = self._shelf.find(asked.get("id", ""))
         document, shown, note, why = self._shelf.document(graph), self._shelf.shown(graph), "", ""
+        holds: tuple[str, ...] = HOLDS
         settings = document["metadata"].get("pruning_settings") or {}
         nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
         labels: dict[tuple[int, int], str] = {}
@@ -104,11 +104,12 @@ class GraphServer:
         try:
             configs = self._bench.configs_of(graph)
             labels = self._shelf.labels(graph, _folders(configs))
+            holds = HOLDS[:1] if configs["graph"].dictionaries else HOLDS
             note += f"With {configs['model'].path} and {_set_name(configs['graph'])}."
             note += "" if self._bench.whole(graph) else " To be pruned again the prompt is traced again first."
         except UserError as error:
             why = _line(error)
-        live = dict(graph=graph.id, nodes=nodes, edges=edges, note=note, why=why)
+        live = dict(graph=graph.id, nodes=nodes, edges=edges, note=note, why=why, holds=holds)
         return page_html(document, labels=labels, live=live, **shown)
 
     def _compare(self, asked: Mapping[str, str]) -> str:
@@ -137,11 +138,11 @@ class GraphServer:
     def _change(self, asked: Mapping[str, Any], job: Job) -> Any:
         graph = self._asked(asked)
         document, hold, changes = self._shelf.document(graph), asked.get("hold"), _changes(asked.get("changes"))
-        if hold not in _HOLDS:
-            raise UserError(f"hold is {hold!r}: expected one of {', '.join(_HOLDS)}")
-        replacement = self._bench.run(graph, document, job)
+        if hold not in HOLDS:
+            raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
+        run = self._bench.run(graph, document, job)
         job.say("Running the model")
-        return effects(replacement, changes, hold, targets_of(document), job.progress)
+        return effects(run, changes, hold, targets_of(document), job.progress)
 
     def _label(self, asked: Mapping[str, Any]) -> Any:
         graph, name, label = self._asked(asked), _text(asked, "node"), _text(asked, "label").strip()

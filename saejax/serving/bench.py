@@ -16,11 +16,13 @@ import numpy as np
 from saejax import config as configuration
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph
+from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.requests import Request, TargetText, read_labels
 from saejax.attribution.run import open_parts, trace_request
 from saejax.attribution.trace.prompt import Traced
+from saejax.attribution.trace.sae_run import SaeRun
 from saejax.errors import UserError
 from saejax.results import load_summary
 from saejax.serving.jobs import Job
@@ -47,7 +49,7 @@ class Bench:
     def __init__(self, configs: Mapping[str, Any], named: bool):
         self.defaults, self._named = configs, named
         self._parts: tuple[Any, Any] | None = None  # what they are of, and the model and its dictionaries
-        self._runs: OrderedDict[str, Replacement] = OrderedDict()
+        self._runs: OrderedDict[str, Replacement | SaeRun] = OrderedDict()
         self._graphs: OrderedDict[str, Graph] = OrderedDict()  # whole ones
         self._pruned: OrderedDict[tuple[str, float, float], dict[str, Any]] = OrderedDict()
 
@@ -88,20 +90,19 @@ class Bench:
         self._runs.clear()
         self._graphs.clear()
 
-    def run(self, graph: ShelvedGraph, document: Mapping[str, Any], job: Job) -> Replacement:
-        """The local replacement model of a graph's prompt.
+    def run(self, graph: ShelvedGraph, document: Mapping[str, Any], job: Job) -> Replacement | SaeRun:
+        """The model that was run on a graph's prompt, with what its set makes of it.
 
         Raises:
-          UserError: the graph is of SAEs, or its model and set do not make its features.
+          UserError: its model and set do not make its features.
         """
         if graph.id not in self._runs:
             model, dictionaries = self.opened(self._run_of(graph), job)
-            if not isinstance(dictionaries, LayerTranscoders):
-                raise UserError("this graph is of SAEs: the page changes features of transcoders alone")
             job.say("Running the prompt")
-            replacement = Replacement.of(model, dictionaries, np.array(token_ids(document), np.int32))
-            _check_same(document, replacement)
-            _keep(self._runs, graph.id, replacement)
+            kind: Any = SaeRun if isinstance(dictionaries, LayerSaes) else Replacement
+            run = kind.of(model, dictionaries, np.array(token_ids(document), np.int32))
+            _check_same(document, run)
+            _keep(self._runs, graph.id, run)
         return self._runs[graph.id]
 
     def whole(self, graph: ShelvedGraph) -> bool:
@@ -110,8 +111,7 @@ class Bench:
 
     def keep(self, graph: str, traced: Any) -> None:
         """Keeps what was traced under a graph's id."""
-        if isinstance(traced, Traced):
-            _keep(self._runs, graph, traced.replacement)
+        _keep(self._runs, graph, traced.replacement if isinstance(traced, Traced) else traced.run)
         _keep(self._graphs, graph, traced.graph)
 
     def prune(self, graph: ShelvedGraph, document: Mapping[str, Any], nodes: float, edges: float, job: Job) -> None:
@@ -202,16 +202,16 @@ def _request(document: Mapping[str, Any], config: GraphConfig) -> tuple[Request,
     return request, dataclasses.replace(config, max_features=int(most))
 
 
-def _check_same(document: Mapping[str, Any], replacement: Replacement) -> None:
+def _check_same(document: Mapping[str, Any], run: PromptRun) -> None:
     """Refuses a model or set that is not the graph's."""
-    active = replacement.active
+    active = run.active
     there = set(zip(active.layer_A.tolist(), active.feature_A.tolist(), active.position_A.tolist(), strict=True))
     own = [(*_feature(node), node["ctx_idx"]) for node in _features(document)]
     again = sum(key in there for key in own)
     if again < _SAME * len(own):
         raise UserError(
-            f"of the graph's {len(own)} features {again} are active when {replacement.model.source.name} runs its "
-            f"prompt with {replacement.transcoders.name}: are these the model and the set that it was made with?"
+            f"of the graph's {len(own)} features {again} are active when {run.model.source.name} runs its "
+            f"prompt with {run.dictionaries.name}: are these the model and the set that it was made with?"
         )
 
 

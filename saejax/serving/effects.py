@@ -8,20 +8,24 @@ import numpy as np
 from saejax.attribution.checks.changes import matched, set_to
 from saejax.attribution.checks.edits import Change
 from saejax.attribution.checks.interventions import intervene
+from saejax.attribution.checks.sae_changes import changed_logits
 from saejax.attribution.graph.nodes import FEATURE, Nodes
+from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.requests import TargetText
+from saejax.attribution.trace.sae_run import SaeRun
 from saejax.attribution.trace.targets import read_targets
 from saejax.causal.parts import OnProgress, silent
 from saejax.errors import UserError
 from saejax.models.tokens import token_text
 
+HOLDS = ("nothing", "attention", "all")  # with SAEs the first alone
 DRAWS = 7  # random sets: with the changes themselves as many rows as are run at once
 _SHOWN = 8  # most probable tokens, before and after
 
 
 def effects(
-    replacement: Replacement,
+    run: Replacement | SaeRun,
     changes: Sequence[tuple[str, float, Sequence[str]]],
     hold: str,
     targets: Sequence[TargetText] = (),
@@ -30,9 +34,9 @@ def effects(
     """Runs a prompt with some features changed, and with random sets of as many other active ones changed alike.
 
     Args:
-      replacement: of the prompt.
+      run: of the prompt.
       changes: "scale" or "set", the factor or the activation, and ids of features, each in one change.
-      hold: what stays as it was; see ``interventions``.
+      hold: what stays as it was, with SAEs "nothing"; see ``interventions``.
       targets: what the graph explains, which is shown beside the most probable tokens.
       on_progress: called with the layers done and of all; may raise to stop.
 
@@ -45,17 +49,23 @@ def effects(
     Raises:
       UserError: there is nothing to change, or a feature is not active in the prompt or named twice.
     """
-    features, amount_N, is_factor_N = _changed(replacement, changes)
+    if isinstance(run, SaeRun) and hold != "nothing":
+        raise UserError(f"hold is {hold!r}: expected nothing, as this graph is of SAEs")
+    features, amount_N, is_factor_N = _changed(run, changes)
     try:
-        sets, why = matched(replacement, features, DRAWS), ""
+        sets, why = matched(run, features, DRAWS), ""
     except UserError as error:
         sets, why = [], str(error)
     rows = [_row(one, amount_N, is_factor_N) for one in (features, *sets)]
-    readouts = read_targets(replacement, targets, 1, 0.0)
-    run = intervene(replacement, rows, readouts, hold=hold, on_progress=on_progress, logits=True)
-    assert run.logits_RxV is not None
-    logits_RxV = np.concatenate([replacement.logits_V[None], run.logits_RxV]).astype(np.float64)
-    text = token_text(replacement.model.tokenizer)
+    readouts = read_targets(run, targets, 1, 0.0)
+    if isinstance(run, SaeRun):
+        on_progress(0, 1)
+        changed_RxV: np.ndarray | None = changed_logits(run, rows)
+    else:
+        changed_RxV = intervene(run, rows, readouts, hold=hold, on_progress=on_progress, logits=True).logits_RxV
+    assert changed_RxV is not None
+    logits_RxV = np.concatenate([run.logits_V[None], changed_RxV]).astype(np.float64)
+    text = token_text(run.model.tokenizer)
     return _told(logits_RxV, readouts.pair_Kx2.tolist(), text) | dict(draws=len(sets), no_draws=why)
 
 
@@ -95,10 +105,10 @@ def _told(logits_RxV: np.ndarray, pairs: Sequence[Sequence[int]], text: Callable
 
 
 def _changed(
-    replacement: Replacement, changes: Sequence[tuple[str, float, Sequence[str]]]
+    run: PromptRun, changes: Sequence[tuple[str, float, Sequence[str]]]
 ) -> tuple[Nodes, np.ndarray, np.ndarray]:
     """The features that are changed, in the order (layer, position, feature), by how much, and if this is a factor."""
-    active = replacement.active
+    active = run.active
     each = [(amount, how == "scale", name) for how, amount, ids in changes for name in ids]
     if not each:
         raise UserError("nothing is changed: name features")

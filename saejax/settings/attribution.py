@@ -83,6 +83,12 @@ class GraphConfig(Config):
         "prompts of this run",
         choices=("zero", "mean"),
     )
+    kept_prompts: int = setting(
+        0,
+        "test prompts of each behaviour on which circuits of growing numbers of features are run, kept in the order of "
+        "their effect and in circuit-tracer's: CPR and CMD of both (with transcoders; 0: none)",
+        low=0,
+    )
     supernodes: str = setting(
         "",
         'groups of features that the page and Neuronpedia show: empty for none, "cluster" for those that are alike, or '

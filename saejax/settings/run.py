@@ -60,6 +60,14 @@ class MeshConfig(Config):
         implied=600.0,
     )
 
+    compile_cache: str = setting(
+        "auto",
+        "folder that keeps compiled programs for the next start; auto: .compile_cache of the workdir where there are "
+        "GPUs or TPUs, and none on processors, whose programs fit one model of processor; none: nowhere",
+        changes_results=False,
+        implied="auto",
+    )
+
     @property
     def together(self) -> bool:
         """Whether the run may have several processes."""

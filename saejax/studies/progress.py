@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 Key = tuple[str, str]  # row, unit
 _OTHER = 10.0  # seconds of a unit of which preflight expects nothing: to start a process and write a report
@@ -15,9 +16,13 @@ class TimeToGo:
 
     A unit is expected to take what preflight says, times what units of its stage took in proportion, in this row or
     another; or, before there are any, all units together.
+
+    Args:
+      at_once: units that run at once, each of another row.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = 1) -> None:
+        self._at_once = at_once
         self._expected: dict[Key, float] = {}
         self._took: dict[Key, float] = {}
 
@@ -38,22 +43,21 @@ class TimeToGo:
         """Takes what a finished unit took, in seconds."""
         self._took[row, unit] = seconds
 
-    def left(self, waiting: Iterable[Key], running: Key | None = None, elapsed: float = 0.0) -> float | None:
+    def left(self, waiting: Iterable[Key], running: Mapping[Key, float] = MappingProxyType({})) -> float | None:
         """Seconds that are left; None where a row's preflight has not run.
 
         Args:
           waiting: units that have not begun.
-          running: the one that is at work.
-          elapsed: seconds since it began.
+          running: those at work, with the seconds since each began.
         """
-        waiting = [*waiting, *([running] if running else [])]
-        if not all(key in self._expected for key in waiting):
+        every = [*waiting, *running]
+        if not all(key in self._expected for key in every):
             return None
-        rates = self._rates()
-        left = {key: self._expected[key] * rates.get(_stage(key[1]), rates[""]) for key in waiting}
-        if running:
-            left[running] = max(left[running] - elapsed, _LATE * elapsed)
-        return sum(left.values())
+        rates, rows = self._rates(), defaultdict[str, float](float)
+        for key in every:
+            whole, elapsed = self._expected[key] * rates.get(_stage(key[1]), rates[""]), running.get(key, 0.0)
+            rows[key[0]] += max(whole - elapsed, _LATE * elapsed)
+        return max([sum(rows.values()) / self._at_once, *rows.values()])  # a row's units run one after the other
 
     def _rates(self) -> dict[str, float]:
         """What finished units took over what was expected, by stage; of all together under ""."""

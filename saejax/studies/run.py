@@ -16,6 +16,7 @@ study_run: runs the pipeline on every row of a study, and writes one report of t
 
   --workdir=DIR  folder of the study; each row works in DIR/rows/<name>/ (required)
   --rows=FILE,FOLDER  flag files, one for each row, and folders of them (required)
+  --at_once=N  rows that run side by side, each on its share of the host's GPUs, or without any of its cores (default 1)
   --debug  show the traceback of bad input too
 
 All other flags are those of experiments.pipeline; they hold for every row, and win over its file. What is finished and
@@ -32,6 +33,7 @@ def run(argv: Sequence[str]) -> int:
     own = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "", flag_values=own)
     flags.DEFINE_list("rows", [], "", flag_values=own)
+    flags.DEFINE_integer("at_once", 1, "", lower_bound=1, flag_values=own)
     command.define_common(own)
 
     def work() -> None:
@@ -42,6 +44,7 @@ def run(argv: Sequence[str]) -> int:
         if not own["rows"].value:
             raise UserError("--rows=FILE,FOLDER is missing: name the flag files of the study's rows, or their folder")
         rows = read_rows(own["rows"].value, common)
-        load("saejax.studies.study:run_study_rows")(Path(workdir), rows, command.timed_say(), command.stop_asked())
+        run_rows = load("saejax.studies.study:run_study_rows")
+        run_rows(Path(workdir), rows, command.timed_say(), command.stop_asked(), own["at_once"].value)
 
     return command.ended(work, own)

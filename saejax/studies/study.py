@@ -8,6 +8,7 @@ from saejax.preregistration import measured, write_rule
 from saejax.studies import criteria, report
 from saejax.studies.gather import gather
 from saejax.studies.rows import StudyRow
+from saejax.studies.shares import shares
 from saejax.studies.units import ROWS, StudyUnits, UnitState
 from saejax.workspace import Workspace, fingerprint, read_json
 
@@ -17,6 +18,7 @@ def run_study_rows(
     rows: Sequence[StudyRow],
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
+    at_once: int = 1,
 ) -> None:
     """Runs all rows and writes the report.
 
@@ -25,16 +27,17 @@ def run_study_rows(
       rows: what to run.
       say: prints a line.
       stopping: whether the process was asked to stop.
+      at_once: rows that run side by side, each on its share of the host's GPUs, or else of its cores.
 
     Raises:
-      UserError: the folder cannot be written to, or another study works in it.
+      UserError: the folder cannot be written to, or another study works in it; the host cannot be shared so.
       CheckFailed: a unit failed; the report is written all the same.
       Interrupted: asked to stop, and saved.
     """
-    workspace = Workspace(root)
+    parts, workspace = shares(at_once), Workspace(root)
     with workspace.lock():
         _write_rules(root, rows)
-        states = StudyUnits(root, rows, say, stopping).run()
+        states = StudyUnits(root, rows, say, stopping, parts).run()
         mark = fingerprint([[vars(state) for state in states], list(criteria.RULES.values())])
         path = root / report.FILE
         if path.exists() and read_json(path).get("fingerprint") == mark:

@@ -1,35 +1,31 @@
-"""The units of a study's rows, each run in a process of its own, one after the other: what fails stops no other row.
+"""The units of a study's rows, each run in a process of its own: what fails stops no other row.
 
-Every child is the pipeline on one unit. So its memory is its own, its output a file, and whatever ends it (bad input, a
-bug, the system for want of memory) leaves a unit with its reason. Units that read what is not there are not run.
+One after the other, or several at once, each of another row, with its share of the host. Units that read what is not
+there are not run.
 """
 
-import contextlib
 import dataclasses
-import functools
-import os
-import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from saejax.errors import Interrupted, UserError
-from saejax.guard import end_with_parent
 from saejax.pipeline import Workplan
 from saejax.preflight.results import PreflightResults
 from saejax.registry import STAGES
 from saejax.results import load_results
 from saejax.studies.progress import Key, TimeToGo, duration
 from saejax.studies.rows import StudyRow
-from saejax.workspace import SUMMARY, Workspace, now, read_json
+from saejax.studies.shares import Share
+from saejax.studies.unit_process import UnitProcess
+from saejax.workspace import SUMMARY, Workspace, read_json
 
 ROWS, LOGS = "rows", "logs"
 _CHILD = "from saejax.experiments import pipeline; pipeline()"
 _LOOK_EVERY, _SAY_EVERY = 0.2, 30.0  # seconds
+_STOPPED = "what is done is kept: run the same command to go on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +40,16 @@ class UnitState:
     fingerprint: str  #: of its settings and inputs; "" where these could not be read
 
 
+@dataclasses.dataclass
+class _Running:
+    """A unit at work."""
+
+    process: UnitProcess
+    share: Share
+    fingerprint: str
+    said: float = dataclasses.field(default_factory=time.monotonic)  #: when its progress was last said
+
+
 class StudyUnits:
     """The units of all rows.
 
@@ -52,21 +58,54 @@ class StudyUnits:
       rows: its rows.
       say: prints a line.
       stopping: whether the process was asked to stop.
+      shares: parts of the host; so many units run at once, each of another row.
     """
 
-    def __init__(self, root: Path, rows: Sequence[StudyRow], say: Callable[[str], None], stopping: Callable[[], bool]):
+    def __init__(
+        self,
+        root: Path,
+        rows: Sequence[StudyRow],
+        say: Callable[[str], None],
+        stopping: Callable[[], bool],
+        shares: Sequence[Share] = (Share(),),
+    ):
         self._root, self._say, self._stopping = root, say, stopping
         self._rows = {row.name: row for row in rows}
         self._plans = {row.name: Workplan(row.configs) for row in rows}
         self._states: dict[Key, UnitState] = {}
-        self._time = TimeToGo()
+        self._waiting: list[Key] = []
+        self._running: dict[Key, _Running] = {}
+        self._shares = list(shares)  # those that are free
+        self._time = TimeToGo(len(shares))
 
     def run(self) -> list[UnitState]:
         """Runs what is not finished, the first stage of every row before all else.
 
+        Returns:
+          How they ended, row by row.
+
         Raises:
-          Interrupted: asked to stop; the unit at work has saved what it had.
+          Interrupted: asked to stop; the units at work have saved what they had.
         """
+        every = self._every()
+        self._waiting = list(every)
+        try:
+            while self._waiting or self._running:
+                if self._stopping():
+                    self._interrupt()
+                while self._shares and (key := self._next()):
+                    self._waiting.remove(key)
+                    self._begin(key)
+                self._look()
+        finally:
+            for running in self._running.values():
+                running.process.ask_to_stop()
+            for running in self._running.values():
+                running.process.ended(within=None)
+        unread = [state for key, state in self._states.items() if key not in every]
+        return unread + [self._states[key] for key in every]
+
+    def _every(self) -> list[Key]:
         every: list[Key] = []
         for row in self._rows.values():
             try:
@@ -77,40 +116,68 @@ class StudyUnits:
                 self._say(f"{row.name}: {error}")
             else:
                 every += [(row.name, unit) for unit in units]
-        every.sort(key=lambda key: not _is_first(key[1]))
-        for place, key in enumerate(every):
-            if self._stopping():
-                raise Interrupted("stopped; what is done is kept: run the same command to go on")
-            self._states[key] = self._advance(key, every[place + 1 :])
-            self._learn(key, [unit for name, unit in every if name == key[0]])
-        return list(self._states.values())
+        return sorted(every, key=lambda key: not _is_first(key[1]))
 
-    def _advance(self, key: Key, waiting: Sequence[Key]) -> UnitState:
+    def _next(self) -> Key | None:
+        """The first unit that waits whose row has none at work."""
+        busy = {row for row, _ in self._running}
+        return next((key for key in self._waiting if key[0] not in busy), None)
+
+    def _begin(self, key: Key) -> None:
+        """Starts a unit, unless it is finished or cannot run."""
         row, unit = key
         plan, workspace = self._plans[row], Workspace(self._root / ROWS / row)
         firsts = [other for name, other in self._states if name == row and _is_first(other)]
-        mark = log = ""
         try:
             for need in [*firsts, *plan.needs(unit)]:
                 if (row, need) not in self._states or self._states[row, need].state != "done":
-                    return self._ended(key, "not run", f"{need} is not done", log, mark)
+                    return self._ended(key, "not run", f"{need} is not done")
             mark = plan.mark(unit)
-            stage, _, name = unit.partition("/")
-            if workspace.finished(stage, name, mark):
-                return self._ended(key, "done", "", str(self._log(key)) if self._path(key).exists() else "", mark)
-            log = str(self._log(key))
-            why = self._run(key, workspace, waiting)
-            return self._ended(key, "failed" if why else "done", why, log, mark)
         except UserError as error:
-            return self._ended(key, "failed", str(error), log, mark)
+            return self._ended(key, "failed", str(error))
+        stage, _, name = unit.partition("/")
+        if workspace.finished(stage, name, mark):
+            return self._ended(key, "done", mark=mark, ran=self._log(key).exists())
+        self._wait_for(workspace, row)
+        command = [sys.executable, "-c", _CHILD, f"--workdir={workspace.root}", f"--unit={unit}", *self._rows[row].argv]
+        done, units = sum(state.state == "done" for state in self._states.values()), len(self._states)
+        share = self._shares.pop()
+        self._running[key] = _Running(UnitProcess(command, self._log(key), share), share, mark)
+        about = f"{done} of {units + len(self._running) + len(self._waiting)} units done"
+        self._say(f"{row}  {unit}: started; {about}, {duration(self._left())} to go")
 
-    def _ended(self, key: Key, state: Literal["done", "failed", "not run"], why: str, log: str, mark: str) -> UnitState:
+    def _look(self) -> None:
+        """Takes the units that have ended, and says now and then how far the others are."""
+        for key, running in list(self._running.items()):
+            if running.process.ended(_LOOK_EVERY / len(self._running)):
+                self._take(key)
+            elif time.monotonic() - running.said > _SAY_EVERY:
+                running.said = time.monotonic()
+                last = running.process.last_line or f"{key[1]}: starting"
+                self._say(f"{key[0]}  {last}; {duration(self._left())} to go in all")
+
+    def _take(self, key: Key) -> None:
+        """Notes how a unit's process ended."""
+        running = self._running.pop(key)
+        self._shares.append(running.share)
+        if why := running.process.why_it_failed():
+            self._ended(key, "failed", why, running.fingerprint, ran=True)
+        else:
+            self._say(f"{key[0]}  {key[1]}: done in {duration(running.process.seconds)}")
+            self._ended(key, "done", mark=running.fingerprint, ran=True)
+
+    def _ended(
+        self, key: Key, state: Literal["done", "failed", "not run"], why: str = "", mark: str = "", ran: bool = False
+    ) -> None:
         if state == "failed":
             self._say(f"{key[0]}  {key[1]}: failed: {why}")
-        return UnitState(*key, state, why, log, mark)
+        log = str(self._log(key).relative_to(self._root)) if ran else ""
+        self._states[key] = UnitState(*key, state, why, log, mark)
+        self._learn(key)
 
-    def _learn(self, key: Key, units: Sequence[str]) -> None:
+    def _learn(self, key: Key) -> None:
         """How long it took, and after preflight what to expect of the row."""
+        units = [unit for row, unit in (*self._states, *self._running, *self._waiting) if row == key[0]]
         if self._states[key].state == "done":
             folder = self._root / ROWS / key[0] / key[1]
             if _is_first(key[1]):
@@ -120,62 +187,12 @@ class StudyUnits:
         elif _is_first(key[1]):  # nothing of this row will run
             self._time.expect(key[0], units, dict.fromkeys(STAGES, 0.0))
 
+    def _left(self) -> float | None:
+        """Seconds that all units still take."""
+        return self._time.left(self._waiting, {key: one.process.seconds for key, one in self._running.items()})
+
     def _log(self, key: Key) -> Path:
-        return Path(LOGS, key[0], key[1].replace("/", "-") + ".log")
-
-    def _path(self, key: Key) -> Path:
-        return self._root / self._log(key)
-
-    def _run(self, key: Key, workspace: Workspace, waiting: Sequence[Key]) -> str:
-        """Runs a unit's process to its end; gives why it failed, "" if it did not."""
-        row, unit = key
-        self._wait_for(workspace, row)
-        path, done = self._path(key), sum(state.state == "done" for state in self._states.values())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-c", _CHILD, f"--workdir={workspace.root}", f"--unit={unit}", *self._rows[row].argv]
-        about = f"{done} of {len(self._states) + 1 + len(waiting)} units done"
-        self._say(f"{row}  {unit}: started; {about}, {duration(self._time.left(waiting, key))} to go")
-        stop_with_parent = functools.partial(end_with_parent, os.getpid(), signal.SIGTERM)
-        with open(path, "ab") as log:
-            log.write(f"=== {now()} {shlex.join(command)}\n".encode())
-            log.flush()
-            start = log.tell()
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=stop_with_parent
-            )
-        seconds = self._watch(child, key, waiting, start)
-        if not child.returncode:
-            self._say(f"{row}  {unit}: done in {duration(seconds)}")
-            return ""
-        if self._stopping():
-            raise Interrupted(f"stopped in {row}, {unit}; what is done is kept: run the same command to go on")
-        return _why(child.returncode, path.read_bytes()[start:].decode(errors="replace"))
-
-    def _watch(self, child: subprocess.Popen, key: Key, waiting: Sequence[Key], before: int) -> float:
-        """Waits for a child's end, says now and then how far it is, hands on the wish to stop; seconds it took.
-
-        Args:
-          child: the process.
-          key: what it runs.
-          waiting: units that come after it.
-          before: bytes of its log that others wrote.
-        """
-        start = said = time.monotonic()
-        asked = False
-        while child.poll() is None:
-            if self._stopping() and not asked:
-                child.send_signal(signal.SIGTERM)
-                asked = True
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(_LOOK_EVERY)  # no longer than it runs
-            clock = time.monotonic()
-            if clock - said > _SAY_EVERY:
-                said = clock
-                own = self._path(key).read_bytes()[before:].decode(errors="replace")
-                last = _last_line(own) or f"{key[1]}: starting"
-                left = self._time.left(waiting, key, clock - start)
-                self._say(f"{key[0]}  {last.strip()}; {duration(left)} to go in all")
-        return time.monotonic() - start
+        return self._root / LOGS / key[0] / (key[1].replace("/", "-") + ".log")
 
     def _wait_for(self, workspace: Workspace, row: str) -> None:
         """Waits until nobody holds a row's folder: a child of a study that was killed saves before it ends."""
@@ -183,24 +200,15 @@ class StudyUnits:
             self._say(f"{row}: waiting for another process, which works in {workspace.root}")
         while not workspace.is_free():
             if self._stopping():
-                raise Interrupted("stopped; what is done is kept: run the same command to go on")
+                self._interrupt()
             time.sleep(_LOOK_EVERY)
+
+    def _interrupt(self) -> NoReturn:
+        """Ends the study; the units at work are asked to save what they have."""
+        names = [", ".join(key) for key in self._running]
+        raise Interrupted(f"stopped{' in ' if names else ''}{' and in '.join(names)}; {_STOPPED}")
 
 
 def _is_first(unit: str) -> bool:
     stage = unit.partition("/")[0]
     return stage in STAGES and STAGES[stage].first
-
-
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "")
-
-
-def _why(status: int, output: str) -> str:
-    """Why a child failed: the last line that it wrote, or the signal that ended it."""
-    last = _last_line(output).strip().removeprefix("error: ").removeprefix("failed: ")
-    if status < 0:
-        name = signal.Signals(-status).name
-        memory = ", as the system ends processes when memory runs out" if -status == signal.SIGKILL else ""
-        return f"ended by {name}{memory}; the last line before: {last}"
-    return last or f"ended with status {status} and said nothing"

@@ -33,7 +33,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import Tokens
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.settings import TaskConfig
 from saejax.tasks.answer_tokens import answer_ids

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
-from saejax.workspace import write_text
+from saejax.workspace import write_lines
 
 SPLITS = ("train", "test")
 
@@ -73,11 +73,7 @@ SCORES = tuple(field.name for field in dataclasses.fields(PromptScore))
 def write_prompts(path: Path, prompts: Sequence[Prompt], scores: Sequence[PromptScore] | None = None) -> None:
     """Writes prompts as JSON lines, each with its scores if there are any."""
     added = [dataclasses.asdict(score) for score in scores] if scores is not None else [{}] * len(prompts)
-    lines = [
-        json.dumps(dataclasses.asdict(prompt) | score, ensure_ascii=False, allow_nan=False) + "\n"
-        for prompt, score in zip(prompts, added, strict=True)
-    ]
-    write_text(path, "".join(lines))
+    write_lines(path, (dataclasses.asdict(prompt) | score for prompt, score in zip(prompts, added, strict=True)))
 
 
 def read_prompts(path: Path) -> list[Prompt]:

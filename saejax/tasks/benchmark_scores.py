@@ -9,8 +9,8 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -24,13 +24,12 @@ from saejax.tasks.benchmark_prompts import Prompter, make_prompter
 from saejax.tasks.benchmarks import Item, definition, way
 from saejax.tasks.likelihood import Likelihood, encode_pair, loglikelihoods
 from saejax.tasks.results import BenchmarkResults, ChoiceScores, UnparsedExample
+from saejax.tasks.scored_items import ChosenItem, GeneratedItem, ReferenceItem, ScoredItem
 from saejax.tasks.scoring import bootstrap_mean, wilson
 
 _VERDICTS: dict[str, Callable[[str, str], dict[str, Verdict]]] = dict(gsm8k=number_verdicts, math=formula_verdicts)
 _SHOWN = 3  # answers without a final answer that are shown
 _TEXT = 300  # characters of them, from the end
-
-Rows = list[dict[str, Any]]
 
 
 def score_items(
@@ -40,7 +39,7 @@ def score_items(
     task: TaskConfig,
     edits: Sequence[Edit] = (),
     scored: str = "",
-) -> Rows:
+) -> list[ScoredItem]:
     """What the model makes of each item of a benchmark.
 
     Args:
@@ -52,19 +51,22 @@ def score_items(
       scored: in which way, if not in that of the settings; how to ask stays as it is.
 
     Returns:
-      A row per item, ready for JSON: "id", "task", "prompt", "reference", and what WORKSPACE.md lists for each score.
+      One for each item, of the class that ``scored_items.WAYS`` has for the way.
 
     Raises:
       UserError: a prompt and its answer are longer than the model's context, or an option does not fit.
     """
     prompter = make_prompter(name, task, lm.tokenizer)
-    score = dict(generate=_generate, choice=_choose, likelihood=_reference)[scored or way(name, task)]
+    ways: dict[str, Callable[..., Sequence[ScoredItem]]]
+    ways = dict(generate=_generate, choice=_choose, likelihood=_reference)
     prompts = [prompter.prompt(item) for item in items]
-    rows = [
-        dict(id=item.id, task=item.task, prompt=prompt, reference=item.answer) for item, prompt in zip(items, prompts)
-    ]
-    found = score(lm, prompter, items, prompts, task, tuple(edits)) if items else []
-    return [row | more for row, more in zip(rows, found, strict=True)]
+    score = ways[scored or way(name, task)]
+    return [*score(lm, prompter, items, prompts, task, tuple(edits))] if items else []
+
+
+def _asked(item: Item, prompt: str) -> tuple[str, str, str, str]:
+    """The fields of a ``ScoredItem``."""
+    return item.id, item.task, prompt, item.answer
 
 
 def _generate(
@@ -74,7 +76,7 @@ def _generate(
     prompts: Sequence[str],
     task: TaskConfig,
     edits: tuple[Edit, ...],
-) -> Rows:
+) -> list[GeneratedItem]:
     known, ids = definition(prompter.name), [prompter.encode(prompt) for prompt in prompts]
     for item, prompt_ids in zip(items, ids):
         _check_length(lm, prompter, item, len(prompt_ids), task.max_new_tokens, " or --task.max_new_tokens")
@@ -82,11 +84,12 @@ def _generate(
     for first in range(0, len(items), task.batch):
         batch = slice(first, first + task.batch)
         answers = lm.generate(pad(ids[batch]), task.max_new_tokens, stop=known.stop, edits=edits)
-        for item, answer in zip(items[batch], answers, strict=True):
+        for item, prompt, answer in zip(items[batch], prompts[batch], answers, strict=True):
             verdicts = _VERDICTS[prompter.name](answer.text, item.answer)
             rows.append(
-                dict(output=answer.text, finished=answer.finished)
-                | {rule: dataclasses.asdict(verdict) for rule, verdict in verdicts.items()}
+                GeneratedItem(
+                    *_asked(item, prompt), answer.text, answer.finished, verdicts["strict"], verdicts["flexible"]
+                )
             )
     return rows
 
@@ -98,24 +101,16 @@ def _choose(
     prompts: Sequence[str],
     task: TaskConfig,
     edits: tuple[Edit, ...],
-) -> Rows:
+) -> list[ChosenItem]:
     asked = [(item, prompt, choice) for item, prompt in zip(items, prompts) for choice in item.choices]
     scored = iter(_scored(lm, prompter, asked, edits))
     rows = []
-    for item in items:
+    for item, prompt in zip(items, prompts, strict=True):
         totals = [next(scored).total for _ in item.choices]
         per_character = [total / len(choice) for total, choice in zip(totals, item.choices)]
-        verdicts = {
-            rule: Verdict(chosen, chosen == item.answer)
-            for rule, chosen in (
-                ("raw", item.choices[int(np.argmax(totals))]),
-                ("normalised", item.choices[int(np.argmax(per_character))]),
-            )
-        }
-        rows.append(
-            dict(choices=list(item.choices), log_likelihoods=totals)
-            | {rule: dataclasses.asdict(verdict) for rule, verdict in verdicts.items()}
-        )
+        chosen = (item.choices[int(np.argmax(scores))] for scores in (totals, per_character))
+        verdicts = (Verdict(choice, choice == item.answer) for choice in chosen)
+        rows.append(ChosenItem(*_asked(item, prompt), item.choices, totals, *verdicts))
     return rows
 
 
@@ -126,17 +121,18 @@ def _reference(
     prompts: Sequence[str],
     task: TaskConfig,
     edits: tuple[Edit, ...],
-) -> Rows:
+) -> list[ReferenceItem]:
     scored = _scored(lm, prompter, [(item, prompt, item.solution) for item, prompt in zip(items, prompts)], edits)
     return [
-        dict(
+        ReferenceItem(
+            *_asked(item, prompt),
             solution=item.solution,
             tokens=one.tokens,
             log_likelihood=one.total,
             log_likelihood_per_token=one.per_token,
             token_accuracy=one.correct_tokens / one.tokens,
         )
-        for item, one in zip(items, scored)
+        for item, prompt, one in zip(items, prompts, scored, strict=True)
     ]
 
 
@@ -172,7 +168,7 @@ def _check_length(
         )
 
 
-def summarize(name: str, rows: Sequence[Mapping[str, Any]], task: TaskConfig, origin: str = "") -> BenchmarkResults:
+def summarize(name: str, rows: Sequence[ScoredItem], task: TaskConfig, origin: str = "") -> BenchmarkResults:
     """The figures over all items of a benchmark, with 95 % intervals, Wilson's of accuracies.
 
     Args:
@@ -184,35 +180,36 @@ def summarize(name: str, rows: Sequence[Mapping[str, Any]], task: TaskConfig, or
     score = way(name, task)
     results = BenchmarkResults(score, len(rows), origin)
     if score == "likelihood":
+        solved = cast(Sequence[ReferenceItem], rows)
         return dataclasses.replace(
             results,
-            log_likelihood_per_token=_interval([row["log_likelihood_per_token"] for row in rows], task),
-            token_accuracy=_interval([row["token_accuracy"] for row in rows], task),
+            log_likelihood_per_token=_interval([row.log_likelihood_per_token for row in solved], task),
+            token_accuracy=_interval([row.token_accuracy for row in solved], task),
         )
-    rules = ("strict", "flexible") if score == "generate" else ("raw", "normalised")
-    accuracy = _accuracies(rows, rules)
     if score == "choice":
-        parts = dict.fromkeys(row["task"] for row in rows)
-        own = {part: [row for row in rows if row["task"] == part] for part in parts}
+        chosen, rules = cast(Sequence[ChosenItem], rows), ("raw", "normalised")
+        parts = dict.fromkeys(row.task for row in chosen)
+        own = {part: [row for row in chosen if row.task == part] for part in parts}
         return dataclasses.replace(
             results,
-            accuracy=accuracy,
-            chance=float(np.mean([1 / len(row["choices"]) for row in rows])),
+            accuracy=_accuracies(chosen, rules),
+            chance=float(np.mean([1 / len(row.choices) for row in chosen])),
             tasks={part: ChoiceScores(len(group), **_accuracies(group, rules)) for part, group in own.items() if part},
         )
-    unparsed = {rule: [row for row in rows if row[rule]["found"] is None] for rule in rules}
-    shown = (UnparsedExample(row["id"], row["output"][-_TEXT:]) for row in unparsed["strict"][:_SHOWN])
+    written, rules = cast(Sequence[GeneratedItem], rows), ("strict", "flexible")
+    unparsed = {rule: [row for row in written if getattr(row, rule).found is None] for rule in rules}
+    shown = (UnparsedExample(row.id, row.output[-_TEXT:]) for row in unparsed["strict"][:_SHOWN])
     return dataclasses.replace(
         results,
-        accuracy=accuracy,
+        accuracy=_accuracies(written, rules),
         unparsed={rule: len(without) for rule, without in unparsed.items()},
         unparsed_examples=tuple(shown),
-        cut=sum(row["finished"] == "length" for row in rows),
+        cut=sum(row.finished == "length" for row in written),
     )
 
 
-def _accuracies(rows: Sequence[Mapping[str, Any]], rules: Sequence[str]) -> dict[str, Interval]:
-    return {rule: wilson(np.array([row[rule]["correct"] for row in rows])) for rule in rules}
+def _accuracies(rows: Sequence[ScoredItem], rules: Sequence[str]) -> dict[str, Interval]:
+    return {rule: wilson(np.array([getattr(row, rule).correct for row in rows])) for rule in rules}
 
 
 def _interval(values: Sequence[float], task: TaskConfig) -> Interval:

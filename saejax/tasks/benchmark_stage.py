@@ -4,18 +4,18 @@ A batch of items is an item of ``Run.each``: its rows are kept as soon as they a
 """
 
 import functools
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from saejax.errors import Interrupted
 from saejax.models.language_model import LanguageModel, load_model
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
+from saejax.results import from_json, to_json
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmarks import origin, read_items, way
 from saejax.tasks.results import BenchmarkResults
-from saejax.workspace import Run, write_text
+from saejax.tasks.scored_items import WAYS
+from saejax.workspace import Run, read_lines, write_lines
 
 FILE, BATCHES = "items.jsonl", "batches"
 _ITEMS = 64  # scored by log-likelihood between two writings
@@ -31,7 +31,8 @@ def run_benchmark(run: Run) -> BenchmarkResults:
     """
     name, task, model = run.name, run.configs["task"], run.configs["model"]
     items = read_items(name, task)
-    step = task.batch if way(name, task) == "generate" else _ITEMS
+    scored = way(name, task)
+    step = task.batch if scored == "generate" else _ITEMS
     starts = range(0, len(items), step)
     (run.folder / BATCHES).mkdir(exist_ok=True)
 
@@ -49,25 +50,16 @@ def run_benchmark(run: Run) -> BenchmarkResults:
         if run.stopping():
             raise Interrupted(f"{name}: stopped after {done()} items, which are kept")
         rows = benchmark_scores.score_items(lm(), name, items[first : first + step], task)
-        write_text(file(first), "".join(map(_json, rows)))
+        write_lines(file(first), map(to_json, rows))
         if run.team.leads:
             run.say(f"{done()} items")
 
     if any(file(first).exists() for first in starts):
         run.say(f"{done()} items were done before")
     run.each(starts, file, score)
-    rows = [row for first in starts for row in _rows(file(first))]
-    write_text(run.folder / FILE, "".join(map(_json, rows)))
+    rows = [from_json(WAYS[scored], row, file(first)) for first in starts for row in read_lines(file(first))]
+    write_lines(run.folder / FILE, map(to_json, rows))
     results = benchmark_scores.summarize(name, rows, task, str(origin(name, task)))
     run.say(benchmark_scores.line(results))
     shutil.rmtree(run.folder / BATCHES)
     return results
-
-
-def _json(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    # Not splitlines: answers may hold other line separators of Unicode.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

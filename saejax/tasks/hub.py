@@ -40,14 +40,14 @@ def hub_rows(hub: str, configuration: str, revision: str, split: str, stream: bo
 
 def _fetched(hub: str, revision: str, fetch: Callable[[], Found]) -> Found:
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils.logging import set_verbosity_error
 
     set_verbosity_error()  # it tries several times and would say so each time
     try:
         with offline_if_unreachable():
             return fetch()
-    except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"the data set {hub} (revision {revision}) could not be read from the hub ({reason[:200]}): check the name "

@@ -23,7 +23,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.edits import fit_values
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.models.tokens import Tokens, pad
-from saejax.parallel import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding
 
 _ROWS_OF_LOGITS = 256  # positions whose logits exist at one time: 50 MB for a vocabulary of 49,152
 

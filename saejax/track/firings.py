@@ -10,7 +10,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import pad
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 from saejax.track.stack import Stack
 
 

@@ -28,7 +28,8 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tree import Past, Tree
-from saejax.parallel import sharding, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import sharding
 from saejax.tasks.likelihood import token_scores
 from saejax.track.results import StepTest
 from saejax.track.stage import TrackConfig

@@ -1,7 +1,6 @@
 """Training checkpoints by Orbax: written while training goes on, restored onto any mesh, the newest and best kept."""
 
 import contextlib
-import errno
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from saejax.errors import UserError
-from saejax.parallel import is_first_process
+from saejax.errors import UserError, out_of_room
+from saejax.parallel.collectives import is_first_process
 from saejax.workspace import read_json, write_json
 
 RUN = "run.json"
@@ -129,13 +128,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _disk_errors(self, step: int) -> Iterator[None]:
-        """Says in one line that the disk is full."""
+        """Says in one line that there is no room."""
         try:
             yield
         except Exception as error:  # TensorStore reports a full disk in words, under several types
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            if told := out_of_room(error):
                 raise UserError(
-                    f"the disk is full while saving step {step} to {self._folder}: free space, then run again"
+                    f"{told} while saving step {step} to {self._folder}: free space, then run again"
                 ) from error
             raise
 

@@ -17,7 +17,7 @@ from saejax.costs.programs import Program, abstract_params, whole
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site, decoder_site, is_joined
-from saejax.parallel import part_size
+from saejax.parallel.mesh import part_size
 from saejax.settings import TrainConfig
 from saejax.training.members import SiteScale, members
 from saejax.training.train import batch_parts, check_divides, chosen_sites, stack_shape, trainer_of

@@ -17,12 +17,12 @@ from jax import lax
 from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, losses, rescale
-from saejax.dictionaries.cross_layer import FORM, KINDS, LayerCoder, joined_lengths, written
+from saejax.dictionaries.cross_layer import FORM, KINDS, LayerEncoder, joined_lengths, written
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper, Member
 from saejax.training.state import TrainState
@@ -92,11 +92,11 @@ class CrossLayerObjective:
 
         def encode(one: Any) -> tuple[jax.Array, jax.Array, Arrays, jax.Array]:
             arrays, x_BxD, values, dead_F = one
-            coder = LayerCoder(self.dictionary, config.matmul, arrays)
+            encoder = LayerEncoder(self.dictionary, config.matmul, arrays)
             projected_BxF = matmul(x_BxD, arrays["W_enc_DxF"], config.matmul)
             pre_BxF = projected_BxF + row(arrays["b_enc_F"], 2)
-            f_BxF, smallest = kind.encode_in_training(coder, pre_BxF, projected_BxF, values, own)
-            batch = EncodedBatch(coder, x_BxD, x_BxD, pre_BxF, f_BxF, dead_F, None, values, own)
+            f_BxF, smallest = kind.encode_in_training(encoder, pre_BxF, projected_BxF, values, own)
+            batch = EncodedBatch(encoder, x_BxD, x_BxD, pre_BxF, f_BxF, dead_F, None, values, own)
             penalty, parts = kind.penalty(batch), kind.losses(batch)
             parts |= {} if penalty is None else dict(sparsity=penalty * penalty_share(config, self.steps)(step))
             return f_BxF, smallest, parts, jnp.sum((f_BxF > 0).astype(jnp.float32), axis=0)

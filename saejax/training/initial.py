@@ -4,6 +4,7 @@ A dictionary reads raw activations, the trainer scaled ones: here the scales go 
 ``Trainer.finish``. Optimizer, counters and running thresholds begin anew.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from saejax.dictionaries import Dictionary, rescale
 from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, load_dictionary, own
 from saejax.errors import UserError
+from saejax.parallel.collectives import to_host
 from saejax.training.members import Member
 from saejax.training.step import Trainer, TrainState
 
@@ -27,10 +29,25 @@ def state_from_dictionary(trainer: Trainer, folder: str) -> TrainState:
     Raises:
       UserError: there is none for a member, or it differs in kind, form, width, number of features or model.
     """
-    loaded = [_scaled(trainer, index, _load(Path(folder), member)) for index, member in enumerate(trainer.members)]
+    return state_of(trainer, [_load(Path(folder), member) for member in trainer.members])
+
+
+def state_of(trainer: Trainer, dictionaries: Sequence[Dictionary | None]) -> TrainState:
+    """The state before the first step, with the parameters of dictionaries.
+
+    Args:
+      trainer: of the stack.
+      dictionaries: one for each member; None: it starts at random.
+
+    Raises:
+      UserError: one differs from its member in kind, form, width, number of features or model.
+    """
     state = trainer.initial_state()
+    starts = [dictionary and _scaled(trainer, index, dictionary) for index, dictionary in enumerate(dictionaries)]
     for name, array in state.params.items():
-        host_Mx = np.stack([arrays[name] for arrays in loaded]).astype(array.dtype)
+        random_Mx = to_host(array) if None in starts else ()
+        own = [random_Mx[index] if start is None else start[name] for index, start in enumerate(starts)]
+        host_Mx = np.stack(own).astype(array.dtype)
         state.params[name] = jax.make_array_from_callback(array.shape, array.sharding, host_Mx.__getitem__)
     return state
 

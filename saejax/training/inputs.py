@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from saejax.activations.batches import BatchOrder, Parts, sites_of, training_batches
 from saejax.activations.store import Store
 from saejax.errors import UserError
-from saejax.parallel import free_bytes, from_first_process, sharding
+from saejax.parallel.collectives import from_first_process
+from saejax.parallel.mesh import free_bytes, sharding
 from saejax.training.members import Hyper
 from saejax.training.objective import Arrays
 from saejax.training.placement import placed, resident_bytes

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from saejax.errors import Interrupted, UserError
-from saejax.parallel import AgreedStop, is_first_process
+from saejax.parallel.collectives import AgreedStop, is_first_process
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.inputs import Input
 from saejax.training.step import TrainState

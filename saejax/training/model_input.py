@@ -13,7 +13,7 @@ from saejax.activations.device_buffers import check_room
 from saejax.activations.joined import with_joined
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.errors import Interrupted, UserError
-from saejax.parallel import process_count
+from saejax.parallel.collectives import process_count
 from saejax.settings import TrainConfig
 from saejax.training.inputs import Resident
 from saejax.training.objective import Arrays

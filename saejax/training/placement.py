@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from saejax.activations.batches import Parts
-from saejax.parallel import part_size
+from saejax.parallel.mesh import part_size
 from saejax.training.step import Trainer
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, rescale
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import parameter_table
-from saejax.parallel import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding
 from saejax.settings import TrainConfig
 from saejax.training.members import Member, SiteScale
 from saejax.training.updates import make_optimizer

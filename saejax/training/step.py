@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, sparse_products
 from saejax.dictionaries.kinds.base import Arrays
-from saejax.parallel import fitting_sharding, sharding
+from saejax.parallel.mesh import fitting_sharding, sharding
 from saejax.settings import MOST_TOKENS, TrainConfig
 from saejax.training import resampling
 from saejax.training.members import Hyper, Member, SiteScale

@@ -21,7 +21,9 @@ from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError, one_of
 from saejax.models.sites import KINDS as SITE_KINDS
 from saejax.models.sites import site_parts
-from saejax.parallel import describe, is_first_process, make_mesh, sharding
+from saejax.parallel.collectives import is_first_process, process_count
+from saejax.parallel.mesh import make_mesh, sharding
+from saejax.results import MeshShape
 from saejax.settings import MOST_TOKENS, TrainConfig
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.cross_layer import CrossLayerTrainer, check_layers
@@ -123,7 +125,7 @@ def train_stack(run: Run, stack: Sequence[Member], source: Source) -> TrainResul
         tokens_per_second=metrics.tokens_per_second(),
         seconds=metrics.seconds,
         members=results,
-        mesh=describe(mesh),
+        mesh=MeshShape.of(mesh, process_count()),
         best_checkpoint=best_step if config.best else None,
     )
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from saejax.config import to_json
 from saejax.errors import UserError
-from saejax.parallel import is_first_process
+from saejax.parallel.collectives import is_first_process
 from saejax.settings import TrainConfig
 from saejax.workspace import fingerprint
 

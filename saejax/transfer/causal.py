@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from saejax.causal.ablate.importance import Importance, importance_file
+from saejax.causal.ablate.importance import Importance
 from saejax.causal.ablate.results import AblateResults, MatchedDrops
 from saejax.causal.stability import Matches, compare
 from saejax.errors import UserError
@@ -26,7 +26,7 @@ class RemovalEffects:
 
     def __init__(self, folders: Mapping[int, Path], behaviours: Mapping[int, Sequence[str]]):
         self._behaviours = behaviours
-        self._of = functools.cache(lambda place, name: Importance.load(importance_file(folders[place], name)))
+        self._of = functools.cache(lambda place, name: Importance.load(Importance.file(folders[place], name)))
 
     def compared(self, first: int, second: int, link: Link, seed: int) -> dict[str, MatchedDrops] | None:
         """Whether features that two dictionaries share cost the same, by behaviour; None where it is not known.
@@ -61,7 +61,7 @@ def load_effects(ablations: Sequence[str], compared: Sequence[Compared]) -> Remo
         places = [place for place, one in enumerate(compared) if one.folder.resolve() == own.resolve()]
         if not places:
             raise UserError(f"{_FLAG}={folder} tested {own}, which --transfer.dictionaries does not name: add it")
-        measured = [name for name in results.behaviours if importance_file(folder, name).exists()]
+        measured = [name for name in results.behaviours if Importance.file(folder, name).exists()]
         if not measured:
             raise UserError(f"{folder} has no effects of all features: run ablate with --ablate.effects=all")
         folders[places[0]], behaviours[places[0]] = folder, measured

@@ -15,13 +15,15 @@ def transfer_cost(plan: PlannedRun, name: str) -> Cost:
     assignments = 2 * pairs * len(config.measures)
     wide = config.tokens if "activity" in config.measures else largest.d_in
     products = 2.0 * assignments * _LOOKS * largest.n_features**2 * wide
-    moved = pairs * 4 if config.reconstruction else 0
+    moves = config.reconstruction or config.tune_tokens > 0
+    moved = pairs * 4 if moves else 0
+    tuned = 2 * pairs * 3 * 12.0 * config.tune_tokens * largest.d_in * largest.n_features  # three, both ways
     encode = 4.0 * (moved + len(sizes)) * config.tokens * largest.d_in * largest.n_features
     rows = WIDTH["float32"] * largest.n_features * (2 * wide + 512)
-    reads = "activity" in config.measures or config.reconstruction
+    reads = "activity" in config.measures or moves
     return Cost(
         DeviceBytes(weight_bytes(plan.model, plan.axes, plan.dtype) if reads else 0, activations=rows),
-        products + (encode if reads else 0.0),
+        products + tuned + (encode if reads else 0.0),
         overhead=1.0,
         host_seconds=START + assignments * _SOLVE * (largest.n_features / 4608) ** 2,
         disk=assignments * 12 * largest.n_features,

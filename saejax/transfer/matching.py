@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 from saejax.transfer.assignment import Auction
 
 _ROWS = 512  # rows whose products are held at once

@@ -4,6 +4,7 @@ The texts are held-out documents of the run's corpus. Those of even numbers choo
 others judge them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from saejax.transfer.compared import Compared
 from saejax.transfer.reconstruction import DictionaryOnText, Losses, at_home, onto
 from saejax.transfer.results import Rebuilt, ReconstructionTransfer
 from saejax.transfer.text import ReadText, aligned, first_texts, read_text
+from saejax.transfer.tuning import can_be_tuned, fine_tuned
 from saejax.workspace import Run
 
 _LEAST = 64  # tokens that two models must share
@@ -107,6 +109,12 @@ class Reading:
             seed = [self._config.seed, moved]
             about = (self._home(place), self._mesh, self._config.batch_tokens, seed, self._losses(place))
             found[name] = onto(places[moved], places[place], *about)
+            own, there = places[moved].dictionary, places[place].dictionary
+            if self._config.tune_tokens and can_be_tuned(own, there):
+                trained = fine_tuned(
+                    own, places[place], self._config.tune_tokens, self._mesh, self._config.batch_tokens, [*seed, place]
+                )
+                found[name] = dataclasses.replace(found[name], fine_tuning=trained)
         return found
 
     def _value(self, place: int) -> np.ndarray:

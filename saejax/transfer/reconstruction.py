@@ -102,12 +102,13 @@ def onto(
     affine, affine_null = _scores(mapped, place, mesh, batch, losses)
     if moved.fit_NxD.shape[1] != place.fit_NxD.shape[1]:
         return ReconstructionTransfer(own, None, None, affine, affine_null)
-    as_they_are = [_moved_to(one, place.dictionary) for one in (straight, turned)]
+    as_they_are = [moved_to(one, place.dictionary) for one in (straight, turned)]
     direct, direct_null = _scores(as_they_are, place, mesh, batch, losses)
     return ReconstructionTransfer(own, direct, direct_null, affine, affine_null)
 
 
-def _moved_to(dictionary: Dictionary, there: Dictionary) -> Dictionary:
+def moved_to(dictionary: Dictionary, there: Dictionary) -> Dictionary:
+    """A dictionary as it is at the site of another, whose rule of sinks it takes over."""
     config = dataclasses.replace(dictionary.config, site=there.config.site, target="", max_norm=there.config.max_norm)
     return Dictionary(config, dictionary.operands, **dictionary.arrays)
 

@@ -217,7 +217,7 @@ def _places(results: TransferResults, draw: Draw, few: bool) -> list[Block]:
     if few:
         columns = ("Dictionary", "The one that is there", "As it is", "Turned", "Between maps", "Turned, between maps")
         rows = tuple((name, *_rebuilt(one)) for name, one in moved)
-        return [Table("In the place of another", columns, rows, note=note)]
+        return [Table("In the place of another", columns, rows, note=note), *_tuning_table(moved)]
     names = [one.name for one in results.dictionaries]
 
     def value(part: str) -> Callable[[ComparedPair], tuple[float, float]]:
@@ -231,7 +231,36 @@ def _places(results: TransferResults, draw: Draw, few: bool) -> list[Block]:
     titles = dict(direct="as it is", direct_null="turned", affine="between maps", affine_null="turned, between maps")
     matrices = {title: _matrix(names, results.pairs, value(part)) for part, title in titles.items()}
     caption = f"The row's dictionary in the place of the column's. {note} Below 0 is shown as 0."
-    return [draw("transfer-places", heatmaps(names, matrices, 1.0, "explained variance"), caption, caption)]
+    blocks: list[Block] = [
+        draw("transfer-places", heatmaps(names, matrices, 1.0, "explained variance"), caption, caption)
+    ]
+    return blocks + _tuning_table(sorted(moved, key=_saved, reverse=True)[:_ROWS])
+
+
+def _saved(named: tuple[str, ReconstructionTransfer]) -> float:
+    return named[1].fine_tuning.saved if named[1].fine_tuning else -1.0
+
+
+def _tuning_table(moved: Sequence[tuple[str, ReconstructionTransfer]]) -> list[Block]:
+    """What going on from another place's dictionary saves in training; where there are many, the largest savings."""
+    columns = ("Dictionary", "Tokens", "Random start", "Goes on", "Turned, goes on", "Saves", "Turned, saves")
+    rows = tuple(
+        (
+            name,
+            f"{one.tokens[-1]:,}",
+            *(number(curve[-1]) for curve in (one.scratch, one.tuned, one.turned)),
+            percent(one.saved),
+            percent(one.saved_null),
+        )
+        for name, place in moved
+        if (one := place.fine_tuning)
+    )
+    note = (
+        "Explained variance after training there on these tokens: from a random start, on from where the other place's "
+        "dictionary ended, and on from that after a random rotation. Saves: the share of the random start's tokens "
+        "that are not needed to explain as much as it does in the end; 0: it never does."
+    )
+    return [Table("What training goes on from", columns, rows, note=note)] if rows else []
 
 
 def _rebuilt(one: ReconstructionTransfer) -> tuple[str, ...]:

@@ -64,6 +64,20 @@ class Rebuilt:
 
 
 @dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """What a dictionary of another place saves in training, on the half of the text that fits maps."""
+
+    tokens: tuple[int, ...]  #: trained on when explained variance was measured, on the other half
+    tuned: tuple[float, ...]  #: explained variance of the dictionary that goes on from the other place's
+    scratch: tuple[float, ...]  #: of one that starts at random, on the same tokens
+    turned: tuple[float, ...]  #: of one that starts from the other place's after a random rotation
+    #: share of the random start's tokens that `tuned` needs not to explain as much as that does in the end; 0: it never
+    #: does; at most 1 less the first of `tokens` over the last
+    saved: float
+    saved_null: float  #: the same of `turned`
+
+
+@dataclasses.dataclass(frozen=True)
 class ReconstructionTransfer:
     """The first dictionary on the site of the second."""
 
@@ -72,6 +86,7 @@ class ReconstructionTransfer:
     direct_null: Rebuilt | None  #: the first dictionary, turned by a random rotation
     affine: Rebuilt  #: between affine maps to its own site and back, fitted on the other half of the text
     affine_null: Rebuilt  #: the turned one between these maps
+    fine_tuning: FineTuning | None = None  #: None where it was not asked for, or the kind has no k
 
 
 @dataclasses.dataclass(frozen=True)

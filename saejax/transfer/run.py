@@ -18,7 +18,7 @@ from scipy.stats import norm
 
 from saejax.causal.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.errors import UserError
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.results import Interval
 from saejax.stage import folder_name
 from saejax.tasks.scoring import wilson
@@ -77,7 +77,8 @@ class Comparison:
     def __init__(self, run: Run, compared: Sequence[Compared], effects: RemovalEffects):
         self._run, self._config, self._compared, self._effects = run, run.configs["transfer"], compared, effects
         self._mesh = make_mesh(run.configs["mesh"])
-        wants_text = "activity" in self._config.measures or self._config.reconstruction
+        self._moves = self._config.reconstruction or self._config.tune_tokens > 0
+        wants_text = "activity" in self._config.measures or self._moves
         self._reading = Reading.of(run, compared, self._mesh) if wants_text else None
         self._rows = functools.cache(lambda measure, place: rows(measure, compared[place].dictionary))
         self._chance = functools.cache(
@@ -164,7 +165,7 @@ class Comparison:
         has = np.flatnonzero(link.partner_F >= 0)
         W_dec = [np.asarray(one.dictionary.W_dec_FxD[...], np.float32) for one in (first_one, second_one)]
         about["spaces"] = spaces.similarity(W_dec[0][has], W_dec[1][link.partner_F[has]], self._config.seed)
-        if self._config.reconstruction and self._reading:
+        if self._moves and self._reading:
             about |= self._reading.transfers(place, second)
         about["causal"] = self._effects.compared(place, second, link, self._config.seed)
         return ComparedPair(first_one.name, second_one.name, measures, **about)

@@ -30,6 +30,13 @@ class TransferConfig(Config):
     reconstruction: bool = setting(False, "put each dictionary in the place of each other, with and without a map")
     tokens: int = setting(8192, "held-out text, about so many tokens, for activity and reconstruction", low=64)
     ce_documents: int = setting(0, "texts of it on which cross-entropy recovered is measured; 0: not", low=0)
+    tune_tokens: int = setting(
+        0,
+        "tokens on which each dictionary with a k goes on training in the place of each other, beside a random start: "
+        "how many does it save? Implies reconstruction, and wants --transfer.tokens of about twice as many; 0: none",
+        low=0,
+        implied=0,
+    )
     ablations: tuple[str, ...] = setting(
         (),
         "folders of finished ablate units with --ablate.effects=all, such as runs/demo/ablate/topk: whether shared "

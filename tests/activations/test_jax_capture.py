@@ -21,7 +21,7 @@ from saejax.workspace import read_json
 @pytest.fixture
 def on_one_device(monkeypatch, one_device):
     """Captures on the first device alone."""
-    monkeypatch.setattr("saejax.parallel.make_mesh", lambda config: one_device)
+    monkeypatch.setattr("saejax.parallel.mesh.make_mesh", lambda config: one_device)
 
 
 def assert_same_store(found, expected, tolerance=1e-5):

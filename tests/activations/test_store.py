@@ -4,6 +4,7 @@ import errno
 import functools
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -175,17 +176,20 @@ def test_a_finished_shard_is_found_again_only_if_it_is_whole_and_of_the_same_wor
     assert not StoreWriter(folder, SITES, "known").has(2)
 
 
-def test_a_full_disk_is_said_and_leaves_no_part_of_a_file(make_store, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "told"), [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk quota is used up")]
+)
+def test_a_full_disk_is_said_and_leaves_no_part_of_a_file(make_store, monkeypatch, number, told):
     folder = make_store().store.folder
     before = {path: path.read_bytes() for path in folder.rglob("*.npy")}
 
     def full(file):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("os.fsync", full)
     writer = StoreWriter(folder, SITES, "known")
     parts = {part: np.ones(3, np.float32) for part in ("index", *SITES, *(f"{site} norms" for site in SITES))}
-    with pytest.raises(UserError, match=r"disk is full: .*index/shard-00009.npy"):
+    with pytest.raises(UserError, match=f"{told}: .*index/shard-00009.npy"):
         writer.write_shard(9, parts)
     assert {path: path.read_bytes() for path in folder.rglob("*.npy")} == before
     assert not list(folder.rglob("*.writing*"))

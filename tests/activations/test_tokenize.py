@@ -3,13 +3,14 @@
 import dataclasses
 import gzip
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from saejax.activations import shuffled, tokenize
 from saejax.activations.cutter import SPLITS
-from saejax.activations.documents import Documents, make_documents
+from saejax.activations.documents import COLUMNS, Documents, make_documents
 from saejax.activations.plan import Plan
 from saejax.activations.request import read_request
 from saejax.activations.tokenize import run_tokenize, text_documents
@@ -123,6 +124,27 @@ def test_a_sample_of_each_split(stream):
         assert lengths_N.sum() >= 200 > lengths_N[:-1].sum()
     assert np.array_equal(sample[0], documents[0]) and contents(documents.sample(10**9)) == contents(documents)
     assert Plan(sample, 64, 64, 0, 0).rows == len(sample.ids_T)
+
+
+def test_of_many_documents_a_sample_takes_little_memory():
+    lengths_N = np.random.default_rng(0).integers(1, 7, 200_000)
+    split_N = np.sort(np.random.default_rng(1).random(len(lengths_N)) < 0.3)
+    table_Nx5 = np.zeros((len(lengths_N), len(COLUMNS)), np.int32)
+    table_Nx5[:, 0], table_Nx5[:, 3] = split_N, np.arange(len(lengths_N))
+    offsets = np.concatenate([[0], np.cumsum(lengths_N)])
+    documents = Documents(np.zeros(offsets[-1], np.int32), offsets, table_Nx5, ())
+    for tokens in (1, 6, 7, 240_000):
+        sample = documents.sample(tokens)
+        for split in range(2):
+            own = np.flatnonzero(split_N == split)
+            wanted = own[: np.searchsorted(np.cumsum(lengths_N[own]), tokens) + 1]
+            np.testing.assert_array_equal(sample.column("source")[sample.split_N == split], wanted)
+    tracemalloc.start()
+    documents.sample(1)
+    np.testing.assert_array_equal(documents.length_counts(), np.bincount(lengths_N))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * len(lengths_N)  # of which blocks take most, and the bincount above
 
 
 def test_what_cannot_be_tokenized(stream):

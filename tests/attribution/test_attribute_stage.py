@@ -97,6 +97,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
         (["--graph.token_ids=3,4", "--graph.query_key=1.0@2"], "no position 2 for head 1.0"),
         (["--graph.token_ids=3,4", "--graph.labels=none.json"], "none.json does not exist"),
         (["--graph.token_ids=3,4", f"--graph.labels={__file__}"], "holds no labels: expected"),
+        (["--graph.token_ids=3,4", "--graph.kept_prompts=2"], "--graph.kept_prompts compares circuits of --graph.beh"),
         ([], "has nothing to do with these settings"),
     ],
 )
@@ -104,6 +105,16 @@ def test_bad_input_is_one_line(flags, tmp_path, capsys, wrong, message):
     assert attribute(tmp_path, *flags, *wrong) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name,told", [("0_48", "48 of layer 0, where"), ("4_0", "0 of layer 4, where")])
+def test_labels_of_other_features_are_refused(flags, tmp_path, capsys, name, told):
+    (tmp_path / "labels.json").write_text(json.dumps({"0_47": "the last", name: "of another set"}))
+    labels = f"--graph.labels={tmp_path / 'labels.json'}"
+    assert attribute(tmp_path / "run", *flags, "--graph.token_ids=3,4", labels) == 2
+    error = capsys.readouterr().err
+    assert f"labels.json names feature {told}" in error and error.count("\n") == 1
+    assert not list((tmp_path / "run").rglob("*.html"))
 
 
 def test_all_prompts_are_looked_at_before_one_is_traced(flags, tmp_path, capsys, monkeypatch):

@@ -10,7 +10,6 @@ from saejax.causal.claims import (
     SetEffects,
     blocks,
     claims,
-    holm_columns,
     randomisation_p,
     resampled_shares,
     settled_no,
@@ -180,7 +179,7 @@ def test_effects_that_are_not_finite_are_refused(bad):
 
 def test_holm_by_columns_is_holm():
     p_BxC = np.random.default_rng(0).uniform(size=(5, 7)) ** 3
-    np.testing.assert_allclose(holm_columns(p_BxC), np.stack([holm(p_B) for p_B in p_BxC.T], axis=1))
+    np.testing.assert_allclose(holm(p_BxC), np.stack([holm(p_B) for p_B in p_BxC.T], axis=1))
 
 
 def test_the_interval_of_a_claim_resamples_templates():

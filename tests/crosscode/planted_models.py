@@ -10,7 +10,7 @@ from saejax.activations.joined import with_joined
 from saejax.causal.controls import FeatureStatistics
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import split
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 from saejax.settings import TrainConfig
 from saejax.training.members import members
 from saejax.training.scales import site_scales

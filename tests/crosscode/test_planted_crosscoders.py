@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh
 from planted_models import BLOCKS, LABELS, RATE, SITE, WEAK
 
 from saejax.crosscode.shares import Limits, feature_shares
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 
 
 @pytest.fixture(scope="module")

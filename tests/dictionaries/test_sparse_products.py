@@ -11,7 +11,7 @@ from saejax.dictionaries import codes, selection, sparse_kernels, sparse_product
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparse_products import Encoder, Products
 from saejax.errors import UserError
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 
 # Tokens, width, features, k: one token; k = F; blocks that do not divide F; a usual shape; more tokens than a batch.
 SHAPES = [(1, 5, 48, 2), (7, 6, 20, 20), (9, 8, 100, 3), (33, 16, 256, 4), (50, 3, 64, 1)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saejax.dictionaries import selection, sparsity
-from saejax.parallel import make_mesh, sharding
+from saejax.parallel.mesh import make_mesh, sharding
 from saejax.settings import MeshConfig
 
 

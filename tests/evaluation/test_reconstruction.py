@@ -13,7 +13,7 @@ from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.evaluation import reconstruction
 from saejax.evaluation.reconstruction import reconstruct
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 
 D, F = 12, 48

@@ -12,7 +12,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.explain.answers import ANSWERS, Answers
 from saejax.explain.endpoint import KEY, Answer, Endpoint
 from saejax.explain.questions import EmbeddingRequest, Question
-from saejax.teams import Team
+from saejax.parallel.teams import Team
 
 ASK = [Question("Say it.", f"number {i}", 20) for i in range(6)]
 

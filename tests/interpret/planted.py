@@ -16,7 +16,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interpret.interpreter import Interpreter
 from saejax.interpret.stage import InterpretConfig
 from saejax.interpret.text import CodedText
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.results import to_json
 from saejax.settings import MeshConfig
 from saejax.workspace import Run

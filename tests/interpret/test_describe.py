@@ -14,7 +14,7 @@ from saejax.interpret.detectors import PairCounts
 from saejax.interpret.firings import Block, record
 from saejax.interpret.records import Describer
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 
 FEATURES = 24

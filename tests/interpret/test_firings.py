@@ -10,7 +10,7 @@ from saejax.dictionaries.modules import parameter_table
 from saejax.errors import Interrupted, UserError
 from saejax.interpret import firings
 from saejax.interpret.firings import BLOCK, blocks, places_of, record
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 
 F = BLOCK + 88

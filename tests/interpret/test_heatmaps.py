@@ -13,7 +13,7 @@ from saejax.interpret.firings import blocks, record
 from saejax.interpret.heatmaps import TokenMaps, across_layers, layers_bar
 from saejax.interpret.run import other_layers
 from saejax.interpret.text import CodedText
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 
 FEATURES = 30
 

@@ -15,7 +15,7 @@ from saejax.interpret.detectors import PairCounts
 from saejax.interpret.firings import blocks, record
 from saejax.interpret.records import Describer
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 
 MADE = json.loads((Path(__file__).parent / "sae_dashboard.json").read_text())
 EXAMPLES = 8

@@ -18,7 +18,7 @@ from saejax.models.families import read_config
 from saejax.models.run import run_layers
 from saejax.models.sites import KINDS
 from saejax.models.weights import load_params
-from saejax.parallel import AXES, fitting_sharding
+from saejax.parallel.mesh import AXES, fitting_sharding
 from saejax.workspace import read_json
 
 LLAMA3 = dict(

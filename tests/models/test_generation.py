@@ -15,7 +15,7 @@ from saejax.models import decoding, generation, source
 from saejax.models.generation import Generated, eos_ids, make_choice
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens, pad
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 
 TEXTS = ["The capital of France is", "3", "One day, she said that there was a way to see where the water went, and the"]

@@ -36,6 +36,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """The part of the hub's protocol that a download takes, for the files of one folder."""
 
     folder: Path
+    served: set[str]  # of a hub whose connection breaks
+    breaks = True
 
     def log_message(self, *args):
         pass
@@ -77,7 +79,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 return self.refuse(404, "EntryNotFound")
             body = file.read_bytes()
             etag = f'"{hashlib.sha1(body).hexdigest()}"'
-            return self.reply(body, **{"ETag": etag, "X-Repo-Commit": COMMIT})
+            known = {"ETag": etag, "X-Repo-Commit": COMMIT}
+            if "cut" in parts and self.breaks and self.command == "GET":  # half of it once, and then nothing
+                body = b"" if file.name in self.served else body[: len(body) // 2]
+                known["Content-Length"] = str(file.stat().st_size)
+                self.served.add(file.name)
+            return self.reply(body, **known)
         if "tree" in parts:
             listing = [dict(type="file", path=f.name, size=f.stat().st_size, oid="0" * 40) for f in files]
             return self.reply(json.dumps(listing).encode(), **{"Content-Type": "application/json"})
@@ -90,7 +97,7 @@ def hub(copy, tmp_path, monkeypatch):
     """A server that has the tiny model under every name but those that ``Hub`` refuses."""
     from huggingface_hub import constants
 
-    handler = type("Handler", (Hub,), dict(folder=copy))
+    handler = type("Handler", (Hub,), dict(folder=copy, served=set()))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
@@ -134,6 +141,17 @@ def test_what_the_hub_refuses(hub, name, revision, message, monkeypatch):
     with pytest.raises(UserError, match=message) as error:
         resolve(name, revision)
     assert "\n" not in str(error.value)
+
+
+def test_a_download_that_is_cut_off_goes_on_later(hub, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
+    with pytest.raises(
+        UserError, match=r"org/cut could not be fetched \(.*\): try again, or give a local folder"
+    ) as error:
+        resolve("org/cut")
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(Hub, "breaks", False)
+    assert resolve("org/cut").fingerprint == identity.fingerprint(hub)
 
 
 def test_a_disk_without_room_for_what_the_hub_sends(hub, monkeypatch):

@@ -16,7 +16,7 @@ from saejax.errors import UserError
 from saejax.models import language_model
 from saejax.models.sites import KINDS, Site
 from saejax.models.tokens import Tokens, pad
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 
 TEXTS = ["The capital of France is", "3 + 4 =", "One day, she said that there was a way to see where the water went"]
 

@@ -16,7 +16,7 @@ from saejax.models.checkpoint import safetensors_files
 from saejax.models.families import read_config
 from saejax.models.parameters import parameter_table
 from saejax.models.weights import load_params
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 from saejax.workspace import read_json
 
 

@@ -21,7 +21,7 @@ import jax, numpy as np
 from jax.sharding import AxisType, Mesh
 from saejax.models.families import read_config
 from saejax.models.weights import load_params
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 
 def status(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from preflight_setup import on_mesh, plan_run, shape
 
 from saejax.errors import UserError
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.preflight import topology
 from saejax.preflight.collectives import sent_bytes
 from saejax.settings import MeshConfig

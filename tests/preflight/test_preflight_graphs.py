@@ -85,7 +85,12 @@ def test_what_makes_tracing_longer(model):
         asked = dict(graph__prompt="word " * 50) | changes
         return make_seconds(model, **asked)["attribute"]
 
-    unchecked = dict(graph__circuits=False, graph__doubled=0)
+    unchecked = dict(graph__circuits=False, graph__doubled=0, graph__heads=False)
+    assert seconds(**unchecked) < seconds(**unchecked | dict(graph__heads=True))
+    behaviour = dict(graph__prompt="", graph__behaviours=("capital",))
+    assert (
+        seconds(**behaviour) < seconds(**behaviour, graph__kept_prompts=2) < seconds(**behaviour, graph__kept_prompts=4)
+    )
     assert seconds() > seconds(**unchecked) > seconds(**unchecked, graph__max_features=64)
     assert seconds(graph__prompt="word " * 200) > 2 * seconds()
     asked = dict(graph__token_ids=tuple(range(101)), graph__max_features=1000, graph__slug="long", **unchecked)

@@ -10,10 +10,14 @@ from preflight_setup import make_needs, make_trainer, on_mesh, plan_run, shape
 
 from saejax import load_model
 from saejax.costs.programs import abstract_dictionary
+from saejax.errors import UserError
 from saejax.models.config import DecoderConfig, Rope
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
+from saejax.preflight import checks, topology
 from saejax.preflight.advice import GIB, advice
+from saejax.preflight.place import Place
 from saejax.preflight.sums import Needs, replicated, stage_programs
+from saejax.registry import STAGES
 
 
 def make_mesh(data: int, model: int) -> Mesh:
@@ -44,6 +48,44 @@ def test_what_stays_is_counted_to_the_byte(tiny_llama, data, model):
     assert need.optimizer == pytest.approx(moments + need.dictionary, abs=64)  # and the gradient; counters are left out
     abstract = abstract_dictionary(plan.dictionary("ablate"), plan.configs["train"], mesh)
     assert units["ablate/topk"].bytes.dictionary == sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract))
+
+
+def test_what_a_process_does_by_itself_has_to_fit_on_its_own_devices():
+    """Of two processes with four devices each, one evaluates a dictionary alone; both train and ablate together."""
+    whole, part = (plan_run(shape("llama-3-8b"), "resid_post.15", axes(1, model)) for model in (8, 4))
+    limit = (
+        Needs.of(whole).units["evaluate/topk"].bytes.total + Needs.of(part).units["evaluate/topk"].bytes.total
+    ) // 2
+    two = dataclasses.replace(whole, own_devices=4)
+    units = Needs.of(two).units
+    assert units["evaluate/topk"] == Needs.of(part).units["evaluate/topk"]
+    assert units["baseline"] == Needs.of(part).units["baseline"]
+    for unit in ("capture", "train/topk", "ablate/topk"):
+        assert units[unit] == Needs.of(whole).units[unit]
+    place = Place(make_mesh(1, 8), limit, "devices", 4, False, 4)
+
+    def narrow(plan) -> Needs:
+        return Needs({"evaluate/topk": Needs.of(plan).units["evaluate/topk"]})
+
+    checks._check_memory([(whole, narrow(whole))], [checks._facts(whole, narrow(whole), (), place)], place)
+    said = r"GiB per device for evaluate/topk, which a process runs on its own 4 devices, but there are"
+    with pytest.raises(UserError, match=said):
+        checks._check_memory([(two, narrow(two))], [checks._facts(two, narrow(two), (), place)], place)
+
+
+def test_a_plan_of_several_processes_has_their_meshes():
+    plan = dataclasses.replace(on_mesh(plan_run(shape("smollm2-135m")), make_mesh(2, 4)), own_devices=2)
+    alone, together = plan.placed(STAGES["evaluate"]), plan.placed(STAGES["train"])
+    assert dict(alone.mesh.shape) == alone.axes == dict(member=1, data=1, model=2)
+    assert alone.mesh.devices.flatten().tolist() == jax.devices()[:2]
+    assert together is plan and plan.placed(STAGES["report"]).axes == alone.axes
+
+
+def test_devices_of_a_process():
+    of = {"v5e:2x4": 0, "v6e:2x4": 0, "v5e:4x4": 4, "v5p:2x2x2": 4, "v5e:2x2": 0, "v5p:2x2x1": 0}
+    of |= {"h100:8": 0, "h100:4x8": 8, "h100:2x1": 1}
+    for name, own in of.items():
+        assert topology.of_process(name, np.prod([int(n) for n in name.partition(":")[2].split("x")])) == own, name
 
 
 def test_dtypes_and_what_capture_reads():

@@ -20,7 +20,7 @@ from saejax.evaluation import programs as evaluation
 from saejax.models import decoding, language_model
 from saejax.models.families import read_config
 from saejax.models.sites import Site
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 from saejax.preflight.sums import stage_programs
 from saejax.tasks.behaviours import Prompt
 from saejax.training.step import Trainer

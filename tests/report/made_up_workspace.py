@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from saejax import registry, settings
-from saejax.causal.ablate.importance import Importance, importance_file
+from saejax.causal.ablate.importance import Importance
 from saejax.causal.ablate.results import HalvesAgreement
 from saejax.config import to_json
 from saejax.page.document import Example
@@ -303,7 +303,7 @@ def make_workspace(
         devices = None if unit == "capture" else dict(count=1, kinds=["cpu"], processes=1)
         stage, _, name = unit.partition("/")
         write_summary(inputs[unit], stage, name, result, config=config, devices=devices)
-    importance.save(importance_file(inputs[f"ablate/{kinds[0]}"], NAMES[0]))
+    importance.save(Importance.file(inputs[f"ablate/{kinds[0]}"], NAMES[0]))
     for kind in kinds:
         steps = np.arange(20, 1301, 20)
         lines = [

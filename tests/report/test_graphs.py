@@ -12,6 +12,7 @@ from made_up_workspace import make_run, make_workspace, write_summary
 from test_report import Page, both
 
 from saejax.attribution import report as graphs
+from saejax.attribution.report_kept import kept_blocks
 from saejax.attribution.results import AttributeResults
 from saejax.errors import UserError
 from saejax.page import style
@@ -58,6 +59,32 @@ def result(**changes) -> dict:
         )
         | changes
     )
+
+
+def orders(**changes) -> dict:
+    """What the stage says of circuits of equal numbers of features."""
+    part = dict(effect=dict(mean=0.91, low=0.8, high=1.0), influence=dict(mean=0.71, low=0.6, high=0.8))
+    part |= dict(difference=dict(mean=0.2, low=0.125, high=0.25), random=dict(mean=0.3, low=0.25, high=0.35))
+    share, lines = [0.02, 0.2, 1.0], {order: [0.5, 0.875, 1.0] for order in ("effect", "size", "random")}
+    known = dict(prompts=8, share=share, features=[2, 20, 100], model=3.0, empty=1.0, reason=None)
+    return known | dict(faithfulness=lines | dict(influence=[0.25, 0.75, 1.0]), scores=dict(cpr=part)) | changes
+
+
+def test_orders_of_features_are_a_table_with_intervals(tmp_path):
+    none = orders(reason="one prompt has no interval", faithfulness={}, scores={})
+    slugs = dict(agreement=result(kept=orders()), capital=result(kept=none), other=result())
+    inputs = add_units(tmp_path, {}, dict(behaviours=slugs))
+    found = [from_json(AttributeResults, dict(transcoders="t", dictionaries=[], graphs=slugs), tmp_path).graphs]
+    made = [
+        graphs.ReportedGraph(n, tmp_path, slug, "t", False, one) for n, (slug, one) in enumerate(found[0].items(), 1)
+    ]
+    table, why = kept_blocks(made)
+    assert table.rows == (
+        ("Graph 1: agreement", "8", "CPR", "0.910 [0.800,\u00a01.000]", "0.710 [0.600,\u00a00.800]",
+         "0.200 [0.125,\u00a00.250]", "0.300 [0.250,\u00a00.350]", "50\u00a0%", "25\u00a0%", "88\u00a0%", "75\u00a0%"),
+    )  # fmt: skip
+    assert why.items == (("Graph 2: capital", "orders are not compared: one prompt has no interval."),)
+    assert kept_blocks(made[2:]) == [] and inputs
 
 
 def add_units(root: Path, inputs: dict, units: dict[str, dict[str, dict]]) -> dict:

@@ -26,7 +26,7 @@ def fake_stage(run) -> dict:
     """Leaves a line in a file; does what the model's revision says: fail, be killed, or take its time."""
     unit = f"{run.stage}/{run.name}".rstrip("/")
     with open(Path(os.environ["FAKE_RUNS"]), "a") as file:
-        file.write(json.dumps([str(run.folder), os.getpid()]) + "\n")
+        file.write(json.dumps([str(run.folder), sorted(os.sched_getaffinity(0))]) + "\n")
     wish, _, where = run.configs["model"].revision.partition("@")
     if unit == where and wish == "refuse":
         raise UserError("there is no such thing")
@@ -34,10 +34,22 @@ def fake_stage(run) -> dict:
         raise ZeroDivisionError("a bug")
     if unit == where and wish == "memory":
         os.kill(os.getpid(), signal.SIGKILL)
+    if unit == where and wish == "meet":
+        meet(run.folder)
     if wish == "slow":
         time.sleep(0.3)
     (run.folder / "out.txt").write_text(unit)
     return PREFLIGHT if run.stage == "preflight" else dict(unit=unit)
+
+
+def meet(folder: Path) -> None:
+    """Waits until the same unit of another row is at work, too."""
+    study = next(parent for parent in folder.parents if parent.name == "rows")
+    for _ in range(300):
+        if len(list(study.glob(f"*/{folder.relative_to(study).parts[1]}/{folder.name}"))) > 1:
+            return
+        time.sleep(0.1)
+    raise UserError("alone")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from saejax import pipeline
 from saejax.errors import UserError
-from saejax.studies import run
+from saejax.studies import run, shares
 from saejax.studies.progress import TimeToGo, duration
 from saejax.workspace import Workspace
 
@@ -82,6 +82,35 @@ def test_units_that_fail_stop_no_other_row(fake, capsys):
     assert {states[row, "report"]["state"] for row in ("refuse", "bug")} == {"done"}, "mended, and run again"
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_rows_run_side_by_side_on_their_shares(fake, tmp_path):
+    status, states = fake("--at_once=2", a="meet@train/topk", b="meet@train/topk", c="refuse@capture")
+    assert status == 1 and states["c", "train/topk"]["reason"] == "capture is not done"
+    assert {state["state"] for (row, _), state in states.items() if row != "c"} == {"done"}
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    parts = {frozenset(cores) for _, cores in lines}
+    assert len(parts) == 2 and not frozenset.intersection(*parts), "each unit on one of two halves of the cores"
+    for row in "ab":
+        own = [name.partition("/")[2] for name in ran(tmp_path) if name.startswith(f"{row}/")]
+        assert own == UNITS, "the units of a row one after the other"
+
+
+def test_shares_of_a_host(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4}, raising=False)
+    assert shares.shares(1) == [shares.Share()]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [part.cores for part in shares.shares(2)] == [{0, 1}, {2, 3, 4}]
+    with pytest.raises(UserError, match="this host has 5 cores, too few for 6 units at once"):
+        shares.shares(6)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,GPU-5,7")
+    assert [part.environment for part in shares.shares(2)] == [
+        {"CUDA_VISIBLE_DEVICES": "1,3"},
+        {"CUDA_VISIBLE_DEVICES": "GPU-5,7"},
+    ]
+    with pytest.raises(UserError, match="this host has 4 GPUs"):
+        shares.shares(5)
+
+
 def test_a_row_without_its_preflight_is_left(fake, tmp_path):
     _, states = fake(a="refuse@preflight", b="main")
     assert [states["a", unit]["state"] for unit in UNITS] == ["failed"] + ["not run"] * 5
@@ -109,6 +138,7 @@ def test_a_row_whose_files_cannot_be_read(fake, monkeypatch):
         ({"a": "--train.batch=0"}, [], "--train.batch is 0: expected at least 1"),
         ({"a": ""}, ["--train.batch=0"], "--train.batch is 0: expected at least 1"),
         ({"a": "--workdir=/tmp/x"}, [], "--workdir is no flag of a row"),
+        ({"a": ""}, ["--at_once=1000"], "too few for 1000 units at once"),
         ({"a": ""}, ["--rows="], "--rows=FILE,FOLDER is missing"),
         ({"a": ""}, ["--workdir="], "--workdir=DIR is missing"),
         ({"a": ""}, ["--rows=nowhere.flags"], "--rows=nowhere.flags is no flag file"),
@@ -169,6 +199,11 @@ def test_time_to_go_follows_what_units_took():
     clock.expect("a", ["preflight", "train/topk", "train/gated", "report"], dict(train=20.0))
     assert clock.left([("a", "train/topk"), ("a", "report")]) == 20.0
     clock.took("a", "train/topk", 30.0)  # three times as long as expected
-    assert clock.left([("a", "report")], running=("a", "train/gated"), elapsed=5.0) == pytest.approx(25.0 + 30.0)
-    assert clock.left([], running=("a", "train/gated"), elapsed=99.0) == 24.75
+    assert clock.left([("a", "report")], {("a", "train/gated"): 5.0}) == pytest.approx(25.0 + 30.0)
+    assert clock.left([], {("a", "train/gated"): 99.0}) == 24.75
+    two = TimeToGo(2)
+    for row, seconds in (("a", 10.0), ("b", 20.0), ("c", 60.0)):
+        two.expect(row, ["train/topk"], dict(train=seconds))
+    every = [(row, "train/topk") for row in "abc"]
+    assert two.left(every) == 60.0 and two.left(every[:2]) == 20.0 and two.left(every[:2], {every[2]: 40.0}) == 25.0
     assert [duration(x) for x in (None, 61, 600, 7200)] == ["an unknown time", "61 s", "10 min", "2.0 h"]

@@ -81,14 +81,14 @@ def test_gsm8k(smollm2, harness, tmp_path):
         assert len(theirs) == len(rows) == 20
         for number, row in enumerate(rows):
             sample = theirs[number]
-            assert sample["arguments"][0][0] == row["prompt"]
-            assert sample["filtered_resps"][0] == (row[rule]["found"] or "[invalid]"), row["id"]
-            assert sample["exact_match"] == row[rule]["correct"], row["id"]
-            same_text += sample["resps"][0][0] == row["output"]
-    right = {rule: sum(row[rule]["correct"] for row in rows) for rule in ("strict", "flexible")}
+            assert sample["arguments"][0][0] == row.prompt
+            assert sample["filtered_resps"][0] == (getattr(row, rule).found or "[invalid]"), row.id
+            assert sample["exact_match"] == getattr(row, rule).correct, row.id
+            same_text += sample["resps"][0][0] == row.output
+    right = {rule: sum(getattr(row, rule).correct for row in rows) for rule in ("strict", "flexible")}
     print(f"gsm8k: {same_text // 2} of 20 texts are equal to the character; {right} are right")
     # A model of this size may solve none of 20; that it gives answers to judge is what makes this a test.
-    assert any(row["strict"]["found"] for row in rows) and any(row["flexible"]["found"] for row in rows)
+    assert any(row.strict.found for row in rows) and any(row.flexible.found for row in rows)
 
 
 def test_logic(smollm2, harness, tmp_path):
@@ -126,15 +126,15 @@ def test_logic(smollm2, harness, tmp_path):
     assert len(parts) == 6 and len(theirs) == len(rows) == 100
     errors, gaps = [], []
     for row in rows:
-        sample = theirs[row["id"]]
-        assert sample["arguments"][0][0] == row["prompt"]
+        sample = theirs[row.id]
+        assert sample["arguments"][0][0] == row.prompt
         totals = [float(resp[0][0]) for resp in sample["resps"]]
-        np.testing.assert_allclose(row["log_likelihoods"], totals, rtol=1e-4)
-        errors.append(np.abs(np.subtract(row["log_likelihoods"], totals)).max())
+        np.testing.assert_allclose(row.log_likelihoods, totals, rtol=1e-4)
+        errors.append(np.abs(np.subtract(row.log_likelihoods, totals)).max())
         gaps.append(np.diff(np.sort(totals)[-2:])[0])
-        assert sample["acc"] == row["raw"]["correct"] and sample["acc_norm"] == row["normalised"]["correct"], row["id"]
+        assert sample["acc"] == row.raw.correct and sample["acc_norm"] == row.normalised.correct, row.id
     print(
         f"logic: log-likelihoods differ by at most {max(errors):.1e} nats; the closest two choices by {min(gaps):.1e}"
     )
-    assert 0 < sum(row["raw"]["correct"] for row in rows) < 100
-    assert any(row["raw"] != row["normalised"] for row in rows)
+    assert 0 < sum(row.raw.correct for row in rows) < 100
+    assert any(row.raw != row.normalised for row in rows)

@@ -15,6 +15,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.registry import GROUPS
 from saejax.settings import BENCHMARKS, ModelConfig, TaskConfig
 from saejax.tasks import benchmark_scores, benchmark_stage
+from saejax.tasks.answers import Verdict
 from saejax.tasks.benchmark_scores import line, score_items, summarize
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.likelihood import encode_pair, loglikelihoods
@@ -61,14 +62,14 @@ def test_generated_numbers_are_judged(lm, task, writes):
     answers = [item.answer for item in items]
     texts += [f"so\n#### {answers[0]}", f"so {answers[1]}.", "#### 1000000", "who knows", f"#### {answers[4]}, 0", ""]
     rows = score_items(lm, "gsm8k", items, task)
-    assert [row["strict"]["correct"] for row in rows] == [True, False, False, False, True, False]
-    assert [row["flexible"]["correct"] for row in rows] == [True, True, False, False, False, False]
-    assert [row["strict"]["found"] for row in rows] == [answers[0], None, "1000000", None, f"{answers[4]},", None]
-    assert rows[1]["prompt"] == f"Question: {items[1].question}\nAnswer:" and rows[1]["reference"] == answers[1]
+    assert [row.strict.correct for row in rows] == [True, False, False, False, True, False]
+    assert [row.flexible.correct for row in rows] == [True, True, False, False, False, False]
+    assert [row.strict.found for row in rows] == [answers[0], None, "1000000", None, f"{answers[4]},", None]
+    assert rows[1].prompt == f"Question: {items[1].question}\nAnswer:" and rows[1].reference == answers[1]
     assert [len(tokens.lengths_B) for tokens, *_ in asked] == [4, 2]
     assert asked[0][1:] == (8, ("Question:", "</s>", "<|im_end|>"), ())
     first = asked[0][0]
-    assert first.ids_BxT[0, : first.lengths_B[0]].tolist() == lm.tokenizer(rows[0]["prompt"])["input_ids"]
+    assert first.ids_BxT[0, : first.lengths_B[0]].tolist() == lm.tokenizer(rows[0].prompt)["input_ids"]
 
     figures = summarize("gsm8k", rows, task)
     assert figures.score == "generate" and figures.n == 6 and figures.cut == 0
@@ -85,8 +86,8 @@ def test_generated_formulas_are_judged(lm, task, writes):
     items = read_items("math", task)
     writes[1].extend([rf"It is $\boxed{{{item.answer}.0}}$" for item in items[:4]] + [f"${items[4].answer}$", "no"])
     rows = score_items(lm, "math", items, task)
-    assert [row["strict"]["correct"] for row in rows] == [True] * 4 + [False] * 2
-    assert [row["flexible"]["correct"] for row in rows] == [True] * 5 + [False]
+    assert [row.strict.correct for row in rows] == [True] * 4 + [False] * 2
+    assert [row.flexible.correct for row in rows] == [True] * 5 + [False]
     assert summarize("math", rows, task).unparsed == dict(strict=2, flexible=1)
 
 
@@ -95,18 +96,18 @@ def test_choices_are_judged_by_likelihood(lm, task):
     items = read_items("logic", every)
     rows = score_items(lm, "logic", items, every)
     for item, row in zip(items, rows, strict=True):
-        pairs = [encode_pair(lm.tokenizer, row["prompt"], f" {choice}") for choice in item.choices]
+        pairs = [encode_pair(lm.tokenizer, row.prompt, f" {choice}") for choice in item.choices]
         totals = [one.total for one in loglikelihoods(lm, *zip(*pairs))]
-        np.testing.assert_allclose(row["log_likelihoods"], totals, rtol=1e-5)
+        np.testing.assert_allclose(row.log_likelihoods, totals, rtol=1e-5)
         lengths = [len(choice) for choice in item.choices]
         best = dict(raw=np.argmax(totals), normalised=np.argmax(np.array(totals) / lengths))
         for rule, index in best.items():
-            assert row[rule] == dict(found=item.choices[index], correct=item.choices[index] == item.answer)
+            assert getattr(row, rule) == Verdict(item.choices[index], item.choices[index] == item.answer)
     figures = summarize("logic", rows, every)
     assert figures.chance == pytest.approx(np.mean([1 / len(item.choices) for item in items]))
     assert sum(part.n for part in figures.tasks.values()) == figures.n == 15
     for rule in ("raw", "normalised"):
-        correct = [row[rule]["correct"] for row in rows if row["task"] == "web_of_lies"]
+        correct = [getattr(row, rule).correct for row in rows if row.task == "web_of_lies"]
         assert getattr(figures.tasks["web_of_lies"], rule).mean == np.mean(correct)
     assert line(figures).endswith("; chance 36.7 %")
 
@@ -120,9 +121,9 @@ def test_numbers_are_chosen_among(lm, task):
     assert figures.chance == 0.25 and figures.tasks == {} and figures.score == "choice"
     solutions = score_items(lm, "gsm8k", items, asked, (), "likelihood")
     for item, row, solution in zip(items, rows, solutions, strict=True):
-        assert row["prompt"] == solution["prompt"] and "#" not in row["prompt"] and solution["solution"] == item.answer
-        right = row["log_likelihoods"][item.choices.index(item.answer)]
-        assert right == pytest.approx(solution["log_likelihood"], rel=1e-4)
+        assert row.prompt == solution.prompt and "#" not in row.prompt and solution.solution == item.answer
+        right = row.log_likelihoods[item.choices.index(item.answer)]
+        assert right == pytest.approx(solution.log_likelihood, rel=1e-4)
 
 
 def test_length_normalisation_can_change_the_choice(lm, task, monkeypatch):
@@ -131,10 +132,10 @@ def test_length_normalisation_can_change_the_choice(lm, task, monkeypatch):
     items = [item for item in read_items("logic", dataclasses.replace(task, examples=15)) if item.choices[0] == "True"]
     (row,) = score_items(lm, "logic", items[:1], task)
     # "True" has 4 characters, "False" 5: -4.5/4 is below -4.0/5.
-    assert row["raw"]["found"] == row["normalised"]["found"] == "False"
+    assert row.raw.found == row.normalised.found == "False"
     found[:] = [benchmark_scores.Likelihood(total, 1, 0) for total in (-4.0, -4.5)]
     (row,) = score_items(lm, "logic", items[:1], task)
-    assert row["raw"]["found"] == "True" and row["normalised"]["found"] == "False"
+    assert row.raw.found == "True" and row.normalised.found == "False"
 
 
 def test_solutions_are_scored_by_likelihood(lm, task):
@@ -142,13 +143,13 @@ def test_solutions_are_scored_by_likelihood(lm, task):
     items = read_items("gsm8k", weak)
     rows = score_items(lm, "gsm8k", items, weak)
     for item, row in zip(items, rows, strict=True):
-        (one,) = loglikelihoods(lm, *zip(encode_pair(lm.tokenizer, row["prompt"], f" {item.solution}")))
-        assert row["solution"] == item.solution and row["tokens"] == one.tokens
-        assert row["log_likelihood"] == pytest.approx(one.total, rel=1e-5)
-        assert row["log_likelihood_per_token"] == row["log_likelihood"] / row["tokens"]
-        assert row["token_accuracy"] == one.correct_tokens / one.tokens
+        (one,) = loglikelihoods(lm, *zip(encode_pair(lm.tokenizer, row.prompt, f" {item.solution}")))
+        assert row.solution == item.solution and row.tokens == one.tokens
+        assert row.log_likelihood == pytest.approx(one.total, rel=1e-5)
+        assert row.log_likelihood_per_token == row.log_likelihood / row.tokens
+        assert row.token_accuracy == one.correct_tokens / one.tokens
     figures = summarize("gsm8k", rows, weak)
-    mean = np.mean([row["log_likelihood_per_token"] for row in rows])
+    mean = np.mean([row.log_likelihood_per_token for row in rows])
     interval = figures.log_likelihood_per_token
     assert interval.mean == pytest.approx(mean) and interval.low < mean < interval.high < 0
     assert 0 <= figures.token_accuracy.mean <= 1 and "nats" in line(figures)

@@ -6,6 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from benchmark_rows import GSM8K, LOGIC, write_lines
+from huggingface_hub.errors import HTTPError
 
 from saejax.activations.documents import make_documents
 from saejax.errors import UserError
@@ -89,6 +90,19 @@ def test_a_data_set_in_the_hubs_layout_is_read_as_far_as_it_is_wanted(tmp_path, 
     wrong = text_sources.HubText(str(tmp_path / "set"), "", "main", "train", "body", most=1)
     with pytest.raises(UserError, match="row 1 has no field 'body', only 'text'"):
         list(wrong.texts())
+
+
+@pytest.mark.parametrize("error", [ConnectionError("Server Disconnected"), HTTPError("peer closed the connection")])
+def test_a_data_set_whose_connection_breaks(monkeypatch, error):
+    def rows():
+        yield from (dict(text="one"), dict(text="two"))
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
+    found = text_sources.HubText("me/set", "", "main", "train", "text", most=0).texts()
+    assert [next(found), next(found)] == [("one", ""), ("two", "")]
+    with pytest.raises(UserError, match=rf"me/set \(revision main\) could not be read from the hub \({error}\): check"):
+        next(found)
 
 
 @pytest.mark.parametrize(

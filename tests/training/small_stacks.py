@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh
 
 from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.kinds import by_name
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 from saejax.settings import TrainConfig
 from saejax.settings.kinds import settings_of_kinds
 from saejax.training.members import members

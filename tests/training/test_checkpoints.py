@@ -9,7 +9,7 @@ from small_runs import STEPS, go, make_trainer
 from small_stacks import first_device
 
 from saejax.errors import UserError
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 from saejax.training.checkpoints import Checkpoints
 
 
@@ -68,15 +68,19 @@ def test_what_is_saved_is_the_state_before_its_buffers_are_donated(tmp_path, mon
         np.testing.assert_array_equal(checkpoints.restore(state_of(0.0, 4_000_000))["values"], 7.0)
 
 
-def test_a_disk_that_fills_later_is_one_clear_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [("No space left on device", "the disk is full"), ("Disk quota exceeded", "the disk quota is used up")],
+)
+def test_a_disk_that_fills_later_is_one_clear_line(tmp_path, monkeypatch, said, told):
     checkpoints = Checkpoints(tmp_path)
-    full = Writing([], 3, ValueError("RESOURCE_EXHAUSTED: ... No space left on device"))
+    full = Writing([], 3, ValueError(f"RESOURCE_EXHAUSTED: ... {said}"))
     monkeypatch.setattr(checkpoints._checkpointer, "save_async", lambda *args, **rest: full)
     checkpoints.save(3, state_of(0))
-    with pytest.raises(UserError, match="the disk is full while saving step 3 to"):
+    with pytest.raises(UserError, match=f"{told} while saving step 3 to"):
         checkpoints.save(6, state_of(0))
     checkpoints.save(6, state_of(0))
-    with pytest.raises(UserError, match="the disk is full while saving step 6 to"):
+    with pytest.raises(UserError, match=f"{told} while saving step 6 to"):
         checkpoints.wait()
     checkpoints.save(9, state_of(0))
     with pytest.raises(KeyError), checkpoints:  # another error is not hidden by this one

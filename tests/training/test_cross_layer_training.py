@@ -13,7 +13,7 @@ from small_stacks import B, D, F, make_trainer
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.dictionaries.formats import cross_layer_files
 from saejax.errors import Interrupted, UserError
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 from saejax.training.cross_layer import CrossLayerObjective, CrossLayerTrainer
 

@@ -11,7 +11,7 @@ from every_kind import KINDS
 from small_runs import ORDER, STEPS, Rows, go, make_trainer, resident, site_parts
 
 from saejax.errors import Interrupted, UserError
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 from saejax.training import inputs
 from saejax.training.checkpoints import Checkpoints

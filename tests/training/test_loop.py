@@ -10,7 +10,7 @@ from small_runs import ORDER, STEPS, Rows, go, make_trainer
 from small_stacks import D
 
 from saejax.errors import Interrupted, UserError
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.loop import Metrics

@@ -9,7 +9,7 @@ import pytest
 from every_kind import KINDS, MADE_UP
 from small_stacks import STEPS, D, F, batches, make_trainer, run
 
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 
 SHAPES = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2), (4, 2, 1)]

@@ -10,7 +10,7 @@ from small_runs import make_trainer as make_run
 from small_stacks import B, D, F, batches, make_trainer, parts
 
 from saejax.errors import Interrupted
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 from saejax.training.resampling import due
 

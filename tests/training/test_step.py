@@ -11,7 +11,7 @@ from every_kind import KINDS
 from small_stacks import STEPS, B, D, F, batches, make_config, make_trainer, parts, run
 
 from saejax.dictionaries import Dictionary
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.training import updates
 
 FORMS = ("sae", "transcoder", "skip_transcoder")

@@ -10,7 +10,7 @@ from saejax.costs.passes import step_flops
 from saejax.costs.programs import Program
 from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.cross_layer import FORM
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.preflight import topology
 from saejax.settings import MeshConfig, TrainConfig
 from saejax.settings.kinds import JumpReLUConfig

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.transfer.chains import Followed, Link, follow, shares
 from saejax.transfer.compared import rotated, rows
 from saejax.transfer.reconstruction import AffineMap, DictionaryOnText, at_home, between, onto

@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from saejax.causal.stability import unit
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.transfer import matching
 from saejax.transfer.assignment import STEP, Auction
 from saejax.transfer.compared import chance

@@ -15,6 +15,7 @@ from saejax import command, load_results
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary
 from saejax.transfer.assignment import STEP
 from saejax.transfer.summary import FeaturePairs
+from saejax.transfer.tuning import saved
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 SITES = "resid_post.0,resid_post.1"
@@ -86,6 +87,7 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
         f"--transfer.dictionaries={folder / 'train' / name},{tmp_path / 'copy'}",
         "--transfer.reconstruction=true",
         "--transfer.ce_documents=2",
+        "--transfer.tune_tokens=2000",
     ]
     assert command.run(["transfer"], "", ["test", *flags]) == 0
     results = load_results(tmp_path / "work" / "transfer")
@@ -102,12 +104,24 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
             assert getattr(onto.direct, name) == pytest.approx(getattr(onto.own, name), abs=1e-4)
         assert onto.own.explained_variance > onto.direct_null.explained_variance + 0.2
         assert onto.affine.explained_variance > onto.affine_null.explained_variance + 0.2
+        tuned = onto.fine_tuning
+        assert tuned.tokens == (256, 512, 1024, 2048) and tuned.saved == 1 - 256 / 2048 > tuned.saved_null
+        assert tuned.tuned[0] == pytest.approx(onto.direct.explained_variance, abs=0.1), "it goes on where it was"
+        assert tuned.scratch[-1] > tuned.scratch[0]
     assert results.shares[0].everywhere.mean == 1 and results.shares[0].nowhere.mean == 0
     (tmp_path / "work" / "transfer" / "summary.json").unlink()
     capsys.readouterr()
     assert command.run(["transfer"], "", ["test", *flags]) == 0
     assert "kept from an earlier run" in capsys.readouterr().out
     assert load_results(tmp_path / "work" / "transfer") == results
+
+
+def test_tokens_that_another_start_saves():
+    seen, scratch = (1, 2, 4, 8, 16), (0.0, 0.1, 0.2, 0.3, 0.4)
+    assert saved(seen, scratch, scratch) == 0
+    assert saved(seen, (0.5, 0.6, 0.6, 0.6, 0.6), scratch) == 1 - 1 / 16
+    assert saved(seen, (0.0, 0.2, 0.6, 0.6, 0.6), scratch) == pytest.approx(1 - 2 * 2**0.5 / 16)
+    assert saved(seen, (0.0, 0.1, 0.2, 0.3, 0.39), scratch) == 0, "it never explains as much"
 
 
 def test_a_model_with_another_tokenizer(workdir, inputs, tmp_path):

@@ -16,7 +16,7 @@ from saejax.models import decoder
 from saejax.models.attention import AttentionTables, attend, whole_prompts
 from saejax.models.layers import einsum
 from saejax.models.rules import RunRules
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 
 _STEP = 16  # least size to which directions that are read at the end are filled up
 _READ = 128  # directions that are read at once in other places

@@ -22,6 +22,7 @@ from saejax.attribution.checks.interventions import intervene
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, KINDS, Nodes
 from saejax.attribution.local.active import Active
+from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError
@@ -144,10 +145,11 @@ def steer(
     return Steering(np.asarray(factors, np.float64), changed.readout_RxK.reshape(shape))
 
 
-def matched(replacement: Replacement, features: Nodes, draws: int, seed: int = 456) -> list[Nodes]:
+def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> list[Nodes]:
     """Random sets of other active features, as many in each layer: at the same positions, as far as there are so many.
 
     Args:
+      run: of the prompt.
       features: for which the sets are controls.
       draws: how many sets.
       seed: of the choice.
@@ -157,7 +159,7 @@ def matched(replacement: Replacement, features: Nodes, draws: int, seed: int = 4
     """
     rng = np.random.default_rng(seed)
     taken = set(_keys(features))
-    active = _nodes_of(replacement.active, 0)
+    active = _nodes_of(run.active, 0)
     others = active[np.array([key not in taken for key in _keys(active)], bool)]
     found = []
     for _ in range(draws):

@@ -15,7 +15,7 @@ from saejax.attribution.checks.edits import Change, edits_by_layer
 from saejax.attribution.local.replacement import Replacement, embed, padded
 from saejax.attribution.local.written import Written
 from saejax.errors import UserError
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,8 @@ from saejax.attribution.local.replacement import Replacement, padded
 from saejax.attribution.local.written import Written
 from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError
-from saejax.parallel import by_row, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import by_row
 
 HOLDS = ("nothing", "attention", "all", "constrained")
 _STEP = 8  # least size to which rows are filled up

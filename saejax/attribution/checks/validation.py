@@ -30,7 +30,7 @@ from saejax.attribution.trace.targets import Readouts, logit_directions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.rules import RunRules
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 
 _RUNS = 8  # changes that are made in one call
 # How often an activation is added with all frozen. The model is then affine, so this is doubling many times over; what

@@ -6,7 +6,6 @@ from saejax.attribution.forms.page import PageTable
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
 from saejax.attribution.heads.attention import Attention
-from saejax.attribution.heads.carried import Leading
 from saejax.attribution.heads.query_key import HeadScore
 
 _NOTE = (
@@ -21,20 +20,23 @@ _LEADING_NOTE = (
 
 def attention_tables(attention: Attention, graph: Graph) -> list[PageTable]:
     """The tables below a pruned graph: of its leading heads, and of each head that was looked into."""
-    tables = [_leading_table(attention.leading, graph)] if attention.leading else []
+    tables = [_leading_table(attention, graph)] if attention.leading else []
     if attention.sources is not None:
         names = attention.source_ids(graph)
         tables += [_score_table(scores, attention.sources, names, graph) for scores in attention.scores]
     return tables
 
 
-def _leading_table(best: Sequence[Leading], graph: Graph) -> PageTable:
-    ids = graph.ids
+def _leading_table(attention: Attention, graph: Graph) -> PageTable:
+    ids, note = graph.ids, _LEADING_NOTE
+    if attention.within is not None:
+        share = f"{attention.within:.0%}".replace("%", " %")
+        note += f" Heads are known of edges between the nodes that have {share} of the influence alone."
     rows: list[list[str | float]] = [
         [f"{one.layer}.{one.head}", f"{one.share:.1%}".replace("%", " %"), ids[one.edge[0]], ids[one.edge[1]], one.part]
-        for one in best
+        for one in attention.leading
     ]
-    return PageTable("Attention heads that carry most", ["Head", "Share", "From", "To", "Part"], rows, _LEADING_NOTE)
+    return PageTable("Attention heads that carry most", ["Head", "Share", "From", "To", "Part"], rows, note)
 
 
 def _score_table(scores: Sequence[HeadScore], nodes: Nodes, names: Sequence[str], graph: Graph) -> PageTable:

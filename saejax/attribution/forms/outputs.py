@@ -24,7 +24,7 @@ from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.heads.attention import Attention
 from saejax.attribution.heads.edges import named_heads
 from saejax.causal.parts import part_file
-from saejax.parallel import is_first_process
+from saejax.parallel.collectives import is_first_process
 from saejax.settings.attribution import GraphConfig
 from saejax.workspace import Run, write_text
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import Nodes
 from saejax.attribution.heads.carried import Carried, Leading
+from saejax.attribution.heads.cut import within
 from saejax.attribution.heads.edges import edge_heads
 from saejax.attribution.heads.query_key import HeadScore, split_scores
 from saejax.attribution.results import HeadResults, KeyScore, LeadingHead, QueryScores, SourcePair
@@ -22,12 +23,14 @@ class Attention:
 
     Attributes:
       carried: the heads of each edge; None: not asked for.
+      within: heads are known of edges between the nodes of this share of influence alone; None: of all edges.
       leading: the heads that carry most, the largest share first.
       scores: of each head that is looked into, a score for each key.
       sources: the nodes that the pairs of scores name by their places.
     """
 
     carried: Carried | None = None
+    within: float | None = None
     leading: Sequence[Leading] = ()
     scores: Sequence[Sequence[HeadScore]] = ()
     sources: Nodes | None = None
@@ -38,7 +41,7 @@ class Attention:
         if self.carried is None:
             return None
         leading = tuple(LeadingHead(one.layer, one.head, one.share) for one in self.leading)
-        return HeadResults(len(self.carried.by_edge()), leading)
+        return HeadResults(len(self.carried.by_edge()), leading, self.within)
 
     def query_key(self, graph: Graph) -> tuple[QueryScores, ...]:
         """Results: the scores of the heads that were looked into, of the graph that is given."""
@@ -67,16 +70,19 @@ def attend(traced: Traced, pruned: Graph, heads: bool, asked: Sequence[tuple[int
     Raises:
       UserError: a head or a position does not exist.
     """
-    carried = edge_heads(traced.replacement, traced.readouts, pruned) if heads else None
+    carried, share = None, None
+    if heads:
+        known, share = within(pruned, traced.graph, traced.replacement.model.config)
+        carried = edge_heads(traced.replacement, traced.readouts, known)
     leading = carried.leading()[:_LEADING] if carried else []
     if asked is None:
         last = len(pruned.ids_P) - 1
         asked = [(one.layer, one.head, last) for one in (carried.leading(last)[:1] if carried else [])]
     if not asked:
-        return Attention(carried, leading)
+        return Attention(carried, share, leading)
     sources = Sources.of(traced.replacement)
     scores = [split_scores(traced.replacement, sources, *one) for one in asked]
-    return Attention(carried, leading, scores, sources.nodes)
+    return Attention(carried, share, leading, scores, sources.nodes)
 
 
 def _key_score(score: HeadScore, names: Sequence[str]) -> KeyScore:

@@ -66,10 +66,13 @@ class Carried:
         larger_X = np.abs(part_X) > np.abs(self._largest_X[own])
         self._largest_X[own] = np.where(larger_X, part_X, self._largest_X[own])
         self._edge_X[own] = np.where(larger_X, edge_E[best_X], self._edge_X[own])
-        number_ExX = np.broadcast_to(np.arange(own.start, own.stop, dtype=np.int32), part_ExX.shape)
-        part_ExC = np.concatenate([self.part_ExJ[edge_E], part_ExX], axis=1)
-        head_ExC = np.concatenate([self.head_ExJ[edge_E], number_ExX], axis=1)
-        count = self.part_ExJ.shape[1]
+        count, row_E = self.part_ExJ.shape[1], np.arange(len(edge_E))
+        new_ExK = np.empty((len(edge_E), min(count, size_ExX.shape[1])), np.int32)
+        for column in range(new_ExK.shape[1]):  # the largest one by one: numpy sorts short rows slowly
+            new_ExK[:, column] = size_ExX.argmax(axis=1)
+            size_ExX[row_E, new_ExK[:, column]] = -1
+        part_ExC = np.concatenate([self.part_ExJ[edge_E], np.take_along_axis(part_ExX, new_ExK, axis=1)], axis=1)
+        head_ExC = np.concatenate([self.head_ExJ[edge_E], new_ExK + np.int32(own.start)], axis=1)
         top_ExJ = np.argpartition(-np.abs(part_ExC), count - 1, axis=1)[:, :count]
         self.part_ExJ[edge_E] = np.take_along_axis(part_ExC, top_ExJ, axis=1)
         self.head_ExJ[edge_E] = np.take_along_axis(head_ExC, top_ExJ, axis=1)

@@ -29,7 +29,8 @@ from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.memory import heads_block
 from saejax.attribution.trace.targets import Readouts
 from saejax.models.config import DecoderConfig
-from saejax.parallel import free_bytes, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import free_bytes
 
 _PARTS = 4  # parts of a prompt in which sources of a block begin, and in which targets of a block end
 _ENTERED = 1 << 24  # parts of edges that are kept until they are entered
@@ -197,13 +198,11 @@ def _go_down(
     """
     streams, params, config = replacement.streams, replacement.model.params, replacement.model.config
     pairs = _edges_between(carried, ends, [block for block, _ in above], below.chosen_B)
-    edge_E = np.sort(np.concatenate([edges for edges, *_ in pairs]))
-    places = [np.searchsorted(edge_E, edges) for edges, *_ in pairs]
-    if not len(edge_E) and len(below.chosen_B):
+    count = sum(len(edges) for edges, *_ in pairs)
+    if not count and len(below.chosen_B):
         return
-    most = _ENTERED // (max(len(edge_E), 1) * config.n_heads)
-    span = int(np.clip(most, 1, config.n_layers))  # layers that are entered at once
-    part_ExJxH = np.zeros((len(edge_E), span, config.n_heads), np.float32)
+    span = int(np.clip(_ENTERED // (max(count, 1) * config.n_heads), 1, config.n_layers))  # layers entered at once
+    parts = [np.zeros((len(edges), span, config.n_heads), np.float32) for edges, *_ in pairs]
     own, width, end = readers.chosen(below.chosen_B), streams.stream_LxTxD.shape[2], jnp.int32(below.end)
     cotangent_RxXxD: Any = np.zeros((size, below.end, width), np.float32)
     for layer in reversed(range(below.layer + 1)):
@@ -212,16 +211,20 @@ def _go_down(
         cotangent_RxXxD, wanted = carry_down(
             replacement.frozen, *fixed, streamed_RxD, *own.at(layer, size), cotangent_RxXxD
         )
-        for (block, values), among, (_, sources, targets) in zip(above, places, pairs, strict=True):
-            if layer >= block.layer and (len(among) or not len(block.chosen_B)):
+        for (block, values), part_ExJxH, (edges, sources, targets) in zip(above, parts, pairs, strict=True):
+            if layer >= block.layer and (len(edges) or not len(block.chosen_B)):
                 part_NxRxGxS = to_host(through(wanted, values[layer - block.layer], end, _PARTS))
                 found = part_NxRxGxS[:, targets, :, sources]
-                part_ExJxH[among, layer % span] = found.reshape(len(among), config.n_heads)
-        if layer % span == 0 and len(edge_E):
-            count = min(span, config.n_layers - layer)
-            with lock:
-                carried.add(edge_E, layer, part_ExJxH[:, :count].reshape(len(edge_E), -1))
-            part_ExJxH[:] = 0
+                part_ExJxH[:, layer % span] = found.reshape(len(edges), config.n_heads)
+        if layer % span:
+            continue
+        for (block, _), part_ExJxH, (edges, *_) in zip(above, parts, pairs, strict=True):
+            # No part of these edges is below their sources or above their targets.
+            first, stop = max(layer, block.layer), min(layer + span, below.layer + 1)
+            if len(edges) and first < stop:
+                part_ExX = part_ExJxH[:, first - layer : stop - layer].reshape(len(edges), -1)
+                with lock:
+                    carried.add(edges, first, part_ExX)
 
 
 def _edges_between(

@@ -22,7 +22,7 @@ from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 
 _BLOCK = 1 << 22  # pairs that are in memory at once
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 
 AT_ONCE = 1 << 26  # activations of a layer that are in memory at once
 

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
-from saejax.parallel import free_on
+from saejax.models.sites import Site
+from saejax.parallel.mesh import free_on
 
 ReadRows = Callable[[int, str, np.ndarray], np.ndarray]
 KEPT_SHARE = 4  # of what is free, dictionaries that were read may take one part in so many
@@ -86,6 +87,21 @@ class LayerDictionaries(abc.ABC):
             own = np.flatnonzero(layer_F == layer)
             vector_FxD[own] = self.rows(int(layer), name, feature_F[own])
         return vector_FxD
+
+    def check_labels(self, labels: Iterable[tuple[int, int]], origin: str) -> None:
+        """Refuses labels of features that the set does not have, by layer and number; they are those of another one.
+
+        Args:
+          labels: what is labelled.
+          origin: of the labels, for the message.
+        """
+        features = {Site.parse(one.target or one.site).layer: one.n_features for one in self.configs}
+        for layer, feature in labels:
+            if feature >= features.get(layer, 0):
+                raise UserError(
+                    f"{origin} names feature {feature} of layer {layer}, where {self.name} has "
+                    f"{features.get(layer, 0):,} features: expected labels of this set"
+                )
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:

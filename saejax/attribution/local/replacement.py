@@ -30,7 +30,8 @@ from saejax.models.attention import whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.rules import RunRules
-from saejax.parallel import fitting_sharding, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import fitting_sharding
 
 # How chat templates begin whose tokens are all sinks: of Gemma 3 "<bos><start_of_turn>user" and a line end.
 CHAT_STARTS = dict.fromkeys(("gemma3", "gemma3_text"), (2, 105, 2364, 107))

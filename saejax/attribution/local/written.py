@@ -5,7 +5,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 
 _AT_ONCE = 1 << 26  # numbers of directions that are in memory at once
 

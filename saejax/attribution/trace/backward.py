@@ -21,7 +21,7 @@ from saejax.attribution.trace.sources import STEP, WIDTH, SourceBank
 from saejax.models import decoder
 from saejax.models.attention import whole_prompts
 from saejax.models.layers import einsum
-from saejax.parallel import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding
 
 Pull = Callable[[tuple[jax.Array, jax.Array]], Any]  # a transposed layer, as ``jax.vjp`` gives it
 

@@ -38,7 +38,8 @@ from saejax.causal.parts import OnProgress, silent
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.parallel import by_row, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import by_row
 
 Saes = LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]
 

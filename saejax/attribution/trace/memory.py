@@ -29,7 +29,7 @@ from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import parameter_table as model_table
-from saejax.parallel import free_bytes
+from saejax.parallel.mesh import free_bytes
 
 GIB = 2**30
 _FP32 = 4

@@ -6,12 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.trace.backward import TargetBatch, contributions
 from saejax.attribution.trace.row_store import Put
 from saejax.attribution.trace.sources import Sources
 from saejax.models.config import DecoderConfig
-from saejax.parallel import fitting_sharding, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import fitting_sharding
 
 _LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
 _CHUNKS = 8  # chunks of targets in a batch
@@ -35,6 +38,13 @@ def row_flops(model: DecoderConfig, layers: np.ndarray | float, positions: np.nd
     """
     per_token = 2.0 * model.d_model * model.d_head * (model.n_heads + model.n_kv_heads)
     return float(np.sum(np.asarray(layers, np.float64) * positions)) * per_token
+
+
+def graph_flops(graph: Graph, model: DecoderConfig) -> float:
+    """What all rows of a whole graph needed at the least, in operations."""
+    nodes = graph.nodes[graph.target_R]
+    layers_R = np.where(nodes.kind_N == FEATURE, nodes.layer_N + 1, model.n_layers)
+    return row_flops(model, layers_R, nodes.position_N + 1)
 
 
 class RowTracer:

@@ -16,7 +16,7 @@ from saejax.errors import UserError, one_of
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.rules import RunRules
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 from saejax.settings import GRAPH_ESTIMATES
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
 from saejax.attribution.local.replacement import Replacement
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 
 WIDTH = 32  # directions in a block
 STEP = 4  # blocks that are read at once

@@ -23,7 +23,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.layers import einsum, norm
 from saejax.models.rules import RunRules
 from saejax.models.tokens import token_text
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 
 
 @dataclasses.dataclass(frozen=True)

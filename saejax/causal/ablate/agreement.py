@@ -30,14 +30,14 @@ class Effects(NamedTuple):
 
 
 def check(config: AblateConfig) -> None:
-    """A ``UserError`` if dictionaries are to be compared that cannot be."""
+    """A ``UserError`` if dictionaries are to be compared that cannot be, or one that is tested is named twice."""
     if config.compare and config.effects != "all":
         raise UserError(
             "--ablate.compare compares the effects of all features: give --ablate.effects=all, or leave it out"
         )
-    names = [config.dictionary, *config.compare]
-    if len(set(names)) < len(names):
-        raise UserError(f"--ablate.compare={','.join(config.compare)}: name each dictionary once, the tested one never")
+    for flag, others in (("compare", config.compare), ("repeats", config.repeats)):
+        if len({config.dictionary, *others}) < 1 + len(others):
+            raise UserError(f"--ablate.{flag}={','.join(others)}: name each dictionary once, the tested one never")
 
 
 def measure_agreement(

@@ -32,12 +32,25 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import mlp_neurons
 from saejax.models.rules import GRADIENT
-from saejax.models.sites import Site
 
 _WEIGHTS = ("gate_DxF", "gate_bias_F", "up_DxF", "up_bias_F")
 
 
-class Neurons(Editing, nnx.Module):
+class _Directions(Editing, nnx.Module):
+    """A basis whose activations are any numbers, each of which adds its direction; what is left is the error term."""
+
+    W_dec_FxD: nnx.Param
+
+    def decode(self, f_BxTxF: jax.Array, x_BxTxD: jax.Array | None = None) -> jax.Array:
+        """What all directions add [B, T, D]; a bias, or a centre, is left out."""
+        return matmul(f_BxTxF, self.W_dec_FxD[...])
+
+    def fires(self, f_BxF: jax.Array) -> jax.Array:
+        """Where activations are not 0."""
+        return f_BxF != 0
+
+
+class Neurons(_Directions):
     """The neurons of an MLP: a basis that reads ``mlp_in`` by the model's own weights and writes ``mlp_out``.
 
     Args:
@@ -69,20 +82,12 @@ class Neurons(Editing, nnx.Module):
         config: DecoderConfig = self.decoder
         return mlp_neurons(config, GRADIENT, {name: getattr(self, name)[...] for name in self.names}, x_BxTxD)
 
-    def decode(self, f_BxTxF: jax.Array, x_BxTxD: jax.Array | None = None) -> jax.Array:
-        """What the neurons add to ``mlp_out`` [B, T, D]; the MLP's bias is the error term."""
-        return matmul(f_BxTxF, self.W_dec_FxD[...])
-
-    def fires(self, f_BxF: jax.Array) -> jax.Array:
-        """Where activations are not 0: everywhere, in most models."""
-        return f_BxF != 0
-
     def in_domain(self, x_BxTxD: jax.Array) -> jax.Array:
         """True at every position but the first."""
         return jnp.broadcast_to(jnp.arange(x_BxTxD.shape[-2]) > 0, x_BxTxD.shape[:-1])
 
 
-class Joined(Editing, nnx.Module):
+class Joined(_Directions):
     """Several bases of one site as one, so that programs are compiled and prompts are run for all of them together.
 
     Args:
@@ -105,14 +110,6 @@ class Joined(Editing, nnx.Module):
         """All activations [..., F], of each member 0 outside its own domain."""
         parts = [jnp.where(member.in_domain(x_xD)[..., None], member.encode(x_xD), 0.0) for member in self._members]
         return jnp.concatenate(parts, axis=-1)
-
-    def decode(self, f_BxTxF: jax.Array, x_BxTxD: jax.Array | None = None) -> jax.Array:
-        """What all directions add [B, T, D]; centres are left out."""
-        return matmul(f_BxTxF, self.W_dec_FxD[...])
-
-    def fires(self, f_BxF: jax.Array) -> jax.Array:
-        """Where activations are not 0."""
-        return f_BxF != 0
 
     def in_domain(self, x_xD: jax.Array) -> jax.Array:
         """Where any member's domain is."""
@@ -176,8 +173,3 @@ def _like(dictionary: Dictionary, **changes: object) -> DictionaryConfig:
         changes |= dict(site=config.target, target="", max_norm=DictionaryConfig().max_norm)  # of what it read
     plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0, origin="")
     return dataclasses.replace(config, **plain | changes)
-
-
-def neurons(model: LanguageModel, site: str) -> Basis:
-    """The neurons of the layer that a site is in."""
-    return Neurons(model, Site.parse(site).layer)

@@ -247,7 +247,7 @@ def _basis(
             return "this model norms what its neurons add, so they have no directions of their own"
         if site.kind == "mlp_in":
             return "what the MLP reads is normed, so that a change there has another scale than what neurons add"
-        return bases.neurons(model, dictionary.site)
+        return bases.Neurons(model, site.layer)
     if wanted == "random":
         statistics = experiment.statistics()
         active = round(statistics.fires_F.sum() / max(statistics.positions, 1))

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.spatial import cKDTree
-from scipy.stats import false_discovery_control, pearsonr, rankdata, spearmanr
+from scipy.stats import false_discovery_control, pearsonr, spearmanr
 
 from saejax.causal.ablate.results import EstimateFit, FeatureEffect, HalvesAgreement, ImportanceSummary
 from saejax.causal.columns import Columns
+from saejax.causal.controls import nearest_others
 from saejax.causal.experiment import Experiment
-from saejax.causal.statistics import max_t_p, sign_flip_p
+from saejax.causal.statistics import correlations, max_t_p, rank_correlations, sign_flip_p
 from saejax.errors import UserError
 from saejax.settings import ESTIMATES, AblateConfig
 from saejax.tasks.scoring import bootstrap_means, separation
-from saejax.workspace import whole_file
+from saejax.workspace import write_array
 
 NEAREST = 100  # features that a control percentile is over
 PERMUTATIONS = 20_000
@@ -52,6 +52,8 @@ class Importance(Columns):
       pearson, spearman: correlation over prompts of its largest activation with the clean logit difference; NaN where
         one of the two is the same on every prompt.
     """
+
+    kind = "importance"
 
     feature: np.ndarray
     firing_rate: np.ndarray
@@ -104,15 +106,9 @@ class Importance(Columns):
         return _correlation(spearmanr, np.abs(correlation_N[defined_N]), self.drop[defined_N])
 
 
-def importance_file(folder: Path, behaviour: str) -> Path:
-    """Where the ablate stage keeps a behaviour's table."""
-    return folder / f"{behaviour}-importance.parquet"
-
-
 def save_drops(folder: Path, behaviour: str, drop_NxP: np.ndarray) -> None:
     """Keeps every ``drop`` that a behaviour's table sums up: of its N features on P test prompts, as .npy."""
-    with whole_file(_drops_file(folder, behaviour)) as beside, beside.open("wb") as file:
-        np.save(file, drop_NxP.astype(np.float32))
+    write_array(_drops_file(folder, behaviour), drop_NxP.astype(np.float32))
 
 
 def load_drops(folder: Path, behaviour: str) -> np.ndarray:
@@ -165,19 +161,10 @@ def measure_importance(experiment: Experiment, config: AblateConfig) -> tuple[Im
         q_value=false_discovery_control(p_N),
         p_max_t=max_t_p(drop_NxP, PERMUTATIONS, config.seed),
         control_percentile=control_percentiles(drop_NxP.mean(axis=1), statistics.coordinates(feature_N)),
-        pearson=correlations(largest_NxP, diffs.clean_P),
-        spearman=correlations(rankdata(largest_NxP, axis=1), rankdata(diffs.clean_P)),
+        pearson=correlations(largest_NxP, diffs.clean_P[None]),
+        spearman=rank_correlations(largest_NxP, diffs.clean_P[None]),
     )
     return found, drop_NxP
-
-
-def correlations(values_NxP: np.ndarray, score_P: np.ndarray) -> np.ndarray:
-    """Pearson's correlation over prompts of each row of values with a score, [N]; NaN where one is constant."""
-    defined_N = (np.ptp(values_NxP, axis=1) > 0) & (np.ptp(score_P) > 0)
-    apart_NxP = values_NxP - values_NxP.mean(axis=1, keepdims=True)
-    off_P = score_P - score_P.mean()
-    size_N = np.sqrt(np.square(apart_NxP).sum(axis=1) * np.square(off_P).sum())
-    return np.divide(apart_NxP @ off_P, size_N, out=np.full(len(values_NxP), np.nan), where=defined_N)
 
 
 def control_percentiles(drop_N: np.ndarray, place_NxC: np.ndarray, nearest: int = NEAREST) -> np.ndarray:
@@ -188,14 +175,9 @@ def control_percentiles(drop_N: np.ndarray, place_NxC: np.ndarray, nearest: int 
       place_NxC: where it stands for matching; see ``controls.coordinates``.
       nearest: how many others are looked at, at most.
     """
-    others = min(nearest, len(drop_N) - 1)
-    if others < 1:
+    if len(drop_N) < 2:
         return np.full(len(drop_N), np.nan)
-    found_NxM = cKDTree(place_NxC).query(place_NxC, k=others + 1)[1]
-    itself_NxM = found_NxM == np.arange(len(drop_N))[:, None]
-    itself_NxM[~itself_NxM.any(axis=1), -1] = True  # of many at one place it may not be among those found
-    smaller_NxM = drop_N[found_NxM] < drop_N[:, None]
-    return (smaller_NxM & ~itself_NxM).sum(axis=1) / others
+    return (drop_N[nearest_others(place_NxC, nearest)] < drop_N[:, None]).mean(axis=1)
 
 
 def _plain(value: np.generic) -> Any:

@@ -18,16 +18,8 @@ from saejax.causal.claims import LEVEL
 from saejax.causal.split import SplitModel
 from saejax.causal.statistics import holm
 from saejax.dictionaries import Dictionary
-from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.settings import AblateConfig
-
-
-def check(config: AblateConfig) -> None:
-    """A ``UserError`` if a dictionary is named twice."""
-    names = [config.dictionary, *config.repeats]
-    if len(set(names)) < len(names):
-        raise UserError(f"--ablate.repeats={','.join(config.repeats)}: name each dictionary once, the tested one never")
 
 
 def measure_repeats(

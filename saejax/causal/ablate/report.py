@@ -3,7 +3,7 @@
 from saejax.causal.ablate import report_figures
 from saejax.causal.ablate.grades import GRADES
 from saejax.causal.ablate.report_figures import Effect
-from saejax.causal.ablate.report_sets import BASES, YES
+from saejax.causal.ablate.report_sets import BASES, YES, named
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, DoseCurve, Grade
 from saejax.causal.claims import LEVEL
 from saejax.page.document import Block, Picture, Section, Text, VerdictBlock, anchor
@@ -86,7 +86,7 @@ def _headline(ablate: AblateResults) -> str:
 def _as_well(result: BehaviourAblation) -> list[str]:
     """The bases that the features are not shown to beat at equal dose."""
     return [
-        BASES.get(name, name.rstrip("/").rpartition("/")[2])
+        named(name)
         for name, curve in (result.doses or {}).items()
         if isinstance(curve, DoseCurve)
         and any(at is not None and not at.difference.low > 0 for at in (curve.by_norm, curve.by_kl))

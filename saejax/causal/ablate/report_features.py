@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from saejax.causal.ablate import report_figures
-from saejax.causal.ablate.importance import DISCOVERY, Importance, importance_file
+from saejax.causal.ablate.importance import DISCOVERY, Importance
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, ImportanceSummary, TopFeature
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import Label, labels_in
@@ -71,7 +71,7 @@ def _singles(name: str, result: BehaviourAblation, draw: Draw) -> Picture:
 def _every(found: Findings, name: str, result: BehaviourAblation, summary: ImportanceSummary, draw: Draw) -> Picture:
     """All features that fire, where each was removed by itself."""
     unit = next(unit for unit, one in found.summaries.items() if one.stage == "ablate")
-    measured = Importance.load(importance_file(found.folders[unit], name))
+    measured = Importance.load(Importance.file(found.folders[unit], name))
     top = [item.feature for item in result.top]
     strongest = set(measured.feature[np.argsort(-measured.drop, kind="stable")[: len(top)]].tolist())
     used = found.settings()["ablate"]["estimate"]

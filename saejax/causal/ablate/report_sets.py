@@ -46,7 +46,7 @@ def bases(found: Findings, draw: Draw) -> list[Section]:
     compared = {name: of_bases for name, of_bases in curves.items() if len(of_bases) > 1}
     missing = sorted(
         {
-            f"{_named(name)}, {of}: {entry.reason}"
+            f"{named(name)}, {of}: {entry.reason}"
             for of, result in results.items()
             for name, entry in (result.doses or {}).items()
             if isinstance(entry, UncomparedBasis)
@@ -101,10 +101,11 @@ def _equal_dose(at: EqualDose | None) -> tuple[str, str]:
 
 def _curves_of(result: BehaviourAblation) -> dict[str, DoseCurve]:
     """By the basis in words, the features first."""
-    return {_named(name): curve for name, curve in (result.doses or {}).items() if isinstance(curve, DoseCurve)}
+    return {named(name): curve for name, curve in (result.doses or {}).items() if isinstance(curve, DoseCurve)}
 
 
-def _named(basis: str) -> str:
+def named(basis: str) -> str:
+    """What a basis is called."""
     return BASES.get(basis, basis.rstrip("/").rpartition("/")[2])
 
 

@@ -9,7 +9,6 @@ that fires is removed by itself (``importance``).
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 from saejax.causal import positions, screening, stability
 from saejax.causal.ablate import agreement, cost, dose, grades, nested, repeats, verdict
 from saejax.causal.ablate.experiment import ModelExperiment, PartProgress
-from saejax.causal.ablate.importance import PERMUTATIONS, importance_file, measure_importance, save_drops
+from saejax.causal.ablate.importance import PERMUTATIONS, measure_importance, save_drops
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation
 from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
@@ -30,18 +29,17 @@ from saejax.causal.parts import (
     each_part,
     load_run_dictionary,
     load_run_model,
-    load_trained,
     part_file,
     partial_folder,
     read_behaviours,
 )
 from saejax.causal.split import SplitModel
 from saejax.causal.statistics import least_p
-from saejax.dictionaries import Dictionary
+from saejax.dictionaries import Dictionary, stacks
 from saejax.models.language_model import LanguageModel
-from saejax.parallel import is_first_process, wait_for_all
+from saejax.parallel.collectives import is_first_process, wait_for_all
 from saejax.settings import AblateConfig
-from saejax.workspace import Run, write_text
+from saejax.workspace import Run, read_lines, write_lines
 
 
 def run_ablate(run: Run) -> AblateResults:
@@ -55,10 +53,9 @@ def run_ablate(run: Run) -> AblateResults:
     positions.parse(config.positions)
     dose.check(config)
     agreement.check(config)
-    repeats.check(config)
     prompts, dictionary = read_behaviours(run), load_run_dictionary(run)
-    others = {name: load_trained(run, name, "--ablate.compare") for name in config.compare}
-    trainings = {name: load_trained(run, name, "--ablate.repeats") for name in config.repeats}
+    others = {name: stacks.load_trained(name, run.inputs, "--ablate.compare") for name in config.compare}
+    trainings = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats") for name in config.repeats}
 
     def begin() -> Measure:
         model = load_run_model(run)
@@ -147,7 +144,7 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, 
             summary = dataclasses.replace(summary, agreement=pairs)
         results = dataclasses.replace(results, importance=summary)
         if is_first_process():
-            importance.save(importance_file(run.folder, experiment.name))
+            importance.save(importance.file(run.folder, experiment.name))
             save_drops(run.folder, experiment.name, drop_NxP)
     if is_first_process():
         _save_scores(run, experiment, measured, scores)
@@ -156,7 +153,7 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, 
 
 def _saved_effects(run: Run, name: str, result: BehaviourAblation) -> grades.SavedEffects:
     """What the answers rest on, from the scores that a behaviour's part wrote."""
-    lines = [json.loads(line) for line in part_file(run, name, "-prompts.jsonl").read_text("utf-8").splitlines()]
+    lines = read_lines(part_file(run, name, "-prompts.jsonl"))
     clean_P, joint_P, template_P = (np.array([line[of] for line in lines]) for of in ("clean", "joint", "template"))
     chosen_Q = np.array([p for p, line in enumerate(lines) if line["draws"] is not None])
     draws_QxN = np.array([lines[p]["draws"] for p in chosen_Q])
@@ -205,9 +202,8 @@ def _save_scores(
         for kind, (sets_NxC, _) in beside.items()
         for n, features_C in enumerate(sets_NxC)
     ]
-    for ending, lines in (("-prompts.jsonl", by_prompt), ("-controls.jsonl", sets)):
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        write_text(part_file(run, experiment.name, ending), text)
+    write_lines(part_file(run, experiment.name, "-prompts.jsonl"), by_prompt)
+    write_lines(part_file(run, experiment.name, "-controls.jsonl"), sets)
 
 
 def _with_sets(

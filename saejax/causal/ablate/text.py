@@ -22,7 +22,8 @@ from saejax.evaluation import programs
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import pad
-from saejax.parallel import sharding, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import sharding
 from saejax.results import Interval
 from saejax.settings import AblateConfig, CorpusConfig, TaskConfig
 from saejax.tasks import corpora

@@ -46,19 +46,18 @@ class Outcome(NamedTuple):
     p_against: float | None = None
 
 
-def equivalence(clean_P: np.ndarray, kept_P: np.ndarray, epsilon: float = EPSILON) -> Outcome:
-    """Whether A = P(s_C > s_M) + P(s_C = s_M) / 2 lies within epsilon of 1/2.
+def equivalence(clean_P: np.ndarray, kept_P: np.ndarray) -> Outcome:
+    """Whether A = P(s_C > s_M) + P(s_C = s_M) / 2 lies within ``EPSILON`` of 1/2.
 
     The estimate of A is the mean over prompts of 1, 1/2 or 0. The p-values are binomial ones of their sum, a half
     rounded against the rejection; ties only make the sum vary less.
 
     Args:
       clean_P, kept_P: the score s of each prompt with all features, and with the circuit's alone; finite.
-      epsilon: above 0, below 1/2.
 
     Returns:
-      Statistic A; ``p_value`` of |A - 1/2| >= epsilon, the larger of two one-sided tests; ``p_against`` of
-      |A - 1/2| <= epsilon, twice the smaller of two.
+      Statistic A; ``p_value`` of |A - 1/2| >= ``EPSILON``, the larger of two one-sided tests; ``p_against`` of
+      |A - 1/2| <= ``EPSILON``, twice the smaller of two.
     """
     n = len(_finite(clean_P))
     score = float(np.where(_finite(kept_P) == clean_P, 0.5, kept_P > clean_P).sum())
@@ -69,7 +68,7 @@ def equivalence(clean_P: np.ndarray, kept_P: np.ndarray, epsilon: float = EPSILO
     def as_high(share: float) -> float:
         return float(binom.sf(np.floor(score) - 1, n, share))
 
-    low, high = 0.5 - epsilon, 0.5 + epsilon
+    low, high = 0.5 - EPSILON, 0.5 + EPSILON
     against = 2 * min(as_low(low), as_high(high))
     return Outcome(score / n, max(as_low(high), as_high(low)), min(against, 1.0))
 
@@ -80,47 +79,40 @@ def independence(clean_P: np.ndarray, removed_P: np.ndarray, seed: int) -> Outco
     return Outcome(statistic, None, p_value)
 
 
-def minimality(
-    change_K: np.ndarray, random_change_NxK: np.ndarray, q_star: float = Q_STAR
-) -> tuple[Outcome, np.ndarray]:
-    """Of every feature i: whether P(change_i > change of a matched added feature) > q_star.
+def minimality(change_K: np.ndarray, random_change_NxK: np.ndarray) -> tuple[Outcome, np.ndarray]:
+    """Of every feature i: whether P(change_i > change of a matched added feature) > ``Q_STAR``.
 
     A *change* is the mean over prompts of |s without the feature - s with it|. N features matched to i were each added
     to the set by itself and removed again. The statistic of i is how many of those its change exceeds, k_i, and
-    p_i = P(K >= k_i), K binomial (N, q_star). All features are minimal only if each is: p = max p_i, which needs no
+    p_i = P(K >= k_i), K binomial (N, ``Q_STAR``). All features are minimal only if each is: p = max p_i, which needs no
     correction (an intersection-union test; Berger, 1982).
 
     Args:
       change_K, random_change_NxK: of each feature, and of the N matched to it.
-      q_star: 0 to 1.
 
     Returns:
       The set's outcome, its statistic the share of features with p_i <= 0.05 after Holm's correction; and p_i, [K].
     """
     change_K, random_change_NxK = _finite(change_K), _finite(random_change_NxK)
     beaten_K = (change_K[None, :] > random_change_NxK).sum(axis=0)
-    p_K = binom.sf(beaten_K - 1, len(random_change_NxK), q_star)
+    p_K = binom.sf(beaten_K - 1, len(random_change_NxK), Q_STAR)
     return Outcome(float((holm(p_K) <= LEVEL).mean()), float(p_K.max())), p_K
 
 
-def sufficiency(
-    clean_P: np.ndarray, kept_P: np.ndarray, random_kept_NxP: np.ndarray, q_star: float = Q_STAR
-) -> Outcome:
-    """Whether P(mean |s_C - s_M| < that of a random set kept alone) > q_star; see ``_beaten``."""
-    return _beaten(-apart(clean_P, kept_P), -apart(clean_P, random_kept_NxP), q_star)
+def sufficiency(clean_P: np.ndarray, kept_P: np.ndarray, random_kept_NxP: np.ndarray) -> Outcome:
+    """Whether P(mean |s_C - s_M| < that of a random set kept alone) > ``Q_STAR``; see ``_beaten``."""
+    return _beaten(-apart(clean_P, kept_P), -apart(clean_P, random_kept_NxP))
 
 
-def necessity(
-    clean_P: np.ndarray, removed_P: np.ndarray, random_removed_NxP: np.ndarray, q_star: float = Q_STAR
-) -> Outcome:
-    """Whether P(mean |s_notC - s_M| > that of a random set removed) > q_star; see ``_beaten``."""
-    return _beaten(apart(clean_P, removed_P), apart(clean_P, random_removed_NxP), q_star)
+def necessity(clean_P: np.ndarray, removed_P: np.ndarray, random_removed_NxP: np.ndarray) -> Outcome:
+    """Whether P(mean |s_notC - s_M| > that of a random set removed) > ``Q_STAR``; see ``_beaten``."""
+    return _beaten(apart(clean_P, removed_P), apart(clean_P, random_removed_NxP))
 
 
-def _beaten(own: np.ndarray, random_N: np.ndarray, q_star: float) -> Outcome:
-    """The share k / N of random values below one's own (equal ones are not), and P(K >= k), K binomial (N, q_star)."""
+def _beaten(own: np.ndarray, random_N: np.ndarray) -> Outcome:
+    """The share k / N of random values below one's own (equal ones are not), and P(K >= k), K as in ``minimality``."""
     k = int((own > random_N).sum())
-    return Outcome(k / len(random_N), float(binom.sf(k - 1, len(random_N), q_star)))
+    return Outcome(k / len(random_N), float(binom.sf(k - 1, len(random_N), Q_STAR)))
 
 
 def apart(clean_P: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ from saejax.causal.patching.heads import NODES, effects, record_heads, slopes
 from saejax.causal.patching.pairs import Pairs, few_pairs
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.parallel import by_row, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import by_row
 from saejax.tasks.behaviours import Prompt
 
 

@@ -22,6 +22,7 @@ from saejax.causal.claims import randomisation_p
 from saejax.causal.clustered import of_prompts
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.grid import measurable
+from saejax.causal.patching.pairs import patched_differences
 from saejax.causal.patching.results import (
     Disentangled,
     Interchange,
@@ -32,13 +33,12 @@ from saejax.causal.patching.results import (
     PatchedSet,
     PatchEffect,
 )
-from saejax.causal.split import PROMPTS, CleanRun, SplitModel, active_features
+from saejax.causal.split import CleanRun, SplitModel, active_features
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
-from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 from saejax.results import Interval
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
@@ -196,22 +196,14 @@ def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[Cl
     Raises:
       UserError: a logit difference is not finite.
     """
-    diff_P = np.full(sum(len(run.index_P) for run in base), np.nan)
-    for own, other in zip(base, source, strict=True):
-        for first in range(0, len(own.last_B), PROMPTS):
-            some = slice(first, first + PROMPTS)
-            own_arrays = (own.stream_BxTxD, own.value_BxTxD, own.read_BxTxD, own.domain_BxT)
-            other_arrays = (other.value_BxTxD, other.read_BxTxD, other.domain_BxT)
-            arrays = (*own_arrays, *other_arrays, own.last_B, own.answers_Bx2)
-            rows = split.by_row(*(array[some] for array in arrays))
-            diff_B = _run_parts(split.point, parts, split.params, split.dictionary, *rows)
-            index_P = own.index_P[some]
-            diff_P[index_P] = np.asarray(diff_B, np.float64)[: len(index_P)]
-    if not np.isfinite(diff_P).all():
-        raise UserError(
-            f"a logit difference after patching {split.point.site} is not finite: try --model.dtype=float32"
-        )
-    return diff_P
+
+    def patched(own: CleanRun, other: CleanRun, some: slice) -> jax.Array:
+        own_arrays = (own.stream_BxTxD, own.value_BxTxD, own.read_BxTxD, own.domain_BxT)
+        other_arrays = (other.value_BxTxD, other.read_BxTxD, other.domain_BxT)
+        rows = split.by_row(*(array[some] for array in (*own_arrays, *other_arrays, own.last_B, own.answers_Bx2)))
+        return _run_parts(split.point, parts, split.params, split.dictionary, *rows)
+
+    return patched_differences(split, base, source, patched)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -6,7 +6,6 @@ there is nothing to divide by and no normalised effect.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -32,6 +31,8 @@ class PatchingGrid(Columns):
       normalised, low, high: the same of the normalised effect; NaN where there is none, null in the file.
       prompts: how many have a token there.
     """
+
+    kind = "patching"
 
     direction: np.ndarray
     layer: np.ndarray
@@ -78,11 +79,6 @@ class PatchingGrid(Columns):
                 normalised=None if np.isnan(normalised.mean) else normalised,
             )
         return found
-
-
-def grid_file(folder: Path, behaviour: str) -> Path:
-    """Where the patch stage keeps a behaviour's table."""
-    return folder / f"{behaviour}-patching.parquet"
 
 
 def measurable(clean_P: np.ndarray, corrupted_P: np.ndarray, resampling: Resampling) -> bool:

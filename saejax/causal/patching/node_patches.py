@@ -10,7 +10,8 @@ from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, NodePatch, patch_nodes, record_heads
 from saejax.causal.patching.pairs import STEP, Pairs, few_pairs, measure_rows
 from saejax.models.language_model import LanguageModel
-from saejax.parallel import by_row, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import by_row
 from saejax.tasks.behaviours import Prompt
 
 _WITHOUT = 2  # entries without a patch: prompts and counterparts as they are, by the same program

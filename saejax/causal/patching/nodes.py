@@ -15,10 +15,9 @@ Nodes whose vector is the same in both runs of every train pair (before the firs
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
-from scipy.stats import mannwhitneyu, rankdata
+from scipy.stats import mannwhitneyu
 
 from saejax.causal.clustered import Resampling, of_prompts
 from saejax.causal.columns import Columns
@@ -30,6 +29,7 @@ from saejax.causal.patching.pairs import describe_columns
 from saejax.causal.patching.path_table import PathTable, judge_paths
 from saejax.causal.patching.paths import LOGITS, Receiver
 from saejax.causal.patching.results import EstimatedNodes, NodeEffect, PatchedHeads, PatchedPairs, PathReceiver
+from saejax.causal.statistics import rank_correlations
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
 from saejax.settings import PatchConfig
@@ -55,6 +55,8 @@ class NodeTable(Columns):
         position, and its 95 % bootstrap interval; NaN where it was not measured, null in the file.
       drawn: whether it is one of the random nodes.
     """
+
+    kind = "nodes"
 
     node: np.ndarray
     layer: np.ndarray
@@ -197,17 +199,12 @@ def judge(table: NodeTable, estimate: str, top: int, seed: Sequence[int]) -> Est
     correlation = None
     if np.ptp(guess_N) > 0 and np.ptp(size_N) > 0:
         correlation = _over_nodes(
-            lambda some_RxN: _rank_correlation(guess_N[some_RxN], size_N[some_RxN]), len(drawn), seed
+            lambda some_RxN: np.nan_to_num(rank_correlations(guess_N[some_RxN], size_N[some_RxN])), len(drawn), seed
         )
     top_K = np.abs(table.effect[first])
     others_M = np.abs(table.effect[np.setdiff1d(drawn, first)])  # random ones of those that were not put first
     p_value = float(mannwhitneyu(top_K, others_M, alternative="greater").pvalue) if len(others_M) else None
     return EstimatedNodes(correlation, top=float(top_K.mean()), p_value=p_value)
-
-
-def node_file(folder: Path, behaviour: str) -> Path:
-    """Where the patch stage keeps a behaviour's nodes."""
-    return folder / f"{behaviour}-nodes.parquet"
 
 
 def said(results: PatchedHeads) -> str:
@@ -221,14 +218,6 @@ def said(results: PatchedHeads) -> str:
         f"its first {len(results.strongest)} move {best.top:.2f} logits on average, random ones "
         f"{results.random.mean:.2f}"
     )
-
-
-def _rank_correlation(a_RxN: np.ndarray, b_RxN: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each row, [R]; 0 where one of the two is constant."""
-    ranks = [rankdata(one, axis=1) for one in (a_RxN, b_RxN)]
-    a_RxN, b_RxN = (one - one.mean(axis=1, keepdims=True) for one in ranks)
-    length_R = np.sqrt(np.square(a_RxN).sum(axis=1) * np.square(b_RxN).sum(axis=1))
-    return np.divide((a_RxN * b_RxN).sum(axis=1), length_R, out=np.zeros(len(a_RxN)), where=length_R > 0)
 
 
 def _over_nodes(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: Sequence[int]) -> Interval | None:

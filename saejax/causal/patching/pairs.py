@@ -1,7 +1,7 @@
 """Prompts and their counterparts: which of them fit together, in what groups they run, and what stands where."""
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,14 +10,14 @@ import numpy as np
 from saejax.causal.ablation import lagging
 from saejax.causal.parts import OnProgress
 from saejax.causal.patching.results import TokenColumn
-from saejax.causal.split import groups_by_length
+from saejax.causal.split import CleanRun, SplitModel, groups_by_length, in_order, slices
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import token_text
-from saejax.parallel import to_host
+from saejax.parallel.collectives import to_host
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
@@ -143,3 +143,31 @@ def measure_rows(
         done += len(entry_S)
         on_progress(done, total)
     return diff_ExP
+
+
+def patched_differences(
+    split: SplitModel,
+    base: Sequence[CleanRun],
+    source: Sequence[CleanRun],
+    patched: Callable[[CleanRun, CleanRun, slice], jax.Array],
+) -> np.ndarray:
+    """The logit difference of each base prompt with something of the source put in, float64 [P].
+
+    Args:
+      split: the model.
+      base, source: runs of the prompts and of others of as many tokens, row by row.
+      patched: gives those of some rows of a run and of the other one.
+
+    Raises:
+      UserError: one is not finite.
+    """
+    found = [
+        np.concatenate([np.asarray(patched(own, other, some), np.float64) for some in slices(own)])
+        for own, other in zip(base, source, strict=True)
+    ]
+    diff_P = in_order(found, base)
+    if not np.isfinite(diff_P).all():
+        raise UserError(
+            f"a logit difference after patching {split.point.site} is not finite: try --model.dtype=float32"
+        )
+    return diff_P

@@ -5,7 +5,6 @@ P-values are those of sign flips over pairs, adjusted for all senders of the rec
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -36,6 +35,8 @@ class PathTable(Columns):
       effect, low, high: by how much the logit difference falls, and its 95 % bootstrap interval.
       p_max_t: sign flips over pairs, adjusted for all senders of the receiver.
     """
+
+    kind = "paths"
 
     receiver: np.ndarray
     receiver_layer: np.ndarray
@@ -96,8 +97,3 @@ def judge_paths(
             )
         )
     return tuple(found), PathTable(**{name: np.concatenate(values) for name, values in parts.items()})
-
-
-def path_file(folder: Path, behaviour: str) -> Path:
-    """Where the patch stage keeps a behaviour's paths."""
-    return folder / f"{behaviour}-paths.parquet"

@@ -24,7 +24,8 @@ from saejax.models.attention import QKV, Attend, Layer, RunAttention, whole_prom
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.run import run_layers
-from saejax.parallel import by_row, to_host
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import by_row
 from saejax.tasks.behaviours import Prompt
 
 LOGITS, MLP = "logits", -1  # the receiver at the end; the "head" of a sender that is an MLP

@@ -10,7 +10,7 @@ from saejax.models import decoder
 from saejax.models.run import KEYS, VALUES, run_layers
 from saejax.models.split import SplitPoint
 from saejax.models.tree import Past, Tree
-from saejax.parallel import fitting_sharding, sharding
+from saejax.parallel.mesh import fitting_sharding, sharding
 
 
 class Recorded(NamedTuple):

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from saejax.causal.patching.grid import PatchingGrid, grid_file
+from saejax.causal.patching.grid import PatchingGrid
 from saejax.causal.patching.paths import LOGITS
 from saejax.causal.patching.report_features import tables
 from saejax.causal.patching.results import FeaturePatchResults, HeadPatchResults, PatchedSites, SitePatchResults
@@ -31,7 +31,9 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         if not isinstance(results, SitePatchResults | HeadPatchResults | FeaturePatchResults):
             continue
         if isinstance(results, SitePatchResults):
-            grids = {name: PatchingGrid.load(grid_file(found.folders[unit], name)) for name in results.behaviours}
+            grids = {
+                name: PatchingGrid.load(PatchingGrid.file(found.folders[unit], name)) for name in results.behaviours
+            }
             blocks += [
                 _picture(results.kind, name, results.behaviours[name], grid, draw) for name, grid in grids.items()
             ]

@@ -23,10 +23,9 @@ from saejax.causal.parts import (
 )
 from saejax.causal.patching.disentangle import PairsJudge, compare
 from saejax.causal.patching.features import FeaturePatching
-from saejax.causal.patching.grid import grid_file, make_grid, measurable
-from saejax.causal.patching.nodes import RANDOM, HeadPatching, node_file, said
+from saejax.causal.patching.grid import make_grid, measurable
+from saejax.causal.patching.nodes import RANDOM, HeadPatching, said
 from saejax.causal.patching.pairs import describe_columns, fitting_pairs
-from saejax.causal.patching.path_table import path_file
 from saejax.causal.patching.results import (
     Disentangled,
     FeaturePatchResults,
@@ -145,7 +144,7 @@ def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
         patched = patch_sites(model, run.name, pairs.tests, config.batch_rows, on_progress)
         resampling = of_prompts(pairs.tests, config.bootstrap, config.seed)
         grid = make_grid(patched, resampling)
-        grid.save(grid_file(run.folder, pairs.name))
+        grid.save(grid.file(run.folder, pairs.name))
         some = pairs.train[: len(pairs.tests)]  # as many choose the strongest place as judge it
         choosing = [patch_sites(model, run.name, some, config.batch_rows, on_progress)] if some else []
         every = [patched, *choosing]
@@ -168,9 +167,9 @@ def _of_heads(run: Run, model: LanguageModel) -> MeasurePairs:
     def measure(pairs: BehaviourPairs, on_progress: OnProgress) -> Measured:
         train = pairs.train[: len(pairs.tests)]
         patching = HeadPatching(model, pairs.name, train, pairs.tests, config, on_progress)
-        patching.table.save(node_file(run.folder, pairs.name))
+        patching.table.save(patching.table.file(run.folder, pairs.name))
         if patching.path_table is not None:
-            patching.path_table.save(path_file(run.folder, pairs.name))
+            patching.path_table.save(patching.path_table.file(run.folder, pairs.name))
         resampling = of_prompts(pairs.tests, config.bootstrap, config.seed)
         results = patching.results(differences(patching.clean_P, patching.corrupted_P, pairs.left_out, resampling))
         return Measured(results, said(results))

@@ -36,7 +36,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import even_batches
-from saejax.parallel import by_row
+from saejax.parallel.mesh import by_row
 from saejax.tasks.behaviours import Prompt
 
 DIRECTIONS = ("denoising", "noising")

@@ -15,12 +15,13 @@ import numpy as np
 import optax
 
 from saejax.causal.parts import OnProgress, silent
+from saejax.causal.patching.pairs import patched_differences
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 
 _RATE = 1e-2  # of Adam, falling to 0
 _OPTIMISER = optax.scale_by_adam()
@@ -91,15 +92,15 @@ def patch_subspace(
       split: the model, split at the dictionary's site.
       base, source: runs of the prompts and of others of as many tokens, row by row.
       directions_DxK: orthonormal.
+
+    Raises:
+      UserError: a logit difference is not finite.
     """
-    diff_P = np.full(sum(len(run.index_P) for run in base), np.nan)
-    for own, other in zip(base, source, strict=True):
-        for first in range(0, len(own.index_P), PROMPTS):
-            some = slice(first, first + PROMPTS)
-            rows = split.by_row(*_arrays(own, other, some))
-            diff_B = _patched(split.point, split.params, jnp.asarray(directions_DxK), *rows)
-            diff_P[own.index_P[some]] = np.asarray(diff_B, np.float64)[: len(own.index_P[some])]
-    return diff_P
+
+    def patched(own: CleanRun, other: CleanRun, some: slice) -> jax.Array:
+        return _patched(split.point, split.params, directions_DxK, *split.by_row(*_arrays(own, other, some)))
+
+    return patched_differences(split, base, source, patched)
 
 
 def _arrays(own: CleanRun, other: CleanRun, some: slice) -> list:

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.split import CleanRun, SplitModel, of_features
+from saejax.causal.split import SplitModel, in_order, of_features
 from saejax.dictionaries import Basis
 from saejax.errors import UserError
 from saejax.models.split import SplitPoint
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 from saejax.tasks.behaviours import Prompt
 
 
@@ -30,22 +30,16 @@ def pooled_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tu
     Raises:
       UserError: an activation is not finite.
     """
-    parts, order = [], []
-    for clean in split.run(prompts):
-        parts.append([np.asarray(array)[: len(clean.index_P)] for array in _pool_run(split, clean, pool)])
-        order.append(clean.index_P)
-    back_N = np.argsort(np.concatenate(order))
-    features_NxF, raw_NxD, read_N = (np.concatenate(part)[back_N] for part in zip(*parts, strict=True))
+    runs = split.run(prompts)
+    arrays = ((run.read_BxTxD, run.domain_BxT, run.last_B) for run in runs)
+    parts = [_pool(split.point, pool, split.dictionary, *some) for some in arrays]
+    features_NxF, raw_NxD, read_N = (in_order(part, runs) for part in zip(*parts, strict=True))
     for feature in np.flatnonzero(~np.isfinite(features_NxF).all(axis=0))[:1]:
         raise UserError(
             f"feature {feature} has an activation that is not finite: the dictionary holds NaN or overflows; train it "
             "again"
         )
     return dict(features=features_NxF.astype(np.float32), raw=raw_NxD.astype(np.float32)), read_N
-
-
-def _pool_run(split: SplitModel, clean: CleanRun, pool: str) -> tuple[jax.Array, ...]:
-    return _pool(split.point, pool, split.dictionary, clean.read_BxTxD, clean.domain_BxT, clean.last_B)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

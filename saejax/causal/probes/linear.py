@@ -264,17 +264,14 @@ def _fit(train_NxR: np.ndarray, class_N: np.ndarray, strength: float) -> Any:
     return model.fit(train_NxR, class_N)
 
 
-def _accuracy(task: Task, k: int | None, strength: float) -> float:
-    return float((fitted(task, k, strength).class_M == task.test_class_M).mean())
-
-
 def _shuffled(task: Task, k: int | None, strength: float, rng: np.random.Generator) -> ProbeAnswers:
     return fitted(dataclasses.replace(task, train_class_N=rng.permutation(task.train_class_N)), k, strength)
 
 
 def _random_accuracy(task: Task, k: int, strength: float, rng: np.random.Generator) -> float:
     inputs = task.train_NxC.shape[1]
-    return _accuracy(task.narrowed(rng.choice(inputs, min(k, inputs), replace=False)), k, strength)
+    some = task.narrowed(rng.choice(inputs, min(k, inputs), replace=False))
+    return float((fitted(some, k, strength).class_M == task.test_class_M).mean())
 
 
 def _spread(accuracies: list[float]) -> Interval:

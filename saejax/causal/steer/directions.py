@@ -30,7 +30,7 @@ from saejax.causal.screening import leaders
 from saejax.causal.split import PROMPTS, CleanRun, SplitModel
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 from saejax.tasks.behaviours import Prompt
 
 LEAST = 3  # texts of an answer, of which there is a mean

@@ -11,7 +11,7 @@ from saejax.causal.ablate.results import EqualDose
 from saejax.causal.ablate.text import HeldOutText, TextDiffs
 from saejax.causal.clustered import Resampling, of_prompts
 from saejax.causal.parts import OnProgress
-from saejax.causal.split import CleanRun, SplitModel
+from saejax.causal.split import CleanRun, SplitModel, in_order
 from saejax.causal.steer import fluency
 from saejax.causal.steer.directions import AnswerTexts, Turn, last_values
 from saejax.causal.steer.draws import RandomDraws
@@ -230,8 +230,7 @@ def _rises(text: TextDiffs, config: SteerConfig) -> list[Interval]:
 
 def _last(runs: Sequence[CleanRun]) -> np.ndarray:
     """The site's last value of every prompt, in their order, [P, D]."""
-    rows = np.concatenate([last_values(run.value_BxTxD, run)[: len(run.index_P)] for run in runs])
-    return rows[np.argsort(np.concatenate([run.index_P for run in runs]))]
+    return in_order((last_values(run.value_BxTxD, run) for run in runs), runs)
 
 
 def _equal_dose(

@@ -19,7 +19,7 @@ from saejax.models.edits import ForwardPass, Positions
 from saejax.models.layers import einsum
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 
 _STEP = 8  # batches are filled up to a multiple of this many rows
 

@@ -7,8 +7,8 @@ beside them (``prompting``).
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from saejax.causal.steer.measure import Judged, SteeringTest
 from saejax.causal.steer.results import BehaviourSteering, SteerResults
 from saejax.errors import UserError
 from saejax.settings import SteerConfig
-from saejax.workspace import Run, write_text
+from saejax.workspace import Run, read_lines, write_lines
 
 
 def run_steer(run: Run) -> SteerResults:
@@ -56,7 +56,7 @@ def run_steer(run: Run) -> SteerResults:
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
             judged = SteeringTest(model, split, prompts[name], text, config, on_progress).judge()
-            write_text(part_file(run, name, "-prompts.jsonl"), _lines(judged))
+            write_lines(part_file(run, name, "-prompts.jsonl"), _rows(judged))
             return Measured(judged.results, _line(judged.results))
 
         return measure
@@ -74,13 +74,11 @@ def _settled(run: Run, parts: Mapping[str, BehaviourSteering], config: SteerConf
     """The behaviours with the answers of the run: each method of each behaviour is one of the claims that it makes."""
     effects = {}
     for name, result in parts.items():
-        text = part_file(run, name, "-prompts.jsonl").read_text("utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
-        drawn = [line for line in lines if line["draws"]]
-        clean_Q, template_Q = (np.array([line[of] for line in drawn]) for of in ("clean", "template"))
+        drawn = [row for row in read_lines(part_file(run, name, "-prompts.jsonl")) if row["draws"]]
+        clean_Q, template_Q = (np.array([row[of] for row in drawn]) for of in ("clean", "template"))
         for method, own in result.methods.items():
-            steered_Q = np.array([line["steered"][method][own.chosen] for line in drawn])
-            draws_NxQ = np.array([line["draws"][method] for line in drawn]).T
+            steered_Q = np.array([row["steered"][method][own.chosen] for row in drawn])
+            draws_NxQ = np.array([row["draws"][method] for row in drawn]).T
             effects[name, method] = effects_of(clean_Q, steered_Q, draws_NxQ, template_Q, None)
     found = claims({" ".join(key): one for key, one in effects.items()}, rule(config))
     answers = dict(zip(effects, found.values(), strict=True))
@@ -95,10 +93,10 @@ def _settled(run: Run, parts: Mapping[str, BehaviourSteering], config: SteerConf
     }
 
 
-def _lines(judged: Judged) -> str:
+def _rows(judged: Judged) -> list[dict[str, Any]]:
     """The logit differences of every test prompt."""
     places = {int(place): q for q, place in enumerate(judged.chosen_Q)}
-    lines = [
+    return [
         dict(
             text=prompt.text,
             correct=prompt.correct,
@@ -112,7 +110,6 @@ def _lines(judged: Judged) -> str:
         )
         for p, prompt in enumerate(judged.prompts)
     ]
-    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
 
 def _line(result: BehaviourSteering) -> str:

@@ -1,7 +1,7 @@
 """A benchmark's items on a model: encoded with an answer each, and scored with and without edits."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from saejax.settings import TaskConfig
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmark_prompts import make_prompter
 from saejax.tasks.benchmarks import Item, way
+from saejax.tasks.scored_items import ChosenItem, ReferenceItem, ScoredItem
 
 EditsOf = Callable[[Sequence[int]], Sequence[Edit]]  # of the texts of a batch, given which item each is of
 _ITEMS = 16  # scored by log-likelihood between two looks whether to stop
@@ -46,11 +47,11 @@ class ItemScores:
         if self._way != "choice":
             return self.solutions(items)
         found = []
-        rows = self._slices(items, unedited, self._way)
+        rows = cast(list[ChosenItem], self._slices(items, unedited, self._way))
         for place, (item, row) in enumerate(zip(items, rows, strict=True)):
             wrong = [
                 (total, choice)
-                for total, choice in zip(row["log_likelihoods"], item.choices, strict=True)
+                for total, choice in zip(row.log_likelihoods, item.choices, strict=True)
                 if choice != item.answer
             ]
             found += [self.reference(place, item, item.answer), self.reference(place, item, max(wrong)[1], sign=-1.0)]
@@ -72,21 +73,23 @@ class ItemScores:
           accuracy: whether answers are judged, or log-likelihoods of the references alone measured.
         """
         tokens = [len(reference.answer) for reference in self.solutions(items)]
-        if accuracy and self._way == "choice":
-            judged = self._slices(items, edits, self._way)
-            totals = [row["log_likelihoods"][item.choices.index(item.answer)] for item, row in zip(items, judged)]
+        judged = self._slices(items, edits, self._way) if accuracy else []
+        if judged and self._way == "choice":
+            chosen = zip(items, cast(list[ChosenItem], judged), strict=True)
+            totals = [row.log_likelihoods[item.choices.index(item.answer)] for item, row in chosen]
         else:
-            judged = self._slices(items, edits, self._way) if accuracy else [{} for _ in items]
-            totals = [row["log_likelihood"] for row in self._slices(items, edits, "likelihood")]
+            solved = cast(list[ReferenceItem], self._slices(items, edits, "likelihood"))
+            totals = [row.log_likelihood for row in solved]
+        answers = [row.judged for row in judged] or [(None, None)] * len(items)
         return [
-            ItemScore(condition, item.id, total, count, *_judged(row))
-            for item, total, count, row in zip(items, totals, tokens, judged, strict=True)
+            ItemScore(condition, item.id, total, count, *answer)
+            for item, total, count, answer in zip(items, totals, tokens, answers, strict=True)
         ]
 
-    def _slices(self, items: Sequence[Item], edits: EditsOf, scored: str) -> benchmark_scores.Rows:
+    def _slices(self, items: Sequence[Item], edits: EditsOf, scored: str) -> list[ScoredItem]:
         """``score_items`` in a way, with looks in between whether to stop."""
         step = self._task.batch if scored == "generate" else _ITEMS
-        rows = []
+        rows: list[ScoredItem] = []
         for first in range(0, len(items), step):
             self._check_stop()
             some = items[first : first + step]
@@ -99,10 +102,3 @@ class ItemScores:
 def unedited(texts: Sequence[int]) -> Sequence[Edit]:
     """No edit."""
     return ()
-
-
-def _judged(row: dict[str, Any]) -> tuple[str | None, bool | None]:
-    """The model's answer and whether it is right, by the strict or the raw rule; None if none was asked for."""
-    if "strict" in row:
-        return row["output"], row["strict"]["correct"]
-    return (row["raw"]["found"], row["raw"]["correct"]) if "raw" in row else (None, None)

@@ -26,7 +26,7 @@ from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import even_batches
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 from saejax.tasks.likelihood import align, token_scores
 
 _PROGRAM = 4096  # tokens that run in the time in which programs of another shape are compiled, roughly

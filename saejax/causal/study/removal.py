@@ -23,7 +23,7 @@ from saejax.dictionaries import Basis
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
-from saejax.parallel import sharding
+from saejax.parallel.mesh import sharding
 from saejax.settings import StudyConfig
 from saejax.tasks.benchmarks import Item
 from saejax.tasks.likelihood import token_scores

@@ -8,7 +8,6 @@ matched random features in their place. ``scores`` says what that means.
 
 import dataclasses
 import functools
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
 from saejax.settings import StudyConfig
 from saejax.tasks.benchmarks import Item, origin, read_items, way
-from saejax.workspace import Run, read_json, write_json, write_text
+from saejax.workspace import Run, read_json, read_lines, write_json, write_lines
 
 ITEMS, FEATURES, RANKING = "items.jsonl", "features.json", "feature_importance_ranking.json"
 CONDITIONS = "conditions"  # folder of the rows of each, until all are scored
@@ -190,7 +189,7 @@ class _Conditions:
                 own = same if accuracy else [dataclasses.replace(row, answer=None, correct=None) for row in same]
             else:
                 own = self._items.score(condition, self._test, edits, accuracy)
-            write_text(self._file(condition), _json_lines(own))
+            write_lines(self._file(condition), map(to_json, own))
             self._run.say(f"{condition}: {_line(own)}")
 
         self._run.each(conditions, self._file, make, last)
@@ -199,14 +198,10 @@ class _Conditions:
 
     def write(self) -> None:
         """Writes all rows into one file."""
-        write_text(self._run.folder / ITEMS, "".join(map(_json_lines, self.rows.values())))
+        write_lines(self._run.folder / ITEMS, (to_json(row) for rows in self.rows.values() for row in rows))
 
     def _file(self, condition: str) -> Path:
         return self._run.folder / CONDITIONS / f"{condition.replace('/', '-')}.jsonl"
-
-
-def _json_lines(rows: Scored) -> str:
-    return "".join(json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def _line(rows: Scored) -> str:
@@ -219,10 +214,7 @@ def _line(rows: Scored) -> str:
 def read_scores(path: Path) -> dict[str, list[ItemScore]]:
     """The rows of ``items.jsonl``, by condition; none if it is not there."""
     found: dict[str, list[ItemScore]] = {}
-    if path.exists():
-        # Not splitlines: answers may hold other line separators of Unicode.
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            if line:
-                row = from_json(ItemScore, json.loads(line), path)
-                found.setdefault(row.condition, []).append(row)
+    for fields in read_lines(path) if path.exists() else ():
+        row = from_json(ItemScore, fields, path)
+        found.setdefault(row.condition, []).append(row)
     return found

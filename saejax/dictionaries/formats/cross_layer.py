@@ -14,7 +14,7 @@ Opening a set reads no values but a few rows of the last layer.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,7 @@ def open_set(folder: Path, fetch: Callable[[str], Path] | None = None) -> tuple[
         opened = [(path, tensors.find(path)) for path in _numbered(folder, PARAMS)]
     else:
         opened = [_both(path) for path in _numbered(folder, ENCODERS)]
+        _check_together(file, settings or {}, opened)
     if not opened:
         raise UserError(f"{folder} holds no layer of a cross-layer transcoder: expected {ENCODERS} or {PARAMS}")
     turned = "w_enc" in opened[0][1]
@@ -134,6 +135,15 @@ def open_set(folder: Path, fetch: Callable[[str], Path] | None = None) -> tuple[
     if turned and len(opened) > 1:
         _check_order(opened[-1][0], named[-1]["W_dec"])
     return CrossLayerSet(configs, named, turned), reads
+
+
+def _check_together(file: Path, settings: Mapping[str, Any], opened: Sequence[tuple[Path, dict[str, Tensor]]]) -> None:
+    """Refuses files of ours that were not written together: layers of other models or trainings fit by their shapes."""
+    own = settings.get(FACTS)
+    stamp = own.get("stamp") if isinstance(own, dict) else None
+    for path in (tensor.file for _, found in opened for tensor in found.values()) if stamp else ():
+        if tensors.stamp_of(path) != stamp:
+            raise UserError(f"{path} is not of the set that {file} describes: copy all files of one set")
 
 
 def _facts(file: Path, settings: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:

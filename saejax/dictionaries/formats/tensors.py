@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from saejax.dictionaries.formats import origin
@@ -21,6 +22,7 @@ from saejax.errors import UserError
 from saejax.models.checkpoint import Tensor, read_header
 
 Shapes = Mapping[str, tuple[int, ...]]
+_STAMP = "saejax_stamp"  # key of a file's metadata
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
 
 
@@ -77,9 +79,22 @@ def host_arrays(dictionary: Dictionary) -> tuple[dict[str, np.ndarray], str]:
     return arrays, dtype.name
 
 
-def write(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors; what lies in another order in memory is written row by row."""
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file)
+def write(file: Path, arrays: Mapping[str, np.ndarray], stamp: str = "") -> None:
+    """Writes tensors; what lies in another order in memory is written row by row.
+
+    Args:
+      file: where to.
+      arrays: by name.
+      stamp: says which files belong together; see ``stamp_of``.
+    """
+    named = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(named, file, metadata={_STAMP: stamp} if stamp else None)
+
+
+def stamp_of(file: Path) -> str:
+    """The stamp of a file that ``find`` has looked at; "": it has none."""
+    with safe_open(file, "numpy") as opened:
+        return (opened.metadata() or {}).get(_STAMP, "")
 
 
 @contextlib.contextmanager

@@ -26,8 +26,12 @@ class Facts(TypedDict, total=False):
     fires_above: float
 
 
-class Coder(Protocol):
-    """What a kind sees of a ``Dictionary``."""
+class MemberEncoder(Protocol):
+    """What a kind sees of a ``Dictionary`` whose activations it makes and weighs.
+
+    It is a whole one, or a layer of a cross-layer transcoder, whose decoder is not its own: there W_dec_FxD holds the
+    lengths of the joined decoders' rows, [F, 1], which are all that penalties read of a decoder.
+    """
 
     config: DictionaryConfig
     operands: str
@@ -35,6 +39,10 @@ class Coder(Protocol):
     @property
     def arrays(self) -> Arrays:
         """W_enc_DxF, b_enc_F, W_dec_FxD, b_dec_D, those of ``Kind.vectors``, and W_skip_DxD of a skip transcoder."""
+
+
+class Coder(MemberEncoder, Protocol):
+    """A whole dictionary, which also rebuilds its target."""
 
     def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
         """f W_dec + b_dec, and x W_skip of a skip transcoder."""
@@ -55,7 +63,7 @@ class EncodedBatch:
       own: the other settings of the kind.
     """
 
-    member: Coder
+    member: MemberEncoder
     x_BxD: jax.Array
     y_BxD: jax.Array
     pre_BxF: jax.Array
@@ -99,7 +107,7 @@ class Kind:
 
     # What it computes.
 
-    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Activations at inference [..., F].
 
         Args:
@@ -128,7 +136,7 @@ class Kind:
     # How it is trained.
 
     def encode_in_training(
-        self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, own: Any
+        self, member: MemberEncoder, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, own: Any
     ) -> tuple[jax.Array, jax.Array]:
         """Activations [B, F] in training, and the smallest that was kept (0 where nothing is made of that).
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.dictionaries import sparsity
-from saejax.dictionaries.kinds.base import Arrays, Coder, Kind, Numbers
+from saejax.dictionaries.kinds.base import Arrays, Kind, MemberEncoder, Numbers
 
 
 class BatchTopK(Kind):
@@ -18,12 +18,12 @@ class BatchTopK(Kind):
     jumprelu = True
     no_free_decoder = "has no penalty to hold it in a batchtopk dictionary"
 
-    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """By the threshold, so that a token's features do not depend on others."""
         return sparsity.threshold(pre_xF, member.arrays["threshold_F"])
 
     def encode_in_training(
-        self, member: Coder, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, own: Any
+        self, member: MemberEncoder, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, own: Any
     ) -> tuple[jax.Array, jax.Array]:
         """The largest of the batch, and the smallest of these."""
         return sparsity.batch_topk(pre_BxF, values["k"])

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from saejax.dictionaries import losses, sparsity
-from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Kind, Numbers
+from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, Kind, MemberEncoder, Numbers
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 
@@ -27,7 +27,7 @@ class Gated(Kind):
     unscaled = ("r_mag_F",)
     jumprelu = True
 
-    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Magnitudes where the gate is open."""
         scale_F, bias_F = jnp.exp(member.arrays["r_mag_F"]), member.arrays["b_mag_F"]
         magnitude_xF = projected_xF * row(scale_F, projected_xF.ndim) + row(bias_F, projected_xF.ndim)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.dictionaries import losses, sparsity, straight_through
-from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Kind, Numbers
+from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, Kind, MemberEncoder, Numbers
 from saejax.settings.kinds import JumpReLUConfig
 
 
@@ -16,13 +16,13 @@ class JumpReLU(Kind):
     vectors = ("threshold_F",)
     jumprelu = True
 
-    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Without gradients to the thresholds."""
         return sparsity.threshold(pre_xF, member.arrays["threshold_F"])
 
     def encode_in_training(
         self,
-        member: Coder,
+        member: MemberEncoder,
         pre_BxF: jax.Array,
         projected_BxF: jax.Array,
         values: Numbers,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from saejax.dictionaries.kinds.base import Coder, Facts, Numbers
+from saejax.dictionaries.kinds.base import Facts, MemberEncoder, Numbers
 from saejax.dictionaries.kinds.standard import Standard
 from saejax.settings.kinds import LinearConfig
 
@@ -17,7 +17,7 @@ class Linear(Standard):
     signed = True
     no_free_decoder = "leaves open what --train.linear.fires_above is compared with"
 
-    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """pre."""
         return pre_xF
 

@@ -3,7 +3,7 @@
 import jax
 
 from saejax.dictionaries import sparsity
-from saejax.dictionaries.kinds.base import Coder, Kind, Numbers
+from saejax.dictionaries.kinds.base import Kind, MemberEncoder, Numbers
 
 
 class TopK(Kind):
@@ -16,6 +16,6 @@ class TopK(Kind):
     compares = True
     no_free_decoder = "has no penalty to hold it in a topk dictionary"
 
-    def encode(self, member: Coder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """``member.config.k`` is the largest k of a stack's members."""
         return sparsity.topk(pre_xF, numbers["k"], member.config.k)

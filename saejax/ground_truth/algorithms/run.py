@@ -4,7 +4,6 @@ Its folder is in the hub's format, and ``prompts.jsonl`` is for ``--task.prompts
 and all others take it like any model, and probes have the algorithm's variables for labels.
 """
 
-import json
 import time
 from collections.abc import Callable
 
@@ -22,10 +21,10 @@ from saejax.ground_truth.algorithms.stage import AlgorithmConfig
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import load_model
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.scoring import wilson
-from saejax.workspace import Run, write_text
+from saejax.workspace import Run, write_lines, write_text
 
 _LOOK_EVERY, _SAY_EVERY = 250, 10.0  # steps; seconds
 _LOOK, _FRESH, _TEXTS = (
@@ -129,5 +128,5 @@ def _write_corpus(run: Run, algorithm: Algorithm, rng: np.random.Generator) -> l
         last = int(place_N[-1])
         words = [algorithm.words[word] for word in (*ids_T[1 : last + 1], right_NxV[-1].argmax())]
         texts.append(" ".join(words))
-    write_text(run.folder / "corpus.jsonl", "".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+    write_lines(run.folder / "corpus.jsonl", (dict(text=text) for text in texts))
     return texts

@@ -24,7 +24,7 @@ from saejax.ground_truth.hub_folder import save_model
 from saejax.ground_truth.matching import Matching
 from saejax.ground_truth.scores import RECOVERED
 from saejax.models.language_model import LanguageModel, load_model
-from saejax.parallel import make_mesh
+from saejax.parallel.mesh import make_mesh
 from saejax.tasks.behaviours import Prompt
 from saejax.workspace import Run
 

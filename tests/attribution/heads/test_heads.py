@@ -8,7 +8,8 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import load_model
-from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.graph.nodes import FEATURE, LOGIT, TOKEN
+from saejax.attribution.heads import cut
 from saejax.attribution.heads import edges as heads
 from saejax.attribution.heads.passes import Placed
 from saejax.attribution.trace.prompt import trace_prompt
@@ -103,6 +104,38 @@ def test_groups_and_blocks_of_sources_and_targets_change_nothing(traced, monkeyp
     for edge, carried in whole.items():
         assert [head[:2] for head in parts[edge]] == [head[:2] for head in carried]
         np.testing.assert_allclose([head[2] for head in parts[edge]], [head[2] for head in carried], atol=1e-6)
+
+
+def test_of_a_dense_graph_the_most_influential_nodes_edges_are_left_and_their_parts_are_the_same(traced, monkeypatch):
+    pruned, config = traced.graph.prune(1.0, 1.0), traced.replacement.model.config
+    assert cut.within(pruned, traced.graph, config) == (pruned, None)
+    monkeypatch.setattr(cut, "_LEAST", 0.0)
+    rows = cut.graph_flops(traced.graph, config)
+    monkeypatch.setattr(cut, "graph_flops", lambda graph, model: 0.4 * rows)
+    left, share = cut.within(pruned, traced.graph, config)
+    edges, nodes = edges_of(left), left.nodes
+    ends = np.unique([edge[:2] for edge in edges])
+    others = ends[~np.isin(nodes.kind_N[ends], (TOKEN, LOGIT))]
+    influence_N = pruned.pruning.influence_N
+    assert 0 < share < 1 and len(others) > 5 and share == pytest.approx(float(influence_N[others].max()), abs=0.02)
+    kept = influence_N <= share
+    assert edges == [
+        edge for edge in edges_of(pruned) if all(kept[n] or nodes.kind_N[n] in (TOKEN, LOGIT) for n in edge[:2])
+    ]
+    length, each = len(IDS), 2 * config.d_model * config.d_head * (config.n_heads + config.n_kv_heads)
+    need = 0.0
+    for source in {source for source, *_ in edges}:
+        need += each * (config.n_layers - 1 - nodes.layer_N[source]) * (length - nodes.position_N[source])
+    for target in {target for _, target, _ in edges}:
+        layers = config.n_layers if nodes.kind_N[target] == LOGIT else nodes.layer_N[target] + 1
+        need += each * layers * (nodes.position_N[target] + 1)
+    assert 0.2 * rows < need < 0.4 * rows
+    found = {name: heads.edge_heads(traced.replacement, traced.readouts, one).by_edge() for name, one in
+             dict(left=left, all=pruned).items()}  # fmt: skip
+    assert 20 < len(found["left"]) < len(found["all"])
+    for edge, carried in found["left"].items():
+        assert [head[:2] for head in carried] == [head[:2] for head in found["all"][edge]]
+        np.testing.assert_allclose([head[2] for head in carried], [head[2] for head in found["all"][edge]], atol=1e-6)
 
 
 def test_blocks_of_sources_leave_out_what_is_before_them():

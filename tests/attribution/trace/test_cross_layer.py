@@ -1,5 +1,8 @@
 """Graphs of cross-layer transcoders against an explicit Jacobian in float64; their files; and what runs of them do."""
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 import yaml
@@ -7,6 +10,7 @@ from dense_reference import Dense
 from made_graphs import load_tiny, make_cross_layer
 from safetensors.numpy import save_file
 
+from saejax import command
 from saejax.attribution.checks.circuit_runs import Circuit, run_circuits
 from saejax.attribution.checks.continued import continue_prompt
 from saejax.attribution.checks.edits import Change
@@ -16,6 +20,8 @@ from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.attribution.heads import edges as heads
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
+from saejax.dictionaries import Dictionary
+from saejax.dictionaries.formats import cross_layer_files
 from saejax.errors import UserError
 
 IDS = [0, 17, 230, 5, 42, 99, 7]
@@ -223,3 +229,33 @@ def test_damaged_sets_are_refused(tiny, tmp_path):
     save_file(named | dict(w_dec=below), file)
     with pytest.raises(UserError, match="features of the last layer write to layer 0: expected the last alone"):
         open_transcoders(folder)
+
+
+def test_what_does_not_belong_together_is_one_line(tiny, tmp_path, capsys):
+    """Layers of two sets of one shape, a layer that is missing, and a set of another model, through the binary."""
+    for name, fingerprint in (("own", tiny.source.fingerprint), ("other", "another"), ("again", "another")):
+        _, made, writes = make_cross_layer(tiny.config, "jumprelu")
+        told = [
+            Dictionary(dataclasses.replace(one.config, fingerprint=fingerprint, model="m"), **one.arrays)
+            for one in made
+        ]
+        if name == "again":  # of the same model, trained otherwise
+            told[0] = Dictionary(told[0].config, **told[0].arrays | dict(b_enc_F=told[0].arrays["b_enc_F"] + 1))
+        cross_layer_files.save(tmp_path / name, len(told), lambda layer: (told[layer], writes[layer]))  # noqa: B023
+
+    def refused(name):
+        flags = [f"--model.path={tiny.source.folder}", f"--graph.transcoders={tmp_path / name}", "--mesh.data=8"]
+        flags += [f"--workdir={tmp_path / 'run'}", "--graph.token_ids=3,4"]
+        assert command.run(["attribute"], "", ["attribute", *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and not list((tmp_path / "run").rglob("*.html"))
+        return error
+
+    assert open_transcoders(tmp_path / "own").check(tiny).cross_layer
+    assert "was trained on m (fingerprint another), but the model is" in refused("other")
+    file = "W_dec_2.safetensors"
+    for other in ("own", "again"):
+        shutil.copyfile(tmp_path / other / file, tmp_path / "other" / file)
+        assert f"{file} is not of the set that" in refused("other")
+    (tmp_path / "other" / "W_enc_1.safetensors").unlink()
+    assert "lacks W_enc_1.safetensors: a set has every layer from 0" in refused("other")

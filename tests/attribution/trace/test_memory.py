@@ -15,7 +15,7 @@ from saejax.attribution.trace import prompt as attribute
 from saejax.attribution.trace.memory import GraphSize, Room, certain_active, check_room, fitting_tokens, graph_bytes
 from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 
 IDS = [0, 17, 230, 5, 42, 99, 7]
 

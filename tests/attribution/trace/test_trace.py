@@ -19,7 +19,7 @@ from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
 from saejax.models.language_model import load_model
-from saejax.parallel import AXES
+from saejax.parallel.mesh import AXES
 
 IDS = [0, 17, 230, 5, 42, 99, 7]
 pytestmark = pytest.mark.usefixtures("quick_compiler")

@@ -10,7 +10,7 @@ from runs import write_members
 from saejax.causal import ablation, activity
 from saejax.causal.ablate import run as stage
 from saejax.causal.ablate import verdict
-from saejax.causal.ablate.importance import Importance, importance_file
+from saejax.causal.ablate.importance import Importance
 from saejax.causal.ablate.results import AblateResults, ImportanceSummary
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary
@@ -132,7 +132,7 @@ def test_every_feature_on_request(make_run, tiny, make_dictionary):
     results = stage.run_ablate(run).behaviours
     kept = json.loads((run.folder / "first.json").read_text())["importance"]
     assert from_json(ImportanceSummary, kept, "") == results["first"].importance
-    found = Importance.load(importance_file(run.folder, "first"))
+    found = Importance.load(Importance.file(run.folder, "first"))
     prompts = [p for p in read_prompts(run.inputs["baseline"] / "prompts.jsonl") if p.behaviour == "first"]
     split = SplitModel(tiny, make_dictionary("resid_post.1"))
     runs = split.run([p for p in prompts if p.split == "test"])

@@ -34,7 +34,7 @@ def test_removing_neurons_equals_zeros_in_front_of_the_down_projection(tiny, tin
     import torch
 
     few, chosen = prompts[:4], [3, 17, 40]
-    split = SplitModel(tiny, bases.neurons(tiny, "resid_post.1"))
+    split = SplitModel(tiny, bases.Neurons(tiny, 1))
     assert split.point.site == Site("mlp_out", 1) and split.point.reads == Site("mlp_in", 1)
     diffs = ablation.ablate_sets(split, split.run(few), [chosen])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from linear_experiment import LinearExperiment
 
-from saejax.causal.ablate import repeats, verdict
+from saejax.causal.ablate import agreement, repeats, verdict
 from saejax.causal.statistics import holm
 from saejax.errors import UserError
 from saejax.settings import AblateConfig
@@ -87,7 +87,7 @@ def test_where_nothing_is_true_of_one_training_a_run_says_yes_at_most_as_often_a
 def test_no_repeats_and_names_that_come_twice(found):
     (first, *_), _ = found
     assert repeats.hold_again(dict(one=first)) == {} and first.holds_again is None
-    repeats.check(AblateConfig(repeats=("topk/seed2",)))
+    agreement.check(AblateConfig(repeats=("topk/seed2",)))
     for names in (("topk",), ("topk/seed2", "topk/seed2")):
         with pytest.raises(UserError, match="name each dictionary once, the tested one never"):
-            repeats.check(AblateConfig(repeats=names))
+            agreement.check(AblateConfig(repeats=names))

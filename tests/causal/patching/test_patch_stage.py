@@ -8,8 +8,8 @@ import pytest
 from runs import write_members
 
 from saejax.causal.patching import run as stage
-from saejax.causal.patching.grid import PatchingGrid, grid_file
-from saejax.causal.patching.nodes import NodeTable, node_file
+from saejax.causal.patching.grid import PatchingGrid
+from saejax.causal.patching.nodes import NodeTable
 from saejax.causal.patching.results import HeadPatchResults, PatchResults
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
@@ -55,7 +55,7 @@ def test_sites_killed_and_resumed(make_run):
     assert from_json(PatchResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     first = results.behaviours["first"]
     assert first.prompts + sum(first.left_out.values()) == 8 and first.left_out["no counterpart"] == 1
-    grid = PatchingGrid.load(grid_file(whole.folder, "first"))
+    grid = PatchingGrid.load(PatchingGrid.file(whole.folder, "first"))
     for direction, best in first.strongest.items():
         place = (grid.direction == direction) & (grid.layer == best.layer) & (grid.position == best.position)
         assert grid.effect[place] == best.effect.mean != best.train_effect  # that of other prompts
@@ -121,6 +121,6 @@ def test_heads(make_run):
     assert from_json(PatchResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     assert isinstance(results, HeadPatchResults) and (results.top, list(results.behaviours)) == (3, ["first", "second"])
     for name, found in results.behaviours.items():
-        table = NodeTable.load(node_file(run.folder, name))
+        table = NodeTable.load(NodeTable.file(run.folder, name))
         assert len(table.node) == found.nodes and (~np.isnan(table.effect)).sum() == found.measured
         assert len(found.strongest) == 3 and set(found.estimates) == {"atp_star", "atp", "change"}

@@ -137,14 +137,14 @@ def test_conditions_by_hand_killed_and_resumed(make_run, tiny, dictionary, task,
         own = [dictionary.redraw(top, pools, 128, seed=42, texts=range(6))] if redrawn else own
         solved = score_items(tiny, name, test, dataclasses.replace(task, score="likelihood"), own)
         for row, solution in zip(by_condition[condition], solved, strict=True):
-            assert (row["id"], row["tokens"]) == (solution["id"], solution["tokens"])
-            assert row["log_likelihood"] == pytest.approx(solution["log_likelihood"], rel=1e-4)
+            assert (row["id"], row["tokens"]) == (solution.id, solution.tokens)
+            assert row["log_likelihood"] == pytest.approx(solution.log_likelihood, rel=1e-4)
         if redrawn and every:
             texts = np.repeat(np.arange(6), [len(item.choices) for item in test])
             own = [dictionary.redraw(top, pools, 128, seed=42, texts=texts)]
         answered = score_items(tiny, name, test, task, own) if every else []
         for row, choice in zip(by_condition[condition], answered, strict=False):
-            assert (row["answer"], row["correct"]) == (choice["raw"]["found"], choice["raw"]["correct"])
+            assert (row["answer"], row["correct"]) == (choice.raw.found, choice.raw.correct)
     nats = {key: np.array([r["log_likelihood"] / r["tokens"] for r in own]) for key, own in by_condition.items()}
     assert len({value.tobytes() for value in nats.values()}) == 7  # no edit is without effect
     _same_figures(results.log_likelihood_per_token, nats)
@@ -166,16 +166,14 @@ def _one_by_one(run, results, test, tiny, dictionary, name, task, every):
     scored = "choice" if every else "likelihood"
     rows = [score_items(tiny, name, test, task, own, scored) for own in ((), [dictionary.ablate([first.feature])])]
     if every:
-        right = [np.mean([row["raw"]["correct"] for row in own]) for own in rows]
+        right = [np.mean([row.raw.correct for row in own]) for own in rows]
         assert first.accuracy_drop.mean == pytest.approx(right[0] - right[1])
-        nats = [
-            [row["log_likelihoods"][item.choices.index(item.answer)] for item, row in zip(test, own)] for own in rows
-        ]
-        tokens = [row["tokens"] for row in score_items(tiny, name, test, task, (), "likelihood")]
+        nats = [[row.log_likelihoods[item.choices.index(item.answer)] for item, row in zip(test, own)] for own in rows]
+        tokens = [row.tokens for row in score_items(tiny, name, test, task, (), "likelihood")]
         drop = np.mean((np.array(nats[0]) - nats[1]) / tokens)
     else:
         assert first.accuracy_drop is None
-        drop = np.mean([a["log_likelihood_per_token"] - b["log_likelihood_per_token"] for a, b in zip(*rows)])
+        drop = np.mean([a.log_likelihood_per_token - b.log_likelihood_per_token for a, b in zip(*rows)])
     assert first.drop.mean == pytest.approx(drop, abs=1e-4)
 
 

@@ -64,6 +64,7 @@ function makeLive(graph, { live, labels }, app) {
     clearEffects();
     app.change({ changes: [...others, { how: how.value, amount: Number(amount.value), members }] }, true);
   };
+  for (const option of here("hold").options) option.hidden = option.disabled = !live.holds.includes(option.value);
   here("hold").onchange = (event) => {
     clearEffects();
     app.change({ hold: event.target.value }, true);

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from saejax.errors import UserError
-from saejax.processes import check_devices
+from saejax.parallel.cluster import check_devices
 
 
 def devices(*counts, platform="gpu"):

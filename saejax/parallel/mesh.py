@@ -1,44 +1,33 @@
-"""The device mesh, shardings, and the start of processes.
+"""The device mesh and shardings.
 
 One mesh with the axes ``member``, ``data`` and ``model``: a stack of dictionaries is sharded over
 ``member``, tokens over ``data``, features and heads over ``model``. The same program runs on one device
 and on many hosts.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 import psutil
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saejax.errors import UserError
-from saejax.processes import joined
-from saejax.results import MeshShape
+from saejax.parallel.collectives import is_alone
 from saejax.settings import MeshConfig
 
 AXES = ("member", "data", "model")
 
 
-_alone = [False]  # whether this process works by itself for the time being
+def alone_config(model: int, devices: int) -> MeshConfig:
+    """How the devices of a process that works ``alone`` are arranged.
 
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """In the block this process works by itself, on its own devices, as if it were the only one of its run."""
-    before, _alone[0] = _alone[0], True
-    try:
-        yield
-    finally:
-        _alone[0] = before
-
-
-def process_count() -> int:
-    """How many processes work together: 1 in a block of ``alone``."""
-    return 1 if _alone[0] else jax.process_count()
+    Args:
+      model: size of the run's axis ``model``.
+      devices: of the process.
+    """
+    return MeshConfig(model=math.gcd(model, devices))
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -55,9 +44,9 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
     """
     config = config or MeshConfig()
     if devices is None:
-        devices = jax.local_devices() if _alone[0] else jax.devices()
+        devices = jax.local_devices() if is_alone() else jax.devices()
         if len(devices) < jax.device_count():
-            config = MeshConfig(model=math.gcd(config.model, len(devices)))
+            config = alone_config(config.model, len(devices))
     rest = config.member * config.model
     data = config.data or max(1, len(devices) // rest)
     if rest * data != len(devices):
@@ -99,54 +88,6 @@ def part_size(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) 
     """Number of elements that each device holds of an array placed by ``fitting_sharding``."""
     fits = fitting_spec(axes, shape, *spec)
     return math.prod(size // axes[axis] if axis else size for size, axis in zip(shape, fits, strict=True))
-
-
-def is_first_process() -> bool:
-    """Whether this process writes the files that exist once."""
-    return _alone[0] or jax.process_index() == 0
-
-
-def from_first_process(array: np.ndarray | np.generic) -> np.ndarray:
-    """The first process's array, in all processes. All give one of the same shape, of a type of 32 bits at most."""
-    return np.asarray(array if process_count() == 1 else multihost_utils.broadcast_one_to_all(array))
-
-
-def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole of an array, in every process, wherever its parts are; all processes must ask for it together."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
-
-
-def wait_for_all(place: str) -> None:
-    """Waits until all processes have come to the place of this name."""
-    if (peers := joined()) and process_count() > 1:
-        peers.meet(place)
-        multihost_utils.sync_global_devices(place)  # devices of CPUs give each other up if they meet 30 s apart
-
-
-class AgreedStop:
-    """Whether to stop now; all processes give the same answer, or each would wait for the others.
-
-    JAX agrees on the number of a question, so all processes must ask equally often.
-
-    Args:
-      stopping: whether this process was asked to stop.
-    """
-
-    def __init__(self, stopping: Callable[[], bool]):
-        self._stopping, self._asked = stopping, 0
-
-    def __call__(self) -> bool:
-        self._asked += 1
-        stopping = self._stopping()  # which others hear of, too: this process gets on
-        return multihost_utils.reached_preemption_sync_point(self._asked - 1) if process_count() > 1 else stopping
-
-
-def describe(mesh: Mesh) -> MeshShape:
-    """The mesh for a summary: device kinds, axis sizes, processes."""
-    kinds = sorted({device.device_kind for device in mesh.devices.flat})
-    return MeshShape(math.prod(mesh.devices.shape), tuple(kinds), dict(mesh.shape), process_count())
 
 
 def free_bytes(mesh: Mesh) -> int:

@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 import runs
 
+from saejax.parallel import cluster, parent
+
 TOY = """
 import os, signal, sys, time
 from pathlib import Path
-from saejax import guard
+from saejax.parallel import parent
 folder, own, count, act = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-guard._ABORTED, guard._GRACE = 3.0, 1.5
+parent._ABORTED, parent._GRACE = 3.0, 1.5
+early, act = act.startswith("early "), act.removeprefix("early ")
 def work():
     told = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(1))
-    guard.joined(folder, "mark", own, count)
+    if not early:
+        parent.joined(folder, "mark", own, count)
     print(os.getpid(), flush=True)
     sys.stdin.readline()  # all are there
     if act.startswith("exit"):
@@ -30,10 +34,10 @@ def work():
         time.sleep(0.05)
         if told and act == "saves":
             return 143
-        if act == "follows" and os.listdir(folder / guard.FOLDER / "mark"):
-            return guard.LOST
+        if act == "follows" and os.listdir(folder / parent.FOLDER / "mark"):
+            return parent.LOST
     return 0
-sys.exit(guard.guarded(work, folder, count))
+sys.exit(parent.guarded(work, folder, count, own))
 """
 
 
@@ -74,15 +78,26 @@ def test_all_end_well(ended, tmp_path):
         (["saves", "kill9"], [143, 137], "process 1 was ended by signal 9, so this one ends"),
         (["follows", "kill11"], [143, 139], "process 1 was ended by signal 11, so this one ends"),
         (["follows", "kill6"], [143, 134], "process 1 was ended by signal 6, so this one ends"),
+        (["early hangs", "early exit2"], [2, 2], "process 1 was given bad input, so this one ends"),
+        (["early kill9", "early saves"], [137, 143], "process 0 was ended by signal 9, so this one ends"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_when_one_ends_the_others_say_which_and_end(ended, acts, statuses, why):
     found, said = ended(*acts)
     assert found == statuses
-    culprit = next(own for own, act in enumerate(acts) if act.startswith(("exit", "kill")))
+    culprit = next(own for own, act in enumerate(acts) if act.removeprefix("early ").startswith(("exit", "kill")))
     for own, line in enumerate(said):
         assert line == ("" if own == culprit else f"process {own} of {len(acts)}: {why}")
+
+
+def test_what_an_earlier_start_left_is_forgotten(tmp_path):
+    first = parent.come(tmp_path, 1, 2)
+    first.say("137")
+    again = parent.come(tmp_path, 0, 2)
+    assert again.others() == {}
+    first.say("2")
+    assert again.others() == {1: {"2"}}
 
 
 def test_one_that_is_gone_without_a_word_is_named(ended):
@@ -99,11 +114,13 @@ def test_a_stop_that_one_is_asked_for_stops_all(ended):
     assert found == [143, 143] and said == ["", ""]
 
 
-def test_those_that_did_not_come_are_named(tmp_path):
-    from saejax import guard
+def test_a_process_is_missed_within_a_minute():
+    assert cluster.HEARTBEAT + parent._ABORTED + 2 * parent._LOOK_EVERY < 60
 
-    guard.come(tmp_path, 0)
-    guard.come(tmp_path, 2)
-    old = time.time() - 3 * guard.COME
-    os.utime(tmp_path / guard.FOLDER / "come" / "2", (old, old))  # of an earlier run
-    assert guard.not_come(tmp_path, 4).startswith("of 4 processes 1, 2, 3 did not come within 300 s")
+
+def test_those_that_did_not_come_are_named(tmp_path):
+    parent.come(tmp_path, 0, 4)
+    parent.come(tmp_path, 2, 4)
+    old = time.time() - 3 * parent.COME
+    os.utime(tmp_path / parent.FOLDER / "come" / "2", (old, old))  # of an earlier run
+    assert parent.not_come(tmp_path, 4).startswith("of 4 processes 1, 2, 3 did not come within 300 s")

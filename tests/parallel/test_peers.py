@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from saejax.errors import Interrupted, UserError
-from saejax.peers import Peers
-from saejax.processes import check_same
-from saejax.teams import Left, Team, deal
+from saejax.parallel.cluster import check_same
+from saejax.parallel.peers import Peers
+from saejax.parallel.teams import Left, Team, deal
 from saejax.workspace import Run
 
 
@@ -90,7 +90,7 @@ def test_one_that_ends_no_step_is_named_and_one_that_works_is_waited_for(monkeyp
         elif steps:
             other.meet("place", [1])
 
-    monkeypatch.setattr("saejax.peers.time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr("saejax.parallel.peers.time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     if steps:
         waits.meet("place")
         assert now[0] == 720 and said == [f"place: waiting for 1, {seconds} s" for seconds in (306, 612)]

@@ -14,15 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saejax import guard
 from saejax.errors import UserError
-from saejax.peers import Peers
+from saejax.parallel import parent
+from saejax.parallel.peers import Peers
 from saejax.settings import MeshConfig
 
 if TYPE_CHECKING:
     import jax
 
-HEARTBEAT = 50  # seconds without a word after which a process counts as dead, and the others end
+HEARTBEAT = 30  # seconds without a word after which a process counts as dead, and the others end
+_SHUTDOWN = 50  # seconds that a process which is done waits for the others
 _joined: list[Peers] = []  # the processes of this one's run, once it has joined them
 
 
@@ -45,10 +46,9 @@ def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshC
 
     found = len(glob.glob("/dev/nvidia[0-9]*"))
     ids: list[int] | None
-    common = dict(initialization_timeout=guard.COME, heartbeat_timeout_seconds=HEARTBEAT)
-    common |= dict(shutdown_timeout_seconds=HEARTBEAT)
+    common = dict(initialization_timeout=parent.COME, heartbeat_timeout_seconds=HEARTBEAT)
+    common |= dict(shutdown_timeout_seconds=_SHUTDOWN)
     if config.distributed == "flags":
-        guard.come(workdir, config.process_id)
         told = dict(num_processes=config.processes, process_id=config.process_id)
         jax.distributed.initialize(config.coordinator or None, **told, **common)
         ids = list(range(visible_gpus(os.environ, found)))
@@ -65,10 +65,10 @@ def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshC
     peers = Peers(global_state.client, own, count, 6 * config.watchdog, say)
     _joined[:] = [peers]
     mark = uuid.uuid4().hex
-    place = guard.joined(workdir, mark, own, count) if own == 0 else None
+    place = parent.joined(workdir, mark, own, count) if own == 0 else None
     mark = peers.tell("mark of the run", mark)
-    place = place or guard.joined(workdir, mark, own, count)
-    guard.seen([place.folder])
+    place = place or parent.joined(workdir, mark, own, count)
+    parent.seen([place.folder])
     check_devices(jax.devices(), own, None if jax.config.jax_platforms == "cpu" else ids)
     return dataclasses.replace(config, processes=count, process_id=own)
 
@@ -81,7 +81,7 @@ def joined() -> Peers | None:
 def label() -> str:
     """What stands before this process's lines, such as "process 3 of 4: "; "" for one alone."""
     peers = joined()
-    return guard.label(peers.own, peers.count) if peers else ""
+    return parent.label(peers.own, peers.count) if peers else ""
 
 
 def check_same(peers: Peers, settings: Mapping[str, str]) -> None:

@@ -1,8 +1,8 @@
 """A parent for each process of a run, which ends it when another one has ended, and says which.
 
 A process that waits for another one in a collective cannot look after it, and JAX aborts it, without saying in its exit
-status why, a minute after the other is gone. So the work is done in a child. The parents have a folder in the workdir,
-in which each writes how its own child ended.
+status why, a minute after the other is gone; before all have joined it waits for minutes. So the work is done in a
+child. The parents have a folder in the workdir, in which each writes how its own child ended.
 """
 
 import contextlib
@@ -21,9 +21,10 @@ from saejax.errors import Interrupted
 FOLDER = ".processes"  # of a workdir
 COME = 300  # seconds that processes wait for one another at the start
 LOST = 75  # exit status of a child whose connection to another process broke
-_LOOK_EVERY, _GRACE, _ABORTED = 0.5, 20.0, 30.0  # seconds: to save what there is; until others have said how they ended
+_LOOK_EVERY, _GRACE, _ABORTED = 0.5, 20.0, 25.0  # seconds: to save what there is; until others have said how they ended
 _VISIBLE = 120.0  # seconds within which a file is seen on all hosts that share its folder
 _SAVED = 128 + signal.SIGTERM
+_COME = "come"  # a folder of FOLDER, for those that have not joined yet
 _STOP, _STOPS = "stop", (signal.SIGTERM, signal.SIGINT)
 _FOLLOWS = (-signal.SIGABRT, LOST)  # ends that mostly follow from that of another process
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl
@@ -47,13 +48,13 @@ class ProcessPlace:
         """The words of other processes."""
         found: dict[int, set[str]] = {}
         for name in os.listdir(self.folder) if self.folder.is_dir() else ():
-            process, _, word = name.partition("-")
-            if int(process) != self.own:
+            process, dash, word = name.partition("-")
+            if dash and int(process) != self.own:
                 found.setdefault(int(process), set()).add(word)
         return found
 
 
-def guarded(work: Callable[[], int], workdir: Path, count: int) -> int:
+def guarded(work: Callable[[], int], workdir: Path, count: int, own: int | None = None) -> int:
     """Runs one process's work in a child, and gives its exit status, or the one that others' ends ask for.
 
     It is 143 where the same command is to be run again: the run was stopped, or a process died. It is 1 or 2 where one
@@ -63,8 +64,10 @@ def guarded(work: Callable[[], int], workdir: Path, count: int) -> int:
       work: joins the other processes, says so by ``joined``, and returns an exit status.
       workdir: of the run.
       count: how many processes there are, as far as flags tell.
+      own: which one this is; None where only the cluster knows, which then has to end the others until all have joined.
     """
     asked: list[int] = []
+    place = None if own is None else come(workdir, own, count)
     for number in _STOPS:
         signal.signal(number, lambda number, frame: asked.append(number))
     sys.stdout.flush()
@@ -86,7 +89,7 @@ def guarded(work: Callable[[], int], workdir: Path, count: int) -> int:
                 os._exit(status)
         return status
     os.close(write)
-    found = _Parent(child, read, asked)
+    found = _Parent(child, read, asked, place)
     status = found.watch()
     if status == 128 + signal.SIGABRT and not found.knows_others:
         print("error:", not_come(workdir, count), file=sys.stderr)
@@ -107,15 +110,20 @@ def seen(files: Sequence[Path]) -> None:
         time.sleep(_LOOK_EVERY)
 
 
-def come(workdir: Path, own: int) -> None:
-    """Leaves word that a process is about to join the others."""
-    (workdir / FOLDER / "come").mkdir(parents=True, exist_ok=True)
-    (workdir / FOLDER / "come" / str(own)).touch()
+def come(workdir: Path, own: int, count: int) -> ProcessPlace:
+    """Leaves word that a process is about to join the others; the place in which these tell how they end until then."""
+    place = ProcessPlace(workdir / FOLDER / _COME, own, count)
+    with contextlib.suppress(OSError):  # a workdir that cannot be written is refused by the work
+        place.folder.mkdir(parents=True, exist_ok=True)
+        for word in place.folder.glob("*-*"):  # of an earlier start
+            word.unlink(missing_ok=True)
+        (place.folder / str(own)).touch()
+    return place
 
 
 def not_come(workdir: Path, count: int) -> str:
     """Says which processes did not come in time."""
-    paths = {number: workdir / FOLDER / "come" / str(number) for number in range(count)}
+    paths = {number: workdir / FOLDER / _COME / str(number) for number in range(count)}
     late = [number for number, path in paths.items() if not path.exists() or _age(path) > 2 * COME]
     names = ", ".join(map(str, late)) or "some"
     of = f"{count} processes" if count else "the processes"
@@ -152,17 +160,16 @@ class _Parent:
       child: its process.
       pipe: on which it says where it belongs.
       asked: the signals that came so far.
+      place: where it belongs until then, if that is known.
+
+    Attributes:
+      knows_others: whether the child has joined the other processes.
     """
 
-    def __init__(self, child: int, pipe: int, asked: list[int]):
-        self._child, self._pipe, self._asked = child, pipe, asked
-        self._place: ProcessPlace | None = None
+    def __init__(self, child: int, pipe: int, asked: list[int], place: ProcessPlace | None):
+        self._child, self._pipe, self._asked, self._place = child, pipe, asked, place
+        self.knows_others = False
         os.set_blocking(pipe, False)
-
-    @property
-    def knows_others(self) -> bool:
-        """Whether the child has joined the other processes."""
-        return self._place is not None
 
     def watch(self) -> int:
         """Waits until the child has ended, or ends it; gives the exit status."""
@@ -183,10 +190,11 @@ class _Parent:
 
     def _ended(self) -> int | None:
         """The child's exit status, of a signal below 0; None while it runs."""
-        if self._place is None:
+        if not self.knows_others:
             with contextlib.suppress(BlockingIOError):
                 folder, *numbers = os.read(self._pipe, 65536).decode().splitlines() or [""]
-                self._place = ProcessPlace(Path(folder), *map(int, numbers)) if folder else None
+                if folder:
+                    self._place, self.knows_others = ProcessPlace(Path(folder), *map(int, numbers)), True
         process, status = os.waitpid(self._child, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if process else None
 
@@ -205,10 +213,10 @@ class _Parent:
             if place and place.own == 0 and not own:
                 shutil.rmtree(place.folder.parent, ignore_errors=True)
             return _SAVED if told == _STOP and own < 0 else own % 256 if own >= 0 else 128 - own
-        if not told:
+        if not told and (self.knows_others or own != -signal.SIGABRT):  # or JAX gave up waiting for them
             place.say(str(own))
             told = self._explained(place, own) if own in _FOLLOWS else ""
-        else:
+        elif told:
             place.say(str(LOST))
         if not told:
             return own if own > 0 else 128 - own

@@ -3,7 +3,7 @@
 import pytest
 
 from saejax.errors import UserError
-from saejax.processes import gpus_of_process
+from saejax.parallel.cluster import gpus_of_process
 
 STEP = dict(SLURM_STEP_NODELIST="n[0-3]", SLURM_NODEID="0")
 

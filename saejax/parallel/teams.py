@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from saejax.guard import seen
-from saejax.peers import Peers
+from saejax.parallel.parent import seen
+from saejax.parallel.peers import Peers
 
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from saejax import watchdog
+from saejax.parallel import watchdog
 
 
 def test_where_a_run_hangs_is_written(tmp_path, monkeypatch):

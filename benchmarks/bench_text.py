@@ -1,0 +1,131 @@
+"""How much memory text of any size takes: tokenised as a stream, trained on from the model, evaluated, interpreted.
+
+Run: python -m benchmarks.bench_text [--bytes 1e8,4e8] [--steps 200]
+The text is the embedded corpus, over and over, each document with a mark of its own, in one file. A random Llama with a
+vocabulary of whole words reads it. Each size runs in a process of its own, which prints for each stage the most memory
+that it held at once: what it allocated, and that with the pages of files that it read, which the system takes back when
+it needs them. Training ends after so many steps; 0: all of the text once. Last, one line of JSON.
+"""
+
+import argparse
+import gzip
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from benchmarks.bench_stream import LENGTH, VOCABULARY, random_model
+from saejax import command
+from saejax.tasks.text_sources import EMBEDDED
+
+STAGES = ("tokenize", "train", "capture", "evaluate", "interpret")
+FLAGS = {
+    "corpus.stream": True,
+    "corpus.context": LENGTH,
+    "capture.backend": "jax",
+    "capture.sites": "resid_post.0",
+    "capture.tokens": 50_000,
+    "train.source": "model",
+    "train.sites": "resid_post.0",
+    "train.kinds": "topk",
+    "train.k": 8,
+    "train.buffer_rows": 65_536,
+    "train.batch": 4096,
+    "train.epochs": 1,
+    "evaluate.ce_documents": 8,
+    "interpret.dictionaries": "topk",
+}
+
+
+def write_text(path: Path, size: int) -> None:
+    """Documents of at least so many bytes, none twice."""
+    with gzip.open(EMBEDDED, "rt") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    written = number = 0
+    with open(path, "w") as file:
+        while written < size:
+            written += file.write(json.dumps(dict(text=f"{texts[number % len(texts)]} Copy {number}.")) + "\n")
+            number += 1
+
+
+def write_model(folder: Path) -> None:
+    """A small random model that knows the corpus's commonest words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    random_model(folder, layers=2, width=32)
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with gzip.open(EMBEDDED, "rt") as file:
+        trainer = trainers.WordLevelTrainer(vocab_size=VOCABULARY, special_tokens=["[UNK]"], show_progress=False)
+        words.train_from_iterator((json.loads(line)["text"] for line in file), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+
+
+def held(field: str) -> int:
+    """Bytes that this process holds, by Linux's name for them."""
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def peak_of(stage: str, argv: list[str]) -> dict[str, float]:
+    """Runs a stage; the most that it allocated at once, and that it held together with pages of files."""
+    peak, done = [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], held("RssAnon"))
+
+    sampler, start = threading.Thread(target=sample), time.perf_counter()
+    sampler.start()
+    status = command.run([stage], "", argv)
+    done.set()
+    sampler.join()
+    assert status == 0, stage
+    summary = next(Path(argv[1].partition("=")[2]).glob(f"{stage}/**/summary.json"))
+    with_files = json.loads(summary.read_text())["peak_host_bytes"]
+    seconds = time.perf_counter() - start
+    return dict(allocated_gb=round(peak[0] / 1e9, 3), with_files_gb=round(with_files / 1e9, 3), seconds=round(seconds))
+
+
+def run(size: int, steps: int) -> None:
+    """All stages on text of one size, in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder) / "model")
+        write_text(Path(folder) / "text.jsonl", size)
+        own = {"corpus.path": f"{folder}/text.jsonl", "model.path": f"{folder}/model", "train.max_steps": steps}
+        argv = ["program", f"--workdir={folder}/run"] + [
+            f"--{name}={value}" for name, value in {**FLAGS, **own}.items()
+        ]
+        found = {stage: peak_of(stage, argv) for stage in STAGES}
+        text = json.loads((Path(folder) / "run" / "tokenize" / "summary.json").read_text())["results"]
+    print(json.dumps(dict(bytes=size, tokens=sum(text["tokens"].values()), stages=found)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bytes", default="1e8,4e8", help="sizes of text, with commas between")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--here", action="store_true", help="run the one size in this process")
+    args = parser.parse_args()
+    sizes = [int(float(size)) for size in args.bytes.split(",")]
+    if args.here:
+        return run(sizes[0], args.steps)
+    made = []
+    for size in sizes:
+        again = [sys.executable, "-m", "benchmarks.bench_text", f"--bytes={size}", f"--steps={args.steps}", "--here"]
+        done = subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True)
+        made.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"{size / 1e9:.3f} GB of text, {made[-1]['tokens']:,} tokens")
+        for stage, peak in made[-1]["stages"].items():
+            told = (peak["allocated_gb"], peak["with_files_gb"], peak["seconds"])
+            print("  {:10s} {:.2f} GB allocated, {:.2f} GB with pages of files, {} s".format(stage, *told), flush=True)
+    print(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""A workdir in a bucket: a local folder in which the run works, and copies of its files as objects.
+
+Files are mapped into memory, locked, renamed and written piece by piece, which objects cannot be; so a run works in a
+*scratch folder* on this machine. What is whole there is copied to the bucket every half minute and when a unit is
+done. ``.files.json`` in the bucket lists the files of one moment and is written after all of them: what it does not
+name is not there, so that a copy that was cut off changes nothing. It also says whose copy it is. A scratch folder that
+is not behind the bucket goes on as it is; any other one is emptied, and filled from the bucket.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from saejax.bucket import Bucket
+from saejax.errors import UserError
+from saejax.lease import LOCK, Lease, every, held
+
+FILES = ".files.json"  # in the bucket
+MARK, COPIED = ".scratch.json", ".copied.json"  # in the scratch folder
+_LAST = "summary.json"  # is copied after the other files
+_EVERY, _AT_ONCE = 30.0, 8  # seconds between copies; files
+_LARGE = ("capture", "tokenize")  # stages whose files are brought where they are read
+CHECKPOINTS = "checkpoints"  # of a unit, brought where it goes on
+_UNFINISHED = re.compile(r"\.writing-|orbax-checkpoint-tmp")
+_Stat = tuple[int, int]  # bytes, and nanoseconds of its last change
+
+
+def scratch_folder(url: str, named: str = "") -> Path:
+    """The local folder for a workdir in a bucket.
+
+    Args:
+      url: of the workdir.
+      named: by the user; "": a folder of the user's cache.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(named) if named else Path(cache) / "saejax" / "workdirs" / re.sub(r"[^\w.-]+", "-", url.rstrip("/"))
+
+
+@contextlib.contextmanager
+def mirrored(
+    bucket: Bucket, scratch: Path, break_lock: bool, whole: bool, say: Callable[[str], None]
+) -> Iterator["Mirror"]:
+    """Holds a bucket whose workdir is worked on in a folder, which this process has locked, and copies what is new.
+
+    Args:
+      bucket: of the workdir.
+      scratch: the folder; it is emptied if it is behind the bucket.
+      break_lock: whether to take the place of a run that gives no sign of life.
+      whole: whether all files are brought at once, because other processes read them, too.
+      say: prints a line.
+
+    Raises:
+      UserError: another run holds the bucket, the folder holds something else, or a copy fails.
+    """
+    mark = _mark(bucket, scratch)
+    with held(bucket, mark["id"], break_lock, say) as lease:
+        mirror = Mirror(bucket, scratch, lease, mark)
+        if count := mirror.open(whole):
+            say(f"{count} files of {bucket.url} were brought to {scratch}")
+        with every(_EVERY, mirror.copy, say):
+            try:
+                yield mirror
+            except BaseException:
+                try:
+                    mirror.copy("")
+                except UserError as error:
+                    say(str(error))
+                raise
+            mirror.copy("")
+
+
+def _mark(bucket: Bucket, scratch: Path) -> dict[str, str]:
+    """What a scratch folder says of itself.
+
+    Raises:
+      UserError: it is that of another workdir, or not one.
+    """
+    path = scratch / MARK
+    if not path.exists():
+        if any(child.name != LOCK for child in scratch.iterdir()):
+            raise UserError(f"{scratch} holds files of something else: name an empty folder by --scratch")
+        _write(path, dict(url=bucket.url, id=uuid.uuid4().hex, serial=""))
+    mark = _read(path)
+    if mark.get("url") != bucket.url:
+        raise UserError(f"{scratch} is the local folder of {mark.get('url')}: name another one by --scratch")
+    return mark
+
+
+class Mirror:
+    """The files of a scratch folder, and those of the bucket; names are relative to both.
+
+    Args:
+      bucket: the bucket.
+      scratch: the folder.
+      lease: by which it is held.
+      mark: what the folder says of itself.
+    """
+
+    def __init__(self, bucket: Bucket, scratch: Path, lease: Lease, mark: dict[str, str]):
+        self._bucket, self._scratch, self._lease, self._mark = bucket, scratch, lease, mark
+        self._sizes: dict[str, int] = {}  # of the files in the bucket
+        self._same: dict[str, _Stat] = {}  # files that are the same here and there, and what they are here
+        self._at_work = threading.Lock()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another run has taken the bucket."""
+        return bool(self._lease.taken_by)
+
+    def open(self, whole: bool) -> int:
+        """Sees that the folder is not behind the bucket; the number of files that were brought."""
+        listed = self._bucket.read(FILES)
+        found = _parsed(listed.content, f"{self._bucket.url}/{FILES}") if listed else dict(files={}, id="", serial="")
+        self._sizes = found["files"]
+        for name in self._sizes:
+            if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                raise UserError(f"{self._bucket.url}/{FILES} names {name}, which is outside of the workdir")
+        if self._mark["id"] == found["id"] or (found["serial"] and self._mark["serial"] == found["serial"]):
+            copied = _read(self._scratch / COPIED) if (self._scratch / COPIED).exists() else {}
+            here = dict(self._here())
+            self._same = {name: here[name] for name, stat in copied.items() if here.get(name) == tuple(stat)}
+        else:
+            for child in self._scratch.iterdir():
+                if child.name not in (LOCK, MARK):
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+        count = self.bring("", lambda name: whole or not _is_large(name))
+        self._remember(found["serial"])
+        return count
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file of the bucket; None if it is not there."""
+        return self._sizes.get(name)
+
+    def bring(self, prefix: str, wanted: Callable[[str], bool] = lambda name: True) -> int:
+        """Has the files under a prefix here; how many had to be brought."""
+        with self._at_work:
+            names = [name for name in self._sizes if name.startswith(prefix) and wanted(name)]
+            names = [name for name in names if name not in self._same and not (self._scratch / name).exists()]
+            for_each(self._bring, names)
+            return len(names)
+
+    def _bring(self, name: str) -> None:
+        path = self._scratch / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+        try:
+            self._bucket.download(name, beside)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+        self._same[name] = _stat(path)
+
+    def copy(self, done: str | None = None) -> None:
+        """Copies to the bucket what is new here, and deletes there what is gone.
+
+        Args:
+          done: prefix of files at which nobody writes. Of others, one that was written since this began waits for the
+            next time: it may rest on another one that was not seen.
+        """
+        with self._at_work:
+            self._lease.check()
+            began, here = time.time_ns(), dict(self._here())
+            settled = [
+                name for name, (_, at) in here.items() if at < began or (done is not None and name.startswith(done))
+            ]
+            changed = [name for name in settled if self._same.get(name) != here[name]]
+            gone = [name for name in self._same if name not in here]
+            if not changed and not gone:
+                return
+            for last in (False, True):
+                for_each(self._copy, [name for name in changed if (PurePosixPath(name).name == _LAST) == last])
+            for name in gone:
+                del self._same[name]
+                self._sizes.pop(name, None)
+            self._list()
+            self._bucket.delete(gone)
+
+    def _copy(self, name: str) -> None:
+        path = self._scratch / name
+        try:
+            stat = _stat(path)
+            self._bucket.upload(path, name)
+        except (FileNotFoundError, UserError):
+            if not path.exists():  # gone meanwhile; it is deleted there the next time, if it was copied
+                return
+            raise
+        self._same[name], self._sizes[name] = stat, stat[0]
+
+    def move(self, old: str, new: str, rename: Callable[[], object]) -> None:
+        """Moves the files under a prefix, in the bucket and here.
+
+        Args:
+          old, new: the prefixes.
+          rename: does it here.
+        """
+        with self._at_work:
+            self._lease.check()
+            names = {name: new + name.removeprefix(old) for name in self._sizes if name.startswith(old)}
+            for_each(lambda name: self._bucket.copy(name, names[name]), names)
+            rename()
+            for known in (self._sizes, self._same):
+                known.update({names[name]: known.pop(name) for name in names if name in known})
+            self._list()
+            self._bucket.delete(list(names))
+
+    def _list(self) -> None:
+        """Writes the list of files."""
+        serial = uuid.uuid4().hex
+        data = dict(id=self._mark["id"], serial=serial, files=self._sizes)
+        self._bucket.write(FILES, json.dumps(data).encode())
+        self._remember(serial)
+
+    def _remember(self, serial: str) -> None:
+        self._mark = {**self._mark, "serial": serial}
+        _write(self._scratch / COPIED, self._same)
+        _write(self._scratch / MARK, self._mark)
+
+    def _here(self) -> Iterator[tuple[str, _Stat]]:
+        """The whole files of the folder, but those at its top that begin with a dot."""
+        for folder, folders, files in os.walk(self._scratch):
+            top = Path(folder) == self._scratch
+            kept = [name for name in folders if not (top and name.startswith(".")) and not _UNFINISHED.search(name)]
+            folders[:] = kept
+            for file in files:
+                if not (top and file.startswith(".")) and not _UNFINISHED.search(file):
+                    path = Path(folder) / file
+                    with contextlib.suppress(FileNotFoundError):
+                        yield path.relative_to(self._scratch).as_posix(), _stat(path)
+
+
+def for_each(work: Callable[[str], object], names: Iterable[str]) -> None:
+    """Does some work for each name, several at once."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            for _ in pool.map(work, names):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _is_large(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    if parts[-1] in ("started.json", _LAST):
+        return False
+    return parts[0] in (*_LARGE, "superseded") or CHECKPOINTS in parts
+
+
+def _stat(path: Path) -> _Stat:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _read(path: Path) -> Any:
+    return _parsed(path.read_bytes(), str(path))
+
+
+def _parsed(content: bytes, name: str) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise UserError(f"{name} is not valid JSON: it is damaged") from None
+
+
+def _write(path: Path, data: Any) -> None:
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(json.dumps(data), encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,83 @@
+"""A unit of a study's row at work: the pipeline in a process of its own, with a log and a share of the host.
+
+So its memory is its own, its output a file, and whatever ends it (bad input, a bug, the system for want of memory)
+leaves a unit with its reason.
+"""
+
+import functools
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from saejax.parallel.parent import end_with_parent
+from saejax.studies.shares import Share
+from saejax.workspace import now
+
+
+class UnitProcess:
+    """Starts it; it ends with this process.
+
+    Args:
+      command: its arguments.
+      log: a file that its output is added to.
+      share: what of the host it may use.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, share: Share):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        with open(log, "ab") as file:
+            file.write(f"=== {now()} {shlex.join(command)}\n".encode())
+            file.flush()
+            self._start = file.tell()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | share.environment,
+                preexec_fn=functools.partial(_settle, os.getpid(), share),
+            )
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._began
+
+    @property
+    def last_line(self) -> str:
+        """What it said last; "" if it has said nothing."""
+        text = self._log.read_bytes()[self._start :].decode(errors="replace")
+        return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+    def ended(self, within: float | None = 0.0) -> bool:
+        """Whether it has ended, or does so within some seconds; None: waits until it has."""
+        try:
+            self._process.wait(within)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def ask_to_stop(self) -> None:
+        """Asks it to save what it has and to end."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def why_it_failed(self) -> str:
+        """The last line that an ended process wrote, or the signal that ended it; "" if it did not fail."""
+        status, last = self._process.returncode, self.last_line.removeprefix("error: ").removeprefix("failed: ")
+        if status < 0:
+            name = signal.Signals(-status).name
+            memory = ", as the system ends processes when memory runs out" if -status == signal.SIGKILL else ""
+            return f"ended by {name}{memory}; the last line before: {last}"
+        return (last or f"ended with status {status} and said nothing") if status else ""
+
+
+def _settle(parent: int, share: Share) -> None:
+    end_with_parent(parent, signal.SIGTERM)
+    if share.cores:
+        os.sched_setaffinity(0, share.cores)

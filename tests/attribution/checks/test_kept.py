@@ -1,0 +1,105 @@
+"""Circuits of equal numbers of features in several orders: the orders, what is run, and the scores."""
+
+import numpy as np
+import pytest
+from made_transcoders import IDS, made_set
+
+from saejax.attribution.checks import kept
+from saejax.attribution.checks.circuit_runs import run_circuits
+from saejax.attribution.checks.kept import DRAWS, ORDERS, KeptReadouts, compare_orders, keep_features
+from saejax.attribution.graph.effects import total_effects
+from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.trace.prompt import trace_prompt
+from saejax.causal.circuits.sizes import SHARES
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+
+@pytest.fixture(scope="module")
+def own(lm):
+    """A graph in which some of the active features have no node."""
+    return trace_prompt(lm, LayerTranscoders.of(made_set(lm)), IDS, targets=[(7, 11)], max_features=90)
+
+
+def test_effects_sum_all_signed_paths(own):
+    """Paths of 1, 2, 3, ... edges one after the other, in fp64, until there are no longer ones."""
+    graph = own.graph
+    features, A_RxS = graph.count(FEATURE), graph.adjacency_RxS.astype(np.float64)
+    share_FxS = A_RxS[:features] / graph.nodes.value_N[:features, None]
+    path_S, wanted_S, lengths = A_RxS[features], np.zeros(A_RxS.shape[1]), 0
+    while path_S.any():
+        wanted_S, path_S, lengths = wanted_S + path_S, path_S[:features] @ share_FxS, lengths + 1
+    assert lengths == 5  # to the answer, and through features of one to all four layers
+    np.testing.assert_allclose(total_effects(graph, np.ones(1)), wanted_S, rtol=1e-9, atol=1e-12)
+    assert np.abs(wanted_S - A_RxS[features]).max() > 0.01 * np.abs(wanted_S).max()
+
+
+def test_as_many_features_are_kept_in_each_order(own, monkeypatch):
+    seen = []
+
+    def run(replacement, circuits, readouts):
+        seen.extend(circuits)
+        return run_circuits(replacement, circuits, readouts)
+
+    monkeypatch.setattr(kept, "run_circuits", run)
+    graph, replacement, readouts = own
+    found = keep_features(replacement, graph, readouts, 456)
+    count, traced = len(replacement.active), graph.count(FEATURE)
+    assert found.active == count > traced == 90 and all(circuit.errors_LxP.all() for circuit in seen)
+    sizes = [int(circuit.features_A.sum()) for circuit in seen]
+    each = [int(np.ceil(share * count)) for share in SHARES[:-1]]
+    assert sizes == [0, count, *each * (len(ORDERS) + DRAWS)]
+    features = graph.nodes[graph.slice_of(FEATURE)]
+    place_F = replacement.active.places(features.layer_N, features.position_N, features.index_N)
+    fifth = [circuit.features_A[place_F] for circuit in seen[2 + len(each) - 2 :: len(each)]]  # of every order
+    effect_F = total_effects(graph, np.ones(1))[:traced]
+    assert effect_F[fifth[0]].min() >= effect_F[~fifth[0]].max()
+    assert np.abs(effect_F[fifth[1]]).min() >= np.abs(effect_F[~fifth[1]]).max()
+    pruned = [graph.prune(share, 1.0).pruning.node_N for share in np.linspace(0.3, 0.9, 13)]  # by the same rule
+    by_influence = [set(node_N[node_N < traced].tolist()) for node_N in pruned]
+    assert any(3 < len(one) <= each[-2] for one in by_influence)
+    for one in by_influence:
+        assert len(one) > each[-2] or one <= set(np.flatnonzero(fifth[2]).tolist())
+    assert not np.array_equal(fifth[0], fifth[2])
+    # Nothing kept is below everything kept, which is the model.
+    np.testing.assert_allclose(found.readout_ExX[:, -1], readouts.value_K[0], atol=1e-5)
+    assert np.ptp(found.readout_ExX[:, 0]) == 0 and abs(found.readout_ExX[0, 0] - readouts.value_K[0]) > 1e-2
+
+
+def made_up(curves, prompts=6, seed=0):
+    """Readouts of prompts whose models differ in scale; ``curves`` are faithfulness of each order."""
+    rng = np.random.default_rng(seed)
+    scale_P = rng.uniform(1.0, 3.0, prompts)
+    return [
+        KeptReadouts(2.0 + scale * np.concatenate([np.zeros((len(curves), 1)), curves], 1), 50) for scale in scale_P
+    ]
+
+
+def test_scores_are_areas_and_their_difference_is_paired():
+    shares = np.array(SHARES)
+    better, worse, random = shares**0.25, shares**0.5, shares
+    curves = np.stack([better, better, worse, *[random] * DRAWS])
+    found = compare_orders(made_up(curves), ["a"] * 6, 3)
+    assert found.reason is None and found.prompts == 6 and found.features[-1] == 50
+    for score, height in (("cpr", lambda f: f), ("cmd", lambda f: np.abs(f - 1))):
+        areas = [np.trapezoid(height(one), shares) for one in (better, worse, random)]
+        own = found.scores[score]
+        assert own.effect.mean == pytest.approx(areas[0]) and own.influence.mean == pytest.approx(areas[1])
+        assert [own.random.mean, own.random.low] == pytest.approx([areas[2]] * 2)
+        # Every prompt has the same curve, so that the intervals have no width.
+        assert [own.difference.low, own.difference.high] == pytest.approx([areas[0] - areas[1]] * 2)
+    assert found.faithfulness["influence"] == pytest.approx(worse.tolist())
+    rng = np.random.default_rng(1)
+    noisy = [
+        KeptReadouts(one.readout_ExX + rng.normal(size=one.readout_ExX.shape) * 0.1, 50) for one in made_up(curves)
+    ]
+    own = compare_orders(noisy, list("abcdef"), 3).scores["cpr"]
+    assert own.difference.low < own.difference.mean < own.difference.high
+
+
+def test_where_there_is_nothing_to_compare():
+    curves = np.stack([np.array(SHARES)] * (len(ORDERS) + DRAWS))
+    assert "one prompt" in compare_orders(made_up(curves, 1), ["a"], 3).reason
+    nothing = compare_orders([KeptReadouts(0 * one.readout_ExX, 5) for one in made_up(curves)], ["a"] * 6, 3)
+    assert "does not clearly cost" in nothing.reason and not nothing.scores and nothing.model == 0
