@@ -178,29 +178,29 @@ def edge_curves(
     for number, order in enumerate(ranked):
         for place, size in enumerate(sizes):
             kept[number, place][tuple(edges_Nx2[order[:size]].T)] = True
-    found_OxXxP = _differences(EdgeCircuits(model, prompts, nodes), kept)
+    found_ExXxP = _differences(EdgeCircuits(model, prompts, nodes), kept)
     share_RxP = Resampling.of(np.arange(len(prompts)), _BOOTSTRAP, seed).share_RxP
     share_S = sizes[1:] / count
-    own = found_OxXxP[: len(orders)]
-    f_OxS, f_RxOxS = faithfulness(own.mean(axis=2)), faithfulness(np.einsum("rp,oxp->rox", share_RxP, own))
-    curves = {name: _curve(f_OxS[o], f_OxS[o], f_RxOxS[:, o], share_S) for o, name in enumerate(orders)}
-    random_NxS = faithfulness(found_OxXxP[len(orders) :].mean(axis=2))
-    curves["random edges"] = _curve(random_NxS.mean(axis=0), random_NxS, random_NxS, share_S)
+    own = found_ExXxP[: len(orders)]
+    f_ExS, f_RxExS = faithfulness(own.mean(axis=2)), faithfulness(np.einsum("rp,exp->rex", share_RxP, own))
+    curves = {name: _curve(f_ExS[e], f_ExS[e], f_RxExS[:, e], share_S) for e, name in enumerate(orders)}
+    random_UxS = faithfulness(found_ExXxP[len(orders) :].mean(axis=2))
+    curves["random edges"] = _curve(random_UxS.mean(axis=0), random_UxS, random_UxS, share_S)
     alone = {}
     for name, dictionaries in transcoders.items():
         carried_P = EdgeCircuits(model, prompts, nodes, dictionaries).differences(kept[0, -1:])[0]
-        f_P = np.stack([found_OxXxP[0, 0], carried_P, found_OxXxP[0, -1]])
-        alone[name] = _spread(faithfulness(f_P.mean(axis=1))[0], faithfulness(share_RxP @ f_P.T)[:, 0])
+        both_3xP = np.stack([found_ExXxP[0, 0], carried_P, found_ExXxP[0, -1]])
+        alone[name] = _spread(faithfulness(both_3xP.mean(axis=1))[0], faithfulness(share_RxP @ both_3xP.T)[:, 0])
     return EdgeCurves(count, len(prompts), tuple(sizes[1:].tolist()), curves, alone)
 
 
-def _differences(circuits: EdgeCircuits, kept_OxXxSxR: np.ndarray) -> np.ndarray:
-    """Of each order's circuits [O, X, P]; those of no edge and of all are the same in every order and are run once."""
-    orders, inner, nodes = len(kept_OxXxSxR), kept_OxXxSxR[:, 1:-1], kept_OxXxSxR.shape[2:]
-    own_OxXxP = circuits.differences(inner.reshape(-1, *nodes)).reshape(*inner.shape[:2], -1)
-    none_P, all_P = circuits.differences(kept_OxXxSxR[0, [0, -1]])
+def _differences(circuits: EdgeCircuits, kept_ExXxSxR: np.ndarray) -> np.ndarray:
+    """Of each order's circuits [E, X, P]; those of no edge and of all are the same in every order and are run once."""
+    orders, inner, nodes = len(kept_ExXxSxR), kept_ExXxSxR[:, 1:-1], kept_ExXxSxR.shape[2:]
+    own_ExXxP = circuits.differences(inner.reshape(-1, *nodes)).reshape(*inner.shape[:2], -1)
+    none_P, all_P = circuits.differences(kept_ExXxSxR[0, [0, -1]])
     ends = (np.broadcast_to(end_P, (orders, 1, len(end_P))) for end_P in (none_P, all_P))
-    return np.concatenate([next(ends), own_OxXxP, next(ends)], axis=1)
+    return np.concatenate([next(ends), own_ExXxP, next(ends)], axis=1)
 
 
 def _curve(shown_S: np.ndarray, f_xS: np.ndarray, others_NxS: np.ndarray, share_S: np.ndarray) -> EdgeCurve:
