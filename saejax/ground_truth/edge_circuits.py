@@ -11,7 +11,6 @@ and CPR and CMD are areas under f and |f - 1| over the share of edges that is ke
 of influence, which has no sign, and there are few of them, so that the smallest sizes are one edge or none.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -35,7 +34,7 @@ from saejax.tasks.behaviours import Prompt
 _ROWS, _DRAWS, _BOOTSTRAP = 512, 20, 1000  # runs at a time, at most; random orders; resamples of prompts
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit(static_argnums=0)
 def _run(
     config: DecoderConfig, params: Params, ids_ExT: jax.Array, put_ExLxT: jax.Array, lent_ExLxTxD: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -49,6 +48,11 @@ def _run(
     start, kinds = decoder.embed(config, params, ids_ExT), ("mlp_in", "mlp_out")
     found = run_layers(config, params, start, 0, config.n_layers, hook, None, collect=kinds, before_hook=True)
     return decoder.unembed(config, params, found.x[:, -1:])[:, 0], found.collected
+
+
+@jax.jit
+def _predicted(transcoder: Dictionary, read_ExD: jax.Array) -> jax.Array:
+    return transcoder(read_ExD)
 
 
 class EdgeCircuits:
@@ -92,7 +96,7 @@ class EdgeCircuits:
             for target in np.flatnonzero(self._targets[:-1, 0] == layer):
                 chosen = np.flatnonzero(needed_CxR[:, target])
                 if len(chosen):
-                    found = self._target(kept_CxSxR[chosen], value_CxPxLxTxD[chosen], int(target))
+                    found = self._target(kept_CxSxR[chosen], value_CxPxLxTxD[chosen], target)
                     value_CxPxLxTxD[chosen, :, layer, self._targets[target, 1]] = found
         return self._target(kept_CxSxR, value_CxPxLxTxD, logits).reshape(circuits, prompts)
 
@@ -128,10 +132,10 @@ class EdgeCircuits:
             return logits_ExV[every, right] - logits_ExV[every, wrong]
         if not self._transcoders:
             return given_LxExTxD[layer, :, position].reshape(circuits, prompts, -1)
-        read_CxPxD = read_LxExTxD[layer, :, position].reshape(circuits, prompts, -1)
-        predict = self._transcoders[layer]
-        before_PxD = np.asarray(predict(jnp.asarray(self._read[:, layer, position])))
-        return np.asarray(predict(jnp.asarray(read_CxPxD))) - before_PxD[None] + self._other[None, :, layer, position]
+        reads = read_LxExTxD[layer, :, position], self._read[:, layer, position]
+        predicted_ExD, before_PxD = (np.asarray(_predicted(self._transcoders[layer], read)) for read in reads)
+        error_PxD = self._other[:, layer, position] - before_PxD
+        return predicted_ExD.reshape(circuits, prompts, -1) + error_PxD[None]
 
     def _runs(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``_run`` by parts of one size or another, so that there are two programs."""
@@ -141,11 +145,11 @@ class EdgeCircuits:
             part = slice(start, start + rows)
             count = len(ids_ExT[part])
             own = (np.pad(array[part], [(0, rows - count)] + [(0, 0)] * (array.ndim - 1)) for array in arrays)
-            logits, found = _run(self._model.config, self._model.params, *own)
+            logits_ExV, found = _run(self._model.config, self._model.params, *own)
             sites = (np.asarray(found[kind])[:, :count] for kind in ("mlp_in", "mlp_out"))
-            parts.append((np.asarray(logits)[:count], *sites))
-        ends, read, given = zip(*parts, strict=True)
-        return np.concatenate(ends), np.concatenate(read, axis=1), np.concatenate(given, axis=1)
+            parts.append((np.asarray(logits_ExV)[:count], *sites))
+        logits, read, given = zip(*parts, strict=True)
+        return np.concatenate(logits), np.concatenate(read, axis=1), np.concatenate(given, axis=1)
 
 
 def edge_curves(
@@ -174,34 +178,37 @@ def edge_curves(
     for number, order in enumerate(ranked):
         for place, size in enumerate(sizes):
             kept[number, place][tuple(edges_Nx2[order[:size]].T)] = True
-    circuits, over = EdgeCircuits(model, prompts, nodes), Resampling.of(np.arange(len(prompts)), _BOOTSTRAP, seed)
-    # None and all are the same in every order, so they are run once.
-    inner = circuits.differences(kept[:, 1:-1].reshape(-1, *kept.shape[2:])).reshape(len(ranked), len(sizes) - 2, -1)
-    ends = circuits.differences(kept[0][[0, -1]])
-    found_ExXxP = np.stack([np.concatenate([ends[:1], own, ends[1:]]) for own in inner])
+    found_ExXxP = _differences(EdgeCircuits(model, prompts, nodes), kept)
+    share_RxP = Resampling.of(np.arange(len(prompts)), _BOOTSTRAP, seed).share_RxP
     share_S = sizes[1:] / count
-    means_ExX = found_ExXxP.mean(axis=2)
-    curves = {}
-    for name, own_XxP in zip(orders, found_ExXxP, strict=False):
-        resampled = faithfulness(over.share_RxP @ own_XxP.T)
-        f_S = faithfulness(own_XxP.mean(axis=1))
-        areas = {
-            score: _spread(float(area(f_S, share_S, score)), area(resampled, share_S, score))
-            for score in ("cpr", "cmd")
-        }
-        curves[name] = EdgeCurve(tuple(f_S.tolist()), **areas)
-    random_CxS = faithfulness(means_ExX[len(orders) :])
-    random = {score: area(random_CxS, share_S, score) for score in ("cpr", "cmd")}
-    curves["random edges"] = EdgeCurve(
-        tuple(random_CxS.mean(axis=0).tolist()), **{score: _spread(of.mean(), of) for score, of in random.items()}
-    )
+    own = found_ExXxP[: len(orders)]
+    f_ExS, f_RxExS = faithfulness(own.mean(axis=2)), faithfulness(np.einsum("rp,exp->rex", share_RxP, own))
+    curves = {name: _curve(f_ExS[e], f_ExS[e], f_RxExS[:, e], share_S) for e, name in enumerate(orders)}
+    random_UxS = faithfulness(found_ExXxP[len(orders) :].mean(axis=2))
+    curves["random edges"] = _curve(random_UxS.mean(axis=0), random_UxS, random_UxS, share_S)
     alone = {}
-    for name, layers in transcoders.items():
-        carried_P = EdgeCircuits(model, prompts, nodes, layers).differences(kept[0, -1:])[0]
-        triple_3xP = np.stack([ends[0], carried_P, ends[1]])
-        spread = faithfulness(over.share_RxP @ triple_3xP.T)[:, 0]
-        alone[name] = _spread(faithfulness(triple_3xP.mean(axis=1))[0], spread)
+    for name, dictionaries in transcoders.items():
+        carried_P = EdgeCircuits(model, prompts, nodes, dictionaries).differences(kept[0, -1:])[0]
+        both_3xP = np.stack([found_ExXxP[0, 0], carried_P, found_ExXxP[0, -1]])
+        alone[name] = _spread(faithfulness(both_3xP.mean(axis=1))[0], faithfulness(share_RxP @ both_3xP.T)[:, 0])
     return EdgeCurves(count, len(prompts), tuple(sizes[1:].tolist()), curves, alone)
+
+
+def _differences(circuits: EdgeCircuits, kept_ExXxSxR: np.ndarray) -> np.ndarray:
+    """Of each order's circuits [E, X, P]; those of no edge and of all are the same in every order and are run once."""
+    orders, inner, nodes = len(kept_ExXxSxR), kept_ExXxSxR[:, 1:-1], kept_ExXxSxR.shape[2:]
+    own_ExXxP = circuits.differences(inner.reshape(-1, *nodes)).reshape(*inner.shape[:2], -1)
+    none_P, all_P = circuits.differences(kept_ExXxSxR[0, [0, -1]])
+    ends = (np.broadcast_to(end_P, (orders, 1, len(end_P))) for end_P in (none_P, all_P))
+    return np.concatenate([next(ends), own_ExXxP, next(ends)], axis=1)
+
+
+def _curve(shown_S: np.ndarray, f_xS: np.ndarray, others_NxS: np.ndarray, share_S: np.ndarray) -> EdgeCurve:
+    """What is shown of a curve, and the areas under some, with intervals from others."""
+    areas = {
+        score: _spread(area(f_xS, share_S, score).mean(), area(others_NxS, share_S, score)) for score in ("cpr", "cmd")
+    }
+    return EdgeCurve(tuple(shown_S.tolist()), **areas)
 
 
 def _spread(value: float, values_N: np.ndarray) -> Interval:

@@ -24,7 +24,7 @@ TRAIN, HELD_OUT = 1, 2  # which vectors: the numbers of a batch start anew in ea
 _SAMPLE = 65_536  # vectors from which the trainer estimates scales
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jax.jit(static_argnums=(0, 1))
 def batch_key(seed: int, split: int, number: int | jax.Array) -> jax.Array:
     """The key of the batch of a number in a split, ``TRAIN`` or ``HELD_OUT``, of the world of a seed."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), split), number)

@@ -19,7 +19,7 @@ def draw(
     left one is kept, any with the same chance; (4) x = code D + bias + noise.
 
     Not to be traced: it is two programs, because in one XLA computes steps 1 and 2 anew wherever step 3 reads them, for
-    every child, sibling and ancestor: six times as many processor seconds for trees of depth 3.
+    every child, sibling and ancestor: five times as many processor seconds for trees of depth 3.
 
     Args:
       world: what is drawn from.
@@ -27,16 +27,16 @@ def draw(
       count: B.
       sharding: where the rows of both go; None: on one device.
     """
-    own_key, rest_key = jax.random.split(key)
-    return _assembled(world, rest_key, _own_activations(world, own_key, count, sharding), sharding)
+    own_key, *rest_keys = jax.random.split(key, 3)
+    return _assembled(world, rest_keys, _own_activations(world, own_key, count, sharding), sharding)
 
 
 @jax.jit(static_argnames="sharding")
 def _assembled(
-    world: World, key: jax.Array, own_BxJ: jax.Array, sharding: jax.sharding.Sharding | None
+    world: World, keys: list[jax.Array], own_BxJ: jax.Array, sharding: jax.sharding.Sharding | None
 ) -> tuple[jax.Array, jax.Array]:
     """Steps 3 and 4."""
-    child_key, noise_key = jax.random.split(key)
+    child_key, noise_key = keys
     code_BxJ = _with_parents(world, child_key, own_BxJ)
     x_BxD = jnp.matmul(code_BxJ, world.directions_JxD, precision="highest") + world.bias_D[None]
     if world.noise:
