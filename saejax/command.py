@@ -61,6 +61,11 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         shares_gpu = runs_model and configs["capture"].backend != "jax"
         _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
         _keep_programs(configs["mesh"].compile_cache, _folder(workdir, flag_values["scratch"].value or ""))
+        if is_bucket(workdir) and configs["mesh"].together and not flag_values["scratch"].value:
+            raise UserError(
+                "--scratch is missing: several processes with a workdir in a bucket work in one local folder, that all "
+                "hosts share"
+            )
         from saejax import pipeline
         from saejax.workspace import Workspace
 
