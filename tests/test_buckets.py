@@ -137,6 +137,15 @@ def test_the_same_folder_goes_on_at_once_with_what_was_not_copied(store, tmp_pat
     assert "train/topk/late.txt" in listed(store)
 
 
+def test_a_run_that_fails_gives_its_bucket_back(store, tmp_path):
+    one = space(tmp_path / "one")
+    with pytest.raises(ZeroDivisionError), one.lock(silent):
+        (one.root / "a.txt").write_text("a")
+        raise ZeroDivisionError
+    with space(tmp_path / "two").lock(silent):
+        assert (tmp_path / "two" / "a.txt").read_text() == "a"
+
+
 def test_a_run_that_is_alive_keeps_its_bucket(store, tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "_BEAT", 0.02)
     monkeypatch.setattr(lease, "_DEAD", 5.0)

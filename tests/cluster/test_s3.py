@@ -77,7 +77,7 @@ def test_a_run_is_killed_and_another_machine_ends_with_the_same_bits(server, inp
     assert "no sign of life" in said and "resuming topk at step" in said
     assert runs.checksums(tmp_path / "two") == runs.checksums(tmp_path / "local")
     three = [*flags, f"--scratch={tmp_path / 'three'}"]
-    for binary in ("evaluate", "report"):
+    for binary in ("evaluate", "baseline", "report"):
         runs.finish(start(binary, three))
     page = Bucket("s3://runs/a run").read("report/index.html").content
     assert page == (tmp_path / "three/report/index.html").read_bytes() and b"topk" in page
