@@ -21,9 +21,9 @@ from typing import Any
 from absl import flags
 
 from saejax import config
-from saejax.bucket import is_bucket
+from saejax.buckets.bucket import is_bucket
+from saejax.buckets.mirror import scratch_folder
 from saejax.errors import NO_ROOM, CheckFailed, Interrupted, UserError, out_of_room
-from saejax.mirror import scratch_folder
 from saejax.parallel.cluster import label
 from saejax.parallel.parent import LOST, guarded
 from saejax.registry import GROUPS, STAGES, groups_of
@@ -60,6 +60,11 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         shares_gpu = runs_model and configs["capture"].backend != "jax"
         _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
         _keep_programs(configs["mesh"].compile_cache, _folder(workdir, flag_values["scratch"].value or ""))
+        if is_bucket(workdir) and configs["mesh"].together and not flag_values["scratch"].value:
+            raise UserError(
+                "--scratch is missing: several processes with a workdir in a bucket work in one local folder, that all "
+                "hosts share"
+            )
         from saejax import pipeline
         from saejax.workspace import Workspace
 

@@ -261,7 +261,7 @@ def _input_folder(workspace: Workspace, plan: Workplan, unit: str, need: str) ->
         exists = (workspace.folder(stage, name) / SUMMARY).exists()
         state = "was made with other settings" if exists else "has not been made"
         raise UserError(
-            f"{unit} reads {need}, which {state} in {workspace.root}: run experiments.{stage} with the same flags first"
+            f"{unit} reads {need}, which {state} in {workspace.url}: run experiments.{stage} with the same flags first"
         )
     return workspace.bring(stage, name)
 

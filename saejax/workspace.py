@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from saejax.bucket import Bucket, is_bucket
+from saejax.buckets.bucket import Bucket, is_bucket
+from saejax.buckets.mirror import CHECKPOINTS, Mirror, mirrored, scratch_folder
 from saejax.errors import UserError
-from saejax.mirror import CHECKPOINTS, Mirror, mirrored, scratch_folder
 from saejax.parallel.teams import Team
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class Workspace:
 
     Attributes:
       root: the folder, of a bucket the local one.
+      url: as it was named.
 
     Raises:
       UserError: it cannot be made or written to.
@@ -135,7 +136,7 @@ class Workspace:
     def __init__(self, root: str | os.PathLike, scratch: str = "", break_lock: bool = False):
         self._bucket = Bucket(str(root)) if is_bucket(root) else None
         self._mirror: Mirror | None = None  # while a workdir in a bucket is held
-        self._break_lock = break_lock
+        self._break_lock, self.url = break_lock, str(root)
         self.root = scratch_folder(str(root), scratch) if self._bucket else Path(root)
         try:
             self.root.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,9 @@ import pytest
 from obstore.exceptions import GenericError
 from obstore.store import MemoryStore
 
-from saejax import bucket, command, lease, mirror
-from saejax.bucket import Bucket
+from saejax import command
+from saejax.buckets import bucket, lease, mirror
+from saejax.buckets.bucket import Bucket
 from saejax.errors import UserError
 from saejax.workspace import Workspace
 
@@ -135,6 +136,15 @@ def test_the_same_folder_goes_on_at_once_with_what_was_not_copied(store, tmp_pat
         assert one.begin("train", "topk", "m")[1] == "resumed"
         assert (folder / "late.txt").read_text() == "late"
     assert "train/topk/late.txt" in listed(store)
+
+
+def test_a_run_that_fails_gives_its_bucket_back(store, tmp_path):
+    one = space(tmp_path / "one")
+    with pytest.raises(ZeroDivisionError), one.lock(silent):
+        (one.root / "a.txt").write_text("a")
+        raise ZeroDivisionError
+    with space(tmp_path / "two").lock(silent):
+        assert (tmp_path / "two" / "a.txt").read_text() == "a"
 
 
 def test_a_run_that_is_alive_keeps_its_bucket(store, tmp_path, monkeypatch):

@@ -37,9 +37,7 @@ ORDER = [
     "results",
     "preregistration",
     "workspace",
-    "mirror",
-    "lease",
-    "bucket",
+    "buckets",
     "registry",
     "stage",
     "parallel",
@@ -68,6 +66,7 @@ INSIDE = {
         "results",
         "graph",
     ],
+    "buckets": ["mirror", "lease", "bucket"],
     "parallel": ["mesh", "collectives", "teams", "cluster", "watchdog", "parent", "peers"],
 }
 TORCH_MAY_BE_IN = {

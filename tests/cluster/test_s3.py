@@ -15,12 +15,12 @@ import pytest
 import runs
 from slurm import free_ports
 
-from saejax.bucket import Bucket
+from saejax.buckets.bucket import Bucket
 
 SERVER = runs.ROOT / "build" / "moto" / "bin" / "moto_server"  # by `make test-buckets`
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SERVER.exists(), reason="takes `make test-buckets`")]
 _FAST = (
-    "import sys, saejax.lease as lease, saejax.mirror as mirror; from saejax import experiments; "
+    "import sys, saejax.buckets.lease as lease, saejax.buckets.mirror as mirror; from saejax import experiments; "
     "lease._BEAT, lease._DEAD, lease._LOOK_EVERY, mirror._EVERY = 0.5, 5, 0.5, 0.2; "
     "getattr(experiments, sys.argv.pop(1))()"
 )
@@ -77,7 +77,7 @@ def test_a_run_is_killed_and_another_machine_ends_with_the_same_bits(server, inp
     assert "no sign of life" in said and "resuming topk at step" in said
     assert runs.checksums(tmp_path / "two") == runs.checksums(tmp_path / "local")
     three = [*flags, f"--scratch={tmp_path / 'three'}"]
-    for binary in ("evaluate", "report"):
+    for binary in ("evaluate", "baseline", "report"):
         runs.finish(start(binary, three))
     page = Bucket("s3://runs/a run").read("report/index.html").content
     assert page == (tmp_path / "three/report/index.html").read_bytes() and b"topk" in page

@@ -25,7 +25,7 @@ def is_bucket(folder: str | os.PathLike) -> bool:
     return str(folder).startswith(_SCHEMES)
 
 
-class Changed(Exception):
+class ObjectChanged(Exception):
     """An object is no longer as it was when it was read, or was not."""
 
 
@@ -79,7 +79,7 @@ class Bucket:
           The object as it is now.
 
         Raises:
-          Changed: it is not.
+          ObjectChanged: it is not.
         """
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
@@ -88,7 +88,7 @@ class Bucket:
                 mode: Any = before.version if before else "create"
                 return Stored(content, _version(self._store.put(name, content, mode=mode, use_multipart=False)), 0.0)
             except (AlreadyExistsError, PreconditionError) as error:
-                raise Changed(name) from error
+                raise ObjectChanged(name) from error
 
     def upload(self, file: Path, name: str) -> None:
         """Writes a file as an object, which appears whole or not at all."""
@@ -119,7 +119,7 @@ class Bucket:
         """Says errors of the library in one line."""
         try:
             yield
-        except (UserError, Changed):
+        except (UserError, ObjectChanged):
             raise
         except ImportError as error:
             raise UserError(
@@ -140,8 +140,8 @@ def _opened(url: str) -> Any:
     from obstore.store import from_url
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    options: Any = dict(allow_http=endpoint.startswith("http://"))
-    return from_url(url, client_options=options, retry_config=_RETRIES)
+    more: Any = dict(client_options=dict(allow_http=endpoint.startswith("http://")), retry_config=_RETRIES)
+    return from_url(url, **more)
 
 
 def _advice(error: Exception) -> str:

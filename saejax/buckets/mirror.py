@@ -20,9 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from saejax.bucket import Bucket
+from saejax.buckets.bucket import Bucket
+from saejax.buckets.lease import LOCK, Lease, every, held
 from saejax.errors import UserError
-from saejax.lease import LOCK, Lease, every, held
 
 FILES = ".files.json"  # in the bucket
 MARK, COPIED = ".scratch.json", ".copied.json"  # in the scratch folder
@@ -119,7 +119,8 @@ class Mirror:
     def open(self, whole: bool) -> int:
         """Sees that the folder is not behind the bucket; the number of files that were brought."""
         listed = self._bucket.read(FILES)
-        found = _parsed(listed.content, f"{self._bucket.url}/{FILES}") if listed else dict(files={}, id="", serial="")
+        nothing: dict[str, Any] = dict(files={}, id="", serial="")
+        found = _parsed(listed.content, f"{self._bucket.url}/{FILES}") if listed else nothing
         self._sizes = found["files"]
         for name in self._sizes:
             if name.startswith("/") or ".." in PurePosixPath(name).parts:
@@ -207,7 +208,8 @@ class Mirror:
             names = {name: new + name.removeprefix(old) for name in self._sizes if name.startswith(old)}
             for_each(lambda name: self._bucket.copy(name, names[name]), names)
             rename()
-            for known in (self._sizes, self._same):
+            both: tuple[dict[str, Any], ...] = (self._sizes, self._same)
+            for known in both:
                 known.update({names[name]: known.pop(name) for name in names if name in known})
             self._list()
             self._bucket.delete(list(names))

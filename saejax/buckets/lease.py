@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from saejax.bucket import Bucket, Changed, Stored
+from saejax.buckets.bucket import Bucket, ObjectChanged, Stored
 from saejax.errors import UserError
 
 LOCK = ".lock"
@@ -53,11 +53,13 @@ class Lease:
             )
 
     def write(self, free: bool = False) -> None:
-        """Writes the object again, as a sign of life or to give the bucket back."""
+        """Writes the object again, as a sign of life or to give the bucket back, unless another run has taken it."""
+        if self.taken_by:
+            return
         self._own = dataclasses.replace(self._own, beats=self._own.beats + 1, free=free)
         try:
             self._stored = _written(self._bucket, self._own, self._stored)
-        except Changed:
+        except ObjectChanged:
             found = self._bucket.read(LOCK)
             self.taken_by = _holder(found).name if found else "someone who deleted its lock"
 
@@ -89,24 +91,28 @@ def held(bucket: Bucket, scratch: str, wait: bool, say: Callable[[str], None]) -
             found = _still(bucket, found)
             say(f"no sign of life of {holder} in {_DEAD:.0f} s: going on in its place")
         lease = Lease(bucket, own, _written(bucket, own, found))
-    except Changed:
+    except ObjectChanged:
         raise UserError(f"{bucket.url} is in use: another run came first, or goes on") from None
-    with every(_BEAT, lambda: lease.taken_by or lease.write(), say):
-        yield lease
-    if not lease.taken_by:
-        lease.write(free=True)
+    try:
+        with every(_BEAT, lease.write, say):
+            yield lease
+    except BaseException:
+        with contextlib.suppress(UserError):  # what went wrong first is what is said
+            lease.write(free=True)
+        raise
+    lease.write(free=True)
 
 
 def _written(bucket: Bucket, holder: Holder, before: Stored | None) -> Stored:
     """The lock, written in place of what it was before.
 
     Raises:
-      Changed: it was not that any more.
+      ObjectChanged: it was not that any more.
     """
     content = json.dumps(dataclasses.asdict(holder)).encode()
     try:
         return bucket.replace(LOCK, content, before)
-    except Changed:
+    except ObjectChanged:
         found = bucket.read(LOCK)
         if found and found.content == content:  # written, and the answer was lost on the way
             return found
@@ -117,14 +123,14 @@ def _still(bucket: Bucket, found: Stored) -> Stored:
     """The same lock, when it has stood still for long enough.
 
     Raises:
-      Changed: it has not.
+      ObjectChanged: it has not.
     """
     until = time.monotonic() + _DEAD
     while time.monotonic() < until:
         time.sleep(_LOOK_EVERY)
         now = bucket.read(LOCK)
         if now is None or now.version != found.version:
-            raise Changed(LOCK)
+            raise ObjectChanged(LOCK)
     return found
 
 
