@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, losses, save_dictionary
+from saejax.dictionaries import Dictionary, DictionaryConfig, formats, load_dictionary, losses, save_dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models.edits import ForwardPass
@@ -100,6 +100,17 @@ def test_a_saved_dictionary_comes_back_the_same(kind, tmp_path):
     np.testing.assert_array_equal(loaded.encode(x), dictionary.encode(x))
     with pytest.raises(UserError, match="already holds"):
         save_dictionary(tmp_path / "sae", dictionary)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_process_gathers_every_array(tmp_path, monkeypatch, first):
+    asked, own = [], formats.own
+    monkeypatch.setattr(own, "is_first_process", lambda: first)
+    monkeypatch.setattr(own, "to_host", lambda array: asked.append(array.shape) or np.asarray(array))
+    dictionary = Dictionary.initial(DictionaryConfig("topk", "resid_post.0", 4, 8, k=2), jax.random.key(0))
+    save_dictionary(tmp_path / "one", dictionary)
+    assert asked == [array.shape for array in dictionary.arrays.values()]  # parts of it may be with any of them
+    assert (tmp_path / "one" / own.DESCRIPTION).exists() == first
 
 
 def test_damaged_and_missing_dictionaries_are_refused(tmp_path):

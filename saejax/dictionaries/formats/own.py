@@ -39,11 +39,9 @@ def save(folder: Path, dictionary: Dictionary) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     arrays = dictionary.arrays
     ocp.save(folder / ARRAYS, arrays)
+    facts = {name: _facts(array) for name, array in arrays.items()}  # all processes have parts of an array
     if is_first_process():
-        write_json(
-            folder / DESCRIPTION,
-            dict(config=to_json(dictionary.config), arrays={k: _facts(v) for k, v in arrays.items()}),
-        )
+        write_json(folder / DESCRIPTION, dict(config=to_json(dictionary.config), arrays=facts))
 
 
 def read_config(folder: Path) -> DictionaryConfig:
