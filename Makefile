@@ -46,8 +46,7 @@ demo-clt: $(INSTALLED)
 # A model that is tuned to one habit more, a crosscoder of it and of what it was made from, and what its own features cause.
 demo-crosscode: $(INSTALLED)
 	$(BIN)/python scripts/tuned_model.py runs/demo_crosscode/tuned
-	for stage in baseline capture train evaluate crosscode report; do $(BIN)/python -m experiments.$$stage \
-	    --workdir=runs/demo_crosscode --flagfile=configs/demo_crosscode.flags || exit; done
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_crosscode --flagfile=configs/demo_crosscode.flags
 	@echo "Open runs/demo_crosscode/report/index.html"
 
 # After the demo: an SAE for every layer; what layers share, groups of features, and a worked solution followed through all of

@@ -96,7 +96,7 @@ class EdgeCircuits:
             for target in np.flatnonzero(self._targets[:-1, 0] == layer):
                 chosen = np.flatnonzero(needed_CxR[:, target])
                 if len(chosen):
-                    found = self._target(kept_CxSxR[chosen], value_CxPxLxTxD[chosen], target)
+                    found = self._target(kept_CxSxR[chosen], value_CxPxLxTxD[chosen], int(target))
                     value_CxPxLxTxD[chosen, :, layer, self._targets[target, 1]] = found
         return self._target(kept_CxSxR, value_CxPxLxTxD, logits).reshape(circuits, prompts)
 

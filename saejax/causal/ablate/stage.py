@@ -28,6 +28,13 @@ def _dictionaries(configs: Configs) -> tuple[str, ...]:
     return tuple(dict.fromkeys((ablate.dictionary, *ablate.compare, *ablate.repeats)))
 
 
+def _names(configs: Configs) -> tuple[str, ...]:
+    """The tested dictionary; none where all that is trained here are crosscoders, which ``crosscode`` tests."""
+    own, sites = configs["ablate"].dictionary, configs["train"].sites
+    crosscoders = not is_folder(own) and all("+" in site for site in sites)
+    return (folder_name(own),) if configs["task"].has_behaviours and not crosscoders else ()
+
+
 ABLATE = Stage(
     name="ablate",
     summary="ablates top features against matched random ones and says which features cause the behaviours",
@@ -37,7 +44,7 @@ ABLATE = Stage(
     placement=(MeshConfig,),
     after=("baseline", "train", "evaluate"),
     needs=_needs,
-    names=lambda configs: [folder_name(configs["ablate"].dictionary)] if configs["task"].has_behaviours else (),
+    names=_names,
     identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
     rule="saejax.causal.ablate.grades:rule",
     cost="saejax.causal.ablate.cost:ablate_cost",
