@@ -19,6 +19,7 @@ from saejax.errors import UserError
 from saejax.workspace import Workspace
 
 URL = "s3://runs/demo"
+XML = '<?xml version="1.0"?>\n<Error><Code>QuotaExceeded</Code><Message>No room</Message><HostId>much</HostId></Error>'
 
 
 class Store:
@@ -281,6 +282,7 @@ def test_names_that_lead_out_of_the_workdir_are_refused(store, tmp_path, name):
         (PermissionError("403 AccessDenied"), "permission denied"),
         (FileNotFoundError("404 NoSuchBucket"), "no such bucket"),
         (GenericError("Server returned 507: quota is used up\n\nDebug source:\nmuch"), "quota is used up"),
+        (GenericError(f"failed: {XML}"), "failed: QuotaExceeded: No room"),
     ],
 )
 def test_a_bucket_that_refuses_is_one_line(store, tmp_path, capsys, error, said):

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import mimetypes
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from saejax.errors import UserError
 
 _SCHEMES = ("s3://", "gs://")
 _CHUNK = 16 * 2**20  # bytes of one request of a download, which the library gives 30 s
+_XML = re.compile(r"<\?xml.*<Code>(.*?)</Code>.*?<Message>(.*?)</Message>.*", re.DOTALL)  # how S3 says why
 _RETRIES = dict(max_retries=6, retry_timeout=datetime.timedelta(seconds=60))
 
 
@@ -128,6 +130,7 @@ class Bucket:
             ) from None
         except Exception as error:
             what, _, _ = str(error).partition("\n\nDebug source")
+            what = _XML.sub(r"\1: \2", what)
             raise UserError(f"{self.url}: {doing}: {_advice(error)}: {what[:600]}") from error
 
 
