@@ -145,9 +145,9 @@ class EdgeCircuits:
             part = slice(start, start + rows)
             count = len(ids_ExT[part])
             own = (np.pad(array[part], [(0, rows - count)] + [(0, 0)] * (array.ndim - 1)) for array in arrays)
-            logits_ExV, found = _run(self._model.config, self._model.params, *own)
+            logits_RxV, found = _run(self._model.config, self._model.params, *own)
             sites = (np.asarray(found[kind])[:, :count] for kind in ("mlp_in", "mlp_out"))
-            parts.append((np.asarray(logits_ExV)[:count], *sites))
+            parts.append((np.asarray(logits_RxV)[:count], *sites))
         logits, read, given = zip(*parts, strict=True)
         return np.concatenate(logits), np.concatenate(read, axis=1), np.concatenate(given, axis=1)
 
@@ -197,10 +197,10 @@ def edge_curves(
 def _differences(circuits: EdgeCircuits, kept_ExXxSxR: np.ndarray) -> np.ndarray:
     """Of each order's circuits [E, X, P]; those of no edge and of all are the same in every order and are run once."""
     orders, inner, nodes = len(kept_ExXxSxR), kept_ExXxSxR[:, 1:-1], kept_ExXxSxR.shape[2:]
-    own_ExXxP = circuits.differences(inner.reshape(-1, *nodes)).reshape(*inner.shape[:2], -1)
+    own_ExNxP = circuits.differences(inner.reshape(-1, *nodes)).reshape(*inner.shape[:2], -1)
     none_P, all_P = circuits.differences(kept_ExXxSxR[0, [0, -1]])
     ends = (np.broadcast_to(end_P, (orders, 1, len(end_P))) for end_P in (none_P, all_P))
-    return np.concatenate([next(ends), own_ExXxP, next(ends)], axis=1)
+    return np.concatenate([next(ends), own_ExNxP, next(ends)], axis=1)
 
 
 def _curve(shown_S: np.ndarray, f_xS: np.ndarray, others_NxS: np.ndarray, share_S: np.ndarray) -> EdgeCurve:

@@ -45,8 +45,7 @@ def state_of(trainer: Trainer, dictionaries: Sequence[Dictionary | None]) -> Tra
     state = trainer.initial_state()
     starts = [dictionary and _scaled(trainer, index, dictionary) for index, dictionary in enumerate(dictionaries)]
     for name, array in state.params.items():
-        random_Mx = to_host(array) if None in starts else ()
-        own = [random_Mx[index] if start is None else start[name] for index, start in enumerate(starts)]
+        own = [start[name] if start else to_host(array)[index] for index, start in enumerate(starts)]
         host_Mx = np.stack(own).astype(array.dtype)
         state.params[name] = jax.make_array_from_callback(array.shape, array.sharding, host_Mx.__getitem__)
     return state

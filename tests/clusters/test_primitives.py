@@ -1,5 +1,7 @@
 """Which groups may be called after a behaviour: planted ones, and none where nothing is true."""
 
+import dataclasses
+
 import numpy as np
 
 from saejax.causal.ablate.importance import Importance, save_drops
@@ -14,7 +16,7 @@ def made_effects(seed, planted=(), cost=1.0):
     feature = np.arange(0, FEATURES, 1)
     drop_NxP = 0.2 * rng.standard_normal((FEATURES, PROMPTS)) * rng.lognormal(size=(FEATURES, 1))
     drop_NxP[list(planted)] += cost
-    columns = {name: np.zeros(FEATURES) for name in Importance.__dataclass_fields__}
+    columns = {field.name: np.zeros(FEATURES) for field in dataclasses.fields(Importance)}
     columns |= dict(
         feature=feature, firing_rate=rng.uniform(0.01, 0.1, FEATURES), mean_activation=rng.uniform(1, 2, FEATURES),
         drop=drop_NxP.mean(axis=1),
