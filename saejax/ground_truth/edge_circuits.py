@@ -182,8 +182,8 @@ def edge_curves(
     share_RxP = Resampling.of(np.arange(len(prompts)), _BOOTSTRAP, seed).share_RxP
     share_S = sizes[1:] / count
     own = found_ExXxP[: len(orders)]
-    f_ExS, f_RxExS = faithfulness(own.mean(axis=2)), faithfulness(np.einsum("rp,exp->rex", share_RxP, own))
-    curves = {name: _curve(f_ExS[e], f_ExS[e], f_RxExS[:, e], share_S) for e, name in enumerate(orders)}
+    f_MxS, f_RxMxS = faithfulness(own.mean(axis=2)), faithfulness(np.einsum("rp,mxp->rmx", share_RxP, own))
+    curves = {name: _curve(f_MxS[m], f_MxS[m], f_RxMxS[:, m], share_S) for m, name in enumerate(orders)}
     random_UxS = faithfulness(found_ExXxP[len(orders) :].mean(axis=2))
     curves["random edges"] = _curve(random_UxS.mean(axis=0), random_UxS, random_UxS, share_S)
     alone = {}
