@@ -38,7 +38,7 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
     Raises:
       UserError: a site does not exist in this model, or is trained on and not captured; k is above the features.
     """
-    sites = chosen_sites(train, captured if train.sites == ("all",) else train.sites)
+    sites = chosen_sites(train, captured if train.sites == ("all",) else single_sites(train.sites))
     trained = {}
     for kind in train.kinds:
         stack = members(train, kind, sites)

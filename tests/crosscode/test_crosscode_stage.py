@@ -17,6 +17,7 @@ from saejax.crosscode.report import sections
 from saejax.errors import UserError
 from saejax.page import style
 from saejax.page.document import Picture
+from saejax.registry import STAGES
 from saejax.results import load_results
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -63,6 +64,13 @@ def workdir(inputs, corpus, other, tmp_path_factory):
     stages = ["baseline", "capture", "train", "evaluate", "crosscode"]
     assert go(stages, inputs, corpus, workdir, model__other=other) == 0
     return workdir
+
+
+def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, other):
+    """Preflight knows joined sites, and nothing is ablated where all that is trained are crosscoders."""
+    assert go(list(STAGES), inputs, corpus, workdir, model__other=other) == 0
+    assert "crosscoder" in (workdir / "report" / "index.html").read_text().lower()
+    assert (workdir / "preflight" / "summary.json").exists() and not (workdir / "ablate").exists()
 
 
 def test_scores_by_part(workdir, inputs, other):
