@@ -1,6 +1,6 @@
 """A study that is killed at random moments and started again: does it end, in what time, and is it then done?
 
-Run: python -m benchmarks.killed_study --workdir=runs/killed [--kills 10] [--within 1700] [flags of experiments.study_run]
+Run: python -m benchmarks.killed_study --workdir=runs/killed [--kills 10] [--within 1700] [flags of study_run]
 The study's process gets SIGKILL at moments drawn evenly from its first so many seconds, as they pass while it runs, and
 is started again at once; its units end with it by themselves. Then it runs once more, which should do nothing. Without
 flags it is `make study`, whose benchmarks come from the hub or from --task.path=FOLDER. Prints a line for each kill
