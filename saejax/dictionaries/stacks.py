@@ -18,13 +18,8 @@ from saejax.results import from_json
 from saejax.stage import is_folder
 from saejax.workspace import SUMMARY, file_sha256, read_json
 
-_HASHED = (
-    "dictionary.json",
-    "cfg.json",
-    "config.yaml",
-    "*.safetensors",
-    "*.npz",
-)  # the first holds checksums of its arrays
+# The first holds checksums of its arrays.
+_HASHED = ("dictionary.json", "cfg.json", "config.yaml", "hyperparams.json", "*.safetensors", "*.npz", "*.sae.pt")
 
 
 def kind_and_member(name: str) -> tuple[str, str]:
@@ -92,9 +87,10 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
 
 
 def identity(folder: str) -> str:
-    """A hash, 16 hexadecimal digits, of the dictionaries in a folder, which may be on the hub."""
+    """A hash, 16 hexadecimal digits, of the dictionaries in a folder, or of one file's, which may be on the hub."""
     digest, place = hashlib.sha256(), located(folder)
-    for path in sorted(path for pattern in _HASHED for path in place.rglob(pattern)):
+    files = [place] if place.is_file() else sorted(path for pattern in _HASHED for path in place.rglob(pattern))
+    for path in files:
         digest.update(f"{path.relative_to(place)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 

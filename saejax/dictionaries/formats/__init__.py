@@ -4,11 +4,13 @@ dictionary.json, arrays/                      our own (``own``)
 cfg.json, sae_weights.safetensors             SAELens, version 6 (``saelens``)
 cfg.json, sae.safetensors                     sparsify (``sparsify``), read only
 params.npz, params.safetensors                Gemma Scope 1 and 2 (``gemma_scope``), read only
+hyperparams.json, checkpoints/                Llama Scope (``llama_scope``), read only
+layer0.sae.pt, ...                            Qwen-Scope (``qwen_scope``), a file for each, read only
 config.yaml, layer_0.safetensors, ...         circuit-tracer (``circuit_tracer``): a set of transcoders
 
 Each is in a folder here, or in one on the hub, hf://ORG/NAME[/FOLDER][@REVISION] (``place``).
 
-Nothing is unpickled.
+Nothing but tensors is unpickled, and that of Qwen-Scope alone.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saejax.dictionaries import rescale
-from saejax.dictionaries.formats import circuit_tracer, gemma_scope, own, saelens, sparsify
+from saejax.dictionaries.formats import circuit_tracer, gemma_scope, llama_scope, own, qwen_scope, saelens, sparsify
 from saejax.dictionaries.formats.circuit_tracer_settings import DESCRIPTION as SET
 from saejax.dictionaries.formats.place import located
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
@@ -30,12 +32,12 @@ FORMATS = {"saejax": own.save, "saelens": saelens.save}
 def load_dictionary(
     path: str | os.PathLike, operands: str = "float32", site: str = "", target: str = "", unit_norm: bool = False
 ) -> Dictionary:
-    """Loads a dictionary from its folder, such as ``runs/demo/train/topk``, or one of SAELens, Gemma Scope or sparsify.
+    """Loads a dictionary from its folder, such as ``runs/demo/train/topk``, or one of another tool.
 
     Features, their activations and the lengths of decoder rows are those of the file.
 
     Args:
-      path: the folder, or hf://ORG/NAME[/FOLDER][@REVISION] of the hub.
+      path: the folder, or hf://ORG/NAME[/FOLDER][@REVISION] of the hub; of Qwen-Scope the file in it.
       operands: dtype of the operands of its matrix products.
       site, target: what it reads and predicts, in place of what its files say; for files that name a place of which
         there is none here.
@@ -144,6 +146,7 @@ def save_transcoders(folder: str | os.PathLike, transcoders: Sequence[Dictionary
 def _readers(folder: Path) -> dict[Path, Callable[[str, str, str], Dictionary]]:
     """What reads the dictionary in a folder, or if there is none those in the folders in it."""
     inside = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
+    inside += qwen_scope.find_layers(folder)
     for folders in ([folder], inside):
         if found := {each: load for each in folders if (load := _reader(each))}:
             return found
@@ -160,6 +163,10 @@ def _reader(folder: Path) -> Callable[[str, str, str], Dictionary] | None:
             return lambda operands, site, target: format.load(folder, operands, site, target)
     if gemma_scope.find_file(folder):
         return lambda operands, site, target: gemma_scope.load_folder(folder, operands, site, target)
+    if (folder / llama_scope.DESCRIPTION).exists():
+        return lambda operands, site, target: llama_scope.load(folder, operands, site, target)
+    if qwen_scope.is_one(folder):
+        return lambda operands, site, target: qwen_scope.load(folder, operands, site, target)
     return None
 
 
@@ -177,8 +184,7 @@ def _instead(folder: Path) -> str:
         return "but a set of transcoders: use load_transcoders"
     if (folder / saelens.DESCRIPTION).exists():
         return f"but its description alone: {saelens.WEIGHTS} or {sparsify.WEIGHTS} is missing"
-    inside = sorted(child.name for child in folder.iterdir() if _reader(child)) if folder.is_dir() else []
-    if inside:
+    if inside := sorted(child.name for child in _readers(folder) if child != folder):
         return f"but folders of such: name one, such as {folder / inside[0]}, of {', '.join(inside)}"
-    finished = "name a folder that the train stage finished, or one of SAELens, Gemma Scope or sparsify"
-    return f"({own.DESCRIPTION} is missing): {finished}"
+    others = "one of SAELens, sparsify, Gemma Scope or Llama Scope, or a file of Qwen-Scope"
+    return f"({own.DESCRIPTION} is missing): name a folder that the train stage finished, {others}"
