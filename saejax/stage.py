@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from saejax.settings.kinds import kind_names
+from saejax.settings.kinds import unit_names
 
 _LONGEST = 100  # characters of the name of a folder's unit
 
@@ -90,7 +90,7 @@ def folder_name(dictionary: str) -> str:
 
 def is_folder(dictionary: str) -> bool:
     """Whether a flag names a dictionary by its folder, and not by its kind as "topk" or "topk/k32" do."""
-    if dictionary.partition("/")[0] in kind_names():
+    if dictionary.partition("/")[0] in unit_names():
         return False
     return "/" in dictionary or Path(dictionary).is_dir()
 

@@ -15,5 +15,5 @@ class TrainedMember:
     settings: Mapping[str, Any]  #: its own, such as seed, k and coefficients
     input_scale: float  #: by which activations are multiplied for training; folded into the dictionary
     output_scale: float  #: by which activations are multiplied for training; folded into the dictionary
-    dead_fraction: float  #: of the features, those silent for an epoch, or for the whole run if it was shorter
+    dead_fraction: float | None  #: of the features, those silent for an epoch or a shorter run; None: not trained here
     final: Mapping[str, float]  #: its metrics at the last recorded step, as in `metrics.jsonl`

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from saejax.config import Config, setting
-from saejax.settings import MeshConfig, ModelConfig, kind_names
+from saejax.settings import MeshConfig, ModelConfig, unit_names
 from saejax.stage import Configs, Stage
 
 FOUND = "found"  # in the place of a file of labels: those of ``interpret``
@@ -17,7 +17,7 @@ class ExplainConfig(Config):
     dictionaries: tuple[str, ...] = setting(
         (),
         "kinds of dictionaries, interpreted before, whose features are labelled, each with all members; empty: none",
-        choices=kind_names,
+        choices=unit_names,
         changes_results=False,
     )
     url: str = setting(

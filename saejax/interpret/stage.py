@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.config import Config, setting
-from saejax.settings import MeshConfig, ModelConfig, kind_names
+from saejax.settings import MeshConfig, ModelConfig, unit_names
 from saejax.stage import Configs, Stage, folder_name
 from saejax.tasks import identities
 
@@ -17,7 +17,7 @@ class InterpretConfig(Config):
     dictionaries: tuple[str, ...] = setting(
         (),
         "kinds of trained dictionaries to interpret, each with all members of its stack; empty: none",
-        choices=kind_names,
+        choices=unit_names,
         changes_results=False,
     )
     examples: int = setting(8, "strongest contexts kept of each feature", low=1)

@@ -19,6 +19,7 @@ from saejax.settings.causal import ProbeConfig as ProbeConfig
 from saejax.settings.causal import SteerConfig as SteerConfig
 from saejax.settings.causal import StudyConfig as StudyConfig
 from saejax.settings.kinds import kind_names as kind_names
+from saejax.settings.kinds import unit_names as unit_names
 from saejax.settings.run import ExportConfig as ExportConfig
 from saejax.settings.run import MeshConfig as MeshConfig
 from saejax.settings.run import ModelConfig as ModelConfig

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from saejax.config import Config, setting
 
+PRETRAINED = "pretrained"  # in the place of a kind: dictionaries that were not trained here
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig(Config):
@@ -85,6 +87,11 @@ KIND_SETTINGS = {
 def kind_names() -> tuple[str, ...]:
     """The names of all kinds, those of ``--plugins`` among them."""
     return tuple(KIND_SETTINGS)
+
+
+def unit_names() -> tuple[str, ...]:
+    """The names of train units: of all kinds, and of the dictionaries that were there already."""
+    return (*kind_names(), PRETRAINED)
 
 
 def settings_of_kinds() -> dict[str, type[Config]]:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from saejax.config import Config, setting
-from saejax.settings.kinds import kind_names
+from saejax.settings.kinds import unit_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class ExportConfig(Config):
     dictionaries: tuple[str, ...] = setting(
         (),
         "kinds of trained dictionaries to export, each with all members of its stack; empty: none",
-        choices=kind_names,
+        choices=unit_names,
         changes_results=False,
     )
     model_id: str = setting(

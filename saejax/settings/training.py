@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saejax.config import Config, nested, setting
-from saejax.settings.kinds import KIND_SETTINGS, kind_names, read_by_kind, settings_of_kinds
+from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED, read_by_kind, settings_of_kinds, unit_names
 from saejax.settings.sites import expand_ranges
 
 MOST_TOKENS = 2**31 - 1  # that a feature's silence is counted in
@@ -19,7 +19,18 @@ class TrainConfig(Config):
     """
 
     kinds: tuple[str, ...] = setting(
-        ("topk", "standard"), "kinds to train, one after the other", choices=kind_names, changes_results=False
+        ("topk", "standard"),
+        f"kinds to train, one after the other; {PRETRAINED}: the dictionaries of --train.pretrained, which all stages "
+        "take as if they had been trained here",
+        choices=unit_names,
+        changes_results=False,
+    )
+    pretrained: tuple[str, ...] = setting(
+        (),
+        "dictionaries that are there already, in any format that is read, of one layer or more each: folders, or on "
+        f"the hub hf://ORG/NAME/FOLDER@REVISION; for --train.kinds={PRETRAINED}",
+        only=lambda unit: unit == PRETRAINED,
+        changes_results=False,  # what is found there counts, not its place
     )
     sites: tuple[str, ...] = setting(
         ("resid_post.15",),

@@ -134,7 +134,7 @@ def _dictionaries(row: str, found: Findings) -> Iterator[DictionaryFigures]:
     for kind, results in found.each(EvaluateResults).items():
         train = found.each(TrainResults)[kind]
         epochs = settings["train"]["epochs"]
-        losses = epoch_losses(found.folders[f"train/{kind}"], epochs, train.tokens)
+        losses = epoch_losses(found.folders[f"train/{kind}"], epochs, train.tokens) if train.steps else {}
         for scores in results.members:
             early, end = losses.get((scores.name, criteria.EPOCH)), losses.get((scores.name, epochs))
             yield DictionaryFigures(

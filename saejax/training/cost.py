@@ -1,7 +1,7 @@
 """What the stage ``train`` takes, and which dictionaries it will train."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -14,12 +14,15 @@ from saejax.activations.joined import single_sites
 from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedRun, PlannedStack
 from saejax.costs.passes import dictionary_bytes, pass_flops, step_flops, weights_share
 from saejax.costs.programs import Program, abstract_params, whole
+from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.parallel.mesh import part_size
 from saejax.settings import TrainConfig
-from saejax.training.members import SiteScale, members
+from saejax.settings.kinds import PRETRAINED
+from saejax.training.members import Member, SiteScale, members
+from saejax.training.pretrained import Pretrained, find_pretrained
 from saejax.training.train import batch_parts, check_divides, chosen_sites, stack_shape, trainer_of
 
 _OVERHEAD = 0.45
@@ -36,21 +39,37 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
       model: its decoder.
 
     Raises:
-      UserError: a site does not exist in this model, or is trained on and not captured; k is above the features.
+      UserError: a site does not exist in this model, or is read and not captured, or has another width than a
+        dictionary that is there already; k is above the features.
     """
-    sites = chosen_sites(train, captured if train.sites == ("all",) else single_sites(train.sites))
-    trained = {}
-    for kind in train.kinds:
-        stack = members(train, kind, sites)
+    sites = captured if train.sites == ("all",) else single_sites(train.sites)
+
+    def widths(flag: str, stack: Sequence[Member | Pretrained]) -> dict[str, int]:
+        """Of the sites that these members read and predict, all of which are captured."""
         needed = single_sites(site for member in stack for site in (member.site, member.target))
-        widths = {site: decoder_site(site).check(model).width(model) for site in needed}
+        found = {site: decoder_site(site).check(model).width(model) for site in needed}
         missing = [site for site in needed if site not in captured]
         if missing and train.source == "store":
-            raise UserError(
-                f"--train.sites needs {', '.join(missing)}, which --capture.sites={','.join(captured)} leaves out"
-            )
-        trained[kind] = PlannedStack(stack_shape(train, kind, stack, widths), tuple(stack))
-    return trained
+            raise UserError(f"{flag} needs {', '.join(missing)}, which --capture.sites={','.join(captured)} leaves out")
+        return found
+
+    planned = {}
+    for kind in train.kinds:
+        if kind == PRETRAINED:
+            found = find_pretrained(train.pretrained)
+            planned[kind] = PlannedStack(_largest(found, widths("--train.pretrained", found)), tuple(found))
+        else:
+            stack = members(train, kind, chosen_sites(train, sites))
+            shape = stack_shape(train, kind, stack, widths("--train.sites", stack))
+            planned[kind] = PlannedStack(shape, tuple(stack))
+    return planned
+
+
+def _largest(found: Sequence[Pretrained], widths: Mapping[str, int]) -> DictionaryConfig:
+    for one in found:
+        if not is_joined(one.site) and one.config.d_in != widths[one.site]:
+            raise UserError(f"{one.place} reads {one.config.d_in} dimensions, but {one.site} has {widths[one.site]}")
+    return max((one.config for one in found), key=lambda config: config.d_in * config.n_features)
 
 
 def train_cost(plan: PlannedRun, kind: str) -> Cost:
@@ -63,6 +82,9 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
     """
     train, stack = plan.configs["train"], plan.stacks[kind]
     dictionary, count = stack.dictionary, len(stack.members)
+    if kind == PRETRAINED:
+        copied = sum(dictionary_bytes(one.config, "float32") for one in stack.members)
+        return Cost(DeviceBytes(), 0.0, "float32", 1.0, _START, disk=copied)
     check_divides(train, dictionary, count, plan.axes)
     here, (d, f) = -(-count // plan.axes["member"]), (dictionary.d_in, dictionary.n_features)
     trainer_of(train, kind, stack.members, plan.axes)
@@ -104,8 +126,9 @@ def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
       UserError: the mesh does not divide the batch, the features or the members.
     """
     filled = plan.configs["train"].source == "model" and plan.backend == "jax"
-    programs = [_fill(plan, stack, mesh) for stack in plan.stacks.values() if filled and not _joined(stack)]
-    return [*programs, *(_step(plan, stack, mesh) for stack in plan.stacks.values())]
+    trained = [stack for kind, stack in plan.stacks.items() if kind != PRETRAINED]
+    programs = [_fill(plan, stack, mesh) for stack in trained if filled and not _joined(stack)]
+    return [*programs, *(_step(plan, stack, mesh) for stack in trained)]
 
 
 def _joined(stack: PlannedStack) -> bool:

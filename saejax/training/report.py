@@ -13,6 +13,7 @@ from saejax.evaluation.results import CrossLayerScores, DictionaryScores, Evalua
 from saejax.page.document import Block, Picture, Section, Terms, Text
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
+from saejax.settings.kinds import PRETRAINED
 from saejax.training import report_figures
 from saejax.training.report_figures import TrainingCurve
 from saejax.training.results import TrainResults
@@ -59,7 +60,12 @@ def section(found: Findings, draw: Draw, tested: str) -> Section:
     stacks = {kind: members for kind, members in scores.items() if len(members) > 1}
     layers = {kind: one.cross_layer for kind, one in found.each(EvaluateResults).items() if one.cross_layer}
     pictures = [_frontier(scores, draw)] if stacks else []
-    pictures += [_training(found, draw, bool(stacks or layers))]
+    curves = {
+        kind: training_curves(found.folders[f"train/{kind}"])
+        for kind, trained in found.each(TrainResults).items()
+        if trained.steps  # none of what was there already
+    }
+    pictures += [_training(curves, draw, bool(stacks or layers))] if curves else []
     pictures += [_density(scores, draw, dense_above)] if scores else []
     tables = [_table(found, tested)] if scores else []
     tables += [_members_table(kind, members) for kind, members in stacks.items()]
@@ -73,8 +79,9 @@ def _intro(scores: Mapping[str, Sequence[DictionaryScores]], tested: str) -> str
     kinds = []
     for kind, members in scores.items():
         many = f" ({len(members)} of them)" if len(members) > 1 else ""
-        kinds.append(f"{kind}{many}, which {KINDS[kind].about if kind in KINDS else kind}")
-    return f"Trained: {'; '.join(kinds)}." + (f" The causal tests use {tested}." if tested else "")
+        about = "was there already" if kind == PRETRAINED else f"which {KINDS[kind].about if kind in KINDS else kind}"
+        kinds.append(f"{kind}{many}, {about}")
+    return f"{'; '.join(kinds)}." + (f" The causal tests use {tested}." if tested else "")
 
 
 def _terms(dense_above: float) -> tuple[tuple[str, str], ...]:
@@ -113,8 +120,14 @@ def _table(found: Findings, tested: str) -> Table:
     }
     rows = (
         *((name, *(show(score) for score, _ in shown.values())) for name, show in (_MEASURES | _MORE_MEASURES).items()),
-        ("Training tokens (repeats counted)", *(f"{train.tokens:,}" for _, train in shown.values())),
-        ("Training, tokens per second", *(number(train.tokens_per_second, 0) for _, train in shown.values())),
+        (
+            "Training tokens (repeats counted)",
+            *(f"{train.tokens:,}" if train.steps else MISSING for _, train in shown.values()),
+        ),
+        (
+            "Training, tokens per second",
+            *(number(train.tokens_per_second, 0) if train.steps else MISSING for _, train in shown.values()),
+        ),
     )
     note = "Cross-entropy in nats per token. Attention sinks are left out (see below)."
     return Table("The dictionaries on held-out text", ("Measure", *shown), rows, stack=False, note=note)
@@ -179,8 +192,7 @@ def _range(values: Sequence[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _training(found: Findings, draw: Draw, stacks: bool) -> Picture:
-    curves = {kind: training_curves(found.folders[f"train/{kind}"]) for kind in found.each(TrainResults)}
+def _training(curves: Mapping[str, Sequence[TrainingCurve]], draw: Draw, stacks: bool) -> Picture:
     last = {kind: [curve.explained_variance[-1] for curve in own] for kind, own in curves.items() if own}
     band = " Of a stack: the median of its members, and the band between the least and the greatest."
     caption = "Training curves, on training batches; L0 on a logarithmic axis." + (band if stacks else "")

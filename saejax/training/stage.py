@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from saejax.config import identity
 from saejax.settings import MeshConfig, TrainConfig
+from saejax.settings.kinds import PRETRAINED
 from saejax.stage import Configs, Stage
 from saejax.tasks import identities
 from saejax.workspace import fingerprint
@@ -18,6 +19,13 @@ def _initial(configs: Configs) -> str:
     return stacks.identity(folder) if folder else ""
 
 
+def _pretrained(configs: Configs, name: str) -> str:
+    """The dictionaries that were there already."""
+    from saejax.dictionaries import stacks
+
+    return fingerprint([stacks.identity(one) for one in configs["train"].pretrained]) if name == PRETRAINED else ""
+
+
 def _stream(configs: Configs) -> str:
     """Model, text and settings of training straight from the model."""
     if configs["train"].source != "model":
@@ -28,6 +36,8 @@ def _stream(configs: Configs) -> str:
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
+    if name == PRETRAINED:
+        return ()
     return ("capture",) if configs["train"].source == "store" else identities.training_text(configs)
 
 
@@ -42,6 +52,7 @@ TRAIN = Stage(
     needs=_needs,
     names=lambda configs: configs["train"].kinds,
     identity=dict(initial=_initial, stream=_stream),
+    unit_identity=dict(pretrained=_pretrained),
     cost="saejax.training.cost:train_cost",
     programs="saejax.training.cost:train_programs",
     processes="all",

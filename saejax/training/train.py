@@ -25,6 +25,7 @@ from saejax.parallel.collectives import is_first_process, process_count
 from saejax.parallel.mesh import make_mesh, sharding
 from saejax.results import MeshShape
 from saejax.settings import MOST_TOKENS, TrainConfig
+from saejax.settings.kinds import PRETRAINED
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.cross_layer import CrossLayerTrainer, check_layers
 from saejax.training.initial import state_from_dictionary
@@ -32,6 +33,7 @@ from saejax.training.inputs import Input, make_input
 from saejax.training.loop import Metrics, train
 from saejax.training.members import Member, members
 from saejax.training.model_input import FromModel, buffer_order, open_stream
+from saejax.training.pretrained import run_pretrained
 from saejax.training.results import TrainResults
 from saejax.training.scales import ScaledRows, site_scales
 from saejax.training.state import STATE_VERSION, TrainState
@@ -41,13 +43,15 @@ from saejax.workspace import Run
 
 
 def run_train(run: Run) -> TrainResults:
-    """Trains the members of kind ``run.name`` and writes them to ``run.folder``.
+    """Trains the members of kind ``run.name`` and writes them to ``run.folder``, or copies those there are.
 
     Writes ``checkpoints/``, ``metrics.jsonl`` and, for each member, ``dictionary/`` (in a folder of the member's name
     if there are several); a cross-layer transcoder is one set, in circuit-tracer's format, in ``run.folder`` itself. An
     interrupted run goes on at its newest checkpoint and ends with the same bits as one that was not.
     """
     config: TrainConfig = run.configs["train"]
+    if run.name == PRETRAINED:
+        return run_pretrained(run)
     if config.state_dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError(
             "--train.state_dtype=float64 needs the variable JAX_ENABLE_X64=1: without it JAX has no float64"

@@ -11,7 +11,7 @@ from saejax.dictionaries.kinds.matryoshka import Matryoshka
 from saejax.dictionaries.kinds.standard import Standard
 from saejax.dictionaries.kinds.topk import TopK
 from saejax.errors import one_of
-from saejax.settings.kinds import KIND_SETTINGS, KindSettings
+from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED, KindSettings
 
 _Class = TypeVar("_Class", bound=type[Kind])
 _OWN = (Standard, Linear, Gated, JumpReLU, TopK, BatchTopK, Matryoshka)
@@ -24,7 +24,7 @@ def register(kind: _Class) -> _Class:
     Raises:
       ValueError: its name is one of this package's, or no word.
     """
-    if kind.name in {own.name for own in _OWN} or not kind.name.replace("_", "").isalnum():
+    if kind.name in {PRETRAINED, *(own.name for own in _OWN)} or not kind.name.replace("_", "").isalnum():
         raise ValueError(f"a kind cannot be called {kind.name!r}: expected a word, and none of the package's own kinds")
     KIND_SETTINGS[kind.name] = KindSettings(kind.Settings, tuple(kind.reads))
     KINDS[kind.name] = kind()

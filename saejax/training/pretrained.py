@@ -1,0 +1,127 @@
+"""Dictionaries that are there already, in the place of trained ones: the unit ``train/pretrained``.
+
+They are copied in our own format, so every stage takes them as it takes what was trained here.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
+from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, folders_of, hooks, read_config
+from saejax.dictionaries.formats.place import located
+from saejax.dictionaries.results import TrainedMember
+from saejax.errors import UserError
+from saejax.models.sites import ModuleSite
+from saejax.parallel.collectives import is_first_process, process_count
+from saejax.parallel.mesh import make_mesh
+from saejax.results import MeshShape
+from saejax.settings import TrainConfig
+from saejax.settings.kinds import PRETRAINED
+from saejax.training.results import TrainResults
+from saejax.workspace import Run
+
+_FLAG = "--train.pretrained"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A dictionary that is there already.
+
+    Attributes:
+      name: among the members: its site, and its folder where several read one; "" for one alone.
+      place: where it is, as its address and what is below that.
+      config: what it is.
+      load: reads it.
+    """
+
+    name: str
+    place: str
+    config: DictionaryConfig
+    load: Callable[[], Dictionary]
+
+    @property
+    def site(self) -> str:
+        """What it reads."""
+        return self.config.site
+
+    @property
+    def target(self) -> str:
+        """What it rebuilds or predicts."""
+        return self.config.target or self.config.site
+
+
+def run_pretrained(run: Run) -> TrainResults:
+    """Copies the dictionaries that ``--train.pretrained`` names, each to the folder that a trained one has.
+
+    Raises:
+      UserError: see ``find_pretrained``.
+    """
+    config: TrainConfig = run.configs["train"]
+    found = find_pretrained(config.pretrained)
+    for one in found:
+        folder = run.folder / one.name / "dictionary"
+        if is_first_process():
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its summary
+        save_dictionary(folder, one.load())
+        run.say(f"{one.place}: {one.config.kind} of {one.config.n_features:,} features, {one.site}")
+    members = tuple(
+        TrainedMember(
+            name=one.name,
+            site=one.site,
+            target=one.target,
+            settings={"from": one.place, "kind": one.config.kind} | ({"k": one.config.k} if one.config.k else {}),
+            input_scale=1.0,
+            output_scale=1.0,
+            dead_fraction=None,
+            final={},
+        )
+        for one in found
+    )
+    mesh = MeshShape.of(make_mesh(run.configs["mesh"]), process_count())
+    return TrainResults(PRETRAINED, 0, 0, 0.0, 0.0, members, mesh)
+
+
+def find_pretrained(addresses: Sequence[str]) -> list[Pretrained]:
+    """The dictionaries in folders here or on the hub, all of a stack or set each.
+
+    Raises:
+      UserError: none is named or there, one is damaged, or does not say what it reads.
+    """
+    if not addresses:
+        raise UserError(f"--train.kinds={PRETRAINED} needs {_FLAG}=FOLDER,...: name what is to be taken")
+    found = [one for address in addresses for one in _in(address)]
+    for place, config, _ in found:
+        if hooks.UNKNOWN in (config.site, config.target) or ModuleSite.names(config.site):
+            raise UserError(
+                f"{_FLAG}: {place} does not say which site it reads ({config.site}): load it with site= of "
+                "saejax.load_dictionary, save it with saejax.save_dictionary, and name that folder"
+            )
+    sites = [config.site for _, config, _ in found]
+    names = [
+        config.site if sites.count(config.site) == 1 else f"{config.site}-{Path(place).name}"
+        for place, config, _ in found
+    ]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{_FLAG} names several dictionaries {twice[0]}: put them into folders of different names")
+    if len(found) == 1:
+        names = [""]
+    return [Pretrained(name, *one) for name, one in zip(names, found, strict=True)]
+
+
+def _in(address: str) -> Iterator[tuple[str, DictionaryConfig, Callable[[], Dictionary]]]:
+    """Place, description and reader of each dictionary at an address."""
+    try:
+        folder = located(address)
+        if (folder / circuit_tracer_settings.DESCRIPTION).exists():
+            layers = circuit_tracer.open_set(folder)
+            for i, config in enumerate(layers.configs):
+                yield f"{address}/layer_{i}", config, lambda i=i: layers.load(i)  # type: ignore[misc]
+            return
+        for place in folders_of(folder):
+            below = place.relative_to(folder).as_posix()
+            name = address if below == "." else f"{address}/{below}"
+            yield name, read_config(place), lambda place=place: load_dictionary(place)  # type: ignore[misc]
+    except UserError as error:
+        raise UserError(f"{_FLAG}: {error}") from None
