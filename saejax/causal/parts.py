@@ -54,7 +54,11 @@ def load_run_dictionary(run: Run) -> Dictionary:
     Raises:
       UserError: there is none of this name.
     """
-    return stacks.load_trained(run.configs[run.stage].dictionary, run.inputs, f"--{run.stage}.dictionary")
+    dictionary = stacks.load_trained(run.configs[run.stage].dictionary, run.inputs, f"--{run.stage}.dictionary")
+    if not dictionary.config.fingerprint:  # another tool's
+        known = dictionary.config.model or "no model"
+        run.say(f"{run.stage}: the dictionary names {known}, and no state of it: take care that it is this one")
+    return dictionary
 
 
 def read_behaviours(run: Run, named: Sequence[str] = (), flag: str = "") -> dict[str, list[Prompt]]:

@@ -79,12 +79,7 @@ class SplitModel:
         width = reads.width(model.config)
         if dictionary.config.d_in != width:
             raise UserError(f"the dictionary reads {dictionary.config.d_in} dimensions, but {reads} has {width}")
-        if dictionary.config.fingerprint != model.source.fingerprint:
-            raise UserError(
-                f"the dictionary was trained on {dictionary.config.model} (fingerprint "
-                f"{dictionary.config.fingerprint}), but the model is {model.source.name} ({model.source.fingerprint}): "
-                "use the model it was trained on, or train one for this model"
-            )
+        dictionary.config.check_model(model.source.name, model.source.fingerprint)
         self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules)
         self.params = model.params
         # By way of the host: the mesh may reach over processes that each loaded the dictionary, or hold parts of it.

@@ -3,6 +3,7 @@
 import dataclasses
 
 from saejax.config import Config, setting
+from saejax.errors import UserError
 from saejax.settings import kind_names
 
 
@@ -47,3 +48,14 @@ class DictionaryConfig(Config):
     revision: str = setting("", "its revision")
     fingerprint: str = setting("", "its fingerprint")
     origin: str = setting("", "what the file that it was loaded from says besides")
+
+    def check_model(self, name: str, fingerprint: str, what: str = "the dictionary") -> None:
+        """A ``UserError`` that begins with ``what`` if the dictionary was trained on another model than this.
+
+        Files of other tools say nothing of a model's state: theirs fit any.
+        """
+        if self.fingerprint and self.fingerprint != fingerprint:
+            raise UserError(
+                f"{what} was trained on {self.model} (fingerprint {self.fingerprint}), but the model is {name} "
+                f"({fingerprint}): use the model it was trained on, or train one for this model"
+            )

@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 
 from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
-from saejax.dictionaries import Dictionary, load_dictionary, stacks
-from saejax.dictionaries.formats import cross_layer
+from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, stacks
+from saejax.dictionaries.formats import cross_layer, read_config
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation import neighbours
 from saejax.evaluation.cross_layer import evaluate_layers
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
+from saejax.evaluation.member_data import compiled_in
 from saejax.evaluation.parts import part_losses, part_variances, parts_by_model
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
@@ -69,17 +70,18 @@ def run_evaluate(run: Run) -> EvaluateResults:
         sites = some[0].site, some[0].target
         _score_site(run, config, store, (lm, other), mesh, sites, {name: trained / name for name in names})
 
-    run.each(_together(stack), file, score)
+    run.each(_together(trained, stack), file, score)
     paths = [run.folder / member.name / SCORES for member in stack]
     return EvaluateResults(run.name, tuple(from_json(DictionaryScores, read_json(path), path) for path in paths))
 
 
-def _together(stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:
-    """The members by what they read and predict, a few at a time: the store is read once for all of these."""
-    by_site: dict[tuple[str, str], list[TrainedMember]] = {}
+def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:
+    """The members by what they read, predict and share a program with, a few at a time: the store is read once."""
+    alike: dict[tuple[str, str, DictionaryConfig], list[TrainedMember]] = {}
     for member in stack:
-        by_site.setdefault((member.site, member.target), []).append(member)
-    return [own[first : first + _AT_A_TIME] for own in by_site.values() for first in range(0, len(own), _AT_A_TIME)]
+        program = compiled_in(read_config(trained / member.name))
+        alike.setdefault((member.site, member.target, program), []).append(member)
+    return [own[first : first + _AT_A_TIME] for own in alike.values() for first in range(0, len(own), _AT_A_TIME)]
 
 
 def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | None:

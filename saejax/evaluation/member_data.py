@@ -19,6 +19,11 @@ from saejax.parallel.mesh import fitting_sharding, sharding
 _COMPILED_IN = ("kind", "d_in", "n_features", "groups", "skip", "centred")  # beside the largest of its numbers
 
 
+def compiled_in(config: DictionaryConfig) -> DictionaryConfig:
+    """What a program depends on: the same for the dictionaries that share one."""
+    return DictionaryConfig(**{name: getattr(config, name) for name in _COMPILED_IN})
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MemberData:
@@ -39,8 +44,7 @@ class MemberData:
         Raises:
           ValueError: they differ in kind or shape.
         """
-        configs = [dictionary.config for dictionary in dictionaries]
-        shared = [DictionaryConfig(**{name: getattr(config, name) for name in _COMPILED_IN}) for config in configs]
+        shared = [compiled_in(dictionary.config) for dictionary in dictionaries]
         if len({*shared}) > 1 or len({dictionary.operands for dictionary in dictionaries}) > 1:
             raise ValueError(f"dictionaries of one program must have one kind and shape: {sorted(map(str, shared))}")
         largest: dict[str, Any] = {

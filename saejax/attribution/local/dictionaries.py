@@ -117,11 +117,7 @@ class LayerDictionaries(abc.ABC):
 def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
     """A ``UserError`` that begins with ``what`` unless features of such a dictionary can be traced in a model."""
     check_width(config, model.config, model.source.name, what)
-    if config.fingerprint and config.fingerprint != model.source.fingerprint:
-        raise UserError(
-            f"{what} was trained on {config.model} (fingerprint {config.fingerprint}), but the model is "
-            f"{model.source.name} ({model.source.fingerprint})"
-        )
+    config.check_model(model.source.name, model.source.fingerprint, what)
     if config.kind == "linear":
         raise UserError(f"{what} is a linear dictionary, which has no active features to trace")
 
