@@ -79,7 +79,7 @@ def _intro(scores: Mapping[str, Sequence[DictionaryScores]], tested: str) -> str
     kinds = []
     for kind, members in scores.items():
         many = f" ({len(members)} of them)" if len(members) > 1 else ""
-        about = "was there already" if kind == PRETRAINED else f"which {KINDS[kind].about if kind in KINDS else kind}"
+        about = "not trained here" if kind == PRETRAINED else f"which {KINDS[kind].about if kind in KINDS else kind}"
         kinds.append(f"{kind}{many}, {about}")
     return f"{'; '.join(kinds)}." + (f" The causal tests use {tested}." if tested else "")
 

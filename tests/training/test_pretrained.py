@@ -39,8 +39,8 @@ def places(tmp_path_factory):
     foreign.gemma_scope(root / "gemma-scope-2b-pt-res" / "layer_0" / "width_64", D, F)
     foreign.gemma_scope(root / "resid_post_all" / "layer_0_width_64_l0_small", D, F, version=2)
     foreign.llama_scope(root / "L0R-2x", D, F)
-    foreign.qwen_scope(root / "layer0.sae.pt", D, F)
-    foreign.sparsify(root / "layers.0", D, F)
+    foreign.qwen_scope(root / "layer0.sae.pt", D, F, k=16)
+    foreign.sparsify(root / "layers.0", D, F, k=16)
     names = ["own", "saelens", "gemma-scope-2b-pt-res/layer_0/width_64", "resid_post_all/layer_0_width_64_l0_small"]
     names += ["L0R-2x", "layer0.sae.pt", "layers.0"]
     return dict(zip(FORMATS, (root / name for name in names), strict=True))
@@ -64,7 +64,7 @@ def test_they_are_scored_as_what_they_are(workdir, places):
     trained, scores = (load_results(workdir / stage / "pretrained") for stage in ("train", "evaluate"))
     assert [one.settings["from"] for one in trained.members] == [str(place) for place in places.values()]
     assert [one.name for one in scores.members] == [one.name for one in trained.members]
-    assert trained.members[5].name == "resid_post.0-layer0.sae.pt" and trained.members[5].settings["k"] == 4
+    assert trained.members[5].name == "resid_post.0-layer0.sae.pt" and trained.members[5].settings["k"] == 16
     store = Store.open(workdir / "capture")
     x = store.read("resid_post.0", store.rows("held_out", "resid_post.0")).astype(np.float32)
     for place, one in zip(places.values(), scores.members, strict=True):
@@ -137,10 +137,11 @@ def test_each_format_goes_through_each_stage(name, workdir, inputs, places, tmp_
     more |= dict(transfer__measures="decoder", transfer__dictionaries=f"pretrained,{place}")
     more |= dict(track__prompts=tmp_path / "prompts.jsonl")
     (tmp_path / "prompts.jsonl").write_text(json.dumps(dict(slug="river", prompt="The river follows the teacher")))
-    stages = ["benchmark", "interpret", "ablate", "patch", "probe", "steer", "study", "attribute", "transfer", "track"]
+    stages = ["benchmark", "interpret", "ablate", "patch", "probe", "steer", "study", "attribute", "transfer"]
+    stages += ["atlas", "track", "export"]
     only = {name: places[name]}
     assert go(["train", "evaluate"], inputs, run, only) == 0
-    assert go([*stages, "export", "atlas", "report"], inputs, run, only, **benchmarks | tested | units | more) == 0
-    for stage in (*stages, "export", "atlas"):
+    assert go([*stages, "report"], inputs, run, only, **benchmarks | tested | units | more) == 0
+    for stage in stages:
         assert list((run / stage).rglob("summary.json")), stage
     assert (run / "report" / "index.html").exists()
