@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from saejax.causal.controls import disjoint_sets, draw_alike, match_ratios
-from saejax.causal.results import ControlMatch, RankedFeature
+from saejax.causal.results import RankedFeature
 from saejax.causal.screening import leaders
 from saejax.causal.split import SplitModel
 from saejax.causal.study.items import ItemScores
@@ -65,7 +65,7 @@ def choose_features(
     chosen = ChosenFeatures(
         top=tuple(map(ranked, top)),
         controls=tuple(map(tuple, controls_NxC.tolist())),
-        match=ControlMatch(**match_ratios(statistics, firing, controls_NxC)),
+        match=match_ratios(statistics, firing, controls_NxC),
         disjoint=disjoint_sets(statistics, firing, config.matches),
         pools={
             int(feature): tuple(pool)
