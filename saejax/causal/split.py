@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,17 @@ LENGTH_STEP = 2  # prompts are padded to a multiple of this many tokens
 GROUP_TOKENS = 8192  # most tokens, padding included, of the prompts whose clean run is kept at once
 
 
+class SiteRows(NamedTuple):
+    """What the tail is run from on B prompts; as in ``CleanRun``."""
+
+    stream_BxTxD: jax.Array
+    value_BxTxD: jax.Array
+    read_BxTxD: jax.Array
+    domain_BxT: jax.Array
+    last_B: jax.Array
+    answers_Bx2: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class CleanRun:
     """Prompts and what the model makes of them without an edit; B is a multiple of ``PROMPTS``.
@@ -48,6 +59,10 @@ class CleanRun:
     prefix_PxT: np.ndarray
     last_B: np.ndarray
     answers_Bx2: np.ndarray
+
+    def rows(self, some: slice) -> SiteRows:
+        """Some of its rows."""
+        return SiteRows(*(getattr(self, name)[some] for name in SiteRows._fields))
 
 
 class SplitModel:
@@ -136,10 +151,8 @@ class SplitModel:
 
     def past(self, run: CleanRun) -> tuple[jax.Array, Past]:
         """The stream leaving the last layer at each prompt's end [B, D], and keys and values of the tail's layers."""
-        arrays = run.stream_BxTxD, run.value_BxTxD, run.last_B
-        parts = [
-            record(self.point, self.params, *self.by_row(*(array[own] for array in arrays))) for own in slices(run)
-        ]
+        placed = (self.placed(run.rows(own)) for own in slices(run))
+        parts = [record(self.point, self.params, rows.stream_BxTxD, rows.value_BxTxD, rows.last_B) for rows in placed]
         if len(parts) == 1:
             return parts[0]
         ends, pasts = zip(*parts, strict=True)
@@ -165,6 +178,10 @@ class SplitModel:
     def by_row(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Puts arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
         return by_row(self.point.mesh, *arrays)
+
+    def placed(self, rows: SiteRows) -> SiteRows:
+        """The same rows by ``by_row``."""
+        return SiteRows(*self.by_row(*rows))
 
 
 def in_order(parts: Iterable[np.ndarray], runs: Sequence[CleanRun]) -> np.ndarray:
