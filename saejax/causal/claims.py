@@ -140,7 +140,6 @@ def claims(effects: Mapping[str, SetEffects], rule: Rule) -> dict[str, Claim]:
     Args:
       effects: by behaviour; finite, with at least 2 draws each. Draws of a behaviour that has fewer stand more than
         once beside those of the others in the placebo rate.
-      rule: its numbers.
     """
     if min((part.draws for part in effects.values()), default=2) < 2:
         raise ValueError("expected at least 2 draws of each behaviour")
@@ -191,7 +190,6 @@ def run_draws(
       without: measures those at some places; a row for each.
       effects: what the rule asks about, given all rows so far.
       draws: that are asked for in all.
-      rule: its numbers.
 
     Returns:
       The rows, and the effects of all of them.
@@ -211,7 +209,6 @@ def settled_no(effects: SetEffects, draws: int, rule: Rule) -> bool:
     Args:
       effects: with the draws that were run.
       draws: that were asked for in all.
-      rule: its numbers.
     """
     too_small = not effects.lost_P.mean() > rule.min_accuracy_drop
     return too_small or any(

@@ -49,7 +49,6 @@ def attribution(
     """Fall of activation x slope of every feature on every prompt.
 
     Args:
-      split: the model, split at the dictionary's site.
       runs: from ``split.run``; N prompts in all.
       estimate: one of ``settings.ESTIMATES``.
       source: what is to stand in the features' place.

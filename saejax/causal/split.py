@@ -69,7 +69,6 @@ class SplitModel:
     """A language model split at the site that the features of a dictionary write to.
 
     Args:
-      model: the language model.
       dictionary: an SAE, a transcoder, or what else has features with directions (``bases``).
       positions: where features may change; see ``positions.where``.
       error: "keep", or "drop": the clean run, too, goes through the dictionary, and what it cannot explain is gone.

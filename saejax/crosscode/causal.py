@@ -73,7 +73,6 @@ def remove_private(
       models: its parts.
       shares: which features are whose own.
       prompts: of each behaviour, of both splits.
-      config: of the stage.
     """
     found, left_out = dict[str, CrosscodeBehaviour](), dict[str, str]()
     reads = {

@@ -74,7 +74,6 @@ def baselines(scores: Mapping[str, BaselineBehaviour], min_accuracy: float) -> F
     """What the model can do: accuracy and logit difference of each behaviour.
 
     Args:
-      scores: by behaviour.
       min_accuracy: the accuracy below which a behaviour is flagged, drawn as a line; 0 to 1.
     """
     rows = height_of(scores, 0.36)

@@ -48,11 +48,9 @@ class StepTester:
     """The steps of one text, tested at one layer.
 
     Args:
-      lm: the model.
       dictionary: whose features are removed.
       reads, writes: the sites that it reads and writes; the same for an SAE.
       text: what is followed.
-      config: of the stage.
 
     Raises:
       UserError: the site's value is not finite.
@@ -192,7 +190,6 @@ def judged(effects: Mapping[Key, tuple[Sequence[int], SetEffects, ControlMatch]]
 
     Args:
       effects: of each the features that were removed, what that cost, and how well the others matched.
-      rule: its numbers.
     """
     said = claims({f"{place}/{segment}": part for (place, segment), (_, part, _) in effects.items()}, rule)
     return {
@@ -228,7 +225,6 @@ def tested_steps(
       testers: place of the dictionary in the stack -> makes its tester.
       text: what is followed.
       chosen: place -> the features of each segment.
-      config: of the stage.
       on_step: called with the tests done and of all; may raise to stop.
 
     Returns:

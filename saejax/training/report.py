@@ -52,7 +52,6 @@ def section(found: Findings, draw: Draw, tested: str) -> Section:
 
     Args:
       found: what to write of.
-      draw: saves a figure.
       tested: name of the dictionary that the causal tests use; "": there are none.
     """
     dense_above, scores = found.settings()["evaluate"]["dense_above"], scores_of(found)

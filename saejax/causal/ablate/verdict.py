@@ -88,8 +88,6 @@ def judge(
 
     Args:
       name: of the behaviour; with ``config.seed`` it decides the draws.
-      experiment: what to measure with.
-      config: of the stage.
       others: top features of other behaviours, by name, which are removed from this one's test prompts, too.
 
     Returns:

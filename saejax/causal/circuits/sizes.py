@@ -42,7 +42,6 @@ def measure_sizes(experiment: Experiment, attribution_F: np.ndarray, config: Abl
     """Keeps growing circuits of a dictionary's features.
 
     Args:
-      experiment: what to measure with.
       attribution_F: of every feature, on the train prompts.
       config: of the stage; its ``seed``, ``bootstrap`` and ``draw_prompts`` are used.
 

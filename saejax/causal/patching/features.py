@@ -58,12 +58,10 @@ class FeaturePatching:
     """The features of one behaviour.
 
     Args:
-      split: the model, split at the dictionary's site.
       name: of the behaviour; with the seed it decides the draws.
       train: prompts with counterparts of as many tokens, which choose the features: those whose counterparts'
         activations, by the estimate, lower the logit difference most.
       pairs: test prompts of that sort, which judge them.
-      config: of the stage.
       on_progress: called with the tokens done and to do; may raise to stop.
 
     Attributes:
@@ -189,7 +187,6 @@ def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[Cl
     positions that the dictionary reads in the base run, as everywhere here; sites at all positions.
 
     Args:
-      split: the model, split at the dictionary's site.
       base, source: runs of the prompts and of others of as many tokens, row by row.
       parts: "site", "features", "error", or "both": features and error term together.
 

@@ -88,7 +88,6 @@ class HeadPatching:
     """The nodes of one behaviour.
 
     Args:
-      model: the language model.
       name: of the behaviour; with the seed it decides the random nodes.
       train: prompts with counterparts of as many tokens, which estimate.
       pairs: test prompts of that sort, which judge.

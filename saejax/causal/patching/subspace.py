@@ -47,7 +47,6 @@ def learn_subspace(
     between the two answers, of which the counterpart's is right. ``PROMPTS`` pairs a step, in random order.
 
     Args:
-      split: the model, split at the dictionary's site.
       base, source: runs of the train prompts and of their counterparts, row by row.
       dimensions: K, at most the site's width.
       steps: of Adam.
@@ -90,7 +89,6 @@ def patch_subspace(
     It is replaced where features would be: at wanted positions that are not attention sinks.
 
     Args:
-      split: the model, split at the dictionary's site.
       base, source: runs of the prompts and of others of as many tokens, row by row.
       directions_DxK: orthonormal.
 

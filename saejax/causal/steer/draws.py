@@ -27,12 +27,10 @@ class RandomDraws:
     """Differences of means of shuffled texts, added to Q of the test prompts.
 
     Args:
-      split: the model, split at the site.
       texts: whose answers are shuffled, anew for each draw.
       prompts: P test prompts.
       turns: of each.
       clean_P: their logit differences.
-      config: of the stage.
       on_progress: called with the rows done and to do; may raise to stop.
     """
 

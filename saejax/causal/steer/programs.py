@@ -113,7 +113,6 @@ def steer_prompts(
     """Runs every prompt with every change.
 
     Args:
-      split: the model, split at the site.
       runs: the prompts, from ``split.run``.
       changes: a row of each for each prompt, in the prompts' order; all with as many clamped features.
       batch_rows: rows of a batch.

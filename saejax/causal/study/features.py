@@ -33,11 +33,8 @@ def choose_features(
     """The top features of a benchmark, their controls, and activations of both; and all that fire, ranked.
 
     Args:
-      split: the model, split at the dictionary's site.
-      scores: encodes the items.
       train: items that choose the features and lend activations.
       test: items on which controls are matched.
-      config: of the stage.
       name: of the benchmark; with ``config.seed`` it decides the draws.
       check_stop: called before each batch; may raise to stop.
 
@@ -83,9 +80,7 @@ def measure_activations(
     """What the activations of a benchmark's items are like, and how well the dictionary rebuilds them.
 
     Args:
-      split: the model, split at the dictionary's site.
       references: of the items, with their answers.
-      config: of the stage.
       check_stop: called before each batch; may raise to stop.
 
     Raises:
@@ -125,7 +120,6 @@ def edits_of(
       chosen: from ``choose_features``.
       condition: its name.
       length: tokens of the longest text.
-      config: of the stage.
       texts: which item each text of a batch is of: every item has random replacements of its own.
     """
     which, replacement = condition.split("/")

@@ -74,7 +74,6 @@ class References:
     """References on a model split at a dictionary's site.
 
     Args:
-      split: the model.
       references: at least one.
       batch_tokens: tokens per batch, padding included.
       check_stop: called before each batch; may raise to stop.

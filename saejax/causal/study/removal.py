@@ -45,11 +45,8 @@ def measure_single(
     """What each top feature that fires on the test items is worth there by itself; None if none does.
 
     Args:
-      split: the model, split at the dictionary's site.
-      scores: encodes the items.
       test: items that judge.
       chosen: the top features and their draws.
-      config: of the stage.
       accuracy: whether the items' choices are compared, too.
       folder: where measurements are kept, so that a run that was killed goes on.
       on_progress: called with the removals done and of all; may raise to stop.
@@ -104,7 +101,6 @@ def log_likelihoods(
     """The log-likelihood of each reference as the model is [R], and without each feature by itself [K, R], in nats.
 
     Args:
-      split: the model, split at the dictionary's site.
       references: ``count`` of them, R.
       features: K distinct ones.
       folder: where what was measured is kept; None: nowhere.
