@@ -29,11 +29,7 @@ _OWN = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ
 
 
 class Workplan:
-    """The units of a configuration and their fingerprints.
-
-    Args:
-      configs: the groups of configuration.
-    """
+    """The units of a configuration and their fingerprints."""
 
     def __init__(self, configs: Configs):
         self.configs = configs
@@ -87,9 +83,7 @@ def run_stages(
 
     Args:
       stages: names from ``STAGES``.
-      configs: every group of configuration.
       workdir: the folder of the run, or what keeps it.
-      say: prints a line.
       stopping: whether the process was asked to stop.
       only: the one unit to run, such as "train/topk"; "": all.
       instead: by stage, what does its work in place of ``Stage.run``, with a model that is loaded already, say.

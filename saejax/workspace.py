@@ -160,7 +160,6 @@ class Workspace:
         A workdir in a bucket is brought here, and what is new is copied there until the block ends.
 
         Args:
-          say: prints a line.
           whole: of a bucket, whether all files are brought at once, because other processes read them.
         """
         with contextlib.ExitStack() as held:

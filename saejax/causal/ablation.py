@@ -81,7 +81,6 @@ def ablate_sets(
     """Removes each set of features from each prompt.
 
     Args:
-      split: the model, split at the dictionary's site.
       runs: from ``split.run``.
       sets: feature indices; none twice in a set.
       batch_rows: a batch of the tail has the tokens of so many whole prompts. Its shards, one for each place on the

@@ -36,13 +36,13 @@ others. It is measured on the run's own draws, so whoever reads a yes can see wh
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from scipy.stats import binomtest
 
+from saejax.causal.clustered import Resampling
 from saejax.causal.statistics import holm
-from saejax.results import Interval
 
 LEVEL = 0.05  # of the rule
 LEAST_SETS = 5  # disjoint sets that the pool must hold: of fewer the draws hold much of the tested set
@@ -67,6 +67,25 @@ class SetEffects:
     draw_lost_NxP: np.ndarray
     template_P: np.ndarray
     disjoint: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        clean_P: np.ndarray,
+        joint_P: np.ndarray,
+        sets_NxP: np.ndarray,
+        template_P: np.ndarray,
+        disjoint: int | None,
+    ) -> "SetEffects":
+        """From logit differences; an answer is right where it is above 0.
+
+        Args:
+          clean_P, joint_P, sets_NxP: with nothing, the tested set and each drawn set removed.
+          template_P, disjoint: as above.
+        """
+        right_P, joint_right_P, right_NxP = (np.asarray(diff > 0, np.float64) for diff in (clean_P, joint_P, sets_NxP))
+        drops = clean_P - joint_P, right_P - joint_right_P, clean_P[None, :] - sets_NxP, right_P[None, :] - right_NxP
+        return cls(*drops, template_P, disjoint)
 
     @property
     def draws(self) -> int:
@@ -121,7 +140,6 @@ def claims(effects: Mapping[str, SetEffects], rule: Rule) -> dict[str, Claim]:
     Args:
       effects: by behaviour; finite, with at least 2 draws each. Draws of a behaviour that has fewer stand more than
         once beside those of the others in the placebo rate.
-      rule: its numbers.
     """
     if min((part.draws for part in effects.values()), default=2) < 2:
         raise ValueError("expected at least 2 draws of each behaviour")
@@ -163,13 +181,34 @@ def blocks(draws: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def run_draws(
+    without: Callable[[slice], np.ndarray], effects: Callable[[np.ndarray], SetEffects], draws: int, rule: Rule
+) -> tuple[np.ndarray, SetEffects]:
+    """Measures draws block by block, until all are there or none that is left could change a no.
+
+    Args:
+      without: measures those at some places; a row for each.
+      effects: what the rule asks about, given all rows so far.
+      draws: that are asked for in all.
+
+    Returns:
+      The rows, and the effects of all of them.
+    """
+    parts: list[np.ndarray] = []
+    for block in blocks(draws):
+        parts.append(without(block))
+        found = effects(np.concatenate(parts))
+        if settled_no(found, draws, rule):
+            break
+    return np.concatenate(parts), found
+
+
 def settled_no(effects: SetEffects, draws: int, rule: Rule) -> bool:
     """Whether the answer is no whatever the draws that are left cost.
 
     Args:
       effects: with the draws that were run.
       draws: that were asked for in all.
-      rule: its numbers.
     """
     too_small = not effects.lost_P.mean() > rule.min_accuracy_drop
     return too_small or any(
@@ -183,7 +222,7 @@ class _Candidates:
 
     def __init__(self, effects: SetEffects, rule: Rule):
         self.draws, self._rule, self._disjoint = effects.draws, rule, effects.disjoint
-        self._share_RxP = resampled_shares(effects.template_P, rule.resamples, rule.seed)
+        self._over = Resampling.of(effects.template_P, rule.resamples, rule.seed)
         self._drop_CxP = np.concatenate([effects.drop_P[None], effects.draw_drop_NxP]).astype(np.float64)
         lost_CxP = np.concatenate([effects.lost_P[None], effects.draw_lost_NxP]).astype(np.float64)
         if not np.isfinite(self._drop_CxP).all() or not self._drop_CxP.shape[1]:
@@ -209,7 +248,7 @@ class _Candidates:
     def interval(self, candidate: int) -> tuple[float, float]:
         """The 95 % bootstrap interval of a candidate's drop minus the mean drop of the other draws."""
         others_CxP = np.delete(self._drop_CxP, [0, candidate], axis=0)
-        found = interval_over_templates(self._drop_CxP[candidate] - others_CxP.mean(axis=0), self._share_RxP)
+        found = self._over.mean(self._drop_CxP[candidate] - others_CxP.mean(axis=0))
         return found.low, found.high
 
 
@@ -229,38 +268,3 @@ def as_large(value: np.ndarray, draws_N: np.ndarray) -> np.ndarray:
     """How many draws cost at least as much as each value; equal but for rounding is at least as much."""
     rounding = _ROUNDING * max(np.abs(value).max(initial=0.0), np.abs(draws_N).max(initial=0.0), 1e-300)
     return len(draws_N) - np.searchsorted(np.sort(draws_N), value - rounding, side="left")
-
-
-def interval_over_templates(values_P: np.ndarray, share_RxP: np.ndarray) -> Interval:
-    """The mean over prompts and its 95 % bootstrap interval.
-
-    Args:
-      values_P: one number per prompt.
-      share_RxP: of bootstrap samples; see ``resampled_shares``.
-    """
-    low, high = np.quantile(share_RxP @ values_P, (0.025, 0.975))
-    return Interval(float(np.mean(values_P)), float(low), float(high))
-
-
-def resampled_shares(template_P: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """How much of the mean each prompt makes up in each bootstrap sample of templates, and of prompts within them.
-
-    Templates are drawn with replacement, then of each drawn one as many prompts as it has. Where every prompt has a
-    template of its own, or all have the same one, this is the ordinary bootstrap over prompts.
-
-    Args:
-      template_P: a label for each prompt.
-      resamples, seed: how many samples, and of their draw.
-
-    Returns:
-      [R, P]; rows sum to 1.
-    """
-    rng = np.random.default_rng(seed)
-    labels, template_P = np.unique(template_P, return_inverse=True)
-    size_G = np.bincount(template_P)
-    drawn_RxG = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=resamples)
-    count_RxP = np.empty((resamples, len(template_P)))
-    for group, size in enumerate(size_G):
-        inside_RxQ = rng.multinomial(size * drawn_RxG[:, group], np.full(size, 1 / size))
-        count_RxP[:, template_P == group] = inside_RxQ
-    return count_RxP / count_RxP.sum(axis=1, keepdims=True)

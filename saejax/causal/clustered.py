@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.causal.claims import resampled_shares
 from saejax.results import Interval
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.scoring import interval_ends, wilson
+from saejax.tasks.scoring import middle, wilson
 
 _ROUNDING = 1e-12  # of the variance of a share
 
@@ -21,7 +20,7 @@ class Resampling:
       template_P: of each prompt.
       resamples: how many.
       seed: of the samples.
-      share_RxP: how much of the mean each prompt makes up in each; see ``claims.resampled_shares``.
+      share_RxP: how much of the mean each prompt makes up in each; see ``resampled_shares``.
     """
 
     template_P: np.ndarray
@@ -48,8 +47,7 @@ class Resampling:
     def mean(self, values_P: np.ndarray) -> Interval:
         """The mean over prompts and its 95 % bootstrap interval."""
         values_P = np.asarray(values_P, np.float64)
-        low_1, high_1 = interval_ends(values_P[None], self.share_RxP)
-        return Interval(float(values_P.mean()), float(low_1[0]), float(high_1[0]))
+        return middle(self.share_RxP @ values_P, float(values_P.mean()))
 
     def share(self, right_P: np.ndarray) -> Interval:
         """The share of prompts of which something is true, and its 95 % Wilson interval.
@@ -67,3 +65,27 @@ class Resampling:
 def of_prompts(prompts: Sequence[Prompt], resamples: int, seed: int) -> Resampling:
     """As ``Resampling.of`` the prompts' templates."""
     return Resampling.of([prompt.template for prompt in prompts], resamples, seed)
+
+
+def resampled_shares(template_P: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """How much of the mean each prompt makes up in each bootstrap sample of templates, and of prompts within them.
+
+    Templates are drawn with replacement, then of each drawn one as many prompts as it has. Where every prompt has a
+    template of its own, or all have the same one, this is the ordinary bootstrap over prompts.
+
+    Args:
+      template_P: a label for each prompt.
+      resamples, seed: how many samples, and of their draw.
+
+    Returns:
+      [R, P]; rows sum to 1.
+    """
+    rng = np.random.default_rng(seed)
+    labels, template_P = np.unique(template_P, return_inverse=True)
+    size_G = np.bincount(template_P)
+    drawn_RxG = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=resamples)
+    count_RxP = np.empty((resamples, len(template_P)))
+    for group, size in enumerate(size_G):
+        inside_RxQ = rng.multinomial(size * drawn_RxG[:, group], np.full(size, 1 / size))
+        count_RxP[:, template_P == group] = inside_RxQ
+    return count_RxP / count_RxP.sum(axis=1, keepdims=True)

@@ -23,10 +23,11 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial import cKDTree
 
+from saejax.causal.results import ControlMatch
 from saejax.errors import UserError
 
 _ALIKE = 1e-4  # logarithms with a smaller standard deviation differ by rounding
-_ADVICE = "lower --ablate.top or --ablate.matches, raise --task.test_prompts"
+ADVICE = "lower --ablate.top or --ablate.matches, raise --task.test_prompts"
 
 
 class TooFewControls(UserError):
@@ -167,7 +168,7 @@ def draw_controls(
     draws: int,
     matches: int,
     seed: int | Sequence[int],
-    advice: str = _ADVICE,
+    advice: str = ADVICE,
 ) -> np.ndarray:
     """Draws sets of control features, each matched one to one to ``features``.
 
@@ -200,7 +201,7 @@ def draw_alike(
     draws: int,
     matches: int,
     seed: int | Sequence[int],
-    advice: str = _ADVICE,
+    advice: str = ADVICE,
 ) -> np.ndarray:
     """Draws sets as ``features`` would have been drawn, were they a random set: they may hold those, too.
 
@@ -289,15 +290,8 @@ def disjoint_sets(statistics: FeatureStatistics, features: Sequence[int], matche
     return low
 
 
-def match_ratios(
-    statistics: FeatureStatistics, features: Sequence[int], controls_NxK: np.ndarray
-) -> dict[str, float | None]:
-    """How well the controls match: the median over draws and features of control / feature.
-
-    Returns:
-      ``firing_rate_ratio``, ``activation_ratio``, ``norm_ratio`` and, where positions are known, ``place_ratio``; near
-      1 where the match is good, None with no features or where the tested ones' values are 0.
-    """
+def match_ratios(statistics: FeatureStatistics, features: Sequence[int], controls_NxK: np.ndarray) -> ControlMatch:
+    """How well the controls match; None with no features or where the tested ones' values are 0."""
     features_1xK = np.asarray(features, np.int64)[None, :]
 
     def ratio(value_F: np.ndarray) -> float | None:
@@ -305,11 +299,10 @@ def match_ratios(
         return float(np.median(value_F[controls_NxK] / own_1xK)) if controls_NxK.size and own_1xK.all() else None
 
     norm_F = np.ones(len(statistics.fires_F)) if statistics.norm_F is None else statistics.norm_F
-    found = dict(
+    place_F, fires_F = statistics.place_F, np.maximum(statistics.fires_F, 1)
+    return ControlMatch(
         firing_rate_ratio=ratio(statistics.firing_rate_F),
         activation_ratio=ratio(statistics.mean_activation_F),
         norm_ratio=ratio(norm_F),
+        place_ratio=None if place_F is None else ratio(place_F / fires_F),
     )
-    if statistics.place_F is not None:
-        found["place_ratio"] = ratio(statistics.place_F / np.maximum(statistics.fires_F, 1))
-    return found

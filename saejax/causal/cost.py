@@ -36,10 +36,8 @@ def causal_cost(
     """A unit that holds the model and perhaps a dictionary, whole on every device.
 
     Args:
-      plan: what it follows from.
       flops: of the model's products.
       activations: bytes of what comes and goes.
-      used: the dictionary.
       more: other fields of ``Cost``.
     """
     arrays = dictionary_bytes(used, plan.configs["train"].state_dtype) if used else 0

@@ -87,7 +87,6 @@ def each_part(
     Parts are items of ``Run.each``: where processes deal them out, the first one alone goes on with the results.
 
     Args:
-      run: of the stage.
       parts: their names, which are names of files.
       begin: called once if a part is left; gives what measures one, and writes what else the part keeps.
       results: the class of a part's results.

@@ -23,7 +23,7 @@ import numpy as np
 
 from saejax.causal.activation_sources import ZERO, ActivationSource, removed_on_average
 from saejax.causal.activity import firing_sums
-from saejax.causal.split import CleanRun, SplitModel, active_features, slices
+from saejax.causal.split import CleanRun, SiteRows, SplitModel, active_features, slices
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
@@ -49,7 +49,6 @@ def attribution(
     """Fall of activation x slope of every feature on every prompt.
 
     Args:
-      split: the model, split at the dictionary's site.
       runs: from ``split.run``; N prompts in all.
       estimate: one of ``settings.ESTIMATES``.
       source: what is to stand in the features' place.
@@ -69,11 +68,10 @@ def attribution(
     for run, other in zip(runs, counterparts or runs, strict=True):
         sums = firing_sums(split, run) if source.kind == "random" else ()
         for own in slices(run):
-            parts = [run.stream_BxTxD, run.value_BxTxD, run.read_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2]
-            rows = split.by_row(*(part[own] for part in parts))
+            rows = split.placed(run.rows(own))
             lent = (other.read_BxTxD[own], other.domain_BxT[own]) if source.kind == "counterpart" else ()
             attribution_BxF = score_features(
-                point, points(estimate), split.params, split.dictionary, *rows, source, sums or (*split.by_row(*lent),)
+                point, points(estimate), split.params, split.dictionary, rows, source, sums or (*split.by_row(*lent),)
             )
             index_P = run.index_P[own]
             attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
@@ -97,35 +95,31 @@ def score_features(
     points: int,
     params: decoder.Params,
     dictionary: Basis,
-    stream_BxTxD: jax.Array,
-    value_BxTxD: jax.Array,
-    read_BxTxD: jax.Array,
-    domain_BxT: jax.Array,
-    last_B: jax.Array,
-    answers_Bx2: jax.Array,
+    rows: SiteRows,
     source: ActivationSource = ZERO,
     lent: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
-    """The program behind ``attribution``, for one batch of arrays as ``CleanRun`` has them: [B, F].
+    """The program behind ``attribution``, for one batch of rows: [B, F].
 
     Args:
       points: on the way to no feature whose gradients are averaged; 1: the gradient where the prompt is.
       lent: for the source ``counterpart``, what is read and the domain of the counterparts; for ``random``, at how many
         positions of the clean run each feature is not 0, and the sum of its activations.
     """
-    f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
+    value_BxTxD = rows.value_BxTxD
+    f_BxTxF = active_features(dictionary, rows.read_BxTxD, rows.domain_BxT)
     if source.kind == "random":
         removed_BxTxF = removed_on_average(f_BxTxF, *lent)
     else:
         other_BxTxF = active_features(dictionary, *lent) if lent else f_BxTxF
         every_F = jnp.arange(f_BxTxF.shape[-1])
-        removed_BxTxF = source.removed(f_BxTxF, other_BxTxF, domain_BxT, every_F, jnp.int32(len(last_B)))
+        removed_BxTxF = source.removed(f_BxTxF, other_BxTxF, rows.domain_BxT, every_F, jnp.int32(len(rows.last_B)))
     W_dec_FxD = dictionary.W_dec_FxD[...]
 
     def difference(value_BxTxD: jax.Array) -> jax.Array:
         # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-        x_BxTxD = point.tail(params, stream_BxTxD, value_BxTxD)
-        return point.difference(params, x_BxTxD, last_B, answers_Bx2).sum()
+        x_BxTxD = point.tail(params, rows.stream_BxTxD, value_BxTxD)
+        return point.difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
 
     slope = jax.grad(difference)
 

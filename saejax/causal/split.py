@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,17 @@ from saejax.tasks.behaviours import Prompt
 PROMPTS = 16  # prompts per run of the head
 LENGTH_STEP = 2  # prompts are padded to a multiple of this many tokens
 GROUP_TOKENS = 8192  # most tokens, padding included, of the prompts whose clean run is kept at once
+
+
+class SiteRows(NamedTuple):
+    """What the tail is run from on B prompts; as in ``CleanRun``."""
+
+    stream_BxTxD: jax.Array
+    value_BxTxD: jax.Array
+    read_BxTxD: jax.Array
+    domain_BxT: jax.Array
+    last_B: jax.Array
+    answers_Bx2: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +60,15 @@ class CleanRun:
     last_B: np.ndarray
     answers_Bx2: np.ndarray
 
+    def rows(self, some: slice) -> SiteRows:
+        """Some of its rows."""
+        return SiteRows(*(getattr(self, name)[some] for name in SiteRows._fields))
+
 
 class SplitModel:
     """A language model split at the site that the features of a dictionary write to.
 
     Args:
-      model: the language model.
       dictionary: an SAE, a transcoder, or what else has features with directions (``bases``).
       positions: where features may change; see ``positions.where``.
       error: "keep", or "drop": the clean run, too, goes through the dictionary, and what it cannot explain is gone.
@@ -131,10 +145,8 @@ class SplitModel:
 
     def past(self, run: CleanRun) -> tuple[jax.Array, Past]:
         """The stream leaving the last layer at each prompt's end [B, D], and keys and values of the tail's layers."""
-        arrays = run.stream_BxTxD, run.value_BxTxD, run.last_B
-        parts = [
-            record(self.point, self.params, *self.by_row(*(array[own] for array in arrays))) for own in slices(run)
-        ]
+        placed = (self.placed(run.rows(own)) for own in slices(run))
+        parts = [record(self.point, self.params, rows.stream_BxTxD, rows.value_BxTxD, rows.last_B) for rows in placed]
         if len(parts) == 1:
             return parts[0]
         ends, pasts = zip(*parts, strict=True)
@@ -160,6 +172,10 @@ class SplitModel:
     def by_row(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Puts arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
         return by_row(self.point.mesh, *arrays)
+
+    def placed(self, rows: SiteRows) -> SiteRows:
+        """The same rows by ``by_row``."""
+        return SiteRows(*self.by_row(*rows))
 
 
 def in_order(parts: Iterable[np.ndarray], runs: Sequence[CleanRun]) -> np.ndarray:

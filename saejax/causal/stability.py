@@ -24,6 +24,7 @@ from saejax.causal.ablate.results import HalvesAgreement, MatchedDrops
 from saejax.causal.controls import coordinates, nearest_others
 from saejax.causal.statistics import rank_correlations
 from saejax.results import Interval
+from saejax.tasks.scoring import middle
 
 SPLITS = 100  # of the prompts in random halves
 LEAST = 0.7  # similarity of a match
@@ -157,8 +158,7 @@ def compare(
 def _spread(values_R: np.ndarray, mean: float | None = None) -> Interval:
     """Mean, unless another is given, and the middle 95 % of those that are defined."""
     defined = values_R[~np.isnan(values_R)]
-    low, high = np.quantile(defined, (0.025, 0.975)) if len(defined) else (np.nan, np.nan)
-    return Interval(float(defined.mean() if mean is None else mean), float(low), float(high))
+    return middle(defined, mean) if len(defined) else Interval(np.nan if mean is None else mean, np.nan, np.nan)
 
 
 def _centred(values_PxF: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from saejax.causal.columns import Columns
 from saejax.causal.stability import match_by_direction
 from saejax.clusters.groups import agreement
 from saejax.clusters.results import GroupingAgreement
-from saejax.results import Interval
+from saejax.tasks.scoring import middle
 from saejax.transfer.compared import Compared
 
 _SHUFFLES = 100
@@ -90,6 +90,4 @@ def _agreement(
 ) -> GroupingAgreement:
     rng = np.random.default_rng(seed)
     null = np.array([agreement(first_M, rng.permutation(second_M)) for _ in range(_SHUFFLES)])
-    low, high = np.quantile(null, (0.025, 0.975))
-    spread = Interval(float(null.mean()), float(low), float(high))
-    return GroupingAgreement(*of, len(first_M), agreement(first_M, second_M), spread)
+    return GroupingAgreement(*of, len(first_M), agreement(first_M, second_M), middle(null))

@@ -13,12 +13,7 @@ from saejax.workspace import Run
 
 
 class ClusterText:
-    """The text and who reads it.
-
-    Args:
-      run: of the stage.
-      compared: the dictionaries.
-    """
+    """The text and who reads it."""
 
     def __init__(self, run: Run, compared: Sequence[Compared]):
         self._config = run.configs["cluster"]

@@ -21,7 +21,6 @@ def pass_flops(model: DecoderConfig, tokens: int, length: int, layers: float) ->
     """A forward pass through some layers.
 
     Args:
-      model: the decoder.
       tokens: in all, padding included.
       length: of each prompt; scores of later tokens are computed and masked, as the decoder does it.
       layers: how many.

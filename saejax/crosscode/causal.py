@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.ablate.verdict import effects_of
-from saejax.causal.claims import Rule, SetEffects, blocks, claims, interval_over_templates, resampled_shares, settled_no
+from saejax.causal.claims import Rule, SetEffects, claims, run_draws
+from saejax.causal.clustered import Resampling
 from saejax.causal.controls import FeatureStatistics, TooFewControls, disjoint_sets, draw_alike
 from saejax.crosscode.results import CrosscodeBehaviour
 from saejax.crosscode.shares import Shares
@@ -73,7 +73,6 @@ def remove_private(
       models: its parts.
       shares: which features are whose own.
       prompts: of each behaviour, of both splits.
-      config: of the stage.
     """
     found, left_out = dict[str, CrosscodeBehaviour](), dict[str, str]()
     reads = {
@@ -106,11 +105,11 @@ def remove_private(
             tested[key] = chosen, effects, _elsewhere(dictionary, models, 1 - at, reads[name, "test"], chosen)
         judged = claims({key: effects for key, (_, effects, _) in tested.items()}, rule_of(config))
         for key, (chosen, effects, other) in tested.items():
-            share_RxP = resampled_shares(effects.template_P, config.resamples, config.seed)
+            over = Resampling.of(effects.template_P, config.resamples, config.seed)
             found[key] = CrosscodeBehaviour(
                 part,
                 tuple(chosen),
-                drop=interval_over_templates(effects.drop_P, share_RxP),
+                drop=over.mean(effects.drop_P),
                 matched_drop=float(effects.draw_drop_NxP.mean()),
                 other_drop=other,
                 claim=judged[key],
@@ -173,12 +172,12 @@ def _effects(
     measure = functools.partial(_without, dictionary, models[at], read)
     template_P = np.asarray([prompt.template for prompt in prompts])
     clean_P, joint_P = measure(()), measure(chosen)
-    found_NxP = np.zeros((0, len(prompts)))
-    for block in blocks(config.draws):
-        found_NxP = np.concatenate([found_NxP, np.stack([measure(one) for one in draws_NxK[block].tolist()])])
-        effects = effects_of(clean_P, joint_P, found_NxP, template_P, disjoint)
-        if settled_no(effects, config.draws, rule_of(config)):
-            break
+    _, effects = run_draws(
+        lambda block: np.stack([measure(one) for one in draws_NxK[block].tolist()]),
+        lambda found_NxP: SetEffects.of(clean_P, joint_P, found_NxP, template_P, disjoint),
+        config.draws,
+        rule_of(config),
+    )
     return effects
 
 

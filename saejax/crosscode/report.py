@@ -6,7 +6,7 @@ from saejax.crosscode.results import CrosscodedDictionary, CrosscodeResults, Par
 from saejax.page import style
 from saejax.page.document import Block, Section, Text
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, number, percent, significant
+from saejax.page.tables import Table, answer, interval, number, percent, significant
 
 _FEATURES = 10  # that are shown of a crosscoder
 
@@ -78,38 +78,32 @@ def _cells(own: PartFeatures) -> tuple[str, ...]:
 
 
 def _listed(one: CrosscodedDictionary) -> Table:
-    columns = ("Feature", "Part", "Relative norm", "Fires on", "In errors", "In reconstructions", "Private")
-    rows = [
-        (
-            str(f.feature),
-            f.part,
-            number(f.relative_norm, 3),
-            percent(f.firing_rate, 2),
-            interval(f.nu_error) if f.nu_error else MISSING,
-            interval(f.nu_reconstruction) if f.nu_reconstruction else MISSING,
-            "yes" if f.private else "no",
-        )
-        for f in one.listed[:_FEATURES]
-    ]
-    return Table(f"Features of {one.name} that seem to be one part's own", columns, tuple(rows), frozenset({1, 6}))
+    columns = {
+        "Feature": lambda own: str(own.feature),
+        "Part": lambda own: own.part,
+        "Relative norm": lambda own: number(own.relative_norm, 3),
+        "Fires on": lambda own: percent(own.firing_rate, 2),
+        "In errors": lambda own: interval(own.nu_error),
+        "In reconstructions": lambda own: interval(own.nu_reconstruction),
+        "Private": lambda own: answer(own.private),
+    }
+    rows = [(own,) for own in one.listed[:_FEATURES]]
+    return Table.of(f"Features of {one.name} that seem to be one part's own", rows, columns, {"Part", "Private"})
 
 
 def _behaviours(one: CrosscodedDictionary) -> Table:
-    columns = ("Removed from", "Features", "Drop", "Matched shared", "In the other model", "p", "Placebo rate", "Costs")
-    rows = [
-        (
-            name,
-            str(len(found.features)),
-            interval(found.drop),
-            number(found.matched_drop),
-            number(found.other_drop),
-            significant(found.claim.p_holm, 2),
-            percent(found.claim.placebo_rate),
-            "yes" if found.claim.yes else "no",
-        )
-        for name, found in one.behaviours.items()
-    ]
+    columns = {
+        "Removed from": lambda name, found: name,
+        "Features": lambda name, found: str(len(found.features)),
+        "Drop": lambda name, found: interval(found.drop),
+        "Matched shared": lambda name, found: number(found.matched_drop),
+        "In the other model": lambda name, found: number(found.other_drop),
+        "p": lambda name, found: significant(found.claim.p_holm, 2),
+        "Placebo rate": lambda name, found: percent(found.claim.placebo_rate),
+        "Costs": lambda name, found: answer(found.claim.yes),
+    }
     note = (
         "Drop: of the logit difference. p: after Holm's correction. Placebo rate: how often drawn sets pass the rule."
     )
-    return Table(f"Removing private features of {one.name} together", columns, tuple(rows), frozenset({7}), note=note)
+    caption = f"Removing private features of {one.name} together"
+    return Table.of(caption, one.behaviours.items(), columns, {"Costs"}, note=note)

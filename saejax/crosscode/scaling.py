@@ -54,7 +54,6 @@ def block_sums(dictionary: Dictionary, features: Sequence[int], blocks: Iterable
     """The sums of every block.
 
     Args:
-      dictionary: the crosscoder.
       features: K of its features.
       blocks: each as batches [B, D] of joined values, of at least one.
     """

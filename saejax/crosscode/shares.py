@@ -13,6 +13,7 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import part_norms
 from saejax.models.sites import OtherSite, parse_site, site_parts
 from saejax.results import Interval
+from saejax.tasks.scoring import middle
 
 Blocks = Callable[[], Iterable[Sequence[np.ndarray]]]
 
@@ -154,7 +155,7 @@ def _interval(value_R: np.ndarray) -> Interval | None:
     """The first, and the middle 95 % of the others; None unless all are finite."""
     if not np.isfinite(value_R).all():
         return None
-    return Interval(float(value_R[0]), *(float(end) for end in np.quantile(value_R[1:], [0.025, 0.975])))
+    return middle(value_R[1:], float(value_R[0]))
 
 
 def _finite(value: float) -> float | None:

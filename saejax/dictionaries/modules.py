@@ -51,7 +51,6 @@ class Dictionary(Editing, nnx.Module):
     edits=[sae.ablate([101, 2048])])``.
 
     Args:
-      config: what it is.
       operands: dtype of the operands of matrix products (sums are in the arrays' dtype).
       arrays: those of ``parameter_table``.
     """

@@ -23,7 +23,6 @@ def raw(kind: Kind, arrays: Arrays, inputs: float, outputs: float) -> Arrays:
     """Arrays for raw values of those for scaled ones: activations and outputs become 1 / ``outputs`` times as large.
 
     Args:
-      kind: of the dictionary.
       arrays: of ``modules.parameter_table``, for inputs and outputs times these factors; the inverse takes 1 / factor.
       inputs, outputs: above 0.
     """
@@ -39,7 +38,6 @@ def scale_features(kind: Kind, arrays: Arrays, factor_F: Any) -> Arrays:
     where all factors are equal, or where the choice was already made between scaled activations.
 
     Args:
-      kind: of the dictionary.
       arrays: of ``modules.parameter_table``.
       factor_F: above 0.
     """

@@ -35,7 +35,6 @@ def chosen_form(asked: str, mesh: Mesh, operands: str, n_features: int, k: int) 
 
     Args:
       asked: one of them, or "auto": "rows" where a step was measured to be faster with them, else "dense".
-      mesh: the devices.
       operands: of the dense products; see ``matmul``.
       n_features, k: F, and how many are active at most.
 

@@ -75,7 +75,6 @@ def stand_in_losses(
     The layers below, the clean model and the floors run once for all of them.
 
     Args:
-      lm: the model.
       dictionaries: of one kind and shape, with the same site, target and sink rule.
       documents: token ids; those of one token predict nothing.
       mean_D: the target's mean over training tokens.

@@ -33,7 +33,6 @@ class Answers:
     """The answers of a model, kept in a folder.
 
     Args:
-      run: of the stage ``explain``.
       folder: where they are kept.
       judge: answers what has no answer yet.
 

@@ -16,7 +16,6 @@ class LocalJudge:
 
     Args:
       path: as of ``load_model``.
-      mesh: the devices.
       at_once: questions of a batch.
 
     Raises:

@@ -45,7 +45,6 @@ def detection(held: HeldOut, label: str, seed: int) -> Asked:
     """Asks in which contexts the feature of a label is active.
 
     Args:
-      held: its contexts.
       label: of the feature, or of another one.
       seed: of the order of contexts, which does not depend on the label.
     """
@@ -68,7 +67,6 @@ def intruders(held: HeldOut, label: str | None, seed: int) -> Asked:
     """Asks which of some contexts, of firings about as strong but for one without the feature, does not belong there.
 
     Args:
-      held: the contexts.
       label: is not shown.
       seed: of the intruders' places.
     """

@@ -55,7 +55,6 @@ def feature_row(source: NeuronpediaSource, record: FeatureRecord, row_D: np.ndar
     """A row of features.
 
     Args:
-      source: of the feature.
       record: as the stage ``interpret`` writes it.
       row_D: its decoder row.
     """

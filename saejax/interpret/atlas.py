@@ -101,7 +101,6 @@ def write_atlas(
       folder: where to.
       dictionary: its name, the beginning of addresses on the page.
       records: of all features, in their order, as ``records`` makes them.
-      labels: by feature.
       effects: feature -> behaviour -> the logit difference that is lost without it, where it was measured.
       maps: heatmaps as ``interpret`` writes them, and the bar of cosines between layers.
     """

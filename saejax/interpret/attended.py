@@ -45,7 +45,6 @@ def attended(
     """The share of the attention of each head of the first layers on each class, [B, T, L, H, C].
 
     Args:
-      config, params: of the model.
       layers: how many of them.
       ids_BxT: token ids.
       marks_V: whether a token is punctuation or a line break.
@@ -74,7 +73,6 @@ class HeadShares:
     """What the heads look at, at tokens of documents that are all cut to one length.
 
     Args:
-      lm: the model.
       documents: of the store; those of the search text are taken.
       text: of the store.
       layers: how many of the model's, from the first.

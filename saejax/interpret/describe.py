@@ -98,7 +98,6 @@ def tenths(block: Block, order: np.ndarray) -> np.ndarray:
     Group g goes from number g up to, but without, number g + 1, the last one up to its maximum.
 
     Args:
-      block: the firings.
       order: of ``weakest_first``.
     """
     counts, edges = block.counts[:, None], np.zeros((block.size, GROUPS + 1), np.float32)
@@ -112,7 +111,6 @@ def group_draws(block: Block, order: np.ndarray, draws: int) -> tuple[np.ndarray
     """Draws from each feature's ten groups.
 
     Args:
-      block: the firings.
       order: of ``weakest_first``.
       draws: from every group, as far as it has so many.
 
@@ -156,7 +154,6 @@ def contexts(
     """Contexts of a feature's firings.
 
     Args:
-      block: the firings.
       text: that they stand in.
       known: whether the store has an activation, for every place.
       feature: counted from the block's first.

@@ -170,8 +170,6 @@ def scores(
     """The scores of detectors on a text.
 
     Args:
-      block: firings on it.
-      text: the text.
       bases: how often each code stands there, for every family.
       detectors: of each feature of the block.
     """

@@ -41,7 +41,6 @@ def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> Output
     """What features do to logits.
 
     Args:
-      lm: the model.
       W_dec_FxD: what features add to the residual stream.
       count: of tokens at either end.
     """

@@ -91,7 +91,6 @@ def capture(
     """Runs texts through a model and keeps the values of some sites.
 
     Args:
-      lm: the model.
       texts: each at most as long as the model's context.
       sites: such as ["resid_post.15"].
       batch_tokens: most tokens of a batch, padding included.

@@ -107,7 +107,6 @@ def patch(lm: LanguageModel, prompts: Sequence[Prompt], kind: str = "resid_post"
     """Patches a kind of site between prompts and their counterparts, at every layer and position.
 
     Args:
-      lm: the model.
       prompts: those of ``split`` with a counterpart of as many tokens are used.
       kind: one of ``saejax.models.sites.KINDS``.
       split: "train" or "test".

@@ -41,7 +41,6 @@ def train(
       kind: one of ``saejax.settings.kind_names()``.
       folder: where checkpoints, metrics and the dictionary are kept, and where an interrupted training goes on. None:
         nothing is kept.
-      mesh: how devices are arranged.
       on_progress: takes lines that say how far it is.
       **settings: other fields of ``saejax.settings.TrainConfig``, such as k=32, expansion=8, learning_rate=1e-3.
 

@@ -129,9 +129,7 @@ def attention(
     """Grouped-query attention (Ainslie et al., 2023), without the residual connection.
 
     Args:
-      weights: those of the layer.
       x_xTxD: after the norm.
-      tables: of the layer.
       function: the attention function; None: ``attend``.
 
     Returns:
@@ -164,7 +162,6 @@ def attend(
     Args:
       q_xTxHxK: queries, after the rotary embedding.
       k_xSxNxK, v_xSxNxK: keys, after it, and values.
-      tables: of the layer.
     """
     q_xNxGxTxK = _by_group(config, q_xTxHxK)
     k_xNxSxK, v_xNxSxK = jnp.swapaxes(k_xSxNxK, -2, -3), jnp.swapaxes(v_xSxNxK, -2, -3)

@@ -73,7 +73,6 @@ class LanguageModel(LoadedModel):
         """Runs the model. Compiled once for each combination of sites, kinds of edits and shapes.
 
         Args:
-          tokens: the prompts.
           capture: sites whose values are given back, such as "resid_post.15".
           edits: changes, made in the order given where several act at one site; see ``Dictionary`` and ``SiteEdit``.
           logits: False stops after the last captured site.
@@ -148,7 +147,6 @@ class LanguageModel(LoadedModel):
         """What the stream leaving each layer says of the next token: the logit lens, or a Jacobian lens.
 
         Args:
-          tokens: the prompts.
           jacobian: from ``fit_lens`` or ``load_lens``; None: the logit lens.
           answers: ids of tokens whose probability and rank are wanted at every place.
           top: of the likeliest tokens, so many are given, at least 1.

@@ -84,7 +84,6 @@ def read(
     """What a lens says of streams.
 
     Args:
-      config, params: of the model.
       x_LxBxTxD: the streams leaving all layers.
       jacobian: None: the logit lens.
       answers: ids of tokens whose probabilities are wanted everywhere.

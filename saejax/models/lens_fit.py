@@ -50,7 +50,6 @@ def fit_lens(
     """Fits a Jacobian lens and writes it; what is done is kept beside the file, and the same call goes on there.
 
     Args:
-      lm: the model.
       tokens: prompts of about one length, such as the first 128 tokens of 100 texts; at least ``skip`` + 2 each.
       path: the file, see ``lens_files``. What has been summed up is in ``<path>.partial.npz`` until it is there.
       skip: positions at the beginning of each prompt that are left out, at least 0: the first one is an attention sink.

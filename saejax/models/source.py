@@ -55,7 +55,6 @@ def resolve(config: ModelConfig, decoder: bool = False) -> ModelSource:
     """Finds a model, fetching or converting it if need be.
 
     Args:
-      config: which.
       decoder: whether our decoder is to run it: then a family that it does not know is refused, before the weights are
         fetched.
 
@@ -176,7 +175,6 @@ def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
     """The model in PyTorch, a transformers ``PreTrainedModel`` in eval mode, on the CPU.
 
     Args:
-      source: its files.
       dtype: "float32" or "bfloat16".
 
     Raises:

@@ -7,6 +7,8 @@ on the page as itself. Numbers use a true minus sign and intervals read ``mean [
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -15,11 +17,11 @@ from saejax.results import Interval
 MISSING = "–"
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """A number with ``digits`` decimals; None and NaN are a dash. ``number(-0.5)`` is "−0.50"."""
+def number(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
+    """A number times ``scale`` with ``digits`` decimals; None and NaN are a dash. ``number(-0.5)`` is "−0.50"."""
     if value is None or math.isnan(value):
         return MISSING
-    text = f"{value:,.{digits}f}"
+    text = f"{scale * value:,.{digits}f}"
     return (text[1:] if float(text.replace(",", "")) == 0 and text.startswith("-") else text).replace("-", "−")
 
 
@@ -33,13 +35,26 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 def percent(share: float | None, digits: int = 0) -> str:
     """A share as a percentage: ``percent(0.875, 1)`` is "87.5 %", with a space that does not break."""
-    return MISSING if share is None or math.isnan(share) else number(100 * share, digits) + "\u00a0%"
+    text = number(share, digits, 100)
+    return text if text == MISSING else text + "\u00a0%"
 
 
-def interval(value: Interval, digits: int = 2, scale: float = 1.0) -> str:
-    """An interval, each figure times ``scale``: "3.10 [2.80, 3.40]"; brackets stay on one line."""
-    mean, low, high = (number(one * scale, digits) for one in (value.mean, value.low, value.high))
+def interval(value: Interval | None, digits: int = 2, scale: float = 1.0) -> str:
+    """An interval, each figure times ``scale``: "3.10 [2.80, 3.40]"; brackets stay on one line, None is a dash."""
+    if value is None:
+        return MISSING
+    mean, low, high = (number(one, digits, scale) for one in (value.mean, value.low, value.high))
     return f"{mean} [{low},\u00a0{high}]"
+
+
+def count(value: int | None) -> str:
+    """A count: "1,234"; None is a dash."""
+    return MISSING if value is None else f"{value:,}"
+
+
+def answer(value: bool | None, unknown: str = MISSING) -> str:
+    """A yes or no; ``unknown`` for None."""
+    return unknown if value is None else "yes" if value else "no"
 
 
 def visible(text: str) -> str:
@@ -79,6 +94,28 @@ class Table:
     stack: bool = True
     note: str = ""
     kind = "table"
+
+    @classmethod
+    def of(
+        cls,
+        caption: str,
+        items: Iterable[Sequence[Any]],
+        columns: Mapping[str, Callable[..., str]],
+        words: Collection[str] = (),
+        stack: bool = True,
+        note: str = "",
+    ) -> "Table":
+        """A row for each of some items.
+
+        Args:
+          caption, stack, note: as above.
+          items: what a cell's text is made from, as its arguments.
+          columns: heading -> makes the text.
+          words: headings of the columns, but the first, that hold words.
+        """
+        rows = tuple(tuple(show(*item) for show in columns.values()) for item in items)
+        flush_left = frozenset(place for place, heading in enumerate(columns) if heading in words)
+        return cls(caption, tuple(columns), rows, flush_left, stack, note)
 
     def __post_init__(self):
         for row in self.rows:

@@ -18,7 +18,6 @@ def advice(plan: PlannedRun, limit: int, devices: str, needed: int) -> list[str]
     """What to change where a model does not fit: up to two changes of flags on as many devices, and TPU slices.
 
     Args:
-      plan: what is run.
       limit: bytes per device.
       devices: what they are, for messages.
       needed: bytes per device that it takes now, by estimate or, better, by the compiler.

@@ -44,7 +44,6 @@ def measure(configs: Mapping[str, Any], model: ModelConfig, mesh: Mesh) -> dict[
 
     Args:
       configs: the groups of configuration; the corpus gives the real text.
-      model: which.
       mesh: for the decoder.
 
     Returns:

@@ -28,8 +28,6 @@ def plan_run(name: str, model: DecoderConfig, configs: Mapping[str, Any], axes: 
 
     Args:
       name: of the model.
-      model: its decoder.
-      configs: the groups of configuration.
       axes: sizes of the mesh's axes.
       more: other fields of ``PlannedRun``.
 

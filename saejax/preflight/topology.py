@@ -109,7 +109,6 @@ def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
     """Compiles a program for the devices of its arguments.
 
     Args:
-      program: what to compile.
       limit: bytes that a device has.
       of_node: how many of the devices share a node.
     """

@@ -99,7 +99,6 @@ def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
 
     Args:
       found: what to write of.
-      draw: saves a figure.
       shown: features of each behaviour that are shown with contexts.
     """
     known = found.each(EvaluateResults)  # nothing is, of a dictionary from elsewhere

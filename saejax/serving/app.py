@@ -24,13 +24,7 @@ _LARGEST = 1e30  # factor or activation
 
 
 class GraphServer:
-    """What is answered.
-
-    Args:
-      shelf: the graphs.
-      bench: the model.
-      jobs: the work.
-    """
+    """What is answered."""
 
     def __init__(self, shelf: Shelf, bench: Bench, jobs: Jobs):
         self._shelf, self._bench, self._jobs = shelf, bench, jobs

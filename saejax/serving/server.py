@@ -23,7 +23,6 @@ class StoppingServer(uvicorn.Server):
 
     Args:
       config: of uvicorn.
-      jobs: the work.
     """
 
     def __init__(self, config: uvicorn.Config, jobs: Jobs):
@@ -42,7 +41,6 @@ def serve(
 
     Args:
       folder: with the graphs.
-      configs: every group of configuration.
       named: whether they name a set of dictionaries, which then goes for all graphs.
       labels: a file of labels; None: in the folder.
       token: in the address.

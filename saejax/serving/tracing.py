@@ -27,7 +27,6 @@ def trace_typed(bench: Bench, configs: Mapping[str, Any], root: Path, asked: Map
     """Traces a prompt into ``root``/attribute/, and keeps it in memory.
 
     Args:
-      bench: whose model is used.
       configs: with the model and the dictionaries.
       root: the workdir.
       asked: fields of ``GraphConfig``, ``prompt`` among them.

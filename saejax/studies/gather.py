@@ -53,7 +53,6 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
 
     Args:
       root: its folder.
-      rows: its rows.
       states: of all their units.
       mark: fingerprint of these.
 

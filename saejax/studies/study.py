@@ -25,7 +25,6 @@ def run_study_rows(
     Args:
       root: the study's folder.
       rows: what to run.
-      say: prints a line.
       stopping: whether the process was asked to stop.
       at_once: rows that run side by side, each on its share of the host's GPUs, or else of its cores.
 

@@ -55,8 +55,6 @@ class StudyUnits:
 
     Args:
       root: the study's folder.
-      rows: its rows.
-      say: prints a line.
       stopping: whether the process was asked to stop.
       shares: parts of the host; so many units run at once, each of another row.
     """

@@ -43,7 +43,6 @@ def score_items(
     """What the model makes of each item of a benchmark.
 
     Args:
-      lm: the model.
       name: of the benchmark.
       items: as ``benchmarks.read_items`` gives them.
       task: settings: how to ask and how to score.

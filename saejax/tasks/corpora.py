@@ -51,7 +51,6 @@ def documents(
     ``config.max_tokens``, ``config.weights`` and ``config.context`` are applied where text becomes tokens, not here.
 
     Args:
-      config: where text is.
       task: which questions of benchmarks are asked, and so are no text; None: those of the defaults.
       enough: whether no more of a source, given by its number, is wanted.
 

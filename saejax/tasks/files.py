@@ -20,7 +20,6 @@ def opened(path: Path, flag: str, advice: str) -> Iterator[IO[bytes]]:
     """The file to read from; a ``.gz`` or ``.zst`` file uncompressed, as far as it is read.
 
     Args:
-      path: the file.
       flag: by which the user named it, for messages, such as "--corpus.path".
       advice: what to do if it does not exist.
 

@@ -51,7 +51,7 @@ def _baseline_table(scores_of: Mapping[str, BaselineBehaviour]) -> Table:
             interval(scores.logit_diff),
             interval(scores.separation).replace(number(SEPARATION_LIMIT), "∞"),
             interval(scores.top1, 0, 100),
-            interval(scores.answer_accuracy, 0, 100) if scores.answer_accuracy else MISSING,
+            interval(scores.answer_accuracy, 0, 100),
             str(scores.n),
         )
         for name, of_splits in scores_of.items()
@@ -74,7 +74,6 @@ def baselines(scores: Mapping[str, BaselineBehaviour], min_accuracy: float) -> F
     """What the model can do: accuracy and logit difference of each behaviour.
 
     Args:
-      scores: by behaviour.
       min_accuracy: the accuracy below which a behaviour is flagged, drawn as a line; 0 to 1.
     """
     rows = height_of(scores, 0.36)

@@ -11,7 +11,7 @@ draws how often each prompt comes, which is as likely, so that all resamples of 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import norm
@@ -45,8 +45,13 @@ def bootstrap(
     rows = max(1, _CHUNK // (4 * n))  # places, values, and what the statistic makes of them
     sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
     drawn_R = np.concatenate([statistic(values_N[rng.integers(n, size=(size, n))]) for size in sizes])
-    low, high = np.quantile(drawn_R, _ENDS)
-    return Interval(float(statistic(values_N[None, :])[0]), float(low), float(high))
+    return middle(drawn_R, float(statistic(values_N[None, :])[0]))
+
+
+def middle(values_N: np.ndarray | Sequence[float], mean: float | None = None) -> Interval:
+    """The middle 95 % of values, from quantile to quantile, around their ``mean`` or another one."""
+    low, high = np.quantile(values_N, _ENDS)
+    return Interval(float(np.mean(values_N)) if mean is None else mean, float(low), float(high))
 
 
 def bootstrap_mean(values_N: np.ndarray, resamples: int, seed: int) -> Interval:

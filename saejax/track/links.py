@@ -62,7 +62,6 @@ def geometry(stack: Stack, shown: Sequence[LayerFirings], seed: int) -> FeatureL
     """FeatureLinks between consecutive dictionaries by their directions.
 
     Args:
-      stack: the dictionaries.
       shown: the features that are shown, of each.
       seed: of the random directions.
     """

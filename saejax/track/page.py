@@ -78,7 +78,6 @@ def shown_text(
 
     Args:
       stack: the dictionaries; ``shown``: of each the features of each position.
-      text: the text.
       links: between the features.
       chosen: of each dictionary the features that belong to each segment.
       readings: what the lenses read.
@@ -137,7 +136,6 @@ def write_page(path: Path, results: TrackResults, cells: Mapping[str, ShownText]
 
     Args:
       path: the HTML file.
-      results: of the stage.
       cells: slug -> what ``shown_text`` gave.
       model: its name.
     """

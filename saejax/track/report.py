@@ -1,12 +1,13 @@
 """The report on texts that were followed: what became of their steps, and where their page is."""
 
 import os
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from saejax.page.document import Links, Section, Text
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import Table, number, percent, significant
-from saejax.track.results import TrackedText, TrackResults
+from saejax.page.tables import Table, count, number, percent, significant
+from saejax.track.results import StepTest, TrackResults
 
 
 def sections(found: Findings, draw: Draw) -> list[Section]:
@@ -21,39 +22,31 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         "its features if removing those that belong to it costs its tokens more than removing matched ones, by the "
         "rule of the ablation, with Holm's correction over the steps of a text."
     )
-    columns = (
-        "Text",
-        "Tokens",
-        "Layers",
-        "Links",
-        "Random",
-        "Answer",
-        "Steps tested",
-        "Hurt",
-        "Matched sets that pass",
-    )
-    rows = tuple(_row(slug, text) for results in units.values() for slug, text in results.texts.items())
+    columns = {
+        "Text": lambda slug, text, tests: slug,
+        "Tokens": lambda slug, text, tests: str(text.tokens),
+        "Layers": lambda slug, text, tests: str(len(text.sites)),
+        "Links": lambda slug, text, tests: f"{text.links:,} ({text.link_kind})",
+        "Random": lambda slug, text, tests: count(text.random_links),
+        "Answer": lambda slug, text, tests: f"{text.answer.strip()} {number(text.lenses['logit'].answer[-1])}",
+        "Steps tested": lambda slug, text, tests: str(len(tests)),
+        "Hurt": lambda slug, text, tests: significant(sum(test.claim.yes for test in tests), 2),
+        "Matched sets that pass": lambda slug, text, tests: percent(_placebo(tests), 1),
+    }
+    rows = [
+        (slug, text, [test for step in text.steps for test in step.tests.values()])
+        for results in units.values()
+        for slug, text in results.texts.items()
+    ]
     pages = []
     for unit, results in units.items():
         page = found.folders[f"track/{unit}"] / "index.html"
         address = quote(os.path.relpath(page, found.report).replace(os.sep, "/"))
         pages.append((f"{', '.join(results.texts)}: layers by positions", address))
     note = "Random: links that the same rule finds for random directions. Answer: the probability of its first token."
-    table = Table("Texts", columns, rows, note=note)
+    table = Table.of("Texts", rows, columns, note=note)
     return [Section("Through the layers", (Text(intro), table, Links("Pages", tuple(pages))))]
 
 
-def _row(slug: str, text: TrackedText) -> tuple[str, ...]:
-    tests = [test for step in text.steps for test in step.tests.values()]
-    placebo = sum(test.claim.placebo_rate for test in tests) / len(tests) if tests else None
-    return (
-        slug,
-        f"{text.tokens}",
-        f"{len(text.sites)}",
-        f"{text.links:,} ({text.link_kind})",
-        "–" if text.random_links is None else f"{text.random_links:,}",
-        f"{text.answer.strip()} {number(text.lenses['logit'].answer[-1])}",
-        f"{len(tests)}",
-        significant(sum(test.claim.yes for test in tests), 2),
-        percent(placebo, 1),
-    )
+def _placebo(tests: Sequence[StepTest]) -> float | None:
+    return sum(test.claim.placebo_rate for test in tests) / len(tests) if tests else None

@@ -98,9 +98,7 @@ def follow_text(
 
     Args:
       lm, stack, lens: with what; ``lens``: None for the logit lens alone.
-      text: the text.
       tested: places in the stack of the dictionaries whose features are removed.
-      config: of the stage.
       on_progress: called with the tests of steps done and of all; may raise to stop.
 
     Returns:

@@ -36,7 +36,6 @@ def step_features(firings: LayerFirings, segment_T: np.ndarray, count: int) -> l
     """The features that belong to each segment, ``count`` at the most, first those that set it apart most.
 
     Args:
-      firings: of a layer.
       segment_T: which segment each token belongs to.
       count: of features of a segment.
     """
@@ -63,7 +62,6 @@ def only_here(firings: LayerFirings, segment_T: np.ndarray, seed: int) -> tuple[
     """How many features fire in each segment and nowhere else, and how many would if its place were another.
 
     Args:
-      firings: of a layer.
       segment_T: which segment each token belongs to.
       seed: of the shifts.
 

@@ -40,7 +40,6 @@ def written(results: TrackResults, cells: Mapping[str, ShownText], colour: bool)
     """All texts.
 
     Args:
-      results: of the stage.
       cells: slug -> what the page shows.
       colour: with escape codes for a terminal.
     """

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal import controls
-from saejax.causal.claims import Rule, SetEffects, blocks, claims, settled_no
+from saejax.causal.claims import Rule, SetEffects, claims, run_draws
 from saejax.causal.controls import FeatureStatistics, TooFewControls
+from saejax.causal.matched_sets import MatchedSets, draw_matched_sets
 from saejax.causal.results import ControlMatch
 from saejax.causal.split import active_features, record, run_head
 from saejax.dictionaries import Dictionary
@@ -39,7 +39,7 @@ ROWS = {"cpu": 32}  # sets that are removed at once; the first block of draws an
 _MANY = 256  # the same on accelerators
 _WINDOW, _POOL = 8, 64  # windows and features are filled up to a multiple of these, so that few programs are compiled
 _OTHERS = 20  # sets of other features alone, which say how well they match
-_SPARE = 4  # sets drawn for each that is kept: those that change the site most nearly as much as the tested one
+_ADVICE = "lower --track.matches"
 
 Key = tuple[int, int]  # place of the dictionary in the stack, place of the segment
 
@@ -48,11 +48,9 @@ class StepTester:
     """The steps of one text, tested at one layer.
 
     Args:
-      lm: the model.
       dictionary: whose features are removed.
       reads, writes: the sites that it reads and writes; the same for an SAE.
       text: what is followed.
-      config: of the stage.
 
     Raises:
       UserError: the site's value is not finite.
@@ -97,52 +95,33 @@ class StepTester:
         firing = statistics.firing(features)
         if not firing:
             raise UserError("none of its features fires before its last token")
-        seed = [config.seed, step.start, self._point.site.layer]
-        matches = controls.fitting_matches(statistics, firing, config.matches)
-        asked = statistics, firing
-        others_MxC = controls.draw_controls(*asked, _SPARE * _OTHERS, matches, seed, "lower --track.matches")
-        drawn_NxC = controls.draw_alike(*asked, _SPARE * draws, matches, [*seed, 1])
-        pool_K = np.unique([*firing, *others_MxC.ravel().tolist(), *drawn_NxC.ravel().tolist()])
-        W_dec_KxD = to_host(self._dictionary.W_dec_FxD[...])[pool_K].astype(np.float64)
-        change_KxK = (f_WxF[:, pool_K].T.astype(np.float64) @ f_WxF[:, pool_K]) * (W_dec_KxD @ W_dec_KxD.T)
-        own = float(controls.joint_size(change_KxK, pool_K, [firing])[0])
-        size_M, size_N = (
-            controls.joint_size(change_KxK, pool_K, sets) for sets in (others_MxC.tolist(), drawn_NxC.tolist())
-        )
-        sets_SxC = drawn_NxC[controls.nearest_in_size(size_N, own, draws)]
-        # How well others match: draws may hold the features themselves.
-        kept_X = controls.nearest_in_size(size_M, own, _OTHERS)
-        ratio = float(np.median(size_M[kept_X]) / own) if own else None
-        match = ControlMatch(**controls.match_ratios(*asked, others_MxC[kept_X]), size_ratio=ratio)
-        return self._effects(step, firing, sets_SxC, pool_K, draws, rule, statistics, matches), match
+        W_dec_FxD = to_host(self._dictionary.W_dec_FxD[...])
 
-    def _effects(
-        self,
-        step: Segment,
-        firing: Sequence[int],
-        sets_SxC: np.ndarray,
-        pool_K: np.ndarray,
-        draws: int,
-        rule: Rule,
-        statistics: FeatureStatistics,
-        matches: int,
-    ) -> SetEffects:
-        """Runs the drawn sets block by block, until all are run or none could change a no."""
-        score = functools.partial(self._scores, step, pool_K)
-        disjoint = controls.disjoint_sets(statistics, firing, matches)
-        parts: list[tuple[np.ndarray, np.ndarray]] = []
-        for block in blocks(draws):
-            first: list[Sequence[int]] = [] if parts else [(), firing]
-            parts.append(score([*first, *sets_SxC[block].tolist()]))
-            (clean_P, own_P, *_), (right_P, own_right_P, *_) = parts[0]
-            logp_NxP, hits_NxP = (np.concatenate(part)[2:] for part in zip(*parts, strict=True))
-            if not np.isfinite(logp_NxP).all() or not np.isfinite([clean_P, own_P]).all():
+        def changes(pool: Sequence[int]) -> np.ndarray:
+            f_WxK, W_dec_KxD = f_WxF[:, pool], W_dec_FxD[pool].astype(np.float64)
+            return (f_WxK.T.astype(np.float64) @ f_WxK) * (W_dec_KxD @ W_dec_KxD.T)
+
+        seed = [config.seed, step.start, self._point.site.layer]
+        sets = draw_matched_sets(statistics, firing, changes, (_OTHERS, draws), config.matches, seed, _ADVICE)
+        return self._effects(step, firing, sets, rule), sets.match
+
+    def _effects(self, step: Segment, firing: Sequence[int], matched: MatchedSets, rule: Rule) -> SetEffects:
+        """Runs the tested set and the drawn ones, until all are run or none could change a no."""
+        sets = [(), firing, *matched.draws_MxC.tolist()]
+        score = functools.partial(self._scores, step, np.unique([*firing, *matched.draws_MxC.ravel().tolist()]))
+
+        def effects(found_Sx2xP: np.ndarray) -> SetEffects:
+            if not np.isfinite(found_Sx2xP).all():
                 raise UserError("log-likelihoods are not finite: try --model.dtype=float32")
+            (clean_P, right_P), (own_P, own_right_P) = found_Sx2xP[:2]
+            logp_NxP, hits_NxP = np.moveaxis(found_Sx2xP[2:], 1, 0)
             drops = clean_P - own_P, right_P - own_right_P, clean_P - logp_NxP, right_P - hits_NxP
-            found = SetEffects(*drops, np.arange(len(clean_P)), disjoint)
-            if settled_no(found, draws, rule):
-                break
-        return found
+            return SetEffects(*drops, np.arange(len(clean_P)), matched.disjoint)
+
+        def without(block: slice) -> np.ndarray:  # the first block comes with the clean run and the tested set
+            return score(sets[block.start and block.start + 2 : block.stop + 2])
+
+        return run_draws(without, effects, len(matched.draws_MxC), rule)[1]
 
     def _statistics(self, f_WxF: np.ndarray) -> FeatureStatistics:
         """How often, how strongly and how late features fire in a step."""
@@ -152,10 +131,8 @@ class StepTester:
         part = len(f_WxF), fires_WxF.sum(axis=0), np.abs(f_WxF).sum(axis=0, dtype=np.float64), place_W @ fires_WxF
         return FeatureStatistics.total([part], norm_F)
 
-    def _scores(
-        self, step: Segment, pool_K: np.ndarray, sets: Sequence[Sequence[int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Log-likelihood of the step's tokens but the first without each set, and which are the likeliest, [N, P]."""
+    def _scores(self, step: Segment, pool_K: np.ndarray, sets: Sequence[Sequence[int]]) -> np.ndarray:
+        """Of the step's tokens but the first, without each set, log-likelihood and whether it is first, [N, 2, P]."""
         count = step.stop - step.start - 1
         window, pool = -(-count // _WINDOW) * _WINDOW, -(-len(pool_K) // _POOL) * _POOL
         padded_X = np.pad(pool_K, (0, pool - len(pool_K)), mode="edge")
@@ -172,11 +149,9 @@ class StepTester:
                 row[np.searchsorted(pool_K, np.asarray(features, np.int64))] = True
             given = self._stream, self._value, self._past, removed_WxX, padded_X, members_RxX
             start = np.int32(step.start)
-            logp_RxW, hits_RxW = _run(self._point, self._lm.params, self._dictionary, *given, targets_W, start)
-            kept = slice(0, len(sets) - first)
-            found.append([np.asarray(part, np.float64)[kept, :count] for part in (logp_RxW, hits_RxW)])
-        logp, hits = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return logp, hits
+            scores = _run(self._point, self._lm.params, self._dictionary, *given, targets_W, start)
+            found.append(np.stack([np.asarray(part, np.float64)[: len(sets) - first, :count] for part in scores], 1))
+        return np.concatenate(found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -215,7 +190,6 @@ def judged(effects: Mapping[Key, tuple[Sequence[int], SetEffects, ControlMatch]]
 
     Args:
       effects: of each the features that were removed, what that cost, and how well the others matched.
-      rule: its numbers.
     """
     said = claims({f"{place}/{segment}": part for (place, segment), (_, part, _) in effects.items()}, rule)
     return {
@@ -251,7 +225,6 @@ def tested_steps(
       testers: place of the dictionary in the stack -> makes its tester.
       text: what is followed.
       chosen: place -> the features of each segment.
-      config: of the stage.
       on_step: called with the tests done and of all; may raise to stop.
 
     Returns:

@@ -34,9 +34,7 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
     """The dictionaries that will be trained on a model, by kind.
 
     Args:
-      train: how.
       captured: the sites that will be in the store.
-      model: its decoder.
 
     Raises:
       UserError: a site does not exist in this model, or is read and not captured, or has another width than a

@@ -22,7 +22,6 @@ def state_from_dictionary(trainer: Trainer, folder: str) -> TrainState:
     """The state before the first step, with the parameters of the dictionaries in a folder.
 
     Args:
-      trainer: of the stack.
       folder: one dictionary, from which all members start; or a train unit, each of whose members starts its namesake;
         or a circuit-tracer set, of which each member takes its layer. Sites may be others than the members'.
 
@@ -36,7 +35,6 @@ def state_of(trainer: Trainer, dictionaries: Sequence[Dictionary | None]) -> Tra
     """The state before the first step, with the parameters of dictionaries.
 
     Args:
-      trainer: of the stack.
       dictionaries: one for each member; None: it starts at random.
 
     Raises:

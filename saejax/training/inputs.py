@@ -52,7 +52,6 @@ class Streamed:
     """Batches that are read ahead by threads, a program for each step.
 
     Args:
-      trainer: gives the step.
       batches: of each batch the rows ``own_rows``, arrays [sites, rows, d], from the first step wanted on.
     """
 
@@ -94,7 +93,6 @@ class Resident:
     many is an argument of the program: it compiles once, and the bits do not depend on where a run was interrupted.
 
     Args:
-      trainer: gives the step.
       parts: of ``placed``, for each part of a batch; bfloat16 may be uint16.
       places: gives the places [batch] among those rows of the batch that a step, from 0, takes.
 
@@ -159,11 +157,9 @@ def make_input(
 
     Args:
       trainer: gives the step and the settings.
-      store: the activations.
       parts: the sites of every part of a batch.
       first_step: where training starts or goes on.
       before: "resident" or "streamed", which "auto" was in the run that goes on: it stays that.
-      say: prints a line.
 
     Raises:
       UserError: the activations are to be resident and are more than what is free.

@@ -183,7 +183,6 @@ def train(
       source: runs the steps.
       state: the state after ``first_step`` steps; donated.
       first_step, steps: where to start, and the number of steps of the whole run.
-      metrics: takes the metrics.
       checkpoints: takes the state every ``every`` steps, at the end, and when stopping.
       stopping: whether the process was asked to stop.
 

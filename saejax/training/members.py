@@ -101,7 +101,6 @@ def members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member
     """The members that a configuration makes of a kind: one for every site and combination of the swept settings.
 
     Args:
-      config: the settings.
       kind: of the dictionaries.
       sites: the sites that they read, such as those of ``config.sites``.
 

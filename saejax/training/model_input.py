@@ -56,7 +56,6 @@ class FromModel:
     """Batches of a stream's buffers, as ``inputs.Input``.
 
     Args:
-      trainer: gives the step.
       stream: whose first buffer is at hand.
       parts: the sites of every part of a batch.
 

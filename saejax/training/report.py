@@ -53,7 +53,6 @@ def section(found: Findings, draw: Draw, tested: str) -> Section:
 
     Args:
       found: what to write of.
-      draw: saves a figure.
       tested: name of the dictionary that the causal tests use; "": there are none.
     """
     dense_above, scores = found.settings()["evaluate"]["dense_above"], scores_of(found)
@@ -142,17 +141,15 @@ def _members_table(kind: str, members: Sequence[DictionaryScores]) -> Table:
 
 def _layers_table(kind: str, scores: CrossLayerScores) -> Table:
     """A row for every layer of a cross-layer transcoder."""
-    rows = tuple(
-        (
-            str(one.layer),
-            number(one.explained_variance, 3),
-            number(one.cosine, 3),
-            number(one.l0, 1),
-            percent(one.dead_fraction, 1),
-            percent(one.dense_fraction, 1),
-        )
-        for one in scores.layers
-    )
+    columns = {
+        "Layer": lambda one: str(one.layer),
+        "Explained variance": lambda one: number(one.explained_variance, 3),
+        "Cosine": lambda one: number(one.cosine, 3),
+        "L0": lambda one: number(one.l0, 1),
+        "Dead": lambda one: percent(one.dead_fraction, 1),
+        "Dense": lambda one: percent(one.dense_fraction, 1),
+    }
+    rows = [(one,) for one in scores.layers]
     note = (
         f"All MLPs replaced at once: cross-entropy {number(scores.ce.reconstructed, 3)} nats per token on "
         f"{scores.ce.tokens:,}; untouched {number(scores.ce.clean, 3)}, with means in their place "
@@ -160,8 +157,7 @@ def _layers_table(kind: str, scores: CrossLayerScores) -> Table:
         f"{number(scores.ce_recovered_mean, 3)} of cross-entropy and {number(scores.kl_recovered_mean, 3)} of KL. Mean "
         f"explained variance {number(scores.explained_variance, 3)} with {number(scores.l0, 0)} features a token."
     )
-    columns = ("Layer", "Explained variance", "Cosine", "L0", "Dead", "Dense")
-    return Table(f"The layers of the cross-layer transcoder ({kind})", columns, rows, stack=False, note=note)
+    return Table.of(f"The layers of the cross-layer transcoder ({kind})", rows, columns, stack=False, note=note)
 
 
 def _frontier(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw) -> Picture:

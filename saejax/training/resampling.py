@@ -46,7 +46,6 @@ def resampled(
     """A member's state, a ``TrainState`` without member axis, with its dead features started again.
 
     Args:
-      config: how to train.
       dictionary: what the member is.
       state: after the step on this batch.
       hyper: the member's own settings.

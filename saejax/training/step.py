@@ -30,7 +30,6 @@ class Trainer:
     """Makes the initial state and the step of a stack on one mesh.
 
     Args:
-      config: how to train.
       dictionary: what the members have in common.
       members: who they are.
       mesh: the devices; its ``member`` axis must divide the members.
@@ -182,7 +181,6 @@ def over_members(one: Any, own: Any, shared: Sequence[jax.Array], mesh: Mesh) ->
       one: a function of trees whose arrays have no member axis.
       own: a tree of arrays with a leading axis over members, split over the mesh's ``member`` axis.
       shared: what all members read, the same for each.
-      mesh: the devices.
     """
     members = jax.tree.leaves(own)[0].shape[0]
     on_cpu = mesh.devices.flat[0].platform == "cpu"

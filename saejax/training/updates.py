@@ -32,7 +32,6 @@ def make_optimizer(config: TrainConfig, widths: Sequence[int] = ()) -> optax.Gra
     The decoder's rows have unit norm and its bias starts at the data's mean: to decay those would undo that.
 
     Args:
-      config: how to train.
       widths: of the parts of a joined site; (): one site.
     """
     frozen = _FROZEN[config.freeze]

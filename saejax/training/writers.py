@@ -32,7 +32,6 @@ def make_writers(config: TrainConfig, folder: Path, name: str, first_step: int) 
     """The writers that the settings ask for; none in processes other than the first.
 
     Args:
-      config: the settings.
       folder: of the train unit.
       name: of the train unit, such as "topk".
       first_step: the step training starts or goes on at; what a killed run wrote after it does not count.

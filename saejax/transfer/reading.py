@@ -33,9 +33,6 @@ class Reading:
     """What models and dictionaries make of shared text.
 
     Args:
-      run: of the stage.
-      compared: the dictionaries.
-      mesh: the devices.
       lms: the models by their fingerprints.
       reads: how each reads the texts.
       values: activations [N, D] by model and site.
@@ -186,9 +183,7 @@ def read_sites(
     """Runs every model that dictionaries belong to on held-out text of the run's corpus.
 
     Args:
-      run: of the stage.
       compared: the dictionaries; the sites that they read are captured.
-      mesh: the devices.
       tokens: about so many.
       batch_tokens: that run at a time.
       seed: of the documents' order.

@@ -156,18 +156,15 @@ def _tick(name: str) -> str:
 
 
 def _shares_table(results: TransferResults) -> Table:
-    columns = ("Dictionary", "Features", "Shared with every other", "With one at least", "With none")
-    rows = tuple(
-        (
-            _short(one.name),
-            f"{about.features:,}",
-            f"{_percents(one.everywhere)}; {percent(one.everywhere_null, 1)}",
-            f"{_percents(one.somewhere)}; {percent(one.somewhere_null, 1)}",
-            _percents(one.nowhere),
-        )
-        for one, about in zip(results.shares, results.dictionaries, strict=True)
-    )
-    return Table("Features that dictionaries have in common", columns, rows, note="After the semicolon, by chance.")
+    columns = {
+        "Dictionary": lambda one, about: _short(one.name),
+        "Features": lambda one, about: f"{about.features:,}",
+        "Shared with every other": lambda one, about: f"{_percents(one.everywhere)}; {percent(one.everywhere_null, 1)}",
+        "With one at least": lambda one, about: f"{_percents(one.somewhere)}; {percent(one.somewhere_null, 1)}",
+        "With none": lambda one, about: _percents(one.nowhere),
+    }
+    rows, note = zip(results.shares, results.dictionaries, strict=True), "After the semicolon, by chance."
+    return Table.of("Features that dictionaries have in common", rows, columns, note=note)
 
 
 def _percents(value: Interval) -> str:
@@ -280,8 +277,7 @@ def _causal_table(pairs: Sequence[ComparedPair]) -> Table:
     for pair in pairs:
         for name, one in (pair.causal or {}).items():
             values = (one.rank_correlation, one.shuffled, one.alike)
-            shown = [MISSING if value is None else interval(value) for value in values]
-            rows.append((_title(pair), behaviour(name), f"{one.matched:,}", *shown))
+            rows.append((_title(pair), behaviour(name), f"{one.matched:,}", *map(interval, values)))
     note = (
         "Of what removing each feature costs in the one dictionary and in the other, over the shared features that "
         "fire in both. Shuffled: with the pairs shuffled. Alike: each partner replaced by one that fires as often and "

@@ -69,8 +69,6 @@ class Comparison:
     """Compares dictionaries; what they are compared by is made once.
 
     Args:
-      run: of the stage.
-      compared: the dictionaries.
       effects: of their features, where they are known.
     """
 

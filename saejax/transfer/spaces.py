@@ -9,7 +9,7 @@ pairs correlate, so that both stand beside what they are when the pairs are shuf
 import numpy as np
 from scipy.stats import rankdata
 
-from saejax.results import Interval
+from saejax.tasks.scoring import middle
 from saejax.transfer.results import SpaceSimilarity
 
 _COMPONENTS = 20  # leading ones of each dictionary
@@ -37,9 +37,9 @@ def similarity(first_MxD: np.ndarray, second_MxK: np.ndarray, seed: int) -> Spac
     return SpaceSimilarity(
         pairs=len(kept),
         svcca=_canonical(first_MxC, second_MxC),
-        svcca_null=_spread(svcca),
+        svcca_null=middle(svcca),
         rsa=float((rank_MxM * other_MxM).sum()),
-        rsa_null=_spread(rsa),
+        rsa_null=middle(rsa),
     )
 
 
@@ -68,8 +68,3 @@ def _ranks(rows_MxD: np.ndarray) -> np.ndarray:
     found_MxM = np.zeros((count, count))
     found_MxM[above] = rank_N / length if length else 0.0
     return found_MxM + found_MxM.T
-
-
-def _spread(values: list[float]) -> Interval:
-    low, high = np.quantile(values, (0.025, 0.975))
-    return Interval(float(np.mean(values)), float(low), float(high))

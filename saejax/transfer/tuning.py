@@ -43,7 +43,6 @@ def fine_tuned(
       moved: an SAE with a k.
       place: where it is put.
       tokens: to train on; the text is gone through again where it has fewer.
-      mesh: the devices.
       batch_tokens: encoded at a time when they are scored.
       seed: of the random start, the rotation and the order of tokens.
     """

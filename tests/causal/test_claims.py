@@ -11,9 +11,9 @@ from saejax.causal.claims import (
     blocks,
     claims,
     randomisation_p,
-    resampled_shares,
-    settled_no,
+    run_draws,
 )
+from saejax.causal.clustered import resampled_shares
 from saejax.causal.statistics import holm
 
 BEHAVIOURS, DRAWS, SLOTS, MATCHES, TEMPLATES = 4, 199, 20, 40, 3
@@ -70,11 +70,13 @@ def test_stopping_early_changes_no_answer():
         whole = run_of(rng, different_features, draws=399, planted=2.0 * (trial % 2))
         short = {}
         for name, part in whole.items():
-            for block in blocks(399):
-                own = part.draw_drop_NxP[: block.stop], part.draw_lost_NxP[: block.stop]
-                short[name] = SetEffects(part.drop_P, part.lost_P, *own, part.template_P)
-                if settled_no(short[name], 399, rule):
-                    break
+            both_Nx2xP = np.stack([part.draw_drop_NxP, part.draw_lost_NxP], axis=1)
+
+            def effects(found_Nx2xP, part=part):
+                return SetEffects(part.drop_P, part.lost_P, *np.moveaxis(found_Nx2xP, 1, 0), part.template_P)
+
+            rows, short[name] = run_draws(both_Nx2xP.__getitem__, effects, 399, rule)
+            assert len(rows) == short[name].draws
             stopped += short[name].draws < 399
         found, wanted = claims(short, rule), claims(whole, rule)
         assert {name: claim.yes for name, claim in found.items()} == {n: claim.yes for n, claim in wanted.items()}

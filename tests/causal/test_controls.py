@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from saejax.causal import controls
+from saejax.causal.results import ControlMatch
 from saejax.errors import UserError
 
 
@@ -41,7 +42,8 @@ def test_controls_match_their_feature(many):
     features = firing(many, 20)
     drawn_NxK = controls.draw_controls(many, features, draws=200, matches=10, seed=456)
     ratios = controls.match_ratios(many, features, drawn_NxK)
-    assert 0.9 < ratios["firing_rate_ratio"] < 1.1 and 0.9 < ratios["activation_ratio"] < 1.1
+    assert ratios.firing_rate_ratio and 0.9 < ratios.firing_rate_ratio < 1.1
+    assert ratios.activation_ratio and 0.9 < ratios.activation_ratio < 1.1
     # Each one by itself is near, not only the median: unmatched features differ by a factor of 5 on average.
     apart_NxK = np.abs(np.log(many.firing_rate_F[drawn_NxK] / many.firing_rate_F[features][None, :]))
     assert np.quantile(apart_NxK, 0.9) < np.log(2.0)
@@ -95,8 +97,7 @@ def test_too_few_candidates_is_the_users_error():
 def test_no_features_need_no_controls(many):
     drawn_NxK = controls.draw_controls(many, [], draws=3, matches=10, seed=0)
     assert drawn_NxK.shape == (3, 0)
-    nothing = dict(firing_rate_ratio=None, activation_ratio=None, norm_ratio=None)
-    assert controls.match_ratios(many, [], drawn_NxK) == nothing
+    assert controls.match_ratios(many, [], drawn_NxK) == ControlMatch(None, None, None)
 
 
 def test_lengths_of_directions_count_too(many):
@@ -106,7 +107,7 @@ def test_lengths_of_directions_count_too(many):
     assert controls.nearest_features(statistics, [8])[0, :5].tolist() == [6, 7, 9, 10, 11]
     drawn_NxK = controls.draw_controls(statistics, [8], draws=50, matches=5, seed=0)
     assert (drawn_NxK > 5).all()
-    assert controls.match_ratios(statistics, [8], drawn_NxK)["norm_ratio"] == 1.0
+    assert controls.match_ratios(statistics, [8], drawn_NxK).norm_ratio == 1.0
     # Directions of length 1, but for rounding, change nothing.
     unit_F = 1 + 1e-7 * np.random.default_rng(0).normal(size=2000)
     features = firing(many, 5)
@@ -130,7 +131,7 @@ def test_position_counts_too():
     placed = dataclasses.replace(statistics, place_F=place_F)
     assert controls.nearest_features(placed, [8])[0, :5].tolist() == [6, 7, 9, 10, 11]
     drawn_NxK = controls.draw_controls(placed, [8], draws=20, matches=5, seed=0)
-    assert controls.match_ratios(placed, [8], drawn_NxK)["place_ratio"] == 1.0
+    assert controls.match_ratios(placed, [8], drawn_NxK).place_ratio == 1.0
     parts = [(100, statistics.fires_F, statistics.sum_F, place_F)] * 2
     np.testing.assert_array_equal(controls.FeatureStatistics.total(parts).place_F, 2 * place_F)
 

@@ -10,6 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from small_stacks import B, D, make_trainer
 
 from saejax.causal import screening
+from saejax.causal.split import SiteRows
 from saejax.dictionaries import Dictionary
 from saejax.evaluation import reconstruction
 from saejax.evaluation.member_data import MemberData
@@ -85,12 +86,7 @@ def test_attribution(tiny_llama, one_device, points):
             points,
             params,
             dictionary,
-            value,
-            value,
-            value,
-            jnp.ones((2, 6), bool),
-            jnp.array([5, 5]),
-            jnp.ones((2, 2), int),
+            SiteRows(value, value, value, jnp.ones((2, 6), bool), jnp.array([5, 5]), jnp.ones((2, 2), int)),
         ),
         lm.params,
         dictionary,

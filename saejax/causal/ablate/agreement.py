@@ -53,10 +53,8 @@ def measure_agreement(
     Args:
       experiment: of the tested dictionary.
       importance: of its features.
-      model: the language model.
       dictionary: the tested one.
       others: by name.
-      config: of the stage.
 
     Returns:
       For each pair.

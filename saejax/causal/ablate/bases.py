@@ -54,7 +54,6 @@ class Neurons(_Directions):
     """The neurons of an MLP: a basis that reads ``mlp_in`` by the model's own weights and writes ``mlp_out``.
 
     Args:
-      model: the language model.
       layer: of the MLP.
     """
 

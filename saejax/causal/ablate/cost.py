@@ -15,7 +15,7 @@ from saejax.causal.circuits import sizes
 from saejax.causal.cost import FIRING, causal_cost, edited_bytes, kept_prompts, layers_above, prompt_length
 from saejax.causal.rows import filled_features, full_batch
 from saejax.causal.screening import points
-from saejax.causal.split import PROMPTS, run_head
+from saejax.causal.split import PROMPTS, SiteRows, run_head
 from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
@@ -144,8 +144,8 @@ class _Shapes:
         counts = [whole(self._mesh, (self._used.n_features,), dtype) for dtype in (jnp.int32, self._kept)]
         lent = dict(counterpart=(value, domain), random=tuple(counts)).get(self._ablate.replacement, ())
         many = points(self._ablate.estimate)
-        rows = (value, value, value, domain, *self._ends(), self._source(), lent)
-        arguments = (self._point, many, self._params, self._dictionary, *rows)
+        rows = SiteRows(value, value, value, domain, *self._ends())
+        arguments = (self._point, many, self._params, self._dictionary, rows, self._source(), lent)
         above = layers_above(self._plan, self._used)
         flops = 3.0 * many * self._flops(PROMPTS, above) + 2.0 * self._encode_flops(PROMPTS)
         return Program("ablate: attribution", self._size, screening.score_features, arguments, (), flops)

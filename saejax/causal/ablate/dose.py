@@ -86,7 +86,6 @@ def equal_dose(
 
     Args:
       features, basis: doses [S] and effects [S, P] of each.
-      over: gives the mean over prompts and its interval.
     """
     reach = min(float(dose_S.max(initial=0.0)) for dose_S, _ in (features, basis))
     if not reach > 0:
@@ -165,12 +164,9 @@ def compare(
     Args:
       experiment: a behaviour on the tested dictionary.
       top: its top features.
-      split: the model, split for that dictionary.
-      model: the language model.
       dictionary: the tested one.
       text: held-out text, if there is any.
       source: what stands in place of the features.
-      config: of the stage.
 
     Raises:
       UserError: a folder holds no dictionary, or one of another model.

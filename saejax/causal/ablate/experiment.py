@@ -48,10 +48,8 @@ class ModelExperiment:
     """A ``verdict.Experiment``: one behaviour on a language model cut at a dictionary's site.
 
     Args:
-      split: the model.
       name: of the behaviour.
       prompts: of this behaviour, of both splits.
-      config: of the stage.
       progress: of the behaviour; may raise to stop.
       folder: where measurements are kept, so that an experiment that was killed does not repeat them. None: nowhere.
       attribution_F: of every feature on the train prompts, if it is known; None: it is computed when it is asked for.

@@ -20,9 +20,11 @@ import numpy as np
 
 from saejax.causal.ablate.results import BehaviourAblation, DoseCurve, Grade, Grades, OtherBehaviour
 from saejax.causal.activation_sources import WORDS
-from saejax.causal.claims import LEAST_SETS, Claim, Rule, SetEffects, claims, interval_over_templates, resampled_shares
+from saejax.causal.claims import LEAST_SETS, Claim, Rule, SetEffects, claims
+from saejax.causal.clustered import Resampling
 from saejax.results import Interval
 from saejax.settings import AblateConfig
+from saejax.tasks.scoring import middle
 
 GRADES = ("harms", "beyond_matched", "beyond_bases", "selective")
 _REPEATED = (
@@ -118,18 +120,17 @@ def settled(
 
 def _other(own: SavedEffects, other: SavedEffects, left_P: np.ndarray, config: AblateConfig) -> OtherBehaviour:
     """What removing the top features of one behaviour leaves of another."""
-    share_RxP = resampled_shares(other.template_P, config.bootstrap, config.seed)
+    over = Resampling.of(other.template_P, config.bootstrap, config.seed)
     lost_P = (other.clean_P > 0).astype(np.float64) - (left_P > 0)
     apart = None
     if own.clean_P.mean() > 0 and other.clean_P.mean() > 0:
-        own_RxP = resampled_shares(own.template_P, config.bootstrap, config.seed + 1)
-        sides = (own_RxP, own.clean_P, own.joint_P), (share_RxP, other.clean_P, left_P)
+        own_over = Resampling.of(own.template_P, config.bootstrap, config.seed + 1)
+        sides = (own_over.share_RxP, own.clean_P, own.joint_P), (over.share_RxP, other.clean_P, left_P)
         # The clean mean is held: it only brings the drops of two behaviours to one scale.
         here, there = (some_RxP @ (clean_P - less_P) / clean_P.mean() for some_RxP, clean_P, less_P in sides)
         mean = 1 - own.joint_P.mean() / own.clean_P.mean() - (1 - left_P.mean() / other.clean_P.mean())
-        apart = Interval(float(mean), *np.quantile(here - there, (0.025, 0.975)).tolist())
-    drop = interval_over_templates(other.clean_P - left_P, share_RxP)
-    return OtherBehaviour(drop, interval_over_templates(lost_P, share_RxP), apart)
+        apart = middle(here - there, float(mean))
+    return OtherBehaviour(over.mean(other.clean_P - left_P), over.mean(lost_P), apart)
 
 
 def _harms(result: BehaviourAblation, config: AblateConfig) -> Grade:

@@ -67,7 +67,6 @@ def cumulative_curve(experiment: Experiment, measured: JudgedDiffs) -> CurveDiff
     """Removes the first 1, 2, 3, ... top features together, and those matched to them, from the prompts of the draws.
 
     Args:
-      experiment: what to measure with.
       measured: the top features and their controls. A top feature that fires nowhere has no control.
 
     Raises:

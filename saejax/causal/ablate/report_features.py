@@ -106,34 +106,24 @@ def _agreement(summary: ImportanceSummary) -> str:
 
 def _feature_table(result: BehaviourAblation, known: Mapping[int, Label]) -> Table:
     top = result.top
-    rows = tuple(
-        (
-            f"{item.feature} {known[item.feature].label}" if item.feature in known else str(item.feature),
-            interval(item.logit_diff_drop),
-            number(item.control_drop),
-            interval(item.accuracy_drop, 0, 100),
-            significant(item.attribution),
-            percent(item.firing_rate, 1),
-            significant(item.mean_activation),
-        )
-        for item in top[:TABLE_ROWS]
-    )
-    columns = (
-        "Feature",
-        "Logit difference lost",
-        "Random",
-        "Accuracy lost, points",
-        "Attribution",
-        "Fires on",
-        "Mean activation",
-    )
+    columns = {
+        "Feature": lambda item: f"{item.feature} {known[item.feature].label if item.feature in known else ''}".strip(),
+        "Logit difference lost": lambda item: interval(item.logit_diff_drop),
+        "Random": lambda item: number(item.control_drop),
+        "Accuracy lost, points": lambda item: interval(item.accuracy_drop, 0, 100),
+        "Attribution": lambda item: significant(item.attribution),
+        "Fires on": lambda item: percent(item.firing_rate, 1),
+        "Mean activation": lambda item: significant(item.mean_activation),
+    }
     rest = f" The first {TABLE_ROWS} of {len(top)} features." if len(top) > TABLE_ROWS else ""
     note = (
         "Random: mean loss of logit difference for the random features matched to this one "
         f"({MISSING}: it never fires, so there are none). Fires on: share of the tokens of the test prompts, and of "
         f"those that lend replacements. Square brackets: 95 % bootstrap intervals over prompts.{rest}"
     )
-    return Table("Features removed one by one", columns, rows, stack=False, note=note)
+    return Table.of(
+        "Features removed one by one", [(item,) for item in top[:TABLE_ROWS]], columns, stack=False, note=note
+    )
 
 
 def held_out(found: Findings, name: str) -> np.ndarray:

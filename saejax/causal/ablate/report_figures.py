@@ -89,11 +89,7 @@ def single_features(features: Sequence[int], drops: Sequence[Interval], controls
 
 @styled
 def cumulative(curves: Mapping[str, CumulativeCurve]) -> Figure:
-    """The logit difference that is left when more and more top features are removed together, a panel per behaviour.
-
-    Args:
-      curves: by behaviour.
-    """
+    """The logit difference that is left when more and more top features are removed together, a panel per behaviour."""
     figure, all_axes = panels([1.75] * (len(curves) - 1) + [2.25], list(curves))
     for axes, curve in zip(all_axes, curves.values(), strict=True):
         for points, color, dashes, marker, label in (

@@ -7,7 +7,6 @@ from saejax.causal.ablate.results import (
     AblateResults,
     BehaviourAblation,
     CumulativeCurve,
-    DictionaryAgreement,
     DoseCurve,
     EqualDose,
     GreedySet,
@@ -111,23 +110,23 @@ def named(basis: str) -> str:
 
 def agreement(found: Findings) -> list[Section]:
     """A table of all pairs; no section if none was compared."""
-    rows = tuple(
-        _agreement_row(name, entry)
+    rows = [
+        (name, entry)
         for name, result in found.one(AblateResults).behaviours.items()
         for entry in (result.importance and result.importance.agreement) or ()
-    )
+    ]
     if not rows:
         return []
-    columns = (
-        "Behaviour",
-        "Dictionaries",
-        "Matched by",
-        "Features matched",
-        "Similarity",
-        "Rank correlation of effects",
-        "Pairs shuffled",
-        "Partners that fire alike",
-    )
+    columns = {
+        "Behaviour": lambda name, pair: behaviour(name),
+        "Dictionaries": lambda name, pair: f"{pair.first}, {pair.second}",
+        "Matched by": lambda name, pair: pair.by,
+        "Features matched": lambda name, pair: f"{pair.matched:,} ({', '.join(map(percent, pair.shares))})",
+        "Similarity": lambda name, pair: number(pair.similarity),
+        "Rank correlation of effects": lambda name, pair: interval(pair.rank_correlation),
+        "Pairs shuffled": lambda name, pair: interval(pair.shuffled),
+        "Partners that fire alike": lambda name, pair: interval(pair.alike),
+    }
     note = (
         "Two features match if each is the other's nearest, by the cosine of their decoder rows (direction) or, of "
         "dictionaries of different sites, by the correlation of their largest activations over the test prompts "
@@ -136,20 +135,7 @@ def agreement(found: Findings) -> list[Section]:
         f"pairs. Controls, mean and middle 95 % of {DRAWS} draws: the same where pairs are shuffled, and where each "
         "partner is replaced by one of the ten features nearest to it in firing rate and activation."
     )
-    return [Section("Beside other dictionaries", (Table("Agreement of effects", columns, rows, note=note),))]
-
-
-def _agreement_row(name: str, entry: DictionaryAgreement) -> tuple[str, ...]:
-    shares = ", ".join(percent(share) for share in entry.shares)
-    correlations = (entry.rank_correlation, entry.shuffled, entry.alike)
-    return (
-        behaviour(name),
-        f"{entry.first}, {entry.second}",
-        entry.by,
-        f"{entry.matched:,} ({shares})",
-        number(entry.similarity),
-        *(interval(value) if value else MISSING for value in correlations),
-    )
+    return [Section("Beside other dictionaries", (Table.of("Agreement of effects", rows, columns, note=note),))]
 
 
 def repeats(found: Findings) -> list[Section]:

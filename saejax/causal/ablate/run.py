@@ -22,6 +22,7 @@ from saejax.causal.ablate.results import AblateResults, BehaviourAblation
 from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
 from saejax.causal.circuits.sizes import measure_sizes
+from saejax.causal.claims import SetEffects
 from saejax.causal.parts import (
     Measure,
     Measured,
@@ -159,7 +160,7 @@ def _saved_effects(run: Run, name: str, result: BehaviourAblation) -> grades.Sav
     draws_QxN = np.array([lines[p]["draws"] for p in chosen_Q])
     own = clean_P[chosen_Q], joint_P[chosen_Q], draws_QxN.T, template_P[chosen_Q]
     others = {other: np.array([line["others"][other] for line in lines]) for other in lines[0]["others"]}
-    effects = verdict.effects_of(*own, result.controls.disjoint_sets)
+    effects = SetEffects.of(*own, result.controls.disjoint_sets)
     return grades.SavedEffects(effects, clean_P, joint_P, template_P, others)
 
 

@@ -119,7 +119,6 @@ class HeldOutText:
         """Puts other values in the site's place in the first so many documents, or all.
 
         Args:
-          split: the model, split at the site.
           edited: gives the values of some documents, as many for all.
           documents: how many.
         """

@@ -25,14 +25,13 @@ from saejax.causal.ablate.results import (
 from saejax.causal.ablation import LogitDiffs
 from saejax.causal.claims import (
     SetEffects,
-    blocks,
     claims,
-    interval_over_templates,
-    resampled_shares,
-    settled_no,
+    run_draws,
 )
+from saejax.causal.clustered import Resampling
 from saejax.causal.controls import FeatureStatistics
 from saejax.causal.experiment import Experiment
+from saejax.causal.matched_sets import SPARE, draw_matched_sets
 from saejax.causal.results import ControlMatch
 from saejax.results import Interval
 from saejax.settings import AblateConfig
@@ -40,7 +39,6 @@ from saejax.settings import AblateConfig
 CONTROLS = 100  # sets, at most, of matched features alone, beside which figures are shown
 SINGLES = 3  # matched features that are removed one by one beside each top feature
 Over = Callable[[np.ndarray], Interval]  # the mean of a number per prompt, and its interval
-_SPARE = 4  # sets drawn for each that is kept: those that change the site most nearly as much as the tested one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,73 +75,10 @@ class JudgedDiffs:
     template_P: np.ndarray
     others: Mapping[str, np.ndarray]
 
-    @property
-    def effects(self) -> SetEffects:
-        """What the rule asks about."""
-        return self._beside(self.draws_MxQ)
-
-    @property
-    def shown(self) -> SetEffects:
-        """The same beside the controls, for figures."""
-        return self._beside(self.controls_NxQ)
-
-    def _beside(self, sets_NxQ: np.ndarray) -> SetEffects:
+    def beside(self, sets_NxQ: np.ndarray) -> SetEffects:
+        """What the top features cost beside sets, given the logit differences without each of these."""
         own = self.clean_P[self.chosen_Q], self.joint_P[self.chosen_Q]
-        return effects_of(*own, sets_NxQ, self.template_P[self.chosen_Q], self.disjoint)
-
-
-def effects_of(
-    clean_P: np.ndarray, joint_P: np.ndarray, sets_NxP: np.ndarray, template_P: np.ndarray, disjoint: int | None
-) -> SetEffects:
-    """What removing the top features and N other sets costs on each of P prompts.
-
-    Args:
-      clean_P, joint_P, sets_NxP: logit differences with nothing, all top features and each set removed.
-      template_P, disjoint: as in ``SetEffects``.
-    """
-    correct_P = _correct(clean_P)
-    return SetEffects(
-        drop_P=clean_P - joint_P,
-        lost_P=correct_P - _correct(joint_P),
-        draw_drop_NxP=clean_P[None, :] - sets_NxP,
-        draw_lost_NxP=correct_P[None, :] - _correct(sets_NxP),
-        template_P=template_P,
-        disjoint=disjoint,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Drawn:
-    """The sets of features that stand beside the tested one; see ``JudgedDiffs``."""
-
-    controls_NxC: np.ndarray
-    draws_MxC: np.ndarray
-    match: ControlMatch  # of the controls
-    disjoint: int
-
-
-def _draw(
-    name: str, experiment: Experiment, statistics: FeatureStatistics, firing: Sequence[int], config: AblateConfig
-) -> _Drawn:
-    """As many sets as are asked for, out of more: those that change the site as much as the tested one does."""
-    matches = controls.fitting_matches(statistics, firing, config.matches)
-    count, spare, seed = min(config.draws, CONTROLS), _SPARE if len(firing) > 1 else 1, [config.seed, *name.encode()]
-    asked = statistics, firing
-    controls_NxC = controls.draw_controls(*asked, spare * count, matches, seed)
-    draws_MxC = controls.draw_alike(*asked, spare * config.draws, matches, [*seed, 1])
-    if not len(firing):
-        return _Drawn(controls_NxC[:count], draws_MxC[: config.draws], ControlMatch(None, None, None), 0)
-    pool_K = np.unique([*firing, *controls_NxC.ravel().tolist(), *draws_MxC.ravel().tolist()])
-    change_KxK = experiment.changes(pool_K.tolist())
-    own, controls_N, draws_M = (
-        controls.joint_size(change_KxK, pool_K, sets) for sets in ([firing], controls_NxC.tolist(), draws_MxC.tolist())
-    )
-    kept_S = controls.nearest_in_size(controls_N, float(own[0]), count)
-    kept_R = controls.nearest_in_size(draws_M, float(own[0]), config.draws)
-    ratio = float(np.median(controls_N[kept_S]) / own[0]) if own[0] else None
-    match = ControlMatch(**controls.match_ratios(*asked, controls_NxC[kept_S]), size_ratio=ratio)
-    disjoint = controls.disjoint_sets(*asked, matches)
-    return _Drawn(controls_NxC[kept_S], draws_MxC[kept_R], match, disjoint)
+        return SetEffects.of(*own, sets_NxQ, self.template_P[self.chosen_Q], self.disjoint)
 
 
 def judge(
@@ -153,8 +88,6 @@ def judge(
 
     Args:
       name: of the behaviour; with ``config.seed`` it decides the draws.
-      experiment: what to measure with.
-      config: of the stage.
       others: top features of other behaviours, by name, which are removed from this one's test prompts, too.
 
     Returns:
@@ -167,7 +100,11 @@ def judge(
     top = screening.leaders(experiment.attribution(), config.top)
     statistics = experiment.statistics()
     firing = statistics.firing(top)
-    drawn = _draw(name, experiment, statistics, firing, config)
+    counts, seed = (min(config.draws, CONTROLS), config.draws), [config.seed, *name.encode()]
+    spare = SPARE if len(firing) > 1 else 1
+    drawn = draw_matched_sets(
+        statistics, firing, experiment.changes, counts, config.matches, seed, controls.ADVICE, spare
+    )
     nearest_CxS = controls.nearest_features(statistics, firing)[:, : min(SINGLES, config.matches)]
     singles, foreign = np.unique(nearest_CxS), dict(others or {})
     diffs = experiment.ablate([*([f] for f in top), top, *foreign.values(), *([single] for single in singles)])
@@ -208,31 +145,33 @@ def spread_over(templates: Sequence[str], count: int) -> np.ndarray:
 
 def over_prompts(template_P: np.ndarray, config: AblateConfig) -> Over:
     """Gives the mean of a number per prompt, and its bootstrap interval over templates and prompts."""
-    share_RxP = resampled_shares(template_P, config.bootstrap, config.seed)
-    return lambda values_P: interval_over_templates(np.asarray(values_P, np.float64), share_RxP)
+    return Resampling.of(template_P, config.bootstrap, config.seed).mean
 
 
 def _with_draws(
     measured: JudgedDiffs, experiment: Experiment, config: AblateConfig
 ) -> tuple[JudgedDiffs, LogitDiffs, int]:
-    """Removes the controls, and the draws block by block until all are run or none could change a no.
+    """Removes the controls, and the draws until all are run or none could change a no.
 
     Returns:
       The diffs with theirs, those of the controls with all readouts, and how many rows were run.
     """
     chosen = measured.chosen_Q.tolist()
-    beside = experiment.ablate(measured.controls_NxC.tolist(), chosen)
-    found = dataclasses.replace(measured, controls_NxQ=beside.ablated_SxP)
-    run: list[LogitDiffs] = []
-    for block in blocks(config.draws):
-        sets_MxC = measured.draws_MxC[: block.stop]
-        run.append(experiment.ablate(sets_MxC[block.start :].tolist(), chosen))
-        draws_MxQ = np.concatenate([part.ablated_SxP for part in run])
-        found = dataclasses.replace(found, draws_MxC=sets_MxC, draws_MxQ=draws_MxQ)
-        if settled_no(found.effects, config.draws, claim_rule(config)):
-            experiment.skip((config.draws - block.stop) * len(chosen))
-            break
-    return found, beside, sum(part.rows for part in (beside, *run))
+    run = [experiment.ablate(measured.controls_NxC.tolist(), chosen)]
+
+    def without(block: slice) -> np.ndarray:
+        run.append(experiment.ablate(measured.draws_MxC[block].tolist(), chosen))
+        return run[-1].ablated_SxP
+
+    draws_MxQ, _ = run_draws(without, measured.beside, config.draws, claim_rule(config))
+    experiment.skip((config.draws - len(draws_MxQ)) * len(chosen))
+    found = dataclasses.replace(
+        measured,
+        controls_NxQ=run[0].ablated_SxP,
+        draws_MxC=measured.draws_MxC[: len(draws_MxQ)],
+        draws_MxQ=draws_MxQ,
+    )
+    return found, run[0], sum(part.rows for part in run)
 
 
 def _entries(
@@ -292,10 +231,10 @@ def _judged(
     rows: int,
     config: AblateConfig,
 ) -> BehaviourAblation:
-    shown = measured.shown
+    shown = measured.beside(measured.controls_NxQ)
     control_drop_N = shown.draw_drop_NxP.mean(axis=1)
     over = over_prompts(shown.template_P, config)
-    claim = claims(dict(one=measured.effects), claim_rule(config))["one"]
+    claim = claims(dict(one=measured.beside(measured.draws_MxQ)), claim_rule(config))["one"]
     found = BehaviourAblation(
         top=top,
         rows=rows,

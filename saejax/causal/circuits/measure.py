@@ -69,7 +69,6 @@ def test_circuit(
     Where none of the set fires, nothing is tested and every figure is None.
 
     Args:
-      experiment: what to measure with.
       features: distinct.
       config: of the stage; its ``seed`` and ``matches`` are used.
 

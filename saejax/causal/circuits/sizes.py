@@ -31,6 +31,7 @@ from saejax.causal.clustered import Resampling
 from saejax.causal.experiment import Experiment
 from saejax.results import Interval
 from saejax.settings import AblateConfig
+from saejax.tasks.scoring import middle
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 DRAWS = 20  # random orders
@@ -41,7 +42,6 @@ def measure_sizes(experiment: Experiment, attribution_F: np.ndarray, config: Abl
     """Keeps growing circuits of a dictionary's features.
 
     Args:
-      experiment: what to measure with.
       attribution_F: of every feature, on the train prompts.
       config: of the stage; its ``seed``, ``bootstrap`` and ``draw_prompts`` are used.
 
@@ -104,8 +104,7 @@ def area(faithfulness_xS: np.ndarray, share_S: np.ndarray, score: str) -> np.nda
 def _interval(score_XxP: np.ndarray, share_S: np.ndarray, score: str, over: Resampling) -> Interval:
     """The area and its 95 % bootstrap interval: prompts are drawn before the ratio is taken."""
     areas = area(faithfulness(over.share_RxP @ score_XxP.T), share_S, score)
-    low, high = np.quantile(areas, (0.025, 0.975))
-    return Interval(float(area(faithfulness(score_XxP.mean(axis=1)), share_S, score)), float(low), float(high))
+    return middle(areas, float(area(faithfulness(score_XxP.mean(axis=1)), share_S, score)))
 
 
 def _score(
@@ -121,10 +120,9 @@ def _score(
     own_XxP, active_XxP = (kept_ExXxP[_ORDERS.index(name)] for name in (order, "activity"))
     every = np.concatenate([own_XxP[None][:, :, chosen_Q], drawn_NxXxQ]).mean(axis=2)
     areas = area(faithfulness(every), share_S, score)
-    low, high = np.quantile(areas[1:], (0.025, 0.975))
     return CircuitScore(
         own=_interval(own_XxP, share_S, score, over),
         activity=_interval(active_XxP, share_S, score, over),
-        random=Interval(float(areas[1:].mean()), float(low), float(high)),
+        random=middle(areas[1:]),
         p_value=float(randomisation_p(areas if score == "cpr" else -areas)[0]),
     )

@@ -42,9 +42,7 @@ class PairsJudge:
     """Which answers of a behaviour's pairs go over, whatever is put in.
 
     Args:
-      split: the model, split at the dictionary's site.
       pairs: test prompts with counterparts of as many tokens.
-      config: of the stage.
     """
 
     def __init__(self, split: SplitModel, pairs: Sequence[Prompt], config: PatchConfig):
@@ -94,12 +92,10 @@ def compare(
     """Learns a subspace for a behaviour, and judges it beside features.
 
     Args:
-      split: the model, split at the dictionary's site.
       name: of the behaviour; with the seed it decides the subspaces.
       train: its train prompts with counterparts of as many tokens.
       judges: of all behaviours.
       features: the top ones, and draws of matched ones.
-      config: of the stage.
       on_progress: called with the tokens done and to do of what is learned; may raise to stop.
     """
     seed, sides = [config.seed, *name.encode()], Sides.of(split, train)

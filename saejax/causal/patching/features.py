@@ -33,7 +33,7 @@ from saejax.causal.patching.results import (
     PatchedSet,
     PatchEffect,
 )
-from saejax.causal.split import CleanRun, SplitModel, active_features
+from saejax.causal.split import CleanRun, SiteRows, SplitModel, active_features
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.models import decoder
@@ -58,12 +58,10 @@ class FeaturePatching:
     """The features of one behaviour.
 
     Args:
-      split: the model, split at the dictionary's site.
       name: of the behaviour; with the seed it decides the draws.
       train: prompts with counterparts of as many tokens, which choose the features: those whose counterparts'
         activations, by the estimate, lower the logit difference most.
       pairs: test prompts of that sort, which judge them.
-      config: of the stage.
       on_progress: called with the tokens done and to do; may raise to stop.
 
     Attributes:
@@ -189,7 +187,6 @@ def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[Cl
     positions that the dictionary reads in the base run, as everywhere here; sites at all positions.
 
     Args:
-      split: the model, split at the dictionary's site.
       base, source: runs of the prompts and of others of as many tokens, row by row.
       parts: "site", "features", "error", or "both": features and error term together.
 
@@ -198,10 +195,8 @@ def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[Cl
     """
 
     def patched(own: CleanRun, other: CleanRun, some: slice) -> jax.Array:
-        own_arrays = (own.stream_BxTxD, own.value_BxTxD, own.read_BxTxD, own.domain_BxT)
-        other_arrays = (other.value_BxTxD, other.read_BxTxD, other.domain_BxT)
-        rows = split.by_row(*(array[some] for array in (*own_arrays, *other_arrays, own.last_B, own.answers_Bx2)))
-        return _run_parts(split.point, parts, split.params, split.dictionary, *rows)
+        sides = split.placed(own.rows(some)), split.placed(other.rows(some))
+        return _run_parts(split.point, parts, split.params, split.dictionary, *sides)
 
     return patched_differences(split, base, source, patched)
 
@@ -212,26 +207,19 @@ def _run_parts(
     parts: str,
     params: decoder.Params,
     dictionary: Basis,
-    stream_BxTxD: jax.Array,
-    value_BxTxD: jax.Array,
-    read_BxTxD: jax.Array,
-    domain_BxT: jax.Array,
-    other_value_BxTxD: jax.Array,
-    other_read_BxTxD: jax.Array,
-    other_domain_BxT: jax.Array,
-    last_B: jax.Array,
-    answers_Bx2: jax.Array,
+    own: SiteRows,
+    other: SiteRows,
 ) -> jax.Array:
     """The program of ``patch_parts``."""
-    patched_BxTxD = other_value_BxTxD
+    value_BxTxD, patched_BxTxD = own.value_BxTxD, other.value_BxTxD
     if parts != "site":
-        change_BxTxD = other_value_BxTxD - value_BxTxD
+        change_BxTxD = other.value_BxTxD - value_BxTxD
         if parts != "both":
-            f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
-            other_BxTxF = active_features(dictionary, other_read_BxTxD, other_domain_BxT)
+            f_BxTxF, other_BxTxF = (active_features(dictionary, one.read_BxTxD, one.domain_BxT) for one in (own, other))
             W_dec_FxD = dictionary.W_dec_FxD[...]
             featured_BxTxD = matmul(other_BxTxF - f_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
             change_BxTxD = featured_BxTxD if parts == "features" else change_BxTxD - featured_BxTxD
-        patched_BxTxD = value_BxTxD + jnp.where(domain_BxT[..., None], change_BxTxD, jnp.zeros_like(change_BxTxD))
-    diff_B = point.difference(params, point.tail(params, stream_BxTxD, patched_BxTxD), last_B, answers_Bx2)
+        patched_BxTxD = value_BxTxD + jnp.where(own.domain_BxT[..., None], change_BxTxD, jnp.zeros_like(change_BxTxD))
+    x_BxTxD = point.tail(params, own.stream_BxTxD, patched_BxTxD)
+    diff_B = point.difference(params, x_BxTxD, own.last_B, own.answers_Bx2)
     return jax.lax.with_sharding_constraint(diff_B, sharding(point.mesh))

@@ -91,7 +91,6 @@ def make_grid(patched: Patched, resampling: Resampling) -> PatchingGrid:
 
     Args:
       patched: of one behaviour.
-      resampling: of its prompts.
     """
     effect_DxLxPxC, whole_P = patched.effect_DxLxPxC, patched.clean_P - patched.corrupted_P
     directions, layers, _, columns = effect_DxLxPxC.shape

@@ -47,7 +47,6 @@ def patch_exactly(
     """Puts the counterpart's vector of each node into the prompt's run.
 
     Args:
-      model: the language model.
       prompts: P of them, with counterparts of as many tokens, at least one.
       nodes: N of them.
       batch_rows: rows that run together; one row is a node of a prompt.

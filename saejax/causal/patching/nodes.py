@@ -34,7 +34,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.scoring import interval_ends
+from saejax.tasks.scoring import interval_ends, middle
 
 RANDOM = 100  # nodes, drawn from all that change
 ESTIMATES = ("atp_star", "atp", "change")
@@ -88,7 +88,6 @@ class HeadPatching:
     """The nodes of one behaviour.
 
     Args:
-      model: the language model.
       name: of the behaviour; with the seed it decides the random nodes.
       train: prompts with counterparts of as many tokens, which estimate.
       pairs: test prompts of that sort, which judge.
@@ -225,5 +224,4 @@ def _over_nodes(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed:
     if not count:
         return None
     some_RxN = np.random.default_rng(seed).integers(count, size=(_RESAMPLES, count))
-    low, high = np.quantile(statistic(some_RxN), (0.025, 0.975))
-    return Interval(float(statistic(np.arange(count)[None])[0]), float(low), float(high))
+    return middle(statistic(some_RxN), float(statistic(np.arange(count)[None])[0]))

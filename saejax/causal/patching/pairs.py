@@ -154,7 +154,6 @@ def patched_differences(
     """The logit difference of each base prompt with something of the source put in, float64 [P].
 
     Args:
-      split: the model.
       base, source: runs of the prompts and of others of as many tokens, row by row.
       patched: gives those of some rows of a run and of the other one.
 

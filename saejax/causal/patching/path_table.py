@@ -63,7 +63,6 @@ def judge_paths(
     Args:
       model, prompts, batch_rows, on_progress: as for ``path_effects``.
       receivers: each with the effect of patching it whole.
-      resampling: of the prompts.
     """
     found: list[PathReceiver] = []
     parts: dict[str, list[np.ndarray]] = {field.name: [] for field in dataclasses.fields(PathTable)}

@@ -150,7 +150,6 @@ def path_effects(
     NaN where a prompt does not have the position.
 
     Args:
-      model: the language model.
       prompts: P of them, with counterparts of as many tokens, at least one.
       receiver: where the paths end.
       batch_rows: rows that run together; one row is a path in a prompt.

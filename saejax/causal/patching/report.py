@@ -12,7 +12,7 @@ from saejax.dictionaries.labels import labels_in
 from saejax.page import style
 from saejax.page.document import Block, Picture, Section, Terms
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, number
+from saejax.page.tables import Table, interval, number
 from saejax.page.words import behaviour
 
 _TITLES = dict(
@@ -102,10 +102,8 @@ def _estimates_table(results: HeadPatchResults) -> Table:
     rows = []
     for name, found in results.behaviours.items():
         for estimate, judged in found.estimates.items():
-            assert found.random is not None
-            correlation = MISSING if judged.correlation is None else interval(judged.correlation)
-            figures = (number(judged.top), interval(found.random), _p(judged.p_value))
-            rows.append((behaviour(name), f"{found.nodes:,}", _ESTIMATES[estimate], correlation, *figures))
+            figures = (interval(judged.correlation), number(judged.top), interval(found.random), _p(judged.p_value))
+            rows.append((behaviour(name), f"{found.nodes:,}", _ESTIMATES[estimate], *figures))
     note = (
         "A node is the query, key, value or output of an attention head at one position; patched, it takes the vector "
         "of the counterpart's run, and its effect is by how much the logit difference falls. AtP is change x gradient; "

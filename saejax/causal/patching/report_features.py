@@ -70,7 +70,7 @@ def _disentangled_table(results: FeaturePatchResults) -> Table:
             if one.cause and stay:
                 score = number(50 * (one.cause.mean + float(np.mean(stay))), 0)
             isolate = ", ".join(f"{behaviour(other)} {_share(share)}" for other, share in one.isolate.items())
-            cause = _share(one.cause) if one.cause else MISSING
+            cause = _share(one.cause)
             rows.append((behaviour(name), one.method, str(one.size), cause, isolate or MISSING, score))
     note = (
         "Cause: the share of this behaviour's test pairs whose answer becomes the counterpart's when the counterpart's "
@@ -105,8 +105,8 @@ def _features_row(name: str, result: PatchedFeatures, top: int) -> tuple[str, ..
 def _restored(together: tuple[PatchedSet, ...]) -> str:
     tops = [entry for entry in together if entry.features != "all"]
     value = tops[-1].denoising.normalised if tops else None
-    return interval(value) if value else MISSING
+    return interval(value)
 
 
 def _share(value: Interval | None) -> str:
-    return MISSING if value is None else interval(value, 0, 100)
+    return interval(value, 0, 100)

@@ -90,7 +90,6 @@ def patch_sites(
     """Patches a kind of site at every layer and position, in both directions.
 
     Args:
-      model: the language model.
       kind: one of ``sites.KINDS``.
       prompts: with counterparts of as many tokens, at least one.
       batch_rows: as for ``ablation.ablate_sets``.

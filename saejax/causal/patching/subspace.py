@@ -16,7 +16,7 @@ import optax
 
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.pairs import patched_differences
-from saejax.causal.split import PROMPTS, CleanRun, SplitModel
+from saejax.causal.split import PROMPTS, CleanRun, SiteRows, SplitModel
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
@@ -47,7 +47,6 @@ def learn_subspace(
     between the two answers, of which the counterpart's is right. ``PROMPTS`` pairs a step, in random order.
 
     Args:
-      split: the model, split at the dictionary's site.
       base, source: runs of the train prompts and of their counterparts, row by row.
       dimensions: K, at most the site's width.
       steps: of Adam.
@@ -61,7 +60,7 @@ def learn_subspace(
     if dimensions > width:
         raise UserError(f"--patch.das={dimensions}: {split.point.site} has {width} dimensions")
     batches = [
-        (_arrays(own, other, slice(first, first + PROMPTS)), np.arange(first, first + PROMPTS) < len(own.index_P))
+        (own, other, slice(first, first + PROMPTS))
         for own, other in zip(base, source, strict=True)
         for first in range(0, len(own.index_P), PROMPTS)
     ]
@@ -72,10 +71,11 @@ def learn_subspace(
     for step in range(steps):
         on_progress(step * size, steps * size)
         order = order or rng.permutation(len(batches)).tolist()
-        arrays, real_B = batches[order.pop()]
+        own, other, some = batches[order.pop()]
         rate = _RATE * (1 - step / steps)
-        rows = split.by_row(*arrays, real_B)
-        directions_DxK, state, loss = _step(split.point, split.params, directions_DxK, state, rate, *rows)
+        (real_B,) = split.by_row(np.arange(some.start, some.stop) < len(own.index_P))
+        given = *_placed(split, own, other, some), real_B
+        directions_DxK, state, loss = _step(split.point, split.params, directions_DxK, state, rate, *given)
     if not np.isfinite(loss):
         raise UserError(f"the loss of a subspace of {split.point.site} is not finite: try --model.dtype=float32")
     return np.asarray(jnp.linalg.qr(directions_DxK)[0])
@@ -89,7 +89,6 @@ def patch_subspace(
     It is replaced where features would be: at wanted positions that are not attention sinks.
 
     Args:
-      split: the model, split at the dictionary's site.
       base, source: runs of the prompts and of others of as many tokens, row by row.
       directions_DxK: orthonormal.
 
@@ -98,15 +97,14 @@ def patch_subspace(
     """
 
     def patched(own: CleanRun, other: CleanRun, some: slice) -> jax.Array:
-        return _patched(split.point, split.params, directions_DxK, *split.by_row(*_arrays(own, other, some)))
+        return _patched(split.point, split.params, directions_DxK, *_placed(split, own, other, some))
 
     return patched_differences(split, base, source, patched)
 
 
-def _arrays(own: CleanRun, other: CleanRun, some: slice) -> list:
-    """What the programs take of some rows, but for whether they are real."""
-    arrays = own.stream_BxTxD, own.value_BxTxD, own.domain_BxT, other.value_BxTxD, own.last_B, own.answers_Bx2
-    return [array[some] for array in arrays]
+def _placed(split: SplitModel, own: CleanRun, other: CleanRun, some: slice) -> tuple[SiteRows, jax.Array]:
+    """What the programs take of some rows: those of the prompts, and the counterparts' values."""
+    return split.placed(own.rows(some)), split.by_row(other.value_BxTxD[some])[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -114,19 +112,16 @@ def _patched(
     point: SplitPoint,
     params: decoder.Params,
     directions_DxK: jax.Array,
-    stream_BxTxD: jax.Array,
-    value_BxTxD: jax.Array,
-    domain_BxT: jax.Array,
+    rows: SiteRows,
     other_BxTxD: jax.Array,
-    last_B: jax.Array,
-    answers_Bx2: jax.Array,
 ) -> jax.Array:
     """The program of ``patch_subspace``, [B]."""
-    change_BxTxD = (other_BxTxD - value_BxTxD).astype(directions_DxK.dtype)
+    change_BxTxD = (other_BxTxD - rows.value_BxTxD).astype(directions_DxK.dtype)
     moved_BxTxD = matmul(matmul(change_BxTxD, directions_DxK), directions_DxK.T)
-    moved_BxTxD = jnp.where(domain_BxT[..., None], moved_BxTxD, jnp.zeros_like(moved_BxTxD))
-    patched_BxTxD = value_BxTxD + moved_BxTxD.astype(value_BxTxD.dtype)
-    diff_B = point.difference(params, point.tail(params, stream_BxTxD, patched_BxTxD), last_B, answers_Bx2)
+    moved_BxTxD = jnp.where(rows.domain_BxT[..., None], moved_BxTxD, jnp.zeros_like(moved_BxTxD))
+    patched_BxTxD = rows.value_BxTxD + moved_BxTxD.astype(rows.value_BxTxD.dtype)
+    x_BxTxD = point.tail(params, rows.stream_BxTxD, patched_BxTxD)
+    diff_B = point.difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2)
     return jax.lax.with_sharding_constraint(diff_B, sharding(point.mesh))
 
 
@@ -137,13 +132,14 @@ def _step(
     raw_DxK: jax.Array,
     state: optax.OptState,
     rate: float,
-    *rows: jax.Array,
+    rows: SiteRows,
+    other_BxTxD: jax.Array,
+    real_B: jax.Array,
 ) -> tuple[jax.Array, optax.OptState, jax.Array]:
-    """A step of Adam on directions that span the subspace; the last of ``rows`` says which pairs are real [B]."""
-    *arrays, real_B = rows
+    """A step of Adam on directions that span the subspace; ``real`` says which pairs are no copies."""
 
     def loss(raw_DxK: jax.Array) -> jax.Array:
-        diff_B = _patched(point, params, jnp.linalg.qr(raw_DxK)[0], *arrays)
+        diff_B = _patched(point, params, jnp.linalg.qr(raw_DxK)[0], rows, other_BxTxD)
         return jnp.where(real_B, jax.nn.softplus(diff_B), 0.0).sum() / real_B.sum()
 
     value, gradient_DxK = jax.value_and_grad(loss)(raw_DxK)

@@ -19,7 +19,6 @@ def pooled_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tu
     """What the probes see of each prompt, over the positions that the dictionary reads: neither padding nor sinks.
 
     Args:
-      split: the model.
       prompts: N of them.
       pool: "last", "max" or "mean".
 

@@ -79,8 +79,6 @@ def run_probes(
     """The sparse probes, smallest first, and the probe of all inputs, whose ``k`` is None; which answers are right [M].
 
     Args:
-      task: what to learn.
-      config: of the stage.
       seed: of folds, shuffles, random inputs and permutations, beside ``config.seed``.
       name: of the inputs, "features" or "raw".
     """

@@ -73,7 +73,9 @@ def _picture(learned: Sequence[ProbedLabel], shuffles: int, draw: Draw) -> Pictu
         f"{shuffles} shuffles of either input. Dotted: always naming the largest class."
     )
     alt = "Accuracy of probes of all inputs. " + " ".join(
-        f"{title}: " + ", ".join(f"{_INPUTS[row.input]} {_accuracy(row)} %" for row in rows if row.k is None) + "."
+        f"{title}: "
+        + ", ".join(f"{_INPUTS[row.input]} {interval(row.accuracy, 0, 100)} %" for row in rows if row.k is None)
+        + "."
         for title, rows in shown.items()
     )
     return draw("probes", probes(shown), caption, alt)
@@ -126,64 +128,41 @@ def _seen(row: ProbeFit) -> str:
     return f"1 {name.removesuffix('s')}" if row.k == 1 else f"{row.k or 'all'} {name}"
 
 
-def _accuracy(row: ProbeFit) -> str:
-    return interval(row.accuracy, 0, 100)
-
-
 def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
-    rows = tuple(
-        (
-            _title(label),
-            _seen(row),
-            _accuracy(row),
-            percent(row.balanced_accuracy),
-            percent(row.majority),
-            interval(row.shuffled, 0, 100),
-            interval(row.random, 0, 100) if row.random else MISSING,
-            number(row.p_value, 4),
-            ", ".join(map(str, row.inputs[:3])) if row.inputs else MISSING,
-        )
-        for label in learned
-        for row in label.probes
-    )
-    columns = (
-        "Label",
-        "Probe sees",
-        "Accuracy, %",
-        "Balanced",
-        "Largest class",
-        "Shuffled labels, %",
-        "Random inputs, %",
-        "p",
-        "Inputs",
-    )
+    columns = {
+        "Label": lambda label, row: _title(label),
+        "Probe sees": lambda label, row: _seen(row),
+        "Accuracy, %": lambda label, row: interval(row.accuracy, 0, 100),
+        "Balanced": lambda label, row: percent(row.balanced_accuracy),
+        "Largest class": lambda label, row: percent(row.majority),
+        "Shuffled labels, %": lambda label, row: interval(row.shuffled, 0, 100),
+        "Random inputs, %": lambda label, row: interval(row.random, 0, 100),
+        "p": lambda label, row: number(row.p_value, 4),
+        "Inputs": lambda label, row: ", ".join(map(str, (row.inputs or ())[:3])) or MISSING,
+    }
     note = (
         "Accuracy: on test prompts, with its 95 % Wilson interval. Balanced: mean over classes. Shuffled labels and "
         f"random inputs: mean over {shuffles} draws, and the 5th and 95th percentile. p: share of permutations of the "
         "test labels that agree with the probe as often, not adjusted for the number of probes. Inputs: the first "
         "three that a sparse probe sees."
     )
-    return Table("Probes", columns, rows, frozenset({1, 8}), stack=False, note=note)
+    rows = [(label, row) for label in learned for row in label.probes]
+    return Table.of("Probes", rows, columns, {"Probe sees", "Inputs"}, stack=False, note=note)
 
 
 def _beside_dense(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
     """What features are worth beside all raw dimensions."""
-    rows = tuple(
-        (
-            _title(label),
-            _seen(row),
-            MISSING if row.auc is None else interval(row.auc),
-            MISSING if row.auc_shuffled is None else interval(row.auc_shuffled),
-            MISSING if row.against_dense is None else interval(row.against_dense, 0, 100),
-        )
-        for label in learned
-        for row in label.probes
-        if row.input == "features" or row.k is None
-    )
-    columns = ("Label", "Probe sees", "AUC", "Shuffled labels", "Accuracy less dense, points")
+    columns = {
+        "Label": lambda label, row: _title(label),
+        "Probe sees": lambda label, row: _seen(row),
+        "AUC": lambda label, row: interval(row.auc),
+        "Shuffled labels": lambda label, row: interval(row.auc_shuffled),
+        "Accuracy less dense, points": lambda label, row: interval(row.against_dense, 0, 100),
+    }
     note = (
         "The dense probe sees all raw dimensions. AUC: area under the ROC curve on test prompts where there are two "
         f"classes, 95 % score interval; with shuffled labels the mean over {shuffles} draws, 5th and 95th percentile. "
         "Last column: the difference of accuracies on the same prompts, 95 % bootstrap interval."
     )
-    return Table("Features beside the dense probe", columns, rows, frozenset({1}), stack=False, note=note)
+    rows = [(label, row) for label in learned for row in label.probes if row.input == "features" or row.k is None]
+    return Table.of("Features beside the dense probe", rows, columns, {"Probe sees"}, stack=False, note=note)

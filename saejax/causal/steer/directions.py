@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.causal.screening import leaders
-from saejax.causal.split import PROMPTS, CleanRun, SplitModel
+from saejax.causal.split import CleanRun, SiteRows, SplitModel, slices
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
@@ -131,27 +131,16 @@ def last_values(values_BxTxD: jax.Array, run: CleanRun) -> np.ndarray:
 
 def _slopes(split: SplitModel, run: CleanRun) -> np.ndarray:
     """The slope of each prompt's logit difference in the site's last value, [B, D]."""
-    parts = []
-    for first in range(0, len(run.last_B), PROMPTS):
-        own = slice(first, first + PROMPTS)
-        rows = split.by_row(*(a[own] for a in (run.stream_BxTxD, run.value_BxTxD, run.last_B, run.answers_Bx2)))
-        parts.append(np.asarray(_last_slope(split.point, split.params, *rows), np.float32))
-    return np.concatenate(parts)
+    rows = (split.placed(run.rows(own)) for own in slices(run))
+    return np.concatenate([np.asarray(_last_slope(split.point, split.params, some), np.float32) for some in rows])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _last_slope(
-    point: SplitPoint,
-    params: decoder.Params,
-    stream_BxTxD: jax.Array,
-    value_BxTxD: jax.Array,
-    last_B: jax.Array,
-    answers_Bx2: jax.Array,
-) -> jax.Array:
+def _last_slope(point: SplitPoint, params: decoder.Params, rows: SiteRows) -> jax.Array:
     def difference(value_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = point.tail(params, stream_BxTxD, value_BxTxD)
-        return point.difference(params, x_BxTxD, last_B, answers_Bx2).sum()
+        x_BxTxD = point.tail(params, rows.stream_BxTxD, value_BxTxD)
+        return point.difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
 
-    slope_BxTxD = jax.grad(difference)(value_BxTxD)
-    last_BxD = jnp.take_along_axis(slope_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+    slope_BxTxD = jax.grad(difference)(rows.value_BxTxD)
+    last_BxD = jnp.take_along_axis(slope_BxTxD, rows.last_B[:, None, None], axis=1)[:, 0]
     return jax.lax.with_sharding_constraint(last_BxD, sharding(point.mesh))

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.causal.ablate.verdict import effects_of, spread_over
-from saejax.causal.claims import Rule, blocks, settled_no
+from saejax.causal.ablate.verdict import spread_over
+from saejax.causal.claims import Rule, SetEffects, run_draws
 from saejax.causal.parts import OnProgress
 from saejax.causal.split import SplitModel
 from saejax.causal.steer.directions import AnswerTexts, Turn
 from saejax.causal.steer.programs import SteeredTexts, steer_prompts
 from saejax.causal.steer.results import RandomDirections
-from saejax.results import Interval
 from saejax.settings import SteerConfig
 from saejax.tasks.behaviours import Prompt
+from saejax.tasks.scoring import middle
 
 CURVE_DRAWS = 10  # at a dose that is not judged
 
@@ -27,12 +27,10 @@ class RandomDraws:
     """Differences of means of shuffled texts, added to Q of the test prompts.
 
     Args:
-      split: the model, split at the site.
       texts: whose answers are shuffled, anew for each draw.
       prompts: P test prompts.
       turns: of each.
       clean_P: their logit differences.
-      config: of the stage.
       on_progress: called with the rows done and to do; may raise to stop.
     """
 
@@ -60,12 +58,13 @@ class RandomDraws:
           steered_P: logit differences of the test prompts under a method.
           dose: of that method, which the draws have too.
         """
-        diff_NxQ = np.zeros((0, len(self.chosen_Q)))
-        for block in blocks(self._config.draws):
-            diff_NxQ = np.concatenate([diff_NxQ, self._at(dose, block)])
-            own = self._clean_Q, steered_P[self.chosen_Q]
-            if settled_no(effects_of(*own, diff_NxQ, self._template_Q, None), self._config.draws, rule(self._config)):
-                break
+        own = self._clean_Q, steered_P[self.chosen_Q]
+        diff_NxQ, _ = run_draws(
+            lambda block: self._at(dose, block),
+            lambda diff_NxQ: SetEffects.of(*own, diff_NxQ, self._template_Q, None),
+            self._config.draws,
+            rule(self._config),
+        )
         return diff_NxQ, self._said(dose, diff_NxQ)
 
     def curve(self) -> tuple[RandomDirections, ...]:
@@ -84,9 +83,4 @@ class RandomDraws:
     def _said(self, dose: float, diff_NxQ: np.ndarray) -> RandomDirections:
         flipped_N, drop_N = (diff_NxQ < 0).mean(axis=1), (self._clean_Q[None, :] - diff_NxQ).mean(axis=1)
         draws, prompts = diff_NxQ.shape
-        return RandomDirections(dose, draws, prompts, _spread(flipped_N), _spread(drop_N))
-
-
-def _spread(values_N: np.ndarray) -> Interval:
-    low, high = np.quantile(values_N, (0.025, 0.975))
-    return Interval(float(values_N.mean()), float(low), float(high))
+        return RandomDirections(dose, draws, prompts, middle(flipped_N), middle(drop_N))

@@ -53,11 +53,8 @@ class SteeringTest:
     """A behaviour on a model and a dictionary.
 
     Args:
-      model: the language model.
-      split: it, split at the dictionary's site.
       prompts: of the behaviour, of both splits.
       text: held-out text, if there is any.
-      config: of the stage.
       on_progress: called with the rows done and to do; may raise to stop.
     """
 

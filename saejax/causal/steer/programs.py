@@ -11,7 +11,7 @@ import numpy as np
 
 from saejax.causal.ablation import lagging
 from saejax.causal.parts import OnProgress, silent
-from saejax.causal.split import CleanRun, SplitModel
+from saejax.causal.split import CleanRun, SiteRows, SplitModel
 from saejax.dictionaries import Basis
 from saejax.errors import UserError
 from saejax.models import decoder
@@ -113,7 +113,6 @@ def steer_prompts(
     """Runs every prompt with every change.
 
     Args:
-      split: the model, split at the site.
       runs: the prompts, from ``split.run``.
       changes: a row of each for each prompt, in the prompts' order; all with as many clamped features.
       batch_rows: rows of a batch.
@@ -150,9 +149,8 @@ def _started(
 ) -> jax.Array:
     rows = [changes[number][[run.index_P[place]]] for number, place in zip(set_R, place_R, strict=True)]
     change = jax.tree.map(lambda *parts: split.by_row(np.concatenate(parts))[0], *rows)
-    clean = run.stream_BxTxD, run.value_BxTxD, run.read_BxTxD, run.domain_BxT, run.last_B, run.answers_Bx2
-    placed = split.by_row(place_R.astype(np.int32))
-    return steer_rows(split.point, split.params, split.dictionary, clean, *placed, change)
+    (placed_R,) = split.by_row(place_R.astype(np.int32))
+    return steer_rows(split.point, split.params, split.dictionary, run.rows(slice(None)), placed_R, change)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -160,19 +158,18 @@ def steer_rows(
     point: SplitPoint,
     params: decoder.Params,
     basis: Basis,
-    clean: Sequence[jax.Array],
+    clean: SiteRows,
     place_R: jax.Array,
     change: SteeredTexts,
 ) -> jax.Array:
     """The program of ``steer_prompts``: logit difference, whether the target is first, length of the change, [3, R].
 
     Args:
-      clean: stream, value, what is read [B, T, D], domain [B, T], last positions [B] and answers [B, 2] of a clean run.
+      clean: the rows of a clean run.
       place_R: the prompt of each row.
     """
-    stream_RxTxD, value_RxTxD, read_RxTxD, domain_RxT, last_R, answers_Rx2 = (
-        jnp.asarray(array)[place_R] for array in clean
-    )
+    rows = (jnp.asarray(array)[place_R] for array in clean)
+    stream_RxTxD, value_RxTxD, read_RxTxD, domain_RxT, last_R, answers_Rx2 = rows
     change_RxTxD = change.at(basis, read_RxTxD)
     x_RxTxD = point.tail(params, stream_RxTxD, _moved(value_RxTxD, change_RxTxD, domain_RxT))
     last_RxD = jnp.take_along_axis(x_RxTxD, last_R[:, None, None], axis=1)[:, 0]

@@ -23,7 +23,6 @@ from saejax.page.style import (
 )
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant, visible
 from saejax.page.words import behaviour, place
-from saejax.results import Interval
 
 _METHODS = {
     "features": "features added",
@@ -167,9 +166,8 @@ def _table(steered: Mapping[str, BehaviourSteering]) -> Table:
 def _row(
     name: str, kind: str, point: SteeringPoint, random: str, beats: str, continuation: float | None
 ) -> tuple[str, ...]:
-    text = interval(point.ce_rise) if isinstance(point.ce_rise, Interval) else MISSING
-    turned = interval(point.flipped, 0, 100)
-    return name, kind, number(point.dose), turned, random, beats, interval(point.drop, 1), text, number(continuation)
+    turned, costs = interval(point.flipped, 0, 100), (interval(point.drop, 1), interval(point.ce_rise))
+    return name, kind, number(point.dose), turned, random, beats, *costs, number(continuation)
 
 
 def _beside(steered: Mapping[str, BehaviourSteering]) -> list[tuple[str, str]]:

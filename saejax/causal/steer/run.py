@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from saejax.causal.ablate.text import HeldOutText
-from saejax.causal.ablate.verdict import effects_of
-from saejax.causal.claims import claims
+from saejax.causal.claims import SetEffects, claims
 from saejax.causal.parts import (
     Measure,
     Measured,
@@ -79,7 +78,7 @@ def _settled(run: Run, parts: Mapping[str, BehaviourSteering], config: SteerConf
         for method, own in result.methods.items():
             steered_Q = np.array([row["steered"][method][own.chosen] for row in drawn])
             draws_NxQ = np.array([row["draws"][method] for row in drawn]).T
-            effects[name, method] = effects_of(clean_Q, steered_Q, draws_NxQ, template_Q, None)
+            effects[name, method] = SetEffects.of(clean_Q, steered_Q, draws_NxQ, template_Q, None)
     found = claims({" ".join(key): one for key, one in effects.items()}, rule(config))
     answers = dict(zip(effects, found.values(), strict=True))
     return {

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from saejax.causal.controls import disjoint_sets, draw_alike, match_ratios
-from saejax.causal.results import ControlMatch, RankedFeature
+from saejax.causal.results import RankedFeature
 from saejax.causal.screening import leaders
 from saejax.causal.split import SplitModel
 from saejax.causal.study.items import ItemScores
@@ -33,11 +33,8 @@ def choose_features(
     """The top features of a benchmark, their controls, and activations of both; and all that fire, ranked.
 
     Args:
-      split: the model, split at the dictionary's site.
-      scores: encodes the items.
       train: items that choose the features and lend activations.
       test: items on which controls are matched.
-      config: of the stage.
       name: of the benchmark; with ``config.seed`` it decides the draws.
       check_stop: called before each batch; may raise to stop.
 
@@ -65,7 +62,7 @@ def choose_features(
     chosen = ChosenFeatures(
         top=tuple(map(ranked, top)),
         controls=tuple(map(tuple, controls_NxC.tolist())),
-        match=ControlMatch(**match_ratios(statistics, firing, controls_NxC)),
+        match=match_ratios(statistics, firing, controls_NxC),
         disjoint=disjoint_sets(statistics, firing, config.matches),
         pools={
             int(feature): tuple(pool)
@@ -83,9 +80,7 @@ def measure_activations(
     """What the activations of a benchmark's items are like, and how well the dictionary rebuilds them.
 
     Args:
-      split: the model, split at the dictionary's site.
       references: of the items, with their answers.
-      config: of the stage.
       check_stop: called before each batch; may raise to stop.
 
     Raises:
@@ -125,7 +120,6 @@ def edits_of(
       chosen: from ``choose_features``.
       condition: its name.
       length: tokens of the longest text.
-      config: of the stage.
       texts: which item each text of a batch is of: every item has random replacements of its own.
     """
     which, replacement = condition.split("/")

@@ -22,7 +22,6 @@ class ItemScores:
     """What a model makes of the items of a benchmark.
 
     Args:
-      lm: the model.
       name: of the benchmark.
       task: how its items are asked and judged.
       check_stop: called now and then; may raise to stop.

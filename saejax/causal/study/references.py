@@ -12,6 +12,7 @@ nothing.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,18 +52,15 @@ class Reference:
         return len(self.context) + len(self.answer)
 
 
-@dataclasses.dataclass(frozen=True)
-class ReferenceBatch:
+class ReferenceBatch(NamedTuple):
     """References after the head; of the B rows some are copies that fill the batch up, which are outside the domain.
 
     Attributes:
-      places_N: the first N rows are the references at these places of the list.
       stream_BxTxD, value_BxTxD, read_BxTxD, domain_BxT: as in ``CleanRun``.
       positions_BxC, targets_BxC: where each answer token is predicted, and which it is; see ``likelihood.align``.
       weight_BxC: the reference's sign at its answer tokens; 0 elsewhere, and in copies.
     """
 
-    places_N: np.ndarray
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
@@ -76,7 +74,6 @@ class References:
     """References on a model split at a dictionary's site.
 
     Args:
-      split: the model.
       references: at least one.
       batch_tokens: tokens per batch, padding included.
       check_stop: called before each batch; may raise to stop.
@@ -104,18 +101,7 @@ class References:
         split = self._split
         total_F = np.zeros(split.dictionary.config.n_features)
         for batch in self.batches():
-            rows_BxF = attribute(
-                self._point,
-                split.params,
-                split.dictionary,
-                batch.stream_BxTxD,
-                batch.value_BxTxD,
-                batch.read_BxTxD,
-                batch.domain_BxT,
-                batch.positions_BxC,
-                batch.targets_BxC,
-                batch.weight_BxC,
-            )
+            rows_BxF = attribute(self._point, split.params, split.dictionary, batch)
             total_F = total_F + np.asarray(rows_BxF, np.float64).sum(axis=0)
         if not np.isfinite(total_F).all():
             raise UserError(
@@ -194,36 +180,25 @@ class References:
         sign_Bx1 = np.array([one.sign for one in filled], np.float32)[:, None]
         weight_BxC = np.where(np.arange(positions_BxC.shape[1])[None, :] < ends_Bx1, sign_Bx1, np.float32(0))
         placed = split.by_row(positions_BxC, targets_BxC, weight_BxC * kept_Bx1)
-        return ReferenceBatch(places_N, *head, *placed)
+        return ReferenceBatch(*head, *placed)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attribute(
-    point: SplitPoint,
-    params: decoder.Params,
-    dictionary: Basis,
-    stream_BxTxD: jax.Array,
-    value_BxTxD: jax.Array,
-    read_BxTxD: jax.Array,
-    domain_BxT: jax.Array,
-    positions_BxC: jax.Array,
-    targets_BxC: jax.Array,
-    weight_BxC: jax.Array,
-) -> jax.Array:
+def attribute(point: SplitPoint, params: decoder.Params, dictionary: Basis, batch: ReferenceBatch) -> jax.Array:
     """The program behind ``References.attribution``: of each row activation x gradient of its weighted answer, [B, F].
 
     Logits exist only where answer tokens are predicted, a piece of them at a time; see ``likelihood.token_scores``.
     """
-    f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
+    f_BxTxF = active_features(dictionary, batch.read_BxTxD, batch.domain_BxT)
     W_dec_FxD = dictionary.W_dec_FxD[...]
 
     def objective(value_BxTxD: jax.Array) -> jax.Array:
         # Rows do not see each other, so the gradient of the sum holds every row's own.
-        x_BxTxD = point.tail(params, stream_BxTxD, value_BxTxD)
-        logp_BxC, _ = token_scores(point.config, params, x_BxTxD, positions_BxC, targets_BxC)
-        return (weight_BxC * logp_BxC).sum()
+        x_BxTxD = point.tail(params, batch.stream_BxTxD, value_BxTxD)
+        logp_BxC, _ = token_scores(point.config, params, x_BxTxD, batch.positions_BxC, batch.targets_BxC)
+        return (batch.weight_BxC * logp_BxC).sum()
 
-    slope_BxTxD = jax.grad(objective)(value_BxTxD)
+    slope_BxTxD = jax.grad(objective)(batch.value_BxTxD)
     return jax.lax.with_sharding_constraint(weighted(f_BxTxF, slope_BxTxD, W_dec_FxD), sharding(point.mesh))
 
 

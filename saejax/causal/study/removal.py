@@ -45,11 +45,8 @@ def measure_single(
     """What each top feature that fires on the test items is worth there by itself; None if none does.
 
     Args:
-      split: the model, split at the dictionary's site.
-      scores: encodes the items.
       test: items that judge.
       chosen: the top features and their draws.
-      config: of the stage.
       accuracy: whether the items' choices are compared, too.
       folder: where measurements are kept, so that a run that was killed goes on.
       on_progress: called with the removals done and of all; may raise to stop.
@@ -104,7 +101,6 @@ def log_likelihoods(
     """The log-likelihood of each reference as the model is [R], and without each feature by itself [K, R], in nats.
 
     Args:
-      split: the model, split at the dictionary's site.
       references: ``count`` of them, R.
       features: K distinct ones.
       folder: where what was measured is kept; None: nowhere.
@@ -126,7 +122,7 @@ def log_likelihoods(
                 batch = references.batch(*one)
             for part in left:
                 on_progress(sum(values.size for values in chunks.values), total)
-                chunks.add(_part(split, batch, part))
+                chunks.add(_part(split, batch, len(one[0]), part))
     found_ExR = np.full((len(columns), count), np.nan)
     for number, (places_N, *_) in enumerate(planned):
         own = chunks.values[number * len(parts) : (number + 1) * len(parts)]
@@ -140,9 +136,9 @@ def log_likelihoods(
     return clean_R, np.where(changed_KxR == _NOT_RUN, clean_R, changed_KxR)
 
 
-def _part(split: SplitModel, batch: ReferenceBatch, part: Sequence[int | None]) -> np.ndarray:
-    """Log-likelihoods of a batch's references without each of some features, fp32 [M, N]; see ``_NOT_RUN``."""
-    rows, count = len(batch.domain_BxT), len(batch.places_N)
+def _part(split: SplitModel, batch: ReferenceBatch, count: int, part: Sequence[int | None]) -> np.ndarray:
+    """Log-likelihoods of a batch's first references without each of some features, fp32 [M, N]; see ``_NOT_RUN``."""
+    rows = len(batch.domain_BxT)
     features_K = np.resize([feature or 0 for feature in part], _FEATURES).astype(np.int32)
     on_K = np.resize([feature is not None for feature in part], _FEATURES)
     f_BxTxK = _activations(split.point, split.dictionary, features_K, on_K, batch.read_BxTxD, batch.domain_BxT)
@@ -153,9 +149,8 @@ def _part(split: SplitModel, batch: ReferenceBatch, part: Sequence[int | None]) 
     for first in range(0, len(row_E), rows):
         own = slice(first, first + rows)
         some_B, which_B = np.resize(row_E[own], rows), np.resize(place_E[own], rows)
-        arrays = batch.stream_BxTxD, batch.value_BxTxD, f_BxTxK
-        answers = batch.positions_BxC, batch.targets_BxC, batch.weight_BxC
-        total_B = _without(split.point, split.params, split.dictionary, *arrays, *answers, features_K, some_B, which_B)
+        removed = f_BxTxK, features_K, some_B, which_B
+        total_B = _without(split.point, split.params, split.dictionary, batch, *removed)
         found_MxN[place_E[own], row_E[own]] = np.asarray(total_B)[: len(row_E[own])]
     return found_MxN
 
@@ -179,12 +174,8 @@ def _without(
     point: SplitPoint,
     params: decoder.Params,
     dictionary: Basis,
-    stream_BxTxD: jax.Array,
-    value_BxTxD: jax.Array,
+    batch: ReferenceBatch,
     f_BxTxK: jax.Array,
-    positions_BxC: jax.Array,
-    targets_BxC: jax.Array,
-    weight_BxC: jax.Array,
     features_K: jax.Array,
     some_R: jax.Array,
     which_R: jax.Array,
@@ -192,10 +183,11 @@ def _without(
     """The weighted log-likelihood of rows ``some`` of a batch, each without one of K features, [R]."""
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
     removed_RxT = jnp.take_along_axis(f_BxTxK[some_R], which_R[:, None, None], axis=2)[..., 0]
-    value_RxTxD = value_BxTxD[some_R]
+    rows = ReferenceBatch(*(array[some_R] for array in batch))
     changed_RxTxD = removed_RxT[..., None] * W_dec_KxD[which_R][:, None, :]
+    value_RxTxD = rows.value_BxTxD
     edited_RxTxD = (value_RxTxD.astype(changed_RxTxD.dtype) - changed_RxTxD).astype(value_RxTxD.dtype)
-    x_RxTxD = point.tail(params, stream_BxTxD[some_R], edited_RxTxD)
-    logp_RxC, _ = token_scores(point.config, params, x_RxTxD, positions_BxC[some_R], targets_BxC[some_R])
-    total_R = (weight_BxC[some_R] * logp_RxC).sum(axis=1)
+    x_RxTxD = point.tail(params, rows.stream_BxTxD, edited_RxTxD)
+    logp_RxC, _ = token_scores(point.config, params, x_RxTxD, rows.positions_BxC, rows.targets_BxC)
+    total_R = (rows.weight_BxC * logp_RxC).sum(axis=1)
     return jax.lax.with_sharding_constraint(total_R, sharding(point.mesh))

@@ -75,19 +75,16 @@ def _table(found: Findings) -> Table:
 
 def _single(name: str, single: SingleEffects) -> Table:
     """The top features one by one."""
-    rows = tuple(
-        (
-            str(one.feature),
-            interval(one.drop, 3),
-            number(one.q_value, 3),
-            number(one.control_drop, 3),
-            percent(one.control_percentile),
-            interval(one.accuracy_drop, 1, 100) if one.accuracy_drop else MISSING,
-            MISSING if one.control_accuracy_drop is None else number(100 * one.control_accuracy_drop, 1),
-        )
-        for one in single.features
-    )
-    columns = "Feature", "Drop, nats", "q", "Random", "Above random", "Accuracy drop", "Random, accuracy"
+    columns = {
+        "Feature": lambda one: str(one.feature),
+        "Drop, nats": lambda one: interval(one.drop, 3),
+        "q": lambda one: number(one.q_value, 3),
+        "Random": lambda one: number(one.control_drop, 3),
+        "Above random": lambda one: percent(one.control_percentile),
+        "Accuracy drop": lambda one: interval(one.accuracy_drop, 1, 100),
+        "Random, accuracy": lambda one: number(one.control_accuracy_drop, 1, 100),
+    }
+    rows = [(one,) for one in single.features]
     note = (
         f"{sentence(line(single))} Each feature is set to zero by itself on the test items; drops of the reference's "
         "log-likelihood are per token, with 95 % bootstrap intervals over items, those of accuracy in percentage "
@@ -95,7 +92,7 @@ def _single(name: str, single: SingleEffects) -> Table:
         f"{single.least_p:.1g}. Random: mean over the features that draws put in its place; above random: share of "
         "these that cost less."
     )
-    return Table(f"{name} without single features", columns, rows, stack=False, note=note)
+    return Table.of(f"{name} without single features", rows, columns, stack=False, note=note)
 
 
 def _rows(name: str, results: StudyResults, verdicts: Mapping[str, tuple[bool, float]]) -> Iterator[tuple[str, ...]]:

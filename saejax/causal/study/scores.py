@@ -92,7 +92,6 @@ def judge(
     Args:
       rows: of every condition, the same items in the same order. Accuracy is judged where the answers are.
       chance: the accuracy of guessing.
-      config: of the stage.
       disjoint: sets without a feature in common that the draws are drawn from; None: not counted.
     """
     judged = {name: accuracies(own) for name, own in rows.items() if are_judged(own)}
@@ -130,7 +129,6 @@ def effect(
 
     Args:
       clean_N, edited_N, controls_DxN: the score of each item without an edit, with it, and with those of the draws.
-      config: of the stage.
       score: gives the interval of the score itself.
     """
     drop_N, control_drop_DxN = clean_N - edited_N, clean_N[None, :] - controls_DxN

@@ -37,7 +37,6 @@ def judge_single(
       controls_DxC: the draws.
       drop_KxN: by how much each one's removal lowers each item's score, in nats per token.
       lost_KxN: by how much it lowers accuracy; None where it was not measured.
-      config: of the stage.
     """
     p_K = sign_flip_p(drop_KxN, _PERMUTATIONS, config.seed)
     place = {feature: k for k, feature in enumerate(features)}

@@ -119,7 +119,6 @@ def save_dictionary(folder: str | os.PathLike, dictionary: Dictionary, format: s
 
     Args:
       folder: where to; made if missing.
-      dictionary: what to write.
       format: "saejax" (every process of a run must call it) or "saelens".
 
     Raises:

@@ -86,7 +86,6 @@ def kind_of(file: Path, settings: SetSettings, layer: int, has_threshold: bool) 
 
     Args:
       file: of the settings.
-      settings: of the set.
       layer: its number, for messages.
       has_threshold: whether its file has thresholds.
 

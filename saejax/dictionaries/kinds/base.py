@@ -111,7 +111,6 @@ class Kind:
         """Activations at inference [..., F].
 
         Args:
-          member: the dictionary.
           pre_xF: what its encoder gives, with its bias; ``projected_xF``: before its bias.
           numbers: the fields of ``Kind.numbers``, which may be traced.
         """

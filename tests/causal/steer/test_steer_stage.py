@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from runs import save_corpus, write_members
 
-from saejax.causal.ablate.verdict import effects_of
-from saejax.causal.claims import claims
+from saejax.causal.claims import SetEffects, claims
 from saejax.causal.steer import run as stage
 from saejax.causal.steer.draws import rule
 from saejax.causal.steer.results import SteerResults
@@ -81,7 +80,7 @@ def test_steered_killed_and_resumed(make_run):
             clean_Q, template_Q = (np.array([line[of] for line in drawn]) for of in ("clean", "template"))
             steered_Q = np.array([line["steered"][kind][method.chosen] for line in drawn])
             draws_NxQ = np.array([line["draws"][kind] for line in drawn]).T
-            effects[name + kind] = effects_of(clean_Q, steered_Q, draws_NxQ, template_Q, None)
+            effects[name + kind] = SetEffects.of(clean_Q, steered_Q, draws_NxQ, template_Q, None)
     wanted = claims(effects, rule(CONFIG))  # corrected for four methods of two behaviours
     assert [m.claim for r in results.behaviours.values() for m in r.methods.values()] == list(wanted.values())
 
