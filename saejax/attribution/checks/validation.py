@@ -119,9 +119,9 @@ def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, 
     """
     features, top_K = graph.nodes[graph.slice_of(FEATURE)], readouts.layer_K == graph.n_layers
     slot_F, position_F = np.searchsorted(run.places.layer_S, features.layer_N), features.position_N
-    encoder_FxD = run.saes.rows_of("W_enc", features.layer_N, features.index_N)
+    encoder_FxD = run.dictionaries.rows_of("W_enc", features.layer_N, features.index_N)
     node_E = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
-    change_ExD = run.saes.rows_of("W_dec", features.layer_N[node_E], features.index_N[node_E])
+    change_ExD = run.dictionaries.rows_of("W_dec", features.layer_N[node_E], features.index_N[node_E])
     change_ExD *= features.value_N[node_E, None]
     last = np.int32(len(run.ids_P) - 1)
     fixed = run.model.params, run.places, run.stream_LxTxD[0], last, run.frozen_SxTxD
