@@ -165,7 +165,7 @@ def _measure(
     graph, prompt_run, _ = traced
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
     if config.supernodes == CLUSTER:
-        groups = supernodes.as_groups(pruned, cluster(pruned, prompt_run))
+        groups = supernodes.as_groups(pruned, cluster(pruned, prompt_run, labels=labels))
     supernodes.named(pruned, groups)  # before anything is written
     attention = _NO_ATTENTION
     if isinstance(traced, Traced):
@@ -258,4 +258,4 @@ def _checked(
     doubling = double(replacement, graph, readouts, config.doubled, config.seed).results if config.doubled else None
     if not config.circuits:
         return doubling, None
-    return doubling, circuits.curve(replacement, graph, readouts, means=means).results(config.circuit_rest)
+    return doubling, circuits.curve(replacement, graph, readouts, means=means)

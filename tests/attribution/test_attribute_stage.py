@@ -132,14 +132,6 @@ def test_all_prompts_are_looked_at_before_one_is_traced(flags, tmp_path, capsys,
     assert error.count("\n") == 1 and not list((tmp_path / "run").rglob("*.html"))
 
 
-def test_a_curve_that_is_not_defined_is_json(monkeypatch):
-    found = stage.circuits.CircuitCurve(*(np.ones(2) for _ in range(5)), model=1.0, empty=1.0)
-    monkeypatch.setattr(stage.circuits, "curve", lambda *arguments, means: found)
-    _, curve = stage._checked(stage.Traced(None, None, None), GraphConfig(doubled=0), means=None)
-    checked = json.loads(json.dumps(to_json(curve), allow_nan=False))
-    assert checked["faithfulness"] == [None, None] == checked["incompleteness"] and checked["readout"] == [1.0, 1.0]
-
-
 @pytest.mark.parametrize(
     "line,message",
     [

@@ -85,7 +85,7 @@ def swap(here: Replacement, there: Replacement, features: Nodes | None = None) -
     Raises:
       UserError: the sets differ, or a position has no counterpart in the other prompt.
     """
-    if (here.model is not there.model) or here.transcoders.configs != there.transcoders.configs:
+    if (here.model is not there.model) or here.dictionaries.configs != there.dictionaries.configs:
         raise UserError("the two prompts were run with different models or transcoders: expected the same")
     features = features_of_both(here, there) if features is None else features
     shift = _shift(here, there)
@@ -131,16 +131,15 @@ def steer(
     readouts: Readouts,
     factors: Sequence[float] = FACTORS,
     hold: str = "nothing",
-    hold_until: int | None = None,
 ) -> Steering:
     """Multiplies the activations of sets of features, all in one call of ``intervene``.
 
     Args:
       sets: of features of the prompt; some of ``matched`` say what as many others do.
-      readouts, hold, hold_until: see ``intervene``.
+      readouts, hold: see ``intervene``.
     """
     rows = [scale(features, factor) for features in sets for factor in factors]
-    changed = intervene(replacement, rows, readouts, hold=hold, hold_until=hold_until)
+    changed = intervene(replacement, rows, readouts, hold=hold)
     shape = len(sets), len(factors), len(readouts.labels)
     return Steering(np.asarray(factors, np.float64), changed.readout_RxK.reshape(shape))
 

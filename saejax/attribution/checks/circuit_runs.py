@@ -1,7 +1,7 @@
 """Running a prompt with some of the features and errors alone: circuits side by side, layer by layer."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,7 +39,6 @@ def run_circuits(
     circuits: Sequence[Circuit],
     readouts: Readouts,
     means: Mapping[int, np.ndarray] | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """The readouts [C, K] of each circuit alone, fp32.
 
@@ -48,22 +47,21 @@ def run_circuits(
       readouts: of the last layer's output.
       means: by layer, activations [F] that stand in place of those of features that are active in the prompt and not
         kept, such as ``mean_activations``; None: zeros.
-      on_progress: called with the layers done and of all; may raise to stop.
 
     Raises:
       UserError: a readout is not of the last layer's output, or not finite.
     """
-    config, streams, active = replacement.model.config, replacement.streams, replacement.active
+    config, active = replacement.model.config, replacement.active
     if (readouts.layer_K != config.n_layers).any():
         raise UserError("a circuit is judged by logits, or by a direction of the stream that leaves the last layer")
-    length, tokens = streams.stream_LxTxD.shape[1], len(replacement.ids_P)
+    length, tokens = replacement.stream_LxTxD.shape[1], len(replacement.ids_P)
     most = replacement.filled("active", int(np.bincount(active.layer_A).max()), _STEP)
-    size = max(AT_ONCE // (length * replacement.transcoders.configs[0].n_features), 1)
+    size = max(AT_ONCE // (length * replacement.dictionaries.configs[0].n_features), 1)
     chunks = [slice(start, min(start + size, len(circuits))) for start in range(0, len(circuits), size)]
-    states = [jnp.tile(streams.stream_LxTxD[0][None], (min(size, len(circuits)), 1, 1)) for _ in chunks]
-    below = [[Written(replacement.transcoders, *x.shape[:2]) for _ in range(2)] for x in states]  # kept, and all
+    states = [jnp.tile(replacement.stream_LxTxD[0][None], (min(size, len(circuits)), 1, 1)) for _ in chunks]
+    below = [[Written(replacement.dictionaries, *x.shape[:2]) for _ in range(2)] for x in states]  # kept, and all
     for layer in range(config.n_layers):
-        transcoder = replacement.transcoders.load(layer)
+        transcoder = replacement.dictionaries.load(layer)
         for number, chunk in enumerate(chunks):
             states[number], *acts = run_layer(
                 replacement.frozen,
@@ -74,17 +72,16 @@ def run_circuits(
                 *_kept(replacement, circuits[chunk], layer, len(states[number]), most),
                 None if means is None else means[layer],
                 (np.int32(replacement.first), np.int32(tokens)),
-                tuple(written.at(layer) for written in below[number]) if replacement.transcoders.cross_layer else None,
+                tuple(written.at(layer) for written in below[number]) if replacement.dictionaries.cross_layer else None,
             )
             for written, acts_CxTxF in zip(below[number], acts, strict=False):
                 where = np.nonzero(acts_CxTxF := to_host(acts_CxTxF))
                 place_E = np.ravel_multi_index(where[:2], acts_CxTxF.shape[:2])
                 written.add(layer, place_E, where[2], acts_CxTxF[where])
-        on_progress(layer + 1, config.n_layers)
     last = np.int32(tokens - 1)
     parts = readouts.vector_KxD, readouts.normed_K
     found = [
-        read_last(replacement.frozen, "nothing", streams.last_D, x, last, *parts)[: c.stop - c.start]
+        read_last(replacement.frozen, "nothing", replacement.last_D, x, last, *parts)[: c.stop - c.start]
         for x, c in zip(states, chunks, strict=True)
     ]
     readout_CxK = readouts.value_K[None] + np.concatenate(found)
@@ -100,10 +97,10 @@ def _kept(
 
     Features are filled up (out of range) to ``most``, a number for all layers; circuits by empty ones to ``rows``.
     """
-    active, features = replacement.active, replacement.transcoders.configs[0].n_features
+    active, features = replacement.active, replacement.dictionaries.configs[0].n_features
     own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
     kept_CxA = np.zeros((rows, most), bool)
-    error_CxT = np.zeros((rows, replacement.streams.stream_LxTxD.shape[1]), bool)
+    error_CxT = np.zeros((rows, replacement.stream_LxTxD.shape[1]), bool)
     for row, circuit in enumerate(circuits):
         kept_CxA[row, : own.stop - own.start] = circuit.features_A[own]
         error_CxT[row, : len(replacement.ids_P)] = circuit.errors_LxP[layer]
@@ -124,7 +121,7 @@ def mean_activations(replacements: Iterable[Replacement]) -> dict[int, np.ndarra
     count = 0
     for replacement in replacements:
         active, count = replacement.active, count + len(replacement.ids_P) - replacement.first
-        for layer, config in enumerate(replacement.transcoders.configs):
+        for layer, config in enumerate(replacement.dictionaries.configs):
             own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
             sum_F = np.bincount(active.feature_A[own], weights=active.value_A[own], minlength=config.n_features)
             total[layer] = total.get(layer, 0) + sum_F

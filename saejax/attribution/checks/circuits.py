@@ -14,9 +14,7 @@ which no feature and no error is kept (Marks et al., 2024, arXiv 2403.19647),
 A circuit that does the work has the first near 1 and the second near 0.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -29,55 +27,13 @@ from saejax.attribution.results import CurveResults
 from saejax.attribution.trace.targets import Readouts
 
 
-@dataclasses.dataclass(frozen=True)
-class CircuitCurve:
-    """Circuits of growing size.
-
-    Attributes:
-      share_C: the share of influence for which each was pruned.
-      features_C, errors_C: how many each keeps.
-      readout_C, complement_C: the first readout of each, and of all that is not in it; fp32.
-      model, empty: of the whole model, and with no feature and no error kept.
-    """
-
-    share_C: np.ndarray
-    features_C: np.ndarray
-    errors_C: np.ndarray
-    readout_C: np.ndarray
-    complement_C: np.ndarray
-    model: float
-    empty: float
-
-    @property
-    def faithfulness_C(self) -> np.ndarray:
-        """1: as the model; 0: as if nothing were kept. NaN where these two do not differ."""
-        return self._normalised(self.readout_C)
-
-    @property
-    def incompleteness_C(self) -> np.ndarray:
-        """How much is left without the circuit: 0 if it was all."""
-        return self._normalised(self.complement_C)
-
-    def results(self, rest: str) -> CurveResults:
-        """What the stage says of it; ``rest`` is what was left out: "zero" or "mean"."""
-        columns: Any = {
-            name: tuple(value if np.isfinite(value) else None for value in getattr(self, f"{name}_C").tolist())
-            for name in ("share", "features", "errors", "readout", "complement", "faithfulness", "incompleteness")
-        }
-        return CurveResults(**columns, model=self.model, empty=self.empty, rest=rest)
-
-    def _normalised(self, readout_C: np.ndarray) -> np.ndarray:
-        whole = self.model - self.empty
-        return (readout_C - self.empty) / whole if whole else np.full(len(readout_C), np.nan)
-
-
 def curve(
     replacement: Replacement,
     graph: Graph,
     readouts: Readouts,
     shares: Sequence[float] = SHARES,
     means: Mapping[int, np.ndarray] | None = None,
-) -> CircuitCurve:
+) -> CurveResults:
     """Prunes a whole graph to growing shares of its influence, and runs each part alone and all the rest alone.
 
     Args:
@@ -88,16 +44,20 @@ def curve(
     circuits = [circuit_of(replacement, pruned) for pruned in prune_each(graph, shares)]
     none = Circuit(np.zeros(len(replacement.active), bool), np.zeros_like(circuits[0].errors_LxP))
     rows = [*circuits, *(circuit.complement() for circuit in circuits), none.complement(), none]
-    readout_C = run_circuits(replacement, rows, readouts, means)[:, 0]
+    *found, model, empty = run_circuits(replacement, rows, readouts, means)[:, 0].tolist()
+    relative = [(readout - empty) / (model - empty) if model != empty else None for readout in found]
     count = len(circuits)
-    return CircuitCurve(
-        share_C=np.asarray(shares, np.float64),
-        features_C=np.array([circuit.features_A.sum() for circuit in circuits]),
-        errors_C=np.array([circuit.errors_LxP.sum() for circuit in circuits]),
-        readout_C=readout_C[:count],
-        complement_C=readout_C[count : 2 * count],
-        model=float(readout_C[-2]),
-        empty=float(readout_C[-1]),
+    return CurveResults(
+        share=tuple(shares),
+        features=tuple(int(circuit.features_A.sum()) for circuit in circuits),
+        errors=tuple(int(circuit.errors_LxP.sum()) for circuit in circuits),
+        readout=tuple(found[:count]),
+        complement=tuple(found[count:]),
+        faithfulness=tuple(relative[:count]),
+        incompleteness=tuple(relative[count:]),
+        model=model,
+        empty=empty,
+        rest="zero" if means is None else "mean",
     )
 
 

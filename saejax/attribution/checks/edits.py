@@ -1,6 +1,6 @@
 """Changes of features to other activations, one by one and as the arrays that programs take, layer by layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ def edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]], t
     Raises:
       UserError: a feature or a position does not exist, or is changed twice in a row.
     """
-    own, configs = _own_activations(replacement), replacement.transcoders.configs
+    active, configs = replacement.active, replacement.dictionaries.configs
     by_layer: dict[int, list[list[tuple[int, int, int, float]]]] = {}
     for row, changes in enumerate(_at_positions(each, tokens) for each in rows):
         if len({change[:3] for change in changes}) != len(changes):
@@ -44,23 +44,15 @@ def edits_by_layer(replacement: Replacement, rows: Sequence[Sequence[Change]], t
     found = {}
     most = max((len(changes) for lists in by_layer.values() for changes in lists), default=0)
     for layer, lists in by_layer.items():
-        shape = len(rows), most
-        edits = LayerChanges(
-            np.zeros(shape, np.int32), *(np.zeros(shape, dtype) for dtype in (np.int32, *[np.float32] * 2))
-        )
+        edits = LayerChanges(*(np.zeros((len(rows), most), dtype) for dtype in [np.int32] * 2 + [np.float32] * 2))
         for row, changes in enumerate(lists):
             for m, (_, position, feature, value) in enumerate(changes):
-                own_value = own.get((layer, position, feature), 0.0)
-                for array, entry in zip(edits, (position, feature, value, own_value), strict=True):
+                place = active.place_of.get((layer, position, feature))
+                own = 0.0 if place is None else active.value_A[place]
+                for array, entry in zip(edits, (position, feature, value, own), strict=True):
                     array[row, m] = entry
         found[layer] = edits
     return found
-
-
-def _own_activations(replacement: Replacement) -> Mapping[tuple[int, int, int], float]:
-    active = replacement.active
-    keys = zip(active.layer_A.tolist(), active.position_A.tolist(), active.feature_A.tolist(), strict=True)
-    return dict(zip(keys, active.value_A.tolist(), strict=True))
 
 
 def _at_positions(row: Sequence[Change], tokens: int) -> list[tuple[int, int, int, float]]:

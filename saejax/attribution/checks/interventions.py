@@ -139,7 +139,7 @@ class _ChangedRun:
         self._layer_J = active.layer_A[chosen_J]
         self._chunks = _chunks(rows, replacement, edits) if edits else []
         self._states = [_unchanged(replacement, chunk.stop - chunk.start, min(edits)) for chunk in self._chunks]
-        self._below = [Written(replacement.transcoders, *x_RxTxD.shape[:2]) for x_RxTxD in self._states]
+        self._below = [Written(replacement.dictionaries, *x_RxTxD.shape[:2]) for x_RxTxD in self._states]
 
     def read_stream(self, layer: int) -> None:
         """Reads what is read of the stream entering a layer, where the rows are now."""
@@ -158,7 +158,7 @@ class _ChangedRun:
         same = replacement.frozen, hold, replacement.model.params, np.int32(layer), x_TxD
         places = self._chosen_J[own_J]
         position_J, vector_JxD = replacement.active.position_A[places], replacement.encoder_rows(places)
-        transcoder = replacement.transcoders.load(layer) if edits else None
+        transcoder = replacement.dictionaries.load(layer) if edits else None
         bounds = np.int32(replacement.first), np.int32(len(x_TxD))
         for place, chunk in enumerate(self._chunks):
             x_RxTxD = self._states[place]
@@ -205,7 +205,7 @@ def _hold_by_layer(hold: str, hold_until: int | None, layers: int) -> list[str]:
 
 def _chunks(rows: int, replacement: Replacement, edits: Mapping[int, LayerChanges]) -> list[slice]:
     """Rows that go through a layer at once."""
-    _, length, width = replacement.streams.stream_LxTxD.shape
+    _, length, width = replacement.stream_LxTxD.shape
     most = max(part.position_RxM.shape[1] for part in edits.values())  # each change has a direction of its own
     size = max(_CHUNK // (max(length, most) * width) // _STEP, 1) * _STEP
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
@@ -213,7 +213,7 @@ def _chunks(rows: int, replacement: Replacement, edits: Mapping[int, LayerChange
 
 def _unchanged(replacement: Replacement, rows: int, first: int) -> jax.Array:
     """The stream entering layer ``first`` of rows in which nothing is changed yet, filled up."""
-    x_TxD = replacement.streams.stream_LxTxD[first]
+    x_TxD = replacement.stream_LxTxD[first]
     filled = padded(rows, _STEP)
     (x_RxTxD,) = by_row(replacement.model.mesh, jnp.tile(x_TxD[None], (filled, 1, 1)))
     return x_RxTxD

@@ -57,12 +57,12 @@ def changed_logits(run: SaeRun, rows: Sequence[Sequence[Change]]) -> np.ndarray:
     """
     model, found = run.model, [(row, *change) for row, changes in enumerate(rows) for change in changes]
     edits = []
-    for site in run.saes.sites:
+    for site in run.dictionaries.sites:
         own = [(row, position, feature, value) for row, layer, position, feature, value in found if layer == site.layer]
         if own:
             row_M, position_M, feature_M = jnp.asarray(np.array([one[:3] for one in own], np.int32).T)
             value_M = jnp.asarray([one[3] for one in own], jnp.float32)
-            edits.append(PlacedEdit(run.saes.load(site.layer), row_M, position_M, feature_M, value_M, site))
+            edits.append(PlacedEdit(run.dictionaries.load(site.layer), row_M, position_M, feature_M, value_M, site))
     tokens = Tokens(np.tile(run.ids_P, (len(rows), 1)), np.full(len(rows), len(run.ids_P), np.int32))
     leaving = Site("resid_post", model.config.n_layers - 1)
     last_RxD = model(tokens, capture=[leaving], edits=edits, logits=False).sites[str(leaving)][:, len(run.ids_P) - 1]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import spearmanr
 
-from saejax.attribution.checks.edits import Change
+from saejax.attribution.checks.changes import scale
 from saejax.attribution.checks.interventions import intervene
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
@@ -95,9 +95,7 @@ def double(replacement: Replacement, graph: Graph, readouts: Readouts, count: in
 
     def moved(times: int, hold: str) -> np.ndarray:
         """By how much targets [E, R] move when ``times`` a feature's activation is added to it, over ``times``."""
-        drawn = features[node_E]
-        places = zip(drawn.layer_N.tolist(), drawn.position_N.tolist(), drawn.index_N.tolist(), strict=True)
-        rows = [[Change(*at, (1 + times) * float(v))] for at, v in zip(places, drawn.value_N, strict=True)]
+        rows = [scale(features[np.array([node])], 1 + times) for node in node_E]
         changed = intervene(replacement, rows, readouts, place_F, hold)
         return (np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - clean_R) / times
 
@@ -119,9 +117,9 @@ def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, 
     """
     features, top_K = graph.nodes[graph.slice_of(FEATURE)], readouts.layer_K == graph.n_layers
     slot_F, position_F = np.searchsorted(run.places.layer_S, features.layer_N), features.position_N
-    encoder_FxD = run.saes.rows_of("W_enc", features.layer_N, features.index_N)
+    encoder_FxD = run.dictionaries.rows_of("W_enc", features.layer_N, features.index_N)
     node_E = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
-    change_ExD = run.saes.rows_of("W_dec", features.layer_N[node_E], features.index_N[node_E])
+    change_ExD = run.dictionaries.rows_of("W_dec", features.layer_N[node_E], features.index_N[node_E])
     change_ExD *= features.value_N[node_E, None]
     last = np.int32(len(run.ids_P) - 1)
     fixed = run.model.params, run.places, run.stream_LxTxD[0], last, run.frozen_SxTxD

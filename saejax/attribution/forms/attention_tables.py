@@ -7,6 +7,7 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
 from saejax.attribution.heads.attention import Attention
 from saejax.attribution.heads.query_key import HeadScore
+from saejax.page.tables import percent
 
 _NOTE = (
     "The score of a query with a key, before the softmax, is a sum over pairs: what one source adds to the query times "
@@ -30,10 +31,10 @@ def attention_tables(attention: Attention, graph: Graph) -> list[PageTable]:
 def _leading_table(attention: Attention, graph: Graph) -> PageTable:
     ids, note = graph.ids, _LEADING_NOTE
     if attention.within is not None:
-        share = f"{attention.within:.0%}".replace("%", " %")
+        share = percent(attention.within)
         note += f" Heads are known of edges between the nodes that have {share} of the influence alone."
     rows: list[list[str | float]] = [
-        [f"{one.layer}.{one.head}", f"{one.share:.1%}".replace("%", " %"), ids[one.edge[0]], ids[one.edge[1]], one.part]
+        [f"{one.layer}.{one.head}", percent(one.share, 1), ids[one.edge[0]], ids[one.edge[1]], one.part]
         for one in attention.leading
     ]
     return PageTable("Attention heads that carry most", ["Head", "Share", "From", "To", "Part"], rows, note)
@@ -44,12 +45,12 @@ def _score_table(scores: Sequence[HeadScore], nodes: Nodes, names: Sequence[str]
     first, ids = scores[0], set(graph.ids)
     rows: list[list[str | float]] = []
     for score in scores:
-        rows.append([f"{_place(graph, score.key)}, {score.weight:.0%}".replace("%", " %"), "score", "", score.value])
+        rows.append([f"{_place(graph, score.key)}, {percent(score.weight)}", "score", "", score.value])
         for query, key, part in zip(score.query_N.tolist(), score.key_N.tolist(), score.part_N.tolist(), strict=True):
             told = (names[n] if names[n] in ids else _words(nodes, n, graph) for n in (query, key))
             rows.append(["", *told, part])
         rows.append(["", "all other pairs", "", score.rest])
-    keys = ", ".join(f"{_place(graph, score.key)} {score.weight:.0%}".replace("%", " %") for score in scores)
+    keys = ", ".join(f"{_place(graph, score.key)} {percent(score.weight)}" for score in scores)
     title = f"Head {first.layer}.{first.head} at {_place(graph, first.query)} looks at {keys}"
     return PageTable(title, ["Key", "Source of the query", "Source of the key", "Adds"], rows, _NOTE)
 

@@ -29,7 +29,6 @@ def draw_graph(
     *,
     max_nodes: int = 50,
     max_edges: int = 150,
-    labels: Mapping[tuple[int, int], str] | None = None,
 ) -> Figure:
     """Draws a graph in Neuronpedia's format.
 
@@ -39,7 +38,6 @@ def draw_graph(
         another of them are left out, and so are such tokens; outputs are always drawn.
       max_edges: how many edges between them are drawn, those of the largest score (``scores``); besides, the
         strongest input and the strongest output of every node, so that each has its place in the circuit.
-      labels: (layer, feature) -> what the feature is called; goes before the document's ``clerp``.
 
     Raises:
       UserError: the document is not a graph, or nothing is asked for.
@@ -49,7 +47,7 @@ def draw_graph(
         raise UserError(f"a figure of {max_nodes} nodes and {max_edges} edges is empty: ask for at least 1 of each")
     nodes, links = _chosen(document, max_nodes, max_edges)
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-        boxes, rows, (width, height) = fitted(nodes, document, labels or {})
+        boxes, rows, (width, height) = fitted(nodes, document)
         figure = Figure(figsize=(width, height))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, width), ylim=(0, height))

@@ -43,12 +43,12 @@ class Box:
 
 
 def fitted(
-    nodes: list[Mapping[str, Any]], document: Mapping[str, Any], labels: Mapping[tuple[int, int], str]
+    nodes: list[Mapping[str, Any]], document: Mapping[str, Any]
 ) -> tuple[dict[str, Box], list[Row], tuple[float, float]]:
     """The boxes of nodes by their ids, the rows, and the figure's width and height."""
     best: tuple = (float("inf"),)
     for spread, (letters, lines) in itertools.product(_SPREADS, _LABELS):
-        boxes = {node["node_id"]: _box(node, document, labels, letters, lines) for node in nodes}
+        boxes = {node["node_id"]: _box(node, document, letters, lines) for node in nodes}
         rows, size = _place(list(boxes.values()), spread)
         excess = max(size[0] / _PAGE[0], size[1] / _PAGE[1], 1.0)
         if excess < best[0]:
@@ -80,9 +80,7 @@ def text_width(text: str) -> float:
     return TextPath((0, 0), plain, size=SIZE, prop=FontProperties(family="DejaVu Sans")).get_extents().width / 72
 
 
-def _box(
-    node: Mapping[str, Any], document: Mapping[str, Any], labels: Mapping[tuple[int, int], str], letters: int, most: int
-) -> Box:
+def _box(node: Mapping[str, Any], document: Mapping[str, Any], letters: int, most: int) -> Box:
     kind, parts = _KINDS.get(node["feature_type"], "feature"), node["node_id"].split("_")
     if kind == "token":
         token = visible_token(document["metadata"]["prompt_tokens"][node["ctx_idx"]])
@@ -92,8 +90,7 @@ def _box(
     elif kind == "error":
         text = "error"
     else:
-        feature = (int(parts[0]), int(parts[1])) if parts[0].isdigit() and parts[1].isdigit() else (-1, -1)
-        label = labels.get(feature) or node["clerp"] or f"#{parts[1]}"
+        label = node["clerp"] or f"#{parts[1]}"
         wrapped = textwrap.wrap(label, letters) or [label]
         text = "\n".join(wrapped[:most]) + ("…" if len(wrapped) > most else "")
     lines = text.split("\n")

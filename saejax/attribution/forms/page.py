@@ -16,6 +16,7 @@ from typing import Any
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.packed import packed_edges
 from saejax.page.scripts import interactive
+from saejax.page.tables import percent
 from saejax.workspace import write_text
 
 VIEWER = Path(__file__).parent / "viewer"
@@ -122,9 +123,9 @@ def _about(metadata: Mapping[str, Any]) -> str:
     settings = metadata.get("pruning_settings") or {}
     kept = settings.get("node_threshold", metadata.get("node_threshold"))
     if isinstance(kept, int | float):
-        parts.append(f"pruned to {kept:.0%} of the influence of nodes".replace("%", " %"))
+        parts.append(f"pruned to {percent(kept)} of the influence of nodes")
     if isinstance(settings.get("edge_threshold"), int | float):
-        parts.append(f"{settings['edge_threshold']:.0%} of that of edges".replace("%", " %"))
+        parts.append(f"{percent(settings['edge_threshold'])} of that of edges")
     return ", ".join(parts) + "."
 
 

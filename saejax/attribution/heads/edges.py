@@ -36,16 +36,14 @@ _PARTS = 4  # parts of a prompt in which sources of a block begin, and in which 
 _ENTERED = 1 << 24  # parts of edges that are kept until they are entered
 
 
-class TargetBlock(NamedTuple):
-    """Targets that go down together: which, the highest layer, and the position from which on they read nothing."""
+class EndBlock(NamedTuple):
+    """Sources that go up together, or targets that go down.
 
-    chosen_B: np.ndarray
-    layer: int
-    end: int
-
-
-class SourceBlock(NamedTuple):
-    """Sources that go up together: which, their lowest layer, and the position before which they change nothing."""
+    Attributes:
+      chosen_B: which.
+      layer: the lowest of the sources', the highest of the targets'.
+      position: before it the sources change nothing; from it on the targets read nothing.
+    """
 
     chosen_B: np.ndarray
     layer: int
@@ -60,7 +58,7 @@ def edge_heads(replacement: Replacement, readouts: Readouts, graph: Graph, top: 
       graph: a pruned one; bias and first_mlp nodes have no edges here.
       top: how many heads of each edge are told apart.
     """
-    config, (_, length, _) = replacement.model.config, replacement.streams.stream_LxTxD.shape
+    config, (_, length, _) = replacement.model.config, replacement.stream_LxTxD.shape
     carried = Carried(graph, config.n_layers, config.n_heads, top)
     sources, targets = np.unique(carried.source_E), np.unique(carried.target_E)
     if not len(sources):
@@ -69,7 +67,7 @@ def edge_heads(replacement: Replacement, readouts: Readouts, graph: Graph, top: 
     mesh = replacement.model.mesh
     size = heads_block(mesh.devices.flat[0].platform, length)
     blocks = source_blocks(entries, config.n_layers, length, size)
-    down = target_blocks(readers, config.n_layers, length, size)
+    down = _target_blocks(readers, config.n_layers, length, size)
     ends, lock = (sources, targets), threading.Lock()
     # As the rows of a graph are: two programs side by side, but on several devices one after the other.
     with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:
@@ -89,12 +87,7 @@ def named_heads(carried: Carried, ids: list[str]) -> dict[tuple[str, str], list[
     }
 
 
-def value_bytes(config: DecoderConfig, layers: int, positions: int, sources: int) -> int:
-    """Of what is kept of some sources, at so many layers and positions."""
-    return 4 * sources * layers * positions * config.n_kv_heads * config.d_head
-
-
-def source_blocks(entries: Placed, layers: int, length: int, size: int) -> list[SourceBlock]:
+def source_blocks(entries: Placed, layers: int, length: int, size: int) -> list[EndBlock]:
     """The sources in blocks of similar positions and, among these, of similar layers.
 
     Args:
@@ -105,28 +98,20 @@ def source_blocks(entries: Placed, layers: int, length: int, size: int) -> list[
     """
     first_S = np.unique(entries.node_E, return_index=True)[1]
     layer_S, position_S = entries.layer_E[first_S], entries.position_E[first_S]
-    blocks = []
-    for part, chosen_B in _in_blocks(position_S, layer_S, length, size):
-        lowest = int(layer_S[chosen_B].min(initial=layers - 1))
-        blocks.append(SourceBlock(chosen_B, lowest, part * length // _PARTS))
-    return blocks
+    return [
+        EndBlock(chosen_B, int(layer_S[chosen_B].min(initial=layers - 1)), part * length // _PARTS)
+        for part, chosen_B in _in_blocks(position_S, layer_S, length, size)
+    ]
 
 
-def target_blocks(readers: Placed, layers: int, length: int, size: int) -> list[TargetBlock]:
-    """The targets in blocks of similar positions and, among these, of similar layers.
-
-    Args:
-      readers: what targets read.
-      layers: of the model.
-      length: of the prompt, padded.
-      size: targets of a block, at the most.
-    """
+def _target_blocks(readers: Placed, layers: int, length: int, size: int) -> list[EndBlock]:
+    """The targets likewise."""
     # The highest layer that each goes down through; -1: none.
     top_R = np.where(readers.layer_E < layers, readers.layer_E, readers.layer_E - layers - 1)
-    blocks = []
-    for part, chosen_B in _in_blocks(readers.position_E, -top_R, length, size):
-        blocks.append(TargetBlock(chosen_B, int(top_R[chosen_B].max(initial=0)), (part + 1) * length // _PARTS))
-    return blocks
+    return [
+        EndBlock(chosen_B, int(top_R[chosen_B].max(initial=0)), (part + 1) * length // _PARTS)
+        for part, chosen_B in _in_blocks(readers.position_E, -top_R, length, size)
+    ]
 
 
 def _in_blocks(position_N: np.ndarray, order_N: np.ndarray, length: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -147,14 +132,13 @@ def _in_blocks(position_N: np.ndarray, order_N: np.ndarray, length: int, size: i
             yield part, own[start : start + size]
 
 
-def _groups(
-    blocks: list[SourceBlock], config: DecoderConfig, length: int, size: int, most: int
-) -> list[list[SourceBlock]]:
+def _groups(blocks: list[EndBlock], config: DecoderConfig, length: int, size: int, most: int) -> list[list[EndBlock]]:
     """Blocks whose values can be kept together: that take ``most`` bytes, or one alone."""
-    groups: list[list[SourceBlock]] = []
+    groups: list[list[EndBlock]] = []
     room = 0
     for block in blocks:
-        need = value_bytes(config, config.n_layers - block.layer, length - block.position, size)
+        values = (config.n_layers - block.layer) * (length - block.position) * config.n_kv_heads * config.d_head
+        need = 4 * size * values
         if need > room or not groups:
             groups.append([])
             room = most
@@ -163,14 +147,14 @@ def _groups(
     return groups
 
 
-def _values(replacement: Replacement, entries: Placed, block: SourceBlock, size: int) -> list[jax.Array]:
+def _values(replacement: Replacement, entries: Placed, block: EndBlock, size: int) -> list[jax.Array]:
     """What a block's sources add to the values of each layer from the block's own on, [N, X, K, S]."""
-    streams, params = replacement.streams, replacement.model.params
+    params = replacement.model.params
     own, found = entries.chosen(block.chosen_B), []
-    _, length, width = streams.stream_LxTxD.shape
+    _, length, width = replacement.stream_LxTxD.shape
     change_SxXxD: Any = np.zeros((size, length - block.position, width), np.float32)
     for layer in range(block.layer, replacement.model.config.n_layers):
-        fixed = params, np.int32(layer), streams.stream_LxTxD, streams.skip_LxDxD
+        fixed = params, np.int32(layer), replacement.stream_LxTxD, replacement.skip_LxDxD
         change_SxXxD, added_NxXxKxS = carry_up(replacement.frozen, *fixed, *own.at(layer, size), change_SxXxD)
         found.append(added_NxXxKxS)
     return found
@@ -179,12 +163,12 @@ def _values(replacement: Replacement, entries: Placed, block: SourceBlock, size:
 def _go_down(
     replacement: Replacement,
     readers: Placed,
-    above: list[tuple[SourceBlock, list[jax.Array]]],
+    above: list[tuple[EndBlock, list[jax.Array]]],
     carried: Carried,
     ends: tuple[np.ndarray, np.ndarray],
     lock: threading.Lock,
     size: int,
-    below: TargetBlock,
+    below: EndBlock,
 ) -> None:
     """Takes a block of targets down, and enters the parts of their edges from some blocks of sources.
 
@@ -196,17 +180,17 @@ def _go_down(
       lock: held while parts are entered.
       below: which of the readers.
     """
-    streams, params, config = replacement.streams, replacement.model.params, replacement.model.config
+    params, config = replacement.model.params, replacement.model.config
     pairs = _edges_between(carried, ends, [block for block, _ in above], below.chosen_B)
     count = sum(len(edges) for edges, *_ in pairs)
     if not count and len(below.chosen_B):
         return
     span = int(np.clip(_ENTERED // (max(count, 1) * config.n_heads), 1, config.n_layers))  # layers entered at once
     parts = [np.zeros((len(edges), span, config.n_heads), np.float32) for edges, *_ in pairs]
-    own, width, end = readers.chosen(below.chosen_B), streams.stream_LxTxD.shape[2], jnp.int32(below.end)
-    cotangent_RxXxD: Any = np.zeros((size, below.end, width), np.float32)
+    own, width, end = readers.chosen(below.chosen_B), replacement.stream_LxTxD.shape[2], jnp.int32(below.position)
+    cotangent_RxXxD: Any = np.zeros((size, below.position, width), np.float32)
     for layer in reversed(range(below.layer + 1)):
-        fixed = params, np.int32(layer), streams.stream_LxTxD, streams.skip_LxDxD
+        fixed = params, np.int32(layer), replacement.stream_LxTxD, replacement.skip_LxDxD
         streamed_RxD, _ = own.at(config.n_layers + layer + 1, size)
         cotangent_RxXxD, wanted = carry_down(
             replacement.frozen, *fixed, streamed_RxD, *own.at(layer, size), cotangent_RxXxD
@@ -228,7 +212,7 @@ def _go_down(
 
 
 def _edges_between(
-    carried: Carried, ends: tuple[np.ndarray, np.ndarray], blocks: list[SourceBlock], target_R: np.ndarray
+    carried: Carried, ends: tuple[np.ndarray, np.ndarray], blocks: list[EndBlock], target_R: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The edges from blocks of sources to a block of targets, ascending, and the places of their ends in the blocks."""
     place_N = np.full(ends[1][-1] + 1, -1)
@@ -246,7 +230,7 @@ def _edges_between(
 
 def _entries(replacement: Replacement, graph: Graph, chosen: np.ndarray) -> Placed:
     """What the sources add, by the layer whose entering stream it is added to."""
-    nodes, streams, transcoders = graph.nodes[chosen], replacement.streams, replacement.transcoders
+    nodes, transcoders = graph.nodes[chosen], replacement.dictionaries
     count_S = np.ones(len(nodes), np.int64)
     features, errors, tokens = (np.flatnonzero(nodes.kind_N == kind) for kind in (FEATURE, ERROR, TOKEN))
     count_S[features] = [transcoders.written_layers(layer) for layer in nodes.layer_N[features].tolist()]
@@ -257,8 +241,8 @@ def _entries(replacement: Replacement, graph: Graph, chosen: np.ndarray) -> Plac
         own = features[nodes.layer_N[features] == layer]
         writes_FxXxD = nodes.value_N[own, None, None] * transcoders.writes(layer, nodes.index_N[own])
         vector_ExD[start_S[own][:, None] + np.arange(writes_FxXxD.shape[1])] = writes_FxXxD
-    vector_ExD[start_S[errors]] = to_host(streams.error_LxTxD)[nodes.layer_N[errors], nodes.position_N[errors]]
-    vector_ExD[start_S[tokens]] = to_host(streams.stream_LxTxD[0])[nodes.position_N[tokens]]
+    vector_ExD[start_S[errors]] = to_host(replacement.error_LxTxD)[nodes.layer_N[errors], nodes.position_N[errors]]
+    vector_ExD[start_S[tokens]] = to_host(replacement.stream_LxTxD[0])[nodes.position_N[tokens]]
     layer_E = nodes.layer_N[node_E] + 1 + np.arange(len(node_E)) - start_S[node_E]  # tokens have the layer -1
     return Placed(node_E, layer_E, nodes.position_N[node_E], vector_ExD)
 

@@ -112,7 +112,7 @@ def split_scores(
     config, model, tokens = replacement.frozen.config, replacement.model, len(replacement.ids_P)
     position = check_head(config, layer, head, position, tokens)
     where = np.int32(layer), np.int32(head), np.int32(position)
-    x_TxD = replacement.streams.stream_LxTxD[layer]
+    x_TxD = replacement.stream_LxTxD[layer]
     opened = Opened(*map(to_host, open_head(replacement.frozen, min(keys, len(x_TxD)), model.params, *where, x_TxD)))
     count = int((np.asarray(opened.weight_J) > 0).sum())  # fewer at early positions
     part_GxKxS = _parts(replacement, sources, opened, layer, position, count)

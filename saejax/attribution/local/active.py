@@ -1,6 +1,7 @@
 """Which features of a prompt are active, and what the transcoder of a layer leaves over."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -39,16 +40,20 @@ class Active:
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
+    @functools.cached_property
+    def place_of(self) -> dict[tuple[int, int, int], int]:
+        """The place of each, by layer, position and feature."""
+        own = zip(self.layer_A.tolist(), self.position_A.tolist(), self.feature_A.tolist(), strict=True)
+        return {key: place for place, key in enumerate(own)}
+
     def places(self, layer_J: np.ndarray, position_J: np.ndarray, feature_J: np.ndarray) -> np.ndarray:
         """Which of them some features at positions are, int64 [J].
 
         Raises:
           UserError: one of those is not active.
         """
-        own = zip(self.layer_A.tolist(), self.position_A.tolist(), self.feature_A.tolist(), strict=True)
-        known = {key: place for place, key in enumerate(own)}
         wanted = zip(layer_J.tolist(), position_J.tolist(), feature_J.tolist(), strict=True)
-        place_J = np.array([known.get(key, -1) for key in wanted], np.int64)
+        place_J = np.array([self.place_of.get(key, -1) for key in wanted], np.int64)
         for missing in np.flatnonzero(place_J < 0)[:1]:
             raise UserError(
                 f"feature {feature_J[missing]} of layer {layer_J[missing]} is not active at position "

@@ -1,6 +1,6 @@
-"""What targets, graphs and groups see of a model that was run on a prompt with transcoders or SAEs."""
+"""A model that was run on a prompt with transcoders or SAEs, as targets, graphs and groups see it."""
 
-from typing import Protocol
+import dataclasses
 
 import jax
 import numpy as np
@@ -11,40 +11,30 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.rules import RunRules
 
 
-class PromptRun(Protocol):
-    """A model that was run on a prompt, as targets and graphs see it; ``Replacement`` is one."""
+@dataclasses.dataclass(frozen=True)
+class PromptRun:
+    """A model that was run on a prompt with dictionaries.
 
-    @property
-    def model(self) -> LanguageModel:
-        """The model."""
+    Attributes:
+      model: the model.
+      dictionaries: the transcoders or SAEs whose features are nodes.
+      rules: those by which gradients go through the model.
+      ids_P: int32 token ids.
+      active: the active features.
+      logits_V: fp32 logits at the last position.
+      last_D: fp32, the stream leaving the last layer at the prompt's last position.
+      stream_LxTxD: fp32, the stream entering each layer.
+    """
 
-    @property
-    def dictionaries(self) -> LayerDictionaries:
-        """The transcoders or SAEs whose features are nodes."""
-
-    @property
-    def rules(self) -> RunRules:
-        """The rules by which gradients go through it."""
-
-    @property
-    def ids_P(self) -> np.ndarray:
-        """int32 token ids."""
-
-    @property
-    def active(self) -> Active:
-        """The active features."""
-
-    @property
-    def logits_V(self) -> np.ndarray:
-        """fp32 logits at the last position."""
-
-    @property
-    def last_D(self) -> jax.Array:
-        """The stream leaving the last layer at the last position, fp32."""
-
-    @property
-    def stream_LxTxD(self) -> jax.Array:
-        """The stream entering each layer, fp32."""
+    model: LanguageModel
+    dictionaries: LayerDictionaries
+    rules: RunRules
+    ids_P: np.ndarray
+    active: Active
+    logits_V: np.ndarray
+    last_D: jax.Array
+    stream_LxTxD: jax.Array
 
     def constants(self, chosen_F: np.ndarray) -> np.ndarray:
-        """What biases of their own add to the pre-activations of some of the active features, fp32 [F]."""
+        """What biases of no source add to the pre-activations of some active features: the encoder's, fp32 [F]."""
+        return self.active.b_enc_A[chosen_F]

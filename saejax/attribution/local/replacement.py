@@ -20,6 +20,7 @@ import numpy as np
 
 from saejax.attribution.local.active import Active, active_features
 from saejax.attribution.local.frozen import RELP, FrozenModel
+from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.local.written import Written
 from saejax.dictionaries import Dictionary
@@ -29,7 +30,6 @@ from saejax.models import decoder
 from saejax.models.attention import whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
-from saejax.models.rules import RunRules
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import fitting_sharding
 
@@ -37,14 +37,12 @@ from saejax.parallel.mesh import fitting_sharding
 CHAT_STARTS = dict.fromkeys(("gemma3", "gemma3_text"), (2, 105, 2364, 107))
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Streams:
-    """What one run of the model leaves on the devices, all fp32.
+class Replacement(PromptRun):
+    """The local replacement model of one prompt; what it holds is on the devices, in fp32.
 
     Attributes:
-      stream_LxTxD: the stream entering each layer.
-      last_D: the stream leaving the last layer at the prompt's last position.
+      frozen: the layers that stay.
       error_LxTxD: what transcoders do not explain; 0 at the first positions and at padding.
       first_LxUxD: the MLP's output at the first positions, those without features, less the skip path.
       b_dec_LxD: biases of the decoders.
@@ -53,36 +51,14 @@ class Streams:
         None: it has none in its layers.
     """
 
-    stream_LxTxD: jax.Array
-    last_D: jax.Array
+    dictionaries: LayerTranscoders
+    frozen: FrozenModel
     error_LxTxD: jax.Array
     first_LxUxD: jax.Array
     b_dec_LxD: jax.Array
     skip_LxDxD: jax.Array | None = None
     bias_LxTxD: jax.Array | None = None
     read_bias_LxTxD: jax.Array | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Replacement:
-    """The local replacement model of one prompt.
-
-    Attributes:
-      model, transcoders: of which it is made.
-      frozen: the layers that stay.
-      ids_P: int32 token ids.
-      active: the active features.
-      streams: arrays on the devices.
-      logits_V: fp32 logits at the last position.
-    """
-
-    model: LanguageModel
-    transcoders: LayerTranscoders
-    frozen: FrozenModel
-    ids_P: np.ndarray
-    active: Active
-    streams: Streams
-    logits_V: np.ndarray
 
     @classmethod
     def of(cls, model: LanguageModel, transcoders: LayerTranscoders, ids: np.ndarray) -> "Replacement":
@@ -137,40 +113,21 @@ class Replacement:
         active = Active.joined(found)
         if not len(active):
             raise UserError(f"no feature of {transcoders.name} is active in this prompt: is it of this model?")
-        streams = Streams(last_D=last_D, **{name: jnp.stack(parts.pop(name)) for name in list(parts)})
+        stacks: dict[str, Any] = {name: jnp.stack(parts.pop(name)) for name in list(parts)}
         if any("_bias" in name for name in params):
-            bias_LxTxD, read_bias_LxTxD = run_biases(frozen, params, streams.stream_LxTxD, streams.skip_LxDxD)
-            streams = dataclasses.replace(streams, bias_LxTxD=bias_LxTxD, read_bias_LxTxD=read_bias_LxTxD)
-        return cls(model, transcoders, frozen, ids_P, active, streams, logits_V)
-
-    @property
-    def dictionaries(self) -> LayerTranscoders:
-        """The transcoders, as every ``PromptRun`` names its dictionaries."""
-        return self.transcoders
-
-    @property
-    def rules(self) -> RunRules:
-        """Those of the frozen decoder."""
-        return RELP
-
-    @property
-    def last_D(self) -> jax.Array:
-        """See ``Streams``."""
-        return self.streams.last_D
-
-    @property
-    def stream_LxTxD(self) -> jax.Array:
-        """See ``Streams``."""
-        return self.streams.stream_LxTxD
+            biases = run_biases(frozen, params, stacks["stream_LxTxD"], stacks.get("skip_LxDxD"))
+            stacks |= dict(zip(("bias_LxTxD", "read_bias_LxTxD"), biases, strict=True))
+        of_run = model, transcoders, RELP, ids_P, active, logits_V, last_D, stacks.pop("stream_LxTxD")
+        return cls(*of_run, frozen, **stacks)
 
     @property
     def first(self) -> int:
         """The first position at which features are used."""
-        return self.streams.first_LxUxD.shape[1]
+        return self.first_LxUxD.shape[1]
 
     def skip(self, layer: int) -> jax.Array | None:
         """The skip path of a layer's transcoder [D, D]; None: there is none."""
-        return None if self.streams.skip_LxDxD is None else self.streams.skip_LxDxD[layer]
+        return None if self.skip_LxDxD is None else self.skip_LxDxD[layer]
 
     def filled(self, name: str, count: int, least: int) -> int:
         """The size to which arrays that follow the active features are filled up.
@@ -183,25 +140,22 @@ class Replacement:
           count: how many there are.
           least: see ``padded``.
         """
-        sizes, key = self.transcoders.sizes, (name, self.streams.stream_LxTxD.shape[1])
+        sizes, key = self.dictionaries.sizes, (name, self.stream_LxTxD.shape[1])
         if not count <= sizes.get(key, 0) <= 2 * count:
             sizes[key] = padded(count + count // 8, least)
         return sizes[key]
 
     def encoder_rows(self, chosen_F: np.ndarray) -> np.ndarray:
         """The directions that some of the active features read, fp32 [F, D]; each layer is read once."""
-        return self.transcoders.rows_of("W_enc", self.active.layer_A[chosen_F], self.active.feature_A[chosen_F])
+        return self.dictionaries.rows_of("W_enc", self.active.layer_A[chosen_F], self.active.feature_A[chosen_F])
 
     def constants(self, chosen_F: np.ndarray) -> np.ndarray:
-        """What biases of their own add to the pre-activations of some of the active features, fp32 [F].
-
-        These are the encoder's bias and the bias of the norm that the transcoder reads behind, no source's.
-        """
-        own_F = self.active.b_enc_A[chosen_F]
-        if self.streams.read_bias_LxTxD is None:
+        """The encoder's bias, and that of the norm which the transcoder reads behind, fp32 [F]."""
+        own_F = super().constants(chosen_F)
+        if self.read_bias_LxTxD is None:
             return own_F
         layer_F, position_F = self.active.layer_A[chosen_F], self.active.position_A[chosen_F]
-        read_FxD = to_host(self.streams.read_bias_LxTxD)[layer_F, position_F]
+        read_FxD = to_host(self.read_bias_LxTxD)[layer_F, position_F]
         return own_F + np.einsum("fd,fd->f", read_FxD, self.encoder_rows(chosen_F))
 
 
@@ -287,7 +241,7 @@ def run_biases(
 
     Args:
       frozen: static.
-      stream_LxTxD, skip_LxDxD: see ``Streams``.
+      stream_LxTxD, skip_LxDxD: see ``Replacement``.
     """
     tables = whole_prompts(frozen.config, stream_LxTxD.shape[1])
 

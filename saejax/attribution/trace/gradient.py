@@ -101,7 +101,7 @@ def trace_saes(
             rows(readings, readouts.layer_K, put)
         else:
             layer_F, position_F = active.layer_A[new_F], active.position_A[new_F]
-            vector_FxD = run.saes.rows_of("W_enc", layer_F, active.feature_A[new_F])
+            vector_FxD = run.dictionaries.rows_of("W_enc", layer_F, active.feature_A[new_F])
             rows(Readings(vector_FxD, layer_F, kind_A[new_F], position_F), layer_F + 1, put)
 
     count = min(max_features or len(active), len(active))
@@ -132,12 +132,12 @@ class _Rows:
         # A feature that is active at many positions has one row here.
         key_A = active.layer_A.astype(np.int64) << 32 | active.feature_A
         _, first_U, self._row_A = np.unique(key_A, return_index=True, return_inverse=True)
-        self._table_UxD = run.saes.rows_of("W_dec", active.layer_A[first_U], active.feature_A[first_U])
+        self._table_UxD = run.dictionaries.rows_of("W_dec", active.layer_A[first_U], active.feature_A[first_U])
         # The features of each site and position, which stand together.
         group_A = _slots(run, active.layer_A) * tokens + active.position_A
         self._starts = np.searchsorted(group_A, np.arange(len(layer_S) * tokens + 1))
         self._token_PxD = to_host(run.stream_LxTxD[0, :tokens])
-        self._bias_SxD = np.stack([to_host(run.saes.load(layer).b_dec_D[...]) for layer in layer_S])
+        self._bias_SxD = np.stack([to_host(run.dictionaries.load(layer).b_dec_D[...]) for layer in layer_S])
 
     def __call__(self, readings: Readings, top_B: np.ndarray, put: Put) -> None:
         """Gives what each source contributes to each target.

@@ -58,12 +58,12 @@ class RowTracer:
 
     def __init__(self, replacement: Replacement, sources: Sources, count: int):
         self._replacement, self._sources = replacement, sources
-        mesh, length = replacement.model.mesh, replacement.streams.stream_LxTxD.shape[1]
+        mesh, length = replacement.model.mesh, replacement.stream_LxTxD.shape[1]
         self._shards, self._tokens = mesh.shape["data"], TOKENS[mesh.devices.flat[0].platform]
         batches = count * length // (self._tokens * self._shards * _CHUNKS)
         step = -(-length // min(max(batches // _WORTH, 1), _LENGTHS))
         self._lengths = np.array([*range(step, length, step), length])
-        self._streams = [replacement.streams.stream_LxTxD[:, :length] for length in self._lengths]
+        self._streams = [replacement.stream_LxTxD[:, :length] for length in self._lengths]
         self._stops = [sources.stop_X(length) for length in self._lengths]
 
     def __call__(
@@ -134,13 +134,13 @@ class RowTracer:
         filled_NxR = filled[np.minimum(np.arange(_CHUNKS), len(chunks) - 1)]
         start_N = np.zeros(_CHUNKS, np.int32)
         start_N[: len(chunks)] = layer_X[filled].max(axis=1) + (not in_stream)
-        model, streams, sources = self._replacement.model, self._replacement.streams, self._sources
+        model, sources = self._replacement.model, self._sources
         arrays = vector_XxD[filled_NxR], layer_X[filled_NxR], position_X[filled_NxR]
         vector_NxRxD, layer_NxR, position_NxR = (
             jax.device_put(array, fitting_sharding(model.mesh, array.shape, None, "data", *[None] * (array.ndim - 2)))
             for array in arrays
         )
         batch = TargetBatch(vector_NxRxD, layer_NxR, position_NxR, start_N)
-        fixed = model.params, self._streams[index], streams.skip_LxDxD, sources.bank
+        fixed = model.params, self._streams[index], self._replacement.skip_LxDxD, sources.bank
         places = sources.first_X, self._stops[index]
         return contributions(self._replacement.frozen, model.mesh, *fixed, *places, batch)

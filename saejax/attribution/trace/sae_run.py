@@ -8,6 +8,7 @@ import numpy as np
 
 from saejax.attribution.local.active import Active, active_features
 from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.replacement import embed, padded, placed
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.trace import perturbed
@@ -21,30 +22,18 @@ from saejax.settings import GRAPH_ESTIMATES
 
 
 @dataclasses.dataclass(frozen=True)
-class SaeRun:
-    """A model that was run on a prompt, and what its SAEs say of it; a ``PromptRun``.
+class SaeRun(PromptRun):
+    """A model that was run on a prompt, and what its SAEs say of it.
 
     Attributes:
-      model, saes: of which it is made.
-      rules: those by which gradients go through it.
       places: where the SAEs stand.
-      ids_P: int32 token ids.
-      active: the active features.
-      logits_V: fp32 logits at the last position.
-      last_D, stream_LxTxD, read_SxTxD: what ``perturbed.run`` gave.
+      read_SxTxD: fp32, what they read.
       error_SxTxD: fp32, what the SAEs do not explain; at attention sinks all but b_dec.
       direct: whether sites are frozen at their values.
     """
 
-    model: LanguageModel
-    saes: LayerSaes
-    rules: RunRules
+    dictionaries: LayerSaes
     places: Places
-    ids_P: np.ndarray
-    active: Active
-    logits_V: np.ndarray
-    last_D: jax.Array
-    stream_LxTxD: jax.Array
     read_SxTxD: jax.Array
     error_SxTxD: np.ndarray
     direct: bool
@@ -86,21 +75,11 @@ class SaeRun:
         if not len(active):
             raise UserError(f"no feature of {saes.name} is active in this prompt: is it of this model?")
         return cls(
-            model, saes, rules, places, ids_P, active, logits_V,
-            last_D=ran.last_D, stream_LxTxD=ran.stream_LxTxD, read_SxTxD=ran.read_SxTxD,
-            error_SxTxD=np.stack(errors), direct=direct,
+            model, saes, rules, ids_P, active, logits_V, ran.last_D, ran.stream_LxTxD,
+            places=places, read_SxTxD=ran.read_SxTxD, error_SxTxD=np.stack(errors), direct=direct,
         )  # fmt: skip
 
     @property
     def frozen_SxTxD(self) -> jax.Array | None:
         """The values at which sites are frozen; None: they are not."""
         return self.read_SxTxD if self.direct else None
-
-    def constants(self, chosen_F: np.ndarray) -> np.ndarray:
-        """The encoder's bias of some of the active features, fp32 [F]."""
-        return self.active.b_enc_A[chosen_F]
-
-    @property
-    def dictionaries(self) -> LayerSaes:
-        """The SAEs, as every ``PromptRun`` names its dictionaries."""
-        return self.saes

@@ -127,7 +127,7 @@ class _Part(NamedTuple):
 
 def _features(replacement: Replacement) -> _Part:
     """The active features, each with an entry for each layer that it writes to; the table has each feature once."""
-    active, transcoders, tables = replacement.active, replacement.transcoders, []
+    active, transcoders, tables = replacement.active, replacement.dictionaries, []
     row_A, known = np.empty(len(active), np.int64), 0
     for layer in range(replacement.model.config.n_layers):
         own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
@@ -149,39 +149,39 @@ def _features(replacement: Replacement) -> _Part:
 
 
 def _errors(replacement: Replacement) -> _Part:
-    layers, length, width = replacement.streams.error_LxTxD.shape
+    layers, length, width = replacement.error_LxTxD.shape
     layer_S, position_S = (part.reshape(-1) for part in np.mgrid[:layers, : len(replacement.ids_P)])
     rows = layer_S * length + position_S
-    table_UxD = replacement.streams.error_LxTxD.reshape(-1, width)
+    table_UxD = replacement.error_LxTxD.reshape(-1, width)
     return _Part(Nodes.of(ERROR, layer_S, position_S), np.ones_like(layer_S), layer_S + 1, position_S, rows, table_UxD)
 
 
 def _tokens(replacement: Replacement) -> _Part:
     every_P = np.arange(len(replacement.ids_P))
     nodes = Nodes.of(TOKEN, -1, every_P, replacement.ids_P)
-    streams = replacement.streams.stream_LxTxD
-    return _Part(nodes, np.ones_like(every_P), np.zeros_like(every_P), every_P, every_P, streams[0])
+    table_TxD = replacement.stream_LxTxD[0]
+    return _Part(nodes, np.ones_like(every_P), np.zeros_like(every_P), every_P, every_P, table_TxD)
 
 
 def _first_mlps(replacement: Replacement) -> _Part:
-    layers, first, width = replacement.streams.first_LxUxD.shape
+    layers, first, width = replacement.first_LxUxD.shape
     layer_E, position_E = (part.reshape(-1) for part in np.mgrid[:layers, :first])
-    nodes, table_UxD = Nodes.of(FIRST_MLP, np.arange(layers), 0), replacement.streams.first_LxUxD.reshape(-1, width)
+    nodes, table_UxD = Nodes.of(FIRST_MLP, np.arange(layers), 0), replacement.first_LxUxD.reshape(-1, width)
     return _Part(nodes, np.full(layers, first), layer_E + 1, position_E, np.arange(len(layer_E)), table_UxD)
 
 
 def _biases(replacement: Replacement) -> _Part:
     """The biases of each layer, with an entry at each position; with one row for all where decoders alone have some."""
-    streams, first = replacement.streams, replacement.first
-    layers, length, width = streams.stream_LxTxD.shape
-    if streams.bias_LxTxD is None:  # biases of decoders alone, and the first positions have none
-        begin, table_UxD = first, streams.b_dec_LxD
+    bias_LxTxD, first = replacement.bias_LxTxD, replacement.first
+    layers, length, width = replacement.stream_LxTxD.shape
+    if bias_LxTxD is None:  # biases of decoders alone, and the first positions have none
+        begin, table_UxD = first, replacement.b_dec_LxD
     else:
         later_T = np.arange(length) >= first
-        own_LxTxD = jnp.where(later_T[None, :, None], streams.b_dec_LxD[:, None], 0)
-        begin, table_UxD = 0, (streams.bias_LxTxD + own_LxTxD).reshape(-1, width)
+        own_LxTxD = jnp.where(later_T[None, :, None], replacement.b_dec_LxD[:, None], 0)
+        begin, table_UxD = 0, (bias_LxTxD + own_LxTxD).reshape(-1, width)
     layer_E, position_E = (part.reshape(-1) for part in np.mgrid[:layers, begin : len(replacement.ids_P)])
-    row_E = layer_E if streams.bias_LxTxD is None else layer_E * length + position_E
+    row_E = layer_E if bias_LxTxD is None else layer_E * length + position_E
     count_S = np.bincount(layer_E, minlength=layers)
     return _Part(Nodes.of(BIAS, np.arange(layers), 0), count_S, layer_E + 1, position_E, row_E, table_UxD)
 

@@ -1,12 +1,14 @@
 """Parts of graphs run alone: everything kept is the model, also with sinks; what is left out may have its mean."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from made_transcoders import IDS, made_set
 
 from saejax import trace
+from saejax.attribution.checks import circuits
 from saejax.attribution.checks.circuit_runs import Circuit, mean_activations, run_circuits
 from saejax.attribution.checks.circuits import curve
 from saejax.attribution.local.replacement import Replacement
@@ -14,6 +16,7 @@ from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.targets import read_targets
 from saejax.dictionaries import Dictionary
 from saejax.models.tokens import Tokens
+from saejax.results import to_json
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -22,15 +25,22 @@ def test_everything_kept_is_the_model_and_parts_are_between(traced):
     replacement, _, readouts, graph = traced
     if (readouts.layer_K != replacement.model.config.n_layers).any():
         readouts = read_targets(replacement, [7], 10, 0.95)
-        graph = trace(replacement.model, replacement.transcoders, IDS, targets=[7])
+        graph = trace(replacement.model, replacement.dictionaries, IDS, targets=[7])
     found = curve(replacement, graph, readouts, (0.3, 0.8, 1.0))
     np.testing.assert_allclose(found.model, readouts.value_K[0], atol=1e-5)
-    assert found.features_C[0] < found.features_C[1] < found.features_C[2]
+    assert found.features[0] < found.features[1] < found.features[2]
     assert abs(found.model - found.empty) > 0.01
     every = Circuit(np.ones(len(replacement.active), bool), np.ones((4, len(IDS)), bool))
     np.testing.assert_allclose(
         run_circuits(replacement, [every, every.complement()], readouts)[:, 0], [found.model, found.empty], atol=1e-5
     )
+
+
+def test_a_curve_that_is_not_defined_is_json(traced, monkeypatch):
+    monkeypatch.setattr(circuits, "run_circuits", lambda replacement, rows, *rest: np.ones((len(rows), 1), np.float32))
+    replacement, _, readouts, graph = traced
+    checked = json.loads(json.dumps(to_json(curve(replacement, graph, readouts, (0.3, 0.8))), allow_nan=False))
+    assert checked["faithfulness"] == [None, None] == checked["incompleteness"] and checked["readout"] == [1.0, 1.0]
 
 
 def test_everything_kept_is_the_model_with_sinks_too(lm):
@@ -58,7 +68,7 @@ def test_what_is_left_out_may_have_its_mean_activation(traced, lm):
 
     replacement, transcoders, _, _ = traced
     readouts = read_targets(replacement, [7], 10, 0.95)
-    other = Replacement.of(lm, replacement.transcoders, np.array(IDS[:2] + [90, 61]))
+    other = Replacement.of(lm, replacement.dictionaries, np.array(IDS[:2] + [90, 61]))
     means = mean_activations([replacement, other])
     for layer in range(4):
         total_F = np.zeros(48)
@@ -70,7 +80,7 @@ def test_what_is_left_out_may_have_its_mean_activation(traced, lm):
     kept, none = run_circuits(replacement, [every, every.complement()], readouts, means)[:, 0]
     np.testing.assert_allclose(kept, readouts.value_K[0], atol=1e-5)
     assert abs(none - run_circuits(replacement, [every.complement()], readouts)[0, 0]) > 1e-3
-    graph = trace(lm, replacement.transcoders, IDS, targets=[7])
+    graph = trace(lm, replacement.dictionaries, IDS, targets=[7])
     found = curve(replacement, graph, readouts, (1.0,), means)
     np.testing.assert_allclose([found.model, found.empty], [kept, none], atol=1e-5)
     # In torch: of each MLP, the means of the features that are active in the prompt, the bias and the skip path.

@@ -79,8 +79,8 @@ def test_a_feature_set_to_its_own_value_changes_nothing(traced, hold):
 
 def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_same(traced, monkeypatch):
     replacement, _, readouts, graph = traced
-    active, streams = replacement.active, replacement.streams
-    other_T = np.pad([88, 3, 61, 12, 240, 7], (0, streams.stream_LxTxD.shape[1] - len(IDS)))
+    active = replacement.active
+    other_T = np.pad([88, 3, 61, 12, 240, 7], (0, replacement.stream_LxTxD.shape[1] - len(IDS)))
     other_TxD = embed(replacement.frozen, replacement.model.params, other_T)
 
     def swapped(replacement, rows, first):

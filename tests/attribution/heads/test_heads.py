@@ -57,7 +57,7 @@ def edges_without(traced, layer, head):
 
 def test_a_part_is_what_vanishes_without_the_head(traced):
     graph = traced.graph
-    if traced.replacement.streams.skip_LxDxD is not None:
+    if traced.replacement.skip_LxDxD is not None:
         pytest.skip("a head that is taken out changes the norm before its layer's skip path, which is to be held")
     pruned = graph.prune(1.0, 1.0)
     found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100).by_edge()
