@@ -124,4 +124,4 @@ def test_a_workdir_in_a_bucket_is_worked_on_where_its_flag_says():
     read = command.stage_flags()
     mesh = command.read_configs(read, ["program", *flags])["mesh"]
     assert mesh.together and read["break_lock"].value
-    assert command.named_workdir(read, buckets=True) == "s3://runs/a" and read["scratch"].value == "/local/a"
+    assert command.named_workdir(read) == "s3://runs/a" and read["scratch"].value == "/local/a"
