@@ -55,7 +55,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         configs = read_configs(flag_values, argv)
         if flag_values["help"].value:
             return _show(help_text(stages, about, flag_values))
-        workdir = named_workdir(flag_values, buckets=True)
+        workdir = named_workdir(flag_values)
         runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
         shares_gpu = runs_model and configs["capture"].backend != "jax"
         _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
@@ -110,13 +110,7 @@ def stage_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string(
         "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
     )
-    flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
-    flags.DEFINE_string(
-        "scratch", "", "local folder to work in where the workdir is in a bucket", flag_values=flag_values
-    )
-    flags.DEFINE_bool(
-        "break_lock", False, "go on in a bucket in place of a run that gives no sign of life", flag_values=flag_values
-    )
+    define_workdir(flag_values)
     flags.DEFINE_string(
         "unit", "", "run this unit alone, such as train/topk; empty: all of the binary's", flag_values=flag_values
     )
@@ -125,6 +119,17 @@ def stage_flags() -> flags.FlagValues:
     )
     define_common(flag_values)
     return flag_values
+
+
+def define_workdir(flag_values: flags.FlagValues) -> None:
+    """Defines the flags that say where a program works."""
+    flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
+    flags.DEFINE_string(
+        "scratch", "", "local folder to work in where the workdir is in a bucket", flag_values=flag_values
+    )
+    flags.DEFINE_bool(
+        "break_lock", False, "go on in a bucket in place of a run that gives no sign of life", flag_values=flag_values
+    )
 
 
 def define_common(flag_values: flags.FlagValues) -> None:
@@ -155,13 +160,11 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[str
     return config.from_flags(GROUPS, flag_values)
 
 
-def named_workdir(flag_values: flags.FlagValues, buckets: bool = False) -> str:
-    """The folder of the run; a ``UserError`` if none is named, or one of a bucket where that cannot be."""
+def named_workdir(flag_values: flags.FlagValues) -> str:
+    """The folder of the run; a ``UserError`` if none is named."""
     workdir = flag_values["workdir"].value
     if not workdir:
         raise UserError("--workdir=DIR is missing: name the folder of this run")
-    if is_bucket(workdir) and not buckets:
-        raise UserError(f"--workdir={workdir} is in a bucket: here it has to be a local folder")
     return workdir
 
 

@@ -8,13 +8,16 @@ say, examples, and what depends on the machine's speed alone, are left out.
 import dataclasses
 import math
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from absl import flags
 
 from saejax import command
+from saejax.buckets.bucket import Bucket, is_bucket
+from saejax.buckets.mirror import fetch
 from saejax.errors import UserError
 from saejax.results import Interval, Summary, load_summary, to_json
 from saejax.workspace import SUMMARY, package_versions, write_json, write_text
@@ -22,12 +25,13 @@ from saejax.workspace import SUMMARY, package_versions, write_json, write_text
 ABOUT = """\
 compare: what differs between two workdirs in settings, figures and verdicts.
 
-  compare A B  two workdirs, units of them, or folders of studies
+  compare A B  two workdirs, units of them, or folders of studies; workdirs and studies also of a bucket (s3://, gs://)
   --out=DIR  write compare.json and index.html there, too
   --lines=N  figures of each unit that are shown, those that changed most first (default: 12)
   --debug  show the traceback of bad input too"""
 _SPEED = {"seconds", "tokens_per_second", "matmul_flops_per_second", "disk_free_bytes"}  # of fields
 _LEFT_OUT = _SPEED | {"examples", "unparsed_examples"}
+_NOTHING = f"{{}} holds no finished unit (no {SUMMARY}): expected a workdir"
 _ORDER = ("setting", "package", "verdict", "figure")
 
 
@@ -70,12 +74,23 @@ def run(argv: Sequence[str]) -> int:
             return print(ABOUT)
         if len(folders) != 2:
             raise UserError(f"compare takes two folders, got {len(folders)}: experiments.compare runs/a runs/b")
-        found = compare(Path(folders[0]), Path(folders[1]))
+        with tempfile.TemporaryDirectory() as local:
+            found = compare(*(_local(folder, Path(local) / str(at)) for at, folder in enumerate(folders)))
         print("\n".join(lines(found, int(own["lines"].value or 0))))
         if own["out"].value:
             write(found, folders, Path(own["out"].value))
 
     return command.ended(work, own)
+
+
+def _local(folder: str, copies: Path) -> Path:
+    """A folder; of one in a bucket, another with copies of its summaries."""
+    if not is_bucket(folder):
+        return Path(folder)
+    fetch(Bucket(folder), copies, lambda name: PurePosixPath(name).name == SUMMARY)
+    if not copies.exists():
+        raise UserError(_NOTHING.format(folder))
+    return copies
 
 
 def compare(first: Path, second: Path) -> list[UnitComparison]:
@@ -109,7 +124,7 @@ def _units(folder: Path) -> dict[str, Path]:
         if "superseded" not in path.relative_to(folder).parts
     }
     if not found:
-        raise UserError(f"{folder} holds no finished unit (no {SUMMARY}): expected a workdir")
+        raise UserError(_NOTHING.format(folder))
     return found
 
 

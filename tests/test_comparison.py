@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+from obstore.store import MemoryStore
 
 from saejax import comparison
-from saejax.workspace import SUMMARY, write_json
+from saejax.buckets import bucket
+from saejax.workspace import SUMMARY, Workspace, write_json
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,23 @@ def test_what_changed_is_found_and_nothing_else(first, second, tmp_path, capsys)
     written = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert sum(len(unit["changes"]) for unit in written["units"]) == len(told)
     assert "ablate/topk" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_workdirs_in_buckets(first, second, tmp_path, monkeypatch, capsys):
+    stores = {}
+    monkeypatch.setattr(bucket, "_opened", lambda url: stores.setdefault(url, MemoryStore()))
+    for url, files in (("s3://runs/a", first), ("s3://runs/empty", tmp_path / "nothing")):
+        files.mkdir(exist_ok=True)
+        with Workspace(url, str(tmp_path / url[-1])).lock():
+            shutil.copytree(files, tmp_path / url[-1], dirs_exist_ok=True)
+            (tmp_path / url[-1] / "note.txt").touch()
+    change(second, "ablate/topk", lambda summary: summary["packages"].update(jax="9.9"))
+    assert comparison.run(["compare", "s3://runs/a", str(second)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(": same") > 3 and "ablate/topk: changed\n  package  jax" in shown
+    for url, why in (("s3://runs/a/train", "is no workdir of saejax"), ("s3://runs/empty", "no finished unit")):
+        assert comparison.run(["compare", url, str(second)]) == 2
+        assert f"error: {url}" in (said := capsys.readouterr().err) and why in said
 
 
 def test_a_unit_alone_can_be_compared(first, second):

@@ -58,7 +58,7 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureCo
 
     mesh, decoder = make_mesh(run.configs["mesh"]), cast(DecoderConfig, request.decoder)
     sites = [site for site in request.sites if isinstance(site, Site)]  # which all are: modules were refused
-    return DecoderReader(request.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.store_dtype)
+    return DecoderReader(request.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.read_dtype)
 
 
 class PairReader:

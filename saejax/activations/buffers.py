@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from saejax.activations import float8
 from saejax.activations.plan import Batch
 from saejax.activations.reader import Reader
-from saejax.activations.store import DTYPES
+from saejax.activations.store import DTYPES, ON_DISK
 from saejax.models.sites import AnySite
 
 if TYPE_CHECKING:  # capture by torch does without JAX
@@ -22,11 +23,11 @@ class ShardBuffers:
     Args:
       widths: width of every site.
       rows: rows of the largest shard.
-      dtype: "float32" or "bfloat16", as stored.
+      dtype: "float32", "bfloat16" or "float8", as stored.
     """
 
     def __init__(self, widths: Mapping[AnySite, int], rows: int, dtype: str):
-        self._dtype = DTYPES[dtype]
+        self._dtype, self._on_disk = DTYPES[dtype], ON_DISK[dtype]
         self._vectors = {site: np.empty((rows, width), self._dtype) for site, width in widths.items()}
         self._norms = {site: np.empty(rows, np.float32) for site in widths}
 
@@ -50,11 +51,13 @@ class ShardBuffers:
         return None
 
     def parts(self, rows: int) -> dict[str, np.ndarray]:
-        """Views of the first rows, for ``StoreWriter.write_shard``; bfloat16 as uint16."""
+        """The first rows, for ``StoreWriter.write_shard``: views, but of float8."""
         parts = {}
-        for site, vectors in self._vectors.items():
-            parts[str(site)] = (vectors if self._dtype == np.float32 else vectors.view(np.uint16))[:rows]
-            parts[f"{site} norms"] = self._norms[site][:rows]
+        for site in self._vectors:
+            vectors, norms = self._vectors[site][:rows], self._norms[site][:rows]
+            small = self._on_disk.itemsize < self._dtype.itemsize
+            parts[str(site)] = float8.encoded(vectors, norms) if small else vectors.view(self._on_disk)
+            parts[f"{site} norms"] = norms
         return parts
 
 

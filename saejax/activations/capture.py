@@ -24,7 +24,7 @@ from saejax.activations.progress import TextProgress
 from saejax.activations.reader import Reader
 from saejax.activations.request import CaptureRequest, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
-from saejax.activations.store import DTYPES
+from saejax.activations.store import ON_DISK
 from saejax.activations.tokenize import text_documents
 from saejax.activations.writer import StoreWriter
 from saejax.config import identity
@@ -83,7 +83,7 @@ def run_capture(run: Run) -> CaptureResults:
     if first:
         writer.finish(_manifest(run, model_source, plan, described, counts, _other(request)))
     _say_sinks(run, statistics)
-    size = DTYPES[config.store_dtype].itemsize
+    size = ON_DISK[config.store_dtype].itemsize
     return CaptureResults(
         sites={
             str(site): CapturedSite(
@@ -131,7 +131,7 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> str:
 def _check_disk(
     folder: Path, plan: Plan, missing: Sequence[int], widths: dict[AnySite, int], config: CaptureConfig
 ) -> None:
-    size = DTYPES[config.store_dtype].itemsize
+    size = ON_DISK[config.store_dtype].itemsize
     needed = sum(plan.size(shard) for shard in missing) * (12 + sum(width * size + 4 for width in widths.values()))
     free = shutil.disk_usage(folder).free
     if needed > free:

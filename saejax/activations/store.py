@@ -1,7 +1,7 @@
 """The activation store: vectors of several sites, row by row, and what each row is.
 
     manifest.json               written last: a folder without it is not a store
-    <site>/shard-00000.npy      [rows, d] float32, or bfloat16 kept as uint16 (npy has no bfloat16)
+    <site>/shard-00000.npy      [rows, d] float32, bfloat16 kept as uint16 (npy has no bfloat16), or float8 as uint8
     <site>/norms-00000.npy      [rows] float32, Euclidean norms of those vectors
     index/shard-00000.npy       [rows, 3] int32: document, position in it, token id
     index/record-00000.json     checksums of the shard's files, written after them: the shard is done
@@ -22,6 +22,7 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
+from saejax.activations import float8
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import Documents
 from saejax.activations.results import SinkCounts
@@ -31,8 +32,11 @@ from saejax.workspace import file_sha256, read_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_ON_DISK: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": _BFLOAT16, "float8": _BFLOAT16}  # as read
+ON_DISK: dict[str, np.dtype] = {
+    name: np.dtype(kept) for name, kept in (("float32", np.float32), ("bfloat16", np.uint16), ("float8", np.uint8))
+}
 _DOCUMENTS = ("ids.npy", "offsets.npy", "table.npy")
 _MOST_MAPS = 4096  # maps held open at once; each takes a file descriptor
 
@@ -139,11 +143,14 @@ class Store:
         return self._rows[key]
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] of rows at a site, in the order asked for; float32 or bfloat16, as stored.
+        """The vectors [n, d] of rows at a site, in the order asked for, in ``dtype``.
 
         Safe to call from several threads. Each shard is checked against its checksum when it is first used.
         """
-        return self._gather(self._known(site), rows).view(self.dtype)
+        found_NxD = self._gather(self._known(site), rows)
+        if self.manifest["dtype"] == "float8":
+            return float8.decoded(found_NxD, self.norms(site, rows))
+        return found_NxD.view(self.dtype)
 
     def tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Document, position in it and token id of rows; int32 each."""
@@ -211,7 +218,7 @@ class Store:
         if part == "index":
             return (rows, 3), np.dtype(np.int32)
         if part in self.sites:
-            return (rows, self.d(part)), _ON_DISK[self.manifest["dtype"]]
+            return (rows, self.d(part)), ON_DISK[self.manifest["dtype"]]
         return (rows,), np.dtype(np.float32)
 
     def _check_size(self, name: str) -> None:

@@ -118,13 +118,8 @@ class Mirror:
 
     def open(self, whole: bool) -> int:
         """Sees that the folder is not behind the bucket; the number of files that were brought."""
-        listed = self._bucket.read(FILES)
-        nothing: dict[str, Any] = dict(files={}, id="", serial="")
-        found = _parsed(listed.content, f"{self._bucket.url}/{FILES}") if listed else nothing
+        found = _listed(self._bucket) or dict(files={}, id="", serial="")
         self._sizes = found["files"]
-        for name in self._sizes:
-            if name.startswith("/") or ".." in PurePosixPath(name).parts:
-                raise UserError(f"{self._bucket.url}/{FILES} names {name}, which is outside of the workdir")
         if self._mark["id"] == found["id"] or (found["serial"] and self._mark["serial"] == found["serial"]):
             copied = _read(self._scratch / COPIED) if (self._scratch / COPIED).exists() else {}
             here = dict(self._here())
@@ -150,15 +145,8 @@ class Mirror:
             return len(names)
 
     def _bring(self, name: str) -> None:
-        path = self._scratch / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
-        try:
-            self._bucket.download(name, beside)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-        self._same[name] = _stat(path)
+        _download(self._bucket, name, self._scratch / name)
+        self._same[name] = _stat(self._scratch / name)
 
     def copy(self, done: str | None = None) -> None:
         """Copies to the bucket what is new here, and deletes there what is gone.
@@ -227,9 +215,9 @@ class Mirror:
         _write(self._scratch / MARK, self._mark)
 
     def _here(self) -> Iterator[tuple[str, _Stat]]:
-        """The whole files of the folder, but those at its top that begin with a dot."""
+        """The whole files of the folder, but those at its top, or at that of a workdir in it, that begin with a dot."""
         for folder, folders, files in os.walk(self._scratch):
-            top = Path(folder) == self._scratch
+            top = Path(folder) == self._scratch or LOCK in files
             kept = [name for name in folders if not (top and name.startswith(".")) and not _UNFINISHED.search(name)]
             folders[:] = kept
             for file in files:
@@ -237,6 +225,23 @@ class Mirror:
                     path = Path(folder) / file
                     with contextlib.suppress(FileNotFoundError):
                         yield path.relative_to(self._scratch).as_posix(), _stat(path)
+
+
+def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool]) -> None:
+    """Copies of a workdir's files, to be read; a run may hold it meanwhile.
+
+    Args:
+      bucket: of the workdir.
+      folder: where they are written, under their names.
+      wanted: which of them.
+
+    Raises:
+      UserError: no workdir is there, or it cannot be read.
+    """
+    found = _listed(bucket)
+    if found is None:
+        raise UserError(f"{bucket.url} is no workdir of saejax: it has no {FILES}")
+    for_each(lambda name: _download(bucket, name, folder / name), filter(wanted, found["files"]))
 
 
 def for_each(work: Callable[[str], object], names: Iterable[str]) -> None:
@@ -248,6 +253,26 @@ def for_each(work: Callable[[str], object], names: Iterable[str]) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _listed(bucket: Bucket) -> dict[str, Any] | None:
+    """The list of a workdir's files; None if there is none."""
+    listed = bucket.read(FILES)
+    found = _parsed(listed.content, f"{bucket.url}/{FILES}") if listed else None
+    for name in found["files"] if found else ():
+        if name.startswith("/") or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{bucket.url}/{FILES} names {name}, which is outside of the workdir")
+    return found
+
+
+def _download(bucket: Bucket, name: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        bucket.download(name, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _is_large(name: str) -> bool:

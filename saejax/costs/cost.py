@@ -15,7 +15,7 @@ from saejax.parallel.mesh import alone_config, make_mesh
 from saejax.stage import Stage, is_folder
 
 Axes = Mapping[str, int]  # sizes of the mesh's axes
-WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
+WIDTH = {"float8": 1, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 START = 4.0  # seconds on the host in which a unit loads the model and compiles its first programs
 CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
 

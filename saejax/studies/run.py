@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -14,7 +13,9 @@ from saejax.studies.rows import read_rows
 ABOUT = """\
 study_run: runs the pipeline on every row of a study, and writes one report of them all.
 
-  --workdir=DIR  folder of the study; each row works in DIR/rows/<name>/ (required)
+  --workdir=DIR  folder of the study; each row works in DIR/rows/<name>/ (required); also of a bucket: s3://BUCKET/STUDY
+  --scratch=DIR  local folder to work in where the workdir is in a bucket (default: one of ~/.cache/saejax)
+  --break_lock  go on in a bucket in place of a study that gives no sign of life
   --rows=FILE,FOLDER  flag files, one for each row, and folders of them (required)
   --at_once=N  rows that run side by side, each on its share of the host's GPUs, or without any of its cores (default 1)
   --debug  show the traceback of bad input too
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str]) -> int:
     """Like ``main``, but returns the exit status."""
     own = flags.FlagValues()
-    flags.DEFINE_string("workdir", "", "", flag_values=own)
+    command.define_workdir(own)
     flags.DEFINE_list("rows", [], "", flag_values=own)
     flags.DEFINE_integer("at_once", 1, "", lower_bound=1, flag_values=own)
     command.define_common(own)
@@ -45,6 +46,7 @@ def run(argv: Sequence[str]) -> int:
             raise UserError("--rows=FILE,FOLDER is missing: name the flag files of the study's rows, or their folder")
         rows = read_rows(own["rows"].value, common)
         run_rows = load("saejax.studies.study:run_study_rows")
-        run_rows(Path(workdir), rows, command.timed_say(), command.stop_asked(), own["at_once"].value)
+        more = {name: own[name].value for name in ("at_once", "scratch", "break_lock")}
+        run_rows(workdir, rows, command.timed_say(), command.stop_asked(), **more)
 
     return command.ended(work, own)

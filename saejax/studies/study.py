@@ -1,5 +1,6 @@
 """A study: all units of its rows, and then the report of what they found."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,29 +15,33 @@ from saejax.workspace import Workspace, fingerprint, read_json
 
 
 def run_study_rows(
-    root: Path,
+    workdir: str | os.PathLike,
     rows: Sequence[StudyRow],
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
     at_once: int = 1,
+    scratch: str = "",
+    break_lock: bool = False,
 ) -> None:
     """Runs all rows and writes the report.
 
     Args:
-      root: the study's folder.
+      workdir: the study's folder, also of a bucket: rows then work in folders of the local one, all of which is copied.
       rows: what to run.
       stopping: whether the process was asked to stop.
       at_once: rows that run side by side, each on its share of the host's GPUs, or else of its cores.
+      scratch, break_lock: of a bucket, as ``Workspace`` takes them.
 
     Raises:
       UserError: the folder cannot be written to, or another study works in it; the host cannot be shared so.
       CheckFailed: a unit failed; the report is written all the same.
       Interrupted: asked to stop, and saved.
     """
-    parts, workspace = shares(at_once), Workspace(root)
-    with workspace.lock():
+    parts, workspace = shares(at_once), Workspace(workdir, scratch, break_lock)
+    root = workspace.root
+    with workspace.lock(say, whole=True):
         _write_rules(root, rows)
-        states = StudyUnits(root, rows, say, stopping, parts).run()
+        states = StudyUnits(root, rows, say, lambda: stopping() or workspace.lost, parts).run()
         mark = fingerprint([[vars(state) for state in states], list(criteria.RULES.values())])
         path = root / report.FILE
         if path.exists() and read_json(path).get("fingerprint") == mark:

@@ -99,7 +99,7 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
         by_member = "member" if plan.backend == "jax" else None
         buffer = part_size(plan.axes, (len(sites), min(train.buffer_rows, rows), d), by_member, "data", None)
         read = dataclasses.replace(
-            read, activations=read.activations + WIDTH[plan.configs["capture"].store_dtype] * buffer
+            read, activations=read.activations + WIDTH[plan.configs["capture"].read_dtype] * buffer
         )
         flops += passes
     return Cost(
@@ -134,7 +134,7 @@ def _joined(stack: PlannedStack) -> bool:
 
 
 def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
-    parts, dtype = batch_parts(stack.members), plan.configs["capture"].store_dtype
+    parts, dtype = batch_parts(stack.members), plan.configs["capture"].read_dtype
     rows = min(plan.configs["train"].buffer_rows, recorded_rows(plan) or plan.configs["train"].buffer_rows)
     (count, length), layers = batch_shape(plan), 1 + max(Site.parse(site).layer for site in sites_of(parts))
     count += -count % (mesh.shape["member"] * mesh.shape["data"])
@@ -165,7 +165,7 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     make = trainer_of(config, dictionary.kind, members, mesh.shape)
     trainer = make(config, dictionary, members, mesh, _STEPS, [scale] * len(members))
     shape = (len(trainer.sites), config.batch, d_in)
-    batch = jax.ShapeDtypeStruct(shape, plan.configs["capture"].store_dtype, sharding=trainer.batch_sharding)
+    batch = jax.ShapeDtypeStruct(shape, plan.configs["capture"].read_dtype, sharding=trainer.batch_sharding)
     many = f"{len(members)} members, " if len(members) > 1 else ""
     return Program(
         f"train: {dictionary.kind} step",

@@ -1,4 +1,7 @@
-"""The files of launch/ start commands that saejax understands, all with one configuration."""
+"""The files of launch/ start commands that saejax understands, all with one configuration.
+
+What the TPU script does with slices is played by a ``gcloud`` that answers with states from a file.
+"""
 
 import os
 import re
@@ -16,14 +19,22 @@ FLAGS = "--flagfile=configs/qwen3-4b-math.flags"
 NODE = dict(SKYPILOT_NUM_NODES="4", SKYPILOT_NODE_RANK="2", SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2")
 
 
-def dry_run(script):
-    given = ["bash", str(LAUNCH / script), "--dry-run", "--workdir=/shared/run", FLAGS]
+GCLOUD = """#!/bin/bash
+case "$*" in
+  *describe*) state=$(head -n 1 states); sed -i 1d states; [ "$state" ] || exit 1; echo "$state" ;;
+  *) printf '%s\\n' "$4 ${*: -1}" >> said; [[ -z "$FAILS" || "$*" != *$FAILS* ]] ;;
+esac
+"""
+
+
+def dry_run(script, workdir="--workdir=/shared/run"):
+    given = ["bash", str(LAUNCH / script), "--dry-run", *workdir.split(), FLAGS]
     done = subprocess.run(given, capture_output=True, text=True, env=os.environ | dict(NAME="a b"), check=True)
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
-def of_slurm():
-    (words,) = dry_run("slurm.sbatch")
+def of_slurm(**named):
+    (words,) = dry_run("slurm.sbatch", **named)
     return words[words.index("saejax") + 1 :]
 
 
@@ -69,3 +80,48 @@ def test_its_command_has_flags_that_there_are(of_file, monkeypatch):
         assert (mesh.processes, mesh.process_id, mesh.coordinator) == (4, 2, "10.0.0.1:8476")
     else:
         assert mesh.distributed == "auto"
+
+
+@pytest.fixture
+def tpu_vm(tmp_path):
+    """A function that runs the TPU script where the slice has some states, one after the other.
+
+    It gives the status, what the script said, and what the script asked for: a word of each and its last argument.
+    """
+
+    def run(*states, fails=""):
+        for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/bash\n")):
+            (tmp_path / name).write_text(text)
+            (tmp_path / name).chmod(0o755)
+        (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
+        (tmp_path / "said").write_text("")
+        environment = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", MORE="--spot", FAILS=fails)
+        given = ["bash", str(LAUNCH / "tpu_vm.sh"), "--workdir=x y"]
+        done = subprocess.run(given, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        return done.returncode, done.stderr, (tmp_path / "said").read_text().splitlines()
+
+    return run
+
+
+def test_a_slice_is_asked_for_waited_for_and_used(tpu_vm):
+    status, _, asked = tpu_vm("", "PROVISIONING", "PROVISIONING", "ACTIVE")
+    assert status == 0 and [line.split()[0] for line in asked] == ["create", "ssh", "scp", "ssh", "ssh"]
+    assert asked[0] == "create --spot" and ".[tpu,buckets]" in asked[3]
+    assert asked[4].endswith(r"saejax-pipeline --mesh.distributed=auto --workdir=x\ y ")
+
+
+def test_a_slice_that_there_is_is_used_and_one_that_is_lost_is_not(tpu_vm):
+    assert [line.split()[0] for line in tpu_vm("ACTIVE", "ACTIVE")[2]] == ["ssh", "scp", "ssh", "ssh"]
+    status, said, asked = tpu_vm(*["SUSPENDED"] * 4)
+    assert status == 1 and "the slice saejax is SUSPENDED: delete it" in said and not asked
+    for fails, asked in (("pip install", 3), ("saejax-pipeline", 4)):  # nothing runs without its packages
+        status, _, told = tpu_vm("ACTIVE", "ACTIVE", fails=fails)
+        assert (status, len(told)) == (1, asked)
+
+
+def test_a_workdir_in_a_bucket_is_worked_on_where_its_flag_says():
+    _, *flags = of_slurm(workdir="--workdir=s3://runs/a --scratch=/local/a --break_lock")
+    read = command.stage_flags()
+    mesh = command.read_configs(read, ["program", *flags])["mesh"]
+    assert mesh.together and read["break_lock"].value
+    assert command.named_workdir(read) == "s3://runs/a" and read["scratch"].value == "/local/a"
