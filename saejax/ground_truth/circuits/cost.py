@@ -2,7 +2,7 @@
 
 from saejax.costs.cost import Cost, PlannedRun
 
-# On two cores with the usual settings, most of it for programs to be compiled: graphs, and of the last two causal tests.
+# On two cores with the usual settings, most of it to compile programs: graphs, and of the last two causal tests.
 _SECONDS = {"chain": 32.0, "pattern": 32.0, "induction": 50.0, "logic": 115.0}
 
 
