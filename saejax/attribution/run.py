@@ -97,7 +97,7 @@ def run_attribute(
             on_progress(0, 1)
             found = _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), labels, means, trace)
             if judged.get(slug):
-                compared = _compared(model, dictionaries, judged[slug], config, on_progress)
+                compared = compare_kept(model, dictionaries, judged[slug], config, on_progress)
                 found = found._replace(results=dataclasses.replace(found.results, kept=compared))
             return found
 
@@ -218,14 +218,21 @@ def trace_request(
     return trace_prompt(model, dictionaries, request.prompt, **options)
 
 
-def _compared(
+def compare_kept(
     model: LanguageModel,
     transcoders: LayerTranscoders,
     prompts: Sequence[Prompt],
     config: GraphConfig,
     on_progress: OnProgress,
 ) -> KeptResults:
-    """Orders of features compared on prompts of a behaviour."""
+    """Circuits of growing numbers of features, in several orders, on prompts of a behaviour.
+
+    Args:
+      model, transcoders: of which graphs are traced.
+      prompts: with the answers whose difference is explained.
+      config: of the stage.
+      on_progress: called with how many prompts are done, and all.
+    """
     found = []
     for number, prompt in enumerate(prompts):
         on_progress(number, len(prompts))

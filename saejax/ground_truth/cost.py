@@ -7,7 +7,9 @@ from saejax.ground_truth.stage import CONTROLS
 from saejax.training.members import members
 
 _OVERHEAD = 0.45  # as of the stage train
-_DRAW = 200  # floating-point operations that drawing one activation takes as long as, on a CPU
+# Drawing an activation takes as long on a CPU as so many operations of a product in float32: 8 to 10 of a core's
+# nanoseconds, measured where its products ran at 85 GFLOP/s.
+_DRAW = 800
 
 
 def truth_cost(plan: PlannedRun, name: str) -> Cost:
@@ -17,7 +19,8 @@ def truth_cost(plan: PlannedRun, name: str) -> Cost:
     count = len(members(train, train.kinds[0] if name == CONTROLS else name, [SITE]))
     seen = truth.samples * train.epochs
     seen = min(seen, train.max_steps * train.batch or seen)
-    drawn = (seen + truth.held_out * count) * truth.features * (2.0 * d + _DRAW)
+    products = count * (step_flops(seen, d, f) + 4.0 * truth.held_out * d * f)
+    drawn = (seen + truth.held_out * count) * truth.features * (2.0 * d + _DRAW)  # in float32, whatever training takes
     arrays = count * WIDTH[train.state_dtype] * 2 * d * f
     return Cost(
         DeviceBytes(
@@ -25,9 +28,9 @@ def truth_cost(plan: PlannedRun, name: str) -> Cost:
             optimizer=3 * arrays,
             activations=4 * (2 * train.batch * (d + f) + 6 * train.batch * truth.features + truth.features * d),
         ),
-        count * (step_flops(seen, d, f) + 4.0 * truth.held_out * d * f) + drawn,
+        products,
         train.matmul,
-        _OVERHEAD,
+        _OVERHEAD + drawn / products,
         START,
         disk=count * 7 * 4 * 2 * d * f,
         counts=dict(samples=seen, members=count),

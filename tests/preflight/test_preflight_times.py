@@ -79,3 +79,16 @@ def test_what_is_written():
 def test_rates_are_of_this_machine():
     found = rates.matmul_rates(256, 2)
     assert set(found) == {"float32", "bfloat16"} and all(rate > 1e7 for rate in found.values())
+
+
+def test_known_features_and_circuits_against_a_timed_run():
+    """`make demo-truth` on two cores."""
+    world = dict(truth__features=1024, truth__dimensions=256, truth__held_out=50_000, truth__roots=0)
+    trained = dict(train__kinds=("topk", "batchtopk"), train__expansion=4, train__batch=512, train__epochs=1)
+    asked = world | trained | dict(train__matmul="bfloat16", known__circuits=("chain", "induction", "logic"))
+    seconds = make_needs(shape("smollm2-135m"), **asked).seconds(dict(float32=170e9, bfloat16=434e9))
+    assert 1 / 1.3 < seconds["ground_truth"] / 87 < 1.3 and 1 / 1.3 < seconds["known_circuits"] / 197 < 1.3
+    # Vectors are drawn in float32, however fast the products of training are.
+    needs = [make_needs(shape("smollm2-135m"), **asked | dict(truth__features=count)) for count in (1024, 2048)]
+    few, many = (one.seconds(dict(float32=170e9, bfloat16=1e15))["ground_truth"] for one in needs)
+    assert many - few > 3 * 1e6 * 1024 * 2 * 256 / 170e9

@@ -37,12 +37,12 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
     Raises:
       Interrupted: asked to stop; transcoders and what a stage has finished are kept.
     """
-    with _little_effort():
+    with little_effort():
         return _judge(run)
 
 
 @contextlib.contextmanager
-def _little_effort() -> Iterator[None]:
+def little_effort() -> Iterator[None]:
     """Programs of models this small take longer to compile well than to run."""
     before = jax.config.values[_EFFORT]
     jax.config.update(_EFFORT, -1.0)
@@ -64,7 +64,7 @@ def _judge(run: Run) -> KnownCircuitResults:
         if run.stopping():
             raise Interrupted("stopped while transcoders were judged: run the same command to go on")
         transcoders = open_transcoders(folder)
-        neuron_of, recovered = _matched(case, transcoders, config.seed)
+        neuron_of, recovered = matched_neurons(case, transcoders, config.seed)
         edges = judge_edges(model, transcoders, case.model, traced, neuron_of)
         causal = None
         if case.layer is not None:
@@ -94,7 +94,7 @@ def _traced(case: Case, count: int) -> list[Prompt]:
     return [one for name in behaviours for one in [one for one in tests if one.behaviour == name][:count]]
 
 
-def _matched(case: Case, transcoders: LayerTranscoders, seed: int) -> tuple[dict[tuple[int, int], int], float]:
+def matched_neurons(case: Case, transcoders: LayerTranscoders, seed: int) -> tuple[dict[tuple[int, int], int], float]:
     """Layer and feature -> the neuron that it stands for, by their decoders; and the share of neurons that have one."""
     found: dict[tuple[int, int], int] = {}
     cosines: list[np.ndarray] = []

@@ -37,5 +37,6 @@ KNOWN_CIRCUITS = Stage(
     groups=(KnownConfig,),
     placement=(MeshConfig,),
     names=lambda configs: configs["known"].circuits,
+    cost="saejax.ground_truth.circuits.cost:known_cost",
     section="saejax.ground_truth.circuits.report:sections",
 )
