@@ -25,7 +25,12 @@ def encoded(values_NxD: np.ndarray, norms_N: np.ndarray) -> np.ndarray:
 
 
 def decoded(codes_NxD: np.ndarray, norms_N: np.ndarray) -> np.ndarray:
-    """The vectors of ``encoded`` in bfloat16, given their norms."""
+    """Vectors in bfloat16.
+
+    Args:
+      codes_NxD: as ``encoded`` gave them.
+      norms_N: as it took them.
+    """
     values_NxD = _VALUES.take(codes_NxD)
     values_NxD *= _scale_Nx1(norms_N, codes_NxD.shape[1])
     return values_NxD.astype(ml_dtypes.bfloat16)

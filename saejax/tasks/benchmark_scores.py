@@ -10,7 +10,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -58,93 +58,72 @@ def score_items(
     prompter = make_prompter(name, task, lm.tokenizer)
     ways: dict[str, Callable[..., Sequence[ScoredItem]]]
     ways = dict(generate=_generate, choice=_choose, likelihood=_reference)
-    prompts = [prompter.prompt(item) for item in items]
-    score = ways[scored or way(name, task)]
-    return [*score(lm, prompter, items, prompts, task, tuple(edits))] if items else []
+    score, prompts = ways[scored or way(name, task)], [prompter.prompt(item) for item in items]
+    return [*score(lm, _Asked(prompter, items, prompts, task, tuple(edits)))] if items else []
 
 
-def _asked(item: Item, prompt: str) -> tuple[str, str, str, str]:
-    """The fields of a ``ScoredItem``."""
-    return item.id, item.task, prompt, item.answer
+class _Asked(NamedTuple):
+    """Items with their prompts, and how they are asked."""
+
+    prompter: Prompter
+    items: Sequence[Item]
+    prompts: Sequence[str]
+    task: TaskConfig
+    edits: tuple[Edit, ...]
+
+    def each(self) -> list[tuple[Item, tuple[str, str, str, str]]]:
+        """Every item with the fields of its ``ScoredItem``."""
+        pairs = zip(self.items, self.prompts, strict=True)
+        return [(item, (item.id, item.task, prompt, item.answer)) for item, prompt in pairs]
 
 
-def _generate(
-    lm: LanguageModel,
-    prompter: Prompter,
-    items: Sequence[Item],
-    prompts: Sequence[str],
-    task: TaskConfig,
-    edits: tuple[Edit, ...],
-) -> list[GeneratedItem]:
-    known, ids = definition(prompter.name), [prompter.encode(prompt) for prompt in prompts]
-    for item, prompt_ids in zip(items, ids):
+def _generate(lm: LanguageModel, asked: _Asked) -> list[GeneratedItem]:
+    prompter, task = asked.prompter, asked.task
+    known, ids = definition(prompter.name), [prompter.encode(prompt) for prompt in asked.prompts]
+    for item, prompt_ids in zip(asked.items, ids):
         _check_length(lm, prompter, item, len(prompt_ids), task.max_new_tokens, " or --task.max_new_tokens")
     rows = []
-    for first in range(0, len(items), task.batch):
+    for first in range(0, len(ids), task.batch):
         batch = slice(first, first + task.batch)
-        answers = lm.generate(pad(ids[batch]), task.max_new_tokens, stop=known.stop, edits=edits)
-        for item, prompt, answer in zip(items[batch], prompts[batch], answers, strict=True):
+        answers = lm.generate(pad(ids[batch]), task.max_new_tokens, stop=known.stop, edits=asked.edits)
+        for (item, about), answer in zip(asked.each()[batch], answers, strict=True):
             verdicts = _VERDICTS[prompter.name](answer.text, item.answer)
-            rows.append(
-                GeneratedItem(
-                    *_asked(item, prompt), answer.text, answer.finished, verdicts["strict"], verdicts["flexible"]
-                )
-            )
+            rows.append(GeneratedItem(*about, answer.text, answer.finished, verdicts["strict"], verdicts["flexible"]))
     return rows
 
 
-def _choose(
-    lm: LanguageModel,
-    prompter: Prompter,
-    items: Sequence[Item],
-    prompts: Sequence[str],
-    task: TaskConfig,
-    edits: tuple[Edit, ...],
-) -> list[ChosenItem]:
-    asked = [(item, prompt, choice) for item, prompt in zip(items, prompts) for choice in item.choices]
-    scored = iter(_scored(lm, prompter, asked, edits))
+def _choose(lm: LanguageModel, asked: _Asked) -> list[ChosenItem]:
+    choices = [(item, prompt, one) for item, prompt in zip(asked.items, asked.prompts) for one in item.choices]
+    scored = iter(_scored(lm, asked, choices))
     rows = []
-    for item, prompt in zip(items, prompts, strict=True):
+    for item, about in asked.each():
         totals = [next(scored).total for _ in item.choices]
         per_character = [total / len(choice) for total, choice in zip(totals, item.choices)]
         chosen = (item.choices[int(np.argmax(scores))] for scores in (totals, per_character))
         verdicts = (Verdict(choice, choice == item.answer) for choice in chosen)
-        rows.append(ChosenItem(*_asked(item, prompt), item.choices, totals, *verdicts))
+        rows.append(ChosenItem(*about, item.choices, totals, *verdicts))
     return rows
 
 
-def _reference(
-    lm: LanguageModel,
-    prompter: Prompter,
-    items: Sequence[Item],
-    prompts: Sequence[str],
-    task: TaskConfig,
-    edits: tuple[Edit, ...],
-) -> list[ReferenceItem]:
-    scored = _scored(lm, prompter, [(item, prompt, item.solution) for item, prompt in zip(items, prompts)], edits)
+def _reference(lm: LanguageModel, asked: _Asked) -> list[ReferenceItem]:
+    solutions = [(item, prompt, item.solution) for item, prompt in zip(asked.items, asked.prompts)]
     return [
         ReferenceItem(
-            *_asked(item, prompt),
+            *about,
             solution=item.solution,
             tokens=one.tokens,
             log_likelihood=one.total,
             log_likelihood_per_token=one.per_token,
             token_accuracy=one.correct_tokens / one.tokens,
         )
-        for item, prompt, one in zip(items, prompts, scored, strict=True)
+        for (item, about), one in zip(asked.each(), _scored(lm, asked, solutions), strict=True)
     ]
 
 
-def _scored(
-    lm: LanguageModel, prompter: Prompter, asked: Sequence[tuple[Item, str, str]], edits: tuple[Edit, ...]
-) -> list[Likelihood]:
-    """The log-likelihood of each answer after its prompt."""
-    contexts, continuations = [], []
-    for item, prompt, answer in asked:
-        context, continuation = encode_answer(lm, prompter, item, prompt, answer)
-        contexts.append(context)
-        continuations.append(continuation)
-    return loglikelihoods(lm, contexts, continuations, edits)
+def _scored(lm: LanguageModel, asked: _Asked, answers: Sequence[tuple[Item, str, str]]) -> list[Likelihood]:
+    """The log-likelihood of each answer after its item's prompt."""
+    pairs = [encode_answer(lm, asked.prompter, *answer) for answer in answers]
+    return loglikelihoods(lm, [context for context, _ in pairs], [answer for _, answer in pairs], asked.edits)
 
 
 def encode_answer(

@@ -1,115 +1,21 @@
 """The report over a made-up workspace: complete in itself, says what was found, and says no when it is no."""
 
 import dataclasses
-import html.parser
-import itertools
-import json
 import re
-import shutil
-import subprocess
-from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from made_up_workspace import made_up_contexts, make_run, make_workspace
-from test_figures import contrast
+from made_up_workspace import make_run, make_workspace
+from report_page import Page
 
 from saejax import registry
 from saejax.config import define_flags, from_flags
 from saejax.errors import UserError
-from saejax.report import run as report
 from saejax.report.run import run_report, token_text
 from saejax.results import load_results, to_json
 from saejax.workspace import SUMMARY, read_json, write_json
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use", "rect"}
-
-
-class Page(html.parser.HTMLParser):
-    """Tags (with attributes), ids and visible text of a page; refuses tags that are not closed in order."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.text, self._open = [], "", []
-        self.feed(text)
-        self.close()
-        assert not self._open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if self._open and self._open[-1] not in ("style", "script"):
-            self.text += data
-
-    def attributes(self, *names):
-        return [attrs[name] for _, attrs in self.tags for name in names if attrs.get(name)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def contexts_are_made_up():
-    """No store is searched: the contexts are made up, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "contexts", lambda run, name, features, count: made_up_contexts(features, count))
-        yield
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The report on the made-up workspace: its folder, its results, its page."""
-    root = tmp_path_factory.mktemp("report")
-    run = make_run(root, make_workspace(root))
-    results = run_report(run)
-    return run.folder, results, Page((run.folder / "index.html").read_text(encoding="utf-8"))
-
-
-def test_the_page_is_complete_in_itself(made):
-    folder, results, page = made
-    links = page.attributes("src", "href", "xlink:href", "srcset", "action", "data")
-    ids = page.attributes("id")
-    assert len(ids) == len(set(ids))
-    assert [link for link in links if not link.startswith(("#", "data:"))] == []
-    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
-    assert not {"script", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
-    text = (folder / "index.html").read_text(encoding="utf-8")
-    assert "@import" not in text and not re.search(r"url\((?!#)", text)
-    assert results.html_bytes == len(text.encode()) < 1_500_000
-
-
-def test_figures_are_written_embedded_and_described(made):
-    folder, results, page = made
-    names = {"ablation", "baselines", "training", "density", "cumulative", "doses", "every_feature_agreement"}
-    names |= {f"features_{name}" for name in results.grades}
-    assert set(results.figures) == names
-    assert {path.name for path in (folder / "figures").iterdir()} == {
-        f"{n}.{end}" for n in names for end in ("png", "svg")
-    }
-    described = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(described) == len(names)
-    assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 40 for attrs in described)
-    assert sum(tag == "figcaption" for tag, _ in page.tags) == len(names)
-    markdown = (folder / "report.md").read_text(encoding="utf-8")
-    linked = re.findall(r"\]\((figures/[^)]+)\)", markdown)
-    assert len(linked) == len(names) and all((folder / unquote(link)).exists() for link in linked)
-
-
-def test_headings_go_down_one_level_at_a_time(made):
-    levels = [int(tag[1]) for tag, _ in made[2].tags if re.fullmatch(r"h[1-6]", tag)]
-    assert levels[0] == 1 and levels.count(1) == 1
-    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+pytestmark = pytest.mark.usefixtures("contexts_are_made_up")
 
 
 def both(made):
@@ -207,15 +113,6 @@ def test_a_run_with_stacks_lists_their_members_and_draws_the_frontier(tmp_path):
     assert any("topk: explained variance 0.860 to 0.910 at L0 32 to 104." in text for text in described)
 
 
-def test_tokens_arrive_as_they_are(made):
-    folder, _, page = made
-    assert "<b>6 & 2</b> |" in page.text and "<b>&amp;" in page.text  # as text, not as markup
-    assert not any(attrs for tag, attrs in page.tags if tag == "b" and "style" not in attrs)
-    markdown = (folder / "report.md").read_text(encoding="utf-8")
-    assert "\\<b\\>&amp;amp;↵↵" in markdown
-    assert re.search(r"<b>[^<]+</b>", markdown)
-
-
 def test_features_have_numbers_contexts_and_where_they_are_missing_a_reason(made):
     _, results, _ = made
     assert results.contexts[7] == 0 and set(results.contexts.values()) == {0, 5}
@@ -225,15 +122,6 @@ def test_features_have_numbers_contexts_and_where_they_are_missing_a_reason(made
         for feature in results.contexts:
             assert f"Feature {feature}" in text
         assert "also among the top features of: Subject-verb agreement, Capital of a country" in text
-
-
-def test_one_maximum_per_context_is_bold_and_coloured(made):
-    strips = re.findall(r'<span class="strip">(.*?)</span> <small>', (made[0] / "index.html").read_text(), re.DOTALL)
-    assert len(strips) == sum(n for n in made[1].contexts.values()) + 0 * len(made[1].contexts) or len(strips) > 20
-    for strip in strips:
-        assert len(re.findall(r'<b style="--heat:', strip)) == 1
-        heats = [float(heat) for heat in re.findall(r"--heat:([0-9.]+)", strip)]
-        assert heats and all(0 <= heat <= 1 for heat in heats)
 
 
 def test_all_no_one_dictionary_long_lists_and_an_empty_one(tmp_path):
@@ -314,49 +202,6 @@ def test_token_text_keeps_the_leading_space():
 
     text = token_text(SentencePiece())
     assert [text(1), text(2), text(3)] == [" Paris", "is", "\n"]
-
-
-def test_text_stands_out_in_both_themes(made):
-    style = re.search(r"<style>(.*?)</style>", (made[0] / "index.html").read_text(), re.DOTALL).group(1)
-    themes = re.findall(r"color-scheme: light dark;\s*(.*?)\}|dark\) \{\s*:root \{(.*?)\}", style, re.DOTALL)
-    assert len(themes) == 2
-    for theme in ("".join(parts) for parts in themes):
-        colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", theme))
-        warm = re.search(r"--warm: (\d+) (\d+) (\d+)", theme).groups()
-        colours["warm"] = "#" + "".join(f"{int(channel):02x}" for channel in warm)
-        for ink, paper in [
-            *[(ink, paper) for ink in ("ink", "soft", "link") for paper in ("paper", "card")],
-            ("ink", "warm"),
-            ("badge", "yes"),
-            ("badge", "no"),
-        ]:
-            assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_nothing_is_wider_than_a_phone(made, tmp_path):
-    page = (made[0] / "index.html").resolve()
-    script = """f.onload = () => {
-      const page = f.contentDocument, root = page.documentElement;
-      const wide = [...page.querySelectorAll('body *')].filter(
-        e => !e.closest('.table, pre, svg') && e.getBoundingClientRect().right > 361);
-      const over = root.scrollWidth - root.clientWidth;
-      document.title = JSON.stringify({over, wide: wide.map(e => e.outerHTML.slice(0, 80))});
-    }"""
-    wrapper = tmp_path / "phone.html"
-    wrapper.write_text(
-        f'<!doctype html><title></title><iframe id=f style="width:360px;height:800px;border:0"></iframe>'
-        f"<script>{script}; f.src = {json.dumps(page.as_uri())}</script>"
-    )
-    options = (
-        "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-sync --no-first-run "
-        f"--allow-file-access-from-files --virtual-time-budget=5000 --user-data-dir={tmp_path / 'profile'} --dump-dom"
-    )
-    out = subprocess.run(
-        [CHROMIUM, *options.split(), Path(wrapper).as_uri()], capture_output=True, text=True, check=True
-    ).stdout
-    measured = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", out).group(1)))
-    assert measured == dict(over=0, wide=[])
 
 
 def test_results_of_every_unit_are_read_as_classes_and_written_as_they_were(made):

@@ -1,7 +1,19 @@
-"""Small made-up benchmarks for tests, written as files."""
+"""Small made-up benchmarks for tests, written as files; where real ones are; how prompts are made of either."""
 
 import json
+import os
 from pathlib import Path
+
+import pytest
+
+from saejax.settings import BENCHMARKS, TaskConfig
+from saejax.tasks.benchmark_prompts import make_prompter
+from saejax.tasks.benchmarks import Item, read_items
+
+DATA = Path(os.environ.get("SAEJAX_DATA") or Path(__file__).parents[3] / "shared" / "data")
+NEEDS_DATA = pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"real benchmarks are not in {DATA}; name their folder in SAEJAX_DATA"
+)
 
 GSM8K = [
     dict(
@@ -54,3 +66,21 @@ def write_all(folder: Path) -> Path:
     for task, rows in LOGIC.items():
         write_lines(folder / "logic" / f"{task}.jsonl", rows)
     return folder
+
+
+def read(folder, name, **changes) -> list[Item]:
+    return read_items(name, TaskConfig(benchmarks=BENCHMARKS, path=str(folder), **changes))
+
+
+class Chat:
+    """A tokenizer's chat template, as far as prompts need it."""
+
+    chat_template = "one"
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize and add_generation_prompt
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+
+def prompter(name, tokenizer=None, **changes):
+    return make_prompter(name, TaskConfig(**changes), tokenizer)

@@ -36,21 +36,7 @@ DISCOVERY = 0.05  # largest q-value of a discovery, and adjusted p-value of a su
 class Importance(Columns):
     """What each of the N features that fire on the test prompts is worth there; arrays [N], features rising.
 
-    Attributes:
-      feature: its number.
-      firing_rate, mean_activation: as ``Experiment.statistics`` counts them.
-      gradient, integrated, relp: attribution by each estimate, mean over the prompts.
-      drop, drop_low, drop_high: by how much the logit difference falls without it, mean over the prompts, and the 95 %
-        bootstrap interval.
-      accuracy_drop: by how much accuracy falls, 0 to 1.
-      effect_size: mean drop over its standard deviation; see ``scoring.separation``.
-      p_value: of a sign-flip permutation test, two-sided.
-      q_value: Benjamini and Hochberg's, over all N; the share of false discoveries is bounded if the tests are
-        independent or positively dependent.
-      p_max_t: the p-value adjusted for all N by step-down maxT, however they depend on each other.
-      control_percentile: share of the nearest features with a smaller drop, 0 to 1.
-      pearson, spearman: correlation over prompts of its largest activation with the clean logit difference; NaN where
-        one of the two is the same on every prompt.
+    Each is what the field of its name is in ``FeatureEffect``; NaN where that is None.
     """
 
     kind = "importance"

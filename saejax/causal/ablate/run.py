@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saejax.causal import positions, screening, stability
+from saejax.causal import parts, positions, screening, stability
 from saejax.causal.ablate import agreement, cost, dose, grades, nested, repeats, verdict
 from saejax.causal.ablate.experiment import ModelExperiment, PartProgress
 from saejax.causal.ablate.importance import PERMUTATIONS, measure_importance, save_drops
@@ -23,17 +23,6 @@ from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
 from saejax.causal.circuits.sizes import measure_sizes
 from saejax.causal.claims import SetEffects
-from saejax.causal.parts import (
-    Measure,
-    Measured,
-    OnProgress,
-    each_part,
-    load_run_dictionary,
-    load_run_model,
-    part_file,
-    partial_folder,
-    read_behaviours,
-)
 from saejax.causal.split import SplitModel
 from saejax.causal.statistics import least_p
 from saejax.dictionaries import Dictionary, stacks
@@ -54,12 +43,12 @@ def run_ablate(run: Run) -> AblateResults:
     positions.parse(config.positions)
     dose.check(config)
     agreement.check(config)
-    prompts, dictionary = read_behaviours(run), load_run_dictionary(run)
+    prompts, dictionary = parts.read_behaviours(run), parts.load_run_dictionary(run)
     others = {name: stacks.load_trained(name, run.inputs, "--ablate.compare") for name in config.compare}
     trainings = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats") for name in config.repeats}
 
-    def begin() -> Measure:
-        model = load_run_model(run)
+    def begin() -> parts.Measure:
+        model = parts.load_run_model(run)
         split = SplitModel(model, dictionary, config.positions, config.error)
         text = HeldOutText.of(run.configs["corpus"], run.configs["task"], model, config.text_documents)
         # The top features of each behaviour are removed from the prompts of the others, too.
@@ -67,24 +56,24 @@ def run_ablate(run: Run) -> AblateResults:
         known = {name: ModelExperiment(split, name, several[name], config).attribution() for name in several}
         tops = {name: screening.leaders(attribution_F, config.top) for name, attribution_F in known.items()}
 
-        def measure(name: str, on_progress: OnProgress) -> Measured:
+        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
             train, test = (sum(prompt.split == half for prompt in prompts[name]) for half in ("train", "test"))
             rows = cost.expected_rows(config, train, test, len(prompts), dictionary.config.n_features)
             progress = PartProgress(on_progress, round(rows))
-            asked = split, name, prompts[name], config, progress, partial_folder(run, name)
+            asked = split, name, prompts[name], config, progress, parts.partial_folder(run, name)
             experiment = ModelExperiment(*asked, attribution_F=known.get(name))
             foreign = {other: top for other, top in tops.items() if other != name}
             results = _test_and_save(
                 run, experiment, config, Beside(model, split, dictionary, text, others, trainings, foreign)
             )
-            return Measured(results, results.grades.harms.reason)
+            return parts.Measured(results, results.grades.harms.reason)
 
         return measure
 
-    parts = each_part(run, list(prompts), begin, BehaviourAblation, unit="rows")
+    measured = parts.each_part(run, list(prompts), begin, BehaviourAblation, unit="rows")
     wait_for_all("ablate: scores written")  # by the first process
-    saved = {name: _saved_effects(run, name, result) for name, result in parts.items()}
-    behaviours = grades.settled(parts, saved, config)
+    saved = {name: _saved_effects(run, name, result) for name, result in measured.items()}
+    behaviours = grades.settled(measured, saved, config)
     for name, again in repeats.hold_again(behaviours).items():
         behaviours[name] = dataclasses.replace(behaviours[name], holds_again=again)
     for name, result in behaviours.items():
@@ -154,7 +143,7 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, 
 
 def _saved_effects(run: Run, name: str, result: BehaviourAblation) -> grades.SavedEffects:
     """What the answers rest on, from the scores that a behaviour's part wrote."""
-    lines = read_lines(part_file(run, name, "-prompts.jsonl"))
+    lines = read_lines(parts.part_file(run, name, "-prompts.jsonl"))
     clean_P, joint_P, template_P = (np.array([line[of] for line in lines]) for of in ("clean", "joint", "template"))
     chosen_Q = np.array([p for p, line in enumerate(lines) if line["draws"] is not None])
     draws_QxN = np.array([lines[p]["draws"] for p in chosen_Q])
@@ -203,8 +192,8 @@ def _save_scores(
         for kind, (sets_NxC, _) in beside.items()
         for n, features_C in enumerate(sets_NxC)
     ]
-    write_lines(part_file(run, experiment.name, "-prompts.jsonl"), by_prompt)
-    write_lines(part_file(run, experiment.name, "-controls.jsonl"), sets)
+    write_lines(parts.part_file(run, experiment.name, "-prompts.jsonl"), by_prompt)
+    write_lines(parts.part_file(run, experiment.name, "-controls.jsonl"), sets)
 
 
 def _with_sets(

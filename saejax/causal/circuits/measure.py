@@ -5,17 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.causal.circuits.hypotheses import (
-    LEVEL,
-    TESTS,
-    Outcome,
-    apart,
-    equivalence,
-    independence,
-    minimality,
-    necessity,
-    sufficiency,
-)
+from saejax.causal.circuits import hypotheses
 from saejax.causal.circuits.results import Answer, CircuitFeature, CircuitResult, CircuitTest
 from saejax.causal.controls import FeatureStatistics, draw_alike, draw_controls, fitting_matches
 from saejax.causal.experiment import Experiment
@@ -82,15 +72,15 @@ def test_circuit(
     fires_F = statistics.fires_at_all_F
     members = [int(feature) for feature in features if fires_F[feature]]
     if not members:
-        tests = dict.fromkeys(TESTS, CircuitTest(None, None, None, None, None))
+        tests = dict.fromkeys(hypotheses.TESTS, CircuitTest(None, None, None, None, None))
         return CircuitResult(len(features), 0, clean=None, kept=None, removed=None, tests=tests, features=()), None
     scores = _measure(experiment, statistics, members, config)
     fires_K = fires_F[list(features)]
     # A feature that never fires has no matched one, and changes nothing: it beats none.
     change_K, random_change_NxK = np.zeros(len(features)), np.zeros((DRAWS, len(features)))
-    change_K[fires_K] = apart(scores.kept_P, scores.lesser_KxP)
-    random_change_NxK[:, fires_K] = apart(scores.kept_P, scores.inflated_UxP)[scores.added_NxK]
-    smallest, p_K = minimality(change_K, random_change_NxK)
+    change_K[fires_K] = hypotheses.apart(scores.kept_P, scores.lesser_KxP)
+    random_change_NxK[:, fires_K] = hypotheses.apart(scores.kept_P, scores.inflated_UxP)[scores.added_NxK]
+    smallest, p_K = hypotheses.minimality(change_K, random_change_NxK)
     by_feature = zip(features, change_K.tolist(), p_K.tolist(), holm(p_K).tolist(), strict=True)
     return CircuitResult(
         n=len(features),
@@ -100,29 +90,29 @@ def test_circuit(
         removed=float(scores.removed_P.mean()),
         tests=_answered(scores, smallest, config),
         features=tuple(
-            CircuitFeature(int(feature), change, p_value, adjusted, minimal=adjusted <= LEVEL)
+            CircuitFeature(int(feature), change, p_value, adjusted, minimal=adjusted <= hypotheses.LEVEL)
             for feature, change, p_value, adjusted in by_feature
         ),
     ), scores
 
 
-def _answered(scores: CircuitDiffs, smallest: Outcome, config: AblateConfig) -> dict[str, CircuitTest]:
+def _answered(scores: CircuitDiffs, smallest: hypotheses.Outcome, config: AblateConfig) -> dict[str, CircuitTest]:
     """The answers to all claims, given the outcome of minimality."""
     outcomes = dict(
-        equivalence=equivalence(scores.clean_P, scores.kept_P),
-        independence=independence(scores.clean_P, scores.removed_P, config.seed),
+        equivalence=hypotheses.equivalence(scores.clean_P, scores.kept_P),
+        independence=hypotheses.independence(scores.clean_P, scores.removed_P, config.seed),
         minimality=smallest,
-        sufficiency=sufficiency(scores.clean_P, scores.kept_P, scores.random_kept_NxP),
-        necessity=necessity(scores.clean_P, scores.removed_P, scores.random_removed_NxP),
+        sufficiency=hypotheses.sufficiency(scores.clean_P, scores.kept_P, scores.random_kept_NxP),
+        necessity=hypotheses.necessity(scores.clean_P, scores.removed_P, scores.random_removed_NxP),
     )
     claims = {name: outcome.p_value for name, outcome in outcomes.items() if outcome.p_value is not None}
     corrected = dict(zip(claims, holm(np.array(list(claims.values()))).tolist(), strict=True))
     return {name: _answer(outcome, corrected.get(name)) for name, outcome in outcomes.items()}
 
 
-def _answer(outcome: Outcome, p_holm: float | None) -> CircuitTest:
-    shown = p_holm is not None and p_holm <= LEVEL
-    refuted = outcome.p_against is not None and outcome.p_against <= LEVEL
+def _answer(outcome: hypotheses.Outcome, p_holm: float | None) -> CircuitTest:
+    shown = p_holm is not None and p_holm <= hypotheses.LEVEL
+    refuted = outcome.p_against is not None and outcome.p_against <= hypotheses.LEVEL
     answer: Answer = "shown" if shown else "refuted" if refuted else "inconclusive"
     return CircuitTest(outcome.statistic, outcome.p_value, p_holm, outcome.p_against, answer)
 

@@ -11,16 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saejax.causal import parts
 from saejax.causal.clustered import Resampling, of_prompts
-from saejax.causal.parts import (
-    Measure,
-    Measured,
-    OnProgress,
-    each_part,
-    load_run_dictionary,
-    load_run_model,
-    read_behaviours,
-)
 from saejax.causal.patching.disentangle import PairsJudge, compare
 from saejax.causal.patching.features import FeaturePatching
 from saejax.causal.patching.grid import make_grid, measurable
@@ -70,7 +62,7 @@ class BehaviourPairs(NamedTuple):
     left_out: Mapping[str, int]
 
 
-MeasurePairs = Callable[[BehaviourPairs, OnProgress], Measured]
+MeasurePairs = Callable[[BehaviourPairs, parts.OnProgress], parts.Measured]
 
 
 def run_patch(run: Run) -> PatchResults:
@@ -84,28 +76,28 @@ def run_patch(run: Run) -> PatchResults:
       UserError: none can be patched.
     """
     config: PatchConfig = run.configs["patch"]
-    prompts = read_behaviours(run, config.behaviours, "--patch.behaviours")
-    heads, dictionary = run.name == HEADS, None if run.name in (*KINDS, HEADS) else load_run_dictionary(run)
+    prompts = parts.read_behaviours(run, config.behaviours, "--patch.behaviours")
+    heads, dictionary = run.name == HEADS, None if run.name in (*KINDS, HEADS) else parts.load_run_dictionary(run)
 
-    def begin() -> Measure:
-        model = load_run_model(run)
+    def begin() -> parts.Measure:
+        model = parts.load_run_model(run)
         if dictionary:
             measure = _of_features(run, model, dictionary, prompts)
         else:
             measure = _of_heads(run, model) if heads else _of_sites(run, model)
 
-        def measure_pairs(name: str, on_progress: OnProgress) -> Measured:
+        def measure_pairs(name: str, on_progress: parts.OnProgress) -> parts.Measured:
             train, _ = fitting_pairs(model, prompts[name], "train")
             pairs, left_out = fitting_pairs(model, prompts[name])
             missing = _missing(train if dictionary or heads else None, pairs, left_out)
             if missing:
-                return Measured(UnpatchedBehaviour(missing), f"not patched: {missing}")
+                return parts.Measured(UnpatchedBehaviour(missing), f"not patched: {missing}")
             return measure(BehaviourPairs(name, train, pairs, left_out), on_progress)
 
         return measure_pairs
 
     kind: Any = PatchedFeatures if dictionary else PatchedHeads if heads else PatchedSites
-    found = each_part(run, list(prompts), begin, kind | UnpatchedBehaviour, "tokens" if dictionary else "rows")
+    found = parts.each_part(run, list(prompts), begin, kind | UnpatchedBehaviour, "tokens" if dictionary else "rows")
     unpatched = {name: one.unpatched for name, one in found.items() if isinstance(one, UnpatchedBehaviour)}
     _check_any_patched(found, unpatched)
     behaviours = {name: result for name, result in found.items() if name not in unpatched}
@@ -140,7 +132,7 @@ def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
     """What patches the unit's kind of site at every layer and position, and writes the grid."""
     config: PatchConfig = run.configs["patch"]
 
-    def measure(pairs: BehaviourPairs, on_progress: OnProgress) -> Measured:
+    def measure(pairs: BehaviourPairs, on_progress: parts.OnProgress) -> parts.Measured:
         patched = patch_sites(model, run.name, pairs.tests, config.batch_rows, on_progress)
         resampling = of_prompts(pairs.tests, config.bootstrap, config.seed)
         grid = make_grid(patched, resampling)
@@ -155,7 +147,7 @@ def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
             rows=WorkShare(sum(one.rows for one in every), sum(one.all_rows for one in every)),
             work=WorkShare(sum(one.work for one in every), sum(one.all_work for one in every)),
         )
-        return Measured(results, _strongest_line(results))
+        return parts.Measured(results, _strongest_line(results))
 
     return measure
 
@@ -164,7 +156,7 @@ def _of_heads(run: Run, model: LanguageModel) -> MeasurePairs:
     """What patches heads, and writes the table of their nodes."""
     config: PatchConfig = run.configs["patch"]
 
-    def measure(pairs: BehaviourPairs, on_progress: OnProgress) -> Measured:
+    def measure(pairs: BehaviourPairs, on_progress: parts.OnProgress) -> parts.Measured:
         train = pairs.train[: len(pairs.tests)]
         patching = HeadPatching(model, pairs.name, train, pairs.tests, config, on_progress)
         patching.table.save(patching.table.file(run.folder, pairs.name))
@@ -172,7 +164,7 @@ def _of_heads(run: Run, model: LanguageModel) -> MeasurePairs:
             patching.path_table.save(patching.path_table.file(run.folder, pairs.name))
         resampling = of_prompts(pairs.tests, config.bootstrap, config.seed)
         results = patching.results(differences(patching.clean_P, patching.corrupted_P, pairs.left_out, resampling))
-        return Measured(results, said(results))
+        return parts.Measured(results, said(results))
 
     return measure
 
@@ -189,7 +181,7 @@ def _of_features(
         tests = {name: fitting_pairs(model, own)[0] for name, own in prompts.items()}
         return {name: PairsJudge(split, pairs, config) for name, pairs in tests.items() if pairs}
 
-    def measure(pairs: BehaviourPairs, on_progress: OnProgress) -> Measured:
+    def measure(pairs: BehaviourPairs, on_progress: parts.OnProgress) -> parts.Measured:
         patching = FeaturePatching(split, pairs.name, pairs.train, pairs.tests, config, on_progress)
         resampling = of_prompts(pairs.tests, config.bootstrap, config.seed)
         disentangled: tuple[Disentangled, ...] = ()
@@ -198,7 +190,7 @@ def _of_features(
             disentangled = compare(split, pairs.name, pairs.train, judges(), features, config, on_progress)
         found = differences(patching.clean_P, patching.corrupted_P, pairs.left_out, resampling)
         results = patching.results(found, disentangled)
-        return Measured(results, results.interchange.said)
+        return parts.Measured(results, results.interchange.said)
 
     return measure
 

@@ -15,15 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from threadpoolctl import threadpool_limits
 
-from saejax.causal.parts import (
-    Measure,
-    Measured,
-    OnProgress,
-    each_part,
-    load_run_dictionary,
-    load_run_model,
-    read_behaviours,
-)
+from saejax.causal import parts
 from saejax.causal.probes.inputs import pooled_inputs
 from saejax.causal.probes.linear import Task, paired_difference, run_probes
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
@@ -53,7 +45,7 @@ def run_probe(run: Run) -> ProbeResults:
     if not config.strengths:
         raise UserError("--probe.strengths is empty: name at least one inverse strength, such as 0.01")
     path = run.inputs["baseline"] / "prompts.jsonl"
-    kept, every = read_behaviours(run), zip(read_prompts(path), read_logit_diffs(path), strict=True)
+    kept, every = parts.read_behaviours(run), zip(read_prompts(path), read_logit_diffs(path), strict=True)
     rows = [(prompt, diff) for prompt, diff in every if prompt.behaviour in kept]
     prompts, logit_diffs = [prompt for prompt, _ in rows], [diff for _, diff in rows]
     for split in SPLITS:
@@ -62,19 +54,19 @@ def run_probe(run: Run) -> ProbeResults:
     asked = {
         some.name: some for label in dict.fromkeys(config.labels) for some in label_prompts(label, prompts, logit_diffs)
     }
-    dictionary = load_run_dictionary(run)
+    dictionary = parts.load_run_dictionary(run)
 
-    def begin() -> Measure:
-        split = SplitModel(load_run_model(run), dictionary)
+    def begin() -> parts.Measure:
+        split = SplitModel(parts.load_run_model(run), dictionary)
         pooled = functools.cache(lambda some: pooled_inputs(split, some, config.pool))
 
-        def measure(name: str, on_progress: OnProgress) -> Measured:
+        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
             with threadpool_limits(1):  # threads of products this small only wait for each other
                 return _probe_label(config, asked[name], *pooled(asked[name].prompts), on_progress)
 
         return measure
 
-    results = tuple(each_part(run, list(asked), begin, ProbedLabel).values())
+    results = tuple(parts.each_part(run, list(asked), begin, ProbedLabel).values())
     with whole_file(run.folder / TABLE) as beside:
         pq.write_table(table(results), beside)
     return ProbeResults(config.dictionary, dictionary.site, config.pool, results)
@@ -85,8 +77,8 @@ def _probe_label(
     labelled: Labelled,
     inputs: Mapping[str, np.ndarray],
     read_N: np.ndarray,
-    on_progress: OnProgress,
-) -> Measured:
+    on_progress: parts.OnProgress,
+) -> parts.Measured:
     fits, rights = [], []
     for name, x_PxC in inputs.items() if not labelled.reason else ():
         train_NxC, test_MxC = x_PxC[labelled.train_N], x_PxC[labelled.test_M]
@@ -112,7 +104,7 @@ def _probe_label(
         unread=int((~read_N[used_P]).sum()),
         probes=tuple(rows),
     )
-    return Measured(results, _line(labelled, rows))
+    return parts.Measured(results, _line(labelled, rows))
 
 
 def _line(labelled: Labelled, rows: Sequence[ProbeFit]) -> str:

@@ -5,22 +5,9 @@ from collections.abc import Mapping
 from matplotlib.figure import Figure
 
 from saejax.causal.steer.results import BehaviourSteering, SteeringPoint, SteerResults
+from saejax.page import style
 from saejax.page.document import Block, Picture, Section, Terms, Text
 from saejax.page.findings import Draw, Findings
-from saejax.page.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PINK,
-    VIOLET,
-    error_lengths,
-    legend,
-    panels,
-    plain_log,
-    styled,
-)
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant, visible
 from saejax.page.words import behaviour, place
 
@@ -31,10 +18,10 @@ _METHODS = {
     "gradient": "mean gradient",
 }
 _LOOKS = {
-    "features": (ORANGE, "-", "o"),
-    "clamp": (PINK, ":", "D"),
-    "difference": (BLUE, "--", "s"),
-    "gradient": (VIOLET, "-.", "v"),
+    "features": (style.ORANGE, "-", "o"),
+    "clamp": (style.PINK, ":", "D"),
+    "difference": (style.BLUE, "--", "s"),
+    "gradient": (style.VIOLET, "-.", "v"),
 }
 
 
@@ -86,19 +73,19 @@ def _picture(steered: Mapping[str, BehaviourSteering], draw: Draw) -> Picture:
     return draw("steering", steering({behaviour(name): one for name, one in steered.items()}), caption, alt)
 
 
-@styled
+@style.styled
 def steering(steered: Mapping[str, BehaviourSteering]) -> Figure:
     """Share of answers that turn, against the dose, a panel for each behaviour.
 
     Args:
       steered: title -> its results.
     """
-    figure, below = panels([1.9] * (len(steered) - 1) + [2.3], list(steered))
+    figure, below = style.panels([1.9] * (len(steered) - 1) + [2.3], list(steered))
     for axes, result in zip(below, steered.values(), strict=True):
         doses = [one.dose for one in result.random]
         low, high = ([100 * getattr(one.flipped, end) for one in result.random] for end in ("low", "high"))
-        axes.fill_between(doses, low, high, color=GREY, alpha=0.25, linewidth=0, label="random directions")
-        axes.plot(doses, [100 * one.flipped.mean for one in result.random], color=GREY, linewidth=1)
+        axes.fill_between(doses, low, high, color=style.GREY, alpha=0.25, linewidth=0, label="random directions")
+        axes.plot(doses, [100 * one.flipped.mean for one in result.random], color=style.GREY, linewidth=1)
         for name, method in result.methods.items():
             color, dashes, marker = _LOOKS[name]
             axes.plot(*_of(method.points), dashes, color=color, linewidth=1.4)
@@ -106,14 +93,14 @@ def steering(steered: Mapping[str, BehaviourSteering]) -> Figure:
                 size = 7.5 if number_ == method.chosen else 4
                 _mark(axes, point, color, marker, size, _METHODS[name])
         if result.prompting:
-            _mark(axes, result.prompting.target, GREEN, "^", 7.5, "examples of the target")
-            _mark(axes, result.prompting.correct, GREEN, "^", 7.5, "examples with right answers", hollow=True)
+            _mark(axes, result.prompting.target, style.GREEN, "^", 7.5, "examples of the target")
+            _mark(axes, result.prompting.correct, style.GREEN, "^", 7.5, "examples with right answers", hollow=True)
         axes.set_xscale("log")
-        plain_log(axes.xaxis)
+        style.plain_log(axes.xaxis)
         axes.set(ylim=(-7, 107), yticks=(0, 50, 100), ylabel="%")
-        axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
+        axes.grid(axis="y", color=style.INK, alpha=0.13, linewidth=0.7)
     below[-1].set_xlabel("dose: length of the change, in mean lengths of the values")
-    legend(below[-1], 1)
+    style.legend(below[-1], 1)
     return figure
 
 
@@ -123,8 +110,9 @@ def _of(points: tuple[SteeringPoint, ...]) -> tuple[list[float], list[float]]:
 
 
 def _mark(axes, point: SteeringPoint, color: str, marker: str, size: float, label: str, hollow: bool = False) -> None:
+    lengths_2x1 = style.error_lengths(point.flipped, 100)
     axes.errorbar(
-        [point.dose], [100 * point.flipped.mean], yerr=error_lengths(point.flipped, 100), color=color, marker=marker,
+        [point.dose], [100 * point.flipped.mean], yerr=lengths_2x1, color=color, marker=marker,
         markersize=size, markerfacecolor="none" if hollow else color, linestyle="none", elinewidth=1, capsize=2,
         label=label,
     )  # fmt: skip

@@ -12,18 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from saejax.causal import parts
 from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.claims import SetEffects, claims
-from saejax.causal.parts import (
-    Measure,
-    Measured,
-    OnProgress,
-    each_part,
-    load_run_dictionary,
-    load_run_model,
-    part_file,
-    read_behaviours,
-)
 from saejax.causal.split import SplitModel
 from saejax.causal.steer.draws import rule
 from saejax.causal.steer.measure import Judged, SteeringTest
@@ -46,41 +37,41 @@ def run_steer(run: Run) -> SteerResults:
     if not config.doses:
         raise UserError("--steer.doses is empty: name at least one, such as 0.4")
     config = dataclasses.replace(config, doses=tuple(sorted(set(config.doses))))
-    prompts, dictionary = read_behaviours(run), load_run_dictionary(run)
+    prompts, dictionary = parts.read_behaviours(run), parts.load_run_dictionary(run)
 
-    def begin() -> Measure:
-        model = load_run_model(run)
+    def begin() -> parts.Measure:
+        model = parts.load_run_model(run)
         split = SplitModel(model, dictionary, config.positions)
         text = HeldOutText.of(run.configs["corpus"], run.configs["task"], model, config.text_documents)
 
-        def measure(name: str, on_progress: OnProgress) -> Measured:
+        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
             judged = SteeringTest(model, split, prompts[name], text, config, on_progress).judge()
-            write_lines(part_file(run, name, "-prompts.jsonl"), _rows(judged))
-            return Measured(judged.results, _line(judged.results))
+            write_lines(parts.part_file(run, name, "-prompts.jsonl"), _rows(judged))
+            return parts.Measured(judged.results, _line(judged.results))
 
         return measure
 
-    parts = each_part(run, list(prompts), begin, BehaviourSteering, "prompts")
+    found = parts.each_part(run, list(prompts), begin, BehaviourSteering, "prompts")
     return SteerResults(
         dictionary=config.dictionary,
         site=dictionary.config.target or dictionary.site,
         positions=config.positions,
-        behaviours=_settled(run, parts, config),
+        behaviours=_settled(run, found, config),
     )
 
 
-def _settled(run: Run, parts: Mapping[str, BehaviourSteering], config: SteerConfig) -> dict[str, BehaviourSteering]:
+def _settled(run: Run, found: Mapping[str, BehaviourSteering], config: SteerConfig) -> dict[str, BehaviourSteering]:
     """The behaviours with the answers of the run: each method of each behaviour is one of the claims that it makes."""
     effects = {}
-    for name, result in parts.items():
-        drawn = [row for row in read_lines(part_file(run, name, "-prompts.jsonl")) if row["draws"]]
+    for name, result in found.items():
+        drawn = [row for row in read_lines(parts.part_file(run, name, "-prompts.jsonl")) if row["draws"]]
         clean_Q, template_Q = (np.array([row[of] for row in drawn]) for of in ("clean", "template"))
         for method, own in result.methods.items():
             steered_Q = np.array([row["steered"][method][own.chosen] for row in drawn])
             draws_NxQ = np.array([row["draws"][method] for row in drawn]).T
             effects[name, method] = SetEffects.of(clean_Q, steered_Q, draws_NxQ, template_Q, None)
-    found = claims({" ".join(key): one for key, one in effects.items()}, rule(config))
-    answers = dict(zip(effects, found.values(), strict=True))
+    judged = claims({" ".join(key): one for key, one in effects.items()}, rule(config))
+    answers = dict(zip(effects, judged.values(), strict=True))
     return {
         name: dataclasses.replace(
             result,
@@ -88,7 +79,7 @@ def _settled(run: Run, parts: Mapping[str, BehaviourSteering], config: SteerConf
                 method: dataclasses.replace(own, claim=answers[name, method]) for method, own in result.methods.items()
             },
         )
-        for name, result in parts.items()
+        for name, result in found.items()
     }
 
 

@@ -1,0 +1,177 @@
+"""Worked examples: their answers are right, and they stand before the questions as they should."""
+
+import dataclasses
+import itertools
+import json
+import re
+from datetime import date
+
+import pytest
+from benchmark_rows import DATA, NEEDS_DATA, Chat, prompter, read, write_lines
+
+from saejax.errors import UserError
+from saejax.models import source
+from saejax.settings import BENCHMARKS, ModelConfig
+from saejax.tasks import exemplars
+from saejax.tasks.answers import last_boxed
+from saejax.tasks.benchmarks import DEFINITIONS, LOGIC_TASKS, Item
+
+
+def test_the_calculations_of_gsm8k_examples_are_right():
+    for _, solution in exemplars.GSM8K:
+        steps = re.findall(r"<<([0-9.*/+-]+)=([0-9.]+)>>([0-9]+)", solution)
+        assert steps and solution.count("<<") == len(steps)
+        for calculation, result, repeated in steps:
+            assert eval(calculation) == float(result) and result == repeated
+        assert solution.endswith(f"#### {steps[-1][1]}")
+
+
+def test_the_answers_of_math_examples_are_right():
+    answers = [last_boxed(solution) for _, solution in exemplars.MATH]
+    roots = [x for x in range(1, 100) if x * x - 3 * x == 28]
+    throws = list(itertools.product("HT", "HT", range(1, 7)))
+    share = sum(throw[:2] == ("H", "H") and throw[2] < 3 for throw in throws), len(throws)
+    assert answers[:4] == [str(roots[0]), r"\frac{1}{12}", "5", str(2**10 % 7)] and share[1] == 12 * share[0]
+    assert 5 + 4 * 5 == 5**2
+    assert answers[4] == "3a - 3" and all((a * a - 9) / (a + 3) + 2 * a == 3 * a - 3 for a in range(1, 9))
+
+
+def test_the_answers_of_true_and_false_examples_are_right():
+    for question, answer in exemplars.LOGIC["boolean_expressions"]:
+        assert str(eval(question.removesuffix(" is"))) == answer
+    for question, answer in exemplars.LOGIC["web_of_lies"]:
+        sentences = question.removeprefix("Question: ").split(". ")
+        truthful = {sentences[0].split()[0]: "tells the truth" in sentences[0]}
+        for speaker, other, claim in (re.fullmatch(r"(\w+) says (\w+) (.+)", s).groups() for s in sentences[1:-1]):
+            truthful[speaker] = truthful[other] == (claim == "tells the truth")
+        asked = re.fullmatch(r"Does (\w+) tell the truth\?", sentences[-1])[1]
+        assert answer == ("Yes" if truthful[asked] else "No")
+
+
+# What each example of an ordering says, as conditions on places (0 is left, first, cheapest or lowest), by initials.
+ORDERS = {
+    "Three jars": ("hsr", lambda p: p["r"] < p["s"] < p["h"], 0),
+    "Three runners": ("OPR", lambda p: p["P"] < p["R"] < p["O"], 1),
+    "Three lamps": ("dfw", lambda p: p["f"] == 2 and p["w"] > p["d"], 0),
+    "Five books": (
+        ["red", "blue", "green", "white", "black"],
+        lambda p: p["white"] == 0 and p["black"] == 4 and p["red"] == 1 and p["green"] < p["blue"],
+        2,
+    ),
+    "Five boats": ("HOSTW", lambda p: p["T"] == 1 and p["H"] == 4 and p["W"] < p["T"] and p["O"] > p["S"], 3),
+    "Five cheeses": ("BCEFG", lambda p: p["E"] == 4 and p["F"] == 0 and p["B"] > p["C"] and p["G"] > p["B"], 3),
+    "Seven pots": (
+        ["basil", "chives", "dill", "mint", "parsley", "sage", "thyme"],
+        lambda p: (
+            p["mint"] == 0
+            and p["thyme"] == 6
+            and p["sage"] == 3
+            and p["basil"] == 1
+            and p["dill"] == 2
+            and p["chives"] < p["parsley"]
+        ),
+        4,
+    ),
+    "Seven skiers": (
+        "ABCDEFG",
+        lambda p: (
+            p["C"] == 0 and p["G"] == 6 and p["D"] == 2 and p["F"] == p["D"] - 1 and p["A"] == 5 and p["E"] < p["B"]
+        ),
+        4,
+    ),
+    "Seven towers": (
+        "ABCFLOP",
+        lambda p: p["O"] == 6 and p["F"] == 0 and p["C"] > p["A"] > p["P"] > p["B"] > p["L"],
+        5,
+    ),
+}
+
+
+def test_the_answers_of_orderings_follow_and_are_the_only_ones():
+    tasks = [task for task in LOGIC_TASKS if task.startswith("logical_deduction")]
+    shown = [example for task in tasks for example in exemplars.LOGIC[task]]
+    assert len(shown) == len(ORDERS)
+    for question, answer in shown:
+        objects, holds, place = next(order for start, order in ORDERS.items() if question.startswith(start))
+        orders = [dict(zip(order, range(9))) for order in itertools.permutations(objects)]
+        there = {next(name for name in objects if p[name] == place) for p in orders if holds(p)}
+        options = dict(re.findall(r"^(\([A-Z]\)) (?:The )?(?:jar of )?(\w+)", question, re.M))
+        assert len(options) == len(objects) and len(there) == 1
+        assert options[answer].startswith(there.pop())
+
+
+def test_the_answers_of_dates_are_right():
+    days = [date(2023, 3, 17 - 2), date.fromordinal(date(2001, 1, 31).toordinal() + 7), date(2008, 6, 10 - 1)]
+    for (question, answer), day in zip(exemplars.LOGIC["date_understanding"], days, strict=True):
+        assert f"{answer} {day:%m/%d/%Y}\n" in question + "\n" and question.count(f"{day:%m/%d/%Y}") == 1
+    assert date(2023, 3, 17).strftime("%A") == "Friday"
+
+
+def test_questions_are_asked_as_usual():
+    item = Item("a:1", "", "How many?", "So 3.\n#### 3", "3")
+    assert prompter("gsm8k", shots=0).prompt(item) == "Question: How many?\nAnswer:"
+    assert prompter("math", shots=0).prompt(item) == "Problem:\nHow many?\n\nSolution:"
+    item = dataclasses.replace(item, task="web_of_lies")
+    assert prompter("logic", shots=0).prompt(item) == "Q: How many?\nA:"
+    (question, answer), *_ = exemplars.LOGIC["web_of_lies"]
+    assert prompter("logic", shots=1).prompt(item) == f"Q: {question}\nA: {answer}\n\nQ: How many?\nA:"
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_worked_examples_come_first_and_have_the_form_of_items(name):
+    known = DEFINITIONS[name]
+    for part in known.parts:
+        item = Item("a:1", part, "Why?", "", "")
+        whole = prompter(name).prompt(item)
+        shown = (dict(gsm8k=exemplars.GSM8K, math=exemplars.MATH) | exemplars.LOGIC)[part or name][: known.shots]
+        assert len(shown) == known.shots == dict(gsm8k=5, math=4, logic=3)[name]
+        assert whole == "".join(f"{known.question.format(q)} {a}\n\n" for q, a in shown) + known.question.format("Why?")
+        assert not any(stop in answer for _, answer in shown for stop in known.stop)
+
+
+def test_examples_are_read_as_items_are(tmp_path):
+    rows = [dict(question=q, answer=a) for q, a in exemplars.GSM8K]
+    write_lines(tmp_path / "gsm8k.jsonl", rows)
+    write_lines(tmp_path / "math.jsonl", [dict(problem=q, solution=a) for q, a in exemplars.MATH])
+    for task in LOGIC_TASKS:
+        write_lines(tmp_path / "logic" / f"{task}.jsonl", [dict(input=q, target=a) for q, a in exemplars.LOGIC[task]])
+    assert [len(read(tmp_path, name, examples=n)) for name, n in (("gsm8k", 8), ("math", 5), ("logic", 18))] == [
+        8,
+        5,
+        18,
+    ]
+
+
+def test_the_chat_template_holds_the_examples_as_turns():
+    item = Item("a:1", "", "How many?", "", "")
+    (question, answer), *_ = exemplars.GSM8K
+    chat = prompter("gsm8k", Chat(), shots=1, chat_template=True)
+    start = "<user>Solve the problem step by step. End with a line that holds '#### ' and the answer as a number.\n\n"
+    assert chat.prompt(item) == f"{start}{question}<assistant>{answer}<user>How many?<assistant>"
+    assert chat.delimiter == "" and prompter("gsm8k").delimiter == " "
+    assert prompter("gsm8k", Chat(), shots=0, chat_template=True).prompt(item) == f"{start}How many?<assistant>"
+
+
+def test_smollm2s_own_template():
+    tokenizer = source.load_tokenizer(source.resolve(ModelConfig()))
+    chat = prompter("logic", tokenizer, shots=0, chat_template=True)
+    text = chat.prompt(Item("a:1", "web_of_lies", "Does it?", "", ""))
+    assert (
+        text.endswith("<|im_start|>assistant\n") and text.count("Answer with the right choice alone.\n\nDoes it?") == 1
+    )
+    assert chat.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_prompts_that_cannot_be_made_are_refused():
+    with pytest.raises(UserError, match="shots=9: gsm8k has 8 worked examples; expected 0 to 8"):
+        prompter("gsm8k", shots=9)
+    with pytest.raises(UserError, match="tokenizer has no chat template"):
+        prompter("gsm8k", object(), chat_template=True)
+
+
+@NEEDS_DATA
+def test_no_worked_example_is_from_a_benchmark():
+    files = [DATA / "gsm8k" / "test.jsonl", *sorted((DATA / "logic").glob("*.jsonl"))]
+    real = {value for path in files for line in path.open(encoding="utf-8") for value in json.loads(line).values()}
+    own = {q for q, _ in (*exemplars.GSM8K, *itertools.chain(*exemplars.LOGIC.values()))}
+    assert not own & real
