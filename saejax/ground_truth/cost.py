@@ -15,7 +15,7 @@ _DRAW = 800
 def truth_cost(plan: PlannedRun, name: str) -> Cost:
     """Training of all members on the samples, which are drawn as they are needed, and a pass over the held-out ones."""
     truth, train = plan.configs["truth"], plan.configs["train"]
-    d, f = truth.dimensions, truth.dimensions * train.expansion
+    d, f = truth.dimensions, train.features_of(truth.dimensions)
     count = len(members(train, train.kinds[0] if name == CONTROLS else name, [SITE]))
     seen = truth.samples * train.epochs
     seen = min(seen, train.max_steps * train.batch or seen)

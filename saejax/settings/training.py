@@ -45,6 +45,7 @@ class TrainConfig(Config):
         choices=("sae", "transcoder", "skip_transcoder", "cross_layer_transcoder"),
     )
     expansion: int = setting(8, "features per input dimension", low=1)
+    features: int = setting(0, "features, such as 16384, whatever the width; 0: by --train.expansion", low=0)
     k: tuple[int, ...] = setting(
         (32,), "active features per token (or a list)", low=1, swept=True, only=read_by_kind("k")
     )
@@ -185,7 +186,8 @@ class TrainConfig(Config):
     init_from: str = setting(
         "",
         "folder of a dictionary to start from, in any format (ours, SAELens, sparsify); for a stack also a train unit "
-        "with members of the same names, or a circuit-tracer set; empty: random dictionaries",
+        "with members of the same names, or a circuit-tracer set; where it has fewer features, the others start at "
+        "random; empty: random dictionaries",
         changes_results=False,  # what is found there counts, not its place
     )
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
@@ -211,6 +213,10 @@ class TrainConfig(Config):
     def __post_init__(self):
         object.__setattr__(self, "sites", expand_ranges(self.sites))
         super().__post_init__()
+
+    def features_of(self, width: int) -> int:
+        """How many features a dictionary of inputs of this width has."""
+        return self.features or self.expansion * width
 
     def of_kind(self, kind: str) -> Any:
         """The settings that a kind alone has."""

@@ -26,7 +26,7 @@ def state_from_dictionary(trainer: Trainer, folder: str) -> TrainState:
         or a circuit-tracer set, of which each member takes its layer. Sites may be others than the members'.
 
     Raises:
-      UserError: there is none for a member, or it differs in kind, form, width, number of features or model.
+      UserError: there is none for a member, or it differs in kind, form, width or model, or has more features.
     """
     return state_of(trainer, [_load(Path(folder), member) for member in trainer.members])
 
@@ -38,13 +38,15 @@ def state_of(trainer: Trainer, dictionaries: Sequence[Dictionary | None]) -> Tra
       dictionaries: one for each member; None: it starts at random.
 
     Raises:
-      UserError: one differs from its member in kind, form, width, number of features or model.
+      UserError: one differs from its member in kind, form, width or model, or has more features.
     """
     state = trainer.initial_state()
     starts = [dictionary and _scaled(trainer, index, dictionary) for index, dictionary in enumerate(dictionaries)]
     for name, array in state.params.items():
-        own = [start[name] if start else to_host(array)[index] for index, start in enumerate(starts)]
-        host_Mx = np.stack(own).astype(array.dtype)
+        host_Mx = to_host(array).copy()
+        for member_x, start in zip(host_Mx, starts, strict=True):
+            if start:  # its features come first; those that it does not have stay random
+                member_x[tuple(map(slice, start[name].shape))] = start[name]
         state.params[name] = jax.make_array_from_callback(array.shape, array.sharding, host_Mx.__getitem__)
     return state
 
@@ -105,10 +107,12 @@ def _check(trainer: Trainer, index: int, dictionary: Dictionary) -> None:
         kind=(found.kind, wanted.kind),
         form=tuple(_form(bool(config.target), config.skip) for config in (found, wanted)),
         width=(found.d_in, wanted.d_in),
-        features=(found.n_features, wanted.n_features),
+        features=(found.n_features, f"at most {wanted.n_features}"),
         model=(found.model or "unnamed", wanted.model or "unnamed"),
     )
-    different = [name for name, (a, b) in pairs.items() if a != b and name != "model"]
+    different = [name for name, (a, b) in pairs.items() if a != b and name not in ("features", "model")]
+    if found.n_features > wanted.n_features:
+        different.append("features")
     if found.fingerprint and wanted.fingerprint:
         same_model = found.fingerprint == wanted.fingerprint
     else:

@@ -275,7 +275,7 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
         raise UserError(f"the sites of a stack must have one width, but have {told}: train them in several runs")
     shape = next(iter(shapes.values()))
     d_in = sum(shape)
-    features = config.expansion * d_in
+    features = config.features_of(d_in)
     made = by_name(kind)
     each = [made.facts(member.settings, config.of_kind(kind), features) for member in stack]
     facts = max(each, key=lambda facts: facts.get("k", 0))

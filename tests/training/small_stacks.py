@@ -46,14 +46,14 @@ def make_trainer(kind="topk", mesh=None, scale=0.5, steps=STEPS, **changes) -> T
     config = make_config(**changes)
     stack = members(config, kind, config.sites)
     own = config.of_kind(kind)
-    each = [by_name(kind).facts(member.settings, own, F) for member in stack]
+    each = [by_name(kind).facts(member.settings, own, config.features or F) for member in stack]
     facts = {name: max(facts[name] for facts in each) for name in each[0]} | GROUPS.get(kind, {})
     dictionary = DictionaryConfig(
         kind=kind,
         site=stack[0].site,
         target="" if config.form == "sae" else stack[0].target,
         d_in=D,
-        n_features=F,
+        n_features=config.features or F,
         skip=config.form == "skip_transcoder",
         centred=config.form == "sae",
         **facts,

@@ -109,6 +109,25 @@ def test_members_start_from_their_namesakes_or_all_from_one(tmp_path):
         assert_same(started("topk", tmp_path / "k2", index, k=(2, 4)), several[0])
 
 
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "matryoshka"])
+def test_a_dictionary_is_widened(tmp_path, kind):
+    """The features that there are come first, and the others are those of a random start."""
+    narrow = random_dictionary(kind)
+    save_dictionary(tmp_path / "narrow", narrow)
+    wide, f = dict(features=70), narrow.config.n_features
+    found, random = started(kind, tmp_path / "narrow", **wide), make_trainer(kind, scale=0.3, **wide)
+    random = random.finish(random.initial_state(), 0)
+    assert found.config.n_features == 70 > f
+    for name, array in found.arrays.items():
+        if name == "b_dec_D" or (name == "threshold_F" and kind == "matryoshka"):  # which starts anew
+            continue
+        axis = name.rpartition("_")[2].split("x").index("F")
+        old, new = np.split(np.asarray(array), [f], axis)
+        blank = np.split(np.asarray(random.arrays[name]), [f], axis)[1]
+        np.testing.assert_allclose(old, narrow.arrays[name], rtol=2e-6, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(new, blank, rtol=2e-6, atol=2e-6, err_msg=name)
+
+
 def test_what_does_not_fit_is_listed(tmp_path):
     save_dictionary(tmp_path / "topk", random_dictionary(described=dict(model="some/model", fingerprint="12")))
     with pytest.raises(UserError, match="does not fit: kind is topk, expected standard; form is SAE, expected transc"):
@@ -117,7 +136,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
         started("topk", tmp_path / "nowhere")
     trainer = make_trainer(init_from=str(tmp_path / "topk"))
     for changes, told in [
-        (dict(n_features=65), "features is 64, expected 65$"),
+        (dict(n_features=63), "features is 64, expected at most 63$"),
         (dict(d_in=8), "width is 16, expected 8$"),
         (dict(model="some/model", fingerprint="13"), "model is some/model, expected some/model$"),
     ]:
