@@ -1,6 +1,7 @@
 """How fast training batches are read: a store of random vectors, its gathers, and the Grain pipeline over them.
 
-Run: python benchmarks/bench_input.py [--rows 300000] [--d 576] [--batch 1024] [--dtype bfloat16]
+Run: python -m benchmarks.bench_input [--rows 300000] [--d 576] [--batch 1024] [--dtype bfloat16]
+     python -m benchmarks.bench_input --store WORKDIR/capture      what float8 would lose of that store's vectors
 Prints a table of milliseconds per batch and, last, one line of JSON. Every figure is over a page cache that holds
 the store ("warm"), except "first epoch", in which each page is mapped for the first time.
 """
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.activations import float8
 from saejax.activations.batches import steps_per_epoch, training_batches
 from saejax.activations.documents import COLUMNS, SPLITS, Documents
 from saejax.activations.plan import Plan
-from saejax.activations.store import DTYPES, Store
+from saejax.activations.store import DTYPES, Store, on_disk
 from saejax.activations.writer import StoreWriter
 from saejax.results import to_json
 
@@ -38,9 +40,8 @@ def random_store(folder: Path, rows: int, d: int, dtype: str, shard_rows: int) -
     rng = np.random.default_rng(0)
     for shard in range(plan.shards):
         vectors_RxD = rng.standard_normal((plan.size(shard), d), np.float32)
-        stored_RxD = vectors_RxD.astype(DTYPES[dtype])
-        on_disk_RxD = stored_RxD.view(np.uint16) if dtype == "bfloat16" else stored_RxD
         norms_R = np.linalg.norm(vectors_RxD, axis=1)
+        on_disk_RxD = on_disk(vectors_RxD.astype(DTYPES[dtype]), norms_R, dtype)
         writer.write_shard(shard, {"index": plan.index(shard), SITE: on_disk_RxD, f"{SITE} norms": norms_R})
     statistics = writer.site_statistics(plan.shards, documents, sink_factor=10.0)
     writer.finish(
@@ -81,7 +82,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--shard_rows", type=int, default=65_536)
+    parser.add_argument("--store", help="folder of a finished store; nothing else is measured then")
     args = parser.parse_args()
+    if args.store:
+        store = Store.open(args.store)
+        return print(json.dumps({site: float8_loss(store, site) for site in store.sites}))
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(Path(folder), args.rows, args.d, args.dtype, args.shard_rows)
         results = measure(store, args.batch)
@@ -89,6 +94,15 @@ def main() -> None:
     for name, value in results.items():
         print(f"{name:40s} {value:9.3f} ms per batch {1e3 / value:12,.0f} batches/s")
     print(json.dumps(dict(vars(args), **{f"{name} (ms)": round(value, 4) for name, value in results.items()})))
+
+
+def float8_loss(store: Store, site: str, most: int = 8000) -> float:
+    """Share of the variance of a site's held-out rows, a random sample of them, that float8 loses."""
+    rows_N = np.random.default_rng(0).permutation(store.rows("held_out", site))[:most]
+    values_NxD, norms_N = store.read(site, rows_N), store.norms(site, rows_N)
+    exact_NxD = values_NxD.astype(np.float64)
+    error_NxD = float8.decoded(float8.encoded(values_NxD, norms_N), norms_N) - exact_NxD
+    return float((error_NxD**2).sum() / ((exact_NxD - exact_NxD.mean(axis=0)) ** 2).sum())
 
 
 def measure(store: Store, batch: int) -> dict[str, float]:

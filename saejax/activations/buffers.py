@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from saejax.activations import float8
 from saejax.activations.plan import Batch
 from saejax.activations.reader import Reader
-from saejax.activations.store import DTYPES, ON_DISK
+from saejax.activations.store import DTYPES, on_disk
 from saejax.models.sites import AnySite
 
 if TYPE_CHECKING:  # capture by torch does without JAX
@@ -27,7 +26,7 @@ class ShardBuffers:
     """
 
     def __init__(self, widths: Mapping[AnySite, int], rows: int, dtype: str):
-        self._dtype, self._on_disk = DTYPES[dtype], ON_DISK[dtype]
+        self._dtype, self._store_dtype = DTYPES[dtype], dtype
         self._vectors = {site: np.empty((rows, width), self._dtype) for site, width in widths.items()}
         self._norms = {site: np.empty(rows, np.float32) for site in widths}
 
@@ -55,8 +54,7 @@ class ShardBuffers:
         parts = {}
         for site in self._vectors:
             vectors, norms = self._vectors[site][:rows], self._norms[site][:rows]
-            small = self._on_disk.itemsize < self._dtype.itemsize
-            parts[str(site)] = float8.encoded(vectors, norms) if small else vectors.view(self._on_disk)
+            parts[str(site)] = on_disk(vectors, norms, self._store_dtype)
             parts[f"{site} norms"] = norms
         return parts
 

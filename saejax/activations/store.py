@@ -48,6 +48,17 @@ def shard_files(sites: Sequence[str], shard: int) -> dict[str, str]:
     return dict(index=f"index/shard-{shard:05d}.npy", **vectors, **norms)
 
 
+def on_disk(values_NxD: np.ndarray, norms_N: np.ndarray, dtype: str) -> np.ndarray:
+    """Vectors as a shard keeps them; a view, but of float8.
+
+    Args:
+      values_NxD: of ``DTYPES[dtype]``.
+      norms_N: their norms, float32.
+      dtype: "float32", "bfloat16" or "float8".
+    """
+    return float8.encoded(values_NxD, norms_N) if dtype == "float8" else values_NxD.view(ON_DISK[dtype])
+
+
 class Store:
     """A finished store, read through memory maps. Made by ``Store.open``.
 

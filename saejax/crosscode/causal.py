@@ -20,6 +20,7 @@ import numpy as np
 from saejax.causal.claims import Rule, SetEffects, claims, run_draws
 from saejax.causal.clustered import Resampling
 from saejax.causal.controls import FeatureStatistics, TooFewControls, disjoint_sets, draw_alike
+from saejax.causal.patching.heads import answer_difference
 from saejax.crosscode.results import CrosscodeBehaviour
 from saejax.crosscode.shares import Shares
 from saejax.crosscode.stage import CrosscodeConfig
@@ -28,8 +29,6 @@ from saejax.dictionaries.joined import in_domain, join, unjoin
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 from saejax.evaluation.parts import Parts, clean_values
-from saejax.models import decoder
-from saejax.models.config import DecoderConfig
 from saejax.models.edits import Positions, Values
 from saejax.models.language_model import forward
 from saejax.models.site_edits import SiteEdit
@@ -37,6 +36,7 @@ from saejax.models.sites import Site
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
+_difference = jax.jit(answer_difference, static_argnums=0)
 _ADVICE = "lower --crosscode.top or --crosscode.matches, raise --task.test_prompts"
 
 
@@ -198,21 +198,11 @@ def _without(dictionary: Dictionary, parts: Parts, read: _Read, features: Sequen
     lm = parts.lm
     last = (Site("resid_post", lm.config.n_layers - 1),)
     _, (stream_BxTxD,) = forward(lm.config, last, False, lm.params, read.ids_BxT, read.lengths_B, (edit,))
-    return np.asarray(_diffs(lm.config, lm.params, stream_BxTxD, read.lengths_B, read.answers_Bx2), np.float64)
+    diff_B = _difference(lm.config, lm.params, stream_BxTxD, read.lengths_B - 1, read.answers_Bx2)
+    return np.asarray(diff_B, np.float64)
 
 
 @jax.jit
 def _change(dictionary: Dictionary, f_BxTxF: jax.Array, mask_F: jax.Array) -> jax.Array:
     """What the masked features write, [B, T, D]."""
     return matmul(f_BxTxF * row(mask_F, f_BxTxF.ndim), dictionary.W_dec_FxD[...])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _diffs(
-    config: DecoderConfig, params: decoder.Params, x_BxTxD: jax.Array, lengths_B: jax.Array, answers_Bx2: jax.Array
-) -> jax.Array:
-    """Logit of the correct minus that of the wrong answer after each prompt's last token, [B]."""
-    last_Bx1xD = jnp.take_along_axis(x_BxTxD, (lengths_B - 1)[:, None, None], axis=1)
-    logits_BxV = decoder.unembed(config, params, last_Bx1xD)[:, 0]
-    both_Bx2 = jnp.take_along_axis(logits_BxV, answers_Bx2, axis=1)
-    return both_Bx2[:, 0] - both_Bx2[:, 1]

@@ -141,7 +141,7 @@ def _measured(
                 float(statistics.firing_rate_F[feature]),
                 error,
                 reconstruction,
-                _finite(scaling.moved_R[0]),
+                float(scaling.moved_R[0]) if np.isfinite(scaling.moved_R[0]) else None,
                 private=error is not None
                 and reconstruction is not None
                 and error.high < limits.nu_error
@@ -156,10 +156,6 @@ def _interval(value_R: np.ndarray) -> Interval | None:
     if not np.isfinite(value_R).all():
         return None
     return middle(value_R[1:], float(value_R[0]))
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _summary(found: Sequence[PrivateFeature], by_norms: int) -> PartFeatures:

@@ -65,7 +65,8 @@ def held_out(
             without = _silent(block, text, place, i, rng, len(shown))
             silent = describe.contexts(block, text, known, i, without)
             marks = -(-sum(len(active(context)) for context in shown) // len(shown))
-            wrong = [_some(rng, len(context["tokens"]), marks) for context in silent]
+            lengths = [len(context["tokens"]) for context in silent]
+            wrong = [sorted(rng.choice(length, min(marks, length), replace=False).tolist()) for length in lengths]
             yield HeldOut(block.first + i, shown, silent, wrong)
 
 
@@ -76,7 +77,3 @@ def _silent(
     tried = rng.choice(place, min(_TRIED * count, len(place)), replace=False)
     around, _ = describe.surroundings(text, tried)
     return tried[~block.at(np.full(around.shape, feature), around).any(axis=1)][:count]
-
-
-def _some(rng: np.random.Generator, length: int, count: int) -> list[int]:
-    return sorted(rng.choice(length, min(count, length), replace=False).tolist())

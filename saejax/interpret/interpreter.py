@@ -142,7 +142,7 @@ class Interpreter:
         progress = TextProgress(lambda line: self.run.say(f"labels {what} are searched: {line}"), features, "features")
         for number, block in enumerate(blocks(firings, features)):
             own = slice(block.first, block.first + block.size)
-            codes = [tuple(ids.tolist()) for ids in output.ids[own, :_OUTPUT]] if output else ()
+            codes = output.raised(own) if output else ()
             detectors, tokens = best_detectors(block, self.text, bases, codes)
             found, fires_F[own] = found + detectors, block.counts
             if on_block:

@@ -36,14 +36,19 @@ class OutputTokens:
     logits: np.ndarray
     counts: np.ndarray
 
+    def raised(self, some: slice = slice(None)) -> list[tuple[int, ...]]:
+        """The tokens that each of some features raises most."""
+        return [tuple(own.tolist()) for own in self.ids[some, : self.ids.shape[1] // 2]]
+
 
 def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> OutputTokens:
     """What features do to logits.
 
     Args:
       W_dec_FxD: what features add to the residual stream.
-      count: of tokens at either end.
+      count: of tokens at either end; all where the model knows fewer.
     """
+    count = min(count, lm.config.vocab)
     parts, block = [], min(_ROWS, len(W_dec_FxD))
     for start in range(0, len(W_dec_FxD), block):
         rows_RxD = jnp.pad(W_dec_FxD[start : start + block], ((0, max(0, start + block - len(W_dec_FxD))), (0, 0)))

@@ -1,8 +1,5 @@
 """The report on what features mean: how many have a label, and how good labels are beside their controls."""
 
-import os
-from urllib.parse import quote
-
 from saejax.dictionaries import stacks
 from saejax.interpret.results import AtlasResults, FrozenControl, InterpretedDictionary, InterpretResults, LabelCounts
 from saejax.page.document import Links, Section, Text
@@ -76,6 +73,6 @@ def links(found: Findings, draw: Draw) -> list[Section]:
     for unit, results in found.each(AtlasResults).items():
         for member in results.members:
             page = found.folders[f"atlas/{unit}"] / member.folder / "index.html"
-            address = quote(os.path.relpath(page, found.report).replace(os.sep, "/"))
+            address = found.address(page)
             items.append((f"{member.dictionary}: {member.features:,} features", address))
     return [Section("All features", (Links("Pages of every feature", tuple(items)),), level=3)] if items else []

@@ -111,9 +111,6 @@ class CodedText:
         """Tokens as they stand in a text."""
         return "“" + "".join(self.texts[i] for i in ids) + "”"
 
-    def _shape(self, place: np.ndarray) -> np.ndarray:
-        return self._shapes[self.back(place, 0)]
-
     def _ids_of(self, code: int, length: int) -> list[int]:
         return [code // self._vocabulary**steps % self._vocabulary for steps in reversed(range(length))]
 
@@ -129,7 +126,7 @@ Words = Callable[[CodedText, int], str]
 # In the order in which the first of equals is taken.
 FAMILIES: dict[str, tuple[Codes, Words]] = {
     "token": (lambda text, place: text.back(place, 0), lambda text, code: text.quoted(code)),
-    "shape": (lambda text, place: text._shape(place), _shape_in_words),
+    "shape": (lambda text, place: text._shapes[text.back(place, 0)], _shape_in_words),
     "previous": (lambda text, place: text.back(place, 1), lambda text, code: text.quoted(code)),
     "pair": (lambda text, place: text._tuple(place, 2), lambda text, code: text.quoted(*text._ids_of(code, 2))),
     "triple": (lambda text, place: text._tuple(place, 3), lambda text, code: text.quoted(*text._ids_of(code, 3))),

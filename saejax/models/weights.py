@@ -43,7 +43,8 @@ def load_params(
         raise UserError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
     table = parameter_table(config)
     params = {}
-    for name in sorted(table, key=lambda name: -_largest(_sources(config, name, weights[name]), tensors)):
+    largest = {name: max(tensors[one].nbytes for one in _sources(config, name, weights[name])) for name in table}
+    for name in sorted(table, key=lambda name: -largest[name]):
         shape, spec = table[name]
         sources = [tensors[source] for source in _sources(config, name, weights[name])]
         if name.startswith(LAYERS):
@@ -64,10 +65,6 @@ def _prefixed(tensors: Mapping[str, Tensor], example: str) -> dict[str, Tensor]:
     if example in tensors or rest not in tensors:
         return dict(tensors)
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def _largest(sources: list[str], tensors: Mapping[str, Tensor]) -> int:
-    return max(tensors[source].nbytes for source in sources)
 
 
 def _sources(config: DecoderConfig, name: str, weight: Weight) -> list[str]:

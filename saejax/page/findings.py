@@ -1,9 +1,11 @@
 """What a report reports: the summaries of the units that it reads, with the results of each as its stage's class."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
@@ -50,6 +52,10 @@ class Findings:
             for unit, summary in self.summaries.items()
         }
         return dataclasses.replace(self, summaries=units)
+
+    def address(self, file: Path) -> str:
+        """A file as the report links to it."""
+        return quote(os.path.relpath(file, self.report).replace(os.sep, "/"))
 
     def settings(self) -> Settings:
         """The resolved configuration of all the units together: group -> field -> value."""

@@ -47,7 +47,7 @@ def list_page(root: Path, graphs: Sequence[ShelvedGraph], config: GraphConfig, n
         dict(graphs=listed),
         style=(VIEWER / "graph.css").read_text("utf-8"),
         title=f"Attribution graphs of {root.resolve().name}",
-        about=f"{len(graphs)} graphs in {root}",
+        about=f"{len(graphs)} graph{'s' * (len(graphs) != 1)} in {root}",
         note=why or note,
         why=why,
         max_features=config.max_features,

@@ -58,7 +58,8 @@ def serve(
         )
     port = listening.getsockname()[1]
     server = make_server(shelf, Bench(configs, named), jobs, token, port)
-    print(f"{graphs} graphs: open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends it)", flush=True)
+    told = "1 graph" if graphs == 1 else f"{graphs} graphs"
+    print(f"{told}: open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(jobs):
         server.run(sockets=[listening])
 

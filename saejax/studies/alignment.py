@@ -9,10 +9,11 @@ The rank correlation is compared with those where one side is shuffled; that of 
 fire as often and as strongly: features that fire often matter more in every dictionary.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import rankdata
@@ -60,51 +61,54 @@ def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
         one
         for first, second in itertools.combinations(rows, 2)
         for benchmark in rows[first].each(StudyResults).keys() & rows[second].each(StudyResults).keys()
-        for one in _pair(first, second, benchmark, rows)
+        for one in _pair((first, second), benchmark, rows)
     ]
-    found.sort(key=lambda one: (one["by"], one["benchmark"]))
-    defined = [one for one in found if one["p_value"] is not None]
-    for one, p in zip(defined, holm(np.array([one["p_value"] for one in defined])).tolist(), strict=True):
-        one["p_holm"] = p
-        above = one["control"] is None or one["rank_correlation"] > one["control"]
-        one["aligned"] = one["rank_correlation"] >= LEAST and p <= LEVEL and above
-    return [AlignmentFigures(**one) for one in found]
+    found.sort(key=lambda one: (one.by, one.benchmark))
+    adjusted = iter(holm(np.array([one.p_value for one in found if one.p_value is not None])).tolist())
+    return [one if one.p_value is None else _judged(one, next(adjusted)) for one in found]
 
 
-def _pair(first: str, second: str, benchmark: str, rows: Mapping[str, Findings]) -> Iterator[dict[str, Any]]:
-    folders = [rows[name].folders[f"study/{benchmark}"] for name in (first, second)]
-    about = dict(first=first, second=second, benchmark=benchmark, p_holm=None, aligned=None, control=None)
+def _judged(one: AlignmentFigures, p: float) -> AlignmentFigures:
+    """A comparison with what the rule says, given its corrected p."""
+    correlation = one.rank_correlation or 0.0
+    above = one.control is None or correlation > one.control
+    return dataclasses.replace(one, p_holm=p, aligned=correlation >= LEAST and p <= LEVEL and above)
+
+
+def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -> Iterator[AlignmentFigures]:
+    folders = [rows[name].folders[f"study/{benchmark}"] for name in pair]
     losses = [_losses(folder) for folder in folders]
-    same = len({rows[name].each(StudyResults)[benchmark].origin for name in (first, second)}) == 1
+    same = len({rows[name].each(StudyResults)[benchmark].origin for name in pair}) == 1
     shared = [item for item in losses[0] if item in losses[1]] if same else []
     one_N, two_N = (np.array([own[item] for item in shared]) for own in losses)
-    yield about | dict(by="items", n=len(shared)) | rank_correlation(one_N, two_N)
-    loaded = [_decoder(rows[name], benchmark) for name in (first, second)]
+    correlation, p = rank_correlation(one_N, two_N)
+    yield AlignmentFigures(*pair, benchmark, "items", len(shared), correlation, p, None, None, None)
+    loaded = [_decoder(rows[name], benchmark) for name in pair]
     if loaded[0].shape[1] == loaded[1].shape[1]:
         matches = match_by_direction(loaded[0], loaded[1])
         one, two = (_attributions(folder) for folder in folders)
         at_M = np.isin(matches.first_M, one.feature) & np.isin(matches.second_M, two.feature)
         one_M = one.drop[np.searchsorted(one.feature, matches.first_M[at_M])]
         two_M = two.drop[np.searchsorted(two.feature, matches.second_M[at_M])]
-        control = compare(one, two, matches, seed=_SEED).alike
-        figures = dict(by="features", n=len(one_M), control=control.high if control else None)
-        yield about | figures | rank_correlation(one_M, two_M)
+        alike, (correlation, p) = compare(one, two, matches, seed=_SEED).alike, rank_correlation(one_M, two_M)
+        control = alike.high if alike else None
+        yield AlignmentFigures(*pair, benchmark, "features", len(one_M), correlation, p, None, control, None)
 
 
-def rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> dict[str, float | None]:
+def rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> tuple[float, float] | tuple[None, None]:
     """Spearman's correlation, and the share of orders of one side that give as large a one; None if it is not defined.
 
     Args:
       first_N, second_N: finite numbers of the same N things.
     """
     if len(first_N) < 3 or np.ptp(first_N) == 0 or np.ptp(second_N) == 0:
-        return dict(rank_correlation=None, p_value=None)
+        return None, None
     one_N, two_N = (rankdata(values_N) for values_N in (first_N, second_N))
     one_N, two_N = ((ranks_N - ranks_N.mean()) / (ranks_N.std() * len(ranks_N) ** 0.5) for ranks_N in (one_N, two_N))
     rng = np.random.default_rng(_SEED)
     seen = float(one_N @ two_N)
     as_large = sum(float(rng.permutation(one_N) @ two_N) >= seen - 1e-12 for _ in range(_PERMUTATIONS))
-    return dict(rank_correlation=seen, p_value=(1 + as_large) / (1 + _PERMUTATIONS))
+    return seen, (1 + as_large) / (1 + _PERMUTATIONS)
 
 
 def _losses(folder: Path) -> dict[str, float]:

@@ -21,7 +21,6 @@ import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,8 @@ def run_baseline(run: Run) -> BaselineResults:
         if run.stopping():
             raise Interrupted("baseline: stopped; behaviours that were measured are kept")
         try:
-            drawn = Drawn(own[name], {}) if name in own else _make(name, task, tokenizer)
+            asked = name, task.train_prompts, task.test_prompts, task.seed, tokenizer
+            drawn = Drawn(own[name], {}) if name in own else make_prompts(*asked)
         except TooFewPrompts as error:
             run.say(f"{name}: not measured: {error}")
             found = _Measured(None, str(error))
@@ -112,10 +112,6 @@ class _Measured:
 def _load(run: Run) -> LanguageModel:
     config = run.configs["model"]
     return load_model(config.path, config.revision, config.dtype, make_mesh(run.configs.get("mesh")))
-
-
-def _make(name: str, task: TaskConfig, tokenizer: Any) -> Drawn:
-    return make_prompts(name, task.train_prompts, task.test_prompts, task.seed, tokenizer)
 
 
 def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[PromptScore]:

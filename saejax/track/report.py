@@ -1,8 +1,6 @@
 """The report on texts that were followed: what became of their steps, and where their page is."""
 
-import os
 from collections.abc import Sequence
-from urllib.parse import quote
 
 from saejax.page.document import Links, Section, Text
 from saejax.page.findings import Draw, Findings
@@ -41,7 +39,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     pages = []
     for unit, results in units.items():
         page = found.folders[f"track/{unit}"] / "index.html"
-        address = quote(os.path.relpath(page, found.report).replace(os.sep, "/"))
+        address = found.address(page)
         pages.append((f"{', '.join(results.texts)}: layers by positions", address))
     note = "Random: links that the same rule finds for random directions. Answer: the probability of its first token."
     table = Table.of("Texts", rows, columns, note=note)

@@ -1,7 +1,6 @@
 """The stage ``transfer``."""
 
 import dataclasses
-from collections.abc import Sequence
 
 from saejax.config import Config, setting
 from saejax.settings import CorpusConfig, MeshConfig, ModelConfig
@@ -61,10 +60,6 @@ def _folders(configs: Configs) -> str:
     )
 
 
-def _needs(configs: Configs, name: str) -> Sequence[str]:
-    return train_units(*configs["transfer"].dictionaries)
-
-
 TRANSFER = Stage(
     name="transfer",
     summary="says what dictionaries of different layers, seeds, sizes and models share, if --transfer.dictionaries "
@@ -74,7 +69,7 @@ TRANSFER = Stage(
     groups=(ModelConfig, CorpusConfig, TransferConfig),
     placement=(MeshConfig,),
     after=("train", "ablate", "interpret", "atlas"),
-    needs=_needs,
+    needs=lambda configs, name: train_units(*configs["transfer"].dictionaries),
     names=lambda configs: ("",) if configs["transfer"].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     cost="saejax.transfer.cost:transfer_cost",

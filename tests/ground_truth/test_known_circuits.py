@@ -16,7 +16,7 @@ from saejax.errors import UserError
 from saejax.ground_truth.circuits import tracr
 from saejax.ground_truth.circuits.catalogue import CASES, make_case
 from saejax.ground_truth.circuits.causal import KnownStages
-from saejax.ground_truth.circuits.dictionaries import EXACT, WRONG, _made, order
+from saejax.ground_truth.circuits.dictionaries import EXACT, WRONG, order, untrained_sets
 from saejax.ground_truth.circuits.edges import Edges, aligned, circuit, known_edges, possible
 from saejax.ground_truth.circuits.graphs import judge_edges
 from saejax.ground_truth.circuits.handset import run
@@ -101,7 +101,7 @@ def test_the_transformer_is_its_description_here_and_in_transformers(known):
 
 def test_graphs_have_the_known_edges_and_wrong_decoders_have_others(known):
     case, model = known
-    made = [_made(case, model, layer, SEED) for layer in range(len(case.model.layers))]
+    made = [untrained_sets(case, model, layer, SEED) for layer in range(len(case.model.layers))]
     neuron_of = {
         (layer, feature): int(neuron)
         for layer in range(len(made))
@@ -177,7 +177,7 @@ def test_random_transcoders_stand_for_nothing(tmp_path, one_device):
     stages = KnownStages(Run("known_circuits", "logic", tmp_path, configs, {}, print, lambda: False), case, model)
     found = []
     for seed in range(10):
-        save_dictionary(tmp_path / f"random{seed}", _made(case, model, case.layer, seed)["random"])
+        save_dictionary(tmp_path / f"random{seed}", untrained_sets(case, model, case.layer, seed)["random"])
         found.append(stages.judge(f"random{seed}", tmp_path / f"random{seed}", {}, das=False))
     claimed, carried, shown = (sum(getattr(one, of) for one in found) for of in ("claimed", "carried", "shown"))
     print(f"of 30 variables removal alone claims {claimed}, interchange alone {carried}, both {shown}")

@@ -219,6 +219,9 @@ def test_output_tokens(tiny_llama, one_device):
     np.testing.assert_allclose(np.take_along_axis(expected, ids, 1), logits, rtol=1e-4, atol=1e-4)
     for row, counts in zip(expected, found.counts, strict=True):  # rounding may move a logit over an edge
         assert counts.sum() == len(row) and np.abs(counts - np.histogram(row, neighbours.BINS)[0]).sum() <= 4
+    every = neighbours.output_tokens(lm, rows[:2], 1000)  # more than the model knows
+    (raised,) = every.raised(slice(1, 2))
+    assert sorted(raised) == list(range(lm.config.vocab)) and np.all(np.diff(every.logits[1, : len(raised)]) <= 0)
 
 
 def test_a_feature_that_never_fires():

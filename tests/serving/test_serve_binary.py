@@ -31,7 +31,7 @@ def test_it_serves_this_machine_alone_until_it_is_stopped(folder):
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(JAX_PLATFORMS="cpu"), **streams) as process:
         try:
             line = process.stdout.readline()
-            address, port = re.search(r"1 graphs: open (http://127\.0\.0\.1:(\d+)/[\w-]{32}/) ", line).groups()
+            address, port = re.search(r"1 graph: open (http://127\.0\.0\.1:(\d+)/[\w-]{32}/) ", line).groups()
             listening = [
                 one.laddr.ip for one in psutil.Process(process.pid).net_connections() if one.status == "LISTEN"
             ]

@@ -28,6 +28,7 @@ from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError
 
 FACTORS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+_TRIES = 20  # for each random set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
     Args:
       run: of the prompt.
       features: for which the sets are controls.
-      draws: how many sets.
+      draws: how many sets, all different; fewer where no more are found.
       seed: of the choice.
 
     Raises:
@@ -160,8 +161,10 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
     taken = set(_keys(features))
     active = _nodes_of(run.active, 0)
     others = active[np.array([key not in taken for key in _keys(active)], bool)]
-    found = []
-    for _ in range(draws):
+    found: dict[tuple[int, ...], Nodes] = {}
+    for _ in range(_TRIES * draws):
+        if len(found) == draws:
+            break
         order = rng.permutation(len(others))
         parts = []
         for layer in np.unique(features.layer_N):
@@ -170,8 +173,9 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
             if len(pool) < len(own):
                 raise UserError(f"layer {layer} has {len(pool)} other active features: expected {len(own)} or more")
             parts.append(_drawn(pool, others.position_N[pool], own))
-        found.append(others[np.sort(np.concatenate(parts))] if parts else features)
-    return found
+        chosen = np.sort(np.concatenate([np.empty(0, np.int64), *parts]))
+        found.setdefault(tuple(chosen.tolist()), others[chosen])
+    return list(found.values())
 
 
 def _drawn(pool: np.ndarray, position: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from saejax.causal.ablate import report_figures
 from saejax.causal.ablate.results import (
     AblateResults,
-    BehaviourAblation,
     CumulativeCurve,
     DoseCurve,
     EqualDose,
@@ -41,7 +40,10 @@ _TESTS = {  # of a claim that is shown, refuted, and neither
 def bases(found: Findings, draw: Draw) -> list[Section]:
     """The curves of effect against dose and their areas; no section if nothing was compared."""
     results = {behaviour(name): result for name, result in found.one(AblateResults).behaviours.items()}
-    curves = {name: _curves_of(result) for name, result in results.items()}
+    curves = {
+        name: {named(basis): curve for basis, curve in (result.doses or {}).items() if isinstance(curve, DoseCurve)}
+        for name, result in results.items()
+    }
     compared = {name: of_bases for name, of_bases in curves.items() if len(of_bases) > 1}
     missing = sorted(
         {
@@ -96,11 +98,6 @@ def _equal_dose(at: EqualDose | None) -> tuple[str, str]:
     if at is None:
         return MISSING, MISSING
     return f"{number(at.features)} / {number(at.basis)}", interval(at.difference)
-
-
-def _curves_of(result: BehaviourAblation) -> dict[str, DoseCurve]:
-    """By the basis in words, the features first."""
-    return {named(name): curve for name, curve in (result.doses or {}).items() if isinstance(curve, DoseCurve)}
 
 
 def named(basis: str) -> str:

@@ -1,16 +1,9 @@
 """The stage ``ablate``."""
 
-from collections.abc import Sequence
-
 from saejax.settings import BASES, AblateConfig, CorpusConfig, MeshConfig, ModelConfig
 from saejax.stage import Configs, Stage, folder_name, is_folder, train_units
 from saejax.tasks import identities
 from saejax.workspace import fingerprint
-
-
-def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """The units of the tested dictionary and of those that stand beside it."""
-    return ("baseline", *train_units(*_dictionaries(configs)))
 
 
 def _bases(configs: Configs) -> str:
@@ -43,7 +36,7 @@ ABLATE = Stage(
     groups=(ModelConfig, CorpusConfig, AblateConfig),
     placement=(MeshConfig,),
     after=("baseline", "train", "evaluate"),
-    needs=_needs,
+    needs=lambda configs, name: ("baseline", *train_units(*_dictionaries(configs))),
     names=_names,
     identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
     rule="saejax.causal.ablate.grades:rule",

@@ -98,7 +98,8 @@ class FeaturePatching:
         ks, every = steps(len(self.top)), self._split.dictionary.config.n_features
         singles = [[feature] for feature in self.top]
         nested = [self.top[:k] for k in ks]
-        random = [drawn_K[: self._firing_within(k)] for k in ks for drawn_K in self.drawn_NxK]
+        firing = [sum(feature in self._firing for feature in self.top[:k]) for k in ks]  # so many have a matched one
+        random = [drawn_K[:count] for count in firing for drawn_K in self.drawn_NxK]
         sets = [*singles, *nested, list(range(every)), *random]
         noised, denoised = (
             ablate_sets(
@@ -119,10 +120,6 @@ class FeaturePatching:
         ends = np.cumsum([len(singles), len(nested), 1])
         self._noised_SxP, self._random_XxP = noised.ablated_SxP[: ends[-1]], noised.ablated_SxP[ends[-1] :]
         self._effect_DxSxP = np.stack([-denoised.drop_SxP, noised.drop_SxP[: ends[-1]]])
-
-    def _firing_within(self, k: int) -> int:
-        """How many of the first k top features fire: so many have a matched one."""
-        return sum(feature in self._firing for feature in self.top[:k])
 
     def results(self, pairs: PatchedPairs, disentangled: tuple[Disentangled, ...] = ()) -> PatchedFeatures:
         """Effects of the features one by one and together, and the IIA of growing sets; ``pairs`` are those of both."""

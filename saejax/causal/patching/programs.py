@@ -105,28 +105,3 @@ def run_rows(
     return jax.lax.with_sharding_constraint(
         point.difference(params, patched_RxCxD, last_R - first_R, answers_Rx2), sharding(point.mesh)
     )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def run_plain(
-    point: SplitPoint,
-    params: decoder.Params,
-    base_RxT: jax.Array,
-    source_RxT: jax.Array,
-    position_R: jax.Array,
-    last_R: jax.Array,
-    answers_Rx2: jax.Array,
-) -> jax.Array:
-    """``run_rows`` for one layer, from token ids: all layers on all tokens of both runs.
-
-    Args:
-      base_RxT, source_RxT: token ids of the run that is patched and of the one that lends.
-      position_R, last_R, answers_Rx2: as for ``run_rows``.
-    """
-    stream_RxTxD, value_RxTxD, _ = point.head(params, base_RxT)
-    source_RxTxD = point.head(params, source_RxT)[1]
-    here_RxTx1 = (jnp.arange(base_RxT.shape[1])[None, :] == position_R[:, None])[:, :, None]
-    patched_RxTxD = jnp.where(here_RxTx1, source_RxTxD, value_RxTxD)
-    x_RxTxD = point.tail(params, stream_RxTxD, patched_RxTxD)
-    diff_R = point.difference(params, x_RxTxD, last_R, answers_Rx2)
-    return jax.lax.with_sharding_constraint(diff_R, sharding(point.mesh))

@@ -29,7 +29,7 @@ import numpy as np
 from saejax.causal.ablation import lagging
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.pairs import STEP, Pairs, group_pairs
-from saejax.causal.patching.programs import Recorded, differing, record, run_plain, run_rows
+from saejax.causal.patching.programs import Recorded, differing, record, run_rows
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
@@ -85,7 +85,6 @@ def patch_sites(
     prompts: Sequence[Prompt],
     batch_rows: int = 64,
     on_progress: OnProgress = silent,
-    plain: bool = False,
 ) -> Patched:
     """Patches a kind of site at every layer and position, in both directions.
 
@@ -94,8 +93,6 @@ def patch_sites(
       prompts: with counterparts of as many tokens, at least one.
       batch_rows: as for ``ablation.ablate_sets``.
       on_progress: called at the start and after each batch with the rows done and of all; may raise to stop.
-      plain: run all layers on all tokens of every row, a program for each layer, as a check of what is left out
-        otherwise.
 
     Raises:
       UserError: a prompt is too long, or a logit difference is not finite.
@@ -110,15 +107,16 @@ def patch_sites(
     rows = done = work = 0
     on_progress(done, total)
     for pairs in groups:
-        runs = [_record(point, model.params, pairs, ids_BxT) for ids_BxT in pairs.ids_2xBxT]
+        sides = (by_row(point.mesh, ids_BxT, pairs.last_B, pairs.answers_Bx2) for ids_BxT in pairs.ids_2xBxT)
+        runs = [record(point, model.params, *rows) for rows in sides]
         base_2xP[:, pairs.index_P] = own_2xP = np.stack(
             [_read(run.diff_B, point)[: len(pairs.index_P)] for run in runs]
         )
         own_DxLxPxT = np.zeros((2, layers, 1, pairs.ids_2xBxT.shape[2])) + own_2xP[::-1, None, :, None]
-        found = _found(point, pairs, runs, plain)
+        found = _found(point, pairs, runs)
         done += 2 * (layers * int(pairs.ends_P.sum()) - len(found.entry_N))
         for direction, part, device_diff_R, cost in lagging(
-            _dispatched(point, model.params, pairs, runs, found, batch_rows, plain)
+            _dispatched(point, model.params, pairs, runs, found, batch_rows)
         ):
             layer_N, place_N, position_N = (
                 found.entry_N[part] - _shift(point),
@@ -139,24 +137,14 @@ def _shift(point: SplitPoint) -> int:
     return int(point.site.kind == "resid_post")
 
 
-def _found(point: SplitPoint, pairs: Pairs, runs: Sequence[Recorded], everything: bool) -> PatchRows:
-    """The rows to run in each direction, by rising layer: those in which the two runs differ, or all."""
+def _found(point: SplitPoint, pairs: Pairs, runs: Sequence[Recorded]) -> PatchRows:
+    """The rows to run in each direction, by rising layer: those in which the two runs differ."""
     count, length = len(pairs.index_P), pairs.ids_2xBxT.shape[2]
     real_PxT = np.arange(length)[None, :] < pairs.ends_P[:, None]
     entries = slice(_shift(point), _shift(point) + point.config.n_layers)
-    differs_LxPxT = np.asarray(differing(point, *(run.patches for run in runs)))[entries, :count] | everything
+    differs_LxPxT = np.asarray(differing(point, *(run.patches for run in runs)))[entries, :count]
     layer_N, place_N, position_N = (index_N.astype(np.int32) for index_N in np.nonzero(differs_LxPxT & real_PxT[None]))
     return PatchRows(layer_N + np.int32(_shift(point)), place_N, position_N)
-
-
-def _batches(pairs: Pairs, found: PatchRows, batch_rows: int, plain: bool) -> list[tuple[np.ndarray, int, int]]:
-    """PatchRows, batch size and tokens of each batch; the rows' layers rise within it."""
-    length = pairs.ids_2xBxT.shape[2]
-    if plain:
-        layers = [np.flatnonzero(found.entry_N == entry) for entry in np.unique(found.entry_N)]
-        return [(part, len(part), length) for part in layers]
-    needed_N = pairs.last_B[found.place_N] - found.position_N + 1
-    return even_batches(needed_N, batch_rows * length, STEP, _PROGRAM) if len(needed_N) else []
 
 
 def _dispatched(
@@ -166,35 +154,19 @@ def _dispatched(
     runs: Sequence[Recorded],
     found: PatchRows,
     batch_rows: int,
-    plain: bool,
 ) -> Iterator[tuple[int, np.ndarray, jax.Array, int]]:
     """Starts all rows; yields direction, rows, their logit differences, and tokens times layers of each batch."""
-    layers, batches = point.config.n_layers, _batches(pairs, found, batch_rows, plain)
+    layers, needed_N = point.config.n_layers, pairs.last_B[found.place_N] - found.position_N + 1
+    most = batch_rows * pairs.ids_2xBxT.shape[2]
+    batches = even_batches(needed_N, most, STEP, _PROGRAM) if len(needed_N) else []
     for direction, (base, source) in enumerate(((1, 0), (0, 1))):
         for part, size, length in batches:
-            filled_R = np.resize(part, size)
-            entry_R, place_R, position_R = (array_N[filled_R] for array_N in found)
+            entry_R, place_R, position_R = (array_N[np.resize(part, size)] for array_N in found)
             start, last_R, answers_Rx2 = entry_R.min(), pairs.last_B[place_R], pairs.answers_Bx2[place_R]
-            if plain:
-                site = Site(point.site.kind, int(start) - _shift(point))
-                layer = dataclasses.replace(point, site=site, reads=site)
-                ids = pairs.ids_2xBxT[base][place_R], pairs.ids_2xBxT[source][place_R]
-                rows = by_row(point.mesh, *ids, position_R, last_R, answers_Rx2)
-                yield direction, part, run_plain(layer, params, *rows), size * length * layers
-            else:
-                first_R = np.maximum(last_R - length + 1, 0)
-                rows = by_row(point.mesh, entry_R, place_R, position_R, first_R, last_R, answers_Rx2)
-                sides = runs[base], runs[source].patches
-                yield (
-                    direction,
-                    part,
-                    run_rows(point, length, params, *sides, start, *rows),
-                    size * length * (layers - int(start)),
-                )
-
-
-def _record(point: SplitPoint, params: decoder.Params, pairs: Pairs, ids_BxT: np.ndarray) -> Recorded:
-    return record(point, params, *by_row(point.mesh, ids_BxT, pairs.last_B, pairs.answers_Bx2))
+            first_R = np.maximum(last_R - length + 1, 0)
+            rows = by_row(point.mesh, entry_R, place_R, position_R, first_R, last_R, answers_Rx2)
+            diff_R = run_rows(point, length, params, runs[base], runs[source].patches, start, *rows)
+            yield direction, part, diff_R, size * length * (layers - int(start))
 
 
 def _read(diff_R: jax.Array, point: SplitPoint) -> np.ndarray:

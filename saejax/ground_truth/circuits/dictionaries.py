@@ -37,7 +37,7 @@ def write_sets(run: Run, case: Case, model: LanguageModel, seed: int) -> dict[st
     """A folder for each set, with a transcoder of every layer in a folder of its own; those that are there are kept."""
     folders = {name: run.folder / "transcoders" / name for name in (EXACT, WRONG, RANDOM, UNTRAINED, TRAINED)}
     for layer in range(len(case.model.layers)):
-        for name, dictionary in _made(case, model, layer, seed).items():
+        for name, dictionary in untrained_sets(case, model, layer, seed).items():
             _save(folders[name] / f"layer{layer}", dictionary)
     if not all(
         (folders[name] / f"layer{layer}" / DESCRIPTION).exists()
@@ -53,7 +53,7 @@ def order(case: Case, layer: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, layer]).permutation(case.model.width)
 
 
-def _made(case: Case, model: LanguageModel, layer: int, seed: int) -> dict[str, Dictionary]:
+def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> dict[str, Dictionary]:
     """The sets that need no training."""
     neuron_F = order(case, layer, seed)
     arrays = neuron_arrays(case.model, layer, frame(case.model, seed))

@@ -200,6 +200,15 @@ def test_curves_of_sets_and_of_others_like_them(setting):
     assert any(not np.array_equal(a.index_N, b.index_N) for a, b in zip(controls, matched(setting.here, group, 3, 1)))
 
 
+def test_random_sets_are_all_different(setting):
+    active = setting.here.active
+    at_N = np.stack([active.layer_A, active.position_A], axis=1)
+    place = next(n for n, at in enumerate(at_N) if 2 < (at_N == at).all(axis=1).sum() < 9)
+    found = matched(setting.here, features_of(setting.graph, [place]), 50)
+    others = np.flatnonzero((at_N == at_N[place]).all(axis=1))
+    assert sorted(int(one.index_N[0]) for one in found) == sorted(active.feature_A[others[others != place]].tolist())
+
+
 def test_thousands_of_rows_in_one_call_are_those_of_single_calls(setting, monkeypatch):
     here, count = setting.here, len(setting.here.active)
     rows = [ablate(features_of(setting.graph, [node % count])) for node in range(2048)]

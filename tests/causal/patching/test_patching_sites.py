@@ -1,6 +1,7 @@
 """Activation patching: against a plain loop with PyTorch hooks, and what it is by construction."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from saejax import load_model
 from saejax.causal.clustered import Resampling
 from saejax.causal.patching.grid import PatchingGrid, make_grid
 from saejax.causal.patching.sites import Patched, patch_sites
+from saejax.models.site_edits import SiteEdit
 from saejax.models.sites import KINDS
 from saejax.settings import PATCHABLE
 
@@ -80,10 +82,19 @@ def test_equals_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["resid_post", "resid_pre", "attn_out"])
-def test_the_plain_way_agrees(tiny, pairs, kind):
-    fast, plain = (patch_sites(tiny, kind, pairs, batch_rows=8, plain=plain) for plain in (False, True))
-    np.testing.assert_allclose(fast.diff_DxLxPxC, plain.diff_DxLxPxC, atol=1e-5)
-    assert fast.rows < plain.rows == plain.all_rows and fast.work < plain.work
+def test_every_place_equals_a_whole_run_with_an_edit(tiny, pairs, kind):
+    """What is left out changes nothing: layers below, tokens before, rows in which both runs agree."""
+    found, pairs = patch_sites(tiny, kind, pairs, batch_rows=8), pairs[:2]
+    assert found.rows < found.all_rows and found.work < found.all_work
+    for (p, pair), layer in itertools.product(enumerate(pairs), range(tiny.config.n_layers)):
+        site, answers = f"{kind}.{layer}", [tiny.token_id(pair.correct), tiny.token_id(pair.wrong)]
+        sides = [tiny.tokenize([text]) for text in (pair.text, pair.counterpart)]
+        values = [tiny(tokens, capture=[site]).sites[site] for tokens in sides]
+        count = int(sides[0].lengths_B[0])
+        for (direction, (base, source)), t in itertools.product(enumerate(((1, 0), (0, 1))), range(count)):
+            edit = SiteEdit.patch(site, values[source], positions=(t, t + 1))
+            own, other = np.asarray(tiny(sides[base], edits=[edit]).logits_BxTxV)[0, count - 1, answers]
+            np.testing.assert_allclose(found.diff_DxLxPxC[direction, layer, p, t - count], own - other, atol=1e-4)
 
 
 def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(tiny, pairs):

@@ -2,7 +2,7 @@
 
 function effectsTable({ tokens, differences, kl, random_kl, draws, no_draws, hold }, names) {
   const nats = (x) => `${magnitude(x)} nats`;
-  const span = (values, written) => `${written(Math.min(...values))} to ${written(Math.max(...values))}`;
+  const span = (values, written) => [...new Set([Math.min(...values), Math.max(...values)].map(written))].join(" to ");
   const row = (token) => {
     const cells = [
       visibleToken(token.text),
@@ -21,7 +21,8 @@ function effectsTable({ tokens, differences, kl, random_kl, draws, no_draws, hol
   });
   const heads = ["Token", "Logit before", "after", "change", "Probability before", "after", "after random ones"];
   const said = draws
-    ? `${draws} random sets of as many other active features of the same layers, changed alike: ${span(random_kl, nats)}.`
+    ? `${draws === 1 ? "The only set" : `${draws} random sets`} of as many other active features of the same layers, ` +
+      `at the same positions as far as there are some, changed alike: ${span(random_kl, nats)}.`
     : `No random features to compare with: ${no_draws}`;
   const header = heads.map((name) => element("th", { scope: "col" }, name));
   return [

@@ -1,0 +1,200 @@
+"""Of transformers that are set by hand: what circuits of growing size keep (CPR, CMD), and whether labels name neurons.
+
+Run: python -m benchmarks.bench_known [--circuits logic,induction,chain] [--sets exact,trained,untrained,random]
+Transformers and transcoders are those of `experiments.known_circuits`, and features of each are kept in the order of
+their effect, of circuit-tracer's influence, and at random, as by --graph.kept_prompts. Then labels are searched on
+texts, as `experiments.interpret` does, for the feature that stands for each neuron by its decoder, and judged by the
+neuron: F1 of where the label says and where the neuron itself fires, on texts that the search did not see, beside the
+label of another neuron that fires about as often. Prints both tables with 95 % intervals (over prompts; over neurons)
+and, last, one line of JSON. Some minutes of processors; what is in the folder is not trained again.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from saejax import load_model
+from saejax.activations.store import Store
+from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
+from saejax.attribution.run import compare_kept
+from saejax.dictionaries import Dictionary
+from saejax.ground_truth.circuits.catalogue import Case, make_case
+from saejax.ground_truth.circuits.dictionaries import EXACT, TRAINED, UNTRAINED, untrained_sets, write_sets
+from saejax.ground_truth.circuits.graphs import judge_edges
+from saejax.ground_truth.circuits.run import little_effort, matched_neurons
+from saejax.ground_truth.circuits.weights import checkpoint
+from saejax.ground_truth.hub_folder import save_model
+from saejax.interpret.detectors import Detector, best_detectors, scores
+from saejax.interpret.firings import Block, blocks, record
+from saejax.interpret.labels import partners
+from saejax.interpret.neighbours import output_tokens
+from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
+from saejax.library.activations import capture
+from saejax.models.language_model import LanguageModel
+from saejax.registry import GROUPS
+from saejax.results import Interval
+from saejax.settings import GraphConfig
+from saejax.tasks.scoring import bootstrap_mean
+from saejax.workspace import Run
+
+ROOT = Path(__file__).parent.parent
+PROMPTS, TRACED, TEXTS, SEED, OUTPUT = (
+    20,
+    6,
+    4000,
+    1,
+    10,
+)  # of texts half are searched; the seed is not that of training
+
+
+def made(folder: Path, name: str, sets: list[str]) -> tuple[Case, LanguageModel, dict[str, LayerTranscoders]]:
+    """A transformer of the catalogue, and its transcoders, as the stage `known_circuits` makes them."""
+    case = make_case(name, PROMPTS, 0)
+    save_model(folder / "model", *checkpoint(case.model, 0), list(case.model.words))
+    model = load_model(str(folder / "model"))
+    if set(sets) & {TRAINED, UNTRAINED}:
+        configs = {group: settings() for group, settings in GROUPS.items()}
+        run = Run("known_circuits", name, folder, configs, {}, lambda line: None, lambda: False)
+        return case, model, {one: open_transcoders(path) for one, path in write_sets(run, case, model, 0).items()}
+    layers = [untrained_sets(case, model, layer, 0) for layer in range(len(case.model.layers))]
+    return case, model, {one: LayerTranscoders.of([layer[one] for layer in layers]) for one in (EXACT, *sets)}
+
+
+def kept(case: Case, model: LanguageModel, name: str, transcoders: LayerTranscoders) -> dict[str, dict[str, float]]:
+    """By behaviour, CPR and CMD of the graphs of a set of transcoders."""
+    tests = [prompt for prompt in case.prompts if prompt.split == "test"]
+    neuron_of, _ = matched_neurons(case, transcoders, 0)
+    edges = judge_edges(model, transcoders, case.model, tests[:: len(tests) // TRACED], neuron_of)
+    shown = (f"{one} {said(getattr(edges, one))}" for one in ("auroc", "precision", "recall"))
+    print(f"  {name:<10} edges: {', '.join(shown)}", flush=True)
+    found = {"edges": dict(auroc=round(edges.auroc.mean, 3))}
+    for behaviour in dict.fromkeys(prompt.behaviour for prompt in tests):
+        own = [prompt for prompt in tests if prompt.behaviour == behaviour]
+        results = compare_kept(model, transcoders, own, GraphConfig(), lambda done, of: None)
+        if results.reason:
+            print(f"  {name:<10} {behaviour:<10} no scores: {results.reason}")
+        for kind, score in results.scores.items():
+            areas = {order: getattr(score, order) for order in ("effect", "influence", "random")}
+            shown = "".join(f"{said(value):>24}" for value in areas.values())
+            print(f"  {name:<10} {behaviour:<10} {kind:<5}{shown}", flush=True)
+            found[f"{behaviour} {kind}"] = {order: round(value.mean, 3) for order, value in areas.items()}
+    return found
+
+
+def said(value: Interval) -> str:
+    """With its interval."""
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def of_layer(transcoders: LayerTranscoders, layer: int) -> Dictionary:
+    """The transcoder of a layer, which knows its sites; graphs have no need of them."""
+    dictionary = transcoders.load(layer)
+    dictionary.config = dataclasses.replace(dictionary.config, site=f"mlp_in.{layer}", target=f"mlp_out.{layer}")
+    return dictionary
+
+
+class Labels:
+    """Labels of the features that stand for the neurons of one layer, judged by where the neurons fire.
+
+    Args:
+      lm: the transformer.
+      case: what is known of it.
+      layer: whose neurons.
+      exact: their own transcoder.
+    """
+
+    def __init__(self, lm: LanguageModel, case: Case, layer: int, exact: Dictionary):
+        texts = list(dict.fromkeys(case.texts(TEXTS, SEED)))
+        half = len(texts) // 2
+        self._lm, self._scratch = lm, Path(tempfile.mkdtemp())
+        self._stores = [
+            capture(lm, part, [f"mlp_in.{layer}"]).save(self._scratch / f"store{number}")
+            for number, part in enumerate((texts[:half], texts[half:]))
+        ]
+        self._exact = exact
+        self._search = self._coded(self._stores[0], exact)
+        self._judge = self._coded(self._stores[1], exact)
+
+    def _coded(self, store: Store, dictionary: Dictionary) -> tuple[Block, CodedText, Mapping[str, CodeCounts]]:
+        """The firings of a dictionary on a store, its text, and how often each code stands there."""
+        folder = self._scratch / "firings"
+        place = record(store, "train", {folder: dictionary}, self._lm.mesh, 4096)
+        (block,) = blocks(folder, dictionary.config.n_features)
+        text = CodedText(store.documents, self._lm.tokenizer.convert_ids_to_tokens(range(self._lm.config.vocab)))
+        return block, text, {family: CodeCounts(text.code(family, place)) for family in FAMILIES}
+
+    def chosen(self, dictionary: Dictionary) -> list[Detector | None]:
+        """The label of each feature: the detector with the best F1 on the texts that are searched."""
+        block, text, bases = self._coded(self._stores[0], dictionary)
+        output = output_tokens(self._lm, dictionary.W_dec_FxD[...], OUTPUT).raised()
+        found, _ = best_detectors(block, text, bases, output)
+        return [max(own.values(), key=lambda one: one[1])[0] if own else None for own in found]
+
+    def judged(self, label_of: Mapping[int, Detector | None]) -> dict[int, float]:
+        """F1 of a label of some features of the exact transcoder with their firings on the other texts."""
+        block, text, bases = self._judge
+        asked = [[own] if (own := label_of.get(feature)) else [] for feature in range(block.size)]
+        found = scores(block, text, bases, asked)
+        return {feature: found[feature][0].f1.mean if found[feature] else 0.0 for feature in label_of}
+
+    def others(self) -> np.ndarray:
+        """For every feature of the exact transcoder another that fires about as often."""
+        counts_F = self._search[0].counts
+        return partners(counts_F / max(counts_F.sum(), 1), [count > 0 for count in counts_F])
+
+
+def named(
+    lm: LanguageModel, case: Case, transcoders: Mapping[str, LayerTranscoders], sets: list[str]
+) -> dict[str, dict[str, float]]:
+    """By sort of neuron, how well labels tell where it fires: of each set's features, and another neuron's label."""
+    features = {one: matched_neurons(case, transcoders[one], 0)[0] for one in dict.fromkeys([EXACT, *sets])}
+    found: dict[str, dict[str, float]] = {}
+    for layer, spec in enumerate(case.model.layers):
+        judge = Labels(lm, case, layer, of_layer(transcoders[EXACT], layer))
+        own = {neuron: feature for (at, feature), neuron in features[EXACT].items() if at == layer}
+        f1: dict[str, dict[int, float]] = {}
+        for name in sets:
+            chosen = judge.chosen(of_layer(transcoders[name], layer))
+            of = {own[neuron]: chosen[feature] for (at, feature), neuron in features[name].items() if at == layer}
+            f1[name] = judge.judged({feature: of.get(feature) for feature in own.values()})
+            if name == EXACT:
+                other_F = judge.others()
+                f1["another's"] = judge.judged({one: chosen[other_F[one]] for one in own.values() if other_F[one] >= 0})
+        sorts: dict[str, list[int]] = {}
+        for number, neuron in enumerate(spec.neurons):
+            sorts.setdefault(re.sub(r"\b([a-h]|\d+(?! back))\b", "*", neuron.name), []).append(own[number])
+        for sort, places in sorts.items():
+            shares = {name: [own_f1[one] for one in places if one in own_f1] for name, own_f1 in f1.items()}
+            means = {name: bootstrap_mean(np.array(own_N), 2000, 789) for name, own_N in shares.items() if own_N}
+            cells = "".join(f"{name + ' ' + said(mean):>34}" for name, mean in means.items())
+            print(f"  layer {layer} {sort:<16}{len(places):>4}{cells}", flush=True)
+            found[f"{layer} {sort}"] = {name: round(mean.mean, 3) for name, mean in means.items()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--circuits", default="logic,induction,chain", help="which transformers")
+    parser.add_argument("--sets", default="exact,trained,untrained,random", help="which transcoders")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench_known")
+    args = parser.parse_args()
+    sets = args.sets.split(",")
+    line: dict[str, dict] = {}
+    for name in args.circuits.split(","):
+        with little_effort():
+            case, model, transcoders = made(args.folder.absolute() / name, name, sets)
+            print(f"{name}: by effect, by influence, at random", flush=True)
+            scored = {one: kept(case, model, one, transcoders[one]) for one in sets}
+            print(f"{name}: F1 of labels, by sort of neuron", flush=True)
+            line[name] = dict(kept=scored, labels=named(model, case, transcoders, sets))
+    print(json.dumps(dict(bench="known", circuits=line)))
+
+
+if __name__ == "__main__":
+    main()
