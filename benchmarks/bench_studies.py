@@ -34,8 +34,17 @@ class Fitted(NamedTuple):
 
 
 def study_configs() -> list[Path]:
-    """Those that name the shape of a real model."""
-    return [path for path in sorted(CONFIGS.glob("*.flags")) if "--preflight.models=" in path.read_text()]
+    """Those that name the shape of a real model, or change a file that does."""
+
+    def lines(path: Path) -> list[str]:
+        return path.read_text().splitlines()
+
+    def names_a_shape(path: Path) -> bool:
+        changed = [line.partition("=")[2] for line in lines(path) if line.startswith("--flagfile=")]
+        own = any(line.startswith("--preflight.models=") for line in lines(path))
+        return own or any(names_a_shape(CONFIGS.parent / other) for other in changed)
+
+    return [path for path in sorted(CONFIGS.glob("*.flags")) if names_a_shape(path)]
 
 
 def devices(topology: str) -> int:
