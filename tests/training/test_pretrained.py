@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tasks"))
 import foreign_formats as foreign
 from benchmark_rows import write_all
 
-from saejax import command, load_dictionary, load_model, load_results, save_dictionary
+from saejax import command, load_dictionary, load_model, load_results, save_dictionary, save_transcoders
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
@@ -47,6 +47,26 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def transcoders(tmp_path_factory):
+    """A circuit-tracer set of the model's two layers."""
+    configs = [
+        DictionaryConfig(
+            kind="jumprelu",
+            site=f"mlp_in.{i}",
+            target=f"mlp_out.{i}",
+            d_in=D,
+            n_features=F,
+            centred=False,
+            model="some",
+        )
+        for i in (0, 1)
+    ]
+    folder = tmp_path_factory.mktemp("set") / "transcoders"
+    save_transcoders(folder, [Dictionary.initial(config, jax.random.key(i)) for i, config in enumerate(configs)])
+    return folder
+
+
+@pytest.fixture(scope="module")
 def workdir(inputs, places, tmp_path_factory):
     """A store, and all of them taken and scored."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
@@ -57,6 +77,7 @@ def workdir(inputs, places, tmp_path_factory):
 def go(stages, inputs, folder, places, **changes) -> int:
     named = ",".join(map(str, places.values()))
     taken = dict(train__kinds="pretrained", train__pretrained=named) if places else {}
+    taken["capture__sites"] = "resid_post.0,mlp_in.0-1,mlp_out.0-1"
     return command.run(stages, "", ["program", *runs.small_flags(*inputs, folder, **taken | changes)])
 
 
@@ -72,6 +93,16 @@ def test_they_are_scored_as_what_they_are(workdir, places):
         error = np.square(x - np.asarray(dictionary(x), np.float64)).sum() / np.square(x - x.mean(0)).sum()
         assert one.explained_variance == pytest.approx(1 - error, rel=1e-3)
         assert one.l0 == pytest.approx(float((np.asarray(dictionary.encode(x)) > 0).sum(1).mean()), rel=1e-4)
+
+
+def test_a_set_is_taken_layer_by_layer(transcoders, places):
+    found = find_pretrained([str(transcoders), str(places["own"])])
+    assert [(one.name, one.target) for one in found] == [
+        ("mlp_in.0", "mlp_out.0"),
+        ("mlp_in.1", "mlp_out.1"),
+        ("resid_post.0", "resid_post.0"),
+    ]
+    assert [one.load().config.site for one in found] == [one.site for one in found]
 
 
 def test_another_dictionary_in_its_place_is_taken_anew(workdir, inputs, places, tmp_path, capsys):
@@ -123,23 +154,25 @@ def test_plans_know_their_sites_and_widths(inputs, places):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORMATS)
-def test_each_format_goes_through_each_stage(name, workdir, inputs, places, tmp_path):
+@pytest.mark.parametrize("name", [*FORMATS, "circuit_tracer"])
+def test_each_format_goes_through_each_stage(name, workdir, inputs, places, transcoders, tmp_path):
     """By its folder where a stage takes one dictionary, and as the train unit where it takes units."""
-    run, place = tmp_path / "run", str(places[name])
+    only = {name: places.get(name, transcoders)}
+    run, place = tmp_path / "run", str(places.get(name, "pretrained/mlp_in.0"))
     shutil.copytree(workdir, run)
     benchmarks = dict(task__benchmarks="gsm8k", task__path=write_all(tmp_path / "benchmarks"), task__shots=0)
     benchmarks |= dict(task__examples=12, task__max_new_tokens=6, study__benchmarks="gsm8k", study__matches=2)
     benchmarks |= dict(study__top=2, study__draws=2, study__bootstrap=200, task__score="likelihood")
     tested = {f"{stage}__dictionary": place for stage in ("ablate", "patch", "probe", "steer", "study")}
     units = {f"{stage}__dictionaries": "pretrained" for stage in ("interpret", "transfer", "track", "export")}
-    more = dict(probe__labels="answer", graph__dictionaries=place, graph__prompt="The river follows the teacher")
-    more |= dict(transfer__measures="decoder", transfer__dictionaries=f"pretrained,{place}")
+    more = dict(probe__labels="answer", graph__prompt="The river follows the teacher")
+    more |= dict(graph__dictionaries=place) if name in places else dict(graph__transcoders=transcoders)
+    beside = f"pretrained,{place}" if name in places else "pretrained"
+    more |= dict(transfer__measures="decoder", transfer__dictionaries=beside)
     more |= dict(track__prompts=tmp_path / "prompts.jsonl")
     (tmp_path / "prompts.jsonl").write_text(json.dumps(dict(slug="river", prompt="The river follows the teacher")))
     stages = ["benchmark", "interpret", "ablate", "patch", "probe", "steer", "study", "attribute", "transfer"]
     stages += ["atlas", "track", "export"]
-    only = {name: places[name]}
     assert go(["train", "evaluate"], inputs, run, only) == 0
     assert go([*stages, "report"], inputs, run, only, **benchmarks | tested | units | more) == 0
     for stage in stages:
