@@ -1,10 +1,11 @@
 """How much memory text of any size takes: tokenised as a stream, trained on from the model, evaluated, interpreted.
 
-Run: python -m benchmarks.bench_text [--bytes 1e8,4e8] [--steps 200]
+Run: python -m benchmarks.bench_text [--bytes 1e8,4e8] [--steps 200] [--stages tokenize]
 The text is the embedded corpus, over and over, each document with a mark of its own, in one file. A random Llama with a
 vocabulary of whole words reads it. Each size runs in a process of its own, which prints for each stage the most memory
 that it held at once: what it allocated, and that with the pages of files that it read, which the system takes back when
-it needs them. Training ends after so many steps; 0: all of the text once. Last, one line of JSON.
+it needs them, and its seconds, also those of processors. Training ends after so many steps; 0: all of the text once.
+Last, one line of JSON.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def peak_of(stage: str, argv: list[str]) -> dict[str, float]:
         while not done.wait(0.02):
             peak[0] = max(peak[0], held("RssAnon"))
 
-    sampler, start = threading.Thread(target=sample), time.perf_counter()
+    sampler, start, began = threading.Thread(target=sample), time.perf_counter(), time.process_time()
     sampler.start()
     status = command.run([stage], "", argv)
     done.set()
@@ -89,11 +90,16 @@ def peak_of(stage: str, argv: list[str]) -> dict[str, float]:
     summary = next(Path(argv[1].partition("=")[2]).glob(f"{stage}/**/summary.json"))
     with_files = json.loads(summary.read_text())["peak_host_bytes"]
     seconds = time.perf_counter() - start
-    return dict(allocated_gb=round(peak[0] / 1e9, 3), with_files_gb=round(with_files / 1e9, 3), seconds=round(seconds))
+    return dict(
+        allocated_gb=round(peak[0] / 1e9, 3),
+        with_files_gb=round(with_files / 1e9, 3),
+        seconds=round(seconds),
+        processor_seconds=round(time.process_time() - began, 1),
+    )
 
 
-def run(size: int, steps: int) -> None:
-    """All stages on text of one size, in this process."""
+def run(size: int, steps: int, stages: list[str]) -> None:
+    """Stages on text of one size, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "model")
         write_text(Path(folder) / "text.jsonl", size)
@@ -101,7 +107,7 @@ def run(size: int, steps: int) -> None:
         argv = ["program", f"--workdir={folder}/run"] + [
             f"--{name}={value}" for name, value in {**FLAGS, **own}.items()
         ]
-        found = {stage: peak_of(stage, argv) for stage in STAGES}
+        found = {stage: peak_of(stage, argv) for stage in stages}
         text = json.loads((Path(folder) / "run" / "tokenize" / "summary.json").read_text())["results"]
     print(json.dumps(dict(bytes=size, tokens=sum(text["tokens"].values()), stages=found)))
 
@@ -110,20 +116,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", default="1e8,4e8", help="sizes of text, with commas between")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--stages", default=",".join(STAGES), help="the first of these, with commas between")
     parser.add_argument("--here", action="store_true", help="run the one size in this process")
     args = parser.parse_args()
     sizes = [int(float(size)) for size in args.bytes.split(",")]
     if args.here:
-        return run(sizes[0], args.steps)
+        return run(sizes[0], args.steps, args.stages.split(","))
     made = []
     for size in sizes:
-        again = [sys.executable, "-m", "benchmarks.bench_text", f"--bytes={size}", f"--steps={args.steps}", "--here"]
+        flags = [f"--bytes={size}", f"--steps={args.steps}", f"--stages={args.stages}", "--here"]
+        again = [sys.executable, "-m", "benchmarks.bench_text", *flags]
         done = subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True)
         made.append(json.loads(done.stdout.splitlines()[-1]))
         print(f"{size / 1e9:.3f} GB of text, {made[-1]['tokens']:,} tokens")
         for stage, peak in made[-1]["stages"].items():
-            told = (peak["allocated_gb"], peak["with_files_gb"], peak["seconds"])
-            print("  {:10s} {:.2f} GB allocated, {:.2f} GB with pages of files, {} s".format(stage, *told), flush=True)
+            told = "  {:10s} {:.2f} GB allocated, {:.2f} GB with pages of files, {} s, {:.1f} s of processors"
+            print(told.format(stage, *peak.values()), flush=True)
     print(json.dumps(made))
 
 

@@ -204,10 +204,8 @@ def _request(document: Mapping[str, Any], config: GraphConfig) -> tuple[Request,
 
 def _check_same(document: Mapping[str, Any], run: PromptRun) -> None:
     """Refuses a model or set that is not the graph's."""
-    active = run.active
-    there = set(zip(active.layer_A.tolist(), active.feature_A.tolist(), active.position_A.tolist(), strict=True))
     own = [(*_feature(node), node["ctx_idx"]) for node in _features(document)]
-    again = sum(key in there for key in own)
+    again = sum((layer, position, feature) in run.active.place_of for layer, feature, position in own)
     if again < _SAME * len(own):
         raise UserError(
             f"of the graph's {len(own)} features {again} are active when {run.model.source.name} runs its "

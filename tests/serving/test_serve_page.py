@@ -130,7 +130,9 @@ def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site,
     effects = text(opened, "#effects")
     assert EVIL.replace(" ", "␣") in effects and "3.00\t1.50\t−1.50\t50 %\t25 %\t40 % to 60 %" in effects
     assert "␣is − ␣are: 1.50 before, −0.50 after; random sets 1.00 to 2.00" in effects
-    assert "KL): 0.25 nats" in effects and "2 random sets" in effects and "0.010 nats to 0.020 nats" in effects
+    assert (
+        "KL): 0.25 nats" in effects and "2 different random sets" in effects and "0.010 nats to 0.020 nats" in effects
+    )
     show(opened, address)  # the state is in the address
     assert (
         text(opened, "#changes").count("Take back") == 2

@@ -28,7 +28,7 @@ from saejax.attribution.trace.targets import Readouts
 from saejax.errors import UserError
 
 FACTORS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-_TRIES = 20  # for each random set
+_TRIES = 20  # for each random set, at the same positions and then at any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +148,8 @@ def steer(
 def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> list[Nodes]:
     """Random sets of other active features, as many in each layer: at the same positions, as far as there are so many.
 
+    Where these make too few sets, others are of any positions.
+
     Args:
       run: of the prompt.
       features: for which the sets are controls.
@@ -162,7 +164,7 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
     active = _nodes_of(run.active, 0)
     others = active[np.array([key not in taken for key in _keys(active)], bool)]
     found: dict[tuple[int, ...], Nodes] = {}
-    for _ in range(_TRIES * draws):
+    for number in range(2 * _TRIES * draws):
         if len(found) == draws:
             break
         order = rng.permutation(len(others))
@@ -172,7 +174,8 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
             pool = order[others.layer_N[order] == layer]
             if len(pool) < len(own):
                 raise UserError(f"layer {layer} has {len(pool)} other active features: expected {len(own)} or more")
-            parts.append(_drawn(pool, others.position_N[pool], own))
+            near = number < _TRIES * draws
+            parts.append(_drawn(pool, others.position_N[pool], own) if near else pool[: len(own)])
         chosen = np.sort(np.concatenate([np.empty(0, np.int64), *parts]))
         found.setdefault(tuple(chosen.tolist()), others[chosen])
     return list(found.values())

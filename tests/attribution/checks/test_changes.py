@@ -204,9 +204,12 @@ def test_random_sets_are_all_different(setting):
     active = setting.here.active
     at_N = np.stack([active.layer_A, active.position_A], axis=1)
     place = next(n for n, at in enumerate(at_N) if 2 < (at_N == at).all(axis=1).sum() < 9)
-    found = matched(setting.here, features_of(setting.graph, [place]), 50)
-    others = np.flatnonzero((at_N == at_N[place]).all(axis=1))
-    assert sorted(int(one.index_N[0]) for one in found) == sorted(active.feature_A[others[others != place]].tolist())
+    found = [keys_of(one) for one in matched(setting.here, features_of(setting.graph, [place]), 99)]
+    keys = list(zip(active.layer_A.tolist(), active.position_A.tolist(), active.feature_A.tolist(), strict=True))
+    own = keys.pop(place)
+    near = [{key} for key in keys if key[:2] == own[:2]]  # at the same position: they come first
+    assert all(one in found[: len(near)] for one in near) and len(found) == sum(key[0] == own[0] for key in keys)
+    assert len(set(map(frozenset, found))) == len(found)
 
 
 def test_thousands_of_rows_in_one_call_are_those_of_single_calls(setting, monkeypatch):

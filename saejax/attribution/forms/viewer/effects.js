@@ -21,8 +21,8 @@ function effectsTable({ tokens, differences, kl, random_kl, draws, no_draws, hol
   });
   const heads = ["Token", "Logit before", "after", "change", "Probability before", "after", "after random ones"];
   const said = draws
-    ? `${draws === 1 ? "The only set" : `${draws} random sets`} of as many other active features of the same layers, ` +
-      `at the same positions as far as there are some, changed alike: ${span(random_kl, nats)}.`
+    ? `${draws === 1 ? "The only set" : `${draws} different random sets`} of as many other active features of the same ` +
+      `layers, changed alike: ${span(random_kl, nats)}.`
     : `No random features to compare with: ${no_draws}`;
   const header = heads.map((name) => element("th", { scope: "col" }, name));
   return [
