@@ -54,7 +54,13 @@ def order(case: Case, layer: int, seed: int) -> np.ndarray:
 
 
 def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> dict[str, Dictionary]:
-    """The sets that need no training."""
+    """The sets that need no training.
+
+    Args:
+      case, model: of which they are.
+      layer: of which, from 0.
+      seed: of their order and of what is drawn.
+    """
     neuron_F = order(case, layer, seed)
     arrays = neuron_arrays(case.model, layer, frame(case.model, seed))
     columns = dict(arrays, W_enc_DxF=arrays["W_enc_DxF"][:, neuron_F])
