@@ -57,8 +57,9 @@ def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> d
     """The sets that need no training.
 
     Args:
-      case: what is known of the transformer, and ``model``: the transformer.
-      layer: whose MLP they stand for; ``seed``: of what is drawn.
+      case, model: of which they are.
+      layer: of which, from 0.
+      seed: of their order and of what is drawn.
     """
     neuron_F = order(case, layer, seed)
     arrays = neuron_arrays(case.model, layer, frame(case.model, seed))

@@ -95,7 +95,12 @@ def _traced(case: Case, count: int) -> list[Prompt]:
 
 
 def matched_neurons(case: Case, transcoders: LayerTranscoders, seed: int) -> tuple[dict[tuple[int, int], int], float]:
-    """Layer and feature -> the neuron that it stands for, by their decoders; and the share of neurons that have one."""
+    """Layer and feature -> the neuron that it stands for, by their decoders; and the share of neurons that have one.
+
+    Args:
+      case, transcoders: what is known, and what is judged.
+      seed: of the transformer's weights.
+    """
     found: dict[tuple[int, int], int] = {}
     cosines: list[np.ndarray] = []
     for layer, spec in enumerate(case.model.layers):
