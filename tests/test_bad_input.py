@@ -193,7 +193,7 @@ def test_what_training_starts_from(refuse, inputs, captured, tmp_path):
     trained = tmp_path / "trained"
     shutil.copytree(workdir / "train" / "topk", trained)
     line = refuse(["train"], workdir=workdir, train__kinds="standard", train__expansion=2, train__init_from=trained)
-    assert "does not fit: kind is topk, expected standard; features is 128, expected 64" in line
+    assert "does not fit: kind is topk, expected standard; features is 128, expected at most 64" in line
 
 
 @pytest.fixture

@@ -124,9 +124,9 @@ def test_pruned_again_from_memory_or_traced_again(asker, traced, wanted, place, 
 
 
 def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, wanted):
-    """The features of one layer at one position, ablated; against the decoder with the transcoder's own edit."""
+    """Some features of one layer at one position, ablated; against the decoder with the transcoder's own edit."""
     active, last = wanted.replacement.active, len(wanted.graph.ids_P) - 1
-    features = active.feature_A[(active.layer_A == 1) & (active.position_A == last)].tolist()
+    features = active.feature_A[(active.layer_A == 1) & (active.position_A == last)].tolist()[:3]
     changes = [["scale", 0.0, *(f"1_{feature}_{last}" for feature in features)]]
     found = asker.work("api/change", dict(graph=GRAPH, changes=changes, hold="nothing"))[-1]["result"]
     tokens = Tokens(wanted.graph.ids_P[None], np.array([last + 1], np.int32))
