@@ -19,6 +19,7 @@ from saejax.parallel.mesh import make_mesh
 from saejax.results import MeshShape
 from saejax.settings import TrainConfig
 from saejax.settings.kinds import PRETRAINED
+from saejax.stage import folder_name
 from saejax.training.results import TrainResults
 from saejax.workspace import Run
 
@@ -30,7 +31,7 @@ class Pretrained:
     """A dictionary that is there already.
 
     Attributes:
-      name: among the members: its site, and its folder where several read one; "" for one alone.
+      name: among the members: its site and, where several read that, the end of its place; "" for one alone.
       place: where it is, as its address and what is below that.
       config: what it is.
       load: reads it.
@@ -98,16 +99,26 @@ def find_pretrained(addresses: Sequence[str]) -> list[Pretrained]:
                 f"{_FLAG}: {place} does not say which site it reads ({config.site}): load it with site= of "
                 "saejax.load_dictionary, save it with saejax.save_dictionary, and name that folder"
             )
-    sites = [config.site for _, config, _ in found]
-    names = [
-        config.site if sites.count(config.site) == 1 else f"{config.site}-{Path(place).name}"
-        for place, config, _ in found
-    ]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{_FLAG} names several dictionaries {twice[0]}: put them into folders of different names")
-    if len(found) == 1:
-        names = [""]
+    names = [""] if len(found) == 1 else _names([(config.site, place) for place, config, _ in found])
     return [Pretrained(name, *one) for name, one in zip(names, found, strict=True)]
+
+
+def _names(found: Sequence[tuple[str, str]]) -> list[str]:
+    """The site of each and, as far as that is needed to tell it from the others, the last parts of its place."""
+
+    def named(site: str, place: str, parts: int) -> str:
+        return "-".join([site, folder_name("/".join(Path(place).parts[-parts:]))][: 1 + bool(parts)])
+
+    names = []
+    for site, place in found:
+        for parts in range(len(Path(place).parts) + 1):
+            name = named(site, place, parts)
+            if [named(*one, parts) for one in found].count(name) == 1:
+                names.append(name)
+                break
+        else:
+            raise UserError(f"{_FLAG} names {place} twice: name each dictionary once")
+    return names
 
 
 def _in(address: str) -> Iterator[tuple[str, DictionaryConfig, Callable[[], Dictionary]]]:

@@ -105,6 +105,18 @@ def test_a_set_is_taken_layer_by_layer(transcoders, places):
     assert [one.load().config.site for one in found] == [one.site for one in found]
 
 
+def test_names_tell_dictionaries_apart(places, tmp_path):
+    copies = [tmp_path / run / "train" / "own" for run in ("a", "b")]
+    for copy in copies:
+        shutil.copytree(places["own"], copy)
+    found = find_pretrained([*map(str, copies), str(places["saelens"])])
+    assert [one.name for one in found] == [
+        "resid_post.0-a-train-own",
+        "resid_post.0-b-train-own",
+        "resid_post.0-saelens",
+    ]
+
+
 def test_another_dictionary_in_its_place_is_taken_anew(workdir, inputs, places, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(workdir, run)
@@ -126,7 +138,7 @@ def test_another_dictionary_in_its_place_is_taken_anew(workdir, inputs, places, 
     "addresses,message",
     [
         ([], "--train.kinds=pretrained needs --train.pretrained=FOLDER"),
-        (["own", "own"], r"--train.pretrained names several dictionaries resid_post.0-own: put them into folders"),
+        (["own", "own"], r"--train.pretrained names .*/own twice: name each dictionary once"),
         (["nowhere"], "--train.pretrained: .*nowhere holds no dictionary"),
         (["unknown"], "unknown does not say which site it reads .unknown.: load it with site="),
     ],
