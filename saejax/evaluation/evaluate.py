@@ -76,11 +76,14 @@ def run_evaluate(run: Run) -> EvaluateResults:
 
 
 def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:
-    """The members by what they read, predict and share a program with, a few at a time: the store is read once."""
-    alike: dict[tuple[str, str, DictionaryConfig], list[TrainedMember]] = {}
+    """The members by what they read, predict and share a program with, a few at a time: the store is read once.
+
+    Crosscoders of one joined site that were not trained together may put its parts together by scales of their own.
+    """
+    alike: dict[tuple[str, str, DictionaryConfig, tuple[float, ...]], list[TrainedMember]] = {}
     for member in stack:
-        program = compiled_in(read_config(trained / member.name))
-        alike.setdefault((member.site, member.target, program), []).append(member)
+        config = read_config(trained / member.name)
+        alike.setdefault((member.site, member.target, compiled_in(config), config.scales), []).append(member)
     return [own[first : first + _AT_A_TIME] for own in alike.values() for first in range(0, len(own), _AT_A_TIME)]
 
 

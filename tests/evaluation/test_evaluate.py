@@ -10,6 +10,7 @@ import runs
 from saejax import command
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
+from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted
 from saejax.evaluation import evaluate
 from saejax.evaluation.results import EvaluateResults
@@ -120,3 +121,15 @@ def test_a_transcoder_is_scored_against_its_target(workdir, make_run, tmp_path):
     assert (entry.site, entry.target) == ("mlp_in.1", "mlp_out.1")
     check(workdir, "jumprelu", entry, tmp_path)
     assert entry.target_sinks.max_norm == Store.open(workdir / "capture").max_norm("mlp_out.1")
+
+
+@pytest.mark.parametrize("other,groups", [(1.0, 1), (0.5, 2)])
+def test_crosscoders_with_scales_of_their_own_are_scored_apart(tmp_path, other, groups):
+    """The store's parts are put together once for those that are scored together."""
+    site, told = "resid_post.0+resid_post.1", []
+    for name, scale in (("a", 1.0), ("b", other)):
+        fields = dict(site=site, d_in=8, n_features=4, widths=(4, 4), scales=(1.0, scale), max_norms=(9.0, 9.0))
+        made = Dictionary.initial(DictionaryConfig(kind="batchtopk", k=2, **fields), jax.random.key(0))
+        save_dictionary(tmp_path / name / "dictionary", made)
+        told.append(TrainedMember(name, site, site, {}, 1.0, 1.0, None, {}))
+    assert len(evaluate._together(tmp_path, told)) == groups
