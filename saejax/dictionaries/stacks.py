@@ -6,10 +6,11 @@ dictionary is "topk", or "topk/k16".
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from saejax.dictionaries.formats import cross_layer, load_dictionary
+from saejax.dictionaries.formats import cross_layer, load_dictionary, qwen_scope
 from saejax.dictionaries.formats.place import located
 from saejax.dictionaries.modules import Dictionary
 from saejax.dictionaries.results import TrainedMember
@@ -90,8 +91,10 @@ def identity(folder: str) -> str:
     """A hash, 16 hexadecimal digits, of the dictionaries in a folder, or of one file's, which may be on the hub."""
     digest, place = hashlib.sha256(), located(folder)
     files = [place] if place.is_file() else sorted(path for pattern in _HASHED for path in place.rglob(pattern))
-    for path in files:
-        digest.update(f"{path.relative_to(place)} {file_sha256(path)}\n".encode())
+    # Qwen-Scope says what k is in another file, beside those of the layers.
+    beside = {path.with_name(qwen_scope.DESCRIPTION) for path in files if qwen_scope.is_one(path)}
+    for path in [*files, *sorted(path for path in beside if path.is_file())]:
+        digest.update(f"{os.path.relpath(path, place)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

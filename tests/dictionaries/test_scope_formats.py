@@ -81,8 +81,11 @@ def test_qwen_scope_files_of_a_folder_are_its_layers(tmp_path):
     one = str(folder / "layer2.sae.pt")
     before = stacks.identity(one)
     assert before != stacks.identity(str(folder)) and stacks.load_trained(one, {}, "--ablate.dictionary")
+    (folder / "config.json").write_text('{"k": 3}')
+    with_k = stacks.identity(one)
+    assert with_k != before and load_dictionary(one).config.k == 3
     foreign.qwen_scope(folder / "layer2.sae.pt", D, F + 1, k=None)
-    assert stacks.identity(one) != before
+    assert stacks.identity(one) not in (before, with_k)
 
 
 def test_qwen_scope_files_that_are_damaged_or_hold_code_are_refused(tmp_path):
