@@ -9,9 +9,8 @@ import ml_dtypes
 import numpy as np
 
 _FLOAT8 = ml_dtypes.float8_e4m3fn
-_VALUES = (
-    np.arange(256, dtype=np.uint8).view(_FLOAT8).astype(np.float32)
-)  # looked up, in less than a fifth of a cast's time
+# Of all codes: looked up in less than a fifth of a cast's time.
+_VALUES = np.arange(256, dtype=np.uint8).view(_FLOAT8).astype(np.float32)
 
 
 def encoded(values_NxD: np.ndarray, norms_N: np.ndarray) -> np.ndarray:

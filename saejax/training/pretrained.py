@@ -107,7 +107,8 @@ def _names(found: Sequence[tuple[str, str]]) -> list[str]:
     """The site of each and, as far as that is needed to tell it from the others, the last parts of its place."""
 
     def named(site: str, place: str, parts: int) -> str:
-        return "-".join([site, folder_name("/".join(Path(place).parts[-parts:]))][: 1 + bool(parts)])
+        end = "/".join(Path(place).parts[-parts:])
+        return f"{site}-{folder_name(end)}" if parts else site
 
     names = []
     for site, place in found:

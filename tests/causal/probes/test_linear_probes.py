@@ -10,7 +10,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from saejax.causal.probes.linear import (
     Task,
@@ -29,12 +28,6 @@ from saejax.results import Interval
 from saejax.settings import ProbeConfig
 
 CONFIG = ProbeConfig(strengths=(0.01, 1.0), sparse=(1, 2), shuffles=4, permutations=200, folds=3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threadpool_limits(1):
-        yield
 
 
 def make_task(inputs=40, train=120, test=60, classes=2, seed=0, planted=True) -> Task:

@@ -8,14 +8,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from runs import write_members
-from threadpoolctl import threadpool_limits
 
 from saejax.causal.probes import inputs as probe_inputs
 from saejax.causal.probes import run as stage
-from saejax.causal.probes.linear import (
-    Task,
-    fitted,
-)
+from saejax.causal.probes.linear import Task, fitted
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary
@@ -27,12 +23,6 @@ from saejax.tasks.labels import LABELS, label_prompts
 from saejax.workspace import Run
 
 CONFIG = ProbeConfig(strengths=(0.01, 1.0), sparse=(1, 2), shuffles=4, permutations=200, folds=3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threadpool_limits(1):
-        yield
 
 
 def _prompt(i: int, split: str, correct: str, behaviour: str = "sums") -> Prompt:
