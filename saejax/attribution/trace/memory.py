@@ -244,10 +244,9 @@ def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
     positions = batch_tokens(mesh.devices.flat[0].platform, length)
     batch = positions * (2 * width + slots / length) + _inside(size) * positions / 8 + _attention(size, length)
     at_once = 2 if mesh.size == 1 else 1
-    # Rows are copied when columns are given up, and when in the end the features without a row are left out.
+    # Rows are copied when columns are given up while they come.
     columns = columns_kept(targets, active, sources - active)
-    left_out = targets * (traced + sources - active) if traced < active else 0
-    adjacency = targets * columns + max(left_out, WHOLE if columns < sources else 0)
+    adjacency = targets * columns + (WHOLE if columns < sources else 0)
     read = 2 * at_once * positions / length * entries
     encoders = width * (min(traced, _ROUND) if traced < active else traced)
     device = _kept(size, length) + 2 * bank + at_once * batch

@@ -127,19 +127,16 @@ def graph_of(
       settings: how the graph was made.
     """
     active, model = run.active, run.model
-    adjacency, nodes, unkept_R = store.row_BxC, nodes[store.column_C], store.dropped_R
     if len(chosen_F) < len(active):
-        dropped_C = (store.column_C < len(active)) & ~np.isin(store.column_C, chosen_F)
-        unkept_R = unkept_R + adjacency[:, dropped_C].sum(axis=1)
-        adjacency, nodes = adjacency[:, ~dropped_C], nodes[~dropped_C]
+        store.leave_out(np.flatnonzero((store.column_C < len(active)) & ~np.isin(store.column_C, chosen_F)))
     text = token_text(model.tokenizer)
     of_logits = Nodes.of(LOGIT, model.config.n_layers, readouts.position_K, readouts.token_K, readouts.weight_K)
     return Graph(
-        adjacency_RxS=adjacency,
-        nodes=Nodes.joined(nodes, of_logits),
+        adjacency_RxS=store.row_BxC,
+        nodes=Nodes.joined(nodes[store.column_C], of_logits),
         value_R=np.concatenate([active.value_A[chosen_F], readouts.value_K]),
         constant_R=np.concatenate([run.constants(chosen_F), readouts.constant_K]),
-        unkept_R=unkept_R,
+        unkept_R=store.dropped_R,
         ids_P=run.ids_P,
         tokens=tuple(text(int(token)) for token in run.ids_P),
         logit_K=readouts.logit_K,

@@ -102,3 +102,17 @@ class RowStore:
             rows_FxC[:, start : start + size] = rows_FxC[order_F, start : start + size]
         for sum_R in (self.dropped_R, self.size_R):
             sum_R[: self._count] = sum_R[: self._count][order_F]
+
+    def leave_out(self, left_X: np.ndarray) -> None:
+        """Gives up columns when all rows are there, in place: there is no room for a second copy.
+
+        Args:
+          left_X: the places of those that go; ``dropped_R`` gets what they contribute.
+        """
+        kept = np.delete(np.arange(len(self.column_C)), left_X)
+        flat, width = self.row_BxC.reshape(-1), len(kept)
+        for row, values in enumerate(self.row_BxC):  # where its new place ends, no row begins that is still to be read
+            self.dropped_R[row] += values[left_X].sum()
+            flat[row * width : (row + 1) * width] = values[kept]
+        self.row_BxC.resize((len(self.row_BxC), width), refcheck=False)
+        self.column_C = self.column_C[kept]
