@@ -58,7 +58,7 @@ def save_world(world: World, file: Path) -> None:
     arrays = {
         field.name: np.asarray(getattr(world, field.name))
         for field in dataclasses.fields(world)
-        if field.name not in ("roots", "branching", "depth", "noise")
+        if field.name not in ("roots", "branching", "depth", "noise", "room")
     }
     np.savez(file, rate_J=norm.sf(arrays.pop("threshold_J")).astype(np.float32), parent_J=world.parent_J, **arrays)
 

@@ -62,7 +62,7 @@ class SyntheticRows:
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
         """The vectors [n, d] of these numbers."""
         numbers = range(self._count // self._batch)
-        made = [np.asarray(draw(self._world, self._key(number), self._batch)[0]) for number in numbers]
+        made = [np.asarray(draw(self._world, self._key(number), self._batch)) for number in numbers]
         return np.concatenate(made)[rows]
 
 
@@ -88,7 +88,7 @@ class Sampled:
     def advance(self, state: TrainState, step: int, last: int) -> tuple[TrainState, Arrays, int]:
         """One step, as ``Input.advance`` says."""
         key = self._key(np.int32(self._number(step)))
-        x_BxD, _ = draw(self._world, key, self._trainer.config.batch, self._rows)
+        x_BxD = draw(self._world, key, self._trainer.config.batch, self._rows)
         state, metrics = self._trainer.step(state, (x_BxD[None],))
         return state, metrics, 1
 

@@ -7,6 +7,7 @@ orthogonal. The draws are JAX's, so a world is like that benchmark's and not the
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,13 @@ from saejax.errors import UserError
 from saejax.ground_truth.stage import TruthConfig
 
 _LEAST_OWN = 0.01  # of a feature's latent variance, which no factors explain
+
+
+class Room(NamedTuple):
+    """How many roots of trees that fire, and free features that may, a vector has room for where few are looked at."""
+
+    roots: int
+    free: int
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +42,7 @@ class World:
       mean_J, std_J: of activations; those below 0 are 0.
       roots, branching, depth: shape of the trees.
       exclusive, scaled, noise: as in ``TruthConfig``.
+      room: enough for nearly every batch; one that needs more is drawn with room for all.
     """
 
     directions_JxD: jax.Array
@@ -49,6 +58,12 @@ class World:
     exclusive: bool = dataclasses.field(metadata=dict(static=True))
     scaled: bool = dataclasses.field(metadata=dict(static=True))
     noise: float = dataclasses.field(metadata=dict(static=True))
+    room: Room = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def in_trees(self) -> int:
+        """How many features are in trees; they come first."""
+        return in_trees(self.roots, self.branching, self.depth)
 
     @property
     def parent_J(self) -> np.ndarray:
@@ -68,6 +83,11 @@ def levels(roots: int, branching: int, depth: int) -> Iterator[tuple[int, int]]:
     for _ in range(depth if roots else 0):
         yield first + count, count
         first, count = first + count, count * branching
+
+
+def in_trees(roots: int, branching: int, depth: int) -> int:
+    """How many features so many trees have. See ``levels``."""
+    return roots * sum(branching**level for level in range(depth + 1))
 
 
 def parents(features: int, roots: int, branching: int, depth: int) -> np.ndarray:
@@ -104,7 +124,7 @@ def own_rates(config: TruthConfig) -> np.ndarray:
 
 def check(config: TruthConfig) -> None:
     """A ``UserError`` unless there is such a world."""
-    tree = config.roots * sum(config.branching**level for level in range(config.depth + 1))
+    tree = in_trees(config.roots, config.branching, config.depth)
     if tree > config.features:
         raise UserError(
             f"--truth.roots={config.roots} trees of --truth.depth={config.depth} have {tree:,} features, more than "
@@ -151,6 +171,20 @@ def make_world(config: TruthConfig) -> World:
         exclusive=config.exclusive,
         scaled=config.scaled,
         noise=config.noise,
+        room=_room(config),
+    )
+
+
+def _room(config: TruthConfig) -> Room:
+    """A multiple of 16, far above what is expected; by its byte a 256th of free features may fire."""
+    own_J, trees = own_rates(config), in_trees(config.roots, config.branching, config.depth)
+    expected = own_J[: config.roots].sum(), np.minimum(own_J[trees:] + 1 / 256, 1).sum()
+    whole = config.roots, config.features - trees
+    return Room(
+        *(
+            min(16 * (int(1.5 * mean + 6 * mean**0.5 + 16) // 16), most)
+            for mean, most in zip(expected, whole, strict=True)
+        )
     )
 
 

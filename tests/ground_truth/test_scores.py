@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,11 +28,11 @@ def world():
 
 
 def reader(world, W_enc_DxF, W_dec_FxD):
-    """A dictionary that fires where the encoder gives more than 0.5."""
+    """A dictionary that fires where the encoder gives more than 0.1."""
     width, features = W_enc_DxF.shape
     described = DictionaryConfig(kind="jumprelu", site="synthetic.0", d_in=width, n_features=features)
     arrays = dict(W_enc_DxF=W_enc_DxF, b_enc_F=np.zeros(features), W_dec_FxD=W_dec_FxD, b_dec_D=world.bias_D)
-    threshold = dict(threshold_F=np.full(features, 0.5))
+    threshold = dict(threshold_F=np.full(features, 0.1))
     return Dictionary(described, **{name: jnp.asarray(a, jnp.float32) for name, a in (arrays | threshold).items()})
 
 
@@ -110,9 +109,9 @@ def test_counts_against_the_code_written_out(world):
     dictionary = reader(world, rng.normal(size=(16, 7)), rng.normal(size=(7, 16)))
     _, matching, counts = judged(world, dictionary)
     from saejax.ground_truth.rows import HELD_OUT, batch_key
-    from saejax.ground_truth.sampling import draw
+    from saejax.ground_truth.sampling import draw_with_code
 
-    made = [jax.jit(draw, static_argnums=2)(world, batch_key(WORLD.seed, HELD_OUT, i), 1024) for i in range(4)]
+    made = [draw_with_code(world, batch_key(WORLD.seed, HELD_OUT, i), 1024) for i in range(4)]
     x, code = (np.concatenate([np.asarray(part, np.float64) for part in parts]) for parts in zip(*made, strict=True))
     f = np.asarray(dictionary.encode(jnp.asarray(x, jnp.float32)))
     fires, there = f > 0, code > 0
