@@ -18,7 +18,7 @@ class DictionaryConfig(Config):
       d_in: width of both.
       n_features: number of features F.
       k: active features per token (topk; mean over tokens for batchtopk and matryoshka; else 0).
-      groups: numbers of leading features that reconstruct by themselves, ascending, the last is F (matryoshka).
+      groups: numbers of leading features that reconstruct by themselves, ascending to F (matryoshka, jumprelu).
       skip: whether a linear map of the input is added to what it predicts (skip transcoder).
       centred: whether the decoder's bias is subtracted from the input, as in an SAE.
       fires_above: |f| above which a feature of a linear dictionary counts as firing.

@@ -43,6 +43,14 @@ class JumpReLUConfig(Config):
     dead_pre_activation: float = setting(
         0.0, "coefficient of the loss that pulls dead features' pre-activations up", low=0.0
     )
+    nested: tuple[float, ...] = setting(
+        (),
+        "shares of the features, ascending to 1, that must reconstruct by themselves, as in a matryoshka dictionary; "
+        "empty: all together alone",
+        low=0.0,
+        high=1.0,
+        implied=(),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from small_stacks import B, D, F, batches, make_trainer
 from saejax.dictionaries import joined, losses, sparsity, straight_through
 from saejax.dictionaries.kinds.base import EncodedBatch
 from saejax.dictionaries.matmul import centred_matmul, matmul
+from saejax.errors import UserError
 
 DECODER = ("W_dec_FxD", "b_dec_D")
 
@@ -229,6 +230,18 @@ def test_matryoshka_sums_the_errors_of_its_groups():
     nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in (16, 32, F)]
     np.testing.assert_allclose(metrics["loss"], sum(nested), rtol=1e-10)
     np.testing.assert_allclose(metrics["mse"], nested[-1], rtol=1e-10)
+
+
+def test_jumprelu_sums_the_errors_of_its_groups_too():
+    trainer, params, x, y, hyper = setting("jumprelu", nested=(0.25, 0.5, 1.0))
+    _, (metrics, _, _) = trainer._objective(params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    member = _member(trainer, params)
+    f, W_dec = np.asarray(member.encode(x)), np.asarray(params["W_dec_FxD"])
+    nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in (16, 32, F)]
+    np.testing.assert_allclose(metrics["error"], sum(nested), rtol=1e-10)
+    np.testing.assert_allclose(metrics["mse"], nested[-1], rtol=1e-10)
+    with pytest.raises(UserError, match=r"--train.jumprelu.nested=\(0.5, 0.25\) gives groups of"):
+        setting("jumprelu", nested=(0.5, 0.25))
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])

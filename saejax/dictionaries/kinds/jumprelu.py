@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from saejax.dictionaries import losses, sparsity, straight_through
-from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, Kind, MemberEncoder, Numbers
+from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Facts, Kind, MemberEncoder, Numbers
+from saejax.dictionaries.kinds.groups import group_reconstructions, group_sizes
 from saejax.settings.kinds import JumpReLUConfig
 
 
@@ -32,6 +33,12 @@ class JumpReLU(Kind):
         f_BxF = straight_through.jumprelu(pre_BxF, member.arrays["threshold_F"], own.bandwidth)
         return f_BxF, jnp.zeros((), pre_BxF.dtype)
 
+    def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
+        """Those of the nested groups if there are any."""
+        if member.config.groups:
+            return group_reconstructions(member, f_BxF, x_BxD)
+        return super().reconstructions(member, f_BxF, x_BxD)
+
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
         """By ``l0_penalty``."""
         own, arrays, coefficient = batch.own, batch.member.arrays, batch.values["l0_coefficient"]
@@ -56,6 +63,11 @@ class JumpReLU(Kind):
     def start(self, own: JumpReLUConfig) -> dict[str, float]:
         """Thresholds above 0, where the kernel sees pre-activations of both sides."""
         return dict(threshold_F=own.initial_threshold)
+
+    def facts(self, values: Numbers, own: JumpReLUConfig, n_features: int) -> Facts:
+        """The groups as numbers of features."""
+        facts = super().facts(values, own, n_features)
+        return facts | Facts(groups=group_sizes("jumprelu.nested", own.nested, n_features)) if own.nested else facts
 
     def constrain(self, params: Arrays) -> Arrays:
         """Thresholds of at least 0."""

@@ -4,9 +4,7 @@ import jax
 
 from saejax.dictionaries.kinds.base import Coder, Facts, Numbers
 from saejax.dictionaries.kinds.batchtopk import BatchTopK
-from saejax.dictionaries.matmul import group_products, matmul
-from saejax.dictionaries.sparsity import row
-from saejax.errors import UserError
+from saejax.dictionaries.kinds.groups import group_reconstructions, group_sizes
 from saejax.settings.kinds import MatryoshkaConfig
 
 
@@ -19,21 +17,10 @@ class Matryoshka(BatchTopK):
 
     def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
         """Those of the nested groups, ascending."""
-        arrays, operands = member.arrays, member.operands
-        nested, partial = [], row(arrays["b_dec_D"], 2)
-        if "W_skip_DxD" in arrays:
-            partial += matmul(x_BxD, arrays["W_skip_DxD"], operands)
-        for product_BxD in group_products(f_BxF, arrays["W_dec_FxD"], member.config.groups, operands):
-            partial += product_BxD
-            nested.append(partial)
-        return nested
+        return group_reconstructions(member, f_BxF, x_BxD)
 
     def facts(self, values: Numbers, own: MatryoshkaConfig, n_features: int) -> Facts:
         """The groups as numbers of features."""
-        groups = tuple(round(share * n_features) for share in own.groups)
-        if not groups or sorted(set(groups)) != list(groups) or groups[0] < 1 or groups[-1] != n_features:
-            raise UserError(
-                f"--train.matryoshka.groups={own.groups} gives groups of {groups} features: expected shares ascending "
-                "to 1"
-            )
-        return super().facts(values, own, n_features) | Facts(groups=groups)
+        return super().facts(values, own, n_features) | Facts(
+            groups=group_sizes("matryoshka.groups", own.groups, n_features)
+        )

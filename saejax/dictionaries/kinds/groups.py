@@ -1,0 +1,41 @@
+"""Nested groups of features, each of which must rebuild the target by itself (Bussmann et al., 2025)."""
+
+from collections.abc import Sequence
+
+import jax
+
+from saejax.dictionaries.kinds.base import Coder
+from saejax.dictionaries.matmul import group_products, matmul
+from saejax.dictionaries.sparsity import row
+from saejax.errors import UserError
+
+
+def group_reconstructions(member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
+    """What each of the member's groups gives, ascending; see ``Kind.reconstructions``."""
+    arrays, operands = member.arrays, member.operands
+    nested, partial = [], row(arrays["b_dec_D"], 2)
+    if "W_skip_DxD" in arrays:
+        partial += matmul(x_BxD, arrays["W_skip_DxD"], operands)
+    for product_BxD in group_products(f_BxF, arrays["W_dec_FxD"], member.config.groups, operands):
+        partial += product_BxD
+        nested.append(partial)
+    return nested
+
+
+def group_sizes(setting: str, shares: Sequence[float], n_features: int) -> tuple[int, ...]:
+    """Groups as numbers of features.
+
+    Args:
+      setting: which one of ``--train`` they are, for the message.
+      shares: of the features, ascending to 1.
+      n_features: F.
+
+    Raises:
+      UserError: they do not ascend to 1, or two are as large.
+    """
+    groups = tuple(round(share * n_features) for share in shares)
+    if not groups or sorted(set(groups)) != list(groups) or groups[0] < 1 or groups[-1] != n_features:
+        raise UserError(
+            f"--train.{setting}={tuple(shares)} gives groups of {groups} features: expected shares ascending to 1"
+        )
+    return groups
