@@ -39,8 +39,7 @@ demo-clt: $(INSTALLED)
 	for set in cross-layer=runs/demo_clt layers=runs/demo_clt/layers; do $(BIN)/python -m experiments.attribute $(CLT) \
 	    --graph.slug=$${set%%=*} --graph.transcoders=$${set#*=}/train/batchtopk \
 	    --graph.prompt="The capital of France is the city of" --graph.target=" Paris" || exit; done
-	$(BIN)/python -m experiments.baseline $(CLT)
-	$(BIN)/python -m experiments.report $(CLT)
+	$(BIN)/python -m experiments.pipeline $(CLT)
 	@echo "Open runs/demo_clt/report/index.html"
 
 # A model that is tuned to one habit more, a crosscoder of it and of what it was made from, and what its own features cause.

@@ -26,7 +26,7 @@ from scipy.stats import norm
 from benchmarks.saelens_environment import saelens_python
 from saejax.dictionaries import load_dictionary, save_dictionary
 from saejax.ground_truth.rows import HELD_OUT, batch_key
-from saejax.ground_truth.sampling import draw
+from saejax.ground_truth.sampling import draw, draw_with_code
 from saejax.ground_truth.stage import TruthConfig
 from saejax.ground_truth.world import World, make_world
 from saejax.workspace import read_json
@@ -72,10 +72,11 @@ def our_generator(world: World, seed: int, count: int) -> tuple[dict[str, float]
 
     seconds, fired_J, square = [], np.zeros(len(world.mean_J)), 0.0
     for number in range(max(count // BATCH, REPEATS + 1)):
+        key = batch_key(seed, HELD_OUT, np.int32(number))
         start = time.process_time(), time.perf_counter()
-        drawn = jax.block_until_ready(draw(world, batch_key(seed, HELD_OUT, np.int32(number)), BATCH))
+        jax.block_until_ready(draw(world, key, BATCH))  # as training does: nobody asks for the code
         seconds.append((time.process_time() - start[0], time.perf_counter() - start[1]))
-        fires_J, squares = sums(*drawn)
+        fires_J, squares = sums(*draw_with_code(world, key, BATCH))
         fired_J, square = fired_J + np.asarray(fires_J), square + float(squares)
     seen = len(seconds) * BATCH
     processor, wall = (statistics.median(column) for column in zip(*seconds[1:], strict=True))

@@ -7,9 +7,9 @@ from saejax.ground_truth.stage import CONTROLS
 from saejax.training.members import members
 
 _OVERHEAD = 0.45  # as of the stage train
-# Drawing an activation takes as long on a CPU as so many operations of a product in float32: 8 to 10 of a core's
-# nanoseconds, measured where its products ran at 85 GFLOP/s.
-_DRAW = 800
+# Drawing an activation, and its part of the vector, takes as long on a CPU as so many operations of a product in
+# float32: 6 to 7 of a core's nanoseconds, measured where its products ran at 85 GFLOP/s.
+_DRAW = 550
 
 
 def truth_cost(plan: PlannedRun, name: str) -> Cost:
@@ -20,7 +20,7 @@ def truth_cost(plan: PlannedRun, name: str) -> Cost:
     seen = truth.samples * train.epochs
     seen = min(seen, train.max_steps * train.batch or seen)
     products = count * (step_flops(seen, d, f) + 4.0 * truth.held_out * d * f)
-    drawn = (seen + truth.held_out * count) * truth.features * (2.0 * d + _DRAW)  # in float32, whatever training takes
+    drawn = (seen + truth.held_out * count) * truth.features * _DRAW  # in float32, whatever training takes
     arrays = count * WIDTH[train.state_dtype] * 2 * d * f
     return Cost(
         DeviceBytes(

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.sparse import BCSR
 
 from saejax.dictionaries import selection
-from saejax.ground_truth.world import Room, World, levels
+from saejax.ground_truth.entries import ActiveEntries
+from saejax.ground_truth.world import EntryRoom, World, levels
 
 _EDGE = 1e-7  # of a uniform number, beyond which a normal one is cut: at 5.2 standard deviations
 _BYTE = 256
@@ -38,7 +38,11 @@ def draw(world: World, key: jax.Array, count: int, sharding: jax.sharding.Shardi
 
 
 def draw_with_code(world: World, key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The same vectors, on one device, and the activations of the features that they are made of, code_BxJ."""
+    """The same vectors, on one device, and the activations of the features that they are made of, code_BxJ.
+
+    Args:
+      world, key, count: as for ``draw``.
+    """
     return _draw(world, key, count, None, with_code=True)
 
 
@@ -52,51 +56,21 @@ def _draw(
     free = _Free.of(world, free_key, factors_BxQ)
     one_device = sharding is None or sharding.num_devices == 1
 
-    def vectors(room: Room) -> tuple[jax.Array, ...]:
+    def vectors(room: EntryRoom) -> tuple[jax.Array, ...]:
         codes = _trees(world, child_key, factors_BxQ, roots_BxC, room.roots), free.code(room.free)
-        code = Code(*(jnp.concatenate(parts, axis=1) for parts in zip(*codes, strict=True)))
+        code = ActiveEntries(*(jnp.concatenate(parts, axis=1) for parts in zip(*codes, strict=True)))
         x_BxD = code.total(world.directions_JxD, one_device) + world.bias_D[None]
         if world.noise:
             x_BxD += world.noise * jax.random.normal(noise_key, x_BxD.shape)
         return (x_BxD, code.dense(len(world.directions_JxD))) if with_code else (x_BxD,)
 
-    whole = Room(roots_BxC.shape[1], free.chance_BxC.shape[1])
+    whole = EntryRoom(roots_BxC.shape[1], free.chance_BxC.shape[1])
     if world.room == whole:
         drawn = vectors(whole)
     else:
         fits = (_most(roots_BxC) <= world.room.roots) & (_most(free.chance_BxC) <= world.room.free)
         drawn = lax.cond(fits, lambda: vectors(world.room), lambda: vectors(whole))
     return tuple(_placed(rows, sharding) for rows in drawn)
-
-
-class Code(NamedTuple):
-    """What B vectors are made of: E entries of each.
-
-    Attributes:
-      value_BxE: activations; 0 of an entry that is of no active feature.
-      feature_BxE: of which features, int32.
-    """
-
-    value_BxE: jax.Array
-    feature_BxE: jax.Array
-
-    def dense(self, features: int) -> jax.Array:
-        """Activations of all features, [B, J]."""
-        zeros_BxJ = jnp.zeros((len(self.value_BxE), features), self.value_BxE.dtype)
-        return zeros_BxJ.at[jnp.arange(len(zeros_BxJ))[:, None], self.feature_BxE].add(self.value_BxE)
-
-    def total(self, directions_JxD: jax.Array, one_device: bool) -> jax.Array:
-        """The sum of each vector's directions, [B, D]."""
-
-        def dense(code: Code) -> jax.Array:
-            return jnp.matmul(code.dense(len(directions_JxD)), directions_JxD, precision="highest")
-
-        def sparse(code: Code) -> jax.Array:
-            batch, entries = code.value_BxE.shape
-            arrays = *(part.reshape(-1) for part in code), jnp.arange(0, batch * entries + 1, entries, dtype=jnp.int32)
-            return BCSR(arrays, shape=(batch, len(directions_JxD))) @ directions_JxD
-
-        return lax.platform_dependent(self, cpu=sparse if one_device else dense, default=dense)
 
 
 def _roots(world: World, key: jax.Array, factors_BxQ: jax.Array) -> jax.Array:
@@ -106,7 +80,7 @@ def _roots(world: World, key: jax.Array, factors_BxQ: jax.Array) -> jax.Array:
     return _sizes(met_BxC, world.mean_J[None, own], world.std_J[None, own])
 
 
-def _trees(world: World, key: jax.Array, factors_BxQ: jax.Array, roots_BxC: jax.Array, room: int) -> Code:
+def _trees(world: World, key: jax.Array, factors_BxQ: jax.Array, roots_BxC: jax.Array, room: int) -> ActiveEntries:
     """Steps 1 to 3 for all features of trees, of whose roots so many have a place, W."""
     value_BxW, feature_BxW = _kept(roots_BxC, room)
     values, features = [value_BxW], [feature_BxW]
@@ -124,7 +98,7 @@ def _trees(world: World, key: jax.Array, factors_BxQ: jax.Array, roots_BxC: jax.
             child, feature = _one(parent_key, child, feature)
         values.append(child.reshape(len(child), -1))
         features.append(feature.reshape(len(child), -1))
-    return Code(jnp.concatenate(values, axis=1), jnp.concatenate(features, axis=1))
+    return ActiveEntries(jnp.concatenate(values, axis=1), jnp.concatenate(features, axis=1))
 
 
 def _of_children(values: jax.Array, place_BxW: jax.Array, branching: int) -> jax.Array:
@@ -176,13 +150,14 @@ class _Free(NamedTuple):
         byte_BxC = lax.bitcast_convert_type(words, jnp.uint8).reshape(batch, -1)[:, :count]
         return cls(world, jnp.where(byte_BxC <= _BYTE * chance_BxC, chance_BxC, 0.0), byte_BxC, rest_key)
 
-    def code(self, room: int) -> Code:
+    def code(self, room: int) -> ActiveEntries:
         """Steps 1 and 2 for these features, of which so many have a place."""
         chance_BxW, place_BxW = _kept(self.chance_BxC, room)
         byte_BxW = jnp.take_along_axis(self.byte_BxC, place_BxW, axis=1).astype(jnp.float32)
         met_BxW = _met((byte_BxW + _uniform(self.key, byte_BxW.shape)) / _BYTE, chance_BxW)
         feature_BxW = self.world.in_trees + place_BxW
-        return Code(_sizes(met_BxW, self.world.mean_J[feature_BxW], self.world.std_J[feature_BxW]), feature_BxW)
+        size_BxW = _sizes(met_BxW, self.world.mean_J[feature_BxW], self.world.std_J[feature_BxW])
+        return ActiveEntries(size_BxW, feature_BxW)
 
 
 def _chances(world: World, factors_BxQ: jax.Array, own: slice) -> jax.Array:

@@ -21,7 +21,7 @@ from saejax.ground_truth.stage import TruthConfig
 _LEAST_OWN = 0.01  # of a feature's latent variance, which no factors explain
 
 
-class Room(NamedTuple):
+class EntryRoom(NamedTuple):
     """How many roots of trees that fire, and free features that may, a vector has room for where few are looked at."""
 
     roots: int
@@ -58,7 +58,7 @@ class World:
     exclusive: bool = dataclasses.field(metadata=dict(static=True))
     scaled: bool = dataclasses.field(metadata=dict(static=True))
     noise: float = dataclasses.field(metadata=dict(static=True))
-    room: Room = dataclasses.field(metadata=dict(static=True))
+    room: EntryRoom = dataclasses.field(metadata=dict(static=True))
 
     @property
     def in_trees(self) -> int:
@@ -175,12 +175,12 @@ def make_world(config: TruthConfig) -> World:
     )
 
 
-def _room(config: TruthConfig) -> Room:
+def _room(config: TruthConfig) -> EntryRoom:
     """A multiple of 16, far above what is expected; by its byte a 256th of free features may fire."""
     own_J, trees = own_rates(config), in_trees(config.roots, config.branching, config.depth)
     expected = own_J[: config.roots].sum(), np.minimum(own_J[trees:] + 1 / 256, 1).sum()
     whole = config.roots, config.features - trees
-    return Room(
+    return EntryRoom(
         *(
             min(16 * (int(1.5 * mean + 6 * mean**0.5 + 16) // 16), most)
             for mean, most in zip(expected, whole, strict=True)

@@ -14,7 +14,7 @@ from saejax import config
 from saejax.errors import UserError
 from saejax.ground_truth.sampling import draw, draw_with_code
 from saejax.ground_truth.stage import TruthConfig
-from saejax.ground_truth.world import Room, check, make_world, orthogonalised, own_rates, parents, rates
+from saejax.ground_truth.world import EntryRoom, check, make_world, orthogonalised, own_rates, parents, rates
 from saejax.parallel.mesh import fitting_sharding, make_mesh
 from saejax.registry import GROUPS
 
@@ -64,12 +64,12 @@ def test_where_few_are_looked_at_none_is_missing():
     rare = dataclasses.replace(SMALL, features=2000, dimensions=64, rate_max=0.02, rate_min=0.002, roots=160, depth=1)
     rare = dataclasses.replace(rare, factors=0, exclusive=False)
     world, x_BxD, code_BxJ = drawn(rare)
-    room, whole = world.room, Room(160, 2000 - 4 * 160)
+    room, whole = world.room, EntryRoom(160, 2000 - 4 * 160)
     assert room.roots < whole.roots and room.free < whole.free
     close((code_BxJ > 0).mean(0), rates(rare), deviations=6)
     key = jax.random.key(7)
     np.testing.assert_allclose(draw(world, key, COUNT), x_BxD, atol=1e-5)
-    for few in (Room(1, whole.free), Room(whole.roots, 2)):
+    for few in (EntryRoom(1, whole.free), EntryRoom(whole.roots, 2)):
         drawn_so, drawn_whole = (draw(dataclasses.replace(world, room=one), key, 200) for one in (few, whole))
         np.testing.assert_allclose(drawn_so, drawn_whole, atol=1e-5)
 
