@@ -4,6 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEPTH := runs/demo_depth/train/topk
 CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
+CLT_GRAPH := --graph.prompt="The capital of France is the city of" --graph.target=" Paris"
 
 .PHONY: demo demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-slow test-buckets test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu clean
 
@@ -36,11 +37,9 @@ demo-graphs: $(INSTALLED)
 demo-clt: $(INSTALLED)
 	$(BIN)/python -m experiments.train $(CLT)
 	$(BIN)/python -m experiments.train $(CLT) --workdir=runs/demo_clt/layers --train.form=transcoder --train.expansion=8
-	for set in cross-layer=runs/demo_clt layers=runs/demo_clt/layers; do $(BIN)/python -m experiments.attribute $(CLT) \
-	    --graph.slug=$${set%%=*} --graph.transcoders=$${set#*=}/train/batchtopk \
-	    --graph.prompt="The capital of France is the city of" --graph.target=" Paris" || exit; done
-	$(BIN)/python -m experiments.pipeline $(CLT)
-	@echo "Open runs/demo_clt/report/index.html"
+	$(BIN)/python -m experiments.attribute $(CLT) $(CLT_GRAPH) --graph.slug=layers --graph.transcoders=runs/demo_clt/layers/train/batchtopk
+	$(BIN)/python -m experiments.pipeline $(CLT) $(CLT_GRAPH) --graph.slug=cross-layer --graph.transcoders=runs/demo_clt/train/batchtopk
+	@echo "Open runs/demo_clt/report/index.html, and in runs/demo_clt/attribute/layers the graph of the other set"
 
 # A model that is tuned to one habit more, a crosscoder of it and of what it was made from, and what its own features cause.
 demo-crosscode: $(INSTALLED)
