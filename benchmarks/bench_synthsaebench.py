@@ -34,7 +34,15 @@ from saejax.workspace import read_json
 ROOT = Path(__file__).parent.parent
 BATCH, REPEATS = 1024, 7
 SETTINGS = dict(magnitude_first=5.0, magnitude_last=4.0, factors=25, correlation=0.1, orthogonalise=100)
-TRAIN = dict(batch=1024, matmul="bfloat16", learning_rate=1e-3, auxk=0.03125, log_every=200, checkpoint_every=2000)
+TRAIN = dict(
+    epochs=1,
+    batch=1024,
+    matmul="bfloat16",
+    learning_rate=1e-3,
+    auxk=0.03125,
+    log_every=200,
+    checkpoint_every=2000,
+)
 
 
 def settings(scale: int, samples: int, held_out: int) -> TruthConfig:

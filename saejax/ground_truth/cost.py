@@ -15,12 +15,15 @@ _DRAW = 550
 def truth_cost(plan: PlannedRun, name: str) -> Cost:
     """Training of all members on the samples, which are drawn as they are needed, and a pass over the held-out ones."""
     truth, train = plan.configs["truth"], plan.configs["train"]
-    d, f = truth.dimensions, train.features_of(truth.dimensions)
-    count = len(members(train, train.kinds[0] if name == CONTROLS else name, [SITE]))
+    d, widths = truth.dimensions, [one.features_of(truth.dimensions) for one in train.each_expansion()]
+    f = max(widths)
+    count = len(members(train, train.kinds[0] if name == CONTROLS else name, [SITE]))  # of each expansion
     seen = truth.samples * train.epochs
     seen = min(seen, train.max_steps * train.batch or seen)
-    products = count * (step_flops(seen, d, f) + 4.0 * truth.held_out * d * f)
-    drawn = (seen + truth.held_out * count) * truth.features * _DRAW  # in float32, whatever training takes
+    products = count * sum(step_flops(seen, d, width) + 4.0 * truth.held_out * d * width for width in widths)
+    drawn = (
+        len(widths) * (seen + truth.held_out * count) * truth.features * _DRAW
+    )  # in float32, whatever training takes
     arrays = count * WIDTH[train.state_dtype] * 2 * d * f
     return Cost(
         DeviceBytes(
@@ -32,6 +35,6 @@ def truth_cost(plan: PlannedRun, name: str) -> Cost:
         train.matmul,
         _OVERHEAD + drawn / products,
         START,
-        disk=count * 7 * 4 * 2 * d * f,
+        disk=count * 7 * 4 * 2 * d * sum(widths),
         counts=dict(samples=seen, members=count),
     )

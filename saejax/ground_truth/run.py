@@ -23,7 +23,7 @@ from saejax.ground_truth.world import World, make_world
 from saejax.results import Interval, to_json
 from saejax.settings import TrainConfig
 from saejax.training.members import Member, members
-from saejax.training.train import train_stack
+from saejax.training.train import of_expansion, train_stack
 from saejax.workspace import Run, write_json
 
 
@@ -75,9 +75,12 @@ def _judge(
     truth: TruthConfig = run.configs["truth"]
     folder = run.folder / control
     folder.mkdir(exist_ok=True)
-    stack = members(train, kind, [SITE])
-    inner = dataclasses.replace(run, name=kind, folder=folder, configs=dict(run.configs) | dict(train=train))
-    train_stack(inner, stack, synthetic_source(truth, world, train.batch))
+    stack: list[Member] = []
+    for config in train.each_expansion():
+        own = members(config, kind, [SITE])
+        inner = of_expansion(dataclasses.replace(run, name=kind, folder=folder), config)
+        train_stack(inner, own, synthetic_source(truth, world, train.batch))
+        stack += own
     groups: dict[str, list[Member]] = {}
     for member in stack:
         groups.setdefault(_without_seed(member), []).append(member)

@@ -57,7 +57,8 @@ def train(
         if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
         config = configured(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
-        stack = members(config, kind, chosen_sites(config, list(store.sites)))
+        sites = chosen_sites(config, list(store.sites))
+        stack = [member for one in config.each_expansion() for member in members(one, kind, sites)]
         if len(stack) > 1:
             raise UserError(
                 f"these settings make {len(stack)} dictionaries ({', '.join(member.name for member in stack)}), "

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saejax.config import Config, nested, setting
+from saejax.errors import UserError
 from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED, read_by_kind, settings_of_kinds, unit_names
 from saejax.settings.sites import expand_ranges
 
@@ -45,6 +46,12 @@ class TrainConfig(Config):
         choices=("sae", "transcoder", "skip_transcoder", "cross_layer_transcoder"),
     )
     expansion: int = setting(8, "features per input dimension", low=1)
+    expansions: tuple[int, ...] = setting(
+        (),
+        "several values of --train.expansion, such as 4,8,16, in place of it: a stack of each, one after the other",
+        low=1,
+        implied=(),
+    )
     features: int = setting(0, "features, such as 16384, whatever the width; 0: by --train.expansion", low=0)
     k: tuple[int, ...] = setting(
         (32,), "active features per token (or a list)", low=1, swept=True, only=read_by_kind("k")
@@ -213,10 +220,19 @@ class TrainConfig(Config):
     def __post_init__(self):
         object.__setattr__(self, "sites", expand_ranges(self.sites))
         super().__post_init__()
+        if len(set(self.expansions)) < len(self.expansions):
+            raise UserError(f"--train.expansions={','.join(map(str, self.expansions))}: name each value once")
+        if self.expansions and (self.features or self.form == "cross_layer_transcoder"):
+            other = f"features={self.features}" if self.features else f"form={self.form}"
+            raise UserError(f"--train.expansions and --train.{other} exclude each other: use --train.expansion")
 
     def features_of(self, width: int) -> int:
         """How many features a dictionary of inputs of this width has."""
         return self.features or self.expansion * width
+
+    def each_expansion(self) -> tuple["TrainConfig", ...]:
+        """What each of ``expansions`` is trained with, as a stack has one shape; the group itself if there are none."""
+        return tuple(dataclasses.replace(self, expansion=one) for one in self.expansions) or (self,)
 
     def of_kind(self, kind: str) -> Any:
         """The settings that a kind alone has."""

@@ -1,7 +1,7 @@
 """The figures of a study, read from what the stages of its rows returned."""
 
 import dataclasses
-import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from saejax.causal.ablate.results import AblateResults
 from saejax.causal.study.results import StudyResults
 from saejax.causal.study.scores import settled
 from saejax.dictionaries.stacks import full_name, kind_and_member
-from saejax.errors import UserError
 from saejax.evaluation.results import EvaluateResults
 from saejax.page.findings import Findings, read_findings
 from saejax.preflight.results import ModelNeeds, PreflightResults
@@ -37,6 +36,7 @@ from saejax.studies.rows import StudyRow
 from saejax.studies.units import ROWS, UnitState
 from saejax.tasks.results import BaselineResults, BenchmarkResults
 from saejax.track.results import TrackResults
+from saejax.training.records import recorded
 from saejax.training.results import TrainResults
 from saejax.transfer.results import TransferResults
 
@@ -165,14 +165,10 @@ def epoch_losses(unit: Path, epochs: int, tokens: int) -> dict[tuple[str, int], 
     Raises:
       UserError: its metrics are missing or damaged.
     """
-    path, found = unit / "metrics.jsonl", dict[tuple[str, int], list[float]]()
-    try:
-        for text in path.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            epoch = min(-(-int(line["tokens"]) * epochs // tokens), epochs)
-            found.setdefault((line["member"], epoch), []).append(float(line["loss"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is missing or damaged: delete {unit} and run the study again") from None
+    found: dict[tuple[str, int], list[float]] = {}
+    for record in recorded(unit, ("tokens", "loss")):
+        epoch = min(math.ceil(record["tokens"] * epochs / tokens), epochs)
+        found.setdefault((record["member"], epoch), []).append(record["loss"])
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 

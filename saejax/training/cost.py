@@ -1,7 +1,7 @@
 """What the stage ``train`` takes, and which dictionaries it will train."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -57,10 +57,20 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
             found = find_pretrained(train.pretrained)
             planned[kind] = PlannedStack(_largest(found, widths("--train.pretrained", found)), tuple(found))
         else:
-            stack = members(train, kind, chosen_sites(train, sites))
-            shape = stack_shape(train, kind, stack, widths("--train.sites", stack))
-            planned[kind] = PlannedStack(shape, tuple(stack))
+            planned[kind] = _planned(train, kind, chosen_sites(train, sites), widths)
     return planned
+
+
+def _planned(
+    train: TrainConfig, kind: str, sites: Sequence[str], widths: Callable[[str, Sequence[Member]], Mapping[str, int]]
+) -> PlannedStack:
+    """All members, those of the widest of several expansions last, with its shape."""
+    found = []
+    for config in sorted(train.each_expansion(), key=lambda config: config.expansion):
+        own = members(config, kind, sites)
+        shape = stack_shape(config, kind, own, widths("--train.sites", own))
+        found += own
+    return PlannedStack(shape, tuple(found))
 
 
 def _largest(found: Sequence[Pretrained], widths: Mapping[str, int]) -> DictionaryConfig:
@@ -83,7 +93,10 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
     if kind == PRETRAINED:
         copied = sum(dictionary_bytes(one.config, "float32") for one in stack.members)
         return Cost(DeviceBytes(), 0.0, "float32", 1.0, _START, disk=copied)
-    check_divides(train, dictionary, count, plan.axes)
+    widths = [one.features_of(dictionary.d_in) for one in train.each_expansion()]
+    count //= len(widths)  # of each expansion
+    for width in widths:
+        check_divides(train, width, count, plan.axes)
     here, (d, f) = -(-count // plan.axes["member"]), (dictionary.d_in, dictionary.n_features)
     trainer_of(train, kind, stack.members, plan.axes)
     share = weights_share(train.form, count)
@@ -92,7 +105,7 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
     batch += part_size(plan.axes, (train.batch, f), "data", "model")
     rows = recorded_rows(plan)
     seen = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
-    read, flops = DeviceBytes(), share * count * step_flops(seen, d, f)
+    read, flops = DeviceBytes(), share * count * sum(step_flops(seen, d, width) for width in widths)
     if train.source == "model":
         sites = [decoder_site(name) for name in single_sites(n for m in stack.members for n in (m.site, m.target))]
         read, passes = reading_cost(plan, sites, seen)
@@ -101,7 +114,7 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
         read = dataclasses.replace(
             read, activations=read.activations + WIDTH[plan.configs["capture"].read_dtype] * buffer
         )
-        flops += passes
+        flops += passes * len(widths)
     return Cost(
         DeviceBytes(
             model=read.model,
@@ -113,7 +126,9 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
         train.matmul,
         _OVERHEAD,
         _START,
-        disk=round(share * count * 7 * 4 * 2 * d * f),  # two checkpoints, with the optimizer's moments, and the arrays
+        disk=round(
+            share * count * 7 * 4 * 2 * d * sum(widths)
+        ),  # two checkpoints, with the optimizer's moments, and the arrays
     )
 
 
@@ -157,9 +172,11 @@ def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
 
 
 def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
-    config, dictionary, members = plan.configs["train"], stack.dictionary, stack.members
+    each, dictionary = plan.configs["train"].each_expansion(), stack.dictionary
+    config = max(each, key=lambda config: config.expansion)
+    members = stack.members[-(len(stack.members) // len(each)) :]
     d_in = dictionary.d_in
-    check_divides(config, dictionary, len(members), mesh.shape)
+    check_divides(config, dictionary.n_features, len(members), mesh.shape)
     metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
     scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
     make = trainer_of(config, dictionary.kind, members, mesh.shape)

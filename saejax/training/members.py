@@ -101,6 +101,7 @@ def members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member
     """The members that a configuration makes of a kind: one for every site and combination of the swept settings.
 
     Args:
+      config: with one expansion, as of ``each_expansion``.
       kind: of the dictionaries.
       sites: the sites that they read, such as those of ``config.sites``.
 
@@ -115,6 +116,7 @@ def members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member
         for values in itertools.product(*lists.values()):
             own = dict(zip(lists, values, strict=True))
             parts = [site] if len(sites) > 1 else []
+            parts += [f"expansion{config.expansion}"] if config.expansions else []
             parts += [f"{name}{own[name]}" if name == "seed" else f"{name}{own[name]:g}" for name in swept]
             made.append(Member("-".join(parts), site, _target(config, site), own | depth_l1.get(site, {})))
     names_made = [member.name for member in made]

@@ -1,6 +1,5 @@
 """The report on the dictionaries: how well they rebuild what they read, how sparsely, and how training went."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -8,13 +7,13 @@ import numpy as np
 
 from saejax.dictionaries.kinds import KINDS
 from saejax.dictionaries.stacks import full_name
-from saejax.errors import UserError
 from saejax.evaluation.results import CrossLayerScores, DictionaryScores, EvaluateResults
 from saejax.page.document import Block, Picture, Section, Terms, Text
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
 from saejax.settings.kinds import PRETRAINED
 from saejax.training import report_figures
+from saejax.training.records import recorded
 from saejax.training.report_figures import TrainingCurve
 from saejax.training.results import TrainResults
 
@@ -213,17 +212,10 @@ def _density(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw, dense
 
 def training_curves(unit: Path) -> list[TrainingCurve]:
     """The training curve of every member of a train unit; a ``UserError`` if its file is missing or damaged."""
-    path, names = unit / "metrics.jsonl", ("tokens", "explained_variance", "l0")
+    names = ("tokens", "explained_variance", "l0")
     points: dict[str, list[list[float]]] = {}
-    try:
-        for text in path.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            points.setdefault(line["member"], []).append([float(line[name]) for name in names])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path} is missing or damaged: expected one JSON object with member, {', '.join(names)} per line; "
-            f"delete {unit} and run the train stage again"
-        ) from None
+    for record in recorded(unit, names):
+        points.setdefault(record["member"], []).append([record[name] for name in names])
     return [TrainingCurve(*zip(*_thinned(own), strict=True)) for own in points.values()]
 
 

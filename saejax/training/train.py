@@ -34,6 +34,7 @@ from saejax.training.loop import Metrics, train
 from saejax.training.members import Member, members
 from saejax.training.model_input import FromModel, buffer_order, open_stream
 from saejax.training.pretrained import run_pretrained
+from saejax.training.records import METRICS, log_folder
 from saejax.training.results import TrainResults
 from saejax.training.scales import ScaledRows, site_scales
 from saejax.training.state import STATE_VERSION, TrainState
@@ -45,9 +46,10 @@ from saejax.workspace import Run
 def run_train(run: Run) -> TrainResults:
     """Trains the members of kind ``run.name`` and writes them to ``run.folder``, or copies those there are.
 
-    Writes ``checkpoints/``, ``metrics.jsonl`` and, for each member, ``dictionary/`` (in a folder of the member's name
-    if there are several); a cross-layer transcoder is one set, in circuit-tracer's format, in ``run.folder`` itself. An
-    interrupted run goes on at its newest checkpoint and ends with the same bits as one that was not.
+    Writes ``checkpoints/`` and ``metrics.jsonl`` (in a folder for each of several expansions) and, for each member,
+    ``dictionary/`` (in a folder of the member's name if there are several); a cross-layer transcoder is one set, in
+    circuit-tracer's format, in ``run.folder`` itself. An interrupted run goes on at its newest checkpoint and ends with
+    the same bits as one that was not.
     """
     config: TrainConfig = run.configs["train"]
     if run.name == PRETRAINED:
@@ -56,6 +58,16 @@ def run_train(run: Run) -> TrainResults:
         raise UserError(
             "--train.state_dtype=float64 needs the variable JAX_ENABLE_X64=1: without it JAX has no float64"
         )
+    return TrainResults.of_all([_run_one(of_expansion(run, one)) for one in config.each_expansion()])
+
+
+def of_expansion(run: Run, config: TrainConfig) -> Run:
+    """The part of a run that trains the stack of one of ``each_expansion``."""
+    return dataclasses.replace(run, configs=dict(run.configs) | dict(train=config))
+
+
+def _run_one(run: Run) -> TrainResults:
+    config: TrainConfig = run.configs["train"]
     if config.source == "store":
         store = Store.open(run.inputs["capture"])
         stack = members(config, run.name, chosen_sites(config, store.sites))
@@ -112,10 +124,12 @@ def train_stack(run: Run, stack: Sequence[Member], source: Source) -> TrainResul
     if per_epoch == 0:
         raise UserError(f"the training tokens are fewer than one batch: lower --train.batch={config.batch}")
     steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
-    check_divides(config, dictionary, len(stack), mesh.shape)
+    check_divides(config, dictionary.n_features, len(stack), mesh.shape)
     make = trainer_of(config, run.name, stack, mesh.shape)
     trainer = make(config, dictionary, stack, mesh, steps, site_scales(store, config, stack, batch_parts(stack)))
-    with Checkpoints(run.folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
+    folder = log_folder(run.folder, config)
+    folder.mkdir(exist_ok=True)
+    with Checkpoints(folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
         state, metrics = _train(run, trainer, source, steps, checkpoints)
         best_step = checkpoints.best_step
     silent_for = min(min(per_epoch, steps) * config.batch, MOST_TOKENS)
@@ -172,7 +186,8 @@ def _train(
         settings=settings, dictionary=identity(dictionary), members=names, steps=steps, state=STATE_VERSION
     )
     recorded, first_step = checkpoints.agree(described), checkpoints.latest_step or 0
-    writers = make_writers(config, run.folder, run.name, first_step)
+    folder = log_folder(run.folder, config)
+    writers = make_writers(config, folder, run.name, first_step)
     if first_step:
         state = checkpoints.restore(trainer.abstract_state)
     else:
@@ -186,7 +201,7 @@ def _train(
     )
     given = source.open(trainer, first_step, recorded.get("input", ""))
     checkpoints.record(described | dict(input=given.mode))
-    every, path = config.log_every, run.folder / "metrics.jsonl"
+    every, path = config.log_every, folder / METRICS
     metrics = Metrics(path, first_step, config.batch, every, steps, names, run.say, writers)
     try:
         state = train(given, state, first_step, steps, metrics, checkpoints, config.checkpoint_every, run.stopping)
@@ -300,12 +315,16 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
     )
 
 
-def check_divides(config: TrainConfig, dictionary: DictionaryConfig, members: int, axes: Mapping[str, int]) -> None:
-    """A ``UserError`` unless the mesh divides the batch, the features and the members of a stack."""
+def check_divides(config: TrainConfig, n_features: int, members: int, axes: Mapping[str, int]) -> None:
+    """A ``UserError`` unless the mesh divides the batch, the features and the members of a stack.
+
+    Args:
+      n_features: of each member.
+    """
     if config.batch % axes["data"]:
         raise UserError(f"--train.batch={config.batch} is not divisible by the {axes['data']} devices on the data axis")
-    if dictionary.n_features % axes["model"]:
-        raise UserError(f"{dictionary.n_features} features are not divisible by --mesh.model={axes['model']}")
+    if n_features % axes["model"]:
+        raise UserError(f"{n_features} features are not divisible by --mesh.model={axes['model']}")
     if members % axes["member"]:
         devices = math.prod(axes.values())
         fitting = [n for n in range(1, devices + 1) if members % n == 0 and devices % n == 0]

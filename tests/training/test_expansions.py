@@ -1,0 +1,84 @@
+"""A list of expansions: a stack of each, one after the other, in one unit."""
+
+import shutil
+
+import numpy as np
+import pytest
+import runs
+
+from saejax import command, load_dictionary, load_results, train
+from saejax.errors import UserError
+from saejax.settings import TrainConfig
+from saejax.training.report import training_curves
+
+pytestmark = pytest.mark.usefixtures("quick_compiler", "one_device")
+STAGES = ["baseline", "capture", "train", "evaluate"]
+SEEDS = dict(train__kinds="topk", train__seed="1,2")
+
+
+def go(stages, inputs, folder, **changes) -> int:
+    return command.run(stages, "", ["program", *runs.small_flags(*inputs, folder, **SEEDS | changes)])
+
+
+@pytest.fixture(scope="module")
+def workdir(inputs, tmp_path_factory):
+    """Two seeds at two expansions, the wider first, through to their scores."""
+    folder = tmp_path_factory.mktemp("expansions") / "run"
+    assert go(STAGES, inputs, folder, train__expansions="4,2") == 0
+    return folder
+
+
+def test_each_has_the_bits_of_a_run_of_its_own(inputs, workdir, tmp_path):
+    for expansion in (2, 4):
+        alone = tmp_path / f"run{expansion}"
+        runs.captured_only(workdir, alone)
+        assert go(["train"], inputs, alone, train__expansion=expansion) == 0
+        for seed in (1, 2):
+            together = load_dictionary(workdir / "train" / "topk" / f"expansion{expansion}-seed{seed}")
+            one = load_dictionary(alone / "train" / "topk" / f"seed{seed}")
+            assert together.config == one.config and one.config.n_features == expansion * one.config.d_in
+            for name, array in one.arrays.items():
+                np.testing.assert_array_equal(together.arrays[name], array, err_msg=name)
+
+
+def test_all_are_scored_and_have_their_curves(workdir):
+    trained, scores = (load_results(workdir / stage / "topk") for stage in ("train", "evaluate"))
+    names = ["expansion4-seed1", "expansion4-seed2", "expansion2-seed1", "expansion2-seed2"]
+    assert [one.name for one in trained.members] == [one.name for one in scores.members] == names
+    curves = training_curves(workdir / "train" / "topk")
+    assert len(curves) == 4 and all(curve.tokens[-1] == trained.tokens for curve in curves)
+
+
+def test_a_stopped_run_goes_on_with_the_one_it_was_at(inputs, workdir, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    unit = run / "train" / "topk"
+    (unit / "summary.json").unlink()  # as if the wider ones alone had been done
+    shutil.rmtree(unit / "expansion2")
+    for member in unit.glob("expansion2-*"):
+        shutil.rmtree(member)
+    capsys.readouterr()
+    assert go(["train"], inputs, run, train__expansions="4,2") == 0
+    said = capsys.readouterr().out
+    assert "resuming topk at step" in said and "training topk: 2 members" in said
+    assert runs.dictionary_checksums(run) == runs.dictionary_checksums(workdir)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(expansions=(4, 4)),
+        dict(expansions=(4, 8), features=512),
+        dict(expansions=(4, 8), form="cross_layer_transcoder"),
+        dict(expansions=(0,)),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(changes):
+    with pytest.raises(UserError, match="expansions"):
+        TrainConfig(**changes)
+
+
+def test_one_call_trains_one(workdir):
+    with pytest.raises(UserError, match="make 2 dictionaries"):
+        train(workdir / "capture", k=4, batch=64, expansions=(2, 4))
