@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from saejax.command import keep_freed_memory
+from saejax.environment import keep_freed_memory
 
 keep_freed_memory()
 

@@ -36,7 +36,7 @@ def main() -> None:
     torch.manual_seed(0)
     tensor = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in world.items() if array.ndim}
     features, width = world["directions_JxD"].shape
-    dictionary = FeatureDictionary(features, width, bias=True)
+    dictionary = FeatureDictionary(features, width, bias=True, initializer=None)  # or it trains directions of its own
     dictionary.feature_vectors.data, dictionary.bias.data = tensor["directions_JxD"], tensor["bias_D"]
     trees = roots(world)
     generator = ActivationGenerator(

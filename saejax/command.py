@@ -5,9 +5,7 @@ asked for failed (one line says which), or a bug, with its traceback.
 """
 
 import contextlib
-import ctypes
 import errno
-import glob
 import os
 import re
 import signal
@@ -20,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from saejax import config
+from saejax import config, environment
 from saejax.buckets.bucket import is_bucket
 from saejax.buckets.mirror import scratch_folder
 from saejax.errors import NO_ROOM, CheckFailed, Interrupted, UserError, out_of_room
@@ -58,8 +56,8 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         workdir = named_workdir(flag_values)
         runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
         shares_gpu = runs_model and configs["capture"].backend != "jax"
-        _environment_of_devices(bool(flag_values["deterministic"].value), shares_gpu)
-        _keep_programs(configs["mesh"].compile_cache, _folder(workdir, flag_values["scratch"].value or ""))
+        environment.for_devices(bool(flag_values["deterministic"].value), shares_gpu)
+        environment.keep_programs(configs["mesh"].compile_cache, _folder(workdir, flag_values["scratch"].value or ""))
         if is_bucket(workdir) and configs["mesh"].together and not flag_values["scratch"].value:
             raise UserError(
                 "--scratch is missing: several processes with a workdir in a bucket work in one local folder, that all "
@@ -149,7 +147,7 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[str
       UserError: an argument is no flag, a value is out of range, or a plugin cannot be loaded.
       flags.Error: a flag is unknown or cannot be read.
     """
-    _environment()
+    environment.for_libraries()
     _plugins(argv)
     config.define_flags(GROUPS, flag_values)
     rest = flag_values(list(argv), known_only=False)
@@ -259,74 +257,6 @@ def _refuse(message: str, flag_values: flags.FlagValues) -> int:
         traceback.print_exc()
     print(f"{label()}error:", " ".join(message.split()), file=sys.stderr)
     return 2
-
-
-def _environment() -> None:
-    """Settings that libraries read when they are first imported."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not _may_have_tpu():  # then libtpu, if it is installed for preflight, is told what it would complain to miss
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    keep_freed_memory()
-
-
-def _environment_of_devices(deterministic: bool, shares_gpu: bool) -> None:
-    """Settings that JAX reads when it first looks for devices.
-
-    Args:
-      deterministic: the same bits on a GPU at every run.
-      shares_gpu: whether torch uses the GPU beside JAX, which then takes memory as it needs it, not most of it at once.
-    """
-    if shares_gpu:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if deterministic:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-
-
-def _keep_programs(named: str, folder: Path) -> None:
-    """Has JAX keep programs that took a second or more to compile.
-
-    Args:
-      named: where, as ``--mesh.compile_cache`` says it; the variable JAX_COMPILATION_CACHE_DIR wins.
-      folder: of the run.
-    """
-    if named == "auto":
-        named = str(folder.absolute() / ".compile_cache") if _may_have_accelerators() else "none"
-    if named != "none" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = named
-        if "jax" in sys.modules:  # by a plugin, or in a notebook: it has read its variables
-            sys.modules["jax"].config.update("jax_compilation_cache_dir", named)
-
-
-def keep_freed_memory() -> None:
-    """Has the C library keep freed memory for the next time, where it is glibc; to be called before JAX starts.
-
-    XLA on a CPU allocates a step's temporary arrays anew at each step. glibc gives blocks of that size back to the
-    system at once, so that all pages are faulted in again: up to a third of the time of a training step. Blocks up to
-    2 GB now come from one heap, which threads have to share because their own cannot hold them.
-    """
-    arena_max, mmap_threshold, trim_threshold, top_pad = -8, -3, -1, -2  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(arena_max, 1)
-        mallopt(mmap_threshold, 2**31 - 1)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(top_pad, 2**30)
-
-
-def _may_have_accelerators() -> bool:
-    """Whether JAX may run on anything but processors."""
-    return os.environ.get("JAX_PLATFORMS") != "cpu" and (bool(glob.glob("/dev/nvidia[0-9]*")) or _may_have_tpu())
-
-
-def _may_have_tpu() -> bool:
-    """Whether a device of Google's is on the PCI bus."""
-    with contextlib.suppress(OSError):
-        vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-        return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
-    return True
 
 
 def timed_say() -> Callable[[str], None]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import runs
 
-from saejax import command
+from saejax import environment
 
 _PROGRAM = """
 import sys
 from pathlib import Path
-from saejax import command
-command._keep_programs(sys.argv[1], Path("run"))
+from saejax import environment
+environment.keep_programs(sys.argv[1], Path("run"))
 import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 seen = []
@@ -39,18 +39,18 @@ def test_accelerators_keep_programs_in_the_workdir(monkeypatch, tmp_path, there,
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.delitem(sys.modules, "jax")
-    monkeypatch.setattr(command, "_may_have_accelerators", lambda: there)
-    command._keep_programs("auto", Path("run"))
+    monkeypatch.setattr(environment, "may_have_accelerators", lambda: there)
+    environment.keep_programs("auto", Path("run"))
     found = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     assert found == (folder and str(tmp_path / folder))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
-    command._keep_programs("other", Path("run"))
+    environment.keep_programs("other", Path("run"))
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
 
 
 def test_processors_alone_are_no_accelerators(monkeypatch):
-    monkeypatch.setattr(command.glob, "glob", lambda pattern: ["/dev/nvidia0"])
+    monkeypatch.setattr(environment.glob, "glob", lambda pattern: ["/dev/nvidia0"])
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert not command._may_have_accelerators()
+    assert not environment.may_have_accelerators()
     monkeypatch.delenv("JAX_PLATFORMS")
-    assert command._may_have_accelerators()
+    assert environment.may_have_accelerators()

@@ -43,6 +43,7 @@ ORDER = [
     "parallel",
     "settings",
     "config",
+    "environment",
     "usage",
     "errors",
 ]

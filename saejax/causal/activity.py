@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.controls import FeatureStatistics
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.split import CleanRun, SplitModel, in_order, of_features
 from saejax.dictionaries import Basis
 from saejax.errors import UserError

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from saejax.causal.ablation import LogitDiffs
-from saejax.causal.controls import FeatureStatistics
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.split import SplitModel
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from saejax.causal import controls
-from saejax.causal.controls import FeatureStatistics
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.results import ControlMatch
 
 SPARE = 4  # sets drawn for each that is kept: those that change the site most nearly as much as the tested one

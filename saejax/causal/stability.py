@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from saejax.causal.ablate.results import HalvesAgreement, MatchedDrops
-from saejax.causal.controls import coordinates, nearest_others
+from saejax.causal.feature_statistics import coordinates, nearest_others
 from saejax.causal.statistics import rank_correlations
 from saejax.results import Interval
 from saejax.tasks.scoring import middle

@@ -13,7 +13,8 @@ from scipy.stats import false_discovery_control
 
 from saejax.causal.ablate.importance import Importance, load_drops
 from saejax.causal.claims import randomisation_p
-from saejax.causal.controls import FeatureStatistics, draw_alike, fitting_matches
+from saejax.causal.controls import draw_alike, fitting_matches
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.clusters.results import GroupCost
 
 _DRAWS, _MATCHES = 2000, 10

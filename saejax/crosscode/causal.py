@@ -19,7 +19,8 @@ import numpy as np
 
 from saejax.causal.claims import Rule, SetEffects, claims, run_draws
 from saejax.causal.clustered import Resampling
-from saejax.causal.controls import FeatureStatistics, TooFewControls, disjoint_sets, draw_alike
+from saejax.causal.controls import TooFewControls, disjoint_sets, draw_alike
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.patching.heads import answer_difference
 from saejax.crosscode.results import CrosscodeBehaviour
 from saejax.crosscode.shares import Shares

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from saejax.activations.joined import with_joined
 from saejax.activations.store import Store
-from saejax.causal.controls import FeatureStatistics
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.parts import Measured, OnProgress, each_part, part_file
 from saejax.crosscode.causal import remove_private, rule_of
 from saejax.crosscode.results import CrosscodedDictionary, CrosscodeResults

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from saejax.causal.controls import FeatureStatistics, nearest_features
+from saejax.causal.controls import nearest_features
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.crosscode.norms import by_norms, relative_norms, shared
 from saejax.crosscode.results import PartFeatures, PrivateFeature
 from saejax.crosscode.scaling import block_sums, block_weights, latent_scaling

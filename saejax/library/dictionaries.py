@@ -18,7 +18,8 @@ from saejax.library.settings import configured
 from saejax.models.language_model import LanguageModel
 from saejax.settings import MeshConfig, TrainConfig
 from saejax.training.members import members
-from saejax.training.train import chosen_sites, run_train
+from saejax.training.stack_shape import chosen_sites
+from saejax.training.train import run_train
 from saejax.workspace import Run
 
 

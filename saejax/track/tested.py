@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.causal.claims import Rule, SetEffects, claims, run_draws
-from saejax.causal.controls import FeatureStatistics, TooFewControls
+from saejax.causal.controls import TooFewControls
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.matched_sets import MatchedSets, draw_matched_sets
 from saejax.causal.results import ControlMatch
 from saejax.causal.split import active_features, record, run_head

@@ -23,7 +23,8 @@ from saejax.settings import TrainConfig
 from saejax.settings.kinds import PRETRAINED
 from saejax.training.members import Member, SiteScale, members
 from saejax.training.pretrained import Pretrained, find_pretrained
-from saejax.training.train import batch_parts, check_divides, chosen_sites, stack_shape, trainer_of
+from saejax.training.stack_shape import batch_parts, check_divides, chosen_sites, stack_shape
+from saejax.training.train import trainer_of
 
 _OVERHEAD = 0.45
 _START = 3.0  # seconds in which the step is compiled and the first batches are read

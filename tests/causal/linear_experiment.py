@@ -3,7 +3,7 @@
 import numpy as np
 
 from saejax.causal.ablation import LogitDiffs
-from saejax.causal.controls import FeatureStatistics
+from saejax.causal.feature_statistics import FeatureStatistics
 
 
 class LinearExperiment:

@@ -7,15 +7,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from saejax.activations.joined import with_joined
-from saejax.causal.controls import FeatureStatistics
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import split
 from saejax.parallel.mesh import AXES
 from saejax.settings import TrainConfig
 from saejax.training.members import members
 from saejax.training.scales import site_scales
+from saejax.training.stack_shape import batch_parts, describe_stack
 from saejax.training.step import Trainer
-from saejax.training.train import batch_parts, describe_stack
 
 SITE = "resid_post.0+other:resid_post.0"
 WIDTHS = (24, 16)

@@ -14,7 +14,7 @@ from saejax.preflight.advice import GIB, SLICES
 from saejax.preflight.shapes import read_shapes
 from saejax.preflight.sums import Needs, plan_run
 from saejax.registry import GROUPS
-from saejax.training.train import named_sites
+from saejax.training.stack_shape import named_sites
 
 FILES = sorted(CONFIGS.glob("*.flags"))
 OWN = ("demo", "addition")  # of models that are at hand, or made by the stage before

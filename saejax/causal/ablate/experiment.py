@@ -9,7 +9,7 @@ import numpy as np
 from saejax.causal import ablation, activity, screening
 from saejax.causal.ablation import AblatedRun, LogitDiffs
 from saejax.causal.activation_sources import ActivationSource
-from saejax.causal.controls import FeatureStatistics
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.split import CleanRun, SplitModel
 from saejax.errors import UserError

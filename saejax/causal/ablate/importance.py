@@ -19,8 +19,8 @@ from scipy.stats import false_discovery_control, pearsonr, spearmanr
 
 from saejax.causal.ablate.results import EstimateFit, FeatureEffect, HalvesAgreement, ImportanceSummary
 from saejax.causal.columns import Columns
-from saejax.causal.controls import nearest_others
 from saejax.causal.experiment import Experiment
+from saejax.causal.feature_statistics import nearest_others
 from saejax.causal.statistics import correlations, max_t_p, rank_correlations, sign_flip_p
 from saejax.errors import UserError
 from saejax.settings import ESTIMATES, AblateConfig

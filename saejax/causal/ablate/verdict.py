@@ -29,8 +29,8 @@ from saejax.causal.claims import (
     run_draws,
 )
 from saejax.causal.clustered import Resampling
-from saejax.causal.controls import FeatureStatistics
 from saejax.causal.experiment import Experiment
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.matched_sets import SPARE, draw_matched_sets
 from saejax.causal.results import ControlMatch
 from saejax.results import Interval

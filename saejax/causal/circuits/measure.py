@@ -7,8 +7,9 @@ import numpy as np
 
 from saejax.causal.circuits import hypotheses
 from saejax.causal.circuits.results import Answer, CircuitFeature, CircuitResult, CircuitTest
-from saejax.causal.controls import FeatureStatistics, draw_alike, draw_controls, fitting_matches
+from saejax.causal.controls import draw_alike, draw_controls, fitting_matches
 from saejax.causal.experiment import Experiment
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.statistics import holm
 from saejax.settings import AblateConfig
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.causal.activity import fires_and_sizes, total
-from saejax.causal.controls import FeatureStatistics
+from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.screening import weighted
 from saejax.causal.split import SplitModel, active_features, run_head
 from saejax.dictionaries import Basis

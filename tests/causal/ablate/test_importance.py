@@ -11,7 +11,7 @@ from scipy import stats
 
 from saejax.causal.ablate.importance import Importance, control_percentiles, measure_importance
 from saejax.causal.ablate.results import HalvesAgreement, ImportanceSummary
-from saejax.causal.controls import coordinates
+from saejax.causal.feature_statistics import coordinates
 from saejax.causal.stability import between_halves
 from saejax.results import from_json, to_json
 from saejax.settings import AblateConfig

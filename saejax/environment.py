@@ -1,0 +1,76 @@
+"""What a process needs before its libraries start: variables they read, memory that is kept, programs that are kept."""
+
+import contextlib
+import ctypes
+import glob
+import os
+import sys
+from pathlib import Path
+
+
+def for_libraries() -> None:
+    """Sets what libraries read when they are first imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not _may_have_tpu():  # then libtpu, if it is installed for preflight, is told what it would complain to miss
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    keep_freed_memory()
+
+
+def for_devices(deterministic: bool, shares_gpu: bool) -> None:
+    """Sets what JAX reads when it first looks for devices.
+
+    Args:
+      deterministic: the same bits on a GPU at every run.
+      shares_gpu: whether torch uses the GPU beside JAX, which then takes memory as it needs it, not most of it at once.
+    """
+    if shares_gpu:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if deterministic:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+
+
+def keep_programs(named: str, folder: Path) -> None:
+    """Has JAX keep programs that took a second or more to compile.
+
+    Args:
+      named: where, as ``--mesh.compile_cache`` says it; the variable JAX_COMPILATION_CACHE_DIR wins.
+      folder: of the run.
+    """
+    if named == "auto":
+        named = str(folder.absolute() / ".compile_cache") if may_have_accelerators() else "none"
+    if named != "none" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = named
+        if "jax" in sys.modules:  # by a plugin, or in a notebook: it has read its variables
+            sys.modules["jax"].config.update("jax_compilation_cache_dir", named)
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep freed memory for the next time, where it is glibc; to be called before JAX starts.
+
+    XLA on a CPU allocates a step's temporary arrays anew at each step. glibc gives blocks of that size back to the
+    system at once, so that all pages are faulted in again: up to a third of the time of a training step. Blocks up to
+    2 GB now come from one heap, which threads have to share because their own cannot hold them.
+    """
+    arena_max, mmap_threshold, trim_threshold, top_pad = -8, -3, -1, -2  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(arena_max, 1)
+        mallopt(mmap_threshold, 2**31 - 1)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**30)
+
+
+def may_have_accelerators() -> bool:
+    """Whether JAX may run on anything but processors."""
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and (bool(glob.glob("/dev/nvidia[0-9]*")) or _may_have_tpu())
+
+
+def _may_have_tpu() -> bool:
+    """Whether a device of Google's is on the PCI bus."""
+    with contextlib.suppress(OSError):
+        vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+        return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
+    return True
