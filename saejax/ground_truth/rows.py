@@ -22,6 +22,7 @@ from saejax.workspace import fingerprint
 SITE = "synthetic.0"
 TRAIN, HELD_OUT = 1, 2  # which vectors: the numbers of a batch start anew in each
 _SAMPLE = 65_536  # vectors from which the trainer estimates scales
+_NOT_OF_THE_WORLD = ("samples", "held_out", "frequent")  # settings: how much of it is seen, and how it is judged
 
 
 @jax.jit(static_argnums=(0, 1))
@@ -45,7 +46,8 @@ class SyntheticRows:
         self._world, self._batch = world, batch
         self._key = functools.partial(batch_key, config.seed, TRAIN)
         self._count = max(min(config.samples, _SAMPLE) // batch, 1) * batch
-        self.model = dict(name="synthetic", revision="", fingerprint=fingerprint(identity(config)))
+        own = {name: value for name, value in identity(config).items() if name not in _NOT_OF_THE_WORLD}
+        self.model = dict(name="synthetic", revision="", fingerprint=fingerprint(own))
 
     def d(self, site: str) -> int:
         """Width of a vector."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from saejax.dictionaries import Dictionary, rescale
+from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, load_dictionary, own
 from saejax.errors import UserError
 from saejax.parallel.collectives import to_host
@@ -108,7 +108,7 @@ def _check(trainer: Trainer, index: int, dictionary: Dictionary) -> None:
         form=tuple(_form(bool(config.target), config.skip) for config in (found, wanted)),
         width=(found.d_in, wanted.d_in),
         features=(found.n_features, f"at most {wanted.n_features}"),
-        model=(found.model or "unnamed", wanted.model or "unnamed"),
+        model=tuple(_model(config, found.model == wanted.model) for config in (found, wanted)),
     )
     different = [name for name, (a, b) in pairs.items() if a != b and name not in ("features", "model")]
     if found.n_features > wanted.n_features:
@@ -124,6 +124,11 @@ def _check(trainer: Trainer, index: int, dictionary: Dictionary) -> None:
         member = trainer.members[index].name
         of = f" for {member}" if member else ""
         raise UserError(f"--train.init_from={trainer.config.init_from}: the dictionary{of} does not fit: {told}")
+
+
+def _model(config: DictionaryConfig, twice: bool) -> str:
+    """The name of a dictionary's model, and its fingerprint where the other one's has the same name."""
+    return f"{config.model or 'unnamed'}{f' ({config.fingerprint})' if twice and config.fingerprint else ''}"
 
 
 def _form(transcoder: bool, skip: bool) -> str:

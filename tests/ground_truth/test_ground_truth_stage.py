@@ -65,6 +65,17 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(whole, tmp_path, monkeypatc
     assert run("ground_truth", tmp_path) == 0 and capsys.readouterr().out.count("done before, unchanged") == 2
 
 
+def test_a_dictionary_of_the_same_world_may_be_started_from(whole, tmp_path, capsys):
+    seed0 = whole / "ground_truth" / "batchtopk" / "seed0"
+    again = dict(train__init_from=seed0, train__seed="0", train__learning_rate=0)
+    assert run("ground_truth", tmp_path, truth__samples=1000, truth__held_out=1000, **again) == 0
+    own = json.loads((seed0 / "scores.json").read_text())["mcc"]
+    results = load_results(tmp_path / "ground_truth" / "batchtopk")
+    assert results.dictionaries[0].scores.mcc.mean == pytest.approx(own, abs=1e-6)
+    assert run("ground_truth", tmp_path / "other", truth__seed=43, **again) == 2
+    assert "the dictionary does not fit: model is synthetic (" in capsys.readouterr().err
+
+
 def test_results_and_report(whole):
     results = load_results(whole / "ground_truth" / "batchtopk")
     assert results.kind == "batchtopk" and results.samples == 6000 and results.features == 32
@@ -110,7 +121,6 @@ def test_bad_settings_are_one_line(tmp_path, capsys, changes, told):
 def test_the_small_world_is_found(tmp_path):
     """1,024 features in 256 dimensions from a million vectors in one pass: half a minute on two free cores."""
     flags = [f"--flagfile={runs.ROOT}/configs/ground_truth.flags", "--train.kinds=matryoshka"]
-    changed = ["--unit=ground_truth/matryoshka", f"--workdir={tmp_path}", "--mesh.data=1"]
-    assert command.run(["ground_truth"], "", ["program", *flags, *changed]) == 0
+    runs.finish(runs.start("ground_truth", [*flags, "--unit=ground_truth/matryoshka", f"--workdir={tmp_path}"]))
     (found,) = load_results(tmp_path / "ground_truth/matryoshka").dictionaries
     assert found.scores.recovered.mean >= 0.9

@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     for changes, told in [
         (dict(n_features=63), "features is 64, expected at most 63$"),
         (dict(d_in=8), "width is 16, expected 8$"),
-        (dict(model="some/model", fingerprint="13"), "model is some/model, expected some/model$"),
+        (dict(model="some/model", fingerprint="13"), r"model is some/model \(12\), expected some/model \(13\)$"),
     ]:
         trainer.dictionary = dataclasses.replace(make_trainer().dictionary, **changes)
         with pytest.raises(UserError, match=told):
