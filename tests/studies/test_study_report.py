@@ -1,0 +1,85 @@
+"""The report of a study: all its figures are in the JSON beside it, and it can be read on a phone and on paper."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+from saejax.results import Interval, from_json
+from saejax.studies.report import write_report
+from saejax.studies.results import StudyFigures
+from saejax.studies.sheets import SHEETS
+
+sys.path.append(str(Path(__file__).parent.parent / "attribution"))
+
+from browser import CHROMIUM, chromium
+
+WORDS = "smollm2-135m-bfloat16"
+
+
+def made_up(hint, counter):
+    """A value of a field's type; no two numbers alike."""
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)[0]
+    if typing.get_origin(hint) is tuple:
+        return tuple(made_up(typing.get_args(hint)[0], counter) for _ in range(3))
+    if typing.get_args(hint):  # X | None
+        return made_up(typing.get_args(hint)[0], counter)
+    if hint is Interval:
+        mean = next(counter) / 1000
+        return Interval(mean, mean - 0.1234, mean + 0.1234)
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return hint(**{field.name: made_up(hints[field.name], counter) for field in dataclasses.fields(hint)})
+    return {str: WORDS, bool: True, int: next(counter), float: next(counter) / 1000}[hint]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    write_report(folder, made_up(StudyFigures, itertools.count(1001)))
+    return folder
+
+
+def test_page_and_text_say_nothing_that_is_not_in_the_json(study, tmp_path):
+    """They are the same when they are written again from that file alone."""
+    figures = from_json(StudyFigures, json.loads((study / "study.json").read_text()), "study.json")
+    write_report(tmp_path, figures)
+    for name in ("index.html", "study.md"):
+        assert (tmp_path / name).read_bytes() == (study / name).read_bytes()
+    other = dataclasses.replace(figures.baselines[0], n=987654)
+    write_report(tmp_path, dataclasses.replace(figures, baselines=(other,)))
+    assert "987654" in (tmp_path / "index.html").read_text().replace(",", "")
+
+
+def test_every_table_is_a_file(study):
+    figures = json.loads((study / "study.json").read_text())
+    assert set(SHEETS) == {name for name, rows in figures.items() if rows and isinstance(rows[0], dict)}
+    for name in SHEETS:
+        with (study / "tables" / f"{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(figures[name]) == 3
+        for row, told in zip(rows, figures[name], strict=True):
+            plain = {key: value for key, value in told.items() if isinstance(value, int | float | str)}
+            assert {key: row[key] for key in plain} == {key: str(value) for key, value in plain.items()}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.parametrize(("media", "width"), [("screen", 360), ("print", 718)], ids=["phone", "paper"])
+def test_nothing_is_cut_off(study, tmp_path, media, width):
+    """On paper nothing scrolls, so tables fit too; A4 within margins of a centimetre has 718 pixels."""
+    kept = "" if media == "print" else "!e.closest('.table, pre, svg') && "
+    with chromium(tmp_path / "profile") as browser:
+        browser.view(width, 800)
+        browser.send("Emulation.setEmulatedMedia", media=media)
+        browser.open((study / "index.html").as_uri())
+        beyond = browser.js(
+            f"""[...document.querySelectorAll('body *')].filter(
+              e => {kept}e.getBoundingClientRect().right > {width + 1}).map(e => e.outerHTML.slice(0, 90))"""
+        )
+    assert beyond == []
