@@ -6,13 +6,15 @@ aimed at, and as many dimensions as keep L0 over dimensions as it is (--scale 1 
 on by experiments.ground_truth; the best dictionary of each kind is exported and judged by sae-lens on sae-lens' own
 samples of the same world, which also says whether both generators agree. Samples a second of both are medians of runs
 of one batch in this machine's present state, in processor and in wall seconds. Ends with one line of JSON. sae-lens is
-installed into build/saelens at the first run. What is there already is not run again. On two free cores --scale 8 takes
-about ten minutes; with --samples 0 nothing is trained and only the generators are compared, in a minute.
+installed into build/saelens at the first run. What is there already is not run again. With --trained DIR, a workdir
+of experiments.ground_truth on this very world, nothing is trained and its dictionaries are judged. On two free cores
+--scale 8 takes about ten minutes; with --samples 0 only the generators are compared, in a minute.
 """
 
 import argparse
 import dataclasses
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -113,10 +115,12 @@ def saelens_says(args: argparse.Namespace, folder: str) -> dict:
 
 def judge(args: argparse.Namespace, kind: str) -> tuple[dict, dict]:
     """What sae-lens says of the dictionary of a kind, and what we say."""
-    (scores,) = (args.folder / "ground_truth" / kind).glob("**/scores.json")
+    (scores,) = ((args.trained or args.folder) / "ground_truth" / kind).glob("**/scores.json")
     dictionary = load_dictionary(scores.parent / "dictionary")
     dictionary.config = dataclasses.replace(dictionary.config, site="resid_post.0")  # a name that sae-lens knows
     folder = args.folder / "exported" / kind
+    if args.trained:
+        shutil.rmtree(folder, ignore_errors=True)  # of another dictionary, perhaps
     if not folder.exists():
         save_dictionary(folder, dictionary, "saelens")
     return saelens_says(args, str(folder)), read_json(scores)
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="batchtopk", help="of dictionary, the kinds of experiments.ground_truth")
     parser.add_argument("--width_share", type=float, default=0.25, help="features of a dictionary, over the world's")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench_synthsaebench")
+    parser.add_argument("--trained", type=Path, default=None, help="a workdir whose dictionaries are judged")
     parser.add_argument("--saelens", default="", help="an interpreter that has sae-lens; empty: one is installed")
     parser.add_argument("more", nargs="*", help="further flags of experiments.ground_truth, after --")
     args = parser.parse_args()
@@ -143,7 +148,8 @@ def main() -> None:
     if not args.samples:
         line["generators"] = compared(args, saelens_says(args, ""), ours, rate_J, ours_seconds)
     else:
-        train(args, truth)
+        if not args.trained:
+            train(args, truth)
         for kind in args.kinds.split(","):
             theirs, own = judge(args, kind)
             line[kind] = scored(kind, theirs["judged"], own) | compared(args, theirs, ours, rate_J, ours_seconds)

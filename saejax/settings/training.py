@@ -94,6 +94,13 @@ class TrainConfig(Config):
         "rate falls; 0: never",
         low=0,
     )
+    resample_from: str = setting(
+        "inputs",
+        "where they start: at the tokens' own directions, as in that work (inputs), or at those of what the dictionary "
+        "leaves of them (errors)",
+        choices=("inputs", "errors"),
+        implied="inputs",
+    )
     dead_tokens: int = setting(100_000, "a feature silent for this many tokens is dead", low=1, high=MOST_TOKENS)
     decorrelation: float = setting(
         0.0, "coefficient of the mean squared covariance between features, on 512 tokens of each batch", low=0.0
@@ -193,9 +200,16 @@ class TrainConfig(Config):
     init_from: str = setting(
         "",
         "folder of a dictionary to start from, in any format (ours, SAELens, sparsify); for a stack also a train unit "
-        "with members of the same names, or a circuit-tracer set; where it has fewer features, the others start at "
-        "random; empty: random dictionaries",
+        "with members of the same names, or a circuit-tracer set; where it has fewer features, the others start as "
+        "--train.widen says; empty: random dictionaries",
         changes_results=False,  # what is found there counts, not its place
+    )
+    widen: str = setting(
+        "random",
+        "how features start that the dictionary of --train.init_from lacks: at random, or at directions found in what "
+        "it leaves of 65,536 tokens (errors)",
+        choices=("random", "errors"),
+        implied="random",
     )
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept", low=1, changes_results=False)

@@ -15,20 +15,35 @@ from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings,
 from saejax.errors import UserError
 from saejax.parallel.collectives import to_host
 from saejax.training.members import Member
+from saejax.training.scales import ScaledRows, sampled
 from saejax.training.step import Trainer, TrainState
+from saejax.training.widening import widened
 
 
-def state_from_dictionary(trainer: Trainer, folder: str) -> TrainState:
+def state_from_dictionary(trainer: Trainer, folder: str, rows: ScaledRows | None = None) -> TrainState:
     """The state before the first step, with the parameters of the dictionaries in a folder.
 
     Args:
+      rows: of the activations; only read where features are looked for in errors (``--train.widen=errors``).
       folder: one dictionary, from which all members start; or a train unit, each of whose members starts its namesake;
         or a circuit-tracer set, of which each member takes its layer. Sites may be others than the members'.
 
     Raises:
       UserError: there is none for a member, or it differs in kind, form, width or model, or has more features.
     """
-    return state_of(trainer, [_load(Path(folder), member) for member in trainer.members])
+    dictionaries = [_load(Path(folder), member) for member in trainer.members]
+    if trainer.config.widen == "errors":
+        assert rows is not None
+        dictionaries = [_widened(trainer, index, one, rows) for index, one in enumerate(dictionaries)]
+    return state_of(trainer, dictionaries)
+
+
+def _widened(trainer: Trainer, index: int, dictionary: Dictionary, rows: ScaledRows) -> Dictionary:
+    """A member's dictionary with features that it lacked on a sample of the rows."""
+    _check(trainer, index, dictionary)
+    site = trainer.members[index].site
+    acts_NxD = rows.read(site, sampled(rows.rows("train", site), trainer.config.seed[0]))
+    return widened(dictionary, trainer.dictionary.n_features, acts_NxD, int(trainer.members[index].settings["seed"]))
 
 
 def state_of(trainer: Trainer, dictionaries: Sequence[Dictionary | None]) -> TrainState:

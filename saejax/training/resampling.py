@@ -2,13 +2,17 @@
 
 Every ``resample_every`` steps, for each feature that has been silent for ``dead_tokens``:
 
-    a token of the batch is drawn with a probability in proportion to its squared loss
+    a token of the batch is drawn with a probability in proportion to its squared loss, none for two features
     decoder row      the direction of the token's target, less the decoder's bias
     encoder column   the direction of its input, less the bias, 0.2 times as long as the living columns' mean
     other arrays     what they were at the start, most of them 0
     Adam's moments   0, of all these
 
-They look at 819,200 tokens, we at one batch.
+They look at 819,200 tokens, we at one batch; features for which it has no token wait for the next time.
+
+With ``resample_from=errors`` rows are directions of what the dictionary leaves of the targets. A token is a sum of many
+features, most of which the dictionary has: its error is nearer to one that it lacks. An SAE's encoder columns are the
+same directions, all of them as long as the living columns' mean, or hardly one would pass a threshold.
 """
 
 import dataclasses
@@ -25,7 +29,7 @@ from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
 from saejax.training.state import TrainState
 
-_LENGTH = 0.2  # of an encoder column, in those of the living
+_LENGTH = 0.2  # of an encoder column that starts at a token, in those of the living
 
 
 def due(config: TrainConfig, steps: int, step: jax.Array) -> jax.Array:
@@ -52,14 +56,15 @@ def resampled(
       x_BxD, y_BxD: scaled inputs and targets.
       error_BxD: what the member leaves of the targets.
     """
-    dead_F = state.silent_MxF >= config.dead_tokens
-    params = state.params
+    params, rows = state.params, config.resample_from
     offset_BxD = x_BxD - params["b_dec_D"][None] if dictionary.centred else x_BxD
-    inputs_BxD, targets_BxD = _directions(offset_BxD), _directions(y_BxD - params["b_dec_D"][None])
+    targets_BxD = _directions(error_BxD if rows == "errors" else y_BxD - params["b_dec_D"][None])
+    inputs_BxD = targets_BxD if rows == "errors" and not dictionary.target else _directions(offset_BxD)
     has_direction_B = jnp.any(inputs_BxD != 0, axis=-1) & jnp.any(targets_BxD != 0, axis=-1)
     loss_B = jnp.sum(jnp.square(error_BxD), axis=-1) * has_direction_B
-    chosen_F = _drawn(hyper, state.step_M, loss_B, dead_F.shape[0])
-    length = _LENGTH * _mean_length(params["W_enc_DxF"], dead_F)
+    silent_F = state.silent_MxF >= config.dead_tokens
+    dead_F, chosen_F = _drawn(hyper, state.step_M, loss_B, silent_F)
+    length = (1.0 if rows == "errors" else _LENGTH) * _mean_length(params["W_enc_DxF"], silent_F)
     start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
     started = {name: jnp.full_like(value, start.get(name, 0.0)) for name, value in params.items()}
     started |= dict(
@@ -87,12 +92,18 @@ def resampled(
     )
 
 
-def _drawn(hyper: Hyper, step: jax.Array, loss_B: jax.Array, features: int) -> jax.Array:
-    """For each feature a token, drawn in proportion to the square of its loss; random in the member's seed and step."""
-    share_B = jnp.cumsum(jnp.square(loss_B / jnp.maximum(jnp.max(loss_B), 1e-30)))
+def _drawn(hyper: Hyper, step: jax.Array, loss_B: jax.Array, dead_F: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For each dead feature a token of its own, drawn in proportion to the square of its loss; random in seed and step.
+
+    Returns:
+      Which features get one: where there are fewer tokens than dead features, the first ones; and which token.
+    """
     key = jax.random.fold_in(jax.random.key(hyper.seed), step)
-    level_F = jax.random.uniform(key, (features,), share_B.dtype) * share_B[-1]
-    return jnp.clip(jnp.searchsorted(share_B, level_F, side="right"), 0, loss_B.shape[0] - 1)
+    weight_B = jnp.square(loss_B / jnp.maximum(jnp.max(loss_B), 1e-30))
+    order_B = jnp.argsort(-(jnp.log(weight_B) + jax.random.gumbel(key, weight_B.shape, weight_B.dtype)))
+    rank_F = jnp.cumsum(dead_F) - 1
+    drawn_F = dead_F & (rank_F < jnp.sum(weight_B > 0))
+    return drawn_F, order_B[jnp.clip(rank_F, 0, weight_B.shape[0] - 1)]
 
 
 def _directions(values_BxD: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from saejax.errors import UserError
 from saejax.settings import TrainConfig
 from saejax.training.members import Member, SiteScale
 
-_SAMPLE = 65_536  # rows from which they are estimated
+_SAMPLE = 65_536  # rows from which something is estimated
 
 
 class ScaledRows(Protocol):
@@ -46,14 +46,24 @@ class ScaledRows(Protocol):
         ...
 
 
+def sampled(rows: np.ndarray, seed: int) -> np.ndarray:
+    """Some of the rows, ascending: all that there are where they are few.
+
+    Args:
+      rows: numbers of rows, ascending.
+      seed: of the draw.
+    """
+    if len(rows) <= _SAMPLE:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, _SAMPLE, replace=False))
+
+
 def site_scales(store: ScaledRows, config: TrainConfig, stack: Sequence[Member], parts: Parts) -> list[SiteScale]:
     """For each member, the factors that bring its activations to a mean norm of sqrt(d), and its first bias.
 
     Estimated from a sample of the store's training rows, or from the first buffer of a stream.
     """
-    rows = store.rows("train", *sites_of(parts))
-    if len(rows) > _SAMPLE:
-        rows = np.sort(np.random.default_rng(config.seed[0]).choice(rows, _SAMPLE, replace=False))
+    rows = sampled(store.rows("train", *sites_of(parts)), config.seed[0])
     factor, bias, metric = {}, {}, {}
     for site in sites_of(parts):
         acts_NxD = store.read(site, rows).astype(np.float64)

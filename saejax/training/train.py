@@ -188,7 +188,8 @@ def _train(
     if first_step:
         state = checkpoints.restore(trainer.abstract_state)
     else:
-        state = state_from_dictionary(trainer, config.init_from) if config.init_from else trainer.initial_state()
+        start = functools.partial(state_from_dictionary, trainer, config.init_from, source.rows)
+        state = start() if config.init_from else trainer.initial_state()
     axes = "x".join(str(size) for size in trainer.mesh.shape.values())
     verb = f"resuming {run.name} at step {first_step}" if first_step else f"training {run.name}"
     many = f"{len(names)} members, " if len(names) > 1 else ""

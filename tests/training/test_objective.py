@@ -14,6 +14,7 @@ from saejax.dictionaries import joined, losses, sparsity, straight_through
 from saejax.dictionaries.kinds.base import EncodedBatch
 from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.errors import UserError
+from saejax.training.updates import penalty_share
 
 DECODER = ("W_dec_FxD", "b_dec_D")
 
@@ -240,6 +241,10 @@ def test_jumprelu_sums_the_errors_of_its_groups_too():
     nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in (16, 32, F)]
     np.testing.assert_allclose(metrics["error"], sum(nested), rtol=1e-10)
     np.testing.assert_allclose(metrics["mse"], nested[-1], rtol=1e-10)
+    penalty = [(f[:, :n] > 0).sum(1).mean() for n in (16, 32, F)]
+    assert metrics["sparsity"] > 0
+    coefficient = float(hyper.own["l0_coefficient"]) * float(penalty_share(trainer.config, trainer._steps)(0))
+    np.testing.assert_allclose(metrics["sparsity"], coefficient * sum(penalty), rtol=1e-6)
     with pytest.raises(UserError, match=r"--train.jumprelu.nested=\(0.5, 0.25\) gives groups of"):
         setting("jumprelu", nested=(0.5, 0.25))
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import STEPS, go, resident
@@ -12,7 +13,7 @@ from small_stacks import B, D, F, batches, make_trainer, parts
 from saejax.errors import Interrupted
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
-from saejax.training.resampling import due
+from saejax.training.resampling import _drawn, due
 
 DEAD = [3, 10, 40]
 PER_FEATURE = dict(W_enc_DxF=1, W_dec_FxD=0, b_enc_F=0, threshold_F=0, r_mag_F=0, b_mag_F=0)
@@ -64,14 +65,55 @@ def test_what_dead_features_become_and_that_the_living_stay(kind):
         assert of_features(name, leaf[0], living).all()
 
 
-def test_tokens_of_high_loss_are_drawn():
+def test_tokens_of_high_loss_are_drawn_none_twice():
     """One token is far from all others: nearly all of the squared loss is its own."""
     (batch,) = batches(1)
     batch[7] *= 300
     state = step_with_dead("standard", [batch], resample_every=1)
     offset = batch[7] - np.asarray(state.params["b_dec_D"][0])
-    cosines = np.asarray(state.params["W_dec_FxD"][0])[DEAD] @ (offset / np.linalg.norm(offset))
-    np.testing.assert_allclose(cosines, 1.0, rtol=1e-6)
+    rows = np.asarray(state.params["W_dec_FxD"][0])[DEAD]
+    cosines = np.sort(rows @ (offset / np.linalg.norm(offset)))
+    assert abs(cosines[-1] - 1) < 1e-6 and cosines[-2] < 0.99
+
+
+def test_where_more_are_dead_than_there_are_tokens_some_wait():
+    (batch,) = batches(1)
+    batch[5:] = batch[:1]  # five directions, the rest is at the decoder's bias
+    trainer = make_trainer("standard", dead_tokens=1, decay=0.0, resample_every=1)
+    hyper = jax.tree.map(lambda leaf: leaf[0], trainer.hyper)
+    losses = np.where(np.arange(B) < 5, 1.0, 0.0)
+    dead = np.arange(F) % 2 == 0
+    drawn, tokens = _drawn(hyper, 3, jnp.asarray(losses), jnp.asarray(dead))
+    assert np.flatnonzero(drawn).tolist() == np.flatnonzero(dead)[:5].tolist()
+    assert sorted(np.asarray(tokens)[np.asarray(drawn)]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "batchtopk"])
+def test_rows_may_be_directions_of_errors(kind):
+    (batch,) = batches(1)
+    state = step_with_dead(kind, [batch], resample_every=1, resample_from="errors")
+    trainer = make_trainer(kind, dead_tokens=10**6, decay=0.0)
+    params = {name: array[0] for name, array in step_with_dead(kind, [batch]).params.items()}  # before they start again
+    x = jnp.asarray(batch)
+    error = np.asarray(trainer._objective.error(params, x, x, jax.tree.map(lambda leaf: leaf[0], trainer.hyper)))
+    directions = error / np.linalg.norm(error, axis=1, keepdims=True)
+    W_enc, W_dec = (np.asarray(state.params[name][0]) for name in ("W_enc_DxF", "W_dec_FxD"))
+    assert np.abs(W_dec[DEAD][:, None] - directions).max(-1).min(1).max() < 1e-5
+    living = np.setdiff1d(np.arange(F), DEAD)
+    length = np.linalg.norm(W_enc[:, living], axis=0).mean()
+    np.testing.assert_allclose(W_enc[:, DEAD].T, length * W_dec[DEAD], rtol=1e-5, atol=1e-6)
+
+
+def test_a_transcoder_reads_its_inputs_and_writes_its_errors():
+    (batch,) = batches(1)
+    changes = dict(form="skip_transcoder", sites=("mlp_in.1",), resample_every=1, resample_from="errors")
+    state = step_with_dead("standard", [batch], **changes)
+    columns = np.asarray(state.params["W_enc_DxF"][0])[:, DEAD].T
+    inputs = batch / np.linalg.norm(batch, axis=1, keepdims=True)
+    cosines = (columns / np.linalg.norm(columns, axis=1, keepdims=True)) @ inputs.T
+    np.testing.assert_allclose(cosines.max(1), 1, atol=1e-6)
+    rows = np.asarray(state.params["W_dec_FxD"][0])[DEAD]
+    assert np.abs(rows - columns / np.linalg.norm(columns, axis=1, keepdims=True)).max() > 0.1
 
 
 def test_a_transcoder_takes_the_directions_of_its_targets():

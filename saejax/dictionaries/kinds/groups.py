@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from saejax.dictionaries.kinds.base import Coder
 from saejax.dictionaries.matmul import group_products, matmul
@@ -20,6 +22,11 @@ def group_reconstructions(member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> 
         partial += product_BxD
         nested.append(partial)
     return nested
+
+
+def group_counts(groups: Sequence[int]) -> jax.Array:
+    """In how many of the nested groups each feature is [F]: in all of them in the smallest, then in one less."""
+    return jnp.asarray(len(groups) - np.searchsorted(groups, np.arange(groups[-1]), side="right"), jnp.float32)
 
 
 def group_sizes(setting: str, shares: Sequence[float], n_features: int) -> tuple[int, ...]:

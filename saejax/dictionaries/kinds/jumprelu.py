@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from saejax.dictionaries import losses, sparsity, straight_through
 from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Facts, Kind, MemberEncoder, Numbers
-from saejax.dictionaries.kinds.groups import group_reconstructions, group_sizes
+from saejax.dictionaries.kinds.groups import group_counts, group_reconstructions, group_sizes
 from saejax.settings.kinds import JumpReLUConfig
 
 
@@ -46,6 +46,8 @@ class JumpReLU(Kind):
             widths = batch.member.config.widths
             return coefficient * losses.tanh_norm_weighted(batch.f_BxF, arrays["W_dec_FxD"], widths=widths)
         active_BxF = straight_through.step(batch.pre_BxF, arrays["threshold_F"], own.bandwidth)
+        if batch.member.config.groups:
+            active_BxF *= group_counts(batch.member.config.groups)[None]
         l0 = jnp.mean(jnp.sum(active_BxF, axis=-1))
         if own.l0_penalty == "target":
             l0 = jnp.square(l0 / batch.values["target_l0"] - 1)

@@ -1,0 +1,116 @@
+"""Features that a dictionary lacks are found in its errors; what training starts from has them."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from every_kind import KINDS
+from small_stacks import make_trainer
+from test_initial import random_dictionary
+
+from saejax.dictionaries import Dictionary, save_dictionary
+from saejax.training.initial import state_from_dictionary
+from saejax.training.widening import missing_features, widened
+
+D, J, N = 96, 128, 40_000
+
+
+def world(rate=0.01, noise=0.0, seed=0):
+    """Sparse sums of 128 directions in 96 dimensions: the directions, and tokens."""
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(J, D))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    code = (rng.random((N, J)) < rate) * rng.uniform(2, 4, (N, J))
+    return directions, (code @ directions + noise * rng.normal(size=(N, D))).astype(np.float32)
+
+
+def half_of(directions, kind="jumprelu", threshold=1.0):
+    """A dictionary of the first half of the directions."""
+    blank = make_trainer(kind).finish(make_trainer(kind).initial_state(), 0)
+    count = J // 2
+    config = dataclasses.replace(blank.config, d_in=D, n_features=count, site="resid_post.0")
+    known = jnp.asarray(directions[:count], jnp.float32)
+    arrays = dict(W_enc_DxF=known.T, W_dec_FxD=known, b_enc_F=jnp.zeros(count), b_dec_D=jnp.zeros(D))
+    return Dictionary(config, threshold_F=jnp.full(count, threshold), **arrays)
+
+
+def cosines(rows, directions):
+    return np.abs(rows @ directions.T) / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_the_other_half_is_found():
+    directions, acts = world(rate=0.003, noise=0.5)
+    dictionary = half_of(directions, threshold=1.8)
+    wide = widened(dictionary, J, acts)
+    count = wide.config.n_features
+    near = cosines(np.asarray(wide.W_dec_FxD)[J // 2 :], directions)
+    found = np.unique(near.argmax(1)[near.max(1) > 0.8])
+    assert J // 2 < count <= J and (found >= J // 2).all() and len(found) > 0.8 * J // 2
+    start = np.random.default_rng(1).normal(size=(J // 2, D))
+    assert cosines(start, directions).max() < 0.7, "a random start has none of them"
+    left = [np.square(acts - np.asarray(one(jnp.asarray(acts)))).mean() for one in (dictionary, wide)]
+    assert left[1] < left[0]
+    for name, array in dictionary.arrays.items():
+        np.testing.assert_array_equal(wide.arrays[name][tuple(map(slice, array.shape))], array, err_msg=name)
+
+
+def test_where_nothing_is_missing_nothing_new_is_found():
+    """Errors of two known directions alone, and no errors at all."""
+    directions, _ = world()
+    size = np.random.default_rng(2).uniform(1, 2, (1000, 1)).astype(np.float32)
+    errors = size * directions[np.arange(1000) % 2].astype(np.float32)
+    rows, levels = missing_features(errors, 10, directions[:2])
+    assert rows.shape == (0, D) and levels.shape == (0,)
+    rows, _ = missing_features(errors, 10, directions[2:4])
+    assert len(rows) == 2 and np.allclose(np.sort(cosines(rows, directions).argmax(1)), [0, 1])
+    assert missing_features(0 * errors, 10, directions[:2])[0].shape == (0, D)
+
+
+def test_the_same_seed_finds_the_same():
+    directions, acts = world(noise=0.1)
+    first, again, other = (missing_features(acts, 8, directions[:1], seed)[0] for seed in (3, 3, 4))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+class Rows:
+    """Tokens for a trainer of the small stacks."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def rows(self, split, *sites):
+        return np.arange(len(self.values))
+
+    def read(self, site, rows):
+        return self.values[rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_starts_from_it(kind, tmp_path):
+    """Of a dictionary of half the features, the others have directions from errors."""
+    whole = random_dictionary(kind)
+    F, width = whole.W_dec_FxD[...].shape
+    narrow = {name: np.array(array) for name, array in whole.arrays.items()}
+    narrow = {
+        name: array[:, : F // 2] if name == "W_enc_DxF" else array[: F // 2] if name.endswith(("_F", "_FxD")) else array
+        for name, array in narrow.items()
+    }
+    config = dataclasses.replace(whole.config, n_features=F // 2, groups=())
+    narrow["W_dec_FxD"][:, width // 2 :] = 0  # what it knows and what it meets have nothing in common
+    narrow["W_enc_DxF"][width // 2 :] = 0
+    narrow["b_enc_F"][:] = -1
+    narrow["W_dec_FxD"] /= np.linalg.norm(narrow["W_dec_FxD"], axis=1, keepdims=True)
+    save_dictionary(tmp_path / "narrow", Dictionary(config, **{k: jnp.asarray(v) for k, v in narrow.items()}))
+    values = np.random.default_rng(5).normal(size=(3000, width)).astype(np.float32)
+    values[:, : width // 2] = 0
+    values *= 100
+    trainer = make_trainer(kind, init_from=str(tmp_path / "narrow"), widen="errors")
+    state = state_from_dictionary(trainer, str(tmp_path / "narrow"), Rows(values))
+    plain = make_trainer(kind, init_from=str(tmp_path / "narrow"))
+    random = state_from_dictionary(plain, str(tmp_path / "narrow"))
+    new, old = (np.asarray(one.params["W_dec_FxD"][0]) for one in (state, random))
+    np.testing.assert_allclose(new[: F // 2], old[: F // 2], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(new[F // 2], old[F // 2])
+    columns = np.asarray(state.params["W_enc_DxF"][0])[:, F // 2]
+    np.testing.assert_allclose(columns / np.linalg.norm(columns), new[F // 2] / np.linalg.norm(new[F // 2]), atol=1e-5)
