@@ -206,9 +206,9 @@ class TrainConfig(Config):
     )
     widen: str = setting(
         "random",
-        "how features start that the dictionary of --train.init_from lacks: at random, or at directions found in what "
-        "it leaves of 65,536 tokens (errors)",
-        choices=("random", "errors"),
+        "how features start that the dictionary of --train.init_from lacks: at random, at directions found in what it "
+        "leaves of 65,536 tokens (errors), or so and in place of its features that fire on none of these (replace)",
+        choices=("random", "errors", "replace"),
         implied="random",
     )
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)

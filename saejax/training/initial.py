@@ -4,7 +4,7 @@ A dictionary reads raw activations, the trainer scaled ones: here the scales go 
 ``Trainer.finish``. Optimizer, counters and running thresholds begin anew.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -20,30 +20,36 @@ from saejax.training.step import Trainer, TrainState
 from saejax.training.widening import widened
 
 
-def state_from_dictionary(trainer: Trainer, folder: str, rows: ScaledRows | None = None) -> TrainState:
+def state_from_dictionary(
+    trainer: Trainer, folder: str, rows: ScaledRows | None = None, say: Callable[[str], None] = lambda line: None
+) -> TrainState:
     """The state before the first step, with the parameters of the dictionaries in a folder.
 
     Args:
-      rows: of the activations; only read where features are looked for in errors (``--train.widen=errors``).
       folder: one dictionary, from which all members start; or a train unit, each of whose members starts its namesake;
         or a circuit-tracer set, of which each member takes its layer. Sites may be others than the members'.
+      rows: of the activations; only read where features are looked for in errors (``--train.widen=errors``).
+      say: is told what such a search finds.
 
     Raises:
       UserError: there is none for a member, or it differs in kind, form, width or model, or has more features.
     """
     dictionaries = [_load(Path(folder), member) for member in trainer.members]
-    if trainer.config.widen == "errors":
+    if trainer.config.widen != "random":
         assert rows is not None
-        dictionaries = [_widened(trainer, index, one, rows) for index, one in enumerate(dictionaries)]
+        dictionaries = [_widened(trainer, index, one, rows, say) for index, one in enumerate(dictionaries)]
     return state_of(trainer, dictionaries)
 
 
-def _widened(trainer: Trainer, index: int, dictionary: Dictionary, rows: ScaledRows) -> Dictionary:
+def _widened(
+    trainer: Trainer, index: int, dictionary: Dictionary, rows: ScaledRows, say: Callable[[str], None]
+) -> Dictionary:
     """A member's dictionary with features that it lacked on a sample of the rows."""
     _check(trainer, index, dictionary)
-    site = trainer.members[index].site
+    site, seed = trainer.members[index].site, int(trainer.members[index].settings["seed"])
     acts_NxD = rows.read(site, sampled(rows.rows("train", site), trainer.config.seed[0]))
-    return widened(dictionary, trainer.dictionary.n_features, acts_NxD, int(trainer.members[index].settings["seed"]))
+    replace = trainer.config.widen == "replace"
+    return widened(dictionary, trainer.dictionary.n_features, acts_NxD, seed, replace=replace, say=say)
 
 
 def state_of(trainer: Trainer, dictionaries: Sequence[Dictionary | None]) -> TrainState:

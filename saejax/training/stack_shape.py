@@ -89,9 +89,9 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
         raise UserError(f"--train.decoder_norm=free {made.no_free_decoder}: use unit")
     if config.resample_every and config.freeze != "none":
         raise UserError(f"--train.resample_every replaces what --train.freeze={config.freeze} keeps: use one of them")
-    if config.widen == "errors" and (not config.init_from or config.form != "sae"):
+    if config.widen != "random" and (not config.init_from or config.form != "sae"):
         raise UserError(
-            f"--train.widen=errors looks for what the SAE of --train.init_from={config.init_from} lacks, with "
+            f"--train.widen={config.widen} looks for what the SAE of --train.init_from={config.init_from} lacks, with "
             f"--train.form={config.form}: name an SAE, or use random"
         )
     return DictionaryConfig(

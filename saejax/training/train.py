@@ -188,9 +188,9 @@ def _train(
     if first_step:
         state = checkpoints.restore(trainer.abstract_state)
     else:
-        if config.widen == "errors":
+        if config.widen != "random":
             run.say(f"looking for what {config.init_from} lacks, which may take minutes")
-        start = functools.partial(state_from_dictionary, trainer, config.init_from, source.rows)
+        start = functools.partial(state_from_dictionary, trainer, config.init_from, source.rows, run.say)
         state = start() if config.init_from else trainer.initial_state()
     axes = "x".join(str(size) for size in trainer.mesh.shape.values())
     verb = f"resuming {run.name} at step {first_step}" if first_step else f"training {run.name}"

@@ -1,4 +1,4 @@
-"""Features that a dictionary lacks, looked for in what it leaves of activations (``--train.widen=errors``).
+"""Features that a dictionary lacks, looked for in what it leaves of activations (``--train.widen``).
 
 A token's error is a sum of features that the dictionary lacks. From the direction of an error, in which each of them
 has a small part, the steps
@@ -12,6 +12,7 @@ one only where tokens are many.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,15 @@ _LEVEL = 16_384  # tokens from which the smallest projection of those that fire 
 _BLOCK = 256  # starts at once
 
 
-def widened(dictionary: Dictionary, n_features: int, acts_NxD: np.ndarray, seed: int = 0) -> Dictionary:
+def widened(
+    dictionary: Dictionary,
+    n_features: int,
+    acts_NxD: np.ndarray,
+    seed: int = 0,
+    *,
+    replace: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Dictionary:
     """The same dictionary with features more, which it lacked; behind its own.
 
     Args:
@@ -37,30 +46,45 @@ def widened(dictionary: Dictionary, n_features: int, acts_NxD: np.ndarray, seed:
       n_features: how many it should have.
       acts_NxD: raw activations, the more the rarer features are: some hundred thousand.
       seed: of the tokens at which the search starts.
+      replace: features that fire on none of these tokens give their places up to new ones first.
+      say: is told what is found.
 
     Returns:
       A dictionary of at most ``n_features``: fewer if not as many different ones are found. New encoder columns and
       decoder rows have the mean length of the others, new thresholds stand where the feature takes its tokens.
     """
-    missing = n_features - dictionary.config.n_features
-    parts = np.array_split(acts_NxD, max(len(acts_NxD) // 4096, 1))
-    errors_NxD = np.concatenate([np.asarray(_left(dictionary, jnp.asarray(x_BxD, jnp.float32))) for x_BxD in parts])
-    rows_CxD, level_C = missing_features(errors_NxD, missing, np.asarray(dictionary.W_dec_FxD[...]), seed)
-    arrays = {name: np.asarray(array) for name, array in dictionary.arrays.items()}
-    length = float(np.linalg.norm(arrays["W_enc_DxF"], axis=0).mean())
+    own = dictionary.config.n_features
+    errors_NxD, fires_F = _left_by(dictionary, acts_NxD)
+    free = np.flatnonzero(~fires_F) if replace else np.zeros(0, int)
+    decoder_FxD = np.asarray(dictionary.W_dec_FxD[...])
+    missing = n_features - own + len(free)
+    rows_CxD, level_C = missing_features(errors_NxD, missing, np.delete(decoder_FxD, free, axis=0), seed)
+    say(f"found {len(rows_CxD):,} of {missing:,} features in errors" + f", {len(free):,} for dead ones" * replace)
+    places = np.concatenate([free, np.arange(own, n_features)])[: len(rows_CxD)]
+    length = float(np.linalg.norm(np.asarray(dictionary.W_enc_DxF[...]), axis=0).mean())
     new = dict(
         W_enc_DxF=length * rows_CxD.T,
-        W_dec_FxD=float(np.linalg.norm(arrays["W_dec_FxD"], axis=1).mean()) * rows_CxD,
+        W_dec_FxD=float(np.linalg.norm(decoder_FxD, axis=1).mean()) * rows_CxD,
         b_enc_F=np.zeros(len(rows_CxD)),
         **{name: np.zeros(len(rows_CxD)) for name in dictionary.kind.vectors},
     )
     if "threshold_F" in new:
         new["threshold_F"] = length * level_C
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in dictionary.arrays.items()}
+    wide = own + max(len(rows_CxD) - len(free), 0)
     for name, values in new.items():
-        arrays[name] = np.concatenate([arrays[name], values], axis=-1 if name == "W_enc_DxF" else 0)
-    config = dataclasses.replace(dictionary.config, n_features=dictionary.config.n_features + len(rows_CxD), groups=())
-    made = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
-    return Dictionary(config, dictionary.operands, **made)
+        axis = 1 if name == "W_enc_DxF" else 0
+        arrays[name] = _with(np.asarray(arrays[name]), wide, places, values, axis)
+    config = dataclasses.replace(dictionary.config, n_features=wide, groups=())
+    return Dictionary(config, dictionary.operands, **arrays)
+
+
+def _with(array: np.ndarray, wide: int, places: np.ndarray, values: np.ndarray, axis: int) -> jax.Array:
+    """An array made ``wide`` along an axis, with values at places there."""
+    pad = [(0, wide - array.shape[at] if at == axis else 0) for at in range(array.ndim)]
+    made = np.moveaxis(np.pad(array, pad), axis, 0)
+    made[places] = np.moveaxis(values, axis, 0)
+    return jnp.asarray(np.moveaxis(made, 0, axis))
 
 
 def missing_features(
@@ -138,6 +162,15 @@ def _steps(errors_NxD: jax.Array, w_CxD: jax.Array) -> tuple[jax.Array, jax.Arra
     return lax.fori_loop(0, _STEPS, step, (w_CxD, nothing_C, nothing_C))
 
 
+def _left_by(dictionary: Dictionary, acts_NxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a dictionary leaves of activations, and which of its features fire on any of them."""
+    parts = np.array_split(acts_NxD, max(len(acts_NxD) // 4096, 1))
+    left = [_left(dictionary, jnp.asarray(x_BxD, jnp.float32)) for x_BxD in parts]
+    errors, fires = zip(*((np.asarray(error_BxD), np.asarray(fires_F)) for error_BxD, fires_F in left), strict=True)
+    return np.concatenate(errors), np.any(fires, axis=0)
+
+
 @jax.jit
-def _left(dictionary: Dictionary, x_BxD: jax.Array) -> jax.Array:
-    return x_BxD - dictionary(x_BxD)
+def _left(dictionary: Dictionary, x_BxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    f_BxF = dictionary.encode(x_BxD)
+    return x_BxD - dictionary.decode(f_BxF, x_BxD), jnp.any(dictionary.fires(f_BxF), axis=0)

@@ -55,6 +55,28 @@ def test_the_other_half_is_found():
         np.testing.assert_array_equal(wide.arrays[name][tuple(map(slice, array.shape))], array, err_msg=name)
 
 
+def test_dead_features_give_way():
+    """In their own places; as many more as are asked for come behind."""
+    directions, acts = world(rate=0.003, noise=0.5)
+    dictionary, said = half_of(directions, threshold=1.8), []
+    dead = np.array([3, 20, 21, 60])
+    arrays = {name: np.array(array) for name, array in dictionary.arrays.items()}
+    arrays["threshold_F"][dead] = 1e9
+    dictionary = Dictionary(dictionary.config, **{name: jnp.asarray(array) for name, array in arrays.items()})
+    same = widened(dictionary, J // 2, acts, replace=True, say=said.append)
+    wide = widened(dictionary, J // 2 + 6, acts, replace=True)
+    assert same.config.n_features == J // 2 and wide.config.n_features == J // 2 + 6
+    assert said == ["found 4 of 4 features in errors, 4 for dead ones"]
+    new = cosines(np.asarray(wide.W_dec_FxD)[[*dead, *range(J // 2, J // 2 + 6)]], directions)
+    assert (new.max(1) > 0.8).all() and len(np.unique(new.argmax(1))) == 10
+    for one in (same, wide):
+        assert (np.asarray(one.threshold_F)[dead] < 100).all()
+        kept = np.delete(np.asarray(one.W_dec_FxD)[: J // 2], dead, axis=0)
+        np.testing.assert_array_equal(kept, np.delete(arrays["W_dec_FxD"], dead, axis=0))
+    plain = widened(dictionary, J // 2 + 6, acts)
+    np.testing.assert_array_equal(np.asarray(plain.W_dec_FxD)[dead], arrays["W_dec_FxD"][dead])
+
+
 def test_where_nothing_is_missing_nothing_new_is_found():
     """Errors of two known directions alone, and no errors at all."""
     directions, _ = world()
