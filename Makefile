@@ -36,8 +36,8 @@ demo-graphs: $(INSTALLED)
 # A cross-layer transcoder, and per-layer ones of as many weights (8 times as many features); one prompt's graph with each.
 demo-clt: $(INSTALLED)
 	$(BIN)/python -m experiments.train $(CLT)
-	$(BIN)/python -m experiments.train $(CLT) --workdir=runs/demo_clt/layers --train.form=transcoder --train.expansion=8
-	$(BIN)/python -m experiments.attribute $(CLT) $(CLT_GRAPH) --graph.slug=layers --graph.transcoders=runs/demo_clt/layers/train/batchtopk
+	$(BIN)/python -m experiments.train $(CLT) --workdir=runs/demo_clt/layers --train.form=transcoder --train.kinds=topk --train.expansion=8
+	$(BIN)/python -m experiments.attribute $(CLT) $(CLT_GRAPH) --graph.slug=layers --graph.transcoders=runs/demo_clt/layers/train/topk
 	$(BIN)/python -m experiments.pipeline $(CLT) $(CLT_GRAPH) --graph.slug=cross-layer --graph.transcoders=runs/demo_clt/train/batchtopk
 	@echo "Open runs/demo_clt/report/index.html, and in runs/demo_clt/attribute/layers the graph of the other set"
 
